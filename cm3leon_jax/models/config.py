@@ -1,0 +1,59 @@
+"""Size and variant of the decoder."""
+
+import dataclasses
+
+FAMILIES = ("opt", "modern")
+DTYPES = ("float32", "bfloat16")
+REMAT_POLICIES = ("none", "minimal", "full")
+ATTENTIONS = ("plain", "splash")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """One decoder-only transformer; the defaults are CM3Leon-7B (Table 3; heads and feed-forward from OPT's table).
+
+  Attributes:
+    family: `opt` (the paper): pre-LayerNorm without parameters, learned positions, ReLU, no biases, tied
+      embeddings. `modern`: RMSNorm, RoPE, SwiGLU, query-key norm, untied embeddings.
+    mlp_width: width of the feed-forward layer.
+    max_positions: longest sample that the learned positions cover.
+    vocab_size: text and image ids together.
+    dtype: of activations and of the parameters while they are used; parameters are stored in float32.
+    remat_policy: what the backward pass recomputes: `none` nothing, `minimal` all but matrix products,
+      `full` each layer from its input.
+    attention: `plain` on any device, `splash` the Pallas kernel of TPUs.
+    loss_chunk: tokens of a row whose logits exist at the same time in the loss.
+  """
+
+  family: str = "opt"
+  vocab_size: int = 64_512
+  num_layers: int = 32
+  width: int = 4_096
+  num_heads: int = 32
+  mlp_width: int = 16_384
+  max_positions: int = 4_096
+  dtype: str = "bfloat16"
+  remat_policy: str = "full"
+  attention: str = "plain"
+  loss_chunk: int = 256
+
+  def __post_init__(self):
+    for field, allowed in (
+      ("family", FAMILIES),
+      ("dtype", DTYPES),
+      ("remat_policy", REMAT_POLICIES),
+      ("attention", ATTENTIONS),
+    ):
+      if getattr(self, field) not in allowed:
+        raise ValueError(f"{field} is '{getattr(self, field)}'; it must be one of {', '.join(allowed)}.")
+    for field in ("vocab_size", "num_layers", "width", "num_heads", "mlp_width", "max_positions", "loss_chunk"):
+      if getattr(self, field) < 1:
+        raise ValueError(f"{field} is {getattr(self, field)}; it must be positive.")
+    if self.width % self.num_heads:
+      raise ValueError(f"num_heads = {self.num_heads} does not divide width = {self.width}.")
+    if self.family == "modern" and self.head_dim % 2:
+      raise ValueError(f"width / num_heads = {self.head_dim} is odd; rotary positions need an even head size.")
+
+  @property
+  def head_dim(self) -> int:
+    return self.width // self.num_heads

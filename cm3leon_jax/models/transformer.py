@@ -1,0 +1,187 @@
+"""The decoder. NNX modules only hold parameters; every transform is JAX's own, over a pure dict of them."""
+
+# B batch, L length, D width, N heads, H head size, F feed-forward, V vocabulary, K layers.
+
+from collections.abc import Callable
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from cm3leon_jax.mesh import shard, spec
+from cm3leon_jax.models import attention
+from cm3leon_jax.models.config import ModelConfig
+
+INIT_STD = 0.006  # Truncated at 3 sigma (CM3Leon, section 2.3).
+POSITION_STD = 0.0002
+ROPE_BASE = 10_000.0
+
+
+def _param(rngs: nnx.Rngs, shape, axes, std: float) -> nnx.Param:
+  sample = jax.random.truncated_normal(rngs.params(), -3.0, 3.0, shape, jnp.float32, out_sharding=spec(*axes))
+  return nnx.Param(std * sample)
+
+
+def normalize(x, eps: float, center: bool):
+  """Layer norm (`center`) or RMS norm over the last axis in fp32, without parameters."""
+  x32 = x.astype(jnp.float32)
+  if center:
+    x32 = x32 - x32.mean(-1, keepdims=True)
+  return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + eps)).astype(x.dtype)
+
+
+class Norm(nnx.Module):
+  """Pre-norm of the family: `opt` LayerNorm without parameters (eps 1e-5), `modern` RMSNorm with a scale (eps 1e-6)."""
+
+  def __init__(self, family: str, width: int):
+    self.scale = nnx.Param(jnp.ones((width,), jnp.float32)) if family == "modern" else None
+
+  def __call__(self, x):
+    if self.scale is None:
+      return normalize(x, 1e-5, center=True)
+    return normalize(x, 1e-6, center=False) * self.scale[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def rotate(x, positions):
+  """Rotary positions (RoFormer), halves convention. x: [B, L, N, H], positions: [B, L] -> [B, L, N, H]."""
+  half = x.shape[-1] // 2
+  frequencies = ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angles = positions[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
+  sin, cos = jnp.sin(angles), jnp.cos(angles)
+  a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+class Block(nnx.Module):
+  """One layer. Residual outputs start at 0 in `opt`, so that the network starts as the identity (section 2.3)."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.config = config
+    D, N, H, F = config.width, config.num_heads, config.head_dim, config.mlp_width
+    out_std = 0.0 if config.family == "opt" else INIT_STD
+    self.norm1, self.norm2 = Norm(config.family, D), Norm(config.family, D)
+    self.qkv = _param(rngs, (3, D, N, H), (None, "embed", "heads", "head_dim"), INIT_STD)
+    self.out = _param(rngs, (N, H, D), ("heads", "head_dim", "embed"), out_std)
+    self.up = _param(rngs, (D, F), ("embed", "mlp"), INIT_STD)
+    self.down = _param(rngs, (F, D), ("mlp", "embed"), out_std)
+    if config.family == "modern":
+      self.gate = _param(rngs, (D, F), ("embed", "mlp"), INIT_STD)
+      self.q_norm, self.k_norm = Norm("modern", H), Norm("modern", H)
+
+  def __call__(self, x, positions, attend: Callable):
+    """One layer of the residual stream.
+
+    Args:
+      x: [B, L, D].
+      positions: [B, L] int32.
+      attend: (q, k, v), each [B, L, N, H] -> [B, L, N, H]; training passes attention over the row, decoding one
+        that also reads and writes a cache.
+
+    Returns:
+      [B, L, D].
+    """
+    product = functools.partial(_product, x.dtype)
+    heads = ("batch", "length", "heads", "head_dim")
+    h = self.norm1(x)
+    q, k, v = (product("BLD,DNH->BLNH", h, w, heads) for w in self.qkv[...])
+    if self.config.family == "modern":
+      q, k = rotate(self.q_norm(q), positions), rotate(self.k_norm(k), positions)
+    x = x + product("BLNH,NHD->BLD", attend(q, k, v), self.out[...], ("batch", "length", "act"))
+    h = self.norm2(x)
+    up = product("BLD,DF->BLF", h, self.up[...], ("batch", "length", "mlp"))
+    if self.config.family == "modern":
+      up = up * jax.nn.silu(product("BLD,DF->BLF", h, self.gate[...], ("batch", "length", "mlp")))
+    else:
+      up = jax.nn.relu(up)
+    return x + product("BLF,FD->BLD", up, self.down[...], ("batch", "length", "act"))
+
+
+def _product(dtype, equation, x, w, axes):
+  return jnp.einsum(equation, x, w.astype(dtype), out_sharding=spec(*axes))
+
+
+class Transformer(nnx.Module):
+  """Embeddings, `num_layers` blocks stacked on a leading layer axis, final norm, output table."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.config = config
+    self.embed = _param(rngs, (config.vocab_size, config.width), ("vocab_stored", None), INIT_STD)
+    self.blocks = jax.vmap(functools.partial(Block, config))(rngs.split(config.num_layers))
+    self.final_norm = Norm(config.family, config.width)
+    if config.family == "opt":
+      self.positions = _param(rngs, (config.max_positions, config.width), (None, "embed"), POSITION_STD)
+    else:
+      self.head = _param(rngs, (config.vocab_size, config.width), ("vocab_stored", None), INIT_STD)
+
+  def embed_tokens(self, tokens, positions):
+    """[B, L] int32 ids and positions -> [B, L, D] in the compute dtype."""
+    dtype = jnp.dtype(self.config.dtype)
+    out = spec("batch", "length", "act")
+    # Gathering the fsdp shards first keeps XLA from rematerialising the whole table; rows stay split over tensor.
+    table = shard(self.embed[...].astype(dtype), "vocab", None)
+    x = table.at[tokens].get(out_sharding=out)
+    if self.config.family == "opt":
+      x = x + shard(self.positions[...].astype(dtype), None, None).at[positions].get(out_sharding=out)
+    return x
+
+  def output_table(self):
+    """[V, D] in the compute dtype, split by vocabulary over `tensor`; `opt` ties it to the input table."""
+    table = self.embed if self.config.family == "opt" else self.head
+    return shard(table[...].astype(jnp.dtype(self.config.dtype)), "vocab", None)
+
+  def __call__(self, tokens, positions, segment_ids):
+    """Final hidden states of packed rows.
+
+    Args:
+      tokens: [B, L] int32 ids.
+      positions: [B, L] int32, index within the sample.
+      segment_ids: [B, L] int32; attention stays within equal ids, 0 is padding.
+
+    Returns:
+      [B, L, D] after the final norm; logits are `hidden @ output_table().T`.
+    """
+    if self.config.attention == "splash":
+      attend = lambda q, k, v: attention.splash_attention(q, k, v, segment_ids)
+    else:
+      mask = attention.causal_segment_mask(segment_ids)
+      attend = lambda q, k, v: attention.masked_attention(q, k, v, mask)
+    layer = _checkpointed(lambda x, block: (block(x, positions, attend), None), self.config.remat_policy)
+    x, _ = jax.lax.scan(layer, self.embed_tokens(tokens, positions), self.blocks)
+    return self.final_norm(x)
+
+
+def _checkpointed(layer, policy: str):
+  if policy == "none":
+    return layer
+  policies = {"full": None, "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+  return jax.checkpoint(layer, policy=policies[policy])
+
+
+def logits(hidden, table):
+  """[B, L, D] hidden states and [V, D] rows of the output table -> [B, L, V] fp32, split over `tensor`."""
+  return jnp.einsum(
+    "BLD,VD->BLV", hidden, table, preferred_element_type=jnp.float32, out_sharding=spec("batch", "length", "vocab")
+  )
+
+
+@functools.cache
+def _structure(config: ModelConfig):
+  return nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+
+
+def init_params(config: ModelConfig, key) -> dict:
+  """Pure dict of fp32 parameters, laid out on the current mesh (`jax.set_mesh`)."""
+  return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=key)), nnx.Param))
+
+
+def bind(config: ModelConfig, params: dict) -> Transformer:
+  """The module with `params` in it; cheap, meant for use inside jitted functions."""
+  graphdef, state = _structure(config)
+  state = jax.tree.map(lambda x: x, state)
+  nnx.replace_by_pure_dict(state, params)
+  return nnx.merge(graphdef, state)
+
+
+def count_params(params) -> int:
+  return sum(x.size for x in jax.tree.leaves(params))

@@ -1,0 +1,103 @@
+"""Stages of the path from raw pairs to a report: each owns one folder of the workdir and leaves `done.json` in it."""
+
+import contextlib
+import json
+import time
+
+from etils import epath
+
+from cm3leon_jax.config import UserError
+
+DONE = "done.json"
+
+
+def plain(value):
+  """Dataclasses' dicts, tuples and numpy scalars -> what JSON gives back after a round trip."""
+  return json.loads(json.dumps(value, default=lambda x: x.item() if hasattr(x, "item") else str(x)))
+
+
+def write_json(path: epath.PathLike, value) -> None:
+  """Writes atomically: a reader sees the old file or the new one, never half of one."""
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.parent / (path.name + ".partial")
+  partial.write_text(json.dumps(plain(value), indent=1) + "\n")
+  partial.replace(path)
+
+
+def read_json(path: epath.PathLike):
+  """Reads a JSON file of the workdir. Raises UserError naming the file if it is absent or damaged."""
+  path = epath.Path(path)
+  if not path.exists():
+    raise UserError(f"{path} does not exist: run the stage that writes it first.")
+  try:
+    return json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise UserError(f"{path} is not valid JSON ({error}): delete it and run its stage again.") from error
+
+
+def differences(old: dict, new: dict, where: str = "") -> list[str]:
+  """`name: old -> new` for every leaf that differs between two nested dicts."""
+  found = []
+  for key in sorted({*old, *new}):
+    a, b = old.get(key), new.get(key)
+    if isinstance(a, dict) and isinstance(b, dict):
+      found += differences(a, b, f"{where}{key}.")
+    elif a != b:
+      found.append(f"{where}{key}: {a} -> {b}")
+  return found
+
+
+def check_same_config(path: epath.PathLike, stored: dict, config: dict) -> None:
+  """Raises UserError, naming the fields, if `path`'s run was made with another config."""
+  changed = differences(stored, plain(config))
+  if changed:
+    raise UserError(
+      f"{path} holds the run of another config ({'; '.join(changed[:4])}): "
+      "use another --workdir, or delete that folder to make it anew."
+    )
+
+
+def require(folder: epath.PathLike, command: str) -> dict:
+  """Returns what the stage in `folder` left in done.json. Raises UserError if it has not finished."""
+  done = epath.Path(folder) / DONE
+  if not done.exists():
+    raise UserError(f"{folder} is not finished: run `python -m launch.{command}` with the same --config and --workdir first.")
+  return read_json(done)
+
+
+@contextlib.contextmanager
+def stage(folder: epath.PathLike, config: dict, redo: bool = False):
+  """Runs the body once: yields None if the stage finished before, else a dict to fill with its summary.
+
+    with stages.stage(workdir / "vqgan", {"vqgan": asdict(config)}) as summary:
+      if summary is not None:
+        summary.update(psnr_db=..., seconds is added here)
+
+  Args:
+    folder: the stage's own folder; made if absent.
+    config: what the outcome depends on: config sections, and under "inputs" the `id` of each stage it reads.
+      Other inputs than last time make the stage run again; another config is refused.
+    redo: run again although it is done.
+
+  Raises:
+    UserError: the folder holds the outcome of another config.
+  """
+  folder = epath.Path(folder)
+  done = folder / DONE
+  if done.exists():
+    stored = read_json(done)["config"]
+    old_inputs, inputs = stored.get("inputs"), plain(config).get("inputs")
+    check_same_config(folder, {**stored, "inputs": inputs}, {**config, "inputs": inputs})
+    if old_inputs == inputs and not redo:
+      print(f"{folder}: finished already, skipped.", flush=True)
+      yield None
+      return
+    done.unlink()  # From here on the folder holds neither the old outcome nor the new one.
+  folder.mkdir(parents=True, exist_ok=True)
+  start = time.time()
+  summary = {}
+  yield summary
+  write_json(
+    done, {"config": config, "summary": summary, "seconds": round(time.time() - start, 1), "id": f"{time.time_ns():x}"}
+  )

@@ -1,0 +1,122 @@
+"""Byte-level BPE whose ids are the text range of the shared vocabulary."""
+
+from collections.abc import Iterable
+import dataclasses
+
+from etils import epath
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.vocab import VocabLayout
+
+# T tokens of one text.
+
+TOKENIZER = "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTokenizerConfig:
+  """How the tokenizer is trained and how documents use it.
+
+  Attributes:
+    min_frequency: a merge must occur this often in the training texts.
+    model_max_length: written for other software; texts are not cut to it.
+    max_caption_tokens: longer captions lose their end when documents are written; texts without an image are never cut there.
+  """
+
+  min_frequency: int = 2
+  model_max_length: int = 4_096
+  max_caption_tokens: int = 512
+
+  def __post_init__(self):
+    for name in ("min_frequency", "model_max_length", "max_caption_tokens"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"text_tokenizer.{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+def train_text_tokenizer(texts: Iterable[str], vocab: VocabLayout, config: TextTokenizerConfig, folder: epath.PathLike) -> dict:
+  """Trains BPE of exactly `vocab.text_size` ids and writes it in the Hugging Face layout.
+
+  A text is encoded as if a space stood before it, so that its first word is the same token as elsewhere; decoding takes that
+  space away again. `[0, vocab.num_special)` are the special tokens in the order of the layout.
+
+  Returns:
+    Counts: texts, characters and the characters per token of the training texts.
+
+  Raises:
+    UserError: the texts are too few for `vocab.text_size` ids.
+  """
+  texts = list(texts)
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.normalizer = normalizers.Prepend(" ")
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", left=1, right=0)])
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab.text_size,
+    min_frequency=config.min_frequency,
+    special_tokens=vocab.special_tokens(),
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+  characters, size = sum(map(len, texts)), tokenizer.get_vocab_size()
+  if size != vocab.text_size:
+    raise UserError(
+      f"the {len(texts)} training texts ({characters} characters) give {size} tokens, config.vocab.text_size is "
+      f"{vocab.text_size}: use more text, a smaller text_size or a lower text_tokenizer.min_frequency."
+    )
+  _save(tokenizer, vocab, config, epath.Path(folder))
+  tokens = sum(len(ids) for ids in TextTokenizer(folder, vocab).encode_batch(texts))
+  return {"texts": len(texts), "characters": characters, "characters_per_token": characters / tokens}
+
+
+def _save(tokenizer: tokenizers.Tokenizer, vocab: VocabLayout, config: TextTokenizerConfig, folder: epath.Path) -> None:
+  """Writes what `transformers.AutoTokenizer.from_pretrained` reads; tokenizer.json comes last."""
+  special = vocab.special_tokens()
+  roles = {
+    "pad_token": special[vocab.pad],
+    "bos_token": special[vocab.eos],
+    "eos_token": special[vocab.eos],
+    "unk_token": special[vocab.unk],
+    "additional_special_tokens": special[vocab.brk :],
+  }
+  about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.model_max_length}
+  stages.write_json(folder / "special_tokens_map.json", roles)
+  stages.write_json(folder / "tokenizer_config.json", {**about, "clean_up_tokenization_spaces": False, **roles})
+  (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+
+
+class TextTokenizer:
+  """Text <-> ids in `[vocab.num_special, vocab.text_size)`.
+
+  A special token typed in a text stays plain text, and `decode(encode(text)) == text` for every text.
+  """
+
+  def __init__(self, folder: epath.PathLike, vocab: VocabLayout):
+    """Raises UserError: no tokenizer in `folder`, or one with other ids than `vocab`."""
+    path = epath.Path(folder) / TOKENIZER
+    if not path.exists():
+      raise UserError(f"{path} does not exist: run `python -m launch.train_text_tokenizer` with the same --workdir first.")
+    self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    self._tokenizer.encode_special_tokens = True
+    special = [self._tokenizer.id_to_token(i) for i in range(vocab.num_special)]
+    if self._tokenizer.get_vocab_size() != vocab.text_size or special != vocab.special_tokens():
+      raise UserError(
+        f"{path} has {self._tokenizer.get_vocab_size()} tokens and starts with {special[:6]}; config.vocab needs "
+        f"{vocab.text_size} tokens that start with the {vocab.num_special} special ones."
+      )
+
+  def encode(self, text: str) -> np.ndarray:
+    """Returns [T] int32 ids, without `</s>` at either end; the empty text has none."""
+    return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+  def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+    """`encode` for many texts, on all cores."""
+    return [np.array(e.ids, np.int32) for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+  def decode(self, ids) -> str:
+    """Text of `ids` ([T] ints); special tokens are dropped, and so is the space before the first word."""
+    return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -1,0 +1,218 @@
+"""The training loop."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import itertools
+import signal
+import sys
+import time
+
+from etils import epath
+import jax
+from jax.sharding import NamedSharding
+import numpy as np
+from tqdm import tqdm
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.pipeline import RowLoader, batches
+from cm3leon_jax.mesh import spec
+from cm3leon_jax.models import transformer
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.training import loss
+from cm3leon_jax.training.checkpoint import Checkpoints
+from cm3leon_jax.training.metrics import MetricsLog
+from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer, learning_rate_schedule
+from cm3leon_jax.training.state import TrainState, eval_step, init_state, train_step
+from cm3leon_jax.vocab import VocabLayout
+
+INTERRUPTED = 75  # Exit code of a run that was told to stop and saved (EX_TEMPFAIL: try again).
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """Length of the run and what happens how often. Defaults: the tutorial's 1.4T tokens in batches of 8,192 rows.
+
+  Attributes:
+    global_batch_size: rows of a step, over all devices (paper: 8M tokens, about 2,048 rows).
+    gradient_accumulation_steps: parts that a batch is split into, one after the other.
+    eval_every, eval_batches: steps between held-out losses, and batches of each.
+    checkpoint_every, keep_checkpoints: steps between checkpoints, and how many stay.
+    sample_every, num_samples: steps between grids of samples, and pictures of each.
+  """
+
+  steps: int = 41_723
+  global_batch_size: int = 8_192
+  gradient_accumulation_steps: int = 1
+  eval_every: int = 500
+  eval_batches: int = 4
+  checkpoint_every: int = 500
+  keep_checkpoints: int = 2
+  sample_every: int = 2_000
+  num_samples: int = 8
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      if getattr(self, field.name) < 1:
+        raise ValueError(f"{field.name} is {getattr(self, field.name)}; it must be positive.")
+    if self.global_batch_size % self.gradient_accumulation_steps:
+      raise ValueError(
+        f"gradient_accumulation_steps = {self.gradient_accumulation_steps} does not divide "
+        f"global_batch_size = {self.global_batch_size}."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+  """The jitted functions of a run. init() -> state; train(state, batch) -> (state, metrics); evaluate(params, batch)."""
+
+  init: Callable
+  train: Callable
+  evaluate: Callable
+
+
+def compile_steps(
+  model: ModelConfig, optimizer_config: OptimizerConfig, config: TrainConfig, vocab: VocabLayout, seed: int
+) -> Steps:
+  """Builds them for the current mesh; nothing is compiled before the first call. The state is donated."""
+  optimizer = create_optimizer(optimizer_config, config.steps)
+  step = functools.partial(train_step, model, optimizer, vocab.text_size, config.gradient_accumulation_steps)
+  return Steps(
+    init=jax.jit(lambda: init_state(model, optimizer, jax.random.key(seed))),
+    train=jax.jit(step, donate_argnums=0),
+    evaluate=jax.jit(functools.partial(eval_step, model, vocab.text_size)),
+  )
+
+
+class StopSignal:
+  """SIGTERM sets a flag, so that the loop can save before it ends (preemption, a scheduler's grace period)."""
+
+  def __enter__(self):
+    self.received = False
+    self._previous = signal.signal(signal.SIGTERM, self._set)
+    return self
+
+  def _set(self, *_):
+    self.received = True
+
+  def __exit__(self, *_):
+    signal.signal(signal.SIGTERM, self._previous)
+
+
+def evaluate(steps: Steps, params, eval_batches: list) -> dict[str, float]:
+  """Held-out losses by modality, nats per target."""
+  totals = [jax.device_get(steps.evaluate(params, batch)) for batch in eval_batches]
+  sums = {name: np.sum([t[name] for t in totals], dtype=np.float64) for name in totals[0]}
+  return {f"heldout_{name}": float(value) for name, value in loss.modality_losses(sums).items()}
+
+
+def train(
+  folder: epath.Path,
+  model: ModelConfig,
+  optimizer_config: OptimizerConfig,
+  config: TrainConfig,
+  vocab: VocabLayout,
+  loader: RowLoader,
+  heldout: RowLoader,
+  seed: int,
+  draw_samples: Callable[[dict, int], None] | None = None,
+) -> dict:
+  """Trains to `config.steps` from the newest checkpoint in `folder`, on the current mesh.
+
+  Args:
+    folder: gets checkpoints/ and metrics/.
+    model: size of the decoder.
+    optimizer_config: AdamW and its schedule over `config.steps`.
+    config: length of the run and what happens how often.
+    vocab: tells image codes from text.
+    loader: rows for training.
+    heldout: rows for the held-out loss.
+    seed: of the parameters.
+    draw_samples: called with (params, step) every `sample_every` steps.
+
+  Returns:
+    Numbers for the report. On SIGTERM: saves and exits with `INTERRUPTED`.
+  """
+  mesh = jax.sharding.get_mesh()
+  shards = mesh.shape["data"] * mesh.shape["fsdp"] * config.gradient_accumulation_steps
+  if config.global_batch_size % shards:
+    raise UserError(
+      f"config.train.global_batch_size is {config.global_batch_size}; mesh.data x mesh.fsdp x "
+      f"train.gradient_accumulation_steps = {shards} must divide it."
+    )
+  sharding = NamedSharding(mesh, spec("batch", "length"))
+  steps = compile_steps(model, optimizer_config, config, vocab, seed)
+  checkpoints = Checkpoints(folder, config.keep_checkpoints)
+  newest = checkpoints.newest()
+  if newest is None:
+    state, next_row = steps.init(), 0
+  else:
+    state, next_row = checkpoints.restore(jax.eval_shape(steps.init), newest)
+  log = MetricsLog(folder / "metrics", newest)
+  first = int(state.step)
+  eval_batches = list(itertools.islice(batches(heldout, 0, config.global_batch_size, sharding), config.eval_batches))
+  data = batches(loader, next_row, config.global_batch_size, sharding)
+  logger = StepLogger(log, optimizer_config, config, first)
+  with StopSignal() as stop, logger.bar:
+    for step in range(first + 1, config.steps + 1):
+      state, metrics = steps.train(state, next(data))
+      next_row += config.global_batch_size
+      logger.step(step, metrics)
+      stopping = stop.received  # Read once: a signal that comes later in this step waits for the next.
+      last = step == config.steps or stopping
+      if step % config.eval_every == 0 or last:
+        logger.flush()
+        log.write(step, evaluate(steps, state.params, eval_batches))
+      if step % config.checkpoint_every == 0 or last:
+        checkpoints.save(state, step, next_row)
+      if draw_samples and (step % config.sample_every == 0 or step == config.steps):
+        draw_samples(state.params, step)
+      checkpoints.seal()
+      if stopping:
+        break
+    logger.flush()
+  checkpoints.close()
+  if int(state.step) < config.steps:
+    print(f"stopped at step {int(state.step)} of {config.steps}; saved in {folder}: the same command continues.", flush=True)
+    sys.exit(INTERRUPTED)
+  return {
+    "steps": config.steps,
+    "parameters": transformer.count_params(state.params),
+    "next_row": next_row,
+    **evaluate(steps, state.params, eval_batches),
+  }
+
+
+class StepLogger:
+  """Logs a step's metrics one step late, so that the host never waits for the device it has just started."""
+
+  def __init__(self, log: MetricsLog, optimizer: OptimizerConfig, config: TrainConfig, first: int):
+    self._log, self._schedule = log, learning_rate_schedule(optimizer, config.steps)
+    self._pending, self._time = None, None
+    self.bar = tqdm(total=config.steps, initial=first, desc="train", unit="step", mininterval=1.0)
+
+  def step(self, step: int, metrics: dict) -> None:
+    """Takes over the metrics of `step` and logs those of the step before."""
+    self.flush()
+    self._pending = (step, metrics)
+
+  def flush(self) -> None:
+    if self._pending is None:
+      return
+    step, metrics = self._pending
+    values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+    now = time.perf_counter()
+    if self._time is not None:
+      values["tokens_per_second"] = round(values["weight"] / (now - self._time), 1)
+    self._time, self._pending = now, None
+    values["learning_rate"] = float(self._schedule(step - 1))
+    if not np.isfinite(values["loss"]):
+      raise UserError(
+        f"the loss of step {step} is {values['loss']}: lower optimizer.learning_rate, or look at the rows of that step."
+      )
+    self._log.write(step, values)
+    self.bar.set_postfix(loss=f"{values['loss']:.3f}", image=f"{values['image_loss']:.3f}", text=f"{values['text_loss']:.3f}")
+    self.bar.update()
+
+
+__all__ = ["INTERRUPTED", "StepLogger", "TrainConfig", "TrainState", "compile_steps", "evaluate", "train"]

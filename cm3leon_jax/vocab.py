@@ -1,0 +1,80 @@
+"""The one vocabulary of text and images: which integer means what."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabLayout:
+  """Ids `[0, text_size)` are text, `[text_size, size)` image codes; the first `num_special` are special tokens.
+
+  The defaults are CM3Leon's 56,320 text tokens and 8,192 image codes (section 2.1): 64,512 = 2^10 x 63 ids,
+  which divide evenly over any mesh axis of up to 1,024 devices.
+
+  Attributes:
+    num_special: special tokens, inside the text range: `<pad>`, `</s>`, `<unk>`, `<break>`, `<eoss>`, `<mask:i>`.
+    text_size: size of the text tokenizer, special tokens included.
+    image_size: number of image codes; code `c` has id `text_size + c`.
+  """
+
+  num_special: int = 256
+  text_size: int = 56_320
+  image_size: int = 8_192
+
+  pad = 0
+  eos = 1  # </s>: document boundary, and the start of every sample.
+  unk = 2
+  brk = 3  # <break>: change of modality.
+  eoss = 4  # <eoss>: end of an infilled span.
+
+  def __post_init__(self):
+    if self.num_special < 6:
+      raise ValueError(f"vocab.num_special is {self.num_special}; at least 6 are needed (five fixed ones and one <mask:0>).")
+    if self.text_size < self.num_special + 256:
+      raise ValueError(
+        f"vocab.text_size is {self.text_size}; it must hold num_special = {self.num_special} and the 256 bytes of "
+        f"byte-level BPE, so at least {self.num_special + 256}."
+      )
+    if self.image_size < 1:
+      raise ValueError(f"vocab.image_size is {self.image_size}; it must be positive.")
+
+  @property
+  def size(self) -> int:
+    return self.text_size + self.image_size
+
+  @property
+  def num_masks(self) -> int:
+    return self.num_special - 5
+
+  def mask(self, i: int) -> int:
+    """Id of the sentinel `<mask:i>`."""
+    if not 0 <= i < self.num_masks:
+      raise ValueError(f"<mask:{i}> does not exist: the vocabulary has {self.num_masks} sentinels.")
+    return 5 + i
+
+  def is_mask(self, ids):
+    """Which of `ids` (int or array) are sentinels `<mask:i>`."""
+    return (ids >= 5) & (ids < self.num_special)
+
+  def is_image(self, ids):
+    """Which of `ids` (int or array) are image codes."""
+    return (ids >= self.text_size) & (ids < self.size)
+
+  def image_ids(self, codes) -> np.ndarray:
+    """Image codes `[0, image_size)` -> ids, int32, same shape."""
+    codes = np.asarray(codes, np.int32)
+    if codes.size and not (codes.min() >= 0 and codes.max() < self.image_size):
+      raise ValueError(f"image codes range over [{codes.min()}, {codes.max()}]; the vocabulary has [0, {self.image_size}).")
+    return codes + self.text_size
+
+  def image_codes(self, ids) -> np.ndarray:
+    """Ids -> image codes, int32, same shape. Raises ValueError at an id that is no image code."""
+    ids = np.asarray(ids, np.int32)
+    if ids.size and not self.is_image(ids).all():
+      raise ValueError(f"id {int(ids[~self.is_image(ids)][0])} is no image code: those are [{self.text_size}, {self.size}).")
+    return ids - self.text_size
+
+  def special_tokens(self) -> list[str]:
+    """Names of the special tokens, in the order of their ids."""
+    return ["<pad>", "</s>", "<unk>", "<break>", "<eoss>"] + [f"<mask:{i}>" for i in range(self.num_masks)]

@@ -1,0 +1,83 @@
+"""Trains the decoder; the same command continues a run that was stopped or killed.
+
+python -m launch.train --config=ml_configs/openmoji.py --workdir=workdir
+"""
+
+import dataclasses
+
+import jax
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.data.pipeline import RowLoader
+from cm3leon_jax.data.plan import RowPlan, Source
+from cm3leon_jax.mesh import create_mesh
+from cm3leon_jax.retrieval.neighbors import load_neighbors
+from cm3leon_jax.training.train import train
+from launch import common
+from launch.common import Settings
+from launch.generate import sample_drawer
+
+
+def open_rows(settings: Settings, workdir, split: str) -> RowLoader:
+  """The rows of `split`: pairs with neighbours from the training pairs, and texts, by their shares of tokens."""
+  documents = workdir / "documents"
+  bank = DocumentStore(documents / "train_pairs", settings.vocab)
+  pairs = bank if split == "train" else DocumentStore(documents / f"{split}_pairs", settings.vocab)
+  texts = DocumentStore(documents / f"{split}_texts", settings.vocab)
+  share = settings.data.text_share
+  ids, _ = load_neighbors(workdir / "neighbors", f"{split}_pairs")
+  if len(ids) != len(pairs):
+    raise UserError(
+      f"{workdir / 'neighbors'} names neighbours of {len(ids)} documents, {pairs.folder} holds {len(pairs)}: build them anew."
+    )
+  sources = [Source(pairs, 1 - share, ids, bank), Source(texts, share)]
+  data = settings.data if split == "train" else settings.data.without_augmentation()
+  try:
+    plan = RowPlan(sources, data, settings.vocab.num_masks, settings.seed)
+  except ValueError as error:
+    raise UserError(str(error)) from error
+  total = sum(u for s in sources for u in [sum(int(s.store.segment_lengths(i)[0].sum()) for i in range(len(s.store)))])
+  needed = settings.train.global_batch_size * data.sequence_length
+  if split == "train" and total < needed:
+    raise UserError(
+      f"{documents} holds {total} training tokens, one batch takes {needed} "
+      "(train.global_batch_size x data.sequence_length): add documents or lower one of the two."
+    )
+  return RowLoader(plan, settings.vocab)
+
+
+def main(settings: Settings, workdir) -> None:
+  inputs = {
+    "documents": stages.require(workdir / "documents", "encode_documents")["id"],
+    "neighbors": stages.require(workdir / "neighbors", "build_neighbors")["id"],
+  }
+  sections = ("vocab", "data", "model", "optimizer")
+  config = {name: dataclasses.asdict(getattr(settings, name)) for name in sections}
+  config |= {"seed": settings.seed, "global_batch_size": settings.train.global_batch_size, "inputs": inputs}
+  folder = workdir / "train"
+  if (folder / "config.json").exists():
+    stages.check_same_config(folder, stages.read_json(folder / "config.json")["fixed"], config)
+  stages.write_json(folder / "config.json", {"fixed": config, "train": dataclasses.asdict(settings.train)})
+  try:
+    mesh = create_mesh(settings.mesh)
+  except ValueError as error:
+    raise UserError(f"config.mesh: {error}") from error
+  length = {"steps": settings.train.steps}
+  done = folder / stages.DONE
+  redo = done.exists() and stages.read_json(done)["summary"]["steps"] < settings.train.steps
+  with jax.set_mesh(mesh), stages.stage(folder, config, redo=redo) as summary:
+    if summary is None:
+      return
+    loader, heldout = open_rows(settings, workdir, "train"), open_rows(settings, workdir, "heldout")
+    draw = sample_drawer(settings, workdir, folder / "samples")
+    result = train(
+      folder, settings.model, settings.optimizer, settings.train, settings.vocab, loader, heldout, settings.seed, draw
+    )
+    summary.update(result | length)
+    print(f"train: {result['steps']} steps, held-out image loss {result['heldout_image_loss']:.3f} nats per code.", flush=True)
+
+
+if __name__ == "__main__":
+  common.run(main)

@@ -1,0 +1,97 @@
+import itertools
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from cm3leon_jax.data import cm3
+from cm3leon_jax.vocab import VocabLayout
+
+VOCAB = VocabLayout(num_special=32, text_size=288, image_size=512)
+BRK, EOS, EOSS = VOCAB.brk, VOCAB.eos, VOCAB.eoss
+M0, M1 = VOCAB.mask(0), VOCAB.mask(1)
+
+
+def joined(segment_lengths, first=100):
+  """</s> 100 101 ... <break> ... </s>, all content ids distinct."""
+  tokens = []
+  for n in segment_lengths:
+    tokens += [*range(first, first + n), BRK]
+    first += n
+  return np.array([EOS, *tokens[:-1], EOS], np.int32)
+
+
+def test_segment_bounds_literal():
+  assert cm3.segment_bounds([3, 4]) == [(1, 4), (5, 9)]
+
+
+def test_apply_moves_a_caption_to_the_end():
+  tokens = np.array([EOS, 77, 78, 79, BRK, 291, 292, 293, 294, EOS], np.int32)
+  expected = [EOS, M0, BRK, 291, 292, 293, 294, EOS, M0, 77, 78, 79, EOSS]
+  np.testing.assert_array_equal(cm3.apply_cm3_mask(tokens, [(1, 4)], VOCAB), expected)
+
+
+def test_apply_keeps_document_order_of_two_spans():
+  tokens = np.array([EOS, 77, 78, 79, BRK, 291, 292, EOS], np.int32)
+  expected = [EOS, 77, M0, 79, BRK, 291, M1, EOS, M0, 78, EOSS, M1, 292, EOSS]
+  np.testing.assert_array_equal(cm3.apply_cm3_mask(tokens, [(2, 3), (6, 7)], VOCAB), expected)
+
+
+def test_no_span_is_the_identity():
+  tokens = joined([3, 4])
+  np.testing.assert_array_equal(cm3.apply_cm3_mask(tokens, [], VOCAB), tokens)
+  np.testing.assert_array_equal(cm3.undo_cm3_mask(tokens, VOCAB), tokens)
+
+
+samples = st.tuples(
+  st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(0, 8), st.booleans(), st.integers(0, 2**32 - 1)
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(samples)
+def test_undo_restores_what_apply_moved(sample):
+  lengths, num_spans, whole, seed = sample
+  spans = cm3.draw_spans(lengths, num_spans, whole, np.random.default_rng(seed))
+  tokens = joined(lengths)
+  masked = cm3.apply_cm3_mask(tokens, spans, VOCAB)
+  assert len(masked) == len(tokens) + cm3.OVERHEAD * len(spans)
+  np.testing.assert_array_equal(cm3.undo_cm3_mask(masked, VOCAB), tokens)
+  if spans:
+    assert not np.array_equal(masked, tokens)
+
+
+@settings(max_examples=300, deadline=None)
+@given(samples)
+def test_spans_are_disjoint_and_never_cross_a_boundary(sample):
+  lengths, num_spans, whole, seed = sample
+  spans = cm3.draw_spans(lengths, num_spans, whole, np.random.default_rng(seed))
+  tokens = joined(lengths)
+  assert len(spans) <= num_spans
+  assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+  for start, end in spans:
+    assert start < end
+    assert not np.isin(tokens[start:end], [BRK, EOS]).any()
+    if whole:
+      assert (start, end) in cm3.segment_bounds(lengths)
+
+
+def test_draws_reach_every_content_token_and_both_lengths_of_span():
+  rng = np.random.default_rng(0)
+  covered, partial = np.zeros(12, int), 0
+  for _ in range(500):
+    for start, end in cm3.draw_spans([4, 5], 2, False, rng):
+      covered[start:end] += 1
+      partial += (start, end) not in ((1, 5), (6, 11))
+  assert partial
+  assert (covered[[1, 2, 3, 4, 6, 7, 8, 9, 10]] > 0).all()
+  assert covered[[0, 5, 11]].sum() == 0
+
+
+def test_undo_refuses_an_infill_that_is_cut():
+  tokens = np.array([EOS, M0, BRK, 291, EOS, M0, 77, 78], np.int32)
+  with pytest.raises(ValueError, match="no infill"):
+    cm3.undo_cm3_mask(tokens, VOCAB)
+  with pytest.raises(ValueError, match="stands once"):
+    cm3.undo_cm3_mask(tokens[:5], VOCAB)

@@ -1,0 +1,101 @@
+import dataclasses
+import json
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents import Document, DocumentStore, Segment, decode_document, encode_document, write_documents
+from cm3leon_jax.vocab import VocabLayout
+
+VOCAB = VocabLayout(num_special=8, text_size=300, image_size=16)
+
+
+def text(*ids):
+  return Segment(False, np.array(ids, np.int32))
+
+
+def image(*ids):
+  return Segment(True, np.array(ids, np.int32))
+
+
+def document(key, *segments, group=""):
+  return Document(key, segments, "somewhere", "CC0-1.0", "somebody", group)
+
+
+def same(a, b):
+  assert dataclasses.replace(a, segments=()) == dataclasses.replace(b, segments=())
+  assert [s.is_image for s in a.segments] == [s.is_image for s in b.segments]
+  assert all(s.tokens.dtype == np.int32 for s in b.segments)
+  assert [s.tokens.tolist() for s in a.segments] == [s.tokens.tolist() for s in b.segments]
+
+
+texts = st.lists(st.integers(8, 299), min_size=1, max_size=20).map(lambda ids: text(*ids))
+images = st.lists(st.integers(300, 315), min_size=1, max_size=20).map(lambda ids: image(*ids))
+words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=8)
+documents = st.builds(Document, words, st.lists(texts | images, min_size=1, max_size=5).map(tuple), words, words, words, words)
+
+
+@given(documents)
+def test_decode_inverts_encode(original):
+  same(original, decode_document(encode_document(original)))
+
+
+@settings(max_examples=20)
+@given(st.lists(documents, max_size=6))
+def test_a_store_gives_back_what_was_written(tmp_path_factory, originals):
+  folder = tmp_path_factory.mktemp("store")
+  assert write_documents(folder, iter(originals), VOCAB) == len(originals)
+  store = DocumentStore(folder, VOCAB)
+  assert len(store) == len(originals)
+  for i in reversed(range(len(originals))):
+    same(originals[i], store[i])
+    lengths, is_image = store.segment_lengths(i)
+    assert lengths.tolist() == [len(s.tokens) for s in originals[i].segments]
+    assert is_image.tolist() == [s.is_image for s in originals[i].segments]
+    assert store.groups[i] == originals[i].group
+
+
+def test_store_literal(tmp_path):
+  pair = document("pair", text(9, 10), image(300, 301, 315), group="g")
+  page = document("page", text(8))
+  write_documents(tmp_path, [pair, page], VOCAB)
+  store = DocumentStore(tmp_path, VOCAB)
+  assert [store.segment_lengths(i)[0].tolist() for i in range(2)] == [[2, 3], [1]]
+  assert [store.segment_lengths(i)[1].tolist() for i in range(2)] == [[False, True], [False]]
+  assert store.groups.tolist() == ["g", ""]
+  same(pair, store[0])
+  with pytest.raises(IndexError):
+    store[2]
+
+
+@pytest.mark.parametrize(
+  ("wrong", "message"),
+  [
+    (document("x"), "'x' has no segments"),
+    (document("x", text()), "'x' has an empty text segment"),
+    (document("x", text(9), image()), "'x' has an empty image segment"),
+    (document("x", text(9, 1)), r"'x' has text ids in \[1, 9\]; they must lie in \[8, 300\)"),
+    (document("x", text(300)), r"text ids in \[300, 300\]"),
+    (document("x", image(299, 300)), r"image ids in \[299, 300\]; they must lie in \[300, 316\)"),
+    (document("x", image(316)), r"image ids in \[316, 316\]"),
+  ],
+)
+def test_wrong_documents_are_refused_and_leave_no_store(tmp_path, wrong, message):
+  write_documents(tmp_path, [document("a", text(9))], VOCAB)
+  with pytest.raises(UserError, match=message):
+    write_documents(tmp_path, [document("a", text(9)), wrong], VOCAB)
+  with pytest.raises(UserError, match="does not exist"):
+    DocumentStore(tmp_path, VOCAB)
+
+
+def test_another_vocabulary_or_version_is_refused(tmp_path):
+  write_documents(tmp_path, [document("a", text(9))], VOCAB)
+  with pytest.raises(UserError, match="was written with vocabulary"):
+    DocumentStore(tmp_path, VocabLayout(num_special=8, text_size=300, image_size=17))
+  index = json.loads((tmp_path / "index.json").read_text())
+  (tmp_path / "index.json").write_text(json.dumps({**index, "schema_version": 99}))
+  with pytest.raises(UserError, match="schema version 99; this code reads version 1"):
+    DocumentStore(tmp_path, VOCAB)

@@ -1,0 +1,122 @@
+import json
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.data.encode import code_usage, encode_documents
+from cm3leon_jax.tokenizers.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
+from cm3leon_jax.vocab import VocabLayout
+
+VOCAB = VocabLayout(num_special=8, text_size=280, image_size=16)
+CAPTIONS = [f"a {color} square </s>" for color in ("red", "green", "blue", "grey", "white")]
+
+
+class BrightnessTokenizer:
+  """Images of 8x8 as four codes, one per quarter: its brightness in `levels` steps."""
+
+  def __init__(self, levels):
+    self.levels = levels
+
+  def encode(self, images):
+    quarters = images.reshape(len(images), 2, 4, 2, 4, 3).mean((2, 4, 5))
+    return (quarters * self.levels / 256).astype(np.int32).reshape(len(images), 4)
+
+
+@pytest.fixture
+def raw(tmp_path):
+  source = tmp_path / "source"
+  source.mkdir()
+  pairs = []
+  for i in range(20):
+    pixels = np.full((8, 8, 3), 12 * i, np.uint8)
+    pixels[:4, 4:] = 255
+    Image.fromarray(pixels).save(source / f"{i}.png")
+    split = "heldout" if i % 4 == 0 else "train"
+    about = {"source": "s", "license": "CC0-1.0", "attribution": "a", "group": f"g{i // 2}"}
+    pairs.append({"key": f"k{i}", "image": f"{i}.png", "caption": CAPTIONS[i % 5], "split": split, **about})
+  texts = [{"key": f"t{i}", "text": f"Text {i} about a red square.", "split": "train"} for i in range(3)]
+  for name, records in (("pairs", pairs), ("texts", texts)):
+    (source / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+  raw_pairs.prepare(raw_pairs.RawConfig(source=str(source), resolution=8), tmp_path / "raw")
+  return tmp_path / "raw"
+
+
+@pytest.fixture
+def text_tokenizer(tmp_path):
+  train_text_tokenizer(CAPTIONS * 4, VOCAB, TextTokenizerConfig(), tmp_path / "text")
+  return TextTokenizer(tmp_path / "text", VOCAB)
+
+
+def encode(raw, text_tokenizer, folder, levels=16, max_caption_tokens=512, batch_size=4):
+  image_tokenizer = BrightnessTokenizer(levels)
+  return encode_documents(raw, text_tokenizer, image_tokenizer, VOCAB, 8, max_caption_tokens, folder, batch_size)
+
+
+def test_document_i_is_pair_i(raw, text_tokenizer, tmp_path):
+  summary = encode(raw, text_tokenizer, tmp_path)
+  image_tokenizer = BrightnessTokenizer(16)
+  for split in raw_pairs.SPLITS:
+    store, pairs = DocumentStore(tmp_path / f"{split}_pairs", VOCAB), raw_pairs.read_pairs(raw, split)
+    assert len(store) == len(pairs) == summary[split]["pairs"]
+    for i, pair in enumerate(pairs):
+      document = store[i]
+      caption, image = document.segments
+      assert (document.key, document.group, document.license) == (pair.key, pair.group, "CC0-1.0")
+      assert (caption.is_image, image.is_image) == (False, True)
+      assert text_tokenizer.decode(caption.tokens) == pair.caption
+      expected = image_tokenizer.encode(raw_pairs.load_image(pair.image, 8)[None])[0]
+      assert VOCAB.image_codes(image.tokens).tolist() == expected.tolist()
+
+
+def test_texts_and_counts(raw, text_tokenizer, tmp_path):
+  summary = encode(raw, text_tokenizer, tmp_path)
+  store = DocumentStore(tmp_path / "train_texts", VOCAB)
+  assert [text_tokenizer.decode(store[i].segments[0].tokens) for i in range(3)] == [
+    f"Text {i} about a red square." for i in range(3)
+  ]
+  assert len(DocumentStore(tmp_path / "heldout_texts", VOCAB)) == 0
+  train = summary["train"]
+  assert (train["pairs"], train["texts"], train["image_tokens"], train["captions_cut"]) == (15, 3, 60, 0)
+  assert train["text_tokens"] == sum(store.segment_lengths(i)[0].sum() for i in range(3))
+  pairs = DocumentStore(tmp_path / "train_pairs", VOCAB)
+  assert train["caption_tokens"] == sum(pairs.segment_lengths(i)[0][0] for i in range(15))
+  json.dumps(summary)
+
+
+def test_the_outcome_does_not_depend_on_the_batch_size(raw, text_tokenizer, tmp_path):
+  assert encode(raw, text_tokenizer, tmp_path / "a", batch_size=1) == encode(raw, text_tokenizer, tmp_path / "b", batch_size=64)
+  a, b = (DocumentStore(tmp_path / name / "train_pairs", VOCAB) for name in "ab")
+  assert all(a[i].segments[1].tokens.tolist() == b[i].segments[1].tokens.tolist() for i in range(len(a)))
+
+
+def test_long_captions_lose_their_end(raw, text_tokenizer, tmp_path):
+  whole = encode(raw, text_tokenizer, tmp_path / "whole")["train"]
+  cut = encode(raw, text_tokenizer, tmp_path / "cut", max_caption_tokens=3)["train"]
+  assert whole["longest_caption"] == cut["longest_caption"] > 3
+  assert (cut["captions_cut"], cut["caption_tokens"]) == (15, 45)
+  a, b = (DocumentStore(tmp_path / name / "train_pairs", VOCAB)[0].segments[0].tokens for name in ("whole", "cut"))
+  assert b.tolist() == a[:3].tolist()
+
+
+def test_codes_outside_the_vocabulary_are_told(raw, text_tokenizer, tmp_path):
+  with pytest.raises(UserError, match=r"gives codes in .* config.vocab.image_size is 16"):
+    encode(raw, text_tokenizer, tmp_path, levels=17)
+
+
+def test_nothing_to_train_on_is_told(raw, text_tokenizer, tmp_path):
+  for name in ("pairs.jsonl", "texts.jsonl"):
+    (raw / name).write_text((raw / name).read_text().replace('"train"', '"heldout"'))
+  with pytest.raises(UserError, match="no pair and no text with split 'train'"):
+    encode(raw, text_tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("counts", "used", "bits", "perplexity"),
+  [([2, 2, 0, 0], 2, 1.0, 2.0), ([5, 0], 1, 0.0, 1.0), ([3] * 8, 8, 3.0, 8.0), ([0, 0], 0, 0.0, 1.0)],
+)
+def test_code_usage_literals(counts, used, bits, perplexity):
+  assert code_usage(np.array(counts)) == {"codes_used": used, "code_entropy_bits": bits, "code_perplexity": perplexity}

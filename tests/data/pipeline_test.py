@@ -1,0 +1,124 @@
+import dataclasses
+
+import jax
+from jax.sharding import NamedSharding
+import numpy as np
+import pytest
+
+from cm3leon_jax.data.documents import Document, Segment
+from cm3leon_jax.data.pipeline import RowLoader, batches, build_sample, join, local_rows, pack_row, rows_of_samples
+from cm3leon_jax.data.plan import SamplePlan
+from cm3leon_jax.mesh import MeshConfig, create_mesh, spec
+from tests.data.stores import VOCAB, make_plan, make_sources
+
+EOS, BRK, EOSS, MASK, PAD = VOCAB.eos, VOCAB.brk, VOCAB.eoss, VOCAB.mask(0), VOCAB.pad
+
+
+def pair(caption, codes):
+  ids = lambda x: np.array(x, np.int32)
+  return Document("k", (Segment(False, ids(caption)), Segment(True, VOCAB.image_ids(codes))), "s", "l", "a")
+
+
+DOCUMENT, NEIGHBOR = pair([40, 41], [5, 6]), pair([50], [7, 8])
+
+
+def test_join_literal():
+  expected = [EOS, 50, BRK, 519, 520, BRK, 40, 41, BRK, 517, 518, EOS]
+  np.testing.assert_array_equal(join([NEIGHBOR, DOCUMENT], VOCAB), expected)
+
+
+def test_conditioning_drop_literal():
+  tokens, weights = build_sample(DOCUMENT, [], SamplePlan((), True, (), 6), VOCAB, 1.0)
+  np.testing.assert_array_equal(tokens, [EOS, MASK, BRK, 517, 518, EOS])
+  np.testing.assert_array_equal(weights, [0, 0, 0, 1, 1, 1])
+
+
+def test_weights_follow_tokens_through_the_mask():
+  plan = SamplePlan((0,), False, ((6, 8),), 15)
+  tokens, weights = build_sample(DOCUMENT, [NEIGHBOR], plan, VOCAB, 0.1)
+  expected = [EOS, 50, BRK, 519, 520, BRK, MASK, BRK, 517, 518, EOS, MASK, 40, 41, EOSS]
+  np.testing.assert_array_equal(tokens, expected)
+  np.testing.assert_array_equal(weights, np.float32([0, *[0.1] * 5, *[1] * 9]))
+
+
+def test_infill_in_a_neighbour_keeps_the_neighbours_weight():
+  tokens, weights = build_sample(DOCUMENT, [NEIGHBOR], SamplePlan((0,), False, ((1, 2),), 15), VOCAB, 0.5)
+  assert tokens[12:].tolist() == [MASK, 50, EOSS]
+  assert weights[12:].tolist() == [1, 0.5, 1]
+
+
+def test_a_document_that_alone_does_not_fit_loses_its_tail():
+  tokens, _ = build_sample(DOCUMENT, [], SamplePlan((), False, (), 5), VOCAB, 1.0)
+  np.testing.assert_array_equal(tokens, [EOS, 40, 41, BRK, 517])
+
+
+def test_a_changed_store_is_noticed():
+  with pytest.raises(ValueError, match="planned were 9"):
+    build_sample(DOCUMENT, [], SamplePlan((), False, (), 9), VOCAB, 1.0)
+
+
+def test_pack_row_literal():
+  samples = [(np.array([EOS, 40, EOS]), np.float32([0, 1, 1])), (np.array([EOS, MASK, BRK, 517]), np.float32([0, 0, 0, 1]))]
+  row = pack_row(samples, 7, PAD)
+  assert row["inputs"].tolist() == [EOS, 40, EOS, MASK, BRK, PAD, PAD]
+  assert row["targets"].tolist() == [40, EOS, MASK, BRK, 517, PAD, PAD]
+  assert row["loss_weights"].tolist() == [1, 1, 0, 0, 1, 0, 0]
+  assert row["segment_ids"].tolist() == [1, 1, 2, 2, 2, 0, 0]
+  assert row["positions"].tolist() == [0, 1, 0, 1, 2, 0, 0]
+
+
+def test_rows_of_samples_pads_each_to_the_length():
+  batch = rows_of_samples([np.array([EOS, 40, EOS]), np.array([EOS, 41, 42, EOS])], 4)
+  assert batch["targets"].tolist() == [[40, EOS, PAD, PAD], [41, 42, EOS, PAD]]
+  assert batch["loss_weights"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
+
+
+@pytest.fixture(scope="module")
+def loader(tmp_path_factory):
+  return RowLoader(make_plan(make_sources(tmp_path_factory.mktemp("stores"))), VOCAB)
+
+
+def take(iterator, n):
+  return [jax.device_get(next(iterator)) for _ in range(n)]
+
+
+def test_no_target_belongs_to_another_sample(loader):
+  for i in range(50):
+    row = loader[i]
+    inside = (row["segment_ids"][:-1] == row["segment_ids"][1:]) & (row["segment_ids"][1:] > 0)
+    np.testing.assert_array_equal(row["inputs"][1:][inside], row["targets"][:-1][inside])
+    assert (row["loss_weights"][row["segment_ids"] == 0] == 0).all()
+    starts = np.flatnonzero(np.diff(row["segment_ids"], prepend=0) > 0)
+    assert (row["inputs"][starts] == EOS).all()
+    assert (row["positions"][starts] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2), (1, 1, 8)])
+def test_batches_are_the_rows_on_any_mesh(loader, shape):
+  mesh = create_mesh(MeshConfig(*shape))
+  sharding = NamedSharding(mesh, spec("batch", "length"))
+  for j, batch in enumerate(take(batches(loader, 8, 8, sharding), 2)):
+    for r in range(8):
+      row = loader[8 + 8 * j + r]
+      for name, x in batch.items():
+        np.testing.assert_array_equal(x[r], row[name])
+
+
+def test_continuing_at_a_row_gives_what_would_have_come(loader):
+  sharding = NamedSharding(create_mesh(MeshConfig()), spec("batch", "length"))
+  whole, continued = take(batches(loader, 0, 8, sharding), 3), take(batches(loader, 16, 8, sharding), 1)
+  np.testing.assert_array_equal(whole[2]["inputs"], continued[0]["inputs"])
+  assert not np.array_equal(whole[1]["inputs"], continued[0]["inputs"])
+
+
+def test_local_rows_of_a_replicated_axis_are_read_once():
+  sharding = NamedSharding(create_mesh(MeshConfig(1, 2, 4)), spec("batch", "length"))
+  assert local_rows(sharding, (8, 128)) == list(range(8))
+
+
+def test_neighbour_weight_reaches_the_rows(tmp_path):
+  sources = make_sources(tmp_path)
+  plan = make_plan(sources, neighbor_loss_weight=0.25, text_share=0.3)
+  values = {float(w) for i in range(20) for w in RowLoader(plan, VOCAB)[i]["loss_weights"]}
+  assert values == {0.0, 0.25, 1.0}
+  assert dataclasses.replace(plan.config).neighbor_loss_weight == 0.25

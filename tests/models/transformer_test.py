@@ -1,0 +1,109 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm3leon_jax.models import attention, transformer
+from tests.models.tiny import CONFIG, mesh_of, model_logits, random_params
+
+L = 12
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (4, L)).astype(np.int32)
+POSITIONS = np.tile(np.arange(L, dtype=np.int32), (4, 1))
+SEGMENTS = np.ones((4, L), np.int32)
+FAMILIES = pytest.mark.parametrize("family", ["opt", "modern"])
+
+
+def config_of(family, **fields):
+  return dataclasses.replace(CONFIG, family=family, **fields)
+
+
+@FAMILIES
+def test_no_gradient_reaches_a_later_token(family):
+  """Causality: the logits at t do not depend on the embedding of a token after t."""
+  config = config_of(family)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    params = random_params(config)
+    tokens = np.arange(L, dtype=np.int32)[None]  # Every position has a token of its own.
+    t = 5
+    at_t = np.zeros((1, L, 1), np.float32)
+    at_t[0, t] = 1
+    # Only columns that no input token owns: the tied table's rows then get their gradient through the input alone.
+    unused = (np.arange(config.vocab_size) >= L).astype(np.float32)[None, None]
+    f = lambda p: jnp.sum(at_t * unused * model_logits(config, p, tokens, POSITIONS[:1], SEGMENTS[:1]) ** 2)
+    norms = np.linalg.norm(np.asarray(jax.grad(f)(params)["embed"])[:L], axis=1)
+  assert (norms[: t + 1] > 1e-6).all()
+  assert (norms[t + 1 :] == 0).all()
+
+
+@FAMILIES
+def test_packed_samples_do_not_see_each_other(family):
+  config = config_of(family)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    params = random_params(config)
+    segments = np.array([[1] * 5 + [2] * 7], np.int32)
+    positions = np.array([[*range(5), *range(7)]], np.int32)
+    packed = model_logits(config, params, TOKENS[:1], positions, segments)
+    alone = model_logits(config, params, TOKENS[:1, 5:], positions[:, 5:], segments[:, 5:])
+    leaking = model_logits(config, params, TOKENS[:1], positions, SEGMENTS[:1])
+  np.testing.assert_allclose(packed[:, 5:], alone, atol=2e-5)
+  assert np.abs(leaking[:, 5:] - alone).max() > 0.1
+
+
+@FAMILIES
+def test_scanned_layers_equal_unrolled(family):
+  config = config_of(family)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    params = random_params(config)
+    scanned = model_logits(config, params, TOKENS, POSITIONS, SEGMENTS)
+    one = config_of(family, num_layers=1)
+    model = transformer.bind(config, params)
+    x = model.embed_tokens(jnp.asarray(TOKENS), jnp.asarray(POSITIONS))
+    mask = attention.causal_segment_mask(jnp.asarray(SEGMENTS))
+    for i in range(config.num_layers):
+      layer = transformer.bind(one, {**params, "blocks": jax.tree.map(lambda w, i=i: w[i : i + 1], params["blocks"])})
+      block = jax.tree.map(lambda w: w[0], layer.blocks)
+      x = block(x, jnp.asarray(POSITIONS), lambda q, k, v: attention.masked_attention(q, k, v, mask))
+    unrolled = transformer.logits(model.final_norm(x), model.output_table())
+  np.testing.assert_allclose(scanned, unrolled, atol=2e-5)
+
+
+@pytest.mark.parametrize("policy", ["minimal", "full"])
+def test_remat_changes_nothing(policy):
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    params = random_params(CONFIG)
+    loss = lambda c: jax.grad(lambda p: jnp.mean(model_logits(c, p, TOKENS, POSITIONS, SEGMENTS) ** 2))(params)
+    for a, b in zip(jax.tree.leaves(loss(CONFIG)), jax.tree.leaves(loss(config_of("opt", remat_policy=policy)))):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@FAMILIES
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2), (1, 2, 4)])
+def test_sharded_equals_one_device(family, shape):
+  config = config_of(family)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    expected = np.asarray(model_logits(config, random_params(config), TOKENS, POSITIONS, SEGMENTS))
+  with jax.set_mesh(mesh_of(*shape)):
+    found = model_logits(config, random_params(config), TOKENS, POSITIONS, SEGMENTS)
+    assert jax.typeof(found).sharding.spec[2] == "tensor"
+    np.testing.assert_allclose(found, expected, atol=5e-5)
+
+
+def test_opt_starts_with_equal_logits_up_to_the_tied_table():
+  """Residual outputs start at 0: every layer is the identity, so depth does not change a fresh network."""
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    deep = model_logits(CONFIG, transformer.init_params(CONFIG, jax.random.key(0)), TOKENS, POSITIONS, SEGMENTS)
+    params = transformer.init_params(CONFIG, jax.random.key(0))
+    model = transformer.bind(CONFIG, params)
+    x = model.final_norm(model.embed_tokens(jnp.asarray(TOKENS), jnp.asarray(POSITIONS)))
+    np.testing.assert_allclose(deep, transformer.logits(x, model.output_table()), atol=1e-6)
+    assert float(jnp.std(params["embed"])) == pytest.approx(0.006, rel=0.05)
+    assert float(jnp.max(jnp.abs(params["embed"]))) <= 3 * 0.006 + 1e-9
+
+
+def test_rotation_depends_on_distance_alone():
+  q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+  score = lambda i, j: float(jnp.sum(transformer.rotate(q, jnp.array([[i]])) * transformer.rotate(k, jnp.array([[j]]))))
+  assert score(7, 3) == pytest.approx(score(14, 10), abs=1e-5)
+  assert abs(score(7, 3) - score(7, 4)) > 1e-3

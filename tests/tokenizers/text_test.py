@@ -1,0 +1,109 @@
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+import transformers
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.tokenizers.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
+from cm3leon_jax.vocab import VocabLayout
+
+VOCAB = VocabLayout(num_special=8, text_size=300, image_size=16)
+TEXTS = [
+  f"a {color} {thing} beside the {other}"
+  for color in ("red", "green", "blue")
+  for thing in ("heart", "square", "house")
+  for other in ("tree", "river", "road")
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp("text_tokenizer")
+  train_text_tokenizer(TEXTS, VOCAB, TextTokenizerConfig(), path)
+  return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+  return TextTokenizer(folder, VOCAB)
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_decode_inverts_encode_for_every_text(tokenizer, text):
+  ids = tokenizer.encode(text)
+  assert ids.dtype == np.int32
+  assert tokenizer.decode(ids) == text
+  assert ((ids >= VOCAB.num_special) & (ids < VOCAB.text_size)).all()
+
+
+@pytest.mark.parametrize("typed", VOCAB.special_tokens())
+def test_special_tokens_in_data_are_plain_text(tokenizer, folder, typed):
+  text = f"red {typed} heart{typed}"
+  ids = tokenizer.encode(text)
+  assert (ids >= VOCAB.num_special).all()
+  assert tokenizer.decode(ids) == text
+  control = transformers.AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False).input_ids
+  assert VOCAB.special_tokens().index(typed) in control
+
+
+def test_the_first_word_is_the_same_token_as_elsewhere(tokenizer):
+  red, heart = tokenizer.encode("red").tolist(), tokenizer.encode("heart").tolist()
+  assert tokenizer.encode("red heart").tolist() == red + heart
+  assert tokenizer.encode("heart red").tolist() == heart + red
+
+
+def test_decode_drops_special_tokens(tokenizer):
+  ids = [VOCAB.eos, VOCAB.mask(0), *tokenizer.encode("red heart"), VOCAB.eoss, VOCAB.pad]
+  assert tokenizer.decode(np.array(ids)) == "red heart"
+
+
+def test_batches_equal_single_texts(tokenizer):
+  for text, ids in zip(["", *TEXTS], tokenizer.encode_batch(["", *TEXTS]), strict=True):
+    assert ids.dtype == np.int32
+    assert ids.tolist() == tokenizer.encode(text).tolist()
+
+
+def test_training_is_deterministic(folder, tmp_path):
+  train_text_tokenizer(iter(TEXTS), VOCAB, TextTokenizerConfig(), tmp_path)
+  assert (tmp_path / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
+
+
+def test_transformers_loads_it(folder, tokenizer):
+  auto = transformers.AutoTokenizer.from_pretrained(folder)
+  assert len(auto) == VOCAB.text_size
+  assert auto.convert_ids_to_tokens(list(range(VOCAB.num_special))) == VOCAB.special_tokens()
+  assert (auto.pad_token_id, auto.bos_token_id, auto.eos_token_id, auto.unk_token_id) == (
+    VOCAB.pad,
+    VOCAB.eos,
+    VOCAB.eos,
+    VOCAB.unk,
+  )
+  assert auto.model_max_length == TextTokenizerConfig().model_max_length
+  ids = auto("a red heart").input_ids
+  assert ids == tokenizer.encode("a red heart").tolist()
+  assert auto.decode(ids) == "a red heart"
+  assert json.loads((folder / "special_tokens_map.json").read_text())["eos_token"] == "</s>"
+
+
+def test_too_few_texts_are_told(tmp_path):
+  with pytest.raises(UserError, match=r"the 1 training texts \(9 characters\) give \d+ tokens, config.vocab.text_size is 300"):
+    train_text_tokenizer(["red heart"], VOCAB, TextTokenizerConfig(), tmp_path)
+  assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_another_vocabulary_is_refused(folder, tmp_path):
+  with pytest.raises(UserError, match="has 300 tokens"):
+    TextTokenizer(folder, VocabLayout(num_special=8, text_size=301, image_size=16))
+  with pytest.raises(UserError, match="start with the 9 special ones"):
+    TextTokenizer(folder, VocabLayout(num_special=9, text_size=300, image_size=16))
+  with pytest.raises(UserError, match=r"launch\.train_text_tokenizer"):
+    TextTokenizer(tmp_path / "absent", VOCAB)
+
+
+@pytest.mark.parametrize("field", ["min_frequency", "model_max_length", "max_caption_tokens"])
+def test_config_is_checked(field):
+  with pytest.raises(ValueError, match=f"text_tokenizer.{field} is 0"):
+    TextTokenizerConfig(**{field: 0})

@@ -1,0 +1,34 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer, learning_rate_schedule
+
+
+@pytest.mark.parametrize(("schedule", "middle"), [("cosine", 0.55), ("linear", 0.55)])
+def test_schedule_literals(schedule, middle):
+  rate = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule=schedule), 110)
+  assert [float(rate(s)) for s in (0, 5, 10)] == pytest.approx([0.0, 0.5, 1.0])
+  assert float(rate(60)) == pytest.approx(middle)
+  assert float(rate(110)) == pytest.approx(0.1)
+
+
+def test_warm_up_takes_at_most_half_of_a_short_run():
+  rate = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=1_500), 20)
+  assert float(rate(10)) == pytest.approx(1.0)
+
+
+def test_decay_spares_norm_scales_and_clipping_bounds_the_update():
+  optimizer = create_optimizer(OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5), 10)
+  params = {"norm": {"scale": jnp.ones(3)}, "embed": jnp.ones(3)}
+  updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+  np.testing.assert_allclose(updates["norm"]["scale"], 0)
+  np.testing.assert_allclose(updates["embed"], -0.5)
+
+
+def test_errors_name_the_field():
+  with pytest.raises(ValueError, match="schedule is 'step'"):
+    OptimizerConfig(schedule="step")
+  with pytest.raises(ValueError, match="b1 is 2"):
+    OptimizerConfig(b1=2)

@@ -1,0 +1,106 @@
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm3leon_jax.config import build
+from cm3leon_jax.mesh import shard, spec
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.state import init_state, train_step
+from ml_configs import cm3leon_7b
+from tests.models.tiny import CONFIG, mesh_of
+
+OPTIMIZER = create_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=2), 10)
+B, L = 8, 16
+
+
+def make_batch(seed=0):
+  rng = np.random.default_rng(seed)
+  integers = lambda high: rng.integers(0, high, (B, L)).astype(np.int32)
+  weights = rng.random((B, L)).astype(np.float32) * (rng.random((B, 1)) > 0.4)  # Unequal between accumulated parts.
+  batch = {"inputs": integers(96), "targets": integers(96), "loss_weights": weights.astype(np.float32)}
+  positions = np.tile(np.arange(L, dtype=np.int32), (B, 1))
+  return {**batch, "segment_ids": np.ones((B, L), np.int32), "positions": positions}
+
+
+def run(shape, accumulation, steps=3):
+  with jax.set_mesh(mesh_of(*shape)):
+    state = init_state(CONFIG, OPTIMIZER, jax.random.key(0))
+    step = jax.jit(lambda s, b: train_step(CONFIG, OPTIMIZER, 60, accumulation, s, b))
+    losses = []
+    for i in range(steps):
+      batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in make_batch(i).items()}
+      state, metrics = step(state, batch)
+      losses.append([float(metrics[name]) for name in ("loss", "image_loss", "text_loss", "grad_norm")])
+    return np.array(losses), jax.device_get(state)
+
+
+@pytest.fixture(scope="module")
+def reference():
+  return run((1, 1, 1), 1)
+
+
+@pytest.mark.parametrize(("shape", "accumulation"), [((1, 1, 1), 4), ((2, 2, 2), 1), ((2, 2, 2), 2), ((1, 8, 1), 1)])
+def test_mesh_and_accumulation_change_nothing(reference, shape, accumulation):
+  losses, state = run(shape, accumulation)
+  np.testing.assert_allclose(losses, reference[0], rtol=2e-5)
+  for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(reference[1].params)):
+    np.testing.assert_allclose(a, b, atol=2e-4)
+  assert losses[2, 0] != losses[0, 0]
+
+
+def array_shapes(jaxpr):
+  """Shapes of all arrays of a jaxpr; its text gives a type as f32[8@fsdp,256,64512@(tensor,fsdp)]."""
+  text = re.sub(r"@\([\w,]+\)|@\w+", "", str(jaxpr))
+  return {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[(\d[\d,]*)", text)}
+
+
+def abstract_7b(shape):
+  """The train step of the real 7B config traced on 8 devices: jaxpr and abstract state; no array is made."""
+  config = cm3leon_7b.get_config()
+  model, optimizer = (
+    build(ModelConfig, config.model, "model"),
+    create_optimizer(build(OptimizerConfig, config.optimizer, "optimizer"), 10),
+  )
+  with jax.set_mesh(mesh_of(*shape)):
+    state = jax.eval_shape(lambda: init_state(model, optimizer, jax.random.key(0)))
+    length = config.data.sequence_length
+    types = {"inputs": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32", "positions": "int32"}
+    sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec("batch", "length"))
+    batch = {name: jax.ShapeDtypeStruct((B, length), dtype, sharding=sharding) for name, dtype in types.items()}
+    step = lambda s, b: train_step(model, optimizer, config.vocab.text_size, 1, s, b)
+    return config, state, jax.make_jaxpr(step)(state, batch)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)])
+def test_the_7b_step_splits_the_vocabulary_and_never_holds_all_logits(shape):
+  config, state, jaxpr = abstract_7b(shape)
+  V, L = config.model.vocab_size, config.data.sequence_length
+  assert (V, L) == (64_512, 4_096)
+  adam = state.opt_state[1][0]
+  for table in (state.params["embed"], adam.mu["embed"], adam.nu["embed"]):
+    assert table.shape == (V, config.model.width)
+    assert table.sharding.spec == spec("vocab_stored", None)
+    assert table.sharding.shard_shape(table.shape)[0] == V // (shape[1] * shape[2])
+  shapes = {
+    tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)", re.sub(r"@\([\w,]+\)|@\w+", "", str(jaxpr)))
+  }
+  table = (V, config.model.width)  # The width happens to be the sequence length.
+  with_vocab = {s for s in shapes if V in s and s != table}
+  assert with_vocab
+  assert not [s for s in with_vocab if L in s], "an array of full vocabulary x full sequence"
+  assert max(int(np.prod(s)) // V // B for s in with_vocab) <= ModelConfig().loss_chunk
+
+
+def test_a_step_without_chunks_would_be_found():
+  """Negative control of the search above: one chunk of the whole row shows up as vocabulary x sequence."""
+  config = dataclasses.replace(CONFIG, loss_chunk=L)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    state = jax.eval_shape(lambda: init_state(config, OPTIMIZER, jax.random.key(0)))
+    batch = jax.tree.map(jnp.asarray, make_batch())
+    jaxpr = jax.make_jaxpr(lambda s, b: train_step(config, OPTIMIZER, 60, 1, s, b))(state, batch)
+  assert [s for s in array_shapes(jaxpr) if 96 in s and L in s]

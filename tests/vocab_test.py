@@ -1,0 +1,70 @@
+from hypothesis import given
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from cm3leon_jax.vocab import VocabLayout
+
+SMALL = VocabLayout(num_special=8, text_size=300, image_size=16)
+
+
+def test_paper_layout():
+  vocab = VocabLayout()
+  assert vocab.size == 64_512 == 2**10 * 63
+  assert vocab.special_tokens()[:6] == ["<pad>", "</s>", "<unk>", "<break>", "<eoss>", "<mask:0>"]
+  assert (vocab.pad, vocab.eos, vocab.unk, vocab.brk, vocab.eoss, vocab.mask(0)) == (0, 1, 2, 3, 4, 5)
+
+
+def test_special_tokens_fill_their_range_and_stand_at_their_ids():
+  names = SMALL.special_tokens()
+  assert len(names) == len(set(names)) == SMALL.num_special
+  assert all(names[SMALL.mask(i)] == f"<mask:{i}>" for i in range(SMALL.num_masks))
+
+
+def test_every_id_has_one_kind():
+  ids = np.arange(-1, SMALL.size + 1)
+  assert ids[SMALL.is_image(ids)].tolist() == list(range(300, 316))
+  assert ids[SMALL.is_mask(ids)].tolist() == [5, 6, 7]
+
+
+@given(st.lists(st.integers(0, SMALL.image_size - 1)))
+def test_image_codes_invert_image_ids(codes):
+  ids = SMALL.image_ids(codes)
+  assert ids.dtype == np.int32
+  assert SMALL.is_image(ids).all()
+  assert SMALL.image_codes(ids).tolist() == codes
+
+
+def test_image_ids_literal():
+  assert SMALL.image_ids([[0, 15]]).tolist() == [[300, 315]]
+
+
+@pytest.mark.parametrize("code", [-1, 16])
+def test_codes_outside_the_vocabulary_are_refused(code):
+  with pytest.raises(ValueError, match=r"vocabulary has \[0, 16\)"):
+    SMALL.image_ids([3, code])
+
+
+@pytest.mark.parametrize("token", [299, 316])
+def test_ids_of_no_image_are_refused(token):
+  with pytest.raises(ValueError, match=f"id {token} is no image code"):
+    SMALL.image_codes([300, token])
+
+
+@pytest.mark.parametrize("i", [-1, 3])
+def test_absent_sentinels_are_refused(i):
+  with pytest.raises(ValueError, match="3 sentinels"):
+    SMALL.mask(i)
+
+
+@pytest.mark.parametrize(
+  ("field", "values"),
+  [
+    ("num_special", {"num_special": 5}),
+    ("text_size", {"num_special": 8, "text_size": 263}),
+    ("image_size", {"image_size": 0}),
+  ],
+)
+def test_impossible_layouts_are_refused(field, values):
+  with pytest.raises(ValueError, match=f"vocab.{field} is"):
+    VocabLayout(**values)
