@@ -12,12 +12,12 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.data.plan import RowPlan, Source
+from cm3leon_jax.decoding.draw import sample_drawer
 from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.retrieval.neighbors import load_neighbors
+from cm3leon_jax.settings import Settings
 from cm3leon_jax.training.train import train
 from launch import common
-from launch.common import Settings
-from launch.generate import sample_drawer
 
 
 def open_rows(settings: Settings, workdir, split: str) -> RowLoader:

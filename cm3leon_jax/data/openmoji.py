@@ -20,6 +20,9 @@ STYLE = "color"  # The package holds the coloured variant of every drawing and n
 
 _JOINER = "\u200d"
 _EMOJI_STYLE = "\ufe0f"
+_PERSON = re.compile(r"\b(?:man|woman)\b")
+_PEOPLE = re.compile(r"\b(?:men|women)\b")
+_CHILD = re.compile(r"\b(?:boy|girl)\b")
 _SKIN_TONE = re.compile(r" (?:medium )?(?:light|medium|dark) skin tone\b")
 
 
@@ -78,8 +81,12 @@ def _is_flag(characters: str) -> bool:
 
 
 def concept(text: str) -> str:
-  """A caption without its skin tones: what the variants of one drawing share."""
-  return _SKIN_TONE.sub("", text)
+  """A caption without skin tones and genders: what the variants of one drawing share.
+
+  concept("woman cook medium dark skin tone") = concept("man cook") = "person cook"
+  """
+  words = _SKIN_TONE.sub("", text)
+  return _PERSON.sub("person", _PEOPLE.sub("people", _CHILD.sub("child", words)))
 
 
 def render(path: str, resolution: int) -> np.ndarray:

@@ -8,15 +8,7 @@ import jax.numpy as jnp
 
 from cm3leon_jax.mesh import spec
 
-
-def causal_segment_mask(segment_ids):
-  """[B, L] int32 -> [B, 1, L, L] bool: query l sees key t when t <= l and both are of one segment.
-
-  segment_ids = [1 1 2] gives [[1 0 0] [1 1 0] [0 0 1]]
-  """
-  length = segment_ids.shape[1]
-  causal = jnp.tril(jnp.ones((length, length), bool))
-  return causal[None, None] & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+BLOCK = 256  # Queries that look back together.
 
 
 def masked_attention(q, k, v, mask):
@@ -36,8 +28,34 @@ def masked_attention(q, k, v, mask):
   return jnp.einsum("BNLT,BTNH->BLNH", weights.astype(v.dtype), v)
 
 
+def causal_attention(q, k, v, segment_ids):
+  """Attention of packed rows: query l sees key t when t <= l and both are of one segment.
+
+  Blocks of queries look only at the keys up to their end: half the work of a full matrix under a mask, and the scores
+  of one block at a time.
+
+    segment_ids = [1 1 2]: who sees whom is [[1 0 0] [1 1 0] [0 0 1]]
+
+  Args:
+    q: [B, L, N, H].
+    k: [B, L, N, H].
+    v: [B, L, N, H].
+    segment_ids: [B, L] int32.
+
+  Returns:
+    [B, L, N, H].
+  """
+  length, blocks = q.shape[1], []
+  for start in range(0, length, BLOCK):
+    stop = min(start + BLOCK, length)
+    causal = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None]
+    mask = causal[None, None] & (segment_ids[:, None, start:stop, None] == segment_ids[:, None, None, :stop])
+    blocks.append(masked_attention(q[:, start:stop], k[:, :stop], v[:, :stop], mask))
+  return jnp.concatenate(blocks, axis=1)
+
+
 def splash_attention(q, k, v, segment_ids):
-  """The same as `masked_attention` under `causal_segment_mask`, by the Pallas TPU kernel, per shard of batch and heads."""
+  """The same as `causal_attention`, by the Pallas TPU kernel, per shard of batch and heads."""
   length, scale = q.shape[1], q.shape[-1] ** -0.5
 
   def local(q, k, v, segment_ids):

@@ -144,8 +144,7 @@ class Transformer(nnx.Module):
     if self.config.attention == "splash":
       attend = lambda q, k, v: attention.splash_attention(q, k, v, segment_ids)
     else:
-      mask = attention.causal_segment_mask(segment_ids)
-      attend = lambda q, k, v: attention.masked_attention(q, k, v, mask)
+      attend = lambda q, k, v: attention.causal_attention(q, k, v, segment_ids)
     layer = _checkpointed(lambda x, block: (block(x, positions, attend), None), self.config.remat_policy)
     x, _ = jax.lax.scan(layer, self.embed_tokens(tokens, positions), self.blocks)
     return self.final_norm(x)

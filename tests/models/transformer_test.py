@@ -60,11 +60,10 @@ def test_scanned_layers_equal_unrolled(family):
     one = config_of(family, num_layers=1)
     model = transformer.bind(config, params)
     x = model.embed_tokens(jnp.asarray(TOKENS), jnp.asarray(POSITIONS))
-    mask = attention.causal_segment_mask(jnp.asarray(SEGMENTS))
     for i in range(config.num_layers):
       layer = transformer.bind(one, {**params, "blocks": jax.tree.map(lambda w, i=i: w[i : i + 1], params["blocks"])})
       block = jax.tree.map(lambda w: w[0], layer.blocks)
-      x = block(x, jnp.asarray(POSITIONS), lambda q, k, v: attention.masked_attention(q, k, v, mask))
+      x = block(x, jnp.asarray(POSITIONS), lambda q, k, v: attention.causal_attention(q, k, v, jnp.asarray(SEGMENTS)))
     unrolled = transformer.logits(model.final_norm(x), model.output_table())
   np.testing.assert_allclose(scanned, unrolled, atol=2e-5)
 

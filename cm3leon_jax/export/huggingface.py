@@ -1,0 +1,194 @@
+"""The Hugging Face layout: `opt` as OPTForCausalLM, `modern` as Qwen3ForCausalLM; both load without remote code."""
+
+# K layers, D width, N heads, H head size, F feed-forward, V vocabulary, T tokens.
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import importlib.util
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import numpy as safetensors_numpy
+
+from cm3leon_jax import stages
+from cm3leon_jax.decoding.generate import batch_shards
+from cm3leon_jax.mesh import shard
+from cm3leon_jax.models import transformer
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.vocab import VocabLayout
+
+WEIGHTS = "model.safetensors"
+OPT_OFFSET = 2  # OPT keeps position p at row p + 2; the rows before are never read.
+
+
+def opt_tensors(params: dict) -> dict[str, np.ndarray]:
+  """Parameters of the `opt` family -> OPTForCausalLM's names, [out, in] weights, fp32; the head is tied to the table."""
+  positions = params["positions"]
+  tensors = {
+    "model.decoder.embed_tokens.weight": params["embed"],
+    "model.decoder.embed_positions.weight": np.pad(positions, ((OPT_OFFSET, 0), (0, 0))),
+  }
+  blocks = params["blocks"]
+  for i in range(len(blocks["up"])):
+    layer = f"model.decoder.layers.{i}"
+    tensors |= _attention(f"{layer}.self_attn", blocks, i, "out_proj")
+    tensors |= {f"{layer}.fc1.weight": blocks["up"][i].T, f"{layer}.fc2.weight": blocks["down"][i].T}
+  return {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+
+
+def qwen3_tensors(params: dict) -> dict[str, np.ndarray]:
+  """Parameters of the `modern` family -> Qwen3ForCausalLM's names, [out, in] weights, fp32."""
+  tensors = {
+    "model.embed_tokens.weight": params["embed"],
+    "model.norm.weight": params["final_norm"]["scale"],
+    "lm_head.weight": params["head"],
+  }
+  blocks = params["blocks"]
+  for i in range(len(blocks["up"])):
+    layer = f"model.layers.{i}"
+    tensors |= _attention(f"{layer}.self_attn", blocks, i, "o_proj")
+    tensors |= {
+      f"{layer}.self_attn.q_norm.weight": blocks["q_norm"]["scale"][i],
+      f"{layer}.self_attn.k_norm.weight": blocks["k_norm"]["scale"][i],
+      f"{layer}.input_layernorm.weight": blocks["norm1"]["scale"][i],
+      f"{layer}.post_attention_layernorm.weight": blocks["norm2"]["scale"][i],
+      f"{layer}.mlp.gate_proj.weight": blocks["gate"][i].T,
+      f"{layer}.mlp.up_proj.weight": blocks["up"][i].T,
+      f"{layer}.mlp.down_proj.weight": blocks["down"][i].T,
+    }
+  return {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+
+
+def _attention(prefix: str, blocks: dict, i: int, out_name: str) -> dict[str, np.ndarray]:
+  width = blocks["qkv"].shape[2]
+  qkv = blocks["qkv"][i].reshape(3, width, width)
+  names = [f"{prefix}.{name}_proj.weight" for name in "qkv"]
+  return {**{name: w.T for name, w in zip(names, qkv)}, f"{prefix}.{out_name}.weight": blocks["out"][i].reshape(width, width).T}
+
+
+def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
+  """Content of config.json. Image code c is token `cm3leon.text_size` + c of the same table."""
+  common = {
+    "vocab_size": config.vocab_size,
+    "hidden_size": config.width,
+    "num_hidden_layers": config.num_layers,
+    "num_attention_heads": config.num_heads,
+    "max_position_embeddings": config.max_positions,
+    "pad_token_id": vocab.pad,
+    "bos_token_id": vocab.eos,
+    "eos_token_id": vocab.eos,
+    "dtype": "float32",
+    "cm3leon": {"num_special": vocab.num_special, "text_size": vocab.text_size, "image_size": vocab.image_size},
+  }
+  if config.family == "opt":
+    return common | {
+      "architectures": ["OPTForCausalLM"],
+      "model_type": "opt",
+      "activation_function": "relu",
+      "do_layer_norm_before": True,
+      "layer_norm_elementwise_affine": False,
+      "enable_bias": False,
+      "word_embed_proj_dim": config.width,
+      "ffn_dim": config.mlp_width,
+      "dropout": 0.0,
+      "attention_dropout": 0.0,
+      "layerdrop": 0.0,
+      "tie_word_embeddings": True,
+    }
+  return common | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "intermediate_size": config.mlp_width,
+    "num_key_value_heads": config.num_heads,
+    "head_dim": config.head_dim,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": float(transformer.ROPE_BASE),
+    "rope_parameters": {"rope_type": "default", "rope_theta": float(transformer.ROPE_BASE)},
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+  }
+
+
+def export(
+  folder: epath.PathLike, params: dict, config: ModelConfig, vocab: VocabLayout, tokenizer_folder: epath.PathLike | None
+) -> dict:
+  """Writes what `transformers.AutoModelForCausalLM` and `AutoTokenizer` read, without torch; the weights come last.
+
+  Args:
+    folder: gets model.safetensors, config.json, generation_config.json and the tokenizer's files.
+    params: of the model, on any mesh.
+    config: of the model.
+    vocab: the layout of its ids.
+    tokenizer_folder: of the text tokenizer; None leaves it out.
+
+  Returns:
+    Numbers for the report.
+  """
+  folder = epath.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  described = hf_config(config, vocab)
+  stages.write_json(folder / "config.json", described)
+  ids = {name: described[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+  stages.write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+  if tokenizer_folder is not None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+      (folder / name).write_text((epath.Path(tokenizer_folder) / name).read_text())
+  host = jax.tree.map(lambda x: np.asarray(x, np.float32), jax.device_get(params))
+  tensors = opt_tensors(host) if config.family == "opt" else qwen3_tensors(host)
+  partial = folder / (WEIGHTS + ".partial")
+  partial.write_bytes(safetensors_numpy.save(tensors, {"format": "pt"}))
+  partial.replace(folder / WEIGHTS)
+  return {
+    "architecture": described["architectures"][0],
+    "parameters": sum(x.size for x in tensors.values()),
+    "bytes": (folder / WEIGHTS).stat().length,
+  }
+
+
+def can_compare() -> bool:
+  """Whether torch and transformers are installed: the `[dev]` extra."""
+  return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def causal_logits(config: ModelConfig, params: dict, tokens):
+  """[T] ids of one sample -> [T, V] fp32 logits after each of them; on the current mesh."""
+  model = transformer.bind(config, params)
+  tokens = shard(jnp.broadcast_to(tokens[None], (batch_shards(), tokens.size)), "batch", "length")
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+  hidden = model(tokens, shard(positions, "batch", "length"), jnp.ones_like(tokens))
+  return transformer.logits(hidden, model.output_table())[0]
+
+
+def compare_logits(folder: epath.PathLike, params: dict, config: ModelConfig, samples: Sequence[np.ndarray]) -> dict:
+  """Runs samples through the exported folder and through our model, both in fp32. Needs `can_compare()`.
+
+  Args:
+    folder: of `export`.
+    params: of the model, on the current mesh.
+    config: of the model.
+    samples: [T] int32 ids each, T <= max_positions.
+
+  Returns:
+    max_difference over all logits, and max_logit, the largest of them in size, to judge it by.
+  """
+  import torch
+  import transformers
+
+  model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+  config = dataclasses.replace(config, dtype="float32", attention="plain")
+  longest = max(len(s) for s in samples)
+  difference, largest = 0.0, 0.0
+  for sample in samples:
+    with torch.no_grad():
+      theirs = model(torch.from_numpy(sample.astype(np.int64))[None]).logits[0].numpy()
+    # Padded to one length, one program; what follows a token does not reach it.
+    ours = np.asarray(causal_logits(config, params, np.pad(sample, (0, longest - len(sample)))))[: len(sample)]
+    difference = max(difference, float(np.abs(ours - theirs).max()))
+    largest = max(largest, float(np.abs(ours).max()))
+  return {"max_difference": difference, "max_logit": largest, "samples": len(samples), "tokens": sum(map(len, samples))}

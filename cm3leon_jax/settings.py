@@ -1,0 +1,75 @@
+"""All sections of a config, as the frozen dataclasses that the library takes."""
+
+import dataclasses
+
+import ml_collections
+
+from cm3leon_jax.config import UserError, build
+from cm3leon_jax.data.plan import DataConfig
+from cm3leon_jax.data.raw_pairs import RawConfig
+from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.evaluation.bits import EvaluationConfig
+from cm3leon_jax.mesh import MeshConfig
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.retrieval.clip import CLIPConfig
+from cm3leon_jax.retrieval.neighbors import RetrievalConfig
+from cm3leon_jax.tokenizers.text import TextTokenizerConfig
+from cm3leon_jax.tokenizers.vqgan import VQGANConfig
+from cm3leon_jax.training.optimizer import OptimizerConfig
+from cm3leon_jax.training.train import TrainConfig
+from cm3leon_jax.vocab import VocabLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """A checked config: one frozen dataclass per section; each documents its fields."""
+
+  seed: int
+  vocab: VocabLayout
+  raw: RawConfig
+  text_tokenizer: TextTokenizerConfig
+  vqgan: VQGANConfig
+  clip: CLIPConfig
+  retrieval: RetrievalConfig
+  data: DataConfig
+  model: ModelConfig
+  mesh: MeshConfig
+  optimizer: OptimizerConfig
+  train: TrainConfig
+  sampling: SamplingConfig
+  evaluation: EvaluationConfig
+
+  def __post_init__(self):
+    if self.model.vocab_size != self.vocab.size:
+      raise ValueError(f"model.vocab_size is {self.model.vocab_size}; it must be vocab.size = {self.vocab.size}.")
+    if self.model.max_positions < self.data.sequence_length:
+      raise ValueError(
+        f"model.max_positions is {self.model.max_positions}; "
+        f"it must be at least data.sequence_length = {self.data.sequence_length}."
+      )
+
+
+SECTIONS = {f.name: f.type for f in dataclasses.fields(Settings) if f.name != "seed"}
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """Every section with every field at its default, so that each can be overridden and no other can."""
+  sections = {name: {f.name: f.default for f in dataclasses.fields(cls)} for name, cls in SECTIONS.items()}
+  return ml_collections.ConfigDict({"seed": 0, **sections})
+
+
+def settings_from_config(config) -> Settings:
+  """Builds every section.
+
+  Raises:
+    UserError: naming the section and the field that is unknown or out of range.
+  """
+  unknown = sorted(set(config) - {"seed", *SECTIONS})
+  if unknown:
+    raise UserError(f"config has no section '{unknown[0]}': it has seed, {', '.join(SECTIONS)}.")
+  try:
+    return Settings(seed=int(config.seed), **{name: build(cls, config[name], name) for name, cls in SECTIONS.items()})
+  except UserError:
+    raise
+  except ValueError as error:
+    raise UserError(f"config: {error}") from error

@@ -1,0 +1,379 @@
+"""The image tokenizer: a convolutional VQGAN (Esser et al. 2021) with l2-normalised codes (Yu et al. 2022, ViT-VQGAN).
+
+NNX modules hold parameters; every transform is JAX's own, over a pure dict of them. Training: train_vqgan.py.
+"""
+
+# B batch, H height, W width, C channels, E code width, K codes, T = (resolution / downsample)^2 codes an image.
+
+import dataclasses
+import functools
+import itertools
+import math
+
+from etils import epath
+from flax import nnx, traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors
+
+from cm3leon_jax import config as config_lib
+from cm3leon_jax import stages
+
+PARAMS = "params.safetensors"
+CONFIG = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class VQGANConfig:
+  """Sizes of the tokenizer and how it is trained. Defaults: 256x256 -> 32x32 codes, as CM3Leon's (section 2.1).
+
+  The network halves the resolution from `resolution / stem` to `resolution / downsample`, one level for each; level i has
+  `width * multipliers[i]` channels, `encoder_blocks[i]` residual blocks on the way down and `decoder_blocks[i]` on the way up.
+
+  Attributes:
+    resolution: side of the images in pixels.
+    downsample: side in pixels of the square that one code stands for.
+    stem: side of the squares of pixels that become channels before the first convolution (and pixels again after the last).
+    code_dim: width of a code.
+    steps: training steps, over which the learning rate follows one cosine to 0.
+    l1_weight, l2_weight: reconstruction losses on pixels in [-1, 1].
+    codebook_weight, commitment_weight: pull codes to encodings, and encodings to codes (van den Oord et al. 2017).
+    adversarial_weight: hinge loss against a patch discriminator, 0: none is trained.
+    adversarial_start: share of the steps after which the discriminator starts.
+    discriminator_width, discriminator_layers: channels of its first layer, and number of layers with stride 2.
+    restart_every: steps over which a code must have been used, else it restarts at an encoding; 0: never.
+    restart_until: share of the steps after which no code restarts, so that the decoder can settle.
+    checkpoint_every: steps between the states that a killed run continues from.
+  """
+
+  resolution: int = 256
+  downsample: int = 8
+  stem: int = 2
+  width: int = 128
+  multipliers: tuple[int, ...] = (1, 2, 4)
+  encoder_blocks: tuple[int, ...] = (2, 2, 2)
+  decoder_blocks: tuple[int, ...] = (3, 3, 3)
+  code_dim: int = 32
+  steps: int = 500_000
+  batch_size: int = 256
+  learning_rate: float = 2e-4
+  warmup_steps: int = 1_000
+  l1_weight: float = 0.5
+  l2_weight: float = 1.0
+  codebook_weight: float = 1.0
+  commitment_weight: float = 0.25
+  adversarial_weight: float = 0.1
+  adversarial_start: float = 0.1
+  discriminator_width: int = 64
+  discriminator_layers: int = 3
+  restart_every: int = 100
+  restart_until: float = 0.75
+  checkpoint_every: int = 2_000
+
+  def __post_init__(self):
+    for name in ("resolution", "downsample", "stem", "width", "code_dim", "steps", "batch_size", "checkpoint_every"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
+    if self.downsample % self.stem or not math.log2(self.downsample // self.stem).is_integer():
+      raise ValueError(f"downsample is {self.downsample}; it must be stem = {self.stem} times a power of two.")
+    if self.resolution % self.downsample:
+      raise ValueError(f"resolution is {self.resolution}; it must be a multiple of downsample = {self.downsample}.")
+    for name in ("multipliers", "encoder_blocks", "decoder_blocks"):
+      values, low = getattr(self, name), int(name == "multipliers")
+      if len(values) != self.num_levels or any(not isinstance(v, int) or v < low for v in values):
+        raise ValueError(
+          f"{name} is {values}; it must hold {self.num_levels} integers of at least {low}, one a halving from stem = "
+          f"{self.stem} to downsample = {self.downsample}."
+        )
+    self._check_training()
+
+  def _check_training(self):
+    if self.learning_rate <= 0:
+      raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive.")
+    weights = ("l1_weight", "l2_weight", "codebook_weight", "commitment_weight", "adversarial_weight")
+    for name in (*weights, "warmup_steps", "restart_every"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+    for name in ("adversarial_start", "restart_until"):
+      if not 0 <= getattr(self, name) <= 1:
+        raise ValueError(f"{name} is {getattr(self, name)}; it is a share of the steps, so it must lie in [0, 1].")
+    smallest = 2**self.discriminator_layers if self.discriminator_layers > 0 else math.inf
+    if self.adversarial_weight and (self.discriminator_width < 1 or smallest > self.resolution):
+      raise ValueError(
+        f"discriminator_width is {self.discriminator_width} and discriminator_layers {self.discriminator_layers}; both must "
+        f"be positive, and 2^layers at most resolution = {self.resolution}."
+      )
+
+  @property
+  def num_levels(self) -> int:
+    return int(math.log2(self.downsample // self.stem)) + 1
+
+  @property
+  def image_tokens(self) -> int:
+    return (self.resolution // self.downsample) ** 2
+
+
+def space_to_depth(x, factor: int):
+  """[B, H, W, C] -> [B, H / factor, W / factor, factor * factor * C]."""
+  b, h, w, c = x.shape
+  x = x.reshape(b, h // factor, factor, w // factor, factor, c)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // factor, w // factor, factor * factor * c)
+
+
+def depth_to_space(x, factor: int):
+  """Undoes `space_to_depth`."""
+  b, h, w, c = x.shape
+  x = x.reshape(b, h, w, factor, factor, c // factor**2)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, c // factor**2)
+
+
+def l2_normalize(x):
+  """Rows (last axis) of norm 1."""
+  return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-12)
+
+
+def normalize(x):
+  """Zero mean and unit variance of each image's whole [H, W, C]."""
+  x = x - x.mean((1, 2, 3), keepdims=True)
+  return x * jax.lax.rsqrt(jnp.mean(x * x, (1, 2, 3), keepdims=True) + 1e-5)
+
+
+def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs, stride: int = 1) -> nnx.Conv:
+  """Square convolution that keeps the resolution, or divides it by `stride`."""
+  return nnx.Conv(inputs, outputs, (size, size), strides=(stride, stride), rngs=rngs)
+
+
+class Block(nnx.Module):
+  """Residual block of two convolutions."""
+
+  def __init__(self, width: int, rngs: nnx.Rngs):
+    self.conv1, self.conv2 = conv(width, width, 3, rngs), conv(width, width, 3, rngs)
+
+  def __call__(self, x):
+    h = self.conv1(nnx.silu(normalize(x)))
+    return x + self.conv2(nnx.silu(normalize(h)))
+
+
+class Encoder(nnx.Module):
+  """Pixels in [-1, 1], [B, H, W, 3] -> [B, H / downsample, W / downsample, E]."""
+
+  def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
+    self.stem = config.stem
+    widths = [config.width * m for m in config.multipliers]
+    self.conv_in = conv(3 * config.stem**2, widths[0], 3, rngs)
+    self.levels = nnx.List(nnx.List(Block(w, rngs) for _ in range(n)) for w, n in zip(widths, config.encoder_blocks))
+    self.downs = nnx.List(conv(a, b, 4, rngs, stride=2) for a, b in itertools.pairwise(widths))
+    self.conv_out = conv(widths[-1], config.code_dim, 1, rngs)
+
+  def __call__(self, x):
+    x = self.conv_in(space_to_depth(x, self.stem))
+    for i, blocks in enumerate(self.levels):
+      if i:
+        x = self.downs[i - 1](nnx.silu(x))
+      for block in blocks:
+        x = block(x)
+    return self.conv_out(normalize(x))
+
+
+class Decoder(nnx.Module):
+  """[B, H / downsample, W / downsample, E] -> pixels, [B, H, W, 3]; not clipped to [-1, 1]."""
+
+  def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
+    self.stem = config.stem
+    widths = [config.width * m for m in config.multipliers][::-1]
+    self.conv_in = conv(config.code_dim, widths[0], 3, rngs)
+    blocks = config.decoder_blocks[::-1]
+    self.levels = nnx.List(nnx.List(Block(w, rngs) for _ in range(n)) for w, n in zip(widths, blocks))
+    self.ups = nnx.List(conv(a, 4 * b, 3, rngs) for a, b in itertools.pairwise(widths))
+    self.conv_out = conv(widths[-1], 3 * config.stem**2, 3, rngs)
+
+  def __call__(self, z):
+    x = self.conv_in(z)
+    for i, blocks in enumerate(self.levels):
+      if i:
+        x = depth_to_space(self.ups[i - 1](nnx.silu(x)), 2)
+      for block in blocks:
+        x = block(x)
+    return depth_to_space(self.conv_out(nnx.silu(normalize(x))), self.stem)
+
+
+class Codebook(nnx.Module):
+  """K codes on the unit sphere of E dimensions; the nearest one is the one of the largest product."""
+
+  def __init__(self, num_codes: int, code_dim: int, rngs: nnx.Rngs):
+    self.table = nnx.Param(jax.random.normal(rngs.params(), (num_codes, code_dim), jnp.float32))
+
+  def nearest(self, z):
+    """[..., E], norm 1 -> index of the nearest code, int32 [...]. Products in full fp32 on every backend."""
+    products = jnp.matmul(z, l2_normalize(self.table[...]).T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.argmax(products, -1).astype(jnp.int32)
+
+  def __call__(self, indices):
+    """int32 [...] -> codes of norm 1, [..., E]."""
+    return l2_normalize(self.table[...])[indices]
+
+
+class VQGAN(nnx.Module):
+  """Encoder, codebook and decoder."""
+
+  def __init__(self, config: VQGANConfig, num_codes: int, rngs: nnx.Rngs):
+    self.encoder = Encoder(config, rngs)
+    self.codebook = Codebook(num_codes, config.code_dim, rngs)
+    self.decoder = Decoder(config, rngs)
+
+  def __call__(self, x):
+    """Reconstructs pixels with the straight-through gradient: the encodings get that of the codes.
+
+    Args:
+      x: [B, H, W, 3] in [-1, 1].
+
+    Returns:
+      Reconstruction [B, H, W, 3]; encodings z and their codes q, both [B, h, w, E] of norm 1; indices int32 [B, h, w].
+    """
+    z = l2_normalize(self.encoder(x))
+    indices = self.codebook.nearest(jax.lax.stop_gradient(z))
+    q = self.codebook(indices)
+    return self.decoder(z + jax.lax.stop_gradient(q - z)), z, q, indices
+
+
+def init_params(config: VQGANConfig, num_codes: int, key) -> dict:
+  """Pure dict of fp32 parameters."""
+  return draw_params(_structure(config, num_codes)[1], key)
+
+
+def draw_params(structure, key) -> dict:
+  """Parameters of a module from its abstract state: kernels normal of variance 1 / fan-in, biases 0, codes normal.
+
+  All come from one draw: XLA takes almost a second of a CPU to compile each.
+
+  Returns:
+    Pure dict whose keys are strings; lists became dicts with keys "0", "1", ...
+  """
+  shapes = {tuple(map(str, k)): v.shape for k, v in traverse_util.flatten_dict(nnx.to_pure_dict(structure)).items()}
+  ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+  pieces = jnp.split(jax.random.normal(key, (ends[-1],), jnp.float32), ends[:-1])
+  std = {1: lambda shape: 0.0, 2: lambda shape: 1.0, 4: lambda shape: math.prod(shape[:-1]) ** -0.5}
+  return traverse_util.unflatten_dict(
+    {path: std[len(shape)](shape) * x.reshape(shape) for (path, shape), x in zip(shapes.items(), pieces)}
+  )
+
+
+@functools.cache
+def _structure(config: VQGANConfig, num_codes: int):
+  return nnx.split(nnx.eval_shape(lambda: VQGAN(config, num_codes, nnx.Rngs(params=0))))
+
+
+def bind(config: VQGANConfig, num_codes: int, params: dict) -> VQGAN:
+  """The module with `params` in it; cheap, meant for use inside jitted functions."""
+  return fill(*_structure(config, num_codes), params)
+
+
+def fill(graphdef, state, params: dict) -> nnx.Module:
+  """Merges a pure dict with string keys into a module's structure."""
+  flat = {tuple(int(k) if k.isdigit() else k for k in path): v for path, v in traverse_util.flatten_dict(params).items()}
+  state = jax.tree.map(lambda x: x, state)
+  nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(flat))
+  return nnx.merge(graphdef, state)
+
+
+def to_float(images):
+  """uint8 [0, 255] -> fp32 [-1, 1]."""
+  return images.astype(jnp.float32) / 127.5 - 1
+
+
+def to_uint8(pixels):
+  """[-1, 1] -> uint8, rounded and clipped."""
+  return jnp.clip(jnp.round((pixels + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def encode(config: VQGANConfig, num_codes: int, params: dict, images):
+  """uint8 [B, H, W, 3] -> codes int32 [B, T] in raster order."""
+  model = bind(config, num_codes, params)
+  return model.codebook.nearest(l2_normalize(model.encoder(to_float(images)))).reshape(images.shape[0], -1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def decode(config: VQGANConfig, num_codes: int, params: dict, codes):
+  """Codes int32 [B, T] in raster order -> uint8 [B, H, W, 3]."""
+  model = bind(config, num_codes, params)
+  side = config.resolution // config.downsample
+  return to_uint8(model.decoder(model.codebook(codes.reshape(-1, side, side))))
+
+
+def in_batches(function, array: np.ndarray, size: int) -> np.ndarray:
+  """Applies a jitted function to rows in batches of one size (the last is padded with zeros), so that it compiles once."""
+  outputs = []
+  for start in range(0, max(len(array), 1), size):
+    batch = np.asarray(array[start : start + size])
+    padding = np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)
+    outputs.append(np.asarray(function(np.concatenate([batch, padding])))[: len(batch)])
+  return np.concatenate(outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTokenizer:
+  """A trained VQGAN: images to codes and back.
+
+  Attributes:
+    params: pure dict of its parameters.
+    batch_size: rows that go through the network at a time.
+  """
+
+  config: VQGANConfig
+  num_codes: int
+  params: dict
+  batch_size: int = 64
+
+  @classmethod
+  def load(cls, folder: epath.PathLike) -> "ImageTokenizer":
+    """Reads what `save` wrote. Raises UserError naming the file that is absent, damaged or does not fit the other."""
+    folder = epath.Path(folder)
+    stored = stages.read_json(folder / CONFIG)
+    config = config_lib.build(VQGANConfig, stored["vqgan"], "vqgan")
+    path = folder / PARAMS
+    if not path.exists():
+      raise config_lib.UserError(f"{path} does not exist: run `python -m launch.train_vqgan` first.")
+    try:
+      params = traverse_util.unflatten_dict(safetensors.load(path.read_bytes()), sep=".")
+    except SafetensorError as error:
+      raise config_lib.UserError(f"{path} is damaged ({error}): train the tokenizer again.") from error
+    expected = jax.eval_shape(lambda: init_params(config, stored["num_codes"], jax.random.key(0)))
+    shapes = lambda tree: {k: v.shape for k, v in traverse_util.flatten_dict(tree, sep=".").items()}
+    changed = stages.differences(shapes(params), shapes(expected))
+    if changed:
+      raise config_lib.UserError(f"{path} does not fit {CONFIG} beside it ({changed[0]}): train the tokenizer again.")
+    return cls(config, stored["num_codes"], jax.device_put(params))
+
+  def save(self, folder: epath.PathLike) -> None:
+    """Writes params.safetensors (flat names joined by dots) and config.json, each atomically."""
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stages.write_json(folder / CONFIG, {"vqgan": dataclasses.asdict(self.config), "num_codes": self.num_codes})
+    flat = {k: np.asarray(v) for k, v in traverse_util.flatten_dict(self.params, sep=".").items()}
+    write_bytes(folder / PARAMS, safetensors.save(flat))
+
+  def encode(self, images: np.ndarray) -> np.ndarray:
+    """uint8 [B, H, W, 3] -> codes int32 [B, image_tokens], rows of the image from top to bottom, each from left to right."""
+    side = self.config.resolution
+    if images.shape[1:] != (side, side, 3) or images.dtype != np.uint8:
+      raise ValueError(f"images are {images.dtype} {images.shape}; they must be uint8 [B, {side}, {side}, 3].")
+    return in_batches(lambda x: encode(self.config, self.num_codes, self.params, x), images, self.batch_size)
+
+  def decode(self, codes: np.ndarray) -> np.ndarray:
+    """Codes int32 [B, image_tokens] -> uint8 [B, H, W, 3]."""
+    codes = np.asarray(codes, np.int32)
+    if codes.ndim != 2 or codes.shape[1] != self.config.image_tokens:
+      raise ValueError(f"codes have shape {codes.shape}; it must be [B, {self.config.image_tokens}].")
+    if codes.size and not (codes.min() >= 0 and codes.max() < self.num_codes):
+      raise ValueError(f"codes range over [{codes.min()}, {codes.max()}]; the codebook has [0, {self.num_codes}).")
+    return in_batches(lambda x: decode(self.config, self.num_codes, self.params, x), codes, self.batch_size)
+
+
+def write_bytes(path: epath.Path, data: bytes) -> None:
+  """Writes atomically: a reader sees the old file or the new one."""
+  partial = path.parent / (path.name + ".partial")
+  partial.write_bytes(data)
+  partial.replace(path)

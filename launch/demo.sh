@@ -1,0 +1,139 @@
+#!/usr/bin/env bash
+# From raw pairs to pictures: makes .venv, runs every stage on OpenMoji, and writes report.html.
+#   bash launch/demo.sh [--workdir DIR] [--minutes N]
+# Run it again at any time: finished stages are kept, another --minutes continues the training.
+set -euo pipefail
+# shellcheck source=launch/venv.sh
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+
+usage="usage: bash launch/demo.sh [--workdir DIR] [--minutes N]"
+workdir="$root/workdir/openmoji"
+minutes=15
+
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --workdir | --minutes)
+      [ -n "${2:-}" ] || fail "$1 needs a value; $usage"
+      declare "${1#--}=$2"
+      shift 2
+      ;;
+    --workdir=* | --minutes=*)
+      [ -n "${1#*=}" ] || fail "${1%%=*} needs a value; $usage"
+      name="${1%%=*}"
+      declare "${name#--}=${1#*=}"
+      shift
+      ;;
+    -h | --help)
+      echo "$usage"
+      echo "  --workdir DIR  folder of the run (default: $workdir); a run there is continued."
+      echo "  --minutes N    how long the whole demo may take on two CPU cores (default: $minutes); scales training only."
+      exit 0
+      ;;
+    *) fail "unexpected argument '$1'; $usage" ;;
+  esac
+done
+[[ $minutes =~ ^[1-9][0-9]*$ ]] || fail "--minutes is '$minutes'; it must be a positive whole number; $usage"
+mkdir -p "$workdir" 2>/dev/null || fail "--workdir '$workdir' cannot be made: name a folder that can be written."
+workdir="$(cd "$workdir" && pwd)"
+
+make_venv demo
+cd "$root"
+config="ml_configs/openmoji.py:$minutes"
+stages=10
+number=0
+
+run() {
+  "$python" -m "launch.$1" --config="$config" --workdir="$workdir"
+}
+
+# stage TITLE COMMAND [FUNCTION]: prints the stage's line, runs its command (or FUNCTION), prints its time.
+stage() {
+  local title=$1 command=$2 start=$SECONDS
+  number=$((number + 1))
+  printf '\n[%d/%d] %s (launch.%s)\n' "$number" "$stages" "$title" "$command"
+  "${3:-run}" "$command"
+  printf '[%d/%d] %s: %d s\n' "$number" "$stages" "$title" $((SECONDS - start))
+}
+
+# The last step that the trainer has logged, 0 before the first.
+logged_step() {
+  local log="$workdir/train/metrics/metrics.jsonl" step=""
+  if [ -f "$log" ]; then
+    step="$(tail -n 20 "$log" | sed -n 's/.*"step": *\([0-9][0-9]*\).*/\1/p' | tail -n 1)"
+  fi
+  echo "${step:-0}"
+}
+
+# The newest checkpoint that is whole, 0 before the first.
+saved_step() {
+  local newest=0 file step
+  for file in "$workdir"/train/checkpoints.digests/*.json; do
+    step="$(basename "$file" .json)"
+    [[ $step =~ ^[0-9]+$ ]] && [ "$step" -gt "$newest" ] && newest=$step
+  done
+  echo "$newest"
+}
+
+total_steps() {
+  "$python" -c 'import sys; from ml_configs import openmoji; print(openmoji.get_config(sys.argv[1]).train.steps)' "$minutes"
+}
+
+# Trains in two runs. The first is killed without warning, some steps after a checkpoint half-way through what is left;
+# the second continues from that checkpoint and computes those steps again, which must give the same losses bit for bit.
+train_with_restart() {
+  local total first half saved status=0
+  total="$(total_steps)"
+  first="$(logged_step)"
+  if [ $((total - first)) -lt 10 ]; then
+    run train
+    return
+  fi
+  half=$((first + (total - first) / 2))
+  (exec "$python" -m launch.train --config="$config" --workdir="$workdir") & # exec: the signal reaches the trainer itself.
+  trainer=$!
+  trap 'kill -TERM "$trainer" 2>/dev/null || true; wait "$trainer" || true; exit 130' INT TERM
+  while kill -0 "$trainer" 2>/dev/null; do
+    saved="$(saved_step)"
+    if [ "$saved" -ge "$half" ] && [ "$(logged_step)" -ge $((saved + 3)) ]; then
+      echo "demo: killing the trainer once, to show that it continues."
+      kill -KILL "$trainer" 2>/dev/null || true
+      break
+    fi
+    sleep 0.5
+  done
+  wait "$trainer" 2>/dev/null || status=$?
+  trap - INT TERM
+  case "$status" in
+    0) return ;; # It finished before it was killed.
+    137) run train ;;
+    *) exit "$status" ;;
+  esac
+  check_log || fail "$workdir/train/metrics/metrics.jsonl: the trainer did not continue exactly where it stopped."
+}
+
+check_log() {
+  "$python" -c '
+import sys
+from cm3leon_jax.evaluation import summary
+from cm3leon_jax.training.metrics import read_metrics
+log = summary.training(read_metrics(sys.argv[1]))
+last = log["restarts"][-1]
+print("demo: killed after checkpoint {after_step}; {identical} of {replayed} steps computed again have the same loss, bit for bit.".format(**last))
+sys.exit(not (log["every_step_logged_once"] and last["identical"] == last["replayed"] > 0))
+' "$workdir/train/metrics/metrics.jsonl"
+}
+
+stage "Raw pairs: OpenMoji, rendered and captioned" prepare_data
+stage "Text tokenizer: byte-level BPE" train_text_tokenizer
+stage "Image tokenizer: VQGAN" train_vqgan
+stage "Documents: images to codes, text to ids" encode_documents
+stage "CLIP" train_clip
+stage "Neighbours of every document" build_neighbors
+stage "Decoder: retrieval-augmented CM3 training" train train_with_restart
+stage "Pictures for held-out captions" generate
+stage "Evaluation on held-out documents" evaluate
+stage "Export to the Hugging Face layout" export
+
+echo
+run report
+printf 'The demo took %d min %d s, installation included.\n' $((SECONDS / 60)) $((SECONDS % 60))

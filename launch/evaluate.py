@@ -1,0 +1,42 @@
+"""Bits per image code and per text token of held-out pairs, with true, shuffled and no neighbours.
+
+  python -m launch.evaluate --config=ml_configs/openmoji.py --workdir=workdir
+
+Writes evaluation/metrics.json (docs/data_formats.md).
+"""
+
+import dataclasses
+
+import jax
+
+from cm3leon_jax import mesh, stages
+from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.evaluation import bits
+from cm3leon_jax.retrieval import neighbors
+from cm3leon_jax.training import checkpoint
+from launch import common
+
+
+def main(settings, workdir):
+  inputs = {
+    "documents": stages.require(workdir / "documents", "encode_documents")["id"],
+    "neighbors": stages.require(workdir / "neighbors", "build_neighbors")["id"],
+    "train": stages.require(workdir / "train", "train")["id"],
+  }
+  config = {"evaluation": dataclasses.asdict(settings.evaluation), "inputs": inputs}
+  with stages.stage(workdir / "evaluation", config) as summary, jax.set_mesh(mesh.create_mesh(settings.mesh)):
+    if summary is None:
+      return
+    params, step = checkpoint.load_params(workdir / "train", settings.model)
+    train, heldout = (DocumentStore(workdir / "documents" / f"{split}_pairs", settings.vocab) for split in ("train", "heldout"))
+    ids, _ = neighbors.load_neighbors(workdir / "neighbors", "heldout_pairs")
+    metrics = bits.evaluate(
+      params, settings.model, train, heldout, ids, settings.vocab, settings.data, settings.evaluation, settings.seed
+    )
+    summary.update(step=step, **metrics)
+    stages.write_json(workdir / "evaluation" / "metrics.json", summary)
+    print(f"evaluate: {bits.describe(metrics)}")
+
+
+if __name__ == "__main__":
+  common.run(main)

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Lint and the default test run: bash launch/test.sh [pytest args]
+set -euo pipefail
+# shellcheck source=launch/venv.sh
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+
+make_venv dev
+cd "$root"
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+exec "$python" -m pytest "$@"

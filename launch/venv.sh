@@ -1,0 +1,52 @@
+# Sourced by demo.sh and test.sh: `make_venv EXTRA` makes .venv with the project in it, `$python` is its Python.
+# shellcheck shell=bash
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="$root/.venv"
+python="$venv/bin/python"
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+runs_new_enough() {
+  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+find_python() {
+  local candidate
+  if [ -n "${PYTHON:-}" ]; then
+    runs_new_enough "$PYTHON" || fail "PYTHON is '$PYTHON'; it must be an interpreter of Python 3.11 or newer."
+    echo "$PYTHON"
+    return
+  fi
+  for candidate in python3 python3.11 python3.12 python3.13 python; do
+    if runs_new_enough "$candidate"; then
+      echo "$candidate"
+      return
+    fi
+  done
+  fail "no Python 3.11 or newer was found: install one, or name it, as in PYTHON=/path/to/python3.11 bash $0."
+}
+
+fingerprint() {
+  (cd "$root" && "$python" -c 'import hashlib, sys; print(hashlib.sha256(b"".join(open(f, "rb").read() for f in sys.argv[1:])).hexdigest())' \
+    setup.py requirements.txt)
+}
+
+# Installs the project with one of its extras, unless that was done before with the same setup.py and requirements.txt.
+make_venv() {
+  local extra=$1 stamp="$venv/installed-$1" base start=$SECONDS
+  if ! runs_new_enough "$python"; then
+    base="$(find_python)"
+    "$base" -m venv --clear "$venv" || fail "'$base -m venv' failed: install Python's venv and pip (on Debian: apt-get install python3-venv)."
+  fi
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$(fingerprint)" ]; then
+    echo "Installing cm3leon_jax[$extra] into $venv; this takes a minute or two, once."
+    (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check -e ".[$extra]" -c requirements.txt) \
+      || fail "pip could not install cm3leon_jax[$extra] into $venv: see its message above."
+    fingerprint >"$stamp"
+    echo "Installed in $((SECONDS - start)) s."
+  fi
+}

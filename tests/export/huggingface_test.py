@@ -1,0 +1,103 @@
+"""The exported folder gives our logits in transformers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors_numpy
+
+from cm3leon_jax.export import huggingface
+from cm3leon_jax.mesh import MeshConfig, create_mesh, shardings
+from cm3leon_jax.models import transformer
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.vocab import VocabLayout
+
+VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
+TOLERANCE = 2e-5  # fp32, logits of size 10.
+
+
+def config(family):
+  return ModelConfig(
+    family=family, vocab_size=320, num_layers=3, width=48, num_heads=4, mlp_width=96, max_positions=40, dtype="float32"
+  )
+
+
+def random_params(model_config):
+  """Random weights that are not tiny, residual outputs and the row of <pad> included, on the current mesh."""
+  rng = np.random.default_rng(0)
+  types = jax.eval_shape(lambda: transformer.init_params(model_config, jax.random.key(0)))
+
+  def make(path, x, sharding):
+    mean = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+    return jax.device_put(rng.normal(mean, 0.2, x.shape).astype(np.float32), sharding)
+
+  return jax.tree_util.tree_map_with_path(make, types, shardings(types, jax.sharding.get_mesh()))
+
+
+def samples():
+  rng = np.random.default_rng(0)
+  return [rng.integers(0, VOCAB.size, n).astype(np.int32) for n in (40, 7, 1)] + [np.array([0, 0, 5, 319], np.int32)]
+
+
+@pytest.fixture(params=["opt", "modern"])
+def exported(request, tmp_path):
+  with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
+    model_config = config(request.param)
+    params = random_params(model_config)
+    summary = huggingface.export(tmp_path, params, model_config, VOCAB, None)
+    yield tmp_path, params, model_config, summary
+
+
+def test_logits_equal_transformers(exported):
+  pytest.importorskip("torch")
+  folder, params, model_config, summary = exported
+  compared = huggingface.compare_logits(folder, params, model_config, samples())
+  assert compared["max_logit"] > 3
+  assert compared["max_difference"] < TOLERANCE
+  assert summary["parameters"] == transformer.count_params(params) + (2 * 48 if model_config.family == "opt" else 0)
+  assert compared["tokens"] == 52
+
+
+def test_every_weight_is_compared(exported):
+  """Negative control: a change of any one tensor of the file shows in the logits."""
+  pytest.importorskip("torch")
+  folder, params, model_config, _ = exported
+  tensors = safetensors_numpy.load_file(folder / huggingface.WEIGHTS)
+  names = [n for n in tensors if "layers." not in n or "layers.1." in n]
+  for name in names:
+    changed = tensors[name] + np.where(np.arange(tensors[name].size).reshape(tensors[name].shape) % 7 == 3, 0.05, 0)
+    safetensors_numpy.save_file(tensors | {name: changed.astype(np.float32)}, folder / huggingface.WEIGHTS, {"format": "pt"})
+    difference = huggingface.compare_logits(folder, params, model_config, samples()[:1])["max_difference"]
+    assert difference > 100 * TOLERANCE, name
+
+
+def test_loads_without_surprises(exported):
+  """Nothing is missing or left over, and transformers pads and ends with our ids."""
+  pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  folder, _, model_config, summary = exported
+  model, info = transformers.AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True)
+  assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+  assert type(model).__name__ == summary["architecture"]
+  ids = model.generation_config
+  assert (ids.pad_token_id, ids.bos_token_id, ids.eos_token_id) == (VOCAB.pad, VOCAB.eos, VOCAB.eos)
+  assert model.config.vocab_size == model_config.vocab_size
+
+
+def test_positions_stand_two_rows_down():
+  params = {"positions": np.ones((3, 2)), "embed": np.zeros((4, 2)), "blocks": {"up": []}}
+  rows = huggingface.opt_tensors(params)["model.decoder.embed_positions.weight"]
+  np.testing.assert_array_equal(rows, [[0, 0], [0, 0], [1, 1], [1, 1], [1, 1]])
+
+
+def test_sharded_params_export_the_same(tmp_path):
+  files = []
+  for shape in ((1, 1, 1), (2, 2, 2)):
+    devices = jax.devices()[: int(np.prod(shape))]
+    with jax.set_mesh(create_mesh(MeshConfig(*shape), devices)):
+      model_config = config("opt")
+      huggingface.export(tmp_path / str(len(devices)), random_params(model_config), model_config, VOCAB, None)
+      files.append(safetensors_numpy.load_file(tmp_path / str(len(devices)) / huggingface.WEIGHTS))
+  one, eight = files
+  assert one.keys() == eight.keys()
+  assert all(jnp.allclose(one[k], eight[k], atol=1e-6) for k in one)

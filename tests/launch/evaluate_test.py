@@ -1,0 +1,68 @@
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from cm3leon_jax import stages
+from cm3leon_jax.data import documents
+from cm3leon_jax.mesh import create_mesh
+from cm3leon_jax.retrieval import neighbors
+from cm3leon_jax.training import checkpoint, optimizer, state
+from launch import common, evaluate
+from ml_configs import base
+
+
+def tiny_settings():
+  config = base.get_config()
+  config.vocab.update({"num_special": 8, "text_size": 272, "image_size": 16})
+  config.vqgan = ml_collections.ConfigDict()
+  config.data.update({"sequence_length": 64})
+  config.model.update({"vocab_size": 288, "num_layers": 1, "width": 8, "num_heads": 1, "mlp_width": 8, "max_positions": 64})
+  config.model.update({"dtype": "float32", "remat_policy": "none"})
+  config.evaluation.update({"num_documents": 4, "num_resamples": 100})
+  return common.settings_from_config(config)
+
+
+def write_store(folder, n, vocab, seed):
+  rng = np.random.default_rng(seed)
+  text = lambda: documents.Segment(False, rng.integers(vocab.num_special, vocab.text_size, 3).astype(np.int32))
+  image = lambda: documents.Segment(True, vocab.image_ids(rng.integers(0, vocab.image_size, 4)))
+  documents.write_documents(folder, [documents.Document(str(i), (text(), image()), "s", "l", "a") for i in range(n)], vocab)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  """The folders that the evaluation reads, as their stages leave them, the decoder untrained."""
+  settings = tiny_settings()
+  write_store(tmp_path / "documents" / "train_pairs", 9, settings.vocab, 0)
+  write_store(tmp_path / "documents" / "heldout_pairs", 5, settings.vocab, 1)
+  (tmp_path / "neighbors").mkdir()
+  ids = np.random.default_rng(2).integers(0, 9, (5, 4)).astype(np.int32)
+  neighbors.write_arrays(tmp_path / "neighbors" / "heldout_pairs.npz", {"ids": ids, "scores": np.zeros((5, 4), np.float32)})
+  with jax.set_mesh(create_mesh(settings.mesh)):
+    create = lambda: state.init_state(settings.model, optimizer.create_optimizer(settings.optimizer, 10), jax.random.key(0))
+    checkpoints = checkpoint.Checkpoints(tmp_path / "train", keep=1)
+    checkpoints.save(jax.jit(create)(), 7, 0)
+    checkpoints.close()
+  for folder in ("documents", "neighbors", "train"):
+    with stages.stage(tmp_path / folder, {}):
+      pass
+  return tmp_path
+
+
+def test_evaluate_writes_its_numbers_once_and_again_after_more_training(workdir, capsys):
+  evaluate.main(tiny_settings(), workdir)
+  found = stages.read_json(workdir / "evaluation" / "metrics.json")
+  assert found["step"] == 7
+  assert found["documents"] == 4
+  assert found["image"]["tokens"] == 16
+  # An untrained decoder spreads its probability evenly over the whole vocabulary.
+  assert found["image"]["true"]["bits"] == pytest.approx(np.log2(288), abs=0.05)
+  assert "bits per image code" in capsys.readouterr().out
+  evaluate.main(tiny_settings(), workdir)
+  assert "finished already, skipped" in capsys.readouterr().out
+  with stages.stage(workdir / "train", {}, redo=True):
+    pass
+  evaluate.main(tiny_settings(), workdir)
+  assert stages.require(workdir / "evaluation", "evaluate")["summary"] == found
+  assert "skipped" not in capsys.readouterr().out

@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.retrieval import index
+
+
+def unit(values):
+  return (values / np.linalg.norm(values, axis=-1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def clustered():
+  """2,000 vectors in 40 clusters, and 100 queries near some of them."""
+  rng = np.random.default_rng(0)
+  centers = rng.normal(size=(40, 32))
+  vectors = unit(centers[rng.integers(0, 40, 2_000)] + 0.7 * rng.normal(size=(2_000, 32)))
+  return vectors, unit(vectors[:100] + 0.05 * rng.normal(size=(100, 32)))
+
+
+def oracle(vectors, queries, k):
+  return np.argsort(-(queries.astype(np.float64) @ vectors.T.astype(np.float64)), axis=1, kind="stable")[:, :k]
+
+
+def test_exact_search_is_the_oracle(clustered):
+  vectors, queries = clustered
+  ids, scores = index.ExactIndex(vectors).search(queries, 5)
+  assert ids.dtype == np.int32
+  assert scores.dtype == np.float32
+  np.testing.assert_array_equal(ids, oracle(vectors, queries, 5))
+  np.testing.assert_allclose(scores, np.take_along_axis(queries @ vectors.T, ids, 1), atol=1e-6)
+  assert index.recall_at_k(ids, oracle(vectors, np.roll(queries, 1, 0), 5)) < 0.5  # negative control
+
+
+def test_exact_search_in_literals():
+  ids, scores = index.ExactIndex(np.array([[1, 0], [0, 1], [0.6, 0.8]])).search(np.array([[1, 0], [0, 2]]), 4)
+  assert ids.tolist() == [[0, 2, 1, -1], [1, 2, 0, -1]]
+  np.testing.assert_allclose(scores, [[1, 0.6, 0, -np.inf], [2, 1.6, 0, -np.inf]], rtol=1e-6)
+
+
+def test_batches_do_not_matter(clustered):
+  vectors, queries = clustered
+  many = np.concatenate([queries] * 4)
+  ids, _ = index.ExactIndex(vectors).search(many, 3)
+  assert len(many) > index.QUERY_BATCH
+  np.testing.assert_array_equal(ids, np.concatenate([index.ExactIndex(vectors).search(queries, 3)[0]] * 4))
+  assert index.ExactIndex(vectors).search(many[:0], 3)[0].shape == (0, 3)
+
+
+def test_scann_finds_what_exact_search_finds(clustered, tmp_path, monkeypatch):
+  pytest.importorskip("scann")
+  vectors, queries = clustered
+  scann = index.build_index(vectors, "auto")
+  assert scann.backend == "scann"
+  ids, scores = scann.search(queries, 2)
+  assert index.recall_at_k(ids, oracle(vectors, queries, 2)) >= 0.95
+  assert index.recall_at_k(ids, oracle(vectors, np.roll(queries, 1, 0), 2)) < 0.5  # negative control
+  np.testing.assert_allclose(scores, np.take_along_axis(queries @ vectors.T, ids, 1), atol=1e-5)
+  monkeypatch.chdir(tmp_path)
+  scann.save("relative")
+  loaded_ids, loaded_scores = index.ScannIndex(vectors, "relative").search(queries, 2)
+  np.testing.assert_array_equal(loaded_ids, ids)
+  np.testing.assert_array_equal(loaded_scores, scores)
+
+
+def test_scann_fills_up_when_there_are_too_few(clustered):
+  pytest.importorskip("scann")
+  vectors, queries = clustered
+  ids, scores = index.build_index(vectors[:20], "scann").search(queries, 24)
+  assert (ids[:, 20:] == -1).all()
+  assert np.isneginf(scores[ids == -1]).all()
+  assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in ids)
+
+
+def test_auto_is_exact_for_few_vectors_and_says_so(clustered, capsys):
+  assert index.build_index(clustered[0][:999]).backend == "exact"
+  assert "exact search" in capsys.readouterr().out
+
+
+def test_recall_in_literals():
+  exact = np.array([[1, 2], [3, 4]])
+  assert index.recall_at_k(np.array([[2, 1], [3, 9]]), exact) == 0.75
+  with pytest.raises(ValueError, match="both must be"):
+    index.recall_at_k(exact[:, :1], exact)
+
+
+@pytest.mark.parametrize(
+  ("vectors", "backend", "message"),
+  [
+    (np.ones((2, 3)), "faiss", "retrieval.backend is 'faiss'"),
+    (np.ones((0, 3)), "exact", "non-empty"),
+    (np.ones(3), "exact", "shape"),
+  ],
+)
+def test_refusals(vectors, backend, message):
+  with pytest.raises(UserError, match=message):
+    index.build_index(vectors, backend)
