@@ -1,4 +1,7 @@
-"""Chooses the neighbours of every pair of raw/, and keeps the embeddings that retrieval at inference needs."""
+"""Chooses the neighbours of every pair of raw/, and keeps the embeddings that retrieval at inference needs.
+
+python -m launch.build_neighbors --config=ml_configs/openmoji.py --workdir=workdir
+"""
 
 import dataclasses
 

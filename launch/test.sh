@@ -4,7 +4,7 @@ set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
-make_venv dev
+make_venv demo,dev
 cd "$root"
 "$python" -m ruff check .
 "$python" -m ruff format --check .

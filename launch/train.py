@@ -38,7 +38,7 @@ def open_rows(settings: Settings, workdir, split: str) -> RowLoader:
     plan = RowPlan(sources, data, settings.vocab.num_masks, settings.seed)
   except ValueError as error:
     raise UserError(str(error)) from error
-  total = sum(u for s in sources for u in [sum(int(s.store.segment_lengths(i)[0].sum()) for i in range(len(s.store)))])
+  total = sum(int(s.store.segment_lengths(i)[0].sum()) for s in sources for i in range(len(s.store)))
   needed = settings.train.global_batch_size * data.sequence_length
   if split == "train" and total < needed:
     raise UserError(
@@ -48,23 +48,30 @@ def open_rows(settings: Settings, workdir, split: str) -> RowLoader:
   return RowLoader(plan, settings.vocab)
 
 
+# How a run computes, not what: a continued run may change these.
+EXECUTION = {"data": {"read_threads"}, "model": {"remat_policy", "attention", "loss_chunk"}}
+
+
+def identity(settings: Settings, workdir) -> dict:
+  """What makes a run the same run."""
+  config = {"seed": settings.seed, "global_batch_size": settings.train.global_batch_size}
+  for name in ("vocab", "data", "model", "optimizer"):
+    fields = dataclasses.asdict(getattr(settings, name))
+    config[name] = {k: v for k, v in fields.items() if k not in EXECUTION.get(name, ())}
+  stage_of = {"documents": "encode_documents", "neighbors": "build_neighbors"}
+  inputs = {name: stages.require(workdir / name, command)["id"] for name, command in stage_of.items()}
+  return {**config, "inputs": inputs}
+
+
 def main(settings: Settings, workdir) -> None:
-  inputs = {
-    "documents": stages.require(workdir / "documents", "encode_documents")["id"],
-    "neighbors": stages.require(workdir / "neighbors", "build_neighbors")["id"],
-  }
-  sections = ("vocab", "data", "model", "optimizer")
-  config = {name: dataclasses.asdict(getattr(settings, name)) for name in sections}
-  config |= {"seed": settings.seed, "global_batch_size": settings.train.global_batch_size, "inputs": inputs}
-  folder = workdir / "train"
+  config, folder = identity(settings, workdir), workdir / "train"
   if (folder / "config.json").exists():
-    stages.check_same_config(folder, stages.read_json(folder / "config.json")["fixed"], config)
-  stages.write_json(folder / "config.json", {"fixed": config, "train": dataclasses.asdict(settings.train)})
+    stages.check_same_config(folder, stages.read_json(folder / "config.json")["run"], config)
+  stages.write_json(folder / "config.json", {"run": config, "train": dataclasses.asdict(settings.train)})
   try:
     mesh = create_mesh(settings.mesh)
   except ValueError as error:
     raise UserError(f"config.mesh: {error}") from error
-  length = {"steps": settings.train.steps}
   done = folder / stages.DONE
   redo = done.exists() and stages.read_json(done)["summary"]["steps"] < settings.train.steps
   with jax.set_mesh(mesh), stages.stage(folder, config, redo=redo) as summary:
@@ -75,7 +82,7 @@ def main(settings: Settings, workdir) -> None:
     result = train(
       folder, settings.model, settings.optimizer, settings.train, settings.vocab, loader, heldout, settings.seed, draw
     )
-    summary.update(result | length)
+    summary.update(result)
     print(f"train: {result['steps']} steps, held-out image loss {result['heldout_image_loss']:.3f} nats per code.", flush=True)
 
 

@@ -1,4 +1,7 @@
-"""Trains the CLIP that chooses neighbours and scores samples, on the train pairs of raw/."""
+"""Trains the CLIP that chooses neighbours and scores samples, on the train pairs of raw/.
+
+python -m launch.train_clip --config=ml_configs/openmoji.py --workdir=workdir
+"""
 
 import dataclasses
 

@@ -31,7 +31,7 @@ def get_config(variant: str = "15"):
   config.clip.update({"steps": steps(280, 4)})
   config.retrieval.update({"max_similarity": 0.97})  # A small CLIP's similarities run high; 0.9 rejects 9 of 10.
   config.data.update({"sequence_length": 1_024, "text_share": 0.15, "pack_window": 1_024})
-  config.model.update({"vocab_size": 2_560, "num_layers": 6, "width": 256, "num_heads": 4, "mlp_width": 1_024})
+  config.model.update({"vocab_size": 2_560, "num_layers": 4, "width": 256, "num_heads": 4, "mlp_width": 1_024})
   config.model.update({"max_positions": 1_024, "dtype": "float32", "remat_policy": "none", "loss_chunk": 1_024})
   config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 40, "weight_decay": 0.05})
   config.train.update({"steps": steps(330, 1e9), "global_batch_size": 4, "eval_batches": 8})

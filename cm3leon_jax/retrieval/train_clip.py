@@ -161,7 +161,11 @@ def _restore(path: epath.Path, identity: str, params, opt_state):
   stored = clip_lib.read_tensors(path)
   step, found = int(stored.pop("step")), stored.pop("identity").tobytes().decode()
   if found != identity:
-    changed = "; ".join(stages.differences(json.loads(found), json.loads(identity)))
+    changes = stages.differences(json.loads(found), json.loads(identity))
+    if all(change.startswith("config.steps:") for change in changes):
+      print(f"clip: starts anew, as the learning rate follows the number of steps ({changes[0]}).", flush=True)
+      return 0, params, opt_state
+    changed = "; ".join(changes)
     raise UserError(f"{path} was left by another training ({changed}): restore those values, or delete it to start anew.")
   leaves = [jnp.asarray(stored[name]) for name in sorted(stored)]
   params, opt_state = jax.tree.unflatten(jax.tree.structure((params, opt_state)), leaves)

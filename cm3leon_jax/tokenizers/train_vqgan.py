@@ -210,7 +210,7 @@ def save_state(state: dict, folder: epath.PathLike, about: dict) -> None:
 
 
 def load_state(template: dict, folder: epath.PathLike, about: dict) -> dict:
-  """The state saved in `folder`, or `template` if none is.
+  """The state saved in `folder`, or `template` if none is, or one of a training of another length.
 
   Raises:
     UserError: the file is damaged, or it was written under another `about`.
@@ -224,8 +224,16 @@ def load_state(template: dict, folder: epath.PathLike, about: dict) -> dict:
   except SafetensorError as error:
     raise UserError(f"{path} is damaged ({error}): delete it to train from the start.") from error
   header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-  stages.check_same_config(path, json.loads(header["__metadata__"]["about"]), about)
+  stored = json.loads(header["__metadata__"]["about"])
+  if stages.differences(stored, stages.plain(about)) and _without_steps(stored) == _without_steps(stages.plain(about)):
+    print(f"vqgan: starts anew, as the learning rate of the {stored['vqgan']['steps']} steps begun here follows their number.")
+    return template
+  stages.check_same_config(path, stored, about)
   return jax.tree.map_with_path(lambda p, _: jnp.asarray(flat[jax.tree_util.keystr(p)]), template)
+
+
+def _without_steps(about: dict) -> dict:
+  return {**about, "vqgan": {k: v for k, v in about["vqgan"].items() if k not in ("steps", "checkpoint_every")}}
 
 
 def train(config: VQGANConfig, num_codes: int, seed: int, images, folder: epath.PathLike) -> ImageTokenizer:
