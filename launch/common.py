@@ -16,17 +16,30 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs:
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def _fail(error: Exception) -> None:
+def _fail(message: str) -> None:
   """One line on stderr, exit code 2."""
-  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+  print(f"error: {' '.join(message.split())}", file=sys.stderr)
   sys.exit(2)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
+  """Parses the flags; what is wrong with a --config or one of its fields is told without the parser's own traceback."""
   try:
     return flags.FLAGS(argv)
-  except (flags.Error, UserError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-    _fail(error)
+  except (AttributeError, KeyError) as error:
+    text = str(error.args[0]).replace("\\n", " ").replace("\\'", "'").strip("'")
+    _fail(f"a --config.SECTION.FIELD flag names an unknown field: '{text}")
+  except flags.Error as error:
+    _fail(str(error).rpartition("UserError: ")[2])
+
+
+def _config():
+  try:
+    list(_CONFIG.value)  # A file that could not be loaded is told at the first use.
+  except OSError as error:
+    reason = str(error).rpartition("[Relative path]:")[2]
+    raise UserError(f"--config could not be loaded, name a Python file with a get_config function: {reason}") from error
+  return _CONFIG.value
 
 
 def run(main) -> None:
@@ -36,8 +49,8 @@ def run(main) -> None:
     try:
       if len(argv) > 1:
         raise UserError(f"unexpected argument '{argv[1]}': commands take flags only (--name=value).")
-      main(settings_from_config(_CONFIG.value), epath.Path(_WORKDIR.value))
+      main(settings_from_config(_config()), epath.Path(_WORKDIR.value))
     except UserError as error:
-      _fail(error)
+      _fail(str(error))
 
   app.run(checked, flags_parser=_parse_flags)

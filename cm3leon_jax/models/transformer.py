@@ -13,8 +13,7 @@ from cm3leon_jax.mesh import shard, spec
 from cm3leon_jax.models import attention
 from cm3leon_jax.models.config import ModelConfig
 
-INIT_STD = 0.006  # Truncated at 3 sigma (CM3Leon, section 2.3).
-POSITION_STD = 0.0002
+POSITION_RATIO = 1 / 30  # Positions start at this share of init_std: 0.0002 (CM3Leon, section 2.3).
 ROPE_BASE = 10_000.0
 
 
@@ -59,14 +58,15 @@ class Block(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
     D, N, H, F = config.width, config.num_heads, config.head_dim, config.mlp_width
-    out_std = 0.0 if config.family == "opt" else INIT_STD
+    std = config.init_std
+    out_std = 0.0 if config.family == "opt" else std
     self.norm1, self.norm2 = Norm(config.family, D), Norm(config.family, D)
-    self.qkv = _param(rngs, (3, D, N, H), (None, "embed", "heads", "head_dim"), INIT_STD)
+    self.qkv = _param(rngs, (3, D, N, H), (None, "embed", "heads", "head_dim"), std)
     self.out = _param(rngs, (N, H, D), ("heads", "head_dim", "embed"), out_std)
-    self.up = _param(rngs, (D, F), ("embed", "mlp"), INIT_STD)
+    self.up = _param(rngs, (D, F), ("embed", "mlp"), std)
     self.down = _param(rngs, (F, D), ("mlp", "embed"), out_std)
     if config.family == "modern":
-      self.gate = _param(rngs, (D, F), ("embed", "mlp"), INIT_STD)
+      self.gate = _param(rngs, (D, F), ("embed", "mlp"), std)
       self.q_norm, self.k_norm = Norm("modern", H), Norm("modern", H)
 
   def __call__(self, x, positions, attend: Callable):
@@ -106,13 +106,13 @@ class Transformer(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
-    self.embed = _param(rngs, (config.vocab_size, config.width), ("vocab_stored", None), INIT_STD)
+    self.embed = _param(rngs, (config.vocab_size, config.width), ("vocab_stored", None), config.init_std)
     self.blocks = jax.vmap(functools.partial(Block, config))(rngs.split(config.num_layers))
     self.final_norm = Norm(config.family, config.width)
     if config.family == "opt":
-      self.positions = _param(rngs, (config.max_positions, config.width), (None, "embed"), POSITION_STD)
+      self.positions = _param(rngs, (config.max_positions, config.width), (None, "embed"), POSITION_RATIO * config.init_std)
     else:
-      self.head = _param(rngs, (config.vocab_size, config.width), ("vocab_stored", None), INIT_STD)
+      self.head = _param(rngs, (config.vocab_size, config.width), ("vocab_stored", None), config.init_std)
 
   def embed_tokens(self, tokens, positions):
     """[B, L] int32 ids and positions -> [B, L, D] in the compute dtype."""

@@ -35,6 +35,10 @@ def test_help_shows_the_docstring_and_the_flags(tmp_path):
   ("flags", "sentence"),
   [
     (["--config.evaluation.num_documents=1"], "error: config.evaluation: num_documents is 1; it must be at least 2."),
+    (["--config.train.stepz=1"], "error: a --config.SECTION.FIELD flag names an unknown field: 'stepz' Did you mean \"steps\""),
+    (["--config.train.steps=abc"], "error: flag --config.train.steps=abc: invalid literal for int()"),
+    (["--config=ml_configs/nope.py"], "error: --config could not be loaded, name a Python file with a get_config function: "),
+    (["--config=ml_configs/openmoji.py:soon"], "error: config variant 'soon' of openmoji.py must be a positive number"),
     (["surplus"], "error: unexpected argument 'surplus': commands take flags only (--name=value)."),
     ([], "error: {workdir}/documents is not finished: run `python -m launch.encode_documents` with the same --config"),
   ],

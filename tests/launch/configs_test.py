@@ -1,0 +1,68 @@
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
+from ml_configs import cm3leon_7b, cm3leon_350m, cm3leon_760m, openmoji
+
+SIZES = {"350m": cm3leon_350m, "760m": cm3leon_760m, "7b": cm3leon_7b}
+
+
+@pytest.mark.parametrize(
+  ("size", "layers", "width", "heads", "rate", "steps"),
+  [
+    ("350m", 24, 1_024, 16, 6e-4, 166_893),
+    ("760m", 24, 1_536, 16, 5e-4, 226_498),
+    ("7b", 32, 4_096, 32, 1.2e-4, 286_102),
+  ],
+)
+def test_real_sizes_are_the_tutorials_and_the_papers(size, layers, width, heads, rate, steps):
+  tutorial, paper = (settings_from_config(SIZES[size].get_config(variant)) for variant in ("", "paper"))
+  for settings in (tutorial, paper):
+    assert settings.vocab.size == settings.model.vocab_size == 64_512
+    assert settings.data.sequence_length == 4_096
+    assert (settings.model.num_layers, settings.model.width, settings.model.num_heads) == (layers, width, heads)
+    assert settings.model.mlp_width == 4 * width
+  assert (tutorial.vqgan.image_tokens, paper.vqgan.image_tokens) == (256, 1_024)
+  assert (tutorial.optimizer.learning_rate, paper.optimizer.learning_rate) == (1e-4, rate)
+  assert (tutorial.data.condition_dropout, paper.data.condition_dropout) == (0.1, 0.0)
+  assert (tutorial.train.global_batch_size, paper.train.global_batch_size) == (8_192, 2_048)
+  assert tutorial.train.steps * 8_192 * 4_096 == pytest.approx(1.4e12, rel=1e-4)
+  assert paper.train.steps == steps
+
+
+def test_minutes_scale_the_training_stages_and_nothing_else():
+  two, fifteen, long = (openmoji.get_config(v) for v in ("2", "15", "long"))
+  assert two.vqgan.steps == round(fifteen.vqgan.steps * 2 / 15)
+  assert long.train.steps == 8 * fifteen.train.steps
+  assert (long.vqgan.steps, long.clip.steps) == (fifteen.vqgan.steps, fifteen.clip.steps)
+  for name in SECTIONS:
+    scheduled = {"steps", "checkpoint_every", "eval_every", "sample_every"}
+    for field in set(fifteen[name]) - scheduled:
+      assert two[name][field] == fifteen[name][field] == long[name][field]
+
+
+@pytest.mark.parametrize("variant", ["", "0", "-3", "soon"])
+def test_a_variant_that_does_not_exist_is_told(variant):
+  with pytest.raises(UserError, match="a positive number of minutes, or 'long'"):
+    openmoji.get_config(variant)
+  if variant:
+    with pytest.raises(UserError, match="it is empty or 'paper'"):
+      cm3leon_7b.get_config(variant)
+
+
+def test_sections_that_contradict_each_other_are_told():
+  config = default_config()
+  config.model.vocab_size = 1_000
+  with pytest.raises(UserError, match=r"model\.vocab_size is 1000; it must be vocab\.size = 64512"):
+    settings_from_config(config)
+  config = default_config()
+  config.data.sequence_length = 8_192
+  with pytest.raises(UserError, match=r"model\.max_positions is 4096"):
+    settings_from_config(config)
+
+
+def test_an_unknown_section_is_told():
+  config = default_config()
+  config.moddel = {}
+  with pytest.raises(UserError, match="config has no section 'moddel'"):
+    settings_from_config(config)

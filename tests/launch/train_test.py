@@ -1,0 +1,74 @@
+import dataclasses
+import json
+
+from etils import epath
+import numpy as np
+import pytest
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.settings import default_config, settings_from_config
+from launch import train
+from tests.data.stores import VOCAB, make_sources
+
+
+def settings_with(**train_fields):
+  config = default_config()
+  config.vocab.update(dataclasses.asdict(VOCAB))
+  config.model.update({"vocab_size": VOCAB.size, "width": 32, "num_heads": 4, "mlp_width": 64, "max_positions": 128})
+  config.data.update({"sequence_length": 128, "pack_window": 64, "text_share": 0.3})
+  config.train.update({"global_batch_size": 4, **train_fields})
+  return settings_from_config(config)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  """Stores of both splits, and neighbours, as the stages before training leave them."""
+  sources = make_sources(tmp_path / "made")
+  documents, neighbors = tmp_path / "documents", tmp_path / "neighbors"
+  documents.mkdir()
+  neighbors.mkdir()
+  for split in ("train", "heldout"):
+    for kind in ("pairs", "texts"):
+      (documents / f"{split}_{kind}").symlink_to(tmp_path / "made" / kind)
+    ids = sources[0].neighbors
+    np.savez(neighbors / f"{split}_pairs.npz", ids=ids, scores=np.zeros(ids.shape, np.float32))
+  for folder in (documents, neighbors):
+    (folder / stages.DONE).write_text(json.dumps({"id": folder.name, "summary": {}}))
+  return epath.Path(tmp_path)
+
+
+def test_rows_of_both_splits_hold_pairs_and_texts(workdir):
+  settings = settings_with()
+  for split, has_spans in (("train", True), ("heldout", False)):
+    rows = [train.open_rows(settings, workdir, split)[i] for i in range(30)]
+    targets = np.concatenate([row["targets"] for row in rows])
+    assert VOCAB.is_image(targets).any()
+    assert bool((targets == VOCAB.eoss).any()) == has_spans
+
+
+def test_too_little_data_for_one_batch_is_told(workdir):
+  with pytest.raises(UserError, match=r"training tokens, one batch takes 131072 \(train\.global_batch_size x"):
+    train.open_rows(settings_with(global_batch_size=1_024), workdir, "train")
+
+
+def test_neighbours_of_other_documents_are_told(workdir):
+  ids = np.zeros((3, 4), np.int32)
+  np.savez(workdir / "neighbors" / "train_pairs.npz", ids=ids, scores=ids.astype(np.float32))
+  with pytest.raises(UserError, match="names neighbours of 3 documents"):
+    train.open_rows(settings_with(), workdir, "train")
+
+
+def test_a_workdir_of_another_run_is_refused(workdir):
+  first = settings_with()
+  stages.write_json(workdir / "train" / "config.json", {"run": train.identity(first, workdir), "train": {}})
+  other = dataclasses.replace(first, optimizer=dataclasses.replace(first.optimizer, learning_rate=0.5))
+  with pytest.raises(UserError, match=r"holds the run of another config \(optimizer\.learning_rate: 0\.0001 -> 0\.5\)"):
+    train.main(other, workdir)
+
+
+def test_length_and_execution_do_not_make_another_run(workdir):
+  first = settings_with()
+  model = dataclasses.replace(first.model, remat_policy="none", loss_chunk=8)
+  longer = dataclasses.replace(settings_with(steps=7), model=model)
+  assert train.identity(first, workdir) == train.identity(longer, workdir)
