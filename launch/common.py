@@ -2,7 +2,7 @@
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
@@ -46,6 +46,7 @@ def run(main) -> None:
   """Runs `main(settings, workdir)` as an absl app; a UserError becomes one sentence on stderr and exit code 2."""
 
   def checked(argv):
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every file that it writes.
     try:
       if len(argv) > 1:
         raise UserError(f"unexpected argument '{argv[1]}': commands take flags only (--name=value).")
