@@ -4,7 +4,7 @@
   python -m launch.train --config=ml_configs/openmoji.py:15 --workdir=workdir
 
 The variant is the number of minutes that the demo may take on two cores (default 15); it scales the steps of the training
-stages and nothing else. `long` trains the decoder six times as long as the default, for most of an hour on two cores or
+stages and nothing else. `long` trains the decoder five times as long as the default, for half an hour on two cores or
 minutes on a GPU, and keeps the tokenizers and the CLIP of a finished demo.
 """
 
@@ -23,7 +23,7 @@ def get_config(variant: str = "15"):
     raise UserError(f"config variant '{variant}' of openmoji.py must be a positive number of minutes, or 'long'.")
   steps = {stage: max(10, round(n * scale)) for stage, n in STEPS.items()}
   if variant == "long":
-    steps["train"] *= 6
+    steps["train"] *= 5
   config = base.get_config()
   config.vocab.update({"num_special": 32, "text_size": 2_048, "image_size": 512})
   config.raw.update({"source": "openmoji", "resolution": 64})

@@ -1,0 +1,77 @@
+import jax
+import numpy as np
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.state import init_state
+from tests.models.tiny import CONFIG, mesh_of
+
+OPTIMIZER = create_optimizer(OptimizerConfig(), 10)
+
+
+def fresh(seed):
+  return jax.jit(lambda: init_state(CONFIG, OPTIMIZER, jax.random.key(seed)))()
+
+
+@pytest.fixture
+def saved(tmp_path):
+  """Two checkpoints made on a (1, 1, 1) mesh, of the states of seeds 1 and 2."""
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+      checkpoints.save(fresh(step), step, next_row=8 * step)
+    checkpoints.close()
+  return tmp_path
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 4, 2)])
+def test_restore_is_bit_equal_on_any_mesh(saved, shape):
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    expected, other = jax.device_get(fresh(2)), jax.device_get(fresh(1))
+  with jax.set_mesh(mesh_of(*shape)):
+    checkpoints = checkpoint.Checkpoints(saved, keep=2)
+    abstract = jax.eval_shape(lambda: init_state(CONFIG, OPTIMIZER, jax.random.key(0)))
+    state, next_row = checkpoints.restore(abstract, checkpoints.newest())
+    assert next_row == 16
+    for found, x, y in zip(jax.tree.leaves(state), jax.tree.leaves(expected), jax.tree.leaves(abstract)):
+      np.testing.assert_array_equal(found, x)
+      assert found.sharding.spec == jax.typeof(y).sharding.spec
+    assert not np.array_equal(state.params["embed"], other.params["embed"])
+    checkpoints.close()
+
+
+def test_parameters_alone_are_those_of_the_state(saved):
+  with jax.set_mesh(mesh_of(1, 2, 2)):
+    params, step = checkpoint.load_params(saved, CONFIG)
+    assert step == 2
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(fresh(2).params)):
+      np.testing.assert_array_equal(x, y)
+
+
+def test_a_checkpoint_without_digests_does_not_count(saved):
+  (saved / "checkpoints.digests" / "2.json").unlink()
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    checkpoints = checkpoint.Checkpoints(saved, keep=2)
+    assert checkpoints.newest() == 1
+    checkpoints.save(fresh(3), 2, next_row=99)  # It is written again.
+    checkpoints.wait()
+    assert checkpoints.newest() == 2
+    checkpoints.close()
+
+
+def test_a_missing_file_is_told(saved):
+  victim = next(p for p in sorted((saved / "checkpoints" / "2").rglob("*")) if p.is_file() and p.stat().st_size > 100)
+  victim.unlink()
+  with jax.set_mesh(mesh_of(1, 1, 1)), pytest.raises(UserError, match=victim.name):
+    checkpoint.load_params(saved, CONFIG)
+
+
+def test_old_checkpoints_and_their_digests_go(saved):
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    checkpoints = checkpoint.Checkpoints(saved, keep=2)
+    checkpoints.save(fresh(3), 3, next_row=24)
+    checkpoints.close()
+  assert sorted(p.stem for p in (saved / "checkpoints.digests").iterdir()) == ["2", "3"]

@@ -1,0 +1,47 @@
+import json
+
+from cm3leon_jax.training.metrics import MetricsLog, read_metrics
+
+
+def test_a_resumed_run_replaces_later_lines_and_compares_their_losses(tmp_path):
+  log = MetricsLog(tmp_path)
+  for step, loss in ((1, 3.5), (2, 3.0), (3, 2.5)):
+    log.write(step, {"loss": loss})
+  log = MetricsLog(tmp_path, resumed_at=1)
+  log.write(2, {"loss": 3.0})
+  log.write(3, {"loss": 2.5000000000000004})  # The next float: one bit differs.
+  log.write(4, {"loss": 2.0})
+  lines = read_metrics(log.path)
+  assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+  assert [line for line in lines if "event" in line] == [
+    {"step": 3, "event": "resumed", "from_step": 1, "replayed": 2, "identical": 1}
+  ]
+
+
+def test_held_out_lines_are_not_compared(tmp_path):
+  log = MetricsLog(tmp_path)
+  log.write(1, {"loss": 1.0})
+  log.write(1, {"heldout_loss": 1.0})
+  log = MetricsLog(tmp_path, resumed_at=0)
+  log.write(1, {"heldout_loss": 2.0})
+  assert (log.replayed, log.identical) == (0, 0)
+
+
+def test_a_new_run_starts_an_empty_log(tmp_path):
+  MetricsLog(tmp_path).write(1, {"loss": 1.0})
+  assert read_metrics(MetricsLog(tmp_path).path) == []
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
+  assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
+  MetricsLog(tmp_path, resumed_at=1).write(2, {"loss": 1.0})
+  assert [line["step"] for line in read_metrics(path)] == [1, 2]
+
+
+def test_losses_survive_the_file_bit_for_bit(tmp_path):
+  loss = float.fromhex("0x1.921fb54442d18p+1")
+  log = MetricsLog(tmp_path)
+  log.write(1, {"loss": loss})
+  assert read_metrics(log.path)[0]["loss"].hex() == loss.hex()
