@@ -67,15 +67,15 @@ def test_the_loss_falls_and_every_step_is_logged(whole):
 
 
 def test_a_killed_run_continues_bit_for_bit(whole, loader, tmp_path):
-  """Killed in step 10, continued from the newest checkpoint: the steps after it come again, the rest as if never stopped."""
+  """Killed in step 11, continued from the newest checkpoint: the steps after it come again, the rest as if never stopped."""
   with pytest.raises(Crash):
-    run(tmp_path, loader, draw_samples=crash_at(10), sample_every=1)
-  assert max(losses(tmp_path)) == 9  # A step is logged when the next one has started.
+    run(tmp_path, loader, draw_samples=crash_at(11), sample_every=1)
+  assert max(losses(tmp_path)) == 10  # A step is logged when the next one has started.
   run(tmp_path, loader)
   assert losses(tmp_path) == losses(whole[0])
   (event,) = [line for line in read_metrics(tmp_path / "metrics" / "metrics.jsonl") if line.get("event") == "resumed"]
   assert event["from_step"] in (4, 8)  # Step 8 counts if its asynchronous save was whole by then.
-  assert event["replayed"] == event["identical"] == 9 - event["from_step"]
+  assert event["replayed"] == event["identical"] == 10 - event["from_step"]
 
 
 def test_another_seed_gives_other_losses(whole, tmp_path_factory):
