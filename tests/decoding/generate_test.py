@@ -12,10 +12,11 @@ from cm3leon_jax.decoding import generate
 from cm3leon_jax.decoding.cache import Cache
 from cm3leon_jax.decoding.generate import Generator, conditional_prompt, pad_left, unconditional_prompt
 from cm3leon_jax.decoding.sampling import SamplingConfig
-from cm3leon_jax.mesh import MeshConfig, create_mesh, shardings
+from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
+from tests.models.tiny import random_params
 
 VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
 IMAGE_TOKENS = 6
@@ -31,18 +32,6 @@ def config(family="opt"):
 def mesh(shape=ONE):
   devices = jax.devices()[: shape.data * shape.fsdp * shape.tensor]
   return jax.set_mesh(create_mesh(shape, devices))
-
-
-def random_params(model_config):
-  """Random weights that are not tiny: every part of the model shows in the logits. On the current mesh."""
-  rng = np.random.default_rng(0)
-  types = jax.eval_shape(lambda: transformer.init_params(model_config, jax.random.key(0)))
-
-  def make(path, x, sharding):
-    mean = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
-    return jax.device_put(rng.normal(mean, 0.2, x.shape).astype(np.float32), sharding)
-
-  return jax.tree_util.tree_map_with_path(make, types, shardings(types, jax.sharding.get_mesh()))
 
 
 def generator(model_config=None, sampling=None):

@@ -7,10 +7,11 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from cm3leon_jax.export import huggingface
-from cm3leon_jax.mesh import MeshConfig, create_mesh, shardings
+from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
+from tests.models.tiny import random_params
 
 VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
 TOLERANCE = 2e-5  # fp32, logits of size 10.
@@ -20,18 +21,6 @@ def config(family):
   return ModelConfig(
     family=family, vocab_size=320, num_layers=3, width=48, num_heads=4, mlp_width=96, max_positions=40, dtype="float32"
   )
-
-
-def random_params(model_config):
-  """Random weights that are not tiny, residual outputs and the row of <pad> included, on the current mesh."""
-  rng = np.random.default_rng(0)
-  types = jax.eval_shape(lambda: transformer.init_params(model_config, jax.random.key(0)))
-
-  def make(path, x, sharding):
-    mean = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
-    return jax.device_put(rng.normal(mean, 0.2, x.shape).astype(np.float32), sharding)
-
-  return jax.tree_util.tree_map_with_path(make, types, shardings(types, jax.sharding.get_mesh()))
 
 
 def samples():

@@ -4,8 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from cm3leon_jax.mesh import MeshConfig, create_mesh, shard
+from cm3leon_jax.mesh import MeshConfig, create_mesh, shard, shardings
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 
@@ -27,13 +28,16 @@ def mesh_of(*shape):
   return create_mesh(MeshConfig(*shape), jax.devices()[:size])
 
 
-def random_params(config, seed=0, std=0.2):
-  """Parameters of the config's layout drawn from N(0, std), residual outputs included."""
-  params = transformer.init_params(config, jax.random.key(seed))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-  draw = lambda k, x: std * jax.random.normal(k, x.shape, x.dtype, out_sharding=jax.typeof(x).sharding.spec)
-  return jax.tree.unflatten(tree, [draw(k, x) for k, x in zip(keys, leaves)])
+def random_params(config, seed=0):
+  """Random weights that are not tiny, residual outputs and the row of <pad> included, on the current mesh."""
+  rng = np.random.default_rng(seed)
+  types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+
+  def make(path, x, sharding):
+    mean = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+    return jax.device_put(rng.normal(mean, 0.2, x.shape).astype(np.float32), sharding)
+
+  return jax.tree.map_with_path(make, types, shardings(types, jax.sharding.get_mesh()))
 
 
 @functools.partial(jax.jit, static_argnums=0)
