@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import typing
 from typing import Any, TypeVar
 
@@ -41,9 +42,13 @@ def build(cls: type[T], values, where: str) -> T:
 def _checked(value: Any, hint: Any, where: str) -> Any:
   kind = typing.get_origin(hint) or hint
   if kind is tuple:
+    if not isinstance(value, list | tuple):
+      raise UserError(f"{where} is {value!r}; it must be a tuple.")
     return tuple(value)
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if kind in (int, float, str, bool) and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
     raise UserError(f"{where} is {value!r}; it must be {kind.__name__}.")
+  if kind is float and not math.isfinite(value):
+    raise UserError(f"{where} is {value}; it must be a finite number.")
   return value

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axes. Nothing else in the project names a mesh axis.
+# Logical axis -> mesh axes. Nothing else in the project says what is split over what.
 RULES = {
   "batch": ("data", "fsdp"),
   "length": None,
@@ -74,3 +74,9 @@ def shard(x, *axes: str | None):
 def shardings(tree, mesh: jax.sharding.Mesh):
   """Tree of NamedSharding of a tree of typed arrays, abstract (`jax.eval_shape`) or not."""
   return jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), tree)
+
+
+def batch_shards() -> int:
+  """Into how many parts the current mesh splits a batch."""
+  shape = jax.sharding.get_abstract_mesh().shape
+  return math.prod(shape[axis] for axis in RULES["batch"])

@@ -40,6 +40,8 @@ class Settings:
   evaluation: EvaluationConfig
 
   def __post_init__(self):
+    if self.seed < 0:
+      raise ValueError(f"seed is {self.seed}; it must not be negative.")
     if self.model.vocab_size != self.vocab.size:
       raise ValueError(f"model.vocab_size is {self.model.vocab_size}; it must be vocab.size = {self.vocab.size}.")
     if self.model.max_positions < self.data.sequence_length:

@@ -1,19 +1,51 @@
 """What every command shares: the --config and --workdir flags, the checked settings, and how a user's mistake is told."""
 
+import dataclasses
+import re
 import sys
 
 from absl import app, flags, logging
 from etils import epath
+import jax
 from ml_collections import config_flags
 
+from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.mesh import create_mesh
+from cm3leon_jax.settings import Settings, settings_from_config
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, e.g. ml_configs/openmoji.py; fields: --config.train.steps=100."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://; every stage has a folder of its own in it.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; every stage has a folder of its own in it.")
 flags.mark_flags_as_required(["config", "workdir"])
+
+
+# How a run computes, not what: a continued run may change these.
+EXECUTION = {"data": {"read_threads"}, "model": {"remat_policy", "attention", "loss_chunk"}}
+
+
+def identity(settings: Settings, *sections: str) -> dict:
+  """The fields of some sections that make a run the same run."""
+  fields = lambda name: dataclasses.asdict(getattr(settings, name)).items()
+  return {name: {k: v for k, v in fields(name) if k not in EXECUTION.get(name, ())} for name in sections}
+
+
+def use_mesh(settings: Settings):
+  """`jax.set_mesh` of the config's mesh. Raises UserError if it does not fit the devices."""
+  try:
+    return jax.set_mesh(create_mesh(settings.mesh))
+  except ValueError as error:
+    raise UserError(f"config.mesh: {error}") from error
+
+
+def require_run(settings: Settings, workdir: epath.Path) -> str:
+  """Id of the finished training in `workdir`. Raises UserError if it was another model's than the config's, or is not done."""
+  found = stages.require(workdir / "train", "train")["id"]
+  stored = stages.read_json(workdir / "train" / "config.json")["run"]
+  expected = identity(settings, "vocab", "model")
+  stages.check_same_config(workdir / "train", {name: stored[name] for name in expected}, expected)
+  return found
 
 
 def _fail(message: str) -> None:
@@ -30,7 +62,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     text = str(error.args[0]).replace("\\n", " ").replace("\\'", "'").strip("'")
     _fail(f"a --config.SECTION.FIELD flag names an unknown field: '{text}")
   except flags.Error as error:
-    _fail(str(error).rpartition("UserError: ")[2])
+    _fail(re.split(r"\w+Error: ", str(error))[-1])
 
 
 def _config():

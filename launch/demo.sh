@@ -26,7 +26,7 @@ while [ $# -gt 0 ]; do
     -h | --help)
       echo "$usage"
       echo "  --workdir DIR  folder of the run (default: $workdir); a run there is continued."
-      echo "  --minutes N    how long the whole demo may take on two CPU cores (default: $minutes); scales training only."
+      echo "  --minutes N    how long the whole demo may take on two CPU cores (default: $minutes); scales training only, and keeps what is finished."
       exit 0
       ;;
     *) fail "unexpected argument '$1'; $usage" ;;
@@ -119,7 +119,7 @@ from cm3leon_jax.training.metrics import read_metrics
 log = summary.training(read_metrics(sys.argv[1]))
 last = log["restarts"][-1]
 print("demo: killed after checkpoint {after_step}; {identical} of {replayed} steps computed again have the same loss, bit for bit.".format(**last))
-sys.exit(not (log["every_step_logged_once"] and last["identical"] == last["replayed"] > 0))
+sys.exit(not (log["every_step_logged_once"] and last["identical"] == last["replayed"]))
 ' "$workdir/train/metrics/metrics.jsonl"
 }
 

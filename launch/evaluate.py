@@ -2,14 +2,12 @@
 
   python -m launch.evaluate --config=ml_configs/openmoji.py --workdir=workdir
 
-Writes evaluation/metrics.json (docs/data_formats.md).
+Neighbours are those of the caption alone, as at inference. Writes evaluation/metrics.json.
 """
 
 import dataclasses
 
-import jax
-
-from cm3leon_jax import mesh, stages
+from cm3leon_jax import stages
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.evaluation import bits
 from cm3leon_jax.retrieval import neighbors
@@ -21,15 +19,16 @@ def main(settings, workdir):
   inputs = {
     "documents": stages.require(workdir / "documents", "encode_documents")["id"],
     "neighbors": stages.require(workdir / "neighbors", "build_neighbors")["id"],
-    "train": stages.require(workdir / "train", "train")["id"],
+    "train": common.require_run(settings, workdir),
   }
-  config = {"evaluation": dataclasses.asdict(settings.evaluation), "inputs": inputs}
-  with stages.stage(workdir / "evaluation", config) as summary, jax.set_mesh(mesh.create_mesh(settings.mesh)):
+  config = {"evaluation": dataclasses.asdict(settings.evaluation), "seed": settings.seed, "inputs": inputs}
+  config |= common.identity(settings, "data")
+  with stages.stage(workdir / "evaluation", config) as summary, common.use_mesh(settings):
     if summary is None:
       return
     params, step = checkpoint.load_params(workdir / "train", settings.model)
     train, heldout = (DocumentStore(workdir / "documents" / f"{split}_pairs", settings.vocab) for split in ("train", "heldout"))
-    ids, _ = neighbors.load_neighbors(workdir / "neighbors", "heldout_pairs")
+    ids, _ = neighbors.load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)
     metrics = bits.evaluate(
       params, settings.model, train, heldout, ids, settings.vocab, settings.data, settings.evaluation, settings.seed
     )

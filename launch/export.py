@@ -8,13 +8,10 @@ documents are compared with ours.
 
 import dataclasses
 
-import jax
-
 from cm3leon_jax import stages
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.data.pipeline import join
 from cm3leon_jax.export import huggingface
-from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.training import checkpoint
 from launch import common
 
@@ -24,11 +21,11 @@ SAMPLES = 4
 def main(settings, workdir) -> None:
   inputs = {
     "text_tokenizer": stages.require(workdir / "text_tokenizer", "train_text_tokenizer")["id"],
-    "train": stages.require(workdir / "train", "train")["id"],
+    "train": common.require_run(settings, workdir),
   }
   folder = workdir / "export"
   config = {"model": dataclasses.asdict(settings.model), "inputs": inputs}
-  with stages.stage(folder, config) as summary, jax.set_mesh(create_mesh(settings.mesh)):
+  with stages.stage(folder, config) as summary, common.use_mesh(settings):
     if summary is None:
       return
     params, step = checkpoint.load_params(workdir / "train", settings.model)

@@ -11,13 +11,11 @@ import hashlib
 import json
 
 from absl import flags
-import jax
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import draw
 from cm3leon_jax.evaluation.summary import clip_scores
-from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.retrieval.clip import CLIP
 from cm3leon_jax.training import checkpoint
 from launch import common
@@ -33,7 +31,6 @@ STAGES = {
   "vqgan": "train_vqgan",
   "clip": "train_clip",
   "neighbors": "build_neighbors",
-  "train": "train",
 }
 
 
@@ -60,11 +57,13 @@ def main(settings, workdir) -> None:
     "retrieve": retrieves,
     "seed": seed,
     "inputs": {folder: stages.require(workdir / folder, command)["id"] for folder, command in STAGES.items()},
+    "retrieval": dataclasses.asdict(settings.retrieval),
   }
+  config["inputs"]["train"] = common.require_run(settings, workdir)
   folder = workdir / "samples"
   if texts:  # Every set of prompts and settings has a folder of its own, so that a user may try another at any time.
     folder = workdir / "prompts" / f"{draw.slug(texts[0])}-{hashlib.sha256(json.dumps(config).encode()).hexdigest()[:6]}"
-  with stages.stage(folder, config) as summary, jax.set_mesh(create_mesh(settings.mesh)):
+  with stages.stage(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
       clip = CLIP.load(workdir / "clip")
       if texts:

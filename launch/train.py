@@ -5,15 +5,12 @@ python -m launch.train --config=ml_configs/openmoji.py --workdir=workdir
 
 import dataclasses
 
-import jax
-
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.data.plan import RowPlan, Source
 from cm3leon_jax.decoding.draw import sample_drawer
-from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.training.train import train
@@ -32,12 +29,12 @@ def open_rows(settings: Settings, workdir, split: str) -> RowLoader:
     raise UserError(
       f"{workdir / 'neighbors'} names neighbours of {len(ids)} documents, {pairs.folder} holds {len(pairs)}: build them anew."
     )
+  for store, part, advice in ((pairs, 1 - share, "1"), (texts, share, "0")):
+    if part > 0 and not len(store):
+      raise UserError(f"{store.folder} holds no documents: add some, or set config.data.text_share={advice}.")
   sources = [Source(pairs, 1 - share, ids, bank), Source(texts, share)]
   data = settings.data if split == "train" else settings.data.without_augmentation()
-  try:
-    plan = RowPlan(sources, data, settings.vocab.num_masks, settings.seed)
-  except ValueError as error:
-    raise UserError(str(error)) from error
+  plan = RowPlan(sources, data, settings.vocab.num_masks, settings.seed)
   total = sum(int(s.store.segment_lengths(i)[0].sum()) for s in sources for i in range(len(s.store)))
   needed = settings.train.global_batch_size * data.sequence_length
   if split == "train" and total < needed:
@@ -48,16 +45,10 @@ def open_rows(settings: Settings, workdir, split: str) -> RowLoader:
   return RowLoader(plan, settings.vocab)
 
 
-# How a run computes, not what: a continued run may change these.
-EXECUTION = {"data": {"read_threads"}, "model": {"remat_policy", "attention", "loss_chunk"}}
-
-
 def identity(settings: Settings, workdir) -> dict:
   """What makes a run the same run."""
   config = {"seed": settings.seed, "global_batch_size": settings.train.global_batch_size}
-  for name in ("vocab", "data", "model", "optimizer"):
-    fields = dataclasses.asdict(getattr(settings, name))
-    config[name] = {k: v for k, v in fields.items() if k not in EXECUTION.get(name, ())}
+  config |= common.identity(settings, "vocab", "data", "model", "optimizer")
   stage_of = {"documents": "encode_documents", "neighbors": "build_neighbors"}
   inputs = {name: stages.require(workdir / name, command)["id"] for name, command in stage_of.items()}
   return {**config, "inputs": inputs}
@@ -68,13 +59,9 @@ def main(settings: Settings, workdir) -> None:
   if (folder / "config.json").exists():
     stages.check_same_config(folder, stages.read_json(folder / "config.json")["run"], config)
   stages.write_json(folder / "config.json", {"run": config, "train": dataclasses.asdict(settings.train)})
-  try:
-    mesh = create_mesh(settings.mesh)
-  except ValueError as error:
-    raise UserError(f"config.mesh: {error}") from error
   done = folder / stages.DONE
   redo = done.exists() and stages.read_json(done)["summary"]["steps"] < settings.train.steps
-  with jax.set_mesh(mesh), stages.stage(folder, config, redo=redo) as summary:
+  with common.use_mesh(settings), stages.stage(folder, config, redo=redo) as summary:
     if summary is None:
       return
     loader, heldout = open_rows(settings, workdir, "train"), open_rows(settings, workdir, "heldout")

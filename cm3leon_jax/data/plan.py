@@ -20,7 +20,7 @@ class DataConfig:
 
   Attributes:
     sequence_length: slots of a row.
-    num_neighbors: K, retrieved documents before each document with an image (paper: 3, see `num_neighbors` in docs).
+    num_neighbors: K, retrieved documents before each document with an image (paper: 3).
     neighbor_dropout: share of samples that get no neighbours, so that the model also works without a bank.
     condition_dropout: share of the remaining samples with an image whose caption and neighbours give way to one
       sentinel: what the unconditional stream of guidance sees (tutorial: 10%; the paper drops nothing).

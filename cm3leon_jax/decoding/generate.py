@@ -4,7 +4,6 @@
 
 from collections.abc import Sequence
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding.cache import Cache
 from cm3leon_jax.decoding.grammar import TextToImage
 from cm3leon_jax.decoding.sampling import SamplingConfig, combine_streams, sample
-from cm3leon_jax.mesh import RULES, shard, spec
+from cm3leon_jax.mesh import RULES, batch_shards, shard, spec
 from cm3leon_jax.models.attention import masked_attention
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.models.transformer import bind
@@ -264,9 +263,3 @@ class Generator:
         f"a prompt has {longest} tokens; at most {self.longest_prompt} leave room for {self.grammar.image_tokens} image tokens "
         f"in model.max_positions = {self.config.max_positions}: shorten it, or retrieve fewer documents."
       )
-
-
-def batch_shards() -> int:
-  """Number of devices that the batch is split over on the current mesh."""
-  shape = jax.sharding.get_abstract_mesh().shape
-  return math.prod(shape[axis] for axis in RULES["batch"])

@@ -201,8 +201,8 @@ def _samples(store, train_store, neighbor_ids, num_documents: int, data: DataCon
 def evaluate(params, model_config, train_store, heldout_store, neighbor_ids, vocab, data, config, seed) -> dict:
   """Bits of held-out pairs, causal, without spans or drop, of the document itself only (`own_targets`).
 
-  `true`: the document's own neighbours; `shuffled`: those of another document, so that form and number are the same
-  and only the content differs; `none`. A unigram model of the training pairs' codes and caption tokens stands beside
+  `true`: the document's own neighbours; `shuffled`: those of another document, so that form and number are alike
+  and the content differs; `none`. A unigram model of the training pairs' codes and caption tokens stands beside
   them; the decoder spreads its probability over the whole vocabulary, the unigram only over its modality.
 
   Args:

@@ -53,11 +53,13 @@ HEADLINES = (
   Headline(
     "Bits per image code, true neighbours", "evaluation.image.true.bits", "<", "evaluation.image.unigram", "unigram model"
   ),
-  Headline("The same, divided by the unigram model's", "evaluation.image.true_over_unigram", "<=", 0.5, "0.42 in :long"),
+  Headline("The same, divided by the unigram model's", "evaluation.image.true_over_unigram", "<=", 0.5, "aim of the demo"),
+  Headline("The same, divided by the unigram model's", "evaluation.image.true_over_unigram", "<=", 0.42, "aim of :long"),
   Headline(
     "Bits per text token, true neighbours", "evaluation.text.true.bits", "<", "evaluation.text.unigram", "unigram model"
   ),
   Headline("True minus shuffled neighbours (bits/code)", "evaluation.image.true_minus_shuffled.bits", "<", 0.0, "95% interval"),
+  Headline("True minus no neighbours (bits/code)", "evaluation.image.true_minus_none.bits", "<", 0.0, "95% interval"),
 )
 
 

@@ -14,8 +14,7 @@ import numpy as np
 from safetensors import numpy as safetensors_numpy
 
 from cm3leon_jax import stages
-from cm3leon_jax.decoding.generate import batch_shards
-from cm3leon_jax.mesh import shard
+from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout

@@ -43,6 +43,21 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(self.folder, options=options)
     self._unsealed: int | None = None
 
+  def discard_unsealed(self) -> None:
+    """Deletes what a killed run left without digests, so that it cannot push sealed checkpoints out.
+
+    Raises:
+      UserError: there are checkpoints, and none of them is sealed.
+    """
+    steps = self._manager.all_steps()
+    unsealed = [s for s in steps if not self._digest_path(s).exists()]
+    if unsealed and len(unsealed) == len(steps) > 1:
+      raise UserError(
+        f"{self.folder} holds checkpoints and {self._digest_folder} no digests of them: restore those, or delete both."
+      )
+    for step in unsealed:
+      self._manager.delete(step)
+
   def newest(self) -> int | None:
     """Step of the newest whole checkpoint, or None."""
     steps = [s for s in self._manager.all_steps() if self._digest_path(s).exists()]
@@ -51,8 +66,7 @@ class Checkpoints:
   def save(self, state: TrainState, step: int, next_row: int) -> None:
     """Starts saving; seals the save before it."""
     self.wait()
-    if step in self._manager.all_steps():  # Left by a run that was killed before it could seal it.
-      self._manager.delete(step)
+    self._digest_path(step).unlink(missing_ok=True)
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"next_row": next_row}))
     self._manager.save(step, args=args, force=True)
     self._unsealed = step

@@ -19,10 +19,12 @@ class MetricsLog:
     old = read_metrics(self.path)
     kept = [] if resumed_at is None else [line for line in old if line["step"] <= resumed_at]
     later = [line for line in old if line["step"] > (resumed_at or 0) and "loss" in line] if resumed_at is not None else []
+    # Nothing to compare is an outcome too: the killed run had logged no step after its checkpoint.
     self._before = {line["step"]: line["loss"] for line in later}
     self.replayed, self.identical, self._resumed_at = 0, 0, resumed_at
     partial = self.path.parent / (self.path.name + ".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    event = "" if resumed_at is None or self._before else self._resume_event(resumed_at)
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept) + event)
     partial.replace(self.path)
 
   def write(self, step: int, values: dict) -> None:
@@ -34,8 +36,11 @@ class MetricsLog:
         self.replayed += 1
         self.identical += expected == values["loss"]
         if not self._before:
-          resume = {"event": "resumed", "from_step": self._resumed_at, "replayed": self.replayed, "identical": self.identical}
-          f.write(json.dumps({"step": step, **resume}) + "\n")
+          f.write(self._resume_event(step))
+
+  def _resume_event(self, step: int) -> str:
+    counts = {"from_step": self._resumed_at, "replayed": self.replayed, "identical": self.identical}
+    return json.dumps({"step": step, "event": "resumed", **counts}) + "\n"
 
 
 def read_metrics(path: epath.PathLike) -> list[dict]:

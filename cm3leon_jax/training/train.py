@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.pipeline import RowLoader, batches
-from cm3leon_jax.mesh import spec
+from cm3leon_jax.mesh import batch_shards, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import loss
@@ -55,6 +55,8 @@ class TrainConfig:
     for field in dataclasses.fields(self):
       if getattr(self, field.name) < 1:
         raise ValueError(f"{field.name} is {getattr(self, field.name)}; it must be positive.")
+    if self.keep_checkpoints < 2:
+      raise ValueError(f"keep_checkpoints is {self.keep_checkpoints}; a save needs the one before it until it is whole, so 2.")
     if self.global_batch_size % self.gradient_accumulation_steps:
       raise ValueError(
         f"gradient_accumulation_steps = {self.gradient_accumulation_steps} does not divide "
@@ -134,7 +136,7 @@ def train(
     Numbers for the report. On SIGTERM: saves and exits with `INTERRUPTED`.
   """
   mesh = jax.sharding.get_mesh()
-  shards = mesh.shape["data"] * mesh.shape["fsdp"] * config.gradient_accumulation_steps
+  shards = batch_shards() * config.gradient_accumulation_steps
   if config.global_batch_size % shards:
     raise UserError(
       f"config.train.global_batch_size is {config.global_batch_size}; mesh.data x mesh.fsdp x "
@@ -143,6 +145,7 @@ def train(
   sharding = NamedSharding(mesh, spec("batch", "length"))
   steps = compile_steps(model, optimizer_config, config, vocab, seed)
   checkpoints = Checkpoints(folder, config.keep_checkpoints)
+  checkpoints.discard_unsealed()
   newest = checkpoints.newest()
   if newest is None:
     state, next_row = steps.init(), 0
@@ -172,11 +175,14 @@ def train(
         break
     logger.flush()
   checkpoints.close()
-  if int(state.step) < config.steps:
-    print(f"stopped at step {int(state.step)} of {config.steps}; saved in {folder}: the same command continues.", flush=True)
+  step = int(state.step)
+  if step < config.steps:
+    print(f"stopped at step {step} of {config.steps}; saved in {folder}: the same command continues.", flush=True)
     sys.exit(INTERRUPTED)
+  if step > config.steps:
+    print(f"train: the run is at step {step} already, beyond train.steps = {config.steps}; nothing was trained.", flush=True)
   return {
-    "steps": config.steps,
+    "steps": step,
     "parameters": transformer.count_params(state.params),
     "next_row": next_row,
     **evaluate(steps, state.params, eval_batches),
@@ -208,7 +214,7 @@ class StepLogger:
     values["learning_rate"] = float(self._schedule(step - 1))
     if not np.isfinite(values["loss"]):
       raise UserError(
-        f"the loss of step {step} is {values['loss']}: lower optimizer.learning_rate, or look at the rows of that step."
+        f"the loss of step {step} is {values['loss']}: lower optimizer.learning_rate in a new --workdir, or look at its rows."
       )
     self._log.write(step, values)
     self.bar.set_postfix(loss=f"{values['loss']:.3f}", image=f"{values['image_loss']:.3f}", text=f"{values['text_loss']:.3f}")

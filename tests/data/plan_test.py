@@ -45,8 +45,9 @@ def test_a_sample_never_exceeds_the_row(seed, caption, neighbor_captions, length
   if not plan.dropped and plan.length <= length:
     joined = [n for i in plan.neighbors for n in candidates[i]] + document.tolist()
     assert plan.length == joined_length(joined) + OVERHEAD * len(plan.spans)
-  if plan.spans:  # Spans are only drawn where they fit whole: an infill is never cut.
-    assert joined_length([n for i in plan.neighbors for n in candidates[i]] + document.tolist()) + OVERHEAD <= length + 1
+  if plan.spans:  # Spans are only drawn where all of them fit whole: an infill is never cut.
+    joined = [n for i in plan.neighbors for n in candidates[i]] + document.tolist()
+    assert joined_length(joined) + OVERHEAD * len(plan.spans) <= length + 1
 
 
 def test_neighbours_go_before_spans_and_spans_before_the_tail():

@@ -86,9 +86,7 @@ def test_the_7b_step_splits_the_vocabulary_and_never_holds_all_logits(shape):
     assert table.shape == (V, config.model.width)
     assert table.sharding.spec == spec("vocab_stored", None)
     assert table.sharding.shard_shape(table.shape)[0] == V // (shape[1] * shape[2])
-  shapes = {
-    tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)", re.sub(r"@\([\w,]+\)|@\w+", "", str(jaxpr)))
-  }
+  shapes = array_shapes(jaxpr)
   table = (V, config.model.width)  # The width happens to be the sequence length.
   with_vocab = {s for s in shapes if V in s and s != table}
   assert with_vocab

@@ -131,7 +131,33 @@ def test_a_batch_that_does_not_split_is_told(loader, tmp_path):
     run(tmp_path, loader, shape=(2, 2, 2), global_batch_size=6)
 
 
-@pytest.mark.parametrize("fields", [{"steps": 0}, {"global_batch_size": 8, "gradient_accumulation_steps": 3}])
+def test_a_save_that_was_killed_before_its_digests_pushes_no_other_out(loader, tmp_path):
+  run(tmp_path, loader, steps=8)
+  (tmp_path / "checkpoints.digests" / "8.json").unlink()
+  run(tmp_path, loader, steps=9, checkpoint_every=9)
+  events = [line for line in read_metrics(tmp_path / "metrics" / "metrics.jsonl") if line.get("event") == "resumed"]
+  assert [e["from_step"] for e in events] == [4]
+  assert sorted(losses(tmp_path)) == list(range(1, 10))
+
+
+def test_checkpoints_whose_digests_are_all_gone_are_not_trained_over(loader, tmp_path):
+  run(tmp_path, loader, steps=8)
+  for digests in (tmp_path / "checkpoints.digests").iterdir():
+    digests.unlink()
+  with pytest.raises(UserError, match="no digests of them"):
+    run(tmp_path, loader)
+  assert sorted(losses(tmp_path)) == list(range(1, 9))
+
+
+def test_a_shorter_run_leaves_a_longer_one_as_it_is(loader, tmp_path, capsys):
+  run(tmp_path, loader, steps=4)
+  assert run(tmp_path, loader, steps=2)["steps"] == 4
+  assert "is at step 4 already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  "fields", [{"keep_checkpoints": 1}, {"steps": 0}, {"global_batch_size": 8, "gradient_accumulation_steps": 3}]
+)
 def test_config_errors_name_the_field(fields):
   with pytest.raises(ValueError, match=next(reversed(fields))):
     TrainConfig(**fields)
