@@ -1,11 +1,14 @@
+import dataclasses
+
 import jax
 import ml_collections
 import numpy as np
 import pytest
 
 from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data import documents
-from cm3leon_jax.mesh import create_mesh
+from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.training import checkpoint, optimizer, state
 from launch import common, evaluate
@@ -38,12 +41,15 @@ def workdir(tmp_path):
   write_store(tmp_path / "documents" / "heldout_pairs", 5, settings.vocab, 1)
   (tmp_path / "neighbors").mkdir()
   ids = np.random.default_rng(2).integers(0, 9, (5, 4)).astype(np.int32)
-  neighbors.write_arrays(tmp_path / "neighbors" / "heldout_pairs.npz", {"ids": ids, "scores": np.zeros((5, 4), np.float32)})
+  by_caption = {"text_ids": ids, "text_scores": np.zeros((5, 4), np.float32)}
+  both = {"ids": np.full((5, 4), -1, np.int32), "scores": np.zeros((5, 4), np.float32)}
+  neighbors.write_arrays(tmp_path / "neighbors" / "heldout_pairs.npz", {**both, **by_caption})
   with jax.set_mesh(create_mesh(settings.mesh)):
     create = lambda: state.init_state(settings.model, optimizer.create_optimizer(settings.optimizer, 10), jax.random.key(0))
     checkpoints = checkpoint.Checkpoints(tmp_path / "train", keep=1)
     checkpoints.save(jax.jit(create)(), 7, 0)
     checkpoints.close()
+  stages.write_json(tmp_path / "train" / "config.json", {"run": common.identity(settings, "vocab", "model")})
   for folder in ("documents", "neighbors", "train"):
     with stages.stage(tmp_path / folder, {}):
       pass
@@ -55,6 +61,7 @@ def test_evaluate_writes_its_numbers_once_and_again_after_more_training(workdir,
   found = stages.read_json(workdir / "evaluation" / "metrics.json")
   assert found["step"] == 7
   assert found["documents"] == 4
+  assert found["mean_neighbors"]["true"] == 2.0  # Those of the caption alone; the others are -1.
   assert found["image"]["tokens"] == 16
   # An untrained decoder spreads its probability evenly over the whole vocabulary.
   assert found["image"]["true"]["bits"] == pytest.approx(np.log2(288), abs=0.05)
@@ -66,3 +73,16 @@ def test_evaluate_writes_its_numbers_once_and_again_after_more_training(workdir,
   evaluate.main(tiny_settings(), workdir)
   assert stages.require(workdir / "evaluation", "evaluate")["summary"] == found
   assert "skipped" not in capsys.readouterr().out
+
+
+def test_the_run_of_another_model_is_refused(workdir):
+  settings = tiny_settings()
+  other = dataclasses.replace(settings, model=dataclasses.replace(settings.model, family="modern"))
+  with pytest.raises(UserError, match=r"holds the run of another config \(model\.family: opt -> modern\)"):
+    evaluate.main(other, workdir)
+
+
+def test_a_mesh_that_does_not_fit_is_told(workdir):
+  other = dataclasses.replace(tiny_settings(), mesh=MeshConfig(3, 1, 1))
+  with pytest.raises(UserError, match=r"config\.mesh: mesh .* does not use 8 devices exactly"):
+    evaluate.main(other, workdir)

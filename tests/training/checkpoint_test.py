@@ -56,6 +56,7 @@ def test_a_checkpoint_without_digests_does_not_count(saved):
   with jax.set_mesh(mesh_of(1, 1, 1)):
     checkpoints = checkpoint.Checkpoints(saved, keep=2)
     assert checkpoints.newest() == 1
+    checkpoints.discard_unsealed()
     checkpoints.save(fresh(3), 2, next_row=99)  # It is written again.
     checkpoints.wait()
     assert checkpoints.newest() == 2
