@@ -1,6 +1,7 @@
 import os
 import signal
 import threading
+import time
 
 from etils import epath
 import jax
@@ -50,9 +51,13 @@ class Crash(Exception):
   """Stands for a machine that goes away in the middle of a step."""
 
 
-def crash_at(step):
+def crash_at(step, folder):
+  """Crashes in `step`, but lets a save that has begun end: its thread would outlive the crash, as no killed process's does."""
+
   def draw(_, at):
     if at == step:
+      while any("tmp" in path.name for path in (folder / checkpoint.FOLDER).iterdir()):
+        time.sleep(0.05)
       raise Crash
 
   return draw
@@ -69,7 +74,7 @@ def test_the_loss_falls_and_every_step_is_logged(whole):
 def test_a_killed_run_continues_bit_for_bit(whole, loader, tmp_path):
   """Killed in step 11, continued from the newest checkpoint: the steps after it come again, the rest as if never stopped."""
   with pytest.raises(Crash):
-    run(tmp_path, loader, draw_samples=crash_at(11), sample_every=1)
+    run(tmp_path, loader, draw_samples=crash_at(11, tmp_path), sample_every=1)
   assert max(losses(tmp_path)) == 10  # A step is logged when the next one has started.
   run(tmp_path, loader)
   assert losses(tmp_path) == losses(whole[0])
@@ -101,7 +106,7 @@ def test_sigterm_saves_and_the_same_call_continues(whole, loader, tmp_path):
 
 def test_restore_onto_another_mesh(whole, loader, tmp_path):
   with pytest.raises(Crash):
-    run(tmp_path, loader, draw_samples=crash_at(9), sample_every=1)
+    run(tmp_path, loader, draw_samples=crash_at(9, tmp_path), sample_every=1)
   run(tmp_path, loader, shape=(2, 2, 2))
   expected = losses(whole[0])
   for step, loss in losses(tmp_path).items():
