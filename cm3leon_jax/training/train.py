@@ -23,7 +23,7 @@ from cm3leon_jax.training import loss
 from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.metrics import MetricsLog
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer, learning_rate_schedule
-from cm3leon_jax.training.state import TrainState, eval_step, init_state, train_step
+from cm3leon_jax.training.state import eval_step, init_state, train_step
 from cm3leon_jax.vocab import VocabLayout
 
 INTERRUPTED = 75  # Exit code of a run that was told to stop and saved (EX_TEMPFAIL: try again).
@@ -219,6 +219,3 @@ class StepLogger:
     self._log.write(step, values)
     self.bar.set_postfix(loss=f"{values['loss']:.3f}", image=f"{values['image_loss']:.3f}", text=f"{values['text_loss']:.3f}")
     self.bar.update()
-
-
-__all__ = ["INTERRUPTED", "StepLogger", "TrainConfig", "TrainState", "compile_steps", "evaluate", "train"]
