@@ -20,6 +20,7 @@ class ModelConfig:
     vocab_size: text and image ids together.
     init_std: of the truncated normal that parameters start from (the paper's; at width 4,096. A network of another
       width starts alike at init_std x sqrt(4,096 / width)).
+    embed_std: the same of the token embeddings.
     dtype: of activations and of the parameters while they are used; parameters are stored in float32.
     remat_policy: what the backward pass recomputes: `none` nothing, `minimal` all but matrix products,
       `full` each layer from its input.
@@ -35,6 +36,7 @@ class ModelConfig:
   mlp_width: int = 16_384
   max_positions: int = 4_096
   init_std: float = 0.006
+  embed_std: float = 0.006
   dtype: str = "bfloat16"
   remat_policy: str = "full"
   attention: str = "plain"
@@ -52,8 +54,9 @@ class ModelConfig:
     for field in ("vocab_size", "num_layers", "width", "num_heads", "mlp_width", "max_positions", "loss_chunk"):
       if getattr(self, field) < 1:
         raise ValueError(f"{field} is {getattr(self, field)}; it must be positive.")
-    if self.init_std <= 0:
-      raise ValueError(f"init_std is {self.init_std}; it must be positive.")
+    for field in ("init_std", "embed_std"):
+      if getattr(self, field) <= 0:
+        raise ValueError(f"{field} is {getattr(self, field)}; it must be positive.")
     if self.width % self.num_heads:
       raise ValueError(f"num_heads = {self.num_heads} does not divide width = {self.width}.")
     if self.family == "modern" and self.head_dim % 2:

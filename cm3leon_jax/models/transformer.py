@@ -106,7 +106,7 @@ class Transformer(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
-    self.embed = _param(rngs, (config.vocab_size, config.width), ("vocab_stored", None), config.init_std)
+    self.embed = _param(rngs, (config.vocab_size, config.width), ("vocab_stored", None), config.embed_std)
     self.blocks = jax.vmap(functools.partial(Block, config))(rngs.split(config.num_layers))
     self.final_norm = Norm(config.family, config.width)
     if config.family == "opt":

@@ -101,6 +101,14 @@ def test_opt_starts_with_equal_logits_up_to_the_tied_table():
     assert float(jnp.max(jnp.abs(params["embed"]))) <= 3 * 0.006 + 1e-9
 
 
+def test_the_embedding_has_a_spread_of_its_own():
+  config = config_of("modern", init_std=0.03, embed_std=0.5)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    params = transformer.init_params(config, jax.random.key(0))
+  assert float(jnp.std(params["embed"])) == pytest.approx(0.5, rel=0.05)
+  assert float(jnp.std(params["head"])) == pytest.approx(0.03, rel=0.05)
+
+
 def test_rotation_depends_on_distance_alone():
   q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
   score = lambda i, j: float(jnp.sum(transformer.rotate(q, jnp.array([[i]])) * transformer.rotate(k, jnp.array([[j]]))))
