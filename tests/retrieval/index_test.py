@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 
@@ -38,6 +39,23 @@ def test_exact_search_in_literals():
   np.testing.assert_allclose(scores, [[1, 0.6, 0, -np.inf], [2, 1.6, 0, -np.inf]], rtol=1e-6)
 
 
+def test_blocks_and_devices_do_not_matter(clustered, monkeypatch):
+  vectors, queries = clustered
+  vectors = vectors[:333]  # Divided by neither the 8 devices nor the blocks.
+  expected = index.ExactIndex(vectors, jax.devices()[:1]).search(queries[:9], 20)
+  monkeypatch.setattr(index, "BLOCK", 16)
+  for devices in (jax.devices(), jax.devices()[:3]):
+    ids, scores = index.ExactIndex(vectors, devices).search(queries[:9], 20)
+    np.testing.assert_array_equal(ids, expected[0])
+    np.testing.assert_allclose(scores, expected[1], atol=1e-6)
+  np.testing.assert_array_equal(expected[0], oracle(vectors, queries[:9], 20))
+
+
+def test_equal_scores_come_in_the_order_of_their_ids():
+  ids, _ = index.ExactIndex(np.ones((20, 2))).search(np.ones((1, 2)), 20)
+  assert ids.tolist() == [list(range(20))]
+
+
 def test_batches_do_not_matter(clustered):
   vectors, queries = clustered
   many = np.concatenate([queries] * 4)
@@ -61,6 +79,36 @@ def test_scann_finds_what_exact_search_finds(clustered, tmp_path, monkeypatch):
   loaded_ids, loaded_scores = index.ScannIndex(vectors, "relative").search(queries, 2)
   np.testing.assert_array_equal(loaded_ids, ids)
   np.testing.assert_array_equal(loaded_scores, scores)
+
+
+def test_shards_are_searched_as_one(clustered):
+  pytest.importorskip("scann")
+  vectors, queries = clustered
+  sharded = index.build_index(vectors, "scann", shard_size=700)
+  assert isinstance(sharded, index.ShardedIndex)
+  ids, scores = sharded.search(queries, 2)
+  assert index.recall_at_k(ids, oracle(vectors, queries, 2)) >= 0.95
+  np.testing.assert_allclose(scores, np.take_along_axis(queries @ vectors.T, ids, 1), atol=1e-5)
+  exact = index.ShardedIndex(vectors, 700, index.ExactIndex)
+  np.testing.assert_array_equal(exact.search(queries, 5)[0], oracle(vectors, queries, 5))
+
+
+def test_merge_in_literals():
+  found = [(np.array([[4, 7]]), np.array([[0.9, 0.2]])), (np.array([[8, -1]]), np.array([[0.5, -np.inf]]))]
+  ids, scores = index.merge(found, 3)
+  assert ids.tolist() == [[4, 8, 7]]
+  assert scores.tolist() == [[0.9, 0.5, 0.2]]
+  assert index.merge(found, 4)[0].tolist() == [[4, 8, 7, -1]]
+
+
+def test_scann_with_8_bits(clustered, monkeypatch):
+  pytest.importorskip("scann")
+  vectors, queries = clustered
+  monkeypatch.setattr(index.ScannIndex, "INT8_FROM", 100)
+  ids, scores = index.ScannIndex(vectors).search(queries, 2)
+  assert index.recall_at_k(ids, oracle(vectors, queries, 2)) >= 0.9
+  exact = np.take_along_axis(queries @ vectors.T, ids, 1)
+  assert 1e-5 < np.abs(scores - exact).max() < 0.03
 
 
 def test_scann_fills_up_when_there_are_too_few(clustered):
