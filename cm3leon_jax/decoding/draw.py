@@ -19,6 +19,7 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 BATCH = 16
 GRID_COLUMNS = 4
+ORIGIN = ("key", "source", "license", "attribution")  # What a record says of each neighbour.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ def draw_all(settings, workdir, folder, params, prompts, clip, guidances, retrie
               "guidance": guidance,
               "retrieve": retrieve,
               **sampler,
-              "neighbours": [d.key for d in prompt.neighbors[:retrieve]],
+              "neighbours": [{name: getattr(d, name) for name in ORIGIN} for d in prompt.neighbors[:retrieve]],
               "file": name,
               "codes": out.codes[row].tolist(),
               "log_prob": float(out.log_probs[row].sum()),

@@ -142,7 +142,7 @@ def prompts(workdir: epath.Path) -> list[dict]:
 
 def _prompt(workdir: epath.Path, pairs: dict, key: str, caption: str, results: list[dict]) -> dict:
   picture = lambda key: file_uri(pairs[key].image) if key in pairs else None
-  names = dict.fromkeys(name for result in results for name in result["neighbours"])
+  names = dict.fromkeys(name for result in results for name in (n["key"] for n in result["neighbours"]))
   rows = []
   for retrieve in sorted({result["retrieve"] for result in results}, reverse=True):
     cells = {}

@@ -126,6 +126,7 @@ def test_every_picture_has_a_file_and_a_record(workdir, clip, tmp_path):
     expected = tokenizer.decode(np.array([record["codes"]]))[0]
     np.testing.assert_array_equal(np.asarray(Image.open(folder / record["file"])), expected)
     assert len(record["neighbours"]) == record["retrieve"]
+    assert all(n["license"] == "CC0-1.0" and n["attribution"] == "nobody" for n in record["neighbours"])
     assert record["log_prob"] < 0
     assert -1 <= record["clip_score"] <= 1
   assert len({r["file"] for r in records}) == 8

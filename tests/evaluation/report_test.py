@@ -82,7 +82,10 @@ def make_samples(folder):
         picture(folder / name, float(rng.uniform(0, 6)))
         lines.append(
           {"key": key, "prompt": f"disc <{key[1]}> & more", "guidance": guidance, "retrieve": retrieve, "file": name}
-          | {"neighbours": ["k0", "k1"] if retrieve else [], "clip_score": float(rng.normal(0.2 + guidance / 50, 0.05))}
+          | {
+            "neighbours": [{"key": "k0"}, {"key": "k1"}] if retrieve else [],
+            "clip_score": float(rng.normal(0.2 + guidance / 50, 0.05)),
+          }
         )
   (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
