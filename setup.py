@@ -31,7 +31,7 @@ setuptools.setup(
     "scipy>=1.15",
     "tokenizers>=0.22",
     "tqdm>=4.66",
-    "transformers>=5.0,<6",
+    "transformers>=5.24,<6",  # CLIPImageProcessorPil, which needs no torchvision, is young.
   ],
   extras_require={
     "tpu": ["jax[tpu]"],

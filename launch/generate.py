@@ -16,7 +16,6 @@ from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import draw
 from cm3leon_jax.evaluation.summary import clip_scores
-from cm3leon_jax.retrieval.clip import CLIP
 from cm3leon_jax.training import checkpoint
 from launch import common
 
@@ -29,7 +28,6 @@ _SEED = flags.DEFINE_integer("seed", None, "Seed of the first prompt; each next 
 STAGES = {
   "text_tokenizer": "train_text_tokenizer",
   "vqgan": "train_vqgan",
-  "clip": "train_clip",
   "neighbors": "build_neighbors",
 }
 
@@ -59,13 +57,13 @@ def main(settings, workdir) -> None:
     "inputs": {folder: stages.require(workdir / folder, command)["id"] for folder, command in STAGES.items()},
     "retrieval": dataclasses.asdict(settings.retrieval),
   }
-  config["inputs"]["train"] = common.require_run(settings, workdir)
+  config["inputs"] |= {**common.clip_inputs(settings, workdir), "train": common.require_run(settings, workdir)}
   folder = workdir / "samples"
   if texts:  # Every set of prompts and settings has a folder of its own, so that a user may try another at any time.
     folder = workdir / "prompts" / f"{draw.slug(texts[0])}-{hashlib.sha256(json.dumps(config).encode()).hexdigest()[:6]}"
   with stages.stage(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
-      clip = CLIP.load(workdir / "clip")
+      clip = common.load_clip(settings, workdir)
       if texts:
         prompts = draw.free_prompts(settings, workdir, texts, seed, max(retrieves), clip)
       else:

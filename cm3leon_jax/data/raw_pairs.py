@@ -139,11 +139,11 @@ def _read(path: epath.Path, cls) -> Iterator:
         raise UserError(str(error)) from error
 
 
-def load_image(image: str | bytes | epath.Path, resolution: int) -> np.ndarray:
+def load_image(image: str | bytes | epath.Path, resolution: int | None) -> np.ndarray:
   """Reads an image, a path or a file's bytes: upright, on white where transparent, scaled and cropped about the centre.
 
   Returns:
-    [H, W, 3] uint8 with H = W = resolution.
+    [H, W, 3] uint8 with H = W = resolution; without a resolution, in the size that it has.
 
   Raises:
     UserError: the file is absent or no image that Pillow can read.
@@ -155,16 +155,16 @@ def load_image(image: str | bytes | epath.Path, resolution: int) -> np.ndarray:
     name = f"of {len(image)} bytes" if isinstance(image, bytes) else image
     raise UserError(f"image {name} cannot be read ({error}); it must be a PNG, JPEG, WebP or GIF file.") from error
   pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels).convert("RGB")
-  if pixels.size != (resolution, resolution):
+  if resolution and pixels.size != (resolution, resolution):
     pixels = ImageOps.fit(pixels, (resolution, resolution), Image.Resampling.LANCZOS)
   return np.asarray(pixels)
 
 
-def load_images(paths: Iterable[epath.PathLike], resolution: int, num_threads: int) -> np.ndarray:
-  """`load_image` for several files at a time: [n, H, W, 3] uint8 in the order of `paths`."""
+def load_images(paths: Iterable[epath.PathLike], resolution: int | None, num_threads: int) -> np.ndarray:
+  """`load_image` for several files at a time, all of one size: [n, H, W, 3] uint8 in the order of `paths`."""
   with futures.ThreadPoolExecutor(num_threads) as pool:
     images = list(pool.map(lambda path: load_image(path, resolution), paths))
-  return np.stack(images) if images else np.zeros((0, resolution, resolution, 3), np.uint8)
+  return np.stack(images) if images else np.zeros((0, resolution or 0, resolution or 0, 3), np.uint8)
 
 
 class _Writer:
@@ -173,7 +173,9 @@ class _Writer:
   def __init__(self, config: RawConfig, folder: epath.Path, draw: Callable, stack: contextlib.ExitStack):
     (folder / "images").mkdir(parents=True, exist_ok=True)
     self.config, self.folder, self._draw = config, folder, draw
-    self._files = {name: stack.enter_context(_partial(folder / name).open("w")) for name in (PAIRS, TEXTS, REJECTED)}
+    self._files = {
+      name: stack.enter_context(_partial(folder / name).open("w", encoding="utf-8")) for name in (PAIRS, TEXTS, REJECTED)
+    }
     self._pool = stack.enter_context(futures.ThreadPoolExecutor(config.num_threads))
     self._keys: dict[type, set] = {RawPair: set(), RawText: set()}
     self._concepts: dict[str, set] = {split: set() for split in SPLITS}

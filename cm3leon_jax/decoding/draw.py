@@ -14,6 +14,7 @@ from cm3leon_jax.decoding import pictures
 from cm3leon_jax.decoding.generate import Generator, conditional_prompt
 from cm3leon_jax.retrieval import neighbors as neighbors_lib
 from cm3leon_jax.retrieval.clip import CLIP, clip_score
+from cm3leon_jax.retrieval.hf_clip import HFCLIP
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
@@ -61,7 +62,7 @@ def heldout_prompts(settings, workdir, count: int, seed: int, retrieve: int) -> 
   return prompts
 
 
-def free_prompts(settings, workdir, texts: list[str], seed: int, retrieve: int, clip: CLIP) -> list[Prompt]:
+def free_prompts(settings, workdir, texts: list[str], seed: int, retrieve: int, clip: CLIP | HFCLIP) -> list[Prompt]:
   """The user's texts, with neighbours that CLIP finds for them."""
   encode = TextTokenizer(workdir / "text_tokenizer", settings.vocab).encode
   for text in texts:
@@ -71,7 +72,8 @@ def free_prompts(settings, workdir, texts: list[str], seed: int, retrieve: int, 
   if retrieve:
     store = DocumentStore(workdir / "documents" / "train_pairs", settings.vocab)
     retriever = neighbors_lib.Retriever(neighbors_lib.Bank.load(workdir / "neighbors" / neighbors_lib.BANK), settings.retrieval)
-    found = [_first(store, row, retrieve) for row in retriever.retrieve(clip.embed_texts(ids))[0]]
+    queries = clip.embed_texts([clip.encode(text) for text in texts])
+    found = [_first(store, row, retrieve) for row in retriever.retrieve(queries)[0]]
   return [Prompt(*pair, seed + n, neighbors=near) for n, (*pair, near) in enumerate(zip(texts, ids, found))]
 
 
@@ -115,7 +117,7 @@ def draw_all(settings, workdir, folder, params, prompts, clip, guidances, retrie
         part = prompts[start : start + BATCH]
         out = generator.images([prompt_ids(settings.vocab, p, retrieve) for p in part], [p.seed for p in part], guidance)
         images = image_tokenizer.decode(out.codes)
-        scores = clip_score(clip, images, [p.ids for p in part])
+        scores = clip_score(clip, images, [clip.encode(p.text) for p in part])
         for row, prompt in enumerate(part):
           name = f"{start + row:03d}_{slug(prompt.text)}_guidance{guidance:g}_retrieve{retrieve}.png"
           pictures.save_png(folder / name, images[row])

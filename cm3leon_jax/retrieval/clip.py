@@ -2,6 +2,7 @@
 
 # B batch, L length, D width, E embedding, H height, W width, P patch.
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import itertools
@@ -266,8 +267,14 @@ def _embed_texts(config, text_size, params, tokens):
 class CLIP:
   """A trained CLIP, ready to embed. Inputs go through in batches of one shape, so a row never depends on its neighbours."""
 
-  def __init__(self, config: CLIPConfig, text_size: int, params: dict):
-    self.config, self.text_size, self.params = config, text_size, params
+  def __init__(self, config: CLIPConfig, text_size: int, params: dict, encode: Callable[[str], np.ndarray] | None = None):
+    """`encode`: caption -> int32 ids of the tokenizer that it was trained with; may be left out where nobody has captions."""
+    self.config, self.text_size, self.params, self.encode = config, text_size, params, encode
+
+  @property
+  def resolution(self) -> int:
+    """Side of the images that it embeds."""
+    return self.config.resolution
 
   def save(self, folder: epath.PathLike) -> None:
     """Writes params.safetensors and config.json."""
@@ -277,8 +284,8 @@ class CLIP:
     stages.write_json(folder / CONFIG, {"clip": dataclasses.asdict(self.config), "text_size": self.text_size})
 
   @classmethod
-  def load(cls, folder: epath.PathLike) -> "CLIP":
-    """Raises UserError naming the file that is absent or does not fit."""
+  def load(cls, folder: epath.PathLike, encode: Callable[[str], np.ndarray] | None = None) -> "CLIP":
+    """Reads what `save` wrote; `encode` as in the constructor. Raises UserError naming the file that is absent or unfit."""
     folder = epath.Path(folder)
     stored = stages.read_json(folder / CONFIG)
     config, text_size = build(CLIPConfig, stored["clip"], "clip"), stored["text_size"]
@@ -289,7 +296,7 @@ class CLIP:
     )
     if wrong:
       raise UserError(f"{folder / PARAMS} does not fit {folder / CONFIG} at '{wrong[0]}': train CLIP again.")
-    return cls(config, text_size, params)
+    return cls(config, text_size, params, encode)
 
   def embed_images(self, images: np.ndarray) -> np.ndarray:
     """[B, H, W, 3] uint8 -> [B, E] float32 of norm 1. Raises UserError at images of another size than `resolution`."""
@@ -311,8 +318,17 @@ class CLIP:
     return out
 
 
-def clip_score(clip: CLIP, images: np.ndarray, texts: list[np.ndarray]) -> np.ndarray:
-  """Cosine similarity of each image with its own caption: [B, H, W, 3] uint8 and B arrays of ids -> [B] float32."""
+def clip_score(clip, images: np.ndarray, texts: list[np.ndarray]) -> np.ndarray:
+  """Cosine similarity of each image with its own caption.
+
+  Args:
+    clip: `CLIP` or `hf_clip.HFCLIP`.
+    images: [B, H, W, 3] uint8.
+    texts: B arrays of ids, as `clip.encode` gives them.
+
+  Returns:
+    [B] float32.
+  """
   if len(images) != len(texts):
     raise ValueError(f"{len(images)} images and {len(texts)} captions; there must be one caption per image.")
   return (clip.embed_images(images) * clip.embed_texts(texts)).sum(-1)

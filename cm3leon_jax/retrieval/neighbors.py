@@ -16,6 +16,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.retrieval import index as index_lib
 from cm3leon_jax.retrieval.clip import CLIP, normalize
+from cm3leon_jax.retrieval.hf_clip import HFCLIP
 
 BANK = "bank.npz"
 EMBED_CHUNK = 512
@@ -28,6 +29,7 @@ class RetrievalConfig:
   """How neighbours are chosen.
 
   Attributes:
+    clip: folder of a Hugging Face CLIP checkpoint that embeds (in bf16); "": the run's own, of the stage `clip`.
     backend: of the index, see `index.build_index`.
     max_candidates: M, how far each side's list is walked.
     kept_per_side: candidates kept from the text side and from the image side; C is twice that (paper: 2 and 2).
@@ -35,6 +37,7 @@ class RetrievalConfig:
     query_dropout: share of the caption's tokens that is left out when a training document is the query (paper: 20%).
   """
 
+  clip: str = ""
   backend: str = "auto"
   max_candidates: int = 64
   kept_per_side: int = 2
@@ -192,30 +195,29 @@ class Retriever:
     return ids, scores
 
 
-def embed_pairs(clip: CLIP, pairs: list[raw_pairs.RawPair], encode, dropout: float, seed: int) -> tuple[Bank, np.ndarray]:
+def embed_pairs(clip: CLIP | HFCLIP, pairs: list[raw_pairs.RawPair], dropout: float, seed: int) -> tuple[Bank, np.ndarray]:
   """Embeds both parts of `pairs`: a bank of them, and the captions once more [n, E] as queries with `dropout`."""
   texts, queries, images = [], [], []
   for start in tqdm(range(0, len(pairs), EMBED_CHUNK), "embed", mininterval=1, unit="chunk"):
     chunk = pairs[start : start + EMBED_CHUNK]
-    ids = [encode(p.caption) for p in chunk]
+    ids = [clip.encode(p.caption) for p in chunk]
     texts.append(clip.embed_texts(ids))
     queries.append(
       clip.embed_texts([drop_tokens(x, dropout, p.key, seed) for x, p in zip(ids, chunk)]) if dropout else texts[-1]
     )
-    images.append(clip.embed_images(raw_pairs.load_images([p.image for p in chunk], clip.config.resolution, READ_THREADS)))
+    images.append(clip.embed_images(raw_pairs.load_images([p.image for p in chunk], clip.resolution, READ_THREADS)))
   groups, keys = np.array([p.group for p in pairs]), np.array([p.key for p in pairs])
   return Bank(np.concatenate(texts), np.concatenate(images), groups, keys), np.concatenate(queries)
 
 
-def build_neighbors(config: RetrievalConfig, clip: CLIP, encode, raw_folder, folder, seed: int) -> dict:
+def build_neighbors(config: RetrievalConfig, clip: CLIP | HFCLIP, raw_folder, folder, seed: int) -> dict:
   """The stage: embeds raw/, writes bank.npz and {train,heldout}_pairs.npz; the bank is the train pairs in their order.
 
   train_pairs.npz: ids and scores. heldout_pairs.npz also text_ids and text_scores: the neighbours by caption alone.
 
   Args:
     config: the rules.
-    clip: embeds.
-    encode: caption -> int32 ids.
+    clip: embeds; has `encode`, caption -> ids, of which the query dropout leaves some out.
     raw_folder: holds pairs.jsonl and images.
     folder: where the results go.
     seed: of the query dropout.
@@ -227,7 +229,7 @@ def build_neighbors(config: RetrievalConfig, clip: CLIP, encode, raw_folder, fol
   train, heldout = raw_pairs.read_pairs(raw_folder, "train"), raw_pairs.read_pairs(raw_folder, "heldout")
   if not train:
     raise UserError(f"{raw_folder} has no train pairs; neighbours need at least one.")
-  bank, queries = embed_pairs(clip, train, encode, config.query_dropout, seed)
+  bank, queries = embed_pairs(clip, train, config.query_dropout, seed)
   folder.mkdir(parents=True, exist_ok=True)
   bank.save(folder / BANK)
   retriever = Retriever(bank, config)
@@ -235,7 +237,7 @@ def build_neighbors(config: RetrievalConfig, clip: CLIP, encode, raw_folder, fol
   summary.update(search_recall(retriever, {"text": queries, "image": bank.images}))
   summary.update(_write_split(folder / "train_pairs.npz", retriever, bank, queries, "train"))
   if heldout:
-    held, held_queries = embed_pairs(clip, heldout, encode, 0.0, seed)
+    held, held_queries = embed_pairs(clip, heldout, 0.0, seed)
     summary.update(_write_split(folder / "heldout_pairs.npz", retriever, held, held_queries, "heldout"))
   summary["seconds"] = round(time.time() - start, 1)
   print(

@@ -83,9 +83,9 @@ def workdir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def clip():
+def clip(workdir):
   params = clip_lib.init_params(SETTINGS.clip, VOCAB.text_size, jax.random.key(0))
-  return clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, params)
+  return clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, params, text.TextTokenizer(workdir / "text_tokenizer", VOCAB).encode)
 
 
 def test_heldout_prompts_are_spread_and_know_their_neighbours(workdir):

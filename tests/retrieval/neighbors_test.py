@@ -159,7 +159,8 @@ def tiny_clip():
     resolution=16, image_encoder="conv", patch=4, image_width=64, image_layers=1, text_width=64, text_layers=1, text_length=6,
     embed_dim=16,
   )  # fmt: skip
-  return CLIP(config, 50, clip_lib.init_params(config, 50, jax.random.key(0)))
+  encode = lambda text: np.array([ord(c) % 40 + 5 for c in text], np.int32)
+  return CLIP(config, 50, clip_lib.init_params(config, 50, jax.random.key(0)), encode)
 
 
 def write_raw(folder, n=24):
@@ -175,16 +176,15 @@ def write_raw(folder, n=24):
 
 def test_the_stage_writes_bank_and_neighbours(tmp_path):
   write_raw(tmp_path / "raw")
-  encode = lambda text: np.array([ord(c) % 40 + 5 for c in text], np.int32)
   config = dataclasses.replace(EXACT, max_similarity=1.0)
-  summary = neighbors.build_neighbors(config, tiny_clip(), encode, tmp_path / "raw", tmp_path / "out", 0)
+  summary = neighbors.build_neighbors(config, tiny_clip(), tmp_path / "raw", tmp_path / "out", 0)
   assert summary["recall@2"] == summary["train_all_kept"] == 1
   ids, scores = neighbors.load_neighbors(tmp_path / "out", "train_pairs")
   assert ids.shape == scores.shape == (18, 4)
   assert neighbors.load_neighbors(tmp_path / "out", "heldout_pairs")[0].shape == (6, 4)
   by_caption = neighbors.load_neighbors(tmp_path / "out", "heldout_pairs", text_only=True)
   retriever = Retriever(Bank.load(tmp_path / "out" / neighbors.BANK), config)
-  query = tiny_clip().embed_texts([encode("ddd")])  # the first held-out caption
+  query = tiny_clip().embed_texts([tiny_clip().encode("ddd")])  # the first held-out caption
   np.testing.assert_array_equal(retriever.retrieve(query)[0][0], by_caption[0][0])
   with pytest.raises(UserError, match="only held-out pairs"):
     neighbors.load_neighbors(tmp_path / "out", "train_pairs", text_only=True)
