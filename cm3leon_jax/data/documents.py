@@ -110,7 +110,9 @@ def _check(document: Document, vocab: VocabLayout) -> None:
 class DocumentStore:
   """Random access to the documents of one folder; lengths and groups stay in memory, tokens on disk.
 
-  `store[i]` is a Document, `store.segment_lengths(i)` its segments' lengths ([n] int32) and kinds ([n] bool).
+  `store[i]` is a Document, `store.segment_lengths(i)` its segments' lengths ([n] int32) and kinds ([n] bool). The same for all N
+  documents with S segments: `lengths` [S] int32 and `is_image` [S] bool, those of document i at `offsets[i]` to `offsets[i + 1]`
+  ([N + 1] int64).
   """
 
   def __init__(self, folder: epath.PathLike, vocab: VocabLayout):
@@ -125,11 +127,11 @@ class DocumentStore:
       )
     with (self.folder / LENGTHS).open("rb") as f:
       arrays = np.load(f)
-      self._offsets, self._lengths, self._is_image = arrays["offsets"], arrays["lengths"], arrays["is_image"]
+      self.offsets, self.lengths, self.is_image = arrays["offsets"], arrays["lengths"], arrays["is_image"]
       self.groups = arrays["groups"]
 
   def __len__(self) -> int:
-    return len(self._offsets) - 1
+    return len(self.offsets) - 1
 
   @functools.cached_property
   def _reader(self):
@@ -141,5 +143,5 @@ class DocumentStore:
     return decode_document(self._reader.read([int(i)])[0])
 
   def segment_lengths(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-    part = slice(self._offsets[i], self._offsets[i + 1])
-    return self._lengths[part], self._is_image[part]
+    part = slice(self.offsets[i], self.offsets[i + 1])
+    return self.lengths[part], self.is_image[part]
