@@ -9,7 +9,7 @@ setuptools.setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["cm3leon_jax*", "launch*", "ml_configs*"]),
-  package_data={"cm3leon_jax.evaluation": ["report.html.jinja"], "launch": ["*.sh"]},
+  package_data={"cm3leon_jax.evaluation": ["*.jinja"], "launch": ["*.sh"]},
   install_requires=[
     "absl-py>=2.1",
     "array-record>=0.8",
