@@ -22,8 +22,8 @@ def get_config(variant: str = "", learning_rate: float = 1e-4, tokens: float = 1
   if variant == "paper":
     config.vqgan.update({"downsample": 8, "multipliers": (1, 2, 4)})  # 1,024 codes an image.
     config.vqgan.update({"encoder_blocks": (2, 2, 2), "decoder_blocks": (3, 3, 3)})
-    # The paper retrieves three documents; three of 1,024 codes and the query never fit 4,096, so two.
-    config.data.update({"num_neighbors": 2, "condition_dropout": 0.0, "text_share": 0.0})
+    # Three of 1,024 codes and the query never fit 4,096, so two remain: training says so.
+    config.data.update({"neighbor_sampling": "paper", "num_neighbors": 3, "condition_dropout": 0.0, "text_share": 0.0})
     config.optimizer.update({"learning_rate": learning_rate, "schedule": "linear"})
     rows = 2_048  # 8M tokens a step.
     config.train.update({"global_batch_size": rows, "steps": round(tokens / (rows * 4_096))})

@@ -3,15 +3,23 @@
 # L slots of a row: a sample of T tokens takes T - 1, one for each token that it predicts.
 
 import bisect
+import collections
 import dataclasses
+import functools
 import threading
 import typing
 
+from etils import epath
 import grain
 import numpy as np
 
 from cm3leon_jax.data import cm3
 from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.data.plan_starts import Start, WindowStarts, fingerprint
+
+NEIGHBOR_SAMPLING = ("fixed", "paper", "uniform")
+PAPER_NEIGHBORS, PAPER_CANDIDATES = 3, 4
+SCAN = 2**22  # Lengths that are looked at in one go.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +29,9 @@ class DataConfig:
   Attributes:
     sequence_length: slots of a row.
     num_neighbors: K, retrieved documents before each document with an image (paper: 3).
+    neighbor_sampling: which of a document's candidates stand before it, in random order. "fixed": any K; "paper": three of
+      the first four (CM3Leon, section 2.1), so K must be 3; "uniform": any, their number uniform in {0, ..., K} (RA-CM3).
+      Where fewer candidates were kept, fewer stand there.
     neighbor_dropout: share of samples that get no neighbours, so that the model also works without a bank.
     condition_dropout: share of the remaining samples with an image whose caption and neighbours give way to one
       sentinel: what the unconditional stream of guidance sees (tutorial: 10%; the paper drops nothing).
@@ -34,6 +45,7 @@ class DataConfig:
 
   sequence_length: int = 4_096
   num_neighbors: int = 2
+  neighbor_sampling: str = "fixed"
   neighbor_dropout: float = 0.1
   condition_dropout: float = 0.1
   mean_spans: float = 1.0
@@ -44,19 +56,29 @@ class DataConfig:
   read_threads: int = 2
 
   def __post_init__(self):
-    for field in ("sequence_length", "pack_window", "read_threads"):
+    for field in ("pack_window", "read_threads"):
       if getattr(self, field) < 1:
         raise ValueError(f"{field} is {getattr(self, field)}; it must be positive.")
+    if self.sequence_length < 2:
+      raise ValueError(f"sequence_length is {self.sequence_length}; it must be at least 2, the slots of a one-token document.")
     for field in ("neighbor_dropout", "condition_dropout", "whole_segment_rate", "text_share"):
       if not 0 <= getattr(self, field) <= 1:
         raise ValueError(f"{field} is {getattr(self, field)}; it must lie in [0, 1].")
     for field in ("num_neighbors", "mean_spans", "neighbor_loss_weight"):
       if getattr(self, field) < 0:
         raise ValueError(f"{field} is {getattr(self, field)}; it must not be negative.")
+    if self.neighbor_sampling not in NEIGHBOR_SAMPLING:
+      raise ValueError(f"neighbor_sampling is '{self.neighbor_sampling}'; it must be one of {', '.join(NEIGHBOR_SAMPLING)}.")
+    if self.neighbor_sampling == "paper" and self.num_neighbors != PAPER_NEIGHBORS:
+      raise ValueError(
+        f"neighbor_sampling is 'paper', which draws {PAPER_NEIGHBORS} of {PAPER_CANDIDATES} candidates, and num_neighbors is "
+        f"{self.num_neighbors}; set num_neighbors={PAPER_NEIGHBORS}."
+      )
 
   def without_augmentation(self) -> "DataConfig":
-    """The same rows with every document causal and whole: no spans, no dropout. For held-out losses."""
-    return dataclasses.replace(self, neighbor_dropout=0.0, condition_dropout=0.0, mean_spans=0.0)
+    """The same rows with every document causal and whole: no spans, no dropout, K neighbours. For held-out losses."""
+    sampling = "fixed" if self.neighbor_sampling == "uniform" else self.neighbor_sampling
+    return dataclasses.replace(self, neighbor_dropout=0.0, condition_dropout=0.0, mean_spans=0.0, neighbor_sampling=sampling)
 
 
 class SamplePlan(typing.NamedTuple):
@@ -67,17 +89,32 @@ class SamplePlan(typing.NamedTuple):
     dropped: caption and neighbours give way to `<mask:0>`.
     spans: CM3 spans, half-open ranges of the joined sample.
     length: tokens of the transformed sample.
+    missing: neighbours that were wanted and for which too few candidates were kept.
+    crowded_out: neighbours that were drawn and went for want of room.
   """
 
   neighbors: tuple[int, ...]
   dropped: bool
   spans: tuple[tuple[int, int], ...]
   length: int
+  missing: int = 0
+  crowded_out: int = 0
 
 
 def joined_length(segment_lengths) -> int:
   """Tokens of `</s> segment <break> ... segment </s>`."""
   return int(sum(segment_lengths)) + len(segment_lengths) + 1
+
+
+def draw_neighbors(num_candidates: int, rng: np.random.Generator, config: DataConfig) -> tuple[list[int], int]:
+  """Returns the places of the candidates drawn, in random order, and how many more were wanted than there are."""
+  if config.neighbor_sampling == "paper":
+    num_candidates = min(num_candidates, PAPER_CANDIDATES)
+  wanted = config.num_neighbors
+  if config.neighbor_sampling == "uniform":
+    wanted = int(rng.integers(wanted + 1))
+  drawn = rng.permutation(num_candidates)[:wanted].tolist()
+  return drawn, wanted - len(drawn)
 
 
 def plan_sample(lengths, is_image, candidates, rng: np.random.Generator, config: DataConfig, max_spans: int) -> SamplePlan:
@@ -96,21 +133,22 @@ def plan_sample(lengths, is_image, candidates, rng: np.random.Generator, config:
     then spans, then the document's own tail.
   """
   limit = config.sequence_length + 1
-  has_image = bool(np.any(is_image))
-  neighbors: list[int] = []
-  if has_image and rng.random() >= config.neighbor_dropout:
-    neighbors = rng.permutation(len(candidates))[: config.num_neighbors].tolist()
+  neighbors, missing = [], 0
+  if any(is_image) and rng.random() >= config.neighbor_dropout:
+    neighbors, missing = draw_neighbors(len(candidates), rng, config)
     if rng.random() < config.condition_dropout and is_image[-1]:
       return SamplePlan((), True, (), min(int(lengths[-1]) + 4, limit))
   num_spans = min(int(rng.poisson(config.mean_spans)), max_spans)
-  whole_segments = bool(rng.random() < config.whole_segment_rate)
-  joined = lambda: [n for i in neighbors for n in candidates[i]] + list(lengths)
-  while neighbors and joined_length(joined()) + cm3.OVERHEAD * num_spans > limit:
-    neighbors.pop(0)
-  room = limit - joined_length(joined())
-  num_spans = max(0, min(num_spans, room // cm3.OVERHEAD))
-  spans = cm3.draw_spans(joined(), num_spans, whole_segments, rng) if num_spans else ()
-  return SamplePlan(tuple(neighbors), False, spans, min(joined_length(joined()) + cm3.OVERHEAD * len(spans), limit))
+  whole_segments = rng.random() < config.whole_segment_rate
+  drawn = len(neighbors)
+  joined = [n for i in neighbors for n in candidates[i]] + list(lengths)
+  while neighbors and joined_length(joined) + cm3.OVERHEAD * num_spans > limit:
+    joined = joined[len(candidates[neighbors.pop(0)]) :]
+  total = joined_length(joined)
+  num_spans = max(0, min(num_spans, (limit - total) // cm3.OVERHEAD))
+  spans = cm3.draw_spans(joined, num_spans, whole_segments, rng) if num_spans else ()
+  length = min(total + cm3.OVERHEAD * len(spans), limit)
+  return SamplePlan(tuple(neighbors), False, spans, length, missing, drawn - len(neighbors))
 
 
 class Placement(typing.NamedTuple):
@@ -145,119 +183,203 @@ class Source:
     return ids[ids >= 0]
 
 
+def long_texts(store: DocumentStore, most: int) -> tuple[np.ndarray, np.ndarray]:
+  """Documents of a single text that is longer than `most` tokens: their indices, ascending, and lengths, [n] int64 each."""
+  offsets, lengths, is_image = (np.asarray(x) for x in (store.offsets, store.lengths, store.is_image))
+  found = [np.zeros(0, np.int64)]
+  for start in range(0, len(lengths), SCAN):
+    part = slice(start, start + SCAN)
+    found.append(start + np.flatnonzero((lengths[part] > most) & ~is_image[part]))
+  segments = np.concatenate(found)
+  documents = np.searchsorted(offsets, segments, side="right") - 1
+  alone = offsets[documents + 1] - offsets[documents] == 1
+  return documents[alone], lengths[segments[alone]].astype(np.int64)
+
+
 class Units:
-  """The units that a pass over a source visits: documents, and the pieces that long text-only ones are cut into."""
+  """The units that a pass over a source visits: documents, and the pieces that long text-only ones are cut into.
+
+  Documents that are not cut take no memory.
+  """
 
   def __init__(self, store: DocumentStore, sequence_length: int):
     self._piece = sequence_length - 1  # With </s> at both ends a piece fills the row.
-    pieces = np.ones(len(store), np.int64)
-    for i in range(len(store)):
-      lengths, is_image = store.segment_lengths(i)
-      if len(lengths) == 1 and not is_image[0]:
-        pieces[i] = -(-int(lengths[0]) // self._piece)
-    self._ends = np.cumsum(pieces)
+    self._cut, lengths = long_texts(store, self._piece)
+    self._pieces = -(-lengths // self._piece)
+    more = np.cumsum(self._pieces - 1)
+    self._first = self._cut + more - (self._pieces - 1)  # Unit of each cut document's first piece.
+    self._count = len(store) + (int(more[-1]) if len(more) else 0)
 
   def __len__(self) -> int:
-    return int(self._ends[-1]) if len(self._ends) else 0
+    return self._count
 
   def locate(self, unit: int) -> tuple[int, int]:
     """Unit -> (document, first token of the piece within its only segment; 0 for a whole document)."""
-    document = int(np.searchsorted(self._ends, unit, side="right"))
-    first = int(self._ends[document - 1]) if document else 0
-    return document, (unit - first) * self._piece
+    at = int(self._first.searchsorted(unit, side="right")) - 1 if len(self._first) else -1
+    if at < 0:
+      return unit, 0
+    piece, pieces = unit - int(self._first[at]), int(self._pieces[at])
+    if piece < pieces:
+      return int(self._cut[at]), piece * self._piece
+    return int(self._cut[at]) + 1 + piece - pieces, 0
 
-  def lengths(self, store: DocumentStore, unit: int):
+  def lengths(self, store: DocumentStore, unit: int) -> tuple[list[int], list[bool]]:
     """Segment lengths and kinds of the unit."""
     document, start = self.locate(unit)
     lengths, is_image = store.segment_lengths(document)
+    lengths, is_image = lengths.tolist(), is_image.tolist()
     if len(lengths) == 1 and not is_image[0]:
-      lengths = np.minimum(lengths - start, self._piece)
+      lengths = [min(lengths[0] - start, self._piece)]
     return lengths, is_image
 
 
+class SampleGenerators(threading.local):
+  """One generator per thread, moved to a sample's own stream of random numbers: ten times as fast as to make one."""
+
+  def __init__(self):
+    self._philox = np.random.Philox(0)
+    self._generator = np.random.Generator(self._philox)
+    self._state = self._philox.state
+
+  def at(self, key: np.ndarray, unit: int) -> np.random.Generator:
+    """The stream of `unit` under `key` ([2] uint64), from its start; valid until the next call in this thread.
+
+    Philox is a function of key and counter (Salmon et al. 2011): streams whose counters differ in a high word never meet.
+    """
+    self._state["state"] = {"key": key, "counter": (0, 0, unit, 0)}
+    self._philox.state = self._state
+    return self._generator
+
+
+def pass_seeds(seed: int, source: int, pass_: int) -> tuple[np.ndarray, int]:
+  """Key of a pass's samples ([2] uint64) and seed of its order."""
+  words = np.random.SeedSequence((seed, source, pass_)).generate_state(3, np.uint64)
+  return words[:2], int(words[2]) % 2**32
+
+
 def pack_best_fit(slots, capacity: int) -> list[list[int]]:
-  """Best-fit decreasing: each sample, longest first, goes to the fullest row that has room for it.
+  """Best-fit decreasing: each sample, longest first, goes to a fullest row that has room for it.
 
   >>> pack_best_fit([3, 6, 4, 2], 8)
   [[1, 3], [2, 0]]
   """
   rows: list[list[int]] = []
-  open_rows: list[tuple[int, int]] = []  # (free slots, row), ascending
-  for i in sorted(range(len(slots)), key=lambda i: (-slots[i], i)):
-    at = bisect.bisect_left(open_rows, (slots[i], -1))
-    if at == len(open_rows):
-      free, row = capacity, len(rows)
-      rows.append([])
+  open_rows = collections.defaultdict(list)  # free slots -> rows that have so many
+  sizes: list[int] = []  # its keys, ascending
+  for i in sorted(range(len(slots)), key=lambda i: -slots[i]):
+    at = bisect.bisect_left(sizes, slots[i])
+    if at == len(sizes):
+      row, free = [], capacity
+      rows.append(row)
     else:
-      free, row = open_rows.pop(at)
-    rows[row].append(i)
-    if free > slots[i]:
-      bisect.insort(open_rows, (free - slots[i], row))
+      free = sizes[at]
+      row = open_rows[free].pop()
+      if not open_rows[free]:
+        del sizes[at], open_rows[free]
+    row.append(i)
+    free -= slots[i]
+    if free:
+      if free not in open_rows:
+        bisect.insort(sizes, free)
+      open_rows[free].append(row)
   return rows
 
 
 class RowPlan:
   """Row -> placements, for any row: windows of samples are drawn by share of slots, packed best fit and shuffled.
 
-  Windows follow from one another, so row i costs the planning of the windows before it once; only the newest few are
-  kept. Thread-safe.
+  Windows follow from one another, so row i costs the planning of the windows before it once, in the life of a run if the
+  places where windows start are kept in a file; only the newest few windows stay in memory. Thread-safe.
   """
 
-  def __init__(self, sources: list[Source], config: DataConfig, max_spans: int, seed: int):
-    """Raises ValueError if a source with a share has no documents."""
+  def __init__(
+    self,
+    sources: list[Source],
+    config: DataConfig,
+    max_spans: int,
+    seed: int,
+    starts_path: epath.PathLike | None = None,
+    write_starts: bool = False,
+  ):
+    """Opens the plan; nothing is planned before the first row is asked for.
+
+    Args:
+      sources: the mixture.
+      config: rates, row length and window.
+      max_spans: sentinels that the vocabulary has.
+      seed: of everything drawn.
+      starts_path: file with the starts of windows that were planned before, see `WindowStarts`.
+      write_starts: new starts are appended to it; for one process of a run.
+
+    Raises:
+      ValueError: a source with a share has no documents.
+    """
     for i, source in enumerate(sources):
       if source.share > 0 and not len(source.store):
         raise ValueError(f"source {i} ({source.store.folder}) has a share of {source.share} and no documents.")
     self.sources, self.config, self.max_spans, self.seed = sources, config, max_spans, seed
     self.units = [Units(s.store, config.sequence_length) for s in sources]
-    self._shares = np.array([s.share for s in sources], np.float64)
-    zeros = np.zeros(len(sources), np.int64)
-    self._starts = [(0, zeros, zeros)]  # per window: first row, units taken so far, slots taken so far
+    identity = fingerprint(sources, config, max_spans, seed) if starts_path else ""
+    self._starts = WindowStarts(len(sources), starts_path, identity, write_starts)
     self._windows: dict[int, list[list[Placement]]] = {}
-    self._orders: dict[tuple[int, int], typing.Any] = {}
+    self._pass_seeds = functools.lru_cache(4_096)(functools.partial(pass_seeds, seed))
+    self._generators = SampleGenerators()
     self._lock = threading.Lock()
 
   def row(self, i: int) -> list[Placement]:
     """The samples of row `i` (>= 0), in order."""
     with self._lock:
-      while self._starts[-1][0] <= i:
+      while i >= self._starts[-1].first_row:
         self._plan_window(len(self._starts) - 1)
-      window = bisect.bisect_right(self._starts, i, key=lambda s: s[0]) - 1
-      if window not in self._windows:
-        self._plan_window(window)
-      return self._windows[window][i - self._starts[window][0]]
+      window = self._starts.window_of(i)
+      return self._rows_of(window)[i - self._starts[window].first_row]
+
+  def window(self, window: int) -> list[list[Placement]]:
+    """All rows of a window (>= 0), in order."""
+    with self._lock:
+      while window >= len(self._starts) - 1:
+        self._plan_window(len(self._starts) - 1)
+      return self._rows_of(window)
 
   def plan(self, source: int, pass_: int, unit: int) -> SamplePlan:
     """What becomes of one unit in one pass."""
-    document, _ = self.units[source].locate(unit)
-    spec = self.sources[source]
-    lengths, is_image = self.units[source].lengths(spec.store, unit)
-    candidates = [spec.bank.segment_lengths(j)[0] for j in spec.candidates(document)]
-    rng = np.random.default_rng((self.seed, source, pass_, unit))
+    spec, units = self.sources[source], self.units[source]
+    lengths, is_image = units.lengths(spec.store, unit)
+    candidates = []
+    if spec.neighbors is not None:
+      ids = spec.candidates(units.locate(unit)[0]).tolist()
+      candidates = [spec.bank.segment_lengths(j)[0].tolist() for j in ids]
+    rng = self._generators.at(self._pass_seeds(source, pass_)[0], unit)
     return plan_sample(lengths, is_image, candidates, rng, self.config, self.max_spans)
 
-  def _unit_at(self, source: int, position: int) -> tuple[int, int]:
-    pass_, offset = divmod(position, len(self.units[source]))
-    if (source, pass_) not in self._orders:
-      seed = int(np.random.default_rng((self.seed, source, pass_)).integers(2**31))
-      self._orders[source, pass_] = grain.MapDataset.range(len(self.units[source])).shuffle(seed=seed)
-    return pass_, int(self._orders[source, pass_][offset])
+  def _rows_of(self, window: int) -> list[list[Placement]]:
+    if window not in self._windows:
+      self._plan_window(window)
+    return self._windows[window]
 
-  def _plan_window(self, window: int) -> None:
-    first, taken, used = (x.copy() if isinstance(x, np.ndarray) else x for x in self._starts[window])
-    samples = []
-    active = np.flatnonzero(self._shares > 0)
+  def _draw(self, start: Start) -> tuple[list[Placement], list[int], list[int]]:
+    """The samples of the window that starts there, and what its sources have given when it ends: units and slots."""
+    taken, used, samples = list(start.taken), list(start.used), []
+    sizes, shares = [len(u) for u in self.units], [s.share for s in self.sources]
+    progress = {i: used[i] / share for i, share in enumerate(shares) if share > 0}
     for _ in range(self.config.pack_window):
-      source = int(active[np.argmin(used[active] / self._shares[active])])
-      pass_, unit = self._unit_at(source, int(taken[source]))
+      source = min(progress, key=progress.get)
+      pass_, offset = divmod(taken[source], sizes[source])
+      order = self._pass_seeds(source, pass_)[1]
+      unit = grain.experimental.index_shuffle(offset, max_index=sizes[source] - 1, seed=order, rounds=4)
       slots = self.plan(source, pass_, unit).length - 1
       samples.append(Placement(source, pass_, unit, slots))
       taken[source] += 1
       used[source] += slots
+      progress[source] = used[source] / shares[source]
+    return samples, taken, used
+
+  def _plan_window(self, window: int) -> None:
+    start = self._starts[window]
+    samples, taken, used = self._draw(start)
     rows = pack_best_fit([s.slots for s in samples], self.config.sequence_length)
     order = np.random.default_rng((self.seed, window)).permutation(len(rows))
     self._windows[window] = [[samples[i] for i in rows[r]] for r in order]
-    if window == len(self._starts) - 1:
-      self._starts.append((first + len(rows), taken, used))
+    self._starts.add(window + 1, Start(start.first_row + len(rows), tuple(taken), tuple(used)))
     while len(self._windows) > 4:
       del self._windows[next(iter(self._windows))]

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import jax
 from jax.sharding import NamedSharding
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 from cm3leon_jax.data.cm3 import undo_cm3_mask
 from cm3leon_jax.data.documents import Document, Segment
 from cm3leon_jax.data.pipeline import RowLoader, batches, build_sample, join, local_rows, pack_row, rows_of_samples
-from cm3leon_jax.data.plan import SamplePlan
+from cm3leon_jax.data.plan import RowPlan, SamplePlan
 from cm3leon_jax.mesh import MeshConfig, create_mesh, spec
 from tests.data.stores import VOCAB, make_plan, make_sources
 
@@ -137,3 +139,37 @@ def test_neighbour_weight_reaches_the_rows(tmp_path):
   plan = make_plan(sources, neighbor_loss_weight=0.25, text_share=0.3)
   values = {float(w) for i in range(20) for w in RowLoader(plan, VOCAB)[i]["loss_weights"]}
   assert values == {0.0, 0.25, 1.0}
+
+
+class HostSharding:
+  """What one of several hosts, each with as many of the devices, sees of a sharding."""
+
+  def __init__(self, sharding, host, hosts):
+    self._sharding, self._host, self._hosts = sharding, host, hosts
+
+  def addressable_devices_indices_map(self, shape):
+    indices = self._sharding.devices_indices_map(shape)
+    mine = sorted(indices, key=lambda device: device.id)[self._host :: self._hosts]
+    return {device: indices[device] for device in mine}
+
+
+@pytest.mark.parametrize("phases", [(1,), (2,), (4,), (4, 2), (1, 4, 2)])
+def test_a_pass_visits_every_unit_once_whatever_hosts_read_it(tmp_path, phases):
+  """The number of hosts changes from phase to phase; each host plans for itself, from the starts that host 0 wrote."""
+  sources, batches_in_all = make_sources(tmp_path), 36
+  sharding = NamedSharding(create_mesh(MeshConfig(8, 1, 1)), spec("batch", "length"))
+  read, placed = [], Counter()
+  for j in range(batches_in_all):
+    if j * len(phases) % batches_in_all < len(phases):
+      hosts = phases[j * len(phases) // batches_in_all]
+      config = make_plan(sources).config
+      path = tmp_path / "plan.jsonl"
+      plans = [RowPlan(sources, config, VOCAB.num_masks, 0, path, write_starts=host == 0) for host in range(hosts)]
+    for host, plan in enumerate(plans):
+      for r in local_rows(HostSharding(sharding, host, hosts), (8, config.sequence_length)):
+        read.append(8 * j + r)
+        placed.update(placement[:3] for placement in plan.row(8 * j + r))
+  assert sorted(read) == list(range(8 * batches_in_all))
+  assert set(placed.values()) == {1}
+  for source, units in enumerate(plans[0].units):
+    assert {unit for s, pass_, unit in placed if (s, pass_) == (source, 0)} == set(range(len(units)))

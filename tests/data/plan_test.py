@@ -1,14 +1,20 @@
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+import itertools
+import json
 
+from etils.epath import testing as epath_testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
 import pytest
 
+from benchmarks.data import LengthStore, made_up_sources
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data.cm3 import OVERHEAD
 from cm3leon_jax.data.pipeline import RowLoader
-from cm3leon_jax.data.plan import DataConfig, joined_length, pack_best_fit, plan_sample
+from cm3leon_jax.data.plan import DataConfig, RowPlan, Source, Units, joined_length, pack_best_fit, plan_sample
+from cm3leon_jax.data.plan_statistics import describe, plan_statistics, room_for_neighbors
 from tests.data.stores import IMAGE_TOKENS, VOCAB, make_plan, make_sources
 
 
@@ -60,8 +66,74 @@ def test_neighbours_go_before_spans_and_spans_before_the_tail():
   assert (len(everything.neighbors), len(everything.spans) > 0) == (2, True)
   assert (len(plan(60).neighbors), len(plan(60).spans) > 0) == (1, True)
   assert (len(plan(30).neighbors), len(plan(30).spans) > 0) == (0, True)
-  assert plan(22) == ((), False, (), 23)
-  assert plan(10) == ((), False, (), 11)
+  assert plan(22) == ((), False, (), 23, 0, 2)
+  assert plan(10) == ((), False, (), 11, 0, 2)
+
+
+def draw(num_candidates, seed, **fields):
+  """The plan of a pair with `num_candidates` candidates, without drops and spans."""
+  config = DataConfig(**{"neighbor_dropout": 0.0, "condition_dropout": 0.0, "mean_spans": 0.0, **fields})
+  rng = np.random.default_rng(seed)
+  return plan_sample([4, 16], [False, True], [[4, 16]] * num_candidates, rng, config, 27)
+
+
+def test_fixed_draws_k_of_all_candidates_in_every_order():
+  plans = [draw(5, seed) for seed in range(1_000)]
+  counts = Counter(p.neighbors for p in plans)
+  assert set(counts) == set(itertools.permutations(range(5), 2))
+  assert min(counts.values()) > 20  # 50 are expected of each.
+  assert all((p.missing, p.crowded_out) == (0, 0) for p in plans)
+
+
+def test_paper_draws_three_of_the_first_four_candidates_in_every_order():
+  counts = Counter(draw(6, seed, neighbor_sampling="paper", num_neighbors=3).neighbors for seed in range(1_000))
+  assert set(counts) == set(itertools.permutations(range(4), 3))
+  assert min(counts.values()) > 15  # 42 are expected of each.
+
+
+def test_uniform_draws_any_number_up_to_k():
+  counts = Counter(len(draw(4, seed, neighbor_sampling="uniform").neighbors) for seed in range(1_500))
+  assert set(counts) == {0, 1, 2}
+  assert all(abs(n - 500) < 70 for n in counts.values())
+
+
+def test_fewer_candidates_than_wanted_are_used_and_counted():
+  for fields, kept, missing in (({}, 1, 1), ({}, 0, 2), ({"neighbor_sampling": "paper", "num_neighbors": 3}, 2, 1)):
+    plan = draw(kept, 0, **fields)
+    assert (sorted(plan.neighbors), plan.missing, plan.crowded_out) == (list(range(kept)), missing, 0)
+  assert sum(draw(1, seed, neighbor_sampling="uniform").missing for seed in range(300)) == pytest.approx(100, abs=25)
+
+
+def test_neighbours_without_room_are_left_out_and_counted():
+  plan = draw(4, 0, neighbor_sampling="paper", num_neighbors=3, sequence_length=66)
+  assert (len(plan.neighbors), plan.missing, plan.crowded_out) == (2, 0, 1)
+
+
+@pytest.mark.parametrize("fields", [{}, {"neighbor_sampling": "uniform"}, {"neighbor_sampling": "paper", "num_neighbors": 3}])
+def test_what_is_drawn_follows_from_seed_source_pass_and_unit(sources, fields):
+  plan = make_plan(sources, sequence_length=256, **fields)
+  drawn = [plan.plan(0, pass_, unit) for pass_ in (0, 1) for unit in range(50)]
+  again = make_plan(sources, sequence_length=256, pack_window=8, **fields)
+  backwards = [again.plan(0, pass_, unit) for pass_ in (1, 0) for unit in reversed(range(50))]
+  assert backwards[::-1] == drawn
+  assert drawn[:50] != drawn[50:]
+  assert [make_plan(sources, seed=1, sequence_length=256, **fields).plan(0, 0, unit) for unit in range(50)] != drawn[:50]
+
+
+def test_heldout_rows_have_k_neighbours_where_training_draws_their_number():
+  assert DataConfig(neighbor_sampling="uniform").without_augmentation().neighbor_sampling == "fixed"
+  assert DataConfig(neighbor_sampling="paper", num_neighbors=3).without_augmentation().neighbor_sampling == "paper"
+
+
+def test_neighbours_that_typically_never_fit_are_told():
+  paper = DataConfig(neighbor_sampling="paper", num_neighbors=3)
+  pairs, _ = made_up_sources(2_000, 1_024)
+  assert room_for_neighbors(pairs, paper) == (
+    "3 neighbours of typically 1,050 tokens and a document of 1,050 never fit 4,096 slots: "
+    "whole neighbours are left out, so that 2 remain."
+  )
+  assert room_for_neighbors(pairs, DataConfig(num_neighbors=2)) == ""
+  assert room_for_neighbors(made_up_sources(2_000, 256)[0], paper) == ""
 
 
 def test_rates_of_drops(sources):
@@ -81,13 +153,13 @@ def test_row_is_the_same_whatever_was_read_before(sources):
 
 
 def test_row_is_the_same_on_any_number_of_readers(sources):
-  rows = [make_plan(sources).row(i) for i in range(120)]
+  rows = [make_plan(sources).row(i) for i in range(0, 120, 5)]
   shared = make_plan(sources)
   with ThreadPoolExecutor(8) as pool:
-    assert list(pool.map(shared.row, range(120))) == rows
+    assert list(pool.map(shared.row, range(120)))[::5] == rows
   for readers in (2, 4):
     parts = [make_plan(sources) for _ in range(readers)]
-    assert [parts[i % readers].row(i) for i in range(120)] == rows
+    assert [parts[i % readers].row(i) for i in range(120)][::5] == rows
 
 
 def test_a_pass_holds_every_document_once(sources):
@@ -112,6 +184,48 @@ def test_long_texts_are_cut_into_pieces_that_cover_them(sources):
   assert len(units) > len(store)
 
 
+def store_of(documents) -> LengthStore:
+  """documents: (length, is_image) of each segment of each."""
+  segments = [s for document in documents for s in document]
+  lengths, is_image = np.array([n for n, _ in segments], np.int32), np.array([i for _, i in segments], bool)
+  return LengthStore(np.cumsum([0, *map(len, documents)]), lengths, is_image)
+
+
+SEGMENT = st.tuples(st.integers(1, 70), st.booleans())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(SEGMENT, min_size=1, max_size=3), max_size=12), st.integers(2, 30))
+def test_units_are_whole_documents_and_pieces_of_single_texts(documents, length):
+  units, store = Units(store_of(documents), length), store_of(documents)
+  expected = []
+  for i, document in enumerate(documents):
+    single_text = len(document) == 1 and not document[0][1]
+    starts = range(0, document[0][0], length - 1) if single_text else [0]
+    expected += [
+      (i, start, [min(document[0][0] - start, length - 1)] if single_text else [n for n, _ in document]) for start in starts
+    ]
+  assert [(*units.locate(u), units.lengths(store, u)[0]) for u in range(len(units))] == expected
+
+
+def test_units_that_are_not_cut_take_no_memory():
+  store = store_of([[(50, False), (16, True)]] * 1_000 + [[(99, False)]])
+  assert sum(array.size for array in vars(Units(store, 100)).values() if isinstance(array, np.ndarray)) == 0
+
+
+def test_a_plan_reads_read_only_memory_maps(sources, tmp_path):
+  stores = []
+  for i, source in enumerate(sources):
+    arrays = {name: getattr(source.store, name) for name in ("offsets", "lengths", "is_image")}
+    for name, array in arrays.items():
+      np.save(tmp_path / f"{name}{i}.npy", array)
+    stores.append(LengthStore(*[np.load(tmp_path / f"{name}{i}.npy", mmap_mode="r") for name in arrays]))
+  pairs, texts = stores
+  mapped = make_plan([Source(pairs, 0.7, sources[0].neighbors, pairs), Source(texts, 0.3)])
+  plan = make_plan(sources)
+  assert [mapped.row(i) for i in range(60)] == [plan.row(i) for i in range(60)]
+
+
 def test_shares_are_shares_of_slots(sources):
   plan = make_plan(sources)
   slots = Counter()
@@ -130,7 +244,144 @@ def test_loader_and_planner_agree_on_every_length(sources):
     assert lengths.tolist() == [s.slots for s in plan.row(i)]
 
 
-@pytest.mark.parametrize(("field", "value"), [("text_share", 1.5), ("sequence_length", 0), ("num_neighbors", -1)])
+@pytest.fixture
+def planned(monkeypatch):
+  """The windows that any RowPlan plans, in order."""
+  windows, plan_window = [], RowPlan._plan_window
+  monkeypatch.setattr(RowPlan, "_plan_window", lambda self, window: (windows.append(window), plan_window(self, window)))
+  return windows
+
+
+def plan_with_starts(sources, path, seed=0, writes=True) -> RowPlan:
+  return RowPlan(sources, DataConfig(sequence_length=128, pack_window=64), VOCAB.num_masks, seed, path, writes)
+
+
+def test_known_starts_leave_one_window_to_plan(sources, tmp_path, planned):
+  path = tmp_path / "run" / "plan.jsonl"
+  first = plan_with_starts(sources, path)
+  rows = [first.row(i) for i in range(400)]
+  last = planned[-1]
+  assert planned == list(range(last + 1))
+  assert len(path.read_text().splitlines()) == last + 2
+  for i, window in ((399, last), (first._starts[last // 2].first_row, last // 2)):
+    planned.clear()
+    assert plan_with_starts(sources, path, writes=False).row(i) == rows[i]
+    assert planned == [window]
+  planned.clear()
+  assert make_plan(sources).row(399) == rows[399]
+  assert planned == list(range(last + 1))
+
+
+def test_starts_are_appended_where_they_ended(sources, tmp_path, planned):
+  whole, path = tmp_path / "whole.jsonl", tmp_path / "plan.jsonl"
+  plan_with_starts(sources, whole).window(9)
+  plan_with_starts(sources, path).window(4)
+  plan_with_starts(sources, path, writes=False).window(9)
+  assert len(path.read_text().splitlines()) == 6
+  plan_with_starts(sources, path).window(9)
+  assert path.read_text() == whole.read_text()
+
+
+@pytest.mark.parametrize("cut", [1, 2, 20])
+def test_a_last_line_cut_short_costs_its_window(sources, tmp_path, planned, cut):
+  path = tmp_path / "plan.jsonl"
+  plan_with_starts(sources, path).window(9)
+  whole = path.read_text()
+  path.write_text(whole[:-cut])
+  planned.clear()
+  rows = plan_with_starts(sources, path).window(9)
+  assert planned == [9]
+  assert rows == make_plan(sources).window(9)
+  assert path.read_text() == whole
+
+
+@pytest.mark.parametrize("other", ["seed", "neighbours", "config", "nonsense"])
+def test_starts_of_another_plan_count_for_nothing_and_are_replaced(sources, tmp_path, planned, other):
+  path, pairs = tmp_path / "plan.jsonl", sources[0]
+  if other == "nonsense":
+    path.write_text("half a line")
+  elif other == "config":
+    config = DataConfig(sequence_length=128, pack_window=64, mean_spans=2.0)
+    RowPlan(sources, config, VOCAB.num_masks, 0, path, True).window(4)
+  elif other == "neighbours":
+    plan_with_starts([Source(pairs.store, pairs.share, pairs.neighbors[::-1], pairs.bank), sources[1]], path).window(4)
+  else:
+    plan_with_starts(sources, path, seed=1).window(4)
+  planned.clear()
+  rows = plan_with_starts(sources, path).window(4)
+  assert planned == [0, 1, 2, 3, 4]
+  assert rows == make_plan(sources).window(4)
+  assert len(path.read_text().splitlines()) == 6
+
+
+def test_in_a_bucket_starts_are_written_anew_now_and_then(sources, tmp_path, planned):
+  """Objects cannot be appended to; a run that was killed plans at most 15 windows more."""
+  modes = []
+  here = lambda path: str(path).replace("gs://bucket", str(tmp_path))
+
+  def opened(original, path, mode):
+    modes.append(mode)
+    return original(here(path), mode)
+
+  moved = {name: lambda f, a, *b, **kw: f(here(a), *map(here, b), **kw) for name in ("exists", "mkdir", "makedirs", "replace")}
+  with epath_testing.mock_epath(open=opened, **moved):
+    plan_with_starts(sources, "gs://bucket/plan.jsonl").window(40)
+    assert len((tmp_path / "plan.jsonl").read_text().splitlines()) == 1 + 32
+    planned.clear()
+    assert plan_with_starts(sources, "gs://bucket/plan.jsonl").window(35) == make_plan(sources).window(35)
+  assert planned[:4] == [32, 33, 34, 35]
+  assert set(modes) == {"w", "r"}
+
+
+def test_starts_that_contradict_the_plan_are_told(sources, tmp_path):
+  path = tmp_path / "plan.jsonl"
+  plan_with_starts(sources, path).window(4)
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  lines[3]["used"][0] += 1
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  with pytest.raises(UserError, match=r"plan\.jsonl says that window 3 starts at .*delete it"):
+    plan_with_starts(sources, path).window(2)
+
+
+@pytest.mark.parametrize(("codes", "least"), [(256, 0.97), (1_024, 0.90)])
+def test_the_default_mixture_fills_rows(codes, least):
+  plan = RowPlan(made_up_sources(20_000, codes), DataConfig(pack_window=4_096), 27, 0)
+  statistics = plan_statistics(plan)
+  assert statistics["fill"] >= least
+  assert statistics["source_shares"] == pytest.approx([0.3, 0.7], abs=0.01)
+
+
+def test_pairs_alone_do_not_fill_rows():
+  plan = RowPlan(made_up_sources(20_000, 1_024, text_share=0.0), DataConfig(pack_window=2_048), 27, 0)
+  assert 0.7 < plan_statistics(plan)["fill"] < 0.9
+
+
+def test_statistics_count_what_the_rows_hold(sources):
+  plan = make_plan(sources, sequence_length=80)
+  counted = plan_statistics(plan, windows=2)
+  rows = [*plan.window(0), *plan.window(1)]
+  samples = [s for row in rows for s in row]
+  plans = [plan.plan(*s[:3]) for s in samples if s.source == 0]
+  assert (counted["windows"], counted["rows"], counted["samples"]) == (2, len(rows), 128)
+  assert counted["fill"] == sum(s.slots for s in samples) / (len(rows) * 80)
+  assert counted["samples_per_row"] == 128 / len(rows)
+  assert counted["neighbors_per_sample"] == np.mean([len(p.neighbors) for p in plans])
+  assert counted["condition_drops"] == np.mean([p.dropped for p in plans])
+  assert counted["too_few_candidates"] == np.mean([p.missing > 0 for p in plans]) == 0
+  assert counted["neighbors_crowded_out"] > 0
+  assert f"{len(rows)} rows, {counted['fill']:.1%} of slots filled" in describe(counted)
+  few = Source(sources[0].store, 0.7, sources[0].neighbors[:, :1], sources[0].bank)
+  assert plan_statistics(make_plan([few, sources[1]]), windows=20)["too_few_candidates"] == pytest.approx(0.81, abs=0.06)
+
+
+@pytest.mark.parametrize(
+  ("field", "value"), [("text_share", 1.5), ("sequence_length", 1), ("num_neighbors", -1), ("neighbor_sampling", "four")]
+)
 def test_config_names_the_field_out_of_range(field, value):
   with pytest.raises(ValueError, match=field):
     DataConfig(**{field: value})
+
+
+def test_paper_sampling_wants_three_neighbours():
+  with pytest.raises(ValueError, match=r"draws 3 of 4 candidates, and num_neighbors is 2; set num_neighbors=3"):
+    DataConfig(neighbor_sampling="paper")
