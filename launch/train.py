@@ -5,11 +5,15 @@ python -m launch.train --config=ml_configs/openmoji.py --workdir=workdir
 
 import dataclasses
 
+import jax
+import numpy as np
+
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.data.plan import RowPlan, Source
+from cm3leon_jax.data.plan_statistics import describe, plan_statistics, room_for_neighbors
 from cm3leon_jax.decoding.draw import sample_drawer
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.settings import Settings
@@ -17,8 +21,11 @@ from cm3leon_jax.training.train import train
 from launch import common
 
 
-def open_rows(settings: Settings, workdir, split: str) -> RowLoader:
-  """The rows of `split`: pairs with neighbours from the training pairs, and texts, by their shares of tokens."""
+def open_rows(settings: Settings, workdir, split: str, write_starts: bool = False) -> RowLoader:
+  """The rows of `split`: pairs with neighbours from the training pairs, and texts, by their shares of tokens.
+
+  Those of train know where the windows of their plan start from train/plan.jsonl, which one process of a run keeps.
+  """
   documents = workdir / "documents"
   bank = DocumentStore(documents / "train_pairs", settings.vocab)
   pairs = bank if split == "train" else DocumentStore(documents / f"{split}_pairs", settings.vocab)
@@ -34,15 +41,26 @@ def open_rows(settings: Settings, workdir, split: str) -> RowLoader:
       raise UserError(f"{store.folder} holds no documents: add some, or set config.data.text_share={advice}.")
   sources = [Source(pairs, 1 - share, ids, bank), Source(texts, share)]
   data = settings.data if split == "train" else settings.data.without_augmentation()
-  plan = RowPlan(sources, data, settings.vocab.num_masks, settings.seed)
-  total = sum(int(s.store.segment_lengths(i)[0].sum()) for s in sources for i in range(len(s.store)))
+  starts = workdir / "train" / "plan.jsonl" if split == "train" else None
+  plan = RowPlan(sources, data, settings.vocab.num_masks, settings.seed, starts, write_starts)
   needed = settings.train.global_batch_size * data.sequence_length
+  total = sum(int(s.store.lengths[:needed].sum(dtype=np.int64)) for s in sources)  # No segment is empty: more is not needed.
   if split == "train" and total < needed:
     raise UserError(
       f"{documents} holds {total} training tokens, one batch takes {needed} "
       "(train.global_batch_size x data.sequence_length): add documents or lower one of the two."
     )
   return RowLoader(plan, settings.vocab)
+
+
+def look_at_rows(plan: RowPlan) -> dict:
+  """Prints what the plan's first window holds, and neighbours that never fit; returns the numbers."""
+  for source in plan.sources:
+    if source.share > 0 and source.bank is not None and (sentence := room_for_neighbors(source, plan.config)):
+      print(f"rows: {sentence}", flush=True)
+  statistics = plan_statistics(plan)
+  print(f"rows: {describe(statistics)}", flush=True)
+  return statistics
 
 
 def identity(settings: Settings, workdir) -> dict:
@@ -64,7 +82,9 @@ def main(settings: Settings, workdir) -> None:
   with common.use_mesh(settings), stages.stage(folder, config, redo=redo) as summary:
     if summary is None:
       return
-    loader, heldout = open_rows(settings, workdir, "train"), open_rows(settings, workdir, "heldout")
+    loader = open_rows(settings, workdir, "train", write_starts=jax.process_index() == 0)
+    heldout = open_rows(settings, workdir, "heldout")
+    summary.update(rows=look_at_rows(loader.plan))
     draw = sample_drawer(settings, workdir, folder / "samples")
     result = train(
       folder, settings.model, settings.optimizer, settings.train, settings.vocab, loader, heldout, settings.seed, draw
