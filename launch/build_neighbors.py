@@ -1,22 +1,30 @@
-"""Chooses the neighbours of every pair of raw/, and keeps the embeddings that retrieval at inference needs.
+"""Embeds the pairs with CLIP, searches the bank of train pairs, and writes the neighbours of every pair.
 
 python -m launch.build_neighbors --config=ml_configs/openmoji.py --workdir=workdir
+python -m launch.build_neighbors --config=... --workdir=... --runner=ray --ray_address=auto --ray_workers=64
 """
 
 import dataclasses
+import functools
 
 from cm3leon_jax import stages
-from cm3leon_jax.retrieval import neighbors
-from launch import common
+from cm3leon_jax.retrieval import bank, neighbors
+from launch import common, sharded
 
 
 def main(settings, workdir):
-  inputs = {"raw": stages.require(workdir / "raw", "prepare_data")["id"], **common.clip_inputs(settings, workdir)}
-  config = {"retrieval": dataclasses.asdict(settings.retrieval), "seed": settings.seed, "inputs": inputs}
-  with stages.stage(workdir / "neighbors", config) as summary:
+  clip = common.clip_inputs(settings, workdir)
+  inputs = {"raw": stages.require(workdir / "raw", "prepare_data")["id"], **clip}
+  retrieval = dataclasses.asdict(settings.retrieval)
+  with stages.stage(workdir / "neighbors", {"retrieval": retrieval, "seed": settings.seed, "inputs": inputs}) as summary:
     if summary is not None:
-      clip = common.load_clip(settings, workdir)
-      summary.update(neighbors.build_neighbors(settings.retrieval, clip, workdir / "raw", workdir / "neighbors", settings.seed))
+      load_clip = functools.partial(bank.load_clip, settings.retrieval.clip, str(workdir), settings.vocab)
+      job = bank.EmbedJob(
+        str(workdir / "raw"), str(workdir / "neighbors"), load_clip, settings.retrieval.query_dropout, settings.seed, {}
+      )
+      width = bank.embedding_width(settings.retrieval.clip, workdir)
+      clip = {"clip": settings.retrieval.clip, **clip}
+      summary.update(neighbors.build_neighbors(settings.retrieval, job, width, clip, sharded.runner()))
 
 
 if __name__ == "__main__":

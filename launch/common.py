@@ -12,10 +12,7 @@ from ml_collections import config_flags
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.mesh import create_mesh
-from cm3leon_jax.retrieval.clip import CLIP
-from cm3leon_jax.retrieval.hf_clip import HFCLIP
 from cm3leon_jax.settings import Settings, settings_from_config
-from cm3leon_jax.tokenizers.text import TextTokenizer
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, e.g. ml_configs/openmoji.py; fields: --config.train.steps=100."
@@ -52,18 +49,11 @@ def require_run(settings: Settings, workdir: epath.Path) -> str:
 
 
 def clip_inputs(settings: Settings, workdir: epath.Path) -> dict[str, str]:
-  """Ids of the stages that `load_clip` reads, none for a Hugging Face CLIP. Raises UserError if one is not finished."""
+  """Ids of the stages that `bank.load_clip` reads, none for a Hugging Face CLIP. Raises UserError if one is not finished."""
   if settings.retrieval.clip:
     return {}
   folders = {"text_tokenizer": "train_text_tokenizer", "clip": "train_clip"}
   return {folder: stages.require(workdir / folder, command)["id"] for folder, command in folders.items()}
-
-
-def load_clip(settings: Settings, workdir: epath.Path) -> CLIP | HFCLIP:
-  """The CLIP that `config.retrieval.clip` names, or the run's own. Raises UserError naming what is absent or unfit."""
-  if settings.retrieval.clip:
-    return HFCLIP.load(settings.retrieval.clip)
-  return CLIP.load(workdir / "clip", TextTokenizer(workdir / "text_tokenizer", settings.vocab).encode)
 
 
 def _fail(message: str) -> None:

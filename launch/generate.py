@@ -16,6 +16,7 @@ from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import draw
 from cm3leon_jax.evaluation.summary import clip_scores
+from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.training import checkpoint
 from launch import common
 
@@ -63,7 +64,7 @@ def main(settings, workdir) -> None:
     folder = workdir / "prompts" / f"{draw.slug(texts[0])}-{hashlib.sha256(json.dumps(config).encode()).hexdigest()[:6]}"
   with stages.stage(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
-      clip = common.load_clip(settings, workdir)
+      clip = load_clip(settings.retrieval.clip, workdir, settings.vocab)
       if texts:
         prompts = draw.free_prompts(settings, workdir, texts, seed, max(retrieves), clip)
       else:

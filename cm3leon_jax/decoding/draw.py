@@ -71,7 +71,7 @@ def free_prompts(settings, workdir, texts: list[str], seed: int, retrieve: int, 
   ids, found = [encode(text) for text in texts], [()] * len(texts)
   if retrieve:
     store = DocumentStore(workdir / "documents" / "train_pairs", settings.vocab)
-    retriever = neighbors_lib.Retriever(neighbors_lib.Bank.load(workdir / "neighbors" / neighbors_lib.BANK), settings.retrieval)
+    retriever = neighbors_lib.Retriever(workdir / "neighbors", settings.retrieval)
     queries = clip.embed_texts([clip.encode(text) for text in texts])
     found = [_first(store, row, retrieve) for row in retriever.retrieve(queries)[0]]
   return [Prompt(*pair, seed + n, neighbors=near) for n, (*pair, near) in enumerate(zip(texts, ids, found))]

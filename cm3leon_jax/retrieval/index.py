@@ -2,8 +2,8 @@
 
 # n vectors in the index, q queries, E width of a vector, k nearest that are asked for.
 
-from collections.abc import Callable
 import functools
+import tempfile
 from typing import Protocol
 
 from etils import epath
@@ -18,6 +18,7 @@ from cm3leon_jax.config import UserError
 BACKENDS = ("auto", "scann", "exact")
 EXACT_BELOW = 1_000  # vectors; below, an index costs more than it saves.
 QUERY_BATCH = 256
+BLOCK_ROWS = {"scann": 5_000_000, "exact": 1_000_000}  # vectors that a host searches at a time
 BLOCK = 65_536  # vectors whose products with a batch of queries exist at the same time on a device.
 
 
@@ -105,25 +106,42 @@ class ScannIndex:
   backend = "scann"
   INT8_FROM = 100_000
 
-  def __init__(self, vectors: np.ndarray, folder: epath.PathLike | None = None):
-    """Trains on `vectors` [n, E]; with `folder`, loads what `save` wrote there and `vectors` only tells n."""
-    ops = _scann()
+  def __init__(self, searcher, count: int):
+    """Takes ScaNN's searcher over `count` vectors; see `build` and `load`."""
+    self._searcher, self._count = searcher, count
+
+  @classmethod
+  def build(cls, vectors: np.ndarray) -> "ScannIndex":
+    """Trains on `vectors` [n, E]."""
     vectors = _matrix(vectors, "vectors")
-    self._count = n = len(vectors)
-    leaves = max(1, round(n**0.5))
-    self._leaves_to_search = max(min(64, -(-leaves // 3)), leaves // 100)
-    if folder is not None:
-      self._searcher = ops.load_searcher(_absolute(folder))
-      return
-    builder = ops.builder(vectors, min(64, n), "dot_product")
-    builder = builder.tree(leaves, self._leaves_to_search, training_sample_size=min(n, 250_000))
+    n = len(vectors)
+    leaves, searched = _leaves(n)
+    builder = _scann().builder(vectors, min(64, n), "dot_product")
+    builder = builder.tree(leaves, searched, training_sample_size=min(n, 250_000))
     builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2)
-    self._searcher = builder.reorder(min(256, n), quantize=n >= self.INT8_FROM).build()
+    return cls(builder.reorder(min(256, n), quantize=n >= cls.INT8_FROM).build(), n)
 
   def save(self, folder: epath.PathLike) -> None:
-    folder = _absolute(folder)
-    epath.Path(folder).mkdir(parents=True, exist_ok=True)
-    self._searcher.serialize(folder)
+    """Writes the index into `folder`, which may be moved, or lie in a bucket."""
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as local:  # ScaNN writes to local disks only.
+      self._searcher.serialize(local, relative_path=True)
+      for path in epath.Path(local).iterdir():
+        path.copy(folder / path.name, overwrite=True)
+
+  @classmethod
+  def load(cls, folder: epath.PathLike, count: int) -> "ScannIndex":
+    """What `save` wrote of an index of `count` vectors. Raises UserError if nothing is there."""
+    folder = epath.Path(folder)
+    if not (folder / "scann_assets.pbtxt").exists():
+      raise UserError(f"{folder} holds no index: run `python -m launch.build_neighbors` again.")
+    if "://" not in str(folder):
+      return cls(_scann().load_searcher(str(folder.resolve())), count)
+    with tempfile.TemporaryDirectory() as local:
+      for path in folder.iterdir():
+        path.copy(epath.Path(local) / path.name)
+      return cls(_scann().load_searcher(local), count)
 
   def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """See `Index.search`."""
@@ -133,29 +151,56 @@ class ScannIndex:
       _matrix(queries, "queries"),
       final_num_neighbors=min(k, n),
       pre_reorder_num_neighbors=min(n, max(256, 4 * k)),
-      leaves_to_search=self._leaves_to_search,
+      leaves_to_search=_leaves(n)[1],
     )
     missing = np.isnan(scores)
     ids = np.where(missing, -1, np.asarray(ids, np.int64)).astype(np.int32)
     return _fill(ids, np.where(missing, -np.inf, scores).astype(np.float32), k)
 
 
-class ShardedIndex:
-  """One index per shard of the vectors, their results merged by score."""
+def _leaves(n: int) -> tuple[int, int]:
+  """Leaves of a tree over n vectors, and how many of them are searched."""
+  leaves = max(1, round(n**0.5))
+  return leaves, max(min(64, -(-leaves // 3)), leaves // 100)
 
-  def __init__(self, vectors: np.ndarray, shard_size: int, build: Callable[[np.ndarray], Index]):
-    """Builds an index of every `shard_size` vectors of [n, E]; the last shard has what is left."""
-    self._starts = range(0, len(vectors), shard_size)
-    self._indices = [build(vectors[start : start + shard_size]) for start in self._starts]
-    self.backend = self._indices[0].backend
+
+class BlockIndex:
+  """Search over a bank of any size, block after block, results merged by score; a block's index is loaded when it is needed."""
+
+  def __init__(self, documents, backend: str, folder: epath.PathLike):
+    """Opens the search.
+
+    Args:
+      documents: [n, E] of norm 1, an array or an `ArrayStore`.
+      backend: "scann" or "exact", see `choose_backend`.
+      folder: of the blocks' ScaNN indices, one folder each; exact search needs none.
+    """
+    self._documents, self.backend, self._folder = documents, backend, epath.Path(folder)
+    n, rows = len(documents), BLOCK_ROWS[backend]
+    self.blocks = [(start, min(start + rows, n)) for start in range(0, n, rows)]
+    self._load = functools.lru_cache(1)(self._open)
+
+  def build_block(self, block: int) -> None:
+    """Builds and saves the ScaNN index of one block."""
+    start, stop = self.blocks[block]
+    ScannIndex.build(self._documents[start:stop]).save(self._block_folder(block))
+
+  def _block_folder(self, block: int) -> epath.Path:
+    return self._folder / f"{block:06d}"
+
+  def _open(self, block: int) -> Index:
+    start, stop = self.blocks[block]
+    if self.backend == "exact":
+      return ExactIndex(self._documents[start:stop])
+    return ScannIndex.load(self._block_folder(block), stop - start)
 
   def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """See `Index.search`."""
-    found = []
-    for start, index in zip(self._starts, self._indices):
-      ids, scores = index.search(queries, k)
-      found.append((np.where(ids >= 0, ids + start, -1), scores))
-    return merge(found, k)
+    best = np.full((len(queries), 0), -1, np.int32), np.zeros((len(queries), 0), np.float32)
+    for block, (start, _) in enumerate(self.blocks):
+      ids, scores = self._load(block).search(queries, k)
+      best = merge([best, (np.where(ids >= 0, ids + start, -1), scores)], k)
+    return best
 
 
 def merge(found: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -172,26 +217,21 @@ def merge(found: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarra
   return np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
 
 
-def build_index(vectors: np.ndarray, backend: str = "auto", shard_size: int = 5_000_000) -> Index:
-  """Builds the search over `vectors`.
-
-  Args:
-    vectors: [n, E] float.
-    backend: "scann", "exact", or "auto": ScaNN from 1,000 vectors on, exact search below.
-    shard_size: vectors of one ScaNN index; more are searched in several.
+def choose_backend(count: int, backend: str = "auto") -> str:
+  """The search for `count` vectors: with "auto", ScaNN from 1,000 on, exact search below.
 
   Raises:
     UserError: an unknown backend, no vectors, or ScaNN is not installed.
   """
   if backend not in BACKENDS:
     raise UserError(f"retrieval.backend is '{backend}'; it must be one of {', '.join(BACKENDS)}.")
+  if not count:
+    raise UserError("the bank of neighbours is empty; retrieval needs at least one train pair.")
   if backend == "auto":
-    backend = "exact" if len(vectors) < EXACT_BELOW else "scann"
-    if backend == "exact":
-      print(f"index: exact search, for {len(vectors)} vectors are fewer than {EXACT_BELOW}.", flush=True)
-  if backend == "exact":
-    return ExactIndex(vectors)
-  return ScannIndex(vectors) if len(vectors) <= shard_size else ShardedIndex(vectors, shard_size, ScannIndex)
+    backend = "exact" if count < EXACT_BELOW else "scann"
+  if backend == "scann":
+    _scann()
+  return backend
 
 
 def recall_at_k(ids: np.ndarray, exact_ids: np.ndarray) -> float:
@@ -210,11 +250,6 @@ def _scann():
       "config.retrieval.backend to 'exact'."
     ) from error
   return scann_ops_pybind
-
-
-def _absolute(folder: epath.PathLike) -> str:
-  # An index that was serialised under a relative path cannot be loaded.
-  return str(epath.Path(folder).resolve())
 
 
 def _matrix(values, what: str) -> np.ndarray:

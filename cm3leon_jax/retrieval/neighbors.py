@@ -1,27 +1,28 @@
-"""Which train documents stand before a document: candidates by text and by image, pruned (CM3Leon, section 2.1)."""
+"""Neighbours of every document: which candidates of the bank are kept (CM3Leon, section 2.1), and the stage that finds them."""
 
-# n bank documents, q queries, E embedding, M candidates per side, C candidates kept.
+# q queries, n documents in the bank, E embedding, M candidates per side, C neighbours kept.
 
 import collections
+from collections.abc import Callable
 import dataclasses
-import functools
 import hashlib
+import json
 import time
 
 from etils import epath
 import numpy as np
-from tqdm import tqdm
 
+from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.records import SPLITS
 from cm3leon_jax.retrieval import index as index_lib
-from cm3leon_jax.retrieval.clip import CLIP, normalize
-from cm3leon_jax.retrieval.hf_clip import HFCLIP
+from cm3leon_jax.retrieval.arrays import ArrayStore
+from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob, embed
+from cm3leon_jax.shards import Runner, run_shards
 
-BANK = "bank.npz"
-EMBED_CHUNK = 512
-READ_THREADS = 8
 REASONS = ("own_group", "similar_to_query", "similar_to_kept")
+QUERY_BLOCK = 100_000  # documents whose neighbours are found together, one pass over the bank
+SELECT_BATCH = 1_024  # documents whose candidates' embeddings are in memory at the same time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class RetrievalConfig:
 
   Attributes:
     clip: folder of a Hugging Face CLIP checkpoint that embeds (in bf16); "": the run's own, of the stage `clip`.
-    backend: of the index, see `index.build_index`.
+    backend: of the index, see `index.choose_backend`.
     max_candidates: M, how far each side's list is walked.
     kept_per_side: candidates kept from the text side and from the image side; C is twice that (paper: 2 and 2).
     max_similarity: a candidate more similar than this to the document, or to one already kept, is skipped (paper: 0.9).
@@ -56,51 +57,6 @@ class RetrievalConfig:
       raise ValueError(f"max_similarity is {self.max_similarity}; a cosine lies in [-1, 1].")
     if not 0 <= self.query_dropout < 1:
       raise ValueError(f"query_dropout is {self.query_dropout}; it must lie in [0, 1).")
-
-
-@dataclasses.dataclass(frozen=True)
-class Bank:
-  """Documents that can be retrieved. All are caption-image pairs, so that every one is multimodal.
-
-  Attributes:
-    texts: [n, E] float32 embeddings of norm 1.
-    images: [n, E] likewise.
-    groups: [n] str; near-duplicates share one, "" is no group.
-    keys: [n] str, the documents' names.
-  """
-
-  texts: np.ndarray
-  images: np.ndarray
-  groups: np.ndarray
-  keys: np.ndarray
-
-  @property
-  def documents(self) -> np.ndarray:
-    """[n, E]: the normalised mean of a document's parts; what is searched and what similarity means."""
-    return document_embeddings(self.texts, self.images)
-
-  def save(self, path: epath.PathLike) -> None:
-    write_arrays(path, {field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
-
-  @classmethod
-  def load(cls, path: epath.PathLike) -> "Bank":
-    """Raises UserError if `build_neighbors` has not written `path`."""
-    return cls(**read_arrays(path))
-
-
-def document_embeddings(texts: np.ndarray, images: np.ndarray) -> np.ndarray:
-  """Embeddings [q, E] of both parts -> normalised mean [q, E]."""
-  return np.asarray(normalize((texts + images) / 2))
-
-
-def drop_tokens(ids: np.ndarray, share: float, key: str, seed: int) -> np.ndarray:
-  """Leaves out `share` of the ids at random, the same ones for the same (key, seed); at least one id stays."""
-  digest = hashlib.sha256(key.encode()).digest()
-  rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
-  order = rng.random(len(ids))
-  kept = order >= share
-  kept[np.argmax(order)] = True
-  return ids[kept]
 
 
 def select_neighbors(sides, vectors, query, forbidden, kept_per_side: int, max_similarity: float):
@@ -138,27 +94,28 @@ def select_neighbors(sides, vectors, query, forbidden, kept_per_side: int, max_s
 
 
 class Retriever:
-  """Searches a bank: for documents with both parts, and for captions alone."""
+  """Searches the bank of a finished stage: for documents with both parts, and for captions alone."""
 
-  def __init__(self, bank: Bank, config: RetrievalConfig):
-    self.bank, self.config = bank, config
-    self.vectors = bank.documents
-    self.index = index_lib.build_index(self.vectors, config.backend)
+  def __init__(self, folder: epath.PathLike, config: RetrievalConfig):
+    """Opens what `build_neighbors` wrote into `folder`. Raises UserError if it has not."""
+    folder = epath.Path(folder)
+    self.bank, self.config = Embeddings(folder / "train"), config
+    backend = index_lib.choose_backend(len(self.bank), config.backend)
+    self.index = index_lib.BlockIndex(self.bank.documents, backend, folder / "index")
 
-  def search(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[q, E] -> the M nearest documents: ids and cosines [q, M]."""
-    return self.index.search(queries, min(self.config.max_candidates, len(self.vectors)))
+  def search(self, queries: np.ndarray) -> np.ndarray:
+    """[q, E] -> ids [q, M] of the nearest documents, best first."""
+    return self.index.search(queries, min(self.config.max_candidates, len(self.bank)))[0]
 
-  def select(self, sides, documents, keys, groups, kept_per_side: int, bar: str = ""):
+  def select(self, sides, documents, keys, groups, kept_per_side: int):
     """Neighbours of q documents.
 
     Args:
-      sides: one [q, M] array of candidates per side, best first.
+      sides: one [q, M] array of candidates per side, best first; negative ones are none.
       documents: [q, E] embeddings of norm 1 to which similarity is measured.
-      keys: [q] names; a bank document of the same key is the query itself.
-      groups: [q]; "" is no group.
+      keys: [q] uint64; a bank document of the same key is the query itself.
+      groups: [q] uint64; 0 is no group.
       kept_per_side: candidates kept from each side.
-      bar: name of the progress bar; "" for none.
 
     Returns:
       ids [q, C] int32 into the bank (-1 = none, last), their cosines to `documents` [q, C] float32 (0 where none), and a
@@ -167,19 +124,21 @@ class Retriever:
     counts = collections.Counter()
     ids = np.full((len(documents), kept_per_side * len(sides)), -1, np.int32)
     scores = np.zeros(ids.shape, np.float32)
-    for i in tqdm(range(len(documents)), bar, mininterval=1, unit="document", disable=not bar):
-      forbidden = functools.partial(self._is_same, keys[i], groups[i])
-      candidates = [side[i] for side in sides]
-      kept, rejected = select_neighbors(
-        candidates, self.vectors, documents[i], forbidden, kept_per_side, self.config.max_similarity
-      )
-      counts.update(rejected)
-      ids[i, : len(kept)] = kept
-      scores[i, : len(kept)] = self.vectors[kept] @ documents[i]
+    for start in range(0, len(documents), SELECT_BATCH):
+      candidates = np.stack([side[start : start + SELECT_BATCH] for side in sides], axis=1)
+      rows, places = np.unique(np.maximum(candidates, 0), return_inverse=True)
+      places = np.where(candidates < 0, -1, places.reshape(candidates.shape))
+      vectors = self.bank.documents[rows].astype(np.float32)
+      bank_keys, bank_groups = self.bank.keys[rows], self.bank.groups[rows]
+      for i, walks in enumerate(places, start):
+        same = (bank_keys == keys[i]) | ((bank_groups == groups[i]) & (groups[i] != 0))
+        kept, rejected = select_neighbors(
+          walks, vectors, documents[i], same.__getitem__, kept_per_side, self.config.max_similarity
+        )
+        counts.update(rejected)
+        ids[i, : len(kept)] = rows[kept]
+        scores[i, : len(kept)] = vectors[kept] @ documents[i]
     return ids, scores, counts
-
-  def _is_same(self, key: str, group: str, candidate: int) -> bool:
-    return self.bank.keys[candidate] == key or (group != "" and self.bank.groups[candidate] == group)
 
   def retrieve(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Neighbours for captions alone, as at inference: nothing is known of the image or of a group.
@@ -190,122 +149,146 @@ class Retriever:
     Returns:
       ids [q, C] int32 into the bank, best first (-1 = none, last), and their cosines to the queries [q, C] float32.
     """
-    nobody = np.full(len(queries), "")
-    ids, scores, _ = self.select([self.search(queries)[0]], queries, nobody, nobody, 2 * self.config.kept_per_side)
+    nobody = np.zeros(len(queries), np.uint64)
+    ids, scores, _ = self.select([self.search(queries)], queries, nobody, nobody, 2 * self.config.kept_per_side)
     return ids, scores
 
 
-def embed_pairs(clip: CLIP | HFCLIP, pairs: list[raw_pairs.RawPair], dropout: float, seed: int) -> tuple[Bank, np.ndarray]:
-  """Embeds both parts of `pairs`: a bank of them, and the captions once more [n, E] as queries with `dropout`."""
-  texts, queries, images = [], [], []
-  for start in tqdm(range(0, len(pairs), EMBED_CHUNK), "embed", mininterval=1, unit="chunk"):
-    chunk = pairs[start : start + EMBED_CHUNK]
-    ids = [clip.encode(p.caption) for p in chunk]
-    texts.append(clip.embed_texts(ids))
-    queries.append(
-      clip.embed_texts([drop_tokens(x, dropout, p.key, seed) for x, p in zip(ids, chunk)]) if dropout else texts[-1]
-    )
-    images.append(clip.embed_images(raw_pairs.load_images([p.image for p in chunk], clip.resolution, READ_THREADS)))
-  groups, keys = np.array([p.group for p in pairs]), np.array([p.key for p in pairs])
-  return Bank(np.concatenate(texts), np.concatenate(images), groups, keys), np.concatenate(queries)
+@dataclasses.dataclass(frozen=True)
+class _IndexJob:
+  """Builds the ScaNN index of a block of the bank; a job of `shards.run_shards`."""
+
+  folder: str
+  config: RetrievalConfig
+
+  def open(self) -> Callable[[str], dict]:
+    index = Retriever(self.folder, self.config).index
+
+    def build(name: str) -> dict:
+      index.build_block(int(name))
+      return {}
+
+    return build
 
 
-def build_neighbors(config: RetrievalConfig, clip: CLIP | HFCLIP, raw_folder, folder, seed: int) -> dict:
-  """The stage: embeds raw/, writes bank.npz and {train,heldout}_pairs.npz; the bank is the train pairs in their order.
+@dataclasses.dataclass(frozen=True)
+class _SearchJob:
+  """Finds the neighbours of a block of documents; a job of `shards.run_shards`. `blocks`: name -> split, first row, end."""
 
-  train_pairs.npz: ids and scores. heldout_pairs.npz also text_ids and text_scores: the neighbours by caption alone.
+  folder: str
+  config: RetrievalConfig
+  blocks: dict[str, tuple[str, int, int]]
+
+  def open(self) -> Callable[[str], dict]:
+    retriever, folder = Retriever(self.folder, self.config), epath.Path(self.folder)
+
+    def search_block(name: str) -> dict:
+      split, start, stop = self.blocks[name]
+      rows, found = Embeddings(folder / split), {}
+      read = lambda array: array[start:stop].astype(np.float32)
+      queries = read(rows.queries)
+      sides = [retriever.search(queries), retriever.search(read(rows.images))]
+      found["ids"], found["scores"], counts = retriever.select(
+        sides, read(rows.documents), rows.keys[start:stop], rows.groups[start:stop], self.config.kept_per_side
+      )
+      if split == "heldout":
+        found["text_ids"], found["text_scores"] = retriever.retrieve(queries)
+      for array, values in found.items():
+        ArrayStore(folder / f"{split}_pairs" / array).write(start, values)
+      kept = found["ids"] >= 0
+      similarity = float(found["scores"][kept].sum(dtype=np.float64))
+      return {**counts, "kept": int(kept.sum()), "all_kept": int(kept.all(1).sum()), "similarity": similarity}
+
+    return search_block
+
+
+def build_neighbors(config: RetrievalConfig, job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
+  """The stage: embeds raw pairs, indexes those of the split `train`, the bank, and chooses neighbours for both splits.
+
+  Writes into `job.folder`: {split}/ (`bank.Embeddings`), index/, and {split}_pairs/ with ids and scores (`load_neighbors`).
+  What was done before for the same pairs is kept.
 
   Args:
     config: the rules.
-    clip: embeds; has `encode`, caption -> ids, of which the query dropout leaves some out.
-    raw_folder: holds pairs.jsonl and images.
-    folder: where the results go.
-    seed: of the query dropout.
+    job: how to embed what; see `bank.embed`.
+    width: E.
+    inputs: what the CLIP is.
+    runner: where embedding, indexing and searching are done.
 
   Returns:
     The numbers for the report.
   """
-  start, folder = time.time(), epath.Path(folder)
-  train, heldout = raw_pairs.read_pairs(raw_folder, "train"), raw_pairs.read_pairs(raw_folder, "heldout")
-  if not train:
-    raise UserError(f"{raw_folder} has no train pairs; neighbours need at least one.")
-  bank, queries = embed_pairs(clip, train, config.query_dropout, seed)
-  folder.mkdir(parents=True, exist_ok=True)
-  bank.save(folder / BANK)
-  retriever = Retriever(bank, config)
-  summary = {"backend": retriever.index.backend, "bank": len(train)}
-  summary.update(search_recall(retriever, {"text": queries, "image": bank.images}))
-  summary.update(_write_split(folder / "train_pairs.npz", retriever, bank, queries, "train"))
-  if heldout:
-    held, held_queries = embed_pairs(clip, heldout, 0.0, seed)
-    summary.update(_write_split(folder / "heldout_pairs.npz", retriever, held, held_queries, "heldout"))
+  start, folder = time.time(), epath.Path(job.folder)
+  embedded = embed(job, width, inputs, runner)
+  retriever = Retriever(folder, config)
+  backend, bank, blocks = retriever.index.backend, len(retriever.bank), retriever.index.blocks
+  if bank < index_lib.EXACT_BELOW and config.backend == "auto":
+    print(f"neighbors: exact search, for {bank} documents are fewer than {index_lib.EXACT_BELOW}.", flush=True)
+  depends = {"bank": hashlib.sha256(json.dumps(stages.plain(embedded), sort_keys=True).encode()).hexdigest()}
+  if backend == "scann":
+    shards = {f"{i:06d}": {**depends, "rows": rows} for i, rows in enumerate(blocks)}
+    for _ in run_shards(_IndexJob(job.folder, config), shards, folder / "done" / "index", runner, "index blocks"):
+      pass
+  depends |= {"backend": backend, "retrieval": dataclasses.asdict(config)}
+  summary = {"backend": backend, "bank": bank, **search_recall(retriever)}
+  for split in SPLITS:
+    summary |= _find(config, job.folder, split, depends, runner)
   summary["seconds"] = round(time.time() - start, 1)
   print(
-    f"neighbors: {summary['bank']} documents, {summary['backend']} search, recall@2 {summary['recall@2']:.3f}; "
-    f"{summary['train_all_kept']:.1%} have all {2 * config.kept_per_side}, "
-    f"mean similarity {summary['train_mean_similarity']:.2f}; {summary['seconds']:.0f} s.",
+    f"neighbors: {bank} documents, {backend} search, recall@2 {summary['recall@2']:.3f}; "
+    f"{summary['train_all_kept']:.1%} have all {2 * config.kept_per_side}, {summary['train_rejection_rate']:.1%} of the "
+    f"candidates rejected, mean similarity {summary['train_mean_similarity']:.2f}; {summary['seconds']:.0f} s.",
     flush=True,
   )
   return summary
 
 
-def _write_split(path, retriever: Retriever, split: Bank, queries: np.ndarray, name: str) -> dict:
-  """Chooses and writes the neighbours of `split`; returns its numbers."""
-  sides = [retriever.search(queries)[0], retriever.search(split.images)[0]]
-  ids, scores, counts = retriever.select(
-    sides, split.documents, split.keys, split.groups, retriever.config.kept_per_side, f"neighbors {name}"
-  )
-  arrays = {"ids": ids, "scores": scores}
-  if name == "heldout":
-    text_ids, text_scores = retriever.retrieve(queries)
-    arrays.update(text_ids=text_ids, text_scores=text_scores)
-  write_arrays(path, arrays)
-  looked_at = sum(counts.values()) + int((ids >= 0).sum())
+def _find(config: RetrievalConfig, folder: str, split: str, depends: dict, runner: Runner) -> dict:
+  """Chooses and writes the neighbours of one split; returns its numbers."""
+  path, count = epath.Path(folder), len(Embeddings(epath.Path(folder) / split))
+  names = ["ids", "scores"] + (["text_ids", "text_scores"] if split == "heldout" else [])
+  for name in names:
+    dtype = np.int32 if name.endswith("ids") else np.float32
+    ArrayStore.prepare(path / f"{split}_pairs" / name, (2 * config.kept_per_side,), dtype, count)
+  rows = [(split, first, min(first + QUERY_BLOCK, count)) for first in range(0, count, QUERY_BLOCK)]
+  blocks = {f"{split}-{i:06d}": row for i, row in enumerate(rows)}
+  shards = {name: {**depends, "rows": row} for name, row in blocks.items()}
+  made = run_shards(_SearchJob(folder, config, blocks), shards, path / "done" / "search", runner, f"neighbors {split}")
+  total = collections.Counter()
+  for _, numbers in made:
+    total.update(numbers)
+  for name in names:
+    ArrayStore(path / f"{split}_pairs" / name).commit()
+  looked_at = total["kept"] + sum(total[reason] for reason in REASONS)
   return {
-    f"{name}_all_kept": float((ids >= 0).all(1).mean()),
-    f"{name}_mean_kept": float((ids >= 0).sum(1).mean()),
-    f"{name}_mean_similarity": float(scores[ids >= 0].mean()) if (ids >= 0).any() else 0.0,
-    f"{name}_candidates_looked_at": looked_at,
-    **{f"{name}_rejected_{reason}": counts[reason] for reason in REASONS},
-    f"{name}_rejection_rate": 1 - int((ids >= 0).sum()) / max(looked_at, 1),
+    f"{split}_all_kept": total["all_kept"] / max(count, 1),
+    f"{split}_mean_kept": total["kept"] / max(count, 1),
+    f"{split}_mean_similarity": total["similarity"] / max(total["kept"], 1),
+    f"{split}_candidates_looked_at": looked_at,
+    **{f"{split}_rejected_{reason}": total[reason] for reason in REASONS},
+    f"{split}_rejection_rate": 1 - total["kept"] / max(looked_at, 1),
   }
 
 
-def search_recall(retriever: Retriever, sides: dict[str, np.ndarray], k: int = 2, most: int = 1_000) -> dict[str, float]:
+def search_recall(retriever: Retriever, k: int = 2, most: int = 1_000) -> dict[str, float]:
   """recall@k of the retriever's index against exact search, on up to `most` queries of each side and over all."""
-  exact = index_lib.ExactIndex(retriever.vectors)
-  recalls = {}
-  for name, queries in sides.items():
-    queries = queries[:: -(-len(queries) // most)]
+  exact = index_lib.BlockIndex(retriever.bank.documents, "exact", "")
+  recalls, rows = {}, np.arange(0, len(retriever.bank), -(-len(retriever.bank) // most))
+  for name, array in (("text", retriever.bank.queries), ("image", retriever.bank.images)):
+    queries = array[rows].astype(np.float32)
     recalls[f"{name}_recall@{k}"] = index_lib.recall_at_k(retriever.index.search(queries, k)[0], exact.search(queries, k)[0])
   return {**recalls, f"recall@{k}": float(np.mean(list(recalls.values())))}
 
 
 def load_neighbors(folder: epath.PathLike, name: str, text_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
-  """ids [n, C] int32 and scores [n, C] of `{name}.npz`; `text_only`: of the caption alone, which only held-out files have.
+  """ids [n, C] int32 and scores [n, C] of `name`; `text_only`: of the caption alone, which only held-out pairs have.
 
   Raises:
-    UserError: the file is absent, or has no text-only neighbours.
+    UserError: they are absent, or there are no text-only neighbours.
   """
-  path = epath.Path(folder) / f"{name}.npz"
-  arrays, prefix = read_arrays(path), "text_" if text_only else ""
-  if prefix + "ids" not in arrays:
-    raise UserError(f"{path} has no neighbours by caption alone; only held-out pairs have them.")
-  return arrays[prefix + "ids"], arrays[prefix + "scores"]
-
-
-def write_arrays(path: epath.PathLike, arrays: dict[str, np.ndarray]) -> None:
-  """Writes an .npz file atomically."""
-  path = epath.Path(path)
-  partial = path.parent / (path.name + ".partial")
-  with partial.open("wb") as file:
-    np.savez(file, **arrays)
-  partial.replace(path)
-
-
-def read_arrays(path: epath.PathLike) -> dict[str, np.ndarray]:
-  path = epath.Path(path)
+  path, prefix = epath.Path(folder) / name, "text_" if text_only else ""
   if not path.exists():
     raise UserError(f"{path} does not exist: run `python -m launch.build_neighbors` first.")
-  with path.open("rb") as file, np.load(file) as arrays:
-    return dict(arrays)
+  if not (path / f"{prefix}ids").exists():
+    raise UserError(f"{path} has no neighbours by caption alone; only held-out pairs have them.")
+  return ArrayStore(path / f"{prefix}ids")[:], ArrayStore(path / f"{prefix}scores")[:]

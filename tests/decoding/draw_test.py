@@ -1,7 +1,6 @@
 """From captions to files: which captions and neighbours, and that every record says how its picture was made."""
 
 import dataclasses
-import json
 
 from etils import epath
 import jax
@@ -10,15 +9,18 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.documents import DocumentStore, Segment, write_documents
+from cm3leon_jax.data.documents import DocumentStore, Segment, group_id, write_documents
 from cm3leon_jax.decoding import draw
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.retrieval import clip as clip_lib
 from cm3leon_jax.retrieval import neighbors
+from cm3leon_jax.retrieval.bank import Embeddings
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.tokenizers import text, vqgan
+from tests.data.raw import write_raw
 from tests.data.stores import VOCAB, make_sources
 from tests.models.tiny import random_params
+from tests.retrieval.stores import write_bank, write_neighbors
 
 CAPTIONS = ["red apple", "green apple", "blue car", "old house", "new house"]
 CLIP_CONFIG = {"resolution": 8, "patch": 4, "image_width": 64, "image_layers": 1, "text_width": 64, "text_layers": 1}
@@ -42,17 +44,6 @@ def make_settings():
 SETTINGS = make_settings()
 
 
-def write_raw(folder, captions):
-  """Held-out pairs, their pictures in one colour each."""
-  (folder / "images").mkdir(parents=True)
-  lines = []
-  for i, caption in enumerate(captions):
-    Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(folder / "images" / f"{i}.png")
-    lines.append({"key": f"h{i}", "image": f"images/{i}.png", "caption": caption, "split": "heldout"})
-    lines[-1] |= {"source": "test", "license": "CC0-1.0", "attribution": "nobody"}
-  (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   """What the stages before drawing leave, with random weights."""
@@ -60,7 +51,9 @@ def workdir(tmp_path_factory):
   words = [" ".join(CAPTIONS[i % 5].split() + [f"word{i}"]) for i in range(200)] * 3  # Enough for 512 ids.
   text.train_text_tokenizer(words, VOCAB, text.TextTokenizerConfig(), root / "text_tokenizer")
   encode = text.TextTokenizer(root / "text_tokenizer", VOCAB).encode
-  write_raw(root / "raw", CAPTIONS)
+  about = {"split": "heldout", "source": "test", "license": "CC0-1.0", "attribution": "nobody"}
+  pairs = [{"key": f"h{i}", "caption": caption, **about} for i, caption in enumerate(CAPTIONS)]
+  write_raw(root / "raw", pairs, [np.full((8, 8, 3), 40 * i, np.uint8) for i in range(len(pairs))])
   bank = make_sources(root / "made", num_pairs=12)[0].store
   write_documents(root / "documents" / "train_pairs", [bank[i] for i in range(12)], VOCAB)
   make = lambda i, caption: dataclasses.replace(
@@ -71,12 +64,10 @@ def workdir(tmp_path_factory):
   vectors = rng.normal(size=(2, 12, 16)).astype(np.float32)
   texts, images = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
   keys = np.array([bank[i].key for i in range(12)])
-  (root / "neighbors").mkdir()
-  neighbors.Bank(texts, images, keys, keys).save(root / "neighbors" / neighbors.BANK)
+  write_bank(root / "neighbors" / "train", texts, images, keys, keys)
   ids = np.stack([rng.permutation(12)[:4] for _ in CAPTIONS]).astype(np.int32)
   ids[1, 1:] = -1
-  by_caption = {"text_ids": ids, "text_scores": np.zeros(ids.shape, np.float32)}
-  neighbors.write_arrays(root / "neighbors" / "heldout_pairs.npz", by_caption)
+  write_neighbors(root / "neighbors" / "heldout_pairs", text_ids=ids)
   image_params = vqgan.init_params(SETTINGS.vqgan, VOCAB.image_size, jax.random.key(0))
   vqgan.ImageTokenizer(SETTINGS.vqgan, VOCAB.image_size, image_params).save(root / "vqgan")
   return root
@@ -104,9 +95,9 @@ def test_heldout_prompts_are_spread_and_know_their_neighbours(workdir):
 
 def test_free_prompts_find_the_neighbours_that_clip_names(workdir, clip):
   (prompt,) = draw.free_prompts(SETTINGS, workdir, ["green car"], 3, 2, clip)
-  bank = neighbors.Bank.load(workdir / "neighbors" / neighbors.BANK)
-  scores = bank.documents @ clip.embed_texts([prompt.ids])[0]
-  assert bank.keys[np.argmax(scores)] == prompt.neighbors[0].key
+  bank = Embeddings(workdir / "neighbors" / "train")
+  scores = bank.documents[:] @ clip.embed_texts([prompt.ids])[0]
+  assert bank.keys[:][np.argmax(scores)] == group_id(prompt.neighbors[0].key)
   assert (prompt.seed, prompt.original, len(prompt.neighbors)) == (3, None, 2)
   assert draw.free_prompts(SETTINGS, workdir, ["green car"], 3, 0, clip)[0].neighbors == ()
   with pytest.raises(UserError, match="--prompt is empty"):

@@ -9,10 +9,10 @@ from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import documents
 from cm3leon_jax.mesh import MeshConfig, create_mesh
-from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.training import checkpoint, optimizer, state
 from launch import common, evaluate
 from ml_configs import base
+from tests.retrieval.stores import write_neighbors
 
 
 def tiny_settings():
@@ -39,11 +39,8 @@ def workdir(tmp_path):
   settings = tiny_settings()
   write_store(tmp_path / "documents" / "train_pairs", 9, settings.vocab, 0)
   write_store(tmp_path / "documents" / "heldout_pairs", 5, settings.vocab, 1)
-  (tmp_path / "neighbors").mkdir()
   ids = np.random.default_rng(2).integers(0, 9, (5, 4)).astype(np.int32)
-  by_caption = {"text_ids": ids, "text_scores": np.zeros((5, 4), np.float32)}
-  both = {"ids": np.full((5, 4), -1, np.int32), "scores": np.zeros((5, 4), np.float32)}
-  neighbors.write_arrays(tmp_path / "neighbors" / "heldout_pairs.npz", {**both, **by_caption})
+  write_neighbors(tmp_path / "neighbors" / "heldout_pairs", ids=np.full((5, 4), -1, np.int32), text_ids=ids)
   with jax.set_mesh(create_mesh(settings.mesh)):
     create = lambda: state.init_state(settings.model, optimizer.create_optimizer(settings.optimizer, 10), jax.random.key(0))
     checkpoints = checkpoint.Checkpoints(tmp_path / "train", keep=1)

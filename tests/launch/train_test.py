@@ -10,6 +10,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.settings import default_config, settings_from_config
 from launch import train
 from tests.data.stores import VOCAB, make_sources
+from tests.retrieval.stores import write_neighbors
 
 
 def settings_with(**train_fields):
@@ -32,7 +33,7 @@ def workdir(tmp_path):
     for kind in ("pairs", "texts"):
       (documents / f"{split}_{kind}").symlink_to(tmp_path / "made" / kind)
     ids = sources[0].neighbors
-    np.savez(neighbors / f"{split}_pairs.npz", ids=ids, scores=np.zeros(ids.shape, np.float32))
+    write_neighbors(neighbors / f"{split}_pairs", ids=ids)
   for folder in (documents, neighbors):
     (folder / stages.DONE).write_text(json.dumps({"id": folder.name, "summary": {}}))
   return epath.Path(tmp_path)
@@ -53,8 +54,7 @@ def test_too_little_data_for_one_batch_is_told(workdir):
 
 
 def test_neighbours_of_other_documents_are_told(workdir):
-  ids = np.zeros((3, 4), np.int32)
-  np.savez(workdir / "neighbors" / "train_pairs.npz", ids=ids, scores=ids.astype(np.float32))
+  write_neighbors(workdir / "neighbors" / "train_pairs", ids=np.zeros((3, 4), np.int32))
   with pytest.raises(UserError, match="names neighbours of 3 documents"):
     train.open_rows(settings_with(), workdir, "train")
 

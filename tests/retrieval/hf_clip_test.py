@@ -15,14 +15,15 @@ import safetensors.numpy
 from tokenizers import pre_tokenizers
 import transformers
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.mesh import MeshConfig, create_mesh
-from cm3leon_jax.retrieval import hf_clip, neighbors
+from cm3leon_jax.retrieval import bank, hf_clip, neighbors
 from cm3leon_jax.retrieval.hf_clip import HFCLIP
 from cm3leon_jax.settings import default_config, settings_from_config
+from cm3leon_jax.shards import Runner
 from launch import common
-from tests.retrieval.neighbors_test import write_raw
+from tests.data.raw import write_raw
 
 TOLERANCE = 1e-5  # fp32, embeddings of norm 1.
 START, END, VOCAB_SIZE, LENGTH, SIDE = 515, 516, 520, 12, 16
@@ -303,22 +304,21 @@ print(clip.embed_texts([clip.encode("red")]).shape, clip.embed_images(np.zeros((
 
 def test_it_builds_neighbors_of_raw_pairs(folder, tmp_path):
   """The stage runs with it; queries are the captions with its own tokens left out, and images come in their own size."""
-  write_raw(tmp_path / "raw", 12)
-  lines = [json.loads(line) for line in (tmp_path / "raw" / "pairs.jsonl").read_text().splitlines()]
-  for line in lines:
-    line["caption"] = f"the {line['key']} red apples"
-  (tmp_path / "raw" / "pairs.jsonl").write_text("".join(stages.json.dumps(line) + "\n" for line in lines))
+  split = lambda i: "heldout" if i % 4 == 3 else "train"
+  pairs = [{"key": f"k{i}", "caption": f"the k{i} red apples", "split": split(i)} for i in range(12)]
+  write_raw(tmp_path / "raw", pairs, some_images(12))
   clip = load(folder)
   config = neighbors.RetrievalConfig(backend="exact", max_similarity=1.0)
-  neighbors.build_neighbors(config, clip, tmp_path / "raw", tmp_path / "out", 0)
-  bank = neighbors.Bank.load(tmp_path / "out" / neighbors.BANK)
-  train = neighbors.raw_pairs.read_pairs(tmp_path / "raw", "train")
-  np.testing.assert_allclose(bank.texts, clip.embed_texts([clip.encode(p.caption) for p in train]), atol=1e-6)
-  np.testing.assert_allclose(np.linalg.norm(bank.documents, axis=1), 1, atol=1e-6)
-  _, queries = neighbors.embed_pairs(clip, train, 0.5, 0)
-  dropped = [neighbors.drop_tokens(clip.encode(p.caption), 0.5, p.key, 0) for p in train]
-  np.testing.assert_allclose(queries, clip.embed_texts(dropped), atol=1e-6)
-  assert np.abs(queries - bank.texts).max() > 1e-2
+  job = bank.EmbedJob(str(tmp_path / "raw"), str(tmp_path / "out"), lambda: clip, 0.5, 0, {})
+  neighbors.build_neighbors(config, job, bank.embedding_width(str(folder), tmp_path), {}, Runner())
+  rows, train = bank.Embeddings(tmp_path / "out" / "train"), raw_pairs.read_pairs(tmp_path / "raw", "train")
+  images = clip.embed_images(raw_pairs.load_images([p.image for p in train], None, 1))
+  texts = clip.embed_texts([clip.encode(p.caption) for p in train])
+  np.testing.assert_allclose(rows.images[:], images, atol=1e-3)
+  np.testing.assert_allclose(rows.documents[:], bank.document_embeddings(texts, images), atol=1e-3)
+  dropped = [bank.drop_tokens(clip.encode(p.caption), 0.5, p.key, 0) for p in train]
+  np.testing.assert_allclose(rows.queries[:], clip.embed_texts(dropped), atol=1e-3)
+  assert np.abs(rows.queries[:] - texts).max() > 1e-2
 
 
 def test_the_config_chooses_it(folder, tmp_path):
@@ -326,7 +326,7 @@ def test_the_config_chooses_it(folder, tmp_path):
   config.retrieval.clip = str(folder)
   settings = settings_from_config(config)
   assert common.clip_inputs(settings, tmp_path) == {}
-  clip = common.load_clip(settings, tmp_path)
+  clip = bank.load_clip(settings.retrieval.clip, tmp_path, settings.vocab)
   assert isinstance(clip, HFCLIP)
   assert clip.mesh.size == 8
   with pytest.raises(UserError, match="train_text_tokenizer"):

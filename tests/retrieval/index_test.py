@@ -68,28 +68,34 @@ def test_batches_do_not_matter(clustered):
 def test_scann_finds_what_exact_search_finds(clustered, tmp_path, monkeypatch):
   pytest.importorskip("scann")
   vectors, queries = clustered
-  scann = index.build_index(vectors, "auto")
-  assert scann.backend == "scann"
+  scann = index.ScannIndex.build(vectors)
   ids, scores = scann.search(queries, 2)
   assert index.recall_at_k(ids, oracle(vectors, queries, 2)) >= 0.95
   assert index.recall_at_k(ids, oracle(vectors, np.roll(queries, 1, 0), 2)) < 0.5  # negative control
   np.testing.assert_allclose(scores, np.take_along_axis(queries @ vectors.T, ids, 1), atol=1e-5)
   monkeypatch.chdir(tmp_path)
   scann.save("relative")
-  loaded_ids, loaded_scores = index.ScannIndex(vectors, "relative").search(queries, 2)
+  (tmp_path / "relative").rename(tmp_path / "moved")
+  loaded_ids, loaded_scores = index.ScannIndex.load("moved", len(vectors)).search(queries, 2)
   np.testing.assert_array_equal(loaded_ids, ids)
   np.testing.assert_array_equal(loaded_scores, scores)
+  with pytest.raises(UserError, match=r"relative holds no index.*launch\.build_neighbors"):
+    index.ScannIndex.load("relative", len(vectors))
 
 
-def test_shards_are_searched_as_one(clustered):
+def test_blocks_are_searched_as_one(clustered, tmp_path, monkeypatch):
   pytest.importorskip("scann")
   vectors, queries = clustered
-  sharded = index.build_index(vectors, "scann", shard_size=700)
-  assert isinstance(sharded, index.ShardedIndex)
-  ids, scores = sharded.search(queries, 2)
+  monkeypatch.setattr(index, "BLOCK_ROWS", {"scann": 700, "exact": 900})
+  blocks = index.BlockIndex(vectors, "scann", tmp_path)
+  assert blocks.blocks == [(0, 700), (700, 1_400), (1_400, 2_000)]
+  for block in range(3):
+    blocks.build_block(block)
+  ids, scores = index.BlockIndex(vectors, "scann", tmp_path).search(queries, 2)
   assert index.recall_at_k(ids, oracle(vectors, queries, 2)) >= 0.95
   np.testing.assert_allclose(scores, np.take_along_axis(queries @ vectors.T, ids, 1), atol=1e-5)
-  exact = index.ShardedIndex(vectors, 700, index.ExactIndex)
+  exact = index.BlockIndex(vectors, "exact", "")
+  assert len(exact.blocks) == 3
   np.testing.assert_array_equal(exact.search(queries, 5)[0], oracle(vectors, queries, 5))
 
 
@@ -105,7 +111,7 @@ def test_scann_with_8_bits(clustered, monkeypatch):
   pytest.importorskip("scann")
   vectors, queries = clustered
   monkeypatch.setattr(index.ScannIndex, "INT8_FROM", 100)
-  ids, scores = index.ScannIndex(vectors).search(queries, 2)
+  ids, scores = index.ScannIndex.build(vectors).search(queries, 2)
   assert index.recall_at_k(ids, oracle(vectors, queries, 2)) >= 0.9
   exact = np.take_along_axis(queries @ vectors.T, ids, 1)
   assert 1e-5 < np.abs(scores - exact).max() < 0.03
@@ -114,15 +120,16 @@ def test_scann_with_8_bits(clustered, monkeypatch):
 def test_scann_fills_up_when_there_are_too_few(clustered):
   pytest.importorskip("scann")
   vectors, queries = clustered
-  ids, scores = index.build_index(vectors[:20], "scann").search(queries, 24)
+  ids, scores = index.ScannIndex.build(vectors[:20]).search(queries, 24)
   assert (ids[:, 20:] == -1).all()
   assert np.isneginf(scores[ids == -1]).all()
   assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in ids)
 
 
-def test_auto_is_exact_for_few_vectors_and_says_so(clustered, capsys):
-  assert index.build_index(clustered[0][:999]).backend == "exact"
-  assert "exact search" in capsys.readouterr().out
+def test_auto_is_exact_for_few_vectors():
+  pytest.importorskip("scann")
+  assert [index.choose_backend(n) for n in (1, 999, 1_000)] == ["exact", "exact", "scann"]
+  assert index.choose_backend(5_000, "exact") == "exact"
 
 
 def test_recall_in_literals():
@@ -132,14 +139,11 @@ def test_recall_in_literals():
     index.recall_at_k(exact[:, :1], exact)
 
 
-@pytest.mark.parametrize(
-  ("vectors", "backend", "message"),
-  [
-    (np.ones((2, 3)), "faiss", "retrieval.backend is 'faiss'"),
-    (np.ones((0, 3)), "exact", "non-empty"),
-    (np.ones(3), "exact", "shape"),
-  ],
-)
-def test_refusals(vectors, backend, message):
-  with pytest.raises(UserError, match=message):
-    index.build_index(vectors, backend)
+def test_refusals():
+  with pytest.raises(UserError, match=r"retrieval\.backend is 'faiss'"):
+    index.choose_backend(5, "faiss")
+  with pytest.raises(UserError, match="bank of neighbours is empty"):
+    index.choose_backend(0)
+  for vectors, message in ((np.ones((0, 3)), "non-empty"), (np.ones(3), "shape")):
+    with pytest.raises(UserError, match=message):
+      index.ExactIndex(vectors)

@@ -2,14 +2,13 @@ import dataclasses
 
 import jax
 import numpy as np
-from PIL import Image
 import pytest
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.retrieval import clip as clip_lib
 from cm3leon_jax.retrieval import train_clip
 from cm3leon_jax.retrieval.clip import CLIP, CLIPConfig
+from tests.data.raw import write_raw
 
 TINY = CLIPConfig(
   resolution=16, image_encoder="vit", patch=4, image_width=64, image_layers=1, text_width=64, text_layers=1, text_length=6,
@@ -112,20 +111,10 @@ def test_too_few_pairs(tmp_path):
     train_clip.train(TINY, TEXT_SIZE, some_data(3), tmp_path, 0)
 
 
-def write_raw(folder, n=12):
-  """A raw folder of n pairs, every fourth held out."""
-  (folder / "images").mkdir(parents=True)
-  lines = []
-  for i, image in enumerate(some_data(n).images):
-    Image.fromarray(image).save(folder / f"images/{i}.png")
-    split = "heldout" if i % 4 == 3 else "train"
-    about = {"source": "", "license": "", "attribution": "", "group": f"g{i}", "split": split, "concept": f"c{i}"}
-    lines.append({"key": f"k{i}", "image": f"images/{i}.png", "caption": chr(97 + i) * 3, **about})
-  (folder / "pairs.jsonl").write_text("\n".join(map(stages.json.dumps, lines)) + "\n")
-
-
 def test_the_stage_leaves_a_loadable_clip_and_numbers(tmp_path):
-  write_raw(tmp_path / "raw")
+  splits = ["heldout" if i % 4 == 3 else "train" for i in range(12)]
+  pairs = [{"key": f"k{i}", "caption": chr(97 + i) * 3, "concept": f"c{i}", "split": split} for i, split in enumerate(splits)]
+  write_raw(tmp_path / "raw", pairs, some_data(12).images)
   encode = lambda text: np.array([ord(c) % 40 + 5 for c in text], np.int32)
   summary = train_clip.train_clip(TINY, encode, TEXT_SIZE, tmp_path / "raw", tmp_path / "clip", 0)
   assert (summary["pairs"], summary["candidates"], summary["steps"]) == (9, 3, 6)

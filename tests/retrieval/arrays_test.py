@@ -1,0 +1,107 @@
+import concurrent.futures
+import multiprocessing
+
+import numpy as np
+import pytest
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.retrieval import arrays
+from cm3leon_jax.retrieval.arrays import ArrayStore
+
+
+@pytest.fixture
+def rows():
+  return np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
+
+
+def test_appended_rows_are_read_back(tmp_path, rows, monkeypatch):
+  monkeypatch.setattr(arrays, "READ_BYTES", 7 * 6 * 2)  # Chunks of 7 rows and files of 14, which the appends do not respect.
+  monkeypatch.setattr(arrays, "FILE_BYTES", 14 * 6 * 2)
+  store = ArrayStore.create(tmp_path / "a", (6,), np.float16)
+  assert store[:].shape == (0, 6)
+  for start, end in ((0, 10), (10, 10), (10, 33), (33, 50)):
+    store.append(rows[start:end])
+    assert len(store) == end
+  for opened in (store, ArrayStore(tmp_path / "a")):
+    assert (opened.shape, opened.dtype) == ((50, 6), np.float16)
+    np.testing.assert_array_equal(opened[:], rows.astype(np.float16))
+    np.testing.assert_array_equal(opened[5:40], rows[5:40].astype(np.float16))
+    np.testing.assert_array_equal(opened[np.array([49, 0, 7, 7])], rows[[49, 0, 7, 7]].astype(np.float16))
+  files = [p for p in (tmp_path / "a" / "c").rglob("*") if p.is_file()]
+  assert len(files) == 4  # of 14 rows
+
+
+def test_an_append_that_was_killed_is_not_read_and_can_be_made_again(tmp_path, rows, monkeypatch):
+  store = ArrayStore.create(tmp_path / "a", (6,), np.float32)
+  store.append(rows[:20])
+
+  def kill(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(stages, "write_json", kill)
+    with pytest.raises(KeyboardInterrupt):
+      store.append(rows[40:])
+  opened = ArrayStore(tmp_path / "a")
+  np.testing.assert_array_equal(opened[:], rows[:20])
+  opened.append(rows[20:30])
+  np.testing.assert_array_equal(ArrayStore(tmp_path / "a")[:], rows[:30])
+
+
+def test_rows_count_once_they_are_committed(tmp_path, rows):
+  ArrayStore.prepare(tmp_path / "a", (6,), np.float16, 50)
+  writers = [ArrayStore(tmp_path / "a") for _ in range(2)]
+  writers[0].write(20, rows[20:])
+  writers[1].write(0, rows[:20])
+  assert len(ArrayStore(tmp_path / "a")) == 0
+  writers[0].commit()
+  np.testing.assert_array_equal(ArrayStore(tmp_path / "a")[:], rows.astype(np.float16))
+
+
+def test_preparing_keeps_what_fits(tmp_path, rows):
+  ArrayStore.create(tmp_path / "a", (6,), np.float32).append(rows[:30])
+  ArrayStore.prepare(tmp_path / "a", (6,), np.float32, 50)
+  store = ArrayStore(tmp_path / "a")
+  store.write(30, rows[30:])
+  store.commit()
+  np.testing.assert_array_equal(store[:], rows)
+  ArrayStore.prepare(tmp_path / "a", (6,), np.float16, 50)  # Another dtype: everything anew.
+  store = ArrayStore(tmp_path / "a")
+  store.commit()
+  assert (store.dtype, store[:].any()) == (np.float16, False)
+
+
+def write_rows(path, start, stop):
+  store = ArrayStore(path)
+  for i in range(start, stop):
+    store.write(i, np.full((1, 6), i, np.float16))
+
+
+def test_processes_write_into_one_file_at_the_same_time(tmp_path):
+  ArrayStore.prepare(tmp_path / "a", (6,), np.float16, 200)
+  with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+    list(pool.map(write_rows, [tmp_path / "a"] * 2, (0, 100), (100, 200)))
+  store = ArrayStore(tmp_path / "a")
+  store.commit()
+  np.testing.assert_array_equal(store[:], np.repeat(np.arange(200, dtype=np.float16)[:, None], 6, 1))
+
+
+def test_creating_replaces(tmp_path, rows):
+  ArrayStore.create(tmp_path / "a", (6,), np.float32).append(rows)
+  assert ArrayStore.create(tmp_path / "a", (2, 3), np.int32).shape == (0, 2, 3)
+
+
+def test_refusals(tmp_path, rows):
+  with pytest.raises(UserError, match="does not exist"):
+    ArrayStore(tmp_path / "none")
+  store = ArrayStore.create(tmp_path / "a", (6,), np.float32)
+  with pytest.raises(UserError, match=r"holds rows of shape \(6,\); rows of shape \(5,\) cannot be written"):
+    store.write(0, rows[:, :5])
+  store.append(rows)
+  for wrong in ([50], [-1]):
+    with pytest.raises(IndexError, match="of 50"):
+      store[np.array(wrong)]
+  stages.write_json(tmp_path / "a" / arrays.INDEX, {"schema_version": 9, "rows": 50})
+  with pytest.raises(UserError, match="schema version 9; this code reads version 1"):
+    ArrayStore(tmp_path / "a")

@@ -1,0 +1,162 @@
+"""Embedding raw pairs, and the whole stage from raw pairs to neighbours, on one process and on Ray."""
+
+import dataclasses
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+import numpy as np
+import pytest
+
+from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.documents import group_id
+from cm3leon_jax.retrieval import bank as bank_lib
+from cm3leon_jax.retrieval import clip as clip_lib
+from cm3leon_jax.retrieval import index, neighbors
+from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob
+from cm3leon_jax.retrieval.clip import CLIP, CLIPConfig
+from cm3leon_jax.retrieval.neighbors import RetrievalConfig, Retriever
+from cm3leon_jax.shards import Runner
+from tests.data.raw import write_raw
+
+CONFIG = RetrievalConfig(backend="exact", max_similarity=1.0)
+WIDTH = 16
+
+
+def tiny_clip():
+  config = CLIPConfig(
+    resolution=16, image_encoder="conv", patch=4, image_width=64, image_layers=1, text_width=64, text_layers=1, text_length=6,
+    embed_dim=16,
+  )  # fmt: skip
+  return CLIP(config, 50, clip_lib.init_params(config, 50, jax.random.key(0)), encode)
+
+
+def encode(text):
+  return np.array([ord(c) % 40 + 5 for c in text], np.int32)
+
+
+def make_raw(folder, n=24, num_shards=3):
+  """n pairs of random pictures, every fourth held out."""
+  images = np.random.default_rng(0).integers(0, 256, (n, 16, 16, 3), np.uint8)
+  split = lambda i: "heldout" if i % 4 == 3 else "train"
+  pairs = [{"key": f"k{i}", "caption": chr(97 + i) * 3, "group": f"g{i // 2}", "split": split(i)} for i in range(n)]
+  write_raw(folder, pairs, images, num_shards)
+
+
+def build(root, out="out", config=CONFIG, runner=Runner(), dropout=0.2):  # noqa: B008
+  job = EmbedJob(str(root / "raw"), str(root / out), tiny_clip, dropout, 0, {})
+  return neighbors.build_neighbors(config, job, WIDTH, {"clip": "tiny"}, runner)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+  """A folder with raw/ and out/, and the summary."""
+  root = tmp_path_factory.mktemp("bank")
+  make_raw(root / "raw")
+  return root, build(root)
+
+
+def test_rows_are_those_of_the_pairs(built):
+  root, _ = built
+  clip = tiny_clip()
+  for split in ("train", "heldout"):
+    pairs, rows = raw_pairs.read_pairs(root / "raw", split), Embeddings(root / "out" / split)
+    assert len(rows) == len(pairs) == {"train": 18, "heldout": 6}[split]
+    texts = clip.embed_texts([clip.encode(p.caption) for p in pairs])
+    images = clip.embed_images(raw_pairs.load_images([p.image for p in pairs], 16, 1))
+    np.testing.assert_allclose(rows.images[:], images, atol=1e-3)
+    np.testing.assert_allclose(rows.documents[:], bank_lib.document_embeddings(texts, images), atol=1e-3)
+    dropped = [bank_lib.drop_tokens(clip.encode(p.caption), 0.2 * (split == "train"), p.key, 0) for p in pairs]
+    np.testing.assert_allclose(rows.queries[:], clip.embed_texts(dropped), atol=1e-3)
+    assert (np.abs(rows.queries[:] - texts).max() > 1e-2) == (split == "train")
+    assert rows.keys[:].tolist() == [group_id(p.key) for p in pairs]
+    assert rows.groups[:].tolist() == [group_id(p.group) for p in pairs]
+    assert rows.documents.dtype == np.float16
+
+
+def test_the_stage_writes_neighbours_of_both_splits(built):
+  root, summary = built
+  assert summary["recall@2"] == 1
+  assert (summary["bank"], summary["backend"]) == (18, "exact")
+  ids, scores = neighbors.load_neighbors(root / "out", "train_pairs")
+  assert ids.shape == scores.shape == (18, 4)
+  assert summary["train_mean_kept"] == (ids >= 0).sum(1).mean()
+  np.testing.assert_allclose(summary["train_mean_similarity"], scores[ids >= 0].mean(), rtol=1e-5)
+  assert summary["train_rejected_own_group"] > 0
+  assert neighbors.load_neighbors(root / "out", "heldout_pairs")[0].shape == (6, 4)
+  by_caption = neighbors.load_neighbors(root / "out", "heldout_pairs", text_only=True)
+  query = tiny_clip().embed_texts([tiny_clip().encode("ddd")])  # the first held-out caption
+  np.testing.assert_array_equal(Retriever(root / "out", CONFIG).retrieve(query)[0][0], by_caption[0][0])
+
+
+def files_of(folder):
+  return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("c/*")) if p.is_file()}
+
+
+def test_blocks_and_shards_do_not_matter(built, tmp_path, monkeypatch):
+  root, _ = built
+  monkeypatch.setattr(neighbors, "QUERY_BLOCK", 5)
+  monkeypatch.setattr(index, "BLOCK_ROWS", {"exact": 7})
+  make_raw(tmp_path / "raw", num_shards=1)
+  build(tmp_path)
+  for split in ("train", "heldout"):
+    for name in ("ids", "scores"):
+      one, many = (bank_lib.ArrayStore(r / "out" / f"{split}_pairs" / name)[:] for r in (root, tmp_path))
+      np.testing.assert_allclose(one, many, atol=1e-6)
+
+
+def test_new_shards_are_appended(tmp_path, monkeypatch):
+  make_raw(tmp_path / "all", num_shards=4)
+  make_raw(tmp_path / "raw", num_shards=4)
+  path = tmp_path / "raw" / raw_pairs.INDEX
+  whole = bank_lib.stages.read_json(path)
+  bank_lib.stages.write_json(path, {**whole, "shards": {k: v for k, v in whole["shards"].items() if k != "000003"}})
+  build(tmp_path)
+  before = Embeddings(tmp_path / "out" / "train").documents[:]
+  embedded = []
+  embed_pairs = bank_lib.embed_pairs
+  count = lambda clip, pairs, *args: embedded.extend(p.key for p in pairs) or embed_pairs(clip, pairs, *args)
+  monkeypatch.setattr(bank_lib, "embed_pairs", count)
+  bank_lib.stages.write_json(path, whole)
+  assert build(tmp_path)["bank"] == 18
+  assert embedded == ["k18", "k20", "k21", "k22", "k19", "k23"]
+  np.testing.assert_array_equal(Embeddings(tmp_path / "out" / "train").documents[: len(before)], before)
+  build(tmp_path, "anew")
+  assert files_of(tmp_path / "out") == files_of(tmp_path / "anew")
+
+
+def test_scann_is_built_once_and_saved(tmp_path, monkeypatch):
+  pytest.importorskip("scann")
+  make_raw(tmp_path / "raw")
+  config = dataclasses.replace(CONFIG, backend="scann")
+  summary = build(tmp_path, config=config)
+  assert summary["backend"] == "scann"
+  ids = neighbors.load_neighbors(tmp_path / "out", "train_pairs")[0]
+  monkeypatch.setattr(index.ScannIndex, "build", None)  # Nothing builds it again.
+  assert build(tmp_path, config=config)["train_mean_kept"] == summary["train_mean_kept"]
+  np.testing.assert_array_equal(neighbors.load_neighbors(tmp_path / "out", "train_pairs")[0], ids)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(5, 99), min_size=1, max_size=30), st.text(max_size=5), st.floats(0, 0.99))
+def test_query_dropout_is_a_function_of_the_document(ids, key, share):
+  ids = np.array(ids, np.int32)
+  kept = bank_lib.drop_tokens(ids, share, key, 0)
+  np.testing.assert_array_equal(kept, bank_lib.drop_tokens(ids, share, key, 0))
+  assert len(kept) >= 1
+  assert set(kept) <= set(ids)
+
+
+def test_query_dropout_drops_its_share():
+  ids = np.arange(10_000)
+  kept = bank_lib.drop_tokens(ids, 0.2, "a", 0)
+  assert abs(len(kept) / len(ids) - 0.8) < 0.02
+  assert (np.diff(kept) > 0).all()
+  assert not np.array_equal(kept, bank_lib.drop_tokens(ids, 0.2, "b", 0))
+  assert not np.array_equal(kept, bank_lib.drop_tokens(ids, 0.2, "a", 1))
+  np.testing.assert_array_equal(bank_lib.drop_tokens(ids, 0.0, "a", 0), ids)
+
+
+def test_document_embedding_in_literals():
+  both = bank_lib.document_embeddings(np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]]))
+  np.testing.assert_allclose(both, [[0.5**0.5, 0.5**0.5]], rtol=1e-6)
