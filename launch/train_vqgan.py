@@ -8,7 +8,7 @@ A killed run continues from its last state when the same command is given again.
 import dataclasses
 
 from cm3leon_jax import stages
-from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.records import SPLITS
 from cm3leon_jax.tokenizers import train_vqgan
 from launch import common
 
@@ -20,7 +20,7 @@ def main(settings, workdir):
   described = {"vqgan": config, "num_codes": settings.vocab.image_size, "seed": settings.seed, "inputs": inputs}
   with stages.stage(workdir / "vqgan", described) as summary:
     if summary is not None:
-      images = [train_vqgan.open_images(workdir / "raw", split, settings.vqgan.resolution) for split in raw_pairs.SPLITS]
+      images = [train_vqgan.open_images(workdir / "raw", split, settings.vqgan.resolution) for split in SPLITS]
       summary.update(
         train_vqgan.train_vqgan(settings.vqgan, settings.vocab.image_size, settings.seed, *images, workdir / "vqgan")
       )

@@ -1,7 +1,9 @@
-"""Documents: ordered text and image segments as token ids, kept in ArrayRecord. Schema: docs/data_formats.md."""
+"""Documents: ordered text and image segments as token ids, kept in ArrayRecord shards. Schema: docs/data_formats.md."""
 
+from collections.abc import Iterable, Sequence
 import dataclasses
 import functools
+import hashlib
 
 from array_record.python import array_record_module
 from etils import epath
@@ -12,10 +14,11 @@ from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.vocab import VocabLayout
 
-SCHEMA_VERSION = 1
-RECORDS = "documents.array_record"
-LENGTHS = "lengths.npz"
+SCHEMA_VERSION = 2
+RECORDS = ".array_record"  # Files of a shard, behind its name.
+LENGTHS = ".npz"
 INDEX = "index.json"
+MAX_OPEN = 256  # Shards that a store keeps open.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,41 +60,102 @@ def decode_document(record: bytes) -> Document:
   return Document(segments=segments, **fields)
 
 
-def write_documents(folder: epath.PathLike, documents, vocab: VocabLayout) -> int:
-  """Writes `documents` (an iterable of Document) as one store and returns their number.
+def group_id(group: str) -> int:
+  """A group's name as a number of 64 bits, 0 for no group: what is kept in memory of a billion of them."""
+  return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") or 1 if group else 0
 
-  index.json is written last: a folder without it is no store.
+
+def write_shard(folder: epath.PathLike, name: str, documents: Iterable[Document], vocab: VocabLayout) -> int:
+  """Writes `documents` as one shard of the store in `folder` and returns their number; both files appear whole.
 
   Raises:
     UserError: a document without segments or with an empty one, or with ids outside its modality's range.
   """
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / INDEX).unlink(missing_ok=True)
-  writer = array_record_module.ArrayRecordWriter(str(folder / RECORDS), "group_size:1")
+  records, lengths_file = folder / f"{name}{RECORDS}", folder / f"{name}{LENGTHS}"
+  partial = folder / f"{name}{RECORDS}.partial"
+  writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
   lengths, is_image, counts, groups = [], [], [], []
-  for document in documents:
-    _check(document, vocab)
-    writer.write(encode_document(document))
-    counts.append(len(document.segments))
-    lengths += [len(s.tokens) for s in document.segments]
-    is_image += [s.is_image for s in document.segments]
-    groups.append(document.group)
-  writer.close()
+  try:
+    for document in documents:
+      check_document(document, vocab)
+      writer.write(encode_document(document))
+      counts.append(len(document.segments))
+      lengths += [len(s.tokens) for s in document.segments]
+      is_image += [s.is_image for s in document.segments]
+      groups.append(group_id(document.group))
+  finally:
+    writer.close()
   arrays = {
-    "offsets": np.cumsum([0, *counts]).astype(np.int64),
+    "schema_version": SCHEMA_VERSION,
+    "vocab": np.array(dataclasses.astuple(vocab)),
+    "counts": np.array(counts, np.int32),
     "lengths": np.array(lengths, np.int32),
     "is_image": np.array(is_image, bool),
-    "groups": np.array(groups, dtype=str),
+    "groups": np.array(groups, np.uint64),
   }
-  with (folder / LENGTHS).open("wb") as f:
+  partial.replace(records)
+  with stages.replacing(lengths_file) as f:
     np.savez(f, **arrays)
-  index = {"schema_version": SCHEMA_VERSION, "vocab": dataclasses.asdict(vocab), "documents": len(counts)}
-  stages.write_json(folder / INDEX, index)
   return len(counts)
 
 
-def _check(document: Document, vocab: VocabLayout) -> None:
+def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayout) -> int:
+  """Joins the shards `names`, in their order, to one store and returns its number of documents.
+
+  index.json is written last: a folder without it is no store.
+
+  Raises:
+    UserError: a shard is absent, or of another schema version or vocabulary.
+  """
+  folder = epath.Path(folder)
+  (folder / INDEX).unlink(missing_ok=True)
+  parts = [read_lengths(folder, name, vocab) for name in names]
+  joined = {field: np.concatenate([part[field] for part in parts]) for field in ("counts", "lengths", "is_image", "groups")}
+  joined["offsets"] = np.cumsum([0, *joined.pop("counts")], dtype=np.int64)
+  for field, array in joined.items():
+    with stages.replacing(folder / f"{field}.npy") as f:
+      np.save(f, array)
+  shards = {name: len(part["counts"]) for name, part in zip(names, parts)}
+  about = {"schema_version": SCHEMA_VERSION, "vocab": dataclasses.asdict(vocab), "documents": sum(shards.values())}
+  stages.write_json(folder / INDEX, {**about, "shards": shards})
+  return sum(shards.values())
+
+
+def write_documents(folder: epath.PathLike, documents: Iterable[Document], vocab: VocabLayout) -> int:
+  """Writes `documents` as a store of one shard and returns their number; raises as `write_shard`."""
+  (epath.Path(folder) / INDEX).unlink(missing_ok=True)
+  write_shard(folder, "000000", documents, vocab)
+  return finish_store(folder, ["000000"], vocab)
+
+
+def read_lengths(folder: epath.Path, name: str, vocab: VocabLayout) -> dict[str, np.ndarray]:
+  """What `write_shard` keeps beside the records. Raises UserError if it is absent, or of another version or vocabulary."""
+  path = folder / f"{name}{LENGTHS}"
+  if not path.exists():
+    raise UserError(f"{path} does not exist: run `python -m launch.encode_documents` again.")
+  with path.open("rb") as f, np.load(f) as arrays:
+    found = dict(arrays)
+  _check_version(path, int(found["schema_version"]))
+  _check_vocab(path, VocabLayout(*found["vocab"].tolist()), vocab)
+  return found
+
+
+def _check_version(path: epath.Path, version: int) -> None:
+  if version != SCHEMA_VERSION:
+    raise UserError(f"{path} has schema version {version}; this code reads version {SCHEMA_VERSION}.")
+
+
+def _check_vocab(path: epath.Path, found: VocabLayout, expected: VocabLayout) -> None:
+  if found != expected:
+    raise UserError(
+      f"{path} was written with vocabulary {dataclasses.asdict(found)}, the config has {dataclasses.asdict(expected)}."
+    )
+
+
+def check_document(document: Document, vocab: VocabLayout) -> None:
+  """Raises UserError if the document has no segments or an empty one, or ids outside its modality's range."""
   if not document.segments:
     raise UserError(f"document '{document.key}' has no segments; it needs at least one text or image.")
   for segment in document.segments:
@@ -108,40 +172,82 @@ def _check(document: Document, vocab: VocabLayout) -> None:
 
 
 class DocumentStore:
-  """Random access to the documents of one folder; lengths and groups stay in memory, tokens on disk.
+  """Random access to the documents of one folder; lengths and groups are mapped into memory, tokens stay on disk.
 
-  `store[i]` is a Document, `store.segment_lengths(i)` its segments' lengths ([n] int32) and kinds ([n] bool). The same for all N
-  documents with S segments: `lengths` [S] int32 and `is_image` [S] bool, those of document i at `offsets[i]` to `offsets[i + 1]`
-  ([N + 1] int64).
+  `store[i]` is a Document, `store.segment_lengths(i)` its segments' lengths ([n] int32) and kinds ([n] bool). The same for
+  all N documents with S segments: `lengths` [S] int32 and `is_image` [S] bool, those of document i at `offsets[i]` to
+  `offsets[i + 1]` ([N + 1] int64); `groups` [N] uint64, see `group_id`.
   """
 
   def __init__(self, folder: epath.PathLike, vocab: VocabLayout):
     """Raises UserError: no store there, another schema version, or another vocabulary than `vocab`."""
-    self.folder = epath.Path(folder)
+    self.folder, self.vocab = epath.Path(folder), vocab
     index = stages.read_json(self.folder / INDEX)
-    if index["schema_version"] != SCHEMA_VERSION:
-      raise UserError(f"{self.folder} has schema version {index['schema_version']}; this code reads version {SCHEMA_VERSION}.")
-    if index["vocab"] != dataclasses.asdict(vocab):
-      raise UserError(
-        f"{self.folder} was written with vocabulary {index['vocab']}, the config has {dataclasses.asdict(vocab)}."
-      )
-    with (self.folder / LENGTHS).open("rb") as f:
-      arrays = np.load(f)
-      self.offsets, self.lengths, self.is_image = arrays["offsets"], arrays["lengths"], arrays["is_image"]
-      self.groups = arrays["groups"]
+    _check_version(self.folder, index["schema_version"])
+    _check_vocab(self.folder, VocabLayout(**index["vocab"]), vocab)
+    self.shards: dict[str, int] = index["shards"]
+    self._ends = np.cumsum([*self.shards.values()], dtype=np.int64)
+    self.offsets, self.lengths, self.is_image, self.groups = (
+      _map_array(self.folder / f"{field}.npy") for field in ("offsets", "lengths", "is_image", "groups")
+    )
+    self._reader = functools.lru_cache(MAX_OPEN)(self._open)
 
   def __len__(self) -> int:
     return len(self.offsets) - 1
 
-  @functools.cached_property
-  def _reader(self):
-    return array_record_module.ArrayRecordReader(str(self.folder / RECORDS))
+  def _open(self, name: str):
+    return array_record_module.ArrayRecordReader(str(self.folder / f"{name}{RECORDS}"))
 
   def __getitem__(self, i: int) -> Document:
     if not 0 <= i < len(self):
       raise IndexError(f"document {i} of {len(self)} in {self.folder}")
-    return decode_document(self._reader.read([int(i)])[0])
+    shard = int(np.searchsorted(self._ends, i, side="right"))
+    first = int(self._ends[shard - 1]) if shard else 0
+    return decode_document(self._reader(list(self.shards)[shard]).read([int(i) - first])[0])
 
   def segment_lengths(self, i: int) -> tuple[np.ndarray, np.ndarray]:
     part = slice(self.offsets[i], self.offsets[i + 1])
     return self.lengths[part], self.is_image[part]
+
+
+def _map_array(path: epath.Path) -> np.ndarray:
+  """A file of numpy's: mapped if it is local, read if it is in a bucket."""
+  if "://" not in str(path):
+    return np.load(path, mmap_mode="r")
+  with path.open("rb") as f:
+    return np.load(f)
+
+
+def validate_shard(folder: epath.PathLike, name: str, vocab: VocabLayout) -> dict[str, int]:
+  """Reads every document of a shard and holds it against the schema and what is kept beside it.
+
+  Returns:
+    Number of documents, segments and tokens.
+
+  Raises:
+    UserError: naming the shard, the record and what is wrong.
+  """
+  folder = epath.Path(folder)
+  beside, path = read_lengths(folder, name, vocab), folder / f"{name}{RECORDS}"
+  try:
+    reader = array_record_module.ArrayRecordReader(str(path))
+    count = reader.num_records()
+  except (OSError, ValueError, IndexError, RuntimeError) as error:
+    raise UserError(f"{path} cannot be read ({error}): encode it again.") from error
+  if count != len(beside["counts"]):
+    raise UserError(f"{path} holds {count} documents, {name}{LENGTHS} beside it {len(beside['counts'])}: encode it again.")
+  at = tokens = 0
+  for i in range(count):
+    try:
+      document = decode_document(reader.read([i])[0])
+      check_document(document, vocab)
+    except Exception as error:  # A damaged record fails in many ways; all of them are told by its place.
+      raise UserError(f"{path}, record {i} is damaged or wrong ({error}): encode it again.") from error
+    part = slice(at, at + int(beside["counts"][i]))
+    found = [(len(s.tokens), s.is_image) for s in document.segments]
+    if found != list(zip(beside["lengths"][part].tolist(), beside["is_image"][part].tolist())):
+      raise UserError(f"{path}, record {i} ('{document.key}') has other lengths than {name}{LENGTHS} says: encode it again.")
+    if group_id(document.group) != int(beside["groups"][i]):
+      raise UserError(f"{path}, record {i} ('{document.key}') has another group than {name}{LENGTHS} says: encode it again.")
+    at, tokens = part.stop, tokens + sum(n for n, _ in found)
+  return {"documents": count, "segments": at, "tokens": tokens}

@@ -1,6 +1,7 @@
-"""Raw pairs and texts -> documents of token ids, with the counts that tell whether the tokenizers fit the data."""
+"""Raw shards -> shards of documents of token ids, with the counts that tell whether the tokenizers fit the data."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+import dataclasses
 
 from etils import epath
 import numpy as np
@@ -8,69 +9,154 @@ from tqdm import tqdm
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
-from cm3leon_jax.data.documents import Document, Segment, write_documents
+from cm3leon_jax.data.documents import Document, Segment, finish_store, write_shard
+from cm3leon_jax.data.records import KINDS, SPLITS, RawPair, Record, images_of
+from cm3leon_jax.shards import Runner, run_shards
 from cm3leon_jax.tokenizers.text import TextTokenizer
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
 # B images at a time, H height, W width, T tokens of a text, I codes of an image, C `image_size` different codes.
 
 
-def encode_documents(
-  raw: epath.PathLike,
-  text_tokenizer: TextTokenizer,
-  image_tokenizer,
-  vocab: VocabLayout,
-  resolution: int,
-  max_caption_tokens: int,
-  folder: epath.PathLike,
-  batch_size: int = 128,
-  num_threads: int = 8,
-) -> dict:
-  """Writes the stores `folder/{train,heldout}_{pairs,texts}`; schema in docs/data_formats.md.
+@dataclasses.dataclass(frozen=True)
+class EncodeJob:
+  """Encodes raw shards; a job of `shards.run_shards`.
 
-  Document i of `{split}_pairs` is the i-th pair of that split in pairs.jsonl: caption, then image.
-
-  Args:
-    raw: what `raw_pairs.prepare` wrote.
-    text_tokenizer: encodes captions and texts.
-    image_tokenizer: `encode`: [B, H, W, 3] uint8 -> [B, I] int32 codes below `vocab.image_size`, in raster order.
+  Attributes:
+    raw: what `ingest.prepare` wrote.
+    folder: of the stores.
+    load_tokenizers: () -> (text tokenizer, image tokenizer); the latter's `encode` is [B, H, W, 3] uint8 -> [B, I] int32 codes
+      in raster order.
     vocab: ids of both.
-    resolution: H = W of the images that `image_tokenizer` takes.
+    resolution: H = W of the images that the image tokenizer takes.
     max_caption_tokens: longer captions lose their end; the summary counts them.
-    folder: of the four stores.
     batch_size: images encoded at a time.
     num_threads: image files read at a time.
+  """
+
+  raw: str
+  folder: str
+  load_tokenizers: Callable[[], tuple]
+  vocab: VocabLayout
+  resolution: int
+  max_caption_tokens: int
+  batch_size: int = 128
+  num_threads: int = 8
+
+  def open(self) -> Callable[[str], dict]:
+    text_tokenizer, image_tokenizer = self.load_tokenizers()
+
+    def encode_shard(name: str) -> dict:
+      return {
+        split: {kind: self._encode(name, split, kind, cls, text_tokenizer, image_tokenizer) for kind, cls in KINDS.items()}
+        for split in SPLITS
+      }
+
+    return encode_shard
+
+  def _encode(self, name, split, kind, cls, text_tokenizer, image_tokenizer) -> dict:
+    """One store's shard. Returns its counts, `code_counts` [C] among them."""
+    records = raw_pairs.read_shard(self.raw, name, cls, split)
+    texts = text_tokenizer.encode_batch(text for record in records for text in texts_of(record))
+    counts = {"documents": len(records), "code_counts": np.zeros(self.vocab.image_size, np.int64)}
+    if cls is RawPair:
+      longest = self.max_caption_tokens
+      counts |= {"captions_cut": sum(len(text) > longest for text in texts), "longest_caption": max(map(len, texts), default=0)}
+      texts = [text[:longest] for text in texts]
+    counts["text_tokens"] = sum(map(len, texts))
+    codes = self._codes([image for record in records for image in images_of(record)], image_tokenizer, f"{split} images {name}")
+    documents = _documents(records, iter(texts), codes, self.vocab, counts["code_counts"])
+    write_shard(epath.Path(self.folder) / f"{split}_{kind}", name, documents, self.vocab)
+    return {**counts, "code_counts": counts["code_counts"].tolist()}
+
+  def _codes(self, images: list[str], image_tokenizer, bar: str) -> Iterator[np.ndarray]:
+    """Yields [I] int32 codes for every image, with a progress bar."""
+    with tqdm(total=len(images), desc=bar, mininterval=1, unit="image", leave=False, disable=not images) as progress:
+      for start in range(0, len(images), self.batch_size):
+        part = images[start : start + self.batch_size]
+        codes = np.asarray(image_tokenizer.encode(raw_pairs.load_images(part, self.resolution, self.num_threads)), np.int32)
+        if codes.min() < 0 or codes.max() >= self.vocab.image_size:
+          raise UserError(
+            f"the image tokenizer gives codes in [{codes.min()}, {codes.max()}]; config.vocab.image_size is "
+            f"{self.vocab.image_size}: train it with the same config."
+          )
+        yield from codes
+        progress.update(len(part))
+
+
+def texts_of(record: Record) -> list[str]:
+  """The texts of a record in their order."""
+  if hasattr(record, "segments"):
+    return [segment["text"] for segment in record.segments if "text" in segment]
+  return [record.caption if isinstance(record, RawPair) else record.text]
+
+
+def _documents(records, texts: Iterator, codes: Iterator, vocab: VocabLayout, counts: np.ndarray) -> Iterator[Document]:
+  """Yields a document for every record, a pair as text, then image; adds its codes to `counts` ([C] int64)."""
+  for record in records:
+    kinds = [False] + [True] * isinstance(record, RawPair)
+    if hasattr(record, "segments"):
+      kinds = ["image" in segment for segment in record.segments]
+    segments = []
+    for is_image in kinds:
+      tokens = next(codes) if is_image else next(texts)
+      if is_image:
+        np.add.at(counts, tokens, 1)
+        tokens = vocab.image_ids(tokens)
+      segments.append(Segment(is_image, tokens))
+    group = getattr(record, "group", "")
+    yield Document(record.key, tuple(segments), record.source, record.license, record.attribution, group)
+
+
+def load_tokenizers(workdir: epath.PathLike, vocab: VocabLayout) -> tuple[TextTokenizer, ImageTokenizer]:
+  """Those that the run in `workdir` has trained."""
+  workdir = epath.Path(workdir)
+  return TextTokenizer(workdir / "text_tokenizer", vocab), ImageTokenizer.load(workdir / "vqgan")
+
+
+def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
+  """Writes the stores `{train,heldout}_{pairs,texts,interleaved}`; schema in docs/data_formats.md.
+
+  Document i of a store is the i-th record of its split and kind in the raw folder.
+
+  Args:
+    job: what to encode, with what, to where.
+    inputs: what the outcome depends on besides the raw records: ids of the tokenizers.
+    runner: where.
 
   Returns:
     The summary: per split documents, tokens, cut captions, and how the codes are used (`code_usage`).
 
   Raises:
-    UserError: a code outside the vocabulary, or a split `train` without pairs and texts.
+    UserError: a code outside the vocabulary, or a split `train` without any record.
   """
-  folder, summary = epath.Path(folder), {}
-  for split in raw_pairs.SPLITS:
-    pairs, texts = raw_pairs.read_pairs(raw, split), raw_pairs.read_texts(raw, split)
-    if split == "train" and not pairs and not texts:
-      raise UserError(f"{raw} has no pair and no text with split 'train'; a smaller raw.heldout_fraction leaves some.")
-    captions = text_tokenizer.encode_batch(pair.caption for pair in pairs)
-    counts = np.zeros(vocab.image_size, np.int64)
-    images = _codes(pairs, image_tokenizer, vocab, resolution, batch_size, num_threads, split)
-    written = write_documents(
-      folder / f"{split}_pairs", _pairs(pairs, captions, images, max_caption_tokens, vocab, counts), vocab
-    )
-    ids = text_tokenizer.encode_batch(record.text for record in texts)
-    write_documents(folder / f"{split}_texts", _texts(texts, ids), vocab)
-    summary[split] = {
-      "pairs": written,
-      "texts": len(texts),
-      "caption_tokens": sum(min(len(caption), max_caption_tokens) for caption in captions),
-      "captions_cut": sum(len(caption) > max_caption_tokens for caption in captions),
-      "longest_caption": max(map(len, captions), default=0),
-      "image_tokens": int(counts.sum()),
-      "text_tokens": sum(map(len, ids)),
-      **code_usage(counts),
-    }
-  return summary
+  raw = raw_pairs.shards(job.raw)
+  if not any(shard[f"train_{kind}"] for shard in raw.values() for kind in KINDS):
+    raise UserError(f"{job.raw} has no record with split 'train'; a smaller raw.heldout_fraction leaves some.")
+  config = {"inputs": inputs, "vocab": dataclasses.asdict(job.vocab), "max_caption_tokens": job.max_caption_tokens}
+  configs = {name: {**config, "resolution": job.resolution, "digest": shard["digest"]} for name, shard in raw.items()}
+  folder = epath.Path(job.folder)
+  made = dict(run_shards(job, configs, folder / "done", runner, "document shards"))
+  for split in SPLITS:
+    for kind in KINDS:
+      finish_store(folder / f"{split}_{kind}", list(raw), job.vocab)
+  return {split: _summary([made[name][split] for name in raw]) for split in SPLITS}
+
+
+def _summary(shards: list[dict]) -> dict:
+  """Numbers of one split out of those of its shards by kind."""
+  total = lambda kind, name: sum(shard[kind][name] for shard in shards)
+  counts = np.sum([shard[kind]["code_counts"] for shard in shards for kind in KINDS], axis=0)
+  return {
+    **{kind: total(kind, "documents") for kind in KINDS},
+    "caption_tokens": total("pairs", "text_tokens"),
+    "captions_cut": total("pairs", "captions_cut"),
+    "longest_caption": max(shard["pairs"]["longest_caption"] for shard in shards),
+    "image_tokens": int(counts.sum()),
+    "text_tokens": total("texts", "text_tokens") + total("interleaved", "text_tokens"),
+    **code_usage(counts),
+  }
 
 
 def code_usage(counts: np.ndarray) -> dict:
@@ -87,32 +173,3 @@ def code_usage(counts: np.ndarray) -> dict:
   used = counts[counts > 0] / max(counts.sum(), 1)
   bits = float(-(used * np.log2(used)).sum()) + 0.0
   return {"codes_used": len(used), "code_entropy_bits": bits, "code_perplexity": 2**bits}
-
-
-def _codes(pairs, image_tokenizer, vocab, resolution, batch_size, num_threads, split) -> Iterator[np.ndarray]:
-  """Yields [I] int32 codes for every pair, with a progress bar."""
-  with tqdm(total=len(pairs), desc=f"{split} images", mininterval=1, unit="image") as progress:
-    for start in range(0, len(pairs), batch_size):
-      part = pairs[start : start + batch_size]
-      images = raw_pairs.load_images([pair.image for pair in part], resolution, num_threads)
-      codes = np.asarray(image_tokenizer.encode(images), np.int32)
-      if codes.min() < 0 or codes.max() >= vocab.image_size:
-        raise UserError(
-          f"the image tokenizer gives codes in [{codes.min()}, {codes.max()}]; config.vocab.image_size is {vocab.image_size}: "
-          "train it with the same config."
-        )
-      yield from codes
-      progress.update(len(part))
-
-
-def _pairs(pairs, captions, images, max_caption_tokens, vocab, counts) -> Iterator[Document]:
-  """Yields caption-image documents and adds their codes to `counts` ([C] int64)."""
-  for pair, caption, codes in zip(pairs, captions, images, strict=True):
-    np.add.at(counts, codes, 1)
-    segments = (Segment(False, caption[:max_caption_tokens]), Segment(True, vocab.image_ids(codes)))
-    yield Document(pair.key, segments, pair.source, pair.license, pair.attribution, pair.group)
-
-
-def _texts(texts, ids) -> Iterator[Document]:
-  for record, tokens in zip(texts, ids, strict=True):
-    yield Document(record.key, (Segment(False, tokens),), record.source, record.license, record.attribution)

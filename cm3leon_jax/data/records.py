@@ -1,6 +1,6 @@
-"""Raw records, before tokenization: captioned images, texts, and what was rejected of them."""
+"""Raw records, before tokenization: captioned images, texts, documents of both, and what was rejected of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 import json
 
@@ -43,6 +43,43 @@ class RawText:
 
 
 @dataclasses.dataclass(frozen=True)
+class RawInterleaved:
+  """Texts and images in reading order; other fields as in RawPair.
+
+  Attributes:
+    segments: at least one of {"text": str} and {"image": path, or the file's bytes}.
+  """
+
+  key: str
+  segments: tuple[dict, ...]
+  source: str = ""
+  license: str = ""
+  attribution: str = ""
+  group: str = ""
+  split: str = ""
+
+
+Record = RawPair | RawText | RawInterleaved
+KINDS: dict[str, type] = {"pairs": RawPair, "texts": RawText, "interleaved": RawInterleaved}  # Names of their files, too.
+
+
+def images_of(record: Record) -> list[str | bytes]:
+  """The images of a record in their order."""
+  if isinstance(record, RawInterleaved):
+    return [segment["image"] for segment in record.segments if "image" in segment]
+  return [record.image] if isinstance(record, RawPair) else []
+
+
+def with_images(record: Record, images: Iterable[str]) -> Record:
+  """The record with other images in the place of its own, one for each."""
+  images = iter(images)
+  if isinstance(record, RawInterleaved):
+    segments = tuple({"image": next(images)} if "image" in segment else segment for segment in record.segments)
+    return dataclasses.replace(record, segments=segments)
+  return dataclasses.replace(record, image=next(images)) if isinstance(record, RawPair) else record
+
+
+@dataclasses.dataclass(frozen=True)
 class Rejected:
   """A record that was left out: `file` and `key` say which, `reason` is a word to count by, `message` a sentence."""
 
@@ -65,10 +102,10 @@ def required_fields(cls) -> list[str]:
 
 
 def make_record(cls: type, values: Mapping, where: str):
-  """A RawPair or RawText from a mapping; fields that `cls` does not have are ignored.
+  """A record of one of `KINDS` from a mapping; fields that `cls` does not have are ignored.
 
   Raises:
-    RecordError: a field is absent, empty, or no text; `where` names the record in the sentence.
+    RecordError: a field is absent, empty, or of the wrong type; `where` names the record in the sentence.
   """
   required = required_fields(cls)
   values = {f.name: values[f.name] for f in dataclasses.fields(cls) if values.get(f.name) is not None}
@@ -77,22 +114,39 @@ def make_record(cls: type, values: Mapping, where: str):
   for name in required:
     if name not in values:
       raise RecordError("malformed_record", f"{where} has no field '{name}'; it must have {', '.join(required)}.")
+  if "segments" in values:
+    values["segments"] = _checked_segments(values["segments"], where)
   for name, value in values.items():
-    if name == "image" and isinstance(value, bytes):
-      continue
-    if not isinstance(value, str):
-      raise RecordError("malformed_record", f"{where}: field '{name}' is {json.dumps(value)}; it must be a string.")
-    if name in required and not value.strip():
-      reason = f"empty_{name}" if name in ("caption", "text") else "malformed_record"
-      raise RecordError(reason, f"{where}: field '{name}' is empty; give it a text, or leave the record out.")
-    if any("\ud800" <= c <= "\udfff" for c in value):
-      raise RecordError(
-        "malformed_record", f"{where}: field '{name}' holds half of a surrogate pair; it must be valid Unicode."
-      )
+    if name != "segments":
+      _check_value(name, value, name in required, where)
   if values.get("split", "train") not in ("", *SPLITS):
     message = f"{where}: split is '{values['split']}'; it must be 'train' or 'heldout', or be left out."
     raise RecordError("malformed_record", message)
   return cls(**values)
+
+
+def _check_value(name: str, value, required: bool, where: str) -> None:
+  if name == "image" and isinstance(value, bytes):
+    return
+  if not isinstance(value, str):
+    raise RecordError("malformed_record", f"{where}: field '{name}' is {json.dumps(value)}; it must be a string.")
+  if required and not value.strip():
+    reason = f"empty_{name}" if name in ("caption", "text") else "malformed_record"
+    raise RecordError(reason, f"{where}: field '{name}' is empty; give it a text, or leave the record out.")
+  if any("\ud800" <= c <= "\udfff" for c in value):
+    raise RecordError("malformed_record", f"{where}: field '{name}' holds half of a surrogate pair; it must be valid Unicode.")
+
+
+def _checked_segments(segments, where: str) -> tuple[dict, ...]:
+  if not isinstance(segments, list | tuple) or not segments:
+    raise RecordError("malformed_record", f"{where}: 'segments' must be a list of texts and images, at least one.")
+  for i, segment in enumerate(segments):
+    if not isinstance(segment, dict) or len(segment) != 1 or next(iter(segment)) not in ("text", "image"):
+      message = f'{where}: segment {i} must be {{"text": ...}} or {{"image": ...}}.'
+      raise RecordError("malformed_record", message)
+    ((name, value),) = segment.items()
+    _check_value(name, value, True, f"{where}, segment {i}")
+  return tuple(segments)
 
 
 def parse_json(line: str, where: str, required: list[str]) -> dict:

@@ -1,10 +1,11 @@
-"""What users have (captioned folders, WebDataset tars, Parquet, JSONL, plain text) as one stream of raw records.
+"""What users have (captioned folders, WebDataset tars, Parquet, JSONL, plain text) as parts, each a stream of raw records.
 
 Paths may be local or in a bucket (`gs://`), through fsspec; a glob pattern names many files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 import csv
+import dataclasses
 import json
 import posixpath
 import tarfile
@@ -12,12 +13,26 @@ import tarfile
 import fsspec
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.records import RawPair, RawText, RecordError, Rejected, make_record, parse_json, required_fields
+from cm3leon_jax.data.records import (
+  RawInterleaved,
+  RawPair,
+  RawText,
+  Record,
+  RecordError,
+  Rejected,
+  images_of,
+  make_record,
+  parse_json,
+  required_fields,
+  with_images,
+)
 
 FORMATS = ("auto", "folder", "webdataset", "parquet", "text")
 PAIR_FILES = ("pairs.jsonl", "captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
 TEXTS = "texts.jsonl"
+INTERLEAVED = "interleaved.jsonl"
 SUFFIXES = {"webdataset": (".tar",), "parquet": (".parquet",), "text": (".jsonl", ".txt")}
+LISTS = (*PAIR_FILES, TEXTS, INTERLEAVED)
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp")
 # What other tools call our fields, in the order in which they are looked for.
 ALIASES = {
@@ -29,12 +44,28 @@ ALIASES = {
   "key": ("key", "id"),
 }
 PARQUET_ROWS = 64
+TEXT_FILES = 1_000  # .txt files of one part
 
-Item = RawPair | RawText | Rejected
+Item = Record | Rejected
 
 
-def read(source: str, kind: str = "auto") -> Iterator[Item]:
-  """The records of `source` in a fixed order, those that are wrong as Rejected.
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A share of a source that is read by itself.
+
+  Attributes:
+    kind: one of FORMATS, but `auto`.
+    files: a file each, but for `text` (.txt files one text each) and `folder` (the folder).
+    bytes: size of the files; with their names it tells whether they changed.
+  """
+
+  kind: str
+  files: tuple[str, ...]
+  bytes: int
+
+
+def parts(source: str, kind: str = "auto") -> list[Part]:
+  """The parts of `source` in a fixed order: a tar, Parquet or JSONL file, a captioned folder, up to 1,000 .txt files.
 
   Args:
     source: a folder, a file or a glob pattern, local or `gs://`.
@@ -46,16 +77,28 @@ def read(source: str, kind: str = "auto") -> Iterator[Item]:
   fs, path = _filesystem(source)
   files = _files(fs, path, source)
   if kind == "auto":
-    kind = _detect(files, path, source)
+    kind = _detect(files, source)
+  part = lambda names: Part(kind, tuple(_url(fs, name) for name in names), sum(files[name] for name in names))
   if kind == "folder":
-    yield from _folder(fs, path, files, source)
-    return
-  reader = {"webdataset": _webdataset, "parquet": _parquet, "text": _text}[kind]
-  wanted = [file for file in files if file.endswith(SUFFIXES[kind])]
+    found = sorted({posixpath.dirname(name) for name in files if posixpath.basename(name) in LISTS})
+    if not found:
+      raise UserError(f"config.raw.source is '{source}', a folder without {', '.join(LISTS)}.")
+    inside = lambda folder: [name for name in files if posixpath.dirname(name) == folder]
+    return [dataclasses.replace(part(inside(folder)), files=(_url(fs, folder),)) for folder in found]
+  wanted = [name for name in files if name.endswith(SUFFIXES[kind])]
   if not wanted:
     raise UserError(f"config.raw.source is '{source}', which holds no {' or '.join(SUFFIXES[kind])} file; format is '{kind}'.")
-  for file in wanted:
-    yield from reader(fs, file)
+  texts = [name for name in wanted if name.endswith(".txt")]
+  single = [part([name]) for name in wanted if not name.endswith(".txt")]
+  return [part(texts[i : i + TEXT_FILES]) for i in range(0, len(texts), TEXT_FILES)] + single
+
+
+def read(part: Part) -> Iterator[Item]:
+  """The records of a part in a fixed order, those that are wrong as Rejected."""
+  reader = {"folder": _folder, "webdataset": _webdataset, "parquet": _parquet, "text": _text}[part.kind]
+  for file in part.files:
+    fs, path = _filesystem(file)
+    yield from reader(fs, path)
 
 
 def _filesystem(source: str):
@@ -65,8 +108,10 @@ def _filesystem(source: str):
     raise UserError(f"config.raw.source is '{source}', which cannot be opened: {error}.") from error
 
 
-def _files(fs, path: str, source: str) -> list[str]:
-  files = sorted(fs.glob(path)) if any(c in path for c in "*?[") else sorted(fs.find(path)) if fs.exists(path) else []
+def _files(fs, path: str, source: str) -> dict[str, int]:
+  """Names and sizes of the files at `path`, in the order of their names."""
+  found = fs.glob(path, detail=True) if any(c in path for c in "*?[") else fs.find(path, detail=True) if fs.exists(path) else {}
+  files = {name: int(found[name].get("size") or 0) for name in sorted(found) if found[name]["type"] == "file"}
   if not files:
     raise UserError(
       f"config.raw.source is '{source}', where no file is; it must be 'openmoji', or a folder, a file or a glob pattern of "
@@ -75,16 +120,16 @@ def _files(fs, path: str, source: str) -> list[str]:
   return files
 
 
-def _detect(files: list[str], path: str, source: str) -> str:
-  inside = {posixpath.relpath(file, path) for file in files}
-  if inside & {*PAIR_FILES, TEXTS}:
+def _detect(files: dict[str, int], source: str) -> str:
+  if len(files) > 1 and any(posixpath.basename(file) in LISTS for file in files):
     return "folder"
   for kind, suffixes in SUFFIXES.items():
     if any(file.endswith(suffixes) for file in files):
       return kind
+  first = posixpath.basename(next(iter(files)))
   raise UserError(
-    f"config.raw.source is '{source}', whose files are of no known kind ({posixpath.basename(files[0])}, ...); a folder of "
-    f"images must hold their captions in {PAIR_FILES[0]}."
+    f"config.raw.source is '{source}', whose files are of no known kind ({first}, ...); a folder of images must hold their "
+    f"captions in {PAIR_FILES[0]}."
   )
 
 
@@ -131,15 +176,14 @@ def _csv_rows(fs, file: str) -> Iterator[tuple[str, dict]]:
       yield f"{file}, line {rows.line_num}", {k: v for k, v in row.items() if k is not None}
 
 
-def _folder(fs, path: str, files: list[str], source: str) -> Iterator[Item]:
-  """Images with their captions in a JSONL or CSV file beside them, and texts.jsonl."""
-  names = {posixpath.relpath(file, path): file for file in files}
-  captions = next((name for name in PAIR_FILES if name in names), None)
-  if captions is None and TEXTS not in names:
-    raise UserError(f"config.raw.source is '{source}', a folder without {', '.join(PAIR_FILES)} or {TEXTS}.")
+def _folder(fs, path: str) -> Iterator[Item]:
+  """Images with their captions in a JSONL or CSV file beside them, texts.jsonl, interleaved.jsonl."""
+  known = set(fs.find(path))
+  listed = {posixpath.basename(name) for name in known if posixpath.dirname(name) == path}
+  captions = next((name for name in PAIR_FILES if name in listed), None)
   if captions:
-    is_csv = captions.endswith(".csv")
-    rows = _csv_rows(fs, names[captions]) if is_csv else _lines(fs, names[captions], RawPair)
+    file = posixpath.join(path, captions)
+    rows = _csv_rows(fs, file) if captions.endswith(".csv") else _lines(fs, file, RawPair)
     for where, values in rows:
       if isinstance(values, Rejected):
         yield values
@@ -147,22 +191,29 @@ def _folder(fs, path: str, files: list[str], source: str) -> Iterator[Item]:
       values = _renamed(values)
       if captions != PAIR_FILES[0] and not values.get("key"):
         values["key"] = values.get("image")
-      yield _with_image(_record(RawPair, values, names[captions], where), fs, path, names, where)
-  if TEXTS in names:
-    for where, values in _lines(fs, names[TEXTS], RawText):
-      yield values if isinstance(values, Rejected) else _record(RawText, values, names[TEXTS], where)
+      yield _with_images(_record(RawPair, values, file, where), fs, path, where, known)
+  for name, cls in ((TEXTS, RawText), (INTERLEAVED, RawInterleaved)):
+    if name in listed:
+      file = posixpath.join(path, name)
+      for where, values in _lines(fs, file, cls):
+        item = values if isinstance(values, Rejected) else _record(cls, values, file, where)
+        yield _with_images(item, fs, path, where, known)
 
 
-def _with_image(item: Item, fs, path: str, names: dict, where: str) -> Item:
-  """A pair whose image is a path in `path`, as a full path."""
-  if not isinstance(item, RawPair):
+def _with_images(item: Item, fs, folder: str, where: str, known: Collection[str] = ()) -> Item:
+  """A record whose images are paths in `folder`, with full paths instead; `known` files are not looked for."""
+  if isinstance(item, Rejected):
     return item
-  name = posixpath.normpath(item.image)
-  full = names.get(name, name if posixpath.isabs(name) else posixpath.join(path, name))
-  if name not in names and not fs.exists(full):
-    message = f"{where}, key '{item.key}': image '{item.image}' does not exist; give its path relative to {path}."
-    return Rejected(where.split(", line")[0], item.key, "missing_image", message)
-  return RawPair(**{**vars(item), "image": _url(fs, full)})
+  full = []
+  for name in images_of(item):
+    if isinstance(name, str):
+      path = name if posixpath.isabs(name) else posixpath.normpath(posixpath.join(folder, name))
+      if path not in known and not fs.exists(path):
+        message = f"{where}, key '{item.key}': image '{name}' does not exist; give its path relative to {folder}."
+        return Rejected(where.split(", line")[0], item.key, "missing_image", message)
+      name = _url(fs, path)
+    full.append(name)
+  return with_images(item, full)
 
 
 def _webdataset(fs, file: str) -> Iterator[Item]:
@@ -231,8 +282,7 @@ def _parquet(fs, file: str) -> Iterator[Item]:
             yield _record(RawText, {**values, "text": row["text"]}, file, where)
             continue
           item = _record(RawPair, values, file, where)
-          is_path = isinstance(item, RawPair) and isinstance(item.image, str)
-          yield _with_image(item, fs, folder, {}, where) if is_path else item
+          yield _with_images(item, fs, folder, where)
   except (pa.ArrowInvalid, OSError) as error:
     yield Rejected(file, "", "unreadable_file", f"{file} cannot be read to its end ({error}); it must be a Parquet file.")
 
@@ -248,7 +298,7 @@ def _parquet_values(row: dict, key: str) -> dict:
 
 
 def _text(fs, file: str) -> Iterator[Item]:
-  """Texts: a .txt file is one, a .jsonl file has one a line in its field `text`."""
+  """A .txt file is a text; a line of a .jsonl file is a text in its field `text`, or an interleaved document (`segments`)."""
   name = posixpath.basename(file)
   if file.endswith(".txt"):
     try:
@@ -261,7 +311,8 @@ def _text(fs, file: str) -> Iterator[Item]:
   for number, (where, values) in enumerate(_lines(fs, file, RawText)):
     if isinstance(values, Rejected):
       yield values
-    else:
-      values = _renamed(values)
-      values = {"source": file, **values, "key": str(values.get("key") or f"{name}/{number}")}
-      yield _record(RawText, values, file, where)
+      continue
+    values = _renamed(values)
+    values = {"source": file, **values, "key": str(values.get("key") or f"{name}/{number}")}
+    cls = RawInterleaved if "segments" in values else RawText
+    yield _with_images(_record(cls, values, file, where), fs, posixpath.dirname(file), where)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from cm3leon_jax import stages
 from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.records import SPLITS
 from cm3leon_jax.evaluation import summary as summary_lib
 from cm3leon_jax.training.metrics import read_metrics
 
@@ -132,8 +133,8 @@ def prompts(workdir: epath.Path) -> list[dict]:
   results = summary_lib.read_results(workdir)
   raw = workdir / "raw"
   pairs = {}
-  if (raw / raw_pairs.PAIRS).exists():
-    pairs = {pair.key: pair for split in raw_pairs.SPLITS for pair in raw_pairs.read_pairs(raw, split)}
+  if (raw / raw_pairs.INDEX).exists():
+    pairs = {pair.key: pair for split in SPLITS for pair in raw_pairs.read_pairs(raw, split)}
   grouped = {}
   for result in results:
     grouped.setdefault((result["key"], result["prompt"]), []).append(result)
@@ -165,10 +166,10 @@ def grids(workdir: epath.Path) -> list[tuple[str, str]]:
 
 def licences(workdir: epath.Path) -> list[dict]:
   """Who made the pictures: one dict a source and license, with its number of pairs and every attribution."""
-  if not (workdir / "raw" / raw_pairs.PAIRS).exists():
+  if not (workdir / "raw" / raw_pairs.INDEX).exists():
     return []
   found = {}
-  for split in raw_pairs.SPLITS:
+  for split in SPLITS:
     for pair in raw_pairs.read_pairs(workdir / "raw", split):
       entry = found.setdefault(
         (pair.source, pair.license), {"source": pair.source, "license": pair.license, "pairs": 0, "attributions": {}}

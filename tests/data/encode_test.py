@@ -5,9 +5,11 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data import ingest, raw_pairs
 from cm3leon_jax.data.documents import DocumentStore
-from cm3leon_jax.data.encode import code_usage, encode_documents
+from cm3leon_jax.data.encode import EncodeJob, code_usage, encode_documents
+from cm3leon_jax.data.records import SPLITS
+from cm3leon_jax.shards import Runner
 from cm3leon_jax.tokenizers.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
 
@@ -39,9 +41,12 @@ def raw(tmp_path):
     about = {"source": "s", "license": "CC0-1.0", "attribution": "a", "group": f"g{i // 2}"}
     pairs.append({"key": f"k{i}", "image": f"{i}.png", "caption": CAPTIONS[i % 5], "split": split, **about})
   texts = [{"key": f"t{i}", "text": f"Text {i} about a red square.", "split": "train"} for i in range(3)]
-  for name, records in (("pairs", pairs), ("texts", texts)):
+  segments = [{"image": "0.png"}, {"text": "between"}, {"image": "5.png"}]
+  pages = [{"key": "page", "segments": segments, "split": "train", "group": "g"}]
+  for name, records in (("pairs", pairs), ("texts", texts), ("interleaved", pages)):
     (source / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-  raw_pairs.prepare(raw_pairs.RawConfig(source=str(source), resolution=8), tmp_path / "raw")
+  config = ingest.RawConfig(source=str(source), resolution=8)
+  ingest.prepare(config, ingest.parts_of(config), tmp_path / "raw", Runner())
   return tmp_path / "raw"
 
 
@@ -52,14 +57,14 @@ def text_tokenizer(tmp_path):
 
 
 def encode(raw, text_tokenizer, folder, levels=16, max_caption_tokens=512, batch_size=4):
-  image_tokenizer = BrightnessTokenizer(levels)
-  return encode_documents(raw, text_tokenizer, image_tokenizer, VOCAB, 8, max_caption_tokens, folder, batch_size)
+  load = lambda: (text_tokenizer, BrightnessTokenizer(levels))
+  return encode_documents(EncodeJob(str(raw), str(folder), load, VOCAB, 8, max_caption_tokens, batch_size), {}, Runner())
 
 
 def test_document_i_is_pair_i(raw, text_tokenizer, tmp_path):
   summary = encode(raw, text_tokenizer, tmp_path)
   image_tokenizer = BrightnessTokenizer(16)
-  for split in raw_pairs.SPLITS:
+  for split in SPLITS:
     store, pairs = DocumentStore(tmp_path / f"{split}_pairs", VOCAB), raw_pairs.read_pairs(raw, split)
     assert len(store) == len(pairs) == summary[split]["pairs"]
     for i, pair in enumerate(pairs):
@@ -80,11 +85,23 @@ def test_texts_and_counts(raw, text_tokenizer, tmp_path):
   ]
   assert len(DocumentStore(tmp_path / "heldout_texts", VOCAB)) == 0
   train = summary["train"]
-  assert (train["pairs"], train["texts"], train["image_tokens"], train["captions_cut"]) == (15, 3, 60, 0)
-  assert train["text_tokens"] == sum(store.segment_lengths(i)[0].sum() for i in range(3))
+  assert (train["pairs"], train["texts"], train["interleaved"]) == (15, 3, 1)
+  assert (train["image_tokens"], train["captions_cut"]) == (68, 0)
+  between = len(text_tokenizer.encode("between"))
+  assert train["text_tokens"] == sum(store.segment_lengths(i)[0].sum() for i in range(3)) + between
   pairs = DocumentStore(tmp_path / "train_pairs", VOCAB)
   assert train["caption_tokens"] == sum(pairs.segment_lengths(i)[0][0] for i in range(15))
   json.dumps(summary)
+
+
+def test_interleaved_documents_keep_their_order(raw, text_tokenizer, tmp_path):
+  encode(raw, text_tokenizer, tmp_path)
+  (page,) = [*(DocumentStore(tmp_path / "train_interleaved", VOCAB)[i] for i in range(1))]
+  assert (page.key, page.group) == ("page", "g")
+  assert [s.is_image for s in page.segments] == [True, False, True]
+  assert text_tokenizer.decode(page.segments[1].tokens) == "between"
+  codes = [VOCAB.image_codes(page.segments[i].tokens).tolist() for i in (0, 2)]
+  assert codes == [[0, 15, 0, 0], [3, 15, 3, 3]]
 
 
 def test_the_outcome_does_not_depend_on_the_batch_size(raw, text_tokenizer, tmp_path):
@@ -108,9 +125,10 @@ def test_codes_outside_the_vocabulary_are_told(raw, text_tokenizer, tmp_path):
 
 
 def test_nothing_to_train_on_is_told(raw, text_tokenizer, tmp_path):
-  for name in ("pairs.jsonl", "texts.jsonl"):
-    (raw / name).write_text((raw / name).read_text().replace('"train"', '"heldout"'))
-  with pytest.raises(UserError, match="no pair and no text with split 'train'"):
+  index = json.loads((raw / raw_pairs.INDEX).read_text())
+  index["shards"]["000000"] |= {"train_pairs": 0, "train_texts": 0, "train_interleaved": 0}
+  (raw / raw_pairs.INDEX).write_text(json.dumps(index))
+  with pytest.raises(UserError, match="no record with split 'train'"):
     encode(raw, text_tokenizer, tmp_path)
 
 

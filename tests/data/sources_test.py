@@ -10,8 +10,20 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs, sources
+from cm3leon_jax.data import ingest, raw_pairs, sources
 from cm3leon_jax.data.records import RawPair, RawText, Rejected
+from cm3leon_jax.shards import Runner
+
+
+def read(source, kind="auto"):
+  """The records of all parts of a source."""
+  for part in sources.parts(source, kind):
+    yield from sources.read(part)
+
+
+def prepare(folder, **fields):
+  config = ingest.RawConfig(resolution=4, **fields)
+  return ingest.prepare(config, ingest.parts_of(config), folder, Runner())
 
 
 def jpeg(value: int) -> bytes:
@@ -42,11 +54,11 @@ def summary(items):
 def test_webdataset(tmp_path):
   write_tar(tmp_path / "00000.tar", sample(0) + sample(1, author="Ada"))
   write_tar(tmp_path / "00001.tar", sample(2))
-  items = list(sources.read(str(tmp_path)))
+  items = list(read(str(tmp_path)))
   assert items[1] == RawPair("000000001", jpeg(1), "grey 1", "https://example.org/1.jpg", "CC0-1.0", "Ada")
   assert [i.key for i in items] == ["000000000", "000000001", "000000002"]
-  assert [i.key for i in sources.read(str(tmp_path / "*1.tar"))] == ["000000002"]
-  assert list(sources.read(f"file://{tmp_path}/00001.tar")) == items[2:]
+  assert [i.key for i in read(str(tmp_path / "*1.tar"))] == ["000000002"]
+  assert list(read(f"file://{tmp_path}/00001.tar")) == items[2:]
 
 
 def test_webdataset_rejects_by_reason(tmp_path):
@@ -59,7 +71,7 @@ def test_webdataset_rejects_by_reason(tmp_path):
   write_tar(tmp_path / "a.tar", sample(0) + no_image + no_caption + empty + broken_json + latin + only_json + sample(7))
   whole = (tmp_path / "a.tar").read_bytes()
   (tmp_path / "b.tar").write_bytes(whole[: len(whole) // 3])
-  items = list(sources.read(str(tmp_path)))
+  items = list(read(str(tmp_path)))
   expected = ["", "missing_image", "malformed_record", "empty_caption", *["malformed_record"] * 3, ""]
   assert [reason for *_, reason in summary(items)[:8]] == expected
   assert summary(items)[-1] == ("Rejected", "", "unreadable_file")
@@ -76,7 +88,7 @@ def test_folder_with_captions(tmp_path, name):
     (tmp_path / name).write_text('file_name,text\nsub/a.jpg,"a ""grey"", box"\nsub/b.jpg,gone\n')
   else:
     (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
-  pair, rejected = sources.read(str(tmp_path))
+  pair, rejected = read(str(tmp_path))
   assert pair == RawPair("sub/a.jpg", str(tmp_path / "sub" / "a.jpg"), 'a "grey", box')
   assert (rejected.reason, rejected.key) == ("missing_image", "sub/b.jpg")
   assert (raw_pairs.load_image(pair.image, 4) == 9).all()
@@ -93,7 +105,7 @@ def test_parquet(tmp_path):
   parquet.write_table(pa.table({"image": struct, "text": ["five"], "author": ["Ada"]}), tmp_path / "2.parquet")
   parquet.write_table(pa.table({"text": ["only text"]}), tmp_path / "3.parquet")
   (tmp_path / "4.parquet").write_bytes(b"PAR1")
-  items = list(sources.read(str(tmp_path), "parquet"))
+  items = list(read(str(tmp_path), "parquet"))
   assert items[0] == RawPair("x", jpeg(1), "one")
   assert items[2] == RawPair("1.parquet/0", str(tmp_path / "a.jpg"), "three")
   assert items[4] == RawPair("2.parquet/0", jpeg(5), "five", attribution="Ada")
@@ -105,7 +117,7 @@ def test_parquet(tmp_path):
 def test_texts(tmp_path):
   (tmp_path / "a.txt").write_text("One text.\nOf two lines.")
   (tmp_path / "b.jsonl").write_text('{"text": "Two."}\n\n{"text": "", "id": "e"}\n{"id": "z", "text": "Three.", "url": "u"}\n')
-  items = list(sources.read(str(tmp_path)))
+  items = list(read(str(tmp_path)))
   assert items[0] == RawText("a.txt", "One text.\nOf two lines.", source=str(tmp_path / "a.txt"))
   assert [i.key for i in items] == ["a.txt", "b.jsonl/0", "e", "z"]
   assert (items[2].reason, items[3].source) == ("empty_text", "u")
@@ -114,7 +126,7 @@ def test_texts(tmp_path):
 def test_from_tar_to_the_raw_folder(tmp_path):
   (tmp_path / "in").mkdir()
   write_tar(tmp_path / "in" / "0.tar", [m for i in range(30) for m in sample(i)])
-  counts = raw_pairs.prepare(raw_pairs.RawConfig(source=str(tmp_path / "in"), resolution=4), tmp_path / "raw")
+  counts = prepare(tmp_path / "raw", source=str(tmp_path / "in"))
   assert counts["train_pairs"] + counts["heldout_pairs"] == 30
   for pair in raw_pairs.read_pairs(tmp_path / "raw", "train"):
     np.testing.assert_allclose(raw_pairs.load_image(pair.image, 4), int(pair.key), atol=1)
@@ -123,14 +135,14 @@ def test_from_tar_to_the_raw_folder(tmp_path):
 
 def test_what_is_nowhere_or_unknown_is_told(tmp_path):
   with pytest.raises(UserError, match="where no file is"):
-    list(sources.read(str(tmp_path / "none")))
+    list(read(str(tmp_path / "none")))
   (tmp_path / "a.jpg").write_bytes(jpeg(0))
   with pytest.raises(UserError, match=r"of no known kind \(a\.jpg, \.\.\.\); a folder of images must hold their captions in"):
-    list(sources.read(str(tmp_path)))
+    list(read(str(tmp_path)))
   with pytest.raises(UserError, match=r"which holds no \.tar file; format is 'webdataset'"):
-    list(sources.read(str(tmp_path), "webdataset"))
+    list(read(str(tmp_path), "webdataset"))
   with pytest.raises(UserError, match="cannot be opened"):
-    list(sources.read("nothing://x/y"))
+    list(read("nothing://x/y"))
 
 
 def test_sources_need_not_be_on_a_disk(tmp_path):
@@ -142,10 +154,9 @@ def test_sources_need_not_be_on_a_disk(tmp_path):
       info = tarfile.TarInfo(name)
       info.size = len(data)
       tar.addfile(info, io.BytesIO(data))
-  assert [i.key for i in sources.read("memory://bucket/tars/*.tar")] == ["000000007"]
+  assert [i.key for i in read("memory://bucket/tars/*.tar")] == ["000000007"]
   fs.pipe("/bucket/own/a.jpg", jpeg(7))
   fs.pipe("/bucket/own/pairs.jsonl", b'{"key": "k", "image": "a.jpg", "caption": "grey"}\n')
-  config = raw_pairs.RawConfig(source="memory://bucket/own", resolution=4, heldout_fraction=0.0)
-  assert raw_pairs.prepare(config, tmp_path)["train_pairs"] == 1
+  assert prepare(tmp_path, source="memory://bucket/own", heldout_fraction=0.0)["train_pairs"] == 1
   (pair,) = raw_pairs.read_pairs(tmp_path, "train")
   np.testing.assert_allclose(raw_pairs.load_image(pair.image, 4), 7, atol=1)

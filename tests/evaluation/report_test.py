@@ -10,6 +10,7 @@ import pytest
 from cm3leon_jax import config, stages
 from cm3leon_jax.evaluation import report, summary
 from cm3leon_jax.training.metrics import MetricsLog
+from tests.data.raw import write_raw
 
 INTERVAL = lambda bits, half: {"bits": bits, "low": bits - half, "high": bits + half}
 MODALITY = {
@@ -48,18 +49,10 @@ def picture(path, hue, side=32):
 
 
 def make_raw(workdir):
-  lines = []
-  for i in range(9):
-    picture(workdir / "raw" / "images" / f"{i}.png", i)
-    about = {
-      "source": "drawings",
-      "license": "CC-BY-SA-4.0",
-      "attribution": "A. Painter",
-      "split": "train" if i < 6 else "heldout",
-    }
-    split = "train" if i < 6 else "heldout"
-    lines.append({"key": f"k{i}", "image": f"images/{i}.png", "caption": f"disc <{i}> & more", "split": split, **about})
-  (workdir / "raw" / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  about = {"source": "drawings", "license": "CC-BY-SA-4.0", "attribution": "A. Painter"}
+  split = lambda i: "train" if i < 6 else "heldout"
+  pairs = [{"key": f"k{i}", "caption": f"disc <{i}> & more", "split": split(i), **about} for i in range(9)]
+  write_raw(workdir / "raw", pairs, [picture(None, i) for i in range(9)])
 
 
 def make_log(folder):

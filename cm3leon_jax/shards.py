@@ -1,0 +1,146 @@
+"""Work in shards: each is done once, in this process or by Ray's workers; a killed job redoes only what is unfinished."""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import json
+from typing import Protocol
+
+from etils import epath
+from tqdm import tqdm
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+
+RUNNERS = ("local", "ray")
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+  """Where shards are worked on.
+
+  Attributes:
+    kind: `local`, in this process, or `ray`.
+    address: of a Ray cluster, "auto" for the one of this machine; "": one is started here and ends with the job.
+    workers: of Ray, each of which does one shard at a time.
+    worker_cpus: that Ray sets aside for each.
+  """
+
+  kind: str = "local"
+  address: str = ""
+  workers: int = 1
+  worker_cpus: float = 1.0
+
+  def __post_init__(self):
+    if self.kind not in RUNNERS:
+      raise ValueError(f"runner is '{self.kind}'; it must be one of {', '.join(RUNNERS)}.")
+    if self.workers < 1 or self.worker_cpus <= 0:
+      raise ValueError(f"ray_workers is {self.workers} and ray_worker_cpus {self.worker_cpus}; both must be positive.")
+
+
+class Job(Protocol):
+  """What is done to every shard. It is pickled to the workers, so it holds configs and paths, not models."""
+
+  def open(self) -> Callable[[str], dict]:
+    """Loads, once a worker, what all shards need. The result does the shard of a name and returns its numbers.
+
+    It writes every file beside its place and moves it there when whole; done twice, a shard gives the same bytes.
+    """
+    ...
+
+
+Results = Iterator[tuple[str, dict]]
+
+
+def run_shards(job: Job, shards: dict[str, dict], folder: epath.PathLike, runner: Runner, bar: str) -> Results:
+  """Does the shards that are not done yet.
+
+  Args:
+    job: does one of them.
+    shards: name -> what its outcome depends on; a shard that was done with another config is done again.
+    folder: gets a record, NAME.json, for every shard that is done.
+    runner: where.
+    bar: name of the progress bar.
+
+  Yields:
+    (name, numbers) of every shard: first of those that were done before, then as they are done.
+
+  Raises:
+    UserError: of a shard, as soon as there is one; what is done stays done.
+  """
+  folder = epath.Path(folder)
+  finished, pending = [], []
+  for name, config in shards.items():
+    path = folder / f"{name}.json"
+    record = stages.read_json(path) if path.exists() else {}
+    done = record.get("config") == stages.plain(config)
+    finished += [(name, record["summary"])] if done else []
+    pending += [] if done else [name]
+  yield from finished
+  worker = (job, folder, {name: shards[name] for name in pending})
+  results = _ray(worker, pending, runner) if runner.kind == "ray" and pending else _local(worker, pending)
+  with tqdm(total=len(shards), initial=len(finished), desc=bar, unit="shard", mininterval=1) as progress:
+    for name, summary in results:
+      progress.update()
+      yield name, summary
+
+
+class _Worker:
+  """Does shards and records them. Built once in each process that works."""
+
+  def __init__(self, job: Job, folder: epath.Path, shards: dict[str, dict]):
+    self._job, self._folder, self._shards, self._do = job, folder, shards, None
+
+  def __call__(self, row: dict) -> dict:
+    """{"shard": name} -> the same with `summary`, JSON, or `error`, a user's mistake in one sentence."""
+    name = row["shard"]
+    try:
+      if self._do is None:
+        self._do = self._job.open()
+      summary = stages.plain(self._do(name))
+    except UserError as error:
+      return {"shard": name, "summary": "", "error": str(error)}
+    stages.write_json(self._folder / f"{name}.json", {"config": self._shards[name], "summary": summary})
+    return {"shard": name, "summary": json.dumps(summary), "error": ""}
+
+
+def _result(row: dict) -> tuple[str, dict]:
+  if row["error"]:
+    raise UserError(row["error"])
+  return row["shard"], json.loads(row["summary"])
+
+
+def _local(worker: tuple, names: list[str]) -> Results:
+  work = _Worker(*worker)
+  for name in names:
+    yield _result(work({"shard": name}))
+
+
+def _ray(worker: tuple, names: list[str], runner: Runner) -> Results:
+  try:
+    import ray
+  except ImportError as error:
+    raise UserError(f"--runner=ray needs Ray ({error}): pip install 'cm3leon_jax[ray]'.") from error
+  started = not ray.is_initialized()
+  if started:
+    _connect(ray, runner)
+  try:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # The job has its own.
+    rows = ray.data.from_items([{"shard": name} for name in names], override_num_blocks=len(names))
+    workers = ray.data.ActorPoolStrategy(min_size=1, max_size=min(runner.workers, len(names)))
+    for row in rows.map(_Worker, fn_constructor_args=worker, compute=workers, num_cpus=runner.worker_cpus).iter_rows():
+      yield _result(row)
+  finally:
+    if started:
+      ray.shutdown()
+
+
+def _connect(ray, runner: Runner) -> None:
+  try:
+    if runner.address:
+      ray.init(runner.address, log_to_driver=False, logging_level="warning")
+    else:
+      cpus = max(1, round(runner.workers * runner.worker_cpus))
+      ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="warning")
+  except (ConnectionError, ValueError) as error:
+    raise UserError(f"--ray_address is '{runner.address}', where no Ray cluster answers ({error}).") from error

@@ -1,0 +1,259 @@
+import io
+import json
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import ingest, raw_pairs
+from cm3leon_jax.data.ingest import RawConfig
+from cm3leon_jax.data.records import SPLITS, RawInterleaved
+from cm3leon_jax.shards import Runner
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def png(color, size=(4, 4), mode="RGB") -> bytes:
+  buffer = io.BytesIO()
+  Image.new(mode, size, color).save(buffer, "png")
+  return buffer.getvalue()
+
+
+@pytest.fixture
+def source(tmp_path):
+  """A folder of 40 pairs and 2 texts; function to replace line `i` of pairs.jsonl."""
+  folder = tmp_path / "source"
+  folder.mkdir()
+  (folder / "red.png").write_bytes(png(RED))
+  lines = [json.dumps({"key": f"k{i}", "image": "red.png", "caption": f"red number {i}", "width": 4}) for i in range(40)]
+  (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+  texts = [{"key": "t0", "text": "Some text.", "license": "MIT"}, {"key": "t1", "text": "More.", "split": "heldout"}]
+  (folder / "texts.jsonl").write_text("".join(json.dumps(t) + "\n\n" for t in texts))
+  return folder
+
+
+def replace_line(folder, i, line, name="pairs.jsonl"):
+  lines = (folder / name).read_text().split("\n")
+  lines[i] = line if isinstance(line, str) else json.dumps(line)
+  (folder / name).write_text("\n".join(lines))
+
+
+def prepare(source, tmp_path, **kwargs):
+  out, config = tmp_path / "raw", RawConfig(source=str(source), **{"resolution": 8, **kwargs})
+  return ingest.prepare(config, ingest.parts_of(config), out, Runner()), out
+
+
+def test_a_folder_of_ones_own(source, tmp_path):
+  replace_line(source, 0, {"key": "own", "image": "red.png", "caption": "ein Ärmel", "split": "heldout", "license": "CC0-1.0"})
+  summary, out = prepare(source, tmp_path, heldout_fraction=0.3)
+  train, heldout = (raw_pairs.read_pairs(out, split) for split in SPLITS)
+  assert len(train) + len(heldout) == 40
+  assert (len(train), len(heldout)) == (summary["train_pairs"], summary["heldout_pairs"])
+  assert heldout[0].key == heldout[0].concept == "own"
+  assert (heldout[0].caption, heldout[0].license, heldout[0].source) == ("ein Ärmel", "CC0-1.0", "")
+  assert 5 <= len(heldout) <= 20
+  assert [t.key for t in raw_pairs.read_texts(out, "heldout")][-1] == "t1"
+  image = raw_pairs.load_image(train[-1].image, 8)
+  assert (image == np.array(RED, np.uint8)[None, None]).all()
+  with Image.open(train[-1].image) as stored:
+    assert (stored.format, stored.mode, stored.size) == ("PNG", "RGB", (8, 8))
+
+
+def test_what_is_prepared_can_be_prepared_again(source, tmp_path):
+  first, out = prepare(source, tmp_path)
+  again, second = prepare(out, tmp_path / "again")
+  assert again == first
+  for name in ("pairs.jsonl", "texts.jsonl"):
+    assert (second / "000000" / name).read_text() == (out / "000000" / name).read_text()
+
+
+def test_texts_are_optional(source, tmp_path):
+  (source / "texts.jsonl").unlink()
+  _, out = prepare(source, tmp_path)
+  assert raw_pairs.read_texts(out, "train") == []
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    ('{"key": "x",', r"pairs.jsonl, line 3 is no valid JSON"),
+    ([1], r"line 3 is list; every line must be one JSON object"),
+    ({"key": "x", "image": "red.png"}, r"line 3, key 'x' has no field 'caption'"),
+    ({"image": "red.png", "caption": "a"}, r"line 3 has no field 'key'"),
+    ({"key": "x", "image": "red.png", "caption": " "}, r"line 3, key 'x': field 'caption' is empty"),
+    ({"key": "x", "image": "red.png", "caption": 7}, r"line 3, key 'x': field 'caption' is 7; it must be a string"),
+    ({"key": "x", "image": "red.png", "caption": "\ud83d"}, r"line 3, key 'x': field 'caption' holds half of a surrogate pair"),
+    ({"key": "k0", "image": "red.png", "caption": "a"}, r"key 'k0' of .* stands there twice"),
+    ({"key": "x", "image": "red.png", "caption": "a", "split": "test"}, r"split is 'test'; it must be 'train' or 'heldout'"),
+    ({"key": "x", "image": "no.png", "caption": "a"}, r"key 'x': image 'no.png' does not exist"),
+    ({"key": "x", "image": "pairs.jsonl", "caption": "a"}, r"key 'x': image .*pairs.jsonl cannot be read"),
+  ],
+)
+def test_a_wrong_record_ends_in_one_sentence(source, tmp_path, line, message):
+  replace_line(source, 2, line)
+  with pytest.raises(UserError, match=message) as error:
+    prepare(source, tmp_path)
+  assert "\n" not in str(error.value)
+  with pytest.raises(UserError, match=r"launch\.prepare_data"):
+    raw_pairs.read_pairs(tmp_path / "raw", "train")
+
+
+def test_a_few_wrong_records_are_left_out_and_listed(source, tmp_path):
+  replace_line(source, 2, '{"key": "x",')
+  replace_line(source, 5, {"key": "y", "image": "pairs.jsonl", "caption": "no image"})
+  summary, out = prepare(source, tmp_path, max_rejected=0.05)
+  assert (summary["rejected_malformed_record"], summary["rejected_unreadable_image"]) == (1, 1)
+  assert summary["train_pairs"] + summary["heldout_pairs"] == 38
+  rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+  assert [(r["key"], r["reason"]) for r in rejected] == [("", "malformed_record"), ("y", "unreadable_image")]
+  assert rejected[0]["file"].endswith("pairs.jsonl")
+  with pytest.raises(UserError, match=r"2 of 42 records .*\(malformed_record 1, unreadable_image 1\), more than .* 4.0%"):
+    prepare(source, tmp_path, max_rejected=0.04)
+  assert len((out / "rejected.jsonl").read_text().splitlines()) == 2
+
+
+def test_records_are_chosen_by_licence(source, tmp_path):
+  replace_line(source, 0, {"key": "free", "image": "red.png", "caption": "a", "license": "CC0-1.0"})
+  replace_line(source, 1, {"key": "other", "image": "red.png", "caption": "a", "license": "secret"})
+  summary, out = prepare(source, tmp_path, licenses=("CC0-1.0", "MIT"), default_license="MIT", default_attribution="us")
+  records = [r for split in SPLITS for r in raw_pairs.read_pairs(out, split)]
+  assert summary["other_licenses"] == 1
+  assert {r.license for r in records if r.key != "free"} == {"MIT"}
+  assert {r.attribution for r in records} == {"us"}
+  assert "free" in {r.key for r in records}
+  assert "other" not in {r.key for r in records}
+  assert not any(name.startswith("rejected") for name in summary)
+
+
+def test_long_captions_are_rejected(source, tmp_path):
+  with pytest.raises(UserError, match=r"40 of 42 records are wrong \(long_caption 40\).*key 'k0': the caption has 12 char"):
+    prepare(source, tmp_path, max_caption_characters=11)
+
+
+def interleaved(*segments, **about):
+  return json.dumps({"key": "page", "segments": segments, **about}) + "\n"
+
+
+def test_interleaved_documents_keep_their_order(source, tmp_path):
+  (source / "blue.png").write_bytes(png(BLUE))
+  segments = [{"text": "One."}, {"image": "blue.png"}, {"image": "red.png"}, {"text": "Two."}]
+  (source / "interleaved.jsonl").write_text(interleaved(*segments, split="train", license="MIT"))
+  summary, out = prepare(source, tmp_path)
+  assert (summary["train_interleaved"], summary["heldout_interleaved"]) == (1, 0)
+  (page,) = raw_pairs.read_shard(out, "000000", RawInterleaved, "train")
+  assert (page.key, page.license) == ("page", "MIT")
+  assert [next(iter(s)) for s in page.segments] == ["text", "image", "image", "text"]
+  assert [s["text"] for s in page.segments if "text" in s] == ["One.", "Two."]
+  colors = [raw_pairs.load_image(s["image"], 8)[0, 0].tolist() for s in page.segments if "image" in s]
+  assert colors == [list(BLUE), list(RED)]
+  again, _ = prepare(out, tmp_path / "again")
+  assert again == summary
+
+
+@pytest.mark.parametrize(
+  ("segments", "message"),
+  [
+    ([], "'segments' must be a list"),
+    ([{"text": "a", "image": "red.png"}], r'segment 0 must be {"text": ...} or {"image": ...}'),
+    ([{"text": "a"}, {"text": " "}], r"segment 1: field 'text' is empty"),
+    ([{"image": "no.png"}], r"image 'no.png' does not exist"),
+    ([{"text": "a"}, {"image": "pairs.jsonl"}], r"image .*pairs.jsonl cannot be read"),
+    ([{"text": 5}], r"field 'text' is 5; it must be a string"),
+  ],
+)
+def test_wrong_interleaved_documents_are_told(source, tmp_path, segments, message):
+  (source / "interleaved.jsonl").write_text(interleaved(*segments))
+  with pytest.raises(UserError, match=message):
+    prepare(source, tmp_path)
+
+
+def write_text_files(folder, names):
+  folder.mkdir(exist_ok=True)
+  for name in names:
+    lines = [json.dumps({"text": f"{name} {i}", "split": "train"}) for i in range(3)]
+    (folder / f"{name}.jsonl").write_text("\n".join(lines))
+
+
+def test_every_file_is_a_shard_and_new_files_add_shards(tmp_path, monkeypatch):
+  write_text_files(tmp_path / "in", "ab")
+  summary, out = prepare(tmp_path / "in", tmp_path)
+  assert (summary["shards"], summary["train_texts"]) == (2, 6)
+  assert [t.text for t in raw_pairs.read_texts(out, "train")] == ["a 0", "a 1", "a 2", "b 0", "b 1", "b 2"]
+  written = []
+  write = ingest._write
+  count = lambda config, folder, *args: written.append(folder.name) or write(config, folder, *args)
+  monkeypatch.setattr(ingest, "_write", count)
+  before = raw_pairs.shards(out)
+  write_text_files(tmp_path / "in", "cb")
+  assert prepare(tmp_path / "in", tmp_path)[0]["train_texts"] == 9
+  assert written == ["000002"]
+  assert {name: raw_pairs.shards(out)[name] for name in before} == before
+  prepare(tmp_path / "in", tmp_path, heldout_fraction=0.5)
+  assert written == ["000002", "000000", "000001", "000002"]
+
+
+def test_images_are_made_square_as_configured(source, tmp_path):
+  (source / "red.png").write_bytes(png(RED, (16, 8)))
+  corner = {}
+  for crop in ("center", "pad"):
+    _, out = prepare(source, tmp_path / crop, crop=crop, heldout_fraction=0.0)
+    image = raw_pairs.load_image(raw_pairs.read_pairs(out, "train")[0].image, 8)
+    assert image[4, 4].tolist() == list(RED)
+    corner[crop] = image[0, 0].tolist()
+  assert corner == {"center": list(RED), "pad": [255, 255, 255]}
+
+
+def test_wrong_sources_are_told(source, tmp_path):
+  with pytest.raises(UserError, match=r"where no file is; it must be 'openmoji', or a folder"):
+    prepare(tmp_path / "absent", tmp_path)
+  (source / "pairs.jsonl").write_text("\n")
+  (source / "texts.jsonl").unlink()
+  with pytest.raises(UserError, match=r"holds no record that can be used"):
+    prepare(source, tmp_path)
+  (source / "pairs.jsonl").write_bytes(b'{"key": "\xff"}')
+  with pytest.raises(UserError, match="is not UTF-8"):
+    prepare(source, tmp_path)
+  with pytest.raises(UserError, match=r"launch\.prepare_data"):
+    raw_pairs.read_pairs(tmp_path / "absent", "train")
+
+
+def test_splits_are_a_stable_share():
+  names = [f"concept {i}" for i in range(4_000)]
+  few = {n for n in names if ingest.split_of(n, 0.05) == "heldout"}
+  more = {n for n in names if ingest.split_of(n, 0.1) == "heldout"}
+  assert 150 < len(few) < 250
+  assert few < more
+  assert not any(ingest.split_of(n, 0.0) == "heldout" for n in names)
+
+
+def test_openmoji_pairs(tmp_path):
+  summary, tmp_path = prepare("openmoji", tmp_path, max_texts=40)
+  train, heldout = (raw_pairs.read_pairs(tmp_path, split) for split in SPLITS)
+  assert summary["heldout_pairs"] == len(heldout) >= 200
+  assert len(train) > 3_500
+  assert summary["train_texts"] + summary["heldout_texts"] == 40
+  assert not {p.concept for p in train} & {p.concept for p in heldout}
+  assert {p.license for p in train} == {"CC-BY-SA-4.0"}
+  assert all("OpenMoji" in p.attribution and p.group and p.source for p in train)
+  cooks = {p.group for p in train + heldout if p.caption.startswith("woman cook")}
+  assert len(cooks) == 1
+
+
+@pytest.mark.parametrize(
+  "values",
+  [
+    {"source": ""},
+    {"resolution": 0},
+    {"heldout_fraction": 1.0},
+    {"max_texts": -1},
+    {"num_threads": 0},
+    {"format": "zip"},
+    {"max_caption_characters": 0},
+    {"max_rejected": 1.5},
+    {"crop": "none"},
+  ],
+)
+def test_config_is_checked(values):
+  with pytest.raises(ValueError, match=f"raw.{next(iter(values))} is"):
+    RawConfig(**values)

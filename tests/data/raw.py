@@ -1,0 +1,30 @@
+"""A raw folder as `ingest.prepare` leaves it, made of records in the test."""
+
+import hashlib
+import json
+import pathlib
+
+from PIL import Image
+
+from cm3leon_jax import stages
+from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.records import KINDS, SPLITS
+
+
+def write_raw(folder, pairs, images, num_shards=1):
+  """Writes pairs, dicts of RawPair's fields without `image`, with their images [H, W, 3] uint8, in shards of equal size."""
+  folder, index = pathlib.Path(folder), {}
+  size = -(-len(pairs) // num_shards)
+  for s in range(num_shards):
+    name, part = f"{s:06d}", slice(s * size, (s + 1) * size)
+    (folder / name / "images").mkdir(parents=True)
+    lines = []
+    for i, (pair, image) in enumerate(zip(pairs[part], images[part])):
+      Image.fromarray(image).save(folder / name / "images" / f"{i:07d}.png")
+      lines.append(json.dumps({"image": f"images/{i:07d}.png", **pair}) + "\n")
+    for kind in KINDS:
+      (folder / name / f"{kind}.jsonl").write_text("".join(lines) if kind == "pairs" else "")
+    counts = {f"{split}_{kind}": 0 for split in SPLITS for kind in KINDS}
+    counts |= {f"{split}_pairs": sum(pair["split"] == split for pair in pairs[part]) for split in SPLITS}
+    index[name] = {**counts, "digest": hashlib.sha256("".join(lines).encode()).hexdigest()}
+  stages.write_json(folder / raw_pairs.INDEX, {"schema_version": raw_pairs.SCHEMA_VERSION, "shards": index})

@@ -1,0 +1,92 @@
+"""Documents and embeddings made by Ray's workers, one of which is killed, equal those of one process, byte for byte."""
+
+import os
+import pathlib
+import signal
+
+import numpy as np
+import pytest
+
+from cm3leon_jax.data import encode
+from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.retrieval import bank, neighbors
+from cm3leon_jax.shards import Runner
+from cm3leon_jax.vocab import VocabLayout
+from tests.data.raw import write_raw
+from tests.retrieval.bank_test import CONFIG, WIDTH, tiny_clip
+
+VOCAB = VocabLayout(num_special=8, text_size=280, image_size=256)
+SHARDS = 6
+
+
+class Letters:
+  """A letter is a token."""
+
+  def encode_batch(self, texts):
+    return [np.array([ord(c) + 8 for c in text], np.int32) for text in texts]
+
+
+class Corners:
+  """An image's four corners are its codes; at the one that begins with `kill_at` it kills its process, once."""
+
+  def __init__(self, mark: str = "", kill_at: int = -1):
+    self.mark, self.kill_at = pathlib.Path(mark), kill_at
+
+  def encode(self, images):
+    codes = images[:, ::15, ::15, 0].reshape(len(images), 4)
+    if self.kill_at in codes[:, 0] and not self.mark.exists():
+      self.mark.touch()
+      os.kill(os.getpid(), signal.SIGKILL)
+    return codes
+
+
+class Load:
+  """Picklable `load_tokenizers`."""
+
+  def __init__(self, *args):
+    self.args = args
+
+  def __call__(self):
+    return Letters(), Corners(*self.args)
+
+
+@pytest.fixture
+def raw(tmp_path):
+  images = np.random.default_rng(0).integers(0, 255, (24, 16, 16, 3), np.uint8)
+  images[13, 0, 0] = 255  # In the fourth of six shards.
+  split = lambda i: "heldout" if i % 4 == 3 else "train"
+  pairs = [{"key": f"k{i}", "caption": chr(97 + i) * 3, "group": f"g{i // 2}", "split": split(i)} for i in range(24)]
+  write_raw(tmp_path / "raw", pairs, images, SHARDS)
+  return tmp_path / "raw"
+
+
+def files(folder):
+  kinds = (".array_record", ".npz", ".npy")
+  found = [p for p in folder.rglob("*") if p.is_file() and (p.suffix in kinds or "c" in p.relative_to(folder).parts)]
+  return {str(p.relative_to(folder)): p.read_bytes() for p in found if not p.name.endswith(".__lock")}
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own.
+def test_documents_of_a_killed_worker_are_there_once_and_the_same(raw, tmp_path, ray_address):
+  def make(name, load, runner):
+    job = encode.EncodeJob(str(raw), str(tmp_path / name), load, VOCAB, 16, 8)
+    return encode.encode_documents(job, {}, runner)
+
+  local = make("local", Load(), Runner())
+  ray = make("ray", Load(str(tmp_path / "mark"), 255), Runner("ray", ray_address, workers=2))
+  assert (tmp_path / "mark").exists()  # Negative control: a worker was killed.
+  assert ray == local
+  assert files(tmp_path / "ray") == files(tmp_path / "local")
+  assert len(files(tmp_path / "local")) > SHARDS
+  stores = [DocumentStore(tmp_path / "ray" / f"{split}_pairs", VOCAB) for split in ("train", "heldout")]
+  assert sorted(store[i].key for store in stores for i in range(len(store))) == sorted(f"k{i}" for i in range(24))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_neighbours_found_by_ray_are_the_same(raw, tmp_path, ray_address):
+  for name, runner in (("local", Runner()), ("ray", Runner("ray", ray_address, workers=2))):
+    job = bank.EmbedJob(str(raw), str(tmp_path / name), tiny_clip, 0.2, 0, {})
+    neighbors.build_neighbors(CONFIG, job, WIDTH, {}, runner)
+  assert files(tmp_path / "ray") == files(tmp_path / "local")
+  assert any("train_pairs/ids" in name for name in files(tmp_path / "local"))

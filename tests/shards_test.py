@@ -1,0 +1,98 @@
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.shards import Runner, run_shards
+
+NAMES = {f"{i:02d}": {"digest": i} for i in range(12)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+  """Writes each shard's name, and one more line into a log for every time that it is done."""
+
+  folder: str
+  wrong: str = ""
+  kill_once: str = ""
+
+  def open(self):
+    folder = pathlib.Path(self.folder)
+    with (folder / "opened").open("a") as file:
+      file.write(f"{os.getpid()}\n")
+
+    def do(name):
+      if name == self.wrong:
+        raise UserError(f"shard {name} is wrong.")
+      with (folder / "log").open("a") as file:
+        file.write(f"{name}\n")
+      if name == self.kill_once and not (folder / "killed").exists():
+        (folder / "killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+      (folder / f"{name}.out").write_text(name)
+      return {"length": len(name)}
+
+    return do
+
+
+def run(folder, job=None, names=NAMES, runner=Runner()):  # noqa: B008
+  return dict(run_shards(job or Copy(str(folder)), names, folder / "done", runner, "test"))
+
+
+def log(folder):
+  return (folder / "log").read_text().split()
+
+
+def test_every_shard_is_done_once(tmp_path):
+  results = run(tmp_path)
+  assert results == {name: {"length": 2} for name in NAMES}
+  assert log(tmp_path) == list(NAMES)
+  assert len((tmp_path / "opened").read_text().split()) == 1
+  assert run(tmp_path) == results
+  assert log(tmp_path) == list(NAMES)
+
+
+def test_only_changed_shards_are_done_again(tmp_path):
+  run(tmp_path)
+  run(tmp_path, names={**NAMES, "03": {"digest": 33}, "99": {"digest": 99}})
+  assert log(tmp_path)[len(NAMES) :] == ["03", "99"]
+
+
+def test_what_was_done_before_a_mistake_stays_done(tmp_path):
+  with pytest.raises(UserError, match=r"shard 05 is wrong\."):
+    run(tmp_path, Copy(str(tmp_path), wrong="05"))
+  assert log(tmp_path) == [f"{i:02d}" for i in range(5)]
+  run(tmp_path)
+  assert log(tmp_path) == list(NAMES)
+
+
+def test_a_runner_is_checked():
+  with pytest.raises(ValueError, match="runner is 'slurm'"):
+    Runner("slurm")
+  with pytest.raises(ValueError, match="ray_workers is 0"):
+    Runner(workers=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own.
+def test_ray_does_every_shard_although_a_worker_is_killed(tmp_path, ray_address):
+  job = Copy(str(tmp_path), kill_once="05")
+  results = run(tmp_path, job, runner=Runner("ray", ray_address, workers=2))
+  assert results == {name: {"length": 2} for name in NAMES}
+  assert {path.stem: path.read_text() for path in tmp_path.glob("*.out")} == {name: name for name in NAMES}
+  assert (tmp_path / "killed").exists()
+  assert log(tmp_path).count("05") == 2  # Negative control: it was killed in the middle of this one.
+  assert len(set((tmp_path / "opened").read_text().split())) >= 2
+  assert sorted(json.loads(p.read_text())["config"]["digest"] for p in (tmp_path / "done").glob("*.json")) == list(range(12))
+  before = log(tmp_path)
+  run(tmp_path, job)  # The local runner finds nothing left to do.
+  assert log(tmp_path) == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_mistake_found_by_ray_is_told_in_one_sentence(tmp_path, ray_address):
+  with pytest.raises(UserError, match=r"^shard 05 is wrong\.$"):
+    run(tmp_path, Copy(str(tmp_path), wrong="05"), runner=Runner("ray", ray_address))
