@@ -12,7 +12,7 @@ from cm3leon_jax.config import UserError
 from ml_configs import base
 
 STEPS = {"vqgan": 1_200, "clip": 250, "train": 1_100}  # In 15 minutes.
-LONG_STEPS = 3_000
+LONG_STEPS = 2_000
 
 
 def get_config(variant: str = "15"):
