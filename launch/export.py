@@ -9,6 +9,7 @@ documents are compared with ours.
 import dataclasses
 
 from cm3leon_jax import stages
+from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.data.pipeline import join
 from cm3leon_jax.export import huggingface
@@ -28,6 +29,8 @@ def main(settings, workdir) -> None:
   with stages.stage(folder, config) as summary, common.use_mesh(settings):
     if summary is None:
       return
+    origins = raw_pairs.read_index(workdir / "raw")["origins"] if (workdir / "raw" / raw_pairs.INDEX).exists() else []
+    stages.write_json(folder / "training_data.json", origins)  # Whose works the weights were made from.
     params, step = checkpoint.load_params(workdir / "train", settings.model)
     summary.update(huggingface.export(folder, params, settings.model, settings.vocab, workdir / "text_tokenizer"), step=step)
     told = "torch and transformers are not installed, so its logits were not compared"

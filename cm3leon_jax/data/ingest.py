@@ -22,6 +22,8 @@ from cm3leon_jax.shards import Runner, run_shards
 
 REJECTED = "rejected.jsonl"
 BATCH = 256  # records that are drawn or read together
+ORIGIN = ("kind", "source", "license", "attribution")
+MAX_ORIGINS = 100  # that are named of a shard, and of all
 CHECK_FROM = 10_000  # records, from which on too many rejected ones stop the command early
 OPENMOJI = "openmoji"
 
@@ -121,8 +123,21 @@ def prepare(config: RawConfig, parts: list[sources.Part], folder: epath.PathLike
   if not any(total[f"{split}_{kind}"] for split in SPLITS for kind in KINDS):
     raise UserError(f"config.raw.source is '{config.source}', which holds no record that can be used.")
   shards = {name: {**m["counts"], "digest": m["digest"]} for name, m in made.items()}
-  stages.write_json(folder / INDEX, {"schema_version": SCHEMA_VERSION, "shards": shards})
+  origins = _most_common(origin for m in made.values() for origin in m["origins"])
+  stages.write_json(folder / INDEX, {"schema_version": SCHEMA_VERSION, "origins": origins, "shards": shards})
   return {"shards": len(made), **total, **_sum(m["left_out"] for m in made.values())}
+
+
+def _most_common(origins: Iterable[dict]) -> list[dict]:
+  """Adds up origins that differ in `records` alone; of more than MAX_ORIGINS the rarest keep only kind and license."""
+  counts = collections.Counter()
+  for origin in origins:
+    counts[tuple(origin[field] for field in ORIGIN)] += origin["records"]
+  kept = counts.most_common(MAX_ORIGINS)
+  others = collections.Counter()
+  for (kind, _, license_, _), records in counts.most_common()[MAX_ORIGINS:]:
+    others[kind, "others", license_, "others"] += records
+  return [{**dict(zip(ORIGIN, origin)), "records": records} for origin, records in [*kept, *others.most_common()]]
 
 
 def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
@@ -196,6 +211,7 @@ class _Writer:
     self._keys = {cls: set() for cls in KINDS.values()}
     self._concepts: dict[str, set] = {split: set() for split in SPLITS}
     self._counts, self._reasons, self._digest = collections.Counter(), collections.Counter(), hashlib.sha256()
+    self._origins = collections.Counter()
     self._other_licenses, self._pictures, self._first = 0, 0, ""
 
   def add(self, items: list) -> None:
@@ -254,20 +270,22 @@ class _Writer:
       return
     kind = kind_of(type(item))
     self._counts[f"{item.split}_{kind}"] += 1
+    self._origins[kind, item.source, item.license, item.attribution] += 1
     if isinstance(item, RawPair):
       self._concepts[item.split].add(item.concept)
     self._files[f"{kind}.jsonl"].write(line)
     self._digest.update(line.encode())
 
   def summary(self, left_out: dict[str, int]) -> dict:
-    """Counts by split and kind, of what was left out, of what was rejected by reason; the digest of all records."""
+    """Counts by split and kind, of what was left out, of what was rejected by reason, by origin; the digest of all records."""
     counts = {f"{split}_{kind}": self._counts[f"{split}_{kind}"] for kind in KINDS for split in SPLITS}
     counts |= {f"{split}_concepts": len(found) for split, found in self._concepts.items()}
     if self.config.licenses:
       left_out = {**left_out, "other_licenses": self._other_licenses}
     left_out = {**left_out, **{f"rejected_{reason}": count for reason, count in self._reasons.items()}}
+    origins = _most_common({**dict(zip(ORIGIN, origin)), "records": n} for origin, n in self._origins.items())
     return {
-      "counts": counts, "left_out": left_out, "rejected": dict(self._reasons), "first": self._first,
+      "origins": origins, "counts": counts, "left_out": left_out, "rejected": dict(self._reasons), "first": self._first,
       "digest": self._digest.hexdigest(),
     }  # fmt: skip
 

@@ -34,7 +34,12 @@ CROPS = ("center", "pad")  # What is beyond a centred square falls away, or whit
 
 
 def shards(folder: epath.PathLike) -> dict[str, dict]:
-  """Shards of a raw folder in their order: name -> counts, and the `digest` of its records.
+  """Shards of a raw folder in their order: name -> counts, and the `digest` of its records. Raises as `read_index`."""
+  return read_index(folder)["shards"]
+
+
+def read_index(folder: epath.PathLike) -> dict:
+  """`shards`, and `origins`: how many records come from whom under which license.
 
   Raises:
     UserError: nothing was prepared there, or by another version.
@@ -45,7 +50,7 @@ def shards(folder: epath.PathLike) -> dict[str, dict]:
   index = stages.read_json(path)
   if index["schema_version"] != SCHEMA_VERSION:
     raise UserError(f"{path} has schema version {index['schema_version']}; this code reads version {SCHEMA_VERSION}.")
-  return index["shards"]
+  return index
 
 
 def read_pairs(folder: epath.PathLike, split: str) -> list[RawPair]:

@@ -169,14 +169,13 @@ def licences(workdir: epath.Path) -> list[dict]:
   if not (workdir / "raw" / raw_pairs.INDEX).exists():
     return []
   found = {}
-  for split in SPLITS:
-    for pair in raw_pairs.read_pairs(workdir / "raw", split):
-      entry = found.setdefault(
-        (pair.source, pair.license), {"source": pair.source, "license": pair.license, "pairs": 0, "attributions": {}}
-      )
-      entry["pairs"] += 1
-      entry["attributions"][pair.attribution] = None
-  return [{**entry, "attributions": list(entry["attributions"])} for entry in found.values()]
+  for origin in raw_pairs.read_index(workdir / "raw")["origins"]:
+    if origin["kind"] == "pairs":
+      place = (origin["source"], origin["license"])
+      entry = found.setdefault(place, {"source": place[0], "license": place[1], "pairs": 0, "attributions": []})
+      entry["pairs"] += origin["records"]
+      entry["attributions"].append(origin["attribution"])
+  return list(found.values())
 
 
 def show(value) -> str:

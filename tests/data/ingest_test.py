@@ -126,6 +126,22 @@ def test_records_are_chosen_by_licence(source, tmp_path):
   assert not any(name.startswith("rejected") for name in summary)
 
 
+def test_origins_are_counted(source, tmp_path, monkeypatch):
+  for i in range(4):
+    replace_line(source, i, {"key": f"a{i}", "image": "red.png", "caption": "a", "license": "CC0-1.0", "attribution": "Ada"})
+  replace_line(source, 4, {"key": "b", "image": "red.png", "caption": "a", "license": "CC0-1.0", "attribution": "Bob"})
+  _, out = prepare(source, tmp_path)
+  origins = raw_pairs.read_index(out)["origins"]
+  named = lambda kind, license, attribution, records: {
+    "kind": kind, "source": "", "license": license, "attribution": attribution, "records": records,
+  }  # fmt: skip
+  assert origins[:2] == [named("pairs", "", "", 35), named("pairs", "CC0-1.0", "Ada", 4)]
+  assert sum(origin["records"] for origin in origins) == 42
+  monkeypatch.setattr(ingest, "MAX_ORIGINS", 1)
+  few = ingest._most_common(origins)
+  assert few[:2] == [origins[0], {**named("pairs", "CC0-1.0", "others", 5), "source": "others"}]
+
+
 def test_long_captions_are_rejected(source, tmp_path):
   with pytest.raises(UserError, match=r"40 of 42 records are wrong \(long_caption 40\).*key 'k0': the caption has 12 char"):
     prepare(source, tmp_path, max_caption_characters=11)
