@@ -1,0 +1,306 @@
+"""Does retrieval help? One small decoder with 0, 1 and 2 neighbours, and with 2 of another document, at equal steps.
+
+  python -m benchmarks.retrieval_ablation --workdir=workdir/ablation
+
+Trains the tokenizers, a CLIP and then a decoder for every condition and seed on drawings of one concept in several styles;
+writes results.json, table.md and plot.png into the workdir. What is finished is skipped: it can be stopped at any time.
+Method and results: docs/retrieval_ablation.md.
+"""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+from absl import app, flags, logging
+import jax
+import numpy as np
+
+from benchmarks import ablation_table, drawing_styles
+from benchmarks.ablation_table import Run
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import pipeline
+from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.data.plan import RowPlan, Source
+from cm3leon_jax.evaluation import bits
+from cm3leon_jax.mesh import create_mesh
+from cm3leon_jax.retrieval import neighbors
+from cm3leon_jax.retrieval.arrays import ArrayStore
+from cm3leon_jax.settings import Settings, settings_from_config
+from cm3leon_jax.training import checkpoint
+from ml_configs import openmoji
+
+# n documents, C candidates of each, K of which stand before it.
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SHARED = {
+  "raw": "prepare_data",
+  "text_tokenizer": "train_text_tokenizer",
+  "vqgan": "train_vqgan",
+  "documents": "encode_documents",
+  "clip": "train_clip",
+  "neighbors": "build_neighbors",
+}
+# A pair takes about 266 slots, so a row of 1,664 holds 6 of them alone, 3 with a neighbour or 2 with two: all rows are equally
+# full. Drawings of one concept may be as similar as they like; the groups say which must not be neighbours.
+SLOTS = 1_664
+OVERRIDES = {
+  "data.sequence_length": SLOTS,
+  "data.text_share": 0.0,
+  "model.max_positions": SLOTS,
+  "retrieval.max_similarity": 1.0,
+  "train.global_batch_size": 1,
+  "train.eval_batches": 8,
+  "train.num_samples": 1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+  """`num_neighbors` documents stand before each, its own or, if `shuffled`, another document's."""
+
+  label: str
+  num_neighbors: int
+  shuffled: bool = False
+
+
+CONDITIONS = {
+  "0": Condition("K = 0", 0),
+  "1": Condition("K = 1", 1),
+  "2": Condition("K = 2", 2),
+  "shuffled": Condition("K = 2, shuffled", 2, shuffled=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+  """Where, and how much.
+
+  Attributes:
+    workdir: folder of the whole.
+    steps: of every run.
+    minutes: variant of ml_configs/openmoji.py, which scales the steps of the tokenizers and of CLIP.
+  """
+
+  workdir: pathlib.Path
+  steps: int
+  minutes: float
+
+  def overrides(self, **fields) -> dict:
+    steps = dict.fromkeys(("train.steps", "train.eval_every", "train.sample_every"), self.steps)
+    steps["train.checkpoint_every"] = min(100, self.steps)
+    return {**OVERRIDES, "raw.source": str(self.workdir / "drawings"), **steps, **fields}
+
+  def settings(self, overrides: dict) -> Settings:
+    config = openmoji.get_config(f"{self.minutes:g}")
+    config.update_from_flattened_dict(overrides)
+    return settings_from_config(config)
+
+  def command(self, name: str, workdir: pathlib.Path, overrides: dict) -> None:
+    """Runs `python -m launch.NAME`; ends this program too if it fails or is told to stop."""
+    command = [sys.executable, "-m", f"launch.{name}", f"--config=ml_configs/openmoji.py:{self.minutes:g}"]
+    command += [f"--workdir={workdir}", *(f"--config.{field}={value}" for field, value in overrides.items())]
+    code = subprocess.run(command, cwd=ROOT).returncode
+    if code:
+      sys.exit(code)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """The documents of both splits and their concepts [n], numbered."""
+
+  train: DocumentStore
+  heldout: DocumentStore
+  train_concepts: np.ndarray
+  heldout_concepts: np.ndarray
+
+  @property
+  def subsets(self) -> dict[str, np.ndarray]:
+    """[n] bool for each of `ablation_table.SUBSETS`: whether train has the held-out document's concept in another style."""
+    in_train = np.isin(self.heldout_concepts, self.train_concepts)
+    return {"drawn_by_others": in_train, "new": ~in_train}
+
+
+def open_corpus(workdir: pathlib.Path, vocab, pairs: list[dict]) -> Corpus:
+  """Opens both stores. `pairs`: the lines of pairs.jsonl, which know the concept of every document's key."""
+  numbers = {concept: i for i, concept in enumerate(sorted({p["concept"] for p in pairs}))}
+  concept_of = {p["key"]: numbers[p["concept"]] for p in pairs}
+  stores = [DocumentStore(workdir / "documents" / f"{split}_pairs", vocab) for split in ("train", "heldout")]
+  concepts = [np.array([concept_of[store[i].key] for i in range(len(store))]) for store in stores]
+  return Corpus(*stores, *concepts)
+
+
+def concepts_of(ids: np.ndarray, bank_concepts: np.ndarray) -> np.ndarray:
+  """Concepts of candidates, -1 where there is none (id -1)."""
+  return np.append(bank_concepts, -1)[ids]
+
+
+def shuffled_order(own: np.ndarray, candidates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Another document for each document, each once, none of whose candidates shows what the document shows.
+
+    own = [7 8 9], candidates = [[7] [8] [9]]: result = [1 2 0] or [2 0 1]
+
+  Args:
+    own: [n] concepts of the documents.
+    candidates: [n, C] concepts of their candidates, -1 for none.
+    rng: draws the order.
+
+  Raises:
+    UserError: there seems to be no such order.
+  """
+  n = len(own)
+  order = rng.permutation(n)
+  for _ in range(1_000):
+    wrong = np.flatnonzero((order == np.arange(n)) | (candidates[order] == own[:, None]).any(1))
+    if not len(wrong):
+      return order
+    for i, j in zip(wrong, rng.integers(n, size=len(wrong))):
+      order[[i, j]] = order[[j, i]]
+  raise UserError(f"the candidates of {n} documents cannot be shuffled so that none shows its document's concept.")
+
+
+def shuffle_neighbors(folder: pathlib.Path, target: pathlib.Path, corpus: Corpus, seed: int) -> None:
+  """Writes the neighbours of the stage in `folder` to `target`, once: every document's are those of another of its split."""
+  done = stages.require(folder, SHARED["neighbors"])
+  done["id"] += f"-shuffled-{seed}"
+  if (target / stages.DONE).exists() and stages.read_json(target / stages.DONE)["id"] == done["id"]:
+    return
+  rng = np.random.default_rng(seed)
+  for name, own, sides in (
+    ("train_pairs", corpus.train_concepts, {"": False}),
+    ("heldout_pairs", corpus.heldout_concepts, {"": False, "text_": True}),
+  ):
+    found = {prefix: neighbors.load_neighbors(folder, name, text_only) for prefix, text_only in sides.items()}
+    candidates = np.concatenate([ids for ids, _ in found.values()], axis=1)
+    order = shuffled_order(own, concepts_of(candidates, corpus.train_concepts), rng)
+    for prefix, arrays in found.items():
+      for array, values in zip(("ids", "scores"), arrays):
+        store = ArrayStore.create(target / name / f"{prefix}{array}", values.shape[1:], values.dtype)
+        store.append(values[order])
+  stages.write_json(target / stages.DONE, done)
+
+
+def own_concept_share(folder: pathlib.Path, corpus: Corpus) -> dict[str, float]:
+  """How often a neighbour shows the document's own concept, in another style.
+
+  Returns:
+    train_candidates: of all candidates of training documents; heldout_first, heldout_second: of the best two by caption alone
+    of the held-out documents whose concept is in the bank.
+  """
+  ids, _ = neighbors.load_neighbors(folder, "train_pairs")
+  train = (concepts_of(ids, corpus.train_concepts) == corpus.train_concepts[:, None])[ids >= 0]
+  ids, _ = neighbors.load_neighbors(folder, "heldout_pairs", text_only=True)
+  heldout = (concepts_of(ids, corpus.train_concepts) == corpus.heldout_concepts[:, None])[corpus.subsets["drawn_by_others"]]
+  return {"train_candidates": train.mean(), "heldout_first": heldout[:, 0].mean(), "heldout_second": heldout[:, 1].mean()}
+
+
+def score(settings: Settings, run: pathlib.Path, corpus: Corpus) -> dict[str, list[float]]:
+  """Bits of every held-out document itself behind its K best neighbours by caption alone, or rather those in `run`.
+
+  Returns:
+    image_bits, image_codes, text_bits, text_tokens: [n] sums over a document's image codes and over its caption.
+  """
+  ids, _ = neighbors.load_neighbors(run / "neighbors", "heldout_pairs", text_only=True)
+  samples, masks = [], []
+  for i in range(len(corpus.heldout)):
+    document = corpus.heldout[i]
+    found = [corpus.train[int(j)] for j in ids[i][ids[i] >= 0][: settings.data.num_neighbors]]
+    found = bits.fit_neighbors(document, found, settings.data.sequence_length)
+    samples.append(pipeline.join([*found, document], settings.vocab))
+    masks.append(bits.own_targets(samples[-1], document, settings.vocab))
+  with jax.set_mesh(create_mesh(settings.mesh)):
+    params, _ = checkpoint.load_params(run / "train", settings.model)
+    scored = bits.score_samples(params, settings.model, samples, settings.evaluation.batch_size)
+  result = {}
+  for modality, unit in (("image", "codes"), ("text", "tokens")):
+    result[f"{modality}_bits"] = [float(b[m[modality]].sum()) for b, m in zip(scored, masks)]
+    result[f"{modality}_{unit}"] = [int(m[modality].sum()) for m in masks]
+  return result
+
+
+def count_queries(settings: Settings, run: pathlib.Path, corpus: Corpus) -> int:
+  """Samples of the rows of the training in `run`; each has one document that is not a neighbour."""
+  ids, _ = neighbors.load_neighbors(run / "neighbors", "train_pairs")
+  plan = RowPlan([Source(corpus.train, 1.0, ids, corpus.train)], settings.data, settings.vocab.num_masks, settings.seed)
+  return sum(len(plan.row(i)) for i in range(settings.train.steps * settings.train.global_batch_size))
+
+
+def run_one(ablation: Ablation, name: str, seed: int, corpus: Corpus) -> Run:
+  """Trains and scores one condition with one seed, or reads what it left."""
+  condition, shared = CONDITIONS[name], ablation.workdir / "shared"
+  overrides = ablation.overrides(**{"data.num_neighbors": condition.num_neighbors, "seed": seed})
+  settings, run = ablation.settings(overrides), ablation.workdir / f"steps_{ablation.steps}" / f"{name}_seed_{seed}"
+  run.mkdir(parents=True, exist_ok=True)
+  for folder in SHARED:
+    if not (run / folder).exists() and not (condition.shuffled and folder == "neighbors"):
+      (run / folder).symlink_to(os.path.relpath(shared / folder, run))
+  if condition.shuffled:
+    shuffle_neighbors(shared / "neighbors", run / "neighbors", corpus, seed)
+  ablation.command("train", run, overrides)
+  trained = stages.require(run / "train", "train")
+  with stages.stage(run / "bits", {"inputs": {"train": trained["id"]}}) as summary:
+    if summary is not None:
+      found = {"query_documents": count_queries(settings, run, corpus), "train_seconds": trained["seconds"]}
+      stages.write_json(run / "bits" / "bits.json", {**found, **score(settings, run, corpus)})
+  values = stages.read_json(run / "bits" / "bits.json")
+  return Run(name, seed, **{k: np.array(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def ablate(ablation: Ablation, names: list[str], num_seeds: int) -> dict:
+  """Makes the data, runs every condition with every seed and writes the results after each run. Returns them."""
+  workdir, shared = ablation.workdir, ablation.workdir / "shared"
+  overrides = ablation.overrides()
+  settings = ablation.settings(overrides)
+  pairs = drawing_styles.make_folder(workdir / "drawings", settings.raw.resolution)
+  for command in SHARED.values():
+    ablation.command(command, shared, overrides)
+  corpus = open_corpus(shared, settings.vocab, pairs)
+  about = {"steps": ablation.steps, "rows_per_step": OVERRIDES["train.global_batch_size"], "row_slots": SLOTS}
+  about |= {"train_documents": len(corpus.train), "own_concept_share": own_concept_share(shared / "neighbors", corpus)}
+  labels, runs, result = {name: CONDITIONS[name].label for name in names}, [], {}
+  planned = [(seed, name) for seed in range(num_seeds) for name in names]
+  for number, (seed, name) in enumerate(planned, 1):
+    print(f"\n[{number}/{len(planned)}] {labels[name]}, seed {seed}", flush=True)
+    start = time.time()
+    runs.append(run_one(ablation, name, seed, corpus))
+    level = runs[-1].image_bits.sum() / runs[-1].image_codes.sum()
+    print(f"[{number}/{len(planned)}] {level:.3f} bits per held-out image code; {time.time() - start:.0f} s.", flush=True)
+    result = about | ablation_table.summarize(runs, labels, corpus.subsets, corpus.heldout_concepts)
+    stages.write_json(workdir / "results.json", result)
+    (workdir / "table.md").write_text(ablation_table.markdown(result), encoding="utf-8")
+    ablation_table.plot(result, workdir / "plot.png")
+  return result
+
+
+def main(argv) -> None:
+  args = flags.FLAGS
+  logging.set_verbosity(logging.WARNING)
+  try:
+    if len(argv) > 1:
+      raise UserError(f"unexpected argument '{argv[1]}': this command takes flags only (--name=value).")
+    names = [name for name in CONDITIONS if name in args.conditions]
+    if not names or {*args.conditions} - {*names}:
+      raise UserError(f"--conditions is '{','.join(args.conditions)}'; it must name some of {','.join(CONDITIONS)}.")
+    ablation = Ablation(pathlib.Path(args.workdir).resolve(), args.steps, args.minutes)
+    result = ablate(ablation, names, args.seeds)
+  except drawing_styles.Skipped as missing:
+    print(f"retrieval_ablation: skipped, {missing}", flush=True)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  else:
+    print(
+      f"\n{ablation_table.markdown(result)}\nretrieval_ablation: results.json, table.md and plot.png in {ablation.workdir}."
+    )
+
+
+if __name__ == "__main__":  # Flags here: a test that imports this module defines none.
+  flags.DEFINE_string("workdir", "workdir/retrieval_ablation", "Folder of the whole; a run there is continued.")
+  flags.DEFINE_integer("steps", 800, "Training steps of every run.", lower_bound=1)
+  flags.DEFINE_integer("seeds", 3, "Runs of every condition.", lower_bound=1)
+  flags.DEFINE_list("conditions", list(CONDITIONS), "Which conditions.")
+  flags.DEFINE_float("minutes", 20, "Of the demo, whose tokenizers and CLIP are trained as long.", lower_bound=1e-3)
+  app.run(main)
