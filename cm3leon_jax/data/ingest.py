@@ -222,8 +222,8 @@ class _Writer:
       images = images_of(item) if isinstance(item, Record) else []
       jobs.append((item, images, [f"images/{self._pictures + i:07d}.png" for i in range(len(images))]))
       self._pictures += len(images)
-    for item in self._pool.map(lambda job: self._drawn(*job), jobs):
-      self._put(item)
+    for item, drawn in self._pool.map(lambda job: self._drawn(*job), jobs):
+      self._put(item, drawn)
 
   def _checked(self, item: Record | Rejected) -> Record | Rejected | None:
     """The record with its defaults, None if its licence is not wanted, Rejected if it is wrong."""
@@ -247,19 +247,21 @@ class _Writer:
     extra = {"concept": concept} if isinstance(item, RawPair) else {}
     return dataclasses.replace(item, split=split, **extra)
 
-  def _drawn(self, item, images: list, names: list[str]):
-    """The record with its images saved under `names`, Rejected if one cannot be read; anything else as it is."""
+  def _drawn(self, item, images: list, names: list[str]) -> tuple:
+    """The record with its images saved under `names`, Rejected if one cannot be read; and a digest of their pixels."""
+    digest = hashlib.sha256()
     for image, name in zip(images, names):
       try:
         pixels = Image.fromarray(self._draw(image, self.config.resolution))
       except UserError as error:
         file = item.source if isinstance(image, bytes) else image
-        return Rejected(file, item.key, "unreadable_image", f"key '{item.key}': {error}")
+        return Rejected(file, item.key, "unreadable_image", f"key '{item.key}': {error}"), b""
+      digest.update(pixels.tobytes())
       with (self.folder / name).open("wb") as file:
         pixels.save(file, "png")
-    return with_images(item, names) if images else item
+    return (with_images(item, names), digest.digest()) if images else (item, b"")
 
-  def _put(self, item: Record | Rejected | None) -> None:
+  def _put(self, item: Record | Rejected | None, drawn: bytes) -> None:
     if item is None:
       return
     line = json.dumps(dataclasses.asdict(item), ensure_ascii=False) + "\n"
@@ -274,7 +276,7 @@ class _Writer:
     if isinstance(item, RawPair):
       self._concepts[item.split].add(item.concept)
     self._files[f"{kind}.jsonl"].write(line)
-    self._digest.update(line.encode())
+    self._digest.update(line.encode() + drawn)
 
   def summary(self, left_out: dict[str, int]) -> dict:
     """Counts by split and kind, of what was left out, of what was rejected by reason, by origin; the digest of all records."""

@@ -83,7 +83,7 @@ def parts(source: str, kind: str = "auto") -> list[Part]:
     found = sorted({posixpath.dirname(name) for name in files if posixpath.basename(name) in LISTS})
     if not found:
       raise UserError(f"config.raw.source is '{source}', a folder without {', '.join(LISTS)}.")
-    inside = lambda folder: [name for name in files if posixpath.dirname(name) == folder]
+    inside = lambda folder: [name for name in files if name.startswith(folder + "/")]
     return [dataclasses.replace(part(inside(folder)), files=(_url(fs, folder),)) for folder in found]
   wanted = [name for name in files if name.endswith(SUFFIXES[kind])]
   if not wanted:

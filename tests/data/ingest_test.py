@@ -209,6 +209,15 @@ def test_every_file_is_a_shard_and_new_files_add_shards(tmp_path, monkeypatch):
   assert written == ["000002", "000000", "000001", "000002"]
 
 
+def test_a_shards_digest_knows_its_pictures(source, tmp_path):
+  digests = []
+  for color in (RED, BLUE, BLUE):
+    (source / "red.png").write_bytes(png(color, (5, 5)))
+    _, out = prepare(source, tmp_path / str(len(digests)))
+    digests.append(raw_pairs.shards(out)["000000"]["digest"])
+  assert digests[0] != digests[1] == digests[2]
+
+
 def test_images_are_made_square_as_configured(source, tmp_path):
   (source / "red.png").write_bytes(png(RED, (16, 8)))
   corner = {}
