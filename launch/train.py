@@ -22,24 +22,29 @@ from launch import common
 
 
 def open_rows(settings: Settings, workdir, split: str, write_starts: bool = False) -> RowLoader:
-  """The rows of `split`: pairs with neighbours from the training pairs, and texts, by their shares of tokens.
+  """The rows of `split`: pairs with neighbours from the training pairs, texts and interleaved documents, by their shares.
 
   Those of train know where the windows of their plan start from train/plan.jsonl, which one process of a run keeps.
   """
-  documents = workdir / "documents"
-  bank = DocumentStore(documents / "train_pairs", settings.vocab)
-  pairs = bank if split == "train" else DocumentStore(documents / f"{split}_pairs", settings.vocab)
-  texts = DocumentStore(documents / f"{split}_texts", settings.vocab)
-  share = settings.data.text_share
+  documents, data = workdir / "documents", settings.data
+  store = lambda name: DocumentStore(documents / name, settings.vocab)
+  bank = store("train_pairs")
+  pairs = bank if split == "train" else store(f"{split}_pairs")
   ids, _ = load_neighbors(workdir / "neighbors", f"{split}_pairs")
   if len(ids) != len(pairs):
     raise UserError(
       f"{workdir / 'neighbors'} names neighbours of {len(ids)} documents, {pairs.folder} holds {len(pairs)}: build them anew."
     )
-  for store, part, advice in ((pairs, 1 - share, "1"), (texts, share, "0")):
-    if part > 0 and not len(store):
-      raise UserError(f"{store.folder} holds no documents: add some, or set config.data.text_share={advice}.")
-  sources = [Source(pairs, 1 - share, ids, bank), Source(texts, share)]
+  sources = [Source(pairs, 1 - data.text_share - data.interleaved_share, ids, bank)]
+  for kind, share in (("texts", data.text_share), ("interleaved", data.interleaved_share)):
+    if share > 0:
+      sources.append(Source(store(f"{split}_{kind}"), share))
+  for source in sources:
+    if source.share > 0 and not len(source.store):
+      raise UserError(
+        f"{source.store.folder} holds no documents: add some, or change config.data.text_share = {data.text_share} and "
+        f"config.data.interleaved_share = {data.interleaved_share}, of which pairs get the rest."
+      )
   data = settings.data if split == "train" else settings.data.without_augmentation()
   starts = workdir / "train" / "plan.jsonl" if split == "train" else None
   plan = RowPlan(sources, data, settings.vocab.num_masks, settings.seed, starts, write_starts)

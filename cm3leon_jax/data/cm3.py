@@ -2,6 +2,8 @@
 
 # T length of a sample in tokens.
 
+import itertools
+
 import numpy as np
 
 from cm3leon_jax.vocab import VocabLayout
@@ -15,8 +17,8 @@ def segment_bounds(segment_lengths) -> list[tuple[int, int]]:
   >>> segment_bounds([3, 4])  # </s> t t t <break> i i i i </s>
   [(1, 4), (5, 9)]
   """
-  starts = 1 + np.cumsum([0, *(n + 1 for n in segment_lengths)])
-  return [(int(start), int(start + n)) for start, n in zip(starts, segment_lengths)]
+  ends = itertools.accumulate(segment_lengths, lambda end, n: end + 1 + int(n), initial=0)
+  return [(before + 1, end) for before, end in itertools.pairwise(ends)]
 
 
 def draw_spans(segment_lengths, num_spans: int, whole_segments: bool, rng: np.random.Generator) -> tuple[tuple[int, int], ...]:
@@ -36,13 +38,16 @@ def draw_spans(segment_lengths, num_spans: int, whole_segments: bool, rng: np.ra
   """
   bounds = segment_bounds(segment_lengths)
   if whole_segments:
-    chosen = rng.permutation(len(bounds))[:num_spans]
+    chosen = rng.permutation(len(bounds))[:num_spans].tolist()
     return tuple(sorted(bounds[i] for i in chosen))
   total = bounds[-1][1] + 1
   spans: list[tuple[int, int]] = []
   for _ in range(num_spans**2):
-    low, high = sorted(rng.integers(0, total + 1, 2).tolist())
-    start, end = max(((max(low, a), min(high, b)) for a, b in bounds), key=lambda s: s[1] - s[0])
+    low, high = sorted((int(rng.random() * (total + 1)), int(rng.random() * (total + 1))))
+    start, end = 0, 0
+    for a, b in bounds:
+      if min(high, b) - max(low, a) > end - start:
+        start, end = max(low, a), min(high, b)
     if start < end and all(end <= a or b <= start for a, b in spans):
       spans.append((start, end))
     if len(spans) == num_spans:

@@ -186,7 +186,7 @@ class DocumentStore:
     _check_version(self.folder, index["schema_version"])
     _check_vocab(self.folder, VocabLayout(**index["vocab"]), vocab)
     self.shards: dict[str, int] = index["shards"]
-    self._ends = np.cumsum([*self.shards.values()], dtype=np.int64)
+    self._names, self._ends = list(self.shards), np.cumsum([*self.shards.values()], dtype=np.int64)
     self.offsets, self.lengths, self.is_image, self.groups = (
       _map_array(self.folder / f"{field}.npy") for field in ("offsets", "lengths", "is_image", "groups")
     )
@@ -203,7 +203,7 @@ class DocumentStore:
       raise IndexError(f"document {i} of {len(self)} in {self.folder}")
     shard = int(np.searchsorted(self._ends, i, side="right"))
     first = int(self._ends[shard - 1]) if shard else 0
-    return decode_document(self._reader(list(self.shards)[shard]).read([int(i) - first])[0])
+    return decode_document(self._reader(self._names[shard]).read([int(i) - first])[0])
 
   def segment_lengths(self, i: int) -> tuple[np.ndarray, np.ndarray]:
     part = slice(self.offsets[i], self.offsets[i + 1])
@@ -213,7 +213,7 @@ class DocumentStore:
 def _map_array(path: epath.Path) -> np.ndarray:
   """A file of numpy's: mapped if it is local, read if it is in a bucket."""
   if "://" not in str(path):
-    return np.load(path, mmap_mode="r")
+    return np.asarray(np.load(path, mmap_mode="r"))  # A plain view: indexing a memmap costs more.
   with path.open("rb") as f:
     return np.load(f)
 

@@ -39,6 +39,7 @@ class DataConfig:
     whole_segment_rate: probability that a sample's spans are whole segments.
     neighbor_loss_weight: weight of the loss on neighbours (CM3Leon 1, RA-CM3 0.1).
     text_share: share of slots that text-only documents get.
+    interleaved_share: share of slots that documents of several texts and images get; pairs get the rest.
     pack_window: samples that are packed together, best fit; bounds the planner's memory.
     read_threads: threads that prefetch batches.
   """
@@ -52,6 +53,7 @@ class DataConfig:
   whole_segment_rate: float = 0.5
   neighbor_loss_weight: float = 1.0
   text_share: float = 0.7
+  interleaved_share: float = 0.0
   pack_window: int = 65_536
   read_threads: int = 2
 
@@ -61,9 +63,13 @@ class DataConfig:
         raise ValueError(f"{field} is {getattr(self, field)}; it must be positive.")
     if self.sequence_length < 2:
       raise ValueError(f"sequence_length is {self.sequence_length}; it must be at least 2, the slots of a one-token document.")
-    for field in ("neighbor_dropout", "condition_dropout", "whole_segment_rate", "text_share"):
+    for field in ("neighbor_dropout", "condition_dropout", "whole_segment_rate", "text_share", "interleaved_share"):
       if not 0 <= getattr(self, field) <= 1:
         raise ValueError(f"{field} is {getattr(self, field)}; it must lie in [0, 1].")
+    if self.text_share + self.interleaved_share > 1:
+      raise ValueError(
+        f"text_share is {self.text_share} and interleaved_share {self.interleaved_share}; their sum must be at most 1."
+      )
     for field in ("num_neighbors", "mean_spans", "neighbor_loss_weight"):
       if getattr(self, field) < 0:
         raise ValueError(f"{field} is {getattr(self, field)}; it must not be negative.")

@@ -33,12 +33,13 @@ def test_real_sizes_are_the_tutorials_and_the_papers(size, layers, width, heads,
 def test_minutes_scale_the_training_stages_and_nothing_else():
   two, fifteen, long = (openmoji.get_config(v) for v in ("2", "15", "long"))
   assert two.vqgan.steps == round(fifteen.vqgan.steps * 2 / 15)
-  assert long.train.steps == 5 * fifteen.train.steps
-  assert (long.vqgan.steps, long.clip.steps) == (fifteen.vqgan.steps, fifteen.clip.steps)
+  scheduled = {"steps", "checkpoint_every", "eval_every", "sample_every"}
   for name in SECTIONS:
-    scheduled = {"steps", "checkpoint_every", "eval_every", "sample_every"}
     for field in set(fifteen[name]) - scheduled:
-      assert two[name][field] == fifteen[name][field] == long[name][field]
+      assert two[name][field] == fifteen[name][field]
+    if name not in ("model", "optimizer", "train"):  # `long` is another decoder on the same tokenizers, CLIP and rows.
+      assert long[name] == fifteen[name]
+  assert long.train.steps * long.train.global_batch_size >= 3 * fifteen.train.steps * fifteen.train.global_batch_size
 
 
 @pytest.mark.parametrize("variant", ["", "0", "-3", "soon"])

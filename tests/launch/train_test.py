@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pathlib
 
 from etils import epath
 import numpy as np
@@ -46,6 +47,21 @@ def test_rows_of_both_splits_hold_pairs_and_texts(workdir):
     targets = np.concatenate([row["targets"] for row in rows])
     assert VOCAB.is_image(targets).any()
     assert bool((targets == VOCAB.eoss).any()) == has_spans
+
+
+def test_interleaved_documents_get_their_share(workdir):
+  documents = pathlib.Path(workdir) / "documents"
+  (documents / "train_interleaved").symlink_to(documents / "train_pairs")
+  settings = settings_with()
+  mixed = lambda **shares: dataclasses.replace(settings, data=dataclasses.replace(settings.data, **shares))
+  plan = train.open_rows(mixed(text_share=0.2, interleaved_share=0.5), workdir, "train").plan
+  slots = np.zeros(3)
+  for i in range(200):
+    for placement in plan.row(i):
+      slots[placement.source] += placement.slots
+  np.testing.assert_allclose(slots / slots.sum(), [0.3, 0.2, 0.5], atol=0.02)
+  with pytest.raises(ValueError, match=r"text_share is 0\.6 and interleaved_share 0\.5; their sum"):
+    mixed(text_share=0.6, interleaved_share=0.5)
 
 
 def test_too_little_data_for_one_batch_is_told(workdir):

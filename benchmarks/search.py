@@ -1,0 +1,73 @@
+"""Neighbour search: queries per second and recall@2 of ScaNN against exact search, and what an index takes.
+
+  python -m benchmarks.search --sizes=100000,1000000
+
+Vectors are random, 512 wide, in clusters like those of embeddings: n / 100 centres, cosine of about 0.7 to their own.
+ScaNN answers a batch on one thread; exact search uses all of JAX's devices.
+"""
+
+import time
+
+from absl import app, flags
+from etils import epath
+import numpy as np
+
+from cm3leon_jax.retrieval import index
+
+_SIZES = flags.DEFINE_list("sizes", ["100000", "1000000"], "Numbers of vectors.")
+_QUERIES = flags.DEFINE_integer("queries", 2_000, "Queries of a repetition of ScaNN; exact search gets an eighth of them.")
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Repetitions, of which median, smallest and largest are printed.")
+
+WIDTH = 512
+
+
+def clustered(count: int, seed: int = 0) -> np.ndarray:
+  """[count, WIDTH] float32 of norm 1."""
+  rng = np.random.default_rng(seed)
+  centers = rng.standard_normal((max(1, count // 100), WIDTH), np.float32)
+  vectors = centers[rng.integers(0, len(centers), count)]
+  vectors += rng.standard_normal((count, WIDTH), np.float32)
+  return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def rates(search: index.Index, queries: np.ndarray, repeats: int) -> str:
+  """`median (smallest to largest)` queries per second, after one repetition that compiles."""
+  search.search(queries, 2)
+  found = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    search.search(queries, 2)
+    found.append(len(queries) / (time.perf_counter() - start))
+  return f"{np.median(found):,.0f} ({min(found):,.0f} to {max(found):,.0f}) queries/s"
+
+
+def measure(count: int) -> None:
+  vectors = clustered(count)
+  rng = np.random.default_rng(1)
+  near = vectors[rng.integers(0, count, _QUERIES.value)] + 0.5 * rng.standard_normal((_QUERIES.value, WIDTH), np.float32) / 16
+  queries = near / np.linalg.norm(near, axis=1, keepdims=True)
+  start = time.perf_counter()
+  scann = index.ScannIndex.build(vectors)
+  built = time.perf_counter() - start
+  folder = epath.Path(flags.FLAGS.folder) / str(count)
+  scann.save(folder)
+  size = sum(path.stat().length for path in folder.iterdir())
+  exact = index.ExactIndex(vectors)
+  few = queries[: max(1, len(queries) // 8)]
+  recall = index.recall_at_k(scann.search(few, 2)[0], exact.search(few, 2)[0])
+  print(
+    f"{count:,} vectors: scann built in {built:.0f} s, {size / count:.0f} bytes a vector, recall@2 {recall:.3f}", flush=True
+  )
+  print(f"  scann: {rates(scann, queries, _REPEATS.value)}", flush=True)
+  print(f"  exact: {rates(exact, few, _REPEATS.value)}", flush=True)
+
+
+def main(_):
+  for size in _SIZES.value:
+    measure(int(size))
+
+
+flags.DEFINE_string("folder", "/tmp/cm3leon_jax_search", "Where indices are written, to know their size.")
+
+if __name__ == "__main__":
+  app.run(main)
