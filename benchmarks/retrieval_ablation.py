@@ -3,13 +3,14 @@
   python -m benchmarks.retrieval_ablation --workdir=workdir/ablation
 
 Trains the tokenizers, a CLIP and then a decoder for every condition and seed on drawings of one concept in several styles;
-writes results.json, table.md and plot.png into the workdir. What is finished is skipped: it can be stopped at any time.
+writes results.json, table.md and plot.png into the workdir. What is finished is skipped: it may be stopped at any time.
 Method and results: docs/retrieval_ablation.md.
 """
 
 import dataclasses
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -100,10 +101,13 @@ class Ablation:
     return settings_from_config(config)
 
   def command(self, name: str, workdir: pathlib.Path, overrides: dict) -> None:
-    """Runs `python -m launch.NAME`; ends this program too if it fails or is told to stop."""
+    """Runs `python -m launch.NAME`; SIGTERM is passed on to it, and if it fails or is stopped, this program ends too."""
     command = [sys.executable, "-m", f"launch.{name}", f"--config=ml_configs/openmoji.py:{self.minutes:g}"]
     command += [f"--workdir={workdir}", *(f"--config.{field}={value}" for field, value in overrides.items())]
-    code = subprocess.run(command, cwd=ROOT).returncode
+    with subprocess.Popen(command, cwd=ROOT) as process:
+      previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+      code = process.wait()
+      signal.signal(signal.SIGTERM, previous)
     if code:
       sys.exit(code)
 
