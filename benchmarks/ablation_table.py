@@ -7,6 +7,7 @@ import os
 
 from matplotlib.figure import Figure
 import numpy as np
+from scipy import stats
 
 from cm3leon_jax.evaluation import bits
 
@@ -58,15 +59,32 @@ def difference(runs: list[Run], others: list[Run], mask, concepts) -> dict:
   """Bits per image code of `runs` minus those of `others`, both averaged over the seeds that they share.
 
   Returns:
-    {"bits", "low", "high", "by_seed"}: the 95% interval is a bootstrap over concepts, so it tells the spread over pictures;
-    `by_seed` tells that over seeds.
+    {"bits", "concepts", "by_seed", "seeds"}. Two 95% intervals, (low, high) each: `concepts`, a bootstrap over concepts, for
+    other pictures; `seeds`, Student's t over seeds, for other trainings, None if there is one. `by_seed`: the differences.
   """
   pairs = [(a, b) for a in runs for b in others if a.seed == b.seed]
   codes = pairs[0][0].image_codes[mask]
   deltas = [(a.image_bits - b.image_bits)[mask] for a, b in pairs]
   sums, totals = by_concept(np.mean(deltas, 0), concepts[mask]), by_concept(codes, concepts[mask])
-  interval = bits.mean_interval(sums, totals, NUM_RESAMPLES, seed=0)
-  return {**interval, "by_seed": [float(delta.sum() / codes.sum()) for delta in deltas]}
+  found = bits.mean_interval(sums, totals, NUM_RESAMPLES, seed=0)
+  by_seed = [float(delta.sum() / codes.sum()) for delta in deltas]
+  return {
+    "bits": found["bits"],
+    "concepts": (found["low"], found["high"]),
+    "by_seed": by_seed,
+    "seeds": student_interval(by_seed),
+  }
+
+
+def student_interval(values) -> tuple[float, float] | None:
+  """95% interval of the mean of a few values by Student's t; None for one value.
+
+  student_interval([1, 2, 3]) = (-0.484, 4.484): 2 -+ 4.303 x 1 / sqrt(3)
+  """
+  if len(values) < 2:
+    return None
+  half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+  return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
 def summarize(runs: list[Run], labels: dict[str, str], subsets: dict[str, np.ndarray], concepts: np.ndarray) -> dict:
@@ -107,13 +125,17 @@ def summarize(runs: list[Run], labels: dict[str, str], subsets: dict[str, np.nda
 
 
 def verdict(delta: dict) -> str:
-  """What a difference shows: something only if its interval and those of its seeds, two or more, all lie on one side of 0."""
-  if len(delta["by_seed"]) < 2:
+  """What a difference shows: something only if both of its intervals lie on the same side of 0."""
+  if delta["seeds"] is None:
     return "one seed shows nothing"
-  values = (delta["low"], delta["high"], *delta["by_seed"])
-  if max(values) < 0:
+  ends = (*delta["concepts"], *delta["seeds"])
+  if max(ends) < 0:
     return "fewer bits"
-  return "more bits" if min(values) > 0 else "not told apart"
+  return "more bits" if min(ends) > 0 else "not told apart"
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+  return f"[{ends[0]:+.3f}, {ends[1]:+.3f}]" if ends else "-"
 
 
 def _cell(value: dict) -> str:
@@ -132,11 +154,12 @@ def markdown(result: dict) -> str:
     cells = [_cell(c[f"bits_per_{unit}"][s]) for unit in ("image_code", "caption_token") for s in counts]
     lines.append(_row([c["label"], str(len(c["seeds"])), *cells, f"{c['query_documents']:,}", f"{c['train_seconds']:,}"]))
   if result["differences"]:
-    lines += ["", _row(["bits per image code", "held out", "difference [95%]", "by seed", "shows"]), _row(["---"] * 5)]
+    header = ["bits per image code", "held out", "difference", "95% over concepts", "95% over seeds", "by seed", "shows"]
+    lines += ["", _row(header), _row(["---"] * len(header))]
   for d in result["differences"]:
-    interval = f"{d['bits']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
     seeds = ", ".join(f"{x:+.3f}" for x in d["by_seed"])
-    lines.append(_row([d["label"], SUBSETS[d["subset"]], interval, seeds, verdict(d)]))
+    intervals = [_interval(d["concepts"]), _interval(d["seeds"])]
+    lines.append(_row([d["label"], SUBSETS[d["subset"]], f"{d['bits']:+.3f}", *intervals, seeds, verdict(d)]))
   return "\n".join(lines) + "\n"
 
 

@@ -45,9 +45,9 @@ RESULT = {
       "label": "(K = 2) - (K = 0)",
       "subset": "new",
       "bits": 0.1,
-      "low": 0.05,
-      "high": 0.15,
+      "concepts": (0.05, 0.15),
       "by_seed": [0.08, 0.12],
+      "seeds": (0.01, 0.19),
     }
   ],
 }
@@ -61,9 +61,9 @@ bits per caption token, drawn by others | bits per caption token, new | query do
 | K = 0 | 2 | 4.012 ± 0.021 | 4.200 ± 0.030 | 6.500 ± 0.100 | 7.500 ± 0.100 | 4,800 | 240 |
 | K = 2 | 1 | 3.900 | 4.300 | 0.500 | 7.000 | 1,600 | 250 |
 
-| bits per image code | held out | difference [95%] | by seed | shows |
-| --- | --- | --- | --- | --- |
-| (K = 2) - (K = 0) | new | +0.100 [+0.050, +0.150] | +0.080, +0.120 | more bits |
+| bits per image code | held out | difference | 95% over concepts | 95% over seeds | by seed | shows |
+| --- | --- | --- | --- | --- | --- | --- |
+| (K = 2) - (K = 0) | new | +0.100 | [+0.050, +0.150] | [+0.010, +0.190] | +0.080, +0.120 | more bits |
 """
 
 
@@ -81,17 +81,22 @@ def test_sums_by_concept_are_those_of_the_docstring():
 
 
 @pytest.mark.parametrize(
-  ("low", "high", "by_seed", "shown"),
+  ("concepts", "seeds", "shown"),
   [
-    (-0.2, -0.1, [-0.1, -0.2], "fewer bits"),
-    (0.1, 0.2, [0.1, 0.2], "more bits"),
-    (-0.2, 0.1, [-0.1, -0.1], "not told apart"),  # The pictures differ too much,
-    (-0.2, -0.1, [-0.3, 0.1], "not told apart"),  # or the seeds do.
-    (-0.2, -0.1, [-0.15], "one seed shows nothing"),
+    ((-0.2, -0.1), (-0.3, -0.05), "fewer bits"),
+    ((0.1, 0.2), (0.05, 0.3), "more bits"),
+    ((-0.2, 0.1), (-0.3, -0.05), "not told apart"),  # The pictures differ too much,
+    ((-0.2, -0.1), (-0.4, 0.1), "not told apart"),  # or the seeds do.
+    ((-0.2, -0.1), None, "one seed shows nothing"),
   ],
 )
-def test_only_a_difference_clear_of_zero_over_pictures_and_seeds_shows_something(low, high, by_seed, shown):
-  assert ablation_table.verdict({"low": low, "high": high, "by_seed": by_seed}) == shown
+def test_only_a_difference_clear_of_zero_over_pictures_and_seeds_shows_something(concepts, seeds, shown):
+  assert ablation_table.verdict({"concepts": concepts, "seeds": seeds}) == shown
+
+
+def test_student_interval_is_that_of_the_docstring():
+  assert ablation_table.student_interval([1, 2, 3]) == pytest.approx((-0.484, 4.484), abs=1e-3)
+  assert ablation_table.student_interval([1]) is None
 
 
 def test_summary_of_literal_runs():
@@ -128,11 +133,12 @@ def test_differences_are_of_equal_seeds_and_whole_concepts():
   gain = np.repeat(rng.normal(0.5, 1, 20), 2)  # The drawings of a concept gain alike.
   runs, others = [run("2", 1, base - gain)], [run("0", 0, base + 100), run("0", 1, base)]
   everything = np.ones(40, bool)
+  width = lambda delta: delta["concepts"][1] - delta["concepts"][0]
   delta = ablation_table.difference(runs, others, everything, concepts)
   assert delta["bits"] == pytest.approx(-gain.mean() / 4)
   assert len(delta["by_seed"]) == 1
   alone = ablation_table.difference(runs, others, everything, np.arange(40))
-  assert delta["high"] - delta["low"] > 1.2 * (alone["high"] - alone["low"])
+  assert width(delta) > 1.2 * width(alone)
 
 
 def test_the_plot_is_a_picture(tmp_path):
