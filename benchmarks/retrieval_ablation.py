@@ -177,13 +177,12 @@ def shuffle_neighbors(folder: pathlib.Path, target: pathlib.Path, corpus: Corpus
     ("train_pairs", corpus.train_concepts, {"": False}),
     ("heldout_pairs", corpus.heldout_concepts, {"": False, "text_": True}),
   ):
-    found = {prefix: neighbors.load_neighbors(folder, name, text_only) for prefix, text_only in sides.items()}
-    candidates = np.concatenate([ids for ids, _ in found.values()], axis=1)
+    load = lambda text_only, array, name=name: neighbors.load_neighbors(folder, name, text_only, array)
+    found = {f"{prefix}{array}": load(text, array) for prefix, text in sides.items() for array in ("ids", "scores")}
+    candidates = np.concatenate([values for array, values in found.items() if array.endswith("ids")], axis=1)
     order = shuffled_order(own, concepts_of(candidates, corpus.train_concepts), rng)
-    for prefix, arrays in found.items():
-      for array, values in zip(("ids", "scores"), arrays):
-        store = ArrayStore.create(target / name / f"{prefix}{array}", values.shape[1:], values.dtype)
-        store.append(values[order])
+    for array, values in found.items():
+      ArrayStore.create(target / name / array, values.shape[1:], values.dtype).append(values[order])
   stages.write_json(target / stages.DONE, done)
 
 
@@ -194,9 +193,9 @@ def own_concept_share(folder: pathlib.Path, corpus: Corpus) -> dict[str, float]:
     train_candidates: of all candidates of training documents; heldout_first, heldout_second: of the best two by caption alone
     of the held-out documents whose concept is in the bank.
   """
-  ids, _ = neighbors.load_neighbors(folder, "train_pairs")
+  ids = neighbors.load_neighbors(folder, "train_pairs")
   train = (concepts_of(ids, corpus.train_concepts) == corpus.train_concepts[:, None])[ids >= 0]
-  ids, _ = neighbors.load_neighbors(folder, "heldout_pairs", text_only=True)
+  ids = neighbors.load_neighbors(folder, "heldout_pairs", text_only=True)
   heldout = (concepts_of(ids, corpus.train_concepts) == corpus.heldout_concepts[:, None])[corpus.subsets["drawn_by_others"]]
   return {"train_candidates": train.mean(), "heldout_first": heldout[:, 0].mean(), "heldout_second": heldout[:, 1].mean()}
 
@@ -207,7 +206,7 @@ def score(settings: Settings, run: pathlib.Path, corpus: Corpus) -> dict[str, li
   Returns:
     image_bits, image_codes, text_bits, text_tokens: [n] sums over a document's image codes and over its caption.
   """
-  ids, _ = neighbors.load_neighbors(run / "neighbors", "heldout_pairs", text_only=True)
+  ids = neighbors.load_neighbors(run / "neighbors", "heldout_pairs", text_only=True)
   samples, masks = [], []
   for i in range(len(corpus.heldout)):
     document = corpus.heldout[i]
@@ -227,7 +226,7 @@ def score(settings: Settings, run: pathlib.Path, corpus: Corpus) -> dict[str, li
 
 def count_queries(settings: Settings, run: pathlib.Path, corpus: Corpus) -> int:
   """Samples of the rows of the training in `run`; each has one document that is not a neighbour."""
-  ids, _ = neighbors.load_neighbors(run / "neighbors", "train_pairs")
+  ids = neighbors.load_neighbors(run / "neighbors", "train_pairs")
   plan = RowPlan([Source(corpus.train, 1.0, ids, corpus.train)], settings.data, settings.vocab.num_masks, settings.seed)
   return sum(len(plan.row(i)) for i in range(settings.train.steps * settings.train.global_batch_size))
 

@@ -94,4 +94,7 @@ def run(main) -> None:
     except UserError as error:
       _fail(str(error))
 
+  for module in filter(None, map(sys.modules.get, ("launch.common", "launch.sharded"))):  # --help tells their flags, too.
+    for flag in flags.FLAGS.get_key_flags_for_module(module):
+      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
   app.run(checked, flags_parser=_parse_flags)

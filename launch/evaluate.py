@@ -28,7 +28,7 @@ def main(settings, workdir):
       return
     params, step = checkpoint.load_params(workdir / "train", settings.model)
     train, heldout = (DocumentStore(workdir / "documents" / f"{split}_pairs", settings.vocab) for split in ("train", "heldout"))
-    ids, _ = neighbors.load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)
+    ids = neighbors.load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)
     metrics = bits.evaluate(
       params, settings.model, train, heldout, ids, settings.vocab, settings.data, settings.evaluation, settings.seed
     )

@@ -37,7 +37,7 @@ def draw(settings, workdir, out: epath.Path, split: str, numbers: range, config_
   for folder, command in STAGES.items():
     stages.require(workdir / folder, command)
   loader = open_rows(settings, workdir, split)
-  _, scores = load_neighbors(workdir / "neighbors", f"{split}_pairs")
+  scores = load_neighbors(workdir / "neighbors", f"{split}_pairs", array="scores")
   rows = inspect.read_rows(loader, scores, numbers)
   text_tokenizer = TextTokenizer(workdir / "text_tokenizer", settings.vocab)
   decoder = inspect_page.make_decoder(rows, settings.vocab, text_tokenizer, ImageTokenizer.load(workdir / "vqgan"))

@@ -30,7 +30,7 @@ def open_rows(settings: Settings, workdir, split: str, write_starts: bool = Fals
   store = lambda name: DocumentStore(documents / name, settings.vocab)
   bank = store("train_pairs")
   pairs = bank if split == "train" else store(f"{split}_pairs")
-  ids, _ = load_neighbors(workdir / "neighbors", f"{split}_pairs")
+  ids = load_neighbors(workdir / "neighbors", f"{split}_pairs")
   if len(ids) != len(pairs):
     raise UserError(
       f"{workdir / 'neighbors'} names neighbours of {len(ids)} documents, {pairs.folder} holds {len(pairs)}: build them anew."

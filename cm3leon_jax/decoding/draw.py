@@ -53,7 +53,7 @@ def heldout_prompts(settings, workdir, count: int, seed: int, retrieve: int) -> 
     raise UserError(f"--captions is {count}; only {len(heldout)} pairs are held out.")
   ids = None
   if retrieve:
-    ids, _ = neighbors_lib.load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)
+    ids = neighbors_lib.load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)
   prompts = []
   for n, i in enumerate(np.linspace(0, len(heldout) - 1, count).astype(int)):
     found = _first(bank, ids[i], retrieve) if retrieve else ()

@@ -280,15 +280,21 @@ def search_recall(retriever: Retriever, k: int = 2, most: int = 1_000) -> dict[s
   return {**recalls, f"recall@{k}": float(np.mean(list(recalls.values())))}
 
 
-def load_neighbors(folder: epath.PathLike, name: str, text_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
-  """ids [n, C] int32 and scores [n, C] of `name`; `text_only`: of the caption alone, which only held-out pairs have.
+def load_neighbors(folder: epath.PathLike, name: str, text_only: bool = False, array: str = "ids") -> np.ndarray:
+  """[n, C] int32 ids of neighbours of the store `name`, or with array="scores" their float32 similarities.
+
+  Args:
+    folder: of the stage.
+    name: "train_pairs" or "heldout_pairs".
+    text_only: those of the caption alone, which only held-out pairs have.
+    array: "ids" or "scores".
 
   Raises:
     UserError: they are absent, or there are no text-only neighbours.
   """
-  path, prefix = epath.Path(folder) / name, "text_" if text_only else ""
+  path = epath.Path(folder) / name
   if not path.exists():
     raise UserError(f"{path} does not exist: run `python -m launch.build_neighbors` first.")
-  if not (path / f"{prefix}ids").exists():
+  if text_only and not (path / "text_ids").exists():
     raise UserError(f"{path} has no neighbours by caption alone; only held-out pairs have them.")
-  return ArrayStore(path / f"{prefix}ids")[:], ArrayStore(path / f"{prefix}scores")[:]
+  return ArrayStore(path / (f"text_{array}" if text_only else array))[:]

@@ -66,7 +66,8 @@ def test_the_control_has_the_same_neighbours_of_other_documents(tmp_path, corpus
   retrieval_ablation.shuffle_neighbors(tmp_path / "true", tmp_path / "shuffled", corpus, seed=0)
   for name, text_only in (("train_pairs", False), ("heldout_pairs", False), ("heldout_pairs", True)):
     (ids, scores), (shuffled_ids, shuffled_scores) = (
-      load_neighbors(tmp_path / folder, name, text_only) for folder in ("true", "shuffled")
+      [load_neighbors(tmp_path / folder, name, text_only, array) for array in ("ids", "scores")]
+      for folder in ("true", "shuffled")
     )
     whole = lambda ids, scores: sorted(map(tuple, np.concatenate([ids, scores], axis=1).tolist()))
     assert whole(ids, scores) == whole(shuffled_ids, shuffled_scores)
@@ -83,7 +84,7 @@ def test_the_control_is_another_stage_than_the_true_neighbours_for_every_seed(tm
   for seed in (0, 1):
     retrieval_ablation.shuffle_neighbors(tmp_path / "true", tmp_path / f"{seed}", corpus, seed)
     ids.append(stages.require(tmp_path / f"{seed}", "build_neighbors")["id"])
-    first.append(load_neighbors(tmp_path / f"{seed}", "train_pairs")[0])
+    first.append(load_neighbors(tmp_path / f"{seed}", "train_pairs"))
   assert len(set(ids)) == 3
   assert (first[0] != first[1]).any()
 
@@ -112,7 +113,7 @@ def test_every_condition_has_checked_settings_of_equal_rows(tmp_path):
 def test_the_control_is_made_once_and_anew_only_for_new_neighbours(tmp_path, corpus):
   def shuffled():
     retrieval_ablation.shuffle_neighbors(tmp_path / "true", tmp_path / "shuffled", corpus, seed=0)
-    return load_neighbors(tmp_path / "shuffled", "train_pairs")[0]
+    return load_neighbors(tmp_path / "shuffled", "train_pairs")
 
   write_neighbors(tmp_path / "true", np.random.default_rng(1))
   first, written = shuffled(), (tmp_path / "shuffled" / stages.DONE).stat().st_mtime_ns

@@ -84,7 +84,7 @@ def test_heldout_prompts_are_spread_and_know_their_neighbours(workdir):
   assert [p.text for p in prompts] == ["red apple", "blue car", "new house"]
   assert [p.seed for p in prompts] == [7, 8, 9]
   assert [p.key for p in prompts] == ["h0", "h2", "h4"]
-  ids, _ = neighbors.load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)
+  ids = neighbors.load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)
   bank = DocumentStore(workdir / "documents" / "train_pairs", VOCAB)
   assert [[d.key for d in p.neighbors] for p in prompts] == [[bank[int(i)].key for i in ids[row][:2]] for row in (0, 2, 4)]
   every = draw.heldout_prompts(SETTINGS, workdir, 5, seed=7, retrieve=2)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-COMMANDS = sorted(path.stem for path in (ROOT / "launch").glob("*.py") if path.stem not in ("__init__", "common"))
+COMMANDS = sorted(path.stem for path in (ROOT / "launch").glob("*.py") if path.stem not in ("__init__", "common", "sharded"))
 
 
 def run(*argv, cwd=ROOT):
@@ -26,9 +26,10 @@ def test_every_command_says_how_to_run_it(name):
 
 
 def test_help_shows_the_docstring_and_the_flags(tmp_path):
-  shown = command("evaluate", "--help").stdout
-  assert "python -m launch.evaluate --config=ml_configs/openmoji.py" in shown
-  assert "--workdir" in shown
+  shown = command("encode_documents", "--help").stdout
+  assert "python -m launch.encode_documents --config=ml_configs/openmoji.py" in shown
+  assert all(f"--{name}: " in shown for name in ("config", "workdir", "runner", "ray_address"))
+  assert "--[no]validate: " in shown
 
 
 @pytest.mark.parametrize(

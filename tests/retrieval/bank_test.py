@@ -78,15 +78,15 @@ def test_the_stage_writes_neighbours_of_both_splits(built):
   root, summary = built
   assert summary["recall@2"] == 1
   assert (summary["bank"], summary["backend"]) == (18, "exact")
-  ids, scores = neighbors.load_neighbors(root / "out", "train_pairs")
+  ids, scores = (neighbors.load_neighbors(root / "out", "train_pairs", array=array) for array in ("ids", "scores"))
   assert ids.shape == scores.shape == (18, 4)
   assert summary["train_mean_kept"] == (ids >= 0).sum(1).mean()
   np.testing.assert_allclose(summary["train_mean_similarity"], scores[ids >= 0].mean(), rtol=1e-5)
   assert summary["train_rejected_own_group"] > 0
-  assert neighbors.load_neighbors(root / "out", "heldout_pairs")[0].shape == (6, 4)
+  assert neighbors.load_neighbors(root / "out", "heldout_pairs").shape == (6, 4)
   by_caption = neighbors.load_neighbors(root / "out", "heldout_pairs", text_only=True)
   query = tiny_clip().embed_texts([tiny_clip().encode("ddd")])  # the first held-out caption
-  np.testing.assert_array_equal(Retriever(root / "out", CONFIG).retrieve(query)[0][0], by_caption[0][0])
+  np.testing.assert_array_equal(Retriever(root / "out", CONFIG).retrieve(query)[0][0], by_caption[0])
 
 
 def files_of(folder):
@@ -131,10 +131,10 @@ def test_scann_is_built_once_and_saved(tmp_path, monkeypatch):
   config = dataclasses.replace(CONFIG, backend="scann")
   summary = build(tmp_path, config=config)
   assert summary["backend"] == "scann"
-  ids = neighbors.load_neighbors(tmp_path / "out", "train_pairs")[0]
+  ids = neighbors.load_neighbors(tmp_path / "out", "train_pairs")
   monkeypatch.setattr(index.ScannIndex, "build", None)  # Nothing builds it again.
   assert build(tmp_path, config=config)["train_mean_kept"] == summary["train_mean_kept"]
-  np.testing.assert_array_equal(neighbors.load_neighbors(tmp_path / "out", "train_pairs")[0], ids)
+  np.testing.assert_array_equal(neighbors.load_neighbors(tmp_path / "out", "train_pairs"), ids)
 
 
 @settings(max_examples=50, deadline=None)

@@ -142,7 +142,7 @@ def test_absent_neighbours_are_told(tmp_path):
     neighbors.load_neighbors(tmp_path, "train_pairs")
   ids = np.array([[3, 1, -1, -1]], np.int32)
   write_neighbors(tmp_path / "train_pairs", ids=ids)
-  np.testing.assert_array_equal(neighbors.load_neighbors(tmp_path, "train_pairs")[0], ids)
+  np.testing.assert_array_equal(neighbors.load_neighbors(tmp_path, "train_pairs"), ids)
   with pytest.raises(UserError, match="only held-out pairs"):
     neighbors.load_neighbors(tmp_path, "train_pairs", text_only=True)
 
