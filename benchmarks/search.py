@@ -1,6 +1,6 @@
-"""Neighbour search: queries per second and recall@2 of ScaNN against exact search, and what an index takes.
+"""Neighbour search: rates and recall@2 of ScaNN against exact search, what an index takes, and the rate of the selection rules.
 
-  python -m benchmarks.search --sizes=100000,1000000
+  python -m benchmarks.search --folder=scratch --sizes=100000,1000000
 
 Vectors are random, 512 wide, in clusters like those of embeddings: n / 100 centres, cosine of about 0.7 to their own.
 ScaNN answers a batch on one thread; exact search uses all of JAX's devices.
@@ -13,10 +13,14 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.retrieval import index
+from cm3leon_jax.retrieval.arrays import ArrayStore
+from cm3leon_jax.retrieval.bank import document_embeddings
+from cm3leon_jax.retrieval.neighbors import RetrievalConfig, Retriever
 
 _SIZES = flags.DEFINE_list("sizes", ["100000", "1000000"], "Numbers of vectors.")
 _QUERIES = flags.DEFINE_integer("queries", 2_000, "Queries of a repetition of ScaNN; exact search gets an eighth of them.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Repetitions, of which median, smallest and largest are printed.")
+_FOLDER = flags.DEFINE_string("folder", None, "Where arrays and indices are written.", required=True)
 
 WIDTH = 512
 
@@ -49,7 +53,7 @@ def measure(count: int) -> None:
   start = time.perf_counter()
   scann = index.ScannIndex.build(vectors)
   built = time.perf_counter() - start
-  folder = epath.Path(flags.FLAGS.folder) / str(count)
+  folder = epath.Path(_FOLDER.value) / str(count)
   scann.save(folder)
   size = sum(path.stat().length for path in folder.iterdir())
   exact = index.ExactIndex(vectors)
@@ -62,12 +66,32 @@ def measure(count: int) -> None:
   print(f"  exact: {rates(exact, few, _REPEATS.value)}", flush=True)
 
 
+def measure_selection(count: int = 20_000) -> None:
+  """Documents per second whose 2 x 64 candidates are read and pruned by the rules, on one thread."""
+  texts, images = clustered(count), clustered(count, seed=1)
+  folder = epath.Path(_FOLDER.value) / "selection"
+  numbers = np.arange(count, dtype=np.uint64) + 1
+  arrays = {"documents": document_embeddings(texts, images), "queries": texts, "images": images}
+  for name, values in {**arrays, "groups": numbers // 2 + 1, "keys": numbers}.items():
+    dtype = values.dtype if values.ndim == 1 else np.float16
+    ArrayStore.create(folder / "train" / name, values.shape[1:], dtype).append(values)
+  retriever = Retriever(folder, RetrievalConfig(backend="exact"))
+  queries = slice(0, 2_048)
+  sides = [retriever.search(x[queries]) for x in (texts, images)]
+  rows = [x[queries] for x in (arrays["documents"], numbers, numbers // 2 + 1)]
+  found = []
+  for _ in range(_REPEATS.value):
+    start = time.perf_counter()
+    retriever.select(sides, *rows, kept_per_side=2)
+    found.append(len(rows[0]) / (time.perf_counter() - start))
+  print(f"selection: {np.median(found):,.0f} ({min(found):,.0f} to {max(found):,.0f}) documents/s", flush=True)
+
+
 def main(_):
+  measure_selection()
   for size in _SIZES.value:
     measure(int(size))
 
-
-flags.DEFINE_string("folder", "/tmp/cm3leon_jax_search", "Where indices are written, to know their size.")
 
 if __name__ == "__main__":
   app.run(main)

@@ -11,6 +11,7 @@ import hashlib
 import json
 
 from absl import flags
+from etils import epath
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
@@ -24,11 +25,13 @@ _PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to draw; may be given se
 _CAPTIONS = flags.DEFINE_integer("captions", 16, "Held-out captions to draw, if there is no --prompt.", lower_bound=1)
 _GUIDANCE = flags.DEFINE_list("guidance", None, "Weights of guidance, e.g. 1,3,5 (default: 1,3,5; with --prompt the config's).")
 _RETRIEVE = flags.DEFINE_list("retrieve", None, "Numbers of retrieved documents, e.g. 0,2 (default: 0,2; with --prompt 2).")
+_BANK = flags.DEFINE_string("bank", None, "Another workdir of the same tokenizers and CLIP, to retrieve from for a --prompt.")
 _SEED = flags.DEFINE_integer("seed", None, "Seed of the first prompt; each next one adds 1.", 0, 2**31)
 
 STAGES = {
   "text_tokenizer": "train_text_tokenizer",
   "vqgan": "train_vqgan",
+  "documents": "encode_documents",
   "neighbors": "build_neighbors",
 }
 
@@ -42,6 +45,23 @@ def _numbers(flag, default: list, kind, least) -> list:
   if not values or any(not least <= v < float("inf") for v in values):
     raise UserError(f"--{flag.name} is {values}; each must be a finite number of at least {least}, and there must be one.")
   return list(dict.fromkeys(values))
+
+
+def _bank(settings, workdir: epath.Path) -> epath.Path:
+  """The workdir that is retrieved from. Raises UserError if its codes, ids or embeddings mean something else than the run's."""
+  if _BANK.value is None:
+    return workdir
+  if not _PROMPT.value:
+    raise UserError("--bank is given without --prompt; held-out captions have the neighbours that their run found for them.")
+  bank = epath.Path(_BANK.value)
+  documents, neighbors = (stages.require(bank / folder, STAGES[folder])["config"] for folder in ("documents", "neighbors"))
+  found = {"clip": neighbors["retrieval"]["clip"], **documents["inputs"], **neighbors["inputs"]}
+  expected = {folder: stages.require(workdir / folder, STAGES[folder])["id"] for folder in ("text_tokenizer", "vqgan")}
+  expected |= {"clip": settings.retrieval.clip, **common.clip_inputs(settings, workdir)}
+  for name, value in expected.items():
+    if found[name] != value:
+      raise UserError(f"--bank {bank} was made with another {name} than {workdir}: copy its folder there and make it anew.")
+  return bank
 
 
 def main(settings, workdir) -> None:
@@ -58,6 +78,8 @@ def main(settings, workdir) -> None:
     "inputs": {folder: stages.require(workdir / folder, command)["id"] for folder, command in STAGES.items()},
     "retrieval": dataclasses.asdict(settings.retrieval),
   }
+  bank = _bank(settings, workdir)
+  config["inputs"]["neighbors"] = stages.require(bank / "neighbors", "build_neighbors")["id"]
   config["inputs"] |= {**common.clip_inputs(settings, workdir), "train": common.require_run(settings, workdir)}
   folder = workdir / "samples"
   if texts:  # Every set of prompts and settings has a folder of its own, so that a user may try another at any time.
@@ -66,7 +88,7 @@ def main(settings, workdir) -> None:
     if summary is not None:
       clip = load_clip(settings.retrieval.clip, workdir, settings.vocab)
       if texts:
-        prompts = draw.free_prompts(settings, workdir, texts, seed, max(retrieves), clip)
+        prompts = draw.free_prompts(settings, workdir, texts, seed, max(retrieves), clip, bank)
       else:
         prompts = draw.heldout_prompts(settings, workdir, _CAPTIONS.value, seed, max(retrieves))
       params, step = checkpoint.load_params(workdir / "train", settings.model)

@@ -62,16 +62,16 @@ def heldout_prompts(settings, workdir, count: int, seed: int, retrieve: int) -> 
   return prompts
 
 
-def free_prompts(settings, workdir, texts: list[str], seed: int, retrieve: int, clip: CLIP | HFCLIP) -> list[Prompt]:
-  """The user's texts, with neighbours that CLIP finds for them."""
+def free_prompts(settings, workdir, texts: list[str], seed: int, retrieve: int, clip: CLIP | HFCLIP, bank) -> list[Prompt]:
+  """The user's texts, with neighbours that CLIP finds for them in the workdir `bank`."""
   encode = TextTokenizer(workdir / "text_tokenizer", settings.vocab).encode
   for text in texts:
     if not text.strip():
       raise UserError("--prompt is empty: give at least one word to draw.")
   ids, found = [encode(text) for text in texts], [()] * len(texts)
   if retrieve:
-    store = DocumentStore(workdir / "documents" / "train_pairs", settings.vocab)
-    retriever = neighbors_lib.Retriever(workdir / "neighbors", settings.retrieval)
+    store = DocumentStore(bank / "documents" / "train_pairs", settings.vocab)
+    retriever = neighbors_lib.Retriever(bank / "neighbors", settings.retrieval)
     queries = clip.embed_texts([clip.encode(text) for text in texts])
     found = [_first(store, row, retrieve) for row in retriever.retrieve(queries)[0]]
   return [Prompt(*pair, seed + n, neighbors=near) for n, (*pair, near) in enumerate(zip(texts, ids, found))]

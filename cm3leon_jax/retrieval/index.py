@@ -46,7 +46,7 @@ class ExactIndex:
     block = min(rows, BLOCK)
     rows = -(-rows // block) * block
     padded = np.pad(vectors, ((0, len(devices) * rows - self._count), (0, 0)))
-    mesh = jax.make_mesh((len(devices),), ("bank",), (AxisType.Auto,), devices=devices)
+    self._mesh = mesh = jax.make_mesh((len(devices),), ("bank",), (AxisType.Auto,), devices=devices)
     self._vectors = jax.device_put(padded.reshape(-1, block, width), NamedSharding(mesh, P("bank")))
     self._top_k = functools.partial(_exact_top_k, mesh, self._count)
 
@@ -58,7 +58,8 @@ class ExactIndex:
     for start in range(0, len(queries), QUERY_BATCH):
       batch = queries[start : start + QUERY_BATCH]
       padded = np.pad(batch, ((0, QUERY_BATCH - len(batch)), (0, 0)))
-      top_scores, top_ids = self._top_k(kept, self._vectors, padded)
+      with jax.set_mesh(self._mesh):  # The caller may be on the decoder's mesh.
+        top_scores, top_ids = self._top_k(kept, self._vectors, padded)
       ids.append(np.asarray(top_ids)[: len(batch)])
       scores.append(np.asarray(top_scores)[: len(batch)])
     return _fill(np.concatenate(ids), np.concatenate(scores), k)

@@ -209,6 +209,14 @@ def test_every_file_is_a_shard_and_new_files_add_shards(tmp_path, monkeypatch):
   assert written == ["000002", "000000", "000001", "000002"]
 
 
+def test_images_may_be_stored_as_jpeg(source, tmp_path):
+  _, out = prepare(source, tmp_path, jpeg_quality=95, heldout_fraction=0.0)
+  path = raw_pairs.read_pairs(out, "train")[0].image
+  with Image.open(path) as stored:
+    assert (path[-4:], stored.format, stored.size) == (".jpg", "JPEG", (8, 8))
+  np.testing.assert_allclose(raw_pairs.load_image(path, 8)[4, 4], RED, atol=3)
+
+
 def test_a_shards_digest_knows_its_pictures(source, tmp_path):
   digests = []
   for color in (RED, BLUE, BLUE):
@@ -277,6 +285,7 @@ def test_openmoji_pairs(tmp_path):
     {"max_caption_characters": 0},
     {"max_rejected": 1.5},
     {"crop": "none"},
+    {"jpeg_quality": 96},
   ],
 )
 def test_config_is_checked(values):

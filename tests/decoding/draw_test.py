@@ -94,14 +94,14 @@ def test_heldout_prompts_are_spread_and_know_their_neighbours(workdir):
 
 
 def test_free_prompts_find_the_neighbours_that_clip_names(workdir, clip):
-  (prompt,) = draw.free_prompts(SETTINGS, workdir, ["green car"], 3, 2, clip)
+  (prompt,) = draw.free_prompts(SETTINGS, workdir, ["green car"], 3, 2, clip, workdir)
   bank = Embeddings(workdir / "neighbors" / "train")
   scores = bank.documents[:] @ clip.embed_texts([prompt.ids])[0]
   assert bank.keys[:][np.argmax(scores)] == group_id(prompt.neighbors[0].key)
   assert (prompt.seed, prompt.original, len(prompt.neighbors)) == (3, None, 2)
-  assert draw.free_prompts(SETTINGS, workdir, ["green car"], 3, 0, clip)[0].neighbors == ()
+  assert draw.free_prompts(SETTINGS, workdir, ["green car"], 3, 0, clip, workdir)[0].neighbors == ()
   with pytest.raises(UserError, match="--prompt is empty"):
-    draw.free_prompts(SETTINGS, workdir, ["car", " "], 0, 0, clip)
+    draw.free_prompts(SETTINGS, workdir, ["car", " "], 0, 0, clip, workdir)
 
 
 def test_every_picture_has_a_file_and_a_record(workdir, clip, tmp_path):

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.retrieval import index
 
 
@@ -49,6 +50,13 @@ def test_blocks_and_devices_do_not_matter(clustered, monkeypatch):
     np.testing.assert_array_equal(ids, expected[0])
     np.testing.assert_allclose(scores, expected[1], atol=1e-6)
   np.testing.assert_array_equal(expected[0], oracle(vectors, queries[:9], 20))
+
+
+def test_the_callers_mesh_does_not_matter(clustered):
+  vectors, queries = clustered
+  with jax.set_mesh(create_mesh(MeshConfig(2, 2, 2))):
+    ids, _ = index.ExactIndex(vectors).search(queries, 5)
+  np.testing.assert_array_equal(ids, oracle(vectors, queries, 5))
 
 
 def test_equal_scores_come_in_the_order_of_their_ids():
