@@ -3,17 +3,15 @@
 # L slots of a row, H height and W width of a picture, C codes of a picture.
 
 import dataclasses
-import importlib.resources
 import re
 
 from etils import epath
-import jinja2
 import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.plan import RowPlan
 from cm3leon_jax.evaluation.inspect import RowView, SampleView
-from cm3leon_jax.evaluation.report import png_uri, show
+from cm3leon_jax.evaluation.report import page_environment, png_uri, show
 from cm3leon_jax.evaluation.ribbon import ribbon
 from cm3leon_jax.evaluation.row_parts import NO_SPAN, Part
 from cm3leon_jax.tokenizers.text import TextTokenizer
@@ -260,7 +258,10 @@ def settings_table(plan: RowPlan, rows: list[RowView], split: str) -> list[tuple
     ("seed", str(plan.seed)),
     ("slots a row", show(config.sequence_length)),
     ("mixture", ", ".join(f"{source.share:.0%} {source.store.folder.name}" for source in plan.sources)),
-    ("neighbours", f"up to {show(config.num_neighbors)}, loss weight {config.neighbor_loss_weight:g}"),
+    (
+      "neighbours",
+      f"up to {show(config.num_neighbors)}, {config.neighbor_sampling}; loss weight {config.neighbor_loss_weight:g}",
+    ),
     ("without neighbours", f"{config.neighbor_dropout:.0%} of samples"),
     ("conditioning dropped", f"{config.condition_dropout:.0%} of the others"),
     ("CM3 spans", f"{config.mean_spans:g} a sample on average"),
@@ -273,18 +274,17 @@ def settings_table(plan: RowPlan, rows: list[RowView], split: str) -> list[tuple
 
 def render(rows: list[RowView], plan: RowPlan, decoder: Decoder, config_name: str, split: str) -> str:
   """The page: HTML without any reference to another file."""
-  read = lambda name: importlib.resources.files(__package__).joinpath(name).read_text()
-  environment = jinja2.Environment(
-    autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, loader=jinja2.FunctionLoader(read)
-  )
-  environment.filters["show"] = show
   shown = [{"number": r.number, "ribbon": ribbon(r), "samples": [sample_context(v, decoder) for v in r.samples]} for r in rows]
-  return environment.get_template("inspect.html.jinja").render(
-    rows=shown,
-    settings=settings_table(plan, rows, split),
-    config_name=config_name,
-    span_colors=SPAN_COLORS,
-    samples=sum(len(row.samples) for row in rows),
+  return (
+    page_environment()
+    .get_template("inspect.html.jinja")
+    .render(
+      rows=shown,
+      settings=settings_table(plan, rows, split),
+      config_name=config_name,
+      span_colors=SPAN_COLORS,
+      samples=sum(len(row.samples) for row in rows),
+    )
   )
 
 

@@ -195,6 +195,16 @@ def clock(seconds: float) -> str:
   return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60} s"
 
 
+def page_environment() -> jinja2.Environment:
+  """What this package's pages are made with: templates that may include one another, the filter `show`."""
+  read = lambda name: importlib.resources.files(__package__).joinpath(name).read_text()
+  environment = jinja2.Environment(
+    autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, loader=jinja2.FunctionLoader(read)
+  )
+  environment.filters["show"] = show
+  return environment
+
+
 def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
   """The page.
 
@@ -208,10 +218,9 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
   """
   workdir = epath.Path(workdir)
   metrics = read_metrics(workdir / "train" / "metrics" / "metrics.jsonl")
-  template = importlib.resources.files(__package__).joinpath("report.html.jinja").read_text()
-  environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-  environment.filters |= {"show": show, "clock": clock, "flatten": summary_lib.flatten}
-  return environment.from_string(template).render(
+  environment = page_environment()
+  environment.filters |= {"clock": clock, "flatten": summary_lib.flatten}
+  return environment.get_template("report.html.jinja").render(
     summary=summary,
     stages=summary_lib.STAGES,
     commands={folder: command for folder, command, _ in summary_lib.STAGES},
