@@ -74,10 +74,9 @@ def run_shards(job: Job, shards: dict[str, dict], folder: epath.PathLike, runner
     record = stages.read_json(path) if path.exists() else {}
     done = record.get("config") == stages.plain(config)
     finished += [(name, record["summary"])] if done else []
-    pending += [] if done else [name]
+    pending += [] if done else [{"shard": name, "config": json.dumps(stages.plain(config))}]
   yield from finished
-  worker = (job, folder, {name: shards[name] for name in pending})
-  results = _ray(worker, pending, runner) if runner.kind == "ray" and pending else _local(worker, pending)
+  results = _ray(job, folder, pending, runner) if runner.kind == "ray" and pending else _local(job, folder, pending)
   with tqdm(total=len(shards), initial=len(finished), desc=bar, unit="shard", mininterval=1) as progress:
     for name, summary in results:
       progress.update()
@@ -87,11 +86,11 @@ def run_shards(job: Job, shards: dict[str, dict], folder: epath.PathLike, runner
 class _Worker:
   """Does shards and records them. Built once in each process that works."""
 
-  def __init__(self, job: Job, folder: epath.Path, shards: dict[str, dict]):
-    self._job, self._folder, self._shards, self._do = job, folder, shards, None
+  def __init__(self, job: Job, folder: epath.Path):
+    self._job, self._folder, self._do = job, folder, None
 
   def __call__(self, row: dict) -> dict:
-    """{"shard": name} -> the same with `summary`, JSON, or `error`, a user's mistake in one sentence."""
+    """{"shard": name, "config": JSON} -> the name with `summary`, JSON, or `error`, a user's mistake in one sentence."""
     name = row["shard"]
     try:
       if self._do is None:
@@ -99,7 +98,7 @@ class _Worker:
       summary = stages.plain(self._do(name))
     except UserError as error:
       return {"shard": name, "summary": "", "error": str(error)}
-    stages.write_json(self._folder / f"{name}.json", {"config": self._shards[name], "summary": summary})
+    stages.write_json(self._folder / f"{name}.json", {"config": json.loads(row["config"]), "summary": summary})
     return {"shard": name, "summary": json.dumps(summary), "error": ""}
 
 
@@ -109,13 +108,13 @@ def _result(row: dict) -> tuple[str, dict]:
   return row["shard"], json.loads(row["summary"])
 
 
-def _local(worker: tuple, names: list[str]) -> Results:
-  work = _Worker(*worker)
-  for name in names:
-    yield _result(work({"shard": name}))
+def _local(job: Job, folder: epath.Path, rows: list[dict]) -> Results:
+  work = _Worker(job, folder)
+  for row in rows:
+    yield _result(work(row))
 
 
-def _ray(worker: tuple, names: list[str], runner: Runner) -> Results:
+def _ray(job: Job, folder: epath.Path, rows: list[dict], runner: Runner) -> Results:
   try:
     import ray
   except ImportError as error:
@@ -126,9 +125,10 @@ def _ray(worker: tuple, names: list[str], runner: Runner) -> Results:
   try:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # The job has its own.
-    rows = ray.data.from_items([{"shard": name} for name in names], override_num_blocks=len(names))
-    workers = ray.data.ActorPoolStrategy(min_size=1, max_size=min(runner.workers, len(names)))
-    for row in rows.map(_Worker, fn_constructor_args=worker, compute=workers, num_cpus=runner.worker_cpus).iter_rows():
+    workers = ray.data.ActorPoolStrategy(min_size=1, max_size=min(runner.workers, len(rows)))
+    data = ray.data.from_items(rows, override_num_blocks=len(rows))
+    data = data.map(_Worker, fn_constructor_args=(job, folder), compute=workers, num_cpus=runner.worker_cpus)
+    for row in data.iter_rows():
       yield _result(row)
   finally:
     if started:
