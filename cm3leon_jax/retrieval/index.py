@@ -18,7 +18,7 @@ from cm3leon_jax.config import UserError
 BACKENDS = ("auto", "scann", "exact")
 EXACT_BELOW = 1_000  # vectors; below, an index costs more than it saves.
 QUERY_BATCH = 256
-BLOCK_ROWS = {"scann": 5_000_000, "exact": 1_000_000}  # vectors that a host searches at a time
+EXACT_ROWS = 1_000_000  # vectors that exact search holds at a time
 BLOCK = 65_536  # vectors whose products with a batch of queries exist at the same time on a device.
 
 
@@ -168,16 +168,17 @@ def _leaves(n: int) -> tuple[int, int]:
 class BlockIndex:
   """Search over a bank of any size, block after block, results merged by score; a block's index is loaded when it is needed."""
 
-  def __init__(self, documents, backend: str, folder: epath.PathLike):
+  def __init__(self, documents, backend: str, folder: epath.PathLike, rows: int):
     """Opens the search.
 
     Args:
       documents: [n, E] of norm 1, an array or an `ArrayStore`.
       backend: "scann" or "exact", see `choose_backend`.
       folder: of the blocks' ScaNN indices, one folder each; exact search needs none.
+      rows: documents of one ScaNN index; exact search takes at most `EXACT_ROWS` at a time.
     """
     self._documents, self.backend, self._folder = documents, backend, epath.Path(folder)
-    n, rows = len(documents), BLOCK_ROWS[backend]
+    n, rows = len(documents), rows if backend == "scann" else min(rows, EXACT_ROWS)
     self.blocks = [(start, min(start + rows, n)) for start in range(0, n, rows)]
     self._load = functools.lru_cache(1)(self._open)
 

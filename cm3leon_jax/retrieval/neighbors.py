@@ -35,6 +35,8 @@ class RetrievalConfig:
     max_candidates: M, how far each side's list is walked.
     kept_per_side: candidates kept from the text side and from the image side; C is twice that (paper: 2 and 2).
     max_similarity: a candidate more similar than this to the document, or to one already kept, is skipped (paper: 0.9).
+    index_rows: documents of one ScaNN index. Building one takes 2,048 bytes a document at E = 512, searching about 780; the
+      fewer there are for a bank, the less the search of all of them costs.
     query_dropout: share of the caption's tokens that is left out when a training document is the query (paper: 20%).
   """
 
@@ -43,6 +45,7 @@ class RetrievalConfig:
   max_candidates: int = 64
   kept_per_side: int = 2
   max_similarity: float = 0.9
+  index_rows: int = 5_000_000
   query_dropout: float = 0.2
 
   def __post_init__(self):
@@ -53,6 +56,8 @@ class RetrievalConfig:
         f"max_candidates is {self.max_candidates} and kept_per_side {self.kept_per_side}; "
         "at least one must be kept per side, out of at least as many candidates."
       )
+    if self.index_rows < 1:
+      raise ValueError(f"index_rows is {self.index_rows}; it must be positive.")
     if not -1 <= self.max_similarity <= 1:
       raise ValueError(f"max_similarity is {self.max_similarity}; a cosine lies in [-1, 1].")
     if not 0 <= self.query_dropout < 1:
@@ -101,7 +106,7 @@ class Retriever:
     folder = epath.Path(folder)
     self.bank, self.config = Embeddings(folder / "train"), config
     backend = index_lib.choose_backend(len(self.bank), config.backend)
-    self.index = index_lib.BlockIndex(self.bank.documents, backend, folder / "index")
+    self.index = index_lib.BlockIndex(self.bank.documents, backend, folder / "index", config.index_rows)
 
   def search(self, queries: np.ndarray) -> np.ndarray:
     """[q, E] -> ids [q, M] of the nearest documents, best first."""
@@ -272,7 +277,7 @@ def _find(config: RetrievalConfig, folder: str, split: str, depends: dict, runne
 
 def search_recall(retriever: Retriever, k: int = 2, most: int = 1_000) -> dict[str, float]:
   """recall@k of the retriever's index against exact search, on up to `most` queries of each side and over all."""
-  exact = index_lib.BlockIndex(retriever.bank.documents, "exact", "")
+  exact = index_lib.BlockIndex(retriever.bank.documents, "exact", "", index_lib.EXACT_ROWS)
   recalls, rows = {}, np.arange(0, len(retriever.bank), -(-len(retriever.bank) // most))
   for name, array in (("text", retriever.bank.queries), ("image", retriever.bank.images)):
     queries = array[rows].astype(np.float32)

@@ -96,9 +96,8 @@ def files_of(folder):
 def test_blocks_and_shards_do_not_matter(built, tmp_path, monkeypatch):
   root, _ = built
   monkeypatch.setattr(neighbors, "QUERY_BLOCK", 5)
-  monkeypatch.setattr(index, "BLOCK_ROWS", {"exact": 7})
   make_raw(tmp_path / "raw", num_shards=1)
-  build(tmp_path)
+  build(tmp_path, config=dataclasses.replace(CONFIG, index_rows=7))
   for split in ("train", "heldout"):
     for name in ("ids", "scores"):
       one, many = (bank_lib.ArrayStore(r / "out" / f"{split}_pairs" / name)[:] for r in (root, tmp_path))

@@ -94,15 +94,15 @@ def test_scann_finds_what_exact_search_finds(clustered, tmp_path, monkeypatch):
 def test_blocks_are_searched_as_one(clustered, tmp_path, monkeypatch):
   pytest.importorskip("scann")
   vectors, queries = clustered
-  monkeypatch.setattr(index, "BLOCK_ROWS", {"scann": 700, "exact": 900})
-  blocks = index.BlockIndex(vectors, "scann", tmp_path)
+  monkeypatch.setattr(index, "EXACT_ROWS", 900)
+  blocks = index.BlockIndex(vectors, "scann", tmp_path, 700)
   assert blocks.blocks == [(0, 700), (700, 1_400), (1_400, 2_000)]
   for block in range(3):
     blocks.build_block(block)
-  ids, scores = index.BlockIndex(vectors, "scann", tmp_path).search(queries, 2)
+  ids, scores = index.BlockIndex(vectors, "scann", tmp_path, 700).search(queries, 2)
   assert index.recall_at_k(ids, oracle(vectors, queries, 2)) >= 0.95
   np.testing.assert_allclose(scores, np.take_along_axis(queries @ vectors.T, ids, 1), atol=1e-5)
-  exact = index.BlockIndex(vectors, "exact", "")
+  exact = index.BlockIndex(vectors, "exact", "", 10**9)
   assert len(exact.blocks) == 3
   np.testing.assert_array_equal(exact.search(queries, 5)[0], oracle(vectors, queries, 5))
 

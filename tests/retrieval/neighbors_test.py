@@ -149,7 +149,14 @@ def test_absent_neighbours_are_told(tmp_path):
 
 @pytest.mark.parametrize(
   ("field", "value"),
-  [("backend", "faiss"), ("kept_per_side", 0), ("max_candidates", 1), ("max_similarity", 2.0), ("query_dropout", 1.0)],
+  [
+    ("backend", "faiss"),
+    ("kept_per_side", 0),
+    ("max_candidates", 1),
+    ("index_rows", 0),
+    ("max_similarity", 2.0),
+    ("query_dropout", 1.0),
+  ],
 )
 def test_config_names_the_field(field, value):
   with pytest.raises(ValueError, match=field):
