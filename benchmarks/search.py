@@ -3,7 +3,7 @@
   python -m benchmarks.search --folder=scratch --sizes=100000,1000000
 
 Vectors are random, 512 wide, in clusters like those of embeddings: n / 100 centres, cosine of about 0.7 to their own.
-ScaNN answers a batch on one thread; exact search uses all of JAX's devices.
+ScaNN and exact search use all cores; the selection rules are Python, on one thread.
 """
 
 import time

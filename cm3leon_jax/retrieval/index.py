@@ -147,8 +147,8 @@ class ScannIndex:
   def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """See `Index.search`."""
     n = self._count
-    # Only the batched call: the single one quantises otherwise and disagrees on some queries.
-    ids, scores = self._searcher.search_batched(
+    # Never the call for one query: it quantises otherwise and disagrees on some. This one uses all cores.
+    ids, scores = self._searcher.search_batched_parallel(
       _matrix(queries, "queries"),
       final_num_neighbors=min(k, n),
       pre_reorder_num_neighbors=min(n, max(256, 4 * k)),

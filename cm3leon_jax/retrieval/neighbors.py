@@ -21,7 +21,7 @@ from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob, embed
 from cm3leon_jax.shards import Runner, run_shards
 
 REASONS = ("own_group", "similar_to_query", "similar_to_kept")
-QUERY_BLOCK = 100_000  # documents whose neighbours are found together, one pass over the bank
+QUERY_SHARE = 20  # Neighbours of index_rows / QUERY_SHARE documents are found together, in one pass over all indices.
 SELECT_BATCH = 1_024  # documents whose candidates' embeddings are in memory at the same time
 
 
@@ -255,7 +255,8 @@ def _find(config: RetrievalConfig, folder: str, split: str, depends: dict, runne
   for name in names:
     dtype = np.int32 if name.endswith("ids") else np.float32
     ArrayStore.prepare(path / f"{split}_pairs" / name, (2 * config.kept_per_side,), dtype, count)
-  rows = [(split, first, min(first + QUERY_BLOCK, count)) for first in range(0, count, QUERY_BLOCK)]
+  size = max(1, config.index_rows // QUERY_SHARE)
+  rows = [(split, first, min(first + size, count)) for first in range(0, count, size)]
   blocks = {f"{split}-{i:06d}": row for i, row in enumerate(rows)}
   shards = {name: {**depends, "rows": row} for name, row in blocks.items()}
   made = run_shards(_SearchJob(folder, config, blocks), shards, path / "done" / "search", runner, f"neighbors {split}")

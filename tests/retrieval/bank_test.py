@@ -95,7 +95,7 @@ def files_of(folder):
 
 def test_blocks_and_shards_do_not_matter(built, tmp_path, monkeypatch):
   root, _ = built
-  monkeypatch.setattr(neighbors, "QUERY_BLOCK", 5)
+  monkeypatch.setattr(neighbors, "QUERY_SHARE", 2)
   make_raw(tmp_path / "raw", num_shards=1)
   build(tmp_path, config=dataclasses.replace(CONFIG, index_rows=7))
   for split in ("train", "heldout"):
