@@ -1,5 +1,6 @@
 """Raw shards -> shards of documents of token ids, with the counts that tell whether the tokenizers fit the data."""
 
+import collections
 from collections.abc import Callable, Iterator
 import dataclasses
 
@@ -48,27 +49,27 @@ class EncodeJob:
     text_tokenizer, image_tokenizer = self.load_tokenizers()
 
     def encode_shard(name: str) -> dict:
-      return {
-        split: {kind: self._encode(name, split, kind, cls, text_tokenizer, image_tokenizer) for kind, cls in KINDS.items()}
-        for split in SPLITS
-      }
+      return {split: self._encode_split(name, split, text_tokenizer, image_tokenizer) for split in SPLITS}
 
     return encode_shard
 
-  def _encode(self, name, split, kind, cls, text_tokenizer, image_tokenizer) -> dict:
-    """One store's shard. Returns its counts, `code_counts` [C] among them."""
-    records = raw_pairs.read_shard(self.raw, name, cls, split)
-    texts = text_tokenizer.encode_batch(text for record in records for text in texts_of(record))
-    counts = {"documents": len(records), "code_counts": np.zeros(self.vocab.image_size, np.int64)}
-    if cls is RawPair:
-      longest = self.max_caption_tokens
-      counts |= {"captions_cut": sum(len(text) > longest for text in texts), "longest_caption": max(map(len, texts), default=0)}
-      texts = [text[:longest] for text in texts]
-    counts["text_tokens"] = sum(map(len, texts))
-    codes = self._codes([image for record in records for image in images_of(record)], image_tokenizer, f"{split} images {name}")
-    documents = _documents(records, iter(texts), codes, self.vocab, counts["code_counts"])
-    write_shard(epath.Path(self.folder) / f"{split}_{kind}", name, documents, self.vocab)
-    return {**counts, "code_counts": counts["code_counts"].tolist()}
+  def _encode_split(self, name: str, split: str, text_tokenizer, image_tokenizer) -> dict:
+    """Counts of one split's shards by kind, and `code_counts` [C], occurrences of every image code."""
+    code_counts = np.zeros(self.vocab.image_size, np.int64)
+    found = {}
+    for kind, cls in KINDS.items():
+      records = raw_pairs.read_shard(self.raw, name, cls, split)
+      texts = text_tokenizer.encode_batch(text for record in records for text in texts_of(record))
+      counts = {"documents": len(records)}
+      if cls is RawPair:
+        most = self.max_caption_tokens
+        counts |= {"captions_cut": sum(len(text) > most for text in texts), "longest_caption": max(map(len, texts), default=0)}
+        texts = [text[:most] for text in texts]
+      found[kind] = {**counts, "text_tokens": sum(map(len, texts))}
+      codes = self._codes([image for record in records for image in images_of(record)], image_tokenizer, f"{split} {name}")
+      documents = _documents(records, iter(texts), codes, self.vocab, code_counts)
+      write_shard(epath.Path(self.folder) / f"{split}_{kind}", name, documents, self.vocab)
+    return {**found, "code_counts": code_counts.tolist()}
 
   def _codes(self, images: list[str], image_tokenizer, bar: str) -> Iterator[np.ndarray]:
     """Yields [I] int32 codes for every image, with a progress bar."""
@@ -137,26 +138,39 @@ def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
   config = {"inputs": inputs, "vocab": dataclasses.asdict(job.vocab), "max_caption_tokens": job.max_caption_tokens}
   configs = {name: {**config, "resolution": job.resolution, "digest": shard["digest"]} for name, shard in raw.items()}
   folder = epath.Path(job.folder)
-  made = dict(run_shards(job, configs, folder / "done", runner, "document shards"))
+  totals = {split: _Totals(job.vocab.image_size) for split in SPLITS}
+  for _, summary in run_shards(job, configs, folder / "done", runner, "document shards"):
+    for split, total in totals.items():
+      total.add(summary[split])
   for split in SPLITS:
     for kind in KINDS:
       finish_store(folder / f"{split}_{kind}", list(raw), job.vocab)
-  return {split: _summary([made[name][split] for name in raw]) for split in SPLITS}
+  return {split: total.summary() for split, total in totals.items()}
 
 
-def _summary(shards: list[dict]) -> dict:
-  """Numbers of one split out of those of its shards by kind."""
-  total = lambda kind, name: sum(shard[kind][name] for shard in shards)
-  counts = np.sum([shard[kind]["code_counts"] for shard in shards for kind in KINDS], axis=0)
-  return {
-    **{kind: total(kind, "documents") for kind in KINDS},
-    "caption_tokens": total("pairs", "text_tokens"),
-    "captions_cut": total("pairs", "captions_cut"),
-    "longest_caption": max(shard["pairs"]["longest_caption"] for shard in shards),
-    "image_tokens": int(counts.sum()),
-    "text_tokens": total("texts", "text_tokens") + total("interleaved", "text_tokens"),
-    **code_usage(counts),
-  }
+class _Totals:
+  """Adds up the numbers of one split over shards."""
+
+  def __init__(self, num_codes: int):
+    self._codes, self._counts, self._longest = np.zeros(num_codes, np.int64), collections.Counter(), 0
+
+  def add(self, shard: dict) -> None:
+    self._codes += np.array(shard["code_counts"])
+    for kind in KINDS:
+      self._counts.update({f"{kind}.{name}": value for name, value in shard[kind].items()})
+    self._longest = max(self._longest, shard["pairs"]["longest_caption"])
+
+  def summary(self) -> dict:
+    total = self._counts
+    return {
+      **{kind: total[f"{kind}.documents"] for kind in KINDS},
+      "caption_tokens": total["pairs.text_tokens"],
+      "captions_cut": total["pairs.captions_cut"],
+      "longest_caption": self._longest,
+      "image_tokens": int(self._codes.sum()),
+      "text_tokens": total["texts.text_tokens"] + total["interleaved.text_tokens"],
+      **code_usage(self._codes),
+    }
 
 
 def code_usage(counts: np.ndarray) -> dict:

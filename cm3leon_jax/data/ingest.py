@@ -108,6 +108,7 @@ def prepare(config: RawConfig, parts: list[sources.Part], folder: epath.PathLike
     UserError: too many records are wrong (rejected.jsonl lists them all), or none is right.
   """
   folder, made = epath.Path(folder), {}
+  rejections = _Rejections(config.max_rejected, folder / REJECTED)
   (folder / INDEX).unlink(missing_ok=True)
   named = {f"{i:06d}": part for i, part in enumerate(parts)}
   elsewhere = ("max_rejected", "num_threads", "source", "format")  # Not what a shard depends on: its part is.
@@ -116,8 +117,8 @@ def prepare(config: RawConfig, parts: list[sources.Part], folder: epath.PathLike
   try:
     for name, summary in run_shards(_Ingest(config, str(folder), named), configs, folder / "done", runner, "raw shards"):
       made[name] = summary
-      check_rejected(made.values(), config.max_rejected, folder, CHECK_FROM)
-    check_rejected(made.values(), config.max_rejected, folder)
+      rejections.add(summary)
+    rejections.check()
   finally:
     with stages.replacing(folder / REJECTED, "w") as file:
       for name in sorted(made):
@@ -152,17 +153,30 @@ def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
   return total
 
 
-def check_rejected(summaries: Iterable[dict], most: float, folder: epath.Path, least: int = 0) -> None:
-  """Raises UserError if more than the share `most` of at least `least` records of these shards was rejected."""
-  summaries = list(summaries)
-  reasons = collections.Counter(_sum(s["rejected"] for s in summaries))
-  seen = reasons.total() + sum(sum(s["counts"][f"{split}_{kind}"] for split in SPLITS for kind in KINDS) for s in summaries)
-  if seen >= least and reasons.total() > most * seen:
-    counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
-    raise UserError(
-      f"{reasons.total()} of {seen} records are wrong ({counts}), more than config.raw.max_rejected = {most:.1%}; "
-      f"{folder / REJECTED} lists them. The first: {next(s['first'] for s in summaries if s['first'])}"
-    )
+class _Rejections:
+  """Counts rejected records over shards and raises UserError when they are more than the share `most` of all."""
+
+  def __init__(self, most: float, path: epath.Path):
+    self._most, self._path = most, path
+    self._seen, self._reasons, self._first = 0, collections.Counter(), ""
+
+  def add(self, summary: dict) -> None:
+    """Takes over what a shard counted."""
+    self._reasons.update(summary["rejected"])
+    self._seen += sum(summary["counts"][f"{split}_{kind}"] for split in SPLITS for kind in KINDS)
+    self._seen += sum(summary["rejected"].values())
+    self._first = self._first or summary["first"]
+    if self._seen >= CHECK_FROM:
+      self.check()
+
+  def check(self) -> None:
+    rejected = self._reasons.total()
+    if rejected > self._most * self._seen:
+      counts = ", ".join(f"{reason} {count}" for reason, count in self._reasons.most_common())
+      raise UserError(
+        f"{rejected} of {self._seen} records are wrong ({counts}), more than config.raw.max_rejected = {self._most:.1%}; "
+        f"{self._path} lists them. The first: {self._first}"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
