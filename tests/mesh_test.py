@@ -6,12 +6,12 @@ from cm3leon_jax.mesh import RULES, MeshConfig, create_mesh, spec
 
 
 def test_spec_literals():
-  assert spec("vocab_stored", None) == P(("tensor", "fsdp"), None)
-  assert spec("batch", "length", "vocab") == P(("data", "fsdp"), None, "tensor")
+  assert spec("vocab_stored", None) == P(("tensor", "fsdp", "fsdp_inner"), None)
+  assert spec("batch", "length", "vocab") == P(("data", "fsdp", "fsdp_inner"), None, "tensor")
 
 
 def test_rest_of_the_devices():
-  assert dict(create_mesh(MeshConfig(2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert dict(create_mesh(MeshConfig(2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "fsdp_inner": 1, "tensor": 2}
 
 
 def test_shapes_that_do_not_fit_are_refused():

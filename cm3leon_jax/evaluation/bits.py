@@ -148,7 +148,7 @@ def score_samples(params, model_config, samples, batch_size: int, progress=lambd
   """
   longest = max(len(s) for s in samples) - 1
   length = min(-(-longest // ROW_MULTIPLE) * ROW_MULTIPLE, model_config.max_positions)
-  nll = jax.jit(lambda params, batch: loss.token_nll(transformer.bind(model_config, params), batch))
+  nll = jax.jit(lambda params, batch: loss.batch_nll(transformer.bind(model_config, params), batch)[1])
   bits = []
   for start in range(0, len(samples), batch_size):
     part = samples[start : start + batch_size]

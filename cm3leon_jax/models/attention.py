@@ -1,9 +1,12 @@
-"""Causal attention within segments: plain on any device, splash on TPU."""
+"""Causal attention within segments: plain on any device, Pallas kernels on TPU and GPU."""
 
 # B batch, L length (queries), T length (keys), N heads, H head size.
 
 import jax
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.gpu import attention as gpu
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 import jax.numpy as jnp
 
 from cm3leon_jax.mesh import spec
@@ -51,22 +54,59 @@ def causal_attention(q, k, v, segment_ids):
     causal = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None]
     mask = causal[None, None] & (segment_ids[:, None, start:stop, None] == segment_ids[:, None, None, :stop])
     blocks.append(masked_attention(q[:, start:stop], k[:, :stop], v[:, :stop], mask))
-  return jnp.concatenate(blocks, axis=1)
+  return checkpoint_name(jnp.concatenate(blocks, axis=1), "attention")
 
 
-def splash_attention(q, k, v, segment_ids):
-  """The same as `causal_attention`, by the Pallas TPU kernel, per shard of batch and heads."""
+def _per_shard(kernel, q, k, v, segment_ids):
+  """`kernel(q, k, v, segment_ids)` on every device's batch and heads: [B, N, L, H] each but [B, L] segment_ids."""
+  per_head, rows = spec("batch", "heads", "length", "head_dim"), spec("batch", "length")
+  call = jax.shard_map(kernel, in_specs=(per_head,) * 3 + (rows,), out_specs=per_head, check_vma=False)
+  return call(*(x.swapaxes(1, 2) for x in (q, k, v)), segment_ids).swapaxes(1, 2)
+
+
+def splash_attention(q, k, v, segment_ids, interpret: bool = False):
+  """The same as `causal_attention`, by the Pallas kernel of TPUs. L must be a multiple of 128."""
   length, scale = q.shape[1], q.shape[-1] ** -0.5
+  block = next(b for b in (512, 384, 256, 128) if length % b == 0)
+  blocks = splash.BlockSizes(
+    block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+  )
 
   def local(q, k, v, segment_ids):
-    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * q.shape[1])
-    kernel = splash_attention_kernel.make_splash_mha(mask=mask, head_shards=1, q_seq_shards=1)
-    one = lambda q, k, v, s: kernel(q, k, v, segment_ids=splash_attention_kernel.SegmentIds(s, s))
-    return jax.vmap(one)(q, k, v, segment_ids)
+    mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * q.shape[1])
+    kernel = splash.make_splash_mha(
+      mask=mask, head_shards=1, q_seq_shards=1, block_sizes=blocks, residual_checkpoint_name="attention", interpret=interpret
+    )
+    one = lambda q, k, v, s: kernel(q, k, v, segment_ids=splash.SegmentIds(s, s))
+    return jax.vmap(one)(q * scale, k, v, segment_ids)
 
-  heads_first = lambda x: x.swapaxes(1, 2)
-  per_head = spec("batch", "heads", "length", "head_dim")
-  out = jax.shard_map(local, in_specs=(per_head,) * 3 + (spec("batch", "length"),), out_specs=per_head, check_vma=False)(
-    heads_first(q) * scale, heads_first(k), heads_first(v), segment_ids
-  )
-  return heads_first(out)
+  return _per_shard(local, q, k, v, segment_ids)
+
+
+def triton_attention(q, k, v, segment_ids, interpret: bool = False):
+  """The same as `causal_attention`, by the Pallas kernel of GPUs. L must be a multiple of 128, H a power of two."""
+
+  def local(q, k, v, segment_ids):
+    rows_first = (x.swapaxes(1, 2) for x in (q, k, v))
+    out = gpu.mha(*rows_first, segment_ids, sm_scale=q.shape[-1] ** -0.5, causal=True, interpret=interpret)
+    return out.swapaxes(1, 2)
+
+  return checkpoint_name(_per_shard(local, q, k, v, segment_ids), "attention")
+
+
+def row_attention(name: str, q, k, v, segment_ids):
+  """Attention by the function that `name`, of `config.ATTENTIONS`, stands for.
+
+  `auto`: the kernel of the mesh's devices where the shapes allow it, else plain.
+
+  Raises:
+    ValueError: the kernel asked for cannot take these shapes.
+  """
+  length, head_dim = q.shape[1], q.shape[3]
+  fits = {"plain": True, "splash": length % 128 == 0, "triton": length % 128 == 0 and head_dim & (head_dim - 1) == 0}
+  if name == "auto":
+    kernel = {"tpu": "splash", "gpu": "triton"}.get(jax.sharding.get_abstract_mesh().abstract_device.platform, "plain")
+    name = kernel if fits[kernel] else "plain"
+  if not fits[name]:
+    raise ValueError(f"attention '{name}' takes rows of a multiple of 128, triton heads of 2^n; here {length} and {head_dim}.")
+  return {"plain": causal_attention, "splash": splash_attention, "triton": triton_attention}[name](q, k, v, segment_ids)

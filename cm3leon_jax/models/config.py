@@ -4,8 +4,8 @@ import dataclasses
 
 FAMILIES = ("opt", "modern")
 DTYPES = ("float32", "bfloat16")
-REMAT_POLICIES = ("none", "minimal", "full")
-ATTENTIONS = ("plain", "splash")
+REMAT_POLICIES = ("none", "minimal", "save_qkv", "save_attention", "offload", "full")
+ATTENTIONS = ("auto", "plain", "splash", "triton")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +22,12 @@ class ModelConfig:
       width starts alike at init_std x sqrt(4,096 / width)).
     embed_std: the same of the token embeddings.
     dtype: of activations and of the parameters while they are used; parameters are stored in float32.
-    remat_policy: what the backward pass recomputes: `none` nothing, `minimal` all but matrix products,
-      `full` each layer from its input.
-    attention: `plain` on any device, `splash` the Pallas kernel of TPUs.
+    remat_policy: what of a layer, beside its input, is kept for the backward pass; the rest is computed again. From most memory
+      to least: `none` everything; `minimal` queries, keys, values, attention's result, the feed-forward's inner product (all
+      that is left to do again is attention's output projection); `save_qkv` the first four of these; `save_attention`
+      attention's result and the stream behind it; `offload` these two in the host's memory (TPU); `full` nothing.
+    attention: `plain` on any device; `splash`, the Pallas kernel of TPUs; `triton`, the Pallas kernel of GPUs; `auto` the
+      one of the mesh's devices.
     loss_chunk: tokens of a row whose logits exist at the same time in the loss.
   """
 
@@ -39,7 +42,7 @@ class ModelConfig:
   embed_std: float = 0.006
   dtype: str = "bfloat16"
   remat_policy: str = "full"
-  attention: str = "plain"
+  attention: str = "auto"
   loss_chunk: int = 256
 
   def __post_init__(self):

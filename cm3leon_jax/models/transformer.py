@@ -7,9 +7,10 @@ import functools
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from cm3leon_jax.mesh import shard, spec
+from cm3leon_jax.mesh import gathered, spec
 from cm3leon_jax.models import attention
 from cm3leon_jax.models.config import ModelConfig
 
@@ -81,24 +82,28 @@ class Block(nnx.Module):
     Returns:
       [B, L, D].
     """
-    product = functools.partial(_product, x.dtype)
-    heads = ("batch", "length", "heads", "head_dim")
+    heads, mlp = ("batch", "length", "heads", "head_dim"), ("batch", "length", "mlp")
     h = self.norm1(x)
-    q, k, v = (product("BLD,DNH->BLNH", h, w, heads) for w in self.qkv[...])
+    q, k, v = (checkpoint_name(_product("BLD,DNH->BLNH", h, gathered(w.astype(x.dtype)), heads), "qkv") for w in self.qkv[...])
     if self.config.family == "modern":
       q, k = rotate(self.q_norm(q), positions), rotate(self.k_norm(k), positions)
-    x = x + product("BLNH,NHD->BLD", attend(q, k, v), self.out[...], ("batch", "length", "act"))
+    x = x + self._out("BLNH,NHD->BLD", attend(q, k, v), self.out)
+    x = checkpoint_name(x, "middle")
     h = self.norm2(x)
-    up = product("BLD,DF->BLF", h, self.up[...], ("batch", "length", "mlp"))
+    up = checkpoint_name(_product("BLD,DF->BLF", h, gathered(self.up[...].astype(x.dtype)), mlp), "mlp")
     if self.config.family == "modern":
-      up = up * jax.nn.silu(product("BLD,DF->BLF", h, self.gate[...], ("batch", "length", "mlp")))
+      gate = checkpoint_name(_product("BLD,DF->BLF", h, gathered(self.gate[...].astype(x.dtype)), mlp), "mlp")
+      up = up * jax.nn.silu(gate)
     else:
       up = jax.nn.relu(up)
-    return x + product("BLF,FD->BLD", up, self.down[...], ("batch", "length", "act"))
+    return x + self._out("BLF,FD->BLD", up, self.down)
+
+  def _out(self, equation, x, w):
+    return _product(equation, x, gathered(w[...].astype(x.dtype)), ("batch", "length", "act"))
 
 
-def _product(dtype, equation, x, w, axes):
-  return jnp.einsum(equation, x, w.astype(dtype), out_sharding=spec(*axes))
+def _product(equation, x, w, axes):
+  return jnp.einsum(equation, x, w, out_sharding=spec(*axes))
 
 
 class Transformer(nnx.Module):
@@ -119,16 +124,18 @@ class Transformer(nnx.Module):
     dtype = jnp.dtype(self.config.dtype)
     out = spec("batch", "length", "act")
     # Gathering the fsdp shards first keeps XLA from rematerialising the whole table; rows stay split over tensor.
-    table = shard(self.embed[...].astype(dtype), "vocab", None)
-    x = table.at[tokens].get(out_sharding=out)
+    x = gathered(self.embed[...].astype(dtype)).at[tokens].get(out_sharding=out)
     if self.config.family == "opt":
-      x = x + shard(self.positions[...].astype(dtype), None, None).at[positions].get(out_sharding=out)
+      x = x + gathered(self.positions[...].astype(dtype)).at[positions].get(out_sharding=out)
     return x
 
+  def stored_table(self):
+    """[V, D] output table as it is stored, split by vocabulary over all axes; `opt` ties it to the input table."""
+    return (self.embed if self.config.family == "opt" else self.head)[...].astype(jnp.dtype(self.config.dtype))
+
   def output_table(self):
-    """[V, D] in the compute dtype, split by vocabulary over `tensor`; `opt` ties it to the input table."""
-    table = self.embed if self.config.family == "opt" else self.head
-    return shard(table[...].astype(jnp.dtype(self.config.dtype)), "vocab", None)
+    """[V, D] in the compute dtype, split by vocabulary over `tensor` alone."""
+    return gathered(self.stored_table())
 
   def __call__(self, tokens, positions, segment_ids):
     """Final hidden states of packed rows.
@@ -141,20 +148,35 @@ class Transformer(nnx.Module):
     Returns:
       [B, L, D] after the final norm; logits are `hidden @ output_table().T`.
     """
-    if self.config.attention == "splash":
-      attend = lambda q, k, v: attention.splash_attention(q, k, v, segment_ids)
-    else:
-      attend = lambda q, k, v: attention.causal_attention(q, k, v, segment_ids)
-    layer = _checkpointed(lambda x, block: (block(x, positions, attend), None), self.config.remat_policy)
-    x, _ = jax.lax.scan(layer, self.embed_tokens(tokens, positions), self.blocks)
+    attend = functools.partial(attention.row_attention, self.config.attention, segment_ids=segment_ids)
+    layer = lambda x, block: (block(checkpoint_name(x, "input"), positions, attend), None)
+    x, _ = jax.lax.scan(_checkpointed(layer, self.config.remat_policy), self.embed_tokens(tokens, positions), self.blocks)
     return self.final_norm(x)
+
+
+# Names of the values in a layer that a policy keeps: "input", "qkv", "attention", "middle" (the stream between attention and
+# feed-forward), "mlp" (before its activation).
+KEPT = {
+  "full": (),
+  "save_attention": ("attention", "middle"),
+  "save_qkv": ("qkv", "attention"),
+  "minimal": ("qkv", "attention", "mlp"),
+}
 
 
 def _checkpointed(layer, policy: str):
   if policy == "none":
     return layer
-  policies = {"full": None, "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-  return jax.checkpoint(layer, policy=policies[policy])
+  if policy == "offload":
+    keep = jax.checkpoint_policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[],
+      names_which_can_be_offloaded=list(KEPT["save_attention"]),
+      offload_src="device",
+      offload_dst="pinned_host",
+    )
+  else:
+    keep = jax.checkpoint_policies.save_only_these_names(*KEPT[policy])
+  return jax.checkpoint(layer, policy=keep)
 
 
 def logits(hidden, table):

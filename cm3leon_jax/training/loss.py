@@ -1,74 +1,122 @@
-"""Cross-entropy over a vocabulary that is split over the mesh, in chunks of tokens."""
+"""Cross-entropy over a vocabulary that is split over the mesh, in chunks of tokens, with its own backward pass."""
 
-# B batch, L length, C tokens of a chunk, D width, V vocabulary.
+# B batch, L length, C tokens of a chunk, D width, V vocabulary; lower case: what one device holds of it.
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cm3leon_jax.mesh import spec
-from cm3leon_jax.models import transformer
+from cm3leon_jax.mesh import FSDP, RULES, spec
 from cm3leon_jax.models.transformer import Transformer
 
 
-def cross_entropy(logits, targets):
-  """Negative log-likelihood of each target.
+class Gradients(NamedTuple):
+  """Of the weighted sum, by the final hidden states [B, L, D] and by the stored table [V, D], in their dtypes."""
 
-  Every sum over V is local to a shard of `tensor` and followed by one reduction of [B, L]: a gather from a split
-  vocabulary would need all of it.
-
-  Args:
-    logits: [B, L, V] fp32, V may be split.
-    targets: [B, L] int32.
-
-  Returns:
-    [B, L] fp32, nats.
-  """
-  ids = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2, out_sharding=spec(None, None, "vocab"))
-  chosen = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), -1)
-  return jax.nn.logsumexp(logits, -1) - chosen
+  hidden: jax.Array
+  table: jax.Array
 
 
-def chunked_nll(hidden, table, targets, chunk: int):
-  """`cross_entropy(hidden @ table.T, targets)` with the logits of at most `chunk` tokens of each row at a time.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def weighted_nll(hidden, table, targets, weights, chunk: int, z_loss: float = 0.0):
+  """Sum over tokens of weight x (nll + z_loss x log(Z)^2), where nll is the cross-entropy of `hidden @ table.T`.
 
-  Backward recomputes a chunk's logits, so that none outlive it.
+  The gradient by the logits, softmax minus target, is at hand as soon as they are: so both products of the backward pass are
+  done chunk by chunk in the forward pass, and no logits are kept or computed twice. Sums over V are local to a shard of
+  `tensor`, followed by a reduction of one number a token; the table's gradient is reduce-scattered to how it is stored.
 
   Args:
     hidden: [B, L, D].
-    table: [V, D], split by vocabulary.
+    table: [V, D], split by vocabulary as it is stored; in the dtype of `hidden`.
     targets: [B, L] int32.
+    weights: [B, L] fp32; no gradient is taken by them.
     chunk: wanted C; the largest divisor of L up to it is taken.
+    z_loss: weight of the squared log of the softmax's normaliser (PaLM, section 5); it keeps logits from drifting.
 
   Returns:
-    [B, L] fp32, nats.
+    The sum, fp32, and nll, [B, L] fp32, nats; only the sum has a gradient.
   """
-  B, L, D = hidden.shape
-  C = max(c for c in range(1, min(chunk, L) + 1) if L % c == 0)
-  rows = ("batch", "length", None)
-  hidden = hidden.reshape(B, L // C, C, D, out_sharding=spec(*rows, "act")).swapaxes(0, 1)
-  targets = targets.reshape(B, L // C, C, out_sharding=spec(*rows)).swapaxes(0, 1)
-
-  @jax.checkpoint
-  def one(_, xs):
-    h, t = xs
-    return None, cross_entropy(transformer.logits(h, table), t)
-
-  _, nll = jax.lax.scan(one, None, (hidden, targets))
-  return nll.swapaxes(0, 1).reshape(B, L, out_sharding=spec("batch", "length"))
+  return _value(*_over_mesh(hidden, table, targets, weights, chunk, z_loss, gradients=False)[0], weights, z_loss)
 
 
-def token_nll(model: Transformer, batch) -> jax.Array:
-  """Negative log-likelihood of every target of a batch.
+def _forward(hidden, table, targets, weights, chunk, z_loss):
+  (nll, log_z), gradients = _over_mesh(hidden, table, targets, weights, chunk, z_loss, gradients=True)
+  return _value(nll, log_z, weights, z_loss), gradients
 
-  Args:
-    model: the decoder.
-    batch: [B, L] arrays inputs, targets, segment_ids, positions.
+
+def _backward(chunk, z_loss, gradients, cotangents):
+  scale = lambda x: (x * cotangents[0]).astype(x.dtype)
+  return scale(gradients.hidden), scale(gradients.table), None, None
+
+
+weighted_nll.defvjp(_forward, _backward)
+
+
+def _value(nll, log_z, weights, z_loss):
+  return jnp.sum(weights * (nll + z_loss * log_z**2)), nll
+
+
+def _over_mesh(hidden, table, targets, weights, chunk, z_loss, gradients: bool):
+  """nll and log Z, [B, L] each, and the `Gradients` or None: `_on_device` on every device's tokens and rows of the table."""
+  C = max(c for c in range(1, min(chunk, hidden.shape[1]) + 1) if hidden.shape[1] % c == 0)
+  tokens, states, rows = spec("batch", "length"), spec("batch", "length", "act"), spec("vocab_stored", None)
+  return jax.shard_map(
+    functools.partial(_on_device, C, z_loss, gradients),
+    in_specs=(states, rows, tokens, tokens),
+    out_specs=((tokens, tokens), Gradients(states, rows) if gradients else None),
+    check_vma=False,
+  )(hidden, table, targets, weights)
+
+
+def _on_device(C, z_loss, gradients, hidden, table, targets, weights):
+  tensor = RULES["vocab"]
+  # Without this XLA keeps the table that it gathered for the embedding, and a buffer for its gradient, through all layers.
+  hidden, rows, zero = jax.lax.optimization_barrier((hidden, table, jnp.zeros((), jnp.float32)))
+  for axis in reversed(FSDP):
+    rows = jax.lax.all_gather(rows, axis, tiled=True)
+  ids = jax.lax.axis_index(tensor) * rows.shape[0] + jnp.arange(rows.shape[0])
+
+  def one(table_gradient, chunk):
+    h, target, weight = chunk
+    logits = jnp.einsum("bCd,vd->bCv", h, rows, preferred_element_type=jnp.float32)
+    top = jax.lax.pmax(jnp.max(logits, -1), tensor)
+    log_z = top + jnp.log(jax.lax.psum(jnp.sum(jnp.exp(logits - top[..., None]), -1), tensor))
+    hit = ids[None, None] == target[..., None]
+    nll = log_z - jax.lax.psum(jnp.sum(jnp.where(hit, logits, 0.0), -1), tensor)
+    if not gradients:
+      return None, (nll, log_z, None)
+    by_log_z = weight * (1 + 2 * z_loss * log_z)
+    by_logits = jnp.exp(logits - log_z[..., None]) * by_log_z[..., None] - jnp.where(hit, weight[..., None], 0.0)
+    by_logits = by_logits.astype(h.dtype)
+    table_gradient += jnp.einsum("bCv,bCd->vd", by_logits, h, preferred_element_type=jnp.float32)
+    return table_gradient, (nll, log_z, jax.lax.psum(jnp.einsum("bCv,vd->bCd", by_logits, rows), tensor))
+
+  b, L = targets.shape
+  split = lambda x: x.reshape(b, L // C, C, *x.shape[2:]).swapaxes(0, 1)
+  whole = lambda x: x.swapaxes(0, 1).reshape(b, L, *x.shape[3:])
+  first = jnp.broadcast_to(zero, rows.shape) if gradients else None
+  by_rows, (nll, log_z, by_hidden) = jax.lax.scan(one, first, (split(hidden), split(targets), split(weights)))
+  found = whole(nll), whole(log_z)
+  if not gradients:
+    return found, None
+  by_rows = by_rows.astype(table.dtype)
+  for axis in FSDP:
+    by_rows = jax.lax.psum_scatter(by_rows, axis, tiled=True)
+  # Nothing else keeps XLA from carrying all rows of the gradient, [v, D] in fp32, through the backward pass of the layers.
+  return found, jax.lax.optimization_barrier(Gradients(whole(by_hidden), jax.lax.psum(by_rows, "data")))
+
+
+def batch_nll(model: Transformer, batch, z_loss: float = 0.0):
+  """`weighted_nll` of a batch of [B, L] arrays inputs, targets, loss_weights, segment_ids, positions.
 
   Returns:
-    [B, L] fp32, nats; padding included (its weight is 0).
+    The weighted sum, fp32, and nll, [B, L] fp32, nats; padding included (its weight is 0).
   """
   hidden = model(batch["inputs"], batch["positions"], batch["segment_ids"])
-  return chunked_nll(hidden, model.output_table(), batch["targets"], model.config.loss_chunk)
+  table, chunk = model.stored_table(), model.config.loss_chunk
+  return weighted_nll(hidden, table, batch["targets"], batch["loss_weights"], chunk, z_loss)
 
 
 def modality_sums(nll, targets, weights, text_size: int) -> dict[str, jax.Array]:

@@ -30,7 +30,9 @@ def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, key
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def train_step(config: ModelConfig, optimizer, text_size: int, accumulation_steps: int, state: TrainState, batch):
+def train_step(
+  config: ModelConfig, optimizer, text_size: int, accumulation_steps: int, state: TrainState, batch, z_loss: float = 0.0
+):
   """One update on a global batch.
 
   The loss is sum(weight x nll) / sum(weight) over the global batch, however it is accumulated.
@@ -42,25 +44,27 @@ def train_step(config: ModelConfig, optimizer, text_size: int, accumulation_step
     accumulation_steps: A, parts that the batch is split into.
     state: donated by the caller's jit.
     batch: [B, L] arrays, see `data.pipeline`.
+    z_loss: static; see `loss.weighted_nll`.
 
   Returns:
     New state, and fp32 scalars: loss, image_loss, text_loss (nats per target), grad_norm, weight.
   """
   total = jnp.maximum(jnp.sum(batch["loss_weights"]), 1e-9)
+  # Cast here and not where they are used: gradients are then kept in the compute dtype, in which they were summed.
+  params = jax.tree.map(lambda x: x.astype(jnp.dtype(config.dtype)), state.params)
 
   def loss_fn(params, part):
-    nll = loss.token_nll(transformer.bind(config, params), part)
-    sums = loss.modality_sums(nll, part["targets"], part["loss_weights"], text_size)
-    return sums["nll"] / total, sums
+    value, nll = loss.batch_nll(transformer.bind(config, params), part, z_loss)
+    return value / total, loss.modality_sums(nll, part["targets"], part["loss_weights"], text_size)
 
-  grad_fn = jax.grad(loss_fn, has_aux=True)
+  grad_fn = lambda part: jax.grad(loss_fn, has_aux=True)(params, part)
   if accumulation_steps == 1:
-    grads, sums = grad_fn(state.params, batch)
+    grads, sums = _fp32(grad_fn(batch))
   else:
     split = lambda x: x.reshape(-1, accumulation_steps, x.shape[1], out_sharding=spec("batch", None, "length")).swapaxes(0, 1)
     parts = jax.tree.map(split, batch)
-    add = lambda carry, part: (jax.tree.map(jnp.add, carry, grad_fn(state.params, part)), None)
-    first = grad_fn(state.params, jax.tree.map(lambda x: x[0], parts))
+    add = lambda carry, part: (jax.tree.map(jnp.add, carry, _fp32(grad_fn(part))), None)
+    first = _fp32(grad_fn(jax.tree.map(lambda x: x[0], parts)))
     (grads, sums), _ = jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], parts))
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
@@ -68,7 +72,11 @@ def train_step(config: ModelConfig, optimizer, text_size: int, accumulation_step
   return TrainState(state.step + 1, params, opt_state), metrics
 
 
+def _fp32(tree):
+  return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
 def eval_step(config: ModelConfig, text_size: int, params, batch) -> dict:
   """Sums of nll and weight by modality, to be added up over batches. See `loss.modality_sums`."""
-  nll = loss.token_nll(transformer.bind(config, params), batch)
+  _, nll = loss.batch_nll(transformer.bind(config, params), batch)
   return loss.modality_sums(nll, batch["targets"], batch["loss_weights"], text_size)

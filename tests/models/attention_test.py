@@ -1,7 +1,11 @@
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import attention
 from tests.models.tiny import mesh_of
 
@@ -23,3 +27,43 @@ def test_blocks_of_queries_equal_the_full_matrix_in_fp64(length):
     found = jax.jit(attention.causal_attention)(q, k, v, segment_ids)
   np.testing.assert_allclose(found, plain(q, k, v, segment_ids), atol=2e-5)
   assert np.abs(np.asarray(found) - plain(q, k, v, np.ones_like(segment_ids))).max() > 0.1
+
+
+@pytest.fixture(scope="module")
+def rows():
+  """q, k, v of head size 64 and segments whose borders are not those of the kernels' blocks."""
+  q, k, v = jax.random.normal(jax.random.key(1), (3, 2, 256, 2, 64))
+  segment_ids = np.sort(np.random.default_rng(1).integers(0, 4, (2, 256))).astype(np.int32)
+  return q, k, v, segment_ids
+
+
+@pytest.mark.parametrize("name", ["splash", "triton"])
+def test_the_kernels_equal_plain_attention_and_so_do_their_gradients(rows, name):
+  """In Pallas's interpreter; a loss that weighs all outputs unequally."""
+  q, k, v, segment_ids = rows
+  weights = jax.random.normal(jax.random.key(2), q.shape)
+  kernel = functools.partial(getattr(attention, f"{name}_attention"), interpret=True)
+
+  def value_and_grads(attend, segment_ids):
+    with jax.set_mesh(mesh_of(1, 1, 2)):
+      segment_ids = shard(jnp.asarray(segment_ids), "batch", "length")
+      qkv = [shard(x, "batch", "length", "heads", "head_dim") for x in (q, k, v)]
+      return jax.jit(jax.value_and_grad(lambda *qkv: (attend(*qkv, segment_ids) * weights).sum(), (0, 1, 2)))(*qkv)
+
+  expected, expected_grads = value_and_grads(attention.causal_attention, segment_ids)
+  found, grads = value_and_grads(kernel, segment_ids)
+  np.testing.assert_allclose(found, expected, rtol=1e-4)
+  for a, b in zip(grads, expected_grads):
+    np.testing.assert_allclose(a, b, atol=2e-4)
+  _, other = value_and_grads(kernel, np.ones_like(segment_ids))
+  assert np.abs(np.asarray(other[1]) - np.asarray(expected_grads[1])).max() > 0.1
+
+
+def test_auto_is_plain_on_a_cpu_and_a_kernel_tells_what_it_cannot_take(rows):
+  q, k, v, segment_ids = rows
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    auto = attention.row_attention("auto", q, k, v, segment_ids)
+    np.testing.assert_array_equal(auto, attention.causal_attention(q, k, v, segment_ids))
+    for name, wrong in (("splash", q[:, :100]), ("triton", q[..., :48])):
+      with pytest.raises(ValueError, match=f"'{name}' takes rows of a multiple of 128"):
+        attention.row_attention(name, wrong, wrong, wrong, segment_ids[:, :100])

@@ -1,6 +1,7 @@
 """A tiny decoder whose outputs are not tiny, and helpers to run it on a mesh."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,7 @@ CONFIG = ModelConfig(
 
 
 def mesh_of(*shape):
-  size = shape[0] * shape[1] * shape[2]
-  return create_mesh(MeshConfig(*shape), jax.devices()[:size])
+  return create_mesh(MeshConfig(*shape), jax.devices()[: math.prod(shape)])
 
 
 def random_params(config, seed=0):

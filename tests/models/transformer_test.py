@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.models import attention, transformer
+from cm3leon_jax.models.config import REMAT_POLICIES
 from tests.models.tiny import CONFIG, mesh_of, model_logits, random_params
 
 L = 12
@@ -68,13 +70,27 @@ def test_scanned_layers_equal_unrolled(family):
   np.testing.assert_allclose(scanned, unrolled, atol=2e-5)
 
 
-@pytest.mark.parametrize("policy", ["minimal", "full"])
-def test_remat_changes_nothing(policy):
+@FAMILIES
+@pytest.mark.parametrize("policy", [p for p in REMAT_POLICIES if p not in ("none", "offload")])
+def test_remat_changes_nothing(policy, family):
   with jax.set_mesh(mesh_of(1, 1, 1)):
-    params = random_params(CONFIG)
+    params = random_params(config_of(family))
     loss = lambda c: jax.grad(lambda p: jnp.mean(model_logits(c, p, TOKENS, POSITIONS, SEGMENTS) ** 2))(params)
-    for a, b in zip(jax.tree.leaves(loss(CONFIG)), jax.tree.leaves(loss(config_of("opt", remat_policy=policy)))):
+    for a, b in zip(*(jax.tree.leaves(loss(config_of(family, remat_policy=name))) for name in ("none", policy))):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_remat_policy_keeps():
+  """Values of all tokens and layers that the backward pass gets: layer inputs always, and those that the policy names."""
+  D, F = CONFIG.width, CONFIG.mlp_width
+  expected = {"full": [], "save_attention": [D, D], "save_qkv": [D] * 4, "minimal": [D] * 4 + [F]}
+  for policy, widths in expected.items():
+    config = config_of("opt", remat_policy=policy)
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+      forward = functools.partial(model_logits, config, tokens=TOKENS, positions=POSITIONS, segment_ids=SEGMENTS)
+      residuals = jax.tree.leaves(jax.vjp(forward, random_params(config))[1])
+    kept = sorted(x[0, 0, 0].size for x in residuals if x.shape[:3] == (CONFIG.num_layers, *TOKENS.shape))
+    assert kept == sorted([D, *widths]), policy
 
 
 @FAMILIES

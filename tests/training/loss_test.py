@@ -3,11 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.mesh import shard
+from cm3leon_jax.mesh import shard, spec
 from cm3leon_jax.training import loss
 from tests.models.tiny import mesh_of
 
-B, L, D, V = 4, 12, 16, 96
+B, L, D, V = 8, 12, 16, 96
 
 
 def plain_fp64(hidden, table, targets):
@@ -20,31 +20,53 @@ def plain_fp64(hidden, table, targets):
 @pytest.fixture(scope="module")
 def arrays():
   rng = np.random.default_rng(0)
-  return rng.normal(size=(B, L, D)).astype("f4"), rng.normal(size=(V, D)).astype("f4"), rng.integers(0, V, (B, L)).astype("i4")
+  hidden, table = (rng.normal(size=size).astype("f4") for size in ((B, L, D), (V, D)))
+  return hidden, table, rng.integers(0, V, (B, L)).astype("i4"), rng.random((B, L)).astype("f4")
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 1, 8)])
+def split(hidden, table, targets, weights):
+  """The arrays on the current mesh, as training lays them out."""
+  return (
+    shard(jnp.asarray(hidden), "batch", "length", "act"),
+    shard(jnp.asarray(table), "vocab_stored", None),
+    shard(jnp.asarray(targets), "batch", "length"),
+    shard(jnp.asarray(weights), "batch", "length"),
+  )
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 1, 8), (1, 2, 2, 2)])
 @pytest.mark.parametrize("chunk", [1, 4, 5, 100])
 def test_chunked_and_sharded_equals_plain_fp64(arrays, shape, chunk):
+  hidden, table, targets, weights = arrays
   with jax.set_mesh(mesh_of(*shape)):
-    hidden, table, targets = arrays
-    args = (
-      shard(jnp.asarray(hidden), "batch", "length", "act"),
-      shard(jnp.asarray(table), "vocab", None),
-      shard(jnp.asarray(targets), "batch", "length"),
-    )
-    found = jax.jit(loss.chunked_nll, static_argnums=3)(*args, chunk)
-  np.testing.assert_allclose(found, plain_fp64(hidden, table, targets), rtol=2e-6, atol=2e-6)
+    total, found = jax.jit(loss.weighted_nll, static_argnums=4)(*split(*arrays), chunk)
+  expected = plain_fp64(hidden, table, targets)
+  np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6)
+  assert float(total) == pytest.approx((weights * expected).sum(), rel=1e-5)
   wrong = plain_fp64(hidden, table, np.roll(targets, 1, 1))
   assert np.abs(np.asarray(found) - wrong).max() > 0.1
 
 
-def test_gradient_of_chunks_equals_gradient_of_the_whole(arrays):
-  hidden, table, targets = (jnp.asarray(x) for x in arrays)
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    grad = lambda chunk: jax.grad(lambda h, t: loss.chunked_nll(h, t, targets, chunk).sum(), argnums=(0, 1))(hidden, table)
-    for a, b in zip(grad(3), grad(L)):
-      np.testing.assert_allclose(a, b, atol=2e-5)
+def autodiff_loss(hidden, table, targets, weights, z_loss):
+  """The same value, whose gradient JAX derives from the full logits."""
+  logits = hidden @ table.T
+  log_z = jax.nn.logsumexp(logits, -1)
+  nll = log_z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+  return jnp.sum(weights * (nll + z_loss * log_z**2))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 2, 2, 2)])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_the_hand_written_gradient_equals_autodiff_of_the_full_logits(arrays, shape, z_loss):
+  expected = jax.grad(autodiff_loss, argnums=(0, 1))(*map(jnp.asarray, arrays), z_loss)
+  with jax.set_mesh(mesh_of(*shape)):
+    value = lambda h, t, *rest: 3.0 * loss.weighted_nll(h, t, *rest, 4, z_loss)[0]
+    found = jax.jit(jax.grad(value, argnums=(0, 1)))(*split(*arrays))
+    assert found[1].sharding.spec == spec("vocab_stored", None)
+  for a, b in zip(found, expected):
+    np.testing.assert_allclose(a, 3 * b, atol=3e-5)
+  other = jax.grad(autodiff_loss, argnums=(0, 1))(*map(jnp.asarray, arrays), z_loss + 0.1)
+  assert np.abs(np.asarray(found[0]) - 3 * np.asarray(other[0])).max() > 1e-3
 
 
 def test_modality_losses_literal():

@@ -44,7 +44,9 @@ def reference():
   return run((1, 1, 1), 1)
 
 
-@pytest.mark.parametrize(("shape", "accumulation"), [((1, 1, 1), 4), ((2, 2, 2), 1), ((2, 2, 2), 2), ((1, 8, 1), 1)])
+@pytest.mark.parametrize(
+  ("shape", "accumulation"), [((1, 1, 1), 4), ((2, 2, 2), 1), ((2, 2, 2), 2), ((1, 8, 1), 1), ((1, 2, 2, 2), 1)]
+)
 def test_mesh_and_accumulation_change_nothing(reference, shape, accumulation):
   losses, state = run(shape, accumulation)
   np.testing.assert_allclose(losses, reference[0], rtol=2e-5)
@@ -86,12 +88,13 @@ def test_the_7b_step_splits_the_vocabulary_and_never_holds_all_logits(shape):
     assert table.shape == (V, config.model.width)
     assert table.sharding.spec == spec("vocab_stored", None)
     assert table.sharding.shard_shape(table.shape)[0] == V // (shape[1] * shape[2])
-  shapes = array_shapes(jaxpr)
-  table = (V, config.model.width)  # The width happens to be the sequence length.
-  with_vocab = {s for s in shapes if V in s and s != table}
+  rows = V // shape[2]  # What a device of `tensor` holds of the vocabulary while the loss is computed.
+  tables = {(V, config.model.width), (rows, config.model.width)}  # The width happens to be the sequence length.
+  with_vocab = {s for s in array_shapes(jaxpr) if {V, rows} & set(s)} - tables
   assert with_vocab
   assert not [s for s in with_vocab if L in s], "an array of full vocabulary x full sequence"
-  assert max(int(np.prod(s)) // V // B for s in with_vocab) <= ModelConfig().loss_chunk
+  tokens = B // (shape[0] * shape[1]) * ModelConfig().loss_chunk  # 1/16 of a device's.
+  assert max(int(np.prod(s)) // rows for s in with_vocab) == tokens
 
 
 def test_a_step_without_chunks_would_be_found():
@@ -99,6 +102,6 @@ def test_a_step_without_chunks_would_be_found():
   config = dataclasses.replace(CONFIG, loss_chunk=L)
   with jax.set_mesh(mesh_of(1, 1, 1)):
     state = jax.eval_shape(lambda: init_state(config, OPTIMIZER, jax.random.key(0)))
-    batch = jax.tree.map(jnp.asarray, make_batch())
+    batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in make_batch().items()}
     jaxpr = jax.make_jaxpr(lambda s, b: train_step(config, OPTIMIZER, 60, 1, s, b))(state, batch)
   assert [s for s in array_shapes(jaxpr) if 96 in s and L in s]
