@@ -1,0 +1,81 @@
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cm3leon_jax.training import goodput
+
+
+@pytest.fixture
+def watch():
+  watch = goodput.Stopwatch()
+  yield watch
+  watch.stop()
+
+
+def test_every_second_belongs_to_one_phase(watch):
+  start = time.perf_counter()
+  with watch.phase("step"):
+    time.sleep(0.02)
+    with watch.phase("save"):
+      time.sleep(0.03)
+    watch.move(0.01, "step", "data")
+  seconds = watch.seconds()
+  assert sum(seconds.values()) == pytest.approx(time.perf_counter() - start, abs=5e-3)
+  assert seconds["save"] >= 0.03
+  assert seconds["data"] == pytest.approx(0.01)
+  assert seconds["step"] >= 0.01
+
+
+def test_compiling_counts_as_such_wherever_it_happens(watch):
+  with watch.phase("evaluate"):
+    before = watch.seconds()
+    start = time.perf_counter()
+    jax.jit(lambda x: jax.jit(lambda y: jnp.sin(y) @ y)(x) + jnp.float32(time.time()))(jnp.ones((8, 8)))
+    wall = time.perf_counter() - start
+    after = watch.seconds()
+  assert 0.2 * wall < after["compile"] <= wall
+  assert after["evaluate"] - before["evaluate"] < wall - after["compile"] + 5e-3
+
+
+def test_a_trace_within_a_trace_counts_once(watch, monkeypatch):
+  """The inner one is told first: 0.2 s that end at 1.0; the outer one took 0.9 s until 1.5. Another ends at 3.0."""
+  times = iter([1.0, 1.5, 3.0])
+  watch.seconds()
+  monkeypatch.setattr(goodput.time, "perf_counter", lambda: next(times))
+  for duration in (0.2, 0.9, 0.3):
+    jax.monitoring.record_event_duration_secs("/jax/core/compile/jaxpr_trace_duration", duration)
+  monkeypatch.undo()
+  assert watch.seconds()["compile"] == pytest.approx(1.2)
+
+
+def test_other_events_do_not_count_nor_do_those_after_the_end():
+  watch = goodput.Stopwatch()
+  jax.monitoring.record_event_duration_secs("/jax/checkpoint/write_duration", 5.0)
+  watch.stop()
+  jax.monitoring.record_event_duration_secs("/jax/core/compile/jaxpr_trace_duration", 5.0)
+  assert watch.seconds()["compile"] == 0
+
+
+def test_goodput_is_the_share_of_steps():
+  seconds = {"step": 90.0, "compile": 7.5, "save": 2.5, "data": 0.0}
+  assert goodput.goodput(seconds) == 0.9
+  assert goodput.describe(seconds) == "goodput 90.0% of 100 s: steps 90.0%, compiling 7.5%, saving 2.5%"
+  assert goodput.to_line(seconds)["goodput"] == 0.9
+
+
+def test_earlier_starts_are_added_and_steps_computed_again_are_lost():
+  """A start told its times at step 4 and at 8, and was killed 7 s after the latter."""
+  told = goodput.to_line({**dict.fromkeys(goodput.PHASES, 0.0), "step": 30.0, "save": 2.0})
+  lines = [
+    {"step": 4, "time": 100.0, **told},
+    {"step": 8, "time": 120.0, **told, "step_seconds": 50.0},
+    {"step": 9, "loss": 1.0, "time": 124.0},
+    {"step": 10, "loss": 1.0, "time": 127.0},
+  ]
+  seconds = goodput.earlier(lines, 8)
+  assert {name: value for name, value in seconds.items() if value} == {"step": 50.0, "save": 2.0, "lost": 7.0}
+  assert goodput.earlier(lines, 4)["lost"] == 27.0  # The checkpoint of step 8 was not whole.
+  assert goodput.earlier(lines[:2], 8)["lost"] == 0.0
+  assert goodput.earlier([{"step": 1, "loss": 1.0, "time": 3.0}], 1) == {}
