@@ -1,42 +1,77 @@
 """metrics.jsonl: one JSON object a line; a resumed run replaces the lines it computes again, and says if they differ."""
 
 import json
+import os
+import time
 
 from etils import epath
 
+from cm3leon_jax import stages
+
+BUCKET_SECONDS = 60.0  # A bucket's object is written anew at most that often, and for at most a hundredth of the time.
+
 
 class MetricsLog:
-  """Appends to `folder/metrics.jsonl`.
+  """Writes `folder/metrics.jsonl`.
 
   A run that is killed has logged steps after its last checkpoint. The resumed run computes them again; the log keeps
   the first values aside and compares the losses bit for bit.
+
+  On a disk every line is appended when it is written. Objects in a bucket cannot be appended to: there the whole file is
+  written anew from time to time and at `flush`.
   """
 
-  def __init__(self, folder: epath.PathLike, resumed_at: int | None = None):
-    """resumed_at: step of the restored checkpoint; lines of later steps are set aside. None: a new run."""
-    self.path = epath.Path(folder) / "metrics.jsonl"
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    old = read_metrics(self.path)
-    kept = [] if resumed_at is None else [line for line in old if line["step"] <= resumed_at]
-    later = [line for line in old if line["step"] > (resumed_at or 0) and "loss" in line] if resumed_at is not None else []
-    # Nothing to compare is an outcome too: the killed run had logged no step after its checkpoint.
-    self._before = {line["step"]: line["loss"] for line in later}
+  def __init__(self, folder: epath.PathLike, resumed_at: int | None = None, enabled: bool = True):
+    """Opens the file; what a resumed run will compute again is taken out.
+
+    Args:
+      folder: gets the file.
+      resumed_at: step of the restored checkpoint; lines of later steps are set aside. None: a new run.
+      enabled: False on the processes of a run that do not write (all but one): nothing is read or written.
+    """
+    self.path, self.enabled = epath.Path(folder) / "metrics.jsonl", enabled
+    self.before = read_metrics(self.path) if enabled else []
     self.replayed, self.identical, self._resumed_at = 0, 0, resumed_at
-    partial = self.path.parent / (self.path.name + ".partial")
-    event = "" if resumed_at is None or self._before else self._resume_event(resumed_at)
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept) + event)
-    partial.replace(self.path)
+    old = [] if resumed_at is None else self.before
+    self._expected = {line["step"]: line["loss"] for line in old if line["step"] > resumed_at and "loss" in line}
+    self._text = "".join(json.dumps(line) + "\n" for line in old if line["step"] <= resumed_at)
+    if resumed_at is not None and not self._expected:
+      self._text += self._resume_event(resumed_at)  # Nothing to compare is an outcome too.
+    self._appends = "://" not in os.fspath(self.path)
+    self._rewrite()
 
   def write(self, step: int, values: dict) -> None:
-    """Appends one line, `step` first. Values: floats, ints, strings."""
-    expected = self._before.pop(step, None) if "loss" in values else None
-    with self.path.open("a") as f:
-      f.write(json.dumps({"step": step, **values}) + "\n")
-      if expected is not None:
-        self.replayed += 1
-        self.identical += expected == values["loss"]
-        if not self._before:
-          f.write(self._resume_event(step))
+    """Writes one line, `step` first. Values: floats, ints, strings."""
+    if not self.enabled:
+      return
+    expected = self._expected.pop(step, None) if "loss" in values else None
+    text = json.dumps({"step": step, **values}) + "\n"
+    if expected is not None:
+      self.replayed += 1
+      self.identical += expected == values["loss"]
+      if not self._expected:
+        text += self._resume_event(step)
+    if self._appends:
+      with self.path.open("a") as f:
+        f.write(text)
+      return
+    self._text += text
+    if time.monotonic() - self._flushed > max(BUCKET_SECONDS, 100 * self._cost):
+      self.flush()
+
+  def flush(self) -> None:
+    """Returns when every line is where a kill cannot reach it; called before a checkpoint counts."""
+    if self.enabled and not self._appends:
+      self._rewrite()
+
+  def _rewrite(self) -> None:
+    if not self.enabled:
+      return
+    start = time.monotonic()
+    with stages.replacing(self.path, "w") as f:
+      f.write(self._text)
+    self._flushed = time.monotonic()
+    self._cost = self._flushed - start
 
   def _resume_event(self, step: int) -> str:
     counts = {"from_step": self._resumed_at, "replayed": self.replayed, "identical": self.identical}

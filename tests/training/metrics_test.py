@@ -1,5 +1,11 @@
 import json
 
+from etils import epath
+import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
+import pytest
+
+from cm3leon_jax.training import metrics
 from cm3leon_jax.training.metrics import MetricsLog, read_metrics
 
 
@@ -52,3 +58,50 @@ def test_losses_survive_the_file_bit_for_bit(tmp_path):
   log = MetricsLog(tmp_path)
   log.write(1, {"loss": loss})
   assert read_metrics(log.path)[0]["loss"].hex() == loss.hex()
+
+
+def test_processes_that_do_not_write_leave_the_file_alone(tmp_path):
+  first = MetricsLog(tmp_path)
+  first.write(1, {"loss": 1.0})
+  log = MetricsLog(tmp_path, enabled=False)
+  log.write(2, {"loss": 2.0})
+  log.flush()
+  assert read_metrics(first.path) == [{"step": 1, "loss": 1.0}]
+  assert log.before == []
+
+
+class Bucket(MemoryFileSystem):
+  """Objects that can be written, read, renamed and deleted, but not appended to."""
+
+  def _open(self, path, mode="rb", **kwargs):
+    if "a" in mode:
+      raise NotImplementedError("objects cannot be appended to")
+    return super()._open(path, mode, **kwargs)
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+  monkeypatch.setattr(fsspec, "filesystem", lambda name, **_: Bucket())
+  yield epath.Path("gs://bucket/metrics")
+  Bucket.store.clear()
+
+
+def test_in_a_bucket_the_file_is_written_anew(bucket, monkeypatch):
+  with pytest.raises(NotImplementedError):
+    (bucket / "file").open("a").close()
+  now = [0.0]
+  monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+  log = MetricsLog(bucket)
+  log.write(1, {"loss": 3.0})
+  log.write(2, {"loss": 2.0})
+  assert read_metrics(log.path) == []
+  log.flush()
+  assert [line["step"] for line in read_metrics(log.path)] == [1, 2]
+  now[0] = metrics.BUCKET_SECONDS + 1
+  log.write(3, {"loss": 1.0})
+  assert [line["step"] for line in read_metrics(log.path)] == [1, 2, 3]
+  log = MetricsLog(bucket, resumed_at=2)
+  log.write(3, {"loss": 1.0})
+  log.flush()
+  assert [line["step"] for line in read_metrics(log.path) if "loss" in line] == [1, 2, 3]
+  assert (log.replayed, log.identical) == (1, 1)
