@@ -1,0 +1,81 @@
+"""Traces of chosen steps, for XProf and TensorBoard's profile plugin."""
+
+from collections.abc import Callable
+import contextlib
+import importlib.util
+import pathlib
+import re
+import tempfile
+
+from etils import epath
+import jax
+
+from cm3leon_jax.config import UserError
+
+FOLDER = "profile"
+
+
+def parse_steps(text: str, steps: int) -> range:
+  """Steps to trace, both ends included; none if `text` is empty.
+
+    parse_steps("10:13", 100) == range(10, 14)
+
+  Args:
+    text: of --profile_steps.
+    steps: length of the run.
+
+  Raises:
+    UserError: it is no such pair, not all of it lies in the run, or tracing would end the process.
+  """
+  if not text:
+    return range(0)
+  match = re.fullmatch(r"(\d+):(\d+)", text)
+  if not match or not 1 <= int(match[1]) <= int(match[2]) <= steps:
+    raise UserError(
+      f"--profile_steps is '{text}'; it must be FIRST:LAST, e.g. 10:13, with 1 <= FIRST <= LAST <= train.steps = {steps}."
+    )
+  platforms = (jax.config.jax_platforms or "tpu").split(",")
+  if jax.default_backend() != "tpu" and "tpu" in platforms and importlib.util.find_spec("libtpu"):
+    raise UserError(  # Its profiler is loaded all the same, and libtpu of another version than jax's crashes in it.
+      f"--profile_steps: libtpu is installed, but the devices are {jax.default_backend()}s: set JAX_PLATFORMS="
+      f"{jax.default_backend()} in the environment."
+    )
+  return range(int(match[1]), int(match[2]) + 1)
+
+
+class Profiler:
+  """Writes one trace (xplane) of a range of steps into `folder`; without steps it does nothing.
+
+  It is collected on the local disk and then copied: the profiler itself writes to no bucket.
+  """
+
+  def __init__(self, folder: epath.PathLike, steps: range):
+    self.folder, self._steps = epath.Path(folder), steps
+    self._collected: tempfile.TemporaryDirectory | None = None
+
+  @contextlib.contextmanager
+  def step(self, step: int, wait: Callable[[], None]):
+    """The body dispatches `step`. wait: returns when the device has nothing left to do; called before the first step."""
+    if step in self._steps and self._collected is None:
+      wait()
+      self._collected = tempfile.TemporaryDirectory()
+      jax.profiler.start_trace(self._collected.name)
+    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+      yield
+
+  def ends_with(self, step: int) -> bool:
+    """Whether a trace is running that ends with this step: then wait for the step, and call `stop`."""
+    return self._collected is not None and step >= self._steps[-1]
+
+  def stop(self) -> None:
+    """Ends a running trace and writes it."""
+    if self._collected is None:
+      return
+    jax.profiler.stop_trace()
+    source = pathlib.Path(self._collected.name)
+    for path in (p for p in source.rglob("*") if p.is_file()):
+      target = self.folder / path.relative_to(source).as_posix()
+      target.parent.mkdir(parents=True, exist_ok=True)
+      target.write_bytes(path.read_bytes())
+    self._collected.cleanup()
+    self._collected, self._steps = None, range(0)
