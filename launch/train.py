@@ -5,6 +5,7 @@ python -m launch.train --config=ml_configs/openmoji.py --workdir=workdir
 
 import dataclasses
 
+from absl import flags
 import jax
 import numpy as np
 
@@ -17,8 +18,12 @@ from cm3leon_jax.data.plan_statistics import describe, plan_statistics, room_for
 from cm3leon_jax.decoding.draw import sample_drawer
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.settings import Settings
+from cm3leon_jax.training.profile import parse_steps
 from cm3leon_jax.training.train import train
 from launch import common
+
+_PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "Steps to trace into train/profile, e.g. 10:13; both are traced.")
+_DEBUG_NANS = flags.DEFINE_bool("debug_nans", False, "Stop at the operation that makes the first NaN. Slow.")
 
 
 def open_rows(settings: Settings, workdir, split: str, write_starts: bool = False) -> RowLoader:
@@ -77,14 +82,17 @@ def identity(settings: Settings, workdir) -> dict:
   return {**config, "inputs": inputs}
 
 
-def main(settings: Settings, workdir) -> None:
+def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool = False) -> None:
+  traced = parse_steps(profile_steps, settings.train.steps)
   config, folder = identity(settings, workdir), workdir / "train"
   if (folder / "config.json").exists():
     stages.check_same_config(folder, stages.read_json(folder / "config.json")["run"], config)
   stages.write_json(folder / "config.json", {"run": config, "train": dataclasses.asdict(settings.train)})
   done = folder / stages.DONE
   redo = done.exists() and stages.read_json(done)["summary"]["steps"] < settings.train.steps
-  with common.use_mesh(settings), stages.stage(folder, config, redo=redo) as summary:
+  # A context, not jax.config.update: that ends without a word once anything like logsumexp is traced (jax 0.10.2).
+  nans = jax.debug_nans(debug_nans or jax.config.jax_debug_nans)
+  with common.use_mesh(settings), nans, stages.stage(folder, config, redo=redo) as summary:
     if summary is None:
       return
     loader = open_rows(settings, workdir, "train", write_starts=jax.process_index() == 0)
@@ -92,11 +100,11 @@ def main(settings: Settings, workdir) -> None:
     summary.update(rows=look_at_rows(loader.plan))
     draw = sample_drawer(settings, workdir, folder / "samples")
     result = train(
-      folder, settings.model, settings.optimizer, settings.train, settings.vocab, loader, heldout, settings.seed, draw
+      folder, settings.model, settings.optimizer, settings.train, settings.vocab, loader, heldout, settings.seed, draw, traced
     )
     summary.update(result)
     print(f"train: {result['steps']} steps, held-out image loss {result['heldout_image_loss']:.3f} nats per code.", flush=True)
 
 
 if __name__ == "__main__":
-  common.run(main)
+  common.run(lambda settings, workdir: main(settings, workdir, _PROFILE_STEPS.value, _DEBUG_NANS.value))

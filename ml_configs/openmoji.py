@@ -40,7 +40,7 @@ def get_config(variant: str = "15"):
   config.model.update({"mlp_width": 384, "max_positions": 1_024, "init_std": 0.034, "embed_std": 0.25})
   config.model.update({"dtype": "float32", "remat_policy": "none", "loss_chunk": 1_024})
   config.optimizer.update({"learning_rate": 5e-3, "warmup_steps": 30, "weight_decay": 0.05})
-  config.train.update({"steps": steps["train"], "global_batch_size": 2, "eval_batches": 16})
+  config.train.update({"steps": steps["train"], "global_batch_size": 2, "eval_batches": 16, "log_every": 10})
   config.train.update(
     {"checkpoint_every": min(100, max(5, config.train.steps // 12)), "eval_every": max(5, config.train.steps // 8)}
   )

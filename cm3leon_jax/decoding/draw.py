@@ -5,6 +5,7 @@ import re
 
 from etils import epath
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from cm3leon_jax.config import UserError
@@ -86,19 +87,20 @@ def prompt_ids(vocab, prompt: Prompt, retrieve: int) -> np.ndarray:
 
 
 def sample_drawer(settings, workdir, folder):
-  """The trainer's `draw(params, step)`: one grid of held-out captions without neighbours into `folder`."""
+  """The trainer's `draw(params, step)`: writes one grid of held-out captions without neighbours into `folder`, returns it."""
   count = min(settings.train.num_samples, len(raw_pairs.read_pairs(workdir / "raw", "heldout")))
   prompts = heldout_prompts(settings, workdir, count, settings.seed, 0)
   image_tokenizer = ImageTokenizer.load(workdir / "vqgan")
   ids, seeds = [prompt_ids(settings.vocab, p, 0) for p in prompts], [p.seed for p in prompts]
 
-  def draw(params, step: int) -> None:
+  def draw(params, step: int) -> Image.Image:
     generator = Generator(settings.model, params, settings.vocab, settings.sampling, settings.vqgan.image_tokens)
     images = image_tokenizer.decode(generator.text_to_image(ids, seeds))
     parts = [slice(i, i + GRID_COLUMNS) for i in range(0, count, GRID_COLUMNS)]
     captions = ["; ".join(p.text for p in prompts[part]) for part in parts]
     sheet = pictures.contact_sheet([images[part] for part in parts], captions)
     pictures.save_png(epath.Path(folder) / f"step_{step:06d}.png", sheet)
+    return sheet
 
   return draw
 

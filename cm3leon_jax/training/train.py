@@ -6,13 +6,12 @@ import functools
 import itertools
 import signal
 import sys
-import time
+from typing import Any
 
 from etils import epath
 import jax
 from jax.sharding import NamedSharding
 import numpy as np
-from tqdm import tqdm
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.pipeline import RowLoader, batches
@@ -21,7 +20,8 @@ from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import loss
 from cm3leon_jax.training.checkpoint import Checkpoints
-from cm3leon_jax.training.metrics import MetricsLog
+from cm3leon_jax.training.goodput import Stopwatch
+from cm3leon_jax.training.monitor import open_monitor
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer, learning_rate_schedule
 from cm3leon_jax.training.state import eval_step, init_state, train_step
 from cm3leon_jax.vocab import VocabLayout
@@ -39,6 +39,10 @@ class TrainConfig:
     eval_every, eval_batches: steps between held-out losses, and batches of each.
     checkpoint_every, keep_checkpoints: steps between checkpoints, and how many stay.
     sample_every, num_samples: steps between grids of samples, and pictures of each.
+    log_every: steps between printed lines; metrics.jsonl has every step.
+    tensorboard: whether to write event files.
+    histogram_every: steps between TensorBoard's histograms of the parameters; 0: none.
+    peak_flops: of one device in FLOP/s, for MFU; 0: that of its kind, if it is known.
   """
 
   steps: int = 41_723
@@ -50,10 +54,17 @@ class TrainConfig:
   keep_checkpoints: int = 2
   sample_every: int = 2_000
   num_samples: int = 8
+  log_every: int = 1
+  tensorboard: bool = True
+  histogram_every: int = 0
+  peak_flops: float = 0.0
 
   def __post_init__(self):
+    for name in ("histogram_every", "peak_flops"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative.")
     for field in dataclasses.fields(self):
-      if getattr(self, field.name) < 1:
+      if field.type is int and field.name != "histogram_every" and getattr(self, field.name) < 1:
         raise ValueError(f"{field.name} is {getattr(self, field.name)}; it must be positive.")
     if self.keep_checkpoints < 2:
       raise ValueError(f"keep_checkpoints is {self.keep_checkpoints}; a save needs the one before it until it is whole, so 2.")
@@ -117,12 +128,13 @@ def train(
   loader: RowLoader,
   heldout: RowLoader,
   seed: int,
-  draw_samples: Callable[[dict, int], None] | None = None,
+  draw_samples: Callable[[dict, int], Any] | None = None,
+  profile_steps: range = range(0),
 ) -> dict:
   """Trains to `config.steps` from the newest checkpoint in `folder`, on the current mesh.
 
   Args:
-    folder: gets checkpoints/ and metrics/.
+    folder: gets checkpoints/, metrics/, tensorboard/ and profile/.
     model: size of the decoder.
     optimizer_config: AdamW and its schedule over `config.steps`.
     config: length of the run and what happens how often.
@@ -130,11 +142,13 @@ def train(
     loader: rows for training.
     heldout: rows for the held-out loss.
     seed: of the parameters.
-    draw_samples: called with (params, step) every `sample_every` steps.
+    draw_samples: called with (params, step) every `sample_every` steps; returns the grid, a PIL image, or None.
+    profile_steps: steps to trace.
 
   Returns:
     Numbers for the report. On SIGTERM: saves and exits with `INTERRUPTED`.
   """
+  watch = Stopwatch()
   mesh = jax.sharding.get_mesh()
   shards = batch_shards() * config.gradient_accumulation_steps
   if config.global_batch_size % shards:
@@ -151,30 +165,37 @@ def train(
     state, next_row = steps.init(), 0
   else:
     state, next_row = checkpoints.restore(jax.eval_shape(steps.init), newest)
-  log = MetricsLog(folder / "metrics", newest)
   first = int(state.step)
   eval_batches = list(itertools.islice(batches(heldout, 0, config.global_batch_size, sharding), config.eval_batches))
   data = batches(loader, next_row, config.global_batch_size, sharding)
-  logger = StepLogger(log, optimizer_config, config, first)
-  with StopSignal() as stop, logger.bar:
+  schedule = learning_rate_schedule(optimizer_config, config.steps)
+  length = loader.plan.config.sequence_length
+  monitor = open_monitor(folder, model, config, schedule, length, newest, watch, profile_steps)
+  with StopSignal() as stop, monitor:
     for step in range(first + 1, config.steps + 1):
-      state, metrics = steps.train(state, next(data))
+      with monitor.traced(step):
+        state, metrics = steps.train(state, monitor.next_batch(data))
       next_row += config.global_batch_size
-      logger.step(step, metrics)
+      monitor.step(step, metrics)
       stopping = stop.received  # Read once: a signal that comes later in this step waits for the next.
       last = step == config.steps or stopping
       if step % config.eval_every == 0 or last:
-        logger.flush()
-        log.write(step, evaluate(steps, state.params, eval_batches))
+        with monitor.phase("evaluate", step):
+          monitor.heldout(step, evaluate(steps, state.params, eval_batches))
       if step % config.checkpoint_every == 0 or last:
-        checkpoints.save(state, step, next_row)
+        with monitor.phase("save", step):
+          checkpoints.save(state, step, next_row)
       if draw_samples and (step % config.sample_every == 0 or step == config.steps):
-        draw_samples(state.params, step)
-      checkpoints.seal()
+        with monitor.phase("sample", step):
+          monitor.samples(step, draw_samples(state.params, step))
+      if config.histogram_every and step % config.histogram_every == 0:
+        monitor.histograms(step, state.params)
+      with monitor.overlapped("save"):
+        checkpoints.seal()
       if stopping:
         break
-    logger.flush()
-  checkpoints.close()
+    with monitor.phase("save", int(state.step)):
+      checkpoints.close()
   step = int(state.step)
   if step < config.steps:
     print(f"stopped at step {step} of {config.steps}; saved in {folder}: the same command continues.", flush=True)
@@ -187,35 +208,3 @@ def train(
     "next_row": next_row,
     **evaluate(steps, state.params, eval_batches),
   }
-
-
-class StepLogger:
-  """Logs a step's metrics one step late, so that the host never waits for the device it has just started."""
-
-  def __init__(self, log: MetricsLog, optimizer: OptimizerConfig, config: TrainConfig, first: int):
-    self._log, self._schedule = log, learning_rate_schedule(optimizer, config.steps)
-    self._pending, self._time = None, None
-    self.bar = tqdm(total=config.steps, initial=first, desc="train", unit="step", mininterval=1.0)
-
-  def step(self, step: int, metrics: dict) -> None:
-    """Takes over the metrics of `step` and logs those of the step before."""
-    self.flush()
-    self._pending = (step, metrics)
-
-  def flush(self) -> None:
-    if self._pending is None:
-      return
-    step, metrics = self._pending
-    values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-    now = time.perf_counter()
-    if self._time is not None:
-      values["tokens_per_second"] = round(values["weight"] / (now - self._time), 1)
-    self._time, self._pending = now, None
-    values["learning_rate"] = float(self._schedule(step - 1))
-    if not np.isfinite(values["loss"]):
-      raise UserError(
-        f"the loss of step {step} is {values['loss']}: lower optimizer.learning_rate in a new --workdir, or look at its rows."
-      )
-    self._log.write(step, values)
-    self.bar.set_postfix(loss=f"{values['loss']:.3f}", image=f"{values['image_loss']:.3f}", text=f"{values['text_loss']:.3f}")
-    self.bar.update()

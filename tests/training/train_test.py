@@ -1,3 +1,4 @@
+import itertools
 import os
 import signal
 import threading
@@ -5,17 +6,22 @@ import time
 
 from etils import epath
 import jax
+import numpy as np
+from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training.flops import model_flops
 from cm3leon_jax.training.metrics import read_metrics
 from cm3leon_jax.training.optimizer import OptimizerConfig
 from cm3leon_jax.training.train import INTERRUPTED, TrainConfig, train
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.models.tiny import mesh_of
+from tests.training import events
+from tests.training.profile_test import traced_steps
 
 MODEL = ModelConfig(
   vocab_size=VOCAB.size, num_layers=2, width=32, num_heads=4, mlp_width=64, max_positions=128, dtype="float32", loss_chunk=32
@@ -28,12 +34,13 @@ def loader(tmp_path_factory):
   return RowLoader(make_plan(make_sources(tmp_path_factory.mktemp("stores"))), VOCAB)
 
 
-def run(folder, loader, shape=(1, 1, 1), draw_samples=None, **fields):
+def run(folder, loader, shape=(1, 1, 1), draw_samples=None, learning_rate=1e-2, profile_steps=range(0), **fields):
   config = TrainConfig(
     **{"steps": STEPS, "global_batch_size": 8, "eval_every": 5, "eval_batches": 1, "checkpoint_every": 4, **fields}
   )
+  optimizer = OptimizerConfig(learning_rate=learning_rate)
   with jax.set_mesh(mesh_of(*shape)):
-    return train(epath.Path(folder), MODEL, OptimizerConfig(learning_rate=1e-2), config, VOCAB, loader, loader, 0, draw_samples)
+    return train(epath.Path(folder), MODEL, optimizer, config, VOCAB, loader, loader, 0, draw_samples, profile_steps)
 
 
 def losses(folder):
@@ -75,12 +82,12 @@ def test_a_killed_run_continues_bit_for_bit(whole, loader, tmp_path):
   """Killed in step 11, continued from the newest checkpoint: the steps after it come again, the rest as if never stopped."""
   with pytest.raises(Crash):
     run(tmp_path, loader, draw_samples=crash_at(11, tmp_path), sample_every=1)
-  assert max(losses(tmp_path)) == 10  # A step is logged when the next one has started.
+  assert max(losses(tmp_path)) == 11  # A step is logged before anything that needs its state.
   run(tmp_path, loader)
   assert losses(tmp_path) == losses(whole[0])
   (event,) = [line for line in read_metrics(tmp_path / "metrics" / "metrics.jsonl") if line.get("event") == "resumed"]
   assert event["from_step"] in (4, 8)  # Step 8 counts if its asynchronous save was whole by then.
-  assert event["replayed"] == event["identical"] == 10 - event["from_step"]
+  assert event["replayed"] == event["identical"] == 11 - event["from_step"]
 
 
 def test_another_seed_gives_other_losses(whole, tmp_path_factory):
@@ -160,8 +167,72 @@ def test_a_shorter_run_leaves_a_longer_one_as_it_is(loader, tmp_path, capsys):
   assert "is at step 4 already" in capsys.readouterr().out
 
 
+def test_tensorboard_shows_every_step_of_a_killed_run_once(loader, tmp_path):
+  with pytest.raises(Crash):
+    run(tmp_path, loader, draw_samples=crash_at(7, tmp_path), sample_every=1)
+  grid = Image.new("RGB", (8, 4), "red")
+  run(tmp_path, loader, steps=8, draw_samples=lambda *_: grid, sample_every=8, histogram_every=8)
+  found = events.read(tmp_path / "tensorboard")
+  assert {step: len(values) for step, values in found["train/loss"].items()} == dict.fromkeys(range(1, 9), 1)
+  assert found["train/loss"] == {step: [np.float32(loss)] for step, loss in losses(tmp_path).items()}
+  assert sorted(found["heldout/image_loss"]) == [5, 8]
+  assert [(image.width, image.height) for image in found["samples"][8]] == [(8, 4)]
+  assert found["params/embed"][8][0].num == MODEL.vocab_size * MODEL.width
+
+
+def test_goodput_is_told_and_summed_over_starts(loader, tmp_path, capsys):
+  with pytest.raises(Crash):
+    run(tmp_path, loader, draw_samples=crash_at(7, tmp_path), sample_every=1)
+  run(tmp_path, loader, steps=8, tensorboard=False)
+  lines = [line for line in read_metrics(tmp_path / "metrics" / "metrics.jsonl") if "goodput" in line]
+  assert [line["step"] for line in lines] == [4, 5, 8, 8, 8]  # At 4 and 8 the saves, at 5 and 8 evaluations, and the end.
+  for before, line in itertools.pairwise(lines):
+    assert all(line[name] >= before[name] for name in line if name.endswith("_seconds"))
+  assert lines[0]["lost_seconds"] == 0 < lines[-1]["lost_seconds"]
+  total = sum(x for name, x in lines[-1].items() if name.endswith("_seconds"))
+  assert lines[-1]["goodput"] == pytest.approx(lines[-1]["step_seconds"] / total, abs=1e-3)
+  assert f"train: goodput {lines[-1]['goodput']:.1%} of {total:.0f} s: steps" in capsys.readouterr().out
+
+
+def test_a_trace_holds_the_chosen_steps_and_no_others(loader, tmp_path):
+  run(tmp_path, loader, steps=6, profile_steps=range(3, 5))
+  assert traced_steps(tmp_path / "profile") == [3, 4]
+
+
+def test_mfu_is_that_of_the_whole_batch(loader, tmp_path):
+  run(tmp_path, loader, steps=2, peak_flops=1e9, tensorboard=False)
+  lines = read_metrics(tmp_path / "metrics" / "metrics.jsonl")
+  (line,) = [line for line in lines if "mfu" in line]
+  seconds = line["weight"] / line["tokens_per_second"]
+  tokens = 8 * loader.plan.config.sequence_length
+  assert line["mfu"] == pytest.approx(model_flops(MODEL, tokens, tokens // 8) / seconds / 1e9, rel=1e-2)
+
+
+def test_debug_nans_finds_the_operation_although_the_state_is_donated(loader, tmp_path):
+  """The rate makes parameters of 1e37 in step 2. Without the flag, step 3's metrics are what is wrong."""
+  shape = (1, 2, 1)
+  with pytest.raises(UserError, match=r"of step 3 is .*--debug_nans"):
+    run(tmp_path / "plain", loader, shape, learning_rate=1e38, tensorboard=False)
+  with jax.debug_nans(True), pytest.raises(FloatingPointError, match="invalid value"):
+    run(tmp_path / "nans", loader, shape, learning_rate=1e38, tensorboard=False)
+
+
+def test_debug_nans_changes_nothing_where_all_is_finite(whole, loader, tmp_path):
+  with jax.debug_nans(True):
+    run(tmp_path, loader, steps=4)
+  assert losses(tmp_path)[1] == losses(whole[0])[1]
+
+
 @pytest.mark.parametrize(
-  "fields", [{"keep_checkpoints": 1}, {"steps": 0}, {"global_batch_size": 8, "gradient_accumulation_steps": 3}]
+  "fields",
+  [
+    {"keep_checkpoints": 1},
+    {"steps": 0},
+    {"global_batch_size": 8, "gradient_accumulation_steps": 3},
+    {"log_every": 0},
+    {"histogram_every": -1},
+    {"peak_flops": -1.0},
+  ],
 )
 def test_config_errors_name_the_field(fields):
   with pytest.raises(ValueError, match=next(reversed(fields))):

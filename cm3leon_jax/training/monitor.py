@@ -1,0 +1,273 @@
+"""What a user sees of a run while it trains: a line a step, metrics.jsonl, TensorBoard, goodput, a trace."""
+
+import contextlib
+import dataclasses
+import datetime
+import time
+
+from etils import epath
+import jax
+import numpy as np
+import optax
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.training import flops
+from cm3leon_jax.training.goodput import Stopwatch, describe, earlier, goodput, to_line
+from cm3leon_jax.training.metrics import MetricsLog
+from cm3leon_jax.training.profile import Profiler
+from cm3leon_jax.training.tensorboard import TensorBoard, tree_histograms
+
+IDLE_SECONDS = 1e-3  # Metrics that come sooner than this were there already: the device had nothing left to do.
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+  """What turns the seconds of a step into rates.
+
+  Attributes:
+    flops: model FLOPs of a step, see `flops.model_flops`.
+    devices: of the mesh.
+    peak: FLOP/s of one device, or None.
+  """
+
+  flops: float
+  devices: int
+  peak: float | None
+
+  def of(self, weight: float, seconds: float) -> dict[str, float]:
+    """tokens_per_second of `weight` targets, over all devices, and mfu if there is a peak."""
+    mfu = flops.utilisation(self.flops / seconds, self.devices, self.peak)
+    return {"tokens_per_second": round(weight / seconds, 1), **({} if mfu is None else {"mfu": round(mfu, 4)})}
+
+
+def step_line(step: int, steps: int, values: dict, devices: int, left: float | None) -> str:
+  """What is printed of a step; `-` stands for what is not known (yet).
+
+    step 120/1,100 | loss 3.412 image 3.301 text 4.127 | grad 0.871 | lr 4.90e-03 | 2,310 tokens/s/device | MFU - | 0:05:12 left
+
+  Args:
+    step: its number.
+    steps: of the whole run.
+    values: of the step's line in metrics.jsonl.
+    devices: of the mesh.
+    left: seconds to the end of the run.
+  """
+  rate = f"{values['tokens_per_second'] / devices:,.0f}" if "tokens_per_second" in values else "-"
+  mfu = f"{100 * values['mfu']:.1f}%" if "mfu" in values else "-"
+  time_left = "-" if left is None else str(datetime.timedelta(seconds=round(left)))
+  return (
+    f"step {step:,}/{steps:,} | loss {values['loss']:.3f} image {values['image_loss']:.3f} text {values['text_loss']:.3f} | "
+    f"grad {values['grad_norm']:.3f} | lr {values['learning_rate']:.2e} | {rate} tokens/s/device | MFU {mfu} | "
+    f"{time_left} left"
+  )
+
+
+class Monitor:
+  """Logs a step's metrics one step late, so that the host never waits for the device it has just started.
+
+  with monitor:
+    for step in ...:
+      with monitor.traced(step):
+        state, metrics = train_step(state, monitor.next_batch(data))
+      monitor.step(step, metrics)
+      if ...:
+        with monitor.phase("save", step):
+          save(state)
+  """
+
+  def __init__(
+    self, log: MetricsLog, watch: Stopwatch, rates: Rates, schedule: optax.Schedule, config, profiler: Profiler,
+    board: TensorBoard | None,
+  ):  # fmt: skip
+    """Joins the parts; `open_monitor` makes them.
+
+    Args:
+      log: metrics.jsonl; where it is off, on all processes but one, nothing is told.
+      watch: started when the trainer was.
+      rates: of the run.
+      schedule: learning rate as a function of the step.
+      config: the TrainConfig: steps, log_every.
+      profiler: of the steps to trace.
+      board: TensorBoard, or None.
+    """
+    self._log, self._watch, self._rates, self._schedule = log, watch, rates, schedule
+    self._config, self._profiler, self._board = config, profiler, board
+    self._pending: tuple[int, dict] | None = None
+    self._overlapped: dict[str, float] = {}  # Seconds by phase in which the last step may have been running.
+    self._logged: float | None = None  # Seconds in steps up to the last logged one.
+    self._begin: tuple[int, float] | None = None  # First step that this start logged, and seconds of the loop until then.
+    self._phases = contextlib.ExitStack()
+
+  def __enter__(self):
+    self._phases.callback(self._watch.stop)
+    self._phases.enter_context(self._watch.phase("step"))
+    return self
+
+  def __exit__(self, error, *_):
+    self._phases.close()
+    self._profiler.stop()
+    self._log.flush()
+    if self._board:
+      self._board.close()
+    if error is None:
+      self._tell(f"train: {describe(self._watch.seconds())}")
+
+  def next_batch(self, data):
+    """The next of `data`; waiting for it counts as `data`, see `overlapped`."""
+    with self.overlapped("data"):
+      return next(data)
+
+  @contextlib.contextmanager
+  def overlapped(self, name: str):
+    """For what the device need not wait for: the body counts as `name` only if the device had nothing left to do by then."""
+    start = time.perf_counter()
+    yield
+    self._overlapped[name] = self._overlapped.get(name, 0.0) + time.perf_counter() - start
+    if self._pending is None:
+      self._count_overlapped()
+
+  def traced(self, step: int):
+    """Context in which `step` is dispatched."""
+    return self._profiler.step(step, self.flush)
+
+  def step(self, step: int, metrics: dict) -> None:
+    """Takes over the metrics of `step` and logs those of the step before."""
+    self.flush()
+    self._pending = (step, metrics)
+    if self._profiler.ends_with(step):
+      self.flush()
+      with self._watch.phase("profile"):
+        self._profiler.stop()
+      self._tell(f"train: the trace that ends with step {step:,} is in {self._profiler.folder}.")
+
+  @contextlib.contextmanager
+  def phase(self, name: str, step: int):
+    """For what needs the state that `step` made: waits for it and logs it, then counts the body as `name`."""
+    self.flush()
+    with self._watch.phase(name):
+      yield
+    if name in ("evaluate", "save"):
+      line = {"time": round(time.time(), 3), **to_line(self._watch.seconds())}
+      self._log.write(step, line)
+      self._log.flush()
+      if self._board:
+        self._board.scalars(step, line if name == "evaluate" else {})
+        self._board.flush()
+
+  def heldout(self, step: int, losses: dict[str, float]) -> None:
+    """Logs the held-out losses of `step`."""
+    self._write(step, losses)
+    shown = " ".join(f"{name.removeprefix('heldout_').replace('_loss', '')} {x:.3f}" for name, x in losses.items())
+    self._tell(f"step {step:,}/{self._config.steps:,} | held-out {shown} | goodput {goodput(self._watch.seconds()):.1%}")
+
+  def samples(self, step: int, sheet) -> None:
+    """Shows a grid of samples, a PIL image or None."""
+    if self._board and sheet is not None:
+      self._board.samples(step, sheet)
+
+  def histograms(self, step: int, params: dict) -> None:
+    """Shows the distribution of every parameter. All processes must call it."""
+    with self.phase("sample", step):
+      found = tree_histograms(params)
+      if self._board:
+        self._board.histograms(step, jax.device_get(found))
+
+  def flush(self) -> None:
+    """Waits for the step that was taken over last, and logs it.
+
+    Raises:
+      UserError: its loss or its gradient is not finite.
+    """
+    if self._pending is None:
+      return
+    (step, metrics), self._pending = self._pending, None
+    start = time.perf_counter()
+    values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+    if time.perf_counter() - start < IDLE_SECONDS:
+      self._count_overlapped()
+    self._overlapped.clear()
+    left = self._add_rates(step, values)
+    values["learning_rate"] = float(self._schedule(step - 1))
+    if not np.isfinite([values["loss"], values["grad_norm"]]).all():
+      raise UserError(
+        f"the loss of step {step} is {values['loss']:.4g}, the norm of its gradient {values['grad_norm']:.4g}: "
+        "lower optimizer.learning_rate in a new --workdir, or look at its rows; with --debug_nans the same command continues "
+        "from the last checkpoint and stops at the operation that makes the first NaN."
+      )
+    self._write(step, {**values, "time": round(time.time(), 3)})
+    if step % self._config.log_every == 0 or step in (self._begin[0], self._config.steps):
+      self._tell(step_line(step, self._config.steps, values, self._rates.devices, left))
+
+  def _add_rates(self, step: int, values: dict) -> float | None:
+    """Adds the rates of the step to `values`; not of the first step of a start, which has none. Returns seconds to the end."""
+    seconds = self._watch.seconds()
+    in_steps = seconds["step"] + seconds["data"]
+    loop = sum(seconds.values()) - seconds["compile"] - seconds["restore"]
+    before, self._logged = self._logged, in_steps
+    if before is None:
+      self._begin = (step, loop)
+      return None
+    values |= self._rates.of(values["weight"], max(in_steps - before, 1e-9))
+    return (loop - self._begin[1]) / (step - self._begin[0]) * (self._config.steps - step)
+
+  def _count_overlapped(self) -> None:
+    for name, seconds in self._overlapped.items():
+      self._watch.move(seconds, "step", name)
+    self._overlapped.clear()
+
+  def _write(self, step: int, values: dict) -> None:
+    self._log.write(step, values)
+    if self._board:
+      self._board.scalars(step, values)
+
+  def _tell(self, text: str) -> None:
+    if self._log.enabled:
+      print(text, flush=True)
+
+
+def open_board(folder: epath.Path, first_step: int) -> TensorBoard | None:
+  """TensorBoard in `folder`, or a sentence why not."""
+  try:
+    return TensorBoard(folder, first_step)
+  except ImportError as error:
+    print(
+      f"train: no TensorBoard ({error}): pip install 'cm3leon_jax[tensorboard]', or set --config.train.tensorboard=False.",
+      flush=True,
+    )
+    return None
+
+
+def open_monitor(
+  folder: epath.Path, model: ModelConfig, config, schedule: optax.Schedule, sequence_length: int, newest: int | None,
+  watch: Stopwatch, profile_steps: range,
+) -> Monitor:  # fmt: skip
+  """The monitor of a run on the current mesh; only process 0 writes and prints.
+
+  Args:
+    folder: gets metrics/, tensorboard/ and profile/.
+    model: of the decoder.
+    config: the TrainConfig.
+    schedule: learning rate as a function of the step.
+    sequence_length: of a row.
+    newest: step of the restored checkpoint; None: a new run.
+    watch: started when the trainer was.
+    profile_steps: see `profile.parse_steps`.
+  """
+  log = MetricsLog(folder / "metrics", newest, enabled=jax.process_index() == 0)
+  watch.add({} if newest is None else earlier(log.before, newest))
+  devices = jax.sharding.get_mesh().devices
+  tokens = config.global_batch_size * sequence_length
+  rates = Rates(flops.model_flops(model, tokens, sequence_length), devices.size, flops.mesh_peak(config.peak_flops))
+  board = open_board(folder / "tensorboard", (newest or 0) + 1) if config.tensorboard and log.enabled else None
+  if log.enabled and profile_steps and (newest or 0) >= profile_steps[-1]:
+    print(f"train: the run is at step {newest:,} already, beyond the steps to trace; there will be no trace.", flush=True)
+  if log.enabled:
+    kind = devices.flat[0].device_kind
+    peak = (
+      f"of {rates.peak / 1e12:,.1f} TFLOP/s each" if rates.peak else "of unknown peak, so no MFU (train.peak_flops sets one)"
+    )
+    print(
+      f"train: {tokens:,} tokens and {rates.flops / 1e12:,.3g} model TFLOPs a step, {devices.size} x {kind} {peak}.", flush=True
+    )
+  return Monitor(log, watch, rates, schedule, config, Profiler(folder / "profile", profile_steps), board)

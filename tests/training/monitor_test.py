@@ -1,0 +1,117 @@
+import dataclasses
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.training.goodput import Stopwatch
+from cm3leon_jax.training.metrics import MetricsLog, read_metrics
+from cm3leon_jax.training.monitor import Monitor, Rates, open_board, step_line
+from cm3leon_jax.training.profile import Profiler
+from cm3leon_jax.training.train import TrainConfig
+
+VALUES = {"loss": 3.4123, "image_loss": 3.3011, "text_loss": 4.127, "grad_norm": 0.8712, "weight": 1_000.0}
+RATES = Rates(flops=2e12, devices=2, peak=None)
+
+
+def make_monitor(folder, rates=RATES, enabled=True, resumed_at=None, **fields):
+  log = MetricsLog(folder, resumed_at, enabled)
+  config = TrainConfig(**{"steps": 6, **fields})
+  return Monitor(log, Stopwatch(), rates, lambda step: 1e-3 * step, config, Profiler(folder, range(0)), None)
+
+
+def follow(monitor, steps, **changed):
+  """Lets the monitor see some steps, the metrics of each as the step function would return them."""
+  metrics = {name: jnp.float32(x) for name, x in {**VALUES, **changed}.items()}
+  with monitor:
+    for step in steps:
+      with monitor.traced(step):
+        assert monitor.next_batch(iter([step])) == step
+      monitor.step(step, metrics)
+    monitor.flush()
+
+
+def test_a_line_by_hand():
+  values = {**VALUES, "learning_rate": 4.9e-3, "tokens_per_second": 4_620.0, "mfu": 0.4123}
+  assert step_line(120, 1_100, values, 2, 312.4) == (
+    "step 120/1,100 | loss 3.412 image 3.301 text 4.127 | grad 0.871 | lr 4.90e-03 | 2,310 tokens/s/device | MFU 41.2% | "
+    "0:05:12 left"
+  )
+  del values["tokens_per_second"], values["mfu"]
+  assert step_line(1, 1_100, values, 2, None).endswith("| - tokens/s/device | MFU - | - left")
+
+
+def test_rates_by_hand():
+  """2 TFLOPs in 0.5 s on two devices of 10 TFLOP/s: a fifth of what they could do."""
+  assert dataclasses.replace(RATES, peak=1e13).of(weight=1_000.0, seconds=0.5) == {"tokens_per_second": 2_000.0, "mfu": 0.2}
+  assert RATES.of(weight=1_000.0, seconds=0.5) == {"tokens_per_second": 2_000.0}
+
+
+@pytest.mark.parametrize(("log_every", "printed"), [(1, [1, 2, 3, 4, 5, 6]), (4, [1, 4, 6]), (100, [1, 6])])
+def test_a_line_a_step_or_every_few_but_the_file_has_all(tmp_path, capsys, log_every, printed):
+  follow(make_monitor(tmp_path, log_every=log_every), range(1, 7))
+  lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+  assert [int(line.split("/")[0].removeprefix("step ")) for line in lines] == printed
+  assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_step_is_logged_when_the_next_one_has_started(tmp_path):
+  monitor = make_monitor(tmp_path)
+  metrics = {name: jnp.float32(x) for name, x in VALUES.items()}
+  logged = lambda: [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line]
+  with monitor:
+    monitor.step(1, metrics)
+    assert logged() == []
+    monitor.step(2, metrics)
+    assert logged() == [1]
+    with monitor.phase("save", 2):  # Needs the state of step 2.
+      assert logged() == [1, 2]
+  lines = read_metrics(tmp_path / "metrics.jsonl")
+  assert "tokens_per_second" not in lines[0]  # How the report knows a start.
+  assert "tokens_per_second" in lines[1]
+  assert lines[2]["step"] == 2
+  assert "save_seconds" in lines[2]
+
+
+def test_a_process_that_does_not_write_is_silent(tmp_path, capsys):
+  follow(make_monitor(tmp_path / "folder", enabled=False), range(1, 4))
+  assert capsys.readouterr().out == ""
+  assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("field", ["loss", "grad_norm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stops_the_run_and_tells_of_debug_nans(tmp_path, field, value):
+  with pytest.raises(UserError, match=r"of step 2 is .*--debug_nans"):
+    follow(make_monitor(tmp_path), [2], **{field: value})
+
+
+def test_waiting_for_data_counts_where_the_device_has_nothing_to_do(tmp_path):
+  """Here the metrics are always there at once."""
+
+  def slow():
+    while True:
+      time.sleep(0.02)
+      yield 0
+
+  monitor, data = make_monitor(tmp_path), slow()
+  metrics = jax.block_until_ready({name: jnp.float32(x) for name, x in VALUES.items()})
+  with monitor:
+    for step in (1, 2, 3):
+      monitor.next_batch(data)
+      monitor.step(step, metrics)
+    with monitor.phase("evaluate", 3):
+      pass
+  line = read_metrics(tmp_path / "metrics.jsonl")[-1]
+  assert 0.06 <= line["data_seconds"] < 0.2
+  assert line["step_seconds"] < 0.06
+
+
+def test_without_tensorboardx_one_sentence_says_so(tmp_path, capsys, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  assert open_board(tmp_path, 1) is None
+  (line,) = capsys.readouterr().out.splitlines()
+  assert "pip install 'cm3leon_jax[tensorboard]'" in line
