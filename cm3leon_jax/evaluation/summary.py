@@ -146,7 +146,8 @@ def training(metrics: list[dict]) -> dict:
 
   Returns:
     logged_steps; every_step_logged_once: no restart lost or repeated one; restarts; median_tokens_per_second;
-    step_seconds, of all steps that have a rate; last_loss and its parts, means over the last 5% of the steps.
+    step_seconds, of all steps that have a rate; last_loss and its parts, means over the last 5% of the steps; and where
+    the trainer told them, goodput and wall_seconds, of all starts.
   """
   steps = [line for line in metrics if "loss" in line]
   if not steps:
@@ -154,6 +155,10 @@ def training(metrics: list[dict]) -> dict:
   rated = [line for line in steps if "tokens_per_second" in line]
   tail = steps[-max(len(steps) // 20, 1) :]
   losses = [name for name in ("loss", "image_loss", "text_loss") if name in tail[0]]
+  told = {}
+  for line in (line for line in metrics if "goodput" in line):
+    seconds = sum(value for name, value in line.items() if name.endswith("_seconds"))
+    told = {"goodput": line["goodput"], "wall_seconds": round(seconds, 1)}
   return {
     "logged_steps": len(steps),
     "every_step_logged_once": [line["step"] for line in steps] == list(range(1, len(steps) + 1)),
@@ -161,6 +166,7 @@ def training(metrics: list[dict]) -> dict:
     "median_tokens_per_second": float(np.median([line["tokens_per_second"] for line in rated])) if rated else None,
     "step_seconds": round(sum(line["weight"] / line["tokens_per_second"] for line in rated), 1),
     **{f"last_{name}": float(np.mean([line[name] for line in tail])) for name in losses},
+    **told,
   }
 
 
@@ -196,7 +202,7 @@ def collect(workdir: epath.PathLike) -> dict:
     train = summary.setdefault("train", {})
     train["log"] = log
     if "train" in seconds:  # The stage's own time is that of its last start.
-      train["seconds"] = seconds["train"] = max(seconds["train"], log["step_seconds"])
+      train["seconds"] = seconds["train"] = max(seconds["train"], log.get("wall_seconds", log["step_seconds"]))
   scores = clip_scores(read_results(workdir))
   if scores:
     summary.setdefault("samples", {})["clip_score"] = scores
