@@ -16,9 +16,10 @@ from cm3leon_jax.training import flops
 from cm3leon_jax.training.goodput import Stopwatch, describe, earlier, goodput, to_line
 from cm3leon_jax.training.metrics import MetricsLog
 from cm3leon_jax.training.profile import Profiler
-from cm3leon_jax.training.tensorboard import TensorBoard, tree_histograms
+from cm3leon_jax.training.tensorboard import TensorBoard, named_histograms
+from cm3leon_jax.training.wandb_run import WandbRun
 
-IDLE_SECONDS = 1e-3  # Metrics that come sooner than this were there already: the device had nothing left to do.
+IDLE_SECONDS = 5e-3  # Metrics that come sooner than this were there already: the device had nothing left to do.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Monitor:
 
   def __init__(
     self, log: MetricsLog, watch: Stopwatch, rates: Rates, schedule: optax.Schedule, config, profiler: Profiler,
-    board: TensorBoard | None,
+    boards: list[TensorBoard | WandbRun],
   ):  # fmt: skip
     """Joins the parts; `open_monitor` makes them.
 
@@ -89,10 +90,10 @@ class Monitor:
       schedule: learning rate as a function of the step.
       config: the TrainConfig: steps, log_every.
       profiler: of the steps to trace.
-      board: TensorBoard, or None.
+      boards: get curves, samples and histograms.
     """
     self._log, self._watch, self._rates, self._schedule = log, watch, rates, schedule
-    self._config, self._profiler, self._board = config, profiler, board
+    self._config, self._profiler, self._boards = config, profiler, boards
     self._pending: tuple[int, dict] | None = None
     self._overlapped: dict[str, float] = {}  # Seconds by phase in which the last step may have been running.
     self._logged: float | None = None  # Seconds in steps up to the last logged one.
@@ -108,8 +109,8 @@ class Monitor:
     self._phases.close()
     self._profiler.stop()
     self._log.flush()
-    if self._board:
-      self._board.close()
+    for board in self._boards:
+      board.close()
     if error is None:
       self._tell(f"train: {describe(self._watch.seconds())}")
 
@@ -151,9 +152,10 @@ class Monitor:
       line = {"time": round(time.time(), 3), **to_line(self._watch.seconds())}
       self._log.write(step, line)
       self._log.flush()
-      if self._board:
-        self._board.scalars(step, line if name == "evaluate" else {})
-        self._board.flush()
+      for board in self._boards:
+        if name == "evaluate":
+          board.scalars(step, line)
+        board.flush()
 
   def heldout(self, step: int, losses: dict[str, float]) -> None:
     """Logs the held-out losses of `step`."""
@@ -163,15 +165,15 @@ class Monitor:
 
   def samples(self, step: int, sheet) -> None:
     """Shows a grid of samples, a PIL image or None."""
-    if self._board and sheet is not None:
-      self._board.samples(step, sheet)
+    for board in self._boards if sheet is not None else ():
+      board.samples(step, sheet)
 
   def histograms(self, step: int, params: dict) -> None:
     """Shows the distribution of every parameter. All processes must call it."""
     with self.phase("sample", step):
-      found = tree_histograms(params)
-      if self._board:
-        self._board.histograms(step, jax.device_get(found))
+      found = named_histograms(params)
+      for board in self._boards:
+        board.histograms(step, found)
 
   def flush(self) -> None:
     """Waits for the step that was taken over last, and logs it.
@@ -218,24 +220,28 @@ class Monitor:
 
   def _write(self, step: int, values: dict) -> None:
     self._log.write(step, values)
-    if self._board:
-      self._board.scalars(step, values)
+    for board in self._boards:
+      board.scalars(step, values)
 
   def _tell(self, text: str) -> None:
     if self._log.enabled:
       print(text, flush=True)
 
 
-def open_board(folder: epath.Path, first_step: int) -> TensorBoard | None:
-  """TensorBoard in `folder`, or a sentence why not."""
-  try:
-    return TensorBoard(folder, first_step)
-  except ImportError as error:
-    print(
-      f"train: no TensorBoard ({error}): pip install 'cm3leon_jax[tensorboard]', or set --config.train.tensorboard=False.",
-      flush=True,
-    )
-    return None
+def open_boards(folder: epath.Path, config, first_step: int) -> list[TensorBoard | WandbRun]:
+  """What the TrainConfig asks for; a sentence, if TensorBoard is asked for and cannot be written.
+
+  Raises:
+    UserError: wandb is asked for and not installed.
+  """
+  boards = [WandbRun(folder, config.wandb)] if config.wandb else []
+  if config.tensorboard:
+    try:
+      boards.append(TensorBoard(folder / "tensorboard", first_step))
+    except ImportError as error:
+      instead = "pip install 'cm3leon_jax[tensorboard]', or set --config.train.tensorboard=False."
+      print(f"train: no TensorBoard ({error}): {instead}", flush=True)
+  return boards
 
 
 def open_monitor(
@@ -259,7 +265,7 @@ def open_monitor(
   devices = jax.sharding.get_mesh().devices
   tokens = config.global_batch_size * sequence_length
   rates = Rates(flops.model_flops(model, tokens, sequence_length), devices.size, flops.mesh_peak(config.peak_flops))
-  board = open_board(folder / "tensorboard", (newest or 0) + 1) if config.tensorboard and log.enabled else None
+  boards = open_boards(folder, config, (newest or 0) + 1) if log.enabled else []
   if log.enabled and profile_steps and (newest or 0) >= profile_steps[-1]:
     print(f"train: the run is at step {newest:,} already, beyond the steps to trace; there will be no trace.", flush=True)
   if log.enabled:
@@ -270,4 +276,4 @@ def open_monitor(
     print(
       f"train: {tokens:,} tokens and {rates.flops / 1e12:,.3g} model TFLOPs a step, {devices.size} x {kind} {peak}.", flush=True
     )
-  return Monitor(log, watch, rates, schedule, config, Profiler(folder / "profile", profile_steps), board)
+  return Monitor(log, watch, rates, schedule, config, Profiler(folder / "profile", profile_steps), boards)

@@ -14,6 +14,15 @@ BUCKETS = 30  # Of a histogram, between the smallest and the largest value.
 SCALARS = ("loss", "image_loss", "text_loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "goodput")
 
 
+def curves(values: dict) -> dict[str, float]:
+  """Those of a line's values that are worth a curve, by their tags.
+
+  {"loss": 2.5, "weight": 8.0} -> {"train/loss": 2.5}; {"heldout_image_loss": 1.5} -> {"heldout/image_loss": 1.5}
+  """
+  heldout = {f"heldout/{k.removeprefix('heldout_')}": x for k, x in values.items() if k.startswith("heldout_")}
+  return heldout | {f"train/{k}": x for k, x in values.items() if k in SCALARS}
+
+
 class TensorBoard:
   """Event files in `folder`, which may be a bucket's if google-cloud-storage is installed (gcsfs brings it)."""
 
@@ -38,22 +47,16 @@ class TensorBoard:
     )
 
   def scalars(self, step: int, values: dict) -> None:
-    """Those of `values` that are worth a curve: `train/loss` and so on, `heldout/loss` of `heldout_loss`."""
-    for name, value in values.items():
-      if name.startswith("heldout_"):
-        self._writer.add_scalar(f"heldout/{name.removeprefix('heldout_')}", value, step)
-      elif name in SCALARS:
-        self._writer.add_scalar(f"train/{name}", value, step)
+    for tag, value in curves(values).items():
+      self._writer.add_scalar(tag, value, step)
 
   def samples(self, step: int, sheet) -> None:
     """sheet: a PIL image, captions in it."""
     self._writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
 
   def histograms(self, step: int, histograms: dict) -> None:
-    """One histogram a parameter, over all its layers; of `tree_histograms`."""
-    is_leaf = lambda node: "bucket_counts" in node
-    for path, found in jax.tree.leaves_with_path(histograms, is_leaf=is_leaf):
-      name = jax.tree_util.keystr(path, simple=True, separator="/")
+    """One histogram a parameter, over all its layers; of `named_histograms`."""
+    for name, found in histograms.items():
       self._writer.add_histogram_raw(
         f"params/{name}", **{k: np.asarray(x).tolist() for k, x in found.items()}, global_step=step
       )
@@ -84,3 +87,10 @@ def tree_histograms(params: dict) -> dict:
     }  # fmt: skip
 
   return jax.tree.map(one, params)
+
+
+def named_histograms(params: dict) -> dict[str, dict]:
+  """`tree_histograms` on the host, by names like `blocks/up`. All processes must call it."""
+  found = jax.device_get(tree_histograms(params))
+  leaves = jax.tree.leaves_with_path(found, is_leaf=lambda node: "bucket_counts" in node)
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -41,6 +41,7 @@ class TrainConfig:
     sample_every, num_samples: steps between grids of samples, and pictures of each.
     log_every: steps between printed lines; metrics.jsonl has every step.
     tensorboard: whether to write event files.
+    wandb: project of Weights & Biases; empty: none.
     histogram_every: steps between TensorBoard's histograms of the parameters; 0: none.
     peak_flops: of one device in FLOP/s, for MFU; 0: that of its kind, if it is known.
   """
@@ -56,6 +57,7 @@ class TrainConfig:
   num_samples: int = 8
   log_every: int = 1
   tensorboard: bool = True
+  wandb: str = ""
   histogram_every: int = 0
   peak_flops: float = 0.0
 

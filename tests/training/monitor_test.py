@@ -9,7 +9,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.training.goodput import Stopwatch
 from cm3leon_jax.training.metrics import MetricsLog, read_metrics
-from cm3leon_jax.training.monitor import Monitor, Rates, open_board, step_line
+from cm3leon_jax.training.monitor import Monitor, Rates, open_boards, step_line
 from cm3leon_jax.training.profile import Profiler
 from cm3leon_jax.training.train import TrainConfig
 
@@ -20,7 +20,7 @@ RATES = Rates(flops=2e12, devices=2, peak=None)
 def make_monitor(folder, rates=RATES, enabled=True, resumed_at=None, **fields):
   log = MetricsLog(folder, resumed_at, enabled)
   config = TrainConfig(**{"steps": 6, **fields})
-  return Monitor(log, Stopwatch(), rates, lambda step: 1e-3 * step, config, Profiler(folder, range(0)), None)
+  return Monitor(log, Stopwatch(), rates, lambda step: 1e-3 * step, config, Profiler(folder, range(0)), [])
 
 
 def follow(monitor, steps, **changed):
@@ -112,6 +112,12 @@ def test_waiting_for_data_counts_where_the_device_has_nothing_to_do(tmp_path):
 
 def test_without_tensorboardx_one_sentence_says_so(tmp_path, capsys, monkeypatch):
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
-  assert open_board(tmp_path, 1) is None
+  assert open_boards(tmp_path, TrainConfig(), 1) == []
   (line,) = capsys.readouterr().out.splitlines()
   assert "pip install 'cm3leon_jax[tensorboard]'" in line
+
+
+def test_wandb_that_is_asked_for_and_missing_is_a_mistake(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  with pytest.raises(UserError, match=r"config\.train\.wandb is 'cats', but wandb is not installed"):
+    open_boards(tmp_path, TrainConfig(wandb="cats"), 1)

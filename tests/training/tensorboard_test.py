@@ -7,7 +7,7 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.mesh import shard
-from cm3leon_jax.training.tensorboard import BUCKETS, TensorBoard, tree_histograms
+from cm3leon_jax.training.tensorboard import BUCKETS, TensorBoard, named_histograms, tree_histograms
 from tests.models.tiny import mesh_of
 from tests.training import events
 
@@ -46,10 +46,10 @@ def test_a_grid_of_samples_is_what_it_was(tmp_path):
 def test_histograms_are_numpys(tmp_path, shape):
   x = np.random.default_rng(0).normal(1.0, 2.0, (16, 8)).astype(np.float32)
   with jax.set_mesh(mesh_of(*shape)):
-    found = jax.device_get(tree_histograms({"blocks": {"up": shard(jnp.asarray(x), "embed", "mlp")}}))
+    found = named_histograms({"blocks": {"up": shard(jnp.asarray(x), "embed", "mlp")}})
   counts, edges = np.histogram(x, BUCKETS)
-  np.testing.assert_array_equal(found["blocks"]["up"]["bucket_counts"], counts)
-  np.testing.assert_allclose(found["blocks"]["up"]["bucket_limits"], edges[1:], rtol=1e-5)
+  np.testing.assert_array_equal(found["blocks/up"]["bucket_counts"], counts)
+  np.testing.assert_allclose(found["blocks/up"]["bucket_limits"], edges[1:], rtol=1e-5)
   board = TensorBoard(tmp_path, 1)
   board.histograms(3, found)
   board.close()

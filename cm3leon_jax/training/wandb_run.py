@@ -1,0 +1,59 @@
+"""Weights & Biases: the same curves and pictures as TensorBoard's, for those who ask for it."""
+
+import os
+import uuid
+
+from etils import epath
+import numpy as np
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.training.tensorboard import curves
+
+
+class WandbRun:
+  """One run of Weights & Biases for all starts of a run of ours; `folder/wandb.json` holds its id.
+
+  It takes no point of a step that it already has, so steps that a resumed run computes again, which are the same, show once.
+  """
+
+  def __init__(self, folder: epath.PathLike, project: str):
+    """Starts or continues the run.
+
+    Args:
+      folder: of the run; a local one also gets wandb's own files, in wandb/.
+      project: on the server.
+
+    Raises:
+      UserError: wandb is not installed.
+    """
+    try:
+      import wandb  # Not a dependency: only who names a project needs it.
+    except ImportError as error:
+      raise UserError(f"config.train.wandb is '{project}', but wandb is not installed: pip install wandb.") from error
+    path, local = epath.Path(folder) / "wandb.json", "://" not in os.fspath(folder)
+    if not path.exists():
+      stages.write_json(path, {"id": uuid.uuid4().hex[:8]})
+    self._wandb = wandb
+    self._run = wandb.init(
+      project=project, id=stages.read_json(path)["id"], resume="allow", dir=os.fspath(folder) if local else None
+    )
+
+  def scalars(self, step: int, values: dict) -> None:
+    self._run.log(curves(values), step=step)
+
+  def samples(self, step: int, sheet) -> None:
+    self._run.log({"samples": self._wandb.Image(sheet)}, step=step)
+
+  def histograms(self, step: int, histograms: dict) -> None:
+    found = {}
+    for name, h in histograms.items():
+      edges = np.concatenate([[h["min"]], h["bucket_limits"]])
+      found[f"params/{name}"] = self._wandb.Histogram(np_histogram=(h["bucket_counts"], edges))
+    self._run.log(found, step=step)
+
+  def flush(self) -> None:
+    pass  # It sends as it goes.
+
+  def close(self) -> None:
+    self._run.finish()
