@@ -88,3 +88,9 @@ def test_length_and_execution_do_not_make_another_run(workdir):
   model = dataclasses.replace(first.model, remat_policy="none", loss_chunk=8)
   longer = dataclasses.replace(settings_with(steps=7), model=model)
   assert train.identity(first, workdir) == train.identity(longer, workdir)
+
+
+def test_steps_that_cannot_be_traced_are_told_before_anything_starts(workdir):
+  with pytest.raises(UserError, match=r"--profile_steps is '5'; it must be FIRST:LAST"):
+    train.main(settings_with(), workdir, profile_steps="5")
+  assert not (workdir / "train").exists()

@@ -1,8 +1,11 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.training import profile
 from cm3leon_jax.training.profile import Profiler, parse_steps
 
 
@@ -23,6 +26,18 @@ def test_the_pair_names_both_ends():
 def test_what_cannot_be_traced_is_told(text):
   with pytest.raises(UserError, match=rf"--profile_steps is '{text}'; it must be FIRST:LAST.* train\.steps = 100"):
     parse_steps(text, 100)
+
+
+@pytest.mark.parametrize(("platforms", "found", "told"), [(None, True, True), ("cpu", True, False), (None, False, False)])
+def test_a_libtpu_without_a_tpu_is_told_before_it_ends_the_process(monkeypatch, platforms, found, told):
+  stand_in = types.SimpleNamespace(config=types.SimpleNamespace(jax_platforms=platforms), default_backend=lambda: "cpu")
+  monkeypatch.setattr(profile, "jax", stand_in)
+  monkeypatch.setattr(profile.importlib.util, "find_spec", lambda name: found or None)
+  if not told:
+    assert parse_steps("3:4", 9) == range(3, 5)
+    return
+  with pytest.raises(UserError, match="set JAX_PLATFORMS=cpu"):
+    parse_steps("3:4", 9)
 
 
 def test_only_the_chosen_steps_are_traced_and_waiting_comes_before_the_first(tmp_path):
