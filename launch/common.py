@@ -18,7 +18,6 @@ _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, e.g. ml_configs/openmoji.py; fields: --config.train.steps=100."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; every stage has a folder of its own in it.")
-flags.mark_flags_as_required(["config", "workdir"])
 
 
 # How a run computes, not what: a continued run may change these.
@@ -82,19 +81,25 @@ def _config():
   return _CONFIG.value
 
 
-def run(main) -> None:
-  """Runs `main(settings, workdir)` as an absl app; a UserError becomes one sentence on stderr and exit code 2."""
+def run(main, workdir: bool = True) -> None:
+  """Runs `main(settings, workdir)` as an absl app; a UserError becomes one sentence on stderr and exit code 2.
+
+  Args:
+    main: of the command.
+    workdir: whether the command works in one; without, it is `main(settings)`.
+  """
 
   def checked(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax tells every file that it writes.
     try:
       if len(argv) > 1:
         raise UserError(f"unexpected argument '{argv[1]}': commands take flags only (--name=value).")
-      main(settings_from_config(_config()), epath.Path(_WORKDIR.value))
+      main(settings_from_config(_config()), *([epath.Path(_WORKDIR.value)] if workdir else []))
     except UserError as error:
       _fail(str(error))
 
   for module in filter(None, map(sys.modules.get, ("launch.common", "launch.sharded"))):  # --help tells their flags, too.
     for flag in flags.FLAGS.get_key_flags_for_module(module):
       flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+  flags.mark_flags_as_required(["config", "workdir"] if workdir else ["config"])
   app.run(checked, flags_parser=_parse_flags)

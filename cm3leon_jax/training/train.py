@@ -25,6 +25,7 @@ from cm3leon_jax.training.monitor import open_monitor
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer, learning_rate_schedule
 from cm3leon_jax.training.state import eval_step, init_state, train_step
 from cm3leon_jax.vocab import VocabLayout
+from cm3leon_jax.xla_options import compiler_options
 
 INTERRUPTED = 75  # Exit code of a run that was told to stop and saved (EX_TEMPFAIL: try again).
 
@@ -91,10 +92,12 @@ def compile_steps(
 ) -> Steps:
   """Builds them for the current mesh; nothing is compiled before the first call. The state is donated."""
   optimizer = create_optimizer(optimizer_config, config.steps)
-  step = functools.partial(train_step, model, optimizer, vocab.text_size, config.gradient_accumulation_steps)
+  step = functools.partial(
+    train_step, model, optimizer, vocab.text_size, config.gradient_accumulation_steps, z_loss=optimizer_config.z_loss
+  )
   return Steps(
     init=jax.jit(lambda: init_state(model, optimizer, jax.random.key(seed))),
-    train=jax.jit(step, donate_argnums=0),
+    train=jax.jit(step, donate_argnums=0, compiler_options=compiler_options(jax.sharding.get_mesh())),
     evaluate=jax.jit(functools.partial(eval_step, model, vocab.text_size)),
   )
 
