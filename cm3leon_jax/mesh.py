@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -58,7 +59,13 @@ def _shown(shape) -> str:
 
 
 def create_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
-  """Mesh over `devices` (default: all) with explicit axes. Raises ValueError if the shape does not use them all."""
+  """Mesh over `devices` (default: all) with explicit axes.
+
+  Devices of several slices (TPU slices, GPU hosts), between which the network is slow, lie along `data`, slice by slice.
+
+  Raises:
+    ValueError: the shape does not use the devices exactly, or `data` does not split over the slices.
+  """
   devices = jax.devices() if devices is None else devices
   shape = list(config.shape)
   known = math.prod(n for n in shape if n != -1)
@@ -66,7 +73,14 @@ def create_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
     shape[shape.index(-1)] = len(devices) // known
   if math.prod(shape) != len(devices):
     raise ValueError(f"{_shown(shape)} does not use {len(devices)} devices exactly.")
-  return jax.make_mesh(tuple(shape), AXES, (AxisType.Explicit,) * len(AXES), devices=devices)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if shape[0] % slices:
+    raise ValueError(f"mesh.data is {shape[0]}; the devices lie in {slices} slices, and it must be a multiple of that.")
+  types = (AxisType.Explicit,) * len(AXES)
+  if slices > 1:
+    inner, outer = (shape[0] // slices, *shape[1:]), (slices, *[1] * len(shape[1:]))
+    return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices), AXES, types)
+  return jax.make_mesh(tuple(shape), AXES, types, devices=devices)
 
 
 def spec(*axes: str | None) -> P:
