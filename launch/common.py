@@ -9,7 +9,7 @@ from etils import epath
 import jax
 from ml_collections import config_flags
 
-from cm3leon_jax import stages
+from cm3leon_jax import distributed, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.settings import Settings, settings_from_config
@@ -18,6 +18,12 @@ _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, e.g. ml_configs/openmoji.py; fields: --config.train.steps=100."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; every stage has a folder of its own in it.")
+
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes that the cluster (TPU pod, SLURM, ...) started.")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where there is no such cluster.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the job.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0 on.")
+_TIMEOUT = flags.DEFINE_integer("coordinator_timeout", 300, "Seconds that the processes wait for each other.", lower_bound=1)
 
 
 # How a run computes, not what: a continued run may change these.
@@ -30,8 +36,25 @@ def identity(settings: Settings, *sections: str) -> dict:
   return {name: {k: v for k, v in fields(name) if k not in EXECUTION.get(name, ())} for name in sections}
 
 
+def _join_processes(several: bool) -> None:
+  """Joins the job's other processes if the flags say so. Raises UserError if they contradict each other, or the command."""
+  explicit = (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
+  given = [flag.name for flag in explicit if flag.value is not None] + ["distributed"] * _DISTRIBUTED.value
+  if not given:
+    return
+  if not several:
+    raise UserError(f"--{given[0]} is given, but this command runs in one process; only launch.train runs in several.")
+  if _DISTRIBUTED.value and len(given) > 1:
+    raise UserError(f"--distributed and --{given[0]} are given: the cluster says who the processes are, or the flags do.")
+  distributed.initialize(*(flag.value for flag in explicit), _TIMEOUT.value)
+
+
 def use_mesh(settings: Settings):
   """`jax.set_mesh` of the config's mesh. Raises UserError if it does not fit the devices."""
+  if jax.process_count() > 1 and not jax.distributed.is_initialized():
+    raise UserError(
+      f"this is one of a pod's {jax.process_count()} hosts: launch.train needs --distributed, others a single host."
+    )
   try:
     return jax.set_mesh(create_mesh(settings.mesh))
   except ValueError as error:
@@ -81,12 +104,13 @@ def _config():
   return _CONFIG.value
 
 
-def run(main, workdir: bool = True) -> None:
+def run(main, workdir: bool = True, several_processes: bool = False) -> None:
   """Runs `main(settings, workdir)` as an absl app; a UserError becomes one sentence on stderr and exit code 2.
 
   Args:
     main: of the command.
     workdir: whether the command works in one; without, it is `main(settings)`.
+    several_processes: whether it may be one of a job's several processes.
   """
 
   def checked(argv):
@@ -94,7 +118,9 @@ def run(main, workdir: bool = True) -> None:
     try:
       if len(argv) > 1:
         raise UserError(f"unexpected argument '{argv[1]}': commands take flags only (--name=value).")
-      main(settings_from_config(_config()), *([epath.Path(_WORKDIR.value)] if workdir else []))
+      settings = settings_from_config(_config())
+      _join_processes(several_processes)
+      main(settings, *([epath.Path(_WORKDIR.value)] if workdir else []))
     except UserError as error:
       _fail(str(error))
 

@@ -40,6 +40,7 @@ def test_help_shows_the_docstring_and_the_flags(tmp_path):
     (["--config.train.steps=abc"], "error: flag --config.train.steps=abc: invalid literal for int()"),
     (["--config=ml_configs/nope.py"], "error: --config could not be loaded, name a Python file with a get_config function: "),
     (["--config=ml_configs/openmoji.py:soon"], "error: config variant 'soon' of openmoji.py must be a positive number"),
+    (["--num_processes=2"], "error: --num_processes is given, but this command runs in one process; only launch.train runs in"),
     (["surplus"], "error: unexpected argument 'surplus': commands take flags only (--name=value)."),
     ([], "error: {workdir}/documents is not finished: run `python -m launch.encode_documents` with the same --config"),
   ],

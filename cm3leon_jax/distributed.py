@@ -1,0 +1,131 @@
+"""Many processes that do one job: how they find each other, and how they come to the same decision."""
+
+from collections.abc import Iterator
+import contextlib
+import json
+import socket
+import time
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+
+# A process that ends waits that long for the others, so one that fails alone takes the job with it after that time.
+SHUTDOWN_SECONDS = 60
+
+
+def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:
+  """Joins the job's processes; before anything else of JAX.
+
+  Args:
+    coordinator: host:port on which process 0 listens. With None for all three, JAX asks the cluster that it finds itself
+      in: a TPU pod (also GKE, multislice), SLURM, Open MPI, Kubernetes.
+    num_processes: of the job.
+    process_id: this one's, in [0, num_processes).
+    timeout: seconds that processes wait for each other.
+
+  Raises:
+    UserError: only some of the three are given, or they cannot be; no cluster was found; nobody listens at `coordinator`.
+  """
+  given = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
+  missing = [f"--{name}" for name, value in given.items() if value is None]
+  if 0 < len(missing) < len(given):
+    present = [f"--{name}" for name, value in given.items() if value is not None]
+    raise UserError(f"{', '.join(present)} without {', '.join(missing)}: give all three, or --distributed and none of them.")
+  if not missing:
+    _check(coordinator, num_processes, process_id)
+  jax.config.update("jax_enable_preemption_service", False)  # It would catch SIGTERM; see training/preemption.py.
+  if not missing and process_id:
+    _wait_for(coordinator, timeout)
+  try:
+    jax.distributed.initialize(
+      coordinator, num_processes, process_id, initialization_timeout=timeout, shutdown_timeout_seconds=SHUTDOWN_SECONDS
+    )
+  except (ValueError, RuntimeError) as error:
+    told = "--distributed found no cluster that it knows" if missing else f"process {process_id} could not start"
+    raise UserError(
+      f"{told} ({error}): leave it out on a single machine, or give --coordinator_address, --num_processes and --process_id."
+    ) from error
+
+
+def _check(coordinator: str, num_processes: int, process_id: int) -> None:
+  host, _, port = coordinator.rpartition(":")
+  if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
+    raise UserError(f"--coordinator_address is '{coordinator}'; it must be host:port of process 0, like 10.0.0.1:8476.")
+  if num_processes < 1:
+    raise UserError(f"--num_processes is {num_processes}; it must be positive.")
+  if not 0 <= process_id < num_processes:
+    raise UserError(
+      f"--process_id is {process_id}; with --num_processes={num_processes} it must be from 0 to {num_processes - 1}."
+    )
+
+
+def _wait_for(coordinator: str, timeout: int) -> None:
+  """Returns when somebody listens there: JAX aborts the whole process, without an exception, if nobody does."""
+  host, _, port = coordinator.rpartition(":")
+  end = time.monotonic() + timeout
+  while True:
+    try:
+      socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+      return
+    except OSError as error:
+      if time.monotonic() > end:
+        raise UserError(
+          f"--coordinator_address {coordinator}: nobody has listened there for {timeout} s ({error}); "
+          "it must be an address of the machine of --process_id=0, which must be running."
+        ) from error
+    time.sleep(0.2)
+
+
+def is_first() -> bool:
+  """Whether this is the process that writes what a job has one of; true where there is no other."""
+  return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def tell(sentence: str) -> None:
+  """Prints a line, once a job."""
+  if is_first():
+    print(sentence, flush=True)
+
+
+def gather(value) -> list:
+  """What every process calls it with, a JSON value, in their order, in all of them. All have to call it."""
+  if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    return [value]
+  message = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(len(message)))
+  padded = np.zeros(sizes.max(), np.uint8)
+  padded[: len(message)] = message
+  return [json.loads(bytes(row[:size])) for row, size in zip(multihost_utils.process_allgather(padded), sizes)]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """All processes do the body, and none goes on before all have; where one fails, all fail, so that none waits for it.
+
+  Raises:
+    UserError: of the first process that raised one, in all; of another error, what it was and where.
+  """
+  failure, told = None, ""
+  try:
+    yield
+  except UserError as error:
+    failure, told = error, str(error)
+  except Exception as error:
+    failure, told = error, f"process {jax.process_index()} failed with {type(error).__name__}: {error}"
+  first = next(filter(None, gather(told)), "")
+  if isinstance(failure, Exception) and (told == first or not isinstance(failure, UserError)):
+    raise failure
+  if first:
+    raise UserError(first)
+
+
+def check_same_config(config: dict) -> None:
+  """Raises UserError, naming the fields, in all processes, if one of them has another `config` than the first."""
+  first, *others = gather(stages.plain(config))
+  for i, other in enumerate(others, 1):
+    if changed := stages.differences(first, other):
+      raise UserError(f"process {i} has another config than process 0 ({'; '.join(changed[:4])}): give all the same flags.")

@@ -1,0 +1,93 @@
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from cm3leon_jax import distributed
+from cm3leon_jax.config import UserError
+
+PROCESS = """
+import sys
+import jax
+from cm3leon_jax import distributed
+from cm3leon_jax.config import UserError
+
+me = int(sys.argv[2])
+distributed.initialize("localhost:" + sys.argv[1], 2, me, 60)
+
+def told(function):
+  try:
+    function()
+  except UserError as error:
+    return str(error)
+
+def fail_in_second(kind):
+  with distributed.together():
+    if me == 1:
+      raise kind("no " + "x" * 10)
+
+print(distributed.gather({"me": "é" * me}), distributed.is_first())
+distributed.tell("told")
+print(told(lambda: fail_in_second(UserError)))
+try:
+  print(told(lambda: fail_in_second(OSError)))
+except OSError as error:
+  print("OSError", error)
+print(told(lambda: distributed.check_same_config({"train": {"steps": 5}})))
+print(told(lambda: distributed.check_same_config({"train": {"steps": 5 + me}})))
+"""
+
+
+def free_port() -> int:
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    return s.getsockname()[1]
+
+
+def test_two_processes_come_to_the_same_decisions():
+  port = str(free_port())
+  command = [sys.executable, "-c", PROCESS, port]
+  jobs = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
+  found = [job.communicate(timeout=120) for job in jobs]
+  assert [job.returncode for job in jobs] == [0, 0], found
+  lines = [[line for line in out.splitlines() if "[Gloo]" not in line and line] for out, _ in found]
+  differ = "process 1 has another config than process 0 (train.steps: 5 -> 6): give all the same flags."
+  first = ["[{'me': ''}, {'me': 'é'}] True", "told", "no " + "x" * 10]
+  assert lines[0] == [*first, "process 1 failed with OSError: no " + "x" * 10, "None", differ]
+  assert lines[1] == [first[0].replace("True", "False"), first[2], "OSError no " + "x" * 10, "None", differ]
+
+
+def test_one_process_needs_no_other():
+  assert distributed.is_first()
+  assert distributed.gather([1]) == [[1]]
+  with pytest.raises(OSError, match="its own"), distributed.together():
+    raise OSError("its own")
+
+
+@pytest.mark.parametrize(
+  ("coordinator", "num_processes", "process_id", "sentence"),
+  [
+    (None, None, 1, "--process_id without --coordinator_address, --num_processes: give all three, or --distributed"),
+    ("localhost:80", 2, None, "--coordinator_address, --num_processes without --process_id: give"),
+    ("localhost", 2, 0, "--coordinator_address is 'localhost'; it must be host:port of process 0"),
+    ("localhost:80", 0, 0, "--num_processes is 0; it must be positive"),
+    ("localhost:80", 2, 2, "--process_id is 2; with --num_processes=2 it must be from 0 to 1"),
+    ("localhost:80", 2, -1, "--process_id is -1; with"),
+  ],
+)
+def test_flags_that_contradict_each_other_are_told(coordinator, num_processes, process_id, sentence):
+  with pytest.raises(UserError, match=f"^{sentence}"):
+    distributed.initialize(coordinator, num_processes, process_id, 1)
+
+
+def test_nobody_at_the_coordinator_is_told():
+  address = f"localhost:{free_port()}"
+  with pytest.raises(UserError, match=rf"--coordinator_address {address}: nobody has listened there for 1 s \(.*refused\)"):
+    distributed.initialize(address, 2, 1, 1)
+
+
+def test_no_cluster_is_told():
+  call = "from cm3leon_jax import distributed; distributed.initialize(None, None, None, 1)"
+  result = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, timeout=60, check=False)
+  assert "UserError: --distributed found no cluster that it knows (coordinator_address should be defined.)" in result.stderr
