@@ -1,5 +1,6 @@
 """Stages of the path from raw pairs to a report: each owns one folder of the workdir and leaves `done.json` in it."""
 
+from collections.abc import Callable
 import contextlib
 import json
 import time
@@ -75,7 +76,9 @@ def require(folder: epath.PathLike, command: str) -> dict:
 
 
 @contextlib.contextmanager
-def stage(folder: epath.PathLike, config: dict, redo: bool = False):
+def stage(
+  folder: epath.PathLike, config: dict, redo: bool = False, writes: bool = True, together: Callable = contextlib.nullcontext
+):
   """Runs the body once: yields None if the stage finished before, else a dict to fill with its summary.
 
     with stages.stage(workdir / "vqgan", {"vqgan": asdict(config)}) as summary:
@@ -87,25 +90,37 @@ def stage(folder: epath.PathLike, config: dict, redo: bool = False):
     config: what the outcome depends on: config sections, and under "inputs" the `id` of each stage it reads.
       Other inputs than last time make the stage run again; another config is refused.
     redo: run again although it is done.
+    writes: whether this process deletes and writes done.json; of a job's several processes, which all run the body or
+      none, one does.
+    together: makes the context in which such processes read, so that all have read before one deletes.
 
   Raises:
     UserError: the folder holds the outcome of another config.
   """
   folder = epath.Path(folder)
   done = folder / DONE
-  if done.exists():
-    stored = read_json(done)["config"]
-    old_inputs, inputs = stored.get("inputs"), plain(config).get("inputs")
-    check_same_config(folder, {**stored, "inputs": inputs}, {**config, "inputs": inputs})
-    if old_inputs == inputs and not redo:
+  with together():
+    finished = done.exists() and _is_current(folder, config) and not redo
+  if finished:
+    if writes:
       print(f"{folder}: finished already, skipped.", flush=True)
-      yield None
-      return
-    done.unlink()  # From here on the folder holds neither the old outcome nor the new one.
-  folder.mkdir(parents=True, exist_ok=True)
+    yield None
+    return
+  if writes:
+    done.unlink(missing_ok=True)  # From here on the folder holds neither the old outcome nor the new one.
+    folder.mkdir(parents=True, exist_ok=True)
   start = time.time()
   summary = {}
   yield summary
-  write_json(
-    done, {"config": config, "summary": summary, "seconds": round(time.time() - start, 1), "id": f"{time.time_ns():x}"}
-  )
+  if writes:
+    write_json(
+      done, {"config": config, "summary": summary, "seconds": round(time.time() - start, 1), "id": f"{time.time_ns():x}"}
+    )
+
+
+def _is_current(folder: epath.Path, config: dict) -> bool:
+  """Whether the finished stage in `folder` read the inputs of `config`. Raises UserError if the rest of its config differs."""
+  stored = read_json(folder / DONE)["config"]
+  inputs = plain(config).get("inputs")
+  check_same_config(folder, {**stored, "inputs": inputs}, {**config, "inputs": inputs})
+  return stored.get("inputs") == inputs

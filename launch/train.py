@@ -9,7 +9,7 @@ from absl import flags
 import jax
 import numpy as np
 
-from cm3leon_jax import stages
+from cm3leon_jax import distributed, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.data.pipeline import RowLoader
@@ -67,9 +67,9 @@ def look_at_rows(plan: RowPlan) -> dict:
   """Prints what the plan's first window holds, and neighbours that never fit; returns the numbers."""
   for source in plan.sources:
     if source.share > 0 and source.bank is not None and (sentence := room_for_neighbors(source, plan.config)):
-      print(f"rows: {sentence}", flush=True)
+      distributed.tell(f"rows: {sentence}")
   statistics = plan_statistics(plan)
-  print(f"rows: {describe(statistics)}", flush=True)
+  distributed.tell(f"rows: {describe(statistics)}")
   return statistics
 
 
@@ -84,27 +84,38 @@ def identity(settings: Settings, workdir) -> dict:
 
 def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool = False) -> None:
   traced = parse_steps(profile_steps, settings.train.steps)
-  config, folder = identity(settings, workdir), workdir / "train"
-  if (folder / "config.json").exists():
-    stages.check_same_config(folder, stages.read_json(folder / "config.json")["run"], config)
-  stages.write_json(folder / "config.json", {"run": config, "train": dataclasses.asdict(settings.train)})
+  distributed.check_same_config({**dataclasses.asdict(settings), "profile_steps": profile_steps, "debug_nans": debug_nans})
+  with distributed.together():  # Nobody writes before all have read.
+    config, folder = identity(settings, workdir), workdir / "train"
+    if (folder / "config.json").exists():
+      stages.check_same_config(folder, stages.read_json(folder / "config.json")["run"], config)
+  with distributed.together():
+    if distributed.is_first():
+      stages.write_json(folder / "config.json", {"run": config, "train": dataclasses.asdict(settings.train)})
+  with distributed.together():
+    if not (folder / "config.json").exists():
+      raise UserError(f"--workdir {workdir} is another folder for some of the processes: put it where all of them reach it.")
   done = folder / stages.DONE
   redo = done.exists() and stages.read_json(done)["summary"]["steps"] < settings.train.steps
   # A context, not jax.config.update: that ends without a word once anything like logsumexp is traced (jax 0.10.2).
   nans = jax.debug_nans(debug_nans or jax.config.jax_debug_nans)
-  with common.use_mesh(settings), nans, stages.stage(folder, config, redo=redo) as summary:
+  stage = stages.stage(folder, config, redo, writes=distributed.is_first(), together=distributed.together)
+  with common.use_mesh(settings), nans, stage as summary:
     if summary is None:
       return
-    loader = open_rows(settings, workdir, "train", write_starts=jax.process_index() == 0)
-    heldout = open_rows(settings, workdir, "heldout")
-    summary.update(rows=look_at_rows(loader.plan))
-    draw = sample_drawer(settings, workdir, folder / "samples")
+    with distributed.together():
+      loader = open_rows(settings, workdir, "train", write_starts=distributed.is_first())
+      heldout = open_rows(settings, workdir, "heldout")
+      summary.update(rows=look_at_rows(loader.plan))
+      draw = sample_drawer(settings, workdir, folder / "samples")
     result = train(
       folder, settings.model, settings.optimizer, settings.train, settings.vocab, loader, heldout, settings.seed, draw, traced
     )
     summary.update(result)
-    print(f"train: {result['steps']} steps, held-out image loss {result['heldout_image_loss']:.3f} nats per code.", flush=True)
+    distributed.tell(f"train: {result['steps']} steps, held-out image loss {result['heldout_image_loss']:.3f} nats per code.")
 
 
 if __name__ == "__main__":
-  common.run(lambda settings, workdir: main(settings, workdir, _PROFILE_STEPS.value, _DEBUG_NANS.value))
+  common.run(
+    lambda settings, workdir: main(settings, workdir, _PROFILE_STEPS.value, _DEBUG_NANS.value), several_processes=True
+  )

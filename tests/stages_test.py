@@ -1,3 +1,4 @@
+import contextlib
 import json
 
 import numpy as np
@@ -69,3 +70,25 @@ def test_differences_literal():
     "b.c: 2 -> 4",
     "e: None -> 5",
   ]
+
+
+def test_of_a_jobs_processes_one_writes_and_all_read_first(tmp_path, capsys):
+  read = []
+
+  @contextlib.contextmanager
+  def together():
+    yield
+    read.append((tmp_path / stages.DONE).exists())
+
+  for writes in (False, True):
+    with stages.stage(tmp_path, {"a": 1}, writes=writes, together=together) as summary:
+      summary["steps"] = 5
+    assert (tmp_path / stages.DONE).exists() == writes
+  with stages.stage(tmp_path, {"a": 1}, writes=False) as summary:
+    assert summary is None
+  assert capsys.readouterr().out == ""
+  with stages.stage(tmp_path, {"a": 1}, redo=True, writes=False, together=together):
+    assert (tmp_path / stages.DONE).exists()
+  with stages.stage(tmp_path, {"a": 1}, redo=True, together=together):
+    assert not (tmp_path / stages.DONE).exists()
+  assert read == [False, False, True, True]

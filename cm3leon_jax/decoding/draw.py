@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import Document, DocumentStore
@@ -87,7 +88,10 @@ def prompt_ids(vocab, prompt: Prompt, retrieve: int) -> np.ndarray:
 
 
 def sample_drawer(settings, workdir, folder):
-  """The trainer's `draw(params, step)`: writes one grid of held-out captions without neighbours into `folder`, returns it."""
+  """The trainer's `draw(params, step)`: writes one grid of held-out captions without neighbours into `folder`, returns it.
+
+  All processes of a run draw the same pictures, for each holds a part of `params`; one writes them.
+  """
   count = min(settings.train.num_samples, len(raw_pairs.read_pairs(workdir / "raw", "heldout")))
   prompts = heldout_prompts(settings, workdir, count, settings.seed, 0)
   image_tokenizer = ImageTokenizer.load(workdir / "vqgan")
@@ -99,7 +103,8 @@ def sample_drawer(settings, workdir, folder):
     parts = [slice(i, i + GRID_COLUMNS) for i in range(0, count, GRID_COLUMNS)]
     captions = ["; ".join(p.text for p in prompts[part]) for part in parts]
     sheet = pictures.contact_sheet([images[part] for part in parts], captions)
-    pictures.save_png(epath.Path(folder) / f"step_{step:06d}.png", sheet)
+    if distributed.is_first():
+      pictures.save_png(epath.Path(folder) / f"step_{step:06d}.png", sheet)
     return sheet
 
   return draw

@@ -197,7 +197,8 @@ def generate_images(params, tokens, valid, weights, seeds, temperature, top_p, *
   state = shard(grammar.start(batch), "batch")
   (hidden, _, state), (ids, log_probs) = jax.lax.scan(step, (hidden, cache, state), jnp.arange(steps))
   end, _ = pick(hidden, end_table, end_rows, state, keys=jax.vmap(jax.random.fold_in, (0, None))(keys, steps))
-  return ids.T, log_probs.T, end
+  # Whole on every device: of several processes each can read them.
+  return shard(ids.T, None, None), shard(log_probs.T, None, None), shard(end, None)
 
 
 class Generator:

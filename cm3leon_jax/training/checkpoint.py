@@ -6,7 +6,7 @@ from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
-from cm3leon_jax import stages
+from cm3leon_jax import distributed, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
@@ -22,19 +22,30 @@ def _abstract(tree):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), tree)
 
 
-def _digests(folder: epath.Path) -> dict[str, str]:
-  """SHA-256 of every file below `folder`, by relative path."""
-  found = {}
+def _files(folder: epath.Path) -> list[str]:
+  """Relative paths of all files below `folder`, sorted."""
+  found = []
   for path in folder.iterdir():  # Buckets have no recursive glob.
-    if path.is_dir():
-      found |= {f"{path.name}/{name}": digest for name, digest in _digests(path).items()}
-    else:
-      found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-  return found
+    found += [f"{path.name}/{name}" for name in _files(path)] if path.is_dir() else [path.name]
+  return sorted(found)
+
+
+def _share(names: list[str]) -> list[str]:
+  """Those of the names that this process takes care of."""
+  return names[jax.process_index() :: jax.process_count()]
+
+
+def _digest(path: epath.Path) -> str | None:
+  """SHA-256 of a file, None if there is none."""
+  return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
 class Checkpoints:
-  """The checkpoints of one run; saving is asynchronous, a checkpoint counts once its digests are written."""
+  """The checkpoints of one run; saving is asynchronous, a checkpoint counts once its digests are written.
+
+  All processes of a run call the same methods in the same order. Each digests its share of a checkpoint's files into
+  STEP.partI, when Orbax has told all of them that the checkpoint is whole; the first puts the parts together as STEP.json.
+  """
 
   def __init__(self, folder: epath.PathLike, keep: int):
     self.folder = epath.Path(folder).resolve() / FOLDER
@@ -42,6 +53,7 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
     self._manager = ocp.CheckpointManager(self.folder, options=options)
     self._unsealed: int | None = None
+    self._digested = False
 
   def discard_unsealed(self) -> None:
     """Deletes what a killed run left without digests, so that it cannot push sealed checkpoints out.
@@ -49,8 +61,9 @@ class Checkpoints:
     Raises:
       UserError: there are checkpoints, and none of them is sealed.
     """
-    steps = self._manager.all_steps()
-    unsealed = [s for s in steps if not self._digest_path(s).exists()]
+    steps = list(self._manager.all_steps())
+    found = [steps, [s for s in steps if not self._digest_path(s).exists()]]
+    steps, unsealed = distributed.gather(found)[0]  # All have looked before one deletes, and all do what the first found.
     if unsealed and len(unsealed) == len(steps) > 1:
       raise UserError(
         f"{self.folder} holds checkpoints and {self._digest_folder} no digests of them: restore those, or delete both."
@@ -61,32 +74,54 @@ class Checkpoints:
   def newest(self) -> int | None:
     """Step of the newest whole checkpoint, or None."""
     steps = [s for s in self._manager.all_steps() if self._digest_path(s).exists()]
-    return max(steps, default=None)
+    return distributed.gather(max(steps, default=None))[0]
 
   def save(self, state: TrainState, step: int, next_row: int) -> None:
     """Starts saving; seals the save before it."""
     self.wait()
-    self._digest_path(step).unlink(missing_ok=True)
+    if distributed.is_first():  # A killed run may have left some; Orbax starts to write when all have come here.
+      self._remove_digests(lambda s: s == step)
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"next_row": next_row}))
     self._manager.save(step, args=args, force=True)
-    self._unsealed = step
+    self._unsealed, self._digested = step, False
 
   def wait(self) -> None:
     """Returns when every started save is whole on disk, with its digests."""
     self._manager.wait_until_finished()
+    with distributed.together():
+      self._digest_share()
     self.seal()
 
   def seal(self) -> None:
     """Writes the digests of the newest save if it is whole on disk by now; called every step, so that it counts soon."""
-    if self._unsealed is None or self._manager.is_saving_in_progress():
+    self._digest_share()
+    if not self._digested or self._unsealed is None:
       return
-    if jax.process_index() == 0:
-      stages.write_json(self._digest_path(self._unsealed), _digests(self.folder / str(self._unsealed)))
-      kept = {str(s) for s in self._manager.all_steps()}
-      for old in self._digest_folder.glob("*.json"):
-        if old.stem not in kept:
-          old.unlink()
+    step = self._unsealed
+    if distributed.is_first():
+      parts = [self._digest_folder / f"{step}.part{i}" for i in range(jax.process_count())]
+      if not {part.name for part in parts} <= {path.name for path in self._digest_folder.iterdir()}:
+        return
+      stages.write_json(self._digest_path(step), {k: v for part in parts for k, v in stages.read_json(part).items()})
+      for part in parts:
+        part.unlink()
+      kept = set(self._manager.all_steps())
+      self._remove_digests(lambda s: s not in kept)
     self._unsealed = None
+
+  def _digest_share(self) -> None:
+    """Digests this process's files of the newest save, once, if the save is whole on disk by now."""
+    if self._unsealed is None or self._digested or self._manager.is_saving_in_progress():
+      return
+    folder, part = self.folder / str(self._unsealed), self._digest_folder / f"{self._unsealed}.part{jax.process_index()}"
+    stages.write_json(part, {name: _digest(folder / name) for name in _share(_files(folder))})
+    self._digested = True
+
+  def _remove_digests(self, of) -> None:
+    """Deletes the digests, whole and in parts, of all steps for which `of` is true."""
+    for path in self._digest_folder.glob("*"):
+      if of(int(path.name.partition(".")[0])):
+        path.unlink()
 
   def restore(self, state: TrainState, step: int) -> tuple[TrainState, int]:
     """State and next row of the checkpoint of `step`. `state`: a state or its abstract types, on the current mesh.
@@ -113,12 +148,13 @@ class Checkpoints:
   def check(self, step: int) -> None:
     """Raises UserError if a file of the checkpoint is not as it was written."""
     folder = self.folder / str(step)
-    expected, found = stages.read_json(self._digest_path(step)), _digests(folder)
-    for name in sorted({*expected, *found}):
-      if expected.get(name) != found.get(name):
-        raise UserError(
-          f"{folder / name} is damaged: it is not what was written; delete {folder} to go back to the checkpoint before."
-        )
+    with distributed.together():
+      expected = stages.read_json(self._digest_path(step))
+      for name in _share(sorted({*expected, *_files(folder)})):
+        if expected.get(name) != _digest(folder / name):
+          raise UserError(
+            f"{folder / name} is damaged: it is not what was written; delete {folder} to go back to the checkpoint before."
+          )
 
   def close(self) -> None:
     self.wait()

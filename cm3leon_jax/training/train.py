@@ -4,7 +4,6 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import itertools
-import signal
 import sys
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax
 from jax.sharding import NamedSharding
 import numpy as np
 
+from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.pipeline import RowLoader, batches
 from cm3leon_jax.mesh import batch_shards, spec
@@ -23,6 +23,7 @@ from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.goodput import Stopwatch
 from cm3leon_jax.training.monitor import open_monitor
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer, learning_rate_schedule
+from cm3leon_jax.training.preemption import StopSignal
 from cm3leon_jax.training.state import eval_step, init_state, train_step
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.xla_options import compiler_options
@@ -102,21 +103,6 @@ def compile_steps(
   )
 
 
-class StopSignal:
-  """SIGTERM sets a flag, so that the loop can save before it ends (preemption, a scheduler's grace period)."""
-
-  def __enter__(self):
-    self.received = False
-    self._previous = signal.signal(signal.SIGTERM, self._set)
-    return self
-
-  def _set(self, *_):
-    self.received = True
-
-  def __exit__(self, *_):
-    signal.signal(signal.SIGTERM, self._previous)
-
-
 def evaluate(steps: Steps, params, eval_batches: list) -> dict[str, float]:
   """Held-out losses by modality, nats per target."""
   totals = [jax.device_get(steps.evaluate(params, batch)) for batch in eval_batches]
@@ -175,14 +161,15 @@ def train(
   data = batches(loader, next_row, config.global_batch_size, sharding)
   schedule = learning_rate_schedule(optimizer_config, config.steps)
   length = loader.plan.config.sequence_length
-  monitor = open_monitor(folder, model, config, schedule, length, newest, watch, profile_steps)
-  with StopSignal() as stop, monitor:
+  with distributed.together():
+    monitor = open_monitor(folder, model, config, schedule, length, newest, watch, profile_steps)
+  with StopSignal(mesh) as stop, monitor:
     for step in range(first + 1, config.steps + 1):
       with monitor.traced(step):
         state, metrics = steps.train(state, monitor.next_batch(data))
       next_row += config.global_batch_size
       monitor.step(step, metrics)
-      stopping = stop.received  # Read once: a signal that comes later in this step waits for the next.
+      stopping = stop.stopping()  # Asked once: a signal that comes later in this step waits for the next.
       last = step == config.steps or stopping
       if step % config.eval_every == 0 or last:
         with monitor.phase("evaluate", step):
@@ -203,10 +190,10 @@ def train(
       checkpoints.close()
   step = int(state.step)
   if step < config.steps:
-    print(f"stopped at step {step} of {config.steps}; saved in {folder}: the same command continues.", flush=True)
+    distributed.tell(f"stopped at step {step} of {config.steps}; saved in {folder}: the same command continues.")
     sys.exit(INTERRUPTED)
   if step > config.steps:
-    print(f"train: the run is at step {step} already, beyond train.steps = {config.steps}; nothing was trained.", flush=True)
+    distributed.tell(f"train: the run is at step {step} already, beyond train.steps = {config.steps}; nothing was trained.")
   return {
     "steps": step,
     "parameters": transformer.count_params(state.params),
