@@ -1,0 +1,192 @@
+"""launch.train as several processes with 8 devices in all, through the rehearsal script: the run is that of one process."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+from etils import epath
+import pytest
+
+from cm3leon_jax import stages
+from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.training.metrics import read_metrics
+from cm3leon_jax.training.train import INTERRUPTED
+from launch import train
+from tests.launch.stages_before import make_workdir
+from tests.launch.tiny_config import get_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+LOCAL = ROOT / "launch" / "pod" / "local.sh"
+TOLERANCE = 1e-5
+SAMPLES = ["step_000004.png", "step_000008.png", "step_000012.png"]
+
+
+def start(workdir, processes, *flags, mesh=(2, 2, 2)) -> subprocess.Popen:
+  shape = [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh)]
+  command = ["bash", LOCAL, str(processes), str(8 // processes), "--", "--config=tests/launch/tiny_config.py"]
+  return subprocess.Popen(
+    [*command, f"--workdir={workdir}", *shape, *flags],
+    cwd=ROOT,
+    env={**os.environ, "PYTHON": sys.executable},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def finish(job, code=0) -> str:
+  output = job.communicate(timeout=300)[0]
+  assert job.returncode == code, output
+  return output
+
+
+def losses(workdir) -> dict[int, float]:
+  lines = [line for line in read_metrics(workdir / "train" / "metrics" / "metrics.jsonl") if "loss" in line]
+  assert len({line["step"] for line in lines}) == len(lines)  # One process logs.
+  return {line["step"]: line["loss"] for line in lines}
+
+
+def largest_difference(workdir, other) -> float:
+  found, expected = losses(workdir), losses(other)
+  assert found.keys() == expected.keys()
+  return max(abs(found[step] - expected[step]) for step in expected)
+
+
+def pids(job, processes) -> list[int]:
+  return [int(job.stdout.readline().rpartition(" ")[2]) for _ in range(processes)]
+
+
+def wait_for_steps(workdir, count) -> None:
+  for _ in range(1_000):
+    if len(losses(workdir)) >= count:
+      return
+    time.sleep(0.1)
+  raise AssertionError("no step was logged")
+
+
+def one_process(workdir, **fields):
+  config = get_config()
+  config.update(fields)
+  config.mesh.update({"data": 2, "fsdp": 2, "tensor": 2})
+  train.main(settings_from_config(config), epath.Path(workdir))
+
+
+@pytest.fixture
+def fresh(tmp_path):
+  make_workdir(tmp_path, settings_from_config(get_config()))
+  return tmp_path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """A run of one process that nobody stopped."""
+  folder = tmp_path_factory.mktemp("whole")
+  make_workdir(folder, settings_from_config(get_config()))
+  one_process(folder)
+  return folder
+
+
+def test_two_processes_one_of_which_is_told_to_stop_and_one_that_continues(whole, fresh):
+  """The same losses and pictures as of one process that nobody stopped."""
+  job = start(fresh, 2, "--config.train.checkpoint_every=1")
+  second = pids(job, 2)[1]
+  wait_for_steps(fresh, 4)
+  os.kill(second, signal.SIGTERM)
+  output = finish(job, INTERRUPTED)
+  assert output.count("stopped at step ") == 1
+  assert output.count("rows: 64 samples") == 1
+  stopped = max(losses(fresh))
+  assert 4 <= stopped < 12
+  digests = fresh / "train" / "checkpoints.digests"
+  assert {path.name for path in digests.iterdir()} == {f"{stopped - 1}.json", f"{stopped}.json"}
+  assert {name.split("/")[1] for name in stages.read_json(digests / f"{stopped}.json") if "ocdbt.process" in name} == {
+    "ocdbt.process_0",
+    "ocdbt.process_1",
+  }
+  assert not (fresh / "train" / stages.DONE).exists()
+  one_process(fresh)
+  assert largest_difference(fresh, whole) < TOLERANCE
+  found, expected = losses(fresh), losses(whole)
+  assert min(abs(found[step] - expected[step + 1]) for step in range(1, 12)) > TOLERANCE  # The rows of the next step.
+  assert (fresh / "train" / stages.DONE).exists()
+  for name in SAMPLES:
+    assert (fresh / "train" / "samples" / name).read_bytes() == (whole / "train" / "samples" / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_any_number_of_processes_and_any_mesh_give_the_same_losses(whole, fresh, processes, mesh):
+  finish(start(fresh, processes, mesh=mesh))
+  assert largest_difference(fresh, whole) < TOLERANCE
+  for name in SAMPLES:
+    assert (fresh / "train" / "samples" / name).read_bytes() == (whole / "train" / "samples" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_another_seed_gives_other_losses(whole, fresh):
+  finish(start(fresh, 2, "--config.seed=1"))
+  assert largest_difference(fresh, whole) > 100 * TOLERANCE
+
+
+@pytest.mark.slow
+def test_four_processes_one_of_which_is_told_to_stop_and_two_that_continue(whole, fresh):
+  job = start(fresh, 4, "--config.train.checkpoint_every=1")
+  third = pids(job, 4)[2]
+  wait_for_steps(fresh, 2)
+  os.kill(third, signal.SIGTERM)
+  finish(job, INTERRUPTED)
+  assert max(losses(fresh)) < 12
+  finish(start(fresh, 2))
+  assert largest_difference(fresh, whole) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_the_script_passes_sigterm_on(fresh):
+  job = start(fresh, 2, "--config.train.checkpoint_every=1")
+  pids(job, 2)
+  wait_for_steps(fresh, 1)
+  job.terminate()
+  assert "stopped at step " in finish(job, INTERRUPTED)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_takes_the_others_with_it(fresh):
+  job = start(fresh, 2, "--config.train.checkpoint_every=1")
+  second = pids(job, 2)[1]
+  wait_for_steps(fresh, 3)
+  os.kill(second, signal.SIGKILL)
+  assert "local.sh: process 1 ended with exit code 137." in finish(job, 137)
+  finish(start(fresh, 4))  # The run goes on from what was sealed.
+  assert sorted(losses(fresh)) == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_is_told_by_all_processes(fresh):
+  finish(start(fresh, 2, "--config.train.steps=4"))
+  files = [path for path in (fresh / "train" / "checkpoints" / "4").rglob("*") if path.is_file()]
+  largest = max(files, key=lambda path: path.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 1
+  largest.write_bytes(content)
+  output = finish(start(fresh, 2), 2)
+  for process in range(2):
+    assert f"[{process}] error: {largest} is damaged: it is not what was written" in output
+
+
+@pytest.mark.parametrize(
+  ("arguments", "sentence"),
+  [
+    ([], "error: PROCESSES is ''; it must be a positive whole number; usage: "),
+    (["2", "0", "--"], "error: DEVICES is '0'; it must be a positive whole number; usage: "),
+    (["2", "4", "--config=x"], "error: '--' must stand before the flags, not '--config=x'; usage: "),
+  ],
+)
+def test_the_script_refuses_bad_arguments_in_one_sentence(arguments, sentence):
+  result = subprocess.run(["bash", LOCAL, *arguments], capture_output=True, text=True, timeout=60, check=False)
+  assert result.returncode == 2
+  assert result.stderr.startswith(sentence)
+  assert result.stderr.count("\n") == 1

@@ -1,0 +1,34 @@
+"""What the stages before training leave in a workdir, made of arrays in the test."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+from cm3leon_jax import stages
+from cm3leon_jax.settings import Settings
+from cm3leon_jax.tokenizers import vqgan
+from tests.data.raw import write_raw
+from tests.data.stores import make_sources
+from tests.retrieval.stores import write_neighbors
+
+PAIRS = 50
+
+
+def make_workdir(root: pathlib.Path, settings: Settings) -> None:
+  """Both splits hold the same 50 pairs and 30 texts; the image tokenizer has random weights."""
+  sources = make_sources(root / "made", num_pairs=PAIRS)
+  for kind in ("pairs", "texts"):
+    for split in ("train", "heldout"):
+      (root / "documents").mkdir(exist_ok=True)
+      (root / "documents" / f"{split}_{kind}").symlink_to(root / "made" / kind)
+  for split in ("train", "heldout"):
+    write_neighbors(root / "neighbors" / f"{split}_pairs", ids=sources[0].neighbors)
+  about = {"split": "heldout", "source": "test", "license": "CC0-1.0", "attribution": "nobody"}
+  pairs = [{"key": f"p{i}", "caption": f"picture {i}", **about} for i in range(PAIRS)]
+  write_raw(root / "raw", pairs, [np.full((8, 8, 3), i, np.uint8) for i in range(PAIRS)])
+  params = vqgan.init_params(settings.vqgan, settings.vocab.image_size, jax.random.key(0))
+  vqgan.ImageTokenizer(settings.vqgan, settings.vocab.image_size, params).save(root / "vqgan")
+  for name in ("documents", "neighbors"):
+    (root / name / stages.DONE).write_text(json.dumps({"id": name, "summary": {}}))
