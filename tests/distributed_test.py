@@ -1,3 +1,4 @@
+import os
 import socket
 import subprocess
 import sys
@@ -13,8 +14,11 @@ import jax
 from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
 
-me = int(sys.argv[2])
-distributed.initialize("localhost:" + sys.argv[1], 2, me, 60)
+if len(sys.argv) > 1:
+  distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), 60)
+else:
+  distributed.initialize(None, None, None, 60)
+me = jax.process_index()
 
 def told(function):
   try:
@@ -45,10 +49,20 @@ def free_port() -> int:
     return s.getsockname()[1]
 
 
-def test_two_processes_come_to_the_same_decisions():
-  port = str(free_port())
-  command = [sys.executable, "-c", PROCESS, port]
-  jobs = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
+def slurm(process: int, port: str) -> dict[str, str]:
+  """What srun tells each of two tasks."""
+  job = {"JOB_ID": "7", "STEP_NODELIST": "localhost", "NTASKS": "2", "PROCID": process, "LOCALID": process}
+  return {"JAX_COORDINATOR_PORT": port, **{f"SLURM_{name}": str(value) for name, value in job.items()}}
+
+
+@pytest.mark.parametrize("cluster", ["flags", "slurm"])
+def test_two_processes_come_to_the_same_decisions(cluster):
+  port, jobs = str(free_port()), []
+  for i in range(2):
+    given, env = (["localhost:" + port, str(i)], {}) if cluster == "flags" else ([], slurm(i, port))
+    command = [sys.executable, "-c", PROCESS, *given]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    jobs.append(subprocess.Popen(command, env={**os.environ, **env}, **pipes))
   found = [job.communicate(timeout=120) for job in jobs]
   assert [job.returncode for job in jobs] == [0, 0], found
   lines = [[line for line in out.splitlines() if "[Gloo]" not in line and line] for out, _ in found]
