@@ -117,10 +117,10 @@ def together() -> Iterator[None]:
   except Exception as error:
     failure, told = error, f"process {jax.process_index()} failed with {type(error).__name__}: {error}"
   first = next(filter(None, gather(told)), "")
-  if isinstance(failure, Exception) and (told == first or not isinstance(failure, UserError)):
+  if failure is not None and not isinstance(failure, UserError):
     raise failure
   if first:
-    raise UserError(first)
+    raise UserError(first) from failure
 
 
 def check_same_config(config: dict) -> None:
