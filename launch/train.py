@@ -116,6 +116,4 @@ def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool 
 
 
 if __name__ == "__main__":
-  common.run(
-    lambda settings, workdir: main(settings, workdir, _PROFILE_STEPS.value, _DEBUG_NANS.value), several_processes=True
-  )
+  common.run(lambda settings, workdir: main(settings, workdir, _PROFILE_STEPS.value, _DEBUG_NANS.value), several_processes=True)
