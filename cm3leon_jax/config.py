@@ -10,7 +10,15 @@ T = TypeVar("T")
 
 
 class UserError(ValueError):
-  """A mistake of the user's, told in one sentence: what, where, and what would be right."""
+  """A mistake of the user's, told in one sentence: what, where, and what would be right. A command then exits with `exit_code`."""
+
+  exit_code = 2
+
+
+class TryAgain(UserError):
+  """What the command needs was not there in time; told in one sentence, too, but a scheduler may start it again."""
+
+  exit_code = 1
 
 
 def build(cls: type[T], values, where: str) -> T:

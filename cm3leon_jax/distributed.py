@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from cm3leon_jax import stages
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import TryAgain, UserError
 
 # A process that ends waits that long for the others, so one that fails alone takes the job with it after that time.
 SHUTDOWN_SECONDS = 60
@@ -28,7 +28,8 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
     timeout: seconds that processes wait for each other.
 
   Raises:
-    UserError: only some of the three are given, or they cannot be; no cluster was found; nobody listens at `coordinator`.
+    UserError: only some of the three are given, or they cannot be; no cluster was found.
+    TryAgain: the other processes were not there in time.
   """
   given = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
   missing = [f"--{name}" for name, value in given.items() if value is None]
@@ -44,11 +45,13 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
     jax.distributed.initialize(
       coordinator, num_processes, process_id, initialization_timeout=timeout, shutdown_timeout_seconds=SHUTDOWN_SECONDS
     )
-  except (ValueError, RuntimeError) as error:
-    told = "--distributed found no cluster that it knows" if missing else f"process {process_id} could not start"
+  except ValueError as error:
     raise UserError(
-      f"{told} ({error}): leave it out on a single machine, or give --coordinator_address, --num_processes and --process_id."
+      f"--distributed found no cluster that it knows ({error}): leave it out on a single machine, or give "
+      "--coordinator_address, --num_processes and --process_id."
     ) from error
+  except RuntimeError as error:
+    raise TryAgain(f"the processes of the job did not find each other in {timeout} s ({error}): start all of them.") from error
 
 
 def _check(coordinator: str, num_processes: int, process_id: int) -> None:
@@ -73,7 +76,7 @@ def _wait_for(coordinator: str, timeout: int) -> None:
       return
     except OSError as error:
       if time.monotonic() > end:
-        raise UserError(
+        raise TryAgain(
           f"--coordinator_address {coordinator}: nobody has listened there for {timeout} s ({error}); "
           "it must be an address of the machine of --process_id=0, which must be running."
         ) from error

@@ -78,10 +78,10 @@ def clip_inputs(settings: Settings, workdir: epath.Path) -> dict[str, str]:
   return {folder: stages.require(workdir / folder, command)["id"] for folder, command in folders.items()}
 
 
-def _fail(message: str) -> None:
-  """One line on stderr, exit code 2."""
+def _fail(message: str, code: int = UserError.exit_code) -> None:
+  """One line on stderr, and out."""
   print(f"error: {' '.join(message.split())}", file=sys.stderr)
-  sys.exit(2)
+  sys.exit(code)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -122,7 +122,7 @@ def run(main, workdir: bool = True, several_processes: bool = False) -> None:
       _join_processes(several_processes)
       main(settings, *([epath.Path(_WORKDIR.value)] if workdir else []))
     except UserError as error:
-      _fail(str(error))
+      _fail(str(error), error.exit_code)
 
   for module in filter(None, map(sys.modules.get, ("launch.common", "launch.sharded"))):  # --help tells their flags, too.
     for flag in flags.FLAGS.get_key_flags_for_module(module):

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import TryAgain, UserError
 
 PROCESS = """
 import sys
@@ -97,7 +97,7 @@ def test_flags_that_contradict_each_other_are_told(coordinator, num_processes, p
 
 def test_nobody_at_the_coordinator_is_told():
   address = f"localhost:{free_port()}"
-  with pytest.raises(UserError, match=rf"--coordinator_address {address}: nobody has listened there for 1 s \(.*refused\)"):
+  with pytest.raises(TryAgain, match=rf"--coordinator_address {address}: nobody has listened there for 1 s \(.*refused\)"):
     distributed.initialize(address, 2, 1, 1)
 
 

@@ -1,0 +1,96 @@
+"""The train step on this machine: seconds, tokens/s, and model FLOPs over the machine's measured peak of matrix products.
+
+  python -m benchmarks.train_step
+  python -m benchmarks.train_step --layers=24 --width=1024 --heads=16 --mlp_width=4096 --rows=8 --length=4096 --dtype=bfloat16
+
+The defaults are the shape that docs/benchmarks.md compares with MaxText. Rows hold random tokens, one sample each.
+"""
+
+import functools
+import time
+
+from absl import app, flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cm3leon_jax.data.pipeline import rows_of_samples
+from cm3leon_jax.mesh import MeshConfig, create_mesh, shard
+from cm3leon_jax.models.config import ATTENTIONS, DTYPES, REMAT_POLICIES, ModelConfig
+from cm3leon_jax.training.flops import model_flops
+from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.state import init_state, train_step
+
+_LAYERS = flags.DEFINE_integer("layers", 4, "Layers.")
+_WIDTH = flags.DEFINE_integer("width", 256, "Width.")
+_HEADS = flags.DEFINE_integer("heads", 4, "Heads.")
+_MLP_WIDTH = flags.DEFINE_integer("mlp_width", 1_024, "Width of the feed-forward layer.")
+_VOCAB = flags.DEFINE_integer("vocab", 64_512, "Ids.")
+_ROWS = flags.DEFINE_integer("rows", 4, "Rows of a batch.")
+_LENGTH = flags.DEFINE_integer("length", 512, "Tokens of a row.")
+_FAMILY = flags.DEFINE_enum("family", "opt", ["opt", "modern"], "Family of the decoder.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute dtype.")
+_REMAT = flags.DEFINE_enum("remat_policy", "none", REMAT_POLICIES, "What the backward pass computes again.")
+_ATTENTION = flags.DEFINE_enum("attention", "auto", ATTENTIONS, "Which attention.")
+_CHUNK = flags.DEFINE_integer("loss_chunk", 32, "Tokens of a row whose logits exist at once.")
+_STEPS = flags.DEFINE_integer("steps", 15, "Steps that are timed, after two that are not.")
+
+
+def measured_peak(dtype, size: int = 4_096, repeats: int = 7) -> float:
+  """FLOP/s of the fastest of `repeats` products of two [size, size] matrices on one device."""
+  a = jnp.ones((size, size), dtype)
+  product = jax.jit(jnp.matmul)
+  product(a, a).block_until_ready()
+  seconds = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    product(a, a).block_until_ready()
+    seconds.append(time.perf_counter() - start)
+  return 2 * size**3 / min(seconds)
+
+
+def step_seconds(model: ModelConfig, rows: int, length: int, steps: int) -> list[float]:
+  """Seconds of each of `steps` train steps on random tokens."""
+  optimizer = create_optimizer(OptimizerConfig(), 1_000)
+  rng = np.random.default_rng(0)
+  samples = [rng.integers(256, model.vocab_size, length + 1).astype(np.int32) for _ in range(rows)]
+  batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in rows_of_samples(samples, length).items()}
+  state = jax.jit(functools.partial(init_state, model, optimizer))(jax.random.key(0))
+  step = jax.jit(functools.partial(train_step, model, optimizer, model.vocab_size, 1), donate_argnums=0)
+  found = []
+  for _ in range(steps + 2):
+    start = time.perf_counter()
+    state, metrics = step(state, batch)
+    float(metrics["loss"])
+    found.append(time.perf_counter() - start)
+  return found[2:]
+
+
+def main(_) -> None:
+  model = ModelConfig(
+    family=_FAMILY.value,
+    vocab_size=_VOCAB.value,
+    num_layers=_LAYERS.value,
+    width=_WIDTH.value,
+    num_heads=_HEADS.value,
+    mlp_width=_MLP_WIDTH.value,
+    max_positions=_LENGTH.value,
+    dtype=_DTYPE.value,
+    remat_policy=_REMAT.value,
+    attention=_ATTENTION.value,
+    loss_chunk=_CHUNK.value,
+  )
+  tokens = _ROWS.value * _LENGTH.value
+  flops = model_flops(model, tokens, _LENGTH.value)
+  with jax.set_mesh(create_mesh(MeshConfig())):
+    before = measured_peak(model.dtype)
+    seconds = step_seconds(model, _ROWS.value, _LENGTH.value, _STEPS.value)
+    peak = max(before, measured_peak(model.dtype)) * jax.device_count()
+  median = float(np.median(seconds))
+  print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, peak of {model.dtype} products {peak / 1e9:,.0f} GFLOP/s")
+  print(f"step: median {median:.3f} s ({min(seconds):.3f} to {max(seconds):.3f}, {len(seconds)} steps)")
+  print(f"{tokens / median:,.0f} tokens/s; {flops / 1e9:,.0f} model GFLOPs a step, {flops / median / peak:.1%} of the peak")
+
+
+if __name__ == "__main__":
+  app.run(main)
