@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class UserError(ValueError):
-  """A mistake of the user's, told in one sentence: what, where, and what would be right. A command then exits with `exit_code`."""
+  """A mistake of the user's, told in one sentence: what, where, what would be right. A command exits with `exit_code`."""
 
   exit_code = 2
 

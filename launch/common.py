@@ -61,6 +61,15 @@ def use_mesh(settings: Settings):
     raise UserError(f"config.mesh: {error}") from error
 
 
+def keep_compiled(workdir: epath.Path) -> None:
+  """Compiled programs of an accelerator are kept in the workdir, so that a run that continues does not wait for the compiler.
+
+  JAX_COMPILATION_CACHE_DIR names another folder. On CPUs nothing is kept: a program is made for one machine's instructions.
+  """
+  if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
+
+
 def require_run(settings: Settings, workdir: epath.Path) -> str:
   """Id of the finished training in `workdir`. Raises UserError if it was another model's than the config's, or is not done."""
   found = stages.require(workdir / "train", "train")["id"]

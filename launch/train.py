@@ -103,6 +103,7 @@ def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool 
   with common.use_mesh(settings), nans, stage as summary:
     if summary is None:
       return
+    common.keep_compiled(workdir)
     with distributed.together():
       loader = open_rows(settings, workdir, "train", write_starts=distributed.is_first())
       heldout = open_rows(settings, workdir, "heldout")

@@ -1,3 +1,5 @@
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -9,21 +11,29 @@ from cm3leon_jax.training.state import init_state
 from tests.models.tiny import CONFIG, mesh_of
 
 OPTIMIZER = create_optimizer(OptimizerConfig(), 10)
+INIT = jax.jit(lambda key: init_state(CONFIG, OPTIMIZER, key))
 
 
 def fresh(seed):
-  return jax.jit(lambda: init_state(CONFIG, OPTIMIZER, jax.random.key(seed)))()
+  return INIT(jax.random.key(seed))
 
 
-@pytest.fixture
-def saved(tmp_path):
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
   """Two checkpoints made on a (1, 1, 1) mesh, of the states of seeds 1 and 2."""
+  folder = tmp_path_factory.mktemp("original")
   with jax.set_mesh(mesh_of(1, 1, 1)):
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+    checkpoints = checkpoint.Checkpoints(folder, keep=2)
     for step in (1, 2):
       checkpoints.save(fresh(step), step, next_row=8 * step)
     checkpoints.close()
-  return tmp_path
+  return folder
+
+
+@pytest.fixture
+def saved(original, tmp_path):
+  """A copy of them, for the test to damage."""
+  return shutil.copytree(original, tmp_path / "saved")
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 4, 2)])

@@ -1,0 +1,79 @@
+"""Memory and least time of train steps on TPU slices, compiled by launch.aot_compile: the tables of docs/scaling.md.
+
+  python -m benchmarks.pod_memory --part=goals
+  python -m benchmarks.pod_memory --part=sizes
+
+A compilation takes half a minute; no TPU is needed.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from absl import app, flags
+
+_PART = flags.DEFINE_enum("part", "sizes", ["goals", "sizes"], "Which table.")
+
+MESHES = {"v5e-256": (16, 16), "v6e-256": (16, 16), "v5p-256": (16, 8), "v5p-8": (2, 2)}
+# Slice, rows of a device, remat policy.
+GOALS = [
+  ("7b", "v5p-256", 4, "full"),
+  ("7b", "v5e-256", 2, "full"),
+  ("7b", "v6e-256", 4, "full"),
+  ("7b", "v5p-8", 4, "full"),
+  ("7b", "v5p-8", 4, "minimal"),
+  ("7b", "v5e-256", 4, "full"),
+  ("7b", "v5e-256", 4, "offload"),
+  ("7b", "v5e-256", 4, "save_attention"),
+]
+SIZES = [
+  ("350m", "v5e-256", 8, "minimal"),
+  ("350m", "v6e-256", 16, "minimal"),
+  ("350m", "v5p-256", 32, "minimal"),
+  ("350m", "v5p-8", 32, "minimal"),
+  ("760m", "v5e-256", 4, "minimal"),
+  ("760m", "v6e-256", 8, "minimal"),
+  ("760m", "v5p-256", 32, "minimal"),
+  ("760m", "v5p-8", 32, "minimal"),
+]
+
+
+def measure(size: str, topology: str, rows: int, policy: str) -> dict:
+  """The report of one step; stops the program, with what the command said, if it cannot be had."""
+  outer, inner = MESHES[topology]
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "report.json"
+    command = [sys.executable, "-m", "launch.aot_compile", f"--config=ml_configs/cm3leon_{size}.py", f"--topology={topology}"]
+    command += [f"--config.mesh.fsdp={outer}", f"--config.mesh.fsdp_inner={inner}", f"--batch_per_device={rows}"]
+    command += [f"--config.model.remat_policy={policy}", f"--json={path}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+      sys.exit(f"{' '.join(command)}:\n{result.stderr[-1_000:]}")
+    return json.loads(path.read_text())["train"]
+
+
+def row(size: str, topology: str, rows: int, policy: str) -> str:
+  r = measure(size, topology, rows, policy)
+  again = r["flops"] * r["devices"] / r["model_flops"]
+  tokens = r["tokens"] / r["devices"]
+  moved = " / ".join(
+    f"{r['collectives'][kind]['bytes'] / 2**30:.2f}" for kind in ("all-gather", "reduce-scatter", "all-reduce")
+  )
+  memory = f"{r['arguments_gib']:.2f} + {r['temporaries_gib']:.2f} = **{r['sum_gib']:.2f}** of {r['hbm_gib']:.2f}"
+  if r["host_gib"] > 0.01:
+    memory += f"; host {r['host_gib']:.2f}"
+  times = f"{r['compute_seconds'] / tokens * 1e6:.2f}; {r['collective_seconds'] / tokens * 1e6:.2f}"
+  return f"| {size} | {topology} | {rows} | {policy} | {memory} | {again:.3f} | {times} | {moved} |"
+
+
+def main(_) -> None:
+  print("| size | slice | rows of a device | remat | GiB | FLOPs x model | us a token: products; collectives | GiB a device |")
+  print("|---|---|---|---|---|---|---|---|")
+  for arguments in GOALS if _PART.value == "goals" else SIZES:
+    print(row(*arguments), flush=True)
+
+
+if __name__ == "__main__":
+  app.run(main)
