@@ -11,7 +11,7 @@ from cm3leon_jax.decoding.generate import generate_images
 from cm3leon_jax.decoding.grammar import TextToImage
 from cm3leon_jax.mesh import batch_shards, spec
 from cm3leon_jax.models import transformer
-from cm3leon_jax.training.train import compile_steps
+from cm3leon_jax.training.train import check_batch, compile_steps
 
 STREAMS = 2  # Guidance: conditional and unconditional.
 
@@ -26,12 +26,7 @@ def train_step(settings, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
   """The step that `launch.train` would run on `mesh` with this config. Raises UserError if the batch does not fit the mesh."""
   rows, length = settings.train.global_batch_size, settings.data.sequence_length
   with jax.set_mesh(mesh):
-    parts = batch_shards() * settings.train.gradient_accumulation_steps
-    if rows % parts:
-      raise UserError(
-        f"config.train.global_batch_size is {rows}; mesh.data x mesh.fsdp x mesh.fsdp_inner x "
-        f"train.gradient_accumulation_steps = {parts} must divide it."
-      )
+    check_batch(settings.train)
     steps = compile_steps(settings.model, settings.optimizer, settings.train, settings.vocab, settings.seed)
     sharding = NamedSharding(mesh, spec("batch", "length"))
     batch = {name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding) for name, dtype in FIELDS.items()}

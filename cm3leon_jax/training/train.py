@@ -79,6 +79,16 @@ class TrainConfig:
       )
 
 
+def check_batch(config: TrainConfig) -> None:
+  """Raises UserError if the current mesh cannot split the batch."""
+  parts = batch_shards() * config.gradient_accumulation_steps
+  if config.global_batch_size % parts:
+    raise UserError(
+      f"config.train.global_batch_size is {config.global_batch_size}; mesh.data x mesh.fsdp x mesh.fsdp_inner x "
+      f"train.gradient_accumulation_steps = {parts} must divide it."
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Steps:
   """The jitted functions of a run. init() -> state; train(state, batch) -> (state, metrics); evaluate(params, batch)."""
@@ -141,12 +151,7 @@ def train(
   """
   watch = Stopwatch()
   mesh = jax.sharding.get_mesh()
-  shards = batch_shards() * config.gradient_accumulation_steps
-  if config.global_batch_size % shards:
-    raise UserError(
-      f"config.train.global_batch_size is {config.global_batch_size}; mesh.data x mesh.fsdp x "
-      f"train.gradient_accumulation_steps = {shards} must divide it."
-    )
+  check_batch(config)
   sharding = NamedSharding(mesh, spec("batch", "length"))
   steps = compile_steps(model, optimizer_config, config, vocab, seed)
   checkpoints = Checkpoints(folder, config.keep_checkpoints)

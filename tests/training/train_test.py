@@ -1,8 +1,10 @@
+import functools
 import itertools
 import os
 import signal
 import threading
 import time
+from unittest import mock
 
 from etils import epath
 import jax
@@ -14,10 +16,11 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training import train as train_module
 from cm3leon_jax.training.flops import model_flops
 from cm3leon_jax.training.metrics import read_metrics
 from cm3leon_jax.training.optimizer import OptimizerConfig
-from cm3leon_jax.training.train import INTERRUPTED, TrainConfig, train
+from cm3leon_jax.training.train import INTERRUPTED, TrainConfig, compile_steps, train
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.models.tiny import mesh_of
 from tests.training import events
@@ -34,12 +37,25 @@ def loader(tmp_path_factory):
   return RowLoader(make_plan(make_sources(tmp_path_factory.mktemp("stores"))), VOCAB)
 
 
-def run(folder, loader, shape=(1, 1, 1), draw_samples=None, learning_rate=1e-2, profile_steps=range(0), **fields):
+@functools.cache
+def shared_steps(model, optimizer, steps, accumulation, vocab, seed, mesh):
+  """Compiled once for all runs of the same steps: compiling is most of what these tests would take."""
+  config = TrainConfig(steps=steps, gradient_accumulation_steps=accumulation, global_batch_size=accumulation)
+  return compile_steps(model, optimizer, config, vocab, seed)
+
+
+def run(folder, loader, shape=(1, 1, 1), draw_samples=None, learning_rate=1e-2, profile_steps=range(0), fresh=False, **fields):
+  """Trains; with `fresh` the steps are compiled anew, as a new process would."""
   config = TrainConfig(
     **{"steps": STEPS, "global_batch_size": 8, "eval_every": 5, "eval_batches": 1, "checkpoint_every": 4, **fields}
   )
   optimizer = OptimizerConfig(learning_rate=learning_rate)
-  with jax.set_mesh(mesh_of(*shape)):
+
+  def steps(model, optimizer, config, vocab, seed):
+    mesh = jax.sharding.get_mesh()
+    return shared_steps(model, optimizer, config.steps, config.gradient_accumulation_steps, vocab, seed, mesh)
+
+  with jax.set_mesh(mesh_of(*shape)), mock.patch.object(train_module, "compile_steps", compile_steps if fresh else steps):
     return train(epath.Path(folder), MODEL, optimizer, config, VOCAB, loader, loader, 0, draw_samples, profile_steps)
 
 
@@ -83,7 +99,7 @@ def test_a_killed_run_continues_bit_for_bit(whole, loader, tmp_path):
   with pytest.raises(Crash):
     run(tmp_path, loader, draw_samples=crash_at(11, tmp_path), sample_every=1)
   assert max(losses(tmp_path)) == 11  # A step is logged before anything that needs its state.
-  run(tmp_path, loader)
+  run(tmp_path, loader, fresh=True)
   assert losses(tmp_path) == losses(whole[0])
   (event,) = [line for line in read_metrics(tmp_path / "metrics" / "metrics.jsonl") if line.get("event") == "resumed"]
   assert event["from_step"] in (4, 8)  # Step 8 counts if its asynchronous save was whole by then.
@@ -182,8 +198,8 @@ def test_tensorboard_shows_every_step_of_a_killed_run_once(loader, tmp_path):
 
 def test_goodput_is_told_and_summed_over_starts(loader, tmp_path, capsys):
   with pytest.raises(Crash):
-    run(tmp_path, loader, draw_samples=crash_at(7, tmp_path), sample_every=1)
-  run(tmp_path, loader, steps=8, tensorboard=False)
+    run(tmp_path, loader, draw_samples=crash_at(7, tmp_path), sample_every=1, fresh=True)
+  run(tmp_path, loader, steps=8, tensorboard=False, fresh=True)
   lines = [line for line in read_metrics(tmp_path / "metrics" / "metrics.jsonl") if "goodput" in line]
   assert [line["step"] for line in lines] == [4, 5, 8, 8, 8]  # At 4 and 8 the saves, at 5 and 8 evaluations, and the end.
   for before, line in itertools.pairwise(lines):
@@ -214,12 +230,12 @@ def test_debug_nans_finds_the_operation_although_the_state_is_donated(loader, tm
   with pytest.raises(UserError, match=r"of step 3 is .*--debug_nans"):
     run(tmp_path / "plain", loader, shape, learning_rate=1e38, tensorboard=False)
   with jax.debug_nans(True), pytest.raises(FloatingPointError, match="invalid value"):
-    run(tmp_path / "nans", loader, shape, learning_rate=1e38, tensorboard=False)
+    run(tmp_path / "nans", loader, shape, learning_rate=1e38, tensorboard=False, fresh=True)
 
 
 def test_debug_nans_changes_nothing_where_all_is_finite(whole, loader, tmp_path):
   with jax.debug_nans(True):
-    run(tmp_path, loader, steps=4)
+    run(tmp_path, loader, steps=4, fresh=True)
   assert losses(tmp_path)[1] == losses(whole[0])[1]
 
 
