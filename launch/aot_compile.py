@@ -1,4 +1,4 @@
-"""Compiles the train step and the guided decoder for a TPU slice that need not be there, and tells what they cost.
+r"""Compiles the train step and the guided decoder for a TPU slice that need not be there, and tells what they cost.
 
   pip install -e .[aot]
   python -m launch.aot_compile --config=ml_configs/cm3leon_7b.py --topology=v5e-256 \

@@ -1,5 +1,6 @@
 """What a compiled program costs on one device, as numbers and as a table."""
 
+import re
 import time
 
 import jax
@@ -25,8 +26,9 @@ def compile_report(lowered: jax.stages.Lowered, topology: Topology) -> dict:
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    reason = str(error).split("RESOURCE_EXHAUSTED: ")[-1].splitlines()[0]
-    raise UserError(f"{topology.name}: the program does not fit: {reason}") from error
+    needed = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
+    told = f"temporaries of {needed[1]} GiB, {needed[2]} are there" if needed else str(error).splitlines()[0]
+    raise UserError(f"{topology.name}: the program does not fit: {told}.") from error
   seconds = time.perf_counter() - start
   memory, program = compiled.memory_analysis(), Program(compiled.as_text())
   arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes

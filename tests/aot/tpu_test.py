@@ -1,6 +1,7 @@
 """Real compilations by XLA:TPU, without a TPU: in processes of their own, for libtpu is loaded once and for all."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -71,5 +72,5 @@ def test_what_does_not_fit_is_told_in_one_sentence(tmp_path):
   command = [sys.executable, "-m", "launch.aot_compile", *SMALL, "--config.model.num_layers=40", *flags]
   result = subprocess.run(command, capture_output=True, text=True, timeout=900)
   assert result.returncode == 2
-  assert "error: v5e:2x2: the program does not fit: " in result.stderr
+  assert re.search(r"error: v5e:2x2: the program does not fit: temporaries of [\d.]+ GiB, 15.75 are there\.", result.stderr)
   assert "Traceback" not in result.stderr
