@@ -32,7 +32,8 @@ def test_a_small_step_for_a_pod_reduce_scatters_gradients_and_holds_no_more_than
   assert found["all-reduce"]["bytes"] < 0.05 * found["reduce-scatter"]["bytes"], "nothing large is all-reduced"
   assert 1 < report["flops"] * report["devices"] / report["model_flops"] < 1.4
   assert report["sum_gib"] < report["hbm_gib"]
-  logits = [x for x in report["largest"] if "64512" in x["array"] and "64512,1024" not in x["array"]]
+  tables = ("[64512,1024]", "[1024,64512]")
+  logits = [x for x in report["largest"] if "64512" in x["array"] and not x["array"].endswith(tables)]
   assert all(x["bytes"] <= 2 * 256 * 64_512 * 4 for x in logits), "256 tokens of 2 rows in fp32"
 
 

@@ -89,7 +89,8 @@ def test_the_7b_step_splits_the_vocabulary_and_never_holds_all_logits(shape):
     assert table.sharding.spec == spec("vocab_stored", None)
     assert table.sharding.shard_shape(table.shape)[0] == V // (shape[1] * shape[2])
   rows = V // shape[2]  # What a device of `tensor` holds of the vocabulary while the loss is computed.
-  tables = {(V, config.model.width), (rows, config.model.width)}  # The width happens to be the sequence length.
+  D = config.model.width  # It happens to be the sequence length: tables and their gradient are no logits.
+  tables = {(V, D), (rows, D), (D, rows)}
   with_vocab = {s for s in array_shapes(jaxpr) if {V, rows} & set(s)} - tables
   assert with_vocab
   assert not [s for s in with_vocab if L in s], "an array of full vocabulary x full sequence"
