@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import numpy as safetensors_numpy
 
 from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
@@ -127,7 +128,14 @@ def export(
 
   Returns:
     Numbers for the report.
+
+  Raises:
+    UserError: the layout has no place for a part of the decoder.
   """
+  if config.family == "opt" and config.query_key_norm:
+    raise UserError(
+      "config.model.query_key_norm is set: OPTForCausalLM has no such norm, so this decoder cannot be exported to it."
+    )
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   described = hf_config(config, vocab)

@@ -18,6 +18,7 @@ class ModelConfig:
     mlp_width: width of the feed-forward layer.
     max_positions: longest sample that the learned positions cover.
     vocab_size: text and image ids together.
+    query_key_norm: RMSNorm of every head's queries and keys, for stability; `modern` has it in any case.
     init_std: of the truncated normal that parameters start from (the paper's; at width 4,096. A network of another
       width starts alike at init_std x sqrt(4,096 / width)).
     embed_std: the same of the token embeddings.
@@ -38,6 +39,7 @@ class ModelConfig:
   num_heads: int = 32
   mlp_width: int = 16_384
   max_positions: int = 4_096
+  query_key_norm: bool = False
   init_std: float = 0.006
   embed_std: float = 0.006
   dtype: str = "bfloat16"

@@ -68,6 +68,7 @@ class Block(nnx.Module):
     self.down = _param(rngs, (F, D), ("mlp", "embed"), out_std)
     if config.family == "modern":
       self.gate = _param(rngs, (D, F), ("embed", "mlp"), std)
+    if config.family == "modern" or config.query_key_norm:
       self.q_norm, self.k_norm = Norm("modern", H), Norm("modern", H)
 
   def __call__(self, x, positions, attend: Callable):
@@ -85,8 +86,10 @@ class Block(nnx.Module):
     heads, mlp = ("batch", "length", "heads", "head_dim"), ("batch", "length", "mlp")
     h = self.norm1(x)
     q, k, v = (checkpoint_name(_product("BLD,DNH->BLNH", h, gathered(w.astype(x.dtype)), heads), "qkv") for w in self.qkv[...])
+    if self.config.family == "modern" or self.config.query_key_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
     if self.config.family == "modern":
-      q, k = rotate(self.q_norm(q), positions), rotate(self.k_norm(k), positions)
+      q, k = rotate(q, positions), rotate(k, positions)
     x = x + self._out("BLNH,NHD->BLD", attend(q, k, v), self.out)
     x = checkpoint_name(x, "middle")
     h = self.norm2(x)

@@ -1,11 +1,14 @@
 """The exported folder gives our logits in transformers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
+from cm3leon_jax.config import UserError
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
@@ -90,3 +93,10 @@ def test_sharded_params_export_the_same(tmp_path):
   one, eight = files
   assert one.keys() == eight.keys()
   assert all(jnp.allclose(one[k], eight[k], atol=1e-6) for k in one)
+
+
+def test_query_key_norm_of_opt_has_no_place_in_the_layout(tmp_path):
+  with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
+    model_config = dataclasses.replace(config("opt"), query_key_norm=True)
+    with pytest.raises(UserError, match="OPTForCausalLM has no such norm"):
+      huggingface.export(tmp_path, random_params(model_config), model_config, VOCAB, None)

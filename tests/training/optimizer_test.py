@@ -27,7 +27,34 @@ def test_decay_spares_norm_scales_and_clipping_bounds_the_update():
   np.testing.assert_allclose(updates["embed"], -0.5)
 
 
+def test_decay_may_spare_the_tables_of_tokens_and_positions():
+  config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5, decay_embeddings=False)
+  optimizer, params = create_optimizer(config, 10), {name: jnp.ones(3) for name in ("embed", "positions", "head")}
+  updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+  for name, change in (("embed", 0), ("positions", 0), ("head", -0.5)):
+    np.testing.assert_allclose(updates[name], change)
+
+
+def test_the_first_moment_may_be_kept_in_bfloat16():
+  params = {"embed": jnp.ones(3)}
+  step = {}
+  for dtype in ("float32", "bfloat16"):
+    optimizer = create_optimizer(OptimizerConfig(first_moment_dtype=dtype, warmup_steps=0, clip_norm=1e9), 10)
+    state = optimizer.init(params)
+    assert state[1][0].mu["embed"].dtype == dtype
+    assert state[1][0].nu["embed"].dtype == jnp.float32
+    for gradient in (0.3, 0.111):
+      updates, state = optimizer.update({"embed": jnp.full(3, gradient)}, state, params)
+    step[dtype] = np.asarray(updates["embed"])
+  np.testing.assert_allclose(step["bfloat16"], step["float32"], rtol=2**-8)
+  assert np.any(step["bfloat16"] != step["float32"])
+
+
 def test_errors_name_the_field():
+  with pytest.raises(ValueError, match="first_moment_dtype is 'float16'"):
+    OptimizerConfig(first_moment_dtype="float16")
+  with pytest.raises(ValueError, match="z_loss is -1"):
+    OptimizerConfig(z_loss=-1)
   with pytest.raises(ValueError, match="schedule is 'step'"):
     OptimizerConfig(schedule="step")
   with pytest.raises(ValueError, match="b1 is 2"):

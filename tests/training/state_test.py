@@ -27,10 +27,11 @@ def make_batch(seed=0):
   return {**batch, "segment_ids": np.ones((B, L), np.int32), "positions": positions}
 
 
-def run(shape, accumulation, steps=3):
+def run(shape, accumulation, steps=3, z_loss=0.0, **fields):
+  config = dataclasses.replace(CONFIG, **fields)
   with jax.set_mesh(mesh_of(*shape)):
-    state = init_state(CONFIG, OPTIMIZER, jax.random.key(0))
-    step = jax.jit(lambda s, b: train_step(CONFIG, OPTIMIZER, 60, accumulation, s, b))
+    state = init_state(config, OPTIMIZER, jax.random.key(0))
+    step = jax.jit(lambda s, b: train_step(config, OPTIMIZER, 60, accumulation, s, b, z_loss))
     losses = []
     for i in range(steps):
       batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in make_batch(i).items()}
@@ -53,6 +54,24 @@ def test_mesh_and_accumulation_change_nothing(reference, shape, accumulation):
   for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(reference[1].params)):
     np.testing.assert_allclose(a, b, atol=2e-4)
   assert losses[2, 0] != losses[0, 0]
+
+
+def test_the_other_family_with_all_options_is_the_same_on_a_mesh_too():
+  """modern, z-loss, accumulation, a remat policy; and opt with query-key norm, whose loss is another."""
+  fields = {"family": "modern", "remat_policy": "save_attention", "z_loss": 0.1}
+  losses, state = run((2, 2, 2), 2, **fields)
+  expected, expected_state = run((1, 1, 1), 1, **fields)
+  np.testing.assert_allclose(losses, expected, rtol=2e-5)
+  for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params)):
+    np.testing.assert_allclose(a, b, atol=2e-4)
+  assert abs(run((1, 1, 1), 1, **{**fields, "z_loss": 0.0})[0][2, 3] / expected[2, 3] - 1) > 1e-3, "the gradient's norm"
+
+
+def test_query_key_norm_is_an_option_of_opt(reference):
+  losses, state = run((1, 2, 2), 1, query_key_norm=True)
+  assert state.params["blocks"]["q_norm"]["scale"].shape == (CONFIG.num_layers, CONFIG.head_dim)
+  assert losses[2, 0] != reference[0][2, 0]
+  np.testing.assert_allclose(losses, run((1, 1, 1), 1, query_key_norm=True)[0], rtol=2e-5)
 
 
 def array_shapes(jaxpr):
