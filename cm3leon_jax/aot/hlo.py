@@ -10,6 +10,8 @@ import functools
 import math
 import re
 
+import numpy as np
+
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8, "f64": 8}
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 # Pallas kernels of splash attention, whose products XLA does not see -> products of [L, L] x H that one call does.
@@ -210,6 +212,6 @@ def _convolution_flops(convolution: Instruction, left: tuple[int, ...], right: t
   strides, dilations = (window(n, "x".join("1" * len(axes))) for n in ("stride", "lhs_dilate"))
   for axis, k, pad, stride, dilation in zip(axes, map(int, sizes), pads, map(int, strides), map(int, dilations)):
     low, n, places = int(pad.split("_")[0]), left[lhs.index(axis)], result[out.index(axis)]
-    reach = ((o * stride + j - low) for o in range(places) for j in range(k))
-    total *= sum(0 <= at <= (n - 1) * dilation and at % dilation == 0 for at in reach)
+    at = np.arange(places)[:, None] * stride + np.arange(k)[None] - low
+    total *= np.count_nonzero((at >= 0) & (at <= (n - 1) * dilation) & (at % dilation == 0))
   return total
