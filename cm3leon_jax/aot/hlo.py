@@ -114,8 +114,8 @@ class Program:
       elif i.op == "dot":
         total += _dot_flops(i, shapes[i.operands[0]][0][1])
       elif i.op == "custom-call" and (products := next((n for k, n in KERNELS.items() if i.name.startswith(k)), 0)):
-        B, N, L, H = next(dims for _, dims in i.shapes() if len(dims) == 4)
-        total += products * B * N * L * L * H
+        *outer, L, H = max((dims for _, dims in i.shapes()), key=len)  # Scratch and log-sums have fewer, or come later.
+        total += products * math.prod(outer) * L * L * H
     return total
 
   def cycles(self) -> float:

@@ -97,6 +97,14 @@ def test_a_batched_product_written_as_a_window_counts_only_pairs_that_meet():
   assert Program(f"{head}{operands}{line}\n}}\n").flops() == 2 * 4 * 16 * 32 * 8 * 64
 
 
+@pytest.mark.parametrize("rows", ["2,", ""])
+def test_attention_kernels_count_half_a_square_for_each_product(rows):
+  """Two products forwards, of 8 heads, 512 tokens, heads of 64; a single row has no axis of its own."""
+  arrays = f"(f32[{rows}512,128]{{1,0}}, bf16[{rows}8,512,64]{{2,1,0}}, f32[{rows}8,512,128]{{2,1,0}})"
+  text = f'ENTRY %m (q: bf16[8]) -> bf16[8] {{\n  %splash_mha_fwd_x.1 = {arrays} custom-call(%q), custom_call_target="t"\n}}\n'
+  assert Program(text).flops() == 2 * (2 * 8 * 512 * 512 * 64 / 2) * (2 if rows else 1)
+
+
 def test_a_program_of_this_machine_is_read_too():
   """XLA:CPU prints dots: a scan of 5 over [8, 16] x [16, 16], split by rows, its sum over the mesh an all-reduce."""
 
