@@ -19,7 +19,6 @@ class Chip:
     hbm_bandwidth: bytes/s.
     ici_bandwidth: bytes/s between chips, all links together.
     source: of the two bandwidths.
-    cores_per_chip: what Google counts in the name of a slice: v5p-8 are 4 chips.
     options: compiler options without which the text of a compiled program cannot be had.
   """
 
@@ -27,18 +26,17 @@ class Chip:
   hbm_bandwidth: float
   ici_bandwidth: float
   source: str
-  cores_per_chip: int = 1
   options: tuple[tuple[str, bool], ...] = ()
 
 
+# What the sparse cores do is printed in a way that XLA cannot read back.
+NO_SPARSECORE = (("xla_tpu_offload_gather_to_sparsecore", False),)
 CHIPS = {
   "v5e": Chip(15.75, 819e9, 1600e9 / 8, "cloud.google.com/tpu/docs/v5e"),
-  "v5p": Chip(
-    95.73, 2765e9, 4800e9 / 8, "cloud.google.com/tpu/docs/v5p", 2, (("xla_tpu_offload_gather_to_sparsecore", False),)
-  ),
-  "v6e": Chip(31.24, 1640e9, 3584e9 / 8, "cloud.google.com/tpu/docs/v6e"),
+  "v5p": Chip(95.73, 2765e9, 4800e9 / 8, "cloud.google.com/tpu/docs/v5p", NO_SPARSECORE),
+  "v6e": Chip(31.24, 1640e9, 3584e9 / 8, "cloud.google.com/tpu/docs/v6e", NO_SPARSECORE),
 }
-# Names of slices -> shape of the torus. Any other shape is given as in v5p:4x4x8.
+# Names of slices -> shape of the torus; of v5p Google counts cores, two a chip: v5p-8 are 4 chips. Any other shape is given as in v5p:4x4x8.
 SLICES = {
   "v5e-4": "2x2", "v5e-8": "2x4", "v5e-16": "4x4", "v5e-32": "4x8", "v5e-64": "8x8", "v5e-128": "8x16", "v5e-256": "16x16",
   "v6e-4": "2x2", "v6e-8": "2x4", "v6e-16": "4x4", "v6e-32": "4x8", "v6e-64": "8x8", "v6e-128": "8x16", "v6e-256": "16x16",
