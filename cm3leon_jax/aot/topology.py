@@ -36,7 +36,8 @@ CHIPS = {
   "v5p": Chip(95.73, 2765e9, 4800e9 / 8, "cloud.google.com/tpu/docs/v5p", NO_SPARSECORE),
   "v6e": Chip(31.24, 1640e9, 3584e9 / 8, "cloud.google.com/tpu/docs/v6e", NO_SPARSECORE),
 }
-# Names of slices -> shape of the torus; of v5p Google counts cores, two a chip: v5p-8 are 4 chips. Any other shape is given as in v5p:4x4x8.
+# Names of slices -> shape of the torus. Of v5p Google counts cores, two a chip: v5p-8 are 4 chips. Any other shape is given as
+# in v5p:4x4x8.
 SLICES = {
   "v5e-4": "2x2", "v5e-8": "2x4", "v5e-16": "4x4", "v5e-32": "4x8", "v5e-64": "8x8", "v5e-128": "8x16", "v5e-256": "16x16",
   "v6e-4": "2x2", "v6e-8": "2x4", "v6e-16": "4x4", "v6e-32": "4x8", "v6e-64": "8x8", "v6e-128": "8x16", "v6e-256": "16x16",
