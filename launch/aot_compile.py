@@ -64,7 +64,7 @@ def _search(settings, topology) -> list[dict]:
   for report in found:
     again = report["flops"] * report["devices"] / report["model_flops"]
     print(
-      f"  {cost(report) * 1e6:.3f} us a token and device, {again:.3f} x model FLOPs, {report['cycles'] / report['tokens']:.0f} "
+      f"  {cost(report) * 1e6:.3f} us a token and device, {again:.3f} x model FLOPs, {report['cycles'] * report['devices'] / report['tokens']:.0f} "
       f"cycles a token, {report['sum_gib']:.2f} GiB: {report['flags']}"
     )
   return found
@@ -83,7 +83,8 @@ def main(settings) -> None:
       train = dataclasses.replace(settings.train, global_batch_size=rows, gradient_accumulation_steps=1)
       settings = dataclasses.replace(settings, train=train)
     shape = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
-    where = f"{topology.name}, {len(topology.devices)} x {topology.devices[0].device_kind}; {shape}"
+    several = f"{topology.slices} slices of " if topology.slices > 1 else ""
+    where = f"{several}{topology.name}, {len(topology.devices)} x {topology.devices[0].device_kind}; {shape}"
     if _PROGRAM.value in ("train", "both"):
       train, model = settings.train, settings.model
       title = (

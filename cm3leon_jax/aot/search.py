@@ -107,7 +107,7 @@ def search(settings, topology: Topology, compile_one: Callable, tell: Callable[[
         tell(f"{_name(candidate)}: {report['sum_gib']:.2f} GiB, {cost(report) * 1e6:.3f} us a token and device at least")
         found.append({**report, "candidate": dataclasses.asdict(candidate), "flags": candidate.flags(settings, topology)})
         break
-  return sorted(found, key=lambda r: (round(cost(r), 9), r["cycles"] / r["tokens"]))
+  return sorted(found, key=lambda r: (round(cost(r), 9), r["cycles"] * r["devices"] / r["tokens"]))
 
 
 def cost(report: dict) -> float:
