@@ -63,9 +63,10 @@ def _search(settings, topology) -> list[dict]:
   print("those that fit, the fastest first:")
   for report in found:
     again = report["flops"] * report["devices"] / report["model_flops"]
+    cycles = report["cycles"] * report["devices"] / report["tokens"]
     print(
-      f"  {cost(report) * 1e6:.3f} us a token and device, {again:.3f} x model FLOPs, {report['cycles'] * report['devices'] / report['tokens']:.0f} "
-      f"cycles a token, {report['sum_gib']:.2f} GiB: {report['flags']}"
+      f"  {cost(report) * 1e6:.3f} us a token and device, {again:.3f} x model FLOPs, {cycles:.0f} cycles a token, "
+      f"{report['sum_gib']:.2f} GiB: {report['flags']}"
     )
   return found
 
