@@ -29,14 +29,14 @@ GOALS = [
   ("7b", "v5e-256", 4, "save_attention"),
 ]
 SIZES = [
-  ("350m", "v5e-256", 8, "minimal"),
-  ("350m", "v6e-256", 16, "minimal"),
+  ("350m", "v5e-256", 4, "minimal"),
+  ("350m", "v6e-256", 8, "minimal"),
   ("350m", "v5p-256", 32, "minimal"),
   ("350m", "v5p-8", 32, "minimal"),
-  ("760m", "v5e-256", 4, "minimal"),
-  ("760m", "v6e-256", 8, "minimal"),
-  ("760m", "v5p-256", 32, "minimal"),
-  ("760m", "v5p-8", 32, "minimal"),
+  ("760m", "v5e-256", 2, "minimal"),
+  ("760m", "v6e-256", 4, "minimal"),
+  ("760m", "v5p-256", 16, "minimal"),
+  ("760m", "v5p-8", 16, "minimal"),
 ]
 
 
