@@ -14,6 +14,11 @@ from cm3leon_jax.mesh import spec
 BLOCK = 256  # Queries that look back together.
 
 
+def wide(dtype):
+  """The dtype of sums that must not lose digits: fp32, or fp64 of fp64."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
 def masked_attention(q, k, v, mask):
   """Softmax attention with scores in fp32.
 
@@ -26,7 +31,7 @@ def masked_attention(q, k, v, mask):
   Returns:
     [B, L, N, H], laid out like q.
   """
-  scores = jnp.einsum("BLNH,BTNH->BNLT", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+  scores = jnp.einsum("BLNH,BTNH->BNLT", q, k, preferred_element_type=wide(q.dtype)) * q.shape[-1] ** -0.5
   weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
   return jnp.einsum("BNLT,BTNH->BLNH", weights.astype(v.dtype), v)
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 FAMILIES = ("opt", "modern")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float64")
 REMAT_POLICIES = ("none", "minimal", "save_qkv", "save_attention", "offload", "full")
 ATTENTIONS = ("auto", "plain", "splash", "triton")
 
@@ -22,7 +22,8 @@ class ModelConfig:
     init_std: of the truncated normal that parameters start from (the paper's; at width 4,096. A network of another
       width starts alike at init_std x sqrt(4,096 / width)).
     embed_std: the same of the token embeddings.
-    dtype: of activations and of the parameters while they are used; parameters are stored in float32.
+    dtype: of activations and of the parameters while they are used; parameters are stored in float32. float64 (with
+      JAX_ENABLE_X64) is for comparisons with other implementations.
     remat_policy: what of a layer, beside its input, is kept for the backward pass; the rest is computed again. From most memory
       to least: `none` everything; `minimal` queries, keys, values, attention's result, the feed-forward's inner product (all
       that is left to do again is attention's output projection); `save_qkv` the first four of these; `save_attention`

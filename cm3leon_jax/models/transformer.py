@@ -25,7 +25,7 @@ def _param(rngs: nnx.Rngs, shape, axes, std: float) -> nnx.Param:
 
 def normalize(x, eps: float, center: bool):
   """Layer norm (`center`) or RMS norm over the last axis in fp32, without parameters."""
-  x32 = x.astype(jnp.float32)
+  x32 = x.astype(attention.wide(x.dtype))
   if center:
     x32 = x32 - x32.mean(-1, keepdims=True)
   return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + eps)).astype(x.dtype)
@@ -38,9 +38,14 @@ class Norm(nnx.Module):
     self.scale = nnx.Param(jnp.ones((width,), jnp.float32)) if family == "modern" else None
 
   def __call__(self, x):
-    if self.scale is None:
-      return normalize(x, 1e-5, center=True)
-    return normalize(x, 1e-6, center=False) * self.scale[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    return apply_norm(None if self.scale is None else self.scale[...], x)
+
+
+def apply_norm(scale, x):
+  """A `Norm` with a [D] scale, or None, as a function."""
+  if scale is None:
+    return normalize(x, 1e-5, center=True)
+  return normalize(x, 1e-6, center=False) * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def rotate(x, positions):
@@ -49,7 +54,7 @@ def rotate(x, positions):
   frequencies = ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angles = positions[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
   sin, cos = jnp.sin(angles), jnp.cos(angles)
-  a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+  a, b = (part.astype(attention.wide(x.dtype)) for part in (x[..., :half], x[..., half:]))
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
@@ -72,41 +77,44 @@ class Block(nnx.Module):
       self.q_norm, self.k_norm = Norm("modern", H), Norm("modern", H)
 
   def __call__(self, x, positions, attend: Callable):
-    """One layer of the residual stream.
-
-    Args:
-      x: [B, L, D].
-      positions: [B, L] int32.
-      attend: (q, k, v), each [B, L, N, H] -> [B, L, N, H]; training passes attention over the row, decoding one
-        that also reads and writes a cache.
-
-    Returns:
-      [B, L, D].
-    """
-    heads, mlp = ("batch", "length", "heads", "head_dim"), ("batch", "length", "mlp")
-    h = self.norm1(x)
-    q, k, v = (checkpoint_name(_product("BLD,DNH->BLNH", h, gathered(w.astype(x.dtype)), heads), "qkv") for w in self.qkv[...])
-    if self.config.family == "modern" or self.config.query_key_norm:
-      q, k = self.q_norm(q), self.k_norm(k)
-    if self.config.family == "modern":
-      q, k = rotate(q, positions), rotate(k, positions)
-    x = x + self._out("BLNH,NHD->BLD", attend(q, k, v), self.out)
-    x = checkpoint_name(x, "middle")
-    h = self.norm2(x)
-    up = checkpoint_name(_product("BLD,DF->BLF", h, gathered(self.up[...].astype(x.dtype)), mlp), "mlp")
-    if self.config.family == "modern":
-      gate = checkpoint_name(_product("BLD,DF->BLF", h, gathered(self.gate[...].astype(x.dtype)), mlp), "mlp")
-      up = up * jax.nn.silu(gate)
-    else:
-      up = jax.nn.relu(up)
-    return x + self._out("BLF,FD->BLD", up, self.down)
-
-  def _out(self, equation, x, w):
-    return _product(equation, x, gathered(w[...].astype(x.dtype)), ("batch", "length", "act"))
+    """`apply_block` with the parameters of this one."""
+    return apply_block(self.config, nnx.to_pure_dict(nnx.state(self, nnx.Param)), x, positions, attend)
 
 
-def _product(equation, x, w, axes):
-  return jnp.einsum(equation, x, w, out_sharding=spec(*axes))
+def apply_block(config: ModelConfig, params: dict, x, positions, attend: Callable):
+  """One layer of the residual stream.
+
+  Args:
+    config: of the model.
+    params: of a `Block`, a pure dict; qkv may be one array or three.
+    x: [B, L, D].
+    positions: [B, L] int32.
+    attend: (q, k, v), each [B, L, N, H] -> [B, L, N, H]; training passes attention over the row, decoding one that also reads
+      and writes a cache.
+
+  Returns:
+    [B, L, D].
+  """
+  heads, mlp, act = ("batch", "length", "heads", "head_dim"), ("batch", "length", "mlp"), ("batch", "length", "act")
+  product = lambda equation, x, w, axes: jnp.einsum(equation, x, gathered(w.astype(x.dtype)), out_sharding=spec(*axes))
+  scale = lambda name: params[name]["scale"] if name in params else None
+  h = apply_norm(scale("norm1"), x)
+  q, k, v = (checkpoint_name(product("BLD,DNH->BLNH", h, w, heads), "qkv") for w in params["qkv"])
+  if "q_norm" in params:
+    q, k = apply_norm(scale("q_norm"), q), apply_norm(scale("k_norm"), k)
+  if config.family == "modern":
+    q, k = rotate(q, positions), rotate(k, positions)
+  # An einsum sums over letters in their order: with H before N the matrix would be transposed first.
+  x = x + product("BLNh,NhD->BLD", attend(q, k, v), params["out"], act)
+  x = checkpoint_name(x, "middle")
+  h = apply_norm(scale("norm2"), x)
+  up = checkpoint_name(product("BLD,DF->BLF", h, params["up"], mlp), "mlp")
+  if config.family == "modern":
+    gate = checkpoint_name(product("BLD,DF->BLF", h, params["gate"], mlp), "mlp")
+    up = up * jax.nn.silu(gate)
+  else:
+    up = jax.nn.relu(up)
+  return x + product("BLF,FD->BLD", up, params["down"], act)
 
 
 class Transformer(nnx.Module):
@@ -184,9 +192,8 @@ def _checkpointed(layer, policy: str):
 
 def logits(hidden, table):
   """[B, L, D] hidden states and [V, D] rows of the output table -> [B, L, V] fp32, split over `tensor`."""
-  return jnp.einsum(
-    "BLD,VD->BLV", hidden, table, preferred_element_type=jnp.float32, out_sharding=spec("batch", "length", "vocab")
-  )
+  out = {"preferred_element_type": attention.wide(hidden.dtype), "out_sharding": spec("batch", "length", "vocab")}
+  return jnp.einsum("BLD,VD->BLV", hidden, table, **out)
 
 
 @functools.cache
