@@ -78,7 +78,7 @@ class Program:
     """How often a loop of `lax.scan` runs: the number that its condition compares with."""
     condition = self.computations[loop.attribute(r"condition=%?([\w.\-]+)")]
     numbers = [int(c.rest.split(")")[0]) for c in condition if c.op == "constant" and c.type.startswith("s32")]
-    return max(numbers, default=1)
+    return max(numbers, default=1)  # A loop that data ends counts once.
 
   @functools.cached_property
   def runs(self) -> Counter:
@@ -117,6 +117,46 @@ class Program:
         *outer, L, H = max((dims for _, dims in i.shapes()), key=len)  # Scratch and log-sums have fewer, or come later.
         total += products * math.prod(outer) * L * L * H
     return total
+
+  def traffic(self) -> float:
+    """Bytes that instructions read from and write to the chip's main memory, without the padding of layouts.
+
+    Of an array of which a part is taken, or in which a part is replaced, the part counts.
+    """
+    return float(sum(n * self._moved(name) for name, n in self.runs.items() if name not in self.fused))
+
+  def _moved(self, computation: str) -> float:
+    types = {i.name: i.type for i in self.computations[computation]}
+    total = 0.0
+    for i in self.computations[computation]:
+      if i.op in ("copy-start", "slice-start"):  # To or from the fast memory.
+        sides = re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", i.type)[:2]
+        total += _main_bytes(sides[1].replace("S(1)", "")) * sum("S(" not in side for side in sides)
+      elif i.op not in VIEWS and not i.op.endswith(("-start", "-done")):
+        parts = self._parts(i)
+        reads = [_main_bytes(types.get(o, "")) for o in i.operands]
+        total += sum(n if part is None else min(n, part) for n, part in zip(reads, parts))
+        written = _main_bytes(i.type)
+        total += min(written, parts[-1]) if parts[-1] is not None else written
+    return total
+
+  def _parts(self, i: Instruction) -> list[float | None]:
+    """Bytes of the part of each operand that an instruction takes, and of its result that it replaces; None: all."""
+    inner = self.computations[i.attribute(r"calls=%?([\w.\-]+)")] if i.op == "fusion" else [i]
+    names = [x.name for x in inner if x.op == "parameter"] if i.op == "fusion" else i.operands
+    if i.op == "fusion":
+      names.sort(key=lambda name: int(next(x for x in inner if x.name == name).rest.split(")")[0]))
+    shapes = {x.name: x.shapes() for x in inner}
+    bytes_of = lambda name: float(sum(map(size, shapes.get(name, []))))
+    parts: list[float | None] = []
+    for name in names:
+      users = [x for x in inner if name in x.operands]
+      cut = [x for x in users if x.op in ("slice", "dynamic-slice", "gather") and x.operands[0] == name]
+      put = [x for x in users if x.op == "dynamic-update-slice" and x.operands[0] == name]
+      taken = sum(bytes_of(x.name) for x in cut)
+      parts.append(taken if users and len(cut) + len(put) == len(users) else None)
+    puts = [x for x in inner if x.op == "dynamic-update-slice"]
+    return [*parts, sum(bytes_of(x.operands[1]) for x in puts) if puts else None]
 
   def cycles(self) -> float:
     """The compiler's estimate of the cycles of everything but Pallas kernels and waiting for collectives."""
@@ -182,6 +222,12 @@ class Program:
       file, function = files[number("file_name_id", at)].strip('"'), functions[number("function_name_id", at)].strip('"')
       frames[key] = f"{file}:{number('line', at)} {function}", number("parent_frame_id", text) - 1
     return frames
+
+
+def _main_bytes(text: str) -> float:
+  """Bytes of the arrays of a type that lie in the main memory."""
+  found = re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", text)
+  return float(sum(size(shape) for part in found if "S(" not in part for shape in Instruction("", part, "", "").shapes()))
 
 
 def _table(lines: list[str], name: str) -> dict[int, str]:

@@ -30,7 +30,7 @@ class Chip:
 
 
 # What the sparse cores do is printed in a way that XLA cannot read back.
-NO_SPARSECORE = (("xla_tpu_offload_gather_to_sparsecore", False),)
+NO_SPARSECORE = (("xla_tpu_offload_gather_to_sparsecore", False), ("xla_tpu_enable_offloading_scatter_to_sparsecore", False))
 CHIPS = {
   "v5e": Chip(15.75, 819e9, 1600e9 / 8, "cloud.google.com/tpu/docs/v5e"),
   "v5p": Chip(95.73, 2765e9, 4800e9 / 8, "cloud.google.com/tpu/docs/v5p", NO_SPARSECORE),
@@ -87,9 +87,3 @@ def load(name: str, slices: int = 1) -> Topology:
     reason = str(error).splitlines()[0][:160]
     raise UserError(f"--topology {full} cannot be compiled for here (pip install libtpu; known shape?): {reason}") from error
   return Topology(full, CHIPS[generation], tuple(map(int, shape.split("x"))), slices, tuple(devices))
-
-
-def abstract(tree, mesh: jax.sharding.Mesh):
-  """Typed arrays of `jax.eval_shape` -> what a program for `mesh` is lowered with."""
-  place = lambda x: jax.sharding.NamedSharding(mesh, jax.typeof(x).sharding.spec)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), tree)

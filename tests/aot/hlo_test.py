@@ -119,3 +119,35 @@ def test_a_program_of_this_machine_is_read_too():
     program = Program(jax.jit(loop).lower(x, jax.ShapeDtypeStruct((128, 128), jnp.float32)).compile().as_text())
   assert program.collectives()["all-reduce"] == (1, 4)
   assert program.flops() == pytest.approx(5 * 2 * 64 * 128 * 128)
+
+
+def test_traffic_counts_the_part_that_is_taken_or_replaced_and_nothing_of_the_fast_memory():
+  """A new column in a cache that is updated in place, a row of a table, and a prefetch."""
+  text = """%put (p0: bf16[8,64,4], p1: bf16[8,1,4], p2: s32[]) -> bf16[8,64,4] {
+  %p0 = bf16[8,64,4]{2,1,0} parameter(0)
+  %p1 = bf16[8,1,4]{2,1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  ROOT %d = bf16[8,64,4]{2,1,0} dynamic-update-slice(%p0, %p1, %p2, %p2, %p2)
+}
+
+%take (p0: f32[1000,4], p1: s32[]) -> f32[1,4] {
+  %p0 = f32[1000,4]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  ROOT %s = f32[1,4]{1,0} dynamic-slice(%p0, %p1, %p1), dynamic_slice_sizes={1,4}
+}
+
+ENTRY %main (c: bf16[8,64,4], k: bf16[8,1,4], t: f32[1000,4], i: s32[], w: f32[16,16]) -> bf16[8,64,4] {
+  %c = bf16[8,64,4]{2,1,0} parameter(0)
+  %k = bf16[8,1,4]{2,1,0} parameter(1)
+  %t = f32[1000,4]{1,0} parameter(2)
+  %i = s32[]{S(1)} parameter(3)
+  %w = f32[16,16]{1,0} parameter(4)
+  %cs = (f32[16,16]{1,0}, f32[16,16]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%w)
+  %cd = f32[16,16]{1,0:S(1)} copy-done(%cs)
+  %n = f32[16,16]{1,0:S(1)} negate(%cd)
+  %f = f32[1,4]{1,0} fusion(%t, %i), kind=kLoop, calls=%take
+  ROOT %u = bf16[8,64,4]{2,1,0} fusion(%c, %k, %i), kind=kLoop, calls=%put
+}
+"""
+  column, row, weights = 8 * 1 * 4 * 2, 4 * 4, 16 * 16 * 4
+  assert Program(text).traffic() == 2 * column + 2 * row + weights
