@@ -1,4 +1,7 @@
-"""Guidance, filters and draws: literals, properties and the exact distribution."""
+"""Samplers: literals, properties, and the exact distribution of each."""
+
+import functools
+import itertools
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,20 +11,59 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cm3leon_jax.decoding.sampling import SamplingConfig, combine_streams, filter_candidates, sample
+from cm3leon_jax.decoding.sampling import (
+  METHODS,
+  RowSettings,
+  SamplingConfig,
+  contrastive_rows,
+  contrastive_scores,
+  filter_candidates,
+  sample,
+  select,
+)
+from cm3leon_jax.mesh import MeshConfig, create_mesh, shard
 
 PROBABILITIES = [0.1, 0.4, 0.2, 0.3]
+VOCABULARY, DRAWS, K = 20, 12_000, 4
+ILLEGAL = 7
+
+_rng = np.random.default_rng(3)
+GUIDED, EXPERT = (_rng.normal(size=VOCABULARY).astype(np.float32) for _ in range(2))
+AMATEUR = (0.4 * _rng.normal(size=VOCABULARY)).astype(np.float32)
+for _logits in (GUIDED, EXPERT, AMATEUR):
+  _logits[ILLEGAL] = -np.inf
+
+traces = []
 
 
-def kept(probabilities, top_k, top_p):
-  values, ids = filter_candidates(jnp.log(jnp.array([probabilities])), top_k, top_p)
+@functools.partial(jax.jit, static_argnames=("candidates", "contrastive_k"))
+def draw(guided, keys, rows, expert, amateur, candidates=0, contrastive_k=K):
+  traces.append(guided.shape)
+  return sample(guided, keys, rows, candidates, expert, amateur, contrastive_k)
+
+
+jit_filter = jax.jit(filter_candidates, static_argnums=3)
+jit_scores = jax.jit(contrastive_scores, static_argnums=2)
+
+
+def rows_of(*settings) -> RowSettings:
+  """RowSettings of rows (temperature, top_k, top_p, contrastive, contrastive_alpha, amateur_temperature)."""
+  dtypes = (np.float32, np.int32, np.float32, bool, np.float32, np.float32)
+  return RowSettings(*(np.array(column, dtype) for column, dtype in zip(zip(*settings), dtypes)))
+
+
+def top(temperature=1.0, top_k=0, top_p=1.0):
+  return (temperature, top_k, top_p, False, 0.5, 0.5)
+
+
+def cdk(temperature=0.8, alpha=0.5, amateur_temperature=0.5):
+  return (temperature, 1, 0.1, True, alpha, amateur_temperature)  # Of top_k and top_p nothing may be seen.
+
+
+def kept(probabilities, top_k, top_p, candidates=0):
+  logits = jnp.log(jnp.array([probabilities]))
+  values, ids = jit_filter(logits, np.array([top_k], np.int32), np.array([top_p], np.float32), candidates)
   return sorted(np.asarray(ids)[np.isfinite(values)].tolist())
-
-
-def test_combine_streams():
-  logits = jnp.array([[[1.0, 2.0]], [[0.0, 4.0]]])
-  np.testing.assert_array_equal(combine_streams(logits, jnp.array([1.0, 0.0])), [[1.0, 2.0]])
-  np.testing.assert_array_equal(combine_streams(logits, jnp.array([3.0, -2.0])), [[3.0, -2.0]])
 
 
 @pytest.mark.parametrize(
@@ -42,37 +84,50 @@ def test_filter_literals(top_k, top_p, ids):
   assert kept(PROBABILITIES, top_k, top_p) == ids
 
 
+def test_filter_keeps_at_most_the_candidates():
+  assert kept(PROBABILITIES, 0, 1.0, candidates=3) == [1, 2, 3]
+  assert kept(PROBABILITIES, 2, 1.0, candidates=3) == [1, 3]
+
+
 def test_filter_never_keeps_an_illegal_token():
-  values, ids = filter_candidates(jnp.array([[0.0, -jnp.inf, 1.0, -jnp.inf]]), 3, 1.0)
-  assert sorted(np.asarray(ids)[np.isfinite(values)].tolist()) == [0, 2]
+  assert kept([0.4, 0.0, 0.6, 0.0], 3, 1.0) == [0, 2]
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**31 - 1), st.integers(1, 12), st.floats(0.01, 1.0))
-def test_filter_keeps_the_smallest_sufficient_set(seed, top_k, top_p):
-  """What stays are the most probable tokens, and no smaller set of them reaches top_p."""
-  logits = np.random.default_rng(seed).normal(size=12).astype(np.float32)
-  values, ids = (np.asarray(x)[0] for x in filter_candidates(jnp.asarray(logits)[None], top_k, top_p))
-  count = np.isfinite(values).sum()
-  assert 1 <= count <= top_k
-  assert np.isfinite(values[:count]).all()
-  np.testing.assert_array_equal(ids, np.argsort(-logits)[:top_k])
-  p = np.exp(logits[ids].astype(np.float64))
-  p /= p.sum()
-  assert p[: count - 1].sum() < top_p + 1e-5
-  assert count == top_k or p[:count].sum() >= top_p - 1e-5
+@given(st.integers(0, 2**31 - 1), st.lists(st.tuples(st.integers(1, 12), st.floats(0.01, 1.0)), min_size=3, max_size=3))
+def test_filter_keeps_the_smallest_sufficient_set(seed, rows):
+  """What stays in each row are its most probable tokens, and no smaller set of them reaches its top_p."""
+  logits = np.random.default_rng(seed).normal(size=(3, 15)).astype(np.float32)
+  every_k, every_p = (np.array(column, dtype) for column, dtype in zip(zip(*rows), (np.int32, np.float32)))
+  for row, (values, ids) in enumerate(zip(*map(np.asarray, jit_filter(logits, every_k, every_p, 12)))):
+    top_k, top_p = rows[row]
+    count = np.isfinite(values).sum()
+    assert 1 <= count <= top_k
+    assert np.isfinite(values[:count]).all()
+    np.testing.assert_array_equal(ids, np.argsort(-logits[row])[:12])
+    p = np.exp(logits[row, ids[:top_k]].astype(np.float64))
+    p /= p.sum()
+    assert p[: count - 1].sum() < top_p + 1e-5
+    assert count == top_k or p[:count].sum() >= top_p - 1e-5
 
 
-def draws(n, logits, temperature, top_k, top_p):
-  keys = jax.random.split(jax.random.key(0), n)
-  tokens, _ = jax.jit(sample, static_argnums=3)(jnp.tile(logits, (n, 1)), keys, temperature, top_k, top_p)
-  return np.bincount(tokens, minlength=logits.shape[-1])
+def test_candidates_bound_the_sort():
+  """No operation on the whole vocabulary but the selection of the candidates; without an expert none of CD-K either."""
+  logits, keys = jnp.zeros((2, 500)), jax.random.split(jax.random.key(0), 2)
+  program = lambda candidates, *streams: str(
+    jax.make_jaxpr(lambda rows: sample(logits, keys, rows, candidates, *streams))(rows_of(top(), top()))
+  )
+  assert "sort[" not in program(8)
+  assert program(8).count("top_k[") == 1
+  assert "k=8" in program(8)
+  assert "k=500" in program(0)
+  assert program(8, logits, logits).count("top_k[") == 2
 
 
-def exact(logits, temperature, top_k, top_p):
-  """Distribution of one draw in float64, written independently of the code."""
-  p = np.exp(logits.astype(np.float64) / temperature)
-  order = np.argsort(-p)[:top_k]
+def exact_top(temperature=1.0, top_k=0, top_p=1.0):
+  """Distribution of one draw in float64, written independently of the code; so are the next two."""
+  p = np.exp(GUIDED.astype(np.float64) / temperature)
+  order = np.argsort(-p)[: top_k or VOCABULARY]
   p_kept = p[order] / p[order].sum()
   order = [i for i, before in zip(order, np.cumsum(p_kept) - p_kept) if before < top_p]
   out = np.zeros_like(p)
@@ -80,32 +135,213 @@ def exact(logits, temperature, top_k, top_p):
   return out
 
 
-def test_draws_follow_the_exact_distribution():
-  logits, n = np.random.default_rng(3).normal(size=20).astype(np.float32), 20_000
-  settings = (0.8, 12, 0.9)
-  counts, p = draws(n, logits, *settings), exact(logits, *settings)
-  assert counts[p == 0].sum() == 0
-  support = p > 0
-  assert stats.chisquare(counts[support], n * p[support]).pvalue > 1e-3
-  other = exact(logits, 1.0, 12, 1.0)[support]  # Negative control: another temperature.
-  assert stats.chisquare(counts[support], n * other / other.sum()).pvalue < 1e-6
+def exact_scores(expert, amateur, k, alpha):
+  p, q = (np.exp(x.astype(np.float64)) / np.exp(x.astype(np.float64)).sum() for x in (expert, amateur))
+  legal = p > 0
+  ranked = sorted(p, reverse=True)
+  with np.errstate(divide="ignore", invalid="ignore"):
+    return np.where(legal & (p >= alpha * ranked[min(k, len(p)) - 1]), np.log(p) - np.log(q), -np.inf)
+
+
+def exact_cdk(temperature=0.8, alpha=0.5, amateur_temperature=0.5, k=K):
+  p = np.exp(exact_scores(EXPERT, AMATEUR / amateur_temperature, k, alpha) / temperature)
+  return p / p.sum()
+
+
+# What is drawn, its distribution, and another that the draws must not pass for.
+CASES = {
+  "temperature": (top(0.7), exact_top(0.7), exact_top(0.8)),
+  "top-k": (top(top_k=7), exact_top(top_k=7), exact_top(top_k=8)),
+  "top-p": (top(top_p=0.8), exact_top(top_p=0.8), exact_top(top_p=0.9)),
+  "top-k, then top-p": (top(0.8, 6, 0.9), exact_top(0.8, 6, 0.9), exact_top(0.8, 6)),  # top-p, then top-k
+  "CD-K": (cdk(), exact_cdk(), exact_cdk(k=1)),
+  "CD-K, alpha": (cdk(alpha=0.2), exact_cdk(alpha=0.2), exact_cdk(alpha=0.5)),
+  "CD-K, temperature": (cdk(1.2), exact_cdk(1.2), exact_cdk(1.0)),
+  "CD-K, amateur": (cdk(amateur_temperature=1.0), exact_cdk(amateur_temperature=1.0), exact_cdk()),
+}
+IMAGE, CONTRASTIVE, TEXT = exact_top(0.9, 9, 0.8), exact_cdk(), exact_top(1.3, 0, 0.95)
+MIXTURE = {  # Rows in turn: of a mixture's image tokens, and text tokens.
+  "image, top-p": (IMAGE, TEXT),
+  "image, CD-K": (CONTRASTIVE, IMAGE),
+  "text, even sample": (TEXT, IMAGE),
+  "text, odd sample": (TEXT, CONTRASTIVE),
+}
+
+
+def counts(rows: RowSettings, number: int) -> np.ndarray:
+  """Histograms [number, V] of a batch in which every `number`-th row has the same setting. One program for all."""
+  repeat = lambda row: np.tile(row, (len(CASES) * DRAWS, 1))
+  keys = jax.random.split(jax.random.key(0), len(CASES) * DRAWS)
+  rows = jax.tree.map(lambda x: np.resize(x, len(keys)), rows)
+  tokens = np.asarray(draw(repeat(GUIDED), keys, rows, repeat(EXPERT), repeat(AMATEUR))[0])
+  return np.stack([np.bincount(tokens[i::number], minlength=VOCABULARY) for i in range(number)])
+
+
+def p_value(counts, p) -> float:
+  """Of a chi-square test; 0 if anything was drawn that has no probability."""
+  if counts[p == 0].any():
+    return 0.0
+  return stats.chisquare(counts[p > 0], counts.sum() * p[p > 0]).pvalue
+
+
+@functools.cache
+def case_counts():
+  return dict(zip(CASES, counts(rows_of(*(row for row, _, _ in CASES.values())), len(CASES))))
+
+
+@functools.cache
+def mixture_counts():
+  config = SamplingConfig("mixture", 0.9, 9, 0.8, text_temperature=1.3, text_top_p=0.95, contrastive_k=K)
+  contrastive = np.tile(contrastive_rows("mixture", [0], 2).ravel(), 2)
+  return dict(zip(MIXTURE, counts(select(np.array([True, True, False, False]), contrastive, config.values), len(MIXTURE))))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_draws_follow_the_exact_distribution(case):
+  _, expected, other = CASES[case]
+  drawn = case_counts()[case]
+  assert p_value(drawn, expected) > 1e-3
+  assert p_value(drawn, other) < 1e-6
+
+
+@pytest.mark.parametrize("case", MIXTURE)
+def test_a_batch_mixes_methods_and_modalities(case):
+  expected, other = MIXTURE[case]
+  drawn = mixture_counts()[case]
+  assert p_value(drawn, expected) > 1e-3
+  assert p_value(drawn, other) < 1e-6
+
+
+def test_contrastive_scores_literals():
+  expert, amateur = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])), jnp.log(jnp.array([[0.5, 0.1, 0.3, 0.1]]))
+  np.testing.assert_allclose(np.exp(jit_scores(expert, amateur, 2, 0.4)), [[1, 3, 0.5, 0]], rtol=1e-5)
+  np.testing.assert_allclose(np.exp(jit_scores(expert, amateur, 1, 0.4)), [[1, 3, 0, 0]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8, 40])
+def test_contrastive_scores_are_those_of_plain_numpy(k):
+  """Rows with all, some, five and one legal ids: some have fewer than k."""
+  rng = np.random.default_rng(k)
+  expert, amateur = rng.normal(size=(2, 4, 30)).astype(np.float32) * 2
+  for row, illegal in enumerate((0, 10, 25, 29)):
+    ids = rng.permutation(30)[:illegal]
+    expert[row, ids] = amateur[row, ids] = -np.inf
+  scores = np.asarray(jit_scores(expert, amateur, k, np.float32(0.3)))
+  assert not np.isnan(scores).any()
+  oracle = lambda k: np.stack([exact_scores(e, a, k, 0.3) for e, a in zip(expert, amateur)])
+  np.testing.assert_allclose(scores, oracle(k), atol=1e-5)
+  assert np.isfinite(scores).sum() > np.isfinite(oracle(1)).sum() or k == 1
+  assert np.isfinite(scores).any(axis=1).all()
+  assert np.isfinite(scores).sum(axis=1)[3] == 1
+
+
+def test_k_of_one_is_contrastive_decoding():
+  """Li et al. 2022: the most probable token sets the threshold."""
+  expert, amateur = jax.random.normal(jax.random.key(0), (2, 5, 30))
+  p, q = jax.nn.softmax(expert), jax.nn.softmax(amateur)
+  expected = np.where(p >= 0.1 * p.max(axis=1, keepdims=True), np.log(p / q), -np.inf)
+  np.testing.assert_allclose(jit_scores(expert, amateur, 1, 0.1), expected, atol=1e-5)
+  assert np.isfinite(jit_scores(expert, amateur, 2, 0.1)).sum() > np.isfinite(expected).sum()
+
+
+SMALL = _rng.normal(size=(3, 6, 30)).astype(np.float32)
+SMALL_ROWS = [top(1.0, 20, 0.9), cdk(alpha=0.1), top(0.5, 3), cdk(2.0), top(1.5, 0, 0.6), top(3.0)]
+
+
+def small(rows, part=slice(None)):
+  guided, expert, amateur = SMALL[:, part]
+  return draw(guided, jax.random.split(jax.random.key(3), 6)[part], rows_of(*rows[part]), expert, amateur)
 
 
 def test_greedy_is_the_argmax():
-  logits = jax.random.normal(jax.random.key(1), (5, 30))
-  tokens, log_probs = sample(logits, jax.random.split(jax.random.key(2), 5), 1.0, 1, 0.9)
-  np.testing.assert_array_equal(tokens, jnp.argmax(logits, -1))
-  np.testing.assert_allclose(log_probs, jax.nn.log_softmax(logits).max(-1), rtol=1e-6)
+  tokens, log_probs = small([top(1.0, 1, 0.9)] * 6)
+  np.testing.assert_array_equal(tokens, np.argmax(SMALL[0], -1))
+  np.testing.assert_allclose(log_probs, jax.nn.log_softmax(SMALL[0]).max(-1), rtol=1e-6)
+
+
+def test_log_probs_are_those_of_the_guided_distribution():
+  tokens, log_probs = small(SMALL_ROWS)
+  assert (tokens.dtype, log_probs.dtype) == (jnp.int32, jnp.float32)
+  np.testing.assert_allclose(log_probs, np.asarray(jax.nn.log_softmax(SMALL[0]))[range(6), tokens], rtol=1e-6)
 
 
 def test_a_row_does_not_depend_on_the_others():
-  logits, keys = jax.random.normal(jax.random.key(1), (6, 30)), jax.random.split(jax.random.key(2), 6)
-  together, _ = sample(logits, keys, 1.0, 20, 0.9)
-  alone = [int(sample(logits[i : i + 1], keys[i : i + 1], 1.0, 20, 0.9)[0][0]) for i in range(6)]
+  together = np.asarray(small(SMALL_ROWS)[0])
+  alone = [int(small(SMALL_ROWS, slice(i, i + 1))[0][0]) for i in range(6)]
   assert together.tolist() == alone
 
 
-@pytest.mark.parametrize(("field", "value"), [("temperature", 0.0), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5)])
+def test_settings_of_rows_are_those_of_separate_calls():
+  together = np.asarray(small(SMALL_ROWS)[0])
+  traced = len(traces)
+  separate = np.stack([small([row] * 6)[0] for row in SMALL_ROWS])
+  np.testing.assert_array_equal(together, separate.diagonal())
+  assert any((row != together).any() for row in separate)
+  assert len(traces) == traced  # Another setting does not recompile.
+
+
+def test_a_batch_split_over_devices_draws_the_same():
+  config = SamplingConfig("mixture", top_k=12, contrastive_k=K)
+  streams = jax.random.normal(jax.random.key(0), (3, 8, 30))
+  flags = [np.arange(8) < 6, np.arange(8) % 2 == 1]
+  bound = config.candidates(image=True, text=True)
+
+  @jax.jit
+  def tokens(guided, expert, amateur, seeds, is_image, contrastive, values):
+    keys = jax.vmap(jax.random.key)(seeds)
+    return sample(guided, keys, select(is_image, contrastive, values), bound, expert, amateur, config.contrastive_k)
+
+  seeds = np.arange(8, dtype=np.uint32)
+  whole = tokens(*streams, seeds, *flags, config.values)
+  with jax.set_mesh(create_mesh(MeshConfig())):
+    split = tokens(*(shard(x, "batch", None) for x in streams), *(shard(x, "batch") for x in (seeds, *flags)), config.values)
+  assert len(split[0].sharding.device_set) == 8
+  np.testing.assert_array_equal(whole[0], split[0])
+  np.testing.assert_allclose(whole[1], split[1], rtol=1e-6)
+
+
+def test_which_rows_are_contrastive():
+  np.testing.assert_array_equal(contrastive_rows("mixture", [4, 7], 3), [[0, 1, 0], [0, 1, 0]])
+  np.testing.assert_array_equal(contrastive_rows("mixture", [4, 7], 1), [[0], [1]])
+  assert contrastive_rows("contrastive", [4, 7], 2).all()
+  assert not contrastive_rows("top_p", [4, 7], 2).any()
+
+
+def test_text_is_never_contrastive():
+  rows = select(np.array([True, False]), np.array([True, True]), SamplingConfig("contrastive").values)
+  assert rows.contrastive.tolist() == [True, False]
+  np.testing.assert_allclose(rows.temperature, [0.8, 1.0])
+  assert [x.dtype for x in rows] == [jnp.float32, jnp.int32, jnp.float32, jnp.bool, jnp.float32, jnp.float32]
+
+
+@pytest.mark.parametrize(
+  ("top_k", "text_top_k", "expected"),  # Of image tokens, of text tokens, of both in one batch.
+  [(256, 0, (256, 0, 0)), (256, 40, (256, 40, 256)), (256, 400, (256, 400, 400)), (0, 1, (0, 1, 0))],
+)
+def test_candidates(top_k, text_top_k, expected):
+  config = SamplingConfig(top_k=top_k, text_top_k=text_top_k)
+  assert tuple(config.candidates(image=i, text=t) for i, t in ((True, False), (False, True), (True, True))) == expected
+
+
+POSITIVE = ("temperature", "text_temperature", "contrastive_temperature", "amateur_temperature")
+REFUSED = [
+  *itertools.product(POSITIVE, (0.0, -1.0)),
+  *itertools.product(("top_k", "text_top_k"), (-1,)),
+  *itertools.product(("top_p", "text_top_p"), (0.0, 1.5)),
+  ("contrastive_k", 0),
+  ("contrastive_alpha", 1.1),
+  ("contrastive_alpha", -0.1),
+  ("method", "beam"),
+  ("guidance_schedule", "sine"),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), REFUSED)
 def test_config_refuses(field, value):
-  with pytest.raises(ValueError, match=field):
+  with pytest.raises(ValueError, match=f"^{field} is"):
     SamplingConfig(**{field: value})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_config_takes_every_method(method):
+  assert SamplingConfig(method).method == method
