@@ -124,6 +124,16 @@ def shardings(tree, mesh: jax.sharding.Mesh):
   return jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), tree)
 
 
+def abstract(tree, mesh: jax.sharding.Mesh):
+  """Arrays, or types of `jax.eval_shape` -> what a program for `mesh` is lowered with; host arrays are whole everywhere."""
+
+  def place(x):
+    spec = jax.typeof(x).sharding.spec if isinstance(x, jax.Array | jax.ShapeDtypeStruct) else P()
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+  return jax.tree.map(place, tree)
+
+
 def batch_shards() -> int:
   """Into how many parts the current mesh splits a batch."""
   shape = jax.sharding.get_abstract_mesh().shape

@@ -17,7 +17,7 @@ from etils import epath
 from cm3leon_jax import stages
 from cm3leon_jax.aot import programs
 from cm3leon_jax.aot import topology as topology_lib
-from cm3leon_jax.aot.report import compile_report, table
+from cm3leon_jax.aot.report import GIB, compile_for, compile_report, report, table
 from cm3leon_jax.aot.search import cost, search
 from cm3leon_jax.config import UserError
 from cm3leon_jax.mesh import create_mesh
@@ -49,9 +49,19 @@ def _train_report(topology, settings, mesh) -> dict:
   return {"parameters": programs.count_params(settings, mesh), "tokens": tokens, "model_flops": flops, **report}
 
 
-def _decode_report(topology, settings, mesh) -> dict:
-  lowered = programs.guided_decoder(settings, mesh, _DECODE_BATCH.value, _DECODE_POSITIONS.value)
-  return {"parameters": programs.count_params(settings, mesh), **compile_report(lowered, topology)}
+def _decode_reports(topology, settings, mesh) -> dict[str, dict]:
+  """Of prefill and of one step of the loop."""
+  decoder = programs.guided_decoder(settings, mesh, _DECODE_BATCH.value, _DECODE_POSITIONS.value)
+  compiled, seconds = compile_for(decoder.advance, topology)
+  step = report(compiled, seconds, topology)
+  floor, bandwidth = decoder.weight_bytes + decoder.cache_bytes, topology.chip.hbm_bandwidth
+  step["floor_bytes"] = floor
+  step["floor"] = {
+    "bytes of a step": f"{step['traffic'] / GIB:.3f} GiB moved; at least {floor / GIB:.3f}: "
+    f"{decoder.weight_bytes / GIB:.3f} weights, {decoder.cache_bytes / GIB:.3f} cache",
+    "least time of a step": f"{floor / bandwidth * 1e3:.2f} ms, {_DECODE_BATCH.value * bandwidth / floor:,.0f} tokens/s",
+  }
+  return {"decode": step, "prefill": compile_report(decoder.prefill(compiled), topology)}
 
 
 def _search(settings, topology) -> list[dict]:
@@ -61,12 +71,11 @@ def _search(settings, topology) -> list[dict]:
   if not found:
     raise UserError(f"nothing that was tried fits {topology.name}: take more chips.")
   print("those that fit, the fastest first:")
-  for report in found:
-    again = report["flops"] * report["devices"] / report["model_flops"]
-    cycles = report["cycles"] * report["devices"] / report["tokens"]
+  for r in found:
+    again, cycles = r["flops"] * r["devices"] / r["model_flops"], r["cycles"] * r["devices"] / r["tokens"]
     print(
-      f"  {cost(report) * 1e6:.3f} us a token and device, {again:.3f} x model FLOPs, {cycles:.0f} cycles a token, "
-      f"{report['sum_gib']:.2f} GiB: {report['flags']}"
+      f"  {cost(r) * 1e6:.3f} us a token and device, {again:.3f} x model FLOPs, {cycles:.0f} cycles a token, "
+      f"{r['sum_gib']:.2f} GiB: {r['flags']}"
     )
   return found
 
@@ -94,9 +103,10 @@ def main(settings) -> None:
       reports["train"] = _train_report(topology, settings, mesh)
       print(table(title, reports["train"]), flush=True)
     if _PROGRAM.value in ("decode", "both"):
-      title = f"guided decoder on {where}; {_DECODE_BATCH.value} prompts of two streams, {_DECODE_POSITIONS.value} positions"
-      reports["decode"] = _decode_report(topology, settings, mesh)
-      print(table(title, reports["decode"]), flush=True)
+      reports |= _decode_reports(topology, settings, mesh)
+      what = f"{where}; {_DECODE_BATCH.value} prompts of two streams, {_DECODE_POSITIONS.value} positions"
+      print(table(f"a step of the guided decoder on {what}", reports["decode"]))
+      print(table(f"its prefill on {what}", reports["prefill"]), flush=True)
   if _JSON.value:
     stages.write_json(epath.Path(_JSON.value), {"topology": topology.name, **reports})
 

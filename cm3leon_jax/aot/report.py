@@ -14,8 +14,8 @@ GIB = 2**30
 LARGEST = 8
 
 
-def compile_report(lowered: jax.stages.Lowered, topology: Topology) -> dict:
-  """Compiles for `topology`; returns the numbers of the table.
+def compile_for(lowered: jax.stages.Lowered, topology: Topology) -> tuple[jax.stages.Compiled, float]:
+  """The program, compiled for `topology`, and the seconds that it took.
 
   Raises:
     UserError: the program needs more than the chip's memory.
@@ -29,7 +29,16 @@ def compile_report(lowered: jax.stages.Lowered, topology: Topology) -> dict:
     needed = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
     told = f"temporaries of {needed[1]} GiB, {needed[2]} are there" if needed else str(error).splitlines()[0]
     raise UserError(f"{topology.name}: the program does not fit: {told}.") from error
-  seconds = time.perf_counter() - start
+  return compiled, time.perf_counter() - start
+
+
+def compile_report(lowered: jax.stages.Lowered, topology: Topology) -> dict:
+  """Compiles for `topology`; returns the numbers of the table. Raises as `compile_for`."""
+  return report(*compile_for(lowered, topology), topology)
+
+
+def report(compiled: jax.stages.Compiled, seconds: float, topology: Topology) -> dict:
+  """The numbers of the table. What a loop does whose end depends on data counts once."""
   memory, program = compiled.memory_analysis(), Program(compiled.as_text())
   arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   flops, collectives = program.flops(), program.collectives()
@@ -45,6 +54,7 @@ def compile_report(lowered: jax.stages.Lowered, topology: Topology) -> dict:
     "host_gib": memory.host_temp_size_in_bytes / GIB,
     "hbm_gib": topology.chip.hbm,
     "flops": flops,
+    "traffic": program.traffic(),
     "cycles": program.cycles(),
     "collectives": {kind: {"count": n, "bytes": moved} for kind, (n, moved) in collectives.items()},
     "compute_seconds": flops / peak,

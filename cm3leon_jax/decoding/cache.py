@@ -8,42 +8,84 @@ import jax
 import jax.numpy as jnp
 
 from cm3leon_jax.mesh import spec
+from cm3leon_jax.models.attention import wide
 from cm3leon_jax.models.config import ModelConfig
 
+DTYPES = ("compute", "int8")
+AXES = ("batch", "heads", "length", "head_dim")
 
-class Cache(NamedTuple):
-  """Keys and values of every layer, [K, R, N, T, H] in the compute dtype, split by rows and heads.
 
-  It lives in the carry of the scans over layers and steps and is updated in place.
+class LayerCache(NamedTuple):
+  """Keys and values of one layer. It lives in the carry of the loop over steps and is updated in place.
+
+  Layers have arrays of their own: of a stacked one XLA would copy the layer's part before each product.
+
+  Attributes:
+    keys: [R, N, T, H], split by rows and heads: in the compute dtype, or int8.
+    values: likewise.
+    key_scales: [R, N, T, 1] fp32 of an int8 cache, else None: largest absolute entry of each key / 127.
+    value_scales: likewise.
   """
 
   keys: jax.Array
   values: jax.Array
+  key_scales: jax.Array | None = None
+  value_scales: jax.Array | None = None
 
-  @classmethod
-  def empty(cls, config: ModelConfig, rows: int, slots: int) -> "Cache":
-    shape = (config.num_layers, rows, config.num_heads, slots, config.head_dim)
-    zeros = lambda: jnp.zeros(shape, config.dtype, out_sharding=spec("layers", "batch", "heads", "length", "head_dim"))
-    return cls(zeros(), zeros())
+  def write(self, slot, k, v) -> "LayerCache":
+    """Puts k and v, [R, L, N, H], into slots [slot, slot + L)."""
+    put = lambda into, x: jax.lax.dynamic_update_slice_in_dim(into, x, slot, axis=2)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    if self.key_scales is None:
+      return LayerCache(put(self.keys, k), put(self.values, v))
+    (k, k_scales), (v, v_scales) = _quantized(k), _quantized(v)
+    scales = put(self.key_scales, k_scales), put(self.value_scales, v_scales)
+    return LayerCache(put(self.keys, k), put(self.values, v), *scales)
 
-  def write(self, layer, slot, k, v) -> "Cache":
-    """Puts k and v, [R, L, N, H], into slots [slot, slot + L) of one layer."""
-    put = lambda cache, x: jax.lax.dynamic_update_slice(cache, x.swapaxes(1, 2)[None], (layer, 0, 0, slot, 0))
-    return Cache(put(self.keys, k), put(self.values, v))
-
-  def attend(self, layer, q, mask):
-    """Softmax attention of new queries over the slots of one layer, scores in fp32.
+  def attend(self, q, mask):
+    """Softmax attention of new queries over the slots, scores in fp32.
 
     Args:
-      layer: index, may be traced.
       q: [R, L, N, H].
       mask: [R, 1, L, T] bool; a query must see at least one slot.
 
     Returns:
       [R, L, N, H], laid out like q.
     """
-    keys, values = (jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in self)
-    scores = jnp.einsum("RLNH,RNTH->RNLT", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    keys, values = self.keys.astype(q.dtype), self.values.astype(q.dtype)
+    scores = jnp.einsum("RLNH,RNTH->RNLT", q, keys, preferred_element_type=wide(q.dtype)) * q.shape[-1] ** -0.5
+    if self.key_scales is not None:
+      scores *= self.key_scales.swapaxes(2, 3)
     weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
+    if self.value_scales is not None:
+      weights *= self.value_scales.swapaxes(2, 3)
     heads = spec("batch", "length", "heads", "head_dim")
-    return jnp.einsum("RNLT,RNTH->RLNH", weights.astype(values.dtype), values, out_sharding=heads)
+    return jnp.einsum("RNLT,RNTH->RLNH", weights.astype(q.dtype), values, out_sharding=heads)
+
+
+def empty(config: ModelConfig, rows: int, slots: int, dtype: str = "compute") -> tuple[LayerCache, ...]:
+  """Caches of all K layers. dtype: of `DTYPES`."""
+  shape = (rows, config.num_heads, slots, config.head_dim)
+  zeros = lambda dtype, size=config.head_dim: jnp.zeros((*shape[:-1], size), dtype, out_sharding=spec(*AXES))
+  if dtype == "int8":
+    layer = lambda: LayerCache(zeros(jnp.int8), zeros(jnp.int8), zeros(jnp.float32, 1), zeros(jnp.float32, 1))
+  else:
+    layer = lambda: LayerCache(zeros(config.dtype), zeros(config.dtype))
+  return tuple(layer() for _ in range(config.num_layers))
+
+
+def rows(cache: tuple[LayerCache, ...], index, kept: int, slots: int) -> tuple[LayerCache, ...]:
+  """Caches whose row i holds the last `kept` slots of row `index[i]` of these, and new ones behind, `slots` in all."""
+  take = lambda x: x[:, :, x.shape[2] - kept :].at[index].get(out_sharding=spec(*AXES))
+  return grown(jax.tree.map(take, cache), slots - kept)
+
+
+def grown(cache: tuple[LayerCache, ...], by: int) -> tuple[LayerCache, ...]:
+  """The same with more slots at the end."""
+  return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, by), (0, 0))), cache)
+
+
+def _quantized(x):
+  """[..., H] -> (int8 of the same shape, [..., 1] fp32 scale): x is about int8 x scale."""
+  scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32) / 127, 1e-30)
+  return jnp.round(x / scale).astype(jnp.int8), scale

@@ -1,22 +1,79 @@
-"""Which tokens may come next: a small state machine that is carried through the decoding scan."""
+"""Which tokens may come next: each row follows a plan of parts, by a small state machine carried through the decoding loop."""
 
-# B prompts, R rows of the output table.
+# B rows, M parts of a plan, R ids.
 
+from collections.abc import Sequence
 import dataclasses
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cm3leon_jax.mesh import shard
 from cm3leon_jax.vocab import VocabLayout
+
+DONE, CODES, TEXT, EOSS, MASK, END, DOCUMENT = range(7)
+# Where in a document the next token stands, if it is not inside of an image: at a segment's start, in a text, behind an image.
+SEGMENT_START, IN_TEXT, AFTER_IMAGE = -1, -2, 0
+
+
+class Part(NamedTuple):
+  """One part of what is generated.
+
+  Attributes:
+    kind: CODES exactly `count` image codes; TEXT 1 to `count` text tokens, then `<eoss>`; EOSS `<eoss>`; MASK the sentinel
+      `<mask:count>`; END `</s>` or `<break>`; DOCUMENT texts and images with `<break>` between them, at most `count`
+      tokens, the last of them `</s>`; DONE nothing.
+    count: see `kind`.
+    place: of a DOCUMENT: SEGMENT_START, IN_TEXT or AFTER_IMAGE, where the prompt ends.
+  """
+
+  kind: int
+  count: int = 0
+  place: int = 0
+
+  @property
+  def longest(self) -> int:
+    """Most tokens that it takes."""
+    return {CODES: self.count, TEXT: self.count + 1, DOCUMENT: self.count, DONE: 0}.get(self.kind, 1)
+
+
+def longest(plan: Sequence[Part]) -> int:
+  """Most tokens that a plan takes."""
+  return sum(part.longest for part in plan)
+
+
+def plan_array(plans: Sequence[Sequence[Part]]) -> np.ndarray:
+  """Plans of B rows as [B, M, 3] int32; shorter ones, and all of them at the end, are filled up with DONE."""
+  parts = max(len(plan) for plan in plans) + 1
+  return np.array([[*plan, *[Part(DONE)] * (parts - len(plan))] for plan in plans], np.int32)
+
+
+class State(NamedTuple):
+  """Where each row stands, [B] int32 each.
+
+  Attributes:
+    part: index of the part in the row's plan.
+    left: tokens left to the part.
+    place: of a DOCUMENT: codes still to come of the image that the row is in, or SEGMENT_START, IN_TEXT, AFTER_IMAGE.
+  """
+
+  part: jax.Array
+  left: jax.Array
+  place: jax.Array
+
+
+def _entry(plan, part, column: int):
+  return jax.vmap(lambda row, i: row[i, column])(plan, part)
 
 
 @dataclasses.dataclass(frozen=True)
-class TextToImage:
-  """After a prompt that ends in `<break>`: exactly `image_tokens` codes, then `</s>` or `<break>`.
+class Grammar:
+  """The tokens that may follow; it depends on nothing but the vocabulary and the length of an image.
 
-  The state is [B] int32, the codes still to come; 0: the image is complete, -1: the sample is over.
-
-    state 2 -code-> 1 -code-> 0 -</s> or <break>-> -1
+  plan CODES 2, END:            code code (</s> or <break>)
+  plan TEXT 3, MASK 1, TEXT 9:  text <eoss> <mask:1> text <eoss>
   """
 
   vocab: VocabLayout
@@ -26,24 +83,61 @@ class TextToImage:
     if self.image_tokens < 1:
       raise ValueError(f"image_tokens is {self.image_tokens}; an image has at least one code.")
 
-  def start(self, batch: int):
-    return jnp.full((batch,), self.image_tokens, jnp.int32)
+  def start(self, plan) -> State:
+    """plan: [B, M, 3] of `plan_array`."""
+    first = shard(jnp.zeros_like(plan[:, 0, 0]), "batch")
+    return State(first, plan[:, 0, 1], plan[:, 0, 2])
 
-  def advance(self, state):
-    """State after one more token; which one does not matter, since only legal ones are drawn."""
-    return jnp.maximum(state - 1, -1)
+  def in_image(self, plan, state: State):
+    """[B] bool: only image codes may come next."""
+    kind = _entry(plan, state.part, 0)
+    return (kind == CODES) | ((kind == DOCUMENT) & (state.place > 0))
 
-  def legal(self, state, ids):
-    """[B] states and [R] int32 ids -> [B, R] bool: which ids may come next; none after the end."""
-    image, end = self.vocab.is_image(ids), (ids == self.vocab.eos) | (ids == self.vocab.brk)
-    return ((state > 0)[:, None] & image[None]) | ((state == 0)[:, None] & end[None])
+  def active(self, plan, state: State):
+    """[B] bool: something may come next."""
+    return _entry(plan, state.part, 0) != DONE
 
-  @property
-  def image_rows(self) -> np.ndarray:
-    """Ids that can be legal while codes are to come: the only rows of the output table computed then."""
-    return np.arange(self.vocab.text_size, self.vocab.size, dtype=np.int32)
+  def codes_done(self, plan, state: State):
+    """[B] int32: codes of the image, or of the part of one, that the row has behind it."""
+    kind = _entry(plan, state.part, 0)
+    return jnp.where(kind == CODES, _entry(plan, state.part, 1) - state.left, self.image_tokens - state.place)
 
-  @property
-  def end_rows(self) -> np.ndarray:
-    """Ids that can be legal once the image is complete."""
-    return np.array([self.vocab.eos, self.vocab.brk], np.int32)
+  def legal(self, plan, state: State, ids):
+    """[R] int32 ids -> [B, R] bool: which of them may come next; none of a row that is done."""
+    vocab, left, place = self.vocab, state.left, state.place
+    kind = _entry(plan, state.part, 0)
+    document = kind == DOCUMENT
+    begins, writes, drawn = (document & (place == p) for p in (SEGMENT_START, IN_TEXT, AFTER_IMAGE))
+    # What must still fit behind: `</s>` after a text token, and a text token as well after <break>.
+    may = {
+      "text": ((kind == TEXT) & (left > 0)) | ((begins | writes) & (left >= 2)),
+      "image": (kind == CODES) | (document & (place > 0)) | (begins & (left > self.image_tokens)),
+      "eoss": (kind == EOSS) | ((kind == TEXT) & (left < _entry(plan, state.part, 1))),
+      "eos": (kind == END) | writes | drawn,
+      "brk": (kind == END) | ((writes | drawn) & (left >= 3)),
+    }
+    sentinel = jnp.where(kind == MASK, vocab.mask(0) + _entry(plan, state.part, 1), -1)
+    among = {
+      "text": (ids >= vocab.num_special) & (ids < vocab.text_size),
+      "image": vocab.is_image(ids),
+      "eoss": ids == vocab.eoss,
+      "eos": ids == vocab.eos,
+      "brk": ids == vocab.brk,
+    }
+    legal = sentinel[:, None] == ids[None]
+    for name, rows in may.items():
+      legal |= rows[:, None] & among[name][None]
+    return legal
+
+  def advance(self, plan, state: State, tokens) -> State:
+    """The state after one more token a row, [B] int32, each of them legal; a row that is done stays so."""
+    vocab = self.vocab
+    kind, left = _entry(plan, state.part, 0), jnp.maximum(state.left - 1, 0)
+    document, image = kind == DOCUMENT, vocab.is_image(tokens)
+    place = jnp.where(image, jnp.where(state.place > 0, state.place, self.image_tokens) - 1, IN_TEXT)
+    place = jnp.where(tokens == vocab.brk, SEGMENT_START, place)
+    over = (kind == EOSS) | (kind == MASK) | (kind == END)
+    over |= ((kind == CODES) & (left == 0)) | ((kind == TEXT) & (tokens == vocab.eoss)) | (document & (tokens == vocab.eos))
+    part = state.part + over
+    pick = lambda column, value: jnp.where(over, _entry(plan, part, column), value)
+    return State(part, pick(1, left), pick(2, jnp.where(document, place, state.place)))

@@ -75,3 +75,18 @@ def test_what_does_not_fit_is_told_in_one_sentence(tmp_path):
   assert result.returncode == 2
   assert re.search(r"error: v5e:2x2: the program does not fit: temporaries of [\d.]+ GiB, 15.75 are there\.", result.stderr)
   assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "tensor"), [("v5e-8", 8), ("v5p-8", 4)])
+def test_the_7b_decoder_fits_and_copies_no_cache(tmp_path, topology, tensor):
+  """64 prompts of two streams, 1,152 positions; what a step moves is near the weights and the cache, read once."""
+  flags = ["--config=ml_configs/cm3leon_7b.py", f"--topology={topology}", f"--config.mesh.tensor={tensor}", "--program=decode"]
+  reports = aot_compile(tmp_path, *flags)
+  step, prefill = reports["decode"], reports["prefill"]
+  assert step["sum_gib"] < step["hbm_gib"]
+  assert prefill["peak_gib"] < prefill["hbm_gib"]
+  assert step["temporaries_gib"] < 0.1 * step["floor_bytes"] / 2**30
+  assert 1 < step["traffic"] / step["floor_bytes"] < 1.2
+  heads = 32 // tensor
+  assert not [x for x in step["largest"] if x["array"] == f"bf16[128,{heads},1152,128]" and x["source"] == "copy"]

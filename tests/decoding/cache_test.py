@@ -1,29 +1,89 @@
+"""Attention over the cache is attention over what was written, in any order of writes, copies and growth."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from cm3leon_jax.decoding.cache import Cache
+from cm3leon_jax.decoding import cache as cache_lib
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models.attention import masked_attention
 from tests.models.tiny import CONFIG, mesh_of
 
 R, T, N, H = 2, 6, CONFIG.num_heads, CONFIG.head_dim
+INT8_ERROR = 0.02  # Of the largest entry of a result: keys and values are off by at most 1/254 of theirs.
 
 
-def test_attention_over_the_cache_is_attention_over_what_was_written():
-  mask = jnp.tril(jnp.ones((T, T), bool))[None, None]
+@pytest.fixture(scope="module", autouse=True)
+def mesh():
   with jax.set_mesh(mesh_of(1, 1, 1)):
-    q, k, v = (shard(x, "batch", "length", "heads", "head_dim") for x in jax.random.normal(jax.random.key(0), (3, R, T, N, H)))
-    cache = Cache.empty(CONFIG, R, T).write(1, 0, k[:, :4], v[:, :4])
-    for t in (4, 5):
-      cache = cache.write(1, t, k[:, t : t + 1], v[:, t : t + 1])
-    found = cache.attend(1, q, jnp.broadcast_to(mask, (R, 1, T, T)))
-    np.testing.assert_allclose(found, masked_attention(q, k, v, mask), atol=1e-5)
-    untouched = cache.attend(0, q, jnp.broadcast_to(mask, (R, 1, T, T)))
-  assert (np.asarray(untouched) == 0).all()
+    yield
 
 
-def test_rows_and_heads_are_split_over_the_mesh():
+@pytest.fixture(scope="module")
+def qkv():
+  axes = "batch", "length", "heads", "head_dim"
+  return [shard(x, *axes) for x in jax.random.normal(jax.random.key(0), (3, R, T, N, H))]
+
+
+def causal():
+  return jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (R, 1, T, T))
+
+
+def filled(k, v, slots: int = T, dtype: str = "compute"):
+  """The first layer's cache after a write of four tokens and two of one."""
+  layer = cache_lib.empty(CONFIG, R, slots, dtype)[0]
+  for start, stop in ((0, 4), (4, 5), (5, 6)):
+    layer = layer.write(start, k[:, start:stop], v[:, start:stop])
+  return layer
+
+
+def test_attention_over_the_cache_is_attention_over_what_was_written(qkv):
+  q, k, v = qkv
+  expected = np.asarray(masked_attention(q, k, v, causal()))
+  np.testing.assert_allclose(filled(k, v).attend(q, causal()), expected, atol=1e-5)
+  # Control: a slot that was not written shows.
+  assert np.abs(np.asarray(filled(k, v).write(2, 0 * k[:, :1], v[:, :1]).attend(q, causal())) - expected).max() > 0.1
+
+
+def test_rows_are_copied_and_slots_added_at_the_end(qkv):
+  q, k, v = qkv
+  wider = jnp.pad(causal(), ((0, 0), (0, 0), (0, 0), (0, 3)))
+  expected = np.asarray(masked_attention(q, k, v, causal()))
+  grown = cache_lib.grown((filled(k, v),), 3)[0]
+  np.testing.assert_allclose(grown.attend(q, wider), expected, atol=1e-5)
+  copied = cache_lib.rows((filled(k, v),), np.array([1, 0, 1]), T - 1, T + 3)[0]
+  assert copied.keys.shape == (3, N, T + 3, H)
+  for row, of in enumerate((1, 0, 1)):
+    np.testing.assert_array_equal(copied.values[row, :, : T - 1], v[of, 1:].swapaxes(0, 1))
+    np.testing.assert_array_equal(copied.values[row, :, T - 1 :], 0)
+
+
+def test_int8_is_near(qkv):
+  q, k, v = qkv
+  k, v = k * jnp.array([0.1, 1, 3, 1, 1, 1])[None, :, None, None], v * 5  # Scales of a token's own.
+  expected = np.asarray(masked_attention(q, k, v, causal()))
+  layer = filled(k, v, dtype="int8")
+  assert layer.keys.dtype == jnp.int8
+  error = lambda layer: np.abs(np.asarray(layer.attend(q, causal())) - expected).max() / np.abs(expected).max()
+  assert 0 < error(layer) < INT8_ERROR
+  # Controls: six bits instead of eight, and the scales of other tokens.
+  fewer = layer._replace(keys=layer.keys // 4 * 4, values=layer.values // 4 * 4)
+  assert error(fewer) > INT8_ERROR
+  assert error(layer._replace(key_scales=layer.key_scales[:, :, ::-1])) > INT8_ERROR
+
+
+def test_a_key_of_zeros_stays_zero():
+  zeros = shard(jnp.zeros((R, 1, N, H)), "batch", "length", "heads", "head_dim")
+  layer = cache_lib.empty(CONFIG, R, T, "int8")[0].write(0, zeros, zeros)
+  assert all(np.isfinite(np.asarray(x)).all() for x in layer)
+  assert (np.asarray(layer.keys) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", cache_lib.DTYPES)
+def test_rows_and_heads_are_split_over_the_mesh(dtype):
   with jax.set_mesh(mesh_of(1, 2, 4)):
-    cache = Cache.empty(CONFIG, R, T)
-    assert cache.keys.sharding.shard_shape(cache.keys.shape) == (CONFIG.num_layers, R // 2, N // 4, T, H)
+    layers = cache_lib.empty(CONFIG, R, T, dtype)
+    assert len(layers) == CONFIG.num_layers
+    for x in jax.tree.leaves(layers):
+      assert x.sharding.shard_shape(x.shape) == (R // 2, N // 4, *x.shape[2:])

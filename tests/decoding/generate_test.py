@@ -1,6 +1,11 @@
-"""Decoding equals the model: cached, batched, padded, guided and sharded."""
+"""A Generator gives what plain passes give: guided, batched, padded, shared, sharded, grown and stopped early."""
 
+# S guidance streams, G tokens that are generated.
+
+import copy
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,186 +13,376 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.decoding import generate
-from cm3leon_jax.decoding.cache import Cache
-from cm3leon_jax.decoding.generate import Generator, conditional_prompt, pad_left, unconditional_prompt
+from cm3leon_jax.decoding import batch, generate, programs, prompts
+from cm3leon_jax.decoding.generate import GeneratorConfig, sample_seed
+from cm3leon_jax.decoding.grammar import Grammar, plan_array
+from cm3leon_jax.decoding.prompts import Hole
 from cm3leon_jax.decoding.sampling import SamplingConfig
-from cm3leon_jax.mesh import MeshConfig, create_mesh
-from cm3leon_jax.models import transformer
-from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.vocab import VocabLayout
+from cm3leon_jax.mesh import shard
+from cm3leon_jax.xla_options import DECODE_OPTIONS
+from tests.decoding.small import (
+  CODES,
+  GREEDY,
+  IMAGE,
+  OTHER,
+  POSITIONS,
+  VOCAB,
+  A,
+  B,
+  guided_requests,
+  model_config,
+  on_mesh,
+  plain_requests,
+  small_generator,
+  teacher_forced,
+)
 from tests.models.tiny import random_params
 
-VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
-IMAGE_TOKENS = 6
-ONE = MeshConfig(1, 1, 1)
+SEEDS = [11, 12, 13, 14]
+# Everything at once: guided rows and contrastive ones. Changes of its other numbers do not compile again.
+MIXTURE = SamplingConfig(method="mixture", top_k=20, text_top_k=30)
+ANYTHING = dataclasses.replace(MIXTURE, temperature=50.0, top_p=1.0, text_temperature=50.0, text_top_p=1.0)
 
 
-def config(family="opt"):
-  return ModelConfig(
-    family=family, vocab_size=320, num_layers=2, width=32, num_heads=8, mlp_width=64, max_positions=64, dtype="float32"
-  )
+@pytest.fixture(scope="module", autouse=True)
+def unoptimized():
+  """Compiling is most of the time here: without LLVM's optimizations it takes half as long."""
+  with pytest.MonkeyPatch.context() as patch:
+    quick = {"xla_backend_optimization_level": (0, "for tests")}
+    patch.setitem(DECODE_OPTIONS, "cpu", DECODE_OPTIONS["cpu"] | quick)
+    programs.of.cache_clear()
+    yield
+  programs.of.cache_clear()
 
 
-def mesh(shape=ONE):
-  devices = jax.devices()[: shape.data * shape.fsdp * shape.tensor]
-  return jax.set_mesh(create_mesh(shape, devices))
+@pytest.fixture(scope="module")
+def params():
+  with on_mesh():
+    return random_params(model_config())
 
 
-def generator(model_config=None, sampling=None):
-  model_config = model_config or config()
-  params = random_params(model_config)
-  return Generator(model_config, params, VOCAB, sampling or SamplingConfig(top_k=20), IMAGE_TOKENS)
+@pytest.fixture(scope="module")
+def generator(params):
+  with on_mesh():
+    return small_generator(params=params, sampling=MIXTURE, batch_size=4)
 
 
-def prompts():
-  a, b, image = np.array([20, 21, 22]), np.array([30]), VOCAB.image_ids(np.arange(6))
-  return [conditional_prompt(VOCAB, a), conditional_prompt(VOCAB, b), conditional_prompt(VOCAB, a, [(b, image), (a, image)])]
+@pytest.fixture(scope="module")
+def plain_generator(params):
+  """Its programs are smaller, since the whole head is computed always."""
+  with on_mesh():
+    return small_generator(params=params, sampling=MIXTURE, batch_size=4, image_head=False)
+
+
+@pytest.fixture(autouse=True)
+def mesh():
+  with on_mesh():
+    yield
+
+
+def same(found, expected, atol=1e-5):
+  """Tokens are identical, log_probs near."""
+  assert len(found) == len(expected)
+  for a, b in zip(found, expected):
+    np.testing.assert_array_equal(a.ids, b.ids)
+    np.testing.assert_allclose(a.log_probs, b.log_probs, atol=atol)
+    assert (a.seed, a.contrastive) == (b.seed, b.contrastive)
+
+
+def differ(found, expected) -> bool:
+  """Control: other samples are others."""
+  return any(a.ids.tolist() != b.ids.tolist() for a, b in zip(found, expected))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _causal(model_config, params, tokens):
-  model = transformer.bind(model_config, params)
-  hidden = model(tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens))
-  return transformer.logits(hidden, model.output_table())[0]
+def walk(grammar, plan, ids):
+  """[G, V] bool: what was legal before each of ids [G]."""
+
+  plan = shard(plan, "batch", None, None)
+
+  def step(state, token):
+    legal = grammar.legal(plan, state, jnp.arange(VOCAB.size))[0]
+    return grammar.advance(plan, state, shard(token[None], "batch")), legal
+
+  return jax.lax.scan(step, grammar.start(plan), ids)[1]
 
 
-def full_logits(model_config, params, tokens):
-  """[T] ids -> [T, V] logits of one causal pass without a cache; what follows the sample does not reach it."""
-  return np.asarray(_causal(model_config, params, np.pad(tokens, (0, 48 - len(tokens)))[None]))[: len(tokens)]
+def legal_log_probs(request, ids, logits):
+  """[G, V] of guided [G, V] logits, among what is legal."""
+  legal = np.asarray(walk(Grammar(VOCAB, IMAGE), plan_array([request.plan]), ids))
+  return np.asarray(jax.nn.log_softmax(np.where(legal, logits, -np.inf), axis=-1))
 
 
-def teacher_forced(g, prompt, ids):
-  """[I, image_size] logits of the image rows for each of `ids` after `prompt`, uncached."""
-  return full_logits(g.config, g.params, np.concatenate([prompt, ids[:-1]]))[len(prompt) - 1 :, VOCAB.text_size :]
-
-
-def test_prompt_literals():
-  prompt = conditional_prompt(VOCAB, [7, 8], [([5, 6], [271, 272])])
-  assert prompt.tolist() == [1, 5, 6, 3, 271, 272, 3, 7, 8, 3]
-  assert unconditional_prompt(VOCAB).tolist() == [1, 5, 3]
-  tokens, valid = pad_left([np.array([7]), np.array([8, 9])], 3, VOCAB.pad)
-  np.testing.assert_array_equal(tokens, [[0, 0, 7], [0, 8, 9]])
-  np.testing.assert_array_equal(valid, [[0, 0, 1], [0, 1, 1]])
-
-
-@pytest.mark.parametrize("family", ["opt", "modern"])
-def test_cached_equals_uncached(family):
-  """Logits of left-padded, batched prefill and steps equal a plain causal pass over each row by itself."""
-  with mesh():
-    g = generator(config(family))
-    ids = VOCAB.image_ids(np.array([[5, 9, 1, 40], [7, 7, 50, 2], [3, 1, 4, 15]]))
-    rows, slots = prompts(), 28
-    tokens, valid = pad_left(rows, slots, VOCAB.pad)
-
-    @jax.jit
-    def cached(params, tokens, valid, ids):
-      model = transformer.bind(g.config, params)
-      hidden, cache = generate.prefill(model, tokens, valid, Cache.empty(g.config, 3, slots + 4))
-      out = [transformer.logits(hidden, model.output_table())[:, 0]]
-      lengths, seen = valid.sum(1), jnp.pad(valid, ((0, 0), (0, 4)), constant_values=True)
-      for t in range(3):
-        visible = seen & (jnp.arange(slots + 4) <= slots + t)[None]
-        hidden, cache = generate.decode_step(model, ids[:, t], lengths + t, slots + t, visible, cache)
-        out.append(transformer.logits(hidden, model.output_table())[:, 0])
-      return jnp.stack(out, axis=1)
-
-    out = np.asarray(cached(g.params, tokens, valid, ids))
-    for row, prompt in enumerate(rows):
-      expected = full_logits(g.config, g.params, np.concatenate([prompt, ids[row, :3]]))[len(prompt) - 1 :]
-      assert np.abs(expected).max() > 1
-      np.testing.assert_allclose(out[row], expected, atol=1e-5, rtol=1e-5)
-      assert np.abs(out[row] - out[row - 1]).max() > 0.1  # Control: the rows differ.
+def chosen(log_probs, ids):
+  return np.take_along_axis(log_probs, ids[:, None], axis=1)[:, 0]
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_streams_equal_separate_passes(guidance):
-  """log_probs of the batched streams equal those of two separate uncached passes; 1 is the conditional model alone."""
-  with mesh():
-    g = generator()
-    images = g.images(prompts(), [1, 2, 3], guidance)
-    for row, prompt in enumerate(prompts()):
-      ids = VOCAB.image_ids(images.codes[row])
-      conditional, unconditional = (teacher_forced(g, p, ids) for p in (prompt, unconditional_prompt(VOCAB)))
-      guided = conditional if guidance == 1 else unconditional + guidance * (conditional - unconditional)
-      pick = lambda out, row=row: np.take_along_axis(np.asarray(jax.nn.log_softmax(out)), images.codes[row][:, None], 1)[:, 0]
-      np.testing.assert_allclose(images.log_probs[row], pick(guided), atol=3e-5)
-      assert np.abs(images.log_probs[row] - pick(unconditional)).max() > 0.1
+def test_streams_equal_separate_passes(generator, params, guidance):
+  """log_probs equal those of two separate uncached passes; 1 is the conditional model alone."""
+  sampling = dataclasses.replace(generator.config.sampling, guidance=guidance)
+  results = generator.generate(guided_requests(), SEEDS, sampling=sampling)
+  for request, result in zip(guided_requests(), results):
+    c, u = (teacher_forced(generator.config.model, params, s, result.ids) for s in request.streams)
+    expected = legal_log_probs(request, result.ids, c if guidance == 1 else u + guidance * (c - u))
+    np.testing.assert_allclose(result.log_probs, chosen(expected, result.ids), atol=3e-5)
+    assert np.abs(result.log_probs - chosen(legal_log_probs(request, result.ids, u), result.ids)).max() > 0.1
 
 
-def test_greedy_takes_the_best_guided_code():
-  with mesh():
-    g = generator(sampling=SamplingConfig(top_k=20, top_p=1e-6))
-    images = g.images(prompts(), [1, 2, 3], 3.0)
-    for row, prompt in enumerate(prompts()):
-      ids = VOCAB.image_ids(images.codes[row])
-      conditional, unconditional = (teacher_forced(g, p, ids) for p in (prompt, unconditional_prompt(VOCAB)))
-      np.testing.assert_array_equal(images.codes[row], np.argmax(3 * conditional - 2 * unconditional, -1))
+def test_a_stream_alone_equals_a_separate_pass(plain_generator, params):
+  for request, result in zip(plain_requests(), plain_generator.generate(plain_requests(), SEEDS)):
+    logits = teacher_forced(plain_generator.config.model, params, request.streams[0], result.ids)
+    expected = legal_log_probs(request, result.ids, logits)
+    np.testing.assert_allclose(result.log_probs, chosen(expected, result.ids), atol=3e-5)
+    assert np.abs(result.log_probs - chosen(logits, result.ids)).max() > 0.1
 
 
-def test_a_prompt_does_not_depend_on_its_batch():
-  with mesh():
-    g, seeds = generator(), [11, 12, 13]
-    together = g.images(prompts(), seeds)
-    for row, prompt in enumerate(prompts()):
-      alone = g.images([prompt], [seeds[row]])
-      np.testing.assert_array_equal(alone.codes[0], together.codes[row])
-      np.testing.assert_allclose(alone.log_probs[0], together.log_probs[row], atol=1e-5)
-      assert alone.end[0] == together.end[row]
+def edits():
+  return [prompts.edit(VOCAB, IMAGE, A, CODES, B), prompts.edit(VOCAB, IMAGE, B, OTHER, A)]
 
 
-def test_seeds_matter_and_repeat():
-  with mesh():
-    g, rows = generator(), [prompts()[0]] * 3
-    codes = g.text_to_image(rows, [5, 6, 5])
-    np.testing.assert_array_equal(codes[0], codes[2])
-    assert (codes[0] != codes[1]).any()
+def test_edit_equals_the_formula_on_separate_passes(generator, params):
+  """u + s_img (i - u) + s_txt (f - i), and greedy takes the best of it."""
+  sampling = dataclasses.replace(GREEDY, image_guidance=1.5, edit_guidance=7.5)
+  for request, result in zip(edits(), generator.generate(edits(), SEEDS[:2], sampling=sampling)):
+    f, i, u = (teacher_forced(generator.config.model, params, s, result.ids) for s in request.streams)
+    expected = legal_log_probs(request, result.ids, u + 1.5 * (i - u) + 7.5 * (f - i))
+    np.testing.assert_allclose(result.log_probs, chosen(expected, result.ids), atol=1e-4)
+    np.testing.assert_array_equal(result.ids, expected.argmax(axis=-1))
+    swapped = legal_log_probs(request, result.ids, u + 7.5 * (i - u) + 1.5 * (f - i))
+    assert np.abs(result.log_probs - chosen(swapped, result.ids)).max() > 0.1
 
 
-def test_image_span_is_exact():
-  """Exactly image_tokens codes, then `</s>` or `<break>`; both ends occur."""
+@pytest.mark.parametrize("kind", ["guided", "plain"])
+def test_a_request_does_not_depend_on_its_batch(generator, plain_generator, kind):
+  """Unequal prompts and unlike plans together and one at a time."""
+  generator = plain_generator if kind == "plain" else generator
+  requests = plain_requests() if kind == "plain" else guided_requests()
+  together = generator.generate(requests, SEEDS)
+  alone = [generator.generate([r], [seed])[0] for r, seed in zip(requests, SEEDS)]
+  same(together, alone)
+  # Of a mixture those with an odd seed, if there is a stream to contrast with.
+  assert [r.contrastive for r in together] == [kind == "guided" and seed % 2 == 1 for seed in SEEDS]
+  assert differ(generator.generate(requests, SEEDS[::-1]), alone)
+
+
+def test_samples_of_a_request_are_requests_with_seeds_of_their_own(generator):
+  request = guided_requests()[3]
+  sampling = dataclasses.replace(MIXTURE, method="contrastive")
+  together = generator.generate([request], [5], samples=4, sampling=sampling)
+  assert [(r.request, r.sample, r.seed) for r in together] == [(0, i, sample_seed(5, i)) for i in range(4)]
+  assert sample_seed(5, 0) == 5
+  alone = [generator.generate([request], [sample_seed(5, i)], sampling=sampling)[0] for i in range(4)]
+  same(together, alone)
+  assert len({tuple(r.ids) for r in together}) == 4
+
+
+def test_seeds_matter_and_repeat(generator):
+  results = [generator.generate(guided_requests(), seeds) for seeds in ([5, 6, 7, 8], [6, 6, 7, 8], [5, 6, 7, 8])]
+  same(results[0], results[2])
+  assert differ(results[0][:1], results[1][:1])
+  same(results[0][1:], results[1][1:])
+
+
+@pytest.mark.parametrize("kind", ["guided", "plain"])
+def test_reading_what_prompts_share_once_changes_nothing(generator, plain_generator, kind, monkeypatch):
+  generator = plain_generator if kind == "plain" else generator
+  requests = plain_requests() if kind == "plain" else guided_requests()
+  apart = generator.generate(requests, SEEDS)
+  made = []
+  monkeypatch.setattr(batch, "SHARED", 2)
+  monkeypatch.setattr(batch, "BUCKET", 8)
+  original = batch.prompt_arrays
+  monkeypatch.setattr(batch, "prompt_arrays", lambda *args: made.append(original(*args)) or made[-1])
+  same(generator.generate(requests, SEEDS), apart)
+  assert [x.prefixes is not None for x in made] == [True]
+
+
+def all_results(generator):
+  return generator.generate(guided_requests(), SEEDS)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(generator):
+  with on_mesh():
+    return all_results(generator)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)])
+def test_eight_devices_equal_one(on_one_device, shape):
+  with on_mesh(*shape):
+    generator = small_generator(sampling=MIXTURE)
+    vocab = generator.weights.head.sharding.shard_shape(generator.weights.head.shape)[1]
+    assert vocab == VOCAB.size // shape[2]
+    same(all_results(generator), on_one_device)
+
+
+def test_without_a_head_for_images_alone(on_one_device, plain_generator):
+  assert plain_generator.weights.image_head is None
+  same(all_results(plain_generator), on_one_device)
+
+
+def test_growth_of_the_cache_changes_nothing(plain_generator, monkeypatch):
+  """A document of at most 24 tokens, from a cache with room for two."""
+  requests = [prompts.document(VOCAB, IMAGE, [a], 24) for a in (A, B)]
+  draw = functools.partial(plain_generator.generate, requests, SEEDS[:2], sampling=ANYTHING)
+  expected, told, grown, plain = draw(), [], [], plain_generator.programs.grow
+  monkeypatch.setattr(batch, "BUCKET", 4)
+  monkeypatch.setattr(generate, "ROOM", 2)
+  monkeypatch.setattr(generate, "CHUNK", 3)
+  monkeypatch.setattr(plain_generator.programs, "grow", lambda loop, by, *rest: grown.append(by) or plain(loop, by, *rest))
+  found = draw(tell=told.append)
+  same(found, expected)
+  assert grown == [6, 16]
+  assert told[:4] == [2, 3, 3, 3]
+  assert sum(told) == max(len(r.ids) for r in found)
+
+
+def test_rooms_double():
+  assert generate._rooms(32, 5) == [5]
+  assert generate._rooms(32, 257) == [128, 257]
+  assert generate._rooms(32, 1_025) == [128, 288, 608, 1_025]
+  assert generate._rooms(896, 257) == [257]
+
+
+def test_stops_when_all_samples_are_over(plain_generator):
+  """Documents that could have 24 tokens, and end with the first: steps after it are not made."""
+  starts = [[a, b] for a in (A, B) for b in (CODES, OTHER)]
+  requests = [prompts.document(VOCAB, IMAGE, segments, 24) for segments in starts]
+  stopped = set()
+  for seed in range(60):
+    told = []
+    results = plain_generator.generate(requests, range(seed, seed + 4), sampling=ANYTHING, tell=told.append)
+    assert told == [max(len(r.ids) for r in results)]
+    stopped.add(told[0])
+  assert min(stopped) < 10 < 24 == max(stopped)
+
+
+def letters(ids) -> str:
+  names = {VOCAB.eos: "e", VOCAB.brk: "b"}
+  return "".join("i" if VOCAB.is_image(i) else names.get(int(i), "t") for i in ids)
+
+
+def test_documents_obey_their_format_and_length(plain_generator):
+  """Texts and images in turn, of at most so many tokens; segments_of returns the whole document."""
+  segment, length = "(t+|i{6})", 24
+  cases = [
+    (prompts.document(VOCAB, IMAGE, [], length), rf"{segment}(b{segment})*e", []),
+    (prompts.document(VOCAB, IMAGE, [CODES, A], length), rf"t*(b{segment})*e", [CODES, A]),
+    (prompts.document(VOCAB, IMAGE, [A, CODES], length), rf"(b{segment})*e", [A, CODES]),
+    (prompts.document(VOCAB, IMAGE, [A, CODES], length, after_break=True), rf"{segment}(b{segment})*e", [A, CODES]),
+  ]
+  seen = set()
+  for seed in range(20):
+    for result in plain_generator.generate([case[0] for case in cases], range(seed, seed + 4), sampling=ANYTHING):
+      request, pattern, before = cases[result.request]
+      text = letters(result.ids)
+      assert re.fullmatch(pattern, text)
+      assert len(text) <= length
+      seen |= set(re.findall(r"i{6}|b|t", text))
+      segments = prompts.segments_of(VOCAB, request, result.ids)
+      # Joined again they are the prompt and what followed.
+      whole = np.concatenate([request.streams[0], result.ids])
+      joined = np.concatenate([[part] for s in segments for part in (VOCAB.brk, *s)], axis=None)
+      np.testing.assert_array_equal([VOCAB.eos, *joined[1:], VOCAB.eos], whole)
+      for given, found in zip(before, segments):
+        np.testing.assert_array_equal(found[: len(given)], given)
+  assert seen == {"i" * 6, "b", "t"}
+
+
+def test_infill_of_text_and_image(plain_generator):
+  """Holes of both kinds in one document; what stands around them stays."""
+  segments = [(A, Hole(most_text=4), B), (CODES[:2], Hole(codes=3), CODES[5:])]
+  request = prompts.infill(VOCAB, IMAGE, segments, [(B, OTHER)])
+  # Beside documents: a batch of unlike plans.
+  [result, *_] = plain_generator.generate([request, *[prompts.document(VOCAB, IMAGE, [], 24)] * 3], SEEDS)
+  tail = result.ids[np.flatnonzero(result.ids == VOCAB.eoss)[0] + 1 :]
+  assert tail[0] == VOCAB.mask(1)
+  assert VOCAB.is_image(tail[1:4]).all()
+  assert tail[4:].tolist() == [VOCAB.eoss]
+  found = prompts.segments_of(VOCAB, request, result.ids)
+  np.testing.assert_array_equal(np.concatenate(found[:2]), np.concatenate([B, OTHER]))
+  text, image = found[2:]
+  np.testing.assert_array_equal(np.delete(text, range(3, len(text) - 1)), [*A, *B])
+  assert 5 <= len(text) <= 8
+  assert len(image) == IMAGE
+  np.testing.assert_array_equal(image[[0, 1, 5]], CODES[[0, 1, 5]])
+  np.testing.assert_array_equal(image[2:5], tail[1:4])
+
+
+def test_both_ends_of_an_image_occur(generator):
   ends = set()
-  with mesh():
-    g = generator(sampling=SamplingConfig(temperature=3.0, top_k=20, top_p=1.0))
-    for seed in range(0, 64, 4):
-      images = g.images([prompts()[1]] * 4, range(seed, seed + 4), 1.0)
-      assert images.codes.shape == (4, IMAGE_TOKENS)
-      assert images.codes.min() >= 0
-      assert images.codes.max() < VOCAB.image_size
-      ends |= set(images.end.tolist())
+  for seed in range(8):
+    results = generator.generate(guided_requests(), range(seed, seed + 4), sampling=ANYTHING)
+    for r in (results[i] for i in (0, 1, 3)):
+      assert r.codes(VOCAB).shape == (IMAGE,)
+      assert 0 <= r.codes(VOCAB).min() <= r.codes(VOCAB).max() < VOCAB.image_size
+      ends.add(int(r.ids[-1]))
   assert ends == {VOCAB.eos, VOCAB.brk}
 
 
-def test_guidance_does_not_recompile(caplog):
-  with mesh(), jax.log_compiles():
-    compiled = lambda: sum("Compiling jit(generate_images)" in r.getMessage() for r in caplog.records)
-    g = generator(sampling=SamplingConfig(top_k=3))
-    codes = [g.text_to_image(prompts(), [1, 2, 3], alpha) for alpha in (1.0, 3.0, 5.0)]
-    assert compiled() == 1
-    assert (codes[0] != codes[2]).any()
+def test_int8_in_all_places(params):
+  """It runs, and what was drawn is about as probable as an exact pass says."""
+  generator = small_generator(params=params, weight_dtype="int8", cache_dtype="int8", image_head=False)
+  results = generator.generate(guided_requests(), SEEDS, sampling=dataclasses.replace(MIXTURE, guidance=1.0))
+  for request, result in zip(guided_requests(), results):
+    logits = teacher_forced(generator.config.model, params, request.streams[0], result.ids)
+    exact = chosen(legal_log_probs(request, result.ids, logits), result.ids)
+    assert 1e-5 < np.abs(result.log_probs - exact).max() < 0.2
 
 
-@functools.cache
-def on_one_device():
-  with mesh():
-    return generator().images(prompts(), [1, 2, 3])
+def test_no_step_makes_a_nan(generator, plain_generator):
+  """Neither rows of padding, nor samples that are over while others go on, nor illegal ids."""
+  broken = copy.copy(generator)
+  broken.weights = generator.weights._replace(head=generator.weights.head * np.nan)
+  with jax.debug_nans(True):
+    results = generator.generate(guided_requests(), SEEDS) + plain_generator.generate(plain_requests(), SEEDS)
+    assert all(np.isfinite(r.log_probs).all() for r in results)
+    # Control: one that is there is found.
+    with pytest.raises(Exception, match="nan"):
+      broken.generate(guided_requests(), SEEDS)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 2, 2), (1, 8, 1)])
-def test_sharded_equals_one_device(shape):
-  with mesh(MeshConfig(*shape)):
-    images = generator().images(prompts(), [1, 2, 3])
-  np.testing.assert_array_equal(images.codes, on_one_device().codes)
-  np.testing.assert_allclose(images.log_probs, on_one_device().log_probs, atol=1e-5)
-  np.testing.assert_array_equal(images.end, on_one_device().end)
+def test_other_numbers_do_not_compile_again(generator, caplog):
+  first = generator.generate(guided_requests(), SEEDS)
+  with jax.log_compiles():
+    other = dataclasses.replace(MIXTURE, guidance=5.0, temperature=0.7, top_p=0.5, contrastive_alpha=0.1)
+    assert differ(generator.generate(guided_requests(), SEEDS, sampling=other), first)
+    assert "Compiling jit" not in caplog.text
+    # Control: another number of candidates.
+    generator.generate(guided_requests(), SEEDS, sampling=dataclasses.replace(MIXTURE, top_k=19))
+    assert "Compiling jit" in caplog.text
 
 
-def test_bad_prompts():
-  with mesh():
-    g = generator()
-    with pytest.raises(UserError, match="at most 58 leave room"):
-      g.images([np.ones(59, np.int32)], [0])
-    with pytest.raises(UserError, match="one seed for each"):
-      g.images(prompts(), [0])
-  with pytest.raises(UserError, match="empty"):
-    conditional_prompt(VOCAB, [])
+def test_batches_come_in_order(plain_generator):
+  """Batches hold at most batch_size samples of one number of streams; samples of a request stay in their order."""
+  generator = copy.copy(plain_generator)
+  generator.config = dataclasses.replace(generator.config, batch_size=3)
+  requests, told = [*guided_requests()[:2], guided_requests()[3], *plain_requests()[:2]], []
+  batches = list(generator.batches(requests, range(5), samples=2, tell=told.append))
+  assert [[(r.request, r.sample) for r in b] for b in batches] == [
+    [(0, 0), (0, 1), (1, 0)],
+    [(1, 1), (2, 0), (2, 1)],
+    [(3, 0), (3, 1), (4, 0)],
+    [(4, 1)],
+  ]
+  assert told == [7, 7, 7, 7]
+  assert [r.seed for r in batches[1]] == [sample_seed(1, 1), 2, sample_seed(2, 1)]
+
+
+def test_bad_calls(generator):
+  long = prompts.text_to_image(VOCAB, IMAGE, np.full(POSITIONS - 2, 20))
+  with pytest.raises(UserError, match=f"has {POSITIONS} tokens; at most 121 leave room for the 7 tokens"):
+    generator.generate([long], [0])
+  with pytest.raises(UserError, match="one seed for each"):
+    generator.generate(guided_requests(), [0])
+  with pytest.raises(UserError, match="0 prompts"):
+    generator.generate([], [])
+
+
+@pytest.mark.parametrize(
+  "fields", [{"weight_dtype": "int4"}, {"cache_dtype": "fp8"}, {"batch_size": 0}, {"positions": 0}, {"positions": 129}]
+)
+def test_bad_configs(fields):
+  with pytest.raises(ValueError, match=next(iter(fields))):
+    GeneratorConfig(model_config(), VOCAB, IMAGE, **{"positions": POSITIONS, **fields})

@@ -1,39 +1,218 @@
-"""The grammar admits every legal token and no other."""
+"""The grammar admits every legal token and no other: held against regular expressions over letters for classes of ids."""
 
+# B rows, V vocabulary, T steps.
+
+import functools
+import itertools
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.decoding.grammar import TextToImage
+from cm3leon_jax.decoding.grammar import (
+  AFTER_IMAGE,
+  CODES,
+  DOCUMENT,
+  DONE,
+  END,
+  EOSS,
+  IN_TEXT,
+  MASK,
+  SEGMENT_START,
+  TEXT,
+  Grammar,
+  Part,
+  State,
+  longest,
+  plan_array,
+)
+from cm3leon_jax.mesh import shard
 from cm3leon_jax.vocab import VocabLayout
+from tests.models.tiny import mesh_of
 
-VOCAB = VocabLayout(num_special=8, text_size=264, image_size=16)
-
-
-def test_image_then_end():
-  grammar, ids = TextToImage(VOCAB, 3), jnp.arange(VOCAB.size)
-  state, spans = grammar.start(2), []
-  for _ in range(5):
-    legal = np.asarray(grammar.legal(state, ids))
-    np.testing.assert_array_equal(legal[0], legal[1])
-    spans.append(np.flatnonzero(legal[0]).tolist())
-    state = grammar.advance(state)
-  codes = list(range(264, 280))
-  assert spans == [codes, codes, codes, [VOCAB.eos, VOCAB.brk], []]
+VOCAB = VocabLayout(num_special=9, text_size=268, image_size=16)
+# Letter -> ids: p <pad>, e </s>, u <unk>, b <break>, s <eoss>, A to D <mask:0> to <mask:3>, t text, i image.
+CLASSES = {letter: [i] for i, letter in enumerate("peubsABCD")} | {"t": range(9, 268), "i": range(268, 284)}
+LETTERS = np.array([letter for letter, ids in CLASSES.items() for _ in ids])
+FIRST = {letter: ids[0] for letter, ids in CLASSES.items()}
+PARTS, ROWS = 8, 4096  # Of all plans, and of what is asked at once in the exhaustive test.
 
 
-def test_rows_cover_what_is_legal():
-  grammar, ids = TextToImage(VOCAB, 2), jnp.arange(VOCAB.size)
-  for state, rows in ((2, grammar.image_rows), (1, grammar.image_rows), (0, grammar.end_rows)):
-    legal = np.flatnonzero(grammar.legal(jnp.array([state]), ids)[0])
-    assert set(legal) == set(rows.tolist())
+def documents(image: int):
+  """Regular expressions of what may follow in a document, by where its prompt ends."""
+  segment = rf"(t+|i{{{image}}})"
+  return {
+    SEGMENT_START: rf"{segment}(b{segment})*e",
+    IN_TEXT: rf"t*(b{segment})*e",
+    AFTER_IMAGE: rf"(b{segment})*e",
+  }
 
 
-def test_prompts_may_be_in_different_states():
-  legal = TextToImage(VOCAB, 2).legal(jnp.array([1, 0, -1]), jnp.array([VOCAB.eos, VOCAB.brk, 7, 264]))
-  np.testing.assert_array_equal(legal, [[0, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
+def languages(image: int, lengths):
+  """[(plan, regular expression of its language, most tokens)]."""
+  plans = [
+    ((Part(CODES, image), Part(END)), rf"i{{{image}}}[eb]", image + 1),
+    ((Part(CODES, 1), Part(EOSS)), "is", 2),
+    ((Part(TEXT, 4),), "t{1,4}s", 5),
+    ((Part(TEXT, 1), Part(MASK, 2), Part(TEXT, 2)), "tsCt{1,2}s", 6),
+    ((Part(TEXT, 2), Part(MASK, 1), Part(CODES, 1), Part(EOSS)), "t{1,2}sBis", 6),
+    ((Part(CODES, 2), Part(EOSS), Part(MASK, 3), Part(TEXT, 1)), "i{2}sDts", 6),
+    ((Part(END),), "[eb]", 1),
+    ((Part(DONE),), "", 0),
+  ]
+  return plans + [
+    ((Part(DOCUMENT, length, place),), pattern, length) for place, pattern in documents(image).items() for length in lengths
+  ]
+
+
+def long_infill(image: int):
+  plan = Part(CODES, image), Part(EOSS), Part(MASK, 1), Part(TEXT, 9), Part(MASK, 2), Part(CODES, 2), Part(EOSS)
+  return plan, rf"i{{{image}}}sBt{{1,9}}sCi{{2}}s", image + 16
+
+
+def is_legal(text: str, pattern: str, most: int) -> bool:
+  return len(text) <= most and re.fullmatch(pattern, text) is not None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def mesh():
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    yield
+
+
+def rows_of(plans):
+  """plan_array of one width, so that all tests share what is compiled."""
+  return plan_array([(*plan, *[Part(DONE)] * (PARTS - len(plan))) for plan in plans])
+
+
+def by_batch(function):
+  """`function(grammar, plan, *rest)`, jitted; its arrays come from anywhere."""
+  place = lambda tree: jax.tree.map(lambda x: shard(x, *["batch"] + [None] * (x.ndim - 1)), tree)
+  return jax.jit(lambda grammar, *rest: function(grammar, *place(rest)), static_argnums=0)
+
+
+@by_batch
+def ask(grammar, plan, state):
+  return grammar.legal(plan, state, jnp.arange(VOCAB.size)), grammar.active(plan, state)
+
+
+start, step = by_batch(Grammar.start), by_batch(Grammar.advance)
+image_so_far = by_batch(lambda grammar, *rest: (grammar.in_image(*rest), grammar.codes_done(*rest)))
+
+
+def test_docstring_examples():
+  grammar, plan = Grammar(VOCAB, 2), rows_of([(Part(CODES, 2), Part(END)), (Part(TEXT, 3), Part(MASK, 1), Part(TEXT, 9))])
+  state, found = start(grammar, plan), []
+  for taken in ("it", "is", "eB", "pt"):
+    legal = np.asarray(ask(grammar, plan, state)[0])
+    found.append([" ".join(dict.fromkeys(LETTERS[row])) for row in legal])
+    state = step(grammar, plan, state, np.array([FIRST[x] for x in taken], np.int32))
+  assert found == [["i", "t"], ["i", "s t"], ["e b", "B"], ["", "t"]]
+
+
+def filled(x):
+  """An array of some rows as one of ROWS, so that all calls share what is compiled."""
+  return np.pad(np.asarray(x), [(0, ROWS - len(x))] + [(0, 0)] * (np.ndim(x) - 1), mode="edge")
+
+
+@pytest.mark.parametrize("image", [1, 2, 3])
+def test_admits_exactly_the_language(image):
+  """Step by step, every string of the language is admitted to its end, and no other string over all the letters."""
+  grammar, depth = Grammar(VOCAB, image), 6
+  plans = languages(image, range(2, depth + 1))
+  complete = [set() for _ in plans]
+  # Unfinished strings of all plans advance in one call: [(number of the plan, letters so far)] and their state.
+  alive, plan = [(n, "") for n in range(len(plans))], rows_of([plan for plan, _, _ in plans])
+  state = start(grammar, plan)
+  for _ in range(depth + 1):
+    state = State(*map(filled, state))
+    legal, active = (np.asarray(x)[: len(alive)] for x in ask(grammar, filled(plan), state))
+    for ids in CLASSES.values():  # Ids of a class are legal together.
+      assert (legal[:, list(ids)] == legal[:, [ids[0]]]).all()
+    for i in np.flatnonzero(~active):
+      assert not legal[i].any()
+      complete[alive[i][0]].add(alive[i][1])
+    index, taken = np.nonzero(legal[:, list(FIRST.values())])
+    tokens = np.array(list(FIRST.values()), np.int32)[taken]
+    alive = [(alive[i][0], alive[i][1] + list(FIRST)[letter]) for i, letter in zip(index, taken)]
+    if not alive:
+      break
+    plan = plan[index]
+    state = step(grammar, filled(plan), State(*(filled(x[index]) for x in state)), filled(tokens))
+    state = State(*(np.asarray(x)[: len(alive)] for x in state))
+  assert not alive
+  for (_, pattern, most), found in zip(plans, complete):
+    used = [letter for letter in FIRST if letter in pattern or letter in "pu"]
+    strings = ("".join(s) for n in range(most + 1) for s in itertools.product(used, repeat=n))
+    assert found == {s for s in strings if is_legal(s, pattern, most)}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def random_runs(grammar, plan, key, steps: int):
+  """Rows draw among what is legal by random logits, half of them with a random liking for classes of tokens.
+
+  Returns:
+    (ids [B, T], dead [B]: it came to a place where nothing was legal before its end, active [B] at the end).
+  """
+  ids = jnp.arange(VOCAB.size)
+  kind = jnp.where(ids < VOCAB.num_special, ids, VOCAB.num_special + VOCAB.is_image(ids))
+
+  def run(carry, key):
+    state, dead = carry
+    noise, liking = jax.random.split(key)
+    liking = jax.random.normal(liking, (len(plan), VOCAB.num_special + 2))[:, kind]
+    liking = jnp.where(jnp.arange(len(plan))[:, None] % 2 == 0, liking, 0)
+    legal, active = grammar.legal(plan, state, ids), grammar.active(plan, state)
+    scores = jnp.where(legal, jax.random.uniform(noise, legal.shape) + liking, -jnp.inf)
+    token = jnp.where(active, jnp.argmax(scores, axis=-1), VOCAB.pad).astype(jnp.int32)
+    return (grammar.advance(plan, state, token), dead | (active != legal.any(axis=-1))), token
+
+  plan = shard(plan, "batch", None, None)
+  begin = grammar.start(plan), shard(jnp.zeros(len(plan), bool), "batch")
+  (state, dead), out = jax.lax.scan(run, begin, jax.random.split(key, steps))
+  return out.T, dead, grammar.active(plan, state)
+
+
+def test_ten_thousand_random_runs():
+  cases, others = ([*languages(image, [2, 3, 6, 7, 8, 13, 14, 24]), long_infill(image)] for image in (5, 6))
+  of_row = np.arange(10_000) % len(cases)
+  plan, steps = rows_of([cases[n][0] for n in of_row]), 1 + max(most for _, _, most in cases)
+  assert [longest(p) for p, _, _ in cases] == [most for _, _, most in cases]
+  ids, dead, active = (np.asarray(x) for x in random_runs(Grammar(VOCAB, 5), plan, jax.random.key(0, impl="rbg"), steps))
+  texts = ["".join(row).rstrip("p") for row in LETTERS[ids]]
+  assert not dead.any()
+  assert not active.any()
+  assert all(is_legal(text, *cases[n][1:]) for text, n in zip(texts, of_row))
+  # All that may differ does: ends, lengths, both modalities in one document.
+  for n, (_, pattern, most) in enumerate(cases):
+    found = {text for text, row in zip(texts, of_row) if row == n}
+    if "[eb]" in pattern:
+      assert {text[-1] for text in found} == set("eb")
+    if "{1,4}" in pattern or "{1,9}" in pattern:
+      assert len({len(text) for text in found}) == (4 if most == 5 else 9)
+    if most == 24:
+      assert any("tbiiiiib" in text for text in found)
+      assert any(len(text) == 24 for text in found)
+  # Controls: images of another length are found out, and one token too many or too few.
+  assert sum(not is_legal(text, *others[n][1:]) for text, n in zip(texts, of_row)) > 1_000
+  assert not any(is_legal(text[:-1], *cases[n][1:]) for text, n in zip(texts, of_row) if text)
+  assert not any(is_legal(text + "e", *cases[n][1:]) for text, n in zip(texts, of_row))
+
+
+def test_what_an_image_has_behind_it():
+  """codes_done counts the codes of a part, or of an image of a document; in_image is true where codes alone may come."""
+  grammar = Grammar(VOCAB, 3)
+  plan = rows_of([(Part(CODES, 2), Part(EOSS)), (Part(DOCUMENT, 9, SEGMENT_START),)])
+  state, found = start(grammar, plan), []
+  for taken in ("ii", "ii", "si", "pe"):
+    inside, done = (np.asarray(x) for x in image_so_far(grammar, plan, state))
+    found.append([int(n) if yes else None for yes, n in zip(inside, done)])
+    state = step(grammar, plan, state, np.array([FIRST[x] for x in taken], np.int32))
+  assert found == [[0, None], [1, 1], [None, 2], [None, None]]
 
 
 def test_refuses_an_empty_image():
   with pytest.raises(ValueError, match="image_tokens"):
-    TextToImage(VOCAB, 0)
+    Grammar(VOCAB, 0)

@@ -1,0 +1,101 @@
+"""Prefill and steps over the cache equal plain causal passes over each row by itself."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm3leon_jax.decoding import batch, decode
+from cm3leon_jax.decoding import cache as cache_lib
+from cm3leon_jax.decoding import weights as weights_lib
+from cm3leon_jax.mesh import shard, spec
+from tests.decoding.small import IMAGE, VOCAB, full_logits, guided_requests, model_config, on_mesh
+from tests.models.tiny import random_params
+
+STEPS = 4
+INT8_ERROR = 0.03  # Of the largest logit; measured: weights 0.017 and 0.021, cache 0.005 and 0.007, both 0.016 and 0.022.
+
+
+# Compiling is most of the time: not optimized.
+@functools.partial(jax.jit, static_argnames=("config", "cache_dtype"), compiler_options={"xla_backend_optimization_level": 0})
+def cached_logits(weights, prompts, ids, config, cache_dtype="compute"):
+  """Logits [R, STEPS, V] of each column of the head, after each row's prompt and each of ids [R, STEPS - 1]."""
+  cache, seen, lengths = decode.prefill(config, weights.params, prompts, cache_dtype)
+  rows, filled = prompts.row, prompts.slots
+  cache = cache_lib.rows(cache, rows, filled, filled + STEPS)
+  of_rows = lambda x: x.at[rows].get(out_sharding=spec("batch", *[None] * (x.ndim - 1)))
+  seen, lengths = jnp.pad(of_rows(seen), ((0, 0), (0, STEPS))), of_rows(lengths)
+
+  def step(carry, token):
+    cache, seen, t = carry
+    seen, layers = jax.lax.dynamic_update_slice(seen, jnp.ones_like(seen[:, :1]), (0, filled + t)), list(cache)
+
+    def attend(i, q, k, v):
+      layers[i] = layers[i].write(filled + t, k, v)
+      return layers[i].attend(q, seen[:, None, None])
+
+    hidden = decode.extend(config, weights.params, token[:, None], (lengths + t)[:, None], attend)
+    return (tuple(layers), seen, t + 1), hidden[:, 0] @ weights.head
+
+  tokens = jnp.concatenate([prompts.last[:, None], ids], axis=1)
+  return jax.lax.scan(step, (cache, seen, 0), shard(tokens, "batch", None).T)[1].swapaxes(0, 1)
+
+
+def example():
+  """(prompts of unequal rows, ids that follow each)."""
+  rows = [request.streams[0] for request in guided_requests()]
+  ids = VOCAB.image_ids(np.random.default_rng(0).integers(0, VOCAB.image_size, (len(rows), STEPS - 1)))
+  return rows, ids
+
+
+@pytest.mark.parametrize(("family", "shared"), [("opt", False), ("opt", True), ("modern", True)])
+def test_cached_equals_uncached(family, shared, monkeypatch):
+  config, (rows, ids) = model_config(family), example()
+  if shared:
+    monkeypatch.setattr(batch, "SHARED", 2)
+    monkeypatch.setattr(batch, "BUCKET", 8)
+  prompts = batch.prompt_arrays(rows, VOCAB.pad, 1)
+  assert (prompts.prefixes is not None) == shared
+  with on_mesh():
+    params = random_params(config)
+    weights = weights_lib.prepare(params, config=config, vocab=VOCAB)
+    out = np.asarray(cached_logits(weights, prompts, ids, config))[..., np.argsort(weights_lib.head_ids(VOCAB))]
+    for row, prompt in enumerate(rows):
+      expected = full_logits(config, params, np.concatenate([prompt, ids[row]]))[len(prompt) - 1 :]
+      assert np.abs(expected).max() > 1
+      np.testing.assert_allclose(out[row], expected, atol=1e-5, rtol=1e-5)
+      assert np.abs(out[row] - out[row - 1]).max() > 0.1  # Control: the rows differ.
+
+
+@pytest.mark.parametrize("family", ["opt", pytest.param("modern", marks=pytest.mark.slow)])
+def test_int8_is_near(family):
+  """The largest error of a logit relative to the largest logit."""
+  config, (rows, ids) = model_config(family), example()
+  prompts = batch.prompt_arrays(rows, VOCAB.pad, 1)
+  with on_mesh():
+    params = random_params(config)
+    prepare = functools.partial(weights_lib.prepare, config=config, vocab=VOCAB)
+    exact = np.asarray(cached_logits(prepare(params), prompts, ids, config))
+    int8 = prepare(params, dtype="int8")
+
+    def error(weights, cache_dtype):
+      off = np.asarray(cached_logits(weights, prompts, ids, config, cache_dtype)) - exact
+      return np.abs(off).max() / np.abs(exact).max()
+
+    assert 0 < error(int8, "int8") < INT8_ERROR
+    if family == "opt":
+      assert 0 < error(int8, "compute") < INT8_ERROR
+      assert 0 < error(prepare(params), "int8") < INT8_ERROR / 2
+    # Control: five bits instead of eight.
+    is_int8 = lambda x: isinstance(x, weights_lib.Int8)
+    fewer = lambda x: x._replace(values=x.values // 8 * 8) if is_int8(x) else x
+    assert error(jax.tree.map(fewer, int8, is_leaf=is_int8), "int8") > INT8_ERROR
+
+
+def test_a_sampler_compiles_for_its_candidates():
+  sampling = decode.SamplingConfig(top_k=5, text_top_k=9, contrastive_k=3)
+  assert decode.Sampler.of(sampling) == (5, 9, 0)
+  assert decode.Sampler.of(decode.SamplingConfig(method="mixture", top_k=5, text_top_k=0, contrastive_k=3)) == (5, 0, 3)
+  assert IMAGE > 5

@@ -1,0 +1,74 @@
+"""A tiny generator, requests of every kind, and what they should give: plain causal passes without a cache."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cm3leon_jax.decoding import prompts
+from cm3leon_jax.decoding.generate import Generator, GeneratorConfig
+from cm3leon_jax.decoding.prompts import Hole
+from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.models import transformer
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.vocab import VocabLayout
+from tests.models.tiny import mesh_of, random_params
+
+VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
+IMAGE = 6
+POSITIONS = 128
+GREEDY = SamplingConfig(top_k=1, text_top_k=1)
+A, B = np.array([20, 21, 22]), np.array([30])
+CODES, OTHER = VOCAB.image_ids(np.arange(6)), VOCAB.image_ids(np.array([50, 3, 17, 17, 29, 8]))
+
+
+def model_config(family="opt", **fields):
+  fields = {"max_positions": POSITIONS, "dtype": "float32", "attention": "plain", "remat_policy": "none", **fields}
+  return ModelConfig(family=family, vocab_size=320, num_layers=2, width=32, num_heads=8, mlp_width=64, **fields)
+
+
+def on_mesh(*shape):
+  return jax.set_mesh(mesh_of(*(shape or (1, 1, 1))))
+
+
+def small_generator(family="opt", params=None, **fields):
+  """A Generator of random weights on the current mesh."""
+  model = model_config(family)
+  fields = {"sampling": SamplingConfig(top_k=20, text_top_k=30), "batch_size": 8, **fields}
+  params = random_params(model) if params is None else params
+  return Generator(params, GeneratorConfig(model, VOCAB, IMAGE, POSITIONS, **fields))
+
+
+def guided_requests():
+  """Requests of two streams, of unequal prompts and unlike plans, three or seven tokens each."""
+  draw = functools.partial(prompts.text_to_image, VOCAB, IMAGE)
+  hole = prompts.infill(VOCAB, IMAGE, [(A,), (OTHER[:3], Hole(codes=2), OTHER[5:])])
+  return [draw(A), draw(B), hole, draw(A, [(B, CODES), (A, OTHER)])]
+
+
+def plain_requests():
+  """Requests of one stream: an image, texts in the middle, documents; seven tokens at most."""
+  return [
+    prompts.unconditional(VOCAB, IMAGE),
+    prompts.infill(VOCAB, IMAGE, [(A, Hole(most_text=6), B), (CODES,)]),
+    prompts.document(VOCAB, IMAGE, [], 7),
+    prompts.document(VOCAB, IMAGE, [A, CODES], 7),
+  ]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _causal(config, params, tokens):
+  model = transformer.bind(config, params)
+  hidden = model(tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens))
+  return transformer.logits(hidden, model.output_table())[0]
+
+
+def full_logits(config, params, tokens):
+  """[T] ids -> [T, V] logits of one causal pass without a cache; what follows the sample does not reach it."""
+  return np.asarray(_causal(config, params, np.pad(tokens, (0, POSITIONS - len(tokens)))[None]))[: len(tokens)]
+
+
+def teacher_forced(config, params, prompt, ids):
+  """[G, V] logits for each of `ids` after `prompt`, uncached."""
+  return full_logits(config, params, np.concatenate([prompt, ids[:-1]]))[len(prompt) - 1 :]
