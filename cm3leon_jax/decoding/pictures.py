@@ -31,14 +31,15 @@ def contact_sheet(rows: Sequence[Sequence], labels: Sequence[str], columns: Sequ
   """One row a prompt, its text at the left; small pictures are enlarged without smoothing.
 
   Args:
-    rows: pictures, each [H, W, 3] uint8, all of one size; rows may differ in length.
+    rows: cells, each a picture [H, W, 3] uint8, all of one size, or a text; rows may differ in length.
     labels: text of each row.
     columns: text above each column.
 
   Returns:
     The sheet.
   """
-  height, width = np.shape(rows[0][0])[:2]
+  sizes = [np.shape(cell)[:2] for row in rows for cell in row if not isinstance(cell, str)]
+  height, width = sizes[0] if sizes else (CELL, CELL)
   scale = max(1, -(-CELL // min(height, width)))
   height, width = height * scale, width * scale
   count, top = max(len(row) for row in rows), LABEL_HEIGHT if columns else GAP
@@ -48,8 +49,17 @@ def contact_sheet(rows: Sequence[Sequence], labels: Sequence[str], columns: Sequ
     draw.text((LABEL_WIDTH + j * (width + GAP), GAP // 2), label, "black", font)
   for i, (row, label) in enumerate(zip(rows, labels)):
     y = top + i * (height + GAP)
-    draw.text((GAP, y), "\n".join(textwrap.wrap(label, 22)[: height // 14]), "black", font)
-    for j, image in enumerate(row):
-      picture = Image.fromarray(np.asarray(image)).resize((width, height), Image.Resampling.NEAREST)
-      sheet.paste(picture, (LABEL_WIDTH + j * (width + GAP), y))
+    draw.text((GAP, y), wrapped(label, LABEL_WIDTH, height), "black", font)
+    for j, cell in enumerate(row):
+      x = LABEL_WIDTH + j * (width + GAP)
+      if isinstance(cell, str):
+        draw.text((x, y), wrapped(cell, width, height), "black", font)
+      else:
+        sheet.paste(Image.fromarray(np.asarray(cell)).resize((width, height), Image.Resampling.NEAREST), (x, y))
   return sheet
+
+
+def wrapped(text: str, width: int, height: int) -> str:
+  """The text in lines for a cell of so many pixels; what does not fit gives way to an ellipsis."""
+  lines, most = textwrap.wrap(text, max(1, width * 22 // LABEL_WIDTH)), max(1, height // 14)
+  return "\n".join(lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1][:-1] + "…"])

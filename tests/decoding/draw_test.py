@@ -1,124 +1,91 @@
-"""From captions to files: which captions and neighbours, and that every record says how its picture was made."""
+"""From jobs to files: every task leaves its pictures and texts, and every record says how they were made."""
 
 import dataclasses
 
 from etils import epath
-import jax
 import numpy as np
 from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.documents import DocumentStore, Segment, group_id, write_documents
-from cm3leon_jax.decoding import draw
-from cm3leon_jax.mesh import MeshConfig, create_mesh
-from cm3leon_jax.retrieval import clip as clip_lib
-from cm3leon_jax.retrieval import neighbors
-from cm3leon_jax.retrieval.bank import Embeddings
-from cm3leon_jax.settings import default_config, settings_from_config
-from cm3leon_jax.tokenizers import text, vqgan
-from tests.data.raw import write_raw
-from tests.data.stores import VOCAB, make_sources
+from cm3leon_jax.decoding import draw, jobs
+from cm3leon_jax.decoding.asks import TASKS, Ask
+from cm3leon_jax.decoding.generate import Generator, Result, sample_seed
+from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.tokenizers import vqgan
+from tests.data.stores import VOCAB
+from tests.decoding.run import SETTINGS, one_device
 from tests.models.tiny import random_params
-from tests.retrieval.stores import write_bank, write_neighbors
 
-CAPTIONS = ["red apple", "green apple", "blue car", "old house", "new house"]
-CLIP_CONFIG = {"resolution": 8, "patch": 4, "image_width": 64, "image_layers": 1, "text_width": 64, "text_layers": 1}
+SAMPLING = SETTINGS.sampling
 
 
-def make_settings():
-  config = default_config()
-  config.vocab.update(dataclasses.asdict(VOCAB))
-  config.vqgan.update({"resolution": 8, "downsample": 2, "stem": 2, "width": 8, "multipliers": (1,)})
-  config.vqgan.update({"encoder_blocks": (0,), "decoder_blocks": (0,), "code_dim": 4, "adversarial_weight": 0.0})
-  config.clip.update({**CLIP_CONFIG, "text_length": 8, "embed_dim": 16})
-  config.retrieval.update({"backend": "exact"})
-  config.data.update({"sequence_length": 128})
-  config.model.update({"vocab_size": VOCAB.size, "num_layers": 1, "width": 32, "num_heads": 8, "mlp_width": 32})
-  config.model.update({"max_positions": 128, "dtype": "float32"})
-  config.sampling.update({"top_k": 8})
-  config.train.update({"num_samples": 3})
-  return settings_from_config(config)
+def draw_all(form, workdir, folder, todo, clip, **options):
+  with one_device():
+    params = random_params(SETTINGS.model)
+    return draw.draw_all(SETTINGS, form, workdir, epath.Path(folder), params, todo, clip, **options)
 
 
-SETTINGS = make_settings()
+def ready(form, workdir, asks, clip):
+  given = jobs.check_asks(form, asks, workdir)
+  return jobs.make_jobs(SETTINGS, form, workdir, asks, given, clip, workdir)
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-  """What the stages before drawing leave, with random weights."""
-  root = epath.Path(tmp_path_factory.mktemp("draw"))
-  words = [" ".join(CAPTIONS[i % 5].split() + [f"word{i}"]) for i in range(200)] * 3  # Enough for 512 ids.
-  text.train_text_tokenizer(words, VOCAB, text.TextTokenizerConfig(), root / "text_tokenizer")
-  encode = text.TextTokenizer(root / "text_tokenizer", VOCAB).encode
-  about = {"split": "heldout", "source": "test", "license": "CC0-1.0", "attribution": "nobody"}
-  pairs = [{"key": f"h{i}", "caption": caption, **about} for i, caption in enumerate(CAPTIONS)]
-  write_raw(root / "raw", pairs, [np.full((8, 8, 3), 40 * i, np.uint8) for i in range(len(pairs))])
-  bank = make_sources(root / "made", num_pairs=12)[0].store
-  write_documents(root / "documents" / "train_pairs", [bank[i] for i in range(12)], VOCAB)
-  make = lambda i, caption: dataclasses.replace(
-    bank[i], key=f"h{i}", segments=(Segment(False, encode(caption)), bank[i].segments[1])
-  )
-  write_documents(root / "documents" / "heldout_pairs", [make(i, c) for i, c in enumerate(CAPTIONS)], VOCAB)
-  rng = np.random.default_rng(0)
-  vectors = rng.normal(size=(2, 12, 16)).astype(np.float32)
-  texts, images = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
-  keys = np.array([bank[i].key for i in range(12)])
-  write_bank(root / "neighbors" / "train", texts, images, keys, keys)
-  ids = np.stack([rng.permutation(12)[:4] for _ in CAPTIONS]).astype(np.int32)
-  ids[1, 1:] = -1
-  write_neighbors(root / "neighbors" / "heldout_pairs", text_ids=ids)
-  image_params = vqgan.init_params(SETTINGS.vqgan, VOCAB.image_size, jax.random.key(0))
-  vqgan.ImageTokenizer(SETTINGS.vqgan, VOCAB.image_size, image_params).save(root / "vqgan")
-  return root
+def picture(tmp_path_factory):
+  path = tmp_path_factory.mktemp("given") / "a.png"
+  Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+  return str(path)
 
 
 @pytest.fixture(scope="module")
-def clip(workdir):
-  params = clip_lib.init_params(SETTINGS.clip, VOCAB.text_size, jax.random.key(0))
-  return clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, params, text.TextTokenizer(workdir / "text_tokenizer", VOCAB).encode)
+def heldout(workdir, form, clip, tmp_path_factory):
+  """(folder, jobs, records) of two captions with two settings of guidance and of retrieval."""
+  folder = epath.Path(tmp_path_factory.mktemp("samples"))
+  columns = [(n, dataclasses.replace(SAMPLING, guidance=g)) for n in (0, 2) for g in (1.0, 3.0)]
+  todo = jobs.heldout_jobs(form, workdir, 2, 5, columns)
+  return folder, todo, draw_all(form, workdir, folder, todo, clip)
 
 
-def test_heldout_prompts_are_spread_and_know_their_neighbours(workdir):
-  prompts = draw.heldout_prompts(SETTINGS, workdir, 3, seed=7, retrieve=2)
-  assert [p.text for p in prompts] == ["red apple", "blue car", "new house"]
-  assert [p.seed for p in prompts] == [7, 8, 9]
-  assert [p.key for p in prompts] == ["h0", "h2", "h4"]
-  ids = neighbors.load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)
-  bank = DocumentStore(workdir / "documents" / "train_pairs", VOCAB)
-  assert [[d.key for d in p.neighbors] for p in prompts] == [[bank[int(i)].key for i in ids[row][:2]] for row in (0, 2, 4)]
-  every = draw.heldout_prompts(SETTINGS, workdir, 5, seed=7, retrieve=2)
-  assert len(every[1].neighbors) == 1  # It has no second one.
-  with pytest.raises(UserError, match="--captions is 6; only 5 pairs are held out"):
-    draw.heldout_prompts(SETTINGS, workdir, 6, seed=0, retrieve=0)
+@pytest.fixture(scope="module")
+def every_task(workdir, form, clip, picture, tmp_path_factory):
+  """(folder, records by task) of one ask of each task, 16 tokens of text at most, a document of 17."""
+  folder = epath.Path(tmp_path_factory.mktemp("tasks"))
+  fields = {
+    "text_to_image": {"prompt": "red apple", "retrieve": 1, "keep_neighbors": True},
+    "caption": {"image": picture, "length": 16},
+    "question": {"image": picture, "prompt": "what is it?", "length": 16},
+    "infill_text": {"prompt": "a <mask> house <mask>.", "length": 7},
+    "infill_image": {"image": picture, "prompt": "red apple", "box": (2, 2, 6, 6)},
+    "edit": {"image": picture, "prompt": "blue"},
+    "interleaved": {"prompt": "red apple", "length": 17},
+    "unconditional": {},
+  }
+  asks = [Ask(task, **fields[task], seed=i, row=i, sampling=SAMPLING) for i, task in enumerate(TASKS)]
+  # Without a head of their own for image codes the programs are compiled sooner.
+  records = draw_all(form, workdir, folder, ready(form, workdir, asks, clip), clip, image_head=False)
+  assert [record["task"] for record in records] == list(TASKS)
+  return folder, {record["task"]: record for record in records}
 
 
-def test_free_prompts_find_the_neighbours_that_clip_names(workdir, clip):
-  (prompt,) = draw.free_prompts(SETTINGS, workdir, ["green car"], 3, 2, clip, workdir)
-  bank = Embeddings(workdir / "neighbors" / "train")
-  scores = bank.documents[:] @ clip.embed_texts([prompt.ids])[0]
-  assert bank.keys[:][np.argmax(scores)] == group_id(prompt.neighbors[0].key)
-  assert (prompt.seed, prompt.original, len(prompt.neighbors)) == (3, None, 2)
-  assert draw.free_prompts(SETTINGS, workdir, ["green car"], 3, 0, clip, workdir)[0].neighbors == ()
-  with pytest.raises(UserError, match="--prompt is empty"):
-    draw.free_prompts(SETTINGS, workdir, ["car", " "], 0, 0, clip, workdir)
+def read(folder, name):
+  return np.asarray(Image.open(folder / name))
 
 
-def test_every_picture_has_a_file_and_a_record(workdir, clip, tmp_path):
-  folder = epath.Path(tmp_path) / "samples"
-  prompts = draw.heldout_prompts(SETTINGS, workdir, 2, seed=5, retrieve=2)
-  with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
-    records = draw.draw_all(SETTINGS, workdir, folder, random_params(SETTINGS.model), prompts, clip, [1.0, 3.0], [0, 2])
+def decode(workdir, codes):
+  return dataclasses.replace(vqgan.ImageTokenizer.load(workdir / "vqgan"), batch_size=16).decode(np.array([codes]))[0]
+
+
+def test_every_heldout_picture_has_a_file_and_a_record(workdir, heldout):
+  folder, todo, records = heldout
   settings = [(r["prompt"], r["guidance"], r["retrieve"]) for r in records]
-  assert settings == [(p.text, g, k) for k in (0, 2) for g in (1.0, 3.0) for p in prompts]
-  tokenizer = vqgan.ImageTokenizer.load(workdir / "vqgan")
-  for record in records:
+  assert settings == [(p, g, k) for k in (0, 2) for g in (1.0, 3.0) for p in ("red apple", "new house")]
+  for record, job in zip(records, todo):
     assert len(record["codes"]) == SETTINGS.vqgan.image_tokens
-    expected = tokenizer.decode(np.array([record["codes"]]))[0]
-    np.testing.assert_array_equal(np.asarray(Image.open(folder / record["file"])), expected)
+    np.testing.assert_array_equal(read(folder, record["file"]), decode(workdir, record["codes"]))
     assert len(record["neighbours"]) == record["retrieve"]
     assert all(n["license"] == "CC0-1.0" and n["attribution"] == "nobody" for n in record["neighbours"])
-    assert record["log_prob"] < 0
+    assert (record["key"], record["sample"], record["seed"], record["rank"]) == (job.key, 0, job.ask.seed, None)
     assert -1 <= record["clip_score"] <= 1
   assert len({r["file"] for r in records}) == 8
   assert (folder / "contact_sheet.png").exists()
@@ -126,10 +93,156 @@ def test_every_picture_has_a_file_and_a_record(workdir, clip, tmp_path):
   assert records[0]["codes"] != records[4]["codes"]  # So do neighbours.
 
 
+def test_records_say_how_a_sample_was_drawn(every_task):
+  _, records = every_task
+  for i, record in enumerate(records.values()):
+    assert SamplingConfig(**{f.name: record[f.name] for f in dataclasses.fields(SamplingConfig)}) == SAMPLING
+    assert record["seed"] == i
+    assert len(record["ids"]) == len(record["log_probs"])
+    assert record["log_prob"] == pytest.approx(sum(record["log_probs"]), abs=1e-3)
+    assert max(record["log_probs"]) <= 0
+    assert record["log_prob"] < 0
+  assert records["text_to_image"]["keep_neighbors"] is True
+  assert {t for t, r in records.items() if r["clip_score"] is not None} == {"text_to_image", "caption", "infill_image"}
+
+
+@pytest.mark.parametrize("task", ["text_to_image", "infill_image", "edit", "unconditional"])
+def test_tasks_that_make_a_picture(workdir, every_task, task):
+  folder, records = every_task
+  record = records[task]
+  np.testing.assert_array_equal(read(folder, record["file"]), decode(workdir, record["codes"]))
+  if task != "infill_image":
+    assert VOCAB.image_codes(record["ids"][:-1]).tolist() == record["codes"]
+    assert record["ids"][-1] in (VOCAB.eos, VOCAB.brk)
+
+
+def test_infill_keeps_the_codes_around_the_box(workdir, every_task, picture):
+  given = vqgan.ImageTokenizer.load(workdir / "vqgan").encode(np.asarray(Image.open(picture))[None])[0].reshape(4, 4)
+  made = np.array(every_task[1]["infill_image"]["codes"]).reshape(4, 4)
+  outside = np.ones((4, 4), bool)
+  outside[1:3, 1:3] = False
+  np.testing.assert_array_equal(made[outside], given[outside])
+  assert (made != given).any()
+
+
+def test_tasks_that_write_a_text(form, every_task):
+  _, records = every_task
+  for task in ("caption", "question"):
+    ids = np.array(records[task]["ids"])
+    assert ids[-1] == VOCAB.eoss
+    assert records[task]["text"].strip() == form.decode(ids[:-1]).strip()
+    assert "file" not in records[task]
+  infilled = records["infill_text"]
+  assert len(infilled["filled"]) == 2
+  first, second = infilled["filled"]
+  assert first in infilled["text"]
+  assert second in infilled["text"]
+  assert infilled["text"].startswith("a")
+  assert infilled["text"].endswith(".")
+
+
+def test_a_document_continues_its_prompt(every_task):
+  record = every_task[1]["interleaved"]
+  assert record["text"].startswith("red apple")
+  assert record["files"] == []
+  assert len(record["ids"]) <= 17
+
+
+def test_a_document_has_its_pictures_in_order(workdir, form, tmp_path):
+  (job,) = ready(form, workdir, [Ask("interleaved", "red apple", length=60)], None)
+  pictures = [VOCAB.image_ids(np.full(16, code)) for code in (3, 4)]
+  ids = np.concatenate([[VOCAB.brk], pictures[0], [VOCAB.brk], form.encode("blue car"), [VOCAB.brk], pictures[1], [VOCAB.eos]])
+  result = Result(0, 0, 0, ids, np.zeros(len(ids), np.float32), False)
+  (drawn,) = draw._Scribe(form, workdir, epath.Path(tmp_path), None, 1, batch_size=16).write([job], [result])
+  assert drawn.record["text"] == "red apple\n<image>\nblue car\n<image>"
+  assert drawn.record["files"] == ["000_red-apple_image0.png", "000_red-apple_image1.png"]
+  for file, code in zip(drawn.record["files"], (3, 4)):
+    np.testing.assert_array_equal(read(tmp_path, file), decode(workdir, [code] * 16))
+  assert [isinstance(cell, str) for cell in drawn.cells] == [True, False, True, False]
+
+
+def test_a_sheet_shows_pictures_and_texts(every_task, heldout):
+  for folder in (every_task[0], heldout[0]):
+    assert np.asarray(Image.open(folder / "contact_sheet.png")).std() > 10
+
+
+class Brightness:
+  """A CLIP that likes some pictures better than others."""
+
+  resolution = 8
+
+  def encode(self, text):
+    return np.array([1], np.int32)
+
+  def embed_images(self, images):
+    return images.mean(axis=(1, 2, 3))[:, None] / 255
+
+  def embed_texts(self, texts):
+    return np.ones((len(texts), 1))
+
+
+def test_samples_are_ranked_by_their_scores(workdir, form, tmp_path):
+  asks = [Ask(prompt=prompt, seed=3 + i, sampling=SAMPLING, row=i) for i, prompt in enumerate(("red apple", "blue car"))]
+  todo = ready(form, workdir, asks, None)
+  options = {"samples": 3, "batch_size": 2}
+  plain = draw_all(form, workdir, tmp_path / "plain", todo, Brightness(), **options)
+  ranked = draw_all(form, workdir, tmp_path / "ranked", todo, Brightness(), rank=True, **options)
+  assert [(r["prompt"], r["sample"], r["rank"]) for r in plain[:4]] == [
+    *(("red apple", n, None) for n in range(3)),
+    ("blue car", 0, None),
+  ]
+  assert [r["seed"] for r in plain] == [sample_seed(3 + i, n) for i in range(2) for n in range(3)]
+  for start in (0, 3):
+    part = ranked[start : start + 3]
+    assert [r["rank"] for r in part] == [1, 2, 3]
+    assert [r["clip_score"] for r in part] == sorted((r["clip_score"] for r in part), reverse=True)
+    by_sample = [{**r, "rank": None} for r in sorted(part, key=lambda r: r["sample"])]
+    assert by_sample == plain[start : start + 3]
+  assert [r["sample"] for r in ranked] != [r["sample"] for r in plain]
+  assert len({tuple(r["codes"]) for r in plain}) == 6
+  # A sample is the same by itself as in the company of others.
+  (alone,) = draw_all(form, workdir, tmp_path / "alone", todo[1:], Brightness(), batch_size=1)
+  assert alone["codes"] == plain[3]["codes"]
+
+
+def test_pictures_are_written_before_the_last_batch_is_drawn(workdir, form, tmp_path, monkeypatch):
+  todo = ready(form, workdir, [Ask(prompt="red apple", sampling=SAMPLING)], None)
+  seen, original = [], Generator._batch
+
+  def batch(*args):
+    seen.append(sorted(p.name for p in tmp_path.iterdir()))
+    return original(*args)
+
+  monkeypatch.setattr(Generator, "_batch", batch)
+  draw_all(form, workdir, tmp_path, todo, None, samples=2, batch_size=1)
+  assert seen == [[], ["000_red-apple_guidance3_retrieve0_sample0.png"]]
+
+
+def test_a_bar_counts_every_token():
+  bar = []
+  progress = draw._Progress(type("Bar", (), {"update": lambda self, n: bar.append(n)})(), batch_size=4)
+  progress.begin(6)
+  progress.tell(10)
+  progress.end(4, 64)
+  progress.tell(16)
+  progress.end(2, 32)
+  assert bar == [40, 24, 32, 0]
+
+
+def test_a_caption_without_words_comes_last():
+  one = lambda score: draw.Drawn({"clip_score": score}, ())
+  assert [d.record["clip_score"] for d in draw.ranked([one(None), one(-0.5), one(0.5)])] == [0.5, -0.5, None]
+
+
 def test_the_trainers_grid(workdir, tmp_path):
-  with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
+  with one_device():
     draw.sample_drawer(SETTINGS, workdir, tmp_path / "grid")(random_params(SETTINGS.model), 12)
   assert [p.name for p in (tmp_path / "grid").iterdir()] == ["step_000012.png"]
+
+
+def test_a_request_without_a_prompt_is_refused(workdir, form):
+  with pytest.raises(UserError, match="task text_to_image needs a prompt"):
+    jobs.check_asks(form, [Ask()], workdir)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("Red  apple!", "red-apple"), ("...", "prompt"), ("x" * 99, "x" * 40)])

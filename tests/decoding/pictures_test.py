@@ -17,3 +17,19 @@ def test_contact_sheet_places_pictures(tmp_path):
     for j, color in enumerate(row):
       y, x = pictures.LABEL_HEIGHT + i * step, pictures.LABEL_WIDTH + j * step
       assert (sheet[y : y + size, x : x + size] == color).all()
+
+
+def test_contact_sheet_holds_texts_beside_pictures():
+  picture = np.full((64, 64, 3), 255, np.uint8)
+  sheet = np.asarray(pictures.contact_sheet([[picture, "a red apple"], ["alone"]], ["", ""]))
+  step, left = 128 + pictures.GAP, pictures.LABEL_WIDTH
+  written = lambda i, j: (sheet[pictures.GAP + i * step :, left + j * step :][:128, :128] < 128).any()
+  assert [[written(i, j) for j in range(2)] for i in range(2)] == [[False, True], [True, False]]
+  assert pictures.contact_sheet([["only", "texts"]], [""]).size == (left + 2 * step, pictures.GAP + step)
+
+
+def test_a_long_text_ends_in_an_ellipsis():
+  lines = pictures.wrapped("word " * 100, 150, 42).split("\n")
+  assert len(lines) == 3
+  assert lines[-1].endswith("…")
+  assert pictures.wrapped("two words", 150, 42) == "two words"

@@ -1,0 +1,30 @@
+"""One tiny run that the tests of this folder read."""
+
+from etils import epath
+import jax
+import pytest
+
+from cm3leon_jax.decoding import draw
+from cm3leon_jax.retrieval import clip as clip_lib
+from cm3leon_jax.tokenizers import text
+from tests.data.stores import VOCAB
+from tests.decoding.run import SETTINGS, make_run
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+  """What the stages before decoding leave, with random weights."""
+  root = epath.Path(tmp_path_factory.mktemp("run"))
+  make_run(root)
+  return root
+
+
+@pytest.fixture(scope="session")
+def form(workdir):
+  return draw.open_format(SETTINGS, workdir)
+
+
+@pytest.fixture(scope="session")
+def clip(workdir):
+  params = clip_lib.init_params(SETTINGS.clip, VOCAB.text_size, jax.random.key(0))
+  return clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, params, text.TextTokenizer(workdir / "text_tokenizer", VOCAB).encode)

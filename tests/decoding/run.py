@@ -1,0 +1,68 @@
+"""A run as the stages before decoding leave it, with random weights and everything tiny."""
+
+import contextlib
+import dataclasses
+
+from etils import epath
+import jax
+import numpy as np
+
+from cm3leon_jax.data.documents import Segment, write_documents
+from cm3leon_jax.mesh import MeshConfig, create_mesh
+from cm3leon_jax.settings import default_config, settings_from_config
+from cm3leon_jax.tokenizers import text, vqgan
+from tests.data.raw import write_raw
+from tests.data.stores import VOCAB, make_sources
+from tests.retrieval.stores import write_bank, write_neighbors
+
+CAPTIONS = ["red apple", "green apple", "blue car", "old house", "new house"]
+CLIP_CONFIG = {"resolution": 8, "patch": 4, "image_width": 64, "image_layers": 1, "text_width": 64, "text_layers": 1}
+
+
+def make_config():
+  config = default_config()
+  config.vocab.update(dataclasses.asdict(VOCAB))
+  config.vqgan.update({"resolution": 8, "downsample": 2, "stem": 2, "width": 8, "multipliers": (1,)})
+  config.vqgan.update({"encoder_blocks": (0,), "decoder_blocks": (0,), "code_dim": 4, "adversarial_weight": 0.0})
+  config.clip.update({**CLIP_CONFIG, "text_length": 8, "embed_dim": 16})
+  config.retrieval.update({"backend": "exact"})
+  config.data.update({"sequence_length": 128})
+  config.model.update({"vocab_size": VOCAB.size, "num_layers": 1, "width": 32, "num_heads": 8, "mlp_width": 32})
+  config.model.update({"max_positions": 128, "dtype": "float32"})
+  config.sampling.update({"top_k": 8})
+  config.train.update({"num_samples": 3})
+  return config
+
+
+SETTINGS = settings_from_config(make_config())
+
+
+def one_device() -> contextlib.AbstractContextManager:
+  """A mesh of one."""
+  return jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
+
+
+def make_run(root: epath.Path) -> None:
+  """Five held-out pairs of 8 x 8 pixels, and a bank of twelve documents."""
+  words = [" ".join(CAPTIONS[i % 5].split() + [f"word{i}"]) for i in range(200)] * 3  # Enough for 512 ids.
+  text.train_text_tokenizer(words, VOCAB, text.TextTokenizerConfig(), root / "text_tokenizer")
+  encode = text.TextTokenizer(root / "text_tokenizer", VOCAB).encode
+  about = {"split": "heldout", "source": "test", "license": "CC0-1.0", "attribution": "nobody"}
+  pairs = [{"key": f"h{i}", "caption": caption, **about} for i, caption in enumerate(CAPTIONS)]
+  write_raw(root / "raw", pairs, [np.full((8, 8, 3), 40 * i, np.uint8) for i in range(len(pairs))])
+  bank = make_sources(root / "made", num_pairs=12)[0].store
+  write_documents(root / "documents" / "train_pairs", [bank[i] for i in range(12)], VOCAB)
+  make = lambda i, caption: dataclasses.replace(
+    bank[i], key=f"h{i}", segments=(Segment(False, encode(caption)), bank[i].segments[1])
+  )
+  write_documents(root / "documents" / "heldout_pairs", [make(i, c) for i, c in enumerate(CAPTIONS)], VOCAB)
+  rng = np.random.default_rng(0)
+  vectors = rng.normal(size=(2, 12, 16)).astype(np.float32)
+  texts, images = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+  keys = np.array([bank[i].key for i in range(12)])
+  write_bank(root / "neighbors" / "train", texts, images, keys, keys)
+  ids = np.stack([rng.permutation(12)[:4] for _ in CAPTIONS]).astype(np.int32)
+  ids[1, 1:] = -1
+  write_neighbors(root / "neighbors" / "heldout_pairs", text_ids=ids)
+  image_params = vqgan.init_params(SETTINGS.vqgan, VOCAB.image_size, jax.random.key(0))
+  vqgan.ImageTokenizer(SETTINGS.vqgan, VOCAB.image_size, image_params).save(root / "vqgan")

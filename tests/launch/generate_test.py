@@ -1,0 +1,133 @@
+"""The command end to end: what its flags ask for, where it goes, and that mistakes are told before anything is compiled."""
+
+import json
+
+from absl import flags
+from absl.testing import flagsaver
+from etils import epath
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.decoding import draw
+from cm3leon_jax.evaluation import summary
+from cm3leon_jax.retrieval import clip as clip_lib
+from cm3leon_jax.training import checkpoint
+from launch import common, generate
+from tests.data.stores import VOCAB
+from tests.decoding.run import SETTINGS, make_run, one_device
+from tests.models.tiny import random_params
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  """A finished run."""
+  root = epath.Path(tmp_path_factory.mktemp("run"))
+  make_run(root)
+  params = clip_lib.init_params(SETTINGS.clip, VOCAB.text_size, jax.random.key(0))
+  clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, params).save(root / "clip")
+  for name in ("text_tokenizer", "vqgan", "documents", "neighbors", "clip", "train"):
+    stages.write_json(root / name / stages.DONE, {"id": name, "config": {}, "summary": {}, "seconds": 1.0})
+  stages.write_json(root / "train" / "config.json", {"run": common.identity(SETTINGS, "vocab", "model")})
+  return root
+
+
+@pytest.fixture
+def run(workdir, monkeypatch):
+  """Runs the command with some flags; returns what it prints last."""
+  monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
+  monkeypatch.setattr(checkpoint, "load_params", lambda folder, config: (random_params(config), 7))
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+
+  def call(**values):
+    with flagsaver.flagsaver(**values):
+      generate.main(SETTINGS, workdir)
+
+  return call
+
+
+@pytest.fixture
+def picture(tmp_path):
+  path = tmp_path / "a.png"
+  Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+  return str(path)
+
+
+def read_lines(folder):
+  return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_heldout_captions_go_to_samples(run, workdir, capsys):
+  run(captions=2, guidance=["1", "3"], retrieve=["0"])
+  records = read_lines(workdir / "samples")
+  assert [(r["prompt"], r["guidance"]) for r in records] == [(p, g) for g in (1.0, 3.0) for p in ("red apple", "new house")]
+  scores = summary.collect(workdir)["samples"]["clip_score"]
+  assert [(row["guidance"], row["retrieve"], row["samples"]) for row in scores] == [(1.0, 0, 2), (3.0, 0, 2)]
+  out = capsys.readouterr().out
+  assert "guidance 3, 0 retrieved: CLIP score" in out
+  assert f"generate: all in {workdir / 'samples'}, side by side in " in out
+  run(captions=2, guidance=["1", "3"], retrieve=["0"])
+  assert "finished already, skipped" in capsys.readouterr().out
+  with pytest.raises(UserError, match="samples holds the run of another config"):
+    run(captions=2, guidance=["1", "3"], retrieve=["0"], samples=2)
+
+
+def test_a_prompt_has_a_folder_for_every_set_of_settings(run, workdir):
+  for guidance in ("1", "3"):
+    run(prompt=["red apple"], guidance=[guidance], retrieve=["0"], seed=5, batch_size=2)
+  folders = sorted((workdir / "prompts").glob("red-apple-*"))
+  assert len(folders) == 2
+  assert {read_lines(folder)[0]["guidance"] for folder in folders} == {1.0, 3.0}
+  assert {p.suffix for folder in folders for p in folder.iterdir()} == {".png", ".json", ".jsonl"}
+
+
+def test_a_file_of_prompts(run, workdir, picture, tmp_path, capsys):
+  lines = [{"prompt": "red apple", "retrieve": 0}, {"task": "caption", "image": "a.png", "length": 5}]
+  (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  run(prompts=str(tmp_path / "mine.jsonl"), seed=3)
+  (folder,) = (workdir / "prompts").glob("mine-*")
+  drawn, caption = read_lines(folder)
+  assert (drawn["task"], drawn["seed"], caption["task"], caption["seed"], caption["image"]) == (
+    "text_to_image", 3, "caption", 4, picture,
+  )  # fmt: skip
+  assert f"{picture}: " in capsys.readouterr().out
+  Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(picture)  # Another picture of the same name is another thing to ask for.
+  run(prompts=str(tmp_path / "mine.jsonl"), seed=3)
+  assert len(list((workdir / "prompts").glob("mine-*"))) == 2
+
+
+MISTAKES = [
+  ({"task": "paint"}, "task is 'paint'; it must be one of text_to_image, "),
+  ({"task": "caption"}, "task caption needs an image, and none is given."),
+  ({"prompt": ["a"], "rank": True}, "--rank orders the samples of a prompt, and there is one: give --samples=8, say."),
+  ({"task": "unconditional", "rank": True, "samples": 2}, "--rank is given, and CLIP cannot score task unconditional"),
+  ({"prompt": ["a"], "guidance": ["much"]}, "--guidance is 'much'; it must be numbers, like 3.0 or 1,3."),
+  ({"prompt": ["a"], "retrieve": ["-1"]}, r"--retrieve is \[-1\]; each must be a finite number of at least 0"),
+  ({"task": "caption", "image": ["a.png"], "guidance": ["3"]}, "--guidance is given, which task caption does not use: "),
+  ({"task": "infill_text", "prompt": ["<mask>"], "retrieve": ["0", "1"]}, "--guidance or --retrieve has several values: only"),
+  ({"prompts": "a.jsonl", "guidance": ["1", "3"]}, "--guidance or --retrieve has several values: only"),
+  ({"prompts": "a.jsonl", "prompt": ["b"]}, "--prompts and --prompt are given: put what you ask for into the file, or on"),
+  ({"prompts": "nowhere.jsonl"}, "--prompts names nowhere.jsonl, which does not exist: "),
+  ({"bank": "elsewhere"}, "--bank is given without --prompt; held-out captions have the neighbours that their run found"),
+  ({"task": "infill_image", "image": ["a.png"], "box": ["0", "x"]}, "--box is '0,x'; it must be four whole numbers"),
+  ({"task": "infill_image", "image": ["a.png"], "box": ["0", "0", "9", "2"]}, "box is 0,0,9,2; it must lie within the"),
+  ({"task": "question", "image": ["nowhere.png"], "prompt": ["a"], "length": 9}, "image nowhere.png cannot be read"),
+  (
+    {"prompt": ["car " * 200], "retrieve": ["0"]},
+    "the prompt has 203 tokens and up to 17 follow; the model was trained on 128",
+  ),
+]
+
+
+@pytest.mark.parametrize(("values", "sentence"), MISTAKES)
+def test_a_mistake_is_told_before_anything_is_done(run, workdir, values, sentence, monkeypatch):
+  monkeypatch.setattr(draw, "draw_all", None)
+  monkeypatch.setattr(checkpoint, "load_params", None)
+  before = sorted(workdir.glob("*/*"))
+  with pytest.raises(UserError, match=f"^{sentence}"):
+    run(**values)
+  assert sorted(workdir.glob("*/*")) == before
