@@ -1,0 +1,121 @@
+"""Guided decoding on this machine: tokens/s of this project and of its peers in turns, and the share of the floor reached.
+
+  OMP_WAIT_POLICY=passive python -m benchmarks.decode             # torch and transformers too; needs the extra [dev]
+  python -m benchmarks.decode --peers=false --weight_dtype=int8
+
+4 prompts of 32 tokens (the unconditional one has 3), 256 new tokens, guidance 3, top-k 256, top-p 0.9, fp32. The floor of a
+step is reading the weights and what the cache holds once, at the bandwidth of a plain read.
+"""
+
+import tempfile
+import time
+
+from absl import app, flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import decode_peers as peers_lib
+from benchmarks.train_step import measured_peak
+from cm3leon_jax.decoding import decode, grammar, weights
+from cm3leon_jax.decoding import prompts as prompts_lib
+from cm3leon_jax.decoding.batch import prompt_arrays, stream_widths
+from cm3leon_jax.decoding.cache import DTYPES as CACHE_DTYPES
+from cm3leon_jax.decoding.generate import Generator, GeneratorConfig
+from cm3leon_jax.decoding.grammar import Grammar
+from cm3leon_jax.export import huggingface
+from cm3leon_jax.mesh import MeshConfig, create_mesh
+from cm3leon_jax.vocab import VocabLayout
+
+_RUNS = flags.DEFINE_integer("runs", 5, "Runs that are timed, after one that is not.", lower_bound=1)
+_PEERS = flags.DEFINE_bool("peers", True, "Time torch and transformers, too.")
+_WEIGHT_DTYPE = flags.DEFINE_enum("weight_dtype", "compute", weights.DTYPES, "Of this project's weights.")
+_CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "compute", CACHE_DTYPES, "Of this project's cache.")
+
+VOCAB, MODEL, NEW_TOKENS = VocabLayout(), peers_lib.MODEL, peers_lib.NEW_TOKENS
+
+
+def ours(params, image_head: bool) -> peers_lib.Peer:
+  """This project's decoder; image_head as in GeneratorConfig."""
+  options = {"weight_dtype": _WEIGHT_DTYPE.value, "cache_dtype": _CACHE_DTYPE.value, "image_head": image_head}
+  generator = Generator(params, GeneratorConfig(MODEL, VOCAB, NEW_TOKENS, MODEL.max_positions, **options))
+
+  def run(prompts, seed):
+    requests = [prompts_lib.text_to_image(VOCAB, NEW_TOKENS, p[1:-1]) for p in prompts]
+    found = generator.generate(requests, range(seed, seed + len(prompts)))
+    return np.stack([r.codes(VOCAB) for r in found])
+
+  return run
+
+
+def read_bandwidth(gib: float = 1.0, repeats: int = 9) -> float:
+  """Bytes/s of the fastest of `repeats` sums of an array."""
+  array = jnp.ones((int(gib * 2**28),), jnp.float32)
+  total, seconds = jax.jit(jnp.sum), []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    total(array).block_until_ready()
+    seconds.append(time.perf_counter() - start)
+  return array.nbytes / min(seconds[1:])
+
+
+def step_bytes(params, image_head: bool, prompts) -> float:
+  """Bytes of fp32 weights, and of keys and values at half the image, that a step has to read."""
+  block_bytes = sum(x.nbytes for x in jax.tree.leaves(params["blocks"]))
+  head_bytes = (VOCAB.image_size if image_head else VOCAB.size) * MODEL.width * 4
+  unconditional = len(prompts_lib.unconditional_prompt(VOCAB))
+  slots = sum(len(p) + unconditional + NEW_TOKENS for p in prompts)
+  return block_bytes + head_bytes + 2 * MODEL.num_layers * slots * MODEL.width * 4
+
+
+def prefill_seconds(params, prompts, repeats: int = 9) -> tuple[float, int]:
+  """Median seconds of a prefill, and the tokens that it reads."""
+  made = weights.prepare(params, config=MODEL, vocab=VOCAB)
+  requests = [prompts_lib.text_to_image(VOCAB, NEW_TOKENS, p[1:-1]) for p in prompts]
+  arrays = prompt_arrays([s for r in requests for s in r.streams], VOCAB.pad, 1)
+  plan, seconds = grammar.plan_array([r.plan for r in requests]), []
+  static = {
+    "config": MODEL,
+    "grammar": Grammar(VOCAB, NEW_TOKENS),
+    "longest": NEW_TOKENS + 1,
+    "room": 128,
+    "widths": stream_widths(arrays, 2),
+  }
+  begin = jax.jit(decode.begin, static_argnames=tuple(static))
+  for _ in range(repeats + 1):
+    start = time.perf_counter()
+    jax.block_until_ready(begin(made.params, arrays, plan, **static))
+    seconds.append(time.perf_counter() - start)
+  return float(np.median(seconds[1:])), int(arrays.rests[1].sum())
+
+
+def main(_) -> None:
+  params = peers_lib.random_params(MODEL)
+  prompts, tensors = peers_lib.random_prompts(VOCAB, peers_lib.BATCH, peers_lib.PROMPT), huggingface.opt_tensors(params)
+  with jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])), tempfile.TemporaryDirectory() as folder:
+    placed = jax.tree.map(jnp.asarray, params)
+    names = {"full head": False, "image rows of the head": True}
+    peers = {f"this project, {name}": ours(placed, image_head) for name, image_head in names.items()}
+    if _PEERS.value:
+      for product in peers_lib.PRODUCTS:
+        peers[f"torch loop, {product}"] = peers_lib.torch_loop(tensors, MODEL, VOCAB, NEW_TOKENS, product=product)
+      huggingface.export(folder, params, MODEL, VOCAB, None)
+      peers["transformers generate"] = peers_lib.transformers_generate(folder, VOCAB, NEW_TOKENS)
+    bandwidth = read_bandwidth()
+    found = peers_lib.rates(peers, prompts, _RUNS.value)
+    bandwidth = max(bandwidth, read_bandwidth())
+    print(f"{jax.devices()[0].device_kind}: plain read {bandwidth / 2**30:.1f} GiB/s; tokens/s of {_RUNS.value} runs:")
+    for name, rates in found.items():
+      print(f"  {name:<36} median {np.median(rates):6.1f} ({min(rates):.1f} to {max(rates):.1f})")
+    for name, image_head in names.items():
+      floor = peers_lib.BATCH * bandwidth / step_bytes(params, image_head, prompts)
+      rate = np.median(found[f"this project, {name}"])
+      print(f"floor, fp32, {name}: {floor:.0f} tokens/s; reached {rate / floor:.0%}")
+    seconds, tokens = prefill_seconds(placed, prompts)
+    flops = 2 * tokens * sum(x.size for x in jax.tree.leaves(params["blocks"]))
+    peak = measured_peak("float32")
+    print(f"prefill: {seconds * 1e3:.1f} ms, {tokens / seconds:,.0f} tokens/s, {flops / seconds / peak:.0%} of the matrix peak")
+
+
+if __name__ == "__main__":
+  app.run(main)

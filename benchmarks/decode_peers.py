@@ -1,0 +1,241 @@
+"""Guided decoding outside JAX, what `benchmarks.decode` compares with: torch loops and transformers, fp32 on a CPU.
+
+All read the same weights in the layout of `cm3leon_jax.export.huggingface`. They score the whole vocabulary at each token; our
+decoder scores the image's ids alone. torch's threads spin while they wait, which costs milliseconds a product when another
+process has a core: `OMP_WAIT_POLICY=passive` prevents it, and has to be set before torch is imported.
+"""
+
+# B prompts, R = 2B rows (conditional, then unconditional), P prompt slots, I new tokens, T = P + I cache slots, L length,
+# K layers, D width, N heads, H head size, V vocabulary.
+
+from collections.abc import Callable, Sequence
+import time
+
+import jax
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cm3leon_jax.decoding.prompts import unconditional_prompt
+from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.export import huggingface
+from cm3leon_jax.mesh import MeshConfig, create_mesh
+from cm3leon_jax.models import transformer
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.vocab import VocabLayout
+
+BATCH, PROMPT, NEW_TOKENS = 4, 32, 256
+MODEL = ModelConfig(
+  vocab_size=64_512,
+  num_layers=8,
+  width=512,
+  num_heads=8,
+  mlp_width=2_048,
+  max_positions=512,
+  dtype="float32",
+  remat_policy="none",
+)
+
+# How the torch loop multiplies by a weight: F.linear; the product turned round, for few rows up to twice as fast; or on weights
+# packed into oneDNN's layout, as torch.compile does with frozen weights (its operators have no public name).
+PRODUCTS = ("linear", "turned", "packed")
+
+Peer = Callable[[Sequence[np.ndarray], int], np.ndarray]  # (B prompts of int32 ids, seed) -> [B, I] ids.
+
+
+def random_params(config: ModelConfig, std: float = 0.02, seed: int = 0) -> dict:
+  """Normal parameters on the host, residual outputs included, which a fresh `opt` model has at 0: logits are not tiny."""
+  rng = np.random.default_rng(seed)
+  with jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])):
+    types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+  return jax.tree.map(lambda x: std * rng.standard_normal(x.shape, np.float32), types)
+
+
+class TorchDecoder:
+  """The `opt` decoder over a static cache; its products with weights are one of `PRODUCTS`."""
+
+  def __init__(self, tensors: dict[str, np.ndarray], config: ModelConfig, product: str, rows: int):
+    self.config = config
+    read = lambda name: torch.from_numpy(tensors[f"model.decoder.{name}.weight"])
+    self.embed = read("embed_tokens")
+    self.positions = read("embed_positions")[huggingface.OPT_OFFSET :].contiguous()
+    self.layers = []
+    for i in range(config.num_layers):
+      part = lambda name, i=i: read(f"layers.{i}.{name}")
+      qkv = torch.cat([part(f"self_attn.{name}_proj") for name in "qkv"])
+      weights = (qkv, part("self_attn.out_proj"), part("fc1"), part("fc2"))
+      self.layers.append([_linear(w, product, rows) for w in weights])
+    self.head = _linear(self.embed, product, rows)
+
+  def empty_cache(self, rows: int, slots: int):
+    """Keys and values, [2, K, R, N, T, H]."""
+    return torch.empty(2, self.config.num_layers, rows, self.config.num_heads, slots, self.config.head_dim)
+
+  def __call__(self, tokens, positions, mask, cache, slot: int):
+    """Reads L tokens a row into slots [slot, slot + L) and returns the logits after the last.
+
+    Args:
+      tokens: [R, L] int64.
+      positions: [R, L] int64, index within the sample.
+      mask: [R, 1, L or 1, slot + L] fp32, added to the scores.
+      cache: of `empty_cache`, written in place.
+      slot: the first slot that is written.
+
+    Returns:
+      [R, V] fp32.
+    """
+    rows, length = tokens.shape
+    end, width = slot + length, self.config.width
+    x = (self.embed[tokens] + self.positions[positions]).view(-1, width)
+    norm = lambda x: F.layer_norm(x, (width,), eps=1e-5)
+    for layer, (qkv, out, up, down) in enumerate(self.layers):
+      heads = qkv(norm(x)).view(rows, length, 3, self.config.num_heads, self.config.head_dim)
+      q, k, v = heads.permute(2, 0, 3, 1, 4)
+      cache[0, layer, :, :, slot:end], cache[1, layer, :, :, slot:end] = k, v
+      keys, values = cache[:, layer, :, :, :end]
+      attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+      x = x + out(attended.transpose(1, 2).reshape(-1, width))
+      x = x + down(F.relu(up(norm(x))))
+    return self.head(norm(x.view(rows, length, width)[:, -1]))
+
+
+def _linear(weight, product: str, rows: int):
+  """[out, in] weight -> a function of [R, in] to [R, out]. product: of `PRODUCTS`."""
+  if product == "packed":
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+  if product == "turned":
+    return lambda x: (weight @ x.T).T.contiguous()
+  return lambda x: F.linear(x, weight)
+
+
+def pad_left(prompts: Sequence[np.ndarray], slots: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+  """Prompts of unequal length -> ([R, slots] int32 ids, [R, slots] bool: which are real), real ones at the right."""
+  tokens, valid = np.full((len(prompts), slots), pad, np.int32), np.zeros((len(prompts), slots), bool)
+  for row, prompt in enumerate(prompts):
+    tokens[row, slots - len(prompt) :] = prompt
+    valid[row, slots - len(prompt) :] = True
+  return tokens, valid
+
+
+def draw(logits, sampling: SamplingConfig, generator):
+  """[R, V] logits, conditional rows first -> [B] ids: guidance, top-k, top-p among these, one draw a row."""
+  conditional, unconditional = logits.chunk(2)
+  guided = torch.lerp(unconditional, conditional, sampling.guidance) / sampling.temperature
+  values, ids = torch.topk(guided, min(sampling.top_k, guided.shape[1]))
+  probabilities = F.softmax(values, dim=-1)
+  before = probabilities.cumsum(-1) - probabilities
+  # multinomial divides by the sum.
+  choice = torch.multinomial(probabilities.masked_fill(before >= sampling.top_p, 0), 1, generator=generator)
+  return ids.gather(1, choice)[:, 0]
+
+
+def torch_loop(
+  tensors: dict[str, np.ndarray],
+  config: ModelConfig,
+  vocab: VocabLayout,
+  new_tokens: int,
+  sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
+  product: str = "linear",
+  batch: int = 4,
+) -> Peer:
+  """A static cache, both streams in one batch, prefill in one pass: what the decoder is without a framework around it.
+
+  Args:
+    tensors: of `huggingface.opt_tensors`.
+    config: of the model, family `opt`.
+    vocab: the layout of its ids.
+    new_tokens: I, drawn for every prompt; none ends it.
+    sampling: how a token is drawn; top_k at least 1.
+    product: of `PRODUCTS`.
+    batch: prompts that a packed layout is chosen for; others work too.
+  """
+  model = TorchDecoder(tensors, config, product, 2 * batch)
+
+  @torch.inference_mode()
+  def run(prompts, seed):
+    rows = [*prompts, *[unconditional_prompt(vocab)] * len(prompts)]
+    slots = max(map(len, rows))
+    tokens, valid = map(torch.from_numpy, pad_left(rows, slots, vocab.pad))
+    lengths = valid.sum(1)
+    # Finite, so that a padding query, which sees no key, is not NaN.
+    hidden = torch.finfo(torch.float32).min
+    mask = torch.zeros(len(rows), 1, 1, slots + new_tokens)
+    mask[..., :slots].masked_fill_(~valid[:, None, None], hidden)
+    causal = torch.ones(slots, slots, dtype=torch.bool).tril()
+    prompt_mask = mask[..., :slots].masked_fill(~causal, hidden)
+    cache, generator = model.empty_cache(len(rows), slots + new_tokens), torch.Generator().manual_seed(seed)
+    positions = (valid.cumsum(1) - 1).clamp(min=0)
+    logits = model(tokens.long(), positions, prompt_mask, cache, 0)
+    found = torch.empty(len(prompts), new_tokens, dtype=torch.long)
+    for t in range(new_tokens):
+      found[:, t] = ids = draw(logits, sampling, generator)
+      if t + 1 < new_tokens:
+        end = slots + t + 1
+        logits = model(ids.repeat(2)[:, None], (lengths + t)[:, None], mask[..., :end], cache, slots + t)
+    return found.numpy()
+
+  return run
+
+
+def transformers_generate(
+  folder,
+  vocab: VocabLayout,
+  new_tokens: int,
+  sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
+) -> Peer:
+  """`OPTForCausalLM.generate` with its own guidance, which runs the two streams one after the other.
+
+  `sdpa` with a static cache was the fastest of sdpa and eager, static and growing cache, by a few percent. The unconditional
+  stream's cache grows in any case.
+
+  Args:
+    folder: of `huggingface.export`.
+    vocab: the layout of the ids.
+    new_tokens: I; the end of a sample cannot be drawn before.
+    sampling: how a token is drawn; top_k at least 1.
+  """
+  import transformers
+
+  model = transformers.OPTForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="sdpa").eval()
+
+  @torch.inference_mode()
+  def run(prompts, seed):
+    slots = max(map(len, prompts))
+    tokens, valid = map(torch.from_numpy, pad_left(prompts, slots, vocab.pad))
+    negative = torch.from_numpy(np.stack([unconditional_prompt(vocab)] * len(prompts)))
+    torch.manual_seed(seed)
+    found = model.generate(
+      tokens.long(),
+      attention_mask=valid.long(),
+      negative_prompt_ids=negative.long(),
+      negative_prompt_attention_mask=torch.ones_like(negative).long(),
+      guidance_scale=sampling.guidance,
+      do_sample=True,
+      temperature=sampling.temperature,
+      top_k=sampling.top_k,
+      top_p=sampling.top_p,
+      min_new_tokens=new_tokens,
+      max_new_tokens=new_tokens,
+      cache_implementation="static",
+    )
+    return found[:, slots:].numpy()
+
+  return run
+
+
+def rates(peers: dict[str, Peer], prompts: Sequence[np.ndarray], runs: int) -> dict[str, list[float]]:
+  """Tokens/s of each of `runs` runs, B * I tokens each, after one that is not timed; the peers take turns."""
+  found = {name: [] for name in peers}
+  for seed in range(runs + 1):
+    for name, peer in peers.items():
+      start = time.perf_counter()
+      tokens = peer(prompts, seed).size
+      found[name].append(tokens / (time.perf_counter() - start))
+  return {name: x[1:] for name, x in found.items()}
+
+
+def random_prompts(vocab: VocabLayout, batch: int, length: int, seed: int = 0) -> list[np.ndarray]:
+  """`batch` prompts `</s> caption <break>` of `length` random ids."""
+  captions = np.random.default_rng(seed).integers(vocab.num_special, vocab.text_size, (batch, length - 2))
+  return [np.array([vocab.eos, *caption, vocab.brk], np.int32) for caption in captions]

@@ -1,0 +1,99 @@
+"""The peers of the decoder draw what an uncached forward pass of the exported model says."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from cm3leon_jax.decoding.prompts import unconditional_prompt
+from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.export import huggingface
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.vocab import VocabLayout
+
+VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
+CONFIG = ModelConfig(vocab_size=320, num_layers=3, width=48, num_heads=4, mlp_width=96, max_positions=40, dtype="float32")
+GREEDY = SamplingConfig(top_k=1)
+NEW_TOKENS = 10
+
+
+@pytest.fixture(scope="module")
+def peers():
+  torch = pytest.importorskip("torch")
+  pytest.importorskip("transformers")
+  from benchmarks import decode_peers
+
+  # Threads wait for each other by spinning: seconds instead of milliseconds when the cores are shared.
+  threads = torch.get_num_threads()
+  torch.set_num_threads(1)
+  yield decode_peers
+  torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def exported(peers, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("exported")
+  params = peers.random_params(CONFIG, std=0.2)
+  huggingface.export(folder, params, CONFIG, VOCAB, None)
+  return folder, huggingface.opt_tensors(params)
+
+
+def prompts():
+  rng = np.random.default_rng(0)
+  return [rng.integers(8, 264, n).astype(np.int32) for n in (9, 2, 5)]
+
+
+def uncached(folder, prompt, guidance):
+  """[I] ids: the largest guided logit after the whole sample so far, unpadded, and its lead over the next one."""
+  import torch
+  import transformers
+
+  model = transformers.OPTForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+  found, leads = [], []
+  for _ in range(NEW_TOKENS):
+    with torch.inference_mode():
+      c, u = (model(torch.tensor([[*p, *found]])).logits[0, -1] for p in (prompt, unconditional_prompt(VOCAB)))
+    top = torch.topk(u + guidance * (c - u), 2)
+    found.append(int(top.indices[0]))
+    leads.append(float(top.values[0] - top.values[1]))
+  return found, min(leads)
+
+
+@pytest.mark.parametrize("product", ["linear", "turned", "packed"])
+def test_loop_equals_an_uncached_model(peers, exported, product):
+  import torch
+
+  if product == "packed" and not torch.backends.mkldnn.is_available():
+    pytest.skip("torch without oneDNN")
+  folder, tensors = exported
+  found = peers.torch_loop(tensors, CONFIG, VOCAB, NEW_TOKENS, GREEDY, product)(prompts(), 0)
+  expected, leads = zip(*(uncached(folder, p, GREEDY.guidance) for p in prompts()))
+  assert min(leads) > 1e-3
+  np.testing.assert_array_equal(found, expected)
+  assert len(np.unique(found)) > NEW_TOKENS
+  # Negative control: guidance matters.
+  without = dataclasses.replace(GREEDY, guidance=1.0)
+  assert (peers.torch_loop(tensors, CONFIG, VOCAB, NEW_TOKENS, without, product)(prompts(), 0) != found).any(1).all()
+
+
+def test_generate_equals_the_loop(peers, exported):
+  folder, tensors = exported
+  found = peers.transformers_generate(folder, VOCAB, NEW_TOKENS, GREEDY)(prompts(), 0)
+  np.testing.assert_array_equal(found, peers.torch_loop(tensors, CONFIG, VOCAB, NEW_TOKENS, GREEDY)(prompts(), 0))
+
+
+def test_seeds_decide(peers, exported):
+  _, tensors = exported
+  loop = peers.torch_loop(tensors, CONFIG, VOCAB, NEW_TOKENS)
+  np.testing.assert_array_equal(loop(prompts(), 1), loop(prompts(), 1))
+  assert (loop(prompts(), 1) != loop(prompts(), 2)).any()
+
+
+def test_draw_keeps_the_nucleus_of_the_best(peers):
+  """top_k = 3, top_p = 0.6 of [.1 .4 .2 .3]: ids 1 and 3 stay, 4 to 3."""
+  import torch
+
+  logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]])).repeat(20_000, 1)
+  sampling = SamplingConfig(top_k=3, top_p=0.6, guidance=1.0)
+  ids = peers.draw(torch.cat([logits, logits * 0]), sampling, torch.Generator().manual_seed(0))
+  np.testing.assert_allclose(np.bincount(ids, minlength=4) / len(ids), [0, 4 / 7, 0, 3 / 7], atol=0.02)
