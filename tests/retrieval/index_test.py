@@ -95,12 +95,14 @@ def test_blocks_are_searched_as_one(clustered, tmp_path, monkeypatch):
   pytest.importorskip("scann")
   vectors, queries = clustered
   monkeypatch.setattr(index, "EXACT_ROWS", 900)
+  # All leaves: which a vector falls into is up to chance, and of so few vectors a third of the leaves misses some.
+  monkeypatch.setattr(index, "_leaves", lambda n: (10, 10))
   blocks = index.BlockIndex(vectors, "scann", tmp_path, 700)
   assert blocks.blocks == [(0, 700), (700, 1_400), (1_400, 2_000)]
   for block in range(3):
     blocks.build_block(block)
   ids, scores = index.BlockIndex(vectors, "scann", tmp_path, 700).search(queries, 2)
-  assert index.recall_at_k(ids, oracle(vectors, queries, 2)) >= 0.95
+  assert index.recall_at_k(ids, oracle(vectors, queries, 2)) >= 0.99
   np.testing.assert_allclose(scores, np.take_along_axis(queries @ vectors.T, ids, 1), atol=1e-5)
   exact = index.BlockIndex(vectors, "exact", "", 10**9)
   assert len(exact.blocks) == 3
