@@ -46,6 +46,7 @@ _BANK = flags.DEFINE_string("bank", None, "Another workdir of the same tokenizer
 _SEED = flags.DEFINE_integer("seed", None, "Seed of the first prompt; each next one adds 1.", 0, 2**31)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Samples that are drawn at once.", lower_bound=1)
 _WEIGHT_DTYPE = flags.DEFINE_enum("weight_dtype", "compute", weights.DTYPES, "Dtype of the model's matrices.")
+_DRAFT_WINDOW = flags.DEFINE_integer("draft_window", 0, "Codes of a picture that are drafted and verified at once; 0: none.", 0)
 _CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "compute", cache.DTYPES, "Dtype of keys and values.")
 
 MOST_TEXTS = 16  # That are printed; all are in results.jsonl.
@@ -143,7 +144,7 @@ def _config(settings, workdir: epath.Path, bank: epath.Path, asks: Sequence[Ask]
   inputs = {folder: stages.require(of(folder), STAGES[folder])["id"] for folder in folders}
   inputs |= common.clip_inputs(settings, workdir) if _needs_clip(asks) else {}
   inputs |= {"train": common.require_run(settings, workdir)}
-  same = ("samples", "rank", "keep_neighbors", "weight_dtype", "cache_dtype")
+  same = ("samples", "rank", "keep_neighbors", "weight_dtype", "cache_dtype", "draft_window")
   config = {"inputs": inputs, "retrieval": dataclasses.asdict(settings.retrieval), **{n: flags.FLAGS[n].value for n in same}}
   if asks:
     return {**config, "asks": [dataclasses.asdict(ask) for ask in asks]}
@@ -174,6 +175,8 @@ def _tell(records: Sequence[dict], scores: Sequence[dict]) -> None:
 
 def main(settings, workdir) -> None:
   seed = settings.seed if _SEED.value is None else _SEED.value
+  if _DRAFT_WINDOW.value == 1:
+    raise UserError("--draft_window is 1; it must be 0, or at least 2: one code is what a step draws without drafts.")
   asks = _asks(settings, seed)
   for ask in asks:
     asks_lib.check(ask)
@@ -194,7 +197,8 @@ def main(settings, workdir) -> None:
         columns = _columns(settings, heldout=True)
         todo = jobs.heldout_jobs(form, workdir, _CAPTIONS.value, seed, columns, _KEEP.value)
       params, step = checkpoint.load_params(workdir / "train", settings.model)
-      generator = {"batch_size": _BATCH_SIZE.value, "weight_dtype": _WEIGHT_DTYPE.value, "cache_dtype": _CACHE_DTYPE.value}
+      names = ("batch_size", "weight_dtype", "cache_dtype", "draft_window")
+      generator = {name: flags.FLAGS[name].value for name in names}
       records = draw.draw_all(settings, form, workdir, folder, params, todo, clip, _SAMPLES.value, _RANK.value, **generator)
       with stages.replacing(folder / "results.jsonl", "w") as file:
         file.write("".join(json.dumps(record) + "\n" for record in records))

@@ -34,7 +34,14 @@ class LayerCache(NamedTuple):
 
   def write(self, slot, k, v) -> "LayerCache":
     """Puts k and v, [R, L, N, H], into slots [slot, slot + L)."""
-    put = lambda into, x: jax.lax.dynamic_update_slice_in_dim(into, x, slot, axis=2)
+    return self._written(lambda into, x: jax.lax.dynamic_update_slice_in_dim(into, x, slot, axis=2), k, v)
+
+  def write_rows(self, slots, k, v) -> "LayerCache":
+    """`write` with a slot for each row, [R] int32."""
+    one = lambda into, x, slot: jax.lax.dynamic_update_slice_in_dim(into, x, slot, axis=1)
+    return self._written(lambda into, x: jax.vmap(one)(into, x, slots), k, v)
+
+  def _written(self, put, k, v) -> "LayerCache":
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     if self.key_scales is None:
       return LayerCache(put(self.keys, k), put(self.values, v))

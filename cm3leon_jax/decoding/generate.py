@@ -36,6 +36,8 @@ class GeneratorConfig:
     batch_size: most samples that are drawn at once.
     weight_dtype: `compute`, or `int8` for the products of the blocks.
     cache_dtype: `compute` or `int8`.
+    draft_window: codes of an image that are read in a step and accepted as far as they hold (`jacobi`), at least 2, for batches
+      of whole images that are drawn by top_p; 0: one code a step. The distribution is the same, the pictures are others.
     image_head: while only image codes may come, only their rows of the output table are computed; False: always all.
   """
 
@@ -48,11 +50,14 @@ class GeneratorConfig:
   weight_dtype: str = "compute"
   cache_dtype: str = "compute"
   image_head: bool = True
+  draft_window: int = 0
 
   def __post_init__(self):
     for field, allowed in (("weight_dtype", weights.DTYPES), ("cache_dtype", cache.DTYPES)):
       if getattr(self, field) not in allowed:
         raise ValueError(f"{field} is '{getattr(self, field)}'; it must be one of {', '.join(allowed)}.")
+    if self.draft_window and (self.draft_window < 2 or not self.image_head):
+      raise ValueError(f"draft_window is {self.draft_window}; it must be 0, or at least 2 with image_head.")
     if self.batch_size < 1:
       raise ValueError(f"batch_size is {self.batch_size}; it must be positive.")
     if not 1 <= self.positions <= self.model.max_positions:
@@ -195,12 +200,20 @@ class Generator:
     )
     longest = max(grammar.longest(r.plan) for r in requests)
     widths = batch_lib.stream_widths(prompts, len(requests[0].streams))
-    rooms = _rooms(max(widths), longest)
+    rooms, window, codes = _rooms(max(widths), longest), config.draft_window, int(plan[0, 0, 1])
+    drafts = window and sampling.method == "top_p" and (plan[:, 0] == [grammar.CODES, codes, 0]).all()
+    if drafts:
+      rooms = [max(longest, codes + window)]
     static = {"config": config.model, "grammar": self.grammar}
     of_begin = {**static, "longest": longest, "room": rooms[0], "widths": widths, "cache_dtype": config.cache_dtype}
     of_advance = {**static, "sampler": decode.Sampler.of(sampling), "steps": CHUNK}
     loop, advance = self.programs.begin(self.weights, prompts, control, of_begin, of_advance)
-    done, room = 0, rooms[0]
+    done, room = 0, min(rooms[0], longest)
+    if drafts:
+      of_image = {**static, "sampler": of_advance["sampler"], "codes": codes, "window": window}
+      loop, _ = self.programs.draw_image(loop, self.weights, control, advance, of_image)
+      done = codes
+      tell(codes)
     for larger in [*rooms[1:], None]:
       over = False
       while done < room and not over:

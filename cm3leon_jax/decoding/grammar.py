@@ -129,6 +129,11 @@ class Grammar:
       legal |= rows[:, None] & among[name][None]
     return legal
 
+  def next_part(self, plan, state: State) -> State:
+    """The state behind the part that each row is in."""
+    part = state.part + 1
+    return State(part, _entry(plan, part, 1), _entry(plan, part, 2))
+
   def advance(self, plan, state: State, tokens) -> State:
     """The state after one more token a row, [B] int32, each of them legal; a row that is done stays so."""
     vocab = self.vocab

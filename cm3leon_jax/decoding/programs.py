@@ -6,7 +6,7 @@ import functools
 import jax
 from jax.experimental.layout import Format, Layout
 
-from cm3leon_jax.decoding import decode
+from cm3leon_jax.decoding import decode, jacobi
 from cm3leon_jax.mesh import abstract
 from cm3leon_jax.xla_options import DECODE_OPTIONS, compiler_options
 
@@ -55,6 +55,15 @@ class Programs:
   def grow(self, loop, by: int, weights, control, of_advance: dict):
     """`decode.grow`. Returns (loop, the program that advances it)."""
     return self._first(functools.partial(decode.grow, by=by), (loop,), by, weights, control, of_advance)
+
+  def draw_image(self, loop, weights, control, program, static: dict):
+    """`jacobi.draw_image` with these static arguments; the loop it gives is for `program`. Returns (loop, steps)."""
+
+    def make():
+      function = functools.partial(jacobi.draw_image, **static)
+      return jax.jit(function, donate_argnums=2, out_shardings=(program.input_formats[0][2], None))
+
+    return self._once(("draw_image", tuple(static.items())), (weights, control, loop), make)(weights, control, loop)
 
   def _first(self, function: Callable, arguments, name, weights, control, of_advance):
     """Runs a function that makes a loop, whose arrays it lays out as the program behind it wants them."""

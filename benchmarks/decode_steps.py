@@ -1,0 +1,55 @@
+"""How many steps speculative Jacobi decoding needs for a picture, and what they cost, on a finished run.
+
+  python -m benchmarks.decode_steps --config=ml_configs/openmoji.py --workdir=workdir/openmoji
+
+Pictures are drawn for held-out captions, all at once; a batch goes on until its slowest picture is done.
+"""
+
+import time
+
+from absl import flags
+import numpy as np
+
+from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.decoding import prompts
+from cm3leon_jax.decoding.generate import Generator, GeneratorConfig
+from cm3leon_jax.training import checkpoint
+from launch import common
+
+_WINDOWS = flags.DEFINE_list("windows", ["0", "4", "8", "16", "32"], "Values of draft_window.")
+_BATCHES = flags.DEFINE_list("batches", ["1", "16"], "Pictures at once.")
+_RUNS = flags.DEFINE_integer("runs", 5, "Runs that are timed, after one that is not.", lower_bound=1)
+
+
+def main(settings, workdir) -> None:
+  vocab, image_tokens = settings.vocab, settings.vqgan.image_tokens
+  store = DocumentStore(workdir / "documents" / "heldout_pairs", vocab)
+  caption = lambda i: prompts.text_to_image(vocab, image_tokens, store[int(i)].segments[0].tokens)
+  print("| pictures at once | window | steps a picture | times fewer | codes/s |")
+  print("|---|---|---|---|---|")
+  with common.use_mesh(settings):
+    params, _ = checkpoint.load_params(workdir / "train", settings.model)
+    for batch in map(int, _BATCHES.value):
+      for window in map(int, _WINDOWS.value):
+        generator = Generator(params, GeneratorConfig.of(settings, batch_size=batch, draft_window=window))
+        steps, plain, rates = [], generator.programs.draw_image, []
+
+        def counted(*arguments, plain=plain, steps=steps):
+          loop, count = plain(*arguments)
+          steps.append(int(count))
+          return loop, count
+
+        generator.programs.draw_image = counted
+        for run in range(_RUNS.value + 1):
+          requests = [caption(i) for i in np.linspace(run, len(store) - 1, batch)]
+          start = time.perf_counter()
+          generator.generate(requests, range(run * batch, (run + 1) * batch))
+          rates.append(batch * image_tokens / (time.perf_counter() - start))
+        generator.programs.draw_image = plain
+        mean = np.mean(steps[1:]) if window else image_tokens
+        speed = f"{np.median(rates[1:]):.0f} ({min(rates[1:]):.0f} to {max(rates[1:]):.0f})"
+        print(f"| {batch} | {window} | {mean:.0f} | {image_tokens / mean:.2f} | {speed} |", flush=True)
+
+
+if __name__ == "__main__":
+  common.run(main)

@@ -1,0 +1,157 @@
+"""Several codes a step come from the distribution of one at a time."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from cm3leon_jax.decoding import jacobi
+from cm3leon_jax.decoding.sampling import SamplingConfig
+from tests.decoding.small import (
+  IMAGE,
+  VOCAB,
+  guided_requests,
+  model_config,
+  on_mesh,
+  plain_requests,
+  small_generator,
+  teacher_forced,
+)
+from tests.models.tiny import random_params
+
+SEEDS, WINDOW = [11, 12, 13], 4
+P = np.array([[0.5, 0.3, 0.2, 0.0], [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.4, 0.1]])
+Q = np.array([[0.1, 0.3, 0.2, 0.4], [0.4, 0.3, 0.2, 0.1]])
+
+
+def images():
+  """Whole images, of unequal prompts."""
+  return [guided_requests()[i] for i in (0, 1, 3)]
+
+
+@pytest.fixture(scope="module")
+def params():
+  with on_mesh():
+    return random_params(model_config())
+
+
+@pytest.fixture(scope="module")
+def generator(params):
+  with on_mesh():
+    yield small_generator(params=params, draft_window=WINDOW)
+
+
+@functools.cache
+def verified(n=20_000):
+  drafts = np.stack([np.random.default_rng(i).choice(4, n, p=q) for i, q in enumerate(Q)], axis=1).astype(np.int32)
+  keys = jax.random.split(jax.random.key(0), n)
+  tile = lambda x: jnp.tile(jnp.asarray(x, jnp.float32), (n, 1, 1))
+  return drafts, *map(np.asarray, jax.jit(jacobi.verify)(keys, drafts, tile(Q), tile(P)))
+
+
+def p_value(tokens, p) -> float:
+  counts, support = np.bincount(tokens, minlength=len(p)), np.asarray(p) > 0
+  assert counts[~support].sum() == 0
+  return stats.chisquare(counts[support], len(tokens) * np.asarray(p)[support]).pvalue
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_each_token_that_counts_is_one_of_p(place):
+  _, holds, tokens = verified()
+  drawn = tokens[holds >= place, place]
+  assert len(drawn) > 2_000
+  assert p_value(drawn, P[place]) > 1e-3
+  assert p_value(drawn, [0.2, 0.3, 0.3, 0.2] if place else [0.4, 0.3, 0.3, 0]) < 1e-6  # Control.
+
+
+def test_drafts_hold_as_often_as_the_distributions_overlap():
+  drafts, holds, tokens = verified()
+  overlap = np.minimum(P[:2], Q).sum(axis=1)
+  assert abs((holds >= 1).mean() - overlap[0]) < 0.02
+  assert abs((holds == 2).mean() - overlap.prod()) < 0.02
+  np.testing.assert_array_equal(tokens[holds >= 1, 0], drafts[holds >= 1, 0])
+  assert not (holds[drafts[:, 0] == 3] > 0).any()  # p is 0 there.
+
+
+def test_equal_distributions_hold_all():
+  keys, drafts = jax.random.split(jax.random.key(1), 50), np.full((50, 2), 2, np.int32)
+  p = jnp.tile(jnp.asarray(P, jnp.float32), (50, 1, 1))
+  holds, _ = jacobi.verify(keys, drafts, p[:, :2], p)
+  assert (holds == 2).all()
+
+
+def guided(generator, params, request, ids):
+  """[G, K] guided logits among the codes for each of `ids`, by plain passes."""
+  c, u = (teacher_forced(generator.config.model, params, p, ids)[:, VOCAB.text_size :] for p in request.streams)
+  return 3 * c - 2 * u
+
+
+def test_three_codes_are_jointly_drawn_as_one_after_the_other(params):
+  """27 images of three codes among the best three of each place, against the exact product of conditionals."""
+  request, sampling = images()[0], SamplingConfig(top_k=3, top_p=1.0, temperature=2.0)
+  with on_mesh():
+    generator = small_generator(params=params, draft_window=3, batch_size=512, sampling=sampling)
+    codes = np.stack([r.codes(VOCAB)[:3] for r in generator.generate([request], [5], samples=3_072)])
+
+  @functools.cache
+  def best(prefix):
+    ids = VOCAB.image_ids(np.array([*prefix, 0]))
+    logits = guided(generator, params, request, ids)[-1] / sampling.temperature
+    top = np.argsort(-logits)[:3]
+    p = np.exp(logits[top] - logits[top].max())
+    return dict(zip(top.tolist(), (p / p.sum()).tolist()))
+
+  with on_mesh():
+    exact = {
+      (a, b, c): best(())[a] * best((a,))[b] * best((a, b))[c] for a in best(()) for b in best((a,)) for c in best((a, b))
+    }
+  assert len(exact) == 27
+  counts = dict.fromkeys(exact, 0)
+  for image in map(tuple, codes.tolist()):
+    counts[image] += 1
+  # Chi-square wants no rare cells: what is expected less than five times is put together.
+  expected, found = (np.array([table[image] for image in exact]) for table in (exact, counts))
+  expected *= len(codes) / expected.sum()
+  rare = expected < 5
+  together = lambda x: np.append(x[~rare], x[rare].sum()) if rare.any() else x
+  assert stats.chisquare(together(found), together(expected)).pvalue > 1e-3
+  flat = expected**0.5  # Control: another temperature.
+  assert stats.chisquare(together(found), together(flat * expected.sum() / flat.sum())).pvalue < 1e-6
+
+
+def test_log_probs_are_those_of_plain_passes_and_the_end_is_drawn(generator, params):
+  for request, result in zip(images(), generator.generate(images(), SEEDS)):
+    assert len(result.ids) == IMAGE + 1
+    assert result.ids[-1] in (VOCAB.eos, VOCAB.brk)
+    logits = guided(generator, params, request, result.ids)[:IMAGE]
+    exact = np.asarray(jax.nn.log_softmax(logits))[np.arange(IMAGE), result.codes(VOCAB)]
+    np.testing.assert_allclose(result.log_probs[:IMAGE], exact, atol=3e-5)
+
+
+def test_an_image_does_not_depend_on_its_batch(generator):
+  together = generator.generate(images(), SEEDS)
+  alone = [generator.generate([r], [seed])[0] for r, seed in zip(images(), SEEDS)]
+  for a, b in itertools.chain(zip(together, alone)):
+    np.testing.assert_array_equal(a.ids, b.ids)
+  other = generator.generate(images(), SEEDS[::-1])
+  assert any((a.ids != b.ids).any() for a, b in zip(together, other))
+
+
+def test_a_split_mesh_draws_the_same(generator, params):
+  expected = generator.generate(images(), SEEDS)
+  with on_mesh(2, 2, 2):
+    split = small_generator(draft_window=WINDOW)
+    for a, b in zip(split.generate(images(), SEEDS), expected):
+      np.testing.assert_array_equal(a.ids, b.ids)
+      np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
+
+
+def test_what_is_no_image_from_the_start_is_drawn_as_ever(generator, params):
+  with on_mesh():
+    expected = small_generator(params=params).generate(plain_requests(), [1, 2, 3, 4])
+  for a, b in zip(generator.generate(plain_requests(), [1, 2, 3, 4]), expected):
+    np.testing.assert_array_equal(a.ids, b.ids)
