@@ -224,23 +224,38 @@ def begin(
   )
 
 
+def over_streams(layers: list[list[LayerCache]], masks, write: Callable) -> Callable:
+  """What `extend` attends by when each of S streams has a cache of its own.
+
+  Args:
+    layers: caches of each layer and stream, replaced by what is written.
+    masks: of each stream, as in `LayerCache.attend`.
+    write: (cache, stream, k, v) -> cache, with k and v [B, L, N, H].
+
+  Returns:
+    (layer, q, k, v), each [R, L, N, H], a sample's streams side by side -> [R, L, N, H].
+  """
+  streams, heads = len(masks), ("length", "heads", "head_dim")
+
+  def attend(i, q, k, v):
+    apart = lambda x: jnp.reshape(x, (-1, streams, *x.shape[1:]), out_sharding=spec("batch", None, *heads))
+    q, k, v, out = apart(q), apart(k), apart(v), []
+    for s, mask in enumerate(masks):
+      layers[i][s] = write(layers[i][s], s, k[:, s], v[:, s])
+      out.append(layers[i][s].attend(q[:, s], mask))
+    out = jnp.stack(out, axis=1)
+    return jnp.reshape(out, (-1, *out.shape[2:]), out_sharding=spec("batch", *heads))
+
+  return attend
+
+
 def _step(config, params, loop: Loop):
   """Reads the last token of each row. Returns (hidden [R, 1, D], cache, seen)."""
-  streams, batch = len(loop.seen), len(loop.ids)
   mark = lambda x, slot: jax.lax.dynamic_update_slice_in_dim(x, jnp.ones_like(x[:, :1]), slot, axis=1)
   seen = tuple(mark(x, loop.slots[s]) for s, x in enumerate(loop.seen))
   layers = [list(layer) for layer in loop.cache]
-  heads = ("length", "heads", "head_dim")
-
-  def attend(i, q, k, v):
-    apart = lambda x: jnp.reshape(x, (batch, streams, *x.shape[1:]), out_sharding=spec("batch", None, *heads))
-    q, k, v, out = apart(q), apart(k), apart(v), []
-    for s in range(streams):
-      layers[i][s] = layers[i][s].write(loop.slots[s], k[:, s], v[:, s])
-      out.append(layers[i][s].attend(q[:, s], seen[s][:, None, None, :]))
-    out = jnp.stack(out, axis=1)
-    return jnp.reshape(out, (batch * streams, *out.shape[2:]), out_sharding=spec("batch", *heads))
-
+  write = lambda cache, s, k, v: cache.write(loop.slots[s], k, v)
+  attend = over_streams(layers, [x[:, None, None, :] for x in seen], write)
   hidden = extend(config, params, loop.tokens[:, None], loop.lengths[:, None], attend)
   return hidden, tuple(map(tuple, layers)), seen
 

@@ -83,22 +83,15 @@ def _hidden(config, params, loop: Loop, done, drafts):
   tokens = jnp.concatenate([loop.tokens[:, None], repeat(drafts)], axis=1)
   # Drafts behind the image's end are read, and never accepted.
   positions = jnp.minimum(loop.lengths[:, None] + jnp.arange(window)[None], config.max_positions - 1)
-  layers, heads = [list(layer) for layer in loop.cache], ("length", "heads", "head_dim")
   masks = []
   for s, seen in enumerate(loop.seen):
     slots = jnp.arange(seen.shape[1])[None, None]
     ends = (loop.slots[s] + done)[:, None, None] + jnp.arange(window)[None, :, None]
     masks.append((seen[:, None] | ((slots >= loop.slots[s]) & (slots <= ends)))[:, None])
 
-  def attend(i, q, k, v):
-    apart = lambda x: jnp.reshape(x, (batch, streams, *x.shape[1:]), out_sharding=spec("batch", None, *heads))
-    q, k, v, out = apart(q), apart(k), apart(v), []
-    for s in range(streams):
-      layers[i][s] = layers[i][s].write_rows(loop.slots[s] + done, k[:, s], v[:, s])
-      out.append(layers[i][s].attend(q[:, s], masks[s]))
-    out = jnp.stack(out, axis=1)
-    return jnp.reshape(out, (batch * streams, *out.shape[2:]), out_sharding=spec("batch", *heads))
-
+  layers = [list(layer) for layer in loop.cache]
+  write = lambda cache, s, k, v: cache.write_rows(loop.slots[s] + done, k, v)
+  attend = decode.over_streams(layers, masks, write)
   hidden = decode.extend(config, params, tokens, positions, attend)
   return hidden, tuple(map(tuple, layers))
 
