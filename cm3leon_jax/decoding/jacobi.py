@@ -117,6 +117,66 @@ def _distributions(weights: Weights, control: Control, hidden, done, codes: int,
   return apart(place(ids, jax.nn.softmax(values, axis=-1))), apart(jax.nn.log_softmax(guided, axis=-1))
 
 
+def _first(loop: Loop, keys, codes: int, window: int, size: int, dtype) -> Window:
+  """Drafts are anything."""
+  zeros = lambda *shape, dtype=jnp.int32: jnp.zeros(
+    (len(loop.ids), *shape), dtype, out_sharding=spec("batch", *[None] * len(shape))
+  )
+  anything = jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 2**32 - 1), (window - 1,), 0, size))
+  return Window(
+    loop=loop,
+    done=zeros(),
+    drafts=anything(keys),
+    odds=zeros(window - 1, size, dtype=wide(dtype)) + 1 / size,
+    codes=zeros(codes + window),
+    log_probs=zeros(codes + window, dtype=jnp.float32),
+    steps=jnp.int32(0),
+  )
+
+
+def _accept(w: Window, cache, p, log_p, keys, codes: int, text_size: int) -> Window:
+  """The window behind what holds; p and log_p are of `_distributions`. What the drafts behind it become, this pass says."""
+  window, size = p.shape[1:]
+  pick = jax.vmap(lambda table, token: table[token])
+  cut = lambda x, start: jax.vmap(lambda x, i: jax.lax.dynamic_slice_in_dim(x, i, window - 1))(x, start)
+  put = jax.vmap(lambda into, x, i: jax.lax.dynamic_update_slice_in_dim(into, x, i, 0))
+  repeat = lambda x: jnp.repeat(x, len(w.loop.seen), total_repeat_length=len(w.loop.tokens), out_sharding=spec("batch"))
+  now = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, w.steps), 3))(keys)
+  holds, tokens = verify(now[:, 0], w.drafts, w.odds, p)
+  taken = jnp.minimum(holds + 1, codes - w.done)
+  again = jax.vmap(lambda key, p: jax.random.categorical(key, jnp.log(p)))(now[:, 1], p).astype(jnp.int32)
+  anything = jax.vmap(lambda key: jax.random.randint(key, (window,), 0, size))(now[:, 2])
+  last = jnp.where(repeat(taken > 0), repeat(pick(tokens, jnp.maximum(taken - 1, 0)) + text_size), w.loop.tokens)
+  return Window(
+    loop=w.loop._replace(tokens=last, lengths=w.loop.lengths + repeat(taken), cache=cache),
+    done=w.done + taken,
+    drafts=cut(jnp.concatenate([again, anything], axis=1), taken),
+    odds=cut(jnp.concatenate([p, jnp.full_like(p, 1 / size)], axis=1), taken),
+    codes=put(w.codes, tokens, w.done),
+    log_probs=put(w.log_probs, jax.vmap(pick)(log_p, tokens).astype(jnp.float32), w.done),
+    steps=w.steps + 1,
+  )
+
+
+def _behind(w: Window, plan, grammar: Grammar, codes: int) -> Loop:
+  """The loop behind the image: all samples are at the same place again."""
+  loop, vocab = w.loop, grammar.vocab
+  drawn = jnp.arange(loop.ids.shape[1])[None] < codes
+  fit = lambda x, otherwise: jnp.where(drawn, x[:, : loop.ids.shape[1]], otherwise)
+  slots = lambda seen: jnp.arange(seen.shape[1])[None]
+  mark = lambda seen, start: seen | ((slots(seen) >= start) & (slots(seen) < start + codes))
+  state = grammar.next_part(plan, loop.state)
+  return loop._replace(
+    seen=tuple(mark(seen, loop.slots[s]) for s, seen in enumerate(loop.seen)),
+    slots=loop.slots + codes,
+    count=loop.count + codes,
+    going=jnp.any(grammar.active(plan, state)),
+    state=state,
+    ids=fit(w.codes + vocab.text_size, vocab.pad),
+    log_probs=fit(w.log_probs, 0),
+  )
+
+
 def draw_image(
   weights: Weights, control: Control, loop: Loop, *, config, grammar: Grammar, sampler: Sampler, codes: int, window: int
 ):
@@ -135,64 +195,16 @@ def draw_image(
   Returns:
     (loop behind the image, steps that were made as int32 scalar).
   """
-  batch, size, vocab = len(loop.ids), weights.image_head.shape[1], grammar.vocab
+  text_size = grammar.vocab.text_size
   shards = lambda x: shard(x, *["batch"] + [None] * (x.ndim - 1))
   control = Control(*(shards(x) for x in control[:4]), control.values)
   keys = jax.vmap(jax.random.key)(control.seeds)
-  pick = jax.vmap(lambda table, token: table[token])
-  cut = lambda x, start, n: jax.vmap(lambda x, i: jax.lax.dynamic_slice_in_dim(x, i, n))(x, start)
-  put = jax.vmap(lambda into, x, i: jax.lax.dynamic_update_slice_in_dim(into, x, i, 0))
 
-  def step(w: Window):
-    hidden, cache = _hidden(config, weights.params, w.loop, w.done, w.drafts + vocab.text_size)
+  def step(w: Window) -> Window:
+    hidden, cache = _hidden(config, weights.params, w.loop, w.done, w.drafts + text_size)
     p, log_p = _distributions(weights, control, hidden, w.done, codes, sampler)
-    now = jax.vmap(jax.random.fold_in, (0, None))(keys, w.steps)
-    now = jax.vmap(lambda key: jax.random.split(key, 3))(now)
-    holds, tokens = verify(now[:, 0], w.drafts, w.odds, p)
-    taken = jnp.minimum(holds + 1, codes - w.done)
-    # What the rest would be, by this pass, and behind it anything.
-    again = jax.vmap(lambda key, p: jax.random.categorical(key, jnp.log(p)))(now[:, 1], p).astype(jnp.int32)
-    anything = jax.vmap(lambda key: jax.random.randint(key, (window,), 0, size))(now[:, 2])
-    drafts = cut(jnp.concatenate([again, anything], axis=1), taken, window - 1)
-    odds = cut(jnp.concatenate([p, jnp.full_like(p, 1 / size)], axis=1), taken, window - 1)
-    last = pick(tokens, jnp.maximum(taken - 1, 0)) + vocab.text_size
-    repeat = lambda x: jnp.repeat(x, len(w.loop.seen), total_repeat_length=len(w.loop.tokens), out_sharding=spec("batch"))
-    return Window(
-      loop=w.loop._replace(
-        tokens=jnp.where(repeat(taken > 0), repeat(last), w.loop.tokens), lengths=w.loop.lengths + repeat(taken), cache=cache
-      ),
-      done=w.done + taken,
-      drafts=drafts,
-      odds=odds,
-      codes=put(w.codes, tokens, w.done),
-      log_probs=put(w.log_probs, jax.vmap(pick)(log_p, tokens).astype(jnp.float32), w.done),
-      steps=w.steps + 1,
-    )
+    return _accept(w, cache, p, log_p, keys, codes, text_size)
 
-  zeros = lambda *shape, dtype=jnp.int32: jnp.zeros((batch, *shape), dtype, out_sharding=spec("batch", *[None] * len(shape)))
-  first = jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 2**32 - 1), (window - 1,), 0, size))(keys)
-  w = Window(
-    loop=loop,
-    done=zeros(),
-    drafts=first,
-    odds=zeros(window - 1, size, dtype=wide(config.dtype)) + 1 / size,
-    codes=zeros(codes + window),
-    log_probs=zeros(codes + window, dtype=jnp.float32),
-    steps=jnp.int32(0),
-  )
-  w = jax.lax.while_loop(lambda w: jnp.any(w.done < codes), step, w)
-  drawn = jnp.arange(loop.ids.shape[1])[None] < codes
-  fit = lambda x: jnp.where(drawn, x[:, : loop.ids.shape[1]], 0)
-  slots = lambda seen: jnp.arange(seen.shape[1])[None]
-  place = lambda seen, start: seen | ((slots(seen) >= start) & (slots(seen) < start + codes))
-  state = grammar.next_part(control.plan, loop.state)
-  ids = jnp.where(drawn, fit(w.codes) + vocab.text_size, vocab.pad)
-  return w.loop._replace(
-    seen=tuple(place(seen, loop.slots[s]) for s, seen in enumerate(loop.seen)),
-    slots=loop.slots + codes,
-    count=loop.count + codes,
-    going=jnp.any(grammar.active(control.plan, state)),
-    state=state,
-    ids=ids,
-    log_probs=fit(w.log_probs),
-  ), w.steps
+  first = _first(loop, keys, codes, window, weights.image_head.shape[1], config.dtype)
+  w = jax.lax.while_loop(lambda w: jnp.any(w.done < codes), step, first)
+  return _behind(w, control.plan, grammar, codes), w.steps
