@@ -78,9 +78,9 @@ class Programs:
     return first(*arguments), program
 
   def _once(self, name, arguments, make: Callable):
-    """What `make` gives, once for each name and types of arguments."""
+    """What `make` gives, once for each name and types of arguments, and how they are split."""
     leaves, structure = jax.tree.flatten(arguments)
-    key = (name, structure, tuple((x.shape, str(x.dtype)) for x in leaves))
+    key = (name, structure, tuple((x.shape, str(x.dtype), getattr(x, "sharding", None)) for x in leaves))
     if key not in self._made:
       self._made[key] = make()
     return self._made[key]

@@ -1,0 +1,27 @@
+"""Programs are compiled once for each kind of arguments, and for parameters that lie otherwise again."""
+
+import jax
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from tests.decoding.small import guided_requests, model_config, on_mesh, small_generator
+from tests.models.tiny import random_params
+
+SEEDS = [11, 12]
+
+
+def test_compiled_once_for_each_way_that_parameters_are_split():
+  requests = guided_requests()[:2]
+  with on_mesh(1, 2, 1):
+    params = random_params(model_config())
+    generator = small_generator(params=params)
+    made = generator.programs._made
+    first, count = generator.generate(requests, SEEDS), len(made)
+    again = small_generator(params=params).generate(requests, SEEDS)
+    assert len(made) == count
+    whole = jax.tree.map(lambda x: jax.sharding.reshard(x, P()), params)
+    other = small_generator(params=whole).generate(requests, SEEDS)
+    assert len(made) > count
+  for a, b, c in zip(first, again, other):
+    np.testing.assert_array_equal(a.ids, b.ids)
+    np.testing.assert_array_equal(a.ids, c.ids)
