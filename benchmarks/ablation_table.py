@@ -12,7 +12,10 @@ from scipy import stats
 from cm3leon_jax.evaluation import bits
 
 SUBSETS = {"drawn_by_others": "drawn by others", "new": "new"}  # Of the held-out documents.
-MEANING = {"drawn_by_others": "the bank has the concept in another style", "new": "the bank has nothing of the concept"}
+MEANING = {
+  "drawn_by_others": "the bank has the concept in another style",
+  "new": "the bank has nothing of the concept",
+}
 COMPARISONS = (("1", "0"), ("2", "0"), ("2", "shuffled"), ("shuffled", "0"))
 NUM_RESAMPLES = 10_000
 
@@ -25,7 +28,7 @@ class Run:
     condition, seed: which run.
     image_bits, image_codes: [n] sums over the image codes of each held-out document, and their number.
     text_bits, text_tokens: [n] likewise of its caption.
-    query_documents: documents that stood last in a sample of training, behind their neighbours.
+    query_documents: documents that stood last in a sample of training, behind their neighbors.
     train_seconds: time of its training.
   """
 
@@ -87,7 +90,9 @@ def student_interval(values) -> tuple[float, float] | None:
   return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
-def summarize(runs: list[Run], labels: dict[str, str], subsets: dict[str, np.ndarray], concepts: np.ndarray) -> dict:
+def summarize(
+  runs: list[Run], labels: dict[str, str], subsets: dict[str, np.ndarray], concepts: np.ndarray
+) -> dict:
   """All numbers of the table.
 
   Args:
@@ -100,8 +105,14 @@ def summarize(runs: list[Run], labels: dict[str, str], subsets: dict[str, np.nda
   of = {condition: found for condition, found in of.items() if found}
   conditions = []
   for condition, found in of.items():
-    image = {s: spread(r.image_bits[m].sum() / r.image_codes[m].sum() for r in found) for s, m in subsets.items()}
-    text = {s: spread(r.text_bits[m].sum() / r.text_tokens[m].sum() for r in found) for s, m in subsets.items()}
+    image = {
+      s: spread(r.image_bits[m].sum() / r.image_codes[m].sum() for r in found)
+      for s, m in subsets.items()
+    }
+    text = {
+      s: spread(r.text_bits[m].sum() / r.text_tokens[m].sum() for r in found)
+      for s, m in subsets.items()
+    }
     conditions.append(
       {
         "condition": condition,
@@ -115,12 +126,19 @@ def summarize(runs: list[Run], labels: dict[str, str], subsets: dict[str, np.nda
     )
   shared = lambda a, b: {r.seed for r in of.get(a, ())} & {r.seed for r in of.get(b, ())}
   differences = [
-    {"label": f"({labels[a]}) - ({labels[b]})", "subset": s, **difference(of[a], of[b], mask, concepts)}
+    {
+      "label": f"({labels[a]}) - ({labels[b]})",
+      "subset": s,
+      **difference(of[a], of[b], mask, concepts),
+    }
     for a, b in COMPARISONS
     if shared(a, b)
     for s, mask in subsets.items()
   ]
-  counts = {s: {"documents": int(m.sum()), "concepts": len(np.unique(concepts[m]))} for s, m in subsets.items()}
+  counts = {
+    s: {"documents": int(m.sum()), "concepts": len(np.unique(concepts[m]))}
+    for s, m in subsets.items()
+  }
   return {"heldout": counts, "conditions": conditions, "differences": differences}
 
 
@@ -146,20 +164,48 @@ def _cell(value: dict) -> str:
 def markdown(result: dict) -> str:
   """The result of `summarize` as text: what is held out, a table of the conditions, and one of their differences."""
   counts = result["heldout"]
-  lines = [f"{SUBSETS[s]}: {MEANING[s]}; {n['documents']} drawings, {n['concepts']} concepts." for s, n in counts.items()]
-  header = ["neighbours", "seeds", *(f"bits per image code, {SUBSETS[s]}" for s in counts)]
-  header += [f"bits per caption token, {SUBSETS[s]}" for s in counts] + ["query documents", "training (s)"]
+  lines = [
+    f"{SUBSETS[s]}: {MEANING[s]}; {n['documents']} drawings, {n['concepts']} concepts."
+    for s, n in counts.items()
+  ]
+  header = ["neighbors", "seeds", *(f"bits per image code, {SUBSETS[s]}" for s in counts)]
+  header += [f"bits per caption token, {SUBSETS[s]}" for s in counts] + [
+    "query documents",
+    "training (s)",
+  ]
   lines += ["", _row(header), _row(["---"] * len(header))]
   for c in result["conditions"]:
-    cells = [_cell(c[f"bits_per_{unit}"][s]) for unit in ("image_code", "caption_token") for s in counts]
-    lines.append(_row([c["label"], str(len(c["seeds"])), *cells, f"{c['query_documents']:,}", f"{c['train_seconds']:,}"]))
+    cells = [
+      _cell(c[f"bits_per_{unit}"][s]) for unit in ("image_code", "caption_token") for s in counts
+    ]
+    lines.append(
+      _row(
+        [
+          c["label"],
+          str(len(c["seeds"])),
+          *cells,
+          f"{c['query_documents']:,}",
+          f"{c['train_seconds']:,}",
+        ]
+      )
+    )
   if result["differences"]:
-    header = ["bits per image code", "held out", "difference", "95% over concepts", "95% over seeds", "by seed", "shows"]
+    header = [
+      "bits per image code",
+      "held out",
+      "difference",
+      "95% over concepts",
+      "95% over seeds",
+      "by seed",
+      "shows",
+    ]
     lines += ["", _row(header), _row(["---"] * len(header))]
   for d in result["differences"]:
     seeds = ", ".join(f"{x:+.3f}" for x in d["by_seed"])
     intervals = [_interval(d["concepts"]), _interval(d["seeds"])]
-    lines.append(_row([d["label"], SUBSETS[d["subset"]], f"{d['bits']:+.3f}", *intervals, seeds, verdict(d)]))
+    lines.append(
+      _row([d["label"], SUBSETS[d["subset"]], f"{d['bits']:+.3f}", *intervals, seeds, verdict(d)])
+    )
   return "\n".join(lines) + "\n"
 
 
@@ -176,9 +222,14 @@ def plot(result: dict, path: str | os.PathLike) -> None:
       found = condition["bits_per_image_code"][subset]
       color = "tab:gray" if condition["condition"] == "shuffled" else "tab:blue"
       axis.hlines(found["mean"], place - 0.28, place + 0.28, color=color, linewidth=2)
-      axis.scatter([place] * len(found["values"]), found["values"], color=color, s=28, alpha=0.7, linewidths=0)
+      axis.scatter(
+        [place] * len(found["values"]), found["values"], color=color, s=28, alpha=0.7, linewidths=0
+      )
     count = result["heldout"][subset]
-    axis.set_title(f"{SUBSETS[subset]} ({count['documents']} drawings, {count['concepts']} concepts)", fontsize=10)
+    axis.set_title(
+      f"{SUBSETS[subset]} ({count['documents']} drawings, {count['concepts']} concepts)",
+      fontsize=10,
+    )
     axis.set_xticks(range(len(conditions)), [c["label"].replace(", ", ",\n") for c in conditions])
     axis.set_xlim(-0.6, len(conditions) - 0.4)
     axis.grid(axis="y", linewidth=0.5, alpha=0.5)

@@ -22,7 +22,9 @@ from cm3leon_jax.data.plan_statistics import describe, plan_statistics
 from cm3leon_jax.vocab import VocabLayout
 
 _PART = flags.DEFINE_enum("part", None, ["plan", "pipeline"], "What is measured.", required=True)
-_DOCUMENTS = flags.DEFINE_integer("documents", 1_000_000, "Pairs, and as many texts, of part `plan`.", lower_bound=8)
+_DOCUMENTS = flags.DEFINE_integer(
+  "documents", 1_000_000, "Pairs, and as many texts, of part `plan`.", lower_bound=8
+)
 _REPETITIONS = flags.DEFINE_integer("repetitions", 5, "Of every measurement.", lower_bound=1)
 
 VOCAB = VocabLayout(num_special=256, text_size=56_320, image_size=8_192)
@@ -61,24 +63,40 @@ def draw_candidates(documents: int, rng: np.random.Generator) -> np.ndarray:
   return neighbors
 
 
-def made_up_sources(documents: int, codes: int, text_share: float = DataConfig.text_share, seed: int = 0) -> list[Source]:
+def made_up_sources(
+  documents: int, codes: int, text_share: float = DataConfig.text_share, seed: int = 0
+) -> list[Source]:
   """Pairs of a caption and `codes` codes, and as many texts, of realistic lengths and without tokens."""
   rng = np.random.default_rng(seed)
-  offsets, lengths = np.arange(documents + 1, dtype=np.int64), np.full(2 * documents, codes, np.int32)
+  offsets, lengths = (
+    np.arange(documents + 1, dtype=np.int64),
+    np.full(2 * documents, codes, np.int32),
+  )
   lengths[::2] = rng.integers(*CAPTION, documents)
   pairs = LengthStore(2 * offsets, lengths, np.arange(2 * documents) % 2 == 1)
   texts = LengthStore(offsets, text_lengths(documents, rng), np.zeros(documents, bool))
-  return [Source(pairs, 1 - text_share, draw_candidates(documents, rng), pairs), Source(texts, text_share)]
+  return [
+    Source(pairs, 1 - text_share, draw_candidates(documents, rng), pairs),
+    Source(texts, text_share),
+  ]
 
 
-def written_sources(folder: pathlib.Path, documents: int, codes: int, seed: int = 0) -> list[Source]:
+def written_sources(
+  folder: pathlib.Path, documents: int, codes: int, seed: int = 0
+) -> list[Source]:
   """The same with random tokens, in stores under `folder`."""
   rng = np.random.default_rng(seed)
   origin = {"source": "made up", "license": "CC0-1.0", "attribution": "nobody"}
-  text = lambda n: Segment(False, rng.integers(VOCAB.num_special, VOCAB.text_size, n).astype(np.int32))
+  text = lambda n: Segment(
+    False, rng.integers(VOCAB.num_special, VOCAB.text_size, n).astype(np.int32)
+  )
   image = lambda: Segment(True, VOCAB.image_ids(rng.integers(0, VOCAB.image_size, codes)))
-  pairs = (Document(f"p{i}", (text(rng.integers(*CAPTION)), image()), **origin) for i in range(documents))
-  texts = (Document(f"t{i}", (text(n),), **origin) for i, n in enumerate(text_lengths(documents, rng)))
+  pairs = (
+    Document(f"p{i}", (text(rng.integers(*CAPTION)), image()), **origin) for i in range(documents)
+  )
+  texts = (
+    Document(f"t{i}", (text(n),), **origin) for i, n in enumerate(text_lengths(documents, rng))
+  )
   write_documents(folder / "pairs", pairs, VOCAB)
   write_documents(folder / "texts", texts, VOCAB)
   pairs, texts = (DocumentStore(folder / name, VOCAB) for name in ("pairs", "texts"))
@@ -94,7 +112,10 @@ def measure(name: str, unit: str, action, repetitions: int) -> float:
     amount = action(i)
     rates.append(amount / (time.process_time() - start))
   median = float(np.median(rates))
-  print(f"{name}: {median:,.0f} {unit}/s per core ({min(rates):,.0f} to {max(rates):,.0f}, {repetitions} times)", flush=True)
+  print(
+    f"{name}: {median:,.0f} {unit}/s per core ({min(rates):,.0f} to {max(rates):,.0f}, {repetitions} times)",
+    flush=True,
+  )
   return median
 
 
@@ -113,17 +134,25 @@ def measure_plan(documents: int, repetitions: int) -> None:
   for codes in CODES:
     sources = made_up_sources(documents, codes)
     open_plan = lambda sources=sources: RowPlan(sources, config, VOCAB.num_masks, seed=0)
-    measure(f"open, {codes} codes", "documents", lambda _, f=open_plan: f() and 2 * documents, repetitions)
+    measure(
+      f"open, {codes} codes", "documents", lambda _, f=open_plan: f() and 2 * documents, repetitions
+    )
     plan = open_plan()
     count = lambda w, plan=plan: sum(len(row) for row in plan.window(w))
     rate = measure(f"plan, {codes} codes", "samples", count, repetitions)
     statistics = plan_statistics(plan)
-    print(f"  {rate / statistics['samples_per_row']:,.0f} rows/s, {1e9 / rate / 3_600:.1f} core-hours for a billion documents")
+    print(
+      f"  {rate / statistics['samples_per_row']:,.0f} rows/s, {1e9 / rate / 3_600:.1f} core-hours for a billion documents"
+    )
     print(f"  {describe(statistics)}")
     print(f"  {statistics}", flush=True)
-  stored = sum(x.nbytes for s in sources for x in (s.store.offsets, s.store.lengths, s.store.is_image))
+  stored = sum(
+    x.nbytes for s in sources for x in (s.store.offsets, s.store.lengths, s.store.is_image)
+  )
   peak = peak_mib(lambda: open_plan().window(5))
-  print(f"memory: opened and six windows planned, {peak:.0f} MiB beside {stored / 2**20:,.0f} MiB of lengths")
+  print(
+    f"memory: opened and six windows planned, {peak:.0f} MiB beside {stored / 2**20:,.0f} MiB of lengths"
+  )
 
 
 def measure_pipeline(repetitions: int, documents: int = 4_000, rows: int = 400) -> None:
@@ -135,7 +164,9 @@ def measure_pipeline(repetitions: int, documents: int = 4_000, rows: int = 400) 
       read_rows(loader, 0, rows)
       count = lambda i, loader=loader: read_rows(loader, i * rows, rows)
       rate = measure(f"pipeline, {codes} codes", "tokens", count, repetitions)
-      count = lambda w, plan=loader.plan: sum(sample.slots for row in plan.window(w + 1) for sample in row)
+      count = lambda w, plan=loader.plan: sum(
+        sample.slots for row in plan.window(w + 1) for sample in row
+      )
       planning = measure("  its plan", "tokens", count, repetitions)
       print(f"  together {1 / (1 / rate + 1 / planning):,.0f} tokens/s per core", flush=True)
 

@@ -27,9 +27,13 @@ from cm3leon_jax.export import huggingface
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.vocab import VocabLayout
 
-_RUNS = flags.DEFINE_integer("runs", 5, "Runs that are timed, after one that is not.", lower_bound=1)
+_RUNS = flags.DEFINE_integer(
+  "runs", 5, "Runs that are timed, after one that is not.", lower_bound=1
+)
 _PEERS = flags.DEFINE_bool("peers", True, "Time torch and transformers, too.")
-_WEIGHT_DTYPE = flags.DEFINE_enum("weight_dtype", "compute", weights.DTYPES, "Of this project's weights.")
+_WEIGHT_DTYPE = flags.DEFINE_enum(
+  "weight_dtype", "compute", weights.DTYPES, "Of this project's weights."
+)
 _CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "compute", CACHE_DTYPES, "Of this project's cache.")
 
 VOCAB, MODEL, NEW_TOKENS = VocabLayout(), peers_lib.MODEL, peers_lib.NEW_TOKENS
@@ -37,8 +41,14 @@ VOCAB, MODEL, NEW_TOKENS = VocabLayout(), peers_lib.MODEL, peers_lib.NEW_TOKENS
 
 def ours(params, image_head: bool) -> peers_lib.Peer:
   """This project's decoder; image_head as in GeneratorConfig."""
-  options = {"weight_dtype": _WEIGHT_DTYPE.value, "cache_dtype": _CACHE_DTYPE.value, "image_head": image_head}
-  generator = Generator(params, GeneratorConfig(MODEL, VOCAB, NEW_TOKENS, MODEL.max_positions, **options))
+  options = {
+    "weight_dtype": _WEIGHT_DTYPE.value,
+    "cache_dtype": _CACHE_DTYPE.value,
+    "image_head": image_head,
+  }
+  generator = Generator(
+    params, GeneratorConfig(MODEL, VOCAB, NEW_TOKENS, MODEL.max_positions, **options)
+  )
 
   def run(prompts, seed):
     requests = [prompts_lib.text_to_image(VOCAB, NEW_TOKENS, p[1:-1]) for p in prompts]
@@ -91,20 +101,32 @@ def prefill_seconds(params, prompts, repeats: int = 9) -> tuple[float, int]:
 
 def main(_) -> None:
   params = peers_lib.random_params(MODEL)
-  prompts, tensors = peers_lib.random_prompts(VOCAB, peers_lib.BATCH, peers_lib.PROMPT), huggingface.opt_tensors(params)
-  with jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])), tempfile.TemporaryDirectory() as folder:
+  prompts, tensors = (
+    peers_lib.random_prompts(VOCAB, peers_lib.BATCH, peers_lib.PROMPT),
+    huggingface.opt_tensors(params),
+  )
+  with (
+    jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])),
+    tempfile.TemporaryDirectory() as folder,
+  ):
     placed = jax.tree.map(jnp.asarray, params)
     names = {"full head": False, "image rows of the head": True}
-    peers = {f"this project, {name}": ours(placed, image_head) for name, image_head in names.items()}
+    peers = {
+      f"this project, {name}": ours(placed, image_head) for name, image_head in names.items()
+    }
     if _PEERS.value:
       for product in peers_lib.PRODUCTS:
-        peers[f"torch loop, {product}"] = peers_lib.torch_loop(tensors, MODEL, VOCAB, NEW_TOKENS, product=product)
+        peers[f"torch loop, {product}"] = peers_lib.torch_loop(
+          tensors, MODEL, VOCAB, NEW_TOKENS, product=product
+        )
       huggingface.export(folder, params, MODEL, VOCAB, None)
       peers["transformers generate"] = peers_lib.transformers_generate(folder, VOCAB, NEW_TOKENS)
     bandwidth = read_bandwidth()
     found = peers_lib.rates(peers, prompts, _RUNS.value)
     bandwidth = max(bandwidth, read_bandwidth())
-    print(f"{jax.devices()[0].device_kind}: plain read {bandwidth / 2**30:.1f} GiB/s; tokens/s of {_RUNS.value} runs:")
+    print(
+      f"{jax.devices()[0].device_kind}: plain read {bandwidth / 2**30:.1f} GiB/s; tokens/s of {_RUNS.value} runs:"
+    )
     for name, rates in found.items():
       print(f"  {name:<36} median {np.median(rates):6.1f} ({min(rates):.1f} to {max(rates):.1f})")
     for name, image_head in names.items():
@@ -114,7 +136,9 @@ def main(_) -> None:
     seconds, tokens = prefill_seconds(placed, prompts)
     flops = 2 * tokens * sum(x.size for x in jax.tree.leaves(params["blocks"]))
     peak = measured_peak("float32")
-    print(f"prefill: {seconds * 1e3:.1f} ms, {tokens / seconds:,.0f} tokens/s, {flops / seconds / peak:.0%} of the matrix peak")
+    print(
+      f"prefill: {seconds * 1e3:.1f} ms, {tokens / seconds:,.0f} tokens/s, {flops / seconds / peak:.0%} of the matrix peak"
+    )
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ MODEL = ModelConfig(
 # packed into oneDNN's layout, as torch.compile does with frozen weights (its operators have no public name).
 PRODUCTS = ("linear", "turned", "packed")
 
-Peer = Callable[[Sequence[np.ndarray], int], np.ndarray]  # (B prompts of int32 ids, seed) -> [B, I] ids.
+Peer = Callable[
+  [Sequence[np.ndarray], int], np.ndarray
+]  # (B prompts of int32 ids, seed) -> [B, I] ids.
 
 
 def random_params(config: ModelConfig, std: float = 0.02, seed: int = 0) -> dict:
@@ -69,7 +71,9 @@ class TorchDecoder:
 
   def empty_cache(self, rows: int, slots: int):
     """Keys and values, [2, K, R, N, T, H]."""
-    return torch.empty(2, self.config.num_layers, rows, self.config.num_heads, slots, self.config.head_dim)
+    return torch.empty(
+      2, self.config.num_layers, rows, self.config.num_heads, slots, self.config.head_dim
+    )
 
   def __call__(self, tokens, positions, mask, cache, slot: int):
     """Reads L tokens a row into slots [slot, slot + L) and returns the logits after the last.
@@ -111,7 +115,10 @@ def _linear(weight, product: str, rows: int):
 
 def pad_left(prompts: Sequence[np.ndarray], slots: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
   """Prompts of unequal length -> ([R, slots] int32 ids, [R, slots] bool: which are real), real ones at the right."""
-  tokens, valid = np.full((len(prompts), slots), pad, np.int32), np.zeros((len(prompts), slots), bool)
+  tokens, valid = (
+    np.full((len(prompts), slots), pad, np.int32),
+    np.zeros((len(prompts), slots), bool),
+  )
   for row, prompt in enumerate(prompts):
     tokens[row, slots - len(prompt) :] = prompt
     valid[row, slots - len(prompt) :] = True
@@ -126,7 +133,9 @@ def draw(logits, sampling: SamplingConfig, generator):
   probabilities = F.softmax(values, dim=-1)
   before = probabilities.cumsum(-1) - probabilities
   # multinomial divides by the sum.
-  choice = torch.multinomial(probabilities.masked_fill(before >= sampling.top_p, 0), 1, generator=generator)
+  choice = torch.multinomial(
+    probabilities.masked_fill(before >= sampling.top_p, 0), 1, generator=generator
+  )
   return ids.gather(1, choice)[:, 0]
 
 
@@ -164,7 +173,10 @@ def torch_loop(
     mask[..., :slots].masked_fill_(~valid[:, None, None], hidden)
     causal = torch.ones(slots, slots, dtype=torch.bool).tril()
     prompt_mask = mask[..., :slots].masked_fill(~causal, hidden)
-    cache, generator = model.empty_cache(len(rows), slots + new_tokens), torch.Generator().manual_seed(seed)
+    cache, generator = (
+      model.empty_cache(len(rows), slots + new_tokens),
+      torch.Generator().manual_seed(seed),
+    )
     positions = (valid.cumsum(1) - 1).clamp(min=0)
     logits = model(tokens.long(), positions, prompt_mask, cache, 0)
     found = torch.empty(len(prompts), new_tokens, dtype=torch.long)
@@ -172,7 +184,9 @@ def torch_loop(
       found[:, t] = ids = draw(logits, sampling, generator)
       if t + 1 < new_tokens:
         end = slots + t + 1
-        logits = model(ids.repeat(2)[:, None], (lengths + t)[:, None], mask[..., :end], cache, slots + t)
+        logits = model(
+          ids.repeat(2)[:, None], (lengths + t)[:, None], mask[..., :end], cache, slots + t
+        )
     return found.numpy()
 
   return run
@@ -197,7 +211,9 @@ def transformers_generate(
   """
   import transformers
 
-  model = transformers.OPTForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="sdpa").eval()
+  model = transformers.OPTForCausalLM.from_pretrained(
+    str(folder), dtype=torch.float32, attn_implementation="sdpa"
+  ).eval()
 
   @torch.inference_mode()
   def run(prompts, seed):
@@ -224,7 +240,9 @@ def transformers_generate(
   return run
 
 
-def rates(peers: dict[str, Peer], prompts: Sequence[np.ndarray], runs: int) -> dict[str, list[float]]:
+def rates(
+  peers: dict[str, Peer], prompts: Sequence[np.ndarray], runs: int
+) -> dict[str, list[float]]:
   """Tokens/s of each of `runs` runs, B * I tokens each, after one that is not timed; the peers take turns."""
   found = {name: [] for name in peers}
   for seed in range(runs + 1):
@@ -237,5 +255,7 @@ def rates(peers: dict[str, Peer], prompts: Sequence[np.ndarray], runs: int) -> d
 
 def random_prompts(vocab: VocabLayout, batch: int, length: int, seed: int = 0) -> list[np.ndarray]:
   """`batch` prompts `</s> caption <break>` of `length` random ids."""
-  captions = np.random.default_rng(seed).integers(vocab.num_special, vocab.text_size, (batch, length - 2))
+  captions = np.random.default_rng(seed).integers(
+    vocab.num_special, vocab.text_size, (batch, length - 2)
+  )
   return [np.array([vocab.eos, *caption, vocab.brk], np.int32) for caption in captions]

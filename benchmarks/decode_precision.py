@@ -17,17 +17,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cm3leon_jax.commands import common
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.decoding import cache as cache_lib
 from cm3leon_jax.decoding import decode, prompts, weights
 from cm3leon_jax.decoding.generate import Generator, GeneratorConfig
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.training import checkpoint
-from launch import common
 
-_DOCUMENTS = flags.DEFINE_integer("documents", 64, "Held-out documents that are scored.", lower_bound=2)
-_DRAWN = flags.DEFINE_integer("drawn", 16, "Pictures that are drawn at once, for the speed.", lower_bound=1)
-_RUNS = flags.DEFINE_integer("runs", 3, "Runs that are timed, after one that is not.", lower_bound=1)
+_DOCUMENTS = flags.DEFINE_integer(
+  "documents", 64, "Held-out documents that are scored.", lower_bound=2
+)
+_DRAWN = flags.DEFINE_integer(
+  "drawn", 16, "Pictures that are drawn at once, for the speed.", lower_bound=1
+)
+_RUNS = flags.DEFINE_integer(
+  "runs", 3, "Runs that are timed, after one that is not.", lower_bound=1
+)
 
 # Compute dtype, weights, cache.
 VARIANTS = [
@@ -47,11 +53,21 @@ def score(made: weights.Weights, tokens, *, config, cache_dtype):
   rows, length = tokens.shape
   tokens = shard(tokens, "batch", None)
   mask = shard(
-    jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (rows, 1, length, length)), "batch", None, None, None
+    jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (rows, 1, length, length)),
+    "batch",
+    None,
+    None,
+    None,
   )
   positions = shard(jnp.broadcast_to(jnp.arange(length), (rows, length)), "batch", None)
   layers = cache_lib.empty(config, rows, length, cache_dtype)
-  hidden = decode.extend(config, made.params, tokens, positions, lambda i, q, k, v: layers[i].write(0, k, v).attend(q, mask))
+  hidden = decode.extend(
+    config,
+    made.params,
+    tokens,
+    positions,
+    lambda i, q, k, v: layers[i].write(0, k, v).attend(q, mask),
+  )
   logits = jnp.einsum("RLD,DV->RLV", hidden, made.head, preferred_element_type=jnp.float32)
   return jax.nn.log_softmax(logits, axis=-1)
 
@@ -75,10 +91,14 @@ def code_log_probs(made, config, cache_dtype: str, samples, vocab) -> tuple[np.n
 def main(settings, workdir) -> None:
   vocab, image_tokens = settings.vocab, settings.vqgan.image_tokens
   store = DocumentStore(workdir / "documents" / "heldout_pairs", vocab)
-  chosen = [store[i] for i in np.linspace(0, len(store) - 1, min(_DOCUMENTS.value, len(store))).astype(int)]
+  chosen = [
+    store[i] for i in np.linspace(0, len(store) - 1, min(_DOCUMENTS.value, len(store))).astype(int)
+  ]
   requests = [prompts.text_to_image(vocab, image_tokens, d.segments[0].tokens) for d in chosen]
   samples = [np.concatenate([r.streams[0], d.segments[1].tokens]) for r, d in zip(requests, chosen)]
-  print("| compute | weights | cache | bits a code | change | mean and largest change of a log-probability | codes/s |")
+  print(
+    "| compute | weights | cache | bits a code | change | mean and largest change of a log-probability | codes/s |"
+  )
   print("|---|---|---|---|---|---|---|")
   with common.use_mesh(settings):
     params, _ = checkpoint.load_params(workdir / "train", settings.model)
@@ -90,12 +110,20 @@ def main(settings, workdir) -> None:
       base = (right, every) if base is None else base
       # Of what is not hopeless anyway.
       change = np.abs(every - base[1])[base[1] > np.log(1e-3)]
-      options = {"weight_dtype": weight_dtype, "cache_dtype": cache_dtype, "batch_size": _DRAWN.value}
-      generator = Generator(params, GeneratorConfig.of(dataclasses.replace(settings, model=config), **options))
+      options = {
+        "weight_dtype": weight_dtype,
+        "cache_dtype": cache_dtype,
+        "batch_size": _DRAWN.value,
+      }
+      generator = Generator(
+        params, GeneratorConfig.of(dataclasses.replace(settings, model=config), **options)
+      )
       rates = []
       for seed in range(_RUNS.value + 1):
         start = time.perf_counter()
-        drawn = generator.generate(requests[: _DRAWN.value], [seed] * min(_DRAWN.value, len(requests)))
+        drawn = generator.generate(
+          requests[: _DRAWN.value], [seed] * min(_DRAWN.value, len(requests))
+        )
         rates.append(len(drawn) * image_tokens / (time.perf_counter() - start))
       bits, before = -right.mean() / np.log(2), -base[0].mean() / np.log(2)
       told = f"{bits:.4f} | {bits - before:+.4f} | {change.mean():.4f}, {change.max():.3f}"

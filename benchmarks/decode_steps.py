@@ -10,15 +10,17 @@ import time
 from absl import flags
 import numpy as np
 
+from cm3leon_jax.commands import common
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.decoding import prompts
 from cm3leon_jax.decoding.generate import Generator, GeneratorConfig
 from cm3leon_jax.training import checkpoint
-from launch import common
 
 _WINDOWS = flags.DEFINE_list("windows", ["0", "4", "8", "16", "32"], "Values of draft_window.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "16"], "Pictures at once.")
-_RUNS = flags.DEFINE_integer("runs", 5, "Runs that are timed, after one that is not.", lower_bound=1)
+_RUNS = flags.DEFINE_integer(
+  "runs", 5, "Runs that are timed, after one that is not.", lower_bound=1
+)
 
 
 def main(settings, workdir) -> None:
@@ -31,7 +33,9 @@ def main(settings, workdir) -> None:
     params, _ = checkpoint.load_params(workdir / "train", settings.model)
     for batch in map(int, _BATCHES.value):
       for window in map(int, _WINDOWS.value):
-        generator = Generator(params, GeneratorConfig.of(settings, batch_size=batch, draft_window=window))
+        generator = Generator(
+          params, GeneratorConfig.of(settings, batch_size=batch, draft_window=window)
+        )
         steps, plain, rates = [], generator.programs.draw_image, []
 
         def counted(*arguments, plain=plain, steps=steps):
@@ -48,7 +52,9 @@ def main(settings, workdir) -> None:
         generator.programs.draw_image = plain
         mean = np.mean(steps[1:]) if window else image_tokens
         speed = f"{np.median(rates[1:]):.0f} ({min(rates[1:]):.0f} to {max(rates[1:]):.0f})"
-        print(f"| {batch} | {window} | {mean:.0f} | {image_tokens / mean:.2f} | {speed} |", flush=True)
+        print(
+          f"| {batch} | {window} | {mean:.0f} | {image_tokens / mean:.2f} | {speed} |", flush=True
+        )
 
 
 if __name__ == "__main__":

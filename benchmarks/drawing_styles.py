@@ -75,7 +75,9 @@ FLUENT = Style(
   "MIT",
   "Fluent Emoji, Microsoft Corporation (https://github.com/microsoft/fluentui-emoji)",
   without_regions=True,
-  left_out=frozenset(("1F468-200D-1F4BB", "1F469-200D-1F4BB", "1F9D1-200D-1F4BB", "1F4CE", "1F3AE")),
+  left_out=frozenset(
+    ("1F468-200D-1F4BB", "1F469-200D-1F4BB", "1F9D1-200D-1F4BB", "1F4CE", "1F3AE")
+  ),
 )
 NOTO = Style(
   "noto",
@@ -103,7 +105,9 @@ def code_points(name: str) -> tuple[int, ...]:
   return tuple(point for point in points if point != _EMOJI_STYLE)
 
 
-def match(style: Style, names: Iterable[str], wanted: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], str]:
+def match(
+  style: Style, names: Iterable[str], wanted: Iterable[tuple[int, ...]]
+) -> dict[tuple[int, ...], str]:
   """Code points -> name of the style's drawing of them, for those of `wanted` that it has.
 
   match(FLUENT, ["1f34e.webp", "1f34f.webp", "readme.md"], [(0x1F34E,), (0x1F98A,)]) = {(0x1F34E,): "1f34e.webp"}
@@ -136,7 +140,11 @@ def split_of(concept: str, style: str, styles: Iterable[str]) -> str:
   if position < HELD_IN_ALL_STYLES:
     return "heldout"
   in_one = position < HELD_IN_ALL_STYLES + HELD_IN_ONE_STYLE
-  return "heldout" if in_one and style == min(styles, key=lambda s: _position(f"{concept}/{s}")) else "train"
+  return (
+    "heldout"
+    if in_one and style == min(styles, key=lambda s: _position(f"{concept}/{s}"))
+    else "train"
+  )
 
 
 def _position(name: str) -> float:
@@ -145,7 +153,7 @@ def _position(name: str) -> float:
 
 
 def fetch(style: Style, folder: pathlib.Path) -> None:
-  """Puts the package's drawings, and what it says of itself and its licence, into `folder`, once.
+  """Puts the package's drawings, and what it says of itself and its license, into `folder`, once.
 
   Raises:
     Skipped: npm is not installed.
@@ -165,7 +173,9 @@ def fetch(style: Style, folder: pathlib.Path) -> None:
   command = [npm, "pack", "--silent", f"{style.package}@{style.version}"]
   done = subprocess.run(command, cwd=partial, capture_output=True, text=True)
   if done.returncode:
-    raise UserError(f"'{' '.join(command)}' failed ({(done.stderr or done.stdout).strip()[-200:]}): is the network there?")
+    raise UserError(
+      f"'{' '.join(command)}' failed ({(done.stderr or done.stdout).strip()[-200:]}): is the network there?"
+    )
   archive = partial / done.stdout.split()[-1]
   with tarfile.open(archive) as tar:
     for member in tar:
@@ -177,7 +187,9 @@ def fetch(style: Style, folder: pathlib.Path) -> None:
   partial.rename(folder)
 
 
-def make_pairs(found: dict[str, dict[tuple[int, ...], str]], drawings: dict[tuple[int, ...], openmoji.Drawing]) -> list[dict]:
+def make_pairs(
+  found: dict[str, dict[tuple[int, ...], str]], drawings: dict[tuple[int, ...], openmoji.Drawing]
+) -> list[dict]:
   """The lines of pairs.jsonl.
 
   Args:
@@ -185,22 +197,35 @@ def make_pairs(found: dict[str, dict[tuple[int, ...], str]], drawings: dict[tupl
     drawings: OpenMoji's, whose captions and concepts all styles get.
 
   Returns:
-    Fields of `raw_pairs.RawPair`. The group is style and concept: another style's drawing of the same may be a neighbour.
+    Fields of `raw_pairs.RawPair`. The group is style and concept: another style's drawing of the same may be a neighbor.
   """
   styles_of = collections.defaultdict(set)
   for style, paths in found.items():
     for points in paths:
       styles_of[drawings[points].concept].add(style)
-  about = {s.name: {"source": s.source, "license": s.license, "attribution": s.attribution} for s in STYLES}
-  own = {"source": openmoji.source(), "license": openmoji.LICENSE, "attribution": openmoji.ATTRIBUTION}
+  about = {
+    s.name: {"source": s.source, "license": s.license, "attribution": s.attribution} for s in STYLES
+  }
+  own = {
+    "source": openmoji.source(),
+    "license": openmoji.LICENSE,
+    "attribution": openmoji.ATTRIBUTION,
+  }
   pairs = []
   for style, paths in found.items():
     for points, path in sorted(paths.items()):
       drawing = drawings[points]
       concept = drawing.concept
-      names = {"key": f"{style}/{drawing.code}", "image": path, "caption": drawing.caption, "concept": concept}
+      names = {
+        "key": f"{style}/{drawing.code}",
+        "image": path,
+        "caption": drawing.caption,
+        "concept": concept,
+      }
       split = split_of(concept, style, styles_of[concept])
-      pairs.append({**names, "group": f"{style}/{concept}", "split": split, **about.get(style, own)})
+      pairs.append(
+        {**names, "group": f"{style}/{concept}", "split": split, **about.get(style, own)}
+      )
   return pairs
 
 
@@ -225,7 +250,9 @@ def make_folder(folder: pathlib.Path, resolution: int) -> list[dict]:
     fetch(style, folder / style.name)
     names = [path.name for path in (folder / style.name / style.folder).iterdir()]
     matched = match(style, names, drawings)
-    found[style.name] = {points: f"{style.name}/{style.folder}/{name}" for points, name in matched.items()}
+    found[style.name] = {
+      points: f"{style.name}/{style.folder}/{name}" for points, name in matched.items()
+    }
   (folder / "openmoji").mkdir(parents=True, exist_ok=True)
   draw = lambda points: Image.fromarray(openmoji.render(drawings[points].path, resolution)).save(
     folder / found["openmoji"][points]
@@ -234,6 +261,8 @@ def make_folder(folder: pathlib.Path, resolution: int) -> list[dict]:
     list(tqdm(pool.map(draw, drawings), "drawings", total=len(drawings), mininterval=1))
   pairs = make_pairs(found, drawings)
   partial = folder / f"{PAIRS}.partial"
-  partial.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
+  partial.write_text(
+    "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8"
+  )
   partial.replace(folder / PAIRS)
   return pairs

@@ -18,17 +18,19 @@ import jax
 import numpy as np
 from PIL import Image
 
+from cm3leon_jax.clip import huggingface as hf_clip
+from cm3leon_jax.configs import cm3leon_7b
 from cm3leon_jax.data import ingest, openmoji, raw_pairs
-from cm3leon_jax.retrieval import hf_clip
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.shards import Runner
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
-from ml_configs import cm3leon_7b
 
 _RECORDS = flags.DEFINE_integer("records", 1_000, "Records of the tar.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Repetitions, of which median, smallest and largest are printed.")
+_REPEATS = flags.DEFINE_integer(
+  "repeats", 5, "Repetitions, of which median, smallest and largest are printed."
+)
 _THREADS = flags.DEFINE_integer("threads", 2, "Threads that read and scale images.")
 
 VIT_B32 = hf_clip.HFCLIPConfig(
@@ -46,7 +48,9 @@ def report(what: str, count: int, run, unit: str) -> None:
     start = time.perf_counter()
     run()
     rates.append(count / (time.perf_counter() - start))
-  print(f"{what}: {np.median(rates):,.1f} ({min(rates):,.1f} to {max(rates):,.1f}) {unit}/s", flush=True)
+  print(
+    f"{what}: {np.median(rates):,.1f} ({min(rates):,.1f} to {max(rates):,.1f}) {unit}/s", flush=True
+  )
 
 
 def write_tar(path: epath.Path, count: int) -> None:
@@ -56,7 +60,11 @@ def write_tar(path: epath.Path, count: int) -> None:
       buffer = io.BytesIO()
       Image.fromarray(openmoji.render(drawing.path, 320)).save(buffer, "jpeg", quality=90)
       about = {"url": drawing.code, "license": openmoji.LICENSE, "caption": drawing.caption}
-      members = {"jpg": buffer.getvalue(), "txt": drawing.caption.encode(), "json": json.dumps(about).encode()}
+      members = {
+        "jpg": buffer.getvalue(),
+        "txt": drawing.caption.encode(),
+        "json": json.dumps(about).encode(),
+      }
       for suffix, data in members.items():
         info = tarfile.TarInfo(f"{i:09d}.{suffix}")
         info.size = len(data)
@@ -76,7 +84,9 @@ def ingestion(folder: epath.Path) -> list:
     ingest.prepare(config, parts, folder / "raw", Runner())
 
   report(f"ingestion, {_THREADS.value} threads", _RECORDS.value, run, "images")
-  return [pair for split in ("train", "heldout") for pair in raw_pairs.read_pairs(folder / "raw", split)]
+  return [
+    pair for split in ("train", "heldout") for pair in raw_pairs.read_pairs(folder / "raw", split)
+  ]
 
 
 def encoding(folder: epath.Path, pairs: list) -> None:
@@ -88,7 +98,9 @@ def encoding(folder: epath.Path, pairs: list) -> None:
   images = load(paths[:8])
   params = vqgan.init_params(settings.vqgan, settings.vocab.image_size, jax.random.key(0))
   tokenizer = vqgan.ImageTokenizer(settings.vqgan, settings.vocab.image_size, params, batch_size=8)
-  report("VQGAN, 256 pixels, 256 codes, float32", len(images), lambda: tokenizer.encode(images), "images")
+  report(
+    "VQGAN, 256 pixels, 256 codes, float32", len(images), lambda: tokenizer.encode(images), "images"
+  )
   captions = [pair.caption for pair in pairs]
   small = VocabLayout(num_special=256, text_size=1_024, image_size=8_192)
   train_text_tokenizer(captions * 20, small, TextTokenizerConfig(), folder / "text")

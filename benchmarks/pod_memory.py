@@ -45,8 +45,18 @@ def measure(size: str, topology: str, rows: int, policy: str) -> dict:
   outer, inner = MESHES[topology]
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "report.json"
-    command = [sys.executable, "-m", "launch.aot_compile", f"--config=ml_configs/cm3leon_{size}.py", f"--topology={topology}"]
-    command += [f"--config.mesh.fsdp={outer}", f"--config.mesh.fsdp_inner={inner}", f"--batch_per_device={rows}"]
+    command = [
+      sys.executable,
+      "-m",
+      "launch.aot_compile",
+      f"--config=ml_configs/cm3leon_{size}.py",
+      f"--topology={topology}",
+    ]
+    command += [
+      f"--config.mesh.fsdp={outer}",
+      f"--config.mesh.fsdp_inner={inner}",
+      f"--batch_per_device={rows}",
+    ]
     command += [f"--config.model.remat_policy={policy}", f"--json={path}"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -59,7 +69,8 @@ def row(size: str, topology: str, rows: int, policy: str) -> str:
   again = r["flops"] * r["devices"] / r["model_flops"]
   tokens = r["tokens"] / r["devices"]
   moved = " / ".join(
-    f"{r['collectives'][kind]['bytes'] / 2**30:.2f}" for kind in ("all-gather", "reduce-scatter", "all-reduce")
+    f"{r['collectives'][kind]['bytes'] / 2**30:.2f}"
+    for kind in ("all-gather", "reduce-scatter", "all-reduce")
   )
   memory = f"{r['arguments_gib']:.2f} + {r['temporaries_gib']:.2f} = **{r['sum_gib']:.2f}** of {r['hbm_gib']:.2f}"
   if r["host_gib"] > 0.01:
@@ -69,7 +80,9 @@ def row(size: str, topology: str, rows: int, policy: str) -> str:
 
 
 def main(_) -> None:
-  print("| size | slice | rows of a device | remat | GiB | FLOPs x model | us a token: products; collectives | GiB a device |")
+  print(
+    "| size | slice | rows of a device | remat | GiB | FLOPs x model | us a token: products; collectives | GiB a device |"
+  )
   print("|---|---|---|---|---|---|---|---|")
   for arguments in GOALS if _PART.value == "goals" else SIZES:
     print(row(*arguments), flush=True)

@@ -1,4 +1,4 @@
-"""Does retrieval help? One small decoder with 0, 1 and 2 neighbours, and with 2 of another document, at equal steps.
+"""Does retrieval help? One small decoder with 0, 1 and 2 neighbors, and with 2 of another document, at equal steps.
 
   python -m benchmarks.retrieval_ablation --workdir=workdir/ablation
 
@@ -23,6 +23,7 @@ from benchmarks import ablation_table, drawing_styles
 from benchmarks.ablation_table import Run
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.configs import openmoji
 from cm3leon_jax.data import pipeline
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.data.plan import RowPlan, Source
@@ -32,7 +33,6 @@ from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.training import checkpoint
-from ml_configs import openmoji
 
 # n documents, C candidates of each, K of which stand before it.
 
@@ -45,8 +45,8 @@ SHARED = {
   "clip": "train_clip",
   "neighbors": "build_neighbors",
 }
-# A pair takes about 266 slots, so a row of 1,664 holds 6 of them alone, 3 with a neighbour or 2 with two: all rows are equally
-# full. Drawings of one concept may be as similar as they like; the groups say which must not be neighbours.
+# A pair takes about 266 slots, so a row of 1,664 holds 6 of them alone, 3 with a neighbor or 2 with two: all rows are equally
+# full. Drawings of one concept may be as similar as they like; the groups say which must not be neighbors.
 SLOTS = 1_664
 OVERRIDES = {
   "data.sequence_length": SLOTS,
@@ -102,8 +102,16 @@ class Ablation:
 
   def command(self, name: str, workdir: pathlib.Path, overrides: dict) -> None:
     """Runs `python -m launch.NAME`; SIGTERM is passed on to it, and if it fails or is stopped, this program ends too."""
-    command = [sys.executable, "-m", f"launch.{name}", f"--config=ml_configs/openmoji.py:{self.minutes:g}"]
-    command += [f"--workdir={workdir}", *(f"--config.{field}={value}" for field, value in overrides.items())]
+    command = [
+      sys.executable,
+      "-m",
+      f"launch.{name}",
+      f"--config=ml_configs/openmoji.py:{self.minutes:g}",
+    ]
+    command += [
+      f"--workdir={workdir}",
+      *(f"--config.{field}={value}" for field, value in overrides.items()),
+    ]
     with subprocess.Popen(command, cwd=ROOT) as process:
       previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
       code = process.wait()
@@ -132,7 +140,9 @@ def open_corpus(workdir: pathlib.Path, vocab, pairs: list[dict]) -> Corpus:
   """Opens both stores. `pairs`: the lines of pairs.jsonl, which know the concept of every document's key."""
   numbers = {concept: i for i, concept in enumerate(sorted({p["concept"] for p in pairs}))}
   concept_of = {p["key"]: numbers[p["concept"]] for p in pairs}
-  stores = [DocumentStore(workdir / "documents" / f"{split}_pairs", vocab) for split in ("train", "heldout")]
+  stores = [
+    DocumentStore(workdir / "documents" / f"{split}_pairs", vocab) for split in ("train", "heldout")
+  ]
   concepts = [np.array([concept_of[store[i].key] for i in range(len(store))]) for store in stores]
   return Corpus(*stores, *concepts)
 
@@ -163,11 +173,15 @@ def shuffled_order(own: np.ndarray, candidates: np.ndarray, rng: np.random.Gener
       return order
     for i, j in zip(wrong, rng.integers(n, size=len(wrong))):
       order[[i, j]] = order[[j, i]]
-  raise UserError(f"the candidates of {n} documents cannot be shuffled so that none shows its document's concept.")
+  raise UserError(
+    f"the candidates of {n} documents cannot be shuffled so that none shows its document's concept."
+  )
 
 
-def shuffle_neighbors(folder: pathlib.Path, target: pathlib.Path, corpus: Corpus, seed: int) -> None:
-  """Writes the neighbours of the stage in `folder` to `target`, once: every document's are those of another of its split."""
+def shuffle_neighbors(
+  folder: pathlib.Path, target: pathlib.Path, corpus: Corpus, seed: int
+) -> None:
+  """Writes the neighbors of the stage in `folder` to `target`, once: every document's are those of another of its split."""
   done = stages.require(folder, SHARED["neighbors"])
   done["id"] += f"-shuffled-{seed}"
   if (target / stages.DONE).exists() and stages.read_json(target / stages.DONE)["id"] == done["id"]:
@@ -177,9 +191,17 @@ def shuffle_neighbors(folder: pathlib.Path, target: pathlib.Path, corpus: Corpus
     ("train_pairs", corpus.train_concepts, {"": False}),
     ("heldout_pairs", corpus.heldout_concepts, {"": False, "text_": True}),
   ):
-    load = lambda text_only, array, name=name: neighbors.load_neighbors(folder, name, text_only, array)
-    found = {f"{prefix}{array}": load(text, array) for prefix, text in sides.items() for array in ("ids", "scores")}
-    candidates = np.concatenate([values for array, values in found.items() if array.endswith("ids")], axis=1)
+    load = lambda text_only, array, name=name: neighbors.load_neighbors(
+      folder, name, text_only, array
+    )
+    found = {
+      f"{prefix}{array}": load(text, array)
+      for prefix, text in sides.items()
+      for array in ("ids", "scores")
+    }
+    candidates = np.concatenate(
+      [values for array, values in found.items() if array.endswith("ids")], axis=1
+    )
     order = shuffled_order(own, concepts_of(candidates, corpus.train_concepts), rng)
     for array, values in found.items():
       ArrayStore.create(target / name / array, values.shape[1:], values.dtype).append(values[order])
@@ -187,7 +209,7 @@ def shuffle_neighbors(folder: pathlib.Path, target: pathlib.Path, corpus: Corpus
 
 
 def own_concept_share(folder: pathlib.Path, corpus: Corpus) -> dict[str, float]:
-  """How often a neighbour shows the document's own concept, in another style.
+  """How often a neighbor shows the document's own concept, in another style.
 
   Returns:
     train_candidates: of all candidates of training documents; heldout_first, heldout_second: of the best two by caption alone
@@ -196,12 +218,18 @@ def own_concept_share(folder: pathlib.Path, corpus: Corpus) -> dict[str, float]:
   ids = neighbors.load_neighbors(folder, "train_pairs")
   train = (concepts_of(ids, corpus.train_concepts) == corpus.train_concepts[:, None])[ids >= 0]
   ids = neighbors.load_neighbors(folder, "heldout_pairs", text_only=True)
-  heldout = (concepts_of(ids, corpus.train_concepts) == corpus.heldout_concepts[:, None])[corpus.subsets["drawn_by_others"]]
-  return {"train_candidates": train.mean(), "heldout_first": heldout[:, 0].mean(), "heldout_second": heldout[:, 1].mean()}
+  heldout = (concepts_of(ids, corpus.train_concepts) == corpus.heldout_concepts[:, None])[
+    corpus.subsets["drawn_by_others"]
+  ]
+  return {
+    "train_candidates": train.mean(),
+    "heldout_first": heldout[:, 0].mean(),
+    "heldout_second": heldout[:, 1].mean(),
+  }
 
 
 def score(settings: Settings, run: pathlib.Path, corpus: Corpus) -> dict[str, list[float]]:
-  """Bits of every held-out document itself behind its K best neighbours by caption alone, or rather those in `run`.
+  """Bits of every held-out document itself behind its K best neighbors by caption alone, or rather those in `run`.
 
   Returns:
     image_bits, image_codes, text_bits, text_tokens: [n] sums over a document's image codes and over its caption.
@@ -225,17 +253,27 @@ def score(settings: Settings, run: pathlib.Path, corpus: Corpus) -> dict[str, li
 
 
 def count_queries(settings: Settings, run: pathlib.Path, corpus: Corpus) -> int:
-  """Samples of the rows of the training in `run`; each has one document that is not a neighbour."""
+  """Samples of the rows of the training in `run`; each has one document that is not a neighbor."""
   ids = neighbors.load_neighbors(run / "neighbors", "train_pairs")
-  plan = RowPlan([Source(corpus.train, 1.0, ids, corpus.train)], settings.data, settings.vocab.num_masks, settings.seed)
-  return sum(len(plan.row(i)) for i in range(settings.train.steps * settings.train.global_batch_size))
+  plan = RowPlan(
+    [Source(corpus.train, 1.0, ids, corpus.train)],
+    settings.data,
+    settings.vocab.num_masks,
+    settings.seed,
+  )
+  return sum(
+    len(plan.row(i)) for i in range(settings.train.steps * settings.train.global_batch_size)
+  )
 
 
 def run_one(ablation: Ablation, name: str, seed: int, corpus: Corpus) -> Run:
   """Trains and scores one condition with one seed, or reads what it left."""
   condition, shared = CONDITIONS[name], ablation.workdir / "shared"
   overrides = ablation.overrides(**{"data.num_neighbors": condition.num_neighbors, "seed": seed})
-  settings, run = ablation.settings(overrides), ablation.workdir / f"steps_{ablation.steps}" / f"{name}_seed_{seed}"
+  settings, run = (
+    ablation.settings(overrides),
+    ablation.workdir / f"steps_{ablation.steps}" / f"{name}_seed_{seed}",
+  )
   run.mkdir(parents=True, exist_ok=True)
   for folder in SHARED:
     if not (run / folder).exists() and not (condition.shuffled and folder == "neighbors"):
@@ -246,10 +284,15 @@ def run_one(ablation: Ablation, name: str, seed: int, corpus: Corpus) -> Run:
   trained = stages.require(run / "train", "train")
   with stages.stage(run / "bits", {"inputs": {"train": trained["id"]}}) as summary:
     if summary is not None:
-      found = {"query_documents": count_queries(settings, run, corpus), "train_seconds": trained["seconds"]}
+      found = {
+        "query_documents": count_queries(settings, run, corpus),
+        "train_seconds": trained["seconds"],
+      }
       stages.write_json(run / "bits" / "bits.json", {**found, **score(settings, run, corpus)})
   values = stages.read_json(run / "bits" / "bits.json")
-  return Run(name, seed, **{k: np.array(v) if isinstance(v, list) else v for k, v in values.items()})
+  return Run(
+    name, seed, **{k: np.array(v) if isinstance(v, list) else v for k, v in values.items()}
+  )
 
 
 def ablate(ablation: Ablation, names: list[str], num_seeds: int) -> dict:
@@ -261,8 +304,15 @@ def ablate(ablation: Ablation, names: list[str], num_seeds: int) -> dict:
   for command in SHARED.values():
     ablation.command(command, shared, overrides)
   corpus = open_corpus(shared, settings.vocab, pairs)
-  about = {"steps": ablation.steps, "rows_per_step": OVERRIDES["train.global_batch_size"], "row_slots": SLOTS}
-  about |= {"train_documents": len(corpus.train), "own_concept_share": own_concept_share(shared / "neighbors", corpus)}
+  about = {
+    "steps": ablation.steps,
+    "rows_per_step": OVERRIDES["train.global_batch_size"],
+    "row_slots": SLOTS,
+  }
+  about |= {
+    "train_documents": len(corpus.train),
+    "own_concept_share": own_concept_share(shared / "neighbors", corpus),
+  }
   labels, runs, result = {name: CONDITIONS[name].label for name in names}, [], {}
   planned = [(seed, name) for seed in range(num_seeds) for name in names]
   for number, (seed, name) in enumerate(planned, 1):
@@ -270,7 +320,10 @@ def ablate(ablation: Ablation, names: list[str], num_seeds: int) -> dict:
     start = time.time()
     runs.append(run_one(ablation, name, seed, corpus))
     level = runs[-1].image_bits.sum() / runs[-1].image_codes.sum()
-    print(f"[{number}/{len(planned)}] {level:.3f} bits per held-out image code; {time.time() - start:.0f} s.", flush=True)
+    print(
+      f"[{number}/{len(planned)}] {level:.3f} bits per held-out image code; {time.time() - start:.0f} s.",
+      flush=True,
+    )
     result = about | ablation_table.summarize(runs, labels, corpus.subsets, corpus.heldout_concepts)
     stages.write_json(workdir / "results.json", result)
     (workdir / "table.md").write_text(ablation_table.markdown(result), encoding="utf-8")
@@ -283,10 +336,14 @@ def main(argv) -> None:
   logging.set_verbosity(logging.WARNING)
   try:
     if len(argv) > 1:
-      raise UserError(f"unexpected argument '{argv[1]}': this command takes flags only (--name=value).")
+      raise UserError(
+        f"unexpected argument '{argv[1]}': this command takes flags only (--name=value)."
+      )
     names = [name for name in CONDITIONS if name in args.conditions]
     if not names or {*args.conditions} - {*names}:
-      raise UserError(f"--conditions is '{','.join(args.conditions)}'; it must name some of {','.join(CONDITIONS)}.")
+      raise UserError(
+        f"--conditions is '{','.join(args.conditions)}'; it must name some of {','.join(CONDITIONS)}."
+      )
     ablation = Ablation(pathlib.Path(args.workdir).resolve(), args.steps, args.minutes)
     result = ablate(ablation, names, args.seeds)
   except drawing_styles.Skipped as missing:
@@ -301,9 +358,13 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":  # Flags here: a test that imports this module defines none.
-  flags.DEFINE_string("workdir", "workdir/retrieval_ablation", "Folder of the whole; a run there is continued.")
+  flags.DEFINE_string(
+    "workdir", "workdir/retrieval_ablation", "Folder of the whole; a run there is continued."
+  )
   flags.DEFINE_integer("steps", 800, "Training steps of every run.", lower_bound=1)
   flags.DEFINE_integer("seeds", 3, "Runs of every condition.", lower_bound=1)
   flags.DEFINE_list("conditions", list(CONDITIONS), "Which conditions.")
-  flags.DEFINE_float("minutes", 20, "Of the demo, whose tokenizers and CLIP are trained as long.", lower_bound=1e-3)
+  flags.DEFINE_float(
+    "minutes", 20, "Of the demo, whose tokenizers and CLIP are trained as long.", lower_bound=1e-3
+  )
   app.run(main)

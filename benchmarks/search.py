@@ -1,8 +1,8 @@
-"""Neighbour search: rates and recall@2 of ScaNN against exact search, what an index takes, and the rate of the selection rules.
+"""Neighbor search: rates and recall@2 of ScaNN against exact search, what an index takes, and the rate of the selection rules.
 
   python -m benchmarks.search --folder=scratch --sizes=100000,1000000
 
-Vectors are random, 512 wide, in clusters like those of embeddings: n / 100 centres, cosine of about 0.7 to their own.
+Vectors are random, 512 wide, in clusters like those of embeddings: n / 100 centers, cosine of about 0.7 to their own.
 ScaNN and exact search use all cores; the selection rules are Python, on one thread.
 """
 
@@ -18,9 +18,15 @@ from cm3leon_jax.retrieval.bank import document_embeddings
 from cm3leon_jax.retrieval.neighbors import RetrievalConfig, Retriever
 
 _SIZES = flags.DEFINE_list("sizes", ["100000", "1000000"], "Numbers of vectors.")
-_QUERIES = flags.DEFINE_integer("queries", 2_000, "Queries of a repetition of ScaNN; exact search gets an eighth of them.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Repetitions, of which median, smallest and largest are printed.")
-_FOLDER = flags.DEFINE_string("folder", None, "Where arrays and indices are written.", required=True)
+_QUERIES = flags.DEFINE_integer(
+  "queries", 2_000, "Queries of a repetition of ScaNN; exact search gets an eighth of them."
+)
+_REPEATS = flags.DEFINE_integer(
+  "repeats", 5, "Repetitions, of which median, smallest and largest are printed."
+)
+_FOLDER = flags.DEFINE_string(
+  "folder", None, "Where arrays and indices are written.", required=True
+)
 
 WIDTH = 512
 
@@ -48,7 +54,10 @@ def rates(search: index.Index, queries: np.ndarray, repeats: int) -> str:
 def measure(count: int) -> None:
   vectors = clustered(count)
   rng = np.random.default_rng(1)
-  near = vectors[rng.integers(0, count, _QUERIES.value)] + 0.5 * rng.standard_normal((_QUERIES.value, WIDTH), np.float32) / 16
+  near = (
+    vectors[rng.integers(0, count, _QUERIES.value)]
+    + 0.5 * rng.standard_normal((_QUERIES.value, WIDTH), np.float32) / 16
+  )
   queries = near / np.linalg.norm(near, axis=1, keepdims=True)
   start = time.perf_counter()
   scann = index.ScannIndex.build(vectors)
@@ -60,7 +69,8 @@ def measure(count: int) -> None:
   few = queries[: max(1, len(queries) // 8)]
   recall = index.recall_at_k(scann.search(few, 2)[0], exact.search(few, 2)[0])
   print(
-    f"{count:,} vectors: scann built in {built:.0f} s, {size / count:.0f} bytes a vector, recall@2 {recall:.3f}", flush=True
+    f"{count:,} vectors: scann built in {built:.0f} s, {size / count:.0f} bytes a vector, recall@2 {recall:.3f}",
+    flush=True,
   )
   print(f"  scann: {rates(scann, queries, _REPEATS.value)}", flush=True)
   print(f"  exact: {rates(exact, few, _REPEATS.value)}", flush=True)
@@ -84,7 +94,10 @@ def measure_selection(count: int = 20_000) -> None:
     start = time.perf_counter()
     retriever.select(sides, *rows, kept_per_side=2)
     found.append(len(rows[0]) / (time.perf_counter() - start))
-  print(f"selection: {np.median(found):,.0f} ({min(found):,.0f} to {max(found):,.0f}) documents/s", flush=True)
+  print(
+    f"selection: {np.median(found):,.0f} ({min(found):,.0f} to {max(found):,.0f}) documents/s",
+    flush=True,
+  )
 
 
 def main(_):

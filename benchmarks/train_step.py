@@ -30,7 +30,9 @@ _ROWS = flags.DEFINE_integer("rows", 4, "Rows of a batch.")
 _LENGTH = flags.DEFINE_integer("length", 512, "Tokens of a row.")
 _FAMILY = flags.DEFINE_enum("family", "opt", ["opt", "modern"], "Family of the decoder.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute dtype.")
-_REMAT = flags.DEFINE_enum("remat_policy", "none", REMAT_POLICIES, "What the backward pass computes again.")
+_REMAT = flags.DEFINE_enum(
+  "remat_policy", "none", REMAT_POLICIES, "What the backward pass computes again."
+)
 _ATTENTION = flags.DEFINE_enum("attention", "auto", ATTENTIONS, "Which attention.")
 _CHUNK = flags.DEFINE_integer("loss_chunk", 32, "Tokens of a row whose logits exist at once.")
 _STEPS = flags.DEFINE_integer("steps", 15, "Steps that are timed, after two that are not.")
@@ -54,9 +56,14 @@ def step_seconds(model: ModelConfig, rows: int, length: int, steps: int) -> list
   optimizer = create_optimizer(OptimizerConfig(), 1_000)
   rng = np.random.default_rng(0)
   samples = [rng.integers(256, model.vocab_size, length + 1).astype(np.int32) for _ in range(rows)]
-  batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in rows_of_samples(samples, length).items()}
+  batch = {
+    name: shard(jnp.asarray(x), "batch", "length")
+    for name, x in rows_of_samples(samples, length).items()
+  }
   state = jax.jit(functools.partial(init_state, model, optimizer))(jax.random.key(0))
-  step = jax.jit(functools.partial(train_step, model, optimizer, model.vocab_size, 1), donate_argnums=0)
+  step = jax.jit(
+    functools.partial(train_step, model, optimizer, model.vocab_size, 1), donate_argnums=0
+  )
   found = []
   for _ in range(steps + 2):
     start = time.perf_counter()
@@ -87,9 +94,15 @@ def main(_) -> None:
     seconds = step_seconds(model, _ROWS.value, _LENGTH.value, _STEPS.value)
     peak = max(before, measured_peak(model.dtype)) * jax.device_count()
   median = float(np.median(seconds))
-  print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, peak of {model.dtype} products {peak / 1e9:,.0f} GFLOP/s")
-  print(f"step: median {median:.3f} s ({min(seconds):.3f} to {max(seconds):.3f}, {len(seconds)} steps)")
-  print(f"{tokens / median:,.0f} tokens/s; {flops / 1e9:,.0f} model GFLOPs a step, {flops / median / peak:.1%} of the peak")
+  print(
+    f"{jax.device_count()} x {jax.devices()[0].device_kind}, peak of {model.dtype} products {peak / 1e9:,.0f} GFLOP/s"
+  )
+  print(
+    f"step: median {median:.3f} s ({min(seconds):.3f} to {max(seconds):.3f}, {len(seconds)} steps)"
+  )
+  print(
+    f"{tokens / median:,.0f} tokens/s; {flops / 1e9:,.0f} model GFLOPs a step, {flops / median / peak:.1%} of the peak"
+  )
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     return tuple(value)
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
-  if kind in (int, float, str, bool) and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+  if kind in (int, float, str, bool) and (
+    not isinstance(value, kind) or (kind is int and isinstance(value, bool))
+  ):
     raise UserError(f"{where} is {value!r}; it must be {kind.__name__}.")
   if kind is float and not math.isfinite(value):
     raise UserError(f"{where} is {value}; it must be a finite number.")

@@ -17,7 +17,9 @@ from cm3leon_jax.config import TryAgain, UserError
 SHUTDOWN_SECONDS = 60
 
 
-def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:
+def initialize(
+  coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
+) -> None:
   """Joins the job's processes; before anything else of JAX.
 
   Args:
@@ -31,19 +33,31 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
     UserError: only some of the three are given, or they cannot be; no cluster was found.
     TryAgain: the other processes were not there in time.
   """
-  given = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
+  given = {
+    "coordinator_address": coordinator,
+    "num_processes": num_processes,
+    "process_id": process_id,
+  }
   missing = [f"--{name}" for name, value in given.items() if value is None]
   if 0 < len(missing) < len(given):
     present = [f"--{name}" for name, value in given.items() if value is not None]
-    raise UserError(f"{', '.join(present)} without {', '.join(missing)}: give all three, or --distributed and none of them.")
+    raise UserError(
+      f"{', '.join(present)} without {', '.join(missing)}: give all three, or --distributed and none of them."
+    )
   if not missing:
     _check(coordinator, num_processes, process_id)
-  jax.config.update("jax_enable_preemption_service", False)  # It would catch SIGTERM; see training/preemption.py.
+  jax.config.update(
+    "jax_enable_preemption_service", False
+  )  # It would catch SIGTERM; see training/preemption.py.
   if not missing and process_id:
     _wait_for(coordinator, timeout)
   try:
     jax.distributed.initialize(
-      coordinator, num_processes, process_id, initialization_timeout=timeout, shutdown_timeout_seconds=SHUTDOWN_SECONDS
+      coordinator,
+      num_processes,
+      process_id,
+      initialization_timeout=timeout,
+      shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
   except ValueError as error:
     raise UserError(
@@ -51,13 +65,17 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
       "--coordinator_address, --num_processes and --process_id."
     ) from error
   except RuntimeError as error:
-    raise TryAgain(f"the processes of the job did not find each other in {timeout} s ({error}): start all of them.") from error
+    raise TryAgain(
+      f"the processes of the job did not find each other in {timeout} s ({error}): start all of them."
+    ) from error
 
 
 def _check(coordinator: str, num_processes: int, process_id: int) -> None:
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
-    raise UserError(f"--coordinator_address is '{coordinator}'; it must be host:port of process 0, like 10.0.0.1:8476.")
+    raise UserError(
+      f"--coordinator_address is '{coordinator}'; it must be host:port of process 0, like 10.0.0.1:8476."
+    )
   if num_processes < 1:
     raise UserError(f"--num_processes is {num_processes}; it must be positive.")
   if not 0 <= process_id < num_processes:
@@ -102,7 +120,10 @@ def gather(value) -> list:
   sizes = multihost_utils.process_allgather(np.int32(len(message)))
   padded = np.zeros(sizes.max(), np.uint8)
   padded[: len(message)] = message
-  return [json.loads(bytes(row[:size])) for row, size in zip(multihost_utils.process_allgather(padded), sizes)]
+  return [
+    json.loads(bytes(row[:size]))
+    for row, size in zip(multihost_utils.process_allgather(padded), sizes)
+  ]
 
 
 @contextlib.contextmanager
@@ -118,7 +139,10 @@ def together() -> Iterator[None]:
   except UserError as error:
     failure, told = error, str(error)
   except Exception as error:
-    failure, told = error, f"process {jax.process_index()} failed with {type(error).__name__}: {error}"
+    failure, told = (
+      error,
+      f"process {jax.process_index()} failed with {type(error).__name__}: {error}",
+    )
   first = next(filter(None, gather(told)), "")
   if failure is not None and not isinstance(failure, UserError):
     raise failure
@@ -131,4 +155,6 @@ def check_same_config(config: dict) -> None:
   first, *others = gather(stages.plain(config))
   for i, other in enumerate(others, 1):
     if changed := stages.differences(first, other):
-      raise UserError(f"process {i} has another config than process 0 ({'; '.join(changed[:4])}): give all the same flags.")
+      raise UserError(
+        f"process {i} has another config than process 0 ({'; '.join(changed[:4])}): give all the same flags."
+      )

@@ -46,7 +46,9 @@ class MeshConfig:
 
   def __post_init__(self):
     if any(n < 1 and n != -1 for n in self.shape) or self.shape.count(-1) > 1:
-      raise ValueError(f"{_shown(self.shape)}; each must be positive, and at most one -1 (the rest of the devices).")
+      raise ValueError(
+        f"{_shown(self.shape)}; each must be positive, and at most one -1 (the rest of the devices)."
+      )
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -75,11 +77,15 @@ def create_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
     raise ValueError(f"{_shown(shape)} does not use {len(devices)} devices exactly.")
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if shape[0] % slices:
-    raise ValueError(f"mesh.data is {shape[0]}; the devices lie in {slices} slices, and it must be a multiple of that.")
+    raise ValueError(
+      f"mesh.data is {shape[0]}; the devices lie in {slices} slices, and it must be a multiple of that."
+    )
   types = (AxisType.Explicit,) * len(AXES)
   if slices > 1:
     inner, outer = (shape[0] // slices, *shape[1:]), (slices, *[1] * len(shape[1:]))
-    return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices), AXES, types)
+    return jax.sharding.Mesh(
+      mesh_utils.create_hybrid_device_mesh(inner, outer, devices), AXES, types
+    )
   return jax.make_mesh(tuple(shape), AXES, types, devices=devices)
 
 
@@ -110,7 +116,9 @@ def gathered(w):
   Returns:
     `w`, still split over `tensor`.
   """
-  split = [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in jax.typeof(w).sharding.spec]
+  split = [
+    (axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in jax.typeof(w).sharding.spec
+  ]
   done: set[str] = set()
   for axis in ("data", *reversed(FSDP)):
     split = [tuple(a for a in axes if a != axis) for axes in split]

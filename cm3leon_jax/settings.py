@@ -4,6 +4,7 @@ import dataclasses
 
 import ml_collections
 
+from cm3leon_jax.clip.model import CLIPConfig
 from cm3leon_jax.config import UserError, build
 from cm3leon_jax.data.ingest import RawConfig
 from cm3leon_jax.data.plan import DataConfig
@@ -11,7 +12,6 @@ from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.evaluation.bits import EvaluationConfig
 from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.retrieval.clip import CLIPConfig
 from cm3leon_jax.retrieval.neighbors import RetrievalConfig
 from cm3leon_jax.tokenizers.text import TextTokenizerConfig
 from cm3leon_jax.tokenizers.vqgan import VQGANConfig
@@ -43,7 +43,9 @@ class Settings:
     if self.seed < 0:
       raise ValueError(f"seed is {self.seed}; it must not be negative.")
     if self.model.vocab_size != self.vocab.size:
-      raise ValueError(f"model.vocab_size is {self.model.vocab_size}; it must be vocab.size = {self.vocab.size}.")
+      raise ValueError(
+        f"model.vocab_size is {self.model.vocab_size}; it must be vocab.size = {self.vocab.size}."
+      )
     if self.model.max_positions < self.data.sequence_length:
       raise ValueError(
         f"model.max_positions is {self.model.max_positions}; "
@@ -56,7 +58,9 @@ SECTIONS = {f.name: f.type for f in dataclasses.fields(Settings) if f.name != "s
 
 def default_config() -> ml_collections.ConfigDict:
   """Every section with every field at its default, so that each can be overridden and no other can."""
-  sections = {name: {f.name: f.default for f in dataclasses.fields(cls)} for name, cls in SECTIONS.items()}
+  sections = {
+    name: {f.name: f.default for f in dataclasses.fields(cls)} for name, cls in SECTIONS.items()
+  }
   return ml_collections.ConfigDict({"seed": 0, **sections})
 
 
@@ -70,7 +74,10 @@ def settings_from_config(config) -> Settings:
   if unknown:
     raise UserError(f"config has no section '{unknown[0]}': it has seed, {', '.join(SECTIONS)}.")
   try:
-    return Settings(seed=int(config.seed), **{name: build(cls, config[name], name) for name, cls in SECTIONS.items()})
+    return Settings(
+      seed=int(config.seed),
+      **{name: build(cls, config[name], name) for name, cls in SECTIONS.items()},
+    )
   except UserError:
     raise
   except ValueError as error:

@@ -34,7 +34,9 @@ class Runner:
     if self.kind not in RUNNERS:
       raise ValueError(f"runner is '{self.kind}'; it must be one of {', '.join(RUNNERS)}.")
     if self.workers < 1 or self.worker_cpus <= 0:
-      raise ValueError(f"ray_workers is {self.workers} and ray_worker_cpus {self.worker_cpus}; both must be positive.")
+      raise ValueError(
+        f"ray_workers is {self.workers} and ray_worker_cpus {self.worker_cpus}; both must be positive."
+      )
 
 
 class Job(Protocol):
@@ -51,7 +53,9 @@ class Job(Protocol):
 Results = Iterator[tuple[str, dict]]
 
 
-def run_shards(job: Job, shards: dict[str, dict], folder: epath.PathLike, runner: Runner, bar: str) -> Results:
+def run_shards(
+  job: Job, shards: dict[str, dict], folder: epath.PathLike, runner: Runner, bar: str
+) -> Results:
   """Does the shards that are not done yet.
 
   Args:
@@ -76,8 +80,14 @@ def run_shards(job: Job, shards: dict[str, dict], folder: epath.PathLike, runner
     finished += [(name, record["summary"])] if done else []
     pending += [] if done else [{"shard": name, "config": json.dumps(stages.plain(config))}]
   yield from finished
-  results = _ray(job, folder, pending, runner) if runner.kind == "ray" and pending else _local(job, folder, pending)
-  with tqdm(total=len(shards), initial=len(finished), desc=bar, unit="shard", mininterval=1) as progress:
+  results = (
+    _ray(job, folder, pending, runner)
+    if runner.kind == "ray" and pending
+    else _local(job, folder, pending)
+  )
+  with tqdm(
+    total=len(shards), initial=len(finished), desc=bar, unit="shard", mininterval=1
+  ) as progress:
     for name, summary in results:
       progress.update()
       yield name, summary
@@ -98,7 +108,9 @@ class _Worker:
       summary = stages.plain(self._do(name))
     except UserError as error:
       return {"shard": name, "summary": "", "error": str(error)}
-    stages.write_json(self._folder / f"{name}.json", {"config": json.loads(row["config"]), "summary": summary})
+    stages.write_json(
+      self._folder / f"{name}.json", {"config": json.loads(row["config"]), "summary": summary}
+    )
     return {"shard": name, "summary": json.dumps(summary), "error": ""}
 
 
@@ -127,7 +139,9 @@ def _ray(job: Job, folder: epath.Path, rows: list[dict], runner: Runner) -> Resu
     context.enable_progress_bars = False  # The job has its own.
     workers = ray.data.ActorPoolStrategy(min_size=1, max_size=min(runner.workers, len(rows)))
     data = ray.data.from_items(rows, override_num_blocks=len(rows))
-    data = data.map(_Worker, fn_constructor_args=(job, folder), compute=workers, num_cpus=runner.worker_cpus)
+    data = data.map(
+      _Worker, fn_constructor_args=(job, folder), compute=workers, num_cpus=runner.worker_cpus
+    )
     for row in data.iter_rows():
       yield _result(row)
   finally:
@@ -143,4 +157,6 @@ def _connect(ray, runner: Runner) -> None:
       cpus = max(1, round(runner.workers * runner.worker_cpus))
       ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="warning")
   except (ConnectionError, ValueError) as error:
-    raise UserError(f"--ray_address is '{runner.address}', where no Ray cluster answers ({error}).") from error
+    raise UserError(
+      f"--ray_address is '{runner.address}', where no Ray cluster answers ({error})."
+    ) from error

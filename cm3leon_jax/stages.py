@@ -42,7 +42,9 @@ def read_json(path: epath.PathLike):
   try:
     return json.loads(path.read_text())
   except json.JSONDecodeError as error:
-    raise UserError(f"{path} is not valid JSON ({error}): delete it and run its stage again.") from error
+    raise UserError(
+      f"{path} is not valid JSON ({error}): delete it and run its stage again."
+    ) from error
 
 
 def differences(old: dict, new: dict, where: str = "") -> list[str]:
@@ -71,13 +73,19 @@ def require(folder: epath.PathLike, command: str) -> dict:
   """Returns what the stage in `folder` left in done.json. Raises UserError if it has not finished."""
   done = epath.Path(folder) / DONE
   if not done.exists():
-    raise UserError(f"{folder} is not finished: run `python -m launch.{command}` with the same --config and --workdir first.")
+    raise UserError(
+      f"{folder} is not finished: run `python -m launch.{command}` with the same --config and --workdir first."
+    )
   return read_json(done)
 
 
 @contextlib.contextmanager
 def stage(
-  folder: epath.PathLike, config: dict, redo: bool = False, writes: bool = True, together: Callable = contextlib.nullcontext
+  folder: epath.PathLike,
+  config: dict,
+  redo: bool = False,
+  writes: bool = True,
+  together: Callable = contextlib.nullcontext,
 ):
   """Runs the body once: yields None if the stage finished before, else a dict to fill with its summary.
 
@@ -107,14 +115,22 @@ def stage(
     yield None
     return
   if writes:
-    done.unlink(missing_ok=True)  # From here on the folder holds neither the old outcome nor the new one.
+    done.unlink(
+      missing_ok=True
+    )  # From here on the folder holds neither the old outcome nor the new one.
     folder.mkdir(parents=True, exist_ok=True)
   start = time.time()
   summary = {}
   yield summary
   if writes:
     write_json(
-      done, {"config": config, "summary": summary, "seconds": round(time.time() - start, 1), "id": f"{time.time_ns():x}"}
+      done,
+      {
+        "config": config,
+        "summary": summary,
+        "seconds": round(time.time() - start, 1),
+        "id": f"{time.time_ns():x}",
+      },
     )
 
 

@@ -30,7 +30,9 @@ class VocabLayout:
 
   def __post_init__(self):
     if self.num_special < 6:
-      raise ValueError(f"vocab.num_special is {self.num_special}; at least 6 are needed (five fixed ones and one <mask:0>).")
+      raise ValueError(
+        f"vocab.num_special is {self.num_special}; at least 6 are needed (five fixed ones and one <mask:0>)."
+      )
     if self.text_size < self.num_special + 256:
       raise ValueError(
         f"vocab.text_size is {self.text_size}; it must hold num_special = {self.num_special} and the 256 bytes of "
@@ -65,16 +67,22 @@ class VocabLayout:
     """Image codes `[0, image_size)` -> ids, int32, same shape."""
     codes = np.asarray(codes, np.int32)
     if codes.size and not (codes.min() >= 0 and codes.max() < self.image_size):
-      raise ValueError(f"image codes range over [{codes.min()}, {codes.max()}]; the vocabulary has [0, {self.image_size}).")
+      raise ValueError(
+        f"image codes range over [{codes.min()}, {codes.max()}]; the vocabulary has [0, {self.image_size})."
+      )
     return codes + self.text_size
 
   def image_codes(self, ids) -> np.ndarray:
     """Ids -> image codes, int32, same shape. Raises ValueError at an id that is no image code."""
     ids = np.asarray(ids, np.int32)
     if ids.size and not self.is_image(ids).all():
-      raise ValueError(f"id {int(ids[~self.is_image(ids)][0])} is no image code: those are [{self.text_size}, {self.size}).")
+      raise ValueError(
+        f"id {int(ids[~self.is_image(ids)][0])} is no image code: those are [{self.text_size}, {self.size})."
+      )
     return ids - self.text_size
 
   def special_tokens(self) -> list[str]:
     """Names of the special tokens, in the order of their ids."""
-    return ["<pad>", "</s>", "<unk>", "<break>", "<eoss>"] + [f"<mask:{i}>" for i in range(self.num_masks)]
+    return ["<pad>", "</s>", "<unk>", "<break>", "<eoss>"] + [
+      f"<mask:{i}>" for i in range(self.num_masks)
+    ]

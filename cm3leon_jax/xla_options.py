@@ -11,10 +11,16 @@ OPTIONS = {
       True,
       "sums of gradients over slices run beside the backward pass of the next layer; axlearn, launch.py",
     ),
-    "xla_tpu_data_parallel_opt_different_sized_ops": (True, "the same, for gradients of unequal sizes; axlearn, launch.py"),
+    "xla_tpu_data_parallel_opt_different_sized_ops": (
+      True,
+      "the same, for gradients of unequal sizes; axlearn, launch.py",
+    ),
   },
   "NVIDIA": {
-    "xla_gpu_enable_latency_hiding_scheduler": (True, "collectives beside products; docs.jax.dev, GPU performance tips"),
+    "xla_gpu_enable_latency_hiding_scheduler": (
+      True,
+      "collectives beside products; docs.jax.dev, GPU performance tips",
+    ),
   },
 }
 # The same for the loop of decoding.
@@ -31,4 +37,9 @@ DECODE_OPTIONS = {
 def compiler_options(mesh: jax.sharding.Mesh, options=OPTIONS) -> dict:
   """For `jax.jit(..., compiler_options=)`, for programs that run on `mesh`; `options` is one of the tables."""
   kind = mesh.devices.flat[0].device_kind
-  return {name: value for start, table in options.items() if kind.startswith(start) for name, (value, _) in table.items()}
+  return {
+    name: value
+    for start, table in options.items()
+    if kind.startswith(start)
+    for name, (value, _) in table.items()
+  }

@@ -1,31 +1,6 @@
-"""Embeds the pairs with CLIP, searches the bank of train pairs, and writes the neighbours of every pair.
+"""The command `cm3leon_jax.commands.build_neighbors`, for those who work in a checkout."""
 
-python -m launch.build_neighbors --config=ml_configs/openmoji.py --workdir=workdir
-python -m launch.build_neighbors --config=... --workdir=... --runner=ray --ray_address=auto --ray_workers=64
-"""
-
-import dataclasses
-import functools
-
-from cm3leon_jax import stages
-from cm3leon_jax.retrieval import bank, neighbors
-from launch import common, sharded
-
-
-def main(settings, workdir):
-  clip = common.clip_inputs(settings, workdir)
-  inputs = {"raw": stages.require(workdir / "raw", "prepare_data")["id"], **clip}
-  retrieval = dataclasses.asdict(settings.retrieval)
-  with stages.stage(workdir / "neighbors", {"retrieval": retrieval, "seed": settings.seed, "inputs": inputs}) as summary:
-    if summary is not None:
-      load_clip = functools.partial(bank.load_clip, settings.retrieval.clip, str(workdir), settings.vocab)
-      job = bank.EmbedJob(
-        str(workdir / "raw"), str(workdir / "neighbors"), load_clip, settings.retrieval.query_dropout, settings.seed, {}
-      )
-      width = bank.embedding_width(settings.retrieval.clip, workdir)
-      clip = {"clip": settings.retrieval.clip, **clip}
-      summary.update(neighbors.build_neighbors(settings.retrieval, job, width, clip, sharded.runner()))
-
+import runpy
 
 if __name__ == "__main__":
-  common.run(main)
+  runpy.run_module("cm3leon_jax.commands.build_neighbors", run_name="__main__")

@@ -75,7 +75,7 @@ saved_step() {
 }
 
 total_steps() {
-  "$python" -c 'import sys; from ml_configs import openmoji; print(openmoji.get_config(sys.argv[1]).train.steps)' "$minutes"
+  "$python" -c 'import sys; from cm3leon_jax.configs import openmoji; print(openmoji.get_config(sys.argv[1]).train.steps)' "$minutes"
 }
 
 # Trains in two runs. The first is killed without warning, some steps after a checkpoint half-way through what is left;
@@ -114,7 +114,7 @@ train_with_restart() {
 check_log() {
   "$python" -c '
 import sys
-from cm3leon_jax.evaluation import summary
+from cm3leon_jax.reports import summary
 from cm3leon_jax.training.metrics import read_metrics
 log = summary.training(read_metrics(sys.argv[1]))
 last = log["restarts"][-1]
@@ -128,7 +128,7 @@ stage "Text tokenizer: byte-level BPE" train_text_tokenizer
 stage "Image tokenizer: VQGAN" train_vqgan
 stage "Documents: images to codes, text to ids" encode_documents
 stage "CLIP" train_clip
-stage "Neighbours of every document" build_neighbors
+stage "Neighbors of every document" build_neighbors
 stage "Decoder: retrieval-augmented CM3 training" train train_with_restart
 stage "Pictures for held-out captions" generate
 stage "Evaluation on held-out documents" evaluate

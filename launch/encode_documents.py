@@ -1,59 +1,6 @@
-"""Encodes raw pairs, texts and interleaved documents as documents of token ids.
+"""The command `cm3leon_jax.commands.encode_documents`, for those who work in a checkout."""
 
-python -m launch.encode_documents --config=ml_configs/openmoji.py --workdir=workdir
-python -m launch.encode_documents --config=ml_configs/openmoji.py --workdir=workdir --validate
-"""
-
-import dataclasses
-import functools
-
-from absl import flags
-
-from cm3leon_jax import stages
-from cm3leon_jax.data import documents, encode
-from cm3leon_jax.data.records import KINDS, SPLITS
-from launch import common, sharded
-
-_VALIDATE = flags.DEFINE_bool("validate", False, "Read every shard that was written and hold it against the schema, instead.")
-
-
-def validate(settings, workdir) -> None:
-  """Prints what each store holds. Raises UserError at the first wrong record."""
-  stages.require(workdir / "documents", "encode_documents")
-  for name in (f"{split}_{kind}" for split in SPLITS for kind in KINDS):
-    store = documents.DocumentStore(workdir / "documents" / name, settings.vocab)
-    found = [documents.validate_shard(store.folder, shard, settings.vocab) for shard in store.shards]
-    total = {field: sum(part[field] for part in found) for field in ("documents", "segments", "tokens")}
-    print(
-      f"{store.folder}: {len(found)} shards,",
-      ", ".join(f"{count:,} {field}" for field, count in total.items()) + "; all valid.",
-    )
-
-
-def main(settings, workdir):
-  if _VALIDATE.value:
-    validate(settings, workdir)
-    return
-  stages_read = {"raw": "prepare_data", "text_tokenizer": "train_text_tokenizer", "vqgan": "train_vqgan"}
-  inputs = {folder: stages.require(workdir / folder, command)["id"] for folder, command in stages_read.items()}
-  longest = settings.text_tokenizer.max_caption_tokens
-  config = {"vocab": dataclasses.asdict(settings.vocab), "max_caption_tokens": longest, "inputs": inputs}
-  with stages.stage(workdir / "documents", config) as summary:
-    if summary is not None:
-      job = encode.EncodeJob(
-        str(workdir / "raw"),
-        str(workdir / "documents"),
-        functools.partial(encode.load_tokenizers, str(workdir), settings.vocab),
-        settings.vocab,
-        settings.vqgan.resolution,
-        longest,
-        num_threads=settings.raw.num_threads,
-      )
-      tokenizers = {name: found for name, found in inputs.items() if name != "raw"}  # Shards know their records by digest.
-      summary.update(encode.encode_documents(job, tokenizers, sharded.runner()))
-      for split, numbers in summary.items():
-        print(f"encode_documents {split}:", ", ".join(f"{name} {value:.6g}" for name, value in numbers.items()))
-
+import runpy
 
 if __name__ == "__main__":
-  common.run(main)
+  runpy.run_module("cm3leon_jax.commands.encode_documents", run_name="__main__")

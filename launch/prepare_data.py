@@ -1,29 +1,6 @@
-"""Raw pairs, texts and interleaved documents in one checked form: images, captions, where they come from, train or held out.
+"""The command `cm3leon_jax.commands.prepare_data`, for those who work in a checkout."""
 
-  python -m launch.prepare_data --config=ml_configs/openmoji.py --workdir=workdir
-
-`--config.raw.source` is "openmoji", or images and texts of one's own in any of several formats (docs/data_formats.md).
-"""
-
-import dataclasses
-import hashlib
-
-from cm3leon_jax import stages
-from cm3leon_jax.data import ingest
-from launch import common, sharded
-
-
-def main(settings, workdir):
-  config = dataclasses.asdict(settings.raw)
-  del config["num_threads"], config["max_rejected"]
-  parts = ingest.parts_of(settings.raw)
-  # Files that were added or have changed make the stage run again, over their shards alone.
-  files = hashlib.sha256(repr(parts).encode()).hexdigest()
-  with stages.stage(workdir / "raw", {"raw": config, "inputs": {"files": files}}) as summary:
-    if summary is not None:
-      summary.update(ingest.prepare(settings.raw, parts, workdir / "raw", sharded.runner()))
-      print("prepare_data:", ", ".join(f"{name} {value}" for name, value in summary.items()))
-
+import runpy
 
 if __name__ == "__main__":
-  common.run(main)
+  runpy.run_module("cm3leon_jax.commands.prepare_data", run_name="__main__")

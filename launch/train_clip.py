@@ -1,30 +1,6 @@
-"""Trains the CLIP that chooses neighbours and scores samples, on the train pairs of raw/.
+"""The command `cm3leon_jax.commands.train_clip`, for those who work in a checkout."""
 
-python -m launch.train_clip --config=ml_configs/openmoji.py --workdir=workdir
-"""
-
-import dataclasses
-
-from cm3leon_jax import stages
-from cm3leon_jax.retrieval import train_clip
-from cm3leon_jax.tokenizers.text import TextTokenizer
-from launch import common
-
-
-def main(settings, workdir):
-  clip = dataclasses.asdict(settings.clip)
-  del clip["steps"]
-  inputs = {
-    "raw": stages.require(workdir / "raw", "prepare_data")["id"],
-    "text_tokenizer": stages.require(workdir / "text_tokenizer", "train_text_tokenizer")["id"],
-  }
-  config = {"clip": clip, "seed": settings.seed, "vocab": dataclasses.asdict(settings.vocab), "inputs": inputs}
-  with stages.stage(workdir / "clip", config) as summary:
-    if summary is not None:
-      encode = TextTokenizer(workdir / "text_tokenizer", settings.vocab).encode
-      text_size = settings.vocab.text_size
-      summary.update(train_clip.train_clip(settings.clip, encode, text_size, workdir / "raw", workdir / "clip", settings.seed))
-
+import runpy
 
 if __name__ == "__main__":
-  common.run(main)
+  runpy.run_module("cm3leon_jax.commands.train_clip", run_name="__main__")

@@ -1,31 +1,6 @@
-"""Trains the image tokenizer on the raw training images.
+"""The command `cm3leon_jax.commands.train_vqgan`, for those who work in a checkout."""
 
-  python -m launch.train_vqgan --config=ml_configs/openmoji.py --workdir=workdir
-
-A killed run continues from its last state when the same command is given again.
-"""
-
-import dataclasses
-
-from cm3leon_jax import stages
-from cm3leon_jax.data.records import SPLITS
-from cm3leon_jax.tokenizers import train_vqgan
-from launch import common
-
-
-def main(settings, workdir):
-  config = dataclasses.asdict(settings.vqgan)
-  del config["steps"], config["checkpoint_every"]
-  inputs = {"raw": stages.require(workdir / "raw", "prepare_data")["id"]}
-  described = {"vqgan": config, "num_codes": settings.vocab.image_size, "seed": settings.seed, "inputs": inputs}
-  with stages.stage(workdir / "vqgan", described) as summary:
-    if summary is not None:
-      images = [train_vqgan.open_images(workdir / "raw", split, settings.vqgan.resolution) for split in SPLITS]
-      summary.update(
-        train_vqgan.train_vqgan(settings.vqgan, settings.vocab.image_size, settings.seed, *images, workdir / "vqgan")
-      )
-      print("train_vqgan:", ", ".join(f"{k} {v:.4g}" for k, v in summary.items()))
-
+import runpy
 
 if __name__ == "__main__":
-  common.run(main)
+  runpy.run_module("cm3leon_jax.commands.train_vqgan", run_name="__main__")

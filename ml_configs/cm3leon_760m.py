@@ -1,13 +1,5 @@
-"""CM3Leon-760M: Table 3 of the paper; heads and feed-forward from OPT's table.
+"""The config `cm3leon_jax/configs/cm3leon_760m.py`, for those who work in a checkout."""
 
-python -m launch.train --config=ml_configs/cm3leon_760m.py --workdir=runs/cm3leon_760m
-python -m launch.train --config=ml_configs/cm3leon_760m.py:paper --workdir=runs/cm3leon_760m_paper
-"""
+from cm3leon_jax.configs.cm3leon_760m import get_config
 
-from ml_configs import base
-
-
-def get_config(variant: str = ""):
-  config = base.get_config(variant, learning_rate=5e-4, tokens=1.9e12)
-  config.model.update({"num_layers": 24, "width": 1_536, "num_heads": 16, "mlp_width": 6_144})
-  return config
+__all__ = ["get_config"]

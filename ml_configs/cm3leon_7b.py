@@ -1,13 +1,5 @@
-"""CM3Leon-7B: Table 3 of the paper; heads and feed-forward from OPT's table.
+"""The config `cm3leon_jax/configs/cm3leon_7b.py`, for those who work in a checkout."""
 
-python -m launch.train --config=ml_configs/cm3leon_7b.py --workdir=runs/cm3leon_7b
-python -m launch.train --config=ml_configs/cm3leon_7b.py:paper --workdir=runs/cm3leon_7b_paper
-"""
+from cm3leon_jax.configs.cm3leon_7b import get_config
 
-from ml_configs import base
-
-
-def get_config(variant: str = ""):
-  config = base.get_config(variant, learning_rate=1.2e-4, tokens=2.4e12)
-  config.model.update({"num_layers": 32, "width": 4_096, "num_heads": 32, "mlp_width": 16_384})
-  return config
+__all__ = ["get_config"]

@@ -21,7 +21,9 @@ class Sample:
 
 def test_defaults_and_overrides():
   assert build(Sample, {}, "sample") == Sample()
-  values = ml_collections.ConfigDict({"width": 8, "rate": 1, "name": "b", "tied": False, "shape": [2, 3]})
+  values = ml_collections.ConfigDict(
+    {"width": 8, "rate": 1, "name": "b", "tied": False, "shape": [2, 3]}
+  )
   sample = build(Sample, values, "sample")
   assert sample == Sample(8, 1.0, "b", False, (2, 3))
   assert isinstance(sample.rate, float)
@@ -29,7 +31,9 @@ def test_defaults_and_overrides():
 
 
 def test_an_unknown_field_is_named_with_the_one_meant():
-  with pytest.raises(UserError, match=r"^config.sample has no field 'widht': did you mean 'width'\?$"):
+  with pytest.raises(
+    UserError, match=r"^config.sample has no field 'widht': did you mean 'width'\?$"
+  ):
     build(Sample, {"widht": 8}, "sample")
   with pytest.raises(UserError, match="no field 'zzz': it has width, rate"):
     build(Sample, {"zzz": 8}, "sample")

@@ -51,8 +51,17 @@ def free_port() -> int:
 
 def slurm(process: int, port: str) -> dict[str, str]:
   """What srun tells each of two tasks."""
-  job = {"JOB_ID": "7", "STEP_NODELIST": "localhost", "NTASKS": "2", "PROCID": process, "LOCALID": process}
-  return {"JAX_COORDINATOR_PORT": port, **{f"SLURM_{name}": str(value) for name, value in job.items()}}
+  job = {
+    "JOB_ID": "7",
+    "STEP_NODELIST": "localhost",
+    "NTASKS": "2",
+    "PROCID": process,
+    "LOCALID": process,
+  }
+  return {
+    "JAX_COORDINATOR_PORT": port,
+    **{f"SLURM_{name}": str(value) for name, value in job.items()},
+  }
 
 
 @pytest.mark.parametrize("cluster", ["flags", "slurm"])
@@ -66,10 +75,18 @@ def test_two_processes_come_to_the_same_decisions(cluster):
   found = [job.communicate(timeout=120) for job in jobs]
   assert [job.returncode for job in jobs] == [0, 0], found
   lines = [[line for line in out.splitlines() if "[Gloo]" not in line and line] for out, _ in found]
-  differ = "process 1 has another config than process 0 (train.steps: 5 -> 6): give all the same flags."
+  differ = (
+    "process 1 has another config than process 0 (train.steps: 5 -> 6): give all the same flags."
+  )
   first = ["[{'me': ''}, {'me': 'é'}] True", "told", "no " + "x" * 10]
   assert lines[0] == [*first, "process 1 failed with OSError: no " + "x" * 10, "None", differ]
-  assert lines[1] == [first[0].replace("True", "False"), first[2], "OSError no " + "x" * 10, "None", differ]
+  assert lines[1] == [
+    first[0].replace("True", "False"),
+    first[2],
+    "OSError no " + "x" * 10,
+    "None",
+    differ,
+  ]
 
 
 def test_one_process_needs_no_other():
@@ -82,7 +99,12 @@ def test_one_process_needs_no_other():
 @pytest.mark.parametrize(
   ("coordinator", "num_processes", "process_id", "sentence"),
   [
-    (None, None, 1, "--process_id without --coordinator_address, --num_processes: give all three, or --distributed"),
+    (
+      None,
+      None,
+      1,
+      "--process_id without --coordinator_address, --num_processes: give all three, or --distributed",
+    ),
     ("localhost:80", 2, None, "--coordinator_address, --num_processes without --process_id: give"),
     ("localhost", 2, 0, "--coordinator_address is 'localhost'; it must be host:port of process 0"),
     ("localhost:80", 0, 0, "--num_processes is 0; it must be positive"),
@@ -90,18 +112,28 @@ def test_one_process_needs_no_other():
     ("localhost:80", 2, -1, "--process_id is -1; with"),
   ],
 )
-def test_flags_that_contradict_each_other_are_told(coordinator, num_processes, process_id, sentence):
+def test_flags_that_contradict_each_other_are_told(
+  coordinator, num_processes, process_id, sentence
+):
   with pytest.raises(UserError, match=f"^{sentence}"):
     distributed.initialize(coordinator, num_processes, process_id, 1)
 
 
 def test_nobody_at_the_coordinator_is_told():
   address = f"localhost:{free_port()}"
-  with pytest.raises(TryAgain, match=rf"--coordinator_address {address}: nobody has listened there for 1 s \(.*refused\)"):
+  with pytest.raises(
+    TryAgain,
+    match=rf"--coordinator_address {address}: nobody has listened there for 1 s \(.*refused\)",
+  ):
     distributed.initialize(address, 2, 1, 1)
 
 
 def test_no_cluster_is_told():
   call = "from cm3leon_jax import distributed; distributed.initialize(None, None, None, 1)"
-  result = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, timeout=60, check=False)
-  assert "UserError: --distributed found no cluster that it knows (coordinator_address should be defined.)" in result.stderr
+  result = subprocess.run(
+    [sys.executable, "-c", call], capture_output=True, text=True, timeout=60, check=False
+  )
+  assert (
+    "UserError: --distributed found no cluster that it knows (coordinator_address should be defined.)"
+    in result.stderr
+  )

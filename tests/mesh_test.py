@@ -16,7 +16,12 @@ def test_spec_literals():
 
 
 def test_rest_of_the_devices():
-  assert dict(create_mesh(MeshConfig(2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "fsdp_inner": 1, "tensor": 2}
+  assert dict(create_mesh(MeshConfig(2, -1, 2)).shape) == {
+    "data": 2,
+    "fsdp": 2,
+    "fsdp_inner": 1,
+    "tensor": 2,
+  }
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -59,10 +64,19 @@ def test_slices_lie_along_data():
   """Two slices of 2 x 2 chips, as libtpu describes them; in a process of its own, for the profiler crashes beside libtpu."""
   pytest.importorskip("libtpu")
   env = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-  result = subprocess.run([sys.executable, "-c", SLICES], capture_output=True, text=True, timeout=120, env=env, check=False)
+  result = subprocess.run(
+    [sys.executable, "-c", SLICES],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    env=env,
+    check=False,
+  )
   *found, refused, one_slice = result.stdout.splitlines()
   four = [[0] * 2] * 2 + [[1] * 2] * 2
   for line, expected in zip(found, ([[0] * 4, [1] * 4], four, four), strict=True):
     assert json.loads(line) == [expected, 8, ["AxisType.Explicit"]]
-  assert refused == "mesh.data is 1; the devices lie in 2 slices, and it must be a multiple of that."
+  assert (
+    refused == "mesh.data is 1; the devices lie in 2 slices, and it must be a multiple of that."
+  )
   assert one_slice == "4"

@@ -31,7 +31,10 @@ def test_redo_runs_again_under_a_new_id(tmp_path):
 def test_another_config_is_refused_with_the_fields_that_differ(tmp_path):
   with stages.stage(tmp_path, {"model": {"width": 8, "depth": 2}}):
     pass
-  with pytest.raises(UserError, match=r"model.width: 8 -> 16"), stages.stage(tmp_path, {"model": {"width": 16, "depth": 2}}):
+  with (
+    pytest.raises(UserError, match=r"model.width: 8 -> 16"),
+    stages.stage(tmp_path, {"model": {"width": 16, "depth": 2}}),
+  ):
     pytest.fail("the body must not run")
 
 
@@ -66,7 +69,9 @@ def test_damaged_or_absent_json_is_told(tmp_path):
 
 
 def test_differences_literal():
-  assert stages.differences({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3}, "e": 5}) == [
+  assert stages.differences(
+    {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3}, "e": 5}
+  ) == [
     "b.c: 2 -> 4",
     "e: None -> 5",
   ]

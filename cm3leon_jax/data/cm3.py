@@ -21,14 +21,16 @@ def segment_bounds(segment_lengths) -> list[tuple[int, int]]:
   return [(before + 1, end) for before, end in itertools.pairwise(ends)]
 
 
-def draw_spans(segment_lengths, num_spans: int, whole_segments: bool, rng: np.random.Generator) -> tuple[tuple[int, int], ...]:
+def draw_spans(
+  segment_lengths, num_spans: int, whole_segments: bool, rng: np.random.Generator
+) -> tuple[tuple[int, int], ...]:
   """Draws at most `num_spans` disjoint spans, none of which crosses `<break>` or `</s>`.
 
   Free spans are drawn as in CM3Leon's released code: two uniform points of the whole sample, clipped to the segment
   that they cover most; candidates that are empty or meet a span already drawn are passed over.
 
   Args:
-    segment_lengths: lengths of all segments of the joined sample, neighbours included.
+    segment_lengths: lengths of all segments of the joined sample, neighbors included.
     num_spans: how many are wanted; at most num_spans ** 2 candidates are tried.
     whole_segments: the spans are whole segments: a whole caption, a whole image.
     rng: the sample's own generator.
@@ -113,7 +115,11 @@ def undo_cm3_mask(tokens: np.ndarray, vocab: VocabLayout) -> np.ndarray:
     raise ValueError("<mask:0> stands once: its infill is missing.")
   body, tail = tokens[: first[1]], tokens[first[1] :]
   ends = np.flatnonzero(tail == vocab.eoss)
-  infills = {int(part[0]): part[1:] for part in np.split(tail, ends[:-1] + 1) for part in [part[:-1]]} if len(ends) else {}
+  infills = (
+    {int(part[0]): part[1:] for part in np.split(tail, ends[:-1] + 1) for part in [part[:-1]]}
+    if len(ends)
+    else {}
+  )
   pieces, position = [], 0
   for place in np.flatnonzero(vocab.is_mask(body)):
     sentinel = int(body[place])

@@ -14,11 +14,22 @@ import warnings
 MIN_CHARS = 60
 MAX_CHARS = 1_500
 
-_OPEN = re.compile(r"\b(MIT|BSD|Apache|ISC|PSF|Python Software Foundation|MPL|HPND)\b", re.IGNORECASE)
-_SKIPPED = {"tests", "test", "testing", "idlelib", "site-packages", ".."}  # Tests, and folders that are not the package's own:
+_OPEN = re.compile(
+  r"\b(MIT|BSD|Apache|ISC|PSF|Python Software Foundation|MPL|HPND)\b", re.IGNORECASE
+)
+_SKIPPED = {
+  "tests",
+  "test",
+  "testing",
+  "idlelib",
+  "site-packages",
+  "..",
+}  # Tests, and folders that are not the package's own:
 _SKIPPED |= {"_vendor", "vendor", "vendored", "third_party", "externals"}
 _ROLE = re.compile(r":[a-z:]+:`~?\.?([^`<]+?)(?: <[^`>]+>)?`")
-_HEADINGS = "Args|Arguments|Attributes|Examples?|Notes?|Parameters|Raises|References|Returns?|Yields"
+_HEADINGS = (
+  "Args|Arguments|Attributes|Examples?|Notes?|Parameters|Raises|References|Returns?|Yields"
+)
 _SECTION = re.compile(rf"^\s*({_HEADINGS})\s*:?\s*$", re.MULTILINE)
 _CODE = re.compile(r">>>|::|[{}<>=|\\]|\w\(|^\s*[-*.@:+]|https?:|\w_\w|\.\. ")
 
@@ -50,7 +61,9 @@ def pieces(limit: int) -> Iterator[Piece]:
   installed versions.
   """
   seen = set()
-  for module in sorted(_modules(), key=lambda m: hashlib.sha256(b"order:" + m.name.encode()).digest()):
+  for module in sorted(
+    _modules(), key=lambda m: hashlib.sha256(b"order:" + m.name.encode()).digest()
+  ):
     for line, docstring in _docstrings(module.path):
       for i, text in enumerate(prose(docstring)):
         if text.lower() in seen:
@@ -81,7 +94,11 @@ def _sentence(paragraph: str) -> str:
   """The paragraph on one line, '' if it is not plain sentences."""
   text = _ROLE.sub(r"\1", paragraph)
   text = " ".join(text.replace("`", "").split())
-  if _CODE.search(paragraph.strip()) or _SECTION.search(paragraph) or not re.match(r"[A-Z].*[.!?]$", text):
+  if (
+    _CODE.search(paragraph.strip())
+    or _SECTION.search(paragraph)
+    or not re.match(r"[A-Z].*[.!?]$", text)
+  ):
     return ""
   letters = sum(c.isalpha() or c == " " for c in text)
   return text if letters >= 0.9 * len(text) and len(text.split()) >= 4 else ""
@@ -128,9 +145,13 @@ def _module_name(path: pathlib.PurePath) -> str:
 
 
 def _license(about) -> str:
-  """The licence that a package states, '' if it states none or one that does not allow reuse of its text."""
+  """The license that a package states, '' if it states none or one that does not allow reuse of its text."""
   stated = [about.get("License-Expression"), about.get("License")]
-  stated += [c.rsplit(" :: ", 1)[-1] for c in about.get_all("Classifier", []) if c.startswith("License :: OSI Approved :: ")]
+  stated += [
+    c.rsplit(" :: ", 1)[-1]
+    for c in about.get_all("Classifier", [])
+    if c.startswith("License :: OSI Approved :: ")
+  ]
   for name in stated:
     if name and len(name) < 80 and "\n" not in name and _OPEN.search(name) and "GPL" not in name:
       return name

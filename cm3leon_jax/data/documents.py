@@ -37,7 +37,7 @@ class Document:
     key: unique name within its source.
     segments: at least one.
     source, license, attribution: of the original work.
-    group: near-duplicates share one; a document is never its own group's neighbour. Empty: no group.
+    group: near-duplicates share one; a document is never its own group's neighbor. Empty: no group.
   """
 
   key: str
@@ -49,14 +49,19 @@ class Document:
 
 
 def encode_document(document: Document) -> bytes:
-  segments = [{"image": s.is_image, "tokens": np.asarray(s.tokens, "<i4").tobytes()} for s in document.segments]
+  segments = [
+    {"image": s.is_image, "tokens": np.asarray(s.tokens, "<i4").tobytes()}
+    for s in document.segments
+  ]
   fields = {k: getattr(document, k) for k in ("key", "source", "license", "attribution", "group")}
   return msgpack.packb({**fields, "segments": segments})
 
 
 def decode_document(record: bytes) -> Document:
   fields = msgpack.unpackb(record)
-  segments = tuple(Segment(s["image"], np.frombuffer(s["tokens"], "<i4")) for s in fields.pop("segments"))
+  segments = tuple(
+    Segment(s["image"], np.frombuffer(s["tokens"], "<i4")) for s in fields.pop("segments")
+  )
   return Document(segments=segments, **fields)
 
 
@@ -65,7 +70,9 @@ def group_id(group: str) -> int:
   return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") or 1 if group else 0
 
 
-def write_shard(folder: epath.PathLike, name: str, documents: Iterable[Document], vocab: VocabLayout) -> int:
+def write_shard(
+  folder: epath.PathLike, name: str, documents: Iterable[Document], vocab: VocabLayout
+) -> int:
   """Writes `documents` as one shard of the store in `folder` and returns their number; both files appear whole.
 
   Raises:
@@ -112,18 +119,27 @@ def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayou
   folder = epath.Path(folder)
   (folder / INDEX).unlink(missing_ok=True)
   parts = [read_lengths(folder, name, vocab) for name in names]
-  joined = {field: np.concatenate([part[field] for part in parts]) for field in ("counts", "lengths", "is_image", "groups")}
+  joined = {
+    field: np.concatenate([part[field] for part in parts])
+    for field in ("counts", "lengths", "is_image", "groups")
+  }
   joined["offsets"] = np.cumsum([0, *joined.pop("counts")], dtype=np.int64)
   for field, array in joined.items():
     with stages.replacing(folder / f"{field}.npy") as f:
       np.save(f, array)
   shards = {name: len(part["counts"]) for name, part in zip(names, parts)}
-  about = {"schema_version": SCHEMA_VERSION, "vocab": dataclasses.asdict(vocab), "documents": sum(shards.values())}
+  about = {
+    "schema_version": SCHEMA_VERSION,
+    "vocab": dataclasses.asdict(vocab),
+    "documents": sum(shards.values()),
+  }
   stages.write_json(folder / INDEX, {**about, "shards": shards})
   return sum(shards.values())
 
 
-def write_documents(folder: epath.PathLike, documents: Iterable[Document], vocab: VocabLayout) -> int:
+def write_documents(
+  folder: epath.PathLike, documents: Iterable[Document], vocab: VocabLayout
+) -> int:
   """Writes `documents` as a store of one shard and returns their number; raises as `write_shard`."""
   (epath.Path(folder) / INDEX).unlink(missing_ok=True)
   write_shard(folder, "000000", documents, vocab)
@@ -144,7 +160,9 @@ def read_lengths(folder: epath.Path, name: str, vocab: VocabLayout) -> dict[str,
 
 def _check_version(path: epath.Path, version: int) -> None:
   if version != SCHEMA_VERSION:
-    raise UserError(f"{path} has schema version {version}; this code reads version {SCHEMA_VERSION}.")
+    raise UserError(
+      f"{path} has schema version {version}; this code reads version {SCHEMA_VERSION}."
+    )
 
 
 def _check_vocab(path: epath.Path, found: VocabLayout, expected: VocabLayout) -> None:
@@ -157,13 +175,19 @@ def _check_vocab(path: epath.Path, found: VocabLayout, expected: VocabLayout) ->
 def check_document(document: Document, vocab: VocabLayout) -> None:
   """Raises UserError if the document has no segments or an empty one, or ids outside its modality's range."""
   if not document.segments:
-    raise UserError(f"document '{document.key}' has no segments; it needs at least one text or image.")
+    raise UserError(
+      f"document '{document.key}' has no segments; it needs at least one text or image."
+    )
   for segment in document.segments:
     kind, low, high = (
-      ("image", vocab.text_size, vocab.size) if segment.is_image else ("text", vocab.num_special, vocab.text_size)
+      ("image", vocab.text_size, vocab.size)
+      if segment.is_image
+      else ("text", vocab.num_special, vocab.text_size)
     )
     if not len(segment.tokens):
-      raise UserError(f"document '{document.key}' has an empty {kind} segment; leave the segment or the document out.")
+      raise UserError(
+        f"document '{document.key}' has an empty {kind} segment; leave the segment or the document out."
+      )
     if segment.tokens.min() < low or segment.tokens.max() >= high:
       raise UserError(
         f"document '{document.key}' has {kind} ids in [{segment.tokens.min()}, {segment.tokens.max()}]; "
@@ -188,7 +212,8 @@ class DocumentStore:
     self.shards: dict[str, int] = index["shards"]
     self._names, self._ends = list(self.shards), np.cumsum([*self.shards.values()], dtype=np.int64)
     self.offsets, self.lengths, self.is_image, self.groups = (
-      _map_array(self.folder / f"{field}.npy") for field in ("offsets", "lengths", "is_image", "groups")
+      _map_array(self.folder / f"{field}.npy")
+      for field in ("offsets", "lengths", "is_image", "groups")
     )
     self._reader = functools.lru_cache(MAX_OPEN)(self._open)
 
@@ -235,19 +260,29 @@ def validate_shard(folder: epath.PathLike, name: str, vocab: VocabLayout) -> dic
   except (OSError, ValueError, IndexError, RuntimeError) as error:
     raise UserError(f"{path} cannot be read ({error}): encode it again.") from error
   if count != len(beside["counts"]):
-    raise UserError(f"{path} holds {count} documents, {name}{LENGTHS} beside it {len(beside['counts'])}: encode it again.")
+    raise UserError(
+      f"{path} holds {count} documents, {name}{LENGTHS} beside it {len(beside['counts'])}: encode it again."
+    )
   at = tokens = 0
   for i in range(count):
     try:
       document = decode_document(reader.read([i])[0])
       check_document(document, vocab)
-    except Exception as error:  # A damaged record fails in many ways; all of them are told by its place.
-      raise UserError(f"{path}, record {i} is damaged or wrong ({error}): encode it again.") from error
+    except (
+      Exception
+    ) as error:  # A damaged record fails in many ways; all of them are told by its place.
+      raise UserError(
+        f"{path}, record {i} is damaged or wrong ({error}): encode it again."
+      ) from error
     part = slice(at, at + int(beside["counts"][i]))
     found = [(len(s.tokens), s.is_image) for s in document.segments]
     if found != list(zip(beside["lengths"][part].tolist(), beside["is_image"][part].tolist())):
-      raise UserError(f"{path}, record {i} ('{document.key}') has other lengths than {name}{LENGTHS} says: encode it again.")
+      raise UserError(
+        f"{path}, record {i} ('{document.key}') has other lengths than {name}{LENGTHS} says: encode it again."
+      )
     if group_id(document.group) != int(beside["groups"][i]):
-      raise UserError(f"{path}, record {i} ('{document.key}') has another group than {name}{LENGTHS} says: encode it again.")
+      raise UserError(
+        f"{path}, record {i} ('{document.key}') has another group than {name}{LENGTHS} says: encode it again."
+      )
     at, tokens = part.stop, tokens + sum(n for n, _ in found)
   return {"documents": count, "segments": at, "tokens": tokens}

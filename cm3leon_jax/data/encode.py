@@ -49,7 +49,9 @@ class EncodeJob:
     text_tokenizer, image_tokenizer = self.load_tokenizers()
 
     def encode_shard(name: str) -> dict:
-      return {split: self._encode_split(name, split, text_tokenizer, image_tokenizer) for split in SPLITS}
+      return {
+        split: self._encode_split(name, split, text_tokenizer, image_tokenizer) for split in SPLITS
+      }
 
     return encode_shard
 
@@ -63,20 +65,32 @@ class EncodeJob:
       counts = {"documents": len(records)}
       if cls is RawPair:
         most = self.max_caption_tokens
-        counts |= {"captions_cut": sum(len(text) > most for text in texts), "longest_caption": max(map(len, texts), default=0)}
+        counts |= {
+          "captions_cut": sum(len(text) > most for text in texts),
+          "longest_caption": max(map(len, texts), default=0),
+        }
         texts = [text[:most] for text in texts]
       found[kind] = {**counts, "text_tokens": sum(map(len, texts))}
-      codes = self._codes([image for record in records for image in images_of(record)], image_tokenizer, f"{split} {name}")
+      codes = self._codes(
+        [image for record in records for image in images_of(record)],
+        image_tokenizer,
+        f"{split} {name}",
+      )
       documents = _documents(records, iter(texts), codes, self.vocab, code_counts)
       write_shard(epath.Path(self.folder) / f"{split}_{kind}", name, documents, self.vocab)
     return {**found, "code_counts": code_counts.tolist()}
 
   def _codes(self, images: list[str], image_tokenizer, bar: str) -> Iterator[np.ndarray]:
     """Yields [I] int32 codes for every image, with a progress bar."""
-    with tqdm(total=len(images), desc=bar, mininterval=1, unit="image", leave=False, disable=not images) as progress:
+    with tqdm(
+      total=len(images), desc=bar, mininterval=1, unit="image", leave=False, disable=not images
+    ) as progress:
       for start in range(0, len(images), self.batch_size):
         part = images[start : start + self.batch_size]
-        codes = np.asarray(image_tokenizer.encode(raw_pairs.load_images(part, self.resolution, self.num_threads)), np.int32)
+        codes = np.asarray(
+          image_tokenizer.encode(raw_pairs.load_images(part, self.resolution, self.num_threads)),
+          np.int32,
+        )
         if codes.min() < 0 or codes.max() >= self.vocab.image_size:
           raise UserError(
             f"the image tokenizer gives codes in [{codes.min()}, {codes.max()}]; config.vocab.image_size is "
@@ -93,7 +107,9 @@ def texts_of(record: Record) -> list[str]:
   return [record.caption if isinstance(record, RawPair) else record.text]
 
 
-def _documents(records, texts: Iterator, codes: Iterator, vocab: VocabLayout, counts: np.ndarray) -> Iterator[Document]:
+def _documents(
+  records, texts: Iterator, codes: Iterator, vocab: VocabLayout, counts: np.ndarray
+) -> Iterator[Document]:
   """Yields a document for every record, a pair as text, then image; adds its codes to `counts` ([C] int64)."""
   for record in records:
     kinds = [False] + [True] * isinstance(record, RawPair)
@@ -107,10 +123,14 @@ def _documents(records, texts: Iterator, codes: Iterator, vocab: VocabLayout, co
         tokens = vocab.image_ids(tokens)
       segments.append(Segment(is_image, tokens))
     group = getattr(record, "group", "")
-    yield Document(record.key, tuple(segments), record.source, record.license, record.attribution, group)
+    yield Document(
+      record.key, tuple(segments), record.source, record.license, record.attribution, group
+    )
 
 
-def load_tokenizers(workdir: epath.PathLike, vocab: VocabLayout) -> tuple[TextTokenizer, ImageTokenizer]:
+def load_tokenizers(
+  workdir: epath.PathLike, vocab: VocabLayout
+) -> tuple[TextTokenizer, ImageTokenizer]:
   """Those that the run in `workdir` has trained."""
   workdir = epath.Path(workdir)
   return TextTokenizer(workdir / "text_tokenizer", vocab), ImageTokenizer.load(workdir / "vqgan")
@@ -134,9 +154,18 @@ def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
   """
   raw = raw_pairs.shards(job.raw)
   if not any(shard[f"train_{kind}"] for shard in raw.values() for kind in KINDS):
-    raise UserError(f"{job.raw} has no record with split 'train'; a smaller raw.heldout_fraction leaves some.")
-  config = {"inputs": inputs, "vocab": dataclasses.asdict(job.vocab), "max_caption_tokens": job.max_caption_tokens}
-  configs = {name: {**config, "resolution": job.resolution, "digest": shard["digest"]} for name, shard in raw.items()}
+    raise UserError(
+      f"{job.raw} has no record with split 'train'; a smaller raw.heldout_fraction leaves some."
+    )
+  config = {
+    "inputs": inputs,
+    "vocab": dataclasses.asdict(job.vocab),
+    "max_caption_tokens": job.max_caption_tokens,
+  }
+  configs = {
+    name: {**config, "resolution": job.resolution, "digest": shard["digest"]}
+    for name, shard in raw.items()
+  }
   folder = epath.Path(job.folder)
   totals = {split: _Totals(job.vocab.image_size) for split in SPLITS}
   for _, summary in run_shards(job, configs, folder / "done", runner, "document shards"):
@@ -152,7 +181,11 @@ class _Totals:
   """Adds up the numbers of one split over shards."""
 
   def __init__(self, num_codes: int):
-    self._codes, self._counts, self._longest = np.zeros(num_codes, np.int64), collections.Counter(), 0
+    self._codes, self._counts, self._longest = (
+      np.zeros(num_codes, np.int64),
+      collections.Counter(),
+      0,
+    )
 
   def add(self, shard: dict) -> None:
     self._codes += np.array(shard["code_counts"])

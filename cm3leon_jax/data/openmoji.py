@@ -16,7 +16,7 @@ import resvg_py
 
 LICENSE = "CC-BY-SA-4.0"
 ATTRIBUTION = "OpenMoji, the open-source emoji and icon project (https://openmoji.org)"
-STYLE = "color"  # The package holds the coloured variant of every drawing and no other.
+STYLE = "color"  # The package holds the colored variant of every drawing and no other.
 
 _JOINER = "\u200d"
 _EMOJI_STYLE = "\ufe0f"
@@ -95,6 +95,8 @@ def render(path: str, resolution: int) -> np.ndarray:
   Returns:
     [H, W, 3] uint8 with H = W = resolution.
   """
-  png = resvg_py.svg_to_bytes(svg_path=path, background="white", width=resolution, height=resolution, skip_system_fonts=True)
+  png = resvg_py.svg_to_bytes(
+    svg_path=path, background="white", width=resolution, height=resolution, skip_system_fonts=True
+  )
   with Image.open(io.BytesIO(png)) as image:
     return np.asarray(image.convert("RGB"))

@@ -1,4 +1,4 @@
-"""Rows of tokens: documents are joined with their neighbours, transformed, packed, and batched over the mesh."""
+"""Rows of tokens: documents are joined with their neighbors, transformed, packed, and batched over the mesh."""
 
 # B rows of a batch, L slots of a row, T tokens of a sample.
 
@@ -13,11 +13,17 @@ from cm3leon_jax.data.documents import Document, Segment
 from cm3leon_jax.data.plan import RowPlan, SamplePlan
 from cm3leon_jax.vocab import VocabLayout
 
-FIELDS = {"inputs": np.int32, "targets": np.int32, "loss_weights": np.float32, "segment_ids": np.int32, "positions": np.int32}
+FIELDS = {
+  "inputs": np.int32,
+  "targets": np.int32,
+  "loss_weights": np.float32,
+  "segment_ids": np.int32,
+  "positions": np.int32,
+}
 
 
 def join(documents: list[Document], vocab: VocabLayout) -> np.ndarray:
-  """Neighbours first, the document itself last (CM3Leon, section 2.1).
+  """Neighbors first, the document itself last (CM3Leon, section 2.1).
 
     </s> caption_1 <break> image_1 <break> caption <break> image </s>
 
@@ -30,7 +36,13 @@ def join(documents: list[Document], vocab: VocabLayout) -> np.ndarray:
   return np.concatenate([*parts[:-1], [vocab.eos]]).astype(np.int32)
 
 
-def build_sample(document: Document, neighbors: list[Document], plan: SamplePlan, vocab: VocabLayout, neighbor_weight: float):
+def build_sample(
+  document: Document,
+  neighbors: list[Document],
+  plan: SamplePlan,
+  vocab: VocabLayout,
+  neighbor_weight: float,
+):
   """Carries out a plan.
 
   Returns:
@@ -41,7 +53,9 @@ def build_sample(document: Document, neighbors: list[Document], plan: SamplePlan
   """
   if plan.dropped:
     image = document.segments[-1].tokens
-    tokens = np.concatenate([[vocab.eos, vocab.mask(0), vocab.brk], image, [vocab.eos]]).astype(np.int32)
+    tokens = np.concatenate([[vocab.eos, vocab.mask(0), vocab.brk], image, [vocab.eos]]).astype(
+      np.int32
+    )
     weights = np.ones(len(tokens), np.float32)
     weights[:3] = 0
     tokens, weights = tokens[: plan.length], weights[: plan.length]
@@ -55,7 +69,9 @@ def build_sample(document: Document, neighbors: list[Document], plan: SamplePlan
     tokens = cm3.apply_cm3_mask(joined, plan.spans, vocab)[: plan.length]
     weights = joined_weights[layout]
   if len(tokens) != plan.length:
-    raise ValueError(f"document '{document.key}' gives a sample of {len(tokens)} tokens, planned were {plan.length}.")
+    raise ValueError(
+      f"document '{document.key}' gives a sample of {len(tokens)} tokens, planned were {plan.length}."
+    )
   return tokens, weights
 
 
@@ -75,13 +91,19 @@ def pack_row(samples, length: int, pad: int) -> dict[str, np.ndarray]:
   at = 0
   for i, (tokens, weights) in enumerate(samples):
     part = slice(at, at + len(tokens) - 1)
-    row["inputs"][part], row["targets"][part], row["loss_weights"][part] = tokens[:-1], tokens[1:], weights[1:]
+    row["inputs"][part], row["targets"][part], row["loss_weights"][part] = (
+      tokens[:-1],
+      tokens[1:],
+      weights[1:],
+    )
     row["segment_ids"][part], row["positions"][part] = i + 1, np.arange(len(tokens) - 1)
     at = part.stop
   return row
 
 
-def rows_of_samples(samples: list[np.ndarray], length: int, pad: int = VocabLayout.pad) -> dict[str, np.ndarray]:
+def rows_of_samples(
+  samples: list[np.ndarray], length: int, pad: int = VocabLayout.pad
+) -> dict[str, np.ndarray]:
   """One sample a row, every target weighing 1. samples: [T] int32 each, T <= length + 1. Returns a batch of [B, L]."""
   rows = [pack_row([(s, np.ones(len(s), np.float32))], length, pad) for s in samples]
   return {name: np.stack([row[name] for row in rows]) for name in FIELDS}
@@ -108,7 +130,9 @@ class RowLoader:
       document = Document(**{**vars(document), "segments": (Segment(False, piece),)})
     candidates = spec.candidates(index)
     neighbors = [spec.bank[int(candidates[j])] for j in plan.neighbors]
-    return build_sample(document, neighbors, plan, self.vocab, self.plan.config.neighbor_loss_weight)
+    return build_sample(
+      document, neighbors, plan, self.vocab, self.plan.config.neighbor_loss_weight
+    )
 
 
 def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> list[int]:
@@ -136,13 +160,17 @@ def batches(
     read = [loader[first_row + j * batch_size + r] for r in rows]
     return {name: np.stack([row[name] for row in read]) for name in FIELDS}
 
-  options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=2 * config.read_threads)
+  options = grain.ReadOptions(
+    num_threads=config.read_threads, prefetch_buffer_size=2 * config.read_threads
+  )
   dataset = grain.MapDataset.range(2**40).map(load).to_iter_dataset(options)
   place = {r: i for i, r in enumerate(rows)}
   for local in dataset:
     yield {
       name: jax.make_array_from_callback(
-        shape, sharding, lambda index, x=x: x[[place[r] for r in range(*index[0].indices(batch_size))], index[1]]
+        shape,
+        sharding,
+        lambda index, x=x: x[[place[r] for r in range(*index[0].indices(batch_size))], index[1]],
       )
       for name, x in local.items()
     }

@@ -32,12 +32,12 @@ class DataConfig:
     neighbor_sampling: which of a document's candidates stand before it, in random order. "fixed": any K; "paper": three of
       the first four (CM3Leon, section 2.1), so K must be 3; "uniform": any, their number uniform in {0, ..., K} (RA-CM3).
       Where fewer candidates were kept, fewer stand there.
-    neighbor_dropout: share of samples that get no neighbours, so that the model also works without a bank.
-    condition_dropout: share of the remaining samples with an image whose caption and neighbours give way to one
+    neighbor_dropout: share of samples that get no neighbors, so that the model also works without a bank.
+    condition_dropout: share of the remaining samples with an image whose caption and neighbors give way to one
       sentinel: what the unconditional stream of guidance sees (tutorial: 10%; the paper drops nothing).
     mean_spans: lambda of the Poisson distribution of the number of spans; 0 trains plain causal prediction.
     whole_segment_rate: probability that a sample's spans are whole segments.
-    neighbor_loss_weight: weight of the loss on neighbours (CM3Leon 1, RA-CM3 0.1).
+    neighbor_loss_weight: weight of the loss on neighbors (CM3Leon 1, RA-CM3 0.1).
     text_share: share of slots that text-only documents get.
     interleaved_share: share of slots that documents of several texts and images get; pairs get the rest.
     pack_window: samples that are packed together, best fit; bounds the planner's memory.
@@ -62,8 +62,16 @@ class DataConfig:
       if getattr(self, field) < 1:
         raise ValueError(f"{field} is {getattr(self, field)}; it must be positive.")
     if self.sequence_length < 2:
-      raise ValueError(f"sequence_length is {self.sequence_length}; it must be at least 2, the slots of a one-token document.")
-    for field in ("neighbor_dropout", "condition_dropout", "whole_segment_rate", "text_share", "interleaved_share"):
+      raise ValueError(
+        f"sequence_length is {self.sequence_length}; it must be at least 2, the slots of a one-token document."
+      )
+    for field in (
+      "neighbor_dropout",
+      "condition_dropout",
+      "whole_segment_rate",
+      "text_share",
+      "interleaved_share",
+    ):
       if not 0 <= getattr(self, field) <= 1:
         raise ValueError(f"{field} is {getattr(self, field)}; it must lie in [0, 1].")
     if self.text_share + self.interleaved_share > 1:
@@ -74,7 +82,9 @@ class DataConfig:
       if getattr(self, field) < 0:
         raise ValueError(f"{field} is {getattr(self, field)}; it must not be negative.")
     if self.neighbor_sampling not in NEIGHBOR_SAMPLING:
-      raise ValueError(f"neighbor_sampling is '{self.neighbor_sampling}'; it must be one of {', '.join(NEIGHBOR_SAMPLING)}.")
+      raise ValueError(
+        f"neighbor_sampling is '{self.neighbor_sampling}'; it must be one of {', '.join(NEIGHBOR_SAMPLING)}."
+      )
     if self.neighbor_sampling == "paper" and self.num_neighbors != PAPER_NEIGHBORS:
       raise ValueError(
         f"neighbor_sampling is 'paper', which draws {PAPER_NEIGHBORS} of {PAPER_CANDIDATES} candidates, and num_neighbors is "
@@ -82,9 +92,11 @@ class DataConfig:
       )
 
   def without_augmentation(self) -> "DataConfig":
-    """The same rows with every document causal and whole: no spans, no dropout, K neighbours. For held-out losses."""
+    """The same rows with every document causal and whole: no spans, no dropout, K neighbors. For held-out losses."""
     sampling = "fixed" if self.neighbor_sampling == "uniform" else self.neighbor_sampling
-    return dataclasses.replace(self, neighbor_dropout=0.0, condition_dropout=0.0, mean_spans=0.0, neighbor_sampling=sampling)
+    return dataclasses.replace(
+      self, neighbor_dropout=0.0, condition_dropout=0.0, mean_spans=0.0, neighbor_sampling=sampling
+    )
 
 
 class SamplePlan(typing.NamedTuple):
@@ -92,11 +104,11 @@ class SamplePlan(typing.NamedTuple):
 
   Attributes:
     neighbors: places in the document's candidates, in the order in which they stand before it.
-    dropped: caption and neighbours give way to `<mask:0>`.
+    dropped: caption and neighbors give way to `<mask:0>`.
     spans: CM3 spans, half-open ranges of the joined sample.
     length: tokens of the transformed sample.
-    missing: neighbours that were wanted and for which too few candidates were kept.
-    crowded_out: neighbours that were drawn and went for want of room.
+    missing: neighbors that were wanted and for which too few candidates were kept.
+    crowded_out: neighbors that were drawn and went for want of room.
   """
 
   neighbors: tuple[int, ...]
@@ -112,7 +124,9 @@ def joined_length(segment_lengths) -> int:
   return int(sum(segment_lengths)) + len(segment_lengths) + 1
 
 
-def draw_neighbors(num_candidates: int, rng: np.random.Generator, config: DataConfig) -> tuple[list[int], int]:
+def draw_neighbors(
+  num_candidates: int, rng: np.random.Generator, config: DataConfig
+) -> tuple[list[int], int]:
   """Returns the places of the candidates drawn, in random order, and how many more were wanted than there are."""
   if config.neighbor_sampling == "paper":
     num_candidates = min(num_candidates, PAPER_CANDIDATES)
@@ -123,19 +137,21 @@ def draw_neighbors(num_candidates: int, rng: np.random.Generator, config: DataCo
   return drawn, wanted - len(drawn)
 
 
-def plan_sample(lengths, is_image, candidates, rng: np.random.Generator, config: DataConfig, max_spans: int) -> SamplePlan:
+def plan_sample(
+  lengths, is_image, candidates, rng: np.random.Generator, config: DataConfig, max_spans: int
+) -> SamplePlan:
   """Draws all that decides a sample's length; planner and loader both call it with the same generator.
 
   Args:
     lengths: segment lengths of the document.
     is_image: their kinds.
-    candidates: segment lengths of each of its candidate neighbours.
+    candidates: segment lengths of each of its candidate neighbors.
     rng: the sample's own generator, fresh.
     config: rates and the row length.
     max_spans: sentinels that the vocabulary has.
 
   Returns:
-    A plan whose length is at most config.sequence_length + 1. What does not fit goes in this order: whole neighbours,
+    A plan whose length is at most config.sequence_length + 1. What does not fit goes in this order: whole neighbors,
     then spans, then the document's own tail.
   """
   limit = config.sequence_length + 1
@@ -174,7 +190,7 @@ class Source:
     store: the documents.
     share: share of all slots; shares of a mixture sum to 1.
     neighbors: [n, C] int32, candidates of each document as indices into `bank`, -1 for none; or None.
-    bank: store that neighbours are read from.
+    bank: store that neighbors are read from.
   """
 
   store: DocumentStore
@@ -191,7 +207,9 @@ class Source:
 
 def long_texts(store: DocumentStore, most: int) -> tuple[np.ndarray, np.ndarray]:
   """Documents of a single text that is longer than `most` tokens: their indices, ascending, and lengths, [n] int64 each."""
-  offsets, lengths, is_image = (np.asarray(x) for x in (store.offsets, store.lengths, store.is_image))
+  offsets, lengths, is_image = (
+    np.asarray(x) for x in (store.offsets, store.lengths, store.is_image)
+  )
   found = [np.zeros(0, np.int64)]
   for start in range(0, len(lengths), SCAN):
     part = slice(start, start + SCAN)
@@ -322,7 +340,9 @@ class RowPlan:
     """
     for i, source in enumerate(sources):
       if source.share > 0 and not len(source.store):
-        raise ValueError(f"source {i} ({source.store.folder}) has a share of {source.share} and no documents.")
+        raise ValueError(
+          f"source {i} ({source.store.folder}) has a share of {source.share} and no documents."
+        )
     self.sources, self.config, self.max_spans, self.seed = sources, config, max_spans, seed
     self.units = [Units(s.store, config.sequence_length) for s in sources]
     identity = fingerprint(sources, config, max_spans, seed) if starts_path else ""
@@ -372,7 +392,9 @@ class RowPlan:
       source = min(progress, key=progress.get)
       pass_, offset = divmod(taken[source], sizes[source])
       order = self._pass_seeds(source, pass_)[1]
-      unit = grain.experimental.index_shuffle(offset, max_index=sizes[source] - 1, seed=order, rounds=4)
+      unit = grain.experimental.index_shuffle(
+        offset, max_index=sizes[source] - 1, seed=order, rounds=4
+      )
       slots = self.plan(source, pass_, unit).length - 1
       samples.append(Placement(source, pass_, unit, slots))
       taken[source] += 1

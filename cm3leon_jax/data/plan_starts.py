@@ -24,9 +24,15 @@ class Start(typing.NamedTuple):
 
 
 def fingerprint(sources, config, max_spans: int, seed: int) -> str:
-  """Digest of what a plan follows from; of the stores, their sizes and evenly spaced lengths and neighbours."""
-  fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("read_threads", "neighbor_loss_weight")}
-  digest = hashlib.sha256(json.dumps([seed, max_spans, fields, [s.share for s in sources]]).encode())
+  """Digest of what a plan follows from; of the stores, their sizes and evenly spaced lengths and neighbors."""
+  fields = {
+    k: v
+    for k, v in dataclasses.asdict(config).items()
+    if k not in ("read_threads", "neighbor_loss_weight")
+  }
+  digest = hashlib.sha256(
+    json.dumps([seed, max_spans, fields, [s.share for s in sources]]).encode()
+  )
   for source in sources:
     stores = [source.store] if source.bank is None else [source.store, source.bank]
     arrays = [x for store in stores for x in (store.offsets, store.lengths)]
@@ -44,12 +50,20 @@ class WindowStarts:
   empty; what follows a line that was cut short is left out.
   """
 
-  def __init__(self, num_sources: int, path: epath.PathLike | None = None, identity: str = "", writes: bool = False):
+  def __init__(
+    self,
+    num_sources: int,
+    path: epath.PathLike | None = None,
+    identity: str = "",
+    writes: bool = False,
+  ):
     """identity: the fingerprint of the plan. writes: `path` is brought up to date as starts are added."""
     self._path = epath.Path(path) if path else None
     self._header, self._writes = _line({"fingerprint": identity}), bool(path) and writes
     self._starts = [Start(0, (0,) * num_sources, (0,) * num_sources)]
-    self._whole = False  # The file holds these starts and nothing else, so that lines can be appended.
+    self._whole = (
+      False  # The file holds these starts and nothing else, so that lines can be appended.
+    )
     if self._path and self._path.exists():
       self._read(self._path.read_text())
 
@@ -96,7 +110,9 @@ class WindowStarts:
 
   def _write(self, window: int) -> None:
     bucket = "://" in str(self._path)
-    lines = lambda first: "".join(_line({"window": i, **self._starts[i]._asdict()}) for i in range(first, len(self)))
+    lines = lambda first: "".join(
+      _line({"window": i, **self._starts[i]._asdict()}) for i in range(first, len(self))
+    )
     if self._whole and not bucket:
       with self._path.open("a") as f:
         f.write(lines(window))

@@ -1,4 +1,4 @@
-"""What a row plan makes of its data, counted: fill, shares, neighbours, drops, spans."""
+"""What a row plan makes of its data, counted: fill, shares, neighbors, drops, spans."""
 
 import collections
 
@@ -19,8 +19,8 @@ def plan_statistics(plan: RowPlan, windows: int = 1) -> dict:
 
   Returns:
     windows, rows, samples; fill, the share of slots that hold samples; source_shares, each source's share of those; and
-    samples_per_row, spans_per_sample. Of the samples of sources with neighbours: neighbors_per_sample; too_few_candidates, the
-    share that got fewer than K because fewer were kept; neighbors_crowded_out, the share of the neighbours drawn that went for
+    samples_per_row, spans_per_sample. Of the samples of sources with neighbors: neighbors_per_sample; too_few_candidates, the
+    share that got fewer than K because fewer were kept; neighbors_crowded_out, the share of the neighbors drawn that went for
     want of room; condition_drops, the share whose conditioning gave way.
   """
   counts, slots, rows = collections.Counter(), np.zeros(len(plan.sources), np.int64), 0
@@ -55,8 +55,8 @@ def describe(statistics: dict) -> str:
   shares = " / ".join(f"{share:.0%}" for share in statistics["source_shares"])
   return (
     "{samples:,} samples in {rows:,} rows, {fill:.1%} of slots filled, {shares} by source; {samples_per_row:.1f} samples a "
-    "row, {spans_per_sample:.2f} spans each; with retrieval {neighbors_per_sample:.2f} neighbours each, "
-    "{too_few_candidates:.1%} had too few candidates, {neighbors_crowded_out:.1%} of the neighbours no room, "
+    "row, {spans_per_sample:.2f} spans each; with retrieval {neighbors_per_sample:.2f} neighbors each, "
+    "{too_few_candidates:.1%} had too few candidates, {neighbors_crowded_out:.1%} of the neighbors no room, "
     "{condition_drops:.1%} dropped their conditioning."
   ).format(shares=shares, **statistics)
 
@@ -69,12 +69,12 @@ def typical_length(store: DocumentStore) -> int:
 
 
 def room_for_neighbors(source: Source, config: DataConfig) -> str:
-  """A sentence where K neighbours of typical length do not fit a row beside a typical document, else ""."""
+  """A sentence where K neighbors of typical length do not fit a row beside a typical document, else ""."""
   document, neighbor = typical_length(source.store), typical_length(source.bank)
   fitting = max(0, (config.sequence_length - document) // neighbor)
   if fitting >= config.num_neighbors:
     return ""
   return (
-    f"{config.num_neighbors} neighbours of typically {neighbor:,} tokens and a document of {document:,} never fit "
-    f"{config.sequence_length:,} slots: whole neighbours are left out, so that {fitting} remain."
+    f"{config.num_neighbors} neighbors of typically {neighbor:,} tokens and a document of {document:,} never fit "
+    f"{config.sequence_length:,} slots: whole neighbors are left out, so that {fitting} remain."
   )

@@ -30,7 +30,10 @@ from cm3leon_jax.data.records import (
 
 INDEX = "index.json"
 SCHEMA_VERSION = 1
-CROPS = ("center", "pad")  # What is beyond a centred square falls away, or white fills what is missing.
+CROPS = (
+  "center",
+  "pad",
+)  # What is beyond a centered square falls away, or white fills what is missing.
 
 
 def shards(folder: epath.PathLike) -> dict[str, dict]:
@@ -46,10 +49,14 @@ def read_index(folder: epath.PathLike) -> dict:
   """
   path = epath.Path(folder) / INDEX
   if not path.exists():
-    raise UserError(f"{path} does not exist: run `python -m launch.prepare_data` with the same --config and --workdir first.")
+    raise UserError(
+      f"{path} does not exist: run `python -m launch.prepare_data` with the same --config and --workdir first."
+    )
   index = stages.read_json(path)
   if index["schema_version"] != SCHEMA_VERSION:
-    raise UserError(f"{path} has schema version {index['schema_version']}; this code reads version {SCHEMA_VERSION}.")
+    raise UserError(
+      f"{path} has schema version {index['schema_version']}; this code reads version {SCHEMA_VERSION}."
+    )
   return index
 
 
@@ -82,7 +89,9 @@ def kind_of(cls: type) -> str:
 def _read(path: epath.Path, cls) -> Iterator:
   """Records of a file that `ingest.prepare` wrote."""
   if not path.exists():
-    raise UserError(f"{path} does not exist, though {INDEX} names its shard: run `python -m launch.prepare_data` again.")
+    raise UserError(
+      f"{path} does not exist, though {INDEX} names its shard: run `python -m launch.prepare_data` again."
+    )
   for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
     if line:
       where = f"{path}, line {number}"
@@ -92,7 +101,9 @@ def _read(path: epath.Path, cls) -> Iterator:
         raise UserError(str(error)) from error
 
 
-def load_image(image: str | bytes | epath.Path, resolution: int | None, crop: str = "center") -> np.ndarray:
+def load_image(
+  image: str | bytes | epath.Path, resolution: int | None, crop: str = "center"
+) -> np.ndarray:
   """Reads an image, a path or a file's bytes: upright, on white where transparent, scaled and made square by `crop`.
 
   Returns:
@@ -102,11 +113,16 @@ def load_image(image: str | bytes | epath.Path, resolution: int | None, crop: st
     UserError: the file is absent or no image that Pillow can read.
   """
   try:
-    with io.BytesIO(image) if isinstance(image, bytes) else fsspec.open(str(image), "rb") as file, Image.open(file) as opened:
+    with (
+      io.BytesIO(image) if isinstance(image, bytes) else fsspec.open(str(image), "rb") as file,
+      Image.open(file) as opened,
+    ):
       pixels = ImageOps.exif_transpose(opened).convert("RGBA")
   except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
     name = f"of {len(image)} bytes" if isinstance(image, bytes) else image
-    raise UserError(f"image {name} cannot be read ({error}); it must be a PNG, JPEG, WebP or GIF file.") from error
+    raise UserError(
+      f"image {name} cannot be read ({error}); it must be a PNG, JPEG, WebP or GIF file."
+    ) from error
   pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels).convert("RGB")
   if resolution and pixels.size != (resolution, resolution):
     square = {"center": ImageOps.fit, "pad": functools.partial(ImageOps.pad, color="white")}[crop]
@@ -114,8 +130,12 @@ def load_image(image: str | bytes | epath.Path, resolution: int | None, crop: st
   return np.asarray(pixels)
 
 
-def load_images(paths: Iterable[epath.PathLike], resolution: int | None, num_threads: int) -> np.ndarray:
+def load_images(
+  paths: Iterable[epath.PathLike], resolution: int | None, num_threads: int
+) -> np.ndarray:
   """`load_image` for several files at a time, all of one size: [n, H, W, 3] uint8 in the order of `paths`."""
   with futures.ThreadPoolExecutor(num_threads) as pool:
     images = list(pool.map(lambda path: load_image(path, resolution), paths))
-  return np.stack(images) if images else np.zeros((0, resolution or 0, resolution or 0, 3), np.uint8)
+  return (
+    np.stack(images) if images else np.zeros((0, resolution or 0, resolution or 0, 3), np.uint8)
+  )

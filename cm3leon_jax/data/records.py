@@ -14,7 +14,7 @@ class RawPair:
   Attributes:
     key: unique in its folder.
     image: path of the file (absolute once read, relative to the folder in pairs.jsonl), or the file's bytes.
-    group: near-duplicates share one and are never one another's neighbours. Empty: none.
+    group: near-duplicates share one and are never one another's neighbors. Empty: none.
     split: "train" or "heldout".
     concept: what is shown; a concept lies wholly in one split.
   """
@@ -60,7 +60,11 @@ class RawInterleaved:
 
 
 Record = RawPair | RawText | RawInterleaved
-KINDS: dict[str, type] = {"pairs": RawPair, "texts": RawText, "interleaved": RawInterleaved}  # Names of their files, too.
+KINDS: dict[str, type] = {
+  "pairs": RawPair,
+  "texts": RawText,
+  "interleaved": RawInterleaved,
+}  # Names of their files, too.
 
 
 def images_of(record: Record) -> list[str | bytes]:
@@ -74,7 +78,9 @@ def with_images(record: Record, images: Iterable[str]) -> Record:
   """The record with other images in the place of its own, one for each."""
   images = iter(images)
   if isinstance(record, RawInterleaved):
-    segments = tuple({"image": next(images)} if "image" in segment else segment for segment in record.segments)
+    segments = tuple(
+      {"image": next(images)} if "image" in segment else segment for segment in record.segments
+    )
     return dataclasses.replace(record, segments=segments)
   return dataclasses.replace(record, image=next(images)) if isinstance(record, RawPair) else record
 
@@ -108,19 +114,25 @@ def make_record(cls: type, values: Mapping, where: str):
     RecordError: a field is absent, empty, or of the wrong type; `where` names the record in the sentence.
   """
   required = required_fields(cls)
-  values = {f.name: values[f.name] for f in dataclasses.fields(cls) if values.get(f.name) is not None}
+  values = {
+    f.name: values[f.name] for f in dataclasses.fields(cls) if values.get(f.name) is not None
+  }
   if isinstance(values.get("key"), str) and values["key"]:
     where = f"{where}, key '{values['key']}'"
   for name in required:
     if name not in values:
-      raise RecordError("malformed_record", f"{where} has no field '{name}'; it must have {', '.join(required)}.")
+      raise RecordError(
+        "malformed_record", f"{where} has no field '{name}'; it must have {', '.join(required)}."
+      )
   if "segments" in values:
     values["segments"] = _checked_segments(values["segments"], where)
   for name, value in values.items():
     if name != "segments":
       _check_value(name, value, name in required, where)
   if values.get("split", "train") not in ("", *SPLITS):
-    message = f"{where}: split is '{values['split']}'; it must be 'train' or 'heldout', or be left out."
+    message = (
+      f"{where}: split is '{values['split']}'; it must be 'train' or 'heldout', or be left out."
+    )
     raise RecordError("malformed_record", message)
   return cls(**values)
 
@@ -129,19 +141,32 @@ def _check_value(name: str, value, required: bool, where: str) -> None:
   if name == "image" and isinstance(value, bytes):
     return
   if not isinstance(value, str):
-    raise RecordError("malformed_record", f"{where}: field '{name}' is {json.dumps(value)}; it must be a string.")
+    raise RecordError(
+      "malformed_record", f"{where}: field '{name}' is {json.dumps(value)}; it must be a string."
+    )
   if required and not value.strip():
     reason = f"empty_{name}" if name in ("caption", "text") else "malformed_record"
-    raise RecordError(reason, f"{where}: field '{name}' is empty; give it a text, or leave the record out.")
+    raise RecordError(
+      reason, f"{where}: field '{name}' is empty; give it a text, or leave the record out."
+    )
   if any("\ud800" <= c <= "\udfff" for c in value):
-    raise RecordError("malformed_record", f"{where}: field '{name}' holds half of a surrogate pair; it must be valid Unicode.")
+    raise RecordError(
+      "malformed_record",
+      f"{where}: field '{name}' holds half of a surrogate pair; it must be valid Unicode.",
+    )
 
 
 def _checked_segments(segments, where: str) -> tuple[dict, ...]:
   if not isinstance(segments, list | tuple) or not segments:
-    raise RecordError("malformed_record", f"{where}: 'segments' must be a list of texts and images, at least one.")
+    raise RecordError(
+      "malformed_record", f"{where}: 'segments' must be a list of texts and images, at least one."
+    )
   for i, segment in enumerate(segments):
-    if not isinstance(segment, dict) or len(segment) != 1 or next(iter(segment)) not in ("text", "image"):
+    if (
+      not isinstance(segment, dict)
+      or len(segment) != 1
+      or next(iter(segment)) not in ("text", "image")
+    ):
       message = f'{where}: segment {i} must be {{"text": ...}} or {{"image": ...}}.'
       raise RecordError("malformed_record", message)
     ((name, value),) = segment.items()
@@ -158,5 +183,8 @@ def parse_json(line: str, where: str, required: list[str]) -> dict:
     raise RecordError("malformed_record", message) from error
   if not isinstance(record, dict):
     kind = type(record).__name__
-    raise RecordError("malformed_record", f"{where} is {kind}; every line must be one JSON object, with {', '.join(required)}.")
+    raise RecordError(
+      "malformed_record",
+      f"{where} is {kind}; every line must be one JSON object, with {', '.join(required)}.",
+    )
   return record

@@ -78,16 +78,22 @@ def parts(source: str, kind: str = "auto") -> list[Part]:
   files = _files(fs, path, source)
   if kind == "auto":
     kind = _detect(files, source)
-  part = lambda names: Part(kind, tuple(_url(fs, name) for name in names), sum(files[name] for name in names))
+  part = lambda names: Part(
+    kind, tuple(_url(fs, name) for name in names), sum(files[name] for name in names)
+  )
   if kind == "folder":
     found = sorted({posixpath.dirname(name) for name in files if posixpath.basename(name) in LISTS})
     if not found:
       raise UserError(f"config.raw.source is '{source}', a folder without {', '.join(LISTS)}.")
     inside = lambda folder: [name for name in files if name.startswith(folder + "/")]
-    return [dataclasses.replace(part(inside(folder)), files=(_url(fs, folder),)) for folder in found]
+    return [
+      dataclasses.replace(part(inside(folder)), files=(_url(fs, folder),)) for folder in found
+    ]
   wanted = [name for name in files if name.endswith(SUFFIXES[kind])]
   if not wanted:
-    raise UserError(f"config.raw.source is '{source}', which holds no {' or '.join(SUFFIXES[kind])} file; format is '{kind}'.")
+    raise UserError(
+      f"config.raw.source is '{source}', which holds no {' or '.join(SUFFIXES[kind])} file; format is '{kind}'."
+    )
   texts = [name for name in wanted if name.endswith(".txt")]
   single = [part([name]) for name in wanted if not name.endswith(".txt")]
   return [part(texts[i : i + TEXT_FILES]) for i in range(0, len(texts), TEXT_FILES)] + single
@@ -95,7 +101,9 @@ def parts(source: str, kind: str = "auto") -> list[Part]:
 
 def read(part: Part) -> Iterator[Item]:
   """The records of a part in a fixed order, those that are wrong as Rejected."""
-  reader = {"folder": _folder, "webdataset": _webdataset, "parquet": _parquet, "text": _text}[part.kind]
+  reader = {"folder": _folder, "webdataset": _webdataset, "parquet": _parquet, "text": _text}[
+    part.kind
+  ]
   for file in part.files:
     fs, path = _filesystem(file)
     yield from reader(fs, path)
@@ -110,8 +118,18 @@ def _filesystem(source: str):
 
 def _files(fs, path: str, source: str) -> dict[str, int]:
   """Names and sizes of the files at `path`, in the order of their names."""
-  found = fs.glob(path, detail=True) if any(c in path for c in "*?[") else fs.find(path, detail=True) if fs.exists(path) else {}
-  files = {name: int(found[name].get("size") or 0) for name in sorted(found) if found[name]["type"] == "file"}
+  found = (
+    fs.glob(path, detail=True)
+    if any(c in path for c in "*?[")
+    else fs.find(path, detail=True)
+    if fs.exists(path)
+    else {}
+  )
+  files = {
+    name: int(found[name].get("size") or 0)
+    for name in sorted(found)
+    if found[name]["type"] == "file"
+  }
   if not files:
     raise UserError(
       f"config.raw.source is '{source}', where no file is; it must be 'openmoji', or a folder, a file or a glob pattern of "
@@ -232,7 +250,12 @@ def _webdataset(fs, file: str) -> Iterator[Item]:
         sample[suffix.lower()] = tar.extractfile(member).read()
       yield from _sample(file, stem, sample)
   except (tarfile.TarError, OSError, EOFError) as error:
-    yield Rejected(file, "", "unreadable_file", f"{file} cannot be read to its end ({error}); it must be a whole tar file.")
+    yield Rejected(
+      file,
+      "",
+      "unreadable_file",
+      f"{file} cannot be read to its end ({error}); it must be a whole tar file.",
+    )
 
 
 def _sample(file: str, stem: str, sample: dict[str, bytes]) -> Iterator[Item]:
@@ -244,7 +267,12 @@ def _sample(file: str, stem: str, sample: dict[str, bytes]) -> Iterator[Item]:
     about = about if isinstance(about, dict) else {}
     caption = sample["txt"].decode("utf-8") if "txt" in sample else None
   except ValueError as error:
-    yield Rejected(file, stem, "malformed_record", f"{where}: its text is not readable ({error}); it must be UTF-8 and JSON.")
+    yield Rejected(
+      file,
+      stem,
+      "malformed_record",
+      f"{where}: its text is not readable ({error}); it must be UTF-8 and JSON.",
+    )
     return
   values = {k: str(v) for k, v in _renamed(about).items() if v is not None}
   values = {"source": file, **values, "key": stem}
@@ -284,7 +312,12 @@ def _parquet(fs, file: str) -> Iterator[Item]:
           item = _record(RawPair, values, file, where)
           yield _with_images(item, fs, folder, where)
   except (pa.ArrowInvalid, OSError) as error:
-    yield Rejected(file, "", "unreadable_file", f"{file} cannot be read to its end ({error}); it must be a Parquet file.")
+    yield Rejected(
+      file,
+      "",
+      "unreadable_file",
+      f"{file} cannot be read to its end ({error}); it must be a Parquet file.",
+    )
 
 
 def _parquet_values(row: dict, key: str) -> dict:
@@ -304,7 +337,9 @@ def _text(fs, file: str) -> Iterator[Item]:
     try:
       text = fs.cat_file(file).decode("utf-8")
     except UnicodeDecodeError as error:
-      yield Rejected(file, name, "malformed_record", f"{file} is not UTF-8 ({error}); save it as UTF-8.")
+      yield Rejected(
+        file, name, "malformed_record", f"{file} is not UTF-8 ({error}); save it as UTF-8."
+      )
       return
     yield _record(RawText, {"key": name, "text": text, "source": file}, file, file)
     return

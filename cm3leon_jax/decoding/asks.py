@@ -97,18 +97,31 @@ def check(ask: Ask) -> None:
   if ask.task not in TASKS:
     raise ask.error(f"task is '{ask.task}'; it must be one of {', '.join(TASKS)}.")
   task = TASKS[ask.task]
-  for name, need, given in (("prompt", task.prompt, ask.prompt.strip()), ("image", task.image, ask.image)):
+  for name, need, given in (
+    ("prompt", task.prompt, ask.prompt.strip()),
+    ("image", task.image, ask.image),
+  ):
     if need == MUST and not given:
-      raise ask.error(f"task {ask.task} needs {'an' if name == 'image' else 'a'} {name}, and none is given.")
+      raise ask.error(
+        f"task {ask.task} needs {'an' if name == 'image' else 'a'} {name}, and none is given."
+      )
     if need == NOT and given:
-      raise ask.error(f"task {ask.task} takes no {name}: leave '{given}' out, or name another task.")
+      raise ask.error(
+        f"task {ask.task} takes no {name}: leave '{given}' out, or name another task."
+      )
   masks = ask.prompt.count(MASK)
   if ask.task == "infill_text" and not masks:
-    raise ask.error(f"task infill_text fills in what {MASK} stands for: put one into the prompt '{ask.prompt}'.")
+    raise ask.error(
+      f"task infill_text fills in what {MASK} stands for: put one into the prompt '{ask.prompt}'."
+    )
   if ask.task != "infill_text" and masks:
-    raise ask.error(f"the prompt '{ask.prompt}' has a {MASK}, which only task infill_text takes; this one is {ask.task}.")
+    raise ask.error(
+      f"the prompt '{ask.prompt}' has a {MASK}, which only task infill_text takes; this one is {ask.task}."
+    )
   if ask.task == "infill_image" and not ask.box:
-    raise ask.error("task infill_image needs a box, left,top,right,bottom in pixels, and none is given.")
+    raise ask.error(
+      "task infill_image needs a box, left,top,right,bottom in pixels, and none is given."
+    )
   if ask.task != "infill_image" and ask.box:
     raise ask.error(f"a box is given, which only task infill_image takes; this one is {ask.task}.")
   if ask.retrieve and not task.retrieves:
@@ -132,7 +145,12 @@ def pair(defaults: Ask, prompts: Sequence[str], images: Sequence[str]) -> list[A
       f"{len(prompts)} prompts and {len(images)} images are given: give one of each for the other, or one for all."
     )
   of = lambda values, i: values[i if len(values) > 1 else 0] if values else ""
-  at = lambda i: {"prompt": of(prompts, i), "image": of(images, i), "seed": defaults.seed + i, "row": i}
+  at = lambda i: {
+    "prompt": of(prompts, i),
+    "image": of(images, i),
+    "seed": defaults.seed + i,
+    "row": i,
+  }
   return [dataclasses.replace(defaults, **at(i)) for i in range(count)]
 
 
@@ -154,14 +172,19 @@ def read(path: epath.PathLike, defaults: Ask, retrieve: int | None = None) -> li
   """
   path = epath.Path(path)
   if not path.exists():
-    raise UserError(f"--prompts names {path}, which does not exist: give a file with one JSON object a line.")
+    raise UserError(
+      f"--prompts names {path}, which does not exist: give a file with one JSON object a line."
+    )
   asks = []
   for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
     if line.strip():
       i, where = len(asks), f"{path}, line {number}"
       fields = _object(line, where)
       task = fields.get("task", defaults.task)
-      usual = {"seed": defaults.seed + i, "retrieve": default_retrieve(task) if retrieve is None else retrieve}
+      usual = {
+        "seed": defaults.seed + i,
+        "retrieve": default_retrieve(task) if retrieve is None else retrieve,
+      }
       if fields.get("image") and "://" not in str(fields["image"]):
         fields["image"] = str(path.parent / str(fields["image"]))
       asks.append(_ask({**usual, **fields}, dataclasses.replace(defaults, row=i, where=where)))

@@ -71,7 +71,9 @@ def prompt_arrays(rows: Sequence[np.ndarray], pad: int, multiple: int) -> Prompt
   prefix_number = {prefix: i for i, prefix in enumerate(prefixes)}
   count = rounded(len(prompts), multiple)
   prefix_of = np.zeros(count, np.int32)
-  prefix_of[: len(prompts)] = [prefix_number[tuple(p[:n].tolist())] for p, n in zip(prompts, lengths)]
+  prefix_of[: len(prompts)] = [
+    prefix_number[tuple(p[:n].tolist())] for p, n in zip(prompts, lengths)
+  ]
   arrays = lambda prompts, rows: pad_left([np.array(p, np.int32) for p in prompts], rows, pad)
   return Prompts(
     prefixes=arrays(prefixes, rounded(len(prefixes), multiple)) if any(lengths) else None,
@@ -85,8 +87,12 @@ def prompt_arrays(rows: Sequence[np.ndarray], pad: int, multiple: int) -> Prompt
 def stream_widths(prompts: Prompts, streams: int) -> tuple[int, ...]:
   """Of each stream, how many of the last slots of the prompts hold all of its own: a short prompt needs no long cache."""
   prefixed = (
-    np.zeros(len(prompts.prefix_of), bool) if prompts.prefixes is None else prompts.prefixes[1].any(1)[prompts.prefix_of]
+    np.zeros(len(prompts.prefix_of), bool)
+    if prompts.prefixes is None
+    else prompts.prefixes[1].any(1)[prompts.prefix_of]
   )
   rests = prompts.rests[1].sum(axis=1)
-  needed = np.where(prefixed, prompts.slots, -(-np.maximum(rests, 1) // BUCKET) * BUCKET)[prompts.row]
+  needed = np.where(prefixed, prompts.slots, -(-np.maximum(rests, 1) // BUCKET) * BUCKET)[
+    prompts.row
+  ]
   return tuple(int(n) for n in needed.reshape(-1, streams).max(axis=0))

@@ -34,7 +34,9 @@ class LayerCache(NamedTuple):
 
   def write(self, slot, k, v) -> "LayerCache":
     """Puts k and v, [R, L, N, H], into slots [slot, slot + L)."""
-    return self._written(lambda into, x: jax.lax.dynamic_update_slice_in_dim(into, x, slot, axis=2), k, v)
+    return self._written(
+      lambda into, x: jax.lax.dynamic_update_slice_in_dim(into, x, slot, axis=2), k, v
+    )
 
   def write_rows(self, slots, k, v) -> "LayerCache":
     """`write` with a slot for each row, [R] int32."""
@@ -60,7 +62,10 @@ class LayerCache(NamedTuple):
       [R, L, N, H], laid out like q.
     """
     keys, values = self.keys.astype(q.dtype), self.values.astype(q.dtype)
-    scores = jnp.einsum("RLNH,RNTH->RNLT", q, keys, preferred_element_type=wide(q.dtype)) * q.shape[-1] ** -0.5
+    scores = (
+      jnp.einsum("RLNH,RNTH->RNLT", q, keys, preferred_element_type=wide(q.dtype))
+      * q.shape[-1] ** -0.5
+    )
     if self.key_scales is not None:
       scores *= self.key_scales.swapaxes(2, 3)
     weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
@@ -70,12 +75,18 @@ class LayerCache(NamedTuple):
     return jnp.einsum("RNLT,RNTH->RLNH", weights.astype(q.dtype), values, out_sharding=heads)
 
 
-def empty(config: ModelConfig, rows: int, slots: int, dtype: str = "compute") -> tuple[LayerCache, ...]:
+def empty(
+  config: ModelConfig, rows: int, slots: int, dtype: str = "compute"
+) -> tuple[LayerCache, ...]:
   """Caches of all K layers. dtype: of `DTYPES`."""
   shape = (rows, config.num_heads, slots, config.head_dim)
-  zeros = lambda dtype, size=config.head_dim: jnp.zeros((*shape[:-1], size), dtype, out_sharding=spec(*AXES))
+  zeros = lambda dtype, size=config.head_dim: jnp.zeros(
+    (*shape[:-1], size), dtype, out_sharding=spec(*AXES)
+  )
   if dtype == "int8":
-    layer = lambda: LayerCache(zeros(jnp.int8), zeros(jnp.int8), zeros(jnp.float32, 1), zeros(jnp.float32, 1))
+    layer = lambda: LayerCache(
+      zeros(jnp.int8), zeros(jnp.int8), zeros(jnp.float32, 1), zeros(jnp.float32, 1)
+    )
   else:
     layer = lambda: LayerCache(zeros(config.dtype), zeros(config.dtype))
   return tuple(layer() for _ in range(config.num_layers))

@@ -108,7 +108,9 @@ class Sampler(NamedTuple):
   @classmethod
   def of(cls, config: SamplingConfig) -> "Sampler":
     k = 0 if config.method == "top_p" else config.contrastive_k
-    return cls(config.candidates(image=True, text=False), config.candidates(image=True, text=True), k)
+    return cls(
+      config.candidates(image=True, text=False), config.candidates(image=True, text=True), k
+    )
 
 
 def extend(config: ModelConfig, params, tokens, positions, attend: Callable):
@@ -174,9 +176,14 @@ def prefill(config: ModelConfig, params, prompts: Prompts, cache_dtype: str = "c
     shared, shared_valid = (shard(x, "batch", None) for x in prompts.prefixes)
     start, cache = shared.shape[1], cache_lib.empty(config, *shared.shape, cache_dtype)
     nothing = shard(jnp.zeros(len(shared), jnp.int32), "batch")
-    cache, seen, lengths = _read(config, params, shared, shared_valid, cache, jnp.zeros_like(shared_valid), nothing, 0)
+    cache, seen, lengths = _read(
+      config, params, shared, shared_valid, cache, jnp.zeros_like(shared_valid), nothing, 0
+    )
     cache = cache_lib.rows(cache, prompts.prefix_of, start, start + length)
-    seen, lengths = jnp.pad(_rows(seen, prompts.prefix_of), ((0, 0), (0, length))), _rows(lengths, prompts.prefix_of)
+    seen, lengths = (
+      jnp.pad(_rows(seen, prompts.prefix_of), ((0, 0), (0, length))),
+      _rows(lengths, prompts.prefix_of),
+    )
   return _read(config, params, tokens, valid, cache, seen, lengths, start)
 
 
@@ -207,14 +214,21 @@ def begin(
   """
   cache, seen, lengths = prefill(config, params, prompts, cache_dtype)
   unique = prompts.row.reshape(-1, len(widths))
-  streams = [cache_lib.rows(cache, unique[:, s], width, width + room) for s, width in enumerate(widths)]
+  streams = [
+    cache_lib.rows(cache, unique[:, s], width, width + room) for s, width in enumerate(widths)
+  ]
   plan = shard(plan, "batch", None, None)
-  full = lambda fill, dtype: jnp.full((len(plan), longest), fill, dtype, out_sharding=spec("batch", None))
+  full = lambda fill, dtype: jnp.full(
+    (len(plan), longest), fill, dtype, out_sharding=spec("batch", None)
+  )
   return Loop(
     tokens=shard(prompts.last, "batch"),
     lengths=_rows(lengths, prompts.row),
     cache=tuple(zip(*streams)),
-    seen=tuple(jnp.pad(_rows(seen, unique[:, s])[:, -width:], ((0, 0), (0, room))) for s, width in enumerate(widths)),
+    seen=tuple(
+      jnp.pad(_rows(seen, unique[:, s])[:, -width:], ((0, 0), (0, room)))
+      for s, width in enumerate(widths)
+    ),
     slots=jnp.array(widths, jnp.int32),
     count=jnp.int32(0),
     going=jnp.bool_(True),
@@ -238,7 +252,9 @@ def over_streams(layers: list[list[LayerCache]], masks, write: Callable) -> Call
   streams, heads = len(masks), ("length", "heads", "head_dim")
 
   def attend(i, q, k, v):
-    apart = lambda x: jnp.reshape(x, (-1, streams, *x.shape[1:]), out_sharding=spec("batch", None, *heads))
+    apart = lambda x: jnp.reshape(
+      x, (-1, streams, *x.shape[1:]), out_sharding=spec("batch", None, *heads)
+    )
     q, k, v, out = apart(q), apart(k), apart(v), []
     for s, mask in enumerate(masks):
       layers[i][s] = write(layers[i][s], s, k[:, s], v[:, s])
@@ -251,7 +267,9 @@ def over_streams(layers: list[list[LayerCache]], masks, write: Callable) -> Call
 
 def _step(config, params, loop: Loop):
   """Reads the last token of each row. Returns (hidden [R, 1, D], cache, seen)."""
-  mark = lambda x, slot: jax.lax.dynamic_update_slice_in_dim(x, jnp.ones_like(x[:, :1]), slot, axis=1)
+  mark = lambda x, slot: jax.lax.dynamic_update_slice_in_dim(
+    x, jnp.ones_like(x[:, :1]), slot, axis=1
+  )
   seen = tuple(mark(x, loop.slots[s]) for s, x in enumerate(loop.seen))
   layers = [list(layer) for layer in loop.cache]
   write = lambda cache, s, k, v: cache.write(loop.slots[s], k, v)
@@ -260,25 +278,41 @@ def _step(config, params, loop: Loop):
   return hidden, tuple(map(tuple, layers)), seen
 
 
-def _draw(weights: Weights, control: Control, state, hidden, keys, grammar: Grammar, sampler: Sampler):
+def _draw(
+  weights: Weights, control: Control, state, hidden, keys, grammar: Grammar, sampler: Sampler
+):
   """Guided draw of one id a sample from hidden [R, 1, D]. Returns (ids [B] int32, log_probs [B])."""
   batch, _, streams = control.guidance.shape
   in_image, active = grammar.in_image(control.plan, state), grammar.active(control.plan, state)
   place = jnp.where(
-    in_image, jnp.minimum(grammar.codes_done(control.plan, state), grammar.image_tokens - 1), grammar.image_tokens
+    in_image,
+    jnp.minimum(grammar.codes_done(control.plan, state), grammar.image_tokens - 1),
+    grammar.image_tokens,
   )
   of_streams = jax.vmap(lambda row, i: row[i])(control.guidance, place)
 
   def draw_from(head, candidates, is_image, legal=None):
     axis = weights_lib.head_axis(head.shape[1])
     out = jnp.einsum(
-      "BLD,DR->BLR", hidden, head, preferred_element_type=wide(hidden.dtype), out_sharding=spec("batch", "length", axis)
+      "BLD,DR->BLR",
+      hidden,
+      head,
+      preferred_element_type=wide(hidden.dtype),
+      out_sharding=spec("batch", "length", axis),
     )
-    out = jnp.reshape(out, (batch, streams, head.shape[1]), out_sharding=spec("batch", None, axis)).swapaxes(0, 1)
+    out = jnp.reshape(
+      out, (batch, streams, head.shape[1]), out_sharding=spec("batch", None, axis)
+    ).swapaxes(0, 1)
     logits = (shard(x, "batch", None) for x in (combine_streams(out, of_streams), out[0], out[-1]))
-    guided, full, none = logits if legal is None else (jnp.where(legal, x, -jnp.inf) for x in logits)
+    guided, full, none = (
+      logits if legal is None else (jnp.where(legal, x, -jnp.inf) for x in logits)
+    )
     rows = select(is_image, control.contrastive, control.values)
-    streams_alone = {"expert": full, "amateur": none, "contrastive_k": sampler.contrastive_k} if sampler.contrastive_k else {}
+    streams_alone = (
+      {"expert": full, "amateur": none, "contrastive_k": sampler.contrastive_k}
+      if sampler.contrastive_k
+      else {}
+    )
     return sample(guided, keys, rows, candidates, **streams_alone)
 
   def among_codes():
@@ -287,7 +321,9 @@ def _draw(weights: Weights, control: Control, state, hidden, keys, grammar: Gram
 
   def among_all():
     # Every id is legal for a sample that is over: what is drawn is not kept, and a softmax of nothing would be nan.
-    legal = grammar.legal(control.plan, state, weights_lib.head_ids(grammar.vocab)) | ~active[:, None]
+    legal = (
+      grammar.legal(control.plan, state, weights_lib.head_ids(grammar.vocab)) | ~active[:, None]
+    )
     columns, log_probs = draw_from(weights.head, sampler.of_all, in_image, legal)
     return (columns + grammar.vocab.text_size) % grammar.vocab.size, log_probs
 
@@ -296,7 +332,16 @@ def _draw(weights: Weights, control: Control, state, hidden, keys, grammar: Gram
   return jax.lax.cond(jnp.all(in_image | ~active), among_codes, among_all)
 
 
-def advance(weights: Weights, control: Control, loop: Loop, *, config, grammar: Grammar, sampler: Sampler, steps: int) -> Loop:
+def advance(
+  weights: Weights,
+  control: Control,
+  loop: Loop,
+  *,
+  config,
+  grammar: Grammar,
+  sampler: Sampler,
+  steps: int,
+) -> Loop:
   """At most `steps` more tokens of every sample, fewer if all samples are over or the cache is full.
 
   Needs a mesh; `loop` is used up.
@@ -319,8 +364,12 @@ def advance(weights: Weights, control: Control, loop: Loop, *, config, grammar: 
     now = jax.vmap(jax.random.fold_in, (0, None))(keys, loop.count)
     ids, log_probs = _draw(weights, control, loop.state, hidden, now, grammar, sampler)
     ids, log_probs = jnp.where(active, ids, grammar.vocab.pad), jnp.where(active, log_probs, 0)
-    repeat = lambda x: jnp.repeat(x, streams, total_repeat_length=len(loop.tokens), out_sharding=spec("batch"))
-    put = lambda into, x: jax.lax.dynamic_update_slice_in_dim(into, x[:, None].astype(into.dtype), loop.count, axis=1)
+    repeat = lambda x: jnp.repeat(
+      x, streams, total_repeat_length=len(loop.tokens), out_sharding=spec("batch")
+    )
+    put = lambda into, x: jax.lax.dynamic_update_slice_in_dim(
+      into, x[:, None].astype(into.dtype), loop.count, axis=1
+    )
     state = grammar.advance(control.plan, loop.state, ids)
     return Loop(
       tokens=repeat(ids),

@@ -11,23 +11,23 @@ from PIL import Image
 from tqdm import tqdm
 
 from cm3leon_jax import distributed
+from cm3leon_jax.clip.huggingface import HFCLIP
+from cm3leon_jax.clip.model import CLIP, clip_score
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.decoding import grammar, pictures
 from cm3leon_jax.decoding.generate import Generator, GeneratorConfig, Result
 from cm3leon_jax.decoding.jobs import Job, heldout_jobs, is_scored
 from cm3leon_jax.decoding.tasks import Answer, Format, read_answer
-from cm3leon_jax.retrieval.clip import CLIP, clip_score
-from cm3leon_jax.retrieval.hf_clip import HFCLIP
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 GRID_COLUMNS = 4
 SHEET_ROWS = 64  # Of a contact sheet; more would make a picture that few programs open.
-ORIGIN = ("key", "source", "license", "attribution")  # What a record says of each neighbour.
+ORIGIN = ("key", "source", "license", "attribution")  # What a record says of each neighbor.
 
 
 def sample_drawer(settings, workdir, folder):
-  """The trainer's `draw(params, step)`: writes one grid of held-out captions without neighbours into `folder`, returns it.
+  """The trainer's `draw(params, step)`: writes one grid of held-out captions without neighbors into `folder`, returns it.
 
   All processes of a run draw the same pictures, for each holds a part of `params`; one writes them.
   """
@@ -113,10 +113,15 @@ def draw_all(
     Records of results.jsonl, by job.
   """
   config = GeneratorConfig.of(settings, **generator)
-  core, scribe = Generator(params, config), _Scribe(form, workdir, epath.Path(folder), clip, samples, config.batch_size)
+  core, scribe = (
+    Generator(params, config),
+    _Scribe(form, workdir, epath.Path(folder), clip, samples, config.batch_size),
+  )
   alike = {}  # Jobs whose samples may share a batch.
   for i, job in enumerate(jobs):
-    alike.setdefault((job.ask.task, job.ask.retrieve, job.ask.sampling, len(job.request.streams)), []).append(i)
+    alike.setdefault(
+      (job.ask.task, job.ask.retrieve, job.ask.sampling, len(job.request.streams)), []
+    ).append(i)
   longest = [grammar.longest(job.request.plan) for job in jobs]
   drawn = {}
   with tqdm(total=samples * sum(longest), desc="generate", unit="token", mininterval=1) as bar:
@@ -127,7 +132,9 @@ def draw_all(
       requests, seeds = [job.request for job in part], [job.ask.seed for job in part]
       for batch in core.batches(requests, seeds, samples, part[0].ask.sampling, progress.tell):
         progress.end(len(batch), sum(longest[members[result.request]] for result in batch))
-        for result, outcome in zip(batch, scribe.write([part[result.request] for result in batch], batch)):
+        for result, outcome in zip(
+          batch, scribe.write([part[result.request] for result in batch], batch)
+        ):
           drawn[members[result.request], result.sample] = outcome
   by_job = [[drawn[i, sample] for sample in range(samples)] for i in range(len(jobs))]
   if rank:
@@ -140,21 +147,32 @@ def ranked(drawn: Sequence[Drawn]) -> list[Drawn]:
   """Samples of a job, the best CLIP score first, and `rank` from 1 on; one without a score comes last."""
   score = lambda one: -np.inf if one.record["clip_score"] is None else one.record["clip_score"]
   order = sorted(drawn, key=score, reverse=True)
-  return [dataclasses.replace(one, record={**one.record, "rank": n}) for n, one in enumerate(order, 1)]
+  return [
+    dataclasses.replace(one, record={**one.record, "rank": n}) for n, one in enumerate(order, 1)
+  ]
 
 
 class _Scribe:
   """Writes the pictures of a batch, and says what results.jsonl is to say of them."""
 
-  def __init__(self, form: Format, workdir, folder: epath.Path, clip, samples: int, batch_size: int):
+  def __init__(
+    self, form: Format, workdir, folder: epath.Path, clip, samples: int, batch_size: int
+  ):
     self.form, self.folder, self.clip, self.samples = form, folder, clip, samples
-    self.tokenizer = dataclasses.replace(ImageTokenizer.load(epath.Path(workdir) / "vqgan"), batch_size=batch_size)
+    self.tokenizer = dataclasses.replace(
+      ImageTokenizer.load(epath.Path(workdir) / "vqgan"), batch_size=batch_size
+    )
 
   def write(self, jobs: Sequence[Job], results: Sequence[Result]) -> list[Drawn]:
-    answers = [read_answer(self.form, job.ask, job.request, result.ids) for job, result in zip(jobs, results)]
+    answers = [
+      read_answer(self.form, job.ask, job.request, result.ids) for job, result in zip(jobs, results)
+    ]
     codes = [image for answer in answers for image in answer.images]
     decoded = iter(self.tokenizer.decode(np.stack(codes)) if codes else ())
-    cells = [tuple(s if isinstance(s, str) else next(decoded) for s in answer.segments) for answer in answers]
+    cells = [
+      tuple(s if isinstance(s, str) else next(decoded) for s in answer.segments)
+      for answer in answers
+    ]
     scores = self._scores(jobs, cells)
     drawn = []
     for job, result, answer, shown, score in zip(jobs, results, answers, cells, scores):
@@ -169,7 +187,10 @@ class _Scribe:
       name += f"_guidance{ask.sampling.guidance:g}_retrieve{ask.retrieve}"
     if self.samples > 1:
       name += f"_sample{result.sample}"
-    names = [f"{name}_image{i}.png" if ask.task == "interleaved" else f"{name}.png" for i in range(len(images))]
+    names = [
+      f"{name}_image{i}.png" if ask.task == "interleaved" else f"{name}.png"
+      for i in range(len(images))
+    ]
     for file, image in zip(names, images):
       pictures.save_png(self.folder / file, image)
     return names
@@ -191,7 +212,9 @@ class _Scribe:
     return scores
 
 
-def _record(job: Job, result: Result, answer: Answer, files: list[str], score: float | None) -> dict:
+def _record(
+  job: Job, result: Result, answer: Answer, files: list[str], score: float | None
+) -> dict:
   """See docs/data_formats.md."""
   ask = job.ask
   record = {
@@ -207,10 +230,13 @@ def _record(job: Job, result: Result, answer: Answer, files: list[str], score: f
     "contrastive": result.contrastive,
     "retrieve": ask.retrieve,
     "keep_neighbors": ask.keep_neighbors,
-    "neighbours": [{name: getattr(d, name) for name in ORIGIN} for d in job.neighbors],
+    "neighbors": [{name: getattr(d, name) for name in ORIGIN} for d in job.neighbors],
   }
   if ask.task == "interleaved":
-    record |= {"files": files, "text": "\n".join(s if isinstance(s, str) else "<image>" for s in answer.segments)}
+    record |= {
+      "files": files,
+      "text": "\n".join(s if isinstance(s, str) else "<image>" for s in answer.segments),
+    }
   elif files:
     record |= {"file": files[0], "codes": answer.images[0].tolist()}
   else:
@@ -235,13 +261,19 @@ def sheet(jobs: Sequence[Job], drawn: Sequence[Sequence[Drawn]]) -> Image.Image:
       labels[row] = job.ask.prompt or pathlib.PurePath(job.ask.image).name or job.ask.task
       rows[row] = [] if job.given is None else [job.given]
       titles[row] = [] if job.given is None else ["original" if job.key else "given"]
-    settings = f"{job.ask.retrieve} docs, guidance {job.ask.sampling.guidance:g}" if job.ask.task == "text_to_image" else ""
+    settings = (
+      f"{job.ask.retrieve} docs, guidance {job.ask.sampling.guidance:g}"
+      if job.ask.task == "text_to_image"
+      else ""
+    )
     for n, one in enumerate(of_job, 1):
       rows[row] += one.cells
       titles[row] += [f"{settings} #{n}".strip() if len(of_job) > 1 else settings] * len(one.cells)
   columns = list(titles.values())
   alike = all(column == columns[0] for column in columns)
-  return pictures.contact_sheet(list(rows.values()), list(labels.values()), columns[0] if alike and any(columns[0]) else ())
+  return pictures.contact_sheet(
+    list(rows.values()), list(labels.values()), columns[0] if alike and any(columns[0]) else ()
+  )
 
 
 def open_format(settings, workdir) -> Format:

@@ -55,19 +55,32 @@ class GeneratorConfig:
   def __post_init__(self):
     for field, allowed in (("weight_dtype", weights.DTYPES), ("cache_dtype", cache.DTYPES)):
       if getattr(self, field) not in allowed:
-        raise ValueError(f"{field} is '{getattr(self, field)}'; it must be one of {', '.join(allowed)}.")
+        raise ValueError(
+          f"{field} is '{getattr(self, field)}'; it must be one of {', '.join(allowed)}."
+        )
     if self.draft_window and (self.draft_window < 2 or not self.image_head):
-      raise ValueError(f"draft_window is {self.draft_window}; it must be 0, or at least 2 with image_head.")
+      raise ValueError(
+        f"draft_window is {self.draft_window}; it must be 0, or at least 2 with image_head."
+      )
     if self.batch_size < 1:
       raise ValueError(f"batch_size is {self.batch_size}; it must be positive.")
     if not 1 <= self.positions <= self.model.max_positions:
-      raise ValueError(f"positions is {self.positions}; it must lie in [1, model.max_positions = {self.model.max_positions}].")
+      raise ValueError(
+        f"positions is {self.positions}; it must lie in [1, model.max_positions = {self.model.max_positions}]."
+      )
 
   @classmethod
   def of(cls, settings, **fields) -> "GeneratorConfig":
     """From the sections of a run's settings."""
     model, image_tokens = settings.model, settings.vqgan.image_tokens
-    return cls(model, settings.vocab, image_tokens, settings.data.sequence_length, settings.sampling, **fields)
+    return cls(
+      model,
+      settings.vocab,
+      image_tokens,
+      settings.data.sequence_length,
+      settings.sampling,
+      **fields,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +139,11 @@ class Generator:
     self.config = config
     self.grammar = Grammar(config.vocab, config.image_tokens)
     self.weights = weights.prepare(
-      params, config=config.model, vocab=config.vocab, dtype=config.weight_dtype, image_head=config.image_head
+      params,
+      config=config.model,
+      vocab=config.vocab,
+      dtype=config.weight_dtype,
+      image_head=config.image_head,
     )
     self.programs = programs.of(jax.sharding.get_mesh())
 
@@ -156,19 +173,25 @@ class Generator:
         compiled.
     """
     if not len(requests) or len(requests) != len(seeds):
-      raise UserError(f"{len(requests)} prompts and {len(seeds)} seeds: give at least one prompt and one seed for each.")
+      raise UserError(
+        f"{len(requests)} prompts and {len(seeds)} seeds: give at least one prompt and one seed for each."
+      )
     for request in requests:
       self._check(request)
     sampling = sampling or self.config.sampling
     # Without a stream to contrast it with, a sample is drawn as by top_p.
-    contrastive = contrastive_rows(sampling.method, seeds, samples) & np.array([[len(r.streams) > 1] for r in requests])
+    contrastive = contrastive_rows(sampling.method, seeds, samples) & np.array(
+      [[len(r.streams) > 1] for r in requests]
+    )
     todo = [(i, s, len(requests[i].streams)) for i in range(len(requests)) for s in range(samples)]
     for _, alike in itertools.groupby(todo, key=lambda x: x[2]):
       alike = list(alike)
       for start in range(0, len(alike), self.config.batch_size):
         part = [(i, s) for i, s, _ in alike[start : start + self.config.batch_size]]
         drawn = [sample_seed(seeds[i], s) for i, s in part]
-        ids, log_probs = self._batch([requests[i] for i, _ in part], drawn, [contrastive[x] for x in part], sampling, tell)
+        ids, log_probs = self._batch(
+          [requests[i] for i, _ in part], drawn, [contrastive[x] for x in part], sampling, tell
+        )
         lengths = (ids != self.config.vocab.pad).sum(axis=1)
         yield [
           Result(*x, drawn[row], ids[row, :n], log_probs[row, :n], bool(contrastive[x]))
@@ -189,7 +212,9 @@ class Generator:
     config, multiple = self.config, batch_shards()
     rows = np.arange(batch_lib.rounded(len(requests), multiple)) % len(requests)
     repeated = [requests[i] for i in rows]
-    prompts = batch_lib.prompt_arrays([s for r in repeated for s in r.streams], config.vocab.pad, multiple)
+    prompts = batch_lib.prompt_arrays(
+      [s for r in repeated for s in r.streams], config.vocab.pad, multiple
+    )
     plan = grammar.plan_array([r.plan for r in repeated])
     control = decode.Control(
       plan,
@@ -201,11 +226,19 @@ class Generator:
     longest = max(grammar.longest(r.plan) for r in requests)
     widths = batch_lib.stream_widths(prompts, len(requests[0].streams))
     rooms, window, codes = _rooms(max(widths), longest), config.draft_window, int(plan[0, 0, 1])
-    drafts = window and sampling.method == "top_p" and (plan[:, 0] == [grammar.CODES, codes, 0]).all()
+    drafts = (
+      window and sampling.method == "top_p" and (plan[:, 0] == [grammar.CODES, codes, 0]).all()
+    )
     if drafts:
       rooms = [max(longest, codes + window)]
     static = {"config": config.model, "grammar": self.grammar}
-    of_begin = {**static, "longest": longest, "room": rooms[0], "widths": widths, "cache_dtype": config.cache_dtype}
+    of_begin = {
+      **static,
+      "longest": longest,
+      "room": rooms[0],
+      "widths": widths,
+      "cache_dtype": config.cache_dtype,
+    }
     of_advance = {**static, "sampler": decode.Sampler.of(sampling), "steps": CHUNK}
     loop, advance = self.programs.begin(self.weights, prompts, control, of_begin, of_advance)
     done, room = 0, min(rooms[0], longest)

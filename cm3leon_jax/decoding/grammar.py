@@ -36,7 +36,9 @@ class Part(NamedTuple):
   @property
   def longest(self) -> int:
     """Most tokens that it takes."""
-    return {CODES: self.count, TEXT: self.count + 1, DOCUMENT: self.count, DONE: 0}.get(self.kind, 1)
+    return {CODES: self.count, TEXT: self.count + 1, DOCUMENT: self.count, DONE: 0}.get(
+      self.kind, 1
+    )
 
 
 def longest(plan: Sequence[Part]) -> int:
@@ -100,7 +102,9 @@ class Grammar:
   def codes_done(self, plan, state: State):
     """[B] int32: codes of the image, or of the part of one, that the row has behind it."""
     kind = _entry(plan, state.part, 0)
-    return jnp.where(kind == CODES, _entry(plan, state.part, 1) - state.left, self.image_tokens - state.place)
+    return jnp.where(
+      kind == CODES, _entry(plan, state.part, 1) - state.left, self.image_tokens - state.place
+    )
 
   def legal(self, plan, state: State, ids):
     """[R] int32 ids -> [B, R] bool: which of them may come next; none of a row that is done."""
@@ -139,10 +143,16 @@ class Grammar:
     vocab = self.vocab
     kind, left = _entry(plan, state.part, 0), jnp.maximum(state.left - 1, 0)
     document, image = kind == DOCUMENT, vocab.is_image(tokens)
-    place = jnp.where(image, jnp.where(state.place > 0, state.place, self.image_tokens) - 1, IN_TEXT)
+    place = jnp.where(
+      image, jnp.where(state.place > 0, state.place, self.image_tokens) - 1, IN_TEXT
+    )
     place = jnp.where(tokens == vocab.brk, SEGMENT_START, place)
     over = (kind == EOSS) | (kind == MASK) | (kind == END)
-    over |= ((kind == CODES) & (left == 0)) | ((kind == TEXT) & (tokens == vocab.eoss)) | (document & (tokens == vocab.eos))
+    over |= (
+      ((kind == CODES) & (left == 0))
+      | ((kind == TEXT) & (tokens == vocab.eoss))
+      | (document & (tokens == vocab.eos))
+    )
     part = state.part + over
     pick = lambda column, value: jnp.where(over, _entry(plan, part, column), value)
     return State(part, pick(1, left), pick(2, jnp.where(document, place, state.place)))

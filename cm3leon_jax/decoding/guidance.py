@@ -71,7 +71,9 @@ def text_to_image_weights(guidance: float, schedule: str, image_tokens: int) -> 
   return np.stack([alpha, 1 - alpha], axis=1).astype(np.float32)
 
 
-def editing_weights(image_guidance: float, text_guidance: float, schedule: str, image_tokens: int) -> np.ndarray:
+def editing_weights(
+  image_guidance: float, text_guidance: float, schedule: str, image_tokens: int
+) -> np.ndarray:
   """Weights of the streams f (image and instruction), i (image only) and u (neither) in u + s_img (i - u) + s_txt (f - i).
 
     image_guidance = 1.5, text_guidance = 7.5, "linear", 3 codes: [[1 0 0] [4.25 -3 -0.25] [7.5 -6 -0.5]]
@@ -85,5 +87,7 @@ def editing_weights(image_guidance: float, text_guidance: float, schedule: str, 
   Returns:
     [I, 3] fp32.
   """
-  image, text = (scheduled(guidance, schedule, image_tokens) for guidance in (image_guidance, text_guidance))
+  image, text = (
+    scheduled(guidance, schedule, image_tokens) for guidance in (image_guidance, text_guidance)
+  )
   return np.stack([text, image - text, 1 - image], axis=1).astype(np.float32)

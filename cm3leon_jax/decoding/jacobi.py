@@ -79,10 +79,14 @@ def verify(keys, drafts, odds, probabilities):
 def _hidden(config, params, loop: Loop, done, drafts):
   """Reads the last token of each row and the drafts behind it. Returns (hidden [R, W, D], cache)."""
   streams, batch, window = len(loop.seen), len(loop.ids), drafts.shape[1] + 1
-  repeat = lambda x: jnp.repeat(x, streams, axis=0, total_repeat_length=batch * streams, out_sharding=spec("batch", None))
+  repeat = lambda x: jnp.repeat(
+    x, streams, axis=0, total_repeat_length=batch * streams, out_sharding=spec("batch", None)
+  )
   tokens = jnp.concatenate([loop.tokens[:, None], repeat(drafts)], axis=1)
   # Drafts behind the image's end are read, and never accepted.
-  positions = jnp.minimum(loop.lengths[:, None] + jnp.arange(window)[None], config.max_positions - 1)
+  positions = jnp.minimum(
+    loop.lengths[:, None] + jnp.arange(window)[None], config.max_positions - 1
+  )
   masks = []
   for s, seen in enumerate(loop.seen):
     slots = jnp.arange(seen.shape[1])[None, None]
@@ -103,18 +107,26 @@ def _distributions(weights: Weights, control: Control, hidden, done, codes: int,
   axis = weights_lib.head_axis(size)
   out = {"preferred_element_type": wide(hidden.dtype), "out_sharding": spec("batch", None, axis)}
   logits = jnp.einsum("BLD,DR->BLR", hidden, weights.image_head, **out)
-  logits = jnp.reshape(logits, (batch, streams, window, size), out_sharding=spec("batch", None, None, axis))
-  logits = jnp.reshape(logits.swapaxes(1, 2), (batch * window, streams, size), out_sharding=spec("batch", None, axis))
+  logits = jnp.reshape(
+    logits, (batch, streams, window, size), out_sharding=spec("batch", None, None, axis)
+  )
+  logits = jnp.reshape(
+    logits.swapaxes(1, 2), (batch * window, streams, size), out_sharding=spec("batch", None, axis)
+  )
   places = jnp.minimum(done[:, None] + jnp.arange(window)[None], codes - 1)
   of_streams = jax.vmap(lambda table, rows: table[rows])(control.guidance, places)
   of_streams = jnp.reshape(of_streams, (batch * window, streams), out_sharding=spec("batch", None))
   guided = shard(combine_streams(logits.swapaxes(0, 1), of_streams), "batch", None)
   every = jnp.ones_like(guided[:, 0], bool)
   rows = select(every, ~every, control.values)
-  values, ids = filter_candidates(guided / rows.temperature[:, None], rows.top_k, rows.top_p, sampler.of_codes)
+  values, ids = filter_candidates(
+    guided / rows.temperature[:, None], rows.top_k, rows.top_p, sampler.of_codes
+  )
   place = jax.vmap(lambda ids, p: jnp.zeros(size, p.dtype).at[ids].set(p))
   apart = lambda x: jnp.reshape(x, (batch, window, size), out_sharding=spec("batch", None, None))
-  return apart(place(ids, jax.nn.softmax(values, axis=-1))), apart(jax.nn.log_softmax(guided, axis=-1))
+  return apart(place(ids, jax.nn.softmax(values, axis=-1))), apart(
+    jax.nn.log_softmax(guided, axis=-1)
+  )
 
 
 def _first(loop: Loop, keys, codes: int, window: int, size: int, dtype) -> Window:
@@ -122,7 +134,9 @@ def _first(loop: Loop, keys, codes: int, window: int, size: int, dtype) -> Windo
   zeros = lambda *shape, dtype=jnp.int32: jnp.zeros(
     (len(loop.ids), *shape), dtype, out_sharding=spec("batch", *[None] * len(shape))
   )
-  anything = jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 2**32 - 1), (window - 1,), 0, size))
+  anything = jax.vmap(
+    lambda key: jax.random.randint(jax.random.fold_in(key, 2**32 - 1), (window - 1,), 0, size)
+  )
   return Window(
     loop=loop,
     done=zeros(),
@@ -138,15 +152,23 @@ def _accept(w: Window, cache, p, log_p, keys, codes: int, text_size: int) -> Win
   """The window behind what holds; p and log_p are of `_distributions`. What the drafts behind it become, this pass says."""
   window, size = p.shape[1:]
   pick = jax.vmap(lambda table, token: table[token])
-  cut = lambda x, start: jax.vmap(lambda x, i: jax.lax.dynamic_slice_in_dim(x, i, window - 1))(x, start)
+  cut = lambda x, start: jax.vmap(lambda x, i: jax.lax.dynamic_slice_in_dim(x, i, window - 1))(
+    x, start
+  )
   put = jax.vmap(lambda into, x, i: jax.lax.dynamic_update_slice_in_dim(into, x, i, 0))
-  repeat = lambda x: jnp.repeat(x, len(w.loop.seen), total_repeat_length=len(w.loop.tokens), out_sharding=spec("batch"))
+  repeat = lambda x: jnp.repeat(
+    x, len(w.loop.seen), total_repeat_length=len(w.loop.tokens), out_sharding=spec("batch")
+  )
   now = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, w.steps), 3))(keys)
   holds, tokens = verify(now[:, 0], w.drafts, w.odds, p)
   taken = jnp.minimum(holds + 1, codes - w.done)
-  again = jax.vmap(lambda key, p: jax.random.categorical(key, jnp.log(p)))(now[:, 1], p).astype(jnp.int32)
+  again = jax.vmap(lambda key, p: jax.random.categorical(key, jnp.log(p)))(now[:, 1], p).astype(
+    jnp.int32
+  )
   anything = jax.vmap(lambda key: jax.random.randint(key, (window,), 0, size))(now[:, 2])
-  last = jnp.where(repeat(taken > 0), repeat(pick(tokens, jnp.maximum(taken - 1, 0)) + text_size), w.loop.tokens)
+  last = jnp.where(
+    repeat(taken > 0), repeat(pick(tokens, jnp.maximum(taken - 1, 0)) + text_size), w.loop.tokens
+  )
   return Window(
     loop=w.loop._replace(tokens=last, lengths=w.loop.lengths + repeat(taken), cache=cache),
     done=w.done + taken,
@@ -178,7 +200,15 @@ def _behind(w: Window, plan, grammar: Grammar, codes: int) -> Loop:
 
 
 def draw_image(
-  weights: Weights, control: Control, loop: Loop, *, config, grammar: Grammar, sampler: Sampler, codes: int, window: int
+  weights: Weights,
+  control: Control,
+  loop: Loop,
+  *,
+  config,
+  grammar: Grammar,
+  sampler: Sampler,
+  codes: int,
+  window: int,
 ):
   """All codes of an image, for samples whose plans begin with it. Needs a mesh; `loop` is used up.
 

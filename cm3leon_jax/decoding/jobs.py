@@ -6,6 +6,8 @@ import dataclasses
 from etils import epath
 import numpy as np
 
+from cm3leon_jax.clip.huggingface import HFCLIP
+from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import Document, DocumentStore
@@ -15,8 +17,6 @@ from cm3leon_jax.decoding.prompts import Request
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.decoding.tasks import Format, make_request, whole_codes
 from cm3leon_jax.retrieval import neighbors as neighbors_lib
-from cm3leon_jax.retrieval.clip import CLIP
-from cm3leon_jax.retrieval.hf_clip import HFCLIP
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 
@@ -41,7 +41,9 @@ class Job:
 
 def is_scored(ask: Ask) -> bool:
   """Whether there is a caption and a picture whose CLIP score says something."""
-  return ask.task in ("text_to_image", "caption") or (ask.task == "infill_image" and bool(ask.prompt.strip()))
+  return ask.task in ("text_to_image", "caption") or (
+    ask.task == "infill_image" and bool(ask.prompt.strip())
+  )
 
 
 def check_asks(form: Format, asks: Sequence[Ask], bank: epath.PathLike) -> dict[str, np.ndarray]:
@@ -63,7 +65,9 @@ def check_asks(form: Format, asks: Sequence[Ask], bank: epath.PathLike) -> dict[
         raise ask.error(error) from error
   retrieving = next((ask for ask in asks if ask.retrieve), None)
   if retrieving and not len(store := _store(form, bank)):
-    raise retrieving.error(f"retrieve is {retrieving.retrieve}, and {store.folder} holds no documents: say --retrieve=0.")
+    raise retrieving.error(
+      f"retrieve is {retrieving.retrieve}, and {store.folder} holds no documents: say --retrieve=0."
+    )
   return given
 
 
@@ -76,7 +80,10 @@ def _tell_of_box(form: Format, ask: Ask) -> None:
   whole = tuple(pixels * x for x in whole_codes(ask.box, form.resolution, form.side))
   if whole != tuple(ask.box):
     listed = lambda box: ",".join(map(str, box))
-    print(f"generate: box {listed(ask.box)} is rounded out to whole codes of {pixels} pixels: {listed(whole)}.", flush=True)
+    print(
+      f"generate: box {listed(ask.box)} is rounded out to whole codes of {pixels} pixels: {listed(whole)}.",
+      flush=True,
+    )
 
 
 def _load(path: str, resolution: int) -> np.ndarray:
@@ -85,12 +92,23 @@ def _load(path: str, resolution: int) -> np.ndarray:
   height, width = picture.shape[:2]
   if (height, width) == (resolution, resolution):
     return picture
-  cut = "" if height == width else f"the centred square of {min(height, width)} of "
-  print(f"generate: {cut}{path}, {width} x {height} pixels, is scaled to {resolution} x {resolution}.", flush=True)
+  cut = "" if height == width else f"the centered square of {min(height, width)} of "
+  print(
+    f"generate: {cut}{path}, {width} x {height} pixels, is scaled to {resolution} x {resolution}.",
+    flush=True,
+  )
   return raw_pairs.load_image(path, resolution)
 
 
-def make_jobs(settings, form: Format, workdir, asks: Sequence[Ask], given: dict, clip: CLIP | HFCLIP | None, bank):
+def make_jobs(
+  settings,
+  form: Format,
+  workdir,
+  asks: Sequence[Ask],
+  given: dict,
+  clip: CLIP | HFCLIP | None,
+  bank,
+):
   """The user's asks as jobs.
 
   Args:
@@ -107,7 +125,9 @@ def make_jobs(settings, form: Format, workdir, asks: Sequence[Ask], given: dict,
   """
   codes = {}
   if given:
-    encoded = ImageTokenizer.load(epath.Path(workdir) / "vqgan").encode(np.stack(list(given.values())))
+    encoded = ImageTokenizer.load(epath.Path(workdir) / "vqgan").encode(
+      np.stack(list(given.values()))
+    )
     codes = dict(zip(given, encoded))
   found = _retrieve(settings, form, asks, clip, bank)
   jobs = []
@@ -117,19 +137,31 @@ def make_jobs(settings, form: Format, workdir, asks: Sequence[Ask], given: dict,
   return jobs
 
 
-def _retrieve(settings, form: Format, asks: Sequence[Ask], clip, bank) -> list[tuple[Document, ...]]:
-  """The neighbours of each ask, found by its picture, or by its text where that tells what the picture shows."""
-  query = lambda ask: (ask.image, "") if _by_image(ask) else ("", ask.prompt.replace(MASK, " ").strip())
+def _retrieve(
+  settings, form: Format, asks: Sequence[Ask], clip, bank
+) -> list[tuple[Document, ...]]:
+  """The neighbors of each ask, found by its picture, or by its text where that tells what the picture shows."""
+  query = lambda ask: (
+    (ask.image, "") if _by_image(ask) else ("", ask.prompt.replace(MASK, " ").strip())
+  )
   queries = list(dict.fromkeys(query(ask) for ask in asks if ask.retrieve))
   if not queries:
     return [()] * len(asks)
   images = [raw_pairs.load_image(image, clip.resolution) for image, _ in queries if image]
   texts = [clip.encode(text) for image, text in queries if not image]
-  embedded = [iter(clip.embed_images(np.stack(images)) if images else ()), iter(clip.embed_texts(texts) if texts else ())]
+  embedded = [
+    iter(clip.embed_images(np.stack(images)) if images else ()),
+    iter(clip.embed_texts(texts) if texts else ()),
+  ]
   vectors = np.stack([next(embedded[0 if image else 1]) for image, _ in queries])
-  store, retriever = _store(form, bank), neighbors_lib.Retriever(epath.Path(bank) / "neighbors", settings.retrieval)
+  store, retriever = (
+    _store(form, bank),
+    neighbors_lib.Retriever(epath.Path(bank) / "neighbors", settings.retrieval),
+  )
   ids = dict(zip(queries, retriever.retrieve(vectors)[0]))
-  found = [first_documents(store, ids[query(ask)], ask.retrieve) if ask.retrieve else () for ask in asks]
+  found = [
+    first_documents(store, ids[query(ask)], ask.retrieve) if ask.retrieve else () for ask in asks
+  ]
   for ask, near in zip(asks, found):
     if ask.retrieve and not near:
       raise ask.error(
@@ -150,7 +182,12 @@ def first_documents(store: DocumentStore, ids: np.ndarray, count: int) -> tuple[
 
 
 def heldout_jobs(
-  form: Format, workdir, count: int, seed: int, columns: Sequence[tuple[int, SamplingConfig]], keep: bool = False
+  form: Format,
+  workdir,
+  count: int,
+  seed: int,
+  columns: Sequence[tuple[int, SamplingConfig]],
+  keep: bool = False,
 ):
   """`count` held-out captions, evenly spread over the split, each with every setting.
 
@@ -180,7 +217,14 @@ def heldout_jobs(
   for retrieve, sampling in columns:
     for n, i in enumerate(rows):
       near = first_documents(store, ids[i], retrieve) if retrieve else ()
-      ask = Ask(prompt=pairs[i].caption, seed=seed + n, retrieve=retrieve, keep_neighbors=keep, sampling=sampling, row=n)
+      ask = Ask(
+        prompt=pairs[i].caption,
+        seed=seed + n,
+        retrieve=retrieve,
+        keep_neighbors=keep,
+        sampling=sampling,
+        row=n,
+      )
       request = make_request(form, ask, neighbors=near, caption=heldout[i].segments[0].tokens)
       jobs.append(Job(ask, request, pairs[i].key, near, pictures[n]))
   return jobs

@@ -1,4 +1,4 @@
-"""Pictures on disk: single PNG files and labelled contact sheets."""
+"""Pictures on disk: single PNG files and labeled contact sheets."""
 
 # H height, W width of one picture.
 
@@ -21,13 +21,17 @@ def save_png(path: epath.PathLike, image) -> None:
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   buffer = io.BytesIO()
-  (image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))).save(buffer, "PNG", optimize=True)
+  (image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))).save(
+    buffer, "PNG", optimize=True
+  )
   partial = path.parent / (path.name + ".partial")
   partial.write_bytes(buffer.getvalue())
   partial.replace(path)
 
 
-def contact_sheet(rows: Sequence[Sequence], labels: Sequence[str], columns: Sequence[str] = ()) -> Image.Image:
+def contact_sheet(
+  rows: Sequence[Sequence], labels: Sequence[str], columns: Sequence[str] = ()
+) -> Image.Image:
   """One row a prompt, its text at the left; small pictures are enlarged without smoothing.
 
   Args:
@@ -43,7 +47,9 @@ def contact_sheet(rows: Sequence[Sequence], labels: Sequence[str], columns: Sequ
   scale = max(1, -(-CELL // min(height, width)))
   height, width = height * scale, width * scale
   count, top = max(len(row) for row in rows), LABEL_HEIGHT if columns else GAP
-  sheet = Image.new("RGB", (LABEL_WIDTH + count * (width + GAP), top + len(rows) * (height + GAP)), "white")
+  sheet = Image.new(
+    "RGB", (LABEL_WIDTH + count * (width + GAP), top + len(rows) * (height + GAP)), "white"
+  )
   draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
   for j, label in enumerate(columns):
     draw.text((LABEL_WIDTH + j * (width + GAP), GAP // 2), label, "black", font)
@@ -55,11 +61,16 @@ def contact_sheet(rows: Sequence[Sequence], labels: Sequence[str], columns: Sequ
       if isinstance(cell, str):
         draw.text((x, y), wrapped(cell, width, height), "black", font)
       else:
-        sheet.paste(Image.fromarray(np.asarray(cell)).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        sheet.paste(
+          Image.fromarray(np.asarray(cell)).resize((width, height), Image.Resampling.NEAREST),
+          (x, y),
+        )
   return sheet
 
 
 def wrapped(text: str, width: int, height: int) -> str:
   """The text in lines for a cell of so many pixels; what does not fit gives way to an ellipsis."""
   lines, most = textwrap.wrap(text, max(1, width * 22 // LABEL_WIDTH)), max(1, height // 14)
-  return "\n".join(lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1][:-1] + "…"])
+  return "\n".join(
+    lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1][:-1] + "…"]
+  )

@@ -39,7 +39,9 @@ class Request:
       case 1:
         weights = np.ones((image_tokens, 1), np.float32)
       case 2:
-        weights = guidance.text_to_image_weights(sampling.guidance, sampling.guidance_schedule, image_tokens)
+        weights = guidance.text_to_image_weights(
+          sampling.guidance, sampling.guidance_schedule, image_tokens
+        )
       case _:
         weights = guidance.editing_weights(
           sampling.image_guidance, sampling.edit_guidance, sampling.guidance_schedule, image_tokens
@@ -57,7 +59,9 @@ class Hole:
 
 def _joined(vocab: VocabLayout, segments) -> np.ndarray:
   """`</s>`, then every segment with `<break>` behind it."""
-  return np.concatenate([[vocab.eos], *(part for s in segments for part in (s, [vocab.brk]))]).astype(np.int32)
+  return np.concatenate(
+    [[vocab.eos], *(part for s in segments for part in (s, [vocab.brk]))]
+  ).astype(np.int32)
 
 
 def _flat(documents: Sequence[Sequence]) -> list:
@@ -67,7 +71,9 @@ def _flat(documents: Sequence[Sequence]) -> list:
 def check_image(codes, image_tokens: int) -> None:
   """Raises UserError if an image, [I] ids, has not the length of one."""
   if len(codes) != image_tokens:
-    raise UserError(f"an image of the prompt has {len(codes)} codes; images of this model have {image_tokens}.")
+    raise UserError(
+      f"an image of the prompt has {len(codes)} codes; images of this model have {image_tokens}."
+    )
 
 
 def unconditional_prompt(vocab: VocabLayout) -> np.ndarray:
@@ -75,7 +81,13 @@ def unconditional_prompt(vocab: VocabLayout) -> np.ndarray:
   return np.array([vocab.eos, vocab.mask(0), vocab.brk], np.int32)
 
 
-def text_to_image(vocab: VocabLayout, image_tokens: int, caption, neighbors: Sequence[Sequence] = (), keep: bool = False):
+def text_to_image(
+  vocab: VocabLayout,
+  image_tokens: int,
+  caption,
+  neighbors: Sequence[Sequence] = (),
+  keep: bool = False,
+):
   """Retrieved documents, each a sequence of segments' ids, then the caption (CM3Leon, section 2.1).
 
     caption = [7 8], neighbors = [([5 6], [91 92])]:
@@ -86,7 +98,7 @@ def text_to_image(vocab: VocabLayout, image_tokens: int, caption, neighbors: Seq
     image_tokens: I.
     caption: its ids.
     neighbors: best first.
-    keep: the unconditional stream keeps the neighbours: </s> 5 6 <break> 91 92 <break> <mask:0> <break>.
+    keep: the unconditional stream keeps the neighbors: </s> 5 6 <break> 91 92 <break> <mask:0> <break>.
 
   Returns:
     Request. Raises UserError if the caption is empty.
@@ -95,12 +107,17 @@ def text_to_image(vocab: VocabLayout, image_tokens: int, caption, neighbors: Seq
     raise UserError("a prompt is empty: give at least one word to draw.")
   before = _flat(neighbors)
   nothing = _joined(vocab, [*before, [vocab.mask(0)]]) if keep else unconditional_prompt(vocab)
-  return Request((_joined(vocab, [*before, caption]), nothing), (Part(grammar.CODES, image_tokens), Part(grammar.END)))
+  return Request(
+    (_joined(vocab, [*before, caption]), nothing),
+    (Part(grammar.CODES, image_tokens), Part(grammar.END)),
+  )
 
 
 def unconditional(vocab: VocabLayout, image_tokens: int) -> Request:
   """An image of anything."""
-  return Request((unconditional_prompt(vocab),), (Part(grammar.CODES, image_tokens), Part(grammar.END)))
+  return Request(
+    (unconditional_prompt(vocab),), (Part(grammar.CODES, image_tokens), Part(grammar.END))
+  )
 
 
 def edit(vocab: VocabLayout, image_tokens: int, before, image, instruction) -> Request:
@@ -120,7 +137,12 @@ def edit(vocab: VocabLayout, image_tokens: int, before, image, instruction) -> R
   return Request((full, without, unconditional_prompt(vocab)), plan)
 
 
-def infill(vocab: VocabLayout, image_tokens: int, segments: Sequence[Sequence], neighbors: Sequence[Sequence] = ()) -> Request:
+def infill(
+  vocab: VocabLayout,
+  image_tokens: int,
+  segments: Sequence[Sequence],
+  neighbors: Sequence[Sequence] = (),
+) -> Request:
   """A document with holes, which are filled at its end as CM3 trained it.
 
     segments = [([7 8],), ([91], Hole(codes=2), [94])]:
@@ -144,7 +166,9 @@ def infill(vocab: VocabLayout, image_tokens: int, segments: Sequence[Sequence], 
   if not holes:
     raise UserError("there is nothing to fill in: put a mask into the prompt.")
   if len(holes) >= vocab.num_masks:
-    raise UserError(f"the prompt has {len(holes)} masks; the vocabulary has sentinels for {vocab.num_masks - 1}.")
+    raise UserError(
+      f"the prompt has {len(holes)} masks; the vocabulary has sentinels for {vocab.num_masks - 1}."
+    )
   for segment in segments:
     _check_segment(vocab, image_tokens, segment)
   marked, count = [], 0
@@ -155,10 +179,18 @@ def infill(vocab: VocabLayout, image_tokens: int, segments: Sequence[Sequence], 
       count += isinstance(piece, Hole)
     marked.append(np.concatenate(pieces).astype(np.int32))
   before = _flat(neighbors)
-  prompt = lambda parts: np.append(_joined(vocab, parts)[:-1], [vocab.eos, vocab.mask(0)]).astype(np.int32)
-  streams, texts = (prompt([*before, *marked]),), [not _is_image(vocab, segment) for segment in segments]
+  prompt = lambda parts: np.append(_joined(vocab, parts)[:-1], [vocab.eos, vocab.mask(0)]).astype(
+    np.int32
+  )
+  streams, texts = (
+    (prompt([*before, *marked]),),
+    [not _is_image(vocab, segment) for segment in segments],
+  )
   if all(hole.codes for hole in holes) and any(texts):
-    hidden = [np.array([vocab.mask(len(holes))]) if text else segment for text, segment in zip(texts, marked)]
+    hidden = [
+      np.array([vocab.mask(len(holes))]) if text else segment
+      for text, segment in zip(texts, marked)
+    ]
     streams += (prompt(hidden),)
   plan = [part for i, hole in enumerate(holes) for part in (Part(grammar.MASK, i), *_filling(hole))]
   return Request(streams, tuple(plan[1:]))
@@ -171,7 +203,10 @@ def _filling(hole: Hole) -> tuple[Part, ...]:
 
 
 def _is_image(vocab, segment) -> bool:
-  return any(piece.codes > 0 if isinstance(piece, Hole) else vocab.is_image(np.asarray(piece)).any() for piece in segment)
+  return any(
+    piece.codes > 0 if isinstance(piece, Hole) else vocab.is_image(np.asarray(piece)).any()
+    for piece in segment
+  )
 
 
 def _check_segment(vocab, image_tokens, segment) -> None:
@@ -179,18 +214,28 @@ def _check_segment(vocab, image_tokens, segment) -> None:
   for piece in segment:
     if isinstance(piece, Hole):
       if (image and not piece.codes) or (not image and piece.most_text < 1):
-        kind = "image is filled with its codes" if image else "text is filled with at least one token"
-        raise UserError(f"a mask of {piece.codes} codes and {piece.most_text} tokens of text: a mask in an {kind}.")
+        kind = (
+          "image is filled with its codes" if image else "text is filled with at least one token"
+        )
+        raise UserError(
+          f"a mask of {piece.codes} codes and {piece.most_text} tokens of text: a mask in an {kind}."
+        )
     elif image != bool(vocab.is_image(np.asarray(piece)).all()) and len(piece):
-      raise UserError("a segment of the prompt mixes text and image codes: they are segments of their own.")
+      raise UserError(
+        "a segment of the prompt mixes text and image codes: they are segments of their own."
+      )
   if any(isinstance(a, Hole) and isinstance(b, Hole) for a, b in itertools.pairwise(segment)):
-    raise UserError("two masks stand side by side: where one ends cannot be told; put them into one.")
+    raise UserError(
+      "two masks stand side by side: where one ends cannot be told; put them into one."
+    )
   if image:
     lengths = [piece.codes if isinstance(piece, Hole) else len(piece) for piece in segment]
     check_image(range(sum(lengths)), image_tokens)
 
 
-def document(vocab: VocabLayout, image_tokens: int, segments: Sequence, length: int, after_break: bool = False) -> Request:
+def document(
+  vocab: VocabLayout, image_tokens: int, segments: Sequence, length: int, after_break: bool = False
+) -> Request:
   """Texts and images in turn, as the model likes, behind the segments of a prompt.
 
   Args:

@@ -72,16 +72,22 @@ class SamplingConfig:
   def __post_init__(self):
     for field, choices in (("method", METHODS), ("guidance_schedule", SCHEDULES)):
       if getattr(self, field) not in choices:
-        raise ValueError(f"{field} is '{getattr(self, field)}'; it must be one of {', '.join(choices)}.")
+        raise ValueError(
+          f"{field} is '{getattr(self, field)}'; it must be one of {', '.join(choices)}."
+        )
     for field, greedy in (("temperature", "top_k"), ("text_temperature", "text_top_k")):
       if not getattr(self, field) > 0:
-        raise ValueError(f"{field} is {getattr(self, field)}; it must be positive ({greedy} = 1 is greedy).")
+        raise ValueError(
+          f"{field} is {getattr(self, field)}; it must be positive ({greedy} = 1 is greedy)."
+        )
     for field in ("contrastive_temperature", "amateur_temperature"):
       if not getattr(self, field) > 0:
         raise ValueError(f"{field} is {getattr(self, field)}; it must be positive.")
     for field in ("top_k", "text_top_k"):
       if getattr(self, field) < 0:
-        raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1, or 0 to keep every token.")
+        raise ValueError(
+          f"{field} is {getattr(self, field)}; it must be at least 1, or 0 to keep every token."
+        )
     for field in ("top_p", "text_top_p"):
       if not 0 < getattr(self, field) <= 1:
         raise ValueError(f"{field} is {getattr(self, field)}; it must lie in (0, 1].")
@@ -94,11 +100,15 @@ class SamplingConfig:
   def values(self) -> SamplingValues:
     """What `select` takes."""
     dtype = lambda field: np.int32 if "top_k" in field else np.float32
-    return SamplingValues(*(np.asarray(getattr(self, field), dtype(field)) for field in SamplingValues._fields))
+    return SamplingValues(
+      *(np.asarray(getattr(self, field), dtype(field)) for field in SamplingValues._fields)
+    )
 
   def candidates(self, *, image: bool, text: bool) -> int:
     """C of draws of image tokens, text tokens or both in one batch: the largest top_k among them, 0 if one keeps all."""
-    drawn = [top_k for top_k, is_drawn in ((self.top_k, image), (self.text_top_k, text)) if is_drawn]
+    drawn = [
+      top_k for top_k, is_drawn in ((self.top_k, image), (self.text_top_k, text)) if is_drawn
+    ]
     return 0 if 0 in drawn else max(drawn)
 
 
@@ -200,10 +210,20 @@ def contrastive_scores(expert, amateur, k: int, alpha):
   """
   kth = jax.lax.top_k(expert, min(k, expert.shape[-1]))[0][:, -1:]
   kept = (expert >= jnp.log(alpha) + kth) & jnp.isfinite(expert) & jnp.isfinite(amateur)
-  return jnp.where(kept, jax.nn.log_softmax(expert, axis=-1) - jax.nn.log_softmax(amateur, axis=-1), -jnp.inf)
+  return jnp.where(
+    kept, jax.nn.log_softmax(expert, axis=-1) - jax.nn.log_softmax(amateur, axis=-1), -jnp.inf
+  )
 
 
-def sample(guided, keys, rows: RowSettings, candidates: int, expert=None, amateur=None, contrastive_k: int = 1):
+def sample(
+  guided,
+  keys,
+  rows: RowSettings,
+  candidates: int,
+  expert=None,
+  amateur=None,
+  contrastive_k: int = 1,
+):
   """Draws one id a row.
 
   Args:

@@ -45,7 +45,9 @@ class Format:
   def of(cls, settings, tokenizer: TextTokenizer | None = None) -> "Format":
     """From a run's settings and its text tokenizer."""
     vqgan, both = settings.vqgan, (tokenizer.encode, tokenizer.decode) if tokenizer else ()
-    return cls(settings.vocab, vqgan.image_tokens, vqgan.resolution, settings.data.sequence_length, *both)
+    return cls(
+      settings.vocab, vqgan.image_tokens, vqgan.resolution, settings.data.sequence_length, *both
+    )
 
   @property
   def side(self) -> int:
@@ -53,7 +55,9 @@ class Format:
     return math.isqrt(self.image_tokens)
 
 
-def make_request(form: Format, ask: Ask, image=None, neighbors: Sequence[Document] = (), caption=None):
+def make_request(
+  form: Format, ask: Ask, image=None, neighbors: Sequence[Document] = (), caption=None
+):
   """The prompts of an ask's streams and the plan of what follows.
 
   Args:
@@ -68,7 +72,9 @@ def make_request(form: Format, ask: Ask, image=None, neighbors: Sequence[Documen
     contrastive decoding of what has no unconditional stream.
   """
   try:
-    request = _request(form, ask, image, [[s.tokens for s in d.segments] for d in neighbors], caption)
+    request = _request(
+      form, ask, image, [[s.tokens for s in d.segments] for d in neighbors], caption
+    )
     longest = grammar.longest(request.plan)
     if request.positions > form.positions:
       raise UserError(
@@ -95,7 +101,9 @@ def _request(form: Format, ask: Ask, image, near, ids) -> Request:
     case "text_to_image":
       return prompts.text_to_image(vocab, size, ids, near, ask.keep_neighbors)
     case "caption":
-      return prompts.infill(vocab, size, [(Hole(most_text=ask.length or TEXT_LENGTH),), *pictures], near)
+      return prompts.infill(
+        vocab, size, [(Hole(most_text=ask.length or TEXT_LENGTH),), *pictures], near
+      )
     case "question" | "infill_text":
       return prompts.infill(vocab, size, [_with_holes(form, ask), *pictures], near)
     case "infill_image":
@@ -115,7 +123,11 @@ def _with_holes(form: Format, ask: Ask) -> list:
   text = QUESTION.format(ask.prompt.strip()) if ask.task == "question" else ask.prompt
   hole = Hole(most_text=ask.length or TEXT_LENGTH)
   first, *others = text_pieces(form.encode, text)
-  return [piece for piece in (first, *(x for other in others for x in (hole, other))) if piece is hole or len(piece)]
+  return [
+    piece
+    for piece in (first, *(x for other in others for x in (hole, other)))
+    if piece is hole or len(piece)
+  ]
 
 
 def text_pieces(encode: Callable[[str], np.ndarray], text: str) -> list[np.ndarray]:
@@ -143,12 +155,18 @@ def whole_codes(box: Sequence, resolution: int, side: int) -> tuple[int, int, in
     UserError: not four whole numbers, outside of the picture, or empty.
   """
   if len(box) != 4 or not all(isinstance(x, int) and not isinstance(x, bool) for x in box):
-    raise UserError(f"box is {_listed(box)}; it must be four whole numbers: left, top, right, bottom in pixels.")
+    raise UserError(
+      f"box is {_listed(box)}; it must be four whole numbers: left, top, right, bottom in pixels."
+    )
   left, top, right, bottom = box
   if min(left, top) < 0 or max(right, bottom) > resolution:
-    raise UserError(f"box is {_listed(box)}; it must lie within the picture, {resolution} x {resolution} pixels.")
+    raise UserError(
+      f"box is {_listed(box)}; it must lie within the picture, {resolution} x {resolution} pixels."
+    )
   if left >= right or top >= bottom:
-    raise UserError(f"box is {_listed(box)}, which is empty: left must be less than right, and top less than bottom.")
+    raise UserError(
+      f"box is {_listed(box)}, which is empty: left must be less than right, and top less than bottom."
+    )
   pixels = resolution // side
   return left // pixels, top // pixels, -(-right // pixels), -(-bottom // pixels)
 
@@ -212,4 +230,6 @@ def read_answer(form: Format, ask: Ask, request: Request, ids: np.ndarray) -> An
     return Answer((read(made[-1]),))
   holes = np.split(ids, np.flatnonzero(ids == vocab.eoss))
   filled = tuple(form.decode(hole).strip() for hole in holes if (hole >= vocab.num_special).any())
-  return Answer((filled[0] if ask.task == "question" else read(made[-2 if ask.image else -1]),), filled)
+  return Answer(
+    (filled[0] if ask.task == "question" else read(made[-2 if ask.image else -1]),), filled
+  )

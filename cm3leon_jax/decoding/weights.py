@@ -14,7 +14,13 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
 
 DTYPES = ("compute", "int8")
-SUMMED = {"qkv": (1,), "out": (0, 1), "up": (0,), "gate": (0,), "down": (0,)}  # Of a block's products: what is summed over.
+SUMMED = {
+  "qkv": (1,),
+  "out": (0, 1),
+  "up": (0,),
+  "gate": (0,),
+  "down": (0,),
+}  # Of a block's products: what is summed over.
 
 
 class Int8(NamedTuple):
@@ -63,7 +69,14 @@ def head_axis(rows: int) -> str | None:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "vocab", "dtype", "image_head"))
-def prepare(params, *, config: ModelConfig, vocab: VocabLayout, dtype: str = "compute", image_head: bool = True) -> Weights:
+def prepare(
+  params,
+  *,
+  config: ModelConfig,
+  vocab: VocabLayout,
+  dtype: str = "compute",
+  image_head: bool = True,
+) -> Weights:
   """Done once for many calls. Needs a mesh.
 
   Args:
@@ -80,7 +93,10 @@ def prepare(params, *, config: ModelConfig, vocab: VocabLayout, dtype: str = "co
   among_codes = columns(images_first[: vocab.image_size]) if image_head else None
   layers = [jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(config.num_layers)]
   if dtype == "int8":
-    layers = [{name: quantized(w, SUMMED[name]) if name in SUMMED else w for name, w in layer.items()} for layer in layers]
+    layers = [
+      {name: quantized(w, SUMMED[name]) if name in SUMMED else w for name, w in layer.items()}
+      for layer in layers
+    ]
   apart = lambda w: tuple(jax.tree.map(lambda x, i=i: x[i], w) for i in range(3))
   params = {**params, "blocks": tuple({**layer, "qkv": apart(layer["qkv"])} for layer in layers)}
   return Weights(params, among_codes, columns(images_first))

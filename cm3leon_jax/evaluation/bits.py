@@ -1,6 +1,6 @@
-"""Bits per image code and per text token of held-out documents, with true, shuffled and no neighbours."""
+"""Bits per image code and per text token of held-out documents, with true, shuffled and no neighbors."""
 
-# B batch, L length, K neighbours of a document, C stored candidates, n documents.
+# B batch, L length, K neighbors of a document, C stored candidates, n documents.
 
 import dataclasses
 
@@ -95,10 +95,14 @@ def fit_neighbors(document, neighbors, length: int):
   Raises:
     UserError: the document does not fit alone.
   """
-  size = lambda d: sum(len(s.tokens) + 1 for s in d.segments)  # A <break> or </s> after each segment.
+  size = lambda d: sum(
+    len(s.tokens) + 1 for s in d.segments
+  )  # A <break> or </s> after each segment.
   left = length - size(document)
   if left < 0:
-    raise UserError(f"held-out document '{document.key}' needs {length - left} slots; data.sequence_length is {length}.")
+    raise UserError(
+      f"held-out document '{document.key}' needs {length - left} slots; data.sequence_length is {length}."
+    )
   kept = []
   for neighbor in neighbors:
     left -= size(neighbor)
@@ -133,7 +137,9 @@ def own_targets(sample, document, vocab) -> dict[str, np.ndarray]:
   return {"image": image, "text": own & ~image & (targets >= vocab.num_special)}
 
 
-def score_samples(params, model_config, samples, batch_size: int, progress=lambda rows: None) -> list[np.ndarray]:
+def score_samples(
+  params, model_config, samples, batch_size: int, progress=lambda rows: None
+) -> list[np.ndarray]:
   """Negative log-likelihood of every target of `samples`, causal, one sample a row.
 
   Args:
@@ -148,12 +154,16 @@ def score_samples(params, model_config, samples, batch_size: int, progress=lambd
   """
   longest = max(len(s) for s in samples) - 1
   length = min(-(-longest // ROW_MULTIPLE) * ROW_MULTIPLE, model_config.max_positions)
-  nll = jax.jit(lambda params, batch: loss.batch_nll(transformer.bind(model_config, params), batch)[1])
+  nll = jax.jit(
+    lambda params, batch: loss.batch_nll(transformer.bind(model_config, params), batch)[1]
+  )
   bits = []
   for start in range(0, len(samples), batch_size):
     part = samples[start : start + batch_size]
     filled = part + [part[-1]] * (batch_size - len(part))
-    batch = {k: shard(v, "batch", "length") for k, v in pipeline.rows_of_samples(filled, length).items()}
+    batch = {
+      k: shard(v, "batch", "length") for k, v in pipeline.rows_of_samples(filled, length).items()
+    }
     rows = np.asarray(jax.device_get(nll(params, batch)), np.float64) / np.log(2)
     bits += [row[: len(sample) - 1] for row, sample in zip(rows, part)]
     progress(len(part))
@@ -174,34 +184,52 @@ def mean_interval(bits, tokens, num_resamples: int, seed: int) -> dict[str, floa
   """
   rate = lambda b, t, axis=-1: b.sum(axis) / t.sum(axis)
   result = stats.bootstrap(
-    (bits, tokens), rate, paired=True, vectorized=True, batch=500, n_resamples=num_resamples, method="percentile", rng=seed
+    (bits, tokens),
+    rate,
+    paired=True,
+    vectorized=True,
+    batch=500,
+    n_resamples=num_resamples,
+    method="percentile",
+    rng=seed,
   )
   low, high = result.confidence_interval
   return {"bits": float(rate(bits, tokens)), "low": float(low), "high": float(high)}
 
 
-def _samples(store, train_store, neighbor_ids, num_documents: int, data: DataConfig, vocab, seed: int):
-  """The documents drawn, and for each condition its samples and how many neighbours stand in them."""
+def _samples(
+  store, train_store, neighbor_ids, num_documents: int, data: DataConfig, vocab, seed: int
+):
+  """The documents drawn, and for each condition its samples and how many neighbors stand in them."""
   if len(store) < 2:
     raise UserError(f"{store.folder} has {len(store)} documents; evaluation compares at least 2.")
   rng = np.random.default_rng([seed, len(store)])
   chosen = np.sort(rng.permutation(len(store))[:num_documents])
   candidates = [[int(i) for i in neighbor_ids[j] if i >= 0][: data.num_neighbors] for j in chosen]
   partner = derangement(len(chosen), rng)
-  ids = {"true": candidates, "shuffled": [candidates[p] for p in partner], "none": [[] for _ in chosen]}
+  ids = {
+    "true": candidates,
+    "shuffled": [candidates[p] for p in partner],
+    "none": [[] for _ in chosen],
+  }
   documents = [store[int(j)] for j in chosen]
   samples, counts = {}, {}
   for condition in CONDITIONS:
-    kept = [fit_neighbors(d, [train_store[i] for i in k], data.sequence_length) for d, k in zip(documents, ids[condition])]
+    kept = [
+      fit_neighbors(d, [train_store[i] for i in k], data.sequence_length)
+      for d, k in zip(documents, ids[condition])
+    ]
     samples[condition] = [pipeline.join([*k, d], vocab) for k, d in zip(kept, documents)]
     counts[condition] = [len(k) for k in kept]
   return documents, samples, counts
 
 
-def evaluate(params, model_config, train_store, heldout_store, neighbor_ids, vocab, data, config, seed) -> dict:
+def evaluate(
+  params, model_config, train_store, heldout_store, neighbor_ids, vocab, data, config, seed
+) -> dict:
   """Bits of held-out pairs, causal, without spans or drop, of the document itself only (`own_targets`).
 
-  `true`: the document's own neighbours; `shuffled`: those of another document, so that form and number are alike
+  `true`: the document's own neighbors; `shuffled`: those of another document, so that form and number are alike
   and the content differs; `none`. A unigram model of the training pairs' codes and caption tokens stands beside
   them; the decoder spreads its probability over the whole vocabulary, the unigram only over its modality.
 
@@ -223,16 +251,29 @@ def evaluate(params, model_config, train_store, heldout_store, neighbor_ids, voc
   Raises:
     UserError: fewer than two documents, or one that is longer than a row.
   """
-  documents, samples, counts = _samples(heldout_store, train_store, neighbor_ids, config.num_documents, data, vocab, seed)
+  documents, samples, counts = _samples(
+    heldout_store, train_store, neighbor_ids, config.num_documents, data, vocab, seed
+  )
   masks = {c: [own_targets(s, d, vocab) for s, d in zip(samples[c], documents)] for c in CONDITIONS}
-  with tqdm(total=len(documents) * len(CONDITIONS), desc="evaluate", unit="doc", mininterval=1) as bar:
-    together = score_samples(params, model_config, samples["true"] + samples["shuffled"], config.batch_size, bar.update)
+  with tqdm(
+    total=len(documents) * len(CONDITIONS), desc="evaluate", unit="doc", mininterval=1
+  ) as bar:
+    together = score_samples(
+      params, model_config, samples["true"] + samples["shuffled"], config.batch_size, bar.update
+    )
     scored = {"true": together[: len(documents)], "shuffled": together[len(documents) :]}
-    scored["none"] = score_samples(params, model_config, samples["none"], config.batch_size, bar.update)
+    scored["none"] = score_samples(
+      params, model_config, samples["none"], config.batch_size, bar.update
+    )
   table = unigram_table(train_store, vocab)
-  result = {"documents": len(documents), "mean_neighbors": {c: float(np.mean(counts[c])) for c in CONDITIONS}}
+  result = {
+    "documents": len(documents),
+    "mean_neighbors": {c: float(np.mean(counts[c])) for c in CONDITIONS},
+  }
   for modality in MODALITIES:
-    sums = {c: np.array([b[m[modality]].sum() for b, m in zip(scored[c], masks[c])]) for c in CONDITIONS}
+    sums = {
+      c: np.array([b[m[modality]].sum() for b, m in zip(scored[c], masks[c])]) for c in CONDITIONS
+    }
     tokens = np.array([m[modality].sum() for m in masks["none"]], np.float64)
     own = np.concatenate([s[1:][m[modality]] for s, m in zip(samples["none"], masks["none"])])
     result[modality] = _compare(sums, tokens, float(table[own].mean()), config.num_resamples, seed)
@@ -258,6 +299,6 @@ def describe(result: dict) -> str:
   delta = image["true_minus_shuffled"]
   return (
     f"{image['true']['bits']:.3f} bits per image code, {image['true_over_unigram']:.2f} x unigram {image['unigram']:.3f}, "
-    f"true minus shuffled neighbours {delta['bits']:+.3f} [{delta['low']:+.3f}, {delta['high']:+.3f}], "
+    f"true minus shuffled neighbors {delta['bits']:+.3f} [{delta['low']:+.3f}, {delta['high']:+.3f}], "
     f"{result['text']['true']['bits']:.3f} bits per text token, {result['documents']} documents"
   )

@@ -35,7 +35,10 @@ def opt_tensors(params: dict) -> dict[str, np.ndarray]:
   for i in range(len(blocks["up"])):
     layer = f"model.decoder.layers.{i}"
     tensors |= _attention(f"{layer}.self_attn", blocks, i, "out_proj")
-    tensors |= {f"{layer}.fc1.weight": blocks["up"][i].T, f"{layer}.fc2.weight": blocks["down"][i].T}
+    tensors |= {
+      f"{layer}.fc1.weight": blocks["up"][i].T,
+      f"{layer}.fc2.weight": blocks["down"][i].T,
+    }
   return {name: np.ascontiguousarray(x) for name, x in tensors.items()}
 
 
@@ -66,7 +69,10 @@ def _attention(prefix: str, blocks: dict, i: int, out_name: str) -> dict[str, np
   width = blocks["qkv"].shape[2]
   qkv = blocks["qkv"][i].reshape(3, width, width)
   names = [f"{prefix}.{name}_proj.weight" for name in "qkv"]
-  return {**{name: w.T for name, w in zip(names, qkv)}, f"{prefix}.{out_name}.weight": blocks["out"][i].reshape(width, width).T}
+  return {
+    **{name: w.T for name, w in zip(names, qkv)},
+    f"{prefix}.{out_name}.weight": blocks["out"][i].reshape(width, width).T,
+  }
 
 
 def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
@@ -81,7 +87,11 @@ def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
     "bos_token_id": vocab.eos,
     "eos_token_id": vocab.eos,
     "dtype": "float32",
-    "cm3leon": {"num_special": vocab.num_special, "text_size": vocab.text_size, "image_size": vocab.image_size},
+    "cm3leon": {
+      "num_special": vocab.num_special,
+      "text_size": vocab.text_size,
+      "image_size": vocab.image_size,
+    },
   }
   if config.family == "opt":
     return common | {
@@ -115,7 +125,11 @@ def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
 
 
 def export(
-  folder: epath.PathLike, params: dict, config: ModelConfig, vocab: VocabLayout, tokenizer_folder: epath.PathLike | None
+  folder: epath.PathLike,
+  params: dict,
+  config: ModelConfig,
+  vocab: VocabLayout,
+  tokenizer_folder: epath.PathLike | None,
 ) -> dict:
   """Writes what `transformers.AutoModelForCausalLM` and `AutoTokenizer` read, without torch; the weights come last.
 
@@ -172,7 +186,9 @@ def causal_logits(config: ModelConfig, params: dict, tokens):
   return transformer.logits(hidden, model.output_table())[0]
 
 
-def compare_logits(folder: epath.PathLike, params: dict, config: ModelConfig, samples: Sequence[np.ndarray]) -> dict:
+def compare_logits(
+  folder: epath.PathLike, params: dict, config: ModelConfig, samples: Sequence[np.ndarray]
+) -> dict:
   """Runs samples through the exported folder and through our model, both in fp32. Needs `can_compare()`.
 
   Args:
@@ -195,7 +211,14 @@ def compare_logits(folder: epath.PathLike, params: dict, config: ModelConfig, sa
     with torch.no_grad():
       theirs = model(torch.from_numpy(sample.astype(np.int64))[None]).logits[0].numpy()
     # Padded to one length, one program; what follows a token does not reach it.
-    ours = np.asarray(causal_logits(config, params, np.pad(sample, (0, longest - len(sample)))))[: len(sample)]
+    ours = np.asarray(causal_logits(config, params, np.pad(sample, (0, longest - len(sample)))))[
+      : len(sample)
+    ]
     difference = max(difference, float(np.abs(ours - theirs).max()))
     largest = max(largest, float(np.abs(ours).max()))
-  return {"max_difference": difference, "max_logit": largest, "samples": len(samples), "tokens": sum(map(len, samples))}
+  return {
+    "max_difference": difference,
+    "max_logit": largest,
+    "samples": len(samples),
+    "tokens": sum(map(len, samples)),
+  }

@@ -31,7 +31,9 @@ def masked_attention(q, k, v, mask):
   Returns:
     [B, L, N, H], laid out like q.
   """
-  scores = jnp.einsum("BLNH,BTNH->BNLT", q, k, preferred_element_type=wide(q.dtype)) * q.shape[-1] ** -0.5
+  scores = (
+    jnp.einsum("BLNH,BTNH->BNLT", q, k, preferred_element_type=wide(q.dtype)) * q.shape[-1] ** -0.5
+  )
   weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
   return jnp.einsum("BNLT,BTNH->BLNH", weights.astype(v.dtype), v)
 
@@ -57,7 +59,9 @@ def causal_attention(q, k, v, segment_ids):
   for start in range(0, length, BLOCK):
     stop = min(start + BLOCK, length)
     causal = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None]
-    mask = causal[None, None] & (segment_ids[:, None, start:stop, None] == segment_ids[:, None, None, :stop])
+    mask = causal[None, None] & (
+      segment_ids[:, None, start:stop, None] == segment_ids[:, None, None, :stop]
+    )
     blocks.append(masked_attention(q[:, start:stop], k[:, :stop], v[:, :stop], mask))
   return checkpoint_name(jnp.concatenate(blocks, axis=1), "attention")
 
@@ -65,7 +69,9 @@ def causal_attention(q, k, v, segment_ids):
 def _per_shard(kernel, q, k, v, segment_ids):
   """`kernel(q, k, v, segment_ids)` on every device's batch and heads: [B, N, L, H] each but [B, L] segment_ids."""
   per_head, rows = spec("batch", "heads", "length", "head_dim"), spec("batch", "length")
-  call = jax.shard_map(kernel, in_specs=(per_head,) * 3 + (rows,), out_specs=per_head, check_vma=False)
+  call = jax.shard_map(
+    kernel, in_specs=(per_head,) * 3 + (rows,), out_specs=per_head, check_vma=False
+  )
   return call(*(x.swapaxes(1, 2) for x in (q, k, v)), segment_ids).swapaxes(1, 2)
 
 
@@ -74,13 +80,23 @@ def splash_attention(q, k, v, segment_ids, interpret: bool = False):
   length, scale = q.shape[1], q.shape[-1] ** -0.5
   block = next(b for b in (512, 384, 256, 128) if length % b == 0)
   blocks = splash.BlockSizes(
-    block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    block_q=block,
+    block_kv=block,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    block_q_dq=block,
+    block_kv_dq=block,
   )
 
   def local(q, k, v, segment_ids):
     mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * q.shape[1])
     kernel = splash.make_splash_mha(
-      mask=mask, head_shards=1, q_seq_shards=1, block_sizes=blocks, residual_checkpoint_name="attention", interpret=interpret
+      mask=mask,
+      head_shards=1,
+      q_seq_shards=1,
+      block_sizes=blocks,
+      residual_checkpoint_name="attention",
+      interpret=interpret,
     )
     one = lambda q, k, v, s: kernel(q, k, v, segment_ids=splash.SegmentIds(s, s))
     return jax.vmap(one)(q * scale, k, v, segment_ids)
@@ -93,7 +109,9 @@ def triton_attention(q, k, v, segment_ids, interpret: bool = False):
 
   def local(q, k, v, segment_ids):
     rows_first = (x.swapaxes(1, 2) for x in (q, k, v))
-    out = gpu.mha(*rows_first, segment_ids, sm_scale=q.shape[-1] ** -0.5, causal=True, interpret=interpret)
+    out = gpu.mha(
+      *rows_first, segment_ids, sm_scale=q.shape[-1] ** -0.5, causal=True, interpret=interpret
+    )
     return out.swapaxes(1, 2)
 
   return checkpoint_name(_per_shard(local, q, k, v, segment_ids), "attention")
@@ -108,10 +126,20 @@ def row_attention(name: str, q, k, v, segment_ids):
     ValueError: the kernel asked for cannot take these shapes.
   """
   length, head_dim = q.shape[1], q.shape[3]
-  fits = {"plain": True, "splash": length % 128 == 0, "triton": length % 128 == 0 and head_dim & (head_dim - 1) == 0}
+  fits = {
+    "plain": True,
+    "splash": length % 128 == 0,
+    "triton": length % 128 == 0 and head_dim & (head_dim - 1) == 0,
+  }
   if name == "auto":
-    kernel = {"tpu": "splash", "gpu": "triton"}.get(jax.sharding.get_abstract_mesh().abstract_device.platform, "plain")
+    kernel = {"tpu": "splash", "gpu": "triton"}.get(
+      jax.sharding.get_abstract_mesh().abstract_device.platform, "plain"
+    )
     name = kernel if fits[kernel] else "plain"
   if not fits[name]:
-    raise ValueError(f"attention '{name}' takes rows of a multiple of 128, triton heads of 2^n; here {length} and {head_dim}.")
-  return {"plain": causal_attention, "splash": splash_attention, "triton": triton_attention}[name](q, k, v, segment_ids)
+    raise ValueError(
+      f"attention '{name}' takes rows of a multiple of 128, triton heads of 2^n; here {length} and {head_dim}."
+    )
+  return {"plain": causal_attention, "splash": splash_attention, "triton": triton_attention}[name](
+    q, k, v, segment_ids
+  )

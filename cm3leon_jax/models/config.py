@@ -56,8 +56,18 @@ class ModelConfig:
       ("attention", ATTENTIONS),
     ):
       if getattr(self, field) not in allowed:
-        raise ValueError(f"{field} is '{getattr(self, field)}'; it must be one of {', '.join(allowed)}.")
-    for field in ("vocab_size", "num_layers", "width", "num_heads", "mlp_width", "max_positions", "loss_chunk"):
+        raise ValueError(
+          f"{field} is '{getattr(self, field)}'; it must be one of {', '.join(allowed)}."
+        )
+    for field in (
+      "vocab_size",
+      "num_layers",
+      "width",
+      "num_heads",
+      "mlp_width",
+      "max_positions",
+      "loss_chunk",
+    ):
       if getattr(self, field) < 1:
         raise ValueError(f"{field} is {getattr(self, field)}; it must be positive.")
     for field in ("init_std", "embed_std"):
@@ -66,7 +76,9 @@ class ModelConfig:
     if self.width % self.num_heads:
       raise ValueError(f"num_heads = {self.num_heads} does not divide width = {self.width}.")
     if self.family == "modern" and self.head_dim % 2:
-      raise ValueError(f"width / num_heads = {self.head_dim} is odd; rotary positions need an even head size.")
+      raise ValueError(
+        f"width / num_heads = {self.head_dim} is odd; rotary positions need an even head size."
+      )
 
   @property
   def head_dim(self) -> int:

@@ -19,7 +19,9 @@ ROPE_BASE = 10_000.0
 
 
 def _param(rngs: nnx.Rngs, shape, axes, std: float) -> nnx.Param:
-  sample = jax.random.truncated_normal(rngs.params(), -3.0, 3.0, shape, jnp.float32, out_sharding=spec(*axes))
+  sample = jax.random.truncated_normal(
+    rngs.params(), -3.0, 3.0, shape, jnp.float32, out_sharding=spec(*axes)
+  )
   return nnx.Param(std * sample)
 
 
@@ -45,7 +47,9 @@ def apply_norm(scale, x):
   """A `Norm` with a [D] scale, or None, as a function."""
   if scale is None:
     return normalize(x, 1e-5, center=True)
-  return normalize(x, 1e-6, center=False) * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+  return normalize(x, 1e-6, center=False) * scale.astype(x.dtype).reshape(
+    (1,) * (x.ndim - 1) + (-1,)
+  )
 
 
 def rotate(x, positions):
@@ -78,7 +82,9 @@ class Block(nnx.Module):
 
   def __call__(self, x, positions, attend: Callable):
     """`apply_block` with the parameters of this one."""
-    return apply_block(self.config, nnx.to_pure_dict(nnx.state(self, nnx.Param)), x, positions, attend)
+    return apply_block(
+      self.config, nnx.to_pure_dict(nnx.state(self, nnx.Param)), x, positions, attend
+    )
 
 
 def apply_block(config: ModelConfig, params: dict, x, positions, attend: Callable):
@@ -95,8 +101,14 @@ def apply_block(config: ModelConfig, params: dict, x, positions, attend: Callabl
   Returns:
     [B, L, D].
   """
-  heads, mlp, act = ("batch", "length", "heads", "head_dim"), ("batch", "length", "mlp"), ("batch", "length", "act")
-  product = lambda equation, x, w, axes: jnp.einsum(equation, x, gathered(w.astype(x.dtype)), out_sharding=spec(*axes))
+  heads, mlp, act = (
+    ("batch", "length", "heads", "head_dim"),
+    ("batch", "length", "mlp"),
+    ("batch", "length", "act"),
+  )
+  product = lambda equation, x, w, axes: jnp.einsum(
+    equation, x, gathered(w.astype(x.dtype)), out_sharding=spec(*axes)
+  )
   scale = lambda name: params[name]["scale"] if name in params else None
   h = apply_norm(scale("norm1"), x)
   q, k, v = (checkpoint_name(product("BLD,DNH->BLNH", h, w, heads), "qkv") for w in params["qkv"])
@@ -122,13 +134,22 @@ class Transformer(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
-    self.embed = _param(rngs, (config.vocab_size, config.width), ("vocab_stored", None), config.embed_std)
+    self.embed = _param(
+      rngs, (config.vocab_size, config.width), ("vocab_stored", None), config.embed_std
+    )
     self.blocks = jax.vmap(functools.partial(Block, config))(rngs.split(config.num_layers))
     self.final_norm = Norm(config.family, config.width)
     if config.family == "opt":
-      self.positions = _param(rngs, (config.max_positions, config.width), (None, "embed"), POSITION_RATIO * config.init_std)
+      self.positions = _param(
+        rngs,
+        (config.max_positions, config.width),
+        (None, "embed"),
+        POSITION_RATIO * config.init_std,
+      )
     else:
-      self.head = _param(rngs, (config.vocab_size, config.width), ("vocab_stored", None), config.init_std)
+      self.head = _param(
+        rngs, (config.vocab_size, config.width), ("vocab_stored", None), config.init_std
+      )
 
   def embed_tokens(self, tokens, positions):
     """[B, L] int32 ids and positions -> [B, L, D] in the compute dtype."""
@@ -142,7 +163,9 @@ class Transformer(nnx.Module):
 
   def stored_table(self):
     """[V, D] output table as it is stored, split by vocabulary over all axes; `opt` ties it to the input table."""
-    return (self.embed if self.config.family == "opt" else self.head)[...].astype(jnp.dtype(self.config.dtype))
+    return (self.embed if self.config.family == "opt" else self.head)[...].astype(
+      jnp.dtype(self.config.dtype)
+    )
 
   def output_table(self):
     """[V, D] in the compute dtype, split by vocabulary over `tensor` alone."""
@@ -159,9 +182,15 @@ class Transformer(nnx.Module):
     Returns:
       [B, L, D] after the final norm; logits are `hidden @ output_table().T`.
     """
-    attend = functools.partial(attention.row_attention, self.config.attention, segment_ids=segment_ids)
+    attend = functools.partial(
+      attention.row_attention, self.config.attention, segment_ids=segment_ids
+    )
     layer = lambda x, block: (block(checkpoint_name(x, "input"), positions, attend), None)
-    x, _ = jax.lax.scan(_checkpointed(layer, self.config.remat_policy), self.embed_tokens(tokens, positions), self.blocks)
+    x, _ = jax.lax.scan(
+      _checkpointed(layer, self.config.remat_policy),
+      self.embed_tokens(tokens, positions),
+      self.blocks,
+    )
     return self.final_norm(x)
 
 
@@ -192,7 +221,10 @@ def _checkpointed(layer, policy: str):
 
 def logits(hidden, table):
   """[B, L, D] hidden states and [V, D] rows of the output table -> [B, L, V] fp32, split over `tensor`."""
-  out = {"preferred_element_type": attention.wide(hidden.dtype), "out_sharding": spec("batch", "length", "vocab")}
+  out = {
+    "preferred_element_type": attention.wide(hidden.dtype),
+    "out_sharding": spec("batch", "length", "vocab"),
+  }
   return jnp.einsum("BLD,VD->BLV", hidden, table, **out)
 
 

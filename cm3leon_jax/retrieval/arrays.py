@@ -27,7 +27,9 @@ class ArrayStore:
     self.path = epath.Path(path)
     index = stages.read_json(self.path / INDEX)
     if index["schema_version"] != SCHEMA_VERSION:
-      raise UserError(f"{self.path} has schema version {index['schema_version']}; this code reads version {SCHEMA_VERSION}.")
+      raise UserError(
+        f"{self.path} has schema version {index['schema_version']}; this code reads version {SCHEMA_VERSION}."
+      )
     self._rows = index["rows"]
     self._array = ts.open(_spec(self.path), open=True).result()
 
@@ -39,9 +41,18 @@ class ArrayStore:
     (path / INDEX).unlink(missing_ok=True)
     read = max(1, READ_BYTES // row_bytes)
     file = read * max(1, FILE_BYTES // (read * row_bytes))
-    layout = ts.ChunkLayout(write_chunk_shape=(file, *row_shape), read_chunk_shape=(read, *row_shape))
+    layout = ts.ChunkLayout(
+      write_chunk_shape=(file, *row_shape), read_chunk_shape=(read, *row_shape)
+    )
     shape = (0, *row_shape)
-    ts.open(_spec(path), create=True, delete_existing=True, dtype=np.dtype(dtype), shape=shape, chunk_layout=layout).result()
+    ts.open(
+      _spec(path),
+      create=True,
+      delete_existing=True,
+      dtype=np.dtype(dtype),
+      shape=shape,
+      chunk_layout=layout,
+    ).result()
     stages.write_json(path / INDEX, {"schema_version": SCHEMA_VERSION, "rows": 0})
     return cls(path)
 
@@ -79,7 +90,9 @@ class ArrayStore:
     """Writes rows [m, ...] at `start`, rounded if the store's dtype is a narrower one; `prepare` has made room."""
     rows = np.asarray(rows)
     if rows.shape[1:] != self.shape[1:]:
-      raise UserError(f"{self.path} holds rows of shape {self.shape[1:]}; rows of shape {rows.shape[1:]} cannot be written.")
+      raise UserError(
+        f"{self.path} holds rows of shape {self.shape[1:]}; rows of shape {rows.shape[1:]} cannot be written."
+      )
     self._array[start : start + len(rows)].write(rows.astype(self.dtype)).result()
 
   def commit(self) -> None:

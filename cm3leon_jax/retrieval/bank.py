@@ -11,13 +11,13 @@ import numpy as np
 from tqdm import tqdm
 
 from cm3leon_jax import stages
+from cm3leon_jax.clip import huggingface as hf_clip
+from cm3leon_jax.clip.huggingface import HFCLIP
+from cm3leon_jax.clip.model import CLIP, CONFIG, normalize
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import group_id
 from cm3leon_jax.data.records import SPLITS, RawPair
-from cm3leon_jax.retrieval import hf_clip
 from cm3leon_jax.retrieval.arrays import ArrayStore
-from cm3leon_jax.retrieval.clip import CLIP, CONFIG, normalize
-from cm3leon_jax.retrieval.hf_clip import HFCLIP
 from cm3leon_jax.shards import Runner, run_shards
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.vocab import VocabLayout
@@ -45,7 +45,7 @@ class Embeddings:
   """The caption-image pairs of one split, in the order of their document store; every one is multimodal.
 
   Attributes:
-    documents: [n, E] float16 of norm 1: the normalised mean of a pair's caption and image (CM3Leon, section 2.1).
+    documents: [n, E] float16 of norm 1: the normalized mean of a pair's caption and image (CM3Leon, section 2.1).
     queries: [n, E] float16 of norm 1: the caption, in the split `train` with the query dropout.
     images: [n, E] float16 of norm 1.
     groups, keys: [n] uint64, see `documents.group_id`; equal ones are near-duplicates, or the same document.
@@ -54,7 +54,9 @@ class Embeddings:
   def __init__(self, folder: epath.PathLike):
     """Raises UserError if `build_neighbors` has not written `folder`."""
     folder = epath.Path(folder)
-    self.documents, self.queries, self.images, self.groups, self.keys = (ArrayStore(folder / name) for name in ARRAYS)
+    self.documents, self.queries, self.images, self.groups, self.keys = (
+      ArrayStore(folder / name) for name in ARRAYS
+    )
 
   def __len__(self) -> int:
     return len(self.documents)
@@ -88,7 +90,10 @@ class EmbedJob:
 
     def embed_shard(name: str) -> dict:
       for split in SPLITS:
-        pairs, folder = raw_pairs.read_shard(self.raw, name, RawPair, split), epath.Path(self.folder) / split
+        pairs, folder = (
+          raw_pairs.read_shard(self.raw, name, RawPair, split),
+          epath.Path(self.folder) / split,
+        )
         if pairs:
           rows = embed_pairs(clip, pairs, self.dropout if split == "train" else 0.0, self.seed)
           for array, values in rows.items():
@@ -98,14 +103,20 @@ class EmbedJob:
     return embed_shard
 
 
-def embed_pairs(clip: CLIP | HFCLIP, pairs: list[RawPair], dropout: float, seed: int) -> dict[str, np.ndarray]:
+def embed_pairs(
+  clip: CLIP | HFCLIP, pairs: list[RawPair], dropout: float, seed: int
+) -> dict[str, np.ndarray]:
   """Rows of the arrays of `Embeddings` for m pairs: [m, E] float32, and [m] uint64 of groups and keys."""
   parts = {name: [] for name in ("documents", "queries", "images")}
-  for start in tqdm(range(0, len(pairs), EMBED_CHUNK), "embed", mininterval=1, unit="chunk", leave=False):
+  for start in tqdm(
+    range(0, len(pairs), EMBED_CHUNK), "embed", mininterval=1, unit="chunk", leave=False
+  ):
     chunk = pairs[start : start + EMBED_CHUNK]
     ids = [clip.encode(p.caption) for p in chunk]
     texts = clip.embed_texts(ids)
-    images = clip.embed_images(raw_pairs.load_images([p.image for p in chunk], clip.resolution, READ_THREADS))
+    images = clip.embed_images(
+      raw_pairs.load_images([p.image for p in chunk], clip.resolution, READ_THREADS)
+    )
     parts["documents"].append(document_embeddings(texts, images))
     parts["images"].append(images)
     dropped = [drop_tokens(x, dropout, p.key, seed) for x, p in zip(ids, chunk)]
@@ -116,7 +127,7 @@ def embed_pairs(clip: CLIP | HFCLIP, pairs: list[RawPair], dropout: float, seed:
 
 
 def document_embeddings(texts: np.ndarray, images: np.ndarray) -> np.ndarray:
-  """Embeddings [m, E] of both parts -> normalised mean [m, E]."""
+  """Embeddings [m, E] of both parts -> normalized mean [m, E]."""
   return np.asarray(normalize((texts + images) / 2))
 
 
@@ -149,11 +160,16 @@ def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
     for name, shard in raw.items():
       starts[split][name], count = count, count + shard[f"{split}_pairs"]
     for name in ARRAYS:
-      row, dtype = ((width,), np.float16) if name in ("documents", "queries", "images") else ((), np.uint64)
+      row, dtype = (
+        ((width,), np.float16) if name in ("documents", "queries", "images") else ((), np.uint64)
+      )
       ArrayStore.prepare(folder / split / name, row, dtype, count)
   common = {"inputs": inputs, "width": width, "dropout": job.dropout, "seed": job.seed}
   place = lambda name: {split: starts[split][name] for split in SPLITS}
-  configs = {name: {**common, "digest": shard["digest"], "starts": place(name)} for name, shard in raw.items()}
+  configs = {
+    name: {**common, "digest": shard["digest"], "starts": place(name)}
+    for name, shard in raw.items()
+  }
   job = dataclasses.replace(job, starts=starts)
   for _ in run_shards(job, configs, folder / "done" / "embed", runner, "embedding shards"):
     pass

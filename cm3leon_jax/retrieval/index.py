@@ -228,7 +228,7 @@ def choose_backend(count: int, backend: str = "auto") -> str:
   if backend not in BACKENDS:
     raise UserError(f"retrieval.backend is '{backend}'; it must be one of {', '.join(BACKENDS)}.")
   if not count:
-    raise UserError("the bank of neighbours is empty; retrieval needs at least one train pair.")
+    raise UserError("the bank of neighbors is empty; retrieval needs at least one train pair.")
   if backend == "auto":
     backend = "exact" if count < EXACT_BELOW else "scann"
   if backend == "scann":
@@ -257,7 +257,9 @@ def _scann():
 def _matrix(values, what: str) -> np.ndarray:
   values = np.ascontiguousarray(values, np.float32)
   if values.ndim != 2 or not values.shape[1] or (what == "vectors" and not len(values)):
-    raise UserError(f"{what} of the index have shape {values.shape}; they must be a non-empty matrix [n, E].")
+    raise UserError(
+      f"{what} of the index have shape {values.shape}; they must be a non-empty matrix [n, E]."
+    )
   return values
 
 

@@ -1,6 +1,6 @@
-"""Neighbours of every document: which candidates of the bank are kept (CM3Leon, section 2.1), and the stage that finds them."""
+"""Neighbors of every document: which candidates of the bank are kept (CM3Leon, section 2.1), and the stage that finds them."""
 
-# q queries, n documents in the bank, E embedding, M candidates per side, C neighbours kept.
+# q queries, n documents in the bank, E embedding, M candidates per side, C neighbors kept.
 
 import collections
 from collections.abc import Callable
@@ -21,13 +21,13 @@ from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob, embed
 from cm3leon_jax.shards import Runner, run_shards
 
 REASONS = ("own_group", "similar_to_query", "similar_to_kept")
-QUERY_SHARE = 20  # Neighbours of index_rows / QUERY_SHARE documents are found together, in one pass over all indices.
+QUERY_SHARE = 20  # Neighbors of index_rows / QUERY_SHARE documents are found together, in one pass over all indices.
 SELECT_BATCH = 1_024  # documents whose candidates' embeddings are in memory at the same time
 
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalConfig:
-  """How neighbours are chosen.
+  """How neighbors are chosen.
 
   Attributes:
     clip: folder of a Hugging Face CLIP checkpoint that embeds (in bf16); "": the run's own, of the stage `clip`.
@@ -50,7 +50,9 @@ class RetrievalConfig:
 
   def __post_init__(self):
     if self.backend not in index_lib.BACKENDS:
-      raise ValueError(f"backend is '{self.backend}'; it must be one of {', '.join(index_lib.BACKENDS)}.")
+      raise ValueError(
+        f"backend is '{self.backend}'; it must be one of {', '.join(index_lib.BACKENDS)}."
+      )
     if self.kept_per_side < 1 or self.max_candidates < self.kept_per_side:
       raise ValueError(
         f"max_candidates is {self.max_candidates} and kept_per_side {self.kept_per_side}; "
@@ -106,14 +108,16 @@ class Retriever:
     folder = epath.Path(folder)
     self.bank, self.config = Embeddings(folder / "train"), config
     backend = index_lib.choose_backend(len(self.bank), config.backend)
-    self.index = index_lib.BlockIndex(self.bank.documents, backend, folder / "index", config.index_rows)
+    self.index = index_lib.BlockIndex(
+      self.bank.documents, backend, folder / "index", config.index_rows
+    )
 
   def search(self, queries: np.ndarray) -> np.ndarray:
     """[q, E] -> ids [q, M] of the nearest documents, best first."""
     return self.index.search(queries, min(self.config.max_candidates, len(self.bank)))[0]
 
   def select(self, sides, documents, keys, groups, kept_per_side: int):
-    """Neighbours of q documents.
+    """Neighbors of q documents.
 
     Args:
       sides: one [q, M] array of candidates per side, best first; negative ones are none.
@@ -146,7 +150,7 @@ class Retriever:
     return ids, scores, counts
 
   def retrieve(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbours for captions alone, as at inference: nothing is known of the image or of a group.
+    """Neighbors for captions alone, as at inference: nothing is known of the image or of a group.
 
     Args:
       queries: [q, E] text embeddings.
@@ -155,7 +159,9 @@ class Retriever:
       ids [q, C] int32 into the bank, best first (-1 = none, last), and their cosines to the queries [q, C] float32.
     """
     nobody = np.zeros(len(queries), np.uint64)
-    ids, scores, _ = self.select([self.search(queries)], queries, nobody, nobody, 2 * self.config.kept_per_side)
+    ids, scores, _ = self.select(
+      [self.search(queries)], queries, nobody, nobody, 2 * self.config.kept_per_side
+    )
     return ids, scores
 
 
@@ -178,7 +184,7 @@ class _IndexJob:
 
 @dataclasses.dataclass(frozen=True)
 class _SearchJob:
-  """Finds the neighbours of a block of documents; a job of `shards.run_shards`. `blocks`: name -> split, first row, end."""
+  """Finds the neighbors of a block of documents; a job of `shards.run_shards`. `blocks`: name -> split, first row, end."""
 
   folder: str
   config: RetrievalConfig
@@ -194,7 +200,11 @@ class _SearchJob:
       queries = read(rows.queries)
       sides = [retriever.search(queries), retriever.search(read(rows.images))]
       found["ids"], found["scores"], counts = retriever.select(
-        sides, read(rows.documents), rows.keys[start:stop], rows.groups[start:stop], self.config.kept_per_side
+        sides,
+        read(rows.documents),
+        rows.keys[start:stop],
+        rows.groups[start:stop],
+        self.config.kept_per_side,
       )
       if split == "heldout":
         found["text_ids"], found["text_scores"] = retriever.retrieve(queries)
@@ -202,13 +212,20 @@ class _SearchJob:
         ArrayStore(folder / f"{split}_pairs" / array).write(start, values)
       kept = found["ids"] >= 0
       similarity = float(found["scores"][kept].sum(dtype=np.float64))
-      return {**counts, "kept": int(kept.sum()), "all_kept": int(kept.all(1).sum()), "similarity": similarity}
+      return {
+        **counts,
+        "kept": int(kept.sum()),
+        "all_kept": int(kept.all(1).sum()),
+        "similarity": similarity,
+      }
 
     return search_block
 
 
-def build_neighbors(config: RetrievalConfig, job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
-  """The stage: embeds raw pairs, indexes those of the split `train`, the bank, and chooses neighbours for both splits.
+def build_neighbors(
+  config: RetrievalConfig, job: EmbedJob, width: int, inputs: dict, runner: Runner
+) -> dict:
+  """The stage: embeds raw pairs, indexes those of the split `train`, the bank, and chooses neighbors for both splits.
 
   Writes into `job.folder`: {split}/ (`bank.Embeddings`), index/, and {split}_pairs/ with ids and scores (`load_neighbors`).
   What was done before for the same pairs is kept.
@@ -228,11 +245,18 @@ def build_neighbors(config: RetrievalConfig, job: EmbedJob, width: int, inputs: 
   retriever = Retriever(folder, config)
   backend, bank, blocks = retriever.index.backend, len(retriever.bank), retriever.index.blocks
   if bank < index_lib.EXACT_BELOW and config.backend == "auto":
-    print(f"neighbors: exact search, for {bank} documents are fewer than {index_lib.EXACT_BELOW}.", flush=True)
-  depends = {"bank": hashlib.sha256(json.dumps(stages.plain(embedded), sort_keys=True).encode()).hexdigest()}
+    print(
+      f"neighbors: exact search, for {bank} documents are fewer than {index_lib.EXACT_BELOW}.",
+      flush=True,
+    )
+  depends = {
+    "bank": hashlib.sha256(json.dumps(stages.plain(embedded), sort_keys=True).encode()).hexdigest()
+  }
   if backend == "scann":
     shards = {f"{i:06d}": {**depends, "rows": rows} for i, rows in enumerate(blocks)}
-    for _ in run_shards(_IndexJob(job.folder, config), shards, folder / "done" / "index", runner, "index blocks"):
+    for _ in run_shards(
+      _IndexJob(job.folder, config), shards, folder / "done" / "index", runner, "index blocks"
+    ):
       pass
   depends |= {"backend": backend, "retrieval": dataclasses.asdict(config)}
   summary = {"backend": backend, "bank": bank, **search_recall(retriever)}
@@ -249,7 +273,7 @@ def build_neighbors(config: RetrievalConfig, job: EmbedJob, width: int, inputs: 
 
 
 def _find(config: RetrievalConfig, folder: str, split: str, depends: dict, runner: Runner) -> dict:
-  """Chooses and writes the neighbours of one split; returns its numbers."""
+  """Chooses and writes the neighbors of one split; returns its numbers."""
   path, count = epath.Path(folder), len(Embeddings(epath.Path(folder) / split))
   names = ["ids", "scores"] + (["text_ids", "text_scores"] if split == "heldout" else [])
   for name in names:
@@ -259,7 +283,13 @@ def _find(config: RetrievalConfig, folder: str, split: str, depends: dict, runne
   rows = [(split, first, min(first + size, count)) for first in range(0, count, size)]
   blocks = {f"{split}-{i:06d}": row for i, row in enumerate(rows)}
   shards = {name: {**depends, "rows": row} for name, row in blocks.items()}
-  made = run_shards(_SearchJob(folder, config, blocks), shards, path / "done" / "search", runner, f"neighbors {split}")
+  made = run_shards(
+    _SearchJob(folder, config, blocks),
+    shards,
+    path / "done" / "search",
+    runner,
+    f"neighbors {split}",
+  )
   total = collections.Counter()
   for _, numbers in made:
     total.update(numbers)
@@ -282,12 +312,16 @@ def search_recall(retriever: Retriever, k: int = 2, most: int = 1_000) -> dict[s
   recalls, rows = {}, np.arange(0, len(retriever.bank), -(-len(retriever.bank) // most))
   for name, array in (("text", retriever.bank.queries), ("image", retriever.bank.images)):
     queries = array[rows].astype(np.float32)
-    recalls[f"{name}_recall@{k}"] = index_lib.recall_at_k(retriever.index.search(queries, k)[0], exact.search(queries, k)[0])
+    recalls[f"{name}_recall@{k}"] = index_lib.recall_at_k(
+      retriever.index.search(queries, k)[0], exact.search(queries, k)[0]
+    )
   return {**recalls, f"recall@{k}": float(np.mean(list(recalls.values())))}
 
 
-def load_neighbors(folder: epath.PathLike, name: str, text_only: bool = False, array: str = "ids") -> np.ndarray:
-  """[n, C] int32 ids of neighbours of the store `name`, or with array="scores" their float32 similarities.
+def load_neighbors(
+  folder: epath.PathLike, name: str, text_only: bool = False, array: str = "ids"
+) -> np.ndarray:
+  """[n, C] int32 ids of neighbors of the store `name`, or with array="scores" their float32 similarities.
 
   Args:
     folder: of the stage.
@@ -296,11 +330,11 @@ def load_neighbors(folder: epath.PathLike, name: str, text_only: bool = False, a
     array: "ids" or "scores".
 
   Raises:
-    UserError: they are absent, or there are no text-only neighbours.
+    UserError: they are absent, or there are no text-only neighbors.
   """
   path = epath.Path(folder) / name
   if not path.exists():
     raise UserError(f"{path} does not exist: run `python -m launch.build_neighbors` first.")
   if text_only and not (path / "text_ids").exists():
-    raise UserError(f"{path} has no neighbours by caption alone; only held-out pairs have them.")
+    raise UserError(f"{path} has no neighbors by caption alone; only held-out pairs have them.")
   return ArrayStore(path / (f"text_{array}" if text_only else array))[:]

@@ -37,7 +37,9 @@ class TextTokenizerConfig:
         raise ValueError(f"text_tokenizer.{name} is {getattr(self, name)}; it must be at least 1.")
 
 
-def train_text_tokenizer(texts: Iterable[str], vocab: VocabLayout, config: TextTokenizerConfig, folder: epath.PathLike) -> dict:
+def train_text_tokenizer(
+  texts: Iterable[str], vocab: VocabLayout, config: TextTokenizerConfig, folder: epath.PathLike
+) -> dict:
   """Trains BPE of exactly `vocab.text_size` ids and writes it in the Hugging Face layout.
 
   A text is encoded as if a space stood before it, so that its first word is the same token as elsewhere; decoding takes that
@@ -53,7 +55,9 @@ def train_text_tokenizer(texts: Iterable[str], vocab: VocabLayout, config: TextT
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.normalizer = normalizers.Prepend(" ")
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", left=1, right=0)])
+  tokenizer.decoder = decoders.Sequence(
+    [decoders.ByteLevel(), decoders.Strip(" ", left=1, right=0)]
+  )
   trainer = trainers.BpeTrainer(
     vocab_size=vocab.text_size,
     min_frequency=config.min_frequency,
@@ -70,10 +74,19 @@ def train_text_tokenizer(texts: Iterable[str], vocab: VocabLayout, config: TextT
     )
   _save(tokenizer, vocab, config, epath.Path(folder))
   tokens = sum(len(ids) for ids in TextTokenizer(folder, vocab).encode_batch(texts))
-  return {"texts": len(texts), "characters": characters, "characters_per_token": characters / tokens}
+  return {
+    "texts": len(texts),
+    "characters": characters,
+    "characters_per_token": characters / tokens,
+  }
 
 
-def _save(tokenizer: tokenizers.Tokenizer, vocab: VocabLayout, config: TextTokenizerConfig, folder: epath.Path) -> None:
+def _save(
+  tokenizer: tokenizers.Tokenizer,
+  vocab: VocabLayout,
+  config: TextTokenizerConfig,
+  folder: epath.Path,
+) -> None:
   """Writes what `transformers.AutoTokenizer.from_pretrained` reads; tokenizer.json comes last."""
   special = vocab.special_tokens()
   roles = {
@@ -83,9 +96,14 @@ def _save(tokenizer: tokenizers.Tokenizer, vocab: VocabLayout, config: TextToken
     "unk_token": special[vocab.unk],
     "additional_special_tokens": special[vocab.brk :],
   }
-  about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.model_max_length}
+  about = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_max_length": config.model_max_length,
+  }
   stages.write_json(folder / "special_tokens_map.json", roles)
-  stages.write_json(folder / "tokenizer_config.json", {**about, "clean_up_tokenization_spaces": False, **roles})
+  stages.write_json(
+    folder / "tokenizer_config.json", {**about, "clean_up_tokenization_spaces": False, **roles}
+  )
   (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
@@ -99,7 +117,9 @@ class TextTokenizer:
     """Raises UserError: no tokenizer in `folder`, or one with other ids than `vocab`."""
     path = epath.Path(folder) / TOKENIZER
     if not path.exists():
-      raise UserError(f"{path} does not exist: run `python -m launch.train_text_tokenizer` with the same --workdir first.")
+      raise UserError(
+        f"{path} does not exist: run `python -m launch.train_text_tokenizer` with the same --workdir first."
+      )
     self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     self._tokenizer.encode_special_tokens = True
     special = [self._tokenizer.id_to_token(i) for i in range(vocab.num_special)]
@@ -115,7 +135,10 @@ class TextTokenizer:
 
   def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
     """`encode` for many texts, on all cores."""
-    return [np.array(e.ids, np.int32) for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    return [
+      np.array(e.ids, np.int32)
+      for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    ]
 
   def decode(self, ids) -> str:
     """Text of `ids` ([T] ints); special tokens are dropped, and so is the space before the first word."""

@@ -46,7 +46,9 @@ class ImageFiles:
     return len(self.paths)
 
   def __getitem__(self, indices: np.ndarray) -> np.ndarray:
-    return raw_pairs.load_images([self.paths[i] for i in indices], self.resolution, self.num_threads)
+    return raw_pairs.load_images(
+      [self.paths[i] for i in indices], self.resolution, self.num_threads
+    )
 
 
 def open_images(folder: epath.PathLike, split: str, resolution: int) -> np.ndarray | ImageFiles:
@@ -57,7 +59,9 @@ def open_images(folder: epath.PathLike, split: str, resolution: int) -> np.ndarr
   """
   files = ImageFiles([pair.image for pair in raw_pairs.read_pairs(folder, split)], resolution)
   if not len(files):
-    raise UserError(f"{folder} has no {split} pairs: the tokenizer needs some of both splits (config.raw.heldout_fraction).")
+    raise UserError(
+      f"{folder} has no {split} pairs: the tokenizer needs some of both splits (config.raw.heldout_fraction)."
+    )
   small = len(files) * resolution**2 * 3 <= IN_MEMORY_BYTES
   return files[np.arange(len(files))] if small else files
 
@@ -67,7 +71,9 @@ class Discriminator(nnx.Module):
 
   def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
     widths = [config.discriminator_width * 2**i for i in range(config.discriminator_layers)]
-    self.layers = nnx.List(vqgan.conv(a, b, 4, rngs, stride=2) for a, b in zip([3, *widths], widths))
+    self.layers = nnx.List(
+      vqgan.conv(a, b, 4, rngs, stride=2) for a, b in zip([3, *widths], widths)
+    )
     self.conv_out = vqgan.conv(widths[-1], 1, 3, rngs)
 
   def __call__(self, x):
@@ -87,7 +93,9 @@ def judge(config: VQGANConfig, params: dict, x):
   return vqgan.fill(*_discriminator(config), params)(x)
 
 
-def generator_loss(params: dict, discriminator: dict | None, config: VQGANConfig, num_codes: int, x):
+def generator_loss(
+  params: dict, discriminator: dict | None, config: VQGANConfig, num_codes: int, x
+):
   """What the VQGAN minimises: reconstruction, codebook, commitment and, given a discriminator, deceiving it.
 
   Args:
@@ -103,7 +111,9 @@ def generator_loss(params: dict, discriminator: dict | None, config: VQGANConfig
   y, z, q, indices = vqgan.bind(config, num_codes, params)(x)
   stop, squared = jax.lax.stop_gradient, lambda a: jnp.mean(jnp.sum(a * a, -1))
   loss = config.l2_weight * jnp.mean((y - x) ** 2) + config.l1_weight * jnp.mean(jnp.abs(y - x))
-  loss += config.codebook_weight * squared(q - stop(z)) + config.commitment_weight * squared(z - stop(q))
+  loss += config.codebook_weight * squared(q - stop(z)) + config.commitment_weight * squared(
+    z - stop(q)
+  )
   if discriminator is not None:
     loss -= config.adversarial_weight * judge(config, discriminator, y).mean()
   return loss, (y, indices)
@@ -111,13 +121,17 @@ def generator_loss(params: dict, discriminator: dict | None, config: VQGANConfig
 
 def discriminator_loss(params: dict, config: VQGANConfig, x, y):
   """Hinge loss: judgements above 1 of images x, and below -1 of reconstructions y, cost nothing."""
-  return jnp.mean(nnx.relu(1 - judge(config, params, x))) + jnp.mean(nnx.relu(1 + judge(config, params, y)))
+  return jnp.mean(nnx.relu(1 - judge(config, params, x))) + jnp.mean(
+    nnx.relu(1 + judge(config, params, y))
+  )
 
 
 def optimizer(config: VQGANConfig) -> optax.GradientTransformation:
   """Adam under one warmup and cosine over all steps, for the VQGAN and for the discriminator."""
   warmup = min(config.warmup_steps, config.steps // 10)
-  return optax.adam(optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps))
+  return optax.adam(
+    optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -131,7 +145,12 @@ def init_state(config: VQGANConfig, num_codes: int, seed: int) -> dict:
   key, discriminator_key = jax.random.split(jax.random.key(seed))
   params = vqgan.init_params(config, num_codes, key)
   tx = optimizer(config)
-  state = {"step": jnp.int32(0), "params": params, "opt_state": tx.init(params), "usage": jnp.zeros(num_codes, jnp.int32)}
+  state = {
+    "step": jnp.int32(0),
+    "params": params,
+    "opt_state": tx.init(params),
+    "usage": jnp.zeros(num_codes, jnp.int32),
+  }
   if config.adversarial_weight:
     state["discriminator"] = vqgan.draw_params(_discriminator(config)[1], discriminator_key)
     state["discriminator_opt_state"] = tx.init(state["discriminator"])
@@ -159,10 +178,14 @@ def train_step(state: dict, images, config: VQGANConfig, adversarial: bool) -> t
   metrics = {"loss": loss, "mse": jnp.mean((y - x) ** 2)}
   state["params"], state["opt_state"] = _update(tx, grads, state["opt_state"], state["params"])
   if adversarial:
-    loss, grads = jax.value_and_grad(discriminator_loss)(discriminator, config, x, jax.lax.stop_gradient(y))
+    loss, grads = jax.value_and_grad(discriminator_loss)(
+      discriminator, config, x, jax.lax.stop_gradient(y)
+    )
     metrics["discriminator_loss"] = loss
     old = state["discriminator_opt_state"]
-    state["discriminator"], state["discriminator_opt_state"] = _update(tx, grads, old, discriminator)
+    state["discriminator"], state["discriminator_opt_state"] = _update(
+      tx, grads, old, discriminator
+    )
   state["usage"] = state["usage"] + jnp.bincount(indices.ravel(), length=num_codes)
   state["step"] = state["step"] + 1
   return state, metrics
@@ -187,7 +210,10 @@ def restart_dead_codes(state: dict, images, config: VQGANConfig, key) -> dict:
   model = vqgan.bind(config, len(usage), state["params"])
   z = vqgan.l2_normalize(model.encoder(vqgan.to_float(images))).reshape(-1, config.code_dim)
   chosen = z[jax.random.randint(key, (len(usage),), 0, len(z))]
-  params = {**state["params"], "codebook": {"table": jnp.where((usage == 0)[:, None], chosen, table)}}
+  params = {
+    **state["params"],
+    "codebook": {"table": jnp.where((usage == 0)[:, None], chosen, table)},
+  }
   return {**state, "params": params, "usage": jnp.zeros_like(usage)}
 
 
@@ -225,18 +251,27 @@ def load_state(template: dict, folder: epath.PathLike, about: dict) -> dict:
     raise UserError(f"{path} is damaged ({error}): delete it to train from the start.") from error
   header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
   stored = json.loads(header["__metadata__"]["about"])
-  if stages.differences(stored, stages.plain(about)) and _without_steps(stored) == _without_steps(stages.plain(about)):
-    print(f"vqgan: starts anew, as the learning rate of the {stored['vqgan']['steps']} steps begun here follows their number.")
+  if stages.differences(stored, stages.plain(about)) and _without_steps(stored) == _without_steps(
+    stages.plain(about)
+  ):
+    print(
+      f"vqgan: starts anew, as the learning rate of the {stored['vqgan']['steps']} steps begun here follows their number."
+    )
     return template
   stages.check_same_config(path, stored, about)
   return jax.tree.map_with_path(lambda p, _: jnp.asarray(flat[jax.tree_util.keystr(p)]), template)
 
 
 def _without_steps(about: dict) -> dict:
-  return {**about, "vqgan": {k: v for k, v in about["vqgan"].items() if k not in ("steps", "checkpoint_every")}}
+  return {
+    **about,
+    "vqgan": {k: v for k, v in about["vqgan"].items() if k not in ("steps", "checkpoint_every")},
+  }
 
 
-def train(config: VQGANConfig, num_codes: int, seed: int, images, folder: epath.PathLike) -> ImageTokenizer:
+def train(
+  config: VQGANConfig, num_codes: int, seed: int, images, folder: epath.PathLike
+) -> ImageTokenizer:
   """Trains all steps, or those that a killed run left; deterministic in the seed.
 
   The batch is split over the devices if they divide it.
@@ -252,23 +287,33 @@ def train(config: VQGANConfig, num_codes: int, seed: int, images, folder: epath.
     UserError: fewer images than one batch, or the folder holds the state of another config.
   """
   if len(images) < config.batch_size:
-    raise UserError(f"config.vqgan.batch_size is {config.batch_size}; there are only {len(images)} training images.")
+    raise UserError(
+      f"config.vqgan.batch_size is {config.batch_size}; there are only {len(images)} training images."
+    )
   epath.Path(folder).mkdir(parents=True, exist_ok=True)
   about = {"vqgan": dataclasses.asdict(config), "num_codes": num_codes, "seed": seed}
   replicated, split = _layouts(config.batch_size)
   state = jax.device_put(load_state(init_state(config, num_codes, seed), folder, about), replicated)
   start, adversarial_from = int(state["step"]), config.adversarial_start * config.steps
   keys = jax.random.key(seed + 1)
-  bar = tqdm(range(start, config.steps), "vqgan", config.steps, initial=start, mininterval=1, unit="step")
+  bar = tqdm(
+    range(start, config.steps), "vqgan", config.steps, initial=start, mininterval=1, unit="step"
+  )
   for step in bar:
     batch = jax.device_put(images[batch_indices(step, len(images), config.batch_size, seed)], split)
     adversarial = config.adversarial_weight > 0 and step >= adversarial_from
     state, metrics = train_step(state, batch, config, adversarial)
     done = step + 1
-    if config.restart_every and done % config.restart_every == 0 and done < config.restart_until * config.steps:
+    if (
+      config.restart_every
+      and done % config.restart_every == 0
+      and done < config.restart_until * config.steps
+    ):
       state = restart_dead_codes(state, batch, config, jax.random.fold_in(keys, done))
     if done % LOG_EVERY == 0:
-      bar.set_postfix({name: f"{float(value):.3f}" for name, value in metrics.items()}, refresh=False)
+      bar.set_postfix(
+        {name: f"{float(value):.3f}" for name, value in metrics.items()}, refresh=False
+      )
     if done % config.checkpoint_every == 0 and done < config.steps:
       save_state(state, folder, about)
   return ImageTokenizer(config, num_codes, jax.device_put(state["params"], jax.devices()[0]))
@@ -302,7 +347,9 @@ def evaluate(tokenizer: ImageTokenizer, images, train_images, folder: epath.Path
   images = images[np.arange(min(len(images), MAX_HELDOUT))]
   codes = tokenizer.encode(images)
   reconstructions = tokenizer.decode(codes)
-  train_codes = tokenizer.encode(train_images[_evenly_spaced(len(train_images), NUM_TRAIN_MEASURED)])
+  train_codes = tokenizer.encode(
+    train_images[_evenly_spaced(len(train_images), NUM_TRAIN_MEASURED)]
+  )
   shown = _evenly_spaced(len(images), NUM_RECONSTRUCTIONS)
   partial = epath.Path(folder) / "partial.npz"
   with partial.open("wb") as file:
@@ -323,12 +370,18 @@ def _evenly_spaced(length: int, count: int) -> np.ndarray:
   return np.unique(np.linspace(0, length - 1, count).astype(int))
 
 
-def train_vqgan(config: VQGANConfig, num_codes: int, seed: int, images, heldout_images, folder: epath.PathLike) -> dict:
+def train_vqgan(
+  config: VQGANConfig, num_codes: int, seed: int, images, heldout_images, folder: epath.PathLike
+) -> dict:
   """The whole stage: trains, writes params.safetensors, config.json and reconstructions.npz, returns the numbers."""
   start = time.time()
   tokenizer = train(config, num_codes, seed, images, folder)
   seconds = time.time() - start
   tokenizer.save(folder)
-  summary = {**evaluate(tokenizer, heldout_images, images, folder), "steps": config.steps, "seconds": round(seconds, 1)}
+  summary = {
+    **evaluate(tokenizer, heldout_images, images, folder),
+    "steps": config.steps,
+    "seconds": round(seconds, 1),
+  }
   (epath.Path(folder) / CHECKPOINT).unlink(missing_ok=True)
   return summary

@@ -1,4 +1,4 @@
-"""The image tokenizer: a convolutional VQGAN (Esser et al. 2021) with l2-normalised codes (Yu et al. 2022, ViT-VQGAN).
+"""The image tokenizer: a convolutional VQGAN (Esser et al. 2021) with l2-normalized codes (Yu et al. 2022, ViT-VQGAN).
 
 NNX modules hold parameters; every transform is JAX's own, over a pure dict of them. Training: train_vqgan.py.
 """
@@ -73,13 +73,26 @@ class VQGANConfig:
   checkpoint_every: int = 2_000
 
   def __post_init__(self):
-    for name in ("resolution", "downsample", "stem", "width", "code_dim", "steps", "batch_size", "checkpoint_every"):
+    for name in (
+      "resolution",
+      "downsample",
+      "stem",
+      "width",
+      "code_dim",
+      "steps",
+      "batch_size",
+      "checkpoint_every",
+    ):
       if getattr(self, name) < 1:
         raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
     if self.downsample % self.stem or not math.log2(self.downsample // self.stem).is_integer():
-      raise ValueError(f"downsample is {self.downsample}; it must be stem = {self.stem} times a power of two.")
+      raise ValueError(
+        f"downsample is {self.downsample}; it must be stem = {self.stem} times a power of two."
+      )
     if self.resolution % self.downsample:
-      raise ValueError(f"resolution is {self.resolution}; it must be a multiple of downsample = {self.downsample}.")
+      raise ValueError(
+        f"resolution is {self.resolution}; it must be a multiple of downsample = {self.downsample}."
+      )
     for name in ("multipliers", "encoder_blocks", "decoder_blocks"):
       values, low = getattr(self, name), int(name == "multipliers")
       if len(values) != self.num_levels or any(not isinstance(v, int) or v < low for v in values):
@@ -92,13 +105,21 @@ class VQGANConfig:
   def _check_training(self):
     if self.learning_rate <= 0:
       raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive.")
-    weights = ("l1_weight", "l2_weight", "codebook_weight", "commitment_weight", "adversarial_weight")
+    weights = (
+      "l1_weight",
+      "l2_weight",
+      "codebook_weight",
+      "commitment_weight",
+      "adversarial_weight",
+    )
     for name in (*weights, "warmup_steps", "restart_every"):
       if getattr(self, name) < 0:
         raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
     for name in ("adversarial_start", "restart_until"):
       if not 0 <= getattr(self, name) <= 1:
-        raise ValueError(f"{name} is {getattr(self, name)}; it is a share of the steps, so it must lie in [0, 1].")
+        raise ValueError(
+          f"{name} is {getattr(self, name)}; it is a share of the steps, so it must lie in [0, 1]."
+        )
     smallest = 2**self.discriminator_layers if self.discriminator_layers > 0 else math.inf
     if self.adversarial_weight and (self.discriminator_width < 1 or smallest > self.resolution):
       raise ValueError(
@@ -163,7 +184,9 @@ class Encoder(nnx.Module):
     self.stem = config.stem
     widths = [config.width * m for m in config.multipliers]
     self.conv_in = conv(3 * config.stem**2, widths[0], 3, rngs)
-    self.levels = nnx.List(nnx.List(Block(w, rngs) for _ in range(n)) for w, n in zip(widths, config.encoder_blocks))
+    self.levels = nnx.List(
+      nnx.List(Block(w, rngs) for _ in range(n)) for w, n in zip(widths, config.encoder_blocks)
+    )
     self.downs = nnx.List(conv(a, b, 4, rngs, stride=2) for a, b in itertools.pairwise(widths))
     self.conv_out = conv(widths[-1], config.code_dim, 1, rngs)
 
@@ -185,7 +208,9 @@ class Decoder(nnx.Module):
     widths = [config.width * m for m in config.multipliers][::-1]
     self.conv_in = conv(config.code_dim, widths[0], 3, rngs)
     blocks = config.decoder_blocks[::-1]
-    self.levels = nnx.List(nnx.List(Block(w, rngs) for _ in range(n)) for w, n in zip(widths, blocks))
+    self.levels = nnx.List(
+      nnx.List(Block(w, rngs) for _ in range(n)) for w, n in zip(widths, blocks)
+    )
     self.ups = nnx.List(conv(a, 4 * b, 3, rngs) for a, b in itertools.pairwise(widths))
     self.conv_out = conv(widths[-1], 3 * config.stem**2, 3, rngs)
 
@@ -251,12 +276,18 @@ def draw_params(structure, key) -> dict:
   Returns:
     Pure dict whose keys are strings; lists became dicts with keys "0", "1", ...
   """
-  shapes = {tuple(map(str, k)): v.shape for k, v in traverse_util.flatten_dict(nnx.to_pure_dict(structure)).items()}
+  shapes = {
+    tuple(map(str, k)): v.shape
+    for k, v in traverse_util.flatten_dict(nnx.to_pure_dict(structure)).items()
+  }
   ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
   pieces = jnp.split(jax.random.normal(key, (ends[-1],), jnp.float32), ends[:-1])
   std = {1: lambda shape: 0.0, 2: lambda shape: 1.0, 4: lambda shape: math.prod(shape[:-1]) ** -0.5}
   return traverse_util.unflatten_dict(
-    {path: std[len(shape)](shape) * x.reshape(shape) for (path, shape), x in zip(shapes.items(), pieces)}
+    {
+      path: std[len(shape)](shape) * x.reshape(shape)
+      for (path, shape), x in zip(shapes.items(), pieces)
+    }
   )
 
 
@@ -272,7 +303,10 @@ def bind(config: VQGANConfig, num_codes: int, params: dict) -> VQGAN:
 
 def fill(graphdef, state, params: dict) -> nnx.Module:
   """Merges a pure dict with string keys into a module's structure."""
-  flat = {tuple(int(k) if k.isdigit() else k for k in path): v for path, v in traverse_util.flatten_dict(params).items()}
+  flat = {
+    tuple(int(k) if k.isdigit() else k for k in path): v
+    for path, v in traverse_util.flatten_dict(params).items()
+  }
   state = jax.tree.map(lambda x: x, state)
   nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(flat))
   return nnx.merge(graphdef, state)
@@ -292,7 +326,9 @@ def to_uint8(pixels):
 def encode(config: VQGANConfig, num_codes: int, params: dict, images):
   """uint8 [B, H, W, 3] -> codes int32 [B, T] in raster order."""
   model = bind(config, num_codes, params)
-  return model.codebook.nearest(l2_normalize(model.encoder(to_float(images)))).reshape(images.shape[0], -1)
+  return model.codebook.nearest(l2_normalize(model.encoder(to_float(images)))).reshape(
+    images.shape[0], -1
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -335,23 +371,31 @@ class ImageTokenizer:
     config = config_lib.build(VQGANConfig, stored["vqgan"], "vqgan")
     path = folder / PARAMS
     if not path.exists():
-      raise config_lib.UserError(f"{path} does not exist: run `python -m launch.train_vqgan` first.")
+      raise config_lib.UserError(
+        f"{path} does not exist: run `python -m launch.train_vqgan` first."
+      )
     try:
       params = traverse_util.unflatten_dict(safetensors.load(path.read_bytes()), sep=".")
     except SafetensorError as error:
-      raise config_lib.UserError(f"{path} is damaged ({error}): train the tokenizer again.") from error
+      raise config_lib.UserError(
+        f"{path} is damaged ({error}): train the tokenizer again."
+      ) from error
     expected = jax.eval_shape(lambda: init_params(config, stored["num_codes"], jax.random.key(0)))
     shapes = lambda tree: {k: v.shape for k, v in traverse_util.flatten_dict(tree, sep=".").items()}
     changed = stages.differences(shapes(params), shapes(expected))
     if changed:
-      raise config_lib.UserError(f"{path} does not fit {CONFIG} beside it ({changed[0]}): train the tokenizer again.")
+      raise config_lib.UserError(
+        f"{path} does not fit {CONFIG} beside it ({changed[0]}): train the tokenizer again."
+      )
     return cls(config, stored["num_codes"], jax.device_put(params))
 
   def save(self, folder: epath.PathLike) -> None:
     """Writes params.safetensors (flat names joined by dots) and config.json, each atomically."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    stages.write_json(folder / CONFIG, {"vqgan": dataclasses.asdict(self.config), "num_codes": self.num_codes})
+    stages.write_json(
+      folder / CONFIG, {"vqgan": dataclasses.asdict(self.config), "num_codes": self.num_codes}
+    )
     flat = {k: np.asarray(v) for k, v in traverse_util.flatten_dict(self.params, sep=".").items()}
     write_bytes(folder / PARAMS, safetensors.save(flat))
 
@@ -359,17 +403,27 @@ class ImageTokenizer:
     """uint8 [B, H, W, 3] -> codes int32 [B, image_tokens], rows of the image from top to bottom, each from left to right."""
     side = self.config.resolution
     if images.shape[1:] != (side, side, 3) or images.dtype != np.uint8:
-      raise ValueError(f"images are {images.dtype} {images.shape}; they must be uint8 [B, {side}, {side}, 3].")
-    return in_batches(lambda x: encode(self.config, self.num_codes, self.params, x), images, self.batch_size)
+      raise ValueError(
+        f"images are {images.dtype} {images.shape}; they must be uint8 [B, {side}, {side}, 3]."
+      )
+    return in_batches(
+      lambda x: encode(self.config, self.num_codes, self.params, x), images, self.batch_size
+    )
 
   def decode(self, codes: np.ndarray) -> np.ndarray:
     """Codes int32 [B, image_tokens] -> uint8 [B, H, W, 3]."""
     codes = np.asarray(codes, np.int32)
     if codes.ndim != 2 or codes.shape[1] != self.config.image_tokens:
-      raise ValueError(f"codes have shape {codes.shape}; it must be [B, {self.config.image_tokens}].")
+      raise ValueError(
+        f"codes have shape {codes.shape}; it must be [B, {self.config.image_tokens}]."
+      )
     if codes.size and not (codes.min() >= 0 and codes.max() < self.num_codes):
-      raise ValueError(f"codes range over [{codes.min()}, {codes.max()}]; the codebook has [0, {self.num_codes}).")
-    return in_batches(lambda x: decode(self.config, self.num_codes, self.params, x), codes, self.batch_size)
+      raise ValueError(
+        f"codes range over [{codes.min()}, {codes.max()}]; the codebook has [0, {self.num_codes})."
+      )
+    return in_batches(
+      lambda x: decode(self.config, self.num_codes, self.params, x), codes, self.batch_size
+    )
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:

@@ -63,7 +63,9 @@ class Checkpoints:
     """
     steps = list(self._manager.all_steps())
     found = [steps, [s for s in steps if not self._digest_path(s).exists()]]
-    steps, unsealed = distributed.gather(found)[0]  # All have looked before one deletes, and all do what the first found.
+    steps, unsealed = distributed.gather(found)[
+      0
+    ]  # All have looked before one deletes, and all do what the first found.
     if unsealed and len(unsealed) == len(steps) > 1:
       raise UserError(
         f"{self.folder} holds checkpoints and {self._digest_folder} no digests of them: restore those, or delete both."
@@ -79,9 +81,13 @@ class Checkpoints:
   def save(self, state: TrainState, step: int, next_row: int) -> None:
     """Starts saving; seals the save before it."""
     self.wait()
-    if distributed.is_first():  # A killed run may have left some; Orbax starts to write when all have come here.
+    if (
+      distributed.is_first()
+    ):  # A killed run may have left some; Orbax starts to write when all have come here.
       self._remove_digests(lambda s: s == step)
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"next_row": next_row}))
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"next_row": next_row})
+    )
     self._manager.save(step, args=args, force=True)
     self._unsealed, self._digested = step, False
 
@@ -102,7 +108,9 @@ class Checkpoints:
       parts = [self._digest_folder / f"{step}.part{i}" for i in range(jax.process_count())]
       if not {part.name for part in parts} <= {path.name for path in self._digest_folder.iterdir()}:
         return
-      stages.write_json(self._digest_path(step), {k: v for part in parts for k, v in stages.read_json(part).items()})
+      stages.write_json(
+        self._digest_path(step), {k: v for part in parts for k, v in stages.read_json(part).items()}
+      )
       for part in parts:
         part.unlink()
       kept = set(self._manager.all_steps())
@@ -113,7 +121,10 @@ class Checkpoints:
     """Digests this process's files of the newest save, once, if the save is whole on disk by now."""
     if self._unsealed is None or self._digested or self._manager.is_saving_in_progress():
       return
-    folder, part = self.folder / str(self._unsealed), self._digest_folder / f"{self._unsealed}.part{jax.process_index()}"
+    folder, part = (
+      self.folder / str(self._unsealed),
+      self._digest_folder / f"{self._unsealed}.part{jax.process_index()}",
+    )
     stages.write_json(part, {name: _digest(folder / name) for name in _share(_files(folder))})
     self._digested = True
 
@@ -130,7 +141,9 @@ class Checkpoints:
       UserError: a file of the checkpoint is damaged or missing.
     """
     self.check(step)
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(state)), data=ocp.args.JsonRestore())
+    args = ocp.args.Composite(
+      state=ocp.args.StandardRestore(_abstract(state)), data=ocp.args.JsonRestore()
+    )
     restored = self._manager.restore(step, args=args)
     return restored["state"], restored["data"]["next_row"]
 
@@ -175,7 +188,9 @@ def load_params(folder: epath.PathLike, config: ModelConfig) -> tuple[dict, int]
   checkpoints = Checkpoints(folder, keep=1_000_000)
   step = checkpoints.newest()
   if step is None:
-    raise UserError(f"{folder} has no whole checkpoint yet: run `python -m launch.train` until it saves one.")
+    raise UserError(
+      f"{folder} has no whole checkpoint yet: run `python -m launch.train` until it saves one."
+    )
   params = checkpoints.restore_params(config, step)
   checkpoints.close()
   return params, step

@@ -9,7 +9,10 @@ from cm3leon_jax.models.config import ModelConfig
 # Device kind as JAX names it -> (peak of dense bfloat16 products of one device in FLOP/s, where the number stands).
 # The first entry counts that the kind is, or begins with as a whole word: special ones stand before the general.
 PEAKS = {
-  "TPU v4 lite": (None, "for inference only: no peak is known to us, and it must not pass for a v4"),
+  "TPU v4 lite": (
+    None,
+    "for inference only: no peak is known to us, and it must not pass for a v4",
+  ),
   "TPU v4": (275e12, "docs.cloud.google.com/tpu/docs/v4"),
   "TPU v5 lite": (197e12, "docs.cloud.google.com/tpu/docs/v5e"),
   "TPU v5e": (197e12, "docs.cloud.google.com/tpu/docs/v5e"),
@@ -18,11 +21,26 @@ PEAKS = {
   "TPU v6 lite": (918e12, "docs.cloud.google.com/tpu/docs/v6e"),
   "TPU v6e": (918e12, "docs.cloud.google.com/tpu/docs/v6e"),
   "NVIDIA A100": (312e12, "NVIDIA A100 data sheet: 312 TFLOPS without sparsity"),
-  "NVIDIA H100 PCIe": (756.5e12, "NVIDIA H100 data sheet: 1,513 TFLOPS with sparsity, which doubles it"),
-  "NVIDIA H100 NVL": (835.5e12, "NVIDIA H100 data sheet: 1,671 TFLOPS with sparsity, which doubles it"),
-  "NVIDIA H100": (989.5e12, "NVIDIA H100 data sheet, SXM: 1,979 TFLOPS with sparsity, which doubles it"),
-  "NVIDIA H200 NVL": (835.5e12, "NVIDIA H200 data sheet: 1,671 TFLOPS with sparsity, which doubles it"),
-  "NVIDIA H200": (989.5e12, "NVIDIA H200 data sheet, SXM: 1,979 TFLOPS with sparsity, which doubles it"),
+  "NVIDIA H100 PCIe": (
+    756.5e12,
+    "NVIDIA H100 data sheet: 1,513 TFLOPS with sparsity, which doubles it",
+  ),
+  "NVIDIA H100 NVL": (
+    835.5e12,
+    "NVIDIA H100 data sheet: 1,671 TFLOPS with sparsity, which doubles it",
+  ),
+  "NVIDIA H100": (
+    989.5e12,
+    "NVIDIA H100 data sheet, SXM: 1,979 TFLOPS with sparsity, which doubles it",
+  ),
+  "NVIDIA H200 NVL": (
+    835.5e12,
+    "NVIDIA H200 data sheet: 1,671 TFLOPS with sparsity, which doubles it",
+  ),
+  "NVIDIA H200": (
+    989.5e12,
+    "NVIDIA H200 data sheet, SXM: 1,979 TFLOPS with sparsity, which doubles it",
+  ),
 }
 
 

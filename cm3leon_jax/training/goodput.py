@@ -88,7 +88,10 @@ def goodput(seconds: dict[str, float]) -> float:
 
 def to_line(seconds: dict[str, float]) -> dict[str, float]:
   """Fields of metrics.jsonl: `goodput`, and `step_seconds` and so on."""
-  return {"goodput": round(goodput(seconds), 4), **{f"{name}_seconds": round(value, 3) for name, value in seconds.items()}}
+  return {
+    "goodput": round(goodput(seconds), 4),
+    **{f"{name}_seconds": round(value, 3) for name, value in seconds.items()},
+  }
 
 
 def earlier(lines: list[dict], resumed_at: int) -> dict[str, float]:
@@ -118,5 +121,7 @@ def describe(seconds: dict[str, float]) -> str:
   """
   total = sum(seconds.values())
   share = lambda value: f"{100 * value / max(total, 1e-9):.1f}%"
-  parts = [f"{PHASES[name]} {share(value)}" for name, value in seconds.items() if value > 0.0005 * total]
+  parts = [
+    f"{PHASES[name]} {share(value)}" for name, value in seconds.items() if value > 0.0005 * total
+  ]
   return f"goodput {share(seconds['step'])} of {total:,.0f} s: {', '.join(parts)}"

@@ -33,16 +33,20 @@ def weighted_nll(hidden, table, targets, weights, chunk: int, z_loss: float = 0.
     targets: [B, L] int32.
     weights: [B, L] fp32; no gradient is taken by them.
     chunk: wanted C; the largest divisor of L up to it is taken.
-    z_loss: weight of the squared log of the softmax's normaliser (PaLM, section 5); it keeps logits from drifting.
+    z_loss: weight of the squared log of the softmax's normalizer (PaLM, section 5); it keeps logits from drifting.
 
   Returns:
     The sum, fp32, and nll, [B, L] fp32, nats; only the sum has a gradient.
   """
-  return _value(*_over_mesh(hidden, table, targets, weights, chunk, z_loss, gradients=False)[0], weights, z_loss)
+  return _value(
+    *_over_mesh(hidden, table, targets, weights, chunk, z_loss, gradients=False)[0], weights, z_loss
+  )
 
 
 def _forward(hidden, table, targets, weights, chunk, z_loss):
-  (nll, log_z), gradients = _over_mesh(hidden, table, targets, weights, chunk, z_loss, gradients=True)
+  (nll, log_z), gradients = _over_mesh(
+    hidden, table, targets, weights, chunk, z_loss, gradients=True
+  )
   return _value(nll, log_z, weights, z_loss), gradients
 
 
@@ -61,7 +65,11 @@ def _value(nll, log_z, weights, z_loss):
 def _over_mesh(hidden, table, targets, weights, chunk, z_loss, gradients: bool):
   """nll and log Z, [B, L] each, and the `Gradients` or None: `_on_device` on every device's tokens and rows of the table."""
   C = max(c for c in range(1, min(chunk, hidden.shape[1]) + 1) if hidden.shape[1] % c == 0)
-  tokens, states, rows = spec("batch", "length"), spec("batch", "length", "act"), spec("vocab_stored", None)
+  tokens, states, rows = (
+    spec("batch", "length"),
+    spec("batch", "length", "act"),
+    spec("vocab_stored", None),
+  )
   return jax.shard_map(
     functools.partial(_on_device, C, z_loss, gradients),
     in_specs=(states, rows, tokens, tokens),
@@ -94,14 +102,22 @@ def _on_device(C, z_loss, gradients, hidden, table, targets, weights):
     by_logits = by_logits.astype(h.dtype)
     # XLA:CPU is half again as fast at [d, tokens] x [tokens, v] as at the transpose of it, if the transposed is an array.
     turned = jax.lax.optimization_barrier(h.reshape(-1, h.shape[-1]).T)
-    table_gradient += jnp.matmul(turned, by_logits.reshape(-1, by_logits.shape[-1]), preferred_element_type=jnp.float32)
-    return table_gradient, (nll, log_z, jax.lax.psum(jnp.einsum("bCv,vd->bCd", by_logits, rows), tensor))
+    table_gradient += jnp.matmul(
+      turned, by_logits.reshape(-1, by_logits.shape[-1]), preferred_element_type=jnp.float32
+    )
+    return table_gradient, (
+      nll,
+      log_z,
+      jax.lax.psum(jnp.einsum("bCv,vd->bCd", by_logits, rows), tensor),
+    )
 
   b, L = targets.shape
   split = lambda x: x.reshape(b, L // C, C, *x.shape[2:]).swapaxes(0, 1)
   whole = lambda x: x.swapaxes(0, 1).reshape(b, L, *x.shape[3:])
   first = jnp.broadcast_to(zero, rows.shape[::-1]) if gradients else None
-  by_rows, (nll, log_z, by_hidden) = jax.lax.scan(one, first, (split(hidden), split(targets), split(weights)))
+  by_rows, (nll, log_z, by_hidden) = jax.lax.scan(
+    one, first, (split(hidden), split(targets), split(weights))
+  )
   found = whole(nll), whole(log_z)
   if not gradients:
     return found, None
@@ -109,7 +125,9 @@ def _on_device(C, z_loss, gradients, hidden, table, targets, weights):
   for axis in FSDP:
     by_rows = jax.lax.psum_scatter(by_rows, axis, tiled=True)
   # Nothing else keeps XLA from carrying all rows of the gradient, [v, D] in fp32, through the backward pass of the layers.
-  return found, jax.lax.optimization_barrier(Gradients(whole(by_hidden), jax.lax.psum(by_rows, "data")))
+  return found, jax.lax.optimization_barrier(
+    Gradients(whole(by_hidden), jax.lax.psum(by_rows, "data"))
+  )
 
 
 def batch_nll(model: Transformer, batch, z_loss: float = 0.0):
@@ -128,10 +146,15 @@ def modality_sums(nll, targets, weights, text_size: int) -> dict[str, jax.Array]
   image = (targets >= text_size).astype(weights.dtype)
   parts = {"": weights, "image_": weights * image, "text_": weights * (1 - image)}
   return {
-    f"{name}{kind}": jnp.sum(w * x) for name, w in parts.items() for kind, x in (("nll", nll), ("weight", jnp.ones_like(nll)))
+    f"{name}{kind}": jnp.sum(w * x)
+    for name, w in parts.items()
+    for kind, x in (("nll", nll), ("weight", jnp.ones_like(nll)))
   }
 
 
 def modality_losses(sums) -> dict[str, jax.Array]:
   """Mean nats per target: `loss`, `image_loss`, `text_loss`; 0 where there is no such target."""
-  return {f"{name}loss": sums[f"{name}nll"] / jnp.maximum(sums[f"{name}weight"], 1e-9) for name in ("", "image_", "text_")}
+  return {
+    f"{name}loss": sums[f"{name}nll"] / jnp.maximum(sums[f"{name}weight"], 1e-9)
+    for name in ("", "image_", "text_")
+  }

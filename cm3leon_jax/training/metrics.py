@@ -33,7 +33,9 @@ class MetricsLog:
     self.before = read_metrics(self.path) if enabled else []
     self.replayed, self.identical, self._resumed_at = 0, 0, resumed_at
     old = [] if resumed_at is None else self.before
-    self._expected = {line["step"]: line["loss"] for line in old if line["step"] > resumed_at and "loss" in line}
+    self._expected = {
+      line["step"]: line["loss"] for line in old if line["step"] > resumed_at and "loss" in line
+    }
     self._text = "".join(json.dumps(line) + "\n" for line in old if line["step"] <= resumed_at)
     if resumed_at is not None and not self._expected:
       self._text += self._resume_event(resumed_at)  # Nothing to compare is an outcome too.

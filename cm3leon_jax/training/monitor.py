@@ -19,7 +19,9 @@ from cm3leon_jax.training.profile import Profiler
 from cm3leon_jax.training.tensorboard import TensorBoard, named_histograms
 from cm3leon_jax.training.wandb_run import WandbRun
 
-IDLE_SECONDS = 5e-3  # Metrics that come sooner than this were there already: the device had nothing left to do.
+IDLE_SECONDS = (
+  5e-3  # Metrics that come sooner than this were there already: the device had nothing left to do.
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,10 @@ class Rates:
   def of(self, weight: float, seconds: float) -> dict[str, float]:
     """tokens_per_second of `weight` targets, over all devices, and mfu if there is a peak."""
     mfu = flops.utilisation(self.flops / seconds, self.devices, self.peak)
-    return {"tokens_per_second": round(weight / seconds, 1), **({} if mfu is None else {"mfu": round(mfu, 4)})}
+    return {
+      "tokens_per_second": round(weight / seconds, 1),
+      **({} if mfu is None else {"mfu": round(mfu, 4)}),
+    }
 
 
 def step_line(step: int, steps: int, values: dict, devices: int, left: float | None) -> str:
@@ -95,9 +100,13 @@ class Monitor:
     self._log, self._watch, self._rates, self._schedule = log, watch, rates, schedule
     self._config, self._profiler, self._boards = config, profiler, boards
     self._pending: tuple[int, dict] | None = None
-    self._overlapped: dict[str, float] = {}  # Seconds by phase in which the last step may have been running.
+    self._overlapped: dict[
+      str, float
+    ] = {}  # Seconds by phase in which the last step may have been running.
     self._logged: float | None = None  # Seconds in steps up to the last logged one.
-    self._begin: tuple[int, float] | None = None  # First step that this start logged, and seconds of the loop until then.
+    self._begin: tuple[int, float] | None = (
+      None  # First step that this start logged, and seconds of the loop until then.
+    )
     self._phases = contextlib.ExitStack()
 
   def __enter__(self):
@@ -160,8 +169,12 @@ class Monitor:
   def heldout(self, step: int, losses: dict[str, float]) -> None:
     """Logs the held-out losses of `step`."""
     self._write(step, losses)
-    shown = " ".join(f"{name.removeprefix('heldout_').replace('_loss', '')} {x:.3f}" for name, x in losses.items())
-    self._tell(f"step {step:,}/{self._config.steps:,} | held-out {shown} | goodput {goodput(self._watch.seconds()):.1%}")
+    shown = " ".join(
+      f"{name.removeprefix('heldout_').replace('_loss', '')} {x:.3f}" for name, x in losses.items()
+    )
+    self._tell(
+      f"step {step:,}/{self._config.steps:,} | held-out {shown} | goodput {goodput(self._watch.seconds()):.1%}"
+    )
 
   def samples(self, step: int, sheet) -> None:
     """Shows a grid of samples, a PIL image or None."""
@@ -264,16 +277,28 @@ def open_monitor(
   watch.add({} if newest is None else earlier(log.before, newest))
   devices = jax.sharding.get_mesh().devices
   tokens = config.global_batch_size * sequence_length
-  rates = Rates(flops.model_flops(model, tokens, sequence_length), devices.size, flops.mesh_peak(config.peak_flops))
+  rates = Rates(
+    flops.model_flops(model, tokens, sequence_length),
+    devices.size,
+    flops.mesh_peak(config.peak_flops),
+  )
   boards = open_boards(folder, config, (newest or 0) + 1) if log.enabled else []
   if log.enabled and profile_steps and (newest or 0) >= profile_steps[-1]:
-    print(f"train: the run is at step {newest:,} already, beyond the steps to trace; there will be no trace.", flush=True)
+    print(
+      f"train: the run is at step {newest:,} already, beyond the steps to trace; there will be no trace.",
+      flush=True,
+    )
   if log.enabled:
     kind = devices.flat[0].device_kind
     peak = (
-      f"of {rates.peak / 1e12:,.1f} TFLOP/s each" if rates.peak else "of unknown peak, so no MFU (train.peak_flops sets one)"
+      f"of {rates.peak / 1e12:,.1f} TFLOP/s each"
+      if rates.peak
+      else "of unknown peak, so no MFU (train.peak_flops sets one)"
     )
     print(
-      f"train: {tokens:,} tokens and {rates.flops / 1e12:,.3g} model TFLOPs a step, {devices.size} x {kind} {peak}.", flush=True
+      f"train: {tokens:,} tokens and {rates.flops / 1e12:,.3g} model TFLOPs a step, {devices.size} x {kind} {peak}.",
+      flush=True,
     )
-  return Monitor(log, watch, rates, schedule, config, Profiler(folder / "profile", profile_steps), boards)
+  return Monitor(
+    log, watch, rates, schedule, config, Profiler(folder / "profile", profile_steps), boards
+  )

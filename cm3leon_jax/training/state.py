@@ -31,7 +31,13 @@ def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, key
 
 
 def train_step(
-  config: ModelConfig, optimizer, text_size: int, accumulation_steps: int, state: TrainState, batch, z_loss: float = 0.0
+  config: ModelConfig,
+  optimizer,
+  text_size: int,
+  accumulation_steps: int,
+  state: TrainState,
+  batch,
+  z_loss: float = 0.0,
 ):
   """One update on a global batch.
 
@@ -61,7 +67,9 @@ def train_step(
   if accumulation_steps == 1:
     grads, sums = _fp32(grad_fn(batch))
   else:
-    split = lambda x: x.reshape(-1, accumulation_steps, x.shape[1], out_sharding=spec("batch", None, "length")).swapaxes(0, 1)
+    split = lambda x: x.reshape(
+      -1, accumulation_steps, x.shape[1], out_sharding=spec("batch", None, "length")
+    ).swapaxes(0, 1)
     parts = jax.tree.map(split, batch)
     add = lambda carry, part: (jax.tree.map(jnp.add, carry, _fp32(grad_fn(part))), None)
     first = _fp32(grad_fn(jax.tree.map(lambda x: x[0], parts)))

@@ -11,7 +11,16 @@ import numpy as np
 FOLDER = "tensorboard"
 FLUSH_SECONDS = 30
 BUCKETS = 30  # Of a histogram, between the smallest and the largest value.
-SCALARS = ("loss", "image_loss", "text_loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "goodput")
+SCALARS = (
+  "loss",
+  "image_loss",
+  "text_loss",
+  "grad_norm",
+  "learning_rate",
+  "tokens_per_second",
+  "mfu",
+  "goodput",
+)
 
 
 def curves(values: dict) -> dict[str, float]:
@@ -19,7 +28,11 @@ def curves(values: dict) -> dict[str, float]:
 
   {"loss": 2.5, "weight": 8.0} -> {"train/loss": 2.5}; {"heldout_image_loss": 1.5} -> {"heldout/image_loss": 1.5}
   """
-  heldout = {f"heldout/{k.removeprefix('heldout_')}": x for k, x in values.items() if k.startswith("heldout_")}
+  heldout = {
+    f"heldout/{k.removeprefix('heldout_')}": x
+    for k, x in values.items()
+    if k.startswith("heldout_")
+  }
   return heldout | {f"train/{k}": x for k, x in values.items() if k in SCALARS}
 
 
@@ -39,7 +52,9 @@ class TensorBoard:
     import tensorboardX  # An extra: the project works without it.
 
     if os.fspath(folder).startswith("gs://"):
-      importlib.import_module("google.cloud.storage")  # tensorboardX finds that out too late to say it well.
+      importlib.import_module(
+        "google.cloud.storage"
+      )  # tensorboardX finds that out too late to say it well.
     # A file's name has a resolution of a second, and an existing one would be written over.
     suffix = f".{os.getpid()}.{first_step}"
     self._writer = tensorboardX.SummaryWriter(

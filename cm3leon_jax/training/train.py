@@ -71,7 +71,9 @@ class TrainConfig:
       if field.type is int and field.name != "histogram_every" and getattr(self, field.name) < 1:
         raise ValueError(f"{field.name} is {getattr(self, field.name)}; it must be positive.")
     if self.keep_checkpoints < 2:
-      raise ValueError(f"keep_checkpoints is {self.keep_checkpoints}; a save needs the one before it until it is whole, so 2.")
+      raise ValueError(
+        f"keep_checkpoints is {self.keep_checkpoints}; a save needs the one before it until it is whole, so 2."
+      )
     if self.global_batch_size % self.gradient_accumulation_steps:
       raise ValueError(
         f"gradient_accumulation_steps = {self.gradient_accumulation_steps} does not divide "
@@ -99,16 +101,27 @@ class Steps:
 
 
 def compile_steps(
-  model: ModelConfig, optimizer_config: OptimizerConfig, config: TrainConfig, vocab: VocabLayout, seed: int
+  model: ModelConfig,
+  optimizer_config: OptimizerConfig,
+  config: TrainConfig,
+  vocab: VocabLayout,
+  seed: int,
 ) -> Steps:
   """Builds them for the current mesh; nothing is compiled before the first call. The state is donated."""
   optimizer = create_optimizer(optimizer_config, config.steps)
   step = functools.partial(
-    train_step, model, optimizer, vocab.text_size, config.gradient_accumulation_steps, z_loss=optimizer_config.z_loss
+    train_step,
+    model,
+    optimizer,
+    vocab.text_size,
+    config.gradient_accumulation_steps,
+    z_loss=optimizer_config.z_loss,
   )
   return Steps(
     init=jax.jit(lambda: init_state(model, optimizer, jax.random.key(seed))),
-    train=jax.jit(step, donate_argnums=0, compiler_options=compiler_options(jax.sharding.get_mesh())),
+    train=jax.jit(
+      step, donate_argnums=0, compiler_options=compiler_options(jax.sharding.get_mesh())
+    ),
     evaluate=jax.jit(functools.partial(eval_step, model, vocab.text_size)),
   )
 
@@ -162,7 +175,9 @@ def train(
   else:
     state, next_row = checkpoints.restore(jax.eval_shape(steps.init), newest)
   first = int(state.step)
-  eval_batches = list(itertools.islice(batches(heldout, 0, config.global_batch_size, sharding), config.eval_batches))
+  eval_batches = list(
+    itertools.islice(batches(heldout, 0, config.global_batch_size, sharding), config.eval_batches)
+  )
   data = batches(loader, next_row, config.global_batch_size, sharding)
   schedule = learning_rate_schedule(optimizer_config, config.steps)
   length = loader.plan.config.sequence_length
@@ -174,7 +189,9 @@ def train(
         state, metrics = steps.train(state, monitor.next_batch(data))
       next_row += config.global_batch_size
       monitor.step(step, metrics)
-      stopping = stop.stopping()  # Asked once: a signal that comes later in this step waits for the next.
+      stopping = (
+        stop.stopping()
+      )  # Asked once: a signal that comes later in this step waits for the next.
       last = step == config.steps or stopping
       if step % config.eval_every == 0 or last:
         with monitor.phase("evaluate", step):
@@ -195,10 +212,14 @@ def train(
       checkpoints.close()
   step = int(state.step)
   if step < config.steps:
-    distributed.tell(f"stopped at step {step} of {config.steps}; saved in {folder}: the same command continues.")
+    distributed.tell(
+      f"stopped at step {step} of {config.steps}; saved in {folder}: the same command continues."
+    )
     sys.exit(INTERRUPTED)
   if step > config.steps:
-    distributed.tell(f"train: the run is at step {step} already, beyond train.steps = {config.steps}; nothing was trained.")
+    distributed.tell(
+      f"train: the run is at step {step} already, beyond train.steps = {config.steps}; nothing was trained."
+    )
   return {
     "steps": step,
     "parameters": transformer.count_params(state.params),

@@ -30,13 +30,18 @@ class WandbRun:
     try:
       import wandb  # Not a dependency: only who names a project needs it.
     except ImportError as error:
-      raise UserError(f"config.train.wandb is '{project}', but wandb is not installed: pip install wandb.") from error
+      raise UserError(
+        f"config.train.wandb is '{project}', but wandb is not installed: pip install wandb."
+      ) from error
     path, local = epath.Path(folder) / "wandb.json", "://" not in os.fspath(folder)
     if not path.exists():
       stages.write_json(path, {"id": uuid.uuid4().hex[:8]})
     self._wandb = wandb
     self._run = wandb.init(
-      project=project, id=stages.read_json(path)["id"], resume="allow", dir=os.fspath(folder) if local else None
+      project=project,
+      id=stages.read_json(path)["id"],
+      resume="allow",
+      dir=os.fspath(folder) if local else None,
     )
 
   def scalars(self, step: int, values: dict) -> None:

@@ -49,13 +49,19 @@ def jobset(environment: Mapping[str, str], flags: Sequence[str]) -> dict:
   if not any(re.match("--config=.", flag) for flag in flags):
     raise ValueError("the flag --config=FILE is missing, as in --config=ml_configs/cm3leon_7b.py.")
   if not any(re.match("--workdir=gs://.", flag) for flag in flags):
-    raise ValueError("the flag --workdir=gs://BUCKET/FOLDER is missing: all hosts read and write one workdir.")
+    raise ValueError(
+      "the flag --workdir=gs://BUCKET/FOLDER is missing: all hosts read and write one workdir."
+    )
   topology = environment["TOPOLOGY"]
   if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", topology):
-    raise ValueError(f"TOPOLOGY is '{topology}'; it must be the chips along each axis, as in 16x16 or 4x4x8.")
+    raise ValueError(
+      f"TOPOLOGY is '{topology}'; it must be the chips along each axis, as in 16x16 or 4x4x8."
+    )
   chips, per_host = math.prod(map(int, topology.split("x"))), _number(environment, "CHIPS_PER_HOST")
   if chips % per_host:
-    raise ValueError(f"CHIPS_PER_HOST is {per_host}; it does not divide the {chips} chips of TOPOLOGY={topology}.")
+    raise ValueError(
+      f"CHIPS_PER_HOST is {per_host}; it does not divide the {chips} chips of TOPOLOGY={topology}."
+    )
 
   manifest = yaml.safe_load(MANIFEST.read_text())
   manifest["metadata"]["name"] = environment["NAME"]

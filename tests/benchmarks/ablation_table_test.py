@@ -7,7 +7,10 @@ from benchmarks.ablation_table import Run
 
 LABELS = {"0": "K = 0", "2": "K = 2", "shuffled": "K = 2, shuffled"}
 RESULT = {
-  "heldout": {"drawn_by_others": {"documents": 196, "concepts": 173}, "new": {"documents": 219, "concepts": 71}},
+  "heldout": {
+    "drawn_by_others": {"documents": 196, "concepts": 173},
+    "new": {"documents": 219, "concepts": 71},
+  },
   "conditions": [
     {
       "condition": "0",
@@ -55,7 +58,7 @@ TABLE = """\
 drawn by others: the bank has the concept in another style; 196 drawings, 173 concepts.
 new: the bank has nothing of the concept; 219 drawings, 71 concepts.
 
-| neighbours | seeds | bits per image code, drawn by others | bits per image code, new | \
+| neighbors | seeds | bits per image code, drawn by others | bits per image code, new | \
 bits per caption token, drawn by others | bits per caption token, new | query documents | training (s) |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 | K = 0 | 2 | 4.012 ± 0.021 | 4.200 ± 0.030 | 6.500 ± 0.100 | 7.500 ± 0.100 | 4,800 | 240 |
@@ -69,7 +72,16 @@ bits per caption token, drawn by others | bits per caption token, new | query do
 
 def run(condition, seed, image_bits, codes=4):
   n = len(image_bits)
-  return Run(condition, seed, np.array(image_bits), np.full(n, codes), np.full(n, 6.0), np.full(n, 3), 10, 2.0)
+  return Run(
+    condition,
+    seed,
+    np.array(image_bits),
+    np.full(n, codes),
+    np.full(n, 6.0),
+    np.full(n, 3),
+    10,
+    2.0,
+  )
 
 
 def test_the_table_of_literal_numbers():
@@ -90,7 +102,9 @@ def test_sums_by_concept_are_those_of_the_docstring():
     ((-0.2, -0.1), None, "one seed shows nothing"),
   ],
 )
-def test_only_a_difference_clear_of_zero_over_pictures_and_seeds_shows_something(concepts, seeds, shown):
+def test_only_a_difference_clear_of_zero_over_pictures_and_seeds_shows_something(
+  concepts, seeds, shown
+):
   assert ablation_table.verdict({"concepts": concepts, "seeds": seeds}) == shown
 
 
@@ -106,7 +120,10 @@ def test_summary_of_literal_runs():
     run("2", 0, [7, 11, 20, 20]),
     run("2", 1, [9, 13, 22, 22]),
   ]
-  subsets = {"drawn_by_others": np.array([True, True, False, False]), "new": np.array([False, False, True, True])}
+  subsets = {
+    "drawn_by_others": np.array([True, True, False, False]),
+    "new": np.array([False, False, True, True]),
+  }
   result = ablation_table.summarize(runs, LABELS, subsets, np.array([5, 6, 7, 8]))
   none, two = result["conditions"]  # Nothing of the condition that was not run.
   assert none["bits_per_image_code"]["drawn_by_others"]["values"] == [2.5, 3.0]
@@ -124,7 +141,11 @@ def test_summary_of_literal_runs():
     -0.25,
     [-0.25, -0.25],
   )
-  assert (more["bits"], ablation_table.verdict(fewer), ablation_table.verdict(more)) == (1.0, "fewer bits", "more bits")
+  assert (more["bits"], ablation_table.verdict(fewer), ablation_table.verdict(more)) == (
+    1.0,
+    "fewer bits",
+    "more bits",
+  )
 
 
 def test_differences_are_of_equal_seeds_and_whole_concepts():

@@ -12,7 +12,15 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
 
 VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
-CONFIG = ModelConfig(vocab_size=320, num_layers=3, width=48, num_heads=4, mlp_width=96, max_positions=40, dtype="float32")
+CONFIG = ModelConfig(
+  vocab_size=320,
+  num_layers=3,
+  width=48,
+  num_heads=4,
+  mlp_width=96,
+  max_positions=40,
+  dtype="float32",
+)
 GREEDY = SamplingConfig(top_k=1)
 NEW_TOKENS = 10
 
@@ -52,7 +60,10 @@ def uncached(folder, prompt, guidance):
   found, leads = [], []
   for _ in range(NEW_TOKENS):
     with torch.inference_mode():
-      c, u = (model(torch.tensor([[*p, *found]])).logits[0, -1] for p in (prompt, unconditional_prompt(VOCAB)))
+      c, u = (
+        model(torch.tensor([[*p, *found]])).logits[0, -1]
+        for p in (prompt, unconditional_prompt(VOCAB))
+      )
     top = torch.topk(u + guidance * (c - u), 2)
     found.append(int(top.indices[0]))
     leads.append(float(top.values[0] - top.values[1]))
@@ -73,13 +84,19 @@ def test_loop_equals_an_uncached_model(peers, exported, product):
   assert len(np.unique(found)) > NEW_TOKENS
   # Negative control: guidance matters.
   without = dataclasses.replace(GREEDY, guidance=1.0)
-  assert (peers.torch_loop(tensors, CONFIG, VOCAB, NEW_TOKENS, without, product)(prompts(), 0) != found).any(1).all()
+  assert (
+    (peers.torch_loop(tensors, CONFIG, VOCAB, NEW_TOKENS, without, product)(prompts(), 0) != found)
+    .any(1)
+    .all()
+  )
 
 
 def test_generate_equals_the_loop(peers, exported):
   folder, tensors = exported
   found = peers.transformers_generate(folder, VOCAB, NEW_TOKENS, GREEDY)(prompts(), 0)
-  np.testing.assert_array_equal(found, peers.torch_loop(tensors, CONFIG, VOCAB, NEW_TOKENS, GREEDY)(prompts(), 0))
+  np.testing.assert_array_equal(
+    found, peers.torch_loop(tensors, CONFIG, VOCAB, NEW_TOKENS, GREEDY)(prompts(), 0)
+  )
 
 
 def test_seeds_decide(peers, exported):
@@ -96,4 +113,6 @@ def test_draw_keeps_the_nucleus_of_the_best(peers):
   logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]])).repeat(20_000, 1)
   sampling = SamplingConfig(top_k=3, top_p=0.6, guidance=1.0)
   ids = peers.draw(torch.cat([logits, logits * 0]), sampling, torch.Generator().manual_seed(0))
-  np.testing.assert_allclose(np.bincount(ids, minlength=4) / len(ids), [0, 4 / 7, 0, 3 / 7], atol=0.02)
+  np.testing.assert_allclose(
+    np.bincount(ids, minlength=4) / len(ids), [0, 4 / 7, 0, 3 / 7], atol=0.02
+  )

@@ -23,7 +23,9 @@ def test_code_points_are_those_of_the_docstring():
 
 def test_styles_are_matched_by_code_points_however_their_names_are_written():
   wanted = {code_points(code) for code in ("2764", "1F34E", "00A9")}
-  fluent = drawing_styles.match(FLUENT, ["2764-fe0f.webp", "a9.webp", "readme.md", "1f98a.webp"], wanted)
+  fluent = drawing_styles.match(
+    FLUENT, ["2764-fe0f.webp", "a9.webp", "readme.md", "1f98a.webp"], wanted
+  )
   noto = drawing_styles.match(NOTO, ["2764-fe0f.png", "1f34e.png", "00a9-fe0f.png"], wanted)
   assert fluent == {(0x2764,): "2764-fe0f.webp", (0xA9,): "a9.webp"}
   assert noto == {(0x2764,): "2764-fe0f.png", (0x1F34E,): "1f34e.png", (0xA9,): "00a9-fe0f.png"}
@@ -32,7 +34,9 @@ def test_styles_are_matched_by_code_points_however_their_names_are_written():
 def test_drawings_that_are_not_the_style_s_own_are_left_out():
   names = ["1f1eb-1f1f7", "1f468-200d-1f4bb", "1f4ce", "1f98a"]
   wanted = [code_points(name) for name in names]
-  assert drawing_styles.match(FLUENT, [f"{name}.webp" for name in names], wanted) == {FOX: "1f98a.webp"}
+  assert drawing_styles.match(FLUENT, [f"{name}.webp" for name in names], wanted) == {
+    FOX: "1f98a.webp"
+  }
   assert len(drawing_styles.match(NOTO, [f"{name}.png" for name in names], wanted)) == 4
 
 
@@ -52,14 +56,25 @@ def test_shares_of_the_concepts_held_out_are_as_stated():
 
 
 def test_what_only_one_style_has_is_never_held_out():
-  assert all(drawing_styles.split_of(f"concept {i}", "openmoji", {"openmoji"}) == "train" for i in range(500))
+  assert all(
+    drawing_styles.split_of(f"concept {i}", "openmoji", {"openmoji"}) == "train" for i in range(500)
+  )
 
 
-def test_pairs_know_style_concept_and_licence():
+def test_pairs_know_style_concept_and_license():
   drawings = {APPLE: openmoji.Drawing("1F34E", "apple.svg", "red apple", "red apple")}
-  found = {"openmoji": {APPLE: "openmoji/1F34E.png"}, "noto": {APPLE: "noto/img/google/64/1f34e.png"}}
-  ours, noto = (make_record(RawPair, fields, "test") for fields in drawing_styles.make_pairs(found, drawings))
-  assert (ours.key, ours.group, ours.license) == ("openmoji/1F34E", "openmoji/red apple", "CC-BY-SA-4.0")
+  found = {
+    "openmoji": {APPLE: "openmoji/1F34E.png"},
+    "noto": {APPLE: "noto/img/google/64/1f34e.png"},
+  }
+  ours, noto = (
+    make_record(RawPair, fields, "test") for fields in drawing_styles.make_pairs(found, drawings)
+  )
+  assert (ours.key, ours.group, ours.license) == (
+    "openmoji/1F34E",
+    "openmoji/red apple",
+    "CC-BY-SA-4.0",
+  )
   assert (noto.key, noto.group, noto.license) == ("noto/1F34E", "noto/red apple", "Apache-2.0")
   assert ours.caption == noto.caption == ours.concept == noto.concept == "red apple"
   assert noto.source == "https://www.npmjs.com/package/emoji-datasource-google/v/16.0.0"
@@ -69,7 +84,8 @@ def test_pairs_know_style_concept_and_licence():
 def test_without_npm_the_message_says_what_is_missing(tmp_path, monkeypatch):
   monkeypatch.setattr(drawing_styles.shutil, "which", lambda name: None)
   with pytest.raises(
-    drawing_styles.Skipped, match=r"npm is not installed.*'fluent'.*@lobehub/fluent-emoji-3d: install Node.js"
+    drawing_styles.Skipped,
+    match=r"npm is not installed.*'fluent'.*@lobehub/fluent-emoji-3d: install Node.js",
   ):
     drawing_styles.fetch(FLUENT, tmp_path / "fluent")
 
@@ -79,7 +95,9 @@ def fake_npm(monkeypatch, run):
   monkeypatch.setattr(drawing_styles.subprocess, "run", run)
 
 
-def test_a_package_is_fetched_once_and_only_its_drawings_and_licence_are_unpacked(tmp_path, monkeypatch):
+def test_a_package_is_fetched_once_and_only_its_drawings_and_license_are_unpacked(
+  tmp_path, monkeypatch
+):
   calls = []
 
   def run(command, cwd, **_):
@@ -100,7 +118,9 @@ def test_a_package_is_fetched_once_and_only_its_drawings_and_licence_are_unpacke
 
 
 def test_a_package_that_cannot_be_fetched_is_told_with_npm_s_own_words(tmp_path, monkeypatch):
-  fake_npm(monkeypatch, lambda command, **_: subprocess.CompletedProcess(command, 1, "", "npm error 404"))
+  fake_npm(
+    monkeypatch, lambda command, **_: subprocess.CompletedProcess(command, 1, "", "npm error 404")
+  )
   with pytest.raises(UserError, match="npm error 404"):
     drawing_styles.fetch(NOTO, tmp_path / "noto")
   assert not (tmp_path / "noto").exists()

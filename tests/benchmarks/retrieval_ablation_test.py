@@ -13,7 +13,10 @@ from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.vocab import VocabLayout
 
 VOCAB = VocabLayout(num_special=8, text_size=272, image_size=16)
-TRAIN, HELDOUT = np.repeat(np.arange(12), 2), np.array([3, 3, 7, 12, 13, 13])  # Concepts; 12 and 13 are not in train.
+TRAIN, HELDOUT = (
+  np.repeat(np.arange(12), 2),
+  np.array([3, 3, 7, 12, 13, 13]),
+)  # Concepts; 12 and 13 are not in train.
 
 
 def write_neighbors(folder, rng):
@@ -35,7 +38,9 @@ def corpus():
 
 
 def test_a_held_out_document_is_drawn_by_others_or_new(corpus):
-  np.testing.assert_array_equal(corpus.subsets["drawn_by_others"], [True, True, True, False, False, False])
+  np.testing.assert_array_equal(
+    corpus.subsets["drawn_by_others"], [True, True, True, False, False, False]
+  )
   np.testing.assert_array_equal(corpus.subsets["new"], ~corpus.subsets["drawn_by_others"])
 
 
@@ -52,19 +57,27 @@ def test_shuffling_gives_every_document_the_candidates_of_another_and_never_its_
 
 
 def test_shuffling_of_literals():
-  order = retrieval_ablation.shuffled_order(np.array([7, 8, 9]), np.array([[7], [8], [9]]), np.random.default_rng(0))
+  order = retrieval_ablation.shuffled_order(
+    np.array([7, 8, 9]), np.array([[7], [8], [9]]), np.random.default_rng(0)
+  )
   assert order.tolist() in ([1, 2, 0], [2, 0, 1])
 
 
 def test_what_cannot_be_shuffled_is_told():
   with pytest.raises(UserError, match="3 documents cannot be shuffled"):
-    retrieval_ablation.shuffled_order(np.zeros(3, int), np.zeros((3, 1), int), np.random.default_rng(0))
+    retrieval_ablation.shuffled_order(
+      np.zeros(3, int), np.zeros((3, 1), int), np.random.default_rng(0)
+    )
 
 
-def test_the_control_has_the_same_neighbours_of_other_documents(tmp_path, corpus):
+def test_the_control_has_the_same_neighbors_of_other_documents(tmp_path, corpus):
   write_neighbors(tmp_path / "true", np.random.default_rng(1))
   retrieval_ablation.shuffle_neighbors(tmp_path / "true", tmp_path / "shuffled", corpus, seed=0)
-  for name, text_only in (("train_pairs", False), ("heldout_pairs", False), ("heldout_pairs", True)):
+  for name, text_only in (
+    ("train_pairs", False),
+    ("heldout_pairs", False),
+    ("heldout_pairs", True),
+  ):
     (ids, scores), (shuffled_ids, shuffled_scores) = (
       [load_neighbors(tmp_path / folder, name, text_only, array) for array in ("ids", "scores")]
       for folder in ("true", "shuffled")
@@ -72,13 +85,15 @@ def test_the_control_has_the_same_neighbours_of_other_documents(tmp_path, corpus
     whole = lambda ids, scores: sorted(map(tuple, np.concatenate([ids, scores], axis=1).tolist()))
     assert whole(ids, scores) == whole(shuffled_ids, shuffled_scores)
     assert not (scores == shuffled_scores).all(1).any()
-  true, shuffled = (retrieval_ablation.own_concept_share(tmp_path / name, corpus) for name in ("true", "shuffled"))
+  true, shuffled = (
+    retrieval_ablation.own_concept_share(tmp_path / name, corpus) for name in ("true", "shuffled")
+  )
   assert true["heldout_first"] == 1
   assert true["train_candidates"] > 0.25
   assert set(shuffled.values()) == {0}
 
 
-def test_the_control_is_another_stage_than_the_true_neighbours_for_every_seed(tmp_path, corpus):
+def test_the_control_is_another_stage_than_the_true_neighbors_for_every_seed(tmp_path, corpus):
   write_neighbors(tmp_path / "true", np.random.default_rng(1))
   ids, first = [stages.require(tmp_path / "true", "build_neighbors")["id"]], []
   for seed in (0, 1):
@@ -90,10 +105,14 @@ def test_the_control_is_another_stage_than_the_true_neighbours_for_every_seed(tm
 
 
 def test_documents_know_their_concept_by_their_key(tmp_path):
-  pairs = [{"key": f"style/{i}", "concept": concept} for i, concept in enumerate(("fox", "apple", "fox"))]
+  pairs = [
+    {"key": f"style/{i}", "concept": concept} for i, concept in enumerate(("fox", "apple", "fox"))
+  ]
   image = Segment(True, VOCAB.image_ids(np.arange(4)))
   for split, keys in (("train", ("style/2", "style/1")), ("heldout", ("style/0",))):
-    documents = [Document(key, (Segment(False, np.array([9], np.int32)), image), "s", "l", "a") for key in keys]
+    documents = [
+      Document(key, (Segment(False, np.array([9], np.int32)), image), "s", "l", "a") for key in keys
+    ]
     write_documents(tmp_path / "documents" / f"{split}_pairs", documents, VOCAB)
   corpus = retrieval_ablation.open_corpus(tmp_path, VOCAB, pairs)
   assert isinstance(corpus.train, DocumentStore)
@@ -105,12 +124,19 @@ def test_every_condition_has_checked_settings_of_equal_rows(tmp_path):
   for condition in retrieval_ablation.CONDITIONS.values():
     overrides = ablation.overrides(**{"data.num_neighbors": condition.num_neighbors, "seed": 2})
     settings = ablation.settings(overrides)
-    assert (settings.seed, settings.data.num_neighbors, settings.train.steps) == (2, condition.num_neighbors, 30)
-    sample, row = (1 + condition.num_neighbors) * (settings.vqgan.image_tokens + 10), settings.data.sequence_length
+    assert (settings.seed, settings.data.num_neighbors, settings.train.steps) == (
+      2,
+      condition.num_neighbors,
+      30,
+    )
+    sample, row = (
+      (1 + condition.num_neighbors) * (settings.vqgan.image_tokens + 10),
+      settings.data.sequence_length,
+    )
     assert row // sample * sample > 0.93 * row
 
 
-def test_the_control_is_made_once_and_anew_only_for_new_neighbours(tmp_path, corpus):
+def test_the_control_is_made_once_and_anew_only_for_new_neighbors(tmp_path, corpus):
   def shuffled():
     retrieval_ablation.shuffle_neighbors(tmp_path / "true", tmp_path / "shuffled", corpus, seed=0)
     return load_neighbors(tmp_path / "shuffled", "train_pairs")

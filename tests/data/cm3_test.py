@@ -45,7 +45,10 @@ def test_no_span_is_the_identity():
 
 
 samples = st.tuples(
-  st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(0, 8), st.booleans(), st.integers(0, 2**32 - 1)
+  st.lists(st.integers(1, 12), min_size=1, max_size=6),
+  st.integers(0, 8),
+  st.booleans(),
+  st.integers(0, 2**32 - 1),
 )
 
 

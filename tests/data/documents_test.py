@@ -48,7 +48,15 @@ def same(a, b):
 texts = st.lists(st.integers(8, 299), min_size=1, max_size=20).map(lambda ids: text(*ids))
 images = st.lists(st.integers(300, 315), min_size=1, max_size=20).map(lambda ids: image(*ids))
 words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=8)
-documents = st.builds(Document, words, st.lists(texts | images, min_size=1, max_size=5).map(tuple), words, words, words, words)
+documents = st.builds(
+  Document,
+  words,
+  st.lists(texts | images, min_size=1, max_size=5).map(tuple),
+  words,
+  words,
+  words,
+  words,
+)
 
 
 @given(documents)
@@ -138,7 +146,9 @@ def test_group_ids():
 
 
 def test_valid_shards_are_counted(tmp_path):
-  write_documents(tmp_path, [document("a", text(9, 10)), document("b", text(9), image(300, 301))], VOCAB)
+  write_documents(
+    tmp_path, [document("a", text(9, 10)), document("b", text(9), image(300, 301))], VOCAB
+  )
   assert validate_shard(tmp_path, "000000", VOCAB) == {"documents": 2, "segments": 3, "tokens": 5}
 
 
@@ -149,7 +159,10 @@ def flip(path, position):
 
 
 def test_a_flipped_bit_is_told_or_harmless(tmp_path):
-  originals = [document("a", text(*range(9, 200)), group="g"), document("b", text(9), image(300, 301))]
+  originals = [
+    document("a", text(*range(9, 200)), group="g"),
+    document("b", text(9), image(300, 301)),
+  ]
   write_documents(tmp_path, originals, VOCAB)
   records, told = tmp_path / "000000.array_record", 0
   used = [i for i, byte in enumerate(records.read_bytes()) if byte]  # The rest is padding.
@@ -172,13 +185,24 @@ def test_a_flipped_bit_is_told_or_harmless(tmp_path):
   ("others", "message"),
   [
     ([document("a", text(9), group="g")], "holds 2 documents, 000000.npz beside it 1"),
-    ([document("a", text(9, 9), group="g"), document("b", text(9))], r"record 0 \('a'\) has other lengths"),
-    ([document("a", text(9), group="g"), document("b", image(300))], r"record 1 \('b'\) has other lengths"),
-    ([document("a", text(9), group="h"), document("b", text(9))], r"record 0 \('a'\) has another group"),
+    (
+      [document("a", text(9, 9), group="g"), document("b", text(9))],
+      r"record 0 \('a'\) has other lengths",
+    ),
+    (
+      [document("a", text(9), group="g"), document("b", image(300))],
+      r"record 1 \('b'\) has other lengths",
+    ),
+    (
+      [document("a", text(9), group="h"), document("b", text(9))],
+      r"record 0 \('a'\) has another group",
+    ),
   ],
 )
 def test_lengths_of_other_documents_are_told(tmp_path, others, message):
-  write_documents(tmp_path / "one", [document("a", text(9), group="g"), document("b", text(9))], VOCAB)
+  write_documents(
+    tmp_path / "one", [document("a", text(9), group="g"), document("b", text(9))], VOCAB
+  )
   write_documents(tmp_path / "other", others, VOCAB)
   (tmp_path / "other" / "000000.npz").replace(tmp_path / "one" / "000000.npz")
   with pytest.raises(UserError, match=message):

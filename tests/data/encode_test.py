@@ -14,7 +14,7 @@ from cm3leon_jax.tokenizers.text import TextTokenizer, TextTokenizerConfig, trai
 from cm3leon_jax.vocab import VocabLayout
 
 VOCAB = VocabLayout(num_special=8, text_size=280, image_size=16)
-CAPTIONS = [f"a {color} square </s>" for color in ("red", "green", "blue", "grey", "white")]
+CAPTIONS = [f"a {color} square </s>" for color in ("red", "green", "blue", "gray", "white")]
 
 
 class BrightnessTokenizer:
@@ -39,8 +39,12 @@ def raw(tmp_path):
     Image.fromarray(pixels).save(source / f"{i}.png")
     split = "heldout" if i % 4 == 0 else "train"
     about = {"source": "s", "license": "CC0-1.0", "attribution": "a", "group": f"g{i // 2}"}
-    pairs.append({"key": f"k{i}", "image": f"{i}.png", "caption": CAPTIONS[i % 5], "split": split, **about})
-  texts = [{"key": f"t{i}", "text": f"Text {i} about a red square.", "split": "train"} for i in range(3)]
+    pairs.append(
+      {"key": f"k{i}", "image": f"{i}.png", "caption": CAPTIONS[i % 5], "split": split, **about}
+    )
+  texts = [
+    {"key": f"t{i}", "text": f"Text {i} about a red square.", "split": "train"} for i in range(3)
+  ]
   segments = [{"image": "0.png"}, {"text": "between"}, {"image": "5.png"}]
   pages = [{"key": "page", "segments": segments, "split": "train", "group": "g"}]
   for name, records in (("pairs", pairs), ("texts", texts), ("interleaved", pages)):
@@ -58,14 +62,19 @@ def text_tokenizer(tmp_path):
 
 def encode(raw, text_tokenizer, folder, levels=16, max_caption_tokens=512, batch_size=4):
   load = lambda: (text_tokenizer, BrightnessTokenizer(levels))
-  return encode_documents(EncodeJob(str(raw), str(folder), load, VOCAB, 8, max_caption_tokens, batch_size), {}, Runner())
+  return encode_documents(
+    EncodeJob(str(raw), str(folder), load, VOCAB, 8, max_caption_tokens, batch_size), {}, Runner()
+  )
 
 
 def test_document_i_is_pair_i(raw, text_tokenizer, tmp_path):
   summary = encode(raw, text_tokenizer, tmp_path)
   image_tokenizer = BrightnessTokenizer(16)
   for split in SPLITS:
-    store, pairs = DocumentStore(tmp_path / f"{split}_pairs", VOCAB), raw_pairs.read_pairs(raw, split)
+    store, pairs = (
+      DocumentStore(tmp_path / f"{split}_pairs", VOCAB),
+      raw_pairs.read_pairs(raw, split),
+    )
     assert len(store) == len(pairs) == summary[split]["pairs"]
     for i, pair in enumerate(pairs):
       document = store[i]
@@ -105,9 +114,13 @@ def test_interleaved_documents_keep_their_order(raw, text_tokenizer, tmp_path):
 
 
 def test_the_outcome_does_not_depend_on_the_batch_size(raw, text_tokenizer, tmp_path):
-  assert encode(raw, text_tokenizer, tmp_path / "a", batch_size=1) == encode(raw, text_tokenizer, tmp_path / "b", batch_size=64)
+  assert encode(raw, text_tokenizer, tmp_path / "a", batch_size=1) == encode(
+    raw, text_tokenizer, tmp_path / "b", batch_size=64
+  )
   a, b = (DocumentStore(tmp_path / name / "train_pairs", VOCAB) for name in "ab")
-  assert all(a[i].segments[1].tokens.tolist() == b[i].segments[1].tokens.tolist() for i in range(len(a)))
+  assert all(
+    a[i].segments[1].tokens.tolist() == b[i].segments[1].tokens.tolist() for i in range(len(a))
+  )
 
 
 def test_long_captions_lose_their_end(raw, text_tokenizer, tmp_path):
@@ -115,7 +128,10 @@ def test_long_captions_lose_their_end(raw, text_tokenizer, tmp_path):
   cut = encode(raw, text_tokenizer, tmp_path / "cut", max_caption_tokens=3)["train"]
   assert whole["longest_caption"] == cut["longest_caption"] > 3
   assert (cut["captions_cut"], cut["caption_tokens"]) == (15, 45)
-  a, b = (DocumentStore(tmp_path / name / "train_pairs", VOCAB)[0].segments[0].tokens for name in ("whole", "cut"))
+  a, b = (
+    DocumentStore(tmp_path / name / "train_pairs", VOCAB)[0].segments[0].tokens
+    for name in ("whole", "cut")
+  )
   assert b.tolist() == a[:3].tolist()
 
 
@@ -134,7 +150,16 @@ def test_nothing_to_train_on_is_told(raw, text_tokenizer, tmp_path):
 
 @pytest.mark.parametrize(
   ("counts", "used", "bits", "perplexity"),
-  [([2, 2, 0, 0], 2, 1.0, 2.0), ([5, 0], 1, 0.0, 1.0), ([3] * 8, 8, 3.0, 8.0), ([0, 0], 0, 0.0, 1.0)],
+  [
+    ([2, 2, 0, 0], 2, 1.0, 2.0),
+    ([5, 0], 1, 0.0, 1.0),
+    ([3] * 8, 8, 3.0, 8.0),
+    ([0, 0], 0, 0.0, 1.0),
+  ],
 )
 def test_code_usage_literals(counts, used, bits, perplexity):
-  assert code_usage(np.array(counts)) == {"codes_used": used, "code_entropy_bits": bits, "code_perplexity": perplexity}
+  assert code_usage(np.array(counts)) == {
+    "codes_used": used,
+    "code_entropy_bits": bits,
+    "code_perplexity": perplexity,
+  }

@@ -26,9 +26,15 @@ def source(tmp_path):
   folder = tmp_path / "source"
   folder.mkdir()
   (folder / "red.png").write_bytes(png(RED))
-  lines = [json.dumps({"key": f"k{i}", "image": "red.png", "caption": f"red number {i}", "width": 4}) for i in range(40)]
+  lines = [
+    json.dumps({"key": f"k{i}", "image": "red.png", "caption": f"red number {i}", "width": 4})
+    for i in range(40)
+  ]
   (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
-  texts = [{"key": "t0", "text": "Some text.", "license": "MIT"}, {"key": "t1", "text": "More.", "split": "heldout"}]
+  texts = [
+    {"key": "t0", "text": "Some text.", "license": "MIT"},
+    {"key": "t1", "text": "More.", "split": "heldout"},
+  ]
   (folder / "texts.jsonl").write_text("".join(json.dumps(t) + "\n\n" for t in texts))
   return folder
 
@@ -45,7 +51,17 @@ def prepare(source, tmp_path, **kwargs):
 
 
 def test_a_folder_of_ones_own(source, tmp_path):
-  replace_line(source, 0, {"key": "own", "image": "red.png", "caption": "ein Ärmel", "split": "heldout", "license": "CC0-1.0"})
+  replace_line(
+    source,
+    0,
+    {
+      "key": "own",
+      "image": "red.png",
+      "caption": "ein Ärmel",
+      "split": "heldout",
+      "license": "CC0-1.0",
+    },
+  )
   summary, out = prepare(source, tmp_path, heldout_fraction=0.3)
   train, heldout = (raw_pairs.read_pairs(out, split) for split in SPLITS)
   assert len(train) + len(heldout) == 40
@@ -81,13 +97,28 @@ def test_texts_are_optional(source, tmp_path):
     ([1], r"line 3 is list; every line must be one JSON object"),
     ({"key": "x", "image": "red.png"}, r"line 3, key 'x' has no field 'caption'"),
     ({"image": "red.png", "caption": "a"}, r"line 3 has no field 'key'"),
-    ({"key": "x", "image": "red.png", "caption": " "}, r"line 3, key 'x': field 'caption' is empty"),
-    ({"key": "x", "image": "red.png", "caption": 7}, r"line 3, key 'x': field 'caption' is 7; it must be a string"),
-    ({"key": "x", "image": "red.png", "caption": "\ud83d"}, r"line 3, key 'x': field 'caption' holds half of a surrogate pair"),
+    (
+      {"key": "x", "image": "red.png", "caption": " "},
+      r"line 3, key 'x': field 'caption' is empty",
+    ),
+    (
+      {"key": "x", "image": "red.png", "caption": 7},
+      r"line 3, key 'x': field 'caption' is 7; it must be a string",
+    ),
+    (
+      {"key": "x", "image": "red.png", "caption": "\ud83d"},
+      r"line 3, key 'x': field 'caption' holds half of a surrogate pair",
+    ),
     ({"key": "k0", "image": "red.png", "caption": "a"}, r"key 'k0' of .* stands there twice"),
-    ({"key": "x", "image": "red.png", "caption": "a", "split": "test"}, r"split is 'test'; it must be 'train' or 'heldout'"),
+    (
+      {"key": "x", "image": "red.png", "caption": "a", "split": "test"},
+      r"split is 'test'; it must be 'train' or 'heldout'",
+    ),
     ({"key": "x", "image": "no.png", "caption": "a"}, r"key 'x': image 'no.png' does not exist"),
-    ({"key": "x", "image": "pairs.jsonl", "caption": "a"}, r"key 'x': image .*pairs.jsonl cannot be read"),
+    (
+      {"key": "x", "image": "pairs.jsonl", "caption": "a"},
+      r"key 'x': image .*pairs.jsonl cannot be read",
+    ),
   ],
 )
 def test_a_wrong_record_ends_in_one_sentence(source, tmp_path, line, message):
@@ -106,17 +137,25 @@ def test_a_few_wrong_records_are_left_out_and_listed(source, tmp_path):
   assert (summary["rejected_malformed_record"], summary["rejected_unreadable_image"]) == (1, 1)
   assert summary["train_pairs"] + summary["heldout_pairs"] == 38
   rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
-  assert [(r["key"], r["reason"]) for r in rejected] == [("", "malformed_record"), ("y", "unreadable_image")]
+  assert [(r["key"], r["reason"]) for r in rejected] == [
+    ("", "malformed_record"),
+    ("y", "unreadable_image"),
+  ]
   assert rejected[0]["file"].endswith("pairs.jsonl")
-  with pytest.raises(UserError, match=r"2 of 42 records .*\(malformed_record 1, unreadable_image 1\), more than .* 4.0%"):
+  with pytest.raises(
+    UserError,
+    match=r"2 of 42 records .*\(malformed_record 1, unreadable_image 1\), more than .* 4.0%",
+  ):
     prepare(source, tmp_path, max_rejected=0.04)
   assert len((out / "rejected.jsonl").read_text().splitlines()) == 2
 
 
-def test_records_are_chosen_by_licence(source, tmp_path):
+def test_records_are_chosen_by_license(source, tmp_path):
   replace_line(source, 0, {"key": "free", "image": "red.png", "caption": "a", "license": "CC0-1.0"})
   replace_line(source, 1, {"key": "other", "image": "red.png", "caption": "a", "license": "secret"})
-  summary, out = prepare(source, tmp_path, licenses=("CC0-1.0", "MIT"), default_license="MIT", default_attribution="us")
+  summary, out = prepare(
+    source, tmp_path, licenses=("CC0-1.0", "MIT"), default_license="MIT", default_attribution="us"
+  )
   records = [r for split in SPLITS for r in raw_pairs.read_pairs(out, split)]
   assert summary["other_licenses"] == 1
   assert {r.license for r in records if r.key != "free"} == {"MIT"}
@@ -128,8 +167,22 @@ def test_records_are_chosen_by_licence(source, tmp_path):
 
 def test_origins_are_counted(source, tmp_path, monkeypatch):
   for i in range(4):
-    replace_line(source, i, {"key": f"a{i}", "image": "red.png", "caption": "a", "license": "CC0-1.0", "attribution": "Ada"})
-  replace_line(source, 4, {"key": "b", "image": "red.png", "caption": "a", "license": "CC0-1.0", "attribution": "Bob"})
+    replace_line(
+      source,
+      i,
+      {
+        "key": f"a{i}",
+        "image": "red.png",
+        "caption": "a",
+        "license": "CC0-1.0",
+        "attribution": "Ada",
+      },
+    )
+  replace_line(
+    source,
+    4,
+    {"key": "b", "image": "red.png", "caption": "a", "license": "CC0-1.0", "attribution": "Bob"},
+  )
   _, out = prepare(source, tmp_path)
   origins = raw_pairs.read_index(out)["origins"]
   named = lambda kind, license, attribution, records: {
@@ -143,7 +196,10 @@ def test_origins_are_counted(source, tmp_path, monkeypatch):
 
 
 def test_long_captions_are_rejected(source, tmp_path):
-  with pytest.raises(UserError, match=r"40 of 42 records are wrong \(long_caption 40\).*key 'k0': the caption has 12 char"):
+  with pytest.raises(
+    UserError,
+    match=r"40 of 42 records are wrong \(long_caption 40\).*key 'k0': the caption has 12 char",
+  ):
     prepare(source, tmp_path, max_caption_characters=11)
 
 
@@ -161,7 +217,9 @@ def test_interleaved_documents_keep_their_order(source, tmp_path):
   assert (page.key, page.license) == ("page", "MIT")
   assert [next(iter(s)) for s in page.segments] == ["text", "image", "image", "text"]
   assert [s["text"] for s in page.segments if "text" in s] == ["One.", "Two."]
-  colors = [raw_pairs.load_image(s["image"], 8)[0, 0].tolist() for s in page.segments if "image" in s]
+  colors = [
+    raw_pairs.load_image(s["image"], 8)[0, 0].tolist() for s in page.segments if "image" in s
+  ]
   assert colors == [list(BLUE), list(RED)]
   again, _ = prepare(out, tmp_path / "again")
   assert again == summary
@@ -195,7 +253,14 @@ def test_every_file_is_a_shard_and_new_files_add_shards(tmp_path, monkeypatch):
   write_text_files(tmp_path / "in", "ab")
   summary, out = prepare(tmp_path / "in", tmp_path)
   assert (summary["shards"], summary["train_texts"]) == (2, 6)
-  assert [t.text for t in raw_pairs.read_texts(out, "train")] == ["a 0", "a 1", "a 2", "b 0", "b 1", "b 2"]
+  assert [t.text for t in raw_pairs.read_texts(out, "train")] == [
+    "a 0",
+    "a 1",
+    "a 2",
+    "b 0",
+    "b 1",
+    "b 2",
+  ]
   written = []
   write = ingest._write
   count = lambda config, folder, *args: written.append(folder.name) or write(config, folder, *args)

@@ -9,7 +9,11 @@ from cm3leon_jax.data import openmoji
   [
     ("1F600", "grinning face", "grinning face"),
     ("1F469-1F3FE-200D-1F373", "woman cook medium dark skin tone", "person cook"),
-    ("1FAF1-1F3FB-200D-1FAF2-1F3FE", "handshake light skin tone medium dark skin tone", "handshake"),
+    (
+      "1FAF1-1F3FB-200D-1FAF2-1F3FE",
+      "handshake light skin tone medium dark skin tone",
+      "handshake",
+    ),
     ("1F1F3-1F1F1", "flag of Netherlands", "flag of Netherlands"),
     ("1F3F4-E0067-E0062-E0065-E006E-E0067-E007F", "flag of England", "flag of England"),
     ("1FAD9-200D-1F7E5", "jar, red square", "jar, red square"),

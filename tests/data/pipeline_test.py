@@ -7,7 +7,15 @@ import pytest
 
 from cm3leon_jax.data.cm3 import undo_cm3_mask
 from cm3leon_jax.data.documents import Document, Segment
-from cm3leon_jax.data.pipeline import RowLoader, batches, build_sample, join, local_rows, pack_row, rows_of_samples
+from cm3leon_jax.data.pipeline import (
+  RowLoader,
+  batches,
+  build_sample,
+  join,
+  local_rows,
+  pack_row,
+  rows_of_samples,
+)
 from cm3leon_jax.data.plan import RowPlan, SamplePlan
 from cm3leon_jax.mesh import MeshConfig, create_mesh, spec
 from tests.data.stores import VOCAB, make_plan, make_sources
@@ -17,7 +25,9 @@ EOS, BRK, EOSS, MASK, PAD = VOCAB.eos, VOCAB.brk, VOCAB.eoss, VOCAB.mask(0), VOC
 
 def pair(caption, codes):
   ids = lambda x: np.array(x, np.int32)
-  return Document("k", (Segment(False, ids(caption)), Segment(True, VOCAB.image_ids(codes))), "s", "l", "a")
+  return Document(
+    "k", (Segment(False, ids(caption)), Segment(True, VOCAB.image_ids(codes))), "s", "l", "a"
+  )
 
 
 DOCUMENT, NEIGHBOR = pair([40, 41], [5, 6]), pair([50], [7, 8])
@@ -42,8 +52,10 @@ def test_weights_follow_tokens_through_the_mask():
   np.testing.assert_array_equal(weights, np.float32([0, *[0.1] * 5, *[1] * 9]))
 
 
-def test_infill_in_a_neighbour_keeps_the_neighbours_weight():
-  tokens, weights = build_sample(DOCUMENT, [NEIGHBOR], SamplePlan((0,), False, ((1, 2),), 15), VOCAB, 0.5)
+def test_infill_in_a_neighbor_keeps_the_neighbors_weight():
+  tokens, weights = build_sample(
+    DOCUMENT, [NEIGHBOR], SamplePlan((0,), False, ((1, 2),), 15), VOCAB, 0.5
+  )
   assert tokens[12:].tolist() == [MASK, 50, EOSS]
   assert weights[12:].tolist() == [1, 0.5, 1]
 
@@ -59,7 +71,10 @@ def test_a_changed_store_is_noticed():
 
 
 def test_pack_row_literal():
-  samples = [(np.array([EOS, 40, EOS]), np.float32([0, 1, 1])), (np.array([EOS, MASK, BRK, 517]), np.float32([0, 0, 0, 1]))]
+  samples = [
+    (np.array([EOS, 40, EOS]), np.float32([0, 1, 1])),
+    (np.array([EOS, MASK, BRK, 517]), np.float32([0, 0, 0, 1])),
+  ]
   row = pack_row(samples, 7, PAD)
   assert row["inputs"].tolist() == [EOS, 40, EOS, MASK, BRK, PAD, PAD]
   assert row["targets"].tolist() == [40, EOS, MASK, BRK, 517, PAD, PAD]
@@ -107,7 +122,10 @@ def test_batches_are_the_rows_on_any_mesh(loader, shape):
 
 def test_every_infill_of_a_row_is_whole(tmp_path):
   """Undoing the mask works on every packed sample with spans, and leaves no sentinel."""
-  loader = RowLoader(make_plan(make_sources(tmp_path), mean_spans=3.0, condition_dropout=0.0, sequence_length=100), VOCAB)
+  loader = RowLoader(
+    make_plan(make_sources(tmp_path), mean_spans=3.0, condition_dropout=0.0, sequence_length=100),
+    VOCAB,
+  )
   undone = 0
   for i in range(150):
     row = loader[i]
@@ -124,7 +142,10 @@ def test_every_infill_of_a_row_is_whole(tmp_path):
 
 def test_continuing_at_a_row_gives_what_would_have_come(loader):
   sharding = NamedSharding(create_mesh(MeshConfig()), spec("batch", "length"))
-  whole, continued = take(batches(loader, 0, 8, sharding), 3), take(batches(loader, 16, 8, sharding), 1)
+  whole, continued = (
+    take(batches(loader, 0, 8, sharding), 3),
+    take(batches(loader, 16, 8, sharding), 1),
+  )
   np.testing.assert_array_equal(whole[2]["inputs"], continued[0]["inputs"])
   assert not np.array_equal(whole[1]["inputs"], continued[0]["inputs"])
 
@@ -134,7 +155,7 @@ def test_local_rows_of_a_replicated_axis_are_read_once():
   assert local_rows(sharding, (8, 128)) == list(range(8))
 
 
-def test_neighbour_weight_reaches_the_rows(tmp_path):
+def test_neighbor_weight_reaches_the_rows(tmp_path):
   sources = make_sources(tmp_path)
   plan = make_plan(sources, neighbor_loss_weight=0.25, text_share=0.3)
   values = {float(w) for i in range(20) for w in RowLoader(plan, VOCAB)[i]["loss_weights"]}
@@ -164,7 +185,10 @@ def test_a_pass_visits_every_unit_once_whatever_hosts_read_it(tmp_path, phases):
       hosts = phases[j * len(phases) // batches_in_all]
       config = make_plan(sources).config
       path = tmp_path / "plan.jsonl"
-      plans = [RowPlan(sources, config, VOCAB.num_masks, 0, path, write_starts=host == 0) for host in range(hosts)]
+      plans = [
+        RowPlan(sources, config, VOCAB.num_masks, 0, path, write_starts=host == 0)
+        for host in range(hosts)
+      ]
     for host, plan in enumerate(plans):
       for r in local_rows(HostSharding(sharding, host, hosts), (8, config.sequence_length)):
         read.append(8 * j + r)
@@ -172,4 +196,6 @@ def test_a_pass_visits_every_unit_once_whatever_hosts_read_it(tmp_path, phases):
   assert sorted(read) == list(range(8 * batches_in_all))
   assert set(placed.values()) == {1}
   for source, units in enumerate(plans[0].units):
-    assert {unit for s, pass_, unit in placed if (s, pass_) == (source, 0)} == set(range(len(units)))
+    assert {unit for s, pass_, unit in placed if (s, pass_) == (source, 0)} == set(
+      range(len(units))
+    )

@@ -13,7 +13,15 @@ from benchmarks.data import LengthStore, made_up_sources
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.cm3 import OVERHEAD
 from cm3leon_jax.data.pipeline import RowLoader
-from cm3leon_jax.data.plan import DataConfig, RowPlan, Source, Units, joined_length, pack_best_fit, plan_sample
+from cm3leon_jax.data.plan import (
+  DataConfig,
+  RowPlan,
+  Source,
+  Units,
+  joined_length,
+  pack_best_fit,
+  plan_sample,
+)
 from cm3leon_jax.data.plan_statistics import describe, plan_statistics, room_for_neighbors
 from tests.data.stores import IMAGE_TOKENS, VOCAB, make_plan, make_sources
 
@@ -41,12 +49,19 @@ def test_packing_fills_rows():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 40), st.lists(st.integers(1, 30), max_size=4), st.integers(20, 120))
+@given(
+  st.integers(0, 2**31),
+  st.integers(1, 40),
+  st.lists(st.integers(1, 30), max_size=4),
+  st.integers(20, 120),
+)
 def test_a_sample_never_exceeds_the_row(seed, caption, neighbor_captions, length):
   config = DataConfig(sequence_length=length, mean_spans=3.0)
   candidates = [np.array([n, IMAGE_TOKENS]) for n in neighbor_captions]
   document = np.array([caption, IMAGE_TOKENS])
-  plan = plan_sample(document, np.array([False, True]), candidates, np.random.default_rng(seed), config, 27)
+  plan = plan_sample(
+    document, np.array([False, True]), candidates, np.random.default_rng(seed), config, 27
+  )
   assert plan.length <= length + 1
   if not plan.dropped and plan.length <= length:
     joined = [n for i in plan.neighbors for n in candidates[i]] + document.tolist()
@@ -56,7 +71,7 @@ def test_a_sample_never_exceeds_the_row(seed, caption, neighbor_captions, length
     assert joined_length(joined) + OVERHEAD * len(plan.spans) <= length + 1
 
 
-def test_neighbours_go_before_spans_and_spans_before_the_tail():
+def test_neighbors_go_before_spans_and_spans_before_the_tail():
   whole = {"neighbor_dropout": 0.0, "condition_dropout": 0.0, "mean_spans": 50.0}
   plan = lambda length: plan_sample(
     np.array([4, 16]), np.array([False, True]), [np.array([4, 16])] * 2, np.random.default_rng(1),
@@ -72,7 +87,9 @@ def test_neighbours_go_before_spans_and_spans_before_the_tail():
 
 def draw(num_candidates, seed, **fields):
   """The plan of a pair with `num_candidates` candidates, without drops and spans."""
-  config = DataConfig(**{"neighbor_dropout": 0.0, "condition_dropout": 0.0, "mean_spans": 0.0, **fields})
+  config = DataConfig(
+    **{"neighbor_dropout": 0.0, "condition_dropout": 0.0, "mean_spans": 0.0, **fields}
+  )
   rng = np.random.default_rng(seed)
   return plan_sample([4, 16], [False, True], [[4, 16]] * num_candidates, rng, config, 27)
 
@@ -86,30 +103,47 @@ def test_fixed_draws_k_of_all_candidates_in_every_order():
 
 
 def test_paper_draws_three_of_the_first_four_candidates_in_every_order():
-  counts = Counter(draw(6, seed, neighbor_sampling="paper", num_neighbors=3).neighbors for seed in range(1_000))
+  counts = Counter(
+    draw(6, seed, neighbor_sampling="paper", num_neighbors=3).neighbors for seed in range(1_000)
+  )
   assert set(counts) == set(itertools.permutations(range(4), 3))
   assert min(counts.values()) > 15  # 42 are expected of each.
 
 
 def test_uniform_draws_any_number_up_to_k():
-  counts = Counter(len(draw(4, seed, neighbor_sampling="uniform").neighbors) for seed in range(1_500))
+  counts = Counter(
+    len(draw(4, seed, neighbor_sampling="uniform").neighbors) for seed in range(1_500)
+  )
   assert set(counts) == {0, 1, 2}
   assert all(abs(n - 500) < 70 for n in counts.values())
 
 
 def test_fewer_candidates_than_wanted_are_used_and_counted():
-  for fields, kept, missing in (({}, 1, 1), ({}, 0, 2), ({"neighbor_sampling": "paper", "num_neighbors": 3}, 2, 1)):
+  for fields, kept, missing in (
+    ({}, 1, 1),
+    ({}, 0, 2),
+    ({"neighbor_sampling": "paper", "num_neighbors": 3}, 2, 1),
+  ):
     plan = draw(kept, 0, **fields)
-    assert (sorted(plan.neighbors), plan.missing, plan.crowded_out) == (list(range(kept)), missing, 0)
-  assert sum(draw(1, seed, neighbor_sampling="uniform").missing for seed in range(300)) == pytest.approx(100, abs=25)
+    assert (sorted(plan.neighbors), plan.missing, plan.crowded_out) == (
+      list(range(kept)),
+      missing,
+      0,
+    )
+  assert sum(
+    draw(1, seed, neighbor_sampling="uniform").missing for seed in range(300)
+  ) == pytest.approx(100, abs=25)
 
 
-def test_neighbours_without_room_are_left_out_and_counted():
+def test_neighbors_without_room_are_left_out_and_counted():
   plan = draw(4, 0, neighbor_sampling="paper", num_neighbors=3, sequence_length=66)
   assert (len(plan.neighbors), plan.missing, plan.crowded_out) == (2, 0, 1)
 
 
-@pytest.mark.parametrize("fields", [{}, {"neighbor_sampling": "uniform"}, {"neighbor_sampling": "paper", "num_neighbors": 3}])
+@pytest.mark.parametrize(
+  "fields",
+  [{}, {"neighbor_sampling": "uniform"}, {"neighbor_sampling": "paper", "num_neighbors": 3}],
+)
 def test_what_is_drawn_follows_from_seed_source_pass_and_unit(sources, fields):
   plan = make_plan(sources, sequence_length=256, **fields)
   drawn = [plan.plan(0, pass_, unit) for pass_ in (0, 1) for unit in range(50)]
@@ -117,20 +151,25 @@ def test_what_is_drawn_follows_from_seed_source_pass_and_unit(sources, fields):
   backwards = [again.plan(0, pass_, unit) for pass_ in (1, 0) for unit in reversed(range(50))]
   assert backwards[::-1] == drawn
   assert drawn[:50] != drawn[50:]
-  assert [make_plan(sources, seed=1, sequence_length=256, **fields).plan(0, 0, unit) for unit in range(50)] != drawn[:50]
+  assert [
+    make_plan(sources, seed=1, sequence_length=256, **fields).plan(0, 0, unit) for unit in range(50)
+  ] != drawn[:50]
 
 
-def test_heldout_rows_have_k_neighbours_where_training_draws_their_number():
+def test_heldout_rows_have_k_neighbors_where_training_draws_their_number():
   assert DataConfig(neighbor_sampling="uniform").without_augmentation().neighbor_sampling == "fixed"
-  assert DataConfig(neighbor_sampling="paper", num_neighbors=3).without_augmentation().neighbor_sampling == "paper"
+  assert (
+    DataConfig(neighbor_sampling="paper", num_neighbors=3).without_augmentation().neighbor_sampling
+    == "paper"
+  )
 
 
-def test_neighbours_that_typically_never_fit_are_told():
+def test_neighbors_that_typically_never_fit_are_told():
   paper = DataConfig(neighbor_sampling="paper", num_neighbors=3)
   pairs, _ = made_up_sources(2_000, 1_024)
   assert room_for_neighbors(pairs, paper) == (
-    "3 neighbours of typically 1,050 tokens and a document of 1,050 never fit 4,096 slots: "
-    "whole neighbours are left out, so that 2 remain."
+    "3 neighbors of typically 1,050 tokens and a document of 1,050 never fit 4,096 slots: "
+    "whole neighbors are left out, so that 2 remain."
   )
   assert room_for_neighbors(pairs, DataConfig(num_neighbors=2)) == ""
   assert room_for_neighbors(made_up_sources(2_000, 256)[0], paper) == ""
@@ -170,7 +209,9 @@ def test_a_pass_holds_every_document_once(sources):
   assert set(counts.values()) == {1}
   for source in (0, 1):
     for pass_ in range(2):
-      assert {u for s, p, u in counts if (s, p) == (source, pass_)} == set(range(len(plan.units[source])))
+      assert {u for s, p, u in counts if (s, p) == (source, pass_)} == set(
+        range(len(plan.units[source]))
+      )
 
 
 def test_long_texts_are_cut_into_pieces_that_cover_them(sources):
@@ -187,7 +228,10 @@ def test_long_texts_are_cut_into_pieces_that_cover_them(sources):
 def store_of(documents) -> LengthStore:
   """documents: (length, is_image) of each segment of each."""
   segments = [s for document in documents for s in document]
-  lengths, is_image = np.array([n for n, _ in segments], np.int32), np.array([i for _, i in segments], bool)
+  lengths, is_image = (
+    np.array([n for n, _ in segments], np.int32),
+    np.array([i for _, i in segments], bool),
+  )
   return LengthStore(np.cumsum([0, *map(len, documents)]), lengths, is_image)
 
 
@@ -203,14 +247,22 @@ def test_units_are_whole_documents_and_pieces_of_single_texts(documents, length)
     single_text = len(document) == 1 and not document[0][1]
     starts = range(0, document[0][0], length - 1) if single_text else [0]
     expected += [
-      (i, start, [min(document[0][0] - start, length - 1)] if single_text else [n for n, _ in document]) for start in starts
+      (
+        i,
+        start,
+        [min(document[0][0] - start, length - 1)] if single_text else [n for n, _ in document],
+      )
+      for start in starts
     ]
   assert [(*units.locate(u), units.lengths(store, u)[0]) for u in range(len(units))] == expected
 
 
 def test_units_that_are_not_cut_take_no_memory():
   store = store_of([[(50, False), (16, True)]] * 1_000 + [[(99, False)]])
-  assert sum(array.size for array in vars(Units(store, 100)).values() if isinstance(array, np.ndarray)) == 0
+  assert (
+    sum(array.size for array in vars(Units(store, 100)).values() if isinstance(array, np.ndarray))
+    == 0
+  )
 
 
 def test_a_plan_reads_read_only_memory_maps(sources, tmp_path):
@@ -219,7 +271,9 @@ def test_a_plan_reads_read_only_memory_maps(sources, tmp_path):
     arrays = {name: getattr(source.store, name) for name in ("offsets", "lengths", "is_image")}
     for name, array in arrays.items():
       np.save(tmp_path / f"{name}{i}.npy", array)
-    stores.append(LengthStore(*[np.load(tmp_path / f"{name}{i}.npy", mmap_mode="r") for name in arrays]))
+    stores.append(
+      LengthStore(*[np.load(tmp_path / f"{name}{i}.npy", mmap_mode="r") for name in arrays])
+    )
   pairs, texts = stores
   mapped = make_plan([Source(pairs, 0.7, sources[0].neighbors, pairs), Source(texts, 0.3)])
   plan = make_plan(sources)
@@ -248,12 +302,18 @@ def test_loader_and_planner_agree_on_every_length(sources):
 def planned(monkeypatch):
   """The windows that any RowPlan plans, in order."""
   windows, plan_window = [], RowPlan._plan_window
-  monkeypatch.setattr(RowPlan, "_plan_window", lambda self, window: (windows.append(window), plan_window(self, window)))
+  monkeypatch.setattr(
+    RowPlan,
+    "_plan_window",
+    lambda self, window: (windows.append(window), plan_window(self, window)),
+  )
   return windows
 
 
 def plan_with_starts(sources, path, seed=0, writes=True) -> RowPlan:
-  return RowPlan(sources, DataConfig(sequence_length=128, pack_window=64), VOCAB.num_masks, seed, path, writes)
+  return RowPlan(
+    sources, DataConfig(sequence_length=128, pack_window=64), VOCAB.num_masks, seed, path, writes
+  )
 
 
 def test_known_starts_leave_one_window_to_plan(sources, tmp_path, planned):
@@ -295,16 +355,20 @@ def test_a_last_line_cut_short_costs_its_window(sources, tmp_path, planned, cut)
   assert path.read_text() == whole
 
 
-@pytest.mark.parametrize("other", ["seed", "neighbours", "config", "nonsense"])
-def test_starts_of_another_plan_count_for_nothing_and_are_replaced(sources, tmp_path, planned, other):
+@pytest.mark.parametrize("other", ["seed", "neighbors", "config", "nonsense"])
+def test_starts_of_another_plan_count_for_nothing_and_are_replaced(
+  sources, tmp_path, planned, other
+):
   path, pairs = tmp_path / "plan.jsonl", sources[0]
   if other == "nonsense":
     path.write_text("half a line")
   elif other == "config":
     config = DataConfig(sequence_length=128, pack_window=64, mean_spans=2.0)
     RowPlan(sources, config, VOCAB.num_masks, 0, path, True).window(4)
-  elif other == "neighbours":
-    plan_with_starts([Source(pairs.store, pairs.share, pairs.neighbors[::-1], pairs.bank), sources[1]], path).window(4)
+  elif other == "neighbors":
+    plan_with_starts(
+      [Source(pairs.store, pairs.share, pairs.neighbors[::-1], pairs.bank), sources[1]], path
+    ).window(4)
   else:
     plan_with_starts(sources, path, seed=1).window(4)
   planned.clear()
@@ -323,12 +387,17 @@ def test_in_a_bucket_starts_are_written_anew_now_and_then(sources, tmp_path, pla
     modes.append(mode)
     return original(here(path), mode)
 
-  moved = {name: lambda f, a, *b, **kw: f(here(a), *map(here, b), **kw) for name in ("exists", "mkdir", "makedirs", "replace")}
+  moved = {
+    name: lambda f, a, *b, **kw: f(here(a), *map(here, b), **kw)
+    for name in ("exists", "mkdir", "makedirs", "replace")
+  }
   with epath_testing.mock_epath(open=opened, **moved):
     plan_with_starts(sources, "gs://bucket/plan.jsonl").window(40)
     assert len((tmp_path / "plan.jsonl").read_text().splitlines()) == 1 + 32
     planned.clear()
-    assert plan_with_starts(sources, "gs://bucket/plan.jsonl").window(35) == make_plan(sources).window(35)
+    assert plan_with_starts(sources, "gs://bucket/plan.jsonl").window(35) == make_plan(
+      sources
+    ).window(35)
   assert planned[:4] == [32, 33, 34, 35]
   assert set(modes) == {"w", "r"}
 
@@ -352,7 +421,9 @@ def test_the_default_mixture_fills_rows(codes, least):
 
 
 def test_pairs_alone_do_not_fill_rows():
-  plan = RowPlan(made_up_sources(20_000, 1_024, text_share=0.0), DataConfig(pack_window=2_048), 27, 0)
+  plan = RowPlan(
+    made_up_sources(20_000, 1_024, text_share=0.0), DataConfig(pack_window=2_048), 27, 0
+  )
   assert 0.7 < plan_statistics(plan)["fill"] < 0.9
 
 
@@ -371,17 +442,27 @@ def test_statistics_count_what_the_rows_hold(sources):
   assert counted["neighbors_crowded_out"] > 0
   assert f"{len(rows)} rows, {counted['fill']:.1%} of slots filled" in describe(counted)
   few = Source(sources[0].store, 0.7, sources[0].neighbors[:, :1], sources[0].bank)
-  assert plan_statistics(make_plan([few, sources[1]]), windows=20)["too_few_candidates"] == pytest.approx(0.81, abs=0.06)
+  assert plan_statistics(make_plan([few, sources[1]]), windows=20)[
+    "too_few_candidates"
+  ] == pytest.approx(0.81, abs=0.06)
 
 
 @pytest.mark.parametrize(
-  ("field", "value"), [("text_share", 1.5), ("sequence_length", 1), ("num_neighbors", -1), ("neighbor_sampling", "four")]
+  ("field", "value"),
+  [
+    ("text_share", 1.5),
+    ("sequence_length", 1),
+    ("num_neighbors", -1),
+    ("neighbor_sampling", "four"),
+  ],
 )
 def test_config_names_the_field_out_of_range(field, value):
   with pytest.raises(ValueError, match=field):
     DataConfig(**{field: value})
 
 
-def test_paper_sampling_wants_three_neighbours():
-  with pytest.raises(ValueError, match=r"draws 3 of 4 candidates, and num_neighbors is 2; set num_neighbors=3"):
+def test_paper_sampling_wants_three_neighbors():
+  with pytest.raises(
+    ValueError, match=r"draws 3 of 4 candidates, and num_neighbors is 2; set num_neighbors=3"
+  ):
     DataConfig(neighbor_sampling="paper")

@@ -25,8 +25,15 @@ def write_raw(folder, pairs, images, num_shards=1):
     for kind in KINDS:
       (folder / name / f"{kind}.jsonl").write_text("".join(lines) if kind == "pairs" else "")
     counts = {f"{split}_{kind}": 0 for split in SPLITS for kind in KINDS}
-    counts |= {f"{split}_pairs": sum(pair["split"] == split for pair in pairs[part]) for split in SPLITS}
+    counts |= {
+      f"{split}_pairs": sum(pair["split"] == split for pair in pairs[part]) for split in SPLITS
+    }
     index[name] = {**counts, "digest": hashlib.sha256("".join(lines).encode()).hexdigest()}
-  origin = lambda pair: {field: pair.get(field, "") for field in ("source", "license", "attribution")}
+  origin = lambda pair: {
+    field: pair.get(field, "") for field in ("source", "license", "attribution")
+  }
   origins = [{"kind": "pairs", **origin(pair), "records": 1} for pair in pairs]
-  stages.write_json(folder / raw_pairs.INDEX, {"schema_version": raw_pairs.SCHEMA_VERSION, "origins": origins, "shards": index})
+  stages.write_json(
+    folder / raw_pairs.INDEX,
+    {"schema_version": raw_pairs.SCHEMA_VERSION, "origins": origins, "shards": index},
+  )

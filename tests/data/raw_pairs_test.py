@@ -20,11 +20,13 @@ def test_load_image_scales_crops_and_puts_on_white(tmp_path):
   wide = Image.new("RGB", (24, 8), RED)
   wide.paste(BLUE, (8, 0, 16, 8))
   wide.save(tmp_path / "wide.png")
-  assert (raw_pairs.load_image(tmp_path / "wide.png", 8) == np.array(BLUE, np.uint8)[None, None]).all()
+  assert (
+    raw_pairs.load_image(tmp_path / "wide.png", 8) == np.array(BLUE, np.uint8)[None, None]
+  ).all()
   (tmp_path / "clear.png").write_bytes(png((0, 0, 0, 0), mode="RGBA"))
   assert (raw_pairs.load_image(tmp_path / "clear.png", 4) == 255).all()
-  (tmp_path / "grey.png").write_bytes(png(7, mode="L"))
-  assert (raw_pairs.load_image(tmp_path / "grey.png", 4) == 7).all()
+  (tmp_path / "gray.png").write_bytes(png(7, mode="L"))
+  assert (raw_pairs.load_image(tmp_path / "gray.png", 4) == 7).all()
 
 
 def test_load_image_names_a_broken_file(tmp_path):

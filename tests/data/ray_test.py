@@ -55,15 +55,24 @@ def raw(tmp_path):
   images = np.random.default_rng(0).integers(0, 255, (24, 16, 16, 3), np.uint8)
   images[13, 0, 0] = 255  # In the fourth of six shards.
   split = lambda i: "heldout" if i % 4 == 3 else "train"
-  pairs = [{"key": f"k{i}", "caption": chr(97 + i) * 3, "group": f"g{i // 2}", "split": split(i)} for i in range(24)]
+  pairs = [
+    {"key": f"k{i}", "caption": chr(97 + i) * 3, "group": f"g{i // 2}", "split": split(i)}
+    for i in range(24)
+  ]
   write_raw(tmp_path / "raw", pairs, images, SHARDS)
   return tmp_path / "raw"
 
 
 def files(folder):
   kinds = (".array_record", ".npz", ".npy")
-  found = [p for p in folder.rglob("*") if p.is_file() and (p.suffix in kinds or "c" in p.relative_to(folder).parts)]
-  return {str(p.relative_to(folder)): p.read_bytes() for p in found if not p.name.endswith(".__lock")}
+  found = [
+    p
+    for p in folder.rglob("*")
+    if p.is_file() and (p.suffix in kinds or "c" in p.relative_to(folder).parts)
+  ]
+  return {
+    str(p.relative_to(folder)): p.read_bytes() for p in found if not p.name.endswith(".__lock")
+  }
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own.
@@ -78,13 +87,17 @@ def test_documents_of_a_killed_worker_are_there_once_and_the_same(raw, tmp_path,
   assert ray == local
   assert files(tmp_path / "ray") == files(tmp_path / "local")
   assert len(files(tmp_path / "local")) > SHARDS
-  stores = [DocumentStore(tmp_path / "ray" / f"{split}_pairs", VOCAB) for split in ("train", "heldout")]
-  assert sorted(store[i].key for store in stores for i in range(len(store))) == sorted(f"k{i}" for i in range(24))
+  stores = [
+    DocumentStore(tmp_path / "ray" / f"{split}_pairs", VOCAB) for split in ("train", "heldout")
+  ]
+  assert sorted(store[i].key for store in stores for i in range(len(store))) == sorted(
+    f"k{i}" for i in range(24)
+  )
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_neighbours_found_by_ray_are_the_same(raw, tmp_path, ray_address):
+def test_neighbors_found_by_ray_are_the_same(raw, tmp_path, ray_address):
   for name, runner in (("local", Runner()), ("ray", Runner("ray", ray_address, workers=2))):
     job = bank.EmbedJob(str(raw), str(tmp_path / name), tiny_clip, 0.2, 0, {})
     neighbors.build_neighbors(CONFIG, job, WIDTH, {}, runner)

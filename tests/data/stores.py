@@ -13,18 +13,31 @@ IMAGE_TOKENS = 16
 def make_sources(folder, num_pairs=50, num_texts=30, text_share=0.3, seed=0) -> list[Source]:
   """Pairs with 4 random candidates each, and texts of up to 300 tokens."""
   rng = np.random.default_rng(seed)
-  text = lambda n: Segment(False, rng.integers(VOCAB.num_special, VOCAB.text_size, n).astype(np.int32))
+  text = lambda n: Segment(
+    False, rng.integers(VOCAB.num_special, VOCAB.text_size, n).astype(np.int32)
+  )
   image = lambda: Segment(True, VOCAB.image_ids(rng.integers(0, VOCAB.image_size, IMAGE_TOKENS)))
   origin = {"source": "test", "license": "CC0-1.0", "attribution": "nobody"}
-  pairs = (Document(f"p{i}", (text(rng.integers(2, 9)), image()), group=f"g{i}", **origin) for i in range(num_pairs))
+  pairs = (
+    Document(f"p{i}", (text(rng.integers(2, 9)), image()), group=f"g{i}", **origin)
+    for i in range(num_pairs)
+  )
   texts = (Document(f"t{i}", (text(rng.integers(2, 300)),), **origin) for i in range(num_texts))
   write_documents(folder / "pairs", pairs, VOCAB)
   write_documents(folder / "texts", texts, VOCAB)
   store = DocumentStore(folder / "pairs", VOCAB)
   neighbors = np.stack([rng.permutation(num_pairs)[:4] for _ in range(num_pairs)]).astype(np.int32)
   neighbors[::7, 2:] = -1
-  return [Source(store, 1 - text_share, neighbors, store), Source(DocumentStore(folder / "texts", VOCAB), text_share)]
+  return [
+    Source(store, 1 - text_share, neighbors, store),
+    Source(DocumentStore(folder / "texts", VOCAB), text_share),
+  ]
 
 
 def make_plan(sources, seed=0, **fields) -> RowPlan:
-  return RowPlan(sources, DataConfig(**{"sequence_length": 128, "pack_window": 64, **fields}), VOCAB.num_masks, seed)
+  return RowPlan(
+    sources,
+    DataConfig(**{"sequence_length": 128, "pack_window": 64, **fields}),
+    VOCAB.num_masks,
+    seed,
+  )

@@ -49,7 +49,9 @@ def test_shared_prefixes(prompts, lengths):
 # Few letters and beginnings, so that much is shared.
 beginnings = st.sampled_from([[], [5, 6], [5, 6, 7], [5, 6, 7, 8, 9], [5, 6, 7, 8, 1, 1]])
 some_prompts = st.lists(
-  st.builds(lambda a, b: [*a, *b], beginnings, st.lists(st.integers(1, 3), min_size=1, max_size=6)), min_size=1, max_size=9
+  st.builds(lambda a, b: [*a, *b], beginnings, st.lists(st.integers(1, 3), min_size=1, max_size=6)),
+  min_size=1,
+  max_size=9,
 )
 
 
@@ -70,7 +72,11 @@ def test_every_row_can_be_put_together(rows, multiple):
   for row, prompt in enumerate(rows):
     u = made.row[row]
     rest = made.rests[0][u][made.rests[1][u]].tolist()
-    first = [] if made.prefixes is None else made.prefixes[0][made.prefix_of[u]][made.prefixes[1][made.prefix_of[u]]].tolist()
+    first = (
+      []
+      if made.prefixes is None
+      else made.prefixes[0][made.prefix_of[u]][made.prefixes[1][made.prefix_of[u]]].tolist()
+    )
     assert [*first, *rest, made.last[row]] == prompt
     assert len(first) == 0 or len(first) >= batch.SHARED
   # What is read in all is no more than without sharing, and each prefix serves several prompts.
@@ -92,7 +98,9 @@ def test_equal_prompts_are_read_once():
 def test_a_stream_of_short_prompts_needs_few_slots():
   """Two streams; a prompt with a shared beginning, whose slots are the first, needs all."""
   short, other = [7, 8], [1, 2, 3, 4, 5, 6, 7, 8, 9]
-  made = batch.prompt_arrays([np.array(p, np.int32) for p in (other, short, other[:6], short)], PAD, 1)
+  made = batch.prompt_arrays(
+    [np.array(p, np.int32) for p in (other, short, other[:6], short)], PAD, 1
+  )
   assert made.prefixes is not None
   assert made.slots == 12
   assert batch.stream_widths(made, 2) == (12, 4)

@@ -11,7 +11,9 @@ from cm3leon_jax.models.attention import masked_attention
 from tests.models.tiny import CONFIG, mesh_of
 
 R, T, N, H = 2, 6, CONFIG.num_heads, CONFIG.head_dim
-INT8_ERROR = 0.02  # Of the largest entry of a result: keys and values are off by at most 1/254 of theirs.
+INT8_ERROR = (
+  0.02  # Of the largest entry of a result: keys and values are off by at most 1/254 of theirs.
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +45,12 @@ def test_attention_over_the_cache_is_attention_over_what_was_written(qkv):
   expected = np.asarray(masked_attention(q, k, v, causal()))
   np.testing.assert_allclose(filled(k, v).attend(q, causal()), expected, atol=1e-5)
   # Control: a slot that was not written shows.
-  assert np.abs(np.asarray(filled(k, v).write(2, 0 * k[:, :1], v[:, :1]).attend(q, causal())) - expected).max() > 0.1
+  assert (
+    np.abs(
+      np.asarray(filled(k, v).write(2, 0 * k[:, :1], v[:, :1]).attend(q, causal())) - expected
+    ).max()
+    > 0.1
+  )
 
 
 def test_rows_are_copied_and_slots_added_at_the_end(qkv):
@@ -65,7 +72,9 @@ def test_int8_is_near(qkv):
   expected = np.asarray(masked_attention(q, k, v, causal()))
   layer = filled(k, v, dtype="int8")
   assert layer.keys.dtype == jnp.int8
-  error = lambda layer: np.abs(np.asarray(layer.attend(q, causal())) - expected).max() / np.abs(expected).max()
+  error = lambda layer: (
+    np.abs(np.asarray(layer.attend(q, causal())) - expected).max() / np.abs(expected).max()
+  )
   assert 0 < error(layer) < INT8_ERROR
   # Controls: six bits instead of eight, and the scales of other tokens.
   fewer = layer._replace(keys=layer.keys // 4 * 4, values=layer.values // 4 * 4)

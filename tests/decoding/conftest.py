@@ -4,8 +4,8 @@ from etils import epath
 import jax
 import pytest
 
+from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.decoding import draw
-from cm3leon_jax.retrieval import clip as clip_lib
 from cm3leon_jax.tokenizers import text
 from tests.data.stores import VOCAB
 from tests.decoding.run import SETTINGS, make_run
@@ -27,4 +27,9 @@ def form(workdir):
 @pytest.fixture(scope="session")
 def clip(workdir):
   params = clip_lib.init_params(SETTINGS.clip, VOCAB.text_size, jax.random.key(0))
-  return clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, params, text.TextTokenizer(workdir / "text_tokenizer", VOCAB).encode)
+  return clip_lib.CLIP(
+    SETTINGS.clip,
+    VOCAB.text_size,
+    params,
+    text.TextTokenizer(workdir / "text_tokenizer", VOCAB).encode,
+  )

@@ -19,7 +19,11 @@ INT8_ERROR = 0.03  # Of the largest logit; measured: weights 0.017 and 0.021, ca
 
 
 # Compiling is most of the time: not optimized.
-@functools.partial(jax.jit, static_argnames=("config", "cache_dtype"), compiler_options={"xla_backend_optimization_level": 0})
+@functools.partial(
+  jax.jit,
+  static_argnames=("config", "cache_dtype"),
+  compiler_options={"xla_backend_optimization_level": 0},
+)
 def cached_logits(weights, prompts, ids, config, cache_dtype="compute"):
   """Logits [R, STEPS, V] of each column of the head, after each row's prompt and each of ids [R, STEPS - 1]."""
   cache, seen, lengths = decode.prefill(config, weights.params, prompts, cache_dtype)
@@ -30,7 +34,10 @@ def cached_logits(weights, prompts, ids, config, cache_dtype="compute"):
 
   def step(carry, token):
     cache, seen, t = carry
-    seen, layers = jax.lax.dynamic_update_slice(seen, jnp.ones_like(seen[:, :1]), (0, filled + t)), list(cache)
+    seen, layers = (
+      jax.lax.dynamic_update_slice(seen, jnp.ones_like(seen[:, :1]), (0, filled + t)),
+      list(cache),
+    )
 
     def attend(i, q, k, v):
       layers[i] = layers[i].write(filled + t, k, v)
@@ -46,7 +53,9 @@ def cached_logits(weights, prompts, ids, config, cache_dtype="compute"):
 def example():
   """(prompts of unequal rows, ids that follow each)."""
   rows = [request.streams[0] for request in guided_requests()]
-  ids = VOCAB.image_ids(np.random.default_rng(0).integers(0, VOCAB.image_size, (len(rows), STEPS - 1)))
+  ids = VOCAB.image_ids(
+    np.random.default_rng(0).integers(0, VOCAB.image_size, (len(rows), STEPS - 1))
+  )
   return rows, ids
 
 
@@ -61,7 +70,9 @@ def test_cached_equals_uncached(family, shared, monkeypatch):
   with on_mesh():
     params = random_params(config)
     weights = weights_lib.prepare(params, config=config, vocab=VOCAB)
-    out = np.asarray(cached_logits(weights, prompts, ids, config))[..., np.argsort(weights_lib.head_ids(VOCAB))]
+    out = np.asarray(cached_logits(weights, prompts, ids, config))[
+      ..., np.argsort(weights_lib.head_ids(VOCAB))
+    ]
     for row, prompt in enumerate(rows):
       expected = full_logits(config, params, np.concatenate([prompt, ids[row]]))[len(prompt) - 1 :]
       assert np.abs(expected).max() > 1
@@ -97,5 +108,7 @@ def test_int8_is_near(family):
 def test_a_sampler_compiles_for_its_candidates():
   sampling = decode.SamplingConfig(top_k=5, text_top_k=9, contrastive_k=3)
   assert decode.Sampler.of(sampling) == (5, 9, 0)
-  assert decode.Sampler.of(decode.SamplingConfig(method="mixture", top_k=5, text_top_k=0, contrastive_k=3)) == (5, 0, 3)
+  assert decode.Sampler.of(
+    decode.SamplingConfig(method="mixture", top_k=5, text_top_k=0, contrastive_k=3)
+  ) == (5, 0, 3)
   assert IMAGE > 5

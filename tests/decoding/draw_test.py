@@ -61,9 +61,13 @@ def every_task(workdir, form, clip, picture, tmp_path_factory):
     "interleaved": {"prompt": "red apple", "length": 17},
     "unconditional": {},
   }
-  asks = [Ask(task, **fields[task], seed=i, row=i, sampling=SAMPLING) for i, task in enumerate(TASKS)]
+  asks = [
+    Ask(task, **fields[task], seed=i, row=i, sampling=SAMPLING) for i, task in enumerate(TASKS)
+  ]
   # Without a head of their own for image codes the programs are compiled sooner.
-  records = draw_all(form, workdir, folder, ready(form, workdir, asks, clip), clip, image_head=False)
+  records = draw_all(
+    form, workdir, folder, ready(form, workdir, asks, clip), clip, image_head=False
+  )
   assert [record["task"] for record in records] == list(TASKS)
   return folder, {record["task"]: record for record in records}
 
@@ -73,37 +77,55 @@ def read(folder, name):
 
 
 def decode(workdir, codes):
-  return dataclasses.replace(vqgan.ImageTokenizer.load(workdir / "vqgan"), batch_size=16).decode(np.array([codes]))[0]
+  return dataclasses.replace(vqgan.ImageTokenizer.load(workdir / "vqgan"), batch_size=16).decode(
+    np.array([codes])
+  )[0]
 
 
 def test_every_heldout_picture_has_a_file_and_a_record(workdir, heldout):
   folder, todo, records = heldout
   settings = [(r["prompt"], r["guidance"], r["retrieve"]) for r in records]
-  assert settings == [(p, g, k) for k in (0, 2) for g in (1.0, 3.0) for p in ("red apple", "new house")]
+  assert settings == [
+    (p, g, k) for k in (0, 2) for g in (1.0, 3.0) for p in ("red apple", "new house")
+  ]
   for record, job in zip(records, todo):
     assert len(record["codes"]) == SETTINGS.vqgan.image_tokens
     np.testing.assert_array_equal(read(folder, record["file"]), decode(workdir, record["codes"]))
-    assert len(record["neighbours"]) == record["retrieve"]
-    assert all(n["license"] == "CC0-1.0" and n["attribution"] == "nobody" for n in record["neighbours"])
-    assert (record["key"], record["sample"], record["seed"], record["rank"]) == (job.key, 0, job.ask.seed, None)
+    assert len(record["neighbors"]) == record["retrieve"]
+    assert all(
+      n["license"] == "CC0-1.0" and n["attribution"] == "nobody" for n in record["neighbors"]
+    )
+    assert (record["key"], record["sample"], record["seed"], record["rank"]) == (
+      job.key,
+      0,
+      job.ask.seed,
+      None,
+    )
     assert -1 <= record["clip_score"] <= 1
   assert len({r["file"] for r in records}) == 8
   assert (folder / "contact_sheet.png").exists()
   assert records[0]["codes"] != records[2]["codes"]  # Guidance changes the picture.
-  assert records[0]["codes"] != records[4]["codes"]  # So do neighbours.
+  assert records[0]["codes"] != records[4]["codes"]  # So do neighbors.
 
 
 def test_records_say_how_a_sample_was_drawn(every_task):
   _, records = every_task
   for i, record in enumerate(records.values()):
-    assert SamplingConfig(**{f.name: record[f.name] for f in dataclasses.fields(SamplingConfig)}) == SAMPLING
+    assert (
+      SamplingConfig(**{f.name: record[f.name] for f in dataclasses.fields(SamplingConfig)})
+      == SAMPLING
+    )
     assert record["seed"] == i
     assert len(record["ids"]) == len(record["log_probs"])
     assert record["log_prob"] == pytest.approx(sum(record["log_probs"]), abs=1e-3)
     assert max(record["log_probs"]) <= 0
     assert record["log_prob"] < 0
   assert records["text_to_image"]["keep_neighbors"] is True
-  assert {t for t, r in records.items() if r["clip_score"] is not None} == {"text_to_image", "caption", "infill_image"}
+  assert {t for t, r in records.items() if r["clip_score"] is not None} == {
+    "text_to_image",
+    "caption",
+    "infill_image",
+  }
 
 
 @pytest.mark.parametrize("task", ["text_to_image", "infill_image", "edit", "unconditional"])
@@ -117,7 +139,11 @@ def test_tasks_that_make_a_picture(workdir, every_task, task):
 
 
 def test_infill_keeps_the_codes_around_the_box(workdir, every_task, picture):
-  given = vqgan.ImageTokenizer.load(workdir / "vqgan").encode(np.asarray(Image.open(picture))[None])[0].reshape(4, 4)
+  given = (
+    vqgan.ImageTokenizer.load(workdir / "vqgan")
+    .encode(np.asarray(Image.open(picture))[None])[0]
+    .reshape(4, 4)
+  )
   made = np.array(every_task[1]["infill_image"]["codes"]).reshape(4, 4)
   outside = np.ones((4, 4), bool)
   outside[1:3, 1:3] = False
@@ -151,9 +177,21 @@ def test_a_document_continues_its_prompt(every_task):
 def test_a_document_has_its_pictures_in_order(workdir, form, tmp_path):
   (job,) = ready(form, workdir, [Ask("interleaved", "red apple", length=60)], None)
   pictures = [VOCAB.image_ids(np.full(16, code)) for code in (3, 4)]
-  ids = np.concatenate([[VOCAB.brk], pictures[0], [VOCAB.brk], form.encode("blue car"), [VOCAB.brk], pictures[1], [VOCAB.eos]])
+  ids = np.concatenate(
+    [
+      [VOCAB.brk],
+      pictures[0],
+      [VOCAB.brk],
+      form.encode("blue car"),
+      [VOCAB.brk],
+      pictures[1],
+      [VOCAB.eos],
+    ]
+  )
   result = Result(0, 0, 0, ids, np.zeros(len(ids), np.float32), False)
-  (drawn,) = draw._Scribe(form, workdir, epath.Path(tmp_path), None, 1, batch_size=16).write([job], [result])
+  (drawn,) = draw._Scribe(form, workdir, epath.Path(tmp_path), None, 1, batch_size=16).write(
+    [job], [result]
+  )
   assert drawn.record["text"] == "red apple\n<image>\nblue car\n<image>"
   assert drawn.record["files"] == ["000_red-apple_image0.png", "000_red-apple_image1.png"]
   for file, code in zip(drawn.record["files"], (3, 4)):
@@ -182,7 +220,10 @@ class Brightness:
 
 
 def test_samples_are_ranked_by_their_scores(workdir, form, tmp_path):
-  asks = [Ask(prompt=prompt, seed=3 + i, sampling=SAMPLING, row=i) for i, prompt in enumerate(("red apple", "blue car"))]
+  asks = [
+    Ask(prompt=prompt, seed=3 + i, sampling=SAMPLING, row=i)
+    for i, prompt in enumerate(("red apple", "blue car"))
+  ]
   todo = ready(form, workdir, asks, None)
   options = {"samples": 3, "batch_size": 2}
   plain = draw_all(form, workdir, tmp_path / "plain", todo, Brightness(), **options)
@@ -220,7 +261,9 @@ def test_pictures_are_written_before_the_last_batch_is_drawn(workdir, form, tmp_
 
 def test_a_bar_counts_every_token():
   bar = []
-  progress = draw._Progress(type("Bar", (), {"update": lambda self, n: bar.append(n)})(), batch_size=4)
+  progress = draw._Progress(
+    type("Bar", (), {"update": lambda self, n: bar.append(n)})(), batch_size=4
+  )
   progress.begin(6)
   progress.tell(10)
   progress.end(4, 64)
@@ -231,7 +274,11 @@ def test_a_bar_counts_every_token():
 
 def test_a_caption_without_words_comes_last():
   one = lambda score: draw.Drawn({"clip_score": score}, ())
-  assert [d.record["clip_score"] for d in draw.ranked([one(None), one(-0.5), one(0.5)])] == [0.5, -0.5, None]
+  assert [d.record["clip_score"] for d in draw.ranked([one(None), one(-0.5), one(0.5)])] == [
+    0.5,
+    -0.5,
+    None,
+  ]
 
 
 def test_the_trainers_grid(workdir, tmp_path):
@@ -245,6 +292,8 @@ def test_a_request_without_a_prompt_is_refused(workdir, form):
     jobs.check_asks(form, [Ask()], workdir)
 
 
-@pytest.mark.parametrize(("name", "expected"), [("Red  apple!", "red-apple"), ("...", "prompt"), ("x" * 99, "x" * 40)])
+@pytest.mark.parametrize(
+  ("name", "expected"), [("Red  apple!", "red-apple"), ("...", "prompt"), ("x" * 99, "x" * 40)]
+)
 def test_slug(name, expected):
   assert draw.slug(name) == expected

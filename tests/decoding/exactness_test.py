@@ -29,15 +29,25 @@ class OnlyCodes(transformers.LogitsProcessor):
 def theirs(folder, requests, count: int, guidance: float):
   """([B, G] ids, [B, G] log-probability of each) by transformers in fp64; prompts are padded on the left."""
   # The eager attention of OPT takes its softmax in fp32.
-  model = transformers.OPTForCausalLM.from_pretrained(str(folder), dtype=torch.float64, attn_implementation="sdpa").eval()
+  model = transformers.OPTForCausalLM.from_pretrained(
+    str(folder), dtype=torch.float64, attn_implementation="sdpa"
+  ).eval()
 
   def padded(rows):
     longest = max(map(len, rows))
     ids = torch.tensor([[VOCAB.pad] * (longest - len(r)) + r.tolist() for r in rows])
-    return ids, (torch.arange(longest)[None] >= torch.tensor([longest - len(r) for r in rows])[:, None]).long()
+    return ids, (
+      torch.arange(longest)[None] >= torch.tensor([longest - len(r) for r in rows])[:, None]
+    ).long()
 
-  (ids, mask), (negative, negative_mask) = (padded([r.streams[s] for r in requests]) for s in (0, -1))
-  guided = {"guidance_scale": guidance, "negative_prompt_ids": negative, "negative_prompt_attention_mask": negative_mask}
+  (ids, mask), (negative, negative_mask) = (
+    padded([r.streams[s] for r in requests]) for s in (0, -1)
+  )
+  guided = {
+    "guidance_scale": guidance,
+    "negative_prompt_ids": negative,
+    "negative_prompt_attention_mask": negative_mask,
+  }
   out = model.generate(
     ids,
     attention_mask=mask,
@@ -56,7 +66,9 @@ def theirs(folder, requests, count: int, guidance: float):
 
 def ours(params, requests, guidance: float):
   sampling = SamplingConfig(top_k=1, guidance=guidance)
-  config = GeneratorConfig(model_config(max_positions=POSITIONS, dtype="float64"), VOCAB, 6, POSITIONS, sampling)
+  config = GeneratorConfig(
+    model_config(max_positions=POSITIONS, dtype="float64"), VOCAB, 6, POSITIONS, sampling
+  )
   with jax.enable_x64(True):
     results = Generator(params, config).generate(requests, range(len(requests)))
   return np.stack([r.ids for r in results]), np.stack([r.log_probs for r in results])

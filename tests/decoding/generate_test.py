@@ -41,7 +41,9 @@ from tests.models.tiny import random_params
 SEEDS = [11, 12, 13, 14]
 # Everything at once: guided rows and contrastive ones. Changes of its other numbers do not compile again.
 MIXTURE = SamplingConfig(method="mixture", top_k=20, text_top_k=30)
-ANYTHING = dataclasses.replace(MIXTURE, temperature=50.0, top_p=1.0, text_temperature=50.0, text_top_p=1.0)
+ANYTHING = dataclasses.replace(
+  MIXTURE, temperature=50.0, top_p=1.0, text_temperature=50.0, text_top_p=1.0
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,7 +128,10 @@ def test_streams_equal_separate_passes(generator, params, guidance):
     c, u = (teacher_forced(generator.config.model, params, s, result.ids) for s in request.streams)
     expected = legal_log_probs(request, result.ids, c if guidance == 1 else u + guidance * (c - u))
     np.testing.assert_allclose(result.log_probs, chosen(expected, result.ids), atol=3e-5)
-    assert np.abs(result.log_probs - chosen(legal_log_probs(request, result.ids, u), result.ids)).max() > 0.1
+    assert (
+      np.abs(result.log_probs - chosen(legal_log_probs(request, result.ids, u), result.ids)).max()
+      > 0.1
+    )
 
 
 def test_a_stream_alone_equals_a_separate_pass(plain_generator, params):
@@ -145,7 +150,9 @@ def test_edit_equals_the_formula_on_separate_passes(generator, params):
   """u + s_img (i - u) + s_txt (f - i), and greedy takes the best of it."""
   sampling = dataclasses.replace(GREEDY, image_guidance=1.5, edit_guidance=7.5)
   for request, result in zip(edits(), generator.generate(edits(), SEEDS[:2], sampling=sampling)):
-    f, i, u = (teacher_forced(generator.config.model, params, s, result.ids) for s in request.streams)
+    f, i, u = (
+      teacher_forced(generator.config.model, params, s, result.ids) for s in request.streams
+    )
     expected = legal_log_probs(request, result.ids, u + 1.5 * (i - u) + 7.5 * (f - i))
     np.testing.assert_allclose(result.log_probs, chosen(expected, result.ids), atol=1e-4)
     np.testing.assert_array_equal(result.ids, expected.argmax(axis=-1))
@@ -170,22 +177,31 @@ def test_samples_of_a_request_are_requests_with_seeds_of_their_own(generator):
   request = guided_requests()[3]
   sampling = dataclasses.replace(MIXTURE, method="contrastive")
   together = generator.generate([request], [5], samples=4, sampling=sampling)
-  assert [(r.request, r.sample, r.seed) for r in together] == [(0, i, sample_seed(5, i)) for i in range(4)]
+  assert [(r.request, r.sample, r.seed) for r in together] == [
+    (0, i, sample_seed(5, i)) for i in range(4)
+  ]
   assert sample_seed(5, 0) == 5
-  alone = [generator.generate([request], [sample_seed(5, i)], sampling=sampling)[0] for i in range(4)]
+  alone = [
+    generator.generate([request], [sample_seed(5, i)], sampling=sampling)[0] for i in range(4)
+  ]
   same(together, alone)
   assert len({tuple(r.ids) for r in together}) == 4
 
 
 def test_seeds_matter_and_repeat(generator):
-  results = [generator.generate(guided_requests(), seeds) for seeds in ([5, 6, 7, 8], [6, 6, 7, 8], [5, 6, 7, 8])]
+  results = [
+    generator.generate(guided_requests(), seeds)
+    for seeds in ([5, 6, 7, 8], [6, 6, 7, 8], [5, 6, 7, 8])
+  ]
   same(results[0], results[2])
   assert differ(results[0][:1], results[1][:1])
   same(results[0][1:], results[1][1:])
 
 
 @pytest.mark.parametrize("kind", ["guided", "plain"])
-def test_reading_what_prompts_share_once_changes_nothing(generator, plain_generator, kind, monkeypatch):
+def test_reading_what_prompts_share_once_changes_nothing(
+  generator, plain_generator, kind, monkeypatch
+):
   generator = plain_generator if kind == "plain" else generator
   requests = plain_requests() if kind == "plain" else guided_requests()
   apart = generator.generate(requests, SEEDS)
@@ -193,7 +209,9 @@ def test_reading_what_prompts_share_once_changes_nothing(generator, plain_genera
   monkeypatch.setattr(batch, "SHARED", 2)
   monkeypatch.setattr(batch, "BUCKET", 8)
   original = batch.prompt_arrays
-  monkeypatch.setattr(batch, "prompt_arrays", lambda *args: made.append(original(*args)) or made[-1])
+  monkeypatch.setattr(
+    batch, "prompt_arrays", lambda *args: made.append(original(*args)) or made[-1]
+  )
   same(generator.generate(requests, SEEDS), apart)
   assert [x.prefixes is not None for x in made] == [True]
 
@@ -208,7 +226,9 @@ def on_one_device(generator):
     return all_results(generator)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  "shape", [(1, 1, 8), (2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)]
+)
 def test_eight_devices_equal_one(on_one_device, shape):
   with on_mesh(*shape):
     generator = small_generator(sampling=MIXTURE)
@@ -230,7 +250,11 @@ def test_growth_of_the_cache_changes_nothing(plain_generator, monkeypatch):
   monkeypatch.setattr(batch, "BUCKET", 4)
   monkeypatch.setattr(generate, "ROOM", 2)
   monkeypatch.setattr(generate, "CHUNK", 3)
-  monkeypatch.setattr(plain_generator.programs, "grow", lambda loop, by, *rest: grown.append(by) or plain(loop, by, *rest))
+  monkeypatch.setattr(
+    plain_generator.programs,
+    "grow",
+    lambda loop, by, *rest: grown.append(by) or plain(loop, by, *rest),
+  )
   found = draw(tell=told.append)
   same(found, expected)
   assert grown == [6, 16]
@@ -252,7 +276,9 @@ def test_stops_when_all_samples_are_over(plain_generator):
   stopped = set()
   for seed in range(60):
     told = []
-    results = plain_generator.generate(requests, range(seed, seed + 4), sampling=ANYTHING, tell=told.append)
+    results = plain_generator.generate(
+      requests, range(seed, seed + 4), sampling=ANYTHING, tell=told.append
+    )
     assert told == [max(len(r.ids) for r in results)]
     stopped.add(told[0])
   assert min(stopped) < 10 < 24 == max(stopped)
@@ -270,11 +296,17 @@ def test_documents_obey_their_format_and_length(plain_generator):
     (prompts.document(VOCAB, IMAGE, [], length), rf"{segment}(b{segment})*e", []),
     (prompts.document(VOCAB, IMAGE, [CODES, A], length), rf"t*(b{segment})*e", [CODES, A]),
     (prompts.document(VOCAB, IMAGE, [A, CODES], length), rf"(b{segment})*e", [A, CODES]),
-    (prompts.document(VOCAB, IMAGE, [A, CODES], length, after_break=True), rf"{segment}(b{segment})*e", [A, CODES]),
+    (
+      prompts.document(VOCAB, IMAGE, [A, CODES], length, after_break=True),
+      rf"{segment}(b{segment})*e",
+      [A, CODES],
+    ),
   ]
   seen = set()
   for seed in range(20):
-    for result in plain_generator.generate([case[0] for case in cases], range(seed, seed + 4), sampling=ANYTHING):
+    for result in plain_generator.generate(
+      [case[0] for case in cases], range(seed, seed + 4), sampling=ANYTHING
+    ):
       request, pattern, before = cases[result.request]
       text = letters(result.ids)
       assert re.fullmatch(pattern, text)
@@ -295,7 +327,9 @@ def test_infill_of_text_and_image(plain_generator):
   segments = [(A, Hole(most_text=4), B), (CODES[:2], Hole(codes=3), CODES[5:])]
   request = prompts.infill(VOCAB, IMAGE, segments, [(B, OTHER)])
   # Beside documents: a batch of unlike plans.
-  [result, *_] = plain_generator.generate([request, *[prompts.document(VOCAB, IMAGE, [], 24)] * 3], SEEDS)
+  [result, *_] = plain_generator.generate(
+    [request, *[prompts.document(VOCAB, IMAGE, [], 24)] * 3], SEEDS
+  )
   tail = result.ids[np.flatnonzero(result.ids == VOCAB.eoss)[0] + 1 :]
   assert tail[0] == VOCAB.mask(1)
   assert VOCAB.is_image(tail[1:4]).all()
@@ -323,8 +357,12 @@ def test_both_ends_of_an_image_occur(generator):
 
 def test_int8_in_all_places(params):
   """It runs, and what was drawn is about as probable as an exact pass says."""
-  generator = small_generator(params=params, weight_dtype="int8", cache_dtype="int8", image_head=False)
-  results = generator.generate(guided_requests(), SEEDS, sampling=dataclasses.replace(MIXTURE, guidance=1.0))
+  generator = small_generator(
+    params=params, weight_dtype="int8", cache_dtype="int8", image_head=False
+  )
+  results = generator.generate(
+    guided_requests(), SEEDS, sampling=dataclasses.replace(MIXTURE, guidance=1.0)
+  )
   for request, result in zip(guided_requests(), results):
     logits = teacher_forced(generator.config.model, params, request.streams[0], result.ids)
     exact = chosen(legal_log_probs(request, result.ids, logits), result.ids)
@@ -336,7 +374,9 @@ def test_no_step_makes_a_nan(generator, plain_generator):
   broken = copy.copy(generator)
   broken.weights = generator.weights._replace(head=generator.weights.head * np.nan)
   with jax.debug_nans(True):
-    results = generator.generate(guided_requests(), SEEDS) + plain_generator.generate(plain_requests(), SEEDS)
+    results = generator.generate(guided_requests(), SEEDS) + plain_generator.generate(
+      plain_requests(), SEEDS
+    )
     assert all(np.isfinite(r.log_probs).all() for r in results)
     # Control: one that is there is found.
     with pytest.raises(Exception, match="nan"):
@@ -346,7 +386,9 @@ def test_no_step_makes_a_nan(generator, plain_generator):
 def test_other_numbers_do_not_compile_again(generator, caplog):
   first = generator.generate(guided_requests(), SEEDS)
   with jax.log_compiles():
-    other = dataclasses.replace(MIXTURE, guidance=5.0, temperature=0.7, top_p=0.5, contrastive_alpha=0.1)
+    other = dataclasses.replace(
+      MIXTURE, guidance=5.0, temperature=0.7, top_p=0.5, contrastive_alpha=0.1
+    )
     assert differ(generator.generate(guided_requests(), SEEDS, sampling=other), first)
     assert "Compiling jit" not in caplog.text
     # Control: another number of candidates.
@@ -372,7 +414,9 @@ def test_batches_come_in_order(plain_generator):
 
 def test_bad_calls(generator):
   long = prompts.text_to_image(VOCAB, IMAGE, np.full(POSITIONS - 2, 20))
-  with pytest.raises(UserError, match=f"has {POSITIONS} tokens; at most 121 leave room for the 7 tokens"):
+  with pytest.raises(
+    UserError, match=f"has {POSITIONS} tokens; at most 121 leave room for the 7 tokens"
+  ):
     generator.generate([long], [0])
   with pytest.raises(UserError, match="one seed for each"):
     generator.generate(guided_requests(), [0])
@@ -381,7 +425,14 @@ def test_bad_calls(generator):
 
 
 @pytest.mark.parametrize(
-  "fields", [{"weight_dtype": "int4"}, {"cache_dtype": "fp8"}, {"batch_size": 0}, {"positions": 0}, {"positions": 129}]
+  "fields",
+  [
+    {"weight_dtype": "int4"},
+    {"cache_dtype": "fp8"},
+    {"batch_size": 0},
+    {"positions": 0},
+    {"positions": 129},
+  ],
 )
 def test_bad_configs(fields):
   with pytest.raises(ValueError, match=next(iter(fields))):

@@ -34,7 +34,10 @@ from tests.models.tiny import mesh_of
 
 VOCAB = VocabLayout(num_special=9, text_size=268, image_size=16)
 # Letter -> ids: p <pad>, e </s>, u <unk>, b <break>, s <eoss>, A to D <mask:0> to <mask:3>, t text, i image.
-CLASSES = {letter: [i] for i, letter in enumerate("peubsABCD")} | {"t": range(9, 268), "i": range(268, 284)}
+CLASSES = {letter: [i] for i, letter in enumerate("peubsABCD")} | {
+  "t": range(9, 268),
+  "i": range(268, 284),
+}
 LETTERS = np.array([letter for letter, ids in CLASSES.items() for _ in ids])
 FIRST = {letter: ids[0] for letter, ids in CLASSES.items()}
 PARTS, ROWS = 8, 4096  # Of all plans, and of what is asked at once in the exhaustive test.
@@ -63,12 +66,22 @@ def languages(image: int, lengths):
     ((Part(DONE),), "", 0),
   ]
   return plans + [
-    ((Part(DOCUMENT, length, place),), pattern, length) for place, pattern in documents(image).items() for length in lengths
+    ((Part(DOCUMENT, length, place),), pattern, length)
+    for place, pattern in documents(image).items()
+    for length in lengths
   ]
 
 
 def long_infill(image: int):
-  plan = Part(CODES, image), Part(EOSS), Part(MASK, 1), Part(TEXT, 9), Part(MASK, 2), Part(CODES, 2), Part(EOSS)
+  plan = (
+    Part(CODES, image),
+    Part(EOSS),
+    Part(MASK, 1),
+    Part(TEXT, 9),
+    Part(MASK, 2),
+    Part(CODES, 2),
+    Part(EOSS),
+  )
   return plan, rf"i{{{image}}}sBt{{1,9}}sCi{{2}}s", image + 16
 
 
@@ -103,7 +116,10 @@ image_so_far = by_batch(lambda grammar, *rest: (grammar.in_image(*rest), grammar
 
 
 def test_docstring_examples():
-  grammar, plan = Grammar(VOCAB, 2), rows_of([(Part(CODES, 2), Part(END)), (Part(TEXT, 3), Part(MASK, 1), Part(TEXT, 9))])
+  grammar, plan = (
+    Grammar(VOCAB, 2),
+    rows_of([(Part(CODES, 2), Part(END)), (Part(TEXT, 3), Part(MASK, 1), Part(TEXT, 9))]),
+  )
   state, found = start(grammar, plan), []
   for taken in ("it", "is", "eB", "pt"):
     legal = np.asarray(ask(grammar, plan, state)[0])
@@ -176,11 +192,16 @@ def random_runs(grammar, plan, key, steps: int):
 
 
 def test_ten_thousand_random_runs():
-  cases, others = ([*languages(image, [2, 3, 6, 7, 8, 13, 14, 24]), long_infill(image)] for image in (5, 6))
+  cases, others = (
+    [*languages(image, [2, 3, 6, 7, 8, 13, 14, 24]), long_infill(image)] for image in (5, 6)
+  )
   of_row = np.arange(10_000) % len(cases)
   plan, steps = rows_of([cases[n][0] for n in of_row]), 1 + max(most for _, _, most in cases)
   assert [longest(p) for p, _, _ in cases] == [most for _, _, most in cases]
-  ids, dead, active = (np.asarray(x) for x in random_runs(Grammar(VOCAB, 5), plan, jax.random.key(0, impl="rbg"), steps))
+  ids, dead, active = (
+    np.asarray(x)
+    for x in random_runs(Grammar(VOCAB, 5), plan, jax.random.key(0, impl="rbg"), steps)
+  )
   texts = ["".join(row).rstrip("p") for row in LETTERS[ids]]
   assert not dead.any()
   assert not active.any()

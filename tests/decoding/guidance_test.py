@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.decoding.guidance import SCHEDULES, combine_streams, editing_weights, scheduled, text_to_image_weights
+from cm3leon_jax.decoding.guidance import (
+  SCHEDULES,
+  combine_streams,
+  editing_weights,
+  scheduled,
+  text_to_image_weights,
+)
 from cm3leon_jax.mesh import MeshConfig, create_mesh, shard
 
 RNG = np.random.default_rng(0)
@@ -25,16 +31,23 @@ def test_each_prompt_may_have_its_own_weights():
     np.testing.assert_array_equal(together[row], combine_streams(logits, weights[row])[row])
   np.testing.assert_array_equal(together[0], logits[0, 0])
   np.testing.assert_array_equal(together[3], logits[2, 3])
-  assert np.any(together[1] != combine_streams(logits, weights[2])[1])  # Negative control: another prompt's.
+  assert np.any(
+    together[1] != combine_streams(logits, weights[2])[1]
+  )  # Negative control: another prompt's.
 
 
 def test_prompts_split_over_devices():
-  logits, weights = RNG.normal(size=(2, 8, 6)).astype(np.float32), text_to_image_weights(3.0, "linear", 8)
+  logits, weights = (
+    RNG.normal(size=(2, 8, 6)).astype(np.float32),
+    text_to_image_weights(3.0, "linear", 8),
+  )
   with jax.set_mesh(create_mesh(MeshConfig(tensor=2))):
     for w in (shard(weights, "batch", None), weights[4]):
       split = jax.jit(combine_streams)(shard(logits, None, "batch", "vocab"), w)
       assert len(split.addressable_shards[0].data) == 2
-      np.testing.assert_allclose(split, combine_streams(jnp.asarray(logits), jnp.asarray(w)), rtol=1e-6)
+      np.testing.assert_allclose(
+        split, combine_streams(jnp.asarray(logits), jnp.asarray(w)), rtol=1e-6
+      )
 
 
 def test_scheduled():
@@ -53,7 +66,9 @@ def test_a_schedule_rises_from_no_guidance_and_has_the_documented_mean(schedule)
 
 
 def test_cosine_is_flat_at_its_ends():
-  np.testing.assert_allclose(scheduled(2, "cosine", 5), 1 + np.array([0, 1 - 0.5**0.5, 1, 1 + 0.5**0.5, 2]) / 2)
+  np.testing.assert_allclose(
+    scheduled(2, "cosine", 5), 1 + np.array([0, 1 - 0.5**0.5, 1, 1 + 0.5**0.5, 2]) / 2
+  )
 
 
 def test_text_to_image_weights():
@@ -73,9 +88,14 @@ def test_weights_are_the_formulas(schedule):
   alpha, image = (scheduled(guidance, schedule, 7) for guidance in (5.0, 1.5))
   two, three = text_to_image_weights(5.0, schedule, 7), editing_weights(1.5, 5.0, schedule, 7)
   for step in range(7):
-    weighed = [combine_streams(jnp.asarray(s, jnp.float32), w[step]) for s, w in (([f, u], two), ([f, i, u], three))]
+    weighed = [
+      combine_streams(jnp.asarray(s, jnp.float32), w[step])
+      for s, w in (([f, u], two), ([f, i, u], three))
+    ]
     np.testing.assert_allclose(weighed[0], u + alpha[step] * (f - u), atol=2e-5)
     expected = u + image[step] * (i - u) + alpha[step] * (f - i)
     np.testing.assert_allclose(weighed[1], expected, atol=2e-5)
-    if schedule == "constant" or step:  # Negative control; where the schedule is 0, any two guidances agree.
+    if (
+      schedule == "constant" or step
+    ):  # Negative control; where the schedule is 0, any two guidances agree.
       assert np.abs(weighed[1] - (u + alpha[step] * (i - u) + image[step] * (f - i))).max() > 1e-2

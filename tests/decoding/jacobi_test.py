@@ -47,7 +47,9 @@ def generator(params):
 
 @functools.cache
 def verified(n=20_000):
-  drafts = np.stack([np.random.default_rng(i).choice(4, n, p=q) for i, q in enumerate(Q)], axis=1).astype(np.int32)
+  drafts = np.stack(
+    [np.random.default_rng(i).choice(4, n, p=q) for i, q in enumerate(Q)], axis=1
+  ).astype(np.int32)
   keys = jax.random.split(jax.random.key(0), n)
   tile = lambda x: jnp.tile(jnp.asarray(x, jnp.float32), (n, 1, 1))
   return drafts, *map(np.asarray, jax.jit(jacobi.verify)(keys, drafts, tile(Q), tile(P)))
@@ -86,7 +88,10 @@ def test_equal_distributions_hold_all():
 
 def guided(generator, params, request, ids):
   """[G, K] guided logits among the codes for each of `ids`, by plain passes."""
-  c, u = (teacher_forced(generator.config.model, params, p, ids)[:, VOCAB.text_size :] for p in request.streams)
+  c, u = (
+    teacher_forced(generator.config.model, params, p, ids)[:, VOCAB.text_size :]
+    for p in request.streams
+  )
   return 3 * c - 2 * u
 
 
@@ -95,7 +100,9 @@ def test_three_codes_are_jointly_drawn_as_one_after_the_other(params):
   request, sampling = images()[0], SamplingConfig(top_k=3, top_p=1.0, temperature=2.0)
   with on_mesh():
     generator = small_generator(params=params, draft_window=3, batch_size=512, sampling=sampling)
-    codes = np.stack([r.codes(VOCAB)[:3] for r in generator.generate([request], [5], samples=3_072)])
+    codes = np.stack(
+      [r.codes(VOCAB)[:3] for r in generator.generate([request], [5], samples=3_072)]
+    )
 
   @functools.cache
   def best(prefix):
@@ -107,7 +114,10 @@ def test_three_codes_are_jointly_drawn_as_one_after_the_other(params):
 
   with on_mesh():
     exact = {
-      (a, b, c): best(())[a] * best((a,))[b] * best((a, b))[c] for a in best(()) for b in best((a,)) for c in best((a, b))
+      (a, b, c): best(())[a] * best((a,))[b] * best((a, b))[c]
+      for a in best(())
+      for b in best((a,))
+      for c in best((a, b))
     }
   assert len(exact) == 27
   counts = dict.fromkeys(exact, 0)
@@ -120,7 +130,9 @@ def test_three_codes_are_jointly_drawn_as_one_after_the_other(params):
   together = lambda x: np.append(x[~rare], x[rare].sum()) if rare.any() else x
   assert stats.chisquare(together(found), together(expected)).pvalue > 1e-3
   flat = expected**0.5  # Control: another temperature.
-  assert stats.chisquare(together(found), together(flat * expected.sum() / flat.sum())).pvalue < 1e-6
+  assert (
+    stats.chisquare(together(found), together(flat * expected.sum() / flat.sum())).pvalue < 1e-6
+  )
 
 
 def test_log_probs_are_those_of_plain_passes_and_the_end_is_drawn(generator, params):

@@ -1,4 +1,4 @@
-"""From captions and pictures to requests: whose captions, which neighbours, and what is refused before anything is compiled."""
+"""From captions and pictures to requests: whose captions, which neighbors, and what is refused before anything is compiled."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ def ready(form, workdir, asks, clip=None):
   return jobs.make_jobs(SETTINGS, form, workdir, asks, given, clip, workdir)
 
 
-def test_heldout_captions_are_spread_and_know_their_neighbours(workdir, form):
+def test_heldout_captions_are_spread_and_know_their_neighbors(workdir, form):
   found = jobs.heldout_jobs(form, workdir, 3, seed=7, columns=COLUMNS)
   assert [j.ask.prompt for j in found] == ["red apple", "blue car", "new house"]
   assert [j.ask.seed for j in found] == [7, 8, 9]
@@ -39,17 +39,26 @@ def test_heldout_captions_are_spread_and_know_their_neighbours(workdir, form):
   assert [int(j.given[0, 0, 0]) for j in found] == [0, 80, 160]
   ids = neighbors.load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)
   bank = DocumentStore(workdir / "documents" / "train_pairs", VOCAB)
-  assert [[d.key for d in j.neighbors] for j in found] == [[bank[int(i)].key for i in ids[row][:2]] for row in (0, 2, 4)]
+  assert [[d.key for d in j.neighbors] for j in found] == [
+    [bank[int(i)].key for i in ids[row][:2]] for row in (0, 2, 4)
+  ]
   every = jobs.heldout_jobs(form, workdir, 5, 7, COLUMNS)
   assert len(every[1].neighbors) == 1  # It has no second one.
   both = jobs.heldout_jobs(form, workdir, 2, 7, [(0, SETTINGS.sampling), *COLUMNS])
-  assert [(j.ask.row, j.ask.retrieve, len(j.neighbors)) for j in both] == [(0, 0, 0), (1, 0, 0), (0, 2, 2), (1, 2, 2)]
+  assert [(j.ask.row, j.ask.retrieve, len(j.neighbors)) for j in both] == [
+    (0, 0, 0),
+    (1, 0, 0),
+    (0, 2, 2),
+    (1, 2, 2),
+  ]
   with pytest.raises(UserError, match="--captions is 6; only 5 pairs are held out"):
     jobs.heldout_jobs(form, workdir, 6, 0, COLUMNS)
 
 
-def test_a_prompt_gets_the_neighbours_that_clip_names(workdir, form, clip):
-  with_two, none = ready(form, workdir, [Ask(prompt="green car", retrieve=2), Ask(prompt="green car")], clip)
+def test_a_prompt_gets_the_neighbors_that_clip_names(workdir, form, clip):
+  with_two, none = ready(
+    form, workdir, [Ask(prompt="green car", retrieve=2), Ask(prompt="green car")], clip
+  )
   bank = Embeddings(workdir / "neighbors" / "train")
   scores = bank.documents[:] @ clip.embed_texts([form.encode("green car")])[0]
   assert bank.keys[:][np.argmax(scores)] == group_id(with_two.neighbors[0].key)
@@ -58,7 +67,7 @@ def test_a_prompt_gets_the_neighbours_that_clip_names(workdir, form, clip):
   assert with_two.request.streams[0][1 : 1 + len(first)].tolist() == first
 
 
-def test_the_unconditional_stream_may_keep_the_neighbours(workdir, form, clip):
+def test_the_unconditional_stream_may_keep_the_neighbors(workdir, form, clip):
   ask = Ask(prompt="green car", retrieve=1)
   dropped, kept = ready(form, workdir, [ask, dataclasses.replace(ask, keep_neighbors=True)], clip)
   np.testing.assert_array_equal(dropped.request.streams[0], kept.request.streams[0])
@@ -84,12 +93,15 @@ def test_the_model_gets_the_codes_of_a_given_picture(workdir, form, tmp_path):
 
 
 def test_a_picture_of_another_size_is_squared_and_scaled(workdir, form, tmp_path, capsys):
-  wide, large = write_picture(tmp_path / "wide.png", 30, 20), write_picture(tmp_path / "large.png", 16, 16)
+  wide, large = (
+    write_picture(tmp_path / "wide.png", 30, 20),
+    write_picture(tmp_path / "large.png", 16, 16),
+  )
   given = jobs.check_asks(form, [Ask("caption", image=i, length=9) for i in (wide, large)], workdir)
   assert {pixels.shape for pixels in given.values()} == {(8, 8, 3)}
   lines = capsys.readouterr().out.splitlines()
   assert lines == [
-    f"generate: the centred square of 20 of {wide}, 30 x 20 pixels, is scaled to 8 x 8.",
+    f"generate: the centered square of 20 of {wide}, 30 x 20 pixels, is scaled to 8 x 8.",
     f"generate: {large}, 16 x 16 pixels, is scaled to 8 x 8.",
   ]
 
@@ -97,7 +109,10 @@ def test_a_picture_of_another_size_is_squared_and_scaled(workdir, form, tmp_path
 def test_a_box_that_is_rounded_is_told(workdir, form, tmp_path, capsys):
   ask = Ask("infill_image", image=write_picture(tmp_path / "a.png"), box=(1, 2, 5, 6))
   jobs.check_asks(form, [ask], workdir)
-  assert capsys.readouterr().out == "generate: box 1,2,5,6 is rounded out to whole codes of 2 pixels: 0,2,6,6.\n"
+  assert (
+    capsys.readouterr().out
+    == "generate: box 1,2,5,6 is rounded out to whole codes of 2 pixels: 0,2,6,6.\n"
+  )
   jobs.check_asks(form, [dataclasses.replace(ask, box=(0, 2, 6, 6))], workdir)
   assert capsys.readouterr().out == ""
 
@@ -114,7 +129,10 @@ def test_nothing_to_retrieve(workdir, form, clip, tmp_path, monkeypatch):
   empty = epath.Path(tmp_path)
   write_documents(empty / "documents" / "train_pairs", [], VOCAB)
   ask = Ask(prompt="green car", retrieve=2, where="f, line 1")
-  with pytest.raises(UserError, match=r"^f, line 1: retrieve is 2, and .*train_pairs holds no documents: say --retrieve=0"):
+  with pytest.raises(
+    UserError,
+    match=r"^f, line 1: retrieve is 2, and .*train_pairs holds no documents: say --retrieve=0",
+  ):
     jobs.check_asks(form, [ask], empty)
   nothing = lambda self, queries: (np.full((len(queries), 4), -1, np.int32), None)
   monkeypatch.setattr(neighbors.Retriever, "retrieve", nothing)

@@ -9,7 +9,9 @@ from cm3leon_jax.decoding import pictures
 def test_contact_sheet_places_pictures(tmp_path):
   colors = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [9, 9, 9]]], np.uint8)
   rows = [[np.full((64, 64, 3), c, np.uint8) for c in row] for row in colors]
-  pictures.save_png(tmp_path / "new" / "sheet.png", pictures.contact_sheet(rows, ["a", "b"], ["one", "two"]))
+  pictures.save_png(
+    tmp_path / "new" / "sheet.png", pictures.contact_sheet(rows, ["a", "b"], ["one", "two"])
+  )
   assert [p.name for p in (tmp_path / "new").iterdir()] == ["sheet.png"]
   sheet = np.asarray(Image.open(tmp_path / "new" / "sheet.png"))
   size, step = 128, 128 + pictures.GAP
@@ -23,9 +25,14 @@ def test_contact_sheet_holds_texts_beside_pictures():
   picture = np.full((64, 64, 3), 255, np.uint8)
   sheet = np.asarray(pictures.contact_sheet([[picture, "a red apple"], ["alone"]], ["", ""]))
   step, left = 128 + pictures.GAP, pictures.LABEL_WIDTH
-  written = lambda i, j: (sheet[pictures.GAP + i * step :, left + j * step :][:128, :128] < 128).any()
+  written = lambda i, j: (
+    sheet[pictures.GAP + i * step :, left + j * step :][:128, :128] < 128
+  ).any()
   assert [[written(i, j) for j in range(2)] for i in range(2)] == [[False, True], [True, False]]
-  assert pictures.contact_sheet([["only", "texts"]], [""]).size == (left + 2 * step, pictures.GAP + step)
+  assert pictures.contact_sheet([["only", "texts"]], [""]).size == (
+    left + 2 * step,
+    pictures.GAP + step,
+  )
 
 
 def test_a_long_text_ends_in_an_ellipsis():

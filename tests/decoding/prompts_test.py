@@ -10,14 +10,32 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.cm3 import apply_cm3_mask
 from cm3leon_jax.decoding import grammar, prompts
-from cm3leon_jax.decoding.grammar import AFTER_IMAGE, CODES, DOCUMENT, END, EOSS, IN_TEXT, MASK, SEGMENT_START, TEXT, Part
+from cm3leon_jax.decoding.grammar import (
+  AFTER_IMAGE,
+  CODES,
+  DOCUMENT,
+  END,
+  EOSS,
+  IN_TEXT,
+  MASK,
+  SEGMENT_START,
+  TEXT,
+  Part,
+)
 from cm3leon_jax.decoding.prompts import Hole
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.vocab import VocabLayout
 
 VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
 IMAGE = 4
-EOS, BRK, EOSS_ID, M0, M1, M2 = VOCAB.eos, VOCAB.brk, VOCAB.eoss, VOCAB.mask(0), VOCAB.mask(1), VOCAB.mask(2)
+EOS, BRK, EOSS_ID, M0, M1, M2 = (
+  VOCAB.eos,
+  VOCAB.brk,
+  VOCAB.eoss,
+  VOCAB.mask(0),
+  VOCAB.mask(1),
+  VOCAB.mask(2),
+)
 PICTURE = [271, 272, 273, 274]
 DRAWN = (Part(CODES, IMAGE), Part(END))
 
@@ -39,13 +57,20 @@ def test_text_to_image():
 
 def test_edit():
   request = prompts.edit(VOCAB, IMAGE, [15], PICTURE, [17])
-  assert streams(request) == [[EOS, 15, BRK, *PICTURE, BRK, 17, BRK], [EOS, 15, BRK, *PICTURE, BRK], [EOS, M0, BRK]]
+  assert streams(request) == [
+    [EOS, 15, BRK, *PICTURE, BRK, 17, BRK],
+    [EOS, 15, BRK, *PICTURE, BRK],
+    [EOS, M0, BRK],
+  ]
   assert request.plan == DRAWN
 
 
 def test_infill():
   request = prompts.infill(VOCAB, IMAGE, [([17, 18],), ([271], Hole(codes=2), [274])])
-  assert streams(request) == [[EOS, 17, 18, BRK, 271, M0, 274, EOS, M0], [EOS, M1, BRK, 271, M0, 274, EOS, M0]]
+  assert streams(request) == [
+    [EOS, 17, 18, BRK, 271, M0, 274, EOS, M0],
+    [EOS, M1, BRK, 271, M0, 274, EOS, M0],
+  ]
   assert request.plan == (Part(CODES, 2), Part(EOSS))
   caption = prompts.infill(VOCAB, IMAGE, [(Hole(most_text=9),), (PICTURE,)], [([15],)])
   assert streams(caption) == [[EOS, 15, BRK, M0, BRK, *PICTURE, EOS, M0]]
@@ -71,7 +96,9 @@ def test_document():
 
 def test_weights_of_the_streams():
   """One row for each code of an image and one for what is no code, weighed like the last code."""
-  sampling = SamplingConfig(guidance=3.0, guidance_schedule="linear", image_guidance=1.5, edit_guidance=7.5)
+  sampling = SamplingConfig(
+    guidance=3.0, guidance_schedule="linear", image_guidance=1.5, edit_guidance=7.5
+  )
   draw, alone = prompts.text_to_image(VOCAB, 3, [17]), prompts.unconditional(VOCAB, 3)
   edit = prompts.edit(VOCAB, 4, [15], PICTURE, [17])
   np.testing.assert_array_equal(alone.guidance(sampling, 3), np.ones((4, 1)))
@@ -94,7 +121,11 @@ def documents(draw):
       start = draw(st.integers(0, len(segment) - 1))
       stop = draw(st.integers(start + 1, len(segment)))
       image = segment[0] >= VOCAB.text_size
-      hole = Hole(codes=stop - start) if image else Hole(most_text=stop - start + draw(st.integers(0, 2)))
+      hole = (
+        Hole(codes=stop - start)
+        if image
+        else Hole(most_text=stop - start + draw(st.integers(0, 2)))
+      )
       holed.append([p for p in (segment[:start], hole, segment[stop:]) if isinstance(p, Hole) or p])
       spans.append((offset + start, offset + stop))
     else:
@@ -121,7 +152,9 @@ def test_an_infill_with_its_answer_is_the_document_as_cm3_trained_it(made):
 
 @pytest.mark.parametrize("end", [EOS, BRK])
 def test_segments_of_what_is_no_infill(end):
-  found = lambda request, ids: [s.tolist() for s in prompts.segments_of(VOCAB, request, np.array(ids))]
+  found = lambda request, ids: [
+    s.tolist() for s in prompts.segments_of(VOCAB, request, np.array(ids))
+  ]
   draw = prompts.text_to_image(VOCAB, IMAGE, [17, 18], [([15], PICTURE)])
   assert found(draw, [*PICTURE[::-1], end]) == [[15], PICTURE, [17, 18], PICTURE[::-1]]
   edit = prompts.edit(VOCAB, IMAGE, [15], PICTURE, [17])
@@ -141,15 +174,27 @@ TEXT_HOLE, IMAGE_HOLE = Hole(most_text=2), Hole(codes=IMAGE)
   [
     (lambda: prompts.text_to_image(VOCAB, IMAGE, []), "empty: give at least one word"),
     (lambda: prompts.edit(VOCAB, IMAGE, [15], PICTURE, []), "the instruction is empty"),
-    (lambda: prompts.edit(VOCAB, IMAGE, [15], PICTURE[:3], [17]), "has 3 codes; images of this model have 4"),
+    (
+      lambda: prompts.edit(VOCAB, IMAGE, [15], PICTURE[:3], [17]),
+      "has 3 codes; images of this model have 4",
+    ),
     (lambda: prompts.infill(VOCAB, IMAGE, [([17],)]), "put a mask"),
-    (lambda: prompts.infill(VOCAB, IMAGE, [([17], TEXT_HOLE)] * 3), "has 3 masks; the vocabulary has sentinels for 2"),
+    (
+      lambda: prompts.infill(VOCAB, IMAGE, [([17], TEXT_HOLE)] * 3),
+      "has 3 masks; the vocabulary has sentinels for 2",
+    ),
     (lambda: prompts.infill(VOCAB, IMAGE, [(Hole(),)]), "filled with at least one token"),
-    (lambda: prompts.infill(VOCAB, IMAGE, [([271, 272, 273], Hole(most_text=1))]), "filled with its codes"),
+    (
+      lambda: prompts.infill(VOCAB, IMAGE, [([271, 272, 273], Hole(most_text=1))]),
+      "filled with its codes",
+    ),
     (lambda: prompts.infill(VOCAB, IMAGE, [([17], Hole(codes=2))]), "mixes text and image codes"),
     (lambda: prompts.infill(VOCAB, IMAGE, [([17], TEXT_HOLE, TEXT_HOLE)]), "stand side by side"),
     (lambda: prompts.infill(VOCAB, IMAGE, [([271], IMAGE_HOLE)]), "has 5 codes"),
-    (lambda: prompts.infill(VOCAB, IMAGE, [([17, 271], TEXT_HOLE)]), "mixes text and image codes|filled with its codes"),
+    (
+      lambda: prompts.infill(VOCAB, IMAGE, [([17, 271], TEXT_HOLE)]),
+      "mixes text and image codes|filled with its codes",
+    ),
     (lambda: prompts.document(VOCAB, IMAGE, [PICTURE[:2]], 9), "has 2 codes"),
     (lambda: prompts.document(VOCAB, IMAGE, [[17]], 1), "the length is 1"),
   ],

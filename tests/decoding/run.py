@@ -16,18 +16,31 @@ from tests.data.stores import VOCAB, make_sources
 from tests.retrieval.stores import write_bank, write_neighbors
 
 CAPTIONS = ["red apple", "green apple", "blue car", "old house", "new house"]
-CLIP_CONFIG = {"resolution": 8, "patch": 4, "image_width": 64, "image_layers": 1, "text_width": 64, "text_layers": 1}
+CLIP_CONFIG = {
+  "resolution": 8,
+  "patch": 4,
+  "image_width": 64,
+  "image_layers": 1,
+  "text_width": 64,
+  "text_layers": 1,
+}
 
 
 def make_config():
   config = default_config()
   config.vocab.update(dataclasses.asdict(VOCAB))
-  config.vqgan.update({"resolution": 8, "downsample": 2, "stem": 2, "width": 8, "multipliers": (1,)})
-  config.vqgan.update({"encoder_blocks": (0,), "decoder_blocks": (0,), "code_dim": 4, "adversarial_weight": 0.0})
+  config.vqgan.update(
+    {"resolution": 8, "downsample": 2, "stem": 2, "width": 8, "multipliers": (1,)}
+  )
+  config.vqgan.update(
+    {"encoder_blocks": (0,), "decoder_blocks": (0,), "code_dim": 4, "adversarial_weight": 0.0}
+  )
   config.clip.update({**CLIP_CONFIG, "text_length": 8, "embed_dim": 16})
   config.retrieval.update({"backend": "exact"})
   config.data.update({"sequence_length": 128})
-  config.model.update({"vocab_size": VOCAB.size, "num_layers": 1, "width": 32, "num_heads": 8, "mlp_width": 32})
+  config.model.update(
+    {"vocab_size": VOCAB.size, "num_layers": 1, "width": 32, "num_heads": 8, "mlp_width": 32}
+  )
   config.model.update({"max_positions": 128, "dtype": "float32"})
   config.sampling.update({"top_k": 8})
   config.train.update({"num_samples": 3})
@@ -44,7 +57,9 @@ def one_device() -> contextlib.AbstractContextManager:
 
 def make_run(root: epath.Path) -> None:
   """Five held-out pairs of 8 x 8 pixels, and a bank of twelve documents."""
-  words = [" ".join(CAPTIONS[i % 5].split() + [f"word{i}"]) for i in range(200)] * 3  # Enough for 512 ids.
+  words = [
+    " ".join(CAPTIONS[i % 5].split() + [f"word{i}"]) for i in range(200)
+  ] * 3  # Enough for 512 ids.
   text.train_text_tokenizer(words, VOCAB, text.TextTokenizerConfig(), root / "text_tokenizer")
   encode = text.TextTokenizer(root / "text_tokenizer", VOCAB).encode
   about = {"split": "heldout", "source": "test", "license": "CC0-1.0", "attribution": "nobody"}
@@ -55,7 +70,9 @@ def make_run(root: epath.Path) -> None:
   make = lambda i, caption: dataclasses.replace(
     bank[i], key=f"h{i}", segments=(Segment(False, encode(caption)), bank[i].segments[1])
   )
-  write_documents(root / "documents" / "heldout_pairs", [make(i, c) for i, c in enumerate(CAPTIONS)], VOCAB)
+  write_documents(
+    root / "documents" / "heldout_pairs", [make(i, c) for i, c in enumerate(CAPTIONS)], VOCAB
+  )
   rng = np.random.default_rng(0)
   vectors = rng.normal(size=(2, 12, 16)).astype(np.float32)
   texts, images = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)

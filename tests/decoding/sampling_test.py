@@ -57,12 +57,21 @@ def top(temperature=1.0, top_k=0, top_p=1.0):
 
 
 def cdk(temperature=0.8, alpha=0.5, amateur_temperature=0.5):
-  return (temperature, 1, 0.1, True, alpha, amateur_temperature)  # Of top_k and top_p nothing may be seen.
+  return (
+    temperature,
+    1,
+    0.1,
+    True,
+    alpha,
+    amateur_temperature,
+  )  # Of top_k and top_p nothing may be seen.
 
 
 def kept(probabilities, top_k, top_p, candidates=0):
   logits = jnp.log(jnp.array([probabilities]))
-  values, ids = jit_filter(logits, np.array([top_k], np.int32), np.array([top_p], np.float32), candidates)
+  values, ids = jit_filter(
+    logits, np.array([top_k], np.int32), np.array([top_p], np.float32), candidates
+  )
   return sorted(np.asarray(ids)[np.isfinite(values)].tolist())
 
 
@@ -94,12 +103,19 @@ def test_filter_never_keeps_an_illegal_token():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**31 - 1), st.lists(st.tuples(st.integers(1, 12), st.floats(0.01, 1.0)), min_size=3, max_size=3))
+@given(
+  st.integers(0, 2**31 - 1),
+  st.lists(st.tuples(st.integers(1, 12), st.floats(0.01, 1.0)), min_size=3, max_size=3),
+)
 def test_filter_keeps_the_smallest_sufficient_set(seed, rows):
   """What stays in each row are its most probable tokens, and no smaller set of them reaches its top_p."""
   logits = np.random.default_rng(seed).normal(size=(3, 15)).astype(np.float32)
-  every_k, every_p = (np.array(column, dtype) for column, dtype in zip(zip(*rows), (np.int32, np.float32)))
-  for row, (values, ids) in enumerate(zip(*map(np.asarray, jit_filter(logits, every_k, every_p, 12)))):
+  every_k, every_p = (
+    np.array(column, dtype) for column, dtype in zip(zip(*rows), (np.int32, np.float32))
+  )
+  for row, (values, ids) in enumerate(
+    zip(*map(np.asarray, jit_filter(logits, every_k, every_p, 12)))
+  ):
     top_k, top_p = rows[row]
     count = np.isfinite(values).sum()
     assert 1 <= count <= top_k
@@ -115,7 +131,9 @@ def test_candidates_bound_the_sort():
   """No operation on the whole vocabulary but the selection of the candidates; without an expert none of CD-K either."""
   logits, keys = jnp.zeros((2, 500)), jax.random.split(jax.random.key(0), 2)
   program = lambda candidates, *streams: str(
-    jax.make_jaxpr(lambda rows: sample(logits, keys, rows, candidates, *streams))(rows_of(top(), top()))
+    jax.make_jaxpr(lambda rows: sample(logits, keys, rows, candidates, *streams))(
+      rows_of(top(), top())
+    )
   )
   assert "sort[" not in program(8)
   assert program(8).count("top_k[") == 1
@@ -136,11 +154,15 @@ def exact_top(temperature=1.0, top_k=0, top_p=1.0):
 
 
 def exact_scores(expert, amateur, k, alpha):
-  p, q = (np.exp(x.astype(np.float64)) / np.exp(x.astype(np.float64)).sum() for x in (expert, amateur))
+  p, q = (
+    np.exp(x.astype(np.float64)) / np.exp(x.astype(np.float64)).sum() for x in (expert, amateur)
+  )
   legal = p > 0
   ranked = sorted(p, reverse=True)
   with np.errstate(divide="ignore", invalid="ignore"):
-    return np.where(legal & (p >= alpha * ranked[min(k, len(p)) - 1]), np.log(p) - np.log(q), -np.inf)
+    return np.where(
+      legal & (p >= alpha * ranked[min(k, len(p)) - 1]), np.log(p) - np.log(q), -np.inf
+    )
 
 
 def exact_cdk(temperature=0.8, alpha=0.5, amateur_temperature=0.5, k=K):
@@ -153,7 +175,11 @@ CASES = {
   "temperature": (top(0.7), exact_top(0.7), exact_top(0.8)),
   "top-k": (top(top_k=7), exact_top(top_k=7), exact_top(top_k=8)),
   "top-p": (top(top_p=0.8), exact_top(top_p=0.8), exact_top(top_p=0.9)),
-  "top-k, then top-p": (top(0.8, 6, 0.9), exact_top(0.8, 6, 0.9), exact_top(0.8, 6)),  # top-p, then top-k
+  "top-k, then top-p": (
+    top(0.8, 6, 0.9),
+    exact_top(0.8, 6, 0.9),
+    exact_top(0.8, 6),
+  ),  # top-p, then top-k
   "CD-K": (cdk(), exact_cdk(), exact_cdk(k=1)),
   "CD-K, alpha": (cdk(alpha=0.2), exact_cdk(alpha=0.2), exact_cdk(alpha=0.5)),
   "CD-K, temperature": (cdk(1.2), exact_cdk(1.2), exact_cdk(1.0)),
@@ -191,9 +217,18 @@ def case_counts():
 
 @functools.cache
 def mixture_counts():
-  config = SamplingConfig("mixture", 0.9, 9, 0.8, text_temperature=1.3, text_top_p=0.95, contrastive_k=K)
+  config = SamplingConfig(
+    "mixture", 0.9, 9, 0.8, text_temperature=1.3, text_top_p=0.95, contrastive_k=K
+  )
   contrastive = np.tile(contrastive_rows("mixture", [0], 2).ravel(), 2)
-  return dict(zip(MIXTURE, counts(select(np.array([True, True, False, False]), contrastive, config.values), len(MIXTURE))))
+  return dict(
+    zip(
+      MIXTURE,
+      counts(
+        select(np.array([True, True, False, False]), contrastive, config.values), len(MIXTURE)
+      ),
+    )
+  )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -213,8 +248,13 @@ def test_a_batch_mixes_methods_and_modalities(case):
 
 
 def test_contrastive_scores_literals():
-  expert, amateur = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])), jnp.log(jnp.array([[0.5, 0.1, 0.3, 0.1]]))
-  np.testing.assert_allclose(np.exp(jit_scores(expert, amateur, 2, 0.4)), [[1, 3, 0.5, 0]], rtol=1e-5)
+  expert, amateur = (
+    jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])),
+    jnp.log(jnp.array([[0.5, 0.1, 0.3, 0.1]])),
+  )
+  np.testing.assert_allclose(
+    np.exp(jit_scores(expert, amateur, 2, 0.4)), [[1, 3, 0.5, 0]], rtol=1e-5
+  )
   np.testing.assert_allclose(np.exp(jit_scores(expert, amateur, 1, 0.4)), [[1, 3, 0, 0]], rtol=1e-5)
 
 
@@ -250,7 +290,9 @@ SMALL_ROWS = [top(1.0, 20, 0.9), cdk(alpha=0.1), top(0.5, 3), cdk(2.0), top(1.5,
 
 def small(rows, part=slice(None)):
   guided, expert, amateur = SMALL[:, part]
-  return draw(guided, jax.random.split(jax.random.key(3), 6)[part], rows_of(*rows[part]), expert, amateur)
+  return draw(
+    guided, jax.random.split(jax.random.key(3), 6)[part], rows_of(*rows[part]), expert, amateur
+  )
 
 
 def test_greedy_is_the_argmax():
@@ -262,7 +304,9 @@ def test_greedy_is_the_argmax():
 def test_log_probs_are_those_of_the_guided_distribution():
   tokens, log_probs = small(SMALL_ROWS)
   assert (tokens.dtype, log_probs.dtype) == (jnp.int32, jnp.float32)
-  np.testing.assert_allclose(log_probs, np.asarray(jax.nn.log_softmax(SMALL[0]))[range(6), tokens], rtol=1e-6)
+  np.testing.assert_allclose(
+    log_probs, np.asarray(jax.nn.log_softmax(SMALL[0]))[range(6), tokens], rtol=1e-6
+  )
 
 
 def test_a_row_does_not_depend_on_the_others():
@@ -289,12 +333,24 @@ def test_a_batch_split_over_devices_draws_the_same():
   @jax.jit
   def tokens(guided, expert, amateur, seeds, is_image, contrastive, values):
     keys = jax.vmap(jax.random.key)(seeds)
-    return sample(guided, keys, select(is_image, contrastive, values), bound, expert, amateur, config.contrastive_k)
+    return sample(
+      guided,
+      keys,
+      select(is_image, contrastive, values),
+      bound,
+      expert,
+      amateur,
+      config.contrastive_k,
+    )
 
   seeds = np.arange(8, dtype=np.uint32)
   whole = tokens(*streams, seeds, *flags, config.values)
   with jax.set_mesh(create_mesh(MeshConfig())):
-    split = tokens(*(shard(x, "batch", None) for x in streams), *(shard(x, "batch") for x in (seeds, *flags)), config.values)
+    split = tokens(
+      *(shard(x, "batch", None) for x in streams),
+      *(shard(x, "batch") for x in (seeds, *flags)),
+      config.values,
+    )
   assert len(split[0].sharding.device_set) == 8
   np.testing.assert_array_equal(whole[0], split[0])
   np.testing.assert_allclose(whole[1], split[1], rtol=1e-6)
@@ -308,19 +364,38 @@ def test_which_rows_are_contrastive():
 
 
 def test_text_is_never_contrastive():
-  rows = select(np.array([True, False]), np.array([True, True]), SamplingConfig("contrastive").values)
+  rows = select(
+    np.array([True, False]), np.array([True, True]), SamplingConfig("contrastive").values
+  )
   assert rows.contrastive.tolist() == [True, False]
   np.testing.assert_allclose(rows.temperature, [0.8, 1.0])
-  assert [x.dtype for x in rows] == [jnp.float32, jnp.int32, jnp.float32, jnp.bool, jnp.float32, jnp.float32]
+  assert [x.dtype for x in rows] == [
+    jnp.float32,
+    jnp.int32,
+    jnp.float32,
+    jnp.bool,
+    jnp.float32,
+    jnp.float32,
+  ]
 
 
 @pytest.mark.parametrize(
   ("top_k", "text_top_k", "expected"),  # Of image tokens, of text tokens, of both in one batch.
-  [(256, 0, (256, 0, 0)), (256, 40, (256, 40, 256)), (256, 400, (256, 400, 400)), (0, 1, (0, 1, 0))],
+  [
+    (256, 0, (256, 0, 0)),
+    (256, 40, (256, 40, 256)),
+    (256, 400, (256, 400, 400)),
+    (0, 1, (0, 1, 0)),
+  ],
 )
 def test_candidates(top_k, text_top_k, expected):
   config = SamplingConfig(top_k=top_k, text_top_k=text_top_k)
-  assert tuple(config.candidates(image=i, text=t) for i, t in ((True, False), (False, True), (True, True))) == expected
+  assert (
+    tuple(
+      config.candidates(image=i, text=t) for i, t in ((True, False), (False, True), (True, True))
+    )
+    == expected
+  )
 
 
 POSITIVE = ("temperature", "text_temperature", "contrastive_temperature", "amateur_temperature")

@@ -24,8 +24,16 @@ CODES, OTHER = VOCAB.image_ids(np.arange(6)), VOCAB.image_ids(np.array([50, 3, 1
 
 
 def model_config(family="opt", **fields):
-  fields = {"max_positions": POSITIONS, "dtype": "float32", "attention": "plain", "remat_policy": "none", **fields}
-  return ModelConfig(family=family, vocab_size=320, num_layers=2, width=32, num_heads=8, mlp_width=64, **fields)
+  fields = {
+    "max_positions": POSITIONS,
+    "dtype": "float32",
+    "attention": "plain",
+    "remat_policy": "none",
+    **fields,
+  }
+  return ModelConfig(
+    family=family, vocab_size=320, num_layers=2, width=32, num_heads=8, mlp_width=64, **fields
+  )
 
 
 def on_mesh(*shape):
@@ -66,7 +74,9 @@ def _causal(config, params, tokens):
 
 def full_logits(config, params, tokens):
   """[T] ids -> [T, V] logits of one causal pass without a cache; what follows the sample does not reach it."""
-  return np.asarray(_causal(config, params, np.pad(tokens, (0, POSITIONS - len(tokens)))[None]))[: len(tokens)]
+  return np.asarray(_causal(config, params, np.pad(tokens, (0, POSITIONS - len(tokens)))[None]))[
+    : len(tokens)
+  ]
 
 
 def teacher_forced(config, params, prompt, ids):

@@ -28,7 +28,9 @@ def test_a_question_is_the_template_with_a_hole(form):
   filled = infilled(request, [*form.encode("an apple"), VOCAB.eoss])
   expected = [*form.encode("Question: what is it? Answer: an apple."), VOCAB.brk, *IDS]
   assert filled == expected
-  answer = tasks.read_answer(form, Ask("question", "what is it?", "a.png"), request, np.array([*form.encode("an apple"), 4]))
+  answer = tasks.read_answer(
+    form, Ask("question", "what is it?", "a.png"), request, np.array([*form.encode("an apple"), 4])
+  )
   assert answer == tasks.Answer(("an apple",), ("an apple",))
 
 
@@ -106,7 +108,8 @@ def test_wrong_boxes(form, box, sentence):
 def test_a_box_of_more_rows_than_sentinels(form):
   few = dataclasses.replace(form, vocab=dataclasses.replace(VOCAB, num_special=7))
   with pytest.raises(
-    UserError, match="box is 0,0,2,8: it has 4 rows of codes, and the vocabulary has sentinels for 1: make it"
+    UserError,
+    match="box is 0,0,2,8: it has 4 rows of codes, and the vocabulary has sentinels for 1: make it",
   ):
     tasks.make_request(few, Ask("infill_image", image="a.png", box=(0, 0, 2, 8)))
 
@@ -127,29 +130,48 @@ def test_a_document_continues_its_text_and_fills_what_is_left(form):
   assert request.streams[0].tolist() == [VOCAB.eos, *form.encode("red apple")]
   assert request.positions == form.positions
   assert tasks.make_request(form, dataclasses.replace(ask, prompt="", length=7)).positions == 8
-  ids = np.array([*form.encode("on"), VOCAB.brk, *IDS, VOCAB.brk, *form.encode("new house"), VOCAB.eos])
+  ids = np.array(
+    [*form.encode("on"), VOCAB.brk, *IDS, VOCAB.brk, *form.encode("new house"), VOCAB.eos]
+  )
   text, image, last = tasks.read_answer(form, ask, request, ids).segments
   assert (text, last) == ("red apple on", "new house")
   np.testing.assert_array_equal(image, CODES)
 
 
 @pytest.mark.parametrize(
-  "ask", [Ask(prompt="car " * 120), Ask("infill_text", "car <mask>", length=125), Ask("interleaved", length=128)]
+  "ask",
+  [
+    Ask(prompt="car " * 120),
+    Ask("infill_text", "car <mask>", length=125),
+    Ask("interleaved", length=128),
+  ],
 )
 def test_a_prompt_that_is_too_long(form, ask):
   ask = dataclasses.replace(ask, where="f, line 1")
   with pytest.raises(
-    UserError, match=r"^f, line 1: the prompt has \d+ tokens and up to \d+ follow; the model was trained on 128"
+    UserError,
+    match=r"^f, line 1: the prompt has \d+ tokens and up to \d+ follow; the model was trained on 128",
   ):
     tasks.make_request(form, ask)
 
 
-@pytest.mark.parametrize("fields", [{"task": "unconditional"}, {"task": "interleaved", "prompt": "red apple"}])
+@pytest.mark.parametrize(
+  "fields", [{"task": "unconditional"}, {"task": "interleaved", "prompt": "red apple"}]
+)
 def test_contrastive_decoding_needs_two_streams(form, fields):
-  with pytest.raises(UserError, match=r"sampling\.method is 'mixture', which draws against a stream without the prompt"):
+  with pytest.raises(
+    UserError,
+    match=r"sampling\.method is 'mixture', which draws against a stream without the prompt",
+  ):
     tasks.make_request(form, Ask(**fields, sampling=SamplingConfig(method="mixture")))
-  for ask in (Ask(prompt="red apple"), Ask("edit", "blue", "a.png"), Ask("infill_text", "<mask>", length=9)):
-    tasks.make_request(form, dataclasses.replace(ask, sampling=SamplingConfig(method="contrastive")))
+  for ask in (
+    Ask(prompt="red apple"),
+    Ask("edit", "blue", "a.png"),
+    Ask("infill_text", "<mask>", length=9),
+  ):
+    tasks.make_request(
+      form, dataclasses.replace(ask, sampling=SamplingConfig(method="contrastive"))
+    )
 
 
 def test_masks_side_by_side(form):

@@ -33,7 +33,9 @@ def test_the_same_numbers(family):
 def test_the_compute_dtype_and_no_image_head():
   with on_mesh():
     config = model_config(dtype="bfloat16")
-    prepared = weights_lib.prepare(random_params(config), config=config, vocab=VOCAB, image_head=False)
+    prepared = weights_lib.prepare(
+      random_params(config), config=config, vocab=VOCAB, image_head=False
+    )
   assert {x.dtype for x in jax.tree.leaves(prepared)} == {jnp.dtype("bfloat16")}
   assert prepared.image_head is None
 
@@ -44,7 +46,9 @@ def test_int8_literals():
   made = weights_lib.quantized(w, (0,))
   np.testing.assert_array_equal(made.values, [[127, 25], [-64, -127]])
   np.testing.assert_allclose(made.scale, [[1.0, 0.02]], rtol=1e-6)
-  np.testing.assert_allclose(weights_lib.dequantized({"up": made}, "float32")["up"], [[127, 0.5], [-64, -2.54]], rtol=1e-6)
+  np.testing.assert_allclose(
+    weights_lib.dequantized({"up": made}, "float32")["up"], [[127, 0.5], [-64, -2.54]], rtol=1e-6
+  )
   zeros = weights_lib.quantized(jnp.zeros((2, 2)), (0,))
   assert (np.asarray(weights_lib.dequantized(zeros, "float32")) == 0).all()
 

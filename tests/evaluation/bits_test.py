@@ -16,7 +16,14 @@ from cm3leon_jax.vocab import VocabLayout
 
 VOCAB = VocabLayout(num_special=8, text_size=272, image_size=16)
 MODEL = ModelConfig(
-  vocab_size=VOCAB.size, num_layers=2, width=16, num_heads=2, mlp_width=32, max_positions=64, dtype="float32", loss_chunk=16
+  vocab_size=VOCAB.size,
+  num_layers=2,
+  width=16,
+  num_heads=2,
+  mlp_width=32,
+  max_positions=64,
+  dtype="float32",
+  loss_chunk=16,
 )
 DATA = DataConfig(sequence_length=64, num_neighbors=2)
 CONFIG = bits.EvaluationConfig(num_documents=5, batch_size=8, num_resamples=200)
@@ -26,7 +33,11 @@ def pair(key, rng, codes=4):
   text = rng.integers(VOCAB.num_special, VOCAB.text_size, rng.integers(1, 6)).astype(np.int32)
   image = VOCAB.image_ids(rng.integers(0, VOCAB.image_size, codes))
   return documents.Document(
-    str(key), (documents.Segment(False, text), documents.Segment(True, image)), "test", "CC0-1.0", "nobody"
+    str(key),
+    (documents.Segment(False, text), documents.Segment(True, image)),
+    "test",
+    "CC0-1.0",
+    "nobody",
   )
 
 
@@ -35,14 +46,22 @@ def stores(tmp_path):
   rng = np.random.default_rng(0)
   for name, n in (("train", 12), ("heldout", 7)):
     documents.write_documents(tmp_path / name, [pair(i, rng) for i in range(n)], VOCAB)
-  return documents.DocumentStore(tmp_path / "train", VOCAB), documents.DocumentStore(tmp_path / "heldout", VOCAB)
+  return documents.DocumentStore(tmp_path / "train", VOCAB), documents.DocumentStore(
+    tmp_path / "heldout", VOCAB
+  )
 
 
 @pytest.fixture(scope="module")
 def params():
   with jax.set_mesh(create_mesh(MeshConfig())):
-    noise = lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape, out_sharding=jax.typeof(x).sharding)
-    yield jax.jit(lambda key: jax.tree.map(noise, transformer.init_params(MODEL, key)))(jax.random.key(0))
+    noise = lambda x: (
+      x
+      + 0.3
+      * jax.random.normal(jax.random.key(x.size), x.shape, out_sharding=jax.typeof(x).sharding)
+    )
+    yield jax.jit(lambda key: jax.tree.map(noise, transformer.init_params(MODEL, key)))(
+      jax.random.key(0)
+    )
 
 
 def test_unigram_bits_are_those_of_the_docstring():
@@ -62,7 +81,9 @@ def test_unigram_table_has_one_distribution_per_modality(stores):
   assert probability[VOCAB.text_size :].sum() == pytest.approx(1)
   tokens = np.concatenate([stores[0][i].segments[1].tokens for i in range(len(stores[0]))])
   code = int(tokens[0])
-  assert probability[code] == pytest.approx((np.sum(tokens == code) + 1) / (len(tokens) + VOCAB.image_size))
+  assert probability[code] == pytest.approx(
+    (np.sum(tokens == code) + 1) / (len(tokens) + VOCAB.image_size)
+  )
 
 
 @given(st.integers(2, 60), st.integers(0, 2**32 - 1))
@@ -73,7 +94,10 @@ def test_derangement_is_a_permutation_without_fixed_points(n, seed):
 
 
 def test_own_targets_are_those_of_the_docstring():
-  text, image = lambda *ids: documents.Segment(False, np.array(ids, np.int32)), lambda *codes: VOCAB.image_ids(codes)
+  text, image = (
+    lambda *ids: documents.Segment(False, np.array(ids, np.int32)),
+    lambda *codes: VOCAB.image_ids(codes),
+  )
   make = lambda *segments: documents.Document("k", segments, "s", "l", "a")
   neighbor = make(text(27), documents.Segment(True, image(1)))
   document = make(text(28, 29), documents.Segment(True, image(2)))
@@ -89,7 +113,9 @@ def test_own_targets_are_exactly_the_documents_tokens(num_neighbors, seed):
   sample = pipeline.join([*neighbors, document], VOCAB)
   masks = bits.own_targets(sample, document, VOCAB)
   for segment in document.segments:
-    np.testing.assert_array_equal(sample[1:][masks["image" if segment.is_image else "text"]], segment.tokens)
+    np.testing.assert_array_equal(
+      sample[1:][masks["image" if segment.is_image else "text"]], segment.tokens
+    )
 
 
 def test_neighbors_that_do_not_fit_a_row_are_left_out():
@@ -99,7 +125,9 @@ def test_neighbors_that_do_not_fit_a_row_are_left_out():
   assert bits.fit_neighbors(document, neighbors, slots(neighbors)) == neighbors
   assert bits.fit_neighbors(document, neighbors, slots(neighbors) - 1) == neighbors[:2]
   assert bits.fit_neighbors(document, neighbors, slots([])) == []
-  with pytest.raises(config.UserError, match=r"held-out document '0' needs \d+ slots; data.sequence_length is"):
+  with pytest.raises(
+    config.UserError, match=r"held-out document '0' needs \d+ slots; data.sequence_length is"
+  ):
     bits.fit_neighbors(document, neighbors, slots([]) - 1)
 
 
@@ -107,16 +135,22 @@ def test_scores_are_the_log_likelihoods_of_each_sample_alone(params):
   rng = np.random.default_rng(1)
   samples = [pipeline.join([pair(i, rng) for i in range(1 + n)], VOCAB) for n in (0, 1, 2) * 3]
   scored = bits.score_samples(params, MODEL, samples, batch_size=8)
-  for sample, row in list(zip(samples, scored))[-3:]:  # They stand in another batch than the first ones.
+  for sample, row in list(zip(samples, scored))[
+    -3:
+  ]:  # They stand in another batch than the first ones.
     tokens = jnp.asarray(np.tile(sample[:-1], (8, 1)))
     positions = jnp.asarray(np.tile(np.arange(len(sample) - 1), (8, 1)))
 
     def logits(params, tokens=tokens, positions=positions):
       model = transformer.bind(MODEL, params)
-      return transformer.logits(model(tokens, positions, jnp.ones_like(tokens)), model.output_table())
+      return transformer.logits(
+        model(tokens, positions, jnp.ones_like(tokens)), model.output_table()
+      )
 
     expected = np.asarray(jax.nn.log_softmax(jax.jit(logits)(params)))[0]
-    np.testing.assert_allclose(row, -expected[np.arange(len(row)), sample[1:]] / np.log(2), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+      row, -expected[np.arange(len(row)), sample[1:]] / np.log(2), rtol=1e-4, atol=1e-4
+    )
     assert np.std(row) > 0.1
 
 
@@ -135,7 +169,7 @@ def test_intervals_cover_the_truth_at_their_level_and_shrink_with_pairing():
   assert width(easier - hard) < 0.1 * width(hard)
 
 
-def test_evaluate_differs_between_neighbours_and_repeats_exactly(stores, params):
+def test_evaluate_differs_between_neighbors_and_repeats_exactly(stores, params):
   ids = np.random.default_rng(3).integers(0, 12, (7, 4)).astype(np.int32)
   ids[2, 1:] = -1
   run = lambda ids: bits.evaluate(params, MODEL, *stores, ids, VOCAB, DATA, CONFIG, seed=0)
@@ -162,10 +196,14 @@ def test_fewer_than_two_documents_are_refused(tmp_path, stores, params):
   documents.write_documents(tmp_path / "one", [pair(0, np.random.default_rng(0))], VOCAB)
   one = documents.DocumentStore(tmp_path / "one", VOCAB)
   with pytest.raises(config.UserError, match="has 1 documents; evaluation compares at least 2"):
-    bits.evaluate(params, MODEL, stores[0], one, np.zeros((1, 2), np.int32), VOCAB, DATA, CONFIG, seed=0)
+    bits.evaluate(
+      params, MODEL, stores[0], one, np.zeros((1, 2), np.int32), VOCAB, DATA, CONFIG, seed=0
+    )
 
 
 @pytest.mark.parametrize("field", ["num_documents", "batch_size", "num_resamples"])
 def test_config_values_out_of_range_name_the_field(field):
-  with pytest.raises(config.UserError, match=rf"config.evaluation: {field} is 0; it must be at least"):
+  with pytest.raises(
+    config.UserError, match=rf"config.evaluation: {field} is 0; it must be at least"
+  ):
     config.build(bits.EvaluationConfig, {field: 0}, "evaluation")

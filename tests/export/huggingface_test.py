@@ -22,13 +22,22 @@ TOLERANCE = 2e-5  # fp32, logits of size 10.
 
 def config(family):
   return ModelConfig(
-    family=family, vocab_size=320, num_layers=3, width=48, num_heads=4, mlp_width=96, max_positions=40, dtype="float32"
+    family=family,
+    vocab_size=320,
+    num_layers=3,
+    width=48,
+    num_heads=4,
+    mlp_width=96,
+    max_positions=40,
+    dtype="float32",
   )
 
 
 def samples():
   rng = np.random.default_rng(0)
-  return [rng.integers(0, VOCAB.size, n).astype(np.int32) for n in (40, 7, 1)] + [np.array([0, 0, 5, 319], np.int32)]
+  return [rng.integers(0, VOCAB.size, n).astype(np.int32) for n in (40, 7, 1)] + [
+    np.array([0, 0, 5, 319], np.int32)
+  ]
 
 
 @pytest.fixture(params=["opt", "modern"])
@@ -46,7 +55,9 @@ def test_logits_equal_transformers(exported):
   compared = huggingface.compare_logits(folder, params, model_config, samples())
   assert compared["max_logit"] > 3
   assert compared["max_difference"] < TOLERANCE
-  assert summary["parameters"] == transformer.count_params(params) + (2 * 48 if model_config.family == "opt" else 0)
+  assert summary["parameters"] == transformer.count_params(params) + (
+    2 * 48 if model_config.family == "opt" else 0
+  )
   assert compared["tokens"] == 52
 
 
@@ -57,9 +68,15 @@ def test_every_weight_is_compared(exported):
   tensors = safetensors_numpy.load_file(folder / huggingface.WEIGHTS)
   names = [n for n in tensors if "layers." not in n or "layers.1." in n]
   for name in names:
-    changed = tensors[name] + np.where(np.arange(tensors[name].size).reshape(tensors[name].shape) % 7 == 3, 0.05, 0)
-    safetensors_numpy.save_file(tensors | {name: changed.astype(np.float32)}, folder / huggingface.WEIGHTS, {"format": "pt"})
-    difference = huggingface.compare_logits(folder, params, model_config, samples()[:1])["max_difference"]
+    changed = tensors[name] + np.where(
+      np.arange(tensors[name].size).reshape(tensors[name].shape) % 7 == 3, 0.05, 0
+    )
+    safetensors_numpy.save_file(
+      tensors | {name: changed.astype(np.float32)}, folder / huggingface.WEIGHTS, {"format": "pt"}
+    )
+    difference = huggingface.compare_logits(folder, params, model_config, samples()[:1])[
+      "max_difference"
+    ]
     assert difference > 100 * TOLERANCE, name
 
 
@@ -68,7 +85,9 @@ def test_loads_without_surprises(exported):
   pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
   folder, _, model_config, summary = exported
-  model, info = transformers.AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True)
+  model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    str(folder), output_loading_info=True
+  )
   assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
   assert type(model).__name__ == summary["architecture"]
   ids = model.generation_config
@@ -88,7 +107,9 @@ def test_sharded_params_export_the_same(tmp_path):
     devices = jax.devices()[: int(np.prod(shape))]
     with jax.set_mesh(create_mesh(MeshConfig(*shape), devices)):
       model_config = config("opt")
-      huggingface.export(tmp_path / str(len(devices)), random_params(model_config), model_config, VOCAB, None)
+      huggingface.export(
+        tmp_path / str(len(devices)), random_params(model_config), model_config, VOCAB, None
+      )
       files.append(safetensors_numpy.load_file(tmp_path / str(len(devices)) / huggingface.WEIGHTS))
   one, eight = files
   assert one.keys() == eight.keys()

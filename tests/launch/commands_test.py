@@ -7,11 +7,17 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-COMMANDS = sorted(path.stem for path in (ROOT / "launch").glob("*.py") if path.stem not in ("__init__", "common", "sharded"))
+COMMANDS = sorted(
+  path.stem
+  for path in (ROOT / "launch").glob("*.py")
+  if path.stem not in ("__init__", "common", "sharded")
+)
 
 
 def run(*argv, cwd=ROOT):
-  return subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ, check=False)
+  return subprocess.run(
+    argv, cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ, check=False
+  )
 
 
 def command(name, *flags):
@@ -35,14 +41,35 @@ def test_help_shows_the_docstring_and_the_flags(tmp_path):
 @pytest.mark.parametrize(
   ("flags", "sentence"),
   [
-    (["--config.evaluation.num_documents=1"], "error: config.evaluation: num_documents is 1; it must be at least 2."),
-    (["--config.train.stepz=1"], "error: a --config.SECTION.FIELD flag names an unknown field: 'stepz' Did you mean \"steps\""),
-    (["--config.train.steps=abc"], "error: flag --config.train.steps=abc: invalid literal for int()"),
-    (["--config=ml_configs/nope.py"], "error: --config could not be loaded, name a Python file with a get_config function: "),
-    (["--config=ml_configs/openmoji.py:soon"], "error: config variant 'soon' of openmoji.py must be a positive number"),
-    (["--num_processes=2"], "error: --num_processes is given, but this command runs in one process; only launch.train runs in"),
+    (
+      ["--config.evaluation.num_documents=1"],
+      "error: config.evaluation: num_documents is 1; it must be at least 2.",
+    ),
+    (
+      ["--config.train.stepz=1"],
+      "error: a --config.SECTION.FIELD flag names an unknown field: 'stepz' Did you mean \"steps\"",
+    ),
+    (
+      ["--config.train.steps=abc"],
+      "error: flag --config.train.steps=abc: invalid literal for int()",
+    ),
+    (
+      ["--config=ml_configs/nope.py"],
+      "error: --config could not be loaded, name a Python file with a get_config function: ",
+    ),
+    (
+      ["--config=ml_configs/openmoji.py:soon"],
+      "error: config variant 'soon' of openmoji.py must be a positive number",
+    ),
+    (
+      ["--num_processes=2"],
+      "error: --num_processes is given, but this command runs in one process; only launch.train runs in",
+    ),
     (["surplus"], "error: unexpected argument 'surplus': commands take flags only (--name=value)."),
-    ([], "error: {workdir}/documents is not finished: run `python -m launch.encode_documents` with the same --config"),
+    (
+      [],
+      "error: {workdir}/documents is not finished: run `python -m launch.encode_documents` with the same --config",
+    ),
   ],
 )
 def test_a_mistake_ends_in_one_sentence(tmp_path, flags, sentence):
@@ -84,11 +111,20 @@ def test_demo_shows_its_usage(tmp_path):
 
 def test_an_old_python_is_refused(tmp_path):
   old = tmp_path / "old-python"
-  old.write_text("#!/bin/sh\nexit 1\n")  # How an older interpreter answers the question for its version.
+  old.write_text(
+    "#!/bin/sh\nexit 1\n"
+  )  # How an older interpreter answers the question for its version.
   old.chmod(0o755)
   script = f'source "{ROOT}/launch/venv.sh"; find_python'
   result = subprocess.run(
-    ["bash", "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHON": str(old)}, check=False
+    ["bash", "-c", script],
+    capture_output=True,
+    text=True,
+    env={**os.environ, "PYTHON": str(old)},
+    check=False,
   )
   assert result.returncode == 2
-  assert result.stderr == f"error: PYTHON is '{old}'; it must be an interpreter of Python 3.11 or newer.\n"
+  assert (
+    result.stderr
+    == f"error: PYTHON is '{old}'; it must be an interpreter of Python 3.11 or newer.\n"
+  )

@@ -1,8 +1,8 @@
 import pytest
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.configs import cm3leon_7b, cm3leon_350m, cm3leon_760m, openmoji
 from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
-from ml_configs import cm3leon_7b, cm3leon_350m, cm3leon_760m, openmoji
 
 SIZES = {"350m": cm3leon_350m, "760m": cm3leon_760m, "7b": cm3leon_7b}
 
@@ -16,11 +16,17 @@ SIZES = {"350m": cm3leon_350m, "760m": cm3leon_760m, "7b": cm3leon_7b}
   ],
 )
 def test_real_sizes_are_the_tutorials_and_the_papers(size, layers, width, heads, rate, steps):
-  tutorial, paper = (settings_from_config(SIZES[size].get_config(variant)) for variant in ("", "paper"))
+  tutorial, paper = (
+    settings_from_config(SIZES[size].get_config(variant)) for variant in ("", "paper")
+  )
   for settings in (tutorial, paper):
     assert settings.vocab.size == settings.model.vocab_size == 64_512
     assert settings.data.sequence_length == 4_096
-    assert (settings.model.num_layers, settings.model.width, settings.model.num_heads) == (layers, width, heads)
+    assert (settings.model.num_layers, settings.model.width, settings.model.num_heads) == (
+      layers,
+      width,
+      heads,
+    )
     assert settings.model.mlp_width == 4 * width
   assert (tutorial.vqgan.image_tokens, paper.vqgan.image_tokens) == (256, 1_024)
   assert (tutorial.optimizer.learning_rate, paper.optimizer.learning_rate) == (1e-4, rate)
@@ -37,9 +43,16 @@ def test_minutes_scale_the_training_stages_and_nothing_else():
   for name in SECTIONS:
     for field in set(fifteen[name]) - scheduled:
       assert two[name][field] == fifteen[name][field]
-    if name not in ("model", "optimizer", "train"):  # `long` is another decoder on the same tokenizers, CLIP and rows.
+    if name not in (
+      "model",
+      "optimizer",
+      "train",
+    ):  # `long` is another decoder on the same tokenizers, CLIP and rows.
       assert long[name] == fifteen[name]
-  assert long.train.steps * long.train.global_batch_size >= 3 * fifteen.train.steps * fifteen.train.global_batch_size
+  assert (
+    long.train.steps * long.train.global_batch_size
+    >= 3 * fifteen.train.steps * fifteen.train.global_batch_size
+  )
 
 
 @pytest.mark.parametrize("variant", ["", "0", "-3", "soon"])

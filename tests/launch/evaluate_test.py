@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from cm3leon_jax import stages
+from cm3leon_jax.commands import common, evaluate
 from cm3leon_jax.config import UserError
+from cm3leon_jax.configs import base
 from cm3leon_jax.data import documents
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.training import checkpoint, optimizer, state
-from launch import common, evaluate
-from ml_configs import base
 from tests.retrieval.stores import write_neighbors
 
 
@@ -20,7 +20,16 @@ def tiny_settings():
   config.vocab.update({"num_special": 8, "text_size": 272, "image_size": 16})
   config.vqgan = ml_collections.ConfigDict()
   config.data.update({"sequence_length": 64})
-  config.model.update({"vocab_size": 288, "num_layers": 1, "width": 8, "num_heads": 1, "mlp_width": 8, "max_positions": 64})
+  config.model.update(
+    {
+      "vocab_size": 288,
+      "num_layers": 1,
+      "width": 8,
+      "num_heads": 1,
+      "mlp_width": 8,
+      "max_positions": 64,
+    }
+  )
   config.model.update({"dtype": "float32", "remat_policy": "none"})
   config.evaluation.update({"num_documents": 4, "num_resamples": 100})
   return common.settings_from_config(config)
@@ -28,9 +37,13 @@ def tiny_settings():
 
 def write_store(folder, n, vocab, seed):
   rng = np.random.default_rng(seed)
-  text = lambda: documents.Segment(False, rng.integers(vocab.num_special, vocab.text_size, 3).astype(np.int32))
+  text = lambda: documents.Segment(
+    False, rng.integers(vocab.num_special, vocab.text_size, 3).astype(np.int32)
+  )
   image = lambda: documents.Segment(True, vocab.image_ids(rng.integers(0, vocab.image_size, 4)))
-  documents.write_documents(folder, [documents.Document(str(i), (text(), image()), "s", "l", "a") for i in range(n)], vocab)
+  documents.write_documents(
+    folder, [documents.Document(str(i), (text(), image()), "s", "l", "a") for i in range(n)], vocab
+  )
 
 
 @pytest.fixture
@@ -40,13 +53,19 @@ def workdir(tmp_path):
   write_store(tmp_path / "documents" / "train_pairs", 9, settings.vocab, 0)
   write_store(tmp_path / "documents" / "heldout_pairs", 5, settings.vocab, 1)
   ids = np.random.default_rng(2).integers(0, 9, (5, 4)).astype(np.int32)
-  write_neighbors(tmp_path / "neighbors" / "heldout_pairs", ids=np.full((5, 4), -1, np.int32), text_ids=ids)
+  write_neighbors(
+    tmp_path / "neighbors" / "heldout_pairs", ids=np.full((5, 4), -1, np.int32), text_ids=ids
+  )
   with jax.set_mesh(create_mesh(settings.mesh)):
-    create = lambda: state.init_state(settings.model, optimizer.create_optimizer(settings.optimizer, 10), jax.random.key(0))
+    create = lambda: state.init_state(
+      settings.model, optimizer.create_optimizer(settings.optimizer, 10), jax.random.key(0)
+    )
     checkpoints = checkpoint.Checkpoints(tmp_path / "train", keep=1)
     checkpoints.save(jax.jit(create)(), 7, 0)
     checkpoints.close()
-  stages.write_json(tmp_path / "train" / "config.json", {"run": common.identity(settings, "vocab", "model")})
+  stages.write_json(
+    tmp_path / "train" / "config.json", {"run": common.identity(settings, "vocab", "model")}
+  )
   for folder in ("documents", "neighbors", "train"):
     with stages.stage(tmp_path / folder, {}):
       pass
@@ -75,7 +94,9 @@ def test_evaluate_writes_its_numbers_once_and_again_after_more_training(workdir,
 def test_the_run_of_another_model_is_refused(workdir):
   settings = tiny_settings()
   other = dataclasses.replace(settings, model=dataclasses.replace(settings.model, family="modern"))
-  with pytest.raises(UserError, match=r"holds the run of another config \(model\.family: opt -> modern\)"):
+  with pytest.raises(
+    UserError, match=r"holds the run of another config \(model\.family: opt -> modern\)"
+  ):
     evaluate.main(other, workdir)
 
 

@@ -11,12 +11,12 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax import stages
+from cm3leon_jax.clip import model as clip_lib
+from cm3leon_jax.commands import common, generate
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import draw
-from cm3leon_jax.evaluation import summary
-from cm3leon_jax.retrieval import clip as clip_lib
+from cm3leon_jax.reports import summary
 from cm3leon_jax.training import checkpoint
-from launch import common, generate
 from tests.data.stores import VOCAB
 from tests.decoding.run import SETTINGS, make_run, one_device
 from tests.models.tiny import random_params
@@ -30,8 +30,12 @@ def workdir(tmp_path_factory):
   params = clip_lib.init_params(SETTINGS.clip, VOCAB.text_size, jax.random.key(0))
   clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, params).save(root / "clip")
   for name in ("text_tokenizer", "vqgan", "documents", "neighbors", "clip", "train"):
-    stages.write_json(root / name / stages.DONE, {"id": name, "config": {}, "summary": {}, "seconds": 1.0})
-  stages.write_json(root / "train" / "config.json", {"run": common.identity(SETTINGS, "vocab", "model")})
+    stages.write_json(
+      root / name / stages.DONE, {"id": name, "config": {}, "summary": {}, "seconds": 1.0}
+    )
+  stages.write_json(
+    root / "train" / "config.json", {"run": common.identity(SETTINGS, "vocab", "model")}
+  )
   return root
 
 
@@ -64,9 +68,14 @@ def read_lines(folder):
 def test_heldout_captions_go_to_samples(run, workdir, capsys):
   run(captions=2, guidance=["1", "3"], retrieve=["0"])
   records = read_lines(workdir / "samples")
-  assert [(r["prompt"], r["guidance"]) for r in records] == [(p, g) for g in (1.0, 3.0) for p in ("red apple", "new house")]
+  assert [(r["prompt"], r["guidance"]) for r in records] == [
+    (p, g) for g in (1.0, 3.0) for p in ("red apple", "new house")
+  ]
   scores = summary.collect(workdir)["samples"]["clip_score"]
-  assert [(row["guidance"], row["retrieve"], row["samples"]) for row in scores] == [(1.0, 0, 2), (3.0, 0, 2)]
+  assert [(row["guidance"], row["retrieve"], row["samples"]) for row in scores] == [
+    (1.0, 0, 2),
+    (3.0, 0, 2),
+  ]
   out = capsys.readouterr().out
   assert "guidance 3, 0 retrieved: CLIP score" in out
   assert f"generate: all in {workdir / 'samples'}, side by side in " in out
@@ -86,7 +95,10 @@ def test_a_prompt_has_a_folder_for_every_set_of_settings(run, workdir):
 
 
 def test_a_file_of_prompts(run, workdir, picture, tmp_path, capsys):
-  lines = [{"prompt": "red apple", "retrieve": 0}, {"task": "caption", "image": "a.png", "length": 5}]
+  lines = [
+    {"prompt": "red apple", "retrieve": 0},
+    {"task": "caption", "image": "a.png", "length": 5},
+  ]
   (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   run(prompts=str(tmp_path / "mine.jsonl"), seed=3)
   (folder,) = (workdir / "prompts").glob("mine-*")
@@ -95,7 +107,9 @@ def test_a_file_of_prompts(run, workdir, picture, tmp_path, capsys):
     "text_to_image", 3, "caption", 4, picture,
   )  # fmt: skip
   assert f"{picture}: " in capsys.readouterr().out
-  Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(picture)  # Another picture of the same name is another thing to ask for.
+  Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(
+    picture
+  )  # Another picture of the same name is another thing to ask for.
   run(prompts=str(tmp_path / "mine.jsonl"), seed=3)
   assert len(list((workdir / "prompts").glob("mine-*"))) == 2
 
@@ -103,19 +117,55 @@ def test_a_file_of_prompts(run, workdir, picture, tmp_path, capsys):
 MISTAKES = [
   ({"task": "paint"}, "task is 'paint'; it must be one of text_to_image, "),
   ({"task": "caption"}, "task caption needs an image, and none is given."),
-  ({"prompt": ["a"], "rank": True}, "--rank orders the samples of a prompt, and there is one: give --samples=8, say."),
-  ({"task": "unconditional", "rank": True, "samples": 2}, "--rank is given, and CLIP cannot score task unconditional"),
-  ({"prompt": ["a"], "guidance": ["much"]}, "--guidance is 'much'; it must be numbers, like 3.0 or 1,3."),
-  ({"prompt": ["a"], "retrieve": ["-1"]}, r"--retrieve is \[-1\]; each must be a finite number of at least 0"),
-  ({"task": "caption", "image": ["a.png"], "guidance": ["3"]}, "--guidance is given, which task caption does not use: "),
-  ({"task": "infill_text", "prompt": ["<mask>"], "retrieve": ["0", "1"]}, "--guidance or --retrieve has several values: only"),
-  ({"prompts": "a.jsonl", "guidance": ["1", "3"]}, "--guidance or --retrieve has several values: only"),
-  ({"prompts": "a.jsonl", "prompt": ["b"]}, "--prompts and --prompt are given: put what you ask for into the file, or on"),
+  (
+    {"prompt": ["a"], "rank": True},
+    "--rank orders the samples of a prompt, and there is one: give --samples=8, say.",
+  ),
+  (
+    {"task": "unconditional", "rank": True, "samples": 2},
+    "--rank is given, and CLIP cannot score task unconditional",
+  ),
+  (
+    {"prompt": ["a"], "guidance": ["much"]},
+    "--guidance is 'much'; it must be numbers, like 3.0 or 1,3.",
+  ),
+  (
+    {"prompt": ["a"], "retrieve": ["-1"]},
+    r"--retrieve is \[-1\]; each must be a finite number of at least 0",
+  ),
+  (
+    {"task": "caption", "image": ["a.png"], "guidance": ["3"]},
+    "--guidance is given, which task caption does not use: ",
+  ),
+  (
+    {"task": "infill_text", "prompt": ["<mask>"], "retrieve": ["0", "1"]},
+    "--guidance or --retrieve has several values: only",
+  ),
+  (
+    {"prompts": "a.jsonl", "guidance": ["1", "3"]},
+    "--guidance or --retrieve has several values: only",
+  ),
+  (
+    {"prompts": "a.jsonl", "prompt": ["b"]},
+    "--prompts and --prompt are given: put what you ask for into the file, or on",
+  ),
   ({"prompts": "nowhere.jsonl"}, "--prompts names nowhere.jsonl, which does not exist: "),
-  ({"bank": "elsewhere"}, "--bank is given without --prompt; held-out captions have the neighbours that their run found"),
-  ({"task": "infill_image", "image": ["a.png"], "box": ["0", "x"]}, "--box is '0,x'; it must be four whole numbers"),
-  ({"task": "infill_image", "image": ["a.png"], "box": ["0", "0", "9", "2"]}, "box is 0,0,9,2; it must lie within the"),
-  ({"task": "question", "image": ["nowhere.png"], "prompt": ["a"], "length": 9}, "image nowhere.png cannot be read"),
+  (
+    {"bank": "elsewhere"},
+    "--bank is given without --prompt; held-out captions have the neighbors that their run found",
+  ),
+  (
+    {"task": "infill_image", "image": ["a.png"], "box": ["0", "x"]},
+    "--box is '0,x'; it must be four whole numbers",
+  ),
+  (
+    {"task": "infill_image", "image": ["a.png"], "box": ["0", "0", "9", "2"]},
+    "box is 0,0,9,2; it must lie within the",
+  ),
+  (
+    {"task": "question", "image": ["nowhere.png"], "prompt": ["a"], "length": 9},
+    "image nowhere.png cannot be read",
+  ),
   (
     {"prompt": ["car " * 200], "retrieve": ["0"]},
     "the prompt has 203 tokens and up to 17 follow; the model was trained on 128",

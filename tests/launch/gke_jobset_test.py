@@ -17,8 +17,17 @@ from launch.pod import gke_jobset
 
 ROOT = pathlib.Path(__file__).parents[2]
 MISTAKE = 2  # Exit code of every command for a user's mistake.
-FLAGS = ["--config=ml_configs/cm3leon_7b.py:paper", "--workdir=gs://bucket/7b", "--config.raw.source=a b/$(id)*: 'x' #\"$HOME"]
-GKE = {"NAME": "run", "IMAGE": "image:tpu", "ACCELERATOR": "tpu-v5-lite-podslice", "TOPOLOGY": "16x16"}
+FLAGS = [
+  "--config=ml_configs/cm3leon_7b.py:paper",
+  "--workdir=gs://bucket/7b",
+  "--config.raw.source=a b/$(id)*: 'x' #\"$HOME",
+]
+GKE = {
+  "NAME": "run",
+  "IMAGE": "image:tpu",
+  "ACCELERATOR": "tpu-v5-lite-podslice",
+  "TOPOLOGY": "16x16",
+}
 
 # JobSet's types are those of the custom resource jobset.x-k8s.io/v1alpha2 of kubernetes-sigs/jobset 0.13.
 
@@ -46,7 +55,9 @@ class Rule(Strict):
 
 class FailurePolicy(Strict):
   maxRestarts: int = 0
-  restartStrategy: str = pydantic.Field("Recreate", pattern="^(Recreate|BlockingRecreate|InPlaceRestart)$")
+  restartStrategy: str = pydantic.Field(
+    "Recreate", pattern="^(Recreate|BlockingRecreate|InPlaceRestart)$"
+  )
   rules: list[Rule] | None = None
 
 
@@ -96,18 +107,39 @@ def test_manifest_is_valid_as_it_stands_and_rendered(manifest):
 @pytest.mark.parametrize(
   ("change", "place"),
   [
-    (lambda m: m["spec"].update(failurePolice=m["spec"].pop("failurePolicy")), "spec.failurePolice"),
-    (lambda m: m["spec"]["failurePolicy"].update(maxRestarts="20"), "spec.failurePolicy.maxRestarts"),
-    (lambda m: m["spec"]["failurePolicy"]["rules"][0].pop("name"), "spec.failurePolicy.rules.0.name"),
-    (lambda m: m["spec"]["failurePolicy"]["rules"][0].update(action="Fail"), "spec.failurePolicy.rules.0.action"),
+    (
+      lambda m: m["spec"].update(failurePolice=m["spec"].pop("failurePolicy")),
+      "spec.failurePolice",
+    ),
+    (
+      lambda m: m["spec"]["failurePolicy"].update(maxRestarts="20"),
+      "spec.failurePolicy.maxRestarts",
+    ),
+    (
+      lambda m: m["spec"]["failurePolicy"]["rules"][0].pop("name"),
+      "spec.failurePolicy.rules.0.name",
+    ),
+    (
+      lambda m: m["spec"]["failurePolicy"]["rules"][0].update(action="Fail"),
+      "spec.failurePolicy.rules.0.action",
+    ),
     (lambda m: m["spec"]["replicatedJobs"][0].pop("template"), "spec.replicatedJobs.0.template"),
     (lambda m: job(m).update(backoff_limit=0), "template.spec.backoff_limit"),
-    (lambda m: job(m)["podFailurePolicy"]["rules"][0].pop("action"), "podFailurePolicy.rules.0.action"),
-    (lambda m: job(m)["podFailurePolicy"]["rules"][0]["onExitCodes"].update(values=["2"]), "onExitCodes.values.0"),
+    (
+      lambda m: job(m)["podFailurePolicy"]["rules"][0].pop("action"),
+      "podFailurePolicy.rules.0.action",
+    ),
+    (
+      lambda m: job(m)["podFailurePolicy"]["rules"][0]["onExitCodes"].update(values=["2"]),
+      "onExitCodes.values.0",
+    ),
     (lambda m: pod(m).update(terminationGracePeriod=900), "spec.terminationGracePeriod"),
     (lambda m: pod(m)["containers"][0].pop("name"), "containers.0.name"),
     (lambda m: pod(m)["containers"][0].update(args="--config=x"), "containers.0.args"),
-    (lambda m: pod(m)["containers"][0]["securityContext"].update(priviledged=True), "securityContext.priviledged"),
+    (
+      lambda m: pod(m)["containers"][0]["securityContext"].update(priviledged=True),
+      "securityContext.priviledged",
+    ),
   ],
 )
 def test_a_wrong_manifest_is_refused(manifest, change, place):
@@ -118,7 +150,13 @@ def test_a_wrong_manifest_is_refused(manifest, change, place):
 
 
 def test_rendering_changes_the_run_and_nothing_else(manifest):
-  environment = {**GKE, "TOPOLOGY": "4x4x8", "SLICES": "3", "MAX_RESTARTS": "7", "GRACE_SECONDS": "1200"}
+  environment = {
+    **GKE,
+    "TOPOLOGY": "4x4x8",
+    "SLICES": "3",
+    "MAX_RESTARTS": "7",
+    "GRACE_SECONDS": "1200",
+  }
   rendered = gke_jobset.jobset(environment, FLAGS)
   validate(rendered)
   assert rendered["metadata"]["name"] == "run"
@@ -144,12 +182,16 @@ def test_kubernetes_gives_the_flags_unchanged():
   container = pod(gke_jobset.jobset(GKE, FLAGS))["containers"][0]
   assert container["command"] == ["python", "-m", "launch.train"]
   assert [arg.replace("$$(", "$(") for arg in container["args"]] == ["--distributed", *FLAGS]
-  assert not any(re.search(r"(?<!\$)\$\(", arg) for arg in container["args"])  # What it would take for a variable.
+  assert not any(
+    re.search(r"(?<!\$)\$\(", arg) for arg in container["args"]
+  )  # What it would take for a variable.
 
 
 def test_the_command_prints_the_manifest():
   argv = [sys.executable, "-m", "launch.pod.gke_jobset", *FLAGS]
-  printed = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, **GKE}).stdout
+  printed = subprocess.run(
+    argv, cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, **GKE}
+  ).stdout
   assert yaml.safe_load(printed) == gke_jobset.jobset(GKE, FLAGS)
 
 
@@ -158,15 +200,21 @@ def jobset_action(manifest, exit_code=None, condition=None):
   reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
   for index, rule in enumerate(job(manifest)["podFailurePolicy"]["rules"]):
     codes = rule.get("onExitCodes")
-    if (codes and exit_code in codes["values"]) or (condition in [c["type"] for c in rule.get("onPodConditions", [])]):
+    if (codes and exit_code in codes["values"]) or (
+      condition in [c["type"] for c in rule.get("onPodConditions", [])]
+    ):
       what = (
-        f"Container trainer for pod a/b failed with exit code {exit_code}" if codes else f"Pod a/b has condition {condition}"
+        f"Container trainer for pod a/b failed with exit code {exit_code}"
+        if codes
+        else f"Pod a/b has condition {condition}"
       )
       reason, message = "PodFailurePolicy", f"{what} matching FailJob rule at index {index}"
       break
   for rule in manifest["spec"]["failurePolicy"]["rules"]:
     patterns = rule.get("onJobFailureMessagePatterns", [""])
-    if reason in rule["onJobFailureReasons"] and any(re.search(pattern, message) for pattern in patterns):
+    if reason in rule["onJobFailureReasons"] and any(
+      re.search(pattern, message) for pattern in patterns
+    ):
       return rule["action"]
   return "RestartJobSet"
 

@@ -11,15 +11,15 @@ import jax
 import pytest
 
 from cm3leon_jax import stages
+from cm3leon_jax.commands import inspect_data
 from cm3leon_jax.config import UserError
 from cm3leon_jax.tokenizers import text, vqgan
-from launch import inspect_data
 from tests.data.stores import VOCAB
-from tests.evaluation.inspect_page_test import VQGAN
 from tests.launch import train_test
+from tests.reports.inspect_page_test import VQGAN
 
 ROOT = pathlib.Path(__file__).parents[2]
-stores = train_test.workdir  # Documents and neighbours, as the stages before training leave them.
+stores = train_test.workdir  # Documents and neighbors, as the stages before training leave them.
 
 
 @pytest.fixture
@@ -35,7 +35,9 @@ def workdir(stores):
 
 
 def draw(workdir, out, split="train", numbers=range(1)):
-  inspect_data.draw(train_test.settings_with(), workdir, epath.Path(out), split, numbers, "ml_configs/mine.py")
+  inspect_data.draw(
+    train_test.settings_with(), workdir, epath.Path(out), split, numbers, "ml_configs/mine.py"
+  )
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -53,7 +55,9 @@ def test_rows_of_both_splits_become_a_page(workdir, capsys, split):
 @pytest.mark.parametrize(("folder", "command"), inspect_data.STAGES.items())
 def test_a_stage_that_is_missing_is_told(workdir, folder, command):
   (workdir / folder / stages.DONE).unlink()
-  with pytest.raises(UserError, match=rf"{folder} is not finished: run `python -m launch\.{command}`"):
+  with pytest.raises(
+    UserError, match=rf"{folder} is not finished: run `python -m launch\.{command}`"
+  ):
     draw(workdir, workdir / "rows.html")
   assert not (workdir / "rows.html").exists()
 
@@ -73,8 +77,17 @@ def test_rows_that_do_not_exist_are_refused(name, value, sentence):
 
 def test_a_mistake_ends_in_one_sentence(tmp_path):
   out = "--out=/dev/null/rows.html"
-  command = [sys.executable, "-m", "launch.inspect_data", "--config=ml_configs/openmoji.py", f"--workdir={tmp_path}", out]
-  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ, check=False)
+  command = [
+    sys.executable,
+    "-m",
+    "launch.inspect_data",
+    "--config=ml_configs/openmoji.py",
+    f"--workdir={tmp_path}",
+    out,
+  ]
+  result = subprocess.run(
+    command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ, check=False
+  )
   assert result.returncode == 2
   assert result.stderr == (
     "error: --out is /dev/null/rows.html, which cannot be written (File exists: /dev/null): name a file in a folder of yours.\n"

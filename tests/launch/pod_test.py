@@ -16,9 +16,13 @@ from cm3leon_jax.training.train import INTERRUPTED
 
 ROOT = pathlib.Path(__file__).parents[2]
 POD = ROOT / "launch" / "pod"
-PROGRAMS = pathlib.Path(sysconfig.get_path("scripts"))  # shellcheck and hadolint come as Python packages.
+PROGRAMS = pathlib.Path(
+  sysconfig.get_path("scripts")
+)  # shellcheck and hadolint come as Python packages.
 SCRIPTS = sorted(
-  path for path in [*ROOT.glob(".ci/*"), *ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/**/*.sbatch")] if path.is_file()
+  path
+  for path in [*ROOT.glob(".ci/*"), *ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/**/*.sbatch")]
+  if path.is_file()
 )
 MISTAKE = 2  # Exit code of every command for a user's mistake.
 FLAGS = [
@@ -28,8 +32,19 @@ FLAGS = [
 ]
 CLUSTER = {"PROJECT": "project", "ZONE": "us-west4-a"}
 TPU_VM = {**CLUSTER, "TPU": "pod", "ACCELERATOR": "v5litepod-256", "RUNTIME": "v2-alpha-tpuv5-lite"}
-XPK = {**CLUSTER, "CLUSTER": "cluster", "NAME": "run", "TPU_TYPE": "v5litepod-256", "IMAGE": "image:root"}
-GKE = {"NAME": "run", "IMAGE": "image:tpu", "ACCELERATOR": "tpu-v5-lite-podslice", "TOPOLOGY": "16x16"}
+XPK = {
+  **CLUSTER,
+  "CLUSTER": "cluster",
+  "NAME": "run",
+  "TPU_TYPE": "v5litepod-256",
+  "IMAGE": "image:root",
+}
+GKE = {
+  "NAME": "run",
+  "IMAGE": "image:tpu",
+  "ACCELERATOR": "tpu-v5-lite-podslice",
+  "TOPOLOGY": "16x16",
+}
 SLURM = {"IMAGE": "registry#image:gpu", "SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "8"}
 
 
@@ -60,8 +75,16 @@ class Recorders:
 
   def run(self, *argv, environment=None):
     path = f"{self._programs}:{os.environ['PATH']}"
-    variables = {"HOME": str(self.home), "PATH": path, "TMPDIR": str(self.home), "PYTHONPATH": str(ROOT), **(environment or {})}
-    return subprocess.run(argv, cwd=self.home, capture_output=True, text=True, timeout=60, env=variables, check=False)
+    variables = {
+      "HOME": str(self.home),
+      "PATH": path,
+      "TMPDIR": str(self.home),
+      "PYTHONPATH": str(ROOT),
+      **(environment or {}),
+    }
+    return subprocess.run(
+      argv, cwd=self.home, capture_output=True, text=True, timeout=60, env=variables, check=False
+    )
 
 
 @pytest.fixture
@@ -71,7 +94,9 @@ def recorders(tmp_path):
 
 def run_script(recorders, name, flags, environment):
   if name == "gke_jobset":
-    return recorders.run(sys.executable, "-m", "launch.pod.gke_jobset", *flags, environment=environment)
+    return recorders.run(
+      sys.executable, "-m", "launch.pod.gke_jobset", *flags, environment=environment
+    )
   return recorders.run("bash", str(POD / name), *flags, environment=environment)
 
 
@@ -82,31 +107,53 @@ def run_script(recorders, name, flags, environment):
 def test_shell_scripts_are_clean(script):
   assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
   found = subprocess.run(
-    [PROGRAMS / "shellcheck", "--external-sources", script], cwd=ROOT, capture_output=True, text=True, check=False
+    [PROGRAMS / "shellcheck", "--external-sources", script],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
   )
   assert found.returncode == 0, found.stdout
 
 
 def test_shellcheck_finds_an_unquoted_variable(tmp_path):
   (tmp_path / "wrong.sh").write_text("#!/usr/bin/env bash\nrm $1\n")
-  found = subprocess.run([PROGRAMS / "shellcheck", tmp_path / "wrong.sh"], capture_output=True, text=True, check=False)
+  found = subprocess.run(
+    [PROGRAMS / "shellcheck", tmp_path / "wrong.sh"], capture_output=True, text=True, check=False
+  )
   assert found.returncode == 1
   assert "SC2086" in found.stdout
 
 
 def test_dockerfile_is_clean():
-  found = subprocess.run([PROGRAMS / "hadolint", POD / "Dockerfile"], capture_output=True, text=True, check=False)
+  found = subprocess.run(
+    [PROGRAMS / "hadolint", POD / "Dockerfile"], capture_output=True, text=True, check=False
+  )
   assert found.returncode == 0, found.stdout
 
 
 def test_hadolint_finds_a_misspelt_instruction(tmp_path):
-  (tmp_path / "Dockerfile").write_text((POD / "Dockerfile").read_text().replace("WORKDIR", "WORKDIRS"))
-  assert subprocess.run([PROGRAMS / "hadolint", tmp_path / "Dockerfile"], capture_output=True, check=False).returncode != 0
+  (tmp_path / "Dockerfile").write_text(
+    (POD / "Dockerfile").read_text().replace("WORKDIR", "WORKDIRS")
+  )
+  assert (
+    subprocess.run(
+      [PROGRAMS / "hadolint", tmp_path / "Dockerfile"], capture_output=True, check=False
+    ).returncode
+    != 0
+  )
 
 
 def test_dockerfile_copies_what_the_context_holds_and_installs_extras_that_exist():
-  text, ignored = (POD / "Dockerfile").read_text(), (ROOT / ".dockerignore").read_text().splitlines()
-  copied = [source for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for source in line.split()[:-1]]
+  text, ignored = (
+    (POD / "Dockerfile").read_text(),
+    (ROOT / ".dockerignore").read_text().splitlines(),
+  )
+  copied = [
+    source
+    for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE)
+    for source in line.split()[:-1]
+  ]
   assert copied
   assert all((ROOT / source).exists() for source in copied)
   assert sorted(line[1:] for line in ignored if line.startswith("!")) == sorted(copied)
@@ -160,18 +207,56 @@ def test_tpu_vm_host_that_trains_is_left_alone(recorders):
 @pytest.mark.parametrize(
   ("arguments", "expected"),
   [
-    (["create", "--spot"], ["create", "pod", "--accelerator-type=v5litepod-256", "--version=v2-alpha-tpuv5-lite", "--spot"]),
-    (["status"], ["ssh", "pod", "--worker=all", "--command=hostname; systemctl is-active cm3leon-train@$USER || true"]),
-    (["logs"], ["ssh", "pod", "--worker=0", "--command=sudo journalctl --unit=cm3leon-train@$USER --lines=100 --follow"]),
-    (["logs", "5"], ["ssh", "pod", "--worker=5", "--command=sudo journalctl --unit=cm3leon-train@$USER --lines=100 --follow"]),
-    (["stop"], ["ssh", "pod", "--worker=all", "--command=sudo systemctl disable --now cm3leon-train@$USER"]),
+    (
+      ["create", "--spot"],
+      [
+        "create",
+        "pod",
+        "--accelerator-type=v5litepod-256",
+        "--version=v2-alpha-tpuv5-lite",
+        "--spot",
+      ],
+    ),
+    (
+      ["status"],
+      [
+        "ssh",
+        "pod",
+        "--worker=all",
+        "--command=hostname; systemctl is-active cm3leon-train@$USER || true",
+      ],
+    ),
+    (
+      ["logs"],
+      [
+        "ssh",
+        "pod",
+        "--worker=0",
+        "--command=sudo journalctl --unit=cm3leon-train@$USER --lines=100 --follow",
+      ],
+    ),
+    (
+      ["logs", "5"],
+      [
+        "ssh",
+        "pod",
+        "--worker=5",
+        "--command=sudo journalctl --unit=cm3leon-train@$USER --lines=100 --follow",
+      ],
+    ),
+    (
+      ["stop"],
+      ["ssh", "pod", "--worker=all", "--command=sudo systemctl disable --now cm3leon-train@$USER"],
+    ),
     (["delete"], ["delete", "pod"]),
   ],
 )
 def test_tpu_vm_commands(recorders, arguments, expected):
   recorders.add("gcloud")
   assert run_script(recorders, "tpu_vm.sh", arguments, TPU_VM).returncode == 0
-  assert recorders.calls("gcloud") == [["compute", "tpus", "tpu-vm", *expected, "--project=project", "--zone=us-west4-a"]]
+  assert recorders.calls("gcloud") == [
+    ["compute", "tpus", "tpu-vm", *expected, "--project=project", "--zone=us-west4-a"]
+  ]
 
 
 def test_tpu_vm_service_starts_again_when_told_to_stop_and_not_after_a_mistake():
@@ -187,7 +272,11 @@ def test_tpu_vm_service_starts_again_when_told_to_stop_and_not_after_a_mistake()
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
 def test_systemd_knows_every_line_of_the_service(tmp_path):
-  analyze = lambda path: subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True, check=False).stderr
+  analyze = lambda path: (
+    subprocess.run(
+      ["systemd-analyze", "verify", path], capture_output=True, text=True, check=False
+    ).stderr
+  )
   good, wrong = tmp_path / "cm3leon-train@good.service", tmp_path / "cm3leon-train@wrong.service"
   text = (POD / "cm3leon-train@.service").read_text().replace("User=%i", "User=root")
   good.write_text(text)
@@ -207,7 +296,10 @@ def test_xpk_gets_the_flags_whole(recorders):
   (call,) = recorders.calls("xpk")
   assert call[:2] == ["workload", "create"]
   given = dict(argument.removeprefix("--").split("=", 1) for argument in call[2:])
-  assert {name: given[name] for name in ("project", "cluster", "workload", "tpu-type", "num-slices", "docker-image")} == {
+  assert {
+    name: given[name]
+    for name in ("project", "cluster", "workload", "tpu-type", "num-slices", "docker-image")
+  } == {
     "project": "project",
     "cluster": "cluster",
     "workload": "run",
@@ -236,22 +328,36 @@ def test_slurm_gets_the_flags_whole(recorders):
   (call,) = recorders.calls("srun")
   at = call.index("python")
   assert call[at:] == ["python", "-m", "launch.train", "--distributed", *FLAGS]
-  assert {"--container-image=registry#image:gpu", "--container-mounts=/scratch:/scratch,/home/a b:/home"} <= set(call[:at])
+  assert {
+    "--container-image=registry#image:gpu",
+    "--container-mounts=/scratch:/scratch,/home/a b:/home",
+  } <= set(call[:at])
   assert recorders.calls("scontrol") == []
 
 
 @pytest.mark.parametrize(
   ("status", "restarts", "again"),
-  [(0, 0, False), (MISTAKE, 0, False), (INTERRUPTED, 0, True), (INTERRUPTED, 99, True), (1, 19, True), (137, 20, False)],
+  [
+    (0, 0, False),
+    (MISTAKE, 0, False),
+    (INTERRUPTED, 0, True),
+    (INTERRUPTED, 99, True),
+    (1, 19, True),
+    (137, 20, False),
+  ],
 )
-def test_slurm_starts_again_when_told_to_stop_and_not_after_a_mistake(recorders, status, restarts, again):
+def test_slurm_starts_again_when_told_to_stop_and_not_after_a_mistake(
+  recorders, status, restarts, again
+):
   result = submit(recorders, status, SLURM_RESTART_COUNT=str(restarts))
   assert recorders.calls("scontrol") == ([["requeue", "17"]] if again else [])
   assert result.returncode == (0 if again else status)
 
 
 def test_slurm_is_told_to_stop_before_the_time_is_up():
-  options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", (POD / "slurm_gpu.sbatch").read_text(), re.MULTILINE))
+  options = dict(
+    re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", (POD / "slurm_gpu.sbatch").read_text(), re.MULTILINE)
+  )
   assert options["signal"] == "TERM@900"
   assert "requeue" in options
   assert options["gpus-per-node"] == options["ntasks-per-node"]
@@ -274,11 +380,17 @@ def assert_one_sentence(result, start):
   assert result.stdout == ""
 
 
-@pytest.mark.parametrize(("script", "variable"), [(script, name) for script, (_, names) in NEEDED.items() for name in names])
+@pytest.mark.parametrize(
+  ("script", "variable"),
+  [(script, name) for script, (_, names) in NEEDED.items() for name in names],
+)
 def test_a_missing_variable_is_told_in_one_sentence(recorders, script, variable):
   flags, environment = NEEDED[script]
   environment = {name: value for name, value in environment.items() if name != variable}
-  assert_one_sentence(run_script(recorders, script, flags, environment), f"{variable} is not set: export it, as in {variable}=")
+  assert_one_sentence(
+    run_script(recorders, script, flags, environment),
+    f"{variable} is not set: export it, as in {variable}=",
+  )
 
 
 @pytest.mark.parametrize("flag", ["--config", "--workdir"])
@@ -293,14 +405,23 @@ def test_a_missing_flag_is_told_in_one_sentence(recorders, script, flag):
 def test_a_workdir_of_one_host_is_refused(recorders, script):
   flags, environment = NEEDED[script]
   flags = [re.sub("^--workdir=.*", "--workdir=runs/7b", flag) for flag in flags]
-  assert_one_sentence(run_script(recorders, script, flags, environment), "the flag --workdir=gs://BUCKET/FOLDER is missing: ")
+  assert_one_sentence(
+    run_script(recorders, script, flags, environment),
+    "the flag --workdir=gs://BUCKET/FOLDER is missing: ",
+  )
 
 
 @pytest.mark.parametrize(
   ("variables", "sentence"),
   [
-    ({"TOPOLOGY": "256"}, "TOPOLOGY is '256'; it must be the chips along each axis, as in 16x16 or 4x4x8."),
-    ({"CHIPS_PER_HOST": "3"}, "CHIPS_PER_HOST is 3; it does not divide the 256 chips of TOPOLOGY=16x16."),
+    (
+      {"TOPOLOGY": "256"},
+      "TOPOLOGY is '256'; it must be the chips along each axis, as in 16x16 or 4x4x8.",
+    ),
+    (
+      {"CHIPS_PER_HOST": "3"},
+      "CHIPS_PER_HOST is 3; it does not divide the 256 chips of TOPOLOGY=16x16.",
+    ),
     ({"SLICES": "two"}, "SLICES is 'two'; it must be a positive whole number."),
   ],
 )
@@ -309,7 +430,8 @@ def test_gke_values_are_checked(recorders, variables, sentence):
 
 
 @pytest.mark.parametrize(
-  ("arguments", "start"), [([], "no command; usage: "), (["start"], "unexpected command 'start'; usage: ")]
+  ("arguments", "start"),
+  [([], "no command; usage: "), (["start"], "unexpected command 'start'; usage: ")],
 )
 def test_tpu_vm_commands_are_checked(recorders, arguments, start):
   assert_one_sentence(run_script(recorders, "tpu_vm.sh", arguments, TPU_VM), start)

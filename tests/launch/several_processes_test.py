@@ -11,10 +11,10 @@ from etils import epath
 import pytest
 
 from cm3leon_jax import stages
+from cm3leon_jax.commands import train
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training.metrics import read_metrics
 from cm3leon_jax.training.train import INTERRUPTED
-from launch import train
 from tests.launch.stages_before import make_workdir
 from tests.launch.tiny_config import get_config
 
@@ -26,7 +26,14 @@ SAMPLES = ["step_000004.png", "step_000008.png", "step_000012.png"]
 
 def start(workdir, processes, *flags, mesh=(2, 2, 2)) -> subprocess.Popen:
   shape = [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh)]
-  command = ["bash", LOCAL, str(processes), str(8 // processes), "--", "--config=tests/launch/tiny_config.py"]
+  command = [
+    "bash",
+    LOCAL,
+    str(processes),
+    str(8 // processes),
+    "--",
+    "--config=tests/launch/tiny_config.py",
+  ]
   return subprocess.Popen(
     [*command, f"--workdir={workdir}", *shape, *flags],
     cwd=ROOT,
@@ -44,7 +51,9 @@ def finish(job, code=0) -> str:
 
 
 def losses(workdir) -> dict[int, float]:
-  lines = [line for line in read_metrics(workdir / "train" / "metrics" / "metrics.jsonl") if "loss" in line]
+  lines = [
+    line for line in read_metrics(workdir / "train" / "metrics" / "metrics.jsonl") if "loss" in line
+  ]
   assert len({line["step"] for line in lines}) == len(lines)  # One process logs.
   return {line["step"]: line["loss"] for line in lines}
 
@@ -102,7 +111,11 @@ def test_two_processes_one_of_which_is_told_to_stop_and_one_that_continues(whole
   assert 4 <= stopped < 12
   digests = fresh / "train" / "checkpoints.digests"
   assert {path.name for path in digests.iterdir()} == {f"{stopped - 1}.json", f"{stopped}.json"}
-  assert {name.split("/")[1] for name in stages.read_json(digests / f"{stopped}.json") if "ocdbt.process" in name} == {
+  assert {
+    name.split("/")[1]
+    for name in stages.read_json(digests / f"{stopped}.json")
+    if "ocdbt.process" in name
+  } == {
     "ocdbt.process_0",
     "ocdbt.process_1",
   }
@@ -110,10 +123,14 @@ def test_two_processes_one_of_which_is_told_to_stop_and_one_that_continues(whole
   one_process(fresh)
   assert largest_difference(fresh, whole) < TOLERANCE
   found, expected = losses(fresh), losses(whole)
-  assert min(abs(found[step] - expected[step + 1]) for step in range(1, 12)) > TOLERANCE  # The rows of the next step.
+  assert (
+    min(abs(found[step] - expected[step + 1]) for step in range(1, 12)) > TOLERANCE
+  )  # The rows of the next step.
   assert (fresh / "train" / stages.DONE).exists()
   for name in SAMPLES:
-    assert (fresh / "train" / "samples" / name).read_bytes() == (whole / "train" / "samples" / name).read_bytes()
+    assert (fresh / "train" / "samples" / name).read_bytes() == (
+      whole / "train" / "samples" / name
+    ).read_bytes()
 
 
 @pytest.mark.slow
@@ -123,7 +140,9 @@ def test_any_number_of_processes_and_any_mesh_give_the_same_losses(whole, fresh,
   finish(start(fresh, processes, mesh=mesh))
   assert largest_difference(fresh, whole) < TOLERANCE
   for name in SAMPLES:
-    assert (fresh / "train" / "samples" / name).read_bytes() == (whole / "train" / "samples" / name).read_bytes()
+    assert (fresh / "train" / "samples" / name).read_bytes() == (
+      whole / "train" / "samples" / name
+    ).read_bytes()
 
 
 @pytest.mark.slow
@@ -182,11 +201,16 @@ def test_a_flipped_bit_is_told_by_all_processes(fresh):
   [
     ([], "error: PROCESSES is ''; it must be a positive whole number; usage: "),
     (["2", "0", "--"], "error: DEVICES is '0'; it must be a positive whole number; usage: "),
-    (["2", "4", "--config=x"], "error: '--' must stand before the flags, not '--config=x'; usage: "),
+    (
+      ["2", "4", "--config=x"],
+      "error: '--' must stand before the flags, not '--config=x'; usage: ",
+    ),
   ],
 )
 def test_the_script_refuses_bad_arguments_in_one_sentence(arguments, sentence):
-  result = subprocess.run(["bash", LOCAL, *arguments], capture_output=True, text=True, timeout=60, check=False)
+  result = subprocess.run(
+    ["bash", LOCAL, *arguments], capture_output=True, text=True, timeout=60, check=False
+  )
   assert result.returncode == 2
   assert result.stderr.startswith(sentence)
   assert result.stderr.count("\n") == 1

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from cm3leon_jax import stages
+from cm3leon_jax.commands import train
 from cm3leon_jax.config import UserError
 from cm3leon_jax.settings import default_config, settings_from_config
-from launch import train
 from tests.data.stores import VOCAB, make_sources
 from tests.retrieval.stores import write_neighbors
 
@@ -17,7 +17,9 @@ from tests.retrieval.stores import write_neighbors
 def settings_with(**train_fields):
   config = default_config()
   config.vocab.update(dataclasses.asdict(VOCAB))
-  config.model.update({"vocab_size": VOCAB.size, "width": 32, "num_heads": 4, "mlp_width": 64, "max_positions": 128})
+  config.model.update(
+    {"vocab_size": VOCAB.size, "width": 32, "num_heads": 4, "mlp_width": 64, "max_positions": 128}
+  )
   config.data.update({"sequence_length": 128, "pack_window": 64, "text_share": 0.3})
   config.train.update({"global_batch_size": 4, **train_fields})
   return settings_from_config(config)
@@ -25,7 +27,7 @@ def settings_with(**train_fields):
 
 @pytest.fixture
 def workdir(tmp_path):
-  """Stores of both splits, and neighbours, as the stages before training leave them."""
+  """Stores of both splits, and neighbors, as the stages before training leave them."""
   sources = make_sources(tmp_path / "made")
   documents, neighbors = tmp_path / "documents", tmp_path / "neighbors"
   documents.mkdir()
@@ -53,7 +55,9 @@ def test_interleaved_documents_get_their_share(workdir):
   documents = pathlib.Path(workdir) / "documents"
   (documents / "train_interleaved").symlink_to(documents / "train_pairs")
   settings = settings_with()
-  mixed = lambda **shares: dataclasses.replace(settings, data=dataclasses.replace(settings.data, **shares))
+  mixed = lambda **shares: dataclasses.replace(
+    settings, data=dataclasses.replace(settings.data, **shares)
+  )
   plan = train.open_rows(mixed(text_share=0.2, interleaved_share=0.5), workdir, "train").plan
   slots = np.zeros(3)
   for i in range(200):
@@ -65,21 +69,30 @@ def test_interleaved_documents_get_their_share(workdir):
 
 
 def test_too_little_data_for_one_batch_is_told(workdir):
-  with pytest.raises(UserError, match=r"training tokens, one batch takes 131072 \(train\.global_batch_size x"):
+  with pytest.raises(
+    UserError, match=r"training tokens, one batch takes 131072 \(train\.global_batch_size x"
+  ):
     train.open_rows(settings_with(global_batch_size=1_024), workdir, "train")
 
 
-def test_neighbours_of_other_documents_are_told(workdir):
+def test_neighbors_of_other_documents_are_told(workdir):
   write_neighbors(workdir / "neighbors" / "train_pairs", ids=np.zeros((3, 4), np.int32))
-  with pytest.raises(UserError, match="names neighbours of 3 documents"):
+  with pytest.raises(UserError, match="names neighbors of 3 documents"):
     train.open_rows(settings_with(), workdir, "train")
 
 
 def test_a_workdir_of_another_run_is_refused(workdir):
   first = settings_with()
-  stages.write_json(workdir / "train" / "config.json", {"run": train.identity(first, workdir), "train": {}})
-  other = dataclasses.replace(first, optimizer=dataclasses.replace(first.optimizer, learning_rate=0.5))
-  with pytest.raises(UserError, match=r"holds the run of another config \(optimizer\.learning_rate: 0\.0001 -> 0\.5\)"):
+  stages.write_json(
+    workdir / "train" / "config.json", {"run": train.identity(first, workdir), "train": {}}
+  )
+  other = dataclasses.replace(
+    first, optimizer=dataclasses.replace(first.optimizer, learning_rate=0.5)
+  )
+  with pytest.raises(
+    UserError,
+    match=r"holds the run of another config \(optimizer\.learning_rate: 0\.0001 -> 0\.5\)",
+  ):
     train.main(other, workdir)
 
 

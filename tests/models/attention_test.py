@@ -14,7 +14,9 @@ def plain(q, k, v, segment_ids):
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   scores = np.einsum("BLNH,BTNH->BNLT", q, k) / q.shape[-1] ** 0.5
   length = q.shape[1]
-  seen = np.tril(np.ones((length, length), bool)) & (segment_ids[:, :, None] == segment_ids[:, None, :])
+  seen = np.tril(np.ones((length, length), bool)) & (
+    segment_ids[:, :, None] == segment_ids[:, None, :]
+  )
   weights = np.exp(np.where(seen[:, None], scores, -np.inf))
   return np.einsum("BNLT,BTNH->BLNH", weights / weights.sum(-1, keepdims=True), v)
 
@@ -48,7 +50,9 @@ def test_the_kernels_equal_plain_attention_and_so_do_their_gradients(rows, name)
     with jax.set_mesh(mesh_of(1, 1, 2)):
       segment_ids = shard(jnp.asarray(segment_ids), "batch", "length")
       qkv = [shard(x, "batch", "length", "heads", "head_dim") for x in (q, k, v)]
-      return jax.jit(jax.value_and_grad(lambda *qkv: (attend(*qkv, segment_ids) * weights).sum(), (0, 1, 2)))(*qkv)
+      return jax.jit(
+        jax.value_and_grad(lambda *qkv: (attend(*qkv, segment_ids) * weights).sum(), (0, 1, 2))
+      )(*qkv)
 
   expected, expected_grads = value_and_grads(attention.causal_attention, segment_ids)
   found, grads = value_and_grads(kernel, segment_ids)

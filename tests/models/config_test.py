@@ -19,7 +19,10 @@ def test_defaults_are_seven_billion():
     ({"width": "wide"}, "config.model.width is 'wide'; it must be int"),
     ({"embed_std": 0.0}, "config.model: embed_std is 0.0; it must be positive"),
     ({"num_layers": 0}, "config.model: num_layers is 0; it must be positive"),
-    ({"family": "modern", "width": 6, "num_heads": 2}, "config.model: width / num_heads = 3 is odd"),
+    (
+      {"family": "modern", "width": 6, "num_heads": 2},
+      "config.model: width / num_heads = 3 is odd",
+    ),
   ],
 )
 def test_errors_name_the_field(fields, message):

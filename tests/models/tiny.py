@@ -43,6 +43,8 @@ def random_params(config, seed=0):
 @functools.partial(jax.jit, static_argnums=0)
 def model_logits(config, params, tokens, positions, segment_ids):
   """[B, L] arrays -> [B, L, V] logits on the current mesh."""
-  tokens, positions, segment_ids = (shard(jnp.asarray(x), "batch", "length") for x in (tokens, positions, segment_ids))
+  tokens, positions, segment_ids = (
+    shard(jnp.asarray(x), "batch", "length") for x in (tokens, positions, segment_ids)
+  )
   model = transformer.bind(config, params)
   return transformer.logits(model(tokens, positions, segment_ids), model.output_table())

@@ -33,7 +33,9 @@ def test_no_gradient_reaches_a_later_token(family):
     at_t[0, t] = 1
     # Only columns that no input token owns: the tied table's rows then get their gradient through the input alone.
     unused = (np.arange(config.vocab_size) >= L).astype(np.float32)[None, None]
-    f = lambda p: jnp.sum(at_t * unused * model_logits(config, p, tokens, POSITIONS[:1], SEGMENTS[:1]) ** 2)
+    f = lambda p: jnp.sum(
+      at_t * unused * model_logits(config, p, tokens, POSITIONS[:1], SEGMENTS[:1]) ** 2
+    )
     norms = np.linalg.norm(np.asarray(jax.grad(f)(params)["embed"])[:L], axis=1)
   assert (norms[: t + 1] > 1e-6).all()
   assert (norms[t + 1 :] == 0).all()
@@ -63,9 +65,15 @@ def test_scanned_layers_equal_unrolled(family):
     model = transformer.bind(config, params)
     x = model.embed_tokens(jnp.asarray(TOKENS), jnp.asarray(POSITIONS))
     for i in range(config.num_layers):
-      layer = transformer.bind(one, {**params, "blocks": jax.tree.map(lambda w, i=i: w[i : i + 1], params["blocks"])})
+      layer = transformer.bind(
+        one, {**params, "blocks": jax.tree.map(lambda w, i=i: w[i : i + 1], params["blocks"])}
+      )
       block = jax.tree.map(lambda w: w[0], layer.blocks)
-      x = block(x, jnp.asarray(POSITIONS), lambda q, k, v: attention.causal_attention(q, k, v, jnp.asarray(SEGMENTS)))
+      x = block(
+        x,
+        jnp.asarray(POSITIONS),
+        lambda q, k, v: attention.causal_attention(q, k, v, jnp.asarray(SEGMENTS)),
+      )
     unrolled = transformer.logits(model.final_norm(x), model.output_table())
   np.testing.assert_allclose(scanned, unrolled, atol=2e-5)
 
@@ -75,8 +83,12 @@ def test_scanned_layers_equal_unrolled(family):
 def test_remat_changes_nothing(policy, family):
   with jax.set_mesh(mesh_of(1, 1, 1)):
     params = random_params(config_of(family))
-    loss = lambda c: jax.grad(lambda p: jnp.mean(model_logits(c, p, TOKENS, POSITIONS, SEGMENTS) ** 2))(params)
-    for a, b in zip(*(jax.tree.leaves(loss(config_of(family, remat_policy=name))) for name in ("none", policy))):
+    loss = lambda c: jax.grad(
+      lambda p: jnp.mean(model_logits(c, p, TOKENS, POSITIONS, SEGMENTS) ** 2)
+    )(params)
+    for a, b in zip(
+      *(jax.tree.leaves(loss(config_of(family, remat_policy=name))) for name in ("none", policy))
+    ):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -87,9 +99,13 @@ def test_what_a_remat_policy_keeps():
   for policy, widths in expected.items():
     config = config_of("opt", remat_policy=policy)
     with jax.set_mesh(mesh_of(1, 1, 1)):
-      forward = functools.partial(model_logits, config, tokens=TOKENS, positions=POSITIONS, segment_ids=SEGMENTS)
+      forward = functools.partial(
+        model_logits, config, tokens=TOKENS, positions=POSITIONS, segment_ids=SEGMENTS
+      )
       residuals = jax.tree.leaves(jax.vjp(forward, random_params(config))[1])
-    kept = sorted(x[0, 0, 0].size for x in residuals if x.shape[:3] == (CONFIG.num_layers, *TOKENS.shape))
+    kept = sorted(
+      x[0, 0, 0].size for x in residuals if x.shape[:3] == (CONFIG.num_layers, *TOKENS.shape)
+    )
     assert kept == sorted([D, *widths]), policy
 
 
@@ -108,7 +124,9 @@ def test_sharded_equals_one_device(family, shape):
 def test_opt_starts_with_equal_logits_up_to_the_tied_table():
   """Residual outputs start at 0: every layer is the identity, so depth does not change a fresh network."""
   with jax.set_mesh(mesh_of(1, 1, 1)):
-    deep = model_logits(CONFIG, transformer.init_params(CONFIG, jax.random.key(0)), TOKENS, POSITIONS, SEGMENTS)
+    deep = model_logits(
+      CONFIG, transformer.init_params(CONFIG, jax.random.key(0)), TOKENS, POSITIONS, SEGMENTS
+    )
     params = transformer.init_params(CONFIG, jax.random.key(0))
     model = transformer.bind(CONFIG, params)
     x = model.final_norm(model.embed_tokens(jnp.asarray(TOKENS), jnp.asarray(POSITIONS)))
@@ -127,6 +145,8 @@ def test_the_embedding_has_a_spread_of_its_own():
 
 def test_rotation_depends_on_distance_alone():
   q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-  score = lambda i, j: float(jnp.sum(transformer.rotate(q, jnp.array([[i]])) * transformer.rotate(k, jnp.array([[j]]))))
+  score = lambda i, j: float(
+    jnp.sum(transformer.rotate(q, jnp.array([[i]])) * transformer.rotate(k, jnp.array([[j]])))
+  )
   assert score(7, 3) == pytest.approx(score(14, 10), abs=1e-5)
   assert abs(score(7, 3) - score(7, 4)) > 1e-3

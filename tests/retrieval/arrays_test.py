@@ -16,7 +16,9 @@ def rows():
 
 
 def test_appended_rows_are_read_back(tmp_path, rows, monkeypatch):
-  monkeypatch.setattr(arrays, "READ_BYTES", 7 * 6 * 2)  # Chunks of 7 rows and files of 14, which the appends do not respect.
+  monkeypatch.setattr(
+    arrays, "READ_BYTES", 7 * 6 * 2
+  )  # Chunks of 7 rows and files of 14, which the appends do not respect.
   monkeypatch.setattr(arrays, "FILE_BYTES", 14 * 6 * 2)
   store = ArrayStore.create(tmp_path / "a", (6,), np.float16)
   assert store[:].shape == (0, 6)
@@ -27,7 +29,9 @@ def test_appended_rows_are_read_back(tmp_path, rows, monkeypatch):
     assert (opened.shape, opened.dtype) == ((50, 6), np.float16)
     np.testing.assert_array_equal(opened[:], rows.astype(np.float16))
     np.testing.assert_array_equal(opened[5:40], rows[5:40].astype(np.float16))
-    np.testing.assert_array_equal(opened[np.array([49, 0, 7, 7])], rows[[49, 0, 7, 7]].astype(np.float16))
+    np.testing.assert_array_equal(
+      opened[np.array([49, 0, 7, 7])], rows[[49, 0, 7, 7]].astype(np.float16)
+    )
   files = [p for p in (tmp_path / "a" / "c").rglob("*") if p.is_file()]
   assert len(files) == 4  # of 14 rows
 
@@ -84,7 +88,9 @@ def test_processes_write_into_one_file_at_the_same_time(tmp_path):
     list(pool.map(write_rows, [tmp_path / "a"] * 2, (0, 100), (100, 200)))
   store = ArrayStore(tmp_path / "a")
   store.commit()
-  np.testing.assert_array_equal(store[:], np.repeat(np.arange(200, dtype=np.float16)[:, None], 6, 1))
+  np.testing.assert_array_equal(
+    store[:], np.repeat(np.arange(200, dtype=np.float16)[:, None], 6, 1)
+  )
 
 
 def test_creating_replaces(tmp_path, rows):
@@ -96,7 +102,9 @@ def test_refusals(tmp_path, rows):
   with pytest.raises(UserError, match="does not exist"):
     ArrayStore(tmp_path / "none")
   store = ArrayStore.create(tmp_path / "a", (6,), np.float32)
-  with pytest.raises(UserError, match=r"holds rows of shape \(6,\); rows of shape \(5,\) cannot be written"):
+  with pytest.raises(
+    UserError, match=r"holds rows of shape \(6,\); rows of shape \(5,\) cannot be written"
+  ):
     store.write(0, rows[:, :5])
   store.append(rows)
   for wrong in ([50], [-1]):

@@ -1,4 +1,4 @@
-"""Embedding raw pairs, and the whole stage from raw pairs to neighbours, on one process and on Ray."""
+"""Embedding raw pairs, and the whole stage from raw pairs to neighbors, on one process and on Ray."""
 
 import dataclasses
 
@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
+from cm3leon_jax.clip import model as clip_lib
+from cm3leon_jax.clip.model import CLIP, CLIPConfig
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import group_id
 from cm3leon_jax.retrieval import bank as bank_lib
-from cm3leon_jax.retrieval import clip as clip_lib
 from cm3leon_jax.retrieval import index, neighbors
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob
-from cm3leon_jax.retrieval.clip import CLIP, CLIPConfig
 from cm3leon_jax.retrieval.neighbors import RetrievalConfig, Retriever
 from cm3leon_jax.shards import Runner
 from tests.data.raw import write_raw
@@ -39,7 +39,10 @@ def make_raw(folder, n=24, num_shards=3):
   """n pairs of random pictures, every fourth held out."""
   images = np.random.default_rng(0).integers(0, 256, (n, 16, 16, 3), np.uint8)
   split = lambda i: "heldout" if i % 4 == 3 else "train"
-  pairs = [{"key": f"k{i}", "caption": chr(97 + i) * 3, "group": f"g{i // 2}", "split": split(i)} for i in range(n)]
+  pairs = [
+    {"key": f"k{i}", "caption": chr(97 + i) * 3, "group": f"g{i // 2}", "split": split(i)}
+    for i in range(n)
+  ]
   write_raw(folder, pairs, images, num_shards)
 
 
@@ -65,8 +68,13 @@ def test_rows_are_those_of_the_pairs(built):
     texts = clip.embed_texts([clip.encode(p.caption) for p in pairs])
     images = clip.embed_images(raw_pairs.load_images([p.image for p in pairs], 16, 1))
     np.testing.assert_allclose(rows.images[:], images, atol=1e-3)
-    np.testing.assert_allclose(rows.documents[:], bank_lib.document_embeddings(texts, images), atol=1e-3)
-    dropped = [bank_lib.drop_tokens(clip.encode(p.caption), 0.2 * (split == "train"), p.key, 0) for p in pairs]
+    np.testing.assert_allclose(
+      rows.documents[:], bank_lib.document_embeddings(texts, images), atol=1e-3
+    )
+    dropped = [
+      bank_lib.drop_tokens(clip.encode(p.caption), 0.2 * (split == "train"), p.key, 0)
+      for p in pairs
+    ]
     np.testing.assert_allclose(rows.queries[:], clip.embed_texts(dropped), atol=1e-3)
     assert (np.abs(rows.queries[:] - texts).max() > 1e-2) == (split == "train")
     assert rows.keys[:].tolist() == [group_id(p.key) for p in pairs]
@@ -74,11 +82,14 @@ def test_rows_are_those_of_the_pairs(built):
     assert rows.documents.dtype == np.float16
 
 
-def test_the_stage_writes_neighbours_of_both_splits(built):
+def test_the_stage_writes_neighbors_of_both_splits(built):
   root, summary = built
   assert summary["recall@2"] == 1
   assert (summary["bank"], summary["backend"]) == (18, "exact")
-  ids, scores = (neighbors.load_neighbors(root / "out", "train_pairs", array=array) for array in ("ids", "scores"))
+  ids, scores = (
+    neighbors.load_neighbors(root / "out", "train_pairs", array=array)
+    for array in ("ids", "scores")
+  )
   assert ids.shape == scores.shape == (18, 4)
   assert summary["train_mean_kept"] == (ids >= 0).sum(1).mean()
   np.testing.assert_allclose(summary["train_mean_similarity"], scores[ids >= 0].mean(), rtol=1e-5)
@@ -86,11 +97,15 @@ def test_the_stage_writes_neighbours_of_both_splits(built):
   assert neighbors.load_neighbors(root / "out", "heldout_pairs").shape == (6, 4)
   by_caption = neighbors.load_neighbors(root / "out", "heldout_pairs", text_only=True)
   query = tiny_clip().embed_texts([tiny_clip().encode("ddd")])  # the first held-out caption
-  np.testing.assert_array_equal(Retriever(root / "out", CONFIG).retrieve(query)[0][0], by_caption[0])
+  np.testing.assert_array_equal(
+    Retriever(root / "out", CONFIG).retrieve(query)[0][0], by_caption[0]
+  )
 
 
 def files_of(folder):
-  return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("c/*")) if p.is_file()}
+  return {
+    str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("c/*")) if p.is_file()
+  }
 
 
 def test_blocks_and_shards_do_not_matter(built, tmp_path, monkeypatch):
@@ -100,7 +115,9 @@ def test_blocks_and_shards_do_not_matter(built, tmp_path, monkeypatch):
   build(tmp_path, config=dataclasses.replace(CONFIG, index_rows=7))
   for split in ("train", "heldout"):
     for name in ("ids", "scores"):
-      one, many = (bank_lib.ArrayStore(r / "out" / f"{split}_pairs" / name)[:] for r in (root, tmp_path))
+      one, many = (
+        bank_lib.ArrayStore(r / "out" / f"{split}_pairs" / name)[:] for r in (root, tmp_path)
+      )
       np.testing.assert_allclose(one, many, atol=1e-6)
 
 
@@ -109,17 +126,23 @@ def test_new_shards_are_appended(tmp_path, monkeypatch):
   make_raw(tmp_path / "raw", num_shards=4)
   path = tmp_path / "raw" / raw_pairs.INDEX
   whole = bank_lib.stages.read_json(path)
-  bank_lib.stages.write_json(path, {**whole, "shards": {k: v for k, v in whole["shards"].items() if k != "000003"}})
+  bank_lib.stages.write_json(
+    path, {**whole, "shards": {k: v for k, v in whole["shards"].items() if k != "000003"}}
+  )
   build(tmp_path)
   before = Embeddings(tmp_path / "out" / "train").documents[:]
   embedded = []
   embed_pairs = bank_lib.embed_pairs
-  count = lambda clip, pairs, *args: embedded.extend(p.key for p in pairs) or embed_pairs(clip, pairs, *args)
+  count = lambda clip, pairs, *args: (
+    embedded.extend(p.key for p in pairs) or embed_pairs(clip, pairs, *args)
+  )
   monkeypatch.setattr(bank_lib, "embed_pairs", count)
   bank_lib.stages.write_json(path, whole)
   assert build(tmp_path)["bank"] == 18
   assert embedded == ["k18", "k20", "k21", "k22", "k19", "k23"]
-  np.testing.assert_array_equal(Embeddings(tmp_path / "out" / "train").documents[: len(before)], before)
+  np.testing.assert_array_equal(
+    Embeddings(tmp_path / "out" / "train").documents[: len(before)], before
+  )
   build(tmp_path, "anew")
   assert files_of(tmp_path / "out") == files_of(tmp_path / "anew")
 
@@ -137,7 +160,9 @@ def test_scann_is_built_once_and_saved(tmp_path, monkeypatch):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(5, 99), min_size=1, max_size=30), st.text(max_size=5), st.floats(0, 0.99))
+@given(
+  st.lists(st.integers(5, 99), min_size=1, max_size=30), st.text(max_size=5), st.floats(0, 0.99)
+)
 def test_query_dropout_is_a_function_of_the_document(ids, key, share):
   ids = np.array(ids, np.int32)
   kept = bank_lib.drop_tokens(ids, share, key, 0)

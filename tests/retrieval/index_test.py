@@ -21,7 +21,9 @@ def clustered():
 
 
 def oracle(vectors, queries, k):
-  return np.argsort(-(queries.astype(np.float64) @ vectors.T.astype(np.float64)), axis=1, kind="stable")[:, :k]
+  return np.argsort(
+    -(queries.astype(np.float64) @ vectors.T.astype(np.float64)), axis=1, kind="stable"
+  )[:, :k]
 
 
 def test_exact_search_is_the_oracle(clustered):
@@ -31,11 +33,15 @@ def test_exact_search_is_the_oracle(clustered):
   assert scores.dtype == np.float32
   np.testing.assert_array_equal(ids, oracle(vectors, queries, 5))
   np.testing.assert_allclose(scores, np.take_along_axis(queries @ vectors.T, ids, 1), atol=1e-6)
-  assert index.recall_at_k(ids, oracle(vectors, np.roll(queries, 1, 0), 5)) < 0.5  # negative control
+  assert (
+    index.recall_at_k(ids, oracle(vectors, np.roll(queries, 1, 0), 5)) < 0.5
+  )  # negative control
 
 
 def test_exact_search_in_literals():
-  ids, scores = index.ExactIndex(np.array([[1, 0], [0, 1], [0.6, 0.8]])).search(np.array([[1, 0], [0, 2]]), 4)
+  ids, scores = index.ExactIndex(np.array([[1, 0], [0, 1], [0.6, 0.8]])).search(
+    np.array([[1, 0], [0, 2]]), 4
+  )
   assert ids.tolist() == [[0, 2, 1, -1], [1, 2, 0, -1]]
   np.testing.assert_allclose(scores, [[1, 0.6, 0, -np.inf], [2, 1.6, 0, -np.inf]], rtol=1e-6)
 
@@ -69,7 +75,9 @@ def test_batches_do_not_matter(clustered):
   many = np.concatenate([queries] * 4)
   ids, _ = index.ExactIndex(vectors).search(many, 3)
   assert len(many) > index.QUERY_BATCH
-  np.testing.assert_array_equal(ids, np.concatenate([index.ExactIndex(vectors).search(queries, 3)[0]] * 4))
+  np.testing.assert_array_equal(
+    ids, np.concatenate([index.ExactIndex(vectors).search(queries, 3)[0]] * 4)
+  )
   assert index.ExactIndex(vectors).search(many[:0], 3)[0].shape == (0, 3)
 
 
@@ -79,7 +87,9 @@ def test_scann_finds_what_exact_search_finds(clustered, tmp_path, monkeypatch):
   scann = index.ScannIndex.build(vectors)
   ids, scores = scann.search(queries, 2)
   assert index.recall_at_k(ids, oracle(vectors, queries, 2)) >= 0.95
-  assert index.recall_at_k(ids, oracle(vectors, np.roll(queries, 1, 0), 2)) < 0.5  # negative control
+  assert (
+    index.recall_at_k(ids, oracle(vectors, np.roll(queries, 1, 0), 2)) < 0.5
+  )  # negative control
   np.testing.assert_allclose(scores, np.take_along_axis(queries @ vectors.T, ids, 1), atol=1e-5)
   monkeypatch.chdir(tmp_path)
   scann.save("relative")
@@ -110,7 +120,10 @@ def test_blocks_are_searched_as_one(clustered, tmp_path, monkeypatch):
 
 
 def test_merge_in_literals():
-  found = [(np.array([[4, 7]]), np.array([[0.9, 0.2]])), (np.array([[8, -1]]), np.array([[0.5, -np.inf]]))]
+  found = [
+    (np.array([[4, 7]]), np.array([[0.9, 0.2]])),
+    (np.array([[8, -1]]), np.array([[0.5, -np.inf]])),
+  ]
   ids, scores = index.merge(found, 3)
   assert ids.tolist() == [[4, 8, 7]]
   assert scores.tolist() == [[0.9, 0.5, 0.2]]
@@ -152,7 +165,7 @@ def test_recall_in_literals():
 def test_refusals():
   with pytest.raises(UserError, match=r"retrieval\.backend is 'faiss'"):
     index.choose_backend(5, "faiss")
-  with pytest.raises(UserError, match="bank of neighbours is empty"):
+  with pytest.raises(UserError, match="bank of neighbors is empty"):
     index.choose_backend(0)
   for vectors, message in ((np.ones((0, 3)), "non-empty"), (np.ones(3), "shape")):
     with pytest.raises(UserError, match=message):

@@ -3,8 +3,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.config import UserError
-from cm3leon_jax.retrieval import clip as clip_lib
 from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.retrieval.bank import Embeddings
 from cm3leon_jax.retrieval.neighbors import RetrievalConfig, Retriever, select_neighbors
@@ -24,7 +24,9 @@ VECTORS = at_angles(10, 40, 50, 80, 85, 110, 140)  # documents 0 to 6; the query
 
 
 def select(sides, forbidden=NOBODY, kept=2, limit=0.9):
-  ids, rejected = select_neighbors([np.array(s) for s in sides], VECTORS, at_angles(0)[0], forbidden, kept, limit)
+  ids, rejected = select_neighbors(
+    [np.array(s) for s in sides], VECTORS, at_angles(0)[0], forbidden, kept, limit
+  )
   return ids, dict(rejected)
 
 
@@ -73,15 +75,21 @@ class Bank:
 
 def bank_of(n, seed=0, size=8):
   rng = np.random.default_rng(seed)
-  texts, images = (np.asarray(clip_lib.normalize(rng.normal(size=(n, size)).astype(np.float32))) for _ in range(2))
-  return Bank(texts, images, np.array([f"g{i // 2}" for i in range(n)]), np.array([f"k{i}" for i in range(n)]))
+  texts, images = (
+    np.asarray(clip_lib.normalize(rng.normal(size=(n, size)).astype(np.float32))) for _ in range(2)
+  )
+  return Bank(
+    texts, images, np.array([f"g{i // 2}" for i in range(n)]), np.array([f"k{i}" for i in range(n)])
+  )
 
 
 def neighbors_of(retriever):
-  """Neighbours of the bank's own documents."""
+  """Neighbors of the bank's own documents."""
   bank, read = retriever.bank, lambda array: array[:].astype(np.float32)
   sides = [retriever.search(read(bank.queries)), retriever.search(read(bank.images))]
-  return retriever.select(sides, read(bank.documents), bank.keys[:], bank.groups[:], retriever.config.kept_per_side)
+  return retriever.select(
+    sides, read(bank.documents), bank.keys[:], bank.groups[:], retriever.config.kept_per_side
+  )
 
 
 def test_the_rules_hold_on_a_bank(tmp_path, monkeypatch):
@@ -109,7 +117,7 @@ def test_without_groups_only_itself_is_excluded(tmp_path):
   assert rejected["own_group"] > 0
 
 
-def test_two_documents_of_one_group_have_no_neighbours(tmp_path):
+def test_two_documents_of_one_group_have_no_neighbors(tmp_path):
   ids, scores, _ = neighbors_of(bank_of(2).retriever(tmp_path))
   assert (ids == -1).all()
   assert (scores == 0).all()
@@ -121,7 +129,9 @@ def test_the_order_of_the_bank_does_not_matter(tmp_path, seed):
   shuffled = bank.reordered(order)
   names = lambda bank, ids: np.where(ids >= 0, bank.keys[ids], "")
   expected = names(bank, neighbors_of(bank.retriever(tmp_path / "a"))[0])
-  np.testing.assert_array_equal(names(shuffled, neighbors_of(shuffled.retriever(tmp_path / "b"))[0]), expected[order])
+  np.testing.assert_array_equal(
+    names(shuffled, neighbors_of(shuffled.retriever(tmp_path / "b"))[0]), expected[order]
+  )
 
 
 def test_retrieval_by_caption_is_best_first(tmp_path):
@@ -135,10 +145,12 @@ def test_retrieval_by_caption_is_best_first(tmp_path):
   assert (ids[0] != retriever.retrieve(bank.texts[5:6])[0][0]).any()
 
 
-def test_absent_neighbours_are_told(tmp_path):
+def test_absent_neighbors_are_told(tmp_path):
   with pytest.raises(UserError, match=r"launch\.build_neighbors|does not exist"):
     Embeddings(tmp_path / "train")
-  with pytest.raises(UserError, match=r"train_pairs does not exist: run `python -m launch\.build_neighbors`"):
+  with pytest.raises(
+    UserError, match=r"train_pairs does not exist: run `python -m launch\.build_neighbors`"
+  ):
     neighbors.load_neighbors(tmp_path, "train_pairs")
   ids = np.array([[3, 1, -1, -1]], np.int32)
   write_neighbors(tmp_path / "train_pairs", ids=ids)

@@ -45,7 +45,9 @@ def test_special_tokens_in_data_are_plain_text(tokenizer, folder, typed):
   ids = tokenizer.encode(text)
   assert (ids >= VOCAB.num_special).all()
   assert tokenizer.decode(ids) == text
-  control = transformers.AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False).input_ids
+  control = transformers.AutoTokenizer.from_pretrained(folder)(
+    text, add_special_tokens=False
+  ).input_ids
   assert VOCAB.special_tokens().index(typed) in control
 
 
@@ -89,7 +91,10 @@ def test_transformers_loads_it(folder, tokenizer):
 
 
 def test_too_few_texts_are_told(tmp_path):
-  with pytest.raises(UserError, match=r"the 1 training texts \(9 characters\) give \d+ tokens, config.vocab.text_size is 300"):
+  with pytest.raises(
+    UserError,
+    match=r"the 1 training texts \(9 characters\) give \d+ tokens, config.vocab.text_size is 300",
+  ):
     train_text_tokenizer(["red heart"], VOCAB, TextTokenizerConfig(), tmp_path)
   assert not (tmp_path / "tokenizer.json").exists()
 

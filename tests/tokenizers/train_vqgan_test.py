@@ -36,7 +36,7 @@ NUM_CODES = 16
 
 @pytest.fixture(scope="module")
 def images():
-  """Flat colours with a darker square: uint8 [20, 8, 8, 3]."""
+  """Flat colors with a darker square: uint8 [20, 8, 8, 3]."""
   rng = np.random.default_rng(0)
   x = np.broadcast_to(rng.integers(0, 256, (20, 1, 1, 3)), (20, 8, 8, 3)).astype(np.uint8)
   x[:, 2:6, 2:6] //= 2
@@ -94,11 +94,17 @@ def test_training_improves_and_leaves_its_files(images, tmp_path):
   untrained = train_vqgan.evaluate(before, images, images, tmp_path)
   summary = train_vqgan.train_vqgan(config, NUM_CODES, 0, images, images[:6], tmp_path)
   assert summary["psnr_db"] > untrained["psnr_db"] + 4
-  assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "params.safetensors", "reconstructions.npz"]
+  assert sorted(p.name for p in tmp_path.iterdir()) == [
+    "config.json",
+    "params.safetensors",
+    "reconstructions.npz",
+  ]
   shown = np.load(tmp_path / "reconstructions.npz")
   np.testing.assert_array_equal(shown["originals"], images[:6])
   tokenizer = ImageTokenizer.load(tmp_path)
-  np.testing.assert_array_equal(shown["reconstructions"], tokenizer.decode(tokenizer.encode(images[:6])))
+  np.testing.assert_array_equal(
+    shown["reconstructions"], tokenizer.decode(tokenizer.encode(images[:6]))
+  )
   errors = ((shown["originals"] / 255 - shown["reconstructions"] / 255) ** 2).mean((1, 2, 3))
   assert summary["psnr_db"] == pytest.approx(np.mean(10 * np.log10(1 / errors)))
   assert summary["psnr_of_mean_mse_db"] == pytest.approx(10 * np.log10(1 / errors.mean()))
@@ -108,7 +114,10 @@ def test_only_dead_codes_restart_and_at_encodings(images):
   state = train_vqgan.init_state(CONFIG, NUM_CODES, 0)
   usage = np.arange(NUM_CODES) % 3
   state["usage"] = jnp.asarray(usage, jnp.int32)
-  old, encoder = np.asarray(state["params"]["codebook"]["table"]), jax.tree.map(np.asarray, state["params"]["encoder"])
+  old, encoder = (
+    np.asarray(state["params"]["codebook"]["table"]),
+    jax.tree.map(np.asarray, state["params"]["encoder"]),
+  )
   model = vqgan.bind(CONFIG, NUM_CODES, jax.tree.map(jnp.copy, state["params"]))
   z = np.asarray(vqgan.l2_normalize(model.encoder(vqgan.to_float(images)))).reshape(-1, 4)
   state = train_vqgan.restart_dead_codes(state, images, CONFIG, jax.random.key(3))
@@ -122,7 +131,9 @@ def test_only_dead_codes_restart_and_at_encodings(images):
 
 
 def test_usage_counts_every_code(images):
-  state, metrics = train_vqgan.train_step(train_vqgan.init_state(CONFIG, NUM_CODES, 0), images[:8], CONFIG, False)
+  state, metrics = train_vqgan.train_step(
+    train_vqgan.init_state(CONFIG, NUM_CODES, 0), images[:8], CONFIG, False
+  )
   assert int(state["usage"].sum()) == 8 * CONFIG.image_tokens
   assert int(state["step"]) == 1
   assert set(metrics) == {"loss", "mse"}
@@ -164,11 +175,16 @@ def test_adversarial_step(images):
   alone, (y, _) = loss(None)
   judged = train_vqgan.judge(CONFIG, _discriminator(5), y).mean()
   assert abs(float(judged)) > 1e-3
-  np.testing.assert_allclose(loss(_discriminator(5))[0], alone - CONFIG.adversarial_weight * judged, rtol=1e-5)
+  np.testing.assert_allclose(
+    loss(_discriminator(5))[0], alone - CONFIG.adversarial_weight * judged, rtol=1e-5
+  )
 
 
 def test_batches_cover_an_epoch():
-  epochs = [np.concatenate([train_vqgan.batch_indices(4 * e + i, 20, 5, 7) for i in range(4)]) for e in (0, 1)]
+  epochs = [
+    np.concatenate([train_vqgan.batch_indices(4 * e + i, 20, 5, 7) for i in range(4)])
+    for e in (0, 1)
+  ]
   assert [sorted(e) for e in epochs] == [list(range(20))] * 2
   assert (epochs[0] != epochs[1]).any()
   np.testing.assert_array_equal(train_vqgan.batch_indices(1, 20, 5, 7), epochs[0][5:10])

@@ -64,7 +64,9 @@ def test_space_to_depth_literals():
 def test_nearest_code_is_nearest(seed):
   rng = np.random.default_rng(seed)
   z = np.asarray(vqgan.l2_normalize(jnp.asarray(rng.normal(size=(50, 4)), jnp.float32)))
-  codebook = vqgan.bind(CONFIG, NUM_CODES, _params_with_table(rng.normal(size=(NUM_CODES, 4)))).codebook
+  codebook = vqgan.bind(
+    CONFIG, NUM_CODES, _params_with_table(rng.normal(size=(NUM_CODES, 4)))
+  ).codebook
   indices, distances = codebook.nearest(z), _oracle(z, codebook.table[...])
   assert indices.dtype == jnp.int32
   _assert_nearest(indices, distances)
@@ -122,7 +124,9 @@ def test_reconstruction_is_decoded_codes(tokenizer, images):
   decoded = tokenizer.decode(codes)
   assert decoded.shape == images.shape
   assert decoded.dtype == np.uint8
-  y = jax.jit(lambda x: vqgan.bind(CONFIG, NUM_CODES, tokenizer.params)(vqgan.to_float(x))[0])(images)
+  y = jax.jit(lambda x: vqgan.bind(CONFIG, NUM_CODES, tokenizer.params)(vqgan.to_float(x))[0])(
+    images
+  )
   assert np.abs(decoded.astype(int) - np.asarray(vqgan.to_uint8(y))).max() <= 1
 
 
@@ -134,7 +138,9 @@ def test_batches_do_not_matter(tokenizer, images):
 
 def test_codes_are_in_raster_order():
   """Code 3 of 4 x 4 is the upper right corner, both ways; code 12, the lower left one, is out of a shallow network's sight."""
-  config = dataclasses.replace(CONFIG, stem=4, multipliers=(1,), encoder_blocks=(0,), decoder_blocks=(0,))
+  config = dataclasses.replace(
+    CONFIG, stem=4, multipliers=(1,), encoder_blocks=(0,), decoder_blocks=(0,)
+  )
   tokenizer = ImageTokenizer(config, NUM_CODES, _init(config), batch_size=2)
   codes = np.zeros((2, 16), np.int32)
   codes[1, 3] = 5

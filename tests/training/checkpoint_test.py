@@ -45,7 +45,9 @@ def test_restore_is_bit_equal_on_any_mesh(saved, shape):
     abstract = jax.eval_shape(lambda: init_state(CONFIG, OPTIMIZER, jax.random.key(0)))
     state, next_row = checkpoints.restore(abstract, checkpoints.newest())
     assert next_row == 16
-    for found, x, y in zip(jax.tree.leaves(state), jax.tree.leaves(expected), jax.tree.leaves(abstract)):
+    for found, x, y in zip(
+      jax.tree.leaves(state), jax.tree.leaves(expected), jax.tree.leaves(abstract)
+    ):
       np.testing.assert_array_equal(found, x)
       assert found.sharding.spec == jax.typeof(y).sharding.spec
     assert not np.array_equal(state.params["embed"], other.params["embed"])
@@ -74,7 +76,11 @@ def test_a_checkpoint_without_digests_does_not_count(saved):
 
 
 def test_a_missing_file_is_told(saved):
-  victim = next(p for p in sorted((saved / "checkpoints" / "2").rglob("*")) if p.is_file() and p.stat().st_size > 100)
+  victim = next(
+    p
+    for p in sorted((saved / "checkpoints" / "2").rglob("*"))
+    if p.is_file() and p.stat().st_size > 100
+  )
   victim.unlink()
   with jax.set_mesh(mesh_of(1, 1, 1)), pytest.raises(UserError, match=victim.name):
     checkpoint.load_params(saved, CONFIG)

@@ -2,12 +2,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from cm3leon_jax.configs import cm3leon_7b
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.attention import BLOCK
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import flops, loss
-from ml_configs import cm3leon_7b
 from tests.models.tiny import mesh_of
 
 
@@ -54,7 +54,14 @@ def test_model_flops_are_those_of_the_traced_products(family, length):
 
 
 def test_recomputed_layers_do_not_count():
-  fields = {"vocab_size": 96, "num_layers": 3, "width": 32, "num_heads": 4, "mlp_width": 64, "dtype": "float32"}
+  fields = {
+    "vocab_size": 96,
+    "num_layers": 3,
+    "width": 32,
+    "num_heads": 4,
+    "mlp_width": 64,
+    "dtype": "float32",
+  }
   none, full = (ModelConfig(**fields, remat_policy=policy) for policy in ("none", "full"))
   assert flops.model_flops(none, 128, 64) == flops.model_flops(full, 128, 64)
   assert traced_flops(none, 2, 64) < traced_flops(full, 2, 64)
@@ -63,7 +70,9 @@ def test_recomputed_layers_do_not_count():
 def test_7b_by_hand():
   """32 layers of 4 x 4,096^2 + 2 x 4,096 x 16,384, and a table of 64,512 x 4,096."""
   config = ModelConfig(**cm3leon_7b.get_config().model)
-  assert flops.matmul_params(config) == 32 * (67_108_864 + 134_217_728) + 264_241_152 == 6_706_692_096
+  assert (
+    flops.matmul_params(config) == 32 * (67_108_864 + 134_217_728) + 264_241_152 == 6_706_692_096
+  )
   per_token = 6 * 6_706_692_096 + 12 * 32 * 4_096 * 2_048
   assert flops.model_flops(config, 1, 4_096) == per_token == 43_461_378_048
   assert flops.model_flops(config, 4_096, 4_096) == 4_096 * per_token
@@ -87,7 +96,9 @@ def test_peaks_of_known_devices(kind, peak):
   assert flops.device_peak(kind) == peak
 
 
-@pytest.mark.parametrize("kind", ["cpu", "TPU v4 lite", "TPU v55", "TPU7x", "NVIDIA H1000", "NVIDIA GeForce RTX 4090"])
+@pytest.mark.parametrize(
+  "kind", ["cpu", "TPU v4 lite", "TPU v55", "TPU7x", "NVIDIA H1000", "NVIDIA GeForce RTX 4090"]
+)
 def test_no_peak_is_guessed(kind):
   assert flops.device_peak(kind) is None
   assert flops.utilisation(1e12, 1, flops.device_peak(kind)) is None

@@ -32,7 +32,9 @@ def test_compiling_counts_as_such_wherever_it_happens(watch):
   with watch.phase("evaluate"):
     before = watch.seconds()
     start = time.perf_counter()
-    jax.jit(lambda x: jax.jit(lambda y: jnp.sin(y) @ y)(x) + jnp.float32(time.time()))(jnp.ones((8, 8)))
+    jax.jit(lambda x: jax.jit(lambda y: jnp.sin(y) @ y)(x) + jnp.float32(time.time()))(
+      jnp.ones((8, 8))
+    )
     wall = time.perf_counter() - start
     after = watch.seconds()
   assert 0.2 * wall < after["compile"] <= wall
@@ -61,7 +63,9 @@ def test_other_events_do_not_count_nor_do_those_after_the_end():
 def test_goodput_is_the_share_of_steps():
   seconds = {"step": 90.0, "compile": 7.5, "save": 2.5, "data": 0.0}
   assert goodput.goodput(seconds) == 0.9
-  assert goodput.describe(seconds) == "goodput 90.0% of 100 s: steps 90.0%, compiling 7.5%, saving 2.5%"
+  assert (
+    goodput.describe(seconds) == "goodput 90.0% of 100 s: steps 90.0%, compiling 7.5%, saving 2.5%"
+  )
   assert goodput.to_line(seconds)["goodput"] == 0.9
 
 
@@ -75,7 +79,11 @@ def test_earlier_starts_are_added_and_steps_computed_again_are_lost():
     {"step": 10, "loss": 1.0, "time": 127.0},
   ]
   seconds = goodput.earlier(lines, 8)
-  assert {name: value for name, value in seconds.items() if value} == {"step": 50.0, "save": 2.0, "lost": 7.0}
+  assert {name: value for name, value in seconds.items() if value} == {
+    "step": 50.0,
+    "save": 2.0,
+    "lost": 7.0,
+  }
   assert goodput.earlier(lines, 4)["lost"] == 27.0  # The checkpoint of step 8 was not whole.
   assert goodput.earlier(lines[:2], 8)["lost"] == 0.0
   assert goodput.earlier([{"step": 1, "loss": 1.0, "time": 3.0}], 1) == {}

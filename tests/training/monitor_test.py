@@ -13,14 +13,22 @@ from cm3leon_jax.training.monitor import Monitor, Rates, open_boards, step_line
 from cm3leon_jax.training.profile import Profiler
 from cm3leon_jax.training.train import TrainConfig
 
-VALUES = {"loss": 3.4123, "image_loss": 3.3011, "text_loss": 4.127, "grad_norm": 0.8712, "weight": 1_000.0}
+VALUES = {
+  "loss": 3.4123,
+  "image_loss": 3.3011,
+  "text_loss": 4.127,
+  "grad_norm": 0.8712,
+  "weight": 1_000.0,
+}
 RATES = Rates(flops=2e12, devices=2, peak=None)
 
 
 def make_monitor(folder, rates=RATES, enabled=True, resumed_at=None, **fields):
   log = MetricsLog(folder, resumed_at, enabled)
   config = TrainConfig(**{"steps": 6, **fields})
-  return Monitor(log, Stopwatch(), rates, lambda step: 1e-3 * step, config, Profiler(folder, range(0)), [])
+  return Monitor(
+    log, Stopwatch(), rates, lambda step: 1e-3 * step, config, Profiler(folder, range(0)), []
+  )
 
 
 def follow(monitor, steps, **changed):
@@ -46,22 +54,36 @@ def test_a_line_by_hand():
 
 def test_rates_by_hand():
   """2 TFLOPs in 0.5 s on two devices of 10 TFLOP/s: a fifth of what they could do."""
-  assert dataclasses.replace(RATES, peak=1e13).of(weight=1_000.0, seconds=0.5) == {"tokens_per_second": 2_000.0, "mfu": 0.2}
+  assert dataclasses.replace(RATES, peak=1e13).of(weight=1_000.0, seconds=0.5) == {
+    "tokens_per_second": 2_000.0,
+    "mfu": 0.2,
+  }
   assert RATES.of(weight=1_000.0, seconds=0.5) == {"tokens_per_second": 2_000.0}
 
 
-@pytest.mark.parametrize(("log_every", "printed"), [(1, [1, 2, 3, 4, 5, 6]), (4, [1, 4, 6]), (100, [1, 6])])
+@pytest.mark.parametrize(
+  ("log_every", "printed"), [(1, [1, 2, 3, 4, 5, 6]), (4, [1, 4, 6]), (100, [1, 6])]
+)
 def test_a_line_a_step_or_every_few_but_the_file_has_all(tmp_path, capsys, log_every, printed):
   follow(make_monitor(tmp_path, log_every=log_every), range(1, 7))
   lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
   assert [int(line.split("/")[0].removeprefix("step ")) for line in lines] == printed
-  assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+  assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line] == [
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+  ]
 
 
 def test_a_step_is_logged_when_the_next_one_has_started(tmp_path):
   monitor = make_monitor(tmp_path)
   metrics = {name: jnp.float32(x) for name, x in VALUES.items()}
-  logged = lambda: [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line]
+  logged = lambda: [
+    line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line
+  ]
   with monitor:
     monitor.step(1, metrics)
     assert logged() == []
@@ -119,5 +141,7 @@ def test_without_tensorboardx_one_sentence_says_so(tmp_path, capsys, monkeypatch
 
 def test_wandb_that_is_asked_for_and_missing_is_a_mistake(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "wandb", None)
-  with pytest.raises(UserError, match=r"config\.train\.wandb is 'cats', but wandb is not installed"):
+  with pytest.raises(
+    UserError, match=r"config\.train\.wandb is 'cats', but wandb is not installed"
+  ):
     open_boards(tmp_path, TrainConfig(wandb="cats"), 1)

@@ -12,8 +12,12 @@ from cm3leon_jax.training.profile import Profiler, parse_steps
 def traced_steps(folder):
   """Numbers of the steps in the trace below `folder`."""
   (path,) = folder.rglob("*.xplane.pb")
-  lines = [line for plane in jax.profiler.ProfileData.from_file(str(path)).planes for line in plane.lines]
-  return sorted(dict(e.stats)["step_num"] for line in lines for e in line.events if e.name == "train")
+  lines = [
+    line for plane in jax.profiler.ProfileData.from_file(str(path)).planes for line in plane.lines
+  ]
+  return sorted(
+    dict(e.stats)["step_num"] for line in lines for e in line.events if e.name == "train"
+  )
 
 
 def test_the_pair_names_both_ends():
@@ -24,13 +28,21 @@ def test_the_pair_names_both_ends():
 
 @pytest.mark.parametrize("text", ["10", "a:b", "10-13", "13:10", "0:3", "10:101", "1:2:3", "-1:3"])
 def test_what_cannot_be_traced_is_told(text):
-  with pytest.raises(UserError, match=rf"--profile_steps is '{text}'; it must be FIRST:LAST.* train\.steps = 100"):
+  with pytest.raises(
+    UserError, match=rf"--profile_steps is '{text}'; it must be FIRST:LAST.* train\.steps = 100"
+  ):
     parse_steps(text, 100)
 
 
-@pytest.mark.parametrize(("platforms", "found", "told"), [(None, True, True), ("cpu", True, False), (None, False, False)])
-def test_a_libtpu_without_a_tpu_is_told_before_it_ends_the_process(monkeypatch, platforms, found, told):
-  stand_in = types.SimpleNamespace(config=types.SimpleNamespace(jax_platforms=platforms), default_backend=lambda: "cpu")
+@pytest.mark.parametrize(
+  ("platforms", "found", "told"), [(None, True, True), ("cpu", True, False), (None, False, False)]
+)
+def test_a_libtpu_without_a_tpu_is_told_before_it_ends_the_process(
+  monkeypatch, platforms, found, told
+):
+  stand_in = types.SimpleNamespace(
+    config=types.SimpleNamespace(jax_platforms=platforms), default_backend=lambda: "cpu"
+  )
   monkeypatch.setattr(profile, "jax", stand_in)
   monkeypatch.setattr(profile.importlib.util, "find_spec", lambda name: found or None)
   if not told:

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import build
+from cm3leon_jax.configs import cm3leon_7b
 from cm3leon_jax.mesh import shard, spec
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.state import init_state, train_step
-from ml_configs import cm3leon_7b
 from tests.models.tiny import CONFIG, mesh_of
 
 OPTIMIZER = create_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=2), 10)
@@ -21,8 +21,14 @@ B, L = 8, 16
 def make_batch(seed=0):
   rng = np.random.default_rng(seed)
   integers = lambda high: rng.integers(0, high, (B, L)).astype(np.int32)
-  weights = rng.random((B, L)).astype(np.float32) * (rng.random((B, 1)) > 0.4)  # Unequal between accumulated parts.
-  batch = {"inputs": integers(96), "targets": integers(96), "loss_weights": weights.astype(np.float32)}
+  weights = rng.random((B, L)).astype(np.float32) * (
+    rng.random((B, 1)) > 0.4
+  )  # Unequal between accumulated parts.
+  batch = {
+    "inputs": integers(96),
+    "targets": integers(96),
+    "loss_weights": weights.astype(np.float32),
+  }
   positions = np.tile(np.arange(L, dtype=np.int32), (B, 1))
   return {**batch, "segment_ids": np.ones((B, L), np.int32), "positions": positions}
 
@@ -36,7 +42,9 @@ def run(shape, accumulation, steps=3, z_loss=0.0, **fields):
     for i in range(steps):
       batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in make_batch(i).items()}
       state, metrics = step(state, batch)
-      losses.append([float(metrics[name]) for name in ("loss", "image_loss", "text_loss", "grad_norm")])
+      losses.append(
+        [float(metrics[name]) for name in ("loss", "image_loss", "text_loss", "grad_norm")]
+      )
     return np.array(losses), jax.device_get(state)
 
 
@@ -46,7 +54,8 @@ def reference():
 
 
 @pytest.mark.parametrize(
-  ("shape", "accumulation"), [((1, 1, 1), 4), ((2, 2, 2), 1), ((2, 2, 2), 2), ((1, 8, 1), 1), ((1, 2, 2, 2), 1)]
+  ("shape", "accumulation"),
+  [((1, 1, 1), 4), ((2, 2, 2), 1), ((2, 2, 2), 2), ((1, 8, 1), 1), ((1, 2, 2, 2), 1)],
 )
 def test_mesh_and_accumulation_change_nothing(reference, shape, accumulation):
   losses, state = run(shape, accumulation)
@@ -64,7 +73,9 @@ def test_the_other_family_with_all_options_is_the_same_on_a_mesh_too():
   np.testing.assert_allclose(losses, expected, rtol=2e-5)
   for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params)):
     np.testing.assert_allclose(a, b, atol=2e-4)
-  assert abs(run((1, 1, 1), 1, **{**fields, "z_loss": 0.0})[0][2, 3] / expected[2, 3] - 1) > 1e-3, "the gradient's norm"
+  assert abs(run((1, 1, 1), 1, **{**fields, "z_loss": 0.0})[0][2, 3] / expected[2, 3] - 1) > 1e-3, (
+    "the gradient's norm"
+  )
 
 
 def test_query_key_norm_is_an_option_of_opt(reference):
@@ -90,9 +101,18 @@ def abstract_7b(shape):
   with jax.set_mesh(mesh_of(*shape)):
     state = jax.eval_shape(lambda: init_state(model, optimizer, jax.random.key(0)))
     length = config.data.sequence_length
-    types = {"inputs": "int32", "targets": "int32", "loss_weights": "float32", "segment_ids": "int32", "positions": "int32"}
+    types = {
+      "inputs": "int32",
+      "targets": "int32",
+      "loss_weights": "float32",
+      "segment_ids": "int32",
+      "positions": "int32",
+    }
     sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec("batch", "length"))
-    batch = {name: jax.ShapeDtypeStruct((B, length), dtype, sharding=sharding) for name, dtype in types.items()}
+    batch = {
+      name: jax.ShapeDtypeStruct((B, length), dtype, sharding=sharding)
+      for name, dtype in types.items()
+    }
     step = lambda s, b: train_step(model, optimizer, config.vocab.text_size, 1, s, b)
     return config, state, jax.make_jaxpr(step)(state, batch)
 
@@ -107,8 +127,12 @@ def test_the_7b_step_splits_the_vocabulary_and_never_holds_all_logits(shape):
     assert table.shape == (V, config.model.width)
     assert table.sharding.spec == spec("vocab_stored", None)
     assert table.sharding.shard_shape(table.shape)[0] == V // (shape[1] * shape[2])
-  rows = V // shape[2]  # What a device of `tensor` holds of the vocabulary while the loss is computed.
-  D = config.model.width  # It happens to be the sequence length: tables and their gradient are no logits.
+  rows = (
+    V // shape[2]
+  )  # What a device of `tensor` holds of the vocabulary while the loss is computed.
+  D = (
+    config.model.width
+  )  # It happens to be the sequence length: tables and their gradient are no logits.
   tables = {(V, D), (rows, D), (D, rows)}
   with_vocab = {s for s in array_shapes(jaxpr) if {V, rows} & set(s)} - tables
   assert with_vocab

@@ -29,8 +29,18 @@ def test_a_resumed_run_hides_what_the_killed_one_wrote_beyond_its_checkpoint(tmp
   for step in range(4, 8):
     board.scalars(step, {"loss": 10.0 * step})
   board.close()
-  assert len(list(tmp_path.iterdir())) == 2  # Started in the same second, still no file is written over.
-  assert events.read(tmp_path)["train/loss"] == {1: [1], 2: [2], 3: [3], 4: [40], 5: [50], 6: [60], 7: [70]}
+  assert (
+    len(list(tmp_path.iterdir())) == 2
+  )  # Started in the same second, still no file is written over.
+  assert events.read(tmp_path)["train/loss"] == {
+    1: [1],
+    2: [2],
+    3: [3],
+    4: [40],
+    5: [50],
+    6: [60],
+    7: [70],
+  }
 
 
 def test_a_grid_of_samples_is_what_it_was(tmp_path):
@@ -39,7 +49,9 @@ def test_a_grid_of_samples_is_what_it_was(tmp_path):
   board.samples(7, Image.fromarray(sheet))
   board.close()
   (image,) = events.read(tmp_path)["samples"][7]
-  np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(image.encoded_image_string))), sheet)
+  np.testing.assert_array_equal(
+    np.asarray(Image.open(io.BytesIO(image.encoded_image_string))), sheet
+  )
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])

@@ -27,7 +27,14 @@ from tests.training import events
 from tests.training.profile_test import traced_steps
 
 MODEL = ModelConfig(
-  vocab_size=VOCAB.size, num_layers=2, width=32, num_heads=4, mlp_width=64, max_positions=128, dtype="float32", loss_chunk=32
+  vocab_size=VOCAB.size,
+  num_layers=2,
+  width=32,
+  num_heads=4,
+  mlp_width=64,
+  max_positions=128,
+  dtype="float32",
+  loss_chunk=32,
 )
 STEPS = 12
 
@@ -40,27 +47,65 @@ def loader(tmp_path_factory):
 @functools.cache
 def shared_steps(model, optimizer, steps, accumulation, vocab, seed, mesh):
   """Compiled once for all runs of the same steps: compiling is most of what these tests would take."""
-  config = TrainConfig(steps=steps, gradient_accumulation_steps=accumulation, global_batch_size=accumulation)
+  config = TrainConfig(
+    steps=steps, gradient_accumulation_steps=accumulation, global_batch_size=accumulation
+  )
   return compile_steps(model, optimizer, config, vocab, seed)
 
 
-def run(folder, loader, shape=(1, 1, 1), draw_samples=None, learning_rate=1e-2, profile_steps=range(0), fresh=False, **fields):
+def run(
+  folder,
+  loader,
+  shape=(1, 1, 1),
+  draw_samples=None,
+  learning_rate=1e-2,
+  profile_steps=range(0),
+  fresh=False,
+  **fields,
+):
   """Trains; with `fresh` the steps are compiled anew, as a new process would."""
   config = TrainConfig(
-    **{"steps": STEPS, "global_batch_size": 8, "eval_every": 5, "eval_batches": 1, "checkpoint_every": 4, **fields}
+    **{
+      "steps": STEPS,
+      "global_batch_size": 8,
+      "eval_every": 5,
+      "eval_batches": 1,
+      "checkpoint_every": 4,
+      **fields,
+    }
   )
   optimizer = OptimizerConfig(learning_rate=learning_rate)
 
   def steps(model, optimizer, config, vocab, seed):
     mesh = jax.sharding.get_mesh()
-    return shared_steps(model, optimizer, config.steps, config.gradient_accumulation_steps, vocab, seed, mesh)
+    return shared_steps(
+      model, optimizer, config.steps, config.gradient_accumulation_steps, vocab, seed, mesh
+    )
 
-  with jax.set_mesh(mesh_of(*shape)), mock.patch.object(train_module, "compile_steps", compile_steps if fresh else steps):
-    return train(epath.Path(folder), MODEL, optimizer, config, VOCAB, loader, loader, 0, draw_samples, profile_steps)
+  with (
+    jax.set_mesh(mesh_of(*shape)),
+    mock.patch.object(train_module, "compile_steps", compile_steps if fresh else steps),
+  ):
+    return train(
+      epath.Path(folder),
+      MODEL,
+      optimizer,
+      config,
+      VOCAB,
+      loader,
+      loader,
+      0,
+      draw_samples,
+      profile_steps,
+    )
 
 
 def losses(folder):
-  return {line["step"]: line["loss"] for line in read_metrics(folder / "metrics" / "metrics.jsonl") if "loss" in line}
+  return {
+    line["step"]: line["loss"]
+    for line in read_metrics(folder / "metrics" / "metrics.jsonl")
+    if "loss" in line
+  }
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +146,11 @@ def test_a_killed_run_continues_bit_for_bit(whole, loader, tmp_path):
   assert max(losses(tmp_path)) == 11  # A step is logged before anything that needs its state.
   run(tmp_path, loader, fresh=True)
   assert losses(tmp_path) == losses(whole[0])
-  (event,) = [line for line in read_metrics(tmp_path / "metrics" / "metrics.jsonl") if line.get("event") == "resumed"]
+  (event,) = [
+    line
+    for line in read_metrics(tmp_path / "metrics" / "metrics.jsonl")
+    if line.get("event") == "resumed"
+  ]
   assert event["from_step"] in (4, 8)  # Step 8 counts if its asynchronous save was whole by then.
   assert event["replayed"] == event["identical"] == 11 - event["from_step"]
 
@@ -163,7 +212,11 @@ def test_a_save_that_was_killed_before_its_digests_pushes_no_other_out(loader, t
   run(tmp_path, loader, steps=8)
   (tmp_path / "checkpoints.digests" / "8.json").unlink()
   run(tmp_path, loader, steps=9, checkpoint_every=9)
-  events = [line for line in read_metrics(tmp_path / "metrics" / "metrics.jsonl") if line.get("event") == "resumed"]
+  events = [
+    line
+    for line in read_metrics(tmp_path / "metrics" / "metrics.jsonl")
+    if line.get("event") == "resumed"
+  ]
   assert [e["from_step"] for e in events] == [4]
   assert sorted(losses(tmp_path)) == list(range(1, 10))
 
@@ -189,8 +242,12 @@ def test_tensorboard_shows_every_step_of_a_killed_run_once(loader, tmp_path):
   grid = Image.new("RGB", (8, 4), "red")
   run(tmp_path, loader, steps=8, draw_samples=lambda *_: grid, sample_every=8, histogram_every=8)
   found = events.read(tmp_path / "tensorboard")
-  assert {step: len(values) for step, values in found["train/loss"].items()} == dict.fromkeys(range(1, 9), 1)
-  assert found["train/loss"] == {step: [np.float32(loss)] for step, loss in losses(tmp_path).items()}
+  assert {step: len(values) for step, values in found["train/loss"].items()} == dict.fromkeys(
+    range(1, 9), 1
+  )
+  assert found["train/loss"] == {
+    step: [np.float32(loss)] for step, loss in losses(tmp_path).items()
+  }
   assert sorted(found["heldout/image_loss"]) == [5, 8]
   assert [(image.width, image.height) for image in found["samples"][8]] == [(8, 4)]
   assert found["params/embed"][8][0].num == MODEL.vocab_size * MODEL.width
@@ -200,14 +257,24 @@ def test_goodput_is_told_and_summed_over_starts(loader, tmp_path, capsys):
   with pytest.raises(Crash):
     run(tmp_path, loader, draw_samples=crash_at(7, tmp_path), sample_every=1, fresh=True)
   run(tmp_path, loader, steps=8, tensorboard=False, fresh=True)
-  lines = [line for line in read_metrics(tmp_path / "metrics" / "metrics.jsonl") if "goodput" in line]
-  assert [line["step"] for line in lines] == [4, 5, 8, 8, 8]  # At 4 and 8 the saves, at 5 and 8 evaluations, and the end.
+  lines = [
+    line for line in read_metrics(tmp_path / "metrics" / "metrics.jsonl") if "goodput" in line
+  ]
+  assert [line["step"] for line in lines] == [
+    4,
+    5,
+    8,
+    8,
+    8,
+  ]  # At 4 and 8 the saves, at 5 and 8 evaluations, and the end.
   for before, line in itertools.pairwise(lines):
     assert all(line[name] >= before[name] for name in line if name.endswith("_seconds"))
   assert lines[0]["lost_seconds"] == 0 < lines[-1]["lost_seconds"]
   total = sum(x for name, x in lines[-1].items() if name.endswith("_seconds"))
   assert lines[-1]["goodput"] == pytest.approx(lines[-1]["step_seconds"] / total, abs=1e-3)
-  assert f"train: goodput {lines[-1]['goodput']:.1%} of {total:.0f} s: steps" in capsys.readouterr().out
+  assert (
+    f"train: goodput {lines[-1]['goodput']:.1%} of {total:.0f} s: steps" in capsys.readouterr().out
+  )
 
 
 def test_a_trace_holds_the_chosen_steps_and_no_others(loader, tmp_path):
@@ -221,7 +288,9 @@ def test_mfu_is_that_of_the_whole_batch(loader, tmp_path):
   (line,) = [line for line in lines if "mfu" in line]
   seconds = line["weight"] / line["tokens_per_second"]
   tokens = 8 * loader.plan.config.sequence_length
-  assert line["mfu"] == pytest.approx(model_flops(MODEL, tokens, tokens // 8) / seconds / 1e9, rel=1e-2)
+  assert line["mfu"] == pytest.approx(
+    model_flops(MODEL, tokens, tokens // 8) / seconds / 1e9, rel=1e-2
+  )
 
 
 def test_debug_nans_finds_the_operation_although_the_state_is_donated(loader, tmp_path):

@@ -14,7 +14,9 @@ from cm3leon_jax.training.wandb_run import WandbRun
 def calls(monkeypatch):
   """Whatever the stand-in is called with, in order."""
   found = []
-  run = types.SimpleNamespace(log=lambda values, step: found.append((step, values)), finish=lambda: found.append("finished"))
+  run = types.SimpleNamespace(
+    log=lambda values, step: found.append((step, values)), finish=lambda: found.append("finished")
+  )
   wandb = types.ModuleType("wandb")
   wandb.init = lambda **kwargs: found.append(kwargs) or run
   wandb.Image = lambda sheet: ("image", sheet)
@@ -39,8 +41,25 @@ def test_curves_samples_and_histograms_are_logged_at_their_step(calls, tmp_path)
   run = WandbRun(tmp_path, "cats")
   run.scalars(3, {"loss": 2.0, "heldout_loss": 3.0, "weight": 9.0})
   run.samples(3, "sheet")
-  run.histograms(3, {"embed": {"min": 0.0, "bucket_limits": np.array([1.0, 2.0]), "bucket_counts": np.array([5.0, 7.0])}})
-  assert calls[1:3] == [(3, {"train/loss": 2.0, "heldout/loss": 3.0}), (3, {"samples": ("image", "sheet")})]
+  run.histograms(
+    3,
+    {
+      "embed": {
+        "min": 0.0,
+        "bucket_limits": np.array([1.0, 2.0]),
+        "bucket_counts": np.array([5.0, 7.0]),
+      }
+    },
+  )
+  assert calls[1:3] == [
+    (3, {"train/loss": 2.0, "heldout/loss": 3.0}),
+    (3, {"samples": ("image", "sheet")}),
+  ]
   ((step, logged),) = calls[3:]
   kind, (counts, edges) = logged["params/embed"]
-  assert (step, kind, counts.tolist(), edges.tolist()) == (3, "histogram", [5.0, 7.0], [0.0, 1.0, 2.0])
+  assert (step, kind, counts.tolist(), edges.tolist()) == (
+    3,
+    "histogram",
+    [5.0, 7.0],
+    [0.0, 1.0, 2.0],
+  )

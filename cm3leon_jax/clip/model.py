@@ -1,0 +1,404 @@
+"""CLIP: one encoder for images, one for captions, into the same space (Radford et al. 2021, arXiv 2103.00020)."""
+
+# B batch, L length, D width, E embedding, H height, W width, P patch.
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import itertools
+
+from etils import epath
+from flax import nnx, traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError, build
+from cm3leon_jax.vocab import VocabLayout
+
+IMAGE_ENCODERS = ("vit", "conv")
+HEAD_DIM = 64
+EMBED_BATCH = 128
+PARAMS = "params.safetensors"
+CONFIG = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+  """Both encoders and their training; the defaults are ViT-B/32 and its recipe, at this project's 256 pixels instead of 224.
+
+  Attributes:
+    resolution: side of the images in pixels.
+    image_encoder: `vit`, or `conv`: a residual network of three widths (image_width / 4, / 2, / 1) that learns more from few
+      images and little time.
+    patch: side of the squares that the image encoder starts from.
+    image_width: of the image encoder (its last stage).
+    image_layers: transformer layers, or residual blocks per stage behind the first.
+    text_width, text_layers: of the text transformer.
+    text_length: longest caption in tokens; what is beyond is cut.
+    embed_dim: E.
+    batch_size: pairs per step; every other pair of the batch is a negative.
+    learning_rate: at the end of the warm-up, then a cosine to 0.
+    warmup_fraction: share of the steps with a linear warm-up.
+    weight_decay: AdamW's, on matrices only.
+    text_dropout: share of the caption's tokens that training leaves out.
+    shift: largest random shift of a training image, as a share of its side.
+    color_jitter: largest random change of a training image's distance from white, per channel.
+    checkpoint_every: steps between two checkpoints of a training in progress.
+  """
+
+  resolution: int = 256
+  image_encoder: str = "vit"
+  patch: int = 32
+  image_width: int = 768
+  image_layers: int = 12
+  text_width: int = 512
+  text_layers: int = 12
+  text_length: int = 77
+  embed_dim: int = 512
+  steps: int = 400_000
+  batch_size: int = 32_768
+  learning_rate: float = 5e-4
+  warmup_fraction: float = 0.005
+  weight_decay: float = 0.2
+  text_dropout: float = 0.0
+  shift: float = 0.1
+  color_jitter: float = 0.0
+  checkpoint_every: int = 1_000
+
+  def __post_init__(self):
+    if self.image_encoder not in IMAGE_ENCODERS:
+      raise ValueError(
+        f"image_encoder is '{self.image_encoder}'; it must be one of {', '.join(IMAGE_ENCODERS)}."
+      )
+    for field in (
+      "resolution",
+      "patch",
+      "image_layers",
+      "text_layers",
+      "text_length",
+      "embed_dim",
+      "steps",
+      "checkpoint_every",
+    ):
+      if getattr(self, field) < 1:
+        raise ValueError(f"{field} is {getattr(self, field)}; it must be positive.")
+    if self.resolution % self.patch:
+      raise ValueError(f"patch = {self.patch} does not divide resolution = {self.resolution}.")
+    if self.batch_size < 2:
+      raise ValueError(f"batch_size is {self.batch_size}; the contrastive loss needs at least 2.")
+    for field in ("image_width", "text_width"):
+      if getattr(self, field) < HEAD_DIM or getattr(self, field) % HEAD_DIM:
+        raise ValueError(
+          f"{field} is {getattr(self, field)}; it must be a multiple of {HEAD_DIM}, the size of a head."
+        )
+    for field in ("text_dropout", "shift", "color_jitter", "warmup_fraction"):
+      if not 0 <= getattr(self, field) < 1:
+        raise ValueError(f"{field} is {getattr(self, field)}; it must lie in [0, 1).")
+
+
+class Block(nnx.Module):
+  """Pre-norm transformer layer, every position attending to all of `mask`."""
+
+  def __init__(self, width: int, rngs: nnx.Rngs):
+    self.norm1, self.norm2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
+    self.qkv = nnx.Linear(width, 3 * width, rngs=rngs)
+    self.out = nnx.Linear(width, width, rngs=rngs)
+    self.up = nnx.Linear(width, 4 * width, rngs=rngs)
+    self.down = nnx.Linear(4 * width, width, rngs=rngs)
+
+  def __call__(self, x, mask):
+    """x: [B, L, D]; mask: [B, L] bool, the positions that exist. Returns [B, L, D]."""
+    B, L, D = x.shape
+    q, k, v = jnp.split(
+      self.qkv(self.norm1(x)).reshape(B, L, 3 * D // HEAD_DIM, HEAD_DIM), 3, axis=2
+    )
+    scores = jnp.einsum("BLND,BMND->BNLM", q, k) * HEAD_DIM**-0.5
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None, :], scores, -1e9))
+    x = x + self.out(jnp.einsum("BNLM,BMND->BLND", weights, v).reshape(B, L, D))
+    return x + self.down(nnx.gelu(self.up(self.norm2(x))))
+
+
+class ResidualBlock(nnx.Module):
+  """Two 3x3 convolutions, each behind a norm over the channels and a gelu."""
+
+  def __init__(self, width: int, rngs: nnx.Rngs):
+    self.norm1, self.norm2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
+    self.conv1 = nnx.Conv(width, width, (3, 3), rngs=rngs)
+    self.conv2 = nnx.Conv(width, width, (3, 3), rngs=rngs)
+
+  def __call__(self, x):
+    return x + self.conv2(nnx.gelu(self.norm2(self.conv1(nnx.gelu(self.norm1(x))))))
+
+
+def patches(images, size: int):
+  """[B, H, W, 3] -> [B, H/P, W/P, P*P*3]."""
+  B, H, W, C = images.shape
+  x = images.reshape(B, H // size, size, W // size, size, C)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, H // size, W // size, size * size * C)
+
+
+class ConvEncoder(nnx.Module):
+  """Patches, then two halvings of the grid, with residual blocks behind each; the mean over the grid."""
+
+  def __init__(self, config: CLIPConfig, rngs: nnx.Rngs):
+    widths = (config.image_width // 4, config.image_width // 2, config.image_width)
+    self.patch = config.patch
+    self.embed = nnx.Linear(config.patch**2 * 3, widths[0], rngs=rngs)
+    self.norms = nnx.List(nnx.LayerNorm(w, rngs=rngs) for w in widths)
+    self.downs = nnx.List(
+      nnx.Conv(a, b, (3, 3), strides=(2, 2), rngs=rngs) for a, b in itertools.pairwise(widths)
+    )
+    self.stages = nnx.List(
+      nnx.List(ResidualBlock(w, rngs) for _ in range(config.image_layers)) for w in widths[1:]
+    )
+
+  def __call__(self, images):
+    """[B, H, W, 3] in [-1, 1] -> [B, D]."""
+    x = nnx.gelu(self.norms[0](self.embed(patches(images, self.patch))))
+    for down, blocks, norm in zip(self.downs, self.stages, self.norms[1:]):
+      x = down(x)
+      for block in blocks:
+        x = block(x)
+      x = norm(x)
+    return x.mean((1, 2))
+
+
+class ViTEncoder(nnx.Module):
+  """Transformer over patches; the mean over positions."""
+
+  def __init__(self, config: CLIPConfig, rngs: nnx.Rngs):
+    self.patch = config.patch
+    self.embed = nnx.Linear(config.patch**2 * 3, config.image_width, rngs=rngs)
+    self.positions = nnx.Param(
+      0.02
+      * jax.random.normal(
+        rngs.params(), ((config.resolution // self.patch) ** 2, config.image_width)
+      )
+    )
+    self.blocks = nnx.List(Block(config.image_width, rngs) for _ in range(config.image_layers))
+    self.norm = nnx.LayerNorm(config.image_width, rngs=rngs)
+
+  def __call__(self, images):
+    """[B, H, W, 3] in [-1, 1] -> [B, D]."""
+    x = self.embed(patches(images, self.patch))
+    x = x.reshape(len(x), -1, x.shape[-1]) + self.positions[...][None]
+    mask = jnp.ones(x.shape[:2], bool)
+    for block in self.blocks:
+      x = block(x, mask)
+    return self.norm(x).mean(1)
+
+
+class TextEncoder(nnx.Module):
+  """Transformer over the caption's ids; the mean over its tokens."""
+
+  def __init__(self, config: CLIPConfig, text_size: int, rngs: nnx.Rngs):
+    self.embed = nnx.Param(0.5 * jax.random.normal(rngs.params(), (text_size, config.text_width)))
+    self.positions = nnx.Param(
+      0.1 * jax.random.normal(rngs.params(), (config.text_length, config.text_width))
+    )
+    self.blocks = nnx.List(Block(config.text_width, rngs) for _ in range(config.text_layers))
+    self.norm = nnx.LayerNorm(config.text_width, rngs=rngs)
+
+  def __call__(self, tokens):
+    """[B, L] int32, `<pad>` behind the caption -> [B, D]."""
+    mask = tokens != VocabLayout.pad
+    x = self.embed[...][tokens] + self.positions[...][None, : tokens.shape[1]]
+    for block in self.blocks:
+      x = block(x, mask)
+    return (self.norm(x) * mask[..., None]).sum(1) / jnp.maximum(mask.sum(1, keepdims=True), 1)
+
+
+class CLIPModel(nnx.Module):
+  """Both encoders, their projections and the temperature."""
+
+  def __init__(self, config: CLIPConfig, text_size: int, rngs: nnx.Rngs):
+    self.image = {"vit": ViTEncoder, "conv": ConvEncoder}[config.image_encoder](config, rngs)
+    self.text = TextEncoder(config, text_size, rngs)
+    self.image_projection = nnx.Linear(
+      config.image_width, config.embed_dim, use_bias=False, rngs=rngs
+    )
+    self.text_projection = nnx.Linear(
+      config.text_width, config.embed_dim, use_bias=False, rngs=rngs
+    )
+    self.log_scale = nnx.Param(jnp.log(jnp.float32(1 / 0.07)))
+
+  def embed_images(self, images):
+    """[B, H, W, 3] in [-1, 1] -> [B, E] of norm 1."""
+    return normalize(self.image_projection(self.image(images)))
+
+  def embed_texts(self, tokens):
+    """[B, L] int32 -> [B, E] of norm 1."""
+    return normalize(self.text_projection(self.text(tokens)))
+
+
+def normalize(x):
+  return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+@functools.cache
+def _structure(config: CLIPConfig, text_size: int):
+  graphdef, state = nnx.split(nnx.eval_shape(lambda: CLIPModel(config, text_size, nnx.Rngs(0))))
+  return graphdef, state, list(traverse_util.flatten_dict(nnx.to_pure_dict(state)))
+
+
+def init_params(config: CLIPConfig, text_size: int, key) -> dict:
+  """Random parameters: a flat dict from dotted names to fp32 arrays."""
+  pure = nnx.to_pure_dict(nnx.state(CLIPModel(config, text_size, nnx.Rngs(params=key)), nnx.Param))
+  return {
+    ".".join(map(str, path)): value for path, value in traverse_util.flatten_dict(pure).items()
+  }
+
+
+def bind(config: CLIPConfig, text_size: int, params: dict) -> CLIPModel:
+  """The module with `params` in it; for use inside jitted functions."""
+  graphdef, state, paths = _structure(config, text_size)
+  state = jax.tree.map(lambda x: x, state)
+  nnx.replace_by_pure_dict(
+    state, traverse_util.unflatten_dict({p: params[".".join(map(str, p))] for p in paths})
+  )
+  return nnx.merge(graphdef, state)
+
+
+def to_float(images):
+  """uint8 -> float32 in [-1, 1], white being 1."""
+  return images.astype(jnp.float32) / 127.5 - 1
+
+
+def pad_texts(texts, length: int) -> np.ndarray:
+  """Lists of ids -> [B, length] int32, cut or filled up with `<pad>`. Raises UserError at a caption without tokens."""
+  tokens = np.full((len(texts), length), VocabLayout.pad, np.int32)
+  for row, ids in zip(tokens, texts):
+    if not len(ids):
+      raise UserError("a caption for CLIP has no tokens; it must have at least one.")
+    row[: len(ids)] = ids[:length]
+  return tokens
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _embed_images(config, text_size, params, images):
+  return bind(config, text_size, params).embed_images(to_float(images))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _embed_texts(config, text_size, params, tokens):
+  return bind(config, text_size, params).embed_texts(tokens)
+
+
+class CLIP:
+  """A trained CLIP, ready to embed. Inputs go through in batches of one shape, so a row never depends on its neighbors."""
+
+  def __init__(
+    self,
+    config: CLIPConfig,
+    text_size: int,
+    params: dict,
+    encode: Callable[[str], np.ndarray] | None = None,
+  ):
+    """`encode`: caption -> int32 ids of the tokenizer that it was trained with; may be left out where nobody has captions."""
+    self.config, self.text_size, self.params, self.encode = config, text_size, params, encode
+
+  @property
+  def resolution(self) -> int:
+    """Side of the images that it embeds."""
+    return self.config.resolution
+
+  def save(self, folder: epath.PathLike) -> None:
+    """Writes params.safetensors and config.json."""
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / PARAMS, self.params)
+    stages.write_json(
+      folder / CONFIG, {"clip": dataclasses.asdict(self.config), "text_size": self.text_size}
+    )
+
+  @classmethod
+  def load(
+    cls, folder: epath.PathLike, encode: Callable[[str], np.ndarray] | None = None
+  ) -> "CLIP":
+    """Reads what `save` wrote; `encode` as in the constructor. Raises UserError naming the file that is absent or unfit."""
+    folder = epath.Path(folder)
+    stored = stages.read_json(folder / CONFIG)
+    config, text_size = build(CLIPConfig, stored["clip"], "clip"), stored["text_size"]
+    params = {k: jnp.asarray(v) for k, v in read_tensors(folder / PARAMS).items()}
+    expected = jax.eval_shape(lambda: init_params(config, text_size, jax.random.key(0)))
+    wrong = sorted(
+      {
+        k
+        for k in {*expected, *params}
+        if getattr(expected.get(k), "shape", 0) != getattr(params.get(k), "shape", 1)
+      }
+    )
+    if wrong:
+      raise UserError(
+        f"{folder / PARAMS} does not fit {folder / CONFIG} at '{wrong[0]}': train CLIP again."
+      )
+    return cls(config, text_size, params, encode)
+
+  def embed_images(self, images: np.ndarray) -> np.ndarray:
+    """[B, H, W, 3] uint8 -> [B, E] float32 of norm 1. Raises UserError at images of another size than `resolution`."""
+    images, side = np.asarray(images), self.config.resolution
+    if images.dtype != np.uint8 or images.shape[1:] != (side, side, 3):
+      raise UserError(
+        f"images for CLIP are {images.dtype}{list(images.shape)}; they must be uint8[B, {side}, {side}, 3]."
+      )
+    return self._batched(_embed_images, images)
+
+  def embed_texts(self, texts: list[np.ndarray]) -> np.ndarray:
+    """B arrays of int32 text ids -> [B, E] float32 of norm 1. Raises UserError at one without ids."""
+    return self._batched(_embed_texts, pad_texts(texts, self.config.text_length))
+
+  def _batched(self, embed, rows: np.ndarray) -> np.ndarray:
+    out = np.zeros((len(rows), self.config.embed_dim), np.float32)
+    for start in range(0, len(rows), EMBED_BATCH):
+      batch = rows[start : start + EMBED_BATCH]
+      padded = np.pad(batch, ((0, EMBED_BATCH - len(batch)),) + ((0, 0),) * (rows.ndim - 1))
+      out[start : start + len(batch)] = np.asarray(
+        embed(self.config, self.text_size, self.params, padded)
+      )[: len(batch)]
+    return out
+
+
+def clip_score(clip, images: np.ndarray, texts: list[np.ndarray]) -> np.ndarray:
+  """Cosine similarity of each image with its own caption.
+
+  Args:
+    clip: `CLIP` or `hf_clip.HFCLIP`.
+    images: [B, H, W, 3] uint8.
+    texts: B arrays of ids, as `clip.encode` gives them.
+
+  Returns:
+    [B] float32.
+  """
+  if len(images) != len(texts):
+    raise ValueError(
+      f"{len(images)} images and {len(texts)} captions; there must be one caption per image."
+    )
+  return (clip.embed_images(images) * clip.embed_texts(texts)).sum(-1)
+
+
+def write_tensors(
+  path: epath.PathLike, tensors: dict, metadata: dict[str, str] | None = None
+) -> None:
+  """Writes a flat dict of arrays as one safetensors file, atomically."""
+  path = epath.Path(path)
+  partial = path.parent / (path.name + ".partial")
+  partial.write_bytes(
+    safetensors.numpy.save({k: np.asarray(v) for k, v in tensors.items()}, metadata)
+  )
+  partial.replace(path)
+
+
+def read_tensors(path: epath.PathLike) -> dict[str, np.ndarray]:
+  """Reads a safetensors file. Raises UserError naming it if it is absent or damaged."""
+  path = epath.Path(path)
+  if not path.exists():
+    raise UserError(f"{path} does not exist: run `python -m launch.train_clip` first.")
+  try:
+    return safetensors.numpy.load(path.read_bytes())
+  except safetensors.SafetensorError as error:
+    raise UserError(
+      f"{path} is damaged ({error}): delete its folder and train CLIP again."
+    ) from error

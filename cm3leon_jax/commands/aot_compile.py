@@ -1,0 +1,133 @@
+r"""Compiles the train step and the guided decoder for a TPU slice that need not be there, and tells what they cost.
+
+  pip install -e .[aot]
+  python -m launch.aot_compile --config=ml_configs/cm3leon_7b.py --topology=v5e-256 \
+    --config.mesh.fsdp=16 --config.mesh.fsdp_inner=16 --batch_per_device=4
+  python -m launch.aot_compile --config=ml_configs/cm3leon_7b.py --topology=v5p-8 --search --json=search.json
+  python -m launch.aot_compile --config=ml_configs/cm3leon_7b.py --topology=v5e-8 --config.mesh.tensor=8 --program=decode
+
+The program is the one that a pod would run: the real compiler, XLA:TPU, makes it, on any machine with Linux on x86-64.
+"""
+
+import dataclasses
+
+from absl import flags
+from etils import epath
+
+from cm3leon_jax import stages
+from cm3leon_jax.commands import common
+from cm3leon_jax.config import UserError
+from cm3leon_jax.mesh import create_mesh
+from cm3leon_jax.planning import programs
+from cm3leon_jax.planning import topology as topology_lib
+from cm3leon_jax.planning.report import GIB, compile_for, compile_report, report, table
+from cm3leon_jax.planning.search import cost, search
+from cm3leon_jax.training.flops import model_flops
+
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "A slice, v5e-256, or a chip and the shape of its torus, v5p:4x4x8."
+)
+_SLICES = flags.DEFINE_integer("slices", 1, "How many such slices.", lower_bound=1)
+_PROGRAM = flags.DEFINE_enum("program", "train", ["train", "decode", "both"], "What to compile.")
+_BATCH = flags.DEFINE_integer(
+  "batch_per_device", None, "Rows of a device at once, no accumulation (default: the config's).", 1
+)
+_SEARCH = flags.DEFINE_bool(
+  "search", False, "Try meshes, batches and remat policies; the fastest that fit, best first."
+)
+_DECODE_BATCH = flags.DEFINE_integer(
+  "decode_batch", 64, "Prompts of the decoder, two streams each.", lower_bound=1
+)
+_DECODE_POSITIONS = flags.DEFINE_integer(
+  "decode_positions", 1_152, "Cache slots of the decoder: prompt and image.", 1
+)
+_JSON = flags.DEFINE_string("json", None, "File for the reports.")
+flags.mark_flag_as_required("topology")
+
+
+def _mesh(settings, topology):
+  try:
+    return create_mesh(settings.mesh, topology.devices)
+  except ValueError as error:
+    raise UserError(f"config.mesh: {error}") from error
+
+
+def _train_report(topology, settings, mesh) -> dict:
+  tokens = settings.train.global_batch_size * settings.data.sequence_length
+  flops = model_flops(settings.model, tokens, settings.data.sequence_length)
+  report = compile_report(programs.train_step(settings, mesh), topology)
+  return {
+    "parameters": programs.count_params(settings, mesh),
+    "tokens": tokens,
+    "model_flops": flops,
+    **report,
+  }
+
+
+def _decode_reports(topology, settings, mesh) -> dict[str, dict]:
+  """Of prefill and of one step of the loop."""
+  decoder = programs.guided_decoder(settings, mesh, _DECODE_BATCH.value, _DECODE_POSITIONS.value)
+  compiled, seconds = compile_for(decoder.advance, topology)
+  step = report(compiled, seconds, topology)
+  floor, bandwidth = decoder.weight_bytes + decoder.cache_bytes, topology.chip.hbm_bandwidth
+  step["floor_bytes"] = floor
+  step["floor"] = {
+    "bytes of a step": f"{step['traffic'] / GIB:.3f} GiB moved; at least {floor / GIB:.3f}: "
+    f"{decoder.weight_bytes / GIB:.3f} weights, {decoder.cache_bytes / GIB:.3f} cache",
+    "least time of a step": f"{floor / bandwidth * 1e3:.2f} ms, {_DECODE_BATCH.value * bandwidth / floor:,.0f} tokens/s",
+  }
+  return {"decode": step, "prefill": compile_report(decoder.prefill(compiled), topology)}
+
+
+def _search(settings, topology) -> list[dict]:
+  print(f"search on {topology.name}:", flush=True)
+  compile_one = lambda changed, mesh: _train_report(topology, changed, mesh)
+  found = search(settings, topology, compile_one, lambda line: print(f"  {line}", flush=True))
+  if not found:
+    raise UserError(f"nothing that was tried fits {topology.name}: take more chips.")
+  print("those that fit, the fastest first:")
+  for r in found:
+    again, cycles = (
+      r["flops"] * r["devices"] / r["model_flops"],
+      r["cycles"] * r["devices"] / r["tokens"],
+    )
+    print(
+      f"  {cost(r) * 1e6:.3f} us a token and device, {again:.3f} x model FLOPs, {cycles:.0f} cycles a token, "
+      f"{r['sum_gib']:.2f} GiB: {r['flags']}"
+    )
+  return found
+
+
+def main(settings) -> None:
+  topology_lib.prepare()
+  topology = topology_lib.load(_TOPOLOGY.value, _SLICES.value)
+  reports = {}
+  if _SEARCH.value:
+    reports["search"] = _search(settings, topology)
+  else:
+    mesh = _mesh(settings, topology)
+    if _BATCH.value:
+      rows = _BATCH.value * len(topology.devices) // settings.mesh.tensor
+      train = dataclasses.replace(
+        settings.train, global_batch_size=rows, gradient_accumulation_steps=1
+      )
+      settings = dataclasses.replace(settings, train=train)
+    shape = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
+    several = f"{topology.slices} slices of " if topology.slices > 1 else ""
+    where = f"{several}{topology.name}, {len(topology.devices)} x {topology.devices[0].device_kind}; {shape}"
+    if _PROGRAM.value in ("train", "both"):
+      train, model = settings.train, settings.model
+      title = f"train step on {where}; {train.global_batch_size} rows of {settings.data.sequence_length}, remat {model.remat_policy}"
+      reports["train"] = _train_report(topology, settings, mesh)
+      print(table(title, reports["train"]), flush=True)
+    if _PROGRAM.value in ("decode", "both"):
+      reports |= _decode_reports(topology, settings, mesh)
+      what = f"{where}; {_DECODE_BATCH.value} prompts of two streams, {_DECODE_POSITIONS.value} positions"
+      print(table(f"a step of the guided decoder on {what}", reports["decode"]))
+      print(table(f"its prefill on {what}", reports["prefill"]), flush=True)
+  if _JSON.value:
+    stages.write_json(epath.Path(_JSON.value), {"topology": topology.name, **reports})
+
+
+if __name__ == "__main__":
+  common.run(main, workdir=False)

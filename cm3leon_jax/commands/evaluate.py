@@ -1,0 +1,56 @@
+"""Bits per image code and per text token of held-out pairs, with true, shuffled and no neighbors.
+
+  python -m launch.evaluate --config=ml_configs/openmoji.py --workdir=workdir
+
+Neighbors are those of the caption alone, as at inference. Writes evaluation/metrics.json.
+"""
+
+import dataclasses
+
+from cm3leon_jax import stages
+from cm3leon_jax.commands import common
+from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.evaluation import bits
+from cm3leon_jax.retrieval import neighbors
+from cm3leon_jax.training import checkpoint
+
+
+def main(settings, workdir):
+  inputs = {
+    "documents": stages.require(workdir / "documents", "encode_documents")["id"],
+    "neighbors": stages.require(workdir / "neighbors", "build_neighbors")["id"],
+    "train": common.require_run(settings, workdir),
+  }
+  config = {
+    "evaluation": dataclasses.asdict(settings.evaluation),
+    "seed": settings.seed,
+    "inputs": inputs,
+  }
+  config |= common.identity(settings, "data")
+  with stages.stage(workdir / "evaluation", config) as summary, common.use_mesh(settings):
+    if summary is None:
+      return
+    params, step = checkpoint.load_params(workdir / "train", settings.model)
+    train, heldout = (
+      DocumentStore(workdir / "documents" / f"{split}_pairs", settings.vocab)
+      for split in ("train", "heldout")
+    )
+    ids = neighbors.load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)
+    metrics = bits.evaluate(
+      params,
+      settings.model,
+      train,
+      heldout,
+      ids,
+      settings.vocab,
+      settings.data,
+      settings.evaluation,
+      settings.seed,
+    )
+    summary.update(step=step, **metrics)
+    stages.write_json(workdir / "evaluation" / "metrics.json", summary)
+    print(f"evaluate: {bits.describe(metrics)}")
+
+
+if __name__ == "__main__":
+  common.run(main)

@@ -1,0 +1,61 @@
+"""Draws a handful of rows as the trainer reads them into one HTML page: to look at the data before a long run.
+
+  python -m launch.inspect_data --config=ml_configs/openmoji.py --workdir=workdir --out=rows.html
+  python -m launch.inspect_data --config=ml_configs/openmoji.py --workdir=workdir --out=rows.html --first_row=5000 --rows=3
+
+The page is read off the rows' own arrays, and every sample is checked against its documents.
+"""
+
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from cm3leon_jax import stages
+from cm3leon_jax.commands import common
+from cm3leon_jax.commands.train import open_rows
+from cm3leon_jax.reports import inspect, inspect_page
+from cm3leon_jax.retrieval.neighbors import load_neighbors
+from cm3leon_jax.tokenizers.text import TextTokenizer
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+
+_OUT = flags.DEFINE_string("out", "rows.html", "HTML file to write.")
+_ROWS = flags.DEFINE_integer("rows", 6, "Number of rows.", lower_bound=1)
+_FIRST_ROW = flags.DEFINE_integer("first_row", 0, "The first of them.", lower_bound=0)
+_SPLIT = flags.DEFINE_enum("split", "train", ["train", "heldout"], "Split that they are of.")
+
+STAGES = {
+  "text_tokenizer": "train_text_tokenizer",
+  "vqgan": "train_vqgan",
+  "documents": "encode_documents",
+  "neighbors": "build_neighbors",
+}
+
+
+def draw(settings, workdir, out: epath.Path, split: str, numbers: range, config_name: str) -> None:
+  """Writes the page of rows `numbers` of `split`. Raises UserError if it cannot, or if a stage is missing."""
+  inspect_page.check_writable(out)
+  for folder, command in STAGES.items():
+    stages.require(workdir / folder, command)
+  loader = open_rows(settings, workdir, split)
+  scores = load_neighbors(workdir / "neighbors", f"{split}_pairs", array="scores")
+  rows = inspect.read_rows(loader, scores, numbers)
+  text_tokenizer = TextTokenizer(workdir / "text_tokenizer", settings.vocab)
+  decoder = inspect_page.make_decoder(
+    rows, settings.vocab, text_tokenizer, ImageTokenizer.load(workdir / "vqgan")
+  )
+  inspect_page.write(out, inspect_page.render(rows, loader.plan, decoder, config_name, split))
+  samples = sum(len(row.samples) for row in rows)
+  used = f"{inspect_page.fill(rows):.1%} of their slots used"
+  print(
+    f"inspect_data: {len(rows)} rows, {used}; {samples} samples, all checked: {out}", flush=True
+  )
+
+
+def main(settings, workdir) -> None:
+  numbers = range(_FIRST_ROW.value, _FIRST_ROW.value + _ROWS.value)
+  name = config_flags.get_config_filename(flags.FLAGS["config"])
+  draw(settings, workdir, epath.Path(_OUT.value), _SPLIT.value, numbers, name)
+
+
+if __name__ == "__main__":
+  common.run(main)

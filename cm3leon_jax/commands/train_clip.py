@@ -1,0 +1,39 @@
+"""Trains the CLIP that chooses neighbors and scores samples, on the train pairs of raw/.
+
+python -m launch.train_clip --config=ml_configs/openmoji.py --workdir=workdir
+"""
+
+import dataclasses
+
+from cm3leon_jax import stages
+from cm3leon_jax.clip import train as train_clip
+from cm3leon_jax.commands import common
+from cm3leon_jax.tokenizers.text import TextTokenizer
+
+
+def main(settings, workdir):
+  clip = dataclasses.asdict(settings.clip)
+  del clip["steps"]
+  inputs = {
+    "raw": stages.require(workdir / "raw", "prepare_data")["id"],
+    "text_tokenizer": stages.require(workdir / "text_tokenizer", "train_text_tokenizer")["id"],
+  }
+  config = {
+    "clip": clip,
+    "seed": settings.seed,
+    "vocab": dataclasses.asdict(settings.vocab),
+    "inputs": inputs,
+  }
+  with stages.stage(workdir / "clip", config) as summary:
+    if summary is not None:
+      encode = TextTokenizer(workdir / "text_tokenizer", settings.vocab).encode
+      text_size = settings.vocab.text_size
+      summary.update(
+        train_clip.train_clip(
+          settings.clip, encode, text_size, workdir / "raw", workdir / "clip", settings.seed
+        )
+      )
+
+
+if __name__ == "__main__":
+  common.run(main)

@@ -1,0 +1,13 @@
+"""CM3Leon-350M: Table 3 of the paper; heads and feed-forward from OPT's table.
+
+python -m launch.train --config=ml_configs/cm3leon_350m.py --workdir=runs/cm3leon_350m
+python -m launch.train --config=ml_configs/cm3leon_350m.py:paper --workdir=runs/cm3leon_350m_paper
+"""
+
+from cm3leon_jax.configs import base
+
+
+def get_config(variant: str = ""):
+  config = base.get_config(variant, learning_rate=6e-4, tokens=1.4e12)
+  config.model.update({"num_layers": 24, "width": 1_024, "num_heads": 16, "mlp_width": 4_096})
+  return config

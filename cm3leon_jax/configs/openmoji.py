@@ -1,0 +1,80 @@
+"""The demo: 4,000 captioned drawings and some text, every stage from raw pairs to a report on two CPU cores.
+
+  bash launch/demo.sh
+  python -m launch.train --config=ml_configs/openmoji.py:15 --workdir=workdir
+
+The variant is the number of minutes that the demo may take on two cores (default 15); it scales the steps of the training
+stages and nothing else. `long` trains a larger decoder on the tokenizers, the CLIP and the neighbors of a finished demo, for
+hours on two cores or minutes on a GPU; docs/design.md says how both were chosen.
+"""
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.configs import base
+
+STEPS = {"vqgan": 1_200, "clip": 250, "train": 1_100}  # In 15 minutes.
+LONG_STEPS = 2_000
+
+
+def get_config(variant: str = "15"):
+  try:
+    scale = 1.0 if variant == "long" else float(variant) / 15
+  except ValueError:
+    scale = 0.0
+  if scale <= 0:
+    raise UserError(
+      f"config variant '{variant}' of openmoji.py must be a positive number of minutes, or 'long'."
+    )
+  steps = {stage: max(10, round(n * scale)) for stage, n in STEPS.items()}
+  config = base.get_config()
+  config.vocab.update({"num_special": 32, "text_size": 2_048, "image_size": 512})
+  config.raw.update({"source": "openmoji", "resolution": 64})
+  config.vqgan.update(
+    {"resolution": 64, "downsample": 4, "stem": 2, "width": 64, "multipliers": (1, 1)}
+  )
+  config.vqgan.update(
+    {"encoder_blocks": (1, 1), "decoder_blocks": (1, 2), "code_dim": 8, "batch_size": 8}
+  )
+  config.vqgan.update(
+    {"learning_rate": 2e-3, "warmup_steps": 50, "adversarial_weight": 0.0, "checkpoint_every": 100}
+  )
+  config.vqgan.update({"steps": steps["vqgan"]})
+  config.clip.update(
+    {"resolution": 64, "image_encoder": "conv", "patch": 4, "image_width": 128, "image_layers": 1}
+  )
+  config.clip.update(
+    {"text_width": 128, "text_layers": 2, "text_length": 24, "embed_dim": 128, "batch_size": 128}
+  )
+  config.clip.update(
+    {"learning_rate": 1e-3, "warmup_fraction": 0.05, "weight_decay": 0.1, "text_dropout": 0.1}
+  )
+  config.clip.update(
+    {"shift": 0.1, "color_jitter": 0.0, "checkpoint_every": 100, "steps": steps["clip"]}
+  )
+  config.retrieval.update(
+    {"max_similarity": 0.97}
+  )  # A small CLIP's similarities run high; 0.9 rejects 9 of 10.
+  config.data.update({"sequence_length": 1_024, "text_share": 0.15, "pack_window": 1_024})
+  config.model.update(
+    {"family": "modern", "vocab_size": 2_560, "num_layers": 4, "width": 128, "num_heads": 2}
+  )
+  config.model.update(
+    {"mlp_width": 384, "max_positions": 1_024, "init_std": 0.034, "embed_std": 0.25}
+  )
+  config.model.update({"dtype": "float32", "remat_policy": "none", "loss_chunk": 1_024})
+  config.optimizer.update({"learning_rate": 5e-3, "warmup_steps": 30, "weight_decay": 0.05})
+  config.train.update(
+    {"steps": steps["train"], "global_batch_size": 2, "eval_batches": 16, "log_every": 10}
+  )
+  config.train.update(
+    {
+      "checkpoint_every": min(100, max(5, config.train.steps // 12)),
+      "eval_every": max(5, config.train.steps // 8),
+    }
+  )
+  config.train.update({"sample_every": max(5, config.train.steps // 3)})
+  if variant == "long":
+    config.model.update({"width": 192, "num_heads": 3, "mlp_width": 512})
+    config.optimizer.update({"learning_rate": 4e-3, "warmup_steps": 100, "weight_decay": 0.1})
+    config.train.update({"steps": LONG_STEPS, "global_batch_size": 4, "eval_batches": 8})
+    config.train.update({"checkpoint_every": 200, "eval_every": 200, "sample_every": 1_000})
+  return config

@@ -1,0 +1,138 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from cm3leon_jax.clip import model as clip_lib
+from cm3leon_jax.clip.model import CLIP, CLIPConfig
+from cm3leon_jax.config import UserError
+
+TINY = CLIPConfig(
+  resolution=16, image_encoder="conv", patch=4, image_width=64, image_layers=1, text_width=64, text_layers=1, text_length=6,
+  embed_dim=16, steps=4, batch_size=4,
+)  # fmt: skip
+CONFIGS = {"conv": TINY, "vit": dataclasses.replace(TINY, image_encoder="vit")}
+TEXT_SIZE = 50
+
+
+def make(config=TINY, seed=0):
+  return CLIP(config, TEXT_SIZE, clip_lib.init_params(config, TEXT_SIZE, jax.random.key(seed)))
+
+
+def some_images(n, seed=0):
+  return np.random.default_rng(seed).integers(0, 256, (n, 16, 16, 3), np.uint8)
+
+
+TEXTS = [np.arange(3, 3 + n, dtype=np.int32) for n in (1, 4, 6, 2)]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_embeddings_are_unit_norm_and_independent_of_their_batch(kind):
+  clip = make(CONFIGS[kind])
+  images = some_images(clip_lib.EMBED_BATCH + 3)
+  embedded, texts = clip.embed_images(images), clip.embed_texts(TEXTS)
+  assert embedded.shape == (len(images), 16)
+  assert embedded.dtype == texts.dtype == np.float32
+  np.testing.assert_allclose(np.linalg.norm(embedded, axis=1), 1, rtol=1e-5)
+  np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, rtol=1e-5)
+  np.testing.assert_allclose(clip.embed_images(images[-1:])[0], embedded[-1], atol=1e-6)
+  np.testing.assert_allclose(clip.embed_texts(TEXTS[1:2])[0], texts[1], atol=1e-6)
+  assert np.abs(embedded[0] - embedded[1]).max() > 1e-3
+  assert np.abs(texts[0] - texts[1]).max() > 1e-3
+
+
+def test_padding_does_not_matter():
+  clip = make()
+  embed = jax.jit(lambda tokens: clip_lib.bind(TINY, TEXT_SIZE, clip.params).embed_texts(tokens))
+  short, long = clip_lib.pad_texts(TEXTS[1:2], 4), clip_lib.pad_texts(TEXTS[1:2], 6)
+  np.testing.assert_allclose(embed(short), embed(long), atol=1e-6)
+  long[0, -1] = 9  # negative control: a token instead of padding
+  assert np.abs(embed(short) - embed(long)).max() > 1e-3
+
+
+def test_word_order_matters():
+  clip = make()
+  forward, backward = clip.embed_texts([np.array([5, 7, 9]), np.array([9, 7, 5])])
+  assert np.abs(forward - backward).max() > 1e-3
+
+
+def test_pad_texts_in_literals():
+  assert clip_lib.pad_texts([np.array([7, 8]), np.array([5, 6, 7, 8])], 3).tolist() == [
+    [7, 8, 0],
+    [5, 6, 7],
+  ]
+  with pytest.raises(UserError, match="no tokens"):
+    clip_lib.pad_texts([np.array([], np.int32)], 3)
+
+
+def test_patches_in_literals():
+  image = np.arange(2 * 4 * 3).reshape(1, 2, 4, 3)
+  result = np.asarray(clip_lib.patches(image, 2))
+  assert result.shape == (1, 1, 2, 12)
+  assert result[0, 0, 1].tolist() == [6, 7, 8, 9, 10, 11, 18, 19, 20, 21, 22, 23]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_save_and_load(kind, tmp_path):
+  clip = make(CONFIGS[kind])
+  clip.save(tmp_path)
+  loaded = CLIP.load(tmp_path)
+  assert (loaded.config, loaded.text_size) == (clip.config, TEXT_SIZE)
+  np.testing.assert_array_equal(
+    loaded.embed_images(some_images(3)), clip.embed_images(some_images(3))
+  )
+  np.testing.assert_array_equal(loaded.embed_texts(TEXTS), clip.embed_texts(TEXTS))
+
+
+def test_load_names_what_does_not_fit(tmp_path):
+  with pytest.raises(UserError, match=r"config\.json does not exist"):
+    CLIP.load(tmp_path)
+  make().save(tmp_path)
+  params = safetensors.numpy.load_file(tmp_path / "params.safetensors")
+  del params["image_projection.kernel"]
+  safetensors.numpy.save_file(params, tmp_path / "params.safetensors")
+  with pytest.raises(UserError, match=r"image_projection\.kernel"):
+    CLIP.load(tmp_path)
+  (tmp_path / "params.safetensors").write_bytes(b"half of a file")
+  with pytest.raises(UserError, match="damaged"):
+    CLIP.load(tmp_path)
+
+
+def test_clip_score_is_the_cosine_of_each_pair():
+  clip = make()
+  scores = clip_lib.clip_score(clip, some_images(4), TEXTS)
+  expected = (
+    clip.embed_images(some_images(4)).astype(np.float64)
+    @ clip.embed_texts(TEXTS).astype(np.float64).T
+  )
+  np.testing.assert_allclose(scores, np.diag(expected), atol=1e-6)
+  with pytest.raises(ValueError, match="one caption per image"):
+    clip_lib.clip_score(clip, some_images(3), TEXTS)
+
+
+def test_images_of_another_size_are_refused():
+  with pytest.raises(UserError, match=r"uint8\[B, 16, 16, 3\]"):
+    make().embed_images(np.zeros((1, 8, 8, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("image_encoder", "rnn"),
+    ("patch", 5),
+    ("text_width", 96),
+    ("batch_size", 1),
+    ("text_dropout", 1.0),
+    ("embed_dim", 0),
+  ],
+)
+def test_config_names_the_field(field, value):
+  with pytest.raises(ValueError, match=field):
+    dataclasses.replace(TINY, **{field: value})
+
+
+def test_no_parameter_has_a_weak_type():
+  # A weak type turns strong in the first update, and the train step would be compiled twice.
+  assert not [name for name, value in make().params.items() if value.weak_type]

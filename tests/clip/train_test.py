@@ -1,0 +1,141 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from cm3leon_jax.clip import model as clip_lib
+from cm3leon_jax.clip import train as train_clip
+from cm3leon_jax.clip.model import CLIP, CLIPConfig
+from cm3leon_jax.config import UserError
+from tests.data.raw import write_raw
+
+TINY = CLIPConfig(
+  resolution=16, image_encoder="vit", patch=4, image_width=64, image_layers=1, text_width=64, text_layers=1, text_length=6,
+  embed_dim=16, steps=6, batch_size=4, text_dropout=0.2, checkpoint_every=3,
+)  # fmt: skip
+TEXT_SIZE = 50
+
+
+def some_data(n=10, seed=0):
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(5, TEXT_SIZE, (n, 6), np.int32)
+  images = rng.integers(0, 256, (n, 16, 16, 3), np.uint8)
+  return train_clip.ClipData(
+    images, tokens, np.arange(n, dtype=np.int32), [str(i) for i in range(n)]
+  )
+
+
+def oracle_loss(images, texts, scale, concepts):
+  """The loss of Radford et al., row by row in fp64."""
+  logits = scale * images.astype(np.float64) @ texts.astype(np.float64).T
+  total = 0.0
+  for matrix in (logits, logits.T):
+    for i, row in enumerate(matrix):
+      counted = [j for j in range(len(row)) if j == i or concepts[j] != concepts[i]]
+      total += np.log(np.exp(row[counted]).sum()) - row[i]
+  return total / (2 * len(logits))
+
+
+def test_loss_is_the_oracle():
+  rng = np.random.default_rng(0)
+  images, texts = (
+    np.asarray(clip_lib.normalize(rng.normal(size=(6, 8)).astype(np.float32))) for _ in range(2)
+  )
+  concepts = np.array([0, 1, 0, 2, 3, 3])
+  loss = float(train_clip.contrastive_loss(images, texts, 10.0, concepts))
+  np.testing.assert_allclose(loss, oracle_loss(images, texts, 10.0, concepts), rtol=1e-5)
+  assert (
+    abs(loss - oracle_loss(images, texts, 10.0, np.arange(6))) > 1e-2
+  )  # negative control: concepts ignored
+  assert np.isfinite(jax.grad(train_clip.contrastive_loss)(images, texts, 10.0, concepts)).all()
+
+
+def test_augmentation_keeps_shape_and_a_token():
+  data = some_data()
+  config = dataclasses.replace(TINY, shift=0.25, text_dropout=0.95)
+  images = clip_lib.to_float(data.images)
+  x, tokens = train_clip.augment(images, data.tokens, jax.random.key(0), config)
+  assert x.shape == images.shape
+  assert (np.asarray(tokens) != 0).any(1).all()
+  assert (np.asarray(tokens) == 0).any()
+  off = dataclasses.replace(TINY, shift=0.0, text_dropout=0.0, color_jitter=0.0)
+  same, same_tokens = train_clip.augment(images, data.tokens, jax.random.key(0), off)
+  np.testing.assert_allclose(same, images, atol=1e-6)
+  np.testing.assert_array_equal(same_tokens, data.tokens)
+
+
+def test_an_epoch_visits_every_pair_once():
+  rows = [train_clip.batch_rows(12, 4, step, 0) for step in range(6)]
+  assert sorted(np.concatenate(rows[:3])) == sorted(np.concatenate(rows[3:])) == list(range(12))
+  assert not np.array_equal(rows[:3], rows[3:])
+
+
+def test_training_learns_its_pairs(tmp_path):
+  config = dataclasses.replace(
+    TINY, steps=60, batch_size=10, learning_rate=3e-3, text_dropout=0.0, shift=0.0
+  )
+  data = some_data()
+  clip = train_clip.train(config, TEXT_SIZE, data, tmp_path, 0)
+  recall = train_clip.text_to_image_recall(
+    clip.embed_texts(list(data.tokens)), clip.embed_images(data.images), data.captions
+  )
+  assert recall["recall@1"] >= 0.9
+  untrained = CLIP(config, TEXT_SIZE, clip_lib.init_params(config, TEXT_SIZE, jax.random.key(0)))
+  before = train_clip.text_to_image_recall(
+    untrained.embed_texts(list(data.tokens)), untrained.embed_images(data.images), data.captions
+  )
+  assert before["recall@1"] <= 0.5
+
+
+def test_a_killed_training_continues_bit_for_bit(tmp_path, monkeypatch):
+  whole = train_clip.train(TINY, TEXT_SIZE, some_data(), tmp_path / "whole", 1)
+  assert (
+    tmp_path / "whole" / train_clip.CHECKPOINT
+  ).exists()  # of step 3; what a kill after it leaves
+  continued = train_clip.train(TINY, TEXT_SIZE, some_data(), tmp_path / "whole", 1)
+  other = train_clip.train(TINY, TEXT_SIZE, some_data(), tmp_path / "other", 2)
+  assert set(whole.params) == set(continued.params)
+  for name, value in whole.params.items():
+    np.testing.assert_array_equal(value, continued.params[name])
+  assert any((np.asarray(v) != np.asarray(other.params[k])).any() for k, v in whole.params.items())
+  with pytest.raises(UserError, match=r"another training.*learning_rate"):
+    train_clip.train(
+      dataclasses.replace(TINY, learning_rate=1e-5), TEXT_SIZE, some_data(), tmp_path / "whole", 1
+    )
+
+
+def test_recall_in_literals():
+  images = np.eye(6)
+  texts = np.eye(6)[[0, 1, 2, 3, 5, 4]]
+  recall = train_clip.text_to_image_recall(texts, images, list("abcdef"))
+  assert recall == pytest.approx(
+    {"candidates": 6, "recall@1": 4 / 6, "chance@1": 1 / 6, "recall@5": 4 / 6, "chance@5": 5 / 6}
+  )
+  same_captions = train_clip.text_to_image_recall(texts, images, list("abcdee"))
+  assert same_captions["recall@1"] == 1
+  assert same_captions["chance@1"] == pytest.approx((4 / 6 + 2 * 2 / 6) / 6)
+
+
+def test_a_constant_embedding_finds_nothing():
+  recall = train_clip.text_to_image_recall(np.ones((9, 2)), np.ones((9, 2)), list("abcdefghi"))
+  assert recall["recall@1"] == recall["recall@5"] == 0
+
+
+def test_too_few_pairs(tmp_path):
+  with pytest.raises(UserError, match="batch_size = 4"):
+    train_clip.train(TINY, TEXT_SIZE, some_data(3), tmp_path, 0)
+
+
+def test_the_stage_leaves_a_loadable_clip_and_numbers(tmp_path):
+  splits = ["heldout" if i % 4 == 3 else "train" for i in range(12)]
+  pairs = [
+    {"key": f"k{i}", "caption": chr(97 + i) * 3, "concept": f"c{i}", "split": split}
+    for i, split in enumerate(splits)
+  ]
+  write_raw(tmp_path / "raw", pairs, some_data(12).images)
+  encode = lambda text: np.array([ord(c) % 40 + 5 for c in text], np.int32)
+  summary = train_clip.train_clip(TINY, encode, TEXT_SIZE, tmp_path / "raw", tmp_path / "clip", 0)
+  assert (summary["pairs"], summary["candidates"], summary["steps"]) == (9, 3, 6)
+  assert not (tmp_path / "clip" / train_clip.CHECKPOINT).exists()
+  assert CLIP.load(tmp_path / "clip").embed_texts([encode("ab")]).shape == (1, 16)

@@ -1,0 +1,76 @@
+import dataclasses
+
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.configs import cm3leon_7b
+from cm3leon_jax.mesh import MeshConfig
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.planning import search as search_lib
+from cm3leon_jax.planning.search import Candidate, kept_bytes, meshes, search
+from cm3leon_jax.planning.topology import CHIPS, Topology
+from cm3leon_jax.settings import settings_from_config
+
+POD = Topology("v5e:16x16", CHIPS["v5e"], (16, 16), 1, tuple(range(256)))
+SETTINGS = settings_from_config(cm3leon_7b.get_config())
+
+
+def test_each_fsdp_axis_is_a_dimension_of_the_torus():
+  assert next(meshes(POD)) == MeshConfig(1, 16, 1, 16)
+  assert MeshConfig(1, 16, 4, 4) in list(meshes(POD))
+  cube = dataclasses.replace(POD, name="v5p:4x4x8", torus=(4, 4, 8), slices=2)
+  assert next(meshes(cube)) == MeshConfig(2, 16, 1, 8)
+
+
+def test_a_candidate_keeps_the_global_batch_and_its_flags_say_how():
+  candidate = Candidate(MeshConfig(1, 16, 1, 16), 4, "full")
+  changed = candidate.apply(SETTINGS, POD)
+  assert changed.train.global_batch_size == 8_192
+  assert changed.train.gradient_accumulation_steps == 8
+  assert candidate.flags(SETTINGS, POD) == (
+    "--config.mesh.data=1 --config.mesh.fsdp=16 --config.mesh.tensor=1 --config.mesh.fsdp_inner=16 "
+    "--config.train.gradient_accumulation_steps=8 --config.model.remat_policy=full"
+  )
+  with pytest.raises(UserError, match="global_batch_size is 8192; 768 rows"):
+    Candidate(MeshConfig(1, 16, 1, 16), 3, "full").apply(SETTINGS, POD)
+
+
+def test_what_a_policy_keeps_in_bytes():
+  """7B, 4 x 4,096 tokens: 4 GiB for the layers' inputs, and one more for each width that is kept."""
+  kept = lambda policy: kept_bytes(ModelConfig(), 4 * 4_096, policy) / 2**30
+  assert [kept(p) for p in ("full", "offload", "save_attention", "save_qkv", "minimal")] == [
+    4,
+    4,
+    12,
+    20,
+    36,
+  ]
+
+
+def test_of_what_fits_the_cheapest_token_comes_first(monkeypatch):
+  """A made-up cost: full takes 2 us a token, the others 1; nothing but full and batches of 2 or less fit."""
+  monkeypatch.setattr(search_lib, "create_mesh", lambda config, devices: config)
+  tried = []
+
+  def compile_one(settings, mesh):
+    policy = settings.model.remat_policy
+    rows = settings.train.global_batch_size // settings.train.gradient_accumulation_steps // 256
+    tried.append((policy, rows))
+    if mesh.tensor > 1 or (policy != "full" and rows > 2):
+      raise UserError("too large.")
+    tokens = settings.train.global_batch_size * settings.data.sequence_length
+    seconds = (2e-6 if policy == "full" else 1e-6) * tokens / 256
+    numbers = {"tokens": tokens, "devices": 256, "cycles": tokens / rows, "sum_gib": 1.0}
+    return {**numbers, "compute_seconds": seconds, "collective_seconds": 0.0}
+
+  lines = []
+  found = search(SETTINGS, POD, compile_one, lines.append)
+  assert [(r["candidate"]["policy"], r["candidate"]["batch"]) for r in found[:2]] == [
+    ("save_qkv", 2),
+    ("minimal", 1),
+  ]
+  assert found[-1]["candidate"]["policy"] == "full"
+  assert ("minimal", 16) not in tried, (
+    "what a policy keeps is more than the chip has: not worth a compilation"
+  )
+  assert any("too large." in line for line in lines)

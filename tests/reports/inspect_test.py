@@ -1,0 +1,107 @@
+"""Rows with names: every sample is found in its documents, and a row that does not hold what was planned is refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from cm3leon_jax.data.pipeline import RowLoader
+from cm3leon_jax.reports import inspect
+from tests.data.stores import VOCAB, make_plan, make_sources
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+  return make_sources(tmp_path_factory.mktemp("stores"))
+
+
+@pytest.fixture(scope="module")
+def scores(sources):
+  """The n-th candidate of document i scores i + n / 10."""
+  shape = sources[0].neighbors.shape
+  return (np.arange(shape[0])[:, None] + np.arange(shape[1])[None] / 10).astype(np.float32)
+
+
+def test_rows_of_every_kind_are_read_and_named(sources, scores):
+  loader = RowLoader(make_plan(sources), VOCAB)
+  views = [view for row in inspect.read_rows(loader, scores, range(60)) for view in row.samples]
+  assert any(view.dropped for view in views)
+  assert any(part.moved and part.kind == "image" for view in views for part in view.parts)
+  assert any(part.moved and part.kind == "text" for view in views for part in view.parts)
+  assert any(view.origin.piece for view in views)
+  assert {len(view.origin.neighbors) for view in views} == {0, 2}
+  store = sources[0].store
+  keys = {store[i].key: i for i in range(len(store))}
+  for view in views:
+    for neighbor in view.origin.neighbors:
+      i = keys[view.origin.document.key]
+      assert neighbor.document.key == store[int(sources[0].candidates(i)[neighbor.rank - 1])].key
+      assert neighbor.score == pytest.approx(i + (neighbor.rank - 1) / 10)
+      assert neighbor.candidates == (2 if i % 7 == 0 else 4)
+
+
+def test_rows_without_room_are_read_too(sources, scores):
+  loader = RowLoader(make_plan(sources, sequence_length=20, text_share=0.5), VOCAB)
+  views = [view for row in inspect.read_rows(loader, scores, range(200)) for view in row.samples]
+  assert any(view.lacking for view in views)
+
+
+class Changed(RowLoader):
+  """Rows in which one thing was changed."""
+
+  def __init__(self, plan, change):
+    super().__init__(plan, VOCAB)
+    self._change = change
+
+  def __getitem__(self, i):
+    row = super().__getitem__(i)
+    self._change(row)
+    return row
+
+
+def swap_codes(row):
+  at = np.flatnonzero(VOCAB.is_image(row["inputs"][:-1]) & VOCAB.is_image(row["inputs"][1:]))[0]
+  row["inputs"][[at, at + 1]] = row["inputs"][[at + 1, at]]
+  row["targets"][[at - 1, at]] = row["targets"][[at, at - 1]]
+
+
+def merge_samples(row):
+  """The second sample passes for the end of the first."""
+  second = row["segment_ids"] == 2
+  row["segment_ids"][row["segment_ids"] >= 2] -= 1
+  row["positions"][second] += int((row["segment_ids"] == 1).sum() - second.sum())
+  row["targets"][np.flatnonzero(second)[0] - 1] = VOCAB.eos
+
+
+@pytest.mark.parametrize(
+  ("change", "sentence"),
+  [
+    (swap_codes, r"row \d+, segment id \d: document 'p\d+', spans put back, has token \d+ at \d+"),
+    (merge_samples, r"row \d+ holds \d samples; \d were planned"),
+    (
+      lambda row: row["positions"].__iadd__(1),
+      r"row \d+: slots 0 to \d+ \(segment id 1\): positions do not count from 0",
+    ),
+  ],
+)
+def test_a_row_that_does_not_hold_what_was_planned_is_refused(sources, scores, change, sentence):
+  plan = make_plan(sources, mean_spans=0.0)
+  number = next(
+    i
+    for i in range(60)
+    if len(plan.row(i)) > 1 and VOCAB.is_image(RowLoader(plan, VOCAB)[i]["inputs"]).any()
+  )
+  assert inspect.read_rows(RowLoader(plan, VOCAB), scores, [number])
+  with pytest.raises(ValueError, match=sentence):
+    inspect.read_rows(Changed(plan, change), scores, [number])
+
+
+def test_another_store_than_the_rows_came_from_is_refused(sources, scores, tmp_path):
+  plan, other = make_plan(sources), make_sources(tmp_path, seed=1)
+  loader = RowLoader(plan, VOCAB)
+  row = loader[0]
+  replaced = [dataclasses.replace(a, store=b.store, bank=b.bank) for a, b in zip(sources, other)]
+  broken = Changed(plan, lambda changed: changed.update(row))
+  broken.plan = make_plan(replaced)
+  with pytest.raises(ValueError, match=r"^row 0"):
+    inspect.read_rows(broken, scores, [0])

@@ -1,0 +1,303 @@
+from html.parser import HTMLParser
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax import config, stages
+from cm3leon_jax.reports import report, summary
+from cm3leon_jax.training.metrics import MetricsLog
+from tests.data.raw import write_raw
+
+INTERVAL = lambda bits, half: {"bits": bits, "low": bits - half, "high": bits + half}
+MODALITY = {
+  "tokens": 1000,
+  "unigram": 8.43,
+  "true": INTERVAL(3.39, 0.2),
+  "shuffled": INTERVAL(3.56, 0.2),
+  "none": INTERVAL(3.7, 0.2),
+  "true_over_unigram": 0.402,
+  "true_minus_shuffled": INTERVAL(-0.17, 0.05),
+  "true_minus_none": INTERVAL(-0.31, 0.06),
+}
+NUMBERS = {
+  "raw": {"train_pairs": 6, "heldout_pairs": 3},
+  "text_tokenizer": {"characters_per_token": 3.1},
+  "vqgan": {"psnr_db": 23.5, "codebook_perplexity": 240.0},
+  "documents": {"train": {"pairs": 6}},
+  "clip": {"recall@1": 0.12, "recall@5": 0.3, "chance@1": 0.01, "chance@5": 0.05},
+  "neighbors": {"recall@2": 0.97, "backend": "exact"},
+  "train": {"steps": 60},
+  "samples": {},
+  "evaluation": {"documents": 3, "image": MODALITY, "text": MODALITY},
+  "export": {"parameters": 123},
+}
+
+
+def picture(path, hue, side=32):
+  y, x = np.mgrid[:side, :side]
+  disc = (x - side / 2) ** 2 + (y - side / 2) ** 2 < (side / 3) ** 2
+  pixels = np.full((side, side, 3), 255, np.uint8)
+  pixels[disc] = [int(127 + 127 * np.sin(hue + k)) for k in (0, 2, 4)]
+  if path is not None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+  return pixels
+
+
+def make_raw(workdir):
+  about = {"source": "drawings", "license": "CC-BY-SA-4.0", "attribution": "A. Painter"}
+  split = lambda i: "train" if i < 6 else "heldout"
+  pairs = [
+    {"key": f"k{i}", "caption": f"disc <{i}> & more", "split": split(i), **about} for i in range(9)
+  ]
+  write_raw(workdir / "raw", pairs, [picture(None, i) for i in range(9)])
+
+
+def make_log(folder):
+  log = MetricsLog(folder)
+  for step in range(1, 61):
+    if step == 31:
+      log = MetricsLog(folder, 30)
+    losses = {
+      "loss": 3.0 + 3 / step,
+      "image_loss": 3.2 + 3 / step,
+      "text_loss": 2.0 + 3 / step,
+      "weight": 1000.0,
+    }
+    log.write(step, losses | ({} if step in (1, 31) else {"tokens_per_second": 500.0}))
+    if step % 20 == 0:
+      log.write(
+        step,
+        {f"heldout_{name}": losses[name] + 0.1 for name in ("loss", "image_loss", "text_loss")},
+      )
+
+
+def make_samples(folder):
+  rng, lines = np.random.default_rng(0), []
+  for key in ("k6", "k7"):
+    for guidance in (1.0, 3.0, 5.0):
+      for retrieve in (0, 2):
+        name = f"{key}_{guidance}_{retrieve}.png"
+        picture(folder / name, float(rng.uniform(0, 6)))
+        lines.append(
+          {
+            "key": key,
+            "prompt": f"disc <{key[1]}> & more",
+            "guidance": guidance,
+            "retrieve": retrieve,
+            "file": name,
+          }
+          | {
+            "neighbors": [{"key": "k0"}, {"key": "k1"}] if retrieve else [],
+            "clip_score": float(rng.normal(0.2 + guidance / 50, 0.05)),
+          }
+        )
+  (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def make_run(workdir, only=tuple(NUMBERS)):
+  """A workdir as the stages leave it."""
+  for folder in only:
+    with stages.stage(workdir / folder, {}) as numbers:
+      numbers.update(NUMBERS[folder])
+      if folder == "raw":
+        make_raw(workdir)
+      if folder == "vqgan":
+        pixels = np.stack([picture(None, i) for i in range(4)])
+        np.savez(
+          workdir / "vqgan" / "reconstructions.npz",
+          originals=pixels,
+          reconstructions=pixels // 2 + 60,
+        )
+      if folder == "train":
+        make_log(workdir / "train" / "metrics")
+        for step in (20, 40, 60):
+          picture(workdir / "train" / "samples" / f"{step:06d}.png", step, side=96)
+      if folder == "samples":
+        make_samples(workdir / "samples")
+
+
+class Page(HTMLParser):
+  """Collects every attribute that names another resource, and whether tags are balanced."""
+
+  VOID = ("meta", "img", "br", "path", "use", "rect")
+
+  def __init__(self, html):
+    super().__init__()
+    self.references, self.images, self.open = [], [], []
+    self.feed(html)
+
+  def handle_starttag(self, tag, attributes):
+    values = dict(attributes)
+    self.references += [values[name] for name in ("src", "href", "xlink:href") if name in values]
+    self.images += [values] if tag == "img" else []
+    if tag not in self.VOID:
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attributes):
+    self.references += [
+      value for name, value in attributes if name in ("src", "href", "xlink:href")
+    ]
+
+  def handle_endtag(self, tag):
+    if tag not in self.VOID:
+      assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("run")
+  make_run(workdir)
+  return (
+    workdir,
+    report.write(workdir, "ml_configs/openmoji.py:2"),
+    (workdir / "report.html").read_text(),
+  )
+
+
+def test_page_is_one_file_with_its_pictures_inside(run):
+  workdir, _, html = run
+  page = Page(html)
+  assert page.open == []
+  assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.references)
+  assert "url(http" not in html
+  assert "@import" not in html
+  assert str(workdir) not in html
+  # Per prompt 6 samples, the original and two neighbors; 4 reconstructions with originals; 3 grids.
+  assert len(page.images) == 2 * (6 + 1 + 2) + 2 * 4 + 3
+  assert all(image.get("alt") for image in page.images)
+
+
+def test_page_shows_every_number_of_the_summary(run):
+  workdir, found, html = run
+  assert found == json.loads((workdir / "summary.json").read_text())
+  for folder in NUMBERS:
+    for name, value in summary.flatten(found[folder]):
+      assert f'<code>{name}</code></th><td class="num">{report.show(value)}</td>' in html
+
+
+def test_headlines_say_honestly_what_was_met(run):
+  verdicts = {line["title"].split()[0]: line["met"] for line in run[1]["headlines"]}
+  assert verdicts["PSNR"] is True
+  assert verdicts["Codebook"] is False
+  assert "○ not met" in run[2]
+  assert "● met" in run[2]
+
+
+def test_captions_are_escaped_and_the_restart_is_told(run):
+  assert "“disc &lt;6&gt; &amp; more”" in run[2]
+  assert "stopped after step 30 and continued with step 31" in run[2]
+  assert "CC-BY-SA-4.0" in run[2]
+  assert "A. Painter" in run[2]
+
+
+def test_figures_take_the_colors_of_the_page(run):
+  svg = report.bits_figure(run[1]["evaluation"])
+  assert svg.startswith("<svg")
+  assert "var(--image)" in svg
+  assert "currentColor" in svg
+  assert not any(color in run[2] for color in report.CSS_COLORS)
+
+
+@pytest.mark.parametrize("only", [(), ("raw",), ("raw", "vqgan", "train")])
+def test_stages_that_have_not_run_are_said_so(tmp_path, only):
+  make_run(tmp_path, only)
+  found = report.write(tmp_path, "ml_configs/openmoji.py")
+  assert found["unfinished"] == [folder for folder in NUMBERS if folder not in only]
+  html = (tmp_path / "report.html").read_text()
+  assert "<code>launch.evaluate</code> has not finished in this workdir" in html
+  assert ("launch.train_vqgan</code> has not finished" in html) == ("vqgan" not in only)
+  assert "not run" in html
+
+
+def test_a_workdir_that_does_not_exist_is_refused(tmp_path):
+  with pytest.raises(config.UserError, match="does not exist: name the folder of a run"):
+    report.write(tmp_path / "none", "c.py")
+
+
+@given(
+  st.recursive(
+    st.integers(),
+    lambda inner: st.dictionaries(st.sampled_from("abc"), inner) | st.lists(inner, max_size=3),
+  )
+)
+def test_flatten_keeps_every_leaf(value):
+  def leaves(value):
+    if isinstance(value, dict | list):
+      return sum(leaves(item) for item in (value.values() if isinstance(value, dict) else value))
+    return 1
+
+  flat = summary.flatten({"x": value})
+  assert len(flat) == leaves(value) == len({name for name, _ in flat})
+  assert all(
+    summary.lookup({name: found}, name) == found for name, found in flat if "." not in name
+  )
+
+
+def test_clip_scores_are_grouped_with_their_spread():
+  lines = [
+    {"guidance": g, "retrieve": r, "clip_score": s}
+    for g, r, s in ((3, 2, 0.2), (1, 0, 0.1), (3, 2, 0.4))
+  ]
+  low, high = summary.clip_scores(lines)
+  assert (low["guidance"], low["samples"], low["mean"], low["standard_deviation"]) == (
+    1,
+    1,
+    0.1,
+    0.0,
+  )
+  assert (high["guidance"], high["samples"]) == (3, 2)
+  assert high["mean"] == pytest.approx(0.3)
+  assert high["standard_deviation"] == pytest.approx(0.2 / 2**0.5)
+  assert high["standard_error"] == pytest.approx(0.1)
+
+
+def test_a_killed_run_reports_the_steps_that_were_computed_again(tmp_path):
+  log = MetricsLog(tmp_path)
+  for step in range(1, 9):
+    log.write(
+      step, {"loss": 1 / step, "weight": 1.0, **({} if step == 1 else {"tokens_per_second": 2.0})}
+    )
+  log = MetricsLog(tmp_path, 5)
+  for step in range(6, 10):
+    loss = 1 / step if step != 7 else 0.5
+    log.write(
+      step, {"loss": loss, "weight": 1.0, **({} if step == 6 else {"tokens_per_second": 2.0})}
+    )
+  numbers = summary.training(summary.read_metrics(tmp_path / "metrics.jsonl"))
+  assert numbers["restarts"] == [{"after_step": 5, "next_step": 6, "replayed": 3, "identical": 2}]
+  assert numbers["every_step_logged_once"]
+  assert numbers["step_seconds"] == pytest.approx(7 * 0.5)
+  assert "goodput" not in numbers
+  log.write(9, {"goodput": 0.4, "step_seconds": 4.0, "compile_seconds": 6.0})
+  log.write(9, {"goodput": 0.5, "step_seconds": 6.0, "compile_seconds": 6.0})
+  numbers = summary.training(summary.read_metrics(tmp_path / "metrics.jsonl"))
+  assert (numbers["goodput"], numbers["wall_seconds"]) == (0.5, 12.0)
+  assert summary.training([]) == {}
+
+
+def test_a_difference_is_met_only_with_its_whole_interval():
+  headline = summary.Headline("d", "a.bits", "<", 0.0)
+  judged = lambda high: summary.judge({"a": {"bits": -1.0, "low": -2.0, "high": high}}, headline)[
+    "met"
+  ]
+  assert judged(-0.1) is True
+  assert judged(0.1) is False
+  assert summary.judge({}, headline) | {"title": ""} == {
+    "title": "", "value": None, "interval": None, "relation": "< ", "target": 0.0, "note": "", "met": None,
+  }  # fmt: skip
+
+
+@given(st.floats(-1e6, 1e6))
+def test_show_keeps_four_digits(value):
+  shown = float(report.show(value).replace("−", "-").replace(",", ""))
+  assert shown == pytest.approx(value, rel=6e-3 if abs(value) < 1e-3 else 6e-4, abs=1e-12)
+
+
+def test_smooth_is_the_mean_of_what_is_there():
+  np.testing.assert_allclose(report.smooth(np.array([1.0, 2.0, 6.0]), 3), [1.5, 3.0, 4.0])
+  np.testing.assert_allclose(report.smooth(np.array([1.0, 2.0]), 1), [1.0, 2.0])

@@ -1,0 +1,85 @@
+import numpy as np
+
+from cm3leon_jax.data import pipeline
+from cm3leon_jax.data.documents import Document, Segment
+from cm3leon_jax.data.plan import SamplePlan
+from cm3leon_jax.reports import inspect, row_parts
+from cm3leon_jax.reports.ribbon import ribbon, runs
+from tests.data.stores import VOCAB
+
+
+def pair(key, words, codes):
+  segments = (
+    Segment(False, VOCAB.num_special + np.arange(words, dtype=np.int32)),
+    Segment(True, VOCAB.image_ids(range(codes))),
+  )
+  return Document(key, segments, "test", "CC0-1.0", "nobody")
+
+
+def make_view():
+  """</s> w w <break> i <mask:0> i <break> w <break> i i i i </s> <mask:0> i i <eoss>, then a dropped one, then padding."""
+  neighbor, document = pair("n", 2, 4), pair("d", 1, 4)
+  length = 1 + 3 + 4 + 1 + 2 + 4 + 1 + 3
+  samples = [
+    pipeline.build_sample(
+      document, [neighbor], SamplePlan((0,), False, ((5, 7),), length), VOCAB, 0.5
+    ),
+    pipeline.build_sample(document, [], SamplePlan((), True, (), 8), VOCAB, 0.5),
+  ]
+  row = pipeline.pack_row(samples, 28, VOCAB.pad)
+  first, second = row_parts.split_row(row, VOCAB)
+  origin = inspect.Origin(document, (inspect.Neighbor(neighbor, 2, 4, 0.5),), 0)
+  views = [
+    inspect.view_sample(first, origin, VOCAB, 28),
+    inspect.view_sample(second, inspect.Origin(document, (), 0), VOCAB, 28),
+  ]
+  return inspect.RowView(0, views, row["loss_weights"])
+
+
+def test_runs():
+  assert runs([0, 1, 1, 0]) == [(0, 1, 0), (1, 2, 1), (3, 1, 0)]
+  assert runs([]) == []
+
+
+def test_every_slot_has_its_place_on_the_ribbon():
+  found = ribbon(make_view())
+  assert (found["length"], found["used"]) == (28, 25)
+  assert found["samples"] == [(0, 18, 1, "d"), (18, 7, 2, "d")]
+  # Parts follow one another without a gap; the last token of a sample is only predicted.
+  assert [p["x"] for p in found["parts"]] == [
+    0,
+    *np.cumsum([p["width"] for p in found["parts"]])[:-1],
+  ]
+  kinds = [(p["kind"], p["width"], p["span"]) for p in found["parts"]]
+  assert kinds[:7] == [
+    ("special", 1, -1), ("text", 2, -1), ("special", 1, -1), ("image", 1, -1), ("special", 1, 0), ("image", 1, -1),
+    ("special", 1, -1),
+  ]  # fmt: skip
+  assert kinds[7:] == [
+    ("text", 1, -1), ("special", 1, -1), ("image", 4, -1), ("special", 1, -1), ("special", 1, 0), ("image", 2, 0),
+    ("special", 1, -1), ("special", 1, 0), ("special", 1, -1), ("image", 4, -1),
+  ]  # fmt: skip
+  assert found["parts"][12]["title"] == "neighbor 1: image, slots 16 to 17, infill"
+  assert [(o["x"], o["width"], o["role"]) for o in found["owners"]] == [
+    (1, 6, "neighbor"), (8, 6, "document"), (19, 6, "document"),
+  ]  # fmt: skip
+  assert found["moves"] == [(5.5, 17.0, 0)]
+
+
+def test_weights_are_those_of_the_row():
+  view = make_view()
+  found = ribbon(view)
+  rebuilt = np.zeros(28)
+  for x, width, weight in found["weights"]:
+    rebuilt[x : x + width] = weight
+  np.testing.assert_array_equal(rebuilt, view.loss_weights)
+  # The neighbor weighs half, wherever its tokens stand, the sentinel in it one; the opening of the dropped sample nothing.
+  assert found["weights"] == [
+    (0, 4, 0.5),
+    (4, 1, 1.0),
+    (5, 2, 0.5),
+    (7, 8, 1.0),
+    (15, 2, 0.5),
+    (17, 1, 1.0),
+    (20, 5, 1.0),
+  ]

@@ -1,0 +1,144 @@
+"""What a row's arrays say: samples, parts and segments as literals, that moving spans is undone, and that faults are found."""
+
+import dataclasses
+
+from hypothesis import given
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from cm3leon_jax.data import cm3, pipeline
+from cm3leon_jax.data.documents import Document, Segment
+from cm3leon_jax.reports import row_parts
+from cm3leon_jax.reports.row_parts import Part
+from tests.data.stores import VOCAB
+
+EOS, BRK, EOSS, MASK = VOCAB.eos, VOCAB.brk, VOCAB.eoss, VOCAB.mask(0)
+A, B, C = (VOCAB.num_special + i for i in range(3))
+P, Q, R, S = (int(VOCAB.image_ids(i)) for i in range(4))
+# </s> a b <break> p <mask:0> s </s> <mask:0> q r <eoss>
+TOKENS = np.array([EOS, A, B, BRK, P, MASK, S, EOS, MASK, Q, R, EOSS], np.int32)
+
+
+def document(*segments, key="d"):
+  parts = tuple(Segment(bool(VOCAB.is_image(ids[0])), np.array(ids, np.int32)) for ids in segments)
+  return Document(key, parts, "test", "CC0-1.0", "nobody")
+
+
+def make_row(*samples, length=24):
+  """Row of samples whose targets all weigh 1."""
+  return pipeline.pack_row(
+    [(np.array(s, np.int32), np.ones(len(s), np.float32)) for s in samples], length, VOCAB.pad
+  )
+
+
+def test_a_row_is_cut_into_its_samples():
+  row = make_row(TOKENS, [EOS, C, EOS])
+  first, second = row_parts.split_row(row, VOCAB)
+  assert (first.segment_id, first.start, first.slots) == (1, 0, 11)
+  assert (second.segment_id, second.start, second.slots) == (2, 11, 2)
+  np.testing.assert_array_equal(first.tokens, TOKENS)
+  np.testing.assert_array_equal(second.tokens, [EOS, C, EOS])
+  np.testing.assert_array_equal(second.weights, [0, 1, 1])
+  (alone,) = row_parts.split_row(make_row(TOKENS, length=11), VOCAB)  # No padding.
+  np.testing.assert_array_equal(alone.tokens, TOKENS)
+
+
+@pytest.mark.parametrize(
+  ("name", "at", "value", "sentence"),
+  [
+    ("segment_ids", 4, 2, r"segment ids run \[1, 2, 1, 2, 0\]; they must count 1, 2"),
+    ("segment_ids", 11, 3, r"segment ids run \[1, 3, 2, 0\]"),
+    ("segment_ids", 5, 0, r"segment ids run \[1, 0, 1, 2, 0\]"),
+    ("positions", 12, 12, r"slots 11 to 12 \(segment id 2\): positions do not count from 0"),
+    ("targets", 2, C, r"slots 0 to 10 \(segment id 1\): a target is not the next input"),
+    ("loss_weights", 2, np.nan, r"a loss weight is negative or not finite"),
+    ("loss_weights", 2, -1, r"a loss weight is negative or not finite"),
+    ("loss_weights", 20, 1, r"slots 13 to 23 \(segment id 0\): padding has a loss weight"),
+    ("inputs", 23, A, r"padding holds another token than <pad>"),
+  ],
+)
+def test_a_row_that_was_packed_wrongly_is_refused(name, at, value, sentence):
+  row = make_row(TOKENS, [EOS, C, EOS])
+  row[name][at] = value
+  with pytest.raises(ValueError, match=sentence):
+    row_parts.split_row(row, VOCAB)
+
+
+def test_parts_of_a_sample():
+  assert row_parts.split_parts(TOKENS, VOCAB) == [
+    Part("special", 0, 1, 0),
+    Part("text", 1, 3, 0),
+    Part("special", 3, 4, 0),
+    Part("image", 4, 5, 1),
+    Part("special", 5, 6, 1, 0),
+    Part("image", 6, 7, 1),
+    Part("special", 7, 8, 1),
+    Part("special", 8, 9, 1, 0, True),
+    Part("image", 9, 11, 1, 0, True),
+    Part("special", 11, 12, 1, 0, True),
+  ]
+
+
+def test_segments_in_their_own_order_again():
+  parts = row_parts.split_parts(TOKENS, VOCAB)
+  assert row_parts.restore(parts) == [[parts[1]], [parts[3], parts[8], parts[5]]]
+  dropped = np.array([EOS, MASK, BRK, P, Q, EOS])
+  parts = row_parts.split_parts(dropped, VOCAB)
+  assert parts[1] == Part("special", 1, 2, 0, 0)
+  assert row_parts.restore(parts) == [[], [Part("image", 3, 5, 1)]]
+  assert row_parts.is_dropped(dropped, VOCAB)
+  assert not row_parts.is_dropped(TOKENS, VOCAB)
+
+
+@given(
+  kinds=st.lists(st.tuples(st.booleans(), st.integers(1, 6)), min_size=1, max_size=5),
+  num_spans=st.integers(0, 4),
+  whole_segments=st.booleans(),
+  seed=st.integers(0, 99),
+)
+def test_every_segment_is_found_whole_again(kinds, num_spans, whole_segments, seed):
+  rng = np.random.default_rng(seed)
+  bounds = lambda image: (
+    (VOCAB.text_size, VOCAB.size) if image else (VOCAB.num_special, VOCAB.text_size)
+  )
+  whole = document(*(rng.integers(*bounds(image), n) for image, n in kinds))
+  spans = cm3.draw_spans([n for _, n in kinds], num_spans, whole_segments, rng)
+  tokens = cm3.apply_cm3_mask(pipeline.join([whole], VOCAB), spans, VOCAB)
+  parts = row_parts.split_parts(tokens, VOCAB)
+  assert [p.start for p in parts] == [0, *(p.stop for p in parts[:-1])]
+  assert parts[-1].stop == len(tokens)
+  found = [
+    np.concatenate([tokens[p.start : p.stop] for p in segment])
+    for segment in row_parts.restore(parts)
+  ]
+  assert [f.tolist() for f in found] == [s.tokens.tolist() for s in whole.segments]
+  assert {p.span for p in parts if p.moved} == set(range(len(spans)))
+  assert row_parts.check_sample(tokens, [whole], VOCAB, 99) == 0
+
+
+def test_a_sample_is_held_against_its_documents():
+  neighbor, itself = document([A, B], [P, Q, R, S], key="n"), document([C], [S, R, Q, P])
+  joined = pipeline.join([neighbor, itself], VOCAB)
+  check = lambda tokens, length=99, documents=(neighbor, itself): row_parts.check_sample(
+    np.asarray(tokens, np.int32), list(documents), VOCAB, length
+  )
+  assert check(joined) == 0
+  assert check(joined[:-3], length=len(joined) - 4) == 3
+  assert check([EOS, MASK, BRK, S, R, Q, P, EOS]) == 0
+  with pytest.raises(
+    ValueError, match="'d' gives 13 tokens, spans put back; its documents have 16"
+  ):
+    check(joined[:-3])
+  with pytest.raises(
+    ValueError, match=f"'d', spans put back, has token {C} at 1; its documents have {A}"
+  ):
+    check(pipeline.join([itself, neighbor], VOCAB))
+  with pytest.raises(ValueError, match="has token"):
+    check([EOS, MASK, BRK, P, Q, R, S, EOS])
+  assert check(TOKENS, documents=[document([A, B], [P, Q, R, S])]) == 0
+  with pytest.raises(ValueError, match="<mask:0> has no infill that ends in <eoss>"):
+    check(TOKENS[:-1], documents=[document([A, B], [P, Q, R, S])])
+  other = dataclasses.replace(itself, segments=itself.segments[:1])
+  with pytest.raises(ValueError, match="its documents have"):
+    check(joined, documents=(neighbor, other))
