@@ -3,6 +3,7 @@
 # T tokens, C stored candidates of a document, n documents.
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -83,11 +84,26 @@ def unigram_table(store, vocab) -> np.ndarray:
   return table
 
 
-def derangement(n: int, rng: np.random.Generator) -> np.ndarray:
-  """Returns a random cycle through all of `n` >= 2 indices, [n]: no index keeps its place."""
-  order = rng.permutation(n)
-  result = np.empty(n, np.int64)
-  result[order] = np.roll(order, 1)
+def partners(concepts, rng: np.random.Generator) -> np.ndarray:
+  """Gives each document another document, each once, of another concept.
+
+    concepts = ["fox", "fox", "cat", "owl"]: [2 3 0 1] or [3 2 1 0]
+
+  Where one concept has more than half of the documents, some of its documents get one of the same
+  concept, but never themselves.
+
+  Args:
+    concepts: [n] names, at least two different ones.
+    rng: chooses the order.
+
+  Returns:
+    [n] int64, a permutation.
+  """
+  _, places, sizes = np.unique(concepts, return_inverse=True, return_counts=True)
+  # Concepts in random order, each in one piece: as many places further there is another one.
+  order = np.lexsort((rng.permutation(len(places)), rng.permutation(len(sizes))[places]))
+  result = np.empty(len(places), np.int64)
+  result[order] = np.roll(order, sizes.max())
   return result
 
 
@@ -190,14 +206,14 @@ def _samples(
   rng = np.random.default_rng([seed, len(store)])
   chosen = np.sort(rng.permutation(len(store))[:num_documents])
   # A document without a concept is one of its own.
-  concepts = [int(store.concepts[j]) or f"document {j}" for j in chosen]
+  concepts = [str(store.concepts[j] or f"document {j}") for j in chosen]
   if len(set(concepts)) < 2:
     raise UserError(
       f"the documents chosen from {store.folder} ({len(chosen)}) show fewer than two concepts, "
       "which an interval needs: hold out more concepts."
     )
   candidates = [[int(i) for i in neighbor_ids[j] if i >= 0][: data.num_neighbors] for j in chosen]
-  partner = derangement(len(chosen), rng)
+  partner = partners(concepts, rng)
   ids = {
     "true": candidates,
     "shuffled": [candidates[p] for p in partner],
@@ -221,8 +237,8 @@ def evaluate(
   """Measures the bits of held-out pairs, causal, without spans or conditioning drop.
 
   Only the targets of the document itself count (`own_targets`). Conditions: `true`, the document's
-  own neighbors; `shuffled`, those of another document, so that form and number are alike and the
-  content differs; `none`. For comparison: a unigram model of the training pairs' codes and caption
+  own neighbors; `shuffled`, those of a document of another concept, so that form and number are
+  alike and the content differs; `none`. For comparison: a unigram model of the training pairs' codes and caption
   tokens. The decoder spreads its probability over the whole vocabulary, the unigram model only over
   one modality.
 
@@ -250,16 +266,7 @@ def evaluate(
     heldout_store, train_store, neighbor_ids, config.num_documents, data, vocab, seed
   )
   masks = {c: [own_targets(s, d, vocab) for s, d in zip(samples[c], documents)] for c in CONDITIONS}
-  with tqdm(
-    total=len(documents) * len(CONDITIONS), desc="evaluate", unit="doc", mininterval=1
-  ) as bar:
-    together = score_samples(
-      params, model_config, samples["true"] + samples["shuffled"], config.batch_size, bar.update
-    )
-    scored = {"true": together[: len(documents)], "shuffled": together[len(documents) :]}
-    scored["none"] = score_samples(
-      params, model_config, samples["none"], config.batch_size, bar.update
-    )
+  scored = _score_conditions(params, model_config, samples, config.batch_size)
   table = unigram_table(train_store, vocab)
   result = {
     "documents": len(documents),
@@ -274,6 +281,17 @@ def evaluate(
     resampling = {"groups": concepts, "num_resamples": config.num_resamples, "seed": seed}
     result[modality] = _compare(sums, tokens, float(table[own].mean()), resampling)
   return result
+
+
+def _score_conditions(params, model_config, samples: dict, batch_size: int) -> dict:
+  """Scores the samples of every condition, with a progress bar."""
+  n = len(samples["none"])
+  with tqdm(total=n * len(CONDITIONS), desc="evaluate", unit="doc", mininterval=1) as bar:
+    score = functools.partial(
+      score_samples, params, model_config, batch_size=batch_size, progress=bar.update
+    )
+    together = score(samples["true"] + samples["shuffled"])  # Equally long: one program.
+    return {"true": together[:n], "shuffled": together[n:], "none": score(samples["none"])}
 
 
 def _compare(sums, tokens, unigram: float, resampling: dict) -> dict:

@@ -89,11 +89,20 @@ def test_unigram_table_has_one_distribution_per_modality(stores):
   )
 
 
-@given(st.integers(2, 60), st.integers(0, 2**32 - 1))
-def test_derangement_is_a_permutation_without_fixed_points(n, seed):
-  partner = bits.derangement(n, np.random.default_rng(seed))
-  assert sorted(partner) == list(range(n))
-  assert (partner != np.arange(n)).all()
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=60), st.integers(0, 2**32 - 1))
+def test_partners_are_other_documents_of_other_concepts(concepts, seed):
+  concepts = np.array([*concepts, 10])  # At least two.
+  partner = bits.partners(concepts, np.random.default_rng(seed))
+  assert sorted(partner) == list(range(len(concepts)))
+  assert (partner != np.arange(len(concepts))).all()
+  if 2 * np.unique(concepts, return_counts=True)[1].max() <= len(concepts):
+    assert (concepts[partner] != concepts).all()
+
+
+def test_partners_are_those_of_the_docstring():
+  rng = np.random.default_rng(0)
+  found = {tuple(bits.partners(["fox", "fox", "cat", "owl"], rng).tolist()) for _ in range(50)}
+  assert found == {(2, 3, 0, 1), (3, 2, 1, 0)}
 
 
 def test_own_targets_are_those_of_the_docstring():
