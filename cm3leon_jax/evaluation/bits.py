@@ -238,9 +238,9 @@ def evaluate(
 
   Only the targets of the document itself count (`own_targets`). Conditions: `true`, the document's
   own neighbors; `shuffled`, those of a document of another concept, so that form and number are
-  alike and the content differs; `none`. For comparison: a unigram model of the training pairs' codes and caption
-  tokens. The decoder spreads its probability over the whole vocabulary, the unigram model only over
-  one modality.
+  alike and the content differs; `none`. For comparison: a unigram model of the training pairs'
+  codes and caption tokens. The decoder spreads its probability over the whole vocabulary, the
+  unigram model only over one modality.
 
   Args:
     params: parameters of the decoder, on the current mesh (`jax.set_mesh`).

@@ -28,7 +28,7 @@ def mean_interval(
   Args:
     sums: [n] numbers, or paired differences of two such numbers.
     weights: [n] positive; the number of tokens in a sum over tokens, ones for a plain mean.
-    groups: [n] names or ids; samples of equal ones belong together.
+    groups: [n] names, or ids in an integer array; samples of equal ones belong together.
     num_resamples: bootstrap resamples.
     seed: of the bootstrap.
 
