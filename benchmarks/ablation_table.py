@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 import numpy as np
 from scipy import stats
 
-from cm3leon_jax.evaluation import bits
+from cm3leon_jax.evaluation.intervals import mean_interval
 
 SUBSETS = {"drawn_by_others": "drawn by others", "new": "new"}  # Of the held-out documents.
 MEANING = {
@@ -17,7 +17,6 @@ MEANING = {
   "new": "the bank has nothing of the concept",
 }
 COMPARISONS = (("1", "0"), ("2", "0"), ("2", "shuffled"), ("shuffled", "0"))
-NUM_RESAMPLES = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,31 +48,25 @@ def spread(values) -> dict:
   return {"mean": float(np.mean(values)), "standard_deviation": deviation, "values": values}
 
 
-def by_concept(values, concepts) -> np.ndarray:
-  """Sums over the documents of each concept, whose drawings are too alike to be resampled one by one.
-
-  values = [1, 2, 4], concepts = [7, 3, 7]: [2, 5]
-  """
-  _, places = np.unique(concepts, return_inverse=True)
-  return np.bincount(places, np.asarray(values, np.float64))
-
-
 def difference(runs: list[Run], others: list[Run], mask, concepts) -> dict:
   """Bits per image code of `runs` minus those of `others`, both averaged over the seeds that they share.
 
   Returns:
-    {"bits", "concepts", "by_seed", "seeds"}. Two 95% intervals, (low, high) each: `concepts`, a bootstrap over concepts, for
-    other pictures; `seeds`, Student's t over seeds, for other trainings, None if there is one. `by_seed`: the differences.
+    {"bits", "concepts", "groups", "effective_groups", "by_seed", "seeds"}. Two 95% intervals, each
+    (low, high) or None for a single concept or seed: `concepts`, a bootstrap over `groups` concepts,
+    for other images; `seeds`, Student's t over seeds, for other trainings. `by_seed`: the
+    differences.
   """
   pairs = [(a, b) for a in runs for b in others if a.seed == b.seed]
   codes = pairs[0][0].image_codes[mask]
   deltas = [(a.image_bits - b.image_bits)[mask] for a, b in pairs]
-  sums, totals = by_concept(np.mean(deltas, 0), concepts[mask]), by_concept(codes, concepts[mask])
-  found = bits.mean_interval(sums, totals, NUM_RESAMPLES, seed=0)
+  found = mean_interval(np.mean(deltas, 0), codes, concepts[mask])
   by_seed = [float(delta.sum() / codes.sum()) for delta in deltas]
   return {
-    "bits": found["bits"],
-    "concepts": (found["low"], found["high"]),
+    "bits": found["mean"],
+    "concepts": None if found["low"] is None else (found["low"], found["high"]),
+    "groups": found["groups"],
+    "effective_groups": found["effective_groups"],
     "by_seed": by_seed,
     "seeds": student_interval(by_seed),
   }
@@ -146,6 +139,8 @@ def verdict(delta: dict) -> str:
   """What a difference shows: something only if both of its intervals lie on the same side of 0."""
   if delta["seeds"] is None:
     return "one seed shows nothing"
+  if delta["concepts"] is None:
+    return "one concept shows nothing"
   ends = (*delta["concepts"], *delta["seeds"])
   if max(ends) < 0:
     return "fewer bits"

@@ -136,15 +136,13 @@ class Corpus:
     return {"drawn_by_others": in_train, "new": ~in_train}
 
 
-def open_corpus(workdir: pathlib.Path, vocab, pairs: list[dict]) -> Corpus:
-  """Opens both stores. `pairs`: the lines of pairs.jsonl, which know the concept of every document's key."""
-  numbers = {concept: i for i, concept in enumerate(sorted({p["concept"] for p in pairs}))}
-  concept_of = {p["key"]: numbers[p["concept"]] for p in pairs}
-  stores = [
+def open_corpus(workdir: pathlib.Path, vocab) -> Corpus:
+  """Opens both stores and numbers the concepts of their documents."""
+  train, heldout = (
     DocumentStore(workdir / "documents" / f"{split}_pairs", vocab) for split in ("train", "heldout")
-  ]
-  concepts = [np.array([concept_of[store[i].key] for i in range(len(store))]) for store in stores]
-  return Corpus(*stores, *concepts)
+  )
+  _, numbers = np.unique(np.concatenate([train.concepts, heldout.concepts]), return_inverse=True)
+  return Corpus(train, heldout, *np.split(numbers, [len(train)]))
 
 
 def concepts_of(ids: np.ndarray, bank_concepts: np.ndarray) -> np.ndarray:
@@ -300,10 +298,10 @@ def ablate(ablation: Ablation, names: list[str], num_seeds: int) -> dict:
   workdir, shared = ablation.workdir, ablation.workdir / "shared"
   overrides = ablation.overrides()
   settings = ablation.settings(overrides)
-  pairs = drawing_styles.make_folder(workdir / "drawings", settings.raw.resolution)
+  drawing_styles.make_folder(workdir / "drawings", settings.raw.resolution)
   for command in SHARED.values():
     ablation.command(command, shared, overrides)
-  corpus = open_corpus(shared, settings.vocab, pairs)
+  corpus = open_corpus(shared, settings.vocab)
   about = {
     "steps": ablation.steps,
     "rows_per_step": OVERRIDES["train.global_batch_size"],

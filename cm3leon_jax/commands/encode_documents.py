@@ -24,16 +24,9 @@ def validate(settings, workdir) -> None:
   stages.require(workdir / "documents", "encode_documents")
   for name in (f"{split}_{kind}" for split in SPLITS for kind in KINDS):
     store = documents.DocumentStore(workdir / "documents" / name, settings.vocab)
-    found = [
-      documents.validate_shard(store.folder, shard, settings.vocab) for shard in store.shards
-    ]
-    total = {
-      field: sum(part[field] for part in found) for field in ("documents", "segments", "tokens")
-    }
-    print(
-      f"{store.folder}: {len(found)} shards,",
-      ", ".join(f"{count:,} {field}" for field, count in total.items()) + "; all valid.",
-    )
+    found = documents.validate_store(store)
+    counts = ", ".join(f"{count:,} {field}" for field, count in found.items())
+    print(f"{store.folder}: {counts}; all valid.")
 
 
 def main(settings, workdir):

@@ -1,8 +1,8 @@
-"""Bits per image code and per text token of held-out pairs, with true, shuffled and no neighbors.
+"""Measures bits per image code and text token of held-out pairs, by their neighbors.
 
   python -m launch.evaluate --config=ml_configs/openmoji.py --workdir=workdir
 
-Neighbors are those of the caption alone, as at inference. Writes evaluation/metrics.json.
+Neighbors are found by the caption alone, as at inference. Writes evaluation/metrics.json.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ def main(settings, workdir):
   with stages.stage(workdir / "evaluation", config) as summary, common.use_mesh(settings):
     if summary is None:
       return
+    bits.check_batch(settings.evaluation)
     params, step = checkpoint.load_params(workdir / "train", settings.model)
     train, heldout = (
       DocumentStore(workdir / "documents" / f"{split}_pairs", settings.vocab)

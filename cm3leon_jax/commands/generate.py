@@ -21,9 +21,11 @@ from etils import epath
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.decoding import asks as asks_lib
 from cm3leon_jax.decoding import cache, draw, jobs, weights
 from cm3leon_jax.decoding.asks import Ask
+from cm3leon_jax.evaluation.intervals import describe_groups
 from cm3leon_jax.reports.summary import clip_scores
 from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.training import checkpoint
@@ -253,10 +255,20 @@ def _tell(records: Sequence[dict], scores: Sequence[dict]) -> None:
     )  # A model may write what a terminal would obey.
     print(f"{record['prompt'] or record['image'] or record['task']}: {' '.join(text.split())}")
   for row in scores:
+    samples = "1 sample" if row["samples"] == 1 else f"{row['samples']} samples"
+    interval = "no interval" if row["low"] is None else f"[{row['low']:.3f}, {row['high']:.3f}]"
     print(
       f"guidance {row['guidance']:g}, {row['retrieve']} retrieved: CLIP score {row['mean']:.3f} "
-      f"± {row['standard_error']:.3f} over {row['samples']}."
+      f"{interval}, {samples} of {describe_groups(row)}."
     )
+
+
+def _add_concepts(records: Sequence[dict], heldout: DocumentStore) -> None:
+  """Adds to each record the `concept` of its held-out document, over which intervals are taken."""
+  documents = (heldout[i] for i in range(len(heldout)))
+  concepts = {document.key: document.concept for document in documents}
+  for record in records:
+    record["concept"] = concepts[record["key"]]
 
 
 def main(settings, workdir) -> None:
@@ -303,6 +315,10 @@ def main(settings, workdir) -> None:
         _RANK.value,
         **generator,
       )
+      if not asks:
+        _add_concepts(
+          records, DocumentStore(workdir / "documents" / "heldout_pairs", settings.vocab)
+        )
       with stages.replacing(folder / "results.jsonl", "w") as file:
         file.write("".join(json.dumps(record) + "\n" for record in records))
       scores = clip_scores([record for record in records if record["task"] == "text_to_image"])

@@ -14,7 +14,7 @@ from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.vocab import VocabLayout
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 RECORDS = ".array_record"  # Files of a shard, behind its name.
 LENGTHS = ".npz"
 INDEX = "index.json"
@@ -38,6 +38,7 @@ class Document:
     segments: at least one.
     source, license, attribution: of the original work.
     group: near-duplicates share one; a document is never its own group's neighbor. Empty: no group.
+    concept: what is shown; documents of one concept are not independent. Empty: no concept.
   """
 
   key: str
@@ -46,6 +47,7 @@ class Document:
   license: str
   attribution: str
   group: str = ""
+  concept: str = ""
 
 
 def encode_document(document: Document) -> bytes:
@@ -53,7 +55,8 @@ def encode_document(document: Document) -> bytes:
     {"image": s.is_image, "tokens": np.asarray(s.tokens, "<i4").tobytes()}
     for s in document.segments
   ]
-  fields = {k: getattr(document, k) for k in ("key", "source", "license", "attribution", "group")}
+  names = ("key", "source", "license", "attribution", "group", "concept")
+  fields = {name: getattr(document, name) for name in names}
   return msgpack.packb({**fields, "segments": segments})
 
 
@@ -66,7 +69,10 @@ def decode_document(record: bytes) -> Document:
 
 
 def group_id(group: str) -> int:
-  """A group's name as a number of 64 bits, 0 for no group: what is kept in memory of a billion of them."""
+  """Returns the name of a group or concept as 64 bits, 0 for an empty name.
+
+  The names of a billion documents would not fit into memory.
+  """
   return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") or 1 if group else 0
 
 
@@ -83,7 +89,8 @@ def write_shard(
   records, lengths_file = folder / f"{name}{RECORDS}", folder / f"{name}{LENGTHS}"
   partial = folder / f"{name}{RECORDS}.partial"
   writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
-  lengths, is_image, counts, groups = [], [], [], []
+  lengths, is_image, counts, groups, concepts = [], [], [], [], []
+  token_counts = np.zeros(vocab.size, np.int64)
   try:
     for document in documents:
       check_document(document, vocab)
@@ -92,6 +99,8 @@ def write_shard(
       lengths += [len(s.tokens) for s in document.segments]
       is_image += [s.is_image for s in document.segments]
       groups.append(group_id(document.group))
+      concepts.append(group_id(document.concept))
+      add_tokens(token_counts, document)
   finally:
     writer.close()
   arrays = {
@@ -101,11 +110,18 @@ def write_shard(
     "lengths": np.array(lengths, np.int32),
     "is_image": np.array(is_image, bool),
     "groups": np.array(groups, np.uint64),
+    "concepts": np.array(concepts, np.uint64),
+    "token_counts": token_counts,
   }
   partial.replace(records)
   with stages.replacing(lengths_file) as f:
-    np.savez(f, **arrays)
+    np.savez_compressed(f, **arrays)  # Most token counts of a small shard are 0.
   return len(counts)
+
+
+def add_tokens(counts: np.ndarray, document: Document) -> None:
+  """Adds the occurrences of every id in `document` to `counts`, [vocab.size] int64."""
+  np.add.at(counts, np.concatenate([segment.tokens for segment in document.segments]), 1)
 
 
 def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayout) -> int:
@@ -118,12 +134,16 @@ def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayou
   """
   folder = epath.Path(folder)
   (folder / INDEX).unlink(missing_ok=True)
-  parts = [read_lengths(folder, name, vocab) for name in names]
+  parts, token_counts = [], np.zeros(vocab.size, np.int64)
+  for name in names:
+    parts.append(read_lengths(folder, name, vocab))
+    token_counts += parts[-1].pop("token_counts")  # Those of all shards would fill the memory.
   joined = {
     field: np.concatenate([part[field] for part in parts])
-    for field in ("counts", "lengths", "is_image", "groups")
+    for field in ("counts", "lengths", "is_image", "groups", "concepts")
   }
   joined["offsets"] = np.cumsum([0, *joined.pop("counts")], dtype=np.int64)
+  joined["token_counts"] = token_counts
   for field, array in joined.items():
     with stages.replacing(folder / f"{field}.npy") as f:
       np.save(f, array)
@@ -161,7 +181,8 @@ def read_lengths(folder: epath.Path, name: str, vocab: VocabLayout) -> dict[str,
 def _check_version(path: epath.Path, version: int) -> None:
   if version != SCHEMA_VERSION:
     raise UserError(
-      f"{path} has schema version {version}; this code reads version {SCHEMA_VERSION}."
+      f"{path} has schema version {version}; this code reads version {SCHEMA_VERSION}: "
+      "delete the folder documents/ and run `python -m launch.encode_documents` again."
     )
 
 
@@ -196,11 +217,12 @@ def check_document(document: Document, vocab: VocabLayout) -> None:
 
 
 class DocumentStore:
-  """Random access to the documents of one folder; lengths and groups are mapped into memory, tokens stay on disk.
+  """Random access to the documents of one folder; token ids stay on disk, the rest is mapped.
 
-  `store[i]` is a Document, `store.segment_lengths(i)` its segments' lengths ([n] int32) and kinds ([n] bool). The same for
-  all N documents with S segments: `lengths` [S] int32 and `is_image` [S] bool, those of document i at `offsets[i]` to
-  `offsets[i + 1]` ([N + 1] int64); `groups` [N] uint64, see `group_id`.
+  `store[i]` is a Document, `store.segment_lengths(i)` the lengths ([n] int32) and kinds ([n] bool)
+  of its segments. The same for all N documents with S segments: `lengths` [S] int32 and `is_image`
+  [S] bool, those of document i at `offsets[i]` to `offsets[i + 1]` ([N + 1] int64); `groups` and
+  `concepts` [N] uint64, see `group_id`. `token_counts` [vocab.size] int64: occurrences of every id.
   """
 
   def __init__(self, folder: epath.PathLike, vocab: VocabLayout):
@@ -211,9 +233,9 @@ class DocumentStore:
     _check_vocab(self.folder, VocabLayout(**index["vocab"]), vocab)
     self.shards: dict[str, int] = index["shards"]
     self._names, self._ends = list(self.shards), np.cumsum([*self.shards.values()], dtype=np.int64)
-    self.offsets, self.lengths, self.is_image, self.groups = (
+    self.offsets, self.lengths, self.is_image, self.groups, self.concepts, self.token_counts = (
       _map_array(self.folder / f"{field}.npy")
-      for field in ("offsets", "lengths", "is_image", "groups")
+      for field in ("offsets", "lengths", "is_image", "groups", "concepts", "token_counts")
     )
     self._reader = functools.lru_cache(MAX_OPEN)(self._open)
 
@@ -263,7 +285,7 @@ def validate_shard(folder: epath.PathLike, name: str, vocab: VocabLayout) -> dic
     raise UserError(
       f"{path} holds {count} documents, {name}{LENGTHS} beside it {len(beside['counts'])}: encode it again."
     )
-  at = tokens = 0
+  at, token_counts = 0, np.zeros(vocab.size, np.int64)
   for i in range(count):
     try:
       document = decode_document(reader.read([i])[0])
@@ -280,9 +302,37 @@ def validate_shard(folder: epath.PathLike, name: str, vocab: VocabLayout) -> dic
       raise UserError(
         f"{path}, record {i} ('{document.key}') has other lengths than {name}{LENGTHS} says: encode it again."
       )
-    if group_id(document.group) != int(beside["groups"][i]):
-      raise UserError(
-        f"{path}, record {i} ('{document.key}') has another group than {name}{LENGTHS} says: encode it again."
-      )
-    at, tokens = part.stop, tokens + sum(n for n, _ in found)
-  return {"documents": count, "segments": at, "tokens": tokens}
+    for field in ("group", "concept"):
+      if group_id(getattr(document, field)) != int(beside[f"{field}s"][i]):
+        raise UserError(
+          f"{path}, record {i} ('{document.key}') has another {field} than {name}{LENGTHS} says: "
+          "encode it again."
+        )
+    add_tokens(token_counts, document)
+    at = part.stop
+  if not np.array_equal(token_counts, beside["token_counts"]):
+    raise UserError(f"{path} has other token counts than {name}{LENGTHS} says: encode it again.")
+  return {"documents": count, "segments": at, "tokens": int(token_counts.sum())}
+
+
+def validate_store(store: DocumentStore) -> dict[str, int]:
+  """Validates every shard of a store, and its joined token counts against those of the shards.
+
+  Returns:
+    Number of shards, documents, segments and tokens.
+
+  Raises:
+    UserError: naming the shard or file and what is wrong.
+  """
+  total = {"shards": len(store.shards), "documents": 0, "segments": 0, "tokens": 0}
+  token_counts = np.zeros(store.vocab.size, np.int64)
+  for name in store.shards:
+    for field, count in validate_shard(store.folder, name, store.vocab).items():
+      total[field] += count
+    token_counts += read_lengths(store.folder, name, store.vocab)["token_counts"]
+  if not np.array_equal(token_counts, store.token_counts):
+    raise UserError(
+      f"{store.folder / 'token_counts.npy'} is not the sum of the token counts of the shards: "
+      "delete the folder documents/ and run `python -m launch.encode_documents` again."
+    )
+  return total

@@ -123,9 +123,9 @@ def _documents(
         tokens = vocab.image_ids(tokens)
       segments.append(Segment(is_image, tokens))
     group = getattr(record, "group", "")
-    yield Document(
-      record.key, tuple(segments), record.source, record.license, record.attribution, group
-    )
+    concept = getattr(record, "concept", "") or group
+    about = (record.source, record.license, record.attribution, group, concept)
+    yield Document(record.key, tuple(segments), *about)
 
 
 def load_tokenizers(

@@ -1,18 +1,19 @@
-"""Bits per image code and per text token of held-out documents, with true, shuffled and no neighbors."""
+"""Measures bits per image code and text token of held-out documents, by their neighbors."""
 
-# B batch, L length, K neighbors of a document, C stored candidates, n documents.
+# T tokens, C stored candidates of a document, n documents.
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
-from scipy import stats
 from tqdm import tqdm
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import pipeline
 from cm3leon_jax.data.plan import DataConfig
-from cm3leon_jax.mesh import shard
+from cm3leon_jax.evaluation import intervals
+from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.training import loss
 
@@ -26,9 +27,9 @@ class EvaluationConfig:
   """How much is measured on held-out documents, after training.
 
   Attributes:
-    num_documents: held-out pairs that are scored, drawn once by the seed; all of them if there are fewer.
-    batch_size: rows scored at once; a multiple of the mesh's `data` x `fsdp`.
-    num_resamples: bootstrap resamples of the documents, for the intervals.
+    num_documents: held-out pairs to score, chosen by the seed; all of them if there are fewer.
+    batch_size: rows to score at once; a multiple of the parts into which the mesh splits a batch.
+    num_resamples: bootstrap resamples of the concepts, for the intervals.
   """
 
   num_documents: int = 200
@@ -41,8 +42,18 @@ class EvaluationConfig:
         raise ValueError(f"{field} is {getattr(self, field)}; it must be at least {least}.")
 
 
+def check_batch(config: EvaluationConfig) -> None:
+  """Raises UserError if the current mesh cannot split the rows that are scored at once."""
+  parts = batch_shards()
+  if config.batch_size % parts:
+    raise UserError(
+      f"config.evaluation.batch_size is {config.batch_size}; "
+      f"mesh.data x mesh.fsdp x mesh.fsdp_inner = {parts} must divide it."
+    )
+
+
 def unigram_bits(counts) -> np.ndarray:
-  """Bits of each symbol under the add-one smoothed frequencies of `counts`.
+  """Computes the bits of each symbol under the add-one smoothed frequencies of `counts`.
 
     counts = [3, 0, 1]: probabilities 4/7, 1/7, 2/7, so bits = [0.807, 2.807, 1.807]
 
@@ -57,35 +68,47 @@ def unigram_bits(counts) -> np.ndarray:
 
 
 def unigram_table(store, vocab) -> np.ndarray:
-  """Bits of every id under two unigram models, of the image codes and of the text tokens of `store`.
+  """Computes the bits of every id under two unigram models, one of image codes and one of text.
 
   Args:
-    store: DocumentStore of the training documents; all of their segments count.
+    store: DocumentStore of the training documents, whose token counts are read, not its documents.
     vocab: VocabLayout.
 
   Returns:
-    [vocab.size] float64; NaN at the special tokens, which neither model knows.
+    [vocab.size] float64; NaN at the special tokens, which neither model has.
   """
-  counts = np.zeros(vocab.size, np.int64)
-  for i in range(len(store)):
-    for segment in store[i].segments:
-      counts += np.bincount(segment.tokens, minlength=vocab.size)
+  counts = store.token_counts
   text, image = slice(vocab.num_special, vocab.text_size), slice(vocab.text_size, vocab.size)
   table = np.full(vocab.size, np.nan)
   table[text], table[image] = unigram_bits(counts[text]), unigram_bits(counts[image])
   return table
 
 
-def derangement(n: int, rng: np.random.Generator) -> np.ndarray:
-  """A random cycle through all of `n` >= 2 indices, [n]: nothing stays in its place."""
-  order = rng.permutation(n)
-  result = np.empty(n, np.int64)
-  result[order] = np.roll(order, 1)
+def partners(concepts, rng: np.random.Generator) -> np.ndarray:
+  """Gives each document another document, each once, of another concept.
+
+    concepts = ["fox", "fox", "cat", "owl"]: [2 3 0 1] or [3 2 1 0]
+
+  Where one concept has more than half of the documents, some of its documents get one of the same
+  concept, but never themselves.
+
+  Args:
+    concepts: [n] names, at least two different ones.
+    rng: chooses the order.
+
+  Returns:
+    [n] int64, a permutation.
+  """
+  _, places, sizes = np.unique(concepts, return_inverse=True, return_counts=True)
+  # Concepts in random order, each in one piece: as many places further there is another one.
+  order = np.lexsort((rng.permutation(len(places)), rng.permutation(len(sizes))[places]))
+  result = np.empty(len(places), np.int64)
+  result[order] = np.roll(order, sizes.max())
   return result
 
 
 def fit_neighbors(document, neighbors, length: int):
-  """The first of `neighbors` that fit before `document` in a row of `length` slots.
+  """Returns the first of `neighbors` that fit before `document` in a row of `length` slots.
 
   Args:
     document: Document.
@@ -95,25 +118,28 @@ def fit_neighbors(document, neighbors, length: int):
   Raises:
     UserError: the document does not fit alone.
   """
-  size = lambda d: sum(
-    len(s.tokens) + 1 for s in d.segments
-  )  # A <break> or </s> after each segment.
-  left = length - size(document)
+  left = length - _slots(document)
   if left < 0:
     raise UserError(
-      f"held-out document '{document.key}' needs {length - left} slots; data.sequence_length is {length}."
+      f"held-out document '{document.key}' needs {length - left} slots; "
+      f"data.sequence_length is {length}."
     )
   kept = []
   for neighbor in neighbors:
-    left -= size(neighbor)
+    left -= _slots(neighbor)
     if left < 0:
       break
     kept.append(neighbor)
   return kept
 
 
+def _slots(document) -> int:
+  """Counts the tokens of a document with the <break> or </s> after each segment."""
+  return sum(len(s.tokens) + 1 for s in document.segments)
+
+
 def own_targets(sample, document, vocab) -> dict[str, np.ndarray]:
-  """Which targets of a joined sample are the document's own image codes and text tokens.
+  """Marks the targets of a joined sample that are the document's own image codes and text tokens.
 
     sample    </s> 7 <break> 91 <break> 8 9 <break> 92 </s>, the document: 8 9 <break> 92
     targets        7 <break> 91 <break> 8 9 <break> 92 </s>
@@ -140,13 +166,13 @@ def own_targets(sample, document, vocab) -> dict[str, np.ndarray]:
 def score_samples(
   params, model_config, samples, batch_size: int, progress=lambda rows: None
 ) -> list[np.ndarray]:
-  """Negative log-likelihood of every target of `samples`, causal, one sample a row.
+  """Computes the negative log-likelihood of every target of `samples`, causal, one sample a row.
 
   Args:
     params: parameters of the decoder, on the current mesh (`jax.set_mesh`).
     model_config: ModelConfig of the decoder.
     samples: list of [T] int32, T <= model_config.max_positions + 1.
-    batch_size: rows at once.
+    batch_size: rows at once; see `check_batch`.
     progress: called with the number of samples scored since its last call.
 
   Returns:
@@ -170,43 +196,24 @@ def score_samples(
   return bits
 
 
-def mean_interval(bits, tokens, num_resamples: int, seed: int) -> dict[str, float]:
-  """Bits per token over documents, with a 95% interval: percentile bootstrap, whole documents resampled.
-
-  Args:
-    bits: [n] sums over a document's tokens, or paired differences of two such sums.
-    tokens: [n] their number of tokens.
-    num_resamples: bootstrap resamples.
-    seed: of the bootstrap.
-
-  Returns:
-    {"bits", "low", "high"}.
-  """
-  rate = lambda b, t, axis=-1: b.sum(axis) / t.sum(axis)
-  result = stats.bootstrap(
-    (bits, tokens),
-    rate,
-    paired=True,
-    vectorized=True,
-    batch=500,
-    n_resamples=num_resamples,
-    method="percentile",
-    rng=seed,
-  )
-  low, high = result.confidence_interval
-  return {"bits": float(rate(bits, tokens)), "low": float(low), "high": float(high)}
-
-
 def _samples(
   store, train_store, neighbor_ids, num_documents: int, data: DataConfig, vocab, seed: int
 ):
-  """The documents drawn, and for each condition its samples and how many neighbors stand in them."""
-  if len(store) < 2:
-    raise UserError(f"{store.folder} has {len(store)} documents; evaluation compares at least 2.")
+  """Chooses documents; returns them, their concepts, and for each condition samples and counts.
+
+  The samples are the documents after their neighbors, the counts the numbers of neighbors.
+  """
   rng = np.random.default_rng([seed, len(store)])
   chosen = np.sort(rng.permutation(len(store))[:num_documents])
+  # A document without a concept is one of its own.
+  concepts = [str(store.concepts[j] or f"document {j}") for j in chosen]
+  if len(set(concepts)) < 2:
+    raise UserError(
+      f"the documents chosen from {store.folder} ({len(chosen)}) show fewer than two concepts, "
+      "which an interval needs: hold out more concepts."
+    )
   candidates = [[int(i) for i in neighbor_ids[j] if i >= 0][: data.num_neighbors] for j in chosen]
-  partner = derangement(len(chosen), rng)
+  partner = partners(concepts, rng)
   ids = {
     "true": candidates,
     "shuffled": [candidates[p] for p in partner],
@@ -221,17 +228,19 @@ def _samples(
     ]
     samples[condition] = [pipeline.join([*k, d], vocab) for k, d in zip(kept, documents)]
     counts[condition] = [len(k) for k in kept]
-  return documents, samples, counts
+  return documents, concepts, samples, counts
 
 
 def evaluate(
   params, model_config, train_store, heldout_store, neighbor_ids, vocab, data, config, seed
 ) -> dict:
-  """Bits of held-out pairs, causal, without spans or drop, of the document itself only (`own_targets`).
+  """Measures the bits of held-out pairs, causal, without spans or conditioning drop.
 
-  `true`: the document's own neighbors; `shuffled`: those of another document, so that form and number are alike
-  and the content differs; `none`. A unigram model of the training pairs' codes and caption tokens stands beside
-  them; the decoder spreads its probability over the whole vocabulary, the unigram only over its modality.
+  Only the targets of the document itself count (`own_targets`). Conditions: `true`, the document's
+  own neighbors; `shuffled`, those of a document of another concept, so that form and number are
+  alike and the content differs; `none`. For comparison: a unigram model of the training pairs'
+  codes and caption tokens. The decoder spreads its probability over the whole vocabulary, the
+  unigram model only over one modality.
 
   Args:
     params: parameters of the decoder, on the current mesh (`jax.set_mesh`).
@@ -240,31 +249,24 @@ def evaluate(
     heldout_store: DocumentStore of the held-out pairs.
     neighbor_ids: [len(heldout_store), C] int32 indices into train_store, best first, -1 = none.
     vocab: VocabLayout.
-    data: DataConfig; its first `num_neighbors` stand before a document, less those that do not fit a row.
+    data: DataConfig; the first `num_neighbors` neighbors that fit stand before a document.
     config: EvaluationConfig.
-    seed: of the documents drawn, the shuffling and the bootstrap.
+    seed: of the choice of documents, the shuffling and the bootstrap.
 
   Returns:
-    Plain dict: documents, mean_neighbors (per condition), and per modality: tokens, unigram (bits), true, shuffled,
-    none ({bits, low, high}), true_over_unigram, and the paired differences true_minus_shuffled and true_minus_none.
+    Plain dict: documents, mean_neighbors (per condition), and per modality: tokens, unigram (bits),
+    true, shuffled, none, true_over_unigram, and the paired differences true_minus_shuffled and
+    true_minus_none. Each condition and difference is {bits, low, high, groups, effective_groups},
+    an interval over concepts (`intervals.mean_interval`).
 
   Raises:
-    UserError: fewer than two documents, or one that is longer than a row.
+    UserError: fewer than two concepts, or a document that is longer than a row.
   """
-  documents, samples, counts = _samples(
+  documents, concepts, samples, counts = _samples(
     heldout_store, train_store, neighbor_ids, config.num_documents, data, vocab, seed
   )
   masks = {c: [own_targets(s, d, vocab) for s, d in zip(samples[c], documents)] for c in CONDITIONS}
-  with tqdm(
-    total=len(documents) * len(CONDITIONS), desc="evaluate", unit="doc", mininterval=1
-  ) as bar:
-    together = score_samples(
-      params, model_config, samples["true"] + samples["shuffled"], config.batch_size, bar.update
-    )
-    scored = {"true": together[: len(documents)], "shuffled": together[len(documents) :]}
-    scored["none"] = score_samples(
-      params, model_config, samples["none"], config.batch_size, bar.update
-    )
+  scored = _score_conditions(params, model_config, samples, config.batch_size)
   table = unigram_table(train_store, vocab)
   result = {
     "documents": len(documents),
@@ -276,12 +278,27 @@ def evaluate(
     }
     tokens = np.array([m[modality].sum() for m in masks["none"]], np.float64)
     own = np.concatenate([s[1:][m[modality]] for s, m in zip(samples["none"], masks["none"])])
-    result[modality] = _compare(sums, tokens, float(table[own].mean()), config.num_resamples, seed)
+    resampling = {"groups": concepts, "num_resamples": config.num_resamples, "seed": seed}
+    result[modality] = _compare(sums, tokens, float(table[own].mean()), resampling)
   return result
 
 
-def _compare(sums, tokens, unigram: float, num_resamples: int, seed: int) -> dict:
-  interval = lambda bits: mean_interval(bits, tokens, num_resamples, seed)
+def _score_conditions(params, model_config, samples: dict, batch_size: int) -> dict:
+  """Scores the samples of every condition, with a progress bar."""
+  n = len(samples["none"])
+  with tqdm(total=n * len(CONDITIONS), desc="evaluate", unit="doc", mininterval=1) as bar:
+    score = functools.partial(
+      score_samples, params, model_config, batch_size=batch_size, progress=bar.update
+    )
+    together = score(samples["true"] + samples["shuffled"])  # Equally long: one program.
+    return {"true": together[:n], "shuffled": together[n:], "none": score(samples["none"])}
+
+
+def _compare(sums, tokens, unigram: float, resampling: dict) -> dict:
+  def interval(bits):
+    found = intervals.mean_interval(bits, tokens, **resampling)
+    return {"bits": found.pop("mean"), **found}
+
   levels = {c: interval(sums[c]) for c in CONDITIONS}
   return {
     "tokens": int(tokens.sum()),
@@ -294,11 +311,12 @@ def _compare(sums, tokens, unigram: float, num_resamples: int, seed: int) -> dic
 
 
 def describe(result: dict) -> str:
-  """One line of what `evaluate` found."""
+  """Summarizes the result of `evaluate` in one line."""
   image = result["image"]
   delta = image["true_minus_shuffled"]
   return (
-    f"{image['true']['bits']:.3f} bits per image code, {image['true_over_unigram']:.2f} x unigram {image['unigram']:.3f}, "
-    f"true minus shuffled neighbors {delta['bits']:+.3f} [{delta['low']:+.3f}, {delta['high']:+.3f}], "
-    f"{result['text']['true']['bits']:.3f} bits per text token, {result['documents']} documents"
+    f"{image['true']['bits']:.3f} bits per image code, {image['true_over_unigram']:.2f} x unigram "
+    f"{image['unigram']:.3f}, true minus shuffled neighbors {delta['bits']:+.3f} "
+    f"[{delta['low']:+.3f}, {delta['high']:+.3f}], {result['text']['true']['bits']:.3f} bits per "
+    f"text token, {result['documents']} documents of {intervals.describe_groups(delta)}"
   )

@@ -16,6 +16,7 @@ from PIL import Image
 from cm3leon_jax import stages
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.records import SPLITS
+from cm3leon_jax.evaluation.intervals import describe_groups
 from cm3leon_jax.reports import summary as summary_lib
 from cm3leon_jax.training.metrics import read_metrics
 
@@ -276,7 +277,11 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
   workdir = epath.Path(workdir)
   metrics = read_metrics(workdir / "train" / "metrics" / "metrics.jsonl")
   environment = page_environment()
-  environment.filters |= {"clock": clock, "flatten": summary_lib.flatten}
+  environment.filters |= {
+    "clock": clock,
+    "flatten": summary_lib.flatten,
+    "groups": describe_groups,
+  }
   return environment.get_template("report.html.jinja").render(
     summary=summary,
     stages=summary_lib.STAGES,

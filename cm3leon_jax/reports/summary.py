@@ -8,6 +8,7 @@ import numpy as np
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.evaluation.intervals import mean_interval
 from cm3leon_jax.training.metrics import read_metrics
 
 # Folder of the workdir, the command that fills it, and what it is.
@@ -103,14 +104,14 @@ HEADLINES = (
     "evaluation.image.true_minus_shuffled.bits",
     "<",
     0.0,
-    "95% interval",
+    "95% interval over concepts",
   ),
   Headline(
     "True minus no neighbors (bits/code)",
     "evaluation.image.true_minus_none.bits",
     "<",
     0.0,
-    "95% interval",
+    "95% interval over concepts",
   ),
 )
 
@@ -150,26 +151,35 @@ def judge(summary: dict, headline: Headline) -> dict:
 
 
 def clip_scores(results: list[dict]) -> list[dict]:
-  """CLIP scores of the samples by guidance and retrieval.
+  """Averages the CLIP scores of the samples by guidance and number of retrieved documents.
+
+  Samples of one concept, or else of one prompt, resemble each other: intervals are over concepts.
 
   Args:
-    results: lines of samples/results.jsonl, each with guidance, retrieve (number of retrieved documents) and clip_score.
+    results: lines of results.jsonl with guidance, retrieve, clip_score and prompt; the concept or
+      key of a held-out pair are "" or absent if the prompt is the user's.
 
   Returns:
-    One dict for each pair of the two, in order: guidance, retrieve, samples, mean, standard_deviation, standard_error.
+    A dict for each guidance and number of retrieved documents, in order: guidance, retrieve,
+    samples, standard_deviation (of the samples), and mean, low, high, groups, effective_groups
+    (`intervals.mean_interval`).
   """
-  groups = {}
+  columns = {}
   for result in results:
-    groups.setdefault((result["guidance"], result["retrieve"]), []).append(result["clip_score"])
+    columns.setdefault((result["guidance"], result["retrieve"]), []).append(result)
   rows = []
-  for (guidance, retrieve), scores in sorted(groups.items()):
-    spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
+  for (guidance, retrieve), column in sorted(columns.items()):
+    scores = [result["clip_score"] for result in column]
+    concepts = [r.get("concept") or r.get("key") or r["prompt"] for r in column]
     rows.append(
       {
-        "guidance": guidance, "retrieve": retrieve, "samples": len(scores), "mean": float(np.mean(scores)),
-        "standard_deviation": spread, "standard_error": spread / len(scores) ** 0.5,
+        "guidance": guidance,
+        "retrieve": retrieve,
+        "samples": len(scores),
+        "standard_deviation": float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0,
+        **mean_interval(scores, np.ones(len(scores)), concepts),
       }
-    )  # fmt: skip
+    )
   return rows
 
 

@@ -88,10 +88,6 @@ def test_the_table_of_literal_numbers():
   assert ablation_table.markdown(RESULT) == TABLE
 
 
-def test_sums_by_concept_are_those_of_the_docstring():
-  np.testing.assert_array_equal(ablation_table.by_concept([1, 2, 4], [7, 3, 7]), [2, 5])
-
-
 @pytest.mark.parametrize(
   ("concepts", "seeds", "shown"),
   [
@@ -100,6 +96,7 @@ def test_sums_by_concept_are_those_of_the_docstring():
     ((-0.2, 0.1), (-0.3, -0.05), "not told apart"),  # The pictures differ too much,
     ((-0.2, -0.1), (-0.4, 0.1), "not told apart"),  # or the seeds do.
     ((-0.2, -0.1), None, "one seed shows nothing"),
+    (None, (-0.2, -0.1), "one concept shows nothing"),
   ],
 )
 def test_only_a_difference_clear_of_zero_over_pictures_and_seeds_shows_something(
@@ -160,6 +157,9 @@ def test_differences_are_of_equal_seeds_and_whole_concepts():
   assert len(delta["by_seed"]) == 1
   alone = ablation_table.difference(runs, others, everything, np.arange(40))
   assert width(delta) > 1.2 * width(alone)
+  assert (delta["groups"], alone["groups"]) == (20, 40)
+  one = ablation_table.difference(runs, others, everything, np.zeros(40, int))
+  assert (one["concepts"], one["groups"]) == (None, 1)
 
 
 def test_the_plot_is_a_picture(tmp_path):

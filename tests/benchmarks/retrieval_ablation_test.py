@@ -104,19 +104,19 @@ def test_the_control_is_another_stage_than_the_true_neighbors_for_every_seed(tmp
   assert (first[0] != first[1]).any()
 
 
-def test_documents_know_their_concept_by_their_key(tmp_path):
-  pairs = [
-    {"key": f"style/{i}", "concept": concept} for i, concept in enumerate(("fox", "apple", "fox"))
-  ]
-  image = Segment(True, VOCAB.image_ids(np.arange(4)))
-  for split, keys in (("train", ("style/2", "style/1")), ("heldout", ("style/0",))):
-    documents = [
-      Document(key, (Segment(False, np.array([9], np.int32)), image), "s", "l", "a") for key in keys
-    ]
+def test_concepts_of_both_stores_are_numbered_alike(tmp_path):
+  segments = (
+    Segment(False, np.array([9], np.int32)),
+    Segment(True, VOCAB.image_ids(np.arange(4))),
+  )
+  for split, concepts in (("train", ("fox", "apple")), ("heldout", ("fox", "pear"))):
+    documents = [Document(c, segments, "s", "l", "a", concept=c) for c in concepts]
     write_documents(tmp_path / "documents" / f"{split}_pairs", documents, VOCAB)
-  corpus = retrieval_ablation.open_corpus(tmp_path, VOCAB, pairs)
+  corpus = retrieval_ablation.open_corpus(tmp_path, VOCAB)
   assert isinstance(corpus.train, DocumentStore)
-  assert (corpus.train_concepts.tolist(), corpus.heldout_concepts.tolist()) == ([1, 0], [1])
+  fox, apple = corpus.train_concepts
+  assert corpus.heldout_concepts[0] == fox != apple
+  assert corpus.heldout_concepts[1] == 3 - fox - apple  # Numbers 0, 1 and 2.
 
 
 def test_every_condition_has_checked_settings_of_equal_rows(tmp_path):

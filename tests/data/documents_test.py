@@ -18,6 +18,7 @@ from cm3leon_jax.data.documents import (
   finish_store,
   group_id,
   validate_shard,
+  validate_store,
   write_documents,
   write_shard,
 )
@@ -34,8 +35,8 @@ def image(*ids):
   return Segment(True, np.array(ids, np.int32))
 
 
-def document(key, *segments, group=""):
-  return Document(key, segments, "somewhere", "CC0-1.0", "somebody", group)
+def document(key, *segments, group="", concept=""):
+  return Document(key, segments, "somewhere", "CC0-1.0", "somebody", group, concept)
 
 
 def same(a, b):
@@ -52,6 +53,7 @@ documents = st.builds(
   Document,
   words,
   st.lists(texts | images, min_size=1, max_size=5).map(tuple),
+  words,
   words,
   words,
   words,
@@ -77,16 +79,23 @@ def test_a_store_gives_back_what_was_written(tmp_path_factory, originals):
     assert lengths.tolist() == [len(s.tokens) for s in originals[i].segments]
     assert is_image.tolist() == [s.is_image for s in originals[i].segments]
     assert store.groups[i] == group_id(originals[i].group)
+    assert store.concepts[i] == group_id(originals[i].concept)
+  tokens = [int(token) for d in originals for s in d.segments for token in s.tokens]
+  assert store.token_counts.tolist() == [tokens.count(token) for token in range(VOCAB.size)]
 
 
 def test_store_literal(tmp_path):
-  pair = document("pair", text(9, 10), image(300, 301, 315), group="g")
+  pair = document("pair", text(9, 10), image(300, 301, 315), group="g", concept="c")
   page = document("page", text(8))
   write_documents(tmp_path, [pair, page], VOCAB)
   store = DocumentStore(tmp_path, VOCAB)
   assert [store.segment_lengths(i)[0].tolist() for i in range(2)] == [[2, 3], [1]]
   assert [store.segment_lengths(i)[1].tolist() for i in range(2)] == [[False, True], [False]]
   assert store.groups.tolist() == [group_id("g"), 0]
+  assert store.concepts.tolist() == [group_id("c"), 0]
+  assert {int(i): int(store.token_counts[i]) for i in np.flatnonzero(store.token_counts)} == {
+    8: 1, 9: 1, 10: 1, 300: 1, 301: 1, 315: 1
+  }  # fmt: skip
   same(pair, store[0])
   with pytest.raises(IndexError):
     store[2]
@@ -118,7 +127,9 @@ def test_another_vocabulary_or_version_is_refused(tmp_path):
     DocumentStore(tmp_path, VocabLayout(num_special=8, text_size=300, image_size=17))
   index = json.loads((tmp_path / "index.json").read_text())
   (tmp_path / "index.json").write_text(json.dumps({**index, "schema_version": 99}))
-  with pytest.raises(UserError, match="schema version 99; this code reads version 2"):
+  with pytest.raises(
+    UserError, match="schema version 99; this code reads version 3: delete the folder documents/"
+  ):
     DocumentStore(tmp_path, VOCAB)
 
 
@@ -134,6 +145,7 @@ def test_shards_are_one_store(tmp_path, monkeypatch):
     same(originals[i], store[i])
     assert store.segment_lengths(i)[0].tolist() == [1, 1]
   assert store.groups.tolist() == [group_id(f"g{i % 2}") for i in range(7)]
+  assert np.flatnonzero(store.token_counts).tolist() == [*range(8, 15), *range(300, 307)]
   assert finish_store(tmp_path, ["d", "a"], VOCAB) == 6
   same(originals[0], DocumentStore(tmp_path, VOCAB)[4])
   with pytest.raises(UserError, match=r"e.npz does not exist"):
@@ -150,6 +162,17 @@ def test_valid_shards_are_counted(tmp_path):
     tmp_path, [document("a", text(9, 10)), document("b", text(9), image(300, 301))], VOCAB
   )
   assert validate_shard(tmp_path, "000000", VOCAB) == {"documents": 2, "segments": 3, "tokens": 5}
+
+
+def test_a_store_is_validated_with_its_joined_token_counts(tmp_path):
+  write_shard(tmp_path, "a", [document("a", text(9, 10))], VOCAB)
+  write_shard(tmp_path, "b", [document("b", text(9), image(300, 301))], VOCAB)
+  finish_store(tmp_path, ["a", "b"], VOCAB)
+  store = DocumentStore(tmp_path, VOCAB)
+  assert validate_store(store) == {"shards": 2, "documents": 2, "segments": 3, "tokens": 5}
+  np.save(tmp_path / "token_counts.npy", store.token_counts + 1)
+  with pytest.raises(UserError, match=r"token_counts\.npy is not the sum of the token counts"):
+    validate_store(DocumentStore(tmp_path, VOCAB))
 
 
 def flip(path, position):
@@ -196,6 +219,14 @@ def test_a_flipped_bit_is_told_or_harmless(tmp_path):
     (
       [document("a", text(9), group="h"), document("b", text(9))],
       r"record 0 \('a'\) has another group",
+    ),
+    (
+      [document("a", text(9), group="g", concept="c"), document("b", text(9))],
+      r"record 0 \('a'\) has another concept",
+    ),
+    (
+      [document("a", text(9), group="g"), document("b", text(10))],
+      "has other token counts than 000000.npz says",
     ),
   ],
 )

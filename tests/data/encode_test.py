@@ -80,6 +80,7 @@ def test_document_i_is_pair_i(raw, text_tokenizer, tmp_path):
       document = store[i]
       caption, image = document.segments
       assert (document.key, document.group, document.license) == (pair.key, pair.group, "CC0-1.0")
+      assert document.concept == pair.concept == pair.group  # The default of a pair's concept.
       assert (caption.is_image, image.is_image) == (False, True)
       assert text_tokenizer.decode(caption.tokens) == pair.caption
       expected = image_tokenizer.encode(raw_pairs.load_image(pair.image, 8)[None])[0]
@@ -106,7 +107,7 @@ def test_texts_and_counts(raw, text_tokenizer, tmp_path):
 def test_interleaved_documents_keep_their_order(raw, text_tokenizer, tmp_path):
   encode(raw, text_tokenizer, tmp_path)
   (page,) = [*(DocumentStore(tmp_path / "train_interleaved", VOCAB)[i] for i in range(1))]
-  assert (page.key, page.group) == ("page", "g")
+  assert (page.key, page.group, page.concept) == ("page", "g", "g")
   assert [s.is_image for s in page.segments] == [True, False, True]
   assert text_tokenizer.decode(page.segments[1].tokens) == "between"
   codes = [VOCAB.image_codes(page.segments[i].tokens).tolist() for i in (0, 2)]

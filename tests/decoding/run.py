@@ -68,7 +68,10 @@ def make_run(root: epath.Path) -> None:
   bank = make_sources(root / "made", num_pairs=12)[0].store
   write_documents(root / "documents" / "train_pairs", [bank[i] for i in range(12)], VOCAB)
   make = lambda i, caption: dataclasses.replace(
-    bank[i], key=f"h{i}", segments=(Segment(False, encode(caption)), bank[i].segments[1])
+    bank[i],
+    key=f"h{i}",
+    segments=(Segment(False, encode(caption)), bank[i].segments[1]),
+    concept=caption.split()[1],
   )
   write_documents(
     root / "documents" / "heldout_pairs", [make(i, c) for i, c in enumerate(CAPTIONS)], VOCAB

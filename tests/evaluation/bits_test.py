@@ -1,3 +1,5 @@
+import dataclasses
+
 from hypothesis import given
 from hypothesis import strategies as st
 import jax
@@ -29,7 +31,7 @@ DATA = DataConfig(sequence_length=64, num_neighbors=2)
 CONFIG = bits.EvaluationConfig(num_documents=5, batch_size=8, num_resamples=200)
 
 
-def pair(key, rng, codes=4):
+def pair(key, rng, codes=4, concept=""):
   text = rng.integers(VOCAB.num_special, VOCAB.text_size, rng.integers(1, 6)).astype(np.int32)
   image = VOCAB.image_ids(rng.integers(0, VOCAB.image_size, codes))
   return documents.Document(
@@ -38,6 +40,7 @@ def pair(key, rng, codes=4):
     "test",
     "CC0-1.0",
     "nobody",
+    concept=concept,
   )
 
 
@@ -86,11 +89,20 @@ def test_unigram_table_has_one_distribution_per_modality(stores):
   )
 
 
-@given(st.integers(2, 60), st.integers(0, 2**32 - 1))
-def test_derangement_is_a_permutation_without_fixed_points(n, seed):
-  partner = bits.derangement(n, np.random.default_rng(seed))
-  assert sorted(partner) == list(range(n))
-  assert (partner != np.arange(n)).all()
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=60), st.integers(0, 2**32 - 1))
+def test_partners_are_other_documents_of_other_concepts(concepts, seed):
+  concepts = np.array([*concepts, 10])  # At least two.
+  partner = bits.partners(concepts, np.random.default_rng(seed))
+  assert sorted(partner) == list(range(len(concepts)))
+  assert (partner != np.arange(len(concepts))).all()
+  if 2 * np.unique(concepts, return_counts=True)[1].max() <= len(concepts):
+    assert (concepts[partner] != concepts).all()
+
+
+def test_partners_are_those_of_the_docstring():
+  rng = np.random.default_rng(0)
+  found = {tuple(bits.partners(["fox", "fox", "cat", "owl"], rng).tolist()) for _ in range(50)}
+  assert found == {(2, 3, 0, 1), (3, 2, 1, 0)}
 
 
 def test_own_targets_are_those_of_the_docstring():
@@ -154,21 +166,6 @@ def test_scores_are_the_log_likelihoods_of_each_sample_alone(params):
     assert np.std(row) > 0.1
 
 
-def test_intervals_cover_the_truth_at_their_level_and_shrink_with_pairing():
-  rng = np.random.default_rng(2)
-  covered = 0
-  for trial in range(100):
-    tokens = rng.integers(1, 10, 100).astype(float)
-    result = bits.mean_interval(tokens * rng.normal(3.0, 1.0, 100), tokens, 300, seed=trial)
-    covered += result["low"] <= 3.0 <= result["high"]
-  assert 85 <= covered <= 100
-  hard = rng.normal(5.0, 3.0, 200)
-  easier = hard - rng.normal(0.1, 0.05, 200)
-  ones = np.ones(200)
-  width = lambda b: (lambda r: r["high"] - r["low"])(bits.mean_interval(b, ones, 300, seed=0))
-  assert width(easier - hard) < 0.1 * width(hard)
-
-
 def test_evaluate_differs_between_neighbors_and_repeats_exactly(stores, params):
   ids = np.random.default_rng(3).integers(0, 12, (7, 4)).astype(np.int32)
   ids[2, 1:] = -1
@@ -186,7 +183,7 @@ def test_evaluate_differs_between_neighbors_and_repeats_exactly(stores, params):
       assert difference["bits"] == pytest.approx(found["true"]["bits"] - found[other]["bits"])
       assert difference["low"] <= difference["bits"] <= difference["high"]
       assert difference["bits"] != 0
-  assert "bits per image code" in bits.describe(result)
+  assert bits.describe(result).endswith("bits per text token, 5 documents of 5 concepts")
   nobody = run(np.full_like(ids, -1))
   assert nobody["image"]["true"]["bits"] == pytest.approx(nobody["image"]["none"]["bits"], rel=1e-5)
   assert nobody["image"]["none"]["bits"] == pytest.approx(result["image"]["none"]["bits"], rel=1e-5)
@@ -195,10 +192,49 @@ def test_evaluate_differs_between_neighbors_and_repeats_exactly(stores, params):
 def test_fewer_than_two_documents_are_refused(tmp_path, stores, params):
   documents.write_documents(tmp_path / "one", [pair(0, np.random.default_rng(0))], VOCAB)
   one = documents.DocumentStore(tmp_path / "one", VOCAB)
-  with pytest.raises(config.UserError, match="has 1 documents; evaluation compares at least 2"):
+  with pytest.raises(
+    config.UserError, match=r"documents chosen .*one \(1\) show fewer than two concepts"
+  ):
     bits.evaluate(
       params, MODEL, stores[0], one, np.zeros((1, 2), np.int32), VOCAB, DATA, CONFIG, seed=0
     )
+
+
+def test_intervals_are_over_the_concepts_of_the_documents(tmp_path, stores, params):
+  rng = np.random.default_rng(4)
+  concepts = ["fox", "fox", "fox", "cat", "cat", "", ""]  # Without a concept: each its own.
+  written = [pair(i, rng, concept=concept) for i, concept in enumerate(concepts)]
+  documents.write_documents(tmp_path / "concepts", written, VOCAB)
+  store = documents.DocumentStore(tmp_path / "concepts", VOCAB)
+  ids, all_documents = rng.integers(0, 12, (7, 2)), dataclasses.replace(CONFIG, num_documents=7)
+  result = bits.evaluate(params, MODEL, stores[0], store, ids, VOCAB, DATA, all_documents, seed=0)
+  for name in (*bits.CONDITIONS, "true_minus_shuffled", "true_minus_none"):
+    found = result["image"][name]
+    assert found["groups"] == 4
+    assert found["effective_groups"] == pytest.approx(7**2 / (3**2 + 2**2 + 1 + 1))
+    assert found["low"] < found["bits"] < found["high"]
+  assert bits.describe(result).endswith("7 documents of 4 concepts (effectively 3)")
+
+
+def test_documents_of_one_concept_are_refused(tmp_path, stores, params):
+  rng = np.random.default_rng(5)
+  written = [pair(i, rng, concept="fox") for i in range(3)]
+  documents.write_documents(tmp_path / "foxes", written, VOCAB)
+  foxes = documents.DocumentStore(tmp_path / "foxes", VOCAB)
+  with pytest.raises(
+    config.UserError, match=r"documents chosen from .*foxes \(3\) show fewer than two concepts"
+  ):
+    bits.evaluate(
+      params, MODEL, stores[0], foxes, np.zeros((3, 2), np.int32), VOCAB, DATA, CONFIG, seed=0
+    )
+
+
+def test_the_unigram_table_reads_no_document(stores):
+  table = bits.unigram_table(stores[0], VOCAB)
+  for path in stores[0].folder.glob("*.array_record"):
+    path.unlink()
+  reopened = documents.DocumentStore(stores[0].folder, VOCAB)
+  np.testing.assert_array_equal(bits.unigram_table(reopened, VOCAB), table)
 
 
 @pytest.mark.parametrize("field", ["num_documents", "batch_size", "num_resamples"])

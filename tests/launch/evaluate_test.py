@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import jax
 import ml_collections
@@ -98,6 +99,19 @@ def test_the_run_of_another_model_is_refused(workdir):
     UserError, match=r"holds the run of another config \(model\.family: opt -> modern\)"
   ):
     evaluate.main(other, workdir)
+
+
+def test_a_batch_that_the_mesh_does_not_split_is_refused_before_params_are_read(workdir):
+  settings = tiny_settings()
+  settings = dataclasses.replace(
+    settings, evaluation=dataclasses.replace(settings.evaluation, batch_size=12)
+  )
+  shutil.rmtree(workdir / "train" / "checkpoints")
+  with pytest.raises(
+    UserError,
+    match=r"config\.evaluation\.batch_size is 12; mesh\.data x .* = 8 must divide it",
+  ):
+    evaluate.main(settings, workdir)
 
 
 def test_a_mesh_that_does_not_fit_is_told(workdir):

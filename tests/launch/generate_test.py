@@ -1,6 +1,7 @@
 """The command end to end: what its flags ask for, where it goes, and that mistakes are told before anything is compiled."""
 
 import json
+import re
 
 from absl import flags
 from absl.testing import flagsaver
@@ -77,7 +78,10 @@ def test_heldout_captions_go_to_samples(run, workdir, capsys):
     (3.0, 0, 2),
   ]
   out = capsys.readouterr().out
-  assert "guidance 3, 0 retrieved: CLIP score" in out
+  assert [record["concept"] for record in records] == ["apple", "house"] * 2
+  assert re.search(
+    r"guidance 3, 0 retrieved: CLIP score -?0\.\d{3} \[.*\], 2 samples of 2 con", out
+  )
   assert f"generate: all in {workdir / 'samples'}, side by side in " in out
   run(captions=2, guidance=["1", "3"], retrieve=["0"])
   assert "finished already, skipped" in capsys.readouterr().out
@@ -85,9 +89,11 @@ def test_heldout_captions_go_to_samples(run, workdir, capsys):
     run(captions=2, guidance=["1", "3"], retrieve=["0"], samples=2)
 
 
-def test_a_prompt_has_a_folder_for_every_set_of_settings(run, workdir):
+def test_a_prompt_has_a_folder_for_every_set_of_settings(run, workdir, capsys):
   for guidance in ("1", "3"):
     run(prompt=["red apple"], guidance=[guidance], retrieve=["0"], seed=5, batch_size=2)
+    out = capsys.readouterr().out
+    assert re.search(r"CLIP score -?0\.\d{3} no interval, 1 sample of 1 concept\.", out)
   folders = sorted((workdir / "prompts").glob("red-apple-*"))
   assert len(folders) == 2
   assert {read_lines(folder)[0]["guidance"] for folder in folders} == {1.0, 3.0}

@@ -12,7 +12,9 @@ from cm3leon_jax.reports import report, summary
 from cm3leon_jax.training.metrics import MetricsLog
 from tests.data.raw import write_raw
 
-INTERVAL = lambda bits, half: {"bits": bits, "low": bits - half, "high": bits + half}
+INTERVAL = lambda bits, half: {
+  "bits": bits, "low": bits - half, "high": bits + half, "groups": 7, "effective_groups": 3.2
+}  # fmt: skip
 MODALITY = {
   "tokens": 1000,
   "unigram": 8.43,
@@ -238,22 +240,34 @@ def test_flatten_keeps_every_leaf(value):
   )
 
 
-def test_clip_scores_are_grouped_with_their_spread():
+def test_clip_scores_are_averaged_by_guidance_and_retrieval():
   lines = [
-    {"guidance": g, "retrieve": r, "clip_score": s}
-    for g, r, s in ((3, 2, 0.2), (1, 0, 0.1), (3, 2, 0.4))
+    {"guidance": g, "retrieve": r, "clip_score": s, "key": "", "prompt": p}
+    for g, r, s, p in ((3, 2, 0.2, "a"), (1, 0, 0.1, "a"), (3, 2, 0.4, "b"))
   ]
   low, high = summary.clip_scores(lines)
-  assert (low["guidance"], low["samples"], low["mean"], low["standard_deviation"]) == (
-    1,
-    1,
-    0.1,
-    0.0,
-  )
-  assert (high["guidance"], high["samples"]) == (3, 2)
-  assert high["mean"] == pytest.approx(0.3)
+  assert low | {"mean": 0.1, "standard_deviation": 0.0, "low": None, "high": None} == low
+  assert (low["guidance"], low["samples"], low["groups"]) == (1, 1, 1)
+  assert (high["guidance"], high["samples"], high["groups"]) == (3, 2, 2)
   assert high["standard_deviation"] == pytest.approx(0.2 / 2**0.5)
-  assert high["standard_error"] == pytest.approx(0.1)
+  assert (high["mean"], high["low"], high["high"]) == pytest.approx((0.3, 0.2, 0.4))
+
+
+def test_clip_scores_of_a_concept_or_a_prompt_are_one_group():
+  line = lambda **names: {"guidance": 1, "retrieve": 0, "clip_score": 0.1, **names}
+  groups = lambda *lines: summary.clip_scores([line(**names) for names in lines])[0]["groups"]
+  red, blue = ({"key": name, "prompt": name, "concept": "fox"} for name in ("red", "blue"))
+  assert groups(red, blue) == 1
+  assert groups(red, {**blue, "concept": "cat"}) == 2
+  assert groups(*[{"key": "", "prompt": "a"}] * 3, {"key": "", "prompt": "b"}) == 2
+
+
+def test_the_page_says_over_how_many_concepts_its_intervals_are(run):
+  html = run[2]
+  assert "bootstrap over 7 concepts (effectively 3)" in html
+  assert "95% interval over concepts" in html
+  for row in run[1]["samples"]["clip_score"]:
+    assert (row["samples"], row["groups"]) == (2, 2)
 
 
 def test_a_killed_run_reports_the_steps_that_were_computed_again(tmp_path):

@@ -1,0 +1,78 @@
+"""Means over samples that are not independent, with 95% intervals that resample their groups."""
+
+# n samples, G groups.
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+NUM_RESAMPLES = 10_000
+
+
+def mean_interval(
+  sums, weights, groups: Sequence[Hashable], num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> dict[str, float | int | None]:
+  """Computes sum(sums) / sum(weights) and a bootstrap interval over whole groups.
+
+    sums = [2, 4, 9], weights = [1, 1, 1], groups = ["fox", "fox", "cat"]
+    result = {"mean": 5.0, "low": 3.0, "high": 9.0, "groups": 2, "effective_groups": 1.8}
+
+  Samples of one group (a concept, or the samples of a prompt) resemble each other, so a resample
+  takes G groups with replacement, each with all of its samples. A percentile interval over few
+  groups is too narrow, so its level is raised: the expanded percentile interval of Hesterberg,
+  "What Teachers Should Know About the Bootstrap" (2015), at the effective number of groups (Kish),
+  sum(w)^2 / sum(w^2) for the weights w of the groups. It is G if all groups weigh the same.
+
+  Args:
+    sums: [n] numbers, or paired differences of two such numbers.
+    weights: [n] positive; the number of tokens in a sum over tokens, ones for a plain mean.
+    groups: [n] names, or ids in an integer array; samples of equal ones belong together.
+    num_resamples: bootstrap resamples.
+    seed: of the bootstrap.
+
+  Returns:
+    {"mean", "low", "high", "groups", "effective_groups"}; `low` and `high` are None for one group,
+    which says nothing about others.
+  """
+  _, places = np.unique(np.asarray(groups), return_inverse=True)
+  sums = np.bincount(places, np.asarray(sums, np.float64))
+  weights = np.bincount(places, np.asarray(weights, np.float64))
+  effective = float(weights.sum() ** 2 / (weights**2).sum())
+  result = {"mean": float(_ratio(sums, weights)), "low": None, "high": None}
+  if len(sums) > 1:
+    bootstrap = stats.bootstrap(
+      (sums, weights),
+      _ratio,
+      n_resamples=num_resamples,
+      batch=500,
+      vectorized=True,
+      paired=True,
+      confidence_level=_percentile_level(effective),
+      method="percentile",
+      rng=seed,
+    )
+    low, high = bootstrap.confidence_interval
+    result |= {"low": float(low), "high": float(high)}
+  return {**result, "groups": len(sums), "effective_groups": effective}
+
+
+def _ratio(sums, weights, axis=-1):
+  return sums.sum(axis) / weights.sum(axis)
+
+
+def _percentile_level(n: float) -> float:
+  """Level at which the percentile interval of `n` > 1 groups covers as a t interval of LEVEL."""
+  t = stats.t.ppf((1 + LEVEL) / 2, n - 1)
+  return float(2 * stats.norm.cdf(np.sqrt(n / (n - 1)) * t) - 1)
+
+
+def describe_groups(found: dict) -> str:
+  """States how many concepts a `mean_interval` rests on.
+
+  describe_groups({"groups": 101, "effective_groups": 23.8, ...}) = "101 concepts (effectively 24)"
+  """
+  count, effective = found["groups"], round(found["effective_groups"])
+  concepts = "1 concept" if count == 1 else f"{count} concepts"
+  return concepts if effective == count else f"{concepts} (effectively {effective})"
