@@ -1,11 +1,14 @@
 """All sections of a config, as the frozen dataclasses that the library takes."""
 
 import dataclasses
+from typing import Annotated
 
 import ml_collections
+from pydantic import Field
+import pydantic.dataclasses
 
 from cm3leon_jax.clip.model import CLIPConfig
-from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config import STRICT, UserError, build
 from cm3leon_jax.data.ingest import RawConfig
 from cm3leon_jax.data.plan import DataConfig
 from cm3leon_jax.decoding.sampling import SamplingConfig
@@ -20,11 +23,11 @@ from cm3leon_jax.training.train import TrainConfig
 from cm3leon_jax.vocab import VocabLayout
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Settings:
-  """A checked config: one frozen dataclass per section; each documents its fields."""
+  """A checked config: one frozen dataclass per section. docs/config.md lists every field."""
 
-  seed: int
+  seed: Annotated[int, Field(ge=0, description="Seed of every random draw of the run.")]
   vocab: VocabLayout
   raw: RawConfig
   text_tokenizer: TextTokenizerConfig
@@ -40,8 +43,6 @@ class Settings:
   evaluation: EvaluationConfig
 
   def __post_init__(self):
-    if self.seed < 0:
-      raise ValueError(f"seed is {self.seed}; it must not be negative.")
     if self.model.vocab_size != self.vocab.size:
       raise ValueError(
         f"model.vocab_size is {self.model.vocab_size}; it must be vocab.size = {self.vocab.size}."
@@ -73,12 +74,19 @@ def settings_from_config(config) -> Settings:
   unknown = sorted(set(config) - {"seed", *SECTIONS})
   if unknown:
     raise UserError(f"config has no section '{unknown[0]}': it has seed, {', '.join(SECTIONS)}.")
-  try:
-    return Settings(
-      seed=int(config.seed),
-      **{name: build(cls, config[name], name) for name, cls in SECTIONS.items()},
-    )
-  except UserError:
-    raise
-  except ValueError as error:
-    raise UserError(f"config: {error}") from error
+  sections = {name: build(cls, config[name], name) for name, cls in SECTIONS.items()}
+  return build(Settings, {"seed": config["seed"], **sections})
+
+
+def describe(settings: Settings) -> list[str]:
+  """Returns one line `section.field = value` per field; a comment marks a value that is not the default.
+
+  train.steps = 5  # default: 41723
+  """
+  lines = [f"seed = {settings.seed}" + ("  # default: 0" if settings.seed else "")]
+  for name, cls in SECTIONS.items():
+    for field in dataclasses.fields(cls):
+      value = getattr(getattr(settings, name), field.name)
+      note = "" if value == field.default else f"  # default: {field.default!r}"
+      lines.append(f"{name}.{field.name} = {value!r}{note}")
+  return lines

@@ -2,14 +2,16 @@
 
 # B batch, L length, K neighbors of a document, C stored candidates, n documents.
 
-import dataclasses
+from typing import Annotated
 
 import jax
 import numpy as np
+from pydantic import Field
+import pydantic.dataclasses
 from scipy import stats
 from tqdm import tqdm
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.data import pipeline
 from cm3leon_jax.data.plan import DataConfig
 from cm3leon_jax.mesh import shard
@@ -21,24 +23,25 @@ MODALITIES = ("image", "text")
 ROW_MULTIPLE = 64  # Rows are padded to a multiple of it: few shapes to compile.
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class EvaluationConfig:
-  """How much is measured on held-out documents, after training.
+  """What `launch.evaluate` measures on held-out documents, after training."""
 
-  Attributes:
-    num_documents: held-out pairs that are scored, drawn once by the seed; all of them if there are fewer.
-    batch_size: rows scored at once; a multiple of the mesh's `data` x `fsdp`.
-    num_resamples: bootstrap resamples of the documents, for the intervals.
-  """
-
-  num_documents: int = 200
-  batch_size: int = 8
-  num_resamples: int = 10_000
-
-  def __post_init__(self):
-    for field, least in (("num_documents", 2), ("batch_size", 1), ("num_resamples", 100)):
-      if getattr(self, field) < least:
-        raise ValueError(f"{field} is {getattr(self, field)}; it must be at least {least}.")
+  num_documents: Annotated[
+    int,
+    Field(
+      ge=2,
+      description="Number of held-out pairs that are scored, drawn once by the seed; all pairs if "
+      "there are fewer.",
+    ),
+  ] = 200
+  batch_size: Annotated[
+    int,
+    Field(gt=0, description="Rows scored at once; a multiple of the mesh's `data` x `fsdp`."),
+  ] = 8
+  num_resamples: Annotated[
+    int, Field(ge=100, description="Number of bootstrap resamples, for the intervals.")
+  ] = 10_000
 
 
 def unigram_bits(counts) -> np.ndarray:

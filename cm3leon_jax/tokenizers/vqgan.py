@@ -9,82 +9,146 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import Annotated
 
 from etils import epath
 from flax import nnx, traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field
+import pydantic.dataclasses
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from cm3leon_jax import config as config_lib
 from cm3leon_jax import stages
+from cm3leon_jax.config import STRICT
 
 PARAMS = "params.safetensors"
 CONFIG = "config.json"
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class VQGANConfig:
-  """Sizes of the tokenizer and how it is trained. Defaults: 256x256 -> 32x32 codes, as CM3Leon's (section 2.1).
+  """Sizes of the image tokenizer and its training. Defaults: 256x256 -> 32x32 codes, as CM3Leon's (section 2.1).
 
   The network halves the resolution from `resolution / stem` to `resolution / downsample`, one level for each; level i has
   `width * multipliers[i]` channels, `encoder_blocks[i]` residual blocks on the way down and `decoder_blocks[i]` on the way up.
-
-  Attributes:
-    resolution: side of the images in pixels.
-    downsample: side in pixels of the square that one code stands for.
-    stem: side of the squares of pixels that become channels before the first convolution (and pixels again after the last).
-    code_dim: width of a code.
-    steps: training steps, over which the learning rate follows one cosine to 0.
-    l1_weight, l2_weight: reconstruction losses on pixels in [-1, 1].
-    codebook_weight, commitment_weight: pull codes to encodings, and encodings to codes (van den Oord et al. 2017).
-    adversarial_weight: hinge loss against a patch discriminator, 0: none is trained.
-    adversarial_start: share of the steps after which the discriminator starts.
-    discriminator_width, discriminator_layers: channels of its first layer, and number of layers with stride 2.
-    restart_every: steps over which a code must have been used, else it restarts at an encoding; 0: never.
-    restart_until: share of the steps after which no code restarts, so that the decoder can settle.
-    checkpoint_every: steps between the states that a killed run continues from.
   """
 
-  resolution: int = 256
-  downsample: int = 8
-  stem: int = 2
-  width: int = 128
-  multipliers: tuple[int, ...] = (1, 2, 4)
-  encoder_blocks: tuple[int, ...] = (2, 2, 2)
-  decoder_blocks: tuple[int, ...] = (3, 3, 3)
-  code_dim: int = 32
-  steps: int = 500_000
-  batch_size: int = 256
-  learning_rate: float = 2e-4
-  warmup_steps: int = 1_000
-  l1_weight: float = 0.5
-  l2_weight: float = 1.0
-  codebook_weight: float = 1.0
-  commitment_weight: float = 0.25
-  adversarial_weight: float = 0.1
-  adversarial_start: float = 0.1
-  discriminator_width: int = 64
-  discriminator_layers: int = 3
-  restart_every: int = 100
-  restart_until: float = 0.75
-  checkpoint_every: int = 2_000
+  resolution: Annotated[
+    int,
+    Field(gt=0, description="Side of the images in pixels; a multiple of `downsample`."),
+  ] = 256
+  downsample: Annotated[
+    int,
+    Field(
+      gt=0,
+      description="Side in pixels of the square that one code stands for; `stem` times a power "
+      "of two.",
+    ),
+  ] = 8
+  stem: Annotated[
+    int,
+    Field(
+      gt=0,
+      description="Side of the squares of pixels that become channels before the first "
+      "convolution, and pixels again after the last.",
+    ),
+  ] = 2
+  width: Annotated[int, Field(gt=0, description="Number of channels, before `multipliers`.")] = 128
+  multipliers: Annotated[
+    tuple[Annotated[int, Field(gt=0)], ...],
+    Field(description="Factors of `width`, one per level."),
+  ] = (1, 2, 4)
+  encoder_blocks: Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...],
+    Field(description="Numbers of residual blocks of the encoder, one per level."),
+  ] = (2, 2, 2)
+  decoder_blocks: Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...],
+    Field(description="Numbers of residual blocks of the decoder, one per level."),
+  ] = (3, 3, 3)
+  code_dim: Annotated[int, Field(gt=0, description="Width of a code.")] = 32
+  steps: Annotated[
+    int,
+    Field(
+      gt=0,
+      description="Number of training steps, over which the learning rate follows one cosine to 0.",
+    ),
+  ] = 500_000
+  batch_size: Annotated[int, Field(gt=0, description="Images per step.")] = 256
+  learning_rate: Annotated[
+    float, Field(gt=0, description="Learning rate at the end of the warm-up.")
+  ] = 2e-4
+  warmup_steps: Annotated[int, Field(ge=0, description="Number of steps of linear warm-up.")] = (
+    1_000
+  )
+  l1_weight: Annotated[
+    float, Field(ge=0, description="Weight of the absolute error of pixels in [-1, 1].")
+  ] = 0.5
+  l2_weight: Annotated[
+    float, Field(ge=0, description="Weight of the squared error of pixels in [-1, 1].")
+  ] = 1.0
+  codebook_weight: Annotated[
+    float,
+    Field(
+      ge=0,
+      description="Weight of the loss that pulls codes to encodings (van den Oord et al. 2017).",
+    ),
+  ] = 1.0
+  commitment_weight: Annotated[
+    float,
+    Field(
+      ge=0,
+      description="Weight of the loss that pulls encodings to codes (van den Oord et al. 2017).",
+    ),
+  ] = 0.25
+  adversarial_weight: Annotated[
+    float,
+    Field(
+      ge=0,
+      description="Weight of the hinge loss against a patch discriminator; 0: no discriminator.",
+    ),
+  ] = 0.1
+  adversarial_start: Annotated[
+    float,
+    Field(ge=0, le=1, description="Share of the steps after which the discriminator starts."),
+  ] = 0.1
+  discriminator_width: Annotated[
+    int, Field(gt=0, description="Number of channels of the discriminator's first layer.")
+  ] = 64
+  discriminator_layers: Annotated[
+    int,
+    Field(
+      gt=0,
+      description="Number of the discriminator's layers with stride 2; 2^layers is at most "
+      "`resolution`.",
+    ),
+  ] = 3
+  restart_every: Annotated[
+    int,
+    Field(
+      ge=0,
+      description="Number of steps within which a code must be used, else it restarts at an "
+      "encoding; 0: never.",
+    ),
+  ] = 100
+  restart_until: Annotated[
+    float,
+    Field(
+      ge=0,
+      le=1,
+      description="Share of the steps after which no code restarts, so that the decoder can settle.",
+    ),
+  ] = 0.75
+  checkpoint_every: Annotated[
+    int,
+    Field(gt=0, description="Number of steps between two states that a killed run continues from."),
+  ] = 2_000
 
   def __post_init__(self):
-    for name in (
-      "resolution",
-      "downsample",
-      "stem",
-      "width",
-      "code_dim",
-      "steps",
-      "batch_size",
-      "checkpoint_every",
-    ):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
     if self.downsample % self.stem or not math.log2(self.downsample // self.stem).is_integer():
       raise ValueError(
         f"downsample is {self.downsample}; it must be stem = {self.stem} times a power of two."
@@ -94,37 +158,15 @@ class VQGANConfig:
         f"resolution is {self.resolution}; it must be a multiple of downsample = {self.downsample}."
       )
     for name in ("multipliers", "encoder_blocks", "decoder_blocks"):
-      values, low = getattr(self, name), int(name == "multipliers")
-      if len(values) != self.num_levels or any(not isinstance(v, int) or v < low for v in values):
+      if len(values := getattr(self, name)) != self.num_levels:
         raise ValueError(
-          f"{name} is {values}; it must hold {self.num_levels} integers of at least {low}, one a halving from stem = "
-          f"{self.stem} to downsample = {self.downsample}."
+          f"{name} is {values}; it must hold {self.num_levels} integers, one per halving from "
+          f"stem = {self.stem} to downsample = {self.downsample}."
         )
-    self._check_training()
-
-  def _check_training(self):
-    if self.learning_rate <= 0:
-      raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive.")
-    weights = (
-      "l1_weight",
-      "l2_weight",
-      "codebook_weight",
-      "commitment_weight",
-      "adversarial_weight",
-    )
-    for name in (*weights, "warmup_steps", "restart_every"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
-    for name in ("adversarial_start", "restart_until"):
-      if not 0 <= getattr(self, name) <= 1:
-        raise ValueError(
-          f"{name} is {getattr(self, name)}; it is a share of the steps, so it must lie in [0, 1]."
-        )
-    smallest = 2**self.discriminator_layers if self.discriminator_layers > 0 else math.inf
-    if self.adversarial_weight and (self.discriminator_width < 1 or smallest > self.resolution):
+    if self.adversarial_weight and 2**self.discriminator_layers > self.resolution:
       raise ValueError(
-        f"discriminator_width is {self.discriminator_width} and discriminator_layers {self.discriminator_layers}; both must "
-        f"be positive, and 2^layers at most resolution = {self.resolution}."
+        f"discriminator_layers is {self.discriminator_layers}; 2^layers must be at most "
+        f"resolution = {self.resolution}."
       )
 
   @property

@@ -199,11 +199,3 @@ def test_fewer_than_two_documents_are_refused(tmp_path, stores, params):
     bits.evaluate(
       params, MODEL, stores[0], one, np.zeros((1, 2), np.int32), VOCAB, DATA, CONFIG, seed=0
     )
-
-
-@pytest.mark.parametrize("field", ["num_documents", "batch_size", "num_resamples"])
-def test_config_values_out_of_range_name_the_field(field):
-  with pytest.raises(
-    config.UserError, match=rf"config.evaluation: {field} is 0; it must be at least"
-  ):
-    config.build(bits.EvaluationConfig, {field: 0}, "evaluation")
