@@ -1,4 +1,4 @@
-"""Checks a user's config: an `ml_collections.ConfigDict` becomes the frozen dataclasses of the library."""
+"""Checks of a user's config: an `ml_collections.ConfigDict` becomes frozen dataclasses."""
 
 import dataclasses
 import difflib
@@ -8,7 +8,7 @@ import pydantic
 
 T = TypeVar("T")
 
-# Of every section: no conversion between types but int -> float, no unknown fields, no NaN or infinity.
+# Every section converts no types but int -> float and refuses unknown fields, NaN and infinity.
 STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 

@@ -33,7 +33,7 @@ RULES = {
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class MeshConfig:
-  """Shape of the device mesh. One axis may be -1: it takes the devices that the other axes leave."""
+  """Shape of the device mesh. One axis may be -1: it takes the remaining devices."""
 
   data: Annotated[
     int,

@@ -79,7 +79,7 @@ def settings_from_config(config) -> Settings:
 
 
 def describe(settings: Settings) -> list[str]:
-  """Returns one line `section.field = value` per field; a comment marks a value that is not the default.
+  """Returns one line `section.field = value` per field, with the default if the value differs.
 
   train.steps = 5  # default: 41723
   """

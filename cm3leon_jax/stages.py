@@ -1,4 +1,4 @@
-"""Stages of the path from raw pairs to a report: each owns a folder of the workdir and leaves `done.json` in it."""
+"""Stages of a run: each owns a folder of the workdir and leaves `done.json` in it."""
 
 from collections.abc import Callable, Collection, Mapping
 import contextlib
@@ -21,7 +21,8 @@ class Stage:
     command: name of the command that runs the stage.
     title: name in the report.
     reads: stages whose results it reads; when one of them ran again, so does this stage.
-    same: parts of the config that make two runs the same run: "seed", a section, or `section.field`.
+    same: parts of the config that make two runs the same run: "seed", a section or
+      `section.field`.
     embeds: whether it embeds with CLIP, and so reads the stages of `own_clip`, too.
   """
 
@@ -172,7 +173,7 @@ def require(workdir: epath.PathLike, name: str) -> dict:
 
 
 def own_clip(settings) -> tuple[str, ...]:
-  """Returns the stages that the run's own CLIP is read from; none if the config names a published CLIP."""
+  """Returns the stages of the run's own CLIP; none if the config names a published CLIP."""
   return () if settings.retrieval.clip else ("text_tokenizer", "clip")
 
 
@@ -200,7 +201,10 @@ def inputs(settings, workdir: epath.PathLike, name: str) -> dict[str, str]:
 def run_config(
   settings, workdir: epath.PathLike, name: str, more_inputs: Mapping[str, str] | None = None
 ) -> dict:
-  """Returns what the result of a stage depends on: its part of the config, and "inputs", the ids of what it reads."""
+  """Returns what the result of a stage depends on.
+
+  This is its part of the config, and under "inputs" the ids of what it reads.
+  """
   read = {**inputs(settings, workdir, name), **(more_inputs or {})}
   return {**identity(settings, name), "inputs": read}
 
@@ -226,7 +230,8 @@ def stage(
     **options: of `once`.
 
   Raises:
-    UserError: a stage that it reads is not finished, or its folder holds the outcome of another config.
+    UserError: a stage that it reads is not finished, or its folder holds the result of another
+      config.
   """
   config = run_config(settings, workdir, name, more_inputs)
   return once(epath.Path(workdir) / name, config, **options)
@@ -240,7 +245,7 @@ def once(
   writes: bool = True,
   together: Callable = contextlib.nullcontext,
 ):
-  """Runs the body once: yields None if the folder was finished before, else a dict to fill with its summary.
+  """Runs the body once: yields None if the folder is finished, else a dict for its summary.
 
   Args:
     folder: the stage's folder; made if absent.

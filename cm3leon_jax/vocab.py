@@ -11,10 +11,11 @@ from cm3leon_jax.config import STRICT
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class VocabLayout:
-  """Ids `[0, text_size)` are text, `[text_size, size)` image codes; the first `num_special` are special tokens.
+  """Ids `[0, text_size)` are text, `[text_size, size)` image codes.
 
-  The defaults are CM3Leon's 56,320 text tokens and 8,192 image codes (section 2.1): 64,512 = 2^10 x 63 ids,
-  which divide evenly over any mesh axis of up to 1,024 devices.
+  The first `num_special` ids are special tokens. The defaults are CM3Leon's 56,320 text tokens and
+  8,192 image codes (section 2.1): 64,512 = 2^10 x 63 ids, which divide evenly over any mesh axis of
+  up to 1,024 devices.
   """
 
   num_special: Annotated[

@@ -18,7 +18,10 @@ ATTENTIONS = get_args(Attention)
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class ModelConfig:
-  """One decoder-only transformer; the defaults are CM3Leon-7B (Table 3; heads and feed-forward from OPT's table)."""
+  """One decoder-only transformer.
+
+  The defaults are CM3Leon-7B (Table 3; heads and feed-forward from OPT's table).
+  """
 
   family: Annotated[
     Family,

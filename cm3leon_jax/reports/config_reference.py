@@ -14,11 +14,11 @@ from cm3leon_jax.settings import SECTIONS, Settings
 PATH = pathlib.Path(__file__).parents[2] / "docs" / "config.md"
 HEADER = """# Config
 
-A config is a Python file with a function `get_config` (`cm3leon_jax/configs/` has those that are shipped), and any field can be
-set on the command line: `--config.train.steps=100`. `--print_config` prints the config that a command would run with. A field
-that does not exist, a value of another type and a value out of range are refused.
+A config is a Python file with a function `get_config`; `cm3leon_jax/configs/` has the shipped ones.
+Any field can be set on the command line: `--config.train.steps=100`. A command refuses unknown
+fields, other types and values out of range; `--print_config` prints what it would run with.
 
-This page is written by `python -m cm3leon_jax.reports.config_reference` from the annotations of the sections' dataclasses.
+`python -m cm3leon_jax.reports.config_reference` writes this page from the sections' dataclasses.
 
 `seed` (int >= 0, default `0`): {seed}
 """

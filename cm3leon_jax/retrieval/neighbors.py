@@ -74,7 +74,7 @@ class RetrievalConfig:
     Field(
       gt=0,
       description="Documents of one ScaNN index. Building takes 2,048 bytes a document at an "
-      "embedding width of 512, searching about 780; fewer indices make the search of a bank cheaper.",
+      "embedding width of 512, searching about 780; fewer indices make the search cheaper.",
     ),
   ] = 5_000_000
   query_dropout: Annotated[

@@ -31,10 +31,12 @@ CONFIG = "config.json"
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class VQGANConfig:
-  """Sizes of the image tokenizer and its training. Defaults: 256x256 -> 32x32 codes, as CM3Leon's (section 2.1).
+  """Sizes of the image tokenizer and its training.
 
-  The network halves the resolution from `resolution / stem` to `resolution / downsample`, one level for each; level i has
-  `width * multipliers[i]` channels, `encoder_blocks[i]` residual blocks on the way down and `decoder_blocks[i]` on the way up.
+  The network halves the resolution from `resolution / stem` to `resolution / downsample`, one
+  level for each; level i has `width * multipliers[i]` channels, `encoder_blocks[i]` residual blocks
+  on the way down and `decoder_blocks[i]` on the way up. The defaults turn 256x256 pixels into 32x32
+  codes, as CM3Leon does (section 2.1).
   """
 
   resolution: Annotated[
@@ -140,7 +142,7 @@ class VQGANConfig:
     Field(
       ge=0,
       le=1,
-      description="Share of the steps after which no code restarts, so that the decoder can settle.",
+      description="Share of the steps after which no code restarts, so that the decoder settles.",
     ),
   ] = 0.75
   checkpoint_every: Annotated[
