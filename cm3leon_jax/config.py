@@ -9,7 +9,9 @@ import pydantic
 T = TypeVar("T")
 
 # Every section converts no types but int -> float and refuses unknown fields, NaN and infinity.
-STRICT = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+STRICT = pydantic.ConfigDict(
+  strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+)
 
 
 class UserError(ValueError):

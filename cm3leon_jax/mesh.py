@@ -35,37 +35,17 @@ RULES = {
 class MeshConfig:
   """Shape of the device mesh. One axis may be -1: it takes the remaining devices."""
 
-  data: Annotated[
-    int,
-    Field(
-      ge=-1,
-      description="Number of replicas of the parameters; gradients are summed over this axis "
-      "(across slices, the slow network).",
-    ),
-  ] = 1
-  fsdp: Annotated[
-    int,
-    Field(
-      ge=-1,
-      description="Number of devices that parameters, optimizer state and batch are split over.",
-    ),
-  ] = -1
-  tensor: Annotated[
-    int,
-    Field(
-      ge=-1,
-      description="Number of devices that heads, feed-forward and vocabulary are split over.",
-    ),
-  ] = 1
-  fsdp_inner: Annotated[
-    int,
-    Field(
-      ge=-1,
-      description="Size of a second fsdp axis. On a pod, each of the two takes a dimension of the "
-      "torus (16 and 16 on v5e-256): XLA:TPU reduce-scatters gradients along one dimension, and "
-      "all-reduces them, at twice the traffic, over an axis that spans two.",
-    ),
-  ] = 1
+  data: Annotated[int, Field(ge=-1)] = 1
+  """Number of replicas of the parameters; gradients are summed over this axis (across slices, the
+  slow network)."""
+  fsdp: Annotated[int, Field(ge=-1)] = -1
+  """Number of devices that parameters, optimizer state and batch are split over."""
+  tensor: Annotated[int, Field(ge=-1)] = 1
+  """Number of devices that heads, feed-forward and vocabulary are split over."""
+  fsdp_inner: Annotated[int, Field(ge=-1)] = 1
+  """Size of a second fsdp axis. On a pod, each of the two takes a dimension of the torus (16 and
+  16 on v5e-256): XLA:TPU reduce-scatters gradients along one dimension, and all-reduces them, at
+  twice the traffic, over an axis that spans two."""
 
   def __post_init__(self):
     if 0 in self.shape or self.shape.count(-1) > 1:

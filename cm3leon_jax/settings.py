@@ -1,10 +1,9 @@
 """All sections of a config, as the frozen dataclasses that the library takes."""
 
 import dataclasses
-from typing import Annotated
 
 import ml_collections
-from pydantic import Field
+from pydantic import NonNegativeInt
 import pydantic.dataclasses
 
 from cm3leon_jax.clip.model import CLIPConfig
@@ -27,7 +26,8 @@ from cm3leon_jax.vocab import VocabLayout
 class Settings:
   """A checked config: one frozen dataclass per section. docs/config.md lists every field."""
 
-  seed: Annotated[int, Field(ge=0, description="Seed of every random draw of the run.")]
+  seed: NonNegativeInt
+  """Seed of every random draw of the run."""
   vocab: VocabLayout
   raw: RawConfig
   text_tokenizer: TextTokenizerConfig

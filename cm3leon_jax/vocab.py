@@ -3,7 +3,7 @@
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
@@ -18,25 +18,14 @@ class VocabLayout:
   up to 1,024 devices.
   """
 
-  num_special: Annotated[
-    int,
-    Field(
-      ge=6,
-      description="Number of special tokens, inside the text range: `<pad>`, `</s>`, `<unk>`, "
-      "`<break>`, `<eoss>`, and at least one sentinel `<mask:i>`.",
-    ),
-  ] = 256
-  text_size: Annotated[
-    int,
-    Field(
-      gt=0,
-      description="Number of text tokens, special tokens included; at least `num_special` and the "
-      "256 bytes of byte-level BPE.",
-    ),
-  ] = 56_320
-  image_size: Annotated[
-    int, Field(gt=0, description="Number of image codes; code `c` has the id `text_size + c`.")
-  ] = 8_192
+  num_special: Annotated[int, Field(ge=6)] = 256
+  """Number of special tokens, inside the text range: `<pad>`, `</s>`, `<unk>`, `<break>`,
+  `<eoss>`, and at least one sentinel `<mask:i>`."""
+  text_size: PositiveInt = 56_320
+  """Number of text tokens, special tokens included; at least `num_special` and the 256 bytes of
+  byte-level BPE."""
+  image_size: PositiveInt = 8_192
+  """Number of image codes; code `c` has the id `text_size + c`."""
 
   pad = 0
   eos = 1  # </s>: document boundary, and the start of every sample.

@@ -338,12 +338,13 @@ def test_the_page_of_all_fields_is_current():
 @pytest.mark.parametrize(
   "row",
   [
-    "| `steps` | int > 0 | `41723` | Number of training steps. |",
+    "| `steps` | int, > 0 | `41723` | Number of training steps. |",
     '| `family` | `"opt"`, `"modern"` | `"opt"` | Architecture. ',
-    "| `heldout_fraction` | float in [0, 1) | `0.05` | ",
-    "| `multipliers` | tuple of int > 0 | `(1, 2, 4)` | ",
-    "| `top_p` | float in (0, 1] | `0.9` | ",
+    "| `heldout_fraction` | float, >= 0, < 1 | `0.05` | ",
+    "| `multipliers` | tuple of int, > 0 | `(1, 2, 4)` | ",
+    "| `top_p` | float, > 0, <= 1 | `0.9` | ",
     '| `wandb` | str | `""` | ',
+    "| `image_width` | int, > 0, a multiple of 64 | `768` | ",
   ],
 )
 def test_rows_of_the_page_state_type_range_and_default(row):

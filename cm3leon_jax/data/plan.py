@@ -12,7 +12,7 @@ import typing
 from etils import epath
 import grain
 import numpy as np
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
@@ -28,84 +28,35 @@ SCAN = 2**22  # Lengths that are looked at in one go.
 class DataConfig:
   """How documents become rows. Defaults are the tutorial's where it differs from the paper."""
 
-  sequence_length: typing.Annotated[
-    int,
-    Field(ge=2, description="Slots of a row; at least 2, the slots of a one-token document."),
-  ] = 4_096
-  num_neighbors: typing.Annotated[
-    int,
-    Field(
-      ge=0,
-      description="K, the number of retrieved documents before each document with an image "
-      "(paper: 3).",
-    ),
-  ] = 2
-  neighbor_sampling: typing.Annotated[
-    typing.Literal["fixed", "paper", "uniform"],
-    Field(
-      description="Choice among a document's candidates, in random order. `fixed`: any K; `paper`: "
-      "three of the first four (CM3Leon, section 2.1), so K must be 3; `uniform`: any, their "
-      "number uniform in {0, ..., K} (RA-CM3). Fewer where fewer candidates were kept."
-    ),
-  ] = "fixed"
-  neighbor_dropout: typing.Annotated[
-    float,
-    Field(
-      ge=0,
-      le=1,
-      description="Share of samples that get no neighbors, so that the model also works without a "
-      "bank.",
-    ),
-  ] = 0.1
-  condition_dropout: typing.Annotated[
-    float,
-    Field(
-      ge=0,
-      le=1,
-      description="Share of the remaining samples with an image whose caption and neighbors are "
-      "replaced by one sentinel, as in the unconditional stream of guidance (tutorial: 10%; the "
-      "paper drops nothing).",
-    ),
-  ] = 0.1
-  mean_spans: typing.Annotated[
-    float,
-    Field(
-      ge=0,
-      description="Lambda of the Poisson distribution of the number of spans; 0: plain causal "
-      "prediction.",
-    ),
-  ] = 1.0
-  whole_segment_rate: typing.Annotated[
-    float,
-    Field(ge=0, le=1, description="Probability that a sample's spans are whole segments."),
-  ] = 0.5
-  neighbor_loss_weight: typing.Annotated[
-    float,
-    Field(ge=0, description="Weight of the loss on neighbors (CM3Leon 1, RA-CM3 0.1)."),
-  ] = 1.0
-  text_share: typing.Annotated[
-    float, Field(ge=0, le=1, description="Share of slots that text-only documents get.")
-  ] = 0.7
-  interleaved_share: typing.Annotated[
-    float,
-    Field(
-      ge=0,
-      le=1,
-      description="Share of slots that documents of several texts and images get; pairs get the "
-      "rest of the two shares.",
-    ),
-  ] = 0.0
-  pack_window: typing.Annotated[
-    int,
-    Field(
-      gt=0,
-      description="Number of samples that are packed together, best fit; it bounds the planner's "
-      "memory.",
-    ),
-  ] = 65_536
-  read_threads: typing.Annotated[
-    int, Field(gt=0, description="Number of threads that prefetch batches.")
-  ] = 2
+  sequence_length: typing.Annotated[int, Field(ge=2)] = 4_096
+  """Slots of a row; at least 2, the slots of a one-token document."""
+  num_neighbors: NonNegativeInt = 2
+  """K, the number of retrieved documents before each document with an image (paper: 3)."""
+  neighbor_sampling: typing.Literal["fixed", "paper", "uniform"] = "fixed"
+  """Choice among a document's candidates, in random order. `fixed`: any K; `paper`: three of the
+  first four (CM3Leon, section 2.1), so K must be 3; `uniform`: any, their number uniform in {0,
+  ..., K} (RA-CM3). Fewer where fewer candidates were kept."""
+  neighbor_dropout: typing.Annotated[float, Field(ge=0, le=1)] = 0.1
+  """Share of samples that get no neighbors, so that the model also works without a bank."""
+  condition_dropout: typing.Annotated[float, Field(ge=0, le=1)] = 0.1
+  """Share of the remaining samples with an image whose caption and neighbors are replaced by one
+  sentinel, as in the unconditional stream of guidance (tutorial: 10%; the paper drops
+  nothing)."""
+  mean_spans: NonNegativeFloat = 1.0
+  """Lambda of the Poisson distribution of the number of spans; 0: plain causal prediction."""
+  whole_segment_rate: typing.Annotated[float, Field(ge=0, le=1)] = 0.5
+  """Probability that a sample's spans are whole segments."""
+  neighbor_loss_weight: NonNegativeFloat = 1.0
+  """Weight of the loss on neighbors (CM3Leon 1, RA-CM3 0.1)."""
+  text_share: typing.Annotated[float, Field(ge=0, le=1)] = 0.7
+  """Share of slots that text-only documents get."""
+  interleaved_share: typing.Annotated[float, Field(ge=0, le=1)] = 0.0
+  """Share of slots that documents of several texts and images get; pairs get the rest of the two
+  shares."""
+  pack_window: PositiveInt = 65_536
+  """Number of samples that are packed together, best fit; it bounds the planner's memory."""
+  read_threads: PositiveInt = 2
+  """Number of threads that prefetch batches."""
 
   def __post_init__(self):
     if self.text_share + self.interleaved_share > 1:

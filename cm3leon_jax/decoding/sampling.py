@@ -8,7 +8,7 @@ from typing import Annotated, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
@@ -36,81 +36,40 @@ class SamplingValues(NamedTuple):
 class SamplingConfig:
   """How tokens are sampled: the samplers of CM3Leon, section 3.1. Defaults are the tutorial's."""
 
-  method: Annotated[
-    Method,
-    Field(
-      description="Sampler of image tokens. `top_p`: top-k, then nucleus, on guided logits. "
-      "`contrastive`: CD-K, without guidance. `mixture`: half of the samples with each."
-    ),
-  ] = "top_p"
-  temperature: Annotated[
-    float,
-    Field(gt=0, description="Divisor of the guided logits; for greedy sampling set `top_k` to 1."),
-  ] = 1.0
-  top_k: Annotated[
-    int,
-    Field(
-      ge=0, description="Number of candidates kept before the nucleus; 0 keeps all, 1 is greedy."
-    ),
-  ] = 256
-  top_p: Annotated[
-    float,
-    Field(
-      gt=0,
-      le=1,
-      description="Nucleus: a candidate is kept if the candidates above it hold less than this "
-      "probability.",
-    ),
-  ] = 0.9
-  guidance: Annotated[
-    float,
-    Field(
-      description="Weight alpha of classifier-free guidance, u + alpha (c - u); 1 is the "
-      "conditional model alone."
-    ),
-  ] = 3.0
-  guidance_schedule: Annotated[
-    Schedule,
-    Field(description="Growth of guidance over the codes of an image, from 1 to its weight."),
-  ] = "constant"
-  image_guidance: Annotated[
-    float,
-    Field(description="Weight of the given image where an image is edited (section 4.1)."),
-  ] = 1.5
-  edit_guidance: Annotated[
-    float, Field(description="Weight of the instruction where an image is edited.")
-  ] = 7.5
-  contrastive_k: Annotated[
-    int,
-    Field(
-      gt=0,
-      description="CD-K keeps tokens at least `contrastive_alpha` times as probable as the k-th; 1 "
-      "is contrastive decoding (Li et al. 2022), nearly greedy. The paper gives no values of k and "
-      "alpha: this k is ours.",
-    ),
-  ] = 16
-  contrastive_alpha: Annotated[
-    float,
-    Field(
-      ge=0,
-      le=1,
-      description="Alpha of `contrastive_k`; this number and the two temperatures are the released "
-      "script's.",
-    ),
-  ] = 0.5
-  contrastive_temperature: Annotated[
-    float, Field(gt=0, description="Divisor of CD-K's scores.")
-  ] = 0.8
-  amateur_temperature: Annotated[
-    float,
-    Field(gt=0, description="Divisor of the logits of the amateur, the unconditional stream."),
-  ] = 0.5
-  text_temperature: Annotated[
-    float,
-    Field(gt=0, description="`temperature` of text tokens, which are never sampled by CD-K."),
-  ] = 1.0
-  text_top_k: Annotated[int, Field(ge=0, description="`top_k` of text tokens.")] = 256
-  text_top_p: Annotated[float, Field(gt=0, le=1, description="`top_p` of text tokens.")] = 0.9
+  method: Method = "top_p"
+  """Sampler of image tokens. `top_p`: top-k, then nucleus, on guided logits. `contrastive`: CD-K,
+  without guidance. `mixture`: half of the samples with each."""
+  temperature: PositiveFloat = 1.0
+  """Divisor of the guided logits; for greedy sampling set `top_k` to 1."""
+  top_k: NonNegativeInt = 256
+  """Number of candidates kept before the nucleus; 0 keeps all, 1 is greedy."""
+  top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+  """Nucleus: a candidate is kept if the candidates above it hold less than this probability."""
+  guidance: float = 3.0
+  """Weight alpha of classifier-free guidance, u + alpha (c - u); 1 is the conditional model
+  alone."""
+  guidance_schedule: Schedule = "constant"
+  """Growth of guidance over the codes of an image, from 1 to its weight."""
+  image_guidance: float = 1.5
+  """Weight of the given image where an image is edited (section 4.1)."""
+  edit_guidance: float = 7.5
+  """Weight of the instruction where an image is edited."""
+  contrastive_k: PositiveInt = 16
+  """CD-K keeps tokens at least `contrastive_alpha` times as probable as the k-th; 1 is
+  contrastive decoding (Li et al. 2022), nearly greedy. The paper gives no values of k and alpha:
+  this k is ours."""
+  contrastive_alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+  """Alpha of `contrastive_k`; this number and the two temperatures are the released script's."""
+  contrastive_temperature: PositiveFloat = 0.8
+  """Divisor of CD-K's scores."""
+  amateur_temperature: PositiveFloat = 0.5
+  """Divisor of the logits of the amateur, the unconditional stream."""
+  text_temperature: PositiveFloat = 1.0
+  """`temperature` of text tokens, which are never sampled by CD-K."""
+  text_top_k: NonNegativeInt = 256
+  """`top_k` of text tokens."""
+  text_top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+  """`top_p` of text tokens."""
 
   @property
   def values(self) -> SamplingValues:

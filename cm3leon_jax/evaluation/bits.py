@@ -6,7 +6,7 @@ from typing import Annotated
 
 import jax
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PositiveInt
 import pydantic.dataclasses
 from scipy import stats
 from tqdm import tqdm
@@ -27,21 +27,13 @@ ROW_MULTIPLE = 64  # Rows are padded to a multiple of it: few shapes to compile.
 class EvaluationConfig:
   """What `launch.evaluate` measures on held-out documents, after training."""
 
-  num_documents: Annotated[
-    int,
-    Field(
-      ge=2,
-      description="Number of held-out pairs that are scored, drawn once by the seed; all pairs if "
-      "there are fewer.",
-    ),
-  ] = 200
-  batch_size: Annotated[
-    int,
-    Field(gt=0, description="Rows scored at once; a multiple of the mesh's `data` x `fsdp`."),
-  ] = 8
-  num_resamples: Annotated[
-    int, Field(ge=100, description="Number of bootstrap resamples, for the intervals.")
-  ] = 10_000
+  num_documents: Annotated[int, Field(ge=2)] = 200
+  """Number of held-out pairs that are scored, drawn once by the seed; all pairs if there are
+  fewer."""
+  batch_size: PositiveInt = 8
+  """Rows scored at once; a multiple of the mesh's `data` x `fsdp`."""
+  num_resamples: Annotated[int, Field(ge=100)] = 10_000
+  """Number of bootstrap resamples, for the intervals."""
 
 
 def unigram_bits(counts) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Size and variant of the decoder."""
 
-from typing import Annotated, Literal, get_args
+from typing import Literal, get_args
 
-from pydantic import Field
+from pydantic import PositiveFloat, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
@@ -23,88 +23,44 @@ class ModelConfig:
   The defaults are CM3Leon-7B (Table 3; heads and feed-forward from OPT's table).
   """
 
-  family: Annotated[
-    Family,
-    Field(
-      description="Architecture. `opt` (the paper): pre-LayerNorm without parameters, learned "
-      "positions, ReLU, no biases, tied embeddings. `modern`: RMSNorm, RoPE, SwiGLU, query-key "
-      "norm, untied embeddings."
-    ),
-  ] = "opt"
-  vocab_size: Annotated[
-    int, Field(gt=0, description="Number of text and image ids together: the size of `vocab`.")
-  ] = 64_512
-  num_layers: Annotated[int, Field(gt=0, description="Number of layers.")] = 32
-  width: Annotated[int, Field(gt=0, description="Width of the activations between layers.")] = 4_096
-  num_heads: Annotated[
-    int,
-    Field(
-      gt=0,
-      description="Number of attention heads, a divisor of `width`; `modern` needs an even head "
-      "size.",
-    ),
-  ] = 32
-  mlp_width: Annotated[int, Field(gt=0, description="Width of the feed-forward layer.")] = 16_384
-  max_positions: Annotated[
-    int,
-    Field(
-      gt=0,
-      description="Longest sample that the learned positions cover; at least "
-      "`data.sequence_length`.",
-    ),
-  ] = 4_096
-  query_key_norm: Annotated[
-    bool,
-    Field(
-      description="Whether the queries and keys of every head pass an RMSNorm, for stability; with "
-      "`modern` they always do."
-    ),
-  ] = False
-  init_std: Annotated[
-    float,
-    Field(
-      gt=0,
-      description="Standard deviation of the truncated normal that parameters start from (the "
-      "paper's, at width 4,096; another width starts alike at init_std x sqrt(4,096 / width)).",
-    ),
-  ] = 0.006
-  embed_std: Annotated[
-    float,
-    Field(
-      gt=0,
-      description="Standard deviation of the truncated normal that token embeddings start from.",
-    ),
-  ] = 0.006
-  dtype: Annotated[
-    Dtype,
-    Field(
-      description="Dtype of activations, and of parameters while they are used; parameters are "
-      "stored in float32. `float64` (with JAX_ENABLE_X64) is for comparisons with other "
-      "implementations."
-    ),
-  ] = "bfloat16"
-  remat_policy: Annotated[
-    RematPolicy,
-    Field(
-      description="Values of a layer, beside its input, that are kept for the backward pass; the "
-      "others are computed again. From most memory to least: `none` keeps all; `minimal` queries, "
-      "keys, values, attention's result and the feed-forward's inner product (only attention's "
-      "output projection is computed again); `save_qkv` the first four of these; `save_attention` "
-      "attention's result and the residual stream after it; `offload` these two in the host's "
-      "memory (TPU); `full` nothing."
-    ),
-  ] = "full"
-  attention: Annotated[
-    Attention,
-    Field(
-      description="Implementation of attention: `plain` on any device; `splash`, the Pallas kernel "
-      "of TPUs; `triton`, the Pallas kernel of GPUs; `auto`, the one of the mesh's devices."
-    ),
-  ] = "auto"
-  loss_chunk: Annotated[
-    int,
-    Field(gt=0, description="Tokens of a row whose logits exist at the same time in the loss."),
-  ] = 256
+  family: Family = "opt"
+  """Architecture. `opt` (the paper): pre-LayerNorm without parameters, learned positions, ReLU,
+  no biases, tied embeddings. `modern`: RMSNorm, RoPE, SwiGLU, query-key norm, untied
+  embeddings."""
+  vocab_size: PositiveInt = 64_512
+  """Number of text and image ids together: the size of `vocab`."""
+  num_layers: PositiveInt = 32
+  """Number of layers."""
+  width: PositiveInt = 4_096
+  """Width of the activations between layers."""
+  num_heads: PositiveInt = 32
+  """Number of attention heads, a divisor of `width`; `modern` needs an even head size."""
+  mlp_width: PositiveInt = 16_384
+  """Width of the feed-forward layer."""
+  max_positions: PositiveInt = 4_096
+  """Longest sample that the learned positions cover; at least `data.sequence_length`."""
+  query_key_norm: bool = False
+  """Whether the queries and keys of every head pass an RMSNorm, for stability; with `modern` they
+  always do."""
+  init_std: PositiveFloat = 0.006
+  """Standard deviation of the truncated normal that parameters start from (the paper's, at width
+  4,096; another width starts alike at init_std x sqrt(4,096 / width))."""
+  embed_std: PositiveFloat = 0.006
+  """Standard deviation of the truncated normal that token embeddings start from."""
+  dtype: Dtype = "bfloat16"
+  """Dtype of activations, and of parameters while they are used; parameters are stored in
+  float32. `float64` (with JAX_ENABLE_X64) is for comparisons with other implementations."""
+  remat_policy: RematPolicy = "full"
+  """Values of a layer, beside its input, that are kept for the backward pass; the others are
+  computed again. From most memory to least: `none` keeps all; `minimal` queries, keys, values,
+  attention's result and the feed-forward's inner product (only attention's output projection is
+  computed again); `save_qkv` the first four of these; `save_attention` attention's result and the
+  residual stream after it; `offload` these two in the host's memory (TPU); `full` nothing."""
+  attention: Attention = "auto"
+  """Implementation of attention: `plain` on any device; `splash`, the Pallas kernel of TPUs;
+  `triton`, the Pallas kernel of GPUs; `auto`, the one of the mesh's devices."""
+  loss_chunk: PositiveInt = 256
+  """Tokens of a row whose logits exist at the same time in the loss."""
 
   def __post_init__(self):
     if self.width % self.num_heads:

@@ -1,4 +1,4 @@
-"""Writes docs/config.md: every field of a config, its type and range, its default and its meaning.
+"""Writes docs/config.md: the type, range, default and meaning of every field of a config.
 
 python -m cm3leon_jax.reports.config_reference
 """
@@ -20,7 +20,7 @@ fields, other types and values out of range; `--print_config` prints what it wou
 
 `python -m cm3leon_jax.reports.config_reference` writes this page from the sections' dataclasses.
 
-`seed` (int >= 0, default `0`): {seed}
+`seed` (int, >= 0, default `0`): {seed}
 """
 SECTION = """
 ## {name}
@@ -30,21 +30,33 @@ SECTION = """
 | field | values | default | meaning |
 |---|---|---|---|
 """
+BOUNDS = {
+  "minimum": ">=",
+  "exclusiveMinimum": ">",
+  "maximum": "<=",
+  "exclusiveMaximum": "<",
+  "multipleOf": "a multiple of",
+  "minLength": "length >=",
+}
 TYPES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool"}
 
 
 def page() -> str:
   """Returns the page as Markdown."""
   seed = pydantic.TypeAdapter(Settings).json_schema()["properties"]["seed"]
-  parts = [HEADER.format(seed=seed["description"])]
+  parts = [HEADER.format(seed=_one_line(seed))]
   for name, cls in SECTIONS.items():
     schema = pydantic.TypeAdapter(cls).json_schema()
-    parts.append(SECTION.format(name=name, text=" ".join(schema["description"].split())))
+    parts.append(SECTION.format(name=name, text=_one_line(schema)))
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     for field, about in schema["properties"].items():
-      cells = f"`{field}`", _values(about), f"`{_show(defaults[field])}`", about["description"]
+      cells = f"`{field}`", _values(about), f"`{_show(defaults[field])}`", _one_line(about)
       parts.append(f"| {' | '.join(cells)} |\n")
   return "".join(parts)
+
+
+def _one_line(schema: dict) -> str:
+  return " ".join(schema["description"].split())
 
 
 def _show(value) -> str:
@@ -52,28 +64,16 @@ def _show(value) -> str:
 
 
 def _values(schema: dict) -> str:
-  """Type and range of a field.
+  """Returns the type and range of a field.
 
-  {"type": "number", "minimum": 0, "exclusiveMaximum": 1} -> "float in [0, 1)"
+  {"type": "number", "minimum": 0, "exclusiveMaximum": 1} -> "float, >= 0, < 1"
   """
   if "enum" in schema:
     return ", ".join(f"`{_show(value)}`" for value in schema["enum"])
   if schema["type"] == "array":
     return f"tuple of {_values(schema['items'])}"
-  low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
-  high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
-  text = TYPES[schema["type"]]
-  if (low, above) != (None, None) and (high, below) != (None, None):
-    left = f"[{low}" if above is None else f"({above}"
-    right = f"{high}]" if below is None else f"{below})"
-    return f"{text} in {left}, {right}"
-  if above is not None:
-    text += f" > {above}"
-  elif low is not None:
-    text += f" >= {low}"
-  if "multipleOf" in schema:
-    text += f", a multiple of {schema['multipleOf']}"
-  return text + (", not empty" if schema.get("minLength") else "")
+  bounds = [f"{sign} {schema[name]}" for name, sign in BOUNDS.items() if name in schema]
+  return ", ".join([TYPES[schema["type"]], *bounds])
 
 
 if __name__ == "__main__":

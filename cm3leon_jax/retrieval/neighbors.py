@@ -12,7 +12,7 @@ from typing import Annotated
 
 from etils import epath
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax import stages
@@ -32,60 +32,24 @@ SELECT_BATCH = 1_024  # documents whose candidates' embeddings are in memory at 
 class RetrievalConfig:
   """How neighbors are chosen."""
 
-  clip: Annotated[
-    str,
-    Field(
-      description="Folder of a Hugging Face CLIP checkpoint that embeds (in bf16); empty: the "
-      "run's own CLIP, of the stage `clip`."
-    ),
-  ] = ""
-  backend: Annotated[
-    index_lib.Backend,
-    Field(
-      description="Search: `auto` is ScaNN for banks of 1,000 documents and more, exact below."
-    ),
-  ] = "auto"
-  max_candidates: Annotated[
-    int,
-    Field(
-      gt=0,
-      description="Length of the list of candidates of each side; at least `kept_per_side`.",
-    ),
-  ] = 64
-  kept_per_side: Annotated[
-    int,
-    Field(
-      gt=0,
-      description="Number of candidates kept from the text side and from the image side (paper: 2 "
-      "and 2).",
-    ),
-  ] = 2
-  max_similarity: Annotated[
-    float,
-    Field(
-      ge=-1,
-      le=1,
-      description="Cosine above which a candidate is skipped: its similarity to the document, or "
-      "to a candidate that is already kept (paper: 0.9).",
-    ),
-  ] = 0.9
-  index_rows: Annotated[
-    int,
-    Field(
-      gt=0,
-      description="Documents of one ScaNN index. Building takes 2,048 bytes a document at an "
-      "embedding width of 512, searching about 780; fewer indices make the search cheaper.",
-    ),
-  ] = 5_000_000
-  query_dropout: Annotated[
-    float,
-    Field(
-      ge=0,
-      lt=1,
-      description="Share of the caption's tokens that is left out when a training document is the "
-      "query (paper: 20%).",
-    ),
-  ] = 0.2
+  clip: str = ""
+  """Folder of a Hugging Face CLIP checkpoint that embeds (in bf16); empty: the run's own CLIP, of
+  the stage `clip`."""
+  backend: index_lib.Backend = "auto"
+  """Search: `auto` is ScaNN for banks of 1,000 documents and more, exact below."""
+  max_candidates: PositiveInt = 64
+  """Length of the list of candidates of each side; at least `kept_per_side`."""
+  kept_per_side: PositiveInt = 2
+  """Number of candidates kept from the text side and from the image side (paper: 2 and 2)."""
+  max_similarity: Annotated[float, Field(ge=-1, le=1)] = 0.9
+  """Cosine above which a candidate is skipped: its similarity to the document, or to a candidate
+  that is already kept (paper: 0.9)."""
+  index_rows: PositiveInt = 5_000_000
+  """Documents of one ScaNN index. Building takes 2,048 bytes a document at an embedding width of
+  512, searching about 780; fewer indices make the search cheaper."""
+  query_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+  """Share of the caption's tokens that is left out when a training document is the query (paper:
+  20%)."""
 
   def __post_init__(self):
     if self.max_candidates < self.kept_per_side:

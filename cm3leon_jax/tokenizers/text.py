@@ -1,11 +1,10 @@
 """Byte-level BPE whose ids are the text range of the shared vocabulary."""
 
 from collections.abc import Iterable
-from typing import Annotated
 
 from etils import epath
 import numpy as np
-from pydantic import Field
+from pydantic import PositiveInt
 import pydantic.dataclasses
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
@@ -23,21 +22,13 @@ TOKENIZER = "tokenizer.json"
 class TextTokenizerConfig:
   """How the text tokenizer is trained, and how documents use it."""
 
-  min_frequency: Annotated[
-    int, Field(gt=0, description="Number of times that a merge must occur in the training texts.")
-  ] = 2
-  model_max_length: Annotated[
-    int,
-    Field(gt=0, description="Length that is written for other software; texts are not cut to it."),
-  ] = 4_096
-  max_caption_tokens: Annotated[
-    int,
-    Field(
-      gt=0,
-      description="Longest caption in tokens: longer captions lose their end when documents are "
-      "written. Texts without an image are never cut there.",
-    ),
-  ] = 512
+  min_frequency: PositiveInt = 2
+  """Number of times that a merge must occur in the training texts."""
+  model_max_length: PositiveInt = 4_096
+  """Length that is written for other software; texts are not cut to it."""
+  max_caption_tokens: PositiveInt = 512
+  """Longest caption in tokens: longer captions lose their end when documents are written. Texts
+  without an image are never cut there."""
 
 
 def train_text_tokenizer(

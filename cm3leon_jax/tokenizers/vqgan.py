@@ -16,7 +16,7 @@ from flax import nnx, traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 import pydantic.dataclasses
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
@@ -39,116 +39,54 @@ class VQGANConfig:
   codes, as CM3Leon does (section 2.1).
   """
 
-  resolution: Annotated[
-    int,
-    Field(gt=0, description="Side of the images in pixels; a multiple of `downsample`."),
-  ] = 256
-  downsample: Annotated[
-    int,
-    Field(
-      gt=0,
-      description="Side in pixels of the square that one code stands for; `stem` times a power "
-      "of two.",
-    ),
-  ] = 8
-  stem: Annotated[
-    int,
-    Field(
-      gt=0,
-      description="Side of the squares of pixels that become channels before the first "
-      "convolution, and pixels again after the last.",
-    ),
-  ] = 2
-  width: Annotated[int, Field(gt=0, description="Number of channels, before `multipliers`.")] = 128
-  multipliers: Annotated[
-    tuple[Annotated[int, Field(gt=0)], ...],
-    Field(description="Factors of `width`, one per level."),
-  ] = (1, 2, 4)
-  encoder_blocks: Annotated[
-    tuple[Annotated[int, Field(ge=0)], ...],
-    Field(description="Numbers of residual blocks of the encoder, one per level."),
-  ] = (2, 2, 2)
-  decoder_blocks: Annotated[
-    tuple[Annotated[int, Field(ge=0)], ...],
-    Field(description="Numbers of residual blocks of the decoder, one per level."),
-  ] = (3, 3, 3)
-  code_dim: Annotated[int, Field(gt=0, description="Width of a code.")] = 32
-  steps: Annotated[
-    int,
-    Field(
-      gt=0,
-      description="Number of training steps, over which the learning rate follows one cosine to 0.",
-    ),
-  ] = 500_000
-  batch_size: Annotated[int, Field(gt=0, description="Images per step.")] = 256
-  learning_rate: Annotated[
-    float, Field(gt=0, description="Learning rate at the end of the warm-up.")
-  ] = 2e-4
-  warmup_steps: Annotated[int, Field(ge=0, description="Number of steps of linear warm-up.")] = (
-    1_000
-  )
-  l1_weight: Annotated[
-    float, Field(ge=0, description="Weight of the absolute error of pixels in [-1, 1].")
-  ] = 0.5
-  l2_weight: Annotated[
-    float, Field(ge=0, description="Weight of the squared error of pixels in [-1, 1].")
-  ] = 1.0
-  codebook_weight: Annotated[
-    float,
-    Field(
-      ge=0,
-      description="Weight of the loss that pulls codes to encodings (van den Oord et al. 2017).",
-    ),
-  ] = 1.0
-  commitment_weight: Annotated[
-    float,
-    Field(
-      ge=0,
-      description="Weight of the loss that pulls encodings to codes (van den Oord et al. 2017).",
-    ),
-  ] = 0.25
-  adversarial_weight: Annotated[
-    float,
-    Field(
-      ge=0,
-      description="Weight of the hinge loss against a patch discriminator; 0: no discriminator.",
-    ),
-  ] = 0.1
-  adversarial_start: Annotated[
-    float,
-    Field(ge=0, le=1, description="Share of the steps after which the discriminator starts."),
-  ] = 0.1
-  discriminator_width: Annotated[
-    int, Field(gt=0, description="Number of channels of the discriminator's first layer.")
-  ] = 64
-  discriminator_layers: Annotated[
-    int,
-    Field(
-      gt=0,
-      description="Number of the discriminator's layers with stride 2; 2^layers is at most "
-      "`resolution`.",
-    ),
-  ] = 3
-  restart_every: Annotated[
-    int,
-    Field(
-      ge=0,
-      description="Number of steps within which a code must be used, else it restarts at an "
-      "encoding; 0: never.",
-    ),
-  ] = 100
-  restart_until: Annotated[
-    float,
-    Field(
-      ge=0,
-      le=1,
-      description="Share of the steps after which no code restarts, so that the decoder settles.",
-    ),
-  ] = 0.75
-  checkpoint_every: Annotated[
-    int,
-    Field(gt=0, description="Number of steps between two states that a killed run continues from."),
-  ] = 2_000
+  resolution: PositiveInt = 256
+  """Side of the images in pixels; a multiple of `downsample`."""
+  downsample: PositiveInt = 8
+  """Side in pixels of the square that one code stands for; `stem` times a power of two."""
+  stem: PositiveInt = 2
+  """Side of the squares of pixels that become channels before the first convolution, and pixels
+  again after the last."""
+  width: PositiveInt = 128
+  """Number of channels, before `multipliers`."""
+  multipliers: tuple[PositiveInt, ...] = (1, 2, 4)
+  """Factors of `width`, one per level."""
+  encoder_blocks: tuple[NonNegativeInt, ...] = (2, 2, 2)
+  """Numbers of residual blocks of the encoder, one per level."""
+  decoder_blocks: tuple[NonNegativeInt, ...] = (3, 3, 3)
+  """Numbers of residual blocks of the decoder, one per level."""
+  code_dim: PositiveInt = 32
+  """Width of a code."""
+  steps: PositiveInt = 500_000
+  """Number of training steps, over which the learning rate follows one cosine to 0."""
+  batch_size: PositiveInt = 256
+  """Images per step."""
+  learning_rate: PositiveFloat = 2e-4
+  """Learning rate at the end of the warm-up."""
+  warmup_steps: NonNegativeInt = 1_000
+  """Number of steps of linear warm-up."""
+  l1_weight: NonNegativeFloat = 0.5
+  """Weight of the absolute error of pixels in [-1, 1]."""
+  l2_weight: NonNegativeFloat = 1.0
+  """Weight of the squared error of pixels in [-1, 1]."""
+  codebook_weight: NonNegativeFloat = 1.0
+  """Weight of the loss that pulls codes to encodings (van den Oord et al. 2017)."""
+  commitment_weight: NonNegativeFloat = 0.25
+  """Weight of the loss that pulls encodings to codes (van den Oord et al. 2017)."""
+  adversarial_weight: NonNegativeFloat = 0.1
+  """Weight of the hinge loss against a patch discriminator; 0: no discriminator."""
+  adversarial_start: Annotated[float, Field(ge=0, le=1)] = 0.1
+  """Share of the steps after which the discriminator starts."""
+  discriminator_width: PositiveInt = 64
+  """Number of channels of the discriminator's first layer."""
+  discriminator_layers: PositiveInt = 3
+  """Number of the discriminator's layers with stride 2; 2^layers is at most `resolution`."""
+  restart_every: NonNegativeInt = 100
+  """Number of steps within which a code must be used, else it restarts at an encoding; 0:
+  never."""
+  restart_until: Annotated[float, Field(ge=0, le=1)] = 0.75
+  """Share of the steps after which no code restarts, so that the decoder settles."""
+  checkpoint_every: PositiveInt = 2_000
+  """Number of steps between two states that a killed run continues from."""
 
   def __post_init__(self):
     if self.downsample % self.stem or not math.log2(self.downsample // self.stem).is_integer():

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
@@ -19,56 +19,33 @@ class OptimizerConfig:
   OPT's other numbers.
   """
 
-  learning_rate: Annotated[
-    float,
-    Field(
-      gt=0, description="Peak learning rate, reached after `warmup_steps` of linear growth from 0."
-    ),
-  ] = 1e-4
-  warmup_steps: Annotated[
-    int, Field(ge=0, description="Number of steps over which the learning rate grows to its peak.")
-  ] = 1_500
-  schedule: Annotated[
-    Literal["cosine", "linear"],
-    Field(
-      description="Shape of the decay from the peak to `final_fraction` of it at the last step."
-    ),
-  ] = "cosine"
-  final_fraction: Annotated[
-    float, Field(ge=0, le=1, description="Learning rate at the last step, as a share of the peak.")
-  ] = 0.1
-  b1: Annotated[float, Field(ge=0, le=1, description="Decay rate of Adam's first moment.")] = 0.9
-  b2: Annotated[float, Field(ge=0, le=1, description="Decay rate of Adam's second moment.")] = 0.95
-  eps: Annotated[
-    float, Field(gt=0, description="Term that Adam adds to the root of the second moment.")
-  ] = 1e-8
-  weight_decay: Annotated[
-    float,
-    Field(
-      ge=0,
-      description="AdamW's weight decay, on all parameters but the scales of norms and, unless "
-      "`decay_embeddings`, the tables of tokens and positions.",
-    ),
-  ] = 0.1
-  decay_embeddings: Annotated[
-    bool, Field(description="Whether weight decay acts on the tables of tokens and positions.")
-  ] = True
-  clip_norm: Annotated[float, Field(gt=0, description="Bound of the global gradient norm.")] = 1.0
-  first_moment_dtype: Annotated[
-    Literal["float32", "bfloat16"],
-    Field(
-      description="Dtype of Adam's first moment; `bfloat16` halves its memory: 2 of the 12 bytes "
-      "that a parameter takes."
-    ),
-  ] = "float32"
-  z_loss: Annotated[
-    float,
-    Field(
-      ge=0,
-      description="Weight in the loss of the squared log of the softmax's normalizer: 0, or about "
-      "1e-4 (PaLM, section 5).",
-    ),
-  ] = 0.0
+  learning_rate: PositiveFloat = 1e-4
+  """Peak learning rate, reached after `warmup_steps` of linear growth from 0."""
+  warmup_steps: NonNegativeInt = 1_500
+  """Number of steps over which the learning rate grows to its peak."""
+  schedule: Literal["cosine", "linear"] = "cosine"
+  """Shape of the decay from the peak to `final_fraction` of it at the last step."""
+  final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+  """Learning rate at the last step, as a share of the peak."""
+  b1: Annotated[float, Field(ge=0, le=1)] = 0.9
+  """Decay rate of Adam's first moment."""
+  b2: Annotated[float, Field(ge=0, le=1)] = 0.95
+  """Decay rate of Adam's second moment."""
+  eps: PositiveFloat = 1e-8
+  """Term that Adam adds to the root of the second moment."""
+  weight_decay: NonNegativeFloat = 0.1
+  """AdamW's weight decay, on all parameters but the scales of norms and, unless
+  `decay_embeddings`, the tables of tokens and positions."""
+  decay_embeddings: bool = True
+  """Whether weight decay acts on the tables of tokens and positions."""
+  clip_norm: PositiveFloat = 1.0
+  """Bound of the global gradient norm."""
+  first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+  """Dtype of Adam's first moment; `bfloat16` halves its memory: 2 of the 12 bytes that a
+  parameter takes."""
+  z_loss: NonNegativeFloat = 0.0
+  """Weight in the loss of the squared log of the softmax's normalizer: 0, or about 1e-4 (PaLM,
+  section 5)."""
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

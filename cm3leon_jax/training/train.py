@@ -11,7 +11,7 @@ from etils import epath
 import jax
 from jax.sharding import NamedSharding
 import numpy as np
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax import distributed
@@ -40,64 +40,36 @@ class TrainConfig:
   Defaults: the tutorial's 1.4T tokens in batches of 8,192 rows.
   """
 
-  steps: Annotated[int, Field(gt=0, description="Number of training steps.")] = 41_723
-  global_batch_size: Annotated[
-    int,
-    Field(
-      gt=0, description="Rows of a step, over all devices (paper: 8M tokens, about 2,048 rows)."
-    ),
-  ] = 8_192
-  gradient_accumulation_steps: Annotated[
-    int,
-    Field(
-      gt=0,
-      description="Number of micro-batches that a batch is split into, computed one after the "
-      "other; a divisor of `global_batch_size`.",
-    ),
-  ] = 1
-  eval_every: Annotated[
-    int, Field(gt=0, description="Number of steps between two held-out losses.")
-  ] = 500
-  eval_batches: Annotated[
-    int, Field(gt=0, description="Number of batches that a held-out loss is computed on.")
-  ] = 4
-  checkpoint_every: Annotated[
-    int, Field(gt=0, description="Number of steps between two checkpoints.")
-  ] = 500
-  keep_checkpoints: Annotated[
-    int,
-    Field(
-      ge=2,
-      description="Number of newest checkpoints that are kept; at least 2, because the previous "
-      "checkpoint is needed until the next one is complete.",
-    ),
-  ] = 2
-  sample_every: Annotated[
-    int, Field(gt=0, description="Number of steps between two grids of samples.")
-  ] = 2_000
-  num_samples: Annotated[int, Field(gt=0, description="Number of images in a grid of samples.")] = 8
-  log_every: Annotated[
-    int,
-    Field(gt=0, description="Number of steps between printed lines; metrics.jsonl has every step."),
-  ] = 1
-  tensorboard: Annotated[
-    bool, Field(description="Whether TensorBoard event files are written.")
-  ] = True
-  wandb: Annotated[str, Field(description="Project of Weights & Biases; empty: none.")] = ""
-  histogram_every: Annotated[
-    int,
-    Field(
-      ge=0,
-      description="Number of steps between TensorBoard's histograms of the parameters; 0: none.",
-    ),
-  ] = 0
-  peak_flops: Annotated[
-    float,
-    Field(
-      ge=0,
-      description="Peak FLOP/s of one device, for MFU; 0: the peak of its kind, if that is known.",
-    ),
-  ] = 0.0
+  steps: PositiveInt = 41_723
+  """Number of training steps."""
+  global_batch_size: PositiveInt = 8_192
+  """Rows of a step, over all devices (paper: 8M tokens, about 2,048 rows)."""
+  gradient_accumulation_steps: PositiveInt = 1
+  """Number of micro-batches that a batch is split into, computed one after the other; a divisor
+  of `global_batch_size`."""
+  eval_every: PositiveInt = 500
+  """Number of steps between two held-out losses."""
+  eval_batches: PositiveInt = 4
+  """Number of batches that a held-out loss is computed on."""
+  checkpoint_every: PositiveInt = 500
+  """Number of steps between two checkpoints."""
+  keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+  """Number of newest checkpoints that are kept; at least 2, because the previous checkpoint is
+  needed until the next one is complete."""
+  sample_every: PositiveInt = 2_000
+  """Number of steps between two grids of samples."""
+  num_samples: PositiveInt = 8
+  """Number of images in a grid of samples."""
+  log_every: PositiveInt = 1
+  """Number of steps between printed lines; metrics.jsonl has every step."""
+  tensorboard: bool = True
+  """Whether TensorBoard event files are written."""
+  wandb: str = ""
+  """Project of Weights & Biases; empty: none."""
+  histogram_every: NonNegativeInt = 0
+  """Number of steps between TensorBoard's histograms of the parameters; 0: none."""
+  peak_flops: NonNegativeFloat = 0.0
+  """Peak FLOP/s of one device, for MFU; 0: the peak of its kind, if that is known."""
 
   def __post_init__(self):
     if self.global_batch_size % self.gradient_accumulation_steps:
