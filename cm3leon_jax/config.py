@@ -2,16 +2,21 @@
 
 import dataclasses
 import difflib
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import pydantic
+if TYPE_CHECKING:
+  import pydantic
 
 T = TypeVar("T")
 
-# Every section converts no types but int -> float and refuses unknown fields, NaN and infinity.
-STRICT = pydantic.ConfigDict(
-  strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-)
+# Every section converts no types but int -> float and refuses unknown fields, NaN and infinity; the
+# line under a field is its description.
+STRICT: "pydantic.ConfigDict" = {
+  "strict": True,
+  "extra": "forbid",
+  "allow_inf_nan": False,
+  "use_attribute_docstrings": True,
+}
 
 
 class UserError(ValueError):
@@ -40,6 +45,8 @@ def build(cls: type[T], values, where: str = "") -> T:
   Raises:
     UserError: an unknown field, a value of another type than the field's, or one out of range.
   """
+  import pydantic  # Here: commands import this module for --help.
+
   values = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()}
   try:
     return cls(**values)

@@ -52,6 +52,12 @@ class Settings:
         f"model.max_positions is {self.model.max_positions}; "
         f"it must be at least data.sequence_length = {self.data.sequence_length}."
       )
+    for field in ("num_heads", "mlp_width"):
+      if self.mesh.tensor > 0 and getattr(self.model, field) % self.mesh.tensor:
+        raise ValueError(
+          f"mesh.tensor is {self.mesh.tensor}; "
+          f"it must divide model.{field} = {getattr(self.model, field)}."
+        )
 
 
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Settings) if f.name != "seed"}

@@ -285,6 +285,14 @@ def test_every_field_is_in_the_table_above():
       {"data__sequence_length": 8_192},
       "config: model.max_positions is 4096; it must be at least data.sequence_length = 8192.",
     ),
+    (
+      {"mesh__tensor": 3},
+      "config: mesh.tensor is 3; it must divide model.num_heads = 32.",
+    ),
+    (
+      {"mesh__tensor": 8, "model__mlp_width": 100},
+      "config: mesh.tensor is 8; it must divide model.mlp_width = 100.",
+    ),
     ({"model__num_layer": 2}, "config.model has no field 'num_layer': did you mean 'num_layers'?"),
     (
       {"moddel": {}},

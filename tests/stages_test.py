@@ -93,6 +93,7 @@ def test_damaged_or_absent_json_is_told(tmp_path):
 
 
 def test_differences_literal():
+  assert stages.differences({"a": {"b": 1}}, {}) == ["a: {'b': 1} -> None"]
   assert stages.differences(
     {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3}, "e": 5}
   ) == [
