@@ -30,6 +30,7 @@ setuptools.setup(
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "pillow>=11",
+    "pydantic>=2.10,<3",
     "pyyaml>=6",
     "safetensors>=0.5",
     "scann>=1.4.2,<2; sys_platform == 'linux' and python_version < '3.14'",  # Elsewhere the search is exact.

@@ -37,14 +37,7 @@ from cm3leon_jax.training import checkpoint
 # n documents, C candidates of each, K of which stand before it.
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SHARED = {
-  "raw": "prepare_data",
-  "text_tokenizer": "train_text_tokenizer",
-  "vqgan": "train_vqgan",
-  "documents": "encode_documents",
-  "clip": "train_clip",
-  "neighbors": "build_neighbors",
-}
+SHARED = ("raw", "text_tokenizer", "vqgan", "documents", "clip", "neighbors")
 # A pair takes about 266 slots, so a row of 1,664 holds 6 of them alone, 3 with a neighbor or 2 with two: all rows are equally
 # full. Drawings of one concept may be as similar as they like; the groups say which must not be neighbors.
 SLOTS = 1_664
@@ -180,7 +173,7 @@ def shuffle_neighbors(
   folder: pathlib.Path, target: pathlib.Path, corpus: Corpus, seed: int
 ) -> None:
   """Writes the neighbors of the stage in `folder` to `target`, once: every document's are those of another of its split."""
-  done = stages.require(folder, SHARED["neighbors"])
+  done = stages.read_json(folder / stages.DONE)
   done["id"] += f"-shuffled-{seed}"
   if (target / stages.DONE).exists() and stages.read_json(target / stages.DONE)["id"] == done["id"]:
     return
@@ -279,8 +272,8 @@ def run_one(ablation: Ablation, name: str, seed: int, corpus: Corpus) -> Run:
   if condition.shuffled:
     shuffle_neighbors(shared / "neighbors", run / "neighbors", corpus, seed)
   ablation.command("train", run, overrides)
-  trained = stages.require(run / "train", "train")
-  with stages.stage(run / "bits", {"inputs": {"train": trained["id"]}}) as summary:
+  trained = stages.require(run, "train")
+  with stages.once(run / "bits", {"inputs": {"train": trained["id"]}}) as summary:
     if summary is not None:
       found = {
         "query_documents": count_queries(settings, run, corpus),
@@ -299,8 +292,8 @@ def ablate(ablation: Ablation, names: list[str], num_seeds: int) -> dict:
   overrides = ablation.overrides()
   settings = ablation.settings(overrides)
   drawing_styles.make_folder(workdir / "drawings", settings.raw.resolution)
-  for command in SHARED.values():
-    ablation.command(command, shared, overrides)
+  for name in SHARED:
+    ablation.command(stages.STAGES[name].command, shared, overrides)
   corpus = open_corpus(shared, settings.vocab)
   about = {
     "steps": ablation.steps,

@@ -1,12 +1,22 @@
-"""From a user's `ml_collections.ConfigDict` to the frozen dataclasses that the library takes."""
+"""Checks of a user's config: an `ml_collections.ConfigDict` becomes frozen dataclasses."""
 
 import dataclasses
 import difflib
-import math
-import typing
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+  import pydantic
 
 T = TypeVar("T")
+
+# Every section converts no types but int -> float and refuses unknown fields, NaN and infinity; the
+# line under a field is its description.
+STRICT: "pydantic.ConfigDict" = {
+  "strict": True,
+  "extra": "forbid",
+  "allow_inf_nan": False,
+  "use_attribute_docstrings": True,
+}
 
 
 class UserError(ValueError):
@@ -21,44 +31,47 @@ class TryAgain(UserError):
   exit_code = 1
 
 
-def build(cls: type[T], values, where: str) -> T:
-  """Makes the dataclass `cls` from a mapping and names the field when that fails.
+def build(cls: type[T], values, where: str = "") -> T:
+  """Makes the dataclass `cls` from a mapping and names the wrong field when that fails.
+
+    build(TrainConfig, {"steps": 0}, "train")
+    UserError: config.train.steps is 0; it must be greater than 0.
 
   Args:
-    cls: a frozen dataclass with scalar or tuple fields; its `__post_init__` validates.
-    values: ConfigDict or dict; lists become tuples.
-    where: name of the section in the config, for messages.
+    cls: a pydantic dataclass with the config `STRICT`.
+    values: ConfigDict or dict of its fields; lists become tuples.
+    where: name of the section in the config, for messages; empty for the config itself.
 
   Raises:
-    UserError: an unknown field, a value of another type than the field's, or one that `cls` refuses.
+    UserError: an unknown field, a value of another type than the field's, or one out of range.
   """
-  hints = typing.get_type_hints(cls)
-  fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
-  kwargs = {}
-  for name, value in dict(values).items():
-    if name not in fields:
+  import pydantic  # Here: commands import this module for --help.
+
+  values = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()}
+  try:
+    return cls(**values)
+  except pydantic.ValidationError as error:
+    place = f"config.{where}" if where else "config"
+    raise UserError(_sentence(error.errors()[0], cls, place)) from error
+
+
+def _sentence(error: dict, cls: type, where: str) -> str:
+  """Turns one of pydantic's errors into a sentence of ours."""
+  field = ".".join([where, *map(str, error["loc"])])
+  match error["type"]:
+    case "unexpected_keyword_argument":
+      name, fields = error["loc"][0], [f.name for f in dataclasses.fields(cls)]
       close = difflib.get_close_matches(name, fields, 1)
       hint = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(fields)}."
-      raise UserError(f"config.{where} has no field '{name}': {hint}")
-    kwargs[name] = _checked(value, fields[name], f"config.{where}.{name}")
-  try:
-    return cls(**kwargs)
-  except (TypeError, ValueError) as error:
-    raise UserError(f"config.{where}: {error}") from error
-
-
-def _checked(value: Any, hint: Any, where: str) -> Any:
-  kind = typing.get_origin(hint) or hint
-  if kind is tuple:
-    if not isinstance(value, list | tuple):
-      raise UserError(f"{where} is {value!r}; it must be a tuple.")
-    return tuple(value)
-  if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if kind in (int, float, str, bool) and (
-    not isinstance(value, kind) or (kind is int and isinstance(value, bool))
+      return f"{where} has no field '{name}': {hint}"
+    case "value_error":  # Of a `__post_init__`.
+      return f"{field}: {error['ctx']['error']}"
+  _, should, rule = error["msg"].partition(" should ")
+  if not should:
+    return f"{field}: {error['msg']}."
+  for long, short in (
+    ("greater than or equal to", "at least"),
+    ("less than or equal to", "at most"),
   ):
-    raise UserError(f"{where} is {value!r}; it must be {kind.__name__}.")
-  if kind is float and not math.isfinite(value):
-    raise UserError(f"{where} is {value}; it must be a finite number.")
-  return value
+    rule = rule.replace(long, short)
+  return f"{field} is {error['input']!r}; it must {rule}."

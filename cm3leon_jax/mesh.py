@@ -1,12 +1,16 @@
 """The device mesh, and the one table that says which mesh axes a logical axis is split over."""
 
-import dataclasses
 import math
+from typing import Annotated
 
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from pydantic import Field
+import pydantic.dataclasses
+
+from cm3leon_jax.config import STRICT
 
 AXES = ("data", "fsdp", "fsdp_inner", "tensor")
 FSDP = ("fsdp", "fsdp_inner")
@@ -27,25 +31,24 @@ RULES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class MeshConfig:
-  """Shape of the mesh. One axis may be -1: it takes the devices that the others leave.
+  """Shape of the device mesh. One axis may be -1: it takes the remaining devices."""
 
-  Attributes:
-    data: replicas of the parameters; gradients are summed over it (across slices, the slow network).
-    fsdp: parameters, optimizer state and batch are split over it.
-    tensor: heads, feed-forward and vocabulary are split over it.
-    fsdp_inner: a second fsdp axis. On a pod, give each a dimension of the torus (16 and 16 on v5e-256): XLA:TPU reduce-scatters
-      gradients along one dimension, and all-reduces them, at twice the traffic, over an axis that spans two.
-  """
-
-  data: int = 1
-  fsdp: int = -1
-  tensor: int = 1
-  fsdp_inner: int = 1
+  data: Annotated[int, Field(ge=-1)] = 1
+  """Number of replicas of the parameters; gradients are summed over this axis (across slices, the
+  slow network)."""
+  fsdp: Annotated[int, Field(ge=-1)] = -1
+  """Number of devices that parameters, optimizer state and batch are split over."""
+  tensor: Annotated[int, Field(ge=-1)] = 1
+  """Number of devices that heads, feed-forward and vocabulary are split over."""
+  fsdp_inner: Annotated[int, Field(ge=-1)] = 1
+  """Size of a second fsdp axis. On a pod, each of the two takes a dimension of the torus (16 and
+  16 on v5e-256): XLA:TPU reduce-scatters gradients along one dimension, and all-reduces them, at
+  twice the traffic, over an axis that spans two."""
 
   def __post_init__(self):
-    if any(n < 1 and n != -1 for n in self.shape) or self.shape.count(-1) > 1:
+    if 0 in self.shape or self.shape.count(-1) > 1:
       raise ValueError(
         f"{_shown(self.shape)}; each must be positive, and at most one -1 (the rest of the devices)."
       )

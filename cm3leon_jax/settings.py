@@ -3,9 +3,11 @@
 import dataclasses
 
 import ml_collections
+from pydantic import NonNegativeInt
+import pydantic.dataclasses
 
 from cm3leon_jax.clip.model import CLIPConfig
-from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config import STRICT, UserError, build
 from cm3leon_jax.data.ingest import RawConfig
 from cm3leon_jax.data.plan import DataConfig
 from cm3leon_jax.decoding.sampling import SamplingConfig
@@ -20,11 +22,12 @@ from cm3leon_jax.training.train import TrainConfig
 from cm3leon_jax.vocab import VocabLayout
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Settings:
-  """A checked config: one frozen dataclass per section; each documents its fields."""
+  """A checked config: one frozen dataclass per section. docs/config.md lists every field."""
 
-  seed: int
+  seed: NonNegativeInt
+  """Seed of every random draw of the run."""
   vocab: VocabLayout
   raw: RawConfig
   text_tokenizer: TextTokenizerConfig
@@ -40,8 +43,6 @@ class Settings:
   evaluation: EvaluationConfig
 
   def __post_init__(self):
-    if self.seed < 0:
-      raise ValueError(f"seed is {self.seed}; it must not be negative.")
     if self.model.vocab_size != self.vocab.size:
       raise ValueError(
         f"model.vocab_size is {self.model.vocab_size}; it must be vocab.size = {self.vocab.size}."
@@ -51,6 +52,12 @@ class Settings:
         f"model.max_positions is {self.model.max_positions}; "
         f"it must be at least data.sequence_length = {self.data.sequence_length}."
       )
+    for field in ("num_heads", "mlp_width"):
+      if self.mesh.tensor > 0 and getattr(self.model, field) % self.mesh.tensor:
+        raise ValueError(
+          f"mesh.tensor is {self.mesh.tensor}; "
+          f"it must divide model.{field} = {getattr(self.model, field)}."
+        )
 
 
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Settings) if f.name != "seed"}
@@ -73,12 +80,19 @@ def settings_from_config(config) -> Settings:
   unknown = sorted(set(config) - {"seed", *SECTIONS})
   if unknown:
     raise UserError(f"config has no section '{unknown[0]}': it has seed, {', '.join(SECTIONS)}.")
-  try:
-    return Settings(
-      seed=int(config.seed),
-      **{name: build(cls, config[name], name) for name, cls in SECTIONS.items()},
-    )
-  except UserError:
-    raise
-  except ValueError as error:
-    raise UserError(f"config: {error}") from error
+  sections = {name: build(cls, config[name], name) for name, cls in SECTIONS.items()}
+  return build(Settings, {"seed": config["seed"], **sections})
+
+
+def describe(settings: Settings) -> list[str]:
+  """Returns one line `section.field = value` per field, with the default if the value differs.
+
+  train.steps = 5  # default: 41723
+  """
+  lines = [f"seed = {settings.seed}" + ("  # default: 0" if settings.seed else "")]
+  for name, cls in SECTIONS.items():
+    for field in dataclasses.fields(cls):
+      value = getattr(getattr(settings, name), field.name)
+      note = "" if value == field.default else f"  # default: {field.default!r}"
+      lines.append(f"{name}.{field.name} = {value!r}{note}")
+  return lines

@@ -1,7 +1,8 @@
-"""Stages of the path from raw pairs to a report: each owns one folder of the workdir and leaves `done.json` in it."""
+"""Stages of a run: each owns a folder of the workdir and leaves `done.json` in it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 import contextlib
+import dataclasses
 import json
 import time
 
@@ -10,6 +11,77 @@ from etils import epath
 from cm3leon_jax.config import UserError
 
 DONE = "done.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One stage: a row of `STAGES`.
+
+  Attributes:
+    command: name of the command that runs the stage.
+    title: name in the report.
+    reads: stages whose results it reads; when one of them ran again, so does this stage.
+    same: parts of the config that make two runs the same run: "seed", a section or
+      `section.field`.
+    embeds: whether it embeds with CLIP, and so reads the stages of `own_clip`, too.
+  """
+
+  command: str
+  title: str
+  reads: tuple[str, ...]
+  same: tuple[str, ...]
+  embeds: bool = False
+
+
+TOKENIZERS = ("text_tokenizer", "vqgan")
+RUN = ("vocab", "data", "model", "optimizer", "train.global_batch_size", "seed")
+
+# Folder of the workdir -> stage, in the order in which they run.
+STAGES = {
+  "raw": Stage("prepare_data", "Raw pairs and texts", (), ("raw",)),
+  "text_tokenizer": Stage(
+    "train_text_tokenizer", "Text tokenizer", ("raw",), ("vocab", "text_tokenizer")
+  ),
+  "vqgan": Stage("train_vqgan", "Image tokenizer", ("raw",), ("vqgan", "vocab.image_size", "seed")),
+  "documents": Stage(
+    "encode_documents",
+    "Documents",
+    ("raw", *TOKENIZERS),
+    ("vocab", "text_tokenizer.max_caption_tokens"),
+  ),
+  "clip": Stage("train_clip", "CLIP", ("raw", "text_tokenizer"), ("clip", "vocab", "seed")),
+  "neighbors": Stage("build_neighbors", "Neighbors", ("raw",), ("retrieval", "seed"), embeds=True),
+  "train": Stage("train", "Decoder", ("documents", "neighbors"), RUN),
+  "samples": Stage(
+    "generate",
+    "Samples",
+    (*TOKENIZERS, "documents", "neighbors", "train"),
+    ("retrieval",),
+    embeds=True,
+  ),
+  "evaluation": Stage(
+    "evaluate", "Evaluation", ("documents", "neighbors", "train"), ("evaluation", "data", "seed")
+  ),
+  "export": Stage("export", "Export", ("text_tokenizer", "train"), ("model",)),
+}
+
+# Fields that do not count where `same` names their whole section: how, how fast or how long a
+# stage computes, and what only another stage reads.
+FREE = frozenset(
+  {
+    "raw.num_threads",
+    "raw.max_rejected",
+    "text_tokenizer.max_caption_tokens",
+    "vqgan.steps",
+    "vqgan.checkpoint_every",
+    "clip.steps",
+    "clip.checkpoint_every",
+    "data.read_threads",
+    "model.remat_policy",
+    "model.attention",
+    "model.loss_chunk",
+  }
+)
 
 
 def plain(value):
@@ -69,32 +141,114 @@ def check_same_config(path: epath.PathLike, stored: dict, config: dict) -> None:
     )
 
 
-def require(folder: epath.PathLike, command: str) -> dict:
-  """Returns what the stage in `folder` left in done.json. Raises UserError if it has not finished."""
-  done = epath.Path(folder) / DONE
-  if not done.exists():
+def identity(settings, name: str) -> dict:
+  """Returns the parts of the config that make two runs of a stage the same run.
+
+  identity(settings, "documents")
+  {"vocab": {"num_special": 256, ...}, "text_tokenizer": {"max_caption_tokens": 512}}
+  """
+  config: dict = {}
+  for part in STAGES[name].same:
+    section, _, field = part.partition(".")
+    value = getattr(settings, section)
+    if field:
+      config.setdefault(section, {})[field] = getattr(value, field)
+    elif dataclasses.is_dataclass(value):
+      fields = dataclasses.asdict(value).items()
+      config[section] = {k: v for k, v in fields if f"{section}.{k}" not in FREE}
+    else:
+      config[section] = value
+  return config
+
+
+def require(workdir: epath.PathLike, name: str) -> dict:
+  """Returns the content of a stage's done.json. Raises UserError if the stage is not finished."""
+  folder = epath.Path(workdir) / name
+  if not (folder / DONE).exists():
     raise UserError(
-      f"{folder} is not finished: run `python -m launch.{command}` with the same --config and --workdir first."
+      f"{folder} is not finished: run `python -m launch.{STAGES[name].command}` "
+      "with the same --config and --workdir first."
     )
-  return read_json(done)
+  return read_json(folder / DONE)
+
+
+def own_clip(settings) -> tuple[str, ...]:
+  """Returns the stages of the run's own CLIP; none if the config names a published CLIP."""
+  return () if settings.retrieval.clip else ("text_tokenizer", "clip")
+
+
+def ids(settings, workdir: epath.PathLike, names: Collection[str]) -> dict[str, str]:
+  """Returns the ids of finished stages.
+
+  Raises:
+    UserError: a stage is not finished, or the training was another model's than the config's.
+  """
+  found = {name: require(workdir, name)["id"] for name in names}
+  if "train" in found:
+    folder, expected = epath.Path(workdir) / "train", identity(settings, "train")
+    stored = read_json(folder / "config.json")["run"]
+    parts = ("vocab", "model")
+    check_same_config(folder, {p: stored[p] for p in parts}, {p: expected[p] for p in parts})
+  return found
+
+
+def inputs(settings, workdir: epath.PathLike, name: str) -> dict[str, str]:
+  """Returns the ids of all stages that a stage reads. Raises UserError, see `ids`."""
+  own = own_clip(settings) if STAGES[name].embeds else ()
+  return ids(settings, workdir, (*STAGES[name].reads, *own))
+
+
+def run_config(
+  settings, workdir: epath.PathLike, name: str, more_inputs: Mapping[str, str] | None = None
+) -> dict:
+  """Returns what the result of a stage depends on.
+
+  This is its part of the config, and under "inputs" the ids of what it reads.
+  """
+  read = {**inputs(settings, workdir, name), **(more_inputs or {})}
+  return {**identity(settings, name), "inputs": read}
+
+
+def stage(
+  workdir: epath.PathLike,
+  name: str,
+  settings,
+  more_inputs: Mapping[str, str] | None = None,
+  **options,
+):
+  """Runs the body once for the stage `name` of `STAGES`, see `once`.
+
+    with stages.stage(workdir, "vqgan", settings) as summary:
+      if summary is not None:
+        summary.update(psnr_db=..., seconds is added here)
+
+  Args:
+    workdir: the run's folder.
+    name: the stage.
+    settings: the run's config.
+    more_inputs: digests of what the stage reads beside other stages.
+    **options: of `once`.
+
+  Raises:
+    UserError: a stage that it reads is not finished, or its folder holds the result of another
+      config.
+  """
+  config = run_config(settings, workdir, name, more_inputs)
+  return once(epath.Path(workdir) / name, config, **options)
 
 
 @contextlib.contextmanager
-def stage(
+def once(
   folder: epath.PathLike,
   config: dict,
   redo: bool = False,
   writes: bool = True,
   together: Callable = contextlib.nullcontext,
 ):
-  """Runs the body once: yields None if the stage finished before, else a dict to fill with its summary.
-
-    with stages.stage(workdir / "vqgan", {"vqgan": asdict(config)}) as summary:
-      if summary is not None:
-        summary.update(psnr_db=..., seconds is added here)
+  """Runs the body once: yields None if the folder is finished, else a dict for its summary.
 
   Args:
-    folder: the stage's own folder; made if absent.
+    folder: the stage's folder; made if absent.
     config: what the outcome depends on: config sections, and under "inputs" the `id` of each stage it reads.
       Other inputs than last time make the stage run again; another config is refused.
     redo: run again although it is done.

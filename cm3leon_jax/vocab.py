@@ -1,26 +1,31 @@
 """The one vocabulary of text and images: which integer means what."""
 
-import dataclasses
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field, PositiveInt
+import pydantic.dataclasses
+
+from cm3leon_jax.config import STRICT
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class VocabLayout:
-  """Ids `[0, text_size)` are text, `[text_size, size)` image codes; the first `num_special` are special tokens.
+  """Ids `[0, text_size)` are text, `[text_size, size)` image codes.
 
-  The defaults are CM3Leon's 56,320 text tokens and 8,192 image codes (section 2.1): 64,512 = 2^10 x 63 ids,
-  which divide evenly over any mesh axis of up to 1,024 devices.
-
-  Attributes:
-    num_special: special tokens, inside the text range: `<pad>`, `</s>`, `<unk>`, `<break>`, `<eoss>`, `<mask:i>`.
-    text_size: size of the text tokenizer, special tokens included.
-    image_size: number of image codes; code `c` has id `text_size + c`.
+  The first `num_special` ids are special tokens. The defaults are CM3Leon's 56,320 text tokens and
+  8,192 image codes (section 2.1): 64,512 = 2^10 x 63 ids, which divide evenly over any mesh axis of
+  up to 1,024 devices.
   """
 
-  num_special: int = 256
-  text_size: int = 56_320
-  image_size: int = 8_192
+  num_special: Annotated[int, Field(ge=6)] = 256
+  """Number of special tokens, inside the text range: `<pad>`, `</s>`, `<unk>`, `<break>`,
+  `<eoss>`, and at least one sentinel `<mask:i>`."""
+  text_size: PositiveInt = 56_320
+  """Number of text tokens, special tokens included; at least `num_special` and the 256 bytes of
+  byte-level BPE."""
+  image_size: PositiveInt = 8_192
+  """Number of image codes; code `c` has the id `text_size + c`."""
 
   pad = 0
   eos = 1  # </s>: document boundary, and the start of every sample.
@@ -29,17 +34,11 @@ class VocabLayout:
   eoss = 4  # <eoss>: end of an infilled span.
 
   def __post_init__(self):
-    if self.num_special < 6:
-      raise ValueError(
-        f"vocab.num_special is {self.num_special}; at least 6 are needed (five fixed ones and one <mask:0>)."
-      )
     if self.text_size < self.num_special + 256:
       raise ValueError(
-        f"vocab.text_size is {self.text_size}; it must hold num_special = {self.num_special} and the 256 bytes of "
-        f"byte-level BPE, so at least {self.num_special + 256}."
+        f"text_size is {self.text_size}; it must be at least {self.num_special + 256}: "
+        f"num_special = {self.num_special} and the 256 bytes of byte-level BPE."
       )
-    if self.image_size < 1:
-      raise ValueError(f"vocab.image_size is {self.image_size}; it must be positive.")
 
   @property
   def size(self) -> int:

@@ -1,22 +1,24 @@
-import dataclasses
+from typing import Annotated
 
 import ml_collections
+from pydantic import Field
+import pydantic.dataclasses
 import pytest
 
-from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config import STRICT, UserError, build
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Sample:
-  width: int = 4
+  width: Annotated[int, Field(gt=0)] = 4
   rate: float = 0.5
   name: str = "a"
   tied: bool = True
-  shape: tuple[int, ...] = (1,)
+  shape: tuple[Annotated[int, Field(gt=0)], ...] = (1,)
 
   def __post_init__(self):
-    if self.width < 1:
-      raise ValueError(f"sample.width is {self.width}; it must be positive.")
+    if self.width % len(self.shape):
+      raise ValueError(f"width = {self.width} is not divisible by {len(self.shape)}.")
 
 
 def test_defaults_and_overrides():
@@ -37,23 +39,36 @@ def test_an_unknown_field_is_named_with_the_one_meant():
     build(Sample, {"widht": 8}, "sample")
   with pytest.raises(UserError, match="no field 'zzz': it has width, rate"):
     build(Sample, {"zzz": 8}, "sample")
+  with pytest.raises(ValueError, match="zzz"):
+    Sample(zzz=8)
 
 
 @pytest.mark.parametrize(
   ("values", "message"),
   [
-    ({"width": 2.5}, "config.sample.width is 2.5; it must be int"),
-    ({"width": True}, "config.sample.width is True; it must be int"),
-    ({"rate": "fast"}, "config.sample.rate is 'fast'; it must be float"),
-    ({"tied": 1}, "config.sample.tied is 1; it must be bool"),
-    ({"name": None}, "config.sample.name is None; it must be str"),
+    ({"width": 2.5}, "width is 2.5; it must be a valid integer."),
+    ({"width": "3"}, "width is '3'; it must be a valid integer."),
+    ({"width": True}, "width is True; it must be a valid integer."),
+    ({"rate": "fast"}, "rate is 'fast'; it must be a valid number."),
+    ({"rate": True}, "rate is True; it must be a valid number."),
+    ({"rate": float("nan")}, "rate is nan; it must be a finite number."),
+    ({"rate": float("inf")}, "rate is inf; it must be a finite number."),
+    ({"tied": 1}, "tied is 1; it must be a valid boolean."),
+    ({"name": None}, "name is None; it must be a valid string."),
+    ({"shape": 3}, "shape is 3; it must be a valid tuple."),
+    ({"shape": [1, 0]}, "shape.1 is 0; it must be greater than 0."),
+    ({"shape": (1, 2.5)}, "shape.1 is 2.5; it must be a valid integer."),
+    ({"width": 0}, "width is 0; it must be greater than 0."),
   ],
 )
-def test_another_type_is_refused(values, message):
-  with pytest.raises(UserError, match=message):
+def test_another_type_or_range_is_refused_in_one_sentence(values, message):
+  with pytest.raises(UserError) as error:
     build(Sample, values, "sample")
+  assert str(error.value) == f"config.sample.{message}"
+  with pytest.raises(ValueError, match="1 validation error for Sample"):
+    Sample(**values)
 
 
-def test_what_the_dataclass_refuses_names_the_section():
-  with pytest.raises(UserError, match=r"^config.sample: sample.width is 0; it must be positive.$"):
-    build(Sample, {"width": 0}, "sample")
+def test_what_fields_together_violate_names_the_section():
+  with pytest.raises(UserError, match=r"^config.sample: width = 4 is not divisible by 3.$"):
+    build(Sample, {"shape": (1, 2, 3)}, "sample")

@@ -1,4 +1,6 @@
 import contextlib
+import dataclasses
+import importlib.util
 import json
 
 import numpy as np
@@ -6,49 +8,71 @@ import pytest
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
+
+SETTINGS = settings_from_config(default_config())
+
+
+def changed(part, value):
+  """SETTINGS with another value of "seed" or of `section.field`."""
+  section, _, field = part.partition(".")
+  if field:
+    value = dataclasses.replace(getattr(SETTINGS, section), **{field: value})
+  return dataclasses.replace(SETTINGS, **{section: value})
+
+
+def finish(workdir, *names):
+  for name in names:
+    with stages.once(workdir / name, {}, redo=True):
+      pass
+  if "train" in names:
+    run = {"run": stages.identity(SETTINGS, "train")}
+    stages.write_json(workdir / "train" / "config.json", run)
 
 
 def test_a_finished_stage_is_skipped(tmp_path):
-  with stages.stage(tmp_path / "a", {"n": 1}) as summary:
+  with stages.once(tmp_path / "a", {"n": 1}) as summary:
     summary["value"] = 3.0
-  first = stages.require(tmp_path / "a", "make_a")
+  first = stages.read_json(tmp_path / "a" / stages.DONE)
   assert first["summary"] == {"value": 3.0}
   assert first["config"] == {"n": 1}
-  with stages.stage(tmp_path / "a", {"n": 1}) as summary:
+  with stages.once(tmp_path / "a", {"n": 1}) as summary:
     assert summary is None
-  assert stages.require(tmp_path / "a", "make_a") == first
+  assert stages.read_json(tmp_path / "a" / stages.DONE) == first
 
 
 def test_redo_runs_again_under_a_new_id(tmp_path):
   ids = []
   for _ in range(2):
-    with stages.stage(tmp_path, {"n": 1}, redo=True) as summary:
+    with stages.once(tmp_path, {"n": 1}, redo=True) as summary:
       assert summary == {}
-    ids.append(stages.require(tmp_path, "make_a")["id"])
+    ids.append(stages.read_json(tmp_path / stages.DONE)["id"])
   assert ids[0] != ids[1]
 
 
 def test_another_config_is_refused_with_the_fields_that_differ(tmp_path):
-  with stages.stage(tmp_path, {"model": {"width": 8, "depth": 2}}):
+  with stages.once(tmp_path, {"model": {"width": 8, "depth": 2}}):
     pass
   with (
     pytest.raises(UserError, match=r"model.width: 8 -> 16"),
-    stages.stage(tmp_path, {"model": {"width": 16, "depth": 2}}),
+    stages.once(tmp_path, {"model": {"width": 16, "depth": 2}}),
   ):
     pytest.fail("the body must not run")
 
 
 def test_a_stage_that_fails_is_not_finished(tmp_path):
-  with pytest.raises(RuntimeError), stages.stage(tmp_path, {}):
+  with pytest.raises(RuntimeError), stages.once(tmp_path / "vqgan", {}):
     raise RuntimeError
-  with pytest.raises(UserError, match=r"run `python -m launch\.make_a`"):
-    stages.require(tmp_path, "make_a")
+  with pytest.raises(
+    UserError, match=r"vqgan is not finished: run `python -m launch\.train_vqgan`"
+  ):
+    stages.require(tmp_path, "vqgan")
 
 
 def test_configs_compare_as_json(tmp_path):
-  with stages.stage(tmp_path, {"shape": (1, 2), "n": np.int64(3)}):
+  with stages.once(tmp_path, {"shape": (1, 2), "n": np.int64(3)}):
     pass
-  with stages.stage(tmp_path, {"shape": [1, 2], "n": 3}) as summary:
+  with stages.once(tmp_path, {"shape": [1, 2], "n": 3}) as summary:
     assert summary is None
 
 
@@ -69,6 +93,7 @@ def test_damaged_or_absent_json_is_told(tmp_path):
 
 
 def test_differences_literal():
+  assert stages.differences({"a": {"b": 1}}, {}) == ["a: {'b': 1} -> None"]
   assert stages.differences(
     {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3}, "e": 5}
   ) == [
@@ -86,14 +111,150 @@ def test_of_a_jobs_processes_one_writes_and_all_read_first(tmp_path, capsys):
     read.append((tmp_path / stages.DONE).exists())
 
   for writes in (False, True):
-    with stages.stage(tmp_path, {"a": 1}, writes=writes, together=together) as summary:
+    with stages.once(tmp_path, {"a": 1}, writes=writes, together=together) as summary:
       summary["steps"] = 5
     assert (tmp_path / stages.DONE).exists() == writes
-  with stages.stage(tmp_path, {"a": 1}, writes=False) as summary:
+  with stages.once(tmp_path, {"a": 1}, writes=False) as summary:
     assert summary is None
   assert capsys.readouterr().out == ""
-  with stages.stage(tmp_path, {"a": 1}, redo=True, writes=False, together=together):
+  with stages.once(tmp_path, {"a": 1}, redo=True, writes=False, together=together):
     assert (tmp_path / stages.DONE).exists()
-  with stages.stage(tmp_path, {"a": 1}, redo=True, together=together):
+  with stages.once(tmp_path, {"a": 1}, redo=True, together=together):
     assert not (tmp_path / stages.DONE).exists()
   assert read == [False, False, True, True]
+
+
+def test_every_row_of_the_table_names_what_exists():
+  fields = {f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+  order = list(stages.STAGES)
+  for name, stage in stages.STAGES.items():
+    assert importlib.util.find_spec(f"cm3leon_jax.commands.{stage.command}")
+    assert set(stage.same) <= {"seed", *SECTIONS, *fields}
+    assert all(order.index(read) < order.index(name) for read in stage.reads)
+  assert fields >= stages.FREE
+
+
+@pytest.mark.parametrize(
+  ("name", "parts"),
+  [
+    ("raw", "raw"),
+    ("text_tokenizer", "vocab text_tokenizer"),
+    ("vqgan", "vqgan vocab seed"),
+    ("documents", "vocab text_tokenizer"),
+    ("clip", "clip vocab seed"),
+    ("neighbors", "retrieval seed"),
+    ("train", "vocab data model optimizer train seed"),
+    ("samples", "retrieval"),
+    ("evaluation", "evaluation data seed"),
+    ("export", "model"),
+  ],
+)
+def test_the_parts_of_the_config_that_a_stage_depends_on(name, parts):
+  identity = stages.identity(SETTINGS, name)
+  assert set(identity) == set(parts.split())
+  for section, values in identity.items():
+    if section != "seed":
+      stored = dataclasses.asdict(getattr(SETTINGS, section))
+      assert values.items() <= stored.items()
+
+
+def test_identity_literals():
+  assert stages.identity(SETTINGS, "documents") == {
+    "vocab": {"num_special": 256, "text_size": 56_320, "image_size": 8_192},
+    "text_tokenizer": {"max_caption_tokens": 512},
+  }
+  assert stages.identity(SETTINGS, "text_tokenizer")["text_tokenizer"] == {
+    "min_frequency": 2,
+    "model_max_length": 4_096,
+  }
+  assert stages.identity(SETTINGS, "vqgan")["vocab"] == {"image_size": 8_192}
+  assert stages.identity(SETTINGS, "train")["train"] == {"global_batch_size": 8_192}
+
+
+@pytest.mark.parametrize(
+  ("name", "part", "value", "same"),
+  [
+    ("raw", "raw.num_threads", 1, True),
+    ("raw", "raw.max_rejected", 0.5, True),
+    ("raw", "raw.resolution", 64, False),
+    ("text_tokenizer", "text_tokenizer.max_caption_tokens", 9, True),
+    ("documents", "text_tokenizer.max_caption_tokens", 9, False),
+    ("vqgan", "vqgan.steps", 9, True),
+    ("vqgan", "vqgan.checkpoint_every", 9, True),
+    ("vqgan", "vqgan.batch_size", 9, False),
+    ("vqgan", "seed", 9, False),
+    ("clip", "clip.steps", 9, True),
+    ("clip", "clip.checkpoint_every", 9, True),
+    ("clip", "clip.embed_dim", 9, False),
+    ("neighbors", "retrieval.kept_per_side", 9, False),
+    ("train", "train.steps", 9, True),
+    ("train", "train.global_batch_size", 9, False),
+    ("train", "data.read_threads", 9, True),
+    ("train", "data.num_neighbors", 9, False),
+    ("train", "model.remat_policy", "none", True),
+    ("train", "model.attention", "plain", True),
+    ("train", "model.loss_chunk", 9, True),
+    ("train", "optimizer.learning_rate", 9.0, False),
+    ("evaluation", "evaluation.num_documents", 9, False),
+    ("export", "model.attention", "plain", True),
+  ],
+)
+def test_fields_that_make_another_run(name, part, value, same):
+  identity = stages.identity(SETTINGS, name)
+  assert (stages.identity(changed(part, value), name) == identity) == same
+
+
+def test_a_stage_runs_again_after_a_stage_that_it_reads(tmp_path):
+  ran = []
+
+  def run():
+    with stages.stage(tmp_path, "vqgan", SETTINGS) as summary:
+      ran.append(summary is not None)
+
+  with pytest.raises(UserError, match=r"raw is not finished: run `python -m launch\.prepare_data`"):
+    run()
+  finish(tmp_path, "raw")
+  run()
+  run()
+  finish(tmp_path, "raw")
+  run()
+  assert ran == [True, False, True]
+  assert stages.require(tmp_path, "vqgan")["config"]["inputs"] == stages.inputs(
+    SETTINGS, tmp_path, "vqgan"
+  )
+
+
+def test_more_inputs_than_stages(tmp_path):
+  ran = []
+  for digest in ("a", "a", "b"):
+    with stages.stage(tmp_path, "raw", SETTINGS, {"files": digest}) as summary:
+      ran.append(summary is not None)
+  assert ran == [True, False, True]
+
+
+def test_a_stage_of_another_config_is_refused(tmp_path):
+  with stages.stage(tmp_path, "raw", SETTINGS):
+    pass
+  other = changed("raw.resolution", 64)
+  with (
+    pytest.raises(UserError, match=r"raw\.resolution: 256 -> 64"),
+    stages.stage(tmp_path, "raw", other),
+  ):
+    pytest.fail("the body must not run")
+
+
+def test_a_published_clip_is_read_instead_of_the_runs_own(tmp_path):
+  finish(tmp_path, "raw", "text_tokenizer", "clip")
+  assert set(stages.inputs(SETTINGS, tmp_path, "neighbors")) == {"raw", "text_tokenizer", "clip"}
+  published = changed("retrieval.clip", "folder")
+  assert set(stages.inputs(published, tmp_path, "neighbors")) == {"raw"}
+  assert set(stages.inputs(published, tmp_path, "clip")) == {"raw", "text_tokenizer"}
+
+
+def test_a_training_of_another_model_is_refused(tmp_path):
+  finish(tmp_path, "text_tokenizer", "train")
+  assert set(stages.inputs(SETTINGS, tmp_path, "export")) == {"text_tokenizer", "train"}
+  stages.inputs(changed("model.attention", "plain"), tmp_path, "export")
+  stages.inputs(changed("optimizer.learning_rate", 9.0), tmp_path, "export")
+  with pytest.raises(UserError, match=r"another config \(model\.width: 4096 -> 1024\)"):
+    stages.inputs(changed("model.width", 1_024), tmp_path, "export")

@@ -62,16 +62,3 @@ def test_ids_of_no_image_are_refused(token):
 def test_absent_sentinels_are_refused(i):
   with pytest.raises(ValueError, match="3 sentinels"):
     SMALL.mask(i)
-
-
-@pytest.mark.parametrize(
-  ("field", "values"),
-  [
-    ("num_special", {"num_special": 5}),
-    ("text_size", {"num_special": 8, "text_size": 263}),
-    ("image_size", {"image_size": 0}),
-  ],
-)
-def test_impossible_layouts_are_refused(field, values):
-  with pytest.raises(ValueError, match=f"vocab.{field} is"):
-    VocabLayout(**values)

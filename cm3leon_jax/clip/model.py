@@ -6,97 +6,75 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import itertools
+from typing import Annotated, Literal
 
 from etils import epath
 from flax import nnx, traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+import pydantic.dataclasses
 import safetensors.numpy
 
 from cm3leon_jax import stages
-from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config import STRICT, UserError, build
 from cm3leon_jax.vocab import VocabLayout
 
-IMAGE_ENCODERS = ("vit", "conv")
 HEAD_DIM = 64
 EMBED_BATCH = 128
 PARAMS = "params.safetensors"
 CONFIG = "config.json"
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class CLIPConfig:
-  """Both encoders and their training; the defaults are ViT-B/32 and its recipe, at this project's 256 pixels instead of 224.
+  """Both encoders of CLIP and their training.
 
-  Attributes:
-    resolution: side of the images in pixels.
-    image_encoder: `vit`, or `conv`: a residual network of three widths (image_width / 4, / 2, / 1) that learns more from few
-      images and little time.
-    patch: side of the squares that the image encoder starts from.
-    image_width: of the image encoder (its last stage).
-    image_layers: transformer layers, or residual blocks per stage behind the first.
-    text_width, text_layers: of the text transformer.
-    text_length: longest caption in tokens; what is beyond is cut.
-    embed_dim: E.
-    batch_size: pairs per step; every other pair of the batch is a negative.
-    learning_rate: at the end of the warm-up, then a cosine to 0.
-    warmup_fraction: share of the steps with a linear warm-up.
-    weight_decay: AdamW's, on matrices only.
-    text_dropout: share of the caption's tokens that training leaves out.
-    shift: largest random shift of a training image, as a share of its side.
-    color_jitter: largest random change of a training image's distance from white, per channel.
-    checkpoint_every: steps between two checkpoints of a training in progress.
+  The defaults are ViT-B/32 and its recipe, at this project's 256 pixels instead of 224.
   """
 
-  resolution: int = 256
-  image_encoder: str = "vit"
-  patch: int = 32
-  image_width: int = 768
-  image_layers: int = 12
-  text_width: int = 512
-  text_layers: int = 12
-  text_length: int = 77
-  embed_dim: int = 512
-  steps: int = 400_000
-  batch_size: int = 32_768
-  learning_rate: float = 5e-4
-  warmup_fraction: float = 0.005
-  weight_decay: float = 0.2
-  text_dropout: float = 0.0
-  shift: float = 0.1
-  color_jitter: float = 0.0
-  checkpoint_every: int = 1_000
+  resolution: PositiveInt = 256
+  """Side of the images in pixels; a multiple of `patch`."""
+  image_encoder: Literal["vit", "conv"] = "vit"
+  """Image encoder: a vision transformer, or a residual network of three widths (`image_width` /
+  4, / 2, / 1) that learns more from few images and little time."""
+  patch: PositiveInt = 32
+  """Side in pixels of the squares that the image encoder reads."""
+  image_width: Annotated[int, Field(gt=0, multiple_of=HEAD_DIM)] = 768
+  """Width of the image encoder (its last stage)."""
+  image_layers: PositiveInt = 12
+  """Number of transformer layers, or of residual blocks per stage after the first."""
+  text_width: Annotated[int, Field(gt=0, multiple_of=HEAD_DIM)] = 512
+  """Width of the text transformer."""
+  text_layers: PositiveInt = 12
+  """Number of layers of the text transformer."""
+  text_length: PositiveInt = 77
+  """Longest caption in tokens; longer captions are cut."""
+  embed_dim: PositiveInt = 512
+  """Width E of the embeddings."""
+  steps: PositiveInt = 400_000
+  """Number of training steps."""
+  batch_size: Annotated[int, Field(ge=2)] = 32_768
+  """Pairs per step; the other pairs of the batch are the negatives of a pair."""
+  learning_rate: PositiveFloat = 5e-4
+  """Learning rate at the end of the warm-up; from there a cosine to 0."""
+  warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.005
+  """Share of the steps with a linear warm-up."""
+  weight_decay: NonNegativeFloat = 0.2
+  """AdamW's weight decay, on matrices only."""
+  text_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+  """Share of the caption's tokens that training leaves out."""
+  shift: Annotated[float, Field(ge=0, lt=1)] = 0.1
+  """Largest random shift of a training image, as a share of its side."""
+  color_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
+  """Largest random change of a training image's distance from white, per channel."""
+  checkpoint_every: PositiveInt = 1_000
+  """Number of steps between two states that a killed run continues from."""
 
   def __post_init__(self):
-    if self.image_encoder not in IMAGE_ENCODERS:
-      raise ValueError(
-        f"image_encoder is '{self.image_encoder}'; it must be one of {', '.join(IMAGE_ENCODERS)}."
-      )
-    for field in (
-      "resolution",
-      "patch",
-      "image_layers",
-      "text_layers",
-      "text_length",
-      "embed_dim",
-      "steps",
-      "checkpoint_every",
-    ):
-      if getattr(self, field) < 1:
-        raise ValueError(f"{field} is {getattr(self, field)}; it must be positive.")
     if self.resolution % self.patch:
       raise ValueError(f"patch = {self.patch} does not divide resolution = {self.resolution}.")
-    if self.batch_size < 2:
-      raise ValueError(f"batch_size is {self.batch_size}; the contrastive loss needs at least 2.")
-    for field in ("image_width", "text_width"):
-      if getattr(self, field) < HEAD_DIM or getattr(self, field) % HEAD_DIM:
-        raise ValueError(
-          f"{field} is {getattr(self, field)}; it must be a multiple of {HEAD_DIM}, the size of a head."
-        )
-    for field in ("text_dropout", "shift", "color_jitter", "warmup_fraction"):
-      if not 0 <= getattr(self, field) < 1:
-        raise ValueError(f"{field} is {getattr(self, field)}; it must lie in [0, 1).")
 
 
 class Block(nnx.Module):

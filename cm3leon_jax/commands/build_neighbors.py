@@ -4,7 +4,6 @@ python -m launch.build_neighbors --config=ml_configs/openmoji.py --workdir=workd
 python -m launch.build_neighbors --config=... --workdir=... --runner=ray --ray_address=auto --ray_workers=64
 """
 
-import dataclasses
 import functools
 
 from cm3leon_jax import stages
@@ -13,12 +12,7 @@ from cm3leon_jax.retrieval import bank, neighbors
 
 
 def main(settings, workdir):
-  clip = common.clip_inputs(settings, workdir)
-  inputs = {"raw": stages.require(workdir / "raw", "prepare_data")["id"], **clip}
-  retrieval = dataclasses.asdict(settings.retrieval)
-  with stages.stage(
-    workdir / "neighbors", {"retrieval": retrieval, "seed": settings.seed, "inputs": inputs}
-  ) as summary:
+  with stages.stage(workdir, "neighbors", settings) as summary:
     if summary is not None:
       load_clip = functools.partial(
         bank.load_clip, settings.retrieval.clip, str(workdir), settings.vocab
@@ -32,7 +26,8 @@ def main(settings, workdir):
         {},
       )
       width = bank.embedding_width(settings.retrieval.clip, workdir)
-      clip = {"clip": settings.retrieval.clip, **clip}
+      own = stages.ids(settings, workdir, stages.own_clip(settings))
+      clip = {"clip": settings.retrieval.clip, **own}
       summary.update(
         neighbors.build_neighbors(settings.retrieval, job, width, clip, sharded.runner())
       )

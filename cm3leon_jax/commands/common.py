@@ -1,6 +1,5 @@
 """What every command shares: the --config and --workdir flags, the checked settings, and how a user's mistake is told."""
 
-import dataclasses
 import re
 import sys
 
@@ -9,16 +8,19 @@ from etils import epath
 import jax
 from ml_collections import config_flags
 
-from cm3leon_jax import distributed, stages
+from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
 from cm3leon_jax.mesh import create_mesh
-from cm3leon_jax.settings import Settings, settings_from_config
+from cm3leon_jax.settings import Settings, describe, settings_from_config
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, e.g. ml_configs/openmoji.py; fields: --config.train.steps=100."
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; every stage has a folder of its own in it."
+)
+_PRINT_CONFIG = flags.DEFINE_bool(
+  "print_config", False, "Print every field of the checked config, one per line, and exit."
 )
 
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -32,18 +34,6 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, 
 _TIMEOUT = flags.DEFINE_integer(
   "coordinator_timeout", 300, "Seconds that the processes wait for each other.", lower_bound=1
 )
-
-
-# How a run computes, not what: a continued run may change these.
-EXECUTION = {"data": {"read_threads"}, "model": {"remat_policy", "attention", "loss_chunk"}}
-
-
-def identity(settings: Settings, *sections: str) -> dict:
-  """The fields of some sections that make a run the same run."""
-  fields = lambda name: dataclasses.asdict(getattr(settings, name)).items()
-  return {
-    name: {k: v for k, v in fields(name) if k not in EXECUTION.get(name, ())} for name in sections
-  }
 
 
 def _join_processes(several: bool) -> None:
@@ -84,25 +74,6 @@ def keep_compiled(workdir: epath.Path) -> None:
   """
   if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
-
-
-def require_run(settings: Settings, workdir: epath.Path) -> str:
-  """Id of the finished training in `workdir`. Raises UserError if it was another model's than the config's, or is not done."""
-  found = stages.require(workdir / "train", "train")["id"]
-  stored = stages.read_json(workdir / "train" / "config.json")["run"]
-  expected = identity(settings, "vocab", "model")
-  stages.check_same_config(workdir / "train", {name: stored[name] for name in expected}, expected)
-  return found
-
-
-def clip_inputs(settings: Settings, workdir: epath.Path) -> dict[str, str]:
-  """Ids of the stages that `bank.load_clip` reads, none for a Hugging Face CLIP. Raises UserError if one is not finished."""
-  if settings.retrieval.clip:
-    return {}
-  folders = {"text_tokenizer": "train_text_tokenizer", "clip": "train_clip"}
-  return {
-    folder: stages.require(workdir / folder, command)["id"] for folder, command in folders.items()
-  }
 
 
 def _fail(message: str, code: int = UserError.exit_code) -> None:
@@ -150,6 +121,11 @@ def run(main, workdir: bool = True, several_processes: bool = False) -> None:
           f"unexpected argument '{argv[1]}': commands take flags only (--name=value)."
         )
       settings = settings_from_config(_config())
+      if _PRINT_CONFIG.value:
+        print("\n".join(describe(settings)))
+        return
+      if workdir and _WORKDIR.value is None:
+        raise UserError("name the folder of the run: --workdir=workdir")
       _join_processes(several_processes)
       main(settings, *([epath.Path(_WORKDIR.value)] if workdir else []))
     except UserError as error:
@@ -160,5 +136,5 @@ def run(main, workdir: bool = True, several_processes: bool = False) -> None:
   ):  # --help tells their flags, too.
     for flag in flags.FLAGS.get_key_flags_for_module(module):
       flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-  flags.mark_flags_as_required(["config", "workdir"] if workdir else ["config"])
+  flags.mark_flag_as_required("config")
   app.run(checked, flags_parser=_parse_flags)

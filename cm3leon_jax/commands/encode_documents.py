@@ -4,7 +4,6 @@ python -m launch.encode_documents --config=ml_configs/openmoji.py --workdir=work
 python -m launch.encode_documents --config=ml_configs/openmoji.py --workdir=workdir --validate
 """
 
-import dataclasses
 import functools
 
 from absl import flags
@@ -21,7 +20,7 @@ _VALIDATE = flags.DEFINE_bool(
 
 def validate(settings, workdir) -> None:
   """Prints what each store holds. Raises UserError at the first wrong record."""
-  stages.require(workdir / "documents", "encode_documents")
+  stages.require(workdir, "documents")
   for name in (f"{split}_{kind}" for split in SPLITS for kind in KINDS):
     store = documents.DocumentStore(workdir / "documents" / name, settings.vocab)
     found = documents.validate_store(store)
@@ -33,22 +32,7 @@ def main(settings, workdir):
   if _VALIDATE.value:
     validate(settings, workdir)
     return
-  stages_read = {
-    "raw": "prepare_data",
-    "text_tokenizer": "train_text_tokenizer",
-    "vqgan": "train_vqgan",
-  }
-  inputs = {
-    folder: stages.require(workdir / folder, command)["id"]
-    for folder, command in stages_read.items()
-  }
-  longest = settings.text_tokenizer.max_caption_tokens
-  config = {
-    "vocab": dataclasses.asdict(settings.vocab),
-    "max_caption_tokens": longest,
-    "inputs": inputs,
-  }
-  with stages.stage(workdir / "documents", config) as summary:
+  with stages.stage(workdir, "documents", settings) as summary:
     if summary is not None:
       job = encode.EncodeJob(
         str(workdir / "raw"),
@@ -56,12 +40,11 @@ def main(settings, workdir):
         functools.partial(encode.load_tokenizers, str(workdir), settings.vocab),
         settings.vocab,
         settings.vqgan.resolution,
-        longest,
+        settings.text_tokenizer.max_caption_tokens,
         num_threads=settings.raw.num_threads,
       )
-      tokenizers = {
-        name: found for name, found in inputs.items() if name != "raw"
-      }  # Shards know their records by digest.
+      # Not the id of raw: shards know their records by digest.
+      tokenizers = stages.ids(settings, workdir, stages.TOKENIZERS)
       summary.update(encode.encode_documents(job, tokenizers, sharded.runner()))
       for split, numbers in summary.items():
         print(

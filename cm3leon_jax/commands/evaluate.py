@@ -5,8 +5,6 @@
 Neighbors are found by the caption alone, as at inference. Writes evaluation/metrics.json.
 """
 
-import dataclasses
-
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.data.documents import DocumentStore
@@ -16,18 +14,7 @@ from cm3leon_jax.training import checkpoint
 
 
 def main(settings, workdir):
-  inputs = {
-    "documents": stages.require(workdir / "documents", "encode_documents")["id"],
-    "neighbors": stages.require(workdir / "neighbors", "build_neighbors")["id"],
-    "train": common.require_run(settings, workdir),
-  }
-  config = {
-    "evaluation": dataclasses.asdict(settings.evaluation),
-    "seed": settings.seed,
-    "inputs": inputs,
-  }
-  config |= common.identity(settings, "data")
-  with stages.stage(workdir / "evaluation", config) as summary, common.use_mesh(settings):
+  with stages.stage(workdir, "evaluation", settings) as summary, common.use_mesh(settings):
     if summary is None:
       return
     bits.check_batch(settings.evaluation)

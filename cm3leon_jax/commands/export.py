@@ -6,8 +6,6 @@ Then: transformers.AutoModelForCausalLM.from_pretrained("workdir/export"). With 
 documents are compared with ours.
 """
 
-import dataclasses
-
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.data import raw_pairs
@@ -20,13 +18,8 @@ SAMPLES = 4
 
 
 def main(settings, workdir) -> None:
-  inputs = {
-    "text_tokenizer": stages.require(workdir / "text_tokenizer", "train_text_tokenizer")["id"],
-    "train": common.require_run(settings, workdir),
-  }
   folder = workdir / "export"
-  config = {"model": dataclasses.asdict(settings.model), "inputs": inputs}
-  with stages.stage(folder, config) as summary, common.use_mesh(settings):
+  with stages.stage(workdir, "export", settings) as summary, common.use_mesh(settings):
     if summary is None:
       return
     origins = (

@@ -82,12 +82,6 @@ _CACHE_DTYPE = flags.DEFINE_enum(
 )
 
 MOST_TEXTS = 16  # That are printed; all are in results.jsonl.
-STAGES = {
-  "text_tokenizer": "train_text_tokenizer",
-  "vqgan": "train_vqgan",
-  "documents": "encode_documents",
-  "neighbors": "build_neighbors",
-}
 
 
 def _numbers(flag, default: list, kind, least) -> list:
@@ -183,14 +177,11 @@ def _bank(settings, workdir: epath.Path, heldout: bool) -> epath.Path:
     )
   bank = epath.Path(_BANK.value)
   documents, neighbors = (
-    stages.require(bank / folder, STAGES[folder])["config"] for folder in ("documents", "neighbors")
+    stages.require(bank, name)["config"] for name in ("documents", "neighbors")
   )
   found = {"clip": neighbors["retrieval"]["clip"], **documents["inputs"], **neighbors["inputs"]}
-  expected = {
-    folder: stages.require(workdir / folder, STAGES[folder])["id"]
-    for folder in ("text_tokenizer", "vqgan")
-  }
-  expected |= {"clip": settings.retrieval.clip, **common.clip_inputs(settings, workdir)}
+  read = (*stages.TOKENIZERS, *stages.own_clip(settings))
+  expected = {"clip": settings.retrieval.clip, **stages.ids(settings, workdir, read)}
   for name, value in expected.items():
     if found[name] != value:
       raise UserError(
@@ -208,15 +199,14 @@ def _config(
 ) -> dict:
   """What the samples depend on, the ids of the stages that are read included. Raises UserError if one is not finished."""
   retrieves = not asks or any(ask.retrieve for ask in asks)
-  folders = [folder for folder in STAGES if retrieves or folder in ("text_tokenizer", "vqgan")]
-  of = lambda folder: (bank if folder == "neighbors" else workdir) / folder
-  inputs = {folder: stages.require(of(folder), STAGES[folder])["id"] for folder in folders}
-  inputs |= common.clip_inputs(settings, workdir) if _needs_clip(asks) else {}
-  inputs |= {"train": common.require_run(settings, workdir)}
+  read = [*stages.TOKENIZERS, "train", *(["documents"] if retrieves else [])]
+  read += stages.own_clip(settings) if _needs_clip(asks) else ()
+  inputs = stages.ids(settings, workdir, read)
+  inputs |= stages.ids(settings, bank, ["neighbors"]) if retrieves else {}
   same = ("samples", "rank", "keep_neighbors", "weight_dtype", "cache_dtype", "draft_window")
   config = {
     "inputs": inputs,
-    "retrieval": dataclasses.asdict(settings.retrieval),
+    **stages.identity(settings, "samples"),
     **{n: flags.FLAGS[n].value for n in same},
   }
   if asks:
@@ -290,7 +280,7 @@ def main(settings, workdir) -> None:
       image: hashlib.sha256(pixels.tobytes()).hexdigest() for image, pixels in given.items()
     }
   folder = _folder(workdir, asks, config)
-  with stages.stage(folder, config) as summary, common.use_mesh(settings):
+  with stages.once(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
       clip = (
         load_clip(settings.retrieval.clip, workdir, settings.vocab) if _needs_clip(asks) else None

@@ -23,19 +23,14 @@ _ROWS = flags.DEFINE_integer("rows", 6, "Number of rows.", lower_bound=1)
 _FIRST_ROW = flags.DEFINE_integer("first_row", 0, "The first of them.", lower_bound=0)
 _SPLIT = flags.DEFINE_enum("split", "train", ["train", "heldout"], "Split that they are of.")
 
-STAGES = {
-  "text_tokenizer": "train_text_tokenizer",
-  "vqgan": "train_vqgan",
-  "documents": "encode_documents",
-  "neighbors": "build_neighbors",
-}
+READ = (*stages.TOKENIZERS, "documents", "neighbors")
 
 
 def draw(settings, workdir, out: epath.Path, split: str, numbers: range, config_name: str) -> None:
   """Writes the page of rows `numbers` of `split`. Raises UserError if it cannot, or if a stage is missing."""
   inspect_page.check_writable(out)
-  for folder, command in STAGES.items():
-    stages.require(workdir / folder, command)
+  for name in READ:
+    stages.require(workdir, name)
   loader = open_rows(settings, workdir, split)
   scores = load_neighbors(workdir / "neighbors", f"{split}_pairs", array="scores")
   rows = inspect.read_rows(loader, scores, numbers)

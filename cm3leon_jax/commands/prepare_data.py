@@ -5,7 +5,6 @@
 `--config.raw.source` is "openmoji", or images and texts of one's own in any of several formats (docs/data_formats.md).
 """
 
-import dataclasses
 import hashlib
 
 from cm3leon_jax import stages
@@ -14,12 +13,10 @@ from cm3leon_jax.data import ingest
 
 
 def main(settings, workdir):
-  config = dataclasses.asdict(settings.raw)
-  del config["num_threads"], config["max_rejected"]
   parts = ingest.parts_of(settings.raw)
   # Files that were added or have changed make the stage run again, over their shards alone.
   files = hashlib.sha256(repr(parts).encode()).hexdigest()
-  with stages.stage(workdir / "raw", {"raw": config, "inputs": {"files": files}}) as summary:
+  with stages.stage(workdir, "raw", settings, {"files": files}) as summary:
     if summary is not None:
       summary.update(ingest.prepare(settings.raw, parts, workdir / "raw", sharded.runner()))
       print("prepare_data:", ", ".join(f"{name} {value}" for name, value in summary.items()))

@@ -83,24 +83,14 @@ def look_at_rows(plan: RowPlan) -> dict:
   return statistics
 
 
-def identity(settings: Settings, workdir) -> dict:
-  """What makes a run the same run."""
-  config = {"seed": settings.seed, "global_batch_size": settings.train.global_batch_size}
-  config |= common.identity(settings, "vocab", "data", "model", "optimizer")
-  stage_of = {"documents": "encode_documents", "neighbors": "build_neighbors"}
-  inputs = {
-    name: stages.require(workdir / name, command)["id"] for name, command in stage_of.items()
-  }
-  return {**config, "inputs": inputs}
-
-
 def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool = False) -> None:
   traced = parse_steps(profile_steps, settings.train.steps)
   distributed.check_same_config(
     {**dataclasses.asdict(settings), "profile_steps": profile_steps, "debug_nans": debug_nans}
   )
   with distributed.together():  # Nobody writes before all have read.
-    config, folder = identity(settings, workdir), workdir / "train"
+    folder = workdir / "train"
+    config = stages.run_config(settings, workdir, "train")
     if (folder / "config.json").exists():
       stages.check_same_config(folder, stages.read_json(folder / "config.json")["run"], config)
   with distributed.together():
@@ -117,7 +107,7 @@ def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool 
   redo = done.exists() and stages.read_json(done)["summary"]["steps"] < settings.train.steps
   # A context, not jax.config.update: that ends without a word once anything like logsumexp is traced (jax 0.10.2).
   nans = jax.debug_nans(debug_nans or jax.config.jax_debug_nans)
-  stage = stages.stage(
+  stage = stages.once(
     folder, config, redo, writes=distributed.is_first(), together=distributed.together
   )
   with common.use_mesh(settings), nans, stage as summary:

@@ -3,8 +3,6 @@
 python -m launch.train_clip --config=ml_configs/openmoji.py --workdir=workdir
 """
 
-import dataclasses
-
 from cm3leon_jax import stages
 from cm3leon_jax.clip import train as train_clip
 from cm3leon_jax.commands import common
@@ -12,19 +10,7 @@ from cm3leon_jax.tokenizers.text import TextTokenizer
 
 
 def main(settings, workdir):
-  clip = dataclasses.asdict(settings.clip)
-  del clip["steps"]
-  inputs = {
-    "raw": stages.require(workdir / "raw", "prepare_data")["id"],
-    "text_tokenizer": stages.require(workdir / "text_tokenizer", "train_text_tokenizer")["id"],
-  }
-  config = {
-    "clip": clip,
-    "seed": settings.seed,
-    "vocab": dataclasses.asdict(settings.vocab),
-    "inputs": inputs,
-  }
-  with stages.stage(workdir / "clip", config) as summary:
+  with stages.stage(workdir, "clip", settings) as summary:
     if summary is not None:
       encode = TextTokenizer(workdir / "text_tokenizer", settings.vocab).encode
       text_size = settings.vocab.text_size

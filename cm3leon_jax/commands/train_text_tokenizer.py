@@ -3,8 +3,6 @@
 python -m launch.train_text_tokenizer --config=ml_configs/openmoji.py --workdir=workdir
 """
 
-import dataclasses
-
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.data import raw_pairs
@@ -12,14 +10,7 @@ from cm3leon_jax.tokenizers import text
 
 
 def main(settings, workdir):
-  trained_with = dataclasses.asdict(settings.text_tokenizer)
-  del trained_with["max_caption_tokens"]
-  config = {
-    "vocab": dataclasses.asdict(settings.vocab),
-    "text_tokenizer": trained_with,
-    "inputs": {"raw": stages.require(workdir / "raw", "prepare_data")["id"]},
-  }
-  with stages.stage(workdir / "text_tokenizer", config) as summary:
+  with stages.stage(workdir, "text_tokenizer", settings) as summary:
     if summary is not None:
       captions = [pair.caption for pair in raw_pairs.read_pairs(workdir / "raw", "train")]
       texts = captions + [record.text for record in raw_pairs.read_texts(workdir / "raw", "train")]

@@ -5,8 +5,6 @@
 A killed run continues from its last state when the same command is given again.
 """
 
-import dataclasses
-
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.data.records import SPLITS
@@ -14,16 +12,7 @@ from cm3leon_jax.tokenizers import train_vqgan
 
 
 def main(settings, workdir):
-  config = dataclasses.asdict(settings.vqgan)
-  del config["steps"], config["checkpoint_every"]
-  inputs = {"raw": stages.require(workdir / "raw", "prepare_data")["id"]}
-  described = {
-    "vqgan": config,
-    "num_codes": settings.vocab.image_size,
-    "seed": settings.seed,
-    "inputs": inputs,
-  }
-  with stages.stage(workdir / "vqgan", described) as summary:
+  with stages.stage(workdir, "vqgan", settings) as summary:
     if summary is not None:
       images = [
         train_vqgan.open_images(workdir / "raw", split, settings.vqgan.resolution)

@@ -1,6 +1,6 @@
 """What CM3Leon's three sizes share: the tutorial's numbers, or with `:paper` the paper's where the two differ.
 
-Every field and its meaning: the frozen dataclass of its section (`cm3leon_jax/settings.py` lists them).
+Every field and its meaning: docs/config.md.
 """
 
 import ml_collections

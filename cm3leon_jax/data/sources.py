@@ -9,6 +9,7 @@ import dataclasses
 import json
 import posixpath
 import tarfile
+from typing import Literal
 
 import fsspec
 
@@ -27,7 +28,7 @@ from cm3leon_jax.data.records import (
   with_images,
 )
 
-FORMATS = ("auto", "folder", "webdataset", "parquet", "text")
+Format = Literal["auto", "folder", "webdataset", "parquet", "text"]
 PAIR_FILES = ("pairs.jsonl", "captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
 TEXTS = "texts.jsonl"
 INTERLEAVED = "interleaved.jsonl"
@@ -54,7 +55,7 @@ class Part:
   """A share of a source that is read by itself.
 
   Attributes:
-    kind: one of FORMATS, but `auto`.
+    kind: a `Format`, but `auto`.
     files: a file each, but for `text` (.txt files one text each) and `folder` (the folder).
     bytes: size of the files; with their names it tells whether they changed.
   """
@@ -69,7 +70,7 @@ def parts(source: str, kind: str = "auto") -> list[Part]:
 
   Args:
     source: a folder, a file or a glob pattern, local or `gs://`.
-    kind: one of FORMATS; `auto` tells it from the names of the files.
+    kind: a `Format`; `auto` tells it from the names of the files.
 
   Raises:
     UserError: nothing is there, or nothing that is known.

@@ -7,8 +7,9 @@ import json
 from typing import NamedTuple
 
 from etils import epath
+import pydantic.dataclasses
 
-from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config import STRICT, UserError, build
 from cm3leon_jax.decoding.sampling import SamplingConfig
 
 MASK = "<mask>"  # How a user writes a hole into a text.
@@ -45,7 +46,7 @@ TASKS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Ask:
   """One thing to generate, as a user says it.
 

@@ -2,10 +2,13 @@
 
 # S guidance streams, B prompts, V vocabulary (or the rows of it that are legal), I image tokens.
 
+from typing import Literal, get_args
+
 import jax.numpy as jnp
 import numpy as np
 
-SCHEDULES = ("constant", "linear", "cosine")
+Schedule = Literal["constant", "linear", "cosine"]
+SCHEDULES = get_args(Schedule)
 
 
 def combine_streams(logits, weights):

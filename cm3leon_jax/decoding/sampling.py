@@ -3,16 +3,19 @@
 # B rows, V vocabulary (or the rows of it that are legal), C candidates left by top-k.
 
 from collections.abc import Sequence
-import dataclasses
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+import pydantic.dataclasses
 
-from cm3leon_jax.decoding.guidance import SCHEDULES
+from cm3leon_jax.config import STRICT
+from cm3leon_jax.decoding.guidance import Schedule
 
-METHODS = ("top_p", "contrastive", "mixture")
+Method = Literal["top_p", "contrastive", "mixture"]
+METHODS = get_args(Method)
 
 
 class SamplingValues(NamedTuple):
@@ -29,72 +32,44 @@ class SamplingValues(NamedTuple):
   amateur_temperature: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class SamplingConfig:
-  """How a token is drawn: the samplers of CM3Leon, section 3.1. Defaults are the tutorial's.
+  """How tokens are sampled: the samplers of CM3Leon, section 3.1. Defaults are the tutorial's."""
 
-  Attributes:
-    method: of image tokens. "top_p": top-k, then nucleus, on guided logits. "contrastive": CD-K, without guidance.
-      "mixture": half of each, see `contrastive_rows`.
-    temperature: divides the guided logits; positive.
-    top_k: candidates kept before the nucleus; 0 keeps all, 1 is greedy.
-    top_p: nucleus; a candidate stays if the candidates above it hold less than this probability.
-    guidance: weight alpha of classifier-free guidance, u + alpha (c - u); 1 is the conditional model alone.
-    guidance_schedule: how guidance rises over the codes of an image, see `guidance.scheduled`.
-    image_guidance: weight of the given image where an image is edited (section 4.1).
-    edit_guidance: weight of the instruction there.
-    contrastive_k: CD-K keeps tokens at least contrastive_alpha times as probable as the k-th; 1 is contrastive decoding
-      (Li et al. 2022), nearly greedy. The paper gives no values of k and alpha: this k is ours.
-    contrastive_alpha: see there; this and the two temperatures are those of the released script.
-    contrastive_temperature: divides CD-K's scores; positive.
-    amateur_temperature: divides the logits of the amateur, the unconditional stream; positive.
-    text_temperature: of text tokens, as above; they are never drawn by CD-K.
-    text_top_k: likewise.
-    text_top_p: likewise.
-  """
-
-  method: str = "top_p"
-  temperature: float = 1.0
-  top_k: int = 256
-  top_p: float = 0.9
+  method: Method = "top_p"
+  """Sampler of image tokens. `top_p`: top-k, then nucleus, on guided logits. `contrastive`: CD-K,
+  without guidance. `mixture`: half of the samples with each."""
+  temperature: PositiveFloat = 1.0
+  """Divisor of the guided logits; for greedy sampling set `top_k` to 1."""
+  top_k: NonNegativeInt = 256
+  """Number of candidates kept before the nucleus; 0 keeps all, 1 is greedy."""
+  top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+  """Nucleus: a candidate is kept if the candidates above it hold less than this probability."""
   guidance: float = 3.0
-  guidance_schedule: str = "constant"
+  """Weight alpha of classifier-free guidance, u + alpha (c - u); 1 is the conditional model
+  alone."""
+  guidance_schedule: Schedule = "constant"
+  """Growth of guidance over the codes of an image, from 1 to its weight."""
   image_guidance: float = 1.5
+  """Weight of the given image where an image is edited (section 4.1)."""
   edit_guidance: float = 7.5
-  contrastive_k: int = 16
-  contrastive_alpha: float = 0.5
-  contrastive_temperature: float = 0.8
-  amateur_temperature: float = 0.5
-  text_temperature: float = 1.0
-  text_top_k: int = 256
-  text_top_p: float = 0.9
-
-  def __post_init__(self):
-    for field, choices in (("method", METHODS), ("guidance_schedule", SCHEDULES)):
-      if getattr(self, field) not in choices:
-        raise ValueError(
-          f"{field} is '{getattr(self, field)}'; it must be one of {', '.join(choices)}."
-        )
-    for field, greedy in (("temperature", "top_k"), ("text_temperature", "text_top_k")):
-      if not getattr(self, field) > 0:
-        raise ValueError(
-          f"{field} is {getattr(self, field)}; it must be positive ({greedy} = 1 is greedy)."
-        )
-    for field in ("contrastive_temperature", "amateur_temperature"):
-      if not getattr(self, field) > 0:
-        raise ValueError(f"{field} is {getattr(self, field)}; it must be positive.")
-    for field in ("top_k", "text_top_k"):
-      if getattr(self, field) < 0:
-        raise ValueError(
-          f"{field} is {getattr(self, field)}; it must be at least 1, or 0 to keep every token."
-        )
-    for field in ("top_p", "text_top_p"):
-      if not 0 < getattr(self, field) <= 1:
-        raise ValueError(f"{field} is {getattr(self, field)}; it must lie in (0, 1].")
-    if self.contrastive_k < 1:
-      raise ValueError(f"contrastive_k is {self.contrastive_k}; it must be at least 1.")
-    if not 0 <= self.contrastive_alpha <= 1:
-      raise ValueError(f"contrastive_alpha is {self.contrastive_alpha}; it must lie in [0, 1].")
+  """Weight of the instruction where an image is edited."""
+  contrastive_k: PositiveInt = 16
+  """CD-K keeps tokens at least `contrastive_alpha` times as probable as the k-th; 1 is
+  contrastive decoding (Li et al. 2022), nearly greedy. The paper gives no values of k and alpha:
+  this k is ours."""
+  contrastive_alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+  """Alpha of `contrastive_k`; this number and the two temperatures are the released script's."""
+  contrastive_temperature: PositiveFloat = 0.8
+  """Divisor of CD-K's scores."""
+  amateur_temperature: PositiveFloat = 0.5
+  """Divisor of the logits of the amateur, the unconditional stream."""
+  text_temperature: PositiveFloat = 1.0
+  """`temperature` of text tokens, which are never sampled by CD-K."""
+  text_top_k: NonNegativeInt = 256
+  """`top_k` of text tokens."""
+  text_top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+  """`top_p` of text tokens."""
 
   @property
   def values(self) -> SamplingValues:

@@ -2,14 +2,16 @@
 
 # T tokens, C stored candidates of a document, n documents.
 
-import dataclasses
 import functools
+from typing import Annotated
 
 import jax
 import numpy as np
+from pydantic import Field, PositiveInt
+import pydantic.dataclasses
 from tqdm import tqdm
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.data import pipeline
 from cm3leon_jax.data.plan import DataConfig
 from cm3leon_jax.evaluation import intervals
@@ -22,24 +24,16 @@ MODALITIES = ("image", "text")
 ROW_MULTIPLE = 64  # Rows are padded to a multiple of it: few shapes to compile.
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class EvaluationConfig:
-  """How much is measured on held-out documents, after training.
+  """What `launch.evaluate` measures on held-out documents, after training."""
 
-  Attributes:
-    num_documents: held-out pairs to score, chosen by the seed; all of them if there are fewer.
-    batch_size: rows to score at once; a multiple of the parts into which the mesh splits a batch.
-    num_resamples: bootstrap resamples of the concepts, for the intervals.
-  """
-
-  num_documents: int = 200
-  batch_size: int = 8
-  num_resamples: int = 10_000
-
-  def __post_init__(self):
-    for field, least in (("num_documents", 2), ("batch_size", 1), ("num_resamples", 100)):
-      if getattr(self, field) < least:
-        raise ValueError(f"{field} is {getattr(self, field)}; it must be at least {least}.")
+  num_documents: Annotated[int, Field(ge=2)] = 200
+  """Number of held-out pairs to score, chosen by the seed; all pairs if there are fewer."""
+  batch_size: PositiveInt = 8
+  """Rows scored at once; a multiple of the parts into which the mesh splits a batch."""
+  num_resamples: Annotated[int, Field(ge=100)] = 10_000
+  """Number of bootstrap resamples of the concepts, for the intervals."""
 
 
 def check_batch(config: EvaluationConfig) -> None:

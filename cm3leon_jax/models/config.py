@@ -1,78 +1,68 @@
 """Size and variant of the decoder."""
 
-import dataclasses
+from typing import Literal, get_args
 
-FAMILIES = ("opt", "modern")
-DTYPES = ("float32", "bfloat16", "float64")
-REMAT_POLICIES = ("none", "minimal", "save_qkv", "save_attention", "offload", "full")
-ATTENTIONS = ("auto", "plain", "splash", "triton")
+from pydantic import PositiveFloat, PositiveInt
+import pydantic.dataclasses
+
+from cm3leon_jax.config import STRICT
+
+Family = Literal["opt", "modern"]
+Dtype = Literal["float32", "bfloat16", "float64"]
+RematPolicy = Literal["none", "minimal", "save_qkv", "save_attention", "offload", "full"]
+Attention = Literal["auto", "plain", "splash", "triton"]
+DTYPES = get_args(Dtype)
+REMAT_POLICIES = get_args(RematPolicy)
+ATTENTIONS = get_args(Attention)
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class ModelConfig:
-  """One decoder-only transformer; the defaults are CM3Leon-7B (Table 3; heads and feed-forward from OPT's table).
+  """One decoder-only transformer.
 
-  Attributes:
-    family: `opt` (the paper): pre-LayerNorm without parameters, learned positions, ReLU, no biases, tied
-      embeddings. `modern`: RMSNorm, RoPE, SwiGLU, query-key norm, untied embeddings.
-    mlp_width: width of the feed-forward layer.
-    max_positions: longest sample that the learned positions cover.
-    vocab_size: text and image ids together.
-    query_key_norm: RMSNorm of every head's queries and keys, for stability; `modern` has it in any case.
-    init_std: of the truncated normal that parameters start from (the paper's; at width 4,096. A network of another
-      width starts alike at init_std x sqrt(4,096 / width)).
-    embed_std: the same of the token embeddings.
-    dtype: of activations and of the parameters while they are used; parameters are stored in float32. float64 (with
-      JAX_ENABLE_X64) is for comparisons with other implementations.
-    remat_policy: what of a layer, beside its input, is kept for the backward pass; the rest is computed again. From most memory
-      to least: `none` everything; `minimal` queries, keys, values, attention's result, the feed-forward's inner product (all
-      that is left to do again is attention's output projection); `save_qkv` the first four of these; `save_attention`
-      attention's result and the stream behind it; `offload` these two in the host's memory (TPU); `full` nothing.
-    attention: `plain` on any device; `splash`, the Pallas kernel of TPUs; `triton`, the Pallas kernel of GPUs; `auto` the
-      one of the mesh's devices.
-    loss_chunk: tokens of a row whose logits exist at the same time in the loss.
+  The defaults are CM3Leon-7B (Table 3; heads and feed-forward from OPT's table).
   """
 
-  family: str = "opt"
-  vocab_size: int = 64_512
-  num_layers: int = 32
-  width: int = 4_096
-  num_heads: int = 32
-  mlp_width: int = 16_384
-  max_positions: int = 4_096
+  family: Family = "opt"
+  """Architecture. `opt` (the paper): pre-LayerNorm without parameters, learned positions, ReLU,
+  no biases, tied embeddings. `modern`: RMSNorm, RoPE, SwiGLU, query-key norm, untied
+  embeddings."""
+  vocab_size: PositiveInt = 64_512
+  """Number of text and image ids together: the size of `vocab`."""
+  num_layers: PositiveInt = 32
+  """Number of layers."""
+  width: PositiveInt = 4_096
+  """Width of the activations between layers."""
+  num_heads: PositiveInt = 32
+  """Number of attention heads, a divisor of `width`; `modern` needs an even head size."""
+  mlp_width: PositiveInt = 16_384
+  """Width of the feed-forward layer."""
+  max_positions: PositiveInt = 4_096
+  """Longest sample that the learned positions cover; at least `data.sequence_length`."""
   query_key_norm: bool = False
-  init_std: float = 0.006
-  embed_std: float = 0.006
-  dtype: str = "bfloat16"
-  remat_policy: str = "full"
-  attention: str = "auto"
-  loss_chunk: int = 256
+  """Whether the queries and keys of every head pass an RMSNorm, for stability; with `modern` they
+  always do."""
+  init_std: PositiveFloat = 0.006
+  """Standard deviation of the truncated normal that parameters start from (the paper's, at width
+  4,096; another width starts alike at init_std x sqrt(4,096 / width))."""
+  embed_std: PositiveFloat = 0.006
+  """Standard deviation of the truncated normal that token embeddings start from."""
+  dtype: Dtype = "bfloat16"
+  """Dtype of activations, and of parameters while they are used; parameters are stored in
+  float32. `float64` (with JAX_ENABLE_X64) is for comparisons with other implementations."""
+  remat_policy: RematPolicy = "full"
+  """Values of a layer, beside its input, that are kept for the backward pass; the others are
+  computed again. From most memory to least: `none` keeps all; `minimal` queries, keys, values,
+  attention's result and the feed-forward's inner product (only attention's output projection is
+  computed again); `save_qkv` the first four of these; `save_attention` attention's result and the
+  residual stream after it; `offload` these two in the host's memory (TPU); `full` nothing."""
+  attention: Attention = "auto"
+  """Implementation of attention: `plain` on any device; `splash`, the Pallas kernel of TPUs;
+  `triton`, the Pallas kernel of GPUs; `auto`, the one of the mesh's devices."""
+  loss_chunk: PositiveInt = 256
+  """Tokens of a row whose logits exist at the same time in the loss."""
 
   def __post_init__(self):
-    for field, allowed in (
-      ("family", FAMILIES),
-      ("dtype", DTYPES),
-      ("remat_policy", REMAT_POLICIES),
-      ("attention", ATTENTIONS),
-    ):
-      if getattr(self, field) not in allowed:
-        raise ValueError(
-          f"{field} is '{getattr(self, field)}'; it must be one of {', '.join(allowed)}."
-        )
-    for field in (
-      "vocab_size",
-      "num_layers",
-      "width",
-      "num_heads",
-      "mlp_width",
-      "max_positions",
-      "loss_chunk",
-    ):
-      if getattr(self, field) < 1:
-        raise ValueError(f"{field} is {getattr(self, field)}; it must be positive.")
-    for field in ("init_std", "embed_std"):
-      if getattr(self, field) <= 0:
-        raise ValueError(f"{field} is {getattr(self, field)}; it must be positive.")
     if self.width % self.num_heads:
       raise ValueError(f"num_heads = {self.num_heads} does not divide width = {self.width}.")
     if self.family == "modern" and self.head_dim % 2:

@@ -284,8 +284,7 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
   }
   return environment.get_template("report.html.jinja").render(
     summary=summary,
-    stages=summary_lib.STAGES,
-    commands={folder: command for folder, command, _ in summary_lib.STAGES},
+    stages=stages.STAGES,
     config_name=config_name,
     date=datetime.date.today().isoformat(),
     loss_svg=loss_figure(metrics),

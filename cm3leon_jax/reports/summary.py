@@ -11,20 +11,6 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.intervals import mean_interval
 from cm3leon_jax.training.metrics import read_metrics
 
-# Folder of the workdir, the command that fills it, and what it is.
-STAGES = (
-  ("raw", "prepare_data", "Raw pairs and texts"),
-  ("text_tokenizer", "train_text_tokenizer", "Text tokenizer"),
-  ("vqgan", "train_vqgan", "Image tokenizer"),
-  ("documents", "encode_documents", "Documents"),
-  ("clip", "train_clip", "CLIP"),
-  ("neighbors", "build_neighbors", "Neighbors"),
-  ("train", "train", "Decoder"),
-  ("samples", "generate", "Samples"),
-  ("evaluation", "evaluate", "Evaluation"),
-  ("export", "export", "Export"),
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Headline:
@@ -260,7 +246,7 @@ def collect(workdir: epath.PathLike) -> dict:
   if not workdir.exists():
     raise UserError(f"--workdir {workdir} does not exist: name the folder of a run.")
   summary, seconds = {}, {}
-  for folder, _, _ in STAGES:
+  for folder in stages.STAGES:
     if (workdir / folder / stages.DONE).exists():
       done = stages.read_json(workdir / folder / stages.DONE)
       seconds[folder] = done["seconds"]
@@ -277,7 +263,7 @@ def collect(workdir: epath.PathLike) -> dict:
   if scores:
     summary.setdefault("samples", {})["clip_score"] = scores
   summary["total_seconds"] = round(sum(seconds.values()), 1)
-  summary["unfinished"] = [folder for folder, _, _ in STAGES if folder not in seconds]
+  summary["unfinished"] = [folder for folder in stages.STAGES if folder not in seconds]
   summary["headlines"] = [judge(summary, headline) for headline in HEADLINES]
   return stages.plain(summary)
 

@@ -4,7 +4,7 @@
 
 import functools
 import tempfile
-from typing import Protocol
+from typing import Literal, Protocol
 
 from etils import epath
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 
 from cm3leon_jax.config import UserError
 
-BACKENDS = ("auto", "scann", "exact")
+Backend = Literal["auto", "scann", "exact"]
 EXACT_BELOW = 1_000  # vectors; below, an index costs more than it saves.
 QUERY_BATCH = 256
 EXACT_ROWS = 1_000_000  # vectors that exact search holds at a time
@@ -223,10 +223,8 @@ def choose_backend(count: int, backend: str = "auto") -> str:
   """The search for `count` vectors: with "auto", ScaNN from 1,000 on, exact search below.
 
   Raises:
-    UserError: an unknown backend, no vectors, or ScaNN is not installed.
+    UserError: no vectors, or ScaNN is not installed.
   """
-  if backend not in BACKENDS:
-    raise UserError(f"retrieval.backend is '{backend}'; it must be one of {', '.join(BACKENDS)}.")
   if not count:
     raise UserError("the bank of neighbors is empty; retrieval needs at least one train pair.")
   if backend == "auto":

@@ -8,12 +8,15 @@ import dataclasses
 import hashlib
 import json
 import time
+from typing import Annotated
 
 from etils import epath
 import numpy as np
+from pydantic import Field, PositiveInt
+import pydantic.dataclasses
 
 from cm3leon_jax import stages
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.data.records import SPLITS
 from cm3leon_jax.retrieval import index as index_lib
 from cm3leon_jax.retrieval.arrays import ArrayStore
@@ -25,45 +28,35 @@ QUERY_SHARE = 20  # Neighbors of index_rows / QUERY_SHARE documents are found to
 SELECT_BATCH = 1_024  # documents whose candidates' embeddings are in memory at the same time
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class RetrievalConfig:
-  """How neighbors are chosen.
-
-  Attributes:
-    clip: folder of a Hugging Face CLIP checkpoint that embeds (in bf16); "": the run's own, of the stage `clip`.
-    backend: of the index, see `index.choose_backend`.
-    max_candidates: M, how far each side's list is walked.
-    kept_per_side: candidates kept from the text side and from the image side; C is twice that (paper: 2 and 2).
-    max_similarity: a candidate more similar than this to the document, or to one already kept, is skipped (paper: 0.9).
-    index_rows: documents of one ScaNN index. Building one takes 2,048 bytes a document at E = 512, searching about 780; the
-      fewer there are for a bank, the less the search of all of them costs.
-    query_dropout: share of the caption's tokens that is left out when a training document is the query (paper: 20%).
-  """
+  """How neighbors are chosen."""
 
   clip: str = ""
-  backend: str = "auto"
-  max_candidates: int = 64
-  kept_per_side: int = 2
-  max_similarity: float = 0.9
-  index_rows: int = 5_000_000
-  query_dropout: float = 0.2
+  """Folder of a Hugging Face CLIP checkpoint that embeds (in bf16); empty: the run's own CLIP, of
+  the stage `clip`."""
+  backend: index_lib.Backend = "auto"
+  """Search: `auto` is ScaNN for banks of 1,000 documents and more, exact below."""
+  max_candidates: PositiveInt = 64
+  """Length of the list of candidates of each side; at least `kept_per_side`."""
+  kept_per_side: PositiveInt = 2
+  """Number of candidates kept from the text side and from the image side (paper: 2 and 2)."""
+  max_similarity: Annotated[float, Field(ge=-1, le=1)] = 0.9
+  """Cosine above which a candidate is skipped: its similarity to the document, or to a candidate
+  that is already kept (paper: 0.9)."""
+  index_rows: PositiveInt = 5_000_000
+  """Documents of one ScaNN index. Building takes 2,048 bytes a document at an embedding width of
+  512, searching about 780; fewer indices make the search cheaper."""
+  query_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+  """Share of the caption's tokens that is left out when a training document is the query (paper:
+  20%)."""
 
   def __post_init__(self):
-    if self.backend not in index_lib.BACKENDS:
+    if self.max_candidates < self.kept_per_side:
       raise ValueError(
-        f"backend is '{self.backend}'; it must be one of {', '.join(index_lib.BACKENDS)}."
+        f"max_candidates is {self.max_candidates}; it must be at least "
+        f"kept_per_side = {self.kept_per_side}."
       )
-    if self.kept_per_side < 1 or self.max_candidates < self.kept_per_side:
-      raise ValueError(
-        f"max_candidates is {self.max_candidates} and kept_per_side {self.kept_per_side}; "
-        "at least one must be kept per side, out of at least as many candidates."
-      )
-    if self.index_rows < 1:
-      raise ValueError(f"index_rows is {self.index_rows}; it must be positive.")
-    if not -1 <= self.max_similarity <= 1:
-      raise ValueError(f"max_similarity is {self.max_similarity}; a cosine lies in [-1, 1].")
-    if not 0 <= self.query_dropout < 1:
-      raise ValueError(f"query_dropout is {self.query_dropout}; it must lie in [0, 1).")
 
 
 def select_neighbors(sides, vectors, query, forbidden, kept_per_side: int, max_similarity: float):

@@ -1,15 +1,16 @@
 """Byte-level BPE whose ids are the text range of the shared vocabulary."""
 
 from collections.abc import Iterable
-import dataclasses
 
 from etils import epath
 import numpy as np
+from pydantic import PositiveInt
+import pydantic.dataclasses
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from cm3leon_jax import stages
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.vocab import VocabLayout
 
 # T tokens of one text.
@@ -17,24 +18,17 @@ from cm3leon_jax.vocab import VocabLayout
 TOKENIZER = "tokenizer.json"
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class TextTokenizerConfig:
-  """How the tokenizer is trained and how documents use it.
+  """How the text tokenizer is trained, and how documents use it."""
 
-  Attributes:
-    min_frequency: a merge must occur this often in the training texts.
-    model_max_length: written for other software; texts are not cut to it.
-    max_caption_tokens: longer captions lose their end when documents are written; texts without an image are never cut there.
-  """
-
-  min_frequency: int = 2
-  model_max_length: int = 4_096
-  max_caption_tokens: int = 512
-
-  def __post_init__(self):
-    for name in ("min_frequency", "model_max_length", "max_caption_tokens"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"text_tokenizer.{name} is {getattr(self, name)}; it must be at least 1.")
+  min_frequency: PositiveInt = 2
+  """Number of times that a merge must occur in the training texts."""
+  model_max_length: PositiveInt = 4_096
+  """Length that is written for other software; texts are not cut to it."""
+  max_caption_tokens: PositiveInt = 512
+  """Longest caption in tokens: longer captions lose their end when documents are written. Texts
+  without an image are never cut there."""
 
 
 def train_text_tokenizer(

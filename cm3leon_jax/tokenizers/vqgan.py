@@ -9,82 +9,86 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import Annotated
 
 from etils import epath
 from flax import nnx, traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+import pydantic.dataclasses
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from cm3leon_jax import config as config_lib
 from cm3leon_jax import stages
+from cm3leon_jax.config import STRICT
 
 PARAMS = "params.safetensors"
 CONFIG = "config.json"
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class VQGANConfig:
-  """Sizes of the tokenizer and how it is trained. Defaults: 256x256 -> 32x32 codes, as CM3Leon's (section 2.1).
+  """Sizes of the image tokenizer and its training.
 
-  The network halves the resolution from `resolution / stem` to `resolution / downsample`, one level for each; level i has
-  `width * multipliers[i]` channels, `encoder_blocks[i]` residual blocks on the way down and `decoder_blocks[i]` on the way up.
-
-  Attributes:
-    resolution: side of the images in pixels.
-    downsample: side in pixels of the square that one code stands for.
-    stem: side of the squares of pixels that become channels before the first convolution (and pixels again after the last).
-    code_dim: width of a code.
-    steps: training steps, over which the learning rate follows one cosine to 0.
-    l1_weight, l2_weight: reconstruction losses on pixels in [-1, 1].
-    codebook_weight, commitment_weight: pull codes to encodings, and encodings to codes (van den Oord et al. 2017).
-    adversarial_weight: hinge loss against a patch discriminator, 0: none is trained.
-    adversarial_start: share of the steps after which the discriminator starts.
-    discriminator_width, discriminator_layers: channels of its first layer, and number of layers with stride 2.
-    restart_every: steps over which a code must have been used, else it restarts at an encoding; 0: never.
-    restart_until: share of the steps after which no code restarts, so that the decoder can settle.
-    checkpoint_every: steps between the states that a killed run continues from.
+  The network halves the resolution from `resolution / stem` to `resolution / downsample`, one
+  level for each; level i has `width * multipliers[i]` channels, `encoder_blocks[i]` residual blocks
+  on the way down and `decoder_blocks[i]` on the way up. The defaults turn 256x256 pixels into 32x32
+  codes, as CM3Leon does (section 2.1).
   """
 
-  resolution: int = 256
-  downsample: int = 8
-  stem: int = 2
-  width: int = 128
-  multipliers: tuple[int, ...] = (1, 2, 4)
-  encoder_blocks: tuple[int, ...] = (2, 2, 2)
-  decoder_blocks: tuple[int, ...] = (3, 3, 3)
-  code_dim: int = 32
-  steps: int = 500_000
-  batch_size: int = 256
-  learning_rate: float = 2e-4
-  warmup_steps: int = 1_000
-  l1_weight: float = 0.5
-  l2_weight: float = 1.0
-  codebook_weight: float = 1.0
-  commitment_weight: float = 0.25
-  adversarial_weight: float = 0.1
-  adversarial_start: float = 0.1
-  discriminator_width: int = 64
-  discriminator_layers: int = 3
-  restart_every: int = 100
-  restart_until: float = 0.75
-  checkpoint_every: int = 2_000
+  resolution: PositiveInt = 256
+  """Side of the images in pixels; a multiple of `downsample`."""
+  downsample: PositiveInt = 8
+  """Side in pixels of the square that one code stands for; `stem` times a power of two."""
+  stem: PositiveInt = 2
+  """Side of the squares of pixels that become channels before the first convolution, and pixels
+  again after the last."""
+  width: PositiveInt = 128
+  """Number of channels, before `multipliers`."""
+  multipliers: tuple[PositiveInt, ...] = (1, 2, 4)
+  """Factors of `width`, one per level."""
+  encoder_blocks: tuple[NonNegativeInt, ...] = (2, 2, 2)
+  """Numbers of residual blocks of the encoder, one per level."""
+  decoder_blocks: tuple[NonNegativeInt, ...] = (3, 3, 3)
+  """Numbers of residual blocks of the decoder, one per level."""
+  code_dim: PositiveInt = 32
+  """Width of a code."""
+  steps: PositiveInt = 500_000
+  """Number of training steps, over which the learning rate follows one cosine to 0."""
+  batch_size: PositiveInt = 256
+  """Images per step."""
+  learning_rate: PositiveFloat = 2e-4
+  """Learning rate at the end of the warm-up."""
+  warmup_steps: NonNegativeInt = 1_000
+  """Number of steps of linear warm-up."""
+  l1_weight: NonNegativeFloat = 0.5
+  """Weight of the absolute error of pixels in [-1, 1]."""
+  l2_weight: NonNegativeFloat = 1.0
+  """Weight of the squared error of pixels in [-1, 1]."""
+  codebook_weight: NonNegativeFloat = 1.0
+  """Weight of the loss that pulls codes to encodings (van den Oord et al. 2017)."""
+  commitment_weight: NonNegativeFloat = 0.25
+  """Weight of the loss that pulls encodings to codes (van den Oord et al. 2017)."""
+  adversarial_weight: NonNegativeFloat = 0.1
+  """Weight of the hinge loss against a patch discriminator; 0: no discriminator."""
+  adversarial_start: Annotated[float, Field(ge=0, le=1)] = 0.1
+  """Share of the steps after which the discriminator starts."""
+  discriminator_width: PositiveInt = 64
+  """Number of channels of the discriminator's first layer."""
+  discriminator_layers: PositiveInt = 3
+  """Number of the discriminator's layers with stride 2; 2^layers is at most `resolution`."""
+  restart_every: NonNegativeInt = 100
+  """Number of steps within which a code must be used, else it restarts at an encoding; 0:
+  never."""
+  restart_until: Annotated[float, Field(ge=0, le=1)] = 0.75
+  """Share of the steps after which no code restarts, so that the decoder settles."""
+  checkpoint_every: PositiveInt = 2_000
+  """Number of steps between two states that a killed run continues from."""
 
   def __post_init__(self):
-    for name in (
-      "resolution",
-      "downsample",
-      "stem",
-      "width",
-      "code_dim",
-      "steps",
-      "batch_size",
-      "checkpoint_every",
-    ):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
     if self.downsample % self.stem or not math.log2(self.downsample // self.stem).is_integer():
       raise ValueError(
         f"downsample is {self.downsample}; it must be stem = {self.stem} times a power of two."
@@ -94,37 +98,15 @@ class VQGANConfig:
         f"resolution is {self.resolution}; it must be a multiple of downsample = {self.downsample}."
       )
     for name in ("multipliers", "encoder_blocks", "decoder_blocks"):
-      values, low = getattr(self, name), int(name == "multipliers")
-      if len(values) != self.num_levels or any(not isinstance(v, int) or v < low for v in values):
+      if len(values := getattr(self, name)) != self.num_levels:
         raise ValueError(
-          f"{name} is {values}; it must hold {self.num_levels} integers of at least {low}, one a halving from stem = "
-          f"{self.stem} to downsample = {self.downsample}."
+          f"{name} is {values}; it must hold {self.num_levels} integers, one per halving from "
+          f"stem = {self.stem} to downsample = {self.downsample}."
         )
-    self._check_training()
-
-  def _check_training(self):
-    if self.learning_rate <= 0:
-      raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive.")
-    weights = (
-      "l1_weight",
-      "l2_weight",
-      "codebook_weight",
-      "commitment_weight",
-      "adversarial_weight",
-    )
-    for name in (*weights, "warmup_steps", "restart_every"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
-    for name in ("adversarial_start", "restart_until"):
-      if not 0 <= getattr(self, name) <= 1:
-        raise ValueError(
-          f"{name} is {getattr(self, name)}; it is a share of the steps, so it must lie in [0, 1]."
-        )
-    smallest = 2**self.discriminator_layers if self.discriminator_layers > 0 else math.inf
-    if self.adversarial_weight and (self.discriminator_width < 1 or smallest > self.resolution):
+    if self.adversarial_weight and 2**self.discriminator_layers > self.resolution:
       raise ValueError(
-        f"discriminator_width is {self.discriminator_width} and discriminator_layers {self.discriminator_layers}; both must "
-        f"be positive, and 2^layers at most resolution = {self.resolution}."
+        f"discriminator_layers is {self.discriminator_layers}; 2^layers must be at most "
+        f"resolution = {self.resolution}."
       )
 
   @property

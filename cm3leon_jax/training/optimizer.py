@@ -1,54 +1,51 @@
 """AdamW with clipping, warm-up and decay."""
 
-import dataclasses
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+import pydantic.dataclasses
+
+from cm3leon_jax.config import STRICT
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class OptimizerConfig:
-  """Defaults: the tutorial's learning rate and schedule (paper: 1.2e-4 for 7B, schedule unstated), OPT's other numbers.
+  """AdamW and its schedule.
 
-  Attributes:
-    learning_rate: the peak, reached after `warmup_steps` of linear growth from 0.
-    schedule: decay from the peak to `final_fraction` of it at the last step: `cosine` or `linear`.
-    weight_decay: on all parameters but the scales of norms and, unless `decay_embeddings`, the tables of tokens and positions.
-    clip_norm: bound of the global gradient norm.
-    first_moment_dtype: `bfloat16` halves the first moment's memory: 2 of the 12 bytes that a parameter takes.
-    z_loss: weight of the squared log of the softmax's normalizer in the loss, 0 or about 1e-4 (PaLM, section 5).
+  Defaults: the tutorial's learning rate and schedule (paper: 1.2e-4 for 7B, schedule unstated),
+  OPT's other numbers.
   """
 
-  learning_rate: float = 1e-4
-  warmup_steps: int = 1_500
-  schedule: str = "cosine"
-  final_fraction: float = 0.1
-  b1: float = 0.9
-  b2: float = 0.95
-  eps: float = 1e-8
-  weight_decay: float = 0.1
+  learning_rate: PositiveFloat = 1e-4
+  """Peak learning rate, reached after `warmup_steps` of linear growth from 0."""
+  warmup_steps: NonNegativeInt = 1_500
+  """Number of steps over which the learning rate grows to its peak."""
+  schedule: Literal["cosine", "linear"] = "cosine"
+  """Shape of the decay from the peak to `final_fraction` of it at the last step."""
+  final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+  """Learning rate at the last step, as a share of the peak."""
+  b1: Annotated[float, Field(ge=0, le=1)] = 0.9
+  """Decay rate of Adam's first moment."""
+  b2: Annotated[float, Field(ge=0, le=1)] = 0.95
+  """Decay rate of Adam's second moment."""
+  eps: PositiveFloat = 1e-8
+  """Term that Adam adds to the root of the second moment."""
+  weight_decay: NonNegativeFloat = 0.1
+  """AdamW's weight decay, on all parameters but the scales of norms and, unless
+  `decay_embeddings`, the tables of tokens and positions."""
   decay_embeddings: bool = True
-  clip_norm: float = 1.0
-  first_moment_dtype: str = "float32"
-  z_loss: float = 0.0
-
-  def __post_init__(self):
-    if self.first_moment_dtype not in ("float32", "bfloat16"):
-      raise ValueError(
-        f"first_moment_dtype is '{self.first_moment_dtype}'; it must be float32 or bfloat16."
-      )
-    if self.schedule not in ("cosine", "linear"):
-      raise ValueError(f"schedule is '{self.schedule}'; it must be cosine or linear.")
-    for field in ("learning_rate", "eps", "clip_norm"):
-      if getattr(self, field) <= 0:
-        raise ValueError(f"{field} is {getattr(self, field)}; it must be positive.")
-    for field in ("b1", "b2", "final_fraction"):
-      if not 0 <= getattr(self, field) <= 1:
-        raise ValueError(f"{field} is {getattr(self, field)}; it must lie in [0, 1].")
-    for field in ("warmup_steps", "weight_decay", "z_loss"):
-      if getattr(self, field) < 0:
-        raise ValueError(f"{field} is {getattr(self, field)}; it must not be negative.")
+  """Whether weight decay acts on the tables of tokens and positions."""
+  clip_norm: PositiveFloat = 1.0
+  """Bound of the global gradient norm."""
+  first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+  """Dtype of Adam's first moment; `bfloat16` halves its memory: 2 of the 12 bytes that a
+  parameter takes."""
+  z_loss: NonNegativeFloat = 0.0
+  """Weight in the loss of the squared log of the softmax's normalizer: 0, or about 1e-4 (PaLM,
+  section 5)."""
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

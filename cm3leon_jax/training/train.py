@@ -5,15 +5,17 @@ import dataclasses
 import functools
 import itertools
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 from etils import epath
 import jax
 from jax.sharding import NamedSharding
 import numpy as np
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+import pydantic.dataclasses
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.data.pipeline import RowLoader, batches
 from cm3leon_jax.mesh import batch_shards, spec
 from cm3leon_jax.models import transformer
@@ -31,49 +33,45 @@ from cm3leon_jax.xla_options import compiler_options
 INTERRUPTED = 75  # Exit code of a run that was told to stop and saved (EX_TEMPFAIL: try again).
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class TrainConfig:
-  """Length of the run and what happens how often. Defaults: the tutorial's 1.4T tokens in batches of 8,192 rows.
+  """Length of the run, and what happens how often.
 
-  Attributes:
-    global_batch_size: rows of a step, over all devices (paper: 8M tokens, about 2,048 rows).
-    gradient_accumulation_steps: parts that a batch is split into, one after the other.
-    eval_every, eval_batches: steps between held-out losses, and batches of each.
-    checkpoint_every, keep_checkpoints: steps between checkpoints, and how many stay.
-    sample_every, num_samples: steps between grids of samples, and pictures of each.
-    log_every: steps between printed lines; metrics.jsonl has every step.
-    tensorboard: whether to write event files.
-    wandb: project of Weights & Biases; empty: none.
-    histogram_every: steps between TensorBoard's histograms of the parameters; 0: none.
-    peak_flops: of one device in FLOP/s, for MFU; 0: that of its kind, if it is known.
+  Defaults: the tutorial's 1.4T tokens in batches of 8,192 rows.
   """
 
-  steps: int = 41_723
-  global_batch_size: int = 8_192
-  gradient_accumulation_steps: int = 1
-  eval_every: int = 500
-  eval_batches: int = 4
-  checkpoint_every: int = 500
-  keep_checkpoints: int = 2
-  sample_every: int = 2_000
-  num_samples: int = 8
-  log_every: int = 1
+  steps: PositiveInt = 41_723
+  """Number of training steps."""
+  global_batch_size: PositiveInt = 8_192
+  """Rows of a step, over all devices (paper: 8M tokens, about 2,048 rows)."""
+  gradient_accumulation_steps: PositiveInt = 1
+  """Number of micro-batches that a batch is split into, computed one after the other; a divisor
+  of `global_batch_size`."""
+  eval_every: PositiveInt = 500
+  """Number of steps between two held-out losses."""
+  eval_batches: PositiveInt = 4
+  """Number of batches that a held-out loss is computed on."""
+  checkpoint_every: PositiveInt = 500
+  """Number of steps between two checkpoints."""
+  keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+  """Number of newest checkpoints that are kept; at least 2, because the previous checkpoint is
+  needed until the next one is complete."""
+  sample_every: PositiveInt = 2_000
+  """Number of steps between two grids of samples."""
+  num_samples: PositiveInt = 8
+  """Number of images in a grid of samples."""
+  log_every: PositiveInt = 1
+  """Number of steps between printed lines; metrics.jsonl has every step."""
   tensorboard: bool = True
+  """Whether TensorBoard event files are written."""
   wandb: str = ""
-  histogram_every: int = 0
-  peak_flops: float = 0.0
+  """Project of Weights & Biases; empty: none."""
+  histogram_every: NonNegativeInt = 0
+  """Number of steps between TensorBoard's histograms of the parameters; 0: none."""
+  peak_flops: NonNegativeFloat = 0.0
+  """Peak FLOP/s of one device, for MFU; 0: the peak of its kind, if that is known."""
 
   def __post_init__(self):
-    for name in ("histogram_every", "peak_flops"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative.")
-    for field in dataclasses.fields(self):
-      if field.type is int and field.name != "histogram_every" and getattr(self, field.name) < 1:
-        raise ValueError(f"{field.name} is {getattr(self, field.name)}; it must be positive.")
-    if self.keep_checkpoints < 2:
-      raise ValueError(
-        f"keep_checkpoints is {self.keep_checkpoints}; a save needs the one before it until it is whole, so 2."
-      )
     if self.global_batch_size % self.gradient_accumulation_steps:
       raise ValueError(
         f"gradient_accumulation_steps = {self.gradient_accumulation_steps} does not divide "

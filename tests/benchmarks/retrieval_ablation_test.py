@@ -28,7 +28,7 @@ def write_neighbors(folder, rng):
     for prefix in ("", "text_") if name == "heldout_pairs" else ("",):
       for array, values in (("ids", ids), ("scores", rng.random((len(own), 4)).astype(np.float32))):
         ArrayStore.create(folder / name / f"{prefix}{array}", (4,), values.dtype).append(values)
-  with stages.stage(folder, {"seed": 0}):
+  with stages.once(folder, {"seed": 0}):
     pass
 
 
@@ -95,10 +95,10 @@ def test_the_control_has_the_same_neighbors_of_other_documents(tmp_path, corpus)
 
 def test_the_control_is_another_stage_than_the_true_neighbors_for_every_seed(tmp_path, corpus):
   write_neighbors(tmp_path / "true", np.random.default_rng(1))
-  ids, first = [stages.require(tmp_path / "true", "build_neighbors")["id"]], []
+  ids, first = [stages.read_json(tmp_path / "true" / stages.DONE)["id"]], []
   for seed in (0, 1):
     retrieval_ablation.shuffle_neighbors(tmp_path / "true", tmp_path / f"{seed}", corpus, seed)
-    ids.append(stages.require(tmp_path / f"{seed}", "build_neighbors")["id"])
+    ids.append(stages.read_json(tmp_path / f"{seed}" / stages.DONE)["id"])
     first.append(load_neighbors(tmp_path / f"{seed}", "train_pairs"))
   assert len(set(ids)) == 3
   assert (first[0] != first[1]).any()

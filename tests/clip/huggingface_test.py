@@ -15,9 +15,9 @@ import safetensors.numpy
 from tokenizers import pre_tokenizers
 import transformers
 
+from cm3leon_jax import stages
 from cm3leon_jax.clip import huggingface as hf_clip
 from cm3leon_jax.clip.huggingface import HFCLIP
-from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.mesh import MeshConfig, create_mesh
@@ -409,9 +409,9 @@ def test_the_config_chooses_it(folder, tmp_path):
   config = default_config()
   config.retrieval.clip = str(folder)
   settings = settings_from_config(config)
-  assert common.clip_inputs(settings, tmp_path) == {}
+  assert stages.own_clip(settings) == ()
   clip = bank.load_clip(settings.retrieval.clip, tmp_path, settings.vocab)
   assert isinstance(clip, HFCLIP)
   assert clip.mesh.size == 8
   with pytest.raises(UserError, match="train_text_tokenizer"):
-    common.clip_inputs(settings_from_config(default_config()), tmp_path)
+    stages.inputs(settings_from_config(default_config()), tmp_path, "samples")

@@ -117,22 +117,6 @@ def test_images_of_another_size_are_refused():
     make().embed_images(np.zeros((1, 8, 8, 3), np.uint8))
 
 
-@pytest.mark.parametrize(
-  ("field", "value"),
-  [
-    ("image_encoder", "rnn"),
-    ("patch", 5),
-    ("text_width", 96),
-    ("batch_size", 1),
-    ("text_dropout", 1.0),
-    ("embed_dim", 0),
-  ],
-)
-def test_config_names_the_field(field, value):
-  with pytest.raises(ValueError, match=field):
-    dataclasses.replace(TINY, **{field: value})
-
-
 def test_no_parameter_has_a_weak_type():
   # A weak type turns strong in the first update, and the train step would be compiled twice.
   assert not [name for name, value in make().params.items() if value.weak_type]

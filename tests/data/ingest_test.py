@@ -336,23 +336,3 @@ def test_openmoji_pairs(tmp_path):
   assert all("OpenMoji" in p.attribution and p.group and p.source for p in train)
   cooks = {p.group for p in train + heldout if p.caption.startswith("woman cook")}
   assert len(cooks) == 1
-
-
-@pytest.mark.parametrize(
-  "values",
-  [
-    {"source": ""},
-    {"resolution": 0},
-    {"heldout_fraction": 1.0},
-    {"max_texts": -1},
-    {"num_threads": 0},
-    {"format": "zip"},
-    {"max_caption_characters": 0},
-    {"max_rejected": 1.5},
-    {"crop": "none"},
-    {"jpeg_quality": 96},
-  ],
-)
-def test_config_is_checked(values):
-  with pytest.raises(ValueError, match=f"raw.{next(iter(values))} is"):
-    RawConfig(**values)

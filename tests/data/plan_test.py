@@ -447,20 +447,6 @@ def test_statistics_count_what_the_rows_hold(sources):
   ] == pytest.approx(0.81, abs=0.06)
 
 
-@pytest.mark.parametrize(
-  ("field", "value"),
-  [
-    ("text_share", 1.5),
-    ("sequence_length", 1),
-    ("num_neighbors", -1),
-    ("neighbor_sampling", "four"),
-  ],
-)
-def test_config_names_the_field_out_of_range(field, value):
-  with pytest.raises(ValueError, match=field):
-    DataConfig(**{field: value})
-
-
 def test_paper_sampling_wants_three_neighbors():
   with pytest.raises(
     ValueError, match=r"draws 3 of 4 candidates, and num_neighbors is 2; set num_neighbors=3"

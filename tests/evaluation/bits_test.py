@@ -235,11 +235,3 @@ def test_the_unigram_table_reads_no_document(stores):
     path.unlink()
   reopened = documents.DocumentStore(stores[0].folder, VOCAB)
   np.testing.assert_array_equal(bits.unigram_table(reopened, VOCAB), table)
-
-
-@pytest.mark.parametrize("field", ["num_documents", "batch_size", "num_resamples"])
-def test_config_values_out_of_range_name_the_field(field):
-  with pytest.raises(
-    config.UserError, match=rf"config.evaluation: {field} is 0; it must be at least"
-  ):
-    config.build(bits.EvaluationConfig, {field: 0}, "evaluation")

@@ -31,6 +31,16 @@ def test_every_command_says_how_to_run_it(name):
   assert callable(module.main)
 
 
+def test_print_config_prints_every_field_and_marks_what_is_not_the_default():
+  flags = ["--config=ml_configs/cm3leon_350m.py", "--config.train.steps=5", "--print_config"]
+  result = command("train", *flags)
+  assert result.returncode == 0, result.stderr
+  lines = result.stdout.splitlines()
+  assert "train.steps = 5  # default: 41723" in lines
+  assert "model.num_layers = 24  # default: 32" in lines
+  assert "model.family = 'opt'" in lines
+
+
 def test_help_shows_the_docstring_and_the_flags(tmp_path):
   shown = command("encode_documents", "--help").stdout
   assert "python -m launch.encode_documents --config=ml_configs/openmoji.py" in shown
@@ -43,7 +53,7 @@ def test_help_shows_the_docstring_and_the_flags(tmp_path):
   [
     (
       ["--config.evaluation.num_documents=1"],
-      "error: config.evaluation: num_documents is 1; it must be at least 2.",
+      "error: config.evaluation.num_documents is 1; it must be at least 2.",
     ),
     (
       ["--config.train.stepz=1"],

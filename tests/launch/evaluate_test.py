@@ -64,11 +64,9 @@ def workdir(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path / "train", keep=1)
     checkpoints.save(jax.jit(create)(), 7, 0)
     checkpoints.close()
-  stages.write_json(
-    tmp_path / "train" / "config.json", {"run": common.identity(settings, "vocab", "model")}
-  )
+  stages.write_json(tmp_path / "train" / "config.json", {"run": stages.identity(settings, "train")})
   for folder in ("documents", "neighbors", "train"):
-    with stages.stage(tmp_path / folder, {}):
+    with stages.once(tmp_path / folder, {}):
       pass
   return tmp_path
 
@@ -85,10 +83,10 @@ def test_evaluate_writes_its_numbers_once_and_again_after_more_training(workdir,
   assert "bits per image code" in capsys.readouterr().out
   evaluate.main(tiny_settings(), workdir)
   assert "finished already, skipped" in capsys.readouterr().out
-  with stages.stage(workdir / "train", {}, redo=True):
+  with stages.once(workdir / "train", {}, redo=True):
     pass
   evaluate.main(tiny_settings(), workdir)
-  assert stages.require(workdir / "evaluation", "evaluate")["summary"] == found
+  assert stages.require(workdir, "evaluation")["summary"] == found
   assert "skipped" not in capsys.readouterr().out
 
 

@@ -34,9 +34,7 @@ def workdir(tmp_path_factory):
     stages.write_json(
       root / name / stages.DONE, {"id": name, "config": {}, "summary": {}, "seconds": 1.0}
     )
-  stages.write_json(
-    root / "train" / "config.json", {"run": common.identity(SETTINGS, "vocab", "model")}
-  )
+  stages.write_json(root / "train" / "config.json", {"run": stages.identity(SETTINGS, "train")})
   return root
 
 

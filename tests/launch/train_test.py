@@ -84,7 +84,8 @@ def test_neighbors_of_other_documents_are_told(workdir):
 def test_a_workdir_of_another_run_is_refused(workdir):
   first = settings_with()
   stages.write_json(
-    workdir / "train" / "config.json", {"run": train.identity(first, workdir), "train": {}}
+    workdir / "train" / "config.json",
+    {"run": stages.run_config(first, workdir, "train"), "train": {}},
   )
   other = dataclasses.replace(
     first, optimizer=dataclasses.replace(first.optimizer, learning_rate=0.5)
@@ -100,7 +101,7 @@ def test_length_and_execution_do_not_make_another_run(workdir):
   first = settings_with()
   model = dataclasses.replace(first.model, remat_policy="none", loss_chunk=8)
   longer = dataclasses.replace(settings_with(steps=7), model=model)
-  assert train.identity(first, workdir) == train.identity(longer, workdir)
+  assert stages.run_config(first, workdir, "train") == stages.run_config(longer, workdir, "train")
 
 
 def test_steps_that_cannot_be_traced_are_told_before_anything_starts(workdir):

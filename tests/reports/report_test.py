@@ -104,7 +104,7 @@ def make_samples(folder):
 def make_run(workdir, only=tuple(NUMBERS)):
   """A workdir as the stages leave it."""
   for folder in only:
-    with stages.stage(workdir / folder, {}) as numbers:
+    with stages.once(workdir / folder, {}) as numbers:
       numbers.update(NUMBERS[folder])
       if folder == "raw":
         make_raw(workdir)

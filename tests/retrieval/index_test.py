@@ -163,8 +163,6 @@ def test_recall_in_literals():
 
 
 def test_refusals():
-  with pytest.raises(UserError, match=r"retrieval\.backend is 'faiss'"):
-    index.choose_backend(5, "faiss")
   with pytest.raises(UserError, match="bank of neighbors is empty"):
     index.choose_backend(0)
   for vectors, message in ((np.ones((0, 3)), "non-empty"), (np.ones(3), "shape")):

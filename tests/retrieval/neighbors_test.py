@@ -157,19 +157,3 @@ def test_absent_neighbors_are_told(tmp_path):
   np.testing.assert_array_equal(neighbors.load_neighbors(tmp_path, "train_pairs"), ids)
   with pytest.raises(UserError, match="only held-out pairs"):
     neighbors.load_neighbors(tmp_path, "train_pairs", text_only=True)
-
-
-@pytest.mark.parametrize(
-  ("field", "value"),
-  [
-    ("backend", "faiss"),
-    ("kept_per_side", 0),
-    ("max_candidates", 1),
-    ("index_rows", 0),
-    ("max_similarity", 2.0),
-    ("query_dropout", 1.0),
-  ],
-)
-def test_config_names_the_field(field, value):
-  with pytest.raises(ValueError, match=field):
-    RetrievalConfig(**{field: value})

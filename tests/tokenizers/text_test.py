@@ -106,9 +106,3 @@ def test_another_vocabulary_is_refused(folder, tmp_path):
     TextTokenizer(folder, VocabLayout(num_special=9, text_size=300, image_size=16))
   with pytest.raises(UserError, match=r"launch\.train_text_tokenizer"):
     TextTokenizer(tmp_path / "absent", VOCAB)
-
-
-@pytest.mark.parametrize("field", ["min_frequency", "model_max_length", "max_caption_tokens"])
-def test_config_is_checked(field):
-  with pytest.raises(ValueError, match=f"text_tokenizer.{field} is 0"):
-    TextTokenizerConfig(**{field: 0})

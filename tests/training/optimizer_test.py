@@ -63,14 +63,3 @@ def test_the_first_moment_may_be_kept_in_bfloat16():
     step[dtype] = np.asarray(updates["embed"])
   np.testing.assert_allclose(step["bfloat16"], step["float32"], rtol=2**-8)
   assert np.any(step["bfloat16"] != step["float32"])
-
-
-def test_errors_name_the_field():
-  with pytest.raises(ValueError, match="first_moment_dtype is 'float16'"):
-    OptimizerConfig(first_moment_dtype="float16")
-  with pytest.raises(ValueError, match="z_loss is -1"):
-    OptimizerConfig(z_loss=-1)
-  with pytest.raises(ValueError, match="schedule is 'step'"):
-    OptimizerConfig(schedule="step")
-  with pytest.raises(ValueError, match="b1 is 2"):
-    OptimizerConfig(b1=2)

@@ -1,0 +1,80 @@
+"""Writes docs/config.md: the type, range, default and meaning of every field of a config.
+
+python -m cm3leon_jax.reports.config_reference
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import pydantic
+
+from cm3leon_jax.settings import SECTIONS, Settings
+
+PATH = pathlib.Path(__file__).parents[2] / "docs" / "config.md"
+HEADER = """# Config
+
+A config is a Python file with a function `get_config`; `cm3leon_jax/configs/` has the shipped ones.
+Any field can be set on the command line: `--config.train.steps=100`. A command refuses unknown
+fields, other types and values out of range; `--print_config` prints what it would run with.
+
+`python -m cm3leon_jax.reports.config_reference` writes this page from the sections' dataclasses.
+
+`seed` (int, >= 0, default `0`): {seed}
+"""
+SECTION = """
+## {name}
+
+{text}
+
+| field | values | default | meaning |
+|---|---|---|---|
+"""
+BOUNDS = {
+  "minimum": ">=",
+  "exclusiveMinimum": ">",
+  "maximum": "<=",
+  "exclusiveMaximum": "<",
+  "multipleOf": "a multiple of",
+  "minLength": "length >=",
+}
+TYPES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool"}
+
+
+def page() -> str:
+  """Returns the page as Markdown."""
+  seed = pydantic.TypeAdapter(Settings).json_schema()["properties"]["seed"]
+  parts = [HEADER.format(seed=_one_line(seed))]
+  for name, cls in SECTIONS.items():
+    schema = pydantic.TypeAdapter(cls).json_schema()
+    parts.append(SECTION.format(name=name, text=_one_line(schema)))
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    for field, about in schema["properties"].items():
+      cells = f"`{field}`", _values(about), f"`{_show(defaults[field])}`", _one_line(about)
+      parts.append(f"| {' | '.join(cells)} |\n")
+  return "".join(parts)
+
+
+def _one_line(schema: dict) -> str:
+  return " ".join(schema["description"].split())
+
+
+def _show(value) -> str:
+  return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
+def _values(schema: dict) -> str:
+  """Returns the type and range of a field.
+
+  {"type": "number", "minimum": 0, "exclusiveMaximum": 1} -> "float, >= 0, < 1"
+  """
+  if "enum" in schema:
+    return ", ".join(f"`{_show(value)}`" for value in schema["enum"])
+  if schema["type"] == "array":
+    return f"tuple of {_values(schema['items'])}"
+  bounds = [f"{sign} {schema[name]}" for name, sign in BOUNDS.items() if name in schema]
+  return ", ".join([TYPES[schema["type"]], *bounds])
+
+
+if __name__ == "__main__":
+  PATH.write_text(page(), encoding="utf-8")

@@ -1,0 +1,359 @@
+import dataclasses
+import pathlib
+import pickle
+
+import jax
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.reports import config_reference
+from cm3leon_jax.settings import SECTIONS, Settings, default_config, describe, settings_from_config
+
+
+def settings_with(**fields) -> Settings:
+  """The defaults but for some fields, e.g. `train__steps=3`."""
+  config = default_config().to_dict()
+  for name, value in fields.items():
+    section, _, field = name.partition("__")
+    if field:
+      config[section][field] = value
+    else:
+      config[section] = value
+  return settings_from_config(config)
+
+
+POSITIVE = "greater than 0"
+NOT_NEGATIVE = "at least 0"
+AT_MOST_1 = "at most 1"
+BELOW_1 = "less than 1"
+
+# A value just out of range for every bound of every field, and the bound.
+REFUSED = [
+  ("vocab", "num_special", 5, "at least 6"),
+  ("vocab", "text_size", 0, POSITIVE),
+  ("vocab", "image_size", 0, POSITIVE),
+  ("raw", "source", "", "have at least 1 character"),
+  ("raw", "format", "zip", "'auto', 'folder', 'webdataset', 'parquet' or 'text'"),
+  ("raw", "licenses", (3,), "a valid string"),
+  ("raw", "max_caption_characters", 0, POSITIVE),
+  ("raw", "max_rejected", -0.1, NOT_NEGATIVE),
+  ("raw", "max_rejected", 1.1, AT_MOST_1),
+  ("raw", "resolution", 0, POSITIVE),
+  ("raw", "crop", "left", "'center' or 'pad'"),
+  ("raw", "jpeg_quality", -1, NOT_NEGATIVE),
+  ("raw", "jpeg_quality", 96, "at most 95"),
+  ("raw", "heldout_fraction", -0.1, NOT_NEGATIVE),
+  ("raw", "heldout_fraction", 1.0, BELOW_1),
+  ("raw", "max_texts", -1, NOT_NEGATIVE),
+  ("raw", "num_threads", 0, POSITIVE),
+  ("text_tokenizer", "min_frequency", 0, POSITIVE),
+  ("text_tokenizer", "model_max_length", 0, POSITIVE),
+  ("text_tokenizer", "max_caption_tokens", 0, POSITIVE),
+  ("vqgan", "resolution", 0, POSITIVE),
+  ("vqgan", "downsample", 0, POSITIVE),
+  ("vqgan", "stem", 0, POSITIVE),
+  ("vqgan", "width", 0, POSITIVE),
+  ("vqgan", "multipliers", (1, 0, 4), POSITIVE),
+  ("vqgan", "encoder_blocks", (1, -1, 1), NOT_NEGATIVE),
+  ("vqgan", "decoder_blocks", (1, -1, 1), NOT_NEGATIVE),
+  ("vqgan", "code_dim", 0, POSITIVE),
+  ("vqgan", "steps", 0, POSITIVE),
+  ("vqgan", "batch_size", 0, POSITIVE),
+  ("vqgan", "learning_rate", 0.0, POSITIVE),
+  ("vqgan", "warmup_steps", -1, NOT_NEGATIVE),
+  ("vqgan", "l1_weight", -0.1, NOT_NEGATIVE),
+  ("vqgan", "l2_weight", -0.1, NOT_NEGATIVE),
+  ("vqgan", "codebook_weight", -0.1, NOT_NEGATIVE),
+  ("vqgan", "commitment_weight", -0.1, NOT_NEGATIVE),
+  ("vqgan", "adversarial_weight", -0.1, NOT_NEGATIVE),
+  ("vqgan", "adversarial_start", -0.1, NOT_NEGATIVE),
+  ("vqgan", "adversarial_start", 1.1, AT_MOST_1),
+  ("vqgan", "discriminator_width", 0, POSITIVE),
+  ("vqgan", "discriminator_layers", 0, POSITIVE),
+  ("vqgan", "restart_every", -1, NOT_NEGATIVE),
+  ("vqgan", "restart_until", -0.1, NOT_NEGATIVE),
+  ("vqgan", "restart_until", 1.1, AT_MOST_1),
+  ("vqgan", "checkpoint_every", 0, POSITIVE),
+  ("clip", "resolution", 0, POSITIVE),
+  ("clip", "image_encoder", "resnet", "'vit' or 'conv'"),
+  ("clip", "patch", 0, POSITIVE),
+  ("clip", "image_width", 0, POSITIVE),
+  ("clip", "image_width", 65, "a multiple of 64"),
+  ("clip", "image_layers", 0, POSITIVE),
+  ("clip", "text_width", 0, POSITIVE),
+  ("clip", "text_width", 65, "a multiple of 64"),
+  ("clip", "text_layers", 0, POSITIVE),
+  ("clip", "text_length", 0, POSITIVE),
+  ("clip", "embed_dim", 0, POSITIVE),
+  ("clip", "steps", 0, POSITIVE),
+  ("clip", "batch_size", 1, "at least 2"),
+  ("clip", "learning_rate", 0.0, POSITIVE),
+  ("clip", "warmup_fraction", -0.1, NOT_NEGATIVE),
+  ("clip", "warmup_fraction", 1.0, BELOW_1),
+  ("clip", "weight_decay", -0.1, NOT_NEGATIVE),
+  ("clip", "text_dropout", -0.1, NOT_NEGATIVE),
+  ("clip", "text_dropout", 1.0, BELOW_1),
+  ("clip", "shift", -0.1, NOT_NEGATIVE),
+  ("clip", "shift", 1.0, BELOW_1),
+  ("clip", "color_jitter", -0.1, NOT_NEGATIVE),
+  ("clip", "color_jitter", 1.0, BELOW_1),
+  ("clip", "checkpoint_every", 0, POSITIVE),
+  ("retrieval", "backend", "faiss", "'auto', 'scann' or 'exact'"),
+  ("retrieval", "max_candidates", 0, POSITIVE),
+  ("retrieval", "kept_per_side", 0, POSITIVE),
+  ("retrieval", "max_similarity", -1.1, "at least -1"),
+  ("retrieval", "max_similarity", 1.1, AT_MOST_1),
+  ("retrieval", "index_rows", 0, POSITIVE),
+  ("retrieval", "query_dropout", -0.1, NOT_NEGATIVE),
+  ("retrieval", "query_dropout", 1.0, BELOW_1),
+  ("data", "sequence_length", 1, "at least 2"),
+  ("data", "num_neighbors", -1, NOT_NEGATIVE),
+  ("data", "neighbor_sampling", "best", "'fixed', 'paper' or 'uniform'"),
+  ("data", "neighbor_dropout", -0.1, NOT_NEGATIVE),
+  ("data", "neighbor_dropout", 1.1, AT_MOST_1),
+  ("data", "condition_dropout", -0.1, NOT_NEGATIVE),
+  ("data", "condition_dropout", 1.1, AT_MOST_1),
+  ("data", "mean_spans", -0.1, NOT_NEGATIVE),
+  ("data", "whole_segment_rate", -0.1, NOT_NEGATIVE),
+  ("data", "whole_segment_rate", 1.1, AT_MOST_1),
+  ("data", "neighbor_loss_weight", -0.1, NOT_NEGATIVE),
+  ("data", "text_share", -0.1, NOT_NEGATIVE),
+  ("data", "text_share", 1.1, AT_MOST_1),
+  ("data", "interleaved_share", -0.1, NOT_NEGATIVE),
+  ("data", "interleaved_share", 1.1, AT_MOST_1),
+  ("data", "pack_window", 0, POSITIVE),
+  ("data", "read_threads", 0, POSITIVE),
+  ("model", "family", "gpt", "'opt' or 'modern'"),
+  ("model", "vocab_size", 0, POSITIVE),
+  ("model", "num_layers", 0, POSITIVE),
+  ("model", "width", 0, POSITIVE),
+  ("model", "num_heads", 0, POSITIVE),
+  ("model", "mlp_width", 0, POSITIVE),
+  ("model", "max_positions", 0, POSITIVE),
+  ("model", "init_std", 0.0, POSITIVE),
+  ("model", "embed_std", 0.0, POSITIVE),
+  ("model", "dtype", "float16", "'float32', 'bfloat16' or 'float64'"),
+  ("model", "remat_policy", "some", "'none', 'minimal', 'save_qkv'"),
+  ("model", "attention", "flash", "'auto', 'plain', 'splash' or 'triton'"),
+  ("model", "loss_chunk", 0, POSITIVE),
+  ("mesh", "data", -2, "at least -1"),
+  ("mesh", "fsdp", -2, "at least -1"),
+  ("mesh", "tensor", -2, "at least -1"),
+  ("mesh", "fsdp_inner", -2, "at least -1"),
+  ("optimizer", "learning_rate", 0.0, POSITIVE),
+  ("optimizer", "warmup_steps", -1, NOT_NEGATIVE),
+  ("optimizer", "schedule", "step", "'cosine' or 'linear'"),
+  ("optimizer", "final_fraction", -0.1, NOT_NEGATIVE),
+  ("optimizer", "final_fraction", 1.1, AT_MOST_1),
+  ("optimizer", "b1", -0.1, NOT_NEGATIVE),
+  ("optimizer", "b1", 1.1, AT_MOST_1),
+  ("optimizer", "b2", -0.1, NOT_NEGATIVE),
+  ("optimizer", "b2", 1.1, AT_MOST_1),
+  ("optimizer", "eps", 0.0, POSITIVE),
+  ("optimizer", "weight_decay", -0.1, NOT_NEGATIVE),
+  ("optimizer", "clip_norm", 0.0, POSITIVE),
+  ("optimizer", "first_moment_dtype", "float16", "'float32' or 'bfloat16'"),
+  ("optimizer", "z_loss", -0.1, NOT_NEGATIVE),
+  ("train", "steps", 0, POSITIVE),
+  ("train", "global_batch_size", 0, POSITIVE),
+  ("train", "gradient_accumulation_steps", 0, POSITIVE),
+  ("train", "eval_every", 0, POSITIVE),
+  ("train", "eval_batches", 0, POSITIVE),
+  ("train", "checkpoint_every", 0, POSITIVE),
+  ("train", "keep_checkpoints", 1, "at least 2"),
+  ("train", "sample_every", 0, POSITIVE),
+  ("train", "num_samples", 0, POSITIVE),
+  ("train", "log_every", 0, POSITIVE),
+  ("train", "histogram_every", -1, NOT_NEGATIVE),
+  ("train", "peak_flops", -1.0, NOT_NEGATIVE),
+  ("sampling", "method", "beam", "'top_p', 'contrastive' or 'mixture'"),
+  ("sampling", "temperature", 0.0, POSITIVE),
+  ("sampling", "top_k", -1, NOT_NEGATIVE),
+  ("sampling", "top_p", 0.0, POSITIVE),
+  ("sampling", "top_p", 1.1, AT_MOST_1),
+  ("sampling", "guidance_schedule", "step", "'constant', 'linear' or 'cosine'"),
+  ("sampling", "contrastive_k", 0, POSITIVE),
+  ("sampling", "contrastive_alpha", -0.1, NOT_NEGATIVE),
+  ("sampling", "contrastive_alpha", 1.1, AT_MOST_1),
+  ("sampling", "contrastive_temperature", 0.0, POSITIVE),
+  ("sampling", "amateur_temperature", 0.0, POSITIVE),
+  ("sampling", "text_temperature", 0.0, POSITIVE),
+  ("sampling", "text_top_k", -1, NOT_NEGATIVE),
+  ("sampling", "text_top_p", 0.0, POSITIVE),
+  ("sampling", "text_top_p", 1.1, AT_MOST_1),
+  ("evaluation", "num_documents", 1, "at least 2"),
+  ("evaluation", "batch_size", 0, POSITIVE),
+  ("evaluation", "num_resamples", 99, "at least 100"),
+]
+# Fields that every value of their type is right for.
+FREE = {
+  "raw.default_license",
+  "raw.default_attribution",
+  "retrieval.clip",
+  "model.query_key_norm",
+  "optimizer.decay_embeddings",
+  "train.tensorboard",
+  "train.wandb",
+  "sampling.guidance",
+  "sampling.image_guidance",
+  "sampling.edit_guidance",
+}
+
+
+@pytest.mark.parametrize(("section", "field", "value", "bound"), REFUSED)
+def test_a_value_out_of_range_is_refused_in_one_sentence(section, field, value, bound):
+  with pytest.raises(UserError) as error:
+    settings_with(**{f"{section}__{field}": value})
+  message = str(error.value)
+  assert message.startswith(f"config.{section}.{field}")
+  assert message.endswith(".")
+  assert f"; it must {'' if bound.startswith('have') else 'be '}{bound}" in message
+  with pytest.raises(ValueError, match=field):
+    dataclasses.replace(SECTIONS[section](), **{field: value})
+
+
+def test_every_field_is_in_the_table_above():
+  fields = {f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+  assert {f"{section}.{field}" for section, field, *_ in REFUSED} | FREE == fields
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"seed": -1}, "config.seed is -1; it must be at least 0."),
+    ({"seed": True}, "config.seed is True; it must be a valid integer."),
+    (
+      {"vocab__text_size": 511},
+      "config.vocab: text_size is 511; it must be at least 512: "
+      "num_special = 256 and the 256 bytes of byte-level BPE.",
+    ),
+    (
+      {"vqgan__downsample": 6},
+      "config.vqgan: downsample is 6; it must be stem = 2 times a power of two.",
+    ),
+    (
+      {"vqgan__resolution": 252},
+      "config.vqgan: resolution is 252; it must be a multiple of downsample = 8.",
+    ),
+    (
+      {"vqgan__decoder_blocks": (1, 1)},
+      "config.vqgan: decoder_blocks is (1, 1); it must hold 3 integers, one per halving from "
+      "stem = 2 to downsample = 8.",
+    ),
+    (
+      {"vqgan__discriminator_layers": 9},
+      "config.vqgan: discriminator_layers is 9; 2^layers must be at most resolution = 256.",
+    ),
+    ({"clip__patch": 48}, "config.clip: patch = 48 does not divide resolution = 256."),
+    (
+      {"retrieval__max_candidates": 1},
+      "config.retrieval: max_candidates is 1; it must be at least kept_per_side = 2.",
+    ),
+    (
+      {"data__interleaved_share": 0.5},
+      "config.data: text_share is 0.7 and interleaved_share 0.5; their sum must be at most 1.",
+    ),
+    (
+      {"data__neighbor_sampling": "paper"},
+      "config.data: neighbor_sampling is 'paper', which draws 3 of 4 candidates, "
+      "and num_neighbors is 2; set num_neighbors=3.",
+    ),
+    ({"model__num_heads": 7}, "config.model: num_heads = 7 does not divide width = 4096."),
+    (
+      {"model__family": "modern", "model__width": 6, "model__num_heads": 2},
+      "config.model: width / num_heads = 3 is odd; rotary positions need an even head size.",
+    ),
+    (
+      {"mesh__data": -1},
+      "config.mesh: mesh (data, fsdp, fsdp_inner, tensor) = (-1, -1, 1, 1); each must be positive, "
+      "and at most one -1 (the rest of the devices).",
+    ),
+    (
+      {"mesh__tensor": 0},
+      "config.mesh: mesh (data, fsdp, fsdp_inner, tensor) = (1, -1, 1, 0); each must be positive, "
+      "and at most one -1 (the rest of the devices).",
+    ),
+    (
+      {"train__gradient_accumulation_steps": 3},
+      "config.train: gradient_accumulation_steps = 3 does not divide global_batch_size = 8192.",
+    ),
+    (
+      {"model__vocab_size": 1_000},
+      "config: model.vocab_size is 1000; it must be vocab.size = 64512.",
+    ),
+    (
+      {"data__sequence_length": 8_192},
+      "config: model.max_positions is 4096; it must be at least data.sequence_length = 8192.",
+    ),
+    (
+      {"mesh__tensor": 3},
+      "config: mesh.tensor is 3; it must divide model.num_heads = 32.",
+    ),
+    (
+      {"mesh__tensor": 8, "model__mlp_width": 100},
+      "config: mesh.tensor is 8; it must divide model.mlp_width = 100.",
+    ),
+    ({"model__num_layer": 2}, "config.model has no field 'num_layer': did you mean 'num_layers'?"),
+    (
+      {"moddel": {}},
+      f"config has no section 'moddel': it has seed, {', '.join(SECTIONS)}.",
+    ),
+  ],
+)
+def test_what_contradicts_another_field_or_does_not_exist_is_told(fields, message):
+  with pytest.raises(UserError) as error:
+    settings_with(**fields)
+  assert str(error.value) == message
+
+
+def test_sections_are_static_arguments_that_can_be_replaced_pickled_and_hashed():
+  settings = settings_with(train__steps=3)
+  assert pickle.loads(pickle.dumps(settings)) == settings == settings_with(train__steps=3)
+  assert hash(settings) == hash(settings_with(train__steps=3)) != hash(settings_with())
+  assert dataclasses.asdict(settings)["train"]["steps"] == 3
+  longer = dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=5), seed=2)
+  assert (longer.train.steps, longer.seed) == (5, 2)
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    settings.train.steps = 4
+  traces = []
+
+  def width(model):
+    traces.append(model)
+    return model.width
+
+  width = jax.jit(width, static_argnums=0)
+  assert width(settings.model) == width(settings_with().model) == 4_096
+  assert len(traces) == 1
+
+
+def test_describe_lists_every_field_and_marks_what_is_not_the_default():
+  lines = describe(settings_with(seed=7, train__steps=5, raw__licenses=["CC0-1.0"]))
+  assert lines[0] == "seed = 7  # default: 0"
+  assert "train.steps = 5  # default: 41723" in lines
+  assert "raw.licenses = ('CC0-1.0',)  # default: ()" in lines
+  assert "raw.source = 'openmoji'" in lines
+  assert len([line for line in lines if "#" in line]) == 3
+  assert len(lines) == 1 + sum(len(dataclasses.fields(cls)) for cls in SECTIONS.values())
+
+
+def test_the_page_of_all_fields_is_current():
+  path = pathlib.Path(__file__).parents[1] / "docs" / "config.md"
+  assert path.read_text(encoding="utf-8") == config_reference.page(), (
+    "docs/config.md is old: python -m cm3leon_jax.reports.config_reference"
+  )
+
+
+@pytest.mark.parametrize(
+  "row",
+  [
+    "| `steps` | int, > 0 | `41723` | Number of training steps. |",
+    '| `family` | `"opt"`, `"modern"` | `"opt"` | Architecture. ',
+    "| `heldout_fraction` | float, >= 0, < 1 | `0.05` | ",
+    "| `multipliers` | tuple of int, > 0 | `(1, 2, 4)` | ",
+    "| `top_p` | float, > 0, <= 1 | `0.9` | ",
+    '| `wandb` | str | `""` | ',
+    "| `image_width` | int, > 0, a multiple of 64 | `768` | ",
+  ],
+)
+def test_rows_of_the_page_state_type_range_and_default(row):
+  assert f"\n{row}" in config_reference.page()
