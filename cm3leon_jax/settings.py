@@ -73,6 +73,11 @@ def settings_from_config(config) -> Settings:
   unknown = sorted(set(config) - {"seed", *SECTIONS})
   if unknown:
     raise UserError(f"config has no section '{unknown[0]}': it has seed, {', '.join(SECTIONS)}.")
+  missing = [name for name in ("seed", *SECTIONS) if name not in config]
+  if missing:
+    raise UserError(
+      f"config has no section '{missing[0]}': begin with cm3leon_jax.configs.base.get_config(), which has them all."
+    )
   try:
     return Settings(
       seed=int(config.seed),

@@ -1,4 +1,4 @@
-"""Bits per image code and per text token of held-out pairs, with true, shuffled and no neighbors.
+"""Measures bits per image code and text token of held-out pairs, with and without neighbors.
 
   python -m launch.evaluate --config=ml_configs/openmoji.py --workdir=workdir
 
@@ -9,13 +9,14 @@ import dataclasses
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
-from cm3leon_jax.data.documents import DocumentStore
-from cm3leon_jax.evaluation import bits
-from cm3leon_jax.retrieval import neighbors
-from cm3leon_jax.training import checkpoint
 
 
 def main(settings, workdir):
+  from cm3leon_jax.data.documents import DocumentStore
+  from cm3leon_jax.evaluation import bits
+  from cm3leon_jax.retrieval import neighbors
+  from cm3leon_jax.training import checkpoint
+
   inputs = {
     "documents": stages.require(workdir / "documents", "encode_documents")["id"],
     "neighbors": stages.require(workdir / "neighbors", "build_neighbors")["id"],

@@ -10,16 +10,17 @@ import dataclasses
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
-from cm3leon_jax.data import raw_pairs
-from cm3leon_jax.data.documents import DocumentStore
-from cm3leon_jax.data.pipeline import join
-from cm3leon_jax.export import huggingface
-from cm3leon_jax.training import checkpoint
 
 SAMPLES = 4
 
 
 def main(settings, workdir) -> None:
+  from cm3leon_jax.data import raw_pairs
+  from cm3leon_jax.data.documents import DocumentStore
+  from cm3leon_jax.data.pipeline import join
+  from cm3leon_jax.export import huggingface
+  from cm3leon_jax.training import checkpoint
+
   inputs = {
     "text_tokenizer": stages.require(workdir / "text_tokenizer", "train_text_tokenizer")["id"],
     "train": common.require_run(settings, workdir),

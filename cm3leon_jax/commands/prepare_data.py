@@ -1,4 +1,4 @@
-"""Raw pairs, texts and interleaved documents in one checked form: images, captions, where they come from, train or held out.
+"""Writes raw pairs, texts and interleaved documents in one checked form.
 
   python -m launch.prepare_data --config=ml_configs/openmoji.py --workdir=workdir
 
@@ -10,10 +10,11 @@ import hashlib
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common, sharded
-from cm3leon_jax.data import ingest
 
 
 def main(settings, workdir):
+  from cm3leon_jax.data import ingest
+
   config = dataclasses.asdict(settings.raw)
   del config["num_threads"], config["max_rejected"]
   parts = ingest.parts_of(settings.raw)

@@ -6,12 +6,13 @@ python -m launch.train_clip --config=ml_configs/openmoji.py --workdir=workdir
 import dataclasses
 
 from cm3leon_jax import stages
-from cm3leon_jax.clip import train as train_clip
 from cm3leon_jax.commands import common
-from cm3leon_jax.tokenizers.text import TextTokenizer
 
 
 def main(settings, workdir):
+  from cm3leon_jax.clip import train as train_clip
+  from cm3leon_jax.tokenizers.text import TextTokenizer
+
   clip = dataclasses.asdict(settings.clip)
   del clip["steps"]
   inputs = {

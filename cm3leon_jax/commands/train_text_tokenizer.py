@@ -7,11 +7,12 @@ import dataclasses
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
-from cm3leon_jax.data import raw_pairs
-from cm3leon_jax.tokenizers import text
 
 
 def main(settings, workdir):
+  from cm3leon_jax.data import raw_pairs
+  from cm3leon_jax.tokenizers import text
+
   trained_with = dataclasses.asdict(settings.text_tokenizer)
   del trained_with["max_caption_tokens"]
   config = {

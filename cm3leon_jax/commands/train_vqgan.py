@@ -9,11 +9,12 @@ import dataclasses
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
-from cm3leon_jax.data.records import SPLITS
-from cm3leon_jax.tokenizers import train_vqgan
 
 
 def main(settings, workdir):
+  from cm3leon_jax.data.records import SPLITS
+  from cm3leon_jax.tokenizers import train_vqgan
+
   config = dataclasses.asdict(settings.vqgan)
   del config["steps"], config["checkpoint_every"]
   inputs = {"raw": stages.require(workdir / "raw", "prepare_data")["id"]}
