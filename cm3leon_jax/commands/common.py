@@ -1,8 +1,6 @@
 """What every command shares: the --config and --workdir flags, the checked settings, and how a user's mistake is told."""
 
-from __future__ import (
-  annotations,
-)  # Settings and JAX are imported when a command runs, not for --help.
+from __future__ import annotations
 
 import dataclasses
 import difflib
