@@ -33,7 +33,7 @@ def build(cls: type[T], values, where: str) -> T:
     UserError: an unknown field, a value of another type than the field's, or one that `cls` refuses.
   """
   hints = typing.get_type_hints(cls)
-  fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+  fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
   kwargs = {}
   for name, value in dict(values).items():
     if name not in fields:

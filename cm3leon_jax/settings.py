@@ -1,6 +1,7 @@
 """All sections of a config, as the frozen dataclasses that the library takes."""
 
 import dataclasses
+from typing import Any
 
 import ml_collections
 
@@ -53,7 +54,9 @@ class Settings:
       )
 
 
-SECTIONS = {f.name: f.type for f in dataclasses.fields(Settings) if f.name != "seed"}
+SECTIONS: dict[str, Any] = {
+  f.name: f.type for f in dataclasses.fields(Settings) if f.name != "seed"
+}
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -21,7 +21,11 @@ PROGRAMS = pathlib.Path(
 )  # shellcheck and hadolint come as Python packages.
 SCRIPTS = sorted(
   path
-  for path in [*ROOT.glob(".ci/*"), *ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/**/*.sbatch")]
+  for path in [
+    *ROOT.glob(".ci/run"),
+    *ROOT.glob("launch/**/*.sh"),
+    *ROOT.glob("launch/**/*.sbatch"),
+  ]
   if path.is_file()
 )
 MISTAKE = 2  # Exit code of every command for a user's mistake.
