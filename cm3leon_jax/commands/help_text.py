@@ -8,6 +8,13 @@ from absl import flags
 
 REQUESTS = {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"}
 WIDTH = 100
+PROCESSES = (
+  "distributed",
+  "coordinator_address",
+  "num_processes",
+  "process_id",
+  "coordinator_timeout",
+)
 FIELDS = """\
   --config.SECTION.FIELD=VALUE
       Sets a field of the config, e.g. --config.train.steps=100; it follows --config."""
@@ -45,14 +52,14 @@ def page(docstring: str, workdir: bool, several_processes: bool) -> str:
     several_processes: whether it takes the flags of a job of several processes.
   """
   modules = flags.FLAGS.flags_by_module_dict()
-  common = {flag.name: flag for flag in modules["cm3leon_jax.commands.common"]}
-  run = ["config", "workdir"] if workdir else ["config"]
-  processes = [name for name in common if name not in ("config", "workdir")]
+  common = modules["cm3leon_jax.commands.common"]
+  processes = [flag for flag in common if flag.name in PROCESSES]
+  run = [flag for flag in common if flag not in processes and (workdir or flag.name != "workdir")]
   groups = {
     "Flags of this command": modules.get(sys.argv[0], []),
-    "The run": [common[name] for name in run],
+    "The run": run,
     "Where shards are worked on": modules.get("cm3leon_jax.commands.sharded", []),
-    "Jobs of several processes": [common[name] for name in processes if several_processes],
+    "Jobs of several processes": processes if several_processes else [],
   }
   parts = [docstring.strip()]
   for title, members in groups.items():

@@ -51,7 +51,7 @@ sys.argv = ["launch.NAME", "--help"]
 try:
   runpy.run_module("launch.NAME", run_name="__main__", alter_sys=True)
 except SystemExit as end:
-  print(end.code, sorted({"jax", "flax", "numpy", "matplotlib", "pydantic"} & set(sys.modules)))
+  print(end.code, sorted({"jax", "flax", "matplotlib", "scipy"} & set(sys.modules)))
 """
 ALWAYS = ["--config=VALUE", "--config.SECTION.FIELD=VALUE"]
 PROCESSES = "--coordinator_address=VALUE"
