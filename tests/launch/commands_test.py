@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from cm3leon_jax import accelerators
-from cm3leon_jax.commands import COMMANDS
+from cm3leon_jax.commands import COMMANDS, generate
+from cm3leon_jax.decoding import asks, cache, weights
 
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / "cm3leon_jax" / "commands"
@@ -338,3 +339,8 @@ def test_an_old_python_is_refused(tmp_path):
     result.stderr
     == f"error: PYTHON is '{old}'; it must be an interpreter of Python 3.11 or newer.\n"
   )
+
+
+def test_flags_of_generate_name_the_tasks_and_dtypes_that_there_are():
+  assert tuple(asks.TASKS) == generate.TASKS
+  assert cache.DTYPES == weights.DTYPES == generate.DTYPES
