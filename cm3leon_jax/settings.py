@@ -1,6 +1,7 @@
 """All sections of a config, as the frozen dataclasses that the library takes."""
 
 import dataclasses
+from typing import Any
 
 import ml_collections
 from pydantic import NonNegativeInt
@@ -60,7 +61,9 @@ class Settings:
         )
 
 
-SECTIONS = {f.name: f.type for f in dataclasses.fields(Settings) if f.name != "seed"}
+SECTIONS: dict[str, Any] = {
+  f.name: f.type for f in dataclasses.fields(Settings) if f.name != "seed"
+}
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -80,6 +83,12 @@ def settings_from_config(config) -> Settings:
   unknown = sorted(set(config) - {"seed", *SECTIONS})
   if unknown:
     raise UserError(f"config has no section '{unknown[0]}': it has seed, {', '.join(SECTIONS)}.")
+  missing = [name for name in ("seed", *SECTIONS) if name not in config]
+  if missing:
+    raise UserError(
+      f"config has no section '{missing[0]}': "
+      "begin with cm3leon_jax.configs.base.get_config(), which has them all."
+    )
   sections = {name: build(cls, config[name], name) for name, cls in SECTIONS.items()}
   return build(Settings, {"seed": config["seed"], **sections})
 

@@ -274,7 +274,7 @@ def once(
     )  # From here on the folder holds neither the old outcome nor the new one.
     folder.mkdir(parents=True, exist_ok=True)
   start = time.time()
-  summary = {}
+  summary: dict = {}
   yield summary
   if writes:
     write_json(

@@ -1,8 +1,9 @@
 """The one vocabulary of text and images: which integer means what."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field, PositiveInt
 import pydantic.dataclasses
 
@@ -33,7 +34,7 @@ class VocabLayout:
   brk = 3  # <break>: change of modality.
   eoss = 4  # <eoss>: end of an infilled span.
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.text_size < self.num_special + 256:
       raise ValueError(
         f"text_size is {self.text_size}; it must be at least {self.num_special + 256}: "
@@ -54,15 +55,15 @@ class VocabLayout:
       raise ValueError(f"<mask:{i}> does not exist: the vocabulary has {self.num_masks} sentinels.")
     return 5 + i
 
-  def is_mask(self, ids):
+  def is_mask(self, ids: Any) -> Any:
     """Which of `ids` (int or array) are sentinels `<mask:i>`."""
     return (ids >= 5) & (ids < self.num_special)
 
-  def is_image(self, ids):
+  def is_image(self, ids: Any) -> Any:
     """Which of `ids` (int or array) are image codes."""
     return (ids >= self.text_size) & (ids < self.size)
 
-  def image_ids(self, codes) -> np.ndarray:
+  def image_ids(self, codes: npt.ArrayLike) -> npt.NDArray[np.int32]:
     """Image codes `[0, image_size)` -> ids, int32, same shape."""
     codes = np.asarray(codes, np.int32)
     if codes.size and not (codes.min() >= 0 and codes.max() < self.image_size):
@@ -71,7 +72,7 @@ class VocabLayout:
       )
     return codes + self.text_size
 
-  def image_codes(self, ids) -> np.ndarray:
+  def image_codes(self, ids: npt.ArrayLike) -> npt.NDArray[np.int32]:
     """Ids -> image codes, int32, same shape. Raises ValueError at an id that is no image code."""
     ids = np.asarray(ids, np.int32)
     if ids.size and not self.is_image(ids).all():

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and the default test run: bash launch/test.sh [pytest args]
+# Lint, types and the default test run: bash launch/test.sh [pytest args]
 set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
@@ -8,4 +8,5 @@ make_venv demo,dev
 cd "$root"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
+"$python" -m mypy
 exec "$python" -m pytest "$@"

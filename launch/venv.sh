@@ -32,10 +32,10 @@ find_python() {
 
 fingerprint() {
   (cd "$root" && "$python" -c 'import hashlib, sys; print(hashlib.sha256(b"".join(open(f, "rb").read() for f in sys.argv[1:])).hexdigest())' \
-    setup.py requirements.txt)
+    pyproject.toml requirements.txt)
 }
 
-# Installs the project with one of its extras, unless that was done before with the same setup.py and requirements.txt.
+# Installs the project with one of its extras, unless that was done before with the same pyproject.toml and requirements.txt.
 make_venv() {
   local extra=$1 stamp="$venv/installed-$1" base start=$SECONDS
   if ! runs_new_enough "$python"; then

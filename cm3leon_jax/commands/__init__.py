@@ -1,0 +1,18 @@
+"""One thin absl app per command: `cm3leon NAME`, or `python -m launch.NAME` in a checkout."""
+
+# In the order of a run.
+COMMANDS = (
+  "prepare_data",
+  "train_text_tokenizer",
+  "train_vqgan",
+  "encode_documents",
+  "train_clip",
+  "build_neighbors",
+  "inspect_data",
+  "train",
+  "generate",
+  "evaluate",
+  "export",
+  "report",
+  "aot_compile",
+)

@@ -1,6 +1,6 @@
-r"""Compiles the train step and the guided decoder for a TPU slice that need not be there, and tells what they cost.
+r"""Compiles the train step and the decoder for a TPU slice, without a TPU, and prints their cost.
 
-  pip install -e .[aot]
+  pip install 'cm3leon_jax[aot]'
   python -m launch.aot_compile --config=ml_configs/cm3leon_7b.py --topology=v5e-256 \
     --config.mesh.fsdp=16 --config.mesh.fsdp_inner=16 --batch_per_device=4
   python -m launch.aot_compile --config=ml_configs/cm3leon_7b.py --topology=v5p-8 --search --json=search.json
@@ -17,12 +17,6 @@ from etils import epath
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
-from cm3leon_jax.mesh import create_mesh
-from cm3leon_jax.planning import programs
-from cm3leon_jax.planning import topology as topology_lib
-from cm3leon_jax.planning.report import GIB, compile_for, compile_report, report, table
-from cm3leon_jax.planning.search import cost, search
-from cm3leon_jax.training.flops import model_flops
 
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "A slice, v5e-256, or a chip and the shape of its torus, v5p:4x4x8."
@@ -46,6 +40,8 @@ flags.mark_flag_as_required("topology")
 
 
 def _mesh(settings, topology):
+  from cm3leon_jax.mesh import create_mesh
+
   try:
     return create_mesh(settings.mesh, topology.devices)
   except ValueError as error:
@@ -53,6 +49,10 @@ def _mesh(settings, topology):
 
 
 def _train_report(topology, settings, mesh) -> dict:
+  from cm3leon_jax.planning import programs
+  from cm3leon_jax.planning.report import compile_report
+  from cm3leon_jax.training.flops import model_flops
+
   tokens = settings.train.global_batch_size * settings.data.sequence_length
   flops = model_flops(settings.model, tokens, settings.data.sequence_length)
   report = compile_report(programs.train_step(settings, mesh), topology)
@@ -66,6 +66,9 @@ def _train_report(topology, settings, mesh) -> dict:
 
 def _decode_reports(topology, settings, mesh) -> dict[str, dict]:
   """Of prefill and of one step of the loop."""
+  from cm3leon_jax.planning import programs
+  from cm3leon_jax.planning.report import GIB, compile_for, compile_report, report
+
   decoder = programs.guided_decoder(settings, mesh, _DECODE_BATCH.value, _DECODE_POSITIONS.value)
   compiled, seconds = compile_for(decoder.advance, topology)
   step = report(compiled, seconds, topology)
@@ -80,6 +83,8 @@ def _decode_reports(topology, settings, mesh) -> dict[str, dict]:
 
 
 def _search(settings, topology) -> list[dict]:
+  from cm3leon_jax.planning.search import cost, search
+
   print(f"search on {topology.name}:", flush=True)
   compile_one = lambda changed, mesh: _train_report(topology, changed, mesh)
   found = search(settings, topology, compile_one, lambda line: print(f"  {line}", flush=True))
@@ -99,6 +104,9 @@ def _search(settings, topology) -> list[dict]:
 
 
 def main(settings) -> None:
+  from cm3leon_jax.planning import topology as topology_lib
+  from cm3leon_jax.planning.report import table
+
   topology_lib.prepare()
   topology = topology_lib.load(_TOPOLOGY.value, _SLICES.value)
   reports = {}

@@ -1,4 +1,4 @@
-"""Embeds the pairs with CLIP, searches the bank of train pairs, and writes the neighbors of every pair.
+"""Embeds the pairs with CLIP and writes the neighbors of every pair.
 
 python -m launch.build_neighbors --config=ml_configs/openmoji.py --workdir=workdir
 python -m launch.build_neighbors --config=... --workdir=... --runner=ray --ray_address=auto --ray_workers=64
@@ -8,10 +8,11 @@ import functools
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common, sharded
-from cm3leon_jax.retrieval import bank, neighbors
 
 
 def main(settings, workdir):
+  from cm3leon_jax.retrieval import bank, neighbors
+
   with stages.stage(workdir, "neighbors", settings) as summary:
     if summary is not None:
       load_clip = functools.partial(

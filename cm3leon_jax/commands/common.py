@@ -1,23 +1,34 @@
 """What every command shares: the --config and --workdir flags, the checked settings, and how a user's mistake is told."""
 
-import re
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib.util
 import sys
+from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
 from etils import epath
-import jax
 from ml_collections import config_flags
 
-from cm3leon_jax import distributed
+from cm3leon_jax import accelerators
+from cm3leon_jax.commands import config_file, help_text
 from cm3leon_jax.config import UserError
-from cm3leon_jax.mesh import create_mesh
-from cm3leon_jax.settings import Settings, describe, settings_from_config
+
+if TYPE_CHECKING:
+  from cm3leon_jax.settings import Settings
 
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file, e.g. ml_configs/openmoji.py; fields: --config.train.steps=100."
+  "config",
+  None,
+  f"Config: a Python file, ml_configs/openmoji.py, or a name: {', '.join(config_file.SHIPPED)}. "
+  "A variant follows a colon: openmoji:15.",
 )
+flags.FLAGS["config"].parser = config_file.Parser()
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the run; every stage has a folder of its own in it."
+  "workdir", None, "Folder of the run; every stage has its own folder in it."
 )
 _PRINT_CONFIG = flags.DEFINE_bool(
   "print_config", False, "Print every field of the checked config, one per line, and exit."
@@ -36,6 +47,9 @@ _TIMEOUT = flags.DEFINE_integer(
 )
 
 
+NAME_A_CONFIG = "name a config: --config=ml_configs/openmoji.py"
+
+
 def _join_processes(several: bool) -> None:
   """Joins the job's other processes if the flags say so. Raises UserError if they contradict each other, or the command."""
   explicit = (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
@@ -52,11 +66,17 @@ def _join_processes(several: bool) -> None:
     raise UserError(
       f"--distributed and --{given[0]} are given: the cluster says who the processes are, or the flags do."
     )
+  from cm3leon_jax import distributed
+
   distributed.initialize(*(flag.value for flag in explicit), _TIMEOUT.value)
 
 
 def use_mesh(settings: Settings):
   """`jax.set_mesh` of the config's mesh. Raises UserError if it does not fit the devices."""
+  import jax
+
+  from cm3leon_jax.mesh import create_mesh
+
   if jax.process_count() > 1 and not jax.distributed.is_initialized():
     raise UserError(
       f"this is one of a pod's {jax.process_count()} hosts: launch.train needs --distributed, others a single host."
@@ -72,36 +92,59 @@ def keep_compiled(workdir: epath.Path) -> None:
 
   JAX_COMPILATION_CACHE_DIR names another folder. On CPUs nothing is kept: a program is made for one machine's instructions.
   """
+  import jax
+
   if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
 
 
 def _fail(message: str, code: int = UserError.exit_code) -> None:
-  """One line on stderr, and out."""
-  print(f"error: {' '.join(message.split())}", file=sys.stderr)
+  """Prints one line on stderr and ends the process."""
+  print(f"error: {help_text.as_invoked(' '.join(message.split()))}", file=sys.stderr)
   sys.exit(code)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-  """Parses the flags; what is wrong with a --config or one of its fields is told without the parser's own traceback."""
+def _unknown_flag(name: str) -> str:
+  """Returns the message for a flag that the command does not take; a field of the config is named as one."""
+  from cm3leon_jax.settings import SECTIONS  # Here: it imports JAX.
+
+  fields = {
+    f"{section}.{field.name}"
+    for section, cls in SECTIONS.items()
+    for field in dataclasses.fields(cls)
+  }
+  near = [field for field in fields if name in (field, field.partition(".")[2])]
+  near.sort(key=lambda field: (not field.startswith("train."), field))
+  if near:
+    return f"--{name} is not a flag of this command; a field of the config is set by --config.{' or --config.'.join(near)}."
+  close = difflib.get_close_matches(name, list(flags.FLAGS), 1)
+  hint = f"did you mean --{close[0]}?" if close else "--help lists its flags."
+  return f"--{name} is not a flag of this command: {hint}"
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+  """Returns the UserError that absl caught and raised again as an error of its own."""
+  while error is not None and not isinstance(error, UserError):
+    error = error.__context__
+  return error
+
+
+def _parse_flags(workdir: bool, several_processes: bool, argv: list[str]) -> list[str]:
+  """Parses the flags; reports a wrong flag, --config or field of it in one sentence."""
+  if help_text.REQUESTS.intersection(argv[1:]):
+    print(help_text.page(sys.modules["__main__"].__doc__ or "", workdir, several_processes))
+    sys.exit(0)
   try:
     return flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    if error.flagname.startswith("config."):
+      _fail(f"--{error.flagname} is given, but no config before it: {NAME_A_CONFIG}")
+    _fail(_unknown_flag(error.flagname))
   except (AttributeError, KeyError) as error:
     text = str(error.args[0]).replace("\\n", " ").replace("\\'", "'").strip("'")
     _fail(f"a --config.SECTION.FIELD flag names an unknown field: '{text}")
   except flags.Error as error:
-    _fail(re.split(r"\w+Error: ", str(error))[-1])
-
-
-def _config():
-  try:
-    list(_CONFIG.value)  # A file that could not be loaded is told at the first use.
-  except OSError as error:
-    reason = str(error).rpartition("[Relative path]:")[2]
-    raise UserError(
-      f"--config could not be loaded, name a Python file with a get_config function: {reason}"
-    ) from error
-  return _CONFIG.value
+    _fail(str(_user_error(error) or error))
 
 
 def run(main, workdir: bool = True, several_processes: bool = False) -> None:
@@ -114,27 +157,31 @@ def run(main, workdir: bool = True, several_processes: bool = False) -> None:
   """
 
   def checked(argv):
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every file that it writes.
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it writes.
     try:
       if len(argv) > 1:
         raise UserError(
           f"unexpected argument '{argv[1]}': commands take flags only (--name=value)."
         )
-      settings = settings_from_config(_config())
+      if _CONFIG.value is None:
+        raise UserError(NAME_A_CONFIG)
+      from cm3leon_jax.settings import describe, settings_from_config
+
+      settings = settings_from_config(_CONFIG.value)
       if _PRINT_CONFIG.value:
         print("\n".join(describe(settings)))
         return
       if workdir and _WORKDIR.value is None:
         raise UserError("name the folder of the run: --workdir=workdir")
+      if workdir and _WORKDIR.value.startswith("gs://") and not importlib.util.find_spec("gcsfs"):
+        raise UserError(
+          f"--workdir={_WORKDIR.value} is in a bucket, which needs gcsfs: "
+          "pip install 'cm3leon_jax[data]'."
+        )
       _join_processes(several_processes)
       main(settings, *([epath.Path(_WORKDIR.value)] if workdir else []))
     except UserError as error:
       _fail(str(error), error.exit_code)
 
-  for module in filter(
-    None, map(sys.modules.get, ("cm3leon_jax.commands.common", "cm3leon_jax.commands.sharded"))
-  ):  # --help tells their flags, too.
-    for flag in flags.FLAGS.get_key_flags_for_module(module):
-      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-  flags.mark_flag_as_required("config")
-  app.run(checked, flags_parser=_parse_flags)
+  accelerators.use_cpu_if_alone()
+  app.run(checked, flags_parser=functools.partial(_parse_flags, workdir, several_processes))

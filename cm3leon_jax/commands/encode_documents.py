@@ -10,8 +10,6 @@ from absl import flags
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common, sharded
-from cm3leon_jax.data import documents, encode
-from cm3leon_jax.data.records import KINDS, SPLITS
 
 _VALIDATE = flags.DEFINE_bool(
   "validate", False, "Read every shard that was written and hold it against the schema, instead."
@@ -20,6 +18,9 @@ _VALIDATE = flags.DEFINE_bool(
 
 def validate(settings, workdir) -> None:
   """Prints what each store holds. Raises UserError at the first wrong record."""
+  from cm3leon_jax.data import documents
+  from cm3leon_jax.data.records import KINDS, SPLITS
+
   stages.require(workdir, "documents")
   for name in (f"{split}_{kind}" for split in SPLITS for kind in KINDS):
     store = documents.DocumentStore(workdir / "documents" / name, settings.vocab)
@@ -29,6 +30,8 @@ def validate(settings, workdir) -> None:
 
 
 def main(settings, workdir):
+  from cm3leon_jax.data import encode
+
   if _VALIDATE.value:
     validate(settings, workdir)
     return

@@ -1,4 +1,4 @@
-"""Measures bits per image code and text token of held-out pairs, by their neighbors.
+"""Measures bits per image code and text token of held-out pairs, with and without neighbors.
 
   python -m launch.evaluate --config=ml_configs/openmoji.py --workdir=workdir
 
@@ -7,13 +7,14 @@ Neighbors are found by the caption alone, as at inference. Writes evaluation/met
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
-from cm3leon_jax.data.documents import DocumentStore
-from cm3leon_jax.evaluation import bits
-from cm3leon_jax.retrieval import neighbors
-from cm3leon_jax.training import checkpoint
 
 
 def main(settings, workdir):
+  from cm3leon_jax.data.documents import DocumentStore
+  from cm3leon_jax.evaluation import bits
+  from cm3leon_jax.retrieval import neighbors
+  from cm3leon_jax.training import checkpoint
+
   with stages.stage(workdir, "evaluation", settings) as summary, common.use_mesh(settings):
     if summary is None:
       return

@@ -8,16 +8,17 @@ documents are compared with ours.
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
-from cm3leon_jax.data import raw_pairs
-from cm3leon_jax.data.documents import DocumentStore
-from cm3leon_jax.data.pipeline import join
-from cm3leon_jax.export import huggingface
-from cm3leon_jax.training import checkpoint
 
 SAMPLES = 4
 
 
 def main(settings, workdir) -> None:
+  from cm3leon_jax.data import raw_pairs
+  from cm3leon_jax.data.documents import DocumentStore
+  from cm3leon_jax.data.pipeline import join
+  from cm3leon_jax.export import huggingface
+  from cm3leon_jax.training import checkpoint
+
   folder = workdir / "export"
   with stages.stage(workdir, "export", settings) as summary, common.use_mesh(settings):
     if summary is None:

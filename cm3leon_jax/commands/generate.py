@@ -9,11 +9,14 @@ Held-out captions go to samples/, what is yours to prompts/NAME/: a PNG file a p
 docs/generating.md shows every task.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 import dataclasses
 import hashlib
 import itertools
 import json
+from typing import TYPE_CHECKING
 
 from absl import flags
 from etils import epath
@@ -21,17 +24,23 @@ from etils import epath
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.documents import DocumentStore
-from cm3leon_jax.decoding import asks as asks_lib
-from cm3leon_jax.decoding import cache, draw, jobs, weights
-from cm3leon_jax.decoding.asks import Ask
-from cm3leon_jax.evaluation.intervals import describe_groups
-from cm3leon_jax.reports.summary import clip_scores
-from cm3leon_jax.retrieval.bank import load_clip
-from cm3leon_jax.training import checkpoint
 
+if TYPE_CHECKING:
+  from cm3leon_jax.decoding.asks import Ask
+
+TASKS = (
+  "text_to_image",
+  "caption",
+  "question",
+  "infill_text",
+  "infill_image",
+  "edit",
+  "interleaved",
+  "unconditional",
+)
+DTYPES = ("compute", "int8")  # Of decoding/weights.py and decoding/cache.py.
 _TASK = flags.DEFINE_string(
-  "task", "text_to_image", f"What to do with a prompt or an image: {', '.join(asks_lib.TASKS)}."
+  "task", "text_to_image", f"What to do with a prompt or an image: {', '.join(TASKS)}."
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A text; may be given several times.")
 _IMAGE = flags.DEFINE_multi_string(
@@ -72,14 +81,12 @@ _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", 16, "Samples that are drawn at once.", lower_bound=1
 )
 _WEIGHT_DTYPE = flags.DEFINE_enum(
-  "weight_dtype", "compute", weights.DTYPES, "Dtype of the model's matrices."
+  "weight_dtype", "compute", DTYPES, "Dtype of the model's matrices."
 )
 _DRAFT_WINDOW = flags.DEFINE_integer(
   "draft_window", 0, "Codes of a picture that are drafted and verified at once; 0: none.", 0
 )
-_CACHE_DTYPE = flags.DEFINE_enum(
-  "cache_dtype", "compute", cache.DTYPES, "Dtype of keys and values."
-)
+_CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "compute", DTYPES, "Dtype of keys and values.")
 
 MOST_TEXTS = 16  # That are printed; all are in results.jsonl.
 
@@ -110,6 +117,8 @@ def _box() -> tuple[int, ...]:
 
 def _columns(settings, heldout: bool) -> list[tuple]:
   """Each number of retrieved documents with the sampler's settings for each guidance."""
+  from cm3leon_jax.decoding import asks as asks_lib
+
   guidances = _numbers(
     _GUIDANCE, [1.0, 3.0, 5.0] if heldout else [settings.sampling.guidance], float, 0
   )
@@ -122,6 +131,9 @@ def _columns(settings, heldout: bool) -> list[tuple]:
 
 def _asks(settings, seed: int) -> list[Ask]:
   """What the user asks for; nothing: held-out captions. Raises UserError about flags that do not go together."""
+  from cm3leon_jax.decoding import asks as asks_lib
+  from cm3leon_jax.decoding.asks import Ask
+
   own = {"prompt": _PROMPT.value, "image": _IMAGE.value, "box": _BOX.value, "length": _LENGTH.value}
   task, given = _TASK.value, [name for name, value in own.items() if value]
   if _PROMPTS.value is None and not given and task == "text_to_image":
@@ -154,6 +166,8 @@ def _asks(settings, seed: int) -> list[Ask]:
 
 
 def _check_rank(asks: Sequence[Ask]) -> None:
+  from cm3leon_jax.decoding import jobs
+
   if not _RANK.value:
     return
   if _SAMPLES.value == 1:
@@ -191,6 +205,8 @@ def _bank(settings, workdir: epath.Path, heldout: bool) -> epath.Path:
 
 
 def _needs_clip(asks: Sequence[Ask]) -> bool:
+  from cm3leon_jax.decoding import jobs
+
   return not asks or any(ask.retrieve or jobs.is_scored(ask) for ask in asks)
 
 
@@ -228,6 +244,8 @@ def _config(
 
 def _folder(workdir: epath.Path, asks: Sequence[Ask], config: dict) -> epath.Path:
   """Every set of prompts and settings has a folder of its own, so that a user may try another at any time."""
+  from cm3leon_jax.decoding import draw
+
   if not asks:
     return workdir / "samples"
   name = epath.Path(_PROMPTS.value).stem if _PROMPTS.value else asks[0].prompt or asks[0].task
@@ -262,6 +280,12 @@ def _add_concepts(records: Sequence[dict], heldout: DocumentStore) -> None:
 
 
 def main(settings, workdir) -> None:
+  from cm3leon_jax.decoding import asks as asks_lib
+  from cm3leon_jax.decoding import draw, jobs
+  from cm3leon_jax.reports.summary import clip_scores
+  from cm3leon_jax.retrieval.bank import load_clip
+  from cm3leon_jax.training import checkpoint
+
   seed = settings.seed if _SEED.value is None else _SEED.value
   if _DRAFT_WINDOW.value == 1:
     raise UserError(

@@ -1,4 +1,4 @@
-"""Draws a handful of rows as the trainer reads them into one HTML page: to look at the data before a long run.
+"""Writes an HTML page of rows as the trainer reads them, to check the data before a long run.
 
   python -m launch.inspect_data --config=ml_configs/openmoji.py --workdir=workdir --out=rows.html
   python -m launch.inspect_data --config=ml_configs/openmoji.py --workdir=workdir --out=rows.html --first_row=5000 --rows=3
@@ -12,11 +12,6 @@ from ml_collections import config_flags
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
-from cm3leon_jax.commands.train import open_rows
-from cm3leon_jax.reports import inspect, inspect_page
-from cm3leon_jax.retrieval.neighbors import load_neighbors
-from cm3leon_jax.tokenizers.text import TextTokenizer
-from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 _OUT = flags.DEFINE_string("out", "rows.html", "HTML file to write.")
 _ROWS = flags.DEFINE_integer("rows", 6, "Number of rows.", lower_bound=1)
@@ -28,6 +23,12 @@ READ = (*stages.TOKENIZERS, "documents", "neighbors")
 
 def draw(settings, workdir, out: epath.Path, split: str, numbers: range, config_name: str) -> None:
   """Writes the page of rows `numbers` of `split`. Raises UserError if it cannot, or if a stage is missing."""
+  from cm3leon_jax.commands.train import open_rows
+  from cm3leon_jax.reports import inspect, inspect_page
+  from cm3leon_jax.retrieval.neighbors import load_neighbors
+  from cm3leon_jax.tokenizers.text import TextTokenizer
+  from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+
   inspect_page.check_writable(out)
   for name in READ:
     stages.require(workdir, name)

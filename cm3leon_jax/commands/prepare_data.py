@@ -1,4 +1,4 @@
-"""Raw pairs, texts and interleaved documents in one checked form: images, captions, where they come from, train or held out.
+"""Writes raw pairs, texts and interleaved documents in one checked form.
 
   python -m launch.prepare_data --config=ml_configs/openmoji.py --workdir=workdir
 
@@ -9,10 +9,11 @@ import hashlib
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common, sharded
-from cm3leon_jax.data import ingest
 
 
 def main(settings, workdir):
+  from cm3leon_jax.data import ingest
+
   parts = ingest.parts_of(settings.raw)
   # Files that were added or have changed make the stage run again, over their shards alone.
   files = hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Gathers what every stage of a run left into summary.json and report.html; a stage that has not run is said so.
+"""Writes summary.json and report.html, the numbers and figures of every stage of a run.
 
 python -m launch.report --config=ml_configs/openmoji.py --workdir=workdir
 """
@@ -6,11 +6,19 @@ python -m launch.report --config=ml_configs/openmoji.py --workdir=workdir
 from absl import flags
 from ml_collections import config_flags
 
+from cm3leon_jax import stages
 from cm3leon_jax.commands import common
-from cm3leon_jax.reports import report
+from cm3leon_jax.config import UserError
 
 
 def main(settings, workdir):
+  if not workdir.exists() or not any(workdir.glob(f"*/{stages.DONE}")):
+    raise UserError(
+      f"--workdir {workdir} holds no finished stage: run `python -m launch.prepare_data` with the same --config and "
+      "--workdir first."
+    )
+  from cm3leon_jax.reports import report
+
   del settings  # The stages' folders say what was run.
   summary = report.write(workdir, config_flags.get_config_filename(flags.FLAGS["config"]))
   for line in summary["headlines"]:

@@ -3,24 +3,21 @@
 python -m launch.train --config=ml_configs/openmoji.py --workdir=workdir
 """
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING
 
 from absl import flags
-import jax
-import numpy as np
 
-from cm3leon_jax import distributed, stages
+from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.documents import DocumentStore
-from cm3leon_jax.data.pipeline import RowLoader
-from cm3leon_jax.data.plan import RowPlan, Source
-from cm3leon_jax.data.plan_statistics import describe, plan_statistics, room_for_neighbors
-from cm3leon_jax.decoding.draw import sample_drawer
-from cm3leon_jax.retrieval.neighbors import load_neighbors
-from cm3leon_jax.settings import Settings
-from cm3leon_jax.training.profile import parse_steps
-from cm3leon_jax.training.train import train
+
+if TYPE_CHECKING:
+  from cm3leon_jax.data.pipeline import RowLoader
+  from cm3leon_jax.data.plan import RowPlan
+  from cm3leon_jax.settings import Settings
 
 _PROFILE_STEPS = flags.DEFINE_string(
   "profile_steps", "", "Steps to trace into train/profile, e.g. 10:13; both are traced."
@@ -35,6 +32,11 @@ def open_rows(settings: Settings, workdir, split: str, write_starts: bool = Fals
 
   Those of train know where the windows of their plan start from train/plan.jsonl, which one process of a run keeps.
   """
+  from cm3leon_jax.data.documents import DocumentStore
+  from cm3leon_jax.data.pipeline import RowLoader
+  from cm3leon_jax.data.plan import RowPlan, Source
+  from cm3leon_jax.retrieval.neighbors import load_neighbors
+
   documents, data = workdir / "documents", settings.data
   store = lambda name: DocumentStore(documents / name, settings.vocab)
   bank = store("train_pairs")
@@ -59,7 +61,7 @@ def open_rows(settings: Settings, workdir, split: str, write_starts: bool = Fals
   plan = RowPlan(sources, data, settings.vocab.num_masks, settings.seed, starts, write_starts)
   needed = settings.train.global_batch_size * data.sequence_length
   total = sum(
-    int(s.store.lengths[:needed].sum(dtype=np.int64)) for s in sources
+    int(s.store.lengths[:needed].sum(dtype="int64")) for s in sources
   )  # No segment is empty: more is not needed.
   if split == "train" and total < needed:
     raise UserError(
@@ -71,6 +73,9 @@ def open_rows(settings: Settings, workdir, split: str, write_starts: bool = Fals
 
 def look_at_rows(plan: RowPlan) -> dict:
   """Prints what the plan's first window holds, and neighbors that never fit; returns the numbers."""
+  from cm3leon_jax import distributed
+  from cm3leon_jax.data.plan_statistics import describe, plan_statistics, room_for_neighbors
+
   for source in plan.sources:
     if (
       source.share > 0
@@ -84,6 +89,13 @@ def look_at_rows(plan: RowPlan) -> dict:
 
 
 def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool = False) -> None:
+  import jax
+
+  from cm3leon_jax import distributed
+  from cm3leon_jax.decoding.draw import sample_drawer
+  from cm3leon_jax.training.profile import parse_steps
+  from cm3leon_jax.training.train import train
+
   traced = parse_steps(profile_steps, settings.train.steps)
   distributed.check_same_config(
     {**dataclasses.asdict(settings), "profile_steps": profile_steps, "debug_nans": debug_nans}

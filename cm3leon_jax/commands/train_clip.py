@@ -4,12 +4,13 @@ python -m launch.train_clip --config=ml_configs/openmoji.py --workdir=workdir
 """
 
 from cm3leon_jax import stages
-from cm3leon_jax.clip import train as train_clip
 from cm3leon_jax.commands import common
-from cm3leon_jax.tokenizers.text import TextTokenizer
 
 
 def main(settings, workdir):
+  from cm3leon_jax.clip import train as train_clip
+  from cm3leon_jax.tokenizers.text import TextTokenizer
+
   with stages.stage(workdir, "clip", settings) as summary:
     if summary is not None:
       encode = TextTokenizer(workdir / "text_tokenizer", settings.vocab).encode

@@ -5,11 +5,12 @@ python -m launch.train_text_tokenizer --config=ml_configs/openmoji.py --workdir=
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
-from cm3leon_jax.data import raw_pairs
-from cm3leon_jax.tokenizers import text
 
 
 def main(settings, workdir):
+  from cm3leon_jax.data import raw_pairs
+  from cm3leon_jax.tokenizers import text
+
   with stages.stage(workdir, "text_tokenizer", settings) as summary:
     if summary is not None:
       captions = [pair.caption for pair in raw_pairs.read_pairs(workdir / "raw", "train")]

@@ -7,11 +7,12 @@ A killed run continues from its last state when the same command is given again.
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
-from cm3leon_jax.data.records import SPLITS
-from cm3leon_jax.tokenizers import train_vqgan
 
 
 def main(settings, workdir):
+  from cm3leon_jax.data.records import SPLITS
+  from cm3leon_jax.tokenizers import train_vqgan
+
   with stages.stage(workdir, "vqgan", settings) as summary:
     if summary is not None:
       images = [

@@ -84,6 +84,10 @@ def split_of(name: str, heldout_fraction: float) -> str:
 def parts_of(config: RawConfig) -> list[sources.Part]:
   """The parts of `config.source`, each of which becomes a shard. Raises UserError if nothing readable is there."""
   if config.source == OPENMOJI:
+    if config.licenses and openmoji.LICENSE not in config.licenses:
+      raise UserError(
+        f"config.raw.licenses is {config.licenses}; the drawings of OpenMoji are under {openmoji.LICENSE}: add it."
+      )
     return [sources.Part(OPENMOJI, (openmoji.source(),), 0)]
   return sources.parts(config.source, config.format)
 
@@ -125,7 +129,13 @@ def prepare(
         file.write((folder / name / REJECTED).read_text(encoding="utf-8"))
   made = {name: made[name] for name in named}
   total = _sum(m["counts"] for m in made.values())
+  left_out = _sum(m["left_out"] for m in made.values())
   if not any(total[f"{split}_{kind}"] for split in SPLITS for kind in KINDS):
+    if left_out.get("other_licenses"):
+      raise UserError(
+        f"config.raw.licenses is {config.licenses}; none of the {left_out['other_licenses']} records of "
+        f"'{config.source}' has one of these licenses (config.raw.default_license is for records without one)."
+      )
     raise UserError(
       f"config.raw.source is '{config.source}', which holds no record that can be used."
     )
@@ -134,7 +144,7 @@ def prepare(
   stages.write_json(
     folder / INDEX, {"schema_version": SCHEMA_VERSION, "origins": origins, "shards": shards}
   )
-  return {"shards": len(made), **total, **_sum(m["left_out"] for m in made.values())}
+  return {"shards": len(made), **total, **left_out}
 
 
 def _most_common(origins: Iterable[dict]) -> list[dict]:

@@ -114,7 +114,9 @@ def _filesystem(source: str):
   try:
     return fsspec.core.url_to_fs(source)
   except (ImportError, ValueError) as error:
-    raise UserError(f"config.raw.source is '{source}', which cannot be opened: {error}.") from error
+    raise UserError(
+      f"config.raw.source is '{source}', which cannot be opened: {error} (buckets need pip install 'cm3leon_jax[data]')."
+    ) from error
 
 
 def _files(fs, path: str, source: str) -> dict[str, int]:

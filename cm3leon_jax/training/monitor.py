@@ -252,7 +252,7 @@ def open_boards(folder: epath.Path, config, first_step: int) -> list[TensorBoard
     try:
       boards.append(TensorBoard(folder / "tensorboard", first_step))
     except ImportError as error:
-      instead = "pip install 'cm3leon_jax[tensorboard]', or set --config.train.tensorboard=False."
+      instead = "pip install 'cm3leon_jax[monitoring]', or set --config.train.tensorboard=False."
       print(f"train: no TensorBoard ({error}): {instead}", flush=True)
   return boards
 

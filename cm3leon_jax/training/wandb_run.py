@@ -31,7 +31,7 @@ class WandbRun:
       import wandb  # Not a dependency: only who names a project needs it.
     except ImportError as error:
       raise UserError(
-        f"config.train.wandb is '{project}', but wandb is not installed: pip install wandb."
+        f"config.train.wandb is '{project}', but wandb is not installed: pip install 'cm3leon_jax[monitoring]'."
       ) from error
     path, local = epath.Path(folder) / "wandb.json", "://" not in os.fspath(folder)
     if not path.exists():

@@ -38,7 +38,7 @@ run() {
   archive="$(mktemp -d)/cm3leon_jax.tar.gz"
   # shellcheck disable=SC2064 # The folder of now.
   trap "rm -r '$(dirname "$archive")'" EXIT
-  tar -C "$root" --exclude=__pycache__ -czf "$archive" cm3leon_jax launch ml_configs pyproject.toml requirements.txt setup.py
+  tar -C "$root" --exclude=__pycache__ -czf "$archive" cm3leon_jax launch ml_configs pyproject.toml requirements.txt
   tpu scp "$archive" "$TPU:" --worker=all
   start="$(printf ' %q' "$@")"
   on_hosts all "mkdir -p cm3leon_jax && cd cm3leon_jax && rm -rf cm3leon_jax launch ml_configs && tar -xzf ../cm3leon_jax.tar.gz && bash launch/pod/tpu_host.sh$start"

@@ -165,6 +165,14 @@ def test_records_are_chosen_by_license(source, tmp_path):
   assert not any(name.startswith("rejected") for name in summary)
 
 
+def test_licenses_that_no_record_has_are_reported(source, tmp_path):
+  sentence = r"none of the 42 records of '.*' has one of these licenses"
+  with pytest.raises(UserError, match=sentence):
+    prepare(source, tmp_path, licenses=("CC0-1.0",), default_license="secret")
+  with pytest.raises(UserError, match=r"drawings of OpenMoji are under CC-BY-SA-4\.0: add it"):
+    ingest.parts_of(RawConfig(licenses=("CC0-1.0",)))
+
+
 def test_origins_are_counted(source, tmp_path, monkeypatch):
   for i in range(4):
     replace_line(

@@ -1,4 +1,5 @@
-import importlib
+import glob
+import json
 import os
 import pathlib
 import subprocess
@@ -6,17 +7,25 @@ import sys
 
 import pytest
 
+from cm3leon_jax import accelerators
+from cm3leon_jax.commands import COMMANDS, generate
+from cm3leon_jax.decoding import asks, cache, weights
+
 ROOT = pathlib.Path(__file__).parents[2]
-COMMANDS = sorted(
-  path.stem
-  for path in (ROOT / "launch").glob("*.py")
-  if path.stem not in ("__init__", "common", "sharded")
-)
+FOLDER = ROOT / "cm3leon_jax" / "commands"
 
 
-def run(*argv, cwd=ROOT):
+def run(*argv, cwd=ROOT, **environment):
+  """Runs a program as a user would: JAX chooses its devices itself."""
+  env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
   return subprocess.run(
-    argv, cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ, check=False
+    argv,
+    cwd=cwd,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    env={**env, **environment},
+    check=False,
   )
 
 
@@ -24,11 +33,47 @@ def command(name, *flags):
   return run(sys.executable, "-m", f"launch.{name}", *flags)
 
 
+def cm3leon(*argv, cwd, **environment):
+  """Runs the console script's function in a folder outside of the checkout."""
+  start = "from cm3leon_jax.__main__ import main; main()"
+  return run(sys.executable, "-c", start, *argv, cwd=cwd, PYTHONPATH=str(ROOT), **environment)
+
+
+def test_every_command_is_listed():
+  assert sorted(COMMANDS) == sorted(
+    path.stem for path in FOLDER.glob("*.py") if "common.run(" in path.read_text()
+  )
+
+
+# Prints the page of --help, then which heavy modules were imported for it.
+HELP = """
+import runpy, sys
+sys.argv = ["launch.NAME", "--help"]
+try:
+  runpy.run_module("launch.NAME", run_name="__main__", alter_sys=True)
+except SystemExit as end:
+  print(end.code, sorted({"jax", "flax", "matplotlib", "scipy"} & set(sys.modules)))
+"""
+ALWAYS = ["--config=VALUE", "--config.SECTION.FIELD=VALUE"]
+PROCESSES = "--coordinator_address=VALUE"
+SHARDS = "--ray_address=VALUE"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_says_how_to_run_it(name):
-  module = importlib.import_module(f"launch.{name}")
-  assert f"python -m launch.{name} --config=" in module.__doc__
-  assert callable(module.main)
+def test_help_shows_an_example_and_the_commands_own_flags_without_importing_jax(name):
+  result = run(sys.executable, "-c", HELP.replace("NAME", name))
+  *page, imported = result.stdout.splitlines()
+  assert (imported, result.stderr) == ("0 []", "")
+  assert f"python -m launch.{name} --config=" in result.stdout
+  assert all(f"  {flag}" in page for flag in ALWAYS)
+  assert ("  --workdir=VALUE" in page) == (name != "aot_compile")
+  assert (f"  {PROCESSES}" in page) == (name == "train")
+  assert (f"  {SHARDS}" in page) == (
+    name in ("prepare_data", "encode_documents", "build_neighbors")
+  )
+  assert ("  --[no]validate" in page) == (name == "encode_documents")
+  assert max(len(line) for line in page if line.startswith("      ")) <= 100
+  assert "--pdb" not in result.stdout
 
 
 def test_print_config_prints_every_field_and_marks_what_is_not_the_default():
@@ -41,11 +86,70 @@ def test_print_config_prints_every_field_and_marks_what_is_not_the_default():
   assert "model.family = 'opt'" in lines
 
 
-def test_help_shows_the_docstring_and_the_flags(tmp_path):
-  shown = command("encode_documents", "--help").stdout
-  assert "python -m launch.encode_documents --config=ml_configs/openmoji.py" in shown
-  assert all(f"--{name}: " in shown for name in ("config", "workdir", "runner", "ray_address"))
-  assert "--[no]validate: " in shown
+def test_the_console_script_lists_commands_and_suggests_one(tmp_path):
+  for argv in ([], ["--help"]):
+    result = cm3leon(*argv, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)
+    assert max(map(len, lines)) <= 140
+  wrong = cm3leon("trian", cwd=tmp_path)
+  assert (wrong.returncode, wrong.stdout) == (2, "")
+  assert wrong.stderr == "error: there is no command 'trian': did you mean 'train'?\n"
+  shown = cm3leon("train", "--help", cwd=tmp_path).stdout
+  assert "cm3leon train --config=openmoji --workdir=workdir" in shown
+
+
+def test_a_config_by_name_or_by_path_works_in_any_folder(tmp_path):
+  (tmp_path / "own.py").write_text(
+    "from cm3leon_jax.configs import base\n"
+    "def get_config(seed='3'):\n  config = base.get_config()\n  config.seed = int(seed)\n  return config\n"
+  )
+  for config in ("openmoji:2", str(tmp_path / "own.py")):
+    result = cm3leon("evaluate", f"--config={config}", "--workdir=w", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == (
+      "error: w/documents is not finished: run `cm3leon encode_documents` with the same --config and --workdir first.\n"
+    )
+  result = cm3leon("evaluate", "--config=own.py:-7", "--workdir=w", cwd=tmp_path)
+  assert result.stderr == "error: config: seed is -7; it must not be negative.\n"
+
+
+# What a command does that uses the devices, where nobody set JAX_PLATFORMS.
+DEVICES = """
+from cm3leon_jax.commands import common
+from cm3leon_jax.commands.common import use_mesh
+def main(settings):
+  with use_mesh(settings):
+    import jax
+    print(jax.devices()[0].platform)
+common.run(main, workdir=False)
+"""
+
+
+@pytest.mark.skipif(
+  any(map(glob.glob, accelerators.DEVICE_FILES)), reason="this machine has an accelerator"
+)
+def test_a_machine_without_accelerators_prints_no_warnings():
+  result = run(sys.executable, "-c", DEVICES, "--config=openmoji")
+  assert (result.returncode, result.stderr) == (0, "")
+  assert result.stdout == "cpu\n"
+
+
+@pytest.mark.parametrize(
+  ("found", "variables", "expected"),
+  [
+    ([], {}, "cpu"),
+    (["/dev/vfio/[0-9]*"], {}, None),
+    (["/dev/nvidia[0-9]*"], {}, None),
+    ([], {"JAX_PLATFORMS": "tpu"}, "tpu"),
+  ],
+)
+def test_jax_looks_for_accelerators_where_there_are_some(found, variables, expected, monkeypatch):
+  monkeypatch.setattr(accelerators.glob, "glob", lambda pattern: [p for p in found if p == pattern])
+  monkeypatch.setattr(accelerators.os, "environ", variables)
+  accelerators.use_cpu_if_alone()
+  assert variables.get("JAX_PLATFORMS") == expected
 
 
 @pytest.mark.parametrize(
@@ -65,7 +169,8 @@ def test_help_shows_the_docstring_and_the_flags(tmp_path):
     ),
     (
       ["--config=ml_configs/nope.py"],
-      "error: --config could not be loaded, name a Python file with a get_config function: ",
+      "error: --config=ml_configs/nope.py: there is no such file; name a Python file with a get_config function, or a "
+      "shipped config: cm3leon_350m, ",
     ),
     (
       ["--config=ml_configs/openmoji.py:soon"],
@@ -89,7 +194,113 @@ def test_a_mistake_ends_in_one_sentence(tmp_path, flags, sentence):
   assert result.stderr.count("\n") == 1
 
 
-def test_report_of_an_empty_workdir_says_what_is_missing(tmp_path):
+EVALUATE = ["--config=openmoji", "--workdir=w"]
+CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  "
+
+
+@pytest.mark.parametrize(
+  ("flags", "config", "sentence"),
+  [
+    (["--workdir=w"], "", "name a config: --config=ml_configs/openmoji.py\n"),
+    (["--config=openmoji"], "", "name the folder of the run: --workdir=workdir\n"),
+    (
+      [*EVALUATE, "--steps=5"],
+      "",
+      "--steps is not a flag of this command; a field of the config is set by --config.train.steps or "
+      "--config.clip.steps or --config.vqgan.steps.\n",
+    ),
+    (
+      [*EVALUATE, "--sampling.top_p=0.5"],
+      "",
+      "--sampling.top_p is not a flag of this command; a field of the config is set by --config.sampling.top_p.\n",
+    ),
+    (
+      [*EVALUATE, "--workdri=x"],
+      "",
+      "--workdri is not a flag of this command: did you mean --workdir?\n",
+    ),
+    (
+      ["--workdir=w", "--config.train.steps=5"],
+      "",
+      "--config.train.steps is given, but no config before it: name a config: --config=",
+    ),
+    (
+      ["--config=own.py", "--workdir=w"],
+      "x = 1\n",
+      "--config=own.py: the file has no function get_config; it must have one that returns a config.\n",
+    ),
+    (
+      ["--config=own.py", "--workdir=w"],
+      f"{CONFIG}pass\n",
+      "--config=own.py: get_config returns NoneType; it must return an ml_collections.ConfigDict.\n",
+    ),
+    (
+      ["--config=own.py", "--workdir=w"],
+      f"{CONFIG}return x\n",
+      "--config=own.py cannot be loaded: NameError: name 'x' is not defined (",
+    ),
+    (
+      ["--config=own.py", "--workdir=w"],
+      f"{CONFIG}c = default_config()\n  del c['vqgan']\n  return c\n",
+      "config has no section 'vqgan': begin with cm3leon_jax.configs.base.get_config(), which has them all.\n",
+    ),
+    (
+      ["--config=openmoji", "--workdir=gs://bucket/run"],
+      "",
+      "--workdir=gs://bucket/run is in a bucket, which needs gcsfs: pip install 'cm3leon_jax[data]'.\n",
+    ),
+  ],
+)
+def test_a_wrong_config_or_flag_ends_in_one_sentence(tmp_path, flags, config, sentence):
+  if config:
+    (tmp_path / "own.py").write_text(config)
+  path = os.pathsep.join([str(without_gcsfs(tmp_path)), str(ROOT)])
+  result = run(sys.executable, "-m", "launch.evaluate", *flags, cwd=tmp_path, PYTHONPATH=path)
+  assert result.returncode == 2
+  assert result.stderr.startswith(f"error: {sentence}")
+  assert result.stderr.count("\n") == 1
+
+
+def without_gcsfs(folder):
+  """Returns a folder for PYTHONPATH with which gcsfs looks as if it were not installed."""
+  (folder / "sitecustomize.py").write_text("import sys\nsys.modules['gcsfs'] = None\n")
+  return folder
+
+
+def test_a_bucket_as_source_needs_its_extra(tmp_path):
+  path = os.pathsep.join([str(without_gcsfs(tmp_path)), str(ROOT)])
+  flags = ["--config=openmoji", "--workdir=w", "--config.raw.source=gs://bucket/pairs"]
+  result = run(sys.executable, "-m", "launch.prepare_data", *flags, cwd=tmp_path, PYTHONPATH=path)
+  assert result.returncode == 2
+  assert result.stderr == (
+    "error: config.raw.source is 'gs://bucket/pairs', which cannot be opened: Please install gcsfs to access Google "
+    "Storage (buckets need pip install 'cm3leon_jax[data]').\n"
+  )
+
+
+def test_a_license_that_no_drawing_has_ends_at_once(tmp_path):
+  licenses = "--config.raw.licenses=('CC0-1.0',)"
+  result = command("prepare_data", "--config=openmoji", f"--workdir={tmp_path}", licenses)
+  assert result.returncode == 2
+  assert result.stderr == (
+    "error: config.raw.licenses is ('CC0-1.0',); the drawings of OpenMoji are under CC-BY-SA-4.0: add it.\n"
+  )
+
+
+def test_report_of_an_empty_workdir_is_refused(tmp_path):
+  for folder in (tmp_path, tmp_path / "absent"):
+    result = command("report", "--config=openmoji", f"--workdir={folder}")
+    assert result.returncode == 2
+    assert result.stderr == (
+      f"error: --workdir {folder} holds no finished stage: run `python -m launch.prepare_data` with the same --config "
+      "and --workdir first.\n"
+    )
+
+
+def test_report_says_what_is_missing(tmp_path):
+  (tmp_path / "raw").mkdir()
+  done = {"config": {}, "summary": {}, "seconds": 1.0, "id": "1"}
+  (tmp_path / "raw" / "done.json").write_text(json.dumps(done))
   result = command("report", "--config=ml_configs/openmoji.py:2", f"--workdir={tmp_path}")
   assert result.returncode == 0, result.stderr
   assert "not run" in result.stdout
@@ -138,3 +349,8 @@ def test_an_old_python_is_refused(tmp_path):
     result.stderr
     == f"error: PYTHON is '{old}'; it must be an interpreter of Python 3.11 or newer.\n"
   )
+
+
+def test_flags_of_generate_name_the_tasks_and_dtypes_that_there_are():
+  assert tuple(asks.TASKS) == generate.TASKS
+  assert cache.DTYPES == weights.DTYPES == generate.DTYPES

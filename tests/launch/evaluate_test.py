@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from cm3leon_jax import stages
-from cm3leon_jax.commands import common, evaluate
+from cm3leon_jax.commands import evaluate
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import base
 from cm3leon_jax.data import documents
 from cm3leon_jax.mesh import MeshConfig, create_mesh
+from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training import checkpoint, optimizer, state
 from tests.retrieval.stores import write_neighbors
 
@@ -33,7 +34,7 @@ def tiny_settings():
   )
   config.model.update({"dtype": "float32", "remat_policy": "none"})
   config.evaluation.update({"num_documents": 4, "num_resamples": 100})
-  return common.settings_from_config(config)
+  return settings_from_config(config)
 
 
 def write_store(folder, n, vocab, seed):

@@ -21,7 +21,11 @@ PROGRAMS = pathlib.Path(
 )  # shellcheck and hadolint come as Python packages.
 SCRIPTS = sorted(
   path
-  for path in [*ROOT.glob(".ci/*"), *ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/**/*.sbatch")]
+  for path in [
+    *ROOT.glob(".ci/run"),
+    *ROOT.glob("launch/**/*.sh"),
+    *ROOT.glob("launch/**/*.sbatch"),
+  ]
   if path.is_file()
 )
 MISTAKE = 2  # Exit code of every command for a user's mistake.
@@ -157,10 +161,8 @@ def test_dockerfile_copies_what_the_context_holds_and_installs_extras_that_exist
   assert copied
   assert all((ROOT / source).exists() for source in copied)
   assert sorted(line[1:] for line in ignored if line.startswith("!")) == sorted(copied)
-  extras = re.findall(r'^    "(\w+)": \[', (ROOT / "setup.py").read_text(), re.MULTILINE)
-  assert {"tpu", "gpu", "data"} <= set(extras)
-  assert 'case "$EXTRA" in tpu | gpu)' in text
-  assert '".[$EXTRA,data]"' in text
+  assert 'case "$EXTRA" in tpu | cuda12 | cuda13)' in text
+  assert '".[$EXTRA,data]"' in text  # tests/packaging_test.py: .ci/extras.py resolves all three.
 
 
 # TPU VM.
@@ -178,7 +180,7 @@ def test_tpu_vm_starts_the_same_flags_on_every_host(recorders):
   venv = recorders.home / "cm3leon_jax" / ".venv"
   (venv / "bin").mkdir(parents=True)
   (venv / "bin" / "python").symlink_to(sys.executable)
-  files = (ROOT / "setup.py").read_bytes() + (ROOT / "requirements.txt").read_bytes()
+  files = (ROOT / "pyproject.toml").read_bytes() + (ROOT / "requirements.txt").read_bytes()
   (venv / "installed-tpu,data").write_text(hashlib.sha256(files).hexdigest() + "\n")
   result = run_script(recorders, "tpu_vm.sh", ["run", *FLAGS], TPU_VM)
   assert result.returncode == 0, result.stderr
@@ -189,7 +191,7 @@ def test_tpu_vm_starts_the_same_flags_on_every_host(recorders):
     assert {"--worker=all", "--project=project", "--zone=us-west4-a"} <= set(call)
   user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
   assert recorders.calls("sudo")[-1] == ["systemctl", "enable", "--now", f"cm3leon-train@{user}"]
-  assert (recorders.home / "cm3leon_jax" / "launch" / "train.py").exists()
+  assert (recorders.home / "cm3leon_jax" / "cm3leon_jax" / "commands" / "train.py").exists()
 
   recorders.add("python")
   recorders.copy("python", venv / "bin" / "python")

@@ -136,7 +136,7 @@ def test_without_tensorboardx_one_sentence_says_so(tmp_path, capsys, monkeypatch
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
   assert open_boards(tmp_path, TrainConfig(), 1) == []
   (line,) = capsys.readouterr().out.splitlines()
-  assert "pip install 'cm3leon_jax[tensorboard]'" in line
+  assert "pip install 'cm3leon_jax[monitoring]'" in line
 
 
 def test_wandb_that_is_asked_for_and_missing_is_a_mistake(tmp_path, monkeypatch):

@@ -1,0 +1,43 @@
+"""`cm3leon COMMAND FLAGS`, or `python -m cm3leon_jax COMMAND FLAGS`."""
+
+import ast
+import difflib
+import pathlib
+import runpy
+import sys
+
+import cm3leon_jax
+from cm3leon_jax.commands import COMMANDS
+
+FOLDER = pathlib.Path(__file__).parent / "commands"
+
+
+def overview() -> str:
+  """Returns the usage and a line per command: the first of its docstring, read without importing the command."""
+  width = max(map(len, COMMANDS))
+  lines = ["usage: cm3leon COMMAND --config=NAME_OR_FILE --workdir=FOLDER [FLAGS]", ""]
+  for name in COMMANDS:
+    docstring = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text())) or ""
+    lines.append(f"  {name:{width}}  {docstring.splitlines()[0]}")
+  return "\n".join([*lines, "", "Flags and examples of a command: cm3leon COMMAND --help"])
+
+
+def main() -> None:
+  """Runs the command that `sys.argv` names, as `python -m cm3leon_jax.commands.NAME` would."""
+  name, *flags = sys.argv[1:] or ["--help"]
+  if name in ("--help", "-h", "help"):
+    print(overview())
+  elif name == "--version":
+    print(cm3leon_jax.__version__)
+  elif name in COMMANDS:
+    sys.argv = [f"cm3leon {name}", *flags]
+    runpy.run_module(f"cm3leon_jax.commands.{name}", run_name="__main__", alter_sys=True)
+  else:
+    close = difflib.get_close_matches(name, COMMANDS, 1)
+    hint = f"did you mean '{close[0]}'?" if close else "cm3leon --help lists them."
+    print(f"error: there is no command '{name}': {hint}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  main()

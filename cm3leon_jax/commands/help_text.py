@@ -1,0 +1,69 @@
+"""The text of --help: the command's docstring with its examples, and its flags in groups."""
+
+import re
+import sys
+import textwrap
+
+from absl import flags
+
+REQUESTS = {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"}
+WIDTH = 100
+PROCESSES = (
+  "distributed",
+  "coordinator_address",
+  "num_processes",
+  "process_id",
+  "coordinator_timeout",
+)
+FIELDS = """\
+  --config.SECTION.FIELD=VALUE
+      Sets a field of the config, e.g. --config.train.steps=100; it follows --config."""
+
+
+def as_invoked(text: str) -> str:
+  """Writes commands the way this process was started: by `python -m launch.NAME`, else by `cm3leon NAME`.
+
+  as_invoked("python -m launch.train --config=ml_configs/openmoji.py") == "cm3leon train --config=openmoji"
+  """
+  if "launch" in sys.modules:
+    return text
+  text = re.sub(r"python -m launch\.(\w+)", r"cm3leon \1", text)
+  return re.sub(r"ml_configs/(\w+)\.py", r"\1", text)
+
+
+def _flag(flag: flags.Flag) -> str:
+  """Returns a flag's name, meaning and default."""
+  name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}=VALUE"
+  default = (flag.default_as_str or "").strip("'")
+  shown = default not in ("", "None", "false")
+  text = f"{flag.help} (default: {default})" if shown else flag.help
+  indent = " " * 6
+  return f"  {name}\n" + textwrap.fill(
+    " ".join(text.split()), WIDTH, initial_indent=indent, subsequent_indent=indent
+  )
+
+
+def page(docstring: str, workdir: bool, several_processes: bool) -> str:
+  """Returns the whole text.
+
+  Args:
+    docstring: of the command's module, with examples.
+    workdir: whether the command takes --workdir.
+    several_processes: whether it takes the flags of a job of several processes.
+  """
+  modules = flags.FLAGS.flags_by_module_dict()
+  common = modules["cm3leon_jax.commands.common"]
+  processes = [flag for flag in common if flag.name in PROCESSES]
+  run = [flag for flag in common if flag not in processes and (workdir or flag.name != "workdir")]
+  groups = {
+    "Flags of this command": modules.get(sys.argv[0], []),
+    "The run": run,
+    "Where shards are worked on": modules.get("cm3leon_jax.commands.sharded", []),
+    "Jobs of several processes": processes if several_processes else [],
+  }
+  parts = [docstring.strip()]
+  for title, members in groups.items():
+    if members:
+      lines = [_flag(flag) for flag in members] + [FIELDS] * (title == "The run")
+      parts.append("\n".join([f"{title}:", *lines]))
+  return as_invoked("\n\n".join(parts))

@@ -1,6 +1,0 @@
-"""The command `cm3leon_jax.commands.train`, for those who work in a checkout."""
-
-import runpy
-
-if __name__ == "__main__":
-  runpy.run_module("cm3leon_jax.commands.train", run_name="__main__")

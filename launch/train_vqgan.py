@@ -1,6 +1,0 @@
-"""The command `cm3leon_jax.commands.train_vqgan`, for those who work in a checkout."""
-
-import runpy
-
-if __name__ == "__main__":
-  runpy.run_module("cm3leon_jax.commands.train_vqgan", run_name="__main__")

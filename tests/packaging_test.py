@@ -1,0 +1,111 @@
+"""What is installed: metadata, the wheel, and the extras that files of the repository ask for."""
+
+import pathlib
+import runpy
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+
+import pytest
+
+import cm3leon_jax
+
+ROOT = pathlib.Path(__file__).parents[1]
+METADATA = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = runpy.run_path(str(ROOT / ".ci" / "extras.py"))
+PROMISED = ("tpu", "cuda12", "cuda13", "data", "ray", "monitoring", "aot", "demo", "dev")
+
+
+def build(source, target) -> pathlib.Path:
+  """Builds the wheel of the project in `source` without a network."""
+  pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+  built = subprocess.run(
+    [*pip, f"--wheel-dir={target}", "."], cwd=source, capture_output=True, text=True, check=False
+  )
+  assert built.returncode == 0, built.stderr
+  return next(target.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+  """The wheel, built from the files that git knows of, so that what lies about does not get into it."""
+  source = tmp_path_factory.mktemp("source")
+  for name in ("cm3leon_jax", "launch", "ml_configs", "tests"):
+    shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+  for name in ("pyproject.toml", "README.md", "LICENSE"):
+    shutil.copy(ROOT / name, source)
+  return build(source, tmp_path_factory.mktemp("wheel"))
+
+
+def test_the_version_is_one():
+  assert METADATA["project"]["version"] == cm3leon_jax.__version__
+
+
+def test_a_wheel_holds_the_package_and_nothing_else(wheel):
+  with zipfile.ZipFile(wheel) as archive:
+    names = archive.namelist()
+  top = {name.split("/")[0] for name in names}
+  assert top == {"cm3leon_jax", f"cm3leon_jax-{cm3leon_jax.__version__}.dist-info"}
+  expected = {
+    str(path.relative_to(ROOT))
+    for pattern in ("*.py", "*.jinja", "py.typed", "assets/*")
+    for path in (ROOT / "cm3leon_jax").rglob(pattern)
+    if path.is_file()
+  }
+  assert expected == {name for name in names if name.startswith("cm3leon_jax/")}
+
+
+def test_the_installed_console_script_runs_a_shipped_config(wheel, tmp_path):
+  site = tmp_path / "site"
+  pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+  subprocess.run([*pip, f"--target={site}", str(wheel)], check=True)
+  script = next(path for path in (site / "bin").iterdir() if path.name == "cm3leon")
+  result = subprocess.run(
+    [sys.executable, script, "evaluate", "--config=openmoji:15", "--workdir=w"],
+    cwd=tmp_path, env={"PYTHONPATH": str(site)}, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert result.returncode == 2
+  assert result.stderr == (
+    "error: w/documents is not finished: run `cm3leon encode_documents` with the same --config and --workdir first.\n"
+  )
+
+
+def test_the_image_installs_dependencies_without_the_package(tmp_path):
+  for name in ("pyproject.toml", "requirements.txt"):  # What launch/pod/Dockerfile copies first.
+    shutil.copy(ROOT / name, tmp_path)
+  with zipfile.ZipFile(build(tmp_path, tmp_path / "wheel")) as archive:
+    assert all(".dist-info/" in name for name in archive.namelist())
+
+
+def test_every_extra_that_a_file_installs_is_resolved_in_ci():
+  declared, shipped = set(EXTRAS["declared"]()), EXTRAS["shipped"]()
+  assert set(PROMISED) <= declared
+  for extras, files in shipped.items():
+    assert set(extras.split(",")) <= declared, files
+  assert {"tpu,data", "cuda12,data", "cuda13,data", "demo", "demo,dev"} <= set(shipped)
+  assert ".ci/extras.py" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize(
+  ("text", "extras"),
+  [
+    ("make_venv tpu,data\n", {"tpu,data"}),
+    ("pip install -e '.[aot]'\n", {"aot"}),
+    ("pip install 'cm3leon_jax[ray,data]'.", {"ray,data"}),
+    ('case "$EXTRA" in a | b) ;;\npip install ".[$EXTRA,data]" -c', {"a,data", "b,data"}),
+    ("make_venv() {\n  pip install -e .[$extra]", set()),
+  ],
+)
+def test_extras_are_found_in_a_file(text, extras):
+  assert EXTRAS["installed_by"](text) == extras
+
+
+def test_every_requirement_has_a_tested_version():
+  constraints = (ROOT / "requirements.txt").read_text()
+  project = METADATA["project"]
+  requirements = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
+  names = [r.split(";")[0].split("[")[0].split(">")[0].strip() for r in requirements]
+  missing = [name for name in names if f"\n{name}==" not in constraints]
+  assert not missing
