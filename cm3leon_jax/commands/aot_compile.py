@@ -1,4 +1,4 @@
-r"""Compiles the train step and the decoder for a TPU slice, without a TPU, and prints their cost.
+r"""Compiles train step, evaluation and guided decoder for a TPU slice, and prints what they cost.
 
   pip install 'cm3leon_jax[aot]'
   python -m launch.aot_compile --config=ml_configs/cm3leon_7b.py --topology=v5e-256 \
@@ -6,7 +6,8 @@ r"""Compiles the train step and the decoder for a TPU slice, without a TPU, and 
   python -m launch.aot_compile --config=ml_configs/cm3leon_7b.py --topology=v5p-8 --search --json=search.json
   python -m launch.aot_compile --config=ml_configs/cm3leon_7b.py --topology=v5e-8 --config.mesh.tensor=8 --program=decode
 
-The program is the one that a pod would run: the real compiler, XLA:TPU, makes it, on any machine with Linux on x86-64.
+No TPU is needed: the real compiler, XLA:TPU, compiles the programs that a pod runs, on any machine
+with Linux on x86-64. An evaluation is the held-out loss of one micro-batch of `launch.train`.
 """
 
 import dataclasses
@@ -22,7 +23,9 @@ _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "A slice, v5e-256, or a chip and the shape of its torus, v5p:4x4x8."
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "How many such slices.", lower_bound=1)
-_PROGRAM = flags.DEFINE_enum("program", "train", ["train", "decode", "both"], "What to compile.")
+_PROGRAM = flags.DEFINE_enum(
+  "program", "train", ["train", "evaluate", "decode", "all"], "Which program to compile."
+)
 _BATCH = flags.DEFINE_integer(
   "batch_per_device", None, "Rows of a device at once, no accumulation (default: the config's).", 1
 )
@@ -51,16 +54,38 @@ def _mesh(settings, topology):
 def _train_report(topology, settings, mesh) -> dict:
   from cm3leon_jax.planning import programs
   from cm3leon_jax.planning.report import compile_report
+
+  numbers = _model_numbers(settings, mesh, settings.train.global_batch_size)
+  return {**numbers, **compile_report(programs.train_step(settings, mesh), topology)}
+
+
+def _evaluate_report(topology, settings, mesh) -> dict:
+  """Reports the held-out loss of a micro-batch: a forward pass, beside the optimizer's state."""
+  from cm3leon_jax.planning import programs
+  from cm3leon_jax.planning.report import GIB, compile_report, report
+
+  numbers = _model_numbers(settings, mesh, settings.train.micro_batch_size)
+  numbers["model_flops"] /= 3  # Of 6 FLOPs a parameter and token, the forward pass takes 2.
+  evaluation = programs.evaluation(settings, mesh)
+  report = {**numbers, **compile_report(evaluation.step, topology)}
+  beside = evaluation.optimizer_bytes / GIB
+  report["optimizer_gib"] = beside
+  report["floor"] = {
+    "optimizer's state": f"{beside:.2f} GiB stay beside it: {report['sum_gib'] + beside:.2f} in all"
+  }
+  return report
+
+
+def _model_numbers(settings, mesh, rows: int) -> dict:
+  """Parameters, and tokens and model FLOPs of a train step of `rows` rows."""
+  from cm3leon_jax.planning import programs
   from cm3leon_jax.training.flops import model_flops
 
-  tokens = settings.train.global_batch_size * settings.data.sequence_length
-  flops = model_flops(settings.model, tokens, settings.data.sequence_length)
-  report = compile_report(programs.train_step(settings, mesh), topology)
+  length = settings.data.sequence_length
   return {
     "parameters": programs.count_params(settings, mesh),
-    "tokens": tokens,
-    "model_flops": flops,
-    **report,
+    "tokens": rows * length,
+    "model_flops": model_flops(settings.model, rows * length, length),
   }
 
 
@@ -123,12 +148,17 @@ def main(settings) -> None:
     shape = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
     several = f"{topology.slices} slices of " if topology.slices > 1 else ""
     where = f"{several}{topology.name}, {len(topology.devices)} x {topology.devices[0].device_kind}; {shape}"
-    if _PROGRAM.value in ("train", "both"):
-      train, model = settings.train, settings.model
-      title = f"train step on {where}; {train.global_batch_size} rows of {settings.data.sequence_length}, remat {model.remat_policy}"
+    train, length = settings.train, settings.data.sequence_length
+    if _PROGRAM.value in ("train", "all"):
+      passes = f"{train.global_batch_size} rows of {length} in {train.gradient_accumulation_steps}"
+      title = f"train step on {where}; {passes} passes, remat {settings.model.remat_policy}"
       reports["train"] = _train_report(topology, settings, mesh)
       print(table(title, reports["train"]), flush=True)
-    if _PROGRAM.value in ("decode", "both"):
+    if _PROGRAM.value in ("evaluate", "all"):
+      title = f"held-out loss on {where}; {train.micro_batch_size} rows of {length}"
+      reports["evaluate"] = _evaluate_report(topology, settings, mesh)
+      print(table(title, reports["evaluate"]), flush=True)
+    if _PROGRAM.value in ("decode", "all"):
       reports |= _decode_reports(topology, settings, mesh)
       what = f"{where}; {_DECODE_BATCH.value} prompts of two streams, {_DECODE_POSITIONS.value} positions"
       print(table(f"a step of the guided decoder on {what}", reports["decode"]))

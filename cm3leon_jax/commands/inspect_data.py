@@ -33,7 +33,8 @@ def draw(settings, workdir, out: epath.Path, split: str, numbers: range, config_
   for name in READ:
     stages.require(workdir, name)
   loader = open_rows(settings, workdir, split)
-  scores = load_neighbors(workdir / "neighbors", f"{split}_pairs", array="scores")
+  folder, by_caption = workdir / "neighbors", split == "heldout"  # As in `open_rows`.
+  scores = load_neighbors(folder, f"{split}_pairs", by_caption, array="scores")
   rows = inspect.read_rows(loader, scores, numbers)
   text_tokenizer = TextTokenizer(workdir / "text_tokenizer", settings.vocab)
   decoder = inspect_page.make_decoder(

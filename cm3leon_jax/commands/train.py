@@ -30,6 +30,8 @@ _DEBUG_NANS = flags.DEFINE_bool(
 def open_rows(settings: Settings, workdir, split: str, write_starts: bool = False) -> RowLoader:
   """The rows of `split`: pairs with neighbors from the training pairs, texts and interleaved documents, by their shares.
 
+  Those of "heldout" are the rows of the held-out loss: neighbors are found by the caption alone, as
+  at inference, and only the document's own targets have a weight (`DataConfig.for_heldout`).
   Those of train know where the windows of their plan start from train/plan.jsonl, which one process of a run keeps.
   """
   from cm3leon_jax.data.documents import DocumentStore
@@ -41,7 +43,7 @@ def open_rows(settings: Settings, workdir, split: str, write_starts: bool = Fals
   store = lambda name: DocumentStore(documents / name, settings.vocab)
   bank = store("train_pairs")
   pairs = bank if split == "train" else store(f"{split}_pairs")
-  ids = load_neighbors(workdir / "neighbors", f"{split}_pairs")
+  ids = load_neighbors(workdir / "neighbors", f"{split}_pairs", text_only=split == "heldout")
   if len(ids) != len(pairs):
     raise UserError(
       f"{workdir / 'neighbors'} names neighbors of {len(ids)} documents, {pairs.folder} holds {len(pairs)}: build them anew."
@@ -56,7 +58,7 @@ def open_rows(settings: Settings, workdir, split: str, write_starts: bool = Fals
         f"{source.store.folder} holds no documents: add some, or change config.data.text_share = {data.text_share} and "
         f"config.data.interleaved_share = {data.interleaved_share}, of which pairs get the rest."
       )
-  data = settings.data if split == "train" else settings.data.without_augmentation()
+  data = settings.data if split == "train" else settings.data.for_heldout()
   starts = workdir / "train" / "plan.jsonl" if split == "train" else None
   plan = RowPlan(sources, data, settings.vocab.num_masks, settings.seed, starts, write_starts)
   needed = settings.train.global_batch_size * data.sequence_length

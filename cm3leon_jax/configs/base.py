@@ -24,15 +24,20 @@ def get_config(
   config.data.update(
     {"sequence_length": 4_096, "num_neighbors": 2, "condition_dropout": 0.1, "text_share": 0.7}
   )
+  # The paper always retrieves. Here every tenth sample has no neighbors: a prompt without a bank is
+  # then `</s> caption <break>` before the document itself, not only before a first neighbor.
+  config.data.update({"neighbor_dropout": 0.1})
   config.train.update({"global_batch_size": 8_192, "steps": 41_723})  # 1.4T tokens, 33.6M a step.
   if variant == "paper":
     config.vqgan.update({"downsample": 8, "multipliers": (1, 2, 4)})  # 1,024 codes an image.
     config.vqgan.update({"encoder_blocks": (2, 2, 2), "decoder_blocks": (3, 3, 3)})
-    # Three of 1,024 codes and the query never fit 4,096, so two remain: training says so.
+    # Three of 1,024 codes and the query never fit 4,096, so two remain: training says so. None is
+    # dropped: the first neighbor, scored in full, already teaches to go on from `</s>` alone.
     config.data.update(
       {
         "neighbor_sampling": "paper",
         "num_neighbors": 3,
+        "neighbor_dropout": 0.0,
         "condition_dropout": 0.0,
         "text_share": 0.0,
       }

@@ -32,10 +32,10 @@ class DataConfig:
   """Slots of a row; at least 2, the slots of a one-token document."""
   num_neighbors: NonNegativeInt = 2
   """K, the number of retrieved documents before each document with an image (paper: 3)."""
-  neighbor_sampling: typing.Literal["fixed", "paper", "uniform"] = "fixed"
+  neighbor_sampling: typing.Literal["fixed", "paper", "uniform", "best"] = "fixed"
   """Choice among a document's candidates, in random order. `fixed`: any K; `paper`: three of the
   first four (CM3Leon, section 2.1), so K must be 3; `uniform`: any, their number uniform in {0,
-  ..., K} (RA-CM3). Fewer where fewer candidates were kept."""
+  ..., K} (RA-CM3); `best`: the first K, best first, as at inference. Fewer where fewer candidates were kept."""
   neighbor_dropout: typing.Annotated[float, Field(ge=0, le=1)] = 0.1
   """Share of samples that get no neighbors, so that the model also works without a bank."""
   condition_dropout: typing.Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -71,11 +71,19 @@ class DataConfig:
         f"set num_neighbors={PAPER_NEIGHBORS}."
       )
 
-  def without_augmentation(self) -> "DataConfig":
-    """The same rows with every document causal and whole: no spans, no dropout, K neighbors. For held-out losses."""
-    sampling = "fixed" if self.neighbor_sampling == "uniform" else self.neighbor_sampling
+  def for_heldout(self) -> "DataConfig":
+    """Returns the config of the rows of the held-out loss.
+
+    Every document is causal and whole, without spans and drops. Its best K neighbors stand before
+    it and are not scored, for they are training documents.
+    """
     return dataclasses.replace(
-      self, neighbor_dropout=0.0, condition_dropout=0.0, mean_spans=0.0, neighbor_sampling=sampling
+      self,
+      neighbor_sampling="best",
+      neighbor_dropout=0.0,
+      condition_dropout=0.0,
+      mean_spans=0.0,
+      neighbor_loss_weight=0.0,
     )
 
 
@@ -107,12 +115,15 @@ def joined_length(segment_lengths) -> int:
 def draw_neighbors(
   num_candidates: int, rng: np.random.Generator, config: DataConfig
 ) -> tuple[list[int], int]:
-  """Returns the places of the candidates drawn, in random order, and how many more were wanted than there are."""
+  """Returns the places of the candidates drawn, in row order, and how many more were wanted."""
   if config.neighbor_sampling == "paper":
     num_candidates = min(num_candidates, PAPER_CANDIDATES)
   wanted = config.num_neighbors
   if config.neighbor_sampling == "uniform":
     wanted = int(rng.integers(wanted + 1))
+  if config.neighbor_sampling == "best":
+    drawn = list(range(min(wanted, num_candidates)))
+    return drawn, wanted - len(drawn)
   drawn = rng.permutation(num_candidates)[:wanted].tolist()
   return drawn, wanted - len(drawn)
 
@@ -132,7 +143,7 @@ def plan_sample(
 
   Returns:
     A plan whose length is at most config.sequence_length + 1. What does not fit goes in this order: whole neighbors,
-    then spans, then the document's own tail.
+    the last first, then spans, then the document's own tail.
   """
   limit = config.sequence_length + 1
   neighbors, missing = [], 0
@@ -143,10 +154,10 @@ def plan_sample(
   num_spans = min(int(rng.poisson(config.mean_spans)), max_spans)
   whole_segments = rng.random() < config.whole_segment_rate
   drawn = len(neighbors)
+  total = joined_length(lengths) + sum(joined_length(candidates[i]) - 1 for i in neighbors)
+  while neighbors and total + cm3.OVERHEAD * num_spans > limit:
+    total -= joined_length(candidates[neighbors.pop()]) - 1
   joined = [n for i in neighbors for n in candidates[i]] + list(lengths)
-  while neighbors and joined_length(joined) + cm3.OVERHEAD * num_spans > limit:
-    joined = joined[len(candidates[neighbors.pop(0)]) :]
-  total = joined_length(joined)
   num_spans = max(0, min(num_spans, (limit - total) // cm3.OVERHEAD))
   spans = cm3.draw_spans(joined, num_spans, whole_segments, rng) if num_spans else ()
   length = min(total + cm3.OVERHEAD * len(spans), limit)

@@ -1,4 +1,4 @@
-"""The programs that are compiled ahead of time: the train step and the guided decoder, lowered as they are run."""
+"""Lowers the programs that are compiled ahead of time: train step, evaluation, guided decoder."""
 
 from collections.abc import Callable
 import functools
@@ -31,19 +31,51 @@ def count_params(settings, mesh: jax.sharding.Mesh) -> int:
 
 
 def train_step(settings, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
-  """The step that `launch.train` would run on `mesh` with this config. Raises UserError if the batch does not fit the mesh."""
-  rows, length = settings.train.global_batch_size, settings.data.sequence_length
+  """Lowers the step that `launch.train` runs on `mesh` with this config.
+
+  Raises:
+    UserError: the mesh cannot split the batch.
+  """
   with jax.set_mesh(mesh):
-    check_batch(settings.train)
-    steps = compile_steps(
-      settings.model, settings.optimizer, settings.train, settings.vocab, settings.seed
-    )
-    sharding = NamedSharding(mesh, spec("batch", "length"))
-    batch = {
-      name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
-      for name, dtype in FIELDS.items()
-    }
-    return steps.train.lower(abstract(jax.eval_shape(steps.init), mesh), batch)
+    steps, state = _steps(settings, mesh)
+    return steps.train.lower(state, _batch(settings, mesh, settings.train.global_batch_size))
+
+
+class Evaluation(NamedTuple):
+  """The held-out loss of one micro-batch.
+
+  Attributes:
+    step: the program, lowered.
+    optimizer_bytes: a device's part of the optimizer's state, which stays in memory meanwhile.
+  """
+
+  step: jax.stages.Lowered
+  optimizer_bytes: int
+
+
+def evaluation(settings, mesh: jax.sharding.Mesh) -> Evaluation:
+  """Lowers the held-out loss that `launch.train` computes on `mesh`; raises as `train_step`."""
+  with jax.set_mesh(mesh):
+    steps, state = _steps(settings, mesh)
+    batch = _batch(settings, mesh, settings.train.micro_batch_size)
+    return Evaluation(steps.evaluate.lower(state.params, batch), _local_bytes(state.opt_state))
+
+
+def _steps(settings, mesh: jax.sharding.Mesh):
+  """The jitted functions of a run on the current mesh, and the types of its state."""
+  check_batch(settings.train)
+  steps = compile_steps(
+    settings.model, settings.optimizer, settings.train, settings.vocab, settings.seed
+  )
+  return steps, abstract(jax.eval_shape(steps.init), mesh)
+
+
+def _batch(settings, mesh: jax.sharding.Mesh, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+  shape = (rows, settings.data.sequence_length)
+  sharding = NamedSharding(mesh, spec("batch", "length"))
+  return {
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in FIELDS.items()
+  }
 
 
 class Decoder(NamedTuple):

@@ -167,7 +167,7 @@ class Monitor:
         board.flush()
 
   def heldout(self, step: int, losses: dict[str, float]) -> None:
-    """Logs the held-out losses of `step`."""
+    """Logs the held-out losses of `step`, of the documents themselves (`train.evaluate`)."""
     self._write(step, losses)
     shown = " ".join(
       f"{name.removeprefix('heldout_').replace('_loss', '')} {x:.3f}" for name, x in losses.items()

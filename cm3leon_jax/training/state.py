@@ -71,9 +71,15 @@ def train_step(
       -1, accumulation_steps, x.shape[1], out_sharding=spec("batch", None, "length")
     ).swapaxes(0, 1)
     parts = jax.tree.map(split, batch)
-    add = lambda carry, part: (jax.tree.map(jnp.add, carry, _fp32(grad_fn(part))), None)
-    first = _fp32(grad_fn(jax.tree.map(lambda x: x[0], parts)))
-    (grads, sums), _ = jax.lax.scan(add, first, jax.tree.map(lambda x: x[1:], parts))
+    # From zeros, not from the first part's gradients: so a part is traced and compiled once.
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+
+    def add(grads, part):
+      part_grads, part_sums = _fp32(grad_fn(part))
+      return jax.tree.map(jnp.add, grads, part_grads), part_sums
+
+    grads, sums = jax.lax.scan(add, zeros, parts)
+    sums = jax.tree.map(lambda x: jnp.sum(x, 0), sums)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics = {**loss.modality_losses(sums), "grad_norm": optax.tree.norm(grads), "weight": total}

@@ -50,7 +50,7 @@ class TrainConfig:
   eval_every: PositiveInt = 500
   """Number of steps between two held-out losses."""
   eval_batches: PositiveInt = 4
-  """Number of batches that a held-out loss is computed on."""
+  """Number of global batches that a held-out loss is computed on."""
   checkpoint_every: PositiveInt = 500
   """Number of steps between two checkpoints."""
   keep_checkpoints: Annotated[int, Field(ge=2)] = 2
@@ -77,6 +77,11 @@ class TrainConfig:
         f"gradient_accumulation_steps = {self.gradient_accumulation_steps} does not divide "
         f"global_batch_size = {self.global_batch_size}."
       )
+
+  @property
+  def micro_batch_size(self) -> int:
+    """Rows that all devices together take at once, in a train step and in an evaluation."""
+    return self.global_batch_size // self.gradient_accumulation_steps
 
 
 def check_batch(config: TrainConfig) -> None:
@@ -124,8 +129,14 @@ def compile_steps(
   )
 
 
+def heldout_batches(heldout: RowLoader, config: TrainConfig, sharding) -> list:
+  """Reads the rows of `eval_batches` global batches, in batches of the micro-batch size."""
+  count = config.eval_batches * config.gradient_accumulation_steps
+  return list(itertools.islice(batches(heldout, 0, config.micro_batch_size, sharding), count))
+
+
 def evaluate(steps: Steps, params, eval_batches: list) -> dict[str, float]:
-  """Held-out losses by modality, nats per target."""
+  """Computes the held-out losses by modality, nats per target of the documents themselves."""
   totals = [jax.device_get(steps.evaluate(params, batch)) for batch in eval_batches]
   sums = {name: np.sum([t[name] for t in totals], dtype=np.float64) for name in totals[0]}
   return {f"heldout_{name}": float(value) for name, value in loss.modality_losses(sums).items()}
@@ -152,7 +163,7 @@ def train(
     config: length of the run and what happens how often.
     vocab: tells image codes from text.
     loader: rows for training.
-    heldout: rows for the held-out loss.
+    heldout: rows for the held-out loss, see `DataConfig.for_heldout`.
     seed: of the parameters.
     draw_samples: called with (params, step) every `sample_every` steps; returns the grid, a PIL image, or None.
     profile_steps: steps to trace.
@@ -173,9 +184,7 @@ def train(
   else:
     state, next_row = checkpoints.restore(jax.eval_shape(steps.init), newest)
   first = int(state.step)
-  eval_batches = list(
-    itertools.islice(batches(heldout, 0, config.global_batch_size, sharding), config.eval_batches)
-  )
+  eval_batches, losses = heldout_batches(heldout, config, sharding), None
   data = batches(loader, next_row, config.global_batch_size, sharding)
   schedule = learning_rate_schedule(optimizer_config, config.steps)
   length = loader.plan.config.sequence_length
@@ -193,7 +202,8 @@ def train(
       last = step == config.steps or stopping
       if step % config.eval_every == 0 or last:
         with monitor.phase("evaluate", step):
-          monitor.heldout(step, evaluate(steps, state.params, eval_batches))
+          losses = evaluate(steps, state.params, eval_batches)
+          monitor.heldout(step, losses)
       if step % config.checkpoint_every == 0 or last:
         with monitor.phase("save", step):
           checkpoints.save(state, step, next_row)
@@ -218,9 +228,11 @@ def train(
     distributed.tell(
       f"train: the run is at step {step} already, beyond train.steps = {config.steps}; nothing was trained."
     )
+  if losses is None:  # No step was left to train.
+    losses = evaluate(steps, state.params, eval_batches)
   return {
     "steps": step,
     "parameters": transformer.count_params(state.params),
     "next_row": next_row,
-    **evaluate(steps, state.params, eval_batches),
+    **losses,
   }

@@ -156,12 +156,27 @@ def test_what_is_drawn_follows_from_seed_source_pass_and_unit(sources, fields):
   ] != drawn[:50]
 
 
-def test_heldout_rows_have_k_neighbors_where_training_draws_their_number():
-  assert DataConfig(neighbor_sampling="uniform").without_augmentation().neighbor_sampling == "fixed"
-  assert (
-    DataConfig(neighbor_sampling="paper", num_neighbors=3).without_augmentation().neighbor_sampling
-    == "paper"
-  )
+def test_best_takes_the_first_candidates_in_their_order_as_many_as_fit():
+  best = {"neighbor_sampling": "best", "num_neighbors": 3}
+  assert draw(4, 0, **best).neighbors == (0, 1, 2)
+  assert draw(2, 0, **best)[0::4] == ((0, 1), 1)
+  crowded = draw(4, 0, sequence_length=66, **best)
+  assert (crowded.neighbors, crowded.crowded_out) == ((0, 1), 1)
+
+
+@pytest.mark.parametrize("sampling", ["fixed", "paper", "uniform"])
+def test_heldout_rows_have_the_best_neighbors_and_nothing_that_is_drawn(sources, sampling):
+  config = DataConfig(neighbor_sampling=sampling, num_neighbors=3).for_heldout()
+  plans = [
+    make_plan(sources, seed, **vars(config)).plan(0, 0, unit)
+    for seed in (0, 1)
+    for unit in range(50)
+  ]
+  assert plans[:50] == plans[50:]
+  assert {(p.neighbors, p.dropped, p.spans) for p in plans} == {
+    ((0, 1, 2), False, ()),
+    ((0, 1), False, ()),
+  }
 
 
 def test_neighbors_that_typically_never_fit_are_told():

@@ -31,6 +31,7 @@ def test_real_sizes_are_the_tutorials_and_the_papers(size, layers, width, heads,
   assert (tutorial.vqgan.image_tokens, paper.vqgan.image_tokens) == (256, 1_024)
   assert (tutorial.optimizer.learning_rate, paper.optimizer.learning_rate) == (1e-4, rate)
   assert (tutorial.data.condition_dropout, paper.data.condition_dropout) == (0.1, 0.0)
+  assert (tutorial.data.neighbor_dropout, paper.data.neighbor_dropout) == (0.1, 0.0)
   assert (tutorial.train.global_batch_size, paper.train.global_batch_size) == (8_192, 2_048)
   assert tutorial.train.steps * 8_192 * 4_096 == pytest.approx(1.4e12, rel=1e-4)
   assert paper.train.steps == steps

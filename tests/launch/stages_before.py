@@ -24,7 +24,8 @@ def make_workdir(root: pathlib.Path, settings: Settings) -> None:
       (root / "documents").mkdir(exist_ok=True)
       (root / "documents" / f"{split}_{kind}").symlink_to(root / "made" / kind)
   for split in ("train", "heldout"):
-    write_neighbors(root / "neighbors" / f"{split}_pairs", ids=sources[0].neighbors)
+    ids = sources[0].neighbors
+    write_neighbors(root / "neighbors" / f"{split}_pairs", ids=ids, text_ids=ids)
   about = {"split": "heldout", "source": "test", "license": "CC0-1.0", "attribution": "nobody"}
   pairs = [{"key": f"p{i}", "caption": f"picture {i}", **about} for i in range(PAIRS)]
   write_raw(root / "raw", pairs, [np.full((8, 8, 3), i, np.uint8) for i in range(PAIRS)])

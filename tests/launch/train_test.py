@@ -36,7 +36,7 @@ def workdir(tmp_path):
     for kind in ("pairs", "texts"):
       (documents / f"{split}_{kind}").symlink_to(tmp_path / "made" / kind)
     ids = sources[0].neighbors
-    write_neighbors(neighbors / f"{split}_pairs", ids=ids)
+    write_neighbors(neighbors / f"{split}_pairs", ids=ids, text_ids=ids)
   for folder in (documents, neighbors):
     (folder / stages.DONE).write_text(json.dumps({"id": folder.name, "summary": {}}))
   return epath.Path(tmp_path)

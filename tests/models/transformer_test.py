@@ -135,6 +135,15 @@ def test_opt_starts_with_equal_logits_up_to_the_tied_table():
     assert float(jnp.max(jnp.abs(params["embed"]))) <= 3 * 0.006 + 1e-9
 
 
+def test_positions_of_opt_start_at_the_papers_spread():
+  """0.0002, a truncated normal cut at 3 sigma (CM3Leon, section 2.3)."""
+  config = config_of("opt", max_positions=512)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    positions = np.asarray(transformer.init_params(config, jax.random.key(0))["positions"])
+  assert positions.std() == pytest.approx(0.0002, rel=0.05)
+  assert 0.0005 < np.abs(positions).max() <= 0.0006 * (1 + 1e-6)
+
+
 def test_the_embedding_has_a_spread_of_its_own():
   config = config_of("modern", init_std=0.03, embed_std=0.5)
   with jax.set_mesh(mesh_of(1, 1, 1)):

@@ -53,6 +53,22 @@ def test_a_small_step_for_a_pod_reduce_scatters_gradients_and_holds_no_more_than
   assert all(x["bytes"] <= 2 * 256 * 64_512 * 4 for x in logits), "256 tokens of 2 rows in fp32"
 
 
+def test_an_evaluation_takes_a_micro_batch_and_less_memory_than_the_train_step(tmp_path):
+  flags = ["--config.mesh.fsdp=4", "--config.mesh.fsdp_inner=4", "--topology=v5e-16"]
+  flags += ["--config.train.global_batch_size=128", "--config.train.gradient_accumulation_steps=4"]
+  train, evaluation = (
+    aot_compile(tmp_path, *SMALL, *flags, f"--program={program}")[program]
+    for program in ("train", "evaluate")
+  )
+  assert train["tokens"] == 4 * evaluation["tokens"] == 128 * 1_024
+  assert evaluation["temporaries_gib"] < train["temporaries_gib"]
+  resident = evaluation["sum_gib"] + evaluation["optimizer_gib"]
+  assert resident < train["sum_gib"]
+  assert evaluation["flops"] * evaluation["devices"] / evaluation["model_flops"] == pytest.approx(
+    1, rel=0.05
+  )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("topology", "mesh", "batch", "policy", "most"),

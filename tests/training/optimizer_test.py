@@ -21,7 +21,45 @@ def test_warm_up_takes_at_most_half_of_a_short_run():
   assert float(rate(10)) == pytest.approx(1.0)
 
 
-def test_decay_spares_norm_scales_and_clipping_bounds_the_update():
+def adamw_by_hand(gradients, decay_mask):
+  """AdamW (Loshchilov & Hutter 2019, algorithm 2) after clipping, in float64, with OPT's numbers.
+
+  Args:
+    gradients: [steps, n].
+    decay_mask: [n], 1 where weights decay.
+
+  Returns:
+    [steps, n] updates of parameters that stay 2, at learning rate 1.
+  """
+  b1, b2, eps, decay, clip = 0.9, 0.95, 1e-8, 0.1, 1.0
+  m = v = np.zeros(gradients.shape[1])
+  updates = []
+  for t, g in enumerate(gradients.astype(np.float64), 1):
+    g = g * min(1.0, clip / np.linalg.norm(g))
+    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+    scaled = m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
+    updates.append(-(scaled + decay * 2.0 * decay_mask))
+  return np.array(updates)
+
+
+def test_the_default_updates_are_those_of_adamw_by_hand():
+  """Gradients within and far beyond the bound of clipping, and elements as small as 1e-5."""
+  config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, final_fraction=1.0)
+  optimizer = create_optimizer(config, 100)
+  gradients = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+  gradients *= np.array([0.1, 30, 1e-5, 5, 0.01, 0.3], np.float32)[:, None]
+  gradients[:, :2] *= 1e-4
+  params = {"scale": jnp.full(4, 2.0), "weight": jnp.full(4, 2.0)}
+  state, found = optimizer.init(params), []
+  for g in gradients:
+    updates, state = optimizer.update({"scale": g[:4], "weight": g[4:]}, state, params)
+    found.append(np.concatenate([updates["scale"], updates["weight"]]))
+  expected = adamw_by_hand(gradients, np.repeat([0, 1], 4))
+  np.testing.assert_allclose(np.array(found), expected, rtol=2e-4, atol=1e-6)
+  assert np.linalg.norm(gradients, axis=1).max() > 10
+
+
+def test_decay_spares_norm_scales():
   optimizer = create_optimizer(
     OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5), 10
   )

@@ -4,15 +4,17 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from cm3leon_jax.config import build
 from cm3leon_jax.configs import cm3leon_7b
 from cm3leon_jax.mesh import shard, spec
+from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.state import init_state, train_step
-from tests.models.tiny import CONFIG, mesh_of
+from tests.models.tiny import CONFIG, mesh_of, model_logits
 
 OPTIMIZER = create_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=2), 10)
 B, L = 8, 16
@@ -53,6 +55,24 @@ def reference():
   return run((1, 1, 1), 1)
 
 
+def test_loss_and_gradient_are_those_of_a_weighted_mean(reference):
+  """Written with all logits and jax.grad; the update itself would hide a gradient's scale."""
+  batch = make_batch(0)
+  weights, targets = batch["loss_weights"], batch["targets"]
+
+  def mean_nll(params):
+    logits = model_logits(CONFIG, params, batch["inputs"], batch["positions"], batch["segment_ids"])
+    log_probs = jax.nn.log_softmax(logits)
+    nll = -jnp.sum(log_probs * jax.nn.one_hot(targets, CONFIG.vocab_size), -1)
+    return jnp.sum(weights * nll) / jnp.sum(weights)
+
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    params = transformer.init_params(CONFIG, jax.random.key(0))
+    value, gradient = jax.jit(jax.value_and_grad(mean_nll))(params)
+    norm = optax.tree.norm(gradient)
+  np.testing.assert_allclose(reference[0][0, [0, 3]], [value, norm], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
   ("shape", "accumulation"),
   [((1, 1, 1), 4), ((2, 2, 2), 1), ((2, 2, 2), 2), ((1, 8, 1), 1), ((1, 2, 2, 2), 1)],
@@ -63,6 +83,17 @@ def test_mesh_and_accumulation_change_nothing(reference, shape, accumulation):
   for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(reference[1].params)):
     np.testing.assert_allclose(a, b, atol=2e-4)
   assert losses[2, 0] != losses[0, 0]
+
+
+def test_accumulation_traces_a_part_once():
+  def products(accumulation):
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+      state = jax.eval_shape(lambda: init_state(CONFIG, OPTIMIZER, jax.random.key(0)))
+      batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in make_batch().items()}
+      step = lambda s, b: train_step(CONFIG, OPTIMIZER, 60, accumulation, s, b)
+      return str(jax.make_jaxpr(step)(state, batch)).count(" dot_general[")
+
+  assert products(4) == products(1) > 10
 
 
 def test_the_other_family_with_all_options_is_the_same_on_a_mesh_too():

@@ -230,6 +230,20 @@ def test_checkpoints_whose_digests_are_all_gone_are_not_trained_over(loader, tmp
   assert sorted(losses(tmp_path)) == list(range(1, 9))
 
 
+def test_the_last_step_is_evaluated_once_and_its_losses_are_returned(loader, tmp_path):
+  with mock.patch.object(train_module, "evaluate", wraps=train_module.evaluate) as evaluate:
+    summary = run(tmp_path, loader, steps=4, eval_every=3)
+    assert evaluate.call_count == 2  # At steps 3 and 4.
+    lines = read_metrics(tmp_path / "metrics" / "metrics.jsonl")
+    last = [line for line in lines if "heldout_loss" in line][-1]
+    assert {name: summary[name] for name in last if name != "step"} == {
+      name: x for name, x in last.items() if name != "step"
+    }
+    again = run(tmp_path, loader, steps=4)  # Nothing is left to train.
+    assert evaluate.call_count == 3
+  assert again == summary
+
+
 def test_a_shorter_run_leaves_a_longer_one_as_it_is(loader, tmp_path, capsys):
   run(tmp_path, loader, steps=4)
   assert run(tmp_path, loader, steps=2)["steps"] == 4
