@@ -1,5 +1,4 @@
 import contextlib
-import json
 
 import numpy as np
 import pytest
@@ -50,22 +49,6 @@ def test_configs_compare_as_json(tmp_path):
     pass
   with stages.stage(tmp_path, {"shape": [1, 2], "n": 3}) as summary:
     assert summary is None
-
-
-def test_write_json_replaces_and_leaves_no_partial_file(tmp_path):
-  path = tmp_path / "deep" / "x.json"
-  stages.write_json(path, {"a": 1})
-  stages.write_json(path, {"a": (np.float32(0.5), "b")})
-  assert json.loads(path.read_text()) == {"a": [0.5, "b"]}
-  assert [p.name for p in path.parent.iterdir()] == ["x.json"]
-
-
-def test_damaged_or_absent_json_is_told(tmp_path):
-  with pytest.raises(UserError, match="does not exist"):
-    stages.read_json(tmp_path / "x.json")
-  (tmp_path / "x.json").write_text("{")
-  with pytest.raises(UserError, match="not valid JSON"):
-    stages.read_json(tmp_path / "x.json")
 
 
 def test_differences_literal():

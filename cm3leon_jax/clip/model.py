@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError, build
+from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.vocab import VocabLayout
 
 IMAGE_ENCODERS = ("vit", "conv")
@@ -310,7 +310,7 @@ class CLIP:
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / PARAMS, self.params)
-    stages.write_json(
+    write_json(
       folder / CONFIG, {"clip": dataclasses.asdict(self.config), "text_size": self.text_size}
     )
 
@@ -320,7 +320,7 @@ class CLIP:
   ) -> "CLIP":
     """Reads what `save` wrote; `encode` as in the constructor. Raises UserError naming the file that is absent or unfit."""
     folder = epath.Path(folder)
-    stored = stages.read_json(folder / CONFIG)
+    stored = read_json(folder / CONFIG)
     config, text_size = build(CLIPConfig, stored["clip"], "clip"), stored["text_size"]
     params = {k: jnp.asarray(v) for k, v in read_tensors(folder / PARAMS).items()}
     expected = jax.eval_shape(lambda: init_params(config, text_size, jax.random.key(0)))

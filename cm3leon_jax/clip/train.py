@@ -19,6 +19,7 @@ from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.clip.model import CLIP, CLIPConfig
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.io import plain
 
 CHECKPOINT = "checkpoint.safetensors"
 MAX_SCALE = 100.0
@@ -149,9 +150,7 @@ def train(
     )
   folder.mkdir(parents=True, exist_ok=True)
   identity = json.dumps(
-    stages.plain(
-      {"config": dataclasses.asdict(config), "text_size": text_size, "seed": seed, "pairs": n}
-    )
+    plain({"config": dataclasses.asdict(config), "text_size": text_size, "seed": seed, "pairs": n})
   )
   params = clip_lib.init_params(config, text_size, jax.random.key(seed))
   first, params, opt_state = _restore(

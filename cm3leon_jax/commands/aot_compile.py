@@ -14,9 +14,9 @@ import dataclasses
 from absl import flags
 from etils import epath
 
-from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import write_json
 from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.planning import programs
 from cm3leon_jax.planning import topology as topology_lib
@@ -126,7 +126,7 @@ def main(settings) -> None:
       print(table(f"a step of the guided decoder on {what}", reports["decode"]))
       print(table(f"its prefill on {what}", reports["prefill"]), flush=True)
   if _JSON.value:
-    stages.write_json(epath.Path(_JSON.value), {"topology": topology.name, **reports})
+    write_json(epath.Path(_JSON.value), {"topology": topology.name, **reports})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from ml_collections import config_flags
 
 from cm3leon_jax import distributed, stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json
 from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.settings import Settings, settings_from_config
 
@@ -89,7 +90,7 @@ def keep_compiled(workdir: epath.Path) -> None:
 def require_run(settings: Settings, workdir: epath.Path) -> str:
   """Id of the finished training in `workdir`. Raises UserError if it was another model's than the config's, or is not done."""
   found = stages.require(workdir / "train", "train")["id"]
-  stored = stages.read_json(workdir / "train" / "config.json")["run"]
+  stored = read_json(workdir / "train" / "config.json")["run"]
   expected = identity(settings, "vocab", "model")
   stages.check_same_config(workdir / "train", {name: stored[name] for name in expected}, expected)
   return found

@@ -11,6 +11,7 @@ from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.evaluation import bits
+from cm3leon_jax.io import write_json
 from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.training import checkpoint
 
@@ -48,7 +49,7 @@ def main(settings, workdir):
       settings.seed,
     )
     summary.update(step=step, **metrics)
-    stages.write_json(workdir / "evaluation" / "metrics.json", summary)
+    write_json(workdir / "evaluation" / "metrics.json", summary)
     print(f"evaluate: {bits.describe(metrics)}")
 
 

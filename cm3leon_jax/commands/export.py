@@ -14,6 +14,7 @@ from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.data.pipeline import join
 from cm3leon_jax.export import huggingface
+from cm3leon_jax.io import write_json
 from cm3leon_jax.training import checkpoint
 
 SAMPLES = 4
@@ -34,9 +35,7 @@ def main(settings, workdir) -> None:
       if (workdir / "raw" / raw_pairs.INDEX).exists()
       else []
     )
-    stages.write_json(
-      folder / "training_data.json", origins
-    )  # Whose works the weights were made from.
+    write_json(folder / "training_data.json", origins)  # Whose works the weights were made from.
     params, step = checkpoint.load_params(workdir / "train", settings.model)
     summary.update(
       huggingface.export(

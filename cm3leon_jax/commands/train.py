@@ -17,6 +17,7 @@ from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.data.plan import RowPlan, Source
 from cm3leon_jax.data.plan_statistics import describe, plan_statistics, room_for_neighbors
 from cm3leon_jax.decoding.draw import sample_drawer
+from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.training.profile import parse_steps
@@ -102,10 +103,10 @@ def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool 
   with distributed.together():  # Nobody writes before all have read.
     config, folder = identity(settings, workdir), workdir / "train"
     if (folder / "config.json").exists():
-      stages.check_same_config(folder, stages.read_json(folder / "config.json")["run"], config)
+      stages.check_same_config(folder, read_json(folder / "config.json")["run"], config)
   with distributed.together():
     if distributed.is_first():
-      stages.write_json(
+      write_json(
         folder / "config.json", {"run": config, "train": dataclasses.asdict(settings.train)}
       )
   with distributed.together():
@@ -114,7 +115,7 @@ def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool 
         f"--workdir {workdir} is another folder for some of the processes: put it where all of them reach it."
       )
   done = folder / stages.DONE
-  redo = done.exists() and stages.read_json(done)["summary"]["steps"] < settings.train.steps
+  redo = done.exists() and read_json(done)["summary"]["steps"] < settings.train.steps
   # A context, not jax.config.update: that ends without a word once anything like logsumexp is traced (jax 0.10.2).
   nans = jax.debug_nans(debug_nans or jax.config.jax_debug_nans)
   stage = stages.stage(

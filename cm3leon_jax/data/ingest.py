@@ -13,7 +13,6 @@ from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import docstrings, openmoji, sources
 from cm3leon_jax.data.raw_pairs import CROPS, INDEX, SCHEMA_VERSION, kind_of, load_image
@@ -27,6 +26,7 @@ from cm3leon_jax.data.records import (
   images_of,
   with_images,
 )
+from cm3leon_jax.io import replacing, write_json
 from cm3leon_jax.shards import Runner, run_shards
 
 REJECTED = "rejected.jsonl"
@@ -150,7 +150,7 @@ def prepare(
       rejections.add(summary)
     rejections.check()
   finally:
-    with stages.replacing(folder / REJECTED, "w") as file:
+    with replacing(folder / REJECTED, "w") as file:
       for name in sorted(made):
         file.write((folder / name / REJECTED).read_text(encoding="utf-8"))
   made = {name: made[name] for name in named}
@@ -161,7 +161,7 @@ def prepare(
     )
   shards = {name: {**m["counts"], "digest": m["digest"]} for name, m in made.items()}
   origins = _most_common(origin for m in made.values() for origin in m["origins"])
-  stages.write_json(
+  write_json(
     folder / INDEX, {"schema_version": SCHEMA_VERSION, "origins": origins, "shards": shards}
   )
   return {"shards": len(made), **total, **_sum(m["left_out"] for m in made.values())}
@@ -294,9 +294,7 @@ class _Writer:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     self.config, self.folder, self._draw = config, folder, draw
     names = [f"{kind}.jsonl" for kind in KINDS] + [REJECTED]
-    self._files = {
-      name: stack.enter_context(stages.replacing(folder / name, "w")) for name in names
-    }
+    self._files = {name: stack.enter_context(replacing(folder / name, "w")) for name in names}
     self._pool = stack.enter_context(futures.ThreadPoolExecutor(config.num_threads))
     self._keys = {cls: set() for cls in KINDS.values()}
     self._concepts: dict[str, set] = {split: set() for split in SPLITS}

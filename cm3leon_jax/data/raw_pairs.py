@@ -11,7 +11,6 @@ import fsspec
 import numpy as np
 from PIL import Image, ImageOps
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.records import (
   KINDS,
@@ -25,6 +24,7 @@ from cm3leon_jax.data.records import (
   required_fields,
   with_images,
 )
+from cm3leon_jax.io import read_json
 
 # H height, W width.
 
@@ -52,7 +52,7 @@ def read_index(folder: epath.PathLike) -> dict:
     raise UserError(
       f"{path} does not exist: run `python -m launch.prepare_data` with the same --config and --workdir first."
     )
-  index = stages.read_json(path)
+  index = read_json(path)
   if index["schema_version"] != SCHEMA_VERSION:
     raise UserError(
       f"{path} has schema version {index['schema_version']}; this code reads version {SCHEMA_VERSION}."

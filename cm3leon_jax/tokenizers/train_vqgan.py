@@ -22,6 +22,7 @@ from tqdm import tqdm
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.io import plain
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
 
@@ -231,7 +232,7 @@ def _order(epoch: int, num_images: int, seed: int) -> np.ndarray:
 def save_state(state: dict, folder: epath.PathLike, about: dict) -> None:
   """Writes the state into one file, atomically; `about` (config, seed, codes) goes into its header."""
   flat = {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(state)}
-  header = {"about": json.dumps(stages.plain(about))}
+  header = {"about": json.dumps(plain(about))}
   vqgan.write_bytes(epath.Path(folder) / CHECKPOINT, safetensors.save(flat, header))
 
 
@@ -251,8 +252,8 @@ def load_state(template: dict, folder: epath.PathLike, about: dict) -> dict:
     raise UserError(f"{path} is damaged ({error}): delete it to train from the start.") from error
   header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
   stored = json.loads(header["__metadata__"]["about"])
-  if stages.differences(stored, stages.plain(about)) and _without_steps(stored) == _without_steps(
-    stages.plain(about)
+  if stages.differences(stored, plain(about)) and _without_steps(stored) == _without_steps(
+    plain(about)
   ):
     print(
       f"vqgan: starts anew, as the learning rate of the {stored['vqgan']['steps']} steps begun here follows their number."

@@ -20,6 +20,7 @@ from safetensors import numpy as safetensors
 
 from cm3leon_jax import config as config_lib
 from cm3leon_jax import stages
+from cm3leon_jax.io import read_json, write_json
 
 PARAMS = "params.safetensors"
 CONFIG = "config.json"
@@ -367,7 +368,7 @@ class ImageTokenizer:
   def load(cls, folder: epath.PathLike) -> "ImageTokenizer":
     """Reads what `save` wrote. Raises UserError naming the file that is absent, damaged or does not fit the other."""
     folder = epath.Path(folder)
-    stored = stages.read_json(folder / CONFIG)
+    stored = read_json(folder / CONFIG)
     config = config_lib.build(VQGANConfig, stored["vqgan"], "vqgan")
     path = folder / PARAMS
     if not path.exists():
@@ -393,7 +394,7 @@ class ImageTokenizer:
     """Writes params.safetensors (flat names joined by dots) and config.json, each atomically."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    stages.write_json(
+    write_json(
       folder / CONFIG, {"vqgan": dataclasses.asdict(self.config), "num_codes": self.num_codes}
     )
     flat = {k: np.asarray(v) for k, v in traverse_util.flatten_dict(self.params, sep=".").items()}
