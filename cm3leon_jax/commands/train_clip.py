@@ -24,7 +24,7 @@ def main(settings, workdir):
     "vocab": dataclasses.asdict(settings.vocab),
     "inputs": inputs,
   }
-  with stages.stage(workdir / "clip", config) as summary:
+  with common.use_mesh(settings), stages.stage(workdir / "clip", config) as summary:
     if summary is not None:
       encode = TextTokenizer(workdir / "text_tokenizer", settings.vocab).encode
       text_size = settings.vocab.text_size

@@ -9,6 +9,7 @@ import dataclasses
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
+from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.records import SPLITS
 from cm3leon_jax.tokenizers import train_vqgan
 
@@ -23,11 +24,11 @@ def main(settings, workdir):
     "seed": settings.seed,
     "inputs": inputs,
   }
-  with stages.stage(workdir / "vqgan", described) as summary:
+  stage = stages.stage(workdir / "vqgan", described)
+  with common.use_mesh(settings), stage as summary:
     if summary is not None:
       images = [
-        train_vqgan.open_images(workdir / "raw", split, settings.vqgan.resolution)
-        for split in SPLITS
+        raw_pairs.open_images(workdir / "raw", split, settings.vqgan.resolution) for split in SPLITS
       ]
       summary.update(
         train_vqgan.train_vqgan(
