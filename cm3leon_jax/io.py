@@ -12,7 +12,7 @@ from cm3leon_jax.config import UserError
 
 @contextlib.contextmanager
 def partial_path(path: epath.PathLike) -> Iterator[epath.Path]:
-  """Yields a path beside `path`; the file that the body writes there takes the place of `path` when the body ends."""
+  """Yields a path beside `path`; the file that the body writes there replaces `path` at its end."""
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.parent / (path.name + ".partial")
@@ -22,7 +22,7 @@ def partial_path(path: epath.PathLike) -> Iterator[epath.Path]:
 
 @contextlib.contextmanager
 def replacing(path: epath.PathLike, mode: str = "wb"):
-  """Opens a file that takes the place of `path` when the body ends: a reader sees the old file or the new one, whole."""
+  """Opens a file that replaces `path` when the body ends: readers see a whole file, old or new."""
   encoding = {} if "b" in mode else {"encoding": "utf-8"}
   with partial_path(path) as partial, partial.open(mode, **encoding) as file:
     yield file
@@ -40,7 +40,7 @@ def write_json(path: epath.PathLike, value) -> None:
 
 
 def read_json(path: epath.PathLike):
-  """Reads a JSON file of the workdir. Raises UserError naming the file if it is absent or damaged."""
+  """Reads a JSON file of the workdir. Raises UserError if it is absent or damaged."""
   path = epath.Path(path)
   if not path.exists():
     raise UserError(f"{path} does not exist: run the stage that writes it first.")
@@ -53,7 +53,7 @@ def read_json(path: epath.PathLike):
 
 
 def read_json_lines(path: epath.PathLike) -> list[dict]:
-  """Reads the lines of a JSON-lines file that grows; a last line that a kill cut short is left out."""
+  """Reads a JSON-lines file that grows; a last line that a kill cut short is left out."""
   path = epath.Path(path)
   lines = path.read_text().splitlines() if path.exists() else []
   found = []

@@ -1,4 +1,4 @@
-"""Parameters of a model as nested dicts with string keys: into NNX modules, into safetensors files, and back."""
+"""Parameters of a model as nested dicts with string keys: from and to NNX modules and files."""
 
 from etils import epath
 from flax import nnx, traverse_util
@@ -13,7 +13,7 @@ from cm3leon_jax.stages import differences
 
 
 def structure(make) -> tuple[nnx.GraphDef, nnx.State]:
-  """Splits the module that `make()` returns, without computing anything, for `fill` and `to_dict`."""
+  """Splits the module that `make()` returns, without computing anything, for `fill`."""
   return nnx.split(nnx.eval_shape(make))
 
 
@@ -24,7 +24,7 @@ def to_dict(state: nnx.State) -> dict:
 
 
 def fill(graphdef: nnx.GraphDef, state: nnx.State, params: dict) -> nnx.Module:
-  """Makes the module of `structure` with `params` in it; cheap, meant for use inside jitted functions."""
+  """Makes the module of `structure` with `params` in it; cheap, for use inside jitted functions."""
   flat = {
     tuple(int(k) if k.isdigit() else k for k in path): x
     for path, x in traverse_util.flatten_dict(params).items()

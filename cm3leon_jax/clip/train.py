@@ -26,7 +26,9 @@ MAX_HELDOUT = 4_096
 
 @dataclasses.dataclass(frozen=True)
 class ClipData:
-  """Pairs whose images stay on disk where they take more than 2 GiB; the rest takes about 4 L + 150 bytes a pair.
+  """Pairs whose images stay on disk where they take more than 2 GiB.
+
+  The rest takes about 4 L + 150 bytes a pair.
 
   Attributes:
     images: [n, H, W, 3] uint8, or what reads rows of it from disk.
@@ -46,7 +48,7 @@ class ClipData:
 
 
 def open_data(folder: epath.PathLike, split: str, encode, config: CLIPConfig) -> ClipData:
-  """Opens the pairs of one split of a raw folder, in their order; `encode`: caption -> int32 ids."""
+  """Opens the pairs of a split of a raw folder, in their order; `encode`: caption -> int32 ids."""
   paths, tokens, concepts = [], [], []
   for name in raw_pairs.shards(folder):
     pairs = raw_pairs.read_shard(folder, name, RawPair, split)
@@ -59,13 +61,15 @@ def open_data(folder: epath.PathLike, split: str, encode, config: CLIPConfig) ->
 
 
 def contrastive_loss(image_embeddings, text_embeddings, scale, concepts):
-  """Symmetric cross-entropy of finding each pair's other half in the batch (Radford et al. 2021, figure 3).
+  """Computes the cross-entropy of finding each pair's other half in the batch, both ways.
+
+  Radford et al. 2021, figure 3.
 
   Args:
     image_embeddings: [B, E] of norm 1.
     text_embeddings: [B, E] of norm 1.
     scale: inverse temperature.
-    concepts: [B] int32; another pair of the same concept counts neither as right nor as wrong.
+    concepts: [B] int32; another pair of the same concept is neither right nor wrong.
 
   Returns:
     fp32 scalar, mean over both directions.
@@ -80,7 +84,7 @@ def contrastive_loss(image_embeddings, text_embeddings, scale, concepts):
 
 
 def augment(images, tokens, key, config: CLIPConfig):
-  """Shifts each image over white, changes its colors' distance from white, and leaves out tokens of its caption.
+  """Shifts images over white, changes their colors' distance from white, leaves out tokens.
 
   Images are not mirrored: captions tell left from right.
 
@@ -121,7 +125,7 @@ def make_optimizer(config: CLIPConfig) -> optax.GradientTransformation:
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def train_step(config: CLIPConfig, text_size: int, state: dict, batch, key) -> tuple[dict, dict]:
-  """Takes one AdamW step; every other pair of the global batch is a negative, on whichever device it lies.
+  """Takes one AdamW step; every other pair of the global batch is a negative, on any device.
 
   Args:
     config: of the CLIP.
@@ -150,7 +154,7 @@ def train_step(config: CLIPConfig, text_size: int, state: dict, batch, key) -> t
 def train(
   config: CLIPConfig, text_size: int, data: ClipData, folder: epath.PathLike, seed: int
 ) -> CLIP:
-  """Trains all steps on the current mesh, or those that a killed training left; see `small_trainer.train`."""
+  """Trains all steps, or those that a killed training left; see `small_trainer.train`."""
 
   def init():
     params = clip_lib.init_params(config, text_size, jax.random.key(seed))
@@ -170,8 +174,8 @@ def text_to_image_recall(
 ) -> dict[str, float]:
   """How often a caption's own image is among the nearest ones.
 
-  An image with the very same caption is right too. An image counts as found only if fewer than k wrong ones score at least
-  as high, so that a constant embedding finds nothing.
+  An image with the very same caption is right too. An image counts as found only if fewer than k
+  wrong ones score at least as high, so that a constant embedding finds nothing.
 
   Args:
     text_embeddings: [n, E].
@@ -198,7 +202,7 @@ def text_to_image_recall(
 
 
 def train_clip(config: CLIPConfig, encode, text_size: int, raw_folder, folder, seed: int) -> dict:
-  """Runs the stage on the current mesh: trains on the train pairs, writes params.safetensors and config.json, measures.
+  """Runs the stage on the current mesh: trains, writes the CLIP, measures its recall.
 
   Args:
     config: sizes and recipe.
@@ -225,8 +229,9 @@ def train_clip(config: CLIPConfig, encode, text_size: int, raw_folder, folder, s
     texts = trained.embed_texts([encode(caption) for caption in captions])
     summary.update(text_to_image_recall(texts, trained.embed_images(images), captions))
     print(
-      f"clip: held-out text-to-image recall@1 {summary['recall@1']:.3f} (chance {summary['chance@1']:.3f}), recall@5 "
-      f"{summary['recall@5']:.3f} (chance {summary['chance@5']:.3f}) of {len(heldout)}; {config.steps} steps, "
+      f"clip: held-out text-to-image recall@1 {summary['recall@1']:.3f} "
+      f"(chance {summary['chance@1']:.3f}), recall@5 {summary['recall@5']:.3f} "
+      f"(chance {summary['chance@5']:.3f}) of {len(heldout)}; {config.steps} steps, "
       f"{summary['seconds']:.0f} s.",
       flush=True,
     )

@@ -1,4 +1,4 @@
-"""Training of the image tokenizer: losses, the step, dead codes, the loop and its held-out numbers."""
+"""Training of the image tokenizer: losses, the step, dead codes and held-out numbers."""
 
 # B batch, H height, W width, E code width, K codes, n images.
 
@@ -27,7 +27,7 @@ MAX_HELDOUT = 4_096
 
 
 class Discriminator(nnx.Module):
-  """Judges patches (Isola et al. 2017): pixels [B, H, W, 3] -> [B, h, w], positive where it takes them for real."""
+  """Judges patches (Isola et al. 2017): pixels [B, H, W, 3] -> [B, h, w], positive if real."""
 
   def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
     widths = [config.discriminator_width * 2**i for i in range(config.discriminator_layers)]
@@ -56,7 +56,9 @@ def judge(config: VQGANConfig, params: dict, x):
 def generator_loss(
   params: dict, discriminator: dict | None, config: VQGANConfig, num_codes: int, x
 ):
-  """What the VQGAN minimises: reconstruction, codebook, commitment and, given a discriminator, deceiving it.
+  """Computes what the VQGAN minimizes: reconstruction, codebook and commitment loss.
+
+  Given a discriminator, also the judgement of the reconstructions, negated.
 
   Args:
     params: of the VQGAN.
@@ -109,8 +111,8 @@ def init_state(config: VQGANConfig, num_codes: int, seed: int) -> dict:
   """Makes the state of training.
 
   Returns:
-    params, opt_state: of the VQGAN. usage: int32 [K], how often each code was used since the last restart. If the
-    adversarial weight is positive, discriminator and discriminator_opt_state.
+    params, opt_state: of the VQGAN. usage: int32 [K], how often each code was used since the last
+    restart. If the adversarial weight is positive, discriminator and discriminator_opt_state.
   """
   key, discriminator_key = jax.random.split(jax.random.key(seed))
   params = vqgan.init_params(config, num_codes, key)
@@ -127,7 +129,7 @@ def init_state(config: VQGANConfig, num_codes: int, seed: int) -> dict:
 
 @functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
 def train_step(state: dict, images, config: VQGANConfig, adversarial: bool) -> tuple[dict, dict]:
-  """One step of the VQGAN and, if `adversarial`, one of the discriminator against the same reconstructions.
+  """Takes one step of the VQGAN and, if `adversarial`, of the discriminator on the same images.
 
   Args:
     state: of `init_state`; donated.
@@ -165,7 +167,7 @@ def _update(tx, grads, opt_state, params):
 
 @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
 def restart_dead_codes(state: dict, images, config: VQGANConfig, key) -> dict:
-  """Moves every code that was not used since the last restart to a random encoding of `images`; counts anew.
+  """Moves codes that were not used since the last restart to random encodings; counts anew.
 
   Args:
     state: of `init_state`; donated.
@@ -187,13 +189,13 @@ def restart_dead_codes(state: dict, images, config: VQGANConfig, key) -> dict:
 def train(
   config: VQGANConfig, num_codes: int, seed: int, images: Examples, folder: epath.PathLike
 ) -> ImageTokenizer:
-  """Trains all steps on the current mesh, or those that a killed training left; see `small_trainer.train`.
+  """Trains all steps, or those that a killed training left; see `small_trainer.train`.
 
   Args:
     config: of the VQGAN.
     num_codes: K.
     seed: of parameters, order of the images and restarts.
-    images: uint8 [n, H, W, 3], or anything with a length that is indexed alike, e.g. `raw_pairs.ImageFiles`.
+    images: uint8 [n, H, W, 3], or what is indexed alike, e.g. `raw_pairs.ImageFiles`.
     folder: gets metrics and checkpoints.
   """
 
@@ -214,21 +216,23 @@ def train(
 
 
 def mean_squared_errors(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-  """fp64 [n]: of each image, in units of the full range of a pixel, so that PSNR = -10 log10 of it."""
+  """Computes that of each image, fp64 [n], pixels in [0, 1], so that PSNR = -10 log10 of it."""
   return np.mean((images.astype(np.float64) - reconstructions) ** 2, axis=(1, 2, 3)) / 255**2
 
 
 def perplexity(codes: np.ndarray, num_codes: int) -> float:
-  """exp of the entropy of how often each code is used: between 1 (one code) and K (all equally often)."""
+  """Computes exp of the entropy of the codes: between 1 (one code) and K (all equally often)."""
   p = np.bincount(codes.ravel(), minlength=num_codes) / codes.size
   return float(np.exp(-np.sum(p * np.log(np.where(p > 0, p, 1)))))
 
 
 def evaluate(tokenizer: ImageTokenizer, images, train_images, folder: epath.PathLike) -> dict:
-  """Measures held-out `images` (at most 4,096) and the codes of 1,024 training images; writes reconstructions.npz.
+  """Measures held-out `images` (at most 4,096) and the codes of 1,024 training images.
+
+  Writes reconstructions.npz.
 
   Returns:
-    psnr_db: mean over images of each one's PSNR; psnr_of_mean_mse_db: PSNR of the mean squared error of all;
+    psnr_db: mean PSNR of the images; psnr_of_mean_mse_db: PSNR of the mean squared error of all;
     codebook_perplexity and codes_used (held-out), and the same with prefix train_.
   """
   images = images[np.arange(min(len(images), MAX_HELDOUT))]
@@ -258,7 +262,7 @@ def _evenly_spaced(length: int, count: int) -> np.ndarray:
 def train_vqgan(
   config: VQGANConfig, num_codes: int, seed: int, images, heldout_images, folder: epath.PathLike
 ) -> dict:
-  """Runs the stage on the current mesh: trains, writes params.safetensors, config.json and reconstructions.npz, returns the numbers."""
+  """Runs the stage on the current mesh: trains, writes the tokenizer, returns the numbers."""
   start = time.time()
   tokenizer = train(config, num_codes, seed, images, folder)
   seconds = time.time() - start

@@ -1,7 +1,7 @@
 """The resumable loop that trains the small models: the image tokenizer (VQGAN) and CLIP.
 
-Their state fits on every device, so only the batch is split, over the batch axes of the mesh. The models import this
-module; it imports neither of them, nor data.
+Their state fits on every device, so only the batch is split, over the batch axes of the mesh. The
+models import this module; it imports neither of them, nor data.
 """
 
 # n examples, B batch.
@@ -49,9 +49,10 @@ def train(
   init: Callable[[], dict],
   step: Callable[[dict, Any, int], tuple[dict, dict]],
 ) -> dict:
-  """Trains to `config.steps` on the current mesh, from the newest checkpoint that a killed training left.
+  """Trains to `config.steps` on the current mesh, from the newest checkpoint of a killed training.
 
-  Step, seed and state determine everything, so a continued training ends bit for bit where it would have ended.
+  A step depends on its number, the seed and the state alone, so a continued training ends bit for
+  bit where it would have ended.
 
   Args:
     name: section of the config, for messages.
@@ -61,14 +62,14 @@ def train(
     examples: at least one batch of them.
     folder: gets metrics.jsonl and, until `delete_checkpoints`, checkpoints.
     init: () -> state, a tree of arrays.
-    step: (state, batch, i) -> state, metrics. Trains step i, from 0 on; may donate the state. Metrics are scalars.
+    step: (state, batch, i) -> state, metrics (scalars). Takes step i, from 0 on; may donate state.
 
   Returns:
     The last state, on the host.
 
   Raises:
-    UserError: too few examples, or a batch that the mesh does not divide; the folder holds a training of another config, or
-      a damaged checkpoint.
+    UserError: too few examples, or a batch that the mesh does not divide; the folder holds a
+      training of another config, or a damaged checkpoint.
   """
   _check_batch(name, config.batch_size, len(examples))
   identity = {name: dataclasses.asdict(config), **about, "seed": seed, "examples": len(examples)}
@@ -79,15 +80,10 @@ def train(
   split = NamedSharding(mesh, spec("batch"))
   checkpoints = _open_checkpoints(name, identity, epath.Path(folder) / FOLDER)
   with jax.set_mesh(mesh), contextlib.closing(checkpoints):
-    first = checkpoints.newest()
-    if first is None:
-      state = jax.device_put(init(), NamedSharding(mesh, P()))
-    else:
-      state, _ = checkpoints.restore(jax.eval_shape(init), first)
-      print(f"{name}: continues from step {first}.", flush=True)
-    log = MetricsLog(folder, first)
-    steps = range(first or 0, config.steps)
-    bar = tqdm(steps, name, config.steps, initial=steps.start, mininterval=1, unit="step")
+    state, first = _restore(name, checkpoints, init)
+    log = MetricsLog(folder, resumed_at=first or None)
+    steps = range(first, config.steps)
+    bar = tqdm(steps, name, config.steps, initial=first, mininterval=1, unit="step")
     for i in bar:
       batch = examples[batch_rows(i, len(examples), config.batch_size, seed)]
       state, metrics = step(state, jax.device_put(batch, split), i)
@@ -110,13 +106,23 @@ def _check_batch(name: str, batch_size: int, num_examples: int) -> None:
     )
   if batch_size % batch_shards():
     raise UserError(
-      f"config.{name}.batch_size is {batch_size}; mesh.data x mesh.fsdp x mesh.fsdp_inner = {batch_shards()} "
-      "must divide it."
+      f"config.{name}.batch_size is {batch_size}; "
+      f"mesh.data x mesh.fsdp x mesh.fsdp_inner = {batch_shards()} must divide it."
     )
 
 
+def _restore(name: str, checkpoints: Checkpoints, init) -> tuple[dict, int]:
+  """Returns the state of the newest checkpoint, or of `init`, and how many steps made it."""
+  newest = checkpoints.newest()
+  if newest is None:
+    return jax.device_put(init(), NamedSharding(jax.sharding.get_mesh(), P())), 0
+  print(f"{name}: continues from step {newest}.", flush=True)
+  state, _ = checkpoints.restore(jax.eval_shape(init), newest)
+  return state, newest
+
+
 def _open_checkpoints(name: str, identity: dict, folder: epath.Path) -> Checkpoints:
-  """Opens the checkpoints of the same training; those of a training of another length are deleted."""
+  """Opens the checkpoints of the same training; those of another length are deleted."""
   path = folder / "config.json"
   if path.exists():
     stored = read_json(path)
@@ -140,7 +146,10 @@ def delete_checkpoints(folder: epath.PathLike) -> None:
 
 
 def batch_rows(step: int, num_examples: int, batch_size: int, seed: int) -> np.ndarray:
-  """Returns the rows that step `step` trains on, int64 [B]; every epoch is a new permutation, its remainder left out."""
+  """Returns the rows that step `step` trains on, int64 [B].
+
+  Every epoch is a new permutation of the examples; what does not fill a batch is left out.
+  """
   epoch, i = divmod(step, num_examples // batch_size)
   return _permutation(epoch, num_examples, seed)[i * batch_size : (i + 1) * batch_size]
 

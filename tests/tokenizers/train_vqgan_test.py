@@ -173,7 +173,7 @@ def test_discriminator_learns_to_tell_apart(images):
 
 
 def test_generator_loss_is_the_oracle(images):
-  """Its four terms in fp64, and where their gradients go (van den Oord et al. 2017, section 3.2)."""
+  """Four terms in fp64, and where their gradients go (van den Oord et al. 2017, section 3.2)."""
   weights = {"l1_weight": 0.5, "l2_weight": 0.9, "codebook_weight": 0.7, "commitment_weight": 0.3}
   config, x = dataclasses.replace(CONFIG, **weights), vqgan.to_float(images)
   params = train_vqgan.init_state(CONFIG, NUM_CODES, 0)["params"]

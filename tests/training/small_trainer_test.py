@@ -120,6 +120,14 @@ def test_a_damaged_checkpoint_is_told(tmp_path):
     train(tmp_path)
 
 
+def test_a_state_that_was_not_whole_does_not_count(tmp_path, whole):
+  kill_in_step_11(tmp_path)
+  (tmp_path / small_trainer.FOLDER / "checkpoints.digests" / "10.json").unlink()
+  rest = Examples()
+  np.testing.assert_array_equal(train(tmp_path, examples=rest), whole)
+  assert len(rest.rows) == 7  # Steps 5 to 11.
+
+
 @pytest.mark.parametrize("devices", [(2, 4, 1), (1, 2, 2), (2, 1, 1, 2)])
 def test_the_batch_is_split_over_the_mesh(tmp_path, whole, devices):
   shapes = []
