@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import openmoji
+from cm3leon_jax.io import replacing
 
 PAIRS = "pairs.jsonl"
 HELD_IN_ONE_STYLE = 0.10  # Share of the concepts of which one style's drawings are held out; the other styles' stay in train.
@@ -260,9 +261,6 @@ def make_folder(folder: pathlib.Path, resolution: int) -> list[dict]:
   with futures.ThreadPoolExecutor() as pool:
     list(tqdm(pool.map(draw, drawings), "drawings", total=len(drawings), mininterval=1))
   pairs = make_pairs(found, drawings)
-  partial = folder / f"{PAIRS}.partial"
-  partial.write_text(
-    "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8"
-  )
-  partial.replace(folder / PAIRS)
+  with replacing(folder / PAIRS, "w") as file:
+    file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
   return pairs

@@ -28,6 +28,7 @@ from cm3leon_jax.data import pipeline
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.data.plan import RowPlan, Source
 from cm3leon_jax.evaluation import bits
+from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.retrieval.arrays import ArrayStore
@@ -173,9 +174,9 @@ def shuffle_neighbors(
   folder: pathlib.Path, target: pathlib.Path, corpus: Corpus, seed: int
 ) -> None:
   """Writes the neighbors of the stage in `folder` to `target`, once: every document's are those of another of its split."""
-  done = stages.read_json(folder / stages.DONE)
+  done = read_json(folder / stages.DONE)
   done["id"] += f"-shuffled-{seed}"
-  if (target / stages.DONE).exists() and stages.read_json(target / stages.DONE)["id"] == done["id"]:
+  if (target / stages.DONE).exists() and read_json(target / stages.DONE)["id"] == done["id"]:
     return
   rng = np.random.default_rng(seed)
   for name, own, sides in (
@@ -196,7 +197,7 @@ def shuffle_neighbors(
     order = shuffled_order(own, concepts_of(candidates, corpus.train_concepts), rng)
     for array, values in found.items():
       ArrayStore.create(target / name / array, values.shape[1:], values.dtype).append(values[order])
-  stages.write_json(target / stages.DONE, done)
+  write_json(target / stages.DONE, done)
 
 
 def own_concept_share(folder: pathlib.Path, corpus: Corpus) -> dict[str, float]:
@@ -279,8 +280,8 @@ def run_one(ablation: Ablation, name: str, seed: int, corpus: Corpus) -> Run:
         "query_documents": count_queries(settings, run, corpus),
         "train_seconds": trained["seconds"],
       }
-      stages.write_json(run / "bits" / "bits.json", {**found, **score(settings, run, corpus)})
-  values = stages.read_json(run / "bits" / "bits.json")
+      write_json(run / "bits" / "bits.json", {**found, **score(settings, run, corpus)})
+  values = read_json(run / "bits" / "bits.json")
   return Run(
     name, seed, **{k: np.array(v) if isinstance(v, list) else v for k, v in values.items()}
   )
@@ -316,7 +317,7 @@ def ablate(ablation: Ablation, names: list[str], num_seeds: int) -> dict:
       flush=True,
     )
     result = about | ablation_table.summarize(runs, labels, corpus.subsets, corpus.heldout_concepts)
-    stages.write_json(workdir / "results.json", result)
+    write_json(workdir / "results.json", result)
     (workdir / "table.md").write_text(ablation_table.markdown(result), encoding="utf-8")
     ablation_table.plot(result, workdir / "plot.png")
   return result

@@ -12,6 +12,7 @@ import numpy as np
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.io import plain
 
 # A process that ends waits that long for the others, so one that fails alone takes the job with it after that time.
 SHUTDOWN_SECONDS = 60
@@ -152,7 +153,7 @@ def together() -> Iterator[None]:
 
 def check_same_config(config: dict) -> None:
   """Raises UserError, naming the fields, in all processes, if one of them has another `config` than the first."""
-  first, *others = gather(stages.plain(config))
+  first, *others = gather(plain(config))
   for i, other in enumerate(others, 1):
     if changed := stages.differences(first, other):
       raise UserError(

@@ -8,8 +8,8 @@ from typing import Protocol
 from etils import epath
 from tqdm import tqdm
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import plain, read_json, write_json
 
 RUNNERS = ("local", "ray")
 
@@ -75,10 +75,10 @@ def run_shards(
   finished, pending = [], []
   for name, config in shards.items():
     path = folder / f"{name}.json"
-    record = stages.read_json(path) if path.exists() else {}
-    done = record.get("config") == stages.plain(config)
+    record = read_json(path) if path.exists() else {}
+    done = record.get("config") == plain(config)
     finished += [(name, record["summary"])] if done else []
-    pending += [] if done else [{"shard": name, "config": json.dumps(stages.plain(config))}]
+    pending += [] if done else [{"shard": name, "config": json.dumps(plain(config))}]
   yield from finished
   results = (
     _ray(job, folder, pending, runner)
@@ -105,10 +105,10 @@ class _Worker:
     try:
       if self._do is None:
         self._do = self._job.open()
-      summary = stages.plain(self._do(name))
+      summary = plain(self._do(name))
     except UserError as error:
       return {"shard": name, "summary": "", "error": str(error)}
-    stages.write_json(
+    write_json(
       self._folder / f"{name}.json", {"config": json.loads(row["config"]), "summary": summary}
     )
     return {"shard": name, "summary": json.dumps(summary), "error": ""}

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Collection, Mapping
 import contextlib
 import dataclasses
-import json
 import time
 
 from etils import epath
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import plain, read_json, replacing, write_json  # noqa: F401 (for commands/generate.py)
 
 DONE = "done.json"
 
@@ -82,41 +82,6 @@ FREE = frozenset(
     "model.loss_chunk",
   }
 )
-
-
-def plain(value):
-  """Dataclasses' dicts, tuples and numpy scalars -> what JSON gives back after a round trip."""
-  return json.loads(json.dumps(value, default=lambda x: x.item() if hasattr(x, "item") else str(x)))
-
-
-@contextlib.contextmanager
-def replacing(path: epath.PathLike, mode: str = "wb"):
-  """A file to write that takes the place of `path` when the body ends: a reader sees the old file or the new one, whole."""
-  path = epath.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.parent / (path.name + ".partial")
-  with partial.open(mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
-    yield file
-  partial.replace(path)
-
-
-def write_json(path: epath.PathLike, value) -> None:
-  """Writes atomically, see `replacing`."""
-  with replacing(path, "w") as file:
-    file.write(json.dumps(plain(value), indent=1) + "\n")
-
-
-def read_json(path: epath.PathLike):
-  """Reads a JSON file of the workdir. Raises UserError naming the file if it is absent or damaged."""
-  path = epath.Path(path)
-  if not path.exists():
-    raise UserError(f"{path} does not exist: run the stage that writes it first.")
-  try:
-    return json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise UserError(
-      f"{path} is not valid JSON ({error}): delete it and run its stage again."
-    ) from error
 
 
 def differences(old: dict, new: dict, where: str = "") -> list[str]:

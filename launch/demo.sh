@@ -115,8 +115,8 @@ check_log() {
   "$python" -c '
 import sys
 from cm3leon_jax.reports import summary
-from cm3leon_jax.training.metrics import read_metrics
-log = summary.training(read_metrics(sys.argv[1]))
+from cm3leon_jax.io import read_json_lines
+log = summary.training(read_json_lines(sys.argv[1]))
 last = log["restarts"][-1]
 print("demo: killed after checkpoint {after_step}; {identical} of {replayed} steps computed again have the same loss, bit for bit.".format(**last))
 sys.exit(not (log["every_step_logged_once"] and last["identical"] == last["replayed"]))

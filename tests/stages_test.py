@@ -1,13 +1,13 @@
 import contextlib
 import dataclasses
 import importlib.util
-import json
 
 import numpy as np
 import pytest
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
 
 SETTINGS = settings_from_config(default_config())
@@ -27,18 +27,18 @@ def finish(workdir, *names):
       pass
   if "train" in names:
     run = {"run": stages.identity(SETTINGS, "train")}
-    stages.write_json(workdir / "train" / "config.json", run)
+    write_json(workdir / "train" / "config.json", run)
 
 
 def test_a_finished_stage_is_skipped(tmp_path):
   with stages.once(tmp_path / "a", {"n": 1}) as summary:
     summary["value"] = 3.0
-  first = stages.read_json(tmp_path / "a" / stages.DONE)
+  first = read_json(tmp_path / "a" / stages.DONE)
   assert first["summary"] == {"value": 3.0}
   assert first["config"] == {"n": 1}
   with stages.once(tmp_path / "a", {"n": 1}) as summary:
     assert summary is None
-  assert stages.read_json(tmp_path / "a" / stages.DONE) == first
+  assert read_json(tmp_path / "a" / stages.DONE) == first
 
 
 def test_redo_runs_again_under_a_new_id(tmp_path):
@@ -46,7 +46,7 @@ def test_redo_runs_again_under_a_new_id(tmp_path):
   for _ in range(2):
     with stages.once(tmp_path, {"n": 1}, redo=True) as summary:
       assert summary == {}
-    ids.append(stages.read_json(tmp_path / stages.DONE)["id"])
+    ids.append(read_json(tmp_path / stages.DONE)["id"])
   assert ids[0] != ids[1]
 
 
@@ -74,22 +74,6 @@ def test_configs_compare_as_json(tmp_path):
     pass
   with stages.once(tmp_path, {"shape": [1, 2], "n": 3}) as summary:
     assert summary is None
-
-
-def test_write_json_replaces_and_leaves_no_partial_file(tmp_path):
-  path = tmp_path / "deep" / "x.json"
-  stages.write_json(path, {"a": 1})
-  stages.write_json(path, {"a": (np.float32(0.5), "b")})
-  assert json.loads(path.read_text()) == {"a": [0.5, "b"]}
-  assert [p.name for p in path.parent.iterdir()] == ["x.json"]
-
-
-def test_damaged_or_absent_json_is_told(tmp_path):
-  with pytest.raises(UserError, match="does not exist"):
-    stages.read_json(tmp_path / "x.json")
-  (tmp_path / "x.json").write_text("{")
-  with pytest.raises(UserError, match="not valid JSON"):
-    stages.read_json(tmp_path / "x.json")
 
 
 def test_differences_literal():

@@ -15,9 +15,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from cm3leon_jax import stages
 from cm3leon_jax.clip.model import normalize
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -93,7 +93,7 @@ def read_config(folder: epath.PathLike) -> HFCLIPConfig:
     raise UserError(
       f"{path} does not exist; the folder must be that of a Hugging Face CLIP, with {CONFIG} and {WEIGHTS}."
     )
-  stored = stages.read_json(path)
+  stored = read_json(path)
   if stored.get("model_type") != "clip":
     raise UserError(f"{path}: model_type is '{stored.get('model_type')}'; it must be 'clip'.")
   try:
@@ -196,7 +196,7 @@ def read_tensors(folder: epath.PathLike, config: HFCLIPConfig) -> dict[str, np.n
   if (folder / WEIGHTS).exists():
     names = [WEIGHTS]
   elif (folder / INDEX).exists():
-    names = sorted(set(stages.read_json(folder / INDEX)["weight_map"].values()))
+    names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
   else:
     raise UserError(
       f"{folder / WEIGHTS} does not exist, nor does {INDEX}; weights in other formats are not read."

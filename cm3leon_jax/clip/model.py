@@ -9,16 +9,16 @@ import itertools
 from typing import Annotated, Literal
 
 from etils import epath
-from flax import nnx, traverse_util
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 import pydantic.dataclasses
-import safetensors.numpy
 
-from cm3leon_jax import stages
+from cm3leon_jax import parameters
 from cm3leon_jax.config import STRICT, UserError, build
+from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.vocab import VocabLayout
 
 HEAD_DIM = 64
@@ -218,26 +218,19 @@ def normalize(x):
 
 @functools.cache
 def _structure(config: CLIPConfig, text_size: int):
-  graphdef, state = nnx.split(nnx.eval_shape(lambda: CLIPModel(config, text_size, nnx.Rngs(0))))
-  return graphdef, state, list(traverse_util.flatten_dict(nnx.to_pure_dict(state)))
+  return parameters.structure(lambda: CLIPModel(config, text_size, nnx.Rngs(0)))
 
 
 def init_params(config: CLIPConfig, text_size: int, key) -> dict:
-  """Random parameters: a flat dict from dotted names to fp32 arrays."""
-  pure = nnx.to_pure_dict(nnx.state(CLIPModel(config, text_size, nnx.Rngs(params=key)), nnx.Param))
-  return {
-    ".".join(map(str, path)): value for path, value in traverse_util.flatten_dict(pure).items()
-  }
+  """Draws fp32 parameters."""
+  return parameters.to_dict(
+    nnx.state(CLIPModel(config, text_size, nnx.Rngs(params=key)), nnx.Param)
+  )
 
 
 def bind(config: CLIPConfig, text_size: int, params: dict) -> CLIPModel:
   """The module with `params` in it; for use inside jitted functions."""
-  graphdef, state, paths = _structure(config, text_size)
-  state = jax.tree.map(lambda x: x, state)
-  nnx.replace_by_pure_dict(
-    state, traverse_util.unflatten_dict({p: params[".".join(map(str, p))] for p in paths})
-  )
-  return nnx.merge(graphdef, state)
+  return parameters.fill(*_structure(config, text_size), params)
 
 
 def to_float(images):
@@ -286,9 +279,8 @@ class CLIP:
   def save(self, folder: epath.PathLike) -> None:
     """Writes params.safetensors and config.json."""
     folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / PARAMS, self.params)
-    stages.write_json(
+    parameters.save(folder / PARAMS, self.params)
+    write_json(
       folder / CONFIG, {"clip": dataclasses.asdict(self.config), "text_size": self.text_size}
     )
 
@@ -298,21 +290,10 @@ class CLIP:
   ) -> "CLIP":
     """Reads what `save` wrote; `encode` as in the constructor. Raises UserError naming the file that is absent or unfit."""
     folder = epath.Path(folder)
-    stored = stages.read_json(folder / CONFIG)
+    stored = read_json(folder / CONFIG)
     config, text_size = build(CLIPConfig, stored["clip"], "clip"), stored["text_size"]
-    params = {k: jnp.asarray(v) for k, v in read_tensors(folder / PARAMS).items()}
     expected = jax.eval_shape(lambda: init_params(config, text_size, jax.random.key(0)))
-    wrong = sorted(
-      {
-        k
-        for k in {*expected, *params}
-        if getattr(expected.get(k), "shape", 0) != getattr(params.get(k), "shape", 1)
-      }
-    )
-    if wrong:
-      raise UserError(
-        f"{folder / PARAMS} does not fit {folder / CONFIG} at '{wrong[0]}': train CLIP again."
-      )
+    params = parameters.load(folder / PARAMS, expected, "train_clip")
     return cls(config, text_size, params, encode)
 
   def embed_images(self, images: np.ndarray) -> np.ndarray:
@@ -355,28 +336,3 @@ def clip_score(clip, images: np.ndarray, texts: list[np.ndarray]) -> np.ndarray:
       f"{len(images)} images and {len(texts)} captions; there must be one caption per image."
     )
   return (clip.embed_images(images) * clip.embed_texts(texts)).sum(-1)
-
-
-def write_tensors(
-  path: epath.PathLike, tensors: dict, metadata: dict[str, str] | None = None
-) -> None:
-  """Writes a flat dict of arrays as one safetensors file, atomically."""
-  path = epath.Path(path)
-  partial = path.parent / (path.name + ".partial")
-  partial.write_bytes(
-    safetensors.numpy.save({k: np.asarray(v) for k, v in tensors.items()}, metadata)
-  )
-  partial.replace(path)
-
-
-def read_tensors(path: epath.PathLike) -> dict[str, np.ndarray]:
-  """Reads a safetensors file. Raises UserError naming it if it is absent or damaged."""
-  path = epath.Path(path)
-  if not path.exists():
-    raise UserError(f"{path} does not exist: run `python -m launch.train_clip` first.")
-  try:
-    return safetensors.numpy.load(path.read_bytes())
-  except safetensors.SafetensorError as error:
-    raise UserError(
-      f"{path} is damaged ({error}): delete its folder and train CLIP again."
-    ) from error

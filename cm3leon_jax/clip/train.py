@@ -4,7 +4,6 @@
 
 import dataclasses
 import functools
-import json
 import time
 
 from etils import epath
@@ -12,52 +11,65 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
-from cm3leon_jax import stages
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.clip.model import CLIP, CLIPConfig
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.documents import group_id
+from cm3leon_jax.data.records import RawPair
+from cm3leon_jax.training import small_trainer
 
-CHECKPOINT = "checkpoint.safetensors"
 MAX_SCALE = 100.0
 READ_THREADS = 8
+MAX_HELDOUT = 4_096
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipData:
-  """Pairs in memory.
+  """Pairs whose images stay on disk where they take more than 2 GiB.
+
+  The rest takes about 4 L + 150 bytes a pair.
 
   Attributes:
-    images: [n, H, W, 3] uint8.
-    tokens: [n, L] int32, `<pad>` behind each caption.
+    images: [n, H, W, 3] uint8, or what reads rows of it from disk.
+    tokens: [n, L] int32, `<pad>` after each caption.
     concepts: [n] int32; pairs of one concept are no negatives of each other.
-    captions: [n] their text.
   """
 
-  images: np.ndarray
+  images: np.ndarray | raw_pairs.ImageFiles
   tokens: np.ndarray
   concepts: np.ndarray
-  captions: list[str]
+
+  def __len__(self) -> int:
+    return len(self.tokens)
+
+  def __getitem__(self, rows: np.ndarray):
+    return self.images[rows], self.tokens[rows], self.concepts[rows]
 
 
-def load_data(pairs: list[raw_pairs.RawPair], encode, config: CLIPConfig) -> ClipData:
-  """Reads the images and encodes the captions (`encode`: str -> int32 ids) of `pairs`."""
-  _, concepts = np.unique([p.concept or p.caption for p in pairs], return_inverse=True)
-  images = raw_pairs.load_images([p.image for p in pairs], config.resolution, READ_THREADS)
-  tokens = clip_lib.pad_texts([encode(p.caption) for p in pairs], config.text_length)
-  return ClipData(images, tokens, concepts.astype(np.int32), [p.caption for p in pairs])
+def open_data(folder: epath.PathLike, split: str, encode, config: CLIPConfig) -> ClipData:
+  """Opens the pairs of a split of a raw folder, in their order; `encode`: caption -> int32 ids."""
+  paths, tokens, concepts = [], [], []
+  for name in raw_pairs.shards(folder):
+    pairs = raw_pairs.read_shard(folder, name, RawPair, split)
+    paths += [pair.image for pair in pairs]
+    tokens.append(clip_lib.pad_texts([encode(p.caption) for p in pairs], config.text_length))
+    concepts.append(np.array([group_id(p.concept or p.caption) for p in pairs], np.uint64))
+  _, concepts = np.unique(np.concatenate(concepts), return_inverse=True)
+  images = raw_pairs.in_memory(raw_pairs.ImageFiles(paths, config.resolution, READ_THREADS))
+  return ClipData(images, np.concatenate(tokens), concepts.astype(np.int32))
 
 
 def contrastive_loss(image_embeddings, text_embeddings, scale, concepts):
-  """Symmetric cross-entropy of finding each pair's other half in the batch (Radford et al. 2021, figure 3).
+  """Computes the cross-entropy of finding each pair's other half in the batch, both ways.
+
+  Radford et al. 2021, figure 3.
 
   Args:
     image_embeddings: [B, E] of norm 1.
     text_embeddings: [B, E] of norm 1.
     scale: inverse temperature.
-    concepts: [B] int32; another pair of the same concept counts neither as right nor as wrong.
+    concepts: [B] int32; another pair of the same concept is neither right nor wrong.
 
   Returns:
     fp32 scalar, mean over both directions.
@@ -72,7 +84,7 @@ def contrastive_loss(image_embeddings, text_embeddings, scale, concepts):
 
 
 def augment(images, tokens, key, config: CLIPConfig):
-  """Shifts each image over white, changes its colors' distance from white, and leaves out tokens of its caption.
+  """Shifts images over white, changes their colors' distance from white, leaves out tokens.
 
   Images are not mirrored: captions tell left from right.
 
@@ -111,9 +123,20 @@ def make_optimizer(config: CLIPConfig) -> optax.GradientTransformation:
   return optax.adamw(schedule, b2=0.98, eps=1e-6, weight_decay=config.weight_decay, mask=is_matrix)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
-def train_step(config: CLIPConfig, text_size: int, params, opt_state, key, batch):
-  """One AdamW step on `batch` = (images uint8 [B, H, W, 3], tokens [B, L], concepts [B]); returns params, opt_state, loss."""
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def train_step(config: CLIPConfig, text_size: int, state: dict, batch, key) -> tuple[dict, dict]:
+  """Takes one AdamW step; every other pair of the global batch is a negative, on any device.
+
+  Args:
+    config: of the CLIP.
+    text_size: size of the text vocabulary.
+    state: params and opt_state; donated.
+    batch: (images uint8 [B, H, W, 3], tokens int32 [B, L], concepts int32 [B]).
+    key: of the augmentation.
+
+  Returns:
+    The new state; metrics: loss.
+  """
   images, tokens, concepts = batch
 
   def loss_fn(params):
@@ -122,87 +145,28 @@ def train_step(config: CLIPConfig, text_size: int, params, opt_state, key, batch
     scale = jnp.minimum(jnp.exp(params["log_scale"]), MAX_SCALE)
     return contrastive_loss(model.embed_images(x), model.embed_texts(t), scale, concepts)
 
+  params = state["params"]
   loss, grads = jax.value_and_grad(loss_fn)(params)
-  updates, opt_state = make_optimizer(config).update(grads, opt_state, params)
-  return optax.apply_updates(params, updates), opt_state, loss
-
-
-def batch_rows(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
-  """Rows of step `step`, a pure function: every epoch is a new permutation of the n pairs, its remainder left out."""
-  epoch, place = divmod(step, n // batch_size)
-  order = np.random.default_rng([seed, epoch]).permutation(n)
-  return order[place * batch_size : (place + 1) * batch_size]
+  updates, opt_state = make_optimizer(config).update(grads, state["opt_state"], params)
+  return {"params": optax.apply_updates(params, updates), "opt_state": opt_state}, {"loss": loss}
 
 
 def train(
   config: CLIPConfig, text_size: int, data: ClipData, folder: epath.PathLike, seed: int
 ) -> CLIP:
-  """Trains for `config.steps`, from the folder's checkpoint if a killed training left one.
+  """Trains all steps, or those that a killed training left; see `small_trainer.train`."""
 
-  Raises:
-    UserError: fewer pairs than one batch, or a checkpoint of another training.
-  """
-  folder, n = epath.Path(folder), len(data.images)
-  if n < config.batch_size:
-    raise UserError(
-      f"{n} training pairs are too few for config.clip.batch_size = {config.batch_size}; make it smaller."
-    )
-  folder.mkdir(parents=True, exist_ok=True)
-  identity = json.dumps(
-    stages.plain(
-      {"config": dataclasses.asdict(config), "text_size": text_size, "seed": seed, "pairs": n}
-    )
-  )
-  params = clip_lib.init_params(config, text_size, jax.random.key(seed))
-  first, params, opt_state = _restore(
-    folder / CHECKPOINT, identity, params, make_optimizer(config).init(params)
-  )
-  bar = tqdm(
-    range(first, config.steps), "clip", config.steps, initial=first, unit="step", mininterval=1
-  )
-  for step in bar:
-    rows = batch_rows(n, config.batch_size, step, seed)
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    batch = (data.images[rows], data.tokens[rows], data.concepts[rows])
-    params, opt_state, loss = train_step(config, text_size, params, opt_state, key, batch)
-    if (step + 1) % 10 == 0:
-      bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
-    if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-      _save(folder / CHECKPOINT, identity, step + 1, params, opt_state)
-  return CLIP(config, text_size, params)
+  def init():
+    params = clip_lib.init_params(config, text_size, jax.random.key(seed))
+    return {"params": params, "opt_state": make_optimizer(config).init(params)}
 
+  def step(state, batch, i):
+    key = jax.random.fold_in(jax.random.key(seed), i)
+    return train_step(config, text_size, state, batch, key)
 
-def _save(path, identity: str, step: int, params, opt_state) -> None:
-  leaves = jax.tree.leaves((params, opt_state))
-  digits = len(str(len(leaves)))
-  tensors = {f"{i:0{digits}d}": leaf for i, leaf in enumerate(leaves)}
-  clip_lib.write_tensors(
-    path,
-    {"step": np.array(step), "identity": np.frombuffer(identity.encode(), np.uint8), **tensors},
-  )
-
-
-def _restore(path: epath.Path, identity: str, params, opt_state):
-  if not path.exists():
-    return 0, params, opt_state
-  stored = clip_lib.read_tensors(path)
-  step, found = int(stored.pop("step")), stored.pop("identity").tobytes().decode()
-  if found != identity:
-    changes = stages.differences(json.loads(found), json.loads(identity))
-    if all(change.startswith("config.steps:") for change in changes):
-      print(
-        f"clip: starts anew, as the learning rate follows the number of steps ({changes[0]}).",
-        flush=True,
-      )
-      return 0, params, opt_state
-    changed = "; ".join(changes)
-    raise UserError(
-      f"{path} was left by another training ({changed}): restore those values, or delete it to start anew."
-    )
-  leaves = [jnp.asarray(stored[name]) for name in sorted(stored)]
-  params, opt_state = jax.tree.unflatten(jax.tree.structure((params, opt_state)), leaves)
-  print(f"clip: continues from step {step}.", flush=True)
-  return step, params, opt_state
+  about = {"text_size": text_size}
+  state = small_trainer.train("clip", config, about, seed, data, folder, init, step)
+  return CLIP(config, text_size, jax.device_put(state["params"]))
 
 
 def text_to_image_recall(
@@ -210,8 +174,8 @@ def text_to_image_recall(
 ) -> dict[str, float]:
   """How often a caption's own image is among the nearest ones.
 
-  An image with the very same caption is right too. An image counts as found only if fewer than k wrong ones score at least
-  as high, so that a constant embedding finds nothing.
+  An image with the very same caption is right too. An image counts as found only if fewer than k
+  wrong ones score at least as high, so that a constant embedding finds nothing.
 
   Args:
     text_embeddings: [n, E].
@@ -238,36 +202,36 @@ def text_to_image_recall(
 
 
 def train_clip(config: CLIPConfig, encode, text_size: int, raw_folder, folder, seed: int) -> dict:
-  """The stage: trains on the train pairs, writes params.safetensors and config.json, measures on the held-out concepts.
+  """Runs the stage on the current mesh: trains, writes the CLIP, measures its recall.
 
   Args:
     config: sizes and recipe.
     encode: caption -> int32 ids below `text_size`.
     text_size: size of the text vocabulary.
-    raw_folder: holds pairs.jsonl and images.
+    raw_folder: of `ingest.prepare`.
     folder: where the result goes.
     seed: of initialization, order and augmentation.
 
   Returns:
-    The numbers for the report.
+    The numbers for the report: recall among the held-out pairs (at most 4,096, evenly spaced).
   """
   start = time.time()
-  pairs = raw_pairs.read_pairs(raw_folder, "train")
-  trained = train(config, text_size, load_data(pairs, encode, config), folder, seed)
+  data = open_data(raw_folder, "train", encode, config)
+  trained = train(config, text_size, data, folder, seed)
   trained.save(folder)
-  (epath.Path(folder) / CHECKPOINT).unlink(missing_ok=True)
-  summary = {"steps": config.steps, "pairs": len(pairs), "seconds": round(time.time() - start, 1)}
+  small_trainer.delete_checkpoints(folder)
+  summary = {"steps": config.steps, "pairs": len(data), "seconds": round(time.time() - start, 1)}
   heldout = raw_pairs.read_pairs(raw_folder, "heldout")
   if heldout:
-    data = load_data(heldout, encode, config)
-    images, texts = (
-      trained.embed_images(data.images),
-      trained.embed_texts([row[row != 0] for row in data.tokens]),
-    )
-    summary.update(text_to_image_recall(texts, images, data.captions))
+    heldout = heldout[:: -(-len(heldout) // MAX_HELDOUT)]
+    images = raw_pairs.load_images([p.image for p in heldout], config.resolution, READ_THREADS)
+    captions = [pair.caption for pair in heldout]
+    texts = trained.embed_texts([encode(caption) for caption in captions])
+    summary.update(text_to_image_recall(texts, trained.embed_images(images), captions))
     print(
-      f"clip: held-out text-to-image recall@1 {summary['recall@1']:.3f} (chance {summary['chance@1']:.3f}), recall@5 "
-      f"{summary['recall@5']:.3f} (chance {summary['chance@5']:.3f}) of {len(heldout)}; {config.steps} steps, "
+      f"clip: held-out text-to-image recall@1 {summary['recall@1']:.3f} "
+      f"(chance {summary['chance@1']:.3f}), recall@5 {summary['recall@5']:.3f} "
+      f"(chance {summary['chance@5']:.3f}) of {len(heldout)}; {config.steps} steps, "
       f"{summary['seconds']:.0f} s.",
       flush=True,
     )

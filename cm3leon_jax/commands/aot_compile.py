@@ -15,9 +15,9 @@ import dataclasses
 from absl import flags
 from etils import epath
 
-from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import write_json
 
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "A slice, v5e-256, or a chip and the shape of its torus, v5p:4x4x8."
@@ -62,7 +62,7 @@ def _train_report(topology, settings, mesh) -> dict:
 def _evaluate_report(topology, settings, mesh) -> dict:
   """Reports the held-out loss of a micro-batch: a forward pass, beside the optimizer's state."""
   from cm3leon_jax.planning import programs
-  from cm3leon_jax.planning.report import GIB, compile_report, report
+  from cm3leon_jax.planning.report import GIB, compile_report
 
   numbers = _model_numbers(settings, mesh, settings.train.micro_batch_size)
   numbers["model_flops"] /= 3  # Of 6 FLOPs a parameter and token, the forward pass takes 2.
@@ -164,7 +164,7 @@ def main(settings) -> None:
       print(table(f"a step of the guided decoder on {what}", reports["decode"]))
       print(table(f"its prefill on {what}", reports["prefill"]), flush=True)
   if _JSON.value:
-    stages.write_json(epath.Path(_JSON.value), {"topology": topology.name, **reports})
+    write_json(epath.Path(_JSON.value), {"topology": topology.name, **reports})
 
 
 if __name__ == "__main__":

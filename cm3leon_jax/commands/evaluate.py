@@ -7,6 +7,7 @@ Neighbors are found by the caption alone, as at inference. Writes evaluation/met
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
+from cm3leon_jax.io import write_json
 
 
 def main(settings, workdir):
@@ -37,7 +38,7 @@ def main(settings, workdir):
       settings.seed,
     )
     summary.update(step=step, **metrics)
-    stages.write_json(workdir / "evaluation" / "metrics.json", summary)
+    write_json(workdir / "evaluation" / "metrics.json", summary)
     print(f"evaluate: {bits.describe(metrics)}")
 
 

@@ -8,6 +8,7 @@ documents are compared with ours.
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
+from cm3leon_jax.io import write_json
 
 SAMPLES = 4
 
@@ -28,9 +29,7 @@ def main(settings, workdir) -> None:
       if (workdir / "raw" / raw_pairs.INDEX).exists()
       else []
     )
-    stages.write_json(
-      folder / "training_data.json", origins
-    )  # Whose works the weights were made from.
+    write_json(folder / "training_data.json", origins)  # Whose works the weights were made from.
     params, step = checkpoint.load_params(workdir / "train", settings.model)
     summary.update(
       huggingface.export(

@@ -13,6 +13,7 @@ from absl import flags
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json, write_json
 
 if TYPE_CHECKING:
   from cm3leon_jax.data.pipeline import RowLoader
@@ -106,10 +107,10 @@ def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool 
     folder = workdir / "train"
     config = stages.run_config(settings, workdir, "train")
     if (folder / "config.json").exists():
-      stages.check_same_config(folder, stages.read_json(folder / "config.json")["run"], config)
+      stages.check_same_config(folder, read_json(folder / "config.json")["run"], config)
   with distributed.together():
     if distributed.is_first():
-      stages.write_json(
+      write_json(
         folder / "config.json", {"run": config, "train": dataclasses.asdict(settings.train)}
       )
   with distributed.together():
@@ -118,7 +119,7 @@ def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool 
         f"--workdir {workdir} is another folder for some of the processes: put it where all of them reach it."
       )
   done = folder / stages.DONE
-  redo = done.exists() and stages.read_json(done)["summary"]["steps"] < settings.train.steps
+  redo = done.exists() and read_json(done)["summary"]["steps"] < settings.train.steps
   # A context, not jax.config.update: that ends without a word once anything like logsumexp is traced (jax 0.10.2).
   nans = jax.debug_nans(debug_nans or jax.config.jax_debug_nans)
   stage = stages.once(

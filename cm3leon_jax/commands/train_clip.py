@@ -11,7 +11,7 @@ def main(settings, workdir):
   from cm3leon_jax.clip import train as train_clip
   from cm3leon_jax.tokenizers.text import TextTokenizer
 
-  with stages.stage(workdir, "clip", settings) as summary:
+  with common.use_mesh(settings), stages.stage(workdir, "clip", settings) as summary:
     if summary is not None:
       encode = TextTokenizer(workdir / "text_tokenizer", settings.vocab).encode
       text_size = settings.vocab.text_size

@@ -10,14 +10,14 @@ from cm3leon_jax.commands import common
 
 
 def main(settings, workdir):
+  from cm3leon_jax.data import raw_pairs
   from cm3leon_jax.data.records import SPLITS
   from cm3leon_jax.tokenizers import train_vqgan
 
-  with stages.stage(workdir, "vqgan", settings) as summary:
+  with common.use_mesh(settings), stages.stage(workdir, "vqgan", settings) as summary:
     if summary is not None:
       images = [
-        train_vqgan.open_images(workdir / "raw", split, settings.vqgan.resolution)
-        for split in SPLITS
+        raw_pairs.open_images(workdir / "raw", split, settings.vqgan.resolution) for split in SPLITS
       ]
       summary.update(
         train_vqgan.train_vqgan(

@@ -10,8 +10,8 @@ from etils import epath
 import msgpack
 import numpy as np
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import partial_path, read_json, replacing, write_json
 from cm3leon_jax.vocab import VocabLayout
 
 SCHEMA_VERSION = 3
@@ -85,24 +85,22 @@ def write_shard(
     UserError: a document without segments or with an empty one, or with ids outside its modality's range.
   """
   folder = epath.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  records, lengths_file = folder / f"{name}{RECORDS}", folder / f"{name}{LENGTHS}"
-  partial = folder / f"{name}{RECORDS}.partial"
-  writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
   lengths, is_image, counts, groups, concepts = [], [], [], [], []
   token_counts = np.zeros(vocab.size, np.int64)
-  try:
-    for document in documents:
-      check_document(document, vocab)
-      writer.write(encode_document(document))
-      counts.append(len(document.segments))
-      lengths += [len(s.tokens) for s in document.segments]
-      is_image += [s.is_image for s in document.segments]
-      groups.append(group_id(document.group))
-      concepts.append(group_id(document.concept))
-      add_tokens(token_counts, document)
-  finally:
-    writer.close()
+  with partial_path(folder / f"{name}{RECORDS}") as partial:
+    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
+    try:
+      for document in documents:
+        check_document(document, vocab)
+        writer.write(encode_document(document))
+        counts.append(len(document.segments))
+        lengths += [len(s.tokens) for s in document.segments]
+        is_image += [s.is_image for s in document.segments]
+        groups.append(group_id(document.group))
+        concepts.append(group_id(document.concept))
+        add_tokens(token_counts, document)
+    finally:
+      writer.close()
   arrays = {
     "schema_version": SCHEMA_VERSION,
     "vocab": np.array(dataclasses.astuple(vocab)),
@@ -113,8 +111,7 @@ def write_shard(
     "concepts": np.array(concepts, np.uint64),
     "token_counts": token_counts,
   }
-  partial.replace(records)
-  with stages.replacing(lengths_file) as f:
+  with replacing(folder / f"{name}{LENGTHS}") as f:
     np.savez_compressed(f, **arrays)  # Most token counts of a small shard are 0.
   return len(counts)
 
@@ -145,7 +142,7 @@ def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayou
   joined["offsets"] = np.cumsum([0, *joined.pop("counts")], dtype=np.int64)
   joined["token_counts"] = token_counts
   for field, array in joined.items():
-    with stages.replacing(folder / f"{field}.npy") as f:
+    with replacing(folder / f"{field}.npy") as f:
       np.save(f, array)
   shards = {name: len(part["counts"]) for name, part in zip(names, parts)}
   about = {
@@ -153,7 +150,7 @@ def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayou
     "vocab": dataclasses.asdict(vocab),
     "documents": sum(shards.values()),
   }
-  stages.write_json(folder / INDEX, {**about, "shards": shards})
+  write_json(folder / INDEX, {**about, "shards": shards})
   return sum(shards.values())
 
 
@@ -228,7 +225,7 @@ class DocumentStore:
   def __init__(self, folder: epath.PathLike, vocab: VocabLayout):
     """Raises UserError: no store there, another schema version, or another vocabulary than `vocab`."""
     self.folder, self.vocab = epath.Path(folder), vocab
-    index = stages.read_json(self.folder / INDEX)
+    index = read_json(self.folder / INDEX)
     _check_version(self.folder, index["schema_version"])
     _check_vocab(self.folder, VocabLayout(**index["vocab"]), vocab)
     self.shards: dict[str, int] = index["shards"]

@@ -16,7 +16,6 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
 from tqdm import tqdm
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.data import docstrings, openmoji, sources
 from cm3leon_jax.data.raw_pairs import INDEX, SCHEMA_VERSION, Crop, kind_of, load_image
@@ -30,6 +29,7 @@ from cm3leon_jax.data.records import (
   images_of,
   with_images,
 )
+from cm3leon_jax.io import replacing, write_json
 from cm3leon_jax.shards import Runner, run_shards
 
 REJECTED = "rejected.jsonl"
@@ -124,7 +124,7 @@ def prepare(
       rejections.add(summary)
     rejections.check()
   finally:
-    with stages.replacing(folder / REJECTED, "w") as file:
+    with replacing(folder / REJECTED, "w") as file:
       for name in sorted(made):
         file.write((folder / name / REJECTED).read_text(encoding="utf-8"))
   made = {name: made[name] for name in named}
@@ -141,7 +141,7 @@ def prepare(
     )
   shards = {name: {**m["counts"], "digest": m["digest"]} for name, m in made.items()}
   origins = _most_common(origin for m in made.values() for origin in m["origins"])
-  stages.write_json(
+  write_json(
     folder / INDEX, {"schema_version": SCHEMA_VERSION, "origins": origins, "shards": shards}
   )
   return {"shards": len(made), **total, **left_out}
@@ -274,9 +274,7 @@ class _Writer:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     self.config, self.folder, self._draw = config, folder, draw
     names = [f"{kind}.jsonl" for kind in KINDS] + [REJECTED]
-    self._files = {
-      name: stack.enter_context(stages.replacing(folder / name, "w")) for name in names
-    }
+    self._files = {name: stack.enter_context(replacing(folder / name, "w")) for name in names}
     self._pool = stack.enter_context(futures.ThreadPoolExecutor(config.num_threads))
     self._keys = {cls: set() for cls in KINDS.values()}
     self._concepts: dict[str, set] = {split: set() for split in SPLITS}

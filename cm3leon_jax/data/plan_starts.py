@@ -10,6 +10,7 @@ from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import replacing
 
 BUCKET_BATCH = 16  # Objects in a bucket cannot be appended to: the file is written anew, once in so many windows.
 SPOTS = 4_096  # Values of each array that go into the fingerprint, evenly spaced.
@@ -117,10 +118,8 @@ class WindowStarts:
       with self._path.open("a") as f:
         f.write(lines(window))
     elif not bucket or window % BUCKET_BATCH == 0:
-      self._path.parent.mkdir(parents=True, exist_ok=True)
-      partial = self._path.parent / (self._path.name + ".partial")
-      partial.write_text(self._header + lines(1))
-      partial.replace(self._path)
+      with replacing(self._path, "w") as f:
+        f.write(self._header + lines(1))
       self._whole = True
 
 

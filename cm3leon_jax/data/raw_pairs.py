@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from concurrent import futures
+import dataclasses
 import functools
 import io
 import typing
@@ -11,7 +12,6 @@ import fsspec
 import numpy as np
 from PIL import Image, ImageOps
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.records import (
   KINDS,
@@ -25,11 +25,13 @@ from cm3leon_jax.data.records import (
   required_fields,
   with_images,
 )
+from cm3leon_jax.io import read_json
 
 # H height, W width.
 
 INDEX = "index.json"
 SCHEMA_VERSION = 1
+IN_MEMORY_BYTES = 2**31
 Crop = typing.Literal["center", "pad"]
 
 
@@ -49,7 +51,7 @@ def read_index(folder: epath.PathLike) -> dict:
     raise UserError(
       f"{path} does not exist: run `python -m launch.prepare_data` with the same --config and --workdir first."
     )
-  index = stages.read_json(path)
+  index = read_json(path)
   if index["schema_version"] != SCHEMA_VERSION:
     raise UserError(
       f"{path} has schema version {index['schema_version']}; this code reads version {SCHEMA_VERSION}."
@@ -136,3 +138,39 @@ def load_images(
   return (
     np.stack(images) if images else np.zeros((0, resolution or 0, resolution or 0, 3), np.uint8)
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFiles:
+  """Images that stay on disk: `files[rows]` reads uint8 [B, H, W, 3], as indexing an array of all of them would."""
+
+  paths: list
+  resolution: int
+  num_threads: int = 8
+
+  def __len__(self) -> int:
+    return len(self.paths)
+
+  def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+    return load_images([self.paths[i] for i in rows], self.resolution, self.num_threads)
+
+
+def in_memory(files: ImageFiles) -> np.ndarray | ImageFiles:
+  """Reads all images, uint8 [n, H, W, 3], if they take at most 2 GiB; else they stay on disk."""
+  small = len(files) * files.resolution**2 * 3 <= IN_MEMORY_BYTES
+  return files[np.arange(len(files))] if small else files
+
+
+def open_images(folder: epath.PathLike, split: str, resolution: int) -> np.ndarray | ImageFiles:
+  """Opens the images of one split of a raw folder, in the order of its pairs, see `in_memory`.
+
+  Raises:
+    UserError: the split is empty, or an image cannot be read.
+  """
+  files = ImageFiles([pair.image for pair in read_pairs(folder, split)], resolution)
+  if not len(files):
+    raise UserError(
+      f"{folder} has no {split} pairs: the tokenizer needs some of both splits "
+      "(config.raw.heldout_fraction)."
+    )
+  return in_memory(files)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import replacing, write_json
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
@@ -153,17 +153,16 @@ def export(
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   described = hf_config(config, vocab)
-  stages.write_json(folder / "config.json", described)
+  write_json(folder / "config.json", described)
   ids = {name: described[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-  stages.write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+  write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
   if tokenizer_folder is not None:
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
       (folder / name).write_text((epath.Path(tokenizer_folder) / name).read_text())
   host = jax.tree.map(lambda x: np.asarray(x, np.float32), jax.device_get(params))
   tensors = opt_tensors(host) if config.family == "opt" else qwen3_tensors(host)
-  partial = folder / (WEIGHTS + ".partial")
-  partial.write_bytes(safetensors_numpy.save(tensors, {"format": "pt"}))
-  partial.replace(folder / WEIGHTS)
+  with replacing(folder / WEIGHTS) as file:
+    file.write(safetensors_numpy.save(tensors, {"format": "pt"}))
   return {
     "architecture": described["architectures"][0],
     "parameters": sum(x.size for x in tensors.values()),

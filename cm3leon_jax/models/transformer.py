@@ -10,6 +10,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from cm3leon_jax import parameters
 from cm3leon_jax.mesh import gathered, spec
 from cm3leon_jax.models import attention
 from cm3leon_jax.models.config import ModelConfig
@@ -230,20 +231,17 @@ def logits(hidden, table):
 
 @functools.cache
 def _structure(config: ModelConfig):
-  return nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+  return parameters.structure(lambda: Transformer(config, nnx.Rngs(0)))
 
 
 def init_params(config: ModelConfig, key) -> dict:
   """Pure dict of fp32 parameters, laid out on the current mesh (`jax.set_mesh`)."""
-  return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=key)), nnx.Param))
+  return parameters.to_dict(nnx.state(Transformer(config, nnx.Rngs(params=key)), nnx.Param))
 
 
 def bind(config: ModelConfig, params: dict) -> Transformer:
   """The module with `params` in it; cheap, meant for use inside jitted functions."""
-  graphdef, state = _structure(config)
-  state = jax.tree.map(lambda x: x, state)
-  nnx.replace_by_pure_dict(state, params)
-  return nnx.merge(graphdef, state)
+  return parameters.fill(*_structure(config), params)
 
 
 def count_params(params) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.plan import RowPlan
+from cm3leon_jax.io import replacing
 from cm3leon_jax.reports.inspect import RowView, SampleView
 from cm3leon_jax.reports.report import page_environment, png_uri, show
 from cm3leon_jax.reports.ribbon import ribbon
@@ -367,20 +368,16 @@ def check_writable(out: epath.PathLike) -> None:
     raise UserError(f"--out is {out}, a folder; it must be a file in it, e.g. {out / 'rows.html'}.")
   try:
     out.parent.mkdir(parents=True, exist_ok=True)
-    _partial(out).write_text("")
-    _partial(out).unlink()
+    probe = out.parent / f"{out.name}.probe"
+    probe.write_text("")
+    probe.unlink()
   except OSError as error:
     raise UserError(
       f"--out is {out}, which cannot be written ({error.strerror}: {error.filename}): name a file in a folder of yours."
     ) from error
 
 
-def _partial(out: epath.Path) -> epath.Path:
-  return out.parent / (out.name + ".partial")
-
-
 def write(out: epath.PathLike, html: str) -> None:
-  """Writes atomically: a reader sees the old page or the new one."""
-  out = epath.Path(out)
-  _partial(out).write_text(html, encoding="utf-8")
-  _partial(out).replace(out)
+  """Writes the page, see `io.replacing`."""
+  with replacing(out, "w") as file:
+    file.write(html)

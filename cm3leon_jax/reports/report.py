@@ -17,8 +17,8 @@ from cm3leon_jax import stages
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.records import SPLITS
 from cm3leon_jax.evaluation.intervals import describe_groups
+from cm3leon_jax.io import read_json_lines, replacing, write_json
 from cm3leon_jax.reports import summary as summary_lib
-from cm3leon_jax.training.metrics import read_metrics
 
 MAX_PROMPTS = 16
 MAX_RECONSTRUCTIONS = 16
@@ -275,7 +275,7 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
     HTML without any reference to another file.
   """
   workdir = epath.Path(workdir)
-  metrics = read_metrics(workdir / "train" / "metrics" / "metrics.jsonl")
+  metrics = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl")
   environment = page_environment()
   environment.filters |= {
     "clock": clock,
@@ -301,8 +301,7 @@ def write(workdir: epath.PathLike, config_name: str) -> dict:
   """Writes summary.json and report.html into `workdir` and returns the summary."""
   workdir = epath.Path(workdir)
   summary = summary_lib.collect(workdir)
-  stages.write_json(workdir / "summary.json", summary)
-  partial = workdir / "report.html.partial"
-  partial.write_text(render(workdir, summary, config_name))
-  partial.replace(workdir / "report.html")
+  write_json(workdir / "summary.json", summary)
+  with replacing(workdir / "report.html", "w") as file:
+    file.write(render(workdir, summary, config_name))
   return summary

@@ -9,7 +9,7 @@ import numpy as np
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.intervals import mean_interval
-from cm3leon_jax.training.metrics import read_metrics
+from cm3leon_jax.io import plain, read_json, read_json_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +226,7 @@ def training(metrics: list[dict]) -> dict:
 
 def read_results(workdir: epath.PathLike) -> list[dict]:
   """Lines of samples/results.jsonl, [] if there are none yet."""
-  return read_metrics(epath.Path(workdir) / "samples" / "results.jsonl")
+  return read_json_lines(epath.Path(workdir) / "samples" / "results.jsonl")
 
 
 def collect(workdir: epath.PathLike) -> dict:
@@ -248,10 +248,10 @@ def collect(workdir: epath.PathLike) -> dict:
   summary, seconds = {}, {}
   for folder in stages.STAGES:
     if (workdir / folder / stages.DONE).exists():
-      done = stages.read_json(workdir / folder / stages.DONE)
+      done = read_json(workdir / folder / stages.DONE)
       seconds[folder] = done["seconds"]
       summary[folder] = {**done["summary"], "seconds": done["seconds"]}
-  log = training(read_metrics(workdir / "train" / "metrics" / "metrics.jsonl"))
+  log = training(read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl"))
   if log:
     train = summary.setdefault("train", {})
     train["log"] = log
@@ -265,7 +265,7 @@ def collect(workdir: epath.PathLike) -> dict:
   summary["total_seconds"] = round(sum(seconds.values()), 1)
   summary["unfinished"] = [folder for folder in stages.STAGES if folder not in seconds]
   summary["headlines"] = [judge(summary, headline) for headline in HEADLINES]
-  return stages.plain(summary)
+  return plain(summary)
 
 
 def flatten(value, where: str = "") -> list[tuple[str, object]]:

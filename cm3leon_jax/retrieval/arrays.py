@@ -6,8 +6,8 @@ from etils import epath
 import numpy as np
 import tensorstore as ts
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json, write_json
 
 SCHEMA_VERSION = 1
 INDEX = "index.json"
@@ -25,7 +25,7 @@ class ArrayStore:
   def __init__(self, path: epath.PathLike):
     """Opens the store at `path`. Raises UserError: none is there, or one of another schema version."""
     self.path = epath.Path(path)
-    index = stages.read_json(self.path / INDEX)
+    index = read_json(self.path / INDEX)
     if index["schema_version"] != SCHEMA_VERSION:
       raise UserError(
         f"{self.path} has schema version {index['schema_version']}; this code reads version {SCHEMA_VERSION}."
@@ -53,7 +53,7 @@ class ArrayStore:
       shape=shape,
       chunk_layout=layout,
     ).result()
-    stages.write_json(path / INDEX, {"schema_version": SCHEMA_VERSION, "rows": 0})
+    write_json(path / INDEX, {"schema_version": SCHEMA_VERSION, "rows": 0})
     return cls(path)
 
   @classmethod
@@ -63,7 +63,7 @@ class ArrayStore:
     store = cls(path) if (path / INDEX).exists() else cls.create(path, row_shape, dtype)
     if (store.shape[1:], store.dtype) != (tuple(row_shape), np.dtype(dtype)):
       store = cls.create(path, row_shape, dtype)
-    stages.write_json(path / INDEX, {"schema_version": SCHEMA_VERSION, "rows": 0})
+    write_json(path / INDEX, {"schema_version": SCHEMA_VERSION, "rows": 0})
     store._array.resize(exclusive_max=[rows, *row_shape]).result()
 
   @property
@@ -98,7 +98,7 @@ class ArrayStore:
   def commit(self) -> None:
     """All rows that there is room for are written: from now on they count."""
     self._rows = self._array.shape[0]
-    stages.write_json(self.path / INDEX, {"schema_version": SCHEMA_VERSION, "rows": self._rows})
+    write_json(self.path / INDEX, {"schema_version": SCHEMA_VERSION, "rows": self._rows})
 
   def append(self, rows: np.ndarray) -> None:
     """Adds rows [m, ...] behind the last; for a single writer."""

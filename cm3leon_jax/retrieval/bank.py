@@ -10,13 +10,13 @@ from etils import epath
 import numpy as np
 from tqdm import tqdm
 
-from cm3leon_jax import stages
 from cm3leon_jax.clip import huggingface as hf_clip
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP, CONFIG, normalize
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import group_id
 from cm3leon_jax.data.records import SPLITS, RawPair
+from cm3leon_jax.io import read_json
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.shards import Runner, run_shards
 from cm3leon_jax.tokenizers.text import TextTokenizer
@@ -38,7 +38,7 @@ def embedding_width(folder: str, workdir: epath.PathLike) -> int:
   """E of what `load_clip` loads, read off its config alone."""
   if folder:
     return hf_clip.read_config(folder).embed_dim
-  return stages.read_json(epath.Path(workdir) / "clip" / CONFIG)["clip"]["embed_dim"]
+  return read_json(epath.Path(workdir) / "clip" / CONFIG)["clip"]["embed_dim"]
 
 
 class Embeddings:

@@ -15,9 +15,9 @@ import numpy as np
 from pydantic import Field, PositiveInt
 import pydantic.dataclasses
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.data.records import SPLITS
+from cm3leon_jax.io import plain
 from cm3leon_jax.retrieval import index as index_lib
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob, embed
@@ -243,7 +243,7 @@ def build_neighbors(
       flush=True,
     )
   depends = {
-    "bank": hashlib.sha256(json.dumps(stages.plain(embedded), sort_keys=True).encode()).hexdigest()
+    "bank": hashlib.sha256(json.dumps(plain(embedded), sort_keys=True).encode()).hexdigest()
   }
   if backend == "scann":
     shards = {f"{i:06d}": {**depends, "rows": rows} for i, rows in enumerate(blocks)}

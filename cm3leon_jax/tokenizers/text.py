@@ -9,8 +9,8 @@ import pydantic.dataclasses
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import STRICT, UserError
+from cm3leon_jax.io import write_json
 from cm3leon_jax.vocab import VocabLayout
 
 # T tokens of one text.
@@ -94,8 +94,8 @@ def _save(
     "tokenizer_class": "PreTrainedTokenizerFast",
     "model_max_length": config.model_max_length,
   }
-  stages.write_json(folder / "special_tokens_map.json", roles)
-  stages.write_json(
+  write_json(folder / "special_tokens_map.json", roles)
+  write_json(
     folder / "tokenizer_config.json", {**about, "clean_up_tokenization_spaces": False, **roles}
   )
   (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")

@@ -1,73 +1,33 @@
-"""Training of the image tokenizer: losses, the step, dead codes, the loop and its held-out numbers."""
+"""Training of the image tokenizer: losses, the step, dead codes and held-out numbers."""
 
 # B batch, H height, W width, E code width, K codes, n images.
 
-import dataclasses
 import functools
-import json
+import math
 import time
 
 from etils import epath
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
-from safetensors import SafetensorError
-from safetensors import numpy as safetensors
-from tqdm import tqdm
 
-from cm3leon_jax import stages
-from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs
+from cm3leon_jax import parameters
+from cm3leon_jax.io import replacing
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
+from cm3leon_jax.training import small_trainer
+from cm3leon_jax.training.small_trainer import Examples
 
-CHECKPOINT = "training_state.safetensors"
 RECONSTRUCTIONS = "reconstructions.npz"
 NUM_RECONSTRUCTIONS = 32
 NUM_TRAIN_MEASURED = 1_024
 MAX_HELDOUT = 4_096
-IN_MEMORY_BYTES = 2**31
-LOG_EVERY = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageFiles:
-  """Images that stay on disk: `files[indices]` reads uint8 [n, H, W, 3], as indexing an array of all of them would."""
-
-  paths: list
-  resolution: int
-  num_threads: int = 8
-
-  def __len__(self) -> int:
-    return len(self.paths)
-
-  def __getitem__(self, indices: np.ndarray) -> np.ndarray:
-    return raw_pairs.load_images(
-      [self.paths[i] for i in indices], self.resolution, self.num_threads
-    )
-
-
-def open_images(folder: epath.PathLike, split: str, resolution: int) -> np.ndarray | ImageFiles:
-  """Images of one split of a raw folder, in the order of its pairs: in memory if they fit in 2 GiB, else on disk.
-
-  Raises:
-    UserError: the split is empty, or an image cannot be read.
-  """
-  files = ImageFiles([pair.image for pair in raw_pairs.read_pairs(folder, split)], resolution)
-  if not len(files):
-    raise UserError(
-      f"{folder} has no {split} pairs: the tokenizer needs some of both splits (config.raw.heldout_fraction)."
-    )
-  small = len(files) * resolution**2 * 3 <= IN_MEMORY_BYTES
-  return files[np.arange(len(files))] if small else files
 
 
 class Discriminator(nnx.Module):
-  """Judges patches (Isola et al. 2017): pixels [B, H, W, 3] -> [B, h, w], positive where it takes them for real."""
+  """Judges patches (Isola et al. 2017): pixels [B, H, W, 3] -> [B, h, w], positive if real."""
 
   def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
     widths = [config.discriminator_width * 2**i for i in range(config.discriminator_layers)]
@@ -85,18 +45,20 @@ class Discriminator(nnx.Module):
 
 @functools.cache
 def _discriminator(config: VQGANConfig):
-  return nnx.split(nnx.eval_shape(lambda: Discriminator(config, nnx.Rngs(params=0))))
+  return parameters.structure(lambda: Discriminator(config, nnx.Rngs(params=0)))
 
 
 def judge(config: VQGANConfig, params: dict, x):
   """The discriminator's judgement of pixels [B, H, W, 3]: [B, h, w]."""
-  return vqgan.fill(*_discriminator(config), params)(x)
+  return parameters.fill(*_discriminator(config), params)(x)
 
 
 def generator_loss(
   params: dict, discriminator: dict | None, config: VQGANConfig, num_codes: int, x
 ):
-  """What the VQGAN minimises: reconstruction, codebook, commitment and, given a discriminator, deceiving it.
+  """Computes what the VQGAN minimizes: reconstruction, codebook and commitment loss.
+
+  Given a discriminator, also the judgement of the reconstructions, negated.
 
   Args:
     params: of the VQGAN.
@@ -126,40 +88,48 @@ def discriminator_loss(params: dict, config: VQGANConfig, x, y):
   )
 
 
-def optimizer(config: VQGANConfig) -> optax.GradientTransformation:
-  """Adam under one warmup and cosine over all steps, for the VQGAN and for the discriminator."""
-  warmup = min(config.warmup_steps, config.steps // 10)
+def adversarial_from(config: VQGANConfig) -> int:
+  """Returns the first step in which the discriminator takes part."""
+  return math.ceil(config.adversarial_start * config.steps)
+
+
+def optimizer(config: VQGANConfig, num_steps: int) -> optax.GradientTransformation:
+  """Makes Adam with a warmup and one cosine to 0 over its `num_steps` steps."""
+  warmup = min(config.warmup_steps, num_steps // 10)
   return optax.adam(
-    optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
+    optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, num_steps)
   )
+
+
+def discriminator_optimizer(config: VQGANConfig) -> optax.GradientTransformation:
+  """Makes that of the discriminator, whose steps count from `adversarial_from` on."""
+  return optimizer(config, max(1, config.steps - adversarial_from(config)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def init_state(config: VQGANConfig, num_codes: int, seed: int) -> dict:
-  """Everything that training goes on from.
+  """Makes the state of training.
 
   Returns:
-    step: int32, steps done. params, opt_state: of the VQGAN. usage: int32 [K], how often each code was used since the last
+    params, opt_state: of the VQGAN. usage: int32 [K], how often each code was used since the last
     restart. If the adversarial weight is positive, discriminator and discriminator_opt_state.
   """
   key, discriminator_key = jax.random.split(jax.random.key(seed))
   params = vqgan.init_params(config, num_codes, key)
-  tx = optimizer(config)
   state = {
-    "step": jnp.int32(0),
     "params": params,
-    "opt_state": tx.init(params),
+    "opt_state": optimizer(config, config.steps).init(params),
     "usage": jnp.zeros(num_codes, jnp.int32),
   }
   if config.adversarial_weight:
     state["discriminator"] = vqgan.draw_params(_discriminator(config)[1], discriminator_key)
-    state["discriminator_opt_state"] = tx.init(state["discriminator"])
+    state["discriminator_opt_state"] = discriminator_optimizer(config).init(state["discriminator"])
   return state
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
 def train_step(state: dict, images, config: VQGANConfig, adversarial: bool) -> tuple[dict, dict]:
-  """One step of the VQGAN and, if `adversarial`, one of the discriminator against the same reconstructions.
+  """Takes one step of the VQGAN and, if `adversarial`, of the discriminator on the same images.
 
   Args:
     state: of `init_state`; donated.
@@ -170,7 +140,7 @@ def train_step(state: dict, images, config: VQGANConfig, adversarial: bool) -> t
   Returns:
     The new state; metrics: loss and mse (of pixels in [-1, 1]), discriminator_loss if adversarial.
   """
-  state, x, tx = dict(state), vqgan.to_float(images), optimizer(config)
+  state, x, tx = dict(state), vqgan.to_float(images), optimizer(config, config.steps)
   num_codes = state["usage"].shape[0]
   discriminator = state["discriminator"] if adversarial else None
   gradient = jax.value_and_grad(generator_loss, has_aux=True)
@@ -184,10 +154,9 @@ def train_step(state: dict, images, config: VQGANConfig, adversarial: bool) -> t
     metrics["discriminator_loss"] = loss
     old = state["discriminator_opt_state"]
     state["discriminator"], state["discriminator_opt_state"] = _update(
-      tx, grads, old, discriminator
+      discriminator_optimizer(config), grads, old, discriminator
     )
   state["usage"] = state["usage"] + jnp.bincount(indices.ravel(), length=num_codes)
-  state["step"] = state["step"] + 1
   return state, metrics
 
 
@@ -198,7 +167,7 @@ def _update(tx, grads, opt_state, params):
 
 @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
 def restart_dead_codes(state: dict, images, config: VQGANConfig, key) -> dict:
-  """Moves every code that was not used since the last restart to a random encoding of `images`; counts anew.
+  """Moves codes that were not used since the last restart to random encodings; counts anew.
 
   Args:
     state: of `init_state`; donated.
@@ -217,131 +186,53 @@ def restart_dead_codes(state: dict, images, config: VQGANConfig, key) -> dict:
   return {**state, "params": params, "usage": jnp.zeros_like(usage)}
 
 
-def batch_indices(step: int, num_images: int, batch_size: int, seed: int) -> np.ndarray:
-  """Which images step `step` sees, int64 [B]: a new order every epoch, a pure function of the step."""
-  epoch, i = divmod(step, num_images // batch_size)
-  return _order(epoch, num_images, seed)[i * batch_size : (i + 1) * batch_size]
-
-
-@functools.lru_cache(maxsize=1)
-def _order(epoch: int, num_images: int, seed: int) -> np.ndarray:
-  return np.random.default_rng([seed, epoch]).permutation(num_images)
-
-
-def save_state(state: dict, folder: epath.PathLike, about: dict) -> None:
-  """Writes the state into one file, atomically; `about` (config, seed, codes) goes into its header."""
-  flat = {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(state)}
-  header = {"about": json.dumps(stages.plain(about))}
-  vqgan.write_bytes(epath.Path(folder) / CHECKPOINT, safetensors.save(flat, header))
-
-
-def load_state(template: dict, folder: epath.PathLike, about: dict) -> dict:
-  """The state saved in `folder`, or `template` if none is, or one of a training of another length.
-
-  Raises:
-    UserError: the file is damaged, or it was written under another `about`.
-  """
-  path = epath.Path(folder) / CHECKPOINT
-  if not path.exists():
-    return template
-  data = path.read_bytes()
-  try:
-    flat = safetensors.load(data)
-  except SafetensorError as error:
-    raise UserError(f"{path} is damaged ({error}): delete it to train from the start.") from error
-  header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-  stored = json.loads(header["__metadata__"]["about"])
-  if stages.differences(stored, stages.plain(about)) and _without_steps(stored) == _without_steps(
-    stages.plain(about)
-  ):
-    print(
-      f"vqgan: starts anew, as the learning rate of the {stored['vqgan']['steps']} steps begun here follows their number."
-    )
-    return template
-  stages.check_same_config(path, stored, about)
-  return jax.tree.map_with_path(lambda p, _: jnp.asarray(flat[jax.tree_util.keystr(p)]), template)
-
-
-def _without_steps(about: dict) -> dict:
-  return {
-    **about,
-    "vqgan": {k: v for k, v in about["vqgan"].items() if k not in ("steps", "checkpoint_every")},
-  }
-
-
 def train(
-  config: VQGANConfig, num_codes: int, seed: int, images, folder: epath.PathLike
+  config: VQGANConfig, num_codes: int, seed: int, images: Examples, folder: epath.PathLike
 ) -> ImageTokenizer:
-  """Trains all steps, or those that a killed run left; deterministic in the seed.
-
-  The batch is split over the devices if they divide it.
+  """Trains all steps, or those that a killed training left; see `small_trainer.train`.
 
   Args:
     config: of the VQGAN.
     num_codes: K.
     seed: of parameters, order of the images and restarts.
-    images: uint8 [n, H, W, 3] or anything that has a length and is indexed likewise, e.g. ImageFiles.
-    folder: where the state is kept every `checkpoint_every` steps until the end.
-
-  Raises:
-    UserError: fewer images than one batch, or the folder holds the state of another config.
+    images: uint8 [n, H, W, 3], or what is indexed alike, e.g. `raw_pairs.ImageFiles`.
+    folder: gets metrics and checkpoints.
   """
-  if len(images) < config.batch_size:
-    raise UserError(
-      f"config.vqgan.batch_size is {config.batch_size}; there are only {len(images)} training images."
-    )
-  epath.Path(folder).mkdir(parents=True, exist_ok=True)
-  about = {"vqgan": dataclasses.asdict(config), "num_codes": num_codes, "seed": seed}
-  replicated, split = _layouts(config.batch_size)
-  state = jax.device_put(load_state(init_state(config, num_codes, seed), folder, about), replicated)
-  start, adversarial_from = int(state["step"]), config.adversarial_start * config.steps
-  keys = jax.random.key(seed + 1)
-  bar = tqdm(
-    range(start, config.steps), "vqgan", config.steps, initial=start, mininterval=1, unit="step"
-  )
-  for step in bar:
-    batch = jax.device_put(images[batch_indices(step, len(images), config.batch_size, seed)], split)
-    adversarial = config.adversarial_weight > 0 and step >= adversarial_from
+
+  def step(state, batch, i):
+    adversarial = config.adversarial_weight > 0 and i >= adversarial_from(config)
     state, metrics = train_step(state, batch, config, adversarial)
-    done = step + 1
-    if (
-      config.restart_every
-      and done % config.restart_every == 0
-      and done < config.restart_until * config.steps
-    ):
-      state = restart_dead_codes(state, batch, config, jax.random.fold_in(keys, done))
-    if done % LOG_EVERY == 0:
-      bar.set_postfix(
-        {name: f"{float(value):.3f}" for name, value in metrics.items()}, refresh=False
-      )
-    if done % config.checkpoint_every == 0 and done < config.steps:
-      save_state(state, folder, about)
-  return ImageTokenizer(config, num_codes, jax.device_put(state["params"], jax.devices()[0]))
+    done = i + 1
+    restarts = config.restart_every and done < config.restart_until * config.steps
+    if restarts and done % config.restart_every == 0:
+      key = jax.random.fold_in(jax.random.key(seed + 1), done)
+      state = restart_dead_codes(state, batch, config, key)
+    return state, metrics
 
-
-def _layouts(batch_size: int):
-  """Shardings of the state and of a batch: data parallel over all devices if they divide the batch, else one device."""
-  devices = jax.devices() if batch_size % jax.device_count() == 0 else jax.devices()[:1]
-  mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
-  return NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+  init = functools.partial(init_state, config, num_codes, seed)
+  about = {"num_codes": num_codes}
+  state = small_trainer.train("vqgan", config, about, seed, images, folder, init, step)
+  return ImageTokenizer(config, num_codes, jax.device_put(state["params"]))
 
 
 def mean_squared_errors(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-  """fp64 [n]: of each image, in units of the full range of a pixel, so that PSNR = -10 log10 of it."""
+  """Computes that of each image, fp64 [n], pixels in [0, 1], so that PSNR = -10 log10 of it."""
   return np.mean((images.astype(np.float64) - reconstructions) ** 2, axis=(1, 2, 3)) / 255**2
 
 
 def perplexity(codes: np.ndarray, num_codes: int) -> float:
-  """exp of the entropy of how often each code is used: between 1 (one code) and K (all equally often)."""
+  """Computes exp of the entropy of the codes: between 1 (one code) and K (all equally often)."""
   p = np.bincount(codes.ravel(), minlength=num_codes) / codes.size
   return float(np.exp(-np.sum(p * np.log(np.where(p > 0, p, 1)))))
 
 
 def evaluate(tokenizer: ImageTokenizer, images, train_images, folder: epath.PathLike) -> dict:
-  """Measures held-out `images` (at most 4,096) and the codes of 1,024 training images; writes reconstructions.npz.
+  """Measures held-out `images` (at most 4,096) and the codes of 1,024 training images.
+
+  Writes reconstructions.npz.
 
   Returns:
-    psnr_db: mean over images of each one's PSNR; psnr_of_mean_mse_db: PSNR of the mean squared error of all;
+    psnr_db: mean PSNR of the images; psnr_of_mean_mse_db: PSNR of the mean squared error of all;
     codebook_perplexity and codes_used (held-out), and the same with prefix train_.
   """
   images = images[np.arange(min(len(images), MAX_HELDOUT))]
@@ -351,10 +242,8 @@ def evaluate(tokenizer: ImageTokenizer, images, train_images, folder: epath.Path
     train_images[_evenly_spaced(len(train_images), NUM_TRAIN_MEASURED)]
   )
   shown = _evenly_spaced(len(images), NUM_RECONSTRUCTIONS)
-  partial = epath.Path(folder) / "partial.npz"
-  with partial.open("wb") as file:
+  with replacing(epath.Path(folder) / RECONSTRUCTIONS) as file:
     np.savez_compressed(file, originals=images[shown], reconstructions=reconstructions[shown])
-  partial.replace(epath.Path(folder) / RECONSTRUCTIONS)
   errors = np.maximum(mean_squared_errors(images, reconstructions), 1e-10)
   return {
     "psnr_db": float(np.mean(-10 * np.log10(errors))),
@@ -373,7 +262,7 @@ def _evenly_spaced(length: int, count: int) -> np.ndarray:
 def train_vqgan(
   config: VQGANConfig, num_codes: int, seed: int, images, heldout_images, folder: epath.PathLike
 ) -> dict:
-  """The whole stage: trains, writes params.safetensors, config.json and reconstructions.npz, returns the numbers."""
+  """Runs the stage on the current mesh: trains, writes the tokenizer, returns the numbers."""
   start = time.time()
   tokenizer = train(config, num_codes, seed, images, folder)
   seconds = time.time() - start
@@ -383,5 +272,5 @@ def train_vqgan(
     "steps": config.steps,
     "seconds": round(seconds, 1),
   }
-  (epath.Path(folder) / CHECKPOINT).unlink(missing_ok=True)
+  small_trainer.delete_checkpoints(folder)
   return summary

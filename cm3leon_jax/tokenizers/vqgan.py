@@ -18,12 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 import pydantic.dataclasses
-from safetensors import SafetensorError
-from safetensors import numpy as safetensors
 
-from cm3leon_jax import config as config_lib
-from cm3leon_jax import stages
-from cm3leon_jax.config import STRICT
+from cm3leon_jax import parameters
+from cm3leon_jax.config import STRICT, build
+from cm3leon_jax.io import read_json, write_json
 
 PARAMS = "params.safetensors"
 CONFIG = "config.json"
@@ -250,18 +248,16 @@ def init_params(config: VQGANConfig, num_codes: int, key) -> dict:
   return draw_params(_structure(config, num_codes)[1], key)
 
 
-def draw_params(structure, key) -> dict:
-  """Parameters of a module from its abstract state: kernels normal of variance 1 / fan-in, biases 0, codes normal.
+def draw_params(state, key) -> dict:
+  """Draws the parameters of a module from its abstract state: kernels normal of variance 1 / fan-in, biases 0, codes normal.
 
   All come from one draw: XLA takes almost a second of a CPU to compile each.
 
   Returns:
-    Pure dict whose keys are strings; lists became dicts with keys "0", "1", ...
+    Parameters as `parameters.to_dict` has them.
   """
-  shapes = {
-    tuple(map(str, k)): v.shape
-    for k, v in traverse_util.flatten_dict(nnx.to_pure_dict(structure)).items()
-  }
+  flat = traverse_util.flatten_dict(parameters.to_dict(state))
+  shapes = {path: x.shape for path, x in flat.items()}
   ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
   pieces = jnp.split(jax.random.normal(key, (ends[-1],), jnp.float32), ends[:-1])
   std = {1: lambda shape: 0.0, 2: lambda shape: 1.0, 4: lambda shape: math.prod(shape[:-1]) ** -0.5}
@@ -275,23 +271,12 @@ def draw_params(structure, key) -> dict:
 
 @functools.cache
 def _structure(config: VQGANConfig, num_codes: int):
-  return nnx.split(nnx.eval_shape(lambda: VQGAN(config, num_codes, nnx.Rngs(params=0))))
+  return parameters.structure(lambda: VQGAN(config, num_codes, nnx.Rngs(params=0)))
 
 
 def bind(config: VQGANConfig, num_codes: int, params: dict) -> VQGAN:
   """The module with `params` in it; cheap, meant for use inside jitted functions."""
-  return fill(*_structure(config, num_codes), params)
-
-
-def fill(graphdef, state, params: dict) -> nnx.Module:
-  """Merges a pure dict with string keys into a module's structure."""
-  flat = {
-    tuple(int(k) if k.isdigit() else k for k in path): v
-    for path, v in traverse_util.flatten_dict(params).items()
-  }
-  state = jax.tree.map(lambda x: x, state)
-  nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(flat))
-  return nnx.merge(graphdef, state)
+  return parameters.fill(*_structure(config, num_codes), params)
 
 
 def to_float(images):
@@ -349,37 +334,19 @@ class ImageTokenizer:
   def load(cls, folder: epath.PathLike) -> "ImageTokenizer":
     """Reads what `save` wrote. Raises UserError naming the file that is absent, damaged or does not fit the other."""
     folder = epath.Path(folder)
-    stored = stages.read_json(folder / CONFIG)
-    config = config_lib.build(VQGANConfig, stored["vqgan"], "vqgan")
-    path = folder / PARAMS
-    if not path.exists():
-      raise config_lib.UserError(
-        f"{path} does not exist: run `python -m launch.train_vqgan` first."
-      )
-    try:
-      params = traverse_util.unflatten_dict(safetensors.load(path.read_bytes()), sep=".")
-    except SafetensorError as error:
-      raise config_lib.UserError(
-        f"{path} is damaged ({error}): train the tokenizer again."
-      ) from error
+    stored = read_json(folder / CONFIG)
+    config = build(VQGANConfig, stored["vqgan"], "vqgan")
     expected = jax.eval_shape(lambda: init_params(config, stored["num_codes"], jax.random.key(0)))
-    shapes = lambda tree: {k: v.shape for k, v in traverse_util.flatten_dict(tree, sep=".").items()}
-    changed = stages.differences(shapes(params), shapes(expected))
-    if changed:
-      raise config_lib.UserError(
-        f"{path} does not fit {CONFIG} beside it ({changed[0]}): train the tokenizer again."
-      )
-    return cls(config, stored["num_codes"], jax.device_put(params))
+    params = parameters.load(folder / PARAMS, expected, "train_vqgan")
+    return cls(config, stored["num_codes"], params)
 
   def save(self, folder: epath.PathLike) -> None:
     """Writes params.safetensors (flat names joined by dots) and config.json, each atomically."""
     folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    stages.write_json(
+    write_json(
       folder / CONFIG, {"vqgan": dataclasses.asdict(self.config), "num_codes": self.num_codes}
     )
-    flat = {k: np.asarray(v) for k, v in traverse_util.flatten_dict(self.params, sep=".").items()}
-    write_bytes(folder / PARAMS, safetensors.save(flat))
+    parameters.save(folder / PARAMS, self.params)
 
   def encode(self, images: np.ndarray) -> np.ndarray:
     """uint8 [B, H, W, 3] -> codes int32 [B, image_tokens], rows of the image from top to bottom, each from left to right."""
@@ -406,10 +373,3 @@ class ImageTokenizer:
     return in_batches(
       lambda x: decode(self.config, self.num_codes, self.params, x), codes, self.batch_size
     )
-
-
-def write_bytes(path: epath.Path, data: bytes) -> None:
-  """Writes atomically: a reader sees the old file or the new one."""
-  partial = path.parent / (path.name + ".partial")
-  partial.write_bytes(data)
-  partial.replace(path)

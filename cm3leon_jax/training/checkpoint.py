@@ -1,13 +1,12 @@
 """Orbax checkpoints of the state and the data position, with digests: Orbax restores a flipped bit without a word."""
 
-import hashlib
-
 from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
-from cm3leon_jax import distributed, stages
+from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import digest, read_json, write_json
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training.state import TrainState
@@ -33,11 +32,6 @@ def _files(folder: epath.Path) -> list[str]:
 def _share(names: list[str]) -> list[str]:
   """Those of the names that this process takes care of."""
   return names[jax.process_index() :: jax.process_count()]
-
-
-def _digest(path: epath.Path) -> str | None:
-  """SHA-256 of a file, None if there is none."""
-  return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
 class Checkpoints:
@@ -108,8 +102,8 @@ class Checkpoints:
       parts = [self._digest_folder / f"{step}.part{i}" for i in range(jax.process_count())]
       if not {part.name for part in parts} <= {path.name for path in self._digest_folder.iterdir()}:
         return
-      stages.write_json(
-        self._digest_path(step), {k: v for part in parts for k, v in stages.read_json(part).items()}
+      write_json(
+        self._digest_path(step), {k: v for part in parts for k, v in read_json(part).items()}
       )
       for part in parts:
         part.unlink()
@@ -125,7 +119,7 @@ class Checkpoints:
       self.folder / str(self._unsealed),
       self._digest_folder / f"{self._unsealed}.part{jax.process_index()}",
     )
-    stages.write_json(part, {name: _digest(folder / name) for name in _share(_files(folder))})
+    write_json(part, {name: digest(folder / name) for name in _share(_files(folder))})
     self._digested = True
 
   def _remove_digests(self, of) -> None:
@@ -162,9 +156,9 @@ class Checkpoints:
     """Raises UserError if a file of the checkpoint is not as it was written."""
     folder = self.folder / str(step)
     with distributed.together():
-      expected = stages.read_json(self._digest_path(step))
+      expected = read_json(self._digest_path(step))
       for name in _share(sorted({*expected, *_files(folder)})):
-        if expected.get(name) != _digest(folder / name):
+        if expected.get(name) != digest(folder / name):
           raise UserError(
             f"{folder / name} is damaged: it is not what was written; delete {folder} to go back to the checkpoint before."
           )

@@ -6,7 +6,7 @@ import time
 
 from etils import epath
 
-from cm3leon_jax import stages
+from cm3leon_jax.io import read_json_lines, replacing
 
 BUCKET_SECONDS = 60.0  # A bucket's object is written anew at most that often, and for at most a hundredth of the time.
 
@@ -30,7 +30,7 @@ class MetricsLog:
       enabled: False on the processes of a run that do not write (all but one): nothing is read or written.
     """
     self.path, self.enabled = epath.Path(folder) / "metrics.jsonl", enabled
-    self.before = read_metrics(self.path) if enabled else []
+    self.before = read_json_lines(self.path) if enabled else []
     self.replayed, self.identical, self._resumed_at = 0, 0, resumed_at
     old = [] if resumed_at is None else self.before
     self._expected = {
@@ -70,7 +70,7 @@ class MetricsLog:
     if not self.enabled:
       return
     start = time.monotonic()
-    with stages.replacing(self.path, "w") as f:
+    with replacing(self.path, "w") as f:
       f.write(self._text)
     self._flushed = time.monotonic()
     self._cost = self._flushed - start
@@ -78,17 +78,3 @@ class MetricsLog:
   def _resume_event(self, step: int) -> str:
     counts = {"from_step": self._resumed_at, "replayed": self.replayed, "identical": self.identical}
     return json.dumps({"step": step, "event": "resumed", **counts}) + "\n"
-
-
-def read_metrics(path: epath.PathLike) -> list[dict]:
-  """All lines of a metrics.jsonl, in order; a last line that a kill cut short is left out."""
-  path = epath.Path(path)
-  lines = path.read_text().splitlines() if path.exists() else []
-  found = []
-  for i, line in enumerate(lines):
-    try:
-      found.append(json.loads(line))
-    except json.JSONDecodeError:
-      if i + 1 < len(lines):
-        raise
-  return found

@@ -6,8 +6,8 @@ import uuid
 from etils import epath
 import numpy as np
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.training.tensorboard import curves
 
 
@@ -35,11 +35,11 @@ class WandbRun:
       ) from error
     path, local = epath.Path(folder) / "wandb.json", "://" not in os.fspath(folder)
     if not path.exists():
-      stages.write_json(path, {"id": uuid.uuid4().hex[:8]})
+      write_json(path, {"id": uuid.uuid4().hex[:8]})
     self._wandb = wandb
     self._run = wandb.init(
       project=project,
-      id=stages.read_json(path)["id"],
+      id=read_json(path)["id"],
       resume="allow",
       dir=os.fspath(folder) if local else None,
     )

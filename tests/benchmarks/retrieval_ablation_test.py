@@ -8,6 +8,7 @@ from benchmarks.retrieval_ablation import Corpus
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import Document, DocumentStore, Segment, write_documents
+from cm3leon_jax.io import read_json
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.vocab import VocabLayout
@@ -95,10 +96,10 @@ def test_the_control_has_the_same_neighbors_of_other_documents(tmp_path, corpus)
 
 def test_the_control_is_another_stage_than_the_true_neighbors_for_every_seed(tmp_path, corpus):
   write_neighbors(tmp_path / "true", np.random.default_rng(1))
-  ids, first = [stages.read_json(tmp_path / "true" / stages.DONE)["id"]], []
+  ids, first = [read_json(tmp_path / "true" / stages.DONE)["id"]], []
   for seed in (0, 1):
     retrieval_ablation.shuffle_neighbors(tmp_path / "true", tmp_path / f"{seed}", corpus, seed)
-    ids.append(stages.read_json(tmp_path / f"{seed}" / stages.DONE)["id"])
+    ids.append(read_json(tmp_path / f"{seed}" / stages.DONE)["id"])
     first.append(load_neighbors(tmp_path / f"{seed}", "train_pairs"))
   assert len(set(ids)) == 3
   assert (first[0] != first[1]).any()

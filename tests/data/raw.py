@@ -6,9 +6,9 @@ import pathlib
 
 from PIL import Image
 
-from cm3leon_jax import stages
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.records import KINDS, SPLITS
+from cm3leon_jax.io import write_json
 
 
 def write_raw(folder, pairs, images, num_shards=1):
@@ -33,7 +33,7 @@ def write_raw(folder, pairs, images, num_shards=1):
     field: pair.get(field, "") for field in ("source", "license", "attribution")
   }
   origins = [{"kind": "pairs", **origin(pair), "records": 1} for pair in pairs]
-  stages.write_json(
+  write_json(
     folder / raw_pairs.INDEX,
     {"schema_version": raw_pairs.SCHEMA_VERSION, "origins": origins, "shards": index},
   )

@@ -11,6 +11,7 @@ from cm3leon_jax.commands import evaluate
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import base
 from cm3leon_jax.data import documents
+from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training import checkpoint, optimizer, state
@@ -65,7 +66,7 @@ def workdir(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path / "train", keep=1)
     checkpoints.save(jax.jit(create)(), 7, 0)
     checkpoints.close()
-  stages.write_json(tmp_path / "train" / "config.json", {"run": stages.identity(settings, "train")})
+  write_json(tmp_path / "train" / "config.json", {"run": stages.identity(settings, "train")})
   for folder in ("documents", "neighbors", "train"):
     with stages.once(tmp_path / folder, {}):
       pass
@@ -74,7 +75,7 @@ def workdir(tmp_path):
 
 def test_evaluate_writes_its_numbers_once_and_again_after_more_training(workdir, capsys):
   evaluate.main(tiny_settings(), workdir)
-  found = stages.read_json(workdir / "evaluation" / "metrics.json")
+  found = read_json(workdir / "evaluation" / "metrics.json")
   assert found["step"] == 7
   assert found["documents"] == 4
   assert found["mean_neighbors"]["true"] == 2.0  # Those of the caption alone; the others are -1.

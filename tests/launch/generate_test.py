@@ -16,6 +16,7 @@ from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.commands import common, generate
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import draw
+from cm3leon_jax.io import write_json
 from cm3leon_jax.reports import summary
 from cm3leon_jax.training import checkpoint
 from tests.data.stores import VOCAB
@@ -31,10 +32,8 @@ def workdir(tmp_path_factory):
   params = clip_lib.init_params(SETTINGS.clip, VOCAB.text_size, jax.random.key(0))
   clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, params).save(root / "clip")
   for name in ("text_tokenizer", "vqgan", "documents", "neighbors", "clip", "train"):
-    stages.write_json(
-      root / name / stages.DONE, {"id": name, "config": {}, "summary": {}, "seconds": 1.0}
-    )
-  stages.write_json(root / "train" / "config.json", {"run": stages.identity(SETTINGS, "train")})
+    write_json(root / name / stages.DONE, {"id": name, "config": {}, "summary": {}, "seconds": 1.0})
+  write_json(root / "train" / "config.json", {"run": stages.identity(SETTINGS, "train")})
   return root
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import train
+from cm3leon_jax.io import read_json, read_json_lines
 from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.training.metrics import read_metrics
 from cm3leon_jax.training.train import INTERRUPTED
 from tests.launch.stages_before import make_workdir
 from tests.launch.tiny_config import get_config
@@ -52,7 +52,9 @@ def finish(job, code=0) -> str:
 
 def losses(workdir) -> dict[int, float]:
   lines = [
-    line for line in read_metrics(workdir / "train" / "metrics" / "metrics.jsonl") if "loss" in line
+    line
+    for line in read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl")
+    if "loss" in line
   ]
   assert len({line["step"] for line in lines}) == len(lines)  # One process logs.
   return {line["step"]: line["loss"] for line in lines}
@@ -112,9 +114,7 @@ def test_two_processes_one_of_which_is_told_to_stop_and_one_that_continues(whole
   digests = fresh / "train" / "checkpoints.digests"
   assert {path.name for path in digests.iterdir()} == {f"{stopped - 1}.json", f"{stopped}.json"}
   assert {
-    name.split("/")[1]
-    for name in stages.read_json(digests / f"{stopped}.json")
-    if "ocdbt.process" in name
+    name.split("/")[1] for name in read_json(digests / f"{stopped}.json") if "ocdbt.process" in name
   } == {
     "ocdbt.process_0",
     "ocdbt.process_1",

@@ -9,6 +9,7 @@ import pytest
 from cm3leon_jax import stages
 from cm3leon_jax.commands import train
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import write_json
 from cm3leon_jax.settings import default_config, settings_from_config
 from tests.data.stores import VOCAB, make_sources
 from tests.retrieval.stores import write_neighbors
@@ -83,7 +84,7 @@ def test_neighbors_of_other_documents_are_told(workdir):
 
 def test_a_workdir_of_another_run_is_refused(workdir):
   first = settings_with()
-  stages.write_json(
+  write_json(
     workdir / "train" / "config.json",
     {"run": stages.run_config(first, workdir, "train"), "train": {}},
   )

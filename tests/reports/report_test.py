@@ -282,14 +282,14 @@ def test_a_killed_run_reports_the_steps_that_were_computed_again(tmp_path):
     log.write(
       step, {"loss": loss, "weight": 1.0, **({} if step == 6 else {"tokens_per_second": 2.0})}
     )
-  numbers = summary.training(summary.read_metrics(tmp_path / "metrics.jsonl"))
+  numbers = summary.training(summary.read_json_lines(tmp_path / "metrics.jsonl"))
   assert numbers["restarts"] == [{"after_step": 5, "next_step": 6, "replayed": 3, "identical": 2}]
   assert numbers["every_step_logged_once"]
   assert numbers["step_seconds"] == pytest.approx(7 * 0.5)
   assert "goodput" not in numbers
   log.write(9, {"goodput": 0.4, "step_seconds": 4.0, "compile_seconds": 6.0})
   log.write(9, {"goodput": 0.5, "step_seconds": 6.0, "compile_seconds": 6.0})
-  numbers = summary.training(summary.read_metrics(tmp_path / "metrics.jsonl"))
+  numbers = summary.training(summary.read_json_lines(tmp_path / "metrics.jsonl"))
   assert (numbers["goodput"], numbers["wall_seconds"]) == (0.5, 12.0)
   assert summary.training([]) == {}
 

@@ -4,8 +4,8 @@ import multiprocessing
 import numpy as np
 import pytest
 
-from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import write_json
 from cm3leon_jax.retrieval import arrays
 from cm3leon_jax.retrieval.arrays import ArrayStore
 
@@ -44,7 +44,7 @@ def test_an_append_that_was_killed_is_not_read_and_can_be_made_again(tmp_path, r
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(stages, "write_json", kill)
+    patch.setattr(arrays, "write_json", kill)
     with pytest.raises(KeyboardInterrupt):
       store.append(rows[40:])
   opened = ArrayStore(tmp_path / "a")
@@ -110,6 +110,6 @@ def test_refusals(tmp_path, rows):
   for wrong in ([50], [-1]):
     with pytest.raises(IndexError, match="of 50"):
       store[np.array(wrong)]
-  stages.write_json(tmp_path / "a" / arrays.INDEX, {"schema_version": 9, "rows": 50})
+  write_json(tmp_path / "a" / arrays.INDEX, {"schema_version": 9, "rows": 50})
   with pytest.raises(UserError, match="schema version 9; this code reads version 1"):
     ArrayStore(tmp_path / "a")

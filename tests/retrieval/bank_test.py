@@ -12,6 +12,7 @@ from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.clip.model import CLIP, CLIPConfig
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import group_id
+from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.retrieval import bank as bank_lib
 from cm3leon_jax.retrieval import index, neighbors
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob
@@ -125,10 +126,8 @@ def test_new_shards_are_appended(tmp_path, monkeypatch):
   make_raw(tmp_path / "all", num_shards=4)
   make_raw(tmp_path / "raw", num_shards=4)
   path = tmp_path / "raw" / raw_pairs.INDEX
-  whole = bank_lib.stages.read_json(path)
-  bank_lib.stages.write_json(
-    path, {**whole, "shards": {k: v for k, v in whole["shards"].items() if k != "000003"}}
-  )
+  whole = read_json(path)
+  write_json(path, {**whole, "shards": {k: v for k, v in whole["shards"].items() if k != "000003"}})
   build(tmp_path)
   before = Embeddings(tmp_path / "out" / "train").documents[:]
   embedded = []
@@ -137,7 +136,7 @@ def test_new_shards_are_appended(tmp_path, monkeypatch):
     embedded.extend(p.key for p in pairs) or embed_pairs(clip, pairs, *args)
   )
   monkeypatch.setattr(bank_lib, "embed_pairs", count)
-  bank_lib.stages.write_json(path, whole)
+  write_json(path, whole)
   assert build(tmp_path)["bank"] == 18
   assert embedded == ["k18", "k20", "k21", "k22", "k19", "k23"]
   np.testing.assert_array_equal(

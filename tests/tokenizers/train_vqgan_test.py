@@ -1,6 +1,7 @@
 """Properties of the tokenizer's training."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,12 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.tokenizers import train_vqgan, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
+from cm3leon_jax.training import small_trainer
+from tests.models.tiny import mesh_of
 
 CONFIG = VQGANConfig(
   resolution=8,
@@ -72,30 +76,49 @@ class KilledAfter:
     return self.images[indices]
 
 
-def test_resume_equals_uninterrupted(images, tmp_path):
-  whole = train_vqgan.train(CONFIG, NUM_CODES, 0, images, tmp_path / "whole")
+def train(images, folder, seed=0, devices=8):
+  with jax.set_mesh(mesh_of(1, devices, 1)):
+    return train_vqgan.train(CONFIG, NUM_CODES, seed, images, folder)
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+  """Parameters after all steps, on 8 devices, and the loss of every step."""
+  folder = tmp_path_factory.mktemp("whole")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(small_trainer, "LOG_EVERY", 1)
+    params = train(images, folder).params
+  return params, [line["loss"] for line in read_json_lines(folder / "metrics.jsonl")]
+
+
+def test_resume_equals_uninterrupted(images, whole, tmp_path):
   with pytest.raises(Killed):
-    train_vqgan.train(CONFIG, NUM_CODES, 0, KilledAfter(images, 11), tmp_path)
+    train(KilledAfter(images, 11), tmp_path)
   rest = KilledAfter(images, 2)  # Steps 10 and 11: nothing before the last state is done again.
-  _assert_same(train_vqgan.train(CONFIG, NUM_CODES, 0, rest, tmp_path).params, whole.params)
-  other = train_vqgan.train(CONFIG, NUM_CODES, 1, images, tmp_path / "other").params
+  _assert_same(train(rest, tmp_path).params, whole[0])
+  other = train(images, tmp_path / "other", seed=1).params
   with pytest.raises(AssertionError):
-    _assert_same(other, whole.params)
-  with pytest.raises(UserError, match=r"seed: 0 -> 1"):
-    train_vqgan.train(CONFIG, NUM_CODES, 1, images, tmp_path)
-  (tmp_path / train_vqgan.CHECKPOINT).write_bytes(b"torn")
-  with pytest.raises(UserError, match="is damaged"):
-    train_vqgan.train(CONFIG, NUM_CODES, 0, images, tmp_path)
+    _assert_same(other, whole[0])
+
+
+def test_one_device_and_eight_compute_the_same(images, whole, tmp_path, monkeypatch):
+  monkeypatch.setattr(small_trainer, "LOG_EVERY", 1)
+  train(images, tmp_path, devices=1)
+  losses = [line["loss"] for line in read_json_lines(tmp_path / "metrics.jsonl")]
+  np.testing.assert_allclose(losses, whole[1], atol=1e-5)
+  assert np.ptp(losses) > 1e-2
 
 
 def test_training_improves_and_leaves_its_files(images, tmp_path):
   config = dataclasses.replace(CONFIG, steps=150, adversarial_weight=0.0, checkpoint_every=1_000)
   before = ImageTokenizer(config, NUM_CODES, train_vqgan.init_state(config, NUM_CODES, 0)["params"])
   untrained = train_vqgan.evaluate(before, images, images, tmp_path)
-  summary = train_vqgan.train_vqgan(config, NUM_CODES, 0, images, images[:6], tmp_path)
+  with jax.set_mesh(mesh_of(1, 8, 1)):
+    summary = train_vqgan.train_vqgan(config, NUM_CODES, 0, images, images[:6], tmp_path)
   assert summary["psnr_db"] > untrained["psnr_db"] + 4
   assert sorted(p.name for p in tmp_path.iterdir()) == [
     "config.json",
+    "metrics.jsonl",
     "params.safetensors",
     "reconstructions.npz",
   ]
@@ -135,7 +158,6 @@ def test_usage_counts_every_code(images):
     train_vqgan.init_state(CONFIG, NUM_CODES, 0), images[:8], CONFIG, False
   )
   assert int(state["usage"].sum()) == 8 * CONFIG.image_tokens
-  assert int(state["step"]) == 1
   assert set(metrics) == {"loss", "mse"}
 
 
@@ -148,6 +170,61 @@ def test_discriminator_learns_to_tell_apart(images):
   for _ in range(200):
     params = jax.tree.map(lambda p, g: p - 0.03 * g, params, step(params)[1])
   assert step(params)[0] < 0.5 * start
+
+
+def test_generator_loss_is_the_oracle(images):
+  """Four terms in fp64, and where their gradients go (van den Oord et al. 2017, section 3.2)."""
+  weights = {"l1_weight": 0.5, "l2_weight": 0.9, "codebook_weight": 0.7, "commitment_weight": 0.3}
+  config, x = dataclasses.replace(CONFIG, **weights), vqgan.to_float(images)
+  params = train_vqgan.init_state(CONFIG, NUM_CODES, 0)["params"]
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def gradients(params, config):
+    loss = lambda p: train_vqgan.generator_loss(p, None, config, NUM_CODES, x)
+    return *jax.value_and_grad(loss, has_aux=True)(params), vqgan.bind(config, NUM_CODES, params)(x)
+
+  (loss, _), _, (y, z, q, indices) = gradients(params, config)
+  error, distance = np.float64(y) - np.float64(x), np.square(np.float64(q) - np.float64(z)).sum(-1)
+  expected = 0.9 * np.square(error).mean() + 0.5 * np.abs(error).mean() + distance.mean()
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+  def codebook_loss(table):
+    return 0.7 * jnp.mean(jnp.sum((vqgan.l2_normalize(table)[indices] - z) ** 2, -1))
+
+  def commitment_loss(encoder):
+    model = vqgan.bind(CONFIG, NUM_CODES, {**params, "encoder": encoder})
+    return 0.3 * jnp.mean(jnp.sum((vqgan.l2_normalize(model.encoder(x)) - q) ** 2, -1))
+
+  _, found, _ = gradients(params, dataclasses.replace(config, l1_weight=0.0, l2_weight=0.0))
+  table = jax.grad(codebook_loss)(params["codebook"]["table"])
+  assert jnp.abs(table).max() > 1e-2
+  np.testing.assert_allclose(found["codebook"]["table"], table, rtol=1e-4, atol=1e-6)
+  encoder = jax.jit(jax.grad(commitment_loss))(params["encoder"])
+  assert jnp.abs(encoder["conv_out"]["kernel"]).max() > 1e-2
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), found["encoder"], encoder
+  )
+
+
+def _at_count(opt_state, count):
+  """An optimizer's state as if it had taken `count` steps."""
+  integer = lambda x: jnp.issubdtype(x.dtype, jnp.integer)
+  return jax.tree.map(lambda x: jnp.full_like(x, count) if integer(x) else x, opt_state)
+
+
+@pytest.mark.parametrize(
+  ("network", "opt_state", "steps"),
+  [("params", "opt_state", 12), ("discriminator", "discriminator_opt_state", 6)],
+)
+def test_the_learning_rate_ends_at_0(images, network, opt_state, steps):
+  """Steps of the discriminator count from its start, half-way."""
+  for count, moves in ((steps - 1, True), (steps, False)):
+    state = train_vqgan.init_state(CONFIG, NUM_CODES, 0)
+    state[opt_state] = _at_count(state[opt_state], count)
+    old = jax.tree.map(np.array, state[network])
+    state, _ = train_vqgan.train_step(state, images[:8], CONFIG, True)
+    changes = jax.tree.map(lambda a, b: np.abs(a - b).max(), state[network], old)
+    assert (max(jax.tree.leaves(changes)) > 1e-6) == moves
 
 
 def test_hinge_loss_literals():
@@ -180,30 +257,18 @@ def test_adversarial_step(images):
   )
 
 
-def test_batches_cover_an_epoch():
-  epochs = [
-    np.concatenate([train_vqgan.batch_indices(4 * e + i, 20, 5, 7) for i in range(4)])
-    for e in (0, 1)
-  ]
-  assert [sorted(e) for e in epochs] == [list(range(20))] * 2
-  assert (epochs[0] != epochs[1]).any()
-  np.testing.assert_array_equal(train_vqgan.batch_indices(1, 20, 5, 7), epochs[0][5:10])
-
-
 def test_perplexity_literals():
   assert train_vqgan.perplexity(np.array([[0, 1], [2, 3]]), 8) == pytest.approx(4)
   assert train_vqgan.perplexity(np.array([5, 5]), 8) == pytest.approx(1)
 
 
-def test_too_few_images(images, tmp_path):
-  with pytest.raises(UserError, match="only 7 training images"):
-    train_vqgan.train(CONFIG, NUM_CODES, 0, images[:7], tmp_path)
-
-
-def test_image_files_read_like_an_array(images, tmp_path):
+def test_image_files_read_like_an_array(images, tmp_path, monkeypatch):
   paths = [tmp_path / f"{i}.png" for i in range(4)]
   for path, image in zip(paths, images):
     Image.fromarray(image).save(path)
-  files = train_vqgan.ImageFiles(paths, 8)
+  files = raw_pairs.ImageFiles(paths, 8)
   assert len(files) == 4
   np.testing.assert_array_equal(files[np.array([2, 0])], images[[2, 0]])
+  np.testing.assert_array_equal(raw_pairs.in_memory(files), images[:4])
+  monkeypatch.setattr(raw_pairs, "IN_MEMORY_BYTES", 4 * 8 * 8 * 3 - 1)
+  assert raw_pairs.in_memory(files) is files

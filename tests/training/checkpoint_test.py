@@ -75,15 +75,53 @@ def test_a_checkpoint_without_digests_does_not_count(saved):
     checkpoints.close()
 
 
-def test_a_missing_file_is_told(saved):
+@pytest.mark.parametrize("damage", ["missing", "changed", "surplus"])
+def test_a_damaged_file_is_told(saved, damage):
   victim = next(
     p
     for p in sorted((saved / "checkpoints" / "2").rglob("*"))
     if p.is_file() and p.stat().st_size > 100
   )
+  data = victim.read_bytes()
   victim.unlink()
+  if damage == "surplus":
+    victim.write_bytes(data)
+    victim = victim.with_name("surplus")
+  if damage != "missing":
+    victim.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
   with jax.set_mesh(mesh_of(1, 1, 1)), pytest.raises(UserError, match=victim.name):
     checkpoint.load_params(saved, CONFIG)
+
+
+def test_a_first_save_that_was_killed_is_deleted(saved):
+  shutil.rmtree(saved / "checkpoints" / "2")
+  for path in (saved / "checkpoints.digests").iterdir():
+    path.unlink()
+  checkpoints = checkpoint.Checkpoints(saved, keep=2)
+  checkpoints.discard_unsealed()
+  assert checkpoints.newest() is None
+  assert not (saved / "checkpoints" / "1").exists()
+  checkpoints.close()
+
+
+def test_checkpoints_whose_digests_are_lost_are_kept_and_told(saved):
+  shutil.rmtree(saved / "checkpoints.digests")
+  checkpoints = checkpoint.Checkpoints(saved, keep=2)
+  with pytest.raises(UserError, match="no digests of them"):
+    checkpoints.discard_unsealed()
+  assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == ["1", "2"]
+  checkpoints.close()
+
+
+def test_digests_of_a_deleted_checkpoint_do_not_count_for_the_next_of_its_step(saved):
+  shutil.rmtree(saved / "checkpoints" / "2")
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    checkpoints = checkpoint.Checkpoints(saved, keep=2)
+    checkpoints.save(fresh(3), 2, next_row=99)
+    assert checkpoints.newest() == 1
+    checkpoints.wait()
+    assert checkpoints.newest() == 2
+    checkpoints.close()
 
 
 def test_old_checkpoints_and_their_digests_go(saved):

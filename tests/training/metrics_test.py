@@ -5,8 +5,9 @@ import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
 import pytest
 
+from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.training import metrics
-from cm3leon_jax.training.metrics import MetricsLog, read_metrics
+from cm3leon_jax.training.metrics import MetricsLog
 
 
 def test_a_resumed_run_replaces_later_lines_and_compares_their_losses(tmp_path):
@@ -17,7 +18,7 @@ def test_a_resumed_run_replaces_later_lines_and_compares_their_losses(tmp_path):
   log.write(2, {"loss": 3.0})
   log.write(3, {"loss": 2.5000000000000004})  # The next float: one bit differs.
   log.write(4, {"loss": 2.0})
-  lines = read_metrics(log.path)
+  lines = read_json_lines(log.path)
   assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
   assert [line for line in lines if "event" in line] == [
     {"step": 3, "event": "resumed", "from_step": 1, "replayed": 2, "identical": 1}
@@ -37,27 +38,27 @@ def test_nothing_to_compare_is_told_too(tmp_path):
   MetricsLog(tmp_path).write(1, {"loss": 1.0})
   log = MetricsLog(tmp_path, resumed_at=1)
   event = {"step": 1, "event": "resumed", "from_step": 1, "replayed": 0, "identical": 0}
-  assert read_metrics(log.path) == [{"step": 1, "loss": 1.0}, event]
+  assert read_json_lines(log.path) == [{"step": 1, "loss": 1.0}, event]
 
 
 def test_a_new_run_starts_an_empty_log(tmp_path):
   MetricsLog(tmp_path).write(1, {"loss": 1.0})
-  assert read_metrics(MetricsLog(tmp_path).path) == []
+  assert read_json_lines(MetricsLog(tmp_path).path) == []
 
 
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
   path = tmp_path / "metrics.jsonl"
   path.write_text(json.dumps({"step": 1, "loss": 2.0}) + '\n{"step": 2, "lo')
-  assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
+  assert read_json_lines(path) == [{"step": 1, "loss": 2.0}]
   MetricsLog(tmp_path, resumed_at=1).write(2, {"loss": 1.0})
-  assert [line["step"] for line in read_metrics(path) if "loss" in line] == [1, 2]
+  assert [line["step"] for line in read_json_lines(path) if "loss" in line] == [1, 2]
 
 
 def test_losses_survive_the_file_bit_for_bit(tmp_path):
   loss = float.fromhex("0x1.921fb54442d18p+1")
   log = MetricsLog(tmp_path)
   log.write(1, {"loss": loss})
-  assert read_metrics(log.path)[0]["loss"].hex() == loss.hex()
+  assert read_json_lines(log.path)[0]["loss"].hex() == loss.hex()
 
 
 def test_processes_that_do_not_write_leave_the_file_alone(tmp_path):
@@ -66,7 +67,7 @@ def test_processes_that_do_not_write_leave_the_file_alone(tmp_path):
   log = MetricsLog(tmp_path, enabled=False)
   log.write(2, {"loss": 2.0})
   log.flush()
-  assert read_metrics(first.path) == [{"step": 1, "loss": 1.0}]
+  assert read_json_lines(first.path) == [{"step": 1, "loss": 1.0}]
   assert log.before == []
 
 
@@ -94,14 +95,14 @@ def test_in_a_bucket_the_file_is_written_anew(bucket, monkeypatch):
   log = MetricsLog(bucket)
   log.write(1, {"loss": 3.0})
   log.write(2, {"loss": 2.0})
-  assert read_metrics(log.path) == []
+  assert read_json_lines(log.path) == []
   log.flush()
-  assert [line["step"] for line in read_metrics(log.path)] == [1, 2]
+  assert [line["step"] for line in read_json_lines(log.path)] == [1, 2]
   now[0] = metrics.BUCKET_SECONDS + 1
   log.write(3, {"loss": 1.0})
-  assert [line["step"] for line in read_metrics(log.path)] == [1, 2, 3]
+  assert [line["step"] for line in read_json_lines(log.path)] == [1, 2, 3]
   log = MetricsLog(bucket, resumed_at=2)
   log.write(3, {"loss": 1.0})
   log.flush()
-  assert [line["step"] for line in read_metrics(log.path) if "loss" in line] == [1, 2, 3]
+  assert [line["step"] for line in read_json_lines(log.path) if "loss" in line] == [1, 2, 3]
   assert (log.replayed, log.identical) == (1, 1)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.training.goodput import Stopwatch
-from cm3leon_jax.training.metrics import MetricsLog, read_metrics
+from cm3leon_jax.training.metrics import MetricsLog
 from cm3leon_jax.training.monitor import Monitor, Rates, open_boards, step_line
 from cm3leon_jax.training.profile import Profiler
 from cm3leon_jax.training.train import TrainConfig
@@ -68,7 +69,9 @@ def test_a_line_a_step_or_every_few_but_the_file_has_all(tmp_path, capsys, log_e
   follow(make_monitor(tmp_path, log_every=log_every), range(1, 7))
   lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
   assert [int(line.split("/")[0].removeprefix("step ")) for line in lines] == printed
-  assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line] == [
+  assert [
+    line["step"] for line in read_json_lines(tmp_path / "metrics.jsonl") if "loss" in line
+  ] == [
     1,
     2,
     3,
@@ -82,7 +85,7 @@ def test_a_step_is_logged_when_the_next_one_has_started(tmp_path):
   monitor = make_monitor(tmp_path)
   metrics = {name: jnp.float32(x) for name, x in VALUES.items()}
   logged = lambda: [
-    line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line
+    line["step"] for line in read_json_lines(tmp_path / "metrics.jsonl") if "loss" in line
   ]
   with monitor:
     monitor.step(1, metrics)
@@ -91,7 +94,7 @@ def test_a_step_is_logged_when_the_next_one_has_started(tmp_path):
     assert logged() == [1]
     with monitor.phase("save", 2):  # Needs the state of step 2.
       assert logged() == [1, 2]
-  lines = read_metrics(tmp_path / "metrics.jsonl")
+  lines = read_json_lines(tmp_path / "metrics.jsonl")
   assert "tokens_per_second" not in lines[0]  # How the report knows a start.
   assert "tokens_per_second" in lines[1]
   assert lines[2]["step"] == 2
@@ -127,7 +130,7 @@ def test_waiting_for_data_counts_where_the_device_has_nothing_to_do(tmp_path):
       monitor.step(step, metrics)
     with monitor.phase("evaluate", 3):
       pass
-  line = read_metrics(tmp_path / "metrics.jsonl")[-1]
+  line = read_json_lines(tmp_path / "metrics.jsonl")[-1]
   assert 0.06 <= line["data_seconds"] < 0.2
   assert line["step_seconds"] < 0.06
 

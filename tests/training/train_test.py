@@ -14,11 +14,11 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.pipeline import RowLoader
+from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import checkpoint
 from cm3leon_jax.training import train as train_module
 from cm3leon_jax.training.flops import model_flops
-from cm3leon_jax.training.metrics import read_metrics
 from cm3leon_jax.training.optimizer import OptimizerConfig
 from cm3leon_jax.training.train import INTERRUPTED, TrainConfig, compile_steps, train
 from tests.data.stores import VOCAB, make_plan, make_sources
@@ -103,7 +103,7 @@ def run(
 def losses(folder):
   return {
     line["step"]: line["loss"]
-    for line in read_metrics(folder / "metrics" / "metrics.jsonl")
+    for line in read_json_lines(folder / "metrics" / "metrics.jsonl")
     if "loss" in line
   }
 
@@ -148,7 +148,7 @@ def test_a_killed_run_continues_bit_for_bit(whole, loader, tmp_path):
   assert losses(tmp_path) == losses(whole[0])
   (event,) = [
     line
-    for line in read_metrics(tmp_path / "metrics" / "metrics.jsonl")
+    for line in read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
     if line.get("event") == "resumed"
   ]
   assert event["from_step"] in (4, 8)  # Step 8 counts if its asynchronous save was whole by then.
@@ -214,7 +214,7 @@ def test_a_save_that_was_killed_before_its_digests_pushes_no_other_out(loader, t
   run(tmp_path, loader, steps=9, checkpoint_every=9)
   events = [
     line
-    for line in read_metrics(tmp_path / "metrics" / "metrics.jsonl")
+    for line in read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
     if line.get("event") == "resumed"
   ]
   assert [e["from_step"] for e in events] == [4]
@@ -234,7 +234,7 @@ def test_the_last_step_is_evaluated_once_and_its_losses_are_returned(loader, tmp
   with mock.patch.object(train_module, "evaluate", wraps=train_module.evaluate) as evaluate:
     summary = run(tmp_path, loader, steps=4, eval_every=3)
     assert evaluate.call_count == 2  # At steps 3 and 4.
-    lines = read_metrics(tmp_path / "metrics" / "metrics.jsonl")
+    lines = read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
     last = [line for line in lines if "heldout_loss" in line][-1]
     assert {name: summary[name] for name in last if name != "step"} == {
       name: x for name, x in last.items() if name != "step"
@@ -272,7 +272,7 @@ def test_goodput_is_told_and_summed_over_starts(loader, tmp_path, capsys):
     run(tmp_path, loader, draw_samples=crash_at(7, tmp_path), sample_every=1, fresh=True)
   run(tmp_path, loader, steps=8, tensorboard=False, fresh=True)
   lines = [
-    line for line in read_metrics(tmp_path / "metrics" / "metrics.jsonl") if "goodput" in line
+    line for line in read_json_lines(tmp_path / "metrics" / "metrics.jsonl") if "goodput" in line
   ]
   assert [line["step"] for line in lines] == [
     4,
@@ -298,7 +298,7 @@ def test_a_trace_holds_the_chosen_steps_and_no_others(loader, tmp_path):
 
 def test_mfu_is_that_of_the_whole_batch(loader, tmp_path):
   run(tmp_path, loader, steps=2, peak_flops=1e9, tensorboard=False)
-  lines = read_metrics(tmp_path / "metrics" / "metrics.jsonl")
+  lines = read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
   (line,) = [line for line in lines if "mfu" in line]
   seconds = line["weight"] / line["tokens_per_second"]
   tokens = 8 * loader.plan.config.sequence_length

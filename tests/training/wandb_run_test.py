@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from cm3leon_jax import stages
+from cm3leon_jax.io import read_json
 from cm3leon_jax.training.wandb_run import WandbRun
 
 
@@ -30,7 +30,7 @@ def test_every_start_continues_the_same_run(calls, tmp_path):
     WandbRun(tmp_path, "cats").close()
   first, finished, second, _ = calls
   assert first == second == {
-    "project": "cats", "id": stages.read_json(tmp_path / "wandb.json")["id"], "resume": "allow", "dir": str(tmp_path),
+    "project": "cats", "id": read_json(tmp_path / "wandb.json")["id"], "resume": "allow", "dir": str(tmp_path),
   }  # fmt: skip
   assert finished == "finished"
   WandbRun(tmp_path / "other", "cats")

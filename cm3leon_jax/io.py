@@ -1,0 +1,72 @@
+"""Files of a workdir: whole or not there, in JSON or in lines of it, and their digests."""
+
+from collections.abc import Iterator
+import contextlib
+import hashlib
+import json
+
+from etils import epath
+
+from cm3leon_jax.config import UserError
+
+
+@contextlib.contextmanager
+def partial_path(path: epath.PathLike) -> Iterator[epath.Path]:
+  """Yields a path beside `path`; the file that the body writes there replaces `path` at its end."""
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.parent / (path.name + ".partial")
+  yield partial
+  partial.replace(path)
+
+
+@contextlib.contextmanager
+def replacing(path: epath.PathLike, mode: str = "wb"):
+  """Opens a file that replaces `path` when the body ends: readers see a whole file, old or new."""
+  encoding = {} if "b" in mode else {"encoding": "utf-8"}
+  with partial_path(path) as partial, partial.open(mode, **encoding) as file:
+    yield file
+
+
+def plain(value):
+  """Returns a value as JSON gives it back: tuples as lists, numpy scalars as numbers."""
+  return json.loads(json.dumps(value, default=lambda x: x.item() if hasattr(x, "item") else str(x)))
+
+
+def write_json(path: epath.PathLike, value) -> None:
+  """Writes a JSON file, see `replacing`."""
+  with replacing(path, "w") as file:
+    file.write(json.dumps(plain(value), indent=1) + "\n")
+
+
+def read_json(path: epath.PathLike):
+  """Reads a JSON file of the workdir. Raises UserError if it is absent or damaged."""
+  path = epath.Path(path)
+  if not path.exists():
+    raise UserError(f"{path} does not exist: run the stage that writes it first.")
+  try:
+    return json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise UserError(
+      f"{path} is not valid JSON ({error}): delete it and run its stage again."
+    ) from error
+
+
+def read_json_lines(path: epath.PathLike) -> list[dict]:
+  """Reads a JSON-lines file that grows; a last line that a kill cut short is left out."""
+  path = epath.Path(path)
+  lines = path.read_text().splitlines() if path.exists() else []
+  found = []
+  for i, line in enumerate(lines):
+    try:
+      found.append(json.loads(line))
+    except json.JSONDecodeError:
+      if i + 1 < len(lines):
+        raise
+  return found
+
+
+def digest(path: epath.PathLike) -> str | None:
+  """Returns the SHA-256 of a file, None if there is none."""
+  path = epath.Path(path)
+  return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None

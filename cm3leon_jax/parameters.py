@@ -1,0 +1,67 @@
+"""Parameters of a model as nested dicts with string keys: from and to NNX modules and files."""
+
+from etils import epath
+from flax import nnx, traverse_util
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import replacing
+from cm3leon_jax.stages import differences
+
+
+def structure(make) -> tuple[nnx.GraphDef, nnx.State]:
+  """Splits the module that `make()` returns, without computing anything, for `fill`."""
+  return nnx.split(nnx.eval_shape(make))
+
+
+def to_dict(state: nnx.State) -> dict:
+  """Parameters of a module's state; a list of modules becomes a dict with keys "0", "1", ..."""
+  flat = traverse_util.flatten_dict(nnx.to_pure_dict(state))
+  return traverse_util.unflatten_dict({tuple(map(str, path)): x for path, x in flat.items()})
+
+
+def fill(graphdef: nnx.GraphDef, state: nnx.State, params: dict) -> nnx.Module:
+  """Makes the module of `structure` with `params` in it; cheap, for use inside jitted functions."""
+  flat = {
+    tuple(int(k) if k.isdigit() else k for k in path): x
+    for path, x in traverse_util.flatten_dict(params).items()
+  }
+  state = jax.tree.map(lambda x: x, state)
+  nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(flat))
+  return nnx.merge(graphdef, state)
+
+
+def save(path: epath.PathLike, params: dict) -> None:
+  """Writes a safetensors file, see `io.replacing`; names of tensors are the keys joined by dots."""
+  flat = traverse_util.flatten_dict(jax.device_get(params), sep=".")
+  with replacing(path) as file:
+    file.write(safetensors.save({name: np.asarray(x) for name, x in flat.items()}))
+
+
+def load(path: epath.PathLike, expected: dict, command: str) -> dict:
+  """Reads what `save` wrote, onto the default device.
+
+  Args:
+    path: of the file.
+    expected: parameters or their types, which say the names and shapes that the file must hold.
+    command: makes the file; for messages.
+
+  Raises:
+    UserError: the file is absent or damaged, or it holds other names or shapes.
+  """
+  path = epath.Path(path)
+  if not path.exists():
+    raise UserError(f"{path} does not exist: run `python -m launch.{command}` first.")
+  remedy = f"delete {path.parent} and run `python -m launch.{command}` again"
+  try:
+    flat = safetensors.load(path.read_bytes())
+  except SafetensorError as error:
+    raise UserError(f"{path} is damaged ({error}): {remedy}.") from error
+  expected = traverse_util.flatten_dict(expected, sep=".")
+  shapes = [{name: x.shape for name, x in tensors.items()} for tensors in (flat, expected)]
+  if changed := differences(*shapes):
+    raise UserError(f"{path} does not fit the config beside it ({changed[0]}): {remedy}.")
+  return jax.device_put(traverse_util.unflatten_dict(flat, sep="."))

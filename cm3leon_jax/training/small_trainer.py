@@ -1,0 +1,159 @@
+"""The resumable loop that trains the small models: the image tokenizer (VQGAN) and CLIP.
+
+Their state fits on every device, so only the batch is split, over the batch axes of the mesh. The
+models import this module; it imports neither of them, nor data.
+"""
+
+# n examples, B batch.
+
+from collections.abc import Callable
+import contextlib
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+from etils import epath
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+from tqdm import tqdm
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import plain, read_json, write_json
+from cm3leon_jax.mesh import batch_shards, spec
+from cm3leon_jax.stages import check_same_config, differences
+from cm3leon_jax.training.checkpoint import Checkpoints
+from cm3leon_jax.training.metrics import MetricsLog
+
+FOLDER = "training"
+LOG_EVERY = 10
+
+
+class Examples(Protocol):
+  """Training examples, in memory or on disk."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, rows: np.ndarray) -> Any:
+    """Reads the examples of `rows`, int64 [B]: a tree of host arrays [B, ...]."""
+
+
+def train(
+  name: str,
+  config,
+  about: dict,
+  seed: int,
+  examples: Examples,
+  folder: epath.PathLike,
+  init: Callable[[], dict],
+  step: Callable[[dict, Any, int], tuple[dict, dict]],
+) -> dict:
+  """Trains to `config.steps` on the current mesh, from the newest checkpoint of a killed training.
+
+  A step depends on its number, the seed and the state alone, so a continued training ends bit for
+  bit where it would have ended.
+
+  Args:
+    name: section of the config, for messages.
+    config: its dataclass, with steps, batch_size and checkpoint_every.
+    about: what the result depends on beside config, seed and number of examples.
+    seed: of the order of the examples.
+    examples: at least one batch of them.
+    folder: gets metrics.jsonl and, until `delete_checkpoints`, checkpoints.
+    init: () -> state, a tree of arrays.
+    step: (state, batch, i) -> state, metrics (scalars). Takes step i, from 0 on; may donate state.
+
+  Returns:
+    The last state, on the host.
+
+  Raises:
+    UserError: too few examples, or a batch that the mesh does not divide; the folder holds a
+      training of another config, or a damaged checkpoint.
+  """
+  _check_batch(name, config.batch_size, len(examples))
+  identity = {name: dataclasses.asdict(config), **about, "seed": seed, "examples": len(examples)}
+  del identity[name]["checkpoint_every"]
+  current = jax.sharding.get_mesh()
+  # Automatic axes: the compiler lays out what lies between the batch and the summed gradient.
+  mesh = Mesh(current.devices, current.axis_names)
+  split = NamedSharding(mesh, spec("batch"))
+  checkpoints = _open_checkpoints(name, identity, epath.Path(folder) / FOLDER)
+  with jax.set_mesh(mesh), contextlib.closing(checkpoints):
+    state, first = _restore(name, checkpoints, init)
+    log = MetricsLog(folder, resumed_at=first or None)
+    steps = range(first, config.steps)
+    bar = tqdm(steps, name, config.steps, initial=first, mininterval=1, unit="step")
+    for i in bar:
+      batch = examples[batch_rows(i, len(examples), config.batch_size, seed)]
+      state, metrics = step(state, jax.device_put(batch, split), i)
+      done = i + 1
+      if done % LOG_EVERY == 0 or done == config.steps:
+        values = {key: float(value) for key, value in metrics.items()}
+        log.write(done, values)
+        bar.set_postfix({key: f"{x:.3f}" for key, x in values.items()}, refresh=False)
+      if done % config.checkpoint_every == 0 and done < config.steps:
+        checkpoints.save(state, done, next_row=done * config.batch_size)
+      checkpoints.seal()
+    log.flush()
+    return jax.device_get(state)
+
+
+def _check_batch(name: str, batch_size: int, num_examples: int) -> None:
+  if num_examples < batch_size:
+    raise UserError(
+      f"config.{name}.batch_size is {batch_size}; there are only {num_examples} training images."
+    )
+  if batch_size % batch_shards():
+    raise UserError(
+      f"config.{name}.batch_size is {batch_size}; "
+      f"mesh.data x mesh.fsdp x mesh.fsdp_inner = {batch_shards()} must divide it."
+    )
+
+
+def _restore(name: str, checkpoints: Checkpoints, init) -> tuple[dict, int]:
+  """Returns the state of the newest checkpoint, or of `init`, and how many steps made it."""
+  newest = checkpoints.newest()
+  if newest is None:
+    return jax.device_put(init(), NamedSharding(jax.sharding.get_mesh(), P())), 0
+  print(f"{name}: continues from step {newest}.", flush=True)
+  state, _ = checkpoints.restore(jax.eval_shape(init), newest)
+  return state, newest
+
+
+def _open_checkpoints(name: str, identity: dict, folder: epath.Path) -> Checkpoints:
+  """Opens the checkpoints of the same training; those of another length are deleted."""
+  path = folder / "config.json"
+  if path.exists():
+    stored = read_json(path)
+    changed = differences(stored, plain(identity))
+    if changed and all(change.startswith(f"{name}.steps:") for change in changed):
+      print(
+        f"{name}: starts anew, as the learning rate follows the steps ({changed[0]}).", flush=True
+      )
+      folder.rmtree()
+    else:
+      check_same_config(folder, stored, identity)
+  write_json(path, identity)
+  checkpoints = Checkpoints(folder, keep=2)  # A save needs the one before it until it is whole.
+  checkpoints.discard_unsealed()
+  return checkpoints
+
+
+def delete_checkpoints(folder: epath.PathLike) -> None:
+  """Deletes the checkpoints in `folder`; called once the model is written."""
+  (epath.Path(folder) / FOLDER).rmtree()
+
+
+def batch_rows(step: int, num_examples: int, batch_size: int, seed: int) -> np.ndarray:
+  """Returns the rows that step `step` trains on, int64 [B].
+
+  Every epoch is a new permutation of the examples; what does not fill a batch is left out.
+  """
+  epoch, i = divmod(step, num_examples // batch_size)
+  return _permutation(epoch, num_examples, seed)[i * batch_size : (i + 1) * batch_size]
+
+
+@functools.lru_cache(maxsize=1)
+def _permutation(epoch: int, num_examples: int, seed: int) -> np.ndarray:
+  return np.random.default_rng([seed, epoch]).permutation(num_examples)

@@ -1,0 +1,51 @@
+import json
+
+import numpy as np
+import pytest
+
+from cm3leon_jax import io
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json, write_json
+
+
+def test_write_json_replaces_and_leaves_no_partial_file(tmp_path):
+  path = tmp_path / "deep" / "x.json"
+  write_json(path, {"a": 1})
+  write_json(path, {"a": (np.float32(0.5), "b")})
+  assert json.loads(path.read_text()) == {"a": [0.5, "b"]}
+  assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
+def test_damaged_or_absent_json_is_told(tmp_path):
+  with pytest.raises(UserError, match="does not exist"):
+    read_json(tmp_path / "x.json")
+  (tmp_path / "x.json").write_text("{")
+  with pytest.raises(UserError, match="not valid JSON"):
+    read_json(tmp_path / "x.json")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+  path = tmp_path / "deep" / "a.txt"
+  with io.replacing(path, "w") as file:
+    file.write("ä")
+    assert not path.exists()
+  assert path.read_bytes() == "ä".encode()
+  with pytest.raises(TypeError), io.replacing(path) as file:
+    file.write("text into a binary file")
+  assert path.read_text(encoding="utf-8") == "ä"
+
+
+def test_of_a_growing_file_only_the_last_line_may_be_cut(tmp_path):
+  path = tmp_path / "log.jsonl"
+  assert io.read_json_lines(path) == []
+  path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+  assert io.read_json_lines(path) == [{"step": 1}, {"step": 2}]
+  path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+  with pytest.raises(json.JSONDecodeError):
+    io.read_json_lines(path)
+
+
+def test_digest_literal(tmp_path):
+  (tmp_path / "a").write_bytes(b"abc")
+  assert io.digest(tmp_path / "a").startswith("ba7816bf8f01cfea")
+  assert io.digest(tmp_path / "b") is None

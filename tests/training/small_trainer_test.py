@@ -1,0 +1,154 @@
+"""Properties of the loop of the small trainers, on a linear model."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.training import small_trainer
+from tests.models.tiny import mesh_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  steps: int = 12
+  batch_size: int = 8
+  learning_rate: float = 0.1
+  checkpoint_every: int = 5
+
+
+class Killed(Exception):
+  """Stands for a kill in the middle of training."""
+
+
+@dataclasses.dataclass
+class Examples:
+  """20 examples; the read after `reads_left` others dies. Remembers the rows that were read."""
+
+  reads_left: int = 1_000
+  rows: list = dataclasses.field(default_factory=list)
+
+  def __len__(self):
+    return 20
+
+  def __getitem__(self, rows):
+    self.reads_left -= 1
+    if self.reads_left < 0:
+      raise Killed
+    self.rows.append(rows)
+    x = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    return x[rows], x[rows] @ np.float32([1, -2, 3])
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
+def update(state, batch, learning_rate, i):
+  x, y = batch
+  loss, gradient = jax.value_and_grad(lambda w: jnp.mean((x @ w - y) ** 2))(state["w"])
+  noise = 1e-3 * jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (3,))
+  return {"w": state["w"] - learning_rate * gradient + noise}, {"loss": loss}
+
+
+def train(folder, config=Config(), examples=None, seed=0, devices=(1, 1, 1), shapes=None):
+  def step(state, batch, i):
+    if shapes is not None:
+      shapes.append([x.sharding.shard_shape(x.shape) for x in batch])
+    return update(state, batch, config.learning_rate, i)
+
+  init = lambda: {"w": jnp.zeros(3)}
+  examples = examples or Examples()
+  with jax.set_mesh(mesh_of(*devices)):
+    return small_trainer.train("clip", config, {}, seed, examples, folder, init, step)["w"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  return train(tmp_path_factory.mktemp("whole"))
+
+
+def kill_in_step_11(folder):
+  with pytest.raises(Killed):
+    train(folder, examples=Examples(reads_left=11))
+
+
+def test_a_killed_training_continues_bit_for_bit(tmp_path, whole):
+  kill_in_step_11(tmp_path)
+  rest = Examples()
+  np.testing.assert_array_equal(train(tmp_path, examples=rest), whole)
+  assert len(rest.rows) == 2  # Steps 10 and 11: the state of step 10 was kept.
+  lines = read_json_lines(tmp_path / "metrics.jsonl")
+  assert [line["step"] for line in lines] == [10, 10, 12]
+  assert lines[1]["event"] == "resumed"
+  small_trainer.delete_checkpoints(tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+  assert (train(tmp_path / "other", seed=1) != whole).any()
+
+
+def test_how_often_a_state_is_kept_may_change(tmp_path, whole):
+  kill_in_step_11(tmp_path)
+  rest = Examples()
+  changed = dataclasses.replace(Config(), checkpoint_every=7)
+  np.testing.assert_array_equal(train(tmp_path, changed, rest), whole)
+  assert len(rest.rows) == 2
+
+
+def test_another_training_is_refused_and_another_length_starts_anew(tmp_path, capsys):
+  kill_in_step_11(tmp_path)
+  for config, seed, change in (
+    (dataclasses.replace(Config(), learning_rate=0.2), 0, r"clip\.learning_rate: 0\.1 -> 0\.2"),
+    (dataclasses.replace(Config(), steps=13), 1, r"clip\.steps: 12 -> 13; seed: 0 -> 1"),
+  ):
+    with pytest.raises(UserError, match=change):
+      train(tmp_path, config, seed=seed)
+  longer = Examples()
+  train(tmp_path, dataclasses.replace(Config(), steps=13), longer)
+  assert len(longer.rows) == 13
+  assert "starts anew" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path):
+  kill_in_step_11(tmp_path)
+  files = (tmp_path / small_trainer.FOLDER / "checkpoints" / "10").rglob("*")
+  largest = max((p for p in files if p.is_file()), key=lambda p: p.stat().st_size)
+  data = largest.read_bytes()
+  largest.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+  with pytest.raises(UserError, match="is damaged"):
+    train(tmp_path)
+
+
+def test_a_state_that_was_not_whole_does_not_count(tmp_path, whole):
+  kill_in_step_11(tmp_path)
+  (tmp_path / small_trainer.FOLDER / "checkpoints.digests" / "10.json").unlink()
+  rest = Examples()
+  np.testing.assert_array_equal(train(tmp_path, examples=rest), whole)
+  assert len(rest.rows) == 7  # Steps 5 to 11.
+
+
+@pytest.mark.parametrize("devices", [(2, 4, 1), (1, 2, 2), (2, 1, 1, 2)])
+def test_the_batch_is_split_over_the_mesh(tmp_path, whole, devices):
+  shapes = []
+  found = train(tmp_path, devices=devices, shapes=shapes)
+  np.testing.assert_allclose(found, whole, rtol=1e-5)
+  parts = int(np.prod(devices)) // (devices[2])
+  assert shapes == [[(8 // parts, 3), (8 // parts,)]] * 12
+
+
+def test_batches_that_cannot_be_are_refused(tmp_path):
+  with pytest.raises(UserError, match=r"config\.clip\.batch_size is 21; there are only 20"):
+    train(tmp_path, dataclasses.replace(Config(), batch_size=21))
+  with pytest.raises(UserError, match=r"config\.clip\.batch_size is 6; .* = 4 must divide it"):
+    train(tmp_path, dataclasses.replace(Config(), batch_size=6), devices=(1, 4, 1))
+
+
+def test_an_epoch_visits_every_example_once():
+  rows = [small_trainer.batch_rows(step, 20, 5, 7) for step in range(8)]
+  epochs = [np.concatenate(rows[:4]), np.concatenate(rows[4:])]
+  assert [sorted(epoch) for epoch in epochs] == [list(range(20))] * 2
+  assert (epochs[0] != epochs[1]).any()
+  assert (small_trainer.batch_rows(0, 20, 5, 8) != rows[0]).any()
+  literal = np.random.default_rng([7, 1]).permutation(20)[5:10]
+  np.testing.assert_array_equal(rows[5], literal)  # The order of published runs stays.
