@@ -36,7 +36,8 @@ class DataConfig:
     condition_dropout: share of the remaining samples with an image whose caption and neighbors give way to one
       sentinel: what the unconditional stream of guidance sees (tutorial: 10%; the paper drops nothing).
     mean_spans: lambda of the Poisson distribution of the number of spans; 0 trains plain causal prediction.
-    whole_segment_rate: probability that a sample's spans are whole segments.
+    whole_segment_rate: probability that a sample's spans are whole segments, where it has several
+      segments.
     neighbor_loss_weight: weight of the loss on neighbors (CM3Leon 1, RA-CM3 0.1).
     text_share: share of slots that text-only documents get.
     interleaved_share: share of slots that documents of several texts and images get; pairs get the rest.
