@@ -24,10 +24,12 @@ def segment_bounds(segment_lengths) -> list[tuple[int, int]]:
 def draw_spans(
   segment_lengths, num_spans: int, whole_segments: bool, rng: np.random.Generator
 ) -> tuple[tuple[int, int], ...]:
-  """Draws at most `num_spans` disjoint spans, none of which crosses `<break>` or `</s>`.
+  """Draws at most `num_spans` disjoint spans that leave context and never cross `<break>` or `</s>`.
 
-  Free spans are drawn as in CM3Leon's released code: two uniform points of the whole sample, clipped to the segment
-  that they cover most; candidates that are empty or meet a span already drawn are passed over.
+  Free spans are drawn as in CM3Leon's released code: two uniform points of the whole sample, clipped
+  to the segment that they cover most. Candidates that are empty, meet a span already drawn or would
+  mask the last content token that remains are passed over. Whole segments leave at least one
+  segment; a sample of one segment gets free spans instead.
 
   Args:
     segment_lengths: lengths of all segments of the joined sample, neighbors included.
@@ -39,10 +41,11 @@ def draw_spans(
     Half-open ranges of the joined sample in ascending order; possibly fewer than `num_spans`, possibly none.
   """
   bounds = segment_bounds(segment_lengths)
-  if whole_segments:
-    chosen = rng.permutation(len(bounds))[:num_spans].tolist()
+  if whole_segments and len(bounds) > 1:
+    chosen = rng.permutation(len(bounds))[: min(num_spans, len(bounds) - 1)].tolist()
     return tuple(sorted(bounds[i] for i in chosen))
   total = bounds[-1][1] + 1
+  context = sum(end - start for start, end in bounds)
   spans: list[tuple[int, int]] = []
   for _ in range(num_spans**2):
     low, high = sorted((int(rng.random() * (total + 1)), int(rng.random() * (total + 1))))
@@ -50,8 +53,10 @@ def draw_spans(
     for a, b in bounds:
       if min(high, b) - max(low, a) > end - start:
         start, end = max(low, a), min(high, b)
-    if start < end and all(end <= a or b <= start for a, b in spans):
+    apart = all(end <= a or b <= start for a, b in spans)
+    if apart and 0 < end - start < context:
       spans.append((start, end))
+      context -= end - start
     if len(spans) == num_spans:
       break
   return tuple(sorted(spans))

@@ -35,7 +35,8 @@ class DataConfig:
   neighbor_sampling: typing.Literal["fixed", "paper", "uniform", "best"] = "fixed"
   """Choice among a document's candidates, in random order. `fixed`: any K; `paper`: three of the
   first four (CM3Leon, section 2.1), so K must be 3; `uniform`: any, their number uniform in {0,
-  ..., K} (RA-CM3); `best`: the first K, best first, as at inference. Fewer where fewer candidates were kept."""
+  ..., K} (RA-CM3); `best`: the first K, best first, as at inference. Fewer where fewer
+  candidates were kept."""
   neighbor_dropout: typing.Annotated[float, Field(ge=0, le=1)] = 0.1
   """Share of samples that get no neighbors, so that the model also works without a bank."""
   condition_dropout: typing.Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -45,7 +46,7 @@ class DataConfig:
   mean_spans: NonNegativeFloat = 1.0
   """Lambda of the Poisson distribution of the number of spans; 0: plain causal prediction."""
   whole_segment_rate: typing.Annotated[float, Field(ge=0, le=1)] = 0.5
-  """Probability that a sample's spans are whole segments."""
+  """Probability that the spans of a sample with several segments are whole segments."""
   neighbor_loss_weight: NonNegativeFloat = 1.0
   """Weight of the loss on neighbors (CM3Leon 1, RA-CM3 0.1)."""
   text_share: typing.Annotated[float, Field(ge=0, le=1)] = 0.7

@@ -154,8 +154,11 @@ def export(
   folder.mkdir(parents=True, exist_ok=True)
   described = hf_config(config, vocab)
   write_json(folder / "config.json", described)
-  ids = {name: described[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-  write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+  # A document ends at </s>, an infill (a caption, an answer) at <eoss>. config.json can name only
+  # one of them, so this file must not be marked as made from it ("_from_model_config").
+  ids = {"pad_token_id": vocab.pad, "bos_token_id": vocab.eos}
+  ids["eos_token_id"] = [vocab.eos, vocab.eoss]
+  write_json(folder / "generation_config.json", ids)
   if tokenizer_folder is not None:
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
       (folder / name).write_text((epath.Path(tokenizer_folder) / name).read_text())

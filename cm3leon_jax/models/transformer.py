@@ -17,6 +17,7 @@ from cm3leon_jax.models.config import ModelConfig
 
 POSITION_RATIO = 1 / 30  # Positions start at this share of init_std: 0.0002 (CM3Leon, section 2.3).
 ROPE_BASE = 10_000.0
+LOOKED_UP = ("embed", "positions")  # Parameters that are tables of `look_up`.
 
 
 def _param(rngs: nnx.Rngs, shape, axes, std: float) -> nnx.Param:
@@ -130,6 +131,44 @@ def apply_block(config: ModelConfig, params: dict, x, positions, attend: Callabl
   return x + product("BLF,FD->BLD", up, params["down"], act)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(table, ids, dtype: str):
+  """Looks up rows of a table in `dtype`; sums the table's gradient over tokens and devices in fp32.
+
+  The gradient of a token's row has a summand for each place where the token occurs. Summed in
+  bfloat16, the row of a token that occurs 770 times is off by 4 to 10%.
+
+  Args:
+    table: [V, D] laid out as it is stored.
+    ids: [B, L] int32.
+    dtype: of the rows; the table is gathered over fsdp in it.
+
+  Returns:
+    [B, L, D] in `dtype`.
+  """
+  return _rows(table.astype(dtype), ids)
+
+
+def _rows(table, ids):
+  # Gathering the fsdp shards first keeps XLA from rematerializing the whole table; rows stay split
+  # over tensor.
+  return gathered(table).at[ids].get(out_sharding=spec("batch", "length", "act"))
+
+
+def _look_up_forward(table, ids, dtype):
+  return look_up(table, ids, dtype), (table, ids)
+
+
+def _look_up_backward(dtype, kept, cotangent):
+  table, ids = kept
+  wide = attention.wide(table.dtype)
+  _, transposed = jax.vjp(functools.partial(_rows, ids=ids), table.astype(wide))
+  return transposed(cotangent.astype(wide))[0].astype(table.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
 class Transformer(nnx.Module):
   """Embeddings, `num_layers` blocks stacked on a leading layer axis, final norm, output table."""
 
@@ -154,12 +193,9 @@ class Transformer(nnx.Module):
 
   def embed_tokens(self, tokens, positions):
     """[B, L] int32 ids and positions -> [B, L, D] in the compute dtype."""
-    dtype = jnp.dtype(self.config.dtype)
-    out = spec("batch", "length", "act")
-    # Gathering the fsdp shards first keeps XLA from rematerialising the whole table; rows stay split over tensor.
-    x = gathered(self.embed[...].astype(dtype)).at[tokens].get(out_sharding=out)
+    x = look_up(self.embed[...], tokens, self.config.dtype)
     if self.config.family == "opt":
-      x = x + gathered(self.positions[...].astype(dtype)).at[positions].get(out_sharding=out)
+      x = x + look_up(self.positions[...], positions, self.config.dtype)
     return x
 
   def stored_table(self):

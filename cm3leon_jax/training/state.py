@@ -57,7 +57,9 @@ def train_step(
   """
   total = jnp.maximum(jnp.sum(batch["loss_weights"]), 1e-9)
   # Cast here and not where they are used: gradients are then kept in the compute dtype, in which they were summed.
-  params = jax.tree.map(lambda x: x.astype(jnp.dtype(config.dtype)), state.params)
+  # Tables are cast where their rows are looked up: their gradients are summed and kept in fp32.
+  layers = {name: x for name, x in state.params.items() if name not in transformer.LOOKED_UP}
+  params = {**state.params, **jax.tree.map(lambda x: x.astype(config.dtype), layers)}
 
   def loss_fn(params, part):
     value, nll = loss.batch_nll(transformer.bind(config, params), part, z_loss)

@@ -76,8 +76,31 @@ def test_spans_are_disjoint_and_never_cross_a_boundary(sample):
   for start, end in spans:
     assert start < end
     assert not np.isin(tokens[start:end], [BRK, EOS]).any()
-    if whole:
+    if whole and len(lengths) > 1:
       assert (start, end) in cm3.segment_bounds(lengths)
+
+
+@settings(max_examples=300, deadline=None)
+@given(samples)
+def test_some_content_always_stays_as_context(sample):
+  lengths, num_spans, whole, seed = sample
+  spans = cm3.draw_spans(lengths, num_spans, whole, np.random.default_rng(seed))
+  assert sum(end - start for start, end in spans) < sum(lengths)
+  if whole and len(lengths) > 1:
+    assert len(spans) == min(num_spans, len(lengths) - 1)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_single_text_is_masked_in_part(whole):
+  draws = [cm3.draw_spans([20], 1, whole, np.random.default_rng(seed)) for seed in range(500)]
+  assert all(spans != ((1, 21),) for spans in draws)
+  assert np.mean([len(spans) for spans in draws]) > 0.9
+  assert cm3.draw_spans([1], 8, whole, np.random.default_rng(0)) == ()
+
+
+def test_whole_segments_of_a_pair_are_its_caption_or_its_image():
+  draws = [cm3.draw_spans([3, 4], n, True, np.random.default_rng(n)) for n in range(1, 60)]
+  assert set(draws) == {((1, 4),), ((5, 9),)}
 
 
 def test_draws_reach_every_content_token_and_both_lengths_of_span():

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.data import LengthStore, made_up_sources
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.cm3 import OVERHEAD
+from cm3leon_jax.data.cm3 import OVERHEAD, segment_bounds
 from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.data.plan import (
   DataConfig,
@@ -197,6 +197,51 @@ def test_rates_of_drops(sources):
   alone = np.mean([not p.neighbors and not p.dropped for p in plans])
   assert abs(dropped - 0.09) < 0.02
   assert abs(alone - 0.10) < 0.02
+
+
+def span_plans(lengths, is_image, number=4_000, **fields):
+  """Plans of one document without candidates, a generator each."""
+  config = DataConfig(sequence_length=4_096, condition_dropout=0.0, **fields)
+  return [
+    plan_sample(lengths, is_image, [], np.random.default_rng(seed), config, 27)
+    for seed in range(number)
+  ]
+
+
+def test_the_number_of_spans_is_poisson():
+  """A sample of 30 segments has room for up to 29 whole ones, so that every span drawn is kept."""
+  plans = span_plans([5] * 30, [False] * 30, whole_segment_rate=1.0)
+  counts = Counter(len(plan.spans) for plan in plans)
+  for n, share in enumerate((0.368, 0.368, 0.184, 0.061, 0.015)):
+    assert counts[n] / len(plans) == pytest.approx(share, abs=0.025), n
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
+def test_spans_are_whole_segments_at_the_configured_rate(rate):
+  bounds = segment_bounds([40, 50, 60])
+  plans = span_plans([40, 50, 60], [False, True, True], whole_segment_rate=rate)
+  masked = [plan for plan in plans if len(plan.spans) == 1]
+  whole = np.mean([plan.spans[0] in bounds for plan in masked])
+  assert len(masked) > 1_000
+  # A free span may happen to be a whole segment: both of its points beyond the ends of it.
+  assert rate - 0.05 < whole < rate + (1 - rate) * 0.25 + 0.05
+
+
+@pytest.mark.parametrize(("lengths", "is_image"), [([30], [False]), ([4, 16], [False, True])])
+def test_a_sample_is_never_masked_whole(lengths, is_image):
+  plans = span_plans(lengths, is_image, number=1_000)
+  assert max(sum(end - start for start, end in plan.spans) for plan in plans) < sum(lengths)
+  assert 0.55 < np.mean([len(plan.spans) > 0 for plan in plans]) < 0.65  # 1 - 1/e is 0.63.
+
+
+def test_a_conditioning_drop_leaves_nothing_but_an_image():
+  config = DataConfig(condition_dropout=1.0, neighbor_dropout=0.0)
+  plan = lambda lengths, is_image: plan_sample(
+    lengths, is_image, [[4, 16]] * 3, np.random.default_rng(0), config, 27
+  )
+  assert plan([4, 16], [False, True]) == ((), True, (), 20, 0, 0)
+  assert not plan([4], [False]).dropped
+  assert not plan([4, 16, 4], [False, True, False]).dropped, "no image at its end"
 
 
 def test_row_is_the_same_whatever_was_read_before(sources):

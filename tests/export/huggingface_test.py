@@ -81,7 +81,7 @@ def test_every_weight_is_compared(exported):
 
 
 def test_loads_without_surprises(exported):
-  """Nothing is missing or left over, and transformers pads and ends with our ids."""
+  """Nothing is missing or left over, and transformers pads and begins with our ids."""
   pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
   folder, _, model_config, summary = exported
@@ -91,8 +91,25 @@ def test_loads_without_surprises(exported):
   assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
   assert type(model).__name__ == summary["architecture"]
   ids = model.generation_config
-  assert (ids.pad_token_id, ids.bos_token_id, ids.eos_token_id) == (VOCAB.pad, VOCAB.eos, VOCAB.eos)
+  assert (ids.pad_token_id, ids.bos_token_id) == (VOCAB.pad, VOCAB.eos)
   assert model.config.vocab_size == model_config.vocab_size
+
+
+def test_generation_stops_at_the_end_of_a_document_and_of_an_infill(exported):
+  """Forces the next token: `generate` stops after </s> and <eoss>, and not after <break>."""
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  folder = str(exported[0])
+  config = transformers.GenerationConfig.from_pretrained(folder)
+  assert config.eos_token_id == [VOCAB.eos, VOCAB.eoss]
+  model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+  prompt = torch.tensor([[VOCAB.eos, 9, 10]])
+  for token, generated in ((VOCAB.eos, 1), (VOCAB.eoss, 1), (VOCAB.brk, 4)):
+    bias = {"sequence_bias": {(token,): 1e4}}
+    found = model.generate(
+      prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=4, **bias
+    )
+    assert found[0, 3:].tolist() == [token] * generated
 
 
 def test_positions_stand_two_rows_down():
