@@ -16,7 +16,7 @@ from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.data.plan import RowPlan, Source
 from cm3leon_jax.data.plan_statistics import describe, plan_statistics, room_for_neighbors
-from cm3leon_jax.decoding.draw import sample_drawer
+from cm3leon_jax.generation.heldout import sample_grids
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.training.profile import parse_steps
@@ -128,7 +128,7 @@ def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool 
       loader = open_rows(settings, workdir, "train", write_starts=distributed.is_first())
       heldout = open_rows(settings, workdir, "heldout")
       summary.update(rows=look_at_rows(loader.plan))
-      draw = sample_drawer(settings, workdir, folder / "samples")
+      draw = sample_grids(settings, workdir, folder / "samples")
     result = train(
       folder,
       settings.model,

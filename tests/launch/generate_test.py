@@ -18,7 +18,7 @@ from cm3leon_jax.decoding import draw
 from cm3leon_jax.reports import summary
 from cm3leon_jax.training import checkpoint
 from tests.data.stores import VOCAB
-from tests.decoding.run import SETTINGS, make_run, one_device
+from tests.generation.run import SETTINGS, make_run, one_device
 from tests.models.tiny import random_params
 
 

@@ -10,11 +10,11 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import draw, jobs
 from cm3leon_jax.decoding.asks import TASKS, Ask
-from cm3leon_jax.decoding.generate import Generator, Result, sample_seed
+from cm3leon_jax.decoding.generator import Generator, Result, sample_seed
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.tokenizers import vqgan
 from tests.data.stores import VOCAB
-from tests.decoding.run import SETTINGS, one_device
+from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import random_params
 
 SAMPLING = SETTINGS.sampling

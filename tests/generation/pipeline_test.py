@@ -15,7 +15,7 @@ from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.retrieval.bank import Embeddings
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.data.stores import VOCAB
-from tests.decoding.run import SETTINGS
+from tests.generation.run import SETTINGS
 
 COLUMNS = [(2, SETTINGS.sampling)]
 
