@@ -20,6 +20,7 @@ from cm3leon_jax.decoding.generator import GeneratorConfig, sample_seed
 from cm3leon_jax.decoding.grammar import Grammar, plan_array
 from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.generation.tasks import document_segments
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.xla_options import DECODE_OPTIONS
 from tests.decoding.small import (
@@ -292,7 +293,7 @@ def letters(ids) -> str:
 
 
 def test_documents_obey_their_format_and_length(plain_generator):
-  """Texts and images in turn, of at most so many tokens; segments_of returns the whole document."""
+  """Texts and images in turn, of at most so many tokens; document_segments returns the whole document."""
   segment, length = "(t+|i{6})", 24
   cases = [
     (request_lib.document(VOCAB, IMAGE, [], length), rf"{segment}(b{segment})*e", []),
@@ -314,7 +315,7 @@ def test_documents_obey_their_format_and_length(plain_generator):
       assert re.fullmatch(pattern, text)
       assert len(text) <= length
       seen |= set(re.findall(r"i{6}|b|t", text))
-      segments = prompts.segments_of(VOCAB, request, result.ids)
+      segments = document_segments(VOCAB, request, result.ids)
       # Joined again they are the prompt and what followed.
       whole = np.concatenate([request.streams[0], result.ids])
       joined = np.concatenate([[part] for s in segments for part in (VOCAB.brk, *s)], axis=None)
@@ -336,7 +337,7 @@ def test_infill_of_text_and_image(plain_generator):
   assert tail[0] == VOCAB.mask(1)
   assert VOCAB.is_image(tail[1:4]).all()
   assert tail[4:].tolist() == [VOCAB.eoss]
-  found = prompts.segments_of(VOCAB, request, result.ids)
+  found = document_segments(VOCAB, request, result.ids)
   np.testing.assert_array_equal(np.concatenate(found[:2]), np.concatenate([B, OTHER]))
   text, image = found[2:]
   np.testing.assert_array_equal(np.delete(text, range(3, len(text) - 1)), [*A, *B])

@@ -109,7 +109,9 @@ def test_int8_is_near(family):
 def test_a_sampler_compiles_for_its_candidates():
   sampling = SamplingConfig(top_k=5, text_top_k=9, contrastive_k=3)
   assert Sampler.of(sampling) == (5, 9, 0)
-  assert Sampler.of(
-    SamplingConfig(method="mixture", top_k=5, text_top_k=0, contrastive_k=3)
-  ) == (5, 0, 3)
+  assert Sampler.of(SamplingConfig(method="mixture", top_k=5, text_top_k=0, contrastive_k=3)) == (
+    5,
+    0,
+    3,
+  )
   assert IMAGE > 5

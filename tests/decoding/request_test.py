@@ -9,7 +9,8 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.cm3 import apply_cm3_mask
-from cm3leon_jax.decoding import grammar, prompts
+from cm3leon_jax.decoding import grammar
+from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.grammar import (
   AFTER_IMAGE,
   CODES,
@@ -24,6 +25,7 @@ from cm3leon_jax.decoding.grammar import (
 )
 from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.generation.tasks import document_segments
 from cm3leon_jax.vocab import VocabLayout
 
 VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
@@ -49,7 +51,9 @@ def test_text_to_image():
   assert streams(request) == [[EOS, 15, 16, BRK, *PICTURE, BRK, 17, 18, BRK], [EOS, M0, BRK]]
   assert request.plan == DRAWN
   assert request.positions == 12 + IMAGE + 1
-  kept = request_lib.text_to_image(VOCAB, IMAGE, [17, 18], [([15, 16], PICTURE)], keep=True)
+  kept = request_lib.text_to_image(
+    VOCAB, IMAGE, [17, 18], [([15, 16], PICTURE)], keep_neighbors=True
+  )
   assert streams(kept)[1] == [EOS, 15, 16, BRK, *PICTURE, BRK, M0, BRK]
   assert streams(request_lib.unconditional(VOCAB, IMAGE)) == [[EOS, M0, BRK]]
   assert request_lib.unconditional(VOCAB, IMAGE).plan == DRAWN
@@ -69,7 +73,7 @@ def test_infill():
   request = request_lib.infill(VOCAB, IMAGE, [([17, 18],), ([271], Hole(codes=2), [274])])
   assert streams(request) == [
     [EOS, 17, 18, BRK, 271, M0, 274, EOS, M0],
-    [EOS, M1, BRK, 271, M0, 274, EOS, M0],
+    [EOS, 271, M0, 274, EOS, M0],
   ]
   assert request.plan == (Part(CODES, 2), Part(EOSS))
   caption = request_lib.infill(VOCAB, IMAGE, [(Hole(most_text=9),), (PICTURE,)], [([15],)])
@@ -78,6 +82,18 @@ def test_infill():
   several = request_lib.infill(VOCAB, IMAGE, [([17], Hole(most_text=3)), (Hole(codes=3), [274])])
   assert streams(several) == [[EOS, 17, M0, BRK, M1, 274, EOS, M0]]
   assert several.plan == (Part(TEXT, 3), Part(MASK, 1), Part(CODES, 3), Part(EOSS))
+
+
+def test_the_unconditional_stream_of_an_infill_numbers_its_holes_as_training_does():
+  """Several holes, a text before the image and a text after it: only the image remains."""
+  image = ([271], Hole(codes=1), [273], Hole(codes=1))
+  document = [([17, 18],), image, ([19],)]
+  request = request_lib.infill(VOCAB, IMAGE, document, [([15], PICTURE)])
+  tokens = np.array([EOS, *PICTURE, EOS], np.int32)
+  trained = apply_cm3_mask(tokens, [(2, 3), (4, 5)], VOCAB)
+  answer = [PICTURE[1], EOSS_ID, M1, PICTURE[3], EOSS_ID]
+  assert [*request.streams[1], *answer] == trained.tolist()
+  assert request.plan == request_lib.infill(VOCAB, IMAGE, [image]).plan
 
 
 def test_document():
@@ -101,9 +117,11 @@ def test_weights_of_the_streams():
   )
   draw, alone = request_lib.text_to_image(VOCAB, 3, [17]), request_lib.unconditional(VOCAB, 3)
   edit = request_lib.edit(VOCAB, 4, [15], PICTURE, [17])
-  np.testing.assert_array_equal(alone.guidance(sampling, 3), np.ones((4, 1)))
-  np.testing.assert_array_equal(draw.guidance(sampling, 3), [[1, 0], [2, -1], [3, -2], [3, -2]])
-  weights = edit.guidance(sampling, 4)
+  np.testing.assert_array_equal(alone.guidance_weights(sampling, 3), np.ones((4, 1)))
+  np.testing.assert_array_equal(
+    draw.guidance_weights(sampling, 3), [[1, 0], [2, -1], [3, -2], [3, -2]]
+  )
+  weights = edit.guidance_weights(sampling, 4)
   np.testing.assert_allclose(weights[[0, 3, 4]], [[1, 0, 0], [7.5, -6, -0.5], [7.5, -6, -0.5]])
   np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-6)
 
@@ -144,16 +162,16 @@ def test_an_infill_with_its_answer_is_the_document_as_cm3_trained_it(made):
   prompt, answer = np.split(trained, [len(request.streams[0])])
   np.testing.assert_array_equal(request.streams[0], prompt)
   assert len(answer) <= grammar.longest(request.plan)
-  assert [s.tolist() for s in prompts.segments_of(VOCAB, request, answer)] == segments
+  assert [s.tolist() for s in document_segments(VOCAB, request, answer)] == segments
   # Control: another answer is another document.
   answer[0] += 1 if answer[0] != 263 else -1
-  assert [s.tolist() for s in prompts.segments_of(VOCAB, request, answer)] != segments
+  assert [s.tolist() for s in document_segments(VOCAB, request, answer)] != segments
 
 
 @pytest.mark.parametrize("end", [EOS, BRK])
 def test_segments_of_what_is_no_infill(end):
   found = lambda request, ids: [
-    s.tolist() for s in prompts.segments_of(VOCAB, request, np.array(ids))
+    s.tolist() for s in document_segments(VOCAB, request, np.array(ids))
   ]
   draw = request_lib.text_to_image(VOCAB, IMAGE, [17, 18], [([15], PICTURE)])
   assert found(draw, [*PICTURE[::-1], end]) == [[15], PICTURE, [17, 18], PICTURE[::-1]]
@@ -188,8 +206,14 @@ TEXT_HOLE, IMAGE_HOLE = Hole(most_text=2), Hole(codes=IMAGE)
       lambda: request_lib.infill(VOCAB, IMAGE, [([271, 272, 273], Hole(most_text=1))]),
       "filled with its codes",
     ),
-    (lambda: request_lib.infill(VOCAB, IMAGE, [([17], Hole(codes=2))]), "mixes text and image codes"),
-    (lambda: request_lib.infill(VOCAB, IMAGE, [([17], TEXT_HOLE, TEXT_HOLE)]), "stand side by side"),
+    (
+      lambda: request_lib.infill(VOCAB, IMAGE, [([17], Hole(codes=2))]),
+      "mixes text and image codes",
+    ),
+    (
+      lambda: request_lib.infill(VOCAB, IMAGE, [([17], TEXT_HOLE, TEXT_HOLE)]),
+      "stand side by side",
+    ),
     (lambda: request_lib.infill(VOCAB, IMAGE, [([271], IMAGE_HOLE)]), "has 5 codes"),
     (
       lambda: request_lib.infill(VOCAB, IMAGE, [([17, 271], TEXT_HOLE)]),

@@ -25,9 +25,7 @@ def test_contact_sheet_holds_texts_beside_images():
   image = np.full((64, 64, 3), 255, np.uint8)
   sheet = np.asarray(writer.contact_sheet([[image, "a red apple"], ["alone"]], ["", ""]))
   step, left = 128 + writer.GAP, writer.LABEL_WIDTH
-  written = lambda i, j: (
-    sheet[writer.GAP + i * step :, left + j * step :][:128, :128] < 128
-  ).any()
+  written = lambda i, j: (sheet[writer.GAP + i * step :, left + j * step :][:128, :128] < 128).any()
   assert [[written(i, j) for j in range(2)] for i in range(2)] == [[False, True], [True, False]]
   assert writer.contact_sheet([["only", "texts"]], [""]).size == (
     left + 2 * step,

@@ -57,7 +57,10 @@ from cm3leon_jax.generation.prompt_file import TASKS, make_task, pair, read
       {"task": "unconditional", "retrieve": 2},
       "task unconditional takes no retrieve: leave '2' out, or name a task that takes retrieve.",
     ),
-    ({"prompt": "cat", "length": 9}, "task text_to_image takes no length: leave '9' out, or name a task that takes length."),
+    (
+      {"prompt": "cat", "length": 9},
+      "task text_to_image takes no length: leave '9' out, or name a task that takes length.",
+    ),
     ({"task": "interleaved", "length": -1}, r"length is -1; it must lie in \[0, 2\^32\)."),
     ({"prompt": "cat", "seed": -1}, r"seed is -1; it must lie in \[0, 2\^32\)."),
     ({"prompt": "cat", "retrieve": -1}, r"retrieve is -1; it must lie in"),
@@ -80,7 +83,10 @@ def test_every_task_has_a_name_of_its_own_and_documents_its_fields():
 
 def test_prompts_and_images_are_paired():
   prompts = [{"prompt": "p"}, {"prompt": "q"}]
-  assert pair(["p", "q"], ["a", "b"]) == [{**prompts[0], "image": "a"}, {**prompts[1], "image": "b"}]
+  assert pair(["p", "q"], ["a", "b"]) == [
+    {**prompts[0], "image": "a"},
+    {**prompts[1], "image": "b"},
+  ]
   assert pair(["p", "q"], ["a"]) == [{**fields, "image": "a"} for fields in prompts]
   assert pair([], ["a", "b"]) == [{"image": "a"}, {"image": "b"}]
   assert pair([], []) == [{}]
