@@ -11,8 +11,6 @@ from cm3leon_jax.commands import train
 from cm3leon_jax.config import UserError
 from cm3leon_jax.settings import default_config, settings_from_config
 from tests.data.stores import VOCAB, make_sources
-from tests.launch.stages_before import make_workdir
-from tests.launch.tiny_config import get_config
 from tests.retrieval.stores import write_neighbors
 
 
@@ -109,15 +107,3 @@ def test_steps_that_cannot_be_traced_are_told_before_anything_starts(workdir):
   with pytest.raises(UserError, match=r"--profile_steps is '5'; it must be FIRST:LAST"):
     train.main(settings_with(), workdir, profile_steps="5")
   assert not (workdir / "train").exists()
-
-
-def test_training_reads_no_raw_data(tmp_path):
-  """Sample grids come from the document stores: raw/ may be deleted once they are made."""
-  config = get_config()
-  config.train.update({"steps": 2, "sample_every": 1, "eval_every": 2, "checkpoint_every": 2})
-  settings = settings_from_config(config)
-  make_workdir(tmp_path, settings)
-  assert not (tmp_path / "raw").exists()
-  train.main(settings, epath.Path(tmp_path))
-  names = [path.name for path in sorted((tmp_path / "train" / "samples").iterdir())]
-  assert names == ["step_000001.png", "step_000002.png"]
