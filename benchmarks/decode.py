@@ -17,12 +17,11 @@ import numpy as np
 
 from benchmarks import decode_peers as peers_lib
 from benchmarks.train_step import measured_peak
-from cm3leon_jax.decoding import decode, grammar, weights
-from cm3leon_jax.decoding import prompts as prompts_lib
-from cm3leon_jax.decoding.batch import prompt_arrays, stream_widths
+from cm3leon_jax.decoding import params as params_lib
+from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.cache import DTYPES as CACHE_DTYPES
-from cm3leon_jax.decoding.generate import Generator, GeneratorConfig
-from cm3leon_jax.decoding.grammar import Grammar
+from cm3leon_jax.decoding.compile import prefill_function
+from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.vocab import VocabLayout
@@ -32,7 +31,7 @@ _RUNS = flags.DEFINE_integer(
 )
 _PEERS = flags.DEFINE_bool("peers", True, "Time torch and transformers, too.")
 _WEIGHT_DTYPE = flags.DEFINE_enum(
-  "weight_dtype", "compute", weights.DTYPES, "Of this project's weights."
+  "weight_dtype", "compute", params_lib.DTYPES, "Of this project's weights."
 )
 _CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "compute", CACHE_DTYPES, "Of this project's cache.")
 
@@ -51,7 +50,7 @@ def ours(params, image_head: bool) -> peers_lib.Peer:
   )
 
   def run(prompts, seed):
-    requests = [prompts_lib.text_to_image(VOCAB, NEW_TOKENS, p[1:-1]) for p in prompts]
+    requests = [request_lib.text_to_image(VOCAB, NEW_TOKENS, p[1:-1]) for p in prompts]
     found = generator.generate(requests, range(seed, seed + len(prompts)))
     return np.stack([r.codes(VOCAB) for r in found])
 
@@ -73,30 +72,23 @@ def step_bytes(params, image_head: bool, prompts) -> float:
   """Bytes of fp32 weights, and of keys and values at half the image, that a step has to read."""
   block_bytes = sum(x.nbytes for x in jax.tree.leaves(params["blocks"]))
   head_bytes = (VOCAB.image_size if image_head else VOCAB.size) * MODEL.width * 4
-  unconditional = len(prompts_lib.unconditional_prompt(VOCAB))
+  unconditional = len(request_lib.unconditional_prompt(VOCAB))
   slots = sum(len(p) + unconditional + NEW_TOKENS for p in prompts)
   return block_bytes + head_bytes + 2 * MODEL.num_layers * slots * MODEL.width * 4
 
 
 def prefill_seconds(params, prompts, repeats: int = 9) -> tuple[float, int]:
   """Median seconds of a prefill, and the tokens that it reads."""
-  made = weights.prepare(params, config=MODEL, vocab=VOCAB)
-  requests = [prompts_lib.text_to_image(VOCAB, NEW_TOKENS, p[1:-1]) for p in prompts]
-  arrays = prompt_arrays([s for r in requests for s in r.streams], VOCAB.pad, 1)
-  plan, seconds = grammar.plan_array([r.plan for r in requests]), []
-  static = {
-    "config": MODEL,
-    "grammar": Grammar(VOCAB, NEW_TOKENS),
-    "longest": NEW_TOKENS + 1,
-    "room": 128,
-    "widths": stream_widths(arrays, 2),
-  }
-  begin = jax.jit(decode.begin, static_argnames=tuple(static))
+  made = params_lib.prepare(params, config=MODEL, vocab=VOCAB)
+  requests = [request_lib.text_to_image(VOCAB, NEW_TOKENS, p[1:-1]) for p in prompts]
+  config, seconds = GeneratorConfig(MODEL, VOCAB, NEW_TOKENS, MODEL.max_positions), []
+  batch, static = config.batch(requests, range(len(requests)), [False] * len(requests))
+  prefill = jax.jit(prefill_function(static))
   for _ in range(repeats + 1):
     start = time.perf_counter()
-    jax.block_until_ready(begin(made.params, arrays, plan, **static))
+    jax.block_until_ready(prefill(made.model, batch.prompts, batch.control.plan))
     seconds.append(time.perf_counter() - start)
-  return float(np.median(seconds[1:])), int(arrays.rests[1].sum())
+  return float(np.median(seconds[1:])), int(batch.prompts.rests[1].sum())
 
 
 def main(_) -> None:

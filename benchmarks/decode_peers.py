@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cm3leon_jax.decoding.prompts import unconditional_prompt
+from cm3leon_jax.decoding.request import unconditional_prompt
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.mesh import MeshConfig, create_mesh

@@ -20,8 +20,9 @@ import numpy as np
 from cm3leon_jax.commands import common
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.decoding import cache as cache_lib
-from cm3leon_jax.decoding import decode, prompts, weights
-from cm3leon_jax.decoding.generate import Generator, GeneratorConfig
+from cm3leon_jax.decoding import loop, request
+from cm3leon_jax.decoding import params as params_lib
+from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.training import checkpoint
 
@@ -48,7 +49,7 @@ ROWS = 16
 
 
 @functools.partial(jax.jit, static_argnames=("config", "cache_dtype"))
-def score(made: weights.Weights, tokens, *, config, cache_dtype):
+def score(made: params_lib.DecodeParams, tokens, *, config, cache_dtype):
   """[R, L] ids, padded at the right -> [R, L, V] fp32 log-probabilities of what follows each, codes first, through a cache."""
   rows, length = tokens.shape
   tokens = shard(tokens, "batch", None)
@@ -61,9 +62,9 @@ def score(made: weights.Weights, tokens, *, config, cache_dtype):
   )
   positions = shard(jnp.broadcast_to(jnp.arange(length), (rows, length)), "batch", None)
   layers = cache_lib.empty(config, rows, length, cache_dtype)
-  hidden = decode.extend(
+  hidden = loop.extend(
     config,
-    made.params,
+    made.model,
     tokens,
     positions,
     lambda i, q, k, v: layers[i].write(0, k, v).attend(q, mask),
@@ -94,7 +95,7 @@ def main(settings, workdir) -> None:
   chosen = [
     store[i] for i in np.linspace(0, len(store) - 1, min(_DOCUMENTS.value, len(store))).astype(int)
   ]
-  requests = [prompts.text_to_image(vocab, image_tokens, d.segments[0].tokens) for d in chosen]
+  requests = [request.text_to_image(vocab, image_tokens, d.segments[0].tokens) for d in chosen]
   samples = [np.concatenate([r.streams[0], d.segments[1].tokens]) for r, d in zip(requests, chosen)]
   print(
     "| compute | weights | cache | bits a code | change | mean and largest change of a log-probability | codes/s |"
@@ -105,7 +106,7 @@ def main(settings, workdir) -> None:
     base = None
     for dtype, weight_dtype, cache_dtype in VARIANTS:
       config = dataclasses.replace(settings.model, dtype=dtype)
-      made = weights.prepare(params, config=config, vocab=vocab, dtype=weight_dtype)
+      made = params_lib.prepare(params, config=config, vocab=vocab, dtype=weight_dtype)
       right, every = code_log_probs(made, config, cache_dtype, samples, vocab)
       base = (right, every) if base is None else base
       # Of what is not hopeless anyway.

@@ -12,8 +12,8 @@ import numpy as np
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.data.documents import DocumentStore
-from cm3leon_jax.decoding import prompts
-from cm3leon_jax.decoding.generate import Generator, GeneratorConfig
+from cm3leon_jax.decoding import request
+from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.training import checkpoint
 
 _WINDOWS = flags.DEFINE_list("windows", ["0", "4", "8", "16", "32"], "Values of draft_window.")
@@ -26,7 +26,7 @@ _RUNS = flags.DEFINE_integer(
 def main(settings, workdir) -> None:
   vocab, image_tokens = settings.vocab, settings.vqgan.image_tokens
   store = DocumentStore(workdir / "documents" / "heldout_pairs", vocab)
-  caption = lambda i: prompts.text_to_image(vocab, image_tokens, store[int(i)].segments[0].tokens)
+  caption = lambda i: request.text_to_image(vocab, image_tokens, store[int(i)].segments[0].tokens)
   print("| pictures at once | window | steps a picture | times fewer | codes/s |")
   print("|---|---|---|---|---|")
   with common.use_mesh(settings):
@@ -36,20 +36,20 @@ def main(settings, workdir) -> None:
         generator = Generator(
           params, GeneratorConfig.of(settings, batch_size=batch, draft_window=window)
         )
-        steps, plain, rates = [], generator.programs.draw_image, []
+        steps, plain, rates = [], generator.programs.generate_image, []
 
         def counted(*arguments, plain=plain, steps=steps):
           loop, count = plain(*arguments)
           steps.append(int(count))
           return loop, count
 
-        generator.programs.draw_image = counted
+        generator.programs.generate_image = counted
         for run in range(_RUNS.value + 1):
           requests = [caption(i) for i in np.linspace(run, len(store) - 1, batch)]
           start = time.perf_counter()
           generator.generate(requests, range(run * batch, (run + 1) * batch))
           rates.append(batch * image_tokens / (time.perf_counter() - start))
-        generator.programs.draw_image = plain
+        generator.programs.generate_image = plain
         mean = np.mean(steps[1:]) if window else image_tokens
         speed = f"{np.median(rates[1:]):.0f} ({min(rates[1:]):.0f} to {max(rates[1:]):.0f})"
         print(

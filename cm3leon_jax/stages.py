@@ -8,7 +8,7 @@ import time
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import plain, read_json, replacing, write_json  # noqa: F401 (for commands/generate.py)
+from cm3leon_jax.io import plain, read_json, write_json
 
 DONE = "done.json"
 

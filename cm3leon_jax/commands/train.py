@@ -95,7 +95,7 @@ def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool 
   import jax
 
   from cm3leon_jax import distributed
-  from cm3leon_jax.decoding.draw import sample_drawer
+  from cm3leon_jax.generation.heldout import sample_grids
   from cm3leon_jax.training.profile import parse_steps
   from cm3leon_jax.training.train import train
 
@@ -133,7 +133,7 @@ def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool 
       loader = open_rows(settings, workdir, "train", write_starts=distributed.is_first())
       heldout = open_rows(settings, workdir, "heldout")
       summary.update(rows=look_at_rows(loader.plan))
-      draw = sample_drawer(settings, workdir, folder / "samples")
+      generate_grid = sample_grids(settings, workdir, folder / "samples")
     result = train(
       folder,
       settings.model,
@@ -143,7 +143,7 @@ def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool 
       loader,
       heldout,
       settings.seed,
-      draw,
+      generate_grid,
       traced,
     )
     summary.update(result)

@@ -1,27 +1,129 @@
-"""From requests to the arrays of one call: what prompts share is found, padded, and read once."""
+"""Batches: the arrays of a few requests, with prompts and shared prefixes that occur once."""
 
-# U unique prompts, T tokens.
+# B samples of a batch, S guidance streams, R = B x S rows, U unique prompts, M parts of a plan,
+# I tokens of an image, T tokens of a prompt, P slots of padded prompts.
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
-from cm3leon_jax.decoding.decode import Prompts
+from cm3leon_jax.decoding import grammar
+from cm3leon_jax.decoding.request import Request
+from cm3leon_jax.decoding.sampling import SamplingConfig, SamplingValues
 
-BUCKET = 32  # Prompt slots are a multiple of it, so that prompts of similar length share one compiled program.
-SHARED = 64  # A shared beginning of fewer tokens is not worth a pass of its own.
+BUCKET = 32  # Prompt slots are a multiple of it: prompts of similar length share one program.
+SHARED = 64  # A shared prefix of fewer tokens is not worth a pass of its own.
+
+
+class Prompts(NamedTuple):
+  """Left-padded prompts without their last tokens, split into shared prefixes and rests.
+
+  Attributes:
+    prefixes: ([U0, P0] int32 ids, [U0, P0] bool: valid), or None if no prompts share a prefix.
+    rests: ([U, P] int32 ids, [U, P] bool: valid).
+    prefix_of: [U] int32, the prefix before each rest.
+    row: [R] int32, the unique prompt of each row; the streams of a sample stand side by side.
+    last: [R] int32, the last token of each row's prompt.
+  """
+
+  prefixes: tuple[jax.Array, jax.Array] | None
+  rests: tuple[jax.Array, jax.Array]
+  prefix_of: jax.Array
+  row: jax.Array
+  last: jax.Array
+
+  @property
+  def slots(self) -> int:
+    """Cache slots of prefixes and rests together."""
+    return self.rests[0].shape[1] + (0 if self.prefixes is None else self.prefixes[0].shape[1])
+
+
+class Control(NamedTuple):
+  """How B samples are generated.
+
+  Attributes:
+    plan: [B, M, 3] int32 of `grammar.plan_array`.
+    guidance: [B, I + 1, S] fp32, weights of the streams at each code of an image, then at text.
+    seeds: [B] uint32; a sample's result depends only on its own.
+    contrastive: [B] bool, samples that use contrastive decoding.
+    values: settings of the sampler that may change without compiling again.
+  """
+
+  plan: jax.Array
+  guidance: jax.Array
+  seeds: jax.Array
+  contrastive: jax.Array
+  values: SamplingValues
+
+
+class Batch(NamedTuple):
+  """Arrays of one batch.
+
+  Attributes:
+    prompts: of all streams.
+    control: how the samples are generated.
+    widths: of each stream, the number of last prompt slots that hold all of its prompts.
+    longest: largest number of tokens that a sample may have.
+  """
+
+  prompts: Prompts
+  control: Control
+  widths: tuple[int, ...]
+  longest: int
+
+
+def make_batch(
+  requests: Sequence[Request],
+  seeds: Sequence[int],
+  contrastive: Sequence[bool],
+  sampling: SamplingConfig,
+  *,
+  image_tokens: int,
+  pad: int,
+  multiple: int,
+) -> Batch:
+  """Arrays of requests of one number of streams; repeats some requests to fill the batch.
+
+  Args:
+    requests: one for each sample.
+    seeds: of each sample.
+    contrastive: samples that use contrastive decoding.
+    sampling: how tokens are sampled.
+    image_tokens: I.
+    pad: id of padding.
+    multiple: number of devices that a batch is split over.
+  """
+  rows = np.arange(rounded(len(requests), multiple)) % len(requests)
+  repeated = [requests[i] for i in rows]
+  prompts = prompt_arrays([s for r in repeated for s in r.streams], pad, multiple)
+  control = Control(
+    grammar.plan_array([r.plan for r in repeated]),
+    np.stack([r.guidance_weights(sampling, image_tokens) for r in repeated]),
+    np.asarray(seeds, np.uint32)[rows],
+    np.asarray(contrastive)[rows],
+    sampling.values,
+  )
+  widths = stream_widths(prompts, len(requests[0].streams))
+  return Batch(prompts, control, widths, max(grammar.longest(r.plan) for r in requests))
 
 
 def rounded(count: int, multiple: int) -> int:
-  """Rows that a program is compiled for: powers of two up to 8, then multiples of 8; of `multiple` in any case."""
-  parts = -(-count // multiple)
-  return multiple * (1 << (parts - 1).bit_length() if parts <= 8 else -(-parts // 8) * 8)
+  """Rows of the program for `count` rows: powers of two up to 8, then multiples of 8, x `multiple`.
+
+  Both count the rows of one of the `multiple` devices.
+  """
+  rows = -(-count // multiple)
+  return multiple * (1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8)
 
 
 def pad_left(prompts: Sequence[np.ndarray], rows: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts of unequal length -> ([rows, P] int32 ids, [rows, P] bool: which are real), real ones at the right.
+  """Pads prompts of unequal length on the left.
 
-  P is a multiple of BUCKET; rows without a prompt hold padding.
+  Returns:
+    ([rows, P] int32 ids, [rows, P] bool: valid). P is a multiple of BUCKET; the remaining rows hold
+    only padding.
   """
   slots = max(1, -(-max(len(p) for p in prompts) // BUCKET)) * BUCKET
   tokens, valid = np.full((rows, slots), pad, np.int32), np.zeros((rows, slots), bool)
@@ -32,9 +134,10 @@ def pad_left(prompts: Sequence[np.ndarray], rows: int, pad: int) -> tuple[np.nda
 
 
 def shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[int]:
-  """For each prompt how many of its first tokens it shares with others: 0, or at least SHARED.
+  """For each prompt the number of first tokens it shares with others: 0, or at least SHARED.
 
-  In lexical order those that share a beginning lie side by side. A group grows as long as its members share SHARED tokens.
+  In lexical order, prompts with a common prefix are adjacent. A group grows as long as its members
+  share SHARED tokens.
   """
   order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
   lengths, start = [0] * len(prompts), 0
@@ -50,49 +153,47 @@ def shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _common(a, b) -> int:
+  """Length of the common prefix."""
   n = min(len(a), len(b))
   differ = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
   return int(differ[0]) if len(differ) else n
 
 
 def prompt_arrays(rows: Sequence[np.ndarray], pad: int, multiple: int) -> Prompts:
-  """The prompts of R rows; equal ones are read once, and so is what unequal ones share at their start.
+  """Arrays of the prompts of R rows, in which equal prompts and shared prefixes occur once.
 
   Args:
     rows: R prompts of at least one token.
     pad: id of padding.
-    multiple: devices that a batch is split over.
+    multiple: number of devices that a batch is split over.
   """
-  unique = {tuple(p[:-1].tolist()): None for p in rows}
-  number = {prompt: i for i, prompt in enumerate(unique)}
-  prompts = [np.array(p, np.int32) for p in unique]
+  number = {}  # Unique prompt -> its row in the arrays.
+  row = [number.setdefault(tuple(p[:-1].tolist()), len(number)) for p in rows]
+  prompts = [np.array(p, np.int32) for p in number]
   lengths = shared_prefixes(prompts)
-  prefixes = {tuple(p[:n].tolist()): None for p, n in zip(prompts, lengths)}
-  prefix_number = {prefix: i for i, prefix in enumerate(prefixes)}
+  prefix_number = {}
   count = rounded(len(prompts), multiple)
   prefix_of = np.zeros(count, np.int32)
-  prefix_of[: len(prompts)] = [
-    prefix_number[tuple(p[:n].tolist())] for p, n in zip(prompts, lengths)
-  ]
-  arrays = lambda prompts, rows: pad_left([np.array(p, np.int32) for p in prompts], rows, pad)
+  for i, (p, n) in enumerate(zip(prompts, lengths)):
+    prefix_of[i] = prefix_number.setdefault(tuple(p[:n].tolist()), len(prefix_number))
+  prefixes = [np.array(p, np.int32) for p in prefix_number]
   return Prompts(
-    prefixes=arrays(prefixes, rounded(len(prefixes), multiple)) if any(lengths) else None,
-    rests=arrays([p[n:] for p, n in zip(prompts, lengths)], count),
+    prefixes=pad_left(prefixes, rounded(len(prefixes), multiple), pad) if any(lengths) else None,
+    rests=pad_left([p[n:] for p, n in zip(prompts, lengths)], count, pad),
     prefix_of=prefix_of,
-    row=np.array([number[tuple(p[:-1].tolist())] for p in rows], np.int32),
+    row=np.array(row, np.int32),
     last=np.array([p[-1] for p in rows], np.int32),
   )
 
 
 def stream_widths(prompts: Prompts, streams: int) -> tuple[int, ...]:
-  """Of each stream, how many of the last slots of the prompts hold all of its own: a short prompt needs no long cache."""
-  prefixed = (
-    np.zeros(len(prompts.prefix_of), bool)
-    if prompts.prefixes is None
-    else prompts.prefixes[1].any(1)[prompts.prefix_of]
-  )
-  rests = prompts.rests[1].sum(axis=1)
-  needed = np.where(prefixed, prompts.slots, -(-np.maximum(rests, 1) // BUCKET) * BUCKET)[
-    prompts.row
-  ]
+  """For each stream the number of last prompt slots that hold all of its prompts.
+
+  A stream of short prompts needs no long cache.
+  """
+  prefixed = np.zeros(len(prompts.prefix_of), bool)
+  if prompts.prefixes is not None:
+    prefixed = prompts.prefixes[1].any(1)[prompts.prefix_of]
+  rests = -(-np.maximum(prompts.rests[1].sum(axis=1), 1) // BUCKET) * BUCKET
+  needed = np.where(prefixed, prompts.slots, rests)[prompts.row]
   return tuple(int(n) for n in needed.reshape(-1, streams).max(axis=0))

@@ -16,15 +16,14 @@ AXES = ("batch", "heads", "length", "head_dim")
 
 
 class LayerCache(NamedTuple):
-  """Keys and values of one layer. It lives in the carry of the loop over steps and is updated in place.
+  """Keys and values of one layer, which the loop over steps carries and updates in place.
 
-  Layers have arrays of their own: of a stacked one XLA would copy the layer's part before each product.
+  Each layer has its own arrays: of a stacked array XLA would copy a layer's part before a product.
 
   Attributes:
-    keys: [R, N, T, H], split by rows and heads: in the compute dtype, or int8.
-    values: likewise.
-    key_scales: [R, N, T, 1] fp32 of an int8 cache, else None: largest absolute entry of each key / 127.
-    value_scales: likewise.
+    keys, values: [R, N, T, H], split by rows and heads, in the compute dtype or int8.
+    key_scales, value_scales: [R, N, T, 1] fp32 of an int8 cache, else None: largest absolute entry
+      of each key or value / 127.
   """
 
   keys: jax.Array
@@ -33,15 +32,20 @@ class LayerCache(NamedTuple):
   value_scales: jax.Array | None = None
 
   def write(self, slot, k, v) -> "LayerCache":
-    """Puts k and v, [R, L, N, H], into slots [slot, slot + L)."""
-    return self._written(
-      lambda into, x: jax.lax.dynamic_update_slice_in_dim(into, x, slot, axis=2), k, v
-    )
+    """Writes k and v, [R, L, N, H], into slots [slot, slot + L)."""
+
+    def put(into, x):
+      return jax.lax.dynamic_update_slice_in_dim(into, x, slot, axis=2)
+
+    return self._written(put, k, v)
 
   def write_rows(self, slots, k, v) -> "LayerCache":
-    """`write` with a slot for each row, [R] int32."""
-    one = lambda into, x, slot: jax.lax.dynamic_update_slice_in_dim(into, x, slot, axis=1)
-    return self._written(lambda into, x: jax.vmap(one)(into, x, slots), k, v)
+    """Writes like `write`, at a slot of each row's own, [R] int32."""
+
+    def put_row(into, x, slot):
+      return jax.lax.dynamic_update_slice_in_dim(into, x, slot, axis=1)
+
+    return self._written(lambda into, x: jax.vmap(put_row)(into, x, slots), k, v)
 
   def _written(self, put, k, v) -> "LayerCache":
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -78,28 +82,32 @@ class LayerCache(NamedTuple):
 def empty(
   config: ModelConfig, rows: int, slots: int, dtype: str = "compute"
 ) -> tuple[LayerCache, ...]:
-  """Caches of all K layers. dtype: of `DTYPES`."""
-  shape = (rows, config.num_heads, slots, config.head_dim)
-  zeros = lambda dtype, size=config.head_dim: jnp.zeros(
-    (*shape[:-1], size), dtype, out_sharding=spec(*AXES)
-  )
-  if dtype == "int8":
-    layer = lambda: LayerCache(
-      zeros(jnp.int8), zeros(jnp.int8), zeros(jnp.float32, 1), zeros(jnp.float32, 1)
-    )
-  else:
-    layer = lambda: LayerCache(zeros(config.dtype), zeros(config.dtype))
+  """Empty caches of all K layers. dtype: one of `DTYPES`."""
+
+  def zeros(dtype, size: int = config.head_dim):
+    shape = (rows, config.num_heads, slots, size)
+    return jnp.zeros(shape, dtype, out_sharding=spec(*AXES))
+
+  def layer():
+    if dtype != "int8":
+      return LayerCache(zeros(config.dtype), zeros(config.dtype))
+    scales = zeros(jnp.float32, 1), zeros(jnp.float32, 1)
+    return LayerCache(zeros(jnp.int8), zeros(jnp.int8), *scales)
+
   return tuple(layer() for _ in range(config.num_layers))
 
 
 def rows(cache: tuple[LayerCache, ...], index, kept: int, slots: int) -> tuple[LayerCache, ...]:
-  """Caches whose row i holds the last `kept` slots of row `index[i]` of these, and new ones behind, `slots` in all."""
-  take = lambda x: x[:, :, x.shape[2] - kept :].at[index].get(out_sharding=spec(*AXES))
+  """Gathers cache rows by `index`, each with its last `kept` slots, and pads them to `slots`."""
+
+  def take(x):
+    return x[:, :, x.shape[2] - kept :].at[index].get(out_sharding=spec(*AXES))
+
   return grown(jax.tree.map(take, cache), slots - kept)
 
 
 def grown(cache: tuple[LayerCache, ...], by: int) -> tuple[LayerCache, ...]:
-  """The same with more slots at the end."""
+  """Adds `by` empty slots at the end."""
   return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, by), (0, 0))), cache)
 
 

@@ -1,4 +1,7 @@
-"""Which tokens may come next: each row follows a plan of parts, by a small state machine carried through the decoding loop."""
+"""Which tokens may come next: each row follows a plan of parts.
+
+The decoding loop carries the state of a small state machine, three integers a row.
+"""
 
 # B rows, M parts of a plan, R ids.
 
@@ -14,7 +17,7 @@ from cm3leon_jax.mesh import shard
 from cm3leon_jax.vocab import VocabLayout
 
 DONE, CODES, TEXT, EOSS, MASK, END, DOCUMENT = range(7)
-# Where in a document the next token stands, if it is not inside of an image: at a segment's start, in a text, behind an image.
+# Place of a document's next token outside of images: segment start, in a text, after an image.
 SEGMENT_START, IN_TEXT, AFTER_IMAGE = -1, -2, 0
 
 
@@ -22,9 +25,9 @@ class Part(NamedTuple):
   """One part of what is generated.
 
   Attributes:
-    kind: CODES exactly `count` image codes; TEXT 1 to `count` text tokens, then `<eoss>`; EOSS `<eoss>`; MASK the sentinel
-      `<mask:count>`; END `</s>` or `<break>`; DOCUMENT texts and images with `<break>` between them, at most `count`
-      tokens, the last of them `</s>`; DONE nothing.
+    kind: CODES exactly `count` image codes; TEXT 1 to `count` text tokens, then `<eoss>`; EOSS
+      `<eoss>`; MASK the sentinel `<mask:count>`; END `</s>` or `<break>`; DOCUMENT texts and images
+      with `<break>` between them, at most `count` tokens, the last of them `</s>`; DONE nothing.
     count: see `kind`.
     place: of a DOCUMENT: SEGMENT_START, IN_TEXT or AFTER_IMAGE, where the prompt ends.
   """
@@ -35,30 +38,31 @@ class Part(NamedTuple):
 
   @property
   def longest(self) -> int:
-    """Most tokens that it takes."""
+    """Largest number of tokens of the part."""
     return {CODES: self.count, TEXT: self.count + 1, DOCUMENT: self.count, DONE: 0}.get(
       self.kind, 1
     )
 
 
 def longest(plan: Sequence[Part]) -> int:
-  """Most tokens that a plan takes."""
+  """Largest number of tokens of a plan."""
   return sum(part.longest for part in plan)
 
 
 def plan_array(plans: Sequence[Sequence[Part]]) -> np.ndarray:
-  """Plans of B rows as [B, M, 3] int32; shorter ones, and all of them at the end, are filled up with DONE."""
+  """Plans of B rows as [B, M, 3] int32, each padded with DONE; every row ends in at least one."""
   parts = max(len(plan) for plan in plans) + 1
   return np.array([[*plan, *[Part(DONE)] * (parts - len(plan))] for plan in plans], np.int32)
 
 
 class State(NamedTuple):
-  """Where each row stands, [B] int32 each.
+  """State of each row's plan, [B] int32 each.
 
   Attributes:
     part: index of the part in the row's plan.
-    left: tokens left to the part.
-    place: of a DOCUMENT: codes still to come of the image that the row is in, or SEGMENT_START, IN_TEXT, AFTER_IMAGE.
+    left: tokens that the part may still take.
+    place: of a DOCUMENT: remaining codes of the current image, or SEGMENT_START, IN_TEXT,
+      AFTER_IMAGE.
   """
 
   part: jax.Array
@@ -72,7 +76,7 @@ def _entry(plan, part, column: int):
 
 @dataclasses.dataclass(frozen=True)
 class Grammar:
-  """The tokens that may follow; it depends on nothing but the vocabulary and the length of an image.
+  """The tokens that may follow; depends only on the vocabulary and the length of an image.
 
   plan CODES 2, END:            code code (</s> or <break>)
   plan TEXT 3, MASK 1, TEXT 9:  text <eoss> <mask:1> text <eoss>
@@ -100,19 +104,19 @@ class Grammar:
     return _entry(plan, state.part, 0) != DONE
 
   def codes_done(self, plan, state: State):
-    """[B] int32: codes of the image, or of the part of one, that the row has behind it."""
+    """[B] int32: codes of the current image, or of the current hole in one, so far."""
     kind = _entry(plan, state.part, 0)
     return jnp.where(
       kind == CODES, _entry(plan, state.part, 1) - state.left, self.image_tokens - state.place
     )
 
   def legal(self, plan, state: State, ids):
-    """[R] int32 ids -> [B, R] bool: which of them may come next; none of a row that is done."""
+    """[R] int32 ids -> [B, R] bool: ids that may come next; none in a row that is done."""
     vocab, left, place = self.vocab, state.left, state.place
     kind = _entry(plan, state.part, 0)
     document = kind == DOCUMENT
     begins, writes, drawn = (document & (place == p) for p in (SEGMENT_START, IN_TEXT, AFTER_IMAGE))
-    # What must still fit behind: `</s>` after a text token, and a text token as well after <break>.
+    # Room must remain for `</s>` after a text token, and for a text token and `</s>` after <break>.
     may = {
       "text": ((kind == TEXT) & (left > 0)) | ((begins | writes) & (left >= 2)),
       "image": (kind == CODES) | (document & (place > 0)) | (begins & (left > self.image_tokens)),
@@ -134,12 +138,12 @@ class Grammar:
     return legal
 
   def next_part(self, plan, state: State) -> State:
-    """The state behind the part that each row is in."""
+    """The state after the end of each row's current part."""
     part = state.part + 1
     return State(part, _entry(plan, part, 1), _entry(plan, part, 2))
 
   def advance(self, plan, state: State, tokens) -> State:
-    """The state after one more token a row, [B] int32, each of them legal; a row that is done stays so."""
+    """The state after one more legal token a row, [B] int32; a row that is done stays done."""
     vocab = self.vocab
     kind, left = _entry(plan, state.part, 0), jnp.maximum(state.left - 1, 0)
     document, image = kind == DOCUMENT, vocab.is_image(tokens)
@@ -154,5 +158,6 @@ class Grammar:
       | (document & (tokens == vocab.eos))
     )
     part = state.part + over
-    pick = lambda column, value: jnp.where(over, _entry(plan, part, column), value)
-    return State(part, pick(1, left), pick(2, jnp.where(document, place, state.place)))
+    left = jnp.where(over, _entry(plan, part, 1), left)
+    place = jnp.where(document, place, state.place)
+    return State(part, left, jnp.where(over, _entry(plan, part, 2), place))

@@ -1,6 +1,7 @@
-"""From logits to tokens: top-k, nucleus, contrastive decoding (CD-K), and draws that belong to one row each."""
+"""From logits to tokens: guidance, top-k, nucleus, contrastive decoding (CD-K), sampling."""
 
-# B rows, V vocabulary (or the rows of it that are legal), C candidates left by top-k.
+# B rows, S guidance streams, I image tokens, V vocabulary (or the part of it that is legal),
+# C candidates that top-k keeps.
 
 from collections.abc import Sequence
 from typing import Annotated, Literal, NamedTuple, get_args
@@ -12,14 +13,18 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
-from cm3leon_jax.decoding.guidance import Schedule
 
 Method = Literal["top_p", "contrastive", "mixture"]
 METHODS = get_args(Method)
+Schedule = Literal["constant", "linear", "cosine"]
+SCHEDULES = get_args(Schedule)
 
 
 class SamplingValues(NamedTuple):
-  """The numbers of a SamplingConfig that are traced: another value does not recompile. fp32 or int32 scalars."""
+  """Numbers of a SamplingConfig that are traced: other values do not compile again.
+
+  All are scalars, top_k int32 and the others fp32.
+  """
 
   temperature: np.ndarray
   top_k: np.ndarray
@@ -73,28 +78,49 @@ class SamplingConfig:
 
   @property
   def values(self) -> SamplingValues:
-    """What `select` takes."""
-    dtype = lambda field: np.int32 if "top_k" in field else np.float32
+    """The argument of `select`."""
     return SamplingValues(
-      *(np.asarray(getattr(self, field), dtype(field)) for field in SamplingValues._fields)
+      *(
+        np.asarray(getattr(self, field), np.int32 if "top_k" in field else np.float32)
+        for field in SamplingValues._fields
+      )
     )
 
   def candidates(self, *, image: bool, text: bool) -> int:
-    """C of draws of image tokens, text tokens or both in one batch: the largest top_k among them, 0 if one keeps all."""
-    drawn = [
-      top_k for top_k, is_drawn in ((self.top_k, image), (self.text_top_k, text)) if is_drawn
-    ]
-    return 0 if 0 in drawn else max(drawn)
+    """C of a batch that samples image or text tokens: the largest top_k, 0 if one keeps all."""
+    used = [self.top_k] * image + [self.text_top_k] * text
+    return 0 if 0 in used else max(used)
+
+
+class Sampler(NamedTuple):
+  """Fields of a `SamplingConfig` that are compiled into the program.
+
+  Attributes:
+    of_codes: candidates where only image codes are sampled, as in `filter_candidates`.
+    of_all: candidates where texts are sampled, too.
+    contrastive_k: k of CD-K; 0: no row uses it.
+  """
+
+  of_codes: int
+  of_all: int
+  contrastive_k: int
+
+  @classmethod
+  def of(cls, config: SamplingConfig) -> "Sampler":
+    k = 0 if config.method == "top_p" else config.contrastive_k
+    return cls(
+      config.candidates(image=True, text=False), config.candidates(image=True, text=True), k
+    )
 
 
 class RowSettings(NamedTuple):
-  """How each row is drawn.
+  """Settings by which each row samples its token.
 
   Attributes:
-    temperature: [B] fp32; of a contrastive row, of its scores.
-    top_k: [B] int32; 0 keeps all. Not read in a contrastive row, nor is top_p.
+    temperature: [B] fp32; in a contrastive row it divides the scores of CD-K.
+    top_k: [B] int32; 0 keeps all. A contrastive row uses neither top_k nor top_p.
     top_p: [B] fp32.
-    contrastive: [B] bool, rows drawn by CD-K.
+    contrastive: [B] bool, rows that use CD-K.
     contrastive_alpha: [B] fp32.
     amateur_temperature: [B] fp32.
   """
@@ -108,9 +134,10 @@ class RowSettings(NamedTuple):
 
 
 def contrastive_rows(method: str, seeds: Sequence[int], samples: int) -> np.ndarray:
-  """Which samples of which prompts are drawn by CD-K.
+  """Selects the samples of each prompt that use CD-K.
 
-    "mixture", seeds 4 and 7, 3 samples of each: [[0 1 0] [0 1 0]]; one of each, by the seed alone: [[0] [1]]
+    "mixture", seeds 4 and 7, 3 samples of each: [[0 1 0] [0 1 0]]
+    "mixture", seeds 4 and 7, 1 sample of each, chosen by the seed: [[0] [1]]
 
   Returns:
     [prompts, samples] bool.
@@ -122,40 +149,41 @@ def contrastive_rows(method: str, seeds: Sequence[int], samples: int) -> np.ndar
 
 
 def select(is_image, contrastive, values: SamplingValues) -> RowSettings:
-  """Settings of rows that are to draw an image token or a text token.
+  """Settings of rows that sample an image token next, or a text token.
 
   Args:
     is_image: [B] bool.
-    contrastive: [B] bool, rows whose image tokens are drawn by CD-K.
+    contrastive: [B] bool, rows whose image tokens are sampled by CD-K.
     values: `SamplingConfig.values`.
   """
   contrastive = contrastive & is_image
-  every = lambda value: jnp.full_like(is_image, value, jnp.float32)
   temperature = jnp.where(is_image, values.temperature, values.text_temperature)
   return RowSettings(
     temperature=jnp.where(contrastive, values.contrastive_temperature, temperature),
     top_k=jnp.where(is_image, values.top_k, values.text_top_k),
     top_p=jnp.where(is_image, values.top_p, values.text_top_p),
     contrastive=contrastive,
-    contrastive_alpha=every(values.contrastive_alpha),
-    amateur_temperature=every(values.amateur_temperature),
+    contrastive_alpha=jnp.full_like(is_image, values.contrastive_alpha, jnp.float32),
+    amateur_temperature=jnp.full_like(is_image, values.amateur_temperature, jnp.float32),
   )
 
 
 def filter_candidates(logits, top_k, top_p, candidates: int):
-  """Top-k, then top-p among what is left.
+  """Filters by top-k, then by top-p among the remaining candidates.
 
-    top_k = 3, top_p = 0.6, probabilities [.1 .4 .2 .3]: top-k leaves ids [1 3 2] with [.44 .33 .22];
-    id 2 has .44 + .33 >= 0.6 above it and goes.
+    top_k = 3, top_p = 0.6, probabilities [.1 .4 .2 .3]: top-k keeps ids [1 3 2] with [.44 .33 .22];
+    id 2 has .44 + .33 >= 0.6 before it and is removed.
 
   Args:
     logits: [B, V] fp32, temperature applied; -inf is never kept.
     top_k: [B] int32, candidates that each row keeps; 0 keeps all C.
-    top_p: [B] fp32, nucleus in (0, 1]: keeps a candidate if the probability *before* it is less, so the first always stays.
-    candidates: C, no less than any top_k; 0 stands for V, and only then is the whole vocabulary sorted.
+    top_p: [B] fp32, nucleus in (0, 1]: keeps a candidate if the probability *before* it is less,
+      so the first always stays.
+    candidates: C, no less than any top_k; 0 stands for V, and only then is the whole vocabulary
+      sorted.
 
   Returns:
-    (logits [B, C] in falling order, -inf where a row's candidates end; ids [B, C] int32).
+    (logits [B, C] in falling order, -inf after the last candidate of a row; ids [B, C] int32).
   """
   size = logits.shape[-1]
   values, ids = jax.lax.top_k(logits, min(candidates, size) if candidates else size)
@@ -168,7 +196,9 @@ def filter_candidates(logits, top_k, top_p, candidates: int):
 
 
 def contrastive_scores(expert, amateur, k: int, alpha):
-  """Scores of CD-K (CM3Leon, section 3.1): log p_EXP - log p_AMA where p_EXP >= alpha times the k-th largest p_EXP.
+  """Scores tokens by CD-K (CM3Leon, section 3.1).
+
+  The score is log p_EXP - log p_AMA where p_EXP is at least alpha times the k-th largest p_EXP.
 
     p_EXP = [.5 .3 .15 .05], p_AMA = [.5 .1 .3 .1], alpha = 0.4
     k = 2, p_EXP >= 0.12: log [1 3 .5 0]
@@ -176,7 +206,7 @@ def contrastive_scores(expert, amateur, k: int, alpha):
 
   Args:
     expert: [B, V] fp32 logits; illegal ids are -inf.
-    amateur: [B, V] fp32 logits, temperature applied; likewise.
+    amateur: [B, V] fp32 logits, temperature applied; illegal ids are -inf.
     k: with fewer than k legal ids all of them stay.
     alpha: in [0, 1], a scalar or [B, 1].
 
@@ -199,26 +229,117 @@ def sample(
   amateur=None,
   contrastive_k: int = 1,
 ):
-  """Draws one id a row.
+  """Samples one id for each row.
 
   Args:
-    guided: [B, V] fp32 logits, not split over V; illegal ids are -inf, and each row has a legal one.
-    keys: [B] PRNG keys, one a row: a row's draw does not depend on the other rows.
-    rows: how each row is drawn.
+    guided: [B, V] fp32 logits, not split over V; illegal ids are -inf, and each row has a legal id.
+    keys: [B] PRNG keys: the sample of a row does not depend on the other rows.
+    rows: settings of each row.
     candidates: as in `filter_candidates`, static.
-    expert: [B, V] fp32 logits of the conditional stream alone, likewise; None: there are no contrastive rows.
-    amateur: [B, V] fp32 logits of the unconditional stream; likewise.
+    expert: [B, V] fp32 logits of the conditional stream alone, illegal ids -inf; None: no row uses
+      CD-K.
+    amateur: [B, V] fp32 logits of the unconditional stream, illegal ids -inf.
     contrastive_k: k of CD-K, static.
 
   Returns:
-    ([B] int32 ids, [B] fp32 log-probability of each under softmax(guided): before temperature and filters, CD-K or not).
+    ([B] int32 ids, [B] fp32 log-probability of each under softmax(guided), that is before
+    temperature, filters and CD-K).
   """
   temperature = rows.temperature[:, None]
-  draw, pick = jax.vmap(jax.random.categorical), jax.vmap(lambda row, i: row[i])
+  categorical, pick = jax.vmap(jax.random.categorical), jax.vmap(lambda row, i: row[i])
   values, ids = filter_candidates(guided / temperature, rows.top_k, rows.top_p, candidates)
-  token = pick(ids, draw(keys, values))
+  token = pick(ids, categorical(keys, values))
   if expert is not None:
     amateur = amateur / rows.amateur_temperature[:, None]
     scores = contrastive_scores(expert, amateur, contrastive_k, rows.contrastive_alpha[:, None])
-    token = jnp.where(rows.contrastive, draw(keys, scores / temperature), token)
+    token = jnp.where(rows.contrastive, categorical(keys, scores / temperature), token)
   return token, pick(jax.nn.log_softmax(guided, axis=-1), token)
+
+
+def combine_streams(logits, weights):
+  """Combines the logits of S guidance streams by their weights (sections 3.1, 4.1).
+
+    logits = [[[1 2]] [[0 4]]], weights = [3 -2]: [[3 -2]]
+
+  Args:
+    logits: [S, B, V] fp32, finite: illegal ids are masked in the result, since 0 times -inf is NaN.
+    weights: [S], or [B, S] where prompts differ; the weights of a prompt sum to 1.
+
+  Returns:
+    [B, V] fp32. With weights (1, 0) it is the first stream, unchanged.
+  """
+  # Not an einsum: on some devices that rounds its inputs to fewer bits.
+  return jnp.sum(logits * jnp.atleast_2d(weights).T[:, :, None], axis=0)
+
+
+def scheduled(guidance: float, schedule: str, image_tokens: int) -> np.ndarray:
+  """Weight of guidance at each code: 1 + (guidance - 1) m, where m is the schedule.
+
+    guidance = 3, "linear", 3 codes: [1 2 3]
+
+  Args:
+    guidance: the full weight; 1 is the model without guidance.
+    schedule: "constant": m is 1. "linear" and "cosine" rise from 0 at the first code to 1 at the
+      last, in a straight line or as (1 - cos(pi t)) / 2; the mean of m is 1/2 for both, so the mean
+      weight is (1 + guidance) / 2.
+    image_tokens: I; with a rising schedule an image of one code is not guided.
+
+  Returns:
+    [I] fp64.
+
+  Raises:
+    ValueError: another schedule.
+  """
+  t = np.linspace(0, 1, image_tokens)
+  match schedule:
+    case "constant":
+      m = np.ones_like(t)
+    case "linear":
+      m = t
+    case "cosine":
+      m = (1 - np.cos(np.pi * t)) / 2
+    case _:
+      raise ValueError(f"schedule is '{schedule}'; it must be one of {', '.join(SCHEDULES)}.")
+  return 1 + (guidance - 1) * m
+
+
+def text_to_image_weights(guidance: float, schedule: str, image_tokens: int) -> np.ndarray:
+  """Weights (alpha, 1 - alpha) of the streams c (conditional) and u in u + alpha (c - u).
+
+    guidance = 3, "linear", 3 codes: [[1 0] [2 -1] [3 -2]]
+
+  Args:
+    guidance: alpha where the schedule is 1.
+    schedule: as in `scheduled`.
+    image_tokens: I.
+
+  Returns:
+    [I, 2] fp32.
+  """
+  alpha = scheduled(guidance, schedule, image_tokens)
+  return np.stack([alpha, 1 - alpha], axis=1).astype(np.float32)
+
+
+def editing_weights(
+  image_guidance: float, text_guidance: float, schedule: str, image_tokens: int
+) -> np.ndarray:
+  """Weights of the streams f (image and instruction), i (image only) and u (neither).
+
+  They sum to u + s_img (i - u) + s_txt (f - i).
+
+    image_guidance = 1.5, text_guidance = 7.5, "linear", 3 codes:
+    [[1 0 0] [4.25 -3 -0.25] [7.5 -6 -0.5]]
+
+  Args:
+    image_guidance: s_img where the schedule is 1.
+    text_guidance: s_txt where the schedule is 1.
+    schedule: as in `scheduled`, the same for both; where it is 0, only f counts.
+    image_tokens: I.
+
+  Returns:
+    [I, 3] fp32.
+  """
+  image, text = (
+    scheduled(guidance, schedule, image_tokens) for guidance in (image_guidance, text_guidance)
+  )
+  return np.stack([text, image - text, 1 - image], axis=1).astype(np.float32)

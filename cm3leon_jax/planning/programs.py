@@ -1,6 +1,5 @@
 """Lowers the programs that are compiled ahead of time: train step, evaluation, guided decoder."""
 
-from collections.abc import Callable
 import functools
 import math
 from typing import NamedTuple
@@ -12,14 +11,13 @@ import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.pipeline import FIELDS
-from cm3leon_jax.decoding import decode, grammar, programs, weights
-from cm3leon_jax.decoding import prompts as prompts_lib
-from cm3leon_jax.decoding.batch import BUCKET, rounded
+from cm3leon_jax.decoding import request
+from cm3leon_jax.decoding.compile import Lowered, lower_batch
+from cm3leon_jax.decoding.generator import GeneratorConfig
+from cm3leon_jax.decoding.params import prepare
 from cm3leon_jax.mesh import abstract, batch_shards, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.training.train import check_batch, compile_steps
-
-STREAMS = 2  # Guidance: conditional and unconditional.
 
 
 def count_params(settings, mesh: jax.sharding.Mesh) -> int:
@@ -79,23 +77,22 @@ def _batch(settings, mesh: jax.sharding.Mesh, rows: int) -> dict[str, jax.ShapeD
 
 
 class Decoder(NamedTuple):
-  """The two programs of `Generator`.
+  """The programs that `Generator` runs for a batch.
 
   Attributes:
-    advance: the loop of steps, lowered.
-    prefill: makes the program before it, lowered, from the compiled loop, whose layouts it must give.
-    weight_bytes: of the parameters that a device reads in a step: the blocks, and the image rows of the output table.
-    cache_bytes: of a device's part of the cache.
+    lowered: the programs.
+    weight_bytes: of the parameters that a device reads in a step: the blocks, and the image rows of
+      the output table.
+    cache_bytes: of a device's part of the last cache.
   """
 
-  advance: jax.stages.Lowered
-  prefill: Callable[[jax.stages.Compiled], jax.stages.Lowered]
+  lowered: Lowered
   weight_bytes: int
   cache_bytes: int
 
 
 def guided_decoder(settings, mesh: jax.sharding.Mesh, prompts: int, positions: int) -> Decoder:
-  """What `Generator` runs for captions of `prompts` pictures, two streams each.
+  """What `Generator` runs for captions of `prompts` images, two streams each.
 
   Parameters are in the compute dtype, as a server would hold them.
 
@@ -103,71 +100,41 @@ def guided_decoder(settings, mesh: jax.sharding.Mesh, prompts: int, positions: i
     settings: of the config.
     mesh: what the programs run on.
     prompts: B.
-    positions: cache slots, prompt and image together.
+    positions: of a sample, prompt and image together; all of them are used.
   """
   vocab, image_tokens = settings.vocab, settings.vqgan.image_tokens
-  request = prompts_lib.text_to_image(vocab, image_tokens, [vocab.num_special])
-  longest = grammar.longest(request.plan)
-  slots = positions - longest
-  if slots < 1:
+  make = functools.partial(request.text_to_image, vocab, image_tokens)
+  words = positions - make([vocab.num_special]).positions + 1
+  if words < 1:
     raise UserError(
-      f"--decode_positions is {positions}; an image and its end take {longest} of them, the prompt the rest."
+      f"--decode_positions is {positions}; an image and its end take {image_tokens + 1} of them, "
+      "the prompt the rest."
     )
-  static = {"config": settings.model, "grammar": grammar.Grammar(vocab, image_tokens)}
+  rng = np.random.default_rng(0)
+  captions = rng.integers(vocab.num_special, vocab.text_size, (prompts, words), np.int32)
   with jax.set_mesh(mesh):
     if prompts % batch_shards():
       raise UserError(
-        f"--decode_batch is {prompts}; mesh.data x mesh.fsdp x mesh.fsdp_inner = {batch_shards()} must divide it."
+        f"--decode_batch is {prompts}; mesh.data x mesh.fsdp x mesh.fsdp_inner = {batch_shards()} "
+        "must divide it."
       )
-    dtype = jnp.dtype(settings.model.dtype)
-    params = lambda: jax.tree.map(
-      lambda x: x.astype(dtype), transformer.init_params(settings.model, jax.random.key(0))
-    )
-    made = abstract(
-      jax.eval_shape(lambda: weights.prepare(params(), config=settings.model, vocab=vocab)), mesh
-    )
-    ids, control = (abstract(x, mesh) for x in _inputs(settings, request, prompts, slots))
-    begin = functools.partial(
-      decode.begin, longest=longest, room=longest, widths=(slots, BUCKET), **static
-    )
-    loop = abstract(jax.eval_shape(begin, made.params, ids, control.plan), mesh)
-    sampler = decode.Sampler.of(settings.sampling)
-    advance = programs.lower_advance(
-      mesh, made, control, loop, sampler=sampler, steps=longest, **static
-    )
-
-  def prefill(compiled: jax.stages.Compiled) -> jax.stages.Lowered:
-    with jax.set_mesh(mesh):
-      return jax.jit(begin, out_shardings=compiled.input_formats[0][2]).lower(
-        made.params, ids, control.plan
-      )
-
-  return Decoder(
-    advance,
-    prefill,
-    _local_bytes((made.params["blocks"], made.image_head)),
-    _local_bytes(loop.cache),
-  )
+    config = GeneratorConfig.of(settings, batch_size=prompts)
+    batch, static = config.batch([make(c) for c in captions], range(prompts), [False] * prompts)
+    params = _decode_params(settings, mesh)
+    lowered = lower_batch(mesh, params, batch, static)
+  weights = _local_bytes((params.model["blocks"], params.image_head))
+  return Decoder(lowered, weights, _local_bytes(lowered.state.cache))
 
 
-def _inputs(settings, request, prompts: int, slots: int):
-  """Host arrays of the right shapes: (decode.Prompts, decode.Control). The unconditional prompt of all is one more."""
-  unique, rows = rounded(prompts + 1, batch_shards()), STREAMS * prompts
-  ids = decode.Prompts(
-    prefixes=None,
-    rests=(np.zeros((unique, slots), np.int32), np.zeros((unique, slots), bool)),
-    prefix_of=np.zeros(unique, np.int32),
-    row=np.zeros(rows, np.int32),
-    last=np.zeros(rows, np.int32),
-  )
-  control = decode.Control(
-    plan=grammar.plan_array([request.plan] * prompts),
-    guidance=np.stack([request.guidance(settings.sampling, settings.vqgan.image_tokens)] * prompts),
-    seeds=np.zeros(prompts, np.uint32),
-    contrastive=np.zeros(prompts, bool),
-    values=settings.sampling.values,
-  )
-  return ids, control
+def _decode_params(settings, mesh: jax.sharding.Mesh):
+  """Types of `DecodeParams`."""
+
+  def init():
+    params = transformer.init_params(settings.model, jax.random.key(0))
+    params = jax.tree.map(lambda x: x.astype(jnp.dtype(settings.model.dtype)), params)
+    return prepare(params, config=settings.model, vocab=settings.vocab)
+
+  return abstract(jax.eval_shape(init), mesh)
 
 
 def _local_bytes(tree) -> int:

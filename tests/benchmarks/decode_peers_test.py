@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cm3leon_jax.decoding.prompts import unconditional_prompt
+from cm3leon_jax.decoding.request import unconditional_prompt
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.models.config import ModelConfig

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.decoding import prompts
-from cm3leon_jax.decoding.generate import Generator, GeneratorConfig
+from cm3leon_jax.decoding import request as request_lib
+from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.decoding.grammar import CODES, Part
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.export import huggingface
@@ -88,15 +88,15 @@ def model(tmp_path_factory):
 
 def requests_of(count: int):
   plan = (Part(CODES, count),)
-  drawn = [prompts.text_to_image(VOCAB, 6, np.array(p)) for p in PROMPTS]
-  return [prompts.Request(r.streams, plan) for r in drawn]
+  drawn = [request_lib.text_to_image(VOCAB, 6, np.array(p)) for p in PROMPTS]
+  return [request_lib.Request(r.streams, plan) for r in drawn]
 
 
 def check(model, count: int, guidance: float):
   folder, params = model
   requests = requests_of(count)
   if guidance == 1:
-    requests = [prompts.Request(r.streams[:1], r.plan) for r in requests]
+    requests = [request_lib.Request(r.streams[:1], r.plan) for r in requests]
   ids, log_probs = ours(params, requests, guidance)
   expected, expected_log_probs = theirs(folder, requests, count, guidance)
   assert ids.shape == (len(PROMPTS), count)

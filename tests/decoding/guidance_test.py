@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.decoding.guidance import (
+from cm3leon_jax.decoding.sampling import (
   SCHEDULES,
   combine_streams,
   editing_weights,

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cm3leon_jax.decoding import prompts
-from cm3leon_jax.decoding.generate import Generator, GeneratorConfig
-from cm3leon_jax.decoding.prompts import Hole
+from cm3leon_jax.decoding import request as request_lib
+from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
+from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
@@ -50,18 +50,18 @@ def small_generator(family="opt", params=None, **fields):
 
 def guided_requests():
   """Requests of two streams, of unequal prompts and unlike plans, three or seven tokens each."""
-  draw = functools.partial(prompts.text_to_image, VOCAB, IMAGE)
-  hole = prompts.infill(VOCAB, IMAGE, [(A,), (OTHER[:3], Hole(codes=2), OTHER[5:])])
+  draw = functools.partial(request_lib.text_to_image, VOCAB, IMAGE)
+  hole = request_lib.infill(VOCAB, IMAGE, [(A,), (OTHER[:3], Hole(codes=2), OTHER[5:])])
   return [draw(A), draw(B), hole, draw(A, [(B, CODES), (A, OTHER)])]
 
 
 def plain_requests():
   """Requests of one stream: an image, texts in the middle, documents; seven tokens at most."""
   return [
-    prompts.unconditional(VOCAB, IMAGE),
-    prompts.infill(VOCAB, IMAGE, [(A, Hole(most_text=6), B), (CODES,)]),
-    prompts.document(VOCAB, IMAGE, [], 7),
-    prompts.document(VOCAB, IMAGE, [A, CODES], 7),
+    request_lib.unconditional(VOCAB, IMAGE),
+    request_lib.infill(VOCAB, IMAGE, [(A, Hole(most_text=6), B), (CODES,)]),
+    request_lib.document(VOCAB, IMAGE, [], 7),
+    request_lib.document(VOCAB, IMAGE, [A, CODES], 7),
   ]
 
 

@@ -15,12 +15,12 @@ from cm3leon_jax import stages
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.commands import common, generate
 from cm3leon_jax.config import UserError
-from cm3leon_jax.decoding import draw
+from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.io import write_json
 from cm3leon_jax.reports import summary
 from cm3leon_jax.training import checkpoint
 from tests.data.stores import VOCAB
-from tests.decoding.run import SETTINGS, make_run, one_device
+from tests.generation.run import SETTINGS, make_run, one_device
 from tests.models.tiny import random_params
 
 
@@ -110,11 +110,15 @@ def test_a_file_of_prompts(run, workdir, picture, tmp_path, capsys):
     "text_to_image", 3, "caption", 4, picture,
   )  # fmt: skip
   assert f"{picture}: " in capsys.readouterr().out
-  Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(
-    picture
-  )  # Another picture of the same name is another thing to ask for.
-  run(prompts=str(tmp_path / "mine.jsonl"), seed=3)
-  assert len(list((workdir / "prompts").glob("mine-*"))) == 2
+  # Another name of the file changes nothing.
+  (tmp_path / "mine.jsonl").rename(tmp_path / "renamed.jsonl")
+  run(prompts=str(tmp_path / "renamed.jsonl"), seed=3)
+  assert f"{folder}: finished already, skipped." in capsys.readouterr().out
+  assert not list((workdir / "prompts").glob("renamed-*"))
+  # Another image of the same name is another task.
+  Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(picture)
+  run(prompts=str(tmp_path / "renamed.jsonl"), seed=3)
+  assert len(list((workdir / "prompts").glob("renamed-*"))) == 1
 
 
 MISTAKES = [
@@ -122,7 +126,7 @@ MISTAKES = [
   ({"task": "caption"}, "task caption needs an image, and none is given."),
   (
     {"prompt": ["a"], "rank": True},
-    "--rank orders the samples of a prompt, and there is one: give --samples=8, say.",
+    "--rank orders the samples of a prompt, and there is one: set --samples=8, say.",
   ),
   (
     {"task": "unconditional", "rank": True, "samples": 2},
@@ -134,7 +138,7 @@ MISTAKES = [
   ),
   (
     {"prompt": ["a"], "retrieve": ["-1"]},
-    r"--retrieve is \[-1\]; each must be a finite number of at least 0",
+    r"--retrieve is \[-1\]; it must be one or more finite numbers of at least 0",
   ),
   (
     {"task": "caption", "image": ["a.png"], "guidance": ["3"]},
@@ -150,7 +154,7 @@ MISTAKES = [
   ),
   (
     {"prompts": "a.jsonl", "prompt": ["b"]},
-    "--prompts and --prompt are given: put what you ask for into the file, or on",
+    "--prompts and --prompt are given: put the task into the file, or on",
   ),
   ({"prompts": "nowhere.jsonl"}, "--prompts names nowhere.jsonl, which does not exist: "),
   (
@@ -163,7 +167,7 @@ MISTAKES = [
   ),
   (
     {"task": "infill_image", "image": ["a.png"], "box": ["0", "0", "9", "2"]},
-    "box is 0,0,9,2; it must lie within the",
+    "box is 0,0,9,2; it must lie within the image",
   ),
   (
     {"task": "question", "image": ["nowhere.png"], "prompt": ["a"], "length": 9},
@@ -178,7 +182,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("values", "sentence"), MISTAKES)
 def test_a_mistake_is_told_before_anything_is_done(run, workdir, values, sentence, monkeypatch):
-  monkeypatch.setattr(draw, "draw_all", None)
+  monkeypatch.setattr(Pipeline, "generate", None)
   monkeypatch.setattr(checkpoint, "load_params", None)
   before = sorted(workdir.glob("*/*"))
   with pytest.raises(UserError, match=f"^{sentence}"):

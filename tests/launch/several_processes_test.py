@@ -100,6 +100,12 @@ def whole(tmp_path_factory):
   return folder
 
 
+def test_training_reads_no_raw_data(whole):
+  """Sample grids come from the document stores: raw/ may be deleted once they are made."""
+  assert not (whole / "raw").exists()
+  assert [path.name for path in sorted((whole / "train" / "samples").iterdir())] == SAMPLES
+
+
 def test_two_processes_one_of_which_is_told_to_stop_and_one_that_continues(whole, fresh):
   """The same losses and pictures as of one process that nobody stopped."""
   job = start(fresh, 2, "--config.train.checkpoint_every=1")

@@ -4,12 +4,11 @@ import json
 import pathlib
 
 import jax
-import numpy as np
 
 from cm3leon_jax import stages
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers import vqgan
-from tests.data.raw import write_raw
+from cm3leon_jax.tokenizers.text import TextTokenizerConfig, train_text_tokenizer
 from tests.data.stores import make_sources
 from tests.retrieval.stores import write_neighbors
 
@@ -17,7 +16,7 @@ PAIRS = 50
 
 
 def make_workdir(root: pathlib.Path, settings: Settings) -> None:
-  """Both splits hold the same 50 pairs and 30 texts; the image tokenizer has random weights."""
+  """Both splits hold the same 50 pairs and 30 texts; no raw data; the VQGAN has random weights."""
   sources = make_sources(root / "made", num_pairs=PAIRS)
   for kind in ("pairs", "texts"):
     for split in ("train", "heldout"):
@@ -26,9 +25,8 @@ def make_workdir(root: pathlib.Path, settings: Settings) -> None:
   for split in ("train", "heldout"):
     ids = sources[0].neighbors
     write_neighbors(root / "neighbors" / f"{split}_pairs", ids=ids, text_ids=ids)
-  about = {"split": "heldout", "source": "test", "license": "CC0-1.0", "attribution": "nobody"}
-  pairs = [{"key": f"p{i}", "caption": f"picture {i}", **about} for i in range(PAIRS)]
-  write_raw(root / "raw", pairs, [np.full((8, 8, 3), i, np.uint8) for i in range(PAIRS)])
+  words = [f"word{i} word{i + 1}" for i in range(400)]  # Enough for the vocabulary.
+  train_text_tokenizer(words, settings.vocab, TextTokenizerConfig(), root / "text_tokenizer")
   params = vqgan.init_params(settings.vqgan, settings.vocab.image_size, jax.random.key(0))
   vqgan.ImageTokenizer(settings.vqgan, settings.vocab.image_size, params).save(root / "vqgan")
   for name in ("documents", "neighbors"):

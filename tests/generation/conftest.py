@@ -5,23 +5,23 @@ import jax
 import pytest
 
 from cm3leon_jax.clip import model as clip_lib
-from cm3leon_jax.decoding import draw
+from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.tokenizers import text
 from tests.data.stores import VOCAB
-from tests.decoding.run import SETTINGS, make_run
+from tests.generation.run import SETTINGS, make_run
 
 
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory):
-  """What the stages before decoding leave, with random weights."""
+  """Stores and tokenizers of a run, with random weights."""
   root = epath.Path(tmp_path_factory.mktemp("run"))
   make_run(root)
   return root
 
 
 @pytest.fixture(scope="session")
-def form(workdir):
-  return draw.open_format(SETTINGS, workdir)
+def layout(workdir):
+  return PromptLayout.load(SETTINGS, workdir)
 
 
 @pytest.fixture(scope="session")

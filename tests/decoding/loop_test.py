@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.decoding import batch, decode
+from cm3leon_jax.decoding import batch, loop
 from cm3leon_jax.decoding import cache as cache_lib
-from cm3leon_jax.decoding import weights as weights_lib
+from cm3leon_jax.decoding import params as params_lib
+from cm3leon_jax.decoding.sampling import Sampler, SamplingConfig
 from cm3leon_jax.mesh import shard, spec
 from tests.decoding.small import IMAGE, VOCAB, full_logits, guided_requests, model_config, on_mesh
 from tests.models.tiny import random_params
@@ -24,9 +25,9 @@ INT8_ERROR = 0.03  # Of the largest logit; measured: weights 0.017 and 0.021, ca
   static_argnames=("config", "cache_dtype"),
   compiler_options={"xla_backend_optimization_level": 0},
 )
-def cached_logits(weights, prompts, ids, config, cache_dtype="compute"):
+def cached_logits(params, prompts, ids, config, cache_dtype="compute"):
   """Logits [R, STEPS, V] of each column of the head, after each row's prompt and each of ids [R, STEPS - 1]."""
-  cache, seen, lengths = decode.prefill(config, weights.params, prompts, cache_dtype)
+  cache, seen, lengths = loop.read_prompts(config, params.model, prompts, cache_dtype)
   rows, filled = prompts.row, prompts.slots
   cache = cache_lib.rows(cache, rows, filled, filled + STEPS)
   of_rows = lambda x: x.at[rows].get(out_sharding=spec("batch", *[None] * (x.ndim - 1)))
@@ -43,8 +44,8 @@ def cached_logits(weights, prompts, ids, config, cache_dtype="compute"):
       layers[i] = layers[i].write(filled + t, k, v)
       return layers[i].attend(q, seen[:, None, None])
 
-    hidden = decode.extend(config, weights.params, token[:, None], (lengths + t)[:, None], attend)
-    return (tuple(layers), seen, t + 1), hidden[:, 0] @ weights.head
+    hidden = loop.extend(config, params.model, token[:, None], (lengths + t)[:, None], attend)
+    return (tuple(layers), seen, t + 1), hidden[:, 0] @ params.head
 
   tokens = jnp.concatenate([prompts.last[:, None], ids], axis=1)
   return jax.lax.scan(step, (cache, seen, 0), shard(tokens, "batch", None).T)[1].swapaxes(0, 1)
@@ -69,9 +70,9 @@ def test_cached_equals_uncached(family, shared, monkeypatch):
   assert (prompts.prefixes is not None) == shared
   with on_mesh():
     params = random_params(config)
-    weights = weights_lib.prepare(params, config=config, vocab=VOCAB)
-    out = np.asarray(cached_logits(weights, prompts, ids, config))[
-      ..., np.argsort(weights_lib.head_ids(VOCAB))
+    prepared = params_lib.prepare(params, config=config, vocab=VOCAB)
+    out = np.asarray(cached_logits(prepared, prompts, ids, config))[
+      ..., np.argsort(params_lib.head_ids(VOCAB))
     ]
     for row, prompt in enumerate(rows):
       expected = full_logits(config, params, np.concatenate([prompt, ids[row]]))[len(prompt) - 1 :]
@@ -87,12 +88,12 @@ def test_int8_is_near(family):
   prompts = batch.prompt_arrays(rows, VOCAB.pad, 1)
   with on_mesh():
     params = random_params(config)
-    prepare = functools.partial(weights_lib.prepare, config=config, vocab=VOCAB)
+    prepare = functools.partial(params_lib.prepare, config=config, vocab=VOCAB)
     exact = np.asarray(cached_logits(prepare(params), prompts, ids, config))
     int8 = prepare(params, dtype="int8")
 
-    def error(weights, cache_dtype):
-      off = np.asarray(cached_logits(weights, prompts, ids, config, cache_dtype)) - exact
+    def error(prepared, cache_dtype):
+      off = np.asarray(cached_logits(prepared, prompts, ids, config, cache_dtype)) - exact
       return np.abs(off).max() / np.abs(exact).max()
 
     assert 0 < error(int8, "int8") < INT8_ERROR
@@ -100,15 +101,17 @@ def test_int8_is_near(family):
       assert 0 < error(int8, "compute") < INT8_ERROR
       assert 0 < error(prepare(params), "int8") < INT8_ERROR / 2
     # Control: five bits instead of eight.
-    is_int8 = lambda x: isinstance(x, weights_lib.Int8)
+    is_int8 = lambda x: isinstance(x, params_lib.Int8)
     fewer = lambda x: x._replace(values=x.values // 8 * 8) if is_int8(x) else x
     assert error(jax.tree.map(fewer, int8, is_leaf=is_int8), "int8") > INT8_ERROR
 
 
 def test_a_sampler_compiles_for_its_candidates():
-  sampling = decode.SamplingConfig(top_k=5, text_top_k=9, contrastive_k=3)
-  assert decode.Sampler.of(sampling) == (5, 9, 0)
-  assert decode.Sampler.of(
-    decode.SamplingConfig(method="mixture", top_k=5, text_top_k=0, contrastive_k=3)
-  ) == (5, 0, 3)
+  sampling = SamplingConfig(top_k=5, text_top_k=9, contrastive_k=3)
+  assert Sampler.of(sampling) == (5, 9, 0)
+  assert Sampler.of(SamplingConfig(method="mixture", top_k=5, text_top_k=0, contrastive_k=3)) == (
+    5,
+    0,
+    3,
+  )
   assert IMAGE > 5

@@ -9,7 +9,8 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.cm3 import apply_cm3_mask
-from cm3leon_jax.decoding import grammar, prompts
+from cm3leon_jax.decoding import grammar
+from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.grammar import (
   AFTER_IMAGE,
   CODES,
@@ -22,8 +23,9 @@ from cm3leon_jax.decoding.grammar import (
   TEXT,
   Part,
 )
-from cm3leon_jax.decoding.prompts import Hole
+from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.generation.tasks import document_segments
 from cm3leon_jax.vocab import VocabLayout
 
 VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
@@ -45,18 +47,20 @@ def streams(request):
 
 
 def test_text_to_image():
-  request = prompts.text_to_image(VOCAB, IMAGE, [17, 18], [([15, 16], PICTURE)])
+  request = request_lib.text_to_image(VOCAB, IMAGE, [17, 18], [([15, 16], PICTURE)])
   assert streams(request) == [[EOS, 15, 16, BRK, *PICTURE, BRK, 17, 18, BRK], [EOS, M0, BRK]]
   assert request.plan == DRAWN
   assert request.positions == 12 + IMAGE + 1
-  kept = prompts.text_to_image(VOCAB, IMAGE, [17, 18], [([15, 16], PICTURE)], keep=True)
+  kept = request_lib.text_to_image(
+    VOCAB, IMAGE, [17, 18], [([15, 16], PICTURE)], keep_neighbors=True
+  )
   assert streams(kept)[1] == [EOS, 15, 16, BRK, *PICTURE, BRK, M0, BRK]
-  assert streams(prompts.unconditional(VOCAB, IMAGE)) == [[EOS, M0, BRK]]
-  assert prompts.unconditional(VOCAB, IMAGE).plan == DRAWN
+  assert streams(request_lib.unconditional(VOCAB, IMAGE)) == [[EOS, M0, BRK]]
+  assert request_lib.unconditional(VOCAB, IMAGE).plan == DRAWN
 
 
 def test_edit():
-  request = prompts.edit(VOCAB, IMAGE, [15], PICTURE, [17])
+  request = request_lib.edit(VOCAB, IMAGE, [15], PICTURE, [17])
   assert streams(request) == [
     [EOS, 15, BRK, *PICTURE, BRK, 17, BRK],
     [EOS, 15, BRK, *PICTURE, BRK],
@@ -66,18 +70,30 @@ def test_edit():
 
 
 def test_infill():
-  request = prompts.infill(VOCAB, IMAGE, [([17, 18],), ([271], Hole(codes=2), [274])])
+  request = request_lib.infill(VOCAB, IMAGE, [([17, 18],), ([271], Hole(codes=2), [274])])
   assert streams(request) == [
     [EOS, 17, 18, BRK, 271, M0, 274, EOS, M0],
-    [EOS, M1, BRK, 271, M0, 274, EOS, M0],
+    [EOS, 271, M0, 274, EOS, M0],
   ]
   assert request.plan == (Part(CODES, 2), Part(EOSS))
-  caption = prompts.infill(VOCAB, IMAGE, [(Hole(most_text=9),), (PICTURE,)], [([15],)])
+  caption = request_lib.infill(VOCAB, IMAGE, [(Hole(most_text=9),), (PICTURE,)], [([15],)])
   assert streams(caption) == [[EOS, 15, BRK, M0, BRK, *PICTURE, EOS, M0]]
   assert caption.plan == (Part(TEXT, 9),)
-  several = prompts.infill(VOCAB, IMAGE, [([17], Hole(most_text=3)), (Hole(codes=3), [274])])
+  several = request_lib.infill(VOCAB, IMAGE, [([17], Hole(most_text=3)), (Hole(codes=3), [274])])
   assert streams(several) == [[EOS, 17, M0, BRK, M1, 274, EOS, M0]]
   assert several.plan == (Part(TEXT, 3), Part(MASK, 1), Part(CODES, 3), Part(EOSS))
+
+
+def test_the_unconditional_stream_of_an_infill_numbers_its_holes_as_training_does():
+  """Several holes, a text before the image and a text after it: only the image remains."""
+  image = ([271], Hole(codes=1), [273], Hole(codes=1))
+  document = [([17, 18],), image, ([19],)]
+  request = request_lib.infill(VOCAB, IMAGE, document, [([15], PICTURE)])
+  tokens = np.array([EOS, *PICTURE, EOS], np.int32)
+  trained = apply_cm3_mask(tokens, [(2, 3), (4, 5)], VOCAB)
+  answer = [PICTURE[1], EOSS_ID, M1, PICTURE[3], EOSS_ID]
+  assert [*request.streams[1], *answer] == trained.tolist()
+  assert request.plan == request_lib.infill(VOCAB, IMAGE, [image]).plan
 
 
 def test_document():
@@ -88,7 +104,7 @@ def test_document():
     ([[17], PICTURE], True, [EOS, 17, BRK, *PICTURE, BRK], SEGMENT_START),
   ]
   for segments, after_break, prompt, place in cases:
-    request = prompts.document(VOCAB, IMAGE, segments, 9, after_break)
+    request = request_lib.document(VOCAB, IMAGE, segments, 9, after_break)
     assert streams(request) == [prompt]
     assert request.plan == (Part(DOCUMENT, 9, place),)
     assert request.positions == len(prompt) + 9
@@ -99,11 +115,13 @@ def test_weights_of_the_streams():
   sampling = SamplingConfig(
     guidance=3.0, guidance_schedule="linear", image_guidance=1.5, edit_guidance=7.5
   )
-  draw, alone = prompts.text_to_image(VOCAB, 3, [17]), prompts.unconditional(VOCAB, 3)
-  edit = prompts.edit(VOCAB, 4, [15], PICTURE, [17])
-  np.testing.assert_array_equal(alone.guidance(sampling, 3), np.ones((4, 1)))
-  np.testing.assert_array_equal(draw.guidance(sampling, 3), [[1, 0], [2, -1], [3, -2], [3, -2]])
-  weights = edit.guidance(sampling, 4)
+  draw, alone = request_lib.text_to_image(VOCAB, 3, [17]), request_lib.unconditional(VOCAB, 3)
+  edit = request_lib.edit(VOCAB, 4, [15], PICTURE, [17])
+  np.testing.assert_array_equal(alone.guidance_weights(sampling, 3), np.ones((4, 1)))
+  np.testing.assert_array_equal(
+    draw.guidance_weights(sampling, 3), [[1, 0], [2, -1], [3, -2], [3, -2]]
+  )
+  weights = edit.guidance_weights(sampling, 4)
   np.testing.assert_allclose(weights[[0, 3, 4]], [[1, 0, 0], [7.5, -6, -0.5], [7.5, -6, -0.5]])
   np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-6)
 
@@ -140,29 +158,29 @@ def test_an_infill_with_its_answer_is_the_document_as_cm3_trained_it(made):
   segments, holed, spans = made
   joined = [[VOCAB.eos, *segments[0]], *([VOCAB.brk, *s] for s in segments[1:]), [VOCAB.eos]]
   tokens = np.array(list(itertools.chain.from_iterable(joined)), np.int32)
-  request, trained = prompts.infill(VOCAB, IMAGE, holed), apply_cm3_mask(tokens, spans, VOCAB)
+  request, trained = request_lib.infill(VOCAB, IMAGE, holed), apply_cm3_mask(tokens, spans, VOCAB)
   prompt, answer = np.split(trained, [len(request.streams[0])])
   np.testing.assert_array_equal(request.streams[0], prompt)
   assert len(answer) <= grammar.longest(request.plan)
-  assert [s.tolist() for s in prompts.segments_of(VOCAB, request, answer)] == segments
+  assert [s.tolist() for s in document_segments(VOCAB, request, answer)] == segments
   # Control: another answer is another document.
   answer[0] += 1 if answer[0] != 263 else -1
-  assert [s.tolist() for s in prompts.segments_of(VOCAB, request, answer)] != segments
+  assert [s.tolist() for s in document_segments(VOCAB, request, answer)] != segments
 
 
 @pytest.mark.parametrize("end", [EOS, BRK])
 def test_segments_of_what_is_no_infill(end):
   found = lambda request, ids: [
-    s.tolist() for s in prompts.segments_of(VOCAB, request, np.array(ids))
+    s.tolist() for s in document_segments(VOCAB, request, np.array(ids))
   ]
-  draw = prompts.text_to_image(VOCAB, IMAGE, [17, 18], [([15], PICTURE)])
+  draw = request_lib.text_to_image(VOCAB, IMAGE, [17, 18], [([15], PICTURE)])
   assert found(draw, [*PICTURE[::-1], end]) == [[15], PICTURE, [17, 18], PICTURE[::-1]]
-  edit = prompts.edit(VOCAB, IMAGE, [15], PICTURE, [17])
+  edit = request_lib.edit(VOCAB, IMAGE, [15], PICTURE, [17])
   assert found(edit, [*PICTURE[::-1], end]) == [[15], PICTURE, [17], PICTURE[::-1]]
-  continued = prompts.document(VOCAB, IMAGE, [PICTURE, [17]], 9)
+  continued = request_lib.document(VOCAB, IMAGE, [PICTURE, [17]], 9)
   assert found(continued, [18, BRK, *PICTURE, EOS]) == [PICTURE, [17, 18], PICTURE]
-  assert found(prompts.document(VOCAB, IMAGE, [], 9), [18, EOS]) == [[18]]
-  caption = prompts.infill(VOCAB, IMAGE, [(Hole(most_text=9),), (PICTURE,)], [([15],)])
+  assert found(request_lib.document(VOCAB, IMAGE, [], 9), [18, EOS]) == [[18]]
+  caption = request_lib.infill(VOCAB, IMAGE, [(Hole(most_text=9),), (PICTURE,)], [([15],)])
   assert found(caption, [17, EOSS_ID]) == [[15], [17], PICTURE]
 
 
@@ -172,31 +190,37 @@ TEXT_HOLE, IMAGE_HOLE = Hole(most_text=2), Hole(codes=IMAGE)
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (lambda: prompts.text_to_image(VOCAB, IMAGE, []), "empty: give at least one word"),
-    (lambda: prompts.edit(VOCAB, IMAGE, [15], PICTURE, []), "the instruction is empty"),
+    (lambda: request_lib.text_to_image(VOCAB, IMAGE, []), "empty: give at least one word"),
+    (lambda: request_lib.edit(VOCAB, IMAGE, [15], PICTURE, []), "the instruction is empty"),
     (
-      lambda: prompts.edit(VOCAB, IMAGE, [15], PICTURE[:3], [17]),
+      lambda: request_lib.edit(VOCAB, IMAGE, [15], PICTURE[:3], [17]),
       "has 3 codes; images of this model have 4",
     ),
-    (lambda: prompts.infill(VOCAB, IMAGE, [([17],)]), "put a mask"),
+    (lambda: request_lib.infill(VOCAB, IMAGE, [([17],)]), "put a mask"),
     (
-      lambda: prompts.infill(VOCAB, IMAGE, [([17], TEXT_HOLE)] * 3),
+      lambda: request_lib.infill(VOCAB, IMAGE, [([17], TEXT_HOLE)] * 3),
       "has 3 masks; the vocabulary has sentinels for 2",
     ),
-    (lambda: prompts.infill(VOCAB, IMAGE, [(Hole(),)]), "filled with at least one token"),
+    (lambda: request_lib.infill(VOCAB, IMAGE, [(Hole(),)]), "filled with at least one token"),
     (
-      lambda: prompts.infill(VOCAB, IMAGE, [([271, 272, 273], Hole(most_text=1))]),
+      lambda: request_lib.infill(VOCAB, IMAGE, [([271, 272, 273], Hole(most_text=1))]),
       "filled with its codes",
     ),
-    (lambda: prompts.infill(VOCAB, IMAGE, [([17], Hole(codes=2))]), "mixes text and image codes"),
-    (lambda: prompts.infill(VOCAB, IMAGE, [([17], TEXT_HOLE, TEXT_HOLE)]), "stand side by side"),
-    (lambda: prompts.infill(VOCAB, IMAGE, [([271], IMAGE_HOLE)]), "has 5 codes"),
     (
-      lambda: prompts.infill(VOCAB, IMAGE, [([17, 271], TEXT_HOLE)]),
+      lambda: request_lib.infill(VOCAB, IMAGE, [([17], Hole(codes=2))]),
+      "mixes text and image codes",
+    ),
+    (
+      lambda: request_lib.infill(VOCAB, IMAGE, [([17], TEXT_HOLE, TEXT_HOLE)]),
+      "stand side by side",
+    ),
+    (lambda: request_lib.infill(VOCAB, IMAGE, [([271], IMAGE_HOLE)]), "has 5 codes"),
+    (
+      lambda: request_lib.infill(VOCAB, IMAGE, [([17, 271], TEXT_HOLE)]),
       "mixes text and image codes|filled with its codes",
     ),
-    (lambda: prompts.document(VOCAB, IMAGE, [PICTURE[:2]], 9), "has 2 codes"),
-    (lambda: prompts.document(VOCAB, IMAGE, [[17]], 1), "the length is 1"),
+    (lambda: request_lib.document(VOCAB, IMAGE, [PICTURE[:2]], 9), "has 2 codes"),
+    (lambda: request_lib.document(VOCAB, IMAGE, [[17]], 1), "the length is 1"),
   ],
 )
 def test_bad_requests(make, message):

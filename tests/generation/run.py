@@ -1,4 +1,4 @@
-"""A run as the stages before decoding leave it, with random weights and everything tiny."""
+"""A run as the stages before generation leave it, without raw data: random weights, tiny sizes."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,6 @@ from cm3leon_jax.data.documents import Segment, write_documents
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.tokenizers import text, vqgan
-from tests.data.raw import write_raw
 from tests.data.stores import VOCAB, make_sources
 from tests.retrieval.stores import write_bank, write_neighbors
 
@@ -62,9 +61,6 @@ def make_run(root: epath.Path) -> None:
   ] * 3  # Enough for 512 ids.
   text.train_text_tokenizer(words, VOCAB, text.TextTokenizerConfig(), root / "text_tokenizer")
   encode = text.TextTokenizer(root / "text_tokenizer", VOCAB).encode
-  about = {"split": "heldout", "source": "test", "license": "CC0-1.0", "attribution": "nobody"}
-  pairs = [{"key": f"h{i}", "caption": caption, **about} for i, caption in enumerate(CAPTIONS)]
-  write_raw(root / "raw", pairs, [np.full((8, 8, 3), 40 * i, np.uint8) for i in range(len(pairs))])
   bank = make_sources(root / "made", num_pairs=12)[0].store
   write_documents(root / "documents" / "train_pairs", [bank[i] for i in range(12)], VOCAB)
   make = lambda i, caption: dataclasses.replace(

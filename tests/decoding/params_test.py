@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.decoding import weights as weights_lib
+from cm3leon_jax.decoding import params as params_lib
 from cm3leon_jax.vocab import VocabLayout
 from tests.decoding.small import VOCAB, model_config, on_mesh
 from tests.models.tiny import random_params
@@ -16,12 +16,12 @@ def test_the_same_numbers(family):
   with on_mesh():
     config = model_config(family)
     params = random_params(config)
-    prepared = weights_lib.prepare(params, config=config, vocab=VOCAB)
+    prepared = params_lib.prepare(params, config=config, vocab=VOCAB)
     table = np.asarray(params["embed" if family == "opt" else "head"])
     np.testing.assert_array_equal(prepared.image_head, table[VOCAB.text_size :].T)
     np.testing.assert_array_equal(prepared.head, table[[*range(264, 320), *range(264)]].T)
-    np.testing.assert_array_equal(weights_lib.head_ids(VOCAB), [*range(264, 320), *range(264)])
-    for i, layer in enumerate(prepared.params["blocks"]):
+    np.testing.assert_array_equal(params_lib.head_ids(VOCAB), [*range(264, 320), *range(264)])
+    for i, layer in enumerate(prepared.model["blocks"]):
       expected = jax.tree.map(lambda x, i=i: np.asarray(x[i]), params["blocks"])
       assert layer.keys() == expected.keys()
       qkv, rest = layer.pop("qkv"), expected.pop("qkv")
@@ -33,7 +33,7 @@ def test_the_same_numbers(family):
 def test_the_compute_dtype_and_no_image_head():
   with on_mesh():
     config = model_config(dtype="bfloat16")
-    prepared = weights_lib.prepare(
+    prepared = params_lib.prepare(
       random_params(config), config=config, vocab=VOCAB, image_head=False
     )
   assert {x.dtype for x in jax.tree.leaves(prepared)} == {jnp.dtype("bfloat16")}
@@ -43,14 +43,14 @@ def test_the_compute_dtype_and_no_image_head():
 def test_int8_literals():
   """Every output has a scale of its own: its largest entry / 127."""
   w = jnp.array([[127.0, 0.5], [-64.0, -2.54]])
-  made = weights_lib.quantized(w, (0,))
+  made = params_lib.quantized(w, (0,))
   np.testing.assert_array_equal(made.values, [[127, 25], [-64, -127]])
   np.testing.assert_allclose(made.scale, [[1.0, 0.02]], rtol=1e-6)
   np.testing.assert_allclose(
-    weights_lib.dequantized({"up": made}, "float32")["up"], [[127, 0.5], [-64, -2.54]], rtol=1e-6
+    params_lib.dequantized({"up": made}, "float32")["up"], [[127, 0.5], [-64, -2.54]], rtol=1e-6
   )
-  zeros = weights_lib.quantized(jnp.zeros((2, 2)), (0,))
-  assert (np.asarray(weights_lib.dequantized(zeros, "float32")) == 0).all()
+  zeros = params_lib.quantized(jnp.zeros((2, 2)), (0,))
+  assert (np.asarray(params_lib.dequantized(zeros, "float32")) == 0).all()
 
 
 @pytest.mark.parametrize("family", ["opt", "modern"])
@@ -59,16 +59,16 @@ def test_int8_is_near(family):
   with on_mesh():
     config = model_config(family)
     params = random_params(config)
-    prepared = weights_lib.prepare(params, config=config, vocab=VOCAB, dtype="int8")
-    exact = weights_lib.prepare(params, config=config, vocab=VOCAB)
-  for layer, expected in zip(prepared.params["blocks"], exact.params["blocks"]):
-    for name in layer.keys() & weights_lib.SUMMED.keys():
+    prepared = params_lib.prepare(params, config=config, vocab=VOCAB, dtype="int8")
+    exact = params_lib.prepare(params, config=config, vocab=VOCAB)
+  for layer, expected in zip(prepared.model["blocks"], exact.model["blocks"]):
+    for name in layer.keys() & params_lib.SUMMED.keys():
       parts = zip(layer[name], expected[name]) if name == "qkv" else [(layer[name], expected[name])]
       for made, w in parts:
         summed = {"out": (0, 1)}.get(name, (0,))
         assert made.values.dtype == jnp.int8
         assert made.scale.shape == tuple(1 if i in summed else n for i, n in enumerate(w.shape))
-        off = np.abs(np.asarray(weights_lib.dequantized(made, "float32")) - np.asarray(w))
+        off = np.abs(np.asarray(params_lib.dequantized(made, "float32")) - np.asarray(w))
         assert (off <= 0.501 * np.asarray(made.scale)).all()
         assert off.max() > 0.4 * np.asarray(made.scale).min()  # Control: it is rounded.
 
@@ -76,9 +76,9 @@ def test_int8_is_near(family):
 def test_the_head_is_split_where_it_divides():
   with on_mesh(1, 1, 8):
     config = model_config()
-    prepared = weights_lib.prepare(random_params(config), config=config, vocab=VOCAB)
+    prepared = params_lib.prepare(random_params(config), config=config, vocab=VOCAB)
     assert prepared.head.sharding.shard_shape(prepared.head.shape) == (32, 40)
     assert prepared.image_head.sharding.shard_shape(prepared.image_head.shape) == (32, 7)
     odd = VocabLayout(num_special=8, text_size=265, image_size=55)
-    prepared = weights_lib.prepare(random_params(config), config=config, vocab=odd)
+    prepared = params_lib.prepare(random_params(config), config=config, vocab=odd)
     assert prepared.image_head.sharding.shard_shape(prepared.image_head.shape) == (32, 55)

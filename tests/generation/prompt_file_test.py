@@ -1,13 +1,13 @@
-"""What a user asks for is checked, each mistake is told in one sentence, and a file with one a line is read."""
+"""Tasks from flags and files: each mistake is told in one sentence, with its place."""
 
 import json
 
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.decoding import asks
-from cm3leon_jax.decoding.asks import Ask
 from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.generation.image_tasks import TextToImage
+from cm3leon_jax.generation.prompt_file import TASKS, make_task, pair, read
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from cm3leon_jax.decoding.sampling import SamplingConfig
     ({"task": "edit", "image": "a.png"}, "task edit needs a prompt, and none is given."),
     (
       {"task": "caption", "image": "a.png", "prompt": "cat"},
-      "task caption takes no prompt: leave 'cat' out, or name another",
+      "task caption takes no prompt: leave 'cat' out, or name a task that takes a prompt.",
     ),
     (
       {"task": "text_to_image", "prompt": "cat", "image": "a.png"},
@@ -39,7 +39,7 @@ from cm3leon_jax.decoding.sampling import SamplingConfig
     ),
     (
       {"task": "infill_text", "prompt": "a cat"},
-      "task infill_text fills in what <mask> stands for: put one into the prompt",
+      "task infill_text fills in each <mask>: put one into the prompt",
     ),
     (
       {"prompt": "a <mask> cat"},
@@ -51,37 +51,50 @@ from cm3leon_jax.decoding.sampling import SamplingConfig
     ),
     (
       {"prompt": "cat", "box": (0, 0, 1, 1)},
-      "a box is given, which only task infill_image takes; this one is text_to_image.",
+      "task text_to_image takes no box: leave '0,0,1,1' out, or name a task that takes a box.",
     ),
     (
       {"task": "unconditional", "retrieve": 2},
-      "retrieve is 2; task unconditional retrieves no documents.",
+      "task unconditional takes no retrieve: leave '2' out, or name a task that takes retrieve.",
     ),
-    ({"prompt": "cat", "length": 9}, "length is 9; task text_to_image writes no text."),
+    (
+      {"prompt": "cat", "length": 9},
+      "task text_to_image takes no length: leave '9' out, or name a task that takes length.",
+    ),
     ({"task": "interleaved", "length": -1}, r"length is -1; it must lie in \[0, 2\^32\)."),
     ({"prompt": "cat", "seed": -1}, r"seed is -1; it must lie in \[0, 2\^32\)."),
     ({"prompt": "cat", "retrieve": -1}, r"retrieve is -1; it must lie in"),
   ],
 )
 def test_a_mistake_is_told_in_one_sentence(fields, sentence):
+  fields = {"task": "text_to_image", **fields}
+  common = {"seed": fields.pop("seed", 0)}
+  name = fields.pop("task")
   with pytest.raises(UserError, match=f"^{sentence}"):
-    asks.check(Ask(**fields))
+    make_task(name, fields, **common)
   with pytest.raises(UserError, match=f"^my.jsonl, line 3: {sentence}"):
-    asks.check(Ask(**fields, where="my.jsonl, line 3"))
+    make_task(name, fields, where="my.jsonl, line 3", **common)
+
+
+def test_every_task_has_a_name_of_its_own_and_documents_its_fields():
+  assert len({cls.name for cls in TASKS}) == len(TASKS)
+  assert all(cls.__doc__ and not cls.__doc__.startswith(cls.__name__) for cls in TASKS)
 
 
 def test_prompts_and_images_are_paired():
-  base = Ask("question", seed=5)
-  pairs = lambda *args: [(a.prompt, a.image, a.seed, a.row) for a in asks.pair(base, *args)]
-  assert pairs(["p", "q"], ["a", "b"]) == [("p", "a", 5, 0), ("q", "b", 6, 1)]
-  assert pairs(["p", "q"], ["a"]) == [("p", "a", 5, 0), ("q", "a", 6, 1)]
-  assert pairs([], ["a", "b"]) == [("", "a", 5, 0), ("", "b", 6, 1)]
-  assert pairs([], []) == [("", "", 5, 0)]
+  prompts = [{"prompt": "p"}, {"prompt": "q"}]
+  assert pair(["p", "q"], ["a", "b"]) == [
+    {**prompts[0], "image": "a"},
+    {**prompts[1], "image": "b"},
+  ]
+  assert pair(["p", "q"], ["a"]) == [{**fields, "image": "a"} for fields in prompts]
+  assert pair([], ["a", "b"]) == [{"image": "a"}, {"image": "b"}]
+  assert pair([], []) == [{}]
   with pytest.raises(
     UserError,
     match="2 prompts and 3 images are given: give one of each for the other, or one for all",
   ):
-    asks.pair(base, ["p", "q"], ["a", "b", "c"])
+    pair(["p", "q"], ["a", "b", "c"])
 
 
 def write(path, *lines):
@@ -89,7 +102,7 @@ def write(path, *lines):
   return path
 
 
-def test_a_file_has_one_ask_a_line(tmp_path):
+def test_a_file_has_one_task_a_line(tmp_path):
   lines = [
     {"prompt": "red apple", "guidance": 5, "top_k": 64},
     "",
@@ -103,15 +116,15 @@ def test_a_file_has_one_ask_a_line(tmp_path):
     {"task": "edit", "image": "gs://bucket/dog.png", "prompt": "blue"},
   ]
   path = write(tmp_path / "my.jsonl", *lines)
-  apple, cat, dog, blue = asks.read(path, Ask(seed=100, sampling=SamplingConfig(temperature=2.0)))
-  assert apple == Ask(
-    prompt="red apple",
+  apple, cat, dog, blue = read(path, seed=100, sampling=SamplingConfig(temperature=2.0))
+  assert apple == TextToImage(
+    "red apple",
     seed=100,
-    retrieve=2,  # As many as when it stands on the command line.
+    retrieve=2,  # The same default as on the command line.
     sampling=SamplingConfig(temperature=2.0, guidance=5.0, top_k=64),
     where=f"{path}, line 1",
   )
-  assert (cat.task, cat.image, cat.seed, cat.retrieve) == (
+  assert (cat.name, cat.image, cat.seed, cat.retrieve) == (
     "caption",
     f"{tmp_path}/photos/cat.jpg",
     9,
@@ -126,10 +139,7 @@ def test_a_file_has_one_ask_a_line(tmp_path):
     "contrastive",
   )
   assert (blue.image, blue.retrieve) == ("gs://bucket/dog.png", 0)
-  assert [a.retrieve for a in asks.read(write(path, lines[0], lines[2]), Ask(), retrieve=0)] == [
-    0,
-    1,
-  ]
+  assert [t.retrieve for t in read(write(path, lines[0], lines[2]), retrieve=0)] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -149,14 +159,14 @@ def test_a_file_has_one_ask_a_line(tmp_path):
 def test_a_wrong_line_is_named(tmp_path, line, sentence):
   path = write(tmp_path / "my.jsonl", {"prompt": "right"}, line)
   with pytest.raises(UserError, match=f"^{path}, line 2") as error:
-    asks.read(path, Ask())
+    read(path)
   assert sentence in str(error.value)
 
 
 def test_no_file_and_no_line(tmp_path):
   with pytest.raises(UserError, match=r"my\.jsonl, which does not exist: give a file"):
-    asks.read(tmp_path / "my.jsonl", Ask())
+    read(tmp_path / "my.jsonl")
   with pytest.raises(
     UserError, match=r"my\.jsonl, which has no line: give one JSON object a line\."
   ):
-    asks.read(write(tmp_path / "my.jsonl", ""), Ask())
+    read(write(tmp_path / "my.jsonl", ""))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cm3leon_jax.decoding import jacobi
+from cm3leon_jax.decoding import speculative
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from tests.decoding.small import (
   IMAGE,
@@ -52,7 +52,7 @@ def verified(n=20_000):
   ).astype(np.int32)
   keys = jax.random.split(jax.random.key(0), n)
   tile = lambda x: jnp.tile(jnp.asarray(x, jnp.float32), (n, 1, 1))
-  return drafts, *map(np.asarray, jax.jit(jacobi.verify)(keys, drafts, tile(Q), tile(P)))
+  return drafts, *map(np.asarray, jax.jit(speculative.verify)(keys, drafts, tile(Q), tile(P)))
 
 
 def p_value(tokens, p) -> float:
@@ -82,7 +82,7 @@ def test_drafts_hold_as_often_as_the_distributions_overlap():
 def test_equal_distributions_hold_all():
   keys, drafts = jax.random.split(jax.random.key(1), 50), np.full((50, 2), 2, np.int32)
   p = jnp.tile(jnp.asarray(P, jnp.float32), (50, 1, 1))
-  holds, _ = jacobi.verify(keys, drafts, p[:, :2], p)
+  holds, _ = speculative.verify(keys, drafts, p[:, :2], p)
   assert (holds == 2).all()
 
 

@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.decoding import batch, generate, programs, prompts
-from cm3leon_jax.decoding.generate import GeneratorConfig, sample_seed
+from cm3leon_jax.decoding import batch
+from cm3leon_jax.decoding import compile as compile_lib
+from cm3leon_jax.decoding import request as request_lib
+from cm3leon_jax.decoding.generator import GeneratorConfig, sample_seed
 from cm3leon_jax.decoding.grammar import Grammar, plan_array
-from cm3leon_jax.decoding.prompts import Hole
+from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.generation.tasks import document_segments
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.xla_options import DECODE_OPTIONS
 from tests.decoding.small import (
@@ -52,9 +55,9 @@ def unoptimized():
   with pytest.MonkeyPatch.context() as patch:
     quick = {"xla_backend_optimization_level": (0, "for tests")}
     patch.setitem(DECODE_OPTIONS, "cpu", DECODE_OPTIONS["cpu"] | quick)
-    programs.of.cache_clear()
+    compile_lib.programs_of.cache_clear()
     yield
-  programs.of.cache_clear()
+  compile_lib.programs_of.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +146,7 @@ def test_a_stream_alone_equals_a_separate_pass(plain_generator, params):
 
 
 def edits():
-  return [prompts.edit(VOCAB, IMAGE, A, CODES, B), prompts.edit(VOCAB, IMAGE, B, OTHER, A)]
+  return [request_lib.edit(VOCAB, IMAGE, A, CODES, B), request_lib.edit(VOCAB, IMAGE, B, OTHER, A)]
 
 
 def test_edit_equals_the_formula_on_separate_passes(generator, params):
@@ -232,30 +235,30 @@ def on_one_device(generator):
 def test_eight_devices_equal_one(on_one_device, shape):
   with on_mesh(*shape):
     generator = small_generator(sampling=MIXTURE)
-    vocab = generator.weights.head.sharding.shard_shape(generator.weights.head.shape)[1]
+    vocab = generator.params.head.sharding.shard_shape(generator.params.head.shape)[1]
     assert vocab == VOCAB.size // shape[2]
     same(all_results(generator), on_one_device)
 
 
 def test_without_a_head_for_images_alone(on_one_device, plain_generator):
-  assert plain_generator.weights.image_head is None
+  assert plain_generator.params.image_head is None
   same(all_results(plain_generator), on_one_device)
 
 
 def test_growth_of_the_cache_changes_nothing(plain_generator, monkeypatch):
   """A document of at most 24 tokens, from a cache with room for two."""
-  requests = [prompts.document(VOCAB, IMAGE, [a], 24) for a in (A, B)]
+  requests = [request_lib.document(VOCAB, IMAGE, [a], 24) for a in (A, B)]
   draw = functools.partial(plain_generator.generate, requests, SEEDS[:2], sampling=ANYTHING)
   expected, told, grown, plain = draw(), [], [], plain_generator.programs.grow
   monkeypatch.setattr(batch, "BUCKET", 4)
-  monkeypatch.setattr(generate, "ROOM", 2)
-  monkeypatch.setattr(generate, "CHUNK", 3)
+  monkeypatch.setattr(compile_lib, "ROOM", 2)
+  monkeypatch.setattr(compile_lib, "CHUNK", 3)
   monkeypatch.setattr(
     plain_generator.programs,
     "grow",
     lambda loop, by, *rest: grown.append(by) or plain(loop, by, *rest),
   )
-  found = draw(tell=told.append)
+  found = draw(progress=told.append)
   same(found, expected)
   assert grown == [6, 16]
   assert told[:4] == [2, 3, 3, 3]
@@ -263,21 +266,21 @@ def test_growth_of_the_cache_changes_nothing(plain_generator, monkeypatch):
 
 
 def test_rooms_double():
-  assert generate._rooms(32, 5) == [5]
-  assert generate._rooms(32, 257) == [128, 257]
-  assert generate._rooms(32, 1_025) == [128, 288, 608, 1_025]
-  assert generate._rooms(896, 257) == [257]
+  assert compile_lib.cache_rooms(32, 5) == (5,)
+  assert compile_lib.cache_rooms(32, 257) == (128, 257)
+  assert compile_lib.cache_rooms(32, 1_025) == (128, 288, 608, 1_025)
+  assert compile_lib.cache_rooms(896, 257) == (257,)
 
 
 def test_stops_when_all_samples_are_over(plain_generator):
   """Documents that could have 24 tokens, and end with the first: steps after it are not made."""
   starts = [[a, b] for a in (A, B) for b in (CODES, OTHER)]
-  requests = [prompts.document(VOCAB, IMAGE, segments, 24) for segments in starts]
+  requests = [request_lib.document(VOCAB, IMAGE, segments, 24) for segments in starts]
   stopped = set()
   for seed in range(60):
     told = []
     results = plain_generator.generate(
-      requests, range(seed, seed + 4), sampling=ANYTHING, tell=told.append
+      requests, range(seed, seed + 4), sampling=ANYTHING, progress=told.append
     )
     assert told == [max(len(r.ids) for r in results)]
     stopped.add(told[0])
@@ -290,14 +293,14 @@ def letters(ids) -> str:
 
 
 def test_documents_obey_their_format_and_length(plain_generator):
-  """Texts and images in turn, of at most so many tokens; segments_of returns the whole document."""
+  """Texts and images in turn, of at most so many tokens; document_segments returns the whole document."""
   segment, length = "(t+|i{6})", 24
   cases = [
-    (prompts.document(VOCAB, IMAGE, [], length), rf"{segment}(b{segment})*e", []),
-    (prompts.document(VOCAB, IMAGE, [CODES, A], length), rf"t*(b{segment})*e", [CODES, A]),
-    (prompts.document(VOCAB, IMAGE, [A, CODES], length), rf"(b{segment})*e", [A, CODES]),
+    (request_lib.document(VOCAB, IMAGE, [], length), rf"{segment}(b{segment})*e", []),
+    (request_lib.document(VOCAB, IMAGE, [CODES, A], length), rf"t*(b{segment})*e", [CODES, A]),
+    (request_lib.document(VOCAB, IMAGE, [A, CODES], length), rf"(b{segment})*e", [A, CODES]),
     (
-      prompts.document(VOCAB, IMAGE, [A, CODES], length, after_break=True),
+      request_lib.document(VOCAB, IMAGE, [A, CODES], length, after_break=True),
       rf"{segment}(b{segment})*e",
       [A, CODES],
     ),
@@ -312,7 +315,7 @@ def test_documents_obey_their_format_and_length(plain_generator):
       assert re.fullmatch(pattern, text)
       assert len(text) <= length
       seen |= set(re.findall(r"i{6}|b|t", text))
-      segments = prompts.segments_of(VOCAB, request, result.ids)
+      segments = document_segments(VOCAB, request, result.ids)
       # Joined again they are the prompt and what followed.
       whole = np.concatenate([request.streams[0], result.ids])
       joined = np.concatenate([[part] for s in segments for part in (VOCAB.brk, *s)], axis=None)
@@ -325,16 +328,16 @@ def test_documents_obey_their_format_and_length(plain_generator):
 def test_infill_of_text_and_image(plain_generator):
   """Holes of both kinds in one document; what stands around them stays."""
   segments = [(A, Hole(most_text=4), B), (CODES[:2], Hole(codes=3), CODES[5:])]
-  request = prompts.infill(VOCAB, IMAGE, segments, [(B, OTHER)])
+  request = request_lib.infill(VOCAB, IMAGE, segments, [(B, OTHER)])
   # Beside documents: a batch of unlike plans.
   [result, *_] = plain_generator.generate(
-    [request, *[prompts.document(VOCAB, IMAGE, [], 24)] * 3], SEEDS
+    [request, *[request_lib.document(VOCAB, IMAGE, [], 24)] * 3], SEEDS
   )
   tail = result.ids[np.flatnonzero(result.ids == VOCAB.eoss)[0] + 1 :]
   assert tail[0] == VOCAB.mask(1)
   assert VOCAB.is_image(tail[1:4]).all()
   assert tail[4:].tolist() == [VOCAB.eoss]
-  found = prompts.segments_of(VOCAB, request, result.ids)
+  found = document_segments(VOCAB, request, result.ids)
   np.testing.assert_array_equal(np.concatenate(found[:2]), np.concatenate([B, OTHER]))
   text, image = found[2:]
   np.testing.assert_array_equal(np.delete(text, range(3, len(text) - 1)), [*A, *B])
@@ -372,7 +375,7 @@ def test_int8_in_all_places(params):
 def test_no_step_makes_a_nan(generator, plain_generator):
   """Neither rows of padding, nor samples that are over while others go on, nor illegal ids."""
   broken = copy.copy(generator)
-  broken.weights = generator.weights._replace(head=generator.weights.head * np.nan)
+  broken.params = generator.params._replace(head=generator.params.head * np.nan)
   with jax.debug_nans(True):
     results = generator.generate(guided_requests(), SEEDS) + plain_generator.generate(
       plain_requests(), SEEDS
@@ -401,7 +404,7 @@ def test_batches_come_in_order(plain_generator):
   generator = copy.copy(plain_generator)
   generator.config = dataclasses.replace(generator.config, batch_size=3)
   requests, told = [*guided_requests()[:2], guided_requests()[3], *plain_requests()[:2]], []
-  batches = list(generator.batches(requests, range(5), samples=2, tell=told.append))
+  batches = list(generator.batches(requests, range(5), samples=2, progress=told.append))
   assert [[(r.request, r.sample) for r in b] for b in batches] == [
     [(0, 0), (0, 1), (1, 0)],
     [(1, 1), (2, 0), (2, 1)],
@@ -413,7 +416,7 @@ def test_batches_come_in_order(plain_generator):
 
 
 def test_bad_calls(generator):
-  long = prompts.text_to_image(VOCAB, IMAGE, np.full(POSITIONS - 2, 20))
+  long = request_lib.text_to_image(VOCAB, IMAGE, np.full(POSITIONS - 2, 20))
   with pytest.raises(
     UserError, match=f"has {POSITIONS} tokens; at most 121 leave room for the 7 tokens"
   ):

@@ -15,13 +15,13 @@ def test_compiled_once_for_each_way_that_parameters_are_split():
   with on_mesh(1, 2, 1):
     params = random_params(model_config())
     generator = small_generator(params=params)
-    made = generator.programs._made
-    first, count = generator.generate(requests, SEEDS), len(made)
+    compiled = generator.programs._compiled
+    first, count = generator.generate(requests, SEEDS), len(compiled)
     again = small_generator(params=params).generate(requests, SEEDS)
-    assert len(made) == count
+    assert len(compiled) == count
     whole = jax.tree.map(lambda x: jax.sharding.reshard(x, P()), params)
     other = small_generator(params=whole).generate(requests, SEEDS)
-    assert len(made) > count
+    assert len(compiled) > count
   for a, b, c in zip(first, again, other):
     np.testing.assert_array_equal(a.ids, b.ids)
     np.testing.assert_array_equal(a.ids, c.ids)

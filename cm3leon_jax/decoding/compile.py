@@ -1,0 +1,219 @@
+"""Builds the compiled programs of decoding, for `Generator` and for ahead-of-time compilation."""
+
+from collections.abc import Callable
+import functools
+from typing import NamedTuple
+
+import jax
+from jax.experimental.layout import Format, Layout
+
+from cm3leon_jax.decoding import loop as loop_lib
+from cm3leon_jax.decoding import speculative
+from cm3leon_jax.decoding.batch import Batch
+from cm3leon_jax.decoding.grammar import Grammar
+from cm3leon_jax.decoding.loop import LoopState
+from cm3leon_jax.decoding.sampling import Sampler
+from cm3leon_jax.mesh import abstract
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.xla_options import DECODE_OPTIONS, compiler_options
+
+ROOM = (
+  128  # Generated tokens that a cache has slots for at first: attention reads empty slots, too.
+)
+CHUNK = 64  # Steps of a call: a progress bar moves, and a batch whose samples are over stops.
+
+
+class Static(NamedTuple):
+  """What the programs of a batch are compiled for, beside the types of their arguments.
+
+  Attributes:
+    model: the decoder.
+    grammar: of the plans.
+    sampler: compiled settings of sampling.
+    cache_dtype: one of `cache.DTYPES`.
+    widths: of each stream, the number of last prompt slots that its cache keeps.
+    longest: largest number of tokens that a sample may have.
+    rooms: numbers of generated tokens that the caches have slots for: at first, then as they grow.
+    window: codes that are verified in a step of `speculative.generate_image`; 0: one code a step.
+  """
+
+  model: ModelConfig
+  grammar: Grammar
+  sampler: Sampler
+  cache_dtype: str
+  widths: tuple[int, ...]
+  longest: int
+  rooms: tuple[int, ...]
+  window: int = 0
+
+  @property
+  def of_step(self) -> dict:
+    """Static arguments of `loop.decode_step`."""
+    return {"config": self.model, "grammar": self.grammar, "sampler": self.sampler}
+
+
+def cache_rooms(prompt: int, longest: int) -> tuple[int, ...]:
+  """Numbers of tokens that a cache has slots for after the prompt's, as it grows.
+
+  All slots are doubled, unless the full cache would have less than half as many more.
+
+  >>> cache_rooms(32, 257), cache_rooms(32, 1_025), cache_rooms(896, 257)
+  ((128, 257), (128, 288, 608, 1025), (257,))
+  """
+  rooms, slots = [], prompt + ROOM
+  while 3 * slots < 2 * (prompt + longest):
+    rooms.append(slots - prompt)
+    slots *= 2
+  return (*rooms, longest)
+
+
+def prefill_function(static: Static) -> Callable:
+  """`loop.prefill` of (model, prompts, plan) with its static arguments."""
+  return functools.partial(
+    loop_lib.prefill,
+    config=static.model,
+    grammar=static.grammar,
+    longest=static.longest,
+    room=static.rooms[0],
+    widths=static.widths,
+    cache_dtype=static.cache_dtype,
+  )
+
+
+def lower_steps(mesh: jax.sharding.Mesh, params, control, loop, static: Static):
+  """Lowers `loop.decode_steps` for arguments of these types, all `abstract`.
+
+  The compiler chooses the memory layout of the state: with the default layout XLA:TPU copies the
+  whole cache to the layout that its loop prefers, and back, in every call.
+
+  Returns:
+    jax.stages.Lowered.
+  """
+
+  def shardings(tree):
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+  auto = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), loop)
+  steps = functools.partial(loop_lib.decode_steps, steps=CHUNK, **static.of_step)
+  jitted = jax.jit(
+    steps,
+    in_shardings=(shardings(params), shardings(control), auto),
+    out_shardings=auto,
+    donate_argnums=2,
+    compiler_options=compiler_options(mesh, DECODE_OPTIONS),
+  )
+  return jitted.lower(params, control, loop)
+
+
+def jit_before(function: Callable, program: jax.stages.Compiled):
+  """Jits a function that returns the state in the layout of `program`, which runs next."""
+  return jax.jit(function, out_shardings=program.input_formats[0][2])
+
+
+class Lowered(NamedTuple):
+  """The programs of a batch, as ahead-of-time compilation needs them.
+
+  Attributes:
+    steps: the loop of steps over the first cache and over the last, lowered; one program if the
+      cache does not grow.
+    prefill: (compiled steps over the first cache) -> prefill, lowered.
+    state: types of the state with the last cache.
+  """
+
+  steps: tuple[jax.stages.Lowered, jax.stages.Lowered]
+  prefill: Callable[[jax.stages.Compiled], jax.stages.Lowered]
+  state: LoopState
+
+
+def lower_batch(mesh: jax.sharding.Mesh, params, batch: Batch, static: Static) -> Lowered:
+  """Lowers what `Programs` runs for a batch; `mesh` must be the current one.
+
+  Args:
+    mesh: of devices that need not be present.
+    params: `DecodeParams`, `abstract`.
+    batch: arrays of `batch.make_batch`.
+    static: of the batch.
+  """
+  prompts, control = (abstract(x, mesh) for x in (batch.prompts, batch.control))
+  arguments, first = (params.model, prompts, control.plan), prefill_function(static)
+  state = abstract(jax.eval_shape(first, *arguments), mesh)
+  lowered = last = lower_steps(mesh, params, control, state, static)
+  if grown := static.rooms[-1] - static.rooms[0]:
+    grow = functools.partial(loop_lib.grow, by=grown)
+    state = abstract(jax.eval_shape(grow, state), mesh)
+    last = lower_steps(mesh, params, control, state, static)
+
+  def lower_prefill(program):
+    with jax.set_mesh(mesh):
+      return jit_before(first, program).lower(*arguments)
+
+  return Lowered((lowered, last), lower_prefill, state)
+
+
+class Programs:
+  """Programs of a mesh, which must be the current one; compiles once for each kind of arguments.
+
+  A batch runs `prefill`, then the steps that `prefill` or `grow` returned, then `results`.
+  """
+
+  def __init__(self, mesh: jax.sharding.Mesh):
+    self.mesh = mesh
+    self.results = jax.jit(loop_lib.results)
+    self._compiled: dict = {}
+
+  def prefill(self, params, batch: Batch, static: Static):
+    """Reads the prompts of a batch. Returns (state, the program that makes its next steps)."""
+    arguments = (params.model, batch.prompts, batch.control.plan)
+    return self._run_before(
+      prefill_function(static), arguments, static, params, batch.control, static
+    )
+
+  def grow(self, loop: LoopState, by: int, params, control, static: Static):
+    """Runs `loop.grow`. Returns (state, the program that makes its next steps)."""
+    function = functools.partial(loop_lib.grow, by=by)
+    return self._run_before(
+      function, (loop,), (by, *static.of_step.values()), params, control, static
+    )
+
+  def generate_image(self, loop: LoopState, params, control, program, static: Static, codes: int):
+    """Runs `speculative.generate_image`. Returns (state for `program`, number of steps)."""
+
+    def make():
+      function = functools.partial(
+        speculative.generate_image, codes=codes, window=static.window, **static.of_step
+      )
+      return jax.jit(function, donate_argnums=2, out_shardings=(program.input_formats[0][2], None))
+
+    jitted = self._once(("image", codes, static), (params, control, loop), make)
+    return jitted(params, control, loop)
+
+  def _run_before(self, function: Callable, arguments, name, params, control, static: Static):
+    """Runs a function that returns a state, in the layout that the next steps want."""
+
+    def make():
+      state = jax.eval_shape(function, *arguments)
+      types = [abstract(x, self.mesh) for x in (params, control, state)]
+      program = self._once(
+        ("steps", *static.of_step.values()),
+        types,
+        lambda: lower_steps(self.mesh, *types, static).compile(),
+      )
+      return jit_before(function, program), program
+
+    jitted, program = self._once(name, (arguments, params, control), make)
+    return jitted(*arguments), program
+
+  def _once(self, name, arguments, make: Callable):
+    """The result of `make`, made once for each name and types and shardings of arguments."""
+    leaves, structure = jax.tree.flatten(arguments)
+    types = tuple((x.shape, str(x.dtype), getattr(x, "sharding", None)) for x in leaves)
+    key = (name, structure, types)
+    if key not in self._compiled:
+      self._compiled[key] = make()
+    return self._compiled[key]
+
+
+@functools.cache
+def programs_of(mesh: jax.sharding.Mesh) -> Programs:
+  """The programs of a mesh, which all generators on it share."""
+  return Programs(mesh)

@@ -1,0 +1,272 @@
+"""The decoder as other code calls it: requests in, tokens out, batch by batch."""
+
+# B samples of a batch, S guidance streams, G tokens to generate, I tokens of an image.
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.decoding import cache, grammar
+from cm3leon_jax.decoding import compile as compile_lib
+from cm3leon_jax.decoding import params as params_lib
+from cm3leon_jax.decoding.batch import Batch, make_batch
+from cm3leon_jax.decoding.compile import Static
+from cm3leon_jax.decoding.grammar import Grammar
+from cm3leon_jax.decoding.request import Request
+from cm3leon_jax.decoding.sampling import Sampler, SamplingConfig, contrastive_rows
+from cm3leon_jax.mesh import batch_shards
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.vocab import VocabLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorConfig:
+  """What a Generator is compiled for.
+
+  Attributes:
+    model: the decoder.
+    vocab: meaning of its ids.
+    image_tokens: I.
+    positions: largest number of positions of a sample, at most model.max_positions; positions after
+      the longest sample of training are noise.
+    sampling: default settings of sampling.
+    batch_size: largest number of samples in a batch.
+    weight_dtype: `compute`, or `int8` for the products of the blocks.
+    cache_dtype: `compute` or `int8`.
+    draft_window: codes of an image that a step reads as drafts and accepts while they hold
+      (`speculative`), at least 2, in batches of whole images that use top_p; 0: one code a step.
+      Images have the same distribution, but a seed gives another image.
+    image_head: compute only the image rows of the output table while only image codes are legal.
+  """
+
+  model: ModelConfig
+  vocab: VocabLayout
+  image_tokens: int
+  positions: int
+  sampling: SamplingConfig = SamplingConfig()  # noqa: RUF009 (frozen)
+  batch_size: int = 16
+  weight_dtype: str = "compute"
+  cache_dtype: str = "compute"
+  image_head: bool = True
+  draft_window: int = 0
+
+  def __post_init__(self):
+    for field, allowed in (("weight_dtype", params_lib.DTYPES), ("cache_dtype", cache.DTYPES)):
+      if getattr(self, field) not in allowed:
+        raise ValueError(
+          f"{field} is '{getattr(self, field)}'; it must be one of {', '.join(allowed)}."
+        )
+    if self.draft_window and (self.draft_window < 2 or not self.image_head):
+      raise ValueError(
+        f"draft_window is {self.draft_window}; it must be 0, or at least 2 with image_head."
+      )
+    if self.batch_size < 1:
+      raise ValueError(f"batch_size is {self.batch_size}; it must be positive.")
+    if not 1 <= self.positions <= self.model.max_positions:
+      raise ValueError(
+        f"positions is {self.positions}; it must lie in [1, model.max_positions = "
+        f"{self.model.max_positions}]."
+      )
+
+  @classmethod
+  def of(cls, settings, **fields) -> "GeneratorConfig":
+    """The config of a run's settings."""
+    image_tokens, positions = settings.vqgan.image_tokens, settings.data.sequence_length
+    return cls(settings.model, settings.vocab, image_tokens, positions, settings.sampling, **fields)
+
+  def batch(self, requests, seeds, contrastive, sampling: SamplingConfig | None = None):
+    """Arrays of a batch on the current mesh, and what its programs are compiled for.
+
+    Args:
+      requests: one for each sample, all of one number of streams.
+      seeds: of each sample.
+      contrastive: samples that use contrastive decoding.
+      sampling: default: the config's.
+
+    Returns:
+      (Batch, Static).
+    """
+    sampling = sampling or self.sampling
+    pad, multiple = self.vocab.pad, batch_shards()
+    arrays = make_batch(
+      requests,
+      seeds,
+      contrastive,
+      sampling,
+      image_tokens=self.image_tokens,
+      pad=pad,
+      multiple=multiple,
+    )
+    rooms, window = compile_lib.cache_rooms(max(arrays.widths), arrays.longest), 0
+    codes = _codes_first(arrays)
+    if self.draft_window and sampling.method == "top_p" and codes:
+      window = self.draft_window
+      rooms = (max(arrays.longest, codes + window),)
+    static = Static(
+      self.model,
+      Grammar(self.vocab, self.image_tokens),
+      Sampler.of(sampling),
+      self.cache_dtype,
+      arrays.widths,
+      arrays.longest,
+      rooms,
+      window,
+    )
+    return arrays, static
+
+
+def _codes_first(batch: Batch) -> int:
+  """Number of image codes that all samples of a batch begin with; 0 if they begin otherwise."""
+  first = batch.control.plan[:, 0]
+  codes = int(first[0, 1])
+  return codes if (first == [grammar.CODES, codes, 0]).all() else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """One generated sample.
+
+  Attributes:
+    request: index of its request.
+    sample: number of the sample among those of the request.
+    seed: its seed.
+    ids: [G] int32, what follows the prompt.
+    log_probs: [G] fp32, of each id under the guided distribution, before temperature and filters.
+    contrastive: whether it used contrastive decoding.
+  """
+
+  request: int
+  sample: int
+  seed: int
+  ids: np.ndarray
+  log_probs: np.ndarray
+  contrastive: bool
+
+  def codes(self, vocab: VocabLayout) -> np.ndarray:
+    """Image codes among the ids, int32."""
+    return vocab.image_codes(self.ids[vocab.is_image(self.ids)])
+
+
+def sample_seed(seed: int, sample: int) -> int:
+  """The seed of a request's n-th sample; the first sample has the request's own seed."""
+  return seed if sample == 0 else int(np.random.SeedSequence([seed, sample]).generate_state(1)[0])
+
+
+def _ignore(steps: int) -> None:
+  """Default of `progress`."""
+
+
+class Generator:
+  """Generates for requests; compiles once per bucket of prompt length, batch size and length.
+
+  with jax.set_mesh(create_mesh(MeshConfig())):
+    generator = Generator(params, GeneratorConfig.of(settings))
+    [result] = generator.generate([request.text_to_image(vocab, 256, caption)], seeds=[0])
+    image_tokenizer.decode(result.codes(vocab)[None])
+  """
+
+  def __init__(self, params, config: GeneratorConfig):
+    """Prepares the parameters of a model. Needs a mesh."""
+    self.config = config
+    self.params = params_lib.prepare(
+      params,
+      config=config.model,
+      vocab=config.vocab,
+      dtype=config.weight_dtype,
+      image_head=config.image_head,
+    )
+    self.programs = compile_lib.programs_of(jax.sharding.get_mesh())
+
+  def generate(self, requests: Sequence[Request], seeds: Sequence[int], **options) -> list[Result]:
+    """All results, ordered by request and sample; see `batches`."""
+    return list(itertools.chain.from_iterable(self.batches(requests, seeds, **options)))
+
+  def batches(
+    self,
+    requests: Sequence[Request],
+    seeds: Sequence[int],
+    samples: int = 1,
+    sampling: SamplingConfig | None = None,
+    progress: Callable[[int], None] = _ignore,
+  ) -> Iterator[list[Result]]:
+    """Generates batch by batch, in the order of the requests.
+
+    Args:
+      requests: of `request`.
+      seeds: an integer in [0, 2^32) for each request; with the same seed a request gives the same
+        samples in any batch.
+      samples: of each request.
+      sampling: default: the config's. Only another top_k or contrastive_k compiles again.
+      progress: called with the number of steps since the last call.
+
+    Raises:
+      UserError: no request, a request that takes more positions than were trained, or a seed that
+        is missing. Before anything is compiled.
+    """
+    if not len(requests) or len(requests) != len(seeds):
+      raise UserError(
+        f"{len(requests)} prompts and {len(seeds)} seeds: give at least one prompt and one seed "
+        "for each."
+      )
+    for request in requests:
+      self._check(request)
+    sampling = sampling or self.config.sampling
+    # Without a stream to contrast with, a sample uses top_p.
+    contrastive = contrastive_rows(sampling.method, seeds, samples) & np.array(
+      [[len(r.streams) > 1] for r in requests]
+    )
+    todo = list(itertools.product(range(len(requests)), range(samples)))
+    for _, alike in itertools.groupby(todo, key=lambda x: len(requests[x[0]].streams)):
+      alike = list(alike)
+      for start in range(0, len(alike), self.config.batch_size):
+        part = alike[start : start + self.config.batch_size]
+        seeds_of = [sample_seed(seeds[i], s) for i, s in part]
+        ids, log_probs = self._generate_batch(
+          [requests[i] for i, _ in part],
+          seeds_of,
+          [contrastive[x] for x in part],
+          sampling,
+          progress,
+        )
+        lengths = (ids != self.config.vocab.pad).sum(axis=1)
+        yield [
+          Result(*x, seeds_of[row], ids[row, :n], log_probs[row, :n], bool(contrastive[x]))
+          for row, (x, n) in enumerate(zip(part, lengths))
+        ]
+
+  def _check(self, request: Request) -> None:
+    longest, positions = grammar.longest(request.plan), self.config.positions
+    if request.positions > positions:
+      raise UserError(
+        f"a prompt has {request.positions - longest} tokens; at most {positions - longest} leave "
+        f"room for the {longest} tokens to come in the {positions} positions that were trained: "
+        "shorten it, or retrieve fewer documents."
+      )
+
+  def _generate_batch(self, requests, seeds, contrastive, sampling, progress):
+    """([B, G] ids, [B, G] log_probs) of requests of one number of streams."""
+    batch, static = self.config.batch(requests, seeds, contrastive, sampling)
+    params, control, programs = self.params, batch.control, self.programs
+    loop, steps = programs.prefill(params, batch, static)
+    done, room = 0, min(static.rooms[0], batch.longest)
+    if static.window:
+      done = _codes_first(batch)
+      loop, _ = programs.generate_image(loop, params, control, steps, static, done)
+      progress(done)
+    for larger in [*static.rooms[1:], None]:
+      over = False
+      while done < room and not over:
+        loop = steps(params, control, loop)
+        before, done = done, int(jax.device_get(loop.count))
+        over = done < min(before + compile_lib.CHUNK, room)
+        progress(done - before)
+      if over or larger is None:
+        break
+      loop, steps = programs.grow(loop, larger - room, params, control, static)
+      room = larger
+    ids, log_probs = jax.device_get(programs.results(loop))
+    return ids[: len(requests)], log_probs[: len(requests)]

@@ -1,0 +1,356 @@
+"""The decoding loop: a prefill that reads shared prompts once, then steps over a static cache."""
+
+# B samples, S guidance streams, R = B x S rows, U unique prompts, G tokens to generate, T cache
+# slots, L tokens that are read at once, D width, N heads, H head size, V vocabulary, I tokens of an
+# image.
+
+from collections.abc import Callable
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cm3leon_jax.decoding import cache as cache_lib
+from cm3leon_jax.decoding.batch import Control, Prompts
+from cm3leon_jax.decoding.cache import LayerCache
+from cm3leon_jax.decoding.grammar import Grammar, State
+from cm3leon_jax.decoding.params import DecodeParams, dequantized, head_axis, head_ids
+from cm3leon_jax.decoding.sampling import Sampler, combine_streams, sample, select
+from cm3leon_jax.mesh import shard, spec
+from cm3leon_jax.models import transformer
+from cm3leon_jax.models.attention import wide
+from cm3leon_jax.models.config import ModelConfig
+
+
+class LoopState(NamedTuple):
+  """What decoding carries from step to step.
+
+  Attributes:
+    tokens: [R] int32, the last token of each row, not yet read.
+    lengths: [R] int32, its position.
+    cache: of each layer and stream, B rows and T slots; each stream has its own T, since
+      its prompts may be short.
+    seen: of each stream [B, T] bool, slots that a row may attend to.
+    slots: [S] int32, the slot of each stream's cache that the next token is written to.
+    count: int32 scalar, tokens generated.
+    going: bool scalar, some sample is not over.
+    state: of the grammar, B rows.
+    ids: [B, G] int32, padding after the end of a sample.
+    log_probs: [B, G] fp32, of each id under the guided distribution, before temperature and
+      filters; 0 at padding.
+  """
+
+  tokens: jax.Array
+  lengths: jax.Array
+  cache: tuple[tuple[LayerCache, ...], ...]
+  seen: tuple[jax.Array, ...]
+  slots: jax.Array
+  count: jax.Array
+  going: jax.Array
+  state: State
+  ids: jax.Array
+  log_probs: jax.Array
+
+
+def extend(config: ModelConfig, model, tokens, positions, attend: Callable):
+  """Reads L more tokens in each row.
+
+  Args:
+    config: of the model.
+    model: `DecodeParams.model`.
+    tokens: [R, L] int32.
+    positions: [R, L] int32, index of each token in its sample.
+    attend: (layer, q, k, v), each [R, L, N, H] -> [R, L, N, H]; stores k and v.
+
+  Returns:
+    Hidden states after the final norm [R, L, D].
+  """
+  bound = transformer.bind(config, {**model, "blocks": {}})
+  x = bound.embed_tokens(tokens, positions)
+  for i, block in enumerate(model["blocks"]):
+    block = dequantized(block, x.dtype)
+    x = transformer.apply_block(config, block, x, positions, functools.partial(attend, i))
+  return bound.final_norm(x)
+
+
+def _read(config, model, tokens, valid, cache, seen, lengths, slot: int):
+  """Reads left-padded tokens [U, L] into slots [slot, slot + L); returns (cache, seen, lengths)."""
+  positions = lengths[:, None] + jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
+  seen = jnp.concatenate([seen[:, :slot], valid, seen[:, slot + tokens.shape[1] :]], axis=1)
+  ends = slot + jnp.arange(tokens.shape[1])
+  # A padding query sees only masked keys: it averages them uniformly and is never read.
+  mask = seen[:, None, None, :] & (jnp.arange(seen.shape[1])[None] <= ends[:, None])[None, None]
+  layers = list(cache)
+
+  def attend(i, q, k, v):
+    layers[i] = layers[i].write(slot, k, v)
+    return layers[i].attend(q, mask)
+
+  extend(config, model, tokens, positions, attend)
+  return tuple(layers), seen, lengths + valid.sum(axis=1, dtype=jnp.int32)
+
+
+def _rows(x, index):
+  """Gathers rows, split over the batch."""
+  return x.at[index].get(out_sharding=spec("batch", *[None] * (x.ndim - 1)))
+
+
+def read_prompts(config: ModelConfig, model, prompts: Prompts, cache_dtype: str = "compute"):
+  """Reads every prefix and every rest once.
+
+  Args:
+    config: of the model.
+    model: `DecodeParams.model`.
+    prompts: U and U0 must divide by the number of devices that the batch is split over.
+    cache_dtype: one of `cache.DTYPES`.
+
+  Returns:
+    (cache of each layer, U rows and T = `prompts.slots` slots; seen [U, T] bool; lengths [U]
+    int32).
+  """
+  tokens, valid = (shard(x, "batch", None) for x in prompts.rests)
+  count, length = tokens.shape
+  if prompts.prefixes is None:
+    start, lengths = 0, shard(jnp.zeros(count, jnp.int32), "batch")
+    cache, seen = cache_lib.empty(config, count, length, cache_dtype), jnp.zeros_like(valid)
+  else:
+    shared, shared_valid = (shard(x, "batch", None) for x in prompts.prefixes)
+    start, cache = shared.shape[1], cache_lib.empty(config, *shared.shape, cache_dtype)
+    seen, lengths = jnp.zeros_like(shared_valid), shard(jnp.zeros(len(shared), jnp.int32), "batch")
+    cache, seen, lengths = _read(config, model, shared, shared_valid, cache, seen, lengths, 0)
+    cache = cache_lib.rows(cache, prompts.prefix_of, start, start + length)
+    seen = jnp.pad(_rows(seen, prompts.prefix_of), ((0, 0), (0, length)))
+    lengths = _rows(lengths, prompts.prefix_of)
+  return _read(config, model, tokens, valid, cache, seen, lengths, start)
+
+
+def prefill(
+  model,
+  prompts: Prompts,
+  plan,
+  *,
+  config: ModelConfig,
+  grammar: Grammar,
+  longest: int,
+  room: int,
+  widths: tuple[int, ...],
+  cache_dtype: str = "compute",
+) -> LoopState:
+  """Reads the prompts and returns the state before the first step. Needs a mesh.
+
+  Args:
+    model: `DecodeParams.model`.
+    prompts: of R rows.
+    plan: as in `Control`.
+    config: of the model.
+    grammar: of the plan.
+    longest: G.
+    room: number of generated tokens that the cache has slots for, until it grows.
+    widths: of each stream, the number of last prompt slots that its cache keeps.
+    cache_dtype: one of `cache.DTYPES`.
+  """
+  cache, seen, lengths = read_prompts(config, model, prompts, cache_dtype)
+  unique = prompts.row.reshape(-1, len(widths))
+  caches, seen_of = [], []
+  for s, width in enumerate(widths):
+    caches.append(cache_lib.rows(cache, unique[:, s], width, width + room))
+    seen_of.append(jnp.pad(_rows(seen, unique[:, s])[:, -width:], ((0, 0), (0, room))))
+  plan = shard(plan, "batch", None, None)
+  shape, split = (len(plan), longest), spec("batch", None)
+  return LoopState(
+    tokens=shard(prompts.last, "batch"),
+    lengths=_rows(lengths, prompts.row),
+    cache=tuple(zip(*caches)),
+    seen=tuple(seen_of),
+    slots=jnp.array(widths, jnp.int32),
+    count=jnp.int32(0),
+    going=jnp.bool_(True),
+    state=grammar.start(plan),
+    ids=jnp.full(shape, grammar.vocab.pad, jnp.int32, out_sharding=split),
+    log_probs=jnp.full(shape, 0, jnp.float32, out_sharding=split),
+  )
+
+
+def over_streams(layers: list[list[LayerCache]], masks, write: Callable) -> Callable:
+  """Makes the `attend` of `extend` for S streams that have caches of their own.
+
+  Args:
+    layers: caches of each layer and stream; written caches replace their entries.
+    masks: of each stream, as in `LayerCache.attend`.
+    write: (cache, stream, k, v) -> cache, with k and v [B, L, N, H].
+
+  Returns:
+    (layer, q, k, v), each [R, L, N, H], the streams of a sample side by side -> [R, L, N, H].
+  """
+  streams, heads = len(masks), ("length", "heads", "head_dim")
+
+  def by_stream(x):
+    return jnp.reshape(x, (-1, streams, *x.shape[1:]), out_sharding=spec("batch", None, *heads))
+
+  def attend(i, q, k, v):
+    q, k, v, out = by_stream(q), by_stream(k), by_stream(v), []
+    for s, mask in enumerate(masks):
+      layers[i][s] = write(layers[i][s], s, k[:, s], v[:, s])
+      out.append(layers[i][s].attend(q[:, s], mask))
+    out = jnp.stack(out, axis=1)
+    return jnp.reshape(out, (-1, *out.shape[2:]), out_sharding=spec("batch", *heads))
+
+  return attend
+
+
+def _read_last(config, model, loop: LoopState):
+  """Reads the last token of each row; returns (hidden [R, 1, D], cache, seen)."""
+
+  def mark(x, slot):
+    return jax.lax.dynamic_update_slice_in_dim(x, jnp.ones_like(x[:, :1]), slot, axis=1)
+
+  def write(cache, s, k, v):
+    return cache.write(loop.slots[s], k, v)
+
+  seen = tuple(mark(x, loop.slots[s]) for s, x in enumerate(loop.seen))
+  layers = [list(layer) for layer in loop.cache]
+  attend = over_streams(layers, [x[:, None, None, :] for x in seen], write)
+  hidden = extend(config, model, loop.tokens[:, None], loop.lengths[:, None], attend)
+  return hidden, tuple(map(tuple, layers)), seen
+
+
+def _stream_logits(hidden, head, streams: int):
+  """Logits [S, B, V] of hidden [R, 1, D] by the columns of `head` [D, V]."""
+  axis = head_axis(head.shape[1])
+  split = spec("batch", "length", axis)
+  kind = wide(hidden.dtype)
+  out = jnp.einsum("BLD,DR->BLR", hidden, head, preferred_element_type=kind, out_sharding=split)
+  shape = (hidden.shape[0] // streams, streams, head.shape[1])
+  return jnp.reshape(out, shape, out_sharding=spec("batch", None, axis)).swapaxes(0, 1)
+
+
+def _sample_ids(
+  params: DecodeParams, control: Control, state, hidden, keys, grammar: Grammar, sampler: Sampler
+):
+  """Samples a guided id for each sample from hidden [R, 1, D]; returns (ids [B], log_probs [B])."""
+  streams = control.guidance.shape[2]
+  in_image, active = grammar.in_image(control.plan, state), grammar.active(control.plan, state)
+  place = jnp.minimum(grammar.codes_done(control.plan, state), grammar.image_tokens - 1)
+  place = jnp.where(in_image, place, grammar.image_tokens)
+  weights = jax.vmap(lambda row, i: row[i])(control.guidance, place)
+
+  def sample_columns(head, candidates, is_image, legal=None):
+    out = _stream_logits(hidden, head, streams)
+    logits = [combine_streams(out, weights), out[0], out[-1]]
+    logits = [shard(x, "batch", None) for x in logits]
+    if legal is not None:
+      logits = [jnp.where(legal, x, -jnp.inf) for x in logits]
+    guided, full, without = logits
+    rows = select(is_image, control.contrastive, control.values)
+    if not sampler.contrastive_k:
+      return sample(guided, keys, rows, candidates)
+    return sample(guided, keys, rows, candidates, full, without, sampler.contrastive_k)
+
+  def among_codes():
+    ids, log_probs = sample_columns(params.image_head, sampler.of_codes, jnp.ones_like(in_image))
+    return ids + grammar.vocab.text_size, log_probs
+
+  def among_all():
+    # All ids are legal for a sample that is over: its id is not kept, a softmax of nothing is NaN.
+    legal = grammar.legal(control.plan, state, head_ids(grammar.vocab)) | ~active[:, None]
+    columns, log_probs = sample_columns(params.head, sampler.of_all, in_image, legal)
+    return (columns + grammar.vocab.text_size) % grammar.vocab.size, log_probs
+
+  if params.image_head is None:
+    return among_all()
+  return jax.lax.cond(jnp.all(in_image | ~active), among_codes, among_all)
+
+
+def decode_step(
+  params: DecodeParams,
+  control: Control,
+  keys,
+  loop: LoopState,
+  *,
+  config: ModelConfig,
+  grammar: Grammar,
+  sampler: Sampler,
+) -> LoopState:
+  """Reads the last token of every row and samples the next token of every sample.
+
+  Args:
+    params: of `params.prepare`.
+    control: split over the batch.
+    keys: [B] PRNG keys.
+    loop: the state before the step; its cache has a free slot.
+    config: of the model.
+    grammar: of the plans.
+    sampler: compiled settings of sampling.
+  """
+  streams = control.guidance.shape[2]
+
+  def to_rows(x):
+    rows = len(loop.tokens)
+    return jnp.repeat(x, streams, total_repeat_length=rows, out_sharding=spec("batch"))
+
+  def put(into, x):
+    x = x[:, None].astype(into.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(into, x, loop.count, axis=1)
+
+  hidden, cache, seen = _read_last(config, params.model, loop)
+  active = grammar.active(control.plan, loop.state)
+  now = jax.vmap(jax.random.fold_in, (0, None))(keys, loop.count)
+  ids, log_probs = _sample_ids(params, control, loop.state, hidden, now, grammar, sampler)
+  ids, log_probs = jnp.where(active, ids, grammar.vocab.pad), jnp.where(active, log_probs, 0)
+  state = grammar.advance(control.plan, loop.state, ids)
+  return LoopState(
+    tokens=to_rows(ids),
+    # The position of a sample that is over stays, or it would exceed the learned positions.
+    lengths=loop.lengths + to_rows(active.astype(jnp.int32)),
+    cache=cache,
+    seen=seen,
+    slots=loop.slots + 1,
+    count=loop.count + 1,
+    going=jnp.any(grammar.active(control.plan, state)),
+    state=state,
+    ids=put(loop.ids, ids),
+    log_probs=put(loop.log_probs, log_probs),
+  )
+
+
+def split_control(control: Control) -> Control:
+  """Splits the arrays of `control` over the batch."""
+  return Control(*(shard(x, *["batch"] + [None] * (x.ndim - 1)) for x in control[:4]), control[4])
+
+
+def decode_steps(
+  params: DecodeParams, control: Control, loop: LoopState, *, steps: int, **static
+) -> LoopState:
+  """Makes at most `steps` steps; stops early when all samples are over or the cache is full.
+
+  Needs a mesh. While only image codes are legal in all samples, only the image rows of the output
+  table are computed.
+
+  Args:
+    params: of `params.prepare`.
+    control: of B samples.
+    loop: the state before; donated.
+    steps: at most as many.
+    **static: `config`, `grammar` and `sampler` of `decode_step`.
+  """
+  control = split_control(control)
+  keys = jax.vmap(jax.random.key)(control.seeds)
+  free = loop.seen[0].shape[1] - loop.slots[0]  # The same number in every stream.
+  stop = jnp.minimum(loop.count + jnp.minimum(steps, free), loop.ids.shape[1])
+  step = functools.partial(decode_step, params, control, keys, **static)
+  return jax.lax.while_loop(lambda loop: (loop.count < stop) & loop.going, step, loop)
+
+
+def grow(loop: LoopState, *, by: int) -> LoopState:
+  """Adds slots at the end of the caches.
+
+  Attention reads all slots, so a cache should not have many more than are filled.
+  """
+  cache = tuple(tuple(cache_lib.grown(layer, by)) for layer in loop.cache)
+  return loop._replace(cache=cache, seen=tuple(jnp.pad(x, ((0, 0), (0, by))) for x in loop.seen))
+
+
+def results(loop: LoopState):
+  """(ids [B, G], log_probs [B, G]), whole on every device, so that each process can read them."""
+  return shard(loop.ids, None, None), shard(loop.log_probs, None, None)

@@ -1,0 +1,116 @@
+"""Parameters for decoding: compute dtype or int8, one array per matrix, a head for image codes."""
+
+# D width, V vocabulary, I image codes.
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cm3leon_jax.mesh import RULES, shard
+from cm3leon_jax.models import transformer
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.vocab import VocabLayout
+
+DTYPES = ("compute", "int8")
+SUMMED = {
+  "qkv": (1,),
+  "out": (0, 1),
+  "up": (0,),
+  "gate": (0,),
+  "down": (0,),
+}  # Products of a block -> the axes that they sum over.
+
+
+class Int8(NamedTuple):
+  """A matrix as int8 times one fp32 scale per output: its largest absolute entry / 127."""
+
+  values: jax.Array
+  scale: jax.Array
+
+
+class DecodeParams(NamedTuple):
+  """See `prepare`.
+
+  Attributes:
+    model: of the Transformer, in the compute dtype; `blocks` is a tuple of the layers' parameters,
+      q, k and v apart, each matrix an array of its own (XLA would copy a part of a stacked array
+      before each product), or `Int8`.
+    image_head: [D, I] columns of the output table for image codes; None: not kept separately.
+    head: [D, V] the output table, image codes first, then text: a code has the same column, and so
+      the same noise when it is sampled, as in `image_head`.
+  """
+
+  model: dict
+  image_head: jax.Array | None
+  head: jax.Array
+
+
+def quantized(w, summed: tuple[int, ...]) -> Int8:
+  """Quantizes a matrix; `summed` are the axes that its product sums over."""
+  scale = jnp.maximum(jnp.max(jnp.abs(w), axis=summed, keepdims=True) / 127, 1e-30)
+  return Int8(jnp.round(w / scale).astype(jnp.int8), scale.astype(jnp.float32))
+
+
+def dequantized(tree, dtype):
+  """The tree with every `Int8` as a matrix of `dtype`."""
+
+  def matrix(x):
+    if not isinstance(x, Int8):
+      return x
+    return (x.values.astype(jnp.float32) * x.scale).astype(dtype)
+
+  return jax.tree.map(matrix, tree, is_leaf=lambda x: isinstance(x, Int8))
+
+
+def head_ids(vocab: VocabLayout):
+  """[V] int32, the id of each column of `DecodeParams.head`."""
+  return jnp.roll(jnp.arange(vocab.size, dtype=jnp.int32), vocab.image_size)
+
+
+def head_axis(rows: int) -> str | None:
+  """Logical axis of the output table's rows: "vocab" if they divide over its devices, else None."""
+  return None if rows % jax.sharding.get_abstract_mesh().shape[RULES["vocab"]] else "vocab"
+
+
+@functools.partial(jax.jit, static_argnames=("config", "vocab", "dtype", "image_head"))
+def prepare(
+  params,
+  *,
+  config: ModelConfig,
+  vocab: VocabLayout,
+  dtype: str = "compute",
+  image_head: bool = True,
+) -> DecodeParams:
+  """Prepares parameters once for many calls. Needs a mesh.
+
+  Args:
+    params: of the model `config`.
+    config: static.
+    vocab: static.
+    dtype: one of `DTYPES`: the compute dtype for all, or int8 for the products of the blocks.
+    image_head: whether to keep a copy of the output table's image rows.
+  """
+
+  def columns(rows):
+    return shard(rows.T, None, head_axis(len(rows)))
+
+  def at(tree, i: int):
+    return jax.tree.map(lambda x: x[i], tree)
+
+  params = jax.tree.map(lambda x: x.astype(jnp.dtype(config.dtype)), params)
+  table = transformer.bind(config, params).output_table()
+  images_first = jnp.roll(shard(table, None, None), vocab.image_size, axis=0)
+  layers = [at(params["blocks"], i) for i in range(config.num_layers)]
+  if dtype == "int8":
+    layers = [
+      {name: quantized(w, SUMMED[name]) if name in SUMMED else w for name, w in layer.items()}
+      for layer in layers
+    ]
+  blocks = [{**layer, "qkv": tuple(at(layer["qkv"], i) for i in range(3))} for layer in layers]
+  return DecodeParams(
+    {**params, "blocks": tuple(blocks)},
+    columns(images_first[: vocab.image_size]) if image_head else None,
+    columns(images_first),
+  )

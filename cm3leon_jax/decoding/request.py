@@ -1,0 +1,254 @@
+"""Requests: the token prompts of all guidance streams, and the plan of what may follow them."""
+
+# T tokens of a prompt, I tokens of an image, S guidance streams.
+
+from collections.abc import Sequence
+import dataclasses
+import itertools
+
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.decoding import grammar, sampling
+from cm3leon_jax.decoding.grammar import Part
+from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.vocab import VocabLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """One thing to generate.
+
+  Attributes:
+    streams: S prompts, [T] int32 each: the complete prompt first; with guidance the unconditional
+      prompt last.
+    plan: what may follow, the same in all streams.
+  """
+
+  streams: tuple[np.ndarray, ...]
+  plan: tuple[Part, ...]
+
+  @property
+  def positions(self) -> int:
+    """Largest number of positions that the request takes, prompt included."""
+    return max(len(s) for s in self.streams) + grammar.longest(self.plan)
+
+  def guidance_weights(self, config: SamplingConfig, image_tokens: int) -> np.ndarray:
+    """Weights of the streams at each code of an image, then at tokens that are not codes.
+
+    Returns:
+      [I + 1, S] fp32; the last row repeats the row of the last code.
+    """
+    schedule = config.guidance_schedule
+    match len(self.streams):
+      case 1:
+        weights = np.ones((image_tokens, 1), np.float32)
+      case 2:
+        weights = sampling.text_to_image_weights(config.guidance, schedule, image_tokens)
+      case _:
+        weights = sampling.editing_weights(
+          config.image_guidance, config.edit_guidance, schedule, image_tokens
+        )
+    return np.concatenate([weights, weights[-1:]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Hole:
+  """A gap in a segment: `codes` image codes, or a text of at most `most_text` tokens."""
+
+  codes: int = 0
+  most_text: int = 0
+
+
+def unconditional_prompt(vocab: VocabLayout) -> np.ndarray:
+  """`</s> <mask:0> <break>`: the prompt of training samples whose conditioning was dropped."""
+  return np.array([vocab.eos, vocab.mask(0), vocab.brk], np.int32)
+
+
+def text_to_image(
+  vocab: VocabLayout,
+  image_tokens: int,
+  caption,
+  neighbors: Sequence[Sequence] = (),
+  keep_neighbors: bool = False,
+) -> Request:
+  """Retrieved documents, then the caption (CM3Leon, section 2.1).
+
+    caption = [7 8], neighbors = [([5 6], [91 92])]:
+    </s> 5 6 <break> 91 92 <break> 7 8 <break>, guided against </s> <mask:0> <break>
+
+  Args:
+    vocab: names the special tokens.
+    image_tokens: I.
+    caption: its ids.
+    neighbors: retrieved documents, each a sequence of segments' ids, best first.
+    keep_neighbors: the unconditional stream keeps the neighbors:
+      </s> 5 6 <break> 91 92 <break> <mask:0> <break>.
+
+  Raises:
+    UserError: the caption is empty.
+  """
+  if not len(caption):
+    raise UserError("a prompt is empty: give at least one word to draw.")
+  before = list(itertools.chain(*neighbors))
+  without = unconditional_prompt(vocab)
+  if keep_neighbors:
+    without = _join(vocab, [*before, [vocab.mask(0)]])
+  return Request((_join(vocab, [*before, caption]), without), _image_plan(image_tokens))
+
+
+def unconditional(vocab: VocabLayout, image_tokens: int) -> Request:
+  """An image without any condition."""
+  return Request((unconditional_prompt(vocab),), _image_plan(image_tokens))
+
+
+def edit(vocab: VocabLayout, image_tokens: int, before, image, instruction) -> Request:
+  """An image made from another by an instruction (sections 4.1 and E, InstructPix2Pix's template).
+
+    before = [5], image = [91 92], instruction = [7]:
+    </s> 5 <break> 91 92 <break> 7 <break>, </s> 5 <break> 91 92 <break> and </s> <mask:0> <break>
+
+  Raises:
+    UserError: no instruction, or an image of another length.
+  """
+  if not len(instruction):
+    raise UserError("the instruction is empty: say what is to be changed.")
+  _check_image(len(image), image_tokens)
+  full, without = _join(vocab, [before, image, instruction]), _join(vocab, [before, image])
+  return Request((full, without, unconditional_prompt(vocab)), _image_plan(image_tokens))
+
+
+def infill(
+  vocab: VocabLayout,
+  image_tokens: int,
+  segments: Sequence[Sequence],
+  neighbors: Sequence[Sequence] = (),
+) -> Request:
+  """A document with holes, which are filled at its end as CM3 trained it.
+
+    segments = [([7 8],), ([91], Hole(codes=2), [94])]:
+    </s> 7 8 <break> 91 <mask:0> 94 </s> <mask:0> ..., then 2 codes and <eoss>
+    segments = [(Hole(most_text=9),), ([91 92 93 94],)]: a caption
+
+  If all holes are in images, the texts guide them: the unconditional stream has only the images,
+  </s> 91 <mask:0> 94 </s> <mask:0>. So both streams continue with the same tokens, and the sentinels
+  of both are numbered in the order of the document, as in training.
+
+  Args:
+    vocab: names the special tokens.
+    image_tokens: I, of every segment that holds image codes.
+    segments: of the document; each is a sequence of ids and holes.
+    neighbors: retrieved documents, best first.
+
+  Raises:
+    UserError: a document without a hole; a hole without room, of another kind than its segment, or
+      beside another hole; an image of another length; more holes than there are sentinels.
+  """
+  holes = [piece for segment in segments for piece in segment if isinstance(piece, Hole)]
+  if not holes:
+    raise UserError("there is nothing to fill in: put a mask into the prompt.")
+  if len(holes) >= vocab.num_masks:
+    raise UserError(
+      f"the prompt has {len(holes)} masks; the vocabulary has sentinels for {vocab.num_masks - 1}."
+    )
+  for segment in segments:
+    _check_segment(vocab, image_tokens, segment)
+  sentinels = map(vocab.mask, range(len(holes)))
+  marked = [
+    np.concatenate([[next(sentinels)] if isinstance(piece, Hole) else piece for piece in segment])
+    for segment in segments
+  ]
+  before = list(itertools.chain(*neighbors))
+  streams = (_infill_prompt(vocab, [*before, *marked]),)
+  is_text = [not _is_image(vocab, segment) for segment in segments]
+  if all(hole.codes for hole in holes) and any(is_text):
+    images = [segment for text, segment in zip(is_text, marked) if not text]
+    streams += (_infill_prompt(vocab, images),)
+  plan = []
+  for i, hole in enumerate(holes):
+    plan.append(Part(grammar.MASK, i))
+    if hole.codes:
+      plan += [Part(grammar.CODES, hole.codes), Part(grammar.EOSS)]
+    else:
+      plan.append(Part(grammar.TEXT, hole.most_text))
+  return Request(streams, tuple(plan[1:]))  # The first sentinel ends the prompt.
+
+
+def document(
+  vocab: VocabLayout, image_tokens: int, segments: Sequence, length: int, after_break: bool = False
+) -> Request:
+  """Texts and images in any order, after the segments of a prompt.
+
+  Args:
+    vocab: names the special tokens.
+    image_tokens: I.
+    segments: ids of each segment of the prompt; may be empty.
+    length: largest number of tokens to generate, `</s>` included.
+    after_break: the last segment of the prompt is complete, and another begins; else a text is
+      continued.
+
+  Raises:
+    UserError: `length` leaves no room for a token and `</s>`, or an image has another length.
+  """
+  if length < 2:
+    raise UserError(f"the length is {length}; it must be at least 2: one token and </s>.")
+  ends_in_image = bool(len(segments)) and _is_image(vocab, [segments[-1]])
+  for segment in segments:
+    if _is_image(vocab, [segment]):
+      _check_image(len(segment), image_tokens)
+  prompt = _join(vocab, segments)
+  place = grammar.SEGMENT_START
+  if len(segments) and not after_break:
+    prompt, place = prompt[:-1], grammar.AFTER_IMAGE if ends_in_image else grammar.IN_TEXT
+  return Request((prompt,), (Part(grammar.DOCUMENT, length, place),))
+
+
+def _join(vocab: VocabLayout, segments) -> np.ndarray:
+  """`</s>`, then every segment followed by `<break>`."""
+  parts = [part for segment in segments for part in (segment, [vocab.brk])]
+  return np.concatenate([[vocab.eos], *parts]).astype(np.int32)
+
+
+def _infill_prompt(vocab: VocabLayout, segments) -> np.ndarray:
+  """A complete document, then the sentinel of its first hole."""
+  return np.append(_join(vocab, segments)[:-1], [vocab.eos, vocab.mask(0)]).astype(np.int32)
+
+
+def _image_plan(image_tokens: int) -> tuple[Part, ...]:
+  return Part(grammar.CODES, image_tokens), Part(grammar.END)
+
+
+def _is_image(vocab: VocabLayout, segment) -> bool:
+  return any(
+    piece.codes > 0 if isinstance(piece, Hole) else vocab.is_image(np.asarray(piece)).any()
+    for piece in segment
+  )
+
+
+def _check_image(length: int, image_tokens: int) -> None:
+  if length != image_tokens:
+    raise UserError(
+      f"an image of the prompt has {length} codes; images of this model have {image_tokens}."
+    )
+
+
+def _check_segment(vocab: VocabLayout, image_tokens: int, segment) -> None:
+  image = _is_image(vocab, segment)
+  for piece in segment:
+    if isinstance(piece, Hole):
+      if piece.codes < 1 if image else piece.most_text < 1:
+        kind, what = ("an image", "its codes") if image else ("a text", "at least one token")
+        raise UserError(
+          f"a mask has room for {piece.codes} codes and {piece.most_text} tokens of text: "
+          f"{kind} is filled with {what}."
+        )
+    elif image != bool(vocab.is_image(np.asarray(piece)).all()) and len(piece):
+      raise UserError(
+        "a segment of the prompt mixes text and image codes: make each a segment of its own."
+      )
+  if any(isinstance(a, Hole) and isinstance(b, Hole) for a, b in itertools.pairwise(segment)):
+    raise UserError(
+      "two masks stand side by side, so the end of the first is unknown: use one mask."
+    )
+  if image:
+    _check_image(sum(p.codes if isinstance(p, Hole) else len(p) for p in segment), image_tokens)

@@ -1,0 +1,264 @@
+"""Speculative Jacobi decoding: several codes of an image per step, from the same distribution.
+
+Teng et al. 2024, "Accelerating Auto-regressive Text-to-Image Generation with Training-free
+Speculative Jacobi Decoding".
+"""
+
+# B samples, S guidance streams, R = B x S rows, W codes of a window, D width, K image codes,
+# I codes of the image, T cache slots.
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cm3leon_jax.decoding.batch import Control
+from cm3leon_jax.decoding.grammar import Grammar
+from cm3leon_jax.decoding.loop import LoopState, extend, over_streams, split_control
+from cm3leon_jax.decoding.params import DecodeParams, head_axis
+from cm3leon_jax.decoding.sampling import Sampler, combine_streams, filter_candidates, select
+from cm3leon_jax.mesh import shard, spec
+from cm3leon_jax.models.attention import wide
+
+
+class Window(NamedTuple):
+  """What the loop over an image carries from step to step.
+
+  Attributes:
+    loop: its cache is written here, and its tokens are the last accepted ones; the other fields are
+      those before the image.
+    done: [B] int32, accepted codes.
+    drafts: [B, W - 1] int32, codes in [0, K) that follow if they are accepted.
+    odds: [B, W - 1, K] fp32, the distribution from which each draft was sampled.
+    codes, log_probs: [B, I + W] int32 and fp32; only the first `done` entries are valid.
+    steps: int32 scalar, number of steps.
+  """
+
+  loop: LoopState
+  done: jax.Array
+  drafts: jax.Array
+  odds: jax.Array
+  codes: jax.Array
+  log_probs: jax.Array
+  steps: jax.Array
+
+
+def verify(keys, drafts, odds, probabilities):
+  """Accepts drafts from left to right until one fails, and samples the token after them.
+
+  A draft x holds with probability min(1, p(x) / q(x)). The first that fails is replaced by a sample
+  from max(p - q, 0); if all hold, one more token is sampled from the last p. So each token has the
+  distribution p (Leviathan et al. 2023).
+
+    p = q: all drafts hold. p(x) = 0: draft x never holds.
+
+  Args:
+    keys: [B] PRNG keys.
+    drafts: [B, W - 1] int32.
+    odds: [B, W - 1, K], q of each draft.
+    probabilities: [B, W, K], p of each place, given that all drafts before it hold.
+
+  Returns:
+    (number of drafts that hold, [B] int32 in [0, W); tokens [B, W] int32, of which one more than
+    hold are valid).
+  """
+
+  def one(key, drafts, odds, p):
+    accept, replace = jax.random.split(key)
+    pick = jax.vmap(lambda row, i: row[i])
+    uniform = jax.random.uniform(accept, drafts.shape)
+    holds = uniform * pick(odds, drafts) < pick(p[:-1], drafts)
+    count = jnp.cumprod(holds.astype(jnp.int32)).sum()
+    left = jnp.maximum(p - jnp.concatenate([odds, jnp.zeros_like(p[-1:])]), 0)[count]
+    # Rounding may leave nothing of p - q where a draft failed by little.
+    left = jnp.where(left.sum() > 0, left, p[count])
+    token = jax.random.categorical(replace, jnp.log(left)).astype(drafts.dtype)
+    places = jnp.arange(len(p))
+    return count, jnp.where(places == count, token, jnp.pad(drafts, (0, 1)))
+
+  return jax.vmap(one)(keys, drafts, odds, probabilities)
+
+
+def _read_drafts(config, model, loop: LoopState, done, drafts):
+  """Reads the last token of each row and the drafts after it. Returns (hidden [R, W, D], cache)."""
+  streams, batch, window = len(loop.seen), len(loop.ids), drafts.shape[1] + 1
+  rows = jnp.repeat(
+    drafts,
+    streams,
+    axis=0,
+    total_repeat_length=batch * streams,
+    out_sharding=spec("batch", None),
+  )
+  tokens = jnp.concatenate([loop.tokens[:, None], rows], axis=1)
+  # Drafts after the image's end are read, but never accepted.
+  positions = jnp.minimum(
+    loop.lengths[:, None] + jnp.arange(window)[None], config.max_positions - 1
+  )
+  masks = []
+  for s, seen in enumerate(loop.seen):
+    slots = jnp.arange(seen.shape[1])[None, None]
+    ends = (loop.slots[s] + done)[:, None, None] + jnp.arange(window)[None, :, None]
+    masks.append((seen[:, None] | ((slots >= loop.slots[s]) & (slots <= ends)))[:, None])
+
+  def write(cache, s, k, v):
+    return cache.write_rows(loop.slots[s] + done, k, v)
+
+  layers = [list(layer) for layer in loop.cache]
+  attend = over_streams(layers, masks, write)
+  hidden = extend(config, model, tokens, positions, attend)
+  return hidden, tuple(map(tuple, layers))
+
+
+def _distributions(
+  params: DecodeParams, control: Control, hidden, done, codes: int, sampler: Sampler
+):
+  """Distributions of the window's codes.
+
+  Returns:
+    (probabilities [B, W, K] after temperature and filters; log-probabilities [B, W, K] before).
+  """
+  batch, _, streams = control.guidance.shape
+  window, size = hidden.shape[1], params.image_head.shape[1]
+  axis = head_axis(size)
+  out = {"preferred_element_type": wide(hidden.dtype), "out_sharding": spec("batch", None, axis)}
+  logits = jnp.einsum("BLD,DR->BLR", hidden, params.image_head, **out)
+  logits = jnp.reshape(
+    logits, (batch, streams, window, size), out_sharding=spec("batch", None, None, axis)
+  )
+  logits = jnp.reshape(
+    logits.swapaxes(1, 2), (batch * window, streams, size), out_sharding=spec("batch", None, axis)
+  )
+  places = jnp.minimum(done[:, None] + jnp.arange(window)[None], codes - 1)
+  weights = jax.vmap(lambda table, rows: table[rows])(control.guidance, places)
+  weights = jnp.reshape(weights, (batch * window, streams), out_sharding=spec("batch", None))
+  guided = shard(combine_streams(logits.swapaxes(0, 1), weights), "batch", None)
+  every = jnp.ones_like(guided[:, 0], bool)
+  rows = select(every, ~every, control.values)
+  values, ids = filter_candidates(
+    guided / rows.temperature[:, None], rows.top_k, rows.top_p, sampler.of_codes
+  )
+  place = jax.vmap(lambda ids, p: jnp.zeros(size, p.dtype).at[ids].set(p))
+
+  def by_window(x):
+    return jnp.reshape(x, (batch, window, size), out_sharding=spec("batch", None, None))
+
+  probabilities = place(ids, jax.nn.softmax(values, axis=-1))
+  return by_window(probabilities), by_window(jax.nn.log_softmax(guided, axis=-1))
+
+
+def _first(loop: LoopState, keys, codes: int, window: int, size: int, dtype) -> Window:
+  """Initializes drafts uniformly at random."""
+
+  def zeros(*shape, dtype=jnp.int32):
+    split = spec("batch", *[None] * len(shape))
+    return jnp.zeros((len(loop.ids), *shape), dtype, out_sharding=split)
+
+  def random_codes(key):
+    return jax.random.randint(jax.random.fold_in(key, 2**32 - 1), (window - 1,), 0, size)
+
+  return Window(
+    loop=loop,
+    done=zeros(),
+    drafts=jax.vmap(random_codes)(keys),
+    odds=zeros(window - 1, size, dtype=wide(dtype)) + 1 / size,
+    codes=zeros(codes + window),
+    log_probs=zeros(codes + window, dtype=jnp.float32),
+    steps=jnp.int32(0),
+  )
+
+
+def _accept(w: Window, cache, p, log_p, keys, codes: int, text_size: int) -> Window:
+  """Moves the window past the drafts that hold; samples new drafts from this step's distributions.
+
+  p and log_p are of `_distributions`.
+  """
+  window, size = p.shape[1:]
+  pick = jax.vmap(lambda table, token: table[token])
+  cut = jax.vmap(lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, window - 1))
+  put = jax.vmap(lambda into, x, i: jax.lax.dynamic_update_slice_in_dim(into, x, i, 0))
+
+  def to_rows(x):
+    rows, streams = len(w.loop.tokens), len(w.loop.seen)
+    return jnp.repeat(x, streams, total_repeat_length=rows, out_sharding=spec("batch"))
+
+  now = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, w.steps), 3))(keys)
+  holds, tokens = verify(now[:, 0], w.drafts, w.odds, p)
+  taken = jnp.minimum(holds + 1, codes - w.done)
+  again = jax.vmap(lambda key, p: jax.random.categorical(key, jnp.log(p)))(now[:, 1], p)
+  random = jax.vmap(lambda key: jax.random.randint(key, (window,), 0, size))(now[:, 2])
+  drafts = jnp.concatenate([again.astype(jnp.int32), random], axis=1)
+  last = to_rows(pick(tokens, jnp.maximum(taken - 1, 0)) + text_size)
+  last = jnp.where(to_rows(taken > 0), last, w.loop.tokens)
+  return Window(
+    loop=w.loop._replace(tokens=last, lengths=w.loop.lengths + to_rows(taken), cache=cache),
+    done=w.done + taken,
+    drafts=cut(drafts, taken),
+    odds=cut(jnp.concatenate([p, jnp.full_like(p, 1 / size)], axis=1), taken),
+    codes=put(w.codes, tokens, w.done),
+    log_probs=put(w.log_probs, jax.vmap(pick)(log_p, tokens).astype(jnp.float32), w.done),
+    steps=w.steps + 1,
+  )
+
+
+def _after_image(w: Window, plan, grammar: Grammar, codes: int) -> LoopState:
+  """The state after the image, where all samples have the same number of tokens again."""
+  loop, vocab = w.loop, grammar.vocab
+  in_image = jnp.arange(loop.ids.shape[1])[None] < codes
+  seen_of = []
+  for s, seen in enumerate(loop.seen):
+    slots = jnp.arange(seen.shape[1])[None]
+    seen_of.append(seen | ((slots >= loop.slots[s]) & (slots < loop.slots[s] + codes)))
+
+  def fit(x, otherwise):
+    return jnp.where(in_image, x[:, : loop.ids.shape[1]], otherwise)
+
+  state = grammar.next_part(plan, loop.state)
+  return loop._replace(
+    seen=tuple(seen_of),
+    slots=loop.slots + codes,
+    count=loop.count + codes,
+    going=jnp.any(grammar.active(plan, state)),
+    state=state,
+    ids=fit(w.codes + vocab.text_size, vocab.pad),
+    log_probs=fit(w.log_probs, 0),
+  )
+
+
+def generate_image(
+  params: DecodeParams,
+  control: Control,
+  loop: LoopState,
+  *,
+  config,
+  grammar: Grammar,
+  sampler: Sampler,
+  codes: int,
+  window: int,
+):
+  """Generates all codes of an image, for samples whose plans begin with one. Needs a mesh.
+
+  Args:
+    params: with an image head.
+    control: no sample uses contrastive decoding.
+    loop: of `loop.prefill`, with room for codes + window tokens; donated.
+    config: of the model.
+    grammar: of the plans.
+    sampler: compiled settings of sampling.
+    codes: I.
+    window: W, at least 2: codes that a step reads.
+
+  Returns:
+    (state after the image, number of steps as int32 scalar).
+  """
+  text_size = grammar.vocab.text_size
+  control = split_control(control)
+  keys = jax.vmap(jax.random.key)(control.seeds)
+
+  def step(w: Window) -> Window:
+    hidden, cache = _read_drafts(config, params.model, w.loop, w.done, w.drafts + text_size)
+    p, log_p = _distributions(params, control, hidden, w.done, codes, sampler)
+    return _accept(w, cache, p, log_p, keys, codes, text_size)
+
+  first = _first(loop, keys, codes, window, params.image_head.shape[1], config.dtype)
+  w = jax.lax.while_loop(lambda w: jnp.any(w.done < codes), step, first)
+  return _after_image(w, control.plan, grammar, codes), w.steps

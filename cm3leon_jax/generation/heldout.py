@@ -1,0 +1,136 @@
+"""Held-out captions as tasks, and the grids of samples that training writes. Needs no raw data."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+
+from etils import epath
+import numpy as np
+from PIL import Image
+
+from cm3leon_jax import distributed
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents import Document, DocumentStore
+from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.generation.image_tasks import TextToImage
+from cm3leon_jax.generation.pipeline import Pipeline, first_documents
+from cm3leon_jax.generation.tasks import PromptLayout
+from cm3leon_jax.generation.writer import contact_sheet, save_png
+from cm3leon_jax.retrieval.neighbors import load_neighbors
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+
+GRID_COLUMNS = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldoutCaption(TextToImage):
+  """An image for the caption of a held-out document.
+
+  Attributes:
+    document: caption, then image; the model sees the ids of the caption.
+    neighbors: documents found by the caption alone, when the run's neighbors were built.
+    original: [H, W, 3] uint8, the document's image decoded from its codes, or None.
+  """
+
+  document: Document
+  neighbors: tuple[Document, ...] = ()
+  original: np.ndarray | None = None
+
+  @property
+  def key(self) -> str:
+    return self.document.key
+
+  @property
+  def concept(self) -> str:
+    return self.document.concept
+
+  def _caption(self, layout):
+    return self.document.segments[0].tokens
+
+
+def heldout_tasks(
+  layout: PromptLayout,
+  workdir: epath.PathLike,
+  count: int,
+  seed: int,
+  columns: Sequence[tuple[int, SamplingConfig]],
+  keep_neighbors: bool = False,
+  image_tokenizer: ImageTokenizer | None = None,
+) -> list[HeldoutCaption]:
+  """`count` held-out captions, evenly spread over the split, each with every setting.
+
+  Args:
+    layout: of the run.
+    workdir: of the run; its document stores and neighbors are read.
+    count: number of captions.
+    seed: of the first caption; each next caption adds 1.
+    columns: numbers of retrieved documents and settings of sampling.
+    keep_neighbors: the unconditional stream keeps the retrieved documents.
+    image_tokenizer: decodes the originals; None: leaves them out.
+
+  Returns:
+    Tasks, column after column.
+
+  Raises:
+    UserError: fewer captions are held out.
+  """
+  workdir = epath.Path(workdir)
+  heldout = DocumentStore(workdir / "documents" / "heldout_pairs", layout.vocab)
+  if count > len(heldout):
+    raise UserError(f"--captions is {count}; only {len(heldout)} pairs are held out.")
+  rows = np.linspace(0, len(heldout) - 1, count).astype(int)
+  documents = [heldout[int(i)] for i in rows]
+  originals = [None] * count
+  if image_tokenizer is not None and count:
+    codes = [layout.vocab.image_codes(document.segments[1].tokens) for document in documents]
+    originals = image_tokenizer.decode(np.stack(codes))
+  if any(retrieve for retrieve, _ in columns):
+    bank = DocumentStore(workdir / "documents" / "train_pairs", layout.vocab)
+    ids = load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)
+  tasks = []
+  for retrieve, sampling in columns:
+    for n, (i, document) in enumerate(zip(rows, documents)):
+      tasks.append(
+        HeldoutCaption(
+          prompt=layout.decode(document.segments[0].tokens),
+          retrieve=retrieve,
+          keep_neighbors=keep_neighbors,
+          seed=seed + n,
+          sampling=sampling,
+          row=n,
+          document=document,
+          neighbors=first_documents(bank, ids[i], retrieve) if retrieve else (),
+          original=originals[n],
+        )
+      )
+  return tasks
+
+
+def sample_grids(settings, workdir, folder) -> Callable[[dict, int], Image.Image]:
+  """The trainer's `draw(params, step)`: writes a grid of held-out captions, without neighbors.
+
+  All processes of a run generate the same images, since each holds a part of `params`; the first
+  process writes them.
+
+  Args:
+    settings: of the run.
+    workdir: of the run; document stores and tokenizers are read.
+    folder: gets step_XXXXXX.png.
+  """
+  workdir, layout = epath.Path(workdir), PromptLayout.load(settings, workdir)
+  heldout = DocumentStore(workdir / "documents" / "heldout_pairs", layout.vocab)
+  count = min(settings.train.num_samples, len(heldout))
+  tasks = heldout_tasks(layout, workdir, count, settings.seed, [(0, settings.sampling)])
+  image_tokenizer = ImageTokenizer.load(workdir / "vqgan")
+
+  def generate_grid(params: dict, step: int) -> Image.Image:
+    pipeline = Pipeline(params, settings, layout, image_tokenizer)
+    images = [samples[0].segments[0] for samples in pipeline.generate(tasks)]
+    starts = range(0, count, GRID_COLUMNS)
+    rows = [images[i : i + GRID_COLUMNS] for i in starts]
+    labels = ["; ".join(task.prompt for task in tasks[i : i + GRID_COLUMNS]) for i in starts]
+    grid = contact_sheet(rows, labels)
+    if distributed.is_first():
+      save_png(epath.Path(folder) / f"step_{step:06d}.png", grid)
+    return grid
+
+  return generate_grid

@@ -1,0 +1,188 @@
+"""Tasks that make one image."""
+
+# I tokens of an image.
+
+from collections.abc import Sequence
+import dataclasses
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.decoding import request
+from cm3leon_jax.decoding.request import Hole, Request
+from cm3leon_jax.generation.tasks import PromptLayout, Task, decode_segment, document_segments
+
+EDIT = "Edit first image following the instruction"  # CM3Leon, table 5.
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTask(Task):
+  """A task whose answer is one image."""
+
+  def from_ids(self, layout, request, ids):
+    return (layout.vocab.image_codes(ids[layout.vocab.is_image(ids)]),), ()
+
+  def record(self, segments, codes, filled, files):
+    return {"file": files[0], "codes": codes[0].tolist()}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextToImage(ImageTask):
+  """An image for a caption.
+
+  Attributes:
+    prompt: the caption.
+    retrieve: number of retrieved documents; most training samples had two.
+    keep_neighbors: the unconditional stream keeps the retrieved documents.
+  """
+
+  name = "text_to_image"
+  required = ("prompt",)
+  uses_guidance = True
+  prompt: str = ""
+  retrieve: int = 2
+  keep_neighbors: bool = False
+
+  def _caption(self, layout: PromptLayout):
+    return layout.encode(self.prompt)
+
+  def _request(self, layout, image, neighbors) -> Request:
+    return request.text_to_image(
+      layout.vocab, layout.image_tokens, self._caption(layout), neighbors, self.keep_neighbors
+    )
+
+  @property
+  def is_scored(self):
+    return True
+
+  def clip_pair(self, given, segments):
+    return segments[0], self.prompt
+
+  @property
+  def settings_label(self):
+    return f"{self.retrieve} docs, guidance {self.sampling.guidance:g}"
+
+  @property
+  def file_stem(self):
+    return f"{super().file_stem}_guidance{self.sampling.guidance:g}_retrieve{self.retrieve}"
+
+
+@dataclasses.dataclass(frozen=True)
+class InfillImage(ImageTask):
+  """An image with a box filled in.
+
+  Attributes:
+    image: the given image.
+    box: left, top, right, bottom in pixels of the model's resolution; right and bottom are outside.
+    prompt: a caption of the whole image, which guides it; may be empty.
+    retrieve: number of retrieved documents.
+  """
+
+  name = "infill_image"
+  required = ("image",)
+  uses_guidance = True
+  image: object = ""
+  box: tuple = ()
+  prompt: str = ""
+  retrieve: int = 0
+
+  def validate(self):
+    super().validate()
+    if not self.box:
+      raise self.error(
+        "task infill_image needs a box, left,top,right,bottom in pixels, and none is given."
+      )
+
+  def query(self):
+    return ("text", self.prompt) if self.prompt.strip() else ("image", self.image)
+
+  def _request(self, layout, image, neighbors):
+    texts = [(layout.encode(self.prompt),)] if self.prompt.strip() else []
+    segments = [*texts, self._pieces(layout, image)]
+    return request.infill(layout.vocab, layout.image_tokens, segments, neighbors)
+
+  def _pieces(self, layout: PromptLayout, codes) -> list:
+    """Pieces of the image: one hole for a box of full width, else one for each row of the box."""
+    side = layout.side
+    left, top, right, bottom = whole_codes(self.box, layout.resolution, side)
+    if right - left == side:
+      holes = [(top * side, bottom * side)]
+    else:
+      holes = [(row * side + left, row * side + right) for row in range(top, bottom)]
+    if len(holes) >= layout.vocab.num_masks:
+      raise UserError(
+        f"box is {_listed(self.box)}: it has {len(holes)} rows of codes, and the vocabulary has "
+        f"sentinels for {layout.vocab.num_masks - 1}: make it less high, or as wide as the image."
+      )
+    pieces, position = [], 0
+    for start, stop in holes:
+      pieces += [codes[position:start], Hole(codes=stop - start)]
+      position = stop
+    return [p for p in (*pieces, codes[position:]) if isinstance(p, Hole) or len(p)]
+
+  def from_ids(self, layout, request, ids):
+    return (decode_segment(layout, document_segments(layout.vocab, request, ids)[-1]),), ()
+
+  @property
+  def is_scored(self):
+    return bool(self.prompt.strip())
+
+  def clip_pair(self, given, segments):
+    return segments[0], self.prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit(ImageTask):
+  """An image changed by an instruction.
+
+  Attributes:
+    image: the given image.
+    prompt: the instruction.
+  """
+
+  name = "edit"
+  required = ("image", "prompt")
+  image: object = ""
+  prompt: str = ""
+
+  def _request(self, layout, image, neighbors):
+    before, instruction = layout.encode(EDIT), layout.encode(self.prompt)
+    return request.edit(layout.vocab, layout.image_tokens, before, image, instruction)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unconditional(ImageTask):
+  """An image without a prompt."""
+
+  name = "unconditional"
+
+  def _request(self, layout, image, neighbors):
+    return request.unconditional(layout.vocab, layout.image_tokens)
+
+
+def whole_codes(box: Sequence, resolution: int, side: int) -> tuple[int, int, int, int]:
+  """Rounds a box of pixels out to whole codes: (left, top, right, bottom) in codes.
+
+    box (3, 0, 9, 4), resolution 16, 8 codes in a row: (1, 0, 5, 2)
+
+  Raises:
+    UserError: not four whole numbers, outside of the image, or empty.
+  """
+  if len(box) != 4 or not all(isinstance(x, int) and not isinstance(x, bool) for x in box):
+    raise UserError(
+      f"box is {_listed(box)}; it must be four whole numbers: left, top, right, bottom in pixels."
+    )
+  left, top, right, bottom = box
+  if min(left, top) < 0 or max(right, bottom) > resolution:
+    raise UserError(
+      f"box is {_listed(box)}; it must lie within the image, {resolution} x {resolution} pixels."
+    )
+  if left >= right or top >= bottom:
+    raise UserError(
+      f"box is {_listed(box)}, which is empty: left must be less than right, and top less than "
+      "bottom."
+    )
+  pixels = resolution // side
+  return left // pixels, top // pixels, -(-right // pixels), -(-bottom // pixels)
+
+
+def _listed(box: Sequence) -> str:
+  return ",".join(map(str, box))

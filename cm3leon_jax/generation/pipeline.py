@@ -1,0 +1,404 @@
+"""From tasks to samples, in memory: given images, retrieval, generation, decoding, CLIP scores."""
+
+# I tokens of an image, G generated tokens, H height, W width.
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import io
+
+from etils import epath
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from cm3leon_jax.clip.huggingface import HFCLIP
+from cm3leon_jax.clip.model import CLIP, clip_score
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.documents import Document, DocumentStore
+from cm3leon_jax.decoding import grammar
+from cm3leon_jax.decoding.generator import Generator, GeneratorConfig, Result
+from cm3leon_jax.decoding.request import Request
+from cm3leon_jax.generation.image_tasks import whole_codes
+from cm3leon_jax.generation.tasks import PromptLayout, Task, has_image, image_name
+from cm3leon_jax.retrieval.neighbors import Retriever
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """One generated result.
+
+  Attributes:
+    task: what was asked for.
+    index: number of the sample among those of the task, from 0 on.
+    seed: the seed that gives it alone.
+    segments: texts, and [H, W, 3] uint8 images, in their order.
+    codes: [I] int32 codes of each image.
+    filled: the text of each hole.
+    tokens: [G] int32, all generated ids.
+    log_probs: [G] fp32, of each id under the guided distribution, before temperature and filters.
+    contrastive: whether its image codes were sampled by contrastive decoding.
+    neighbors: retrieved documents, best first.
+    given: [H, W, 3] uint8, the image of the task, or the original of a held-out caption, or None.
+    clip_score: cosine of image and caption, or None.
+    rank: its place among the samples of the task by clip_score, from 1 on; None: not ranked.
+  """
+
+  task: Task
+  index: int
+  seed: int
+  segments: tuple
+  codes: tuple[np.ndarray, ...]
+  filled: tuple[str, ...]
+  tokens: np.ndarray
+  log_probs: np.ndarray
+  contrastive: bool
+  neighbors: tuple[Document, ...]
+  given: np.ndarray | None = None
+  clip_score: float | None = None
+  rank: int | None = None
+
+  @property
+  def images(self) -> list[Image.Image]:
+    """All images."""
+    return [Image.fromarray(s) for s in self.segments if not isinstance(s, str)]
+
+  @property
+  def image(self) -> Image.Image | None:
+    """The first image; None if there is none."""
+    return next(iter(self.images), None)
+
+  @property
+  def text(self) -> str:
+    """All texts, one a line."""
+    return "\n".join(s for s in self.segments if isinstance(s, str))
+
+
+def load_image(image, resolution: int | None) -> np.ndarray:
+  """Reads a path, a PIL image or an [H, W, 3] uint8 array, see `raw_pairs.load_image`."""
+  if not isinstance(image, str):
+    buffer = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+    image.save(buffer, "PNG")
+    image = buffer.getvalue()
+  return raw_pairs.load_image(image, resolution)
+
+
+def _square(image, resolution: int) -> np.ndarray:
+  """The image in the model's resolution; prints what was cut or scaled."""
+  pixels = load_image(image, None)
+  height, width = pixels.shape[:2]
+  if (height, width) == (resolution, resolution):
+    return pixels
+  name = image if isinstance(image, str) else image_name(image)
+  cut = "" if height == width else f"the centered square of {min(height, width)} of "
+  print(
+    f"generate: {cut}{name}, {width} x {height} pixels, is scaled to {resolution} x {resolution}.",
+    flush=True,
+  )
+  return load_image(image, resolution)
+
+
+def image_key(image):
+  """Equal for one image that several tasks have."""
+  return image if isinstance(image, str) else id(image)
+
+
+def first_documents(store: DocumentStore, ids: np.ndarray, count: int) -> tuple[Document, ...]:
+  """The documents of the first `count` ids; -1 stands for none."""
+  return tuple(store[int(i)] for i in ids[ids >= 0][:count])
+
+
+def open_bank(layout: PromptLayout, bank: epath.PathLike) -> DocumentStore:
+  """The documents of a workdir that can be retrieved."""
+  return DocumentStore(epath.Path(bank) / "documents" / "train_pairs", layout.vocab)
+
+
+def check_tasks(layout: PromptLayout, tasks: Sequence[Task], bank: epath.PathLike | None) -> dict:
+  """Checks all that can be checked before anything is compiled, and loads the given images.
+
+  Args:
+    layout: of the run.
+    tasks: of the user.
+    bank: workdir that documents are retrieved from, or None.
+
+  Returns:
+    `image_key` of each given image -> [H, W, 3] uint8.
+
+  Raises:
+    UserError: a field is wrong, a prompt too long, an image unreadable, or the bank is empty.
+  """
+  given = {}
+  for task in tasks:
+    task.validate()
+    task.to_request(layout)
+    if task.box:
+      _print_rounded_box(layout, task)
+    if has_image(task) and image_key(task.image) not in given:
+      try:
+        given[image_key(task.image)] = _square(task.image, layout.resolution)
+      except UserError as error:
+        raise task.error(error) from error
+  retrieving = next((task for task in tasks if task.retrieve), None)
+  if retrieving is not None:
+    if bank is None:
+      raise retrieving.error(
+        f"retrieve is {retrieving.retrieve}, and there is no bank: set it to 0."
+      )
+    if not len(store := open_bank(layout, bank)):
+      raise retrieving.error(
+        f"retrieve is {retrieving.retrieve}, and {store.folder} holds no documents: say "
+        "--retrieve=0."
+      )
+  return given
+
+
+def _print_rounded_box(layout: PromptLayout, task: Task) -> None:
+  pixels = layout.resolution // layout.side
+  whole = tuple(pixels * x for x in whole_codes(task.box, layout.resolution, layout.side))
+  if whole != tuple(task.box):
+    box, rounded = (",".join(map(str, x)) for x in (task.box, whole))
+    print(
+      f"generate: box {box} is rounded out to whole codes of {pixels} pixels: {rounded}.",
+      flush=True,
+    )
+
+
+class Pipeline:
+  """Generates samples for tasks: loads each model once, and compiles once for each shape.
+
+  with jax.set_mesh(create_mesh(settings.mesh)):
+    pipeline = Pipeline.load(settings, workdir, params)
+    [[sample]] = pipeline.generate([TextToImage("red apple", retrieve=0)])
+    sample.image.save("apple.png")
+  """
+
+  def __init__(
+    self,
+    params: dict,
+    settings,
+    layout: PromptLayout,
+    image_tokenizer: ImageTokenizer,
+    clip: CLIP | HFCLIP | None = None,
+    bank: epath.PathLike | None = None,
+    **options,
+  ):
+    """Prepares the decoder. Needs a mesh, as does every call.
+
+    Args:
+      params: of the decoder.
+      settings: of the run.
+      layout: of the run.
+      image_tokenizer: of the run.
+      clip: scores samples and retrieves; None: samples have no scores.
+      bank: workdir that documents are retrieved from.
+      **options: fields of GeneratorConfig.
+    """
+    self.settings, self.layout, self.clip, self.bank = settings, layout, clip, bank
+    self.image_tokenizer = image_tokenizer
+    self.generator = Generator(params, GeneratorConfig.of(settings, **options))
+
+  @classmethod
+  def load(cls, settings, workdir, params, clip=None, bank=None, **options) -> "Pipeline":
+    """Loads the tokenizers of `workdir`; its documents are the bank unless another is named."""
+    workdir = epath.Path(workdir)
+    layout, tokenizer = PromptLayout.load(settings, workdir), ImageTokenizer.load(workdir / "vqgan")
+    return cls(params, settings, layout, tokenizer, clip, bank or workdir, **options)
+
+  @functools.cached_property
+  def retriever(self) -> Retriever:
+    """Searches the bank."""
+    return Retriever(epath.Path(self.bank) / "neighbors", self.settings.retrieval)
+
+  @functools.cached_property
+  def documents(self) -> DocumentStore:
+    """Documents of the bank."""
+    return open_bank(self.layout, self.bank)
+
+  def generate(
+    self,
+    tasks: Sequence[Task],
+    num_samples: int = 1,
+    rank: bool = False,
+    given: dict | None = None,
+    on_batch: Callable[[list[Sample]], None] | None = None,
+    show_progress: bool = False,
+  ) -> list[list[Sample]]:
+    """Generates samples of all tasks.
+
+    Args:
+      tasks: of any kinds; those of one kind and settings share batches.
+      num_samples: of each task; they share their prefill.
+      rank: orders the samples of a task by their CLIP scores, best first.
+      given: result of `check_tasks`, if it was called before.
+      on_batch: called with the samples of a batch before the next batch begins.
+      show_progress: shows a bar.
+
+    Returns:
+      `num_samples` samples of each task.
+
+    Raises:
+      UserError: see `check_tasks`; or no document was found.
+    """
+    given = check_tasks(self.layout, tasks, self.bank) if given is None else given
+    neighbors = self.retrieve(tasks)
+    requests = self._requests(tasks, given, neighbors)
+    alike = {}  # Tasks whose samples may share a batch.
+    for i, task in enumerate(tasks):
+      kind = (task.name, task.retrieve, task.sampling, len(requests[i].streams))
+      alike.setdefault(kind, []).append(i)
+    longest = [grammar.longest(request.plan) for request in requests]
+    samples = {}
+    with tqdm(
+      total=num_samples * sum(longest),
+      desc="generate",
+      unit="token",
+      mininterval=1,
+      disable=not show_progress,
+    ) as bar:
+      progress = _Progress(bar, self.generator.config.batch_size)
+      for members in alike.values():
+        progress.begin(num_samples * len(members))
+        for batch in self.generator.batches(
+          [requests[i] for i in members],
+          [tasks[i].seed for i in members],
+          num_samples,
+          tasks[members[0]].sampling,
+          progress.advance,
+        ):
+          places = [members[result.request] for result in batch]
+          progress.end(len(batch), sum(longest[i] for i in places))
+          made = self._samples(places, batch, tasks, requests, given, neighbors)
+          samples |= {(i, sample.index): sample for i, sample in zip(places, made)}
+          if on_batch is not None:
+            on_batch(made)
+    by_task = [[samples[i, n] for n in range(num_samples)] for i in range(len(tasks))]
+    return [ranked(of_task) for of_task in by_task] if rank else by_task
+
+  def retrieve(self, tasks: Sequence[Task]) -> list[tuple[Document, ...]]:
+    """Finds the neighbors of each task by its `query`; needs CLIP. Raises UserError if none is."""
+    queries = {}
+    for task in tasks:
+      if task.retrieve and not task.neighbors:
+        kind, value = task.query()
+        queries.setdefault((kind, image_key(value)), value)
+    if queries:
+      ids = dict(zip(queries, self.retriever.retrieve(self._embed(queries))[0]))
+    found = []
+    for task in tasks:
+      neighbors = task.neighbors
+      if task.retrieve and not neighbors:
+        kind, value = task.query()
+        neighbors = first_documents(self.documents, ids[kind, image_key(value)], task.retrieve)
+        if not neighbors:
+          limit = self.settings.retrieval.max_similarity
+          raise task.error(
+            f"no document was found for '{task.label}': all are more similar to it than "
+            f"config.retrieval.max_similarity = {limit}: say --retrieve=0."
+          )
+      found.append(neighbors)
+    return found
+
+  def _embed(self, queries: dict) -> np.ndarray:
+    """[n, E] embeddings of queries (kind, key) -> value."""
+    values = {"image": [], "text": []}
+    for (kind, _), value in queries.items():
+      values[kind].append(value)
+    embedded = {}
+    if images := [load_image(image, self.clip.resolution) for image in values["image"]]:
+      embedded["image"] = iter(self.clip.embed_images(np.stack(images)))
+    if texts := [self.clip.encode(text) for text in values["text"]]:
+      embedded["text"] = iter(self.clip.embed_texts(texts))
+    return np.stack([next(embedded[kind]) for kind, _ in queries])
+
+  def _requests(self, tasks, given: dict, neighbors) -> list[Request]:
+    codes = {}
+    if given:
+      codes = dict(zip(given, self.image_tokenizer.encode(np.stack(list(given.values())))))
+    return [
+      task.to_request(self.layout, codes.get(image_key(task.image)), found)
+      for task, found in zip(tasks, neighbors)
+    ]
+
+  def _samples(
+    self, places: Sequence[int], batch: Sequence[Result], tasks, requests, given: dict, neighbors
+  ) -> list[Sample]:
+    """Samples of a batch; `places` are the indices of their tasks."""
+    answers = [
+      tasks[i].from_ids(self.layout, requests[i], result.ids) for i, result in zip(places, batch)
+    ]
+    codes = [tuple(s for s in segments if not isinstance(s, str)) for segments, _ in answers]
+    flat = [image for of_sample in codes for image in of_sample]
+    size = self.generator.config.batch_size
+    tokenizer = dataclasses.replace(self.image_tokenizer, batch_size=size)
+    images = iter(tokenizer.decode(np.stack(flat)) if flat else ())
+    samples = []
+    for i, result, (segments, filled), of_sample in zip(places, batch, answers, codes):
+      task = tasks[i]
+      samples.append(
+        Sample(
+          task=task,
+          index=result.sample,
+          seed=result.seed,
+          segments=tuple(s if isinstance(s, str) else next(images) for s in segments),
+          codes=of_sample,
+          filled=filled,
+          tokens=result.ids,
+          log_probs=result.log_probs,
+          contrastive=result.contrastive,
+          neighbors=neighbors[i],
+          given=given.get(image_key(task.image), task.original),
+        )
+      )
+    return self._scored(samples)
+
+  def _scored(self, samples: list[Sample]) -> list[Sample]:
+    """The samples with CLIP scores where an image and a caption exist."""
+    pairs = {}
+    for i, sample in enumerate(samples):
+      if self.clip is not None and sample.task.is_scored:
+        image, text = sample.task.clip_pair(sample.given, sample.segments)
+        if len(ids := self.clip.encode(text)):
+          pairs[i] = (image, ids)
+    if pairs:
+      images, texts = zip(*pairs.values())
+      for i, score in zip(pairs, clip_score(self.clip, np.stack(images), list(texts))):
+        samples[i] = dataclasses.replace(samples[i], clip_score=float(score))
+    return samples
+
+
+def ranked(samples: Sequence[Sample]) -> list[Sample]:
+  """Samples of a task with their ranks, the best CLIP score first; samples without come last."""
+
+  def score(sample: Sample) -> float:
+    return -np.inf if sample.clip_score is None else sample.clip_score
+
+  order = sorted(samples, key=score, reverse=True)
+  return [dataclasses.replace(sample, rank=n) for n, sample in enumerate(order, 1)]
+
+
+class _Progress:
+  """A bar of tokens; samples that end early count in full when their batch is over."""
+
+  def __init__(self, bar: tqdm, batch_size: int):
+    self.bar, self.batch_size, self.left, self.shown = bar, batch_size, 0, 0
+
+  def begin(self, samples: int) -> None:
+    """Starts a group of samples, which are generated in batches."""
+    self.left = samples
+
+  def advance(self, steps: int) -> None:
+    """Counts steps of the current batch."""
+    self._move(steps * min(self.left, self.batch_size))
+
+  def end(self, samples: int, tokens: int) -> None:
+    """Ends a batch of samples that could have as many tokens in all."""
+    self.left -= samples
+    self._move(tokens - self.shown)
+    self.shown = 0
+
+  def _move(self, tokens: int) -> None:
+    self.shown += tokens
+    self.bar.update(tokens)

@@ -1,0 +1,174 @@
+"""Tasks from flags, or from a file with one task a line."""
+
+from collections.abc import Sequence
+import dataclasses
+import difflib
+import json
+
+from etils import epath
+
+from cm3leon_jax.config import UserError, build
+from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.generation.image_tasks import Edit, InfillImage, TextToImage, Unconditional
+from cm3leon_jax.generation.tasks import Task
+from cm3leon_jax.generation.text_tasks import Caption, InfillText, Interleaved, Question
+
+TASKS = (
+  TextToImage,
+  Caption,
+  Question,
+  InfillText,
+  InfillImage,
+  Edit,
+  Interleaved,
+  Unconditional,
+)
+FIELDS = {
+  "task": str,
+  "prompt": str,
+  "image": str,
+  "box": list,
+  "length": int,
+  "seed": int,
+  "retrieve": int,
+  "keep_neighbors": bool,
+}  # Fields of a line, beside the fields of SamplingConfig.
+
+
+def task_class(name: str, where: str = "") -> type[Task]:
+  """The class of a task. Raises UserError if there is none of that name."""
+  found = next((cls for cls in TASKS if cls.name == name), None)
+  if found is None:
+    names = ", ".join(cls.name for cls in TASKS)
+    raise UserError(f"{where}task is '{name}'; it must be one of {names}.")
+  return found
+
+
+def make_task(name: str, fields: dict, **common) -> Task:
+  """Makes a task and validates it.
+
+  Args:
+    name: of the task.
+    fields: of the user; empty values count as not given.
+    **common: fields that every task has.
+
+  Raises:
+    UserError: an unknown task, a field that it does not take, or what `Task.validate` refuses.
+  """
+  where = common.get("where", "")
+  cls = task_class(name, f"{where}: " if where else "")
+  taken = {field.name for field in dataclasses.fields(cls)}
+  task = cls(**{k: v for k, v in fields.items() if k in taken}, **common)
+  for field, value in fields.items():
+    if value and field not in taken:
+      article = "an" if field == "image" else "a" if field in ("prompt", "box") else ""
+      value = ",".join(map(str, value)) if isinstance(value, tuple | list) else value
+      raise task.error(
+        f"task {name} takes no {field}: leave '{value}' out, or name a task that takes "
+        f"{article} {field}.".replace("  ", " ")
+      )
+  task.validate()
+  return task
+
+
+def pair(prompts: Sequence[str], images: Sequence[str]) -> list[dict]:
+  """Fields of each prompt with its image: as many of both, or one for all.
+
+  Raises:
+    UserError: other numbers, e.g. two prompts and three images.
+  """
+  count = max(len(prompts), len(images), 1)
+  if any(len(values) not in (0, 1, count) for values in (prompts, images)):
+    raise UserError(
+      f"{len(prompts)} prompts and {len(images)} images are given: give one of each for the other, "
+      "or one for all."
+    )
+  pairs = [{} for _ in range(count)]
+  for name, values in (("prompt", prompts), ("image", images)):
+    for i, fields in enumerate(pairs if values else []):
+      fields[name] = values[i if len(values) > 1 else 0]
+  return pairs
+
+
+def read(
+  path: epath.PathLike,
+  task: str = "text_to_image",
+  seed: int = 0,
+  sampling: SamplingConfig | None = None,
+  **defaults,
+) -> list[Task]:
+  """Reads one task from each line of a JSONL file; empty lines are ignored.
+
+    {"task": "text_to_image", "prompt": "red apple", "guidance": 5, "top_k": 64}
+    {"task": "caption", "image": "photos/cat.jpg"}
+
+  Images are paths relative to the folder of the file.
+
+  Args:
+    path: of the file.
+    task: name of the task where a line has none.
+    seed: of the first task; each next task adds 1, unless its line has a seed.
+    sampling: settings that a line may change.
+    **defaults: fields that a line may change, where its task takes them.
+
+  Raises:
+    UserError: naming file and line: not a JSON object, an unknown field, or a wrong value.
+  """
+  path = epath.Path(path)
+  if not path.exists():
+    raise UserError(
+      f"--prompts names {path}, which does not exist: give a file with one JSON object a line."
+    )
+  tasks = []
+  for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    if line.strip():
+      where = f"{path}, line {number}"
+      fields = _object(line, where)
+      name = fields.pop("task", task)
+      row = len(tasks)
+      taken = {field.name for field in dataclasses.fields(task_class(name, f"{where}: "))}
+      fields = {k: v for k, v in defaults.items() if k in taken} | fields
+      common = {
+        "seed": fields.pop("seed", seed + row),
+        "sampling": _sampling(fields, sampling or SamplingConfig(), where),
+        "row": row,
+        "where": where,
+      }
+      if fields.get("image") and "://" not in fields["image"]:
+        fields["image"] = str(path.parent / fields["image"])
+      if "box" in fields:
+        fields["box"] = tuple(fields["box"])
+      tasks.append(make_task(name, fields, **common))
+  if not tasks:
+    raise UserError(f"--prompts names {path}, which has no line: give one JSON object a line.")
+  return tasks
+
+
+def _object(line: str, where: str) -> dict:
+  """Fields of a line, with checked names and types. Raises UserError naming the place."""
+  try:
+    fields = json.loads(line)
+  except json.JSONDecodeError as error:
+    raise UserError(f"{where} is not valid JSON ({error}).") from error
+  if not isinstance(fields, dict):
+    raise UserError(f"{where} is a {type(fields).__name__}; it must be a JSON object.")
+  known = [*FIELDS, *(f.name for f in dataclasses.fields(SamplingConfig))]
+  for name, value in fields.items():
+    if name not in known:
+      close = difflib.get_close_matches(name, known, 1)
+      hint = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(known)}."
+      raise UserError(f"{where} has no field '{name}': {hint}")
+    kind = FIELDS.get(name, object)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+      raise UserError(f"{where}: {name} is {value!r}; it must be {kind.__name__}.")
+  return fields
+
+
+def _sampling(fields: dict, defaults: SamplingConfig, where: str) -> SamplingConfig:
+  """Takes the fields of SamplingConfig out of `fields`. Raises UserError naming the place."""
+  names = [f.name for f in dataclasses.fields(SamplingConfig) if f.name in fields]
+  own = {name: fields.pop(name) for name in names}
+  try:
+    return build(SamplingConfig, {**dataclasses.asdict(defaults), **own}, "line")
+  except UserError as error:
+    raise UserError(f"{where}: {str(error).removeprefix('config.line').lstrip('.: ')}") from error

@@ -1,0 +1,252 @@
+"""The base of all tasks: what a user asks for, its request, and what the generated ids mean.
+
+A task is one frozen dataclass in `image_tasks` or `text_tasks`; `prompt_file.TASKS` lists them.
+"""
+
+# I tokens of an image, G generated tokens, H height, W width.
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import math
+import pathlib
+import re
+from typing import ClassVar
+
+from etils import epath
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.cm3 import undo_cm3_mask
+from cm3leon_jax.data.documents import Document
+from cm3leon_jax.decoding import grammar
+from cm3leon_jax.decoding.request import Request
+from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.tokenizers.text import TextTokenizer
+from cm3leon_jax.vocab import VocabLayout
+
+MASK = "<mask>"  # A hole in a text, as a user writes it.
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptLayout:
+  """The properties of a run that requests depend on.
+
+  Attributes:
+    vocab: names the special tokens.
+    image_tokens: I.
+    resolution: side of images in pixels.
+    positions: longest sample of training.
+    encode: text -> [T] int32 ids.
+    decode: ids -> text.
+  """
+
+  vocab: VocabLayout
+  image_tokens: int
+  resolution: int
+  positions: int
+  encode: Callable[[str], np.ndarray]
+  decode: Callable[[Sequence[int]], str]
+
+  @classmethod
+  def load(cls, settings, workdir: epath.PathLike) -> "PromptLayout":
+    """Reads a run's text tokenizer. Raises UserError if there is none."""
+    vocab, vqgan = settings.vocab, settings.vqgan
+    tokenizer = TextTokenizer(epath.Path(workdir) / "text_tokenizer", vocab)
+    return cls(
+      vocab,
+      vqgan.image_tokens,
+      vqgan.resolution,
+      settings.data.sequence_length,
+      tokenizer.encode,
+      tokenizer.decode,
+    )
+
+  @property
+  def side(self) -> int:
+    """Number of codes in a row of an image."""
+    return math.isqrt(self.image_tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+  """What a user asks for.
+
+  A subclass declares the fields that it takes, and what its prompts and its answer look like.
+
+  Attributes:
+    name: as `--task` has it.
+    required: fields that must not be empty.
+    uses_guidance: `SamplingConfig.guidance` weighs its streams.
+    numbers_images: it may make any number of images, whose files are numbered.
+    seed: of its first sample.
+    sampling: how tokens are sampled.
+    row: its row on the contact sheet; tasks of one row differ only in their settings.
+    where: its place in a prompt file, for messages, e.g. "my.jsonl, line 3"; "" elsewhere.
+  """
+
+  name: ClassVar[str]
+  required: ClassVar[tuple[str, ...]] = ()
+  uses_guidance: ClassVar[bool] = False
+  numbers_images: ClassVar[bool] = False
+  # Values of the fields that a subclass does not declare.
+  prompt = ""
+  image = ""
+  box = ()
+  length = 0
+  retrieve = 0
+  keep_neighbors = False
+  key = ""  # Of a held-out document.
+  concept = ""  # Of a held-out document.
+  neighbors: ClassVar[tuple[Document, ...]] = ()  # Known before any search.
+  original: ClassVar[np.ndarray | None] = None  # A held-out image, for the contact sheet.
+
+  seed: int = 0
+  sampling: SamplingConfig = SamplingConfig()  # noqa: RUF009 (frozen)
+  row: int = 0
+  where: str = ""
+
+  def error(self, sentence) -> UserError:
+    """An error that names the task's place in a prompt file."""
+    return UserError(f"{self.where}: {sentence}" if self.where else str(sentence))
+
+  def validate(self) -> None:
+    """Raises UserError if a required field is empty or a field is out of range."""
+    for field in self.required:
+      value = getattr(self, field)
+      if isinstance(value, str) and not value.strip():
+        article = "an" if field == "image" else "a"
+        raise self.error(f"task {self.name} needs {article} {field}, and none is given.")
+    self._check_masks()
+    for field in ("length", "retrieve", "seed"):
+      if not 0 <= getattr(self, field) < 2**32:
+        raise self.error(f"{field} is {getattr(self, field)}; it must lie in [0, 2^32).")
+
+  def _check_masks(self) -> None:
+    if MASK in self.prompt:
+      raise self.error(
+        f"the prompt '{self.prompt}' has a {MASK}, which only task infill_text takes; this one is "
+        f"{self.name}."
+      )
+
+  def identity(self) -> dict:
+    """Name and fields that the samples depend on."""
+    fields = dataclasses.asdict(self)
+    del fields["where"]
+    return {"task": self.name, **fields}
+
+  def query(self) -> tuple[str, object]:
+    """What documents are retrieved by: ("text", text) or ("image", image)."""
+    return ("image", self.image) if has_image(self) else ("text", self.prompt)
+
+  def to_request(
+    self, layout: PromptLayout, image=None, neighbors: Sequence[Document] = ()
+  ) -> Request:
+    """The prompts of the guidance streams and the plan of what may follow.
+
+    Args:
+      layout: of the run.
+      image: [I] codes of the given image; None: no image, or zeros in its place.
+      neighbors: retrieved documents, best first.
+
+    Raises:
+      UserError: naming the task's place: more positions than were trained, a box outside the image,
+        or contrastive decoding without an unconditional stream.
+    """
+    image = np.zeros(layout.image_tokens, np.int32) if image is None else image
+    before = [[segment.tokens for segment in document.segments] for document in neighbors]
+    try:
+      request = self._request(layout, layout.vocab.image_ids(image), before)
+      longest = grammar.longest(request.plan)
+      if request.positions > layout.positions:
+        raise UserError(
+          f"the prompt has {request.positions - longest} tokens and up to {longest} follow; the "
+          f"model was trained on {layout.positions} positions: shorten the prompt, ask for a "
+          "smaller length, or retrieve fewer documents."
+        )
+      makes_images = any(part.kind in (grammar.CODES, grammar.DOCUMENT) for part in request.plan)
+      if makes_images and self.sampling.method != "top_p" and len(request.streams) == 1:
+        raise UserError(
+          f"sampling.method is '{self.sampling.method}', which contrasts with a stream without the "
+          f"prompt, and task {self.name} has one stream here: set it to top_p."
+        )
+      return request
+    except UserError as error:
+      raise self.error(error) from error
+
+  def _request(self, layout: PromptLayout, image: np.ndarray, neighbors: list) -> Request:
+    """`to_request` for [I] ids of the image and the segments of each neighbor."""
+    raise NotImplementedError
+
+  def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> tuple:
+    """The meaning of [G] generated ids.
+
+    Returns:
+      (segments: texts and [I] int32 image codes in their order; texts of all holes).
+    """
+    raise NotImplementedError
+
+  @property
+  def is_scored(self) -> bool:
+    """Whether CLIP can score a sample: it has a caption and an image."""
+    return False
+
+  def clip_pair(self, given, segments) -> tuple[np.ndarray, str]:
+    """The image and the caption that CLIP compares, if `is_scored`.
+
+    Args:
+      given: [H, W, 3] uint8, the given image or None.
+      segments: of the sample, images as [H, W, 3] uint8.
+    """
+    raise NotImplementedError
+
+  @property
+  def label(self) -> str:
+    """Text beside its row on the contact sheet."""
+    return self.prompt or (has_image(self) and image_name(self.image)) or self.name
+
+  @property
+  def settings_label(self) -> str:
+    """Settings that differ in a row of the contact sheet."""
+    return ""
+
+  @property
+  def file_stem(self) -> str:
+    """Beginning of the names of its image files."""
+    return f"{self.row:03d}_{slug(self.prompt or self.name)}"
+
+  def record(self, segments, codes, filled, files: list[str]) -> dict:
+    """What results.jsonl says of a sample's answer: its texts, codes and files."""
+    raise NotImplementedError
+
+
+def has_image(task: Task) -> bool:
+  """Whether the task has a given image."""
+  return not isinstance(task.image, str) or bool(task.image)
+
+
+def image_name(image) -> str:
+  """Name of an image file; of an image in memory its kind."""
+  return pathlib.PurePath(image).name if isinstance(image, str) else "image"
+
+
+def document_segments(vocab: VocabLayout, request: Request, ids) -> list[np.ndarray]:
+  """Segments of a request's document, neighbors included, with [G] generated ids in their place."""
+  whole = np.concatenate([request.streams[0], ids]).astype(np.int32)
+  whole = undo_cm3_mask(whole, vocab) if vocab.eoss in whole else whole
+  parts = np.split(whole, np.flatnonzero((whole == vocab.brk) | (whole == vocab.eos)))
+  return [segment for part in parts if len(segment := part[1:])]
+
+
+def decode_segment(layout: PromptLayout, segment):
+  """Ids of a segment -> its text, or its [I] image codes."""
+  vocab = layout.vocab
+  return vocab.image_codes(segment) if vocab.is_image(segment).all() else layout.decode(segment)
+
+
+def slug(text: str) -> str:
+  """A text as part of a file name.
+
+  >>> slug("Red  apple!")
+  'red-apple'
+  """
+  return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "prompt"

@@ -1,0 +1,168 @@
+"""Tasks that write text: captions, answers, infilled texts, and documents of texts and images."""
+
+from collections.abc import Callable
+import dataclasses
+
+import numpy as np
+
+from cm3leon_jax.decoding import request
+from cm3leon_jax.decoding.request import Hole
+from cm3leon_jax.generation.tasks import (
+  MASK,
+  Task,
+  decode_segment,
+  document_segments,
+  has_image,
+)
+
+TEXT_LENGTH = 64  # Default of the largest number of tokens in a hole.
+QUESTION = f"Question: {{}} Answer: {MASK}."  # CM3Leon, table 5.
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTask(Task):
+  """A task that fills the holes of a document: a text, then an image if one is given.
+
+  Attributes:
+    retrieve: number of retrieved documents.
+    length: largest number of tokens in each hole; 0: TEXT_LENGTH.
+  """
+
+  retrieve: int = dataclasses.field(default=0, kw_only=True)
+  length: int = dataclasses.field(default=0, kw_only=True)
+
+  def _text(self) -> str:
+    """The text of the document, with MASK for each hole."""
+    return self.prompt
+
+  def _request(self, layout, image, neighbors):
+    hole = Hole(most_text=self.length or TEXT_LENGTH)
+    first, *others = text_pieces(layout.encode, self._text())
+    text = [first] if len(first) else []
+    for piece in others:
+      text += [hole, piece] if len(piece) else [hole]
+    segments = [text, (image,)] if has_image(self) else [text]
+    return request.infill(layout.vocab, layout.image_tokens, segments, neighbors)
+
+  def from_ids(self, layout, request, ids):
+    vocab = layout.vocab
+    holes = np.split(ids, np.flatnonzero(ids == vocab.eoss))
+    filled = [layout.decode(hole).strip() for hole in holes if (hole >= vocab.num_special).any()]
+    segments = document_segments(vocab, request, ids)
+    return (decode_segment(layout, segments[-2 if has_image(self) else -1]),), tuple(filled)
+
+  def record(self, segments, codes, filled, files):
+    return {"text": segments[0], "filled": list(filled)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption(TextTask):
+  """A caption of an image."""
+
+  name = "caption"
+  required = ("image",)
+  image: object = ""
+
+  def _text(self):
+    return MASK
+
+  @property
+  def is_scored(self):
+    return True
+
+  def clip_pair(self, given, segments):
+    return given, segments[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Question(TextTask):
+  """An answer to a question about an image.
+
+  Attributes:
+    image: the given image.
+    prompt: the question.
+  """
+
+  name = "question"
+  required = ("prompt", "image")
+  image: object = ""
+  prompt: str = ""
+
+  def _text(self):
+    return QUESTION.format(self.prompt.strip())
+
+  def from_ids(self, layout, request, ids):
+    _, filled = super().from_ids(layout, request, ids)
+    return filled[:1], filled
+
+
+@dataclasses.dataclass(frozen=True)
+class InfillText(TextTask):
+  """A text with its masks filled in.
+
+  Attributes:
+    prompt: the text, with `<mask>` for each hole.
+    image: an image that follows the text; may be empty.
+  """
+
+  name = "infill_text"
+  required = ("prompt",)
+  prompt: str = ""
+  image: object = ""
+
+  def query(self):
+    kind, value = super().query()
+    return kind, value.replace(MASK, " ").strip() if kind == "text" else value
+
+  def _check_masks(self):
+    if MASK not in self.prompt:
+      raise self.error(
+        f"task infill_text fills in each {MASK}: put one into the prompt '{self.prompt}'."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Interleaved(Task):
+  """A document of texts and images.
+
+  Attributes:
+    prompt: its beginning; may be empty.
+    length: largest number of tokens; 0: all positions that were trained.
+  """
+
+  name = "interleaved"
+  numbers_images = True
+  prompt: str = ""
+  length: int = 0
+
+  def _request(self, layout, image, neighbors):
+    texts = [layout.encode(self.prompt)] if self.prompt.strip() else []
+    room = layout.positions - 1 - sum(map(len, texts))
+    length = self.length or max(room, 2)
+    return request.document(layout.vocab, layout.image_tokens, texts, length)
+
+  def from_ids(self, layout, request, ids):
+    segments = document_segments(layout.vocab, request, ids)
+    return tuple(decode_segment(layout, segment) for segment in segments), ()
+
+  def record(self, segments, codes, filled, files):
+    lines = [s if isinstance(s, str) else "<image>" for s in segments]
+    return {"files": files, "text": "\n".join(lines)}
+
+
+def text_pieces(encode: Callable[[str], np.ndarray], text: str) -> list[np.ndarray]:
+  """Ids of the pieces between the masks of a text, as if the masks were filled in.
+
+  A space belongs to the word after it, so the space before a mask is part of the hole.
+
+    "a <mask> on it.": ids of " a" and of " on it."
+    "Answer: <mask>.": ids of " Answer:" and of "."
+  """
+  first, *others = text.split(MASK)
+  pieces = [encode(first.rstrip())]
+  for i, piece in enumerate(others):
+    piece = piece if i == len(others) - 1 else piece.rstrip()
+    # The tokenizer adds a space before a text; a character that never joins the next one takes it.
+    before = "." if piece[:1].isalpha() else "x"
+    pieces.append(encode(before + piece)[len(encode(before)) :])
+  return pieces

@@ -1,0 +1,157 @@
+"""From samples to files: images, results.jsonl, and one contact sheet."""
+
+# H height, W width of an image.
+
+from collections.abc import Sequence
+import dataclasses
+import io
+import json
+import textwrap
+
+from etils import epath
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from cm3leon_jax.generation.pipeline import Sample
+from cm3leon_jax.io import replacing
+
+SHEET_ROWS = 64  # Of a contact sheet: few programs open a larger image.
+ORIGIN = ("key", "source", "license", "attribution")  # Fields of a neighbor in results.jsonl.
+CELL = 128  # Smallest side of an image on a sheet, in pixels.
+GAP = 6
+LABEL_WIDTH = 150
+LABEL_HEIGHT = 20
+
+
+class Writer:
+  """Writes samples into a folder.
+
+  writer = Writer(folder, num_samples)
+  samples = pipeline.generate(tasks, num_samples, on_batch=writer.save_images)
+  records = writer.finish(samples)
+  """
+
+  def __init__(self, folder: epath.PathLike, num_samples: int = 1):
+    self.folder, self.num_samples = epath.Path(folder), num_samples
+
+  def file_names(self, sample: Sample) -> list[str]:
+    """Names of the files of a sample's images."""
+    stem = sample.task.file_stem
+    if self.num_samples > 1:
+      stem += f"_sample{sample.index}"
+    if not sample.task.numbers_images:
+      return [f"{stem}.png"] * len(sample.codes)
+    return [f"{stem}_image{i}.png" for i in range(len(sample.codes))]
+
+  def save_images(self, samples: Sequence[Sample]) -> None:
+    """Writes the images of some samples."""
+    for sample in samples:
+      images = [s for s in sample.segments if not isinstance(s, str)]
+      for name, image in zip(self.file_names(sample), images):
+        save_png(self.folder / name, image)
+
+  def finish(self, samples: Sequence[Sequence[Sample]]) -> list[dict]:
+    """Writes results.jsonl and contact_sheet.png; returns the records."""
+    save_png(self.folder / "contact_sheet.png", sample_sheet(samples))
+    records = [record(s, self.file_names(s)) for of_task in samples for s in of_task]
+    with replacing(self.folder / "results.jsonl", "w") as file:
+      file.write("".join(json.dumps(line) + "\n" for line in records))
+    return records
+
+
+def record(sample: Sample, files: list[str]) -> dict:
+  """The line of results.jsonl, see docs/data_formats.md."""
+  task = sample.task
+  return {
+    "task": task.name,
+    "prompt": task.prompt,
+    "key": task.key,
+    "concept": task.concept,
+    "image": task.image if isinstance(task.image, str) else "",
+    "box": list(task.box),
+    "seed": sample.seed,
+    "sample": sample.index,
+    "rank": sample.rank,
+    **dataclasses.asdict(task.sampling),
+    "contrastive": sample.contrastive,
+    "retrieve": task.retrieve,
+    "keep_neighbors": task.keep_neighbors,
+    "neighbors": [{name: getattr(d, name) for name in ORIGIN} for d in sample.neighbors],
+    **task.record(sample.segments, sample.codes, sample.filled, files),
+    "ids": sample.tokens.tolist(),
+    "log_probs": [round(float(p), 4) for p in sample.log_probs],
+    "log_prob": float(sample.log_probs.sum(dtype=np.float64)),
+    "clip_score": sample.clip_score,
+  }
+
+
+def sample_sheet(samples: Sequence[Sequence[Sample]]) -> Image.Image:
+  """One row for each prompt, up to SHEET_ROWS: the given or held-out image, then all samples."""
+  rows, titles, labels = {}, {}, {}
+  for of_task in samples:
+    task, given = of_task[0].task, of_task[0].given
+    row = task.row
+    if row >= SHEET_ROWS:
+      continue
+    if row not in rows:
+      labels[row] = task.label
+      rows[row] = [] if given is None else [given]
+      titles[row] = [] if given is None else ["original" if task.key else "given"]
+    for n, sample in enumerate(of_task, 1):
+      title = f"{task.settings_label} #{n}".strip() if len(of_task) > 1 else task.settings_label
+      rows[row] += sample.segments
+      titles[row] += [title] * len(sample.segments)
+  columns = list(titles.values())
+  alike = all(column == columns[0] for column in columns)
+  titles = columns[0] if alike and any(columns[0]) else ()
+  return contact_sheet(list(rows.values()), list(labels.values()), titles)
+
+
+def save_png(path: epath.PathLike, image) -> None:
+  """Writes [H, W, 3] uint8, or a PIL image, atomically."""
+  image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+  buffer = io.BytesIO()
+  image.save(buffer, "PNG", optimize=True)
+  with replacing(path) as file:
+    file.write(buffer.getvalue())
+
+
+def contact_sheet(
+  rows: Sequence[Sequence], labels: Sequence[str], columns: Sequence[str] = ()
+) -> Image.Image:
+  """Draws rows of images and texts with labels; small images are enlarged without smoothing.
+
+  Args:
+    rows: cells, each an image [H, W, 3] uint8, all of one size, or a text.
+    labels: text at the left of each row.
+    columns: text above each column.
+  """
+  sizes = [np.shape(cell)[:2] for row in rows for cell in row if not isinstance(cell, str)]
+  height, width = sizes[0] if sizes else (CELL, CELL)
+  scale = max(1, -(-CELL // min(height, width)))
+  height, width = height * scale, width * scale
+  count, top = max(len(row) for row in rows), LABEL_HEIGHT if columns else GAP
+  size = (LABEL_WIDTH + count * (width + GAP), top + len(rows) * (height + GAP))
+  sheet = Image.new("RGB", size, "white")
+  draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+  for j, label in enumerate(columns):
+    draw.text((LABEL_WIDTH + j * (width + GAP), GAP // 2), label, "black", font)
+  for i, (row, label) in enumerate(zip(rows, labels)):
+    y = top + i * (height + GAP)
+    draw.text((GAP, y), wrapped(label, LABEL_WIDTH, height), "black", font)
+    for j, cell in enumerate(row):
+      x = LABEL_WIDTH + j * (width + GAP)
+      if isinstance(cell, str):
+        draw.text((x, y), wrapped(cell, width, height), "black", font)
+      else:
+        image = Image.fromarray(np.asarray(cell))
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
+  return sheet
+
+
+def wrapped(text: str, width: int, height: int) -> str:
+  """Breaks a text into lines for a cell of `width` x `height` pixels; shortens it if needed."""
+  lines, most = textwrap.wrap(text, max(1, width * 22 // LABEL_WIDTH)), max(1, height // 14)
+  return "\n".join(
+    lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1][:-1] + "…"]
+  )

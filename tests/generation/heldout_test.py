@@ -1,0 +1,68 @@
+"""Held-out captions come from the document stores: whose captions, which neighbors, which originals."""
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.generation.heldout import heldout_tasks, sample_grids
+from cm3leon_jax.retrieval.neighbors import load_neighbors
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from tests.data.stores import VOCAB
+from tests.generation.run import SETTINGS, one_device
+from tests.models.tiny import random_params
+
+COLUMNS = [(2, SETTINGS.sampling)]
+
+
+def test_heldout_captions_are_spread_and_know_their_neighbors(workdir, layout):
+  found = heldout_tasks(layout, workdir, 3, 7, COLUMNS)
+  assert [t.prompt for t in found] == ["red apple", "blue car", "new house"]
+  assert [t.seed for t in found] == [7, 8, 9]
+  assert [t.key for t in found] == ["h0", "h2", "h4"]
+  assert [t.original for t in found] == [None] * 3
+  ids = load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)
+  bank = DocumentStore(workdir / "documents" / "train_pairs", VOCAB)
+  assert [[d.key for d in t.neighbors] for t in found] == [
+    [bank[int(i)].key for i in ids[row][:2]] for row in (0, 2, 4)
+  ]
+  every = heldout_tasks(layout, workdir, 5, 7, COLUMNS)
+  assert len(every[1].neighbors) == 1  # It has no second one.
+  both = heldout_tasks(layout, workdir, 2, 7, [(0, SETTINGS.sampling), *COLUMNS])
+  assert [(t.row, t.retrieve, len(t.neighbors)) for t in both] == [
+    (0, 0, 0),
+    (1, 0, 0),
+    (0, 2, 2),
+    (1, 2, 2),
+  ]
+  with pytest.raises(UserError, match="--captions is 6; only 5 pairs are held out"):
+    heldout_tasks(layout, workdir, 6, 0, COLUMNS)
+
+
+def test_the_model_reads_the_ids_of_the_store(workdir, layout):
+  """A caption that was cut when it was encoded may decode to other ids."""
+  (task,) = heldout_tasks(layout, workdir, 1, 0, [(0, SETTINGS.sampling)])
+  cut = task.document.segments[0].tokens[:-1]
+  segments = (task.document.segments[0].__class__(False, cut), task.document.segments[1])
+  document = task.document.__class__(**{**vars(task.document), "segments": segments})
+  request = task.__class__(**{**vars(task), "document": document}).to_request(layout)
+  assert request.streams[0].tolist() == [VOCAB.eos, *cut, VOCAB.brk]
+
+
+def test_originals_are_decoded_from_their_codes(workdir, layout):
+  tokenizer = ImageTokenizer.load(workdir / "vqgan")
+  tasks = heldout_tasks(layout, workdir, 2, 0, COLUMNS, image_tokenizer=tokenizer)
+  codes = [VOCAB.image_codes(t.document.segments[1].tokens) for t in tasks]
+  np.testing.assert_array_equal([t.original for t in tasks], tokenizer.decode(np.stack(codes)))
+  assert (tasks[0].original != tasks[1].original).any()
+
+
+def test_the_trainers_grid(workdir, tmp_path):
+  with one_device():
+    generate_grid = sample_grids(SETTINGS, workdir, tmp_path / "grid")
+    grid = generate_grid(random_params(SETTINGS.model), 12)
+  assert [p.name for p in (tmp_path / "grid").iterdir()] == ["step_000012.png"]
+  written = np.asarray(Image.open(tmp_path / "grid" / "step_000012.png"))
+  np.testing.assert_array_equal(written, np.asarray(grid))
+  assert written.std() > 10

@@ -1,0 +1,241 @@
+"""From tasks to samples in memory: given images, retrieval, batches, scores, ranks."""
+
+import dataclasses
+
+from etils import epath
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents import group_id, write_documents
+from cm3leon_jax.decoding.generator import Result, sample_seed
+from cm3leon_jax.generation import pipeline as pipeline_lib
+from cm3leon_jax.generation.image_tasks import Edit, InfillImage, TextToImage
+from cm3leon_jax.generation.pipeline import Pipeline, Sample, check_tasks
+from cm3leon_jax.generation.text_tasks import Caption, Interleaved
+from cm3leon_jax.retrieval import neighbors
+from cm3leon_jax.retrieval.bank import Embeddings
+from tests.data.stores import VOCAB
+from tests.generation.run import SETTINGS, one_device
+from tests.models.tiny import random_params
+
+
+def write_image(path, width=8, height=8):
+  pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+  Image.fromarray(pixels).save(path)
+  return str(path)
+
+
+@pytest.fixture(scope="module")
+def pipeline(workdir, clip):
+  with one_device():
+    return Pipeline.load(SETTINGS, workdir, random_params(SETTINGS.model), clip, batch_size=2)
+
+
+@pytest.fixture(autouse=True)
+def mesh():
+  with one_device():
+    yield
+
+
+def text_to_image(prompt, **fields):
+  return TextToImage(prompt, **{"retrieve": 0, "sampling": SETTINGS.sampling, **fields})
+
+
+def prepare(pipeline, *tasks):
+  """(request and neighbors of each task)."""
+  given = check_tasks(pipeline.layout, tasks, pipeline.bank)
+  found = pipeline.retrieve(tasks)
+  return list(zip(pipeline._requests(tasks, given, found), found))
+
+
+def test_a_prompt_gets_the_neighbors_that_clip_names(pipeline, workdir, clip):
+  tasks = text_to_image("green car", retrieve=2), text_to_image("green car")
+  (request, found), (_, none) = prepare(pipeline, *tasks)
+  bank = Embeddings(workdir / "neighbors" / "train")
+  scores = bank.documents[:] @ clip.embed_texts([pipeline.layout.encode("green car")])[0]
+  assert bank.keys[:][np.argmax(scores)] == group_id(found[0].key)
+  assert (len(found), none) == (2, ())
+  first = [*found[0].segments[0].tokens, VOCAB.brk]
+  assert request.streams[0][1 : 1 + len(first)].tolist() == first
+
+
+def test_the_unconditional_stream_may_keep_the_neighbors(pipeline):
+  task = text_to_image("green car", retrieve=1)
+  kept_task = dataclasses.replace(task, keep_neighbors=True)
+  (dropped, _), (kept, _) = prepare(pipeline, task, kept_task)
+  np.testing.assert_array_equal(dropped.streams[0], kept.streams[0])
+  before = len(kept.streams[0]) - len(pipeline.layout.encode("green car")) - 1
+  np.testing.assert_array_equal(kept.streams[1][:before], kept.streams[0][:before])
+  assert len(dropped.streams[1]) == 3
+
+
+def test_a_given_image_is_searched_for_by_itself(pipeline, workdir, clip, tmp_path):
+  task = Caption(write_image(tmp_path / "a.png"), retrieve=1, length=9)
+  ((_, found),) = prepare(pipeline, task)
+  vector = clip.embed_images(np.asarray(Image.open(task.image))[None])[0]
+  bank = Embeddings(workdir / "neighbors" / "train")
+  assert bank.keys[:][np.argmax(bank.documents[:] @ vector)] == group_id(found[0].key)
+
+
+def test_an_image_may_be_a_file_a_pil_image_or_an_array(pipeline, tmp_path):
+  path = write_image(tmp_path / "a.png")
+  opened = Image.open(path)
+  codes = pipeline.image_tokenizer.encode(np.asarray(opened)[None])[0]
+  tasks = [Edit(image, "blue") for image in (path, opened, np.asarray(opened))]
+  expected = tasks[0].to_request(pipeline.layout, codes)
+  for request, _ in prepare(pipeline, *tasks):
+    np.testing.assert_array_equal(request.streams[0], expected.streams[0])
+
+
+def test_an_image_of_another_size_is_squared_and_scaled(workdir, layout, tmp_path, capsys):
+  wide = write_image(tmp_path / "wide.png", 30, 20)
+  large = write_image(tmp_path / "large.png", 16, 16)
+  given = check_tasks(layout, [Caption(image, length=9) for image in (wide, large)], workdir)
+  assert {pixels.shape for pixels in given.values()} == {(8, 8, 3)}
+  assert capsys.readouterr().out.splitlines() == [
+    f"generate: the centered square of 20 of {wide}, 30 x 20 pixels, is scaled to 8 x 8.",
+    f"generate: {large}, 16 x 16 pixels, is scaled to 8 x 8.",
+  ]
+
+
+def test_a_box_that_is_rounded_is_told(workdir, layout, tmp_path, capsys):
+  task = InfillImage(write_image(tmp_path / "a.png"), (1, 2, 5, 6))
+  check_tasks(layout, [task], workdir)
+  expected = "generate: box 1,2,5,6 is rounded out to whole codes of 2 pixels: 0,2,6,6.\n"
+  assert capsys.readouterr().out == expected
+  check_tasks(layout, [dataclasses.replace(task, box=(0, 2, 6, 6))], workdir)
+  assert capsys.readouterr().out == ""
+
+
+def test_images_that_cannot_be_read(workdir, layout, tmp_path):
+  (tmp_path / "a.png").write_text("no image")
+  for name in ("a.png", "b.png"):
+    task = Caption(str(tmp_path / name), length=9, where="f, line 2")
+    with pytest.raises(UserError, match=f"^f, line 2: image {tmp_path / name} cannot be read"):
+      check_tasks(layout, [task], workdir)
+
+
+def test_nothing_to_retrieve(pipeline, layout, tmp_path, monkeypatch):
+  write_documents(epath.Path(tmp_path) / "documents" / "train_pairs", [], VOCAB)
+  task = text_to_image("green car", retrieve=2, where="f, line 1")
+  with pytest.raises(
+    UserError,
+    match=r"^f, line 1: retrieve is 2, and .*train_pairs holds no documents: say --retrieve=0",
+  ):
+    check_tasks(layout, [task], tmp_path)
+  with pytest.raises(UserError, match=r"^f, line 1: retrieve is 2, and there is no bank"):
+    check_tasks(layout, [task], None)
+
+  def nothing(self, queries):
+    return np.full((len(queries), 4), -1, np.int32), None
+
+  monkeypatch.setattr(neighbors.Retriever, "retrieve", nothing)
+  with pytest.raises(UserError, match=r"^f, line 1: no document was found for 'green car': "):
+    prepare(pipeline, task)
+
+
+def test_a_task_without_a_prompt_is_refused(workdir, layout):
+  with pytest.raises(UserError, match="task text_to_image needs a prompt"):
+    check_tasks(layout, [TextToImage()], workdir)
+
+
+class Brightness:
+  """A CLIP that scores bright images higher."""
+
+  resolution = 8
+
+  def encode(self, text):
+    return np.array([1], np.int32)
+
+  def embed_images(self, images):
+    return images.mean(axis=(1, 2, 3))[:, None] / 255
+
+  def embed_texts(self, texts):
+    return np.ones((len(texts), 1))
+
+
+def test_samples_are_ranked_by_their_scores(pipeline):
+  tasks = [text_to_image(p, seed=3 + i, row=i) for i, p in enumerate(("red apple", "blue car"))]
+  bright = Pipeline(
+    random_params(SETTINGS.model),
+    SETTINGS,
+    pipeline.layout,
+    pipeline.image_tokenizer,
+    Brightness(),
+    batch_size=2,
+  )
+  batches = []
+  plain = bright.generate(tasks, 3, on_batch=lambda samples: batches.append(len(samples)))
+  ranked = bright.generate(tasks, 3, rank=True)
+  assert batches == [2, 2, 2]
+  for i, (task, of_task) in enumerate(zip(tasks, plain)):
+    assert [(s.task, s.index, s.rank) for s in of_task] == [(task, n, None) for n in range(3)]
+    assert [s.seed for s in of_task] == [sample_seed(3 + i, n) for n in range(3)]
+  for before, after in zip(plain, ranked):
+    assert [s.rank for s in after] == [1, 2, 3]
+    scores = [s.clip_score for s in after]
+    assert scores == sorted(scores, reverse=True)
+    for sample in after:
+      np.testing.assert_array_equal(sample.tokens, before[sample.index].tokens)
+  assert [[s.index for s in x] for x in ranked] != [[0, 1, 2]] * 2
+  assert len({tuple(s.tokens) for of_task in plain for s in of_task}) == 6
+  # A sample is the same alone as among others.
+  ((alone,),) = pipeline.generate(tasks[1:])
+  np.testing.assert_array_equal(alone.tokens, plain[1][0].tokens)
+  np.testing.assert_array_equal(np.asarray(alone.image), alone.segments[0])
+
+
+def test_a_batch_is_handed_over_before_the_next_begins(pipeline, monkeypatch):
+  events, original = [], pipeline.generator._generate_batch
+
+  def generate_batch(*args):
+    events.append("generate")
+    return original(*args)
+
+  monkeypatch.setattr(pipeline.generator, "_generate_batch", generate_batch)
+  tasks = [text_to_image("red apple")]
+  pipeline.generate(tasks, 3, on_batch=lambda samples: events.append(len(samples)))
+  assert events == ["generate", 2, "generate", 1]
+
+
+def test_a_document_has_its_images_in_order(pipeline):
+  task = Interleaved("red apple", length=60)
+  ((request, _),) = prepare(pipeline, task)
+  first, second = (VOCAB.image_ids(np.full(16, code)) for code in (3, 4))
+  text = pipeline.layout.encode("blue car")
+  brk = [VOCAB.brk]
+  ids = np.concatenate([brk, first, brk, text, brk, second, [VOCAB.eos]])
+  result = Result(0, 0, 0, ids, np.zeros(len(ids), np.float32), False)
+  (sample,) = pipeline._samples([0], [result], [task], [request], {}, [()])
+  assert [s if isinstance(s, str) else None for s in sample.segments] == [
+    "red apple",
+    None,
+    "blue car",
+    None,
+  ]
+  assert [codes.tolist() for codes in sample.codes] == [[3] * 16, [4] * 16]
+  expected = pipeline.image_tokenizer.decode(np.stack(sample.codes))
+  np.testing.assert_array_equal([np.asarray(image) for image in sample.images], expected)
+  assert sample.text == "red apple\nblue car"
+
+
+def test_a_bar_counts_every_token():
+  moves = []
+  bar = type("Bar", (), {"update": lambda self, n: moves.append(n)})()
+  progress = pipeline_lib._Progress(bar, batch_size=4)
+  progress.begin(6)
+  progress.advance(10)
+  progress.end(4, 64)
+  progress.advance(16)
+  progress.end(2, 32)
+  assert moves == [40, 24, 32, 0]
+
+
+def test_a_caption_without_words_comes_last():
+  def one(score):
+    return Sample(TextToImage("a"), 0, 0, (), (), (), None, None, False, (), clip_score=score)
+
+  ranked = pipeline_lib.ranked([one(None), one(-0.5), one(0.5)])
+  assert [(s.clip_score, s.rank) for s in ranked] == [(0.5, 1), (-0.5, 2), (None, 3)]

@@ -1,0 +1,203 @@
+"""Each task's prompts are the documented templates, holes are where the user put them, and answers are read back."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.cm3 import undo_cm3_mask
+from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.generation.image_tasks import (
+  EDIT,
+  Edit,
+  InfillImage,
+  TextToImage,
+  Unconditional,
+  whole_codes,
+)
+from cm3leon_jax.generation.tasks import slug
+from cm3leon_jax.generation.text_tasks import (
+  Caption,
+  InfillText,
+  Interleaved,
+  Question,
+  text_pieces,
+)
+from tests.data.stores import VOCAB
+
+CODES = np.arange(16, dtype=np.int32)
+IDS = VOCAB.image_ids(CODES)
+
+
+def infilled(request, ids):
+  """The sample that training would have made it of, without its `</s>`."""
+  whole = undo_cm3_mask(np.concatenate([request.streams[0], np.array(ids, np.int32)]), VOCAB)
+  assert (whole[0], whole[-1]) == (VOCAB.eos, VOCAB.eos)
+  return whole[1:-1].tolist()
+
+
+def test_a_question_is_the_template_with_a_hole(layout):
+  task = Question("a.png", "what is it?")
+  request = task.to_request(layout, CODES)
+  filled = infilled(request, [*layout.encode("an apple"), VOCAB.eoss])
+  expected = [*layout.encode("Question: what is it? Answer: an apple."), VOCAB.brk, *IDS]
+  assert filled == expected
+  ids = np.array([*layout.encode("an apple"), VOCAB.eoss])
+  assert task.from_ids(layout, request, ids) == (("an apple",), ("an apple",))
+
+
+def test_a_caption_is_the_first_segment(layout):
+  task = Caption("a.png", length=5)
+  request = task.to_request(layout, CODES)
+  ids = np.array([*layout.encode("red apple"), VOCAB.eoss])
+  assert infilled(request, ids) == [*layout.encode("red apple"), VOCAB.brk, *IDS]
+  assert task.from_ids(layout, request, ids) == (("red apple",), ("red apple",))
+  assert request.plan[0].count == 5
+
+
+@pytest.mark.parametrize(
+  ("text", "fills"),
+  [
+    ("a <mask> on the <mask>", ["red apple", "blue car"]),
+    ("<mask> house.", ["old"]),
+    ("it's <mask>; 3<mask>", ["new", "."]),
+  ],
+)
+@pytest.mark.parametrize("image", ["", "a.png"])
+def test_texts_with_masks_are_tokenized_as_if_filled(layout, text, fills, image):
+  task = InfillText(text, image, length=20)
+  request = task.to_request(layout, CODES)
+  ids, whole = [], text
+  for i, fill in enumerate(fills):
+    tokens = (
+      layout.encode("x" + fill)[len(layout.encode("x")) :] if fill == "." else layout.encode(fill)
+    )
+    ids += [*([VOCAB.mask(i)] if i else []), *tokens, VOCAB.eoss]
+    whole = whole.replace("<mask>", fill, 1)
+  assert infilled(request, ids) == [*layout.encode(whole), *([VOCAB.brk, *IDS] if image else [])]
+  assert task.from_ids(layout, request, np.array(ids)) == ((whole,), tuple(fills))
+
+
+def test_a_space_before_a_mask_belongs_to_its_hole_wherever_it_stands(layout):
+  """Pieces that are equal strings, of which Python keeps one object, are told apart by their place."""
+  pieces = text_pieces(layout.encode, "a <mask> <mask> ")
+  assert [len(piece) for piece in pieces[1:]] == [0, 1]
+
+
+def test_a_box_is_one_hole_a_row(layout):
+  task = InfillImage("a.png", (3, 0, 6, 4), "red apple")
+  request = task.to_request(layout, CODES)
+  assert [tuple(part[:2]) for part in request.plan] == [(1, 2), (3, 0), (4, 1), (1, 2), (3, 0)]
+  new = VOCAB.image_ids([60, 61, 62, 63])
+  ids = np.array([*new[:2], VOCAB.eoss, VOCAB.mask(1), *new[2:], VOCAB.eoss], np.int32)
+  (image,), _ = task.from_ids(layout, request, ids)
+  assert image.tolist() == [0, 60, 61, 3, 4, 62, 63, 7, *range(8, 16)]
+  assert len(request.streams) == 2
+  without = dataclasses.replace(task, prompt="").to_request(layout, CODES)
+  assert len(without.streams) == 1
+  # The prompt guides: its unconditional stream is the request without a prompt.
+  np.testing.assert_array_equal(request.streams[1], without.streams[0])
+
+
+def test_a_box_of_full_width_is_one_hole(layout):
+  request = InfillImage("a.png", (0, 2, 8, 6)).to_request(layout, CODES)
+  assert [tuple(part[:2]) for part in request.plan] == [(1, 8), (3, 0)]
+  whole = InfillImage("a.png", (0, 0, 8, 8)).to_request(layout, CODES)
+  assert whole.plan[0].count == 16
+
+
+def test_boxes_are_rounded_out():
+  assert whole_codes((3, 0, 9, 4), 16, 8) == (1, 0, 5, 2)
+  assert whole_codes((4, 4, 6, 6), 16, 8) == (2, 2, 3, 3)
+
+
+@pytest.mark.parametrize(
+  ("box", "sentence"),
+  [
+    ((0, 0, 9, 4), "box is 0,0,9,4; it must lie within the image, 8 x 8 pixels."),
+    ((-1, 0, 4, 4), "box is -1,0,4,4; it must lie within the image, 8 x 8 pixels."),
+    ((4, 0, 4, 4), "box is 4,0,4,4, which is empty: left must be less than right"),
+    ((0, 4, 4, 2), "box is 0,4,4,2, which is empty: "),
+    ((0, 4, 4), "box is 0,4,4; it must be four whole numbers: left, top, right, bottom in pixels."),
+    ((0, 4, 4.5, 2), "box is 0,4,4.5,2; it must be four whole numbers"),
+  ],
+)
+def test_wrong_boxes(layout, box, sentence):
+  with pytest.raises(UserError, match=f"^f, line 1: {sentence}"):
+    InfillImage("a.png", box, where="f, line 1").to_request(layout)
+
+
+def test_a_box_of_more_rows_than_sentinels(layout):
+  few = dataclasses.replace(layout, vocab=dataclasses.replace(VOCAB, num_special=7))
+  with pytest.raises(
+    UserError,
+    match="box is 0,0,2,8: it has 4 rows of codes, and the vocabulary has sentinels for 1: make it",
+  ):
+    InfillImage("a.png", (0, 0, 2, 8)).to_request(few)
+
+
+def test_an_edit_is_the_template(layout):
+  request = Edit("a.png", "blue car").to_request(layout, CODES)
+  start = [VOCAB.eos, *layout.encode(EDIT), VOCAB.brk, *IDS, VOCAB.brk]
+  assert [s.tolist() for s in request.streams] == [
+    [*start, *layout.encode("blue car"), VOCAB.brk],
+    start,
+    [VOCAB.eos, VOCAB.mask(0), VOCAB.brk],
+  ]
+
+
+def test_a_document_continues_its_text_and_fills_what_is_left(layout):
+  task = Interleaved("red apple")
+  request = task.to_request(layout)
+  assert request.streams[0].tolist() == [VOCAB.eos, *layout.encode("red apple")]
+  assert request.positions == layout.positions
+  assert Interleaved(length=7).to_request(layout).positions == 8
+  ids = np.array(
+    [*layout.encode("on"), VOCAB.brk, *IDS, VOCAB.brk, *layout.encode("new house"), VOCAB.eos]
+  )
+  (text, image, last), _ = task.from_ids(layout, request, ids)
+  assert (text, last) == ("red apple on", "new house")
+  np.testing.assert_array_equal(image, CODES)
+
+
+@pytest.mark.parametrize(
+  "task",
+  [
+    TextToImage("car " * 120),
+    InfillText("car <mask>", length=125),
+    Interleaved(length=128),
+  ],
+)
+def test_a_prompt_that_is_too_long(layout, task):
+  task = dataclasses.replace(task, where="f, line 1")
+  with pytest.raises(
+    UserError,
+    match=r"^f, line 1: the prompt has \d+ tokens and up to \d+ follow; the model was trained on 128",
+  ):
+    task.to_request(layout)
+
+
+@pytest.mark.parametrize("task", [Unconditional(), Interleaved("red apple")])
+def test_contrastive_decoding_needs_two_streams(layout, task):
+  with pytest.raises(
+    UserError,
+    match=r"sampling\.method is 'mixture', which contrasts with a stream without the prompt",
+  ):
+    dataclasses.replace(task, sampling=SamplingConfig(method="mixture")).to_request(layout)
+  sampling = SamplingConfig(method="contrastive")
+  TextToImage("red apple", sampling=sampling).to_request(layout)
+  Edit("a.png", "blue", sampling=sampling).to_request(layout)
+  InfillText("<mask>", length=9, sampling=sampling).to_request(layout)
+
+
+def test_masks_side_by_side(layout):
+  with pytest.raises(UserError, match="two masks stand side by side"):
+    InfillText("a <mask> <mask>").to_request(layout)
+
+
+@pytest.mark.parametrize(
+  ("name", "expected"), [("Red  apple!", "red-apple"), ("...", "prompt"), ("x" * 99, "x" * 40)]
+)
+def test_slug(name, expected):
+  assert slug(name) == expected

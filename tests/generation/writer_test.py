@@ -1,0 +1,209 @@
+"""From samples to files: every task leaves its images and texts, and records say how they were made."""
+
+import dataclasses
+
+from etils import epath
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.generation.heldout import heldout_tasks
+from cm3leon_jax.generation.image_tasks import TextToImage
+from cm3leon_jax.generation.pipeline import Pipeline, Sample
+from cm3leon_jax.generation.prompt_file import TASKS, make_task
+from cm3leon_jax.generation.text_tasks import Interleaved
+from cm3leon_jax.generation.writer import Writer, record
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from tests.data.stores import VOCAB
+from tests.generation.run import SETTINGS, one_device
+from tests.models.tiny import random_params
+
+SAMPLING = SETTINGS.sampling
+
+
+@pytest.fixture(scope="module")
+def image_file(tmp_path_factory):
+  path = tmp_path_factory.mktemp("given") / "a.png"
+  Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+  return str(path)
+
+
+def generate(folder, workdir, tasks, clip, **options):
+  """Records of one sample of each task."""
+  with one_device():
+    params = random_params(SETTINGS.model)
+    pipeline = Pipeline.load(SETTINGS, workdir, params, clip, **options)
+    writer = Writer(folder)
+    return writer.finish(pipeline.generate(tasks, on_batch=writer.save_images))
+
+
+@pytest.fixture(scope="module")
+def heldout(workdir, layout, clip, tmp_path_factory):
+  """(folder, tasks, records) of two captions with two settings of guidance and of retrieval."""
+  folder = epath.Path(tmp_path_factory.mktemp("samples"))
+  columns = [(n, dataclasses.replace(SAMPLING, guidance=g)) for n in (0, 2) for g in (1.0, 3.0)]
+  tasks = heldout_tasks(layout, workdir, 2, 5, columns)
+  return folder, tasks, generate(folder, workdir, tasks, clip)
+
+
+@pytest.fixture(scope="module")
+def every_task(workdir, clip, image_file, tmp_path_factory):
+  """(folder, records by task), 16 tokens of text at most, a document of 17."""
+  folder = epath.Path(tmp_path_factory.mktemp("tasks"))
+  fields = {
+    "text_to_image": {"prompt": "red apple", "retrieve": 1, "keep_neighbors": True},
+    "caption": {"image": image_file, "length": 16},
+    "question": {"image": image_file, "prompt": "what is it?", "length": 16},
+    "infill_text": {"prompt": "a <mask> house <mask>.", "length": 7},
+    "infill_image": {"image": image_file, "prompt": "red apple", "box": (2, 2, 6, 6)},
+    "edit": {"image": image_file, "prompt": "blue"},
+    "interleaved": {"prompt": "red apple", "length": 17},
+    "unconditional": {},
+  }
+  tasks = [
+    make_task(cls.name, fields[cls.name], seed=i, row=i, sampling=SAMPLING)
+    for i, cls in enumerate(TASKS)
+  ]
+  # Without a head of their own for image codes the programs are compiled sooner.
+  records = generate(folder, workdir, tasks, clip, image_head=False)
+  return folder, {line["task"]: line for line in records}
+
+
+def read(folder, name):
+  return np.asarray(Image.open(folder / name))
+
+
+def decode(workdir, codes):
+  return dataclasses.replace(ImageTokenizer.load(workdir / "vqgan"), batch_size=16).decode(
+    np.array([codes])
+  )[0]
+
+
+def test_every_heldout_image_has_a_file_and_a_record(workdir, heldout):
+  folder, tasks, records = heldout
+  settings = [(r["prompt"], r["guidance"], r["retrieve"]) for r in records]
+  assert settings == [
+    (p, g, k) for k in (0, 2) for g in (1.0, 3.0) for p in ("red apple", "new house")
+  ]
+  for line, task in zip(records, tasks):
+    assert len(line["codes"]) == SETTINGS.vqgan.image_tokens
+    np.testing.assert_array_equal(read(folder, line["file"]), decode(workdir, line["codes"]))
+    assert len(line["neighbors"]) == line["retrieve"]
+    assert all(
+      n["license"] == "CC0-1.0" and n["attribution"] == "nobody" for n in line["neighbors"]
+    )
+    assert (line["key"], line["sample"], line["seed"], line["rank"]) == (
+      task.key,
+      0,
+      task.seed,
+      None,
+    )
+    assert -1 <= line["clip_score"] <= 1
+  assert len({r["file"] for r in records}) == 8
+  assert (folder / "contact_sheet.png").exists()
+  assert records[0]["codes"] != records[2]["codes"]  # Guidance changes the image.
+  assert records[0]["codes"] != records[4]["codes"]  # So do neighbors.
+
+
+def test_records_say_how_a_sample_was_made(every_task):
+  _, records = every_task
+  for i, line in enumerate(records.values()):
+    assert (
+      SamplingConfig(**{f.name: line[f.name] for f in dataclasses.fields(SamplingConfig)})
+      == SAMPLING
+    )
+    assert line["seed"] == i
+    assert len(line["ids"]) == len(line["log_probs"])
+    assert line["log_prob"] == pytest.approx(sum(line["log_probs"]), abs=1e-3)
+    assert max(line["log_probs"]) <= 0
+    assert line["log_prob"] < 0
+  assert records["text_to_image"]["keep_neighbors"] is True
+  assert {t for t, r in records.items() if r["clip_score"] is not None} == {
+    "text_to_image",
+    "caption",
+    "infill_image",
+  }
+
+
+@pytest.mark.parametrize("task", ["text_to_image", "infill_image", "edit", "unconditional"])
+def test_tasks_that_make_an_image(workdir, every_task, task):
+  folder, records = every_task
+  record = records[task]
+  np.testing.assert_array_equal(read(folder, record["file"]), decode(workdir, record["codes"]))
+  if task != "infill_image":
+    assert VOCAB.image_codes(record["ids"][:-1]).tolist() == record["codes"]
+    assert record["ids"][-1] in (VOCAB.eos, VOCAB.brk)
+
+
+def test_infill_keeps_the_codes_around_the_box(workdir, every_task, image_file):
+  given = (
+    ImageTokenizer.load(workdir / "vqgan")
+    .encode(np.asarray(Image.open(image_file))[None])[0]
+    .reshape(4, 4)
+  )
+  made = np.array(every_task[1]["infill_image"]["codes"]).reshape(4, 4)
+  outside = np.ones((4, 4), bool)
+  outside[1:3, 1:3] = False
+  np.testing.assert_array_equal(made[outside], given[outside])
+  assert (made != given).any()
+
+
+def test_tasks_that_write_a_text(layout, every_task):
+  _, records = every_task
+  for task in ("caption", "question"):
+    ids = np.array(records[task]["ids"])
+    assert ids[-1] == VOCAB.eoss
+    assert records[task]["text"].strip() == layout.decode(ids[:-1]).strip()
+    assert "file" not in records[task]
+  infilled = records["infill_text"]
+  assert len(infilled["filled"]) == 2
+  first, second = infilled["filled"]
+  assert first in infilled["text"]
+  assert second in infilled["text"]
+  assert infilled["text"].startswith("a")
+  assert infilled["text"].endswith(".")
+
+
+def test_a_document_continues_its_prompt(every_task):
+  record = every_task[1]["interleaved"]
+  assert record["text"].startswith("red apple")
+  assert record["files"] == []
+  assert len(record["ids"]) <= 17
+
+
+def sample_of(task, codes=(), segments=(), index=0):
+  image = np.zeros((8, 8, 3), np.uint8)
+  segments = segments or (image,) * len(codes)
+  zero = np.zeros(1, np.float32)
+  return Sample(task, index, 0, segments, codes, (), np.zeros(1, np.int32), zero, False, ())
+
+
+def test_names_of_files(tmp_path):
+  codes = (np.zeros(16, np.int32),)
+  task = TextToImage("Red apple", row=2)
+  assert Writer(tmp_path).file_names(sample_of(task, codes)) == [
+    "002_red-apple_guidance3_retrieve2.png"
+  ]
+  assert Writer(tmp_path, 2).file_names(sample_of(task, codes, index=1)) == [
+    "002_red-apple_guidance3_retrieve2_sample1.png"
+  ]
+  document = sample_of(Interleaved("red apple"), codes * 2)
+  assert Writer(tmp_path).file_names(document) == [
+    "000_red-apple_image0.png",
+    "000_red-apple_image1.png",
+  ]
+
+
+def test_a_document_is_recorded_segment_by_segment():
+  image = np.zeros((8, 8, 3), np.uint8)
+  segments = ("red apple", image, "blue car", image)
+  sample = sample_of(Interleaved("red apple"), (np.zeros(16, np.int32),) * 2, segments)
+  line = record(sample, ["a.png", "b.png"])
+  assert line["text"] == "red apple\n<image>\nblue car\n<image>"
+  assert line["files"] == ["a.png", "b.png"]
+
+
+def test_a_sheet_shows_images_and_texts(every_task, heldout):
+  for folder in (every_task[0], heldout[0]):
+    assert np.asarray(Image.open(folder / "contact_sheet.png")).std() > 10
