@@ -52,7 +52,7 @@ def build(cls: type[T], values, where: str = "") -> T:
     return cls(**values)
   except pydantic.ValidationError as error:
     place = f"config.{where}" if where else "config"
-    raise UserError(_sentence(error.errors()[0], cls, place)) from error
+    raise UserError(_sentence(dict(error.errors()[0]), cls, place)) from error
 
 
 def _sentence(error: dict, cls: type, where: str) -> str:

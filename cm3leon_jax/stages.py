@@ -118,7 +118,7 @@ def identity(settings, name: str) -> dict:
     value = getattr(settings, section)
     if field:
       config.setdefault(section, {})[field] = getattr(value, field)
-    elif dataclasses.is_dataclass(value):
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
       fields = dataclasses.asdict(value).items()
       config[section] = {k: v for k, v in fields if f"{section}.{k}" not in FREE}
     else:

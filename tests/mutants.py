@@ -10,6 +10,7 @@ claim to notice. A mutant that no test notices survives: the tests have a hole t
 replace is still there, once.
 """
 
+import argparse
 from collections.abc import Sequence
 import dataclasses
 import pathlib
@@ -19,16 +20,11 @@ import sys
 import tempfile
 import time
 
-from absl import app, flags
-
 from tests.mutant_list import MUTANTS, Mutant
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 COPIED = ("cm3leon_jax", "launch", "ml_configs", "benchmarks", "tests", "docs", "pyproject.toml")
 TIMEOUT = 300  # Seconds; a mutant that makes a test hang counts as noticed.
-
-_PART = flags.DEFINE_string("part", "1/1", "Which part of the list, e.g. 2/4.")
-_ONLY = flags.DEFINE_string("only", "", "Only mutants whose name holds this.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +82,12 @@ def part(mutants: Sequence[Mutant], which: str) -> list[Mutant]:
   return list(mutants[number - 1 :: parts])
 
 
-def main(argv) -> None:
-  del argv
-  chosen = [m for m in part(MUTANTS, _PART.value) if _ONLY.value in m.name]
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--part", default="1/1", help="which part of the list, e.g. 2/4")
+  parser.add_argument("--only", default="", help="only mutants whose name holds this")
+  options = parser.parse_args()
+  chosen = [m for m in part(MUTANTS, options.part) if options.only in m.name]
   survivors, start = [], time.monotonic()
   for mutant in chosen:
     outcome = run(mutant, mutant.tests)
@@ -100,4 +99,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  main()
