@@ -5,22 +5,24 @@ drawings of one thing by one hand. Captions are OpenMoji's names and say nothing
 """
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent import futures
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import re
 import shutil
 import subprocess
 import tarfile
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import openmoji
+from cm3leon_jax.data import duplicates, openmoji, raw_pairs
 from cm3leon_jax.io import replacing
 
 PAIRS = "pairs.jsonl"
@@ -132,7 +134,7 @@ def split_of(concept: str, style: str, styles: Iterable[str]) -> str:
   Args:
     concept: what is shown.
     style: one of `styles`.
-    styles: those that have the concept.
+    styles: those that have the concept; styles that draw it alike count as one.
   """
   styles = sorted(styles)
   if len(styles) < 2:
@@ -189,21 +191,30 @@ def fetch(style: Style, folder: pathlib.Path) -> None:
 
 
 def make_pairs(
-  found: dict[str, dict[tuple[int, ...], str]], drawings: dict[tuple[int, ...], openmoji.Drawing]
+  found: dict[str, dict[tuple[int, ...], str]],
+  drawings: dict[tuple[int, ...], openmoji.Drawing],
+  load: Callable[[str], np.ndarray],
 ) -> list[dict]:
-  """The lines of pairs.jsonl.
+  """Makes the lines of pairs.jsonl.
 
   Args:
     found: style -> code points -> path of the image, relative to the folder.
-    drawings: OpenMoji's, whose captions and concepts all styles get.
+    drawings: OpenMoji's, whose captions and concepts all styles get. Concepts with near duplicates
+      among the images of all styles become one, as in `openmoji.unite_concepts`.
+    load: reads the image of a path, [H, W, 3] uint8.
 
   Returns:
-    Fields of `raw_pairs.RawPair`. The group is style and concept: another style's drawing of the same may be a neighbor.
+    Fields of `raw_pairs.RawPair`. The group is style and concept: another style's drawing of the
+    concept may be a neighbor. Styles with near duplicates within a concept share its group.
   """
-  styles_of = collections.defaultdict(set)
-  for style, paths in found.items():
-    for points in paths:
-      styles_of[drawings[points].concept].add(style)
+  images = [(style, *item) for style, paths in found.items() for item in sorted(paths.items())]
+  prints = duplicates.fingerprints([path for _, _, path in images], load, os.cpu_count() or 1)
+  concepts = duplicates.unite([drawings[points].concept for _, points, _ in images], prints)
+  names = [f"{style}/{concept}" for (style, _, _), concept in zip(images, concepts)]
+  groups = duplicates.unite(names, prints)
+  groups_of = collections.defaultdict(set)
+  for concept, group in zip(concepts, groups):
+    groups_of[concept].add(group)
   about = {
     s.name: {"source": s.source, "license": s.license, "attribution": s.attribution} for s in STYLES
   }
@@ -212,22 +223,18 @@ def make_pairs(
     "license": openmoji.LICENSE,
     "attribution": openmoji.ATTRIBUTION,
   }
-  pairs = []
-  for style, paths in found.items():
-    for points, path in sorted(paths.items()):
-      drawing = drawings[points]
-      concept = drawing.concept
-      names = {
-        "key": f"{style}/{drawing.code}",
-        "image": path,
-        "caption": drawing.caption,
-        "concept": concept,
-      }
-      split = split_of(concept, style, styles_of[concept])
-      pairs.append(
-        {**names, "group": f"{style}/{concept}", "split": split, **about.get(style, own)}
-      )
-  return pairs
+  return [
+    {
+      "key": f"{style}/{drawings[points].code}",
+      "image": path,
+      "caption": drawings[points].caption,
+      "concept": concept,
+      "group": group,
+      "split": split_of(concept, group, groups_of[concept]),
+      **about.get(style, own),
+    }
+    for (style, points, path), concept, group in zip(images, concepts, groups)
+  ]
 
 
 def make_folder(folder: pathlib.Path, resolution: int) -> list[dict]:
@@ -235,7 +242,8 @@ def make_folder(folder: pathlib.Path, resolution: int) -> list[dict]:
 
   Args:
     folder: becomes a source of `launch.prepare_data`.
-    resolution: of OpenMoji's drawings, pixels; the others stay as they are.
+    resolution: of OpenMoji's drawings, pixels, and that at which all are compared; the files of the
+      other styles stay as they are.
 
   Returns:
     The lines of pairs.jsonl.
@@ -260,7 +268,7 @@ def make_folder(folder: pathlib.Path, resolution: int) -> list[dict]:
   )
   with futures.ThreadPoolExecutor() as pool:
     list(tqdm(pool.map(draw, drawings), "drawings", total=len(drawings), mininterval=1))
-  pairs = make_pairs(found, drawings)
+  pairs = make_pairs(found, drawings, lambda path: raw_pairs.load_image(folder / path, resolution))
   with replacing(folder / PAIRS, "w") as file:
     file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
   return pairs

@@ -27,7 +27,9 @@ def get_config(variant: str = "15"):
   steps = {stage: max(10, round(n * scale)) for stage, n in STEPS.items()}
   config = base.get_config()
   config.vocab.update({"num_special": 32, "text_size": 2_048, "image_size": 512})
-  config.raw.update({"source": "openmoji", "resolution": 64})
+  config.raw.update(
+    {"source": "openmoji", "resolution": 64, "heldout_fraction": 0.07}
+  )  # 100 concepts.
   config.vqgan.update(
     {"resolution": 64, "downsample": 4, "stem": 2, "width": 64, "multipliers": (1, 1)}
   )

@@ -60,6 +60,8 @@ def pieces(limit: int) -> Iterator[Piece]:
   Modules come in the order of a hash of their names, so that any limit takes from all packages. The outcome depends only on the
   installed versions.
   """
+  if limit == 0:
+    return
   seen = set()
   for module in sorted(
     _modules(), key=lambda m: hashlib.sha256(b"order:" + m.name.encode()).digest()

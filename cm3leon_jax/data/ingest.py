@@ -225,8 +225,9 @@ class _Ingest:
 
 
 def _openmoji_pairs(config: RawConfig) -> tuple[list[RawPair], int]:
-  """The drawings of OpenMoji, and how many have no name."""
+  """Lists OpenMoji's drawings, near duplicates in one concept, and counts those without a name."""
   drawings, nameless = openmoji.drawings()
+  drawings = openmoji.unite_concepts(drawings, config.resolution, config.num_threads)
   about = {
     "source": openmoji.source(),
     "license": openmoji.LICENSE,

@@ -39,6 +39,7 @@ def test_pieces_are_deterministic_distinct_and_attributed():
   pieces = list(docstrings.pieces(60))
   assert list(docstrings.pieces(60)) == pieces
   assert list(docstrings.pieces(20)) == pieces[:20]
+  assert list(docstrings.pieces(0)) == []
   assert len({p.text.lower() for p in pieces}) == len({p.key for p in pieces}) == 60
   assert all(p.module.source and p.module.license and p.module.attribution for p in pieces)
   assert len(list(itertools.groupby(pieces, lambda p: p.module.name))) > 5

@@ -331,16 +331,3 @@ def test_splits_are_a_stable_share():
   assert 150 < len(few) < 250
   assert few < more
   assert not any(ingest.split_of(n, 0.0) == "heldout" for n in names)
-
-
-def test_openmoji_pairs(tmp_path):
-  summary, tmp_path = prepare("openmoji", tmp_path, max_texts=40)
-  train, heldout = (raw_pairs.read_pairs(tmp_path, split) for split in SPLITS)
-  assert summary["heldout_pairs"] == len(heldout) >= 200
-  assert len(train) > 3_500
-  assert summary["train_texts"] + summary["heldout_texts"] == 40
-  assert not {p.concept for p in train} & {p.concept for p in heldout}
-  assert {p.license for p in train} == {"CC-BY-SA-4.0"}
-  assert all("OpenMoji" in p.attribution and p.group and p.source for p in train)
-  cooks = {p.group for p in train + heldout if p.caption.startswith("woman cook")}
-  assert len(cooks) == 1

@@ -1,0 +1,156 @@
+import collections
+import json
+import pathlib
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from benchmarks import drawing_styles
+from cm3leon_jax.data import ingest, leaks, openmoji, raw_pairs
+from cm3leon_jax.data.records import SPLITS
+from cm3leon_jax.shards import Runner
+from tests.data.duplicates_test import COPIES, photo
+
+
+def prepare(source, out, **fields):
+  config = ingest.RawConfig(source=str(source), **{"resolution": 64, **fields})
+  ingest.prepare(config, ingest.parts_of(config), out, Runner())
+  return out
+
+
+def write_source(folder, images, **interleaved):
+  """Writes a captioned folder. `images`: key -> (split, pixels); `interleaved`: split -> pixels."""
+  folder.mkdir(parents=True)
+  lines = {"pairs": [], "interleaved": []}
+  for key, (split, pixels) in images.items():
+    Image.fromarray(pixels).save(folder / f"{key}.png")
+    pair = {"key": key, "image": f"{key}.png", "caption": key, "split": split}
+    lines["pairs"].append(json.dumps(pair) + "\n")
+  for split, pixels in interleaved.items():
+    Image.fromarray(pixels).save(folder / f"page_{split}.png")
+    page = {"key": f"page {split}", "split": split, "segments": [{"image": f"page_{split}.png"}]}
+    lines["interleaved"].append(json.dumps(page) + "\n")
+  for kind, written in lines.items():
+    if written:
+      (folder / f"{kind}.jsonl").write_text("".join(written))
+  return folder
+
+
+def photos(split, seeds):
+  return {f"{split}{seed}": (split, photo(seed)) for seed in seeds}
+
+
+def test_planted_copies_are_found_and_nothing_else(tmp_path, monkeypatch):
+  monkeypatch.setattr(leaks, "BATCH", 3)  # Held-out and training images fill several batches.
+  copy = lambda seed, name: np.asarray(COPIES[name](Image.fromarray(photo(seed))))
+  source = tmp_path / "in"
+  images = photos("train", range(10)) | photos("heldout", range(50, 55))
+  write_source(source / "a", {**images, "same": ("heldout", photo(9))})
+  write_source(source / "b", {"darker": ("heldout", copy(2, "darker"))}, train=photo(52))
+  report = leaks.check(prepare(source, tmp_path / "raw"), 2)
+  assert (report.heldout, report.train, report.pairs, report.leaked) == (7, 11, 3, 3)
+  near = {(pair.heldout, pair.train) for pair in report.nearest if not pair.is_far}
+  assert near == {("same", "train9"), ("darker", "train2"), ("heldout52", "page train")}
+  first = report.nearest[0]
+  assert (first.noise, first.hash_distance) == (-np.inf, 0)
+  assert len(report.nearest) > 3
+  assert all(pair.is_far for pair in report.nearest[3:])
+  assert report.nearest == sorted(report.nearest)
+
+
+def test_the_psnr_is_the_user_s_to_choose(tmp_path):
+  rng = np.random.default_rng(0)
+  noisy = np.clip(photo(3) + rng.normal(0, 3, (64, 64, 3)), 0, 255).astype(np.uint8)
+  shifted = np.roll(photo(3), 2, axis=1)
+  images = photos("train", [3]) | {"noisy": ("heldout", noisy), "shifted": ("heldout", shifted)}
+  raw = prepare(write_source(tmp_path / "in", images), tmp_path / "raw")
+  psnr = {pair.heldout: -pair.noise for pair in leaks.check(raw, 2, 0.0).nearest}
+  assert psnr["noisy"] > psnr["shifted"] > 0
+  assert leaks.check(raw, 2, 0.0).leaked == 2
+  assert leaks.check(raw, 2, 100.0).leaked == 1  # Its hash is the same.
+
+
+def test_without_heldout_images_nothing_leaks(tmp_path):
+  raw = prepare(write_source(tmp_path / "in", photos("train", range(3))), tmp_path / "raw")
+  assert leaks.check(raw, 1) == leaks.Report(0, 3, 0, 0, [])
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory):
+  """The demo's raw folder, but for most texts."""
+  out = tmp_path_factory.mktemp("raw")
+  return prepare("openmoji", out, heldout_fraction=0.07, max_texts=40)
+
+
+def test_openmoji_pairs(drawings):
+  train, heldout = (raw_pairs.read_pairs(drawings, split) for split in SPLITS)
+  assert 220 <= len(heldout) <= 300
+  assert len(train) > 3_500
+  assert sum(len(raw_pairs.read_texts(drawings, split)) for split in SPLITS) == 40
+  assert {p.license for p in train} == {"CC-BY-SA-4.0"}
+  assert all("OpenMoji" in p.attribution and p.group and p.source for p in train)
+  cooks = {p.group for p in train + heldout if "cook" in p.caption.split()}
+  assert len(cooks) == 1
+
+
+def test_no_heldout_drawing_is_near_a_training_drawing(drawings):
+  report = leaks.check(drawings, 2)
+  assert (report.pairs, report.leaked) == (0, 0)
+  train, heldout = (raw_pairs.read_pairs(drawings, split) for split in SPLITS)
+  assert (report.heldout, report.train) == (len(heldout), len(train))
+  assert len({pair.concept for pair in heldout}) >= 90
+  for name in (lambda pair: pair.concept, lambda pair: openmoji.concept(pair.caption)):
+    assert not set(map(name, heldout)) & set(map(name, train))
+
+
+def test_every_heldout_drawing_is_further_away_than_the_tokenizer_s_error(drawings):
+  """Compares all pixels without the functions that united the concepts."""
+  train, heldout = (
+    raw_pairs.load_images(
+      [pair.image for pair in raw_pairs.read_pairs(drawings, split)], None, 2
+    ).reshape(-1, 64 * 64 * 3)
+    / np.float32(255)
+    for split in SPLITS
+  )
+  products = heldout @ train.T
+  squares = (heldout**2).sum(1)[:, None] + (train**2).sum(1) - 2 * products
+  assert -10 * np.log10(squares.min() / train.shape[1]) < 22
+
+
+def styles(load_style, points):
+  """Pairs of three styles. `load_style`: style -> number of the code points -> pixels."""
+  drawings = {
+    (i,): openmoji.Drawing(f"{i:X}", "", f"thing {i}", f"thing {i}") for i in range(points)
+  }
+  found = {style: {(i,): f"{style} {i}" for i in range(points)} for style in load_style}
+  load = lambda path: load_style[path.split()[0]](int(path.split()[1]))
+  return drawing_styles.make_pairs(found, drawings, load)
+
+
+def test_styles_that_draw_a_concept_alike_are_held_out_together():
+  """Noto draws all that OpenMoji draws, in other tones; Fluent draws by itself, and 7 like 8."""
+  pairs = styles(
+    {
+      "openmoji": photo,
+      "noto": lambda i: photo(i) - 10,
+      "fluent": lambda i: photo(1_000 + (8 if i == 7 else i)),
+    },
+    120,
+  )
+  by_concept = collections.defaultdict(lambda: collections.defaultdict(set))
+  for pair in pairs:
+    by_concept[pair["concept"]][pair["split"]].add(pair["key"].split("/")[0])
+    assert pair["group"].split("/")[0] == ("fluent" if "fluent" in pair["key"] else "noto")
+  assert len(by_concept) == 119
+  kinds = {tuple(sorted(found["heldout"])) for found in by_concept.values()}
+  assert kinds == {(), ("fluent",), ("noto", "openmoji"), ("fluent", "noto", "openmoji")}
+
+
+@pytest.mark.slow
+def test_no_heldout_drawing_of_any_style_is_near_a_training_drawing(tmp_path):
+  """Fetches Fluent and Noto from npm."""
+  pairs = drawing_styles.make_folder(pathlib.Path(tmp_path / "drawings"), 64)
+  report = leaks.check(prepare(tmp_path / "drawings", tmp_path / "raw"), 2)
+  assert (report.pairs, report.leaked) == (0, 0)
+  assert report.heldout == sum(pair["split"] == "heldout" for pair in pairs) > 250

@@ -1,0 +1,41 @@
+import os
+import pathlib
+import subprocess
+import sys
+
+from tests.data.leaks_test import photos, write_source
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def command(*flags):
+  return subprocess.run(
+    [sys.executable, "-m", "launch.prepare_data", "--config=ml_configs/base.py", *flags],
+    cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ, check=False,
+  )  # fmt: skip
+
+
+def test_check_leaks_names_the_pairs_and_fails(tmp_path):
+  images = photos("train", range(4)) | photos("heldout", [3, 9])
+  source = write_source(tmp_path / "in", images)
+  flags = [f"--config.raw.source={source}", "--config.raw.resolution=64", f"--workdir={tmp_path}"]
+  unprepared = command(*flags, "--check_leaks")
+  assert unprepared.returncode == 2
+  assert "run `python -m launch.prepare_data`" in unprepared.stderr
+  assert command(*flags).returncode == 0
+  checked = command(*flags, "--check_leaks")
+  assert checked.returncode == 2
+  assert "heldout_images 2, train_images 4, near_pairs 1, leaked_heldout_images 1" in checked.stdout
+  assert (
+    "near: heldout 'heldout3', train 'train3', PSNR inf dB, hash distance 0.00" in checked.stdout
+  )
+  assert "error: 1 of 2 held-out images" in checked.stderr
+
+
+def test_check_leaks_passes_where_nothing_leaks(tmp_path):
+  source = write_source(tmp_path / "in", photos("train", range(4)) | photos("heldout", [9]))
+  flags = [f"--config.raw.source={source}", "--config.raw.resolution=64", f"--workdir={tmp_path}"]
+  assert command(*flags).returncode == 0
+  checked = command(*flags, "--check_leaks")
+  assert checked.returncode == 0
+  assert "near_pairs 0, leaked_heldout_images 0" in checked.stdout
