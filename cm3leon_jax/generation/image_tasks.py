@@ -53,9 +53,6 @@ class TextToImage(ImageTask):
   def is_scored(self):
     return True
 
-  def clip_pair(self, given, segments):
-    return segments[0], self.prompt
-
   @property
   def settings_label(self):
     return f"{self.retrieve} docs, guidance {self.sampling.guidance:g}"
@@ -124,9 +121,6 @@ class InfillImage(ImageTask):
   @property
   def is_scored(self):
     return bool(self.prompt.strip())
-
-  def clip_pair(self, given, segments):
-    return segments[0], self.prompt
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,6 @@ from cm3leon_jax.clip.model import CLIP, clip_score
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import Document, DocumentStore
-from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig, Result
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation.image_tasks import whole_codes
@@ -77,7 +76,7 @@ class Sample:
 
 
 def load_image(image, resolution: int | None) -> np.ndarray:
-  """Reads a path, a PIL image or an [H, W, 3] uint8 array, see `raw_pairs.load_image`."""
+  """Reads a path, a PIL image or an [H, W, 3] uint8 array as `raw_pairs.load_image` does."""
   if not isinstance(image, str):
     buffer = io.BytesIO()
     image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
@@ -249,62 +248,56 @@ class Pipeline:
     for i, task in enumerate(tasks):
       kind = (task.name, task.retrieve, task.sampling, len(requests[i].streams))
       alike.setdefault(kind, []).append(i)
-    longest = [grammar.longest(request.plan) for request in requests]
-    samples = {}
-    with tqdm(
-      total=num_samples * sum(longest),
-      desc="generate",
-      unit="token",
-      mininterval=1,
-      disable=not show_progress,
-    ) as bar:
-      progress = _Progress(bar, self.generator.config.batch_size)
+    samples, total, steps = {}, num_samples * len(tasks), []
+
+    def show_steps(more: int) -> None:
+      steps.append(more)
+      bar.set_postfix(tokens=sum(steps))  # Of each sample in the current batch.
+
+    with tqdm(total=total, desc="generate", unit="sample", disable=not show_progress) as bar:
       for members in alike.values():
-        progress.begin(num_samples * len(members))
         for batch in self.generator.batches(
           [requests[i] for i in members],
           [tasks[i].seed for i in members],
           num_samples,
           tasks[members[0]].sampling,
-          progress.advance,
+          show_steps,
         ):
           places = [members[result.request] for result in batch]
-          progress.end(len(batch), sum(longest[i] for i in places))
           made = self._samples(places, batch, tasks, requests, given, neighbors)
           samples |= {(i, sample.index): sample for i, sample in zip(places, made)}
           if on_batch is not None:
             on_batch(made)
+          bar.update(len(batch))
+          steps.clear()
     by_task = [[samples[i, n] for n in range(num_samples)] for i in range(len(tasks))]
     return [ranked(of_task) for of_task in by_task] if rank else by_task
 
   def retrieve(self, tasks: Sequence[Task]) -> list[tuple[Document, ...]]:
     """Finds the neighbors of each task by its `query`; needs CLIP. Raises UserError if none is."""
-    queries = {}
-    for task in tasks:
+    found, queries = [task.neighbors for task in tasks], {}
+    for i, task in enumerate(tasks):
       if task.retrieve and not task.neighbors:
         kind, value = task.query()
-        queries.setdefault((kind, image_key(value)), value)
-    if queries:
-      ids = dict(zip(queries, self.retriever.retrieve(self._embed(queries))[0]))
-    found = []
-    for task in tasks:
-      neighbors = task.neighbors
-      if task.retrieve and not neighbors:
-        kind, value = task.query()
-        neighbors = first_documents(self.documents, ids[kind, image_key(value)], task.retrieve)
-        if not neighbors:
+        queries.setdefault((kind, image_key(value)), (value, []))[1].append(i)
+    if not queries:
+      return found
+    ids = self.retriever.retrieve(self._embed(queries))[0]
+    for (_, members), row in zip(queries.values(), ids):
+      for i in members:
+        found[i] = first_documents(self.documents, row, tasks[i].retrieve)
+        if not found[i]:
           limit = self.settings.retrieval.max_similarity
-          raise task.error(
-            f"no document was found for '{task.label}': all are more similar to it than "
+          raise tasks[i].error(
+            f"no document was found for '{tasks[i].label}': all are more similar to it than "
             f"config.retrieval.max_similarity = {limit}: say --retrieve=0."
           )
-      found.append(neighbors)
     return found
 
   def _embed(self, queries: dict) -> np.ndarray:
-    """[n, E] embeddings of queries (kind, key) -> value."""
+    """[n, E] embeddings of the values of `queries`, whose keys begin with "image" or "text"."""
     values = {"image": [], "text": []}
-    for (kind, _), value in queries.items():
+    for (kind, _), (value, _) in queries.items():
       values[kind].append(value)
     embedded = {}
     if images := [load_image(image, self.clip.resolution) for image in values["image"]]:
@@ -329,33 +322,26 @@ class Pipeline:
     answers = [
       tasks[i].from_ids(self.layout, requests[i], result.ids) for i, result in zip(places, batch)
     ]
-    codes = [tuple(s for s in segments if not isinstance(s, str)) for segments, _ in answers]
-    flat = [image for of_sample in codes for image in of_sample]
+    codes = [s for segments, _ in answers for s in segments if not isinstance(s, str)]
     size = self.generator.config.batch_size
     tokenizer = dataclasses.replace(self.image_tokenizer, batch_size=size)
-    images = iter(tokenizer.decode(np.stack(flat)) if flat else ())
-    samples = []
-    for i, result, (segments, filled), of_sample in zip(places, batch, answers, codes):
-      task = tasks[i]
-      samples.append(
-        Sample(
-          task=task,
-          index=result.sample,
-          seed=result.seed,
-          segments=tuple(s if isinstance(s, str) else next(images) for s in segments),
-          codes=of_sample,
-          filled=filled,
-          tokens=result.ids,
-          log_probs=result.log_probs,
-          contrastive=result.contrastive,
-          neighbors=neighbors[i],
-          given=given.get(image_key(task.image), task.original),
-        )
+    images = iter(tokenizer.decode(np.stack(codes)) if codes else ())
+    samples = [
+      Sample(
+        task=tasks[i],
+        index=result.sample,
+        seed=result.seed,
+        segments=tuple(s if isinstance(s, str) else next(images) for s in segments),
+        codes=tuple(s for s in segments if not isinstance(s, str)),
+        filled=filled,
+        tokens=result.ids,
+        log_probs=result.log_probs,
+        contrastive=result.contrastive,
+        neighbors=neighbors[i],
+        given=given.get(image_key(tasks[i].image), tasks[i].original),
       )
-    return self._scored(samples)
-
-  def _scored(self, samples: list[Sample]) -> list[Sample]:
-    """The samples with CLIP scores where an image and a caption exist."""
+      for i, result, (segments, filled) in zip(places, batch, answers)
+    ]
     pairs = {}
     for i, sample in enumerate(samples):
       if self.clip is not None and sample.task.is_scored:
@@ -363,8 +349,8 @@ class Pipeline:
         if len(ids := self.clip.encode(text)):
           pairs[i] = (image, ids)
     if pairs:
-      images, texts = zip(*pairs.values())
-      for i, score in zip(pairs, clip_score(self.clip, np.stack(images), list(texts))):
+      shown, texts = zip(*pairs.values())
+      for i, score in zip(pairs, clip_score(self.clip, np.stack(shown), list(texts))):
         samples[i] = dataclasses.replace(samples[i], clip_score=float(score))
     return samples
 
@@ -377,28 +363,3 @@ def ranked(samples: Sequence[Sample]) -> list[Sample]:
 
   order = sorted(samples, key=score, reverse=True)
   return [dataclasses.replace(sample, rank=n) for n, sample in enumerate(order, 1)]
-
-
-class _Progress:
-  """A bar of tokens; samples that end early count in full when their batch is over."""
-
-  def __init__(self, bar: tqdm, batch_size: int):
-    self.bar, self.batch_size, self.left, self.shown = bar, batch_size, 0, 0
-
-  def begin(self, samples: int) -> None:
-    """Starts a group of samples, which are generated in batches."""
-    self.left = samples
-
-  def advance(self, steps: int) -> None:
-    """Counts steps of the current batch."""
-    self._move(steps * min(self.left, self.batch_size))
-
-  def end(self, samples: int, tokens: int) -> None:
-    """Ends a batch of samples that could have as many tokens in all."""
-    self.left -= samples
-    self._move(tokens - self.shown)
-    self.shown = 0
-
-  def _move(self, tokens: int) -> None:
-    self.shown += tokens
-    self.bar.update(tokens)

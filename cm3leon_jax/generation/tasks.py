@@ -197,7 +197,7 @@ class Task:
       given: [H, W, 3] uint8, the given image or None.
       segments: of the sample, images as [H, W, 3] uint8.
     """
-    raise NotImplementedError
+    return segments[0], self.prompt
 
   @property
   def label(self) -> str:

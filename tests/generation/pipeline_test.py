@@ -221,18 +221,6 @@ def test_a_document_has_its_images_in_order(pipeline):
   assert sample.text == "red apple\nblue car"
 
 
-def test_a_bar_counts_every_token():
-  moves = []
-  bar = type("Bar", (), {"update": lambda self, n: moves.append(n)})()
-  progress = pipeline_lib._Progress(bar, batch_size=4)
-  progress.begin(6)
-  progress.advance(10)
-  progress.end(4, 64)
-  progress.advance(16)
-  progress.end(2, 32)
-  assert moves == [40, 24, 32, 0]
-
-
 def test_a_caption_without_words_comes_last():
   def one(score):
     return Sample(TextToImage("a"), 0, 0, (), (), (), None, None, False, (), clip_score=score)
