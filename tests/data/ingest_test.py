@@ -76,6 +76,17 @@ def test_a_folder_of_ones_own(source, tmp_path):
     assert (stored.format, stored.mode, stored.size) == ("PNG", "RGB", (8, 8))
 
 
+def test_a_concept_lies_in_one_split(source, tmp_path):
+  for i in range(40):
+    pair = {"key": f"k{i}", "image": "red.png", "caption": "red", "concept": f"concept {i // 8}"}
+    replace_line(source, i, pair)
+  _, out = prepare(source, tmp_path, heldout_fraction=0.5)
+  train, heldout = ({p.concept for p in raw_pairs.read_pairs(out, split)} for split in SPLITS)
+  assert len(train) + len(heldout) == 5
+  assert train
+  assert heldout
+
+
 def test_what_is_prepared_can_be_prepared_again(source, tmp_path):
   first, out = prepare(source, tmp_path)
   again, second = prepare(out, tmp_path / "again")
