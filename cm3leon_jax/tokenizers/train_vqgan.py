@@ -18,7 +18,6 @@ from cm3leon_jax.io import replacing
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
 from cm3leon_jax.training import small_trainer
-from cm3leon_jax.training.small_trainer import Examples
 
 RECONSTRUCTIONS = "reconstructions.npz"
 NUM_RECONSTRUCTIONS = 32
@@ -187,7 +186,7 @@ def restart_dead_codes(state: dict, images, config: VQGANConfig, key) -> dict:
 
 
 def train(
-  config: VQGANConfig, num_codes: int, seed: int, images: Examples, folder: epath.PathLike
+  config: VQGANConfig, num_codes: int, seed: int, images, folder: epath.PathLike
 ) -> ImageTokenizer:
   """Trains all steps, or those that a killed training left; see `small_trainer.train`.
 

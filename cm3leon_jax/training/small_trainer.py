@@ -10,7 +10,7 @@ from collections.abc import Callable
 import contextlib
 import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import Any
 
 from etils import epath
 import jax
@@ -30,21 +30,12 @@ FOLDER = "training"
 LOG_EVERY = 10
 
 
-class Examples(Protocol):
-  """Training examples, in memory or on disk."""
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, rows: np.ndarray) -> Any:
-    """Reads the examples of `rows`, int64 [B]: a tree of host arrays [B, ...]."""
-
-
 def train(
   name: str,
   config,
   about: dict,
   seed: int,
-  examples: Examples,
+  examples,
   folder: epath.PathLike,
   init: Callable[[], dict],
   step: Callable[[dict, Any, int], tuple[dict, dict]],
@@ -59,7 +50,8 @@ def train(
     config: its dataclass, with steps, batch_size and checkpoint_every.
     about: what the result depends on beside config, seed and number of examples.
     seed: of the order of the examples.
-    examples: at least one batch of them.
+    examples: what training reads, in memory or on disk: len(examples) is n, and examples[rows], rows
+      int64 [B], a tree of host arrays [B, ...].
     folder: gets metrics.jsonl and, until `delete_checkpoints`, checkpoints.
     init: () -> state, a tree of arrays.
     step: (state, batch, i) -> state, metrics (scalars). Takes step i, from 0 on; may donate state.
