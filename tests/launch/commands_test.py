@@ -113,7 +113,7 @@ def test_a_config_by_name_or_by_path_works_in_any_folder(tmp_path):
       "error: w/documents is not finished: run `cm3leon encode_documents` with the same --config and --workdir first.\n"
     )
   result = cm3leon("evaluate", "--config=own.py:-7", "--workdir=w", cwd=tmp_path)
-  assert result.stderr == "error: config: seed is -7; it must not be negative.\n"
+  assert result.stderr == "error: config.seed is -7; it must be at least 0.\n"
 
 
 # What a command does that uses the devices, where nobody set JAX_PLATFORMS.
