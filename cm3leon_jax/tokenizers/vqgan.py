@@ -119,9 +119,9 @@ class VQGANConfig:
 
 
 def space_to_depth(x, factor: int):
-  """Folds squares of pixels into channels: [B, H, W, C] -> [B, H / f, W / f, f * f * C].
+  """Folds squares into channels: [B, H, W, C] -> [B, H / factor, W / factor, factor^2 * C].
 
-  factor = 2: [[0 1 2 3] [4 5 6 7] ...] -> [[0 1 4 5] [2 3 6 7] ...]
+  factor = 2: [[0 1 2 3] [4 5 6 7]] -> [[[0 1 4 5] [2 3 6 7]]]
   """
   b, h, w, c = x.shape
   x = x.reshape(b, h // factor, factor, w // factor, factor, c)
@@ -255,14 +255,9 @@ def init_params(config: VQGANConfig, num_codes: int, key) -> dict:
 
 
 def random_params(state, key) -> dict:
-  """Initializes parameters: kernels normal with variance 1 / fan-in, biases 0, codes normal.
+  """Initializes the parameters of a module from its abstract state, as a pure dict.
 
-  Args:
-    state: abstract state of a module.
-    key: random key.
-
-  Returns:
-    Parameters in the layout of `parameters.to_dict`.
+  Kernels are normal with variance 1 / fan-in, biases 0, codes standard normal.
   """
   flat = traverse_util.flatten_dict(parameters.to_dict(state))
   shapes = {path: x.shape for path, x in flat.items()}
@@ -316,10 +311,7 @@ def decode(config: VQGANConfig, num_codes: int, params: dict, codes):
 
 
 def in_batches(function, array: np.ndarray, size: int) -> np.ndarray:
-  """Applies `function` to rows in batches of `size`, the last padded with zeros.
-
-  A jitted function compiles once.
-  """
+  """Applies a jitted function in batches of `size`, the last padded: it compiles once."""
   outputs = []
   for start in range(0, max(len(array), 1), size):
     batch = np.asarray(array[start : start + size])
@@ -346,11 +338,7 @@ class ImageTokenizer:
 
   @classmethod
   def load(cls, folder: epath.PathLike) -> "ImageTokenizer":
-    """Reads the files that `save` wrote.
-
-    Raises:
-      UserError: a file is absent or damaged, or the two do not fit each other.
-    """
+    """Reads what `save` wrote; raises UserError if a file is absent, damaged or does not fit."""
     folder = epath.Path(folder)
     stored = read_json(folder / CONFIG)
     config = build(VQGANConfig, stored["vqgan"], "vqgan")
@@ -367,16 +355,9 @@ class ImageTokenizer:
     parameters.save(folder / PARAMS, self.params)
 
   def encode(self, images: np.ndarray) -> np.ndarray:
-    """Encodes images to codes in raster order: from top to bottom, each row from left to right.
+    """Encodes images, uint8 [B, H, W, 3], to codes, int32 [B, T], row by row of the image.
 
-    Args:
-      images: uint8 [B, H, W, 3] with H = W = `config.resolution`.
-
-    Returns:
-      int32 [B, T].
-
-    Raises:
-      ValueError: another shape or dtype.
+    Raises ValueError if shape or dtype differ.
     """
     side = self.config.resolution
     if images.shape[1:] != (side, side, 3) or images.dtype != np.uint8:
@@ -388,10 +369,9 @@ class ImageTokenizer:
     )
 
   def decode(self, codes: np.ndarray) -> np.ndarray:
-    """Decodes codes, int32 [B, T] in [0, K), to images, uint8 [B, H, W, 3].
+    """Decodes codes, int32 [B, T], to images, uint8 [B, H, W, 3].
 
-    Raises:
-      ValueError: another shape, or a code outside the codebook.
+    Raises ValueError if the shape differs or a code lies outside [0, K).
     """
     codes = np.asarray(codes, np.int32)
     if codes.ndim != 2 or codes.shape[1] != self.config.image_tokens:
