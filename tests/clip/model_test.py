@@ -10,8 +10,8 @@ from cm3leon_jax.clip.model import CLIP, CLIPConfig
 from cm3leon_jax.config import UserError
 
 TINY = CLIPConfig(
-  resolution=16, image_encoder="conv", patch=4, image_width=64, image_layers=1, text_width=64, text_layers=1, text_length=6,
-  embed_dim=16, steps=4, batch_size=4,
+  resolution=16, image_encoder="conv", patch=4, image_width=64, image_layers=1,
+  text_width=64, text_layers=1, text_length=6, embed_dim=16, steps=4, batch_size=4,
 )  # fmt: skip
 CONFIGS = {"conv": TINY, "vit": dataclasses.replace(TINY, image_encoder="vit")}
 TEXT_SIZE = 50
