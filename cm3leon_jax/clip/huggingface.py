@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -392,7 +392,7 @@ class HFCLIP:
     encoding = self.tokenizer(caption, add_special_tokens=False, verbose=False)
     return np.array(encoding["input_ids"], np.int32)
 
-  def pad_texts(self, texts: Sequence[Int32[np.ndarray, " _"]]) -> Int32[np.ndarray, "B L"]:
+  def pad_texts(self, texts: Sequence[Int[np.ndarray, " _"]]) -> Int32[np.ndarray, "B L"]:
     """Makes rows of start, as many ids of a caption as fit, end, padding."""
     start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
     pad = self.tokenizer.pad_token_id
@@ -402,7 +402,7 @@ class HFCLIP:
       row[: len(ids)] = ids
     return tokens
 
-  def embed_texts(self, texts: Sequence[Int32[np.ndarray, " _"]]) -> Float32[np.ndarray, "B E"]:
+  def embed_texts(self, texts: Sequence[Int[np.ndarray, " _"]]) -> Float32[np.ndarray, "B E"]:
     """Embeds captions, given as ids of `encode`, with norm 1."""
     return self._batched(embed_tokens, self.pad_texts(texts), lambda rows: rows)
 

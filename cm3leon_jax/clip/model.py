@@ -13,7 +13,7 @@ from etils import epath
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt8
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 import pydantic.dataclasses
@@ -113,7 +113,7 @@ class ResidualBlock(nnx.Module):
     return x + self.conv2(nnx.gelu(self.norm2(self.conv1(nnx.gelu(self.norm1(x))))))
 
 
-def patches(images: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w size*size*C"]:
+def patches(images: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w {size}*{size}*C"]:
   """Cuts images into squares of `size` pixels and flattens each, row by row."""
   B, H, W, C = images.shape
   x = images.reshape(B, H // size, size, W // size, size, C)
@@ -232,12 +232,14 @@ def bind(config: CLIPConfig, text_size: int, params: dict) -> CLIPModel:
   return parameters.fill(*_structure(config, text_size), params)
 
 
-def to_float(images: UInt8[Array | np.ndarray, "B H W 3"]) -> Float32[Array, "B H W 3"]:
+def to_float(
+  images: UInt8[Array | np.ndarray, "B H W 3"],
+) -> Float32[Array | np.ndarray, "B H W 3"]:
   """Converts pixels to [-1, 1]; white is 1."""
   return images.astype(jnp.float32) / 127.5 - 1
 
 
-def pad_texts(texts: Sequence[Int32[np.ndarray, " _"]], length: int) -> Int32[np.ndarray, "B L"]:
+def pad_texts(texts: Sequence[Int[np.ndarray, " _"]], length: int) -> Int32[np.ndarray, "B L"]:
   """Cuts captions to `length` tokens or pads them; raises UserError at one without tokens."""
   tokens = np.full((len(texts), length), VocabLayout.pad, np.int32)
   for row, ids in zip(tokens, texts):
@@ -308,7 +310,7 @@ class CLIP:
       )
     return self._batched(_embed_images, images)
 
-  def embed_texts(self, texts: Sequence[Int32[np.ndarray, " _"]]) -> Float32[np.ndarray, "B E"]:
+  def embed_texts(self, texts: Sequence[Int[np.ndarray, " _"]]) -> Float32[np.ndarray, "B E"]:
     """Embeds captions, given as ids, with norm 1; raises UserError at one without ids."""
     return self._batched(_embed_texts, pad_texts(texts, self.config.text_length))
 
@@ -324,7 +326,7 @@ class CLIP:
 
 
 def clip_score(
-  clip, images: UInt8[np.ndarray, "B H W 3"], texts: Sequence[Int32[np.ndarray, " _"]]
+  clip, images: UInt8[np.ndarray, "B H W 3"], texts: Sequence[Int[np.ndarray, " _"]]
 ) -> Float32[np.ndarray, " B"]:
   """Computes the cosine similarity of each image and its caption.
 

@@ -89,7 +89,7 @@ def contrastive_loss(
 
 
 def augment(
-  images: Float32[Array, "B H W 3"],
+  images: Float32[Array | np.ndarray, "B H W 3"],
   tokens: Int32[Array | np.ndarray, "B L"],
   key: jax.Array,
   config: CLIPConfig,
@@ -173,7 +173,7 @@ def text_to_image_recall(
   text_embeddings: Float[np.ndarray, "n E"],
   image_embeddings: Float[np.ndarray, "n E"],
   captions: list[str],
-) -> dict[str, float]:
+) -> dict[str, float | int]:
   """Measures how often a caption's own image is among the k nearest images, for k = 1 and 5.
 
   An image with an equal caption is right, too. A caption is a hit if fewer than k wrong images

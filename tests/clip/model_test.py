@@ -1,6 +1,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -68,7 +69,7 @@ def test_pad_texts_in_literals():
 
 
 def test_patches_in_literals():
-  image = np.arange(2 * 4 * 3).reshape(1, 2, 4, 3)
+  image = jnp.arange(2 * 4 * 3.0).reshape(1, 2, 4, 3)
   result = np.asarray(clip_lib.patches(image, 2))
   assert result.shape == (1, 1, 2, 12)
   assert result[0, 0, 1].tolist() == [6, 7, 8, 9, 10, 11, 18, 19, 20, 21, 22, 23]
