@@ -10,7 +10,7 @@ import pydantic.dataclasses
 from cm3leon_jax.clip.model import CLIPConfig
 from cm3leon_jax.config import STRICT, UserError, build
 from cm3leon_jax.data.ingest import RawConfig
-from cm3leon_jax.data.plan import DataConfig
+from cm3leon_jax.data.sample_plan import DataConfig
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.evaluation.bits import EvaluationConfig
 from cm3leon_jax.mesh import MeshConfig

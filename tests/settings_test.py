@@ -255,7 +255,7 @@ def test_every_field_is_in_the_table_above():
     ),
     (
       {"data__neighbor_sampling": "paper"},
-      "config.data: neighbor_sampling is 'paper', which draws 3 of 4 candidates, "
+      "config.data: neighbor_sampling is 'paper', which picks 3 of 4 candidates, "
       "and num_neighbors is 2; set num_neighbors=3.",
     ),
     ({"model__num_heads": 7}, "config.model: num_heads = 7 does not divide width = 4096."),

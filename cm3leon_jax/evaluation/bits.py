@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.data import pipeline
-from cm3leon_jax.data.plan import DataConfig
+from cm3leon_jax.data.sample_plan import DataConfig
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer

@@ -61,10 +61,10 @@ def text_tokenizer(tmp_path):
 
 
 def encode(raw, text_tokenizer, folder, levels=16, max_caption_tokens=512, batch_size=4):
-  load = lambda: (text_tokenizer, BrightnessTokenizer(levels))
-  return encode_documents(
-    EncodeJob(str(raw), str(folder), load, VOCAB, 8, max_caption_tokens, batch_size), {}, Runner()
-  )
+  tokenizers = (text_tokenizer, BrightnessTokenizer(levels))
+  sizes = (8, max_caption_tokens, batch_size)
+  job = EncodeJob(str(raw), str(folder), lambda: tokenizers, VOCAB, *sizes)
+  return encode_documents(job, {}, Runner())
 
 
 def test_document_i_is_pair_i(raw, text_tokenizer, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from cm3leon_jax import config
 from cm3leon_jax.data import documents, pipeline
-from cm3leon_jax.data.plan import DataConfig
+from cm3leon_jax.data.sample_plan import DataConfig
 from cm3leon_jax.evaluation import bits
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer

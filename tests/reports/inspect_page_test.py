@@ -12,7 +12,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import pipeline
 from cm3leon_jax.data.documents import Document, Segment
-from cm3leon_jax.data.plan import SamplePlan
+from cm3leon_jax.data.sample_plan import SamplePlan
 from cm3leon_jax.reports import inspect, inspect_page, row_parts
 from cm3leon_jax.tokenizers import text, vqgan
 from tests.data.stores import IMAGE_TOKENS, VOCAB, make_plan, make_sources

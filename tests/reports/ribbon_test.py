@@ -2,7 +2,7 @@ import numpy as np
 
 from cm3leon_jax.data import pipeline
 from cm3leon_jax.data.documents import Document, Segment
-from cm3leon_jax.data.plan import SamplePlan
+from cm3leon_jax.data.sample_plan import SamplePlan
 from cm3leon_jax.reports import inspect, row_parts
 from cm3leon_jax.reports.ribbon import ribbon, runs
 from tests.data.stores import VOCAB

@@ -103,7 +103,7 @@ def test_every_segment_is_found_whole_again(kinds, num_spans, whole_segments, se
     (VOCAB.text_size, VOCAB.size) if image else (VOCAB.num_special, VOCAB.text_size)
   )
   whole = document(*(rng.integers(*bounds(image), n) for image, n in kinds))
-  spans = cm3.draw_spans([n for _, n in kinds], num_spans, whole_segments, rng)
+  spans = cm3.sample_spans([n for _, n in kinds], num_spans, whole_segments, rng)
   tokens = cm3.apply_cm3_mask(pipeline.join([whole], VOCAB), spans, VOCAB)
   parts = row_parts.split_parts(tokens, VOCAB)
   assert [p.start for p in parts] == [0, *(p.stop for p in parts[:-1])]
