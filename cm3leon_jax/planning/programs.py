@@ -23,8 +23,9 @@ from cm3leon_jax.training.train import check_batch, compile_steps
 def count_params(settings, mesh: jax.sharding.Mesh) -> int:
   """Counts the parameters of the config's decoder."""
   with jax.set_mesh(mesh):
-    init = functools.partial(transformer.init_params, settings.model, jax.random.key(0))
-    return transformer.count_params(jax.eval_shape(init))
+    # The key is made inside: these devices cannot run anything.
+    init = jax.eval_shape(lambda: transformer.init_params(settings.model, jax.random.key(0)))
+    return transformer.count_params(init)
 
 
 def train_step(settings, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:

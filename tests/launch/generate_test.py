@@ -126,11 +126,11 @@ MISTAKES = [
   ({"task": "caption"}, "task caption needs an image, and none is given."),
   (
     {"prompt": ["a"], "rank": True},
-    "--rank orders the samples of a prompt, and there is one: set --samples=8, say.",
+    "--rank orders the samples of a prompt, and there is only one: set e.g. --samples=8.",
   ),
   (
     {"task": "unconditional", "rank": True, "samples": 2},
-    "--rank is given, and CLIP cannot score task unconditional",
+    "--rank is given, but CLIP cannot score task unconditional",
   ),
   (
     {"prompt": ["a"], "guidance": ["much"]},
@@ -154,12 +154,12 @@ MISTAKES = [
   ),
   (
     {"prompts": "a.jsonl", "prompt": ["b"]},
-    "--prompts and --prompt are given: put the task into the file, or on",
+    "--prompts and --prompt are given: define tasks in the file or on",
   ),
   ({"prompts": "nowhere.jsonl"}, "--prompts names nowhere.jsonl, which does not exist: "),
   (
     {"bank": "elsewhere"},
-    "--bank is given without --prompt; held-out captions have the neighbors that their run found",
+    "--bank is given without --prompt; held-out captions use the neighbors of their own run",
   ),
   (
     {"task": "infill_image", "image": ["a.png"], "box": ["0", "x"]},
