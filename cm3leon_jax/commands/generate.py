@@ -58,7 +58,7 @@ _LENGTH = flags.DEFINE_integer(
   "length", 0, "Largest number of tokens of a text (default: 64) or an interleaved document."
 )
 _PROMPTS = flags.DEFINE_string(
-  "prompts", None, "A file with one JSON object a line: see docs/generating.md."
+  "prompts", None, "A file with one JSON object per line: see docs/generating.md."
 )
 _CAPTIONS = flags.DEFINE_integer(
   "captions", 16, "Number of held-out captions, without a prompt or image of yours.", lower_bound=1
