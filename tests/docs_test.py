@@ -1,4 +1,4 @@
-"""The documentation as a site, and the files about the project that other programs read."""
+"""Tests that the documentation builds as a site, and files about the project."""
 
 import pathlib
 import re
@@ -21,7 +21,7 @@ def test_the_site_builds_without_warnings_and_renders_every_table_and_list(tmp_p
   for page in (ROOT / "docs").glob("*.md"):
     html = site / ("index.html" if page.stem == "index" else f"{page.stem}/index.html")
     paragraphs = re.findall(r"<p>(.*?)</p>", html.read_text(), re.DOTALL)
-    # Python-Markdown asks for an empty line before a table or a list.
+    # Python-Markdown needs an empty line before a table or a list.
     assert not [p[:200] for p in paragraphs if re.search(r"^(\| |- |\d\. )", p, re.MULTILINE)], page
 
 

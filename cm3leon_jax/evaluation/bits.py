@@ -1,4 +1,4 @@
-"""Measures bits per image code and text token of held-out documents, by their neighbors."""
+"""Measures bits per image code and text token of held-out documents, by kind of neighbors."""
 
 # T tokens, C stored candidates of a document, n documents.
 
@@ -21,7 +21,7 @@ from cm3leon_jax.training import loss
 
 CONDITIONS = ("true", "shuffled", "none")
 MODALITIES = ("image", "text")
-ROW_MULTIPLE = 64  # Rows are padded to a multiple of it: few shapes to compile.
+ROW_MULTIPLE = 64  # Rows are padded to a multiple of it, so that few shapes compile.
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -179,14 +179,13 @@ def score_samples(
   )
   bits = []
   for start in range(0, len(samples), batch_size):
-    part = samples[start : start + batch_size]
-    filled = part + [part[-1]] * (batch_size - len(part))
-    batch = {
-      k: shard(v, "batch", "length") for k, v in pipeline.rows_of_samples(filled, length).items()
-    }
+    some = samples[start : start + batch_size]
+    filled = some + [some[-1]] * (batch_size - len(some))
+    arrays = pipeline.rows_of_samples(filled, length)
+    batch = {name: shard(array, "batch", "length") for name, array in arrays.items()}
     rows = np.asarray(jax.device_get(nll(params, batch)), np.float64) / np.log(2)
-    bits += [row[: len(sample) - 1] for row, sample in zip(rows, part)]
-    progress(len(part))
+    bits += [row[: len(sample) - 1] for row, sample in zip(rows, some)]
+    progress(len(some))
   return bits
 
 
@@ -199,7 +198,7 @@ def _samples(
   """
   rng = np.random.default_rng([seed, len(store)])
   chosen = np.sort(rng.permutation(len(store))[:num_documents])
-  # A document without a concept is one of its own.
+  # A document without a concept counts as a concept.
   concepts = [str(store.concepts[j] or f"document {j}") for j in chosen]
   if len(set(concepts)) < 2:
     raise UserError(
@@ -284,14 +283,14 @@ def _score_conditions(params, model_config, samples: dict, batch_size: int) -> d
     score = functools.partial(
       score_samples, params, model_config, batch_size=batch_size, progress=bar.update
     )
-    together = score(samples["true"] + samples["shuffled"])  # Equally long: one program.
+    together = score(samples["true"] + samples["shuffled"])  # Equally long, so one program.
     return {"true": together[:n], "shuffled": together[n:], "none": score(samples["none"])}
 
 
 def _compare(sums, tokens, unigram: float, resampling: dict) -> dict:
   def interval(bits):
-    found = intervals.mean_interval(bits, tokens, **resampling)
-    return {"bits": found.pop("mean"), **found}
+    result = intervals.mean_interval(bits, tokens, **resampling)
+    return {"bits": result.pop("mean"), **result}
 
   levels = {c: interval(sums[c]) for c in CONDITIONS}
   return {

@@ -30,7 +30,7 @@ class Sample:
   """One generated result.
 
   Attributes:
-    task: what was asked for.
+    task: the task.
     index: number of the sample among those of the task, from 0 on.
     seed: the seed that gives it alone.
     segments: texts, and [H, W, 3] uint8 images, in their order.
@@ -61,17 +61,17 @@ class Sample:
 
   @property
   def images(self) -> list[Image.Image]:
-    """All images."""
+    """Returns all images."""
     return [Image.fromarray(s) for s in self.segments if not isinstance(s, str)]
 
   @property
   def image(self) -> Image.Image | None:
-    """The first image; None if there is none."""
+    """Returns the first image, None if there is none."""
     return next(iter(self.images), None)
 
   @property
   def text(self) -> str:
-    """All texts, one a line."""
+    """Returns all texts, one per line."""
     return "\n".join(s for s in self.segments if isinstance(s, str))
 
 
@@ -86,7 +86,7 @@ def load_image(image, resolution: int | None) -> np.ndarray:
 
 
 def _square(image, resolution: int) -> np.ndarray:
-  """The image in the model's resolution; prints what was cut or scaled."""
+  """Crops and scales an image to the model's resolution, and prints that it did."""
   pixels = load_image(image, None)
   height, width = pixels.shape[:2]
   if (height, width) == (resolution, resolution):
@@ -101,22 +101,22 @@ def _square(image, resolution: int) -> np.ndarray:
 
 
 def image_key(image):
-  """Equal for one image that several tasks have."""
+  """Returns a key that is equal for the same image of several tasks."""
   return image if isinstance(image, str) else id(image)
 
 
 def first_documents(store: DocumentStore, ids: np.ndarray, count: int) -> tuple[Document, ...]:
-  """The documents of the first `count` ids; -1 stands for none."""
+  """Returns the documents of the first `count` ids; -1 stands for no document."""
   return tuple(store[int(i)] for i in ids[ids >= 0][:count])
 
 
 def open_bank(layout: PromptLayout, bank: epath.PathLike) -> DocumentStore:
-  """The documents of a workdir that can be retrieved."""
+  """Opens the documents of a workdir that can be retrieved."""
   return DocumentStore(epath.Path(bank) / "documents" / "train_pairs", layout.vocab)
 
 
 def check_tasks(layout: PromptLayout, tasks: Sequence[Task], bank: epath.PathLike | None) -> dict:
-  """Checks all that can be checked before anything is compiled, and loads the given images.
+  """Checks tasks before any compilation, and loads their images.
 
   Args:
     layout: of the run.
@@ -148,7 +148,7 @@ def check_tasks(layout: PromptLayout, tasks: Sequence[Task], bank: epath.PathLik
       )
     if not len(store := open_bank(layout, bank)):
       raise retrieving.error(
-        f"retrieve is {retrieving.retrieve}, and {store.folder} holds no documents: say "
+        f"retrieve is {retrieving.retrieve}, and {store.folder} holds no documents: set "
         "--retrieve=0."
       )
   return given
@@ -213,7 +213,7 @@ class Pipeline:
 
   @functools.cached_property
   def documents(self) -> DocumentStore:
-    """Documents of the bank."""
+    """Returns the documents of the bank."""
     return open_bank(self.layout, self.bank)
 
   def generate(
@@ -252,7 +252,7 @@ class Pipeline:
 
     def show_steps(more: int) -> None:
       steps.append(more)
-      bar.set_postfix(tokens=sum(steps))  # Of each sample in the current batch.
+      bar.set_postfix(tokens=sum(steps))  # Per sample of the current batch.
 
     with tqdm(total=total, desc="generate", unit="sample", disable=not show_progress) as bar:
       for members in alike.values():
@@ -290,12 +290,12 @@ class Pipeline:
           limit = self.settings.retrieval.max_similarity
           raise tasks[i].error(
             f"no document was found for '{tasks[i].label}': all are more similar to it than "
-            f"config.retrieval.max_similarity = {limit}: say --retrieve=0."
+            f"config.retrieval.max_similarity = {limit}: set --retrieve=0."
           )
     return found
 
   def _embed(self, queries: dict) -> np.ndarray:
-    """[n, E] embeddings of the values of `queries`, whose keys begin with "image" or "text"."""
+    """Embeds the values of `queries`, whose keys begin with "image" or "text": [n, E]."""
     values = {"image": [], "text": []}
     for (kind, _), (value, _) in queries.items():
       values[kind].append(value)
@@ -318,7 +318,7 @@ class Pipeline:
   def _samples(
     self, places: Sequence[int], batch: Sequence[Result], tasks, requests, given: dict, neighbors
   ) -> list[Sample]:
-    """Samples of a batch; `places` are the indices of their tasks."""
+    """Generates the samples of a batch; `places` are the indices of their tasks."""
     answers = [
       tasks[i].from_ids(self.layout, requests[i], result.ids) for i, result in zip(places, batch)
     ]
@@ -356,7 +356,7 @@ class Pipeline:
 
 
 def ranked(samples: Sequence[Sample]) -> list[Sample]:
-  """Samples of a task with their ranks, the best CLIP score first; samples without come last."""
+  """Ranks the samples of a task by CLIP score, best first; samples without one come last."""
 
   def score(sample: Sample) -> float:
     return -np.inf if sample.clip_score is None else sample.clip_score
