@@ -187,7 +187,9 @@ def test_tpu_vm_host_that_trains_is_left_alone(recorders):
   recorders.add("systemctl")
   result = run_script(recorders, "tpu_host.sh", FLAGS, {})
   assert result.returncode == MISTAKE
-  assert result.stderr.endswith(" trains already: run 'bash launch/pod/tpu_vm.sh stop' first.\n")
+  assert result.stderr.endswith(
+    " is already training: run 'bash launch/pod/tpu_vm.sh stop' first.\n"
+  )
 
 
 @pytest.mark.parametrize(
