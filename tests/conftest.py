@@ -3,9 +3,12 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# On a busy machine 8 device threads may need more than 40 s to meet; then XLA ends the process.
+# Else XLA may start collectives in another order on each device; on few cores they then wait for
+# each other, and XLA ends the process after 40 s.
 os.environ["XLA_FLAGS"] = (
-  "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+  "--xla_force_host_platform_device_count=8"
+  " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+  " --xla_cpu_collective_call_terminate_timeout_seconds=300"
 )
 
 import jax
