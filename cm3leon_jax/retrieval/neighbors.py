@@ -30,7 +30,7 @@ SELECT_BATCH = 1_024  # Documents whose candidates' embeddings are in memory at 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class RetrievalConfig:
-  """Rules for neighbors."""
+  """How neighbors are chosen."""
 
   clip: str = ""
   """Folder of a Hugging Face CLIP checkpoint that embeds (in bf16); empty: the run's own CLIP, of

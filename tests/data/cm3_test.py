@@ -99,18 +99,18 @@ def test_some_content_always_stays_as_context(sample):
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_single_text_is_masked_in_part(whole):
-  draws = [cm3.sample_spans([20], 1, whole, np.random.default_rng(seed)) for seed in range(500)]
-  assert all(spans != ((1, 21),) for spans in draws)
-  assert np.mean([len(spans) for spans in draws]) > 0.9
+  plans = [cm3.sample_spans([20], 1, whole, np.random.default_rng(seed)) for seed in range(500)]
+  assert all(spans != ((1, 21),) for spans in plans)
+  assert np.mean([len(spans) for spans in plans]) > 0.9
   assert cm3.sample_spans([1], 8, whole, np.random.default_rng(0)) == ()
 
 
 def test_whole_segments_of_a_pair_are_its_caption_or_its_image():
-  draws = [cm3.sample_spans([3, 4], n, True, np.random.default_rng(n)) for n in range(1, 60)]
-  assert set(draws) == {((1, 4),), ((5, 9),)}
+  plans = [cm3.sample_spans([3, 4], n, True, np.random.default_rng(n)) for n in range(1, 60)]
+  assert set(plans) == {((1, 4),), ((5, 9),)}
 
 
-def test_draws_reach_every_content_token_and_both_lengths_of_span():
+def test_spans_reach_every_content_token_and_both_lengths_of_span():
   rng = np.random.default_rng(0)
   covered, partial = np.zeros(12, int), 0
   for _ in range(500):

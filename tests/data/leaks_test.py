@@ -133,7 +133,7 @@ def styles(load_style, points):
 
 
 def test_styles_that_draw_a_concept_alike_are_held_out_together():
-  """Noto draws all that OpenMoji draws, in other tones; Fluent draws by itself, and 7 like 8."""
+  """Noto differs from OpenMoji in tones only; Fluent differs wholly, and its 7 is like its 8."""
   pairs = styles(
     {
       "openmoji": photo,

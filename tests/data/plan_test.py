@@ -45,14 +45,14 @@ def test_packing_fills_rows():
 )
 def test_plans_follow_from_seed_source_pass_and_unit(sources, fields):
   plan = make_plan(sources, sequence_length=256, **fields)
-  drawn = [plan.plan(0, pass_, unit) for pass_ in (0, 1) for unit in range(50)]
+  plans = [plan.plan(0, pass_, unit) for pass_ in (0, 1) for unit in range(50)]
   again = make_plan(sources, sequence_length=256, pack_window=8, **fields)
   backwards = [again.plan(0, pass_, unit) for pass_ in (1, 0) for unit in reversed(range(50))]
-  assert backwards[::-1] == drawn
-  assert drawn[:50] != drawn[50:]
+  assert backwards[::-1] == plans
+  assert plans[:50] != plans[50:]
   assert [
     make_plan(sources, seed=1, sequence_length=256, **fields).plan(0, 0, unit) for unit in range(50)
-  ] != drawn[:50]
+  ] != plans[:50]
 
 
 @pytest.mark.parametrize("sampling", ["fixed", "paper", "uniform"])

@@ -29,7 +29,7 @@ def test_a_sample_never_exceeds_the_row(seed, caption, neighbor_captions, length
   if not plan.dropped and plan.length <= length:
     joined = [n for i in plan.neighbors for n in candidates[i]] + document.tolist()
     assert plan.length == joined_length(joined) + OVERHEAD * len(plan.spans)
-  if plan.spans:  # Spans are only drawn where all of them fit whole: an infill is never cut.
+  if plan.spans:  # All spans fit: an infill is never cut.
     joined = [n for i in plan.neighbors for n in candidates[i]] + document.tolist()
     assert joined_length(joined) + OVERHEAD * len(plan.spans) <= length + 1
 
@@ -114,7 +114,7 @@ def span_plans(lengths, is_image, number=4_000, **fields):
 
 
 def test_the_number_of_spans_is_poisson():
-  """A sample of 30 segments has room for up to 29 whole ones, so that every span drawn is kept."""
+  """A sample of 30 segments has room for up to 29 whole ones, so that every span is kept."""
   plans = span_plans([5] * 30, [False] * 30, whole_segment_rate=1.0)
   counts = Counter(len(plan.spans) for plan in plans)
   for n, share in enumerate((0.368, 0.368, 0.184, 0.061, 0.015)):
