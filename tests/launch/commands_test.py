@@ -108,7 +108,7 @@ def test_a_config_by_name_or_by_path_works_in_any_folder(tmp_path):
       "and --workdir first.\n"
     )
   result = cm3leon("evaluate", "--config=own.py:-7", "--workdir=w", cwd=tmp_path)
-  assert result.stderr == "error: config: seed is -7; it must not be negative.\n"
+  assert result.stderr == "error: config.seed is -7; it must be at least 0.\n"
 
 
 # A command that uses devices, without JAX_PLATFORMS.
