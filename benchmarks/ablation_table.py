@@ -144,7 +144,7 @@ def verdict(delta: dict) -> str:
   ends = (*delta["concepts"], *delta["seeds"])
   if max(ends) < 0:
     return "fewer bits"
-  return "more bits" if min(ends) > 0 else "not told apart"
+  return "more bits" if min(ends) > 0 else "no clear difference"
 
 
 def _interval(ends: tuple[float, float] | None) -> str:

@@ -96,8 +96,8 @@ def test_the_table_of_literal_numbers():
   [
     ((-0.2, -0.1), (-0.3, -0.05), "fewer bits"),
     ((0.1, 0.2), (0.05, 0.3), "more bits"),
-    ((-0.2, 0.1), (-0.3, -0.05), "not told apart"),  # The images differ too much,
-    ((-0.2, -0.1), (-0.4, 0.1), "not told apart"),  # or the seeds do.
+    ((-0.2, 0.1), (-0.3, -0.05), "no clear difference"),  # The images differ too much,
+    ((-0.2, -0.1), (-0.4, 0.1), "no clear difference"),  # or the seeds do.
     ((-0.2, -0.1), None, "one seed shows nothing"),
     (None, (-0.2, -0.1), "one concept shows nothing"),
   ],
