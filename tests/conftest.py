@@ -13,7 +13,7 @@ from jaxtyping import install_import_hook
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-CHECKED = [f"cm3leon_jax.{package}" for package in ("decoding", "models", "training")]
+CHECKED = [f"cm3leon_jax.{package}" for package in ("clip", "decoding", "models", "training")]
 install_import_hook(CHECKED, "beartype.beartype")
 
 

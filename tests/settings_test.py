@@ -108,7 +108,7 @@ REFUSED = [
   ("retrieval", "query_dropout", 1.0, BELOW_1),
   ("data", "sequence_length", 1, "at least 2"),
   ("data", "num_neighbors", -1, NOT_NEGATIVE),
-  ("data", "neighbor_sampling", "best", "'fixed', 'paper' or 'uniform'"),
+  ("data", "neighbor_sampling", "nearest", "'fixed', 'paper', 'uniform' or 'best'"),
   ("data", "neighbor_dropout", -0.1, NOT_NEGATIVE),
   ("data", "neighbor_dropout", 1.1, AT_MOST_1),
   ("data", "condition_dropout", -0.1, NOT_NEGATIVE),

@@ -35,7 +35,7 @@ INTERRUPTED = 75  # Exit code of a run that saved and stopped at SIGTERM (EX_TEM
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class TrainConfig:
-  """Length of the run, and what happens how often.
+  """Length of the run, and how often it evaluates, saves, samples and prints.
 
   Defaults: the tutorial's 1.4T tokens in batches of 8,192 rows.
   """
