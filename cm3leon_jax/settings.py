@@ -28,7 +28,7 @@ class Settings:
   """A checked config: one frozen dataclass per section. docs/config.md lists every field."""
 
   seed: NonNegativeInt
-  """Seed of every random draw of the run."""
+  """Seed of all random numbers of the run."""
   vocab: VocabLayout
   raw: RawConfig
   text_tokenizer: TextTokenizerConfig
@@ -67,7 +67,7 @@ SECTIONS: dict[str, Any] = {
 
 
 def default_config() -> ml_collections.ConfigDict:
-  """Every section with every field at its default, so that each can be overridden and no other can."""
+  """Returns all sections and fields with their defaults, so that flags can override only these."""
   sections = {
     name: {f.name: f.default for f in dataclasses.fields(cls)} for name, cls in SECTIONS.items()
   }

@@ -1,4 +1,4 @@
-"""Every test sees 8 CPU devices; hidden rank promotion is an error."""
+"""Every test sees 8 CPU devices; hidden rank promotion and a wrong annotation are errors."""
 
 import os
 
@@ -12,9 +12,12 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+from jaxtyping import install_import_hook
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+CHECKED = [f"cm3leon_jax.{package}" for package in ("clip", "decoding", "models", "training")]
+install_import_hook(CHECKED, "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

@@ -96,9 +96,9 @@ def look_at_rows(plan: RowPlan) -> dict:
   for source in plan.sources:
     has_neighbors = source.share > 0 and source.bank is not None
     if has_neighbors and (sentence := room_for_neighbors(source, plan.config)):
-      distributed.tell(f"rows: {sentence}")
+      distributed.print_once(f"rows: {sentence}")
   statistics = plan_statistics(plan)
-  distributed.tell(f"rows: {describe(statistics)}")
+  distributed.print_once(f"rows: {describe(statistics)}")
   return statistics
 
 
@@ -149,7 +149,7 @@ def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool 
     result = train(folder, *sections, loader, heldout, settings.seed, generate_grid, traced)
     summary.update(result)
     loss = f"held-out image loss {result['heldout_image_loss']:.3f} nats per code"
-    distributed.tell(f"train: {result['steps']} steps, {loss}.")
+    distributed.print_once(f"train: {result['steps']} steps, {loss}.")
 
 
 if __name__ == "__main__":
