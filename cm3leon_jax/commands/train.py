@@ -110,9 +110,7 @@ def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool 
       stages.check_same_config(folder, read_json(folder / "config.json")["run"], config)
   with distributed.together():
     if distributed.is_first():
-      write_json(
-        folder / "config.json", {"run": config, "train": dataclasses.asdict(settings.train)}
-      )
+      write_json(folder / "config.json", {"run": config, "settings": dataclasses.asdict(settings)})
   with distributed.together():
     if not (folder / "config.json").exists():
       raise UserError(

@@ -142,18 +142,21 @@ class Retriever:
         scores[i, : len(kept)] = vectors[kept] @ documents[i]
     return ids, scores, counts
 
-  def retrieve(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def retrieve(
+    self, queries: np.ndarray, count: int | None = None
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Neighbors for captions alone, as at inference: nothing is known of the image or of a group.
 
     Args:
       queries: [q, E] text embeddings.
+      count: C, at most `max_candidates`; default: as many as a training document has.
 
     Returns:
       ids [q, C] int32 into the bank, best first (-1 = none, last), and their cosines to the queries [q, C] float32.
     """
     nobody = np.zeros(len(queries), np.uint64)
     ids, scores, _ = self.select(
-      [self.search(queries)], queries, nobody, nobody, 2 * self.config.kept_per_side
+      [self.search(queries)], queries, nobody, nobody, count or 2 * self.config.kept_per_side
     )
     return ids, scores
 

@@ -171,20 +171,27 @@ class Checkpoints:
     return self._digest_folder / f"{step}.json"
 
 
-def load_params(folder: epath.PathLike, config: ModelConfig) -> tuple[dict, int]:
-  """Parameters of the newest checkpoint of the run in `folder`, on the current mesh, and their step.
+def load_params(
+  folder: epath.PathLike, config: ModelConfig, step: int | None = None
+) -> tuple[dict, int]:
+  """Parameters of the checkpoint of `step` in `folder`, on the current mesh, and their step.
+
+  Without a step, the newest checkpoint.
 
   Raises:
-    UserError: there is none, or it is damaged.
+    UserError: there is none, or none of `step`, or it is damaged.
   """
   if not (epath.Path(folder) / FOLDER).exists():
     raise UserError(f"{folder} has no checkpoint: run `python -m launch.train` first.")
   checkpoints = Checkpoints(folder, keep=1_000_000)
-  step = checkpoints.newest()
-  if step is None:
+  newest = checkpoints.newest()
+  if newest is None:
     raise UserError(
       f"{folder} has no whole checkpoint yet: run `python -m launch.train` until it saves one."
     )
+  step = newest if step is None else step
+  if not (checkpoints.folder / str(step)).exists():
+    raise UserError(f"{folder} has no checkpoint of step {step} any more: the newest is {newest}.")
   params = checkpoints.restore_params(config, step)
   checkpoints.close()
   return params, step

@@ -122,13 +122,13 @@ def test_nothing_to_retrieve(pipeline, layout, tmp_path, monkeypatch):
   task = text_to_image("green car", retrieve=2, where="f, line 1")
   with pytest.raises(
     UserError,
-    match=r"^f, line 1: retrieve is 2, and .*train_pairs holds no documents: say --retrieve=0",
+    match=r"^f, line 1: retrieve is 2, and .*train_pairs holds no documents: set retrieve to 0",
   ):
     check_tasks(layout, [task], tmp_path)
   with pytest.raises(UserError, match=r"^f, line 1: retrieve is 2, and there is no bank"):
     check_tasks(layout, [task], None)
 
-  def nothing(self, queries):
+  def nothing(self, queries, count):
     return np.full((len(queries), 4), -1, np.int32), None
 
   monkeypatch.setattr(neighbors.Retriever, "retrieve", nothing)
