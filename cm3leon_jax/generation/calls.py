@@ -52,7 +52,8 @@ def whole(name: str, value: Any, least: int = 0) -> int:
 def text(name: str, value: Any) -> str:
   """The value. Raises UserError if it is no text."""
   if not isinstance(value, str):
-    raise UserError(f"{name} is a {type(value).__name__}; it must be a text, or a list of texts.")
+    kind = type(value).__name__
+    raise UserError(f"{name} has type {kind}; it must be a text, or a list of texts.")
   return value
 
 
@@ -64,11 +65,11 @@ def image(value: Any) -> str | Image.Image | np.ndarray:
     return value if value.mode in MODES else value.convert("RGB")
   if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.shape[2:] == (3,):
     return value
-  found = f"a {type(value).__name__}"
+  found = type(value).__name__
   if isinstance(value, np.ndarray):
-    found = f"an array {value.dtype}{list(value.shape)}"
+    found = f"{value.dtype}{list(value.shape)}"
   raise UserError(
-    f"image is {found}; it must be a path, a PIL image, an array uint8[H, W, 3], or a list of them."
+    f"image has type {found}; it must be a path, a PIL image, an array uint8[H, W, 3], or a list."
   )
 
 
