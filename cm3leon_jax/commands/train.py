@@ -121,8 +121,8 @@ def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool 
       stages.check_same_config(folder, read_json(folder / "config.json")["run"], config)
   with distributed.together():
     if distributed.is_first():
-      train_config = {"run": config, "train": dataclasses.asdict(settings.train)}
-      write_json(folder / "config.json", train_config)
+      about = {"run": config, "settings": dataclasses.asdict(settings)}
+      write_json(folder / "config.json", about)
   with distributed.together():
     if not (folder / "config.json").exists():
       raise UserError(

@@ -157,6 +157,12 @@ def own_targets(sample, document, vocab) -> dict[str, np.ndarray]:
   return {"image": image, "text": own & ~image & (targets >= vocab.num_special)}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _nll(model_config, params, batch):
+  """[B, L] nats of each target of a batch; compiled once per shape."""
+  return loss.batch_nll(transformer.bind(model_config, params), batch)[1]
+
+
 def score_samples(
   params, model_config, samples, batch_size: int, progress=lambda rows: None
 ) -> list[np.ndarray]:
@@ -174,16 +180,13 @@ def score_samples(
   """
   longest = max(len(s) for s in samples) - 1
   length = min(-(-longest // ROW_MULTIPLE) * ROW_MULTIPLE, model_config.max_positions)
-  nll = jax.jit(
-    lambda params, batch: loss.batch_nll(transformer.bind(model_config, params), batch)[1]
-  )
   bits = []
   for start in range(0, len(samples), batch_size):
     some = samples[start : start + batch_size]
     filled = some + [some[-1]] * (batch_size - len(some))
     arrays = pipeline.rows_of_samples(filled, length)
     batch = {name: shard(array, "batch", "length") for name, array in arrays.items()}
-    rows = np.asarray(jax.device_get(nll(params, batch)), np.float64) / np.log(2)
+    rows = np.asarray(_nll(model_config, params, batch), np.float64) / np.log(2)
     bits += [row[: len(sample) - 1] for row, sample in zip(rows, some)]
     progress(len(some))
   return bits

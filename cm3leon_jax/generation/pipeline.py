@@ -60,9 +60,14 @@ class Sample:
   rank: int | None = None
 
   @property
+  def parts(self) -> list[str | Image.Image]:
+    """All texts and images in their order."""
+    return [s if isinstance(s, str) else Image.fromarray(s) for s in self.segments]
+
+  @property
   def images(self) -> list[Image.Image]:
     """Returns all images."""
-    return [Image.fromarray(s) for s in self.segments if not isinstance(s, str)]
+    return [part for part in self.parts if not isinstance(part, str)]
 
   @property
   def image(self) -> Image.Image | None:
@@ -149,7 +154,7 @@ def check_tasks(layout: PromptLayout, tasks: Sequence[Task], bank: epath.PathLik
     if not len(store := open_bank(layout, bank)):
       raise retrieving.error(
         f"retrieve is {retrieving.retrieve}, and {store.folder} holds no documents: set "
-        "--retrieve=0."
+        "retrieve to 0."
       )
   return given
 
@@ -282,22 +287,49 @@ class Pipeline:
         queries.setdefault((kind, image_key(value)), (value, []))[1].append(i)
     if not queries:
       return found
-    ids = self.retriever.retrieve(self._embed(queries))[0]
-    for (_, members), row in zip(queries.values(), ids):
+    most = max(tasks[i].retrieve for _, members in queries.values() for i in members)
+    nearest = self.search([(kind, value) for (kind, _), (value, _) in queries.items()], most)
+    for (_, members), (documents, _) in zip(queries.values(), nearest):
       for i in members:
-        found[i] = first_documents(self.documents, row, tasks[i].retrieve)
+        found[i] = documents[: tasks[i].retrieve]
         if not found[i]:
           limit = self.settings.retrieval.max_similarity
           raise tasks[i].error(
             f"no document was found for '{tasks[i].label}': all are more similar to it than "
-            f"config.retrieval.max_similarity = {limit}: set --retrieve=0."
+            f"config.retrieval.max_similarity = {limit}: set retrieve to 0."
           )
     return found
 
-  def _embed(self, queries: dict) -> np.ndarray:
-    """Embeds the values of `queries`, whose keys begin with "image" or "text": [n, E]."""
+  def search(
+    self, queries: Sequence[tuple[str, object]], count: int
+  ) -> list[tuple[tuple[Document, ...], np.ndarray]]:
+    """Finds the documents of the bank that are most similar to each query; needs CLIP.
+
+    Args:
+      queries: ("text", text) or ("image", image) each.
+      count: largest number of documents for each query.
+
+    Returns:
+      For each query its documents, best first, and their cosines, fp32. Documents above
+      `retrieval.max_similarity`, to the query or to a better document, are skipped.
+
+    Raises:
+      UserError: `count` is more than the search looks at.
+    """
+    if count > (most := self.settings.retrieval.max_candidates):
+      raise UserError(
+        f"{count} documents are asked for; at most config.retrieval.max_candidates = {most} can be."
+      )
+    ids, scores = self.retriever.retrieve(self._embed(queries), count)
+    return [
+      (first_documents(self.documents, row, count), similar[row >= 0])
+      for row, similar in zip(ids, scores)
+    ]
+
+  def _embed(self, queries: Sequence[tuple[str, object]]) -> np.ndarray:
+    """[n, E] embeddings of queries, see `search`."""
     values = {"image": [], "text": []}
-    for (kind, _), (value, _) in queries.items():
+    for kind, value in queries:
       values[kind].append(value)
     embedded = {}
     if images := [load_image(image, self.clip.resolution) for image in values["image"]]:

@@ -142,17 +142,20 @@ class Retriever:
         scores[i, : len(kept)] = vectors[kept] @ documents[i]
     return ids, scores, counts
 
-  def retrieve(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def retrieve(
+    self, queries: np.ndarray, count: int | None = None
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Selects neighbors for captions alone, as at inference, without images and groups.
 
     Args:
       queries: [q, E] text embeddings of norm 1.
+      count: C, at most `max_candidates`; default: as many as a training document has.
 
     Returns:
       ids [q, C] int32 into the bank, best first, padded with -1, and their cosines to the queries,
       [q, C] float32.
     """
-    none, count = np.zeros(len(queries), np.uint64), 2 * self.config.kept_per_side
+    none, count = np.zeros(len(queries), np.uint64), count or 2 * self.config.kept_per_side
     return self.select([self.search(queries)], queries, none, none, count)[:2]
 
 

@@ -172,23 +172,33 @@ class Checkpoints:
     return self._digest_folder / f"{step}.json"
 
 
-def load_params(folder: epath.PathLike, config: ModelConfig) -> tuple[dict, int]:
-  """Loads the parameters of a run's newest checkpoint onto the current mesh.
+def load_params(
+  folder: epath.PathLike, config: ModelConfig, step: int | None = None
+) -> tuple[dict, int]:
+  """Loads the parameters of a run's checkpoint onto the current mesh.
+
+  Args:
+    folder: of the run.
+    config: size of the decoder.
+    step: of the checkpoint; default: the newest.
 
   Returns:
     The parameters and their step.
 
   Raises:
-    UserError: `folder` has no sealed checkpoint, or it is damaged.
+    UserError: there is no sealed checkpoint, or none of `step`, or it is damaged.
   """
   if not (epath.Path(folder) / FOLDER).exists():
     raise UserError(f"{folder} has no checkpoint: run `python -m launch.train` first.")
   checkpoints = Checkpoints(folder, keep=1_000_000)
-  step = checkpoints.newest()
-  if step is None:
+  newest = checkpoints.newest()
+  if newest is None:
     raise UserError(
       f"{folder} has no complete checkpoint yet: run `python -m launch.train` until it saves one."
     )
+  step = newest if step is None else step
+  if not (checkpoints.folder / str(step)).exists():
+    raise UserError(f"{folder} has no checkpoint of step {step} any more: the newest is {newest}.")
   params = checkpoints.restore_params(config, step)
   checkpoints.close()
   return params, step

@@ -120,13 +120,13 @@ def test_images_that_cannot_be_read_are_refused(workdir, layout, tmp_path):
 def test_an_empty_or_absent_bank_is_refused(pipeline, layout, tmp_path, monkeypatch):
   write_documents(epath.Path(tmp_path) / "documents" / "train_pairs", [], VOCAB)
   task = text_to_image("green car", retrieve=2, where="f, line 1")
-  message = r"retrieve is 2, and .*train_pairs holds no documents: set --retrieve=0"
+  message = r"retrieve is 2, and .*train_pairs holds no documents: set retrieve to 0"
   with pytest.raises(UserError, match=f"^f, line 1: {message}"):
     check_tasks(layout, [task], tmp_path)
   with pytest.raises(UserError, match=r"^f, line 1: retrieve is 2, and there is no bank"):
     check_tasks(layout, [task], None)
 
-  def nothing(self, queries):
+  def nothing(self, queries, count):
     return np.full((len(queries), 4), -1, np.int32), None
 
   monkeypatch.setattr(neighbors.Retriever, "retrieve", nothing)

@@ -7,11 +7,18 @@ from etils import epath
 import jax
 import numpy as np
 
+from cm3leon_jax import stages
+from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.data.documents import Segment, write_documents
+from cm3leon_jax.io import write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.tokenizers import text, vqgan
+from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training.optimizer import create_optimizer
+from cm3leon_jax.training.state import TrainState
 from tests.data.stores import VOCAB, make_sources
+from tests.models.tiny import random_params
 from tests.retrieval.stores import write_bank, write_neighbors
 
 CAPTIONS = ["red apple", "green apple", "blue car", "old house", "new house"]
@@ -70,3 +77,21 @@ def make_run(root: epath.Path) -> None:
   write_neighbors(root / "neighbors" / "heldout_pairs", text_ids=ids)
   image_params = vqgan.init_params(SETTINGS.vqgan, VOCAB.image_size, jax.random.key(0))
   vqgan.ImageTokenizer(SETTINGS.vqgan, VOCAB.image_size, image_params).save(root / "vqgan")
+
+
+def save_run(root: epath.Path) -> None:
+  """A run that `CM3Leon.load` and all commands read: `make_run`, a CLIP, a checkpoint of step 7."""
+  make_run(root)
+  params = clip_lib.init_params(SETTINGS.clip, VOCAB.text_size, jax.random.key(0))
+  clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, params).save(root / "clip")
+  optimizer = create_optimizer(SETTINGS.optimizer, 10)
+  with one_device():
+    params = random_params(SETTINGS.model)
+    state = TrainState(np.int32(7), params, jax.jit(optimizer.init)(params))
+    checkpoints = checkpoint.Checkpoints(root / "train", keep=1)
+    checkpoints.save(state, 7, next_row=0)
+    checkpoints.close()
+  for name in ("text_tokenizer", "vqgan", "documents", "neighbors", "clip", "train"):
+    write_json(root / name / stages.DONE, {"id": name, "config": {}, "summary": {}, "seconds": 1.0})
+  stored = {"run": stages.identity(SETTINGS, "train"), "settings": dataclasses.asdict(SETTINGS)}
+  write_json(root / "train" / "config.json", stored)
