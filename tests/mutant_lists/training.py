@@ -1,0 +1,89 @@
+"""Mutants of the model, the loss, the optimizer, checkpoints and the small trainers."""
+
+from tests.mutant_lists.mutant import mutants_of
+
+TRAINING = (
+  *mutants_of(
+    "cm3leon_jax/models/transformer.py",
+    "tests/models/transformer_test.py",
+    ("positions_900_times_too_large", "POSITION_RATIO = 1 / 30", "POSITION_RATIO = 30"),
+    ("layers_start_at_random", 'out_std = 0.0 if config.family == "opt" else std', "out_std = std"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/models/transformer.py",
+    "tests/models/look_up_test.py",
+    (
+      "embedding_gradient_in_bf16",
+      "  wide = attention.wide(table.dtype)\n",
+      "  wide = jnp.dtype(dtype)\n",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/loss.py",
+    "tests/training/loss_test.py",
+    (
+      "last_chunk_skipped",
+      "found = whole(nll), whole(log_z)",
+      "found = whole(nll.at[-1].set(0)), whole(log_z)",
+    ),
+    (
+      "table_gradient_of_one_data_shard",
+      'jax.lax.psum(_scattered(by_rows), "data")',
+      "_scattered(by_rows)",
+    ),
+    ("z_loss_sign", "nll + z_loss * log_z**2", "nll - z_loss * log_z**2"),
+    ("z_loss_gradient_halved", "1 + 2 * z_loss * log_z", "1 + z_loss * log_z"),
+    ("maximum_of_one_shard", "jax.lax.pmax(jnp.max(logits, -1), tensor)", "jnp.max(logits, -1)"),
+    ("first_code_is_text", "targets >= text_size", "targets > text_size"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/optimizer.py",
+    "tests/training/optimizer_test.py",
+    ("clipping_removed", "optax.clip_by_global_norm(config.clip_norm)", "optax.identity()"),
+    ("adam_b1_half", "    config.b1,", "    0.5,"),
+    ("adam_b2_half", "    config.b2,", "    0.5,"),
+    ("adam_eps_1e-3", "    config.eps,", "    1e-3,"),
+    ("decay_of_everything", "mask=decayed", "mask=None"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/state.py",
+    "tests/training/state_test.py",
+    (
+      "accumulation_by_maximum",
+      "jax.tree.map(jnp.add, grads, part_grads)",
+      "jax.tree.map(jnp.maximum, grads, part_grads)",
+    ),
+    ("loss_not_normalized", "return value / total, loss", "return value, loss"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/checkpoint.py",
+    "tests/training/checkpoint_test.py",
+    ("missing_files_unnoticed", "sorted({*expected, *_files(folder)})", "sorted(_files(folder))"),
+    (
+      "digests_not_compared",
+      "expected.get(name) != digest(folder / name)",
+      "digest(folder / name) is None",
+    ),
+    ("unsealed_checkpoints_count", " if self._digest_path(s).exists()]", "]"),
+    ("digests_of_deleted_steps_stay", "s not in kept", "False"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/tokenizers/train_vqgan.py",
+    "tests/tokenizers/train_vqgan_test.py",
+    ("codebook_gradient_stopped", "squared(q - stop(z))", "squared(stop(q) - stop(z))"),
+    ("commitment_gradient_everywhere", "z - stop(q)", "z - q"),
+    ("adversarial_sign", "loss -= config.adversarial_weight", "loss += config.adversarial_weight"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/clip/train.py",
+    "tests/clip/train_test.py",
+    ("one_concept_is_a_negative", "& ~jnp.eye(len(concepts), dtype=bool)", ""),
+    ("clip_loss_one_sided", "logsumexp(logits, 0)", "logsumexp(logits, 1)"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/small_trainer.py",
+    "tests/training/small_trainer_test.py",
+    ("small_trainer_restarts", "range(first, config.steps)", "range(0, config.steps)"),
+    ("small_state_not_restored", "checkpoints.restore(jax.eval_shape(init), newest)", "init(), 0"),
+  ),
+)
