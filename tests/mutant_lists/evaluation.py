@@ -5,7 +5,7 @@ from tests.mutant_lists.mutant import mutants_of
 EVALUATION = (
   *mutants_of(
     "cm3leon_jax/evaluation/bits.py",
-    "tests/evaluation/bits_test.py",
+    "tests/evaluation/bits_test.py::test_intervals_are_over_the_concepts_of_the_documents",
     (
       "intervals_of_independent_documents",
       'str(store.concepts[j] or f"document {j}")',

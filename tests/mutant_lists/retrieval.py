@@ -25,12 +25,16 @@ RETRIEVAL = (
   ),
   *mutants_of(
     "cm3leon_jax/retrieval/neighbors.py",
-    "tests/retrieval/bank_test.py",
+    "tests/retrieval/bank_test.py::test_candidates_come_from_the_caption_and_from_the_image",
     (
       "searched_by_text_twice",
       "retriever.search(read(rows.images))]",
       "retriever.search(queries)]",
     ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/retrieval/neighbors.py",
+    "tests/retrieval/bank_test.py::test_the_stage_writes_neighbors_of_both_splits",
     (
       "caption_neighbors_by_document",
       "retriever.retrieve(queries)",
@@ -39,12 +43,12 @@ RETRIEVAL = (
   ),
   *mutants_of(
     "cm3leon_jax/retrieval/bank.py",
-    "tests/retrieval/bank_test.py",
+    "tests/retrieval/bank_test.py::test_query_dropout_drops_its_share",
     ("query_dropout_never", "kept = order >= share", "kept = order >= 0"),
   ),
   *mutants_of(
     "cm3leon_jax/commands/train.py",
-    "tests/training/heldout_test.py",
+    "tests/training/heldout_test.py::test_neighbors_are_those_of_the_caption_alone",
     ("heldout_neighbors_by_image", 'text_only=split == "heldout"', "text_only=False"),
   ),
 )
