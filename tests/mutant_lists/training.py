@@ -2,19 +2,30 @@
 
 from tests.mutant_lists.mutant import mutants_of
 
+TRANSFORMER = "cm3leon_jax/models/transformer.py"
+TRANSFORMER_TEST = "tests/models/transformer_test.py"
+LOSS = "cm3leon_jax/training/loss.py"
+LOSS_TEST = "tests/training/loss_test.py"
+STATE = "cm3leon_jax/training/state.py"
+STATE_TEST = "tests/training/state_test.py"
+CHECKPOINT = "cm3leon_jax/training/checkpoint.py"
+CHECKPOINT_TEST = "tests/training/checkpoint_test.py"
+VQGAN = "cm3leon_jax/tokenizers/train_vqgan.py"
+VQGAN_TEST = "tests/tokenizers/train_vqgan_test.py"
+
 TRAINING = (
   *mutants_of(
-    "cm3leon_jax/models/transformer.py",
-    "tests/models/transformer_test.py::test_positions_of_opt_start_at_the_papers_spread",
+    TRANSFORMER,
+    f"{TRANSFORMER_TEST}::test_positions_of_opt_start_at_the_papers_spread",
     ("positions_900_times_too_large", "POSITION_RATIO = 1 / 30", "POSITION_RATIO = 30"),
   ),
   *mutants_of(
-    "cm3leon_jax/models/transformer.py",
-    "tests/models/transformer_test.py::test_opt_starts_with_equal_logits_up_to_the_tied_table",
+    TRANSFORMER,
+    f"{TRANSFORMER_TEST}::test_opt_starts_with_equal_logits_up_to_the_tied_table",
     ("layers_start_at_random", 'out_std = 0.0 if config.family == "opt" else std', "out_std = std"),
   ),
   *mutants_of(
-    "cm3leon_jax/models/transformer.py",
+    TRANSFORMER,
     "tests/models/look_up_test.py",
     (
       "embedding_gradient_in_bf16",
@@ -23,8 +34,8 @@ TRAINING = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/training/loss.py",
-    "tests/training/loss_test.py::test_chunked_and_sharded_equals_plain_fp64",
+    LOSS,
+    f"{LOSS_TEST}::test_chunked_and_sharded_equals_plain_fp64",
     (
       "last_chunk_skipped",
       "found = whole(nll), whole(log_z)",
@@ -33,8 +44,8 @@ TRAINING = (
     ("maximum_of_one_shard", "jax.lax.pmax(jnp.max(logits, -1), tensor)", "jnp.max(logits, -1)"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/loss.py",
-    "tests/training/loss_test.py::test_the_hand_written_gradient_equals_autodiff_of_the_full_logits",
+    LOSS,
+    f"{LOSS_TEST}::test_the_hand_written_gradient_equals_autodiff_of_the_full_logits",
     (
       "table_gradient_of_one_data_shard",
       'jax.lax.psum(_scattered(by_rows), "data")',
@@ -43,13 +54,13 @@ TRAINING = (
     ("z_loss_gradient_halved", "1 + 2 * z_loss * log_z", "1 + z_loss * log_z"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/loss.py",
-    "tests/training/loss_test.py::test_large_logits_and_z_loss",
+    LOSS,
+    f"{LOSS_TEST}::test_large_logits_and_z_loss",
     ("z_loss_sign", "nll + z_loss * log_z**2", "nll - z_loss * log_z**2"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/loss.py",
-    "tests/training/loss_test.py::test_modality_losses_literal",
+    LOSS,
+    f"{LOSS_TEST}::test_modality_losses_literal",
     ("first_code_is_text", "targets >= text_size", "targets > text_size"),
   ),
   *mutants_of(
@@ -62,8 +73,8 @@ TRAINING = (
     ("decay_of_everything", "mask=decayed", "mask=None"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/state.py",
-    "tests/training/state_test.py::test_mesh_and_accumulation_change_nothing",
+    STATE,
+    f"{STATE_TEST}::test_mesh_and_accumulation_change_nothing",
     (
       "accumulation_by_maximum",
       "jax.tree.map(jnp.add, grads, part_grads)",
@@ -71,13 +82,13 @@ TRAINING = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/training/state.py",
-    "tests/training/state_test.py::test_loss_and_gradient_are_those_of_a_weighted_mean",
+    STATE,
+    f"{STATE_TEST}::test_loss_and_gradient_are_those_of_a_weighted_mean",
     ("loss_not_normalized", "return value / total, loss", "return value, loss"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/checkpoint.py",
-    "tests/training/checkpoint_test.py::test_a_damaged_file_is_told",
+    CHECKPOINT,
+    f"{CHECKPOINT_TEST}::test_a_damaged_file_is_told",
     ("missing_files_unnoticed", "sorted({*expected, *_files(folder)})", "sorted(_files(folder))"),
     (
       "digests_not_compared",
@@ -86,24 +97,24 @@ TRAINING = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/training/checkpoint.py",
-    "tests/training/checkpoint_test.py::test_a_checkpoint_without_digests_does_not_count",
+    CHECKPOINT,
+    f"{CHECKPOINT_TEST}::test_a_checkpoint_without_digests_does_not_count",
     ("unsealed_checkpoints_count", " if self._digest_path(s).exists()]", "]"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/checkpoint.py",
-    "tests/training/checkpoint_test.py::test_old_checkpoints_and_their_digests_go",
+    CHECKPOINT,
+    f"{CHECKPOINT_TEST}::test_old_checkpoints_and_their_digests_go",
     ("digests_of_deleted_steps_stay", "s not in kept", "False"),
   ),
   *mutants_of(
-    "cm3leon_jax/tokenizers/train_vqgan.py",
-    "tests/tokenizers/train_vqgan_test.py::test_generator_loss_is_the_oracle",
+    VQGAN,
+    f"{VQGAN_TEST}::test_generator_loss_is_the_oracle",
     ("codebook_gradient_stopped", "squared(q - stop(z))", "squared(stop(q) - stop(z))"),
     ("commitment_gradient_everywhere", "z - stop(q)", "z - q"),
   ),
   *mutants_of(
-    "cm3leon_jax/tokenizers/train_vqgan.py",
-    "tests/tokenizers/train_vqgan_test.py::test_adversarial_step",
+    VQGAN,
+    f"{VQGAN_TEST}::test_adversarial_step",
     ("adversarial_sign", "loss -= config.adversarial_weight", "loss += config.adversarial_weight"),
   ),
   *mutants_of(
