@@ -1,16 +1,9 @@
-"""The mutants of `mutants.py`: file, text to replace, replacement, test files that must fail."""
+"""All mutants that `mutants.py` runs, by subject."""
 
-from typing import NamedTuple
+from tests.mutant_lists.data import DATA
+from tests.mutant_lists.decoding import DECODING
+from tests.mutant_lists.evaluation import EVALUATION
+from tests.mutant_lists.retrieval import RETRIEVAL
+from tests.mutant_lists.training import TRAINING
 
-
-class Mutant(NamedTuple):
-  """One wrong program. `tests`: files, or tests as pytest names them, that claim to notice it."""
-
-  name: str
-  file: str
-  old: str
-  new: str
-  tests: tuple[str, ...]
-
-
-MUTANTS: tuple[Mutant, ...] = ()
+MUTANTS = DATA + RETRIEVAL + TRAINING + DECODING + EVALUATION

@@ -1,18 +1,20 @@
-"""One-line mutants of the package, and the test files that must fail on each.
+"""One-line mutants of the package, and the tests that must fail on each.
 
   python -m tests.mutants                    # all of them
-  python -m tests.mutants --part=2/4         # the second quarter
-  python -m tests.mutants --only=adamw       # those whose name holds a word
+  python -m tests.mutants --part=2/4         # every fourth, from the second on
+  python -m tests.mutants --only=adam        # those whose name contains a word
 
-A mutant replaces one text of one file, in a copy of the tree, and runs only the test files that
-claim to notice. A mutant that no test notices survives: the tests have a hole there.
-`mutants_test.py` runs the same list (marked `slow`), and checks on every run that each text to
-replace is still there, once.
+A mutant replaces one text of one file, in a copy of the tree, and runs only the tests that claim
+to notice it. A mutant that no test notices survives: the tests have a gap there. A mutant that
+cannot be imported proves nothing about the tests, so it counts as invalid, not as killed.
+`mutants_test.py` runs the same list (marked `slow`), and checks in every run that each mutant can
+be made and that its tests exist.
 """
 
 import argparse
 from collections.abc import Sequence
 import dataclasses
+import os
 import pathlib
 import shutil
 import subprocess
@@ -20,35 +22,65 @@ import sys
 import tempfile
 import time
 
-from tests.mutant_list import MUTANTS, Mutant
+from tests.mutant_list import MUTANTS
+from tests.mutant_lists.mutant import Mutant
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 COPIED = ("cm3leon_jax", "launch", "ml_configs", "benchmarks", "tests", "docs", "pyproject.toml")
-TIMEOUT = 300  # Seconds; a mutant that makes a test hang counts as noticed.
+TIMEOUT = 300  # Seconds.
+KILLED, SURVIVES, INVALID = "killed by", "SURVIVES", "INVALID:"
+NOT_A_PROGRAM = ("SyntaxError", "IndentationError", "NameError", "UnboundLocalError", "ImportError")
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What the tests said of a mutant: `killed_by` names the first failed test, "" if all passed."""
+  """What the tests show.
 
-  mutant: Mutant
-  killed_by: str
+  Attributes:
+    verdict: KILLED, SURVIVES or INVALID.
+    detail: the first test that failed; or why the mutant is invalid.
+    seconds: how long the tests took.
+  """
+
+  verdict: str
+  detail: str
   seconds: float
 
 
-def apply(mutant: Mutant, root: pathlib.Path) -> None:
-  """Writes the mutant into the tree `root`. Raises ValueError unless its text occurs once."""
-  path = root / mutant.file
-  text = path.read_text(encoding="utf-8")
+def mutated(mutant: Mutant, text: str) -> str:
+  """Returns the mutant of `text`. Raises ValueError unless it replaces one place, and compiles."""
   if text.count(mutant.old) != 1:
     raise ValueError(
-      f"{mutant.name}: {mutant.file} holds {mutant.old!r} {text.count(mutant.old)} times"
+      f"{mutant.name}: {mutant.file} contains {mutant.old!r} {text.count(mutant.old)} times, not "
+      "once."
     )
-  path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+  result = text.replace(mutant.old, mutant.new)
+  try:
+    compile(result, mutant.file, "exec")
+  except SyntaxError as error:
+    raise ValueError(f"{mutant.name}: {mutant.file} does not compile: {error}.") from None
+  return result
 
 
-def run(mutant: Mutant | None, tests: Sequence[str]) -> Outcome:
-  """Runs test files on a copy of the tree with the mutant in it; None: the tree as it is."""
+def judge(code: int, output: str) -> tuple[str, str]:
+  """Verdict and detail of a pytest run with `-x`, from its exit code and its standard output.
+
+  A test that fails kills, and so does a fixture. A file that cannot be collected does not, nor
+  does an error that shows that the mutant is no program.
+  """
+  if code == 0:
+    return SURVIVES, ""
+  lines = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+  if code != 1 or not lines:
+    return INVALID, f"pytest ended with {code}: {' '.join(lines) or output[-400:]}"
+  test, _, reason = lines[0].split(" ", 1)[1].partition(" - ")
+  if "::" not in test or reason.startswith(NOT_A_PROGRAM):
+    return INVALID, lines[0]
+  return KILLED, test
+
+
+def run(mutant: Mutant | None, tests: Sequence[str], timeout: float = TIMEOUT) -> Outcome:
+  """Runs tests on a copy of the tree with the mutant in it; None: the tree as it is."""
   start = time.monotonic()
   with tempfile.TemporaryDirectory() as folder:
     root = pathlib.Path(folder)
@@ -59,21 +91,19 @@ def run(mutant: Mutant | None, tests: Sequence[str]) -> Outcome:
       else:
         shutil.copy(source, root / name)
     if mutant is not None:
-      apply(mutant, root)
+      path = root / mutant.file
+      path.write_text(mutated(mutant, path.read_text(encoding="utf-8")), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "COLUMNS": "400"}  # pytest cuts its summary to the columns.
     try:
       result = subprocess.run(
-        command, cwd=root, capture_output=True, text=True, timeout=TIMEOUT, check=False
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=timeout
       )
     except subprocess.TimeoutExpired:
-      return Outcome(mutant, f"no end within {TIMEOUT} s", time.monotonic() - start)
-  failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-  if result.returncode not in (0, 1, 2):
-    raise RuntimeError(f"pytest ended with {result.returncode}: {result.stdout}{result.stderr}")
-  killed_by = failed[0].split(" ", 1)[1].split(" - ")[0] if failed else ""
-  if result.returncode and not killed_by:
-    raise RuntimeError(f"pytest failed and named no test: {result.stdout}{result.stderr}")
-  return Outcome(mutant, killed_by, time.monotonic() - start)
+      verdict, detail = INVALID, f"no end within {timeout} s"
+    else:
+      verdict, detail = judge(result.returncode, result.stdout)
+  return Outcome(verdict, detail, time.monotonic() - start)
 
 
 def part(mutants: Sequence[Mutant], which: str) -> list[Mutant]:
@@ -82,20 +112,25 @@ def part(mutants: Sequence[Mutant], which: str) -> list[Mutant]:
   return list(mutants[number - 1 :: parts])
 
 
+def report(mutants: Sequence[Mutant]) -> bool:
+  """Runs mutants and prints what kills each; returns whether all were killed."""
+  killed, start = 0, time.monotonic()
+  for mutant in mutants:
+    outcome = run(mutant, mutant.tests)
+    killed += outcome.verdict == KILLED
+    said = f"{outcome.verdict} {outcome.detail}".rstrip()
+    print(f"{mutant.name}: {said} ({outcome.seconds:.0f} s)", flush=True)
+  print(f"{killed} of {len(mutants)} mutants killed in {time.monotonic() - start:.0f} s.")
+  return killed == len(mutants)
+
+
 def main() -> None:
-  parser = argparse.ArgumentParser()
+  parser = argparse.ArgumentParser(description="Runs the mutants of tests/mutant_list.py.")
   parser.add_argument("--part", default="1/1", help="which part of the list, e.g. 2/4")
-  parser.add_argument("--only", default="", help="only mutants whose name holds this")
+  parser.add_argument("--only", default="", help="only mutants whose name contains this")
   options = parser.parse_args()
   chosen = [m for m in part(MUTANTS, options.part) if options.only in m.name]
-  survivors, start = [], time.monotonic()
-  for mutant in chosen:
-    outcome = run(mutant, mutant.tests)
-    survivors += [] if outcome.killed_by else [mutant.name]
-    print(f"{mutant.name}: {outcome.killed_by or 'SURVIVES'} ({outcome.seconds:.0f} s)", flush=True)
-  killed = len(chosen) - len(survivors)
-  print(f"{killed} of {len(chosen)} mutants killed in {time.monotonic() - start:.0f} s.")
-  sys.exit(bool(survivors))
+  sys.exit(not report(chosen))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,30 @@
-"""Every mutant of the list can be made, and (slow) is noticed by the tests that claim it."""
+"""Every mutant of the list can be made, and (slow) the tests that claim to notice it do."""
 
 import pytest
 
 from tests import mutants
 from tests.mutant_list import MUTANTS
+from tests.mutant_lists.mutant import Mutant
+
+CM3, CM3_TEST = "cm3leon_jax/data/cm3.py", "tests/data/cm3_test.py"
+RENAMED = Mutant(
+  "a_local_renamed",
+  CM3,
+  "all(end <= a or b <= start for a, b in spans)",
+  "all(end <= c or d <= start for c, d in spans)",
+  (f"{CM3_TEST}::test_spans_are_disjoint_and_never_cross_a_boundary",),
+)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
-def test_the_text_to_replace_occurs_once(mutant):
+def test_a_mutant_changes_one_place_and_its_tests_exist(mutant):
   text = (mutants.ROOT / mutant.file).read_text(encoding="utf-8")
-  assert text.count(mutant.old) == 1
-  assert mutant.new != mutant.old
+  assert mutants.mutated(mutant, text) != text
   assert mutant.tests
+  for test in mutant.tests:
+    file, *function = test.split("::")
+    tests = (mutants.ROOT / file).read_text(encoding="utf-8")
+    assert all(f"\ndef {name}(" in tests for name in function), test
 
 
 def test_there_are_enough_mutants_with_names_of_their_own():
@@ -19,13 +32,58 @@ def test_there_are_enough_mutants_with_names_of_their_own():
   assert len({m.name for m in MUTANTS}) == len(MUTANTS)
 
 
+def test_parts_are_the_whole_list():
+  parts = [mutants.part(MUTANTS, f"{k}/4") for k in (1, 2, 3, 4)]
+  assert sorted(m.name for part in parts for m in part) == sorted(m.name for m in MUTANTS)
+
+
+@pytest.mark.parametrize(
+  ("old", "new", "message"),
+  [("OVERHEAD", "COST", "contains 'OVERHEAD' 2 times, not once"), ("b = 2", "b = (", "compile")],
+)
+def test_what_cannot_be_made_is_refused(old, new, message):
+  with pytest.raises(ValueError, match=message):
+    mutants.mutated(Mutant("m", CM3, old, new, ()), "OVERHEAD = 3\na = OVERHEAD\nb = 2\n")
+
+
+@pytest.mark.parametrize(
+  ("code", "output", "verdict"),
+  [
+    (0, "3 passed", mutants.SURVIVES),
+    (1, "FAILED tests/a_test.py::test_b[c] - assert 1 == 2", mutants.KILLED),
+    (1, "ERROR tests/a_test.py::test_b - ValueError: a fixture", mutants.KILLED),
+    (1, "FAILED tests/a_test.py::test_b - NameError: name 'x' is not defined", mutants.INVALID),
+    (2, "ERROR tests/a_test.py - SyntaxError: invalid syntax", mutants.INVALID),
+    (2, "ERROR tests/a_test.py", mutants.INVALID),
+    (4, "ERROR: not found: tests/a_test.py::test_b", mutants.INVALID),
+    (5, "3 deselected", mutants.INVALID),
+  ],
+)
+def test_only_a_failed_test_kills(code, output, verdict):
+  assert mutants.judge(code, output)[0] == verdict
+
+
+@pytest.mark.slow
+def test_a_mutant_that_changes_nothing_survives(monkeypatch, capsys):
+  monkeypatch.setattr(mutants, "MUTANTS", (RENAMED,))
+  monkeypatch.setattr("sys.argv", ["mutants"])
+  with pytest.raises(SystemExit) as end:
+    mutants.main()
+  assert end.value.code == 1
+  out = capsys.readouterr().out
+  assert out.startswith("a_local_renamed: SURVIVES (")
+  assert "0 of 1 mutants killed" in out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_the_mutant_is_noticed(mutant):
-  assert mutants.run(mutant, mutant.tests).killed_by, f"no test noticed {mutant.name}"
+  outcome = mutants.run(mutant, mutant.tests)
+  assert outcome.verdict == mutants.KILLED, outcome.detail
 
 
 @pytest.mark.slow
 def test_the_tests_pass_without_a_mutant():
-  files = sorted({test for mutant in MUTANTS for test in mutant.tests})
-  assert not mutants.run(None, files).killed_by
+  tests = sorted({test for mutant in MUTANTS for test in mutant.tests})
+  outcome = mutants.run(None, tests, timeout=3_600)
+  assert outcome.verdict == mutants.SURVIVES, outcome.detail

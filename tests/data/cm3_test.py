@@ -1,3 +1,4 @@
+from collections import Counter
 import itertools
 
 from hypothesis import given, settings
@@ -120,6 +121,32 @@ def test_spans_reach_every_content_token_and_both_lengths_of_span():
   assert partial
   assert (covered[[1, 2, 3, 4, 6, 7, 8, 9, 10]] > 0).all()
   assert covered[[0, 5, 11]].sum() == 0
+
+
+def covered_most(bounds, low, high):
+  """The span of two points: the tokens in [low, high) of the segment with most of them there."""
+  parts = [[t for t in range(start, end) if low <= t < high] for start, end in bounds]
+  longest = max(parts, key=len)
+  return ((longest[0], longest[-1] + 1),) if longest else ()
+
+
+def test_a_free_span_is_where_two_uniform_points_cover_most_of_a_segment():
+  """The frequencies of 8,000 draws are those of all pairs of points."""
+  lengths = [6, 2, 3]
+  bounds, points = cm3.segment_bounds(lengths), range(sum(lengths) + len(lengths) + 2)
+  pairs = itertools.product(points, repeat=2)
+  expected = Counter(covered_most(bounds, min(pair), max(pair)) for pair in pairs)
+  rng = np.random.default_rng(0)
+  found = Counter(cm3.draw_spans(lengths, 1, False, rng) for _ in range(8_000))
+  assert found.keys() == expected.keys()
+  for spans, count in expected.items():
+    assert found[spans] / 8_000 == pytest.approx(count / len(points) ** 2, abs=0.015), spans
+
+
+def test_several_tries_find_the_spans_that_are_wanted():
+  """Nine candidates contain three disjoint spans more often than not, three of them seldom do."""
+  draws = [cm3.draw_spans([40, 50], 3, False, np.random.default_rng(seed)) for seed in range(500)]
+  assert 0.55 < np.mean([len(spans) == 3 for spans in draws]) < 0.75
 
 
 def test_undo_refuses_an_infill_that_is_cut():

@@ -103,6 +103,28 @@ def test_the_stage_writes_neighbors_of_both_splits(built):
   )
 
 
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_candidates_come_from_the_caption_and_from_the_image(built, split):
+  root, _ = built
+  retriever, rows = Retriever(root / "out", CONFIG), Embeddings(root / "out" / split)
+  queries, images, documents = (
+    array[:].astype(np.float32) for array in (rows.queries, rows.images, rows.documents)
+  )
+  captions_only, both = (
+    retriever.select(
+      [retriever.search(queries), retriever.search(other)],
+      documents,
+      rows.keys[:],
+      rows.groups[:],
+      CONFIG.kept_per_side,
+    )[0]
+    for other in (queries, images)
+  )
+  found = neighbors.load_neighbors(root / "out", f"{split}_pairs")
+  np.testing.assert_array_equal(found, both)
+  assert (found != captions_only).any()
+
+
 def files_of(folder):
   return {
     str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("c/*")) if p.is_file()

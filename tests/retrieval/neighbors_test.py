@@ -121,6 +121,7 @@ def test_without_groups_only_itself_is_excluded(tmp_path):
   bank = dataclasses.replace(bank_of(30), groups=np.full(30, ""))
   ids, _, rejected = neighbors_of(bank.retriever(tmp_path))
   assert (ids != np.arange(30)[:, None]).all()
+  assert (ids >= 0).all()
   assert rejected["own_group"] > 0
 
 

@@ -1,0 +1,92 @@
+"""Mutants of what becomes of documents: CM3, the row plan, rows, and near-duplicates."""
+
+from tests.mutant_lists.mutant import mutants_of
+
+DATA = (
+  *mutants_of(
+    "cm3leon_jax/data/cm3.py",
+    "tests/data/cm3_test.py",
+    ("span_crosses_a_break", "start, end = max(low, a), min(high, b)", "start, end = low, high"),
+    ("span_in_the_last_segment", "- max(low, a) > end - start", "- max(low, a) > 0"),
+    ("everything_masked", "0 < end - start < context", "0 < end - start <= context"),
+    ("every_segment_masked", "min(num_spans, len(bounds) - 1)", "min(num_spans, len(bounds))"),
+    ("spans_overlap", "if apart and 0 <", "if 0 <"),
+    ("one_try_a_span", "range(num_spans**2)", "range(num_spans)"),
+    ("spans_unsorted", "return tuple(sorted(spans))", "return tuple(spans)"),
+    ("sentinels_from_1", "[vocab.mask(i) for i in", "[vocab.mask(i + 1) for i in"),
+    ("eoss_left_out", "np.arange(start, end), [length + len(spans)]]", "np.arange(start, end)]"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/plan.py",
+    "tests/data/plan_test.py",
+    ("whole_segments_never", "rng.random() < config.whole_segment_rate", "rng.random() < 0"),
+    (
+      "always_two_spans",
+      "min(int(rng.poisson(config.mean_spans)), max_spans)",
+      "min(2 + 0 * rng.poisson(), max_spans)",
+    ),
+    ("dropped_keeps_neighbors", "SamplePlan((), True", "SamplePlan(tuple(neighbors), True"),
+    (
+      "drop_without_a_last_image",
+      "config.condition_dropout and is_image[-1]",
+      "config.condition_dropout",
+    ),
+    ("neighbors_never_dropped", ">= config.neighbor_dropout", ">= 0"),
+    ("paper_draws_of_all", "min(num_candidates, PAPER_CANDIDATES)", "num_candidates"),
+    (
+      "fixed_takes_the_first",
+      "rng.permutation(num_candidates)[:wanted].tolist()",
+      "list(range(num_candidates))[:wanted]",
+    ),
+    ("spans_without_room", "min(num_spans, (limit - total) // cm3.OVERHEAD)", "num_spans"),
+    ("shares_equal", "= used[source] / shares[source]", "= used[source]"),
+    ("passes_alike", "(seed, source, pass_)).", "(seed, source))."),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/plan.py",
+    "tests/training/heldout_test.py",
+    ("heldout_loss_counts_neighbors", "neighbor_loss_weight=0.0", "neighbor_loss_weight=1.0"),
+    ("heldout_neighbors_at_random", 'neighbor_sampling="best"', 'neighbor_sampling="fixed"'),
+    ("heldout_rows_with_spans", "mean_spans=0.0", "mean_spans=1.0"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/pipeline.py",
+    "tests/data/pipeline_test.py",
+    (
+      "padding_weighs_1",
+      'row["inputs"][:] = row["targets"][:] = pad',
+      'row["inputs"][:] = row["targets"][:] = pad; row["loss_weights"][:] = 1',
+    ),
+    ("opening_tokens_weigh_1", "weights[:3] = 0", "weights[:1] = 0"),
+    ("positions_run_on", "np.arange(len(tokens) - 1)", "np.arange(part.start, part.stop)"),
+    (
+      "neighbors_after_the_document",
+      "join([*neighbors, document], vocab)",
+      "join([document, *neighbors], vocab)",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/pipeline.py",
+    "tests/training/heldout_test.py",
+    ("neighbor_weights_shifted", "joined_weights[1 : 1 + before]", "joined_weights[:before]"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/duplicates.py",
+    "tests/data/duplicates_test.py",
+    (
+      "near_by_both_measures",
+      "(noise >= min_psnr) | (distance <= MAX_BITS)",
+      "(noise >= min_psnr) & (distance <= MAX_BITS)",
+    ),
+    (
+      "nothing_united",
+      "_, parts = connected_components(links, directed=False)",
+      "parts = np.arange(len(ordered))",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/ingest.py",
+    "tests/data/leaks_test.py",
+    ("split_by_drawing", "split_of(d.concept, ", "split_of(d.code, "),
+  ),
+)

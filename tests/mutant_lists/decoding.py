@@ -1,0 +1,72 @@
+"""Mutants of the decoding engine: sampling, guidance, grammar, cache and speculation."""
+
+from tests.mutant_lists.mutant import mutants_of
+
+DECODING = (
+  *mutants_of(
+    "cm3leon_jax/decoding/sampling.py",
+    "tests/decoding/sampling_test.py",
+    ("top_k_one_more", "[None] < top_k)", "[None] <= top_k)"),
+    ("nucleus_without_its_last", "(before < top_p)", "(before + probabilities < top_p)"),
+    (
+      "contrastive_k_is_one",
+      "jax.lax.top_k(expert, min(k, expert.shape[-1]))",
+      "jax.lax.top_k(expert, 1)",
+    ),
+    (
+      "mixture_inverted",
+      "return np.broadcast_to(one % 2 == 1,",
+      "return np.broadcast_to(one % 2 == 0,",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/decoding/sampling.py",
+    "tests/decoding/guidance_test.py",
+    ("guidance_sign", "[alpha, 1 - alpha]", "[alpha, alpha - 1]"),
+    (
+      "editing_weights_exchanged",
+      "[text, image - text, 1 - image]",
+      "[image, text - image, 1 - text]",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/decoding/request.py",
+    "tests/decoding/request_test.py",
+    ("guidance_of_later_tokens", "[weights, weights[-1:]]", "[weights, weights[:1]]"),
+    (
+      "infill_guided_against_itself",
+      "for text, segment in zip(is_text, marked) if not text]",
+      "for text, segment in zip(is_text, marked)]",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/decoding/grammar.py",
+    "tests/decoding/grammar_test.py",
+    ("image_in_too_little_room", "left > self.image_tokens", "left >= self.image_tokens"),
+    ("empty_text_allowed", "(kind == TEXT) & (left < _entry(plan, state.part, 1))", "kind == TEXT"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/decoding/loop.py",
+    "tests/decoding/loop_test.py",
+    (
+      "positions_count_padding",
+      "jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)",
+      "jnp.arange(tokens.shape[1])[None]",
+    ),
+    ("attention_to_the_future_cache", "[None] <= ends[:, None]", "[None] >= 0 * ends[:, None]"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/decoding/cache.py",
+    "tests/decoding/cache_test.py",
+    ("cache_keeps_the_padding", "x[:, :, x.shape[2] - kept :]", "x[:, :, :kept]"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/decoding/speculative.py",
+    "tests/decoding/speculative_test.py",
+    (
+      "draft_accepted_too_rarely",
+      "uniform * pick(odds, drafts) < pick(p[:-1], drafts)",
+      "uniform < pick(p[:-1], drafts)",
+    ),
+  ),
+)

@@ -1,0 +1,54 @@
+"""Mutants of evaluation, reports, configs and stages."""
+
+from tests.mutant_lists.mutant import mutants_of
+
+EVALUATION = (
+  *mutants_of(
+    "cm3leon_jax/evaluation/bits.py",
+    "tests/evaluation/bits_test.py::test_intervals_are_over_the_concepts_of_the_documents",
+    (
+      "intervals_of_independent_documents",
+      'str(store.concepts[j] or f"document {j}")',
+      'f"document {j}"',
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/evaluation/intervals.py",
+    "tests/evaluation/intervals_test.py",
+    (
+      "bootstrap_of_independent_rows",
+      "_, places = np.unique(np.asarray(groups), return_inverse=True)",
+      "places = np.arange(len(groups))",
+    ),
+    (
+      "interval_not_expanded",
+      "confidence_level=_percentile_level(effective)",
+      "confidence_level=LEVEL",
+    ),
+    ("bootstrap_unpaired", "paired=True", "paired=False"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/reports/summary.py",
+    "tests/reports/report_test.py",
+    (
+      "samples_of_a_prompt_independent",
+      '[r.get("concept") or r.get("key") or r["prompt"] for r in column]',
+      "list(range(len(column)))",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/stages.py",
+    "tests/stages_test.py",
+    ("stale_inputs_count_as_done", 'return stored.get("inputs") == inputs', "return True"),
+    (
+      "another_config_accepted",
+      '{**stored, "inputs": inputs}, {**config, "inputs": inputs}',
+      "config, config",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/config.py",
+    "tests/config_test.py",
+    ("unknown_fields_ignored", '"extra": "forbid"', '"extra": "ignore"'),
+  ),
+)

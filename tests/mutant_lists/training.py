@@ -1,0 +1,132 @@
+"""Mutants of the model, the loss, the optimizer, checkpoints and the small trainers."""
+
+from tests.mutant_lists.mutant import mutants_of
+
+TRANSFORMER = "cm3leon_jax/models/transformer.py"
+TRANSFORMER_TEST = "tests/models/transformer_test.py"
+LOSS = "cm3leon_jax/training/loss.py"
+LOSS_TEST = "tests/training/loss_test.py"
+STATE = "cm3leon_jax/training/state.py"
+STATE_TEST = "tests/training/state_test.py"
+CHECKPOINT = "cm3leon_jax/training/checkpoint.py"
+CHECKPOINT_TEST = "tests/training/checkpoint_test.py"
+VQGAN = "cm3leon_jax/tokenizers/train_vqgan.py"
+VQGAN_TEST = "tests/tokenizers/train_vqgan_test.py"
+
+TRAINING = (
+  *mutants_of(
+    TRANSFORMER,
+    f"{TRANSFORMER_TEST}::test_positions_of_opt_start_at_the_papers_spread",
+    ("positions_900_times_too_large", "POSITION_RATIO = 1 / 30", "POSITION_RATIO = 30"),
+  ),
+  *mutants_of(
+    TRANSFORMER,
+    f"{TRANSFORMER_TEST}::test_opt_starts_with_equal_logits_up_to_the_tied_table",
+    ("layers_start_at_random", 'out_std = 0.0 if config.family == "opt" else std', "out_std = std"),
+  ),
+  *mutants_of(
+    TRANSFORMER,
+    "tests/models/look_up_test.py",
+    (
+      "embedding_gradient_in_bf16",
+      "  wide = attention.wide(table.dtype)\n",
+      "  wide = jnp.dtype(dtype)\n",
+    ),
+  ),
+  *mutants_of(
+    LOSS,
+    f"{LOSS_TEST}::test_chunked_and_sharded_equals_plain_fp64",
+    (
+      "last_chunk_skipped",
+      "found = whole(nll), whole(log_z)",
+      "found = whole(nll.at[-1].set(0)), whole(log_z)",
+    ),
+    ("maximum_of_one_shard", "jax.lax.pmax(jnp.max(logits, -1), tensor)", "jnp.max(logits, -1)"),
+  ),
+  *mutants_of(
+    LOSS,
+    f"{LOSS_TEST}::test_the_hand_written_gradient_equals_autodiff_of_the_full_logits",
+    (
+      "table_gradient_of_one_data_shard",
+      'jax.lax.psum(_scattered(by_rows), "data")',
+      "_scattered(by_rows)",
+    ),
+    ("z_loss_gradient_halved", "1 + 2 * z_loss * log_z", "1 + z_loss * log_z"),
+  ),
+  *mutants_of(
+    LOSS,
+    f"{LOSS_TEST}::test_large_logits_and_z_loss",
+    ("z_loss_sign", "nll + z_loss * log_z**2", "nll - z_loss * log_z**2"),
+  ),
+  *mutants_of(
+    LOSS,
+    f"{LOSS_TEST}::test_modality_losses_literal",
+    ("first_code_is_text", "targets >= text_size", "targets > text_size"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/optimizer.py",
+    "tests/training/optimizer_test.py",
+    ("clipping_removed", "optax.clip_by_global_norm(config.clip_norm)", "optax.identity()"),
+    ("adam_b1_half", "    config.b1,", "    0.5,"),
+    ("adam_b2_half", "    config.b2,", "    0.5,"),
+    ("adam_eps_1e-3", "    config.eps,", "    1e-3,"),
+    ("decay_of_everything", "mask=decayed", "mask=None"),
+  ),
+  *mutants_of(
+    STATE,
+    f"{STATE_TEST}::test_mesh_and_accumulation_change_nothing",
+    (
+      "accumulation_by_maximum",
+      "jax.tree.map(jnp.add, grads, part_grads)",
+      "jax.tree.map(jnp.maximum, grads, part_grads)",
+    ),
+  ),
+  *mutants_of(
+    STATE,
+    f"{STATE_TEST}::test_loss_and_gradient_are_those_of_a_weighted_mean",
+    ("loss_not_normalized", "return value / total, loss", "return value, loss"),
+  ),
+  *mutants_of(
+    CHECKPOINT,
+    f"{CHECKPOINT_TEST}::test_a_damaged_file_is_told",
+    ("missing_files_unnoticed", "sorted({*expected, *_files(folder)})", "sorted(_files(folder))"),
+    (
+      "digests_not_compared",
+      "expected.get(name) != digest(folder / name)",
+      "digest(folder / name) is None",
+    ),
+  ),
+  *mutants_of(
+    CHECKPOINT,
+    f"{CHECKPOINT_TEST}::test_a_checkpoint_without_digests_does_not_count",
+    ("unsealed_checkpoints_count", " if self._digest_path(s).exists()]", "]"),
+  ),
+  *mutants_of(
+    CHECKPOINT,
+    f"{CHECKPOINT_TEST}::test_old_checkpoints_and_their_digests_go",
+    ("digests_of_deleted_steps_stay", "s not in kept", "False"),
+  ),
+  *mutants_of(
+    VQGAN,
+    f"{VQGAN_TEST}::test_generator_loss_is_the_oracle",
+    ("codebook_gradient_stopped", "squared(q - stop(z))", "squared(stop(q) - stop(z))"),
+    ("commitment_gradient_everywhere", "z - stop(q)", "z - q"),
+  ),
+  *mutants_of(
+    VQGAN,
+    f"{VQGAN_TEST}::test_adversarial_step",
+    ("adversarial_sign", "loss -= config.adversarial_weight", "loss += config.adversarial_weight"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/clip/train.py",
+    "tests/clip/train_test.py::test_loss_is_the_oracle",
+    ("one_concept_is_a_negative", "& ~jnp.eye(len(concepts), dtype=bool)", ""),
+    ("clip_loss_one_sided", "logsumexp(logits, 0)", "logsumexp(logits, 1)"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/small_trainer.py",
+    "tests/training/small_trainer_test.py::test_a_killed_training_continues_bit_for_bit",
+    ("small_trainer_restarts", "range(first, config.steps)", "range(0, config.steps)"),
+    ("small_state_not_restored", "checkpoints.restore(jax.eval_shape(init), newest)", "init(), 0"),
+  ),
+)
