@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from benchmarks.data import LengthStore, made_up_sources
+from benchmarks.data import LengthStore, synthetic_sources
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.data.plan import RowPlan, Source, Units, pack_best_fit
@@ -72,13 +72,13 @@ def test_heldout_rows_have_the_best_neighbors_and_nothing_random(sources, sampli
 
 def test_typical_neighbors_that_do_not_fit_are_reported():
   paper = DataConfig(neighbor_sampling="paper", num_neighbors=3)
-  pairs, _ = made_up_sources(2_000, 1_024)
+  pairs, _ = synthetic_sources(2_000, 1_024)
   assert room_for_neighbors(pairs, paper) == (
     "3 neighbors of typically 1,050 tokens and a document of 1,050 do not fit 4,096 slots: "
     "whole neighbors are left out, 2 remain."
   )
   assert room_for_neighbors(pairs, DataConfig(num_neighbors=2)) == ""
-  assert room_for_neighbors(made_up_sources(2_000, 256)[0], paper) == ""
+  assert room_for_neighbors(synthetic_sources(2_000, 256)[0], paper) == ""
 
 
 def test_rates_of_drops(sources):
@@ -327,7 +327,7 @@ def test_starts_that_contradict_the_plan_are_refused(sources, tmp_path):
 
 @pytest.mark.parametrize(("codes", "least"), [(256, 0.97), (1_024, 0.90)])
 def test_the_default_mixture_fills_rows(codes, least):
-  plan = RowPlan(made_up_sources(20_000, codes), DataConfig(pack_window=4_096), 27, 0)
+  plan = RowPlan(synthetic_sources(20_000, codes), DataConfig(pack_window=4_096), 27, 0)
   statistics = plan_statistics(plan)
   assert statistics["fill"] >= least
   assert statistics["source_shares"] == pytest.approx([0.3, 0.7], abs=0.01)
@@ -335,7 +335,7 @@ def test_the_default_mixture_fills_rows(codes, least):
 
 def test_pairs_alone_do_not_fill_rows():
   plan = RowPlan(
-    made_up_sources(20_000, 1_024, text_share=0.0), DataConfig(pack_window=2_048), 27, 0
+    synthetic_sources(20_000, 1_024, text_share=0.0), DataConfig(pack_window=2_048), 27, 0
   )
   assert 0.7 < plan_statistics(plan)["fill"] < 0.9
 
