@@ -88,7 +88,7 @@ TRAINING = (
   ),
   *mutants_of(
     CHECKPOINT,
-    f"{CHECKPOINT_TEST}::test_a_damaged_file_is_told",
+    f"{CHECKPOINT_TEST}::test_a_damaged_file_is_refused",
     ("missing_files_unnoticed", "sorted({*expected, *_files(folder)})", "sorted(_files(folder))"),
     (
       "digests_not_compared",
