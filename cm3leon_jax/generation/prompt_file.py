@@ -23,16 +23,10 @@ TASKS = (
   Interleaved,
   Unconditional,
 )
-FIELDS = {
-  "task": str,
-  "prompt": str,
-  "image": str,
-  "box": list,
-  "length": int,
-  "seed": int,
-  "retrieve": int,
-  "keep_neighbors": bool,
-}  # Fields of a line, beside the fields of SamplingConfig.
+# Fields of a line, beside the fields of SamplingConfig.
+FIELDS = dict.fromkeys(("task", "prompt", "image"), str) | {"box": list, "keep_neighbors": bool}
+FIELDS |= dict.fromkeys(("length", "seed", "retrieve"), int)
+TYPES = {str: "string", int: "integer", list: "list", bool: "boolean"}
 
 
 def task_class(name: str, where: str = "") -> type[Task]:
@@ -160,7 +154,7 @@ def _object(line: str, where: str) -> dict:
       raise UserError(f"{where} has no field '{name}': {hint}")
     kind = FIELDS.get(name, object)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-      raise UserError(f"{where}: {name} is {value!r}; it must be {kind.__name__}.")
+      raise UserError(f"{where}: {name} is {value!r}; it must be a valid {TYPES[kind]}.")
   return fields
 
 
