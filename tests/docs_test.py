@@ -61,8 +61,10 @@ def unknown_names(text: str) -> list[str]:
     if path not in EXAMPLES and not any(str(p).endswith(f"/{path}") for p in SOURCES):
       unknown.append(path)
   stems = {p.stem: SOURCES[p] for p in SOURCES if p.is_relative_to(ROOT / "cm3leon_jax")}
+  package = "".join(stems.values())
   for module, name in itertools.chain(*(re.findall(r"^(\w+)\.(\w+)$", s) for s in inline)):
     exists = f"{module}.{name}" in FIELDS or re.search(rf"\b{name}\b", stems.get(module, name))
+    exists = exists or re.search(rf"\bdef {name}\b", package)  # A method of a variable.
     if name not in SUFFIXES and not exists:
       unknown.append(f"{module}.{name}")
   return unknown
