@@ -127,7 +127,8 @@ def test_an_empty_or_absent_bank_is_refused(pipeline, layout, tmp_path, monkeypa
     check_tasks(layout, [task], None)
 
   def nothing(self, queries, count):
-    return np.full((len(queries), 4), -1, np.int32), None
+    shape = (len(queries), 4)
+    return np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
 
   monkeypatch.setattr(neighbors.Retriever, "retrieve", nothing)
   with pytest.raises(UserError, match=r"^f, line 1: no document was found for 'green car': "):
@@ -148,10 +149,10 @@ class Brightness:
     return np.array([1], np.int32)
 
   def embed_images(self, images):
-    return images.mean(axis=(1, 2, 3))[:, None] / 255
+    return (images.mean(axis=(1, 2, 3))[:, None] / 255).astype(np.float32)
 
   def embed_texts(self, texts):
-    return np.ones((len(texts), 1))
+    return np.ones((len(texts), 1), np.float32)
 
 
 def test_samples_are_ranked_by_their_scores(pipeline):
@@ -204,7 +205,7 @@ def test_a_document_has_its_images_in_order(pipeline):
   first, second = (VOCAB.image_ids(np.full(16, code)) for code in (3, 4))
   text = pipeline.layout.encode("blue car")
   brk = [VOCAB.brk]
-  ids = np.concatenate([brk, first, brk, text, brk, second, [VOCAB.eos]])
+  ids = np.concatenate([brk, first, brk, text, brk, second, [VOCAB.eos]]).astype(np.int32)
   result = Result(0, 0, 0, ids, np.zeros(len(ids), np.float32), False)
   (sample,) = pipeline._samples([0], [result], [task], [request], {}, [()])
   assert [s if isinstance(s, str) else None for s in sample.segments] == [
