@@ -1,8 +1,9 @@
-"""Resolves every extra, alone and as the files of this repository install it, for each Python that is supported.
+"""Resolves every extra, alone and as this repository installs it, for each supported Python.
 
   python .ci/extras.py
 
-Nothing is installed: uv reads the metadata of wheels and looks for versions that fit together and requirements.txt.
+Nothing is installed: uv reads the metadata of wheels, and looks for versions that fit together
+and fit requirements.txt.
 """
 
 from concurrent import futures
@@ -30,7 +31,10 @@ def declared() -> list[str]:
 
 
 def installed_by(text: str) -> set[str]:
-  """Extras that a file installs together, e.g. {"demo,dev"}; `$EXTRA` is each choice of the file's `case "$EXTRA"`."""
+  """Returns extras that a file installs together, e.g. {"demo,dev"}.
+
+  `$EXTRA` is each choice of the file's `case "$EXTRA"`.
+  """
   found = set()
   for match in INSTALLS.finditer(text):
     extras = match[1] or match[2]
@@ -58,7 +62,7 @@ def resolve(extras: str, python: str) -> tuple[str, float]:
   start = time.monotonic()
   result = subprocess.run(
     [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--quiet", *chosen]
-    # Only for builds, of which there are none; else uv looks for one of that version, for half a minute.
+    # Used for builds, of which there are none; else uv looks for another Python for half a minute.
     + [f"--python={sys.executable}"]
     + [f"--python-version={python}", "--python-platform=x86_64-manylinux_2_31", "--no-build"]
     + ["--constraint=requirements.txt", "--output-file=-"],

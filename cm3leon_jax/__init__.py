@@ -1,4 +1,4 @@
-"""CM3Leon in JAX: pretraining, generation, evaluation and export of retrieval-augmented text and image models."""
+"""CM3Leon in JAX: retrieval-augmented models of text and images, from data to export."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ __all__ = ["CM3Leon", "UserError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-  """Imports the public names when they are first used: `import cm3leon_jax` alone imports nothing."""
+  """Imports a public name when it is first used, so that `import cm3leon_jax` is light."""
   if name == "CM3Leon":
     from cm3leon_jax.api import CM3Leon
 

@@ -13,7 +13,7 @@ FOLDER = pathlib.Path(__file__).parent / "commands"
 
 
 def overview() -> str:
-  """Returns the usage and a line per command: the first of its docstring, read without importing the command."""
+  """Returns the usage and the first docstring line of each command, without importing it."""
   width = max(map(len, COMMANDS))
   lines = ["usage: cm3leon COMMAND --config=NAME_OR_FILE --workdir=FOLDER [FLAGS]", ""]
   for name in COMMANDS:

@@ -1,4 +1,4 @@
-"""The Python API on a tiny saved run: its examples, and what it promises about batches and errors."""
+"""The Python API on a tiny saved run: its examples, batches and errors."""
 
 import doctest
 import json
@@ -105,7 +105,7 @@ def test_the_page_of_the_api_shows_every_call():
 LIGHT = """
 import os, sys
 import cm3leon_jax
-assert {"jax", "numpy", "cm3leon_jax.api"}.isdisjoint(sys.modules), "import cm3leon_jax is not light"
+assert {"jax", "numpy", "cm3leon_jax.api"}.isdisjoint(sys.modules), "the import is not light"
 from cm3leon_jax import CM3Leon, UserError, accelerators
 assert "jax" not in sys.modules, "the API imports jax before a run is loaded"
 accelerators.DEVICE_FILES = ()
@@ -120,7 +120,12 @@ print(os.environ["JAX_PLATFORMS"])
 def test_importing_is_light_and_loading_uses_the_cpu_where_there_is_nothing_else():
   environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
   result = subprocess.run(
-    [sys.executable, "-c", LIGHT], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    [sys.executable, "-c", LIGHT],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=True,
   )  # fmt: skip
   assert result.stdout.splitlines() == [
     "nowhere/train/config.json does not exist: name the workdir of a run, in which "
@@ -367,7 +372,8 @@ MISTAKES = [
   ),
   (
     lambda m: m.answer([IMAGE, IMAGE], ["a", "b", "c"]),
-    "lists have different lengths: image of 2 and prompt of 3; give as many of each, or one for all",
+    "lists have different lengths: image of 2 and prompt of 3; "
+    "give as many of each, or one for all",
   ),
   (lambda m: m.infill(IMAGE, (0, 0, 9, 2)), "box is 0,0,9,2; it must lie within the image, 8 x 8"),
   (

@@ -70,7 +70,8 @@ def judge(code: int, output: str) -> tuple[str, str]:
   """
   if code == 0:
     return SURVIVES, ""
-  lines = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+  summary = output.rpartition("short test summary info")[2]  # Logs above it have lines alike.
+  lines = [line for line in summary.splitlines() if line.startswith(("FAILED ", "ERROR "))]
   if code != 1 or not lines:
     return INVALID, f"pytest ended with {code}: {' '.join(lines) or output[-400:]}"
   test, _, reason = lines[0].split(" ", 1)[1].partition(" - ")

@@ -60,7 +60,8 @@ def test_what_cannot_be_made_is_refused(old, new, message):
   ],
 )
 def test_only_a_failed_test_kills(code, output, verdict):
-  assert mutants.judge(code, output)[0] == verdict
+  log = "ERROR    absl:checkpoint.py:219 a line of a captured log"
+  assert mutants.judge(code, f"{log}\n== short test summary info ==\n{output}")[0] == verdict
 
 
 @pytest.mark.slow

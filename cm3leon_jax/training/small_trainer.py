@@ -50,7 +50,7 @@ def train(
     config: its dataclass, with steps, batch_size and checkpoint_every.
     about: what the result depends on beside config, seed and number of examples.
     seed: of the order of the examples.
-    examples: what training reads, in memory or on disk: len(examples) is n, and examples[rows], rows
+    examples: data in memory or on disk: len(examples) is n, and examples[rows], rows
       int64 [B], a tree of host arrays [B, ...].
     folder: gets metrics.jsonl and, until `delete_checkpoints`, checkpoints.
     init: () -> state, a tree of arrays.

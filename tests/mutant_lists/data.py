@@ -26,11 +26,6 @@ DATA = (
     "cm3leon_jax/data/sample_plan.py",
     "tests/data/sample_plan_test.py",
     ("whole_segments_never", "rng.random() < config.whole_segment_rate", "rng.random() < 0"),
-    (
-      "always_two_spans",
-      "min(int(rng.poisson(config.mean_spans)), max_spans)",
-      "min(2 + 0 * rng.poisson(), max_spans)",
-    ),
     ("dropped_keeps_neighbors", "SamplePlan((), True", "SamplePlan(tuple(neighbors), True"),
     (
       "drop_without_a_last_image",
@@ -45,6 +40,11 @@ DATA = (
       "list(range(num_candidates))[:wanted]",
     ),
     ("spans_without_room", "min(num_spans, (limit - total) // cm3.OVERHEAD)", "num_spans"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/sample_plan.py",
+    "tests/data/sample_plan_test.py::test_the_number_of_spans_is_poisson",
+    ("always_two_spans", "int(rng.poisson(config.mean_spans))", "2 if config.mean_spans else 0"),
   ),
   *mutants_of(
     "cm3leon_jax/data/sample_plan.py",
