@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  f"Config: a Python file, ml_configs/openmoji.py, or a name: {', '.join(config_file.SHIPPED)}. "
+  f"Config: a Python file, path/own.py, or a name: {', '.join(config_file.SHIPPED)}. "
   "A variant follows a colon: openmoji:15.",
 )
 flags.FLAGS["config"].parser = config_file.Parser()
