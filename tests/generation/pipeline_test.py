@@ -129,7 +129,7 @@ def test_nothing_to_retrieve(pipeline, layout, tmp_path, monkeypatch):
     check_tasks(layout, [task], None)
 
   def nothing(self, queries, count):
-    return np.full((len(queries), 4), -1, np.int32), None
+    return np.full((len(queries), 4), -1, np.int32), np.zeros((len(queries), 4))
 
   monkeypatch.setattr(neighbors.Retriever, "retrieve", nothing)
   with pytest.raises(UserError, match=r"^f, line 1: no document was found for 'green car': "):
