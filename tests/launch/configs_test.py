@@ -1,7 +1,10 @@
+import dataclasses
+
 import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import cm3leon_7b, cm3leon_350m, cm3leon_760m, openmoji
+from cm3leon_jax.io import plain
 from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
 
 SIZES = {"350m": cm3leon_350m, "760m": cm3leon_760m, "7b": cm3leon_7b}
@@ -32,6 +35,16 @@ def test_real_sizes_are_the_tutorials_and_the_papers(size, layers, width, heads,
   assert (tutorial.train.global_batch_size, paper.train.global_batch_size) == (8_192, 2_048)
   assert tutorial.train.steps * 8_192 * 4_096 == pytest.approx(1.4e12, rel=1e-4)
   assert paper.train.steps == steps
+
+
+def test_settings_come_back_from_json():
+  variants = [(module, variant) for module in SIZES.values() for variant in ("", "paper")]
+  for module, variant in [*variants, (openmoji, "15"), (openmoji, "long")]:
+    settings = settings_from_config(module.get_config(variant))
+    stored = plain(dataclasses.asdict(settings))
+    assert settings_from_config(stored) == settings
+    stored["seed"] += 1
+    assert settings_from_config(stored) != settings
 
 
 def test_minutes_scale_the_training_stages_and_nothing_else():

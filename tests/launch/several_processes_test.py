@@ -13,7 +13,7 @@ import pytest
 from cm3leon_jax import stages
 from cm3leon_jax.commands import train
 from cm3leon_jax.io import read_json, read_json_lines
-from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.settings import settings_from_config, settings_of_run
 from cm3leon_jax.training.train import INTERRUPTED
 from tests.launch.stages_before import make_workdir
 from tests.launch.tiny_config import get_config
@@ -101,6 +101,13 @@ def test_training_reads_no_raw_data(whole):
   """Sample grids come from the document stores: raw/ may be deleted after they exist."""
   assert not (whole / "raw").exists()
   assert [path.name for path in sorted((whole / "train" / "samples").iterdir())] == SAMPLES
+
+
+def test_the_settings_of_a_training_are_read_from_its_workdir(whole):
+  config = get_config()
+  config.mesh.update({"data": 2, "fsdp": 2, "tensor": 2})
+  assert settings_of_run(whole) == settings_from_config(config)
+  assert settings_of_run(whole) != settings_from_config(get_config())
 
 
 def test_one_process_continues_a_run_of_two_that_sigterm_stopped(whole, fresh):
