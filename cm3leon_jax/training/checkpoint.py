@@ -1,6 +1,7 @@
 """Orbax checkpoints of the state and the data position, with digests: Orbax checks no contents."""
 
 from collections.abc import Callable
+from typing import Any
 
 from etils import epath
 import jax
@@ -12,7 +13,6 @@ from cm3leon_jax.io import digest, read_json, write_json
 from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
 
@@ -69,8 +69,8 @@ class Checkpoints:
     steps = [s for s in self._manager.all_steps() if self._digest_path(s).exists()]
     return distributed.gather(max(steps, default=None))[0]
 
-  def save(self, state: TrainState, step: int, next_row: int) -> None:
-    """Seals the previous save and starts this one."""
+  def save(self, state, step: int, next_row: int) -> None:
+    """Seals the previous save and starts to save `state`, a tree of arrays."""
     self.wait()
     # A killed run may have left digests. Orbax starts to write when all processes are here.
     if distributed.is_first():
@@ -121,7 +121,7 @@ class Checkpoints:
       if of(int(path.name.partition(".")[0])):
         path.unlink()
 
-  def restore(self, state: TrainState, step: int) -> tuple[TrainState, int]:
+  def restore(self, state, step: int) -> tuple[Any, int]:
     """Restores the state and the next row of a checkpoint.
 
     Args:
