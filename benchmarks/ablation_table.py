@@ -1,6 +1,6 @@
-"""From the bits of every run to what the retrieval ablation found: numbers, a table and a plot."""
+"""Summarizes the bits of all runs of the retrieval ablation: numbers, a table and a plot."""
 
-# n held-out documents; a condition's seeds stand in the order of their runs.
+# n held-out documents. Seeds of a condition are in the order of their runs.
 
 import dataclasses
 import os
@@ -21,14 +21,14 @@ COMPARISONS = (("1", "0"), ("2", "0"), ("2", "shuffled"), ("shuffled", "0"))
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What one run left.
+  """The result of one run.
 
   Attributes:
-    condition, seed: which run.
-    image_bits, image_codes: [n] sums over the image codes of each held-out document, and their number.
-    text_bits, text_tokens: [n] likewise of its caption.
-    query_documents: documents that stood last in a sample of training, behind their neighbors.
-    train_seconds: time of its training.
+    condition, seed: identify the run.
+    image_bits, image_codes: [n] bits of the image codes of each held-out document; their number.
+    text_bits, text_tokens: [n] bits of the tokens of its caption; their number.
+    query_documents: number of training samples; each ends with one document, after its neighbors.
+    train_seconds: time of the training.
   """
 
   condition: str
@@ -42,38 +42,38 @@ class Run:
 
 
 def spread(values) -> dict:
-  """Mean and sample standard deviation (None of a single value) over seeds, and the values."""
+  """Returns mean, sample standard deviation (None for one value) and the values, over seeds."""
   values = [float(v) for v in values]
   deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
   return {"mean": float(np.mean(values)), "standard_deviation": deviation, "values": values}
 
 
 def difference(runs: list[Run], others: list[Run], mask, concepts) -> dict:
-  """Bits per image code of `runs` minus those of `others`, both averaged over the seeds that they share.
+  """Computes bits per image code of `runs` minus those of `others`, averaged over common seeds.
 
   Returns:
-    {"bits", "concepts", "groups", "effective_groups", "by_seed", "seeds"}. Two 95% intervals, each
-    (low, high) or None for a single concept or seed: `concepts`, a bootstrap over `groups` concepts,
-    for other images; `seeds`, Student's t over seeds, for other trainings. `by_seed`: the
-    differences.
+    {"bits", "concepts", "groups", "effective_groups", "by_seed", "seeds"}. Two are 95% intervals,
+    (low, high), or None for a single concept or seed: `concepts`, a bootstrap over `groups`
+    concepts, for other images; `seeds`, Student's t over seeds, for other trainings. `by_seed` has
+    the difference for each seed.
   """
   pairs = [(a, b) for a in runs for b in others if a.seed == b.seed]
   codes = pairs[0][0].image_codes[mask]
   deltas = [(a.image_bits - b.image_bits)[mask] for a, b in pairs]
-  found = mean_interval(np.mean(deltas, 0), codes, concepts[mask])
+  interval = mean_interval(np.mean(deltas, 0), codes, concepts[mask])
   by_seed = [float(delta.sum() / codes.sum()) for delta in deltas]
   return {
-    "bits": found["mean"],
-    "concepts": None if found["low"] is None else (found["low"], found["high"]),
-    "groups": found["groups"],
-    "effective_groups": found["effective_groups"],
+    "bits": interval["mean"],
+    "concepts": None if interval["low"] is None else (interval["low"], interval["high"]),
+    "groups": interval["groups"],
+    "effective_groups": interval["effective_groups"],
     "by_seed": by_seed,
     "seeds": student_interval(by_seed),
   }
 
 
 def student_interval(values) -> tuple[float, float] | None:
-  """95% interval of the mean of a few values by Student's t; None for one value.
+  """Computes the 95% interval of a mean of few values by Student's t; None for one value.
 
   student_interval([1, 2, 3]) = (-0.484, 4.484): 2 -+ 4.303 x 1 / sqrt(3)
   """
@@ -86,38 +86,38 @@ def student_interval(values) -> tuple[float, float] | None:
 def summarize(
   runs: list[Run], labels: dict[str, str], subsets: dict[str, np.ndarray], concepts: np.ndarray
 ) -> dict:
-  """All numbers of the table.
+  """Computes all numbers of the table.
 
   Args:
-    runs: of any conditions and seeds.
-    labels: condition -> what the table calls it, in the order of its rows.
+    runs: runs of any conditions and seeds.
+    labels: condition -> its name in the table, in the order of the rows.
     subsets: name of `SUBSETS` -> [n] bool.
-    concepts: [n], equal where documents show the same.
+    concepts: [n], equal for documents that show the same concept.
   """
   of = {condition: [r for r in runs if r.condition == condition] for condition in labels}
-  of = {condition: found for condition, found in of.items() if found}
+  of = {condition: members for condition, members in of.items() if members}
   conditions = []
-  for condition, found in of.items():
+  for condition, members in of.items():
     image = {
-      s: spread(r.image_bits[m].sum() / r.image_codes[m].sum() for r in found)
+      s: spread(r.image_bits[m].sum() / r.image_codes[m].sum() for r in members)
       for s, m in subsets.items()
     }
     text = {
-      s: spread(r.text_bits[m].sum() / r.text_tokens[m].sum() for r in found)
+      s: spread(r.text_bits[m].sum() / r.text_tokens[m].sum() for r in members)
       for s, m in subsets.items()
     }
     conditions.append(
       {
         "condition": condition,
         "label": labels[condition],
-        "seeds": [r.seed for r in found],
+        "seeds": [r.seed for r in members],
         "bits_per_image_code": image,
         "bits_per_caption_token": text,
-        "query_documents": round(np.mean([r.query_documents for r in found])),
-        "train_seconds": round(np.mean([r.train_seconds for r in found])),
+        "query_documents": round(np.mean([r.query_documents for r in members])),
+        "train_seconds": round(np.mean([r.train_seconds for r in members])),
       }
     )
-  shared = lambda a, b: {r.seed for r in of.get(a, ())} & {r.seed for r in of.get(b, ())}
+  seeds = {condition: {r.seed for r in of.get(condition, ())} for condition in labels}
   differences = [
     {
       "label": f"({labels[a]}) - ({labels[b]})",
@@ -125,7 +125,7 @@ def summarize(
       **difference(of[a], of[b], mask, concepts),
     }
     for a, b in COMPARISONS
-    if shared(a, b)
+    if seeds.get(a, set()) & seeds.get(b, set())
     for s, mask in subsets.items()
   ]
   counts = {
@@ -136,7 +136,7 @@ def summarize(
 
 
 def verdict(delta: dict) -> str:
-  """What a difference shows: something only if both of its intervals lie on the same side of 0."""
+  """Says what a difference shows: nothing unless both intervals lie on the same side of 0."""
   if delta["seeds"] is None:
     return "one seed shows nothing"
   if delta["concepts"] is None:
@@ -144,7 +144,7 @@ def verdict(delta: dict) -> str:
   ends = (*delta["concepts"], *delta["seeds"])
   if max(ends) < 0:
     return "fewer bits"
-  return "more bits" if min(ends) > 0 else "not told apart"
+  return "more bits" if min(ends) > 0 else "no clear difference"
 
 
 def _interval(ends: tuple[float, float] | None) -> str:
@@ -157,7 +157,7 @@ def _cell(value: dict) -> str:
 
 
 def markdown(result: dict) -> str:
-  """The result of `summarize` as text: what is held out, a table of the conditions, and one of their differences."""
+  """Returns the result of `summarize` as text: the held-out subsets and two tables."""
   counts = result["heldout"]
   lines = [
     f"{SUBSETS[s]}: {MEANING[s]}; {n['documents']} drawings, {n['concepts']} concepts."
@@ -209,16 +209,16 @@ def _row(cells: list[str]) -> str:
 
 
 def plot(result: dict, path: str | os.PathLike) -> None:
-  """Bits per image code: a dot for every seed and a bar at their mean, a panel for every subset."""
+  """Plots bits per image code: a dot for every seed, a line at their mean, a panel per subset."""
   subsets, conditions = list(result["heldout"]), result["conditions"]
   figure = Figure(figsize=(4.6 * len(subsets), 3.4), layout="constrained")
   for axis, subset in zip(figure.subplots(1, len(subsets), sharey=True, squeeze=False)[0], subsets):
     for place, condition in enumerate(conditions):
-      found = condition["bits_per_image_code"][subset]
+      bits = condition["bits_per_image_code"][subset]
       color = "tab:gray" if condition["condition"] == "shuffled" else "tab:blue"
-      axis.hlines(found["mean"], place - 0.28, place + 0.28, color=color, linewidth=2)
+      axis.hlines(bits["mean"], place - 0.28, place + 0.28, color=color, linewidth=2)
       axis.scatter(
-        [place] * len(found["values"]), found["values"], color=color, s=28, alpha=0.7, linewidths=0
+        [place] * len(bits["values"]), bits["values"], color=color, s=28, alpha=0.7, linewidths=0
       )
     count = result["heldout"][subset]
     axis.set_title(

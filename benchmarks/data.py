@@ -1,4 +1,4 @@
-"""What the data path takes, part by part; seconds are processor seconds, those of all threads, so rates are per core.
+"""Measures the data path; seconds are processor seconds of all threads, so rates are per core.
 
 python -m benchmarks.data --part=plan
 python -m benchmarks.data --part=pipeline
@@ -7,6 +7,7 @@ python -m benchmarks.data --part=pipeline
 # n documents, S segments.
 
 import dataclasses
+import functools
 import pathlib
 import tempfile
 import time
@@ -17,15 +18,18 @@ import numpy as np
 
 from cm3leon_jax.data.documents import Document, DocumentStore, Segment, write_documents
 from cm3leon_jax.data.pipeline import RowLoader
-from cm3leon_jax.data.plan import DataConfig, RowPlan, Source
+from cm3leon_jax.data.plan import RowPlan, Source
 from cm3leon_jax.data.plan_statistics import describe, plan_statistics
+from cm3leon_jax.data.sample_plan import DataConfig
 from cm3leon_jax.vocab import VocabLayout
 
-_PART = flags.DEFINE_enum("part", None, ["plan", "pipeline"], "What is measured.", required=True)
+_PART = flags.DEFINE_enum("part", None, ["plan", "pipeline"], "Part to measure.", required=True)
 _DOCUMENTS = flags.DEFINE_integer(
-  "documents", 1_000_000, "Pairs, and as many texts, of part `plan`.", lower_bound=8
+  "documents", 1_000_000, "Number of pairs, and of texts, of part `plan`.", lower_bound=8
 )
-_REPETITIONS = flags.DEFINE_integer("repetitions", 5, "Of every measurement.", lower_bound=1)
+_REPETITIONS = flags.DEFINE_integer(
+  "repetitions", 5, "Repetitions of a measurement.", lower_bound=1
+)
 
 VOCAB = VocabLayout(num_special=256, text_size=56_320, image_size=8_192)
 CODES = (256, 1_024)
@@ -35,12 +39,12 @@ TEXT_MEAN, TEXT_SIGMA = 500, 1.1  # Log-normal tokens: median 273, 0.7% longer t
 
 @dataclasses.dataclass
 class LengthStore:
-  """What a plan asks of a `DocumentStore`, without documents: offsets [n + 1] int64, lengths [S] int32, is_image [S] bool."""
+  """The lengths of a `DocumentStore`: offsets [n + 1] int64, lengths [S] int32, is_image [S]."""
 
   offsets: np.ndarray
   lengths: np.ndarray
   is_image: np.ndarray
-  folder: str = "made up"
+  folder: str = "synthetic"
 
   def __len__(self) -> int:
     return len(self.offsets) - 1
@@ -51,22 +55,22 @@ class LengthStore:
 
 
 def text_lengths(documents: int, rng: np.random.Generator) -> np.ndarray:
-  """[n] int32."""
+  """Samples log-normal lengths: [n] int32."""
   mu = np.log(TEXT_MEAN) - TEXT_SIGMA**2 / 2
   return np.ceil(rng.lognormal(mu, TEXT_SIGMA, documents)).astype(np.int32)
 
 
-def draw_candidates(documents: int, rng: np.random.Generator) -> np.ndarray:
-  """[n, 4] int32, random documents; a twentieth has only one."""
+def random_candidates(documents: int, rng: np.random.Generator) -> np.ndarray:
+  """Samples candidates of n documents: [n, 4] int32; a twentieth of the rows has only one."""
   neighbors = rng.integers(0, documents, (documents, 4), dtype=np.int32)
   neighbors[::20, 1:] = -1
   return neighbors
 
 
-def made_up_sources(
+def synthetic_sources(
   documents: int, codes: int, text_share: float = DataConfig.text_share, seed: int = 0
 ) -> list[Source]:
-  """Pairs of a caption and `codes` codes, and as many texts, of realistic lengths and without tokens."""
+  """Makes pairs (a caption and `codes` codes) and as many texts: realistic lengths, no tokens."""
   rng = np.random.default_rng(seed)
   offsets, lengths = (
     np.arange(documents + 1, dtype=np.int64),
@@ -76,7 +80,7 @@ def made_up_sources(
   pairs = LengthStore(2 * offsets, lengths, np.arange(2 * documents) % 2 == 1)
   texts = LengthStore(offsets, text_lengths(documents, rng), np.zeros(documents, bool))
   return [
-    Source(pairs, 1 - text_share, draw_candidates(documents, rng), pairs),
+    Source(pairs, 1 - text_share, random_candidates(documents, rng), pairs),
     Source(texts, text_share),
   ]
 
@@ -84,13 +88,17 @@ def made_up_sources(
 def written_sources(
   folder: pathlib.Path, documents: int, codes: int, seed: int = 0
 ) -> list[Source]:
-  """The same with random tokens, in stores under `folder`."""
+  """Writes the same documents with random tokens to stores in `folder`."""
   rng = np.random.default_rng(seed)
-  origin = {"source": "made up", "license": "CC0-1.0", "attribution": "nobody"}
-  text = lambda n: Segment(
-    False, rng.integers(VOCAB.num_special, VOCAB.text_size, n).astype(np.int32)
-  )
-  image = lambda: Segment(True, VOCAB.image_ids(rng.integers(0, VOCAB.image_size, codes)))
+  origin = {"source": "synthetic", "license": "CC0-1.0", "attribution": "nobody"}
+
+  def text(tokens: int) -> Segment:
+    ids = rng.integers(VOCAB.num_special, VOCAB.text_size, tokens)
+    return Segment(False, ids.astype(np.int32))
+
+  def image() -> Segment:
+    return Segment(True, VOCAB.image_ids(rng.integers(0, VOCAB.image_size, codes)))
+
   pairs = (
     Document(f"p{i}", (text(rng.integers(*CAPTION)), image()), **origin) for i in range(documents)
   )
@@ -101,11 +109,12 @@ def written_sources(
   write_documents(folder / "texts", texts, VOCAB)
   pairs, texts = (DocumentStore(folder / name, VOCAB) for name in ("pairs", "texts"))
   share = DataConfig.text_share
-  return [Source(pairs, 1 - share, draw_candidates(documents, rng), pairs), Source(texts, share)]
+  candidates = random_candidates(documents, rng)
+  return [Source(pairs, 1 - share, candidates, pairs), Source(texts, share)]
 
 
 def measure(name: str, unit: str, action, repetitions: int) -> float:
-  """Prints median, least and most of the rates of `action(repetition) -> amount`, and returns the median."""
+  """Prints median and range of the rates of `action(repetition) -> amount`; returns the median."""
   rates = []
   for i in range(repetitions):
     start = time.process_time()
@@ -113,14 +122,15 @@ def measure(name: str, unit: str, action, repetitions: int) -> float:
     rates.append(amount / (time.process_time() - start))
   median = float(np.median(rates))
   print(
-    f"{name}: {median:,.0f} {unit}/s per core ({min(rates):,.0f} to {max(rates):,.0f}, {repetitions} times)",
+    f"{name}: {median:,.0f} {unit}/s per core "
+    f"({min(rates):,.0f} to {max(rates):,.0f}, {repetitions} times)",
     flush=True,
   )
   return median
 
 
 def peak_mib(action) -> float:
-  """Most memory that `action()` holds at once, beyond what there is before it."""
+  """Returns the peak of the memory that `action()` allocates, MiB."""
   tracemalloc.start()
   action()
   peak = tracemalloc.get_traced_memory()[1]
@@ -129,20 +139,27 @@ def peak_mib(action) -> float:
 
 
 def measure_plan(documents: int, repetitions: int) -> None:
-  """Planning of whole windows of the default config, and what it makes of rows and memory."""
+  """Measures the planning of whole windows of the default config: rates, rows, memory."""
   config = DataConfig()
   for codes in CODES:
-    sources = made_up_sources(documents, codes)
-    open_plan = lambda sources=sources: RowPlan(sources, config, VOCAB.num_masks, seed=0)
-    measure(
-      f"open, {codes} codes", "documents", lambda _, f=open_plan: f() and 2 * documents, repetitions
-    )
+    sources = synthetic_sources(documents, codes)
+    open_plan = functools.partial(RowPlan, sources, config, VOCAB.num_masks, seed=0)
+
+    def opened_documents(_: int, open_plan=open_plan) -> int:
+      open_plan()
+      return 2 * documents
+
+    measure(f"open, {codes} codes", "documents", opened_documents, repetitions)
     plan = open_plan()
-    count = lambda w, plan=plan: sum(len(row) for row in plan.window(w))
-    rate = measure(f"plan, {codes} codes", "samples", count, repetitions)
+
+    def planned_samples(window: int, plan=plan) -> int:
+      return sum(len(row) for row in plan.window(window))
+
+    rate = measure(f"plan, {codes} codes", "samples", planned_samples, repetitions)
     statistics = plan_statistics(plan)
     print(
-      f"  {rate / statistics['samples_per_row']:,.0f} rows/s, {1e9 / rate / 3_600:.1f} core-hours for a billion documents"
+      f"  {rate / statistics['samples_per_row']:,.0f} rows/s, "
+      f"{1e9 / rate / 3_600:.1f} core-hours for a billion documents"
     )
     print(f"  {describe(statistics)}")
     print(f"  {statistics}", flush=True)
@@ -151,28 +168,32 @@ def measure_plan(documents: int, repetitions: int) -> None:
   )
   peak = peak_mib(lambda: open_plan().window(5))
   print(
-    f"memory: opened and six windows planned, {peak:.0f} MiB beside {stored / 2**20:,.0f} MiB of lengths"
+    f"memory: {peak:.0f} MiB for a plan that was opened and has planned six windows, "
+    f"beside {stored / 2**20:,.0f} MiB of lengths"
   )
 
 
 def measure_pipeline(repetitions: int, documents: int = 4_000, rows: int = 400) -> None:
-  """Rows of tokens in this thread: records read from a file in the page cache, joined, masked and packed."""
+  """Measures rows of tokens in one thread: read from the page cache, joined, masked, packed."""
   for codes in CODES:
     with tempfile.TemporaryDirectory() as folder:
       sources = written_sources(pathlib.Path(folder), documents, codes)
       loader = RowLoader(RowPlan(sources, DataConfig(), VOCAB.num_masks, seed=0), VOCAB)
       read_rows(loader, 0, rows)
-      count = lambda i, loader=loader: read_rows(loader, i * rows, rows)
-      rate = measure(f"pipeline, {codes} codes", "tokens", count, repetitions)
-      count = lambda w, plan=loader.plan: sum(
-        sample.slots for row in plan.window(w + 1) for sample in row
-      )
-      planning = measure("  its plan", "tokens", count, repetitions)
+
+      def read_tokens(i: int, loader=loader) -> int:
+        return read_rows(loader, i * rows, rows)
+
+      def planned_tokens(window: int, plan=loader.plan) -> int:
+        return sum(sample.slots for row in plan.window(window + 1) for sample in row)
+
+      rate = measure(f"pipeline, {codes} codes", "tokens", read_tokens, repetitions)
+      planning = measure("  its plan", "tokens", planned_tokens, repetitions)
       print(f"  together {1 / (1 / rate + 1 / planning):,.0f} tokens/s per core", flush=True)
 
 
 def read_rows(loader: RowLoader, first: int, rows: int) -> int:
-  """Reads `rows` rows of the first window and returns the slots that they fill."""
+  """Reads `rows` rows of the first window; returns the number of slots that they fill."""
   count = len(loader.plan.window(0))
   return sum(int((loader[i % count]["segment_ids"] > 0).sum()) for i in range(first, first + rows))
 

@@ -1,10 +1,11 @@
-"""Guided decoding on this machine: tokens/s of this project and of its peers in turns, and the share of the floor reached.
+"""Measures guided decoding of this project and of its peers in turns, and the share of the floor.
 
-  OMP_WAIT_POLICY=passive python -m benchmarks.decode             # torch and transformers too; needs the extra [dev]
+  OMP_WAIT_POLICY=passive python -m benchmarks.decode     # also torch, transformers; extra [dev]
   python -m benchmarks.decode --peers=false --weight_dtype=int8
 
-4 prompts of 32 tokens (the unconditional one has 3), 256 new tokens, guidance 3, top-k 256, top-p 0.9, fp32. The floor of a
-step is reading the weights and what the cache holds once, at the bandwidth of a plain read.
+4 prompts of 32 tokens (the unconditional one has 3), 256 new tokens, guidance 3, top-k 256, top-p
+0.9, fp32. The floor of a step is the time to read the weights and the filled cache once, at the
+bandwidth of a plain read.
 """
 
 import tempfile
@@ -26,20 +27,20 @@ from cm3leon_jax.export import huggingface
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.vocab import VocabLayout
 
-_RUNS = flags.DEFINE_integer(
-  "runs", 5, "Runs that are timed, after one that is not.", lower_bound=1
-)
-_PEERS = flags.DEFINE_bool("peers", True, "Time torch and transformers, too.")
+_RUNS = flags.DEFINE_integer("runs", 5, "Timed runs, after one that compiles.", lower_bound=1)
+_PEERS = flags.DEFINE_bool("peers", True, "Also time torch and transformers.")
 _WEIGHT_DTYPE = flags.DEFINE_enum(
-  "weight_dtype", "compute", params_lib.DTYPES, "Of this project's weights."
+  "weight_dtype", "compute", params_lib.DTYPES, "Dtype of this project's weights."
 )
-_CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "compute", CACHE_DTYPES, "Of this project's cache.")
+_CACHE_DTYPE = flags.DEFINE_enum(
+  "cache_dtype", "compute", CACHE_DTYPES, "Dtype of this project's cache."
+)
 
 VOCAB, MODEL, NEW_TOKENS = VocabLayout(), peers_lib.MODEL, peers_lib.NEW_TOKENS
 
 
 def ours(params, image_head: bool) -> peers_lib.Peer:
-  """This project's decoder; image_head as in GeneratorConfig."""
+  """Returns this project's decoder; image_head as in GeneratorConfig."""
   options = {
     "weight_dtype": _WEIGHT_DTYPE.value,
     "cache_dtype": _CACHE_DTYPE.value,
@@ -51,14 +52,14 @@ def ours(params, image_head: bool) -> peers_lib.Peer:
 
   def run(prompts, seed):
     requests = [request_lib.text_to_image(VOCAB, NEW_TOKENS, p[1:-1]) for p in prompts]
-    found = generator.generate(requests, range(seed, seed + len(prompts)))
-    return np.stack([r.codes(VOCAB) for r in found])
+    results = generator.generate(requests, range(seed, seed + len(prompts)))
+    return np.stack([r.codes(VOCAB) for r in results])
 
   return run
 
 
 def read_bandwidth(gib: float = 1.0, repeats: int = 9) -> float:
-  """Bytes/s of the fastest of `repeats` sums of an array."""
+  """Measures bytes/s of the fastest of `repeats` sums of an array."""
   array = jnp.ones((int(gib * 2**28),), jnp.float32)
   total, seconds = jax.jit(jnp.sum), []
   for _ in range(repeats):
@@ -69,7 +70,7 @@ def read_bandwidth(gib: float = 1.0, repeats: int = 9) -> float:
 
 
 def step_bytes(params, image_head: bool, prompts) -> float:
-  """Bytes of fp32 weights, and of keys and values at half the image, that a step has to read."""
+  """Counts the bytes that a step must read: fp32 weights, and the cache at half the image."""
   block_bytes = sum(x.nbytes for x in jax.tree.leaves(params["blocks"]))
   head_bytes = (VOCAB.image_size if image_head else VOCAB.size) * MODEL.width * 4
   unconditional = len(request_lib.unconditional_prompt(VOCAB))
@@ -78,7 +79,7 @@ def step_bytes(params, image_head: bool, prompts) -> float:
 
 
 def prefill_seconds(params, prompts, repeats: int = 9) -> tuple[float, int]:
-  """Median seconds of a prefill, and the tokens that it reads."""
+  """Measures the median seconds of a prefill; returns them and the tokens that it reads."""
   made = params_lib.prepare(params, config=MODEL, vocab=VOCAB)
   requests = [request_lib.text_to_image(VOCAB, NEW_TOKENS, p[1:-1]) for p in prompts]
   config, seconds = GeneratorConfig(MODEL, VOCAB, NEW_TOKENS, MODEL.max_positions), []
@@ -114,22 +115,24 @@ def main(_) -> None:
       huggingface.export(folder, params, MODEL, VOCAB, None)
       peers["transformers generate"] = peers_lib.transformers_generate(folder, VOCAB, NEW_TOKENS)
     bandwidth = read_bandwidth()
-    found = peers_lib.rates(peers, prompts, _RUNS.value)
+    rates_of = peers_lib.rates(peers, prompts, _RUNS.value)
     bandwidth = max(bandwidth, read_bandwidth())
     print(
-      f"{jax.devices()[0].device_kind}: plain read {bandwidth / 2**30:.1f} GiB/s; tokens/s of {_RUNS.value} runs:"
+      f"{jax.devices()[0].device_kind}: plain read {bandwidth / 2**30:.1f} GiB/s; "
+      f"tokens/s of {_RUNS.value} runs:"
     )
-    for name, rates in found.items():
+    for name, rates in rates_of.items():
       print(f"  {name:<36} median {np.median(rates):6.1f} ({min(rates):.1f} to {max(rates):.1f})")
     for name, image_head in names.items():
       floor = peers_lib.BATCH * bandwidth / step_bytes(params, image_head, prompts)
-      rate = np.median(found[f"this project, {name}"])
+      rate = np.median(rates_of[f"this project, {name}"])
       print(f"floor, fp32, {name}: {floor:.0f} tokens/s; reached {rate / floor:.0%}")
     seconds, tokens = prefill_seconds(placed, prompts)
     flops = 2 * tokens * sum(x.size for x in jax.tree.leaves(params["blocks"]))
     peak = measured_peak("float32")
     print(
-      f"prefill: {seconds * 1e3:.1f} ms, {tokens / seconds:,.0f} tokens/s, {flops / seconds / peak:.0%} of the matrix peak"
+      f"prefill: {seconds * 1e3:.1f} ms, {tokens / seconds:,.0f} tokens/s, "
+      f"{flops / seconds / peak:.0%} of the matrix peak"
     )
 
 

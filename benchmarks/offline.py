@@ -1,9 +1,9 @@
-"""The offline stages: records ingested, images and texts encoded and embedded per second, on one machine.
+"""Measures the offline stages on one machine: records ingested, encoded and embedded per second.
 
   python -m benchmarks.offline
 
-Images are OpenMoji drawings (the extra `demo`), 320 pixels wide, as JPEG in a WebDataset tar. Models have random weights: their
-size is what counts.
+Images are OpenMoji drawings (the extra `demo`), 320 pixels wide, as JPEG in a WebDataset tar.
+Models have their real sizes and random weights.
 """
 
 import io
@@ -29,7 +29,7 @@ from cm3leon_jax.vocab import VocabLayout
 
 _RECORDS = flags.DEFINE_integer("records", 1_000, "Records of the tar.")
 _REPEATS = flags.DEFINE_integer(
-  "repeats", 5, "Repetitions, of which median, smallest and largest are printed."
+  "repeats", 5, "Repetitions; their median, smallest and largest are printed."
 )
 _THREADS = flags.DEFINE_integer("threads", 2, "Threads that read and scale images.")
 
@@ -41,7 +41,7 @@ VIT_B32 = hf_clip.HFCLIPConfig(
 
 
 def report(what: str, count: int, run, unit: str) -> None:
-  """Prints median, smallest and largest rate of `run()`, which does `count`, after one repetition that compiles."""
+  """Prints median and range of the rate of `run()`, which processes `count`; the first compiles."""
   run()
   rates = []
   for _ in range(_REPEATS.value):
@@ -54,7 +54,7 @@ def report(what: str, count: int, run, unit: str) -> None:
 
 
 def write_tar(path: epath.Path, count: int) -> None:
-  """A shard as img2dataset writes it."""
+  """Writes a shard as img2dataset does."""
   with tarfile.open(str(path), "w") as tar:
     for i, drawing in enumerate(openmoji.drawings()[0][:count]):
       buffer = io.BytesIO()
@@ -72,7 +72,7 @@ def write_tar(path: epath.Path, count: int) -> None:
 
 
 def ingestion(folder: epath.Path) -> list:
-  """Tar -> raw shard of 256 pixels; returns its pairs."""
+  """Measures tar -> raw shard of 256 pixels; returns its pairs."""
   config = ingest.RawConfig(source=str(folder / "in"), resolution=256, num_threads=_THREADS.value)
   (folder / "in").mkdir()
   write_tar(folder / "in" / "00000.tar", _RECORDS.value)
@@ -90,10 +90,13 @@ def ingestion(folder: epath.Path) -> list:
 
 
 def encoding(folder: epath.Path, pairs: list) -> None:
-  """Images -> codes with the VQGAN of the real configs, captions -> ids."""
+  """Measures images -> codes with the VQGAN of the 7B config, and captions -> ids."""
   settings = settings_from_config(cm3leon_7b.get_config())
   paths = [pair.image for pair in pairs]
-  load = lambda some: raw_pairs.load_images(some, 256, _THREADS.value)
+
+  def load(paths: list[str]) -> np.ndarray:
+    return raw_pairs.load_images(paths, 256, _THREADS.value)
+
   report(f"reading 256 pixels, {_THREADS.value} threads", len(paths), lambda: load(paths), "images")
   images = load(paths[:8])
   params = vqgan.init_params(settings.vqgan, settings.vocab.image_size, jax.random.key(0))
@@ -109,16 +112,24 @@ def encoding(folder: epath.Path, pairs: list) -> None:
 
 
 def embedding() -> None:
-  """ViT-B/32 in bfloat16."""
+  """Measures ViT-B/32 in bfloat16."""
   rng = np.random.default_rng(0)
-  draw = lambda shape: (0.02 * rng.standard_normal(shape)).astype(np.float32)
-  tensors = {name: draw(shape) for name, shape in hf_clip.tensor_shapes(VIT_B32).items()}
+
+  def normal(shape) -> np.ndarray:
+    return (0.02 * rng.standard_normal(shape)).astype(np.float32)
+
+  tensors = {name: normal(shape) for name, shape in hf_clip.tensor_shapes(VIT_B32).items()}
   params = hf_clip.stack_layers(tensors, VIT_B32, jax.numpy.bfloat16)
-  pixels, tokens = draw((32, 3, 224, 224)), np.full((32, 77), 49_407, np.int32)
-  images = lambda: jax.block_until_ready(hf_clip.embed_pixels(VIT_B32, params, pixels))
-  captions = lambda: jax.block_until_ready(hf_clip.embed_tokens(VIT_B32, params, tokens))
-  for what, run in (("images", images), ("captions", captions)):
-    report(f"CLIP ViT-B/32, bfloat16, {what}", len(pixels), run, what)
+  pixels, tokens = normal((32, 3, 224, 224)), np.full((32, 77), 49_407, np.int32)
+  for what, embed, inputs in (
+    ("images", hf_clip.embed_pixels, pixels),
+    ("captions", hf_clip.embed_tokens, tokens),
+  ):
+
+    def run(embed=embed, inputs=inputs) -> None:
+      jax.block_until_ready(embed(VIT_B32, params, inputs))
+
+    report(f"CLIP ViT-B/32, bfloat16, {what}", len(inputs), run, what)
 
 
 def main(_):

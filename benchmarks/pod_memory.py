@@ -1,4 +1,4 @@
-"""Memory and least time of train steps on TPU slices, compiled by launch.aot_compile: the tables of docs/scaling.md.
+"""Compiles train steps for TPU slices and prints memory and least time: docs/scaling.md's tables.
 
   python -m benchmarks.pod_memory --part=goals
   python -m benchmarks.pod_memory --part=sizes
@@ -14,7 +14,7 @@ import tempfile
 
 from absl import app, flags
 
-_PART = flags.DEFINE_enum("part", "sizes", ["goals", "sizes"], "Which table.")
+_PART = flags.DEFINE_enum("part", "sizes", ["goals", "sizes"], "Table to print.")
 
 MESHES = {"v5e-256": (16, 16), "v6e-256": (16, 16), "v5p-256": (16, 8), "v5p-8": (2, 2)}
 # Slice, rows of a device, remat policy.
@@ -41,7 +41,7 @@ SIZES = [
 
 
 def measure(size: str, topology: str, rows: int, policy: str) -> dict:
-  """The report of one step; stops the program, with what the command said, if it cannot be had."""
+  """Returns the report of one step; if the command fails, prints its error and exits."""
   outer, inner = MESHES[topology]
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "report.json"
@@ -65,6 +65,7 @@ def measure(size: str, topology: str, rows: int, policy: str) -> dict:
 
 
 def row(size: str, topology: str, rows: int, policy: str) -> str:
+  """Returns a row of the table."""
   r = measure(size, topology, rows, policy)
   again = r["flops"] * r["devices"] / r["model_flops"]
   tokens = r["tokens"] / r["devices"]
@@ -72,7 +73,8 @@ def row(size: str, topology: str, rows: int, policy: str) -> str:
     f"{r['collectives'][kind]['bytes'] / 2**30:.2f}"
     for kind in ("all-gather", "reduce-scatter", "all-reduce")
   )
-  memory = f"{r['arguments_gib']:.2f} + {r['temporaries_gib']:.2f} = **{r['sum_gib']:.2f}** of {r['hbm_gib']:.2f}"
+  memory = f"{r['arguments_gib']:.2f} + {r['temporaries_gib']:.2f} = **{r['sum_gib']:.2f}**"
+  memory += f" of {r['hbm_gib']:.2f}"
   if r["host_gib"] > 0.01:
     memory += f"; host {r['host_gib']:.2f}"
   times = f"{r['compute_seconds'] / tokens * 1e6:.2f}; {r['collective_seconds'] / tokens * 1e6:.2f}"
@@ -81,7 +83,8 @@ def row(size: str, topology: str, rows: int, policy: str) -> str:
 
 def main(_) -> None:
   print(
-    "| size | slice | rows of a device | remat | GiB | FLOPs x model | us a token: products; collectives | GiB a device |"
+    "| size | slice | rows of a device | remat | GiB | FLOPs x model "
+    "| us a token: products; collectives | GiB a device |"
   )
   print("|---|---|---|---|---|---|---|---|")
   for arguments in GOALS if _PART.value == "goals" else SIZES:

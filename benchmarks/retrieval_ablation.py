@@ -1,10 +1,11 @@
-"""Does retrieval help? One small decoder with 0, 1 and 2 neighbors, and with 2 of another document, at equal steps.
+"""Measures whether retrieval helps a small decoder: 0, 1 and 2 neighbors, and 2 of others.
 
   python -m benchmarks.retrieval_ablation --workdir=workdir/ablation
 
-Trains the tokenizers, a CLIP and then a decoder for every condition and seed on drawings of one concept in several styles;
-writes results.json, table.md and plot.png into the workdir. What is finished is skipped: it may be stopped at any time.
-Method and results: docs/retrieval_ablation.md.
+Trains the tokenizers, a CLIP and then a decoder for every condition and seed, for equal steps, on
+drawings of one concept in several styles. Writes results.json, table.md and plot.png into the
+workdir. Finished parts are skipped, so it can be stopped at any time. Method:
+docs/retrieval_ablation.md.
 """
 
 import dataclasses
@@ -39,8 +40,8 @@ from cm3leon_jax.training import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = ("raw", "text_tokenizer", "vqgan", "documents", "clip", "neighbors")
-# A pair takes about 266 slots, so a row of 1,664 holds 6 of them alone, 3 with a neighbor or 2 with two: all rows are equally
-# full. Drawings of one concept may be as similar as they like; the groups say which must not be neighbors.
+# A pair takes about 266 slots, so a row of 1,664 holds 6 of them alone, 3 with a neighbor or 2 with
+# two: all rows are equally full. Neighbors may be very similar: groups exclude variants.
 SLOTS = 1_664
 OVERRIDES = {
   "data.sequence_length": SLOTS,
@@ -55,7 +56,7 @@ OVERRIDES = {
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-  """`num_neighbors` documents stand before each, its own or, if `shuffled`, another document's."""
+  """`num_neighbors` neighbors stand before a document: its own or, if `shuffled`, another's."""
 
   label: str
   num_neighbors: int
@@ -72,12 +73,12 @@ CONDITIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Ablation:
-  """Where, and how much.
+  """Place and size of the ablation.
 
   Attributes:
-    workdir: folder of the whole.
-    steps: of every run.
-    minutes: variant of ml_configs/openmoji.py, which scales the steps of the tokenizers and of CLIP.
+    workdir: folder of all runs.
+    steps: training steps of every run.
+    minutes: variant of ml_configs/openmoji.py; it scales the steps of the tokenizers and of CLIP.
   """
 
   workdir: pathlib.Path
@@ -85,17 +86,19 @@ class Ablation:
   minutes: float
 
   def overrides(self, **fields) -> dict:
+    """Returns the fields of the config that differ from the demo's."""
     steps = dict.fromkeys(("train.steps", "train.eval_every", "train.sample_every"), self.steps)
     steps["train.checkpoint_every"] = min(100, self.steps)
     return {**OVERRIDES, "raw.source": str(self.workdir / "drawings"), **steps, **fields}
 
   def settings(self, overrides: dict) -> Settings:
+    """Returns the checked config."""
     config = openmoji.get_config(f"{self.minutes:g}")
     config.update_from_flattened_dict(overrides)
     return settings_from_config(config)
 
   def command(self, name: str, workdir: pathlib.Path, overrides: dict) -> None:
-    """Runs `python -m launch.NAME`; SIGTERM is passed on to it, and if it fails or is stopped, this program ends too."""
+    """Runs `python -m launch.NAME` and passes SIGTERM on to it; exits if it fails or stops."""
     command = [
       sys.executable,
       "-m",
@@ -116,7 +119,7 @@ class Ablation:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """The documents of both splits and their concepts [n], numbered."""
+  """The documents of both splits and the numbers of their concepts, [n] each."""
 
   train: DocumentStore
   heldout: DocumentStore
@@ -125,7 +128,7 @@ class Corpus:
 
   @property
   def subsets(self) -> dict[str, np.ndarray]:
-    """[n] bool for each of `ablation_table.SUBSETS`: whether train has the held-out document's concept in another style."""
+    """Masks of `ablation_table.SUBSETS`, [n] bool: whether train has the concept."""
     in_train = np.isin(self.heldout_concepts, self.train_concepts)
     return {"drawn_by_others": in_train, "new": ~in_train}
 
@@ -140,22 +143,22 @@ def open_corpus(workdir: pathlib.Path, vocab) -> Corpus:
 
 
 def concepts_of(ids: np.ndarray, bank_concepts: np.ndarray) -> np.ndarray:
-  """Concepts of candidates, -1 where there is none (id -1)."""
+  """Returns the concepts of candidates, -1 for none (id -1)."""
   return np.append(bank_concepts, -1)[ids]
 
 
 def shuffled_order(own: np.ndarray, candidates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Another document for each document, each once, none of whose candidates shows what the document shows.
+  """Gives each document another one, each once, without a candidate of the document's concept.
 
     own = [7 8 9], candidates = [[7] [8] [9]]: result = [1 2 0] or [2 0 1]
 
   Args:
     own: [n] concepts of the documents.
     candidates: [n, C] concepts of their candidates, -1 for none.
-    rng: draws the order.
+    rng: chooses the order.
 
   Raises:
-    UserError: there seems to be no such order.
+    UserError: no such order was found.
   """
   n = len(own)
   order = rng.permutation(n)
@@ -166,14 +169,15 @@ def shuffled_order(own: np.ndarray, candidates: np.ndarray, rng: np.random.Gener
     for i, j in zip(wrong, rng.integers(n, size=len(wrong))):
       order[[i, j]] = order[[j, i]]
   raise UserError(
-    f"the candidates of {n} documents cannot be shuffled so that none shows its document's concept."
+    f"the candidates of {n} documents cannot be shuffled so that none shows its document's "
+    "concept: use documents of more concepts."
   )
 
 
 def shuffle_neighbors(
   folder: pathlib.Path, target: pathlib.Path, corpus: Corpus, seed: int
 ) -> None:
-  """Writes the neighbors of the stage in `folder` to `target`, once: every document's are those of another of its split."""
+  """Writes the neighbors in `folder` to `target`, once, each for another document of its split."""
   done = read_json(folder / stages.DONE)
   done["id"] += f"-shuffled-{seed}"
   if (target / stages.DONE).exists() and read_json(target / stages.DONE)["id"] == done["id"]:
@@ -183,29 +187,25 @@ def shuffle_neighbors(
     ("train_pairs", corpus.train_concepts, {"": False}),
     ("heldout_pairs", corpus.heldout_concepts, {"": False, "text_": True}),
   ):
-    load = lambda text_only, array, name=name: neighbors.load_neighbors(
-      folder, name, text_only, array
-    )
-    found = {
-      f"{prefix}{array}": load(text, array)
-      for prefix, text in sides.items()
+    arrays = {
+      f"{prefix}{array}": neighbors.load_neighbors(folder, name, by_caption, array)
+      for prefix, by_caption in sides.items()
       for array in ("ids", "scores")
     }
-    candidates = np.concatenate(
-      [values for array, values in found.items() if array.endswith("ids")], axis=1
-    )
+    ids = [values for array, values in arrays.items() if array.endswith("ids")]
+    candidates = np.concatenate(ids, axis=1)
     order = shuffled_order(own, concepts_of(candidates, corpus.train_concepts), rng)
-    for array, values in found.items():
+    for array, values in arrays.items():
       ArrayStore.create(target / name / array, values.shape[1:], values.dtype).append(values[order])
   write_json(target / stages.DONE, done)
 
 
 def own_concept_share(folder: pathlib.Path, corpus: Corpus) -> dict[str, float]:
-  """How often a neighbor shows the document's own concept, in another style.
+  """Counts how often a neighbor shows the document's own concept, in another style.
 
   Returns:
-    train_candidates: of all candidates of training documents; heldout_first, heldout_second: of the best two by caption alone
-    of the held-out documents whose concept is in the bank.
+    train_candidates: share of all candidates of training documents. heldout_first, heldout_second:
+    share of the best two by caption, of held-out documents whose concept is in the bank.
   """
   ids = neighbors.load_neighbors(folder, "train_pairs")
   train = (concepts_of(ids, corpus.train_concepts) == corpus.train_concepts[:, None])[ids >= 0]
@@ -221,18 +221,18 @@ def own_concept_share(folder: pathlib.Path, corpus: Corpus) -> dict[str, float]:
 
 
 def score(settings: Settings, run: pathlib.Path, corpus: Corpus) -> dict[str, list[float]]:
-  """Bits of every held-out document itself behind its K best neighbors by caption alone, or rather those in `run`.
+  """Scores every held-out document after the K best neighbors in `run`, by caption alone.
 
   Returns:
-    image_bits, image_codes, text_bits, text_tokens: [n] sums over a document's image codes and over its caption.
+    image_bits, image_codes, text_bits, text_tokens: [n] sums over the codes and over the caption.
   """
   ids = neighbors.load_neighbors(run / "neighbors", "heldout_pairs", text_only=True)
   samples, masks = [], []
   for i in range(len(corpus.heldout)):
     document = corpus.heldout[i]
-    found = [corpus.train[int(j)] for j in ids[i][ids[i] >= 0][: settings.data.num_neighbors]]
-    found = bits.fit_neighbors(document, found, settings.data.sequence_length)
-    samples.append(pipeline.join([*found, document], settings.vocab))
+    best = [corpus.train[int(j)] for j in ids[i][ids[i] >= 0][: settings.data.num_neighbors]]
+    fitting = bits.fit_neighbors(document, best, settings.data.sequence_length)
+    samples.append(pipeline.join([*fitting, document], settings.vocab))
     masks.append(bits.own_targets(samples[-1], document, settings.vocab))
   with jax.set_mesh(create_mesh(settings.mesh)):
     params, _ = checkpoint.load_params(run / "train", settings.model)
@@ -245,7 +245,7 @@ def score(settings: Settings, run: pathlib.Path, corpus: Corpus) -> dict[str, li
 
 
 def count_queries(settings: Settings, run: pathlib.Path, corpus: Corpus) -> int:
-  """Samples of the rows of the training in `run`; each has one document that is not a neighbor."""
+  """Counts the samples of the training in `run`; each has one document that is not a neighbor."""
   ids = neighbors.load_neighbors(run / "neighbors", "train_pairs")
   plan = RowPlan(
     [Source(corpus.train, 1.0, ids, corpus.train)],
@@ -259,7 +259,7 @@ def count_queries(settings: Settings, run: pathlib.Path, corpus: Corpus) -> int:
 
 
 def run_one(ablation: Ablation, name: str, seed: int, corpus: Corpus) -> Run:
-  """Trains and scores one condition with one seed, or reads what it left."""
+  """Trains and scores one condition with one seed, or reads its results."""
   condition, shared = CONDITIONS[name], ablation.workdir / "shared"
   overrides = ablation.overrides(**{"data.num_neighbors": condition.num_neighbors, "seed": seed})
   settings, run = (
@@ -276,11 +276,11 @@ def run_one(ablation: Ablation, name: str, seed: int, corpus: Corpus) -> Run:
   trained = stages.require(run, "train")
   with stages.once(run / "bits", {"inputs": {"train": trained["id"]}}) as summary:
     if summary is not None:
-      found = {
+      about = {
         "query_documents": count_queries(settings, run, corpus),
         "train_seconds": trained["seconds"],
       }
-      write_json(run / "bits" / "bits.json", {**found, **score(settings, run, corpus)})
+      write_json(run / "bits" / "bits.json", {**about, **score(settings, run, corpus)})
   values = read_json(run / "bits" / "bits.json")
   return Run(
     name, seed, **{k: np.array(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -288,7 +288,7 @@ def run_one(ablation: Ablation, name: str, seed: int, corpus: Corpus) -> Run:
 
 
 def ablate(ablation: Ablation, names: list[str], num_seeds: int) -> dict:
-  """Makes the data, runs every condition with every seed and writes the results after each run. Returns them."""
+  """Prepares the data, runs all conditions and seeds, and writes results after each run."""
   workdir, shared = ablation.workdir, ablation.workdir / "shared"
   overrides = ablation.overrides()
   settings = ablation.settings(overrides)
@@ -313,7 +313,8 @@ def ablate(ablation: Ablation, names: list[str], num_seeds: int) -> dict:
     runs.append(run_one(ablation, name, seed, corpus))
     level = runs[-1].image_bits.sum() / runs[-1].image_codes.sum()
     print(
-      f"[{number}/{len(planned)}] {level:.3f} bits per held-out image code; {time.time() - start:.0f} s.",
+      f"[{number}/{len(planned)}] {level:.3f} bits per held-out image code; "
+      f"{time.time() - start:.0f} s.",
       flush=True,
     )
     result = about | ablation_table.summarize(runs, labels, corpus.subsets, corpus.heldout_concepts)
@@ -334,7 +335,8 @@ def main(argv) -> None:
     names = [name for name in CONDITIONS if name in args.conditions]
     if not names or {*args.conditions} - {*names}:
       raise UserError(
-        f"--conditions is '{','.join(args.conditions)}'; it must name some of {','.join(CONDITIONS)}."
+        f"--conditions is '{','.join(args.conditions)}'; "
+        f"it must name some of {','.join(CONDITIONS)}."
       )
     ablation = Ablation(pathlib.Path(args.workdir).resolve(), args.steps, args.minutes)
     result = ablate(ablation, names, args.seeds)
@@ -345,18 +347,19 @@ def main(argv) -> None:
     sys.exit(2)
   else:
     print(
-      f"\n{ablation_table.markdown(result)}\nretrieval_ablation: results.json, table.md and plot.png in {ablation.workdir}."
+      f"\n{ablation_table.markdown(result)}\n"
+      f"retrieval_ablation: results.json, table.md and plot.png are in {ablation.workdir}."
     )
 
 
 if __name__ == "__main__":  # Flags here: a test that imports this module defines none.
   flags.DEFINE_string(
-    "workdir", "workdir/retrieval_ablation", "Folder of the whole; a run there is continued."
+    "workdir", "workdir/retrieval_ablation", "Folder of all runs; an existing one continues."
   )
   flags.DEFINE_integer("steps", 800, "Training steps of every run.", lower_bound=1)
-  flags.DEFINE_integer("seeds", 3, "Runs of every condition.", lower_bound=1)
-  flags.DEFINE_list("conditions", list(CONDITIONS), "Which conditions.")
+  flags.DEFINE_integer("seeds", 3, "Number of seeds of every condition.", lower_bound=1)
+  flags.DEFINE_list("conditions", list(CONDITIONS), "Conditions to run.")
   flags.DEFINE_float(
-    "minutes", 20, "Of the demo, whose tokenizers and CLIP are trained as long.", lower_bound=1e-3
+    "minutes", 20, "Train tokenizers and CLIP as a demo of so many minutes does.", lower_bound=1e-3
   )
   app.run(main)

@@ -1,9 +1,9 @@
-"""Neighbor search: rates and recall@2 of ScaNN against exact search, what an index takes, and the rate of the selection rules.
+"""Measures the neighbor search: ScaNN against exact search, the size of an index, selection rules.
 
   python -m benchmarks.search --folder=scratch --sizes=100000,1000000
 
-Vectors are random, 512 wide, in clusters like those of embeddings: n / 100 centers, cosine of about 0.7 to their own.
-ScaNN and exact search use all cores; the selection rules are Python, on one thread.
+Vectors are random, 512 wide, in clusters like those of embeddings: n / 100 centers, with a cosine
+of about 0.7 to their own. ScaNN and exact search use all cores; the selection rules use one thread.
 """
 
 import time
@@ -19,20 +19,18 @@ from cm3leon_jax.retrieval.neighbors import RetrievalConfig, Retriever
 
 _SIZES = flags.DEFINE_list("sizes", ["100000", "1000000"], "Numbers of vectors.")
 _QUERIES = flags.DEFINE_integer(
-  "queries", 2_000, "Queries of a repetition of ScaNN; exact search gets an eighth of them."
+  "queries", 2_000, "Queries per repetition of ScaNN; exact search gets an eighth of them."
 )
 _REPEATS = flags.DEFINE_integer(
-  "repeats", 5, "Repetitions, of which median, smallest and largest are printed."
+  "repeats", 5, "Repetitions; their median, smallest and largest are printed."
 )
-_FOLDER = flags.DEFINE_string(
-  "folder", None, "Where arrays and indices are written.", required=True
-)
+_FOLDER = flags.DEFINE_string("folder", None, "Folder for arrays and indices.", required=True)
 
 WIDTH = 512
 
 
 def clustered(count: int, seed: int = 0) -> np.ndarray:
-  """[count, WIDTH] float32 of norm 1."""
+  """Samples clustered vectors: [count, WIDTH] float32 of norm 1."""
   rng = np.random.default_rng(seed)
   centers = rng.standard_normal((max(1, count // 100), WIDTH), np.float32)
   vectors = centers[rng.integers(0, len(centers), count)]
@@ -41,24 +39,23 @@ def clustered(count: int, seed: int = 0) -> np.ndarray:
 
 
 def rates(search: index.Index, queries: np.ndarray, repeats: int) -> str:
-  """`median (smallest to largest)` queries per second, after one repetition that compiles."""
+  """Returns `median (smallest to largest)` queries per second, after a repetition that compiles."""
   search.search(queries, 2)
-  found = []
+  measured = []
   for _ in range(repeats):
     start = time.perf_counter()
     search.search(queries, 2)
-    found.append(len(queries) / (time.perf_counter() - start))
-  return f"{np.median(found):,.0f} ({min(found):,.0f} to {max(found):,.0f}) queries/s"
+    measured.append(len(queries) / (time.perf_counter() - start))
+  return f"{np.median(measured):,.0f} ({min(measured):,.0f} to {max(measured):,.0f}) queries/s"
 
 
 def measure(count: int) -> None:
+  """Prints size, recall and rates of the indices of `count` vectors."""
   vectors = clustered(count)
   rng = np.random.default_rng(1)
-  near = (
-    vectors[rng.integers(0, count, _QUERIES.value)]
-    + 0.5 * rng.standard_normal((_QUERIES.value, WIDTH), np.float32) / 16
-  )
-  queries = near / np.linalg.norm(near, axis=1, keepdims=True)
+  queries = vectors[rng.integers(0, count, _QUERIES.value)]
+  queries = queries + 0.5 * rng.standard_normal((_QUERIES.value, WIDTH), np.float32) / 16
+  queries /= np.linalg.norm(queries, axis=1, keepdims=True)
   start = time.perf_counter()
   scann = index.ScannIndex.build(vectors)
   built = time.perf_counter() - start
@@ -69,7 +66,8 @@ def measure(count: int) -> None:
   few = queries[: max(1, len(queries) // 8)]
   recall = index.recall_at_k(scann.search(few, 2)[0], exact.search(few, 2)[0])
   print(
-    f"{count:,} vectors: scann built in {built:.0f} s, {size / count:.0f} bytes a vector, recall@2 {recall:.3f}",
+    f"{count:,} vectors: scann built in {built:.0f} s, {size / count:.0f} bytes a vector, "
+    f"recall@2 {recall:.3f}",
     flush=True,
   )
   print(f"  scann: {rates(scann, queries, _REPEATS.value)}", flush=True)
@@ -77,7 +75,7 @@ def measure(count: int) -> None:
 
 
 def measure_selection(count: int = 20_000) -> None:
-  """Documents per second whose 2 x 64 candidates are read and pruned by the rules, on one thread."""
+  """Prints how many documents per second the rules prune, with 2 x 64 candidates, on one thread."""
   texts, images = clustered(count), clustered(count, seed=1)
   folder = epath.Path(_FOLDER.value) / "selection"
   numbers = np.arange(count, dtype=np.uint64) + 1
@@ -89,13 +87,14 @@ def measure_selection(count: int = 20_000) -> None:
   queries = slice(0, 2_048)
   sides = [retriever.search(x[queries]) for x in (texts, images)]
   rows = [x[queries] for x in (arrays["documents"], numbers, numbers // 2 + 1)]
-  found = []
+  measured = []
   for _ in range(_REPEATS.value):
     start = time.perf_counter()
     retriever.select(sides, *rows, kept_per_side=2)
-    found.append(len(rows[0]) / (time.perf_counter() - start))
+    measured.append(len(rows[0]) / (time.perf_counter() - start))
   print(
-    f"selection: {np.median(found):,.0f} ({min(found):,.0f} to {max(found):,.0f}) documents/s",
+    f"selection: {np.median(measured):,.0f} "
+    f"({min(measured):,.0f} to {max(measured):,.0f}) documents/s",
     flush=True,
   )
 

@@ -1,9 +1,11 @@
-"""The train step on this machine: seconds, tokens/s, and model FLOPs over the machine's measured peak of matrix products.
+r"""Measures the train step: seconds, tokens/s, and model FLOPs over the measured matrix peak.
 
   python -m benchmarks.train_step
-  python -m benchmarks.train_step --layers=24 --width=1024 --heads=16 --mlp_width=4096 --rows=8 --length=4096 --dtype=bfloat16
+  python -m benchmarks.train_step --layers=24 --width=1024 --heads=16 --mlp_width=4096 --rows=8 \
+    --length=4096 --dtype=bfloat16
 
-The defaults are the shape that docs/benchmarks.md compares with MaxText. Rows hold random tokens, one sample each.
+The defaults are the shape that docs/benchmarks.md compares with MaxText. A row is one sample of
+random tokens.
 """
 
 import functools
@@ -21,25 +23,25 @@ from cm3leon_jax.training.flops import model_flops
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.state import init_state, train_step
 
-_LAYERS = flags.DEFINE_integer("layers", 4, "Layers.")
+_LAYERS = flags.DEFINE_integer("layers", 4, "Number of layers.")
 _WIDTH = flags.DEFINE_integer("width", 256, "Width.")
-_HEADS = flags.DEFINE_integer("heads", 4, "Heads.")
+_HEADS = flags.DEFINE_integer("heads", 4, "Number of attention heads.")
 _MLP_WIDTH = flags.DEFINE_integer("mlp_width", 1_024, "Width of the feed-forward layer.")
-_VOCAB = flags.DEFINE_integer("vocab", 64_512, "Ids.")
+_VOCAB = flags.DEFINE_integer("vocab", 64_512, "Number of ids.")
 _ROWS = flags.DEFINE_integer("rows", 4, "Rows of a batch.")
 _LENGTH = flags.DEFINE_integer("length", 512, "Tokens of a row.")
 _FAMILY = flags.DEFINE_enum("family", "opt", ["opt", "modern"], "Family of the decoder.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Compute dtype.")
 _REMAT = flags.DEFINE_enum(
-  "remat_policy", "none", REMAT_POLICIES, "What the backward pass computes again."
+  "remat_policy", "none", REMAT_POLICIES, "Values that the backward pass recomputes."
 )
-_ATTENTION = flags.DEFINE_enum("attention", "auto", ATTENTIONS, "Which attention.")
+_ATTENTION = flags.DEFINE_enum("attention", "auto", ATTENTIONS, "Implementation of attention.")
 _CHUNK = flags.DEFINE_integer("loss_chunk", 32, "Tokens of a row whose logits exist at once.")
-_STEPS = flags.DEFINE_integer("steps", 15, "Steps that are timed, after two that are not.")
+_STEPS = flags.DEFINE_integer("steps", 15, "Timed steps, after two that are not.")
 
 
 def measured_peak(dtype, size: int = 4_096, repeats: int = 7) -> float:
-  """FLOP/s of the fastest of `repeats` products of two [size, size] matrices on one device."""
+  """Measures FLOP/s of the fastest of `repeats` [size, size] products on one device."""
   a = jnp.ones((size, size), dtype)
   product = jax.jit(jnp.matmul)
   product(a, a).block_until_ready()
@@ -52,7 +54,7 @@ def measured_peak(dtype, size: int = 4_096, repeats: int = 7) -> float:
 
 
 def step_seconds(model: ModelConfig, rows: int, length: int, steps: int) -> list[float]:
-  """Seconds of each of `steps` train steps on random tokens."""
+  """Measures the seconds of each of `steps` train steps on random tokens."""
   optimizer = create_optimizer(OptimizerConfig(), 1_000)
   rng = np.random.default_rng(0)
   samples = [rng.integers(256, model.vocab_size, length + 1).astype(np.int32) for _ in range(rows)]
@@ -64,13 +66,13 @@ def step_seconds(model: ModelConfig, rows: int, length: int, steps: int) -> list
   step = jax.jit(
     functools.partial(train_step, model, optimizer, model.vocab_size, 1), donate_argnums=0
   )
-  found = []
+  seconds = []
   for _ in range(steps + 2):
     start = time.perf_counter()
     state, metrics = step(state, batch)
     float(metrics["loss"])
-    found.append(time.perf_counter() - start)
-  return found[2:]
+    seconds.append(time.perf_counter() - start)
+  return seconds[2:]
 
 
 def main(_) -> None:
@@ -95,13 +97,15 @@ def main(_) -> None:
     peak = max(before, measured_peak(model.dtype)) * jax.device_count()
   median = float(np.median(seconds))
   print(
-    f"{jax.device_count()} x {jax.devices()[0].device_kind}, peak of {model.dtype} products {peak / 1e9:,.0f} GFLOP/s"
+    f"{jax.device_count()} x {jax.devices()[0].device_kind}, "
+    f"peak of {model.dtype} products {peak / 1e9:,.0f} GFLOP/s"
   )
   print(
     f"step: median {median:.3f} s ({min(seconds):.3f} to {max(seconds):.3f}, {len(seconds)} steps)"
   )
   print(
-    f"{tokens / median:,.0f} tokens/s; {flops / 1e9:,.0f} model GFLOPs a step, {flops / median / peak:.1%} of the peak"
+    f"{tokens / median:,.0f} tokens/s; {flops / 1e9:,.0f} model GFLOPs a step, "
+    f"{flops / median / peak:.1%} of the peak"
   )
 
 

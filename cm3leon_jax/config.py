@@ -9,8 +9,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Every section converts no types but int -> float and refuses unknown fields, NaN and infinity; the
-# line under a field is its description.
+# Sections convert no types but int to float, and refuse unknown fields, NaN and infinity; the line
+# under a field is its description.
 STRICT: "pydantic.ConfigDict" = {
   "strict": True,
   "extra": "forbid",
@@ -20,13 +20,13 @@ STRICT: "pydantic.ConfigDict" = {
 
 
 class UserError(ValueError):
-  """A mistake of the user's, told in one sentence: what, where, what would be right. A command exits with `exit_code`."""
+  """A user's mistake in one sentence: what is wrong, where, what to do. Sets the exit code."""
 
   exit_code = 2
 
 
 class TryAgain(UserError):
-  """What the command needs was not there in time; told in one sentence, too, but a scheduler may start it again."""
+  """A resource that was not available in time: a scheduler may start the command again."""
 
   exit_code = 1
 
@@ -45,7 +45,7 @@ def build(cls: type[T], values, where: str = "") -> T:
   Raises:
     UserError: an unknown field, a value of another type than the field's, or one out of range.
   """
-  import pydantic  # Here: commands import this module for --help.
+  import pydantic  # Not at the top: commands import this module for --help.
 
   values = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()}
   try:
@@ -56,7 +56,7 @@ def build(cls: type[T], values, where: str = "") -> T:
 
 
 def _sentence(error: dict, cls: type, where: str) -> str:
-  """Turns one of pydantic's errors into a sentence of ours."""
+  """Turns an error of pydantic into a sentence."""
   field = ".".join([where, *map(str, error["loc"])])
   match error["type"]:
     case "unexpected_keyword_argument":

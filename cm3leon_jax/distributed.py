@@ -1,4 +1,4 @@
-"""Many processes that do one job: how they find each other, and how they come to the same decision."""
+"""Several processes of one job: how they connect, and how they come to the same decision."""
 
 from collections.abc import Iterator
 import contextlib
@@ -14,25 +14,25 @@ from cm3leon_jax import stages
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.io import plain
 
-# A process that ends waits that long for the others, so one that fails alone takes the job with it after that time.
+# A process that ends waits as long for the others; if it failed alone, the job then ends.
 SHUTDOWN_SECONDS = 60
 
 
 def initialize(
   coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
 ) -> None:
-  """Joins the job's processes; before anything else of JAX.
+  """Connects this process to the others of its job; call it before anything else of JAX.
 
   Args:
-    coordinator: host:port on which process 0 listens. With None for all three, JAX asks the cluster that it finds itself
-      in: a TPU pod (also GKE, multislice), SLURM, Open MPI, Kubernetes.
+    coordinator: host:port on which process 0 listens. If it and the next two are None, JAX asks the
+      cluster: a TPU pod (also GKE, multislice), SLURM, Open MPI or Kubernetes.
     num_processes: of the job.
-    process_id: this one's, in [0, num_processes).
+    process_id: number of this process, in [0, num_processes).
     timeout: seconds that processes wait for each other.
 
   Raises:
-    UserError: only some of the three are given, or they cannot be; no cluster was found.
-    TryAgain: the other processes were not there in time.
+    UserError: only some of the three are given, or a value is impossible; no cluster was found.
+    TryAgain: the other processes did not start in time.
   """
   given = {
     "coordinator_address": coordinator,
@@ -43,13 +43,12 @@ def initialize(
   if 0 < len(missing) < len(given):
     present = [f"--{name}" for name, value in given.items() if value is not None]
     raise UserError(
-      f"{', '.join(present)} without {', '.join(missing)}: give all three, or --distributed and none of them."
+      f"{', '.join(present)} without {', '.join(missing)}: give all three, or --distributed alone."
     )
   if not missing:
     _check(coordinator, num_processes, process_id)
-  jax.config.update(
-    "jax_enable_preemption_service", False
-  )  # It would catch SIGTERM; see training/preemption.py.
+  # The service would catch SIGTERM, see training/preemption.py.
+  jax.config.update("jax_enable_preemption_service", False)
   if not missing and process_id:
     _wait_for(coordinator, timeout)
   try:
@@ -62,12 +61,13 @@ def initialize(
     )
   except ValueError as error:
     raise UserError(
-      f"--distributed found no cluster that it knows ({error}): leave it out on a single machine, or give "
-      "--coordinator_address, --num_processes and --process_id."
+      f"--distributed found no cluster that it knows ({error}): leave it out on a single machine, "
+      "or give --coordinator_address, --num_processes and --process_id."
     ) from error
   except RuntimeError as error:
     raise TryAgain(
-      f"the processes of the job did not find each other in {timeout} s ({error}): start all of them."
+      f"the processes of the job did not find each other in {timeout} s ({error}): "
+      "start all of them."
     ) from error
 
 
@@ -75,18 +75,20 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
     raise UserError(
-      f"--coordinator_address is '{coordinator}'; it must be host:port of process 0, like 10.0.0.1:8476."
+      f"--coordinator_address is '{coordinator}'; "
+      "it must be host:port of process 0, like 10.0.0.1:8476."
     )
   if num_processes < 1:
     raise UserError(f"--num_processes is {num_processes}; it must be positive.")
   if not 0 <= process_id < num_processes:
     raise UserError(
-      f"--process_id is {process_id}; with --num_processes={num_processes} it must be from 0 to {num_processes - 1}."
+      f"--process_id is {process_id}; "
+      f"with --num_processes={num_processes} it must be from 0 to {num_processes - 1}."
     )
 
 
 def _wait_for(coordinator: str, timeout: int) -> None:
-  """Returns when somebody listens there: JAX aborts the whole process, without an exception, if nobody does."""
+  """Waits until the coordinator listens: otherwise JAX aborts the process without an exception."""
   host, _, port = coordinator.rpartition(":")
   end = time.monotonic() + timeout
   while True:
@@ -96,25 +98,25 @@ def _wait_for(coordinator: str, timeout: int) -> None:
     except OSError as error:
       if time.monotonic() > end:
         raise TryAgain(
-          f"--coordinator_address {coordinator}: nobody has listened there for {timeout} s ({error}); "
-          "it must be an address of the machine of --process_id=0, which must be running."
+          f"--coordinator_address {coordinator}: nobody has listened there for {timeout} s "
+          f"({error}); it must be an address of the machine of --process_id=0, which must run."
         ) from error
     time.sleep(0.2)
 
 
 def is_first() -> bool:
-  """Whether this is the process that writes what a job has one of; true where there is no other."""
+  """Returns whether this process is the only one, or the one that writes the job's files."""
   return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def tell(sentence: str) -> None:
-  """Prints a line, once a job."""
+def print_once(sentence: str) -> None:
+  """Prints a line in the first process."""
   if is_first():
     print(sentence, flush=True)
 
 
 def gather(value) -> list:
-  """What every process calls it with, a JSON value, in their order, in all of them. All have to call it."""
+  """Gathers a JSON value of every process, in their order. All processes must call it."""
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return [value]
   message = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -129,22 +131,21 @@ def gather(value) -> list:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """All processes do the body, and none goes on before all have; where one fails, all fail, so that none waits for it.
+  """Runs the body in all processes; none continues before all have finished or one has failed.
 
   Raises:
-    UserError: of the first process that raised one, in all; of another error, what it was and where.
+    UserError: in all processes, if the body failed in one: its UserError, or a description of
+      another error. The process in which it failed raises that other error itself.
   """
-  failure, told = None, ""
+  failure, message = None, ""
   try:
     yield
   except UserError as error:
-    failure, told = error, str(error)
+    failure, message = error, str(error)
   except Exception as error:
-    failure, told = (
-      error,
-      f"process {jax.process_index()} failed with {type(error).__name__}: {error}",
-    )
-  first = next(filter(None, gather(told)), "")
+    failure = error
+    message = f"process {jax.process_index()} failed with {type(error).__name__}: {error}"
+  first = next(filter(None, gather(message)), "")
   if failure is not None and not isinstance(failure, UserError):
     raise failure
   if first:
@@ -152,10 +153,11 @@ def together() -> Iterator[None]:
 
 
 def check_same_config(config: dict) -> None:
-  """Raises UserError, naming the fields, in all processes, if one of them has another `config` than the first."""
+  """Raises UserError in all processes, with the fields, if their configs differ."""
   first, *others = gather(plain(config))
   for i, other in enumerate(others, 1):
     if changed := stages.differences(first, other):
       raise UserError(
-        f"process {i} has another config than process 0 ({'; '.join(changed[:4])}): give all the same flags."
+        f"process {i} has another config than process 0 ({'; '.join(changed[:4])}): "
+        "give all processes the same flags."
       )

@@ -1,4 +1,4 @@
-"""Files of a workdir: whole or not there, in JSON or in lines of it, and their digests."""
+"""Files of a workdir: written whole, as JSON or JSON lines, and their digests."""
 
 from collections.abc import Iterator
 import contextlib
@@ -29,7 +29,7 @@ def replacing(path: epath.PathLike, mode: str = "wb"):
 
 
 def plain(value):
-  """Returns a value as JSON gives it back: tuples as lists, numpy scalars as numbers."""
+  """Returns a value as it is read from JSON: tuples as lists, numpy scalars as numbers."""
   return json.loads(json.dumps(value, default=lambda x: x.item() if hasattr(x, "item") else str(x)))
 
 
@@ -53,20 +53,20 @@ def read_json(path: epath.PathLike):
 
 
 def read_json_lines(path: epath.PathLike) -> list[dict]:
-  """Reads a JSON-lines file that grows; a last line that a kill cut short is left out."""
+  """Reads a JSON-lines file, without a last line that a kill left incomplete."""
   path = epath.Path(path)
   lines = path.read_text().splitlines() if path.exists() else []
-  found = []
+  values = []
   for i, line in enumerate(lines):
     try:
-      found.append(json.loads(line))
+      values.append(json.loads(line))
     except json.JSONDecodeError:
       if i + 1 < len(lines):
         raise
-  return found
+  return values
 
 
 def digest(path: epath.PathLike) -> str | None:
-  """Returns the SHA-256 of a file, None if there is none."""
+  """Returns the SHA-256 of a file, or None if it does not exist."""
   path = epath.Path(path)
   return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None

@@ -1,4 +1,4 @@
-"""The device mesh, and the one table that says which mesh axes a logical axis is split over."""
+"""The device mesh, and the one table of the mesh axes that a logical axis is split over."""
 
 import math
 from typing import Annotated
@@ -15,18 +15,18 @@ from cm3leon_jax.config import STRICT
 AXES = ("data", "fsdp", "fsdp_inner", "tensor")
 FSDP = ("fsdp", "fsdp_inner")
 
-# Logical axis -> mesh axes. Nothing else in the project says what is split over what.
+# Logical axis -> mesh axes; nothing else in the project decides what is split over what.
 RULES = {
   "batch": ("data", *FSDP),
   "length": None,
   "layers": None,
-  "act": None,  # width of activations
+  "act": None,  # Width of activations.
   "head_dim": None,
-  "embed": FSDP,  # width of parameters
+  "embed": FSDP,  # Width of parameters.
   "heads": "tensor",
   "mlp": "tensor",
-  "vocab": "tensor",  # logits, and the table while it is used
-  # The table at rest is split by vocabulary on every mesh; with tensor last a gather costs two permutes.
+  "vocab": "tensor",  # Of logits, and of the output table while it is used.
+  # Of tables as they are stored, on every mesh; with tensor last a gather costs two permutes.
   "vocab_stored": ("tensor", *FSDP),
 }
 
@@ -50,7 +50,7 @@ class MeshConfig:
   def __post_init__(self):
     if 0 in self.shape or self.shape.count(-1) > 1:
       raise ValueError(
-        f"{_shown(self.shape)}; each must be positive, and at most one -1 (the rest of the devices)."
+        f"{_shown(self.shape)}; each must be positive, or one of them -1 (the remaining devices)."
       )
 
   @property
@@ -64,12 +64,13 @@ def _shown(shape) -> str:
 
 
 def create_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
-  """Mesh over `devices` (default: all) with explicit axes.
+  """Makes a mesh of `devices` (default: all) with explicit axes.
 
-  Devices of several slices (TPU slices, GPU hosts), between which the network is slow, lie along `data`, slice by slice.
+  The network between slices (TPU slices, GPU hosts) is slow; they lie along `data`.
 
   Raises:
-    ValueError: the shape does not use the devices exactly, or `data` does not split over the slices.
+    ValueError: the shape does not use the devices exactly, or the number of slices does not divide
+      `data`.
   """
   devices = jax.devices() if devices is None else devices
   shape = list(config.shape)
@@ -81,7 +82,8 @@ def create_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if shape[0] % slices:
     raise ValueError(
-      f"mesh.data is {shape[0]}; the devices lie in {slices} slices, and it must be a multiple of that."
+      f"mesh.data is {shape[0]}; the devices are in {slices} slices, and it must be a multiple of "
+      f"{slices}."
     )
   types = (AxisType.Explicit,) * len(AXES)
   if slices > 1:
@@ -93,7 +95,7 @@ def create_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
 
 
 def spec(*axes: str | None) -> P:
-  """PartitionSpec of an array whose dimensions are the logical `axes`; None: not split.
+  """Returns the PartitionSpec of an array with the logical `axes`; None is not split.
 
   >>> spec("vocab_stored", None)
   PartitionSpec(('tensor', 'fsdp', 'fsdp_inner'), None)
@@ -102,22 +104,22 @@ def spec(*axes: str | None) -> P:
 
 
 def shard(x, *axes: str | None):
-  """`x` laid out as its logical `axes` say; moves data if it lay otherwise. Needs a mesh (`jax.set_mesh`)."""
+  """Splits `x` by its logical `axes`; moves data if necessary. Needs a mesh (`jax.set_mesh`)."""
   return jax.sharding.reshard(x, spec(*axes))
 
 
 def gathered(w):
-  """A parameter made whole over the fsdp axes for its use; its gradient goes the way back.
+  """Gathers a parameter over the fsdp axes for its use.
 
-  One axis at a time, so that each step is an all-gather along one dimension of the torus and the gradient a reduce-scatter
-  along it; then what is left of the gradient is summed over `data`. `reduced` in the type is what tells JAX that
-  gradients of its uses are to be summed later, here, and not each at its place.
+  It is gathered over one axis at a time, so that each is an all-gather along one dimension of the
+  torus, and of the gradient a reduce-scatter along it; the gradient is then summed over `data`.
+  `reduced` in its type makes JAX sum the gradients here, once, and not at each use.
 
   Args:
-    w: laid out as it is stored; in the dtype that is to be sent.
+    w: laid out as it is stored; in the dtype that is sent.
 
   Returns:
-    `w`, still split over `tensor`.
+    `w`, split over `tensor` alone.
   """
   split = [
     (axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in jax.typeof(w).sharding.spec
@@ -131,12 +133,12 @@ def gathered(w):
 
 
 def shardings(tree, mesh: jax.sharding.Mesh):
-  """Tree of NamedSharding of a tree of typed arrays, abstract (`jax.eval_shape`) or not."""
+  """Returns the NamedShardings of a tree of arrays or of types (`jax.eval_shape`)."""
   return jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), tree)
 
 
 def abstract(tree, mesh: jax.sharding.Mesh):
-  """Arrays, or types of `jax.eval_shape` -> what a program for `mesh` is lowered with; host arrays are whole everywhere."""
+  """Returns the types and shardings on `mesh` of a tree of arrays, types or host arrays (whole)."""
 
   def place(x):
     spec = jax.typeof(x).sharding.spec if isinstance(x, jax.Array | jax.ShapeDtypeStruct) else P()
@@ -146,6 +148,6 @@ def abstract(tree, mesh: jax.sharding.Mesh):
 
 
 def batch_shards() -> int:
-  """Into how many parts the current mesh splits a batch."""
+  """Returns the number of parts into which the current mesh splits a batch."""
   shape = jax.sharding.get_abstract_mesh().shape
   return math.prod(shape[axis] for axis in RULES["batch"])

@@ -13,7 +13,7 @@ from cm3leon_jax.stages import differences
 
 
 def structure(make) -> tuple[nnx.GraphDef, nnx.State]:
-  """Splits the module that `make()` returns, without computing anything, for `fill`."""
+  """Splits the module that `make()` returns, without computing it, for `fill`."""
   return nnx.split(nnx.eval_shape(make))
 
 
@@ -46,8 +46,8 @@ def load(path: epath.PathLike, expected: dict, command: str) -> dict:
 
   Args:
     path: of the file.
-    expected: parameters or their types, which say the names and shapes that the file must hold.
-    command: makes the file; for messages.
+    expected: parameters or their types, with the names and shapes that the file must hold.
+    command: that makes the file; for messages.
 
   Raises:
     UserError: the file is absent or damaged, or it holds other names or shapes.

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from etils import epath
 import ml_collections
 from pydantic import NonNegativeInt
 import pydantic.dataclasses
@@ -10,9 +11,10 @@ import pydantic.dataclasses
 from cm3leon_jax.clip.model import CLIPConfig
 from cm3leon_jax.config import STRICT, UserError, build
 from cm3leon_jax.data.ingest import RawConfig
-from cm3leon_jax.data.plan import DataConfig
+from cm3leon_jax.data.sample_plan import DataConfig
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.evaluation.bits import EvaluationConfig
+from cm3leon_jax.io import read_json
 from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.retrieval.neighbors import RetrievalConfig
@@ -28,7 +30,7 @@ class Settings:
   """A checked config: one frozen dataclass per section. docs/config.md lists every field."""
 
   seed: NonNegativeInt
-  """Seed of every random draw of the run."""
+  """Seed of all random numbers of the run."""
   vocab: VocabLayout
   raw: RawConfig
   text_tokenizer: TextTokenizerConfig
@@ -67,7 +69,7 @@ SECTIONS: dict[str, Any] = {
 
 
 def default_config() -> ml_collections.ConfigDict:
-  """Every section with every field at its default, so that each can be overridden and no other can."""
+  """Returns all sections and fields with their defaults, so that flags can override only these."""
   sections = {
     name: {f.name: f.default for f in dataclasses.fields(cls)} for name, cls in SECTIONS.items()
   }
@@ -91,6 +93,26 @@ def settings_from_config(config) -> Settings:
     )
   sections = {name: build(cls, config[name], name) for name, cls in SECTIONS.items()}
   return build(Settings, {"seed": config["seed"], **sections})
+
+
+def settings_of_run(workdir: epath.PathLike) -> Settings:
+  """Reads the settings that `launch.train` wrote into train/config.json.
+
+  Raises:
+    UserError: nothing was trained in `workdir`, or by a version that wrote no settings.
+  """
+  path = epath.Path(workdir) / "train" / "config.json"
+  if not path.exists():
+    raise UserError(
+      f"{path} does not exist: name the workdir of a run, in which `python -m launch.train` began."
+    )
+  stored = read_json(path)
+  if "settings" not in stored:
+    raise UserError(
+      f"{path} was written by an older version and has no settings: run `python -m launch.train` "
+      "with the same --config and --workdir again; a finished training is not repeated."
+    )
+  return settings_from_config(stored["settings"])
 
 
 def describe(settings: Settings) -> list[str]:

@@ -1,4 +1,4 @@
-"""Work in shards: each is done once, in this process or by Ray's workers; a killed job redoes only what is unfinished."""
+"""Work in shards, in this process or in Ray workers; a killed job redoes only unfinished shards."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -16,13 +16,13 @@ RUNNERS = ("local", "ray")
 
 @dataclasses.dataclass(frozen=True)
 class Runner:
-  """Where shards are worked on.
+  """Where shards are processed.
 
   Attributes:
     kind: `local`, in this process, or `ray`.
-    address: of a Ray cluster, "auto" for the one of this machine; "": one is started here and ends with the job.
-    workers: of Ray, each of which does one shard at a time.
-    worker_cpus: that Ray sets aside for each.
+    address: of a Ray cluster, "auto" for the one of this machine; "" starts one for the job.
+    workers: number of Ray workers, each of which processes one shard at a time.
+    worker_cpus: CPUs that Ray reserves for each worker.
   """
 
   kind: str = "local"
@@ -35,17 +35,20 @@ class Runner:
       raise ValueError(f"runner is '{self.kind}'; it must be one of {', '.join(RUNNERS)}.")
     if self.workers < 1 or self.worker_cpus <= 0:
       raise ValueError(
-        f"ray_workers is {self.workers} and ray_worker_cpus {self.worker_cpus}; both must be positive."
+        f"ray_workers is {self.workers} and ray_worker_cpus {self.worker_cpus}; "
+        "both must be positive."
       )
 
 
 class Job(Protocol):
-  """What is done to every shard. It is pickled to the workers, so it holds configs and paths, not models."""
+  """Work on every shard. It is pickled to the workers, so it holds configs and paths, no models."""
 
   def open(self) -> Callable[[str], dict]:
-    """Loads, once a worker, what all shards need. The result does the shard of a name and returns its numbers.
+    """Loads in a worker what all shards need.
 
-    It writes every file beside its place and moves it there when whole; done twice, a shard gives the same bytes.
+    Returns:
+      Function that processes the shard of a name and returns its numbers. Its files appear whole
+      (`io.replacing`), and a shard that is processed twice has the same bytes.
     """
     ...
 
@@ -56,20 +59,20 @@ Results = Iterator[tuple[str, dict]]
 def run_shards(
   job: Job, shards: dict[str, dict], folder: epath.PathLike, runner: Runner, bar: str
 ) -> Results:
-  """Does the shards that are not done yet.
+  """Processes the shards that are not finished.
 
   Args:
-    job: does one of them.
-    shards: name -> what its outcome depends on; a shard that was done with another config is done again.
-    folder: gets a record, NAME.json, for every shard that is done.
-    runner: where.
+    job: the work on a shard.
+    shards: name -> what the result depends on; if that has changed, the shard is processed again.
+    folder: gets a record, NAME.json, of every finished shard.
+    runner: where shards are processed.
     bar: name of the progress bar.
 
   Yields:
-    (name, numbers) of every shard: first of those that were done before, then as they are done.
+    (name, numbers) of every shard: first the finished ones, then the others as they finish.
 
   Raises:
-    UserError: of a shard, as soon as there is one; what is done stays done.
+    UserError: the first of a shard; finished shards stay finished.
   """
   folder = epath.Path(folder)
   finished, pending = [], []
@@ -94,18 +97,22 @@ def run_shards(
 
 
 class _Worker:
-  """Does shards and records them. Built once in each process that works."""
+  """Processes shards and records them; built once in each worker."""
 
   def __init__(self, job: Job, folder: epath.Path):
-    self._job, self._folder, self._do = job, folder, None
+    self._job, self._folder, self._process = job, folder, None
 
   def __call__(self, row: dict) -> dict:
-    """{"shard": name, "config": JSON} -> the name with `summary`, JSON, or `error`, a user's mistake in one sentence."""
+    """Processes {"shard": name, "config": JSON}.
+
+    Returns:
+      {"shard": name, "summary": JSON, "error": ""}, or the message of a UserError as "error".
+    """
     name = row["shard"]
     try:
-      if self._do is None:
-        self._do = self._job.open()
-      summary = plain(self._do(name))
+      if self._process is None:
+        self._process = self._job.open()
+      summary = plain(self._process(name))
     except UserError as error:
       return {"shard": name, "summary": "", "error": str(error)}
     write_json(
@@ -121,9 +128,9 @@ def _result(row: dict) -> tuple[str, dict]:
 
 
 def _local(job: Job, folder: epath.Path, rows: list[dict]) -> Results:
-  work = _Worker(job, folder)
+  worker = _Worker(job, folder)
   for row in rows:
-    yield _result(work(row))
+    yield _result(worker(row))
 
 
 def _ray(job: Job, folder: epath.Path, rows: list[dict], runner: Runner) -> Results:
@@ -136,7 +143,7 @@ def _ray(job: Job, folder: epath.Path, rows: list[dict], runner: Runner) -> Resu
     _connect(ray, runner)
   try:
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # The job has its own.
+    context.enable_progress_bars = False  # `run_shards` has its own.
     workers = ray.data.ActorPoolStrategy(min_size=1, max_size=min(runner.workers, len(rows)))
     data = ray.data.from_items(rows, override_num_blocks=len(rows))
     data = data.map(

@@ -85,24 +85,24 @@ FREE = frozenset(
 
 
 def differences(old: dict, new: dict, where: str = "") -> list[str]:
-  """`name: old -> new` for every leaf that differs between two nested dicts."""
-  found = []
+  """Returns `name: old -> new` for every leaf that differs between two nested dicts."""
+  changed = []
   for key in sorted({*old, *new}):
     a, b = old.get(key), new.get(key)
     if isinstance(a, dict) and isinstance(b, dict):
-      found += differences(a, b, f"{where}{key}.")
+      changed += differences(a, b, f"{where}{key}.")
     elif a != b:
-      found.append(f"{where}{key}: {a} -> {b}")
-  return found
+      changed.append(f"{where}{key}: {a} -> {b}")
+  return changed
 
 
 def check_same_config(path: epath.PathLike, stored: dict, config: dict) -> None:
-  """Raises UserError, naming the fields, if `path`'s run was made with another config."""
+  """Raises UserError, with the fields, if the run in `path` has another config."""
   changed = differences(stored, plain(config))
   if changed:
     raise UserError(
       f"{path} holds the run of another config ({'; '.join(changed[:4])}): "
-      "use another --workdir, or delete that folder to make it anew."
+      "use another --workdir, or delete that folder to start again."
     )
 
 
@@ -146,15 +146,15 @@ def ids(settings, workdir: epath.PathLike, names: Collection[str]) -> dict[str, 
   """Returns the ids of finished stages.
 
   Raises:
-    UserError: a stage is not finished, or the training was another model's than the config's.
+    UserError: a stage is not finished, or the config has another model than the training.
   """
-  found = {name: require(workdir, name)["id"] for name in names}
-  if "train" in found:
+  result = {name: require(workdir, name)["id"] for name in names}
+  if "train" in result:
     folder, expected = epath.Path(workdir) / "train", identity(settings, "train")
     stored = read_json(folder / "config.json")["run"]
     parts = ("vocab", "model")
     check_same_config(folder, {p: stored[p] for p in parts}, {p: expected[p] for p in parts})
-  return found
+  return result
 
 
 def inputs(settings, workdir: epath.PathLike, name: str) -> dict[str, str]:
@@ -214,15 +214,16 @@ def once(
 
   Args:
     folder: the stage's folder; made if absent.
-    config: what the outcome depends on: config sections, and under "inputs" the `id` of each stage it reads.
-      Other inputs than last time make the stage run again; another config is refused.
-    redo: run again although it is done.
-    writes: whether this process deletes and writes done.json; of a job's several processes, which all run the body or
-      none, one does.
-    together: makes the context in which such processes read, so that all have read before one deletes.
+    config: what the result depends on: config sections, and under "inputs" the ids of the stages
+      that it reads. If the inputs have changed, the body runs again; another config is refused.
+    redo: whether to run again if the stage is finished.
+    writes: whether this process deletes and writes done.json; one process of a job does. Either all
+      processes run the body, or none.
+    together: makes the context in which the processes of a job read done.json, so that all have
+      read it before one deletes it.
 
   Raises:
-    UserError: the folder holds the outcome of another config.
+    UserError: the folder holds the result of another config.
   """
   folder = epath.Path(folder)
   done = folder / DONE
@@ -234,27 +235,22 @@ def once(
     yield None
     return
   if writes:
-    done.unlink(
-      missing_ok=True
-    )  # From here on the folder holds neither the old outcome nor the new one.
+    done.unlink(missing_ok=True)  # Until the end the folder holds no complete result.
     folder.mkdir(parents=True, exist_ok=True)
   start = time.time()
   summary: dict = {}
   yield summary
   if writes:
-    write_json(
-      done,
-      {
-        "config": config,
-        "summary": summary,
-        "seconds": round(time.time() - start, 1),
-        "id": f"{time.time_ns():x}",
-      },
-    )
+    seconds, new_id = round(time.time() - start, 1), f"{time.time_ns():x}"
+    write_json(done, {"config": config, "summary": summary, "seconds": seconds, "id": new_id})
 
 
 def _is_current(folder: epath.Path, config: dict) -> bool:
-  """Whether the finished stage in `folder` read the inputs of `config`. Raises UserError if the rest of its config differs."""
+  """Returns whether a finished stage read the inputs of `config`.
+
+  Raises:
+    UserError: another part of its config differs.
+  """
   stored = read_json(folder / DONE)["config"]
   inputs = plain(config).get("inputs")
   check_same_config(folder, {**stored, "inputs": inputs}, {**config, "inputs": inputs})

@@ -1,4 +1,4 @@
-"""The one vocabulary of text and images: which integer means what."""
+"""The vocabulary of text and images: the meaning of every id."""
 
 from typing import Annotated, Any
 
@@ -43,46 +43,50 @@ class VocabLayout:
 
   @property
   def size(self) -> int:
+    """Number of ids."""
     return self.text_size + self.image_size
 
   @property
   def num_masks(self) -> int:
+    """Number of sentinels `<mask:i>`."""
     return self.num_special - 5
 
   def mask(self, i: int) -> int:
-    """Id of the sentinel `<mask:i>`."""
+    """Returns the id of the sentinel `<mask:i>`. Raises ValueError if there is none."""
     if not 0 <= i < self.num_masks:
       raise ValueError(f"<mask:{i}> does not exist: the vocabulary has {self.num_masks} sentinels.")
     return 5 + i
 
   def is_mask(self, ids: Any) -> Any:
-    """Which of `ids` (int or array) are sentinels `<mask:i>`."""
+    """Returns which of `ids` (int or array) are sentinels `<mask:i>`, bool of the same shape."""
     return (ids >= 5) & (ids < self.num_special)
 
   def is_image(self, ids: Any) -> Any:
-    """Which of `ids` (int or array) are image codes."""
+    """Returns which of `ids` (int or array) are image codes, bool of the same shape."""
     return (ids >= self.text_size) & (ids < self.size)
 
   def image_ids(self, codes: npt.ArrayLike) -> npt.NDArray[np.int32]:
-    """Image codes `[0, image_size)` -> ids, int32, same shape."""
+    """Returns the ids of image codes, int32 of the same shape. Raises ValueError at a bad code."""
     codes = np.asarray(codes, np.int32)
     if codes.size and not (codes.min() >= 0 and codes.max() < self.image_size):
       raise ValueError(
-        f"image codes range over [{codes.min()}, {codes.max()}]; the vocabulary has [0, {self.image_size})."
+        f"image codes range over [{codes.min()}, {codes.max()}]; "
+        f"the vocabulary has [0, {self.image_size})."
       )
     return codes + self.text_size
 
   def image_codes(self, ids: npt.ArrayLike) -> npt.NDArray[np.int32]:
-    """Ids -> image codes, int32, same shape. Raises ValueError at an id that is no image code."""
+    """Returns the image codes of ids, int32 of the same shape. Raises ValueError at another id."""
     ids = np.asarray(ids, np.int32)
     if ids.size and not self.is_image(ids).all():
       raise ValueError(
-        f"id {int(ids[~self.is_image(ids)][0])} is no image code: those are [{self.text_size}, {self.size})."
+        f"id {int(ids[~self.is_image(ids)][0])} is no image code; "
+        f"image codes have the ids [{self.text_size}, {self.size})."
       )
     return ids - self.text_size
 
   def special_tokens(self) -> list[str]:
-    """Names of the special tokens, in the order of their ids."""
+    """Returns the names of the special tokens, in the order of their ids."""
     return ["<pad>", "</s>", "<unk>", "<break>", "<eoss>"] + [
       f"<mask:{i}>" for i in range(self.num_masks)
     ]

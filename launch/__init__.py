@@ -1,4 +1,4 @@
-"""In a checkout, `python -m launch.NAME` runs the command `cm3leon_jax/commands/NAME.py`, as `cm3leon NAME` does."""
+"""Entry of a checkout: `python -m launch.NAME` runs `cm3leon_jax/commands/NAME.py`."""
 
 from cm3leon_jax import commands
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From raw pairs to pictures: makes .venv, runs every stage on OpenMoji, and writes report.html.
+# The demo: makes .venv, runs every stage on OpenMoji, and writes report.html.
 #   bash launch/demo.sh [--workdir DIR] [--minutes N]
-# Run it again at any time: finished stages are kept, another --minutes continues the training.
+# It can be run again at any time: finished stages are kept, and another --minutes continues the training.
 set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
@@ -25,15 +25,15 @@ while [ $# -gt 0 ]; do
       ;;
     -h | --help)
       echo "$usage"
-      echo "  --workdir DIR  folder of the run (default: $workdir); a run there is continued."
-      echo "  --minutes N    how long the whole demo may take on two CPU cores (default: $minutes); scales training only, and keeps what is finished."
+      echo "  --workdir DIR  folder of the run (default: $workdir); an existing run continues."
+      echo "  --minutes N    time of the whole demo on two CPU cores (default: $minutes); scales only the training, and keeps finished stages."
       exit 0
       ;;
     *) fail "unexpected argument '$1'; $usage" ;;
   esac
 done
 [[ $minutes =~ ^[1-9][0-9]*$ ]] || fail "--minutes is '$minutes'; it must be a positive whole number; $usage"
-mkdir -p "$workdir" 2>/dev/null || fail "--workdir '$workdir' cannot be made: name a folder that can be written."
+mkdir -p "$workdir" 2>/dev/null || fail "--workdir '$workdir' cannot be created: name a writable folder."
 workdir="$(cd "$workdir" && pwd)"
 
 make_venv demo
@@ -46,7 +46,7 @@ run() {
   "$python" -m "launch.$1" --config="$config" --workdir="$workdir"
 }
 
-# stage TITLE COMMAND [FUNCTION]: prints the stage's line, runs its command (or FUNCTION), prints its time.
+# stage TITLE COMMAND [FUNCTION]: prints the line of the stage, runs its command (or FUNCTION), prints its time.
 stage() {
   local title=$1 command=$2 start=$SECONDS
   number=$((number + 1))
@@ -55,7 +55,7 @@ stage() {
   printf '[%d/%d] %s: %d s\n' "$number" "$stages" "$title" $((SECONDS - start))
 }
 
-# The last step that the trainer has logged, 0 before the first.
+# Prints the last step that the trainer has logged; 0 before the first.
 logged_step() {
   local log="$workdir/train/metrics/metrics.jsonl" step=""
   if [ -f "$log" ]; then
@@ -64,7 +64,7 @@ logged_step() {
   echo "${step:-0}"
 }
 
-# The newest checkpoint that is whole, 0 before the first.
+# Prints the step of the newest whole checkpoint; 0 before the first.
 saved_step() {
   local newest=0 file step
   for file in "$workdir"/train/checkpoints.digests/*.json; do
@@ -78,8 +78,8 @@ total_steps() {
   "$python" -c 'import sys; from cm3leon_jax.configs import openmoji; print(openmoji.get_config(sys.argv[1]).train.steps)' "$minutes"
 }
 
-# Trains in two runs. The first is killed without warning, some steps after a checkpoint half-way through what is left;
-# the second continues from that checkpoint and computes those steps again, which must give the same losses bit for bit.
+# Trains in two runs. The first is killed without warning, some steps after a checkpoint in the middle of the remaining
+# steps. The second continues from that checkpoint and repeats these steps, with the same losses bit for bit.
 train_with_restart() {
   local total first half saved status=0
   total="$(total_steps)"
@@ -89,13 +89,13 @@ train_with_restart() {
     return
   fi
   half=$((first + (total - first) / 2))
-  (exec "$python" -m launch.train --config="$config" --workdir="$workdir") & # exec: the signal reaches the trainer itself.
+  (exec "$python" -m launch.train --config="$config" --workdir="$workdir") & # exec: signals reach the trainer itself.
   trainer=$!
   trap 'kill -TERM "$trainer" 2>/dev/null || true; wait "$trainer" || true; exit 130' INT TERM
   while kill -0 "$trainer" 2>/dev/null; do
     saved="$(saved_step)"
     if [ "$saved" -ge "$half" ] && [ "$(logged_step)" -ge $((saved + 3)) ]; then
-      echo "demo: killing the trainer once, to show that it continues."
+      echo "demo: kills the trainer once, to show that it continues."
       kill -KILL "$trainer" 2>/dev/null || true
       break
     fi
@@ -104,11 +104,11 @@ train_with_restart() {
   wait "$trainer" 2>/dev/null || status=$?
   trap - INT TERM
   case "$status" in
-    0) return ;; # It finished before it was killed.
+    0) return ;; # It finished before the kill.
     137) run train ;;
     *) exit "$status" ;;
   esac
-  check_log || fail "$workdir/train/metrics/metrics.jsonl: the trainer did not continue exactly where it stopped."
+  check_log || fail "$workdir/train/metrics/metrics.jsonl: the training did not continue exactly from its checkpoint."
 }
 
 check_log() {
@@ -118,7 +118,7 @@ from cm3leon_jax.reports import summary
 from cm3leon_jax.io import read_json_lines
 log = summary.training(read_json_lines(sys.argv[1]))
 last = log["restarts"][-1]
-print("demo: killed after checkpoint {after_step}; {identical} of {replayed} steps computed again have the same loss, bit for bit.".format(**last))
+print("demo: killed after checkpoint {after_step}; {identical} of {replayed} repeated steps have the same loss, bit for bit.".format(**last))
 sys.exit(not (log["every_step_logged_once"] and last["identical"] == last["replayed"]))
 ' "$workdir/train/metrics/metrics.jsonl"
 }
@@ -130,7 +130,7 @@ stage "Documents: images to codes, text to ids" encode_documents
 stage "CLIP" train_clip
 stage "Neighbors of every document" build_neighbors
 stage "Decoder: retrieval-augmented CM3 training" train train_with_restart
-stage "Pictures for held-out captions" generate
+stage "Images for held-out captions" generate
 stage "Evaluation on held-out documents" evaluate
 stage "Export to the Hugging Face layout" export
 

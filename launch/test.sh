@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and the default test run: bash launch/test.sh [pytest args]
+# Runs lint, types and the default tests: bash launch/test.sh [PYTEST ARGUMENTS]
 set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"

@@ -1,4 +1,4 @@
-# Sourced by demo.sh and test.sh: `make_venv EXTRA` makes .venv with the project in it, `$python` is its Python.
+# Sourced by demo.sh, test.sh and pod/: `make_venv EXTRA` makes .venv with the project in it; `$python` is its Python.
 # shellcheck shell=bash
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -27,7 +27,7 @@ find_python() {
       return
     fi
   done
-  fail "no Python 3.11 or newer was found: install one, or name it, as in PYTHON=/path/to/python3.11 bash $0."
+  fail "no Python 3.11 or newer was found: install it, or name it, as in PYTHON=/path/to/python3.11 bash $0."
 }
 
 fingerprint() {
@@ -35,7 +35,7 @@ fingerprint() {
     pyproject.toml requirements.txt)
 }
 
-# Installs the project with one of its extras, unless that was done before with the same pyproject.toml and requirements.txt.
+# make_venv EXTRA: installs the project, unless pyproject.toml and requirements.txt are those of the last installation.
 make_venv() {
   local extra=$1 stamp="$venv/installed-$1" base start=$SECONDS
   if ! runs_new_enough "$python"; then

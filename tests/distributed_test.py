@@ -20,7 +20,7 @@ else:
   distributed.initialize(None, None, None, 60)
 me = jax.process_index()
 
-def told(function):
+def printed(function):
   try:
     function()
   except UserError as error:
@@ -32,14 +32,14 @@ def fail_in_second(kind):
       raise kind("no " + "x" * 10)
 
 print(distributed.gather({"me": "é" * me}), distributed.is_first())
-distributed.tell("told")
-print(told(lambda: fail_in_second(UserError)))
+distributed.print_once("printed")
+print(printed(lambda: fail_in_second(UserError)))
 try:
-  print(told(lambda: fail_in_second(OSError)))
+  print(printed(lambda: fail_in_second(OSError)))
 except OSError as error:
   print("OSError", error)
-print(told(lambda: distributed.check_same_config({"train": {"steps": 5}})))
-print(told(lambda: distributed.check_same_config({"train": {"steps": 5 + me}})))
+print(printed(lambda: distributed.check_same_config({"train": {"steps": 5}})))
+print(printed(lambda: distributed.check_same_config({"train": {"steps": 5 + me}})))
 """
 
 
@@ -50,7 +50,7 @@ def free_port() -> int:
 
 
 def slurm(process: int, port: str) -> dict[str, str]:
-  """What srun tells each of two tasks."""
+  """Environment of srun for each of two tasks."""
   job = {
     "JOB_ID": "7",
     "STEP_NODELIST": "localhost",
@@ -76,9 +76,10 @@ def test_two_processes_come_to_the_same_decisions(cluster):
   assert [job.returncode for job in jobs] == [0, 0], found
   lines = [[line for line in out.splitlines() if "[Gloo]" not in line and line] for out, _ in found]
   differ = (
-    "process 1 has another config than process 0 (train.steps: 5 -> 6): give all the same flags."
+    "process 1 has another config than process 0 (train.steps: 5 -> 6): "
+    "give all processes the same flags."
   )
-  first = ["[{'me': ''}, {'me': 'é'}] True", "told", "no " + "x" * 10]
+  first = ["[{'me': ''}, {'me': 'é'}] True", "printed", "no " + "x" * 10]
   assert lines[0] == [*first, "process 1 failed with OSError: no " + "x" * 10, "None", differ]
   assert lines[1] == [
     first[0].replace("True", "False"),
@@ -103,7 +104,7 @@ def test_one_process_needs_no_other():
       None,
       None,
       1,
-      "--process_id without --coordinator_address, --num_processes: give all three, or --distributed",
+      "--process_id without --coordinator_address, --num_processes: give all three, or ",
     ),
     ("localhost:80", 2, None, "--coordinator_address, --num_processes without --process_id: give"),
     ("localhost", 2, 0, "--coordinator_address is 'localhost'; it must be host:port of process 0"),
@@ -112,14 +113,14 @@ def test_one_process_needs_no_other():
     ("localhost:80", 2, -1, "--process_id is -1; with"),
   ],
 )
-def test_flags_that_contradict_each_other_are_told(
+def test_flags_that_contradict_each_other_are_refused(
   coordinator, num_processes, process_id, sentence
 ):
   with pytest.raises(UserError, match=f"^{sentence}"):
     distributed.initialize(coordinator, num_processes, process_id, 1)
 
 
-def test_nobody_at_the_coordinator_is_told():
+def test_a_coordinator_that_does_not_listen_is_a_user_error():
   address = f"localhost:{free_port()}"
   with pytest.raises(
     TryAgain,
@@ -128,12 +129,10 @@ def test_nobody_at_the_coordinator_is_told():
     distributed.initialize(address, 2, 1, 1)
 
 
-def test_no_cluster_is_told():
+def test_a_missing_cluster_is_a_user_error():
   call = "from cm3leon_jax import distributed; distributed.initialize(None, None, None, 1)"
   result = subprocess.run(
     [sys.executable, "-c", call], capture_output=True, text=True, timeout=60, check=False
   )
-  assert (
-    "UserError: --distributed found no cluster that it knows (coordinator_address should be defined.)"
-    in result.stderr
-  )
+  reason = "--distributed found no cluster that it knows (coordinator_address should be defined.)"
+  assert f"UserError: {reason}" in result.stderr

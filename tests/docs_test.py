@@ -1,14 +1,73 @@
-"""The documentation as a site, and the files about the project that other programs read."""
+"""The documentation as a site, what its pages name, and the files that other programs read."""
 
+import dataclasses
+import itertools
 import pathlib
 import re
 import subprocess
 import sys
 import tomllib
 
+import pytest
 import yaml
 
+from cm3leon_jax.commands import COMMANDS
+from cm3leon_jax.settings import SECTIONS
+
 ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+FIELDS = {f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+FIELDS |= {f"{name}.FIELD" for name in SECTIONS} | {f"config.{name}" for name in SECTIONS}
+SUFFIXES = ("py", "json", "jsonl", "npy", "npz", "png", "sh", "txt", "safetensors")
+SOURCES = {
+  path: path.read_text()
+  for folder in ("cm3leon_jax", "benchmarks", "launch", ".ci", "ml_configs", "tests")
+  for path in (ROOT / folder).rglob("*.*")
+  if path.suffix in (".py", ".sh", ".sbatch", ".yaml", ".service")
+}
+EXAMPLES = {"path/own.py"}  # Files of a user.
+
+
+def flags_in(*files: str) -> set[str]:
+  """Flags that Python files define, relative to the root."""
+  pattern = r"DEFINE_\w+\(\s*\"(\w+)\""
+  return {"help", *(flag for file in files for flag in re.findall(pattern, SOURCES[ROOT / file]))}
+
+
+def unknown_names(text: str) -> list[str]:
+  """Commands, flags, fields of the config, files and members of modules that do not exist."""
+  unknown = []
+  text = text.replace("\\\n", " ").replace("\n$G", "\npython -m launch.generate")
+  text = re.sub(r"(?:bin/|^)cm3leon ([a-z_]+)", r"python -m launch.\1", text, flags=re.M)
+  names = re.findall(r"\blaunch\.([a-z_]+)(?![a-z_]*/)|`cm3leon ([a-z_]+)", text)
+  unknown += [f"command {a or b}" for a, b in names if (a or b) not in (*COMMANDS, "pod")]
+  common = [f"cm3leon_jax/commands/{name}.py" for name in ("common", "sharded")]
+  for module, rest in re.findall(r"python -m (launch\.[a-z_]+|benchmarks\.\w+)(.*)", text):
+    folder, name = module.split(".")
+    file = f"cm3leon_jax/commands/{name}.py" if folder == "launch" else f"benchmarks/{name}.py"
+    if ROOT / file not in SOURCES:
+      unknown += [module] if name != "pod" else []
+      continue
+    taken = flags_in(file, *common)
+    unknown += [f"{module} --{f}" for f in re.findall(r" --(\w+)", rest) if f not in taken]
+  scripts = "".join(SOURCES[p] for p in SOURCES if p.is_relative_to(ROOT / "launch"))
+  python = flags_in(*(str(p.relative_to(ROOT)) for p in SOURCES if p.suffix == ".py"))
+  defined = python | set(re.findall(r"--(\w+)", scripts)) | {"ray_address"}
+  unknown += [f"--{f}" for f in re.findall(r"`--(\w+)(?![\w-])", text) if f not in defined]
+  fields = re.findall(r"--config\.([a-z_]+\.\w+)", text)
+  unknown += [f"--config.{field}" for field in fields if field not in FIELDS]
+  inline = re.findall(r"`([^`\n]+)`", text)
+  for path in {p for span in inline for p in re.findall(r"^[\w./@-]+\.(?:py|sh|sbatch)$", span)}:
+    if path not in EXAMPLES and not any(str(p).endswith(f"/{path}") for p in SOURCES):
+      unknown.append(path)
+  stems = {p.stem: SOURCES[p] for p in SOURCES if p.is_relative_to(ROOT / "cm3leon_jax")}
+  package = "".join(stems.values())
+  for module, name in itertools.chain(*(re.findall(r"^(\w+)\.(\w+)$", s) for s in inline)):
+    exists = f"{module}.{name}" in FIELDS or re.search(rf"\b{name}\b", stems.get(module, name))
+    exists = exists or re.search(rf"\bdef {name}\b", package)  # A method of a variable.
+    if name not in SUFFIXES and not exists:
+      unknown.append(f"{module}.{name}")
+  return unknown
 
 
 def test_the_site_builds_without_warnings_and_renders_every_table_and_list(tmp_path):
@@ -21,13 +80,33 @@ def test_the_site_builds_without_warnings_and_renders_every_table_and_list(tmp_p
   for page in (ROOT / "docs").glob("*.md"):
     html = site / ("index.html" if page.stem == "index" else f"{page.stem}/index.html")
     paragraphs = re.findall(r"<p>(.*?)</p>", html.read_text(), re.DOTALL)
-    # Python-Markdown asks for an empty line before a table or a list.
+    # Python-Markdown needs an empty line before a table or a list.
     assert not [p[:200] for p in paragraphs if re.search(r"^(\| |- |\d\. )", p, re.MULTILINE)], page
 
 
 def test_every_page_is_in_the_navigation():
   text = (ROOT / "mkdocs.yml").read_text()
   assert not [page.name for page in (ROOT / "docs").glob("*.md") if f": {page.name}\n" not in text]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_names_exists(page):
+  assert not unknown_names(page.read_text())
+  prose = re.sub(r"^```.*?^```|^\|.*?$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+  if page.stem != "config":  # Generated.
+    assert not [line for line in prose.split("\n") if len(line) > 130]
+
+
+def test_names_that_do_not_exist_are_found():
+  wrong = """`launch.draw` `cm3leon fly` `--no_such_flag` `data/nothing.py` `stages.NOTHING`
+`train.no_field` --config.train.no_field=1
+python -m launch.train --config=c --prompt=x
+python -m benchmarks.nothing"""
+  assert unknown_names(wrong) == [
+    "command draw", "command fly", "launch.train --prompt", "benchmarks.nothing",
+    "--no_such_flag", "--config.train.no_field", "data/nothing.py", "stages.NOTHING",
+    "train.no_field",
+  ]  # fmt: skip
 
 
 def test_the_citation_names_the_version():

@@ -16,7 +16,7 @@ def test_write_json_replaces_and_leaves_no_partial_file(tmp_path):
   assert [p.name for p in path.parent.iterdir()] == ["x.json"]
 
 
-def test_damaged_or_absent_json_is_told(tmp_path):
+def test_damaged_or_absent_json_is_refused(tmp_path):
   with pytest.raises(UserError, match="does not exist"):
     read_json(tmp_path / "x.json")
   (tmp_path / "x.json").write_text("{")

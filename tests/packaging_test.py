@@ -1,4 +1,4 @@
-"""What is installed: metadata, the wheel, and the extras that files of the repository ask for."""
+"""Tests the package: metadata, the wheel, and the extras that files of the repository install."""
 
 import pathlib
 import runpy
@@ -30,7 +30,7 @@ def build(source, target) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-  """The wheel, built from the files that git knows of, so that what lies about does not get into it."""
+  """Builds the wheel from a copy without build outputs."""
   source = tmp_path_factory.mktemp("source")
   for name in ("cm3leon_jax", "launch", "ml_configs", "tests"):
     shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -39,7 +39,7 @@ def wheel(tmp_path_factory):
   return build(source, tmp_path_factory.mktemp("wheel"))
 
 
-def test_the_version_is_one():
+def test_metadata_and_package_have_one_version():
   assert METADATA["project"]["version"] == cm3leon_jax.__version__
 
 
@@ -68,12 +68,13 @@ def test_the_installed_console_script_runs_a_shipped_config(wheel, tmp_path):
   )  # fmt: skip
   assert result.returncode == 2
   assert result.stderr == (
-    "error: w/documents is not finished: run `cm3leon encode_documents` with the same --config and --workdir first.\n"
+    "error: w/documents is not finished: run `cm3leon encode_documents` with the same --config "
+    "and --workdir first.\n"
   )
 
 
 def test_the_image_installs_dependencies_without_the_package(tmp_path):
-  for name in ("pyproject.toml", "requirements.txt"):  # What launch/pod/Dockerfile copies first.
+  for name in ("pyproject.toml", "requirements.txt"):  # As launch/pod/Dockerfile.
     shutil.copy(ROOT / name, tmp_path)
   with zipfile.ZipFile(build(tmp_path, tmp_path / "wheel")) as archive:
     assert all(".dist-info/" in name for name in archive.namelist())

@@ -108,7 +108,7 @@ REFUSED = [
   ("retrieval", "query_dropout", 1.0, BELOW_1),
   ("data", "sequence_length", 1, "at least 2"),
   ("data", "num_neighbors", -1, NOT_NEGATIVE),
-  ("data", "neighbor_sampling", "best", "'fixed', 'paper' or 'uniform'"),
+  ("data", "neighbor_sampling", "nearest", "'fixed', 'paper', 'uniform' or 'best'"),
   ("data", "neighbor_dropout", -0.1, NOT_NEGATIVE),
   ("data", "neighbor_dropout", 1.1, AT_MOST_1),
   ("data", "condition_dropout", -0.1, NOT_NEGATIVE),
@@ -255,7 +255,7 @@ def test_every_field_is_in_the_table_above():
     ),
     (
       {"data__neighbor_sampling": "paper"},
-      "config.data: neighbor_sampling is 'paper', which draws 3 of 4 candidates, "
+      "config.data: neighbor_sampling is 'paper', which picks 3 of 4 candidates, "
       "and num_neighbors is 2; set num_neighbors=3.",
     ),
     ({"model__num_heads": 7}, "config.model: num_heads = 7 does not divide width = 4096."),
@@ -266,12 +266,12 @@ def test_every_field_is_in_the_table_above():
     (
       {"mesh__data": -1},
       "config.mesh: mesh (data, fsdp, fsdp_inner, tensor) = (-1, -1, 1, 1); each must be positive, "
-      "and at most one -1 (the rest of the devices).",
+      "or one of them -1 (the remaining devices).",
     ),
     (
       {"mesh__tensor": 0},
       "config.mesh: mesh (data, fsdp, fsdp_inner, tensor) = (1, -1, 1, 0); each must be positive, "
-      "and at most one -1 (the rest of the devices).",
+      "or one of them -1 (the remaining devices).",
     ),
     (
       {"train__gradient_accumulation_steps": 3},
@@ -300,7 +300,7 @@ def test_every_field_is_in_the_table_above():
     ),
   ],
 )
-def test_what_contradicts_another_field_or_does_not_exist_is_told(fields, message):
+def test_contradictions_and_unknown_fields_are_refused(fields, message):
   with pytest.raises(UserError) as error:
     settings_with(**fields)
   assert str(error.value) == message

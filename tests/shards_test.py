@@ -99,6 +99,6 @@ def test_ray_does_every_shard_although_a_worker_is_killed(tmp_path, ray_address)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_mistake_found_by_ray_is_told_in_one_sentence(tmp_path, ray_address):
+def test_a_user_error_in_a_ray_worker_is_raised_in_one_sentence(tmp_path, ray_address):
   with pytest.raises(UserError, match=r"^shard 05 is wrong\.$"):
     run(tmp_path, Copy(str(tmp_path), wrong="05"), runner=Runner("ray", ray_address))

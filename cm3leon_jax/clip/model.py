@@ -1,8 +1,9 @@
-"""CLIP: one encoder for images, one for captions, into the same space (Radford et al. 2021, arXiv 2103.00020)."""
+"""CLIP: embeds images and captions in one space (Radford et al. 2021, arXiv 2103.00020)."""
 
-# B batch, L length, D width, E embedding, H height, W width, P patch.
+# B batch, L length, D width, E embedding, H height, W width, C channels, h and w of the grid of
+# patches.
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import itertools
@@ -12,6 +13,7 @@ from etils import epath
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt8
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 import pydantic.dataclasses
@@ -78,7 +80,7 @@ class CLIPConfig:
 
 
 class Block(nnx.Module):
-  """Pre-norm transformer layer, every position attending to all of `mask`."""
+  """Pre-norm transformer layer; every position attends to all positions of `mask`."""
 
   def __init__(self, width: int, rngs: nnx.Rngs):
     self.norm1, self.norm2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
@@ -87,8 +89,8 @@ class Block(nnx.Module):
     self.up = nnx.Linear(width, 4 * width, rngs=rngs)
     self.down = nnx.Linear(4 * width, width, rngs=rngs)
 
-  def __call__(self, x, mask):
-    """x: [B, L, D]; mask: [B, L] bool, the positions that exist. Returns [B, L, D]."""
+  def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+    """Applies the layer; `mask` is False at padding."""
     B, L, D = x.shape
     q, k, v = jnp.split(
       self.qkv(self.norm1(x)).reshape(B, L, 3 * D // HEAD_DIM, HEAD_DIM), 3, axis=2
@@ -100,26 +102,26 @@ class Block(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-  """Two 3x3 convolutions, each behind a norm over the channels and a gelu."""
+  """Adds two 3 x 3 convolutions, each after a norm over the channels and a gelu."""
 
   def __init__(self, width: int, rngs: nnx.Rngs):
     self.norm1, self.norm2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
     self.conv1 = nnx.Conv(width, width, (3, 3), rngs=rngs)
     self.conv2 = nnx.Conv(width, width, (3, 3), rngs=rngs)
 
-  def __call__(self, x):
+  def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
     return x + self.conv2(nnx.gelu(self.norm2(self.conv1(nnx.gelu(self.norm1(x))))))
 
 
-def patches(images, size: int):
-  """[B, H, W, 3] -> [B, H/P, W/P, P*P*3]."""
+def patches(images: Float[Array, "B H W C"], size: int) -> Float[Array, "B h w {size}*{size}*C"]:
+  """Cuts images into squares of `size` pixels and flattens each, row by row."""
   B, H, W, C = images.shape
   x = images.reshape(B, H // size, size, W // size, size, C)
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(B, H // size, W // size, size * size * C)
 
 
 class ConvEncoder(nnx.Module):
-  """Patches, then two halvings of the grid, with residual blocks behind each; the mean over the grid."""
+  """Embeds patches, halves the grid twice, each time with residual blocks, and averages it."""
 
   def __init__(self, config: CLIPConfig, rngs: nnx.Rngs):
     widths = (config.image_width // 4, config.image_width // 2, config.image_width)
@@ -133,8 +135,8 @@ class ConvEncoder(nnx.Module):
       nnx.List(ResidualBlock(w, rngs) for _ in range(config.image_layers)) for w in widths[1:]
     )
 
-  def __call__(self, images):
-    """[B, H, W, 3] in [-1, 1] -> [B, D]."""
+  def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+    """Encodes images in [-1, 1]."""
     x = nnx.gelu(self.norms[0](self.embed(patches(images, self.patch))))
     for down, blocks, norm in zip(self.downs, self.stages, self.norms[1:]):
       x = down(x)
@@ -145,22 +147,18 @@ class ConvEncoder(nnx.Module):
 
 
 class ViTEncoder(nnx.Module):
-  """Transformer over patches; the mean over positions."""
+  """Transformer over patches, averaged over positions."""
 
   def __init__(self, config: CLIPConfig, rngs: nnx.Rngs):
     self.patch = config.patch
     self.embed = nnx.Linear(config.patch**2 * 3, config.image_width, rngs=rngs)
-    self.positions = nnx.Param(
-      0.02
-      * jax.random.normal(
-        rngs.params(), ((config.resolution // self.patch) ** 2, config.image_width)
-      )
-    )
+    shape = ((config.resolution // self.patch) ** 2, config.image_width)
+    self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
     self.blocks = nnx.List(Block(config.image_width, rngs) for _ in range(config.image_layers))
     self.norm = nnx.LayerNorm(config.image_width, rngs=rngs)
 
-  def __call__(self, images):
-    """[B, H, W, 3] in [-1, 1] -> [B, D]."""
+  def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+    """Encodes images in [-1, 1]."""
     x = self.embed(patches(images, self.patch))
     x = x.reshape(len(x), -1, x.shape[-1]) + self.positions[...][None]
     mask = jnp.ones(x.shape[:2], bool)
@@ -170,7 +168,7 @@ class ViTEncoder(nnx.Module):
 
 
 class TextEncoder(nnx.Module):
-  """Transformer over the caption's ids; the mean over its tokens."""
+  """Transformer over the ids of a caption, averaged over its tokens."""
 
   def __init__(self, config: CLIPConfig, text_size: int, rngs: nnx.Rngs):
     self.embed = nnx.Param(0.5 * jax.random.normal(rngs.params(), (text_size, config.text_width)))
@@ -180,8 +178,8 @@ class TextEncoder(nnx.Module):
     self.blocks = nnx.List(Block(config.text_width, rngs) for _ in range(config.text_layers))
     self.norm = nnx.LayerNorm(config.text_width, rngs=rngs)
 
-  def __call__(self, tokens):
-    """[B, L] int32, `<pad>` behind the caption -> [B, D]."""
+  def __call__(self, tokens: Int32[Array, "B L"]) -> Float[Array, "B D"]:
+    """Encodes captions with `<pad>` after their tokens."""
     mask = tokens != VocabLayout.pad
     x = self.embed[...][tokens] + self.positions[...][None, : tokens.shape[1]]
     for block in self.blocks:
@@ -203,16 +201,17 @@ class CLIPModel(nnx.Module):
     )
     self.log_scale = nnx.Param(jnp.log(jnp.float32(1 / 0.07)))
 
-  def embed_images(self, images):
-    """[B, H, W, 3] in [-1, 1] -> [B, E] of norm 1."""
+  def embed_images(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
+    """Embeds images in [-1, 1] with norm 1."""
     return normalize(self.image_projection(self.image(images)))
 
-  def embed_texts(self, tokens):
-    """[B, L] int32 -> [B, E] of norm 1."""
+  def embed_texts(self, tokens: Int32[Array, "B L"]) -> Float[Array, "B E"]:
+    """Embeds captions with norm 1."""
     return normalize(self.text_projection(self.text(tokens)))
 
 
-def normalize(x):
+def normalize(x: Float[Array | np.ndarray, "... E"]) -> Float[Array, "... E"]:
+  """Scales vectors to norm 1."""
   return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
@@ -222,24 +221,26 @@ def _structure(config: CLIPConfig, text_size: int):
 
 
 def init_params(config: CLIPConfig, text_size: int, key) -> dict:
-  """Draws fp32 parameters."""
+  """Initializes fp32 parameters."""
   return parameters.to_dict(
     nnx.state(CLIPModel(config, text_size, nnx.Rngs(params=key)), nnx.Param)
   )
 
 
 def bind(config: CLIPConfig, text_size: int, params: dict) -> CLIPModel:
-  """The module with `params` in it; for use inside jitted functions."""
+  """Returns the module with `params`; for use inside jitted functions."""
   return parameters.fill(*_structure(config, text_size), params)
 
 
-def to_float(images):
-  """uint8 -> float32 in [-1, 1], white being 1."""
+def to_float(
+  images: UInt8[Array | np.ndarray, "B H W 3"],
+) -> Float32[Array | np.ndarray, "B H W 3"]:
+  """Converts pixels to [-1, 1]; white is 1."""
   return images.astype(jnp.float32) / 127.5 - 1
 
 
-def pad_texts(texts, length: int) -> np.ndarray:
-  """Lists of ids -> [B, length] int32, cut or filled up with `<pad>`. Raises UserError at a caption without tokens."""
+def pad_texts(texts: Sequence[Int[np.ndarray, " _"]], length: int) -> Int32[np.ndarray, "B L"]:
+  """Cuts captions to `length` tokens or pads them; raises UserError at one without tokens."""
   tokens = np.full((len(texts), length), VocabLayout.pad, np.int32)
   for row, ids in zip(tokens, texts):
     if not len(ids):
@@ -259,7 +260,7 @@ def _embed_texts(config, text_size, params, tokens):
 
 
 class CLIP:
-  """A trained CLIP, ready to embed. Inputs go through in batches of one shape, so a row never depends on its neighbors."""
+  """A trained CLIP. It embeds batches of one shape: a row does not depend on other rows."""
 
   def __init__(
     self,
@@ -268,12 +269,15 @@ class CLIP:
     params: dict,
     encode: Callable[[str], np.ndarray] | None = None,
   ):
-    """`encode`: caption -> int32 ids of the tokenizer that it was trained with; may be left out where nobody has captions."""
+    """Takes a model and `encode`, which converts a caption to the int32 ids of its tokenizer.
+
+    `encode` may be None if all callers have ids.
+    """
     self.config, self.text_size, self.params, self.encode = config, text_size, params, encode
 
   @property
   def resolution(self) -> int:
-    """Side of the images that it embeds."""
+    """Side of the images, in pixels."""
     return self.config.resolution
 
   def save(self, folder: epath.PathLike) -> None:
@@ -288,7 +292,7 @@ class CLIP:
   def load(
     cls, folder: epath.PathLike, encode: Callable[[str], np.ndarray] | None = None
   ) -> "CLIP":
-    """Reads what `save` wrote; `encode` as in the constructor. Raises UserError naming the file that is absent or unfit."""
+    """Reads what `save` wrote; raises UserError if a file is absent or does not fit."""
     folder = epath.Path(folder)
     stored = read_json(folder / CONFIG)
     config, text_size = build(CLIPConfig, stored["clip"], "clip"), stored["text_size"]
@@ -296,17 +300,18 @@ class CLIP:
     params = parameters.load(folder / PARAMS, expected, "train_clip")
     return cls(config, text_size, params, encode)
 
-  def embed_images(self, images: np.ndarray) -> np.ndarray:
-    """[B, H, W, 3] uint8 -> [B, E] float32 of norm 1. Raises UserError at images of another size than `resolution`."""
+  def embed_images(self, images: np.ndarray) -> Float32[np.ndarray, "B E"]:
+    """Embeds images, uint8 [B, H, W, 3], with norm 1; raises UserError at others."""
     images, side = np.asarray(images), self.config.resolution
     if images.dtype != np.uint8 or images.shape[1:] != (side, side, 3):
       raise UserError(
-        f"images for CLIP are {images.dtype}{list(images.shape)}; they must be uint8[B, {side}, {side}, 3]."
+        f"images for CLIP are {images.dtype}{list(images.shape)}; "
+        f"they must be uint8[B, {side}, {side}, 3]."
       )
     return self._batched(_embed_images, images)
 
-  def embed_texts(self, texts: list[np.ndarray]) -> np.ndarray:
-    """B arrays of int32 text ids -> [B, E] float32 of norm 1. Raises UserError at one without ids."""
+  def embed_texts(self, texts: Sequence[Int[np.ndarray, " _"]]) -> Float32[np.ndarray, "B E"]:
+    """Embeds captions, given as ids, with norm 1; raises UserError at one without ids."""
     return self._batched(_embed_texts, pad_texts(texts, self.config.text_length))
 
   def _batched(self, embed, rows: np.ndarray) -> np.ndarray:
@@ -320,16 +325,15 @@ class CLIP:
     return out
 
 
-def clip_score(clip, images: np.ndarray, texts: list[np.ndarray]) -> np.ndarray:
-  """Cosine similarity of each image with its own caption.
+def clip_score(
+  clip, images: UInt8[np.ndarray, "B H W 3"], texts: Sequence[Int[np.ndarray, " _"]]
+) -> Float32[np.ndarray, " B"]:
+  """Computes the cosine similarity of each image and its caption.
 
   Args:
-    clip: `CLIP` or `hf_clip.HFCLIP`.
-    images: [B, H, W, 3] uint8.
-    texts: B arrays of ids, as `clip.encode` gives them.
-
-  Returns:
-    [B] float32.
+    clip: `CLIP` or `huggingface.HFCLIP`.
+    images: images of the size that `clip` takes.
+    texts: ids of one caption per image, see `clip.encode`.
   """
   if len(images) != len(texts):
     raise ValueError(

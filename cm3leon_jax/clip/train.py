@@ -1,6 +1,6 @@
-"""Training of the CLIP on captioned images, contrastively, and its held-out recall."""
+"""Contrastive training of the CLIP on captioned images, and its held-out recall."""
 
-# B batch, L length, E embedding, H height, W width, n held-out pairs.
+# B batch, L length, E embedding, H height, W width, n pairs.
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import time
 from etils import epath
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 import numpy as np
 import optax
 
@@ -18,6 +19,7 @@ from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import group_id
 from cm3leon_jax.data.records import RawPair
 from cm3leon_jax.training import small_trainer
+from cm3leon_jax.vocab import VocabLayout
 
 MAX_SCALE = 100.0
 READ_THREADS = 8
@@ -26,19 +28,17 @@ MAX_HELDOUT = 4_096
 
 @dataclasses.dataclass(frozen=True)
 class ClipData:
-  """Pairs whose images stay on disk where they take more than 2 GiB.
-
-  The rest takes about 4 L + 150 bytes a pair.
+  """Pairs, with images on disk if they take more than 2 GiB; the rest is 4 L + 150 bytes a pair.
 
   Attributes:
-    images: [n, H, W, 3] uint8, or what reads rows of it from disk.
-    tokens: [n, L] int32, `<pad>` after each caption.
-    concepts: [n] int32; pairs of one concept are no negatives of each other.
+    images: all images, or their files.
+    tokens: captions, with `<pad>` after each.
+    concepts: pairs of one concept are not negatives of each other.
   """
 
-  images: np.ndarray | raw_pairs.ImageFiles
-  tokens: np.ndarray
-  concepts: np.ndarray
+  images: UInt8[np.ndarray, "n H W 3"] | raw_pairs.ImageFiles
+  tokens: Int32[np.ndarray, "n L"]
+  concepts: Int32[np.ndarray, " n"]
 
   def __len__(self) -> int:
     return len(self.tokens)
@@ -48,7 +48,7 @@ class ClipData:
 
 
 def open_data(folder: epath.PathLike, split: str, encode, config: CLIPConfig) -> ClipData:
-  """Opens the pairs of a split of a raw folder, in their order; `encode`: caption -> int32 ids."""
+  """Opens the pairs of a split in order; `encode` converts a caption to int32 ids."""
   paths, tokens, concepts = [], [], []
   for name in raw_pairs.shards(folder):
     pairs = raw_pairs.read_shard(folder, name, RawPair, split)
@@ -60,19 +60,24 @@ def open_data(folder: epath.PathLike, split: str, encode, config: CLIPConfig) ->
   return ClipData(images, np.concatenate(tokens), concepts.astype(np.int32))
 
 
-def contrastive_loss(image_embeddings, text_embeddings, scale, concepts):
-  """Computes the cross-entropy of finding each pair's other half in the batch, both ways.
+def contrastive_loss(
+  image_embeddings: Float[Array | np.ndarray, "B E"],
+  text_embeddings: Float[Array | np.ndarray, "B E"],
+  scale: float | Float[Array, ""],
+  concepts: Int[Array | np.ndarray, " B"],
+) -> Float[Array, ""]:
+  """Computes the cross-entropy of classifying each caption's image in the batch, and vice versa.
 
   Radford et al. 2021, figure 3.
 
   Args:
-    image_embeddings: [B, E] of norm 1.
-    text_embeddings: [B, E] of norm 1.
+    image_embeddings: embeddings of norm 1.
+    text_embeddings: embeddings of norm 1.
     scale: inverse temperature.
-    concepts: [B] int32; another pair of the same concept is neither right nor wrong.
+    concepts: another pair of the same concept is left out.
 
   Returns:
-    fp32 scalar, mean over both directions.
+    The mean over both directions.
   """
   logits = scale * image_embeddings @ text_embeddings.T
   same = (concepts[:, None] == concepts[None, :]) & ~jnp.eye(len(concepts), dtype=bool)
@@ -83,16 +88,15 @@ def contrastive_loss(image_embeddings, text_embeddings, scale, concepts):
   )
 
 
-def augment(images, tokens, key, config: CLIPConfig):
-  """Shifts images over white, changes their colors' distance from white, leaves out tokens.
+def augment(
+  images: Float32[Array | np.ndarray, "B H W 3"],
+  tokens: Int32[Array | np.ndarray, "B L"],
+  key: jax.Array,
+  config: CLIPConfig,
+) -> tuple[Float32[Array, "B H W 3"], Int32[Array, "B L"]]:
+  """Shifts images in [-1, 1] over white, scales their distance from white, drops tokens.
 
-  Images are not mirrored: captions tell left from right.
-
-  Args:
-    images: [B, H, W, 3] in [-1, 1].
-    tokens: [B, L] int32; at least one token of each caption stays.
-    key: random key.
-    config: shift, color_jitter, text_dropout.
+  At least one token of each caption stays. Images are not mirrored: captions say left and right.
   """
   shift_key, color_key, text_key = jax.random.split(key, 3)
   margin = round(config.shift * config.resolution)
@@ -103,36 +107,32 @@ def augment(images, tokens, key, config: CLIPConfig):
   images = jax.vmap(lambda x, o: jax.lax.dynamic_slice(x, (o[0], o[1], 0), images.shape[1:]))(
     padded, offsets
   )
-  strength = 1 + config.color_jitter * jax.random.uniform(
-    color_key, (len(images), 1, 1, 3), minval=-1
-  )
-  images = 1 - (1 - images) * strength
-  kept = jnp.where(
-    jax.random.bernoulli(text_key, config.text_dropout, tokens.shape),
-    clip_lib.VocabLayout.pad,
-    tokens,
-  )
-  some_left = (kept != clip_lib.VocabLayout.pad).any(1, keepdims=True)
+  jitter = jax.random.uniform(color_key, (len(images), 1, 1, 3), minval=-1)
+  images = 1 - (1 - images) * (1 + config.color_jitter * jitter)
+  dropped = jax.random.bernoulli(text_key, config.text_dropout, tokens.shape)
+  kept = jnp.where(dropped, VocabLayout.pad, tokens)
+  some_left = (kept != VocabLayout.pad).any(1, keepdims=True)
   return images, jnp.where(some_left, kept, tokens)
 
 
 def make_optimizer(config: CLIPConfig) -> optax.GradientTransformation:
+  """Makes AdamW with a warm-up and one cosine to 0; weights decay in matrices only."""
   warmup = round(config.warmup_fraction * config.steps)
   schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
-  is_matrix = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
-  return optax.adamw(schedule, b2=0.98, eps=1e-6, weight_decay=config.weight_decay, mask=is_matrix)
+  mask = functools.partial(jax.tree.map, lambda p: p.ndim > 1)
+  return optax.adamw(schedule, b2=0.98, eps=1e-6, weight_decay=config.weight_decay, mask=mask)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def train_step(config: CLIPConfig, text_size: int, state: dict, batch, key) -> tuple[dict, dict]:
-  """Takes one AdamW step; every other pair of the global batch is a negative, on any device.
+  """Takes one AdamW step; all other pairs of the global batch are negatives, on any device.
 
   Args:
     config: of the CLIP.
     text_size: size of the text vocabulary.
     state: params and opt_state; donated.
-    batch: (images uint8 [B, H, W, 3], tokens int32 [B, L], concepts int32 [B]).
-    key: of the augmentation.
+    batch: images uint8 [B, H, W, 3], tokens int32 [B, L], concepts int32 [B].
+    key: random key of the augmentation.
 
   Returns:
     The new state; metrics: loss.
@@ -154,7 +154,7 @@ def train_step(config: CLIPConfig, text_size: int, state: dict, batch, key) -> t
 def train(
   config: CLIPConfig, text_size: int, data: ClipData, folder: epath.PathLike, seed: int
 ) -> CLIP:
-  """Trains all steps, or those that a killed training left; see `small_trainer.train`."""
+  """Trains all steps, or the remaining ones of a killed run; see `small_trainer.train`."""
 
   def init():
     params = clip_lib.init_params(config, text_size, jax.random.key(seed))
@@ -170,20 +170,17 @@ def train(
 
 
 def text_to_image_recall(
-  text_embeddings, image_embeddings, captions: list[str]
-) -> dict[str, float]:
-  """How often a caption's own image is among the nearest ones.
+  text_embeddings: Float[np.ndarray, "n E"],
+  image_embeddings: Float[np.ndarray, "n E"],
+  captions: list[str],
+) -> dict[str, float | int]:
+  """Measures how often a caption's own image is among the k nearest images, for k = 1 and 5.
 
-  An image with the very same caption is right too. An image counts as found only if fewer than k
-  wrong ones score at least as high, so that a constant embedding finds nothing.
-
-  Args:
-    text_embeddings: [n, E].
-    image_embeddings: [n, E]; row i belongs to text i.
-    captions: n texts.
+  An image with an equal caption is right, too. A caption is a hit if fewer than k wrong images
+  score at least as high as a right one, so that a constant embedding has no hits.
 
   Returns:
-    recall@k and chance@k (the expectation for random scores) for k = 1, 5, and `candidates` = n.
+    recall@k and chance@k (the expectation for random scores), and `candidates` = n.
   """
   n = len(captions)
   scores = np.asarray(text_embeddings, np.float64) @ np.asarray(image_embeddings, np.float64).T
@@ -194,7 +191,7 @@ def text_to_image_recall(
   result = {"candidates": n}
   for k in (1, 5):
     result[f"recall@{k}"] = float((rank < k).mean())
-    # The chance that k images drawn without replacement miss all the right ones.
+    # The chance that k random images miss all right ones.
     wrong = n - right.sum(1)
     miss = np.prod([np.maximum(wrong - i, 0) / max(n - i, 1) for i in range(min(k, n))], axis=0)
     result[f"chance@{k}"] = float((1 - miss).mean())
@@ -206,14 +203,14 @@ def train_clip(config: CLIPConfig, encode, text_size: int, raw_folder, folder, s
 
   Args:
     config: sizes and recipe.
-    encode: caption -> int32 ids below `text_size`.
+    encode: converts a caption to int32 ids below `text_size`.
     text_size: size of the text vocabulary.
-    raw_folder: of `ingest.prepare`.
-    folder: where the result goes.
+    raw_folder: see `ingest.prepare`.
+    folder: gets the CLIP and its metrics.
     seed: of initialization, order and augmentation.
 
   Returns:
-    The numbers for the report: recall among the held-out pairs (at most 4,096, evenly spaced).
+    Steps, pairs, seconds, and recall among at most 4,096 evenly spaced held-out pairs.
   """
   start = time.time()
   data = open_data(raw_folder, "train", encode, config)

@@ -1,16 +1,19 @@
-r"""Compiles train step, evaluation and guided decoder for a TPU slice, and prints what they cost.
+r"""Compiles train step, evaluation and decoder for a TPU slice, and prints their memory and FLOPs.
 
   pip install 'cm3leon_jax[aot]'
   python -m launch.aot_compile --config=ml_configs/cm3leon_7b.py --topology=v5e-256 \
     --config.mesh.fsdp=16 --config.mesh.fsdp_inner=16 --batch_per_device=4
-  python -m launch.aot_compile --config=ml_configs/cm3leon_7b.py --topology=v5p-8 --search --json=search.json
-  python -m launch.aot_compile --config=ml_configs/cm3leon_7b.py --topology=v5e-8 --config.mesh.tensor=8 --program=decode
+  python -m launch.aot_compile --config=ml_configs/cm3leon_7b.py --topology=v5p-8 --search \
+    --json=search.json
+  python -m launch.aot_compile --config=ml_configs/cm3leon_7b.py --topology=v5e-8 \
+    --config.mesh.tensor=8 --program=decode
 
 No TPU is needed: the real compiler, XLA:TPU, compiles the programs that a pod runs, on any machine
 with Linux on x86-64. An evaluation is the held-out loss of one micro-batch of `launch.train`.
 """
 
 import dataclasses
+import functools
 
 from absl import flags
 from etils import epath
@@ -20,23 +23,26 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.io import write_json
 
 _TOPOLOGY = flags.DEFINE_string(
-  "topology", None, "A slice, v5e-256, or a chip and the shape of its torus, v5p:4x4x8."
+  "topology", None, "A slice, e.g. v5e-256, or a chip and the shape of its torus, e.g. v5p:4x4x8."
 )
-_SLICES = flags.DEFINE_integer("slices", 1, "How many such slices.", lower_bound=1)
+_SLICES = flags.DEFINE_integer("slices", 1, "Number of slices.", lower_bound=1)
 _PROGRAM = flags.DEFINE_enum(
   "program", "train", ["train", "evaluate", "decode", "all"], "Which program to compile."
 )
 _BATCH = flags.DEFINE_integer(
-  "batch_per_device", None, "Rows of a device at once, no accumulation (default: the config's).", 1
+  "batch_per_device",
+  None,
+  "Rows of a device in a step without accumulation (default: the config's).",
+  1,
 )
 _SEARCH = flags.DEFINE_bool(
-  "search", False, "Try meshes, batches and remat policies; the fastest that fit, best first."
+  "search", False, "Try meshes, batches and remat policies; list those that fit, fastest first."
 )
 _DECODE_BATCH = flags.DEFINE_integer(
-  "decode_batch", 64, "Prompts of the decoder, two streams each.", lower_bound=1
+  "decode_batch", 64, "Prompts of a decoder batch, with two guidance streams each.", lower_bound=1
 )
 _DECODE_POSITIONS = flags.DEFINE_integer(
-  "decode_positions", 1_152, "Positions of a sample of the decoder: prompt and image.", 1
+  "decode_positions", 1_152, "Positions of a decoded sample: prompt and image.", 1
 )
 _JSON = flags.DEFINE_string("json", None, "File for the reports.")
 flags.mark_flag_as_required("topology")
@@ -60,24 +66,23 @@ def _train_report(topology, settings, mesh) -> dict:
 
 
 def _evaluate_report(topology, settings, mesh) -> dict:
-  """Reports the held-out loss of a micro-batch: a forward pass, beside the optimizer's state."""
+  """Reports the held-out loss of a micro-batch; the optimizer's state stays in memory."""
   from cm3leon_jax.planning import programs
   from cm3leon_jax.planning.report import GIB, compile_report
 
   numbers = _model_numbers(settings, mesh, settings.train.micro_batch_size)
-  numbers["model_flops"] /= 3  # Of 6 FLOPs a parameter and token, the forward pass takes 2.
+  numbers["model_flops"] /= 3  # The forward pass takes 2 of 6 FLOPs per parameter and token.
   evaluation = programs.evaluation(settings, mesh)
   report = {**numbers, **compile_report(evaluation.step, topology)}
-  beside = evaluation.optimizer_bytes / GIB
-  report["optimizer_gib"] = beside
-  report["floor"] = {
-    "optimizer's state": f"{beside:.2f} GiB stay beside it: {report['sum_gib'] + beside:.2f} in all"
-  }
+  optimizer = evaluation.optimizer_bytes / GIB
+  report["optimizer_gib"] = optimizer
+  total = f"{report['sum_gib'] + optimizer:.2f} GiB in total"
+  report["floor"] = {"optimizer's state": f"{optimizer:.2f} GiB; {total}"}
   return report
 
 
 def _model_numbers(settings, mesh, rows: int) -> dict:
-  """Parameters, and tokens and model FLOPs of a train step of `rows` rows."""
+  """Counts parameters, and tokens and model FLOPs of a train step of `rows` rows."""
   from cm3leon_jax.planning import programs
   from cm3leon_jax.training.flops import model_flops
 
@@ -90,7 +95,7 @@ def _model_numbers(settings, mesh, rows: int) -> dict:
 
 
 def _decode_reports(topology, settings, mesh) -> dict[str, dict]:
-  """Reports of prefill and of one step of the loop over the full cache."""
+  """Reports prefill and one decode step over the full cache."""
   from cm3leon_jax.planning import programs
   from cm3leon_jax.planning.report import GIB, compile_for, compile_report, report
 
@@ -104,10 +109,11 @@ def _decode_reports(topology, settings, mesh) -> dict[str, dict]:
   step["slots"] = [seen.shape[1] for seen in decoder.lowered.state.seen]
   floor, bandwidth = decoder.weight_bytes + decoder.cache_bytes, topology.chip.hbm_bandwidth
   step["floor_bytes"] = floor
+  rate = _DECODE_BATCH.value * bandwidth / floor
   step["floor"] = {
     "bytes of a step": f"{step['traffic'] / GIB:.3f} GiB moved; at least {floor / GIB:.3f}: "
     f"{decoder.weight_bytes / GIB:.3f} weights, {decoder.cache_bytes / GIB:.3f} cache",
-    "least time of a step": f"{floor / bandwidth * 1e3:.2f} ms, {_DECODE_BATCH.value * bandwidth / floor:,.0f} tokens/s",
+    "least time of a step": f"{floor / bandwidth * 1e3:.2f} ms, {rate:,.0f} tokens/s",
   }
   return {"decode": step, "prefill": compile_report(decoder.lowered.prefill(before), topology)}
 
@@ -116,21 +122,19 @@ def _search(settings, topology) -> list[dict]:
   from cm3leon_jax.planning.search import cost, search
 
   print(f"search on {topology.name}:", flush=True)
-  compile_one = lambda changed, mesh: _train_report(topology, changed, mesh)
-  found = search(settings, topology, compile_one, lambda line: print(f"  {line}", flush=True))
-  if not found:
-    raise UserError(f"nothing that was tried fits {topology.name}: take more chips.")
-  print("those that fit, the fastest first:")
-  for r in found:
-    again, cycles = (
-      r["flops"] * r["devices"] / r["model_flops"],
-      r["cycles"] * r["devices"] / r["tokens"],
-    )
+  compile_one = functools.partial(_train_report, topology)
+  reports = search(settings, topology, compile_one, lambda line: print(f"  {line}", flush=True))
+  if not reports:
+    raise UserError(f"no candidate fits {topology.name}: choose a topology with more chips.")
+  print("candidates that fit, the fastest first:")
+  for r in reports:
+    flops = r["flops"] * r["devices"] / r["model_flops"]
+    cycles = r["cycles"] * r["devices"] / r["tokens"]
     print(
-      f"  {cost(r) * 1e6:.3f} us a token and device, {again:.3f} x model FLOPs, {cycles:.0f} cycles a token, "
-      f"{r['sum_gib']:.2f} GiB: {r['flags']}"
+      f"  {cost(r) * 1e6:.3f} us per token and device, {flops:.3f} x model FLOPs, "
+      f"{cycles:.0f} cycles per token, {r['sum_gib']:.2f} GiB: {r['flags']}"
     )
-  return found
+  return reports
 
 
 def main(settings) -> None:
@@ -151,8 +155,9 @@ def main(settings) -> None:
       )
       settings = dataclasses.replace(settings, train=train)
     shape = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
-    several = f"{topology.slices} slices of " if topology.slices > 1 else ""
-    where = f"{several}{topology.name}, {len(topology.devices)} x {topology.devices[0].device_kind}; {shape}"
+    slices = f"{topology.slices} slices of " if topology.slices > 1 else ""
+    devices = f"{len(topology.devices)} x {topology.devices[0].device_kind}"
+    where = f"{slices}{topology.name}, {devices}; {shape}"
     train, length = settings.train, settings.data.sequence_length
     if _PROGRAM.value in ("train", "all"):
       passes = f"{train.global_batch_size} rows of {length} in {train.gradient_accumulation_steps}"
@@ -165,9 +170,9 @@ def main(settings) -> None:
       print(table(title, reports["evaluate"]), flush=True)
     if _PROGRAM.value in ("decode", "all"):
       reports |= _decode_reports(topology, settings, mesh)
-      what = f"{where}; {_DECODE_BATCH.value} prompts of two streams, {_DECODE_POSITIONS.value} positions"
-      print(table(f"a step of the guided decoder on {what}", reports["decode"]))
-      print(table(f"its prefill on {what}", reports["prefill"]), flush=True)
+      batch = f"{_DECODE_BATCH.value} prompts of two streams, {_DECODE_POSITIONS.value} positions"
+      print(table(f"decode step on {where}; {batch}", reports["decode"]))
+      print(table(f"prefill on {where}; {batch}", reports["prefill"]), flush=True)
   if _JSON.value:
     write_json(epath.Path(_JSON.value), {"topology": topology.name, **reports})
 

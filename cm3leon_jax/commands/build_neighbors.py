@@ -1,7 +1,8 @@
 """Embeds the pairs with CLIP and writes the neighbors of every pair.
 
-python -m launch.build_neighbors --config=ml_configs/openmoji.py --workdir=workdir
-python -m launch.build_neighbors --config=... --workdir=... --runner=ray --ray_address=auto --ray_workers=64
+  python -m launch.build_neighbors --config=ml_configs/openmoji.py --workdir=workdir
+  python -m launch.build_neighbors --config=ml_configs/openmoji.py --workdir=workdir \\
+    --runner=ray --ray_address=auto --ray_workers=64
 """
 
 import functools

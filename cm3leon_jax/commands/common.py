@@ -1,4 +1,4 @@
-"""What every command shares: the --config and --workdir flags, the checked settings, and how a user's mistake is told."""
+"""Runs a command: parses its flags, checks its config, and reports a mistake in one sentence."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 flags.FLAGS["config"].parser = config_file.Parser()
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the run; every stage has its own folder in it."
+  "workdir", None, "Folder of the run; each stage writes to a folder in it."
 )
 _PRINT_CONFIG = flags.DEFINE_bool(
   "print_config", False, "Print every field of the checked config, one per line, and exit."
@@ -38,10 +38,10 @@ _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Join the processes that the cluster (TPU pod, SLURM, ...) started."
 )
 _COORDINATOR = flags.DEFINE_string(
-  "coordinator_address", None, "host:port of process 0, where there is no such cluster."
+  "coordinator_address", None, "host:port of process 0, without such a cluster."
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the job.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0 on.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes of the job.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 _TIMEOUT = flags.DEFINE_integer(
   "coordinator_timeout", 300, "Seconds that the processes wait for each other.", lower_bound=1
 )
@@ -51,20 +51,25 @@ NAME_A_CONFIG = "name a config: --config=ml_configs/openmoji.py"
 
 
 def _join_processes(several: bool) -> None:
-  """Joins the job's other processes if the flags say so. Raises UserError if they contradict each other, or the command."""
+  """Joins the other processes of the job if flags ask for it.
+
+  Raises:
+    UserError: the flags contradict each other, or the command runs in one process only.
+  """
   explicit = (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
-  given = [flag.name for flag in explicit if flag.value is not None] + [
-    "distributed"
-  ] * _DISTRIBUTED.value
+  given = [flag.name for flag in explicit if flag.value is not None]
+  given += ["distributed"] * _DISTRIBUTED.value
   if not given:
     return
   if not several:
     raise UserError(
-      f"--{given[0]} is given, but this command runs in one process; only launch.train runs in several."
+      f"--{given[0]} is given, but this command runs in one process; "
+      "only launch.train runs in several."
     )
   if _DISTRIBUTED.value and len(given) > 1:
     raise UserError(
-      f"--distributed and --{given[0]} are given: the cluster says who the processes are, or the flags do."
+      f"--distributed and --{given[0]} are given: leave one out; with --distributed, the cluster "
+      "names the processes."
     )
   from cm3leon_jax import distributed
 
@@ -72,14 +77,19 @@ def _join_processes(several: bool) -> None:
 
 
 def use_mesh(settings: Settings):
-  """`jax.set_mesh` of the config's mesh. Raises UserError if it does not fit the devices."""
+  """Sets the mesh of the config (`jax.set_mesh`).
+
+  Raises:
+    UserError: the mesh does not fit the devices.
+  """
   import jax
 
   from cm3leon_jax.mesh import create_mesh
 
   if jax.process_count() > 1 and not jax.distributed.is_initialized():
     raise UserError(
-      f"this is one of a pod's {jax.process_count()} hosts: launch.train needs --distributed, others a single host."
+      f"this is one of the {jax.process_count()} hosts of a pod: launch.train needs --distributed, "
+      "other commands a single host."
     )
   try:
     return jax.set_mesh(create_mesh(settings.mesh))
@@ -88,9 +98,10 @@ def use_mesh(settings: Settings):
 
 
 def keep_compiled(workdir: epath.Path) -> None:
-  """Compiled programs of an accelerator are kept in the workdir, so that a run that continues does not wait for the compiler.
+  """Caches programs for an accelerator in the workdir: a resumed run does not compile again.
 
-  JAX_COMPILATION_CACHE_DIR names another folder. On CPUs nothing is kept: a program is made for one machine's instructions.
+  JAX_COMPILATION_CACHE_DIR names another folder. CPU programs are not cached: they depend on the
+  machine's instructions.
   """
   import jax
 
@@ -105,7 +116,7 @@ def _fail(message: str, code: int = UserError.exit_code) -> None:
 
 
 def _unknown_flag(name: str) -> str:
-  """Returns the message for a flag that the command does not take; a field of the config is named as one."""
+  """Returns the message for an unknown flag; it suggests fields of the config, or a flag."""
   from cm3leon_jax.settings import SECTIONS  # Here: it imports JAX.
 
   fields = {
@@ -113,10 +124,11 @@ def _unknown_flag(name: str) -> str:
     for section, cls in SECTIONS.items()
     for field in dataclasses.fields(cls)
   }
-  near = [field for field in fields if name in (field, field.partition(".")[2])]
-  near.sort(key=lambda field: (not field.startswith("train."), field))
-  if near:
-    return f"--{name} is not a flag of this command; a field of the config is set by --config.{' or --config.'.join(near)}."
+  same_name = [field for field in fields if name in (field, field.partition(".")[2])]
+  same_name.sort(key=lambda field: (not field.startswith("train."), field))
+  if same_name:
+    flag = f"--config.{' or --config.'.join(same_name)}"
+    return f"--{name} is not a flag of this command; a field of the config is set by {flag}."
   close = difflib.get_close_matches(name, list(flags.FLAGS), 1)
   hint = f"did you mean --{close[0]}?" if close else "--help lists its flags."
   return f"--{name} is not a flag of this command: {hint}"
@@ -130,7 +142,7 @@ def _user_error(error: BaseException | None) -> UserError | None:
 
 
 def _parse_flags(workdir: bool, several_processes: bool, argv: list[str]) -> list[str]:
-  """Parses the flags; reports a wrong flag, --config or field of it in one sentence."""
+  """Parses the flags; prints --help; reports a wrong flag, config or field in one sentence."""
   if help_text.REQUESTS.intersection(argv[1:]):
     print(help_text.page(sys.modules["__main__"].__doc__ or "", workdir, several_processes))
     sys.exit(0)
@@ -148,12 +160,12 @@ def _parse_flags(workdir: bool, several_processes: bool, argv: list[str]) -> lis
 
 
 def run(main, workdir: bool = True, several_processes: bool = False) -> None:
-  """Runs `main(settings, workdir)` as an absl app; a UserError becomes one sentence on stderr and exit code 2.
+  """Runs a command as an absl app; a UserError becomes one sentence on stderr and exit code 2.
 
   Args:
-    main: of the command.
-    workdir: whether the command works in one; without, it is `main(settings)`.
-    several_processes: whether it may be one of a job's several processes.
+    main: called as `main(settings, workdir)`, or as `main(settings)` without a workdir.
+    workdir: whether the command takes --workdir.
+    several_processes: whether the command may run in several processes.
   """
 
   def checked(argv):

@@ -1,4 +1,4 @@
-"""The value of --config: the name of a shipped config or a Python file, and a variant after a colon."""
+"""Loads the value of --config: a shipped config or a Python file, and a variant after a colon."""
 
 import importlib.util
 import pathlib
@@ -16,27 +16,28 @@ SHIPPED = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("__init__
 
 
 def find(name: str) -> pathlib.Path:
-  """Returns the file of a config: find("openmoji"), find("ml_configs/openmoji.py"), find("path/own.py").
+  """Returns the file of a config, given by name or path: find("openmoji"), find("path/own.py").
 
   Raises:
-    UserError: there is no such file and no such name.
+    UserError: there is no such file and no shipped config of this name.
   """
   path = pathlib.Path(name)
   if name in SHIPPED and not path.is_file():
     return FOLDER / f"{name}.py"
   if not path.is_file():
     raise UserError(
-      f"--config={name}: there is no such file; name a Python file with a get_config function, or a shipped config: "
-      f"{', '.join(SHIPPED)}."
+      f"--config={name}: there is no such file; name a Python file with a get_config function, or "
+      f"a shipped config: {', '.join(SHIPPED)}."
     )
   return path
 
 
 def load(value: str) -> ml_collections.ConfigDict:
-  """Returns what get_config returns: load("openmoji:15") calls get_config("15") of the shipped config openmoji.
+  """Runs get_config of a config file: load("openmoji:15") calls get_config("15") of openmoji.
 
   Raises:
-    UserError: there is no such file, it cannot be run, it has no get_config, or that returns no ConfigDict.
+    UserError: there is no such file, it raises an error, it has no get_config, or get_config does
+      not return a ConfigDict.
   """
   name, *variant = value.split(":", 1)
   path = find(name)
@@ -53,24 +54,27 @@ def load(value: str) -> ml_collections.ConfigDict:
   except Exception as error:
     line = traceback.extract_tb(error.__traceback__)[-1]
     raise UserError(
-      f"--config={value} cannot be loaded: {type(error).__name__}: {error} ({line.filename}, line {line.lineno})."
+      f"--config={value} cannot be loaded: {type(error).__name__}: {error} "
+      f"({line.filename}, line {line.lineno})."
     ) from error
   if get_config is None:
     raise UserError(
-      f"--config={name}: the file has no function get_config; it must have one that returns a config."
+      f"--config={name}: the file has no function get_config; "
+      "it must have one that returns a config."
     )
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(
-      f"--config={name}: get_config returns {type(config).__name__}; it must return an ml_collections.ConfigDict."
+      f"--config={name}: get_config returns {type(config).__name__}; "
+      "it must return an ml_collections.ConfigDict."
     )
   return config
 
 
 class Parser(flags.ArgumentParser):
-  """Parses --config for `ml_collections.config_flags`, which adds a flag for each field that the command line names."""
+  """Parses --config for `ml_collections.config_flags`, which adds --config.SECTION.FIELD flags."""
 
   def parse(self, argument: str) -> ml_collections.ConfigDict:
-    """See `load`. The config has no other fields than those it comes with."""
+    """Loads a config (`load`) and locks it, so that flags cannot add fields."""
     return load(argument).lock()
 
   def flag_type(self) -> str:

@@ -1,4 +1,4 @@
-"""Encodes raw pairs, texts and interleaved documents as documents of token ids.
+"""Encodes raw pairs, texts and interleaved documents to token ids.
 
 python -m launch.encode_documents --config=ml_configs/openmoji.py --workdir=workdir
 python -m launch.encode_documents --config=ml_configs/openmoji.py --workdir=workdir --validate
@@ -12,20 +12,24 @@ from cm3leon_jax import stages
 from cm3leon_jax.commands import common, sharded
 
 _VALIDATE = flags.DEFINE_bool(
-  "validate", False, "Read every shard that was written and hold it against the schema, instead."
+  "validate", False, "Only check every written shard against the schema."
 )
 
 
 def validate(settings, workdir) -> None:
-  """Prints what each store holds. Raises UserError at the first wrong record."""
+  """Checks every record of the document stores and prints their counts.
+
+  Raises:
+    UserError: a record is wrong.
+  """
   from cm3leon_jax.data import documents
   from cm3leon_jax.data.records import KINDS, SPLITS
 
   stages.require(workdir, "documents")
   for name in (f"{split}_{kind}" for split in SPLITS for kind in KINDS):
     store = documents.DocumentStore(workdir / "documents" / name, settings.vocab)
-    found = documents.validate_store(store)
-    counts = ", ".join(f"{count:,} {field}" for field, count in found.items())
+    numbers = documents.validate_store(store)
+    counts = ", ".join(f"{count:,} {field}" for field, count in numbers.items())
     print(f"{store.folder}: {counts}; all valid.")
 
 
@@ -46,14 +50,12 @@ def main(settings, workdir):
         settings.text_tokenizer.max_caption_tokens,
         num_threads=settings.raw.num_threads,
       )
-      # Not the id of raw: shards know their records by digest.
+      # Without the id of raw: shards identify their records by digest.
       tokenizers = stages.ids(settings, workdir, stages.TOKENIZERS)
       summary.update(encode.encode_documents(job, tokenizers, sharded.runner()))
       for split, numbers in summary.items():
-        print(
-          f"encode_documents {split}:",
-          ", ".join(f"{name} {value:.6g}" for name, value in numbers.items()),
-        )
+        shown = ", ".join(f"{name} {value:.6g}" for name, value in numbers.items())
+        print(f"encode_documents {split}: {shown}")
 
 
 if __name__ == "__main__":

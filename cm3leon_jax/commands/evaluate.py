@@ -2,7 +2,7 @@
 
   python -m launch.evaluate --config=ml_configs/openmoji.py --workdir=workdir
 
-Neighbors are found by the caption alone, as at inference. Writes evaluation/metrics.json.
+The caption alone retrieves neighbors, as at inference. Writes evaluation/metrics.json.
 """
 
 from cm3leon_jax import stages
@@ -26,17 +26,8 @@ def main(settings, workdir):
       for split in ("train", "heldout")
     )
     ids = neighbors.load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)
-    metrics = bits.evaluate(
-      params,
-      settings.model,
-      train,
-      heldout,
-      ids,
-      settings.vocab,
-      settings.data,
-      settings.evaluation,
-      settings.seed,
-    )
+    sections = (settings.vocab, settings.data, settings.evaluation, settings.seed)
+    metrics = bits.evaluate(params, settings.model, train, heldout, ids, *sections)
     summary.update(step=step, **metrics)
     write_json(workdir / "evaluation" / "metrics.json", summary)
     print(f"evaluate: {bits.describe(metrics)}")

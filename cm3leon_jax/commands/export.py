@@ -2,8 +2,8 @@
 
   python -m launch.export --config=ml_configs/openmoji.py --workdir=workdir
 
-Then: transformers.AutoModelForCausalLM.from_pretrained("workdir/export"). With torch installed, its logits on held-out
-documents are compared with ours.
+transformers.AutoModelForCausalLM.from_pretrained("workdir/export") loads it. If torch is installed,
+the logits of the exported model on held-out documents are compared with those of this project.
 """
 
 from cm3leon_jax import stages
@@ -24,34 +24,27 @@ def main(settings, workdir) -> None:
   with stages.stage(workdir, "export", settings) as summary, common.use_mesh(settings):
     if summary is None:
       return
-    origins = (
-      raw_pairs.read_index(workdir / "raw")["origins"]
-      if (workdir / "raw" / raw_pairs.INDEX).exists()
-      else []
-    )
-    write_json(folder / "training_data.json", origins)  # Whose works the weights were made from.
+    raw, origins = workdir / "raw", []
+    if (raw / raw_pairs.INDEX).exists():
+      origins = raw_pairs.read_index(raw)["origins"]
+    write_json(folder / "training_data.json", origins)  # Sources and licenses of the training data.
     params, step = checkpoint.load_params(workdir / "train", settings.model)
-    summary.update(
-      huggingface.export(
-        folder, params, settings.model, settings.vocab, workdir / "text_tokenizer"
-      ),
-      step=step,
-    )
-    told = "torch and transformers are not installed, so its logits were not compared"
+    tokenizer = workdir / "text_tokenizer"
+    numbers = huggingface.export(folder, params, settings.model, settings.vocab, tokenizer)
+    summary.update(numbers, step=step)
+    comparison = "torch and transformers are not installed, so its logits were not compared"
     if huggingface.can_compare():
       heldout = DocumentStore(workdir / "documents" / "heldout_pairs", settings.vocab)
       samples = [join([heldout[i]], settings.vocab) for i in range(min(SAMPLES, len(heldout)))]
       compared = huggingface.compare_logits(folder, params, settings.model, samples)
       summary.update(logits=compared)
-      told = (
-        f"logits differ by at most {compared['max_difference']:.1e} (largest: {compared['max_logit']:.1f}) "
-        f"on {compared['tokens']} held-out tokens"
+      comparison = (
+        f"logits differ by at most {compared['max_difference']:.1e} "
+        f"(largest: {compared['max_logit']:.1f}) on {compared['tokens']} held-out tokens"
       )
     summary.update(compared="logits" in summary)
-    print(
-      f"export: {summary['architecture']}, {summary['parameters']:,} parameters, in {folder}; {told}.",
-      flush=True,
-    )
+    model = f"{summary['architecture']}, {summary['parameters']:,} parameters"
+    print(f"export: {model}, in {folder}; {comparison}.", flush=True)
 
 
 if __name__ == "__main__":

@@ -58,10 +58,10 @@ _LENGTH = flags.DEFINE_integer(
   "length", 0, "Largest number of tokens of a text (default: 64) or an interleaved document."
 )
 _PROMPTS = flags.DEFINE_string(
-  "prompts", None, "A file with one JSON object a line: see docs/generating.md."
+  "prompts", None, "A file with one JSON object per line: see docs/generating.md."
 )
 _CAPTIONS = flags.DEFINE_integer(
-  "captions", 16, "Number of held-out captions, if nothing else is asked for.", lower_bound=1
+  "captions", 16, "Number of held-out captions, without a prompt or image of yours.", lower_bound=1
 )
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Samples of each prompt.", lower_bound=1)
 _RANK = flags.DEFINE_bool(
@@ -98,7 +98,7 @@ MOST_TEXTS = 16  # Texts that are printed; all are in results.jsonl.
 
 
 def _numbers(flag, default: list, kind, least) -> list:
-  """Values of a list flag, each once. Raises UserError naming the flag."""
+  """Returns the values of a list flag, each once; raises UserError for a wrong value."""
   try:
     values = default if flag.value is None else [kind(v) for v in flag.value]
   except ValueError as error:
@@ -113,7 +113,7 @@ def _numbers(flag, default: list, kind, least) -> list:
 
 
 def _columns(settings, guidance: list, retrieve: list) -> list[tuple]:
-  """Each number of retrieved documents with the settings of sampling for each guidance."""
+  """Pairs each number of retrieved documents with the sampling settings of each guidance."""
   guidances = _numbers(_GUIDANCE, guidance, float, 0)
   retrieves = _numbers(_RETRIEVE, retrieve, int, 0)
   return [
@@ -123,7 +123,7 @@ def _columns(settings, guidance: list, retrieve: list) -> list[tuple]:
 
 
 def _own_tasks(settings, seed: int) -> list[Task]:
-  """Tasks of the user; none: held-out captions. Raises UserError if flags contradict each other."""
+  """Returns the tasks of the flags, [] for held-out captions; raises UserError for wrong flags."""
   from cm3leon_jax.generation import prompt_file
 
   fields = {name: flags.FLAGS[name].value for name in ("prompt", "image", "box", "length")}
@@ -143,13 +143,13 @@ def _own_tasks(settings, seed: int) -> list[Task]:
   if path is not None:
     if set(given) - {"length"}:
       raise UserError(
-        f"--prompts and --{given[0]} are given: put the task into the file, or on the command line."
+        f"--prompts and --{given[0]} are given: define tasks in the file or on the command line."
       )
     common_fields |= {"retrieve": retrieve} if _RETRIEVE.value else {}
     return prompt_file.read(path, name, seed, sampling, **common_fields)
   if _GUIDANCE.value is not None and not cls.uses_guidance:
     raise UserError(
-      f"--guidance is given, which task {name} does not use: set fields of config.sampling."
+      f"--guidance is given, but task {name} does not use it: set fields of config.sampling."
     )
   try:
     common_fields["box"] = tuple(int(x) for x in _BOX.value or ())
@@ -170,23 +170,23 @@ def _own_tasks(settings, seed: int) -> list[Task]:
 def _check_rank(tasks: Sequence[Task]) -> None:
   if _RANK.value and _SAMPLES.value == 1:
     raise UserError(
-      "--rank orders the samples of a prompt, and there is one: set --samples=8, say."
+      "--rank orders the samples of a prompt, and there is only one: set e.g. --samples=8."
     )
   for task in tasks:
     if _RANK.value and not task.is_scored:
       raise task.error(
-        f"--rank is given, and CLIP cannot score task {task.name} without a caption: leave it out."
+        f"--rank is given, but CLIP cannot score task {task.name} without a caption: leave it out."
       )
 
 
 def _bank(settings, workdir: epath.Path, heldout: bool) -> epath.Path:
-  """The workdir to retrieve from. Raises UserError if other tokenizers or another CLIP made it."""
+  """Returns the workdir to retrieve from; raises UserError on other tokenizers or another CLIP."""
   if _BANK.value is None:
     return workdir
   if heldout:
     raise UserError(
-      "--bank is given without --prompt; held-out captions have the neighbors that their run found "
-      "for them."
+      "--bank is given without --prompt; held-out captions use the neighbors of their own run: "
+      "leave --bank out."
     )
   bank = epath.Path(_BANK.value)
   documents, neighbors = (
@@ -199,7 +199,7 @@ def _bank(settings, workdir: epath.Path, heldout: bool) -> epath.Path:
     if found[name] != value:
       raise UserError(
         f"--bank {bank} was made with another {name} than {workdir}: copy its folder there and "
-        "make the bank anew."
+        "build the bank again."
       )
   return bank
 
@@ -209,7 +209,7 @@ def _needs_clip(tasks: Sequence[Task]) -> bool:
 
 
 def _identity(settings, workdir: epath.Path, bank: epath.Path, tasks, columns, seed: int) -> dict:
-  """What the samples depend on. Raises UserError if a stage that is read is not finished."""
+  """Returns what the samples depend on; raises UserError if a stage to read is not finished."""
   retrieves = not tasks or any(task.retrieve for task in tasks)
   read = [*stages.TOKENIZERS, "train", *(["documents"] if retrieves else [])]
   read += stages.own_clip(settings) if _needs_clip(tasks) else ()
@@ -231,14 +231,14 @@ def _identity(settings, workdir: epath.Path, bank: epath.Path, tasks, columns, s
 
 
 def _folder(workdir: epath.Path, tasks: Sequence[Task], config: dict) -> epath.Path:
-  """The folder of these samples: each set of prompts and settings has its own."""
+  """Returns the folder of the samples; each set of prompts and settings has its own."""
   from cm3leon_jax.generation.tasks import slug
 
   if not tasks:
     return workdir / "samples"
   digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
   for folder in sorted((workdir / "prompts").glob(f"*-{digest}")):
-    return folder  # A prompt file that was renamed.
+    return folder  # The prompt file may have been renamed.
   name = epath.Path(_PROMPTS.value).stem if _PROMPTS.value else tasks[0].prompt or tasks[0].name
   return workdir / "prompts" / f"{slug(name)}-{digest}"
 

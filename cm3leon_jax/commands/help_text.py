@@ -1,4 +1,4 @@
-"""The text of --help: the command's docstring with its examples, and its flags in groups."""
+"""Writes the text of --help: the command's docstring with examples, and its flags in groups."""
 
 import re
 import sys
@@ -21,9 +21,10 @@ FIELDS = """\
 
 
 def as_invoked(text: str) -> str:
-  """Writes commands the way this process was started: by `python -m launch.NAME`, else by `cm3leon NAME`.
+  """Writes commands as the user started this one: `python -m launch.NAME` or `cm3leon NAME`.
 
-  as_invoked("python -m launch.train --config=ml_configs/openmoji.py") == "cm3leon train --config=openmoji"
+  The latter turns "python -m launch.train --config=ml_configs/openmoji.py" into
+  "cm3leon train --config=openmoji".
   """
   if "launch" in sys.modules:
     return text
@@ -32,7 +33,7 @@ def as_invoked(text: str) -> str:
 
 
 def _flag(flag: flags.Flag) -> str:
-  """Returns a flag's name, meaning and default."""
+  """Formats the name, meaning and default of a flag."""
   name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}=VALUE"
   default = (flag.default_as_str or "").strip("'")
   shown = default not in ("", "None", "false")
@@ -44,12 +45,12 @@ def _flag(flag: flags.Flag) -> str:
 
 
 def page(docstring: str, workdir: bool, several_processes: bool) -> str:
-  """Returns the whole text.
+  """Returns the text of --help.
 
   Args:
-    docstring: of the command's module, with examples.
+    docstring: docstring of the command's module, with examples.
     workdir: whether the command takes --workdir.
-    several_processes: whether it takes the flags of a job of several processes.
+    several_processes: whether the command takes the flags of jobs of several processes.
   """
   modules = flags.FLAGS.flags_by_module_dict()
   common = modules["cm3leon_jax.commands.common"]
@@ -58,7 +59,7 @@ def page(docstring: str, workdir: bool, several_processes: bool) -> str:
   groups = {
     "Flags of this command": modules.get(sys.argv[0], []),
     "The run": run,
-    "Where shards are worked on": modules.get("cm3leon_jax.commands.sharded", []),
+    "Processing of shards": modules.get("cm3leon_jax.commands.sharded", []),
     "Jobs of several processes": processes if several_processes else [],
   }
   parts = [docstring.strip()]

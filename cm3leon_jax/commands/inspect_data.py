@@ -1,9 +1,10 @@
-"""Writes an HTML page of rows as the trainer reads them, to check the data before a long run.
+"""Writes an HTML page of training rows, to check the data before a long run.
 
   python -m launch.inspect_data --config=ml_configs/openmoji.py --workdir=workdir --out=rows.html
-  python -m launch.inspect_data --config=ml_configs/openmoji.py --workdir=workdir --out=rows.html --first_row=5000 --rows=3
+  python -m launch.inspect_data --config=ml_configs/openmoji.py --workdir=workdir \\
+    --out=rows.html --first_row=5000 --rows=3
 
-The page is read off the rows' own arrays, and every sample is checked against its documents.
+The page shows the arrays that the trainer reads; every sample is checked against its documents.
 """
 
 from absl import flags
@@ -15,14 +16,20 @@ from cm3leon_jax.commands import common
 
 _OUT = flags.DEFINE_string("out", "rows.html", "HTML file to write.")
 _ROWS = flags.DEFINE_integer("rows", 6, "Number of rows.", lower_bound=1)
-_FIRST_ROW = flags.DEFINE_integer("first_row", 0, "The first of them.", lower_bound=0)
-_SPLIT = flags.DEFINE_enum("split", "train", ["train", "heldout"], "Split that they are of.")
+_FIRST_ROW = flags.DEFINE_integer("first_row", 0, "Number of the first row.", lower_bound=0)
+_SPLIT = flags.DEFINE_enum("split", "train", ["train", "heldout"], "Split of the rows.")
 
 READ = (*stages.TOKENIZERS, "documents", "neighbors")
 
 
-def draw(settings, workdir, out: epath.Path, split: str, numbers: range, config_name: str) -> None:
-  """Writes the page of rows `numbers` of `split`. Raises UserError if it cannot, or if a stage is missing."""
+def write_page(
+  settings, workdir, out: epath.Path, split: str, numbers: range, config_name: str
+) -> None:
+  """Writes the page of rows `numbers` of `split`.
+
+  Raises:
+    UserError: `out` cannot be written, or a stage is missing.
+  """
   from cm3leon_jax.commands.train import open_rows
   from cm3leon_jax.reports import inspect, inspect_page
   from cm3leon_jax.retrieval.neighbors import load_neighbors
@@ -37,21 +44,18 @@ def draw(settings, workdir, out: epath.Path, split: str, numbers: range, config_
   scores = load_neighbors(folder, f"{split}_pairs", by_caption, array="scores")
   rows = inspect.read_rows(loader, scores, numbers)
   text_tokenizer = TextTokenizer(workdir / "text_tokenizer", settings.vocab)
-  decoder = inspect_page.make_decoder(
-    rows, settings.vocab, text_tokenizer, ImageTokenizer.load(workdir / "vqgan")
-  )
+  image_tokenizer = ImageTokenizer.load(workdir / "vqgan")
+  decoder = inspect_page.make_decoder(rows, settings.vocab, text_tokenizer, image_tokenizer)
   inspect_page.write(out, inspect_page.render(rows, loader.plan, decoder, config_name, split))
-  samples = sum(len(row.samples) for row in rows)
   used = f"{inspect_page.fill(rows):.1%} of their slots used"
-  print(
-    f"inspect_data: {len(rows)} rows, {used}; {samples} samples, all checked: {out}", flush=True
-  )
+  samples = f"{sum(len(row.samples) for row in rows)} samples, all checked"
+  print(f"inspect_data: {len(rows)} rows, {used}; {samples}: {out}", flush=True)
 
 
 def main(settings, workdir) -> None:
   numbers = range(_FIRST_ROW.value, _FIRST_ROW.value + _ROWS.value)
   name = config_flags.get_config_filename(flags.FLAGS["config"])
-  draw(settings, workdir, epath.Path(_OUT.value), _SPLIT.value, numbers, name)
+  write_page(settings, workdir, epath.Path(_OUT.value), _SPLIT.value, numbers, name)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Writes raw pairs, texts and interleaved documents in one checked form.
+"""Reads raw pairs, texts and interleaved documents, checks them and writes them in one format.
 
   python -m launch.prepare_data --config=ml_configs/openmoji.py --workdir=workdir
   python -m launch.prepare_data --config=ml_configs/openmoji.py --workdir=workdir --check_leaks
 
-`--config.raw.source` is "openmoji", or images and texts of one's own in any of several formats (docs/data_formats.md).
+`--config.raw.source` is "openmoji", or your images and texts (formats: docs/data_formats.md).
 """
 
 import hashlib
@@ -17,18 +17,22 @@ from cm3leon_jax.config import UserError
 _CHECK_LEAKS = flags.DEFINE_bool(
   "check_leaks",
   False,
-  "Look for held-out images that are near duplicates of training images, instead.",
+  "Only look for held-out images that are near duplicates of training images.",
 )
 _LEAK_PSNR = flags.DEFINE_float(
   "leak_psnr",
   None,
-  "With --check_leaks: images whose 16 x 16 thumbnails differ by this PSNR or more are near, dB.",
+  "For --check_leaks: least PSNR in dB of the 16 x 16 thumbnails of near duplicates.",
   lower_bound=0.0,
 )
 
 
 def check_leaks(settings, workdir) -> None:
-  """Prints the nearest held-out and training images. Raises UserError if any are duplicates."""
+  """Prints the most similar held-out and training images.
+
+  Raises:
+    UserError: a held-out image is a near duplicate of a training image.
+  """
   from cm3leon_jax.data import duplicates, leaks
 
   stages.require(workdir, "raw")
@@ -54,7 +58,7 @@ def main(settings, workdir):
     check_leaks(settings, workdir)
     return
   parts = ingest.parts_of(settings.raw)
-  # Files that were added or have changed make the stage run again, over their shards alone.
+  # New or changed files make the stage run again, only for their shards.
   files = hashlib.sha256(repr(parts).encode()).hexdigest()
   with stages.stage(workdir, "raw", settings, {"files": files}) as summary:
     if summary is not None:

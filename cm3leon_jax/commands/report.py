@@ -1,4 +1,4 @@
-"""Writes summary.json and report.html, the numbers and figures of every stage of a run.
+"""Writes summary.json and report.html: the numbers and figures of every finished stage.
 
 python -m launch.report --config=ml_configs/openmoji.py --workdir=workdir
 """
@@ -14,12 +14,12 @@ from cm3leon_jax.config import UserError
 def main(settings, workdir):
   if not workdir.exists() or not any(workdir.glob(f"*/{stages.DONE}")):
     raise UserError(
-      f"--workdir {workdir} holds no finished stage: run `python -m launch.prepare_data` with the same --config and "
-      "--workdir first."
+      f"--workdir {workdir} holds no finished stage: run `python -m launch.prepare_data` with the "
+      "same --config and --workdir first."
     )
   from cm3leon_jax.reports import report
 
-  del settings  # The stages' folders say what was run.
+  del settings  # The stages' folders record what ran.
   summary = report.write(workdir, config_flags.get_config_filename(flags.FLAGS["config"]))
   for line in summary["headlines"]:
     verdict = {

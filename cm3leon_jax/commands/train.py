@@ -21,19 +21,29 @@ if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
 
 _PROFILE_STEPS = flags.DEFINE_string(
-  "profile_steps", "", "Steps to trace into train/profile, e.g. 10:13; both are traced."
+  "profile_steps", "", "First and last step to trace into train/profile, e.g. 10:13."
 )
 _DEBUG_NANS = flags.DEFINE_bool(
-  "debug_nans", False, "Stop at the operation that makes the first NaN. Slow."
+  "debug_nans", False, "Stop at the operation that computes the first NaN. Slow."
 )
 
 
 def open_rows(settings: Settings, workdir, split: str, write_starts: bool = False) -> RowLoader:
-  """The rows of `split`: pairs with neighbors from the training pairs, texts and interleaved documents, by their shares.
+  """Opens the rows of a split: pairs with their neighbors, texts and interleaved documents.
 
-  Those of "heldout" are the rows of the held-out loss: neighbors are found by the caption alone, as
-  at inference, and only the document's own targets have a weight (`DataConfig.for_heldout`).
-  Those of train know where the windows of their plan start from train/plan.jsonl, which one process of a run keeps.
+  Rows of "heldout" are those of the held-out loss: the caption alone retrieves neighbors, as at
+  inference, and only the document's own targets have a weight (`DataConfig.for_heldout`).
+
+  Args:
+    settings: settings of the config.
+    workdir: folder of the run.
+    split: "train" or "heldout".
+    write_starts: whether to record the starts of the plan's windows in train/plan.jsonl; one
+      process of a run does.
+
+  Raises:
+    UserError: a store is empty, neighbors are of other documents, or all training documents
+      together are shorter than a batch.
   """
   from cm3leon_jax.data.documents import DocumentStore
   from cm3leon_jax.data.pipeline import RowLoader
@@ -41,13 +51,17 @@ def open_rows(settings: Settings, workdir, split: str, write_starts: bool = Fals
   from cm3leon_jax.retrieval.neighbors import load_neighbors
 
   documents, data = workdir / "documents", settings.data
-  store = lambda name: DocumentStore(documents / name, settings.vocab)
+
+  def store(name):
+    return DocumentStore(documents / name, settings.vocab)
+
   bank = store("train_pairs")
   pairs = bank if split == "train" else store(f"{split}_pairs")
   ids = load_neighbors(workdir / "neighbors", f"{split}_pairs", text_only=split == "heldout")
   if len(ids) != len(pairs):
     raise UserError(
-      f"{workdir / 'neighbors'} names neighbors of {len(ids)} documents, {pairs.folder} holds {len(pairs)}: build them anew."
+      f"{workdir / 'neighbors'} names neighbors of {len(ids)} documents, {pairs.folder} holds "
+      f"{len(pairs)}: run `python -m launch.build_neighbors` again."
     )
   sources = [Source(pairs, 1 - data.text_share - data.interleaved_share, ids, bank)]
   for kind, share in (("texts", data.text_share), ("interleaved", data.interleaved_share)):
@@ -56,16 +70,16 @@ def open_rows(settings: Settings, workdir, split: str, write_starts: bool = Fals
   for source in sources:
     if source.share > 0 and not len(source.store):
       raise UserError(
-        f"{source.store.folder} holds no documents: add some, or change config.data.text_share = {data.text_share} and "
-        f"config.data.interleaved_share = {data.interleaved_share}, of which pairs get the rest."
+        f"{source.store.folder} holds no documents: add some, or change config.data.text_share = "
+        f"{data.text_share} and config.data.interleaved_share = {data.interleaved_share}; "
+        "pairs have the remaining share."
       )
   data = settings.data if split == "train" else settings.data.for_heldout()
   starts = workdir / "train" / "plan.jsonl" if split == "train" else None
   plan = RowPlan(sources, data, settings.vocab.num_masks, settings.seed, starts, write_starts)
   needed = settings.train.global_batch_size * data.sequence_length
-  total = sum(
-    int(s.store.lengths[:needed].sum(dtype="int64")) for s in sources
-  )  # No segment is empty: more is not needed.
+  # No segment is empty, so `needed` documents are enough.
+  total = sum(int(s.store.lengths[:needed].sum(dtype="int64")) for s in sources)
   if split == "train" and total < needed:
     raise UserError(
       f"{documents} holds {total} training tokens, one batch takes {needed} "
@@ -75,19 +89,16 @@ def open_rows(settings: Settings, workdir, split: str, write_starts: bool = Fals
 
 
 def look_at_rows(plan: RowPlan) -> dict:
-  """Prints what the plan's first window holds, and neighbors that never fit; returns the numbers."""
+  """Prints and returns statistics of the plan's first window; warns of neighbors that never fit."""
   from cm3leon_jax import distributed
   from cm3leon_jax.data.plan_statistics import describe, plan_statistics, room_for_neighbors
 
   for source in plan.sources:
-    if (
-      source.share > 0
-      and source.bank is not None
-      and (sentence := room_for_neighbors(source, plan.config))
-    ):
-      distributed.tell(f"rows: {sentence}")
+    has_neighbors = source.share > 0 and source.bank is not None
+    if has_neighbors and (sentence := room_for_neighbors(source, plan.config)):
+      distributed.print_once(f"rows: {sentence}")
   statistics = plan_statistics(plan)
-  distributed.tell(f"rows: {describe(statistics)}")
+  distributed.print_once(f"rows: {describe(statistics)}")
   return statistics
 
 
@@ -103,24 +114,24 @@ def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool 
   distributed.check_same_config(
     {**dataclasses.asdict(settings), "profile_steps": profile_steps, "debug_nans": debug_nans}
   )
-  with distributed.together():  # Nobody writes before all have read.
+  with distributed.together():  # No process writes before all have read.
     folder = workdir / "train"
     config = stages.run_config(settings, workdir, "train")
     if (folder / "config.json").exists():
       stages.check_same_config(folder, read_json(folder / "config.json")["run"], config)
   with distributed.together():
     if distributed.is_first():
-      write_json(
-        folder / "config.json", {"run": config, "train": dataclasses.asdict(settings.train)}
-      )
+      about = {"run": config, "settings": dataclasses.asdict(settings)}
+      write_json(folder / "config.json", about)
   with distributed.together():
     if not (folder / "config.json").exists():
       raise UserError(
-        f"--workdir {workdir} is another folder for some of the processes: put it where all of them reach it."
+        f"--workdir {workdir} is another folder for some of the processes: "
+        "name a folder that all processes share."
       )
   done = folder / stages.DONE
   redo = done.exists() and read_json(done)["summary"]["steps"] < settings.train.steps
-  # A context, not jax.config.update: that ends without a word once anything like logsumexp is traced (jax 0.10.2).
+  # A context: jax.config.update loses the setting after tracing logsumexp and others (jax 0.10.2).
   nans = jax.debug_nans(debug_nans or jax.config.jax_debug_nans)
   stage = stages.once(
     folder, config, redo, writes=distributed.is_first(), together=distributed.together
@@ -134,22 +145,11 @@ def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool 
       heldout = open_rows(settings, workdir, "heldout")
       summary.update(rows=look_at_rows(loader.plan))
       generate_grid = sample_grids(settings, workdir, folder / "samples")
-    result = train(
-      folder,
-      settings.model,
-      settings.optimizer,
-      settings.train,
-      settings.vocab,
-      loader,
-      heldout,
-      settings.seed,
-      generate_grid,
-      traced,
-    )
+    sections = (settings.model, settings.optimizer, settings.train, settings.vocab)
+    result = train(folder, *sections, loader, heldout, settings.seed, generate_grid, traced)
     summary.update(result)
-    distributed.tell(
-      f"train: {result['steps']} steps, held-out image loss {result['heldout_image_loss']:.3f} nats per code."
-    )
+    loss = f"held-out image loss {result['heldout_image_loss']:.3f} nats per code"
+    distributed.print_once(f"train: {result['steps']} steps, {loss}.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains the CLIP that chooses neighbors and scores samples, on the train pairs of raw/.
+"""Trains the CLIP model that picks neighbors and scores samples, on the training pairs.
 
 python -m launch.train_clip --config=ml_configs/openmoji.py --workdir=workdir
 """
@@ -15,11 +15,8 @@ def main(settings, workdir):
     if summary is not None:
       encode = TextTokenizer(workdir / "text_tokenizer", settings.vocab).encode
       text_size = settings.vocab.text_size
-      summary.update(
-        train_clip.train_clip(
-          settings.clip, encode, text_size, workdir / "raw", workdir / "clip", settings.seed
-        )
-      )
+      paths = workdir / "raw", workdir / "clip"
+      summary.update(train_clip.train_clip(settings.clip, encode, text_size, *paths, settings.seed))
 
 
 if __name__ == "__main__":

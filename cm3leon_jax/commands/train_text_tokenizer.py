@@ -1,4 +1,4 @@
-"""Trains the byte-level BPE of the text range on the captions and texts of the training split.
+"""Trains the byte-level BPE text tokenizer on the captions and texts of the training split.
 
 python -m launch.train_text_tokenizer --config=ml_configs/openmoji.py --workdir=workdir
 """
@@ -16,12 +16,9 @@ def main(settings, workdir):
       captions = [pair.caption for pair in raw_pairs.read_pairs(workdir / "raw", "train")]
       texts = captions + [record.text for record in raw_pairs.read_texts(workdir / "raw", "train")]
       folder = workdir / "text_tokenizer"
-      summary.update(
-        text.train_text_tokenizer(texts, settings.vocab, settings.text_tokenizer, folder)
-      )
-      print(
-        "train_text_tokenizer:", ", ".join(f"{name} {value:.6g}" for name, value in summary.items())
-      )
+      numbers = text.train_text_tokenizer(texts, settings.vocab, settings.text_tokenizer, folder)
+      summary.update(numbers)
+      print("train_text_tokenizer:", ", ".join(f"{k} {v:.6g}" for k, v in summary.items()))
 
 
 if __name__ == "__main__":

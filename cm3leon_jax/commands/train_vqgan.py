@@ -1,8 +1,8 @@
-"""Trains the image tokenizer on the raw training images.
+"""Trains the image tokenizer, a VQGAN, on the training images.
 
   python -m launch.train_vqgan --config=ml_configs/openmoji.py --workdir=workdir
 
-A killed run continues from its last state when the same command is given again.
+The same command continues a run that was stopped or killed.
 """
 
 from cm3leon_jax import stages

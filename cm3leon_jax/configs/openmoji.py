@@ -1,11 +1,12 @@
-"""The demo: 4,000 captioned drawings and some text, every stage from raw pairs to a report on two CPU cores.
+"""The demo: trains every stage on 4,000 captioned images and some text, on two CPU cores.
 
   bash launch/demo.sh
   python -m launch.train --config=ml_configs/openmoji.py:15 --workdir=workdir
 
-The variant is the number of minutes that the demo may take on two cores (default 15); it scales the steps of the training
-stages and nothing else. `long` trains a larger decoder on the tokenizers, the CLIP and the neighbors of a finished demo, for
-hours on two cores or minutes on a GPU; docs/design.md says how both were chosen.
+The variant is the time in minutes that the demo may take on two cores (default 15); it scales only
+the steps of the training stages. `long` trains a larger decoder on the tokenizers, CLIP and
+neighbors of a finished demo, for hours on two cores or minutes on a GPU. docs/design.md explains
+both choices.
 """
 
 from cm3leon_jax.config import UserError
@@ -27,9 +28,8 @@ def get_config(variant: str = "15"):
   steps = {stage: max(10, round(n * scale)) for stage, n in STEPS.items()}
   config = base.get_config()
   config.vocab.update({"num_special": 32, "text_size": 2_048, "image_size": 512})
-  config.raw.update(
-    {"source": "openmoji", "resolution": 64, "heldout_fraction": 0.07}
-  )  # 100 concepts.
+  # 100 held-out concepts.
+  config.raw.update({"source": "openmoji", "resolution": 64, "heldout_fraction": 0.07})
   config.vqgan.update(
     {"resolution": 64, "downsample": 4, "stem": 2, "width": 64, "multipliers": (1, 1)}
   )
@@ -52,9 +52,8 @@ def get_config(variant: str = "15"):
   config.clip.update(
     {"shift": 0.1, "color_jitter": 0.0, "checkpoint_every": 100, "steps": steps["clip"]}
   )
-  config.retrieval.update(
-    {"max_similarity": 0.97}
-  )  # A small CLIP's similarities run high; 0.9 rejects 9 of 10.
+  # Similarities of a small CLIP are high: 0.9 rejects 9 of 10 neighbors.
+  config.retrieval.update({"max_similarity": 0.97})
   config.data.update({"sequence_length": 1_024, "text_share": 0.15, "pack_window": 1_024})
   config.model.update(
     {"family": "modern", "vocab_size": 2_560, "num_layers": 4, "width": 128, "num_heads": 2}
@@ -67,12 +66,8 @@ def get_config(variant: str = "15"):
   config.train.update(
     {"steps": steps["train"], "global_batch_size": 2, "eval_batches": 16, "log_every": 10}
   )
-  config.train.update(
-    {
-      "checkpoint_every": min(100, max(5, config.train.steps // 12)),
-      "eval_every": max(5, config.train.steps // 8),
-    }
-  )
+  config.train.update({"checkpoint_every": min(100, max(5, config.train.steps // 12))})
+  config.train.update({"eval_every": max(5, config.train.steps // 8)})
   config.train.update({"sample_every": max(5, config.train.steps // 3)})
   if variant == "long":
     config.model.update({"width": 192, "num_heads": 3, "mlp_width": 512})

@@ -1,6 +1,6 @@
-"""The CM3 objective: spans move to the end of the sample and are predicted there, with context from both sides."""
+"""The CM3 objective: spans move to the end of the sample and are predicted from both sides."""
 
-# T length of a sample in tokens.
+# T tokens of a sample, n spans.
 
 import itertools
 
@@ -12,7 +12,7 @@ OVERHEAD = 3  # A span adds <mask:i> in its place, and <mask:i> ... <eoss> aroun
 
 
 def segment_bounds(segment_lengths) -> list[tuple[int, int]]:
-  """Where the segments of a joined sample lie, as half-open ranges.
+  """Computes the half-open ranges of the segments in a joined sample.
 
   >>> segment_bounds([3, 4])  # </s> t t t <break> i i i i </s>
   [(1, 4), (5, 9)]
@@ -21,24 +21,24 @@ def segment_bounds(segment_lengths) -> list[tuple[int, int]]:
   return [(before + 1, end) for before, end in itertools.pairwise(ends)]
 
 
-def draw_spans(
+def sample_spans(
   segment_lengths, num_spans: int, whole_segments: bool, rng: np.random.Generator
 ) -> tuple[tuple[int, int], ...]:
-  """Draws at most `num_spans` disjoint spans that leave context and never cross `<break>` or `</s>`.
+  """Samples disjoint spans that leave context and never cross `<break>` or `</s>`.
 
-  Free spans are drawn as in CM3Leon's released code: two uniform points of the whole sample, clipped
-  to the segment that they cover most. Candidates that are empty, meet a span already drawn or would
-  mask the last content token that remains are passed over. Whole segments leave at least one
-  segment; a sample of one segment gets free spans instead.
+  A free span lies between two uniform points of the sample, clipped to the segment that they cover
+  most (CM3Leon's released code). Spans that are empty, overlap an earlier span or would mask the
+  last remaining content token are rejected. Whole segments leave at least one segment as context; a
+  sample of one segment gets free spans.
 
   Args:
     segment_lengths: lengths of all segments of the joined sample, neighbors included.
-    num_spans: how many are wanted; at most num_spans ** 2 candidates are tried.
-    whole_segments: the spans are whole segments: a whole caption, a whole image.
-    rng: the sample's own generator.
+    num_spans: number of spans; at most num_spans ** 2 candidates are tried.
+    whole_segments: whether spans are whole segments: a whole caption, a whole image.
+    rng: generator of the sample.
 
   Returns:
-    Half-open ranges of the joined sample in ascending order; possibly fewer than `num_spans`, possibly none.
+    At most `num_spans` half-open ranges of the joined sample, ascending.
   """
   bounds = segment_bounds(segment_lengths)
   if whole_segments and len(bounds) > 1:
@@ -63,14 +63,17 @@ def draw_spans(
 
 
 def cm3_layout(length: int, spans) -> np.ndarray:
-  """Where each token of the transformed sample comes from.
+  """Computes the source of each token of the transformed sample.
+
+    length = 6, spans = [(1, 4)]
+    result = [0 6 4 5 6 1 2 3 7]: 6 is <mask:0>, 7 is <eoss>
 
   Args:
     length: T, of the joined sample.
     spans: n ascending, disjoint half-open ranges.
 
   Returns:
-    [T + 3n] int64: an index into the sample, or `length + i` for `<mask:i>`, or `length + n` for `<eoss>`.
+    [T + 3n] int64: indices into the sample, `length + i` for `<mask:i>`, `length + n` for `<eoss>`.
   """
   kept, moved, position = [], [], 0
   for i, (start, end) in enumerate(spans):
@@ -90,7 +93,7 @@ def apply_cm3_mask(tokens: np.ndarray, spans, vocab: VocabLayout) -> np.ndarray:
   Args:
     tokens: [T] int32.
     spans: n ascending, disjoint half-open ranges.
-    vocab: names the sentinels.
+    vocab: ids of the sentinels.
 
   Returns:
     [T + 3n] int32.
@@ -100,17 +103,20 @@ def apply_cm3_mask(tokens: np.ndarray, spans, vocab: VocabLayout) -> np.ndarray:
 
 
 def undo_cm3_mask(tokens: np.ndarray, vocab: VocabLayout) -> np.ndarray:
-  """The inverse of `apply_cm3_mask`, for samples without `<mask:*>` and `<eoss>` of their own.
+  """Inverts `apply_cm3_mask`, for samples without `<mask:*>` and `<eoss>` of their own.
+
+    tokens = [</s> <mask:0> <break> 91 92 93 94 </s> <mask:0> 7 8 9 <eoss>]
+    result = [</s> 7 8 9 <break> 91 92 93 94 </s>]
 
   Args:
-    tokens: [T] int32, transformed.
-    vocab: names the sentinels.
+    tokens: [T + 3n] int32.
+    vocab: ids of the sentinels.
 
   Returns:
-    The sample before its spans were moved, int32.
+    [T] int32.
 
   Raises:
-    ValueError: a sentinel has no infill, or an infill no `<eoss>`.
+    ValueError: a sentinel has no infill, or an infill has no `<eoss>`.
   """
   tokens = np.asarray(tokens, np.int32)
   first = np.flatnonzero(tokens == vocab.mask(0))
@@ -120,11 +126,8 @@ def undo_cm3_mask(tokens: np.ndarray, vocab: VocabLayout) -> np.ndarray:
     raise ValueError("<mask:0> stands once: its infill is missing.")
   body, tail = tokens[: first[1]], tokens[first[1] :]
   ends = np.flatnonzero(tail == vocab.eoss)
-  infills = (
-    {int(part[0]): part[1:] for part in np.split(tail, ends[:-1] + 1) for part in [part[:-1]]}
-    if len(ends)
-    else {}
-  )
+  pieces = np.split(tail, ends[:-1] + 1) if len(ends) else []
+  infills = {int(piece[0]): piece[1:-1] for piece in pieces}
   pieces, position = [], 0
   for place in np.flatnonzero(vocab.is_mask(body)):
     sentinel = int(body[place])

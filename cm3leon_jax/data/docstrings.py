@@ -1,4 +1,4 @@
-"""Prose from the docstrings of the standard library and of installed packages: the demo's text-only documents."""
+"""Prose in docstrings of the standard library and installed packages: texts of the demo."""
 
 import ast
 from collections.abc import Iterator
@@ -17,14 +17,8 @@ MAX_CHARS = 1_500
 _OPEN = re.compile(
   r"\b(MIT|BSD|Apache|ISC|PSF|Python Software Foundation|MPL|HPND)\b", re.IGNORECASE
 )
-_SKIPPED = {
-  "tests",
-  "test",
-  "testing",
-  "idlelib",
-  "site-packages",
-  "..",
-}  # Tests, and folders that are not the package's own:
+# Folders of tests, and of files that belong to another package.
+_SKIPPED = {"tests", "test", "testing", "idlelib", "site-packages", ".."}
 _SKIPPED |= {"_vendor", "vendor", "vendored", "third_party", "externals"}
 _ROLE = re.compile(r":[a-z:]+:`~?\.?([^`<]+?)(?: <[^`>]+>)?`")
 _HEADINGS = (
@@ -47,7 +41,7 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """`key` is unique: module, line of the definition, number of the piece."""
+  """A text of a docstring; its key is module, line of the definition and number of the piece."""
 
   key: str
   text: str
@@ -57,15 +51,13 @@ class Piece:
 def pieces(limit: int) -> Iterator[Piece]:
   """Yields at most `limit` different texts of MIN_CHARS to MAX_CHARS characters.
 
-  Modules come in the order of a hash of their names, so that any limit takes from all packages. The outcome depends only on the
-  installed versions.
+  Modules are ordered by a hash of their names: any limit takes from all packages. The pieces depend
+  only on the installed versions.
   """
   if limit == 0:
     return
   seen = set()
-  for module in sorted(
-    _modules(), key=lambda m: hashlib.sha256(b"order:" + m.name.encode()).digest()
-  ):
+  for module in sorted(_modules(), key=_order):
     for line, docstring in _docstrings(module.path):
       for i, text in enumerate(prose(docstring)):
         if text.lower() in seen:
@@ -76,11 +68,12 @@ def pieces(limit: int) -> Iterator[Piece]:
           return
 
 
-def prose(docstring: str) -> list[str]:
-  """Runs of paragraphs that are sentences; code, tables, lists, signatures and fields are left out.
+def _order(module: Module) -> bytes:
+  return hashlib.sha256(b"order:" + module.name.encode()).digest()
 
-  prose("Reads a file\\nline by line, as text.\\n\\n  >>> f()\\n\\nShort.") = [] (below 60 characters)
-  """
+
+def prose(docstring: str) -> list[str]:
+  """Returns runs of paragraphs of sentences, without code, tables, lists, signatures and fields."""
   texts, run = [], ""
   for paragraph in [*re.split(r"\n\s*\n", docstring), ""]:
     sentence = _sentence(paragraph)
@@ -93,7 +86,7 @@ def prose(docstring: str) -> list[str]:
 
 
 def _sentence(paragraph: str) -> str:
-  """The paragraph on one line, '' if it is not plain sentences."""
+  """Returns a paragraph as one line, '' if it is not plain sentences."""
   text = _ROLE.sub(r"\1", paragraph)
   text = " ".join(text.replace("`", "").split())
   if (
@@ -107,7 +100,7 @@ def _sentence(paragraph: str) -> str:
 
 
 def _docstrings(path: pathlib.Path) -> Iterator[tuple[int, str]]:
-  """Yields (line, docstring) of a module, its classes and functions; nothing for a file that this Python cannot parse."""
+  """Yields (line, docstring) of a module, its classes and functions; nothing at a syntax error."""
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")
@@ -147,7 +140,7 @@ def _module_name(path: pathlib.PurePath) -> str:
 
 
 def _license(about) -> str:
-  """The license that a package states, '' if it states none or one that does not allow reuse of its text."""
+  """Returns the license of a package, '' if it has none or one that forbids reuse of its text."""
   stated = [about.get("License-Expression"), about.get("License")]
   stated += [
     c.rsplit(" :: ", 1)[-1]

@@ -1,4 +1,9 @@
-"""Documents: ordered text and image segments as token ids, kept in ArrayRecord shards. Schema: docs/data_formats.md."""
+"""Documents: ordered text and image segments as token ids, in ArrayRecord shards.
+
+The schema is in docs/data_formats.md.
+"""
+
+# N documents of a store, S segments of all of them, T tokens of a segment.
 
 from collections.abc import Iterable, Sequence
 import dataclasses
@@ -15,15 +20,15 @@ from cm3leon_jax.io import partial_path, read_json, replacing, write_json
 from cm3leon_jax.vocab import VocabLayout
 
 SCHEMA_VERSION = 3
-RECORDS = ".array_record"  # Files of a shard, behind its name.
-LENGTHS = ".npz"
+RECORDS, LENGTHS = ".array_record", ".npz"  # Suffixes of the files of a shard.
 INDEX = "index.json"
 MAX_OPEN = 256  # Shards that a store keeps open.
+ENCODE_AGAIN = "delete the folder documents/ and run `python -m launch.encode_documents` again"
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """One text or one image. `tokens`: [T] int32 ids of the shared vocabulary, without `<break>` or `</s>`."""
+  """A text or image: `tokens` [T] int32 of the shared vocabulary, without `<break>` and `</s>`."""
 
   is_image: bool
   tokens: np.ndarray
@@ -31,14 +36,14 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """Segments in reading order (a caption-image pair: text first) and where they come from.
+  """Segments in reading order, in a pair the caption first, and their origin.
 
   Attributes:
     key: unique name within its source.
     segments: at least one.
     source, license, attribution: of the original work.
-    group: near-duplicates share one; a document is never its own group's neighbor. Empty: no group.
-    concept: what is shown; documents of one concept are not independent. Empty: no concept.
+    group: shared by near duplicates, which are never neighbors of each other. Empty: no group.
+    concept: shared by documents that show the same, which are not independent. Empty: no concept.
   """
 
   key: str
@@ -51,6 +56,7 @@ class Document:
 
 
 def encode_document(document: Document) -> bytes:
+  """Encodes a document as a record of a shard."""
   segments = [
     {"image": s.is_image, "tokens": np.asarray(s.tokens, "<i4").tobytes()}
     for s in document.segments
@@ -61,6 +67,7 @@ def encode_document(document: Document) -> bytes:
 
 
 def decode_document(record: bytes) -> Document:
+  """Inverts `encode_document`."""
   fields = msgpack.unpackb(record)
   segments = tuple(
     Segment(s["image"], np.frombuffer(s["tokens"], "<i4")) for s in fields.pop("segments")
@@ -69,20 +76,17 @@ def decode_document(record: bytes) -> Document:
 
 
 def group_id(group: str) -> int:
-  """Returns the name of a group or concept as 64 bits, 0 for an empty name.
-
-  The names of a billion documents would not fit into memory.
-  """
+  """Hashes the name of a group or concept to 64 bits, an empty name to 0."""
   return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") or 1 if group else 0
 
 
 def write_shard(
   folder: epath.PathLike, name: str, documents: Iterable[Document], vocab: VocabLayout
 ) -> int:
-  """Writes `documents` as one shard of the store in `folder` and returns their number; both files appear whole.
+  """Writes `documents` as one shard of the store in `folder`, atomically; returns their number.
 
   Raises:
-    UserError: a document without segments or with an empty one, or with ids outside its modality's range.
+    UserError: a document does not pass `check_document`.
   """
   folder = epath.Path(folder)
   lengths, is_image, counts, groups, concepts = [], [], [], [], []
@@ -122,21 +126,21 @@ def add_tokens(counts: np.ndarray, document: Document) -> None:
 
 
 def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayout) -> int:
-  """Joins the shards `names`, in their order, to one store and returns its number of documents.
+  """Joins the shards `names`, in their order, into one store; returns its number of documents.
 
-  index.json is written last: a folder without it is no store.
+  index.json is written last: a folder without it is not a store.
 
   Raises:
-    UserError: a shard is absent, or of another schema version or vocabulary.
+    UserError: a shard is absent, or has another schema version or vocabulary.
   """
   folder = epath.Path(folder)
   (folder / INDEX).unlink(missing_ok=True)
-  parts, token_counts = [], np.zeros(vocab.size, np.int64)
+  shards, token_counts = [], np.zeros(vocab.size, np.int64)
   for name in names:
-    parts.append(read_lengths(folder, name, vocab))
-    token_counts += parts[-1].pop("token_counts")  # Those of all shards would fill the memory.
+    shards.append(read_lengths(folder, name, vocab))
+    token_counts += shards[-1].pop("token_counts")  # All shards would fill the memory.
   joined = {
-    field: np.concatenate([part[field] for part in parts])
+    field: np.concatenate([shard[field] for shard in shards])
     for field in ("counts", "lengths", "is_image", "groups", "concepts")
   }
   joined["offsets"] = np.cumsum([0, *joined.pop("counts")], dtype=np.int64)
@@ -144,86 +148,89 @@ def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayou
   for field, array in joined.items():
     with replacing(folder / f"{field}.npy") as f:
       np.save(f, array)
-  shards = {name: len(part["counts"]) for name, part in zip(names, parts)}
-  about = {
-    "schema_version": SCHEMA_VERSION,
-    "vocab": dataclasses.asdict(vocab),
-    "documents": sum(shards.values()),
-  }
-  write_json(folder / INDEX, {**about, "shards": shards})
-  return sum(shards.values())
+  counts = {name: len(shard["counts"]) for name, shard in zip(names, shards)}
+  about = {"schema_version": SCHEMA_VERSION, "vocab": dataclasses.asdict(vocab)}
+  total = sum(counts.values())
+  write_json(folder / INDEX, {**about, "documents": total, "shards": counts})
+  return total
 
 
 def write_documents(
   folder: epath.PathLike, documents: Iterable[Document], vocab: VocabLayout
 ) -> int:
-  """Writes `documents` as a store of one shard and returns their number; raises as `write_shard`."""
+  """Writes `documents` as a store of one shard; returns and raises as `write_shard`."""
   (epath.Path(folder) / INDEX).unlink(missing_ok=True)
   write_shard(folder, "000000", documents, vocab)
   return finish_store(folder, ["000000"], vocab)
 
 
 def read_lengths(folder: epath.Path, name: str, vocab: VocabLayout) -> dict[str, np.ndarray]:
-  """What `write_shard` keeps beside the records. Raises UserError if it is absent, or of another version or vocabulary."""
+  """Reads the arrays that `write_shard` writes beside the records.
+
+  Raises:
+    UserError: they are absent, or have another schema version or vocabulary.
+  """
   path = folder / f"{name}{LENGTHS}"
   if not path.exists():
     raise UserError(f"{path} does not exist: run `python -m launch.encode_documents` again.")
-  with path.open("rb") as f, np.load(f) as arrays:
-    found = dict(arrays)
-  _check_version(path, int(found["schema_version"]))
-  _check_vocab(path, VocabLayout(*found["vocab"].tolist()), vocab)
-  return found
+  with path.open("rb") as f, np.load(f) as file:
+    arrays = dict(file)
+  _check_version(path, int(arrays["schema_version"]))
+  _check_vocab(path, VocabLayout(*arrays["vocab"].tolist()), vocab)
+  return arrays
 
 
 def _check_version(path: epath.Path, version: int) -> None:
   if version != SCHEMA_VERSION:
     raise UserError(
       f"{path} has schema version {version}; this code reads version {SCHEMA_VERSION}: "
-      "delete the folder documents/ and run `python -m launch.encode_documents` again."
+      f"{ENCODE_AGAIN}."
     )
 
 
-def _check_vocab(path: epath.Path, found: VocabLayout, expected: VocabLayout) -> None:
-  if found != expected:
+def _check_vocab(path: epath.Path, stored: VocabLayout, expected: VocabLayout) -> None:
+  if stored != expected:
     raise UserError(
-      f"{path} was written with vocabulary {dataclasses.asdict(found)}, the config has {dataclasses.asdict(expected)}."
+      f"{path} was written with vocabulary {dataclasses.asdict(stored)}, "
+      f"the config has {dataclasses.asdict(expected)}: {ENCODE_AGAIN}."
     )
 
 
 def check_document(document: Document, vocab: VocabLayout) -> None:
-  """Raises UserError if the document has no segments or an empty one, or ids outside its modality's range."""
+  """Raises UserError if a document has no or empty segments, or ids of the other modality."""
   if not document.segments:
     raise UserError(
       f"document '{document.key}' has no segments; it needs at least one text or image."
     )
   for segment in document.segments:
-    kind, low, high = (
-      ("image", vocab.text_size, vocab.size)
-      if segment.is_image
-      else ("text", vocab.num_special, vocab.text_size)
-    )
+    kind, low, high = "text", vocab.num_special, vocab.text_size
+    if segment.is_image:
+      kind, low, high = "image", vocab.text_size, vocab.size
     if not len(segment.tokens):
       raise UserError(
-        f"document '{document.key}' has an empty {kind} segment; leave the segment or the document out."
+        f"document '{document.key}' has an empty {kind} segment; remove the segment or document."
       )
-    if segment.tokens.min() < low or segment.tokens.max() >= high:
+    first, last = segment.tokens.min(), segment.tokens.max()
+    if first < low or last >= high:
       raise UserError(
-        f"document '{document.key}' has {kind} ids in [{segment.tokens.min()}, {segment.tokens.max()}]; "
+        f"document '{document.key}' has {kind} ids in [{first}, {last}]; "
         f"they must lie in [{low}, {high})."
       )
 
 
 class DocumentStore:
-  """Random access to the documents of one folder; token ids stay on disk, the rest is mapped.
+  """Random access to the documents of one folder: `store[i]` reads document i from disk.
 
-  `store[i]` is a Document, `store.segment_lengths(i)` the lengths ([n] int32) and kinds ([n] bool)
-  of its segments. The same for all N documents with S segments: `lengths` [S] int32 and `is_image`
-  [S] bool, those of document i at `offsets[i]` to `offsets[i + 1]` ([N + 1] int64); `groups` and
-  `concepts` [N] uint64, see `group_id`. `token_counts` [vocab.size] int64: occurrences of every id.
+  Attributes, mapped into memory:
+    offsets: [N + 1] int64; the segments of document i are `offsets[i]` to `offsets[i + 1]`.
+    lengths: [S] int32, tokens of each segment.
+    is_image: [S] bool.
+    groups, concepts: [N] uint64, see `group_id`.
+    token_counts: [vocab.size] int64, occurrences of each id.
   """
 
   def __init__(self, folder: epath.PathLike, vocab: VocabLayout):
-    """Raises UserError: no store there, another schema version, or another vocabulary than `vocab`."""
+    """Opens a store; raises UserError if it is absent or of another schema or vocabulary."""
     self.folder, self.vocab = epath.Path(folder), vocab
     index = read_json(self.folder / INDEX)
     _check_version(self.folder, index["schema_version"])
@@ -250,12 +257,13 @@ class DocumentStore:
     return decode_document(self._reader(self._names[shard]).read([int(i) - first])[0])
 
   def segment_lengths(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-    part = slice(self.offsets[i], self.offsets[i + 1])
-    return self.lengths[part], self.is_image[part]
+    """Returns `lengths` and `is_image` of the segments of document i."""
+    segments = slice(self.offsets[i], self.offsets[i + 1])
+    return self.lengths[segments], self.is_image[segments]
 
 
 def _map_array(path: epath.Path) -> np.ndarray:
-  """A file of numpy's: mapped if it is local, read if it is in a bucket."""
+  """Maps a local NumPy file into memory, or reads one in a bucket."""
   if "://" not in str(path):
     return np.asarray(np.load(path, mmap_mode="r"))  # A plain view: indexing a memmap costs more.
   with path.open("rb") as f:
@@ -263,63 +271,57 @@ def _map_array(path: epath.Path) -> np.ndarray:
 
 
 def validate_shard(folder: epath.PathLike, name: str, vocab: VocabLayout) -> dict[str, int]:
-  """Reads every document of a shard and holds it against the schema and what is kept beside it.
+  """Checks every document of a shard against the schema and the arrays beside the records.
 
   Returns:
     Number of documents, segments and tokens.
 
   Raises:
-    UserError: naming the shard, the record and what is wrong.
+    UserError: names the shard, the record and the error.
   """
   folder = epath.Path(folder)
-  beside, path = read_lengths(folder, name, vocab), folder / f"{name}{RECORDS}"
+  arrays, path = read_lengths(folder, name, vocab), folder / f"{name}{RECORDS}"
   try:
     reader = array_record_module.ArrayRecordReader(str(path))
     count = reader.num_records()
   except (OSError, ValueError, IndexError, RuntimeError) as error:
     raise UserError(f"{path} cannot be read ({error}): encode it again.") from error
-  if count != len(beside["counts"]):
+  if count != len(arrays["counts"]):
     raise UserError(
-      f"{path} holds {count} documents, {name}{LENGTHS} beside it {len(beside['counts'])}: encode it again."
+      f"{path} holds {count} documents, {name}{LENGTHS} beside it {len(arrays['counts'])}: "
+      "encode it again."
     )
   at, token_counts = 0, np.zeros(vocab.size, np.int64)
   for i in range(count):
     try:
       document = decode_document(reader.read([i])[0])
       check_document(document, vocab)
-    except (
-      Exception
-    ) as error:  # A damaged record fails in many ways; all of them are told by its place.
-      raise UserError(
-        f"{path}, record {i} is damaged or wrong ({error}): encode it again."
-      ) from error
-    part = slice(at, at + int(beside["counts"][i]))
-    found = [(len(s.tokens), s.is_image) for s in document.segments]
-    if found != list(zip(beside["lengths"][part].tolist(), beside["is_image"][part].tolist())):
-      raise UserError(
-        f"{path}, record {i} ('{document.key}') has other lengths than {name}{LENGTHS} says: encode it again."
-      )
+    except Exception as error:  # A damaged record raises errors of many kinds.
+      message = f"{path}, record {i} is damaged or wrong ({error}): encode it again."
+      raise UserError(message) from error
+    where = f"{path}, record {i} ('{document.key}')"
+    segments = slice(at, at + int(arrays["counts"][i]))
+    expected = zip(arrays["lengths"][segments].tolist(), arrays["is_image"][segments].tolist())
+    if [(len(s.tokens), s.is_image) for s in document.segments] != list(expected):
+      raise UserError(f"{where} has other lengths than {name}{LENGTHS} says: encode it again.")
     for field in ("group", "concept"):
-      if group_id(getattr(document, field)) != int(beside[f"{field}s"][i]):
-        raise UserError(
-          f"{path}, record {i} ('{document.key}') has another {field} than {name}{LENGTHS} says: "
-          "encode it again."
-        )
+      if group_id(getattr(document, field)) != int(arrays[f"{field}s"][i]):
+        raise UserError(f"{where} has another {field} than {name}{LENGTHS} says: encode it again.")
     add_tokens(token_counts, document)
-    at = part.stop
-  if not np.array_equal(token_counts, beside["token_counts"]):
+    at = segments.stop
+  if not np.array_equal(token_counts, arrays["token_counts"]):
     raise UserError(f"{path} has other token counts than {name}{LENGTHS} says: encode it again.")
   return {"documents": count, "segments": at, "tokens": int(token_counts.sum())}
 
 
 def validate_store(store: DocumentStore) -> dict[str, int]:
-  """Validates every shard of a store, and its joined token counts against those of the shards.
+  """Validates every shard of a store, and its token counts against the sum of the shards' counts.
 
   Returns:
     Number of shards, documents, segments and tokens.
 
   Raises:
-    UserError: naming the shard or file and what is wrong.
+    UserError: names the shard or file and the error.
   """
   total = {"shards": len(store.shards), "documents": 0, "segments": 0, "tokens": 0}
   token_counts = np.zeros(store.vocab.size, np.int64)
@@ -330,6 +332,6 @@ def validate_store(store: DocumentStore) -> dict[str, int]:
   if not np.array_equal(token_counts, store.token_counts):
     raise UserError(
       f"{store.folder / 'token_counts.npy'} is not the sum of the token counts of the shards: "
-      "delete the folder documents/ and run `python -m launch.encode_documents` again."
+      f"{ENCODE_AGAIN}."
     )
   return total

@@ -25,13 +25,13 @@ MIN_PSNR = 22.0  # dB, on thumbnails.
 MAX_BITS = 0.1  # Share of the bits that are set in one hash at least.
 
 _FREQUENCIES = 8  # Of each axis; the mean is left out.
-_NOISE = 1.0  # A wave of 1/16 gray level has this coefficient; what is below depends on rounding.
+_NOISE = 1.0  # Coefficient of a wave of 1/16 gray level; smaller ones depend on rounding.
 _BLOCK = 1_024  # Images that are compared with as many others at a time.
 
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprints:
-  """What is compared of N images: 0.8 kB each.
+  """Fingerprints of N images, 0.8 kB each.
 
   Attributes:
     thumbnails: [N, 768] uint8.
@@ -44,12 +44,12 @@ class Fingerprints:
   def __len__(self) -> int:
     return len(self.thumbnails)
 
-  def __getitem__(self, part: slice) -> "Fingerprints":
-    return Fingerprints(self.thumbnails[part], self.hashes[part])
+  def __getitem__(self, rows: slice) -> "Fingerprints":
+    return Fingerprints(self.thumbnails[rows], self.hashes[rows])
 
 
 def fingerprint(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Computes thumbnail and perceptual hash of an image, [H, W, 3] uint8: rows of `Fingerprints`."""
+  """Computes thumbnail and hash of an image, [H, W, 3] uint8: one row of `Fingerprints`."""
   small = Image.fromarray(image).resize((2 * THUMBNAIL, 2 * THUMBNAIL), Image.Resampling.BOX)
   waves = scipy.fft.dctn(np.asarray(small, np.float64), axes=(0, 1), norm="ortho")
   low = waves[:_FREQUENCIES, :_FREQUENCIES].reshape(-1, 3)[1:]
@@ -59,7 +59,7 @@ def fingerprint(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def fingerprints(
   images: Iterable, load: Callable[..., np.ndarray], num_threads: int
 ) -> Fingerprints:
-  """Fingerprints `load(image)` of every image, several at a time; no image is kept."""
+  """Fingerprints `load(image)` of every image, several at a time; keeps no image."""
   with futures.ThreadPoolExecutor(num_threads) as pool:
     rows = list(pool.map(lambda image: fingerprint(load(image)), images))
   if not rows:
@@ -90,19 +90,19 @@ def hash_distance(a: Fingerprints, b: Fingerprints) -> np.ndarray:
 
 
 def is_near(noise: np.ndarray, distance: np.ndarray, min_psnr: float = MIN_PSNR) -> np.ndarray:
-  """Tells near pairs by their `psnr` and their `hash_distance`: [N, M] bool."""
+  """Finds near pairs by their `psnr` and their `hash_distance`: [N, M] bool."""
   return (noise >= min_psnr) | (distance <= MAX_BITS)
 
 
 def near_pairs(prints: Fingerprints) -> tuple[np.ndarray, np.ndarray]:
-  """Finds near pairs within one set: two arrays of rows."""
+  """Finds the near pairs within one set: arrays of first and second rows."""
   rows, columns = [], []
   for i in range(0, len(prints), _BLOCK):
     for j in range(0, len(prints), _BLOCK):
       a, b = prints[i : i + _BLOCK], prints[j : j + _BLOCK]
-      found = np.nonzero(is_near(psnr(a, b), hash_distance(a, b)))
-      rows.append(found[0] + i)
-      columns.append(found[1] + j)
+      first, second = np.nonzero(is_near(psnr(a, b), hash_distance(a, b)))
+      rows.append(first + i)
+      columns.append(second + j)
   return np.concatenate(rows), np.concatenate(columns)
 
 
@@ -128,6 +128,6 @@ def unite(names: Sequence[str], prints: Fingerprints) -> list[str]:
   links = coo_array(
     (np.ones(len(rows)), (of_image[rows], of_image[columns])), shape=(len(ordered),) * 2
   )
-  _, parts = connected_components(links, directed=False)
-  first = dict(zip(reversed(parts.tolist()), reversed(ordered)))
-  return [first[part] for part in parts[of_image].tolist()]
+  _, components = connected_components(links, directed=False)
+  first = dict(zip(reversed(components.tolist()), reversed(ordered)))
+  return [first[component] for component in components[of_image].tolist()]

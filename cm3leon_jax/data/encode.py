@@ -1,4 +1,4 @@
-"""Raw shards -> shards of documents of token ids, with the counts that tell whether the tokenizers fit the data."""
+"""Encodes raw shards as shards of documents of token ids, and counts tokens and codes."""
 
 import collections
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
-# B images at a time, H height, W width, T tokens of a text, I codes of an image, C `image_size` different codes.
+# B images at a time, H height, W width, I codes of an image, C size of the codebook.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +25,15 @@ class EncodeJob:
   """Encodes raw shards; a job of `shards.run_shards`.
 
   Attributes:
-    raw: what `ingest.prepare` wrote.
-    folder: of the stores.
-    load_tokenizers: () -> (text tokenizer, image tokenizer); the latter's `encode` is [B, H, W, 3] uint8 -> [B, I] int32 codes
-      in raster order.
-    vocab: ids of both.
-    resolution: H = W of the images that the image tokenizer takes.
-    max_caption_tokens: longer captions lose their end; the summary counts them.
-    batch_size: images encoded at a time.
-    num_threads: image files read at a time.
+    raw: raw folder, see `ingest.prepare`.
+    folder: folder of the stores.
+    load_tokenizers: returns a text and an image tokenizer, whose `encode` converts images,
+      uint8 [B, H, W, 3], to codes, int32 [B, I], in raster order.
+    vocab: ids of both tokenizers.
+    resolution: H = W of the images for the image tokenizer.
+    max_caption_tokens: length to which captions are cut; the summary counts cut ones.
+    batch_size: number of images encoded at a time.
+    num_threads: number of image files read at a time.
   """
 
   raw: str
@@ -46,6 +46,7 @@ class EncodeJob:
   num_threads: int = 8
 
   def open(self) -> Callable[[str], dict]:
+    """Loads the tokenizers and returns the function that encodes a shard by its name."""
     text_tokenizer, image_tokenizer = self.load_tokenizers()
 
     def encode_shard(name: str) -> dict:
@@ -56,9 +57,9 @@ class EncodeJob:
     return encode_shard
 
   def _encode_split(self, name: str, split: str, text_tokenizer, image_tokenizer) -> dict:
-    """Counts of one split's shards by kind, and `code_counts` [C], occurrences of every image code."""
+    """Encodes a split of a shard; returns counts by kind, and `code_counts` [C] of image codes."""
     code_counts = np.zeros(self.vocab.image_size, np.int64)
-    found = {}
+    summary = {}
     for kind, cls in KINDS.items():
       records = raw_pairs.read_shard(self.raw, name, cls, split)
       texts = text_tokenizer.encode_batch(text for record in records for text in texts_of(record))
@@ -70,15 +71,12 @@ class EncodeJob:
           "longest_caption": max(map(len, texts), default=0),
         }
         texts = [text[:most] for text in texts]
-      found[kind] = {**counts, "text_tokens": sum(map(len, texts))}
-      codes = self._codes(
-        [image for record in records for image in images_of(record)],
-        image_tokenizer,
-        f"{split} {name}",
-      )
+      summary[kind] = {**counts, "text_tokens": sum(map(len, texts))}
+      images = [image for record in records for image in images_of(record)]
+      codes = self._codes(images, image_tokenizer, f"{split} {name}")
       documents = _documents(records, iter(texts), codes, self.vocab, code_counts)
       write_shard(epath.Path(self.folder) / f"{split}_{kind}", name, documents, self.vocab)
-    return {**found, "code_counts": code_counts.tolist()}
+    return {**summary, "code_counts": code_counts.tolist()}
 
   def _codes(self, images: list[str], image_tokenizer, bar: str) -> Iterator[np.ndarray]:
     """Yields [I] int32 codes for every image, with a progress bar."""
@@ -86,22 +84,20 @@ class EncodeJob:
       total=len(images), desc=bar, mininterval=1, unit="image", leave=False, disable=not images
     ) as progress:
       for start in range(0, len(images), self.batch_size):
-        part = images[start : start + self.batch_size]
-        codes = np.asarray(
-          image_tokenizer.encode(raw_pairs.load_images(part, self.resolution, self.num_threads)),
-          np.int32,
-        )
+        paths = images[start : start + self.batch_size]
+        batch = raw_pairs.load_images(paths, self.resolution, self.num_threads)
+        codes = np.asarray(image_tokenizer.encode(batch), np.int32)
         if codes.min() < 0 or codes.max() >= self.vocab.image_size:
           raise UserError(
-            f"the image tokenizer gives codes in [{codes.min()}, {codes.max()}]; config.vocab.image_size is "
-            f"{self.vocab.image_size}: train it with the same config."
+            f"the image tokenizer gives codes in [{codes.min()}, {codes.max()}]; "
+            f"config.vocab.image_size is {self.vocab.image_size}: train it with the same config."
           )
         yield from codes
-        progress.update(len(part))
+        progress.update(len(paths))
 
 
 def texts_of(record: Record) -> list[str]:
-  """The texts of a record in their order."""
+  """Returns the texts of a record in their order."""
   if hasattr(record, "segments"):
     return [segment["text"] for segment in record.segments if "text" in segment]
   return [record.caption if isinstance(record, RawPair) else record.text]
@@ -110,7 +106,7 @@ def texts_of(record: Record) -> list[str]:
 def _documents(
   records, texts: Iterator, codes: Iterator, vocab: VocabLayout, counts: np.ndarray
 ) -> Iterator[Document]:
-  """Yields a document for every record, a pair as text, then image; adds its codes to `counts` ([C] int64)."""
+  """Yields a document for every record; adds its image codes to `counts`, [C] int64."""
   for record in records:
     kinds = [False] + [True] * isinstance(record, RawPair)
     if hasattr(record, "segments"):
@@ -131,7 +127,7 @@ def _documents(
 def load_tokenizers(
   workdir: epath.PathLike, vocab: VocabLayout
 ) -> tuple[TextTokenizer, ImageTokenizer]:
-  """Those that the run in `workdir` has trained."""
+  """Loads the tokenizers that the run in `workdir` trained."""
   workdir = epath.Path(workdir)
   return TextTokenizer(workdir / "text_tokenizer", vocab), ImageTokenizer.load(workdir / "vqgan")
 
@@ -142,15 +138,15 @@ def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
   Document i of a store is the i-th record of its split and kind in the raw folder.
 
   Args:
-    job: what to encode, with what, to where.
-    inputs: what the outcome depends on besides the raw records: ids of the tokenizers.
-    runner: where.
+    job: source, tokenizers and destination.
+    inputs: ids of the tokenizers; another id encodes a shard again.
+    runner: runs the shards.
 
   Returns:
-    The summary: per split documents, tokens, cut captions, and how the codes are used (`code_usage`).
+    For each split the number of documents by kind, tokens, cut captions, and `code_usage`.
 
   Raises:
-    UserError: a code outside the vocabulary, or a split `train` without any record.
+    UserError: a code outside the vocabulary, or a split `train` without records.
   """
   raw = raw_pairs.shards(job.raw)
   if not any(shard[f"train_{kind}"] for shard in raw.values() for kind in KINDS):
@@ -181,11 +177,8 @@ class _Totals:
   """Adds up the numbers of one split over shards."""
 
   def __init__(self, num_codes: int):
-    self._codes, self._counts, self._longest = (
-      np.zeros(num_codes, np.int64),
-      collections.Counter(),
-      0,
-    )
+    self._codes = np.zeros(num_codes, np.int64)
+    self._counts, self._longest = collections.Counter(), 0
 
   def add(self, shard: dict) -> None:
     self._codes += np.array(shard["code_counts"])
@@ -207,15 +200,13 @@ class _Totals:
 
 
 def code_usage(counts: np.ndarray) -> dict:
-  """How evenly image codes are used.
+  """Measures the use of image codes from the occurrences of each code, [C] integers.
 
     counts = [2, 2, 0, 0]: codes_used 2, code_entropy_bits 1.0, code_perplexity 2.0
 
-  Args:
-    counts: [C] ints, occurrences of every code.
-
   Returns:
-    Number of codes that occur, their unigram entropy in bits, and its perplexity (C for even use, 1 for a single code).
+    Number of codes that occur, their unigram entropy in bits, and its perplexity: C for equally
+    frequent codes, 1 for a single code.
   """
   used = counts[counts > 0] / max(counts.sum(), 1)
   bits = float(-(used * np.log2(used)).sum()) + 0.0

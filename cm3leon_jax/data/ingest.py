@@ -1,10 +1,11 @@
-"""Ingestion: OpenMoji or a user's files -> a raw folder of checked records and square images, shard by shard."""
+"""Ingests OpenMoji or a user's files into a raw folder of checked records and square images."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -33,10 +34,10 @@ from cm3leon_jax.io import replacing, write_json
 from cm3leon_jax.shards import Runner, run_shards
 
 REJECTED = "rejected.jsonl"
-BATCH = 256  # records that are drawn or read together
+BATCH = 256  # Records that are read or rendered together.
 ORIGIN = ("kind", "source", "license", "attribution")
-MAX_ORIGINS = 100  # that are named of a shard, and of all
-CHECK_FROM = 10_000  # records, from which on too many rejected ones stop the command early
+MAX_ORIGINS = 100  # Origins that the index lists.
+CHECK_FROM = 10_000  # Records after which too many rejected ones stop the command early.
 OPENMOJI = "openmoji"
 
 
@@ -76,17 +77,18 @@ class RawConfig:
 
 
 def split_of(name: str, heldout_fraction: float) -> str:
-  """Split of a concept or module: a pure function of its name, so that new data never moves old data to the other split."""
+  """Returns the split of a concept or module, a function of its name alone."""
   position = int.from_bytes(hashlib.sha256(b"split:" + name.encode()).digest()[:8], "big") / 2**64
   return "heldout" if position < heldout_fraction else "train"
 
 
 def parts_of(config: RawConfig) -> list[sources.Part]:
-  """The parts of `config.source`, each of which becomes a shard. Raises UserError if nothing readable is there."""
+  """Splits the source into parts, one per shard; raises UserError if it has no readable files."""
   if config.source == OPENMOJI:
     if config.licenses and openmoji.LICENSE not in config.licenses:
       raise UserError(
-        f"config.raw.licenses is {config.licenses}; the drawings of OpenMoji are under {openmoji.LICENSE}: add it."
+        f"config.raw.licenses is {config.licenses}; the drawings of OpenMoji are under "
+        f"{openmoji.LICENSE}: add it."
       )
     return [sources.Part(OPENMOJI, (openmoji.source(),), 0)]
   return sources.parts(config.source, config.format)
@@ -95,24 +97,23 @@ def parts_of(config: RawConfig) -> list[sources.Part]:
 def prepare(
   config: RawConfig, parts: list[sources.Part], folder: epath.PathLike, runner: Runner
 ) -> dict:
-  """Writes a shard for each part of the source, then index.json and rejected.jsonl, and returns the counts.
+  """Writes a shard for each part of the source, then index.json and rejected.jsonl.
 
-  A shard NAME/ holds pairs.jsonl, texts.jsonl, interleaved.jsonl, rejected.jsonl and images/ ([H, W, 3] uint8).
+  A shard NAME/ holds pairs.jsonl, texts.jsonl, interleaved.jsonl, rejected.jsonl and images/.
+
+  Returns:
+    Numbers of shards, of records by split and kind, and of records left out by reason.
 
   Raises:
-    UserError: too many records are wrong (rejected.jsonl lists them all), or none is right.
+    UserError: too many records are wrong (rejected.jsonl lists them), or no record can be used.
   """
   folder, made = epath.Path(folder), {}
   rejections = _Rejections(config.max_rejected, folder / REJECTED)
   (folder / INDEX).unlink(missing_ok=True)
   named = {f"{i:06d}": part for i, part in enumerate(parts)}
-  elsewhere = (
-    "max_rejected",
-    "num_threads",
-    "source",
-    "format",
-  )  # Not what a shard depends on: its part is.
-  outcome = {k: v for k, v in dataclasses.asdict(config).items() if k not in elsewhere}
+  # A shard depends on its part instead of source and format.
+  others = ("max_rejected", "num_threads", "source", "format")
+  outcome = {k: v for k, v in dataclasses.asdict(config).items() if k not in others}
   configs = {
     name: {"raw": outcome, "part": dataclasses.asdict(part)} for name, part in named.items()
   }
@@ -133,8 +134,9 @@ def prepare(
   if not any(total[f"{split}_{kind}"] for split in SPLITS for kind in KINDS):
     if left_out.get("other_licenses"):
       raise UserError(
-        f"config.raw.licenses is {config.licenses}; none of the {left_out['other_licenses']} records of "
-        f"'{config.source}' has one of these licenses (config.raw.default_license is for records without one)."
+        f"config.raw.licenses is {config.licenses}; none of the {left_out['other_licenses']} "
+        f"records of '{config.source}' has one of these licenses (config.raw.default_license is "
+        "for records without one)."
       )
     raise UserError(
       f"config.raw.source is '{config.source}', which holds no record that can be used."
@@ -148,7 +150,7 @@ def prepare(
 
 
 def _most_common(origins: Iterable[dict]) -> list[dict]:
-  """Adds up origins that differ in `records` alone; of more than MAX_ORIGINS the rarest keep only kind and license."""
+  """Sums the records of each origin; of too many, the rarest keep only kind and license."""
   counts = collections.Counter()
   for origin in origins:
     counts[tuple(origin[field] for field in ORIGIN)] += origin["records"]
@@ -163,22 +165,22 @@ def _most_common(origins: Iterable[dict]) -> list[dict]:
 
 
 def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-  """Adds up counts by name."""
+  """Sums counts by name."""
   total = {}
-  for part in counts:
-    total |= {name: total.get(name, 0) + count for name, count in part.items()}
+  for shard in counts:
+    total |= {name: total.get(name, 0) + count for name, count in shard.items()}
   return total
 
 
 class _Rejections:
-  """Counts rejected records over shards and raises UserError when they are more than the share `most` of all."""
+  """Counts rejected records over shards; raises UserError at more than the share `most` of all."""
 
   def __init__(self, most: float, path: epath.Path):
     self._most, self._path = most, path
     self._seen, self._reasons, self._first = 0, collections.Counter(), ""
 
   def add(self, summary: dict) -> None:
-    """Takes over what a shard counted."""
+    """Adds the counts of a shard."""
     self._reasons.update(summary["rejected"])
     self._seen += sum(summary["counts"][f"{split}_{kind}"] for split in SPLITS for kind in KINDS)
     self._seen += sum(summary["rejected"].values())
@@ -191,14 +193,15 @@ class _Rejections:
     if rejected > self._most * self._seen:
       counts = ", ".join(f"{reason} {count}" for reason, count in self._reasons.most_common())
       raise UserError(
-        f"{rejected} of {self._seen} records are wrong ({counts}), more than config.raw.max_rejected = {self._most:.1%}; "
-        f"{self._path} lists them. The first: {self._first}"
+        f"{rejected} of {self._seen} records are wrong ({counts}), more than "
+        f"config.raw.max_rejected = {self._most:.1%}; {self._path} lists them. "
+        f"The first: {self._first}"
       )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Ingest:
-  """The job of `prepare`. `parts`: by the names of the shards."""
+  """Job of `prepare`; `parts`: name of the shard -> part of the source."""
 
   config: RawConfig
   folder: str
@@ -211,98 +214,63 @@ class _Ingest:
     part, folder = self.parts[name], epath.Path(self.folder) / name
     if part.kind == OPENMOJI:
       pairs, nameless = _openmoji_pairs(self.config)
-      items, draw = itertools.chain(pairs, _docstring_texts(self.config)), openmoji.render
-      return _write(
-        self.config,
-        folder,
-        items,
-        draw,
-        {"left_out_nameless": nameless},
-        len(pairs) + self.config.max_texts,
-      )
-    draw = lambda image, resolution: load_image(image, resolution, self.config.crop)
-    return _write(self.config, folder, sources.read(part), draw)
+      items = itertools.chain(pairs, _docstring_texts(self.config))
+      left_out, total = {"left_out_nameless": nameless}, len(pairs) + self.config.max_texts
+      return _write(self.config, folder, items, openmoji.render, left_out, total)
+    load = functools.partial(load_image, crop=self.config.crop)
+    return _write(self.config, folder, sources.read(part), load)
 
 
 def _openmoji_pairs(config: RawConfig) -> tuple[list[RawPair], int]:
   """Lists OpenMoji's drawings, near duplicates in one concept, and counts those without a name."""
   drawings, nameless = openmoji.drawings()
   drawings = openmoji.unite_concepts(drawings, config.resolution, config.num_threads)
-  about = {
-    "source": openmoji.source(),
-    "license": openmoji.LICENSE,
-    "attribution": openmoji.ATTRIBUTION,
-  }
+  origin = (openmoji.source(), openmoji.LICENSE, openmoji.ATTRIBUTION)
   pairs = []
   for d in drawings:
-    group, split = (
-      f"openmoji/{openmoji.STYLE}/{d.concept}",
-      split_of(d.concept, config.heldout_fraction),
-    )
-    pairs.append(
-      RawPair(
-        f"openmoji/{d.code}",
-        d.path,
-        d.caption,
-        group=group,
-        split=split,
-        concept=d.concept,
-        **about,
-      )
-    )
+    group = f"openmoji/{openmoji.STYLE}/{d.concept}"
+    split = split_of(d.concept, config.heldout_fraction)
+    key = f"openmoji/{d.code}"
+    pairs.append(RawPair(key, d.path, d.caption, *origin, group, split, d.concept))
   return pairs, nameless
 
 
 def _docstring_texts(config: RawConfig) -> Iterator[RawText]:
   for piece in docstrings.pieces(config.max_texts):
-    m = piece.module
-    yield RawText(
-      piece.key,
-      piece.text,
-      m.source,
-      m.license,
-      m.attribution,
-      split_of(m.name, config.heldout_fraction),
-    )
+    m, split = piece.module, split_of(piece.module.name, config.heldout_fraction)
+    yield RawText(piece.key, piece.text, m.source, m.license, m.attribution, split)
 
 
 class _Writer:
-  """Takes records one by one, keeps those that are right, and counts and lists the others."""
+  """Writes correct records and their images; counts and lists the others."""
 
   def __init__(
-    self, config: RawConfig, folder: epath.Path, draw: Callable, stack: contextlib.ExitStack
+    self, config: RawConfig, folder: epath.Path, load: Callable, stack: contextlib.ExitStack
   ):
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    self.config, self.folder, self._draw = config, folder, draw
+    self.config, self.folder, self._load = config, folder, load
     names = [f"{kind}.jsonl" for kind in KINDS] + [REJECTED]
     self._files = {name: stack.enter_context(replacing(folder / name, "w")) for name in names}
     self._pool = stack.enter_context(futures.ThreadPoolExecutor(config.num_threads))
     self._keys = {cls: set() for cls in KINDS.values()}
     self._concepts: dict[str, set] = {split: set() for split in SPLITS}
-    self._counts, self._reasons, self._digest = (
-      collections.Counter(),
-      collections.Counter(),
-      hashlib.sha256(),
-    )
-    self._origins = collections.Counter()
-    self._other_licenses, self._pictures, self._first = 0, 0, ""
+    self._counts, self._reasons = collections.Counter(), collections.Counter()
+    self._origins, self._digest = collections.Counter(), hashlib.sha256()
+    self._other_licenses, self._num_images, self._first = 0, 0, ""
 
   def add(self, items: list) -> None:
-    """Writes a batch; its pictures are read and drawn by all threads."""
-    items = [self._checked(item) for item in items]
-    jobs = []
-    for item in items:
+    """Writes a batch; all threads read and write its images."""
+    suffix, jobs = "jpg" if self.config.jpeg_quality else "png", []
+    for item in [self._checked(item) for item in items]:
       images = images_of(item) if isinstance(item, Record) else []
-      suffix = "jpg" if self.config.jpeg_quality else "png"
-      jobs.append(
-        (item, images, [f"images/{self._pictures + i:07d}.{suffix}" for i in range(len(images))])
-      )
-      self._pictures += len(images)
-    for item, drawn in self._pool.map(lambda job: self._drawn(*job), jobs):
-      self._put(item, drawn)
+      numbers = range(self._num_images, self._num_images + len(images))
+      jobs.append((item, images, [f"images/{i:07d}.{suffix}" for i in numbers]))
+      self._num_images += len(images)
+    for item, digest in self._pool.map(lambda job: self._save_images(*job), jobs):
+      self._put(item, digest)
 
   def _checked(self, item: Record | Rejected) -> Record | Rejected | None:
-    """The record with its defaults, None if its license is not wanted, Rejected if it is wrong."""
+    """Fills in defaults; returns None at a license to leave out, Rejected at a wrong record."""
     if isinstance(item, Rejected):
       return item
     defaults = {
@@ -314,24 +282,28 @@ class _Writer:
       self._other_licenses += 1
       return None
     if item.key in self._keys[type(item)]:
-      message = f"key '{item.key}' of {item.source or self.config.source} stands there twice; every key must be unique."
+      source = item.source or self.config.source
+      message = f"key '{item.key}' of {source} occurs twice; every key must be unique."
       return Rejected(item.source, item.key, "duplicate_key", message)
     self._keys[type(item)].add(item.key)
     longest = self.config.max_caption_characters
     if isinstance(item, RawPair) and len(item.caption) > longest:
-      message = f"key '{item.key}': the caption has {len(item.caption)} characters; raw.max_caption_characters is {longest}."
+      message = (
+        f"key '{item.key}': the caption has {len(item.caption)} characters; "
+        f"raw.max_caption_characters is {longest}."
+      )
       return Rejected(item.source, item.key, "long_caption", message)
     concept = getattr(item, "concept", "") or getattr(item, "group", "") or item.key
     split = item.split or split_of(concept, self.config.heldout_fraction)
     extra = {"concept": concept} if isinstance(item, RawPair) else {}
     return dataclasses.replace(item, split=split, **extra)
 
-  def _drawn(self, item, images: list, names: list[str]) -> tuple:
-    """The record with its images saved under `names`, Rejected if one cannot be read; and a digest of their pixels."""
+  def _save_images(self, item, images: list, names: list[str]) -> tuple:
+    """Saves images; returns the record (Rejected at an error) and a digest of the pixels."""
     digest = hashlib.sha256()
     for image, name in zip(images, names):
       try:
-        pixels = Image.fromarray(self._draw(image, self.config.resolution))
+        pixels = Image.fromarray(self._load(image, self.config.resolution))
       except UserError as error:
         file = item.source if isinstance(image, bytes) else image
         return Rejected(file, item.key, "unreadable_image", f"key '{item.key}': {error}"), b""
@@ -343,7 +315,7 @@ class _Writer:
           pixels.save(file, "png")
     return (with_images(item, names), digest.digest()) if images else (item, b"")
 
-  def _put(self, item: Record | Rejected | None, drawn: bytes) -> None:
+  def _put(self, item: Record | Rejected | None, digest: bytes) -> None:
     if item is None:
       return
     line = json.dumps(dataclasses.asdict(item), ensure_ascii=False) + "\n"
@@ -358,41 +330,37 @@ class _Writer:
     if isinstance(item, RawPair):
       self._concepts[item.split].add(item.concept)
     self._files[f"{kind}.jsonl"].write(line)
-    self._digest.update(line.encode() + drawn)
+    self._digest.update(line.encode() + digest)
 
   def summary(self, left_out: dict[str, int]) -> dict:
-    """Counts by split and kind, of what was left out, of what was rejected by reason, by origin; the digest of all records."""
+    """Returns counts by split and kind, reason and origin, and the digest of all records."""
     counts = {
       f"{split}_{kind}": self._counts[f"{split}_{kind}"] for kind in KINDS for split in SPLITS
     }
-    counts |= {f"{split}_concepts": len(found) for split, found in self._concepts.items()}
+    counts |= {f"{split}_concepts": len(names) for split, names in self._concepts.items()}
     if self.config.licenses:
       left_out = {**left_out, "other_licenses": self._other_licenses}
-    left_out = {
-      **left_out,
-      **{f"rejected_{reason}": count for reason, count in self._reasons.items()},
-    }
+    left_out = left_out | {f"rejected_{reason}": n for reason, n in self._reasons.items()}
     origins = _most_common(
       {**dict(zip(ORIGIN, origin)), "records": n} for origin, n in self._origins.items()
     )
-    return {
-      "origins": origins, "counts": counts, "left_out": left_out, "rejected": dict(self._reasons), "first": self._first,
-      "digest": self._digest.hexdigest(),
-    }  # fmt: skip
+    summary = {"origins": origins, "counts": counts, "left_out": left_out}
+    summary |= {"rejected": dict(self._reasons), "first": self._first}
+    return {**summary, "digest": self._digest.hexdigest()}
 
 
 def _write(
   config: RawConfig,
   folder: epath.Path,
   items: Iterable,
-  draw: Callable,
+  load: Callable,
   left_out: dict | None = None,
   total: int | None = None,
 ) -> dict:
-  """Writes one shard: `draw(image, resolution)` of every image, and the records, whose files come last and whole."""
+  """Writes one shard: images as `load(image, resolution)` returns them, then files of records."""
   items = iter(items)
   with contextlib.ExitStack() as stack:
-    writer = _Writer(config, folder, draw, stack)
+    writer = _Writer(config, folder, load, stack)
     bar = stack.enter_context(
       tqdm(desc=f"records {folder.name}", total=total, mininterval=1, unit="record", leave=False)
     )

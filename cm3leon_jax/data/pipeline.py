@@ -1,4 +1,4 @@
-"""Rows of tokens: documents are joined with their neighbors, transformed, packed, and batched over the mesh."""
+"""Rows of tokens: joins documents with their neighbors, transforms, packs and batches them."""
 
 # B rows of a batch, L slots of a row, T tokens of a sample.
 
@@ -10,7 +10,8 @@ import numpy as np
 
 from cm3leon_jax.data import cm3
 from cm3leon_jax.data.documents import Document, Segment
-from cm3leon_jax.data.plan import RowPlan, SamplePlan
+from cm3leon_jax.data.plan import RowPlan
+from cm3leon_jax.data.sample_plan import SamplePlan
 from cm3leon_jax.vocab import VocabLayout
 
 FIELDS = {
@@ -23,12 +24,10 @@ FIELDS = {
 
 
 def join(documents: list[Document], vocab: VocabLayout) -> np.ndarray:
-  """Neighbors first, the document itself last (CM3Leon, section 2.1).
+  """Joins neighbors and, last, the document itself (CM3Leon, section 2.1) to [T] int32.
 
-    </s> caption_1 <break> image_1 <break> caption <break> image </s>
-
-  Returns:
-    [T] int32.
+  documents = [caption 50, image 519 520], [caption 40 41, image 517 518]
+  result = [</s> 50 <break> 519 520 <break> 40 41 <break> 517 518 </s>]
   """
   parts: list = [[vocab.eos]]
   for segment in (s for d in documents for s in d.segments):
@@ -43,13 +42,19 @@ def build_sample(
   vocab: VocabLayout,
   neighbor_weight: float,
 ):
-  """Carries out a plan.
+  """Builds the sample of a plan: neighbors, document, CM3 spans, or `<mask:0>` and the image.
+
+    spans [(6, 8)], neighbor_weight 0.1
+    tokens  = [</s> 50 <break> 519 520 <break> <mask:0> <break> 517 518 </s> <mask:0> 40 41 <eoss>]
+    weights = [0 .1 .1 .1 .1 .1 1 1 1 1 1 1 1 1 1]
+    dropped
+    tokens  = [</s> <mask:0> <break> 517 518 </s>], weights = [0 0 0 1 1 1]
 
   Returns:
-    tokens [T] int32, and the weight of each as a target [T] float32.
+    tokens [T] int32, and their weights as targets [T] float32.
 
   Raises:
-    ValueError: the sample's length is not the planned one: the store changed under the plan.
+    ValueError: the length is not the planned one, because the store changed after planning.
   """
   if plan.dropped:
     image = document.segments[-1].tokens
@@ -70,47 +75,52 @@ def build_sample(
     weights = joined_weights[layout]
   if len(tokens) != plan.length:
     raise ValueError(
-      f"document '{document.key}' gives a sample of {len(tokens)} tokens, planned were {plan.length}."
+      f"document '{document.key}' gives a sample of {len(tokens)} tokens, "
+      f"planned were {plan.length}: the store changed after planning; start the run again."
     )
   return tokens, weights
 
 
 def pack_row(samples, length: int, pad: int) -> dict[str, np.ndarray]:
-  """Lays samples one behind the other into one row; each predicts only its own tokens.
+  """Lays samples into one row, one after the other; each predicts only its own tokens.
+
+    samples = ([</s> 40 </s>], [0 1 1]), ([</s> <mask:0> <break> 517], [0 0 0 1]), length 7
+    inputs       = [</s> 40 </s> <mask:0> <break> <pad> <pad>]
+    targets      = [40 </s> <mask:0> <break> 517 <pad> <pad>]
+    loss_weights = [1 1 0 0 1 0 0]
+    segment_ids  = [1 1 2 2 2 0 0]
+    positions    = [0 1 0 1 2 0 0]
 
   Args:
-    samples: (tokens [T], weights [T]) each; together at most `length` predictions.
+    samples: pairs of tokens [T] and weights [T]; together at most `length` predictions.
     length: L.
-    pad: id that fills what is left.
+    pad: id of the padding.
 
   Returns:
-    inputs, targets, segment_ids (1, 2, ... and 0 for padding), positions: [L] int32; loss_weights: [L] float32.
+    inputs, targets, segment_ids, positions: [L] int32; loss_weights: [L] float32.
   """
   row = {name: np.zeros(length, dtype) for name, dtype in FIELDS.items()}
   row["inputs"][:] = row["targets"][:] = pad
   at = 0
   for i, (tokens, weights) in enumerate(samples):
-    part = slice(at, at + len(tokens) - 1)
-    row["inputs"][part], row["targets"][part], row["loss_weights"][part] = (
-      tokens[:-1],
-      tokens[1:],
-      weights[1:],
-    )
-    row["segment_ids"][part], row["positions"][part] = i + 1, np.arange(len(tokens) - 1)
-    at = part.stop
+    place = slice(at, at + len(tokens) - 1)
+    row["inputs"][place], row["targets"][place] = tokens[:-1], tokens[1:]
+    row["loss_weights"][place] = weights[1:]
+    row["segment_ids"][place], row["positions"][place] = i + 1, np.arange(len(tokens) - 1)
+    at = place.stop
   return row
 
 
 def rows_of_samples(
   samples: list[np.ndarray], length: int, pad: int = VocabLayout.pad
 ) -> dict[str, np.ndarray]:
-  """One sample a row, every target weighing 1. samples: [T] int32 each, T <= length + 1. Returns a batch of [B, L]."""
+  """Makes a batch, [B, L], of one sample per row, [T] int32 with T <= L + 1, all weights 1."""
   rows = [pack_row([(s, np.ones(len(s), np.float32))], length, pad) for s in samples]
   return {name: np.stack([row[name] for row in rows]) for name in FIELDS}
 
 
 class RowLoader:
-  """Reads the documents that a plan names and makes the row; `loader[i]` is a dict of [L] arrays."""
+  """Builds rows from their plan: `loader[i]` is row i, a dict of [L] arrays, see `pack_row`."""
 
   def __init__(self, plan: RowPlan, vocab: VocabLayout):
     self.plan, self.vocab = plan, vocab
@@ -136,7 +146,7 @@ class RowLoader:
 
 
 def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> list[int]:
-  """Rows of a [B, L] batch that this process's devices hold; right also when a row is split over processes."""
+  """Returns the rows of a [B, L] batch that the devices of this process hold, whole or in part."""
   indices = sharding.addressable_devices_indices_map(shape)
   return sorted({r for rows, _ in indices.values() for r in range(*rows.indices(shape[0]))})
 
@@ -144,13 +154,13 @@ def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> list[
 def batches(
   loader: RowLoader, first_row: int, batch_size: int, sharding: jax.sharding.Sharding
 ) -> Iterator[dict[str, jax.Array]]:
-  """Endless global batches from row `first_row` on; batch j holds rows `first_row + j * batch_size + [0, batch_size)`.
+  """Yields global batches without end; batch j starts at row `first_row` + j * `batch_size`.
 
-  Each process reads only its own rows, prefetched by threads. What a batch holds depends on nothing but its rows:
-  not on what was read before, nor on the number of processes.
+  Threads prefetch the rows of this process. A batch depends on its row numbers, not on earlier
+  batches or the number of processes.
 
   Yields:
-    dict of [B, L] arrays laid out by `sharding`.
+    dict of [B, L] arrays, see `pack_row`, laid out by `sharding`.
   """
   config = loader.plan.config
   shape = (batch_size, config.sequence_length)

@@ -1,4 +1,4 @@
-"""Where the windows of a row plan start, kept in a file, so that a run that continues plans only the window it stands in."""
+"""Starts of the windows of a row plan, in a file: a resumed run plans only its current window."""
 
 import bisect
 import dataclasses
@@ -12,12 +12,12 @@ import numpy as np
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import replacing
 
-BUCKET_BATCH = 16  # Objects in a bucket cannot be appended to: the file is written anew, once in so many windows.
+BUCKET_BATCH = 16  # Windows per write to a bucket, where an append writes the whole file.
 SPOTS = 4_096  # Values of each array that go into the fingerprint, evenly spaced.
 
 
 class Start(typing.NamedTuple):
-  """Of a window: its first row, and for each source the units taken and the slots used by the windows before it."""
+  """Start of a window: its first row, and units and slots by source of the windows before it."""
 
   first_row: int
   taken: tuple[int, ...]
@@ -25,7 +25,7 @@ class Start(typing.NamedTuple):
 
 
 def fingerprint(sources, config, max_spans: int, seed: int) -> str:
-  """Digest of what a plan follows from; of the stores, their sizes and evenly spaced lengths and neighbors."""
+  """Digests the inputs of a plan; of the stores, sizes and evenly spaced lengths and neighbors."""
   fields = {
     k: v
     for k, v in dataclasses.asdict(config).items()
@@ -44,11 +44,11 @@ def fingerprint(sources, config, max_spans: int, seed: int) -> str:
 
 
 class WindowStarts:
-  """A list of `Start`, that of window 0 first; the last is that of the first window not planned yet.
+  """List of `Start` from window 0 to the first window that is not planned yet.
 
-  With a path it begins with what stands there. Its first line is `{"fingerprint": ...}`; those that follow are one window
-  each, from 1 on: `{"window": 1, "first_row": 9012, "taken": [..], "used": [..]}`. A file with another fingerprint counts as
-  empty; what follows a line that was cut short is left out.
+  The file has a line `{"fingerprint": ...}` and one line for each window from 1 on:
+  `{"window": 1, "first_row": 9012, "taken": [..], "used": [..]}`. A file with another fingerprint
+  counts as empty; a truncated line and the lines after it are ignored.
   """
 
   def __init__(
@@ -58,13 +58,11 @@ class WindowStarts:
     identity: str = "",
     writes: bool = False,
   ):
-    """identity: the fingerprint of the plan. writes: `path` is brought up to date as starts are added."""
+    """Reads `path` if its fingerprint is `identity`; with `writes`, `add` updates the file."""
     self._path = epath.Path(path) if path else None
     self._header, self._writes = _line({"fingerprint": identity}), bool(path) and writes
     self._starts = [Start(0, (0,) * num_sources, (0,) * num_sources)]
-    self._whole = (
-      False  # The file holds these starts and nothing else, so that lines can be appended.
-    )
+    self._whole = False  # Whether the file holds exactly these starts: lines can be appended.
     if self._path and self._path.exists():
       self._read(self._path.read_text())
 
@@ -75,20 +73,20 @@ class WindowStarts:
     return self._starts[window]
 
   def window_of(self, row: int) -> int:
-    """The window that holds `row`; all rows from the last start on count to its window."""
+    """Returns the window of `row`; rows after the last start belong to its window."""
     return bisect.bisect_right(self._starts, row, key=lambda s: s.first_row) - 1
 
   def add(self, window: int, start: Start) -> None:
-    """Takes over the start of `window`, which is known already or the next one.
+    """Adds the start of `window`, a known one or the next.
 
     Raises:
-      UserError: it is known and was another.
+      UserError: the known start differs.
     """
     if window < len(self._starts):
       if self._starts[window] != start:
         raise UserError(
-          f"{self._path} says that window {window} starts at {self._starts[window]}, the plan says {start}: the data or the "
-          "code changed since it was written; delete it."
+          f"{self._path} says that window {window} starts at {self._starts[window]}, the plan says "
+          f"{start}: the data or the code changed since it was written; delete it."
         )
       return
     self._starts.append(start)
@@ -111,16 +109,17 @@ class WindowStarts:
 
   def _write(self, window: int) -> None:
     bucket = "://" in str(self._path)
-    lines = lambda first: "".join(
-      _line({"window": i, **self._starts[i]._asdict()}) for i in range(first, len(self))
-    )
     if self._whole and not bucket:
       with self._path.open("a") as f:
-        f.write(lines(window))
+        f.write(self._lines(window))
     elif not bucket or window % BUCKET_BATCH == 0:
       with replacing(self._path, "w") as f:
-        f.write(self._header + lines(1))
+        f.write(self._header + self._lines(1))
       self._whole = True
+
+  def _lines(self, first: int) -> str:
+    windows = range(first, len(self))
+    return "".join(_line({"window": i, **self._starts[i]._asdict()}) for i in windows)
 
 
 def _line(fields: dict) -> str:

@@ -1,27 +1,25 @@
-"""What a row plan makes of its data, counted: fill, shares, neighbors, drops, spans."""
+"""Statistics of a row plan: fill, shares, neighbors, drops, spans."""
 
 import collections
 
 import numpy as np
 
 from cm3leon_jax.data.documents import DocumentStore
-from cm3leon_jax.data.plan import DataConfig, RowPlan, Source
+from cm3leon_jax.data.plan import RowPlan, Source
+from cm3leon_jax.data.sample_plan import DataConfig
 
-TYPICAL = 1_024  # Documents, evenly spaced, whose median length is a store's typical one.
+TYPICAL = 1_024  # Evenly spaced documents whose median length is the typical length of a store.
 
 
 def plan_statistics(plan: RowPlan, windows: int = 1) -> dict:
-  """Counts the first windows of a plan; nothing is read but lengths.
-
-  Args:
-    plan: of any config.
-    windows: how many of its first windows are counted.
+  """Counts the samples of the first `windows` windows of a plan; reads lengths only.
 
   Returns:
-    windows, rows, samples; fill, the share of slots that hold samples; source_shares, each source's share of those; and
-    samples_per_row, spans_per_sample. Of the samples of sources with neighbors: neighbors_per_sample; too_few_candidates, the
-    share that got fewer than K because fewer were kept; neighbors_crowded_out, the share of the neighbors drawn that went for
-    want of room; condition_drops, the share whose conditioning gave way.
+    windows, rows, samples; fill, the share of slots with samples; source_shares, the share of each
+    source in the filled slots; samples_per_row; spans_per_sample. Of the samples of sources with
+    neighbors: neighbors_per_sample; too_few_candidates, the share with missing neighbors;
+    neighbors_crowded_out, the share of the picked neighbors that did not fit; condition_drops, the
+    share without caption and neighbors.
   """
   counts, slots, rows = collections.Counter(), np.zeros(len(plan.sources), np.int64), 0
   for window in range(windows):
@@ -34,7 +32,10 @@ def plan_statistics(plan: RowPlan, windows: int = 1) -> dict:
         if plan.sources[source].neighbors is not None:
           counts.update(retrieving=1, neighbors=len(sample.neighbors), dropped=sample.dropped)
           counts.update(too_few=sample.missing > 0, crowded_out=sample.crowded_out)
-  share = lambda name, *of: counts[name] / max(sum(counts[x] for x in of), 1)
+
+  def share(name: str, *of: str) -> float:
+    return counts[name] / max(sum(counts[x] for x in of), 1)
+
   return {
     "windows": windows,
     "rows": rows,
@@ -51,30 +52,32 @@ def plan_statistics(plan: RowPlan, windows: int = 1) -> dict:
 
 
 def describe(statistics: dict) -> str:
-  """One line of what `plan_statistics` found."""
+  """Formats the result of `plan_statistics` as one line."""
   shares = " / ".join(f"{share:.0%}" for share in statistics["source_shares"])
   return (
-    "{samples:,} samples in {rows:,} rows, {fill:.1%} of slots filled, {shares} by source; {samples_per_row:.1f} samples a "
-    "row, {spans_per_sample:.2f} spans each; with retrieval {neighbors_per_sample:.2f} neighbors each, "
-    "{too_few_candidates:.1%} had too few candidates, {neighbors_crowded_out:.1%} of the neighbors no room, "
-    "{condition_drops:.1%} dropped their conditioning."
+    "{samples:,} samples in {rows:,} rows, {fill:.1%} of slots filled, {shares} by source; "
+    "{samples_per_row:.1f} samples per row, {spans_per_sample:.2f} spans per sample; samples with "
+    "retrieval: {neighbors_per_sample:.2f} neighbors per sample, {too_few_candidates:.1%} with too "
+    "few candidates, {neighbors_crowded_out:.1%} of the neighbors did not fit, "
+    "{condition_drops:.1%} without caption and neighbors."
   ).format(shares=shares, **statistics)
 
 
 def typical_length(store: DocumentStore) -> int:
-  """Median slots of a document, each segment with its `<break>` or `</s>`, of up to 1,024 evenly spaced ones."""
+  """Computes the median number of slots of up to 1,024 evenly spaced documents."""
   chosen = np.linspace(0, len(store) - 1, min(len(store), TYPICAL)).astype(np.int64)
   lengths = [store.segment_lengths(int(i))[0] for i in chosen]
   return int(np.median([int(x.sum()) + len(x) for x in lengths]))
 
 
 def room_for_neighbors(source: Source, config: DataConfig) -> str:
-  """A sentence where K neighbors of typical length do not fit a row beside a typical document, else ""."""
+  """Returns a warning if K typical neighbors do not fit a row with a typical document, else ""."""
   document, neighbor = typical_length(source.store), typical_length(source.bank)
   fitting = max(0, (config.sequence_length - document) // neighbor)
   if fitting >= config.num_neighbors:
     return ""
   return (
-    f"{config.num_neighbors} neighbors of typically {neighbor:,} tokens and a document of {document:,} never fit "
-    f"{config.sequence_length:,} slots: whole neighbors are left out, so that {fitting} remain."
+    f"{config.num_neighbors} neighbors of typically {neighbor:,} tokens and a document of "
+    f"{document:,} do not fit {config.sequence_length:,} slots: whole neighbors are left out, "
+    f"{fitting} remain."
   )

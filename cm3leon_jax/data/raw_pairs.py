@@ -1,4 +1,4 @@
-"""The raw folder that `ingest.prepare` writes, and images: reading. Schema: docs/data_formats.md."""
+"""Reads raw folders, which `ingest.prepare` writes, and images. Schema: docs/data_formats.md."""
 
 from collections.abc import Iterable, Iterator
 from concurrent import futures
@@ -27,7 +27,7 @@ from cm3leon_jax.data.records import (
 )
 from cm3leon_jax.io import read_json
 
-# H height, W width.
+# B images, H height, W width.
 
 INDEX = "index.json"
 SCHEMA_VERSION = 1
@@ -36,36 +36,38 @@ Crop = typing.Literal["center", "pad"]
 
 
 def shards(folder: epath.PathLike) -> dict[str, dict]:
-  """Shards of a raw folder in their order: name -> counts, and the `digest` of its records. Raises as `read_index`."""
+  """Returns the shards of a raw folder, in order: name -> counts, and the digest of its records."""
   return read_index(folder)["shards"]
 
 
 def read_index(folder: epath.PathLike) -> dict:
-  """`shards`, and `origins`: how many records come from whom under which license.
+  """Reads the index: `shards`, and `origins`, the number of records by source and license.
 
   Raises:
-    UserError: nothing was prepared there, or by another version.
+    UserError: the folder has no index, or one of another schema version.
   """
   path = epath.Path(folder) / INDEX
   if not path.exists():
     raise UserError(
-      f"{path} does not exist: run `python -m launch.prepare_data` with the same --config and --workdir first."
+      f"{path} does not exist: run `python -m launch.prepare_data` with the same --config and "
+      "--workdir first."
     )
   index = read_json(path)
   if index["schema_version"] != SCHEMA_VERSION:
     raise UserError(
-      f"{path} has schema version {index['schema_version']}; this code reads version {SCHEMA_VERSION}."
+      f"{path} has schema version {index['schema_version']}; this code reads version "
+      f"{SCHEMA_VERSION}: run `python -m launch.prepare_data` again."
     )
   return index
 
 
 def read_pairs(folder: epath.PathLike, split: str) -> list[RawPair]:
-  """The pairs of one split, shard after shard, `image` being the full path."""
+  """Reads the pairs of a split, shard after shard, images as full paths."""
   return [pair for name in shards(folder) for pair in read_shard(folder, name, RawPair, split)]
 
 
 def read_texts(folder: epath.PathLike, split: str) -> list[RawText]:
-  """The texts of one split, shard after shard."""
+  """Reads the texts of a split, shard after shard."""
   return [text for name in shards(folder) for text in read_shard(folder, name, RawText, split)]
 
 
@@ -73,23 +75,23 @@ T = typing.TypeVar("T", RawPair, RawText, RawInterleaved)
 
 
 def read_shard(folder: epath.PathLike, name: str, cls: type[T], split: str) -> list[T]:
-  """The records of one kind and split in shard `name`, in their order; images are full paths."""
+  """Reads the records of one kind and split in shard `name`, in order, images as full paths."""
   folder = epath.Path(folder) / name
-  path = folder / f"{kind_of(cls)}.jsonl"
-  full = lambda record: with_images(record, [str(folder / image) for image in images_of(record)])
-  return [full(record) for record in _read(path, cls) if record.split == split]
+  records = [r for r in _read(folder / f"{kind_of(cls)}.jsonl", cls) if r.split == split]
+  return [with_images(r, [str(folder / image) for image in images_of(r)]) for r in records]
 
 
 def kind_of(cls: type) -> str:
-  """`kind_of(RawPair) == "pairs"`."""
+  """Returns the name of a kind of record: kind_of(RawPair) = "pairs"."""
   return next(kind for kind, record in KINDS.items() if record is cls)
 
 
 def _read(path: epath.Path, cls) -> Iterator:
-  """Records of a file that `ingest.prepare` wrote."""
+  """Yields the records of a file that `ingest.prepare` wrote."""
   if not path.exists():
     raise UserError(
-      f"{path} does not exist, though {INDEX} names its shard: run `python -m launch.prepare_data` again."
+      f"{path} does not exist, though {INDEX} names its shard: "
+      "run `python -m launch.prepare_data` again."
     )
   for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
     if line:
@@ -103,13 +105,18 @@ def _read(path: epath.Path, cls) -> Iterator:
 def load_image(
   image: str | bytes | epath.Path, resolution: int | None, crop: str = "center"
 ) -> np.ndarray:
-  """Reads an image, a path or a file's bytes: upright, on white where transparent, scaled and made square by `crop`.
+  """Reads an image, upright, on white where transparent, scaled and made square by `crop`.
+
+  Args:
+    image: path, or the bytes of a file.
+    resolution: side of the result; None keeps the size of the image.
+    crop: "center" or "pad", see `RawConfig.crop`.
 
   Returns:
-    [H, W, 3] uint8 with H = W = resolution; without a resolution, in the size that it has.
+    [H, W, 3] uint8.
 
   Raises:
-    UserError: the file is absent or no image that Pillow can read.
+    UserError: the file is absent, or Pillow cannot read it.
   """
   try:
     with (
@@ -132,17 +139,16 @@ def load_image(
 def load_images(
   paths: Iterable[epath.PathLike], resolution: int | None, num_threads: int
 ) -> np.ndarray:
-  """`load_image` for several files at a time, all of one size: [n, H, W, 3] uint8 in the order of `paths`."""
+  """Reads images of one size, several at a time: [B, H, W, 3] uint8; see `load_image`."""
   with futures.ThreadPoolExecutor(num_threads) as pool:
     images = list(pool.map(lambda path: load_image(path, resolution), paths))
-  return (
-    np.stack(images) if images else np.zeros((0, resolution or 0, resolution or 0, 3), np.uint8)
-  )
+  side = resolution or 0
+  return np.stack(images) if images else np.zeros((0, side, side, 3), np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFiles:
-  """Images that stay on disk: `files[rows]` reads uint8 [B, H, W, 3], as indexing an array of all of them would."""
+  """Images on disk with the indexing of an array: `files[rows]` reads [B, H, W, 3] uint8."""
 
   paths: list
   resolution: int
@@ -156,7 +162,7 @@ class ImageFiles:
 
 
 def in_memory(files: ImageFiles) -> np.ndarray | ImageFiles:
-  """Reads all images, uint8 [n, H, W, 3], if they take at most 2 GiB; else they stay on disk."""
+  """Reads all images into an array if they take at most 2 GiB; else they stay on disk."""
   small = len(files) * files.resolution**2 * 3 <= IN_MEMORY_BYTES
   return files[np.arange(len(files))] if small else files
 
@@ -170,7 +176,7 @@ def open_images(folder: epath.PathLike, split: str, resolution: int) -> np.ndarr
   files = ImageFiles([pair.image for pair in read_pairs(folder, split)], resolution)
   if not len(files):
     raise UserError(
-      f"{folder} has no {split} pairs: the tokenizer needs some of both splits "
-      "(config.raw.heldout_fraction)."
+      f"{folder} has no {split} pairs; the tokenizer needs pairs of both splits: "
+      "change config.raw.heldout_fraction."
     )
   return in_memory(files)

@@ -1,4 +1,4 @@
-"""Raw records, before tokenization: captioned images, texts, documents of both, and what was rejected of them."""
+"""Raw records, before tokenization: captioned images, texts, documents of both, rejected ones."""
 
 from collections.abc import Iterable, Mapping
 import dataclasses
@@ -13,10 +13,10 @@ class RawPair:
 
   Attributes:
     key: unique in its folder.
-    image: path of the file (absolute once read, relative to the folder in pairs.jsonl), or the file's bytes.
-    group: near-duplicates share one and are never one another's neighbors. Empty: none.
+    image: path (relative to the folder in pairs.jsonl, absolute once read), or bytes of the file.
+    group: shared by near duplicates, which are never neighbors of each other. Empty: no group.
     split: "train" or "heldout".
-    concept: what is shown; a concept lies wholly in one split.
+    concept: shared by pairs that show the same, which are in one split.
   """
 
   key: str
@@ -47,7 +47,7 @@ class RawInterleaved:
   """Texts and images in reading order; other fields as in RawPair.
 
   Attributes:
-    segments: at least one of {"text": str} and {"image": path, or the file's bytes}.
+    segments: at least one; each is {"text": str} or {"image": path or bytes}.
   """
 
   key: str
@@ -60,22 +60,19 @@ class RawInterleaved:
 
 
 Record = RawPair | RawText | RawInterleaved
-KINDS: dict[str, type] = {
-  "pairs": RawPair,
-  "texts": RawText,
-  "interleaved": RawInterleaved,
-}  # Names of their files, too.
+# The names are also those of the files.
+KINDS: dict[str, type] = {"pairs": RawPair, "texts": RawText, "interleaved": RawInterleaved}
 
 
 def images_of(record: Record) -> list[str | bytes]:
-  """The images of a record in their order."""
+  """Returns the images of a record in their order."""
   if isinstance(record, RawInterleaved):
     return [segment["image"] for segment in record.segments if "image" in segment]
   return [record.image] if isinstance(record, RawPair) else []
 
 
 def with_images(record: Record, images: Iterable[str]) -> Record:
-  """The record with other images in the place of its own, one for each."""
+  """Replaces the images of a record, in their order."""
   images = iter(images)
   if isinstance(record, RawInterleaved):
     segments = tuple(
@@ -87,7 +84,7 @@ def with_images(record: Record, images: Iterable[str]) -> Record:
 
 @dataclasses.dataclass(frozen=True)
 class Rejected:
-  """A record that was left out: `file` and `key` say which, `reason` is a word to count by, `message` a sentence."""
+  """A rejected record: its file and key, a word for the reason, and a sentence for the user."""
 
   file: str
   key: str
@@ -96,7 +93,7 @@ class Rejected:
 
 
 class RecordError(ValueError):
-  """What is wrong with one record, in one sentence, and a word for the kind of fault."""
+  """Error of one record: a word for the reason, and a sentence for the user."""
 
   def __init__(self, reason: str, message: str):
     super().__init__(message)
@@ -104,19 +101,19 @@ class RecordError(ValueError):
 
 
 def required_fields(cls) -> list[str]:
+  """Returns the fields of a kind of record without a default."""
   return [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
 
 
 def make_record(cls: type, values: Mapping, where: str):
-  """A record of one of `KINDS` from a mapping; fields that `cls` does not have are ignored.
+  """Makes a record, one of `KINDS`, from a mapping; ignores other fields than those of `cls`.
 
   Raises:
-    RecordError: a field is absent, empty, or of the wrong type; `where` names the record in the sentence.
+    RecordError: a field is absent, empty, or of the wrong type. The sentence begins with `where`.
   """
   required = required_fields(cls)
-  values = {
-    f.name: values[f.name] for f in dataclasses.fields(cls) if values.get(f.name) is not None
-  }
+  fields = [f.name for f in dataclasses.fields(cls)]
+  values = {name: values[name] for name in fields if values.get(name) is not None}
   if isinstance(values.get("key"), str) and values["key"]:
     where = f"{where}, key '{values['key']}'"
   for name in required:
@@ -146,9 +143,8 @@ def _check_value(name: str, value, required: bool, where: str) -> None:
     )
   if required and not value.strip():
     reason = f"empty_{name}" if name in ("caption", "text") else "malformed_record"
-    raise RecordError(
-      reason, f"{where}: field '{name}' is empty; give it a text, or leave the record out."
-    )
+    message = f"{where}: field '{name}' is empty; give it a text, or remove the record."
+    raise RecordError(reason, message)
   if any("\ud800" <= c <= "\udfff" for c in value):
     raise RecordError(
       "malformed_record",
@@ -162,11 +158,7 @@ def _checked_segments(segments, where: str) -> tuple[dict, ...]:
       "malformed_record", f"{where}: 'segments' must be a list of texts and images, at least one."
     )
   for i, segment in enumerate(segments):
-    if (
-      not isinstance(segment, dict)
-      or len(segment) != 1
-      or next(iter(segment)) not in ("text", "image")
-    ):
+    if not isinstance(segment, dict) or list(segment) not in (["text"], ["image"]):
       message = f'{where}: segment {i} must be {{"text": ...}} or {{"image": ...}}.'
       raise RecordError("malformed_record", message)
     ((name, value),) = segment.items()
@@ -175,11 +167,11 @@ def _checked_segments(segments, where: str) -> tuple[dict, ...]:
 
 
 def parse_json(line: str, where: str, required: list[str]) -> dict:
-  """One line of a JSONL file. Raises RecordError if it is no JSON object."""
+  """Parses a line of a JSONL file; raises RecordError if it is not a JSON object."""
   try:
     record = json.loads(line)
   except json.JSONDecodeError as error:
-    message = f"{where} is no valid JSON ({error}); every line must be one JSON object."
+    message = f"{where} is not valid JSON ({error}); every line must be one JSON object."
     raise RecordError("malformed_record", message) from error
   if not isinstance(record, dict):
     kind = type(record).__name__

@@ -1,6 +1,7 @@
-"""What users have (captioned folders, WebDataset tars, Parquet, JSONL, plain text) as parts, each a stream of raw records.
+"""Reads captioned folders, WebDataset tars, Parquet, JSONL and plain text as raw records.
 
-Paths may be local or in a bucket (`gs://`), through fsspec; a glob pattern names many files.
+A source is split into parts, each of which becomes a raw shard. Paths are local or in a bucket
+(`gs://`), through fsspec; a glob pattern names many files.
 """
 
 from collections.abc import Collection, Iterator
@@ -35,7 +36,7 @@ INTERLEAVED = "interleaved.jsonl"
 SUFFIXES = {"webdataset": (".tar",), "parquet": (".parquet",), "text": (".jsonl", ".txt")}
 LISTS = (*PAIR_FILES, TEXTS, INTERLEAVED)
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp")
-# What other tools call our fields, in the order in which they are looked for.
+# Names of our fields in other tools, in order of preference.
 ALIASES = {
   "image": ("image", "file_name", "image_path", "path", "jpg", "png", "image_bytes", "bytes"),
   "caption": ("caption", "text", "TEXT", "txt"),
@@ -45,19 +46,19 @@ ALIASES = {
   "key": ("key", "id"),
 }
 PARQUET_ROWS = 64
-TEXT_FILES = 1_000  # .txt files of one part
+TEXT_FILES = 1_000  # Number of .txt files of one part.
 
 Item = Record | Rejected
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """A share of a source that is read by itself.
+  """A part of a source, which becomes a raw shard.
 
   Attributes:
-    kind: a `Format`, but `auto`.
-    files: a file each, but for `text` (.txt files one text each) and `folder` (the folder).
-    bytes: size of the files; with their names it tells whether they changed.
+    kind: a `Format` other than `auto`.
+    files: one file; for `text` possibly many .txt files, for `folder` the folder.
+    bytes: size of the files, which shows changes.
   """
 
   kind: str
@@ -66,48 +67,48 @@ class Part:
 
 
 def parts(source: str, kind: str = "auto") -> list[Part]:
-  """The parts of `source` in a fixed order: a tar, Parquet or JSONL file, a captioned folder, up to 1,000 .txt files.
+  """Splits `source` into parts, in a fixed order.
+
+  A part is a tar, Parquet or JSONL file, a captioned folder, or up to 1,000 .txt files.
 
   Args:
     source: a folder, a file or a glob pattern, local or `gs://`.
-    kind: a `Format`; `auto` tells it from the names of the files.
+    kind: a `Format`; `auto` reads it from the names of the files.
 
   Raises:
-    UserError: nothing is there, or nothing that is known.
+    UserError: the source has no files, or none of a known format.
   """
   fs, path = _filesystem(source)
   files = _files(fs, path, source)
   if kind == "auto":
     kind = _detect(files, source)
-  part = lambda names: Part(
-    kind, tuple(_url(fs, name) for name in names), sum(files[name] for name in names)
-  )
+
+  def part(names: list[str], paths: list[str]) -> Part:
+    return Part(kind, tuple(_url(fs, p) for p in paths), sum(files[name] for name in names))
+
   if kind == "folder":
-    found = sorted({posixpath.dirname(name) for name in files if posixpath.basename(name) in LISTS})
-    if not found:
+    names = {posixpath.dirname(name) for name in files if posixpath.basename(name) in LISTS}
+    if not names:
       raise UserError(f"config.raw.source is '{source}', a folder without {', '.join(LISTS)}.")
-    inside = lambda folder: [name for name in files if name.startswith(folder + "/")]
-    return [
-      dataclasses.replace(part(inside(folder)), files=(_url(fs, folder),)) for folder in found
-    ]
-  wanted = [name for name in files if name.endswith(SUFFIXES[kind])]
-  if not wanted:
+    return [part([f for f in files if f.startswith(name + "/")], [name]) for name in sorted(names)]
+  names = [name for name in files if name.endswith(SUFFIXES[kind])]
+  if not names:
+    suffixes = " or ".join(SUFFIXES[kind])
     raise UserError(
-      f"config.raw.source is '{source}', which holds no {' or '.join(SUFFIXES[kind])} file; format is '{kind}'."
+      f"config.raw.source is '{source}', which holds no {suffixes} file; format is '{kind}'."
     )
-  texts = [name for name in wanted if name.endswith(".txt")]
-  single = [part([name]) for name in wanted if not name.endswith(".txt")]
-  return [part(texts[i : i + TEXT_FILES]) for i in range(0, len(texts), TEXT_FILES)] + single
+  texts = [name for name in names if name.endswith(".txt")]
+  groups = [texts[i : i + TEXT_FILES] for i in range(0, len(texts), TEXT_FILES)]
+  groups += [[name] for name in names if not name.endswith(".txt")]
+  return [part(group, group) for group in groups]
 
 
 def read(part: Part) -> Iterator[Item]:
-  """The records of a part in a fixed order, those that are wrong as Rejected."""
-  reader = {"folder": _folder, "webdataset": _webdataset, "parquet": _parquet, "text": _text}[
-    part.kind
-  ]
+  """Yields the records of a part in a fixed order, wrong ones as Rejected."""
+  readers = {"folder": _folder, "webdataset": _webdataset, "parquet": _parquet, "text": _text}
   for file in part.files:
     fs, path = _filesystem(file)
-    yield from reader(fs, path)
+    yield from readers[part.kind](fs, path)
 
 
 def _filesystem(source: str):
@@ -115,28 +116,24 @@ def _filesystem(source: str):
     return fsspec.core.url_to_fs(source)
   except (ImportError, ValueError) as error:
     raise UserError(
-      f"config.raw.source is '{source}', which cannot be opened: {error} (buckets need pip install 'cm3leon_jax[data]')."
+      f"config.raw.source is '{source}', which cannot be opened: {error} (buckets need "
+      "pip install 'cm3leon_jax[data]')."
     ) from error
 
 
 def _files(fs, path: str, source: str) -> dict[str, int]:
-  """Names and sizes of the files at `path`, in the order of their names."""
-  found = (
-    fs.glob(path, detail=True)
-    if any(c in path for c in "*?[")
-    else fs.find(path, detail=True)
-    if fs.exists(path)
-    else {}
-  )
-  files = {
-    name: int(found[name].get("size") or 0)
-    for name in sorted(found)
-    if found[name]["type"] == "file"
-  }
+  """Lists the files at `path` and their sizes, in the order of their names."""
+  entries = {}
+  if any(c in path for c in "*?["):
+    entries = fs.glob(path, detail=True)
+  elif fs.exists(path):
+    entries = fs.find(path, detail=True)
+  files = {n: int(x.get("size") or 0) for n, x in sorted(entries.items()) if x["type"] == "file"}
   if not files:
     raise UserError(
-      f"config.raw.source is '{source}', where no file is; it must be 'openmoji', or a folder, a file or a glob pattern of "
-      f"WebDataset tars, Parquet, JSONL or text, or a folder that holds {PAIR_FILES[0]}."
+      f"config.raw.source is '{source}', which has no files; it must be 'openmoji', or a folder, a "
+      "file or a glob pattern of WebDataset tars, Parquet, JSONL or text, or a folder with "
+      f"{PAIR_FILES[0]}."
     )
   return files
 
@@ -149,8 +146,8 @@ def _detect(files: dict[str, int], source: str) -> str:
       return kind
   first = posixpath.basename(next(iter(files)))
   raise UserError(
-    f"config.raw.source is '{source}', whose files are of no known kind ({first}, ...); a folder of images must hold their "
-    f"captions in {PAIR_FILES[0]}."
+    f"config.raw.source is '{source}', whose files are of no known kind ({first}, ...); a folder "
+    f"of images must hold their captions in {PAIR_FILES[0]}."
   )
 
 
@@ -159,13 +156,13 @@ def _url(fs, path: str) -> str:
 
 
 def _renamed(values: dict) -> dict:
-  """Our fields out of another tool's: the first alias that is there and not None."""
-  found = dict(values)
+  """Adds our fields under their names, each from its first alias that is not None."""
+  renamed = dict(values)
   for name, aliases in ALIASES.items():
     value = next((values[a] for a in aliases if values.get(a) is not None), None)
     if value is not None:
-      found[name] = value
-  return found
+      renamed[name] = value
+  return renamed
 
 
 def _record(cls, values: dict, file: str, where: str) -> Item:
@@ -176,7 +173,7 @@ def _record(cls, values: dict, file: str, where: str) -> Item:
 
 
 def _lines(fs, file: str, cls) -> Iterator[tuple[str, dict | Rejected]]:
-  """(where, fields) of every line of a JSONL file that is not blank."""
+  """Yields (where, fields) for every line of a JSONL file that is not blank."""
   try:
     text = fs.cat_file(file).decode("utf-8")
   except UnicodeDecodeError as error:
@@ -198,7 +195,7 @@ def _csv_rows(fs, file: str) -> Iterator[tuple[str, dict]]:
 
 
 def _folder(fs, path: str) -> Iterator[Item]:
-  """Images with their captions in a JSONL or CSV file beside them, texts.jsonl, interleaved.jsonl."""
+  """Yields images with captions in a JSONL or CSV file, then texts.jsonl, interleaved.jsonl."""
   known = set(fs.find(path))
   listed = {posixpath.basename(name) for name in known if posixpath.dirname(name) == path}
   captions = next((name for name in PAIR_FILES if name in listed), None)
@@ -222,7 +219,7 @@ def _folder(fs, path: str) -> Iterator[Item]:
 
 
 def _with_images(item: Item, fs, folder: str, where: str, known: Collection[str] = ()) -> Item:
-  """A record whose images are paths in `folder`, with full paths instead; `known` files are not looked for."""
+  """Makes paths of images in `folder` full paths; `known` files need no look-up."""
   if isinstance(item, Rejected):
     return item
   full = []
@@ -230,7 +227,10 @@ def _with_images(item: Item, fs, folder: str, where: str, known: Collection[str]
     if isinstance(name, str):
       path = name if posixpath.isabs(name) else posixpath.normpath(posixpath.join(folder, name))
       if path not in known and not fs.exists(path):
-        message = f"{where}, key '{item.key}': image '{name}' does not exist; give its path relative to {folder}."
+        message = (
+          f"{where}, key '{item.key}': image '{name}' does not exist; give its path relative to "
+          f"{folder}."
+        )
         return Rejected(where.split(", line")[0], item.key, "missing_image", message)
       name = _url(fs, path)
     full.append(name)
@@ -238,7 +238,7 @@ def _with_images(item: Item, fs, folder: str, where: str, known: Collection[str]
 
 
 def _webdataset(fs, file: str) -> Iterator[Item]:
-  """A tar of samples, as img2dataset writes them: members of one stem are an image, .txt and/or .json."""
+  """Yields the samples of a tar by img2dataset: an image, .txt and .json of one stem."""
   try:
     with fs.open(file, "rb") as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
       stem, sample = "", {}
@@ -253,12 +253,8 @@ def _webdataset(fs, file: str) -> Iterator[Item]:
         sample[suffix.lower()] = tar.extractfile(member).read()
       yield from _sample(file, stem, sample)
   except (tarfile.TarError, OSError, EOFError) as error:
-    yield Rejected(
-      file,
-      "",
-      "unreadable_file",
-      f"{file} cannot be read to its end ({error}); it must be a whole tar file.",
-    )
+    message = f"{file} cannot be read to its end ({error}); it must be a whole tar file."
+    yield Rejected(file, "", "unreadable_file", message)
 
 
 def _sample(file: str, stem: str, sample: dict[str, bytes]) -> Iterator[Item]:
@@ -270,12 +266,8 @@ def _sample(file: str, stem: str, sample: dict[str, bytes]) -> Iterator[Item]:
     about = about if isinstance(about, dict) else {}
     caption = sample["txt"].decode("utf-8") if "txt" in sample else None
   except ValueError as error:
-    yield Rejected(
-      file,
-      stem,
-      "malformed_record",
-      f"{where}: its text is not readable ({error}); it must be UTF-8 and JSON.",
-    )
+    message = f"{where}: its text is not readable ({error}); it must be UTF-8 and JSON."
+    yield Rejected(file, stem, "malformed_record", message)
     return
   values = {k: str(v) for k, v in _renamed(about).items() if v is not None}
   values = {"source": file, **values, "key": stem}
@@ -294,7 +286,7 @@ def _sample(file: str, stem: str, sample: dict[str, bytes]) -> Iterator[Item]:
 
 
 def _parquet(fs, file: str) -> Iterator[Item]:
-  """Rows with a caption and an image: bytes, a path beside the file, or {"bytes", "path"} as in Hugging Face datasets."""
+  """Yields rows with a caption and an image: bytes, a path, or a dict of both (Hugging Face)."""
   try:
     import pyarrow as pa
     from pyarrow import parquet
@@ -315,12 +307,8 @@ def _parquet(fs, file: str) -> Iterator[Item]:
           item = _record(RawPair, values, file, where)
           yield _with_images(item, fs, folder, where)
   except (pa.ArrowInvalid, OSError) as error:
-    yield Rejected(
-      file,
-      "",
-      "unreadable_file",
-      f"{file} cannot be read to its end ({error}); it must be a Parquet file.",
-    )
+    message = f"{file} cannot be read to its end ({error}); it must be a Parquet file."
+    yield Rejected(file, "", "unreadable_file", message)
 
 
 def _parquet_values(row: dict, key: str) -> dict:
@@ -334,15 +322,14 @@ def _parquet_values(row: dict, key: str) -> dict:
 
 
 def _text(fs, file: str) -> Iterator[Item]:
-  """A .txt file is a text; a line of a .jsonl file is a text in its field `text`, or an interleaved document (`segments`)."""
+  """Yields a .txt file as a text, or lines of a .jsonl file: texts, or documents of `segments`."""
   name = posixpath.basename(file)
   if file.endswith(".txt"):
     try:
       text = fs.cat_file(file).decode("utf-8")
     except UnicodeDecodeError as error:
-      yield Rejected(
-        file, name, "malformed_record", f"{file} is not UTF-8 ({error}); save it as UTF-8."
-      )
+      message = f"{file} is not UTF-8 ({error}); save it as UTF-8."
+      yield Rejected(file, name, "malformed_record", message)
       return
     yield _record(RawText, {"key": name, "text": text, "source": file}, file, file)
     return

@@ -1,12 +1,13 @@
 """Batches: the arrays of a few requests, with prompts and shared prefixes that occur once."""
 
 # B samples of a batch, S guidance streams, R = B x S rows, U unique prompts, M parts of a plan,
-# I tokens of an image, T tokens of a prompt, P slots of padded prompts.
+# I tokens of an image, P slots of padded prompts; U0 and P0 are those of shared prefixes.
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+from jaxtyping import Bool, Float32, Int32, UInt32
 import numpy as np
 
 from cm3leon_jax.decoding import grammar
@@ -15,24 +16,25 @@ from cm3leon_jax.decoding.sampling import SamplingConfig, SamplingValues
 
 BUCKET = 32  # Prompt slots are a multiple of it: prompts of similar length share one program.
 SHARED = 64  # A shared prefix of fewer tokens is not worth a pass of its own.
+Array = jax.Array | np.ndarray
 
 
 class Prompts(NamedTuple):
   """Left-padded prompts without their last tokens, split into shared prefixes and rests.
 
   Attributes:
-    prefixes: ([U0, P0] int32 ids, [U0, P0] bool: valid), or None if no prompts share a prefix.
-    rests: ([U, P] int32 ids, [U, P] bool: valid).
-    prefix_of: [U] int32, the prefix before each rest.
-    row: [R] int32, the unique prompt of each row; the streams of a sample stand side by side.
-    last: [R] int32, the last token of each row's prompt.
+    prefixes: ids, and which of them are no padding; None if no prompts share a prefix.
+    rests: ids, and which of them are no padding.
+    prefix_of: prefix before each rest.
+    row: unique prompt of each row; the streams of a sample are adjacent.
+    last: last token of each row's prompt.
   """
 
-  prefixes: tuple[jax.Array, jax.Array] | None
-  rests: tuple[jax.Array, jax.Array]
-  prefix_of: jax.Array
-  row: jax.Array
-  last: jax.Array
+  prefixes: tuple[Int32[Array, "U0 P0"], Bool[Array, "U0 P0"]] | None
+  rests: tuple[Int32[Array, "U P"], Bool[Array, "U P"]]
+  prefix_of: Int32[Array, " U"]
+  row: Int32[Array, " R"]
+  last: Int32[Array, " R"]
 
   @property
   def slots(self) -> int:
@@ -44,17 +46,17 @@ class Control(NamedTuple):
   """How B samples are generated.
 
   Attributes:
-    plan: [B, M, 3] int32 of `grammar.plan_array`.
-    guidance: [B, I + 1, S] fp32, weights of the streams at each code of an image, then at text.
-    seeds: [B] uint32; a sample's result depends only on its own.
-    contrastive: [B] bool, samples that use contrastive decoding.
+    plan: of `grammar.plan_array`.
+    guidance: weights of the streams at each code of an image, then at text.
+    seeds: a sample depends on its own seed only.
+    contrastive: samples that use contrastive decoding.
     values: settings of the sampler that may change without compiling again.
   """
 
-  plan: jax.Array
-  guidance: jax.Array
-  seeds: jax.Array
-  contrastive: jax.Array
+  plan: Int32[Array, "B M 3"]
+  guidance: Float32[Array, "B I+1 S"]
+  seeds: UInt32[Array, " B"]
+  contrastive: Bool[Array, " B"]
   values: SamplingValues
 
 
@@ -84,7 +86,9 @@ def make_batch(
   pad: int,
   multiple: int,
 ) -> Batch:
-  """Arrays of requests of one number of streams; repeats some requests to fill the batch.
+  """Makes the arrays of requests that have the same number of streams.
+
+  Some requests are repeated to fill the batch.
 
   Args:
     requests: one for each sample.
@@ -110,20 +114,22 @@ def make_batch(
 
 
 def rounded(count: int, multiple: int) -> int:
-  """Rows of the program for `count` rows: powers of two up to 8, then multiples of 8, x `multiple`.
+  """Returns the number of rows of the program for `count` rows, on `multiple` devices.
 
-  Both count the rows of one of the `multiple` devices.
+  The rows of a device are a power of two up to 8, or a multiple of 8.
   """
   rows = -(-count // multiple)
   return multiple * (1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8)
 
 
-def pad_left(prompts: Sequence[np.ndarray], rows: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_left(
+  prompts: Sequence[np.ndarray], rows: int, pad: int
+) -> tuple[Int32[np.ndarray, "{rows} P"], Bool[np.ndarray, "{rows} P"]]:
   """Pads prompts of unequal length on the left.
 
   Returns:
-    ([rows, P] int32 ids, [rows, P] bool: valid). P is a multiple of BUCKET; the remaining rows hold
-    only padding.
+    (ids, which of them are no padding). P is a multiple of BUCKET; the remaining rows hold only
+    padding.
   """
   slots = max(1, -(-max(len(p) for p in prompts) // BUCKET)) * BUCKET
   tokens, valid = np.full((rows, slots), pad, np.int32), np.zeros((rows, slots), bool)
@@ -133,8 +139,8 @@ def pad_left(prompts: Sequence[np.ndarray], rows: int, pad: int) -> tuple[np.nda
   return tokens, valid
 
 
-def shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[int]:
-  """For each prompt the number of first tokens it shares with others: 0, or at least SHARED.
+def shared_prefixes(prompts: Sequence[np.ndarray]) -> list[int]:
+  """Returns the number of first tokens that each prompt shares with others: 0, or at least SHARED.
 
   In lexical order, prompts with a common prefix are adjacent. A group grows as long as its members
   share SHARED tokens.
@@ -153,14 +159,14 @@ def shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _common(a, b) -> int:
-  """Length of the common prefix."""
+  """Returns the length of the common prefix."""
   n = min(len(a), len(b))
   differ = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
   return int(differ[0]) if len(differ) else n
 
 
 def prompt_arrays(rows: Sequence[np.ndarray], pad: int, multiple: int) -> Prompts:
-  """Arrays of the prompts of R rows, in which equal prompts and shared prefixes occur once.
+  """Makes the arrays of R prompts, in which equal prompts and shared prefixes occur once.
 
   Args:
     rows: R prompts of at least one token.
@@ -187,7 +193,7 @@ def prompt_arrays(rows: Sequence[np.ndarray], pad: int, multiple: int) -> Prompt
 
 
 def stream_widths(prompts: Prompts, streams: int) -> tuple[int, ...]:
-  """For each stream the number of last prompt slots that hold all of its prompts.
+  """Returns for each stream the number of last prompt slots that hold all of its prompts.
 
   A stream of short prompts needs no long cache.
   """

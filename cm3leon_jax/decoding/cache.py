@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped
 
 from cm3leon_jax.mesh import spec
 from cm3leon_jax.models.attention import wide
@@ -21,26 +22,30 @@ class LayerCache(NamedTuple):
   Each layer has its own arrays: of a stacked array XLA would copy a layer's part before a product.
 
   Attributes:
-    keys, values: [R, N, T, H], split by rows and heads, in the compute dtype or int8.
-    key_scales, value_scales: [R, N, T, 1] fp32 of an int8 cache, else None: largest absolute entry
-      of each key or value / 127.
+    keys, values: split by rows and heads, in the compute dtype or int8.
+    key_scales, value_scales: of an int8 cache, else None: largest absolute entry of each key or
+      value / 127.
   """
 
-  keys: jax.Array
-  values: jax.Array
-  key_scales: jax.Array | None = None
-  value_scales: jax.Array | None = None
+  keys: Shaped[Array, "R N T H"]
+  values: Shaped[Array, "R N T H"]
+  key_scales: Float32[Array, "R N T 1"] | None = None
+  value_scales: Float32[Array, "R N T 1"] | None = None
 
-  def write(self, slot, k, v) -> "LayerCache":
-    """Writes k and v, [R, L, N, H], into slots [slot, slot + L)."""
+  def write(
+    self, slot: int | Int[Array, ""], k: Float[Array, "R L N H"], v: Float[Array, "R L N H"]
+  ) -> "LayerCache":
+    """Writes k and v into slots [slot, slot + L)."""
 
     def put(into, x):
       return jax.lax.dynamic_update_slice_in_dim(into, x, slot, axis=2)
 
     return self._written(put, k, v)
 
-  def write_rows(self, slots, k, v) -> "LayerCache":
-    """Writes like `write`, at a slot of each row's own, [R] int32."""
+  def write_rows(
+    self, slots: Int32[Array, " R"], k: Float[Array, "R L N H"], v: Float[Array, "R L N H"]
+  ) -> "LayerCache":
+    """Writes like `write`, at a slot of each row's own."""
 
     def put_row(into, x, slot):
       return jax.lax.dynamic_update_slice_in_dim(into, x, slot, axis=1)
@@ -55,15 +60,12 @@ class LayerCache(NamedTuple):
     scales = put(self.key_scales, k_scales), put(self.value_scales, v_scales)
     return LayerCache(put(self.keys, k), put(self.values, v), *scales)
 
-  def attend(self, q, mask):
-    """Softmax attention of new queries over the slots, scores in fp32.
+  def attend(
+    self, q: Float[Array, "R L N H"], mask: Bool[Array, "R 1 #L T"]
+  ) -> Float[Array, "R L N H"]:
+    """Computes softmax attention of new queries over the slots, scores in fp32; laid out like q.
 
-    Args:
-      q: [R, L, N, H].
-      mask: [R, 1, L, T] bool; a query must see at least one slot.
-
-    Returns:
-      [R, L, N, H], laid out like q.
+    `mask` is true where a query sees a slot; every query must see at least one slot.
     """
     keys, values = self.keys.astype(q.dtype), self.values.astype(q.dtype)
     scores = (
@@ -82,7 +84,7 @@ class LayerCache(NamedTuple):
 def empty(
   config: ModelConfig, rows: int, slots: int, dtype: str = "compute"
 ) -> tuple[LayerCache, ...]:
-  """Empty caches of all K layers. dtype: one of `DTYPES`."""
+  """Makes empty caches of all K layers in `dtype`, one of `DTYPES`."""
 
   def zeros(dtype, size: int = config.head_dim):
     shape = (rows, config.num_heads, slots, size)
@@ -97,7 +99,9 @@ def empty(
   return tuple(layer() for _ in range(config.num_layers))
 
 
-def rows(cache: tuple[LayerCache, ...], index, kept: int, slots: int) -> tuple[LayerCache, ...]:
+def rows(
+  cache: tuple[LayerCache, ...], index: Int32[Array, " rows"], kept: int, slots: int
+) -> tuple[LayerCache, ...]:
   """Gathers cache rows by `index`, each with its last `kept` slots, and pads them to `slots`."""
 
   def take(x):
@@ -112,6 +116,6 @@ def grown(cache: tuple[LayerCache, ...], by: int) -> tuple[LayerCache, ...]:
 
 
 def _quantized(x):
-  """[..., H] -> (int8 of the same shape, [..., 1] fp32 scale): x is about int8 x scale."""
+  """Quantizes [..., H] to (int8 [..., H], fp32 scales [..., 1]): x is about int8 x scale."""
   scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32) / 127, 1e-30)
   return jnp.round(x / scale).astype(jnp.int8), scale

@@ -17,14 +17,13 @@ from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.xla_options import DECODE_OPTIONS, compiler_options
 
-ROOM = (
-  128  # Generated tokens that a cache has slots for at first: attention reads empty slots, too.
-)
+# Generated tokens that a cache has slots for at first: attention also reads empty slots.
+ROOM = 128
 CHUNK = 64  # Steps of a call: a progress bar moves, and a batch whose samples are over stops.
 
 
 class Static(NamedTuple):
-  """What the programs of a batch are compiled for, beside the types of their arguments.
+  """Static arguments of a batch's programs.
 
   Attributes:
     model: the decoder.
@@ -53,7 +52,7 @@ class Static(NamedTuple):
 
 
 def cache_rooms(prompt: int, longest: int) -> tuple[int, ...]:
-  """Numbers of tokens that a cache has slots for after the prompt's, as it grows.
+  """Returns the numbers of generated tokens that a cache has slots for, as it grows.
 
   All slots are doubled, unless the full cache would have less than half as many more.
 
@@ -68,7 +67,7 @@ def cache_rooms(prompt: int, longest: int) -> tuple[int, ...]:
 
 
 def prefill_function(static: Static) -> Callable:
-  """`loop.prefill` of (model, prompts, plan) with its static arguments."""
+  """Returns `loop.prefill` of (model, prompts, plan) with its static arguments."""
   return functools.partial(
     loop_lib.prefill,
     config=static.model,
@@ -204,7 +203,7 @@ class Programs:
     return jitted(*arguments), program
 
   def _once(self, name, arguments, make: Callable):
-    """The result of `make`, made once for each name and types and shardings of arguments."""
+    """Returns the result of `make`, called once for each name, types and shardings."""
     leaves, structure = jax.tree.flatten(arguments)
     types = tuple((x.shape, str(x.dtype), getattr(x, "sharding", None)) for x in leaves)
     key = (name, structure, types)
@@ -215,5 +214,5 @@ class Programs:
 
 @functools.cache
 def programs_of(mesh: jax.sharding.Mesh) -> Programs:
-  """The programs of a mesh, which all generators on it share."""
+  """Returns the programs of a mesh, which all generators on it share."""
   return Programs(mesh)

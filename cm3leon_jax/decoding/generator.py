@@ -1,4 +1,4 @@
-"""The decoder as other code calls it: requests in, tokens out, batch by batch."""
+"""The interface of decoding: requests in, token ids out, batch by batch."""
 
 # B samples of a batch, S guidance streams, G tokens to generate, I tokens of an image.
 
@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 
 import jax
+from jaxtyping import Float32, Int32
 import numpy as np
 
 from cm3leon_jax.config import UserError
@@ -25,7 +26,7 @@ from cm3leon_jax.vocab import VocabLayout
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorConfig:
-  """What a Generator is compiled for.
+  """Settings that a Generator is compiled for.
 
   Attributes:
     model: the decoder.
@@ -74,12 +75,12 @@ class GeneratorConfig:
 
   @classmethod
   def of(cls, settings, **fields) -> "GeneratorConfig":
-    """The config of a run's settings."""
+    """Makes the config of a run's settings."""
     image_tokens, positions = settings.vqgan.image_tokens, settings.data.sequence_length
     return cls(settings.model, settings.vocab, image_tokens, positions, settings.sampling, **fields)
 
   def batch(self, requests, seeds, contrastive, sampling: SamplingConfig | None = None):
-    """Arrays of a batch on the current mesh, and what its programs are compiled for.
+    """Makes the arrays of a batch on the current mesh, and the static arguments of its programs.
 
     Args:
       requests: one for each sample, all of one number of streams.
@@ -120,7 +121,7 @@ class GeneratorConfig:
 
 
 def _codes_first(batch: Batch) -> int:
-  """Number of image codes that all samples of a batch begin with; 0 if they begin otherwise."""
+  """Returns the number of image codes that all samples of a batch begin with, or 0."""
   first = batch.control.plan[:, 0]
   codes = int(first[0, 1])
   return codes if (first == [grammar.CODES, codes, 0]).all() else 0
@@ -134,25 +135,25 @@ class Result:
     request: index of its request.
     sample: number of the sample among those of the request.
     seed: its seed.
-    ids: [G] int32, what follows the prompt.
-    log_probs: [G] fp32, of each id under the guided distribution, before temperature and filters.
-    contrastive: whether it used contrastive decoding.
+    ids: generated after the prompt.
+    log_probs: of each id under the guided distribution, before temperature and filters.
+    contrastive: whether contrastive decoding was used.
   """
 
   request: int
   sample: int
   seed: int
-  ids: np.ndarray
-  log_probs: np.ndarray
+  ids: Int32[np.ndarray, " G"]
+  log_probs: Float32[np.ndarray, " G"]
   contrastive: bool
 
-  def codes(self, vocab: VocabLayout) -> np.ndarray:
-    """Image codes among the ids, int32."""
+  def codes(self, vocab: VocabLayout) -> Int32[np.ndarray, " C"]:
+    """Returns the image codes among the ids."""
     return vocab.image_codes(self.ids[vocab.is_image(self.ids)])
 
 
 def sample_seed(seed: int, sample: int) -> int:
-  """The seed of a request's n-th sample; the first sample has the request's own seed."""
+  """Returns the seed of a request's n-th sample; the first sample has the request's own seed."""
   return seed if sample == 0 else int(np.random.SeedSequence([seed, sample]).generate_state(1)[0])
 
 
@@ -182,7 +183,7 @@ class Generator:
     self.programs = compile_lib.programs_of(jax.sharding.get_mesh())
 
   def generate(self, requests: Sequence[Request], seeds: Sequence[int], **options) -> list[Result]:
-    """All results, ordered by request and sample; see `batches`."""
+    """Returns all results, ordered by request and sample; see `batches`."""
     return list(itertools.chain.from_iterable(self.batches(requests, seeds, **options)))
 
   def batches(
@@ -223,19 +224,16 @@ class Generator:
     for _, alike in itertools.groupby(todo, key=lambda x: len(requests[x[0]].streams)):
       alike = list(alike)
       for start in range(0, len(alike), self.config.batch_size):
-        part = alike[start : start + self.config.batch_size]
-        seeds_of = [sample_seed(seeds[i], s) for i, s in part]
+        batch = alike[start : start + self.config.batch_size]
+        seeds_of = [sample_seed(seeds[i], s) for i, s in batch]
+        contrasted = [bool(contrastive[x]) for x in batch]
         ids, log_probs = self._generate_batch(
-          [requests[i] for i, _ in part],
-          seeds_of,
-          [contrastive[x] for x in part],
-          sampling,
-          progress,
+          [requests[i] for i, _ in batch], seeds_of, contrasted, sampling, progress
         )
         lengths = (ids != self.config.vocab.pad).sum(axis=1)
         yield [
-          Result(*x, seeds_of[row], ids[row, :n], log_probs[row, :n], bool(contrastive[x]))
-          for row, (x, n) in enumerate(zip(part, lengths))
+          Result(*x, seeds_of[row], ids[row, :n], log_probs[row, :n], contrasted[row])
+          for row, (x, n) in enumerate(zip(batch, lengths))
         ]
 
   def _check(self, request: Request) -> None:
@@ -243,12 +241,12 @@ class Generator:
     if request.positions > positions:
       raise UserError(
         f"a prompt has {request.positions - longest} tokens; at most {positions - longest} leave "
-        f"room for the {longest} tokens to come in the {positions} positions that were trained: "
+        f"room for the {longest} tokens that follow in the {positions} positions of training: "
         "shorten it, or retrieve fewer documents."
       )
 
   def _generate_batch(self, requests, seeds, contrastive, sampling, progress):
-    """([B, G] ids, [B, G] log_probs) of requests of one number of streams."""
+    """Generates for requests that have the same number of streams; returns (ids, log_probs)."""
     batch, static = self.config.batch(requests, seeds, contrastive, sampling)
     params, control, programs = self.params, batch.control, self.programs
     loop, steps = programs.prefill(params, batch, static)

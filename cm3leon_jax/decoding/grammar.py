@@ -1,9 +1,9 @@
-"""Which tokens may come next: each row follows a plan of parts.
+"""The tokens that may come next: each row follows a plan of parts.
 
 The decoding loop carries the state of a small state machine, three integers a row.
 """
 
-# B rows, M parts of a plan, R ids.
+# B rows, M parts of a plan, V ids.
 
 from collections.abc import Sequence
 import dataclasses
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
 import numpy as np
 
 from cm3leon_jax.mesh import shard
@@ -45,18 +46,18 @@ class Part(NamedTuple):
 
 
 def longest(plan: Sequence[Part]) -> int:
-  """Largest number of tokens of a plan."""
+  """Returns the largest number of tokens of a plan."""
   return sum(part.longest for part in plan)
 
 
-def plan_array(plans: Sequence[Sequence[Part]]) -> np.ndarray:
-  """Plans of B rows as [B, M, 3] int32, each padded with DONE; every row ends in at least one."""
+def plan_array(plans: Sequence[Sequence[Part]]) -> Int32[np.ndarray, "B M 3"]:
+  """Returns the plans of B rows, padded with DONE; every row ends in at least one."""
   parts = max(len(plan) for plan in plans) + 1
   return np.array([[*plan, *[Part(DONE)] * (parts - len(plan))] for plan in plans], np.int32)
 
 
 class State(NamedTuple):
-  """State of each row's plan, [B] int32 each.
+  """State of each row's plan.
 
   Attributes:
     part: index of the part in the row's plan.
@@ -65,9 +66,12 @@ class State(NamedTuple):
       AFTER_IMAGE.
   """
 
-  part: jax.Array
-  left: jax.Array
-  place: jax.Array
+  part: Int32[Array, " B"]
+  left: Int32[Array, " B"]
+  place: Int32[Array, " B"]
+
+
+Plan = Int32[Array, "B M 3"]  # Of `plan_array`.
 
 
 def _entry(plan, part, column: int):
@@ -89,40 +93,42 @@ class Grammar:
     if self.image_tokens < 1:
       raise ValueError(f"image_tokens is {self.image_tokens}; an image has at least one code.")
 
-  def start(self, plan) -> State:
-    """plan: [B, M, 3] of `plan_array`."""
+  def start(self, plan: Plan) -> State:
+    """Returns the state before the first token."""
     first = shard(jnp.zeros_like(plan[:, 0, 0]), "batch")
     return State(first, plan[:, 0, 1], plan[:, 0, 2])
 
-  def in_image(self, plan, state: State):
-    """[B] bool: only image codes may come next."""
+  def in_image(self, plan: Plan, state: State) -> Bool[Array, " B"]:
+    """Returns in which rows only image codes may come next."""
     kind = _entry(plan, state.part, 0)
     return (kind == CODES) | ((kind == DOCUMENT) & (state.place > 0))
 
-  def active(self, plan, state: State):
-    """[B] bool: something may come next."""
+  def active(self, plan: Plan, state: State) -> Bool[Array, " B"]:
+    """Returns in which rows a token may come next."""
     return _entry(plan, state.part, 0) != DONE
 
-  def codes_done(self, plan, state: State):
-    """[B] int32: codes of the current image, or of the current hole in one, so far."""
+  def codes_done(self, plan: Plan, state: State) -> Int32[Array, " B"]:
+    """Returns the number of codes so far of the current image, or of the current hole in one."""
     kind = _entry(plan, state.part, 0)
     return jnp.where(
       kind == CODES, _entry(plan, state.part, 1) - state.left, self.image_tokens - state.place
     )
 
-  def legal(self, plan, state: State, ids):
-    """[R] int32 ids -> [B, R] bool: ids that may come next; none in a row that is done."""
+  def legal(self, plan: Plan, state: State, ids: Int32[Array, " V"]) -> Bool[Array, "B V"]:
+    """Returns which ids may come next; none in a row that is done."""
     vocab, left, place = self.vocab, state.left, state.place
     kind = _entry(plan, state.part, 0)
     document = kind == DOCUMENT
-    begins, writes, drawn = (document & (place == p) for p in (SEGMENT_START, IN_TEXT, AFTER_IMAGE))
+    begins, in_text, after_image = (
+      document & (place == p) for p in (SEGMENT_START, IN_TEXT, AFTER_IMAGE)
+    )
     # Room must remain for `</s>` after a text token, and for a text token and `</s>` after <break>.
     may = {
-      "text": ((kind == TEXT) & (left > 0)) | ((begins | writes) & (left >= 2)),
+      "text": ((kind == TEXT) & (left > 0)) | ((begins | in_text) & (left >= 2)),
       "image": (kind == CODES) | (document & (place > 0)) | (begins & (left > self.image_tokens)),
       "eoss": (kind == EOSS) | ((kind == TEXT) & (left < _entry(plan, state.part, 1))),
-      "eos": (kind == END) | writes | drawn,
-      "brk": (kind == END) | ((writes | drawn) & (left >= 3)),
+      "eos": (kind == END) | in_text | after_image,
+      "brk": (kind == END) | ((in_text | after_image) & (left >= 3)),
     }
     sentinel = jnp.where(kind == MASK, vocab.mask(0) + _entry(plan, state.part, 1), -1)
     among = {
@@ -137,13 +143,13 @@ class Grammar:
       legal |= rows[:, None] & among[name][None]
     return legal
 
-  def next_part(self, plan, state: State) -> State:
-    """The state after the end of each row's current part."""
+  def next_part(self, plan: Plan, state: State) -> State:
+    """Returns the state after the end of each row's current part."""
     part = state.part + 1
     return State(part, _entry(plan, part, 1), _entry(plan, part, 2))
 
-  def advance(self, plan, state: State, tokens) -> State:
-    """The state after one more legal token a row, [B] int32; a row that is done stays done."""
+  def advance(self, plan: Plan, state: State, tokens: Int32[Array, " B"]) -> State:
+    """Returns the state after one more legal token a row; a row that is done stays done."""
     vocab = self.vocab
     kind, left = _entry(plan, state.part, 0), jnp.maximum(state.left - 1, 0)
     document, image = kind == DOCUMENT, vocab.is_image(tokens)

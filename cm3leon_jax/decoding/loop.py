@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from cm3leon_jax.decoding import cache as cache_lib
 from cm3leon_jax.decoding.batch import Control, Prompts
 from cm3leon_jax.decoding.cache import LayerCache
-from cm3leon_jax.decoding.grammar import Grammar, State
+from cm3leon_jax.decoding.grammar import Grammar, Plan, State
 from cm3leon_jax.decoding.params import DecodeParams, dequantized, head_axis, head_ids
 from cm3leon_jax.decoding.sampling import Sampler, combine_streams, sample, select
 from cm3leon_jax.mesh import shard, spec
@@ -24,47 +25,53 @@ from cm3leon_jax.models.config import ModelConfig
 
 
 class LoopState(NamedTuple):
-  """What decoding carries from step to step.
+  """The state of decoding, which is carried from step to step.
 
   Attributes:
-    tokens: [R] int32, the last token of each row, not yet read.
-    lengths: [R] int32, its position.
+    tokens: last token of each row, not yet read.
+    lengths: position of that token.
     cache: of each layer and stream, B rows and T slots; each stream has its own T, since
       its prompts may be short.
-    seen: of each stream [B, T] bool, slots that a row may attend to.
-    slots: [S] int32, the slot of each stream's cache that the next token is written to.
-    count: int32 scalar, tokens generated.
-    going: bool scalar, some sample is not over.
+    seen: of each stream, slots that a row may attend to.
+    slots: slot of each stream's cache that the next token is written to.
+    count: number of tokens generated.
+    going: whether some sample is not over.
     state: of the grammar, B rows.
-    ids: [B, G] int32, padding after the end of a sample.
-    log_probs: [B, G] fp32, of each id under the guided distribution, before temperature and
-      filters; 0 at padding.
+    ids: generated ids, padding after the end of a sample.
+    log_probs: of each id under the guided distribution, before temperature and filters; 0 at
+      padding.
   """
 
-  tokens: jax.Array
-  lengths: jax.Array
+  tokens: Int32[Array, " R"]
+  lengths: Int32[Array, " R"]
   cache: tuple[tuple[LayerCache, ...], ...]
-  seen: tuple[jax.Array, ...]
-  slots: jax.Array
-  count: jax.Array
-  going: jax.Array
+  seen: tuple[Bool[Array, "B T"], ...]
+  slots: Int32[Array, " S"]
+  count: Int32[Array, ""]
+  going: Bool[Array, ""]
   state: State
-  ids: jax.Array
-  log_probs: jax.Array
+  ids: Int32[Array, "B G"]
+  log_probs: Float32[Array, "B G"]
 
 
-def extend(config: ModelConfig, model, tokens, positions, attend: Callable):
+def extend(
+  config: ModelConfig,
+  model: dict,
+  tokens: Int32[Array, "R L"],
+  positions: Int32[Array, "R L"],
+  attend: Callable,
+) -> Float[Array, "R L D"]:
   """Reads L more tokens in each row.
 
   Args:
     config: of the model.
     model: `DecodeParams.model`.
-    tokens: [R, L] int32.
-    positions: [R, L] int32, index of each token in its sample.
+    tokens: ids.
+    positions: index of each token in its sample.
     attend: (layer, q, k, v), each [R, L, N, H] -> [R, L, N, H]; stores k and v.
 
   Returns:
-    Hidden states after the final norm [R, L, D].
+    Hidden states after the final norm.
   """
   bound = transformer.bind(config, {**model, "blocks": {}})
   x = bound.embed_tokens(tokens, positions)
@@ -96,7 +103,9 @@ def _rows(x, index):
   return x.at[index].get(out_sharding=spec("batch", *[None] * (x.ndim - 1)))
 
 
-def read_prompts(config: ModelConfig, model, prompts: Prompts, cache_dtype: str = "compute"):
+def read_prompts(
+  config: ModelConfig, model: dict, prompts: Prompts, cache_dtype: str = "compute"
+) -> tuple[tuple[LayerCache, ...], Bool[Array, "U T"], Int32[Array, " U"]]:
   """Reads every prefix and every rest once.
 
   Args:
@@ -106,8 +115,7 @@ def read_prompts(config: ModelConfig, model, prompts: Prompts, cache_dtype: str 
     cache_dtype: one of `cache.DTYPES`.
 
   Returns:
-    (cache of each layer, U rows and T = `prompts.slots` slots; seen [U, T] bool; lengths [U]
-    int32).
+    (cache of each layer, U rows and T = `prompts.slots` slots; slots that hold a token; lengths).
   """
   tokens, valid = (shard(x, "batch", None) for x in prompts.rests)
   count, length = tokens.shape
@@ -126,9 +134,9 @@ def read_prompts(config: ModelConfig, model, prompts: Prompts, cache_dtype: str 
 
 
 def prefill(
-  model,
+  model: dict,
   prompts: Prompts,
-  plan,
+  plan: Plan,
   *,
   config: ModelConfig,
   grammar: Grammar,
@@ -265,7 +273,7 @@ def _sample_ids(
 def decode_step(
   params: DecodeParams,
   control: Control,
-  keys,
+  keys: Key[Array, " B"],
   loop: LoopState,
   *,
   config: ModelConfig,
@@ -277,7 +285,7 @@ def decode_step(
   Args:
     params: of `params.prepare`.
     control: split over the batch.
-    keys: [B] PRNG keys.
+    keys: of the samples.
     loop: the state before the step; its cache has a free slot.
     config: of the model.
     grammar: of the plans.
@@ -330,8 +338,8 @@ def decode_steps(
   Args:
     params: of `params.prepare`.
     control: of B samples.
-    loop: the state before; donated.
-    steps: at most as many.
+    loop: the state before the steps; donated.
+    steps: largest number of steps.
     **static: `config`, `grammar` and `sampler` of `decode_step`.
   """
   control = split_control(control)
@@ -351,6 +359,6 @@ def grow(loop: LoopState, *, by: int) -> LoopState:
   return loop._replace(cache=cache, seen=tuple(jnp.pad(x, ((0, 0), (0, by))) for x in loop.seen))
 
 
-def results(loop: LoopState):
-  """(ids [B, G], log_probs [B, G]), whole on every device, so that each process can read them."""
+def results(loop: LoopState) -> tuple[Int32[Array, "B G"], Float32[Array, "B G"]]:
+  """Returns ids and log_probs, whole on every device, so that each process can read them."""
   return shard(loop.ids, None, None), shard(loop.log_probs, None, None)

@@ -1,12 +1,14 @@
 """Parameters for decoding: compute dtype or int8, one array per matrix, a head for image codes."""
 
-# D width, V vocabulary, I image codes.
+# D width, V vocabulary, C image codes.
 
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Int8 as Int8Array
 
 from cm3leon_jax.mesh import RULES, shard
 from cm3leon_jax.models import transformer
@@ -14,20 +16,15 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
 
 DTYPES = ("compute", "int8")
-SUMMED = {
-  "qkv": (1,),
-  "out": (0, 1),
-  "up": (0,),
-  "gate": (0,),
-  "down": (0,),
-}  # Products of a block -> the axes that they sum over.
+# Products of a block -> the axes that they sum over.
+SUMMED = {"qkv": (1,), "out": (0, 1), "up": (0,), "gate": (0,), "down": (0,)}
 
 
 class Int8(NamedTuple):
-  """A matrix as int8 times one fp32 scale per output: its largest absolute entry / 127."""
+  """A matrix as int8 times one scale per output: its largest absolute entry / 127."""
 
-  values: jax.Array
-  scale: jax.Array
+  values: Int8Array[Array, "..."]
+  scale: Float32[Array, "..."]
 
 
 class DecodeParams(NamedTuple):
@@ -37,24 +34,24 @@ class DecodeParams(NamedTuple):
     model: of the Transformer, in the compute dtype; `blocks` is a tuple of the layers' parameters,
       q, k and v apart, each matrix an array of its own (XLA would copy a part of a stacked array
       before each product), or `Int8`.
-    image_head: [D, I] columns of the output table for image codes; None: not kept separately.
-    head: [D, V] the output table, image codes first, then text: a code has the same column, and so
-      the same noise when it is sampled, as in `image_head`.
+    image_head: columns of the output table for image codes; None: not kept separately.
+    head: the output table, image codes first, then text: a code has the same column, and so the
+      same noise when it is sampled, as in `image_head`.
   """
 
   model: dict
-  image_head: jax.Array | None
-  head: jax.Array
+  image_head: Float[Array, "D C"] | None
+  head: Float[Array, "D V"]
 
 
-def quantized(w, summed: tuple[int, ...]) -> Int8:
+def quantized(w: Float[Array, "..."], summed: tuple[int, ...]) -> Int8:
   """Quantizes a matrix; `summed` are the axes that its product sums over."""
   scale = jnp.maximum(jnp.max(jnp.abs(w), axis=summed, keepdims=True) / 127, 1e-30)
   return Int8(jnp.round(w / scale).astype(jnp.int8), scale.astype(jnp.float32))
 
 
 def dequantized(tree, dtype):
-  """The tree with every `Int8` as a matrix of `dtype`."""
+  """Returns the tree with every `Int8` as a matrix of `dtype`."""
 
   def matrix(x):
     if not isinstance(x, Int8):
@@ -64,19 +61,19 @@ def dequantized(tree, dtype):
   return jax.tree.map(matrix, tree, is_leaf=lambda x: isinstance(x, Int8))
 
 
-def head_ids(vocab: VocabLayout):
-  """[V] int32, the id of each column of `DecodeParams.head`."""
+def head_ids(vocab: VocabLayout) -> Int32[Array, " V"]:
+  """Returns the id of each column of `DecodeParams.head`."""
   return jnp.roll(jnp.arange(vocab.size, dtype=jnp.int32), vocab.image_size)
 
 
 def head_axis(rows: int) -> str | None:
-  """Logical axis of the output table's rows: "vocab" if they divide over its devices, else None."""
+  """Returns the logical axis of an output table's rows: "vocab" if its devices divide them."""
   return None if rows % jax.sharding.get_abstract_mesh().shape[RULES["vocab"]] else "vocab"
 
 
 @functools.partial(jax.jit, static_argnames=("config", "vocab", "dtype", "image_head"))
 def prepare(
-  params,
+  params: dict,
   *,
   config: ModelConfig,
   vocab: VocabLayout,

@@ -1,11 +1,12 @@
 """Requests: the token prompts of all guidance streams, and the plan of what may follow them."""
 
-# T tokens of a prompt, I tokens of an image, S guidance streams.
+# I tokens of an image, S guidance streams; _ is a length that varies.
 
 from collections.abc import Sequence
 import dataclasses
 import itertools
 
+from jaxtyping import Float32, Int32
 import numpy as np
 
 from cm3leon_jax.config import UserError
@@ -20,12 +21,11 @@ class Request:
   """One thing to generate.
 
   Attributes:
-    streams: S prompts, [T] int32 each: the complete prompt first; with guidance the unconditional
-      prompt last.
+    streams: S prompts: the complete prompt first; with guidance the unconditional prompt last.
     plan: what may follow, the same in all streams.
   """
 
-  streams: tuple[np.ndarray, ...]
+  streams: tuple[Int32[np.ndarray, " _"], ...]
   plan: tuple[Part, ...]
 
   @property
@@ -33,11 +33,12 @@ class Request:
     """Largest number of positions that the request takes, prompt included."""
     return max(len(s) for s in self.streams) + grammar.longest(self.plan)
 
-  def guidance_weights(self, config: SamplingConfig, image_tokens: int) -> np.ndarray:
-    """Weights of the streams at each code of an image, then at tokens that are not codes.
+  def guidance_weights(
+    self, config: SamplingConfig, image_tokens: int
+  ) -> Float32[np.ndarray, "{image_tokens}+1 S"]:
+    """Returns the weights of the streams at each code of an image, then at tokens without codes.
 
-    Returns:
-      [I + 1, S] fp32; the last row repeats the row of the last code.
+    The last row repeats the row of the last code.
     """
     schedule = config.guidance_schedule
     match len(self.streams):
@@ -60,8 +61,8 @@ class Hole:
   most_text: int = 0
 
 
-def unconditional_prompt(vocab: VocabLayout) -> np.ndarray:
-  """`</s> <mask:0> <break>`: the prompt of training samples whose conditioning was dropped."""
+def unconditional_prompt(vocab: VocabLayout) -> Int32[np.ndarray, "3"]:
+  """Returns `</s> <mask:0> <break>`, the prompt of training samples without conditioning."""
   return np.array([vocab.eos, vocab.mask(0), vocab.brk], np.int32)
 
 
@@ -72,7 +73,7 @@ def text_to_image(
   neighbors: Sequence[Sequence] = (),
   keep_neighbors: bool = False,
 ) -> Request:
-  """Retrieved documents, then the caption (CM3Leon, section 2.1).
+  """Requests an image for a caption, after retrieved documents (CM3Leon, section 2.1).
 
     caption = [7 8], neighbors = [([5 6], [91 92])]:
     </s> 5 6 <break> 91 92 <break> 7 8 <break>, guided against </s> <mask:0> <break>
@@ -89,7 +90,7 @@ def text_to_image(
     UserError: the caption is empty.
   """
   if not len(caption):
-    raise UserError("a prompt is empty: give at least one word to draw.")
+    raise UserError("a prompt is empty: give at least one word.")
   before = list(itertools.chain(*neighbors))
   without = unconditional_prompt(vocab)
   if keep_neighbors:
@@ -98,12 +99,12 @@ def text_to_image(
 
 
 def unconditional(vocab: VocabLayout, image_tokens: int) -> Request:
-  """An image without any condition."""
+  """Requests an image without any condition."""
   return Request((unconditional_prompt(vocab),), _image_plan(image_tokens))
 
 
 def edit(vocab: VocabLayout, image_tokens: int, before, image, instruction) -> Request:
-  """An image made from another by an instruction (sections 4.1 and E, InstructPix2Pix's template).
+  """Requests an edit of an image (sections 4.1 and E, with InstructPix2Pix's template).
 
     before = [5], image = [91 92], instruction = [7]:
     </s> 5 <break> 91 92 <break> 7 <break>, </s> 5 <break> 91 92 <break> and </s> <mask:0> <break>
@@ -124,15 +125,15 @@ def infill(
   segments: Sequence[Sequence],
   neighbors: Sequence[Sequence] = (),
 ) -> Request:
-  """A document with holes, which are filled at its end as CM3 trained it.
+  """Requests what fills the holes of a document; it follows at the end, as CM3 trains it.
 
     segments = [([7 8],), ([91], Hole(codes=2), [94])]:
     </s> 7 8 <break> 91 <mask:0> 94 </s> <mask:0> ..., then 2 codes and <eoss>
     segments = [(Hole(most_text=9),), ([91 92 93 94],)]: a caption
 
   If all holes are in images, the texts guide them: the unconditional stream has only the images,
-  </s> 91 <mask:0> 94 </s> <mask:0>. So both streams continue with the same tokens, and the sentinels
-  of both are numbered in the order of the document, as in training.
+  </s> 91 <mask:0> 94 </s> <mask:0>. So both streams continue with the same tokens, and both number
+  their sentinels in the order of the document, as in training.
 
   Args:
     vocab: names the special tokens.
@@ -177,7 +178,7 @@ def infill(
 def document(
   vocab: VocabLayout, image_tokens: int, segments: Sequence, length: int, after_break: bool = False
 ) -> Request:
-  """Texts and images in any order, after the segments of a prompt.
+  """Requests texts and images in any order, after the segments of a prompt.
 
   Args:
     vocab: names the special tokens.
@@ -204,13 +205,13 @@ def document(
 
 
 def _join(vocab: VocabLayout, segments) -> np.ndarray:
-  """`</s>`, then every segment followed by `<break>`."""
+  """Returns `</s>`, then every segment followed by `<break>`."""
   parts = [part for segment in segments for part in (segment, [vocab.brk])]
   return np.concatenate([[vocab.eos], *parts]).astype(np.int32)
 
 
 def _infill_prompt(vocab: VocabLayout, segments) -> np.ndarray:
-  """A complete document, then the sentinel of its first hole."""
+  """Returns a complete document, then the sentinel of its first hole."""
   return np.append(_join(vocab, segments)[:-1], [vocab.eos, vocab.mask(0)]).astype(np.int32)
 
 

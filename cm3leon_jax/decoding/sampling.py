@@ -1,13 +1,14 @@
 """From logits to tokens: guidance, top-k, nucleus, contrastive decoding (CD-K), sampling."""
 
-# B rows, S guidance streams, I image tokens, V vocabulary (or the part of it that is legal),
-# C candidates that top-k keeps.
+# B rows, S guidance streams, I tokens of an image, V vocabulary (or the part of it that is legal),
+# C candidates that top-k keeps, P prompts, N samples of a prompt.
 
 from collections.abc import Sequence
 from typing import Annotated, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 import pydantic.dataclasses
@@ -21,20 +22,17 @@ SCHEDULES = get_args(Schedule)
 
 
 class SamplingValues(NamedTuple):
-  """Numbers of a SamplingConfig that are traced: other values do not compile again.
+  """Numbers of a SamplingConfig that are traced: other values do not compile again."""
 
-  All are scalars, top_k int32 and the others fp32.
-  """
-
-  temperature: np.ndarray
-  top_k: np.ndarray
-  top_p: np.ndarray
-  text_temperature: np.ndarray
-  text_top_k: np.ndarray
-  text_top_p: np.ndarray
-  contrastive_temperature: np.ndarray
-  contrastive_alpha: np.ndarray
-  amateur_temperature: np.ndarray
+  temperature: Float32[np.ndarray, ""]
+  top_k: Int32[np.ndarray, ""]
+  top_p: Float32[np.ndarray, ""]
+  text_temperature: Float32[np.ndarray, ""]
+  text_top_k: Int32[np.ndarray, ""]
+  text_top_p: Float32[np.ndarray, ""]
+  contrastive_temperature: Float32[np.ndarray, ""]
+  contrastive_alpha: Float32[np.ndarray, ""]
+  amateur_temperature: Float32[np.ndarray, ""]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -78,7 +76,7 @@ class SamplingConfig:
 
   @property
   def values(self) -> SamplingValues:
-    """The argument of `select`."""
+    """Values for `select`."""
     return SamplingValues(
       *(
         np.asarray(getattr(self, field), np.int32 if "top_k" in field else np.float32)
@@ -87,7 +85,7 @@ class SamplingConfig:
     )
 
   def candidates(self, *, image: bool, text: bool) -> int:
-    """C of a batch that samples image or text tokens: the largest top_k, 0 if one keeps all."""
+    """Returns C of a batch that samples image or text tokens: the largest top_k; 0 keeps all."""
     used = [self.top_k] * image + [self.text_top_k] * text
     return 0 if 0 in used else max(used)
 
@@ -107,6 +105,7 @@ class Sampler(NamedTuple):
 
   @classmethod
   def of(cls, config: SamplingConfig) -> "Sampler":
+    """Returns the compiled settings of a config."""
     k = 0 if config.method == "top_p" else config.contrastive_k
     return cls(
       config.candidates(image=True, text=False), config.candidates(image=True, text=True), k
@@ -117,30 +116,27 @@ class RowSettings(NamedTuple):
   """Settings by which each row samples its token.
 
   Attributes:
-    temperature: [B] fp32; in a contrastive row it divides the scores of CD-K.
-    top_k: [B] int32; 0 keeps all. A contrastive row uses neither top_k nor top_p.
-    top_p: [B] fp32.
-    contrastive: [B] bool, rows that use CD-K.
-    contrastive_alpha: [B] fp32.
-    amateur_temperature: [B] fp32.
+    temperature: divides the logits; in a contrastive row it divides the scores of CD-K.
+    top_k: 0 keeps all. A contrastive row uses neither top_k nor top_p.
+    top_p: nucleus.
+    contrastive: rows that use CD-K.
+    contrastive_alpha: alpha of CD-K.
+    amateur_temperature: divides the amateur's logits.
   """
 
-  temperature: jax.Array
-  top_k: jax.Array
-  top_p: jax.Array
-  contrastive: jax.Array
-  contrastive_alpha: jax.Array
-  amateur_temperature: jax.Array
+  temperature: Float32[Array, " B"]
+  top_k: Int32[Array, " B"]
+  top_p: Float32[Array, " B"]
+  contrastive: Bool[Array, " B"]
+  contrastive_alpha: Float32[Array, " B"]
+  amateur_temperature: Float32[Array, " B"]
 
 
-def contrastive_rows(method: str, seeds: Sequence[int], samples: int) -> np.ndarray:
+def contrastive_rows(method: str, seeds: Sequence[int], samples: int) -> Bool[np.ndarray, "P N"]:
   """Selects the samples of each prompt that use CD-K.
 
-    "mixture", seeds 4 and 7, 3 samples of each: [[0 1 0] [0 1 0]]
-    "mixture", seeds 4 and 7, 1 sample of each, chosen by the seed: [[0] [1]]
-
-  Returns:
-    [prompts, samples] bool.
+  "mixture", seeds 4 and 7, 3 samples of each: [[0 1 0] [0 1 0]]
+  "mixture", seeds 4 and 7, 1 sample of each, chosen by the seed: [[0] [1]]
   """
   if method == "mixture":
     one = np.arange(samples)[None] if samples > 1 else np.asarray(seeds)[:, None]
@@ -148,12 +144,14 @@ def contrastive_rows(method: str, seeds: Sequence[int], samples: int) -> np.ndar
   return np.full((len(seeds), samples), method == "contrastive")
 
 
-def select(is_image, contrastive, values: SamplingValues) -> RowSettings:
-  """Settings of rows that sample an image token next, or a text token.
+def select(
+  is_image: Bool[Array, " B"], contrastive: Bool[Array, " B"], values: SamplingValues
+) -> RowSettings:
+  """Selects the settings of rows that sample an image token or a text token next.
 
   Args:
-    is_image: [B] bool.
-    contrastive: [B] bool, rows whose image tokens are sampled by CD-K.
+    is_image: whether a row samples an image token.
+    contrastive: rows whose image tokens are sampled by CD-K.
     values: `SamplingConfig.values`.
   """
   contrastive = contrastive & is_image
@@ -168,22 +166,24 @@ def select(is_image, contrastive, values: SamplingValues) -> RowSettings:
   )
 
 
-def filter_candidates(logits, top_k, top_p, candidates: int):
+def filter_candidates(
+  logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"], candidates: int
+) -> tuple[Float[Array, "B C"], Int32[Array, "B C"]]:
   """Filters by top-k, then by top-p among the remaining candidates.
 
     top_k = 3, top_p = 0.6, probabilities [.1 .4 .2 .3]: top-k keeps ids [1 3 2] with [.44 .33 .22];
     id 2 has .44 + .33 >= 0.6 before it and is removed.
 
   Args:
-    logits: [B, V] fp32, temperature applied; -inf is never kept.
-    top_k: [B] int32, candidates that each row keeps; 0 keeps all C.
-    top_p: [B] fp32, nucleus in (0, 1]: keeps a candidate if the probability *before* it is less,
-      so the first always stays.
+    logits: temperature applied; -inf is never kept.
+    top_k: candidates that each row keeps; 0 keeps all C.
+    top_p: nucleus in (0, 1]: keeps a candidate if the probability *before* it is less, so the
+      first always stays.
     candidates: C, no less than any top_k; 0 stands for V, and only then is the whole vocabulary
       sorted.
 
   Returns:
-    (logits [B, C] in falling order, -inf after the last candidate of a row; ids [B, C] int32).
+    (logits in falling order, -inf after the last candidate of a row; their ids).
   """
   size = logits.shape[-1]
   values, ids = jax.lax.top_k(logits, min(candidates, size) if candidates else size)
@@ -195,7 +195,12 @@ def filter_candidates(logits, top_k, top_p, candidates: int):
   return jnp.where((before < top_p) | (top_p >= 1), values, -jnp.inf), ids
 
 
-def contrastive_scores(expert, amateur, k: int, alpha):
+def contrastive_scores(
+  expert: Float[Array, "B V"],
+  amateur: Float[Array, "B V"],
+  k: int,
+  alpha: float | Float[Array, ""] | Float[Array, "B 1"],
+) -> Float[Array, "B V"]:
   """Scores tokens by CD-K (CM3Leon, section 3.1).
 
   The score is log p_EXP - log p_AMA where p_EXP is at least alpha times the k-th largest p_EXP.
@@ -205,13 +210,13 @@ def contrastive_scores(expert, amateur, k: int, alpha):
     k = 1, p_EXP >= 0.2:  log [1 3 0 0], contrastive decoding (Li et al. 2022)
 
   Args:
-    expert: [B, V] fp32 logits; illegal ids are -inf.
-    amateur: [B, V] fp32 logits, temperature applied; illegal ids are -inf.
+    expert: logits; illegal ids are -inf.
+    amateur: logits, temperature applied; illegal ids are -inf.
     k: with fewer than k legal ids all of them stay.
-    alpha: in [0, 1], a scalar or [B, 1].
+    alpha: in [0, 1].
 
   Returns:
-    [B, V] fp32, -inf for ids that are illegal or too improbable.
+    Scores, -inf for ids that are illegal or too improbable.
   """
   kth = jax.lax.top_k(expert, min(k, expert.shape[-1]))[0][:, -1:]
   kept = (expert >= jnp.log(alpha) + kth) & jnp.isfinite(expert) & jnp.isfinite(amateur)
@@ -221,29 +226,28 @@ def contrastive_scores(expert, amateur, k: int, alpha):
 
 
 def sample(
-  guided,
-  keys,
+  guided: Float[Array, "B V"],
+  keys: Key[Array, " B"],
   rows: RowSettings,
   candidates: int,
-  expert=None,
-  amateur=None,
+  expert: Float[Array, "B V"] | None = None,
+  amateur: Float[Array, "B V"] | None = None,
   contrastive_k: int = 1,
-):
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
   """Samples one id for each row.
 
   Args:
-    guided: [B, V] fp32 logits, not split over V; illegal ids are -inf, and each row has a legal id.
-    keys: [B] PRNG keys: the sample of a row does not depend on the other rows.
+    guided: logits, not split over V; illegal ids are -inf, and each row has a legal id.
+    keys: of the rows: the sample of a row does not depend on the other rows.
     rows: settings of each row.
     candidates: as in `filter_candidates`, static.
-    expert: [B, V] fp32 logits of the conditional stream alone, illegal ids -inf; None: no row uses
-      CD-K.
-    amateur: [B, V] fp32 logits of the unconditional stream, illegal ids -inf.
+    expert: logits of the conditional stream alone, illegal ids -inf; None: no row uses CD-K.
+    amateur: logits of the unconditional stream, illegal ids -inf.
     contrastive_k: k of CD-K, static.
 
   Returns:
-    ([B] int32 ids, [B] fp32 log-probability of each under softmax(guided), that is before
-    temperature, filters and CD-K).
+    (ids, log-probability of each id under softmax(guided), that is before temperature, filters and
+    CD-K).
   """
   temperature = rows.temperature[:, None]
   categorical, pick = jax.vmap(jax.random.categorical), jax.vmap(lambda row, i: row[i])
@@ -256,24 +260,26 @@ def sample(
   return token, pick(jax.nn.log_softmax(guided, axis=-1), token)
 
 
-def combine_streams(logits, weights):
+def combine_streams(
+  logits: Float[Array, "S B V"], weights: Float[Array, "#B S"] | Float[Array, " S"]
+) -> Float[Array, "B V"]:
   """Combines the logits of S guidance streams by their weights (sections 3.1, 4.1).
 
     logits = [[[1 2]] [[0 4]]], weights = [3 -2]: [[3 -2]]
 
   Args:
-    logits: [S, B, V] fp32, finite: illegal ids are masked in the result, since 0 times -inf is NaN.
-    weights: [S], or [B, S] where prompts differ; the weights of a prompt sum to 1.
+    logits: finite: illegal ids are masked in the result, since 0 times -inf is NaN.
+    weights: of all prompts, or of each; the weights of a prompt sum to 1.
 
   Returns:
-    [B, V] fp32. With weights (1, 0) it is the first stream, unchanged.
+    Logits. With weights (1, 0) they are those of the first stream, unchanged.
   """
   # Not an einsum: on some devices that rounds its inputs to fewer bits.
   return jnp.sum(logits * jnp.atleast_2d(weights).T[:, :, None], axis=0)
 
 
-def scheduled(guidance: float, schedule: str, image_tokens: int) -> np.ndarray:
-  """Weight of guidance at each code: 1 + (guidance - 1) m, where m is the schedule.
+def scheduled(guidance: float, schedule: str, image_tokens: int) -> Float[np.ndarray, " I"]:
+  """Computes the weight of guidance at each code: 1 + (guidance - 1) m; m is the schedule.
 
     guidance = 3, "linear", 3 codes: [1 2 3]
 
@@ -283,9 +289,6 @@ def scheduled(guidance: float, schedule: str, image_tokens: int) -> np.ndarray:
       last, in a straight line or as (1 - cos(pi t)) / 2; the mean of m is 1/2 for both, so the mean
       weight is (1 + guidance) / 2.
     image_tokens: I; with a rising schedule an image of one code is not guided.
-
-  Returns:
-    [I] fp64.
 
   Raises:
     ValueError: another schedule.
@@ -303,8 +306,10 @@ def scheduled(guidance: float, schedule: str, image_tokens: int) -> np.ndarray:
   return 1 + (guidance - 1) * m
 
 
-def text_to_image_weights(guidance: float, schedule: str, image_tokens: int) -> np.ndarray:
-  """Weights (alpha, 1 - alpha) of the streams c (conditional) and u in u + alpha (c - u).
+def text_to_image_weights(
+  guidance: float, schedule: str, image_tokens: int
+) -> Float32[np.ndarray, "I 2"]:
+  """Returns the weights (alpha, 1 - alpha) of streams c (conditional) and u in u + alpha (c - u).
 
     guidance = 3, "linear", 3 codes: [[1 0] [2 -1] [3 -2]]
 
@@ -312,9 +317,6 @@ def text_to_image_weights(guidance: float, schedule: str, image_tokens: int) -> 
     guidance: alpha where the schedule is 1.
     schedule: as in `scheduled`.
     image_tokens: I.
-
-  Returns:
-    [I, 2] fp32.
   """
   alpha = scheduled(guidance, schedule, image_tokens)
   return np.stack([alpha, 1 - alpha], axis=1).astype(np.float32)
@@ -322,8 +324,8 @@ def text_to_image_weights(guidance: float, schedule: str, image_tokens: int) -> 
 
 def editing_weights(
   image_guidance: float, text_guidance: float, schedule: str, image_tokens: int
-) -> np.ndarray:
-  """Weights of the streams f (image and instruction), i (image only) and u (neither).
+) -> Float32[np.ndarray, "I 3"]:
+  """Returns the weights of streams f (image and instruction), i (image only) and u (neither).
 
   They sum to u + s_img (i - u) + s_txt (f - i).
 
@@ -335,9 +337,6 @@ def editing_weights(
     text_guidance: s_txt where the schedule is 1.
     schedule: as in `scheduled`, the same for both; where it is 0, only f counts.
     image_tokens: I.
-
-  Returns:
-    [I, 3] fp32.
   """
   image, text = (
     scheduled(guidance, schedule, image_tokens) for guidance in (image_guidance, text_guidance)

@@ -4,13 +4,14 @@ Teng et al. 2024, "Accelerating Auto-regressive Text-to-Image Generation with Tr
 Speculative Jacobi Decoding".
 """
 
-# B samples, S guidance streams, R = B x S rows, W codes of a window, D width, K image codes,
-# I codes of the image, T cache slots.
+# B samples, S guidance streams, R = B x S rows, W codes of a window, D = W - 1 drafts, K image
+# codes, I codes of the image.
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32, Key
 
 from cm3leon_jax.decoding.batch import Control
 from cm3leon_jax.decoding.grammar import Grammar
@@ -19,31 +20,37 @@ from cm3leon_jax.decoding.params import DecodeParams, head_axis
 from cm3leon_jax.decoding.sampling import Sampler, combine_streams, filter_candidates, select
 from cm3leon_jax.mesh import shard, spec
 from cm3leon_jax.models.attention import wide
+from cm3leon_jax.models.config import ModelConfig
 
 
 class Window(NamedTuple):
-  """What the loop over an image carries from step to step.
+  """The state of the loop over an image, which is carried from step to step.
 
   Attributes:
     loop: its cache is written here, and its tokens are the last accepted ones; the other fields are
       those before the image.
-    done: [B] int32, accepted codes.
-    drafts: [B, W - 1] int32, codes in [0, K) that follow if they are accepted.
-    odds: [B, W - 1, K] fp32, the distribution from which each draft was sampled.
-    codes, log_probs: [B, I + W] int32 and fp32; only the first `done` entries are valid.
-    steps: int32 scalar, number of steps.
+    done: number of accepted codes.
+    drafts: codes in [0, K) that follow if they are accepted.
+    odds: distribution from which each draft was sampled.
+    codes, log_probs: only the first `done` entries are valid.
+    steps: number of steps.
   """
 
   loop: LoopState
-  done: jax.Array
-  drafts: jax.Array
-  odds: jax.Array
-  codes: jax.Array
-  log_probs: jax.Array
-  steps: jax.Array
+  done: Int32[Array, " B"]
+  drafts: Int32[Array, "B D"]
+  odds: Float[Array, "B D K"]
+  codes: Int32[Array, "B I+W"]
+  log_probs: Float32[Array, "B I+W"]
+  steps: Int32[Array, ""]
 
 
-def verify(keys, drafts, odds, probabilities):
+def verify(
+  keys: Key[Array, " B"],
+  drafts: Int32[Array, "B D"],
+  odds: Float[Array, "B D K"],
+  probabilities: Float[Array, "B D+1 K"],
+) -> tuple[Int32[Array, " B"], Int32[Array, "B D+1"]]:
   """Accepts drafts from left to right until one fails, and samples the token after them.
 
   A draft x holds with probability min(1, p(x) / q(x)). The first that fails is replaced by a sample
@@ -53,14 +60,13 @@ def verify(keys, drafts, odds, probabilities):
     p = q: all drafts hold. p(x) = 0: draft x never holds.
 
   Args:
-    keys: [B] PRNG keys.
-    drafts: [B, W - 1] int32.
-    odds: [B, W - 1, K], q of each draft.
-    probabilities: [B, W, K], p of each place, given that all drafts before it hold.
+    keys: of the samples.
+    drafts: D = W - 1 codes.
+    odds: q of each draft.
+    probabilities: p of each place, given that all drafts before it hold.
 
   Returns:
-    (number of drafts that hold, [B] int32 in [0, W); tokens [B, W] int32, of which one more than
-    hold are valid).
+    (number of drafts that hold; tokens, of which one more than hold are valid).
   """
 
   def one(key, drafts, odds, p):
@@ -80,14 +86,14 @@ def verify(keys, drafts, odds, probabilities):
 
 
 def _read_drafts(config, model, loop: LoopState, done, drafts):
-  """Reads the last token of each row and the drafts after it. Returns (hidden [R, W, D], cache)."""
+  """Reads the last token of each row and the drafts after it.
+
+  Returns:
+    (hidden states [R, W, width], cache).
+  """
   streams, batch, window = len(loop.seen), len(loop.ids), drafts.shape[1] + 1
   rows = jnp.repeat(
-    drafts,
-    streams,
-    axis=0,
-    total_repeat_length=batch * streams,
-    out_sharding=spec("batch", None),
+    drafts, streams, axis=0, total_repeat_length=batch * streams, out_sharding=spec("batch", None)
   )
   tokens = jnp.concatenate([loop.tokens[:, None], rows], axis=1)
   # Drafts after the image's end are read, but never accepted.
@@ -201,7 +207,7 @@ def _accept(w: Window, cache, p, log_p, keys, codes: int, text_size: int) -> Win
 
 
 def _after_image(w: Window, plan, grammar: Grammar, codes: int) -> LoopState:
-  """The state after the image, where all samples have the same number of tokens again."""
+  """Returns the state after the image, where all samples have the same number of tokens again."""
   loop, vocab = w.loop, grammar.vocab
   in_image = jnp.arange(loop.ids.shape[1])[None] < codes
   seen_of = []
@@ -229,12 +235,12 @@ def generate_image(
   control: Control,
   loop: LoopState,
   *,
-  config,
+  config: ModelConfig,
   grammar: Grammar,
   sampler: Sampler,
   codes: int,
   window: int,
-):
+) -> tuple[LoopState, Int32[Array, ""]]:
   """Generates all codes of an image, for samples whose plans begin with one. Needs a mesh.
 
   Args:
@@ -248,7 +254,7 @@ def generate_image(
     window: W, at least 2: codes that a step reads.
 
   Returns:
-    (state after the image, number of steps as int32 scalar).
+    (state after the image, number of steps).
   """
   text_size = grammar.vocab.text_size
   control = split_control(control)

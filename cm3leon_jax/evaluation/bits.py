@@ -1,4 +1,4 @@
-"""Measures bits per image code and text token of held-out documents, by their neighbors."""
+"""Measures bits per image code and text token of held-out documents, by kind of neighbors."""
 
 # T tokens, C stored candidates of a document, n documents.
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.data import pipeline
-from cm3leon_jax.data.plan import DataConfig
+from cm3leon_jax.data.sample_plan import DataConfig
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
@@ -21,7 +21,7 @@ from cm3leon_jax.training import loss
 
 CONDITIONS = ("true", "shuffled", "none")
 MODALITIES = ("image", "text")
-ROW_MULTIPLE = 64  # Rows are padded to a multiple of it: few shapes to compile.
+ROW_MULTIPLE = 64  # Rows are padded to a multiple of it, so that few shapes compile.
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -157,6 +157,12 @@ def own_targets(sample, document, vocab) -> dict[str, np.ndarray]:
   return {"image": image, "text": own & ~image & (targets >= vocab.num_special)}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _nll(model_config, params, batch):
+  """[B, L] nats of each target of a batch; compiled once per shape."""
+  return loss.batch_nll(transformer.bind(model_config, params), batch)[1]
+
+
 def score_samples(
   params, model_config, samples, batch_size: int, progress=lambda rows: None
 ) -> list[np.ndarray]:
@@ -174,19 +180,15 @@ def score_samples(
   """
   longest = max(len(s) for s in samples) - 1
   length = min(-(-longest // ROW_MULTIPLE) * ROW_MULTIPLE, model_config.max_positions)
-  nll = jax.jit(
-    lambda params, batch: loss.batch_nll(transformer.bind(model_config, params), batch)[1]
-  )
   bits = []
   for start in range(0, len(samples), batch_size):
-    part = samples[start : start + batch_size]
-    filled = part + [part[-1]] * (batch_size - len(part))
-    batch = {
-      k: shard(v, "batch", "length") for k, v in pipeline.rows_of_samples(filled, length).items()
-    }
-    rows = np.asarray(jax.device_get(nll(params, batch)), np.float64) / np.log(2)
-    bits += [row[: len(sample) - 1] for row, sample in zip(rows, part)]
-    progress(len(part))
+    some = samples[start : start + batch_size]
+    filled = some + [some[-1]] * (batch_size - len(some))
+    arrays = pipeline.rows_of_samples(filled, length)
+    batch = {name: shard(array, "batch", "length") for name, array in arrays.items()}
+    rows = np.asarray(_nll(model_config, params, batch), np.float64) / np.log(2)
+    bits += [row[: len(sample) - 1] for row, sample in zip(rows, some)]
+    progress(len(some))
   return bits
 
 
@@ -199,7 +201,7 @@ def _samples(
   """
   rng = np.random.default_rng([seed, len(store)])
   chosen = np.sort(rng.permutation(len(store))[:num_documents])
-  # A document without a concept is one of its own.
+  # A document without a concept counts as a concept.
   concepts = [str(store.concepts[j] or f"document {j}") for j in chosen]
   if len(set(concepts)) < 2:
     raise UserError(
@@ -284,14 +286,14 @@ def _score_conditions(params, model_config, samples: dict, batch_size: int) -> d
     score = functools.partial(
       score_samples, params, model_config, batch_size=batch_size, progress=bar.update
     )
-    together = score(samples["true"] + samples["shuffled"])  # Equally long: one program.
+    together = score(samples["true"] + samples["shuffled"])  # Equally long, so one program.
     return {"true": together[:n], "shuffled": together[n:], "none": score(samples["none"])}
 
 
 def _compare(sums, tokens, unigram: float, resampling: dict) -> dict:
   def interval(bits):
-    found = intervals.mean_interval(bits, tokens, **resampling)
-    return {"bits": found.pop("mean"), **found}
+    result = intervals.mean_interval(bits, tokens, **resampling)
+    return {"bits": result.pop("mean"), **result}
 
   levels = {c: interval(sums[c]) for c in CONDITIONS}
   return {

@@ -1,4 +1,4 @@
-"""Means over samples that are not independent, with 95% intervals that resample their groups."""
+"""Computes means of dependent samples with 95% intervals that resample groups of samples."""
 
 # n samples, G groups.
 
@@ -63,16 +63,16 @@ def _ratio(sums, weights, axis=-1):
 
 
 def _percentile_level(n: float) -> float:
-  """Level at which the percentile interval of `n` > 1 groups covers as a t interval of LEVEL."""
+  """Returns the level at which a percentile interval of `n` > 1 groups equals a t interval."""
   t = stats.t.ppf((1 + LEVEL) / 2, n - 1)
   return float(2 * stats.norm.cdf(np.sqrt(n / (n - 1)) * t) - 1)
 
 
-def describe_groups(found: dict) -> str:
+def describe_groups(interval: dict) -> str:
   """States how many concepts a `mean_interval` rests on.
 
   describe_groups({"groups": 101, "effective_groups": 23.8, ...}) = "101 concepts (effectively 24)"
   """
-  count, effective = found["groups"], round(found["effective_groups"])
+  count, effective = interval["groups"], round(interval["effective_groups"])
   concepts = "1 concept" if count == 1 else f"{count} concepts"
   return concepts if effective == count else f"{concepts} (effectively {effective})"

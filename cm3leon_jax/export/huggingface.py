@@ -1,4 +1,7 @@
-"""The Hugging Face layout: `opt` as OPTForCausalLM, `modern` as Qwen3ForCausalLM; both load without remote code."""
+"""Exports to Hugging Face: `opt` as OPTForCausalLM, `modern` as Qwen3ForCausalLM.
+
+Both load without remote code.
+"""
 
 # K layers, D width, N heads, H head size, F feed-forward, V vocabulary, T tokens.
 
@@ -21,11 +24,14 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.vocab import VocabLayout
 
 WEIGHTS = "model.safetensors"
-OPT_OFFSET = 2  # OPT keeps position p at row p + 2; the rows before are never read.
+OPT_OFFSET = 2  # OPT stores position p in row p + 2 and never reads the rows before.
 
 
 def opt_tensors(params: dict) -> dict[str, np.ndarray]:
-  """Parameters of the `opt` family -> OPTForCausalLM's names, [out, in] weights, fp32; the head is tied to the table."""
+  """Converts parameters of the `opt` family to OPTForCausalLM's names, weights [out, in] fp32.
+
+  The head is tied to the embedding table.
+  """
   positions = params["positions"]
   tensors = {
     "model.decoder.embed_tokens.weight": params["embed"],
@@ -43,7 +49,7 @@ def opt_tensors(params: dict) -> dict[str, np.ndarray]:
 
 
 def qwen3_tensors(params: dict) -> dict[str, np.ndarray]:
-  """Parameters of the `modern` family -> Qwen3ForCausalLM's names, [out, in] weights, fp32."""
+  """Converts parameters of the `modern` family to Qwen3ForCausalLM's names, [out, in] fp32."""
   tensors = {
     "model.embed_tokens.weight": params["embed"],
     "model.norm.weight": params["final_norm"]["scale"],
@@ -76,7 +82,7 @@ def _attention(prefix: str, blocks: dict, i: int, out_name: str) -> dict[str, np
 
 
 def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
-  """Content of config.json. Image code c is token `cm3leon.text_size` + c of the same table."""
+  """Returns the content of config.json. Image code c is token id `cm3leon.text_size` + c."""
   common = {
     "vocab_size": config.vocab_size,
     "hidden_size": config.width,
@@ -87,11 +93,7 @@ def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
     "bos_token_id": vocab.eos,
     "eos_token_id": vocab.eos,
     "dtype": "float32",
-    "cm3leon": {
-      "num_special": vocab.num_special,
-      "text_size": vocab.text_size,
-      "image_size": vocab.image_size,
-    },
+    "cm3leon": {name: getattr(vocab, name) for name in ("num_special", "text_size", "image_size")},
   }
   if config.family == "opt":
     return common | {
@@ -131,31 +133,34 @@ def export(
   vocab: VocabLayout,
   tokenizer_folder: epath.PathLike | None,
 ) -> dict:
-  """Writes what `transformers.AutoModelForCausalLM` and `AutoTokenizer` read, without torch; the weights come last.
+  """Writes files for `transformers.AutoModelForCausalLM` and `AutoTokenizer`, without torch.
+
+  The weights are written last.
 
   Args:
     folder: gets model.safetensors, config.json, generation_config.json and the tokenizer's files.
-    params: of the model, on any mesh.
-    config: of the model.
-    vocab: the layout of its ids.
-    tokenizer_folder: of the text tokenizer; None leaves it out.
+    params: parameters of the decoder, on any mesh.
+    config: configuration of the decoder.
+    vocab: layout of the token ids.
+    tokenizer_folder: folder of the text tokenizer; None leaves it out.
 
   Returns:
-    Numbers for the report.
+    {"architecture", "parameters", "bytes"}.
 
   Raises:
-    UserError: the layout has no place for a part of the decoder.
+    UserError: the Hugging Face model lacks a part of the decoder.
   """
   if config.family == "opt" and config.query_key_norm:
     raise UserError(
-      "config.model.query_key_norm is set: OPTForCausalLM has no such norm, so this decoder cannot be exported to it."
+      "config.model.query_key_norm is set: OPTForCausalLM has no such norm, so this decoder cannot "
+      "be exported."
     )
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   described = hf_config(config, vocab)
   write_json(folder / "config.json", described)
-  # A document ends at </s>, an infill (a caption, an answer) at <eoss>. config.json can name only
-  # one of them, so this file must not be marked as made from it ("_from_model_config").
+  # A document ends with </s>, an infill (a caption, an answer) with <eoss>. config.json can name
+  # only one of them, so this file must not be marked as derived from it ("_from_model_config").
   ids = {"pad_token_id": vocab.pad, "bos_token_id": vocab.eos}
   ids["eos_token_id"] = [vocab.eos, vocab.eoss]
   write_json(folder / "generation_config.json", ids)
@@ -174,13 +179,13 @@ def export(
 
 
 def can_compare() -> bool:
-  """Whether torch and transformers are installed: the `[dev]` extra."""
+  """Returns whether torch and transformers are installed (the `[dev]` extra)."""
   return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def causal_logits(config: ModelConfig, params: dict, tokens):
-  """[T] ids of one sample -> [T, V] fp32 logits after each of them; on the current mesh."""
+  """Computes logits [T, V] fp32 of the ids [T] of a sample, on the current mesh."""
   model = transformer.bind(config, params)
   tokens = shard(jnp.broadcast_to(tokens[None], (batch_shards(), tokens.size)), "batch", "length")
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
@@ -191,16 +196,19 @@ def causal_logits(config: ModelConfig, params: dict, tokens):
 def compare_logits(
   folder: epath.PathLike, params: dict, config: ModelConfig, samples: Sequence[np.ndarray]
 ) -> dict:
-  """Runs samples through the exported folder and through our model, both in fp32. Needs `can_compare()`.
+  """Compares the logits of the exported model and of this project's, both in fp32.
+
+  Requires `can_compare()`.
 
   Args:
-    folder: of `export`.
-    params: of the model, on the current mesh.
-    config: of the model.
-    samples: [T] int32 ids each, T <= max_positions.
+    folder: folder of `export`.
+    params: parameters of the decoder, on the current mesh.
+    config: configuration of the decoder.
+    samples: token ids, [T] int32 each, T <= max_positions.
 
   Returns:
-    max_difference over all logits, and max_logit, the largest of them in size, to judge it by.
+    {"max_difference", "max_logit", "samples", "tokens"}: the largest difference of two logits, and
+    the largest absolute logit for comparison.
   """
   import torch
   import transformers
@@ -212,10 +220,9 @@ def compare_logits(
   for sample in samples:
     with torch.no_grad():
       theirs = model(torch.from_numpy(sample.astype(np.int64))[None]).logits[0].numpy()
-    # Padded to one length, one program; what follows a token does not reach it.
-    ours = np.asarray(causal_logits(config, params, np.pad(sample, (0, longest - len(sample)))))[
-      : len(sample)
-    ]
+    # Padded to one length for one program; a causal model ignores what follows.
+    padded = np.pad(sample, (0, longest - len(sample)))
+    ours = np.asarray(causal_logits(config, params, padded))[: len(sample)]
     difference = max(difference, float(np.abs(ours - theirs).max()))
     largest = max(largest, float(np.abs(ours).max()))
   return {

@@ -56,7 +56,7 @@ def heldout_tasks(
   keep_neighbors: bool = False,
   image_tokenizer: ImageTokenizer | None = None,
 ) -> list[HeldoutCaption]:
-  """`count` held-out captions, evenly spread over the split, each with every setting.
+  """Returns tasks of `count` held-out captions, evenly spaced, each with every setting.
 
   Args:
     layout: of the run.
@@ -106,10 +106,10 @@ def heldout_tasks(
 
 
 def sample_grids(settings, workdir, folder) -> Callable[[dict, int], Image.Image]:
-  """The trainer's `draw(params, step)`: writes a grid of held-out captions, without neighbors.
+  """Returns `generate_grid(params, step)`, which writes samples of held-out captions as a grid.
 
-  All processes of a run generate the same images, since each holds a part of `params`; the first
-  process writes them.
+  Captions have no neighbors. All processes of a run generate the same images, since each holds a
+  part of `params`; the first process writes them.
 
   Args:
     settings: of the run.

@@ -1,4 +1,4 @@
-"""Tasks that make one image."""
+"""Defines tasks that generate one image."""
 
 # I tokens of an image.
 
@@ -97,7 +97,7 @@ class InfillImage(ImageTask):
     return request.infill(layout.vocab, layout.image_tokens, segments, neighbors)
 
   def _pieces(self, layout: PromptLayout, codes) -> list:
-    """Pieces of the image: one hole for a box of full width, else one for each row of the box."""
+    """Splits the image: one hole for a box of full width, otherwise one for each row of the box."""
     side = layout.side
     left, top, right, bottom = whole_codes(self.box, layout.resolution, side)
     if right - left == side:
@@ -107,7 +107,7 @@ class InfillImage(ImageTask):
     if len(holes) >= layout.vocab.num_masks:
       raise UserError(
         f"box is {_listed(self.box)}: it has {len(holes)} rows of codes, and the vocabulary has "
-        f"sentinels for {layout.vocab.num_masks - 1}: make it less high, or as wide as the image."
+        f"sentinels for {layout.vocab.num_masks - 1}: make it lower, or as wide as the image."
       )
     pieces, position = [], 0
     for start, stop in holes:

@@ -30,7 +30,7 @@ class Sample:
   """One generated result.
 
   Attributes:
-    task: what was asked for.
+    task: the task.
     index: number of the sample among those of the task, from 0 on.
     seed: the seed that gives it alone.
     segments: texts, and [H, W, 3] uint8 images, in their order.
@@ -60,18 +60,23 @@ class Sample:
   rank: int | None = None
 
   @property
+  def parts(self) -> list[str | Image.Image]:
+    """All texts and images in their order."""
+    return [s if isinstance(s, str) else Image.fromarray(s) for s in self.segments]
+
+  @property
   def images(self) -> list[Image.Image]:
-    """All images."""
-    return [Image.fromarray(s) for s in self.segments if not isinstance(s, str)]
+    """Returns all images."""
+    return [part for part in self.parts if not isinstance(part, str)]
 
   @property
   def image(self) -> Image.Image | None:
-    """The first image; None if there is none."""
+    """Returns the first image, None if there is none."""
     return next(iter(self.images), None)
 
   @property
   def text(self) -> str:
-    """All texts, one a line."""
+    """Returns all texts, one per line."""
     return "\n".join(s for s in self.segments if isinstance(s, str))
 
 
@@ -86,7 +91,7 @@ def load_image(image, resolution: int | None) -> np.ndarray:
 
 
 def _square(image, resolution: int) -> np.ndarray:
-  """The image in the model's resolution; prints what was cut or scaled."""
+  """Crops and scales an image to the model's resolution, and prints that it did."""
   pixels = load_image(image, None)
   height, width = pixels.shape[:2]
   if (height, width) == (resolution, resolution):
@@ -101,22 +106,22 @@ def _square(image, resolution: int) -> np.ndarray:
 
 
 def image_key(image):
-  """Equal for one image that several tasks have."""
+  """Returns a key that is equal for the same image of several tasks."""
   return image if isinstance(image, str) else id(image)
 
 
 def first_documents(store: DocumentStore, ids: np.ndarray, count: int) -> tuple[Document, ...]:
-  """The documents of the first `count` ids; -1 stands for none."""
+  """Returns the documents of the first `count` ids; -1 stands for no document."""
   return tuple(store[int(i)] for i in ids[ids >= 0][:count])
 
 
 def open_bank(layout: PromptLayout, bank: epath.PathLike) -> DocumentStore:
-  """The documents of a workdir that can be retrieved."""
+  """Opens the documents of a workdir that can be retrieved."""
   return DocumentStore(epath.Path(bank) / "documents" / "train_pairs", layout.vocab)
 
 
 def check_tasks(layout: PromptLayout, tasks: Sequence[Task], bank: epath.PathLike | None) -> dict:
-  """Checks all that can be checked before anything is compiled, and loads the given images.
+  """Checks tasks before any compilation, and loads their images.
 
   Args:
     layout: of the run.
@@ -148,8 +153,8 @@ def check_tasks(layout: PromptLayout, tasks: Sequence[Task], bank: epath.PathLik
       )
     if not len(store := open_bank(layout, bank)):
       raise retrieving.error(
-        f"retrieve is {retrieving.retrieve}, and {store.folder} holds no documents: say "
-        "--retrieve=0."
+        f"retrieve is {retrieving.retrieve}, and {store.folder} holds no documents: set "
+        "retrieve to 0."
       )
   return given
 
@@ -213,7 +218,7 @@ class Pipeline:
 
   @functools.cached_property
   def documents(self) -> DocumentStore:
-    """Documents of the bank."""
+    """Returns the documents of the bank."""
     return open_bank(self.layout, self.bank)
 
   def generate(
@@ -252,7 +257,7 @@ class Pipeline:
 
     def show_steps(more: int) -> None:
       steps.append(more)
-      bar.set_postfix(tokens=sum(steps))  # Of each sample in the current batch.
+      bar.set_postfix(tokens=sum(steps))  # Per sample of the current batch.
 
     with tqdm(total=total, desc="generate", unit="sample", disable=not show_progress) as bar:
       for members in alike.values():
@@ -282,22 +287,49 @@ class Pipeline:
         queries.setdefault((kind, image_key(value)), (value, []))[1].append(i)
     if not queries:
       return found
-    ids = self.retriever.retrieve(self._embed(queries))[0]
-    for (_, members), row in zip(queries.values(), ids):
+    most = max(tasks[i].retrieve for _, members in queries.values() for i in members)
+    nearest = self.search([(kind, value) for (kind, _), (value, _) in queries.items()], most)
+    for (_, members), (documents, _) in zip(queries.values(), nearest):
       for i in members:
-        found[i] = first_documents(self.documents, row, tasks[i].retrieve)
+        found[i] = documents[: tasks[i].retrieve]
         if not found[i]:
           limit = self.settings.retrieval.max_similarity
           raise tasks[i].error(
             f"no document was found for '{tasks[i].label}': all are more similar to it than "
-            f"config.retrieval.max_similarity = {limit}: say --retrieve=0."
+            f"config.retrieval.max_similarity = {limit}: set retrieve to 0."
           )
     return found
 
-  def _embed(self, queries: dict) -> np.ndarray:
-    """[n, E] embeddings of the values of `queries`, whose keys begin with "image" or "text"."""
+  def search(
+    self, queries: Sequence[tuple[str, object]], count: int
+  ) -> list[tuple[tuple[Document, ...], np.ndarray]]:
+    """Finds the documents of the bank that are most similar to each query; needs CLIP.
+
+    Args:
+      queries: ("text", text) or ("image", image) each.
+      count: largest number of documents for each query.
+
+    Returns:
+      For each query its documents, best first, and their cosines, fp32. Documents above
+      `retrieval.max_similarity`, to the query or to a better document, are skipped.
+
+    Raises:
+      UserError: `count` is more than the search looks at.
+    """
+    if count > (most := self.settings.retrieval.max_candidates):
+      raise UserError(
+        f"{count} documents are asked for; at most config.retrieval.max_candidates = {most} can be."
+      )
+    ids, scores = self.retriever.retrieve(self._embed(queries), count)
+    return [
+      (first_documents(self.documents, row, count), similar[row >= 0])
+      for row, similar in zip(ids, scores)
+    ]
+
+  def _embed(self, queries: Sequence[tuple[str, object]]) -> np.ndarray:
+    """[n, E] embeddings of queries, see `search`."""
     values = {"image": [], "text": []}
-    for (kind, _), (value, _) in queries.items():
+    for kind, value in queries:
       values[kind].append(value)
     embedded = {}
     if images := [load_image(image, self.clip.resolution) for image in values["image"]]:
@@ -318,7 +350,7 @@ class Pipeline:
   def _samples(
     self, places: Sequence[int], batch: Sequence[Result], tasks, requests, given: dict, neighbors
   ) -> list[Sample]:
-    """Samples of a batch; `places` are the indices of their tasks."""
+    """Generates the samples of a batch; `places` are the indices of their tasks."""
     answers = [
       tasks[i].from_ids(self.layout, requests[i], result.ids) for i, result in zip(places, batch)
     ]
@@ -356,7 +388,7 @@ class Pipeline:
 
 
 def ranked(samples: Sequence[Sample]) -> list[Sample]:
-  """Samples of a task with their ranks, the best CLIP score first; samples without come last."""
+  """Ranks the samples of a task by CLIP score, best first; samples without one come last."""
 
   def score(sample: Sample) -> float:
     return -np.inf if sample.clip_score is None else sample.clip_score

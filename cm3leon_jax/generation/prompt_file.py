@@ -1,4 +1,4 @@
-"""Tasks from flags, or from a file with one task a line."""
+"""Makes tasks from flags, or from a file with one task per line."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -23,20 +23,14 @@ TASKS = (
   Interleaved,
   Unconditional,
 )
-FIELDS = {
-  "task": str,
-  "prompt": str,
-  "image": str,
-  "box": list,
-  "length": int,
-  "seed": int,
-  "retrieve": int,
-  "keep_neighbors": bool,
-}  # Fields of a line, beside the fields of SamplingConfig.
+# Fields of a line, beside the fields of SamplingConfig.
+FIELDS = dict.fromkeys(("task", "prompt", "image"), str) | {"box": list, "keep_neighbors": bool}
+FIELDS |= dict.fromkeys(("length", "seed", "retrieve"), int)
+TYPES = {str: "string", int: "integer", list: "list", bool: "boolean"}
 
 
 def task_class(name: str, where: str = "") -> type[Task]:
-  """The class of a task. Raises UserError if there is none of that name."""
+  """Returns the class of a task; raises UserError if there is no task of this name."""
   found = next((cls for cls in TASKS if cls.name == name), None)
   if found is None:
     names = ", ".join(cls.name for cls in TASKS)
@@ -72,7 +66,7 @@ def make_task(name: str, fields: dict, **common) -> Task:
 
 
 def pair(prompts: Sequence[str], images: Sequence[str]) -> list[dict]:
-  """Fields of each prompt with its image: as many of both, or one for all.
+  """Pairs prompts with images: equally many, or one for all.
 
   Raises:
     UserError: other numbers, e.g. two prompts and three images.
@@ -117,7 +111,7 @@ def read(
   path = epath.Path(path)
   if not path.exists():
     raise UserError(
-      f"--prompts names {path}, which does not exist: give a file with one JSON object a line."
+      f"--prompts names {path}, which does not exist: give a file with one JSON object per line."
     )
   tasks = []
   for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
@@ -140,12 +134,12 @@ def read(
         fields["box"] = tuple(fields["box"])
       tasks.append(make_task(name, fields, **common))
   if not tasks:
-    raise UserError(f"--prompts names {path}, which has no line: give one JSON object a line.")
+    raise UserError(f"--prompts names {path}, which has no line: give one JSON object per line.")
   return tasks
 
 
 def _object(line: str, where: str) -> dict:
-  """Fields of a line, with checked names and types. Raises UserError naming the place."""
+  """Parses the fields of a line; raises UserError, with the place, for wrong names or types."""
   try:
     fields = json.loads(line)
   except json.JSONDecodeError as error:
@@ -160,12 +154,12 @@ def _object(line: str, where: str) -> dict:
       raise UserError(f"{where} has no field '{name}': {hint}")
     kind = FIELDS.get(name, object)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-      raise UserError(f"{where}: {name} is {value!r}; it must be {kind.__name__}.")
+      raise UserError(f"{where}: {name} is {value!r}; it must be a valid {TYPES[kind]}.")
   return fields
 
 
 def _sampling(fields: dict, defaults: SamplingConfig, where: str) -> SamplingConfig:
-  """Takes the fields of SamplingConfig out of `fields`. Raises UserError naming the place."""
+  """Moves fields of SamplingConfig out of `fields`; raises UserError, with the place."""
   names = [f.name for f in dataclasses.fields(SamplingConfig) if f.name in fields]
   own = {name: fields.pop(name) for name in names}
   try:

@@ -63,7 +63,7 @@ class PromptLayout:
 
   @property
   def side(self) -> int:
-    """Number of codes in a row of an image."""
+    """Returns the number of codes in a row of an image."""
     return math.isqrt(self.image_tokens)
 
 
@@ -106,7 +106,7 @@ class Task:
   where: str = ""
 
   def error(self, sentence) -> UserError:
-    """An error that names the task's place in a prompt file."""
+    """Returns an error that names the task's place in a prompt file."""
     return UserError(f"{self.where}: {sentence}" if self.where else str(sentence))
 
   def validate(self) -> None:
@@ -129,19 +129,19 @@ class Task:
       )
 
   def identity(self) -> dict:
-    """Name and fields that the samples depend on."""
+    """Returns the name and the fields that the samples depend on."""
     fields = dataclasses.asdict(self)
     del fields["where"]
     return {"task": self.name, **fields}
 
   def query(self) -> tuple[str, object]:
-    """What documents are retrieved by: ("text", text) or ("image", image)."""
+    """Returns the query of retrieval: ("text", text) or ("image", image)."""
     return ("image", self.image) if has_image(self) else ("text", self.prompt)
 
   def to_request(
     self, layout: PromptLayout, image=None, neighbors: Sequence[Document] = ()
   ) -> Request:
-    """The prompts of the guidance streams and the plan of what may follow.
+    """Returns the prompts of the guidance streams and the plan of what may follow.
 
     Args:
       layout: of the run.
@@ -174,11 +174,11 @@ class Task:
       raise self.error(error) from error
 
   def _request(self, layout: PromptLayout, image: np.ndarray, neighbors: list) -> Request:
-    """`to_request` for [I] ids of the image and the segments of each neighbor."""
+    """Makes the request (`to_request`) for [I] ids of the image and the neighbors' segments."""
     raise NotImplementedError
 
   def from_ids(self, layout: PromptLayout, request: Request, ids: np.ndarray) -> tuple:
-    """The meaning of [G] generated ids.
+    """Decodes [G] generated ids.
 
     Returns:
       (segments: texts and [I] int32 image codes in their order; texts of all holes).
@@ -187,11 +187,11 @@ class Task:
 
   @property
   def is_scored(self) -> bool:
-    """Whether CLIP can score a sample: it has a caption and an image."""
+    """Returns whether CLIP can score a sample: whether it has a caption and an image."""
     return False
 
   def clip_pair(self, given, segments) -> tuple[np.ndarray, str]:
-    """The image and the caption that CLIP compares, if `is_scored`.
+    """Returns the image and the caption that CLIP compares, if `is_scored`.
 
     Args:
       given: [H, W, 3] uint8, the given image or None.
@@ -201,36 +201,36 @@ class Task:
 
   @property
   def label(self) -> str:
-    """Text beside its row on the contact sheet."""
+    """Returns the label of its row on the contact sheet."""
     return self.prompt or (has_image(self) and image_name(self.image)) or self.name
 
   @property
   def settings_label(self) -> str:
-    """Settings that differ in a row of the contact sheet."""
+    """Returns the settings that differ in a row of the contact sheet."""
     return ""
 
   @property
   def file_stem(self) -> str:
-    """Beginning of the names of its image files."""
+    """Returns the start of the names of its image files."""
     return f"{self.row:03d}_{slug(self.prompt or self.name)}"
 
   def record(self, segments, codes, filled, files: list[str]) -> dict:
-    """What results.jsonl says of a sample's answer: its texts, codes and files."""
+    """Returns the answer of a sample for results.jsonl: texts, codes and files."""
     raise NotImplementedError
 
 
 def has_image(task: Task) -> bool:
-  """Whether the task has a given image."""
+  """Returns whether the task has an input image."""
   return not isinstance(task.image, str) or bool(task.image)
 
 
 def image_name(image) -> str:
-  """Name of an image file; of an image in memory its kind."""
+  """Returns the name of an image file, or the type of an image in memory."""
   return pathlib.PurePath(image).name if isinstance(image, str) else "image"
 
 
 def document_segments(vocab: VocabLayout, request: Request, ids) -> list[np.ndarray]:
-  """Segments of a request's document, neighbors included, with [G] generated ids in their place."""
+  """Splits the document of a request into segments, with [G] generated ids in their place."""
   whole = np.concatenate([request.streams[0], ids]).astype(np.int32)
   whole = undo_cm3_mask(whole, vocab) if vocab.eoss in whole else whole
   parts = np.split(whole, np.flatnonzero((whole == vocab.brk) | (whole == vocab.eos)))
@@ -238,13 +238,13 @@ def document_segments(vocab: VocabLayout, request: Request, ids) -> list[np.ndar
 
 
 def decode_segment(layout: PromptLayout, segment):
-  """Ids of a segment -> its text, or its [I] image codes."""
+  """Decodes the ids of a segment to its text or its [I] image codes."""
   vocab = layout.vocab
   return vocab.image_codes(segment) if vocab.is_image(segment).all() else layout.decode(segment)
 
 
 def slug(text: str) -> str:
-  """A text as part of a file name.
+  """Turns a text into a part of a file name.
 
   >>> slug("Red  apple!")
   'red-apple'

@@ -1,4 +1,4 @@
-"""Tasks that write text: captions, answers, infilled texts, and documents of texts and images."""
+"""Defines tasks that write text: captions, answers, infilled texts, and interleaved documents."""
 
 from collections.abc import Callable
 import dataclasses
@@ -32,7 +32,7 @@ class TextTask(Task):
   length: int = dataclasses.field(default=0, kw_only=True)
 
   def _text(self) -> str:
-    """The text of the document, with MASK for each hole."""
+    """Returns the text of the document, with MASK for each hole."""
     return self.prompt
 
   def _request(self, layout, image, neighbors):
@@ -151,7 +151,7 @@ class Interleaved(Task):
 
 
 def text_pieces(encode: Callable[[str], np.ndarray], text: str) -> list[np.ndarray]:
-  """Ids of the pieces between the masks of a text, as if the masks were filled in.
+  """Encodes the pieces between the masks of a text, as if the masks were filled in.
 
   A space belongs to the word after it, so the space before a mask is part of the hole.
 

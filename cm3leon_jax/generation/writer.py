@@ -1,4 +1,4 @@
-"""From samples to files: images, results.jsonl, and one contact sheet."""
+"""Writes samples to files: images, results.jsonl, and one contact sheet."""
 
 # H height, W width of an image.
 
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from cm3leon_jax.generation.pipeline import Sample
 from cm3leon_jax.io import replacing
 
-SHEET_ROWS = 64  # Of a contact sheet: few programs open a larger image.
+SHEET_ROWS = 64  # Few programs open a larger image.
 ORIGIN = ("key", "source", "license", "attribution")  # Fields of a neighbor in results.jsonl.
 CELL = 128  # Smallest side of an image on a sheet, in pixels.
 GAP = 6
@@ -35,7 +35,7 @@ class Writer:
     self.folder, self.num_samples = epath.Path(folder), num_samples
 
   def file_names(self, sample: Sample) -> list[str]:
-    """Names of the files of a sample's images."""
+    """Returns the file names of a sample's images."""
     stem = sample.task.file_stem
     if self.num_samples > 1:
       stem += f"_sample{sample.index}"
@@ -60,7 +60,7 @@ class Writer:
 
 
 def record(sample: Sample, files: list[str]) -> dict:
-  """The line of results.jsonl, see docs/data_formats.md."""
+  """Returns the line of results.jsonl (docs/data_formats.md)."""
   task = sample.task
   return {
     "task": task.name,
@@ -86,7 +86,7 @@ def record(sample: Sample, files: list[str]) -> dict:
 
 
 def sample_sheet(samples: Sequence[Sequence[Sample]]) -> Image.Image:
-  """One row for each prompt, up to SHEET_ROWS: the given or held-out image, then all samples."""
+  """Lays out a row for each prompt, up to SHEET_ROWS: its input or original image, then samples."""
   rows, titles, labels = {}, {}, {}
   for of_task in samples:
     task, given = of_task[0].task, of_task[0].given

@@ -8,28 +8,25 @@ from jax.experimental.pallas.ops.gpu import attention as gpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
 
 from cm3leon_jax.mesh import spec
 
-BLOCK = 256  # Queries that look back together.
+BLOCK = 256  # Queries of one masked product.
+Heads, Ids = Float[Array, "B L N H"], Int32[Array, "B L"]
 
 
 def wide(dtype):
-  """The dtype of sums that must not lose digits: fp32, or fp64 of fp64."""
+  """Returns the dtype of sums that need all digits: fp32, or fp64 for fp64."""
   return jnp.promote_types(dtype, jnp.float32)
 
 
-def masked_attention(q, k, v, mask):
-  """Softmax attention with scores in fp32.
+def masked_attention(
+  q: Heads, k: Float[Array, "B T N H"], v: Float[Array, "B T N H"], mask: Bool[Array, "B 1 L T"]
+) -> Heads:
+  """Computes softmax attention with scores in fp32; laid out like q.
 
-  Args:
-    q: [B, L, N, H].
-    k: [B, T, N, H].
-    v: [B, T, N, H].
-    mask: [B, 1, L, T] bool; a query must see at least one key.
-
-  Returns:
-    [B, L, N, H], laid out like q.
+  `mask` is true where a query sees a key; every query must see at least one key.
   """
   scores = (
     jnp.einsum("BLNH,BTNH->BNLT", q, k, preferred_element_type=wide(q.dtype)) * q.shape[-1] ** -0.5
@@ -38,22 +35,13 @@ def masked_attention(q, k, v, mask):
   return jnp.einsum("BNLT,BTNH->BLNH", weights.astype(v.dtype), v)
 
 
-def causal_attention(q, k, v, segment_ids):
-  """Attention of packed rows: query l sees key t when t <= l and both are of one segment.
+def causal_attention(q: Heads, k: Heads, v: Heads, segment_ids: Ids) -> Heads:
+  """Computes attention of packed rows: query l sees key t if t <= l and both are in one segment.
 
-  Blocks of queries look only at the keys up to their end: half the work of a full matrix under a mask, and the scores
-  of one block at a time.
+  Blocks of queries look only at the keys up to their end. This takes half the work of a full
+  matrix under a mask, and the scores of one block at a time.
 
     segment_ids = [1 1 2]: who sees whom is [[1 0 0] [1 1 0] [0 0 1]]
-
-  Args:
-    q: [B, L, N, H].
-    k: [B, L, N, H].
-    v: [B, L, N, H].
-    segment_ids: [B, L] int32.
-
-  Returns:
-    [B, L, N, H].
   """
   length, blocks = q.shape[1], []
   for start in range(0, length, BLOCK):
@@ -67,7 +55,7 @@ def causal_attention(q, k, v, segment_ids):
 
 
 def _per_shard(kernel, q, k, v, segment_ids):
-  """`kernel(q, k, v, segment_ids)` on every device's batch and heads: [B, N, L, H] each but [B, L] segment_ids."""
+  """Calls `kernel` for every device's part of batch and heads, with q, k and v as [B, N, L, H]."""
   per_head, rows = spec("batch", "heads", "length", "head_dim"), spec("batch", "length")
   call = jax.shard_map(
     kernel, in_specs=(per_head,) * 3 + (rows,), out_specs=per_head, check_vma=False
@@ -75,18 +63,14 @@ def _per_shard(kernel, q, k, v, segment_ids):
   return call(*(x.swapaxes(1, 2) for x in (q, k, v)), segment_ids).swapaxes(1, 2)
 
 
-def splash_attention(q, k, v, segment_ids, interpret: bool = False):
-  """The same as `causal_attention`, by the Pallas kernel of TPUs. L must be a multiple of 128."""
+def splash_attention(
+  q: Heads, k: Heads, v: Heads, segment_ids: Ids, interpret: bool = False
+) -> Heads:
+  """Computes `causal_attention` by the Pallas kernel of TPUs. L must be a multiple of 128."""
   length, scale = q.shape[1], q.shape[-1] ** -0.5
   block = next(b for b in (512, 384, 256, 128) if length % b == 0)
-  blocks = splash.BlockSizes(
-    block_q=block,
-    block_kv=block,
-    block_q_dkv=block,
-    block_kv_dkv=block,
-    block_q_dq=block,
-    block_kv_dq=block,
-  )
+  sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+  blocks = splash.BlockSizes(**dict.fromkeys(sizes, block))
 
   def local(q, k, v, segment_ids):
     mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((length, length))] * q.shape[1])
@@ -98,14 +82,22 @@ def splash_attention(q, k, v, segment_ids, interpret: bool = False):
       residual_checkpoint_name="attention",
       interpret=interpret,
     )
-    one = lambda q, k, v, s: kernel(q, k, v, segment_ids=splash.SegmentIds(s, s))
-    return jax.vmap(one)(q * scale, k, v, segment_ids)
+
+    def row(q, k, v, s):
+      return kernel(q, k, v, segment_ids=splash.SegmentIds(s, s))
+
+    return jax.vmap(row)(q * scale, k, v, segment_ids)
 
   return _per_shard(local, q, k, v, segment_ids)
 
 
-def triton_attention(q, k, v, segment_ids, interpret: bool = False):
-  """The same as `causal_attention`, by the Pallas kernel of GPUs. L must be a multiple of 128, H a power of two."""
+def triton_attention(
+  q: Heads, k: Heads, v: Heads, segment_ids: Ids, interpret: bool = False
+) -> Heads:
+  """Computes `causal_attention` by the Pallas kernel of GPUs.
+
+  L must be a multiple of 128, H a power of two.
+  """
 
   def local(q, k, v, segment_ids):
     rows_first = (x.swapaxes(1, 2) for x in (q, k, v))
@@ -117,13 +109,13 @@ def triton_attention(q, k, v, segment_ids, interpret: bool = False):
   return checkpoint_name(_per_shard(local, q, k, v, segment_ids), "attention")
 
 
-def row_attention(name: str, q, k, v, segment_ids):
-  """Attention by the function that `name`, of `config.ATTENTIONS`, stands for.
+def row_attention(name: str, q: Heads, k: Heads, v: Heads, segment_ids: Ids) -> Heads:
+  """Computes `causal_attention` by the implementation `name`, one of `config.ATTENTIONS`.
 
-  `auto`: the kernel of the mesh's devices where the shapes allow it, else plain.
+  `auto` is the kernel of the mesh's devices if it takes these shapes, else plain attention.
 
   Raises:
-    ValueError: the kernel asked for cannot take these shapes.
+    ValueError: the kernel does not take these shapes.
   """
   length, head_dim = q.shape[1], q.shape[3]
   fits = {
@@ -138,7 +130,8 @@ def row_attention(name: str, q, k, v, segment_ids):
     name = kernel if fits[kernel] else "plain"
   if not fits[name]:
     raise ValueError(
-      f"attention '{name}' takes rows of a multiple of 128, triton heads of 2^n; here {length} and {head_dim}."
+      f"attention '{name}' takes rows of a multiple of 128 tokens, and triton head sizes of 2^n; "
+      f"here a row has {length} tokens and the head size is {head_dim}."
     )
   return {"plain": causal_attention, "splash": splash_attention, "triton": triton_attention}[name](
     q, k, v, segment_ids

@@ -72,4 +72,5 @@ class ModelConfig:
 
   @property
   def head_dim(self) -> int:
+    """Size of a head."""
     return self.width // self.num_heads

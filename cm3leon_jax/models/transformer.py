@@ -1,6 +1,6 @@
-"""The decoder. NNX modules only hold parameters; every transform is JAX's own, over a pure dict of them."""
+"""The decoder. NNX modules only hold parameters; transforms are JAX's own, over a pure dict."""
 
-# B batch, L length, D width, N heads, H head size, F feed-forward, V vocabulary, K layers.
+# B batch, L length, D width, N heads, H head size, F feed-forward, V vocabulary.
 
 from collections.abc import Callable
 import functools
@@ -9,6 +9,7 @@ from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Key
 
 from cm3leon_jax import parameters
 from cm3leon_jax.mesh import gathered, spec
@@ -17,7 +18,9 @@ from cm3leon_jax.models.config import ModelConfig
 
 POSITION_RATIO = 1 / 30  # Positions start at this share of init_std: 0.0002 (CM3Leon, section 2.3).
 ROPE_BASE = 10_000.0
-LOOKED_UP = ("embed", "positions")  # Parameters that are tables of `look_up`.
+LOOKED_UP = ("embed", "positions")  # Tables of `look_up`.
+Ids, Stream = Int32[Array, "B L"], Float[Array, "B L D"]
+Vectors = Float[Array, "*batch D"]
 
 
 def _param(rngs: nnx.Rngs, shape, axes, std: float) -> nnx.Param:
@@ -27,8 +30,8 @@ def _param(rngs: nnx.Rngs, shape, axes, std: float) -> nnx.Param:
   return nnx.Param(std * sample)
 
 
-def normalize(x, eps: float, center: bool):
-  """Layer norm (`center`) or RMS norm over the last axis in fp32, without parameters."""
+def normalize(x: Vectors, eps: float, center: bool) -> Vectors:
+  """Applies layer norm (`center`) or RMS norm in fp32, without parameters."""
   x32 = x.astype(attention.wide(x.dtype))
   if center:
     x32 = x32 - x32.mean(-1, keepdims=True)
@@ -36,17 +39,17 @@ def normalize(x, eps: float, center: bool):
 
 
 class Norm(nnx.Module):
-  """Pre-norm of the family: `opt` LayerNorm without parameters (eps 1e-5), `modern` RMSNorm with a scale (eps 1e-6)."""
+  """The family's norm, see `apply_norm`; only `modern` has a scale."""
 
   def __init__(self, family: str, width: int):
     self.scale = nnx.Param(jnp.ones((width,), jnp.float32)) if family == "modern" else None
 
-  def __call__(self, x):
+  def __call__(self, x: Vectors) -> Vectors:
     return apply_norm(None if self.scale is None else self.scale[...], x)
 
 
-def apply_norm(scale, x):
-  """A `Norm` with a [D] scale, or None, as a function."""
+def apply_norm(scale: Float[Array, " D"] | None, x: Vectors) -> Vectors:
+  """Applies RMS norm with a scale (eps 1e-6), or layer norm without parameters (eps 1e-5)."""
   if scale is None:
     return normalize(x, 1e-5, center=True)
   return normalize(x, 1e-6, center=False) * scale.astype(x.dtype).reshape(
@@ -54,8 +57,8 @@ def apply_norm(scale, x):
   )
 
 
-def rotate(x, positions):
-  """Rotary positions (RoFormer), halves convention. x: [B, L, N, H], positions: [B, L] -> [B, L, N, H]."""
+def rotate(x: Float[Array, "B L N H"], positions: Ids) -> Float[Array, "B L N H"]:
+  """Applies rotary positions (Su et al. 2021, RoFormer); pairs are x[i] and x[i + H / 2]."""
   half = x.shape[-1] // 2
   frequencies = ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angles = positions[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
@@ -65,7 +68,7 @@ def rotate(x, positions):
 
 
 class Block(nnx.Module):
-  """One layer. Residual outputs start at 0 in `opt`, so that the network starts as the identity (section 2.3)."""
+  """One layer. In `opt` residual outputs start at 0: the network is the identity (section 2.3)."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
@@ -82,43 +85,42 @@ class Block(nnx.Module):
     if config.family == "modern" or config.query_key_norm:
       self.q_norm, self.k_norm = Norm("modern", H), Norm("modern", H)
 
-  def __call__(self, x, positions, attend: Callable):
-    """`apply_block` with the parameters of this one."""
+  def __call__(self, x: Stream, positions: Ids, attend: Callable) -> Stream:
+    """Runs `apply_block` with the parameters of this module."""
     return apply_block(
       self.config, nnx.to_pure_dict(nnx.state(self, nnx.Param)), x, positions, attend
     )
 
 
-def apply_block(config: ModelConfig, params: dict, x, positions, attend: Callable):
-  """One layer of the residual stream.
+def apply_block(
+  config: ModelConfig, params: dict, x: Stream, positions: Ids, attend: Callable
+) -> Stream:
+  """Applies one layer to the residual stream.
 
   Args:
     config: of the model.
     params: of a `Block`, a pure dict; qkv may be one array or three.
-    x: [B, L, D].
-    positions: [B, L] int32.
-    attend: (q, k, v), each [B, L, N, H] -> [B, L, N, H]; training passes attention over the row, decoding one that also reads
-      and writes a cache.
-
-  Returns:
-    [B, L, D].
+    x: the residual stream.
+    positions: index of each token in its sample.
+    attend: (q, k, v), each [B, L, N, H] -> [B, L, N, H]. In training it is attention over the row;
+      in decoding it also reads and writes a cache.
   """
-  heads, mlp, act = (
-    ("batch", "length", "heads", "head_dim"),
-    ("batch", "length", "mlp"),
-    ("batch", "length", "act"),
-  )
-  product = lambda equation, x, w, axes: jnp.einsum(
-    equation, x, gathered(w.astype(x.dtype)), out_sharding=spec(*axes)
-  )
-  scale = lambda name: params[name]["scale"] if name in params else None
+  rows = ("batch", "length")
+  heads, mlp, act = (*rows, "heads", "head_dim"), (*rows, "mlp"), (*rows, "act")
+
+  def product(equation, x, w, axes):
+    return jnp.einsum(equation, x, gathered(w.astype(x.dtype)), out_sharding=spec(*axes))
+
+  def scale(name):
+    return params[name]["scale"] if name in params else None
+
   h = apply_norm(scale("norm1"), x)
   q, k, v = (checkpoint_name(product("BLD,DNH->BLNH", h, w, heads), "qkv") for w in params["qkv"])
   if "q_norm" in params:
     q, k = apply_norm(scale("q_norm"), q), apply_norm(scale("k_norm"), k)
   if config.family == "modern":
     q, k = rotate(q, positions), rotate(k, positions)
-  # An einsum sums over letters in their order: with H before N the matrix would be transposed first.
+  # An einsum sums over letters in their order: H before N would transpose the matrix first.
   x = x + product("BLNh,NhD->BLD", attend(q, k, v), params["out"], act)
   x = checkpoint_name(x, "middle")
   h = apply_norm(scale("norm2"), x)
@@ -132,19 +134,16 @@ def apply_block(config: ModelConfig, params: dict, x, positions, attend: Callabl
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def look_up(table, ids, dtype: str):
+def look_up(table: Float[Array, "V D"], ids: Ids, dtype: str) -> Stream:
   """Looks up rows of a table in `dtype`; sums the table's gradient over tokens and devices in fp32.
 
   The gradient of a token's row has a summand for each place where the token occurs. Summed in
   bfloat16, the row of a token that occurs 770 times is off by 4 to 10%.
 
   Args:
-    table: [V, D] laid out as it is stored.
-    ids: [B, L] int32.
-    dtype: of the rows; the table is gathered over fsdp in it.
-
-  Returns:
-    [B, L, D] in `dtype`.
+    table: laid out as it is stored.
+    ids: rows of the table.
+    dtype: of the result; the table is gathered over fsdp in it.
   """
   return _rows(table.astype(dtype), ids)
 
@@ -170,7 +169,7 @@ look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 class Transformer(nnx.Module):
-  """Embeddings, `num_layers` blocks stacked on a leading layer axis, final norm, output table."""
+  """Embeddings, blocks stacked on a leading layer axis, final norm, output table."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
@@ -191,38 +190,44 @@ class Transformer(nnx.Module):
         rngs, (config.vocab_size, config.width), ("vocab_stored", None), config.init_std
       )
 
-  def embed_tokens(self, tokens, positions):
-    """[B, L] int32 ids and positions -> [B, L, D] in the compute dtype."""
+  def embed_tokens(self, tokens: Ids, positions: Ids) -> Stream:
+    """Embeds tokens, and in `opt` their positions, in the compute dtype."""
     x = look_up(self.embed[...], tokens, self.config.dtype)
     if self.config.family == "opt":
       x = x + look_up(self.positions[...], positions, self.config.dtype)
     return x
 
-  def stored_table(self):
-    """[V, D] output table as it is stored, split by vocabulary over all axes; `opt` ties it to the input table."""
+  def stored_table(self) -> Float[Array, "V D"]:
+    """Returns the output table in the compute dtype, split by vocabulary as it is stored.
+
+    In `opt` it is also the input table.
+    """
     return (self.embed if self.config.family == "opt" else self.head)[...].astype(
       jnp.dtype(self.config.dtype)
     )
 
-  def output_table(self):
-    """[V, D] in the compute dtype, split by vocabulary over `tensor` alone."""
+  def output_table(self) -> Float[Array, "V D"]:
+    """Returns the output table in the compute dtype, split over `tensor` alone."""
     return gathered(self.stored_table())
 
-  def __call__(self, tokens, positions, segment_ids):
-    """Final hidden states of packed rows.
+  def __call__(self, tokens: Ids, positions: Ids, segment_ids: Ids) -> Stream:
+    """Computes the hidden states of packed rows; logits are `hidden @ output_table().T`.
 
     Args:
-      tokens: [B, L] int32 ids.
-      positions: [B, L] int32, index within the sample.
-      segment_ids: [B, L] int32; attention stays within equal ids, 0 is padding.
+      tokens: ids.
+      positions: index of each token in its sample.
+      segment_ids: attention stays within equal ids; 0 is padding.
 
     Returns:
-      [B, L, D] after the final norm; logits are `hidden @ output_table().T`.
+      Hidden states after the final norm.
     """
     attend = functools.partial(
       attention.row_attention, self.config.attention, segment_ids=segment_ids
     )
-    layer = lambda x, block: (block(checkpoint_name(x, "input"), positions, attend), None)
+
+    def layer(x, block):
+      return block(checkpoint_name(x, "input"), positions, attend), None
+
     x, _ = jax.lax.scan(
       _checkpointed(layer, self.config.remat_policy),
       self.embed_tokens(tokens, positions),
@@ -231,8 +236,8 @@ class Transformer(nnx.Module):
     return self.final_norm(x)
 
 
-# Names of the values in a layer that a policy keeps: "input", "qkv", "attention", "middle" (the stream between attention and
-# feed-forward), "mlp" (before its activation).
+# Values of a layer that a policy keeps beside "input". "middle" is the stream between attention and
+# feed-forward, "mlp" the feed-forward's inner product before its activation.
 KEPT = {
   "full": (),
   "save_attention": ("attention", "middle"),
@@ -256,8 +261,8 @@ def _checkpointed(layer, policy: str):
   return jax.checkpoint(layer, policy=keep)
 
 
-def logits(hidden, table):
-  """[B, L, D] hidden states and [V, D] rows of the output table -> [B, L, V] fp32, split over `tensor`."""
+def logits(hidden: Stream, table: Float[Array, "V D"]) -> Float[Array, "B L V"]:
+  """Computes the logits for rows of the output table in fp32, split over `tensor`."""
   out = {
     "preferred_element_type": attention.wide(hidden.dtype),
     "out_sharding": spec("batch", "length", "vocab"),
@@ -270,15 +275,16 @@ def _structure(config: ModelConfig):
   return parameters.structure(lambda: Transformer(config, nnx.Rngs(0)))
 
 
-def init_params(config: ModelConfig, key) -> dict:
-  """Pure dict of fp32 parameters, laid out on the current mesh (`jax.set_mesh`)."""
+def init_params(config: ModelConfig, key: Key[Array, ""]) -> dict:
+  """Initializes a pure dict of fp32 parameters, laid out on the current mesh (`jax.set_mesh`)."""
   return parameters.to_dict(nnx.state(Transformer(config, nnx.Rngs(params=key)), nnx.Param))
 
 
 def bind(config: ModelConfig, params: dict) -> Transformer:
-  """The module with `params` in it; cheap, meant for use inside jitted functions."""
+  """Returns the module with `params` in it; cheap, for use inside jitted functions."""
   return parameters.fill(*_structure(config), params)
 
 
-def count_params(params) -> int:
+def count_params(params: dict) -> int:
+  """Returns the number of elements of all parameters."""
   return sum(x.size for x in jax.tree.leaves(params))

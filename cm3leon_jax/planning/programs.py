@@ -21,11 +21,11 @@ from cm3leon_jax.training.train import check_batch, compile_steps
 
 
 def count_params(settings, mesh: jax.sharding.Mesh) -> int:
-  """Parameters of the config's decoder."""
+  """Counts the parameters of the config's decoder."""
   with jax.set_mesh(mesh):
-    return transformer.count_params(
-      jax.eval_shape(lambda: transformer.init_params(settings.model, jax.random.key(0)))
-    )
+    # The key is made inside: these devices cannot run anything.
+    init = jax.eval_shape(lambda: transformer.init_params(settings.model, jax.random.key(0)))
+    return transformer.count_params(init)
 
 
 def train_step(settings, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
@@ -44,7 +44,7 @@ class Evaluation(NamedTuple):
 
   Attributes:
     step: the program, lowered.
-    optimizer_bytes: a device's part of the optimizer's state, which stays in memory meanwhile.
+    optimizer_bytes: bytes of the optimizer's state on a device, which stay in memory meanwhile.
   """
 
   step: jax.stages.Lowered
@@ -60,7 +60,7 @@ def evaluation(settings, mesh: jax.sharding.Mesh) -> Evaluation:
 
 
 def _steps(settings, mesh: jax.sharding.Mesh):
-  """The jitted functions of a run on the current mesh, and the types of its state."""
+  """Returns the jitted functions of a run on the current mesh, and the types of its state."""
   check_batch(settings.train)
   steps = compile_steps(
     settings.model, settings.optimizer, settings.train, settings.vocab, settings.seed
@@ -76,14 +76,14 @@ def _batch(settings, mesh: jax.sharding.Mesh, rows: int) -> dict[str, jax.ShapeD
   }
 
 
-class Decoder(NamedTuple):
+class DecodePrograms(NamedTuple):
   """The programs that `Generator` runs for a batch.
 
   Attributes:
-    lowered: the programs.
-    weight_bytes: of the parameters that a device reads in a step: the blocks, and the image rows of
-      the output table.
-    cache_bytes: of a device's part of the last cache.
+    lowered: the programs, lowered.
+    weight_bytes: bytes of the parameters that a device reads in a step: the blocks, and the image
+      rows of the output table.
+    cache_bytes: bytes of the last cache on a device.
   """
 
   lowered: Lowered
@@ -91,16 +91,22 @@ class Decoder(NamedTuple):
   cache_bytes: int
 
 
-def guided_decoder(settings, mesh: jax.sharding.Mesh, prompts: int, positions: int) -> Decoder:
-  """What `Generator` runs for captions of `prompts` images, two streams each.
+def guided_decoder(
+  settings, mesh: jax.sharding.Mesh, prompts: int, positions: int
+) -> DecodePrograms:
+  """Lowers what `Generator` runs for text-to-image prompts with two guidance streams.
 
   Parameters are in the compute dtype, as a server would hold them.
 
   Args:
-    settings: of the config.
-    mesh: what the programs run on.
+    settings: settings of the config.
+    mesh: mesh that the programs run on.
     prompts: B.
-    positions: of a sample, prompt and image together; all of them are used.
+    positions: positions of a sample, prompt and image together; the prompt fills what the image
+      leaves.
+
+  Raises:
+    UserError: `positions` leaves no room for a prompt, or the mesh cannot split `prompts`.
   """
   vocab, image_tokens = settings.vocab, settings.vqgan.image_tokens
   make = functools.partial(request.text_to_image, vocab, image_tokens)
@@ -123,11 +129,11 @@ def guided_decoder(settings, mesh: jax.sharding.Mesh, prompts: int, positions: i
     params = _decode_params(settings, mesh)
     lowered = lower_batch(mesh, params, batch, static)
   weights = _local_bytes((params.model["blocks"], params.image_head))
-  return Decoder(lowered, weights, _local_bytes(lowered.state.cache))
+  return DecodePrograms(lowered, weights, _local_bytes(lowered.state.cache))
 
 
 def _decode_params(settings, mesh: jax.sharding.Mesh):
-  """Types of `DecodeParams`."""
+  """Returns the types of `DecodeParams`."""
 
   def init():
     params = transformer.init_params(settings.model, jax.random.key(0))

@@ -1,5 +1,6 @@
-"""What a compiled program costs on one device, as numbers and as a table."""
+"""Reports what a compiled program costs on one device, as numbers and as a table."""
 
+from collections.abc import Iterator
 import re
 import time
 
@@ -17,7 +18,7 @@ LARGEST = 8
 def compile_for(
   lowered: jax.stages.Lowered, topology: Topology
 ) -> tuple[jax.stages.Compiled, float]:
-  """The program, compiled for `topology`, and the seconds that it took.
+  """Compiles a program for a topology; returns it with the seconds that compilation took.
 
   Raises:
     UserError: the program needs more than the chip's memory.
@@ -29,22 +30,20 @@ def compile_for(
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     needed = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
-    told = (
-      f"temporaries of {needed[1]} GiB, {needed[2]} are there"
-      if needed
-      else str(error).splitlines()[0]
-    )
-    raise UserError(f"{topology.name}: the program does not fit: {told}.") from error
+    reason = str(error).splitlines()[0]
+    if needed:
+      reason = f"temporaries need {needed[1]} GiB; the chip has {needed[2]} GiB"
+    raise UserError(f"{topology.name}: the program does not fit: {reason}.") from error
   return compiled, time.perf_counter() - start
 
 
 def compile_report(lowered: jax.stages.Lowered, topology: Topology) -> dict:
-  """Compiles for `topology`; returns the numbers of the table. Raises as `compile_for`."""
+  """Compiles a program and returns its `report`; raises as `compile_for`."""
   return report(*compile_for(lowered, topology), topology)
 
 
 def report(compiled: jax.stages.Compiled, seconds: float, topology: Topology) -> dict:
-  """The numbers of the table. What a loop does whose end depends on data counts once."""
+  """Returns the numbers of the table. A loop whose end depends on data counts once."""
   memory, program = compiled.memory_analysis(), Program(compiled.as_text())
   arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   flops, collectives = program.flops(), program.collectives()
@@ -71,40 +70,31 @@ def report(compiled: jax.stages.Compiled, seconds: float, topology: Topology) ->
 
 
 def table(title: str, report: dict) -> str:
-  """The report as text, one number a line; see `compile_report`."""
-  r = report
-  lines = [title]
-  row = lambda name, text: lines.append(f"  {name:<20} {text}")
-  if "parameters" in r:
-    row("parameters", f"{r['parameters']:,}")
-  if "tokens" in r:
-    row("tokens a step", f"{r['tokens']:,}, {r['tokens'] // r['devices']:,} a device")
-    row(
-      "model FLOPs",
-      f"{r['model_flops']:.3e} a step, {r['model_flops'] / r['devices']:.3e} a device",
-    )
-    row(
-      "FLOPs executed",
-      f"{r['flops']:.3e} a device, {r['flops'] * r['devices'] / r['model_flops']:.3f} x model FLOPs",
-    )
-  else:
-    row("FLOPs", f"{r['flops']:.3e} a device")
-  row(
-    "memory of a device",
-    f"arguments {r['arguments_gib']:.2f} + temporaries {r['temporaries_gib']:.2f} = {r['sum_gib']:.2f} GiB of "
-    f"{r['hbm_gib']:.2f}; peak {r['peak_gib']:.2f}; in the host's {r['host_gib']:.2f}",
-  )
-  row(
-    "least time",
-    f"products {r['compute_seconds']:.3f} s at the peak; collectives {r['collective_seconds']:.3f} s at all links",
-  )
-  for name, value in r.get("floor", {}).items():
-    row(name, value)
-  for kind, c in r["collectives"].items():
-    row(kind, f"{c['count']:,} x, {c['bytes'] / GIB:.2f} GiB")
-  for i, x in enumerate(r["largest"]):
-    row(
-      "" if i else "largest arrays", f"{x['bytes'] / GIB:6.2f} GiB  {x['array']:<24} {x['source']}"
-    )
-  row("compiled in", f"{r['compile_seconds']:.0f} s")
+  """Formats a report (`compile_report`), one number per line."""
+  lines = [title, *(f"  {name:<20} {text}" for name, text in _rows(report))]
   return "\n".join(lines)
+
+
+def _rows(r: dict) -> Iterator[tuple[str, str]]:
+  if "parameters" in r:
+    yield "parameters", f"{r['parameters']:,}"
+  if "tokens" in r:
+    model, ratio = r["model_flops"], r["flops"] * r["devices"] / r["model_flops"]
+    yield "tokens per step", f"{r['tokens']:,}, {r['tokens'] // r['devices']:,} per device"
+    yield "model FLOPs", f"{model:.3e} per step, {model / r['devices']:.3e} per device"
+    yield "FLOPs executed", f"{r['flops']:.3e} per device, {ratio:.3f} x model FLOPs"
+  else:
+    yield "FLOPs", f"{r['flops']:.3e} per device"
+  arrays = f"arguments {r['arguments_gib']:.2f} + temporaries {r['temporaries_gib']:.2f}"
+  total = f"{r['sum_gib']:.2f} GiB of {r['hbm_gib']:.2f}"
+  rest = f"peak {r['peak_gib']:.2f}; in host memory {r['host_gib']:.2f}"
+  yield "memory of a device", f"{arrays} = {total}; {rest}"
+  products = f"products {r['compute_seconds']:.3f} s at peak FLOP/s"
+  yield "least time", f"{products}; collectives {r['collective_seconds']:.3f} s over all links"
+  yield from r.get("floor", {}).items()
+  for kind, c in r["collectives"].items():
+    yield kind, f"{c['count']:,} x, {c['bytes'] / GIB:.2f} GiB"
+  for i, x in enumerate(r["largest"]):
+    text = f"{x['bytes'] / GIB:6.2f} GiB  {x['array']:<24} {x['source']}"
+    yield "" if i else "largest arrays", text
+  yield "compilation", f"{r['compile_seconds']:.0f} s"

@@ -1,4 +1,4 @@
-"""Which mesh, batch and remat policy fit a topology, and which of them is the fastest."""
+"""Finds the mesh, batch and remat policy that fit a topology, and the fastest of them."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -9,42 +9,39 @@ from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models.transformer import KEPT
 from cm3leon_jax.planning.topology import Topology
 
-POLICIES = (
-  "minimal",
-  "save_qkv",
-  "save_attention",
-  "offload",
-  "full",
-)  # From the least recomputation to the most.
-BATCHES = (
-  16,
-  8,
-  4,
-  2,
-  1,
-)  # Rows of a device, the largest first: more rows share one gather of the parameters.
+# From the least recomputation to the most.
+POLICIES = ("minimal", "save_qkv", "save_attention", "offload", "full")
+# Rows of a device, the largest first: more rows share one gather of the parameters.
+BATCHES = (16, 8, 4, 2, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """What the search varies. batch: rows of a device and pass; the accumulation steps make up the global batch."""
+  """A combination that the search tries.
+
+  Attributes:
+    mesh: mesh of the devices.
+    batch: rows of a device in one pass; accumulation steps make up the global batch.
+    policy: remat policy.
+  """
 
   mesh: MeshConfig
   batch: int
   policy: str
 
   def apply(self, settings, topology: Topology):
-    """`settings` with this mesh, policy and batch, the global batch as it was.
+    """Returns `settings` with this mesh, policy and batch, and the same global batch.
 
     Raises:
-      UserError: the global batch is not a multiple of what the devices take in one pass.
+      UserError: the global batch is not a multiple of the rows of one pass.
     """
     mesh = self.mesh
     one_pass = self.batch * len(topology.devices) // mesh.tensor
     rows = settings.train.global_batch_size
     if rows % one_pass:
       raise UserError(
-        f"config.train.global_batch_size is {rows}; {one_pass} rows, which the devices take at once, must divide it."
+        f"config.train.global_batch_size is {rows}; {one_pass}, the rows of one pass of all "
+        "devices, must divide it."
       )
     train = dataclasses.replace(settings.train, gradient_accumulation_steps=rows // one_pass)
     return dataclasses.replace(
@@ -55,7 +52,7 @@ class Candidate:
     )
 
   def flags(self, settings, topology: Topology) -> str:
-    """Flags of `launch.train` that select it."""
+    """Returns the flags of `launch.train` that select this candidate."""
     train, mesh = self.apply(settings, topology).train, dataclasses.asdict(self.mesh)
     parts = [f"--config.mesh.{axis}={n}" for axis, n in mesh.items()]
     parts += [f"--config.train.gradient_accumulation_steps={train.gradient_accumulation_steps}"]
@@ -63,9 +60,10 @@ class Candidate:
 
 
 def meshes(topology: Topology) -> Iterator[MeshConfig]:
-  """Meshes whose axes are dimensions of the torus: fsdp over all of them, or over some and tensor over one.
+  """Yields meshes whose axes follow the torus, with `tensor` of size 1, 2 and 4.
 
-  Slices lie along `data`. Of a torus of three dimensions the two first make one axis.
+  Slices lie along `data`, the last dimension of the torus along `fsdp_inner` and `tensor`, and the
+  other dimensions along `fsdp`.
   """
   torus = [n for n in topology.torus if n > 1] or [1]
   outer, inner = math.prod(torus[:-1]), torus[-1]
@@ -76,35 +74,31 @@ def meshes(topology: Topology) -> Iterator[MeshConfig]:
 
 
 def kept_bytes(model, tokens: int, policy: str) -> int:
-  """Bytes of a device that a policy keeps for the backward pass, at least: layer inputs and the values that it names."""
-  widths = {
-    "qkv": 3,
-    "attention": 1,
-    "middle": 1,
-    "mlp": (2 if model.family == "modern" else 1) * model.mlp_width / model.width,
-  }
-  kept = 1 + sum(widths[name] for name in KEPT.get(policy, ()))
-  return int(
-    kept * tokens * model.width * model.num_layers * (2 if model.dtype == "bfloat16" else 4)
-  )
+  """Computes a lower bound of the bytes on a device that a policy keeps for the backward pass."""
+  mlp = (2 if model.family == "modern" else 1) * model.mlp_width / model.width
+  widths = {"qkv": 3, "attention": 1, "middle": 1, "mlp": mlp}
+  kept = 1 + sum(widths[name] for name in KEPT.get(policy, ()))  # 1: the input of the layer.
+  bytes_per_value = 2 if model.dtype == "bfloat16" else 4
+  return int(kept * tokens * model.width * model.num_layers * bytes_per_value)
 
 
 def search(
-  settings, topology: Topology, compile_one: Callable, tell: Callable[[str], None]
+  settings, topology: Topology, compile_one: Callable, report_line: Callable[[str], None]
 ) -> list[dict]:
-  """Compiles candidates; for each mesh and batch only the policy that recomputes least among those that fit.
+  """Compiles candidates: for each mesh and batch, the policy that recomputes least and fits.
 
   Args:
-    settings: of the config.
-    topology: what to compile for.
-    compile_one: (settings, mesh) -> report of `compile_report`; raises UserError if it does not fit.
-    tell: gets a line for each candidate that was tried.
+    settings: settings of the config.
+    topology: topology to compile for.
+    compile_one: (settings, mesh) -> result of `compile_report`; raises UserError if the program
+      does not fit.
+    report_line: called with a line for each candidate.
 
   Returns:
-    Reports of those that fit, with `candidate` and `flags`, the fastest first: by the least time of a token, whichever
-    of products and collectives is the longer, then by the compiler's cycles.
+    Reports of the candidates that fit, with `candidate` and `flags`, the fastest first: by `cost`,
+    then by the compiler's cycles.
   """
-  found = []
+  reports = []
   for config in meshes(topology):
     mesh = create_mesh(config, topology.devices)
     for batch in BATCHES:
@@ -113,7 +107,7 @@ def search(
         try:
           changed = candidate.apply(settings, topology)
         except UserError as error:
-          tell(f"{_name(candidate)}: {error}")
+          report_line(f"{_name(candidate)}: {error}")
           break
         tokens = batch * settings.data.sequence_length
         if kept_bytes(settings.model, tokens, policy) // config.tensor > topology.chip.hbm * 2**30:
@@ -121,28 +115,29 @@ def search(
         try:
           report = compile_one(changed, mesh)
         except UserError as error:
-          tell(f"{_name(candidate)}: {error}")
+          report_line(f"{_name(candidate)}: {error}")
           continue
-        tell(
-          f"{_name(candidate)}: {report['sum_gib']:.2f} GiB, {cost(report) * 1e6:.3f} us a token and device at least"
-        )
-        found.append(
-          {
-            **report,
-            "candidate": dataclasses.asdict(candidate),
-            "flags": candidate.flags(settings, topology),
-          }
-        )
+        least = f"at least {cost(report) * 1e6:.3f} us per token and device"
+        report_line(f"{_name(candidate)}: {report['sum_gib']:.2f} GiB, {least}")
+        report["candidate"] = dataclasses.asdict(candidate)
+        report["flags"] = candidate.flags(settings, topology)
+        reports.append(report)
         break
-  return sorted(found, key=lambda r: (round(cost(r), 9), r["cycles"] * r["devices"] / r["tokens"]))
+
+  def speed(report):
+    cycles = report["cycles"] * report["devices"] / report["tokens"]
+    return round(cost(report), 9), cycles
+
+  return sorted(reports, key=speed)
 
 
 def cost(report: dict) -> float:
-  """Least seconds that a device needs for one of its tokens."""
+  """Computes the least seconds of a device per token: of products or collectives, the longer."""
   tokens = report["tokens"] / report["devices"]
   return max(report["compute_seconds"], report["collective_seconds"]) / tokens
 
 
 def _name(candidate: Candidate) -> str:
-  mesh = candidate.mesh
-  return f"mesh {mesh.data} x {mesh.fsdp} x {mesh.fsdp_inner} x {mesh.tensor}, batch {candidate.batch}, {candidate.policy}"
+  m = candidate.mesh
+  mesh = f"mesh {m.data} x {m.fsdp} x {m.fsdp_inner} x {m.tensor}"
+  return f"{mesh}, batch {candidate.batch}, {candidate.policy}"

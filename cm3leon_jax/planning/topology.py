@@ -1,4 +1,4 @@
-"""TPU topologies that XLA compiles for without one, and what their chips can do."""
+"""Describes TPU topologies that XLA compiles for without a TPU, and their chips."""
 
 import dataclasses
 import os
@@ -15,11 +15,11 @@ class Chip:
   """A TPU chip.
 
   Attributes:
-    hbm: memory that XLA gives out, GiB: what the compiler says is available when a program does not fit.
+    hbm: memory in GiB that the compiler reports as available when a program does not fit.
     hbm_bandwidth: bytes/s.
-    ici_bandwidth: bytes/s between chips, all links together.
-    source: of the two bandwidths.
-    options: compiler options without which the text of a compiled program cannot be had.
+    ici_bandwidth: bytes/s between chips, over all links together.
+    source: source of the two bandwidths.
+    options: compiler options that the text of a compiled program needs.
   """
 
   hbm: float
@@ -29,7 +29,7 @@ class Chip:
   options: tuple[tuple[str, bool], ...] = ()
 
 
-# What the sparse cores do is printed in a way that XLA cannot read back.
+# XLA cannot parse its own text of programs on sparse cores.
 NO_SPARSECORE = (
   ("xla_tpu_offload_gather_to_sparsecore", False),
   ("xla_tpu_enable_offloading_scatter_to_sparsecore", False),
@@ -39,19 +39,26 @@ CHIPS = {
   "v5p": Chip(95.73, 2765e9, 4800e9 / 8, "cloud.google.com/tpu/docs/v5p", NO_SPARSECORE),
   "v6e": Chip(31.24, 1640e9, 3584e9 / 8, "cloud.google.com/tpu/docs/v6e", NO_SPARSECORE),
 }
-# Names of slices -> shape of the torus. Of v5p Google counts cores, two a chip: v5p-8 are 4 chips. Any other shape is given as
-# in v5p:4x4x8.
-SLICES = {
-  "v5e-4": "2x2", "v5e-8": "2x4", "v5e-16": "4x4", "v5e-32": "4x8", "v5e-64": "8x8", "v5e-128": "8x16", "v5e-256": "16x16",
-  "v6e-4": "2x2", "v6e-8": "2x4", "v6e-16": "4x4", "v6e-32": "4x8", "v6e-64": "8x8", "v6e-128": "8x16", "v6e-256": "16x16",
-  "v5p-8": "2x2x1", "v5p-16": "2x2x2", "v5p-32": "2x2x4", "v5p-64": "2x4x4", "v5p-128": "4x4x4", "v5p-256": "4x4x8",
-  "v5p-512": "4x8x8", "v5p-1024": "8x8x8",
-}  # fmt: skip
+# Names of slices -> shape of the torus; other shapes are given as v5p:4x4x8. Names of v5p count
+# cores, two per chip: v5p-8 has 4 chips.
+_TORUS_2D = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_TORUS_3D = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8"}
+_TORUS_3D |= {512: "4x8x8", 1024: "8x8x8"}
+_TORI = {"v5e": _TORUS_2D, "v6e": _TORUS_2D, "v5p": _TORUS_3D}
+SLICES = {f"{chip}-{n}": shape for chip, tori in _TORI.items() for n, shape in tori.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """Devices to compile for. name: `v5p:4x4x8`; torus: chips along each dimension of a slice; slices: how many of them."""
+  """Devices to compile for.
+
+  Attributes:
+    name: chip and shape, `v5p:4x4x8`.
+    chip: the chip.
+    torus: chips along each dimension of a slice.
+    slices: number of slices.
+    devices: devices of JAX.
+  """
 
   name: str
   chip: Chip
@@ -61,18 +68,20 @@ class Topology:
 
 
 def prepare() -> None:
-  """Lets libtpu be loaded on a machine without a TPU, before JAX's first use; it may print that it found none."""
+  """Lets libtpu load on a machine without a TPU. Call it before the first use of JAX.
+
+  libtpu may print that there is no TPU.
+  """
   jax.config.update("jax_platforms", "cpu")
-  os.environ.setdefault(
-    "TPU_SKIP_MDS_QUERY", "1"
-  )  # Else it asks the cloud's metadata server for minutes.
+  # Otherwise it queries the cloud's metadata server for minutes.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 def load(name: str, slices: int = 1) -> Topology:
-  """The topology of a name of `SLICES` or a generation and shape, as in `v5p:4x4x8`.
+  """Returns the topology of a name in `SLICES`, or of a chip and a shape, `v5p:4x4x8`.
 
   Raises:
     UserError: there is no such chip or shape, or libtpu is not installed.
@@ -81,17 +90,17 @@ def load(name: str, slices: int = 1) -> Topology:
   shape = SLICES.get(name, shape)
   if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
     raise UserError(
-      f"--topology is '{name}': give a slice ({', '.join(SLICES)}) or a chip and a shape, as in v5p:4x4x8; "
-      f"chips: {', '.join(CHIPS)}."
+      f"--topology is '{name}': give a slice ({', '.join(SLICES)}) or a chip and a shape, as in "
+      f"v5p:4x4x8; chips: {', '.join(CHIPS)}."
     )
   full = f"{generation}:{shape}"
   more = {"num_slices": slices} if slices > 1 else {}
   try:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=full, **more).devices
-  except Exception as error:  # libtpu raises whatever it likes.
+  except Exception as error:  # libtpu raises various types.
     reason = str(error).splitlines()[0][:160]
     raise UserError(
-      f"--topology {full} cannot be compiled for here (pip install libtpu; known shape?): {reason}"
+      f"--topology {full} cannot be loaded: check the shape, and pip install libtpu: {reason}"
     ) from error
   return Topology(
     full, CHIPS[generation], tuple(map(int, shape.split("x"))), slices, tuple(devices)

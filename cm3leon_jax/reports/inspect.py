@@ -1,4 +1,4 @@
-"""Rows as the trainer reads them, for a person: what stands in a row is read off its arrays, the plan only names it."""
+"""Reads training rows for inspection: a row's content from its arrays, names from its plan."""
 
 # L slots of a row, n documents, C candidates of each.
 
@@ -19,9 +19,10 @@ class Neighbor:
   """A retrieved document.
 
   Attributes:
-    rank: its place among the candidates of the document, from 1.
-    candidates: how many there are.
-    score: cosine of its embedding to the document's.
+    document: the document.
+    rank: its place among the candidates, from 1.
+    candidates: number of candidates.
+    score: cosine similarity of its embedding and the query document's.
   """
 
   document: Document
@@ -32,21 +33,21 @@ class Neighbor:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-  """What the plan and the stores know of a sample and its tokens do not say.
+  """Where a sample comes from, by the plan and the stores.
 
   Attributes:
-    document: of a long text only the piece that the sample holds.
-    neighbors: in the order in which they stand before it.
-    pass_: how often its source had been read before.
-    piece: the piece's first token within the text.
-    whole: tokens of the text that the piece is of.
+    document: the document; of a long text only the piece that the sample holds.
+    neighbors: the neighbors, in the order in which they stand before the document.
+    pass_: number of earlier passes over its source.
+    piece_start: number of the piece's first token in the text.
+    text_length: tokens of the whole text; 0 for other documents.
   """
 
   document: Document
   neighbors: tuple[Neighbor, ...]
   pass_: int
-  piece: int = 0
-  whole: int = 0
+  piece_start: int = 0
+  text_length: int = 0
 
   @property
   def documents(self) -> list[Document]:
@@ -55,14 +56,16 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class SampleView:
-  """A sample, what it is made of, and where that comes from.
+  """A sample with its parts and its origin.
 
   Attributes:
-    parts: of `row_parts.split_parts`.
-    segments: of `row_parts.restore`.
-    owners: per segment the place of its document in `origin.documents`.
-    dropped: caption and neighbors gave way to `<mask:0>`.
-    lacking: tokens that were cut off because the row was full.
+    sample: the sample.
+    origin: its documents.
+    parts: result of `row_parts.split_parts`.
+    segments: result of `row_parts.restore`.
+    owners: for each segment, the index of its document in `origin.documents`.
+    dropped: whether `<mask:0>` replaces caption and neighbors.
+    missing: number of tokens that were cut off because the row was full.
   """
 
   sample: Sample
@@ -71,17 +74,17 @@ class SampleView:
   segments: list[list[Part]]
   owners: list[int]
   dropped: bool
-  lacking: int
+  missing: int
 
-  def whose(self, segment: int) -> str:
-    """`neighbor 1`, ..., or `the document`."""
+  def owner_name(self, segment: int) -> str:
+    """Returns `neighbor 1`, `neighbor 2`, ..., or `the document`."""
     owner = self.owners[segment]
     return f"neighbor {owner + 1}" if owner < len(self.origin.neighbors) else "the document"
 
 
 @dataclasses.dataclass(frozen=True)
 class RowView:
-  """A row: its number, its samples, and `loss_weights` [L] float32 as they stand in it."""
+  """A row: its number, its samples, and its `loss_weights` [L] float32."""
 
   number: int
   samples: list[SampleView]
@@ -89,7 +92,13 @@ class RowView:
 
 
 def find_origin(loader: RowLoader, scores: np.ndarray, placement: Placement) -> Origin:
-  """Asks the plan and the stores what a sample should hold, and how it is called; scores: [n, C], of the source of pairs."""
+  """Looks up the documents of a sample in the plan and the stores.
+
+  Args:
+    loader: rows of the split.
+    scores: [n, C] float32 similarities of the candidates of the pairs.
+    placement: the sample's place in the plan.
+  """
   source, pass_, unit = placement[:3]
   spec = loader.plan.sources[source]
   index, start = loader.plan.units[source].locate(unit)
@@ -101,33 +110,28 @@ def find_origin(loader: RowLoader, scores: np.ndarray, placement: Placement) -> 
   if len(document.segments) > 1 or document.segments[0].is_image:
     return Origin(document, neighbors, pass_)
   text = document.segments[0].tokens
-  piece = text[
-    start : start + loader.plan.config.sequence_length - 1
-  ]  # With </s> at both ends it fills a row.
-  return Origin(
-    dataclasses.replace(document, segments=(Segment(False, piece),)),
-    neighbors,
-    pass_,
-    start,
-    len(text),
-  )
+  # A piece with `</s>` at both ends fills a row.
+  stop = start + loader.plan.config.sequence_length - 1
+  document = dataclasses.replace(document, segments=(Segment(False, text[start:stop]),))
+  return Origin(document, neighbors, pass_, start, len(text))
 
 
 def read_rows(loader: RowLoader, scores: np.ndarray, numbers) -> list[RowView]:
-  """Reads rows `numbers` and takes them apart.
+  """Reads rows and checks every sample against its documents.
 
   Args:
-    loader: of the split.
-    scores: [n, C] float32 of the pairs' candidates, of `load_neighbors`.
-    numbers: of the rows.
+    loader: rows of the split.
+    scores: [n, C] float32 similarities of the candidates of the pairs (`load_neighbors`).
+    numbers: numbers of the rows to read.
 
   Raises:
-    ValueError: a row does not hold what it should; names the row and the sample.
+    ValueError: a row does not hold its planned samples; names the row and the sample.
   """
   return [read_row(loader, scores, number) for number in numbers]
 
 
 def read_row(loader: RowLoader, scores: np.ndarray, number: int) -> RowView:
+  """Reads one row; see `read_rows`."""
   row, placements = loader[number], loader.plan.row(number)
   try:
     samples = row_parts.split_row(row, loader.vocab)
@@ -146,14 +150,22 @@ def read_row(loader: RowLoader, scores: np.ndarray, number: int) -> RowView:
 
 
 def view_sample(sample: Sample, origin: Origin, vocab: VocabLayout, length: int) -> SampleView:
-  """Checks a sample of a row of `length` slots against its documents and takes it apart; raises as `check_sample`."""
+  """Checks a sample against its documents and splits it into parts.
+
+  Args:
+    sample: a sample of a row.
+    origin: documents that the sample should hold.
+    vocab: layout of the token ids.
+    length: slots of the row.
+
+  Raises:
+    ValueError: the sample does not hold its documents (`row_parts.check_sample`).
+  """
   documents = origin.documents
-  lacking = row_parts.check_sample(sample.tokens, documents, vocab, length)
+  missing = row_parts.check_sample(sample.tokens, documents, vocab, length)
   parts = row_parts.split_parts(sample.tokens, vocab)
   dropped = row_parts.is_dropped(sample.tokens, vocab)
-  owners = (
-    [len(documents) - 1] * 2
-    if dropped
-    else [i for i, d in enumerate(documents) for _ in d.segments]
-  )
-  return SampleView(sample, origin, parts, row_parts.restore(parts), owners, dropped, lacking)
+  owners = [i for i, document in enumerate(documents) for _ in document.segments]
+  if dropped:
+    owners = [len(documents) - 1] * 2
+  return SampleView(sample, origin, parts, row_parts.restore(parts), owners, dropped, missing)

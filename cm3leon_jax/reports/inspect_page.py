@@ -1,6 +1,6 @@
-"""The page of `launch.inspect_data`: a ribbon of every row to scale, and its samples in reading order; one HTML file."""
+"""Renders training rows as one HTML page: a ribbon of each row and its samples in reading order."""
 
-# L slots of a row, H height and W width of a picture, C codes of a picture.
+# L slots of a row, H height and W width of an image, C codes of an image.
 
 import dataclasses
 import re
@@ -19,24 +19,21 @@ from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
-SPAN_COLORS = (
-  "#c2407c",
-  "#7a5bd0",
-  "#3c8d4f",
-  "#a5820f",
-)  # Of <mask:0>, <mask:1>, ..., and around again.
+# Colors of <mask:0>, <mask:1>, ...; they repeat after the last.
+SPAN_COLORS = ("#c2407c", "#7a5bd0", "#3c8d4f", "#a5820f")
 TINT = 0.6  # Share of the span's color in a masked code.
-PICTURES_AT_A_TIME = 8
-LONG_TEXT = 700  # Characters from which a text scrolls in its box.
+DECODE_BATCH = 8
+LONG_TEXT = 700  # A text with more characters scrolls in its box.
 MARKS = {" ": "·", "\n": "↵\n", "\t": "⇥\t"}
-# White space that tokens carry unseen: at the ends, repeated, other than the plain space; and characters that show nothing.
+# White space at an end, repeated, or other than a plain space; and invisible characters.
 ODD = re.compile(
-  r"^ +| +(?=\n|$)| {2,}|[^\S ]|[\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffd]"
+  r"^ +| +(?=\n|$)| {2,}|[^\S ]"
+  r"|[\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffd]"
 )
 
 
 def mark_odd(text: str, opens: bool = True, closes: bool = True) -> list[tuple[bool, str]]:
-  """Splits a text into what is read and what is easily overlooked, the latter made visible.
+  """Splits a text into (is it odd, text) and makes odd white space and characters visible.
 
   >>> mark_odd("a cat \\n")
   [(False, 'a cat'), (True, '·'), (True, '↵\\n')]
@@ -45,85 +42,87 @@ def mark_odd(text: str, opens: bool = True, closes: bool = True) -> list[tuple[b
 
   Args:
     text: a piece of a text.
-    opens: nothing stands before it; elsewhere one space is not odd.
-    closes: the same for its end.
+    opens: whether the whole text starts with it; otherwise one leading space is not odd.
+    closes: whether the whole text ends with it; otherwise one trailing space is not odd.
   """
-  found, position = [], 0
+  result, position = [], 0
   for match in ODD.finditer(text):
     inside = (match.start() == 0 and not opens) or (match.end() == len(text) and not closes)
     if match.group() != " " or not inside:
-      found.append((False, text[position : match.start()]))
-      found.append((True, "".join(MARKS.get(c, f"⟨U+{ord(c):04X}⟩") for c in match.group())))
+      result.append((False, text[position : match.start()]))
+      result.append((True, "".join(MARKS.get(c, f"⟨U+{ord(c):04X}⟩") for c in match.group())))
       position = match.end()
-  return [(odd, piece) for odd, piece in [*found, (False, text[position:])] if piece]
+  return [(odd, piece) for odd, piece in [*result, (False, text[position:])] if piece]
 
 
 def paint(pixels: np.ndarray, spans: np.ndarray, kept: np.ndarray) -> np.ndarray:
-  """Shows which codes of a picture are masked, and which are there at all.
+  """Tints the masked codes of an image and hides the absent ones.
 
   Args:
     pixels: [H, W, 3] uint8, H = W.
-    spans: [C] int, the span that a code left for, NO_SPAN if for none: those are tinted in their span's color.
-    kept: [C] bool; the others become transparent.
+    spans: [C] int, the span of each masked code, whose color tints it; else NO_SPAN.
+    kept: [C] bool; other codes become transparent.
 
   Returns:
     [H, W, 4] uint8.
   """
-  side = int(len(spans) ** 0.5)
   colors = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in SPAN_COLORS])
-  spread = lambda x: (
-    x.reshape(side, side).repeat(len(pixels) // side, 0).repeat(len(pixels) // side, 1)
-  )
-  spans, kept = spread(spans), spread(kept)
+  spans, kept = _to_pixels(spans, len(pixels)), _to_pixels(kept, len(pixels))
   tinted = (1 - TINT) * pixels + TINT * colors[spans % len(colors)]
   rgb = np.where((spans == NO_SPAN)[..., None], pixels, tinted.round())
   return np.concatenate([rgb, 255 * kept[..., None]], -1).astype(np.uint8)
 
 
+def _to_pixels(codes: np.ndarray, height: int) -> np.ndarray:
+  """Repeats the value of each code over its pixels: [C] -> [height, height]."""
+  side = int(len(codes) ** 0.5)
+  return codes.reshape(side, side).repeat(height // side, 0).repeat(height // side, 1)
+
+
 @dataclasses.dataclass(frozen=True)
-class Decoder:
-  """From tokens to what a person reads and sees.
+class PageDecoder:
+  """Turns token ids into text and images.
 
   Attributes:
+    vocab: layout of the token ids.
+    text_tokenizer: decodes text.
     image_tokens: C.
-    pictures: ids of an image, as bytes -> [H, W, 3] uint8.
+    images: ids of an image, as bytes -> [H, W, 3] uint8.
   """
 
   vocab: VocabLayout
   text_tokenizer: TextTokenizer
   image_tokens: int
-  pictures: dict[bytes, np.ndarray]
+  images: dict[bytes, np.ndarray]
 
   def text(self, ids: np.ndarray, begins: bool) -> str:
-    """Text of ids; the space that every text is encoded with is taken away only where a text `begins`."""
+    """Decodes text. The space that starts every encoded text is removed only if a text `begins`."""
     if begins:
       return self.text_tokenizer.decode(ids)
     return self.text_tokenizer.decode([*self.text_tokenizer.encode("a"), *ids])[1:]
 
   def name(self, token: int) -> str:
+    """Returns the name of a special token."""
     return self.vocab.special_tokens()[token]
 
-  def codes(self, n: int) -> str:
-    return (
-      count_of(n, "code")
-      if n == self.image_tokens
-      else f"{show(n)} of {count_of(self.image_tokens, 'code')}"
-    )
+  def mask_name(self, span: int) -> str:
+    """Returns the name of the sentinel of a span."""
+    return self.name(self.vocab.mask(span))
 
-  def picture(self, ids: np.ndarray, spans: np.ndarray, kept: np.ndarray) -> str:
-    """Data URI of `paint`; ids, spans and kept may be shorter than C: an image whose end was cut off."""
+  def codes(self, n: int) -> str:
+    """Returns `16 codes` for a whole image of 16 codes, `4 of 16 codes` for a part of one."""
+    whole = count_of(self.image_tokens, "code")
+    return whole if n == self.image_tokens else f"{show(n)} of {whole}"
+
+  def image_uri(self, ids: np.ndarray, spans: np.ndarray, kept: np.ndarray) -> str:
+    """Returns the data URI of `paint`; an image that was cut off has fewer than C codes."""
     rest = (0, self.image_tokens - len(ids))
-    return png_uri(
-      paint(
-        self.pictures[ids.tobytes()],
-        np.pad(spans, rest, constant_values=NO_SPAN),
-        np.pad(kept, rest),
-      )
-    )
+    spans, kept = np.pad(spans, rest, constant_values=NO_SPAN), np.pad(kept, rest)
+    return png_uri(paint(self.images[ids.tobytes()], spans, kept))
 
 
 def segment_ids(view: SampleView, segment: list[Part]) -> np.ndarray:
-  """Ids of a segment, moved ones at their place."""
+  """Returns the token ids of a segment, with moved spans back in their place."""
   return np.concatenate([view.sample.tokens[part.start : part.stop] for part in segment])
 
 
@@ -132,151 +131,147 @@ def make_decoder(
   vocab: VocabLayout,
   text_tokenizer: TextTokenizer,
   image_tokenizer: ImageTokenizer,
-) -> Decoder:
-  """Decodes every image of the rows; codes that were cut off are 0. Raises UserError if an image has too many."""
-  count, found = image_tokenizer.config.image_tokens, {}
+) -> PageDecoder:
+  """Decodes every image of the rows; codes that were cut off become 0.
+
+  Raises:
+    UserError: an image has more codes than the image tokenizer makes.
+  """
+  count, codes, pixels = image_tokenizer.config.image_tokens, {}, ()
   for view in (view for row in rows for view in row.samples):
     for segment in (s for s in view.segments if s and s[0].kind == "image"):
       ids = segment_ids(view, segment)
       if len(ids) > count:
         raise UserError(
-          f"document '{view.origin.document.key}' stands with an image of {len(ids)} codes, the image tokenizer makes {count}: "
-          "encode the documents anew."
+          f"document '{view.origin.document.key}' is stored with an image of {len(ids)} codes; "
+          f"the image tokenizer makes {count}: encode the documents again."
         )
-      found[ids.tobytes()] = np.pad(vocab.image_codes(ids), (0, count - len(ids)))
-  pixels = ()
-  if found:
-    pixels = dataclasses.replace(image_tokenizer, batch_size=PICTURES_AT_A_TIME).decode(
-      np.stack(list(found.values()))
-    )
-  return Decoder(vocab, text_tokenizer, count, dict(zip(found, pixels)))
+      codes[ids.tobytes()] = np.pad(vocab.image_codes(ids), (0, count - len(ids)))
+  if codes:
+    tokenizer = dataclasses.replace(image_tokenizer, batch_size=DECODE_BATCH)
+    pixels = tokenizer.decode(np.stack(list(codes.values())))
+  return PageDecoder(vocab, text_tokenizer, count, dict(zip(codes, pixels)))
 
 
-def text_item(view: SampleView, parts: list[Part], decoder: Decoder, begins: bool) -> dict:
-  """Runs of text that follow one another. `begins`: they begin a text, and so with the space that it was encoded with."""
+def text_item(view: SampleView, parts: list[Part], decoder: PageDecoder, begins: bool) -> dict:
+  """Returns consecutive runs of text; `begins` if they start a text (`PageDecoder.text`)."""
   pieces, tokens = [], 0
   for part in parts:
     ids = view.sample.tokens[part.start : part.stop]
-    runs = mark_odd(
-      decoder.text(ids, begins and part is parts[0]),
-      opens=part is parts[0],
-      closes=part is parts[-1],
-    )
-    name = decoder.name(decoder.vocab.mask(part.span)) if part.moved else ""
+    is_first, is_last = part is parts[0], part is parts[-1]
+    runs = mark_odd(decoder.text(ids, begins and is_first), opens=is_first, closes=is_last)
+    name = decoder.mask_name(part.span) if part.moved else ""
     pieces.append({"runs": runs, "span": part.span, "name": name})
     tokens += len(ids)
   characters = sum(len(text) for piece in pieces for _, text in piece["runs"])
-  return {
-    "kind": "text",
-    "pieces": pieces,
-    "note": count_of(tokens, "token"),
-    "long": characters > LONG_TEXT,
-  }
+  note, is_long = count_of(tokens, "token"), characters > LONG_TEXT
+  return {"kind": "text", "pieces": pieces, "note": note, "long": is_long}
 
 
-def segment_item(view: SampleView, segment: list[Part], decoder: Decoder) -> dict:
-  """A segment at its place, with what is masked there marked. A dropped condition has nothing but its sentinel."""
+def segment_item(view: SampleView, segment: list[Part], decoder: PageDecoder) -> dict:
+  """Returns a segment in its place, with masked parts marked; a dropped condition is a sentinel."""
   if not segment:
-    return {"kind": "tag", "name": decoder.name(decoder.vocab.mask(0)), "span": 0}
+    return {"kind": "tag", "name": decoder.mask_name(0), "span": 0}
   if segment[0].kind == "text":
-    return text_item(view, segment, decoder, begins=not view.origin.piece)
+    return text_item(view, segment, decoder, begins=not view.origin.piece_start)
   spans = np.repeat([p.span for p in segment], [p.stop - p.start for p in segment])
   masked = [
-    {"span": int(i), "name": decoder.name(decoder.vocab.mask(int(i))), "codes": int(n)}
+    {"span": int(i), "name": decoder.mask_name(int(i)), "codes": int(n)}
     for i, n in zip(*np.unique(spans[spans != NO_SPAN], return_counts=True))
   ]
-  picture = decoder.picture(segment_ids(view, segment), spans, np.ones(len(spans), bool))
-  return {"kind": "image", "src": picture, "note": decoder.codes(len(spans)), "masked": masked}
+  uri = decoder.image_uri(segment_ids(view, segment), spans, np.ones(len(spans), bool))
+  return {"kind": "image", "src": uri, "note": decoder.codes(len(spans)), "masked": masked}
 
 
-def infill_item(view: SampleView, part: Part, decoder: Decoder) -> dict:
-  """A moved part as it stands at the end; of an image only its own codes."""
+def infill_item(view: SampleView, part: Part, decoder: PageDecoder) -> dict:
+  """Returns a moved part at the end of the sample; an image shows only the moved codes."""
   segment = view.segments[part.segment]
   if part.kind == "text":
-    return text_item(view, [part], decoder, begins=part is segment[0] and not view.origin.piece)
+    begins = part is segment[0] and not view.origin.piece_start
+    return text_item(view, [part], decoder, begins)
   kept = np.repeat([p is part for p in segment], [p.stop - p.start for p in segment])
-  picture = decoder.picture(segment_ids(view, segment), np.full(len(kept), NO_SPAN), kept)
-  return {"kind": "image", "src": picture, "note": decoder.codes(int(kept.sum())), "masked": []}
+  uri = decoder.image_uri(segment_ids(view, segment), np.full(len(kept), NO_SPAN), kept)
+  return {"kind": "image", "src": uri, "note": decoder.codes(int(kept.sum())), "masked": []}
 
 
 def count_of(n: int, noun: str) -> str:
+  """Returns `1 code`, `2 codes`."""
   return f"{show(n)} {noun}{'' if n == 1 else 's'}"
 
 
-def sample_blocks(view: SampleView, decoder: Decoder) -> list[dict]:
-  """A sample in reading order: special tokens between boxes of neighbors, of the document, and of what moved to the end."""
+def sample_blocks(view: SampleView, decoder: PageDecoder) -> list[dict]:
+  """Returns a sample in reading order.
+
+  Special tokens stand between boxes of the neighbors, the document and the infills.
+  """
   blocks: list[dict] = []
   seen: set[int] = set()
-  tag = lambda part: {
-    "kind": "tag",
-    "name": decoder.name(int(view.sample.tokens[part.start])),
-    "span": part.span,
-  }
-  for part in (p for p in view.parts if not p.moved):
+  for part in view.parts:
+    token, is_special = int(view.sample.tokens[part.start]), part.kind == "special"
+    tag = {"kind": "tag", "name": decoder.name(token), "span": part.span} if is_special else {}
     owner = view.owners[part.segment]
-    if part.kind == "special" and part.span == NO_SPAN:
-      is_break = view.sample.tokens[part.start] == decoder.vocab.brk
-      within = is_break and view.owners[part.segment + 1 : part.segment + 2] == [owner]
-      (blocks[-1]["items"] if within else blocks).append(tag(part))
+    if part.moved:
+      if is_special and decoder.vocab.is_mask(token):
+        title = f"infill, from {view.owner_name(part.segment)}"
+        blocks.append(_box("infill", title, part.span))
+      blocks[-1]["items"].append(tag or infill_item(view, part, decoder))
+    elif is_special and part.span == NO_SPAN:
+      next_owner = view.owners[part.segment + 1 : part.segment + 2]
+      within = token == decoder.vocab.brk and next_owner == [owner]
+      (blocks[-1]["items"] if within else blocks).append(tag)
     elif part.segment not in seen:
       seen.add(part.segment)
       if not blocks or blocks[-1].get("owner") != owner:
         blocks.append(document_box(view, part.segment))
       blocks[-1]["items"].append(segment_item(view, view.segments[part.segment], decoder))
-  for part in (p for p in view.parts if p.moved):
-    if part.kind == "special" and decoder.vocab.is_mask(int(view.sample.tokens[part.start])):
-      title = f"infill, from {view.whose(part.segment)}"
-      blocks.append(
-        {
-          "kind": "box",
-          "role": "infill",
-          "span": part.span,
-          "title": title,
-          "facts": [],
-          "items": [],
-        }
-      )
-    blocks[-1]["items"].append(
-      tag(part) if part.kind == "special" else infill_item(view, part, decoder)
-    )
   return blocks
 
 
+def _box(role: str, title: str, span: int = NO_SPAN, **fields) -> dict:
+  return {
+    "kind": "box",
+    "role": role,
+    "title": title,
+    "span": span,
+    "facts": [],
+    "items": [],
+  } | fields
+
+
 def document_box(view: SampleView, segment: int) -> dict:
-  """Head of the neighbor or the document that a segment belongs to."""
+  """Returns the empty box of the neighbor or the document that a segment belongs to."""
   owner = view.owners[segment]
   document, facts, role = view.origin.documents[owner], [], "document"
   if owner < len(view.origin.neighbors):
-    found, role = view.origin.neighbors[owner], "neighbor"
-    facts.append(f"candidate {found.rank} of {found.candidates}, similarity {found.score:.3f}")
-  origin = ", ".join(x for x in (document.license, document.attribution, document.source) if x)
-  facts = [fact for fact in (document.key, *facts, origin) if fact]
-  return {
-    "kind": "box", "role": role, "owner": owner, "span": NO_SPAN, "title": view.whose(segment), "facts": facts, "items": [],
-  }  # fmt: skip
+    neighbor, role = view.origin.neighbors[owner], "neighbor"
+    rank = f"candidate {neighbor.rank} of {neighbor.candidates}"
+    facts.append(f"{rank}, similarity {neighbor.score:.3f}")
+  source = ", ".join(x for x in (document.license, document.attribution, document.source) if x)
+  facts = [fact for fact in (document.key, *facts, source) if fact]
+  return _box(role, view.owner_name(segment), owner=owner, facts=facts)
 
 
 def remarks(view: SampleView) -> list[str]:
-  """What a person would otherwise have to infer."""
-  found, origin = [], view.origin
+  """Returns sentences on what the blocks of a sample do not show."""
+  result, origin = [], view.origin
+  tokens = len(origin.document.segments[0].tokens)
   if view.dropped:
-    found.append(
-      "Conditioning dropped: caption and neighbors gave way to <mask:0>, and nothing stands for it at the end."
+    result.append(
+      "Conditioning dropped: <mask:0> replaces caption and neighbors, and no infill follows."
     )
   elif not origin.neighbors and any(s.is_image for s in origin.document.segments):
-    found.append("No neighbors.")
-  if origin.whole > len(origin.document.segments[0].tokens):
-    stop = origin.piece + len(origin.document.segments[0].tokens)
-    found.append(
-      f"A piece of a longer text: its tokens {show(origin.piece)} to {show(stop - 1)} of {show(origin.whole)}."
-    )
-  if view.lacking:
-    found.append(f"The row was full: the last {count_of(view.lacking, 'token')} are left out.")
-  return found
+    result.append("No neighbors.")
+  if origin.text_length > tokens:
+    stop = show(origin.piece_start + tokens - 1)
+    start, length = show(origin.piece_start), show(origin.text_length)
+    result.append(f"A piece of a longer text: tokens {start} to {stop} of {length}.")
+  if view.missing:
+    result.append(f"The row was full: the last {count_of(view.missing, 'token')} are left out.")
+  return result
 
 
-def sample_context(view: SampleView, decoder: Decoder) -> dict:
-  """What the template shows of a sample."""
+def sample_context(view: SampleView, decoder: PageDecoder) -> dict:
+  """Returns what the template shows of a sample."""
   sample, document = view.sample, view.origin.document
   weights = [
     f"{show(int(n))} of weight {w:g}"
@@ -301,68 +296,43 @@ def sample_context(view: SampleView, decoder: Decoder) -> dict:
 
 
 def fill(rows: list[RowView]) -> float:
-  """Share of the rows' slots that are not padding."""
-  return sum(v.sample.slots for row in rows for v in row.samples) / sum(
-    len(row.loss_weights) for row in rows
-  )
-
-
-def settings_table(plan: RowPlan, rows: list[RowView], split: str) -> list[tuple[str, str]]:
-  """(name, value) of what decides how rows look."""
-  config = plan.config
-  views = [view for row in rows for view in row.samples]
-  return [
-    ("split", split),
-    ("seed", str(plan.seed)),
-    ("slots a row", show(config.sequence_length)),
-    (
-      "mixture",
-      ", ".join(f"{source.share:.0%} {source.store.folder.name}" for source in plan.sources),
-    ),
-    (
-      "neighbors",
-      f"up to {show(config.num_neighbors)}, {config.neighbor_sampling}; loss weight {config.neighbor_loss_weight:g}",
-    ),
-    ("without neighbors", f"{config.neighbor_dropout:.0%} of samples"),
-    ("conditioning dropped", f"{config.condition_dropout:.0%} of the others"),
-    ("CM3 spans", f"{config.mean_spans:g} a sample on average"),
-    ("whole segments as spans", f"{config.whole_segment_rate:.0%} of samples"),
-    ("samples in these rows", show(len(views))),
-    ("slots used in these rows", f"{fill(rows):.1%}"),
-    (
-      "samples with spans here",
-      f"{sum(any(p.moved for p in v.parts) for v in views)} of {len(views)}",
-    ),
-  ]
+  """Returns the share of the rows' slots that are not padding."""
+  used = sum(view.sample.slots for row in rows for view in row.samples)
+  return used / sum(len(row.loss_weights) for row in rows)
 
 
 def render(
-  rows: list[RowView], plan: RowPlan, decoder: Decoder, config_name: str, split: str
+  rows: list[RowView], plan: RowPlan, decoder: PageDecoder, config_name: str, split: str
 ) -> str:
-  """The page: HTML without any reference to another file."""
+  """Returns the page: HTML that refers to no other file."""
+  views = [view for row in rows for view in row.samples]
   shown = [
     {
-      "number": r.number,
-      "ribbon": ribbon(r),
-      "samples": [sample_context(v, decoder) for v in r.samples],
+      "number": row.number,
+      "ribbon": ribbon(row),
+      "samples": [sample_context(view, decoder) for view in row.samples],
     }
-    for r in rows
+    for row in rows
   ]
-  return (
-    page_environment()
-    .get_template("inspect.html.jinja")
-    .render(
-      rows=shown,
-      settings=settings_table(plan, rows, split),
-      config_name=config_name,
-      span_colors=SPAN_COLORS,
-      samples=sum(len(row.samples) for row in rows),
-    )
+  template = page_environment().get_template("inspect.html.jinja")
+  return template.render(
+    rows=shown,
+    plan=plan,
+    split=split,
+    config_name=config_name,
+    span_colors=SPAN_COLORS,
+    samples=len(views),
+    samples_with_spans=sum(any(part.moved for part in view.parts) for view in views),
+    fill=fill(rows),
   )
 
 
 def check_writable(out: epath.PathLike) -> None:
-  """Makes the folder of `out`. Raises UserError if a file cannot be written there."""
+  """Creates the folder of `out`.
+
+  Raises:
+    UserError: no file can be written there.
+  """
   out = epath.Path(out)
   if out.is_dir():
     raise UserError(f"--out is {out}, a folder; it must be a file in it, e.g. {out / 'rows.html'}.")
@@ -373,11 +343,12 @@ def check_writable(out: epath.PathLike) -> None:
     probe.unlink()
   except OSError as error:
     raise UserError(
-      f"--out is {out}, which cannot be written ({error.strerror}: {error.filename}): name a file in a folder of yours."
+      f"--out is {out}, which cannot be written ({error.strerror}: {error.filename}): "
+      "name a file in a folder of yours."
     ) from error
 
 
 def write(out: epath.PathLike, html: str) -> None:
-  """Writes the page, see `io.replacing`."""
+  """Writes the page (`io.replacing`)."""
   with replacing(out, "w") as file:
     file.write(html)

@@ -1,4 +1,4 @@
-"""report.html: one file that shows a run, pictures inside, nothing fetched."""
+"""Renders report.html: one page on a run, with its images inside."""
 
 import base64
 import datetime
@@ -24,7 +24,7 @@ MAX_PROMPTS = 16
 MAX_RECONSTRUCTIONS = 16
 MAX_GRIDS = 8
 
-# Colors that the page replaces by its own, light or dark.
+# Placeholders, which the page replaces with its own colors, light or dark.
 INK, IMAGE, TEXT, FAINT = "#010203", "#040506", "#070809", "#0a0b0c"
 CSS_COLORS = {
   INK: "currentColor",
@@ -48,24 +48,24 @@ STYLE = {
 
 
 def png_uri(pixels) -> str:
-  """[H, W, 3] uint8 -> data URI of a PNG."""
+  """Returns the data URI of a PNG of [H, W, 3] or [H, W, 4] uint8."""
   buffer = io.BytesIO()
   Image.fromarray(np.asarray(pixels)).save(buffer, "PNG", optimize=True)
-  return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+  return _data_uri(buffer.getvalue())
 
 
 def file_uri(path: epath.PathLike) -> str | None:
-  """Data URI of a PNG file; None if it is not there."""
+  """Returns the data URI of a PNG file; None if there is no such file."""
   path = epath.Path(path)
-  return (
-    "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-    if path.is_file()
-    else None
-  )
+  return _data_uri(path.read_bytes()) if path.is_file() else None
+
+
+def _data_uri(png: bytes) -> str:
+  return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def to_svg(figure: Figure) -> str:
-  """Inline SVG in the page's own font and colors."""
+  """Returns inline SVG in the page's font and colors."""
   buffer = io.StringIO()
   figure.savefig(
     buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}
@@ -85,14 +85,14 @@ def to_svg(figure: Figure) -> str:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-  """Centered moving average; at the ends over what there is. [n] -> [n]."""
+  """Averages over a centered window, shorter at the ends: [n] -> [n]."""
   kernel = np.ones(min(window, len(values)))
   total, count = (np.convolve(x, kernel, "same") for x in (values, np.ones(len(values))))
   return total / count
 
 
 def loss_figure(metrics: list[dict]) -> str | None:
-  """Training and held-out loss over steps, one panel a modality, in bits per target; None without a log."""
+  """Plots training and held-out loss in bits per target, by modality; None without a log."""
   steps = [line for line in metrics if "image_loss" in line]
   if len(steps) < 2:
     return None
@@ -100,35 +100,26 @@ def loss_figure(metrics: list[dict]) -> str | None:
   x = np.array([line["step"] for line in steps])
   with matplotlib.rc_context(STYLE):
     figure = Figure(figsize=(9, 3.1), layout="constrained")
-    for axis, name, title, color in zip(
-      figure.subplots(1, 2), ("image", "text"), ("Image codes", "Text tokens"), (IMAGE, TEXT)
-    ):
+    panels = (("image", "Image codes", IMAGE), ("text", "Text tokens", TEXT))
+    for axis, (name, title, color) in zip(figure.subplots(1, 2), panels):
       y = np.array([line[f"{name}_loss"] for line in steps]) / np.log(2)
       axis.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
-      axis.plot(
-        x, smooth(y, max(len(x) // 40, 1)), color=color, linewidth=1.6, label="training (smoothed)"
-      )
+      mean = smooth(y, max(len(x) // 40, 1))
+      axis.plot(x, mean, color=color, linewidth=1.6, label="training (smoothed)")
       held = np.array([line[f"heldout_{name}_loss"] for line in heldout]) / np.log(2)
-      axis.plot(
-        [line["step"] for line in heldout], held, "o", color=INK, markersize=4, label="held out"
-      )
+      at = [line["step"] for line in heldout]
+      axis.plot(at, held, "o", color=INK, markersize=4, label="held out")
       for i, restart in enumerate(summary_lib.restarts(metrics)):
-        label = "stopped, continued" if i == 0 else None
-        axis.axvline(
-          restart["after_step"] + 0.5, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), label=label
-        )
-      axis.set(
-        title=title,
-        xlabel="step",
-        ylabel="bits per target",
-        ylim=(0, 1.05 * float(np.percentile(y, 99.5))),
-      )
+        dashes = {"linestyle": (0, (4, 3)), "label": "restart" if i == 0 else None}
+        axis.axvline(restart["after_step"] + 0.5, color=INK, linewidth=0.9, **dashes)
+      top = 1.05 * float(np.percentile(y, 99.5))
+      axis.set(title=title, xlabel="step", ylabel="bits per target", ylim=(0, top))
       axis.legend(frameon=False, fontsize=9)
     return to_svg(figure)
 
 
 def bits_figure(evaluation: dict) -> str | None:
-  """Bits per token with true, shuffled and no neighbors and their intervals, one panel a modality."""
+  """Plots bits per token and their intervals with true, shuffled and no neighbors, by modality."""
   rows = ("true", "shuffled", "none")
   if not all(name in evaluation for name in ("image", "text")):
     return None
@@ -137,27 +128,19 @@ def bits_figure(evaluation: dict) -> str | None:
     panels = (("image", "Bits per image code", IMAGE), ("text", "Bits per text token", TEXT))
     for axis, (name, title, color) in zip(figure.subplots(1, 2), panels):
       for place, row in enumerate(rows):
-        found = evaluation[name][row]
-        axis.plot(
-          [found["low"], found["high"]],
-          [place, place],
-          color=color,
-          linewidth=2.2,
-          solid_capstyle="round",
-        )
-        axis.plot(found["bits"], place, "o", color=color, markersize=6)
-      axis.set(
-        title=title,
-        yticks=range(len(rows)),
-        yticklabels=[f"{row} neighbors".replace("none", "no") for row in rows],
-      )
+        bits = evaluation[name][row]
+        line = {"color": color, "linewidth": 2.2, "solid_capstyle": "round"}
+        axis.plot([bits["low"], bits["high"]], [place, place], **line)
+        axis.plot(bits["bits"], place, "o", color=color, markersize=6)
+      labels = [f"{row} neighbors".replace("none", "no") for row in rows]
+      axis.set(title=title, yticks=range(len(rows)), yticklabels=labels)
       axis.set_ylim(len(rows) - 0.5, -0.5)
       axis.tick_params(length=0)
     return to_svg(figure)
 
 
 def reconstructions(workdir: epath.Path) -> list[tuple[str, str]]:
-  """(original, reconstruction) as data URIs."""
+  """Returns the first images as (original, reconstruction) data URIs."""
   path = workdir / "vqgan" / "reconstructions.npz"
   if not path.exists():
     return []
@@ -167,26 +150,21 @@ def reconstructions(workdir: epath.Path) -> list[tuple[str, str]]:
 
 
 def prompts(workdir: epath.Path) -> list[dict]:
-  """One entry a prompt of samples/results.jsonl: caption, original, neighbors, and rows of cells of samples."""
-  results = summary_lib.read_results(workdir)
-  raw = workdir / "raw"
-  pairs = {}
+  """Returns the first prompts: caption, original, neighbors and samples of each."""
+  raw, pairs, grouped = workdir / "raw", {}, {}
   if (raw / raw_pairs.INDEX).exists():
     pairs = {pair.key: pair for split in SPLITS for pair in raw_pairs.read_pairs(raw, split)}
-  grouped = {}
-  for result in results:
+  for result in summary_lib.read_results(workdir):
     grouped.setdefault((result["key"], result["prompt"]), []).append(result)
   return [
-    _prompt(workdir, pairs, key, caption, found)
-    for (key, caption), found in list(grouped.items())[:MAX_PROMPTS]
+    _prompt(workdir, pairs, key, caption, results)
+    for (key, caption), results in list(grouped.items())[:MAX_PROMPTS]
   ]
 
 
 def _prompt(workdir: epath.Path, pairs: dict, key: str, caption: str, results: list[dict]) -> dict:
-  picture = lambda key: file_uri(pairs[key].image) if key in pairs else None
-  names = dict.fromkeys(
-    name for result in results for name in (n["key"] for n in result["neighbors"])
-  )
+  keys = dict.fromkeys(neighbor["key"] for r in results for neighbor in r["neighbors"])
+  images = {name: file_uri(pairs[name].image) for name in (key, *keys) if name in pairs}
   rows = []
   for retrieve in sorted({result["retrieve"] for result in results}, reverse=True):
     cells = {}
@@ -195,93 +173,83 @@ def _prompt(workdir: epath.Path, pairs: dict, key: str, caption: str, results: l
       cells.setdefault(result["guidance"], []).append((uri, result.get("clip_score")))
     rows.append({"retrieve": retrieve, "cells": sorted(cells.items())})
   neighbors = [
-    {"caption": pairs[name].caption if name in pairs else name, "picture": picture(name)}
-    for name in names
+    {"caption": pairs[name].caption if name in pairs else name, "image": images.get(name)}
+    for name in keys
   ]
-  return {"caption": caption, "original": picture(key), "neighbors": neighbors, "rows": rows}
+  return {"caption": caption, "original": images.get(key), "neighbors": neighbors, "rows": rows}
 
 
 def grids(workdir: epath.Path) -> list[tuple[str, str]]:
-  """(name, data URI) of the grids drawn during training, in the order of their steps, evenly spaced."""
+  """Returns (name, data URI) of sample grids of the training, by step, evenly spaced."""
   folder = workdir / "train" / "samples"
-  step = lambda path: int(re.sub(r"\D", "", path.stem) or 0)
-  paths = sorted(folder.glob("*.png"), key=step) if folder.exists() else []
+  files = folder.glob("*.png") if folder.exists() else []
+  paths = sorted((int(re.sub(r"\D", "", path.stem) or 0), path) for path in files)
   chosen = np.unique(np.linspace(0, len(paths) - 1, min(MAX_GRIDS, len(paths))).astype(int))
-  return [(f"step {step(paths[i])}", file_uri(paths[i])) for i in chosen]
+  return [(f"step {paths[i][0]}", file_uri(paths[i][1])) for i in chosen]
 
 
 def licenses(workdir: epath.Path) -> list[dict]:
-  """Who made the pictures: one dict a source and license, with its number of pairs and every attribution."""
+  """Returns a dict for each source and license of images: number of pairs, and attributions."""
   if not (workdir / "raw" / raw_pairs.INDEX).exists():
     return []
-  found = {}
+  entries = {}
   for origin in raw_pairs.read_index(workdir / "raw")["origins"]:
     if origin["kind"] == "pairs":
-      place = (origin["source"], origin["license"])
-      entry = found.setdefault(
-        place, {"source": place[0], "license": place[1], "pairs": 0, "attributions": []}
-      )
+      names = {"source": origin["source"], "license": origin["license"]}
+      new = {**names, "pairs": 0, "attributions": []}
+      entry = entries.setdefault(tuple(names.values()), new)
       entry["pairs"] += origin["records"]
       entry["attributions"].append(origin["attribution"])
-  return list(found.values())
+  return list(entries.values())
 
 
 def show(value) -> str:
-  """A number as a person reads it: 4 significant digits, thousands set apart, a sign of minus that is one."""
+  """Formats a value for a page.
+
+  show(True) = "yes", show(-1234) = "−1,234", show(0.123456) = "0.1235", show(None) = "—"
+  """
   if isinstance(value, bool):
     return "yes" if value else "no"
   if isinstance(value, int):
     return f"{value:,}".replace("-", "−")
   if isinstance(value, float):
-    text = (
-      f"{value:,.0f}"
-      if abs(value) >= 10_000
-      else f"{value:.4g}"
-      if value == 0 or abs(value) >= 1e-3
-      else f"{value:.2e}"
-    )
-    return text.replace("-", "−")
+    is_small = 0 < abs(value) < 1e-3
+    form = ",.0f" if abs(value) >= 10_000 else ".2e" if is_small else ".4g"
+    return f"{value:{form}}".replace("-", "−")
   return "—" if value is None else str(value)
 
 
 def clock(seconds: float) -> str:
-  """`clock(75.2) == "1 min 15 s"`."""
+  """Formats seconds: clock(75.2) = "1 min 15 s"."""
   return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60} s"
 
 
 def page_environment() -> jinja2.Environment:
-  """What this package's pages are made with: templates that may include one another, the filter `show`."""
-  read = lambda name: importlib.resources.files(__package__).joinpath(name).read_text()
+  """Returns the environment of this package's templates, with the filter `show`."""
+  folder = importlib.resources.files(__package__)
   environment = jinja2.Environment(
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
-    loader=jinja2.FunctionLoader(read),
+    loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text()),
   )
   environment.filters["show"] = show
   return environment
 
 
 def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
-  """The page.
+  """Returns the page: HTML that refers to no other file.
 
   Args:
-    workdir: of the run.
-    summary: of `summary.collect`.
-    config_name: what stood behind --config, for the commands.
-
-  Returns:
-    HTML without any reference to another file.
+    workdir: folder of the run.
+    summary: result of `summary.collect`.
+    config_name: value of --config, for the commands on the page.
   """
   workdir = epath.Path(workdir)
   metrics = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl")
   environment = page_environment()
-  environment.filters |= {
-    "clock": clock,
-    "flatten": summary_lib.flatten,
-    "groups": describe_groups,
-  }
+  environment.filters |= {"clock": clock, "flatten": summary_lib.flatten, "groups": describe_groups}
   return environment.get_template("report.html.jinja").render(
     summary=summary,
     stages=stages.STAGES,
@@ -298,7 +266,7 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
 
 
 def write(workdir: epath.PathLike, config_name: str) -> dict:
-  """Writes summary.json and report.html into `workdir` and returns the summary."""
+  """Writes summary.json and report.html to `workdir`; returns the summary."""
   workdir = epath.Path(workdir)
   summary = summary_lib.collect(workdir)
   write_json(workdir / "summary.json", summary)

@@ -1,4 +1,4 @@
-"""A row as a ribbon to scale: which slots are what, whose they are, where spans went, and what their predictions weigh."""
+"""Lays out a row to scale: its parts, their documents, moved spans and loss weights."""
 
 # L slots of a row.
 
@@ -9,77 +9,76 @@ from cm3leon_jax.reports.row_parts import NO_SPAN
 
 
 def runs(values) -> list[tuple[int, int, float]]:
-  """Stretches of one value: (first, number, value).
+  """Returns the runs of equal values as (start, length, value).
 
   >>> runs([0, 1, 1, 0])
   [(0, 1, 0), (1, 2, 1), (3, 1, 0)]
   """
-  found, position = [], 0
+  result, position = [], 0
   for value, group in itertools.groupby(values):
     count = len(list(group))
-    found.append((position, count, value))
+    result.append((position, count, value))
     position += count
-  return found
+  return result
 
 
 def ribbon(row: RowView) -> dict:
-  """The row's tracks. Slots are drawn by the token that they read; the last token of a sample is only predicted.
+  """Returns the tracks of a row.
+
+  A slot shows the token that it reads; the last token of a sample is only predicted, so it has no
+  slot.
 
   Returns:
     dict of
-      length, used: slots of the row, and those before its padding.
-      parts: one dict a part with x, width, kind, span, title.
-      owners: one dict a neighbor, document or dropped condition with x, width, role.
-      moves: (slot that a span left, slot where it stands again, span).
+      length, used: slots of the row, and slots before its padding.
       samples: (first slot, slots, segment id, key).
-      weights: (first slot, slots, weight as a share of the row's largest) where it is not 0.
+      weights: (first slot, slots, weight divided by the row's largest) where the weight is not 0.
+      parts: one dict for each part, with x, width, kind, span, title.
+      owners: one dict for each neighbor or document, with x, width, role.
+      moves: (slot of the sentinel that replaces a span, middle slot of the moved span, span).
   """
-  length = len(row.loss_weights)
   largest = max(1.0, float(row.loss_weights.max()))
-  found = {
-    "length": length,
-    "used": sum(v.sample.slots for v in row.samples),
-    "parts": [],
-    "owners": [],
-    "moves": [],
-  }
-  found["samples"] = [
+  samples = [
     (v.sample.start, v.sample.slots, v.sample.segment_id, v.origin.document.key)
     for v in row.samples
   ]
-  found["weights"] = [(x, n, w / largest) for x, n, w in runs(row.loss_weights.tolist()) if w]
-  for view in row.samples:
-    found["parts"] += _parts(view)
-    found["owners"] += _owners(view)
-    found["moves"] += _moves(view)
-  return found
+  return {
+    "length": len(row.loss_weights),
+    "used": sum(v.sample.slots for v in row.samples),
+    "samples": samples,
+    "weights": [(x, n, w / largest) for x, n, w in runs(row.loss_weights.tolist()) if w],
+    "parts": [part for view in row.samples for part in _parts(view)],
+    "owners": [owner for view in row.samples for owner in _owners(view)],
+    "moves": [move for view in row.samples for move in _moves(view)],
+  }
 
 
 def _parts(view: SampleView) -> list[dict]:
-  sample, found = view.sample, []
+  sample, result = view.sample, []
   for part in view.parts:
     first, stop = sample.start + part.start, sample.start + min(part.stop, sample.slots)
     if first < stop:
-      whose = view.whose(part.segment) if part.kind != "special" else "special token"
-      title = f"{whose}: {part.kind}, slots {first} to {stop - 1}" + (
-        ", infill" if part.moved else ""
-      )
-      found.append(
+      owner = view.owner_name(part.segment) if part.kind != "special" else "special token"
+      title = f"{owner}: {part.kind}, slots {first} to {stop - 1}{', infill' * part.moved}"
+      result.append(
         {"x": first, "width": stop - first, "kind": part.kind, "span": part.span, "title": title}
       )
-  return found
+  return result
 
 
 def _owners(view: SampleView) -> list[dict]:
-  """One stretch a document, from its first part to its last, `<break>` within it included."""
+  """Returns the range of each document from its first part to its last, with `<break>` between."""
   bounds: dict[int, list[int]] = {}
   for part in view.parts:
     if not part.moved and (part.kind != "special" or part.span != NO_SPAN):
       low, high = bounds.get(view.owners[part.segment], (part.start, part.stop))
       bounds[view.owners[part.segment]] = [min(low, part.start), max(high, part.stop)]
-  role = lambda owner: "neighbor" if owner < len(view.origin.neighbors) else "document"
   return [
-    {"x": view.sample.start + low, "width": min(high, view.sample.slots) - low, "role": role(owner)}
+    {
+      "x": view.sample.start + low,
+      "width": min(high, view.sample.slots) - low,
+      "role": "neighbor" if owner < len(view.origin.neighbors) else "document",
+    }
     for owner, (low, high) in bounds.items()
   ]
 

@@ -1,4 +1,4 @@
-"""What a row of training holds, read off its arrays alone: its samples, and the parts that these consist of."""
+"""Splits a training row into samples, and samples into parts, from the row's arrays alone."""
 
 # L slots of a row, T tokens of a sample.
 
@@ -19,10 +19,11 @@ class Sample:
   """One sample of a row.
 
   Attributes:
-    segment_id: its number in the row, from 1.
-    start: its first slot; slot `start + t` reads token t and predicts token t + 1.
+    segment_id: number of the sample in the row, from 1.
+    start: first slot; slot `start + t` reads token t and predicts token t + 1.
     tokens: [T] int32; they take T - 1 slots.
-    weights: [T] float32, what each token weighs as a target. The first is never one; its weight is 0.
+    weights: [T] float32 loss weights of the tokens as targets; the first token is none, its weight
+      is 0.
   """
 
   segment_id: int
@@ -37,14 +38,15 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """Tokens of a sample that stand together: one special token, or a run of text or of image codes.
+  """One special token of a sample, or a run of text tokens or image codes.
 
   Attributes:
     kind: "special", "text" or "image".
     start, stop: half-open range of the sample's tokens.
-    segment: number of the segment that it belongs to, neighbors' included; that of a moved part is the one it left.
-    span: i, if it is `<mask:i>` or stands at the end for it; else NO_SPAN.
-    moved: it stands at the end, behind the sample: `<mask:i> span <eoss>`.
+    segment: index of its segment among those of the neighbors and the document; a moved part has
+      the segment that it was taken from.
+    span: i for `<mask:i>` and for the tokens that it replaces; else NO_SPAN.
+    moved: whether it stands at the end of the sample, in `<mask:i> span <eoss>`.
   """
 
   kind: str
@@ -65,12 +67,13 @@ def split_row(row: dict[str, np.ndarray], vocab: VocabLayout) -> list[Sample]:
     result = samples of the tokens [</s> 7 8 </s>] and [</s> 9 </s>]
 
   Args:
-    row: arrays of [L], those of `pipeline.FIELDS`.
-    vocab: names the padding.
+    row: the arrays of `pipeline.FIELDS`, each [L].
+    vocab: layout of the token ids.
 
   Raises:
-    ValueError: segment ids do not count 1, 2, ..., then 0; positions do not count from 0 in a sample; a target is not the next
-      input; a weight is negative or not finite; or padding is not all pad and weighs something.
+    ValueError: segment ids do not count 1, 2, ..., then 0; positions of a sample do not count from
+      0; a target is not the next input; a weight is negative or not finite; or padding holds
+      another token than `<pad>`, or has a loss weight.
   """
   ids = row["segment_ids"]
   starts = np.flatnonzero(np.diff(ids, prepend=-1))
@@ -83,20 +86,17 @@ def split_row(row: dict[str, np.ndarray], vocab: VocabLayout) -> list[Sample]:
   samples = []
   for number, start, stop in zip(numbers, starts.tolist(), [*starts[1:].tolist(), len(ids)]):
     cut = {name: values[start:stop] for name, values in row.items()}
-    wrong = _fault_of_sample(cut) if number else _fault_of_padding(cut, vocab.pad)
-    if wrong:
-      raise ValueError(f"slots {start} to {stop - 1} (segment id {number}): {wrong}")
+    fault = _sample_fault(cut) if number else _padding_fault(cut, vocab.pad)
+    if fault:
+      raise ValueError(f"slots {start} to {stop - 1} (segment id {number}): {fault}")
     if number:
       tokens = np.concatenate([cut["inputs"][:1], cut["targets"]])
-      samples.append(
-        Sample(
-          number, start, tokens, np.concatenate([np.zeros(1, np.float32), cut["loss_weights"]])
-        )
-      )
+      weights = np.concatenate([np.zeros(1, np.float32), cut["loss_weights"]])
+      samples.append(Sample(number, start, tokens, weights))
   return samples
 
 
-def _fault_of_sample(cut: dict[str, np.ndarray]) -> str:
+def _sample_fault(cut: dict[str, np.ndarray]) -> str:
   if not np.array_equal(cut["positions"], np.arange(len(cut["positions"]))):
     return "positions do not count from 0."
   if not np.array_equal(cut["inputs"][1:], cut["targets"][:-1]):
@@ -106,29 +106,30 @@ def _fault_of_sample(cut: dict[str, np.ndarray]) -> str:
   return ""
 
 
-def _fault_of_padding(cut: dict[str, np.ndarray], pad: int) -> str:
+def _padding_fault(cut: dict[str, np.ndarray], pad: int) -> str:
   if (cut["inputs"] != pad).any() or (cut["targets"] != pad).any():
     return "padding holds another token than <pad>."
   return "padding has a loss weight." if cut["loss_weights"].any() else ""
 
 
 def split_parts(tokens: np.ndarray, vocab: VocabLayout) -> list[Part]:
-  """Parts of a sample in the order of its tokens.
+  """Splits a sample into parts, in the order of its tokens.
 
     tokens = [</s> 7 8 <break> 91 <mask:0> 94 </s> <mask:0> 92 93 <eoss>]
-    result: </s>, text 1 to 3 of segment 0, <break>; then of segment 1: image 4 to 5, <mask:0> of span 0, image 6 to 7, </s>;
-      then moved, of segment 1 and span 0: <mask:0>, image 9 to 11, <eoss>
+    segment 0: </s>, text 1 to 3, <break>
+    segment 1: image 4 to 5, <mask:0> of span 0, image 6 to 7, </s>
+    segment 1, span 0, moved: <mask:0>, image 9 to 11, <eoss>
 
   Args:
     tokens: [T] int32.
-    vocab: says what a token is.
+    vocab: layout of the token ids.
   """
   kinds = np.select(
     [tokens < vocab.num_special, vocab.is_image(tokens)], ["special", "image"], "text"
   )
   cuts = np.flatnonzero((kinds[1:] != kinds[:-1]) | (kinds[1:] == "special")) + 1
-  left: dict[int, int] = {}  # span -> segment that it left
-  found, segment, span, moved = [], 0, NO_SPAN, False
+  left: dict[int, int] = {}  # Span -> segment that it was taken from.
+  parts, segment, span, moved = [], 0, NO_SPAN, False
   for start, stop in zip([0, *cuts.tolist()], [*cuts.tolist(), len(tokens)]):
     token, place = int(tokens[start]), segment
     if vocab.is_mask(token):
@@ -137,16 +138,18 @@ def split_parts(tokens: np.ndarray, vocab: VocabLayout) -> list[Part]:
       place = left.setdefault(span, segment)
     elif moved:
       place = left.get(span, segment)
-    found.append(Part(str(kinds[start]), start, stop, place, span, moved))
+    parts.append(Part(str(kinds[start]), start, stop, place, span, moved))
     segment += token == vocab.brk
     if not moved or token == vocab.eoss:
       span = NO_SPAN
-  return found
+  return parts
 
 
 def restore(parts: list[Part]) -> list[list[Part]]:
-  """Each segment's runs of text or codes in their own order again: moved ones back where they left. Segments without any
-  stay empty: the condition that was dropped."""
+  """Returns the text and image parts of each segment, with moved parts back in their place.
+
+  A dropped condition is a segment without parts.
+  """
   segments: list[list[Part]] = [[] for _ in range(1 + max(part.segment for part in parts))]
   moved: dict[int, list[Part]] = {}
   for part in (p for p in parts if p.moved and p.kind != "special"):
@@ -160,26 +163,26 @@ def restore(parts: list[Part]) -> list[list[Part]]:
 
 
 def is_dropped(tokens: np.ndarray, vocab: VocabLayout) -> bool:
-  """Whether caption and neighbors gave way to a `<mask:0>` that nothing stands for at the end."""
+  """Returns whether `<mask:0>` replaces caption and neighbors: it has no infill at the end."""
   return int(np.count_nonzero(tokens == vocab.mask(0))) == 1
 
 
 def check_sample(
   tokens: np.ndarray, documents: list[Document], vocab: VocabLayout, length: int
 ) -> int:
-  """Makes sure that a sample holds its documents, token for token.
+  """Checks that a sample holds its documents, token for token.
 
   Args:
     tokens: [T] int32.
-    documents: neighbors in their order, then the document itself.
-    vocab: of the tokens.
-    length: L; a sample that fills the row, T = L + 1, may lack its end.
+    documents: the neighbors in their order, then the document itself.
+    vocab: layout of the token ids.
+    length: L; a sample that fills the row, T = L + 1, may lack its last tokens.
 
   Returns:
-    How many tokens it lacks.
+    Number of missing tokens.
 
   Raises:
-    ValueError: naming the first token that is another one, or the lengths.
+    ValueError: names the first wrong token, or the two lengths.
   """
   if is_dropped(tokens, vocab):
     opening, image = [vocab.eos, vocab.mask(0), vocab.brk], documents[-1].segments[-1].tokens
@@ -191,10 +194,12 @@ def check_sample(
   if len(wrong):
     at = int(wrong[0])
     raise ValueError(
-      f"document '{key}', spans put back, has token {found[at]} at {at}; its documents have {expected[at]}."
+      f"the sample of document '{key}', spans restored, has token {found[at]} at {at}; "
+      f"its documents have {expected[at]}."
     )
   if len(found) > len(expected) or (len(found) < len(expected) and len(tokens) <= length):
     raise ValueError(
-      f"document '{key}' gives {len(found)} tokens, spans put back; its documents have {len(expected)}."
+      f"the sample of document '{key}', spans restored, has {len(found)} tokens; "
+      f"its documents have {len(expected)}."
     )
   return len(expected) - len(found)

@@ -1,4 +1,4 @@
-"""Every number of a run in one dict: what the stages left in their folders, and the headline figures with their targets."""
+"""Collects the numbers of a run, and compares the main ones with their targets."""
 
 import dataclasses
 import itertools
@@ -14,13 +14,13 @@ from cm3leon_jax.io import plain, read_json, read_json_lines
 
 @dataclasses.dataclass(frozen=True)
 class Headline:
-  """One figure that the run is judged by.
+  """One of the main figures of a run.
 
   Attributes:
     title: what is measured, with its unit.
-    path: where it stands in the summary, dotted.
-    better: ">=" or "<=" a target, ">" or "<" another number of the summary, or "" without a target.
-    target: number, or the dotted path of the number to compare with.
+    path: dotted path of the figure in the summary.
+    better: relation of a good figure to the target, ">=", "<=", ">" or "<"; "" without a target.
+    target: a number, or the dotted path of a number in the summary.
     note: what the target is.
   """
 
@@ -31,79 +31,45 @@ class Headline:
   note: str = ""
 
 
+# fmt: off
 HEADLINES = (
-  Headline("PSNR of reconstructions, held-out concepts (dB)", "vqgan.psnr_db", ">=", 22.0),
   Headline(
-    "Codebook perplexity, held-out concepts (codes)",
-    "vqgan.codebook_perplexity",
-    ">=",
-    250.0,
-    "of 512 codes",
-  ),
+    "PSNR of reconstructions, held-out concepts (dB)", "vqgan.psnr_db", ">=", 22.0),
   Headline(
-    "Recall@2 of the neighbor search against exact search", "neighbors.recall@2", ">=", 0.95
-  ),
+    "Codebook perplexity, held-out concepts", "vqgan.codebook_perplexity", ">=", 250.0,
+    "of 512 codes"),
   Headline(
-    "CLIP text-to-image recall@1, held-out concepts",
-    "clip.recall@1",
-    ">",
-    "clip.chance@1",
-    "chance",
-  ),
+    "Recall@2 of the neighbor search against exact search", "neighbors.recall@2", ">=", 0.95),
   Headline(
-    "CLIP text-to-image recall@5, held-out concepts",
-    "clip.recall@5",
-    ">",
-    "clip.chance@5",
-    "chance",
-  ),
+    "CLIP text-to-image recall@1, held-out concepts", "clip.recall@1", ">", "clip.chance@1",
+    "chance"),
   Headline(
-    "Bits per image code, true neighbors",
-    "evaluation.image.true.bits",
-    "<",
-    "evaluation.image.unigram",
-    "unigram model",
-  ),
+    "CLIP text-to-image recall@5, held-out concepts", "clip.recall@5", ">", "clip.chance@5",
+    "chance"),
   Headline(
-    "The same, divided by the unigram model's",
-    "evaluation.image.true_over_unigram",
-    "<=",
-    0.5,
-    "aim of the demo",
-  ),
+    "Bits per image code, true neighbors", "evaluation.image.true.bits", "<",
+    "evaluation.image.unigram", "unigram model"),
   Headline(
-    "The same, divided by the unigram model's",
-    "evaluation.image.true_over_unigram",
-    "<=",
-    0.42,
-    "aim of :long",
-  ),
+    "Bits per image code, relative to unigram", "evaluation.image.true_over_unigram", "<=", 0.5,
+    "for the demo"),
   Headline(
-    "Bits per text token, true neighbors",
-    "evaluation.text.true.bits",
-    "<",
-    "evaluation.text.unigram",
-    "unigram model",
-  ),
+    "Bits per image code, relative to unigram", "evaluation.image.true_over_unigram", "<=", 0.42,
+    "for openmoji:long"),
   Headline(
-    "True minus shuffled neighbors (bits/code)",
-    "evaluation.image.true_minus_shuffled.bits",
-    "<",
-    0.0,
-    "95% interval over concepts",
-  ),
+    "Bits per text token, true neighbors", "evaluation.text.true.bits", "<",
+    "evaluation.text.unigram", "unigram model"),
   Headline(
-    "True minus no neighbors (bits/code)",
-    "evaluation.image.true_minus_none.bits",
-    "<",
-    0.0,
-    "95% interval over concepts",
-  ),
+    "True minus shuffled neighbors (bits/code)", "evaluation.image.true_minus_shuffled.bits",
+    "<", 0.0, "whole interval"),
+  Headline(
+    "True minus no neighbors (bits/code)", "evaluation.image.true_minus_none.bits",
+    "<", 0.0, "whole interval"),
 )
+# fmt: on
 
 
 def lookup(summary: dict, path: str):
-  """`lookup({"a": {"b": 1}}, "a.b") == 1`; None where nothing stands."""
+  """Returns the value at a dotted path, or None: lookup({"a": {"b": 1}}, "a.b") = 1."""
   value = summary
   for name in path.split("."):
     if not isinstance(value, dict) or name not in value:
@@ -113,37 +79,44 @@ def lookup(summary: dict, path: str):
 
 
 def judge(summary: dict, headline: Headline) -> dict:
-  """{"title", "value", "target", "note", "met"}: `value` is None if the stage has not run, `met` None without a verdict.
+  """Compares a headline figure with its target.
 
-  A difference with an interval beside it is met only if the whole interval is.
+  A figure with an interval meets the target only if the whole interval does.
+
+  Returns:
+    {"title", "value", "interval", "relation", "target", "note", "met"}. `value` is None if the
+    stage has not run; `met` is None if there is no value or no target.
   """
   value = lookup(summary, headline.path)
   target = lookup(summary, headline.target) if isinstance(headline.target, str) else headline.target
   parent = lookup(summary, headline.path.rpartition(".")[0]) or {}
-  interval = (
-    [parent["low"], parent["high"]] if headline.path.endswith(".bits") and "low" in parent else None
-  )
-  met = None
+  interval = met = None
+  if headline.path.endswith(".bits") and "low" in parent:
+    interval = [parent["low"], parent["high"]]
   if value is not None and target is not None and headline.better:
-    worst = value if interval is None else interval[1] if "<" in headline.better else interval[0]
+    worst = value if interval is None else interval[1 if "<" in headline.better else 0]
     met = {">=": worst >= target, "<=": worst <= target, ">": worst > target, "<": worst < target}[
       headline.better
     ]
-  relation = f"{headline.better} " if headline.better else ""
   return {
-    "title": headline.title, "value": value, "interval": interval, "relation": relation, "target": target,
-    "note": headline.note, "met": met,
-  }  # fmt: skip
+    "title": headline.title,
+    "value": value,
+    "interval": interval,
+    "relation": f"{headline.better} " if headline.better else "",
+    "target": target,
+    "note": headline.note,
+    "met": met,
+  }
 
 
 def clip_scores(results: list[dict]) -> list[dict]:
   """Averages the CLIP scores of the samples by guidance and number of retrieved documents.
 
-  Samples of one concept, or else of one prompt, resemble each other: intervals are over concepts.
+  Intervals resample concepts (or prompts without one), whose samples resemble each other.
 
   Args:
-    results: lines of results.jsonl with guidance, retrieve, clip_score and prompt; the concept or
-      key of a held-out pair are "" or absent if the prompt is the user's.
+    results: lines of results.jsonl with guidance, retrieve, clip_score and prompt; concept and key
+      of a held-out pair are "" or absent for a prompt of the user.
 
   Returns:
     A dict for each guidance and number of retrieved documents, in order: guidance, retrieve,
@@ -170,74 +143,78 @@ def clip_scores(results: list[dict]) -> list[dict]:
 
 
 def restarts(metrics: list[dict]) -> list[dict]:
-  """Where a trainer was started again: the log's first step of each start has no rate yet.
+  """Finds the restarts of a trainer: the first step after a start has no rate.
 
   Args:
     metrics: lines of metrics.jsonl.
 
   Returns:
-    One dict a restart: after_step, the last step before it; next_step, the first one after it; and, where the first run
-    had logged steps that the second computed again, replayed (their number) and identical (those whose loss is the same,
-    bit for bit).
+    One dict for each restart: after_step, the last step before it, and next_step, the first step
+    after it. If the earlier start had logged steps that were computed again: replayed, their
+    number, and identical, the number whose loss is the same bit for bit.
   """
   steps = [line for line in metrics if "loss" in line]
-  found = [
+  result = [
     {"after_step": before["step"], "next_step": line["step"]}
     for before, line in itertools.pairwise(steps)
     if "tokens_per_second" not in line
   ]
   for event in (line for line in metrics if line.get("event") == "resumed"):
-    for restart in found:
+    for restart in result:
       if restart["after_step"] == event["from_step"]:
         restart.update(replayed=event["replayed"], identical=event["identical"])
-  return found
+  return result
 
 
 def training(metrics: list[dict]) -> dict:
-  """Numbers of the training log.
+  """Computes the numbers of a training log.
+
+  Args:
+    metrics: lines of metrics.jsonl.
 
   Returns:
-    logged_steps; every_step_logged_once: no restart lost or repeated one; restarts; median_tokens_per_second;
-    step_seconds, of all steps that have a rate; last_loss and its parts, means over the last 5% of the steps; and where
-    the trainer told them, goodput and wall_seconds, of all starts.
+    logged_steps; every_step_logged_once, whether no step is missing or repeated; restarts;
+    median_tokens_per_second; step_seconds, the time of all steps that have a rate; last_loss,
+    last_image_loss and last_text_loss, means over the last 5% of the steps; and, if they are
+    logged, goodput and wall_seconds over all starts. {} without steps.
   """
   steps = [line for line in metrics if "loss" in line]
   if not steps:
     return {}
   rated = [line for line in steps if "tokens_per_second" in line]
+  rates = [line["tokens_per_second"] for line in rated]
   tail = steps[-max(len(steps) // 20, 1) :]
   losses = [name for name in ("loss", "image_loss", "text_loss") if name in tail[0]]
-  told = {}
+  goodput = {}
   for line in (line for line in metrics if "goodput" in line):
     seconds = sum(value for name, value in line.items() if name.endswith("_seconds"))
-    told = {"goodput": line["goodput"], "wall_seconds": round(seconds, 1)}
+    goodput = {"goodput": line["goodput"], "wall_seconds": round(seconds, 1)}
   return {
     "logged_steps": len(steps),
     "every_step_logged_once": [line["step"] for line in steps] == list(range(1, len(steps) + 1)),
     "restarts": restarts(metrics),
-    "median_tokens_per_second": float(np.median([line["tokens_per_second"] for line in rated]))
-    if rated
-    else None,
+    "median_tokens_per_second": float(np.median(rates)) if rates else None,
     "step_seconds": round(sum(line["weight"] / line["tokens_per_second"] for line in rated), 1),
     **{f"last_{name}": float(np.mean([line[name] for line in tail])) for name in losses},
-    **told,
+    **goodput,
   }
 
 
 def read_results(workdir: epath.PathLike) -> list[dict]:
-  """Lines of samples/results.jsonl, [] if there are none yet."""
+  """Returns the lines of samples/results.jsonl; [] if there is no such file."""
   return read_json_lines(epath.Path(workdir) / "samples" / "results.jsonl")
 
 
 def collect(workdir: epath.PathLike) -> dict:
-  """Gathers a run.
+  """Collects the numbers of a run.
 
   Args:
-    workdir: of the run, finished or not.
+    workdir: folder of the run, finished or not.
 
   Returns:
-    Plain dict: a section for each finished stage with its numbers and `seconds`; `train.log`; `samples.clip_score`;
-    `total_seconds`; `unfinished`, the stages that have not run; `headlines`.
+    Plain dict: a section for each finished stage, with its numbers and `seconds`; `train.log`;
+    `samples.clip_score`; `total_seconds`; `unfinished`, the stages that have not finished; and
+    `headlines` (`judge`).
 
   Raises:
     UserError: the workdir does not exist, or a file in it is damaged.
@@ -255,7 +232,7 @@ def collect(workdir: epath.PathLike) -> dict:
   if log:
     train = summary.setdefault("train", {})
     train["log"] = log
-    if "train" in seconds:  # The stage's own time is that of its last start.
+    if "train" in seconds:  # The stage records only its last start.
       train["seconds"] = seconds["train"] = max(
         seconds["train"], log.get("wall_seconds", log["step_seconds"])
       )
@@ -269,7 +246,7 @@ def collect(workdir: epath.PathLike) -> dict:
 
 
 def flatten(value, where: str = "") -> list[tuple[str, object]]:
-  """Leaves of nested dicts and lists with their dotted names, in order.
+  """Returns the leaves of nested dicts and lists with their dotted names, in order.
 
   {"a": {"b": 1, "c": [2, 3]}} -> [("a.b", 1), ("a.c.0", 2), ("a.c.1", 3)]
   """

@@ -1,6 +1,6 @@
-"""Arrays on disk that grow by rows and are written by many processes: zarr3 through TensorStore, local or in a bucket."""
+"""Arrays on disk that grow by rows and that many processes write: zarr3, local or in a bucket."""
 
-# n rows.
+# n rows, m of them.
 
 from etils import epath
 import numpy as np
@@ -11,31 +11,32 @@ from cm3leon_jax.io import read_json, write_json
 
 SCHEMA_VERSION = 1
 INDEX = "index.json"
-FILE_BYTES = 16 * 2**20  # Of a zarr shard: a file.
-READ_BYTES = 16 * 2**10  # Of a chunk within it: what reading one row costs.
+FILE_BYTES = 16 * 2**20  # Size of a file, a zarr shard.
+READ_BYTES = 16 * 2**10  # Size of a chunk in a file; reading a row reads a chunk.
 
 
 class ArrayStore:
-  """Rows of one shape and dtype. `len`, slices, and index arrays read what was committed.
+  """Rows of one shape and dtype; `len`, slices and index arrays read committed rows.
 
-  Writers of disjoint rows may be different processes, even on different machines. A row counts once index.json says so: what
-  was killed before leaves nothing behind that is ever read.
+  Processes on any machines may write disjoint rows. index.json has the number of committed rows:
+  rows of a killed writer are never read.
   """
 
   def __init__(self, path: epath.PathLike):
-    """Opens the store at `path`. Raises UserError: none is there, or one of another schema version."""
+    """Opens a store; raises UserError if it is absent or of another schema version."""
     self.path = epath.Path(path)
     index = read_json(self.path / INDEX)
     if index["schema_version"] != SCHEMA_VERSION:
       raise UserError(
-        f"{self.path} has schema version {index['schema_version']}; this code reads version {SCHEMA_VERSION}."
+        f"{self.path} has schema version {index['schema_version']}; this code reads version "
+        f"{SCHEMA_VERSION}: delete it and run the command that writes it again."
       )
     self._rows = index["rows"]
     self._array = ts.open(_spec(self.path), open=True).result()
 
   @classmethod
   def create(cls, path: epath.PathLike, row_shape: tuple[int, ...], dtype) -> "ArrayStore":
-    """An empty store in place of what is at `path`."""
+    """Creates an empty store; deletes an existing one."""
     path, row_bytes = epath.Path(path), int(np.prod(row_shape)) * np.dtype(dtype).itemsize
     path.mkdir(parents=True, exist_ok=True)
     (path / INDEX).unlink(missing_ok=True)
@@ -44,21 +45,14 @@ class ArrayStore:
     layout = ts.ChunkLayout(
       write_chunk_shape=(file, *row_shape), read_chunk_shape=(read, *row_shape)
     )
-    shape = (0, *row_shape)
-    ts.open(
-      _spec(path),
-      create=True,
-      delete_existing=True,
-      dtype=np.dtype(dtype),
-      shape=shape,
-      chunk_layout=layout,
-    ).result()
+    array = {"dtype": np.dtype(dtype), "shape": (0, *row_shape), "chunk_layout": layout}
+    ts.open(_spec(path), create=True, delete_existing=True, **array).result()
     write_json(path / INDEX, {"schema_version": SCHEMA_VERSION, "rows": 0})
     return cls(path)
 
   @classmethod
   def prepare(cls, path: epath.PathLike, row_shape: tuple[int, ...], dtype, rows: int) -> None:
-    """Makes the store at `path` ready for `rows` rows to be written: what is there stays if it has this shape and dtype."""
+    """Makes room for `rows` rows; keeps the rows of an existing store of this shape and dtype."""
     path = epath.Path(path)
     store = cls(path) if (path / INDEX).exists() else cls.create(path, row_shape, dtype)
     if (store.shape[1:], store.dtype) != (tuple(row_shape), np.dtype(dtype)):
@@ -78,7 +72,7 @@ class ArrayStore:
     return self._rows
 
   def __getitem__(self, rows) -> np.ndarray:
-    """The rows of a slice or of an array of indices, each in [0, n)."""
+    """Reads the rows of a slice or of an array of indices in [0, n)."""
     if isinstance(rows, slice):
       return self._array[slice(*rows.indices(self._rows))].read().result()
     rows = np.asarray(rows)
@@ -87,21 +81,22 @@ class ArrayStore:
     return self._array[rows].read().result()
 
   def write(self, start: int, rows: np.ndarray) -> None:
-    """Writes rows [m, ...] at `start`, rounded if the store's dtype is a narrower one; `prepare` has made room."""
+    """Writes rows [m, ...] at `start`, cast to the dtype of the store; `prepare` makes room."""
     rows = np.asarray(rows)
     if rows.shape[1:] != self.shape[1:]:
       raise UserError(
-        f"{self.path} holds rows of shape {self.shape[1:]}; rows of shape {rows.shape[1:]} cannot be written."
+        f"{self.path} holds rows of shape {self.shape[1:]}; rows of shape {rows.shape[1:]} cannot "
+        "be written."
       )
     self._array[start : start + len(rows)].write(rows.astype(self.dtype)).result()
 
   def commit(self) -> None:
-    """All rows that there is room for are written: from now on they count."""
+    """Commits all rows of the store, which must be written."""
     self._rows = self._array.shape[0]
     write_json(self.path / INDEX, {"schema_version": SCHEMA_VERSION, "rows": self._rows})
 
   def append(self, rows: np.ndarray) -> None:
-    """Adds rows [m, ...] behind the last; for a single writer."""
+    """Adds and commits rows [m, ...] after the last one; for a single writer."""
     start = self._rows
     self._array = self._array.resize(exclusive_max=[start + len(rows), *self.shape[1:]]).result()
     self.write(start, rows)

@@ -1,6 +1,6 @@
-"""The bank of documents that can be retrieved, as embeddings on disk: written shard by shard, read by rows."""
+"""Embeddings of the documents of a split on disk, written shard by shard and read by rows."""
 
-# n documents, m of a shard, E embedding.
+# n documents, m of a shard, T tokens of a caption, E embedding.
 
 from collections.abc import Callable
 import dataclasses
@@ -27,7 +27,7 @@ READ_THREADS = 8
 
 
 def load_clip(folder: str, workdir: epath.PathLike, vocab: VocabLayout) -> CLIP | HFCLIP:
-  """The Hugging Face CLIP in `folder`, or with "" the run's own. Raises UserError naming what is absent or unfit."""
+  """Loads the Hugging Face CLIP in `folder`, or for "" that of the run; raises as their `load`."""
   if folder:
     return HFCLIP.load(folder)
   workdir = epath.Path(workdir)
@@ -35,24 +35,26 @@ def load_clip(folder: str, workdir: epath.PathLike, vocab: VocabLayout) -> CLIP 
 
 
 def embedding_width(folder: str, workdir: epath.PathLike) -> int:
-  """E of what `load_clip` loads, read off its config alone."""
+  """Returns E of the CLIP that `load_clip` loads, from its config."""
   if folder:
     return hf_clip.read_config(folder).embed_dim
   return read_json(epath.Path(workdir) / "clip" / CONFIG)["clip"]["embed_dim"]
 
 
 class Embeddings:
-  """The caption-image pairs of one split, in the order of their document store; every one is multimodal.
+  """The pairs of one split, in the order of their document store.
 
   Attributes:
-    documents: [n, E] float16 of norm 1: the normalized mean of a pair's caption and image (CM3Leon, section 2.1).
-    queries: [n, E] float16 of norm 1: the caption, in the split `train` with the query dropout.
+    documents: [n, E] float16 of norm 1, normalized means of caption and image (CM3Leon, section
+      2.1).
+    queries: [n, E] float16 of norm 1, captions, with query dropout in the split `train`.
     images: [n, E] float16 of norm 1.
-    groups, keys: [n] uint64, see `documents.group_id`; equal ones are near-duplicates, or the same document.
+    groups: [n] uint64, see `documents.group_id`; equal for near duplicates.
+    keys: [n] uint64, equal for the same document.
   """
 
   def __init__(self, folder: epath.PathLike):
-    """Raises UserError if `build_neighbors` has not written `folder`."""
+    """Opens the arrays; raises UserError if `build_neighbors` has not written them."""
     folder = epath.Path(folder)
     self.documents, self.queries, self.images, self.groups, self.keys = (
       ArrayStore(folder / name) for name in ARRAYS
@@ -72,8 +74,8 @@ class EmbedJob:
   Attributes:
     raw: raw folder.
     folder: gets {split}/ with the arrays of `Embeddings`.
-    load_clip: () -> CLIP or HFCLIP.
-    dropout: share of the caption's tokens that is left out of queries of the split `train`.
+    load_clip: returns the CLIP.
+    dropout: share of the tokens of captions that queries of the split `train` leave out.
     seed: of the dropout.
     starts: split -> name of the shard -> first row of its pairs.
   """
@@ -86,18 +88,17 @@ class EmbedJob:
   starts: dict[str, dict[str, int]]
 
   def open(self) -> Callable[[str], dict]:
+    """Loads the CLIP and returns the function that embeds a shard by its name."""
     clip = self.load_clip()
 
     def embed_shard(name: str) -> dict:
       for split in SPLITS:
-        pairs, folder = (
-          raw_pairs.read_shard(self.raw, name, RawPair, split),
-          epath.Path(self.folder) / split,
-        )
+        pairs = raw_pairs.read_shard(self.raw, name, RawPair, split)
         if pairs:
           rows = embed_pairs(clip, pairs, self.dropout if split == "train" else 0.0, self.seed)
           for array, values in rows.items():
-            ArrayStore(folder / array).write(self.starts[split][name], values)
+            store = ArrayStore(epath.Path(self.folder) / split / array)
+            store.write(self.starts[split][name], values)
       return {}
 
     return embed_shard
@@ -106,8 +107,8 @@ class EmbedJob:
 def embed_pairs(
   clip: CLIP | HFCLIP, pairs: list[RawPair], dropout: float, seed: int
 ) -> dict[str, np.ndarray]:
-  """Rows of the arrays of `Embeddings` for m pairs: [m, E] float32, and [m] uint64 of groups and keys."""
-  parts = {name: [] for name in ("documents", "queries", "images")}
+  """Computes the rows of `Embeddings` of m pairs, embeddings in float32."""
+  chunks = {name: [] for name in ("documents", "queries", "images")}
   for start in tqdm(
     range(0, len(pairs), EMBED_CHUNK), "embed", mininterval=1, unit="chunk", leave=False
   ):
@@ -117,22 +118,26 @@ def embed_pairs(
     images = clip.embed_images(
       raw_pairs.load_images([p.image for p in chunk], clip.resolution, READ_THREADS)
     )
-    parts["documents"].append(document_embeddings(texts, images))
-    parts["images"].append(images)
+    chunks["documents"].append(document_embeddings(texts, images))
+    chunks["images"].append(images)
     dropped = [drop_tokens(x, dropout, p.key, seed) for x, p in zip(ids, chunk)]
-    parts["queries"].append(clip.embed_texts(dropped) if dropout else texts)
-  rows = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-  ids_of = lambda names: np.array([group_id(name) for name in names], np.uint64)
-  return {**rows, "groups": ids_of(p.group for p in pairs), "keys": ids_of(p.key for p in pairs)}
+    chunks["queries"].append(clip.embed_texts(dropped) if dropout else texts)
+  rows = {name: np.concatenate(arrays) for name, arrays in chunks.items()}
+  rows["groups"] = np.array([group_id(pair.group) for pair in pairs], np.uint64)
+  rows["keys"] = np.array([group_id(pair.key) for pair in pairs], np.uint64)
+  return rows
 
 
 def document_embeddings(texts: np.ndarray, images: np.ndarray) -> np.ndarray:
-  """Embeddings [m, E] of both parts -> normalized mean [m, E]."""
+  """Computes the normalized mean of captions and images, [m, E] each.
+
+  text [1 0], image [0 1]: document [.7071 .7071]
+  """
   return np.asarray(normalize((texts + images) / 2))
 
 
 def drop_tokens(ids: np.ndarray, share: float, key: str, seed: int) -> np.ndarray:
-  """Leaves out `share` of the ids at random, the same ones for the same (key, seed); at least one id stays."""
+  """Drops each id, [T], with probability `share`, a function of (key, seed); keeps at least one."""
   digest = hashlib.sha256(key.encode()).digest()
   rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
   order = rng.random(len(ids))
@@ -142,16 +147,16 @@ def drop_tokens(ids: np.ndarray, share: float, key: str, seed: int) -> np.ndarra
 
 
 def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
-  """Embeds what is not embedded yet of both splits: the arrays grow when raw shards were added.
+  """Embeds the new raw shards of both splits; the arrays grow.
 
   Args:
-    job: how; its `starts` may be empty, they are those of the raw folder.
+    job: source, CLIP and destination; its `starts` are replaced by those of the raw folder.
     width: E.
-    inputs: what embeddings depend on besides the pairs: the CLIP.
-    runner: where.
+    inputs: identity of the CLIP; another one embeds all shards again.
+    runner: runs the shards.
 
   Returns:
-    What the embeddings of each split depend on, to tell whether they changed.
+    The config of each shard, which changes with its embeddings.
   """
   raw, folder = raw_pairs.shards(job.raw), epath.Path(job.folder)
   starts = {split: {} for split in SPLITS}
@@ -160,16 +165,13 @@ def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
     for name, shard in raw.items():
       starts[split][name], count = count, count + shard[f"{split}_pairs"]
     for name in ARRAYS:
-      row, dtype = (
-        ((width,), np.float16) if name in ("documents", "queries", "images") else ((), np.uint64)
-      )
+      row, dtype = ((), np.uint64) if name in ("groups", "keys") else ((width,), np.float16)
       ArrayStore.prepare(folder / split / name, row, dtype, count)
   common = {"inputs": inputs, "width": width, "dropout": job.dropout, "seed": job.seed}
-  place = lambda name: {split: starts[split][name] for split in SPLITS}
-  configs = {
-    name: {**common, "digest": shard["digest"], "starts": place(name)}
-    for name, shard in raw.items()
-  }
+  configs = {}
+  for name, shard in raw.items():
+    first_rows = {split: starts[split][name] for split in SPLITS}
+    configs[name] = {**common, "digest": shard["digest"], "starts": first_rows}
   job = dataclasses.replace(job, starts=starts)
   for _ in run_shards(job, configs, folder / "done" / "embed", runner, "embedding shards"):
     pass

@@ -1,6 +1,6 @@
-"""Maximum-inner-product search: which of n vectors are nearest to a query, exactly or with ScaNN."""
+"""Maximum-inner-product search, exact or with ScaNN."""
 
-# n vectors in the index, q queries, E width of a vector, k nearest that are asked for.
+# n vectors in the index, q queries, m results of a search, E width of a vector, k best results.
 
 import functools
 import tempfile
@@ -16,29 +16,33 @@ import numpy as np
 from cm3leon_jax.config import UserError
 
 Backend = Literal["auto", "scann", "exact"]
-EXACT_BELOW = 1_000  # vectors; below, an index costs more than it saves.
+EXACT_BELOW = 1_000  # Vectors below which an index costs more than it saves.
 QUERY_BATCH = 256
-EXACT_ROWS = 1_000_000  # vectors that exact search holds at a time
-BLOCK = 65_536  # vectors whose products with a batch of queries exist at the same time on a device.
+EXACT_ROWS = 1_000_000  # Vectors that exact search holds at a time.
+BLOCK = 65_536  # Vectors whose products with a batch of queries are on a device at a time.
 
 
 class Index(Protocol):
-  """What every search offers."""
+  """Interface of all searches."""
 
   backend: str
 
   def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """[q, E] -> ids [q, k] int32 and inner products [q, k] float32, best first; -1 and -inf where there are fewer than k."""
+    """Finds the k vectors of the largest inner products with each query, [q, E].
+
+    Returns:
+      ids [q, k] int32 and inner products [q, k] float32, best first, padded with -1 and -inf.
+    """
     ...
 
 
 class ExactIndex:
-  """A matrix product and top-k in JAX, `QUERY_BATCH` queries at a time, the vectors split over the devices."""
+  """Exact search in JAX, `QUERY_BATCH` queries at a time, the vectors sharded over devices."""
 
   backend = "exact"
 
   def __init__(self, vectors: np.ndarray, devices=None):
-    """Takes vectors [n, E] and the devices that hold them (default: all)."""
+    """Puts vectors [n, E] on `devices`, by default all."""
     devices = jax.devices() if devices is None else devices
     vectors = _matrix(vectors, "vectors")
     self._count, width = vectors.shape
@@ -51,7 +55,7 @@ class ExactIndex:
     self._top_k = functools.partial(_exact_top_k, mesh, self._count)
 
   def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """See `Index.search`; equal scores come in the order of their ids."""
+    """See `Index.search`; equal scores are in the order of their ids."""
     queries = _matrix(queries, "queries")
     kept = min(k, self._count)
     ids, scores = [np.zeros((0, kept), np.int32)], [np.zeros((0, kept), np.float32)]
@@ -67,7 +71,7 @@ class ExactIndex:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _exact_top_k(mesh, count, k, vectors, queries):
-  """vectors [blocks, block, E], split over the mesh by blocks; `count` of them exist. Returns scores and ids [q, k]."""
+  """Searches vectors [blocks, block, E], sharded by blocks, `count` of them without padding."""
   block = vectors.shape[1]
 
   def local(blocks, queries):
@@ -90,30 +94,29 @@ def _exact_top_k(mesh, count, k, vectors, queries):
 
 
 def top_k(first, second, k: int):
-  """The k best of two lists of (scores, ids), each [q, m]; of equal scores, those of the first list and place come first."""
+  """Returns the k best of two pairs of scores and ids, [q, m] each; ties keep their order."""
   scores, ids = (jnp.concatenate(pair, axis=1) for pair in zip(first, second))
   best, places = jax.lax.top_k(scores, k)
   return best, jnp.take_along_axis(ids, places, 1)
 
 
 class ScannIndex:
-  """ScaNN (Guo et al. 2020): a tree of partitions, anisotropic hashing in the leaves, better scores for the best of them.
+  """ScaNN (Guo et al. 2020): a tree of partitions, hashes in its leaves, and rescoring.
 
-  There are about sqrt(n) leaves; a third of them is searched, but not more than 64 until those are less than a hundredth. At
-  least 256 candidates (and 4k) are scored again: with their vectors, or from `INT8_FROM` vectors on with 8 bits a number, which
-  takes a quarter of the memory.
+  Of about sqrt(n) leaves a third is searched, at most the larger of 64 and a hundredth. The best
+  max(256, 4k) candidates are scored again with their vectors, in 8 bits from `INT8_FROM` on.
   """
 
   backend = "scann"
   INT8_FROM = 100_000
 
   def __init__(self, searcher, count: int):
-    """Takes ScaNN's searcher over `count` vectors; see `build` and `load`."""
+    """Wraps a ScaNN searcher over `count` vectors; see `build` and `load`."""
     self._searcher, self._count = searcher, count
 
   @classmethod
   def build(cls, vectors: np.ndarray) -> "ScannIndex":
-    """Trains on `vectors` [n, E]."""
+    """Builds the index of `vectors`, [n, E]."""
     vectors = _matrix(vectors, "vectors")
     n = len(vectors)
     leaves, searched = _leaves(n)
@@ -123,7 +126,7 @@ class ScannIndex:
     return cls(builder.reorder(min(256, n), quantize=n >= cls.INT8_FROM).build(), n)
 
   def save(self, folder: epath.PathLike) -> None:
-    """Writes the index into `folder`, which may be moved, or lie in a bucket."""
+    """Writes the index to `folder`, which may be in a bucket and may be moved."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as local:  # ScaNN writes to local disks only.
@@ -133,7 +136,7 @@ class ScannIndex:
 
   @classmethod
   def load(cls, folder: epath.PathLike, count: int) -> "ScannIndex":
-    """What `save` wrote of an index of `count` vectors. Raises UserError if nothing is there."""
+    """Reads an index of `count` vectors that `save` wrote; raises UserError if it is absent."""
     folder = epath.Path(folder)
     if not (folder / "scann_assets.pbtxt").exists():
       raise UserError(f"{folder} holds no index: run `python -m launch.build_neighbors` again.")
@@ -147,7 +150,7 @@ class ScannIndex:
   def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """See `Index.search`."""
     n = self._count
-    # Never the call for one query: it quantises otherwise and disagrees on some. This one uses all cores.
+    # The call for a single query quantizes differently; this one also uses all cores.
     ids, scores = self._searcher.search_batched_parallel(
       _matrix(queries, "queries"),
       final_num_neighbors=min(k, n),
@@ -160,13 +163,13 @@ class ScannIndex:
 
 
 def _leaves(n: int) -> tuple[int, int]:
-  """Leaves of a tree over n vectors, and how many of them are searched."""
+  """Returns the number of leaves of a tree over n vectors, and of those to search."""
   leaves = max(1, round(n**0.5))
   return leaves, max(min(64, -(-leaves // 3)), leaves // 100)
 
 
 class BlockIndex:
-  """Search over a bank of any size, block after block, results merged by score; a block's index is loaded when it is needed."""
+  """Searches a bank of any size block by block, with one index in memory, and merges by score."""
 
   def __init__(self, documents, backend: str, folder: epath.PathLike, rows: int):
     """Opens the search.
@@ -174,8 +177,8 @@ class BlockIndex:
     Args:
       documents: [n, E] of norm 1, an array or an `ArrayStore`.
       backend: "scann" or "exact", see `choose_backend`.
-      folder: of the blocks' ScaNN indices, one folder each; exact search needs none.
-      rows: documents of one ScaNN index; exact search takes at most `EXACT_ROWS` at a time.
+      folder: folder of the ScaNN indices, unused by exact search.
+      rows: documents per ScaNN index; exact search takes at most `EXACT_ROWS`.
     """
     self._documents, self.backend, self._folder = documents, backend, epath.Path(folder)
     n, rows = len(documents), rows if backend == "scann" else min(rows, EXACT_ROWS)
@@ -205,25 +208,26 @@ class BlockIndex:
     return best
 
 
-def merge(found: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
-  """The k best of several searches of the same queries: ids and scores [q, k].
+def merge(results: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
+  """Merges the results of several searches of the same queries: ids and scores [q, k].
 
-    ids [[4, 7]] with scores [[.9, .2]], and [[8, 9]] with [[.5, .1]], k = 3: [[4, 8, 7]] with [[.9, .5, .2]]
+    results = ([[4 7]], [[.9 .2]]), ([[8 -1]], [[.5 -inf]]), k = 3
+    merged  = [[4 8 7]], [[.9 .5 .2]]
 
   Args:
-    found: ids and scores [q, m] of each search, ids counted over the whole bank, -1 where there is nothing.
-    k: how many are kept, at most the sum of the m.
+    results: ids and scores [q, m] of each search; ids are rows of the bank, -1 for none.
+    k: number of results, at most the sum of all m.
   """
-  ids, scores = (np.concatenate(parts, axis=1) for parts in zip(*found))
+  ids, scores = (np.concatenate(arrays, axis=1) for arrays in zip(*results))
   order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
   return np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
 
 
 def choose_backend(count: int, backend: str = "auto") -> str:
-  """The search for `count` vectors: with "auto", ScaNN from 1,000 on, exact search below.
+  """Chooses the search for `count` vectors; "auto" is ScaNN from 1,000 on, exact search below.
 
   Raises:
-    UserError: no vectors, or ScaNN is not installed.
+    UserError: there are no vectors, or ScaNN is not installed.
   """
   if not count:
     raise UserError("the bank of neighbors is empty; retrieval needs at least one train pair.")
@@ -235,7 +239,10 @@ def choose_backend(count: int, backend: str = "auto") -> str:
 
 
 def recall_at_k(ids: np.ndarray, exact_ids: np.ndarray) -> float:
-  """Share of the exact search's ids [q, k] that `ids` [q, k] holds in the same row, in any order."""
+  """Computes the share of `exact_ids`, [q, k], that are in the same row of `ids`, [q, k].
+
+  ids = [[2 1] [3 9]], exact_ids = [[1 2] [3 4]]: 0.75
+  """
   if ids.shape != exact_ids.shape:
     raise ValueError(f"ids are {ids.shape}, the exact ones {exact_ids.shape}; both must be [q, k].")
   return float((exact_ids[:, :, None] == ids[:, None, :]).any(-1).mean())
@@ -246,8 +253,8 @@ def _scann():
     from scann import scann_ops_pybind
   except ImportError as error:
     raise UserError(
-      f"ScaNN cannot be imported ({error}): install `scann` (no wheel exists for macOS on ARM), or set "
-      "config.retrieval.backend to 'exact'."
+      f"ScaNN cannot be imported ({error}): install `scann` (no wheel exists for macOS on ARM), or "
+      "set config.retrieval.backend to 'exact'."
     ) from error
   return scann_ops_pybind
 

@@ -1,6 +1,6 @@
-"""Neighbors of every document: which candidates of the bank are kept (CM3Leon, section 2.1), and the stage that finds them."""
+"""Neighbors of documents: selects them from the candidates of a search (CM3Leon, section 2.1)."""
 
-# q queries, n documents in the bank, E embedding, M candidates per side, C neighbors kept.
+# q queries, n documents, E embedding, M candidates per side, C neighbors kept.
 
 import collections
 from collections.abc import Callable
@@ -24,8 +24,8 @@ from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob, embed
 from cm3leon_jax.shards import Runner, run_shards
 
 REASONS = ("own_group", "similar_to_query", "similar_to_kept")
-QUERY_SHARE = 20  # Neighbors of index_rows / QUERY_SHARE documents are found together, in one pass over all indices.
-SELECT_BATCH = 1_024  # documents whose candidates' embeddings are in memory at the same time
+QUERY_SHARE = 20  # One pass over all indices searches for index_rows / QUERY_SHARE documents.
+SELECT_BATCH = 1_024  # Documents whose candidates' embeddings are in memory at a time.
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -60,21 +60,21 @@ class RetrievalConfig:
 
 
 def select_neighbors(sides, vectors, query, forbidden, kept_per_side: int, max_similarity: float):
-  """Walks the candidates of the sides in turn, best first, and keeps those that no rule forbids.
+  """Keeps candidates of the sides in turn, best first, that no rule rejects.
 
-    max_similarity 0.9, text side [5 3 8], image side [3 9 8], 5 in the query's group, 9 at 0.95 to 3
-    result = [3 8]: 3 from the text side, then 8 from the image side (3 is kept already, 9 is too close to it)
+    text side [5 3 8], image side [3 9 8], 5 in the query's group, cosine of 9 and 3 above the limit
+    result = [3 8]: 3 from the text side, then 8 from the image side, for 3 is kept and 9 is similar
 
   Args:
     sides: arrays of candidates, best first, one per side; negative ones are skipped.
-    vectors: [n, E] document embeddings of norm 1, which candidates are rows of.
-    query: [E] embedding of norm 1 to which no kept one may be too similar.
-    forbidden: candidate -> whether it is the query itself or of its group.
-    kept_per_side: candidates kept from each side.
-    max_similarity: largest cosine to the query and among the kept.
+    vectors: [n, E] document embeddings of norm 1; candidates are rows of it.
+    query: [E] embedding of norm 1.
+    forbidden: returns whether a candidate is the query itself or in its group.
+    kept_per_side: number of candidates to keep from each side.
+    max_similarity: largest cosine to the query and between kept candidates.
 
   Returns:
-    The kept candidates in the order of the turns, and a Counter of rejections by reason (of `REASONS`).
+    The kept candidates in the order of the turns, and a Counter of rejections by `REASONS`.
   """
   kept: list[int] = []
   rejected = collections.Counter()
@@ -94,10 +94,10 @@ def select_neighbors(sides, vectors, query, forbidden, kept_per_side: int, max_s
 
 
 class Retriever:
-  """Searches the bank of a finished stage: for documents with both parts, and for captions alone."""
+  """Searches the bank of a finished stage, for documents or for captions alone."""
 
   def __init__(self, folder: epath.PathLike, config: RetrievalConfig):
-    """Opens what `build_neighbors` wrote into `folder`. Raises UserError if it has not."""
+    """Opens the bank in `folder`; raises UserError if `build_neighbors` has not written it."""
     folder = epath.Path(folder)
     self.bank, self.config = Embeddings(folder / "train"), config
     backend = index_lib.choose_backend(len(self.bank), config.backend)
@@ -106,22 +106,22 @@ class Retriever:
     )
 
   def search(self, queries: np.ndarray) -> np.ndarray:
-    """[q, E] -> ids [q, M] of the nearest documents, best first."""
+    """Finds the nearest documents of queries [q, E]: ids [q, M], best first."""
     return self.index.search(queries, min(self.config.max_candidates, len(self.bank)))[0]
 
   def select(self, sides, documents, keys, groups, kept_per_side: int):
-    """Neighbors of q documents.
+    """Selects the neighbors of q documents, see `select_neighbors`.
 
     Args:
-      sides: one [q, M] array of candidates per side, best first; negative ones are none.
-      documents: [q, E] embeddings of norm 1 to which similarity is measured.
-      keys: [q] uint64; a bank document of the same key is the query itself.
+      sides: one [q, M] array of candidates per side, best first, padded with -1.
+      documents: [q, E] embeddings of norm 1.
+      keys: [q] uint64; a bank document with the same key is the query itself.
       groups: [q] uint64; 0 is no group.
-      kept_per_side: candidates kept from each side.
+      kept_per_side: number of candidates to keep from each side.
 
     Returns:
-      ids [q, C] int32 into the bank (-1 = none, last), their cosines to `documents` [q, C] float32 (0 where none), and a
-      Counter of rejections by reason.
+      ids [q, C] int32 into the bank, padded with -1; their cosines to `documents`, [q, C] float32,
+      padded with 0; a Counter of rejections by `REASONS`.
     """
     counts = collections.Counter()
     ids = np.full((len(documents), kept_per_side * len(sides)), -1, np.int32)
@@ -142,20 +142,21 @@ class Retriever:
         scores[i, : len(kept)] = vectors[kept] @ documents[i]
     return ids, scores, counts
 
-  def retrieve(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbors for captions alone, as at inference: nothing is known of the image or of a group.
+  def retrieve(
+    self, queries: np.ndarray, count: int | None = None
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Selects neighbors for captions alone, as at inference, without images and groups.
 
     Args:
-      queries: [q, E] text embeddings.
+      queries: [q, E] text embeddings of norm 1.
+      count: C, at most `max_candidates`; default: as many as a training document has.
 
     Returns:
-      ids [q, C] int32 into the bank, best first (-1 = none, last), and their cosines to the queries [q, C] float32.
+      ids [q, C] int32 into the bank, best first, padded with -1, and their cosines to the queries,
+      [q, C] float32.
     """
-    nobody = np.zeros(len(queries), np.uint64)
-    ids, scores, _ = self.select(
-      [self.search(queries)], queries, nobody, nobody, 2 * self.config.kept_per_side
-    )
-    return ids, scores
+    none, count = np.zeros(len(queries), np.uint64), count or 2 * self.config.kept_per_side
+    return self.select([self.search(queries)], queries, none, none, count)[:2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +178,13 @@ class _IndexJob:
 
 @dataclasses.dataclass(frozen=True)
 class _SearchJob:
-  """Finds the neighbors of a block of documents; a job of `shards.run_shards`. `blocks`: name -> split, first row, end."""
+  """Finds the neighbors of blocks of documents; a job of `shards.run_shards`.
+
+  Attributes:
+    folder: of the stage.
+    config: rules.
+    blocks: name -> split, first row, end.
+  """
 
   folder: str
   config: RetrievalConfig
@@ -188,29 +195,24 @@ class _SearchJob:
 
     def search_block(name: str) -> dict:
       split, start, stop = self.blocks[name]
-      rows, found = Embeddings(folder / split), {}
-      read = lambda array: array[start:stop].astype(np.float32)
-      queries = read(rows.queries)
-      sides = [retriever.search(queries), retriever.search(read(rows.images))]
-      found["ids"], found["scores"], counts = retriever.select(
-        sides,
-        read(rows.documents),
-        rows.keys[start:stop],
-        rows.groups[start:stop],
-        self.config.kept_per_side,
+      rows = Embeddings(folder / split)
+      queries, images, documents = (
+        array[start:stop].astype(np.float32)
+        for array in (rows.queries, rows.images, rows.documents)
       )
+      sides = [retriever.search(queries), retriever.search(images)]
+      keys, groups = rows.keys[start:stop], rows.groups[start:stop]
+      ids, scores, counts = retriever.select(
+        sides, documents, keys, groups, self.config.kept_per_side
+      )
+      results = {"ids": ids, "scores": scores}
       if split == "heldout":
-        found["text_ids"], found["text_scores"] = retriever.retrieve(queries)
-      for array, values in found.items():
+        results["text_ids"], results["text_scores"] = retriever.retrieve(queries)
+      for array, values in results.items():
         ArrayStore(folder / f"{split}_pairs" / array).write(start, values)
-      kept = found["ids"] >= 0
-      similarity = float(found["scores"][kept].sum(dtype=np.float64))
-      return {
-        **counts,
-        "kept": int(kept.sum()),
-        "all_kept": int(kept.all(1).sum()),
-        "similarity": similarity,
-      }
+      kept = ids >= 0
+      numbers = {"kept": int(kept.sum()), "all_kept": int(kept.all(1).sum())}
+      return {**counts, **numbers, "similarity": float(scores[kept].sum(dtype=np.float64))}
 
     return search_block
 
@@ -218,17 +220,17 @@ class _SearchJob:
 def build_neighbors(
   config: RetrievalConfig, job: EmbedJob, width: int, inputs: dict, runner: Runner
 ) -> dict:
-  """The stage: embeds raw pairs, indexes those of the split `train`, the bank, and chooses neighbors for both splits.
+  """Runs the stage: embeds pairs, indexes the bank (the split `train`), finds neighbors.
 
-  Writes into `job.folder`: {split}/ (`bank.Embeddings`), index/, and {split}_pairs/ with ids and scores (`load_neighbors`).
-  What was done before for the same pairs is kept.
+  Writes into `job.folder`: {split}/ (`bank.Embeddings`), index/, and {split}_pairs/ with ids and
+  scores (`load_neighbors`). Finished work on the same pairs is kept.
 
   Args:
-    config: the rules.
-    job: how to embed what; see `bank.embed`.
+    config: rules.
+    job: see `bank.embed`.
     width: E.
-    inputs: what the CLIP is.
-    runner: where embedding, indexing and searching are done.
+    inputs: identity of the CLIP.
+    runner: runs embedding, indexing and searching.
 
   Returns:
     The numbers for the report.
@@ -239,34 +241,35 @@ def build_neighbors(
   backend, bank, blocks = retriever.index.backend, len(retriever.bank), retriever.index.blocks
   if bank < index_lib.EXACT_BELOW and config.backend == "auto":
     print(
-      f"neighbors: exact search, for {bank} documents are fewer than {index_lib.EXACT_BELOW}.",
+      f"neighbors: exact search, because {bank} documents are fewer than {index_lib.EXACT_BELOW}.",
       flush=True,
     )
-  depends = {
-    "bank": hashlib.sha256(json.dumps(plain(embedded), sort_keys=True).encode()).hexdigest()
-  }
+  digest = hashlib.sha256(json.dumps(plain(embedded), sort_keys=True).encode())
+  depends = {"bank": digest.hexdigest()}
   if backend == "scann":
     shards = {f"{i:06d}": {**depends, "rows": rows} for i, rows in enumerate(blocks)}
-    for _ in run_shards(
-      _IndexJob(job.folder, config), shards, folder / "done" / "index", runner, "index blocks"
-    ):
+    index_job, done = _IndexJob(job.folder, config), folder / "done" / "index"
+    for _ in run_shards(index_job, shards, done, runner, "index blocks"):
       pass
   depends |= {"backend": backend, "retrieval": dataclasses.asdict(config)}
   summary = {"backend": backend, "bank": bank, **search_recall(retriever)}
   for split in SPLITS:
-    summary |= _find(config, job.folder, split, depends, runner)
+    summary |= _search(config, job.folder, split, depends, runner)
   summary["seconds"] = round(time.time() - start, 1)
   print(
     f"neighbors: {bank} documents, {backend} search, recall@2 {summary['recall@2']:.3f}; "
-    f"{summary['train_all_kept']:.1%} have all {2 * config.kept_per_side}, {summary['train_rejection_rate']:.1%} of the "
-    f"candidates rejected, mean similarity {summary['train_mean_similarity']:.2f}; {summary['seconds']:.0f} s.",
+    f"{summary['train_all_kept']:.1%} have all {2 * config.kept_per_side}, "
+    f"{summary['train_rejection_rate']:.1%} of the candidates rejected, mean similarity "
+    f"{summary['train_mean_similarity']:.2f}; {summary['seconds']:.0f} s.",
     flush=True,
   )
   return summary
 
 
-def _find(config: RetrievalConfig, folder: str, split: str, depends: dict, runner: Runner) -> dict:
-  """Chooses and writes the neighbors of one split; returns its numbers."""
+def _search(
+  config: RetrievalConfig, folder: str, split: str, depends: dict, runner: Runner
+) -> dict:
+  """Finds and writes the neighbors of one split; returns its numbers."""
   path, count = epath.Path(folder), len(Embeddings(epath.Path(folder) / split))
   names = ["ids", "scores"] + (["text_ids", "text_scores"] if split == "heldout" else [])
   for name in names:
@@ -276,15 +279,9 @@ def _find(config: RetrievalConfig, folder: str, split: str, depends: dict, runne
   rows = [(split, first, min(first + size, count)) for first in range(0, count, size)]
   blocks = {f"{split}-{i:06d}": row for i, row in enumerate(rows)}
   shards = {name: {**depends, "rows": row} for name, row in blocks.items()}
-  made = run_shards(
-    _SearchJob(folder, config, blocks),
-    shards,
-    path / "done" / "search",
-    runner,
-    f"neighbors {split}",
-  )
+  job, done = _SearchJob(folder, config, blocks), path / "done" / "search"
   total = collections.Counter()
-  for _, numbers in made:
+  for _, numbers in run_shards(job, shards, done, runner, f"neighbors {split}"):
     total.update(numbers)
   for name in names:
     ArrayStore(path / f"{split}_pairs" / name).commit()
@@ -300,7 +297,7 @@ def _find(config: RetrievalConfig, folder: str, split: str, depends: dict, runne
 
 
 def search_recall(retriever: Retriever, k: int = 2, most: int = 1_000) -> dict[str, float]:
-  """recall@k of the retriever's index against exact search, on up to `most` queries of each side and over all."""
+  """Measures recall@k against exact search, on up to `most` queries of each side, and the mean."""
   exact = index_lib.BlockIndex(retriever.bank.documents, "exact", "", index_lib.EXACT_ROWS)
   recalls, rows = {}, np.arange(0, len(retriever.bank), -(-len(retriever.bank) // most))
   for name, array in (("text", retriever.bank.queries), ("image", retriever.bank.images)):
@@ -314,16 +311,16 @@ def search_recall(retriever: Retriever, k: int = 2, most: int = 1_000) -> dict[s
 def load_neighbors(
   folder: epath.PathLike, name: str, text_only: bool = False, array: str = "ids"
 ) -> np.ndarray:
-  """[n, C] int32 ids of neighbors of the store `name`, or with array="scores" their float32 similarities.
+  """Reads the neighbors of a store: [n, C] int32 ids, or their similarities, float32.
 
   Args:
-    folder: of the stage.
+    folder: folder of the stage.
     name: "train_pairs" or "heldout_pairs".
-    text_only: those of the caption alone, which only held-out pairs have.
+    text_only: whether to read the neighbors by caption alone, which only held-out pairs have.
     array: "ids" or "scores".
 
   Raises:
-    UserError: they are absent, or there are no text-only neighbors.
+    UserError: the neighbors are absent.
   """
   path = epath.Path(folder) / name
   if not path.exists():

@@ -36,11 +36,12 @@ def train_text_tokenizer(
 ) -> dict:
   """Trains BPE of exactly `vocab.text_size` ids and writes it in the Hugging Face layout.
 
-  A text is encoded as if a space stood before it, so that its first word is the same token as elsewhere; decoding takes that
-  space away again. `[0, vocab.num_special)` are the special tokens in the order of the layout.
+  Encoding puts a space before a text, so that its first word is the same token as elsewhere, and
+  decoding removes that space. Ids [0, `vocab.num_special`) are the special tokens, in the order of
+  `vocab.special_tokens()`.
 
   Returns:
-    Counts: texts, characters and the characters per token of the training texts.
+    texts, characters and characters_per_token of the training texts.
 
   Raises:
     UserError: the texts are too few for `vocab.text_size` ids.
@@ -63,8 +64,9 @@ def train_text_tokenizer(
   characters, size = sum(map(len, texts)), tokenizer.get_vocab_size()
   if size != vocab.text_size:
     raise UserError(
-      f"the {len(texts)} training texts ({characters} characters) give {size} tokens, config.vocab.text_size is "
-      f"{vocab.text_size}: use more text, a smaller text_size or a lower text_tokenizer.min_frequency."
+      f"the {len(texts)} training texts ({characters} characters) give {size} tokens, "
+      f"config.vocab.text_size is {vocab.text_size}: use more text, a smaller text_size or a lower "
+      "text_tokenizer.min_frequency."
     )
   _save(tokenizer, vocab, config, epath.Path(folder))
   tokens = sum(len(ids) for ids in TextTokenizer(folder, vocab).encode_batch(texts))
@@ -81,7 +83,7 @@ def _save(
   config: TextTokenizerConfig,
   folder: epath.Path,
 ) -> None:
-  """Writes what `transformers.AutoTokenizer.from_pretrained` reads; tokenizer.json comes last."""
+  """Writes the files of `transformers.AutoTokenizer.from_pretrained`, tokenizer.json last."""
   special = vocab.special_tokens()
   roles = {
     "pad_token": special[vocab.pad],
@@ -102,38 +104,44 @@ def _save(
 
 
 class TextTokenizer:
-  """Text <-> ids in `[vocab.num_special, vocab.text_size)`.
+  """Converts texts to ids in [`vocab.num_special`, `vocab.text_size`) and back.
 
-  A special token typed in a text stays plain text, and `decode(encode(text)) == text` for every text.
+  `decode(encode(text)) == text` for every text. A special token typed in a text stays plain text.
   """
 
   def __init__(self, folder: epath.PathLike, vocab: VocabLayout):
-    """Raises UserError: no tokenizer in `folder`, or one with other ids than `vocab`."""
+    """Reads the tokenizer in `folder`.
+
+    Raises:
+      UserError: `folder` has no tokenizer, or its ids are not those of `vocab`.
+    """
     path = epath.Path(folder) / TOKENIZER
     if not path.exists():
       raise UserError(
-        f"{path} does not exist: run `python -m launch.train_text_tokenizer` with the same --workdir first."
+        f"{path} does not exist: run `python -m launch.train_text_tokenizer` with the same "
+        "--workdir first."
       )
     self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     self._tokenizer.encode_special_tokens = True
     special = [self._tokenizer.id_to_token(i) for i in range(vocab.num_special)]
     if self._tokenizer.get_vocab_size() != vocab.text_size or special != vocab.special_tokens():
       raise UserError(
-        f"{path} has {self._tokenizer.get_vocab_size()} tokens and starts with {special[:6]}; config.vocab needs "
-        f"{vocab.text_size} tokens that start with the {vocab.num_special} special ones."
+        f"{path} has {self._tokenizer.get_vocab_size()} tokens and starts with {special[:6]}; "
+        f"config.vocab needs {vocab.text_size} tokens that start with the {vocab.num_special} "
+        "special ones."
       )
 
   def encode(self, text: str) -> np.ndarray:
-    """Returns [T] int32 ids, without `</s>` at either end; the empty text has none."""
+    """Encodes a text: [T] int32, without `</s>` at either end; an empty text has no ids."""
     return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
   def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
-    """`encode` for many texts, on all cores."""
+    """Encodes many texts, on all cores; see `encode`."""
     return [
       np.array(e.ids, np.int32)
       for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
     ]
 
   def decode(self, ids) -> str:
-    """Text of `ids` ([T] ints); special tokens are dropped, and so is the space before the first word."""
+    """Decodes [T] integers to a text, without special tokens."""
     return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)

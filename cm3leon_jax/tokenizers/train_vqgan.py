@@ -1,6 +1,6 @@
 """Training of the image tokenizer: losses, the step, dead codes and held-out numbers."""
 
-# B batch, H height, W width, E code width, K codes, n images.
+# B batch, H height, W width, h and w of the code grid, E code width, K codes, n images.
 
 import functools
 import math
@@ -48,19 +48,19 @@ def _discriminator(config: VQGANConfig):
 
 
 def judge(config: VQGANConfig, params: dict, x):
-  """The discriminator's judgement of pixels [B, H, W, 3]: [B, h, w]."""
+  """Applies the discriminator to pixels: [B, H, W, 3] -> [B, h, w] of its last layer."""
   return parameters.fill(*_discriminator(config), params)(x)
 
 
 def generator_loss(
   params: dict, discriminator: dict | None, config: VQGANConfig, num_codes: int, x
 ):
-  """Computes what the VQGAN minimizes: reconstruction, codebook and commitment loss.
+  """Computes the loss of the VQGAN: reconstruction, codebook and commitment loss.
 
-  Given a discriminator, also the judgement of the reconstructions, negated.
+  A discriminator adds its mean judgement of the reconstructions, negated.
 
   Args:
-    params: of the VQGAN.
+    params: parameters of the VQGAN.
     discriminator: parameters of the discriminator, or None.
     config: holds the weights.
     num_codes: K.
@@ -81,7 +81,10 @@ def generator_loss(
 
 
 def discriminator_loss(params: dict, config: VQGANConfig, x, y):
-  """Hinge loss: judgements above 1 of images x, and below -1 of reconstructions y, cost nothing."""
+  """Computes the hinge loss of judgements of images x and reconstructions y, [B, H, W, 3].
+
+  Judgements of x above 1, and of y below -1, cost nothing.
+  """
   return jnp.mean(nnx.relu(1 - judge(config, params, x))) + jnp.mean(
     nnx.relu(1 + judge(config, params, y))
   )
@@ -101,17 +104,18 @@ def optimizer(config: VQGANConfig, num_steps: int) -> optax.GradientTransformati
 
 
 def discriminator_optimizer(config: VQGANConfig) -> optax.GradientTransformation:
-  """Makes that of the discriminator, whose steps count from `adversarial_from` on."""
+  """Makes the discriminator's Adam, whose steps count from `adversarial_from` on."""
   return optimizer(config, max(1, config.steps - adversarial_from(config)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def init_state(config: VQGANConfig, num_codes: int, seed: int) -> dict:
-  """Makes the state of training.
+  """Initializes the state of training.
 
   Returns:
-    params, opt_state: of the VQGAN. usage: int32 [K], how often each code was used since the last
-    restart. If the adversarial weight is positive, discriminator and discriminator_opt_state.
+    params and opt_state of the VQGAN; usage, int32 [K], the number of times that each code was used
+    since the last restart; with a positive adversarial weight, discriminator and
+    discriminator_opt_state.
   """
   key, discriminator_key = jax.random.split(jax.random.key(seed))
   params = vqgan.init_params(config, num_codes, key)
@@ -121,7 +125,7 @@ def init_state(config: VQGANConfig, num_codes: int, seed: int) -> dict:
     "usage": jnp.zeros(num_codes, jnp.int32),
   }
   if config.adversarial_weight:
-    state["discriminator"] = vqgan.draw_params(_discriminator(config)[1], discriminator_key)
+    state["discriminator"] = vqgan.random_params(_discriminator(config)[1], discriminator_key)
     state["discriminator_opt_state"] = discriminator_optimizer(config).init(state["discriminator"])
   return state
 
@@ -166,7 +170,7 @@ def _update(tx, grads, opt_state, params):
 
 @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
 def restart_dead_codes(state: dict, images, config: VQGANConfig, key) -> dict:
-  """Moves codes that were not used since the last restart to random encodings; counts anew.
+  """Moves codes that were not used since the last restart to random encodings; resets `usage`.
 
   Args:
     state: of `init_state`; donated.
@@ -188,13 +192,13 @@ def restart_dead_codes(state: dict, images, config: VQGANConfig, key) -> dict:
 def train(
   config: VQGANConfig, num_codes: int, seed: int, images, folder: epath.PathLike
 ) -> ImageTokenizer:
-  """Trains all steps, or those that a killed training left; see `small_trainer.train`.
+  """Trains all steps, or the remaining ones of a killed run; see `small_trainer.train`.
 
   Args:
     config: of the VQGAN.
     num_codes: K.
     seed: of parameters, order of the images and restarts.
-    images: uint8 [n, H, W, 3], or what is indexed alike, e.g. `raw_pairs.ImageFiles`.
+    images: uint8 [n, H, W, 3], or an object with the same indexing, e.g. `raw_pairs.ImageFiles`.
     folder: gets metrics and checkpoints.
   """
 
@@ -215,12 +219,15 @@ def train(
 
 
 def mean_squared_errors(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-  """Computes that of each image, fp64 [n], pixels in [0, 1], so that PSNR = -10 log10 of it."""
+  """Computes the mean squared error of each image, pixels in [0, 1]: fp64 [n].
+
+  The PSNR is -10 log10 of it.
+  """
   return np.mean((images.astype(np.float64) - reconstructions) ** 2, axis=(1, 2, 3)) / 255**2
 
 
 def perplexity(codes: np.ndarray, num_codes: int) -> float:
-  """Computes exp of the entropy of the codes: between 1 (one code) and K (all equally often)."""
+  """Computes exp(entropy) of the codes: 1 if all are one code, K if all K are equally frequent."""
   p = np.bincount(codes.ravel(), minlength=num_codes) / codes.size
   return float(np.exp(-np.sum(p * np.log(np.where(p > 0, p, 1)))))
 
@@ -261,7 +268,7 @@ def _evenly_spaced(length: int, count: int) -> np.ndarray:
 def train_vqgan(
   config: VQGANConfig, num_codes: int, seed: int, images, heldout_images, folder: epath.PathLike
 ) -> dict:
-  """Runs the stage on the current mesh: trains, writes the tokenizer, returns the numbers."""
+  """Runs the stage on the current mesh: trains, writes the tokenizer, returns its measures."""
   start = time.time()
   tokenizer = train(config, num_codes, seed, images, folder)
   seconds = time.time() - start

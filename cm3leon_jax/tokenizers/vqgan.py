@@ -1,9 +1,11 @@
-"""The image tokenizer: a convolutional VQGAN (Esser et al. 2021) with l2-normalized codes (Yu et al. 2022, ViT-VQGAN).
+"""The image tokenizer: a convolutional VQGAN (Esser et al. 2021, arXiv 2012.09841).
 
-NNX modules hold parameters; every transform is JAX's own, over a pure dict of them. Training: train_vqgan.py.
+Codes are l2-normalized (ViT-VQGAN, Yu et al. 2022). NNX modules define the network; JAX transforms
+act on a pure dict of their parameters.
 """
 
-# B batch, H height, W width, C channels, E code width, K codes, T = (resolution / downsample)^2 codes an image.
+# B batch, H height, W width, C channels, E code width, K codes, h = H / downsample,
+# w = W / downsample, T = h * w codes of an image.
 
 import dataclasses
 import functools
@@ -117,32 +119,35 @@ class VQGANConfig:
 
 
 def space_to_depth(x, factor: int):
-  """[B, H, W, C] -> [B, H / factor, W / factor, factor * factor * C]."""
+  """Folds squares into channels: [B, H, W, C] -> [B, H / factor, W / factor, factor^2 * C].
+
+  factor = 2: [[0 1 2 3] [4 5 6 7]] -> [[[0 1 4 5] [2 3 6 7]]]
+  """
   b, h, w, c = x.shape
   x = x.reshape(b, h // factor, factor, w // factor, factor, c)
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // factor, w // factor, factor * factor * c)
 
 
 def depth_to_space(x, factor: int):
-  """Undoes `space_to_depth`."""
+  """Inverts `space_to_depth`."""
   b, h, w, c = x.shape
   x = x.reshape(b, h, w, factor, factor, c // factor**2)
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, c // factor**2)
 
 
 def l2_normalize(x):
-  """Rows (last axis) of norm 1."""
+  """Scales vectors along the last axis to norm 1."""
   return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-12)
 
 
 def normalize(x):
-  """Zero mean and unit variance of each image's whole [H, W, C]."""
+  """Shifts and scales each image to mean 0 and variance 1 over [H, W, C]."""
   x = x - x.mean((1, 2, 3), keepdims=True)
   return x * jax.lax.rsqrt(jnp.mean(x * x, (1, 2, 3), keepdims=True) + 1e-5)
 
 
 def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs, stride: int = 1) -> nnx.Conv:
-  """Square convolution that keeps the resolution, or divides it by `stride`."""
+  """Makes a square convolution that divides the resolution by `stride`."""
   return nnx.Conv(inputs, outputs, (size, size), strides=(stride, stride), rngs=rngs)
 
 
@@ -158,7 +163,7 @@ class Block(nnx.Module):
 
 
 class Encoder(nnx.Module):
-  """Pixels in [-1, 1], [B, H, W, 3] -> [B, H / downsample, W / downsample, E]."""
+  """Encodes pixels in [-1, 1]: [B, H, W, 3] -> [B, h, w, E]."""
 
   def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
     self.stem = config.stem
@@ -181,7 +186,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-  """[B, H / downsample, W / downsample, E] -> pixels, [B, H, W, 3]; not clipped to [-1, 1]."""
+  """Decodes [B, h, w, E] to pixels [B, H, W, 3], not clipped to [-1, 1]."""
 
   def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
     self.stem = config.stem
@@ -205,18 +210,18 @@ class Decoder(nnx.Module):
 
 
 class Codebook(nnx.Module):
-  """K codes on the unit sphere of E dimensions; the nearest one is the one of the largest product."""
+  """K codes of norm 1; the nearest code is that of the largest inner product."""
 
   def __init__(self, num_codes: int, code_dim: int, rngs: nnx.Rngs):
     self.table = nnx.Param(jax.random.normal(rngs.params(), (num_codes, code_dim), jnp.float32))
 
   def nearest(self, z):
-    """[..., E], norm 1 -> index of the nearest code, int32 [...]. Products in full fp32 on every backend."""
+    """Finds the nearest code of vectors of norm 1: [..., E] -> int32 [...]."""
     products = jnp.matmul(z, l2_normalize(self.table[...]).T, precision=jax.lax.Precision.HIGHEST)
     return jnp.argmax(products, -1).astype(jnp.int32)
 
   def __call__(self, indices):
-    """int32 [...] -> codes of norm 1, [..., E]."""
+    """Looks up codes: int32 [...] -> [..., E] of norm 1."""
     return l2_normalize(self.table[...])[indices]
 
 
@@ -229,13 +234,14 @@ class VQGAN(nnx.Module):
     self.decoder = Decoder(config, rngs)
 
   def __call__(self, x):
-    """Reconstructs pixels with the straight-through gradient: the encodings get that of the codes.
+    """Reconstructs pixels. The gradient of the codes goes straight through to the encodings.
 
     Args:
       x: [B, H, W, 3] in [-1, 1].
 
     Returns:
-      Reconstruction [B, H, W, 3]; encodings z and their codes q, both [B, h, w, E] of norm 1; indices int32 [B, h, w].
+      Reconstruction [B, H, W, 3]; encodings z and their codes q, both [B, h, w, E] of norm 1;
+      indices of the codes, int32 [B, h, w].
     """
     z = l2_normalize(self.encoder(x))
     indices = self.codebook.nearest(jax.lax.stop_gradient(z))
@@ -244,21 +250,19 @@ class VQGAN(nnx.Module):
 
 
 def init_params(config: VQGANConfig, num_codes: int, key) -> dict:
-  """Pure dict of fp32 parameters."""
-  return draw_params(_structure(config, num_codes)[1], key)
+  """Initializes fp32 parameters as a pure dict."""
+  return random_params(_structure(config, num_codes)[1], key)
 
 
-def draw_params(state, key) -> dict:
-  """Draws the parameters of a module from its abstract state: kernels normal of variance 1 / fan-in, biases 0, codes normal.
+def random_params(state, key) -> dict:
+  """Initializes the parameters of a module from its abstract state, as a pure dict.
 
-  All come from one draw: XLA takes almost a second of a CPU to compile each.
-
-  Returns:
-    Parameters as `parameters.to_dict` has them.
+  Kernels are normal with variance 1 / fan-in, biases 0, codes standard normal.
   """
   flat = traverse_util.flatten_dict(parameters.to_dict(state))
   shapes = {path: x.shape for path, x in flat.items()}
   ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+  # One call for all parameters: each takes XLA almost a second to compile on a CPU.
   pieces = jnp.split(jax.random.normal(key, (ends[-1],), jnp.float32), ends[:-1])
   std = {1: lambda shape: 0.0, 2: lambda shape: 1.0, 4: lambda shape: math.prod(shape[:-1]) ** -0.5}
   return traverse_util.unflatten_dict(
@@ -275,23 +279,23 @@ def _structure(config: VQGANConfig, num_codes: int):
 
 
 def bind(config: VQGANConfig, num_codes: int, params: dict) -> VQGAN:
-  """The module with `params` in it; cheap, meant for use inside jitted functions."""
+  """Returns the module with `params`; cheap, for use inside jitted functions."""
   return parameters.fill(*_structure(config, num_codes), params)
 
 
 def to_float(images):
-  """uint8 [0, 255] -> fp32 [-1, 1]."""
+  """Converts uint8 pixels to fp32 in [-1, 1]."""
   return images.astype(jnp.float32) / 127.5 - 1
 
 
 def to_uint8(pixels):
-  """[-1, 1] -> uint8, rounded and clipped."""
+  """Converts pixels in [-1, 1] to uint8, rounded and clipped."""
   return jnp.clip(jnp.round((pixels + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def encode(config: VQGANConfig, num_codes: int, params: dict, images):
-  """uint8 [B, H, W, 3] -> codes int32 [B, T] in raster order."""
+  """Encodes images, uint8 [B, H, W, 3], to codes, int32 [B, T], in raster order."""
   model = bind(config, num_codes, params)
   return model.codebook.nearest(l2_normalize(model.encoder(to_float(images)))).reshape(
     images.shape[0], -1
@@ -300,14 +304,14 @@ def encode(config: VQGANConfig, num_codes: int, params: dict, images):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def decode(config: VQGANConfig, num_codes: int, params: dict, codes):
-  """Codes int32 [B, T] in raster order -> uint8 [B, H, W, 3]."""
+  """Decodes codes, int32 [B, T], in raster order, to images, uint8 [B, H, W, 3]."""
   model = bind(config, num_codes, params)
   side = config.resolution // config.downsample
   return to_uint8(model.decoder(model.codebook(codes.reshape(-1, side, side))))
 
 
 def in_batches(function, array: np.ndarray, size: int) -> np.ndarray:
-  """Applies a jitted function to rows in batches of one size (the last is padded with zeros), so that it compiles once."""
+  """Applies a jitted function in batches of `size`, the last padded: it compiles once."""
   outputs = []
   for start in range(0, max(len(array), 1), size):
     batch = np.asarray(array[start : start + size])
@@ -318,11 +322,13 @@ def in_batches(function, array: np.ndarray, size: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class ImageTokenizer:
-  """A trained VQGAN: images to codes and back.
+  """A trained VQGAN that converts images to codes and back.
 
   Attributes:
+    config: sizes of the network.
+    num_codes: K.
     params: pure dict of its parameters.
-    batch_size: rows that go through the network at a time.
+    batch_size: number of rows that go through the network at a time.
   """
 
   config: VQGANConfig
@@ -332,7 +338,7 @@ class ImageTokenizer:
 
   @classmethod
   def load(cls, folder: epath.PathLike) -> "ImageTokenizer":
-    """Reads what `save` wrote. Raises UserError naming the file that is absent, damaged or does not fit the other."""
+    """Reads what `save` wrote; raises UserError if a file is absent, damaged or does not fit."""
     folder = epath.Path(folder)
     stored = read_json(folder / CONFIG)
     config = build(VQGANConfig, stored["vqgan"], "vqgan")
@@ -341,7 +347,7 @@ class ImageTokenizer:
     return cls(config, stored["num_codes"], params)
 
   def save(self, folder: epath.PathLike) -> None:
-    """Writes params.safetensors (flat names joined by dots) and config.json, each atomically."""
+    """Writes params.safetensors and config.json, each atomically."""
     folder = epath.Path(folder)
     write_json(
       folder / CONFIG, {"vqgan": dataclasses.asdict(self.config), "num_codes": self.num_codes}
@@ -349,7 +355,10 @@ class ImageTokenizer:
     parameters.save(folder / PARAMS, self.params)
 
   def encode(self, images: np.ndarray) -> np.ndarray:
-    """uint8 [B, H, W, 3] -> codes int32 [B, image_tokens], rows of the image from top to bottom, each from left to right."""
+    """Encodes images, uint8 [B, H, W, 3], to codes, int32 [B, T], row by row of the image.
+
+    Raises ValueError if shape or dtype differ.
+    """
     side = self.config.resolution
     if images.shape[1:] != (side, side, 3) or images.dtype != np.uint8:
       raise ValueError(
@@ -360,7 +369,10 @@ class ImageTokenizer:
     )
 
   def decode(self, codes: np.ndarray) -> np.ndarray:
-    """Codes int32 [B, image_tokens] -> uint8 [B, H, W, 3]."""
+    """Decodes codes, int32 [B, T], to images, uint8 [B, H, W, 3].
+
+    Raises ValueError if the shape differs or a code lies outside [0, K).
+    """
     codes = np.asarray(codes, np.int32)
     if codes.ndim != 2 or codes.shape[1] != self.config.image_tokens:
       raise ValueError(

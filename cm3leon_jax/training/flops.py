@@ -1,4 +1,4 @@
-"""Model FLOPs of training, peaks of devices, and their ratio: model FLOP utilisation (MFU)."""
+"""Model FLOPs of training, peaks of devices, and their ratio: model FLOP utilization (MFU)."""
 
 # K layers, D width, F feed-forward, V vocabulary, L length of a row.
 
@@ -6,13 +6,10 @@ import jax
 
 from cm3leon_jax.models.config import ModelConfig
 
-# Device kind as JAX names it -> (peak of dense bfloat16 products of one device in FLOP/s, where the number stands).
-# The first entry counts that the kind is, or begins with as a whole word: special ones stand before the general.
+# Device kind as JAX names it -> (peak of dense bfloat16 products of one device in FLOP/s, source).
+# A kind has the first entry that equals it or is its first words, so special kinds come first.
 PEAKS = {
-  "TPU v4 lite": (
-    None,
-    "for inference only: no peak is known to us, and it must not pass for a v4",
-  ),
+  "TPU v4 lite": (None, "for inference only; without this entry it would count as a v4"),
   "TPU v4": (275e12, "docs.cloud.google.com/tpu/docs/v4"),
   "TPU v5 lite": (197e12, "docs.cloud.google.com/tpu/docs/v5e"),
   "TPU v5e": (197e12, "docs.cloud.google.com/tpu/docs/v5e"),
@@ -45,9 +42,9 @@ PEAKS = {
 
 
 def matmul_params(config: ModelConfig) -> int:
-  """Parameters that every token is multiplied by: those of the layers, and the output table (tied or not).
+  """Counts the parameters that every token is multiplied by: layers and output table, tied or not.
 
-  Looking up embeddings and positions, and scaling in norms, are no matrix products and do not count.
+  Look-ups of embeddings and positions and scales of norms do not count: they are no products.
   """
   K, D, F = config.num_layers, config.width, config.mlp_width
   mlp = 3 if config.family == "modern" else 2
@@ -55,16 +52,17 @@ def matmul_params(config: ModelConfig) -> int:
 
 
 def model_flops(config: ModelConfig, tokens: int, sequence_length: int) -> float:
-  """FLOPs that training on `tokens` tokens needs, forward and backward, whatever the program does to get there.
+  """Computes the FLOPs that the forward and backward pass over `tokens` tokens need at least.
 
-  The definition of PaLM (Chowdhery et al. 2022, appendix B), with causal attention counted as causal:
+  As defined for PaLM (Chowdhery et al. 2022, appendix B), with causal attention counted as causal:
 
     tokens x (6 x matmul_params + 12 x K x D x L / 2)
 
-  A product takes 2 FLOPs a parameter and token forwards and twice that backwards, hence 6. Attention multiplies queries by
-  keys and weights by values: 2 x 2 x D FLOPs for every key that a query sees, times 3 with the backward pass, in each of K
-  layers; in a row of L a query sees L / 2 keys on average (PaLM counts all L). Borders between the samples of a packed row
-  are not counted off. What is computed again in the backward pass (`remat_policy`, chunks of the loss) is not counted.
+  A product takes 2 FLOPs a parameter and token in the forward pass and 4 in the backward pass, 6 in
+  sum. Attention multiplies queries by keys and weights by values: 2 x 2 x D FLOPs for every key
+  that a query sees, times 3 with the backward pass, in each of K layers. In a row of L a query sees
+  L / 2 keys on average (PaLM counts all L); borders of the samples in a packed row are ignored.
+  Values that the backward pass computes again (`remat_policy`) do not count.
 
   Args:
     config: of the decoder.
@@ -79,9 +77,12 @@ def model_flops(config: ModelConfig, tokens: int, sequence_length: int) -> float
 
 
 def device_peak(device_kind: str) -> float | None:
-  """Peak of dense bfloat16 matrix products in FLOP/s of one device of the kind that `jax.Device.device_kind` names.
+  """Returns the peak of dense bfloat16 matrix products of a device in FLOP/s, see `PEAKS`.
 
-  None for a CPU and for any kind that the table `PEAKS` does not name: a peak is never guessed.
+  None for a CPU and for any other kind that is not in the table: a peak is never guessed.
+
+  Args:
+    device_kind: `jax.Device.device_kind`.
   """
   for name, (peak, _) in PEAKS.items():
     if device_kind == name or device_kind.startswith((f"{name} ", f"{name}-")):
@@ -89,11 +90,11 @@ def device_peak(device_kind: str) -> float | None:
   return None
 
 
-def utilisation(flops_per_second: float, devices: int, peak: float | None) -> float | None:
-  """MFU: model FLOPs per second over what `devices` devices of this peak (FLOP/s each) could do; None without a peak."""
+def utilization(flops_per_second: float, devices: int, peak: float | None) -> float | None:
+  """Computes MFU: model FLOP/s as a share of `devices` x `peak` FLOP/s; None without a peak."""
   return flops_per_second / (devices * peak) if peak else None
 
 
 def mesh_peak(given: float = 0.0) -> float | None:
-  """Peak of one device of the current mesh: `given` if it is positive, else that of its kind; None if that is not known."""
+  """Returns `given` if it is positive, else `device_peak` of the devices of the current mesh."""
   return given or device_peak(jax.sharding.get_mesh().devices.flat[0].device_kind)

@@ -1,60 +1,68 @@
-"""Cross-entropy over a vocabulary that is split over the mesh, in chunks of tokens, with its own backward pass."""
+"""Cross-entropy over a vocabulary that is split over the mesh, with its own backward pass."""
 
-# B batch, L length, C tokens of a chunk, D width, V vocabulary; lower case: what one device holds of it.
+# B batch, L length, C tokens of a chunk, D width, V vocabulary; lower case: a device's share.
 
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
 
 from cm3leon_jax.mesh import FSDP, RULES, spec
 from cm3leon_jax.models.transformer import Transformer
 
 SCATTER_WIDTH = 256  # Columns of the table's gradient that are summed over devices at a time.
+Ids, Values, Scalar = Int32[Array, "B L"], Float32[Array, "B L"], Float32[Array, ""]
 
 
 class Gradients(NamedTuple):
-  """Of the weighted sum, by the final hidden states [B, L, D] and by the stored table [V, D], in their dtypes."""
+  """Gradients of the weighted sum by the final hidden states and the stored table."""
 
-  hidden: jax.Array
-  table: jax.Array
+  hidden: Float[Array, "B L D"]
+  table: Float[Array, "V D"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def weighted_nll(hidden, table, targets, weights, chunk: int, z_loss: float = 0.0):
-  """Sum over tokens of weight x (nll + z_loss x log(Z)^2), where nll is the cross-entropy of `hidden @ table.T`.
+def weighted_nll(
+  hidden: Float[Array, "B L D"],
+  table: Float[Array, "V D"],
+  targets: Ids,
+  weights: Values,
+  chunk: int,
+  z_loss: float = 0.0,
+) -> tuple[Scalar, Values]:
+  """Sums weight x (nll + z_loss x log(Z)^2) over tokens; nll is the cross-entropy of the targets.
 
-  The gradient by the logits, softmax minus target, is at hand as soon as they are: so both products of the backward pass are
-  done chunk by chunk in the forward pass, and no logits are kept or computed twice. Sums over V are local to a shard of
-  `tensor`, followed by a reduction of one number a token; the table's gradient is reduce-scattered to how it is stored.
+  The logits are `hidden @ table.T`. Their gradient, softmax minus target, is known once they are.
+  So the forward pass also computes both products of the backward pass, chunk by chunk, and no
+  logits are kept or computed twice. Sums over V are local to a shard of `tensor`; one number a
+  token is then reduced. The table's gradient is reduce-scattered to the layout of the stored table.
 
   Args:
-    hidden: [B, L, D].
-    table: [V, D], split by vocabulary as it is stored; in the dtype of `hidden`.
-    targets: [B, L] int32.
-    weights: [B, L] fp32; no gradient is taken by them.
-    chunk: wanted C; the largest divisor of L up to it is taken.
-    z_loss: weight of the squared log of the softmax's normalizer (PaLM, section 5); it keeps logits from drifting.
+    hidden: final hidden states.
+    table: output table, split by vocabulary as it is stored; in the dtype of `hidden`.
+    targets: ids.
+    weights: no gradient is taken by them.
+    chunk: largest C; C is the largest divisor of L up to it.
+    z_loss: weight of the squared log of the softmax's normalizer (PaLM, section 5); it keeps
+      logits from drifting.
 
   Returns:
-    The sum, fp32, and nll, [B, L] fp32, nats; only the sum has a gradient.
+    The sum, and nll in nats; only the sum has a gradient.
   """
-  return _value(
-    *_over_mesh(hidden, table, targets, weights, chunk, z_loss, gradients=False)[0], weights, z_loss
-  )
+  (nll, log_z), _ = _over_mesh(hidden, table, targets, weights, chunk, z_loss, False)
+  return _value(nll, log_z, weights, z_loss)
 
 
 def _forward(hidden, table, targets, weights, chunk, z_loss):
-  (nll, log_z), gradients = _over_mesh(
-    hidden, table, targets, weights, chunk, z_loss, gradients=True
-  )
+  (nll, log_z), gradients = _over_mesh(hidden, table, targets, weights, chunk, z_loss, True)
   return _value(nll, log_z, weights, z_loss), gradients
 
 
 def _backward(chunk, z_loss, gradients, cotangents):
-  scale = lambda x: (x * cotangents[0]).astype(x.dtype)
-  return scale(gradients.hidden), scale(gradients.table), None, None
+  by_hidden, by_table = ((x * cotangents[0]).astype(x.dtype) for x in gradients)
+  return by_hidden, by_table, None, None
 
 
 weighted_nll.defvjp(_forward, _backward)
@@ -65,18 +73,19 @@ def _value(nll, log_z, weights, z_loss):
 
 
 def _divisor(n: int, most: int) -> int:
-  """The largest divisor of n up to `most`."""
+  """Returns the largest divisor of n up to `most`."""
   return max(d for d in range(1, min(most, n) + 1) if n % d == 0)
 
 
 def _over_mesh(hidden, table, targets, weights, chunk, z_loss, gradients: bool):
-  """nll and log Z, [B, L] each, and the `Gradients` or None: `_on_device` on every device's tokens and rows of the table."""
+  """Runs `_on_device` on every device's tokens and rows of the table.
+
+  Returns:
+    (nll and log Z, [B, L] fp32 each), and the `Gradients` or None.
+  """
   C = _divisor(hidden.shape[1], chunk)
-  tokens, states, rows = (
-    spec("batch", "length"),
-    spec("batch", "length", "act"),
-    spec("vocab_stored", None),
-  )
+  tokens, rows = spec("batch", "length"), spec("vocab_stored", None)
+  states = spec("batch", "length", "act")
   return jax.shard_map(
     functools.partial(_on_device, C, z_loss, gradients),
     in_specs=(states, rows, tokens, tokens),
@@ -87,13 +96,14 @@ def _over_mesh(hidden, table, targets, weights, chunk, z_loss, gradients: bool):
 
 def _on_device(C, z_loss, gradients, hidden, table, targets, weights):
   tensor = RULES["vocab"]
-  # Without this XLA keeps the table that it gathered for the embedding, and a buffer for its gradient, through all layers.
+  # Without this XLA keeps the table that it gathered for the embedding, and a buffer for the
+  # table's gradient, through all layers.
   hidden, rows, zero = jax.lax.optimization_barrier((hidden, table, jnp.zeros((), jnp.float32)))
   for axis in reversed(FSDP):
     rows = jax.lax.all_gather(rows, axis, tiled=True)
   ids = jax.lax.axis_index(tensor) * rows.shape[0] + jnp.arange(rows.shape[0])
 
-  def one(table_gradient, chunk):
+  def chunk_nll(table_gradient, chunk):
     h, target, weight = chunk
     logits = jnp.einsum("bCd,vd->bCv", h, rows, preferred_element_type=jnp.float32)
     top = jax.lax.pmax(jnp.max(logits, -1), tensor)
@@ -107,37 +117,40 @@ def _on_device(C, z_loss, gradients, hidden, table, targets, weights):
     share = weight * (1 + 2 * z_loss * log_z) / total
     by_logits = powers * share[..., None] - jnp.where(hit, weight[..., None], 0.0)
     by_logits = by_logits.astype(h.dtype)
-    # XLA:CPU is half again as fast at [d, tokens] x [tokens, v] as at the transpose of it, if the transposed is an array.
-    turned = jax.lax.optimization_barrier(h.reshape(-1, h.shape[-1]).T)
+    # XLA:CPU computes [d, tokens] x [tokens, v] 1.5 times as fast as its transpose, if the left
+    # matrix is an array of its own.
+    transposed = jax.lax.optimization_barrier(h.reshape(-1, h.shape[-1]).T)
     table_gradient += jnp.matmul(
-      turned, by_logits.reshape(-1, by_logits.shape[-1]), preferred_element_type=jnp.float32
+      transposed, by_logits.reshape(-1, by_logits.shape[-1]), preferred_element_type=jnp.float32
     )
-    return table_gradient, (
-      nll,
-      log_z,
-      jax.lax.psum(jnp.einsum("bCv,vd->bCd", by_logits, rows), tensor),
-    )
+    by_hidden = jax.lax.psum(jnp.einsum("bCv,vd->bCd", by_logits, rows), tensor)
+    return table_gradient, (nll, log_z, by_hidden)
 
   b, L = targets.shape
-  split = lambda x: x.reshape(b, L // C, C, *x.shape[2:]).swapaxes(0, 1)
-  whole = lambda x: x.swapaxes(0, 1).reshape(b, L, *x.shape[3:])
+
+  def split(x):
+    return x.reshape(b, L // C, C, *x.shape[2:]).swapaxes(0, 1)
+
+  def whole(x):
+    return x.swapaxes(0, 1).reshape(b, L, *x.shape[3:])
+
   first = jnp.broadcast_to(zero, rows.shape[::-1]) if gradients else None
   by_rows, (nll, log_z, by_hidden) = jax.lax.scan(
-    one, first, (split(hidden), split(targets), split(weights))
+    chunk_nll, first, (split(hidden), split(targets), split(weights))
   )
-  found = whole(nll), whole(log_z)
+  values = whole(nll), whole(log_z)
   if not gradients:
-    return found, None
+    return values, None
   by_rows = jax.lax.psum(_scattered(by_rows), "data").astype(table.dtype)
-  # Nothing else keeps XLA from carrying all rows of the gradient, [v, D] in fp32, through the backward pass of the layers.
-  return found, jax.lax.optimization_barrier(Gradients(whole(by_hidden), by_rows))
+  # Without this XLA carries the whole gradient, [v, D] fp32, through the layers' backward pass.
+  return values, jax.lax.optimization_barrier(Gradients(whole(by_hidden), by_rows))
 
 
 def _scattered(gradient):
-  """Sums the table's gradient over fsdp: [D, v] fp32 -> this device's rows, [rows, D] fp32.
+  """Sums the table's gradient [D, v] fp32 over fsdp; returns this device's rows [rows, D] fp32.
 
-  The transpose exists for at most SCATTER_WIDTH columns at a time: a second array of all rows, 1 GiB
-  of the 7B, would add to the loss's peak of memory.
+  The transpose exists for at most SCATTER_WIDTH columns at a time: a second array of all rows,
+  1 GiB of the 7B, would add to the loss's peak of memory.
   """
   D, v = gradient.shape
   width = _divisor(D, SCATTER_WIDTH)
@@ -152,19 +165,21 @@ def _scattered(gradient):
   return pieces.swapaxes(0, 1).reshape(-1, D)
 
 
-def batch_nll(model: Transformer, batch, z_loss: float = 0.0):
-  """`weighted_nll` of a batch of [B, L] arrays inputs, targets, loss_weights, segment_ids, positions.
+def batch_nll(
+  model: Transformer, batch: dict[str, Ids | Values], z_loss: float = 0.0
+) -> tuple[Scalar, Values]:
+  """Computes `weighted_nll` of inputs, targets, loss_weights, segment_ids and positions.
 
   Returns:
-    The weighted sum, fp32, and nll, [B, L] fp32, nats; padding included (its weight is 0).
+    The weighted sum, and nll in nats; nll covers padding too, whose weight is 0.
   """
   hidden = model(batch["inputs"], batch["positions"], batch["segment_ids"])
   table, chunk = model.stored_table(), model.config.loss_chunk
   return weighted_nll(hidden, table, batch["targets"], batch["loss_weights"], chunk, z_loss)
 
 
-def modality_sums(nll, targets, weights, text_size: int) -> dict[str, jax.Array]:
-  """Weighted sums of nll and the sums of weights, for all targets, image codes and the rest (text and special tokens)."""
+def modality_sums(nll: Values, targets: Ids, weights: Values, text_size: int) -> dict[str, Scalar]:
+  """Sums weight x nll, and the weights, over all targets, over image codes and over other ids."""
   image = (targets >= text_size).astype(weights.dtype)
   parts = {"": weights, "image_": weights * image, "text_": weights * (1 - image)}
   return {
@@ -174,8 +189,12 @@ def modality_sums(nll, targets, weights, text_size: int) -> dict[str, jax.Array]
   }
 
 
-def modality_losses(sums) -> dict[str, jax.Array]:
-  """Mean nats per target: `loss`, `image_loss`, `text_loss`; 0 where there is no such target."""
+def modality_losses(sums: dict) -> dict:
+  """Divides the sums of `modality_sums`, in nats per target; 0 where there is no such target.
+
+  Returns:
+    `loss`, `image_loss` and `text_loss`, scalars.
+  """
   return {
     f"{name}loss": sums[f"{name}nll"] / jnp.maximum(sums[f"{name}weight"], 1e-9)
     for name in ("", "image_", "text_")

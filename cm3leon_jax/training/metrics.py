@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line; a resumed run replaces the lines it computes again, and says if they differ."""
+"""metrics.jsonl: one JSON object a line; a resumed run replaces and compares what it recomputes."""
 
 import json
 import os
@@ -8,26 +8,28 @@ from etils import epath
 
 from cm3leon_jax.io import read_json_lines, replacing
 
-BUCKET_SECONDS = 60.0  # A bucket's object is written anew at most that often, and for at most a hundredth of the time.
+# In a bucket the file is written at most once in that time, and for at most 1% of the time.
+BUCKET_SECONDS = 60.0
 
 
 class MetricsLog:
   """Writes `folder/metrics.jsonl`.
 
-  A run that is killed has logged steps after its last checkpoint. The resumed run computes them again; the log keeps
-  the first values aside and compares the losses bit for bit.
+  A killed run has logged steps after its last checkpoint. The resumed run computes them again; the
+  log keeps the first losses in memory and compares them bit for bit.
 
-  On a disk every line is appended when it is written. Objects in a bucket cannot be appended to: there the whole file is
-  written anew from time to time and at `flush`.
+  On a disk every line is appended. Objects in a bucket cannot be appended to: there the whole file
+  is written from time to time and at `flush`.
   """
 
   def __init__(self, folder: epath.PathLike, resumed_at: int | None = None, enabled: bool = True):
-    """Opens the file; what a resumed run will compute again is taken out.
+    """Opens the file, without the lines that a resumed run computes again.
 
     Args:
       folder: gets the file.
-      resumed_at: step of the restored checkpoint; lines of later steps are set aside. None: a new run.
-      enabled: False on the processes of a run that do not write (all but one): nothing is read or written.
+      resumed_at: step of the restored checkpoint; lines of later steps are removed. None: a new
+        run.
+      enabled: whether this process reads and writes; one process of a run does.
     """
     self.path, self.enabled = epath.Path(folder) / "metrics.jsonl", enabled
     self.before = read_json_lines(self.path) if enabled else []
@@ -43,7 +45,7 @@ class MetricsLog:
     self._rewrite()
 
   def write(self, step: int, values: dict) -> None:
-    """Writes one line, `step` first. Values: floats, ints, strings."""
+    """Writes one line, `step` first; values are floats, ints or strings."""
     if not self.enabled:
       return
     expected = self._expected.pop(step, None) if "loss" in values else None
@@ -62,7 +64,7 @@ class MetricsLog:
       self.flush()
 
   def flush(self) -> None:
-    """Returns when every line is where a kill cannot reach it; called before a checkpoint counts."""
+    """Returns when every line is stored; called before a checkpoint counts."""
     if self.enabled and not self._appends:
       self._rewrite()
 

@@ -1,4 +1,4 @@
-"""What a user sees of a run while it trains: a line a step, metrics.jsonl, TensorBoard, goodput, a trace."""
+"""Output of a run while it trains: a line a step, metrics.jsonl, TensorBoard, goodput, a trace."""
 
 import contextlib
 import dataclasses
@@ -19,18 +19,16 @@ from cm3leon_jax.training.profile import Profiler
 from cm3leon_jax.training.tensorboard import TensorBoard, named_histograms
 from cm3leon_jax.training.wandb_run import WandbRun
 
-IDLE_SECONDS = (
-  5e-3  # Metrics that come sooner than this were there already: the device had nothing left to do.
-)
+IDLE_SECONDS = 5e-3  # If metrics come within this time, the device was idle.
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-  """What turns the seconds of a step into rates.
+  """Constants that turn the seconds of a step into rates.
 
   Attributes:
     flops: model FLOPs of a step, see `flops.model_flops`.
-    devices: of the mesh.
+    devices: number of devices of the mesh.
     peak: FLOP/s of one device, or None.
   """
 
@@ -39,8 +37,8 @@ class Rates:
   peak: float | None
 
   def of(self, weight: float, seconds: float) -> dict[str, float]:
-    """tokens_per_second of `weight` targets, over all devices, and mfu if there is a peak."""
-    mfu = flops.utilisation(self.flops / seconds, self.devices, self.peak)
+    """Returns tokens_per_second of `weight` targets on all devices, and mfu if a peak is known."""
+    mfu = flops.utilization(self.flops / seconds, self.devices, self.peak)
     return {
       "tokens_per_second": round(weight / seconds, 1),
       **({} if mfu is None else {"mfu": round(mfu, 4)}),
@@ -48,29 +46,30 @@ class Rates:
 
 
 def step_line(step: int, steps: int, values: dict, devices: int, left: float | None) -> str:
-  """What is printed of a step; `-` stands for what is not known (yet).
+  """Formats the printed line of a step; `-` is a value that is not known (yet).
 
-    step 120/1,100 | loss 3.412 image 3.301 text 4.127 | grad 0.871 | lr 4.90e-03 | 2,310 tokens/s/device | MFU - | 0:05:12 left
+    step 120/1,100 | loss 3.412 image 3.301 text 4.127 | grad 0.871 | lr 4.90e-03 |
+    2,310 tokens/s/device | MFU - | 0:05:12 left
 
   Args:
     step: its number.
-    steps: of the whole run.
+    steps: number of steps of the run.
     values: of the step's line in metrics.jsonl.
-    devices: of the mesh.
+    devices: number of devices of the mesh.
     left: seconds to the end of the run.
   """
   rate = f"{values['tokens_per_second'] / devices:,.0f}" if "tokens_per_second" in values else "-"
   mfu = f"{100 * values['mfu']:.1f}%" if "mfu" in values else "-"
   time_left = "-" if left is None else str(datetime.timedelta(seconds=round(left)))
   return (
-    f"step {step:,}/{steps:,} | loss {values['loss']:.3f} image {values['image_loss']:.3f} text {values['text_loss']:.3f} | "
-    f"grad {values['grad_norm']:.3f} | lr {values['learning_rate']:.2e} | {rate} tokens/s/device | MFU {mfu} | "
-    f"{time_left} left"
+    f"step {step:,}/{steps:,} | loss {values['loss']:.3f} image {values['image_loss']:.3f} "
+    f"text {values['text_loss']:.3f} | grad {values['grad_norm']:.3f} | "
+    f"lr {values['learning_rate']:.2e} | {rate} tokens/s/device | MFU {mfu} | {time_left} left"
   )
 
 
 class Monitor:
-  """Logs a step's metrics one step late, so that the host never waits for the device it has just started.
+  """Logs metrics one step late, so that the host does not wait for the step that it just started.
 
   with monitor:
     for step in ...:
@@ -83,14 +82,14 @@ class Monitor:
   """
 
   def __init__(
-    self, log: MetricsLog, watch: Stopwatch, rates: Rates, schedule: optax.Schedule, config, profiler: Profiler,
-    boards: list[TensorBoard | WandbRun],
+    self, log: MetricsLog, watch: Stopwatch, rates: Rates, schedule: optax.Schedule, config,
+    profiler: Profiler, boards: list[TensorBoard | WandbRun],
   ):  # fmt: skip
-    """Joins the parts; `open_monitor` makes them.
+    """Combines the outputs that `open_monitor` opens.
 
     Args:
-      log: metrics.jsonl; where it is off, on all processes but one, nothing is told.
-      watch: started when the trainer was.
+      log: metrics.jsonl; nothing is printed on processes where it is not enabled.
+      watch: started at the start of the trainer.
       rates: of the run.
       schedule: learning rate as a function of the step.
       config: the TrainConfig: steps, log_every.
@@ -100,13 +99,11 @@ class Monitor:
     self._log, self._watch, self._rates, self._schedule = log, watch, rates, schedule
     self._config, self._profiler, self._boards = config, profiler, boards
     self._pending: tuple[int, dict] | None = None
-    self._overlapped: dict[
-      str, float
-    ] = {}  # Seconds by phase in which the last step may have been running.
+    # Seconds by phase in which the last step may have been running.
+    self._overlapped: dict[str, float] = {}
     self._logged: float | None = None  # Seconds in steps up to the last logged one.
-    self._begin: tuple[int, float] | None = (
-      None  # First step that this start logged, and seconds of the loop until then.
-    )
+    # First step that this start logged, and seconds of the loop until then.
+    self._begin: tuple[int, float] | None = None
     self._phases = contextlib.ExitStack()
 
   def __enter__(self):
@@ -121,16 +118,16 @@ class Monitor:
     for board in self._boards:
       board.close()
     if error is None:
-      self._tell(f"train: {describe(self._watch.seconds())}")
+      self._print(f"train: {describe(self._watch.seconds())}")
 
   def next_batch(self, data):
-    """The next of `data`; waiting for it counts as `data`, see `overlapped`."""
+    """Returns the next batch of `data`; waiting for it counts as `data`, see `overlapped`."""
     with self.overlapped("data"):
       return next(data)
 
   @contextlib.contextmanager
   def overlapped(self, name: str):
-    """For what the device need not wait for: the body counts as `name` only if the device had nothing left to do by then."""
+    """Counts a body during which the device may work as `name` only if the device becomes idle."""
     start = time.perf_counter()
     yield
     self._overlapped[name] = self._overlapped.get(name, 0.0) + time.perf_counter() - start
@@ -138,22 +135,22 @@ class Monitor:
       self._count_overlapped()
 
   def traced(self, step: int):
-    """Context in which `step` is dispatched."""
+    """Returns the context in which `step` is dispatched."""
     return self._profiler.step(step, self.flush)
 
   def step(self, step: int, metrics: dict) -> None:
-    """Takes over the metrics of `step` and logs those of the step before."""
+    """Keeps the metrics of `step` and logs those of the previous step."""
     self.flush()
     self._pending = (step, metrics)
     if self._profiler.ends_with(step):
       self.flush()
       with self._watch.phase("profile"):
         self._profiler.stop()
-      self._tell(f"train: the trace that ends with step {step:,} is in {self._profiler.folder}.")
+      self._print(f"train: the trace that ends with step {step:,} is in {self._profiler.folder}.")
 
   @contextlib.contextmanager
   def phase(self, name: str, step: int):
-    """For what needs the state that `step` made: waits for it and logs it, then counts the body as `name`."""
+    """Waits for `step` and logs it; then counts the body, which needs its state, as `name`."""
     self.flush()
     with self._watch.phase(name):
       yield
@@ -167,29 +164,30 @@ class Monitor:
         board.flush()
 
   def heldout(self, step: int, losses: dict[str, float]) -> None:
-    """Logs the held-out losses of `step`, of the documents themselves (`train.evaluate`)."""
+    """Logs the held-out losses of `step`, see `train.evaluate`."""
     self._write(step, losses)
     shown = " ".join(
       f"{name.removeprefix('heldout_').replace('_loss', '')} {x:.3f}" for name, x in losses.items()
     )
-    self._tell(
-      f"step {step:,}/{self._config.steps:,} | held-out {shown} | goodput {goodput(self._watch.seconds()):.1%}"
+    self._print(
+      f"step {step:,}/{self._config.steps:,} | held-out {shown} | "
+      f"goodput {goodput(self._watch.seconds()):.1%}"
     )
 
   def samples(self, step: int, sheet) -> None:
-    """Shows a grid of samples, a PIL image or None."""
+    """Writes a grid of samples, a PIL image or None."""
     for board in self._boards if sheet is not None else ():
       board.samples(step, sheet)
 
   def histograms(self, step: int, params: dict) -> None:
-    """Shows the distribution of every parameter. All processes must call it."""
+    """Writes a histogram of every parameter. All processes must call it."""
     with self.phase("sample", step):
-      found = named_histograms(params)
+      histograms = named_histograms(params)
       for board in self._boards:
-        board.histograms(step, found)
+        board.histograms(step, histograms)
 
   def flush(self) -> None:
-    """Waits for the step that was taken over last, and logs it.
+    """Waits for the last dispatched step and logs it.
 
     Raises:
       UserError: its loss or its gradient is not finite.
@@ -206,16 +204,20 @@ class Monitor:
     values["learning_rate"] = float(self._schedule(step - 1))
     if not np.isfinite([values["loss"], values["grad_norm"]]).all():
       raise UserError(
-        f"the loss of step {step} is {values['loss']:.4g}, the norm of its gradient {values['grad_norm']:.4g}: "
-        "lower optimizer.learning_rate in a new --workdir, or look at its rows; with --debug_nans the same command continues "
-        "from the last checkpoint and stops at the operation that makes the first NaN."
+        f"the loss of step {step} is {values['loss']:.4g}, the norm of its gradient "
+        f"{values['grad_norm']:.4g}: lower optimizer.learning_rate in a new --workdir, or look at "
+        "the step's rows; with --debug_nans the same command continues from the last checkpoint "
+        "and stops at the operation that makes the first NaN."
       )
     self._write(step, {**values, "time": round(time.time(), 3)})
     if step % self._config.log_every == 0 or step in (self._begin[0], self._config.steps):
-      self._tell(step_line(step, self._config.steps, values, self._rates.devices, left))
+      self._print(step_line(step, self._config.steps, values, self._rates.devices, left))
 
   def _add_rates(self, step: int, values: dict) -> float | None:
-    """Adds the rates of the step to `values`; not of the first step of a start, which has none. Returns seconds to the end."""
+    """Adds the rates of a step to `values` and returns the seconds to the end of the run.
+
+    The first step of a start has no rates, and returns None.
+    """
     seconds = self._watch.seconds()
     in_steps = seconds["step"] + seconds["data"]
     loop = sum(seconds.values()) - seconds["compile"] - seconds["restore"]
@@ -236,16 +238,16 @@ class Monitor:
     for board in self._boards:
       board.scalars(step, values)
 
-  def _tell(self, text: str) -> None:
+  def _print(self, text: str) -> None:
     if self._log.enabled:
       print(text, flush=True)
 
 
 def open_boards(folder: epath.Path, config, first_step: int) -> list[TensorBoard | WandbRun]:
-  """What the TrainConfig asks for; a sentence, if TensorBoard is asked for and cannot be written.
+  """Opens the boards of the TrainConfig; prints a line if TensorBoard is not installed.
 
   Raises:
-    UserError: wandb is asked for and not installed.
+    UserError: config.wandb is set, but wandb is not installed.
   """
   boards = [WandbRun(folder, config.wandb)] if config.wandb else []
   if config.tensorboard:
@@ -258,19 +260,19 @@ def open_boards(folder: epath.Path, config, first_step: int) -> list[TensorBoard
 
 
 def open_monitor(
-  folder: epath.Path, model: ModelConfig, config, schedule: optax.Schedule, sequence_length: int, newest: int | None,
-  watch: Stopwatch, profile_steps: range,
+  folder: epath.Path, model: ModelConfig, config, schedule: optax.Schedule, sequence_length: int,
+  newest: int | None, watch: Stopwatch, profile_steps: range,
 ) -> Monitor:  # fmt: skip
-  """The monitor of a run on the current mesh; only process 0 writes and prints.
+  """Opens the monitor of a run on the current mesh; only process 0 writes and prints.
 
   Args:
     folder: gets metrics/, tensorboard/ and profile/.
     model: of the decoder.
     config: the TrainConfig.
     schedule: learning rate as a function of the step.
-    sequence_length: of a row.
+    sequence_length: tokens of a row.
     newest: step of the restored checkpoint; None: a new run.
-    watch: started when the trainer was.
+    watch: started at the start of the trainer.
     profile_steps: see `profile.parse_steps`.
   """
   log = MetricsLog(folder / "metrics", newest, enabled=jax.process_index() == 0)
@@ -285,7 +287,8 @@ def open_monitor(
   boards = open_boards(folder, config, (newest or 0) + 1) if log.enabled else []
   if log.enabled and profile_steps and (newest or 0) >= profile_steps[-1]:
     print(
-      f"train: the run is at step {newest:,} already, beyond the steps to trace; there will be no trace.",
+      f"train: the run is at step {newest:,} already, beyond the steps to trace; "
+      "there will be no trace.",
       flush=True,
     )
   if log.enabled:
@@ -296,7 +299,8 @@ def open_monitor(
       else "of unknown peak, so no MFU (train.peak_flops sets one)"
     )
     print(
-      f"train: {tokens:,} tokens and {rates.flops / 1e12:,.3g} model TFLOPs a step, {devices.size} x {kind} {peak}.",
+      f"train: {tokens:,} tokens and {rates.flops / 1e12:,.3g} model TFLOPs a step, "
+      f"{devices.size} x {kind} {peak}.",
       flush=True,
     )
   return Monitor(

@@ -49,7 +49,7 @@ class OptimizerConfig:
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Learning rate as a function of the step; warm-up takes at most half of a short run."""
+  """Returns the learning rate as a function of the step; warm-up takes at most half of a run."""
   warmup = min(config.warmup_steps, steps // 2)
   if config.schedule == "cosine":
     decay = optax.cosine_decay_schedule(
@@ -64,11 +64,12 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """The optimizer of a run of `steps` steps; its state is laid out like the parameters."""
-  kept_whole = {"scale"} if config.decay_embeddings else {"scale", "embed", "positions"}
-  decayed = lambda params: jax.tree.map_with_path(
-    lambda path, _: path[-1].key not in kept_whole, params
-  )
+  """Makes the optimizer of a run of `steps` steps; its state is laid out like the parameters."""
+  without_decay = {"scale"} if config.decay_embeddings else {"scale", "embed", "positions"}
+
+  def decayed(params):
+    return jax.tree.map_with_path(lambda path, _: path[-1].key not in without_decay, params)
+
   schedule, moment = learning_rate_schedule(config, steps), jnp.dtype(config.first_moment_dtype)
   adamw = optax.adamw(
     schedule,

@@ -1,4 +1,4 @@
-"""SIGTERM: a run that is told to stop saves first, on all processes at the same step."""
+"""SIGTERM: a run saves before it stops, on all processes at the same step."""
 
 import signal
 
@@ -8,19 +8,19 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-# [devices] int32 -> the largest, on every device.
 _largest = jax.jit(jnp.max)
 
 
 class StopSignal:
-  """SIGTERM sets a flag, so that the loop can save before it ends (preemption, a scheduler's grace period).
+  """Sets a flag at SIGTERM, so that the loop can save before it ends (preemption, a scheduler).
 
-  One process may be told and the others not. So the flags travel with the steps: their maximum over the mesh is started
-  behind a step and read behind the next, when it has long been there. All read the same number at the same step, which is
-  at most two after the signal; nobody waits, and it costs one all-reduce of a scalar.
+  Only some processes may get the signal. So after each step the maximum of all flags is started as
+  one all-reduce of a scalar, and it is read after the next step, without waiting. All processes
+  read the same number at the same step, which is at most two after the signal.
 
-  (JAX has `multihost_utils.reached_preemption_sync_point` for this. It agrees on the largest step that a process has
-  named, and Orbax names old ones to it, from the thread in which a save ends: the step agreed on may be past already.)
+  (JAX has `multihost_utils.reached_preemption_sync_point` for this. It agrees on the largest step
+  that a process has named. But Orbax also names old steps, from the thread in which a save ends, so
+  the agreed step may have passed.)
   """
 
   def __init__(self, mesh: jax.sharding.Mesh):
@@ -40,7 +40,7 @@ class StopSignal:
     signal.signal(signal.SIGTERM, self._previous)
 
   def stopping(self) -> bool:
-    """Whether to stop after this step; all processes call it once a step and get the same answer."""
+    """Returns whether to stop after this step; all processes call it once a step and agree."""
     if jax.process_count() == 1:
       return self.received
     mine = np.full(self._shape, self.received, np.int32)

@@ -16,29 +16,32 @@ FOLDER = "profile"
 
 
 def parse_steps(text: str, steps: int) -> range:
-  """Steps to trace, both ends included; none if `text` is empty.
+  """Parses the steps to trace, both ends included; empty text means none.
 
     parse_steps("10:13", 100) == range(10, 14)
 
   Args:
-    text: of --profile_steps.
+    text: value of --profile_steps.
     steps: length of the run.
 
   Raises:
-    UserError: it is no such pair, not all of it lies in the run, or tracing would end the process.
+    UserError: no such pair, steps outside of the run, or a profiler that would end the process.
   """
   if not text:
     return range(0)
   match = re.fullmatch(r"(\d+):(\d+)", text)
   if not match or not 1 <= int(match[1]) <= int(match[2]) <= steps:
     raise UserError(
-      f"--profile_steps is '{text}'; it must be FIRST:LAST, e.g. 10:13, with 1 <= FIRST <= LAST <= train.steps = {steps}."
+      f"--profile_steps is '{text}'; it must be FIRST:LAST, e.g. 10:13, "
+      f"with 1 <= FIRST <= LAST <= train.steps = {steps}."
     )
+  # The profiler of libtpu is loaded even then; one of another version than jax's crashes.
   platforms = (jax.config.jax_platforms or "tpu").split(",")
   if jax.default_backend() != "tpu" and "tpu" in platforms and importlib.util.find_spec("libtpu"):
-    raise UserError(  # Its profiler is loaded all the same, and libtpu of another version than jax's crashes in it.
-      f"--profile_steps: libtpu is installed, but the devices are {jax.default_backend()}s: set JAX_PLATFORMS="
-      f"{jax.default_backend()} in the environment."
+    backend = jax.default_backend()
+    raise UserError(
+      f"--profile_steps: libtpu is installed, but the devices are {backend}s: "
+      f"set JAX_PLATFORMS={backend} in the environment."
     )
   return range(int(match[1]), int(match[2]) + 1)
 
@@ -46,7 +49,7 @@ def parse_steps(text: str, steps: int) -> range:
 class Profiler:
   """Writes one trace (xplane) of a range of steps into `folder`; without steps it does nothing.
 
-  It is collected on the local disk and then copied: the profiler itself writes to no bucket.
+  The profiler cannot write to a bucket: the trace is collected on the local disk and then copied.
   """
 
   def __init__(self, folder: epath.PathLike, steps: range):
@@ -55,7 +58,12 @@ class Profiler:
 
   @contextlib.contextmanager
   def step(self, step: int, wait: Callable[[], None]):
-    """The body dispatches `step`. wait: returns when the device has nothing left to do; called before the first step."""
+    """Traces the body, which dispatches `step`, if the step is in the range.
+
+    Args:
+      step: number of the step.
+      wait: waits until the device is idle; called before the first traced step.
+    """
     if step in self._steps and self._collected is None:
       wait()
       self._collected = tempfile.TemporaryDirectory()
@@ -64,7 +72,7 @@ class Profiler:
       yield
 
   def ends_with(self, step: int) -> bool:
-    """Whether a trace is running that ends with this step: then wait for the step, and call `stop`."""
+    """Returns whether a running trace ends with `step`: wait for the step, then call `stop`."""
     return self._collected is not None and step >= self._steps[-1]
 
   def stop(self) -> None:

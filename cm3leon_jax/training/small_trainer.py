@@ -67,7 +67,7 @@ def train(
   identity = {name: dataclasses.asdict(config), **about, "seed": seed, "examples": len(examples)}
   del identity[name]["checkpoint_every"]
   current = jax.sharding.get_mesh()
-  # Automatic axes: the compiler lays out what lies between the batch and the summed gradient.
+  # Automatic axes: the compiler lays out the arrays between the batch and the summed gradient.
   mesh = Mesh(current.devices, current.axis_names)
   split = NamedSharding(mesh, spec("batch"))
   checkpoints = _open_checkpoints(name, identity, epath.Path(folder) / FOLDER)
@@ -121,13 +121,13 @@ def _open_checkpoints(name: str, identity: dict, folder: epath.Path) -> Checkpoi
     changed = differences(stored, plain(identity))
     if changed and all(change.startswith(f"{name}.steps:") for change in changed):
       print(
-        f"{name}: starts anew, as the learning rate follows the steps ({changed[0]}).", flush=True
+        f"{name}: starts again, as the learning rate follows the steps ({changed[0]}).", flush=True
       )
       folder.rmtree()
     else:
       check_same_config(folder, stored, identity)
   write_json(path, identity)
-  checkpoints = Checkpoints(folder, keep=2)  # A save needs the one before it until it is whole.
+  checkpoints = Checkpoints(folder, keep=2)  # Until a save is complete, the previous one is needed.
   checkpoints.discard_unsealed()
   return checkpoints
 

@@ -1,11 +1,13 @@
 """The state of training and one step of it."""
 
-# B global batch, A accumulation steps, L length.
+# B rows of the global batch, A accumulation steps, L length.
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Key
 import optax
 
 from cm3leon_jax.mesh import spec
@@ -17,47 +19,50 @@ from cm3leon_jax.training import loss
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-  """Everything that a step changes. step: int32 scalar; params, opt_state: pure trees of arrays."""
+  """Everything that a step changes: the int32 number of steps, and pure trees of arrays."""
 
-  step: jax.Array
+  step: Any  # The types or shardings of a state's arrays are in a TrainState, too.
   params: dict
   opt_state: optax.OptState
 
 
-def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, key) -> TrainState:
-  """A fresh state on the current mesh; under `jax.eval_shape` its types carry the shardings."""
+def init_state(
+  config: ModelConfig, optimizer: optax.GradientTransformation, key: Key[Array, ""]
+) -> TrainState:
+  """Initializes a state on the current mesh; under `jax.eval_shape` its types carry shardings."""
   params = transformer.init_params(config, key)
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def train_step(
   config: ModelConfig,
-  optimizer,
+  optimizer: optax.GradientTransformation,
   text_size: int,
   accumulation_steps: int,
   state: TrainState,
-  batch,
+  batch: dict[str, loss.Ids | loss.Values],
   z_loss: float = 0.0,
-):
-  """One update on a global batch.
+) -> tuple[TrainState, dict[str, loss.Scalar]]:
+  """Updates the state on a global batch.
 
   The loss is sum(weight x nll) / sum(weight) over the global batch, however it is accumulated.
 
   Args:
-    config: static, like the three that follow.
+    config: of the model; static, like the next three.
     optimizer: of `create_optimizer`.
     text_size: first id of an image code.
-    accumulation_steps: A, parts that the batch is split into.
+    accumulation_steps: A, the number of micro-batches that the batch is split into.
     state: donated by the caller's jit.
-    batch: [B, L] arrays, see `data.pipeline`.
+    batch: rows of `data.pipeline`.
     z_loss: static; see `loss.weighted_nll`.
 
   Returns:
-    New state, and fp32 scalars: loss, image_loss, text_loss (nats per target), grad_norm, weight.
+    New state, and metrics: loss, image_loss, text_loss (nats per target), grad_norm, weight.
   """
   total = jnp.maximum(jnp.sum(batch["loss_weights"]), 1e-9)
-  # Cast here and not where they are used: gradients are then kept in the compute dtype, in which they were summed.
-  # Tables are cast where their rows are looked up: their gradients are summed and kept in fp32.
+  # Layers are cast here and not where they are used: their gradients then stay in the compute
+  # dtype, in which they are summed. Tables are cast where their rows are looked up: their gradients
+  # are summed and kept in fp32.
   layers = {name: x for name, x in state.params.items() if name not in transformer.LOOKED_UP}
   params = {**state.params, **jax.tree.map(lambda x: x.astype(config.dtype), layers)}
 
@@ -65,19 +70,21 @@ def train_step(
     value, nll = loss.batch_nll(transformer.bind(config, params), part, z_loss)
     return value / total, loss.modality_sums(nll, part["targets"], part["loss_weights"], text_size)
 
-  grad_fn = lambda part: jax.grad(loss_fn, has_aux=True)(params, part)
+  grad_fn = jax.grad(loss_fn, has_aux=True)
   if accumulation_steps == 1:
-    grads, sums = _fp32(grad_fn(batch))
+    grads, sums = _fp32(grad_fn(params, batch))
   else:
-    split = lambda x: x.reshape(
-      -1, accumulation_steps, x.shape[1], out_sharding=spec("batch", None, "length")
-    ).swapaxes(0, 1)
+
+    def split(x):
+      shape, axes = (-1, accumulation_steps, x.shape[1]), spec("batch", None, "length")
+      return x.reshape(shape, out_sharding=axes).swapaxes(0, 1)
+
     parts = jax.tree.map(split, batch)
-    # From zeros, not from the first part's gradients: so a part is traced and compiled once.
+    # The sum starts at zeros, not at the first gradients, so that a micro-batch is traced once.
     zeros = jax.tree.map(jnp.zeros_like, state.params)
 
     def add(grads, part):
-      part_grads, part_sums = _fp32(grad_fn(part))
+      part_grads, part_sums = _fp32(grad_fn(params, part))
       return jax.tree.map(jnp.add, grads, part_grads), part_sums
 
     grads, sums = jax.lax.scan(add, zeros, parts)
@@ -92,7 +99,9 @@ def _fp32(tree):
   return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def eval_step(config: ModelConfig, text_size: int, params, batch) -> dict:
-  """Sums of nll and weight by modality, to be added up over batches. See `loss.modality_sums`."""
+def eval_step(
+  config: ModelConfig, text_size: int, params: dict, batch: dict[str, loss.Ids | loss.Values]
+) -> dict[str, loss.Scalar]:
+  """Computes the `loss.modality_sums` of a batch; sums of batches may be added."""
   _, nll = loss.batch_nll(transformer.bind(config, params), batch)
   return loss.modality_sums(nll, batch["targets"], batch["loss_weights"], text_size)

@@ -10,7 +10,7 @@ import numpy as np
 
 FOLDER = "tensorboard"
 FLUSH_SECONDS = 30
-BUCKETS = 30  # Of a histogram, between the smallest and the largest value.
+BUCKETS = 30  # Of a histogram, between its smallest and largest value.
 SCALARS = (
   "loss",
   "image_loss",
@@ -24,9 +24,10 @@ SCALARS = (
 
 
 def curves(values: dict) -> dict[str, float]:
-  """Those of a line's values that are worth a curve, by their tags.
+  """Returns the curves of a metrics line by their tags.
 
-  {"loss": 2.5, "weight": 8.0} -> {"train/loss": 2.5}; {"heldout_image_loss": 1.5} -> {"heldout/image_loss": 1.5}
+  {"loss": 2.5, "weight": 8.0, "heldout_image_loss": 1.5} ->
+  {"train/loss": 2.5, "heldout/image_loss": 1.5}
   """
   heldout = {
     f"heldout/{k.removeprefix('heldout_')}": x
@@ -37,14 +38,14 @@ def curves(values: dict) -> dict[str, float]:
 
 
 class TensorBoard:
-  """Event files in `folder`, which may be a bucket's if google-cloud-storage is installed (gcsfs brings it)."""
+  """Writes event files; a folder in a bucket needs google-cloud-storage, which comes with gcsfs."""
 
   def __init__(self, folder: epath.PathLike, first_step: int):
     """Opens an event file.
 
     Args:
       folder: of the run's event files; every start adds one.
-      first_step: first step of this start; what earlier starts wrote of it and of later ones is hidden.
+      first_step: of this start; events of earlier starts from this step on are hidden.
 
     Raises:
       ImportError: tensorboardX, or what it needs for this folder, is not installed.
@@ -52,60 +53,64 @@ class TensorBoard:
     import tensorboardX  # An extra: the project works without it.
 
     if os.fspath(folder).startswith("gs://"):
-      importlib.import_module(
-        "google.cloud.storage"
-      )  # tensorboardX finds that out too late to say it well.
-    # A file's name has a resolution of a second, and an existing one would be written over.
+      importlib.import_module("google.cloud.storage")  # tensorboardX would fail later, without it.
+    # File names have a resolution of a second; an existing file would be overwritten.
     suffix = f".{os.getpid()}.{first_step}"
     self._writer = tensorboardX.SummaryWriter(
       os.fspath(folder), purge_step=first_step, flush_secs=FLUSH_SECONDS, filename_suffix=suffix
     )
 
   def scalars(self, step: int, values: dict) -> None:
+    """Writes the `curves` of a metrics line."""
     for tag, value in curves(values).items():
       self._writer.add_scalar(tag, value, step)
 
   def samples(self, step: int, sheet) -> None:
-    """sheet: a PIL image, captions in it."""
+    """Writes a grid of samples, a PIL image."""
     self._writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
 
   def histograms(self, step: int, histograms: dict) -> None:
-    """One histogram a parameter, over all its layers; of `named_histograms`."""
-    for name, found in histograms.items():
-      self._writer.add_histogram_raw(
-        f"params/{name}", **{k: np.asarray(x).tolist() for k, x in found.items()}, global_step=step
-      )
+    """Writes the histograms of `named_histograms`."""
+    for name, histogram in histograms.items():
+      fields = {k: np.asarray(x).tolist() for k, x in histogram.items()}
+      self._writer.add_histogram_raw(f"params/{name}", **fields, global_step=step)
 
   def flush(self) -> None:
+    """Writes what is still in memory."""
     self._writer.flush()
 
   def close(self) -> None:
+    """Closes the event file."""
     self._writer.close()
 
 
 @jax.jit
 def tree_histograms(params: dict) -> dict:
-  """A tree of parameters -> the same tree of their histograms: scalars min, max, num, sum, sum_squares, and of BUCKETS
-  equal buckets bucket_limits (upper ends) and bucket_counts, fp32; exact up to 2^24 of a bucket.
+  """Computes a histogram of every parameter, over all its layers.
 
-  Only comparisons and sums over whole arrays: they stay local to the shards of any layout.
+  Only comparisons and sums over whole arrays, which are local to the shards of any layout.
+
+  Returns:
+    The same tree with, for each parameter, the fp32 scalars min, max, num, sum and sum_squares, and
+    [BUCKETS] fp32 bucket_limits (upper ends of equal buckets) and bucket_counts (exact up to 2^24).
   """
 
-  def one(x):
+  def histogram(x):
     low, high = jnp.min(x), jnp.max(x)
     limits = low + (high - low) * jnp.arange(1, BUCKETS, dtype=jnp.float32) / BUCKETS
     below = jax.lax.map(lambda limit: jnp.sum(x < limit, dtype=jnp.float32), limits)
     below = jnp.concatenate([below, jnp.array([x.size], jnp.float32)])
     return {
-      "min": low, "max": high, "num": float(x.size), "sum": jnp.sum(x), "sum_squares": jnp.sum(x * x),
+      "min": low, "max": high, "num": float(x.size),
+      "sum": jnp.sum(x), "sum_squares": jnp.sum(x * x),
       "bucket_limits": jnp.append(limits, high), "bucket_counts": jnp.diff(below, prepend=0.0),
     }  # fmt: skip
 
-  return jax.tree.map(one, params)
+  return jax.tree.map(histogram, params)
 
 
 def named_histograms(params: dict) -> dict[str, dict]:
-  """`tree_histograms` on the host, by names like `blocks/up`. All processes must call it."""
-  found = jax.device_get(tree_histograms(params))
-  leaves = jax.tree.leaves_with_path(found, is_leaf=lambda node: "bucket_counts" in node)
+  """Returns `tree_histograms` on the host by names like `blocks/up`. All processes must call it."""
+  histograms = jax.device_get(tree_histograms(params))
+  leaves = jax.tree.leaves_with_path(histograms, is_leaf=lambda node: "bucket_counts" in node)
   return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

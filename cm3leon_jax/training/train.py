@@ -23,19 +23,19 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import loss
 from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.goodput import Stopwatch
-from cm3leon_jax.training.monitor import open_monitor
+from cm3leon_jax.training.monitor import Monitor, open_monitor
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer, learning_rate_schedule
 from cm3leon_jax.training.preemption import StopSignal
 from cm3leon_jax.training.state import eval_step, init_state, train_step
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.xla_options import compiler_options
 
-INTERRUPTED = 75  # Exit code of a run that was told to stop and saved (EX_TEMPFAIL: try again).
+INTERRUPTED = 75  # Exit code of a run that saved and stopped at SIGTERM (EX_TEMPFAIL: try again).
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class TrainConfig:
-  """Length of the run, and what happens how often.
+  """Length of the run, and how often it evaluates, saves, samples and prints.
 
   Defaults: the tutorial's 1.4T tokens in batches of 8,192 rows.
   """
@@ -89,14 +89,20 @@ def check_batch(config: TrainConfig) -> None:
   parts = batch_shards() * config.gradient_accumulation_steps
   if config.global_batch_size % parts:
     raise UserError(
-      f"config.train.global_batch_size is {config.global_batch_size}; mesh.data x mesh.fsdp x mesh.fsdp_inner x "
-      f"train.gradient_accumulation_steps = {parts} must divide it."
+      f"config.train.global_batch_size is {config.global_batch_size}; mesh.data x mesh.fsdp x "
+      f"mesh.fsdp_inner x train.gradient_accumulation_steps = {parts} must divide it."
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-  """The jitted functions of a run. init() -> state; train(state, batch) -> (state, metrics); evaluate(params, batch)."""
+  """The jitted functions of a run.
+
+  Attributes:
+    init: () -> state.
+    train: (state, batch) -> (state, metrics), see `state.train_step`; the state is donated.
+    evaluate: (params, batch) -> sums, see `state.eval_step`.
+  """
 
   init: Callable
   train: Callable
@@ -110,7 +116,7 @@ def compile_steps(
   vocab: VocabLayout,
   seed: int,
 ) -> Steps:
-  """Builds them for the current mesh; nothing is compiled before the first call. The state is donated."""
+  """Builds the functions for the current mesh; each is compiled at its first call."""
   optimizer = create_optimizer(optimizer_config, config.steps)
   step = functools.partial(
     train_step,
@@ -142,91 +148,110 @@ def evaluate(steps: Steps, params, eval_batches: list) -> dict[str, float]:
   return {f"heldout_{name}": float(value) for name, value in loss.modality_losses(sums).items()}
 
 
+def _restore(checkpoints: Checkpoints, steps: Steps):
+  """Restores the newest checkpoint, or initializes a state.
+
+  Returns:
+    (step of the checkpoint or None, state, next row).
+  """
+  checkpoints.discard_unsealed()
+  newest = checkpoints.newest()
+  if newest is None:
+    return None, steps.init(), 0
+  return newest, *checkpoints.restore(jax.eval_shape(steps.init), newest)
+
+
+def _run_steps(
+  steps: Steps, config: TrainConfig, state, next_row: int, data, eval_batches: list,
+  checkpoints: Checkpoints, monitor: Monitor, stop: StopSignal, sample_grid,
+):  # fmt: skip
+  """Trains to `config.steps`; at SIGTERM it saves and stops early.
+
+  Returns:
+    (state, next row, last held-out losses, or None if no step was left).
+  """
+  losses = None
+  for step in range(int(state.step) + 1, config.steps + 1):
+    with monitor.traced(step):
+      state, metrics = steps.train(state, monitor.next_batch(data))
+    next_row += config.global_batch_size
+    monitor.step(step, metrics)
+    stopping = stop.stopping()  # Read once: a later signal counts at the next step.
+    last = step == config.steps or stopping
+    if step % config.eval_every == 0 or last:
+      with monitor.phase("evaluate", step):
+        losses = evaluate(steps, state.params, eval_batches)
+        monitor.heldout(step, losses)
+    if step % config.checkpoint_every == 0 or last:
+      with monitor.phase("save", step):
+        checkpoints.save(state, step, next_row)
+    if sample_grid and (step % config.sample_every == 0 or step == config.steps):
+      with monitor.phase("sample", step):
+        monitor.samples(step, sample_grid(state.params, step))
+    if config.histogram_every and step % config.histogram_every == 0:
+      monitor.histograms(step, state.params)
+    with monitor.overlapped("save"):
+      checkpoints.seal()
+    if stopping:
+      break
+  with monitor.phase("save", int(state.step)):
+    checkpoints.close()
+  return state, next_row, losses
+
+
 def train(
-  folder: epath.Path,
-  model: ModelConfig,
-  optimizer_config: OptimizerConfig,
-  config: TrainConfig,
-  vocab: VocabLayout,
-  loader: RowLoader,
-  heldout: RowLoader,
-  seed: int,
-  draw_samples: Callable[[dict, int], Any] | None = None,
-  profile_steps: range = range(0),
-) -> dict:
+  folder: epath.Path, model: ModelConfig, optimizer_config: OptimizerConfig, config: TrainConfig,
+  vocab: VocabLayout, loader: RowLoader, heldout: RowLoader, seed: int,
+  sample_grid: Callable[[dict, int], Any] | None = None, profile_steps: range = range(0),
+) -> dict:  # fmt: skip
   """Trains to `config.steps` from the newest checkpoint in `folder`, on the current mesh.
 
   Args:
     folder: gets checkpoints/, metrics/, tensorboard/ and profile/.
     model: size of the decoder.
     optimizer_config: AdamW and its schedule over `config.steps`.
-    config: length of the run and what happens how often.
-    vocab: tells image codes from text.
+    config: length of the run, and how often it saves, evaluates and samples.
+    vocab: separates image codes from text.
     loader: rows for training.
     heldout: rows for the held-out loss, see `DataConfig.for_heldout`.
     seed: of the parameters.
-    draw_samples: called with (params, step) every `sample_every` steps; returns the grid, a PIL image, or None.
+    sample_grid: (params, step) -> a grid of samples, a PIL image or None; called every
+      `sample_every` steps.
     profile_steps: steps to trace.
 
   Returns:
-    Numbers for the report. On SIGTERM: saves and exits with `INTERRUPTED`.
+    Numbers for the report. At SIGTERM it saves and exits with `INTERRUPTED` instead.
+
+  Raises:
+    UserError: the mesh cannot split the batch, a checkpoint is damaged, or a loss or gradient is
+      not finite.
   """
-  watch = Stopwatch()
-  mesh = jax.sharding.get_mesh()
+  watch, mesh = Stopwatch(), jax.sharding.get_mesh()
   check_batch(config)
   sharding = NamedSharding(mesh, spec("batch", "length"))
   steps = compile_steps(model, optimizer_config, config, vocab, seed)
   checkpoints = Checkpoints(folder, config.keep_checkpoints)
-  checkpoints.discard_unsealed()
-  newest = checkpoints.newest()
-  if newest is None:
-    state, next_row = steps.init(), 0
-  else:
-    state, next_row = checkpoints.restore(jax.eval_shape(steps.init), newest)
-  first = int(state.step)
-  eval_batches, losses = heldout_batches(heldout, config, sharding), None
+  newest, state, next_row = _restore(checkpoints, steps)
+  eval_batches = heldout_batches(heldout, config, sharding)
   data = batches(loader, next_row, config.global_batch_size, sharding)
   schedule = learning_rate_schedule(optimizer_config, config.steps)
   length = loader.plan.config.sequence_length
   with distributed.together():
     monitor = open_monitor(folder, model, config, schedule, length, newest, watch, profile_steps)
   with StopSignal(mesh) as stop, monitor:
-    for step in range(first + 1, config.steps + 1):
-      with monitor.traced(step):
-        state, metrics = steps.train(state, monitor.next_batch(data))
-      next_row += config.global_batch_size
-      monitor.step(step, metrics)
-      stopping = (
-        stop.stopping()
-      )  # Asked once: a signal that comes later in this step waits for the next.
-      last = step == config.steps or stopping
-      if step % config.eval_every == 0 or last:
-        with monitor.phase("evaluate", step):
-          losses = evaluate(steps, state.params, eval_batches)
-          monitor.heldout(step, losses)
-      if step % config.checkpoint_every == 0 or last:
-        with monitor.phase("save", step):
-          checkpoints.save(state, step, next_row)
-      if draw_samples and (step % config.sample_every == 0 or step == config.steps):
-        with monitor.phase("sample", step):
-          monitor.samples(step, draw_samples(state.params, step))
-      if config.histogram_every and step % config.histogram_every == 0:
-        monitor.histograms(step, state.params)
-      with monitor.overlapped("save"):
-        checkpoints.seal()
-      if stopping:
-        break
-    with monitor.phase("save", int(state.step)):
-      checkpoints.close()
+    state, next_row, losses = _run_steps(
+      steps, config, state, next_row, data, eval_batches, checkpoints, monitor, stop, sample_grid
+    )
   step = int(state.step)
   if step < config.steps:
-    distributed.tell(
+    distributed.print_once(
       f"stopped at step {step} of {config.steps}; saved in {folder}: the same command continues."
     )
     sys.exit(INTERRUPTED)
   if step > config.steps:
-    distributed.tell(
-      f"train: the run is at step {step} already, beyond train.steps = {config.steps}; nothing was trained."
+    distributed.print_once(
+      f"train: the run is at step {step} already, beyond train.steps = {config.steps}; "
+      "nothing was trained."
     )
   if losses is None:  # No step was left to train.
     losses = evaluate(steps, state.params, eval_batches)

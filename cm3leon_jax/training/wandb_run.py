@@ -1,4 +1,4 @@
-"""Weights & Biases: the same curves and pictures as TensorBoard's, for those who ask for it."""
+"""Weights & Biases: the same curves and images as in TensorBoard."""
 
 import os
 import uuid
@@ -12,26 +12,27 @@ from cm3leon_jax.training.tensorboard import curves
 
 
 class WandbRun:
-  """One run of Weights & Biases for all starts of a run of ours; `folder/wandb.json` holds its id.
+  """One run of Weights & Biases for all starts of a training; `folder/wandb.json` holds its id.
 
-  It takes no point of a step that it already has, so steps that a resumed run computes again, which are the same, show once.
+  It ignores a step that it already has, so steps that a resumed training computes again occur once.
   """
 
   def __init__(self, folder: epath.PathLike, project: str):
     """Starts or continues the run.
 
     Args:
-      folder: of the run; a local one also gets wandb's own files, in wandb/.
+      folder: of the training; a local folder also gets wandb's own files, in wandb/.
       project: on the server.
 
     Raises:
       UserError: wandb is not installed.
     """
     try:
-      import wandb  # Not a dependency: only who names a project needs it.
+      import wandb  # An extra: only config.train.wandb needs it.
     except ImportError as error:
       raise UserError(
-        f"config.train.wandb is '{project}', but wandb is not installed: pip install 'cm3leon_jax[monitoring]'."
+        f"config.train.wandb is '{project}', but wandb is not installed: "
+        "pip install 'cm3leon_jax[monitoring]'."
       ) from error
     path, local = epath.Path(folder) / "wandb.json", "://" not in os.fspath(folder)
     if not path.exists():
@@ -45,20 +46,24 @@ class WandbRun:
     )
 
   def scalars(self, step: int, values: dict) -> None:
+    """Logs the `curves` of a metrics line."""
     self._run.log(curves(values), step=step)
 
   def samples(self, step: int, sheet) -> None:
+    """Logs a grid of samples, a PIL image."""
     self._run.log({"samples": self._wandb.Image(sheet)}, step=step)
 
   def histograms(self, step: int, histograms: dict) -> None:
-    found = {}
+    """Logs the histograms of `tensorboard.named_histograms`."""
+    logged = {}
     for name, h in histograms.items():
       edges = np.concatenate([[h["min"]], h["bucket_limits"]])
-      found[f"params/{name}"] = self._wandb.Histogram(np_histogram=(h["bucket_counts"], edges))
-    self._run.log(found, step=step)
+      logged[f"params/{name}"] = self._wandb.Histogram(np_histogram=(h["bucket_counts"], edges))
+    self._run.log(logged, step=step)
 
   def flush(self) -> None:
-    pass  # It sends as it goes.
+    """Does nothing: wandb sends what it gets."""
 
   def close(self) -> None:
+    """Ends the run."""
     self._run.finish()

@@ -11,7 +11,7 @@ require() {
   [ -n "${!1:-}" ] || fail "$1 is not set: export it, as in $1=$2."
 }
 
-# The flags of launch.train: --config, and a --workdir in a bucket, which all hosts reach.
+# check_flags FLAGS: launch.train needs a --config, and a --workdir in a bucket, which all hosts reach.
 check_flags() {
   local flag config="" workdir=""
   for flag in "$@"; do

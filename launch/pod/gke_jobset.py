@@ -1,10 +1,11 @@
-"""Prints the JobSet of a run: gke_jobset.yaml with what the environment and the flags of launch.train say.
+r"""Prints the JobSet of a run: gke_jobset.yaml with values of the environment and flags of the run.
 
 export NAME=cm3leon-7b IMAGE=us-docker.pkg.dev/my-project/my-repository/cm3leon:tpu
 export ACCELERATOR=tpu-v5-lite-podslice TOPOLOGY=16x16
-python -m launch.pod.gke_jobset --config=ml_configs/cm3leon_7b.py --workdir=gs://my-bucket/7b | kubectl apply -f -
+python -m launch.pod.gke_jobset --config=ml_configs/cm3leon_7b.py --workdir=gs://my-bucket/7b \
+  | kubectl apply -f -
 
-Optional: SLICES=1, CHIPS_PER_HOST=4, MAX_RESTARTS=20, GRACE_SECONDS=900. The guide is docs/pods.md.
+Optional: SLICES=1, CHIPS_PER_HOST=4, MAX_RESTARTS=20, GRACE_SECONDS=900. Guide: docs/pods.md.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 
 def jobset(environment: Mapping[str, str], flags: Sequence[str]) -> dict:
-  """The manifest as a dict.
+  """Returns the manifest as a dict.
 
   Args:
     environment: the variables of EXAMPLES, and those of DEFAULTS that differ.
@@ -78,7 +79,7 @@ def jobset(environment: Mapping[str, str], flags: Sequence[str]) -> dict:
   }
   container = pod["containers"][0]
   container["image"] = environment["IMAGE"]
-  # Kubernetes puts variables in the place of $(NAME); $$( is its way to write $( itself.
+  # Kubernetes replaces $(NAME) by a variable; $$( stands for a literal $(.
   container["args"] = ["--distributed", *(flag.replace("$(", "$$(") for flag in flags)]
   container["resources"]["limits"]["google.com/tpu"] = str(per_host)
   return manifest

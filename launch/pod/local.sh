@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# The rehearsal of a pod job: launch.train as several processes on this machine, each with its own fake CPU devices.
+# Rehearses a pod job: runs launch.train as several processes on this machine, each with its own fake CPU devices.
 #
 #   bash launch/pod/local.sh 4 2 -- --config=ml_configs/openmoji.py --workdir=workdir --config.mesh.fsdp=8
 #
 # runs 4 processes with 2 devices each (default: 1); the flags are those of launch.train. Every line of output begins with
-# the number of its process. SIGTERM and Ctrl-C are passed on to all, which save and stop; one that fails takes the others
-# with it. Exit code: that of the first process that failed; 75 if the run was told to stop and saved; 0 if it is done.
+# the number of its process. SIGTERM and Ctrl-C go to all processes, which save and stop. If one process fails, all end.
+# Exit code: that of the first process that failed; 75 if the run was asked to stop and saved; 0 if it is done.
 set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../venv.sh"
 
 usage="usage: bash launch/pod/local.sh PROCESSES [DEVICES] -- FLAGS of launch.train"
-interrupted=75 # launch.train's exit code when it was told to stop and has saved.
-grace=10       # Seconds that the others have to end by themselves when one has failed.
+interrupted=75 # Exit code of launch.train after it was asked to stop and has saved.
+grace=10       # Seconds for the others to end by themselves after one has failed.
 
 positive() {
   [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 is '$2'; it must be a positive whole number; $usage"
@@ -41,8 +41,8 @@ port="$("$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" JAX_PLATFORMS=cpu
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
 
-# Puts the number of the process before each line, without what JAX's CPU network says of every connection; of a progress
-# bar only the last state is a line.
+# Prints each line after the number of its process, without the messages of JAX's CPU network about connections. Of a
+# progress bar it prints only the last state.
 prefix() {
   local line
   while IFS= read -r line || [ -n "$line" ]; do

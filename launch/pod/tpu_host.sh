@@ -7,9 +7,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/../venv.sh"
 user="$(id -un)"
 service="cm3leon-train@$user"
 if systemctl is-active --quiet "$service"; then
-  fail "$(hostname) trains already: run 'bash launch/pod/tpu_vm.sh stop' first."
+  fail "$(hostname) is already training: run 'bash launch/pod/tpu_vm.sh stop' first."
 fi
-# The runtimes of Ubuntu 22.04 have Python 3.10, too old for the project.
+# The runtimes of Ubuntu 22.04 have Python 3.10, which is too old.
 if ! (find_python) >/dev/null 2>&1; then
   python3 -m pip install --user --quiet uv
   python3 -m uv python install 3.11
@@ -25,5 +25,5 @@ make_venv tpu,data
 } >"$root/train.sh"
 sudo cp "$root/launch/pod/cm3leon-train@.service" /etc/systemd/system/
 sudo systemctl daemon-reload
-sudo systemctl reset-failed "$service" 2>/dev/null || true # Starts the count of restarts anew.
+sudo systemctl reset-failed "$service" 2>/dev/null || true # Resets the count of restarts.
 sudo systemctl enable --now "$service"

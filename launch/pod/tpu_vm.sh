@@ -12,10 +12,10 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 help() {
   cat <<'EOF'
 usage: bash launch/pod/tpu_vm.sh COMMAND, with PROJECT, ZONE and TPU (the slice's name) in the environment
-  create [FLAGS]  makes the slice; needs ACCELERATOR (v5litepod-256) and RUNTIME (v2-alpha-tpuv5-lite); FLAGS are gcloud's
-  run FLAGS       copies this source, installs it and starts launch.train with FLAGS, on all hosts; continues a run
-  status          the state of the service on every host
-  logs [WORKER]   follows the output of one host, of the first if none is named
+  create [FLAGS]  creates the slice; needs ACCELERATOR (v5litepod-256) and RUNTIME (v2-alpha-tpuv5-lite); FLAGS go to gcloud
+  run FLAGS       copies this source, installs it and starts or continues launch.train with FLAGS, on all hosts
+  status          prints the state of the service on every host
+  logs [WORKER]   follows the output of one host (default: the first)
   stop            stops training on all hosts, which save first
   delete          deletes the slice
 EOF
@@ -31,12 +31,12 @@ on_hosts() {
   tpu ssh "$TPU" --worker="$1" --command="$2"
 }
 
-# On every host bash gets one string and splits it again: %q keeps the flags whole.
+# On every host bash receives one string and splits it: %q keeps the flags whole.
 run() {
   check_flags "$@"
   local archive start
   archive="$(mktemp -d)/cm3leon_jax.tar.gz"
-  # shellcheck disable=SC2064 # The folder of now.
+  # shellcheck disable=SC2064 # Expanded now, not at exit.
   trap "rm -r '$(dirname "$archive")'" EXIT
   tar -C "$root" --exclude=__pycache__ -czf "$archive" cm3leon_jax launch ml_configs pyproject.toml requirements.txt
   tpu scp "$archive" "$TPU:" --worker=all
@@ -58,7 +58,7 @@ esac
 require PROJECT my-project
 require ZONE us-west4-a
 require TPU my-pod
-# shellcheck disable=SC2016 # $USER is the host's.
+# shellcheck disable=SC2016 # $USER expands on the host.
 service='cm3leon-train@$USER'
 case "$command" in
   create)

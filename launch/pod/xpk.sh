@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a cluster that XPK made; makes or continues the workload NAME. Guide: docs/pods.md
+# Trains on a cluster of XPK: creates or continues the workload NAME. Guide: docs/pods.md
 #   export PROJECT=my-project ZONE=us-west4-a CLUSTER=my-cluster NAME=cm3leon-7b TPU_TYPE=v5litepod-256 IMAGE=...
 #   bash launch/pod/xpk.sh --config=ml_configs/cm3leon_7b.py --workdir=gs://my-bucket/7b --config.mesh.tensor=4
 # Optional: SLICES=1, MAX_RESTARTS=20, GRACE_SECONDS=900.
@@ -15,8 +15,8 @@ require TPU_TYPE v5litepod-256
 require IMAGE us-docker.pkg.dev/my-project/my-repository/cm3leon:tpu-root
 check_flags "$@"
 
-# XPK hands --command to bash in the container: %q keeps the flags whole, and with exec SIGTERM reaches the trainer itself.
-# It restarts on 42 and from 127 on; 1 is how Python ends when another host is gone, 75 that it was told to stop and saved.
+# XPK gives --command to bash in the container: %q keeps the flags whole, and with exec SIGTERM reaches the trainer itself.
+# XPK restarts on 42 and from 127 on. Python ends with 1 if another host is lost, and with 75 if it was asked to stop and saved.
 xpk workload create \
   --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" --workload="$NAME" \
   --tpu-type="$TPU_TYPE" --num-slices="${SLICES:-1}" --docker-image="$IMAGE" \

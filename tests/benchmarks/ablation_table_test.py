@@ -59,14 +59,17 @@ drawn by others: the bank has the concept in another style; 196 drawings, 173 co
 new: the bank has nothing of the concept; 219 drawings, 71 concepts.
 
 | neighbors | seeds | bits per image code, drawn by others | bits per image code, new | \
-bits per caption token, drawn by others | bits per caption token, new | query documents | training (s) |
+bits per caption token, drawn by others | bits per caption token, new | query documents \
+| training (s) |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 | K = 0 | 2 | 4.012 ± 0.021 | 4.200 ± 0.030 | 6.500 ± 0.100 | 7.500 ± 0.100 | 4,800 | 240 |
 | K = 2 | 1 | 3.900 | 4.300 | 0.500 | 7.000 | 1,600 | 250 |
 
-| bits per image code | held out | difference | 95% over concepts | 95% over seeds | by seed | shows |
+| bits per image code | held out | difference | 95% over concepts | 95% over seeds | by seed \
+| shows |
 | --- | --- | --- | --- | --- | --- | --- |
-| (K = 2) - (K = 0) | new | +0.100 | [+0.050, +0.150] | [+0.010, +0.190] | +0.080, +0.120 | more bits |
+| (K = 2) - (K = 0) | new | +0.100 | [+0.050, +0.150] | [+0.010, +0.190] | +0.080, +0.120 \
+| more bits |
 """
 
 
@@ -93,15 +96,13 @@ def test_the_table_of_literal_numbers():
   [
     ((-0.2, -0.1), (-0.3, -0.05), "fewer bits"),
     ((0.1, 0.2), (0.05, 0.3), "more bits"),
-    ((-0.2, 0.1), (-0.3, -0.05), "not told apart"),  # The pictures differ too much,
-    ((-0.2, -0.1), (-0.4, 0.1), "not told apart"),  # or the seeds do.
+    ((-0.2, 0.1), (-0.3, -0.05), "no clear difference"),  # The images differ too much,
+    ((-0.2, -0.1), (-0.4, 0.1), "no clear difference"),  # or the seeds do.
     ((-0.2, -0.1), None, "one seed shows nothing"),
     (None, (-0.2, -0.1), "one concept shows nothing"),
   ],
 )
-def test_only_a_difference_clear_of_zero_over_pictures_and_seeds_shows_something(
-  concepts, seeds, shown
-):
+def test_a_difference_shows_something_if_both_intervals_exclude_zero(concepts, seeds, shown):
   assert ablation_table.verdict({"concepts": concepts, "seeds": seeds}) == shown
 
 
@@ -151,7 +152,10 @@ def test_differences_are_of_equal_seeds_and_whole_concepts():
   gain = np.repeat(rng.normal(0.5, 1, 20), 2)  # The drawings of a concept gain alike.
   runs, others = [run("2", 1, base - gain)], [run("0", 0, base + 100), run("0", 1, base)]
   everything = np.ones(40, bool)
-  width = lambda delta: delta["concepts"][1] - delta["concepts"][0]
+
+  def width(delta) -> float:
+    return delta["concepts"][1] - delta["concepts"][0]
+
   delta = ablation_table.difference(runs, others, everything, concepts)
   assert delta["bits"] == pytest.approx(-gain.mean() / 4)
   assert len(delta["by_seed"]) == 1
@@ -162,7 +166,7 @@ def test_differences_are_of_equal_seeds_and_whole_concepts():
   assert (one["concepts"], one["groups"]) == (None, 1)
 
 
-def test_the_plot_is_a_picture(tmp_path):
+def test_the_plot_is_an_image(tmp_path):
   ablation_table.plot(RESULT, tmp_path / "plot.png")
   with Image.open(tmp_path / "plot.png") as image:
     assert image.width > image.height > 300

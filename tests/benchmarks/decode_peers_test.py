@@ -1,4 +1,4 @@
-"""The peers of the decoder draw what an uncached forward pass of the exported model says."""
+"""The peers of the decoder sample as an uncached forward pass of the exported model does."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ def peers():
   pytest.importorskip("transformers")
   from benchmarks import decode_peers
 
-  # Threads wait for each other by spinning: seconds instead of milliseconds when the cores are shared.
+  # Threads spin while they wait: seconds instead of milliseconds when the cores are shared.
   threads = torch.get_num_threads()
   torch.set_num_threads(1)
   yield decode_peers
@@ -52,7 +52,7 @@ def prompts():
 
 
 def uncached(folder, prompt, guidance):
-  """[I] ids: the largest guided logit after the whole sample so far, unpadded, and its lead over the next one."""
+  """Returns [I] ids of the largest guided logits without a cache, and their least lead."""
   import torch
   import transformers
 
@@ -70,7 +70,7 @@ def uncached(folder, prompt, guidance):
   return found, min(leads)
 
 
-@pytest.mark.parametrize("product", ["linear", "turned", "packed"])
+@pytest.mark.parametrize("product", ["linear", "transposed", "packed"])
 def test_loop_equals_an_uncached_model(peers, exported, product):
   import torch
 
@@ -99,20 +99,22 @@ def test_generate_equals_the_loop(peers, exported):
   )
 
 
-def test_seeds_decide(peers, exported):
+def test_equal_seeds_give_equal_tokens(peers, exported):
   _, tensors = exported
   loop = peers.torch_loop(tensors, CONFIG, VOCAB, NEW_TOKENS)
   np.testing.assert_array_equal(loop(prompts(), 1), loop(prompts(), 1))
   assert (loop(prompts(), 1) != loop(prompts(), 2)).any()
 
 
-def test_draw_keeps_the_nucleus_of_the_best(peers):
+def test_sampling_keeps_the_nucleus_of_the_top_k(peers):
   """top_k = 3, top_p = 0.6 of [.1 .4 .2 .3]: ids 1 and 3 stay, 4 to 3."""
   import torch
 
   logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]])).repeat(20_000, 1)
   sampling = SamplingConfig(top_k=3, top_p=0.6, guidance=1.0)
-  ids = peers.draw(torch.cat([logits, logits * 0]), sampling, torch.Generator().manual_seed(0))
+  ids = peers.sample_ids(
+    torch.cat([logits, logits * 0]), sampling, torch.Generator().manual_seed(0)
+  )
   np.testing.assert_allclose(
     np.bincount(ids, minlength=4) / len(ids), [0, 4 / 7, 0, 3 / 7], atol=0.02
   )

@@ -32,7 +32,7 @@ def test_styles_are_matched_by_code_points_however_their_names_are_written():
   assert noto == {(0x2764,): "2764-fe0f.png", (0x1F34E,): "1f34e.png", (0xA9,): "00a9-fe0f.png"}
 
 
-def test_drawings_that_are_not_the_style_s_own_are_left_out():
+def test_drawings_of_another_origin_are_left_out():
   names = ["1f1eb-1f1f7", "1f468-200d-1f4bb", "1f4ce", "1f98a"]
   wanted = [code_points(name) for name in names]
   assert drawing_styles.match(FLUENT, [f"{name}.webp" for name in names], wanted) == {
@@ -56,23 +56,20 @@ def test_shares_of_the_concepts_held_out_are_as_stated():
   assert counts[3] / 4_000 == pytest.approx(drawing_styles.HELD_IN_ALL_STYLES, abs=0.015)
 
 
-def test_what_only_one_style_has_is_never_held_out():
+def test_a_concept_of_one_style_is_never_held_out():
   assert all(
     drawing_styles.split_of(f"concept {i}", "openmoji", {"openmoji"}) == "train" for i in range(500)
   )
 
 
-def test_pairs_know_style_concept_and_license():
+def test_pairs_have_style_concept_and_license():
   drawings = {APPLE: openmoji.Drawing("1F34E", "apple.svg", "red apple", "red apple")}
   found = {
     "openmoji": {APPLE: "openmoji/1F34E.png"},
     "noto": {APPLE: "noto/img/google/64/1f34e.png"},
   }
-  load = lambda path: photo(path.startswith("noto"))
-  ours, noto = (
-    make_record(RawPair, fields, "test")
-    for fields in drawing_styles.make_pairs(found, drawings, load)
-  )
+  pairs = drawing_styles.make_pairs(found, drawings, lambda path: photo(path.startswith("noto")))
+  ours, noto = (make_record(RawPair, fields, "test") for fields in pairs)
   assert (ours.key, ours.group, ours.license) == (
     "openmoji/1F34E",
     "openmoji/red apple",
@@ -120,7 +117,7 @@ def test_a_package_is_fetched_once_and_only_its_drawings_and_license_are_unpacke
   assert calls == [["/bin/npm", "pack", "--silent", "emoji-datasource-google@16.0.0"]]
 
 
-def test_a_package_that_cannot_be_fetched_is_told_with_npm_s_own_words(tmp_path, monkeypatch):
+def test_the_error_of_a_failed_fetch_has_the_words_of_npm(tmp_path, monkeypatch):
   fake_npm(
     monkeypatch, lambda command, **_: subprocess.CompletedProcess(command, 1, "", "npm error 404")
   )

@@ -21,7 +21,7 @@ TRAIN, HELDOUT = (
 
 
 def write_neighbors(folder, rng):
-  """Candidates of 24 train and 6 held-out documents: the first shows the same, where the bank has it."""
+  """Writes candidates of 24 train and 6 held-out documents; the first has their concept."""
   for name, own in (("train_pairs", TRAIN), ("heldout_pairs", HELDOUT)):
     ids = rng.integers(0, len(TRAIN), (len(own), 4)).astype(np.int32)
     ids[:, 0] = 2 * (own % 12)
@@ -64,7 +64,7 @@ def test_shuffling_of_literals():
   assert order.tolist() in ([1, 2, 0], [2, 0, 1])
 
 
-def test_what_cannot_be_shuffled_is_told():
+def test_an_impossible_shuffle_is_an_error():
   with pytest.raises(UserError, match="3 documents cannot be shuffled"):
     retrieval_ablation.shuffled_order(
       np.zeros(3, int), np.zeros((3, 1), int), np.random.default_rng(0)
@@ -83,8 +83,8 @@ def test_the_control_has_the_same_neighbors_of_other_documents(tmp_path, corpus)
       [load_neighbors(tmp_path / folder, name, text_only, array) for array in ("ids", "scores")]
       for folder in ("true", "shuffled")
     )
-    whole = lambda ids, scores: sorted(map(tuple, np.concatenate([ids, scores], axis=1).tolist()))
-    assert whole(ids, scores) == whole(shuffled_ids, shuffled_scores)
+    rows = np.concatenate([ids, scores], axis=1).tolist()
+    assert sorted(rows) == sorted(np.concatenate([shuffled_ids, shuffled_scores], axis=1).tolist())
     assert not (scores == shuffled_scores).all(1).any()
   true, shuffled = (
     retrieval_ablation.own_concept_share(tmp_path / name, corpus) for name in ("true", "shuffled")

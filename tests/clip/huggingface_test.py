@@ -1,4 +1,4 @@
-"""Checkpoints that transformers' CLIPModel writes, with random weights, embed here as they do there."""
+"""Checkpoints of transformers' CLIPModel with random weights embed as CLIPModel does."""
 
 import dataclasses
 import json
@@ -108,15 +108,10 @@ def some_images(n, height=20, width=28):
 
 
 def some_tokens():
-  """[3, L] with the end in the middle; one row holds a larger id before it, as a tokenizer with added tokens gives."""
+  """Makes [3, L] with the end in the middle; one row has a larger id (an added token) before it."""
   tokens = np.random.default_rng(0).integers(3, START, (3, LENGTH)).astype(np.int32)
-  tokens[:, 0], tokens[0, 5:], tokens[1, 9:], tokens[2, 4], tokens[2, 7:] = (
-    START,
-    END,
-    END,
-    END + 2,
-    END,
-  )
+  tokens[:, 0], tokens[2, 4] = START, END + 2
+  tokens[0, 5:], tokens[1, 9:], tokens[2, 7:] = END, END, END
   return tokens
 
 
@@ -126,18 +121,22 @@ def torch_embeddings(model, tokens, pixels):
   with torch.no_grad():
     texts = model.get_text_features(input_ids=torch.tensor(tokens, dtype=torch.long))
     images = model.get_image_features(pixel_values=torch.tensor(pixels))
-  unit = lambda x: (x.pooler_output / x.pooler_output.norm(dim=-1, keepdim=True)).numpy()
-  return unit(texts), unit(images)
+  vectors = (texts.pooler_output, images.pooler_output)
+  return [(x / x.norm(dim=-1, keepdim=True)).numpy() for x in vectors]
 
 
 def test_embeddings_equal_torch(checkpoint):
   path, model = checkpoint
   clip = load(path)
   images, tokens = some_images(3), some_tokens()
-  texts, pictures = torch_embeddings(model, tokens, hf_clip.preprocess(clip.processor, images))
-  embed = lambda config: np.asarray(hf_clip.embed_tokens(config, clip.params, tokens))
+  pixels = hf_clip.preprocess(clip.processor, images)
+  texts, image_embeddings = torch_embeddings(model, tokens, pixels)
+
+  def embed(config):
+    return np.asarray(hf_clip.embed_tokens(config, clip.params, tokens))
+
   np.testing.assert_allclose(embed(clip.config), texts, atol=TOLERANCE, rtol=0)
-  np.testing.assert_allclose(clip.embed_images(images), pictures, atol=TOLERANCE, rtol=0)
+  np.testing.assert_allclose(clip.embed_images(images), image_embeddings, atol=TOLERANCE, rtol=0)
   assert clip.embed_images(images).dtype == np.float32
   # Negative controls: another activation, the other rule of where a caption ends.
   other = {"gelu": "quick_gelu", "quick_gelu": "gelu"}[clip.config.text.activation]
@@ -148,9 +147,8 @@ def test_embeddings_equal_torch(checkpoint):
     ),
   ):
     assert np.abs(embed(wrong) - texts).max() > 100 * TOLERANCE
-  assert (
-    np.abs(embed(clip.config)[:2] - embed(wrong)[:2]).max() < TOLERANCE
-  )  # Rows where the end is the largest id.
+  # Rows where the end is the largest id.
+  assert np.abs(embed(clip.config)[:2] - embed(wrong)[:2]).max() < TOLERANCE
 
 
 def test_captions_equal_torch(checkpoint):
@@ -167,28 +165,28 @@ def test_captions_equal_torch(checkpoint):
   )
   np.testing.assert_allclose(clip.embed_texts(ids), expected, atol=TOLERANCE, rtol=0)
   np.testing.assert_allclose(clip.embed_texts(ids[1:2])[0], expected[1], atol=TOLERANCE, rtol=0)
-  assert clip.embed_texts([ids[0][:0]]).shape == (
-    1,
-    24,
-  )  # A caption without tokens has start and end.
+  # A caption without tokens has start and end.
+  assert clip.embed_texts([ids[0][:0]]).shape == (1, 24)
 
 
 def test_every_tensor_matters(folder):
   """All that a checkpoint holds is used; only a key's bias cannot matter to a softmax."""
   clip, tokens = load(folder), some_tokens()
   pixels = np.random.default_rng(0).normal(size=(1, 3, SIDE, SIDE)).astype(np.float32)
-  embed = lambda params: (
-    hf_clip.embed_tokens(clip.config, params, tokens),
-    hf_clip.embed_pixels(clip.config, params, pixels),
-  )
+
+  def embed(params):
+    texts = hf_clip.embed_tokens(clip.config, params, tokens)
+    return texts, hf_clip.embed_pixels(clip.config, params, pixels)
+
   before = embed(clip.params)
   paths = jax.tree_util.tree_leaves_with_path(clip.params)
   assert len(paths) == 13 + 2 * 16
   for path, value in paths:
-    change = lambda p, x, path=path: (
-      x + 0.1 * jnp.sin(jnp.arange(x.size).reshape(x.shape)) if p == path else x
+    noise = 0.1 * jnp.sin(jnp.arange(value.size).reshape(value.shape))
+    changed = jax.tree_util.tree_map_with_path(
+      lambda p, x, path=path, noise=noise: x + noise if p == path else x, clip.params
     )
-    after = embed(jax.tree_util.tree_map_with_path(change, clip.params))
+    after = embed(changed)
     difference = max(float(jnp.abs(a - b).max()) for a, b in zip(before, after))
     assert (difference > 100 * TOLERANCE) != ("k_proj.bias" in jax.tree_util.keystr(path)), (
       path,
@@ -253,7 +251,7 @@ def test_sharded_and_newer_files_load_the_same(folder, tmp_path):
 
 @pytest.mark.parametrize("patch", [32, 14])
 def test_published_layouts(patch, tmp_path):
-  """ViT-B/32 and ViT-L/14: the tensors are those of transformers' CLIPModel, and give embeddings."""
+  """ViT-B/32 and ViT-L/14 have the tensors of transformers' CLIPModel and embed."""
   torch = pytest.importorskip("torch")
   large = patch == 14
   text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12} if large else {}
@@ -274,9 +272,10 @@ def test_published_layouts(patch, tmp_path):
   shapes = hf_clip.tensor_shapes(config)
   published = {name: tuple(x.shape) for name, x in model.state_dict().items()}
   assert shapes == {name: shape for name, shape in published.items() if name != "logit_scale"}
-  typed = lambda shapes, *axes: {
-    n: jax.ShapeDtypeStruct((*axes, *s), jnp.bfloat16) for n, s in shapes.items()
-  }
+
+  def typed(shapes, *axes):
+    return {n: jax.ShapeDtypeStruct((*axes, *s), jnp.bfloat16) for n, s in shapes.items()}
+
   params = typed({name: shape for name, shape in shapes.items() if ".layers." not in name})
   for side, encoder in (("text_model", config.text), ("vision_model", config.image)):
     params[f"{side}.layers"] = typed(hf_clip.layer_shapes(encoder), encoder.layers)
@@ -310,7 +309,10 @@ MISTAKES = {
     lambda f: change_config(f, "", model_type="siglip"),
     "model_type is 'siglip'; it must be 'clip'",
   ),
-  "wrong field": (lambda f: change_config(f, "text_config", hidden_size=33), "no config of a CLIP"),
+  "wrong field": (
+    lambda f: change_config(f, "text_config", hidden_size=33),
+    "is not a CLIP config",
+  ),
   "activation": (
     lambda f: change_config(f, "vision_config", hidden_act="relu"),
     r"vision_config\.hidden_act is 'relu'",
@@ -360,7 +362,7 @@ def test_load_names_what_does_not_fit(mistake, copy):
 
 
 def test_other_mistakes(folder):
-  with pytest.raises(UserError, match=r"openai/clip is no folder.*hf download"):
+  with pytest.raises(UserError, match=r"openai/clip is not a folder.*hf download"):
     HFCLIP.load("openai/clip")
   with pytest.raises(ValueError, match="dtype is 'float16'"):
     HFCLIP.load(folder, "float16")
@@ -375,17 +377,18 @@ sys.modules["torch"] = sys.modules["torchvision"] = None  # Not to be imported.
 import numpy as np
 from cm3leon_jax.clip.huggingface import HFCLIP
 clip = HFCLIP.load({str(folder)!r})
-print(clip.embed_texts([clip.encode("red")]).shape, clip.embed_images(np.zeros((2, 20, 28, 3), np.uint8)).shape)
+images = np.zeros((2, 20, 28, 3), np.uint8)
+print(clip.embed_texts([clip.encode("red")]).shape, clip.embed_images(images).shape)
 """
   done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
   assert done.stdout.endswith("(1, 24) (2, 24)\n"), done.stderr
 
 
 def test_it_builds_neighbors_of_raw_pairs(folder, tmp_path):
-  """The stage runs with it; queries are the captions with its own tokens left out, and images come in their own size."""
-  split = lambda i: "heldout" if i % 4 == 3 else "train"
+  """The stage runs: queries are captions with tokens dropped, images have their own size."""
+  splits = ["train", "train", "train", "heldout"]
   pairs = [
-    {"key": f"k{i}", "caption": f"the k{i} red apples", "split": split(i)} for i in range(12)
+    {"key": f"k{i}", "caption": f"the k{i} red apples", "split": splits[i % 4]} for i in range(12)
   ]
   write_raw(tmp_path / "raw", pairs, some_images(12))
   clip = load(folder)

@@ -1,6 +1,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -10,8 +11,8 @@ from cm3leon_jax.clip.model import CLIP, CLIPConfig
 from cm3leon_jax.config import UserError
 
 TINY = CLIPConfig(
-  resolution=16, image_encoder="conv", patch=4, image_width=64, image_layers=1, text_width=64, text_layers=1, text_length=6,
-  embed_dim=16, steps=4, batch_size=4,
+  resolution=16, image_encoder="conv", patch=4, image_width=64, image_layers=1,
+  text_width=64, text_layers=1, text_length=6, embed_dim=16, steps=4, batch_size=4,
 )  # fmt: skip
 CONFIGS = {"conv": TINY, "vit": dataclasses.replace(TINY, image_encoder="vit")}
 TEXT_SIZE = 50
@@ -68,7 +69,7 @@ def test_pad_texts_in_literals():
 
 
 def test_patches_in_literals():
-  image = np.arange(2 * 4 * 3).reshape(1, 2, 4, 3)
+  image = jnp.arange(2 * 4 * 3.0).reshape(1, 2, 4, 3)
   result = np.asarray(clip_lib.patches(image, 2))
   assert result.shape == (1, 1, 2, 12)
   assert result[0, 0, 1].tolist() == [6, 7, 8, 9, 10, 11, 18, 19, 20, 21, 22, 23]

@@ -15,7 +15,8 @@ from tests.data.raw import write_raw
 from tests.models.tiny import mesh_of
 
 TINY = CLIPConfig(
-  resolution=16, image_encoder="vit", patch=4, image_width=64, image_layers=1, text_width=64, text_layers=1, text_length=6,
+  resolution=16, image_encoder="vit", patch=4, image_width=64, image_layers=1,
+  text_width=64, text_layers=1, text_length=6,
   embed_dim=16, steps=6, batch_size=8, text_dropout=0.2, checkpoint_every=3,
 )  # fmt: skip
 TEXT_SIZE = 50
@@ -149,7 +150,10 @@ def test_the_stage_leaves_a_loadable_clip_and_numbers(tmp_path):
     for i, split in enumerate(splits)
   ]
   write_raw(tmp_path / "raw", pairs, some_data(12).images, num_shards=3)
-  encode = lambda text: np.array([ord(c) % 40 + 5 for c in text], np.int32)
+
+  def encode(text):
+    return np.array([ord(c) % 40 + 5 for c in text], np.int32)
+
   with jax.set_mesh(mesh_of(1, 8, 1)):
     summary = train_clip.train_clip(TINY, encode, TEXT_SIZE, tmp_path / "raw", tmp_path / "clip", 0)
   assert (summary["pairs"], summary["candidates"], summary["steps"]) == (9, 3, 6)
@@ -164,15 +168,18 @@ def test_images_are_read_from_disk_where_they_do_not_fit(tmp_path, monkeypatch):
     for i in range(6)
   ]
   write_raw(tmp_path, pairs, some_data(6).images, num_shards=2)
-  encode = lambda text: np.array([ord(c) for c in text], np.int32)
-  rows, found = np.array([4, 0, 3]), []
+
+  def encode(text):
+    return np.array([ord(c) for c in text], np.int32)
+
+  rows, read = np.array([4, 0, 3]), []
   for limit in (2**31, 0):
     monkeypatch.setattr(raw_pairs, "IN_MEMORY_BYTES", limit)
     data = train_clip.open_data(tmp_path, "train", encode, TINY)
     assert isinstance(data.images, np.ndarray) == (limit > 0)
-    found.append(data[rows])
-  jax.tree.map(np.testing.assert_array_equal, *found)
-  images, tokens, concepts = found[1]
+    read.append(data[rows])
+  jax.tree.map(np.testing.assert_array_equal, *read)
+  images, tokens, concepts = read[1]
   np.testing.assert_array_equal(images, some_data(6).images[rows])
   assert tokens[1].tolist() == [97, 98, 0, 0, 0, 0]
   assert concepts[0] == concepts[1] != concepts[2]

@@ -39,6 +39,13 @@ def test_apply_keeps_document_order_of_two_spans():
   np.testing.assert_array_equal(cm3.apply_cm3_mask(tokens, [(2, 3), (6, 7)], VOCAB), expected)
 
 
+def test_layout_and_undo_in_literals():
+  assert cm3.cm3_layout(6, [(1, 4)]).tolist() == [0, 6, 4, 5, 6, 1, 2, 3, 7]
+  masked = np.array([EOS, M0, BRK, 291, 292, 293, 294, EOS, M0, 77, 78, 79, EOSS], np.int32)
+  expected = [EOS, 77, 78, 79, BRK, 291, 292, 293, 294, EOS]
+  np.testing.assert_array_equal(cm3.undo_cm3_mask(masked, VOCAB), expected)
+
+
 def test_no_span_is_the_identity():
   tokens = joined([3, 4])
   np.testing.assert_array_equal(cm3.apply_cm3_mask(tokens, [], VOCAB), tokens)
@@ -57,7 +64,7 @@ samples = st.tuples(
 @given(samples)
 def test_undo_restores_what_apply_moved(sample):
   lengths, num_spans, whole, seed = sample
-  spans = cm3.draw_spans(lengths, num_spans, whole, np.random.default_rng(seed))
+  spans = cm3.sample_spans(lengths, num_spans, whole, np.random.default_rng(seed))
   tokens = joined(lengths)
   masked = cm3.apply_cm3_mask(tokens, spans, VOCAB)
   assert len(masked) == len(tokens) + cm3.OVERHEAD * len(spans)
@@ -70,7 +77,7 @@ def test_undo_restores_what_apply_moved(sample):
 @given(samples)
 def test_spans_are_disjoint_and_never_cross_a_boundary(sample):
   lengths, num_spans, whole, seed = sample
-  spans = cm3.draw_spans(lengths, num_spans, whole, np.random.default_rng(seed))
+  spans = cm3.sample_spans(lengths, num_spans, whole, np.random.default_rng(seed))
   tokens = joined(lengths)
   assert len(spans) <= num_spans
   assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
@@ -85,7 +92,7 @@ def test_spans_are_disjoint_and_never_cross_a_boundary(sample):
 @given(samples)
 def test_some_content_always_stays_as_context(sample):
   lengths, num_spans, whole, seed = sample
-  spans = cm3.draw_spans(lengths, num_spans, whole, np.random.default_rng(seed))
+  spans = cm3.sample_spans(lengths, num_spans, whole, np.random.default_rng(seed))
   assert sum(end - start for start, end in spans) < sum(lengths)
   if whole and len(lengths) > 1:
     assert len(spans) == min(num_spans, len(lengths) - 1)
@@ -93,22 +100,22 @@ def test_some_content_always_stays_as_context(sample):
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_single_text_is_masked_in_part(whole):
-  draws = [cm3.draw_spans([20], 1, whole, np.random.default_rng(seed)) for seed in range(500)]
-  assert all(spans != ((1, 21),) for spans in draws)
-  assert np.mean([len(spans) for spans in draws]) > 0.9
-  assert cm3.draw_spans([1], 8, whole, np.random.default_rng(0)) == ()
+  plans = [cm3.sample_spans([20], 1, whole, np.random.default_rng(seed)) for seed in range(500)]
+  assert all(spans != ((1, 21),) for spans in plans)
+  assert np.mean([len(spans) for spans in plans]) > 0.9
+  assert cm3.sample_spans([1], 8, whole, np.random.default_rng(0)) == ()
 
 
 def test_whole_segments_of_a_pair_are_its_caption_or_its_image():
-  draws = [cm3.draw_spans([3, 4], n, True, np.random.default_rng(n)) for n in range(1, 60)]
-  assert set(draws) == {((1, 4),), ((5, 9),)}
+  plans = [cm3.sample_spans([3, 4], n, True, np.random.default_rng(n)) for n in range(1, 60)]
+  assert set(plans) == {((1, 4),), ((5, 9),)}
 
 
-def test_draws_reach_every_content_token_and_both_lengths_of_span():
+def test_spans_reach_every_content_token_and_both_lengths_of_span():
   rng = np.random.default_rng(0)
   covered, partial = np.zeros(12, int), 0
   for _ in range(500):
-    for start, end in cm3.draw_spans([4, 5], 2, False, rng):
+    for start, end in cm3.sample_spans([4, 5], 2, False, rng):
       covered[start:end] += 1
       partial += (start, end) not in ((1, 5), (6, 11))
   assert partial

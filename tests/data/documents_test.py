@@ -181,13 +181,13 @@ def flip(path, position):
   path.write_bytes(bytes(data))
 
 
-def test_a_flipped_bit_is_told_or_harmless(tmp_path):
+def test_a_flipped_bit_is_reported_or_harmless(tmp_path):
   originals = [
     document("a", text(*range(9, 200)), group="g"),
     document("b", text(9), image(300, 301)),
   ]
   write_documents(tmp_path, originals, VOCAB)
-  records, told = tmp_path / "000000.array_record", 0
+  records, noticed = tmp_path / "000000.array_record", 0
   used = [i for i, byte in enumerate(records.read_bytes()) if byte]  # The rest is padding.
   for position in used[::13]:
     flip(records, position)
@@ -195,13 +195,13 @@ def test_a_flipped_bit_is_told_or_harmless(tmp_path):
       validate_shard(tmp_path, "000000", VOCAB)
     except UserError as error:
       assert "000000.array_record" in str(error)  # noqa: PT017
-      told += 1
+      noticed += 1
     else:  # The file's own signatures may be off: nobody reads them.
       store = DocumentStore(tmp_path, VOCAB)
       for i, original in enumerate(originals):
         same(original, store[i])
     flip(records, position)
-  assert told > len(used[::13]) // 2
+  assert noticed > len(used[::13]) // 2
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_flipped_bit_is_told_or_harmless(tmp_path):
     ),
   ],
 )
-def test_lengths_of_other_documents_are_told(tmp_path, others, message):
+def test_lengths_of_other_documents_are_refused(tmp_path, others, message):
   write_documents(
     tmp_path / "one", [document("a", text(9), group="g"), document("b", text(9))], VOCAB
   )

@@ -88,7 +88,7 @@ def test_thumbnails_are_never_further_apart_than_the_images():
     assert distances(photo(seed), photo(seed + 50))[0] >= full - 0.05  # Thumbnails are rounded.
 
 
-def test_two_patterns_of_one_brightness_are_told_apart_by_color():
+def test_two_patterns_of_one_brightness_differ_by_color():
   """A gray image of both would be the same: hashes are taken of each color channel."""
   step = np.linspace(0, 1, 64)[None, :, None] * np.ones((64, 1, 1))
   red = (step * [200, 0, 0]).astype(np.uint8)

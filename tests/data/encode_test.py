@@ -61,10 +61,10 @@ def text_tokenizer(tmp_path):
 
 
 def encode(raw, text_tokenizer, folder, levels=16, max_caption_tokens=512, batch_size=4):
-  load = lambda: (text_tokenizer, BrightnessTokenizer(levels))
-  return encode_documents(
-    EncodeJob(str(raw), str(folder), load, VOCAB, 8, max_caption_tokens, batch_size), {}, Runner()
-  )
+  tokenizers = (text_tokenizer, BrightnessTokenizer(levels))
+  sizes = (8, max_caption_tokens, batch_size)
+  job = EncodeJob(str(raw), str(folder), lambda: tokenizers, VOCAB, *sizes)
+  return encode_documents(job, {}, Runner())
 
 
 def test_document_i_is_pair_i(raw, text_tokenizer, tmp_path):
@@ -136,12 +136,12 @@ def test_long_captions_lose_their_end(raw, text_tokenizer, tmp_path):
   assert b.tolist() == a[:3].tolist()
 
 
-def test_codes_outside_the_vocabulary_are_told(raw, text_tokenizer, tmp_path):
+def test_codes_outside_the_vocabulary_are_refused(raw, text_tokenizer, tmp_path):
   with pytest.raises(UserError, match=r"gives codes in .* config.vocab.image_size is 16"):
     encode(raw, text_tokenizer, tmp_path, levels=17)
 
 
-def test_nothing_to_train_on_is_told(raw, text_tokenizer, tmp_path):
+def test_an_empty_training_split_is_refused(raw, text_tokenizer, tmp_path):
   index = json.loads((raw / raw_pairs.INDEX).read_text())
   index["shards"]["000000"] |= {"train_pairs": 0, "train_texts": 0, "train_interleaved": 0}
   (raw / raw_pairs.INDEX).write_text(json.dumps(index))

@@ -104,7 +104,7 @@ def test_texts_are_optional(source, tmp_path):
 @pytest.mark.parametrize(
   ("line", "message"),
   [
-    ('{"key": "x",', r"pairs.jsonl, line 3 is no valid JSON"),
+    ('{"key": "x",', r"pairs.jsonl, line 3 is not valid JSON"),
     ([1], r"line 3 is list; every line must be one JSON object"),
     ({"key": "x", "image": "red.png"}, r"line 3, key 'x' has no field 'caption'"),
     ({"image": "red.png", "caption": "a"}, r"line 3 has no field 'key'"),
@@ -120,7 +120,7 @@ def test_texts_are_optional(source, tmp_path):
       {"key": "x", "image": "red.png", "caption": "\ud83d"},
       r"line 3, key 'x': field 'caption' holds half of a surrogate pair",
     ),
-    ({"key": "k0", "image": "red.png", "caption": "a"}, r"key 'k0' of .* stands there twice"),
+    ({"key": "k0", "image": "red.png", "caption": "a"}, r"key 'k0' of .* occurs twice"),
     (
       {"key": "x", "image": "red.png", "caption": "a", "split": "test"},
       r"split is 'test'; it must be 'train' or 'heldout'",
@@ -204,14 +204,13 @@ def test_origins_are_counted(source, tmp_path, monkeypatch):
   )
   _, out = prepare(source, tmp_path)
   origins = raw_pairs.read_index(out)["origins"]
-  named = lambda kind, license, attribution, records: {
-    "kind": kind, "source": "", "license": license, "attribution": attribution, "records": records,
-  }  # fmt: skip
-  assert origins[:2] == [named("pairs", "", "", 35), named("pairs", "CC0-1.0", "Ada", 4)]
+  ada = {"kind": "pairs", "source": "", "license": "CC0-1.0", "attribution": "Ada", "records": 4}
+  assert origins[:2] == [{**ada, "license": "", "attribution": "", "records": 35}, ada]
   assert sum(origin["records"] for origin in origins) == 42
   monkeypatch.setattr(ingest, "MAX_ORIGINS", 1)
   few = ingest._most_common(origins)
-  assert few[:2] == [origins[0], {**named("pairs", "CC0-1.0", "others", 5), "source": "others"}]
+  others = {**ada, "source": "others", "attribution": "others", "records": 5}
+  assert few[:2] == [origins[0], others]
 
 
 def test_long_captions_are_rejected(source, tmp_path):
@@ -255,7 +254,7 @@ def test_interleaved_documents_keep_their_order(source, tmp_path):
     ([{"text": 5}], r"field 'text' is 5; it must be a string"),
   ],
 )
-def test_wrong_interleaved_documents_are_told(source, tmp_path, segments, message):
+def test_wrong_interleaved_documents_are_refused(source, tmp_path, segments, message):
   (source / "interleaved.jsonl").write_text(interleaved(*segments))
   with pytest.raises(UserError, match=message):
     prepare(source, tmp_path)
@@ -282,7 +281,11 @@ def test_every_file_is_a_shard_and_new_files_add_shards(tmp_path, monkeypatch):
   ]
   written = []
   write = ingest._write
-  count = lambda config, folder, *args: written.append(folder.name) or write(config, folder, *args)
+
+  def count(config, folder, *args):
+    written.append(folder.name)
+    return write(config, folder, *args)
+
   monkeypatch.setattr(ingest, "_write", count)
   before = raw_pairs.shards(out)
   write_text_files(tmp_path / "in", "cb")
@@ -301,7 +304,7 @@ def test_images_may_be_stored_as_jpeg(source, tmp_path):
   np.testing.assert_allclose(raw_pairs.load_image(path, 8)[4, 4], RED, atol=3)
 
 
-def test_a_shards_digest_knows_its_pictures(source, tmp_path):
+def test_the_digest_of_a_shard_depends_on_its_images(source, tmp_path):
   digests = []
   for color in (RED, BLUE, BLUE):
     (source / "red.png").write_bytes(png(color, (5, 5)))
@@ -321,8 +324,8 @@ def test_images_are_made_square_as_configured(source, tmp_path):
   assert corner == {"center": list(RED), "pad": [255, 255, 255]}
 
 
-def test_wrong_sources_are_told(source, tmp_path):
-  with pytest.raises(UserError, match=r"where no file is; it must be 'openmoji', or a folder"):
+def test_wrong_sources_are_refused(source, tmp_path):
+  with pytest.raises(UserError, match=r"which has no files; it must be 'openmoji', or a folder"):
     prepare(tmp_path / "absent", tmp_path)
   (source / "pairs.jsonl").write_text("\n")
   (source / "texts.jsonl").unlink()

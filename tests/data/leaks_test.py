@@ -43,11 +43,11 @@ def photos(split, seeds):
 
 def test_planted_copies_are_found_and_nothing_else(tmp_path, monkeypatch):
   monkeypatch.setattr(leaks, "BATCH", 3)  # Held-out and training images fill several batches.
-  copy = lambda seed, name: np.asarray(COPIES[name](Image.fromarray(photo(seed))))
+  darker = np.asarray(COPIES["darker"](Image.fromarray(photo(2))))
   source = tmp_path / "in"
   images = photos("train", range(10)) | photos("heldout", range(50, 55))
   write_source(source / "a", {**images, "same": ("heldout", photo(9))})
-  write_source(source / "b", {"darker": ("heldout", copy(2, "darker"))}, train=photo(52))
+  write_source(source / "b", {"darker": ("heldout", darker)}, train=photo(52))
   report = leaks.check(prepare(source, tmp_path / "raw"), 2)
   assert (report.heldout, report.train, report.pairs, report.leaked) == (7, 11, 3, 3)
   near = {(pair.heldout, pair.train) for pair in report.nearest if not pair.is_far}
@@ -59,7 +59,7 @@ def test_planted_copies_are_found_and_nothing_else(tmp_path, monkeypatch):
   assert report.nearest == sorted(report.nearest)
 
 
-def test_the_psnr_is_the_user_s_to_choose(tmp_path):
+def test_the_limit_of_the_psnr_is_an_argument(tmp_path):
   rng = np.random.default_rng(0)
   noisy = np.clip(photo(3) + rng.normal(0, 3, (64, 64, 3)), 0, 255).astype(np.uint8)
   shifted = np.roll(photo(3), 2, axis=1)
@@ -124,12 +124,16 @@ def styles(load_style, points):
     (i,): openmoji.Drawing(f"{i:X}", "", f"thing {i}", f"thing {i}") for i in range(points)
   }
   found = {style: {(i,): f"{style} {i}" for i in range(points)} for style in load_style}
-  load = lambda path: load_style[path.split()[0]](int(path.split()[1]))
+
+  def load(path):
+    style, number = path.split()
+    return load_style[style](int(number))
+
   return drawing_styles.make_pairs(found, drawings, load)
 
 
 def test_styles_that_draw_a_concept_alike_are_held_out_together():
-  """Noto draws all that OpenMoji draws, in other tones; Fluent draws by itself, and 7 like 8."""
+  """Noto differs from OpenMoji in tones only; Fluent differs wholly, and its 7 is like its 8."""
   pairs = styles(
     {
       "openmoji": photo,

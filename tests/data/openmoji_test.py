@@ -70,7 +70,7 @@ SIGNS = re.compile(
 
 
 def test_sequences_of_one_form_are_one_concept():
-  """Code points know nothing of names: the same sequence but for skin, gender, age, hair and direction."""
+  """Equal code points but for skin, gender, age, hair and direction are one concept."""
   concepts = collections.defaultdict(set)
   for drawing in openmoji.drawings()[0]:
     points = ["person" if p in PEOPLE else p for p in SIGNS.sub("", drawing.code).split("-")]

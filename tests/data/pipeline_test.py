@@ -16,7 +16,8 @@ from cm3leon_jax.data.pipeline import (
   pack_row,
   rows_of_samples,
 )
-from cm3leon_jax.data.plan import RowPlan, SamplePlan
+from cm3leon_jax.data.plan import RowPlan
+from cm3leon_jax.data.sample_plan import SamplePlan
 from cm3leon_jax.mesh import MeshConfig, create_mesh, spec
 from tests.data.stores import VOCAB, make_plan, make_sources
 
@@ -24,10 +25,8 @@ EOS, BRK, EOSS, MASK, PAD = VOCAB.eos, VOCAB.brk, VOCAB.eoss, VOCAB.mask(0), VOC
 
 
 def pair(caption, codes):
-  ids = lambda x: np.array(x, np.int32)
-  return Document(
-    "k", (Segment(False, ids(caption)), Segment(True, VOCAB.image_ids(codes))), "s", "l", "a"
-  )
+  text = Segment(False, np.array(caption, np.int32))
+  return Document("k", (text, Segment(True, VOCAB.image_ids(codes))), "s", "l", "a")
 
 
 DOCUMENT, NEIGHBOR = pair([40, 41], [5, 6]), pair([50], [7, 8])
@@ -65,7 +64,7 @@ def test_a_document_that_alone_does_not_fit_loses_its_tail():
   np.testing.assert_array_equal(tokens, [EOS, 40, 41, BRK, 517])
 
 
-def test_a_changed_store_is_noticed():
+def test_a_changed_store_is_refused():
   with pytest.raises(ValueError, match="planned were 9"):
     build_sample(DOCUMENT, [], SamplePlan((), False, (), 9), VOCAB, 1.0)
 
@@ -140,7 +139,7 @@ def test_every_infill_of_a_row_is_whole(tmp_path):
   assert undone > 100
 
 
-def test_continuing_at_a_row_gives_what_would_have_come(loader):
+def test_a_run_that_continues_at_a_row_reads_the_same_rows(loader):
   sharding = NamedSharding(create_mesh(MeshConfig()), spec("batch", "length"))
   whole, continued = (
     take(batches(loader, 0, 8, sharding), 3),
@@ -176,7 +175,7 @@ class HostSharding:
 
 @pytest.mark.parametrize("phases", [(1,), (2,), (4,), (4, 2), (1, 4, 2)])
 def test_a_pass_visits_every_unit_once_whatever_hosts_read_it(tmp_path, phases):
-  """The number of hosts changes from phase to phase; each host plans for itself, from the starts that host 0 wrote."""
+  """The number of hosts changes between phases; each host plans from the starts of host 0."""
   sources, batches_in_all = make_sources(tmp_path), 36
   sharding = NamedSharding(create_mesh(MeshConfig(8, 1, 1)), spec("batch", "length"))
   read, placed = [], Counter()

@@ -1,6 +1,5 @@
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-import itertools
 import json
 
 from etils.epath import testing as epath_testing
@@ -9,21 +8,13 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from benchmarks.data import LengthStore, made_up_sources
+from benchmarks.data import LengthStore, synthetic_sources
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.cm3 import OVERHEAD, segment_bounds
 from cm3leon_jax.data.pipeline import RowLoader
-from cm3leon_jax.data.plan import (
-  DataConfig,
-  RowPlan,
-  Source,
-  Units,
-  joined_length,
-  pack_best_fit,
-  plan_sample,
-)
+from cm3leon_jax.data.plan import RowPlan, Source, Units, pack_best_fit
 from cm3leon_jax.data.plan_statistics import describe, plan_statistics, room_for_neighbors
-from tests.data.stores import IMAGE_TOKENS, VOCAB, make_plan, make_sources
+from cm3leon_jax.data.sample_plan import DataConfig
+from tests.data.stores import VOCAB, make_plan, make_sources
 
 
 @pytest.fixture(scope="module")
@@ -48,124 +39,24 @@ def test_packing_fills_rows():
   assert sum(slots) / (len(pack_best_fit(slots, 1_024)) * 1_024) > 0.97
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-  st.integers(0, 2**31),
-  st.integers(1, 40),
-  st.lists(st.integers(1, 30), max_size=4),
-  st.integers(20, 120),
-)
-def test_a_sample_never_exceeds_the_row(seed, caption, neighbor_captions, length):
-  config = DataConfig(sequence_length=length, mean_spans=3.0)
-  candidates = [np.array([n, IMAGE_TOKENS]) for n in neighbor_captions]
-  document = np.array([caption, IMAGE_TOKENS])
-  plan = plan_sample(
-    document, np.array([False, True]), candidates, np.random.default_rng(seed), config, 27
-  )
-  assert plan.length <= length + 1
-  if not plan.dropped and plan.length <= length:
-    joined = [n for i in plan.neighbors for n in candidates[i]] + document.tolist()
-    assert plan.length == joined_length(joined) + OVERHEAD * len(plan.spans)
-  if plan.spans:  # Spans are only drawn where all of them fit whole: an infill is never cut.
-    joined = [n for i in plan.neighbors for n in candidates[i]] + document.tolist()
-    assert joined_length(joined) + OVERHEAD * len(plan.spans) <= length + 1
-
-
-def test_neighbors_go_before_spans_and_spans_before_the_tail():
-  whole = {"neighbor_dropout": 0.0, "condition_dropout": 0.0, "mean_spans": 50.0}
-  plan = lambda length: plan_sample(
-    np.array([4, 16]), np.array([False, True]), [np.array([4, 16])] * 2, np.random.default_rng(1),
-    DataConfig(sequence_length=length, **whole), 2,
-  )  # fmt: skip
-  everything = plan(1_000)
-  assert (len(everything.neighbors), len(everything.spans) > 0) == (2, True)
-  assert (len(plan(60).neighbors), len(plan(60).spans) > 0) == (1, True)
-  assert (len(plan(30).neighbors), len(plan(30).spans) > 0) == (0, True)
-  assert plan(22) == ((), False, (), 23, 0, 2)
-  assert plan(10) == ((), False, (), 11, 0, 2)
-
-
-def draw(num_candidates, seed, **fields):
-  """The plan of a pair with `num_candidates` candidates, without drops and spans."""
-  config = DataConfig(
-    **{"neighbor_dropout": 0.0, "condition_dropout": 0.0, "mean_spans": 0.0, **fields}
-  )
-  rng = np.random.default_rng(seed)
-  return plan_sample([4, 16], [False, True], [[4, 16]] * num_candidates, rng, config, 27)
-
-
-def test_fixed_draws_k_of_all_candidates_in_every_order():
-  plans = [draw(5, seed) for seed in range(1_000)]
-  counts = Counter(p.neighbors for p in plans)
-  assert set(counts) == set(itertools.permutations(range(5), 2))
-  assert min(counts.values()) > 20  # 50 are expected of each.
-  assert all((p.missing, p.crowded_out) == (0, 0) for p in plans)
-
-
-def test_paper_draws_three_of_the_first_four_candidates_in_every_order():
-  counts = Counter(
-    draw(6, seed, neighbor_sampling="paper", num_neighbors=3).neighbors for seed in range(1_000)
-  )
-  assert set(counts) == set(itertools.permutations(range(4), 3))
-  assert min(counts.values()) > 15  # 42 are expected of each.
-
-
-def test_uniform_draws_any_number_up_to_k():
-  counts = Counter(
-    len(draw(4, seed, neighbor_sampling="uniform").neighbors) for seed in range(1_500)
-  )
-  assert set(counts) == {0, 1, 2}
-  assert all(abs(n - 500) < 70 for n in counts.values())
-
-
-def test_fewer_candidates_than_wanted_are_used_and_counted():
-  for fields, kept, missing in (
-    ({}, 1, 1),
-    ({}, 0, 2),
-    ({"neighbor_sampling": "paper", "num_neighbors": 3}, 2, 1),
-  ):
-    plan = draw(kept, 0, **fields)
-    assert (sorted(plan.neighbors), plan.missing, plan.crowded_out) == (
-      list(range(kept)),
-      missing,
-      0,
-    )
-  assert sum(
-    draw(1, seed, neighbor_sampling="uniform").missing for seed in range(300)
-  ) == pytest.approx(100, abs=25)
-
-
-def test_neighbors_without_room_are_left_out_and_counted():
-  plan = draw(4, 0, neighbor_sampling="paper", num_neighbors=3, sequence_length=66)
-  assert (len(plan.neighbors), plan.missing, plan.crowded_out) == (2, 0, 1)
-
-
 @pytest.mark.parametrize(
   "fields",
   [{}, {"neighbor_sampling": "uniform"}, {"neighbor_sampling": "paper", "num_neighbors": 3}],
 )
-def test_what_is_drawn_follows_from_seed_source_pass_and_unit(sources, fields):
+def test_plans_follow_from_seed_source_pass_and_unit(sources, fields):
   plan = make_plan(sources, sequence_length=256, **fields)
-  drawn = [plan.plan(0, pass_, unit) for pass_ in (0, 1) for unit in range(50)]
+  plans = [plan.plan(0, pass_, unit) for pass_ in (0, 1) for unit in range(50)]
   again = make_plan(sources, sequence_length=256, pack_window=8, **fields)
   backwards = [again.plan(0, pass_, unit) for pass_ in (1, 0) for unit in reversed(range(50))]
-  assert backwards[::-1] == drawn
-  assert drawn[:50] != drawn[50:]
+  assert backwards[::-1] == plans
+  assert plans[:50] != plans[50:]
   assert [
     make_plan(sources, seed=1, sequence_length=256, **fields).plan(0, 0, unit) for unit in range(50)
-  ] != drawn[:50]
-
-
-def test_best_takes_the_first_candidates_in_their_order_as_many_as_fit():
-  best = {"neighbor_sampling": "best", "num_neighbors": 3}
-  assert draw(4, 0, **best).neighbors == (0, 1, 2)
-  assert draw(2, 0, **best)[0::4] == ((0, 1), 1)
-  crowded = draw(4, 0, sequence_length=66, **best)
-  assert (crowded.neighbors, crowded.crowded_out) == ((0, 1), 1)
+  ] != plans[:50]
 
 
 @pytest.mark.parametrize("sampling", ["fixed", "paper", "uniform"])
-def test_heldout_rows_have_the_best_neighbors_and_nothing_that_is_drawn(sources, sampling):
+def test_heldout_rows_have_the_best_neighbors_and_nothing_random(sources, sampling):
   config = DataConfig(neighbor_sampling=sampling, num_neighbors=3).for_heldout()
   plans = [
     make_plan(sources, seed, **vars(config)).plan(0, 0, unit)
@@ -179,15 +70,15 @@ def test_heldout_rows_have_the_best_neighbors_and_nothing_that_is_drawn(sources,
   }
 
 
-def test_neighbors_that_typically_never_fit_are_told():
+def test_typical_neighbors_that_do_not_fit_are_reported():
   paper = DataConfig(neighbor_sampling="paper", num_neighbors=3)
-  pairs, _ = made_up_sources(2_000, 1_024)
+  pairs, _ = synthetic_sources(2_000, 1_024)
   assert room_for_neighbors(pairs, paper) == (
-    "3 neighbors of typically 1,050 tokens and a document of 1,050 never fit 4,096 slots: "
-    "whole neighbors are left out, so that 2 remain."
+    "3 neighbors of typically 1,050 tokens and a document of 1,050 do not fit 4,096 slots: "
+    "whole neighbors are left out, 2 remain."
   )
   assert room_for_neighbors(pairs, DataConfig(num_neighbors=2)) == ""
-  assert room_for_neighbors(made_up_sources(2_000, 256)[0], paper) == ""
+  assert room_for_neighbors(synthetic_sources(2_000, 256)[0], paper) == ""
 
 
 def test_rates_of_drops(sources):
@@ -197,51 +88,6 @@ def test_rates_of_drops(sources):
   alone = np.mean([not p.neighbors and not p.dropped for p in plans])
   assert abs(dropped - 0.09) < 0.02
   assert abs(alone - 0.10) < 0.02
-
-
-def span_plans(lengths, is_image, number=4_000, **fields):
-  """Plans of one document without candidates, a generator each."""
-  config = DataConfig(sequence_length=4_096, condition_dropout=0.0, **fields)
-  return [
-    plan_sample(lengths, is_image, [], np.random.default_rng(seed), config, 27)
-    for seed in range(number)
-  ]
-
-
-def test_the_number_of_spans_is_poisson():
-  """A sample of 30 segments has room for up to 29 whole ones, so that every span drawn is kept."""
-  plans = span_plans([5] * 30, [False] * 30, whole_segment_rate=1.0)
-  counts = Counter(len(plan.spans) for plan in plans)
-  for n, share in enumerate((0.368, 0.368, 0.184, 0.061, 0.015)):
-    assert counts[n] / len(plans) == pytest.approx(share, abs=0.025), n
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
-def test_spans_are_whole_segments_at_the_configured_rate(rate):
-  bounds = segment_bounds([40, 50, 60])
-  plans = span_plans([40, 50, 60], [False, True, True], whole_segment_rate=rate)
-  masked = [plan for plan in plans if len(plan.spans) == 1]
-  whole = np.mean([plan.spans[0] in bounds for plan in masked])
-  assert len(masked) > 1_000
-  # A free span may happen to be a whole segment: both of its points beyond the ends of it.
-  assert rate - 0.05 < whole < rate + (1 - rate) * 0.25 + 0.05
-
-
-@pytest.mark.parametrize(("lengths", "is_image"), [([30], [False]), ([4, 16], [False, True])])
-def test_a_sample_is_never_masked_whole(lengths, is_image):
-  plans = span_plans(lengths, is_image, number=1_000)
-  assert max(sum(end - start for start, end in plan.spans) for plan in plans) < sum(lengths)
-  assert 0.55 < np.mean([len(plan.spans) > 0 for plan in plans]) < 0.65  # 1 - 1/e is 0.63.
-
-
-def test_a_conditioning_drop_leaves_nothing_but_an_image():
-  config = DataConfig(condition_dropout=1.0, neighbor_dropout=0.0)
-  plan = lambda lengths, is_image: plan_sample(
-    lengths, is_image, [[4, 16]] * 3, np.random.default_rng(0), config, 27
-  )
-  assert plan([4, 16], [False, True]) == ((), True, (), 20, 0, 0)
-  assert not plan([4], [False]).dropped
-  assert not plan([4, 16, 4], [False, True, False]).dropped, "no image at its end"
 
 
 def test_row_is_the_same_whatever_was_read_before(sources):
@@ -315,6 +161,11 @@ def test_units_are_whole_documents_and_pieces_of_single_texts(documents, length)
       for start in starts
     ]
   assert [(*units.locate(u), units.lengths(store, u)[0]) for u in range(len(units))] == expected
+
+
+def test_units_in_literals():
+  units = Units(store_of([[(3, False)], [(9, False)]]), 5)
+  assert [units.locate(unit) for unit in range(len(units))] == [(0, 0), (1, 0), (1, 4), (1, 8)]
 
 
 def test_units_that_are_not_cut_take_no_memory():
@@ -438,10 +289,12 @@ def test_starts_of_another_plan_count_for_nothing_and_are_replaced(
   assert len(path.read_text().splitlines()) == 6
 
 
-def test_in_a_bucket_starts_are_written_anew_now_and_then(sources, tmp_path, planned):
+def test_in_a_bucket_starts_are_written_every_16_windows(sources, tmp_path, planned):
   """Objects cannot be appended to; a run that was killed plans at most 15 windows more."""
   modes = []
-  here = lambda path: str(path).replace("gs://bucket", str(tmp_path))
+
+  def here(path):
+    return str(path).replace("gs://bucket", str(tmp_path))
 
   def opened(original, path, mode):
     modes.append(mode)
@@ -462,7 +315,7 @@ def test_in_a_bucket_starts_are_written_anew_now_and_then(sources, tmp_path, pla
   assert set(modes) == {"w", "r"}
 
 
-def test_starts_that_contradict_the_plan_are_told(sources, tmp_path):
+def test_starts_that_contradict_the_plan_are_refused(sources, tmp_path):
   path = tmp_path / "plan.jsonl"
   plan_with_starts(sources, path).window(4)
   lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -474,7 +327,7 @@ def test_starts_that_contradict_the_plan_are_told(sources, tmp_path):
 
 @pytest.mark.parametrize(("codes", "least"), [(256, 0.97), (1_024, 0.90)])
 def test_the_default_mixture_fills_rows(codes, least):
-  plan = RowPlan(made_up_sources(20_000, codes), DataConfig(pack_window=4_096), 27, 0)
+  plan = RowPlan(synthetic_sources(20_000, codes), DataConfig(pack_window=4_096), 27, 0)
   statistics = plan_statistics(plan)
   assert statistics["fill"] >= least
   assert statistics["source_shares"] == pytest.approx([0.3, 0.7], abs=0.01)
@@ -482,7 +335,7 @@ def test_the_default_mixture_fills_rows(codes, least):
 
 def test_pairs_alone_do_not_fill_rows():
   plan = RowPlan(
-    made_up_sources(20_000, 1_024, text_share=0.0), DataConfig(pack_window=2_048), 27, 0
+    synthetic_sources(20_000, 1_024, text_share=0.0), DataConfig(pack_window=2_048), 27, 0
   )
   assert 0.7 < plan_statistics(plan)["fill"] < 0.9
 
@@ -505,10 +358,3 @@ def test_statistics_count_what_the_rows_hold(sources):
   assert plan_statistics(make_plan([few, sources[1]]), windows=20)[
     "too_few_candidates"
   ] == pytest.approx(0.81, abs=0.06)
-
-
-def test_paper_sampling_wants_three_neighbors():
-  with pytest.raises(
-    ValueError, match=r"draws 3 of 4 candidates, and num_neighbors is 2; set num_neighbors=3"
-  ):
-    DataConfig(neighbor_sampling="paper")

@@ -12,7 +12,7 @@ from cm3leon_jax.io import write_json
 
 
 def write_raw(folder, pairs, images, num_shards=1):
-  """Writes pairs, dicts of RawPair's fields without `image`, with their images [H, W, 3] uint8, in shards of equal size."""
+  """Writes shards of pairs (dicts of the fields of RawPair) and their images, [H, W, 3] uint8."""
   folder, index = pathlib.Path(folder), {}
   size = -(-len(pairs) // num_shards)
   for s in range(num_shards):
@@ -29,10 +29,8 @@ def write_raw(folder, pairs, images, num_shards=1):
       f"{split}_pairs": sum(pair["split"] == split for pair in pairs[part]) for split in SPLITS
     }
     index[name] = {**counts, "digest": hashlib.sha256("".join(lines).encode()).hexdigest()}
-  origin = lambda pair: {
-    field: pair.get(field, "") for field in ("source", "license", "attribution")
-  }
-  origins = [{"kind": "pairs", **origin(pair), "records": 1} for pair in pairs]
+  origin = {"kind": "pairs", "source": "", "license": "", "attribution": "", "records": 1}
+  origins = [{field: pair.get(field, value) for field, value in origin.items()} for pair in pairs]
   write_json(
     folder / raw_pairs.INDEX,
     {"schema_version": raw_pairs.SCHEMA_VERSION, "origins": origins, "shards": index},

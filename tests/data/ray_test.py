@@ -1,4 +1,4 @@
-"""Documents and embeddings made by Ray's workers, one of which is killed, equal those of one process, byte for byte."""
+"""Ray's workers, one of them killed, write the bytes that one process writes."""
 
 import os
 import pathlib
@@ -27,7 +27,7 @@ class Letters:
 
 
 class Corners:
-  """An image's four corners are its codes; at the one that begins with `kill_at` it kills its process, once."""
+  """Codes are the corners of an image; the first code `kill_at` kills the process, once."""
 
   def __init__(self, mark: str = "", kill_at: int = -1):
     self.mark, self.kill_at = pathlib.Path(mark), kill_at
@@ -54,9 +54,9 @@ class Load:
 def raw(tmp_path):
   images = np.random.default_rng(0).integers(0, 255, (24, 16, 16, 3), np.uint8)
   images[13, 0, 0] = 255  # In the fourth of six shards.
-  split = lambda i: "heldout" if i % 4 == 3 else "train"
+  splits = ["train", "train", "train", "heldout"]
   pairs = [
-    {"key": f"k{i}", "caption": chr(97 + i) * 3, "group": f"g{i // 2}", "split": split(i)}
+    {"key": f"k{i}", "caption": chr(97 + i) * 3, "group": f"g{i // 2}", "split": splits[i % 4]}
     for i in range(24)
   ]
   write_raw(tmp_path / "raw", pairs, images, SHARDS)
@@ -97,7 +97,7 @@ def test_documents_of_a_killed_worker_are_there_once_and_the_same(raw, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_neighbors_found_by_ray_are_the_same(raw, tmp_path, ray_address):
+def test_neighbors_by_ray_are_the_same(raw, tmp_path, ray_address):
   for name, runner in (("local", Runner()), ("ray", Runner("ray", ray_address, workers=2))):
     job = bank.EmbedJob(str(raw), str(tmp_path / name), tiny_clip, 0.2, 0, {})
     neighbors.build_neighbors(CONFIG, job, WIDTH, {}, runner)

@@ -173,8 +173,8 @@ def test_from_tar_to_the_raw_folder(tmp_path):
     assert (pair.caption, pair.license) == (f"gray {int(pair.key)}", "CC0-1.0")
 
 
-def test_what_is_nowhere_or_unknown_is_told(tmp_path):
-  with pytest.raises(UserError, match="where no file is"):
+def test_absent_and_unknown_sources_are_refused(tmp_path):
+  with pytest.raises(UserError, match="which has no files"):
     list(read(str(tmp_path / "none")))
   (tmp_path / "a.jpg").write_bytes(jpeg(0))
   with pytest.raises(

@@ -3,7 +3,8 @@
 import numpy as np
 
 from cm3leon_jax.data.documents import Document, DocumentStore, Segment, write_documents
-from cm3leon_jax.data.plan import DataConfig, RowPlan, Source
+from cm3leon_jax.data.plan import RowPlan, Source
+from cm3leon_jax.data.sample_plan import DataConfig
 from cm3leon_jax.vocab import VocabLayout
 
 VOCAB = VocabLayout(num_special=32, text_size=512, image_size=64)
@@ -13,10 +14,13 @@ IMAGE_TOKENS = 16
 def make_sources(folder, num_pairs=50, num_texts=30, text_share=0.3, seed=0) -> list[Source]:
   """Pairs with 4 random candidates each, and texts of up to 300 tokens."""
   rng = np.random.default_rng(seed)
-  text = lambda n: Segment(
-    False, rng.integers(VOCAB.num_special, VOCAB.text_size, n).astype(np.int32)
-  )
-  image = lambda: Segment(True, VOCAB.image_ids(rng.integers(0, VOCAB.image_size, IMAGE_TOKENS)))
+
+  def text(n):
+    return Segment(False, rng.integers(VOCAB.num_special, VOCAB.text_size, n).astype(np.int32))
+
+  def image():
+    return Segment(True, VOCAB.image_ids(rng.integers(0, VOCAB.image_size, IMAGE_TOKENS)))
+
   origin = {"source": "test", "license": "CC0-1.0", "attribution": "nobody"}
   pairs = (
     Document(f"p{i}", (text(rng.integers(2, 9)), image()), group=f"g{i}", **origin)

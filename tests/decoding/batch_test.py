@@ -43,7 +43,7 @@ def test_pad_left():
   ],
 )
 def test_shared_prefixes(prompts, lengths):
-  assert batch.shared_prefixes(prompts) == lengths
+  assert batch.shared_prefixes([np.array(p, np.int32) for p in prompts]) == lengths
 
 
 # Few letters and beginnings, so that much is shared.

@@ -1,4 +1,4 @@
-"""Programs are compiled once for each kind of arguments, and for parameters that lie otherwise again."""
+"""Programs compile once for each kind of arguments, and again for another layout of parameters."""
 
 import jax
 from jax.sharding import PartitionSpec as P

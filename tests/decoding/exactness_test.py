@@ -1,4 +1,4 @@
-"""Greedy tokens in fp64 are those of transformers' OPTForCausalLM.generate on the exported weights, guided too."""
+"""Greedy tokens in fp64 equal those of transformers' OPTForCausalLM, also with guidance."""
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ class OnlyCodes(transformers.LogitsProcessor):
 
 
 def theirs(folder, requests, count: int, guidance: float):
-  """([B, G] ids, [B, G] log-probability of each) by transformers in fp64; prompts are padded on the left."""
+  """Generates (ids [B, G], log-probabilities [B, G]) by transformers in fp64, left-padded."""
   # The eager attention of OPT takes its softmax in fp32.
   model = transformers.OPTForCausalLM.from_pretrained(
     str(folder), dtype=torch.float64, attn_implementation="sdpa"
@@ -88,8 +88,8 @@ def model(tmp_path_factory):
 
 def requests_of(count: int):
   plan = (Part(CODES, count),)
-  drawn = [request_lib.text_to_image(VOCAB, 6, np.array(p)) for p in PROMPTS]
-  return [request_lib.Request(r.streams, plan) for r in drawn]
+  images = [request_lib.text_to_image(VOCAB, 6, np.array(p)) for p in PROMPTS]
+  return [request_lib.Request(r.streams, plan) for r in images]
 
 
 def check(model, count: int, guidance: float):

@@ -1,4 +1,4 @@
-"""A Generator gives what plain passes give: guided, batched, padded, shared, sharded, grown and stopped early."""
+"""A Generator equals plain passes: guided, batched, padded, shared, sharded, grown, stopped."""
 
 # S guidance streams, G tokens that are generated.
 
@@ -42,7 +42,7 @@ from tests.decoding.small import (
 from tests.models.tiny import random_params
 
 SEEDS = [11, 12, 13, 14]
-# Everything at once: guided rows and contrastive ones. Changes of its other numbers do not compile again.
+# Guided and contrastive rows in one batch; changes of the other numbers do not compile again.
 MIXTURE = SamplingConfig(method="mixture", top_k=20, text_top_k=30)
 ANYTHING = dataclasses.replace(
   MIXTURE, temperature=50.0, top_p=1.0, text_temperature=50.0, text_top_p=1.0
@@ -248,8 +248,8 @@ def test_without_a_head_for_images_alone(on_one_device, plain_generator):
 def test_growth_of_the_cache_changes_nothing(plain_generator, monkeypatch):
   """A document of at most 24 tokens, from a cache with room for two."""
   requests = [request_lib.document(VOCAB, IMAGE, [a], 24) for a in (A, B)]
-  draw = functools.partial(plain_generator.generate, requests, SEEDS[:2], sampling=ANYTHING)
-  expected, told, grown, plain = draw(), [], [], plain_generator.programs.grow
+  generate = functools.partial(plain_generator.generate, requests, SEEDS[:2], sampling=ANYTHING)
+  expected, reported, grown, plain = generate(), [], [], plain_generator.programs.grow
   monkeypatch.setattr(batch, "BUCKET", 4)
   monkeypatch.setattr(compile_lib, "ROOM", 2)
   monkeypatch.setattr(compile_lib, "CHUNK", 3)
@@ -258,11 +258,11 @@ def test_growth_of_the_cache_changes_nothing(plain_generator, monkeypatch):
     "grow",
     lambda loop, by, *rest: grown.append(by) or plain(loop, by, *rest),
   )
-  found = draw(progress=told.append)
+  found = generate(progress=reported.append)
   same(found, expected)
   assert grown == [6, 16]
-  assert told[:4] == [2, 3, 3, 3]
-  assert sum(told) == max(len(r.ids) for r in found)
+  assert reported[:4] == [2, 3, 3, 3]
+  assert sum(reported) == max(len(r.ids) for r in found)
 
 
 def test_rooms_double():
@@ -278,12 +278,12 @@ def test_stops_when_all_samples_are_over(plain_generator):
   requests = [request_lib.document(VOCAB, IMAGE, segments, 24) for segments in starts]
   stopped = set()
   for seed in range(60):
-    told = []
+    reported = []
     results = plain_generator.generate(
-      requests, range(seed, seed + 4), sampling=ANYTHING, progress=told.append
+      requests, range(seed, seed + 4), sampling=ANYTHING, progress=reported.append
     )
-    assert told == [max(len(r.ids) for r in results)]
-    stopped.add(told[0])
+    assert reported == [max(len(r.ids) for r in results)]
+    stopped.add(reported[0])
   assert min(stopped) < 10 < 24 == max(stopped)
 
 
@@ -293,7 +293,7 @@ def letters(ids) -> str:
 
 
 def test_documents_obey_their_format_and_length(plain_generator):
-  """Texts and images in turn, of at most so many tokens; document_segments returns the whole document."""
+  """Texts and images of at most so many tokens; document_segments returns the whole document."""
   segment, length = "(t+|i{6})", 24
   cases = [
     (request_lib.document(VOCAB, IMAGE, [], length), rf"{segment}(b{segment})*e", []),
@@ -359,7 +359,7 @@ def test_both_ends_of_an_image_occur(generator):
 
 
 def test_int8_in_all_places(params):
-  """It runs, and what was drawn is about as probable as an exact pass says."""
+  """It runs, and generated ids are about as probable as an exact pass says."""
   generator = small_generator(
     params=params, weight_dtype="int8", cache_dtype="int8", image_head=False
   )
@@ -400,18 +400,18 @@ def test_other_numbers_do_not_compile_again(generator, caplog):
 
 
 def test_batches_come_in_order(plain_generator):
-  """Batches hold at most batch_size samples of one number of streams; samples of a request stay in their order."""
+  """Batches have at most batch_size samples and one number of streams; samples keep their order."""
   generator = copy.copy(plain_generator)
   generator.config = dataclasses.replace(generator.config, batch_size=3)
-  requests, told = [*guided_requests()[:2], guided_requests()[3], *plain_requests()[:2]], []
-  batches = list(generator.batches(requests, range(5), samples=2, progress=told.append))
+  requests, reported = [*guided_requests()[:2], guided_requests()[3], *plain_requests()[:2]], []
+  batches = list(generator.batches(requests, range(5), samples=2, progress=reported.append))
   assert [[(r.request, r.sample) for r in b] for b in batches] == [
     [(0, 0), (0, 1), (1, 0)],
     [(1, 1), (2, 0), (2, 1)],
     [(3, 0), (3, 1), (4, 0)],
     [(4, 1)],
   ]
-  assert told == [7, 7, 7, 7]
+  assert reported == [7, 7, 7, 7]
   assert [r.seed for r in batches[1]] == [sample_seed(1, 1), 2, sample_seed(2, 1)]
 
 

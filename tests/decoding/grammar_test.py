@@ -1,4 +1,4 @@
-"""The grammar admits every legal token and no other: held against regular expressions over letters for classes of ids."""
+"""The grammar admits every legal token and no other, compared with regular expressions."""
 
 # B rows, V vocabulary, T steps.
 
@@ -33,7 +33,8 @@ from cm3leon_jax.vocab import VocabLayout
 from tests.models.tiny import mesh_of
 
 VOCAB = VocabLayout(num_special=9, text_size=268, image_size=16)
-# Letter -> ids: p <pad>, e </s>, u <unk>, b <break>, s <eoss>, A to D <mask:0> to <mask:3>, t text, i image.
+# Letter -> ids: p <pad>, e </s>, u <unk>, b <break>, s <eoss>, A to D <mask:0> to <mask:3>,
+# t text, i image.
 CLASSES = {letter: [i] for i, letter in enumerate("peubsABCD")} | {
   "t": range(9, 268),
   "i": range(268, 284),
@@ -102,7 +103,10 @@ def rows_of(plans):
 
 def by_batch(function):
   """`function(grammar, plan, *rest)`, jitted; its arrays come from anywhere."""
-  place = lambda tree: jax.tree.map(lambda x: shard(x, *["batch"] + [None] * (x.ndim - 1)), tree)
+
+  def place(tree):
+    return jax.tree.map(lambda x: shard(x, *["batch"] + [None] * (x.ndim - 1)), tree)
+
   return jax.jit(lambda grammar, *rest: function(grammar, *place(rest)), static_argnums=0)
 
 
@@ -135,11 +139,11 @@ def filled(x):
 
 @pytest.mark.parametrize("image", [1, 2, 3])
 def test_admits_exactly_the_language(image):
-  """Step by step, every string of the language is admitted to its end, and no other string over all the letters."""
+  """Every string of the language is admitted step by step to its end, and no other string."""
   grammar, depth = Grammar(VOCAB, image), 6
   plans = languages(image, range(2, depth + 1))
   complete = [set() for _ in plans]
-  # Unfinished strings of all plans advance in one call: [(number of the plan, letters so far)] and their state.
+  # Unfinished strings of all plans advance in one call: [(number of the plan, letters so far)].
   alive, plan = [(n, "") for n in range(len(plans))], rows_of([plan for plan, _, _ in plans])
   state = start(grammar, plan)
   for _ in range(depth + 1):
@@ -167,10 +171,10 @@ def test_admits_exactly_the_language(image):
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def random_runs(grammar, plan, key, steps: int):
-  """Rows draw among what is legal by random logits, half of them with a random liking for classes of tokens.
+  """Samples rows among legal ids by random logits; half of the rows prefer random classes of ids.
 
   Returns:
-    (ids [B, T], dead [B]: it came to a place where nothing was legal before its end, active [B] at the end).
+    (ids [B, T], dead [B]: no id was legal before the end, active [B] at the end).
   """
   ids = jnp.arange(VOCAB.size)
   kind = jnp.where(ids < VOCAB.num_special, ids, VOCAB.num_special + VOCAB.is_image(ids))
@@ -222,8 +226,8 @@ def test_ten_thousand_random_runs():
   assert not any(is_legal(text + "e", *cases[n][1:]) for text, n in zip(texts, of_row))
 
 
-def test_what_an_image_has_behind_it():
-  """codes_done counts the codes of a part, or of an image of a document; in_image is true where codes alone may come."""
+def test_what_may_follow_an_image():
+  """codes_done counts codes of a part or a document's image; in_image: only codes may come."""
   grammar = Grammar(VOCAB, 3)
   plan = rows_of([(Part(CODES, 2), Part(EOSS)), (Part(DOCUMENT, 9, SEGMENT_START),)])
   state, found = start(grammar, plan), []

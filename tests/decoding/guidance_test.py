@@ -51,15 +51,15 @@ def test_prompts_split_over_devices():
 
 
 def test_scheduled():
-  np.testing.assert_array_equal(scheduled(3, "linear", 3), [1, 2, 3])
-  np.testing.assert_array_equal(scheduled(3, "constant", 3), [3, 3, 3])
+  np.testing.assert_array_equal(scheduled(3.0, "linear", 3), [1, 2, 3])
+  np.testing.assert_array_equal(scheduled(3.0, "constant", 3), [3, 3, 3])
   with pytest.raises(ValueError, match="schedule is 'sine'"):
-    scheduled(3, "sine", 3)
+    scheduled(3.0, "sine", 3)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES[1:])
 def test_a_schedule_rises_from_no_guidance_and_has_the_documented_mean(schedule):
-  alpha = scheduled(4, schedule, 256)
+  alpha = scheduled(4.0, schedule, 256)
   assert (alpha[0], alpha[-1]) == (1, 4)
   assert (np.diff(alpha) > 0).all()
   assert alpha.mean() == pytest.approx((1 + 4) / 2)
@@ -67,13 +67,13 @@ def test_a_schedule_rises_from_no_guidance_and_has_the_documented_mean(schedule)
 
 def test_cosine_is_flat_at_its_ends():
   np.testing.assert_allclose(
-    scheduled(2, "cosine", 5), 1 + np.array([0, 1 - 0.5**0.5, 1, 1 + 0.5**0.5, 2]) / 2
+    scheduled(2.0, "cosine", 5), 1 + np.array([0, 1 - 0.5**0.5, 1, 1 + 0.5**0.5, 2]) / 2
   )
 
 
 def test_text_to_image_weights():
-  np.testing.assert_array_equal(text_to_image_weights(3, "linear", 3), [[1, 0], [2, -1], [3, -2]])
-  assert text_to_image_weights(3, "cosine", 9).dtype == np.float32
+  np.testing.assert_array_equal(text_to_image_weights(3.0, "linear", 3), [[1, 0], [2, -1], [3, -2]])
+  assert text_to_image_weights(3.0, "cosine", 9).dtype == np.float32
 
 
 def test_editing_weights():
@@ -89,7 +89,7 @@ def test_weights_are_the_formulas(schedule):
   two, three = text_to_image_weights(5.0, schedule, 7), editing_weights(1.5, 5.0, schedule, 7)
   for step in range(7):
     weighed = [
-      combine_streams(jnp.asarray(s, jnp.float32), w[step])
+      combine_streams(jnp.asarray(s, jnp.float32), jnp.asarray(w[step]))
       for s, w in (([f, u], two), ([f, i, u], three))
     ]
     np.testing.assert_allclose(weighed[0], u + alpha[step] * (f - u), atol=2e-5)

@@ -16,7 +16,9 @@ from tests.decoding.small import IMAGE, VOCAB, full_logits, guided_requests, mod
 from tests.models.tiny import random_params
 
 STEPS = 4
-INT8_ERROR = 0.03  # Of the largest logit; measured: weights 0.017 and 0.021, cache 0.005 and 0.007, both 0.016 and 0.022.
+# Share of the largest logit; measured: weights 0.017 and 0.021, cache 0.005 and 0.007, both 0.016
+# and 0.022.
+INT8_ERROR = 0.03
 
 
 # Compiling is most of the time: not optimized.
@@ -26,11 +28,14 @@ INT8_ERROR = 0.03  # Of the largest logit; measured: weights 0.017 and 0.021, ca
   compiler_options={"xla_backend_optimization_level": 0},
 )
 def cached_logits(params, prompts, ids, config, cache_dtype="compute"):
-  """Logits [R, STEPS, V] of each column of the head, after each row's prompt and each of ids [R, STEPS - 1]."""
+  """Logits [R, STEPS, V] of the head's columns after each prompt and each of ids [R, STEPS - 1]."""
   cache, seen, lengths = loop.read_prompts(config, params.model, prompts, cache_dtype)
   rows, filled = prompts.row, prompts.slots
   cache = cache_lib.rows(cache, rows, filled, filled + STEPS)
-  of_rows = lambda x: x.at[rows].get(out_sharding=spec("batch", *[None] * (x.ndim - 1)))
+
+  def of_rows(x):
+    return x.at[rows].get(out_sharding=spec("batch", *[None] * (x.ndim - 1)))
+
   seen, lengths = jnp.pad(of_rows(seen), ((0, 0), (0, STEPS))), of_rows(lengths)
 
   def step(carry, token):
@@ -101,8 +106,13 @@ def test_int8_is_near(family):
       assert 0 < error(int8, "compute") < INT8_ERROR
       assert 0 < error(prepare(params), "int8") < INT8_ERROR / 2
     # Control: five bits instead of eight.
-    is_int8 = lambda x: isinstance(x, params_lib.Int8)
-    fewer = lambda x: x._replace(values=x.values // 8 * 8) if is_int8(x) else x
+
+    def is_int8(x):
+      return isinstance(x, params_lib.Int8)
+
+    def fewer(x):
+      return x._replace(values=x.values // 8 * 8) if is_int8(x) else x
+
     assert error(jax.tree.map(fewer, int8, is_leaf=is_int8), "int8") > INT8_ERROR
 
 

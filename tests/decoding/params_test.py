@@ -55,7 +55,7 @@ def test_int8_literals():
 
 @pytest.mark.parametrize("family", ["opt", "modern"])
 def test_int8_is_near(family):
-  """Each product of a block is off by at most half a step of the output's scale; scales are what is not summed over."""
+  """Each matrix is off by at most half a step of its scale; there is a scale for each output."""
   with on_mesh():
     config = model_config(family)
     params = random_params(config)

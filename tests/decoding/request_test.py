@@ -1,4 +1,4 @@
-"""Prompts and plans of each task: literals, and that a prompt with its answer is what training made of the document."""
+"""Prompts and plans: literals; a prompt and its answer are what training makes of the document."""
 
 import itertools
 
@@ -115,11 +115,11 @@ def test_weights_of_the_streams():
   sampling = SamplingConfig(
     guidance=3.0, guidance_schedule="linear", image_guidance=1.5, edit_guidance=7.5
   )
-  draw, alone = request_lib.text_to_image(VOCAB, 3, [17]), request_lib.unconditional(VOCAB, 3)
+  image, alone = request_lib.text_to_image(VOCAB, 3, [17]), request_lib.unconditional(VOCAB, 3)
   edit = request_lib.edit(VOCAB, 4, [15], PICTURE, [17])
   np.testing.assert_array_equal(alone.guidance_weights(sampling, 3), np.ones((4, 1)))
   np.testing.assert_array_equal(
-    draw.guidance_weights(sampling, 3), [[1, 0], [2, -1], [3, -2], [3, -2]]
+    image.guidance_weights(sampling, 3), [[1, 0], [2, -1], [3, -2], [3, -2]]
   )
   weights = edit.guidance_weights(sampling, 4)
   np.testing.assert_allclose(weights[[0, 3, 4]], [[1, 0, 0], [7.5, -6, -0.5], [7.5, -6, -0.5]])
@@ -128,7 +128,7 @@ def test_weights_of_the_streams():
 
 @st.composite
 def documents(draw):
-  """(segments as joined, the same with holes, answers of the holes): texts and images, up to two holes in all."""
+  """(segments, the same with holes, answers of the holes): texts and images, up to two holes."""
   texts = st.lists(st.integers(8, 263), min_size=1, max_size=5)
   images = st.lists(st.integers(264, 319), min_size=IMAGE, max_size=IMAGE)
   segments = draw(st.lists(st.one_of(texts, images), min_size=1, max_size=4))
@@ -170,11 +170,11 @@ def test_an_infill_with_its_answer_is_the_document_as_cm3_trained_it(made):
 
 @pytest.mark.parametrize("end", [EOS, BRK])
 def test_segments_of_what_is_no_infill(end):
-  found = lambda request, ids: [
-    s.tolist() for s in document_segments(VOCAB, request, np.array(ids))
-  ]
-  draw = request_lib.text_to_image(VOCAB, IMAGE, [17, 18], [([15], PICTURE)])
-  assert found(draw, [*PICTURE[::-1], end]) == [[15], PICTURE, [17, 18], PICTURE[::-1]]
+  def found(request, ids):
+    return [s.tolist() for s in document_segments(VOCAB, request, np.array(ids))]
+
+  image = request_lib.text_to_image(VOCAB, IMAGE, [17, 18], [([15], PICTURE)])
+  assert found(image, [*PICTURE[::-1], end]) == [[15], PICTURE, [17, 18], PICTURE[::-1]]
   edit = request_lib.edit(VOCAB, IMAGE, [15], PICTURE, [17])
   assert found(edit, [*PICTURE[::-1], end]) == [[15], PICTURE, [17], PICTURE[::-1]]
   continued = request_lib.document(VOCAB, IMAGE, [PICTURE, [17]], 9)

@@ -36,7 +36,7 @@ traces = []
 
 
 @functools.partial(jax.jit, static_argnames=("candidates", "contrastive_k"))
-def draw(guided, keys, rows, expert, amateur, candidates=0, contrastive_k=K):
+def sample_rows(guided, keys, rows, expert, amateur, candidates=0, contrastive_k=K):
   traces.append(guided.shape)
   return sample(guided, keys, rows, candidates, expert, amateur, contrastive_k)
 
@@ -46,7 +46,7 @@ jit_scores = jax.jit(contrastive_scores, static_argnums=2)
 
 
 def rows_of(*settings) -> RowSettings:
-  """RowSettings of rows (temperature, top_k, top_p, contrastive, contrastive_alpha, amateur_temperature)."""
+  """Makes RowSettings of rows, which are tuples of its fields."""
   dtypes = (np.float32, np.int32, np.float32, bool, np.float32, np.float32)
   return RowSettings(*(np.array(column, dtype) for column, dtype in zip(zip(*settings), dtypes)))
 
@@ -56,14 +56,7 @@ def top(temperature=1.0, top_k=0, top_p=1.0):
 
 
 def cdk(temperature=0.8, alpha=0.5, amateur_temperature=0.5):
-  return (
-    temperature,
-    1,
-    0.1,
-    True,
-    alpha,
-    amateur_temperature,
-  )  # Of top_k and top_p nothing may be seen.
+  return (temperature, 1, 0.1, True, alpha, amateur_temperature)  # top_k and top_p have no effect.
 
 
 def kept(probabilities, top_k, top_p, candidates=0):
@@ -107,7 +100,7 @@ def test_filter_never_keeps_an_illegal_token():
   st.lists(st.tuples(st.integers(1, 12), st.floats(0.01, 1.0)), min_size=3, max_size=3),
 )
 def test_filter_keeps_the_smallest_sufficient_set(seed, rows):
-  """What stays in each row are its most probable tokens, and no smaller set of them reaches its top_p."""
+  """Each row keeps its most probable tokens, and no smaller set of them reaches its top_p."""
   logits = np.random.default_rng(seed).normal(size=(3, 15)).astype(np.float32)
   every_k, every_p = (
     np.array(column, dtype) for column, dtype in zip(zip(*rows), (np.int32, np.float32))
@@ -127,13 +120,13 @@ def test_filter_keeps_the_smallest_sufficient_set(seed, rows):
 
 
 def test_candidates_bound_the_sort():
-  """No operation on the whole vocabulary but the selection of the candidates; without an expert none of CD-K either."""
+  """Only the selection of candidates works on the whole vocabulary; without an expert no CD-K."""
   logits, keys = jnp.zeros((2, 500)), jax.random.split(jax.random.key(0), 2)
-  program = lambda candidates, *streams: str(
-    jax.make_jaxpr(lambda rows: sample(logits, keys, rows, candidates, *streams))(
-      rows_of(top(), top())
-    )
-  )
+
+  def program(candidates, *streams):
+    traced = jax.make_jaxpr(lambda rows: sample(logits, keys, rows, candidates, *streams))
+    return str(traced(rows_of(top(), top())))
+
   assert "sort[" not in program(8)
   assert program(8).count("top_k[") == 1
   assert "k=8" in program(8)
@@ -142,7 +135,7 @@ def test_candidates_bound_the_sort():
 
 
 def exact_top(temperature=1.0, top_k=0, top_p=1.0):
-  """Distribution of one draw in float64, written independently of the code; so are the next two."""
+  """Distribution of one sample in float64, independent of the code, like the next two."""
   p = np.exp(GUIDED.astype(np.float64) / temperature)
   order = np.argsort(-p)[: top_k or VOCABULARY]
   p_kept = p[order] / p[order].sum()
@@ -169,7 +162,7 @@ def exact_cdk(temperature=0.8, alpha=0.5, amateur_temperature=0.5, k=K):
   return p / p.sum()
 
 
-# What is drawn, its distribution, and another that the draws must not pass for.
+# Setting, its distribution, and another distribution that a test must reject.
 CASES = {
   "temperature": (top(0.7), exact_top(0.7), exact_top(0.8)),
   "top-k": (top(top_k=7), exact_top(top_k=7), exact_top(top_k=8)),
@@ -194,16 +187,19 @@ MIXTURE = {  # Rows in turn: of a mixture's image tokens, and text tokens.
 
 
 def counts(rows: RowSettings, number: int) -> np.ndarray:
-  """Histograms [number, V] of a batch in which every `number`-th row has the same setting. One program for all."""
-  repeat = lambda row: np.tile(row, (len(CASES) * DRAWS, 1))
+  """Histograms [number, V] of a batch in which every `number`-th row has the same setting."""
+
+  def repeat(row):
+    return np.tile(row, (len(CASES) * DRAWS, 1))
+
   keys = jax.random.split(jax.random.key(0), len(CASES) * DRAWS)
   rows = jax.tree.map(lambda x: np.resize(x, len(keys)), rows)
-  tokens = np.asarray(draw(repeat(GUIDED), keys, rows, repeat(EXPERT), repeat(AMATEUR))[0])
+  tokens = np.asarray(sample_rows(repeat(GUIDED), keys, rows, repeat(EXPERT), repeat(AMATEUR))[0])
   return np.stack([np.bincount(tokens[i::number], minlength=VOCABULARY) for i in range(number)])
 
 
 def p_value(counts, p) -> float:
-  """Of a chi-square test; 0 if anything was drawn that has no probability."""
+  """Of a chi-square test; 0 if a sample has no probability."""
   if counts[p == 0].any():
     return 0.0
   return stats.chisquare(counts[p > 0], counts.sum() * p[p > 0]).pvalue
@@ -219,31 +215,25 @@ def mixture_counts():
   config = SamplingConfig(
     "mixture", 0.9, 9, 0.8, text_temperature=1.3, text_top_p=0.95, contrastive_k=K
   )
-  contrastive = np.tile(contrastive_rows("mixture", [0], 2).ravel(), 2)
-  return dict(
-    zip(
-      MIXTURE,
-      counts(
-        select(np.array([True, True, False, False]), contrastive, config.values), len(MIXTURE)
-      ),
-    )
-  )
+  contrastive = jnp.tile(contrastive_rows("mixture", [0], 2).ravel(), 2)
+  is_image = jnp.array([True, True, False, False])
+  return dict(zip(MIXTURE, counts(select(is_image, contrastive, config.values), len(MIXTURE))))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_draws_follow_the_exact_distribution(case):
+def test_samples_follow_the_exact_distribution(case):
   _, expected, other = CASES[case]
-  drawn = case_counts()[case]
-  assert p_value(drawn, expected) > 1e-3
-  assert p_value(drawn, other) < 1e-6
+  histogram = case_counts()[case]
+  assert p_value(histogram, expected) > 1e-3
+  assert p_value(histogram, other) < 1e-6
 
 
 @pytest.mark.parametrize("case", MIXTURE)
 def test_a_batch_mixes_methods_and_modalities(case):
   expected, other = MIXTURE[case]
-  drawn = mixture_counts()[case]
-  assert p_value(drawn, expected) > 1e-3
-  assert p_value(drawn, other) < 1e-6
+  histogram = mixture_counts()[case]
+  assert p_value(histogram, expected) > 1e-3
+  assert p_value(histogram, other) < 1e-6
 
 
 def test_contrastive_scores_literals():
@@ -267,7 +257,10 @@ def test_contrastive_scores_are_those_of_plain_numpy(k):
     expert[row, ids] = amateur[row, ids] = -np.inf
   scores = np.asarray(jit_scores(expert, amateur, k, np.float32(0.3)))
   assert not np.isnan(scores).any()
-  oracle = lambda k: np.stack([exact_scores(e, a, k, 0.3) for e, a in zip(expert, amateur)])
+
+  def oracle(k):
+    return np.stack([exact_scores(e, a, k, 0.3) for e, a in zip(expert, amateur)])
+
   np.testing.assert_allclose(scores, oracle(k), atol=1e-5)
   assert np.isfinite(scores).sum() > np.isfinite(oracle(1)).sum() or k == 1
   assert np.isfinite(scores).any(axis=1).all()
@@ -289,7 +282,7 @@ SMALL_ROWS = [top(1.0, 20, 0.9), cdk(alpha=0.1), top(0.5, 3), cdk(2.0), top(1.5,
 
 def small(rows, part=slice(None)):
   guided, expert, amateur = SMALL[:, part]
-  return draw(
+  return sample_rows(
     guided, jax.random.split(jax.random.key(3), 6)[part], rows_of(*rows[part]), expert, amateur
   )
 
@@ -323,7 +316,7 @@ def test_settings_of_rows_are_those_of_separate_calls():
   assert len(traces) == traced  # Another setting does not recompile.
 
 
-def test_a_batch_split_over_devices_draws_the_same():
+def test_a_batch_split_over_devices_samples_the_same():
   config = SamplingConfig("mixture", top_k=12, contrastive_k=K)
   streams = jax.random.normal(jax.random.key(0), (3, 8, 30))
   flags = [np.arange(8) < 6, np.arange(8) % 2 == 1]
@@ -364,7 +357,7 @@ def test_which_rows_are_contrastive():
 
 def test_text_is_never_contrastive():
   rows = select(
-    np.array([True, False]), np.array([True, True]), SamplingConfig("contrastive").values
+    jnp.array([True, False]), jnp.array([True, True]), SamplingConfig("contrastive").values
   )
   assert rows.contrastive.tolist() == [True, False]
   np.testing.assert_allclose(rows.temperature, [0.8, 1.0])

@@ -1,4 +1,4 @@
-"""A tiny generator, requests of every kind, and what they should give: plain causal passes without a cache."""
+"""A tiny generator, requests of every kind, and the oracle: causal passes without a cache."""
 
 import functools
 
@@ -50,9 +50,9 @@ def small_generator(family="opt", params=None, **fields):
 
 def guided_requests():
   """Requests of two streams, of unequal prompts and unlike plans, three or seven tokens each."""
-  draw = functools.partial(request_lib.text_to_image, VOCAB, IMAGE)
+  image = functools.partial(request_lib.text_to_image, VOCAB, IMAGE)
   hole = request_lib.infill(VOCAB, IMAGE, [(A,), (OTHER[:3], Hole(codes=2), OTHER[5:])])
-  return [draw(A), draw(B), hole, draw(A, [(B, CODES), (A, OTHER)])]
+  return [image(A), image(B), hole, image(A, [(B, CODES), (A, OTHER)])]
 
 
 def plain_requests():
@@ -73,7 +73,7 @@ def _causal(config, params, tokens):
 
 
 def full_logits(config, params, tokens):
-  """[T] ids -> [T, V] logits of one causal pass without a cache; what follows the sample does not reach it."""
+  """Logits [T, V] of ids [T] by one causal pass without a cache."""
   return np.asarray(_causal(config, params, np.pad(tokens, (0, POSITIONS - len(tokens)))[None]))[
     : len(tokens)
   ]

@@ -51,8 +51,8 @@ def verified(n=20_000):
     [np.random.default_rng(i).choice(4, n, p=q) for i, q in enumerate(Q)], axis=1
   ).astype(np.int32)
   keys = jax.random.split(jax.random.key(0), n)
-  tile = lambda x: jnp.tile(jnp.asarray(x, jnp.float32), (n, 1, 1))
-  return drafts, *map(np.asarray, jax.jit(speculative.verify)(keys, drafts, tile(Q), tile(P)))
+  q, p = (jnp.tile(jnp.asarray(x, jnp.float32), (n, 1, 1)) for x in (Q, P))
+  return drafts, *map(np.asarray, jax.jit(speculative.verify)(keys, drafts, q, p))
 
 
 def p_value(tokens, p) -> float:
@@ -64,10 +64,10 @@ def p_value(tokens, p) -> float:
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_each_token_that_counts_is_one_of_p(place):
   _, holds, tokens = verified()
-  drawn = tokens[holds >= place, place]
-  assert len(drawn) > 2_000
-  assert p_value(drawn, P[place]) > 1e-3
-  assert p_value(drawn, [0.2, 0.3, 0.3, 0.2] if place else [0.4, 0.3, 0.3, 0]) < 1e-6  # Control.
+  accepted = tokens[holds >= place, place]
+  assert len(accepted) > 2_000
+  assert p_value(accepted, P[place]) > 1e-3
+  assert p_value(accepted, [0.2, 0.3, 0.3, 0.2] if place else [0.4, 0.3, 0.3, 0]) < 1e-6  # Control.
 
 
 def test_drafts_hold_as_often_as_the_distributions_overlap():
@@ -80,7 +80,7 @@ def test_drafts_hold_as_often_as_the_distributions_overlap():
 
 
 def test_equal_distributions_hold_all():
-  keys, drafts = jax.random.split(jax.random.key(1), 50), np.full((50, 2), 2, np.int32)
+  keys, drafts = jax.random.split(jax.random.key(1), 50), jnp.full((50, 2), 2)
   p = jnp.tile(jnp.asarray(P, jnp.float32), (50, 1, 1))
   holds, _ = speculative.verify(keys, drafts, p[:, :2], p)
   assert (holds == 2).all()
@@ -95,8 +95,8 @@ def guided(generator, params, request, ids):
   return 3 * c - 2 * u
 
 
-def test_three_codes_are_jointly_drawn_as_one_after_the_other(params):
-  """27 images of three codes among the best three of each place, against the exact product of conditionals."""
+def test_three_codes_have_the_joint_distribution_of_single_steps(params):
+  """27 images of three codes, the best three of each place, against exact joint probabilities."""
   request, sampling = images()[0], SamplingConfig(top_k=3, top_p=1.0, temperature=2.0)
   with on_mesh():
     generator = small_generator(params=params, draft_window=3, batch_size=512, sampling=sampling)
@@ -123,11 +123,14 @@ def test_three_codes_are_jointly_drawn_as_one_after_the_other(params):
   counts = dict.fromkeys(exact, 0)
   for image in map(tuple, codes.tolist()):
     counts[image] += 1
-  # Chi-square wants no rare cells: what is expected less than five times is put together.
+  # Chi-square needs frequent cells: those that are expected less than five times are merged.
   expected, found = (np.array([table[image] for image in exact]) for table in (exact, counts))
   expected *= len(codes) / expected.sum()
   rare = expected < 5
-  together = lambda x: np.append(x[~rare], x[rare].sum()) if rare.any() else x
+
+  def together(x):
+    return np.append(x[~rare], x[rare].sum()) if rare.any() else x
+
   assert stats.chisquare(together(found), together(expected)).pvalue > 1e-3
   flat = expected**0.5  # Control: another temperature.
   assert (
@@ -135,7 +138,7 @@ def test_three_codes_are_jointly_drawn_as_one_after_the_other(params):
   )
 
 
-def test_log_probs_are_those_of_plain_passes_and_the_end_is_drawn(generator, params):
+def test_log_probs_are_those_of_plain_passes_and_the_end_is_sampled(generator, params):
   for request, result in zip(images(), generator.generate(images(), SEEDS)):
     assert len(result.ids) == IMAGE + 1
     assert result.ids[-1] in (VOCAB.eos, VOCAB.brk)
@@ -153,7 +156,7 @@ def test_an_image_does_not_depend_on_its_batch(generator):
   assert any((a.ids != b.ids).any() for a, b in zip(together, other))
 
 
-def test_a_split_mesh_draws_the_same(generator, params):
+def test_a_split_mesh_samples_the_same(generator, params):
   expected = generator.generate(images(), SEEDS)
   with on_mesh(2, 2, 2):
     split = small_generator(draft_window=WINDOW)
@@ -162,7 +165,7 @@ def test_a_split_mesh_draws_the_same(generator, params):
       np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
 
 
-def test_what_is_no_image_from_the_start_is_drawn_as_ever(generator, params):
+def test_requests_that_begin_without_an_image_are_sampled_one_by_one(generator, params):
   with on_mesh():
     expected = small_generator(params=params).generate(plain_requests(), [1, 2, 3, 4])
   for a, b in zip(generator.generate(plain_requests(), [1, 2, 3, 4]), expected):

@@ -9,7 +9,7 @@ import pytest
 
 from cm3leon_jax import config
 from cm3leon_jax.data import documents, pipeline
-from cm3leon_jax.data.plan import DataConfig
+from cm3leon_jax.data.sample_plan import DataConfig
 from cm3leon_jax.evaluation import bits
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
@@ -49,22 +49,21 @@ def stores(tmp_path):
   rng = np.random.default_rng(0)
   for name, n in (("train", 12), ("heldout", 7)):
     documents.write_documents(tmp_path / name, [pair(i, rng) for i in range(n)], VOCAB)
-  return documents.DocumentStore(tmp_path / "train", VOCAB), documents.DocumentStore(
-    tmp_path / "heldout", VOCAB
-  )
+  return [documents.DocumentStore(tmp_path / name, VOCAB) for name in ("train", "heldout")]
 
 
 @pytest.fixture(scope="module")
 def params():
+  def add_noise(x):
+    key, sharding = jax.random.key(x.size), jax.typeof(x).sharding
+    return x + 0.3 * jax.random.normal(key, x.shape, out_sharding=sharding)
+
+  @jax.jit
+  def init(key):
+    return jax.tree.map(add_noise, transformer.init_params(MODEL, key))
+
   with jax.set_mesh(create_mesh(MeshConfig())):
-    noise = lambda x: (
-      x
-      + 0.3
-      * jax.random.normal(jax.random.key(x.size), x.shape, out_sharding=jax.typeof(x).sharding)
-    )
-    yield jax.jit(lambda key: jax.tree.map(noise, transformer.init_params(MODEL, key)))(
-      jax.random.key(0)
-    )
+    yield init(jax.random.key(0))
 
 
 def test_unigram_bits_are_those_of_the_docstring():
@@ -106,13 +105,12 @@ def test_partners_are_those_of_the_docstring():
 
 
 def test_own_targets_are_those_of_the_docstring():
-  text, image = (
-    lambda *ids: documents.Segment(False, np.array(ids, np.int32)),
-    lambda *codes: VOCAB.image_ids(codes),
-  )
-  make = lambda *segments: documents.Document("k", segments, "s", "l", "a")
-  neighbor = make(text(27), documents.Segment(True, image(1)))
-  document = make(text(28, 29), documents.Segment(True, image(2)))
+  def make(ids, code):
+    text, image = np.array(ids, np.int32), VOCAB.image_ids([code])
+    segments = documents.Segment(False, text), documents.Segment(True, image)
+    return documents.Document("k", segments, "s", "l", "a")
+
+  neighbor, document = make([27], 1), make([28, 29], 2)
   masks = bits.own_targets(pipeline.join([neighbor, document], VOCAB), document, VOCAB)
   np.testing.assert_array_equal(masks["text"], [0, 0, 0, 0, 1, 1, 0, 0, 0])
   np.testing.assert_array_equal(masks["image"], [0, 0, 0, 0, 0, 0, 0, 1, 0])
@@ -125,21 +123,22 @@ def test_own_targets_are_exactly_the_documents_tokens(num_neighbors, seed):
   sample = pipeline.join([*neighbors, document], VOCAB)
   masks = bits.own_targets(sample, document, VOCAB)
   for segment in document.segments:
-    np.testing.assert_array_equal(
-      sample[1:][masks["image" if segment.is_image else "text"]], segment.tokens
-    )
+    own = masks["image" if segment.is_image else "text"]
+    np.testing.assert_array_equal(sample[1:][own], segment.tokens)
 
 
 def test_neighbors_that_do_not_fit_a_row_are_left_out():
   rng = np.random.default_rng(0)
   document, *neighbors = [pair(i, rng) for i in range(4)]
-  slots = lambda kept: len(pipeline.join([*kept, document], VOCAB)) - 1
+
+  def slots(kept):
+    return len(pipeline.join([*kept, document], VOCAB)) - 1
+
   assert bits.fit_neighbors(document, neighbors, slots(neighbors)) == neighbors
   assert bits.fit_neighbors(document, neighbors, slots(neighbors) - 1) == neighbors[:2]
   assert bits.fit_neighbors(document, neighbors, slots([])) == []
-  with pytest.raises(
-    config.UserError, match=r"held-out document '0' needs \d+ slots; data.sequence_length is"
-  ):
+  message = r"held-out document '0' needs \d+ slots; data.sequence_length is"
+  with pytest.raises(config.UserError, match=message):
     bits.fit_neighbors(document, neighbors, slots([]) - 1)
 
 
@@ -147,29 +146,29 @@ def test_scores_are_the_log_likelihoods_of_each_sample_alone(params):
   rng = np.random.default_rng(1)
   samples = [pipeline.join([pair(i, rng) for i in range(1 + n)], VOCAB) for n in (0, 1, 2) * 3]
   scored = bits.score_samples(params, MODEL, samples, batch_size=8)
-  for sample, row in list(zip(samples, scored))[
-    -3:
-  ]:  # They stand in another batch than the first ones.
+  # The last three are in the second batch.
+  for sample, row in list(zip(samples, scored))[-3:]:
     tokens = jnp.asarray(np.tile(sample[:-1], (8, 1)))
     positions = jnp.asarray(np.tile(np.arange(len(sample) - 1), (8, 1)))
 
     def logits(params, tokens=tokens, positions=positions):
       model = transformer.bind(MODEL, params)
-      return transformer.logits(
-        model(tokens, positions, jnp.ones_like(tokens)), model.output_table()
-      )
+      hidden = model(tokens, positions, jnp.ones_like(tokens))
+      return transformer.logits(hidden, model.output_table())
 
-    expected = np.asarray(jax.nn.log_softmax(jax.jit(logits)(params)))[0]
-    np.testing.assert_allclose(
-      row, -expected[np.arange(len(row)), sample[1:]] / np.log(2), rtol=1e-4, atol=1e-4
-    )
+    log_probs = np.asarray(jax.nn.log_softmax(jax.jit(logits)(params)))[0]
+    expected = -log_probs[np.arange(len(row)), sample[1:]] / np.log(2)
+    np.testing.assert_allclose(row, expected, rtol=1e-4, atol=1e-4)
     assert np.std(row) > 0.1
 
 
 def test_evaluate_differs_between_neighbors_and_repeats_exactly(stores, params):
   ids = np.random.default_rng(3).integers(0, 12, (7, 4)).astype(np.int32)
   ids[2, 1:] = -1
-  run = lambda ids: bits.evaluate(params, MODEL, *stores, ids, VOCAB, DATA, CONFIG, seed=0)
+
+  def run(ids):
+    return bits.evaluate(params, MODEL, *stores, ids, VOCAB, DATA, CONFIG, seed=0)
+
   result = run(ids)
   assert result == run(ids)
   assert result["documents"] == 5
@@ -184,25 +183,31 @@ def test_evaluate_differs_between_neighbors_and_repeats_exactly(stores, params):
       assert difference["low"] <= difference["bits"] <= difference["high"]
       assert difference["bits"] != 0
   assert bits.describe(result).endswith("bits per text token, 5 documents of 5 concepts")
-  nobody = run(np.full_like(ids, -1))
-  assert nobody["image"]["true"]["bits"] == pytest.approx(nobody["image"]["none"]["bits"], rel=1e-5)
-  assert nobody["image"]["none"]["bits"] == pytest.approx(result["image"]["none"]["bits"], rel=1e-5)
+  alone = run(np.full_like(ids, -1))
+  assert alone["image"]["true"]["bits"] == pytest.approx(alone["image"]["none"]["bits"], rel=1e-5)
+  assert alone["image"]["none"]["bits"] == pytest.approx(result["image"]["none"]["bits"], rel=1e-5)
 
 
 def test_fewer_than_two_documents_are_refused(tmp_path, stores, params):
   documents.write_documents(tmp_path / "one", [pair(0, np.random.default_rng(0))], VOCAB)
   one = documents.DocumentStore(tmp_path / "one", VOCAB)
-  with pytest.raises(
-    config.UserError, match=r"documents chosen .*one \(1\) show fewer than two concepts"
-  ):
-    bits.evaluate(
-      params, MODEL, stores[0], one, np.zeros((1, 2), np.int32), VOCAB, DATA, CONFIG, seed=0
-    )
+  ids = np.zeros((1, 2), np.int32)
+  message = r"documents chosen .*one \(1\) show fewer than two concepts"
+  with pytest.raises(config.UserError, match=message):
+    bits.evaluate(params, MODEL, stores[0], one, ids, VOCAB, DATA, CONFIG, seed=0)
 
 
 def test_intervals_are_over_the_concepts_of_the_documents(tmp_path, stores, params):
   rng = np.random.default_rng(4)
-  concepts = ["fox", "fox", "fox", "cat", "cat", "", ""]  # Without a concept: each its own.
+  concepts = [
+    "fox",
+    "fox",
+    "fox",
+    "cat",
+    "cat",
+    "",
+    "",
+  ]  # A document without a concept counts as one.
   written = [pair(i, rng, concept=concept) for i, concept in enumerate(concepts)]
   documents.write_documents(tmp_path / "concepts", written, VOCAB)
   store = documents.DocumentStore(tmp_path / "concepts", VOCAB)
@@ -221,15 +226,13 @@ def test_documents_of_one_concept_are_refused(tmp_path, stores, params):
   written = [pair(i, rng, concept="fox") for i in range(3)]
   documents.write_documents(tmp_path / "foxes", written, VOCAB)
   foxes = documents.DocumentStore(tmp_path / "foxes", VOCAB)
-  with pytest.raises(
-    config.UserError, match=r"documents chosen from .*foxes \(3\) show fewer than two concepts"
-  ):
-    bits.evaluate(
-      params, MODEL, stores[0], foxes, np.zeros((3, 2), np.int32), VOCAB, DATA, CONFIG, seed=0
-    )
+  ids = np.zeros((3, 2), np.int32)
+  message = r"documents chosen from .*foxes \(3\) show fewer than two concepts"
+  with pytest.raises(config.UserError, match=message):
+    bits.evaluate(params, MODEL, stores[0], foxes, ids, VOCAB, DATA, CONFIG, seed=0)
 
 
-def test_the_unigram_table_reads_no_document(stores):
+def test_the_unigram_table_reads_counts_and_no_document(stores):
   table = bits.unigram_table(stores[0], VOCAB)
   for path in stores[0].folder.glob("*.array_record"):
     path.unlink()

@@ -10,7 +10,7 @@ SIZES = np.array([18] * 4 + [12] * 2 + [6] * 6 + [1] * 40)
 GROUPS = np.repeat(np.arange(len(SIZES)), SIZES)
 
 
-def test_the_interval_of_the_docstring():
+def test_the_interval_is_that_of_the_docstring():
   found = intervals.mean_interval([2, 4, 9], [1, 1, 1], ["fox", "fox", "cat"])
   effective = pytest.approx(1.8)
   assert found == {
@@ -18,18 +18,18 @@ def test_the_interval_of_the_docstring():
   }  # fmt: skip
 
 
-def draw(rng):
-  """Sums and weights of documents whose concepts differ more than the documents of a concept do."""
+def sample_documents(rng):
+  """Samples sums and weights of documents that differ more between concepts than within one."""
   tokens = rng.integers(1, 10, len(GROUPS)).astype(float)
   rates = 3.0 + rng.normal(0, 1, len(SIZES))[GROUPS] + rng.normal(0, 0.3, len(GROUPS))
   return tokens * rates, tokens
 
 
-def test_intervals_over_concepts_cover_at_their_level_where_those_over_documents_do_not():
+def test_intervals_over_concepts_cover_at_their_level_and_those_over_documents_do_not():
   rng = np.random.default_rng(0)
   covered = {"concepts": 0, "documents": 0}
   for seed in range(300):
-    sums, tokens = draw(rng)
+    sums, tokens = sample_documents(rng)
     for name, groups in (("concepts", GROUPS), ("documents", np.arange(len(GROUPS)))):
       found = intervals.mean_interval(sums, tokens, groups, num_resamples=400, seed=seed)
       covered[name] += found["low"] <= 3.0 <= found["high"]
@@ -48,7 +48,7 @@ def test_intervals_of_few_equal_concepts_cover_at_their_level():
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_copies_of_documents_tell_nothing_new(seed):
+def test_copies_of_documents_do_not_change_the_interval(seed):
   rng = np.random.default_rng(seed)
   sums, weights = rng.normal(3, 1, 8), rng.integers(1, 10, 8)
   once = intervals.mean_interval(sums, weights, np.arange(8), num_resamples=100)
@@ -62,9 +62,9 @@ def test_one_group_has_no_interval():
   assert (found["mean"], found["low"], found["high"], found["groups"]) == (1.5, None, None, 1)
 
 
-def test_pairing_takes_out_what_two_conditions_share():
+def test_pairing_removes_variation_that_two_conditions_share():
   rng = np.random.default_rng(2)
-  hard = draw(rng)[0]
+  hard = sample_documents(rng)[0]
   easier = hard - rng.normal(0.1, 0.05, len(hard))
 
   def width(sums):

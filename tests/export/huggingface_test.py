@@ -1,4 +1,4 @@
-"""The exported folder gives our logits in transformers."""
+"""Tests that the exported model has the same logits in transformers."""
 
 import dataclasses
 
@@ -35,9 +35,8 @@ def config(family):
 
 def samples():
   rng = np.random.default_rng(0)
-  return [rng.integers(0, VOCAB.size, n).astype(np.int32) for n in (40, 7, 1)] + [
-    np.array([0, 0, 5, 319], np.int32)
-  ]
+  random = [rng.integers(0, VOCAB.size, n).astype(np.int32) for n in (40, 7, 1)]
+  return [*random, np.array([0, 0, 5, 319], np.int32)]
 
 
 @pytest.fixture(params=["opt", "modern"])
@@ -55,33 +54,28 @@ def test_logits_equal_transformers(exported):
   compared = huggingface.compare_logits(folder, params, model_config, samples())
   assert compared["max_logit"] > 3
   assert compared["max_difference"] < TOLERANCE
-  assert summary["parameters"] == transformer.count_params(params) + (
-    2 * 48 if model_config.family == "opt" else 0
-  )
+  unused_positions = 2 * 48 if model_config.family == "opt" else 0
+  assert summary["parameters"] == transformer.count_params(params) + unused_positions
   assert compared["tokens"] == 52
 
 
 def test_every_weight_is_compared(exported):
-  """Negative control: a change of any one tensor of the file shows in the logits."""
+  """Negative control: a change of any tensor of the file changes the logits."""
   pytest.importorskip("torch")
   folder, params, model_config, _ = exported
   tensors = safetensors_numpy.load_file(folder / huggingface.WEIGHTS)
   names = [n for n in tensors if "layers." not in n or "layers.1." in n]
   for name in names:
-    changed = tensors[name] + np.where(
-      np.arange(tensors[name].size).reshape(tensors[name].shape) % 7 == 3, 0.05, 0
-    )
-    safetensors_numpy.save_file(
-      tensors | {name: changed.astype(np.float32)}, folder / huggingface.WEIGHTS, {"format": "pt"}
-    )
-    difference = huggingface.compare_logits(folder, params, model_config, samples()[:1])[
-      "max_difference"
-    ]
-    assert difference > 100 * TOLERANCE, name
+    changed = tensors[name].copy()
+    changed.flat[3::7] += 0.05
+    changed_file = tensors | {name: changed}
+    safetensors_numpy.save_file(changed_file, folder / huggingface.WEIGHTS, {"format": "pt"})
+    compared = huggingface.compare_logits(folder, params, model_config, samples()[:1])
+    assert compared["max_difference"] > 100 * TOLERANCE, name
 
 
-def test_loads_without_surprises(exported):
-  """Nothing is missing or left over, and transformers pads and begins with our ids."""
+def test_transformers_loads_every_weight(exported):
+  """No weight is missing or left over, and ids of padding and start are those of the vocabulary."""
   pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
   folder, _, model_config, summary = exported
@@ -112,7 +106,7 @@ def test_generation_stops_at_the_end_of_a_document_and_of_an_infill(exported):
     assert found[0, 3:].tolist() == [token] * generated
 
 
-def test_positions_stand_two_rows_down():
+def test_positions_are_stored_two_rows_later():
   params = {"positions": np.ones((3, 2)), "embed": np.zeros((4, 2)), "blocks": {"up": []}}
   rows = huggingface.opt_tensors(params)["model.decoder.embed_positions.weight"]
   np.testing.assert_array_equal(rows, [[0, 0], [0, 0], [1, 1], [1, 1], [1, 1]])
@@ -124,16 +118,15 @@ def test_sharded_params_export_the_same(tmp_path):
     devices = jax.devices()[: int(np.prod(shape))]
     with jax.set_mesh(create_mesh(MeshConfig(*shape), devices)):
       model_config = config("opt")
-      huggingface.export(
-        tmp_path / str(len(devices)), random_params(model_config), model_config, VOCAB, None
-      )
-      files.append(safetensors_numpy.load_file(tmp_path / str(len(devices)) / huggingface.WEIGHTS))
+      folder = tmp_path / str(len(devices))
+      huggingface.export(folder, random_params(model_config), model_config, VOCAB, None)
+      files.append(safetensors_numpy.load_file(folder / huggingface.WEIGHTS))
   one, eight = files
   assert one.keys() == eight.keys()
   assert all(jnp.allclose(one[k], eight[k], atol=1e-6) for k in one)
 
 
-def test_query_key_norm_of_opt_has_no_place_in_the_layout(tmp_path):
+def test_query_key_norm_of_opt_cannot_be_exported(tmp_path):
   with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
     model_config = dataclasses.replace(config("opt"), query_key_norm=True)
     with pytest.raises(UserError, match="OPTForCausalLM has no such norm"):

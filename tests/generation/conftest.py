@@ -1,4 +1,4 @@
-"""One tiny run that the tests of this folder read."""
+"""Makes one tiny run for the tests of this folder."""
 
 from etils import epath
 import jax
@@ -13,7 +13,7 @@ from tests.generation.run import SETTINGS, make_run
 
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory):
-  """Stores and tokenizers of a run, with random weights."""
+  """Makes stores and tokenizers of a run, with random weights."""
   root = epath.Path(tmp_path_factory.mktemp("run"))
   make_run(root)
   return root

@@ -1,4 +1,4 @@
-"""Contact sheets show every image, enlarged, in its place."""
+"""Tests that a contact sheet shows every image, enlarged, in its place."""
 
 import numpy as np
 from PIL import Image
@@ -25,12 +25,10 @@ def test_contact_sheet_holds_texts_beside_images():
   image = np.full((64, 64, 3), 255, np.uint8)
   sheet = np.asarray(writer.contact_sheet([[image, "a red apple"], ["alone"]], ["", ""]))
   step, left = 128 + writer.GAP, writer.LABEL_WIDTH
-  written = lambda i, j: (sheet[writer.GAP + i * step :, left + j * step :][:128, :128] < 128).any()
-  assert [[written(i, j) for j in range(2)] for i in range(2)] == [[False, True], [True, False]]
-  assert writer.contact_sheet([["only", "texts"]], [""]).size == (
-    left + 2 * step,
-    writer.GAP + step,
-  )
+  cells = [sheet[writer.GAP + i * step :, left + j * step :] for i in range(2) for j in range(2)]
+  assert [bool((cell[:128, :128] < 128).any()) for cell in cells] == [False, True, True, False]
+  size = (left + 2 * step, writer.GAP + step)
+  assert writer.contact_sheet([["only", "texts"]], [""]).size == size
 
 
 def test_a_long_text_ends_in_an_ellipsis():

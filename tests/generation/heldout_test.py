@@ -1,4 +1,4 @@
-"""Held-out captions come from the document stores: whose captions, which neighbors, which originals."""
+"""Tests held-out captions: their choice, their neighbors and their original images."""
 
 import numpy as np
 from PIL import Image
@@ -16,7 +16,7 @@ from tests.models.tiny import random_params
 COLUMNS = [(2, SETTINGS.sampling)]
 
 
-def test_heldout_captions_are_spread_and_know_their_neighbors(workdir, layout):
+def test_heldout_captions_are_evenly_spaced_and_have_their_neighbors(workdir, layout):
   found = heldout_tasks(layout, workdir, 3, 7, COLUMNS)
   assert [t.prompt for t in found] == ["red apple", "blue car", "new house"]
   assert [t.seed for t in found] == [7, 8, 9]
@@ -30,18 +30,14 @@ def test_heldout_captions_are_spread_and_know_their_neighbors(workdir, layout):
   every = heldout_tasks(layout, workdir, 5, 7, COLUMNS)
   assert len(every[1].neighbors) == 1  # It has no second one.
   both = heldout_tasks(layout, workdir, 2, 7, [(0, SETTINGS.sampling), *COLUMNS])
-  assert [(t.row, t.retrieve, len(t.neighbors)) for t in both] == [
-    (0, 0, 0),
-    (1, 0, 0),
-    (0, 2, 2),
-    (1, 2, 2),
-  ]
+  fields = [(t.row, t.retrieve, len(t.neighbors)) for t in both]
+  assert fields == [(0, 0, 0), (1, 0, 0), (0, 2, 2), (1, 2, 2)]
   with pytest.raises(UserError, match="--captions is 6; only 5 pairs are held out"):
     heldout_tasks(layout, workdir, 6, 0, COLUMNS)
 
 
 def test_the_model_reads_the_ids_of_the_store(workdir, layout):
-  """A caption that was cut when it was encoded may decode to other ids."""
+  """The text of a truncated caption may encode to other ids."""
   (task,) = heldout_tasks(layout, workdir, 1, 0, [(0, SETTINGS.sampling)])
   cut = task.document.segments[0].tokens[:-1]
   segments = (task.document.segments[0].__class__(False, cut), task.document.segments[1])
@@ -58,7 +54,7 @@ def test_originals_are_decoded_from_their_codes(workdir, layout):
   assert (tasks[0].original != tasks[1].original).any()
 
 
-def test_the_trainers_grid(workdir, tmp_path):
+def test_the_trainer_writes_a_grid(workdir, tmp_path):
   with one_device():
     generate_grid = sample_grids(SETTINGS, workdir, tmp_path / "grid")
     grid = generate_grid(random_params(SETTINGS.model), 12)

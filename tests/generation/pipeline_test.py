@@ -1,4 +1,4 @@
-"""From tasks to samples in memory: given images, retrieval, batches, scores, ranks."""
+"""Tests the pipeline from tasks to samples: given images, retrieval, batches, scores, ranks."""
 
 import dataclasses
 
@@ -44,13 +44,13 @@ def text_to_image(prompt, **fields):
 
 
 def prepare(pipeline, *tasks):
-  """(request and neighbors of each task)."""
+  """Returns the request and the neighbors of each task."""
   given = check_tasks(pipeline.layout, tasks, pipeline.bank)
   found = pipeline.retrieve(tasks)
   return list(zip(pipeline._requests(tasks, given, found), found))
 
 
-def test_a_prompt_gets_the_neighbors_that_clip_names(pipeline, workdir, clip):
+def test_a_prompt_gets_its_nearest_neighbors_by_clip(pipeline, workdir, clip):
   tasks = text_to_image("green car", retrieve=2), text_to_image("green car")
   (request, found), (_, none) = prepare(pipeline, *tasks)
   bank = Embeddings(workdir / "neighbors" / "train")
@@ -71,7 +71,7 @@ def test_the_unconditional_stream_may_keep_the_neighbors(pipeline):
   assert len(dropped.streams[1]) == 3
 
 
-def test_a_given_image_is_searched_for_by_itself(pipeline, workdir, clip, tmp_path):
+def test_a_given_image_is_its_own_query(pipeline, workdir, clip, tmp_path):
   task = Caption(write_image(tmp_path / "a.png"), retrieve=1, length=9)
   ((_, found),) = prepare(pipeline, task)
   vector = clip.embed_images(np.asarray(Image.open(task.image))[None])[0]
@@ -100,7 +100,7 @@ def test_an_image_of_another_size_is_squared_and_scaled(workdir, layout, tmp_pat
   ]
 
 
-def test_a_box_that_is_rounded_is_told(workdir, layout, tmp_path, capsys):
+def test_a_rounded_box_is_reported(workdir, layout, tmp_path, capsys):
   task = InfillImage(write_image(tmp_path / "a.png"), (1, 2, 5, 6))
   check_tasks(layout, [task], workdir)
   expected = "generate: box 1,2,5,6 is rounded out to whole codes of 2 pixels: 0,2,6,6.\n"
@@ -109,7 +109,7 @@ def test_a_box_that_is_rounded_is_told(workdir, layout, tmp_path, capsys):
   assert capsys.readouterr().out == ""
 
 
-def test_images_that_cannot_be_read(workdir, layout, tmp_path):
+def test_images_that_cannot_be_read_are_refused(workdir, layout, tmp_path):
   (tmp_path / "a.png").write_text("no image")
   for name in ("a.png", "b.png"):
     task = Caption(str(tmp_path / name), length=9, where="f, line 2")
@@ -117,18 +117,16 @@ def test_images_that_cannot_be_read(workdir, layout, tmp_path):
       check_tasks(layout, [task], workdir)
 
 
-def test_nothing_to_retrieve(pipeline, layout, tmp_path, monkeypatch):
+def test_an_empty_or_absent_bank_is_refused(pipeline, layout, tmp_path, monkeypatch):
   write_documents(epath.Path(tmp_path) / "documents" / "train_pairs", [], VOCAB)
   task = text_to_image("green car", retrieve=2, where="f, line 1")
-  with pytest.raises(
-    UserError,
-    match=r"^f, line 1: retrieve is 2, and .*train_pairs holds no documents: say --retrieve=0",
-  ):
+  message = r"retrieve is 2, and .*train_pairs holds no documents: set retrieve to 0"
+  with pytest.raises(UserError, match=f"^f, line 1: {message}"):
     check_tasks(layout, [task], tmp_path)
   with pytest.raises(UserError, match=r"^f, line 1: retrieve is 2, and there is no bank"):
     check_tasks(layout, [task], None)
 
-  def nothing(self, queries):
+  def nothing(self, queries, count):
     return np.full((len(queries), 4), -1, np.int32), None
 
   monkeypatch.setattr(neighbors.Retriever, "retrieve", nothing)

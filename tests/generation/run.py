@@ -1,4 +1,4 @@
-"""A run as the stages before generation leave it, without raw data: random weights, tiny sizes."""
+"""Makes a tiny run as of the stages before generation, with random weights and no raw data."""
 
 import contextlib
 import dataclasses
@@ -7,22 +7,21 @@ from etils import epath
 import jax
 import numpy as np
 
+from cm3leon_jax import stages
+from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.data.documents import Segment, write_documents
+from cm3leon_jax.io import write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.tokenizers import text, vqgan
+from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training.optimizer import create_optimizer
+from cm3leon_jax.training.state import TrainState
 from tests.data.stores import VOCAB, make_sources
+from tests.models.tiny import random_params
 from tests.retrieval.stores import write_bank, write_neighbors
 
 CAPTIONS = ["red apple", "green apple", "blue car", "old house", "new house"]
-CLIP_CONFIG = {
-  "resolution": 8,
-  "patch": 4,
-  "image_width": 64,
-  "image_layers": 1,
-  "text_width": 64,
-  "text_layers": 1,
-}
 
 
 def make_config():
@@ -34,7 +33,8 @@ def make_config():
   config.vqgan.update(
     {"encoder_blocks": (0,), "decoder_blocks": (0,), "code_dim": 4, "adversarial_weight": 0.0}
   )
-  config.clip.update({**CLIP_CONFIG, "text_length": 8, "embed_dim": 16})
+  config.clip.update({"resolution": 8, "patch": 4, "image_width": 64, "image_layers": 1})
+  config.clip.update({"text_width": 64, "text_layers": 1, "text_length": 8, "embed_dim": 16})
   config.retrieval.update({"backend": "exact"})
   config.data.update({"sequence_length": 128})
   config.model.update(
@@ -50,28 +50,23 @@ SETTINGS = settings_from_config(make_config())
 
 
 def one_device() -> contextlib.AbstractContextManager:
-  """A mesh of one."""
+  """Sets a mesh of one device."""
   return jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
 
 
 def make_run(root: epath.Path) -> None:
-  """Five held-out pairs of 8 x 8 pixels, and a bank of twelve documents."""
-  words = [
-    " ".join(CAPTIONS[i % 5].split() + [f"word{i}"]) for i in range(200)
-  ] * 3  # Enough for 512 ids.
+  """Writes tokenizers, five held-out pairs of 8 x 8 pixels, and a bank of twelve documents."""
+  words = [f"{CAPTIONS[i % 5]} word{i}" for i in range(200)] * 3  # Enough for 512 ids.
   text.train_text_tokenizer(words, VOCAB, text.TextTokenizerConfig(), root / "text_tokenizer")
   encode = text.TextTokenizer(root / "text_tokenizer", VOCAB).encode
   bank = make_sources(root / "made", num_pairs=12)[0].store
   write_documents(root / "documents" / "train_pairs", [bank[i] for i in range(12)], VOCAB)
-  make = lambda i, caption: dataclasses.replace(
-    bank[i],
-    key=f"h{i}",
-    segments=(Segment(False, encode(caption)), bank[i].segments[1]),
-    concept=caption.split()[1],
-  )
-  write_documents(
-    root / "documents" / "heldout_pairs", [make(i, c) for i, c in enumerate(CAPTIONS)], VOCAB
-  )
+  heldout = []
+  for i, caption in enumerate(CAPTIONS):
+    segments = (Segment(False, encode(caption)), bank[i].segments[1])
+    fields = {"key": f"h{i}", "segments": segments, "concept": caption.split()[1]}
+    heldout.append(dataclasses.replace(bank[i], **fields))
+  write_documents(root / "documents" / "heldout_pairs", heldout, VOCAB)
   rng = np.random.default_rng(0)
   vectors = rng.normal(size=(2, 12, 16)).astype(np.float32)
   texts, images = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
@@ -82,3 +77,21 @@ def make_run(root: epath.Path) -> None:
   write_neighbors(root / "neighbors" / "heldout_pairs", text_ids=ids)
   image_params = vqgan.init_params(SETTINGS.vqgan, VOCAB.image_size, jax.random.key(0))
   vqgan.ImageTokenizer(SETTINGS.vqgan, VOCAB.image_size, image_params).save(root / "vqgan")
+
+
+def save_run(root: epath.Path) -> None:
+  """A run that `CM3Leon.load` and all commands read: `make_run`, a CLIP, a checkpoint of step 7."""
+  make_run(root)
+  params = clip_lib.init_params(SETTINGS.clip, VOCAB.text_size, jax.random.key(0))
+  clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, params).save(root / "clip")
+  optimizer = create_optimizer(SETTINGS.optimizer, 10)
+  with one_device():
+    params = random_params(SETTINGS.model)
+    state = TrainState(np.int32(7), params, jax.jit(optimizer.init)(params))
+    checkpoints = checkpoint.Checkpoints(root / "train", keep=1)
+    checkpoints.save(state, 7, next_row=0)
+    checkpoints.close()
+  for name in ("text_tokenizer", "vqgan", "documents", "neighbors", "clip", "train"):
+    write_json(root / name / stages.DONE, {"id": name, "config": {}, "summary": {}, "seconds": 1.0})
+  stored = {"run": stages.identity(SETTINGS, "train"), "settings": dataclasses.asdict(SETTINGS)}
+  write_json(root / "train" / "config.json", stored)

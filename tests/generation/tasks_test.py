@@ -1,4 +1,4 @@
-"""Each task's prompts are the documented templates, holes are where the user put them, and answers are read back."""
+"""Tests the prompts of each task, their holes, and the answers that generated ids decode to."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ IDS = VOCAB.image_ids(CODES)
 
 
 def infilled(request, ids):
-  """The sample that training would have made it of, without its `</s>`."""
+  """Returns the training sample of a request and its generated ids, without `</s>`."""
   whole = undo_cm3_mask(np.concatenate([request.streams[0], np.array(ids, np.int32)]), VOCAB)
   assert (whole[0], whole[-1]) == (VOCAB.eos, VOCAB.eos)
   return whole[1:-1].tolist()
@@ -79,13 +79,13 @@ def test_texts_with_masks_are_tokenized_as_if_filled(layout, text, fills, image)
   assert task.from_ids(layout, request, np.array(ids)) == ((whole,), tuple(fills))
 
 
-def test_a_space_before_a_mask_belongs_to_its_hole_wherever_it_stands(layout):
-  """Pieces that are equal strings, of which Python keeps one object, are told apart by their place."""
+def test_a_space_before_a_mask_belongs_to_its_hole(layout):
+  """Equal pieces are distinguished by their position, not by object identity."""
   pieces = text_pieces(layout.encode, "a <mask> <mask> ")
   assert [len(piece) for piece in pieces[1:]] == [0, 1]
 
 
-def test_a_box_is_one_hole_a_row(layout):
+def test_a_box_is_one_hole_per_row(layout):
   task = InfillImage("a.png", (3, 0, 6, 4), "red apple")
   request = task.to_request(layout, CODES)
   assert [tuple(part[:2]) for part in request.plan] == [(1, 2), (3, 0), (4, 1), (1, 2), (3, 0)]
@@ -123,17 +123,17 @@ def test_boxes_are_rounded_out():
     ((0, 4, 4.5, 2), "box is 0,4,4.5,2; it must be four whole numbers"),
   ],
 )
-def test_wrong_boxes(layout, box, sentence):
+def test_wrong_boxes_are_refused(layout, box, sentence):
   with pytest.raises(UserError, match=f"^f, line 1: {sentence}"):
     InfillImage("a.png", box, where="f, line 1").to_request(layout)
 
 
-def test_a_box_of_more_rows_than_sentinels(layout):
+def test_a_box_with_more_rows_than_sentinels_is_refused(layout):
   few = dataclasses.replace(layout, vocab=dataclasses.replace(VOCAB, num_special=7))
-  with pytest.raises(
-    UserError,
-    match="box is 0,0,2,8: it has 4 rows of codes, and the vocabulary has sentinels for 1: make it",
-  ):
+  message = (
+    "box is 0,0,2,8: it has 4 rows of codes, and the vocabulary has sentinels for 1: make it"
+  )
+  with pytest.raises(UserError, match=message):
     InfillImage("a.png", (0, 0, 2, 8)).to_request(few)
 
 
@@ -147,7 +147,7 @@ def test_an_edit_is_the_template(layout):
   ]
 
 
-def test_a_document_continues_its_text_and_fills_what_is_left(layout):
+def test_an_interleaved_document_continues_its_text_and_fills_the_row(layout):
   task = Interleaved("red apple")
   request = task.to_request(layout)
   assert request.streams[0].tolist() == [VOCAB.eos, *layout.encode("red apple")]
@@ -169,21 +169,17 @@ def test_a_document_continues_its_text_and_fills_what_is_left(layout):
     Interleaved(length=128),
   ],
 )
-def test_a_prompt_that_is_too_long(layout, task):
+def test_a_prompt_that_is_too_long_is_refused(layout, task):
   task = dataclasses.replace(task, where="f, line 1")
-  with pytest.raises(
-    UserError,
-    match=r"^f, line 1: the prompt has \d+ tokens and up to \d+ follow; the model was trained on 128",
-  ):
+  message = r"the prompt has \d+ tokens and up to \d+ follow; the model was trained on 128"
+  with pytest.raises(UserError, match=f"^f, line 1: {message}"):
     task.to_request(layout)
 
 
 @pytest.mark.parametrize("task", [Unconditional(), Interleaved("red apple")])
 def test_contrastive_decoding_needs_two_streams(layout, task):
-  with pytest.raises(
-    UserError,
-    match=r"sampling\.method is 'mixture', which contrasts with a stream without the prompt",
-  ):
+  message = r"sampling\.method is 'mixture', which contrasts with a stream without the prompt"
+  with pytest.raises(UserError, match=message):
     dataclasses.replace(task, sampling=SamplingConfig(method="mixture")).to_request(layout)
   sampling = SamplingConfig(method="contrastive")
   TextToImage("red apple", sampling=sampling).to_request(layout)
@@ -191,7 +187,7 @@ def test_contrastive_decoding_needs_two_streams(layout, task):
   InfillText("<mask>", length=9, sampling=sampling).to_request(layout)
 
 
-def test_masks_side_by_side(layout):
+def test_masks_side_by_side_are_refused(layout):
   with pytest.raises(UserError, match="two masks stand side by side"):
     InfillText("a <mask> <mask>").to_request(layout)
 

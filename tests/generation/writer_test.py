@@ -1,4 +1,4 @@
-"""From samples to files: every task leaves its images and texts, and records say how they were made."""
+"""Tests that every task writes its images, texts and records."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def image_file(tmp_path_factory):
 
 
 def generate(folder, workdir, tasks, clip, **options):
-  """Records of one sample of each task."""
+  """Generates one sample of each task and returns their records."""
   with one_device():
     params = random_params(SETTINGS.model)
     pipeline = Pipeline.load(SETTINGS, workdir, params, clip, **options)
@@ -40,7 +40,7 @@ def generate(folder, workdir, tasks, clip, **options):
 
 @pytest.fixture(scope="module")
 def heldout(workdir, layout, clip, tmp_path_factory):
-  """(folder, tasks, records) of two captions with two settings of guidance and of retrieval."""
+  """Returns (folder, tasks, records) of two captions with two guidances and two retrievals."""
   folder = epath.Path(tmp_path_factory.mktemp("samples"))
   columns = [(n, dataclasses.replace(SAMPLING, guidance=g)) for n in (0, 2) for g in (1.0, 3.0)]
   tasks = heldout_tasks(layout, workdir, 2, 5, columns)
@@ -49,7 +49,7 @@ def heldout(workdir, layout, clip, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def every_task(workdir, clip, image_file, tmp_path_factory):
-  """(folder, records by task), 16 tokens of text at most, a document of 17."""
+  """Returns (folder, records by task); texts have at most 16 tokens, documents 17."""
   folder = epath.Path(tmp_path_factory.mktemp("tasks"))
   fields = {
     "text_to_image": {"prompt": "red apple", "retrieve": 1, "keep_neighbors": True},

@@ -19,15 +19,8 @@ FOLDER = ROOT / "cm3leon_jax" / "commands"
 def run(*argv, cwd=ROOT, **environment):
   """Runs a program as a user would: JAX chooses its devices itself."""
   env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-  return subprocess.run(
-    argv,
-    cwd=cwd,
-    capture_output=True,
-    text=True,
-    timeout=300,
-    env={**env, **environment},
-    check=False,
-  )
+  env |= environment
+  return subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=300, env=env)
 
 
 def command(name, *flags):
@@ -46,7 +39,7 @@ def test_every_command_is_listed():
   )
 
 
-# Prints the page of --help, then which heavy modules were imported for it.
+# Prints --help, then the heavy modules that it imported.
 HELP = """
 import runpy, sys
 sys.argv = ["launch.NAME", "--help"]
@@ -104,19 +97,21 @@ def test_the_console_script_lists_commands_and_suggests_one(tmp_path):
 def test_a_config_by_name_or_by_path_works_in_any_folder(tmp_path):
   (tmp_path / "own.py").write_text(
     "from cm3leon_jax.configs import base\n"
-    "def get_config(seed='3'):\n  config = base.get_config()\n  config.seed = int(seed)\n  return config\n"
+    "def get_config(seed='3'):\n"
+    "  config = base.get_config()\n  config.seed = int(seed)\n  return config\n"
   )
   for config in ("openmoji:2", str(tmp_path / "own.py")):
     result = cm3leon("evaluate", f"--config={config}", "--workdir=w", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr == (
-      "error: w/documents is not finished: run `cm3leon encode_documents` with the same --config and --workdir first.\n"
+      "error: w/documents is not finished: run `cm3leon encode_documents` with the same --config "
+      "and --workdir first.\n"
     )
   result = cm3leon("evaluate", "--config=own.py:-7", "--workdir=w", cwd=tmp_path)
-  assert result.stderr == "error: config: seed is -7; it must not be negative.\n"
+  assert result.stderr == "error: config.seed is -7; it must be at least 0.\n"
 
 
-# What a command does that uses the devices, where nobody set JAX_PLATFORMS.
+# A command that uses devices, without JAX_PLATFORMS.
 DEVICES = """
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.common import use_mesh
@@ -146,7 +141,9 @@ def test_a_machine_without_accelerators_prints_no_warnings():
     ([], {"JAX_PLATFORMS": "tpu"}, "tpu"),
   ],
 )
-def test_jax_looks_for_accelerators_where_there_are_some(found, variables, expected, monkeypatch):
+def test_jax_looks_for_accelerators_if_the_machine_has_device_files(
+  found, variables, expected, monkeypatch
+):
   monkeypatch.setattr(accelerators.glob, "glob", lambda pattern: [p for p in found if p == pattern])
   monkeypatch.setattr(accelerators.os, "environ", variables)
   accelerators.use_cpu_if_alone()
@@ -170,8 +167,8 @@ def test_jax_looks_for_accelerators_where_there_are_some(found, variables, expec
     ),
     (
       ["--config=ml_configs/nope.py"],
-      "error: --config=ml_configs/nope.py: there is no such file; name a Python file with a get_config function, or a "
-      "shipped config: cm3leon_350m, ",
+      "error: --config=ml_configs/nope.py: there is no such file; name a Python file with a "
+      "get_config function, or a shipped config: cm3leon_350m, ",
     ),
     (
       ["--config=ml_configs/openmoji.py:soon"],
@@ -179,12 +176,12 @@ def test_jax_looks_for_accelerators_where_there_are_some(found, variables, expec
     ),
     (
       ["--num_processes=2"],
-      "error: --num_processes is given, but this command runs in one process; only launch.train runs in",
+      "error: --num_processes is given, but this command runs in one process; only launch.train ",
     ),
     (["surplus"], "error: unexpected argument 'surplus': commands take flags only (--name=value)."),
     (
       [],
-      "error: {workdir}/documents is not finished: run `python -m launch.encode_documents` with the same --config",
+      "error: {workdir}/documents is not finished: run `python -m launch.encode_documents` with ",
     ),
   ],
 )
@@ -207,13 +204,14 @@ CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  
     (
       [*EVALUATE, "--steps=5"],
       "",
-      "--steps is not a flag of this command; a field of the config is set by --config.train.steps or "
-      "--config.clip.steps or --config.vqgan.steps.\n",
+      "--steps is not a flag of this command; a field of the config is set by "
+      "--config.train.steps or --config.clip.steps or --config.vqgan.steps.\n",
     ),
     (
       [*EVALUATE, "--sampling.top_p=0.5"],
       "",
-      "--sampling.top_p is not a flag of this command; a field of the config is set by --config.sampling.top_p.\n",
+      "--sampling.top_p is not a flag of this command; a field of the config is set by "
+      "--config.sampling.top_p.\n",
     ),
     (
       [*EVALUATE, "--workdri=x"],
@@ -228,12 +226,14 @@ CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  
     (
       ["--config=own.py", "--workdir=w"],
       "x = 1\n",
-      "--config=own.py: the file has no function get_config; it must have one that returns a config.\n",
+      "--config=own.py: the file has no function get_config; it must have one that returns a "
+      "config.\n",
     ),
     (
       ["--config=own.py", "--workdir=w"],
       f"{CONFIG}pass\n",
-      "--config=own.py: get_config returns NoneType; it must return an ml_collections.ConfigDict.\n",
+      "--config=own.py: get_config returns NoneType; it must return an "
+      "ml_collections.ConfigDict.\n",
     ),
     (
       ["--config=own.py", "--workdir=w"],
@@ -243,12 +243,13 @@ CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  
     (
       ["--config=own.py", "--workdir=w"],
       f"{CONFIG}c = default_config()\n  del c['vqgan']\n  return c\n",
-      "config has no section 'vqgan': begin with cm3leon_jax.configs.base.get_config(), which has them all.\n",
+      "config has no section 'vqgan': begin with cm3leon_jax.configs.base.get_config(), ",
     ),
     (
       ["--config=openmoji", "--workdir=gs://bucket/run"],
       "",
-      "--workdir=gs://bucket/run is in a bucket, which needs gcsfs: pip install 'cm3leon_jax[data]'.\n",
+      "--workdir=gs://bucket/run is in a bucket, which needs gcsfs: pip install "
+      "'cm3leon_jax[data]'.\n",
     ),
   ],
 )
@@ -274,8 +275,8 @@ def test_a_bucket_as_source_needs_its_extra(tmp_path):
   result = run(sys.executable, "-m", "launch.prepare_data", *flags, cwd=tmp_path, PYTHONPATH=path)
   assert result.returncode == 2
   assert result.stderr == (
-    "error: config.raw.source is 'gs://bucket/pairs', which cannot be opened: Please install gcsfs to access Google "
-    "Storage (buckets need pip install 'cm3leon_jax[data]').\n"
+    "error: config.raw.source is 'gs://bucket/pairs', which cannot be opened: Please install gcsfs "
+    "to access Google Storage (buckets need pip install 'cm3leon_jax[data]').\n"
   )
 
 
@@ -284,7 +285,8 @@ def test_a_license_that_no_drawing_has_ends_at_once(tmp_path):
   result = command("prepare_data", "--config=openmoji", f"--workdir={tmp_path}", licenses)
   assert result.returncode == 2
   assert result.stderr == (
-    "error: config.raw.licenses is ('CC0-1.0',); the drawings of OpenMoji are under CC-BY-SA-4.0: add it.\n"
+    "error: config.raw.licenses is ('CC0-1.0',); the drawings of OpenMoji are under CC-BY-SA-4.0: "
+    "add it.\n"
   )
 
 
@@ -293,12 +295,12 @@ def test_report_of_an_empty_workdir_is_refused(tmp_path):
     result = command("report", "--config=openmoji", f"--workdir={folder}")
     assert result.returncode == 2
     assert result.stderr == (
-      f"error: --workdir {folder} holds no finished stage: run `python -m launch.prepare_data` with the same --config "
-      "and --workdir first.\n"
+      f"error: --workdir {folder} holds no finished stage: run `python -m launch.prepare_data` "
+      "with the same --config and --workdir first.\n"
     )
 
 
-def test_report_says_what_is_missing(tmp_path):
+def test_report_lists_what_has_not_run(tmp_path):
   (tmp_path / "raw").mkdir()
   done = {"config": {}, "summary": {}, "seconds": 1.0, "id": "1"}
   (tmp_path / "raw" / "done.json").write_text(json.dumps(done))
@@ -333,23 +335,12 @@ def test_demo_shows_its_usage(tmp_path):
 
 def test_an_old_python_is_refused(tmp_path):
   old = tmp_path / "old-python"
-  old.write_text(
-    "#!/bin/sh\nexit 1\n"
-  )  # How an older interpreter answers the question for its version.
+  old.write_text("#!/bin/sh\nexit 1\n")  # It fails the check of its version.
   old.chmod(0o755)
-  script = f'source "{ROOT}/launch/venv.sh"; find_python'
-  result = subprocess.run(
-    ["bash", "-c", script],
-    capture_output=True,
-    text=True,
-    env={**os.environ, "PYTHON": str(old)},
-    check=False,
-  )
+  result = run("bash", "-c", f'source "{ROOT}/launch/venv.sh"; find_python', PYTHON=str(old))
   assert result.returncode == 2
-  assert (
-    result.stderr
-    == f"error: PYTHON is '{old}'; it must be an interpreter of Python 3.11 or newer.\n"
-  )
+  message = f"PYTHON is '{old}'; it must be an interpreter of Python 3.11 or newer."
+  assert result.stderr == f"error: {message}\n"
 
 
 def test_flags_of_generate_name_the_tasks_and_dtypes_that_there_are():

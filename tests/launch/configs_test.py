@@ -22,12 +22,9 @@ def test_real_sizes_are_the_tutorials_and_the_papers(size, layers, width, heads,
   for settings in (tutorial, paper):
     assert settings.vocab.size == settings.model.vocab_size == 64_512
     assert settings.data.sequence_length == 4_096
-    assert (settings.model.num_layers, settings.model.width, settings.model.num_heads) == (
-      layers,
-      width,
-      heads,
-    )
-    assert settings.model.mlp_width == 4 * width
+    model = settings.model
+    assert (model.num_layers, model.width, model.num_heads) == (layers, width, heads)
+    assert model.mlp_width == 4 * width
   assert (tutorial.vqgan.image_tokens, paper.vqgan.image_tokens) == (256, 1_024)
   assert (tutorial.optimizer.learning_rate, paper.optimizer.learning_rate) == (1e-4, rate)
   assert (tutorial.data.condition_dropout, paper.data.condition_dropout) == (0.1, 0.0)
@@ -44,28 +41,23 @@ def test_minutes_scale_the_training_stages_and_nothing_else():
   for name in SECTIONS:
     for field in set(fifteen[name]) - scheduled:
       assert two[name][field] == fifteen[name][field]
-    if name not in (
-      "model",
-      "optimizer",
-      "train",
-    ):  # `long` is another decoder on the same tokenizers, CLIP and rows.
+    # `long` is another decoder on the same tokenizers, CLIP and rows.
+    if name not in ("model", "optimizer", "train"):
       assert long[name] == fifteen[name]
-  assert (
-    long.train.steps * long.train.global_batch_size
-    >= 3 * fifteen.train.steps * fifteen.train.global_batch_size
-  )
+  rows, few = (c.train.steps * c.train.global_batch_size for c in (long, fifteen))
+  assert rows >= 3 * few
 
 
 @pytest.mark.parametrize("variant", ["", "0", "-3", "soon"])
-def test_a_variant_that_does_not_exist_is_told(variant):
+def test_an_unknown_variant_is_refused(variant):
   with pytest.raises(UserError, match="a positive number of minutes, or 'long'"):
     openmoji.get_config(variant)
   if variant:
-    with pytest.raises(UserError, match="it is empty or 'paper'"):
+    with pytest.raises(UserError, match="it must be empty or 'paper'"):
       cm3leon_7b.get_config(variant)
 
 
-def test_sections_that_contradict_each_other_are_told():
+def test_contradicting_sections_are_refused():
   config = default_config()
   config.model.vocab_size = 1_000
   with pytest.raises(UserError, match=r"model\.vocab_size is 1000; it must be vocab\.size = 64512"):
@@ -76,7 +68,7 @@ def test_sections_that_contradict_each_other_are_told():
     settings_from_config(config)
 
 
-def test_an_unknown_section_is_told():
+def test_an_unknown_section_is_refused():
   config = default_config()
   config.moddel = {}
   with pytest.raises(UserError, match="config has no section 'moddel'"):

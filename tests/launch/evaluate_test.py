@@ -23,35 +23,26 @@ def tiny_settings():
   config.vocab.update({"num_special": 8, "text_size": 272, "image_size": 16})
   config.vqgan = ml_collections.ConfigDict()
   config.data.update({"sequence_length": 64})
-  config.model.update(
-    {
-      "vocab_size": 288,
-      "num_layers": 1,
-      "width": 8,
-      "num_heads": 1,
-      "mlp_width": 8,
-      "max_positions": 64,
-    }
-  )
+  config.model.update({"vocab_size": 288, "num_layers": 1, "width": 8, "num_heads": 1})
+  config.model.update({"mlp_width": 8, "max_positions": 64})
   config.model.update({"dtype": "float32", "remat_policy": "none"})
   config.evaluation.update({"num_documents": 4, "num_resamples": 100})
   return settings_from_config(config)
 
 
 def write_store(folder, n, vocab, seed):
-  rng = np.random.default_rng(seed)
-  text = lambda: documents.Segment(
-    False, rng.integers(vocab.num_special, vocab.text_size, 3).astype(np.int32)
-  )
-  image = lambda: documents.Segment(True, vocab.image_ids(rng.integers(0, vocab.image_size, 4)))
-  documents.write_documents(
-    folder, [documents.Document(str(i), (text(), image()), "s", "l", "a") for i in range(n)], vocab
-  )
+  rng, written = np.random.default_rng(seed), []
+  for i in range(n):
+    ids = rng.integers(vocab.num_special, vocab.text_size, 3).astype(np.int32)
+    codes = vocab.image_ids(rng.integers(0, vocab.image_size, 4))
+    segments = documents.Segment(False, ids), documents.Segment(True, codes)
+    written.append(documents.Document(str(i), segments, "s", "l", "a"))
+  documents.write_documents(folder, written, vocab)
 
 
 @pytest.fixture
 def workdir(tmp_path):
-  """The folders that the evaluation reads, as their stages leave them, the decoder untrained."""
+  """Makes the folders that the evaluation reads, with an untrained decoder."""
   settings = tiny_settings()
   write_store(tmp_path / "documents" / "train_pairs", 9, settings.vocab, 0)
   write_store(tmp_path / "documents" / "heldout_pairs", 5, settings.vocab, 1)
@@ -60,11 +51,10 @@ def workdir(tmp_path):
     tmp_path / "neighbors" / "heldout_pairs", ids=np.full((5, 4), -1, np.int32), text_ids=ids
   )
   with jax.set_mesh(create_mesh(settings.mesh)):
-    create = lambda: state.init_state(
-      settings.model, optimizer.create_optimizer(settings.optimizer, 10), jax.random.key(0)
-    )
+    create = jax.jit(state.init_state, static_argnums=(0, 1))
+    adam = optimizer.create_optimizer(settings.optimizer, 10)
     checkpoints = checkpoint.Checkpoints(tmp_path / "train", keep=1)
-    checkpoints.save(jax.jit(create)(), 7, 0)
+    checkpoints.save(create(settings.model, adam, jax.random.key(0)), 7, 0)
     checkpoints.close()
   write_json(tmp_path / "train" / "config.json", {"run": stages.identity(settings, "train")})
   for folder in ("documents", "neighbors", "train"):
@@ -78,7 +68,9 @@ def test_evaluate_writes_its_numbers_once_and_again_after_more_training(workdir,
   found = read_json(workdir / "evaluation" / "metrics.json")
   assert found["step"] == 7
   assert found["documents"] == 4
-  assert found["mean_neighbors"]["true"] == 2.0  # Those of the caption alone; the others are -1.
+  assert (
+    found["mean_neighbors"]["true"] == 2.0
+  )  # Retrieved by the caption alone; the others are -1.
   assert found["image"]["tokens"] == 16
   # An untrained decoder spreads its probability evenly over the whole vocabulary.
   assert found["image"]["true"]["bits"] == pytest.approx(np.log2(288), abs=0.05)
@@ -95,26 +87,22 @@ def test_evaluate_writes_its_numbers_once_and_again_after_more_training(workdir,
 def test_the_run_of_another_model_is_refused(workdir):
   settings = tiny_settings()
   other = dataclasses.replace(settings, model=dataclasses.replace(settings.model, family="modern"))
-  with pytest.raises(
-    UserError, match=r"holds the run of another config \(model\.family: opt -> modern\)"
-  ):
+  message = r"holds the run of another config \(model\.family: opt -> modern\)"
+  with pytest.raises(UserError, match=message):
     evaluate.main(other, workdir)
 
 
 def test_a_batch_that_the_mesh_does_not_split_is_refused_before_params_are_read(workdir):
   settings = tiny_settings()
-  settings = dataclasses.replace(
-    settings, evaluation=dataclasses.replace(settings.evaluation, batch_size=12)
-  )
+  evaluation = dataclasses.replace(settings.evaluation, batch_size=12)
+  settings = dataclasses.replace(settings, evaluation=evaluation)
   shutil.rmtree(workdir / "train" / "checkpoints")
-  with pytest.raises(
-    UserError,
-    match=r"config\.evaluation\.batch_size is 12; mesh\.data x .* = 8 must divide it",
-  ):
+  message = r"config\.evaluation\.batch_size is 12; mesh\.data x .* = 8 must divide it"
+  with pytest.raises(UserError, match=message):
     evaluate.main(settings, workdir)
 
 
-def test_a_mesh_that_does_not_fit_is_told(workdir):
+def test_a_mesh_that_does_not_fit_is_refused(workdir):
   other = dataclasses.replace(tiny_settings(), mesh=MeshConfig(3, 1, 1))
   with pytest.raises(UserError, match=r"config\.mesh: mesh .* does not use 8 devices exactly"):
     evaluate.main(other, workdir)

@@ -1,4 +1,4 @@
-"""The command end to end: what its flags ask for, where it goes, and that mistakes are told before anything is compiled."""
+"""Tests launch.generate: its results, their folders, and that mistakes end it before any work."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from tests.models.tiny import random_params
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-  """A finished run."""
+  """Makes a finished run."""
   root = epath.Path(tmp_path_factory.mktemp("run"))
   make_run(root)
   params = clip_lib.init_params(SETTINGS.clip, VOCAB.text_size, jax.random.key(0))
@@ -39,7 +39,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture
 def run(workdir, monkeypatch):
-  """Runs the command with some flags; returns what it prints last."""
+  """Returns a function that runs the command with some flags."""
   monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
   monkeypatch.setattr(checkpoint, "load_params", lambda folder, config: (random_params(config), 7))
   if not flags.FLAGS.is_parsed():
@@ -53,7 +53,7 @@ def run(workdir, monkeypatch):
 
 
 @pytest.fixture
-def picture(tmp_path):
+def image_file(tmp_path):
   path = tmp_path / "a.png"
   Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)).save(path)
   return str(path)
@@ -70,15 +70,12 @@ def test_heldout_captions_go_to_samples(run, workdir, capsys):
     (p, g) for g in (1.0, 3.0) for p in ("red apple", "new house")
   ]
   scores = summary.collect(workdir)["samples"]["clip_score"]
-  assert [(row["guidance"], row["retrieve"], row["samples"]) for row in scores] == [
-    (1.0, 0, 2),
-    (3.0, 0, 2),
-  ]
+  columns = [(row["guidance"], row["retrieve"], row["samples"]) for row in scores]
+  assert columns == [(1.0, 0, 2), (3.0, 0, 2)]
   out = capsys.readouterr().out
   assert [record["concept"] for record in records] == ["apple", "house"] * 2
-  assert re.search(
-    r"guidance 3, 0 retrieved: CLIP score -?0\.\d{3} \[.*\], 2 samples of 2 con", out
-  )
+  score = r"CLIP score -?0\.\d{3} \[.*\], 2 samples of 2 con"
+  assert re.search(f"guidance 3, 0 retrieved: {score}", out)
   assert f"generate: all in {workdir / 'samples'}, side by side in " in out
   run(captions=2, guidance=["1", "3"], retrieve=["0"])
   assert "finished already, skipped" in capsys.readouterr().out
@@ -97,26 +94,23 @@ def test_a_prompt_has_a_folder_for_every_set_of_settings(run, workdir, capsys):
   assert {p.suffix for folder in folders for p in folder.iterdir()} == {".png", ".json", ".jsonl"}
 
 
-def test_a_file_of_prompts(run, workdir, picture, tmp_path, capsys):
-  lines = [
-    {"prompt": "red apple", "retrieve": 0},
-    {"task": "caption", "image": "a.png", "length": 5},
-  ]
+def test_a_file_of_prompts(run, workdir, image_file, tmp_path, capsys):
+  lines = [{"prompt": "red apple", "retrieve": 0}]
+  lines += [{"task": "caption", "image": "a.png", "length": 5}]
   (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   run(prompts=str(tmp_path / "mine.jsonl"), seed=3)
   (folder,) = (workdir / "prompts").glob("mine-*")
-  drawn, caption = read_lines(folder)
-  assert (drawn["task"], drawn["seed"], caption["task"], caption["seed"], caption["image"]) == (
-    "text_to_image", 3, "caption", 4, picture,
-  )  # fmt: skip
-  assert f"{picture}: " in capsys.readouterr().out
+  image, caption = read_lines(folder)
+  assert (image["task"], image["seed"]) == ("text_to_image", 3)
+  assert (caption["task"], caption["seed"], caption["image"]) == ("caption", 4, image_file)
+  assert f"{image_file}: " in capsys.readouterr().out
   # Another name of the file changes nothing.
   (tmp_path / "mine.jsonl").rename(tmp_path / "renamed.jsonl")
   run(prompts=str(tmp_path / "renamed.jsonl"), seed=3)
   assert f"{folder}: finished already, skipped." in capsys.readouterr().out
   assert not list((workdir / "prompts").glob("renamed-*"))
   # Another image of the same name is another task.
-  Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(picture)
+  Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(image_file)
   run(prompts=str(tmp_path / "renamed.jsonl"), seed=3)
   assert len(list((workdir / "prompts").glob("renamed-*"))) == 1
 
@@ -126,11 +120,11 @@ MISTAKES = [
   ({"task": "caption"}, "task caption needs an image, and none is given."),
   (
     {"prompt": ["a"], "rank": True},
-    "--rank orders the samples of a prompt, and there is one: set --samples=8, say.",
+    "--rank orders the samples of a prompt, and there is only one: set e.g. --samples=8.",
   ),
   (
     {"task": "unconditional", "rank": True, "samples": 2},
-    "--rank is given, and CLIP cannot score task unconditional",
+    "--rank is given, but CLIP cannot score task unconditional",
   ),
   (
     {"prompt": ["a"], "guidance": ["much"]},
@@ -142,7 +136,7 @@ MISTAKES = [
   ),
   (
     {"task": "caption", "image": ["a.png"], "guidance": ["3"]},
-    "--guidance is given, which task caption does not use: ",
+    "--guidance is given, but task caption does not use it: ",
   ),
   (
     {"task": "infill_text", "prompt": ["<mask>"], "retrieve": ["0", "1"]},
@@ -154,12 +148,12 @@ MISTAKES = [
   ),
   (
     {"prompts": "a.jsonl", "prompt": ["b"]},
-    "--prompts and --prompt are given: put the task into the file, or on",
+    "--prompts and --prompt are given: define tasks in the file or on",
   ),
   ({"prompts": "nowhere.jsonl"}, "--prompts names nowhere.jsonl, which does not exist: "),
   (
     {"bank": "elsewhere"},
-    "--bank is given without --prompt; held-out captions have the neighbors that their run found",
+    "--bank is given without --prompt; held-out captions use the neighbors of their own run",
   ),
   (
     {"task": "infill_image", "image": ["a.png"], "box": ["0", "x"]},
@@ -181,7 +175,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("values", "sentence"), MISTAKES)
-def test_a_mistake_is_told_before_anything_is_done(run, workdir, values, sentence, monkeypatch):
+def test_a_mistake_ends_the_command_before_any_work(run, workdir, values, sentence, monkeypatch):
   monkeypatch.setattr(Pipeline, "generate", None)
   monkeypatch.setattr(checkpoint, "load_params", None)
   before = sorted(workdir.glob("*/*"))

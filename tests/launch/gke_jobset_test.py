@@ -1,4 +1,4 @@
-"""The JobSet of launch/pod: its fields, held against the schemas of JobSet and Kubernetes, and when it starts a run again."""
+"""Checks the JobSet of launch/pod: the schemas of JobSet and Kubernetes, and its restarts."""
 
 import copy
 import os
@@ -29,7 +29,8 @@ GKE = {
   "TOPOLOGY": "16x16",
 }
 
-# JobSet's types are those of the custom resource jobset.x-k8s.io/v1alpha2 of kubernetes-sigs/jobset 0.13.
+# Types of the custom resource jobset.x-k8s.io/v1alpha2, kubernetes-sigs/jobset 0.13.
+RESTART_JOB = "RestartJob|RestartJobAndIgnoreMaxRestarts"
 
 
 class Strict(pydantic.BaseModel):
@@ -46,7 +47,7 @@ class Metadata(Strict):
 class Rule(Strict):
   name: str
   action: str = pydantic.Field(
-    pattern="^(FailJobSet|RestartJobSet|RestartJobSetAndIgnoreMaxRestarts|RestartJob|RestartJobAndIgnoreMaxRestarts)$"
+    pattern=f"^(FailJobSet|RestartJobSet|RestartJobSetAndIgnoreMaxRestarts|{RESTART_JOB})$"
   )
   onJobFailureReasons: list[str] | None = None
   onJobFailureMessagePatterns: list[str] | None = None
@@ -196,19 +197,17 @@ def test_the_command_prints_the_manifest():
 
 
 def jobset_action(manifest, exit_code=None, condition=None):
-  """What JobSet does when a pod has failed: of its rules, as of those of the job, the first that fits."""
+  """Returns the action of JobSet for a failed pod: of the first rule that fits."""
   reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
   for index, rule in enumerate(job(manifest)["podFailurePolicy"]["rules"]):
     codes = rule.get("onExitCodes")
     if (codes and exit_code in codes["values"]) or (
       condition in [c["type"] for c in rule.get("onPodConditions", [])]
     ):
-      what = (
-        f"Container trainer for pod a/b failed with exit code {exit_code}"
-        if codes
-        else f"Pod a/b has condition {condition}"
-      )
-      reason, message = "PodFailurePolicy", f"{what} matching FailJob rule at index {index}"
+      failure = f"Pod a/b has condition {condition}"
+      if codes:
+        failure = f"Container trainer for pod a/b failed with exit code {exit_code}"
+      reason, message = "PodFailurePolicy", f"{failure} matching FailJob rule at index {index}"
       break
   for rule in manifest["spec"]["failurePolicy"]["rules"]:
     patterns = rule.get("onJobFailureMessagePatterns", [""])
@@ -219,7 +218,7 @@ def jobset_action(manifest, exit_code=None, condition=None):
   return "RestartJobSet"
 
 
-def test_gke_starts_again_when_told_to_stop_and_not_after_a_mistake(manifest):
+def test_gke_restarts_a_preempted_run_but_not_after_a_mistake(manifest):
   assert jobset_action(manifest, MISTAKE) == "FailJobSet"
   assert jobset_action(manifest, INTERRUPTED) == "RestartJobSetAndIgnoreMaxRestarts"
   assert jobset_action(manifest, 137, "DisruptionTarget") == "RestartJobSetAndIgnoreMaxRestarts"

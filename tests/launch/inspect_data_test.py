@@ -1,6 +1,5 @@
-"""The command from a finished workdir to a page, and its mistakes in one sentence."""
+"""Tests launch.inspect_data: its page, and its mistakes in one sentence."""
 
-import os
 import pathlib
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from tests.launch import train_test
 from tests.reports.inspect_page_test import VQGAN
 
 ROOT = pathlib.Path(__file__).parents[2]
-stores = train_test.workdir  # Documents and neighbors, as the stages before training leave them.
+stores = train_test.workdir  # Documents and neighbors, as of the stages before training.
 
 
 @pytest.fixture
@@ -34,32 +33,31 @@ def workdir(stores):
   return stores
 
 
-def draw(workdir, out, split="train", numbers=range(1)):
-  inspect_data.draw(
-    train_test.settings_with(), workdir, epath.Path(out), split, numbers, "ml_configs/mine.py"
-  )
+def write_page(workdir, out, split="train", numbers=range(1)):
+  settings, out = train_test.settings_with(), epath.Path(out)
+  inspect_data.write_page(settings, workdir, out, split, numbers, "ml_configs/mine.py")
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-def test_rows_of_both_splits_become_a_page(workdir, capsys, split):
+def test_the_page_shows_rows_of_both_splits(workdir, capsys, split):
   out = workdir / "pages" / "rows.html"
-  draw(workdir, out, split, range(2, 8))
+  write_page(workdir, out, split, range(2, 8))
   html = out.read_text(encoding="utf-8")
   assert "Rows 2 to 7" in html
   assert "ml_configs/mine.py" in html
-  assert ('class="box infill' in html) == (split == "train")  # No spans are held out.
+  assert ('class="box infill' in html) == (split == "train")  # Held-out rows have no spans.
   assert capsys.readouterr().out.startswith("inspect_data: 6 rows, ")
   assert [path.name for path in out.parent.iterdir()] == ["rows.html"]
 
 
 @pytest.mark.parametrize("folder", inspect_data.READ)
-def test_a_stage_that_is_missing_is_told(workdir, folder):
+def test_a_missing_stage_is_reported(workdir, folder):
   (workdir / folder / stages.DONE).unlink()
   command = stages.STAGES[folder].command
   with pytest.raises(
     UserError, match=rf"{folder} is not finished: run `python -m launch\.{command}`"
   ):
-    draw(workdir, workdir / "rows.html")
+    write_page(workdir, workdir / "rows.html")
   assert not (workdir / "rows.html").exists()
 
 
@@ -78,18 +76,11 @@ def test_rows_that_do_not_exist_are_refused(name, value, sentence):
 
 def test_a_mistake_ends_in_one_sentence(tmp_path):
   out = "--out=/dev/null/rows.html"
-  command = [
-    sys.executable,
-    "-m",
-    "launch.inspect_data",
-    "--config=ml_configs/openmoji.py",
-    f"--workdir={tmp_path}",
-    out,
-  ]
-  result = subprocess.run(
-    command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ, check=False
-  )
+  flags = ["--config=ml_configs/openmoji.py", f"--workdir={tmp_path}", out]
+  command = [sys.executable, "-m", "launch.inspect_data", *flags]
+  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
   assert result.returncode == 2
   assert result.stderr == (
-    "error: --out is /dev/null/rows.html, which cannot be written (File exists: /dev/null): name a file in a folder of yours.\n"
+    "error: --out is /dev/null/rows.html, which cannot be written (File exists: /dev/null): "
+    "name a file in a folder of yours.\n"
   )

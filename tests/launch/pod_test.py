@@ -1,4 +1,4 @@
-"""The files of launch/pod: linted, and run with recorders in the place of gcloud, xpk, srun and the like."""
+"""Lints the files of launch/pod, and runs them with recorders in place of gcloud, xpk and srun."""
 
 import configparser
 import hashlib
@@ -16,18 +16,10 @@ from cm3leon_jax.training.train import INTERRUPTED
 
 ROOT = pathlib.Path(__file__).parents[2]
 POD = ROOT / "launch" / "pod"
-PROGRAMS = pathlib.Path(
-  sysconfig.get_path("scripts")
-)  # shellcheck and hadolint come as Python packages.
-SCRIPTS = sorted(
-  path
-  for path in [
-    *ROOT.glob(".ci/run"),
-    *ROOT.glob("launch/**/*.sh"),
-    *ROOT.glob("launch/**/*.sbatch"),
-  ]
-  if path.is_file()
-)
+# shellcheck and hadolint are Python packages.
+PROGRAMS = pathlib.Path(sysconfig.get_path("scripts"))
+PATTERNS = (".ci/run", "launch/**/*.sh", "launch/**/*.sbatch")
+SCRIPTS = sorted(p for pattern in PATTERNS for p in ROOT.glob(pattern) if p.is_file())
 MISTAKE = 2  # Exit code of every command for a user's mistake.
 FLAGS = [
   "--config=ml_configs/cm3leon_7b.py:paper",
@@ -36,24 +28,15 @@ FLAGS = [
 ]
 CLUSTER = {"PROJECT": "project", "ZONE": "us-west4-a"}
 TPU_VM = {**CLUSTER, "TPU": "pod", "ACCELERATOR": "v5litepod-256", "RUNTIME": "v2-alpha-tpuv5-lite"}
-XPK = {
-  **CLUSTER,
-  "CLUSTER": "cluster",
-  "NAME": "run",
-  "TPU_TYPE": "v5litepod-256",
-  "IMAGE": "image:root",
-}
-GKE = {
-  "NAME": "run",
-  "IMAGE": "image:tpu",
-  "ACCELERATOR": "tpu-v5-lite-podslice",
-  "TOPOLOGY": "16x16",
-}
+XPK = {**CLUSTER, "CLUSTER": "cluster", "NAME": "run"}
+XPK |= {"TPU_TYPE": "v5litepod-256", "IMAGE": "image:root"}
+GKE = {"NAME": "run", "IMAGE": "image:tpu"}
+GKE |= {"ACCELERATOR": "tpu-v5-lite-podslice", "TOPOLOGY": "16x16"}
 SLURM = {"IMAGE": "registry#image:gpu", "SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "8"}
 
 
 class Recorders:
-  """Programs on PATH that write down how they were called. `calls()`: [name, argument, ...] of each call, in order."""
+  """Programs on PATH that record their calls."""
 
   def __init__(self, folder: pathlib.Path):
     self.home, self._programs, self._log = folder / "home", folder / "programs", folder / "log"
@@ -61,19 +44,19 @@ class Recorders:
     self._programs.mkdir()
 
   def add(self, name: str, then: str = "") -> None:
-    """`then`: what the program does after that, in bash."""
+    """Adds a program that records its call and then runs the bash code `then`."""
     program = self._programs / name
-    program.write_text(
-      f"#!/usr/bin/env bash\nprintf '%s\\037' '{name}' \"$@\" >>'{self._log}'\nprintf '\\n' >>'{self._log}'\n{then}\n"
-    )
+    record = f"printf '%s\\037' '{name}' \"$@\" >>'{self._log}'\nprintf '\\n' >>'{self._log}'"
+    program.write_text(f"#!/usr/bin/env bash\n{record}\n{then}\n")
     program.chmod(0o755)
 
   def copy(self, name: str, path: pathlib.Path) -> None:
-    """Puts the program in the place of the one at `path`."""
+    """Replaces the file at `path` with a program."""
     path.unlink()
     shutil.copy(self._programs / name, path)
 
   def calls(self, name: str) -> list[list[str]]:
+    """Returns the arguments of each call of a program, in order."""
     lines = self._log.read_text().splitlines() if self._log.exists() else []
     return [call[1:] for call in (line.split("\037")[:-1] for line in lines) if call[0] == name]
 
@@ -169,11 +152,12 @@ def test_dockerfile_copies_what_the_context_holds_and_installs_extras_that_exist
 
 
 def test_tpu_vm_starts_the_same_flags_on_every_host(recorders):
-  """gcloud is one host: scp copies to its home, ssh runs the command there."""
+  """Here gcloud has one host: scp copies to its home, ssh runs the command there."""
   recorders.add(
     "gcloud",
     'case "$4" in scp) cp "$5" "$HOME/cm3leon_jax.tar.gz" ;;\n'
-    'ssh) for a in "$@"; do case "$a" in --command=*) cd "$HOME" && exec bash -c "${a#--command=}" ;; esac; done ;; esac',
+    'ssh) for a in "$@"; do case "$a" in\n'
+    '--command=*) cd "$HOME" && exec bash -c "${a#--command=}" ;; esac; done ;; esac',
   )
   recorders.add("sudo")
   recorders.add("systemctl", "exit 3")  # is-active: it is not.
@@ -203,7 +187,9 @@ def test_tpu_vm_host_that_trains_is_left_alone(recorders):
   recorders.add("systemctl")
   result = run_script(recorders, "tpu_host.sh", FLAGS, {})
   assert result.returncode == MISTAKE
-  assert result.stderr.endswith(" trains already: run 'bash launch/pod/tpu_vm.sh stop' first.\n")
+  assert result.stderr.endswith(
+    " is already training: run 'bash launch/pod/tpu_vm.sh stop' first.\n"
+  )
 
 
 @pytest.mark.parametrize(
@@ -261,7 +247,7 @@ def test_tpu_vm_commands(recorders, arguments, expected):
   ]
 
 
-def test_tpu_vm_service_starts_again_when_told_to_stop_and_not_after_a_mistake():
+def test_tpu_vm_service_restarts_an_interrupted_run_but_not_after_a_mistake():
   unit = configparser.ConfigParser(interpolation=None)
   unit.optionxform = str
   unit.read(POD / "cm3leon-train@.service")
@@ -274,11 +260,10 @@ def test_tpu_vm_service_starts_again_when_told_to_stop_and_not_after_a_mistake()
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
 def test_systemd_knows_every_line_of_the_service(tmp_path):
-  analyze = lambda path: (
-    subprocess.run(
-      ["systemd-analyze", "verify", path], capture_output=True, text=True, check=False
-    ).stderr
-  )
+  def analyze(path):
+    command = ["systemd-analyze", "verify", path]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stderr
+
   good, wrong = tmp_path / "cm3leon-train@good.service", tmp_path / "cm3leon-train@wrong.service"
   text = (POD / "cm3leon-train@.service").read_text().replace("User=%i", "User=root")
   good.write_text(text)
@@ -348,7 +333,7 @@ def test_slurm_gets_the_flags_whole(recorders):
     (137, 20, False),
   ],
 )
-def test_slurm_starts_again_when_told_to_stop_and_not_after_a_mistake(
+def test_slurm_requeues_an_interrupted_run_but_not_after_a_mistake(
   recorders, status, restarts, again
 ):
   result = submit(recorders, status, SLURM_RESTART_COUNT=str(restarts))
@@ -356,7 +341,7 @@ def test_slurm_starts_again_when_told_to_stop_and_not_after_a_mistake(
   assert result.returncode == (0 if again else status)
 
 
-def test_slurm_is_told_to_stop_before_the_time_is_up():
+def test_slurm_sends_sigterm_before_the_time_limit():
   options = dict(
     re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", (POD / "slurm_gpu.sbatch").read_text(), re.MULTILINE)
   )
@@ -386,7 +371,7 @@ def assert_one_sentence(result, start):
   ("script", "variable"),
   [(script, name) for script, (_, names) in NEEDED.items() for name in names],
 )
-def test_a_missing_variable_is_told_in_one_sentence(recorders, script, variable):
+def test_a_missing_variable_is_reported_in_one_sentence(recorders, script, variable):
   flags, environment = NEEDED[script]
   environment = {name: value for name, value in environment.items() if name != variable}
   assert_one_sentence(
@@ -397,7 +382,7 @@ def test_a_missing_variable_is_told_in_one_sentence(recorders, script, variable)
 
 @pytest.mark.parametrize("flag", ["--config", "--workdir"])
 @pytest.mark.parametrize("script", NEEDED)
-def test_a_missing_flag_is_told_in_one_sentence(recorders, script, flag):
+def test_a_missing_flag_is_reported_in_one_sentence(recorders, script, flag):
   flags, environment = NEEDED[script]
   flags = [f for f in flags if not f.startswith(f"{flag}=")]
   assert_one_sentence(run_script(recorders, script, flags, environment), f"the flag {flag}=")

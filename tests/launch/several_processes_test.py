@@ -1,4 +1,4 @@
-"""launch.train as several processes with 8 devices in all, through the rehearsal script: the run is that of one process."""
+"""Tests that launch.train in several processes with 8 devices equals a run in one process."""
 
 import os
 import pathlib
@@ -26,16 +26,10 @@ SAMPLES = ["step_000004.png", "step_000008.png", "step_000012.png"]
 
 def start(workdir, processes, *flags, mesh=(2, 2, 2)) -> subprocess.Popen:
   shape = [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh)]
-  command = [
-    "bash",
-    LOCAL,
-    str(processes),
-    str(8 // processes),
-    "--",
-    "--config=tests/launch/tiny_config.py",
-  ]
+  command = ["bash", LOCAL, str(processes), str(8 // processes), "--"]
+  flags = ["--config=tests/launch/tiny_config.py", f"--workdir={workdir}", *shape, *flags]
   return subprocess.Popen(
-    [*command, f"--workdir={workdir}", *shape, *flags],
+    [*command, *flags],
     cwd=ROOT,
     env={**os.environ, "PYTHON": sys.executable},
     stdout=subprocess.PIPE,
@@ -51,11 +45,8 @@ def finish(job, code=0) -> str:
 
 
 def losses(workdir) -> dict[int, float]:
-  lines = [
-    line
-    for line in read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl")
-    if "loss" in line
-  ]
+  lines = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl")
+  lines = [line for line in lines if "loss" in line]
   assert len({line["step"] for line in lines}) == len(lines)  # One process logs.
   return {line["step"]: line["loss"] for line in lines}
 
@@ -64,6 +55,12 @@ def largest_difference(workdir, other) -> float:
   found, expected = losses(workdir), losses(other)
   assert found.keys() == expected.keys()
   return max(abs(found[step] - expected[step]) for step in expected)
+
+
+def assert_same_samples(workdir, other) -> None:
+  for name in SAMPLES:
+    grids = [folder / "train" / "samples" / name for folder in (workdir, other)]
+    assert grids[0].read_bytes() == grids[1].read_bytes()
 
 
 def pids(job, processes) -> list[int]:
@@ -93,7 +90,7 @@ def fresh(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-  """A run of one process that nobody stopped."""
+  """Trains in one process without a stop."""
   folder = tmp_path_factory.mktemp("whole")
   make_workdir(folder, settings_from_config(get_config()))
   one_process(folder)
@@ -101,13 +98,13 @@ def whole(tmp_path_factory):
 
 
 def test_training_reads_no_raw_data(whole):
-  """Sample grids come from the document stores: raw/ may be deleted once they are made."""
+  """Sample grids come from the document stores: raw/ may be deleted after they exist."""
   assert not (whole / "raw").exists()
   assert [path.name for path in sorted((whole / "train" / "samples").iterdir())] == SAMPLES
 
 
-def test_two_processes_one_of_which_is_told_to_stop_and_one_that_continues(whole, fresh):
-  """The same losses and pictures as of one process that nobody stopped."""
+def test_one_process_continues_a_run_of_two_that_sigterm_stopped(whole, fresh):
+  """Losses and images equal those of one process without a stop."""
   job = start(fresh, 2, "--config.train.checkpoint_every=1")
   second = pids(job, 2)[1]
   wait_for_steps(fresh, 4)
@@ -119,24 +116,16 @@ def test_two_processes_one_of_which_is_told_to_stop_and_one_that_continues(whole
   assert 4 <= stopped < 12
   digests = fresh / "train" / "checkpoints.digests"
   assert {path.name for path in digests.iterdir()} == {f"{stopped - 1}.json", f"{stopped}.json"}
-  assert {
-    name.split("/")[1] for name in read_json(digests / f"{stopped}.json") if "ocdbt.process" in name
-  } == {
-    "ocdbt.process_0",
-    "ocdbt.process_1",
-  }
+  names = [n for n in read_json(digests / f"{stopped}.json") if "ocdbt.process" in n]
+  assert {name.split("/")[1] for name in names} == {"ocdbt.process_0", "ocdbt.process_1"}
   assert not (fresh / "train" / stages.DONE).exists()
   one_process(fresh)
   assert largest_difference(fresh, whole) < TOLERANCE
   found, expected = losses(fresh), losses(whole)
-  assert (
-    min(abs(found[step] - expected[step + 1]) for step in range(1, 12)) > TOLERANCE
-  )  # The rows of the next step.
+  # Negative control: rows of the next step.
+  assert min(abs(found[step] - expected[step + 1]) for step in range(1, 12)) > TOLERANCE
   assert (fresh / "train" / stages.DONE).exists()
-  for name in SAMPLES:
-    assert (fresh / "train" / "samples" / name).read_bytes() == (
-      whole / "train" / "samples" / name
-    ).read_bytes()
+  assert_same_samples(fresh, whole)
 
 
 @pytest.mark.slow
@@ -145,10 +134,7 @@ def test_two_processes_one_of_which_is_told_to_stop_and_one_that_continues(whole
 def test_any_number_of_processes_and_any_mesh_give_the_same_losses(whole, fresh, processes, mesh):
   finish(start(fresh, processes, mesh=mesh))
   assert largest_difference(fresh, whole) < TOLERANCE
-  for name in SAMPLES:
-    assert (fresh / "train" / "samples" / name).read_bytes() == (
-      whole / "train" / "samples" / name
-    ).read_bytes()
+  assert_same_samples(fresh, whole)
 
 
 @pytest.mark.slow
@@ -158,7 +144,7 @@ def test_another_seed_gives_other_losses(whole, fresh):
 
 
 @pytest.mark.slow
-def test_four_processes_one_of_which_is_told_to_stop_and_two_that_continue(whole, fresh):
+def test_two_processes_continue_a_run_of_four_that_sigterm_stopped(whole, fresh):
   job = start(fresh, 4, "--config.train.checkpoint_every=1")
   third = pids(job, 4)[2]
   wait_for_steps(fresh, 2)
@@ -185,12 +171,12 @@ def test_a_process_that_is_killed_takes_the_others_with_it(fresh):
   wait_for_steps(fresh, 3)
   os.kill(second, signal.SIGKILL)
   assert "local.sh: process 1 ended with exit code 137." in finish(job, 137)
-  finish(start(fresh, 4))  # The run goes on from what was sealed.
+  finish(start(fresh, 4))  # The run continues from the last sealed checkpoint.
   assert sorted(losses(fresh)) == list(range(1, 13))
 
 
 @pytest.mark.slow
-def test_a_flipped_bit_is_told_by_all_processes(fresh):
+def test_all_processes_report_a_flipped_bit(fresh):
   finish(start(fresh, 2, "--config.train.steps=4"))
   files = [path for path in (fresh / "train" / "checkpoints" / "4").rglob("*") if path.is_file()]
   largest = max(files, key=lambda path: path.stat().st_size)

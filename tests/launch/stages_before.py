@@ -1,4 +1,4 @@
-"""What the stages before training leave in a workdir, made of arrays in the test."""
+"""Makes a workdir with the results of the stages before training, from arrays of the test."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ PAIRS = 50
 
 
 def make_workdir(root: pathlib.Path, settings: Settings) -> None:
-  """Both splits hold the same 50 pairs and 30 texts; no raw data; the VQGAN has random weights."""
+  """Writes stores of the same 50 pairs and 30 texts for both splits, and a random VQGAN."""
   sources = make_sources(root / "made", num_pairs=PAIRS)
   for kind in ("pairs", "texts"):
     for split in ("train", "heldout"):

@@ -1,4 +1,4 @@
-"""A config whose training takes seconds, for tests that run commands: --config=tests/launch/tiny_config.py."""
+"""A config that trains in seconds, for tests of commands: --config=tests/launch/tiny_config.py."""
 
 import dataclasses
 

@@ -28,7 +28,7 @@ def settings_with(**train_fields):
 
 @pytest.fixture
 def workdir(tmp_path):
-  """Stores of both splits, and neighbors, as the stages before training leave them."""
+  """Makes stores of both splits and neighbors, as of the stages before training."""
   sources = make_sources(tmp_path / "made")
   documents, neighbors = tmp_path / "documents", tmp_path / "neighbors"
   documents.mkdir()
@@ -56,9 +56,10 @@ def test_interleaved_documents_get_their_share(workdir):
   documents = pathlib.Path(workdir) / "documents"
   (documents / "train_interleaved").symlink_to(documents / "train_pairs")
   settings = settings_with()
-  mixed = lambda **shares: dataclasses.replace(
-    settings, data=dataclasses.replace(settings.data, **shares)
-  )
+
+  def mixed(**shares):
+    return dataclasses.replace(settings, data=dataclasses.replace(settings.data, **shares))
+
   plan = train.open_rows(mixed(text_share=0.2, interleaved_share=0.5), workdir, "train").plan
   slots = np.zeros(3)
   for i in range(200):
@@ -69,14 +70,13 @@ def test_interleaved_documents_get_their_share(workdir):
     mixed(text_share=0.6, interleaved_share=0.5)
 
 
-def test_too_little_data_for_one_batch_is_told(workdir):
-  with pytest.raises(
-    UserError, match=r"training tokens, one batch takes 131072 \(train\.global_batch_size x"
-  ):
+def test_too_little_data_for_one_batch_is_refused(workdir):
+  message = r"training tokens, one batch takes 131072 \(train\.global_batch_size x"
+  with pytest.raises(UserError, match=message):
     train.open_rows(settings_with(global_batch_size=1_024), workdir, "train")
 
 
-def test_neighbors_of_other_documents_are_told(workdir):
+def test_neighbors_of_other_documents_are_refused(workdir):
   write_neighbors(workdir / "neighbors" / "train_pairs", ids=np.zeros((3, 4), np.int32))
   with pytest.raises(UserError, match="names neighbors of 3 documents"):
     train.open_rows(settings_with(), workdir, "train")
@@ -84,17 +84,12 @@ def test_neighbors_of_other_documents_are_told(workdir):
 
 def test_a_workdir_of_another_run_is_refused(workdir):
   first = settings_with()
-  write_json(
-    workdir / "train" / "config.json",
-    {"run": stages.run_config(first, workdir, "train"), "train": {}},
-  )
-  other = dataclasses.replace(
-    first, optimizer=dataclasses.replace(first.optimizer, learning_rate=0.5)
-  )
-  with pytest.raises(
-    UserError,
-    match=r"holds the run of another config \(optimizer\.learning_rate: 0\.0001 -> 0\.5\)",
-  ):
+  config = {"run": stages.run_config(first, workdir, "train"), "train": {}}
+  write_json(workdir / "train" / "config.json", config)
+  optimizer = dataclasses.replace(first.optimizer, learning_rate=0.5)
+  other = dataclasses.replace(first, optimizer=optimizer)
+  message = r"holds the run of another config \(optimizer\.learning_rate: 0\.0001 -> 0\.5\)"
+  with pytest.raises(UserError, match=message):
     train.main(other, workdir)
 
 
@@ -105,7 +100,7 @@ def test_length_and_execution_do_not_make_another_run(workdir):
   assert stages.run_config(first, workdir, "train") == stages.run_config(longer, workdir, "train")
 
 
-def test_steps_that_cannot_be_traced_are_told_before_anything_starts(workdir):
+def test_wrong_profile_steps_are_refused_before_training(workdir):
   with pytest.raises(UserError, match=r"--profile_steps is '5'; it must be FIRST:LAST"):
     train.main(settings_with(), workdir, profile_steps="5")
   assert not (workdir / "train").exists()

@@ -29,7 +29,7 @@ def mesh_of(*shape):
 
 
 def random_params(config, seed=0):
-  """Random weights that are not tiny, residual outputs and the row of <pad> included, on the current mesh."""
+  """Random weights that are not tiny, not even residual outputs, on the current mesh."""
   rng = np.random.default_rng(seed)
   types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
 

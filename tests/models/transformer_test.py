@@ -31,12 +31,15 @@ def test_no_gradient_reaches_a_later_token(family):
     t = 5
     at_t = np.zeros((1, L, 1), np.float32)
     at_t[0, t] = 1
-    # Only columns that no input token owns: the tied table's rows then get their gradient through the input alone.
+    # Only columns that are no input token: rows of the tied table then get their gradient through
+    # the input alone.
     unused = (np.arange(config.vocab_size) >= L).astype(np.float32)[None, None]
-    f = lambda p: jnp.sum(
-      at_t * unused * model_logits(config, p, tokens, POSITIONS[:1], SEGMENTS[:1]) ** 2
-    )
-    norms = np.linalg.norm(np.asarray(jax.grad(f)(params)["embed"])[:L], axis=1)
+
+    def square(p):
+      logits = model_logits(config, p, tokens, POSITIONS[:1], SEGMENTS[:1])
+      return jnp.sum(at_t * unused * logits**2)
+
+    norms = np.linalg.norm(np.asarray(jax.grad(square)(params)["embed"])[:L], axis=1)
   assert (norms[: t + 1] > 1e-6).all()
   assert (norms[t + 1 :] == 0).all()
 
@@ -83,17 +86,21 @@ def test_scanned_layers_equal_unrolled(family):
 def test_remat_changes_nothing(policy, family):
   with jax.set_mesh(mesh_of(1, 1, 1)):
     params = random_params(config_of(family))
-    loss = lambda c: jax.grad(
-      lambda p: jnp.mean(model_logits(c, p, TOKENS, POSITIONS, SEGMENTS) ** 2)
-    )(params)
-    for a, b in zip(
-      *(jax.tree.leaves(loss(config_of(family, remat_policy=name))) for name in ("none", policy))
-    ):
+
+    def gradients(name):
+      config = config_of(family, remat_policy=name)
+
+      def square(p):
+        return jnp.mean(model_logits(config, p, TOKENS, POSITIONS, SEGMENTS) ** 2)
+
+      return jax.tree.leaves(jax.grad(square)(params))
+
+    for a, b in zip(gradients("none"), gradients(policy)):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_what_a_remat_policy_keeps():
-  """Values of all tokens and layers that the backward pass gets: layer inputs always, and those that the policy names."""
+  """The backward pass gets the inputs of layers and the values that the policy names."""
   D, F = CONFIG.width, CONFIG.mlp_width
   expected = {"full": [], "save_attention": [D, D], "save_qkv": [D] * 4, "minimal": [D] * 4 + [F]}
   for policy, widths in expected.items():
@@ -122,7 +129,7 @@ def test_sharded_equals_one_device(family, shape):
 
 
 def test_opt_starts_with_equal_logits_up_to_the_tied_table():
-  """Residual outputs start at 0: every layer is the identity, so depth does not change a fresh network."""
+  """Residual outputs start at 0, so every layer is the identity, and depth changes nothing."""
   with jax.set_mesh(mesh_of(1, 1, 1)):
     deep = model_logits(
       CONFIG, transformer.init_params(CONFIG, jax.random.key(0)), TOKENS, POSITIONS, SEGMENTS
@@ -154,8 +161,10 @@ def test_the_embedding_has_a_spread_of_its_own():
 
 def test_rotation_depends_on_distance_alone():
   q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-  score = lambda i, j: float(
-    jnp.sum(transformer.rotate(q, jnp.array([[i]])) * transformer.rotate(k, jnp.array([[j]])))
-  )
+
+  def score(i, j):
+    rotated = transformer.rotate(q, jnp.array([[i]])), transformer.rotate(k, jnp.array([[j]]))
+    return float(jnp.sum(rotated[0] * rotated[1]))
+
   assert score(7, 3) == pytest.approx(score(14, 10), abs=1e-5)
   assert abs(score(7, 3) - score(7, 4)) > 1e-3

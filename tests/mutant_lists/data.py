@@ -19,6 +19,12 @@ DATA = (
   *mutants_of(
     "cm3leon_jax/data/plan.py",
     "tests/data/plan_test.py",
+    ("shares_equal", "= used[source] / shares[source]", "= used[source]"),
+    ("passes_alike", "(seed, source, pass_)).", "(seed, source))."),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/sample_plan.py",
+    "tests/data/sample_plan_test.py",
     ("whole_segments_never", "rng.random() < config.whole_segment_rate", "rng.random() < 0"),
     ("dropped_keeps_neighbors", "SamplePlan((), True", "SamplePlan(tuple(neighbors), True"),
     (
@@ -34,16 +40,14 @@ DATA = (
       "list(range(num_candidates))[:wanted]",
     ),
     ("spans_without_room", "min(num_spans, (limit - total) // cm3.OVERHEAD)", "num_spans"),
-    ("shares_equal", "= used[source] / shares[source]", "= used[source]"),
-    ("passes_alike", "(seed, source, pass_)).", "(seed, source))."),
   ),
   *mutants_of(
-    "cm3leon_jax/data/plan.py",
-    "tests/data/plan_test.py::test_the_number_of_spans_is_poisson",
+    "cm3leon_jax/data/sample_plan.py",
+    "tests/data/sample_plan_test.py::test_the_number_of_spans_is_poisson",
     ("always_two_spans", "int(rng.poisson(config.mean_spans))", "2 if config.mean_spans else 0"),
   ),
   *mutants_of(
-    "cm3leon_jax/data/plan.py",
+    "cm3leon_jax/data/sample_plan.py",
     "tests/training/heldout_test.py",
     ("heldout_loss_counts_neighbors", "neighbor_loss_weight=0.0", "neighbor_loss_weight=1.0"),
     ("heldout_neighbors_at_random", 'neighbor_sampling="best"', 'neighbor_sampling="fixed"'),
@@ -80,8 +84,8 @@ DATA = (
     ),
     (
       "nothing_united",
-      "_, parts = connected_components(links, directed=False)",
-      "parts = np.arange(len(ordered))",
+      "_, components = connected_components(links, directed=False)",
+      "components = np.arange(len(ordered))",
     ),
   ),
   *mutants_of(

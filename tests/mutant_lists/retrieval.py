@@ -28,7 +28,7 @@ RETRIEVAL = (
     "tests/retrieval/bank_test.py::test_candidates_come_from_the_caption_and_from_the_image",
     (
       "searched_by_text_twice",
-      "retriever.search(read(rows.images))]",
+      "retriever.search(images)]",
       "retriever.search(queries)]",
     ),
   ),

@@ -38,8 +38,8 @@ TRAINING = (
     f"{LOSS_TEST}::test_chunked_and_sharded_equals_plain_fp64",
     (
       "last_chunk_skipped",
-      "found = whole(nll), whole(log_z)",
-      "found = whole(nll.at[-1].set(0)), whole(log_z)",
+      "values = whole(nll), whole(log_z)",
+      "values = whole(nll.at[-1].set(0)), whole(log_z)",
     ),
     ("maximum_of_one_shard", "jax.lax.pmax(jnp.max(logits, -1), tensor)", "jnp.max(logits, -1)"),
   ),
@@ -88,7 +88,7 @@ TRAINING = (
   ),
   *mutants_of(
     CHECKPOINT,
-    f"{CHECKPOINT_TEST}::test_a_damaged_file_is_told",
+    f"{CHECKPOINT_TEST}::test_a_damaged_file_is_refused",
     ("missing_files_unnoticed", "sorted({*expected, *_files(folder)})", "sorted(_files(folder))"),
     (
       "digests_not_compared",

@@ -6,7 +6,7 @@ from cm3leon_jax.mesh import spec
 from cm3leon_jax.planning.hlo import Program
 from tests.models.tiny import mesh_of
 
-# As XLA:TPU prints it: a loop of 3 whose body fuses a product written as a convolution, and an asynchronous gather in parts.
+# Like XLA:TPU's: a loop of 3 with a product, fused as a convolution, and an asynchronous gather.
 TEXT = """HloModule jit_step, is_scheduled=true
 
 FileNames
@@ -25,16 +25,16 @@ StackFrames
 1 {file_location_id=1 parent_frame_id=1}
 2 {file_location_id=2 parent_frame_id=2}
 
-%fused_computation.1 (p0: bf16[4,8,16], p1: bf16[16,32]) -> bf16[4,8,32] {
+%fused.1 (p0: bf16[4,8,16], p1: bf16[16,32]) -> bf16[4,8,32] {
   %p0 = bf16[4,8,16]{2,1,0:T(8,128)(2,1)} parameter(0)
   %p1 = bf16[16,32]{1,0:T(8,128)(2,1)} parameter(1)
-  ROOT %convolution.1 = bf16[4,8,32]{2,1,0:T(8,128)(2,1)} convolution(%p0, %p1), window={size=1}, dim_labels=0bf_io0->0bf
+  ROOT %conv.1 = bf16[4,8,32]{2,1,0} convolution(%p0, %p1), window={size=1}, dim_labels=0bf_io0->0bf
 }
 
 %start.1 (p0: bf16[4,32]) -> (bf16[4,32], bf16[16,32]) {
   %p0 = bf16[4,32]{1,0} parameter(0)
-  %all-gather.1 = bf16[16,32]{1,0} all-gather(%p0), dimensions={0}
-  ROOT %c.1 = (bf16[4,32]{1,0}, bf16[16,32]{1,0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+  %g = bf16[16,32]{1,0} all-gather(%p0), dimensions={0}
+  ROOT %c = (bf16[4,32], bf16[16,32]) custom-call(%g), custom_call_target="AsyncCollectiveStart"
 }
 
 %async_collective_fusion.1 (p0: bf16[4,32]) -> bf16[16,32] {
@@ -46,8 +46,8 @@ StackFrames
   %p = (s32[]{:T(128)}, bf16[4,8,16]{2,1,0}) parameter(0)
   %x = bf16[4,8,16]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
   %s = (bf16[4,32]{1,0}, bf16[16,32]{1,0}) fusion(%x), kind=kCustom, calls=%start.1
-  %w = bf16[16,32]{1,0} fusion(%x), kind=kCustom, calls=%async_collective_fusion.1, metadata={op_name="d" stack_frame_id=2}
-  %f = bf16[4,8,32]{2,1,0:T(8,128)(2,1)} fusion(%x, %w), calls=%fused_computation.1, backend_config={"estimated_cycles":"70"}
+  %w = bf16[16,32]{1,0} fusion(%x), calls=%async_collective_fusion.1, metadata={stack_frame_id=2}
+  %f = bf16[4,8,32]{2,1,0} fusion(%x, %w), calls=%fused.1, backend_config={"estimated_cycles":"70"}
   %v = bf16[400,8,32]{2,1,0:T(8,128)(2,1)S(1)} copy(%f)
   ROOT %t = (s32[]{:T(128)}, bf16[4,8,16]{2,1,0}) tuple(%p, %x)
 }
@@ -76,11 +76,11 @@ def test_a_loop_counts_as_often_as_it_runs(program):
   assert program.cycles() == 3 * 70
 
 
-def test_collectives_by_kind_and_bytes_and_parts_of_one_count_once(program):
+def test_parts_of_a_collective_count_once(program):
   assert program.collectives() == {"all-gather": (3, 3 * 16 * 32 * 2), "all-reduce": (1, 64 * 4)}
 
 
-def test_the_largest_arrays_are_those_in_main_memory_with_the_line_of_ours_that_made_them(program):
+def test_largest_lists_arrays_in_main_memory_with_their_source_line(program):
   top = program.largest(4)
   assert top[0] == {"array": "bf16[4,8,32]", "bytes": 2048, "source": "fusion"}
   assert {
@@ -90,12 +90,10 @@ def test_the_largest_arrays_are_those_in_main_memory_with_the_line_of_ours_that_
   } in top
 
 
-def test_a_batched_product_written_as_a_window_counts_only_pairs_that_meet():
+def test_padding_of_a_convolution_does_not_count():
   """Heads as a window of 32 with 31 of padding: each output head meets one head of the kernel."""
-  line = (
-    "  %c = bf16[4,16,32,8]{3,2,1,0} convolution(%l, %r), window={size=1x32 pad=0_0x31_31 rhs_reversal=0x1}, "
-    "dim_labels=0bf1_i1o0->0b1f"
-  )
+  window = "window={size=1x32 pad=0_0x31_31 rhs_reversal=0x1}, dim_labels=0bf1_i1o0->0b1f"
+  line = f"  %c = bf16[4,16,32,8]{{3,2,1,0}} convolution(%l, %r), {window}"
   head = "ENTRY %m (l: bf16[4,16,64,1], r: bf16[64,32,8,1]) -> bf16[4,16,32,8] {\n"
   operands = (
     "  %l = bf16[4,16,64,1]{3,2,1,0} parameter(0)\n  %r = bf16[64,32,8,1]{3,2,1,0} parameter(1)\n"
@@ -105,16 +103,17 @@ def test_a_batched_product_written_as_a_window_counts_only_pairs_that_meet():
 
 @pytest.mark.parametrize("rows", ["2,", ""])
 def test_attention_kernels_count_half_a_square_for_each_product(rows):
-  """Two products forwards, of 8 heads, 512 tokens, heads of 64; a single row has no axis of its own."""
+  """Two forward products of 8 heads of 64 and 512 tokens; a single row has no batch dimension."""
   arrays = (
     f"(f32[{rows}512,128]{{1,0}}, bf16[{rows}8,512,64]{{2,1,0}}, f32[{rows}8,512,128]{{2,1,0}})"
   )
-  text = f'ENTRY %m (q: bf16[8]) -> bf16[8] {{\n  %splash_mha_fwd_x.1 = {arrays} custom-call(%q), custom_call_target="t"\n}}\n'
+  line = f'%splash_mha_fwd_x.1 = {arrays} custom-call(%q), custom_call_target="t"'
+  text = f"ENTRY %m (q: bf16[8]) -> bf16[8] {{\n  {line}\n}}\n"
   assert Program(text).flops() == 2 * (2 * 8 * 512 * 512 * 64 / 2) * (2 if rows else 1)
 
 
-def test_a_program_of_this_machine_is_read_too():
-  """XLA:CPU prints dots: a scan of 5 over [8, 16] x [16, 16], split by rows, its sum over the mesh an all-reduce."""
+def test_a_cpu_program_is_read():
+  """XLA:CPU prints dots: a scan of 5 products, rows split over the mesh, then an all-reduce."""
 
   def loop(x, w):
     y, _ = jax.lax.scan(
@@ -126,20 +125,16 @@ def test_a_program_of_this_machine_is_read_too():
     return y.sum()
 
   with jax.set_mesh(mesh_of(1, 4, 1)):
-    x = jax.ShapeDtypeStruct(
-      (256, 128),
-      jnp.float32,
-      sharding=jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec("batch", None)),
-    )
-    program = Program(
-      jax.jit(loop).lower(x, jax.ShapeDtypeStruct((128, 128), jnp.float32)).compile().as_text()
-    )
+    rows = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec("batch", None))
+    x = jax.ShapeDtypeStruct((256, 128), jnp.float32, sharding=rows)
+    w = jax.ShapeDtypeStruct((128, 128), jnp.float32)
+    program = Program(jax.jit(loop).lower(x, w).compile().as_text())
   assert program.collectives()["all-reduce"] == (1, 4)
   assert program.flops() == pytest.approx(5 * 2 * 64 * 128 * 128)
 
 
-def test_traffic_counts_the_part_that_is_taken_or_replaced_and_nothing_of_the_fast_memory():
-  """A new column in a cache that is updated in place, a row of a table, and a prefetch."""
+def test_traffic_counts_only_parts_that_are_read_or_replaced_in_main_memory():
+  """Updates a cache in place, reads a row of a table, and prefetches weights."""
   text = """%put (p0: bf16[8,64,4], p1: bf16[8,1,4], p2: s32[]) -> bf16[8,64,4] {
   %p0 = bf16[8,64,4]{2,1,0} parameter(0)
   %p1 = bf16[8,1,4]{2,1,0} parameter(1)
@@ -153,7 +148,7 @@ def test_traffic_counts_the_part_that_is_taken_or_replaced_and_nothing_of_the_fa
   ROOT %s = f32[1,4]{1,0} dynamic-slice(%p0, %p1, %p1), dynamic_slice_sizes={1,4}
 }
 
-ENTRY %main (c: bf16[8,64,4], k: bf16[8,1,4], t: f32[1000,4], i: s32[], w: f32[16,16]) -> bf16[8,64,4] {
+ENTRY %main (c: bf16[8,64,4], k: bf16[8,1,4], t: f32[1000,4], i: s32[]) -> bf16[8,64,4] {
   %c = bf16[8,64,4]{2,1,0} parameter(0)
   %k = bf16[8,1,4]{2,1,0} parameter(1)
   %t = f32[1000,4]{1,0} parameter(2)

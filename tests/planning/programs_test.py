@@ -1,4 +1,4 @@
-"""The decode programs that are compiled ahead of time are those that a Generator runs."""
+"""Tests that the decode programs compiled ahead of time are those that a Generator runs."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ PROMPTS = 4
 
 
 def settings_of():
-  """Sections that the decoder reads; the tests need no other."""
+  """Returns the sections that the decoder reads."""
   vqgan = type("VQGAN", (), {"image_tokens": IMAGE})()
   data = type("Data", (), {"sequence_length": POSITIONS})()
   sampling = dataclasses.replace(GeneratorConfig.__dataclass_fields__["sampling"].default, top_k=9)
@@ -30,7 +30,7 @@ def settings_of():
 
 @pytest.fixture
 def lowered(monkeypatch):
-  """Texts of all programs that are lowered, prefill and steps."""
+  """Collects all programs that are lowered, prefill and steps."""
   found, steps, before = [], compile_lib.lower_steps, compile_lib.jit_before
 
   def lower_steps(*args):
@@ -76,7 +76,7 @@ def test_the_programs_are_those_of_a_generator(lowered, shape):
   assert found == prefill
 
 
-def test_a_sample_that_leaves_no_room_for_a_prompt_is_refused():
+def test_wrong_positions_and_batches_are_refused():
   with pytest.raises(UserError, match="--decode_positions is 9; an image and its end take 7"):
     programs.guided_decoder(settings_of(), mesh_of(1, 1, 1), PROMPTS, 9)
   with pytest.raises(UserError, match=r"--decode_batch is 3; .* = 4 must divide it"):

@@ -1,4 +1,4 @@
-"""The page's pieces as literals, and that the page is one file which shows every picture once and escapes what it quotes."""
+"""Tests the page of rows: blocks as literals, one file, each image once, quoted text escaped."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import pipeline
 from cm3leon_jax.data.documents import Document, Segment
-from cm3leon_jax.data.plan import SamplePlan
+from cm3leon_jax.data.sample_plan import SamplePlan
 from cm3leon_jax.reports import inspect, inspect_page, row_parts
 from cm3leon_jax.tokenizers import text, vqgan
 from tests.data.stores import IMAGE_TOKENS, VOCAB, make_plan, make_sources
@@ -54,7 +54,7 @@ def pair(key, tokens, first_code=0):
 
 
 def view_of(document, neighbors=(), spans=(), dropped=False, length=200):
-  """A row of one sample, as the trainer would make it."""
+  """Builds a row of one sample, as for training."""
   documents = [n.document for n in neighbors]
   tokens = len(pipeline.join([*documents, document], VOCAB)) + 3 * len(spans)
   size = min(4 + IMAGE_TOKENS if dropped else tokens, length + 1)
@@ -69,7 +69,7 @@ def view_of(document, neighbors=(), spans=(), dropped=False, length=200):
 
 @pytest.fixture(scope="module")
 def blocks(text_tokenizer, image_tokenizer):
-  """Blocks of a sample, and its decoder."""
+  """Returns a function that makes the blocks of a sample, its view and its decoder."""
 
   def make(*args, **kwargs):
     row = view_of(*args, **kwargs)
@@ -99,7 +99,7 @@ def read_png(uri):
     ("", []),
   ],
 )
-def test_odd_white_space_is_seen(words, expected):
+def test_odd_white_space_is_marked(words, expected):
   assert inspect_page.mark_odd(words) == expected
 
 
@@ -165,7 +165,7 @@ def test_a_masked_image_is_tinted_where_it_left_and_has_only_its_codes_at_the_en
   blocks, text_tokenizer, image_tokenizer
 ):
   ids = text_tokenizer.encode("cat")
-  first = len(ids) + 2  # Behind </s>, caption and <break>.
+  first = len(ids) + 2  # After </s>, caption and <break>.
   found, _, _ = blocks(pair("d", ids), spans=((first + 2, first + 6), (first + 10, first + 11)))
   whole = image_tokenizer.decode(np.arange(IMAGE_TOKENS)[None])[0]
   image = found[1]["items"][-1]
@@ -185,7 +185,7 @@ def test_a_masked_image_is_tinted_where_it_left_and_has_only_its_codes_at_the_en
   np.testing.assert_array_equal(shown[kept][:, :3], whole[kept])
 
 
-def test_a_dropped_condition_and_a_cut_end_are_told(blocks, text_tokenizer):
+def test_remarks_name_dropped_conditioning_and_a_cut_end(blocks, text_tokenizer):
   found, view, _ = blocks(pair("d", text_tokenizer.encode("cat")), dropped=True)
   assert [item.get("name") for item in found[1]["items"]] == ["<mask:0>", "<break>", None]
   assert "Conditioning dropped" in inspect_page.remarks(view)[0]
@@ -204,17 +204,21 @@ def test_a_dropped_condition_and_a_cut_end_are_told(blocks, text_tokenizer):
 def test_the_facts_of_a_sample(blocks, text_tokenizer):
   ids = text_tokenizer.encode("cat")
   _, view, decoder = blocks(pair("d", ids), dropped=True)
-  assert dict(inspect_page.sample_context(view, decoder)["facts"]) == {
-    "segment id": "1", "slots": "0 to 18", "positions": "0 to 18", "tokens": "20", "targets": "17 of weight 1, 2 of weight 0",
-    "group": "<g>", "pass": "0",
-  }  # fmt: skip
+  assert inspect_page.sample_context(view, decoder)["facts"] == [
+    ("segment id", "1"),
+    ("slots", "0 to 18"),
+    ("positions", "0 to 18"),
+    ("tokens", "20"),
+    ("targets", "17 of weight 1, 2 of weight 0"),
+    ("group", "<g>"),
+    ("pass", "0"),
+  ]
 
 
-def test_an_image_of_another_tokenizer_is_told(text_tokenizer, image_tokenizer):
+def test_an_image_with_too_many_codes_is_refused(text_tokenizer, image_tokenizer):
   row = view_of(Document("d", (Segment(True, VOCAB.image_ids(np.arange(17))),), "s", "l", "a"))
-  with pytest.raises(
-    UserError, match="'d' stands with an image of 17 codes, the image tokenizer makes 16"
-  ):
+  message = "'d' is stored with an image of 17 codes; the image tokenizer makes 16"
+  with pytest.raises(UserError, match=message):
     inspect_page.make_decoder([row], VOCAB, text_tokenizer, image_tokenizer)
 
 
@@ -223,7 +227,7 @@ def plan(tmp_path_factory):
   return make_plan(make_sources(tmp_path_factory.mktemp("stores")))
 
 
-def test_the_page_is_one_file_with_every_picture_inside(plan, text_tokenizer, image_tokenizer):
+def test_the_page_is_one_file_with_every_image_inside(plan, text_tokenizer, image_tokenizer):
   scores = np.zeros(plan.sources[0].neighbors.shape, np.float32)
   rows = inspect.read_rows(pipeline.RowLoader(plan, VOCAB), scores, range(12))
   decoder = inspect_page.make_decoder(rows, VOCAB, text_tokenizer, image_tokenizer)
@@ -242,7 +246,7 @@ def test_the_page_is_one_file_with_every_picture_inside(plan, text_tokenizer, im
   assert "Rows 0 to 11" in html
 
 
-def test_what_the_page_quotes_is_escaped(plan, text_tokenizer, image_tokenizer):
+def test_quoted_text_is_escaped(plan, text_tokenizer, image_tokenizer):
   row = view_of(pair("<i>key</i>", text_tokenizer.encode(CAPTION)))
   decoder = inspect_page.make_decoder([row], VOCAB, text_tokenizer, image_tokenizer)
   html = inspect_page.render([row], plan, decoder, "<config>", "train")
@@ -253,28 +257,31 @@ def test_what_the_page_quotes_is_escaped(plan, text_tokenizer, image_tokenizer):
   assert "&lt;/s&gt;" in html
 
 
-def test_the_table_says_what_decides_how_rows_look(plan):
-  rows = [
-    view_of(Document("t", (Segment(False, np.arange(40, 139, dtype=np.int32)),), "s", "l", "a"))
-  ]
-  table = dict(inspect_page.settings_table(plan, rows, "train"))
-  assert table["mixture"] == "70% pairs, 30% texts"
-  assert table["slots a row"] == "128"
-  assert table["slots used in these rows"] == "50.0%"
-  assert table["samples with spans here"] == "0 of 1"
+def test_the_page_shows_the_settings_of_its_rows(plan, text_tokenizer, image_tokenizer):
+  text = Segment(False, np.arange(40, 139, dtype=np.int32))
+  rows = [view_of(Document("t", (text,), "s", "l", "a"))]
+  decoder = inspect_page.make_decoder(rows, VOCAB, text_tokenizer, image_tokenizer)
+  html = inspect_page.render(rows, plan, decoder, "c.py", "train")
+  for name, value in {
+    "mixture": "70% pairs, 30% texts",
+    "slots per row": "128",
+    "neighbors per document": "at most 2, fixed",
+    "CM3 spans per sample": "1 on average",
+    "slots used in these rows": "50.0%",
+    "samples with spans here": "0 of 1",
+  }.items():
+    assert f"<dt>{name}</dt><dd>{value}</dd>" in html
 
 
-def test_a_page_that_cannot_be_written_is_told_before_any_work(tmp_path):
+def test_check_writable_refuses_paths_that_cannot_be_written(tmp_path):
   folder = epath.Path(tmp_path)
   inspect_page.check_writable(folder / "new" / "rows.html")
   assert [path.name for path in (folder / "new").iterdir()] == []
   with pytest.raises(UserError, match=r"--out is .*, a folder; it must be a file in it"):
     inspect_page.check_writable(folder)
   (folder / "file").write_text("")
-  with pytest.raises(
-    UserError,
-    match=r"rows\.html, which cannot be written \(.+: .+\): name a file in a folder of yours",
-  ):
+  message = r"rows\.html, which cannot be written \(.+: .+\): name a file in a folder of yours"
+  with pytest.raises(UserError, match=message):
     inspect_page.check_writable(folder / "file" / "rows.html")
   inspect_page.write(folder / "new" / "rows.html", "ä")
   assert (folder / "new" / "rows.html").read_text(encoding="utf-8") == "ä"

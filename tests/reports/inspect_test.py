@@ -1,4 +1,4 @@
-"""Rows with names: every sample is found in its documents, and a row that does not hold what was planned is refused."""
+"""Tests that rows are read with their documents, and that wrong rows are refused."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scores(sources):
-  """The n-th candidate of document i scores i + n / 10."""
+  """Returns score i + n / 10 for candidate n of document i."""
   shape = sources[0].neighbors.shape
   return (np.arange(shape[0])[:, None] + np.arange(shape[1])[None] / 10).astype(np.float32)
 
@@ -28,7 +28,7 @@ def test_rows_of_every_kind_are_read_and_named(sources, scores):
   assert any(view.dropped for view in views)
   assert any(part.moved and part.kind == "image" for view in views for part in view.parts)
   assert any(part.moved and part.kind == "text" for view in views for part in view.parts)
-  assert any(view.origin.piece for view in views)
+  assert any(view.origin.piece_start for view in views)
   assert {len(view.origin.neighbors) for view in views} == {0, 2}
   store = sources[0].store
   keys = {store[i].key: i for i in range(len(store))}
@@ -43,11 +43,11 @@ def test_rows_of_every_kind_are_read_and_named(sources, scores):
 def test_rows_without_room_are_read_too(sources, scores):
   loader = RowLoader(make_plan(sources, sequence_length=20, text_share=0.5), VOCAB)
   views = [view for row in inspect.read_rows(loader, scores, range(200)) for view in row.samples]
-  assert any(view.lacking for view in views)
+  assert any(view.missing for view in views)
 
 
 class Changed(RowLoader):
-  """Rows in which one thing was changed."""
+  """Rows with one change."""
 
   def __init__(self, plan, change):
     super().__init__(plan, VOCAB)
@@ -66,7 +66,7 @@ def swap_codes(row):
 
 
 def merge_samples(row):
-  """The second sample passes for the end of the first."""
+  """Makes the second sample the end of the first."""
   second = row["segment_ids"] == 2
   row["segment_ids"][row["segment_ids"] >= 2] -= 1
   row["positions"][second] += int((row["segment_ids"] == 1).sum() - second.sum())
@@ -76,7 +76,10 @@ def merge_samples(row):
 @pytest.mark.parametrize(
   ("change", "sentence"),
   [
-    (swap_codes, r"row \d+, segment id \d: document 'p\d+', spans put back, has token \d+ at \d+"),
+    (
+      swap_codes,
+      r"row \d+, segment id \d: the sample of document 'p\d+', spans restored, has token \d+",
+    ),
     (merge_samples, r"row \d+ holds \d samples; \d were planned"),
     (
       lambda row: row["positions"].__iadd__(1),
@@ -84,7 +87,7 @@ def merge_samples(row):
     ),
   ],
 )
-def test_a_row_that_does_not_hold_what_was_planned_is_refused(sources, scores, change, sentence):
+def test_a_row_without_its_planned_samples_is_refused(sources, scores, change, sentence):
   plan = make_plan(sources, mean_spans=0.0)
   number = next(
     i

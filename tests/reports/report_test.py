@@ -12,18 +12,21 @@ from cm3leon_jax.reports import report, summary
 from cm3leon_jax.training.metrics import MetricsLog
 from tests.data.raw import write_raw
 
-INTERVAL = lambda bits, half: {
-  "bits": bits, "low": bits - half, "high": bits + half, "groups": 7, "effective_groups": 3.2
-}  # fmt: skip
+
+def interval(bits, half):
+  groups = {"groups": 7, "effective_groups": 3.2}
+  return {"bits": bits, "low": bits - half, "high": bits + half, **groups}
+
+
 MODALITY = {
   "tokens": 1000,
   "unigram": 8.43,
-  "true": INTERVAL(3.39, 0.2),
-  "shuffled": INTERVAL(3.56, 0.2),
-  "none": INTERVAL(3.7, 0.2),
+  "true": interval(3.39, 0.2),
+  "shuffled": interval(3.56, 0.2),
+  "none": interval(3.7, 0.2),
   "true_over_unigram": 0.402,
-  "true_minus_shuffled": INTERVAL(-0.17, 0.05),
-  "true_minus_none": INTERVAL(-0.31, 0.06),
+  "true_minus_shuffled": interval(-0.17, 0.05),
+  "true_minus_none": interval(-0.31, 0.06),
 }
 NUMBERS = {
   "raw": {"train_pairs": 6, "heldout_pairs": 3},
@@ -39,7 +42,7 @@ NUMBERS = {
 }
 
 
-def picture(path, hue, side=32):
+def make_image(path, hue, side=32):
   y, x = np.mgrid[:side, :side]
   disc = (x - side / 2) ** 2 + (y - side / 2) ** 2 < (side / 3) ** 2
   pixels = np.full((side, side, 3), 255, np.uint8)
@@ -52,11 +55,12 @@ def picture(path, hue, side=32):
 
 def make_raw(workdir):
   about = {"source": "drawings", "license": "CC-BY-SA-4.0", "attribution": "A. Painter"}
-  split = lambda i: "train" if i < 6 else "heldout"
+  splits = ["train"] * 6 + ["heldout"] * 3
   pairs = [
-    {"key": f"k{i}", "caption": f"disc <{i}> & more", "split": split(i), **about} for i in range(9)
+    {"key": f"k{i}", "caption": f"disc <{i}> & more", "split": split, **about}
+    for i, split in enumerate(splits)
   ]
-  write_raw(workdir / "raw", pairs, [picture(None, i) for i in range(9)])
+  write_raw(workdir / "raw", pairs, [make_image(None, i) for i in range(9)])
 
 
 def make_log(folder):
@@ -64,18 +68,12 @@ def make_log(folder):
   for step in range(1, 61):
     if step == 31:
       log = MetricsLog(folder, 30)
-    losses = {
-      "loss": 3.0 + 3 / step,
-      "image_loss": 3.2 + 3 / step,
-      "text_loss": 2.0 + 3 / step,
-      "weight": 1000.0,
-    }
-    log.write(step, losses | ({} if step in (1, 31) else {"tokens_per_second": 500.0}))
+    losses = {"loss": 3.0, "image_loss": 3.2, "text_loss": 2.0}
+    losses = {name: value + 3 / step for name, value in losses.items()}
+    rate = {} if step in (1, 31) else {"tokens_per_second": 500.0}
+    log.write(step, {**losses, "weight": 1000.0, **rate})
     if step % 20 == 0:
-      log.write(
-        step,
-        {f"heldout_{name}": losses[name] + 0.1 for name in ("loss", "image_loss", "text_loss")},
-      )
+      log.write(step, {f"heldout_{name}": value + 0.1 for name, value in losses.items()})
 
 
 def make_samples(folder):
@@ -84,47 +82,36 @@ def make_samples(folder):
     for guidance in (1.0, 3.0, 5.0):
       for retrieve in (0, 2):
         name = f"{key}_{guidance}_{retrieve}.png"
-        picture(folder / name, float(rng.uniform(0, 6)))
-        lines.append(
-          {
-            "key": key,
-            "prompt": f"disc <{key[1]}> & more",
-            "guidance": guidance,
-            "retrieve": retrieve,
-            "file": name,
-          }
-          | {
-            "neighbors": [{"key": "k0"}, {"key": "k1"}] if retrieve else [],
-            "clip_score": float(rng.normal(0.2 + guidance / 50, 0.05)),
-          }
-        )
+        make_image(folder / name, float(rng.uniform(0, 6)))
+        line = {"key": key, "prompt": f"disc <{key[1]}> & more", "file": name}
+        line |= {"guidance": guidance, "retrieve": retrieve}
+        line["neighbors"] = [{"key": "k0"}, {"key": "k1"}] if retrieve else []
+        line["clip_score"] = float(rng.normal(0.2 + guidance / 50, 0.05))
+        lines.append(line)
   (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def make_run(workdir, only=tuple(NUMBERS)):
-  """A workdir as the stages leave it."""
+  """Writes a workdir with the results of the stages `only`."""
   for folder in only:
     with stages.once(workdir / folder, {}) as numbers:
       numbers.update(NUMBERS[folder])
       if folder == "raw":
         make_raw(workdir)
       if folder == "vqgan":
-        pixels = np.stack([picture(None, i) for i in range(4)])
-        np.savez(
-          workdir / "vqgan" / "reconstructions.npz",
-          originals=pixels,
-          reconstructions=pixels // 2 + 60,
-        )
+        pixels = np.stack([make_image(None, i) for i in range(4)])
+        arrays = {"originals": pixels, "reconstructions": pixels // 2 + 60}
+        np.savez(workdir / "vqgan" / "reconstructions.npz", **arrays)
       if folder == "train":
         make_log(workdir / "train" / "metrics")
         for step in (20, 40, 60):
-          picture(workdir / "train" / "samples" / f"{step:06d}.png", step, side=96)
+          make_image(workdir / "train" / "samples" / f"{step:06d}.png", step, side=96)
       if folder == "samples":
         make_samples(workdir / "samples")
 
 
 class Page(HTMLParser):
-  """Collects every attribute that names another resource, and whether tags are balanced."""
+  """Collects references and images of a page; fails if its tags are not balanced."""
 
   VOID = ("meta", "img", "br", "path", "use", "rect")
 
@@ -141,9 +128,7 @@ class Page(HTMLParser):
       self.open.append(tag)
 
   def handle_startendtag(self, tag, attributes):
-    self.references += [
-      value for name, value in attributes if name in ("src", "href", "xlink:href")
-    ]
+    self.references += [v for name, v in attributes if name in ("src", "href", "xlink:href")]
 
   def handle_endtag(self, tag):
     if tag not in self.VOID:
@@ -154,14 +139,11 @@ class Page(HTMLParser):
 def run(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("run")
   make_run(workdir)
-  return (
-    workdir,
-    report.write(workdir, "ml_configs/openmoji.py:2"),
-    (workdir / "report.html").read_text(),
-  )
+  found = report.write(workdir, "ml_configs/openmoji.py:2")
+  return workdir, found, (workdir / "report.html").read_text()
 
 
-def test_page_is_one_file_with_its_pictures_inside(run):
+def test_page_is_one_file_with_its_images_inside(run):
   workdir, _, html = run
   page = Page(html)
   assert page.open == []
@@ -169,7 +151,7 @@ def test_page_is_one_file_with_its_pictures_inside(run):
   assert "url(http" not in html
   assert "@import" not in html
   assert str(workdir) not in html
-  # Per prompt 6 samples, the original and two neighbors; 4 reconstructions with originals; 3 grids.
+  # 2 prompts with 6 samples, original and 2 neighbors; 4 originals and reconstructions; 3 grids.
   assert len(page.images) == 2 * (6 + 1 + 2) + 2 * 4 + 3
   assert all(image.get("alt") for image in page.images)
 
@@ -182,7 +164,7 @@ def test_page_shows_every_number_of_the_summary(run):
       assert f'<code>{name}</code></th><td class="num">{report.show(value)}</td>' in html
 
 
-def test_headlines_say_honestly_what_was_met(run):
+def test_headlines_show_which_targets_are_met(run):
   verdicts = {line["title"].split()[0]: line["met"] for line in run[1]["headlines"]}
   assert verdicts["PSNR"] is True
   assert verdicts["Codebook"] is False
@@ -190,11 +172,11 @@ def test_headlines_say_honestly_what_was_met(run):
   assert "● met" in run[2]
 
 
-def test_captions_are_escaped_and_the_restart_is_told(run):
+def test_page_escapes_captions_and_reports_the_restart(run):
   assert "“disc &lt;6&gt; &amp; more”" in run[2]
-  assert "stopped after step 30 and continued with step 31" in run[2]
+  assert "The trainer stopped after step 30 and continued with step 31" in run[2]
   assert "CC-BY-SA-4.0" in run[2]
-  assert "A. Painter" in run[2]
+  assert "CC-BY-SA-4.0:\n  A. Painter. Recon" in run[2]  # Once, not once a source file.
 
 
 def test_figures_take_the_colors_of_the_page(run):
@@ -206,7 +188,7 @@ def test_figures_take_the_colors_of_the_page(run):
 
 
 @pytest.mark.parametrize("only", [(), ("raw",), ("raw", "vqgan", "train")])
-def test_stages_that_have_not_run_are_said_so(tmp_path, only):
+def test_page_lists_stages_that_have_not_run(tmp_path, only):
   make_run(tmp_path, only)
   found = report.write(tmp_path, "ml_configs/openmoji.py")
   assert found["unfinished"] == [folder for folder in NUMBERS if folder not in only]
@@ -235,9 +217,7 @@ def test_flatten_keeps_every_leaf(value):
 
   flat = summary.flatten({"x": value})
   assert len(flat) == leaves(value) == len({name for name, _ in flat})
-  assert all(
-    summary.lookup({name: found}, name) == found for name, found in flat if "." not in name
-  )
+  assert all(summary.lookup({name: leaf}, name) == leaf for name, leaf in flat if "." not in name)
 
 
 def test_clip_scores_are_averaged_by_guidance_and_retrieval():
@@ -254,15 +234,17 @@ def test_clip_scores_are_averaged_by_guidance_and_retrieval():
 
 
 def test_clip_scores_of_a_concept_or_a_prompt_are_one_group():
-  line = lambda **names: {"guidance": 1, "retrieve": 0, "clip_score": 0.1, **names}
-  groups = lambda *lines: summary.clip_scores([line(**names) for names in lines])[0]["groups"]
+  def groups(*samples):
+    shared = {"guidance": 1, "retrieve": 0, "clip_score": 0.1}
+    return summary.clip_scores([shared | sample for sample in samples])[0]["groups"]
+
   red, blue = ({"key": name, "prompt": name, "concept": "fox"} for name in ("red", "blue"))
   assert groups(red, blue) == 1
   assert groups(red, {**blue, "concept": "cat"}) == 2
   assert groups(*[{"key": "", "prompt": "a"}] * 3, {"key": "", "prompt": "b"}) == 2
 
 
-def test_the_page_says_over_how_many_concepts_its_intervals_are(run):
+def test_page_gives_the_number_of_concepts_of_its_intervals(run):
   html = run[2]
   assert "bootstrap over 7 concepts (effectively 3)" in html
   assert "95% interval over concepts" in html
@@ -273,15 +255,12 @@ def test_the_page_says_over_how_many_concepts_its_intervals_are(run):
 def test_a_killed_run_reports_the_steps_that_were_computed_again(tmp_path):
   log = MetricsLog(tmp_path)
   for step in range(1, 9):
-    log.write(
-      step, {"loss": 1 / step, "weight": 1.0, **({} if step == 1 else {"tokens_per_second": 2.0})}
-    )
+    rate = {} if step == 1 else {"tokens_per_second": 2.0}
+    log.write(step, {"loss": 1 / step, "weight": 1.0, **rate})
   log = MetricsLog(tmp_path, 5)
   for step in range(6, 10):
-    loss = 1 / step if step != 7 else 0.5
-    log.write(
-      step, {"loss": loss, "weight": 1.0, **({} if step == 6 else {"tokens_per_second": 2.0})}
-    )
+    rate = {} if step == 6 else {"tokens_per_second": 2.0}
+    log.write(step, {"loss": 1 / step if step != 7 else 0.5, "weight": 1.0, **rate})
   numbers = summary.training(summary.read_json_lines(tmp_path / "metrics.jsonl"))
   assert numbers["restarts"] == [{"after_step": 5, "next_step": 6, "replayed": 3, "identical": 2}]
   assert numbers["every_step_logged_once"]
@@ -296,14 +275,12 @@ def test_a_killed_run_reports_the_steps_that_were_computed_again(tmp_path):
 
 def test_a_difference_is_met_only_with_its_whole_interval():
   headline = summary.Headline("d", "a.bits", "<", 0.0)
-  judged = lambda high: summary.judge({"a": {"bits": -1.0, "low": -2.0, "high": high}}, headline)[
-    "met"
-  ]
-  assert judged(-0.1) is True
-  assert judged(0.1) is False
-  assert summary.judge({}, headline) | {"title": ""} == {
-    "title": "", "value": None, "interval": None, "relation": "< ", "target": 0.0, "note": "", "met": None,
-  }  # fmt: skip
+  for high, met in ((-0.1, True), (0.1, False)):
+    found = {"a": {"bits": -1.0, "low": -2.0, "high": high}}
+    assert summary.judge(found, headline)["met"] is met
+  absent = dict.fromkeys(("value", "interval", "met"))
+  expected = {"title": "d", "relation": "< ", "target": 0.0, "note": "", **absent}
+  assert summary.judge({}, headline) == expected
 
 
 @given(st.floats(-1e6, 1e6))
@@ -312,6 +289,6 @@ def test_show_keeps_four_digits(value):
   assert shown == pytest.approx(value, rel=6e-3 if abs(value) < 1e-3 else 6e-4, abs=1e-12)
 
 
-def test_smooth_is_the_mean_of_what_is_there():
+def test_smooth_averages_shorter_windows_at_the_ends():
   np.testing.assert_allclose(report.smooth(np.array([1.0, 2.0, 6.0]), 3), [1.5, 3.0, 4.0])
   np.testing.assert_allclose(report.smooth(np.array([1.0, 2.0]), 1), [1.0, 2.0])

@@ -2,7 +2,7 @@ import numpy as np
 
 from cm3leon_jax.data import pipeline
 from cm3leon_jax.data.documents import Document, Segment
-from cm3leon_jax.data.plan import SamplePlan
+from cm3leon_jax.data.sample_plan import SamplePlan
 from cm3leon_jax.reports import inspect, row_parts
 from cm3leon_jax.reports.ribbon import ribbon, runs
 from tests.data.stores import VOCAB
@@ -17,7 +17,10 @@ def pair(key, words, codes):
 
 
 def make_view():
-  """</s> w w <break> i <mask:0> i <break> w <break> i i i i </s> <mask:0> i i <eoss>, then a dropped one, then padding."""
+  """Makes a row of a sample with a neighbor, one with dropped conditioning, and padding.
+
+  first: </s> w w <break> i <mask:0> i <break> w <break> i i i i </s> <mask:0> i i <eoss>
+  """
   neighbor, document = pair("n", 2, 4), pair("d", 1, 4)
   length = 1 + 3 + 4 + 1 + 2 + 4 + 1 + 3
   samples = [
@@ -41,24 +44,19 @@ def test_runs():
   assert runs([]) == []
 
 
-def test_every_slot_has_its_place_on_the_ribbon():
+def test_parts_cover_every_slot():
   found = ribbon(make_view())
   assert (found["length"], found["used"]) == (28, 25)
   assert found["samples"] == [(0, 18, 1, "d"), (18, 7, 2, "d")]
-  # Parts follow one another without a gap; the last token of a sample is only predicted.
-  assert [p["x"] for p in found["parts"]] == [
-    0,
-    *np.cumsum([p["width"] for p in found["parts"]])[:-1],
-  ]
+  # No gap between parts; the last token of a sample has no slot.
+  ends = np.cumsum([p["width"] for p in found["parts"]])
+  assert [p["x"] for p in found["parts"]] == [0, *ends[:-1]]
   kinds = [(p["kind"], p["width"], p["span"]) for p in found["parts"]]
-  assert kinds[:7] == [
-    ("special", 1, -1), ("text", 2, -1), ("special", 1, -1), ("image", 1, -1), ("special", 1, 0), ("image", 1, -1),
-    ("special", 1, -1),
-  ]  # fmt: skip
-  assert kinds[7:] == [
-    ("text", 1, -1), ("special", 1, -1), ("image", 4, -1), ("special", 1, -1), ("special", 1, 0), ("image", 2, 0),
-    ("special", 1, -1), ("special", 1, 0), ("special", 1, -1), ("image", 4, -1),
-  ]  # fmt: skip
+  special, mask = ("special", 1, -1), ("special", 1, 0)
+  neighbor = [("text", 2, -1), special, ("image", 1, -1), mask, ("image", 1, -1), special]
+  document = [("text", 1, -1), special, ("image", 4, -1), special]
+  infill, dropped = [mask, ("image", 2, 0), special], [mask, special, ("image", 4, -1)]
+  assert kinds == [special, *neighbor, *document, *infill, *dropped]
   assert found["parts"][12]["title"] == "neighbor 1: image, slots 16 to 17, infill"
   assert [(o["x"], o["width"], o["role"]) for o in found["owners"]] == [
     (1, 6, "neighbor"), (8, 6, "document"), (19, 6, "document"),
@@ -73,13 +71,6 @@ def test_weights_are_those_of_the_row():
   for x, width, weight in found["weights"]:
     rebuilt[x : x + width] = weight
   np.testing.assert_array_equal(rebuilt, view.loss_weights)
-  # The neighbor weighs half, wherever its tokens stand, the sentinel in it one; the opening of the dropped sample nothing.
-  assert found["weights"] == [
-    (0, 4, 0.5),
-    (4, 1, 1.0),
-    (5, 2, 0.5),
-    (7, 8, 1.0),
-    (15, 2, 0.5),
-    (17, 1, 1.0),
-    (20, 5, 1.0),
-  ]
+  # The neighbor's tokens weigh 0.5, also at the end, and its sentinel 1; `<mask:0> <break>` 0.
+  neighbor = [(0, 4, 0.5), (4, 1, 1.0), (5, 2, 0.5)]
+  assert found["weights"] == [*neighbor, (7, 8, 1.0), (15, 2, 0.5), (17, 1, 1.0), (20, 5, 1.0)]

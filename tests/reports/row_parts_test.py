@@ -1,4 +1,4 @@
-"""What a row's arrays say: samples, parts and segments as literals, that moving spans is undone, and that faults are found."""
+"""Tests that rows are split into samples, parts and segments, and that wrong rows are refused."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def document(*segments, key="d"):
 
 
 def make_row(*samples, length=24):
-  """Row of samples whose targets all weigh 1."""
+  """Packs a row of samples whose targets all weigh 1."""
   return pipeline.pack_row(
     [(np.array(s, np.int32), np.ones(len(s), np.float32)) for s in samples], length, VOCAB.pad
   )
@@ -58,7 +58,7 @@ def test_a_row_is_cut_into_its_samples():
     ("inputs", 23, A, r"padding holds another token than <pad>"),
   ],
 )
-def test_a_row_that_was_packed_wrongly_is_refused(name, at, value, sentence):
+def test_a_wrongly_packed_row_is_refused(name, at, value, sentence):
   row = make_row(TOKENS, [EOS, C, EOS])
   row[name][at] = value
   with pytest.raises(ValueError, match=sentence):
@@ -80,7 +80,7 @@ def test_parts_of_a_sample():
   ]
 
 
-def test_segments_in_their_own_order_again():
+def test_restore_puts_moved_parts_back():
   parts = row_parts.split_parts(TOKENS, VOCAB)
   assert row_parts.restore(parts) == [[parts[1]], [parts[3], parts[8], parts[5]]]
   dropped = np.array([EOS, MASK, BRK, P, Q, EOS])
@@ -97,13 +97,11 @@ def test_segments_in_their_own_order_again():
   whole_segments=st.booleans(),
   seed=st.integers(0, 99),
 )
-def test_every_segment_is_found_whole_again(kinds, num_spans, whole_segments, seed):
+def test_restore_returns_every_segment_whole(kinds, num_spans, whole_segments, seed):
   rng = np.random.default_rng(seed)
-  bounds = lambda image: (
-    (VOCAB.text_size, VOCAB.size) if image else (VOCAB.num_special, VOCAB.text_size)
-  )
-  whole = document(*(rng.integers(*bounds(image), n) for image, n in kinds))
-  spans = cm3.draw_spans([n for _, n in kinds], num_spans, whole_segments, rng)
+  bounds = {True: (VOCAB.text_size, VOCAB.size), False: (VOCAB.num_special, VOCAB.text_size)}
+  whole = document(*(rng.integers(*bounds[image], n) for image, n in kinds))
+  spans = cm3.sample_spans([n for _, n in kinds], num_spans, whole_segments, rng)
   tokens = cm3.apply_cm3_mask(pipeline.join([whole], VOCAB), spans, VOCAB)
   parts = row_parts.split_parts(tokens, VOCAB)
   assert [p.start for p in parts] == [0, *(p.stop for p in parts[:-1])]
@@ -117,22 +115,20 @@ def test_every_segment_is_found_whole_again(kinds, num_spans, whole_segments, se
   assert row_parts.check_sample(tokens, [whole], VOCAB, 99) == 0
 
 
-def test_a_sample_is_held_against_its_documents():
+def test_check_sample_compares_a_sample_with_its_documents():
   neighbor, itself = document([A, B], [P, Q, R, S], key="n"), document([C], [S, R, Q, P])
   joined = pipeline.join([neighbor, itself], VOCAB)
-  check = lambda tokens, length=99, documents=(neighbor, itself): row_parts.check_sample(
-    np.asarray(tokens, np.int32), list(documents), VOCAB, length
-  )
+
+  def check(tokens, length=99, documents=(neighbor, itself)):
+    return row_parts.check_sample(np.asarray(tokens, np.int32), list(documents), VOCAB, length)
+
   assert check(joined) == 0
   assert check(joined[:-3], length=len(joined) - 4) == 3
   assert check([EOS, MASK, BRK, S, R, Q, P, EOS]) == 0
-  with pytest.raises(
-    ValueError, match="'d' gives 13 tokens, spans put back; its documents have 16"
-  ):
+  with pytest.raises(ValueError, match="'d', spans restored, has 13 tokens; its documents have 16"):
     check(joined[:-3])
-  with pytest.raises(
-    ValueError, match=f"'d', spans put back, has token {C} at 1; its documents have {A}"
-  ):
+  message = f"'d', spans restored, has token {C} at 1; its documents have {A}"
+  with pytest.raises(ValueError, match=message):
     check(pipeline.join([itself, neighbor], VOCAB))
   with pytest.raises(ValueError, match="has token"):
     check([EOS, MASK, BRK, P, Q, R, S, EOS])

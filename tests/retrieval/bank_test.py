@@ -1,4 +1,4 @@
-"""Embedding raw pairs, and the whole stage from raw pairs to neighbors, on one process and on Ray."""
+"""Embeddings of raw pairs, and the whole stage from raw pairs to neighbors."""
 
 import dataclasses
 
@@ -26,8 +26,8 @@ WIDTH = 16
 
 def tiny_clip():
   config = CLIPConfig(
-    resolution=16, image_encoder="conv", patch=4, image_width=64, image_layers=1, text_width=64, text_layers=1, text_length=6,
-    embed_dim=16,
+    resolution=16, image_encoder="conv", patch=4, image_width=64, image_layers=1,
+    text_width=64, text_layers=1, text_length=6, embed_dim=16,
   )  # fmt: skip
   return CLIP(config, 50, clip_lib.init_params(config, 50, jax.random.key(0)), encode)
 
@@ -37,11 +37,11 @@ def encode(text):
 
 
 def make_raw(folder, n=24, num_shards=3):
-  """n pairs of random pictures, every fourth held out."""
+  """Writes n pairs of random images, every fourth held out."""
   images = np.random.default_rng(0).integers(0, 256, (n, 16, 16, 3), np.uint8)
-  split = lambda i: "heldout" if i % 4 == 3 else "train"
+  splits = ["train", "train", "train", "heldout"]
   pairs = [
-    {"key": f"k{i}", "caption": chr(97 + i) * 3, "group": f"g{i // 2}", "split": split(i)}
+    {"key": f"k{i}", "caption": chr(97 + i) * 3, "group": f"g{i // 2}", "split": splits[i % 4]}
     for i in range(n)
   ]
   write_raw(folder, pairs, images, num_shards)
@@ -154,9 +154,11 @@ def test_new_shards_are_appended(tmp_path, monkeypatch):
   before = Embeddings(tmp_path / "out" / "train").documents[:]
   embedded = []
   embed_pairs = bank_lib.embed_pairs
-  count = lambda clip, pairs, *args: (
-    embedded.extend(p.key for p in pairs) or embed_pairs(clip, pairs, *args)
-  )
+
+  def count(clip, pairs, *args):
+    embedded.extend(p.key for p in pairs)
+    return embed_pairs(clip, pairs, *args)
+
   monkeypatch.setattr(bank_lib, "embed_pairs", count)
   write_json(path, whole)
   assert build(tmp_path)["bank"] == 18

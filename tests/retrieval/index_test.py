@@ -81,7 +81,7 @@ def test_batches_do_not_matter(clustered):
   assert index.ExactIndex(vectors).search(many[:0], 3)[0].shape == (0, 3)
 
 
-def test_scann_finds_what_exact_search_finds(clustered, tmp_path, monkeypatch):
+def test_scann_agrees_with_exact_search(clustered, tmp_path, monkeypatch):
   pytest.importorskip("scann")
   vectors, queries = clustered
   scann = index.ScannIndex.build(vectors)
@@ -105,7 +105,7 @@ def test_blocks_are_searched_as_one(clustered, tmp_path, monkeypatch):
   pytest.importorskip("scann")
   vectors, queries = clustered
   monkeypatch.setattr(index, "EXACT_ROWS", 900)
-  # All leaves: which a vector falls into is up to chance, and of so few vectors a third of the leaves misses some.
+  # All leaves: a third of the leaves of so few vectors misses some.
   monkeypatch.setattr(index, "_leaves", lambda n: (10, 10))
   blocks = index.BlockIndex(vectors, "scann", tmp_path, 700)
   assert blocks.blocks == [(0, 700), (700, 1_400), (1_400, 2_000)]
@@ -120,14 +120,14 @@ def test_blocks_are_searched_as_one(clustered, tmp_path, monkeypatch):
 
 
 def test_merge_in_literals():
-  found = [
+  results = [
     (np.array([[4, 7]]), np.array([[0.9, 0.2]])),
     (np.array([[8, -1]]), np.array([[0.5, -np.inf]])),
   ]
-  ids, scores = index.merge(found, 3)
+  ids, scores = index.merge(results, 3)
   assert ids.tolist() == [[4, 8, 7]]
   assert scores.tolist() == [[0.9, 0.5, 0.2]]
-  assert index.merge(found, 4)[0].tolist() == [[4, 8, 7, -1]]
+  assert index.merge(results, 4)[0].tolist() == [[4, 8, 7, -1]]
 
 
 def test_scann_with_8_bits(clustered, monkeypatch):

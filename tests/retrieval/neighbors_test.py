@@ -11,23 +11,28 @@ from cm3leon_jax.retrieval.neighbors import RetrievalConfig, Retriever, select_n
 from tests.retrieval.stores import write_bank, write_neighbors
 
 EXACT = RetrievalConfig(backend="exact")
-NOBODY = lambda candidate: False
 
 
 def at_angles(*degrees):
-  """Unit vectors in the plane: the cosine of two is that of their angles' difference; 0.9 is 25.8 degrees."""
+  """Unit vectors in the plane at angles in degrees; a cosine of 0.9 is 25.8 degrees."""
   radians = np.deg2rad(degrees)
   return np.stack([np.cos(radians), np.sin(radians)], 1).astype(np.float32)
 
 
-VECTORS = at_angles(10, 40, 50, 80, 85, 110, 140)  # documents 0 to 6; the query lies at 0
+VECTORS = at_angles(10, 40, 50, 80, 85, 110, 140)  # Documents 0 to 6; the query is at 0.
 
 
-def select(sides, forbidden=NOBODY, kept=2, limit=0.9):
-  ids, rejected = select_neighbors(
-    [np.array(s) for s in sides], VECTORS, at_angles(0)[0], forbidden, kept, limit
-  )
+def select(sides, own_group=(), kept=2, limit=0.9, vectors=VECTORS):
+  sides, query = [np.array(side) for side in sides], at_angles(0)[0]
+  forbidden = own_group.__contains__
+  ids, rejected = select_neighbors(sides, vectors, query, forbidden, kept, limit)
   return ids, dict(rejected)
+
+
+def test_selection_in_literals():
+  vectors = at_angles(0, 0, 0, 40, 0, 60, 0, 0, 85, 50)
+  rejected = {"own_group": 1, "similar_to_kept": 2}
+  assert select([[5, 3, 8], [3, 9, 8]], {5}, 1, vectors=vectors) == ([3, 8], rejected)
 
 
 def test_sides_alternate_best_first():
@@ -44,12 +49,12 @@ def test_similar_to_a_kept_one_is_skipped():
   assert select([[1, 2, 3], [4, 6]], limit=0.997)[0] == [1, 4, 2, 6]  # negative control
 
 
-def test_found_by_both_sides_is_kept_once():
+def test_a_candidate_of_both_sides_is_kept_once():
   assert select([[3, 1], [3, 5]], kept=1, limit=1.0) == ([3, 5], {"similar_to_kept": 1})
 
 
 def test_own_group_is_skipped():
-  assert select([[1, 3], [5, 1]], lambda c: c in (1, 5)) == ([3], {"own_group": 3})
+  assert select([[1, 3], [5, 1]], {1, 5}) == ([3], {"own_group": 3})
 
 
 def test_empty_places_of_a_list_are_skipped():
@@ -85,11 +90,13 @@ def bank_of(n, seed=0, size=8):
 
 def neighbors_of(retriever):
   """Neighbors of the bank's own documents."""
-  bank, read = retriever.bank, lambda array: array[:].astype(np.float32)
-  sides = [retriever.search(read(bank.queries)), retriever.search(read(bank.images))]
-  return retriever.select(
-    sides, read(bank.documents), bank.keys[:], bank.groups[:], retriever.config.kept_per_side
+  bank = retriever.bank
+  queries, images, documents = (
+    array[:].astype(np.float32) for array in (bank.queries, bank.images, bank.documents)
   )
+  sides = [retriever.search(queries), retriever.search(images)]
+  kept = retriever.config.kept_per_side
+  return retriever.select(sides, documents, bank.keys[:], bank.groups[:], kept)
 
 
 def test_the_rules_hold_on_a_bank(tmp_path, monkeypatch):
@@ -128,7 +135,10 @@ def test_two_documents_of_one_group_have_no_neighbors(tmp_path):
 def test_the_order_of_the_bank_does_not_matter(tmp_path, seed):
   bank, order = bank_of(24), np.random.default_rng(seed).permutation(24)
   shuffled = bank.reordered(order)
-  names = lambda bank, ids: np.where(ids >= 0, bank.keys[ids], "")
+
+  def names(bank, ids):
+    return np.where(ids >= 0, bank.keys[ids], "")
+
   expected = names(bank, neighbors_of(bank.retriever(tmp_path / "a"))[0])
   np.testing.assert_array_equal(
     names(shuffled, neighbors_of(shuffled.retriever(tmp_path / "b"))[0]), expected[order]
@@ -146,7 +156,7 @@ def test_retrieval_by_caption_is_best_first(tmp_path):
   assert (ids[0] != retriever.retrieve(bank.texts[5:6])[0][0]).any()
 
 
-def test_absent_neighbors_are_told(tmp_path):
+def test_absent_neighbors_are_reported(tmp_path):
   with pytest.raises(UserError, match=r"launch\.build_neighbors|does not exist"):
     Embeddings(tmp_path / "train")
   with pytest.raises(

@@ -1,4 +1,4 @@
-"""What `launch.build_neighbors` leaves, made of arrays in the test."""
+"""Files of `launch.build_neighbors`, from arrays of a test."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ def write_array(path, values):
 
 
 def write_bank(folder, texts, images, groups, keys):
-  """The embeddings of one split: texts and images [n, E] float32 of norm 1, n names each of groups and keys."""
+  """Writes texts and images, [n, E] float32 of norm 1, and n names of groups and keys."""
   arrays = {"documents": document_embeddings(texts, images), "queries": texts, "images": images}
   for name, values in arrays.items():
     write_array(folder / name, values.astype(np.float16))

@@ -90,7 +90,7 @@ def test_transformers_loads_it(folder, tokenizer):
   assert json.loads((folder / "special_tokens_map.json").read_text())["eos_token"] == "</s>"
 
 
-def test_too_few_texts_are_told(tmp_path):
+def test_too_few_texts_are_refused(tmp_path):
   with pytest.raises(
     UserError,
     match=r"the 1 training texts \(9 characters\) give \d+ tokens, config.vocab.text_size is 300",

@@ -180,7 +180,9 @@ def test_generator_loss_is_the_oracle(images):
 
   @functools.partial(jax.jit, static_argnums=1)
   def gradients(params, config):
-    loss = lambda p: train_vqgan.generator_loss(p, None, config, NUM_CODES, x)
+    def loss(p):
+      return train_vqgan.generator_loss(p, None, config, NUM_CODES, x)
+
     return *jax.value_and_grad(loss, has_aux=True)(params), vqgan.bind(config, NUM_CODES, params)(x)
 
   (loss, _), _, (y, z, q, indices) = gradients(params, config)
@@ -208,8 +210,9 @@ def test_generator_loss_is_the_oracle(images):
 
 def _at_count(opt_state, count):
   """An optimizer's state as if it had taken `count` steps."""
-  integer = lambda x: jnp.issubdtype(x.dtype, jnp.integer)
-  return jax.tree.map(lambda x: jnp.full_like(x, count) if integer(x) else x, opt_state)
+  return jax.tree.map(
+    lambda x: jnp.full_like(x, count) if jnp.issubdtype(x.dtype, jnp.integer) else x, opt_state
+  )
 
 
 @pytest.mark.parametrize(
@@ -228,7 +231,7 @@ def test_the_learning_rate_ends_at_0(images, network, opt_state, steps):
 
 
 def test_hinge_loss_literals():
-  """A discriminator whose last bias is c and whose kernels are 0 judges everything c: loss relu(1 - c) + relu(1 + c)."""
+  """With kernels of 0 and a last bias of c, the loss is relu(1 - c) + relu(1 + c)."""
   x = jnp.zeros((1, 8, 8, 3))
   for judgement, loss in ((0.0, 2.0), (0.5, 2.0), (3.0, 4.0)):
     params = jax.tree.map(jnp.zeros_like, _discriminator(0))
@@ -237,8 +240,8 @@ def test_hinge_loss_literals():
 
 
 def test_adversarial_step(images):
-  """It moves the discriminator, and its gradient changes the VQGAN's step by weight times the judgement."""
-  state = lambda: train_vqgan.init_state(CONFIG, NUM_CODES, 0)
+  """The discriminator learns, and its judgement times its weight is part of the VQGAN's loss."""
+  state = functools.partial(train_vqgan.init_state, CONFIG, NUM_CODES, 0)
   with_it, metrics = train_vqgan.train_step(state(), images[:8], CONFIG, True)
   without, _ = train_vqgan.train_step(state(), images[:8], CONFIG, False)
   assert set(metrics) == {"loss", "mse", "discriminator_loss"}
@@ -248,7 +251,10 @@ def test_adversarial_step(images):
   with pytest.raises(AssertionError):
     _assert_same(with_it["params"]["decoder"], without["params"]["decoder"])
   params, x = state()["params"], vqgan.to_float(images)
-  loss = lambda d: train_vqgan.generator_loss(params, d, CONFIG, NUM_CODES, x)
+
+  def loss(discriminator):
+    return train_vqgan.generator_loss(params, discriminator, CONFIG, NUM_CODES, x)
+
   alone, (y, _) = loss(None)
   judged = train_vqgan.judge(CONFIG, _discriminator(5), y).mean()
   assert abs(float(judged)) > 1e-3

@@ -100,7 +100,8 @@ def test_straight_through_gradient_reaches_encoder(tokenizer, images):
 
   @jax.jit
   def gradients(params):
-    through = lambda p: jnp.mean((vqgan.bind(CONFIG, NUM_CODES, p)(x)[0] - x) ** 2)
+    def through(p):
+      return jnp.mean((vqgan.bind(CONFIG, NUM_CODES, p)(x)[0] - x) ** 2)
 
     def cut(p):
       model = vqgan.bind(CONFIG, NUM_CODES, p)
@@ -109,7 +110,10 @@ def test_straight_through_gradient_reaches_encoder(tokenizer, images):
     return jax.grad(through)(params), jax.grad(cut)(params)
 
   through, cut = gradients(tokenizer.params)
-  largest = lambda tree: max(float(jnp.abs(g).max()) for g in jax.tree.leaves(tree))
+
+  def largest(tree):
+    return max(float(jnp.abs(g).max()) for g in jax.tree.leaves(tree))
+
   assert largest(through["encoder"]["conv_in"]) > 1e-6
   assert largest(through["codebook"]) == 0  # Codes learn from the codebook loss alone.
   assert largest(cut["encoder"]) == 0  # Without the straight-through term none arrives.
@@ -137,7 +141,7 @@ def test_batches_do_not_matter(tokenizer, images):
 
 
 def test_codes_are_in_raster_order():
-  """Code 3 of 4 x 4 is the upper right corner, both ways; code 12, the lower left one, is out of a shallow network's sight."""
+  """Code 3 of 4 x 4 is the upper right corner, out of reach of code 12, the lower left one."""
   config = dataclasses.replace(
     CONFIG, stem=4, multipliers=(1,), encoder_blocks=(0,), decoder_blocks=(0,)
   )

@@ -76,7 +76,7 @@ def test_a_checkpoint_without_digests_does_not_count(saved):
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed", "surplus"])
-def test_a_damaged_file_is_told(saved, damage):
+def test_a_damaged_file_is_refused(saved, damage):
   victim = next(
     p
     for p in sorted((saved / "checkpoints" / "2").rglob("*"))
@@ -104,7 +104,7 @@ def test_a_first_save_that_was_killed_is_deleted(saved):
   checkpoints.close()
 
 
-def test_checkpoints_whose_digests_are_lost_are_kept_and_told(saved):
+def test_checkpoints_without_digests_are_kept_and_refused(saved):
   shutil.rmtree(saved / "checkpoints.digests")
   checkpoints = checkpoint.Checkpoints(saved, keep=2)
   with pytest.raises(UserError, match="no digests of them"):

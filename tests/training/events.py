@@ -1,4 +1,4 @@
-"""Reads TensorBoard's event files back, as TensorBoard does: a start hides what stood at its first step and beyond."""
+"""Reads event files as TensorBoard does: a start hides older events from its first step on."""
 
 import struct
 

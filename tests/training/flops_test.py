@@ -12,7 +12,7 @@ from tests.models.tiny import mesh_of
 
 
 def product_flops(jaxpr, times=1):
-  """2 x batch x M x N x K of every matrix product of a traced function, a scan's body as often as it runs."""
+  """2 x batch x M x N x K of all matrix products of a traced function, in every run of a scan."""
   total = 0
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "dot_general":
@@ -45,8 +45,8 @@ def traced_flops(config, batch, length):
 def test_model_flops_are_those_of_the_traced_products(family, length):
   """But for what the definition leaves out: keys beyond the query in a block."""
   config = ModelConfig(
-    family=family, vocab_size=96, num_layers=3, width=32, num_heads=4, mlp_width=64, max_positions=length,
-    dtype="float32", remat_policy="none", loss_chunk=32,
+    family=family, vocab_size=96, num_layers=3, width=32, num_heads=4, mlp_width=64,
+    max_positions=length, dtype="float32", remat_policy="none", loss_chunk=32,
   )  # fmt: skip
   tokens = 2 * length
   beyond = 12 * 3 * 32 * min(BLOCK, length) / 2 * tokens
@@ -101,12 +101,12 @@ def test_peaks_of_known_devices(kind, peak):
 )
 def test_no_peak_is_guessed(kind):
   assert flops.device_peak(kind) is None
-  assert flops.utilisation(1e12, 1, flops.device_peak(kind)) is None
+  assert flops.utilization(1e12, 1, flops.device_peak(kind)) is None
 
 
-def test_utilisation_by_hand():
+def test_utilization_by_hand():
   """Two v5e that do 78.8 TFLOP/s of the model's together: a fifth of their peak."""
-  assert flops.utilisation(78.8e12, 2, flops.device_peak("TPU v5 lite")) == pytest.approx(0.2)
+  assert flops.utilization(78.8e12, 2, flops.device_peak("TPU v5 lite")) == pytest.approx(0.2)
   with jax.set_mesh(mesh_of(1, 1, 1)):
     assert flops.mesh_peak() is None
     assert flops.mesh_peak(5e12) == 5e12

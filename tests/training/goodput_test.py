@@ -42,7 +42,7 @@ def test_compiling_counts_as_such_wherever_it_happens(watch):
 
 
 def test_a_trace_within_a_trace_counts_once(watch, monkeypatch):
-  """The inner one is told first: 0.2 s that end at 1.0; the outer one took 0.9 s until 1.5. Another ends at 3.0."""
+  """The inner event comes first, 0.2 s until 1.0; the outer took 0.9 s until 1.5; another: 3.0."""
   times = iter([1.0, 1.5, 3.0])
   watch.seconds()
   monkeypatch.setattr(goodput.time, "perf_counter", lambda: next(times))
@@ -70,11 +70,11 @@ def test_goodput_is_the_share_of_steps():
 
 
 def test_earlier_starts_are_added_and_steps_computed_again_are_lost():
-  """A start told its times at step 4 and at 8, and was killed 7 s after the latter."""
-  told = goodput.to_line({**dict.fromkeys(goodput.PHASES, 0.0), "step": 30.0, "save": 2.0})
+  """A start logged its times at step 4 and at 8, and was killed 7 s after the latter."""
+  logged = goodput.to_line({**dict.fromkeys(goodput.PHASES, 0.0), "step": 30.0, "save": 2.0})
   lines = [
-    {"step": 4, "time": 100.0, **told},
-    {"step": 8, "time": 120.0, **told, "step_seconds": 50.0},
+    {"step": 4, "time": 100.0, **logged},
+    {"step": 8, "time": 120.0, **logged, "step_seconds": 50.0},
     {"step": 9, "loss": 1.0, "time": 124.0},
     {"step": 10, "loss": 1.0, "time": 127.0},
   ]

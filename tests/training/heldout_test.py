@@ -1,4 +1,4 @@
-"""The held-out loss of training: the document's own targets, after neighbors of its caption alone."""
+"""The held-out loss of training: the document's own targets after neighbors of its caption."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def settings():
   config.vocab.update(dataclasses.asdict(VOCAB))
   config.model.update({"vocab_size": VOCAB.size, "num_layers": 2, "width": 16, "num_heads": 2})
   config.model.update({"mlp_width": 32, "max_positions": 64, "dtype": "float32"})
-  # A window is a pass over the held-out pairs. In 64 slots a document has room for one or two neighbors.
+  # A window is a pass over the held-out pairs; 64 slots hold a document and one or two neighbors.
   config.data.update({"sequence_length": 64, "pack_window": HELDOUT, "text_share": 0.0})
   config.train.update({"global_batch_size": 4, "eval_batches": 1})
   config.evaluation.update({"num_documents": HELDOUT, "num_resamples": 100})
@@ -39,7 +39,7 @@ def settings():
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-  """Training and held-out pairs that differ, and other neighbors by the image than by the caption."""
+  """Different training and held-out pairs; image and caption have different neighbors."""
   root = tmp_path_factory.mktemp("heldout")
   (root / "documents").mkdir()
   for split, count, seed in (("train", TRAIN, 0), ("heldout", HELDOUT, 1)):

@@ -34,7 +34,7 @@ def test_held_out_lines_are_not_compared(tmp_path):
   assert (log.replayed, log.identical) == (0, 0)
 
 
-def test_nothing_to_compare_is_told_too(tmp_path):
+def test_a_resumed_run_without_lines_to_compare_logs_that_too(tmp_path):
   MetricsLog(tmp_path).write(1, {"loss": 1.0})
   log = MetricsLog(tmp_path, resumed_at=1)
   event = {"step": 1, "event": "resumed", "from_step": 1, "replayed": 0, "identical": 0}

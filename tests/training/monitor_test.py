@@ -2,6 +2,7 @@ import dataclasses
 import sys
 import time
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import pytest
@@ -46,7 +47,8 @@ def follow(monitor, steps, **changed):
 def test_a_line_by_hand():
   values = {**VALUES, "learning_rate": 4.9e-3, "tokens_per_second": 4_620.0, "mfu": 0.4123}
   assert step_line(120, 1_100, values, 2, 312.4) == (
-    "step 120/1,100 | loss 3.412 image 3.301 text 4.127 | grad 0.871 | lr 4.90e-03 | 2,310 tokens/s/device | MFU 41.2% | "
+    "step 120/1,100 | loss 3.412 image 3.301 text 4.127 | grad 0.871 | lr 4.90e-03 | "
+    "2,310 tokens/s/device | MFU 41.2% | "
     "0:05:12 left"
   )
   del values["tokens_per_second"], values["mfu"]
@@ -84,9 +86,11 @@ def test_a_line_a_step_or_every_few_but_the_file_has_all(tmp_path, capsys, log_e
 def test_a_step_is_logged_when_the_next_one_has_started(tmp_path):
   monitor = make_monitor(tmp_path)
   metrics = {name: jnp.float32(x) for name, x in VALUES.items()}
-  logged = lambda: [
-    line["step"] for line in read_json_lines(tmp_path / "metrics.jsonl") if "loss" in line
-  ]
+
+  def logged():
+    lines = read_json_lines(tmp_path / "metrics.jsonl")
+    return [line["step"] for line in lines if "loss" in line]
+
   with monitor:
     monitor.step(1, metrics)
     assert logged() == []
@@ -109,7 +113,7 @@ def test_a_process_that_does_not_write_is_silent(tmp_path, capsys):
 
 @pytest.mark.parametrize("field", ["loss", "grad_norm"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stops_the_run_and_tells_of_debug_nans(tmp_path, field, value):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_debug_nans(tmp_path, field, value):
   with pytest.raises(UserError, match=r"of step 2 is .*--debug_nans"):
     follow(make_monitor(tmp_path), [2], **{field: value})
 
@@ -135,16 +139,16 @@ def test_waiting_for_data_counts_where_the_device_has_nothing_to_do(tmp_path):
   assert line["step_seconds"] < 0.06
 
 
-def test_without_tensorboardx_one_sentence_says_so(tmp_path, capsys, monkeypatch):
+def test_without_tensorboardx_a_line_says_so(tmp_path, capsys, monkeypatch):
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
-  assert open_boards(tmp_path, TrainConfig(), 1) == []
+  assert open_boards(epath.Path(tmp_path), TrainConfig(), 1) == []
   (line,) = capsys.readouterr().out.splitlines()
   assert "pip install 'cm3leon_jax[monitoring]'" in line
 
 
-def test_wandb_that_is_asked_for_and_missing_is_a_mistake(tmp_path, monkeypatch):
+def test_wandb_that_is_set_but_not_installed_is_a_user_error(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "wandb", None)
   with pytest.raises(
     UserError, match=r"config\.train\.wandb is 'cats', but wandb is not installed"
   ):
-    open_boards(tmp_path, TrainConfig(wandb="cats"), 1)
+    open_boards(epath.Path(tmp_path), TrainConfig(wandb="cats"), 1)

@@ -27,7 +27,7 @@ def test_the_pair_names_both_ends():
 
 
 @pytest.mark.parametrize("text", ["10", "a:b", "10-13", "13:10", "0:3", "10:101", "1:2:3", "-1:3"])
-def test_what_cannot_be_traced_is_told(text):
+def test_steps_that_cannot_be_traced_are_refused(text):
   with pytest.raises(
     UserError, match=rf"--profile_steps is '{text}'; it must be FIRST:LAST.* train\.steps = 100"
   ):
@@ -35,17 +35,18 @@ def test_what_cannot_be_traced_is_told(text):
 
 
 @pytest.mark.parametrize(
-  ("platforms", "found", "told"), [(None, True, True), ("cpu", True, False), (None, False, False)]
+  ("platforms", "found", "refused"),
+  [(None, True, True), ("cpu", True, False), (None, False, False)],
 )
-def test_a_libtpu_without_a_tpu_is_told_before_it_ends_the_process(
-  monkeypatch, platforms, found, told
+def test_a_libtpu_without_a_tpu_is_refused_before_it_ends_the_process(
+  monkeypatch, platforms, found, refused
 ):
   stand_in = types.SimpleNamespace(
     config=types.SimpleNamespace(jax_platforms=platforms), default_backend=lambda: "cpu"
   )
   monkeypatch.setattr(profile, "jax", stand_in)
   monkeypatch.setattr(profile.importlib.util, "find_spec", lambda name: found or None)
-  if not told:
+  if not refused:
     assert parse_steps("3:4", 9) == range(3, 5)
     return
   with pytest.raises(UserError, match="set JAX_PLATFORMS=cpu"):

@@ -59,7 +59,9 @@ def train(folder, config=Config(), examples=None, seed=0, devices=(1, 1, 1), sha
       shapes.append([x.sharding.shard_shape(x.shape) for x in batch])
     return update(state, batch, config.learning_rate, i)
 
-  init = lambda: {"w": jnp.zeros(3)}
+  def init():
+    return {"w": jnp.zeros(3)}
+
   examples = examples or Examples()
   with jax.set_mesh(mesh_of(*devices)):
     return small_trainer.train("clip", config, {}, seed, examples, folder, init, step)["w"]
@@ -107,10 +109,10 @@ def test_another_training_is_refused_and_another_length_starts_anew(tmp_path, ca
   longer = Examples()
   train(tmp_path, dataclasses.replace(Config(), steps=13), longer)
   assert len(longer.rows) == 13
-  assert "starts anew" in capsys.readouterr().out
+  assert "starts again" in capsys.readouterr().out
 
 
-def test_a_damaged_checkpoint_is_told(tmp_path):
+def test_a_damaged_checkpoint_is_refused(tmp_path):
   kill_in_step_11(tmp_path)
   files = (tmp_path / small_trainer.FOLDER / "checkpoints" / "10").rglob("*")
   largest = max((p for p in files if p.is_file()), key=lambda p: p.stat().st_size)

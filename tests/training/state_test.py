@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import re
 
 import jax
@@ -22,15 +23,10 @@ B, L = 8, 16
 
 def make_batch(seed=0):
   rng = np.random.default_rng(seed)
-  integers = lambda high: rng.integers(0, high, (B, L)).astype(np.int32)
-  weights = rng.random((B, L)).astype(np.float32) * (
-    rng.random((B, 1)) > 0.4
-  )  # Unequal between accumulated parts.
-  batch = {
-    "inputs": integers(96),
-    "targets": integers(96),
-    "loss_weights": weights.astype(np.float32),
-  }
+  # Weights are unequal between micro-batches.
+  weights = rng.random((B, L)).astype(np.float32) * (rng.random((B, 1)) > 0.4)
+  batch = {name: rng.integers(0, 96, (B, L)).astype(np.int32) for name in ("inputs", "targets")}
+  batch["loss_weights"] = weights.astype(np.float32)
   positions = np.tile(np.arange(L, dtype=np.int32), (B, 1))
   return {**batch, "segment_ids": np.ones((B, L), np.int32), "positions": positions}
 
@@ -90,14 +86,14 @@ def test_accumulation_traces_a_part_once():
     with jax.set_mesh(mesh_of(1, 1, 1)):
       state = jax.eval_shape(lambda: init_state(CONFIG, OPTIMIZER, jax.random.key(0)))
       batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in make_batch().items()}
-      step = lambda s, b: train_step(CONFIG, OPTIMIZER, 60, accumulation, s, b)
+      step = functools.partial(train_step, CONFIG, OPTIMIZER, 60, accumulation)
       return str(jax.make_jaxpr(step)(state, batch)).count(" dot_general[")
 
   assert products(4) == products(1) > 10
 
 
 def test_the_other_family_with_all_options_is_the_same_on_a_mesh_too():
-  """modern, z-loss, accumulation, a remat policy; and opt with query-key norm, whose loss is another."""
+  """modern, z-loss, accumulation and a remat policy."""
   fields = {"family": "modern", "remat_policy": "save_attention", "z_loss": 0.1}
   losses, state = run((2, 2, 2), 2, **fields)
   expected, expected_state = run((1, 1, 1), 1, **fields)
@@ -178,13 +174,13 @@ def test_the_gradient_of_a_frequent_token_is_summed_in_fp32(shape, family):
 
 
 def array_shapes(jaxpr):
-  """Shapes of all arrays of a jaxpr; its text gives a type as f32[8@fsdp,256,64512@(tensor,fsdp)]."""
+  """Shapes of all arrays of a jaxpr, whose text has types like f32[8@fsdp,64512@(tensor,fsdp)]."""
   text = re.sub(r"@\([\w,]+\)|@\w+", "", str(jaxpr))
   return {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[(\d[\d,]*)", text)}
 
 
 def abstract_7b(shape):
-  """The train step of the real 7B config traced on 8 devices: jaxpr and abstract state; no array is made."""
+  """Traces the train step of the 7B config on 8 devices without making arrays: state and jaxpr."""
   config = cm3leon_7b.get_config()
   model, optimizer = (
     build(ModelConfig, config.model, "model"),
@@ -205,7 +201,7 @@ def abstract_7b(shape):
       name: jax.ShapeDtypeStruct((B, length), dtype, sharding=sharding)
       for name, dtype in types.items()
     }
-    step = lambda s, b: train_step(model, optimizer, config.vocab.text_size, 1, s, b)
+    step = functools.partial(train_step, model, optimizer, config.vocab.text_size, 1)
     return config, state, jax.make_jaxpr(step)(state, batch)
 
 
@@ -219,12 +215,8 @@ def test_the_7b_step_splits_the_vocabulary_and_never_holds_all_logits(shape):
     assert table.shape == (V, config.model.width)
     assert table.sharding.spec == spec("vocab_stored", None)
     assert table.sharding.shard_shape(table.shape)[0] == V // (shape[1] * shape[2])
-  rows = (
-    V // shape[2]
-  )  # What a device of `tensor` holds of the vocabulary while the loss is computed.
-  D = (
-    config.model.width
-  )  # It happens to be the sequence length: tables and their gradient are no logits.
+  rows = V // shape[2]  # Of the vocabulary, on a device of `tensor` while the loss is computed.
+  D = config.model.width  # Equal to the sequence length: tables and their gradient are no logits.
   tables = {(V, D), (rows, D), (D, rows)}
   with_vocab = {s for s in array_shapes(jaxpr) if {V, rows} & set(s)} - tables
   assert with_vocab
@@ -234,7 +226,7 @@ def test_the_7b_step_splits_the_vocabulary_and_never_holds_all_logits(shape):
 
 
 def test_a_step_without_chunks_would_be_found():
-  """Negative control of the search above: one chunk of the whole row shows up as vocabulary x sequence."""
+  """Negative control: a chunk of the whole row is an array of vocabulary x sequence."""
   config = dataclasses.replace(CONFIG, loss_chunk=L)
   with jax.set_mesh(mesh_of(1, 1, 1)):
     state = jax.eval_shape(lambda: init_state(config, OPTIMIZER, jax.random.key(0)))

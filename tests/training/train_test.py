@@ -46,7 +46,7 @@ def loader(tmp_path_factory):
 
 @functools.cache
 def shared_steps(model, optimizer, steps, accumulation, vocab, seed, mesh):
-  """Compiled once for all runs of the same steps: compiling is most of what these tests would take."""
+  """Compiled once for all runs of the same steps: compilation takes most of the time."""
   config = TrainConfig(
     steps=steps, gradient_accumulation_steps=accumulation, global_batch_size=accumulation
   )
@@ -57,13 +57,13 @@ def run(
   folder,
   loader,
   shape=(1, 1, 1),
-  draw_samples=None,
+  sample_grid=None,
   learning_rate=1e-2,
   profile_steps=range(0),
   fresh=False,
   **fields,
 ):
-  """Trains; with `fresh` the steps are compiled anew, as a new process would."""
+  """Trains; with `fresh` the steps are compiled again, as in a new process."""
   config = TrainConfig(
     **{
       "steps": STEPS,
@@ -95,7 +95,7 @@ def run(
       loader,
       loader,
       0,
-      draw_samples,
+      sample_grid,
       profile_steps,
     )
 
@@ -120,15 +120,15 @@ class Crash(Exception):
 
 
 def crash_at(step, folder):
-  """Crashes in `step`, but lets a save that has begun end: its thread would outlive the crash, as no killed process's does."""
+  """Crashes in `step` after the last save: its thread would outlive the crash, unlike a process."""
 
-  def draw(_, at):
+  def crash(_, at):
     if at == step:
       while any("tmp" in path.name for path in (folder / checkpoint.FOLDER).iterdir()):
         time.sleep(0.05)
       raise Crash
 
-  return draw
+  return crash
 
 
 def test_the_loss_falls_and_every_step_is_logged(whole):
@@ -140,9 +140,9 @@ def test_the_loss_falls_and_every_step_is_logged(whole):
 
 
 def test_a_killed_run_continues_bit_for_bit(whole, loader, tmp_path):
-  """Killed in step 11, continued from the newest checkpoint: the steps after it come again, the rest as if never stopped."""
+  """A run that is killed in step 11 repeats the steps after its checkpoint, then continues."""
   with pytest.raises(Crash):
-    run(tmp_path, loader, draw_samples=crash_at(11, tmp_path), sample_every=1)
+    run(tmp_path, loader, sample_grid=crash_at(11, tmp_path), sample_every=1)
   assert max(losses(tmp_path)) == 11  # A step is logged before anything that needs its state.
   run(tmp_path, loader, fresh=True)
   assert losses(tmp_path) == losses(whole[0])
@@ -169,7 +169,7 @@ def test_sigterm_saves_and_the_same_call_continues(whole, loader, tmp_path):
 
   assert threading.current_thread() is threading.main_thread()
   with pytest.raises(SystemExit) as stop:
-    run(tmp_path, loader, draw_samples=terminate, sample_every=1)
+    run(tmp_path, loader, sample_grid=terminate, sample_every=1)
   assert stop.value.code == INTERRUPTED
   assert checkpoint.Checkpoints(tmp_path, 2).newest() == 4
   run(tmp_path, loader)
@@ -178,7 +178,7 @@ def test_sigterm_saves_and_the_same_call_continues(whole, loader, tmp_path):
 
 def test_restore_onto_another_mesh(whole, loader, tmp_path):
   with pytest.raises(Crash):
-    run(tmp_path, loader, draw_samples=crash_at(9, tmp_path), sample_every=1)
+    run(tmp_path, loader, sample_grid=crash_at(9, tmp_path), sample_every=1)
   run(tmp_path, loader, shape=(2, 2, 2))
   expected = losses(whole[0])
   for step, loss in losses(tmp_path).items():
@@ -198,12 +198,12 @@ def test_a_flipped_bit_is_found(whole, loader, tmp_path):
       checkpoint.load_params(tmp_path, MODEL)
 
 
-def test_no_checkpoint_is_told(tmp_path):
+def test_a_missing_checkpoint_is_refused(tmp_path):
   with pytest.raises(UserError, match=r"run `python -m launch\.train` first"):
     checkpoint.load_params(tmp_path, MODEL)
 
 
-def test_a_batch_that_does_not_split_is_told(loader, tmp_path):
+def test_a_batch_that_does_not_split_is_refused(loader, tmp_path):
   with pytest.raises(UserError, match="global_batch_size is 6"):
     run(tmp_path, loader, shape=(2, 2, 2), global_batch_size=6)
 
@@ -252,9 +252,9 @@ def test_a_shorter_run_leaves_a_longer_one_as_it_is(loader, tmp_path, capsys):
 
 def test_tensorboard_shows_every_step_of_a_killed_run_once(loader, tmp_path):
   with pytest.raises(Crash):
-    run(tmp_path, loader, draw_samples=crash_at(7, tmp_path), sample_every=1)
+    run(tmp_path, loader, sample_grid=crash_at(7, tmp_path), sample_every=1)
   grid = Image.new("RGB", (8, 4), "red")
-  run(tmp_path, loader, steps=8, draw_samples=lambda *_: grid, sample_every=8, histogram_every=8)
+  run(tmp_path, loader, steps=8, sample_grid=lambda *_: grid, sample_every=8, histogram_every=8)
   found = events.read(tmp_path / "tensorboard")
   assert {step: len(values) for step, values in found["train/loss"].items()} == dict.fromkeys(
     range(1, 9), 1
@@ -267,9 +267,9 @@ def test_tensorboard_shows_every_step_of_a_killed_run_once(loader, tmp_path):
   assert found["params/embed"][8][0].num == MODEL.vocab_size * MODEL.width
 
 
-def test_goodput_is_told_and_summed_over_starts(loader, tmp_path, capsys):
+def test_goodput_is_printed_and_summed_over_starts(loader, tmp_path, capsys):
   with pytest.raises(Crash):
-    run(tmp_path, loader, draw_samples=crash_at(7, tmp_path), sample_every=1, fresh=True)
+    run(tmp_path, loader, sample_grid=crash_at(7, tmp_path), sample_every=1, fresh=True)
   run(tmp_path, loader, steps=8, tensorboard=False, fresh=True)
   lines = [
     line for line in read_json_lines(tmp_path / "metrics" / "metrics.jsonl") if "goodput" in line
@@ -308,7 +308,7 @@ def test_mfu_is_that_of_the_whole_batch(loader, tmp_path):
 
 
 def test_debug_nans_finds_the_operation_although_the_state_is_donated(loader, tmp_path):
-  """The rate makes parameters of 1e37 in step 2. Without the flag, step 3's metrics are what is wrong."""
+  """Parameters are 1e37 after step 2; without the flag step 3 has the first wrong metrics."""
   shape = (1, 2, 1)
   with pytest.raises(UserError, match=r"of step 3 is .*--debug_nans"):
     run(tmp_path / "plain", loader, shape, learning_rate=1e38, tensorboard=False)

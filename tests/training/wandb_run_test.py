@@ -1,4 +1,4 @@
-"""A stand-in for wandb: what is called, with what. docs/monitoring.md says what was tried with the real one."""
+"""Calls of a stand-in for wandb; docs/monitoring.md says what was tried with the real one."""
 
 import sys
 import types
@@ -30,7 +30,8 @@ def test_every_start_continues_the_same_run(calls, tmp_path):
     WandbRun(tmp_path, "cats").close()
   first, finished, second, _ = calls
   assert first == second == {
-    "project": "cats", "id": read_json(tmp_path / "wandb.json")["id"], "resume": "allow", "dir": str(tmp_path),
+    "project": "cats", "id": read_json(tmp_path / "wandb.json")["id"], "resume": "allow",
+    "dir": str(tmp_path),
   }  # fmt: skip
   assert finished == "finished"
   WandbRun(tmp_path / "other", "cats")

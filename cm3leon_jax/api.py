@@ -1,0 +1,395 @@
+"""The Python API: one object that loads a run and generates, describes, edits, scores, retrieves.
+
+  from cm3leon_jax import CM3Leon
+  model = CM3Leon.load("workdir/openmoji")
+  model.generate("a red apple")[0].image.save("apple.png")
+
+In the examples below, `workdir` is the folder of a run, `model` is loaded from it, and `image` is a
+PIL image. JAX is imported when a run is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import os
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
+
+from PIL import Image
+
+from cm3leon_jax import accelerators
+from cm3leon_jax.config import UserError
+
+if TYPE_CHECKING:
+  import jax
+  import numpy as np
+
+  from cm3leon_jax.evaluation.pairs import PairScore
+  from cm3leon_jax.generation.pipeline import Pipeline, Sample
+  from cm3leon_jax.generation.retrieved import Retrieved
+  from cm3leon_jax.generation.tasks import Task
+
+ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class CM3Leon:
+  """A trained run: decoder, tokenizers, CLIP, and the bank of documents that can be retrieved.
+
+  Every call takes one input or a list of inputs. A list is one batch, whose results come in a list;
+  they are those of single calls with the seeds `seed`, `seed + 1`, ... Two lists are paired; one
+  input serves all of a list.
+
+  An image is a path, a PIL image or an array uint8[H, W, 3] of any size: the centered square is cut
+  out and scaled to the model's resolution. Images that are returned are PIL images.
+
+  Arguments that calls share: `seed`; `retrieve`, the largest number of documents that are retrieved
+  and put before the prompt; `length`, the largest number of tokens of a text; and settings of
+  sampling, each a field of `config.sampling` whose default is the run's (docs/config.md). A call
+  refuses settings that it does not read.
+
+  A call compiles once for each shape: batch size, lengths of prompt and result in steps. Whatever
+  is wrong in the arguments raises `UserError`.
+
+  Attributes:
+    workdir: folder of the run.
+    pipeline: turns tasks into samples; needs `jax.set_mesh(model.mesh)`.
+    mesh: devices that hold the parameters and split each batch.
+    step: training step of the parameters.
+    show_progress: whether a bar shows what is generated.
+  """
+
+  workdir: str
+  pipeline: Pipeline
+  mesh: jax.sharding.Mesh
+  step: int
+  show_progress: bool = False
+
+  @classmethod
+  def load(
+    cls,
+    workdir: str | os.PathLike[str],
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    clip: str | os.PathLike[str] | None = None,
+    show_progress: bool = False,
+    **options: Any,
+  ) -> CM3Leon:
+    """Loads the newest checkpoint of a run onto the devices of this machine.
+
+    >>> model = CM3Leon.load(workdir)
+    >>> model.step
+    7
+
+    Args:
+      workdir: folder of the run, local or in a bucket. Its training may still be going on.
+      mesh: of `mesh.create_mesh`; default: parameters and batches are split over all devices.
+      clip: folder of the Hugging Face CLIP, if it is not where the run's config has it.
+      show_progress: shows a bar while samples are generated.
+      **options: `batch_size`, largest number of samples at once (16); `weight_dtype` and
+        `cache_dtype`, `compute` or `int8`; `draft_window`, codes that are drafted and verified at
+        once, at least 2, or 0. See `GeneratorConfig`.
+
+    Raises:
+      UserError: nothing was trained in `workdir`, a file is absent or damaged, or an option is
+        wrong.
+    """
+    accelerators.use_cpu_if_alone()
+    import jax
+
+    from cm3leon_jax.decoding.generator import GeneratorConfig
+    from cm3leon_jax.generation.pipeline import Pipeline
+    from cm3leon_jax.mesh import MeshConfig, create_mesh
+    from cm3leon_jax.retrieval.bank import load_clip
+    from cm3leon_jax.settings import settings_of_run
+    from cm3leon_jax.training import checkpoint
+
+    workdir = os.fspath(workdir)
+    settings = settings_of_run(workdir)
+    if clip is not None and not settings.retrieval.clip:
+      raise UserError(f"clip is given, and {workdir} has a CLIP of its own: leave it out.")
+    if jax.process_count() > 1:
+      raise UserError(f"{jax.process_count()} processes run here: load a run in a single one.")
+    try:
+      GeneratorConfig.of(settings, **options)
+    except (TypeError, ValueError) as error:
+      raise UserError(f"load has a wrong option: {error}") from error
+    with jax.set_mesh(create_mesh(MeshConfig()) if mesh is None else mesh):
+      params, step = checkpoint.load_params(os.path.join(workdir, "train"), settings.model)
+      encoder = load_clip(os.fspath(clip or settings.retrieval.clip), workdir, settings.vocab)
+      pipeline = Pipeline.load(settings, workdir, params, encoder, **options)
+      return cls(workdir, pipeline, jax.sharding.get_mesh(), step, show_progress)
+
+  def sample(
+    self, tasks: Sequence[Task], num_samples: int = 1, rank: bool = False
+  ) -> list[list[Sample]]:
+    """Generates samples of tasks of any kinds: what the other calls do, with all fields.
+
+    >>> from cm3leon_jax.generation.text_tasks import InfillText
+    >>> [[sample]] = model.sample([InfillText("a <mask> apple", length=4)])
+    >>> sample.text.startswith("a"), len(sample.tokens) == len(sample.log_probs)
+    (True, True)
+
+    Args:
+      tasks: of `generation.image_tasks` and `generation.text_tasks`.
+      num_samples: of each task.
+      rank: orders the samples of each task by CLIP score, best first.
+
+    Returns:
+      `num_samples` samples of each task.
+    """
+    import jax
+
+    from cm3leon_jax.generation import calls
+
+    num_samples = calls.whole("num_samples", num_samples, 1)
+    if rank and num_samples == 1:
+      raise UserError(
+        "rank orders the samples of a prompt, and num_samples is 1: set it to 8, say."
+      )
+    for task in tasks if rank else ():
+      if not task.is_scored:
+        raise UserError(f"rank is given, and CLIP cannot score task {task.name} without a caption.")
+    if not tasks:
+      return []
+    with jax.set_mesh(self.mesh):
+      return self.pipeline.generate(tasks, num_samples, rank, show_progress=self.show_progress)
+
+  @overload
+  def generate(self, prompt: str, **options: Any) -> list[Sample]: ...
+  @overload
+  def generate(self, prompt: list[str], **options: Any) -> list[list[Sample]]: ...
+  def generate(
+    self,
+    prompt: Any,
+    *,
+    num_samples: int = 1,
+    retrieve: int = 2,
+    seed: int = 0,
+    rank: bool = False,
+    **sampling: Any,
+  ) -> Any:
+    """Generates images for a caption.
+
+    >>> samples = model.generate("a red apple", num_samples=4, guidance=3.0, retrieve=2, seed=0)
+    >>> len(samples), samples[0].image.mode, len(samples[0].neighbors)
+    (4, 'RGB', 2)
+    >>> best, *others = model.generate("a red apple", num_samples=4, rank=True)
+    >>> all(best.clip_score >= other.clip_score for other in others)
+    True
+
+    Args:
+      prompt: the caption, or a list of captions.
+      num_samples: of each caption.
+      retrieve: number of documents that are retrieved by the caption.
+      seed: of the first caption.
+      rank: orders the samples of a caption by CLIP score, best first.
+      **sampling: `guidance`, `guidance_schedule`, `temperature`, `top_k`, `top_p`, `method`, ...
+
+    Returns:
+      list of `Sample`, with `image` (PIL), `clip_score`, `neighbors`, `tokens`, `log_probs`, ...;
+      for a list of captions, a list of such lists.
+    """
+    single, tasks = self._tasks(
+      "text_to_image", seed, sampling, {"prompt": prompt}, retrieve=retrieve
+    )
+    samples = self.sample(tasks, num_samples, rank)
+    return samples[0] if single else samples
+
+  @overload
+  def caption(self, image: ImageLike, **options: Any) -> str: ...
+  @overload
+  def caption(self, image: list[Any], **options: Any) -> list[str]: ...
+  def caption(
+    self, image: Any, *, length: int = 64, retrieve: int = 0, seed: int = 0, **sampling: Any
+  ) -> Any:
+    """Describes an image. Returns a text, or a list of texts.
+
+    >>> isinstance(model.caption(image, length=8), str)
+    True
+
+    Args:
+      image: an image, or a list of images.
+      length: largest number of tokens.
+      retrieve: number of documents that are retrieved by the image.
+      seed: of the first image.
+      **sampling: `text_temperature`, `text_top_k`, `text_top_p`.
+    """
+    inputs = {"image": image}
+    return self._first("text", "caption", seed, sampling, inputs, length=length, retrieve=retrieve)
+
+  @overload
+  def answer(self, image: ImageLike, question: str, **options: Any) -> str: ...
+  @overload
+  def answer(self, image: Any, question: Any, **options: Any) -> str | list[str]: ...
+  def answer(
+    self,
+    image: Any,
+    question: Any,
+    *,
+    length: int = 64,
+    retrieve: int = 0,
+    seed: int = 0,
+    **sampling: Any,
+  ) -> Any:
+    """Answers a question about an image. Returns a text, or a list of texts.
+
+    >>> len(model.answer(image, ["What color is it?", "What is it?"], length=8))
+    2
+
+    Args:
+      image: an image, or a list of images.
+      question: a question, or a list of questions.
+      length: largest number of tokens.
+      retrieve: number of documents that are retrieved by the image.
+      seed: of the first question.
+      **sampling: `text_temperature`, `text_top_k`, `text_top_p`.
+    """
+    inputs = {"image": image, "prompt": question}
+    return self._first("text", "question", seed, sampling, inputs, length=length, retrieve=retrieve)
+
+  def infill(
+    self,
+    image: Any,
+    box: Any,
+    prompt: str | list[str] = "",
+    *,
+    retrieve: int = 0,
+    seed: int = 0,
+    **sampling: Any,
+  ) -> Any:
+    """Fills in a box of an image. Returns a PIL image, or a list of them.
+
+    >>> model.infill(image, box=(2, 2, 6, 6)).size == image.size
+    True
+
+    Args:
+      image: an image, or a list of images.
+      box: (left, top, right, bottom) in pixels of the model's resolution, right and bottom outside,
+        or a list of boxes; rounded out to whole codes.
+      prompt: a caption of the whole image, which guides the codes, or a list of captions.
+      retrieve: number of documents that are retrieved by the prompt, without one by the image.
+      seed: of the first image.
+      **sampling: as of `generate`; guidance needs a prompt.
+    """
+    inputs = {"image": image, "box": box, "prompt": prompt}
+    return self._first("image", "infill_image", seed, sampling, inputs, retrieve=retrieve)
+
+  def edit(self, image: Any, instruction: Any, *, seed: int = 0, **sampling: Any) -> Any:
+    """Changes an image by an instruction. Returns a PIL image, or a list of them.
+
+    >>> model.edit(image, "make it blue").size == image.size
+    True
+
+    Args:
+      image: an image, or a list of images.
+      instruction: what to change, or a list of instructions.
+      seed: of the first image.
+      **sampling: `image_guidance`, `edit_guidance`, `guidance_schedule`, `temperature`, ...
+    """
+    return self._first("image", "edit", seed, sampling, {"image": image, "prompt": instruction})
+
+  def interleave(
+    self, prompt: Any = "", *, length: int | None = None, seed: int = 0, **sampling: Any
+  ) -> Any:
+    """Continues a document. Returns its texts and PIL images in order, or a list of such lists.
+
+    >>> document = model.interleave("Step 1:", length=40)
+    >>> document[0].startswith("Step 1:")
+    True
+
+    Args:
+      prompt: the beginning of its first text, or a list of beginnings; "": none.
+      length: largest number of tokens, images included; default: all positions that were trained.
+      seed: of the first document.
+      **sampling: `temperature`, `top_k`, `top_p`, and those of `caption`.
+    """
+    return self._first("parts", "interleaved", seed, sampling, {"prompt": prompt}, length=length)
+
+  @overload
+  def score(self, text: str, image: ImageLike, *, retrieve: int = 0) -> PairScore: ...
+  @overload
+  def score(self, text: Any, image: Any, *, retrieve: int = 0) -> PairScore | list[PairScore]: ...
+  def score(self, text: Any, image: Any, *, retrieve: int = 0) -> Any:
+    """Measures how probable a text and an image are. Returns a `PairScore`, or a list of them.
+
+    >>> score = model.score(text="a red apple", image=image)
+    >>> score.text < 0, score.image_given_text < 0, score.text_given_image < 0
+    (True, True, True)
+
+    Its fields are log p(text), log p(image | text) and log p(text | image) in nats: sums over the
+    tokens of the text or the codes of the image, without `<break>`, ends and retrieved documents.
+
+    Args:
+      text: a text, or a list of texts.
+      image: an image, or a list of images.
+      retrieve: number of documents that are retrieved by the text; those that do not fit are left
+        out.
+    """
+    import jax
+
+    from cm3leon_jax.evaluation import pairs
+    from cm3leon_jax.generation import calls
+
+    retrieve = calls.whole("retrieve", retrieve)
+    single, rows = calls.rows(text=text, image=image)
+    if not rows:
+      return []
+    with jax.set_mesh(self.mesh):
+      scores = pairs.score(
+        self.pipeline, self._trained, [(row["text"], row["image"]) for row in rows], retrieve
+      )
+    return scores[0] if single else scores
+
+  @overload
+  def retrieve(self, query: str, k: int = 2) -> list[Retrieved]: ...
+  @overload
+  def retrieve(self, query: Any, k: int = 2) -> list[Retrieved] | list[list[Retrieved]]: ...
+  def retrieve(self, query: Any, k: int = 2) -> Any:
+    """Finds the documents of the bank that fit a text or an image best, as `generate` does.
+
+    >>> [first, second] = model.retrieve("a red apple", k=2)
+    >>> first.similarity >= second.similarity, first.image.size == image.size
+    (True, True)
+
+    Args:
+      query: a text (also a string that names a file), a PIL image or an array; or a list of them.
+      k: largest number of documents. Fewer are found where others are more similar to the query, or
+        to a better document, than `retrieval.max_similarity`.
+
+    Returns:
+      list of `Retrieved`, best first: `key`, `caption`, `image`, `similarity`, `source`, `license`,
+      `attribution`; for a list of queries, a list of such lists.
+    """
+    import jax
+
+    from cm3leon_jax.generation import calls, retrieved
+
+    k, queries = calls.whole("k", k, 1), query if isinstance(query, list) else [query]
+    kinds = [("text", q) if isinstance(q, str) else ("image", calls.image(q)) for q in queries]
+    if not kinds:
+      return []
+    with jax.set_mesh(self.mesh):
+      found = retrieved.search(self.pipeline, kinds, k)
+    return found if isinstance(query, list) else found[0]
+
+  @functools.cached_property
+  def _trained(self) -> dict[str, Any]:
+    """Parameters as they were trained, which only `score` reads; read at its first call."""
+    from cm3leon_jax.training import checkpoint
+
+    folder, config = os.path.join(self.workdir, "train"), self.pipeline.settings.model
+    return checkpoint.load_params(folder, config, self.step)[0]
+
+  def _tasks(self, name: str, *arguments: Any, **fields: Any) -> Any:
+    """Tasks of a call, see `calls.tasks`."""
+    from cm3leon_jax.generation import calls
+
+    return calls.tasks(name, self.pipeline.settings.sampling, *arguments, **fields)
+
+  def _first(self, attribute: str, *task: Any, **fields: Any) -> Any:
+    """An attribute of the sample of each task, see `_tasks`."""
+    single, tasks = self._tasks(*task, **fields)
+    found = [getattr(sample, attribute) for [sample] in self.sample(tasks)]
+    return found[0] if single else found

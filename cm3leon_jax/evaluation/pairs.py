@@ -1,0 +1,106 @@
+"""Log-probabilities of a text and an image, in either order."""
+
+# T tokens of a text, I tokens of an image.
+
+from collections.abc import Sequence
+import dataclasses
+
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import pipeline as rows
+from cm3leon_jax.data.cm3 import OVERHEAD, apply_cm3_mask
+from cm3leon_jax.data.documents import Document, Segment
+from cm3leon_jax.decoding.batch import rounded
+from cm3leon_jax.evaluation import bits
+from cm3leon_jax.generation.pipeline import Pipeline, load_image
+from cm3leon_jax.generation.tasks import PromptLayout
+from cm3leon_jax.mesh import batch_shards
+
+
+@dataclasses.dataclass(frozen=True)
+class PairScore:
+  """Log-probabilities of a text and an image, in nats.
+
+  Each is a sum over the tokens of the text alone, or over the codes of the image alone: `<break>`,
+  `</s>`, `<eoss>` and neighbors are not counted. The model spreads its probability over the whole
+  vocabulary.
+
+  Attributes:
+    text: log p(text), the text first, as `launch.evaluate` measures it (there in bits).
+    image_given_text: log p(image | text), the text first, as `launch.evaluate` measures it.
+    text_given_image: log p(text | image), the text as the masked span of the document.
+    text_tokens: T.
+    image_tokens: I.
+  """
+
+  text: float
+  image_given_text: float
+  text_given_image: float
+  text_tokens: int
+  image_tokens: int
+
+
+def score(
+  pipeline: Pipeline, params: dict, pairs: Sequence[tuple[str, object]], retrieve: int = 0
+) -> list[PairScore]:
+  """Scores texts with images, each pair after the documents that are retrieved by its text.
+
+    </s> documents text <break> image </s>
+    </s> documents <mask:0> <break> image </s> <mask:0> text <eoss>
+
+  Args:
+    pipeline: of the run; retrieves and encodes.
+    params: of the decoder as it was trained, on the current mesh.
+    pairs: (text, image), an image as tasks take it.
+    retrieve: largest number of documents; those that do not fit are left out.
+
+  Raises:
+    UserError: an empty text, one that does not fit, or an image that cannot be read.
+  """
+  layout, vocab = pipeline.layout, pipeline.layout.vocab
+  images = np.stack([load_image(image, layout.resolution) for _, image in pairs])
+  codes = vocab.image_ids(pipeline.image_tokenizer.encode(images))
+  neighbors: list = [()] * len(pairs)
+  if retrieve:
+    neighbors = [found for found, _ in pipeline.search([("text", t) for t, _ in pairs], retrieve)]
+  documents, plain, masked = [], [], []
+  for (text, _), image, found in zip(pairs, codes, neighbors):
+    segments = Segment(False, layout.encode(text)), Segment(True, image)
+    documents.append(Document("", segments, "", "", ""))
+    _check_length(len(segments[0].tokens), layout)
+    kept = bits.fit_neighbors(documents[-1], found, layout.positions)
+    plain.append(rows.join([*kept, documents[-1]], vocab))
+    kept = bits.fit_neighbors(documents[-1], found, layout.positions - OVERHEAD)
+    masked.append(_masked(rows.join([*kept, documents[-1]], vocab), segments, vocab))
+  size = rounded(min(len(pairs), pipeline.generator.config.batch_size), batch_shards())
+  nats = [
+    -np.log(2) * x
+    for x in bits.score_samples(params, pipeline.settings.model, [*plain, *masked], size)
+  ]
+  scores = []
+  for sample, document, first, last in zip(plain, documents, nats, nats[len(pairs) :]):
+    own = bits.own_targets(sample, document, vocab)
+    text = first[own["text"]]
+    span = last[-len(text) - 1 : -1]  # <eoss> stands after it.
+    sums = (float(x.sum()) for x in (text, first[own["image"]], span))
+    scores.append(PairScore(*sums, len(text), layout.image_tokens))
+  return scores
+
+
+def _masked(sample: np.ndarray, segments, vocab) -> np.ndarray:
+  """The joined sample with the text of its last pair as the masked span."""
+  text, image = (len(segment.tokens) for segment in segments)
+  stop = len(sample) - image - 2
+  return apply_cm3_mask(sample, [(stop - text, stop)], vocab)
+
+
+def _check_length(text: int, layout: PromptLayout) -> None:
+  if not text:
+    raise UserError("the text is empty: give at least one word.")
+  needed = text + layout.image_tokens + 2 + OVERHEAD
+  if needed > layout.positions:
+    raise UserError(
+      f"the text has {text} tokens and takes {needed} positions with its image; the model was "
+      f"trained on {layout.positions}: shorten the text."
+    )

@@ -1,0 +1,187 @@
+"""From the arguments of a Python call to tasks: one input or a list, checked, with its settings."""
+
+import dataclasses
+import difflib
+import functools
+import operator
+import os
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cm3leon_jax.config import UserError, build
+from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.generation import prompt_file
+from cm3leon_jax.generation.tasks import Task
+
+MODES = ("1", "I;16", "L", "LA", "P", "RGB", "RGBA")  # Of PIL images that a PNG file can hold.
+# Settings of sampling: of text tokens; of image codes; of image codes by CD-K.
+OF_TEXT = ("text_temperature", "text_top_k", "text_top_p")
+TOP_P = ("temperature", "top_k", "top_p")
+CONTRASTIVE = (
+  *("contrastive_k", "contrastive_alpha"),
+  *("contrastive_temperature", "amateur_temperature"),
+)
+GUIDANCE = ("guidance", "guidance_schedule")
+EDITING = ("image_guidance", "edit_guidance", "guidance_schedule")
+# Task -> the settings that it reads.
+READ = {
+  "text_to_image": (*GUIDANCE, *TOP_P, "method", *CONTRASTIVE),
+  "caption": OF_TEXT,
+  "question": OF_TEXT,
+  "infill_image": (*GUIDANCE, *TOP_P, "method", *CONTRASTIVE),
+  "edit": (*EDITING, *TOP_P, "method", *CONTRASTIVE),
+  "interleaved": (*TOP_P, *OF_TEXT),
+}
+# Method -> the settings that it does not read.
+UNREAD = {"top_p": CONTRASTIVE, "contrastive": (*TOP_P, *GUIDANCE, *EDITING), "mixture": ()}
+
+
+def whole(name: str, value: Any, least: int = 0) -> int:
+  """The value as an int. Raises UserError if it is none, or less than `least`."""
+  try:
+    number = operator.index(value)
+  except TypeError as error:
+    raise UserError(f"{name} is {value!r}; it must be a whole number.") from error
+  if number < least:
+    raise UserError(f"{name} is {number}; it must be at least {least}.")
+  return number
+
+
+def text(name: str, value: Any) -> str:
+  """The value. Raises UserError if it is no text."""
+  if not isinstance(value, str):
+    kind = type(value).__name__
+    raise UserError(f"{name} has type {kind}; it must be a text, or a list of texts.")
+  return value
+
+
+def image(value: Any) -> str | Image.Image | np.ndarray:
+  """A path, a PIL image or an array, as tasks take it. Raises UserError at anything else."""
+  if isinstance(value, str | os.PathLike):
+    return os.fspath(value)
+  if isinstance(value, Image.Image):
+    return value if value.mode in MODES else value.convert("RGB")
+  if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.shape[2:] == (3,):
+    return value
+  found = type(value).__name__
+  if isinstance(value, np.ndarray):
+    found = f"{value.dtype}{list(value.shape)}"
+  raise UserError(
+    f"image has type {found}; it must be a path, a PIL image, an array uint8[H, W, 3], or a list."
+  )
+
+
+def boxes(value: Any) -> tuple | list[tuple]:
+  """One box as a tuple, or a list of boxes. Raises UserError if it is neither."""
+  if not isinstance(value, list | tuple):
+    raise UserError(f"box is {value!r}; it must be (left, top, right, bottom), or a list of boxes.")
+  if value and isinstance(value[0], list | tuple):
+    return [tuple(box) for box in value]
+  return tuple(value)
+
+
+def rows(**inputs: Any) -> tuple[bool, list[dict]]:
+  """Inputs of each task of a call, checked by their names: image, box, or else texts.
+
+    rows(image="a.png", prompt=["x", "y"])
+    (False, [{"image": "a.png", "prompt": "x"}, {"image": "a.png", "prompt": "y"}])
+
+  Args:
+    **inputs: each one input or a list of inputs.
+
+  Returns:
+    (whether no input is a list, inputs of each task).
+
+  Raises:
+    UserError: a wrong type, or lists of different lengths.
+  """
+  inputs = {name: _checked(name, value) for name, value in inputs.items()}
+  lengths = {name: len(value) for name, value in inputs.items() if isinstance(value, list)}
+  if len(set(lengths.values())) > 1:
+    listed = " and ".join(f"{name} of {n}" for name, n in lengths.items())
+    raise UserError(
+      f"lists have different lengths: {listed}; give as many of each, or one for all."
+    )
+  count = next(iter(lengths.values()), 1)
+  return not lengths, [
+    {name: value[i] if name in lengths else value for name, value in inputs.items()}
+    for i in range(count)
+  ]
+
+
+def _checked(name: str, value: Any) -> Any:
+  """The value of an input, or its list of values, as tasks take them."""
+  if name == "box":
+    return boxes(value)
+  check = image if name == "image" else functools.partial(text, name)
+  return [check(v) for v in value] if isinstance(value, list) else check(value)
+
+
+def sampling(name: str, defaults: SamplingConfig, given: dict[str, Any]) -> SamplingConfig:
+  """The settings of the task `name`: `given`, else `defaults`.
+
+  Raises:
+    UserError: a setting that the task or its method does not read, or a wrong value.
+  """
+  taken = READ[name]
+  for field in given:
+    if field not in taken:
+      close = difflib.get_close_matches(field, taken, 1)
+      hint = f"did you mean '{close[0]}'?" if close else f"its settings are {', '.join(taken)}."
+      raise UserError(f"task {name} reads no setting '{field}': {hint}")
+  try:
+    config = build(SamplingConfig, {**dataclasses.asdict(defaults), **given}, "sampling")
+  except UserError as error:
+    raise UserError(str(error).removeprefix("config.")) from error
+  for field in given:
+    if field in UNREAD[config.method]:
+      raise UserError(
+        f"{field} is given, which sampling.method = '{config.method}' does not read: leave it out, "
+        "or give another method."
+      )
+  return config
+
+
+def tasks(
+  name: str,
+  defaults: SamplingConfig,
+  seed: int,
+  settings: dict[str, Any],
+  inputs: dict[str, Any],
+  **fields: int | None,
+) -> tuple[bool, list[Task]]:
+  """Tasks of one call.
+
+  Args:
+    name: of the tasks.
+    defaults: settings of sampling of the run.
+    seed: of the first task; each next task adds 1.
+    settings: settings of sampling of the user.
+    inputs: image, box, prompt: each one input or a list.
+    **fields: whole numbers that all tasks share; None: the task's default.
+
+  Returns:
+    (whether no input is a list, tasks).
+
+  Raises:
+    UserError: a wrong value.
+  """
+  seed, config = whole("seed", seed), sampling(name, defaults, settings)
+  fields = {
+    field: whole(field, value, least=int(field == "length"))
+    for field, value in fields.items()
+    if value is not None
+  }
+  single, chosen = rows(**inputs)
+  made = [
+    prompt_file.task_class(name)(**row, **fields, seed=seed + i, sampling=config, row=i)
+    for i, row in enumerate(chosen)
+  ]
+  for task in made:
+    task.validate()
+    for field in GUIDANCE if name == "infill_image" and not task.prompt.strip() else ():
+      if field in settings:
+        raise UserError(f"{field} is given, and no prompt to guide by: give one, or leave it out.")
+  return single, made

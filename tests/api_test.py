@@ -1,0 +1,435 @@
+"""The Python API on a tiny saved run: its examples, and what it promises about batches and errors."""
+
+import doctest
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+from absl import flags
+from absl.testing import flagsaver
+from etils import epath
+import jax
+import nbclient
+import nbformat
+import numpy as np
+from PIL import Image
+import pytest
+
+import cm3leon_jax
+from cm3leon_jax import CM3Leon, UserError
+from cm3leon_jax.commands import common, generate
+from cm3leon_jax.data.cm3 import apply_cm3_mask
+from cm3leon_jax.data.documents import Document, DocumentStore, Segment, write_documents
+from cm3leon_jax.data.pipeline import join
+from cm3leon_jax.evaluation import bits
+from cm3leon_jax.generation.image_tasks import Unconditional
+from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.mesh import MeshConfig, create_mesh
+from cm3leon_jax.retrieval.neighbors import Retriever
+from cm3leon_jax.settings import settings_of_run
+from cm3leon_jax.training import checkpoint
+from tests.data.stores import VOCAB
+from tests.generation.run import SETTINGS, one_device, save_run
+from tests.models.tiny import model_logits
+
+ROOT = pathlib.Path(__file__).parents[1]
+PUBLIC = {name for name in vars(CM3Leon) if not name.startswith("_")}
+EXAMPLES = {
+  test.name.rpartition(".")[2]: test
+  for test in doctest.DocTestFinder().find(CM3Leon, "CM3Leon")
+  if test.examples
+}
+
+
+def picture(seed: int) -> Image.Image:
+  return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8))
+
+
+IMAGE = picture(0)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+  """The workdir of a finished run."""
+  root = epath.Path(tmp_path_factory.mktemp("saved"))
+  save_run(root)
+  return root
+
+
+@pytest.fixture(scope="session")
+def model(run):
+  mesh = create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+  return CM3Leon.load(run, mesh=mesh)
+
+
+@pytest.fixture
+def compiled():
+  """Names of the programs that were compiled since the test began, one entry each."""
+  found = []
+
+  def note(event, seconds, **about):
+    if event == "/jax/core/compile/backend_compile_duration":
+      found.append(about.get("fun_name", event))
+
+  jax.monitoring.register_event_duration_secs_listener(note)
+  yield found
+  jax.monitoring.unregister_event_duration_listener(note)
+
+
+def failures(test: doctest.DocTest, **names) -> int:
+  """Runs the examples of a docstring; returns how many fail."""
+  test.globs = {"CM3Leon": CM3Leon, "image": IMAGE, **names}
+  return doctest.DocTestRunner(verbose=False).run(test, clear_globs=False).failed
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_of_a_call_run(name, model, run):
+  assert failures(EXAMPLES[name], model=model, workdir=run) == 0
+
+
+def test_every_call_has_an_example_and_a_wrong_one_is_noticed(model):
+  calls = {name for name in PUBLIC if callable(getattr(CM3Leon, name))}
+  assert calls == set(EXAMPLES)
+  wrong = doctest.DocTestParser().get_doctest(">>> model.step\n8\n", {}, "wrong", None, 0)
+  assert failures(wrong, model=model) == 1
+
+
+def test_the_page_of_the_api_shows_every_call():
+  page = (ROOT / "docs" / "api.md").read_text()
+  assert not [name for name in EXAMPLES if not re.search(rf"`(CM3Leon\.)?{name}\(", page)]
+
+
+LIGHT = """
+import os, sys
+import cm3leon_jax
+assert {"jax", "numpy", "cm3leon_jax.api"}.isdisjoint(sys.modules), "import cm3leon_jax is not light"
+from cm3leon_jax import CM3Leon, UserError, accelerators
+assert "jax" not in sys.modules, "the API imports jax before a run is loaded"
+accelerators.DEVICE_FILES = ()
+try:
+  CM3Leon.load("nowhere")
+except UserError as error:
+  print(error)
+print(os.environ["JAX_PLATFORMS"])
+"""
+
+
+def test_importing_is_light_and_loading_uses_the_cpu_where_there_is_nothing_else():
+  environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+  result = subprocess.run(
+    [sys.executable, "-c", LIGHT], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+  )  # fmt: skip
+  assert result.stdout.splitlines() == [
+    "nowhere/train/config.json does not exist: name the workdir of a run, in which "
+    "`python -m launch.train` began.",
+    "cpu",
+  ]
+  with pytest.raises(AttributeError, match="has no attribute 'CM4Leon'"):
+    _ = cm3leon_jax.CM4Leon
+
+
+def test_samples_are_those_of_the_command(model, run, monkeypatch):
+  monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  prompts = ["red apple", "blue car"]
+  with flagsaver.flagsaver(prompt=prompts, guidance=["3"], retrieve=["2"], seed=5, samples=2):
+    generate.main(SETTINGS, run)
+  (results,) = (run / "prompts").glob("red-apple-*/results.jsonl")
+  records = [json.loads(line) for line in results.read_text().splitlines()]
+
+  def samples(seed):
+    found = model.generate(prompts, num_samples=2, guidance=3.0, retrieve=2, seed=seed)
+    return [sample for of_prompt in found for sample in of_prompt]
+
+  for sample, record in zip(samples(5), records, strict=True):
+    assert sample.tokens.tolist() == record["ids"]
+    assert sample.clip_score == pytest.approx(record["clip_score"])
+    assert [d.key for d in sample.neighbors] == [n["key"] for n in record["neighbors"]]
+    np.testing.assert_allclose(sample.log_probs, record["log_probs"], atol=1e-4)
+  assert [s.tokens.tolist() for s in samples(6)] != [r["ids"] for r in records]
+
+
+def test_a_list_gives_what_single_calls_give(model):
+  prompts = ["red apple", "blue car"]
+  together = model.generate(prompts, num_samples=2, seed=3)
+  for i, prompt in enumerate(prompts):
+    alone = model.generate(prompt, num_samples=2, seed=3 + i)
+    for a, b in zip(together[i], alone, strict=True):
+      np.testing.assert_array_equal(a.tokens, b.tokens)
+  other = model.generate(prompts[1], num_samples=2, seed=3)
+  assert other[0].tokens.tolist() != together[1][0].tokens.tolist()
+  questions = ["What color is it?", "What is it?"]
+  answers = model.answer(IMAGE, questions, length=8)
+  assert answers == [model.answer(IMAGE, q, length=8, seed=i) for i, q in enumerate(questions)]
+  assert model.generate([]) == model.caption([]) == model.score([], []) == model.retrieve([]) == []
+
+
+def test_an_image_may_be_given_in_any_form(model, tmp_path):
+  IMAGE.save(tmp_path / "a.png")
+  large = IMAGE.resize((32, 32), Image.Resampling.NEAREST).convert("CMYK")
+  forms = (tmp_path / "a.png", str(tmp_path / "a.png"), IMAGE, np.asarray(IMAGE))
+  captions = {model.caption(form, length=8) for form in forms}
+  assert len(captions) == 1
+  assert isinstance(model.caption(large, length=8), str)
+  box = (2, 2, 6, 6)
+  filled = model.infill([IMAGE, picture(1)], [box, (2, 0, 6, 4)])
+  assert [image.size for image in filled] == [(8, 8), (8, 8)]
+
+
+def pairs(model, images, texts) -> list[Document]:
+  """Documents of the texts and the codes of the images, each of its own concept."""
+  codes = model.pipeline.image_tokenizer.encode(np.stack([np.asarray(i) for i in images]))
+  return [
+    Document(
+      f"d{i}",
+      (Segment(False, model.pipeline.layout.encode(text)), Segment(True, VOCAB.image_ids(code))),
+      *("s", "l", "a", "", f"concept {i}"),
+    )
+    for i, (text, code) in enumerate(zip(texts, codes))
+  ]
+
+
+@pytest.mark.parametrize(("retrieve", "condition"), [(0, "none"), (2, "true")])
+def test_scores_are_the_bits_of_the_evaluation(model, run, tmp_path, retrieve, condition):
+  texts, images = ["red apple", "an old blue house"], [IMAGE, picture(1)]
+  write_documents(tmp_path / "pairs", pairs(model, images, texts), VOCAB)
+  clip, layout = model.pipeline.clip, model.pipeline.layout
+  with one_device():
+    retriever = Retriever(run / "neighbors", SETTINGS.retrieval)
+    ids, _ = retriever.retrieve(clip.embed_texts([layout.encode(text) for text in texts]))
+    params, _ = checkpoint.load_params(run / "train", SETTINGS.model)
+    config = bits.EvaluationConfig(num_documents=2, batch_size=4, num_resamples=100)
+    stores = (
+      DocumentStore(folder, VOCAB)
+      for folder in (run / "documents" / "train_pairs", tmp_path / "pairs")
+    )
+    expected = bits.evaluate(
+      params, SETTINGS.model, *stores, ids, VOCAB, SETTINGS.data, config, seed=0
+    )
+
+  def found(images):
+    scores = model.score(texts, images, retrieve=retrieve)
+    text, image = (
+      -sum(getattr(s, name) for s in scores) / np.log(2) for name in ("text", "image_given_text")
+    )
+    return text / sum(s.text_tokens for s in scores), image / sum(s.image_tokens for s in scores)
+
+  text, image = found(images)
+  assert text == pytest.approx(expected["text"][condition]["bits"], rel=1e-5)
+  assert image == pytest.approx(expected["image"][condition]["bits"], rel=1e-5)
+  assert found(images[::-1])[1] != pytest.approx(image, rel=1e-3)
+  alone = model.score(texts[1], images[1], retrieve=retrieve)
+  assert alone.text == pytest.approx(
+    model.score(texts, images, retrieve=retrieve)[1].text, rel=1e-5
+  )
+
+
+def test_the_score_of_a_text_given_its_image_is_that_of_the_masked_document(model, run):
+  (document,) = pairs(model, [IMAGE], ["an old red apple"])
+  text = len(document.segments[0].tokens)
+  sample = apply_cm3_mask(join([document], VOCAB), [(1, 1 + text)], VOCAB)
+  inputs = np.asarray(sample[:-1])[None]
+  with one_device():
+    params, _ = checkpoint.load_params(run / "train", SETTINGS.model)
+    places = np.arange(inputs.shape[1])[None]
+    logits = model_logits(SETTINGS.model, params, inputs, places, np.ones_like(inputs))
+    log_probs = np.asarray(jax.nn.log_softmax(logits))[0]
+  of_targets = log_probs[np.arange(len(sample) - 1), sample[1:]]
+  score = model.score("an old red apple", IMAGE)
+  assert score.text_tokens == text
+  assert score.text_given_image == pytest.approx(of_targets[-text - 1 : -1].sum(), rel=1e-4)
+  assert score.text_given_image != pytest.approx(of_targets[-text:].sum(), rel=1e-3)
+  assert score.text_given_image != pytest.approx(score.text, rel=1e-3)
+
+
+def test_retrieved_documents_are_the_nearest_of_the_bank(model, run):
+  found = model.retrieve("green car", k=5)
+  clip, retriever = model.pipeline.clip, Retriever(run / "neighbors", SETTINGS.retrieval)
+  query = clip.embed_texts([model.pipeline.layout.encode("green car")])
+  cosines = retriever.bank.documents[:].astype(np.float32) @ query[0]
+  store = DocumentStore(run / "documents" / "train_pairs", VOCAB)
+  assert [d.key for d in found] == [store[int(i)].key for i in np.argsort(-cosines)[:5]]
+  np.testing.assert_allclose([d.similarity for d in found], np.sort(cosines)[::-1][:5], atol=1e-5)
+  ids, _ = retriever.retrieve(query)
+  assert [d.key for d in found[:4]] == [store[int(i)].key for i in ids[0]]
+  first = store[int(ids[0][0])]
+  assert found[0].caption == model.pipeline.layout.decode(first.segments[0].tokens)
+  codes = VOCAB.image_codes(first.segments[1].tokens)
+  np.testing.assert_array_equal(
+    found[0].image, model.pipeline.image_tokenizer.decode(codes[None])[0]
+  )
+  assert (found[0].source, found[0].license, found[0].attribution) == ("test", "CC0-1.0", "nobody")
+  [sample] = model.generate("green car", retrieve=2)
+  assert [d.key for d in sample.neighbors] == [d.key for d in found[:2]]
+  texts = model.retrieve(["green car", "old house"], k=5)
+  assert [d.key for d in texts[0]] == [d.key for d in found]
+  assert [d.key for d in texts[1]] != [d.key for d in found]
+  assert model.retrieve(IMAGE, k=1)[0].key == model.retrieve(np.asarray(IMAGE), k=1)[0].key
+
+
+def every_call(model, word: str, seed: int) -> None:
+  image = picture(seed)
+  model.generate(f"a {word} apple", num_samples=4, guidance=2.0 + seed, seed=seed)
+  model.caption(image, length=8, seed=seed)
+  model.answer(image, [f"What {word} is it?", "What?"], length=8, seed=seed)
+  model.infill(image, (2, 2, 6, 6), seed=seed)
+  model.edit(image, f"make it {word}", seed=seed, temperature=1.0 + seed)
+  model.interleave(f"{word}:", length=40, seed=seed)
+  model.score(f"a {word} apple", image)
+  model.score(f"a {word} apple", image, retrieve=1)
+  model.retrieve(f"a {word} apple", k=2)
+  model.retrieve(image, k=2)
+
+
+def test_a_second_call_of_the_same_shape_compiles_nothing(model, compiled):
+  every_call(model, "red", 0)
+  compiled.clear()
+  every_call(model, "blue", 1)
+  assert compiled == []
+  model.caption(IMAGE, length=9)
+  assert compiled
+
+
+def test_the_settings_of_a_run_are_read_from_its_workdir(run, model, tmp_path):
+  assert settings_of_run(run) == model.pipeline.settings == SETTINGS
+  stored = read_json(run / "train" / "config.json")
+  stored["settings"]["sampling"]["top_k"] = 9
+  write_json(tmp_path / "new" / "train" / "config.json", stored)
+  assert settings_of_run(tmp_path / "new") != SETTINGS
+  del stored["settings"]
+  write_json(tmp_path / "old" / "train" / "config.json", stored)
+  with pytest.raises(UserError, match=r"was written by an older version and has no settings: run"):
+    CM3Leon.load(tmp_path / "old")
+
+
+@pytest.mark.parametrize(
+  ("options", "sentence"),
+  [
+    ({"batch_size": 0}, "load has a wrong option: batch_size is 0; it must be positive."),
+    (
+      {"weight_dtype": "int4"},
+      "load has a wrong option: weight_dtype is 'int4'; it must be one of",
+    ),
+    ({"batches": 4}, "load has a wrong option: .* unexpected keyword argument 'batches'"),
+    ({"clip": "elsewhere"}, "clip is given, and .* has a CLIP of its own: leave it out."),
+  ],
+)
+def test_wrong_options_of_load(run, options, sentence, monkeypatch):
+  monkeypatch.setattr(checkpoint, "load_params", None)  # Nothing is read before.
+  with pytest.raises(UserError, match=sentence):
+    CM3Leon.load(run, **options)
+
+
+ARRAY = np.zeros((8, 8), np.float32)
+MISTAKES = [
+  (lambda m: m.generate(5), "prompt has type int; it must be a text, or a list of texts."),
+  (lambda m: m.generate(" "), "task text_to_image needs a prompt, and none is given."),
+  (lambda m: m.generate("a", num_samples=0), "num_samples is 0; it must be at least 1."),
+  (lambda m: m.generate("a", num_samples=1.5), "num_samples is 1.5; it must be a whole number."),
+  (lambda m: m.generate("a", seed=-1), "seed is -1; it must be at least 0."),
+  (lambda m: m.generate("a", retrieve=65), "65 documents are asked for; at most config.retrieval."),
+  (lambda m: m.generate("a", rank=True), "rank orders the samples of a prompt, and num_samples is"),
+  (
+    lambda m: m.generate("a", temprature=1.0),
+    "task text_to_image reads no setting 'temprature': d",
+  ),
+  (
+    lambda m: m.generate("a", temperature=0.0),
+    "sampling.temperature is 0.0; it must be greater th",
+  ),
+  (lambda m: m.generate("a", text_top_k=3), "task text_to_image reads no setting 'text_top_k': di"),
+  (
+    lambda m: m.generate("a", guidance=3.0, method="contrastive"),
+    "guidance is given, which sampling.method = 'contrastive' does not read: leave it out, or give",
+  ),
+  (
+    lambda m: m.generate("a", contrastive_k=3),
+    "contrastive_k is given, which sampling.method = 'top_p' does not read: leave it out, or give",
+  ),
+  (
+    lambda m: m.generate("car " * 200),
+    "the prompt has 203 tokens and up to 17 follow; the model w",
+  ),
+  (lambda m: m.caption(IMAGE, length=0), "length is 0; it must be at least 1."),
+  (lambda m: m.caption(IMAGE, guidance=2.0), "task caption reads no setting 'guidance': its setti"),
+  (lambda m: m.caption("nowhere.png"), "image nowhere.png cannot be read"),
+  (
+    lambda m: m.caption(ARRAY),
+    "image has type float32[8, 8]; it must be a path, a PIL image, an",
+  ),
+  (
+    lambda m: m.caption(None),
+    "image has type NoneType; it must be a path, a PIL image, an array u",
+  ),
+  (
+    lambda m: m.answer([IMAGE, IMAGE], ["a", "b", "c"]),
+    "lists have different lengths: image of 2 and prompt of 3; give as many of each, or one for all",
+  ),
+  (lambda m: m.infill(IMAGE, (0, 0, 9, 2)), "box is 0,0,9,2; it must lie within the image, 8 x 8"),
+  (
+    lambda m: m.infill(IMAGE, 3),
+    "box is 3; it must be (left, top, right, bottom), or a list of bo",
+  ),
+  (
+    lambda m: m.infill(IMAGE, (0, 0, 2, 2), guidance=2.0),
+    "guidance is given, and no prompt to gui",
+  ),
+  (lambda m: m.edit(IMAGE, "blue", guidance=2.0), "task edit reads no setting 'guidance': did you"),
+  (lambda m: m.edit(IMAGE, ""), "task edit needs a prompt, and none is given."),
+  (lambda m: m.interleave("a", length=1), "the length is 1; it must be at least 2"),
+  (lambda m: m.score("", IMAGE), "the text is empty: give at least one word."),
+  (
+    lambda m: m.score("car " * 200, IMAGE),
+    "the text has 201 tokens and takes 222 positions with i",
+  ),
+  (lambda m: m.score("a", IMAGE, retrieve=-1), "retrieve is -1; it must be at least 0."),
+  (lambda m: m.retrieve("a", k=0), "k is 0; it must be at least 1."),
+  (lambda m: m.retrieve(5), "image has type int; it must be a path, a PIL image"),
+  (
+    lambda m: m.sample([Unconditional()], 2, rank=True),
+    "rank is given, and CLIP cannot score task",
+  ),
+]
+
+
+@pytest.mark.parametrize(("call", "sentence"), MISTAKES, ids=[s[:40] for _, s in MISTAKES])
+def test_a_mistake_is_one_sentence(model, call, sentence):
+  with pytest.raises(UserError, match=f"^{re.escape(sentence)}"):
+    call(model)
+
+
+NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
+
+
+def test_the_notebook_is_small_and_its_outputs_are_shown():
+  notebook = nbformat.read(NOTEBOOK, as_version=4)
+  code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+  assert all(cell.outputs for cell in code)
+  assert not [out for cell in code for out in cell.outputs if out.output_type == "error"]
+  sources = "".join(cell.source for cell in code)
+  assert not [name for name in EXAMPLES if name != "sample" and f".{name}(" not in sources]
+  text = NOTEBOOK.read_text()
+  assert len(text) < 200_000
+  assert not re.search(r"/(work|tmp|root|home|Users|usr)/", text)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(run, monkeypatch):
+  monkeypatch.setenv("CM3LEON_WORKDIR", str(run))
+  monkeypatch.setenv("PYTHONPATH", str(ROOT))
+  notebook = nbformat.read(NOTEBOOK, as_version=4)
+  for cell in notebook.cells:
+    cell.pop("outputs", None)
+    if cell.cell_type == "code":
+      cell.outputs = []
+  nbclient.NotebookClient(notebook, timeout=300).execute()  # An error in a cell is raised.
+  code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+  assert all(cell.outputs for cell in code)
+  assert any("image/png" in output.get("data", {}) for output in code[1].outputs)
+  code[1].source = "model.generate(5)"
+  with pytest.raises(nbclient.exceptions.CellExecutionError, match="UserError"):
+    nbclient.NotebookClient(notebook, timeout=300).execute()
