@@ -32,7 +32,6 @@ DATA = (
       "config.condition_dropout and is_image[-1]",
       "config.condition_dropout",
     ),
-    ("neighbors_never_dropped", ">= config.neighbor_dropout", ">= 0"),
     ("paper_draws_of_all", "min(num_candidates, PAPER_CANDIDATES)", "num_candidates"),
     (
       "fixed_takes_the_first",
@@ -40,6 +39,11 @@ DATA = (
       "list(range(num_candidates))[:wanted]",
     ),
     ("spans_without_room", "min(num_spans, (limit - total) // cm3.OVERHEAD)", "num_spans"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/sample_plan.py",
+    "tests/data/plan_test.py::test_rates_of_drops",
+    ("neighbors_never_dropped", ">= config.neighbor_dropout", ">= 0"),
   ),
   *mutants_of(
     "cm3leon_jax/data/sample_plan.py",
@@ -62,7 +66,7 @@ DATA = (
       'row["inputs"][:] = row["targets"][:] = pad; row["loss_weights"][:] = 1',
     ),
     ("opening_tokens_weigh_1", "weights[:3] = 0", "weights[:1] = 0"),
-    ("positions_run_on", "np.arange(len(tokens) - 1)", "np.arange(part.start, part.stop)"),
+    ("positions_run_on", "np.arange(len(tokens) - 1)", "at + np.arange(len(tokens) - 1)"),
     (
       "neighbors_after_the_document",
       "join([*neighbors, document], vocab)",

@@ -38,7 +38,7 @@ RETRIEVAL = (
     (
       "caption_neighbors_by_document",
       "retriever.retrieve(queries)",
-      "retriever.retrieve(read(rows.documents))",
+      "retriever.retrieve(documents)",
     ),
   ),
   *mutants_of(
