@@ -185,7 +185,7 @@ def stage(
 
     with stages.stage(workdir, "vqgan", settings) as summary:
       if summary is not None:
-        summary.update(psnr_db=..., seconds is added here)
+        summary.update(psnr_db=23.3)  # The seconds are added.
 
   Args:
     workdir: the run's folder.

@@ -8,8 +8,8 @@
   python -m launch.generate --config=ml_configs/openmoji.py --workdir=workdir \\
     --prompts=my.jsonl --samples=8 --rank
 
-Results of held-out captions go to samples/, results of yours to prompts/NAME/: a PNG file for each
-image, contact_sheet.png, results.jsonl. docs/generating.md shows every task.
+Results of held-out captions go to samples/, results of yours to prompts/NAME-HASH/: a PNG file
+for each image, contact_sheet.png, results.jsonl. docs/generating.md shows every task.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ _GUIDANCE = flags.DEFINE_list(
   "guidance", None, "Weights of guidance, e.g. 1,3,5 (default: 1,3,5; with --prompt the config's)."
 )
 _RETRIEVE = flags.DEFINE_list(
-  "retrieve", None, "Numbers of retrieved documents, e.g. 0,2 (default: 0,2; with --prompt 2)."
+  "retrieve",
+  None,
+  "Numbers of retrieved documents, e.g. 0,2 (default: 0,2; with --prompt 2 for "
+  "text_to_image, 0 for other tasks).",
 )
 _KEEP = flags.DEFINE_bool(
   "keep_neighbors", False, "The unconditional stream of guidance keeps the retrieved documents."
