@@ -215,16 +215,14 @@ def train(
     loader: rows for training.
     heldout: rows for the held-out loss, see `DataConfig.for_heldout`.
     seed: of the parameters.
-    sample_grid: (params, step) -> a grid of samples, a PIL image or None; called every
-      `sample_every` steps.
+    sample_grid: (params, step) -> grid, a PIL image or None; called every `sample_every` steps.
     profile_steps: steps to trace.
 
   Returns:
     Numbers for the report. At SIGTERM it saves and exits with `INTERRUPTED` instead.
 
   Raises:
-    UserError: the mesh cannot split the batch, a checkpoint is damaged, or a loss or gradient is
-      not finite.
+    UserError: the mesh cannot split the batch, a checkpoint is damaged, or a loss is not finite.
   """
   watch, mesh = Stopwatch(), jax.sharding.get_mesh()
   check_batch(config)
