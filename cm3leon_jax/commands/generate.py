@@ -253,12 +253,13 @@ def _print_results(records: Sequence[dict], scores: Sequence[dict]) -> None:
     # A model may write control characters that a terminal would obey.
     text = "".join(c if c.isprintable() else " " for c in record["text"])
     print(f"{record['prompt'] or record['image'] or record['task']}: {' '.join(text.split())}")
+  noun = "concept" if records[0]["key"] else "prompt"  # Of a held-out document, or of the user.
   for row in scores:
     samples = "1 sample" if row["samples"] == 1 else f"{row['samples']} samples"
     interval = "no interval" if row["low"] is None else f"[{row['low']:.3f}, {row['high']:.3f}]"
     print(
       f"guidance {row['guidance']:g}, {row['retrieve']} retrieved: CLIP score {row['mean']:.3f} "
-      f"{interval}, {samples} of {describe_groups(row)}."
+      f"{interval}, {samples} of {describe_groups(row, noun)}."
     )
 
 

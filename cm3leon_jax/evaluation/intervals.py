@@ -68,11 +68,11 @@ def _percentile_level(n: float) -> float:
   return float(2 * stats.norm.cdf(np.sqrt(n / (n - 1)) * t) - 1)
 
 
-def describe_groups(interval: dict) -> str:
-  """States how many concepts a `mean_interval` rests on.
+def describe_groups(interval: dict, noun: str = "concept") -> str:
+  """States how many groups a `mean_interval` rests on; `noun` names one.
 
   describe_groups({"groups": 101, "effective_groups": 23.8, ...}) = "101 concepts (effectively 24)"
   """
   count, effective = interval["groups"], round(interval["effective_groups"])
-  concepts = "1 concept" if count == 1 else f"{count} concepts"
-  return concepts if effective == count else f"{concepts} (effectively {effective})"
+  groups = f"1 {noun}" if count == 1 else f"{count} {noun}s"
+  return groups if effective == count else f"{groups} (effectively {effective})"

@@ -87,7 +87,7 @@ def test_a_prompt_has_a_folder_for_every_set_of_settings(run, workdir, capsys):
   for guidance in ("1", "3"):
     run(prompt=["red apple"], guidance=[guidance], retrieve=["0"], seed=5, batch_size=2)
     out = capsys.readouterr().out
-    assert re.search(r"CLIP score -?0\.\d{3} no interval, 1 sample of 1 concept\.", out)
+    assert re.search(r"CLIP score -?0\.\d{3} no interval, 1 sample of 1 prompt\.", out)
   folders = sorted((workdir / "prompts").glob("red-apple-*"))
   assert len(folders) == 2
   assert {read_lines(folder)[0]["guidance"] for folder in folders} == {1.0, 3.0}
