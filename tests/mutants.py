@@ -114,8 +114,16 @@ def part(mutants: Sequence[Mutant], which: str) -> list[Mutant]:
 
 
 def report(mutants: Sequence[Mutant]) -> bool:
-  """Runs mutants and prints what kills each; returns whether all were killed."""
+  """Runs mutants and prints what kills each; returns whether all were killed.
+
+  First the tests must pass without a mutant: a test that fails anyway would kill every mutant.
+  """
   killed, start = 0, time.monotonic()
+  tests = sorted({test for mutant in mutants for test in mutant.tests})
+  unchanged = run(None, tests, timeout=3_600)
+  if unchanged.verdict != SURVIVES:
+    print(f"These tests do not pass without a mutant: {unchanged.detail}")
+    return False
   for mutant in mutants:
     outcome = run(mutant, mutant.tests)
     killed += outcome.verdict == KILLED

@@ -137,7 +137,7 @@ def test_a_free_span_is_where_two_uniform_points_cover_most_of_a_segment():
   pairs = itertools.product(points, repeat=2)
   expected = Counter(covered_most(bounds, min(pair), max(pair)) for pair in pairs)
   rng = np.random.default_rng(0)
-  found = Counter(cm3.draw_spans(lengths, 1, False, rng) for _ in range(8_000))
+  found = Counter(cm3.sample_spans(lengths, 1, False, rng) for _ in range(8_000))
   assert found.keys() == expected.keys()
   for spans, count in expected.items():
     assert found[spans] / 8_000 == pytest.approx(count / len(points) ** 2, abs=0.015), spans
@@ -145,7 +145,7 @@ def test_a_free_span_is_where_two_uniform_points_cover_most_of_a_segment():
 
 def test_several_tries_find_the_spans_that_are_wanted():
   """Nine candidates contain three disjoint spans more often than not, three of them seldom do."""
-  draws = [cm3.draw_spans([40, 50], 3, False, np.random.default_rng(seed)) for seed in range(500)]
+  draws = [cm3.sample_spans([40, 50], 3, False, np.random.default_rng(seed)) for seed in range(500)]
   assert 0.55 < np.mean([len(spans) == 3 for spans in draws]) < 0.75
 
 
