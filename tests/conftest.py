@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = (
   " --xla_cpu_collective_call_terminate_timeout_seconds=300"
 )
 
+import hypothesis
 import jax
 from jaxtyping import install_import_hook
 import pytest
@@ -18,6 +19,9 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 CHECKED = [f"cm3leon_jax.{package}" for package in ("clip", "decoding", "models", "training")]
 install_import_hook(CHECKED, "beartype.beartype")
+# A deadline of 200 ms an example is missed now and then on a busy machine.
+hypothesis.settings.register_profile("no_deadline", deadline=None)
+hypothesis.settings.load_profile("no_deadline")
 
 
 @pytest.fixture(scope="session")
