@@ -65,7 +65,7 @@ def resolve(extras: str, python: str) -> tuple[str, float]:
     # Used for builds, of which there are none; else uv looks for another Python for half a minute.
     + [f"--python={sys.executable}"]
     + [f"--python-version={python}", "--python-platform=x86_64-manylinux_2_31", "--no-build"]
-    + ["--constraint=requirements.txt", "--output-file=-"],
+    + ["--constraint=requirements.txt"],
     cwd=ROOT, capture_output=True, text=True, check=False,
   )  # fmt: skip
   return result.stderr if result.returncode else "", time.monotonic() - start
