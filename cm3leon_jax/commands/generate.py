@@ -150,7 +150,7 @@ def _own_tasks(settings, seed: int) -> list[Task]:
       )
     common_fields |= {"retrieve": retrieve} if _RETRIEVE.value else {}
     return prompt_file.read(path, name, seed, sampling, **common_fields)
-  if _GUIDANCE.value is not None and not cls.uses_guidance:
+  if _GUIDANCE.value is not None and "guidance" not in cls.settings:
     raise UserError(
       f"--guidance is given, but task {name} does not use it: set fields of config.sampling."
     )
@@ -247,7 +247,7 @@ def _folder(workdir: epath.Path, tasks: Sequence[Task], config: dict) -> epath.P
 
 
 def _print_results(records: Sequence[dict], scores: Sequence[dict]) -> None:
-  from cm3leon_jax.evaluation.intervals import describe_groups
+  from cm3leon_jax.reports.summary import describe_clip_score
 
   for record in [r for r in records if r.get("text")][:MOST_TEXTS]:
     # A model may write control characters that a terminal would obey.
@@ -255,12 +255,7 @@ def _print_results(records: Sequence[dict], scores: Sequence[dict]) -> None:
     print(f"{record['prompt'] or record['image'] or record['task']}: {' '.join(text.split())}")
   noun = "concept" if records[0]["key"] else "prompt"  # Of a held-out document, or of the user.
   for row in scores:
-    samples = "1 sample" if row["samples"] == 1 else f"{row['samples']} samples"
-    interval = "no interval" if row["low"] is None else f"[{row['low']:.3f}, {row['high']:.3f}]"
-    print(
-      f"guidance {row['guidance']:g}, {row['retrieve']} retrieved: CLIP score {row['mean']:.3f} "
-      f"{interval}, {samples} of {describe_groups(row, noun)}."
-    )
+    print(describe_clip_score(row, noun))
 
 
 def main(settings, workdir) -> None:

@@ -13,29 +13,9 @@ from PIL import Image
 from cm3leon_jax.config import UserError, build
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.generation import prompt_file
-from cm3leon_jax.generation.tasks import Task
+from cm3leon_jax.generation.tasks import GUIDANCE, Task
 
 MODES = ("1", "I;16", "L", "LA", "P", "RGB", "RGBA")  # Of PIL images that a PNG file can hold.
-# Settings of sampling: of text tokens; of image codes; of image codes by CD-K.
-OF_TEXT = ("text_temperature", "text_top_k", "text_top_p")
-TOP_P = ("temperature", "top_k", "top_p")
-CONTRASTIVE = (
-  *("contrastive_k", "contrastive_alpha"),
-  *("contrastive_temperature", "amateur_temperature"),
-)
-GUIDANCE = ("guidance", "guidance_schedule")
-EDITING = ("image_guidance", "edit_guidance", "guidance_schedule")
-# Task -> the settings that it reads.
-READ = {
-  "text_to_image": (*GUIDANCE, *TOP_P, "method", *CONTRASTIVE),
-  "caption": OF_TEXT,
-  "question": OF_TEXT,
-  "infill_image": (*GUIDANCE, *TOP_P, "method", *CONTRASTIVE),
-  "edit": (*EDITING, *TOP_P, "method", *CONTRASTIVE),
-  "interleaved": (*TOP_P, *OF_TEXT),
-}
-# Method -> the settings that it does not read.
-UNREAD = {"top_p": CONTRASTIVE, "contrastive": (*TOP_P, *GUIDANCE, *EDITING), "mixture": ()}
 
 
 def whole(name: str, value: Any, least: int = 0) -> int:
@@ -123,25 +103,18 @@ def sampling(name: str, defaults: SamplingConfig, given: dict[str, Any]) -> Samp
   """The settings of the task `name`: `given`, else `defaults`.
 
   Raises:
-    UserError: a setting that the task or its method does not read, or a wrong value.
+    UserError: a setting that the task does not read, or a wrong value.
   """
-  taken = READ[name]
+  taken = prompt_file.task_class(name).settings
   for field in given:
     if field not in taken:
       close = difflib.get_close_matches(field, taken, 1)
       hint = f"did you mean '{close[0]}'?" if close else f"its settings are {', '.join(taken)}."
       raise UserError(f"task {name} reads no setting '{field}': {hint}")
   try:
-    config = build(SamplingConfig, {**dataclasses.asdict(defaults), **given}, "sampling")
+    return build(SamplingConfig, {**dataclasses.asdict(defaults), **given}, "sampling")
   except UserError as error:
     raise UserError(str(error).removeprefix("config.")) from error
-  for field in given:
-    if field in UNREAD[config.method]:
-      raise UserError(
-        f"{field} is given, which sampling.method = '{config.method}' does not read: leave it out, "
-        "or give another method."
-      )
-  return config
 
 
 def tasks(
@@ -181,7 +154,17 @@ def tasks(
   ]
   for task in made:
     task.validate()
-    for field in GUIDANCE if name == "infill_image" and not task.prompt.strip() else ():
+    for field in task.unread_settings():
       if field in settings:
-        raise UserError(f"{field} is given, and no prompt to guide by: give one, or leave it out.")
+        raise UserError(_unread(task, field))
   return single, made
+
+
+def _unread(task: Task, field: str) -> str:
+  """Says why a setting that was given has no effect."""
+  if field in GUIDANCE and task.sampling.method != "contrastive":
+    return f"{field} is given, and no prompt to guide by: give one, or leave it out."
+  return (
+    f"{field} is given, which sampling.method = '{task.sampling.method}' does not read: leave it "
+    "out, or give another method."
+  )

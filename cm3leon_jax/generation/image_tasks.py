@@ -8,7 +8,16 @@ import dataclasses
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.request import Hole, Request
-from cm3leon_jax.generation.tasks import PromptLayout, Task, decode_segment, document_segments
+from cm3leon_jax.generation.tasks import (
+  EDITING,
+  GUIDANCE,
+  IMAGE_SETTINGS,
+  TOP_P,
+  PromptLayout,
+  Task,
+  decode_segment,
+  document_segments,
+)
 
 EDIT = "Edit first image following the instruction"  # CM3Leon, table 5.
 
@@ -36,7 +45,7 @@ class TextToImage(ImageTask):
 
   name = "text_to_image"
   required = ("prompt",)
-  uses_guidance = True
+  settings = (*GUIDANCE, *IMAGE_SETTINGS)
   prompt: str = ""
   retrieve: int = 2
   keep_neighbors: bool = False
@@ -75,7 +84,7 @@ class InfillImage(ImageTask):
 
   name = "infill_image"
   required = ("image",)
-  uses_guidance = True
+  settings = (*GUIDANCE, *IMAGE_SETTINGS)
   image: object = ""
   box: tuple = ()
   prompt: str = ""
@@ -87,6 +96,9 @@ class InfillImage(ImageTask):
       raise self.error(
         "task infill_image needs a box, left,top,right,bottom in pixels, and none is given."
       )
+
+  def unread_settings(self):
+    return super().unread_settings() + (() if self.prompt.strip() else GUIDANCE)
 
   def query(self):
     return ("text", self.prompt) if self.prompt.strip() else ("image", self.image)
@@ -134,6 +146,7 @@ class Edit(ImageTask):
 
   name = "edit"
   required = ("image", "prompt")
+  settings = (*EDITING, *IMAGE_SETTINGS)
   image: object = ""
   prompt: str = ""
 
@@ -147,6 +160,7 @@ class Unconditional(ImageTask):
   """An image without a prompt."""
 
   name = "unconditional"
+  settings = TOP_P
 
   def _request(self, layout, image, neighbors):
     return request.unconditional(layout.vocab, layout.image_tokens)

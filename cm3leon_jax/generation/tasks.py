@@ -25,6 +25,16 @@ from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
 MASK = "<mask>"  # A hole in a text, as a user writes it.
+# Fields of SamplingConfig that tasks read: of text tokens, of image codes, of their guidance.
+TEXT_SETTINGS = ("text_temperature", "text_top_k", "text_top_p")
+TOP_P = ("temperature", "top_k", "top_p")
+CONTRASTIVE = (
+  *("contrastive_k", "contrastive_alpha"),
+  *("contrastive_temperature", "amateur_temperature"),
+)
+IMAGE_SETTINGS = (*TOP_P, "method", *CONTRASTIVE)
+GUIDANCE = ("guidance", "guidance_schedule")
+EDITING = ("image_guidance", "edit_guidance", "guidance_schedule")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +86,7 @@ class Task:
   Attributes:
     name: as `--task` has it.
     required: fields that must not be empty.
-    uses_guidance: `SamplingConfig.guidance` weighs its streams.
+    settings: fields of SamplingConfig that it reads.
     numbers_images: it may make any number of images, whose files are numbered.
     seed: of its first sample.
     sampling: how tokens are sampled.
@@ -86,7 +96,7 @@ class Task:
 
   name: ClassVar[str]
   required: ClassVar[tuple[str, ...]] = ()
-  uses_guidance: ClassVar[bool] = False
+  settings: ClassVar[tuple[str, ...]] = ()
   numbers_images: ClassVar[bool] = False
   # Values of the fields that a subclass does not declare.
   prompt = ""
@@ -120,6 +130,12 @@ class Task:
     for field in ("length", "retrieve", "seed"):
       if not 0 <= getattr(self, field) < 2**32:
         raise self.error(f"{field} is {getattr(self, field)}; it must lie in [0, 2^32).")
+
+  def unread_settings(self) -> tuple[str, ...]:
+    """Returns the fields of `settings` that have no effect with this task's other fields."""
+    return {"top_p": CONTRASTIVE, "contrastive": (*TOP_P, *GUIDANCE, *EDITING), "mixture": ()}[
+      self.sampling.method
+    ]
 
   def _check_masks(self) -> None:
     if MASK in self.prompt:

@@ -9,6 +9,8 @@ from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.generation.tasks import (
   MASK,
+  TEXT_SETTINGS,
+  TOP_P,
   Task,
   decode_segment,
   document_segments,
@@ -28,6 +30,7 @@ class TextTask(Task):
     length: largest number of tokens in each hole; 0: TEXT_LENGTH.
   """
 
+  settings = TEXT_SETTINGS
   retrieve: int = dataclasses.field(default=0, kw_only=True)
   length: int = dataclasses.field(default=0, kw_only=True)
 
@@ -132,6 +135,7 @@ class Interleaved(Task):
 
   name = "interleaved"
   numbers_images = True
+  settings = (*TOP_P, *TEXT_SETTINGS)
   prompt: str = ""
   length: int = 0
 
