@@ -16,7 +16,7 @@ import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
-# Files that install extras, or that tell a user to.
+# Files that install extras, or whose text says how to install them.
 FILES = ("launch/**/*", ".github/workflows/*", "cm3leon_jax/**/*.py", "docs/*.md", "*.md")
 INSTALLS = re.compile(
   r"make_venv ([a-z][\w,]*)|(?:\.|cm3leon_jax)\[((?:\$EXTRA|[a-z]\w*)(?:,\w+)*)\]['\"\s]"

@@ -18,6 +18,7 @@ def main(settings, workdir):
       "same --config and --workdir first."
     )
   from cm3leon_jax.reports import report
+  from cm3leon_jax.reports.summary import describe_clip_score
 
   del settings  # The stages' folders record what ran.
   summary = report.write(workdir, config_flags.get_config_filename(flags.FLAGS["config"]))
@@ -30,10 +31,7 @@ def main(settings, workdir):
     target = f" ({line['relation']}{report.show(line['target'])}: {verdict})"
     print(f"{line['title']}: {report.show(line['value'])}{target}")
   for row in summary.get("samples", {}).get("clip_score", []):
-    print(
-      f"CLIP score at guidance {row['guidance']:g}, {row['retrieve']} retrieved: {row['mean']:.3f} "
-      f"(standard deviation {row['standard_deviation']:.3f}, {row['samples']} samples)"
-    )
+    print(describe_clip_score(row))
   print(f"report: {workdir / 'report.html'}")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation.intervals import mean_interval
+from cm3leon_jax.evaluation.intervals import describe_groups, mean_interval
 from cm3leon_jax.io import plain, read_json, read_json_lines
 
 
@@ -84,7 +84,8 @@ def judge(summary: dict, headline: Headline) -> dict:
   A figure with an interval meets the target only if the whole interval does.
 
   Returns:
-    {"title", "value", "interval", "relation", "target", "note", "met"}. `value` is None if the
+    {"title", "value", "interval", "relation", "target", "note", "met"}. `interval` has low, high
+    and groups (`intervals.mean_interval`), or is None. `value` is None if the
     stage has not run; `met` is None if there is no value or no target.
   """
   value = lookup(summary, headline.path)
@@ -92,9 +93,9 @@ def judge(summary: dict, headline: Headline) -> dict:
   parent = lookup(summary, headline.path.rpartition(".")[0]) or {}
   interval = met = None
   if headline.path.endswith(".bits") and "low" in parent:
-    interval = [parent["low"], parent["high"]]
+    interval = {name: parent[name] for name in parent if name != "bits"}
   if value is not None and target is not None and headline.better:
-    worst = value if interval is None else interval[1 if "<" in headline.better else 0]
+    worst = value if interval is None else interval["high" if "<" in headline.better else "low"]
     met = {">=": worst >= target, "<=": worst <= target, ">": worst > target, "<": worst < target}[
       headline.better
     ]
@@ -140,6 +141,16 @@ def clip_scores(results: list[dict]) -> list[dict]:
       }
     )
   return rows
+
+
+def describe_clip_score(row: dict, noun: str = "concept") -> str:
+  """Writes a row of `clip_scores` as a sentence; `noun` names what its interval resamples."""
+  samples = "1 sample" if row["samples"] == 1 else f"{row['samples']} samples"
+  interval = "no interval" if row["low"] is None else f"[{row['low']:.3f}, {row['high']:.3f}]"
+  return (
+    f"guidance {row['guidance']:g}, {row['retrieve']} retrieved: CLIP score {row['mean']:.3f} "
+    f"{interval}, {samples} of {describe_groups(row, noun)}."
+  )
 
 
 def restarts(metrics: list[dict]) -> list[dict]:

@@ -248,6 +248,7 @@ def test_page_gives_the_number_of_concepts_of_its_intervals(run):
   html = run[2]
   assert "bootstrap over 7 concepts (effectively 3)" in html
   assert "95% interval over concepts" in html
+  assert "to 3.59 over 7 concepts (effectively 3)" in " ".join(html.split())
   for row in run[1]["samples"]["clip_score"]:
     assert (row["samples"], row["groups"]) == (2, 2)
 
