@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from cm3leon_jax.clip import checkpoint
 from cm3leon_jax.clip import huggingface as hf_clip
 from cm3leon_jax.configs import cm3leon_7b
 from cm3leon_jax.data import ingest, openmoji, raw_pairs
@@ -33,9 +34,9 @@ _REPEATS = flags.DEFINE_integer(
 )
 _THREADS = flags.DEFINE_integer("threads", 2, "Threads that read and scale images.")
 
-VIT_B32 = hf_clip.HFCLIPConfig(
-  hf_clip.Encoder(512, 12, 8, 2_048, "quick_gelu", 1e-5),
-  hf_clip.Encoder(768, 12, 12, 3_072, "quick_gelu", 1e-5),
+VIT_B32 = checkpoint.HFCLIPConfig(
+  checkpoint.Encoder(512, 12, 8, 2_048, "quick_gelu", 1e-5),
+  checkpoint.Encoder(768, 12, 12, 3_072, "quick_gelu", 1e-5),
   512, 49_408, 77, 49_407, 224, 32,
 )  # fmt: skip
 
@@ -118,8 +119,8 @@ def embedding() -> None:
   def normal(shape) -> np.ndarray:
     return (0.02 * rng.standard_normal(shape)).astype(np.float32)
 
-  tensors = {name: normal(shape) for name, shape in hf_clip.tensor_shapes(VIT_B32).items()}
-  params = hf_clip.stack_layers(tensors, VIT_B32, jax.numpy.bfloat16)
+  tensors = {name: normal(shape) for name, shape in checkpoint.tensor_shapes(VIT_B32).items()}
+  params = checkpoint.stack_layers(tensors, VIT_B32, jax.numpy.bfloat16)
   pixels, tokens = normal((32, 3, 224, 224)), np.full((32, 77), 49_407, np.int32)
   for what, embed, inputs in (
     ("images", hf_clip.embed_pixels, pixels),

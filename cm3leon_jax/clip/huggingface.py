@@ -4,7 +4,6 @@
 # the grid of patches, S side of the images in pixels, K layers.
 
 from collections.abc import Sequence
-import dataclasses
 import functools
 
 from etils import epath
@@ -12,267 +11,25 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int, Int32
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from cm3leon_jax.clip.checkpoint import (
+  ACTIVATIONS,
+  OLD_EOS_ID,
+  Encoder,
+  HFCLIPConfig,
+  preprocess,
+  read_config,
+  read_processing,
+  read_tensors,
+  stack_layers,
+)
 from cm3leon_jax.clip.model import normalize
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 DTYPES = ("float32", "bfloat16")
 ROWS_PER_DEVICE = 64
-# `eos_token_id` in config.json before transformers 4.31; the end is the tokenizer's largest id.
-OLD_EOS_ID = 2
-ACTIVATIONS = {
-  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-  "gelu": functools.partial(jax.nn.gelu, approximate=False),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoder:
-  """Sizes of a transformer of pre-norm layers.
-
-  Attributes:
-    width: D.
-    layers: K.
-    heads: N.
-    mlp_width: F.
-    activation: key of `ACTIVATIONS`.
-    epsilon: added to the variance in layer norms.
-  """
-
-  width: int
-  layers: int
-  heads: int
-  mlp_width: int
-  activation: str
-  epsilon: float
-
-
-@dataclasses.dataclass(frozen=True)
-class HFCLIPConfig:
-  """Sizes of a CLIP, from config.json.
-
-  Attributes:
-    text: causal transformer over the caption.
-    image: transformer over patches.
-    embed_dim: E.
-    vocab_size: number of ids of the text tokenizer.
-    text_length: L, longest caption in tokens, start and end included.
-    eos_id: id at whose first position a caption is embedded; `OLD_EOS_ID`: at its largest id.
-    resolution: S, after preprocessing.
-    patch: side of a patch in pixels.
-  """
-
-  text: Encoder
-  image: Encoder
-  embed_dim: int
-  vocab_size: int
-  text_length: int
-  eos_id: int
-  resolution: int
-  patch: int
-
-
-def read_config(folder: epath.PathLike) -> HFCLIPConfig:
-  """Reads config.json; raises UserError if it is absent, of another model or not supported."""
-  from huggingface_hub.errors import StrictDataclassError
-  import transformers  # Takes seconds.
-
-  folder = epath.Path(folder)
-  if not folder.is_dir():
-    raise UserError(
-      f"{folder} is not a folder; it must be the folder of a Hugging Face CLIP, from "
-      "`hf download NAME --local-dir FOLDER`."
-    )
-  path = folder / CONFIG
-  if not path.exists():
-    raise UserError(
-      f"{path} does not exist; the folder must be that of a Hugging Face CLIP, with {CONFIG} and "
-      f"{WEIGHTS}."
-    )
-  stored = read_json(path)
-  if stored.get("model_type") != "clip":
-    raise UserError(f"{path}: model_type is '{stored.get('model_type')}'; it must be 'clip'.")
-  try:
-    config = transformers.CLIPConfig.from_dict(stored)
-  except (TypeError, ValueError, StrictDataclassError) as error:
-    raise UserError(f"{path} is not a CLIP config ({error}); download it again.") from error
-  text, image = config.text_config, config.vision_config
-  for name, value in {
-    "text_config.eos_token_id": text.eos_token_id,
-    "vision_config.image_size": image.image_size,
-    "vision_config.patch_size": image.patch_size,
-  }.items():
-    if not isinstance(value, int):
-      raise UserError(f"{path}: {name} is {value!r}; only a single integer is supported.")
-  if image.num_channels != 3:
-    raise UserError(f"{path}: vision_config.num_channels is {image.num_channels}; it must be 3.")
-  return HFCLIPConfig(
-    _encoder(text, f"{path}: text_config"), _encoder(image, f"{path}: vision_config"),
-    config.projection_dim, text.vocab_size, text.max_position_embeddings, text.eos_token_id,
-    image.image_size, image.patch_size,
-  )  # fmt: skip
-
-
-def _encoder(config, where: str) -> Encoder:
-  if config.hidden_act not in ACTIVATIONS:
-    raise UserError(
-      f"{where}.hidden_act is '{config.hidden_act}'; it must be one of {', '.join(ACTIVATIONS)}."
-    )
-  return Encoder(
-    config.hidden_size, config.num_hidden_layers, config.num_attention_heads,
-    config.intermediate_size, config.hidden_act, config.layer_norm_eps,
-  )  # fmt: skip
-
-
-def layer_shapes(encoder: Encoder) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of a layer's tensors by their names in a checkpoint; matrices [out, in]."""
-  D, F = encoder.width, encoder.mlp_width
-  matrices = {f"self_attn.{name}_proj": (D, D) for name in ("q", "k", "v", "out")}
-  matrices |= {"mlp.fc1": (F, D), "mlp.fc2": (D, F)}
-  vectors = {f"{name}.bias": shape[:1] for name, shape in matrices.items()}
-  norms = {f"layer_norm{i}.{field}": (D,) for i in (1, 2) for field in ("weight", "bias")}
-  return {f"{name}.weight": shape for name, shape in matrices.items()} | vectors | norms
-
-
-def tensor_shapes(config: HFCLIPConfig) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of all tensors of a checkpoint by their names."""
-  text, image, E = config.text.width, config.image.width, config.embed_dim
-  positions = (config.resolution // config.patch) ** 2 + 1
-  shapes = {
-    "text_model.embeddings.token_embedding.weight": (config.vocab_size, text),
-    "text_model.embeddings.position_embedding.weight": (config.text_length, text),
-    "text_model.final_layer_norm.weight": (text,),
-    "text_model.final_layer_norm.bias": (text,),
-    "text_projection.weight": (E, text),
-    "vision_model.embeddings.class_embedding": (image,),
-    "vision_model.embeddings.patch_embedding.weight": (image, 3, config.patch, config.patch),
-    "vision_model.embeddings.position_embedding.weight": (positions, image),
-    "vision_model.pre_layrnorm.weight": (image,),
-    "vision_model.pre_layrnorm.bias": (image,),
-    "vision_model.post_layernorm.weight": (image,),
-    "vision_model.post_layernorm.bias": (image,),
-    "visual_projection.weight": (E, image),
-  }
-  for side, encoder in (("text_model", config.text), ("vision_model", config.image)):
-    layer = layer_shapes(encoder)
-    for i in range(encoder.layers):
-      shapes |= {f"{side}.encoder.layers.{i}.{name}": shape for name, shape in layer.items()}
-  return shapes
-
-
-def stack_layers(tensors: dict[str, np.ndarray], config: HFCLIPConfig, dtype) -> dict:
-  """Makes parameters of the tensors of a checkpoint, with the layers of each side stacked.
-
-  Names stay; layers become `{side}.layers`. Norms are fp32, other tensors `dtype`.
-  """
-
-  def cast(name: str) -> np.ndarray:
-    return np.asarray(tensors[name], np.float32 if "norm" in name else dtype)
-
-  params = {name: cast(name) for name in tensor_shapes(config) if ".layers." not in name}
-  for side, encoder in (("text_model", config.text), ("vision_model", config.image)):
-    layers = [f"{side}.encoder.layers.{i}" for i in range(encoder.layers)]
-    params[f"{side}.layers"] = {
-      name: np.stack([cast(f"{layer}.{name}") for layer in layers])
-      for name in layer_shapes(encoder)
-    }
-  return params
-
-
-def read_tensors(folder: epath.PathLike, config: HFCLIPConfig) -> dict[str, np.ndarray]:
-  """Reads model.safetensors, or the files of its index.
-
-  Raises:
-    UserError: a file is absent or damaged, or a tensor is absent or does not have its shape.
-  """
-  folder = epath.Path(folder)
-  if (folder / WEIGHTS).exists():
-    names = [WEIGHTS]
-  elif (folder / INDEX).exists():
-    names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-  else:
-    raise UserError(
-      f"{folder / WEIGHTS} does not exist, nor does {INDEX}; other formats are not supported."
-    )
-  tensors = {}
-  for path in (folder / name for name in names):
-    if not path.exists():
-      raise UserError(f"{path} does not exist, but {folder / INDEX} names it; download it again.")
-    try:
-      tensors |= safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-      raise UserError(f"{path} is damaged ({error}); download it again.") from error
-  for name, shape in tensor_shapes(config).items():
-    if name not in tensors:
-      raise UserError(
-        f"{folder / WEIGHTS} has no tensor '{name}'; it must hold a CLIPModel, text and vision."
-      )
-    if tensors[name].shape != shape:
-      raise UserError(
-        f"{folder / WEIGHTS}: tensor '{name}' is {list(tensors[name].shape)}; "
-        f"by {folder / CONFIG} it must be {list(shape)}."
-      )
-  return tensors
-
-
-def read_processing(folder: epath.PathLike, config: HFCLIPConfig):
-  """Reads the tokenizer and the image processor of a checkpoint; needs no torch.
-
-  Raises:
-    UserError: their files are absent or damaged, or do not fit `config`.
-  """
-  import transformers
-
-  folder = epath.Path(folder)
-  bpe = all((folder / name).exists() for name in ("vocab.json", "merges.txt"))
-  if not bpe and not (folder / "tokenizer.json").exists():
-    raise UserError(
-      f"{folder} has no tokenizer; it must hold tokenizer.json, or vocab.json and merges.txt."
-    )
-  if not any((folder / name).exists() for name in PROCESSORS):
-    raise UserError(f"{folder} has no image processor; it must hold {' or '.join(PROCESSORS)}.")
-  try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    pil = transformers.CLIPImageProcessorPil
-    processor = pil.from_pretrained(str(folder), local_files_only=True)
-  except Exception as error:  # `tokenizers` raises nothing more precise.
-    raise UserError(
-      f"{folder}: its tokenizer or image processor cannot be read ({error}); download them again."
-    ) from error
-  ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-  if None in ends or len(tokenizer) > config.vocab_size:
-    raise UserError(
-      f"{folder}: its tokenizer has {len(tokenizer)} ids; it must have a start token, an end "
-      f"token and at most config.json's vocab_size = {config.vocab_size} ids."
-    )
-  if config.eos_id not in (OLD_EOS_ID, tokenizer.eos_token_id):
-    raise UserError(
-      f"{folder}: its tokenizer's end is {tokenizer.eos_token_id}; config.json's eos_token_id = "
-      f"{config.eos_id} must be equal."
-    )
-  S, shape = config.resolution, preprocess(processor, np.zeros((1, 8, 8, 3), np.uint8)).shape
-  if shape != (1, 3, S, S):
-    raise UserError(
-      f"{folder}: its image processor makes images {list(shape[1:])}; by config.json's image_size "
-      f"they must be {[3, S, S]}."
-    )
-  return tokenizer, processor
-
-
-def preprocess(processor, images: UInt8[np.ndarray, "B H W 3"]) -> Float32[np.ndarray, "B 3 S S"]:
-  """Scales, crops and normalizes images with the image processor of a checkpoint."""
-  # Without input_data_format, an image of height 3 counts as one with its channels first.
-  batch = processor(list(images), return_tensors="np", input_data_format="channels_last")
-  return np.asarray(batch["pixel_values"], np.float32)
 
 
 def _norm(x, params: dict, name: str, epsilon: float):

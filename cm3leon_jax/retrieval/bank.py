@@ -10,7 +10,7 @@ from etils import epath
 import numpy as np
 from tqdm import tqdm
 
-from cm3leon_jax.clip import huggingface as hf_clip
+from cm3leon_jax.clip import checkpoint
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP, CONFIG, normalize
 from cm3leon_jax.data import raw_pairs
@@ -37,7 +37,7 @@ def load_clip(folder: str, workdir: epath.PathLike, vocab: VocabLayout) -> CLIP 
 def embedding_width(folder: str, workdir: epath.PathLike) -> int:
   """Returns E of the CLIP that `load_clip` loads, from its config."""
   if folder:
-    return hf_clip.read_config(folder).embed_dim
+    return checkpoint.read_config(folder).embed_dim
   return read_json(epath.Path(workdir) / "clip" / CONFIG)["clip"]["embed_dim"]
 
 

@@ -16,6 +16,7 @@ from tokenizers import pre_tokenizers
 import transformers
 
 from cm3leon_jax import stages
+from cm3leon_jax.clip import checkpoint as clip_checkpoint
 from cm3leon_jax.clip import huggingface as hf_clip
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.config import UserError
@@ -29,7 +30,7 @@ from tests.data.raw import write_raw
 TOLERANCE = 1e-5  # fp32, embeddings of norm 1.
 START, END, VOCAB_SIZE, LENGTH, SIDE = 515, 516, 520, 12, 16
 CAPTIONS = ["red", "A  red, red APPLE!", "größe ♥", "a caption that is too long for twelve tokens"]
-KINDS = {"old": ("quick_gelu", hf_clip.OLD_EOS_ID), "new": ("gelu", END)}
+KINDS = {"old": ("quick_gelu", clip_checkpoint.OLD_EOS_ID), "new": ("gelu", END)}
 NORMALIZE = (
   (0.48145466, 0.4578275, 0.40821073),
   (0.26862954, 0.26130258, 0.27577711),
@@ -129,7 +130,7 @@ def test_embeddings_equal_torch(checkpoint):
   path, model = checkpoint
   clip = load(path)
   images, tokens = some_images(3), some_tokens()
-  pixels = hf_clip.preprocess(clip.processor, images)
+  pixels = clip_checkpoint.preprocess(clip.processor, images)
   texts, image_embeddings = torch_embeddings(model, tokens, pixels)
 
   def embed(config):
@@ -143,7 +144,10 @@ def test_embeddings_equal_torch(checkpoint):
   for wrong in (
     dataclasses.replace(clip.config, text=dataclasses.replace(clip.config.text, activation=other)),
     dataclasses.replace(
-      clip.config, eos_id=END if clip.config.eos_id == hf_clip.OLD_EOS_ID else hf_clip.OLD_EOS_ID
+      clip.config,
+      eos_id=END
+      if clip.config.eos_id == clip_checkpoint.OLD_EOS_ID
+      else clip_checkpoint.OLD_EOS_ID,
     ),
   ):
     assert np.abs(embed(wrong) - texts).max() > 100 * TOLERANCE
@@ -221,7 +225,7 @@ def test_bfloat16_is_close(folder):
 @pytest.mark.parametrize(("height", "width"), [(20, 28), (16, 16), (48, 16), (3, 5)])
 def test_preprocessing_scales_crops_and_normalizes(folder, height, width):
   images = some_images(2, height, width)
-  pixels = hf_clip.preprocess(load(folder).processor, images)
+  pixels = clip_checkpoint.preprocess(load(folder).processor, images)
   assert pixels.dtype == np.float32
   short = min(height, width)
   h, w = SIDE * height // short, SIDE * width // short
@@ -235,7 +239,7 @@ def test_preprocessing_scales_crops_and_normalizes(folder, height, width):
 
 def test_sharded_and_newer_files_load_the_same(folder, tmp_path):
   write_checkpoint(tmp_path, "quick_gelu", END, max_shard_size="40KB")
-  assert not (tmp_path / hf_clip.WEIGHTS).exists()
+  assert not (tmp_path / clip_checkpoint.WEIGHTS).exists()
   transformers.AutoTokenizer.from_pretrained(str(folder)).save_pretrained(tmp_path)
   for name in ("vocab.json", "merges.txt"):
     (tmp_path / name).unlink()
@@ -268,8 +272,8 @@ def test_published_layouts(patch, tmp_path):
   with torch.device("meta"):
     model = transformers.CLIPModel(stored)
   stored.save_pretrained(tmp_path)
-  config = hf_clip.read_config(tmp_path)
-  shapes = hf_clip.tensor_shapes(config)
+  config = clip_checkpoint.read_config(tmp_path)
+  shapes = clip_checkpoint.tensor_shapes(config)
   published = {name: tuple(x.shape) for name, x in model.state_dict().items()}
   assert shapes == {name: shape for name, shape in published.items() if name != "logit_scale"}
 
@@ -278,7 +282,7 @@ def test_published_layouts(patch, tmp_path):
 
   params = typed({name: shape for name, shape in shapes.items() if ".layers." not in name})
   for side, encoder in (("text_model", config.text), ("vision_model", config.image)):
-    params[f"{side}.layers"] = typed(hf_clip.layer_shapes(encoder), encoder.layers)
+    params[f"{side}.layers"] = typed(clip_checkpoint.layer_shapes(encoder), encoder.layers)
   tokens, pixels = (
     jax.ShapeDtypeStruct((2, 77), np.int32),
     jax.ShapeDtypeStruct((2, 3, 224, 224), np.float32),
@@ -289,16 +293,16 @@ def test_published_layouts(patch, tmp_path):
 
 
 def change_config(folder, part, **fields):
-  config = json.loads((folder / hf_clip.CONFIG).read_text())
+  config = json.loads((folder / clip_checkpoint.CONFIG).read_text())
   (config[part] if part else config).update(fields)
-  (folder / hf_clip.CONFIG).write_text(json.dumps(config))
+  (folder / clip_checkpoint.CONFIG).write_text(json.dumps(config))
 
 
 def change_tensor(folder, name, change):
-  tensors = safetensors.numpy.load_file(folder / hf_clip.WEIGHTS)
+  tensors = safetensors.numpy.load_file(folder / clip_checkpoint.WEIGHTS)
   value = change(tensors.pop(name))
   safetensors.numpy.save_file(
-    tensors | ({} if value is None else {name: value}), folder / hf_clip.WEIGHTS
+    tensors | ({} if value is None else {name: value}), folder / clip_checkpoint.WEIGHTS
   )
 
 
@@ -323,11 +327,11 @@ MISTAKES = {
     r"patch_size is .4, 4.",
   ),
   "no weights": (
-    lambda f: (f / hf_clip.WEIGHTS).unlink(),
+    lambda f: (f / clip_checkpoint.WEIGHTS).unlink(),
     r"model\.safetensors does not exist, nor",
   ),
   "half of the weights": (
-    lambda f: (f / hf_clip.WEIGHTS).write_bytes(b"half of a file"),
+    lambda f: (f / clip_checkpoint.WEIGHTS).write_bytes(b"half of a file"),
     "is damaged",
   ),
   "no tensor": (
