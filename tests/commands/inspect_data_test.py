@@ -13,8 +13,8 @@ from cm3leon_jax import stages
 from cm3leon_jax.commands import inspect_data
 from cm3leon_jax.config import UserError
 from cm3leon_jax.tokenizers import text, vqgan
+from tests.commands import train_test
 from tests.data.stores import VOCAB
-from tests.launch import train_test
 from tests.reports.inspect_page_test import VQGAN
 
 ROOT = pathlib.Path(__file__).parents[2]
