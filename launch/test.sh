@@ -9,4 +9,5 @@ cd "$root"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-exec "$python" -m pytest "$@"
+# A file of tests stays in one process, for its fixtures.
+exec "$python" -m pytest -n logical --maxprocesses=8 --dist=loadfile "$@"

@@ -1,5 +1,6 @@
 """Goodput: the share of a run's wall time that went into steps, measured on the host."""
 
+from collections.abc import Callable
 import contextlib
 import threading
 import time
@@ -28,14 +29,15 @@ class Stopwatch:
   a step.
   """
 
-  def __init__(self):
+  def __init__(self, clock: Callable[[], float] = time.perf_counter):
     self._seconds = dict.fromkeys(PHASES, 0.0)
-    self._phase, self._mark = "restore", time.perf_counter()
+    self._clock = clock
+    self._phase, self._mark = "restore", clock()
     self._thread = threading.get_ident()
     self._compiles: list[tuple[float, float]] = []
     jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-  def stop(self) -> None:
+  def close(self) -> None:
     """Stops counting compilation as `compile`: it then counts as the current phase."""
     jax.monitoring.unregister_event_duration_listener(self._on_event)
 
@@ -65,7 +67,7 @@ class Stopwatch:
       self._seconds[name] += value
 
   def _switch(self, name: str) -> None:
-    now = time.perf_counter()
+    now = self._clock()
     self._seconds[self._phase] += now - self._mark
     self._phase, self._mark = name, now
 
@@ -73,7 +75,7 @@ class Stopwatch:
     """Counts tracing, lowering and compiling; a nested trace is reported before the outer one."""
     if not event.startswith("/jax/core/compile/") or threading.get_ident() != self._thread:
       return
-    now = time.perf_counter()
+    now = self._clock()
     start = now - duration
     while self._compiles and self._compiles[-1][0] >= start:
       inner = self._compiles.pop()

@@ -107,7 +107,6 @@ class Monitor:
     self._phases = contextlib.ExitStack()
 
   def __enter__(self):
-    self._phases.callback(self._watch.stop)
     self._phases.enter_context(self._watch.phase("step"))
     return self
 

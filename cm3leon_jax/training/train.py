@@ -1,6 +1,7 @@
 """The training loop."""
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -224,22 +225,23 @@ def train(
   Raises:
     UserError: the mesh cannot split the batch, a checkpoint is damaged, or a loss is not finite.
   """
-  watch, mesh = Stopwatch(), jax.sharding.get_mesh()
-  check_batch(config)
-  sharding = NamedSharding(mesh, spec("batch", "length"))
-  steps = compile_steps(model, optimizer_config, config, vocab, seed)
-  checkpoints = Checkpoints(folder, config.keep_checkpoints)
-  newest, state, next_row = _restore(checkpoints, steps)
-  eval_batches = heldout_batches(heldout, config, sharding)
-  data = batches(loader, next_row, config.global_batch_size, sharding)
-  schedule = learning_rate_schedule(optimizer_config, config.steps)
-  length = loader.plan.config.sequence_length
-  with distributed.together():
-    monitor = open_monitor(folder, model, config, schedule, length, newest, watch, profile_steps)
-  with StopSignal(mesh) as stop, monitor:
-    state, next_row, losses = _run_steps(
-      steps, config, state, next_row, data, eval_batches, checkpoints, monitor, stop, sample_grid
-    )
+  mesh = jax.sharding.get_mesh()
+  with contextlib.closing(Stopwatch()) as watch:
+    check_batch(config)
+    sharding = NamedSharding(mesh, spec("batch", "length"))
+    steps = compile_steps(model, optimizer_config, config, vocab, seed)
+    checkpoints = Checkpoints(folder, config.keep_checkpoints)
+    newest, state, next_row = _restore(checkpoints, steps)
+    eval_batches = heldout_batches(heldout, config, sharding)
+    data = batches(loader, next_row, config.global_batch_size, sharding)
+    schedule = learning_rate_schedule(optimizer_config, config.steps)
+    length = loader.plan.config.sequence_length
+    with distributed.together():
+      monitor = open_monitor(folder, model, config, schedule, length, newest, watch, profile_steps)
+    with StopSignal(mesh) as stop, monitor:
+      state, next_row, losses = _run_steps(
+        steps, config, state, next_row, data, eval_batches, checkpoints, monitor, stop, sample_grid
+      )
   step = int(state.step)
   if step < config.steps:
     distributed.print_once(
