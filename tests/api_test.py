@@ -151,11 +151,11 @@ def test_samples_are_those_of_the_command(model, run, monkeypatch):
     return [sample for of_prompt in found for sample in of_prompt]
 
   for sample, record in zip(samples(5), records, strict=True):
-    assert sample.tokens.tolist() == record["ids"]
+    assert sample.tokens.tolist() == record["tokens"]
     assert sample.clip_score == pytest.approx(record["clip_score"])
     assert [d.key for d in sample.neighbors] == [n["key"] for n in record["neighbors"]]
     np.testing.assert_allclose(sample.log_probs, record["log_probs"], atol=1e-4)
-  assert [s.tokens.tolist() for s in samples(6)] != [r["ids"] for r in records]
+  assert [s.tokens.tolist() for s in samples(6)] != [r["tokens"] for r in records]
 
 
 def test_a_list_gives_what_single_calls_give(model):

@@ -135,7 +135,7 @@ class Result:
     request: index of its request.
     sample: number of the sample among those of the request.
     seed: its seed.
-    ids: generated after the prompt.
+    tokens: ids generated after the prompt.
     log_probs: of each id under the guided distribution, before temperature and filters.
     contrastive: whether contrastive decoding was used.
   """
@@ -143,13 +143,13 @@ class Result:
   request: int
   sample: int
   seed: int
-  ids: Int32[np.ndarray, " G"]
+  tokens: Int32[np.ndarray, " G"]
   log_probs: Float32[np.ndarray, " G"]
   contrastive: bool
 
   def codes(self, vocab: VocabLayout) -> Int32[np.ndarray, " C"]:
-    """Returns the image codes among the ids."""
-    return vocab.image_codes(self.ids[vocab.is_image(self.ids)])
+    """Returns the image codes among the tokens."""
+    return vocab.image_codes(self.tokens[vocab.is_image(self.tokens)])
 
 
 def sample_seed(seed: int, sample: int) -> int:

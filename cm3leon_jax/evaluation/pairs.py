@@ -13,7 +13,8 @@ from cm3leon_jax.data.cm3 import OVERHEAD, apply_cm3_mask
 from cm3leon_jax.data.documents import Document, Segment
 from cm3leon_jax.decoding.batch import rounded
 from cm3leon_jax.evaluation import bits
-from cm3leon_jax.generation.pipeline import Pipeline, load_image
+from cm3leon_jax.generation.given_images import load_image
+from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.mesh import batch_shards
 

@@ -5,7 +5,6 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-import io
 
 from etils import epath
 import numpy as np
@@ -15,12 +14,12 @@ from tqdm import tqdm
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP, clip_score
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import Document, DocumentStore
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig, Result
 from cm3leon_jax.decoding.request import Request
+from cm3leon_jax.generation.given_images import given_key, image_key, load_image, square_image
 from cm3leon_jax.generation.image_tasks import whole_codes
-from cm3leon_jax.generation.tasks import PromptLayout, Task, has_image, image_name
+from cm3leon_jax.generation.tasks import PromptLayout, Task, has_image
 from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
@@ -80,36 +79,6 @@ class Sample:
     return "\n".join(s for s in self.segments if isinstance(s, str))
 
 
-def load_image(image, resolution: int | None) -> np.ndarray:
-  """Reads a path, a PIL image or an [H, W, 3] uint8 array as `raw_pairs.load_image` does."""
-  if not isinstance(image, str):
-    buffer = io.BytesIO()
-    image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-    image.save(buffer, "PNG")
-    image = buffer.getvalue()
-  return raw_pairs.load_image(image, resolution)
-
-
-def _square(image, resolution: int) -> np.ndarray:
-  """Crops and scales an image to the model's resolution, and prints that it did."""
-  pixels = load_image(image, None)
-  height, width = pixels.shape[:2]
-  if (height, width) == (resolution, resolution):
-    return pixels
-  name = image if isinstance(image, str) else image_name(image)
-  cut = "" if height == width else f"the centered square of {min(height, width)} of "
-  print(
-    f"generate: {cut}{name}, {width} x {height} pixels, is scaled to {resolution} x {resolution}.",
-    flush=True,
-  )
-  return load_image(image, resolution)
-
-
-def image_key(image):
-  """Returns a key that is equal for the same image of several tasks."""
-  return image if isinstance(image, str) else id(image)
-
-
 def first_documents(store: DocumentStore, ids: np.ndarray, count: int) -> tuple[Document, ...]:
   """Returns the documents of the first `count` ids; -1 stands for no document."""
   return tuple(store[int(i)] for i in ids[ids >= 0][:count])
@@ -129,7 +98,7 @@ def check_tasks(layout: PromptLayout, tasks: Sequence[Task], bank: epath.PathLik
     bank: workdir that documents are retrieved from, or None.
 
   Returns:
-    `image_key` of each given image -> [H, W, 3] uint8.
+    `given_key` of each given image -> [H, W, 3] uint8.
 
   Raises:
     UserError: a field is wrong, a prompt too long, an image unreadable, or the bank is empty.
@@ -140,9 +109,9 @@ def check_tasks(layout: PromptLayout, tasks: Sequence[Task], bank: epath.PathLik
     task.to_request(layout)
     if task.box:
       _print_rounded_box(layout, task)
-    if has_image(task) and image_key(task.image) not in given:
+    if has_image(task) and given_key(task) not in given:
       try:
-        given[image_key(task.image)] = _square(task.image, layout.resolution)
+        given[given_key(task)] = square_image(task, layout.resolution)
       except UserError as error:
         raise task.error(error) from error
   retrieving = next((task for task in tasks if task.retrieve), None)
@@ -343,7 +312,7 @@ class Pipeline:
     if given:
       codes = dict(zip(given, self.image_tokenizer.encode(np.stack(list(given.values())))))
     return [
-      task.to_request(self.layout, codes.get(image_key(task.image)), found)
+      task.to_request(self.layout, codes.get(given_key(task)), found)
       for task, found in zip(tasks, neighbors)
     ]
 
@@ -352,7 +321,7 @@ class Pipeline:
   ) -> list[Sample]:
     """Generates the samples of a batch; `places` are the indices of their tasks."""
     answers = [
-      tasks[i].from_ids(self.layout, requests[i], result.ids) for i, result in zip(places, batch)
+      tasks[i].from_ids(self.layout, requests[i], result.tokens) for i, result in zip(places, batch)
     ]
     codes = [s for segments, _ in answers for s in segments if not isinstance(s, str)]
     size = self.generator.config.batch_size
@@ -366,11 +335,11 @@ class Pipeline:
         segments=tuple(s if isinstance(s, str) else next(images) for s in segments),
         codes=tuple(s for s in segments if not isinstance(s, str)),
         filled=filled,
-        tokens=result.ids,
+        tokens=result.tokens,
         log_probs=result.log_probs,
         contrastive=result.contrastive,
         neighbors=neighbors[i],
-        given=given.get(image_key(tasks[i].image), tasks[i].original),
+        given=given.get(given_key(tasks[i]), tasks[i].original),
       )
       for i, result, (segments, filled) in zip(places, batch, answers)
     ]

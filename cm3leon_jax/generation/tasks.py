@@ -88,6 +88,7 @@ class Task:
     required: fields that must not be empty.
     settings: fields of SamplingConfig that it reads.
     numbers_images: it may make any number of images, whose files are numbered.
+    crop: how its image becomes square, see `RawConfig.crop`.
     seed: of its first sample.
     sampling: how tokens are sampled.
     row: its row on the contact sheet; tasks of one row differ only in their settings.
@@ -98,6 +99,7 @@ class Task:
   required: ClassVar[tuple[str, ...]] = ()
   settings: ClassVar[tuple[str, ...]] = ()
   numbers_images: ClassVar[bool] = False
+  crop: ClassVar[str] = "center"
   # Values of the fields that a subclass does not declare.
   prompt = ""
   image = ""

@@ -23,5 +23,5 @@ def test_compiled_once_for_each_way_that_parameters_are_split():
     other = small_generator(params=whole).generate(requests, SEEDS)
     assert len(compiled) > count
   for a, b, c in zip(first, again, other):
-    np.testing.assert_array_equal(a.ids, b.ids)
-    np.testing.assert_array_equal(a.ids, c.ids)
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_array_equal(a.tokens, c.tokens)

@@ -71,7 +71,7 @@ def ours(params, requests, guidance: float):
   )
   with jax.enable_x64(True):
     results = Generator(params, config).generate(requests, range(len(requests)))
-  return np.stack([r.ids for r in results]), np.stack([r.log_probs for r in results])
+  return np.stack([r.tokens for r in results]), np.stack([r.log_probs for r in results])
 
 
 @pytest.fixture(scope="module")

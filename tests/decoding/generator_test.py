@@ -89,14 +89,14 @@ def same(found, expected, atol=1e-5):
   """Tokens are identical, log_probs near."""
   assert len(found) == len(expected)
   for a, b in zip(found, expected):
-    np.testing.assert_array_equal(a.ids, b.ids)
+    np.testing.assert_array_equal(a.tokens, b.tokens)
     np.testing.assert_allclose(a.log_probs, b.log_probs, atol=atol)
     assert (a.seed, a.contrastive) == (b.seed, b.contrastive)
 
 
 def differ(found, expected) -> bool:
   """Control: other samples are others."""
-  return any(a.ids.tolist() != b.ids.tolist() for a, b in zip(found, expected))
+  return any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(found, expected))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -128,21 +128,27 @@ def test_streams_equal_separate_passes(generator, params, guidance):
   sampling = dataclasses.replace(generator.config.sampling, guidance=guidance)
   results = generator.generate(guided_requests(), SEEDS, sampling=sampling)
   for request, result in zip(guided_requests(), results):
-    c, u = (teacher_forced(generator.config.model, params, s, result.ids) for s in request.streams)
-    expected = legal_log_probs(request, result.ids, c if guidance == 1 else u + guidance * (c - u))
-    np.testing.assert_allclose(result.log_probs, chosen(expected, result.ids), atol=3e-5)
+    c, u = (
+      teacher_forced(generator.config.model, params, s, result.tokens) for s in request.streams
+    )
+    expected = legal_log_probs(
+      request, result.tokens, c if guidance == 1 else u + guidance * (c - u)
+    )
+    np.testing.assert_allclose(result.log_probs, chosen(expected, result.tokens), atol=3e-5)
     assert (
-      np.abs(result.log_probs - chosen(legal_log_probs(request, result.ids, u), result.ids)).max()
+      np.abs(
+        result.log_probs - chosen(legal_log_probs(request, result.tokens, u), result.tokens)
+      ).max()
       > 0.1
     )
 
 
 def test_a_stream_alone_equals_a_separate_pass(plain_generator, params):
   for request, result in zip(plain_requests(), plain_generator.generate(plain_requests(), SEEDS)):
-    logits = teacher_forced(plain_generator.config.model, params, request.streams[0], result.ids)
-    expected = legal_log_probs(request, result.ids, logits)
-    np.testing.assert_allclose(result.log_probs, chosen(expected, result.ids), atol=3e-5)
-    assert np.abs(result.log_probs - chosen(logits, result.ids)).max() > 0.1
+    logits = teacher_forced(plain_generator.config.model, params, request.streams[0], result.tokens)
+    expected = legal_log_probs(request, result.tokens, logits)
+    np.testing.assert_allclose(result.log_probs, chosen(expected, result.tokens), atol=3e-5)
+    assert np.abs(result.log_probs - chosen(logits, result.tokens)).max() > 0.1
 
 
 def edits():
@@ -154,13 +160,13 @@ def test_edit_equals_the_formula_on_separate_passes(generator, params):
   sampling = dataclasses.replace(GREEDY, image_guidance=1.5, edit_guidance=7.5)
   for request, result in zip(edits(), generator.generate(edits(), SEEDS[:2], sampling=sampling)):
     f, i, u = (
-      teacher_forced(generator.config.model, params, s, result.ids) for s in request.streams
+      teacher_forced(generator.config.model, params, s, result.tokens) for s in request.streams
     )
-    expected = legal_log_probs(request, result.ids, u + 1.5 * (i - u) + 7.5 * (f - i))
-    np.testing.assert_allclose(result.log_probs, chosen(expected, result.ids), atol=1e-4)
-    np.testing.assert_array_equal(result.ids, expected.argmax(axis=-1))
-    swapped = legal_log_probs(request, result.ids, u + 7.5 * (i - u) + 1.5 * (f - i))
-    assert np.abs(result.log_probs - chosen(swapped, result.ids)).max() > 0.1
+    expected = legal_log_probs(request, result.tokens, u + 1.5 * (i - u) + 7.5 * (f - i))
+    np.testing.assert_allclose(result.log_probs, chosen(expected, result.tokens), atol=1e-4)
+    np.testing.assert_array_equal(result.tokens, expected.argmax(axis=-1))
+    swapped = legal_log_probs(request, result.tokens, u + 7.5 * (i - u) + 1.5 * (f - i))
+    assert np.abs(result.log_probs - chosen(swapped, result.tokens)).max() > 0.1
 
 
 @pytest.mark.parametrize("kind", ["guided", "plain"])
@@ -188,7 +194,7 @@ def test_samples_of_a_request_are_requests_with_seeds_of_their_own(generator):
     generator.generate([request], [sample_seed(5, i)], sampling=sampling)[0] for i in range(4)
   ]
   same(together, alone)
-  assert len({tuple(r.ids) for r in together}) == 4
+  assert len({tuple(r.tokens) for r in together}) == 4
 
 
 def test_seeds_matter_and_repeat(generator):
@@ -262,7 +268,7 @@ def test_growth_of_the_cache_changes_nothing(plain_generator, monkeypatch):
   same(found, expected)
   assert grown == [6, 16]
   assert reported[:4] == [2, 3, 3, 3]
-  assert sum(reported) == max(len(r.ids) for r in found)
+  assert sum(reported) == max(len(r.tokens) for r in found)
 
 
 def test_rooms_double():
@@ -282,7 +288,7 @@ def test_stops_when_all_samples_are_over(plain_generator):
     results = plain_generator.generate(
       requests, range(seed, seed + 4), sampling=ANYTHING, progress=reported.append
     )
-    assert reported == [max(len(r.ids) for r in results)]
+    assert reported == [max(len(r.tokens) for r in results)]
     stopped.add(reported[0])
   assert min(stopped) < 10 < 24 == max(stopped)
 
@@ -311,13 +317,13 @@ def test_documents_obey_their_format_and_length(plain_generator):
       [case[0] for case in cases], range(seed, seed + 4), sampling=ANYTHING
     ):
       request, pattern, before = cases[result.request]
-      text = letters(result.ids)
+      text = letters(result.tokens)
       assert re.fullmatch(pattern, text)
       assert len(text) <= length
       seen |= set(re.findall(r"i{6}|b|t", text))
-      segments = document_segments(VOCAB, request, result.ids)
+      segments = document_segments(VOCAB, request, result.tokens)
       # Joined again they are the prompt and what followed.
-      whole = np.concatenate([request.streams[0], result.ids])
+      whole = np.concatenate([request.streams[0], result.tokens])
       joined = np.concatenate([[part] for s in segments for part in (VOCAB.brk, *s)], axis=None)
       np.testing.assert_array_equal([VOCAB.eos, *joined[1:], VOCAB.eos], whole)
       for given, found in zip(before, segments):
@@ -333,11 +339,11 @@ def test_infill_of_text_and_image(plain_generator):
   [result, *_] = plain_generator.generate(
     [request, *[request_lib.document(VOCAB, IMAGE, [], 24)] * 3], SEEDS
   )
-  tail = result.ids[np.flatnonzero(result.ids == VOCAB.eoss)[0] + 1 :]
+  tail = result.tokens[np.flatnonzero(result.tokens == VOCAB.eoss)[0] + 1 :]
   assert tail[0] == VOCAB.mask(1)
   assert VOCAB.is_image(tail[1:4]).all()
   assert tail[4:].tolist() == [VOCAB.eoss]
-  found = document_segments(VOCAB, request, result.ids)
+  found = document_segments(VOCAB, request, result.tokens)
   np.testing.assert_array_equal(np.concatenate(found[:2]), np.concatenate([B, OTHER]))
   text, image = found[2:]
   np.testing.assert_array_equal(np.delete(text, range(3, len(text) - 1)), [*A, *B])
@@ -354,7 +360,7 @@ def test_both_ends_of_an_image_occur(generator):
     for r in (results[i] for i in (0, 1, 3)):
       assert r.codes(VOCAB).shape == (IMAGE,)
       assert 0 <= r.codes(VOCAB).min() <= r.codes(VOCAB).max() < VOCAB.image_size
-      ends.add(int(r.ids[-1]))
+      ends.add(int(r.tokens[-1]))
   assert ends == {VOCAB.eos, VOCAB.brk}
 
 
@@ -367,8 +373,8 @@ def test_int8_in_all_places(params):
     guided_requests(), SEEDS, sampling=dataclasses.replace(MIXTURE, guidance=1.0)
   )
   for request, result in zip(guided_requests(), results):
-    logits = teacher_forced(generator.config.model, params, request.streams[0], result.ids)
-    exact = chosen(legal_log_probs(request, result.ids, logits), result.ids)
+    logits = teacher_forced(generator.config.model, params, request.streams[0], result.tokens)
+    exact = chosen(legal_log_probs(request, result.tokens, logits), result.tokens)
     assert 1e-5 < np.abs(result.log_probs - exact).max() < 0.2
 
 

@@ -140,9 +140,9 @@ def test_three_codes_have_the_joint_distribution_of_single_steps(params):
 
 def test_log_probs_are_those_of_plain_passes_and_the_end_is_sampled(generator, params):
   for request, result in zip(images(), generator.generate(images(), SEEDS)):
-    assert len(result.ids) == IMAGE + 1
-    assert result.ids[-1] in (VOCAB.eos, VOCAB.brk)
-    logits = guided(generator, params, request, result.ids)[:IMAGE]
+    assert len(result.tokens) == IMAGE + 1
+    assert result.tokens[-1] in (VOCAB.eos, VOCAB.brk)
+    logits = guided(generator, params, request, result.tokens)[:IMAGE]
     exact = np.asarray(jax.nn.log_softmax(logits))[np.arange(IMAGE), result.codes(VOCAB)]
     np.testing.assert_allclose(result.log_probs[:IMAGE], exact, atol=3e-5)
 
@@ -151,9 +151,9 @@ def test_an_image_does_not_depend_on_its_batch(generator):
   together = generator.generate(images(), SEEDS)
   alone = [generator.generate([r], [seed])[0] for r, seed in zip(images(), SEEDS)]
   for a, b in itertools.chain(zip(together, alone)):
-    np.testing.assert_array_equal(a.ids, b.ids)
+    np.testing.assert_array_equal(a.tokens, b.tokens)
   other = generator.generate(images(), SEEDS[::-1])
-  assert any((a.ids != b.ids).any() for a, b in zip(together, other))
+  assert any((a.tokens != b.tokens).any() for a, b in zip(together, other))
 
 
 def test_a_split_mesh_samples_the_same(generator, params):
@@ -161,7 +161,7 @@ def test_a_split_mesh_samples_the_same(generator, params):
   with on_mesh(2, 2, 2):
     split = small_generator(draft_window=WINDOW)
     for a, b in zip(split.generate(images(), SEEDS), expected):
-      np.testing.assert_array_equal(a.ids, b.ids)
+      np.testing.assert_array_equal(a.tokens, b.tokens)
       np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-5)
 
 
@@ -169,4 +169,4 @@ def test_requests_that_begin_without_an_image_are_sampled_one_by_one(generator, 
   with on_mesh():
     expected = small_generator(params=params).generate(plain_requests(), [1, 2, 3, 4])
   for a, b in zip(generator.generate(plain_requests(), [1, 2, 3, 4]), expected):
-    np.testing.assert_array_equal(a.ids, b.ids)
+    np.testing.assert_array_equal(a.tokens, b.tokens)

@@ -100,6 +100,19 @@ def test_an_image_of_another_size_is_squared_and_scaled(workdir, layout, tmp_pat
   ]
 
 
+def test_a_task_may_pad_its_image_instead_of_cutting_it(workdir, layout, tmp_path, capsys):
+  class Padded(Caption):
+    crop = "pad"
+
+  wide = np.zeros((4, 8, 3), np.uint8)
+  tasks = [Caption(wide, length=9), Padded(wide, length=9)]
+  cut, padded = check_tasks(layout, tasks, workdir).values()
+  assert cut.max() == 0
+  assert (padded[[0, -1]] == 255).all()
+  assert padded[3:5].max() == 0
+  assert capsys.readouterr().out.splitlines()[1].startswith("generate: image, 8 x 4 pixels")
+
+
 def test_a_rounded_box_is_reported(workdir, layout, tmp_path, capsys):
   task = InfillImage(write_image(tmp_path / "a.png"), (1, 2, 5, 6))
   check_tasks(layout, [task], workdir)

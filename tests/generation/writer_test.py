@@ -114,7 +114,7 @@ def test_records_say_how_a_sample_was_made(every_task):
       == SAMPLING
     )
     assert line["seed"] == i
-    assert len(line["ids"]) == len(line["log_probs"])
+    assert len(line["tokens"]) == len(line["log_probs"])
     assert line["log_prob"] == pytest.approx(sum(line["log_probs"]), abs=1e-3)
     assert max(line["log_probs"]) <= 0
     assert line["log_prob"] < 0
@@ -132,8 +132,8 @@ def test_tasks_that_make_an_image(workdir, every_task, task):
   record = records[task]
   np.testing.assert_array_equal(read(folder, record["file"]), decode(workdir, record["codes"]))
   if task != "infill_image":
-    assert VOCAB.image_codes(record["ids"][:-1]).tolist() == record["codes"]
-    assert record["ids"][-1] in (VOCAB.eos, VOCAB.brk)
+    assert VOCAB.image_codes(record["tokens"][:-1]).tolist() == record["codes"]
+    assert record["tokens"][-1] in (VOCAB.eos, VOCAB.brk)
 
 
 def test_infill_keeps_the_codes_around_the_box(workdir, every_task, image_file):
@@ -152,9 +152,9 @@ def test_infill_keeps_the_codes_around_the_box(workdir, every_task, image_file):
 def test_tasks_that_write_a_text(layout, every_task):
   _, records = every_task
   for task in ("caption", "question"):
-    ids = np.array(records[task]["ids"])
-    assert ids[-1] == VOCAB.eoss
-    assert records[task]["text"].strip() == layout.decode(ids[:-1]).strip()
+    tokens = np.array(records[task]["tokens"])
+    assert tokens[-1] == VOCAB.eoss
+    assert records[task]["text"].strip() == layout.decode(tokens[:-1]).strip()
     assert "file" not in records[task]
   infilled = records["infill_text"]
   assert len(infilled["filled"]) == 2
@@ -169,7 +169,7 @@ def test_a_document_continues_its_prompt(every_task):
   record = every_task[1]["interleaved"]
   assert record["text"].startswith("red apple")
   assert record["files"] == []
-  assert len(record["ids"]) <= 17
+  assert len(record["tokens"]) <= 17
 
 
 def sample_of(task, codes=(), segments=(), index=0):

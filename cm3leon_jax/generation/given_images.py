@@ -1,0 +1,48 @@
+"""Reads the images that tasks give, and makes them square."""
+
+# H height, W width.
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.generation.tasks import Task, image_name
+
+
+def load_image(image, resolution: int | None, crop: str = "center") -> np.ndarray:
+  """Reads a path, a PIL image or an [H, W, 3] uint8 array as `raw_pairs.load_image` does."""
+  if not isinstance(image, str):
+    buffer = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+    image.save(buffer, "PNG")
+    image = buffer.getvalue()
+  return raw_pairs.load_image(image, resolution, crop)
+
+
+def square_image(task: Task, resolution: int) -> np.ndarray:
+  """Makes a task's image square and of the model's resolution, and prints that it did."""
+  image = task.image
+  pixels = load_image(image, None)
+  height, width = pixels.shape[:2]
+  if (height, width) == (resolution, resolution):
+    return pixels
+  name = image if isinstance(image, str) else image_name(image)
+  cut = f"the centered square of {min(height, width)} of "
+  print(
+    f"generate: {cut if height != width and task.crop == 'center' else ''}{name}, {width} x "
+    f"{height} pixels, is scaled to {resolution} x {resolution}.",
+    flush=True,
+  )
+  return load_image(image, resolution, task.crop)
+
+
+def image_key(image):
+  """Returns a key that is equal for the same image of several tasks."""
+  return image if isinstance(image, str) else id(image)
+
+
+def given_key(task: Task) -> tuple:
+  """Returns a key that is equal for tasks with the same image, made square in the same way."""
+  return image_key(task.image), task.crop
