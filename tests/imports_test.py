@@ -21,10 +21,10 @@ MAY_IMPORT = {
   "training": BASE | {"models", "data"},
   "decoding": {"models", "mesh", "vocab", "config", "xla_options"},
   "generation": BASE | {"decoding", "retrieval", "clip", "tokenizers", "data"},
-  "evaluation": BASE | CORE | {"settings"},
+  "evaluation": BASE | CORE,
   "reports": BASE | CORE | {"settings", "evaluation"},
-  "export": BASE | CORE | {"settings"},
-  "planning": BASE | CORE | {"settings"},
+  "export": BASE | CORE,
+  "planning": BASE | CORE,
 }
 # Modules beside the small networks that they train; only commands import them.
 TRAINERS = ("tokenizers/train_vqgan.py", "clip/train.py")
