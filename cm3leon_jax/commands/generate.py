@@ -32,20 +32,12 @@ if TYPE_CHECKING:
   from cm3leon_jax.generation.tasks import Task
 
 
-# Names of the tasks, and the dtypes of weights and cache: literals, for --help imports no JAX.
-TASKS = (
-  "text_to_image",
-  "caption",
-  "question",
-  "infill_text",
-  "infill_image",
-  "edit",
-  "interleaved",
-  "unconditional",
-)
+# A literal, for --help imports no JAX.
 DTYPES = ("compute", "int8")
 _TASK = flags.DEFINE_string(
-  "task", "text_to_image", f"What to do with a prompt or an image: {', '.join(TASKS)}."
+  "task",
+  "text_to_image",
+  "What to do with a prompt or an image, e.g. caption or edit; docs/generating.md has all tasks.",
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A text; may be given several times.")
 _IMAGE = flags.DEFINE_multi_string(

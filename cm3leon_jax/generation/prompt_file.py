@@ -9,19 +9,15 @@ from etils import epath
 
 from cm3leon_jax.config import UserError, build
 from cm3leon_jax.decoding.sampling import SamplingConfig
-from cm3leon_jax.generation.image_tasks import Edit, InfillImage, TextToImage, Unconditional
+from cm3leon_jax.generation import image_tasks, text_tasks
 from cm3leon_jax.generation.tasks import Task
-from cm3leon_jax.generation.text_tasks import Caption, InfillText, Interleaved, Question
 
-TASKS = (
-  TextToImage,
-  Caption,
-  Question,
-  InfillText,
-  InfillImage,
-  Edit,
-  Interleaved,
-  Unconditional,
+# The classes with a name of their own.
+TASKS = tuple(
+  value
+  for module in (image_tasks, text_tasks)
+  for value in vars(module).values()
+  if isinstance(value, type) and issubclass(value, Task) and "name" in vars(value)
 )
 # Fields of a line, beside the fields of SamplingConfig.
 FIELDS = dict.fromkeys(("task", "prompt", "image"), str) | {"box": list, "keep_neighbors": bool}

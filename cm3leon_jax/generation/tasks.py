@@ -1,6 +1,6 @@
 """The base of all tasks: what a user asks for, its request, and what the generated ids mean.
 
-A task is one frozen dataclass in `image_tasks` or `text_tasks`; `prompt_file.TASKS` lists them.
+A task is one frozen dataclass in `image_tasks` or `text_tasks`; `prompt_file.TASKS` collects them.
 """
 
 # I tokens of an image, G generated tokens, H height, W width.

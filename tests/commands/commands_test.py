@@ -10,7 +10,6 @@ import pytest
 from cm3leon_jax import accelerators
 from cm3leon_jax.commands import COMMANDS, generate
 from cm3leon_jax.decoding import cache, params
-from cm3leon_jax.generation import prompt_file
 
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / "cm3leon_jax" / "commands"
@@ -343,6 +342,5 @@ def test_an_old_python_is_refused(tmp_path):
   assert result.stderr == f"error: {message}\n"
 
 
-def test_flags_of_generate_name_the_tasks_and_dtypes_that_there_are():
-  assert tuple(cls.name for cls in prompt_file.TASKS) == generate.TASKS
+def test_flags_of_generate_name_the_dtypes_that_there_are():
   assert cache.DTYPES == params.DTYPES == generate.DTYPES

@@ -1,6 +1,8 @@
 """Tests tasks from flags and files: a mistake is reported in one sentence, with its place."""
 
 import json
+import pathlib
+import re
 
 import pytest
 
@@ -10,12 +12,20 @@ from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.prompt_file import TASKS, make_task, pair, read
 
 
+def test_a_class_with_a_name_is_a_task_and_stands_on_the_page():
+  page = (pathlib.Path(__file__).parents[2] / "docs" / "generating.md").read_text()
+  table = page.partition("## Tasks\n")[2].partition("\n\n")[0]
+  named = re.findall(r"^\| `(\w+)` ", table, re.MULTILINE)
+  assert set(named) == {cls.name for cls in TASKS}
+  assert len(TASKS) == len(named) == 8
+
+
 @pytest.mark.parametrize(
   ("fields", "sentence"),
   [
     (
       {"task": "paint"},
-      "task is 'paint'; it must be one of text_to_image, caption, question, infill_text, ",
+      "task is 'paint'; it must be one of text_to_image, infill_image, edit, unconditional, ",
     ),
     ({"task": "text_to_image"}, "task text_to_image needs a prompt, and none is given."),
     (
