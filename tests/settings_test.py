@@ -56,6 +56,7 @@ REFUSED = [
   ("vqgan", "multipliers", (1, 0, 4), POSITIVE),
   ("vqgan", "encoder_blocks", (1, -1, 1), NOT_NEGATIVE),
   ("vqgan", "decoder_blocks", (1, -1, 1), NOT_NEGATIVE),
+  ("vqgan", "local_codes", 1, "a valid boolean"),
   ("vqgan", "code_dim", 0, POSITIVE),
   ("vqgan", "steps", 0, POSITIVE),
   ("vqgan", "batch_size", 0, POSITIVE),
@@ -226,6 +227,10 @@ def test_every_field_is_in_the_table_above():
       {"vocab__text_size": 511},
       "config.vocab: text_size is 511; it must be at least 512: "
       "num_special = 256 and the 256 bytes of byte-level BPE.",
+    ),
+    (
+      {"vqgan__local_codes": True},
+      "config.vqgan: local_codes is set, and stem is 2; it must be downsample = 8.",
     ),
     (
       {"vqgan__downsample": 6},

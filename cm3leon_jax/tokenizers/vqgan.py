@@ -54,6 +54,10 @@ class VQGANConfig:
   """Numbers of residual blocks of the encoder, one per level."""
   decoder_blocks: tuple[NonNegativeInt, ...] = (3, 3, 3)
   """Numbers of residual blocks of the decoder, one per level."""
+  local_codes: bool = False
+  """Whether a code depends on its own square of pixels alone: the encoder's convolutions are 1 x 1,
+  and values are normalized over the channels of a place instead of over the image. Needs `stem` =
+  `downsample`. A drawing then has the same codes wherever it stands, in any company."""
   code_dim: PositiveInt = 32
   """Width of a code."""
   steps: PositiveInt = 500_000
@@ -92,6 +96,10 @@ class VQGANConfig:
     if self.downsample % self.stem or not math.log2(self.downsample // self.stem).is_integer():
       raise ValueError(
         f"downsample is {self.downsample}; it must be stem = {self.stem} times a power of two."
+      )
+    if self.local_codes and self.stem != self.downsample:
+      raise ValueError(
+        f"local_codes is set, and stem is {self.stem}; it must be downsample = {self.downsample}."
       )
     if self.resolution % self.downsample:
       raise ValueError(
@@ -140,10 +148,11 @@ def l2_normalize(x):
   return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-12)
 
 
-def normalize(x):
-  """Shifts and scales each image to mean 0 and variance 1 over [H, W, C]."""
-  x = x - x.mean((1, 2, 3), keepdims=True)
-  return x * jax.lax.rsqrt(jnp.mean(x * x, (1, 2, 3), keepdims=True) + 1e-5)
+def normalize(x, local: bool = False):
+  """Shifts and scales to mean 0 and variance 1: each image over [H, W, C], or each place over C."""
+  axes = 3 if local else (1, 2, 3)
+  x = x - x.mean(axes, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + 1e-5)
 
 
 def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs, stride: int = 1) -> nnx.Conv:
@@ -152,25 +161,28 @@ def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs, stride: int = 1) 
 
 
 class Block(nnx.Module):
-  """Residual block of two convolutions."""
+  """Residual block of two convolutions; `local`: how it normalizes, see `normalize`."""
 
-  def __init__(self, width: int, rngs: nnx.Rngs):
-    self.conv1, self.conv2 = conv(width, width, 3, rngs), conv(width, width, 3, rngs)
+  def __init__(self, width: int, size: int, local: bool, rngs: nnx.Rngs):
+    self.conv1, self.conv2 = conv(width, width, size, rngs), conv(width, width, size, rngs)
+    self.local = local
 
   def __call__(self, x):
-    h = self.conv1(nnx.silu(normalize(x)))
-    return x + self.conv2(nnx.silu(normalize(h)))
+    h = self.conv1(nnx.silu(normalize(x, self.local)))
+    return x + self.conv2(nnx.silu(normalize(h, self.local)))
 
 
 class Encoder(nnx.Module):
   """Encodes pixels in [-1, 1]: [B, H, W, 3] -> [B, h, w, E]."""
 
   def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
-    self.stem = config.stem
+    self.stem, self.local = config.stem, config.local_codes
+    size = 1 if self.local else 3
     widths = [config.width * m for m in config.multipliers]
-    self.conv_in = conv(3 * config.stem**2, widths[0], 3, rngs)
+    self.conv_in = conv(3 * config.stem**2, widths[0], size, rngs)
     self.levels = nnx.List(
-      nnx.List(Block(w, rngs) for _ in range(n)) for w, n in zip(widths, config.encoder_blocks)
+      nnx.List(Block(w, size, self.local, rngs) for _ in range(n))
+      for w, n in zip(widths, config.encoder_blocks)
     )
     self.downs = nnx.List(conv(a, b, 4, rngs, stride=2) for a, b in itertools.pairwise(widths))
     self.conv_out = conv(widths[-1], config.code_dim, 1, rngs)
@@ -182,19 +194,19 @@ class Encoder(nnx.Module):
         x = self.downs[i - 1](nnx.silu(x))
       for block in blocks:
         x = block(x)
-    return self.conv_out(normalize(x))
+    return self.conv_out(normalize(x, self.local))
 
 
 class Decoder(nnx.Module):
   """Decodes [B, h, w, E] to pixels [B, H, W, 3], not clipped to [-1, 1]."""
 
   def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
-    self.stem = config.stem
+    self.stem, self.local = config.stem, config.local_codes
     widths = [config.width * m for m in config.multipliers][::-1]
     self.conv_in = conv(config.code_dim, widths[0], 3, rngs)
     blocks = config.decoder_blocks[::-1]
     self.levels = nnx.List(
-      nnx.List(Block(w, rngs) for _ in range(n)) for w, n in zip(widths, blocks)
+      nnx.List(Block(w, 3, self.local, rngs) for _ in range(n)) for w, n in zip(widths, blocks)
     )
     self.ups = nnx.List(conv(a, 4 * b, 3, rngs) for a, b in itertools.pairwise(widths))
     self.conv_out = conv(widths[-1], 3 * config.stem**2, 3, rngs)
@@ -206,7 +218,8 @@ class Decoder(nnx.Module):
         x = depth_to_space(self.ups[i - 1](nnx.silu(x)), 2)
       for block in blocks:
         x = block(x)
-    return depth_to_space(self.conv_out(nnx.silu(normalize(x))), self.stem)
+    x = self.conv_out(nnx.silu(normalize(x, self.local)))
+    return depth_to_space(x, self.stem)
 
 
 class Codebook(nnx.Module):

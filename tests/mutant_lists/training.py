@@ -13,7 +13,15 @@ CHECKPOINT_TEST = "tests/training/checkpoint_test.py"
 VQGAN = "cm3leon_jax/tokenizers/train_vqgan.py"
 VQGAN_TEST = "tests/tokenizers/train_vqgan_test.py"
 
+NETWORK, NETWORK_TEST = "cm3leon_jax/tokenizers/vqgan.py", "tests/tokenizers/vqgan_test.py"
+
 TRAINING = (
+  *mutants_of(
+    NETWORK,
+    f"{NETWORK_TEST}::test_a_local_code_depends_on_its_own_square_alone",
+    ("local_codes_see_the_image", "axes = 3 if local else (1, 2, 3)", "axes = (1, 2, 3)"),
+    ("local_codes_see_their_neighbors", "size = 1 if self.local else 3", "size = 3"),
+  ),
   *mutants_of(
     TRANSFORMER,
     f"{TRANSFORMER_TEST}::test_positions_of_opt_start_at_the_papers_spread",

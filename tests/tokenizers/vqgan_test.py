@@ -59,6 +59,26 @@ def test_space_to_depth_literals():
   np.testing.assert_array_equal(vqgan.depth_to_space(folded, 2), x)
 
 
+LOCAL = dataclasses.replace(
+  CONFIG, stem=4, multipliers=(1,), encoder_blocks=(1,), decoder_blocks=(1,), local_codes=True
+)
+
+
+@pytest.mark.parametrize(
+  ("config", "own_alone"), [(LOCAL, True), (dataclasses.replace(LOCAL, local_codes=False), False)]
+)
+def test_a_local_code_depends_on_its_own_square_alone(config, own_alone, images):
+  """All pixels but those of one square change: its encoding stays, and without `local` it moves."""
+  model = vqgan.bind(config, NUM_CODES, _init(config))
+  changed = np.copy(images[::-1])
+  changed[:, 4:8, 8:12] = images[:, 4:8, 8:12]
+  encode = jax.jit(model.encoder)
+  before, after = (encode(vqgan.to_float(x)) for x in (images, changed))
+  moved = np.abs(np.asarray(before - after)).max(-1)
+  assert (moved[:, 1, 2].max() < 1e-5) == own_alone
+  assert moved[:, 0, 0].min() > 1e-3
+
+
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=10, deadline=None)
 def test_nearest_code_is_nearest(seed):
