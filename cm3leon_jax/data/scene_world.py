@@ -1,0 +1,301 @@
+"""The world of `scenes`: objects, colors and places, its scenes, and which of them are held out.
+
+Icons of Material Design Icons stand on a grid of 2 x 2 places, each in one plain color.
+`scene_drawings` renders scenes, `scene_captions` describes them, `scenes` writes documents.
+"""
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+from importlib import resources
+import itertools
+import math
+from typing import Annotated, Self
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+import pydantic.dataclasses
+
+from cm3leon_jax.config import STRICT
+
+# RGB. The least distance between two is 100, and 90 between one and a mixture of another with
+# white, as antialiased edges have.
+COLORS = {
+  "red": (220, 0, 30),
+  "orange": (255, 130, 0),
+  "yellow": (250, 230, 0),
+  "green": (0, 150, 50),
+  "cyan": (0, 190, 225),
+  "blue": (0, 50, 230),
+  "purple": (150, 0, 190),
+  "black": (0, 0, 0),
+}
+
+# Spoken name -> icon. No two overlap (intersection over union of their ink) by more than 0.67.
+COMMON = {
+  "airplane": "airplane",
+  "anchor": "anchor",
+  "bell": "bell",
+  "bicycle": "bicycle",
+  "bone": "bone",
+  "butterfly": "butterfly",
+  "cactus": "cactus",
+  "camera": "camera",
+  "carrot": "carrot",
+  "cat": "cat",
+  "cherries": "fruit_cherries",
+  "crown": "crown",
+  "duck": "duck",
+  "fish": "fish",
+  "flag": "flag",
+  "gift": "gift",
+  "glasses": "glasses",
+  "guitar": "guitar_acoustic",
+  "heart": "heart",
+  "key": "key",
+  "leaf": "leaf",
+  "moon": "moon_waning_crescent",
+  "mushroom": "mushroom",
+  "paw": "paw",
+  "pear": "fruit_pear",
+  "pencil": "pencil",
+  "phone": "phone",
+  "rabbit": "rabbit",
+  "rocket": "rocket",
+  "sailboat": "sail_boat",
+  "scissors": "content_cut",
+  "skull": "skull",
+  "snail": "snail",
+  "snowflake": "snowflake",
+  "star": "star",
+  "trophy": "trophy",
+  "truck": "truck",
+  "turtle": "turtle",
+  "umbrella": "umbrella",
+  "wrench": "wrench",
+}
+
+# The rare icons cover 15 to 70% of a cell, and overlap with no other and no common one by 0.79 or
+# more. They are no outlines, letters, arrows or brands. An icon that extends the name of another
+# (`bee_flower`) is among them only if no other icon is extended by the same words.
+_RARE_FILE = resources.files("cm3leon_jax") / "assets" / "scenes" / "rare_icons.txt"
+RARE = {icon.replace("_", " "): icon for icon in _RARE_FILE.read_text("ascii").split()}
+ICONS = {**RARE, **COMMON}
+
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+CATEGORIES = (
+  "single_object",
+  "colors",
+  "counting",
+  "two_object",
+  "position",
+  "color_attr",
+  "rare",
+)
+TWO_OBJECTS = ("two_object", "position", "color_attr")
+KINDS = ("scene", "pair", "objects", "rare")  # Why a scene is held out.
+
+HELDOUT_SCENES = 0.1  # Share of the facts that are held out although all their parts are trained.
+HELDOUT_OBJECTS = 0.05  # Share of the unordered pairs of common objects.
+HELDOUT_RARE = 0.2  # Share of the rare objects.
+
+
+def fraction(text: str) -> float:
+  """Hashes a text to a number in [0, 1)."""
+  return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def _heldout_colors() -> dict[str, str]:
+  """Gives every common object a color that training never shows it in, each equally often."""
+  ordered = sorted(COMMON, key=lambda name: fraction("scenes/pair/" + name))
+  return dict(zip(ordered, itertools.cycle(COLORS)))
+
+
+HELDOUT_COLOR = _heldout_colors()
+
+
+@functools.cache
+def is_heldout_objects(a: str, b: str) -> bool:
+  """Returns whether training never shows the common objects `a` and `b` in one scene."""
+  return fraction("scenes/objects/" + "/".join(sorted((a, b)))) < HELDOUT_OBJECTS
+
+
+@functools.cache
+def is_heldout_rare(name: str) -> bool:
+  """Returns whether training never shows a rare object."""
+  return fraction("scenes/rare/" + name) < HELDOUT_RARE
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+  """An object in a color at a place, by their names."""
+
+  object: str
+  color: str
+  place: str
+
+  def __str__(self) -> str:
+    return f"{self.color} {self.object} {self.place}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+  """Objects at different places, in the order of PLACES.
+
+  Scene((Placed("bell", "red", "top left"), Placed("key", "blue", "top right"))).facts_key
+    = "blue key top right, red bell top left"
+  """
+
+  objects: tuple[Placed, ...]
+
+  @property
+  def facts_key(self) -> str:
+    """All facts in a canonical text: equal for equal images."""
+    return ", ".join(sorted(map(str, self.objects)))
+
+  @classmethod
+  def parse(cls, facts_key: str) -> Self:
+    """Inverts `facts_key`."""
+    objects = []
+    for text in facts_key.split(", "):
+      color, *name, vertical, horizontal = text.split(" ")
+      objects.append(Placed(" ".join(name), color, f"{vertical} {horizontal}"))
+    return cls.of(objects)
+
+  @classmethod
+  def of(cls, objects) -> Self:
+    """Makes a scene of objects in any order."""
+    return cls(tuple(sorted(objects, key=lambda placed: PLACES.index(placed.place))))
+
+
+def split_of_scene(scene: Scene) -> str:
+  """Returns "train", or the first of these reasons why a scene is held out.
+
+  - "rare": it shows a rare object that training never shows.
+  - "pair": it shows a common object in its held-out color.
+  - "objects": it shows two common objects that training never shows together.
+  - "scene": training shows all of these, but not this combination.
+  """
+  names = [placed.object for placed in scene.objects]
+  if any(name not in COMMON and is_heldout_rare(name) for name in names):
+    return "rare"
+  if any(HELDOUT_COLOR.get(placed.object) == placed.color for placed in scene.objects):
+    return "pair"
+  common = sorted({name for name in names if name in COMMON})
+  if any(is_heldout_objects(a, b) for a, b in itertools.combinations(common, 2)):
+    return "objects"
+  return "scene" if fraction("scenes/scene/" + scene.facts_key) < HELDOUT_SCENES else "train"
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class ScenesConfig:
+  """The scenes that `launch.prepare_data` writes for `config.raw.source = "scenes"`."""
+
+  train: PositiveInt = 20_000
+  """Number of training scenes."""
+  heldout: PositiveInt = 1_200
+  """Number of held-out scenes, spread equally over the categories, and in each over the reasons for
+  which scenes are held out."""
+  objects: tuple[str, ...] = tuple(COMMON)
+  """Common objects that are used, by name."""
+  colors: tuple[str, ...] = tuple(COLORS)
+  """Colors that are used, by name."""
+  categories: tuple[str, ...] = CATEGORIES
+  """Categories of captions."""
+  shares: tuple[Annotated[float, Field(gt=0)], ...] = ()
+  """Share of each category in the training scenes, relative to each other; none: equal shares."""
+  rare_objects: Annotated[int, Field(ge=0, le=len(RARE))] = 1_000
+  """Number of rare objects, for the category `rare`; a fifth of them is never in training."""
+  seed: NonNegativeInt = 0
+  """Seed of the scenes and captions."""
+
+  def __post_init__(self):
+    for field, kind, known in (
+      ("objects", "object", COMMON),
+      ("colors", "color", COLORS),
+      ("categories", "category", CATEGORIES),
+    ):
+      _check_names(field, kind, getattr(self, field), tuple(known))
+    if self.shares and len(self.shares) != len(self.categories):
+      raise ValueError(
+        f"shares has {len(self.shares)} numbers; it must have one for each of the "
+        f"{len(self.categories)} categories, or none."
+      )
+    for category in self.categories:
+      if not number_of_scenes_of(self, category):
+        raise ValueError(f"category '{category}' has no scene; {_NEEDS[category]}.")
+
+
+_NEEDS = {
+  "rare": "it needs rare_objects of at least 1",
+  "two_object": "it needs two objects",
+  "position": "it needs two objects",
+  "color_attr": "it needs two objects and two colors",
+}
+
+
+def _check_names(field: str, kind: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:
+  """Raises ValueError at no names, an unknown name, or one that occurs twice."""
+  if not names:
+    raise ValueError(f"{field} is empty; it must name at least one {kind}.")
+  for name in names:
+    if name not in known:
+      close = difflib.get_close_matches(name, known, 1)
+      hint = f"did you mean '{close[0]}'?" if close else f"it must be one of {', '.join(known)}."
+      raise ValueError(f"{field} has the unknown {kind} '{name}'; {hint}")
+  if len(set(names)) < len(names):
+    raise ValueError(f"{field} names a {kind} twice; each must be there once.")
+
+
+@functools.cache
+def rare_objects(config: ScenesConfig) -> tuple[str, ...]:
+  """Returns the names of the rare objects that a config uses; more of them keep the first ones."""
+  ordered = sorted(RARE, key=lambda name: fraction("scenes/order/" + name))
+  return tuple(ordered[: config.rare_objects])
+
+
+# The places of 2 to 4 equal objects, and of two different ones.
+_SETS = tuple(p for n in (2, 3, 4) for p in itertools.combinations(PLACES, n))
+_ORDERED = tuple(itertools.permutations(PLACES, 2))
+
+
+@functools.cache
+def _parts(config: ScenesConfig, category: str) -> tuple[tuple, ...]:
+  """Returns the choices that a scene of a category is made of; every combination is a scene."""
+  colors = tuple(config.colors)
+  if category in TWO_OBJECTS:
+    both = tuple(itertools.product(colors, repeat=2))
+    if category == "color_attr":
+      both = tuple((a, b) for a, b in both if a != b)
+    return tuple(itertools.combinations(sorted(config.objects), 2)), both, _ORDERED
+  names = rare_objects(config) if category == "rare" else tuple(config.objects)
+  return names, colors, _SETS if category == "counting" else PLACES
+
+
+def number_of_scenes_of(config: ScenesConfig, category: str) -> int:
+  """Counts the distinct scenes of a category, in all splits."""
+  return math.prod(map(len, _parts(config, category)))
+
+
+def scene_at(config: ScenesConfig, category: str, index: int) -> Scene:
+  """Returns scene `index` of a category, below `number_of_scenes_of`; all are different."""
+  chosen = []
+  for choices in _parts(config, category):
+    index, i = divmod(index, len(choices))
+    chosen.append(choices[i])
+  names, colors, places = chosen
+  if category in TWO_OBJECTS:
+    return Scene.of(map(Placed, names, colors, places))
+  places = places if category == "counting" else (places,)
+  return Scene(tuple(Placed(names, colors, place) for place in places))
+
+
+def number_of_scenes(config: ScenesConfig) -> int:
+  """Counts the distinct scenes of the world, in all splits.
+
+  Captions of `single_object` and `colors` describe the same scenes, as do those of `two_object` and
+  `position`, which include the scenes of `color_attr`.
+  """
+  of = {category: number_of_scenes_of(config, category) for category in config.categories}
+  alike = (("single_object", "colors"), TWO_OBJECTS, ("counting",), ("rare",))
+  return sum(max(of.get(category, 0) for category in group) for group in alike)
