@@ -1,0 +1,52 @@
+"""The demo: a small world whose images are graded exactly, learned on two CPU cores in minutes.
+
+  bash launch/demo.sh
+  python -m launch.train --config=ml_configs/scenes.py:15 --workdir=workdir
+
+The variant is the time in minutes that the demo may take on two cores (default 15); it scales only
+the steps of the training stages. docs/design.md explains the choices.
+"""
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.configs import base
+
+STEPS = {"vqgan": 1_500, "clip": 250, "train": 1_000}  # In 15 minutes.
+
+
+def get_config(variant: str = "15"):
+  try:
+    scale = float(variant) / 15
+  except ValueError:
+    scale = 0.0
+  if scale <= 0:
+    raise UserError(f"config variant '{variant}' of scenes.py must be a positive number of minutes.")
+  steps = {stage: max(10, round(n * scale)) for stage, n in STEPS.items()}
+  config = base.get_config()
+  config.vocab.update({"num_special": 32, "text_size": 1_024, "image_size": 512})
+  config.raw.update({"source": "scenes", "resolution": 48, "max_texts": 0})
+  # A code is one square of 4 x 4 pixels: an icon has 6 x 6 codes, the same wherever it stands.
+  config.vqgan.update({"resolution": 48, "downsample": 4, "stem": 4, "local_codes": True})
+  config.vqgan.update({"width": 64, "multipliers": (1,), "encoder_blocks": (1,)})
+  config.vqgan.update({"decoder_blocks": (2,), "code_dim": 8, "batch_size": 16})
+  config.vqgan.update({"learning_rate": 5e-3, "warmup_steps": 50, "adversarial_weight": 0.0})
+  config.vqgan.update({"restart_every": 50, "checkpoint_every": 200, "steps": steps["vqgan"]})
+  config.clip.update({"resolution": 48, "image_encoder": "conv", "patch": 4, "image_width": 128})
+  config.clip.update({"image_layers": 1, "text_width": 128, "text_layers": 2, "text_length": 24})
+  config.clip.update({"embed_dim": 128, "batch_size": 128, "learning_rate": 1e-3})
+  config.clip.update({"warmup_fraction": 0.05, "weight_decay": 0.1, "text_dropout": 0.1})
+  config.clip.update({"shift": 0.0, "color_jitter": 0.0, "checkpoint_every": 100})
+  config.clip.update({"steps": steps["clip"]})
+  config.retrieval.update({"max_similarity": 0.97})
+  config.data.update({"sequence_length": 512, "text_share": 0.0, "pack_window": 1_024})
+  config.data.update({"num_neighbors": 1, "neighbor_dropout": 0.5})
+  config.model.update({"family": "modern", "vocab_size": 1_536, "num_layers": 4, "width": 192})
+  config.model.update({"num_heads": 3, "mlp_width": 512, "max_positions": 512})
+  config.model.update({"init_std": 0.034, "embed_std": 0.25})
+  config.model.update({"dtype": "float32", "remat_policy": "none", "loss_chunk": 512})
+  config.optimizer.update({"learning_rate": 4e-3, "warmup_steps": 50, "weight_decay": 0.05})
+  config.train.update({"steps": steps["train"], "global_batch_size": 8, "eval_batches": 8})
+  config.train.update({"log_every": 10})
+  config.train.update({"checkpoint_every": min(100, max(5, config.train.steps // 12))})
+  config.train.update({"eval_every": max(5, config.train.steps // 8)})
+  config.train.update({"sample_every": max(5, config.train.steps // 3)})
+  return config
