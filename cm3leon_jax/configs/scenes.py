@@ -19,7 +19,9 @@ def get_config(variant: str = "15"):
   except ValueError:
     scale = 0.0
   if scale <= 0:
-    raise UserError(f"config variant '{variant}' of scenes.py must be a positive number of minutes.")
+    raise UserError(
+      f"config variant '{variant}' of scenes.py must be a positive number of minutes."
+    )
   steps = {stage: max(10, round(n * scale)) for stage, n in STEPS.items()}
   config = base.get_config()
   config.vocab.update({"num_special": 32, "text_size": 1_024, "image_size": 512})
