@@ -270,8 +270,10 @@ def main(settings, workdir) -> None:
   layout = PromptLayout.load(settings, workdir)
   given = check_tasks(layout, tasks, bank)
   if given:
-    digests = {image: hashlib.sha256(pixels.tobytes()) for image, pixels in given.items()}
-    config["images"] = {image: digest.hexdigest() for image, digest in digests.items()}
+    config["images"] = {
+      f"{image}, crop {crop}": hashlib.sha256(pixels.tobytes()).hexdigest()
+      for (image, crop), pixels in given.items()
+    }
   folder = _folder(workdir, tasks, config)
   with stages.once(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
