@@ -12,6 +12,7 @@ from cm3leon_jax.clip.model import CLIPConfig
 from cm3leon_jax.config import STRICT, UserError, build
 from cm3leon_jax.data.ingest import RawConfig
 from cm3leon_jax.data.sample_plan import DataConfig
+from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.evaluation.bits import EvaluationConfig
 from cm3leon_jax.io import read_json
@@ -33,6 +34,7 @@ class Settings:
   """Seed of all random numbers of the run."""
   vocab: VocabLayout
   raw: RawConfig
+  scenes: ScenesConfig
   text_tokenizer: TextTokenizerConfig
   vqgan: VQGANConfig
   clip: CLIPConfig

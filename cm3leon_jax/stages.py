@@ -38,7 +38,7 @@ RUN = ("vocab", "data", "model", "optimizer", "train.global_batch_size", "seed")
 
 # Folder of the workdir -> stage, in the order in which they run.
 STAGES = {
-  "raw": Stage("prepare_data", "Raw pairs and texts", (), ("raw",)),
+  "raw": Stage("prepare_data", "Raw pairs and texts", (), ("raw", "scenes")),
   "text_tokenizer": Stage(
     "train_text_tokenizer", "Text tokenizer", ("raw",), ("vocab", "text_tokenizer")
   ),
@@ -71,6 +71,8 @@ FREE = frozenset(
   {
     "raw.num_threads",
     "raw.max_rejected",
+    "scenes.train",  # Other numbers of scenes make more or fewer parts, which the stage reads.
+    "scenes.heldout",
     "text_tokenizer.max_caption_tokens",
     "vqgan.steps",
     "vqgan.checkpoint_every",

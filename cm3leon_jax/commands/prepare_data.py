@@ -3,7 +3,8 @@
   python -m launch.prepare_data --config=ml_configs/openmoji.py --workdir=workdir
   python -m launch.prepare_data --config=ml_configs/openmoji.py --workdir=workdir --check_leaks
 
-`--config.raw.source` is "openmoji", or your images and texts (formats: docs/data_formats.md).
+`--config.raw.source` is "openmoji", "scenes", or your images and texts; docs/data_formats.md has
+their formats.
 """
 
 import hashlib
@@ -57,12 +58,14 @@ def main(settings, workdir):
   if _CHECK_LEAKS.value:
     check_leaks(settings, workdir)
     return
-  parts = ingest.parts_of(settings.raw)
+  parts = ingest.parts_of(settings.raw, settings.scenes)
   # New or changed files make the stage run again, only for their shards.
   files = hashlib.sha256(repr(parts).encode()).hexdigest()
   with stages.stage(workdir, "raw", settings, {"files": files}) as summary:
     if summary is not None:
-      summary.update(ingest.prepare(settings.raw, parts, workdir / "raw", sharded.runner()))
+      runner = sharded.runner()
+      made = ingest.prepare(settings.raw, parts, workdir / "raw", runner, settings.scenes)
+      summary.update(made)
       print("prepare_data:", ", ".join(f"{name} {value}" for name, value in summary.items()))
 
 

@@ -19,7 +19,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.io import partial_path, read_json, replacing, write_json
 from cm3leon_jax.vocab import VocabLayout
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 RECORDS, LENGTHS = ".array_record", ".npz"  # Suffixes of the files of a shard.
 INDEX = "index.json"
 MAX_OPEN = 256  # Shards that a store keeps open.
@@ -44,6 +44,7 @@ class Document:
     source, license, attribution: of the original work.
     group: shared by near duplicates, which are never neighbors of each other. Empty: no group.
     concept: shared by documents that show the same, which are not independent. Empty: no concept.
+    facts: what image and caption show, a JSON object; empty for sources that do not know it.
   """
 
   key: str
@@ -53,6 +54,7 @@ class Document:
   attribution: str
   group: str = ""
   concept: str = ""
+  facts: dict = dataclasses.field(default_factory=dict)
 
 
 def encode_document(document: Document) -> bytes:
@@ -61,7 +63,7 @@ def encode_document(document: Document) -> bytes:
     {"image": s.is_image, "tokens": np.asarray(s.tokens, "<i4").tobytes()}
     for s in document.segments
   ]
-  names = ("key", "source", "license", "attribution", "group", "concept")
+  names = ("key", "source", "license", "attribution", "group", "concept", "facts")
   fields = {name: getattr(document, name) for name in names}
   return msgpack.packb({**fields, "segments": segments})
 

@@ -120,7 +120,8 @@ def _documents(
       segments.append(Segment(is_image, tokens))
     group = getattr(record, "group", "")
     concept = getattr(record, "concept", "") or group
-    about = (record.source, record.license, record.attribution, group, concept)
+    facts = getattr(record, "facts", {})
+    about = (record.source, record.license, record.attribution, group, concept, facts)
     yield Document(record.key, tuple(segments), *about)
 
 

