@@ -15,6 +15,7 @@ from PIL import Image
 from scipy import ndimage
 
 from cm3leon_jax.data import scene_captions, scene_drawings, scene_world
+from cm3leon_jax.data import scenes as scenes_source
 from cm3leon_jax.data.scene_drawings import CELL, SIDE
 from cm3leon_jax.data.scene_world import Placed, Scene
 from cm3leon_jax.evaluation import judge_errors, scenes
@@ -51,7 +52,7 @@ def make_scenes(count: int, seed: int) -> tuple[list[Scene], list[dict]]:
     scene = scene_world.scene_at(CONFIG, category, number)
     description = scene_captions.describe(category, scene, rng)
     made.append(scene)
-    facts.append({"tag": category, "heldout": "", "include": description.include})
+    facts.append(scenes_source.facts_of(category, "", scene, description))
   return made, facts
 
 

@@ -90,9 +90,9 @@ def describe(tables: dict[str, dict]) -> str:
   for title, table in tables.items():
     count, mean = table["all"]["images"], table["geneval"]
     lines.append(f"{title}: {count} images, mean of the categories {mean:.1%} correct")
-    lines.append(" " * width + "images  " + "".join(f"{m:<20}" for m in MEASURES).rstrip())
+    lines.append(" " * width + "images  " + "".join(f"{m:<23}" for m in MEASURES).rstrip())
     for label, row in rows(table):
-      cells = "".join(f"{share(row.get(m)):<20}" for m in MEASURES).rstrip()
+      cells = "".join(f"{share(row.get(m)):<23}" for m in MEASURES).rstrip()
       lines.append(f"{label:<{width}}{row['images']:>6}  {cells}")
   return "\n".join(lines)
 
