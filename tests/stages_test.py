@@ -121,7 +121,7 @@ def test_every_row_of_the_table_names_what_exists():
 @pytest.mark.parametrize(
   ("name", "parts"),
   [
-    ("raw", "raw"),
+    ("raw", "raw scenes"),
     ("text_tokenizer", "vocab text_tokenizer"),
     ("vqgan", "vqgan vocab seed"),
     ("documents", "vocab text_tokenizer"),
@@ -161,6 +161,9 @@ def test_identity_literals():
     ("raw", "raw.num_threads", 1, True),
     ("raw", "raw.max_rejected", 0.5, True),
     ("raw", "raw.resolution", 64, False),
+    ("raw", "scenes.train", 9, True),
+    ("raw", "scenes.heldout", 9, True),
+    ("raw", "scenes.seed", 9, False),
     ("text_tokenizer", "text_tokenizer.max_caption_tokens", 9, True),
     ("documents", "text_tokenizer.max_caption_tokens", 9, False),
     ("vqgan", "vqgan.steps", 9, True),

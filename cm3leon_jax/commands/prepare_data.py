@@ -18,7 +18,8 @@ from cm3leon_jax.config import UserError
 _CHECK_LEAKS = flags.DEFINE_bool(
   "check_leaks",
   False,
-  "Only look for held-out images that are near duplicates of training images.",
+  "Only look for held-out images that are near duplicates of training images, or, for scenes, for "
+  "held-out facts that training shows.",
 )
 _LEAK_PSNR = flags.DEFINE_float(
   "leak_psnr",
@@ -52,11 +53,37 @@ def check_leaks(settings, workdir) -> None:
     )
 
 
+def check_fact_leaks(workdir) -> None:
+  """Prints how many held-out scenes show only facts that training shows.
+
+  Raises:
+    UserError: there is one.
+  """
+  from cm3leon_jax.data import fact_leaks
+
+  stages.require(workdir, "raw")
+  report = fact_leaks.check(workdir / "raw")
+  kinds = ", ".join(f"leaked_{kind} {number}" for kind, number in report.leaked.items())
+  print(
+    f"check_leaks, by facts: heldout_scenes {report.heldout}, train_scenes {report.train}, {kinds}"
+  )
+  for line in report.first:
+    print(f"  {line}")
+  if report.first:
+    raise UserError(
+      f"{sum(report.leaked.values())} of {report.heldout} held-out scenes in {workdir / 'raw'} "
+      "show only facts that training shows: delete that folder and prepare it again."
+    )
+
+
 def main(settings, workdir):
-  from cm3leon_jax.data import ingest
+  from cm3leon_jax.data import builtin_sources, ingest
 
   if _CHECK_LEAKS.value:
-    check_leaks(settings, workdir)
+    if settings.raw.source == builtin_sources.SCENES:
+      check_fact_leaks(workdir)
+    else:
+      check_leaks(settings, workdir)
     return
   parts = ingest.parts_of(settings.raw, settings.scenes)
   # New or changed files make the stage run again, only for their shards.

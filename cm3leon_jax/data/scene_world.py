@@ -18,7 +18,7 @@ import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
 
-# RGB. The least distance between two is 100, and 90 between one and a mixture of another with
+# RGB. The least distance between two is 100, and 89 between one and a mixture of another with
 # white, as antialiased edges have.
 COLORS = {
   "red": (220, 0, 30),

@@ -121,8 +121,8 @@ def _scenes_by_kind(config: ScenesConfig, category: str, most: int) -> dict[str,
   number = scene_world.CATEGORIES.index(category)
   total = scene_world.number_of_scenes_of(config, category)
   found: dict[str, list[Scene]] = {kind: [] for kind in (*_kinds(category), "train")}
-  for i in np.random.default_rng((config.seed, number)).permutation(total).tolist():
-    scene = scene_world.scene_at(config, category, i)
+  for i in np.random.default_rng((config.seed, number)).permutation(total):
+    scene = scene_world.scene_at(config, category, int(i))
     scenes = found.get(scene_world.split_of_scene(scene))
     if scenes is not None and len(scenes) < most:
       scenes.append(scene)

@@ -39,3 +39,24 @@ def test_check_leaks_passes_where_nothing_leaks(tmp_path):
   checked = command(*flags, "--check_leaks")
   assert checked.returncode == 0
   assert "near_pairs 0, leaked_heldout_images 0" in checked.stdout
+
+
+def test_scenes_are_checked_by_their_facts(tmp_path):
+  flags = ["--config.raw.source=scenes", "--config.raw.resolution=48", "--config.raw.max_texts=0"]
+  flags += ["--config.scenes.train=60", "--config.scenes.heldout=14", f"--workdir={tmp_path}"]
+  prepared = command(*flags)
+  assert prepared.returncode == 0, prepared.stderr
+  assert "train_pairs 60, heldout_pairs 14" in prepared.stdout
+  assert "distinct_scenes 635840" in prepared.stdout
+  assert "heldout_rare_rare 2" in prepared.stdout
+  checked = command(*flags, "--check_leaks")
+  assert checked.returncode == 0, checked.stderr
+  assert "by facts: heldout_scenes 14, train_scenes 60, leaked_scene 0" in checked.stdout
+  leaked = tmp_path / "raw" / "000000" / "pairs.jsonl"
+  records = (tmp_path / "raw" / "000001" / "pairs.jsonl").read_text()
+  with leaked.open("a") as file:
+    file.write(records.splitlines()[0].replace('"split": "heldout"', '"split": "train"') + "\n")
+  checked = command(*flags, "--check_leaks")
+  assert checked.returncode == 2
+  assert "heldout 'scenes/heldout/0000000' (scene): " in checked.stdout
+  assert "error: 1 of 14 held-out scenes" in checked.stderr

@@ -128,7 +128,7 @@ def test_another_vocabulary_or_version_is_refused(tmp_path):
   index = json.loads((tmp_path / "index.json").read_text())
   (tmp_path / "index.json").write_text(json.dumps({**index, "schema_version": 99}))
   with pytest.raises(
-    UserError, match="schema version 99; this code reads version 3: delete the folder documents/"
+    UserError, match="schema version 99; this code reads version 4: delete the folder documents/"
   ):
     DocumentStore(tmp_path, VOCAB)
 

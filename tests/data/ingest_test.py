@@ -127,6 +127,10 @@ def test_texts_are_optional(source, tmp_path):
     ),
     ({"key": "x", "image": "no.png", "caption": "a"}, r"key 'x': image 'no.png' does not exist"),
     (
+      {"key": "x", "image": "red.png", "caption": "a", "facts": "red"},
+      r"key 'x': field 'facts' is \"red\"; it must be a JSON object",
+    ),
+    (
       {"key": "x", "image": "pairs.jsonl", "caption": "a"},
       r"key 'x': image .*pairs.jsonl cannot be read",
     ),
@@ -325,7 +329,9 @@ def test_images_are_made_square_as_configured(source, tmp_path):
 
 
 def test_wrong_sources_are_refused(source, tmp_path):
-  with pytest.raises(UserError, match=r"which has no files; it must be 'openmoji', or a folder"):
+  with pytest.raises(
+    UserError, match=r"has no files; it must be 'openmoji' or 'scenes', or a folder"
+  ):
     prepare(tmp_path / "absent", tmp_path)
   (source / "pairs.jsonl").write_text("\n")
   (source / "texts.jsonl").unlink()

@@ -93,8 +93,27 @@ DATA = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/data/ingest.py",
+    "cm3leon_jax/data/builtin_sources.py",
     "tests/data/leaks_test.py",
     ("split_by_drawing", "split_of(d.concept, ", "split_of(d.code, "),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/scene_world.py",
+    "tests/data/scenes_test.py::test_training_shows_nothing_that_is_held_out",
+    (
+      "heldout_pair_in_training",
+      "any(HELDOUT_COLOR.get(placed.object) == placed.color for",
+      "all(HELDOUT_COLOR.get(placed.object) == placed.color for",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/scene_captions.py",
+    "tests/data/scene_world_test.py",
+    ("left_is_right", "if column < other_column", "if column > other_column"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/scene_drawings.py",
+    "tests/data/scene_world_test.py",
+    ("box_in_the_cell", "return [left + x0, top + y0,", "return [x0, y0,"),
   ),
 )

@@ -1,0 +1,281 @@
+import collections
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import fact_leaks, ingest, raw_pairs, scene_drawings, scenes
+from cm3leon_jax.data.documents import DocumentStore, validate_store
+from cm3leon_jax.data.encode import EncodeJob, encode_documents
+from cm3leon_jax.data.records import SPLITS, RawPair
+from cm3leon_jax.data.scene_world import CATEGORIES, COMMON, HELDOUT_COLOR, Scene, ScenesConfig
+from cm3leon_jax.shards import Runner
+from cm3leon_jax.vocab import VocabLayout
+
+RAW = ingest.RawConfig(source="scenes", resolution=48, max_texts=0)
+FEW = ScenesConfig(train=500, heldout=140)
+
+
+class Letters:
+  """A letter is a token."""
+
+  def encode_batch(self, texts):
+    return [np.array([ord(c) + 8 for c in text], np.int32) for text in texts]
+
+
+class Places:
+  """Codes of an image are the blue of the middle of each place."""
+
+  def encode(self, images):
+    return images[:, 12::24, 12::24, 2].reshape(len(images), 4)
+
+
+def prepare(config, folder, raw=RAW):
+  return ingest.prepare(raw, ingest.parts_of(raw, config), folder, Runner(), config)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A raw folder of FEW scenes in parts of 200, and the summary of the stage."""
+  out = tmp_path_factory.mktemp("raw")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(scenes, "PART_RECORDS", 200)
+    return out, prepare(FEW, out)
+
+
+def test_a_record():
+  pair = scenes.pair(ScenesConfig(), "train", 2)
+  assert pair == RawPair(
+    key="scenes/train/0000002",
+    image="cyan cactus top right, red scissors top left",
+    caption="an image of red scissors left of a cyan cactus",
+    source="https://pictogrammers.com/library/mdi",
+    license="Apache-2.0",
+    attribution="Pictogrammers, Material Design Icons 7",
+    group="cyan cactus top right, red scissors top left",
+    split="train",
+    concept="cyan cactus top right, red scissors top left",
+    facts={
+      "tag": "position",
+      "heldout": "",
+      "include": [
+        {"class": "cactus", "count": 1, "color": "cyan"},
+        {"class": "scissors", "count": 1, "color": "red", "position": ["left of", 0]},
+      ],
+      "exclude": [],
+      "objects": [
+        {"class": "scissors", "color": "red", "place": "top left", "box": [2, 2, 22, 22]},
+        {"class": "cactus", "color": "cyan", "place": "top right", "box": [30, 4, 42, 21]},
+      ],
+      "counts": {"scissors": 1, "cactus": 1},
+      "relations": [["scissors", "left of", "cactus"], ["cactus", "right of", "scissors"]],
+    },
+  )
+  counting = scenes.pair(ScenesConfig(), "heldout", 1199)
+  assert counting.caption == "we see two pears"
+  assert counting.facts["counts"] == {"pear": 2}
+  assert counting.facts["exclude"] == [{"class": "pear", "count": 3}]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_record_depends_on_seed_and_index_alone(split):
+  few, many = (ScenesConfig(train=n, heldout=n) for n in (100, 2_000))
+  for index in (0, 1, 57, 99):
+    assert scenes.pair(few, split, index) == scenes.pair(many, split, index)
+  assert scenes.pair(many, split, 1_999).key == f"scenes/{split}/0001999"
+  other = ScenesConfig(seed=1)
+  records = [[scenes.pair(c, split, i).image for i in range(40)] for c in (few, other)]
+  assert records[0] != records[1]
+
+
+def test_other_numbers_of_scenes_write_only_other_shards(tmp_path, monkeypatch):
+  monkeypatch.setattr(scenes, "PART_RECORDS", 20)
+  config = ScenesConfig(train=40, heldout=20, categories=("colors",))
+  prepare(config, tmp_path)
+  before = raw_pairs.shards(tmp_path)
+  written = []
+  write = ingest._write
+
+  def count(config, folder, *args, **kwargs):
+    written.append(folder.name)
+    return write(config, folder, *args, **kwargs)
+
+  monkeypatch.setattr(ingest, "_write", count)
+  config = dataclasses.replace(config, train=60)
+  assert prepare(config, tmp_path)["train_pairs"] == 60
+  assert written == ["000002", "000003"]  # The held-out shard has moved by one.
+  after = raw_pairs.shards(tmp_path)
+  assert [after[name]["digest"] for name in ("000000", "000001", "000003")] == [
+    shard["digest"] for shard in before.values()
+  ]
+  written.clear()
+  prepare(dataclasses.replace(config, seed=1), tmp_path)
+  assert len(written) == 4
+
+
+def test_the_stage_says_what_it_wrote(folder):
+  out, summary = folder
+  assert (summary["shards"], summary["train_pairs"], summary["heldout_pairs"]) == (4, 500, 140)
+  assert (summary["train_texts"], summary["distinct_scenes"]) == (0, 635_840)
+  counts = collections.Counter()
+  for split in SPLITS:
+    counts.update(scenes.number_of(pair.facts) for pair in raw_pairs.read_pairs(out, split))
+  assert {name: summary[name] for name in counts} == counts
+  heldout = {name: number for name, number in counts.items() if name.startswith("heldout")}
+  for category in CATEGORIES:
+    numbers = [n for name, n in heldout.items() if name.startswith(f"heldout_{category}_")]
+    assert sum(numbers) == 20
+    assert max(numbers) - min(numbers) <= 1
+    assert len(numbers) == {"rare": 1, "two_object": 3, "position": 3, "color_attr": 3}.get(
+      category, 2
+    )
+
+
+def test_images_show_what_their_facts_say(folder):
+  for pair in raw_pairs.read_pairs(folder[0], "heldout"):
+    with Image.open(pair.image) as stored:
+      assert (stored.format, stored.size) == ("PNG", (48, 48))
+      image = np.asarray(stored)
+    np.testing.assert_array_equal(image, scene_drawings.render(Scene.parse(pair.concept)))
+    objects = pair.facts["objects"]
+    assert sum(pair.facts["counts"].values()) == len(objects)
+    outside = np.ones((48, 48), bool)
+    for found in objects:
+      left, top, right, bottom = found["box"]
+      assert (image[top:bottom, left:right] != 255).any()
+      outside[top:bottom, left:right] = False
+    assert (image[outside] == 255).all()
+
+
+def test_relations_are_all_that_hold(folder):
+  for pair in raw_pairs.read_pairs(folder[0], "train"):
+    places = {found["class"]: found["place"] for found in pair.facts["objects"]}
+    expected = set()
+    for a, b in itertools.permutations(places, 2):
+      for word, other, relation in (
+        ("left", "right", "left of"),
+        ("right", "left", "right of"),
+        ("top", "bottom", "above"),
+        ("bottom", "top", "below"),
+      ):
+        if word in places[a] and other in places[b]:
+          expected.add((a, relation, b))
+    assert set(map(tuple, pair.facts["relations"])) == expected
+
+
+def test_training_shows_nothing_that_is_held_out(folder):
+  report = fact_leaks.check(folder[0])
+  assert (report.heldout, report.train) == (140, 500)
+  assert report.leaked == {"scene": 0, "pair": 0, "objects": 0, "rare": 0}
+  train, heldout = (raw_pairs.read_pairs(folder[0], split) for split in SPLITS)
+  assert not {p.concept for p in train} & {p.concept for p in heldout}
+  for pair in train:
+    for shown in pair.facts["objects"]:
+      assert HELDOUT_COLOR.get(shown["class"]) != shown["color"]
+  of_kind = collections.defaultdict(list)
+  for pair in heldout:
+    of_kind[pair.facts["heldout"]].append(pair.facts)
+  assert all(
+    any(HELDOUT_COLOR.get(o["class"]) == o["color"] for o in facts["objects"])
+    for facts in of_kind["pair"]
+  )
+  trained = {o["class"] for pair in train for o in pair.facts["objects"]}
+  assert not {o["class"] for facts in of_kind["rare"] for o in facts["objects"]} & trained
+  seen = {frozenset(pair.facts["counts"]) for pair in train}
+  assert not {frozenset(facts["counts"]) for facts in of_kind["objects"]} & seen
+  assert set(of_kind["scene"][0]["counts"]) <= set(COMMON)
+
+
+@pytest.mark.parametrize("kind", ["scene", "pair", "objects", "rare"])
+def test_a_planted_leak_is_found(folder, tmp_path, kind):
+  """A training scene of another place, or for `scene` the same one."""
+  out, facts = (
+    tmp_path / "raw",
+    next(
+      p.facts
+      for p in raw_pairs.read_pairs(folder[0], "heldout")
+      if p.facts["heldout"] == kind and (kind != "objects" or p.facts["tag"] == "two_object")
+    ),
+  )
+  objects = [dict(o) for o in facts["objects"]]
+  if kind != "scene":
+    for o in objects:
+      o["place"] = o["place"].replace("top", "middle").replace("bottom", "top")
+  if kind in ("objects", "rare"):
+    for o in objects:
+      o["color"] = "white"
+  source = tmp_path / "in"
+  source.mkdir()
+  Image.new("RGB", (48, 48)).save(source / "a.png")
+  records = [
+    {"key": "h", "split": "heldout", "facts": facts},
+    {"key": "t", "split": "train", "facts": {**facts, "heldout": "", "objects": objects}},
+  ]
+  lines = [json.dumps({"image": "a.png", "caption": "c", **record}) for record in records]
+  (source / "pairs.jsonl").write_text("\n".join(lines))
+  config = ingest.RawConfig(source=str(source), resolution=48)
+  ingest.prepare(config, ingest.parts_of(config), out, Runner())
+  report = fact_leaks.check(out)
+  assert report.leaked == {**dict.fromkeys(report.leaked, 0), kind: 1}
+  assert report.first == [f"heldout 'h' ({kind}): h"]
+
+
+def test_documents_keep_the_facts_and_need_no_texts(folder, tmp_path):
+  vocab = VocabLayout(num_special=8, text_size=280, image_size=256)
+  tokenizers = (Letters(), Places())
+  job = EncodeJob(str(folder[0]), str(tmp_path), lambda: tokenizers, vocab, 48, 512)
+  encode_documents(job, {}, Runner())
+  for split in SPLITS:
+    assert len(DocumentStore(tmp_path / f"{split}_texts", vocab)) == 0
+    store = DocumentStore(tmp_path / f"{split}_pairs", vocab)
+    pairs = raw_pairs.read_pairs(folder[0], split)
+    assert len(store) == len(pairs)
+    assert validate_store(store)["documents"] == len(pairs)
+    for i in (0, 17, len(pairs) - 1):
+      assert store[i].facts == pairs[i].facts
+      assert store[i].concept == store[i].group == pairs[i].concept
+
+
+def test_texts_are_a_shard_of_their_own(tmp_path):
+  config = ScenesConfig(train=7, heldout=7, categories=("counting",))
+  raw = ingest.RawConfig(source="scenes", resolution=48, max_texts=20)
+  summary = prepare(config, tmp_path, raw)
+  assert (summary["shards"], summary["train_pairs"], summary["heldout_pairs"]) == (3, 7, 7)
+  assert summary["train_texts"] + summary["heldout_texts"] == 20
+
+
+def test_shares_of_the_categories():
+  config = ScenesConfig(categories=("rare", "colors"), shares=(3.0, 1.0))
+  tags = [scenes.pair(config, "train", i).facts["tag"] for i in range(400)]
+  assert 260 < tags.count("rare") < 340
+  assert tags.count("colors") == 400 - tags.count("rare")
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    (
+      {"objects": ("bell",), "colors": (HELDOUT_COLOR["bell"],), "categories": ("colors",)},
+      r"config.scenes has no scene to train on in category 'colors'; name more objects",
+    ),
+    (
+      {"categories": ("rare",), "rare_objects": 1},
+      r"config.scenes has no scene to hold out in category 'rare'; name more",
+    ),
+  ],
+)
+def test_a_world_that_cannot_be_split_is_refused(fields, message):
+  with pytest.raises(UserError, match=message):
+    ingest.parts_of(RAW, ScenesConfig(**fields))
+
+
+def test_other_sizes_and_licenses_are_refused():
+  with pytest.raises(UserError, match=r"config.raw.resolution is 256; .* scenes have 48 pixels"):
+    ingest.parts_of(ingest.RawConfig(source="scenes"), FEW)
+  licensed = ingest.RawConfig(source="scenes", resolution=48, licenses=("MIT",))
+  with pytest.raises(UserError, match=r"drawings of scenes are under Apache-2\.0: add it"):
+    ingest.parts_of(licensed, FEW)
