@@ -8,6 +8,7 @@ import numpy as np
 
 from cm3leon_jax.data import scene_world
 from cm3leon_jax.evaluation import scenes
+from cm3leon_jax.evaluation.scene_facts import check
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
@@ -30,8 +31,8 @@ def measure(images, facts: Sequence[dict], seed: int = 0) -> dict:
   changed: dict[str, list[bool]] = {}
   for objects, fact in zip(found, facts):
     for kind, other in changed_facts(fact, rng).items():
-      changed.setdefault(kind, []).append(scenes.check(objects, other["include"]).correct)
-  real = [scenes.check(objects, fact["include"]).correct for objects, fact in zip(found, facts)]
+      changed.setdefault(kind, []).append(check(objects, other["include"]).correct)
+  real = [check(objects, fact["include"]).correct for objects, fact in zip(found, facts)]
   return {
     "images": len(real),
     "real": float(np.mean(real)),

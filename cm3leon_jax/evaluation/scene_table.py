@@ -10,7 +10,7 @@ import numpy as np
 
 from cm3leon_jax.data import scene_world
 from cm3leon_jax.evaluation import intervals
-from cm3leon_jax.evaluation.scenes import FACTS, Verdict
+from cm3leon_jax.evaluation.scene_facts import FACTS, Verdict
 
 MEASURES = ("correct", *FACTS)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.evaluation import scene_table
+from cm3leon_jax.evaluation.scene_facts import Found, Verdict
 from cm3leon_jax.evaluation.scene_table import Judged
-from cm3leon_jax.evaluation.scenes import Found, Verdict
 
 
 def judged(tag, heldout, correct, concept="", **holds):

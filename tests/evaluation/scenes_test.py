@@ -8,19 +8,13 @@ from benchmarks import scene_judge
 from cm3leon_jax.data import scene_drawings, scene_world
 from cm3leon_jax.data.scene_world import Placed, Scene
 from cm3leon_jax.evaluation import judge_errors, scenes
-from cm3leon_jax.evaluation.scenes import UNKNOWN, Found
+from cm3leon_jax.evaluation.scene_facts import UNKNOWN
 
 SCENE = Scene.parse("blue key top right, red bell bottom left")
 RELATED = [
   {"class": "bell", "count": 1, "color": "red"},
   {"class": "key", "count": 1, "position": ["right of", 0]},
 ]
-
-
-def found(*texts):
-  """Found objects from texts like those of `Placed`."""
-  scene = Scene.parse(", ".join(texts)) if texts else Scene(())
-  return [Found(x.object, x.color, x.place, 1.0, (0, 0, 1, 1)) for x in scene.objects]
 
 
 @pytest.fixture(scope="module")
@@ -112,55 +106,3 @@ def test_images_of_other_sizes_are_scaled():
   image = Image.fromarray(scene_drawings.render(SCENE))
   large = np.asarray(image.resize((96, 96), Image.Resampling.BICUBIC))
   assert scenes.judge(large, {"include": RELATED}).correct
-
-
-def test_the_facts_of_a_caption_are_checked_one_by_one():
-  right = scenes.check(found("blue key top right", "red bell bottom left"), RELATED)
-  assert (right.correct, right.reason) == (True, "")
-  assert right.holds == {"object": True, "count": True, "color": True, "place": True}
-  for things, wrong, reason in (
-    ((), {"object", "count", "color", "place"}, "expected 1 bell, found 0"),
-    (("blue key top right", "red bone top left"), {"object"}, "expected 1 bell, found 0"),
-    (("blue key top left", "red bell top right"), {"place"}, "expected key right of bell"),
-    (("red key top right", "blue bell top left"), {"color"}, "expected bell red, found blue"),
-    (
-      ("blue key top right", "red bell top left", "red bell bottom left"),
-      {"count"},
-      "expected 1 bell, found 2",
-    ),
-  ):
-    verdict = scenes.check(found(*things), RELATED)
-    assert not verdict.correct
-    assert {kind for kind, holds in verdict.holds.items() if not holds} == wrong
-    assert verdict.reason.split("\n")[0] == reason
-
-
-def test_counts_of_each_object_matter_even_if_their_sum_is_right():
-  clauses = [{"class": "bell", "count": 2}, {"class": "key", "count": 1}]
-  things = found("red bell top left", "red key top right", "red key bottom left")
-  verdict = scenes.check(things, clauses)
-  assert verdict.holds == {"object": True, "count": True}
-  assert not verdict.correct
-
-
-def test_all_counted_objects_have_the_color_of_the_caption():
-  clauses = [{"class": "bell", "count": 2, "color": "red"}]
-  assert scenes.check(found("red bell top left", "red bell top right"), clauses).correct
-  verdict = scenes.check(found("red bell top left", "blue bell top right"), clauses)
-  assert verdict.holds == {"object": True, "count": True, "color": False}
-
-
-def test_one_fact_is_changed_at_a_time():
-  facts = {"include": [*RELATED, {"class": "star", "count": 2, "place": "top left"}]}
-  changed = judge_errors.changed_facts(facts, np.random.default_rng(0))
-  fields = {"object": "class", "color": "color", "count": "count", "place": "place"}
-  assert set(changed) == {*fields, "relation"}
-  for kind, other in changed.items():
-    differing = [
-      field
-      for a, b in zip(facts["include"], other["include"])
-      for field in a
-      if a[field] != b[field]
-    ]
-    assert differing == [{**fields, "relation": "position"}[kind]]
-  assert changed["relation"]["include"][1]["position"] == ["left of", 0]
