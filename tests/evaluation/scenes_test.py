@@ -80,6 +80,14 @@ def test_blots_and_halves_of_icons_are_not_judged_right():
   assert wrong["another icon"]["recognized"] == 1
 
 
+def test_an_object_may_be_two_pixels_off_its_place():
+  image = scene_drawings.render(SCENE)
+  for move in ((2, 2), (-2, 1), (0, -2)):
+    (things,) = scenes.find_objects(np.roll(image, move, (0, 1))[None])
+    assert [thing.name for thing in things] == ["key", "bell"]
+    assert min(thing.score for thing in things) > 0.97
+
+
 def test_an_object_off_the_grid_is_none():
   image = scene_drawings.render(Scene.parse("red bell top left"))
   moved = np.roll(image, (12, 12), (0, 1))
