@@ -39,9 +39,8 @@ class Verdict:
     reason: what is wrong, a line each; "" if nothing is.
     found: objects that the image shows, place by place.
     holds: kind of fact -> whether all facts of the kind hold. `object`: the objects found are those
-      named. `count`: as many objects as named, whatever they are. `color` and `place`, which counts
-      relations, too: of the object that fits a named one best. A kind that the caption does not
-      name is absent.
+      named. `count`: as many objects as named, whatever they are. `color`, and `place`, which also
+      counts relations: see `check`. A kind that the caption does not name is absent.
   """
 
   correct: bool
@@ -53,8 +52,9 @@ class Verdict:
 def check(found: Sequence[Found], clauses: Sequence[dict]) -> Verdict:
   """Compares found objects with the clauses of a caption, in GenEval's layout.
 
-  A named object is compared with the found one that fits it best: by its name, then by its color,
-  place and relations. So the color of an object whose shape is wrong is still judged.
+  A named object is compared with the found one of its name; of several, with the one that fits
+  best by color, place and relations. If as many objects are found as named, one of another name or
+  shape takes the place of one that is missing: then its color and place are still judged.
 
   Args:
     found: objects of the image.
@@ -64,7 +64,10 @@ def check(found: Sequence[Found], clauses: Sequence[dict]) -> Verdict:
   slots = [clause for clause in range(len(clauses)) for _ in range(clauses[clause]["count"])]
   filled = [*found, *[None] * (len(slots) - len(found))]
   wrong = min(
-    (_wrong_facts(clauses, slots, chosen) for chosen in itertools.permutations(filled, len(slots))),
+    (
+      _wrong_facts(clauses, slots, chosen, any_name=len(found) == len(slots))
+      for chosen in itertools.permutations(filled, len(slots))
+    ),
     key=lambda wrong: [len(wrong["name"]), len(wrong["color"]) + len(wrong["place"])],
   )
   asked = Counter({clause["class"]: 0 for clause in clauses})
@@ -85,15 +88,21 @@ def check(found: Sequence[Found], clauses: Sequence[dict]) -> Verdict:
   return Verdict(not reasons, "\n".join(reasons), tuple(found), holds)
 
 
-def _wrong_facts(clauses, slots: list[int], chosen: Sequence[Found | None]) -> dict[str, list]:
-  """Lists what is wrong if `chosen`, [slots], are the objects that the clauses name."""
+def _wrong_facts(
+  clauses, slots: list[int], chosen: Sequence[Found | None], any_name: bool
+) -> dict[str, list]:
+  """Lists what is wrong if `chosen`, [slots], are the objects that the clauses name.
+
+  Without `any_name`, an object of another name than the clause counts as none.
+  """
   wrong: dict[str, list] = {"name": [], "color": [], "place": []}
   groups: list[list[Found | None]] = [[] for _ in clauses]
   for slot, thing in zip(slots, chosen):
-    groups[slot].append(thing)
     clause, name = clauses[slot], clauses[slot]["class"]
     if thing is None or thing.name != name:
       wrong["name"].append(name)
+      thing = thing if any_name else None
+    groups[slot].append(thing)
     for field in ("color", "place"):
       value = getattr(thing, field) if thing else "none"
       if field in clause and clause[field] != value:

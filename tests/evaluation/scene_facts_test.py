@@ -49,3 +49,14 @@ def test_all_counted_objects_have_the_color_of_the_caption():
   assert check(found("red bell top left", "red bell top right"), clauses).correct
   verdict = check(found("red bell top left", "blue bell top right"), clauses)
   assert verdict.holds == {"object": True, "count": True, "color": False}
+
+
+def test_another_object_stands_for_a_missing_one_only_if_the_number_is_right():
+  clauses = [{"class": "bell", "count": 1, "color": "red", "place": "top left"}]
+  alone = check(found("red key top left"), clauses)
+  assert alone.holds == {"object": False, "count": True, "color": True, "place": True}
+  # Blots everywhere must not count as an object at the right place.
+  many = check(found("red key top left", "red key top right", "blue cat bottom left"), clauses)
+  assert many.holds == {"object": False, "count": False, "color": False, "place": False}
+  named = check(found("red bell top left", "red key top right"), clauses)
+  assert named.holds == {"object": False, "count": False, "color": True, "place": True}
