@@ -193,6 +193,10 @@ REFUSED = [
   ("evaluation", "num_documents", 1, "at least 2"),
   ("evaluation", "batch_size", 0, POSITIVE),
   ("evaluation", "num_resamples", 99, "at least 100"),
+  ("evaluation", "scenes", -1, NOT_NEGATIVE),
+  ("evaluation", "scene_guidance", (), "have at least 1 item"),
+  ("evaluation", "scene_guidance", (1.0, -0.5), NOT_NEGATIVE),
+  ("evaluation", "scene_neighbors", -1, NOT_NEGATIVE),
 ]
 # Fields that every value of their type is right for.
 FREE = {

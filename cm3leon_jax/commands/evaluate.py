@@ -1,36 +1,164 @@
-"""Measures bits per image code and text token of held-out pairs, with and without neighbors.
+"""Measures bits of held-out pairs with and without neighbors; judges or exports generated images.
 
   python -m launch.evaluate --config=ml_configs/openmoji.py --workdir=workdir
+  python -m launch.evaluate --config=ml_configs/scenes.py --workdir=workdir \\
+    --config.evaluation.scenes=600 --config.evaluation.scene_guidance='(1.0, 2.0)'
+  python -m launch.evaluate --config=ml_configs/openmoji.py --workdir=workdir \\
+    --export=geneval --prompts=evaluation_metadata.jsonl
 
-The caption alone retrieves neighbors, as at inference. Writes evaluation/metrics.json.
+Bits per image code and text token go to evaluation/metrics.json; the caption alone retrieves
+neighbors, as at inference. Images for held-out captions of `scenes` are judged: evaluation/scenes.*
+An export goes to geneval/NAME-HASH/, for the scripts of GenEval and GenEval 2. docs/evaluation.md
+explains all three.
 """
+
+import dataclasses
+import hashlib
+import json
+
+from absl import flags
+from etils import epath
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
+from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
+from cm3leon_jax.config import UserError
 from cm3leon_jax.io import write_json
+
+_EXPORT = flags.DEFINE_enum(
+  "export",
+  None,
+  ["geneval"],
+  "Only generate images, for --prompts or else held-out scenes, in the folders that GenEval reads.",
+)
+EXPORT_SAMPLES = 4  # GenEval's own number.
 
 
 def main(settings, workdir):
+  for flag in (PROMPTS, SAMPLES):
+    if _is_given(flag) and _EXPORT.value is None:
+      raise UserError(f"--{flag.name} is given without --export: add --export=geneval.")
+  if _EXPORT.value is not None:
+    _export(settings, workdir)
+    return
+  inputs = {}
+  if settings.evaluation.scenes:
+    inputs = {"sampling": _digest(dataclasses.asdict(settings.sampling))}
+  with (
+    stages.stage(workdir, "evaluation", settings, inputs) as summary,
+    common.use_mesh(settings),
+  ):
+    if summary is not None:
+      _evaluate(settings, workdir, summary)
+
+
+def _evaluate(settings, workdir: epath.Path, summary: dict) -> None:
+  """Measures bits and, if the config says so, judges samples; adds the numbers to `summary`."""
   from cm3leon_jax.data.documents import DocumentStore
   from cm3leon_jax.evaluation import bits
   from cm3leon_jax.retrieval import neighbors
   from cm3leon_jax.training import checkpoint
 
-  with stages.stage(workdir, "evaluation", settings) as summary, common.use_mesh(settings):
-    if summary is None:
-      return
-    bits.check_batch(settings.evaluation)
-    params, step = checkpoint.load_params(workdir / "train", settings.model)
-    train, heldout = (
-      DocumentStore(workdir / "documents" / f"{split}_pairs", settings.vocab)
-      for split in ("train", "heldout")
-    )
-    ids = neighbors.load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)
-    sections = (settings.vocab, settings.data, settings.evaluation, settings.seed)
-    metrics = bits.evaluate(params, settings.model, train, heldout, ids, *sections)
-    summary.update(step=step, **metrics)
-    write_json(workdir / "evaluation" / "metrics.json", summary)
-    print(f"evaluate: {bits.describe(metrics)}")
+  config = settings.evaluation
+  bits.check_batch(config)
+  params, step = checkpoint.load_params(workdir / "train", settings.model)
+  scene_samples = _scene_samples() if config.scenes else None
+  if scene_samples:  # Before anything is measured, so that a mistake ends the command.
+    pipeline = _pipeline(settings, workdir, params, clip=None)
+    tasks = scene_samples.heldout_scenes(pipeline, workdir, config.scene_guidance)
+  train, heldout = (
+    DocumentStore(workdir / "documents" / f"{split}_pairs", settings.vocab)
+    for split in ("train", "heldout")
+  )
+  ids = neighbors.load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)
+  sections = (settings.vocab, settings.data, config, settings.seed)
+  metrics = bits.evaluate(params, settings.model, train, heldout, ids, *sections)
+  summary.update(step=step, **metrics)
+  print(f"evaluate: {bits.describe(metrics)}", flush=True)
+  if scene_samples:
+    folder = workdir / "evaluation"
+    judged = scene_samples.evaluate(pipeline, tasks, folder)
+    summary["scenes"] = scene_samples.overview(judged)
+    print(scene_samples.describe(judged))
+    print(f"evaluate: samples are in {folder / 'scenes.png'}", flush=True)
+  write_json(workdir / "evaluation" / "metrics.json", summary)
+
+
+def _scene_samples():
+  """Imports the module that judges samples, which needs the drawings of the extra `demo`."""
+  from cm3leon_jax.data import builtin_sources
+
+  builtin_sources.drawings_of(builtin_sources.SCENES)
+  from cm3leon_jax.evaluation import scene_samples
+
+  return scene_samples
+
+
+def _pipeline(settings, workdir: epath.Path, params: dict, clip):
+  from cm3leon_jax.generation.pipeline import Pipeline
+
+  size = settings.evaluation.batch_size
+  return Pipeline.load(settings, workdir, params, clip, batch_size=size)
+
+
+def _is_given(flag: flags.FlagHolder) -> bool:
+  return not flags.FLAGS[flag.name].using_default_value
+
+
+def _digest(value) -> str:
+  return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _export(settings, workdir: epath.Path) -> None:
+  """Generates images for prompts, or for held-out scenes, in the folders that GenEval reads."""
+  from cm3leon_jax.evaluation import geneval
+  from cm3leon_jax.generation.tasks import slug
+  from cm3leon_jax.retrieval.bank import load_clip
+  from cm3leon_jax.training import checkpoint
+
+  config, path = settings.evaluation, PROMPTS.value
+  samples = SAMPLES.value if _is_given(SAMPLES) else EXPORT_SAMPLES
+  prompts = geneval.read_prompts(path) if path else []
+  identity = _export_identity(settings, workdir, prompts, samples)
+  stem = slug(epath.Path(path).stem) if path else "heldout"
+  folder = workdir / "geneval" / f"{stem}-{_digest(identity)[:8]}"
+  with stages.once(folder, identity) as summary, common.use_mesh(settings):
+    if summary is not None:
+      params, step = checkpoint.load_params(workdir / "train", settings.model)
+      clip = None
+      if prompts and config.scene_neighbors:
+        clip = load_clip(settings.retrieval.clip, workdir, settings.vocab)
+      pipeline = _pipeline(settings, workdir, params, clip)
+      if prompts:
+        tasks = geneval.prompt_tasks(prompts, settings, path)
+      else:
+        tasks, prompts = _heldout_prompts(settings, workdir, pipeline)
+      geneval.export(pipeline, folder, tasks, prompts, samples)
+      summary.update(step=step, prompts=len(tasks), samples=samples)
+  print(f"evaluate: images for GenEval in {folder}", flush=True)
+
+
+def _heldout_prompts(settings, workdir: epath.Path, pipeline) -> tuple[list, list[dict]]:
+  """Returns tasks of held-out scenes, and what GenEval would check of each."""
+  scene_samples = _scene_samples()
+  tasks = scene_samples.heldout_scenes(pipeline, workdir, [settings.sampling.guidance])
+  return tasks, [scene_samples.metadata(task) for task in tasks]
+
+
+def _export_identity(settings, workdir: epath.Path, prompts: list[dict], samples: int) -> dict:
+  """Returns what the images of an export depend on."""
+  config, read = settings.evaluation, [*stages.TOKENIZERS, "train"]
+  if not prompts or config.scene_neighbors:
+    read += ["documents", "neighbors", *stages.own_clip(settings)]
+  return {
+    "inputs": stages.ids(settings, workdir, read),
+    "sampling": dataclasses.asdict(settings.sampling),
+    "prompts": _digest(prompts),
+    "samples": samples,
+    "scenes": config.scenes,
+    "neighbors": config.scene_neighbors,
+    "seed": settings.seed,
+  }
 
 
 if __name__ == "__main__":

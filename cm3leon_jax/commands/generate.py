@@ -26,6 +26,7 @@ from etils import epath
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
+from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.config import UserError
 
 if TYPE_CHECKING:
@@ -49,13 +50,9 @@ _BOX = flags.DEFINE_list(
 _LENGTH = flags.DEFINE_integer(
   "length", 0, "Largest number of tokens of a text (default: 64) or an interleaved document."
 )
-_PROMPTS = flags.DEFINE_string(
-  "prompts", None, "A file with one JSON object per line: see docs/generating.md."
-)
 _CAPTIONS = flags.DEFINE_integer(
   "captions", 16, "Number of held-out captions, without a prompt or image of yours.", lower_bound=1
 )
-_SAMPLES = flags.DEFINE_integer("samples", 1, "Samples of each prompt.", lower_bound=1)
 _RANK = flags.DEFINE_bool(
   "rank", False, "Order the samples of each prompt by CLIP score, best first."
 )
@@ -123,7 +120,7 @@ def _own_tasks(settings, seed: int) -> list[Task]:
 
   fields = {name: flags.FLAGS[name].value for name in ("prompt", "image", "box", "length")}
   given = [name for name, value in fields.items() if value]
-  name, path = _TASK.value, _PROMPTS.value
+  name, path = _TASK.value, PROMPTS.value
   if path is None and not given and name == "text_to_image":
     return []
   cls = prompt_file.task_class(name)
@@ -163,7 +160,7 @@ def _own_tasks(settings, seed: int) -> list[Task]:
 
 
 def _check_rank(tasks: Sequence[Task]) -> None:
-  if _RANK.value and _SAMPLES.value == 1:
+  if _RANK.value and SAMPLES.value == 1:
     raise UserError(
       "--rank orders the samples of a prompt, and there is only one: set e.g. --samples=8."
     )
@@ -234,7 +231,7 @@ def _folder(workdir: epath.Path, tasks: Sequence[Task], config: dict) -> epath.P
   digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
   for folder in sorted((workdir / "prompts").glob(f"*-{digest}")):
     return folder  # The prompt file may have been renamed.
-  name = epath.Path(_PROMPTS.value).stem if _PROMPTS.value else tasks[0].prompt or tasks[0].name
+  name = epath.Path(PROMPTS.value).stem if PROMPTS.value else tasks[0].prompt or tasks[0].name
   return workdir / "prompts" / f"{slug(name)}-{digest}"
 
 
@@ -287,9 +284,9 @@ def main(settings, workdir) -> None:
       tasks = tasks or heldout_tasks(
         layout, workdir, _CAPTIONS.value, seed, columns, _KEEP.value, pipeline.image_tokenizer
       )
-      writer = Writer(folder, _SAMPLES.value)
+      writer = Writer(folder, SAMPLES.value)
       samples = pipeline.generate(
-        tasks, _SAMPLES.value, _RANK.value, given, writer.save_images, show_progress=True
+        tasks, SAMPLES.value, _RANK.value, given, writer.save_images, show_progress=True
       )
       records = writer.finish(samples)
       scores = clip_scores([record for record in records if record["task"] == "text_to_image"])

@@ -58,6 +58,7 @@ def page(docstring: str, workdir: bool, several_processes: bool) -> str:
   run = [flag for flag in common if flag not in processes and (workdir or flag.name != "workdir")]
   groups = {
     "Flags of this command": modules.get(sys.argv[0], []),
+    "Prompts": modules.get("cm3leon_jax.commands.prompt_flags", []),
     "The run": run,
     "Processing of shards": modules.get("cm3leon_jax.commands.sharded", []),
     "Jobs of several processes": processes if several_processes else [],

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import jax
 import numpy as np
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
 from tqdm import tqdm
 
@@ -34,6 +34,12 @@ class EvaluationConfig:
   """Rows scored at once; a multiple of the parts into which the mesh splits a batch."""
   num_resamples: Annotated[int, Field(ge=100)] = 10_000
   """Number of bootstrap resamples of the concepts, for the intervals."""
+  scenes: NonNegativeInt = 0
+  """Held-out captions of `raw.source` = "scenes" to generate images for and judge; 0: none."""
+  scene_guidance: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (1.0,)
+  """Guidance weights at which each of these captions gets an image."""
+  scene_neighbors: NonNegativeInt = 0
+  """Number of retrieved documents before each of these captions."""
 
 
 def check_batch(config: EvaluationConfig) -> None:

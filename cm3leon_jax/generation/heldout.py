@@ -73,14 +73,28 @@ def heldout_tasks(
   Raises:
     UserError: fewer captions are held out.
   """
-  workdir = epath.Path(workdir)
-  heldout = DocumentStore(workdir / "documents" / "heldout_pairs", layout.vocab)
+  heldout = DocumentStore(epath.Path(workdir) / "documents" / "heldout_pairs", layout.vocab)
   if count > len(heldout):
     raise UserError(f"--captions is {count}; only {len(heldout)} pairs are held out.")
   rows = np.linspace(0, len(heldout) - 1, count).astype(int)
+  return tasks_of_rows(layout, workdir, rows, seed, columns, keep_neighbors, image_tokenizer)
+
+
+def tasks_of_rows(
+  layout: PromptLayout,
+  workdir: epath.PathLike,
+  rows: Sequence[int],
+  seed: int,
+  columns: Sequence[tuple[int, SamplingConfig]],
+  keep_neighbors: bool = False,
+  image_tokenizer: ImageTokenizer | None = None,
+) -> list[HeldoutCaption]:
+  """Returns tasks of the captions of the held-out documents `rows`, see `heldout_tasks`."""
+  workdir = epath.Path(workdir)
+  heldout = DocumentStore(workdir / "documents" / "heldout_pairs", layout.vocab)
   documents = [heldout[int(i)] for i in rows]
-  originals = [None] * count
-  if image_tokenizer is not None and count:
+  originals = [None] * len(documents)
+  if image_tokenizer is not None and documents:
     codes = [layout.vocab.image_codes(document.segments[1].tokens) for document in documents]
     originals = image_tokenizer.decode(np.stack(codes))
   if any(retrieve for retrieve, _ in columns):

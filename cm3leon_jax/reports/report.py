@@ -16,8 +16,9 @@ from PIL import Image
 from cm3leon_jax import stages
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.records import SPLITS
+from cm3leon_jax.evaluation import scene_table
 from cm3leon_jax.evaluation.intervals import describe_groups
-from cm3leon_jax.io import read_json_lines, replacing, write_json
+from cm3leon_jax.io import read_json, read_json_lines, replacing, write_json
 from cm3leon_jax.reports import summary as summary_lib
 
 MAX_PROMPTS = 16
@@ -188,6 +189,13 @@ def grids(workdir: epath.Path) -> list[tuple[str, str]]:
   return [(f"step {paths[i][0]}", file_uri(paths[i][1])) for i in chosen]
 
 
+def scene_tables(workdir: epath.Path, summary: dict) -> dict[str, dict]:
+  """Returns the tables of judged scenes by their titles; {} if the evaluation judged none."""
+  if "scenes" not in summary.get("evaluation", {}):
+    return {}
+  return read_json(workdir / "evaluation" / "scenes.json")["tables"]
+
+
 def licenses(workdir: epath.Path) -> list[dict]:
   """Returns a dict for each source and license of images: number of pairs, and attributions."""
   if not (workdir / "raw" / raw_pairs.INDEX).exists():
@@ -250,6 +258,7 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
   metrics = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl")
   environment = page_environment()
   environment.filters |= {"clock": clock, "flatten": summary_lib.flatten, "groups": describe_groups}
+  environment.filters |= {"share": scene_table.share, "scene_rows": scene_table.rows}
   return environment.get_template("report.html.jinja").render(
     summary=summary,
     stages=stages.STAGES,
@@ -257,6 +266,9 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
     date=datetime.date.today().isoformat(),
     loss_svg=loss_figure(metrics),
     bits_svg=bits_figure(summary.get("evaluation", {})),
+    scene_tables=scene_tables(workdir, summary),
+    scene_measures=scene_table.MEASURES,
+    scenes_png=file_uri(workdir / "evaluation" / "scenes.png"),
     reconstructions=reconstructions(workdir),
     prompts=prompts(workdir),
     num_prompts=len({(r["key"], r["prompt"]) for r in summary_lib.read_results(workdir)}),

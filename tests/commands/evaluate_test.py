@@ -1,6 +1,7 @@
 import dataclasses
 import shutil
 
+from absl import flags
 import jax
 import ml_collections
 import numpy as np
@@ -43,6 +44,8 @@ def write_store(folder, n, vocab, seed):
 @pytest.fixture
 def workdir(tmp_path):
   """Makes the folders that the evaluation reads, with an untrained decoder."""
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
   settings = tiny_settings()
   write_store(tmp_path / "documents" / "train_pairs", 9, settings.vocab, 0)
   write_store(tmp_path / "documents" / "heldout_pairs", 5, settings.vocab, 1)

@@ -28,6 +28,39 @@ EVALUATION = (
     ("bootstrap_unpaired", "paired=True", "paired=False"),
   ),
   *mutants_of(
+    "cm3leon_jax/evaluation/scenes.py",
+    "tests/evaluation/scenes_test.py",
+    (
+      "weak_matches_are_objects",
+      "name if score >= MIN_SCORE else UNKNOWN",
+      "name",
+    ),
+    (
+      "half_of_the_ink_decides_the_color",
+      "names[color] if is_clear else UNKNOWN",
+      "names[color]",
+    ),
+    ("silhouettes_not_shifted", "MAX_SHIFT = 2", "MAX_SHIFT = 0"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/evaluation/scene_facts.py",
+    "tests/evaluation/scene_facts_test.py",
+    (
+      "more_objects_than_named_are_right",
+      '"count": len(found) == len(slots)',
+      '"count": len(found) >= len(slots)',
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/evaluation/scene_table.py",
+    "tests/evaluation/scene_table_test.py",
+    (
+      "intervals_of_independent_images",
+      'one.concept or f"image {i}"',
+      'f"image {i}"',
+    ),
+  ),
+  *mutants_of(
     "cm3leon_jax/reports/summary.py",
     "tests/reports/report_test.py",
     (

@@ -8,6 +8,7 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax import config, stages
+from cm3leon_jax.io import write_json
 from cm3leon_jax.reports import report, summary
 from cm3leon_jax.training.metrics import MetricsLog
 from tests.data.raw import write_raw
@@ -293,3 +294,21 @@ def test_show_keeps_four_digits(value):
 def test_smooth_averages_shorter_windows_at_the_ends():
   np.testing.assert_allclose(report.smooth(np.array([1.0, 2.0, 6.0]), 3), [1.5, 3.0, 4.0])
   np.testing.assert_allclose(report.smooth(np.array([1.0, 2.0]), 1), [1.0, 2.0])
+
+
+def test_judged_scenes_have_a_table_for_every_column_and_a_sheet(tmp_path):
+  make_run(tmp_path, ("raw", "vqgan"))
+  row = {"images": 4, "correct": {"share": 0.25, "low": 0.0, "high": 0.5}}
+  table = {"all": row, "tag": {"colors": row}, "heldout": {"pair": row}, "geneval": 0.25}
+  with stages.once(tmp_path / "evaluation", {}) as numbers:
+    numbers.update({**NUMBERS["evaluation"], "scenes": {"guidance 1": {"correct": 0.25}}})
+    make_image(tmp_path / "evaluation" / "scenes.png", 0)
+    write_json(tmp_path / "evaluation" / "scenes.json", {"tables": {"guidance 1": table}})
+  report.write(tmp_path, "ml_configs/openmoji.py")
+  html = (tmp_path / "report.html").read_text()
+  page = Page(html)
+  assert any("green (correct)" in image["alt"] for image in page.images)
+  assert "<summary>guidance 1: 25.0% [0.0, 50.0] correct</summary>" in html
+  for label in ("all", "colors", "held-out: pair"):
+    assert f'<tr><th>{label}</th><td class="num">4</td>' in html
+  assert html.count('<td class="num">25.0% [0.0, 50.0]</td>') == 3

@@ -1,0 +1,138 @@
+"""Tables of judged scenes by category and kind of held-out, and GenEval's layout of results."""
+
+# n images.
+
+from collections.abc import Sequence
+import dataclasses
+import json
+
+import numpy as np
+
+from cm3leon_jax.data import scene_world
+from cm3leon_jax.evaluation import intervals
+from cm3leon_jax.evaluation.scene_facts import FACTS, Verdict
+
+MEASURES = ("correct", *FACTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+  """An image and what the judge says of it.
+
+  Attributes:
+    prompt: the caption.
+    facts: field `facts` of its document.
+    concept: images of one concept show the same scene; "" for a concept of its own.
+    verdict: of the judge.
+  """
+
+  prompt: str
+  facts: dict
+  concept: str
+  verdict: Verdict
+
+
+def table(judged: Sequence[Judged], num_resamples: int, seed: int = 0) -> dict:
+  """Computes the shares of images whose facts hold, with 95% intervals over scenes.
+
+  Args:
+    judged: n images.
+    num_resamples: bootstrap resamples of the concepts.
+    seed: of the bootstrap.
+
+  Returns:
+    {"all": row, "tag": {category: row}, "heldout": {kind of held-out: row}, "geneval": mean of the
+    categories' shares of correct images}. A row has `images`, and for `correct`, `object`, `color`,
+    `count`, `place` {share, low, high, groups, effective_groups} over the images whose captions
+    name such a fact; without one, the measure is absent.
+  """
+
+  def row(some: Sequence[Judged]) -> dict:
+    return {"images": len(some), **_shares(some, num_resamples, seed)}
+
+  result: dict = {"all": row(judged)}
+  for field, order in (("tag", scene_world.CATEGORIES), ("heldout", scene_world.KINDS)):
+    values = {one.facts[field] for one in judged}
+    result[field] = {
+      value: row([one for one in judged if one.facts[field] == value])
+      for value in (*order, *sorted(values.difference(order)))
+      if value in values
+    }
+  result["geneval"] = float(np.mean([r["correct"]["share"] for r in result["tag"].values()]))
+  return result
+
+
+def _shares(judged: Sequence[Judged], num_resamples: int, seed: int) -> dict:
+  """Computes the measures of a row of `table`."""
+  result = {}
+  for measure in MEASURES:
+    values = [
+      (one, one.verdict.correct if measure == "correct" else one.verdict.holds[measure])
+      for one in judged
+      if measure == "correct" or measure in one.verdict.holds
+    ]
+    if values:
+      groups = [one.concept or f"image {i}" for i, (one, _) in enumerate(values)]
+      holds = [float(value) for _, value in values]
+      interval = intervals.mean_interval(holds, np.ones(len(holds)), groups, num_resamples, seed)
+      result[measure] = {"share": interval.pop("mean"), **interval}
+  return result
+
+
+def describe(tables: dict[str, dict]) -> str:
+  """Writes tables as text, one after the other.
+
+  Args:
+    tables: title, e.g. "guidance 1" -> result of `table`.
+  """
+  width = max(len(label) for table in tables.values() for label, _ in rows(table)) + 2
+  lines = []
+  for title, table in tables.items():
+    count, mean = table["all"]["images"], table["geneval"]
+    lines.append(f"{title}: {count} images, mean of the categories {mean:.1%} correct")
+    lines.append(" " * width + "images  " + "".join(f"{m:<23}" for m in MEASURES).rstrip())
+    for label, row in rows(table):
+      cells = "".join(f"{share(row.get(m)):<23}" for m in MEASURES).rstrip()
+      lines.append(f"{label:<{width}}{row['images']:>6}  {cells}")
+  return "\n".join(lines)
+
+
+def rows(table: dict) -> list[tuple[str, dict]]:
+  """Returns the rows of a table with their labels: all, categories, kinds of held-out."""
+  kinds = [(f"held-out: {kind or 'no'}", row) for kind, row in table["heldout"].items()]
+  return [("all", table["all"]), *table["tag"].items(), *kinds]
+
+
+def share(measure: dict | None) -> str:
+  """Formats a share and its interval: "81.0% [77.4, 84.1]"; "-" for None."""
+  if measure is None:
+    return "-"
+  text = f"{measure['share']:.1%}"
+  if measure["low"] is None:
+    return text
+  return f"{text} [{100 * measure['low']:.1f}, {100 * measure['high']:.1f}]"
+
+
+def geneval_metadata(prompt: str, facts: dict) -> dict:
+  """Returns the facts of a caption as a line of GenEval's evaluation_metadata.jsonl."""
+  fields = {name: facts[name] for name in ("tag", "include", "exclude") if name in facts}
+  return {**fields, "prompt": prompt}
+
+
+def geneval_result(filename: str, one: Judged) -> dict:
+  """Returns the line of GenEval's results for an image (evaluate_images.py of djghosh13/geneval).
+
+  `details` has the boxes of the objects found, by class, with their scores, as a JSON text.
+  """
+  boxes: dict = {}
+  for thing in one.verdict.found:
+    boxes.setdefault(thing.name, []).append([*thing.box, thing.score])
+  return {
+    "filename": filename,
+    "tag": one.facts["tag"],
+    "prompt": one.prompt,
+    "correct": one.verdict.correct,
+    "reason": one.verdict.reason,
+    "metadata": json.dumps(geneval_metadata(one.prompt, one.facts)),
+    "details": json.dumps(boxes),
+  }

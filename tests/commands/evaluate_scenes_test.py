@@ -1,0 +1,191 @@
+"""Tests launch.evaluate on scenes: judged samples, and exports for GenEval."""
+
+import dataclasses
+import json
+
+from absl import flags
+from absl.testing import flagsaver
+from etils import epath
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax.commands import common, evaluate
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import scenes as scenes_source
+from cm3leon_jax.data.documents import Document, DocumentStore, Segment, write_documents
+from cm3leon_jax.data.scene_world import ScenesConfig
+from cm3leon_jax.evaluation import scene_samples
+from cm3leon_jax.io import read_json, read_json_lines
+from cm3leon_jax.tokenizers.text import TextTokenizer
+from tests.data.stores import VOCAB
+from tests.generation.run import SETTINGS, one_device, save_run
+from tests.retrieval.stores import write_neighbors
+
+NUM_SCENES = 24
+
+
+def settings_of(**fields):
+  evaluation = {"num_documents": 4, "num_resamples": 100, "batch_size": 8, **fields}
+  return dataclasses.replace(
+    SETTINGS, evaluation=dataclasses.replace(SETTINGS.evaluation, **evaluation)
+  )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  """A finished run whose held-out documents are scenes, with random weights and codes."""
+  root = epath.Path(tmp_path_factory.mktemp("run"))
+  save_run(root)
+  encode, rng = TextTokenizer(root / "text_tokenizer", VOCAB).encode, np.random.default_rng(0)
+  config, documents = ScenesConfig(train=10, heldout=NUM_SCENES), []
+  for i in range(NUM_SCENES):
+    pair = scenes_source.pair(config, "heldout", i)
+    codes = VOCAB.image_ids(rng.integers(0, VOCAB.image_size, 16))
+    segments = (Segment(False, encode(pair.caption)), Segment(True, codes))
+    names = ("key", "source", "license", "attribution", "group", "concept", "facts")
+    fields = {name: getattr(pair, name) for name in names}
+    documents.append(Document(segments=segments, **fields))
+  write_documents(root / "documents" / "heldout_pairs", documents, VOCAB)
+  ids = np.stack([rng.permutation(12)[:4] for _ in documents]).astype(np.int32)
+  (root / "neighbors" / "heldout_pairs").rmtree()
+  write_neighbors(root / "neighbors" / "heldout_pairs", text_ids=ids)
+  return root
+
+
+@pytest.fixture
+def run(made, monkeypatch):
+  """Returns a function that runs the command with some settings and flags."""
+  monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+
+  def call(settings, **values):
+    with flagsaver.flagsaver(**values):
+      evaluate.main(settings, made)
+
+  return call
+
+
+def pixels_of(path):
+  with Image.open(path) as image:
+    return np.asarray(image)
+
+
+def facts_of(workdir):
+  store = DocumentStore(workdir / "documents" / "heldout_pairs", VOCAB)
+  return [store[i].facts for i in range(len(store))]
+
+
+def test_scenes_are_generated_judged_and_written(made, run, capsys):
+  settings = settings_of(scenes=10, scene_guidance=(1.0, 2.5))
+  run(settings)
+  folder = made / "evaluation"
+  result = read_json(folder / "scenes.json")
+  titles = ["real images", "reconstructions", "guidance 1", "guidance 2.5"]
+  assert list(result["tables"]) == titles
+  assert result["judge"]["real"] == 1
+  assert result["tables"]["real images"]["all"]["correct"]["share"] == 1
+  assert result["tables"]["guidance 1"]["all"]["correct"]["share"] == 0  # Random weights.
+  assert all(table["all"]["images"] == 10 for table in result["tables"].values())
+  lines = read_json_lines(folder / "scenes_results.jsonl")
+  assert [line["guidance"] for line in lines] == [1.0] * 10 + [2.5] * 10
+  first = lines[0]
+  assert pixels_of(folder / first["filename"]).shape == (8, 8, 3)
+  known = {(fact["tag"], json.dumps(fact["include"])) for fact in facts_of(made)}
+  told = json.loads(first["metadata"])
+  assert (told["tag"], json.dumps(told["include"])) in known
+  assert told["prompt"] == first["prompt"]
+  assert pixels_of(folder / "scenes.png").shape[1] > 400
+  summary = read_json(folder / "metrics.json")
+  assert summary["scenes"]["real images"]["correct"] == 1
+  assert summary["documents"] == 4
+  assert "guidance 2.5: 10 images" in capsys.readouterr().out
+  run(settings)
+  assert "finished already, skipped" in capsys.readouterr().out
+  warmer = dataclasses.replace(settings.sampling, temperature=0.5)
+  run(dataclasses.replace(settings, sampling=warmer))  # Other samples.
+  assert "skipped" not in capsys.readouterr().out
+
+
+def test_scenes_are_spread_over_categories_and_kinds_by_the_seed(made):
+  facts = facts_of(made)
+  chosen = scene_samples.choose(facts, 12, seed=0)
+  assert len(set(chosen)) == 12
+  groups = {(facts[i]["tag"], facts[i]["heldout"]) for i in chosen}
+  assert len(groups) == 12
+  assert scene_samples.choose(facts, 12, seed=0) == chosen
+  assert scene_samples.choose(facts, 12, seed=1) != chosen
+  assert scene_samples.choose(facts, 14, seed=0)[:12] == chosen
+  assert sorted(scene_samples.choose(facts, NUM_SCENES, 0)) == list(range(NUM_SCENES))
+  with pytest.raises(UserError, match=r"25 held-out scenes .* 24 held-out documents have facts"):
+    scene_samples.choose(facts, 25, seed=0)
+  with pytest.raises(UserError, match=r"raw\.source = 'scenes'"):
+    scene_samples.choose([{}, {}], 1, seed=0)
+
+
+def test_too_many_scenes_end_the_command_before_anything_is_measured(made, run, capsys):
+  (made / "evaluation").rmtree(missing_ok=True)
+  with pytest.raises(UserError, match="25 held-out scenes"):
+    run(settings_of(scenes=25))
+  assert "bits per image code" not in capsys.readouterr().out
+
+
+PROMPTS = [
+  {"tag": "colors", "include": [{"class": "bird", "count": 1, "color": "red"}], "prompt": "a bird"},
+  {"prompt": "two cars", "atom_count": 2, "vqa_list": [["How many?", "two"]], "skills": ["count"]},
+]
+
+
+def test_an_export_has_the_folders_of_geneval_and_the_paths_of_geneval_2(made, run, tmp_path):
+  path = tmp_path / "My prompts.jsonl"
+  path.write_text("".join(json.dumps(line) + "\n" for line in PROMPTS))
+  run(settings_of(), export="geneval", prompts=str(path))
+  (folder,) = (made / "geneval").glob("my-prompts-*")
+  found = []
+  # As evaluate_images.py of GenEval walks through the folder.
+  for sub in sorted(x for x in folder.iterdir() if x.is_dir() and x.name.isdigit()):
+    metadata = json.loads((sub / "metadata.jsonl").read_text())
+    images = sorted(x.name for x in (sub / "samples").iterdir())
+    assert images == ["0000.png", "0001.png", "0002.png", "0003.png"]
+    pixels = [pixels_of(sub / "samples" / name) for name in images]
+    assert pixels[0].shape == (8, 8, 3)
+    assert any((pixels[0] != other).any() for other in pixels[1:])
+    found.append(metadata)
+  assert found == PROMPTS
+  paths = read_json(folder / "image_paths.json")  # GenEval 2: prompt -> image.
+  assert list(paths) == ["a bird", "two cars"]
+  assert paths["two cars"] == str(folder / "00001" / "samples" / "0000.png")
+
+
+def test_an_export_without_prompts_has_the_heldout_scenes(made, run, capsys):
+  run(settings_of(scenes=3), export="geneval", samples=1)
+  (folder,) = (made / "geneval").glob("heldout-*")
+  found = [json.loads((folder / f"{i:05d}" / "metadata.jsonl").read_text()) for i in range(3)]
+  chosen = scene_samples.choose(facts_of(made), 3, seed=0)
+  assert [x["include"] for x in found] == [facts_of(made)[i]["include"] for i in chosen]
+  assert all(list(x) == ["tag", "include", "exclude", "prompt"] for x in found)
+  assert [x.name for x in (folder / "00002" / "samples").iterdir()] == ["0000.png"]
+  capsys.readouterr()
+  run(settings_of(scenes=3), export="geneval", samples=1)
+  assert "finished already, skipped" in capsys.readouterr().out
+
+
+def test_mistakes_in_prompts_are_named(run, tmp_path):
+  with pytest.raises(UserError, match="--prompts is given without --export: add --export=geneval"):
+    run(settings_of(), prompts="p.jsonl")
+  with pytest.raises(UserError, match="--samples is given without --export"):
+    run(settings_of(), samples=2)
+  path = tmp_path / "p.jsonl"
+  for text, message in (
+    (None, "p.jsonl, which does not exist"),
+    ("\n", "p.jsonl, which has no line"),
+    ('{"prompt": "a"}\n{', "p.jsonl, line 2 is not valid JSON"),
+    ('{"tag": "colors"}', "p.jsonl, line 1 must be a JSON object with a text in its field"),
+    ('["a"]', "p.jsonl, line 1 must be a JSON object"),
+    (json.dumps({"prompt": "word " * 300}), "p.jsonl, prompt 1: the prompt has"),
+  ):
+    if text is not None:
+      path.write_text(text)
+    with pytest.raises(UserError, match=message):
+      run(settings_of(), export="geneval", prompts=str(path))
