@@ -2,17 +2,39 @@
 
   python -m launch.train_vqgan --config=ml_configs/openmoji.py --workdir=workdir
 
-The same command continues a run that was stopped or killed.
+The same command continues a run that was stopped or killed. For `scenes` it also prints the share
+of held-out images that are judged right, as rendered and reconstructed: no decoder can be expected
+to exceed the latter.
 """
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 
 
+def _judge_scenes(workdir, tokenizer) -> dict:
+  """Judges held-out scenes and their reconstructions; {} for pairs without facts."""
+  import numpy as np
+
+  from cm3leon_jax.data import raw_pairs
+
+  facts = [pair.facts for pair in raw_pairs.read_pairs(workdir / "raw", "heldout")]
+  if not facts or not all(facts):
+    return {}
+  from cm3leon_jax.evaluation import scenes
+
+  images = raw_pairs.open_images(workdir / "raw", "heldout", tokenizer.config.resolution)
+  images = images[np.arange(len(images))]
+  kinds = {"real": images, "reconstructed": tokenizer.decode(tokenizer.encode(images))}
+  return {
+    f"{kind}_scenes_right": float(np.mean([v.correct for v in scenes.judge_all(x, facts)]))
+    for kind, x in kinds.items()
+  }
+
+
 def main(settings, workdir):
   from cm3leon_jax.data import raw_pairs
   from cm3leon_jax.data.records import SPLITS
-  from cm3leon_jax.tokenizers import train_vqgan
+  from cm3leon_jax.tokenizers import train_vqgan, vqgan
 
   with common.use_mesh(settings), stages.stage(workdir, "vqgan", settings) as summary:
     if summary is not None:
@@ -24,6 +46,7 @@ def main(settings, workdir):
           settings.vqgan, settings.vocab.image_size, settings.seed, *images, workdir / "vqgan"
         )
       )
+      summary.update(_judge_scenes(workdir, vqgan.ImageTokenizer.load(workdir / "vqgan")))
       print("train_vqgan:", ", ".join(f"{k} {v:.4g}" for k, v in summary.items()))
 
 

@@ -24,10 +24,10 @@ def get_config(variant: str = "15"):
     )
   steps = {stage: max(10, round(n * scale)) for stage, n in STEPS.items()}
   config = base.get_config()
-  config.vocab.update({"num_special": 32, "text_size": 1_024, "image_size": 512})
+  config.vocab.update({"num_special": 32, "text_size": 1_024, "image_size": 1_024})
   config.raw.update({"source": "scenes", "resolution": 48, "max_texts": 0})
-  # A code is one square of 4 x 4 pixels: an icon has 6 x 6 codes, the same wherever it stands.
-  config.vqgan.update({"resolution": 48, "downsample": 4, "stem": 4, "local_codes": True})
+  # A code is one square of 6 x 6 pixels: an icon has 4 x 4 codes, the same wherever it stands.
+  config.vqgan.update({"resolution": 48, "downsample": 6, "stem": 6, "local_codes": True})
   config.vqgan.update({"width": 64, "multipliers": (1,), "encoder_blocks": (1,)})
   config.vqgan.update({"decoder_blocks": (2,), "code_dim": 8, "batch_size": 16})
   config.vqgan.update({"learning_rate": 5e-3, "warmup_steps": 50, "adversarial_weight": 0.0})
@@ -41,7 +41,7 @@ def get_config(variant: str = "15"):
   config.retrieval.update({"max_similarity": 0.97})
   config.data.update({"sequence_length": 512, "text_share": 0.0, "pack_window": 1_024})
   config.data.update({"num_neighbors": 1, "neighbor_dropout": 0.5})
-  config.model.update({"family": "modern", "vocab_size": 1_536, "num_layers": 4, "width": 192})
+  config.model.update({"family": "modern", "vocab_size": 2_048, "num_layers": 4, "width": 192})
   config.model.update({"num_heads": 3, "mlp_width": 512, "max_positions": 512})
   config.model.update({"init_std": 0.034, "embed_std": 0.25})
   config.model.update({"dtype": "float32", "remat_policy": "none", "loss_chunk": 512})

@@ -239,7 +239,8 @@ def evaluate(tokenizer: ImageTokenizer, images, train_images, folder: epath.Path
 
   Returns:
     psnr_db: mean PSNR of the images; psnr_of_mean_mse_db: PSNR of the mean squared error of all;
-    codebook_perplexity and codes_used (held-out), and the same with prefix train_.
+    codebook_perplexity and codes_used (held-out), and the same with prefix train_; bits_per_image:
+    of training codes whose frequencies are known, the start of a decoder.
   """
   images = images[np.arange(min(len(images), MAX_HELDOUT))]
   codes = tokenizer.encode(images)
@@ -251,13 +252,15 @@ def evaluate(tokenizer: ImageTokenizer, images, train_images, folder: epath.Path
   with replacing(epath.Path(folder) / RECONSTRUCTIONS) as file:
     np.savez_compressed(file, originals=images[shown], reconstructions=reconstructions[shown])
   errors = np.maximum(mean_squared_errors(images, reconstructions), 1e-10)
+  train_perplexity = perplexity(train_codes, tokenizer.num_codes)
   return {
     "psnr_db": float(np.mean(-10 * np.log10(errors))),
     "psnr_of_mean_mse_db": float(-10 * np.log10(errors.mean())),
     "codebook_perplexity": perplexity(codes, tokenizer.num_codes),
     "codes_used": len(np.unique(codes)),
-    "train_codebook_perplexity": perplexity(train_codes, tokenizer.num_codes),
+    "train_codebook_perplexity": train_perplexity,
     "train_codes_used": len(np.unique(train_codes)),
+    "bits_per_image": math.log2(train_perplexity) * tokenizer.config.image_tokens,
   }
 
 
