@@ -154,6 +154,8 @@ REFUSED = [
   ("optimizer", "clip_norm", 0.0, POSITIVE),
   ("optimizer", "first_moment_dtype", "float16", "'float32' or 'bfloat16'"),
   ("optimizer", "z_loss", -0.1, NOT_NEGATIVE),
+  ("optimizer", "ema_decay", -0.1, NOT_NEGATIVE),
+  ("optimizer", "ema_decay", 1.0, BELOW_1),
   ("train", "steps", 0, POSITIVE),
   ("train", "global_batch_size", 0, POSITIVE),
   ("train", "gradient_accumulation_steps", 0, POSITIVE),
