@@ -1,6 +1,7 @@
 """Tests that the decode programs compiled ahead of time are those that a Generator runs."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -85,7 +86,7 @@ def test_an_average_takes_4_bytes_of_each_parameter_over_the_mesh():
     optimizer = dataclasses.replace(SETTINGS.optimizer, ema_decay=decay)
     settings = dataclasses.replace(SETTINGS, train=train, optimizer=optimizer)
     state, _ = programs.train_step(settings, mesh).args_info[0]
-    arguments.append(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)))
+    arguments.append(sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state)))
     rest.append(programs.evaluation(settings, mesh).rest_bytes)
   parameters = programs.count_params(SETTINGS, mesh)
   assert arguments[1] - arguments[0] == 4 * parameters
