@@ -79,6 +79,7 @@ FREE = frozenset(
     "data.read_threads",
     "model.remat_policy",
     "model.attention",
+    "model.unroll_layers",
     "model.loss_chunk",
   }
 )

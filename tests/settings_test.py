@@ -193,6 +193,7 @@ FREE = {
   "raw.default_attribution",
   "retrieval.clip",
   "model.query_key_norm",
+  "model.unroll_layers",
   "optimizer.decay_embeddings",
   "train.tensorboard",
   "train.wandb",

@@ -81,6 +81,11 @@ def test_mesh_and_accumulation_change_nothing(reference, shape, accumulation):
   assert losses[2, 0] != losses[0, 0]
 
 
+def test_unrolled_layers_change_nothing(reference):
+  losses, _ = run((2, 2, 2), 1, unroll_layers=True)
+  np.testing.assert_allclose(losses, reference[0], rtol=2e-5)
+
+
 def test_the_average_on_a_mesh_is_the_recursion_of_the_parameters():
   """The state is donated; the decays are 1/10, 2/11, 3/12 and then 0.3."""
 
