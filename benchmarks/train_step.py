@@ -37,6 +37,7 @@ _REMAT = flags.DEFINE_enum(
 )
 _ATTENTION = flags.DEFINE_enum("attention", "auto", ATTENTIONS, "Implementation of attention.")
 _CHUNK = flags.DEFINE_integer("loss_chunk", 32, "Tokens of a row whose logits exist at once.")
+_UNROLL = flags.DEFINE_bool("unroll_layers", False, "Unroll the loop over layers.")
 _STEPS = flags.DEFINE_integer("steps", 15, "Timed steps, after two that are not.")
 
 
@@ -88,6 +89,7 @@ def main(_) -> None:
     remat_policy=_REMAT.value,
     attention=_ATTENTION.value,
     loss_chunk=_CHUNK.value,
+    unroll_layers=_UNROLL.value,
   )
   tokens = _ROWS.value * _LENGTH.value
   flops = model_flops(model, tokens, _LENGTH.value)

@@ -81,6 +81,7 @@ FREE = frozenset(
     "data.read_threads",
     "model.remat_policy",
     "model.attention",
+    "model.unroll_layers",
     "model.loss_chunk",
   }
 )

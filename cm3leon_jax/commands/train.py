@@ -1,11 +1,16 @@
 """Trains the decoder; the same command continues a run that was stopped or killed.
 
-python -m launch.train --config=ml_configs/openmoji.py --workdir=workdir
+  python -m launch.train --config=ml_configs/openmoji.py --workdir=workdir
+  python -m launch.train --config=ml_configs/openmoji.py --workdir=new --init_from=workdir
+
+--init_from starts a new run from trained parameters of the same model and vocab, at step 0. The run
+remembers where it started, and continues without the flag.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -18,10 +23,17 @@ from cm3leon_jax.io import read_json, write_json
 if TYPE_CHECKING:
   from cm3leon_jax.data.pipeline import RowLoader
   from cm3leon_jax.data.plan import RowPlan
+  from cm3leon_jax.export.weights import Weights
   from cm3leon_jax.settings import Settings
 
 _PROFILE_STEPS = flags.DEFINE_string(
   "profile_steps", "", "First and last step to trace into train/profile, e.g. 10:13."
+)
+_INIT_FROM = flags.DEFINE_string(
+  "init_from",
+  "",
+  "Trained parameters that a new run starts from, with a new optimizer: the workdir of another run "
+  "(its average, if it has one), or a folder that launch.export wrote.",
 )
 _DEBUG_NANS = flags.DEFINE_bool(
   "debug_nans", False, "Stop at the operation that computes the first NaN. Slow."
@@ -102,33 +114,62 @@ def look_at_rows(plan: RowPlan) -> dict:
   return statistics
 
 
-def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool = False) -> None:
+def _begin(settings: Settings, workdir, init_from: str) -> tuple[dict, Weights | None]:
+  """Checks that the run in `workdir` is this one, and writes its config.
+
+  All processes must call it.
+
+  Returns:
+    What the run depends on, and the parameters that it starts from; None: random ones.
+
+  Raises:
+    UserError: the folder holds another run, or a process sees another folder.
+  """
+  from cm3leon_jax import distributed
+  from cm3leon_jax.export import weights
+
+  path = workdir / "train" / "config.json"
+  with distributed.together():  # No process writes before all have read.
+    config = stages.run_config(settings, workdir, "train")
+    stored = read_json(path)["run"] if path.exists() else None
+  start = weights.start_of_run(settings, workdir, init_from, stored)
+  if start is not None:
+    config["init_from"] = dataclasses.asdict(start)
+  with distributed.together():
+    if stored is not None:
+      stages.check_same_config(path.parent, stored, config)
+  with distributed.together():
+    if distributed.is_first():
+      write_json(path, {"run": config, "settings": dataclasses.asdict(settings)})
+  with distributed.together():
+    if not path.exists():
+      raise UserError(
+        f"--workdir {workdir} is another folder for some of the processes: "
+        "name a folder that all processes share."
+      )
+  return config, start
+
+
+def main(
+  settings: Settings,
+  workdir,
+  profile_steps: str = "",
+  debug_nans: bool = False,
+  init_from: str = "",
+) -> None:
   import jax
 
   from cm3leon_jax import distributed
+  from cm3leon_jax.export import weights
   from cm3leon_jax.generation.heldout import sample_grids
   from cm3leon_jax.training.profile import parse_steps
   from cm3leon_jax.training.train import train
 
   traced = parse_steps(profile_steps, settings.train.steps)
-  distributed.check_same_config(
-    {**dataclasses.asdict(settings), "profile_steps": profile_steps, "debug_nans": debug_nans}
-  )
-  with distributed.together():  # No process writes before all have read.
-    folder = workdir / "train"
-    config = stages.run_config(settings, workdir, "train")
-    if (folder / "config.json").exists():
-      stages.check_same_config(folder, read_json(folder / "config.json")["run"], config)
-  with distributed.together():
-    if distributed.is_first():
-      about = {"run": config, "settings": dataclasses.asdict(settings)}
-      write_json(folder / "config.json", about)
-  with distributed.together():
-    if not (folder / "config.json").exists():
-      raise UserError(
-        f"--workdir {workdir} is another folder for some of the processes: "
-        "name a folder that all processes share."
-      )
+  options = {"profile_steps": profile_steps, "debug_nans": debug_nans, "init_from": init_from}
+  distributed.check_same_config({**dataclasses.asdict(settings), **options})
+  config, start = _begin(settings, workdir, init_from)
+  folder = workdir / "train"
   done = folder / stages.DONE
   redo = done.exists() and read_json(done)["summary"]["steps"] < settings.train.steps
   # A context: jax.config.update loses the setting after tracing logsumexp and others (jax 0.10.2).
@@ -146,7 +187,9 @@ def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool 
       summary.update(rows=look_at_rows(loader.plan))
       generate_grid = sample_grids(settings, workdir, folder / "samples")
     sections = (settings.model, settings.optimizer, settings.train, settings.vocab)
-    result = train(folder, *sections, loader, heldout, settings.seed, generate_grid, traced)
+    initial_params = None if start is None else functools.partial(weights.load, start, settings)
+    options = (settings.seed, generate_grid, traced, initial_params)
+    result = train(folder, *sections, loader, heldout, *options)
     summary.update(result)
     loss = f"held-out image loss {result['heldout_image_loss']:.3f} nats per code"
     distributed.print_once(f"train: {result['steps']} steps, {loss}.")
@@ -154,6 +197,8 @@ def main(settings: Settings, workdir, profile_steps: str = "", debug_nans: bool 
 
 if __name__ == "__main__":
   common.run(
-    lambda settings, workdir: main(settings, workdir, _PROFILE_STEPS.value, _DEBUG_NANS.value),
+    lambda settings, workdir: main(
+      settings, workdir, _PROFILE_STEPS.value, _DEBUG_NANS.value, _INIT_FROM.value
+    ),
     several_processes=True,
   )

@@ -81,6 +81,66 @@ def _attention(prefix: str, blocks: dict, i: int, out_name: str) -> dict[str, np
   }
 
 
+def params_of(tensors: dict[str, np.ndarray], config: ModelConfig) -> dict:
+  """Converts what `opt_tensors` or `qwen3_tensors` returned back to parameters, fp32.
+
+  Raises:
+    KeyError: a tensor is missing.
+  """
+  K, D, N, H = config.num_layers, config.width, config.num_heads, config.head_dim
+  opt = config.family == "opt"
+  prefix = "model.decoder" if opt else "model"
+
+  def layers(name):
+    return np.stack([tensors[f"{prefix}.layers.{i}.{name}.weight"] for i in range(K)])
+
+  def transposed(name):
+    return layers(name).swapaxes(1, 2)
+
+  qkv = [transposed(f"self_attn.{name}_proj").reshape(K, D, N, H) for name in "qkv"]
+  out = transposed(f"self_attn.{'out' if opt else 'o'}_proj").reshape(K, N, H, D)
+  blocks = {"qkv": np.stack(qkv, axis=1), "out": out}
+  params = {"embed": tensors[f"{prefix}.embed_tokens.weight"], "blocks": blocks}
+  if opt:
+    blocks |= {"up": transposed("fc1"), "down": transposed("fc2")}
+    params["positions"] = tensors[f"{prefix}.embed_positions.weight"][OPT_OFFSET:]
+  else:
+    blocks |= {name: transposed(f"mlp.{name}_proj") for name in ("gate", "up", "down")}
+    blocks |= {
+      ours: {"scale": layers(theirs)}
+      for ours, theirs in (
+        ("q_norm", "self_attn.q_norm"),
+        ("k_norm", "self_attn.k_norm"),
+        ("norm1", "input_layernorm"),
+        ("norm2", "post_attention_layernorm"),
+      )
+    }
+    params["head"] = tensors["lm_head.weight"]
+    params["final_norm"] = {"scale": tensors["model.norm.weight"]}
+  return jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+
+
+def config_of(described: dict) -> dict[str, dict]:
+  """Returns the fields of the sections `model` and `vocab` that `hf_config` described.
+
+  Raises:
+    KeyError: `hf_config` did not write it.
+  """
+  opt = described["model_type"] == "opt"
+  model = {
+    "family": "opt" if opt else "modern",
+    "vocab_size": described["vocab_size"],
+    "num_layers": described["num_hidden_layers"],
+    "width": described["hidden_size"],
+    "num_heads": described["num_attention_heads"],
+    "mlp_width": described["ffn_dim" if opt else "intermediate_size"],
+    "max_positions": described["max_position_embeddings"],
+  }
+  if opt:  # A decoder with these norms is not exported.
+    model["query_key_norm"] = False
+  return {"model": model, "vocab": described["cm3leon"]}
+
+
 def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
   """Returns the content of config.json. Image code c is token id `cm3leon.text_size` + c."""
   common = {
@@ -190,7 +250,8 @@ def causal_logits(config: ModelConfig, params: dict, tokens):
   tokens = shard(jnp.broadcast_to(tokens[None], (batch_shards(), tokens.size)), "batch", "length")
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
   hidden = model(tokens, shard(positions, "batch", "length"), jnp.ones_like(tokens))
-  return transformer.logits(hidden, model.output_table())[0]
+  logits = transformer.logits(hidden, model.output_table())
+  return shard(logits, None, "length", "vocab")[0]
 
 
 def compare_logits(

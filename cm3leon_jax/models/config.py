@@ -59,6 +59,9 @@ class ModelConfig:
   attention: Attention = "auto"
   """Implementation of attention: `plain` on any device; `splash`, the Pallas kernel of TPUs;
   `triton`, the Pallas kernel of GPUs; `auto`, the one of the mesh's devices."""
+  unroll_layers: bool = False
+  """Whether the loop over layers is unrolled. It then takes longer to compile, and saves the copies
+  between iterations: 15 to 20% of a train step of small decoders on a CPU."""
   loss_chunk: PositiveInt = 256
   """Tokens of a row whose logits exist at the same time in the loss."""
 

@@ -232,6 +232,7 @@ class Transformer(nnx.Module):
       _checkpointed(layer, self.config.remat_policy),
       self.embed_tokens(tokens, positions),
       self.blocks,
+      unroll=self.config.unroll_layers,
     )
     return self.final_norm(x)
 

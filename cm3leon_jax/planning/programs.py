@@ -44,11 +44,12 @@ class Evaluation(NamedTuple):
 
   Attributes:
     step: the program, lowered.
-    optimizer_bytes: bytes of the optimizer's state on a device, which stay in memory meanwhile.
+    rest_bytes: bytes of the rest of the state on a device, which stay in memory meanwhile: the
+      optimizer's state, and the parameters if their average is evaluated.
   """
 
   step: jax.stages.Lowered
-  optimizer_bytes: int
+  rest_bytes: int
 
 
 def evaluation(settings, mesh: jax.sharding.Mesh) -> Evaluation:
@@ -56,7 +57,8 @@ def evaluation(settings, mesh: jax.sharding.Mesh) -> Evaluation:
   with jax.set_mesh(mesh):
     steps, state = _steps(settings, mesh)
     batch = _batch(settings, mesh, settings.train.micro_batch_size)
-    return Evaluation(steps.evaluate.lower(state.params, batch), _local_bytes(state.opt_state))
+    rest = (state.opt_state, None if state.ema is None else state.params)
+    return Evaluation(steps.evaluate.lower(state.eval_params, batch), _local_bytes(rest))
 
 
 def _steps(settings, mesh: jax.sharding.Mesh):

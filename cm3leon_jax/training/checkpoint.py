@@ -140,16 +140,21 @@ class Checkpoints:
     return restored["state"], restored["data"]["next_row"]
 
   def restore_params(self, config: ModelConfig, step: int) -> dict:
-    """Restores only the parameters, onto the current mesh. Raises UserError, see `restore`."""
+    """Restores only the parameters, onto the current mesh: their average, if the run has one.
+
+    Raises UserError, see `restore`.
+    """
     self.check(step)
     params = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
-    item = {"params": abstract(params, jax.sharding.get_mesh())}
+    stored = ocp.StandardCheckpointHandler().metadata(self.folder / str(step) / "state")
+    name = "ema" if stored.get("ema") else "params"
+    item = {name: abstract(params, jax.sharding.get_mesh())}
     args = ocp.args.PyTreeRestore(
       item=item,
       restore_args=ocp.checkpoint_utils.construct_restore_args(item),
       partial_restore=True,
     )
-    return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]["params"]
+    return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"][name]
 
   def check(self, step: int) -> None:
     """Raises UserError if a file of the checkpoint differs from what was written."""
@@ -163,6 +168,10 @@ class Checkpoints:
             "to the previous checkpoint."
           )
 
+  def digest(self, step: int) -> str | None:
+    """Returns the SHA-256 of the digests of a checkpoint's files."""
+    return digest(self._digest_path(step))
+
   def close(self) -> None:
     """Waits for the last save and ends."""
     self.wait()
@@ -175,7 +184,7 @@ class Checkpoints:
 def load_params(
   folder: epath.PathLike, config: ModelConfig, step: int | None = None
 ) -> tuple[dict, int]:
-  """Loads the parameters of a run's checkpoint onto the current mesh.
+  """Loads the parameters of a run's checkpoint onto the current mesh: their average, if it has one.
 
   Args:
     folder: of the run.
@@ -188,6 +197,24 @@ def load_params(
   Raises:
     UserError: there is no sealed checkpoint, or none of `step`, or it is damaged.
   """
+  checkpoints, step = _open(folder, step)
+  params = checkpoints.restore_params(config, step)
+  checkpoints.close()
+  return params, step
+
+
+def identify(folder: epath.PathLike, step: int | None = None) -> tuple[int, str | None]:
+  """Returns the step of a run's checkpoint and the SHA-256 of the digests of its files.
+
+  Arguments and errors are those of `load_params`.
+  """
+  checkpoints, step = _open(folder, step)
+  checkpoints.close()
+  return step, checkpoints.digest(step)
+
+
+def _open(folder: epath.PathLike, step: int | None) -> tuple[Checkpoints, int]:
+  """Opens a run's checkpoints; returns them and a step that they have, the newest for None."""
   if not (epath.Path(folder) / FOLDER).exists():
     raise UserError(f"{folder} has no checkpoint: run `python -m launch.train` first.")
   checkpoints = Checkpoints(folder, keep=1_000_000)
@@ -199,6 +226,4 @@ def load_params(
   step = newest if step is None else step
   if not (checkpoints.folder / str(step)).exists():
     raise UserError(f"{folder} has no checkpoint of step {step} any more: the newest is {newest}.")
-  params = checkpoints.restore_params(config, step)
-  checkpoints.close()
-  return params, step
+  return checkpoints, step

@@ -1,9 +1,10 @@
-"""AdamW with clipping, warm-up and decay."""
+"""AdamW with clipping, warm-up and decay, and the average of the parameters."""
 
 from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int32
 import optax
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 import pydantic.dataclasses
@@ -46,6 +47,10 @@ class OptimizerConfig:
   z_loss: NonNegativeFloat = 0.0
   """Weight in the loss of the squared log of the softmax's normalizer: 0, or about 1e-4 (PaLM,
   section 5)."""
+  ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+  """Largest decay of the exponential moving average of the parameters, e.g. 0.999; 0: none. The
+  decay of step t (from 0) is min(ema_decay, (1 + t) / (10 + t)), so the average of a short run
+  is that of its last steps. A run that has the average evaluates, samples and exports it."""
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -81,3 +86,19 @@ def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTrans
     mask=decayed,
   )
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def update_average(average: dict, params: dict, decay: float, step: Int32[Array, ""]) -> dict:
+  """Moves an exponential moving average towards the parameters.
+
+  The decay is min(decay, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage.
+
+  Args:
+    average: in fp32 as the parameters: in bfloat16, a summand of 1 - decay = 0.001 would round
+      to nothing.
+    params: after the step.
+    decay: largest decay.
+    step: number of the step, from 0.
+  """
+  rate = jnp.maximum(1 - decay, 9 / (10 + step))  # 1 - the decay, without its rounding.
+  return jax.tree.map(lambda x, new: x + rate * (new - x), average, params)

@@ -14,24 +14,38 @@ from cm3leon_jax.mesh import spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import loss
+from cm3leon_jax.training.optimizer import update_average
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-  """Everything that a step changes: the int32 number of steps, and pure trees of arrays."""
+  """Everything that a step changes: the int32 number of steps, and pure trees of arrays.
+
+  `ema` is the exponential moving average of the parameters, laid out as they are, or None.
+  """
 
   step: Any  # The types or shardings of a state's arrays are in a TrainState, too.
   params: dict
   opt_state: optax.OptState
+  ema: Any = None  # A dict like `params`; in place of None Orbax puts a leaf of its own.
+
+  @property
+  def eval_params(self) -> dict:
+    """Parameters that are evaluated, sampled from and exported: the average, if there is one."""
+    return self.params if self.ema is None else self.ema
 
 
 def init_state(
-  config: ModelConfig, optimizer: optax.GradientTransformation, key: Key[Array, ""]
+  config: ModelConfig,
+  optimizer: optax.GradientTransformation,
+  key: Key[Array, ""],
+  averaged: bool = False,
 ) -> TrainState:
   """Initializes a state on the current mesh; under `jax.eval_shape` its types carry shardings."""
   params = transformer.init_params(config, key)
-  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+  ema = jax.tree.map(jnp.copy, params) if averaged else None
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
 
 def train_step(
@@ -42,6 +56,7 @@ def train_step(
   state: TrainState,
   batch: dict[str, loss.Ids | loss.Values],
   z_loss: float = 0.0,
+  ema_decay: float = 0.0,
 ) -> tuple[TrainState, dict[str, loss.Scalar]]:
   """Updates the state on a global batch.
 
@@ -55,6 +70,7 @@ def train_step(
     state: donated by the caller's jit.
     batch: rows of `data.pipeline`.
     z_loss: static; see `loss.weighted_nll`.
+    ema_decay: static; see `optimizer.update_average`. It counts if the state has an average.
 
   Returns:
     New state, and metrics: loss, image_loss, text_loss (nats per target), grad_norm, weight.
@@ -92,7 +108,10 @@ def train_step(
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics = {**loss.modality_losses(sums), "grad_norm": optax.tree.norm(grads), "weight": total}
-  return TrainState(state.step + 1, params, opt_state), metrics
+  ema = state.ema
+  if ema is not None:
+    ema = update_average(ema, params, ema_decay, state.step)
+  return TrainState(state.step + 1, params, opt_state, ema), metrics
 
 
 def _fp32(tree):

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -100,7 +101,7 @@ class Steps:
   """The jitted functions of a run.
 
   Attributes:
-    init: () -> state.
+    init: () -> state, with an average of the parameters if the optimizer's config has one.
     train: (state, batch) -> (state, metrics), see `state.train_step`; the state is donated.
     evaluate: (params, batch) -> sums, see `state.eval_step`.
   """
@@ -126,9 +127,11 @@ def compile_steps(
     vocab.text_size,
     config.gradient_accumulation_steps,
     z_loss=optimizer_config.z_loss,
+    ema_decay=optimizer_config.ema_decay,
   )
+  averaged = optimizer_config.ema_decay > 0
   return Steps(
-    init=jax.jit(lambda: init_state(model, optimizer, jax.random.key(seed))),
+    init=jax.jit(lambda: init_state(model, optimizer, jax.random.key(seed), averaged)),
     train=jax.jit(
       step, donate_argnums=0, compiler_options=compiler_options(jax.sharding.get_mesh())
     ),
@@ -149,8 +152,13 @@ def evaluate(steps: Steps, params, eval_batches: list) -> dict[str, float]:
   return {f"heldout_{name}": float(value) for name, value in loss.modality_losses(sums).items()}
 
 
-def _restore(checkpoints: Checkpoints, steps: Steps):
+def _restore(checkpoints: Checkpoints, steps: Steps, initial_params: Callable[[], dict] | None):
   """Restores the newest checkpoint, or initializes a state.
+
+  Args:
+    checkpoints: of the run.
+    steps: of the run.
+    initial_params: see `train`.
 
   Returns:
     (step of the checkpoint or None, state, next row).
@@ -158,7 +166,12 @@ def _restore(checkpoints: Checkpoints, steps: Steps):
   checkpoints.discard_unsealed()
   newest = checkpoints.newest()
   if newest is None:
-    return None, steps.init(), 0
+    state = steps.init()  # The optimizer starts with the same state, whatever the parameters are.
+    if initial_params is not None:
+      params = initial_params()
+      ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # Both are donated.
+      state = dataclasses.replace(state, params=params, ema=ema)
+    return None, state, 0
   return newest, *checkpoints.restore(jax.eval_shape(steps.init), newest)
 
 
@@ -181,14 +194,14 @@ def _run_steps(
     last = step == config.steps or stopping
     if step % config.eval_every == 0 or last:
       with monitor.phase("evaluate", step):
-        losses = evaluate(steps, state.params, eval_batches)
+        losses = evaluate(steps, state.eval_params, eval_batches)
         monitor.heldout(step, losses)
     if step % config.checkpoint_every == 0 or last:
       with monitor.phase("save", step):
         checkpoints.save(state, step, next_row)
     if sample_grid and (step % config.sample_every == 0 or step == config.steps):
       with monitor.phase("sample", step):
-        monitor.samples(step, sample_grid(state.params, step))
+        monitor.samples(step, sample_grid(state.eval_params, step))
     if config.histogram_every and step % config.histogram_every == 0:
       monitor.histograms(step, state.params)
     with monitor.overlapped("save"):
@@ -204,6 +217,7 @@ def train(
   folder: epath.Path, model: ModelConfig, optimizer_config: OptimizerConfig, config: TrainConfig,
   vocab: VocabLayout, loader: RowLoader, heldout: RowLoader, seed: int,
   sample_grid: Callable[[dict, int], Any] | None = None, profile_steps: range = range(0),
+  initial_params: Callable[[], dict] | None = None,
 ) -> dict:  # fmt: skip
   """Trains to `config.steps` from the newest checkpoint in `folder`, on the current mesh.
 
@@ -216,8 +230,11 @@ def train(
     loader: rows for training.
     heldout: rows for the held-out loss, see `DataConfig.for_heldout`.
     seed: of the parameters.
-    sample_grid: (params, step) -> grid, a PIL image or None; called every `sample_every` steps.
+    sample_grid: (params, step) -> grid, a PIL image or None; called every `sample_every` steps
+      with the parameters that are evaluated, see `TrainState.eval_params`.
     profile_steps: steps to trace.
+    initial_params: makes the parameters that a run without a checkpoint starts from; default:
+      random ones.
 
   Returns:
     Numbers for the report. At SIGTERM it saves and exits with `INTERRUPTED` instead.
@@ -231,7 +248,7 @@ def train(
     sharding = NamedSharding(mesh, spec("batch", "length"))
     steps = compile_steps(model, optimizer_config, config, vocab, seed)
     checkpoints = Checkpoints(folder, config.keep_checkpoints)
-    newest, state, next_row = _restore(checkpoints, steps)
+    newest, state, next_row = _restore(checkpoints, steps, initial_params)
     eval_batches = heldout_batches(heldout, config, sharding)
     data = batches(loader, next_row, config.global_batch_size, sharding)
     schedule = learning_rate_schedule(optimizer_config, config.steps)
@@ -254,7 +271,7 @@ def train(
       "nothing was trained."
     )
   if losses is None:  # No step was left to train.
-    losses = evaluate(steps, state.params, eval_batches)
+    losses = evaluate(steps, state.eval_params, eval_batches)
   return {
     "steps": step,
     "parameters": transformer.count_params(state.params),

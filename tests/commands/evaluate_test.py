@@ -43,7 +43,10 @@ def write_store(folder, n, vocab, seed):
 
 @pytest.fixture
 def workdir(tmp_path):
-  """Makes the folders that the evaluation reads, with an untrained decoder."""
+  """Makes the folders that the evaluation reads, with the average of an untrained decoder.
+
+  The parameters themselves are NaN.
+  """
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
   settings = tiny_settings()
@@ -57,7 +60,9 @@ def workdir(tmp_path):
     create = jax.jit(state.init_state, static_argnums=(0, 1))
     adam = optimizer.create_optimizer(settings.optimizer, 10)
     checkpoints = checkpoint.Checkpoints(tmp_path / "train", keep=1)
-    checkpoints.save(create(settings.model, adam, jax.random.key(0)), 7, 0)
+    begun = create(settings.model, adam, jax.random.key(0))
+    params = jax.tree.map(lambda x: np.nan * x, begun.params)
+    checkpoints.save(dataclasses.replace(begun, params=params, ema=begun.params), 7, 0)
     checkpoints.close()
   write_json(tmp_path / "train" / "config.json", {"run": stages.identity(settings, "train")})
   for folder in ("documents", "neighbors", "train"):

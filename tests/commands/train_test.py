@@ -95,7 +95,7 @@ def test_a_workdir_of_another_run_is_refused(workdir):
 
 def test_length_and_execution_do_not_make_another_run(workdir):
   first = settings_with()
-  model = dataclasses.replace(first.model, remat_policy="none", loss_chunk=8)
+  model = dataclasses.replace(first.model, remat_policy="none", loss_chunk=8, unroll_layers=True)
   longer = dataclasses.replace(settings_with(steps=7), model=model)
   assert stages.run_config(first, workdir, "train") == stages.run_config(longer, workdir, "train")
 

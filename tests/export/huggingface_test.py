@@ -10,6 +10,7 @@ from safetensors import numpy as safetensors_numpy
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import huggingface
+from cm3leon_jax.io import read_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
@@ -57,6 +58,18 @@ def test_logits_equal_transformers(exported):
   unused_positions = 2 * 48 if model_config.family == "opt" else 0
   assert summary["parameters"] == transformer.count_params(params) + unused_positions
   assert compared["tokens"] == 52
+
+
+def test_parameters_and_config_are_read_back(exported):
+  folder, params, model_config, _ = exported
+  tensors = safetensors_numpy.load_file(folder / huggingface.WEIGHTS)
+  found = huggingface.params_of(tensors, model_config)
+  jax.tree.map(np.testing.assert_array_equal, found, jax.device_get(params))
+  described = huggingface.config_of(read_json(folder / "config.json"))
+  assert described["vocab"] == dataclasses.asdict(VOCAB)
+  fields = dataclasses.asdict(model_config)
+  assert described["model"].items() <= fields.items()
+  assert described["model"].keys() >= {"family", "vocab_size", "width", "mlp_width", "num_heads"}
 
 
 def test_every_weight_is_compared(exported):

@@ -80,14 +80,19 @@ def make_run(root: epath.Path) -> None:
 
 
 def save_run(root: epath.Path) -> None:
-  """A run that `CM3Leon.load` and all commands read: `make_run`, a CLIP, a checkpoint of step 7."""
+  """A run that `CM3Leon.load` and all commands read: `make_run`, a CLIP, a checkpoint of step 7.
+
+  The parameters are NaN and their average is random: everything that reads the run reads the
+  average.
+  """
   make_run(root)
   params = clip_lib.init_params(SETTINGS.clip, VOCAB.text_size, jax.random.key(0))
   clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, params).save(root / "clip")
   optimizer = create_optimizer(SETTINGS.optimizer, 10)
   with one_device():
-    params = random_params(SETTINGS.model)
-    state = TrainState(np.int32(7), params, jax.jit(optimizer.init)(params))
+    average = random_params(SETTINGS.model)
+    params = jax.tree.map(lambda x: np.nan * x, average)
+    state = TrainState(np.int32(7), params, jax.jit(optimizer.init)(params), average)
     checkpoints = checkpoint.Checkpoints(root / "train", keep=1)
     checkpoints.save(state, 7, next_row=0)
     checkpoints.close()

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import train
+from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json, read_json_lines
 from cm3leon_jax.settings import settings_from_config, settings_of_run
 from cm3leon_jax.training.train import INTERRUPTED
@@ -75,11 +77,11 @@ def wait_for_steps(workdir, count) -> None:
   raise AssertionError("no step was logged")
 
 
-def one_process(workdir, **fields):
+def one_process(workdir, init_from="", **fields):
   config = get_config()
   config.update(fields)
   config.mesh.update({"data": 2, "fsdp": 2, "tensor": 2})
-  train.main(settings_from_config(config), epath.Path(workdir))
+  train.main(settings_from_config(config), epath.Path(workdir), init_from=init_from)
 
 
 @pytest.fixture
@@ -133,6 +135,30 @@ def test_one_process_continues_a_run_of_two_that_sigterm_stopped(whole, fresh):
   assert min(abs(found[step] - expected[step + 1]) for step in range(1, 12)) > TOLERANCE
   assert (fresh / "train" / stages.DONE).exists()
   assert_same_samples(fresh, whole)
+
+
+def test_a_run_starts_from_another_and_continues_without_it(whole, fresh, capsys):
+  """Its first loss is near the last one of the other run, whose tokenizers differ."""
+  source = fresh / "source"
+  shutil.copytree(whole / "train", source / "train")
+  one_process(fresh, str(source), train={"steps": 1, "eval_batches": 1, "sample_every": 9})
+  assert losses(fresh)[1] < losses(whole)[1] - 0.2
+  shutil.rmtree(source)
+  one_process(fresh, str(source), train={"steps": 1})
+  assert "finished already, skipped" in capsys.readouterr().out
+  stored = read_json(fresh / "train" / "config.json")["run"]["init_from"]
+  assert (stored["source"], stored["step"]) == (str(source), 12)
+  with pytest.raises(UserError, match=r"--init_from is elsewhere, but the run in .* leave"):
+    one_process(fresh, "elsewhere")
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_another_run_as_one_does(whole, fresh):
+  finish(start(fresh, 2, f"--init_from={whole}", "--config.train.steps=3"))
+  alone = fresh / "alone"
+  make_workdir(alone, settings_from_config(get_config()))
+  one_process(alone, str(whole), train={"steps": 3})
+  assert largest_difference(fresh, alone) < TOLERANCE
 
 
 @pytest.mark.slow

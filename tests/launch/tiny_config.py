@@ -20,7 +20,7 @@ def get_config():
     {"vocab_size": VOCAB.size, "num_layers": 1, "width": 32, "num_heads": 4, "mlp_width": 64}
   )
   config.model.update({"max_positions": 64, "dtype": "float32", "init_std": 0.1})
-  config.optimizer.update({"learning_rate": 1e-2})
+  config.optimizer.update({"learning_rate": 1e-2, "ema_decay": 0.9})
   config.train.update(
     {"steps": 12, "global_batch_size": 8, "eval_every": 6, "eval_batches": 1, "checkpoint_every": 4}
   )

@@ -95,6 +95,30 @@ TRAINING = (
     ("loss_not_normalized", "return value / total, loss", "return value, loss"),
   ),
   *mutants_of(
+    STATE,
+    f"{STATE_TEST}::test_the_average_on_a_mesh_is_the_recursion_of_the_parameters",
+    (
+      "average_of_the_parameters_before_the_step",
+      "update_average(ema, params,",
+      "update_average(ema, state.params,",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/optimizer.py",
+    "tests/training/optimizer_test.py::test_the_average_is_the_recursion_of_its_documentation",
+    ("average_without_warm_up", "jnp.maximum(1 - decay, 9 / (10 + step))", "1 - decay"),
+  ),
+  *mutants_of(
+    CHECKPOINT,
+    f"{CHECKPOINT_TEST}::test_parameters_alone_are_the_average_of_a_run_that_has_one",
+    ("average_not_read", '"ema" if stored.get("ema") else "params"', '"params"'),
+  ),
+  *mutants_of(
+    "cm3leon_jax/export/weights.py",
+    "tests/export/weights_test.py::test_a_checkpoint_of_the_same_step_that_was_trained_anew_is_refused",
+    ("changed_source_unnoticed", "!= weights:", "is None:"),
+  ),
+  *mutants_of(
     CHECKPOINT,
     f"{CHECKPOINT_TEST}::test_a_damaged_file_is_refused",
     ("missing_files_unnoticed", "sorted({*expected, *_files(folder)})", "sorted(_files(folder))"),

@@ -1,6 +1,7 @@
 """Tests that the decode programs compiled ahead of time are those that a Generator runs."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.mesh import abstract
 from cm3leon_jax.planning import programs
 from tests.decoding.small import IMAGE, POSITIONS, VOCAB, model_config
+from tests.generation.run import SETTINGS
 from tests.models.tiny import mesh_of, random_params
 
 PROMPTS = 4
@@ -74,6 +76,21 @@ def test_the_programs_are_those_of_a_generator(lowered, shape):
   compile_lib.programs_of.cache_clear()
   assert run == planned
   assert found == prefill
+
+
+def test_an_average_takes_4_bytes_of_each_parameter_over_the_mesh():
+  """In the arguments of a train step, and beside an evaluation, which reads the average."""
+  mesh, train = mesh_of(1, 4, 1, 2), dataclasses.replace(SETTINGS.train, global_batch_size=8)
+  arguments, rest = [], []
+  for decay in (0.0, 0.999):
+    optimizer = dataclasses.replace(SETTINGS.optimizer, ema_decay=decay)
+    settings = dataclasses.replace(SETTINGS, train=train, optimizer=optimizer)
+    state, _ = programs.train_step(settings, mesh).args_info[0]
+    arguments.append(sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state)))
+    rest.append(programs.evaluation(settings, mesh).rest_bytes)
+  parameters = programs.count_params(SETTINGS, mesh)
+  assert arguments[1] - arguments[0] == 4 * parameters
+  assert rest[1] - rest[0] == 4 * parameters / 8
 
 
 def test_wrong_positions_and_batches_are_refused():

@@ -55,7 +55,7 @@ def test_an_evaluation_takes_a_micro_batch_and_less_memory_than_the_train_step(t
   )
   assert train["tokens"] == 4 * evaluation["tokens"] == 128 * 1_024
   assert evaluation["temporaries_gib"] < train["temporaries_gib"]
-  resident = evaluation["sum_gib"] + evaluation["optimizer_gib"]
+  resident = evaluation["sum_gib"] + evaluation["rest_gib"]
   assert resident < train["sum_gib"]
   flops = evaluation["flops"] * evaluation["devices"]
   assert flops / evaluation["model_flops"] == pytest.approx(1, rel=0.05)

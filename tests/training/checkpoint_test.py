@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import jax
@@ -61,6 +62,18 @@ def test_parameters_alone_are_those_of_the_state(saved):
   with jax.set_mesh(mesh_of(1, 1, 1)):
     for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(fresh(2).params)):
       np.testing.assert_array_equal(x, y)
+
+
+def test_parameters_alone_are_the_average_of_a_run_that_has_one(tmp_path):
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    state, average = fresh(1), fresh(2).params
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(dataclasses.replace(state, ema=average), 3, next_row=0)
+    checkpoints.close()
+  with jax.set_mesh(mesh_of(2, 2, 2)):
+    params, _ = checkpoint.load_params(tmp_path, CONFIG)
+  jax.tree.map(np.testing.assert_array_equal, params, average)
+  assert not np.array_equal(params["embed"], state.params["embed"])
 
 
 def test_a_checkpoint_without_digests_does_not_count(saved):

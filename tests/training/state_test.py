@@ -81,6 +81,34 @@ def test_mesh_and_accumulation_change_nothing(reference, shape, accumulation):
   assert losses[2, 0] != losses[0, 0]
 
 
+def test_unrolled_layers_change_nothing(reference):
+  losses, _ = run((2, 2, 2), 1, unroll_layers=True)
+  np.testing.assert_allclose(losses, reference[0], rtol=2e-5)
+
+
+def test_the_average_on_a_mesh_is_the_recursion_of_the_parameters():
+  """The state is donated; the decays are 1/10, 2/11, 3/12 and then 0.3."""
+
+  def recursion(decay, average, params):
+    return jax.tree.map(lambda x, new: decay * x + (1 - decay) * new, average, params)
+
+  with jax.set_mesh(mesh_of(2, 2, 2)):
+    state = jax.jit(lambda: init_state(CONFIG, OPTIMIZER, jax.random.key(0), averaged=True))()
+    step = jax.jit(
+      lambda s, b: train_step(CONFIG, OPTIMIZER, 60, 1, s, b, ema_decay=0.3), donate_argnums=0
+    )
+    expected = jax.tree.map(np.float64, jax.device_get(state.params))
+    for i, decay in enumerate((1 / 10, 2 / 11, 3 / 12, 0.3, 0.3)):
+      batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in make_batch(i).items()}
+      state, _ = step(state, batch)
+      expected = recursion(decay, expected, jax.device_get(state.params))
+  leaves = zip(*map(jax.tree.leaves, (state.ema, expected, state.params)))
+  for found, average, param in leaves:
+    np.testing.assert_allclose(found, average, rtol=1e-5, atol=1e-7)
+    assert np.abs(found - param).max() > 1e-4
+    assert (found.dtype, found.sharding) == (param.dtype, param.sharding)
+
+
 def test_accumulation_traces_a_part_once():
   def products(accumulation):
     with jax.set_mesh(mesh_of(1, 1, 1)):

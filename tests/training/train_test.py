@@ -8,6 +8,7 @@ from unittest import mock
 
 from etils import epath
 import jax
+from jax.sharding import NamedSharding
 import numpy as np
 from PIL import Image
 import pytest
@@ -15,11 +16,13 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.mesh import spec
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import checkpoint
 from cm3leon_jax.training import train as train_module
 from cm3leon_jax.training.flops import model_flops
-from cm3leon_jax.training.optimizer import OptimizerConfig
+from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.state import init_state
 from cm3leon_jax.training.train import INTERRUPTED, TrainConfig, compile_steps, train
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.models.tiny import mesh_of
@@ -61,6 +64,8 @@ def run(
   learning_rate=1e-2,
   profile_steps=range(0),
   fresh=False,
+  ema_decay=0.0,
+  initial_params=None,
   **fields,
 ):
   """Trains; with `fresh` the steps are compiled again, as in a new process."""
@@ -74,7 +79,7 @@ def run(
       **fields,
     }
   )
-  optimizer = OptimizerConfig(learning_rate=learning_rate)
+  optimizer = OptimizerConfig(learning_rate=learning_rate, ema_decay=ema_decay)
 
   def steps(model, optimizer, config, vocab, seed):
     mesh = jax.sharding.get_mesh()
@@ -97,6 +102,7 @@ def run(
       0,
       sample_grid,
       profile_steps,
+      initial_params,
     )
 
 
@@ -153,6 +159,66 @@ def test_a_killed_run_continues_bit_for_bit(whole, loader, tmp_path):
   ]
   assert event["from_step"] in (4, 8)  # Step 8 counts if its asynchronous save was whole by then.
   assert event["replayed"] == event["identical"] == 11 - event["from_step"]
+
+
+def arrays(folder):
+  """The parameters of the last checkpoint, and the average that is loaded from it."""
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    optimizer = create_optimizer(OptimizerConfig(), STEPS)
+    init = functools.partial(init_state, MODEL, optimizer, jax.random.key(0), averaged=True)
+    checkpoints = checkpoint.Checkpoints(folder, 2)
+    state, _ = checkpoints.restore(jax.eval_shape(init), checkpoints.newest())
+    checkpoints.close()
+    return state.params, checkpoint.load_params(folder, MODEL)[0]
+
+
+def assert_equal(*trees):
+  jax.tree.map(np.testing.assert_array_equal, *trees)
+
+
+def test_a_killed_run_with_an_average_continues_bit_for_bit(loader, tmp_path):
+  """The held-out losses and the samples are those of the average."""
+  seen = {}
+
+  def sample_grid(params, step):
+    seen[step] = jax.device_get(params)
+
+  summary = run(tmp_path / "whole", loader, sample_grid=sample_grid, ema_decay=0.9)
+  killed = tmp_path / "killed"
+  with pytest.raises(Crash):
+    run(killed, loader, sample_grid=crash_at(7, killed), sample_every=1, ema_decay=0.9)
+  assert run(killed, loader, ema_decay=0.9) == summary
+  (params, average), expected = arrays(killed), arrays(tmp_path / "whole")
+  assert_equal((params, average), expected)
+  assert_equal(seen[STEPS], jax.device_get(average))
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    mesh = jax.sharding.get_mesh()
+    steps = shared_steps(
+      MODEL, OptimizerConfig(learning_rate=1e-2, ema_decay=0.9), STEPS, 1, VOCAB, 0, mesh
+    )
+    sharding = NamedSharding(mesh, spec("batch", "length"))
+    config = TrainConfig(global_batch_size=8, eval_batches=1)
+    rows = train_module.heldout_batches(loader, config, sharding)
+    found = train_module.evaluate(steps, average, rows)
+    assert found.items() <= summary.items()
+    assert train_module.evaluate(steps, params, rows)["heldout_loss"] != found["heldout_loss"]
+
+
+def test_a_run_starts_from_given_parameters_and_its_checkpoint_wins_over_them(
+  whole, loader, tmp_path
+):
+  """They replace the parameters and start the average; optimizer and learning rate are new."""
+  given = mock.Mock(side_effect=lambda: checkpoint.load_params(whole[0], MODEL)[0])
+  first = {"learning_rate": 1e-30, "ema_decay": 0.9, "initial_params": given}
+  run(tmp_path, loader, steps=1, **first)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    trained = checkpoint.load_params(whole[0], MODEL)[0]
+  assert_equal(*arrays(tmp_path))
+  assert_equal(arrays(tmp_path)[0], trained)
+  assert losses(tmp_path)[1] < losses(whole[0])[1] - 0.3
+  assert given.call_count == 1
+  assert run(tmp_path, loader, steps=1, **first)["steps"] == 1
+  assert given.call_count == 1
 
 
 def test_another_seed_gives_other_losses(whole, tmp_path_factory):

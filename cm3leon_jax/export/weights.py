@@ -1,0 +1,178 @@
+"""Finds trained parameters that a run starts from: another run's, or an exported model's."""
+
+import dataclasses
+
+from etils import epath
+from flax import traverse_util
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.distributed import print_once
+from cm3leon_jax.export import huggingface
+from cm3leon_jax.io import digest, plain, read_json
+from cm3leon_jax.mesh import abstract
+from cm3leon_jax.models import transformer
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.training import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """Trained parameters on disk, as the config of a run that starts from them records them.
+
+  Attributes:
+    source: what the user named, see `folder_of`.
+    step: of the checkpoint; None for an exported model.
+    digest: SHA-256 of the exported file, or of the digests of the checkpoint's files.
+  """
+
+  source: str
+  step: int | None
+  digest: str | None
+
+
+def folder_of(source: str) -> epath.Path:
+  """Returns the folder that `source` names: the workdir of a run, or a folder of `launch.export`.
+
+  This is the only place where a name of trained parameters becomes a folder.
+  """
+  return epath.Path(source)
+
+
+def start_of_run(
+  settings, workdir: epath.PathLike, source: str, stored: dict | None
+) -> Weights | None:
+  """Returns the parameters that a run starts or has started from; None: random ones.
+
+  All processes must call it.
+
+  Args:
+    settings: of the run.
+    workdir: of the run.
+    source: what --init_from names, or empty.
+    stored: what the run's config.json has under "run"; None if the run has not begun.
+
+  Raises:
+    UserError: the run began from something else, or see `find`.
+  """
+  if stored is None:
+    if not source:
+      return None
+    found = find(settings, source)
+    at = "" if found.step is None else f", step {found.step}"
+    print_once(f"train: the run starts from the parameters of {source}{at}.")
+    for name in other_tokenizers(source, workdir):
+      print_once(
+        f"train: warning: {source} was trained with another {name} than that of {workdir}; "
+        "its parameters know other tokens."
+      )
+    return found
+  recorded = stored.get("init_from")
+  began = recorded["source"] if recorded else "random parameters"
+  if source and source != began:
+    raise UserError(
+      f"--init_from is {source}, but the run in {workdir} began from {began}: leave --init_from "
+      "out to continue that run, or use another --workdir."
+    )
+  return Weights(**recorded) if recorded else None
+
+
+def find(settings, source: str, step: int | None = None) -> Weights:
+  """Finds trained parameters and compares their config with `settings`.
+
+  Args:
+    settings: of the run that starts from them.
+    source: see `folder_of`.
+    step: of the checkpoint of a run; default: the newest.
+
+  Raises:
+    UserError: there are none, or their model or vocab is another one.
+  """
+  folder = folder_of(source)
+  run, exported = folder / "train" / "config.json", folder / huggingface.WEIGHTS
+  expected = plain(stages.identity(settings, "train"))
+  if run.exists():
+    described = read_json(run)["run"]
+    expected = {part: expected[part] for part in ("model", "vocab")}
+  elif exported.exists():
+    described = _exported_config(folder)
+    expected = {part: {k: expected[part][k] for k in described[part]} for part in described}
+  else:
+    raise UserError(
+      f"--init_from is {source}; it must be the workdir of a run, with train/config.json, or a "
+      f"folder of `python -m launch.export`, with config.json and {huggingface.WEIGHTS}."
+    )
+  changed = stages.differences({part: described[part] for part in expected}, expected)
+  if changed:
+    raise UserError(
+      f"--init_from is {source}, whose config differs from this one ({'; '.join(changed[:4])}): "
+      "model and vocab must be the same."
+    )
+  if run.exists():
+    return Weights(source, *checkpoint.identify(folder / "train", step))
+  return Weights(source, None, digest(exported))
+
+
+def _exported_config(folder: epath.Path) -> dict[str, dict]:
+  try:
+    return huggingface.config_of(read_json(folder / "config.json"))
+  except KeyError as error:
+    raise UserError(
+      f"{folder / 'config.json'} has no field {error}: it was not written by "
+      "`python -m launch.export`, whose models --init_from reads."
+    ) from error
+
+
+def other_tokenizers(source: str, workdir: epath.PathLike) -> list[str]:
+  """Returns those of the tokenizers of `source` that are not the tokenizers of a workdir."""
+  folder, workdir = folder_of(source), epath.Path(workdir)
+  text, image = "text_tokenizer/tokenizer.json", "vqgan/params.safetensors"
+  pairs = [
+    ("text tokenizer", folder / text, workdir / text),
+    ("text tokenizer", folder / "tokenizer.json", workdir / text),  # Of an exported model.
+    ("image tokenizer", folder / image, workdir / image),
+  ]
+  pairs = [(name, digest(theirs), digest(ours)) for name, theirs, ours in pairs]
+  return [name for name, theirs, ours in pairs if theirs and ours and theirs != ours]
+
+
+def load(weights: Weights, settings) -> dict:
+  """Loads parameters onto the current mesh; of a run their average, if it has one.
+
+  Raises:
+    UserError: they are gone or damaged, or have changed since the run began.
+  """
+  if find(settings, weights.source, weights.step) != weights:
+    raise UserError(
+      f"{weights.source} has other parameters than when this run began, and the run has no "
+      "checkpoint yet: delete its folder train/ to begin again."
+    )
+  folder = folder_of(weights.source)
+  if weights.step is not None:
+    return checkpoint.load_params(folder / "train", settings.model, weights.step)[0]
+  return _load_exported(folder / huggingface.WEIGHTS, settings.model)
+
+
+def _load_exported(path: epath.Path, config: ModelConfig) -> dict:
+  """Reads an exported file. Every process reads all of it, and keeps what its devices hold."""
+  try:
+    params = huggingface.params_of(safetensors.load(path.read_bytes()), config)
+  except (SafetensorError, KeyError, ValueError) as error:
+    raise UserError(f"{path} is damaged ({error}): run `python -m launch.export` again.") from error
+  types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+  types = abstract(types, jax.sharding.get_mesh())
+  found, expected = (
+    {name: x.shape for name, x in traverse_util.flatten_dict(tree, sep=".").items()}
+    for tree in (params, types)
+  )
+  if changed := stages.differences(found, expected):
+    raise UserError(f"{path} does not fit the config beside it ({changed[0]}).")
+
+  def place(x: np.ndarray, kind):
+    return jax.make_array_from_callback(x.shape, kind.sharding, lambda index: x[index])
+
+  return jax.tree.map(place, params, types)

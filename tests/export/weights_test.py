@@ -1,0 +1,133 @@
+"""Tests of the parameters that --init_from names: of a run, and of an exported model."""
+
+import dataclasses
+import shutil
+
+from etils import epath
+import jax
+import numpy as np
+import pytest
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.export import huggingface, weights
+from cm3leon_jax.io import write_json
+from tests.generation.run import SETTINGS, one_device, save_run
+from tests.models.tiny import mesh_of, random_params
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A run whose average is `random_params`, and whose parameters are NaN."""
+  root = epath.Path(tmp_path_factory.mktemp("run"))
+  save_run(root)
+  return root
+
+
+def with_model(**fields):
+  return dataclasses.replace(SETTINGS, model=dataclasses.replace(SETTINGS.model, **fields))
+
+
+@pytest.fixture(params=["opt", "modern"])
+def exported(request, tmp_path):
+  """Settings, their parameters and the folder in which they are exported."""
+  settings = with_model(family=request.param)
+  with one_device():
+    params = random_params(settings.model, seed=3)
+    huggingface.export(tmp_path, params, settings.model, settings.vocab, None)
+  return settings, jax.device_get(params), tmp_path
+
+
+def test_the_average_of_a_run_is_found_and_loaded_onto_any_mesh(run):
+  found = weights.find(SETTINGS, str(run))
+  assert (found.source, found.step) == (str(run), 7)
+  with one_device():
+    expected = jax.device_get(random_params(SETTINGS.model))
+  with jax.set_mesh(mesh_of(2, 2, 2)):
+    params = weights.load(found, SETTINGS)
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_an_exported_model_is_loaded_as_it_was_and_split_over_the_mesh(exported):
+  settings, expected, folder = exported
+  found = weights.find(settings, str(folder))
+  assert found.step is None
+  with jax.set_mesh(mesh_of(2, 2, 2)):
+    params, split = weights.load(found, settings), random_params(settings.model)
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+  for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(split)):
+    assert (x.sharding, x.dtype) == (y.sharding, y.dtype)
+
+
+def test_another_model_or_vocabulary_is_refused_with_its_fields(run, exported):
+  message = (
+    r"differs from this one \(model\.mlp_width: 32 -> 64\): model and vocab must be the same"
+  )
+  with pytest.raises(UserError, match=message):
+    weights.find(with_model(mlp_width=64), str(run))
+  settings, _, folder = exported
+  model = dataclasses.replace(settings.model, num_heads=4, max_positions=256)
+  vocab = dataclasses.replace(settings.vocab, num_special=settings.vocab.num_special + 1)
+  message = r"model\.max_positions: 128 -> 256; model\.num_heads: 8 -> 4; vocab\.num_special: "
+  with pytest.raises(UserError, match=message):
+    weights.find(dataclasses.replace(settings, model=model, vocab=vocab), str(folder))
+
+
+def test_fields_that_say_only_how_to_compute_may_differ(run):
+  assert weights.find(with_model(remat_policy="none", loss_chunk=8), str(run)).step == 7
+
+
+def test_other_folders_and_damaged_files_are_refused(exported, tmp_path):
+  settings, _, folder = exported
+  with pytest.raises(UserError, match=r"--init_from is nowhere; it must be the workdir of a run"):
+    weights.find(settings, "nowhere")
+  found, path = weights.find(settings, str(folder)), folder / huggingface.WEIGHTS
+  path.write_bytes(path.read_bytes()[:-9])
+  with one_device(), pytest.raises(UserError, match="other parameters than when this run began"):
+    weights.load(found, settings)
+  with one_device(), pytest.raises(UserError, match="is damaged"):
+    weights.load(weights.find(settings, str(folder)), settings)
+  write_json(folder / "config.json", {"model_type": "opt", "vocab_size": 9})
+  with pytest.raises(UserError, match=r"has no field .*it was not written by `python -m launch\."):
+    weights.find(settings, str(folder))
+
+
+def test_a_checkpoint_of_the_same_step_that_was_trained_anew_is_refused(run, tmp_path):
+  copy = tmp_path / "copy"
+  shutil.copytree(run, copy)
+  found = weights.find(SETTINGS, str(copy))
+  digests = copy / "train" / "checkpoints.digests" / "7.json"
+  digests.write_text(digests.read_text() + " ")
+  with one_device(), pytest.raises(UserError, match="other parameters than when this run began"):
+    weights.load(found, SETTINGS)
+
+
+def test_a_run_remembers_where_it_began(run, tmp_path, capsys):
+  def start(source, stored):
+    return weights.start_of_run(SETTINGS, tmp_path, source, stored)
+
+  assert start("", None) is None
+  begun = start(str(run), None)
+  assert f"starts from the parameters of {run}, step 7" in capsys.readouterr().out
+  stored = stages.identity(SETTINGS, "train") | {"init_from": dataclasses.asdict(begun)}
+  assert start("", stored) == start(str(run), stored) == begun
+  with pytest.raises(UserError, match=rf"--init_from is other, but .* began from {run}: leave"):
+    start("other", stored)
+  del stored["init_from"]
+  assert start("", stored) is None
+  with pytest.raises(UserError, match="began from random parameters: leave --init_from out"):
+    start(str(run), stored)
+
+
+def test_other_tokenizers_are_named(run, tmp_path, capsys):
+  assert weights.other_tokenizers(str(run), run) == []
+  for name in ("text_tokenizer", "vqgan"):
+    shutil.copytree(run / name, tmp_path / name)
+  assert weights.other_tokenizers(str(run), tmp_path) == []
+  for path in ("text_tokenizer/tokenizer.json", "vqgan/params.safetensors"):
+    (tmp_path / path).write_bytes((tmp_path / path).read_bytes() + b" ")
+  expected = ["text tokenizer", "image tokenizer"]
+  assert weights.other_tokenizers(str(run), tmp_path) == expected
+  assert weights.other_tokenizers(str(run / "text_tokenizer"), tmp_path) == expected[:1]
+  weights.start_of_run(SETTINGS, tmp_path, str(run), None)
+  assert "was trained with another text tokenizer than that of" in capsys.readouterr().out
