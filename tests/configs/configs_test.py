@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.configs import cm3leon_7b, cm3leon_350m, cm3leon_760m, openmoji
+from cm3leon_jax.configs import cm3leon_7b, cm3leon_350m, cm3leon_760m, openmoji, scenes
 from cm3leon_jax.io import plain
 from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
 
@@ -39,7 +39,7 @@ def test_real_sizes_are_the_tutorials_and_the_papers(size, layers, width, heads,
 
 def test_settings_come_back_from_json():
   variants = [(module, variant) for module in SIZES.values() for variant in ("", "paper")]
-  for module, variant in [*variants, (openmoji, "15"), (openmoji, "long")]:
+  for module, variant in [*variants, (openmoji, "15"), (openmoji, "long"), (scenes, "15")]:
     settings = settings_from_config(module.get_config(variant))
     stored = plain(dataclasses.asdict(settings))
     assert settings_from_config(stored) == settings
@@ -61,8 +61,20 @@ def test_minutes_scale_the_training_stages_and_nothing_else():
   assert rows >= 3 * few
 
 
+def test_minutes_scale_the_stages_of_scenes():
+  two, fifteen = (scenes.get_config(v) for v in ("2", "15"))
+  assert two.train.steps == round(fifteen.train.steps * 2 / 15)
+  scheduled = {"steps", "checkpoint_every", "eval_every", "sample_every"}
+  for name in SECTIONS:
+    for field in set(fifteen[name]) - scheduled:
+      assert two[name][field] == fifteen[name][field]
+
+
 @pytest.mark.parametrize("variant", ["", "0", "-3", "soon"])
 def test_an_unknown_variant_is_refused(variant):
+  if variant:
+    with pytest.raises(UserError, match=r"of scenes\.py must be a positive number of minutes"):
+      scenes.get_config(variant)
   with pytest.raises(UserError, match="a positive number of minutes, or 'long'"):
     openmoji.get_config(variant)
   if variant:
