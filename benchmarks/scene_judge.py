@@ -25,7 +25,7 @@ from cm3leon_jax.evaluation import judge_errors, scenes
 # n images, H height, W width.
 
 _IMAGES = flags.DEFINE_integer("images", 700, "Number of scenes, spread over the categories.", 7)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the scenes and of what degrades them.")
+_SEED = flags.DEFINE_integer("judge_seed", 0, "Seed of the scenes and of what degrades them.")
 
 CONFIG = scene_world.ScenesConfig(rare_objects=len(scene_world.RARE))
 # Name -> what is done to an image. Strengths are standard deviations, blur in pixels, others in
