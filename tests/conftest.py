@@ -3,6 +3,9 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Tests compile more than they compute; subprocesses inherit it, too.
+# tests/planning compiles for TPU without it.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # Else XLA may start collectives in another order on each device; on few cores they then wait for
 # each other, and XLA ends the process after 40 s.
 os.environ["XLA_FLAGS"] = (
@@ -22,6 +25,14 @@ install_import_hook(CHECKED, "beartype.beartype")
 # A deadline of 200 ms an example is missed now and then on a busy machine.
 hypothesis.settings.register_profile("no_deadline", deadline=None)
 hypothesis.settings.load_profile("no_deadline")
+
+
+@pytest.fixture
+def optimized():
+  """Lets XLA optimize the programs of a test that computes for long."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

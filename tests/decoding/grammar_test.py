@@ -195,6 +195,7 @@ def random_runs(grammar, plan, key, steps: int):
   return out.T, dead, grammar.active(plan, state)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_ten_thousand_random_runs():
   cases, others = (
     [*languages(image, [2, 3, 6, 7, 8, 13, 14, 24]), long_infill(image)] for image in (5, 6)
