@@ -1,13 +1,12 @@
 """Sources in installed packages: drawings of OpenMoji, scenes of icons, texts from docstrings."""
 
 from collections.abc import Iterator
-import hashlib
 import importlib
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import docstrings
 from cm3leon_jax.data.records import RawPair, RawText
-from cm3leon_jax.data.scene_world import ScenesConfig
+from cm3leon_jax.data.scene_world import ScenesConfig, fraction
 from cm3leon_jax.data.sources import Part
 
 OPENMOJI, SCENES = "openmoji", "scenes"  # Values of `raw.source`, and modules of this package.
@@ -16,8 +15,7 @@ DOCSTRINGS = "docstrings"
 
 def split_of(name: str, heldout_fraction: float) -> str:
   """Returns the split of a concept or module, a function of its name alone."""
-  position = int.from_bytes(hashlib.sha256(b"split:" + name.encode()).digest()[:8], "big") / 2**64
-  return "heldout" if position < heldout_fraction else "train"
+  return "heldout" if fraction("split:" + name) < heldout_fraction else "train"
 
 
 def drawings_of(source: str):

@@ -240,7 +240,7 @@ def train(
     Numbers for the report. At SIGTERM it saves and exits with `INTERRUPTED` instead.
 
   Raises:
-    UserError: the mesh cannot split the batch, a checkpoint is damaged, or a loss is not finite.
+    UserError: an unfit mesh, a damaged checkpoint, or a loss or gradient that is not finite.
   """
   mesh = jax.sharding.get_mesh()
   with contextlib.closing(Stopwatch()) as watch:

@@ -93,9 +93,9 @@ def test_scenes_are_generated_judged_and_written(made, run, capsys):
   first = lines[0]
   assert pixels_of(folder / first["filename"]).shape == (8, 8, 3)
   known = {(fact["tag"], json.dumps(fact["include"])) for fact in facts_of(made)}
-  told = json.loads(first["metadata"])
-  assert (told["tag"], json.dumps(told["include"])) in known
-  assert told["prompt"] == first["prompt"]
+  metadata = json.loads(first["metadata"])
+  assert (metadata["tag"], json.dumps(metadata["include"])) in known
+  assert metadata["prompt"] == first["prompt"]
   assert pixels_of(folder / "scenes.png").shape[1] > 400
   summary = read_json(folder / "metrics.json")
   assert summary["scenes"]["real images"]["correct"] == 1
