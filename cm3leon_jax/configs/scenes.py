@@ -10,7 +10,7 @@ only the steps of the training stages. docs/design.md explains the choices.
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import base
 
-STEPS = {"vqgan": 1_500, "clip": 250, "train": 1_000}  # In 15 minutes.
+STEPS = {"vqgan": 1_500, "clip": 250, "train": 3_400}  # In 15 minutes.
 
 
 def get_config(variant: str = "15"):
@@ -25,6 +25,7 @@ def get_config(variant: str = "15"):
   steps = {stage: max(10, round(n * scale)) for stage, n in STEPS.items()}
   config = base.get_config()
   config.vocab.update({"num_special": 32, "text_size": 1_024, "image_size": 1_024})
+  config.scenes.update({"train": 30_000})
   config.raw.update({"source": "scenes", "resolution": 48, "max_texts": 0})
   # A code is one square of 6 x 6 pixels: an icon has 4 x 4 codes, the same wherever it stands.
   config.vqgan.update({"resolution": 48, "downsample": 6, "stem": 6, "local_codes": True})
@@ -43,17 +44,18 @@ def get_config(variant: str = "15"):
   config.data.update({"num_neighbors": 1, "neighbor_dropout": 0.5})
   # In minutes, captions are learned before infilling.
   config.data.update({"mean_spans": 0.3})
-  config.model.update({"family": "modern", "vocab_size": 2_048, "num_layers": 4, "width": 192})
-  config.model.update({"num_heads": 3, "mlp_width": 512, "max_positions": 512})
+  config.model.update({"family": "modern", "vocab_size": 2_048, "num_layers": 4, "width": 128})
+  config.model.update({"num_heads": 2, "mlp_width": 352, "max_positions": 512})
   config.model.update({"init_std": 0.034, "embed_std": 0.25})
   config.model.update({"dtype": "float32", "remat_policy": "none", "loss_chunk": 512})
   config.model.update({"unroll_layers": True})
-  config.optimizer.update({"learning_rate": 4e-3, "warmup_steps": 50, "weight_decay": 0.05})
+  config.optimizer.update({"learning_rate": 3e-3, "warmup_steps": 50, "weight_decay": 0.05})
   config.optimizer.update({"ema_decay": 0.99})
+  config.sampling.update({"temperature": 0.5, "guidance": 1.5})
   config.evaluation.update({"scenes": 240, "scene_guidance": (1.0, 1.5)})
-  config.train.update({"steps": steps["train"], "global_batch_size": 8, "eval_batches": 8})
-  config.train.update({"log_every": 10})
-  config.train.update({"checkpoint_every": min(100, max(5, config.train.steps // 12))})
+  config.train.update({"steps": steps["train"], "global_batch_size": 2, "eval_batches": 32})
+  config.train.update({"log_every": 50})
+  config.train.update({"checkpoint_every": min(400, max(5, config.train.steps // 12))})
   config.train.update({"eval_every": max(5, config.train.steps // 8)})
   config.train.update({"sample_every": max(5, config.train.steps // 3)})
   return config
