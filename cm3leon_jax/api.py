@@ -76,14 +76,15 @@ class CM3Leon:
     show_progress: bool = False,
     **options: Any,
   ) -> CM3Leon:
-    """Loads the newest checkpoint of a run onto the devices of this machine.
+    """Loads the newest checkpoint of a run, or a bundle, onto the devices of this machine.
 
     >>> model = CM3Leon.load(workdir)
     >>> model.step
     7
 
     Args:
-      workdir: folder of the run, local or in a bucket. Its training may still be going on.
+      workdir: folder of the run, local or in a bucket, whose training may still be going on; a
+        bundle of `launch.export --bundle`; or "scenes", the bundle that comes with the package.
       mesh: of `mesh.create_mesh`; default: parameters and batches are split over all devices.
       clip: folder of the Hugging Face CLIP, if it is not where the run's config has it.
       show_progress: shows a bar while samples are generated.
@@ -99,14 +100,12 @@ class CM3Leon:
     import jax
 
     from cm3leon_jax.decoding.generator import GeneratorConfig
+    from cm3leon_jax.export import weights
     from cm3leon_jax.generation.pipeline import Pipeline
     from cm3leon_jax.mesh import MeshConfig, create_mesh
     from cm3leon_jax.retrieval.bank import load_clip
-    from cm3leon_jax.settings import settings_of_run
-    from cm3leon_jax.training import checkpoint
 
-    workdir = os.fspath(workdir)
-    settings = settings_of_run(workdir)
+    workdir, settings, load_params = weights.of_run(workdir)
     if clip is not None and not settings.retrieval.clip:
       raise UserError(f"clip is given, and {workdir} has a CLIP of its own: leave it out.")
     if jax.process_count() > 1:
@@ -116,7 +115,7 @@ class CM3Leon:
     except (TypeError, ValueError) as error:
       raise UserError(f"load has a wrong option: {error}") from error
     with jax.set_mesh(create_mesh(MeshConfig()) if mesh is None else mesh):
-      params, step = checkpoint.load_params(os.path.join(workdir, "train"), settings.model)
+      params, step = load_params()
       encoder = load_clip(os.fspath(clip or settings.retrieval.clip), workdir, settings.vocab)
       pipeline = Pipeline.load(settings, workdir, params, encoder, **options)
       return cls(workdir, pipeline, jax.sharding.get_mesh(), step, show_progress)
@@ -165,7 +164,7 @@ class CM3Leon:
     prompt: Any,
     *,
     num_samples: int = 1,
-    retrieve: int = 2,
+    retrieve: int | None = None,
     seed: int = 0,
     rank: bool = False,
     **sampling: Any,
@@ -182,7 +181,8 @@ class CM3Leon:
     Args:
       prompt: the caption, or a list of captions.
       num_samples: of each caption.
-      retrieve: number of documents that are retrieved by the caption.
+      retrieve: number of documents that are retrieved by the caption; default: as many as training
+        samples had, 0 if the run has no documents.
       seed: of the first caption.
       rank: orders the samples of a caption by CLIP score, best first.
       **sampling: `guidance`, `guidance_schedule`, `temperature`, `top_k`, `top_p`, `method`, ...
@@ -191,6 +191,7 @@ class CM3Leon:
       list of `Sample`, with `image` (PIL), `clip_score`, `neighbors`, `tokens`, `log_probs`, ...;
       for a list of captions, a list of such lists.
     """
+    retrieve = self.pipeline.usual_retrieve if retrieve is None else retrieve
     single, tasks = self._tasks(
       "text_to_image", seed, sampling, {"prompt": prompt}, retrieve=retrieve
     )
@@ -377,10 +378,9 @@ class CM3Leon:
   @functools.cached_property
   def _trained(self) -> dict[str, Any]:
     """Parameters as they were trained, which only `score` reads; read at its first call."""
-    from cm3leon_jax.training import checkpoint
+    from cm3leon_jax.export import weights
 
-    folder, config = os.path.join(self.workdir, "train"), self.pipeline.settings.model
-    return checkpoint.load_params(folder, config, self.step)[0]
+    return weights.of_run(self.workdir, self.step)[2]()[0]
 
   def _tasks(self, name: str, *arguments: Any, **fields: Any) -> Any:
     """Tasks of a call, see `calls.tasks`."""

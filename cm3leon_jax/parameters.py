@@ -42,7 +42,7 @@ def save(path: epath.PathLike, params: dict) -> None:
 
 
 def load(path: epath.PathLike, expected: dict, command: str) -> dict:
-  """Reads what `save` wrote, onto the default device.
+  """Reads what `save` wrote, in the dtypes that are expected, onto the default device.
 
   Args:
     path: of the file.
@@ -64,4 +64,5 @@ def load(path: epath.PathLike, expected: dict, command: str) -> dict:
   shapes = [{name: x.shape for name, x in tensors.items()} for tensors in (flat, expected)]
   if changed := differences(*shapes):
     raise UserError(f"{path} does not fit the config beside it ({changed[0]}): {remedy}.")
+  flat = {name: x.astype(expected[name].dtype) for name, x in flat.items()}
   return jax.device_put(traverse_util.unflatten_dict(flat, sep="."))

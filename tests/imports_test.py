@@ -23,7 +23,7 @@ MAY_IMPORT = {
   "generation": BASE | {"decoding", "retrieval", "clip", "tokenizers", "data"},
   "evaluation": BASE | CORE,
   "reports": BASE | CORE | {"settings", "evaluation"},
-  "export": BASE | CORE,
+  "export": BASE | CORE | {"settings"},
   "planning": BASE | CORE,
 }
 # Modules beside the small networks that they train; only commands import them.

@@ -4,16 +4,41 @@
 
 transformers.AutoModelForCausalLM.from_pretrained("workdir/export") loads it. If torch is installed,
 the logits of the exported model on held-out documents are compared with those of this project.
+--bundle=DIR also writes decoder, tokenizers and CLIP in float16 to one folder, for CM3Leon.load
+and for --init_from of launch.train.
 """
+
+from absl import flags
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.io import write_json
 
 SAMPLES = 4
+_BUNDLE = flags.DEFINE_string(
+  "bundle",
+  "",
+  "Folder of a bundle: all that generates images without the workdir.",
+)
 
 
-def main(settings, workdir) -> None:
+def _write_bundle(settings, workdir, folder: str) -> None:
+  from cm3leon_jax.export import bundle
+  from cm3leon_jax.training import checkpoint
+
+  with common.use_mesh(settings):
+    params, step = checkpoint.load_params(workdir / "train", settings.model)
+    numbers = bundle.write(folder, workdir, settings, params, step)
+  print(f"export: bundle of step {step}, {numbers['bytes'] / 1e6:.1f} MB, in {folder}.", flush=True)
+
+
+def main(settings, workdir, bundle_folder: str = "") -> None:
+  _export(settings, workdir)
+  if bundle_folder:
+    _write_bundle(settings, workdir, bundle_folder)
+
+
+def _export(settings, workdir) -> None:
   from cm3leon_jax.data import raw_pairs
   from cm3leon_jax.data.documents import DocumentStore
   from cm3leon_jax.data.pipeline import join
@@ -48,4 +73,4 @@ def main(settings, workdir) -> None:
 
 
 if __name__ == "__main__":
-  common.run(main)
+  common.run(lambda settings, workdir: main(settings, workdir, _BUNDLE.value))

@@ -57,13 +57,15 @@ _RANK = flags.DEFINE_bool(
   "rank", False, "Order the samples of each prompt by CLIP score, best first."
 )
 _GUIDANCE = flags.DEFINE_list(
-  "guidance", None, "Weights of guidance, e.g. 1,3,5 (default: 1,3,5; with --prompt the config's)."
+  "guidance",
+  None,
+  "Weights of guidance, e.g. 1,3,5 (default: 1 and the config's; with --prompt the config's).",
 )
 _RETRIEVE = flags.DEFINE_list(
   "retrieve",
   None,
-  "Numbers of retrieved documents, e.g. 0,2 (default: 0,2; with --prompt 2 for "
-  "text_to_image, 0 for other tasks).",
+  "Numbers of retrieved documents, e.g. 0,2 (default: 0 and config.data.num_neighbors; with "
+  "--prompt only the latter for text_to_image, 0 for other tasks).",
 )
 _KEEP = flags.DEFINE_bool(
   "keep_neighbors", False, "The unconditional stream of guidance keeps the retrieved documents."
@@ -124,7 +126,8 @@ def _own_tasks(settings, seed: int) -> list[Task]:
   if path is None and not given and name == "text_to_image":
     return []
   cls = prompt_file.task_class(name)
-  columns = _columns(settings, [settings.sampling.guidance], [cls.retrieve])
+  retrieve = min(cls.retrieve, settings.data.num_neighbors)
+  columns = _columns(settings, [settings.sampling.guidance], [retrieve])
   if len(columns) > 1 and (path is not None or name != "text_to_image"):
     raise UserError(
       "--guidance or --retrieve has several values: only a --prompt of text_to_image, and held-out "
@@ -260,7 +263,8 @@ def main(settings, workdir) -> None:
   if _DRAFT_WINDOW.value == 1:
     raise UserError("--draft_window is 1; it must be 0, or at least 2.")
   tasks = _own_tasks(settings, seed)
-  columns = [] if tasks else _columns(settings, [1.0, 3.0, 5.0], [0, 2])
+  usual = [1.0, settings.sampling.guidance], [0, settings.data.num_neighbors]
+  columns = [] if tasks else _columns(settings, *usual)
   _check_rank(tasks)
   bank = _bank(settings, workdir, heldout=not tasks)
   config = _identity(settings, workdir, bank, tasks, columns, seed)

@@ -4,25 +4,29 @@
   python -m launch.train --config=ml_configs/scenes.py:15 --workdir=workdir
 
 The variant is the time in minutes that all stages may take on two cores (default 15); it scales
-only the steps of the training stages. docs/design.md explains the choices.
+only the steps of the training stages. `long` is the recipe of the bundled model: more scenes, a
+larger decoder, and one stage of its training, at most 45 minutes on a core; the next stage starts
+from it by --init_from. docs/design.md explains the choices.
 """
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import base
 
 STEPS = {"vqgan": 1_500, "clip": 250, "train": 3_400}  # In 15 minutes.
+LONG_STEPS = {"vqgan": 8_000, "clip": 800, "train": 4_000}
 
 
 def get_config(variant: str = "15"):
   try:
-    scale = float(variant) / 15
+    scale = 1.0 if variant == "long" else float(variant) / 15
   except ValueError:
     scale = 0.0
   if scale <= 0:
     raise UserError(
-      f"config variant '{variant}' of scenes.py must be a positive number of minutes."
+      f"config variant '{variant}' of scenes.py must be a positive number of minutes, or 'long'."
     )
   steps = {stage: max(10, round(n * scale)) for stage, n in STEPS.items()}
+  steps = LONG_STEPS if variant == "long" else steps
   config = base.get_config()
   config.vocab.update({"num_special": 32, "text_size": 1_024, "image_size": 1_024})
   config.scenes.update({"train": 30_000})
@@ -58,4 +62,10 @@ def get_config(variant: str = "15"):
   config.train.update({"checkpoint_every": min(400, max(5, config.train.steps // 12))})
   config.train.update({"eval_every": max(5, config.train.steps // 8)})
   config.train.update({"sample_every": max(5, config.train.steps // 3)})
+  if variant == "long":
+    config.scenes.update({"train": 100_000})
+    config.model.update({"width": 192, "num_heads": 3, "mlp_width": 448})
+    config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "ema_decay": 0.998})
+    config.evaluation.update({"scenes": 600, "scene_guidance": (1.0, 1.5, 2.0, 3.0)})
+    config.train.update({"global_batch_size": 4, "eval_batches": 16})
   return config

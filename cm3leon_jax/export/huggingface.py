@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import importlib.util
+from typing import Literal
 
 from etils import epath
 import jax
@@ -192,6 +193,7 @@ def export(
   config: ModelConfig,
   vocab: VocabLayout,
   tokenizer_folder: epath.PathLike | None,
+  dtype: Literal["float32", "float16"] = "float32",
 ) -> dict:
   """Writes files for `transformers.AutoModelForCausalLM` and `AutoTokenizer`, without torch.
 
@@ -203,6 +205,7 @@ def export(
     config: configuration of the decoder.
     vocab: layout of the token ids.
     tokenizer_folder: folder of the text tokenizer; None leaves it out.
+    dtype: of the weights in the file.
 
   Returns:
     {"architecture", "parameters", "bytes"}.
@@ -217,7 +220,7 @@ def export(
     )
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  described = hf_config(config, vocab)
+  described = {**hf_config(config, vocab), "dtype": dtype}
   write_json(folder / "config.json", described)
   # A document ends with </s>, an infill (a caption, an answer) with <eoss>. config.json can name
   # only one of them, so this file must not be marked as derived from it ("_from_model_config").
@@ -229,6 +232,7 @@ def export(
       (folder / name).write_text((epath.Path(tokenizer_folder) / name).read_text())
   host = jax.tree.map(lambda x: np.asarray(x, np.float32), jax.device_get(params))
   tensors = opt_tensors(host) if config.family == "opt" else qwen3_tensors(host)
+  tensors = {name: x.astype(dtype) for name, x in tensors.items()}
   with replacing(folder / WEIGHTS) as file:
     file.write(safetensors_numpy.save(tensors, {"format": "pt"}))
   return {

@@ -1,6 +1,8 @@
 """Finds trained parameters that a run starts from: another run's, or an exported model's."""
 
+from collections.abc import Callable
 import dataclasses
+import os
 
 from etils import epath
 from flax import traverse_util
@@ -12,11 +14,12 @@ from safetensors import numpy as safetensors
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.distributed import print_once
-from cm3leon_jax.export import huggingface
+from cm3leon_jax.export import bundle, huggingface
 from cm3leon_jax.io import digest, plain, read_json
 from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.settings import Settings, settings_of_run
 from cm3leon_jax.training import checkpoint
 
 
@@ -25,7 +28,7 @@ class Weights:
   """Trained parameters on disk, as the config of a run that starts from them records them.
 
   Attributes:
-    source: what the user named, see `folder_of`.
+    source: what the user named, see `bundle.folder_of`.
     step: of the checkpoint; None for an exported model.
     digest: SHA-256 of the exported file, or of the digests of the checkpoint's files.
   """
@@ -33,14 +36,6 @@ class Weights:
   source: str
   step: int | None
   digest: str | None
-
-
-def folder_of(source: str) -> epath.Path:
-  """Returns the folder that `source` names: the workdir of a run, or a folder of `launch.export`.
-
-  This is the only place where a name of trained parameters becomes a folder.
-  """
-  return epath.Path(source)
 
 
 def start_of_run(
@@ -86,13 +81,15 @@ def find(settings, source: str, step: int | None = None) -> Weights:
 
   Args:
     settings: of the run that starts from them.
-    source: see `folder_of`.
+    source: see `bundle.folder_of`.
     step: of the checkpoint of a run; default: the newest.
 
   Raises:
     UserError: there are none, or their model or vocab is another one.
   """
-  folder = folder_of(source)
+  folder = bundle.folder_of(source)
+  if bundle.is_bundle(folder):
+    bundle.read(folder)  # Checks its files.
   run, exported = folder / "train" / "config.json", folder / huggingface.WEIGHTS
   expected = plain(stages.identity(settings, "train"))
   if run.exists():
@@ -103,8 +100,9 @@ def find(settings, source: str, step: int | None = None) -> Weights:
     expected = {part: {k: expected[part][k] for k in described[part]} for part in described}
   else:
     raise UserError(
-      f"--init_from is {source}; it must be the workdir of a run, with train/config.json, or a "
-      f"folder of `python -m launch.export`, with config.json and {huggingface.WEIGHTS}."
+      f"--init_from is {source}; it must be the workdir of a run, with train/config.json, a "
+      f"folder of `python -m launch.export`, with config.json and {huggingface.WEIGHTS}, or the "
+      f"name of a model that is installed: {', '.join(bundle.INSTALLED)}."
     )
   changed = stages.differences({part: described[part] for part in expected}, expected)
   if changed:
@@ -129,7 +127,7 @@ def _exported_config(folder: epath.Path) -> dict[str, dict]:
 
 def other_tokenizers(source: str, workdir: epath.PathLike) -> list[str]:
   """Returns those of the tokenizers of `source` that are not the tokenizers of a workdir."""
-  folder, workdir = folder_of(source), epath.Path(workdir)
+  folder, workdir = bundle.folder_of(source), epath.Path(workdir)
   text, image = "text_tokenizer/tokenizer.json", "vqgan/params.safetensors"
   pairs = [
     ("text tokenizer", folder / text, workdir / text),
@@ -138,6 +136,35 @@ def other_tokenizers(source: str, workdir: epath.PathLike) -> list[str]:
   ]
   pairs = [(name, digest(theirs), digest(ours)) for name, theirs, ours in pairs]
   return [name for name, theirs, ours in pairs if theirs and ours and theirs != ours]
+
+
+def of_run(
+  source: str | os.PathLike[str], step: int | None = None
+) -> tuple[str, Settings, Callable[[], tuple[dict, int]]]:
+  """Opens a run or a bundle, to generate with it.
+
+  Args:
+    source: workdir of a run, or see `bundle.folder_of`.
+    step: of the run's checkpoint; default: the newest.
+
+  Returns:
+    Its folder, its settings, and a function that loads parameters onto the current mesh and returns
+    them and their step.
+
+  Raises:
+    UserError: nothing was trained there, or a file of a bundle is another one.
+  """
+  folder = bundle.folder_of(source)
+  if not bundle.is_bundle(folder):
+    run = settings_of_run(folder)
+    return (
+      os.fspath(folder),
+      run,
+      lambda: checkpoint.load_params(folder / "train", run.model, step),
+    )
+  settings, trained = bundle.read(folder)
+  path = folder / huggingface.WEIGHTS
+  return os.fspath(folder), settings, lambda: (load_exported(path, settings.model), trained)
 
 
 def load(weights: Weights, settings) -> dict:
@@ -151,13 +178,13 @@ def load(weights: Weights, settings) -> dict:
       f"{weights.source} has other parameters than when this run began, and the run has no "
       "checkpoint yet: delete its folder train/ to begin again."
     )
-  folder = folder_of(weights.source)
+  folder = bundle.folder_of(weights.source)
   if weights.step is not None:
     return checkpoint.load_params(folder / "train", settings.model, weights.step)[0]
-  return _load_exported(folder / huggingface.WEIGHTS, settings.model)
+  return load_exported(folder / huggingface.WEIGHTS, settings.model)
 
 
-def _load_exported(path: epath.Path, config: ModelConfig) -> dict:
+def load_exported(path: epath.Path, config: ModelConfig) -> dict:
   """Reads an exported file. Every process reads all of it, and keeps what its devices hold."""
   try:
     params = huggingface.params_of(safetensors.load(path.read_bytes()), config)

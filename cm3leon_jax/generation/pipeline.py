@@ -177,13 +177,20 @@ class Pipeline:
   def load(cls, settings, workdir, params, clip=None, bank=None, **options) -> "Pipeline":
     """Loads the tokenizers of `workdir`; its documents are the bank unless another is named."""
     workdir = epath.Path(workdir)
+    if bank is None and (workdir / "documents").exists():
+      bank = workdir
     layout, tokenizer = PromptLayout.load(settings, workdir), ImageTokenizer.load(workdir / "vqgan")
-    return cls(params, settings, layout, tokenizer, clip, bank or workdir, **options)
+    return cls(params, settings, layout, tokenizer, clip, bank, **options)
 
   @functools.cached_property
   def retriever(self) -> Retriever:
     """Searches the bank."""
     return Retriever(epath.Path(self.bank) / "neighbors", self.settings.retrieval)
+
+  @property
+  def usual_retrieve(self) -> int:
+    """Number of documents before a caption: that of training samples, 0 without a bank."""
+    return 0 if self.bank is None else self.settings.data.num_neighbors
 
   @functools.cached_property
   def documents(self) -> DocumentStore:

@@ -1,0 +1,103 @@
+"""A bundle: one folder with all that generates images, without the run that trained it.
+
+It has the decoder in the Hugging Face layout (`huggingface.export`), vqgan/, clip/,
+text_tokenizer/, all weights in float16 (finer than bfloat16 for numbers of this size, and read by
+numpy), and bundle.json: settings, step, SHA-256 of every file.
+"""
+
+import dataclasses
+import importlib.resources
+import os
+
+from etils import epath
+import jax
+import numpy as np
+
+from cm3leon_jax import parameters
+from cm3leon_jax.clip.model import CLIP
+from cm3leon_jax.clip.model import PARAMS as CLIP_PARAMS
+from cm3leon_jax.config import UserError
+from cm3leon_jax.export import huggingface
+from cm3leon_jax.io import digest, plain, read_json, write_json
+from cm3leon_jax.settings import Settings, settings_from_config
+from cm3leon_jax.tokenizers.vqgan import PARAMS as VQGAN_PARAMS
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+
+FILE = "bundle.json"
+INSTALLED = ("scenes",)  # Bundles that come with the package.
+TEXT_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+AGAIN = "install cm3leon_jax again, or write the bundle again with `launch.export --bundle`"
+
+
+def folder_of(source: str | os.PathLike[str]) -> epath.Path:
+  """Returns the folder that `source` names: a path, or the name of an installed bundle."""
+  if source in INSTALLED and not epath.Path(source).exists():
+    return epath.Path(str(importlib.resources.files("cm3leon_jax"))) / "assets" / "models" / source
+  return epath.Path(source)
+
+
+def is_bundle(folder: epath.PathLike) -> bool:
+  """Returns whether `write` has finished in `folder`."""
+  return (epath.Path(folder) / FILE).exists()
+
+
+def write(
+  folder: epath.PathLike, workdir: epath.PathLike, settings: Settings, params: dict, step: int
+) -> dict:
+  """Writes a bundle of a run with a CLIP of its own; bundle.json comes last.
+
+  Args:
+    folder: of the bundle.
+    workdir: of the run; its tokenizers and CLIP are read.
+    settings: of the run.
+    params: of the decoder.
+    step: of `params`.
+
+  Returns:
+    {"files", "bytes"} of all files but bundle.json.
+
+  Raises:
+    UserError: the run reads a Hugging Face CLIP, or a stage has not run.
+  """
+  if settings.retrieval.clip:
+    raise UserError(
+      f"config.retrieval.clip is {settings.retrieval.clip}; a bundle holds the CLIP that "
+      "`python -m launch.train_clip` trained: leave --bundle out."
+    )
+  folder, workdir = epath.Path(folder), epath.Path(workdir)
+  texts = workdir / "text_tokenizer"
+  huggingface.export(folder, params, settings.model, settings.vocab, texts, "float16")
+  names = [huggingface.WEIGHTS, "config.json", "generation_config.json", *TEXT_TOKENIZER]
+  (folder / "text_tokenizer").mkdir(parents=True, exist_ok=True)
+  for name in TEXT_TOKENIZER:
+    (folder / "text_tokenizer" / name).write_text((texts / name).read_text())
+    names.append(f"text_tokenizer/{name}")
+  for stage, cls, params_file in (
+    ("vqgan", ImageTokenizer, VQGAN_PARAMS),
+    ("clip", CLIP, CLIP_PARAMS),
+  ):
+    (folder / stage).mkdir(exist_ok=True)
+    model = cls.load(workdir / stage)
+    rounded = jax.tree.map(lambda x: np.asarray(x).astype(np.float16), model.params)
+    parameters.save(folder / stage / params_file, rounded)
+    (folder / stage / "config.json").write_text((workdir / stage / "config.json").read_text())
+    names += [f"{stage}/{params_file}", f"{stage}/config.json"]
+  described = {
+    "settings": plain(dataclasses.asdict(settings)),
+    "step": step,
+    "digests": {name: digest(folder / name) for name in sorted(names)},
+  }
+  write_json(folder / FILE, described)
+  return {"files": len(names), "bytes": sum((folder / name).stat().length for name in names)}
+
+
+def read(folder: epath.PathLike) -> tuple[Settings, int]:
+  """Reads settings and step of a bundle; raises UserError if a file is not the one written."""
+  folder = epath.Path(folder)
+  stored = read_json(folder / FILE)
+  for name, expected in stored["digests"].items():
+    found = digest(folder / name)
+    if found != expected:
+      state = "is absent" if found is None else "has another content than the bundle was made with"
+      raise UserError(f"{folder / name} {state} (SHA-256 {expected[:12]} expected): {AGAIN}.")
+  return settings_from_config(stored["settings"]), stored["step"]

@@ -1,0 +1,89 @@
+"""Tests of bundles: a folder that generates what its run generates, and that notices damage."""
+
+import dataclasses
+import shutil
+
+from etils import epath
+import jax
+import numpy as np
+import pytest
+
+from cm3leon_jax import CM3Leon, config
+from cm3leon_jax.export import bundle, weights
+from cm3leon_jax.training import checkpoint
+from tests.generation.run import SETTINGS, one_device, save_run
+from tests.models.tiny import mesh_of
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  root = epath.Path(tmp_path_factory.mktemp("run"))
+  save_run(root)
+  return root
+
+
+@pytest.fixture(scope="module")
+def bundled(run):
+  """The bundle of `run`, outside of it."""
+  folder = run.parent / f"{run.name}_bundle"
+  with one_device():
+    params, step = checkpoint.load_params(run / "train", SETTINGS.model)
+    numbers = bundle.write(folder, run, SETTINGS, params, step)
+  assert numbers["bytes"] == sum(p.stat().length for p in files(folder) if p.name != bundle.FILE)
+  return folder
+
+
+def files(folder):
+  return [epath.Path(root) / name for root, _, names in folder.walk() for name in names]
+
+
+def test_parameters_are_those_of_the_run_rounded_to_float16(run, bundled):
+  with jax.set_mesh(mesh_of(2, 2, 2)):
+    found, step = weights.of_run(bundled)[2]()
+    expected, _ = weights.of_run(run)[2]()
+  assert step == 7
+  expected = jax.tree.map(lambda x: np.asarray(x.astype("float16").astype("float32")), expected)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
+  assert {x.dtype.name for x in jax.tree.leaves(found)} == {"float32"}
+
+
+def test_it_generates_without_the_run_and_retrieves_nothing(bundled, tmp_path):
+  moved = tmp_path / "moved"
+  shutil.copytree(bundled, moved)
+  with one_device() as mesh:
+    model = CM3Leon.load(moved, mesh=mesh)
+  assert model.step == 7
+  assert model.pipeline.settings == SETTINGS
+  [sample] = model.generate("a red bell", seed=1)
+  assert (sample.neighbors, sample.image.size) == ((), (8, 8))
+  assert sample.clip_score is not None
+  with pytest.raises(config.UserError, match="retrieve is 1, and there is no bank"):
+    model.generate("a red bell", retrieve=1)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "clip/params.safetensors", "config.json"])
+def test_a_file_of_another_content_is_refused_by_name(bundled, tmp_path, name):
+  changed = epath.Path(tmp_path / "changed")
+  shutil.copytree(bundled, changed)
+  data = bytearray((changed / name).read_bytes())
+  data[-1] ^= 1
+  (changed / name).write_bytes(bytes(data))
+  with pytest.raises(config.UserError, match=f"{name} has another content"):
+    CM3Leon.load(changed)
+  with pytest.raises(config.UserError, match=f"{name} has another content"):
+    weights.find(SETTINGS, str(changed))
+  (changed / name).unlink()
+  with pytest.raises(config.UserError, match=f"{name} is absent"):
+    bundle.read(changed)
+
+
+def test_a_run_starts_from_a_bundle(bundled):
+  found = weights.find(SETTINGS, str(bundled))
+  with one_device():
+    assert weights.load(found, SETTINGS).keys() == {"embed", "blocks", "positions"}
+
+
+def test_the_clip_of_another_project_is_not_bundled(run, tmp_path):
+  retrieval = dataclasses.replace(SETTINGS.retrieval, clip="clip-vit-base-patch16")
+  with pytest.raises(config.UserError, match=r"config\.retrieval\.clip is clip-vit-base-patch16"):
+    bundle.write(tmp_path, run, dataclasses.replace(SETTINGS, retrieval=retrieval), {}, 7)
