@@ -2,29 +2,30 @@
 
 # n scenes, H height, W width.
 
+from collections import Counter
 from collections.abc import Sequence
 import dataclasses
 import json
 
 from etils import epath
 import numpy as np
-from PIL import Image
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import scene_drawings
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.data.scene_world import Placed, Scene
-from cm3leon_jax.evaluation import judge_errors, scene_table, scenes
+from cm3leon_jax.evaluation import judge_errors, scene_sheet, scene_table, scenes
+from cm3leon_jax.evaluation.scene_sheet import SheetScene
 from cm3leon_jax.evaluation.scene_table import Judged
 from cm3leon_jax.generation.heldout import HeldoutCaption, tasks_of_rows
 from cm3leon_jax.generation.pipeline import Pipeline, Sample
-from cm3leon_jax.generation.writer import contact_sheet, save_png
+from cm3leon_jax.generation.retrieved import images_of
+from cm3leon_jax.generation.writer import save_png
 from cm3leon_jax.io import replacing, write_json
 
 REAL, RECONSTRUCTED = "real images", "reconstructions"  # Titles of what limits the samples.
-SHEET_SCENES = 16
-FRAME = 3  # Width of the frame of a sample, in pixels of the image.
-RIGHT, WRONG, PLAIN = (30, 160, 60), (210, 40, 40), (255, 255, 255)  # Colors of the frame.
+UNGUIDED = "guidance 1"
+SHEET_SCENES = 12
 
 
 def real_image(facts: dict) -> np.ndarray:
@@ -104,7 +105,8 @@ def evaluate(
 
   Returns:
     {"judge": result of `judge_errors.measure`, "tables": {"real images", "reconstructions", and for
-    each weight e.g. "guidance 1.5": result of `scene_table.table`}}.
+    each weight e.g. "guidance 1.5": result of `scene_table.table`}}. If one of several weights is
+    1, also "gain": {"title": the best other weight, and its `scene_table.gain` over weight 1}.
   """
   folder, seed = epath.Path(folder), pipeline.settings.seed
   samples = [of_task[0] for of_task in pipeline.generate(tasks, show_progress=True)]
@@ -127,12 +129,15 @@ def evaluate(
     for title, images in columns.items()
   }
   resamples = pipeline.settings.evaluation.num_resamples
-  result = {
-    "judge": judge_errors.measure(real, facts, seed),
-    "tables": {title: scene_table.table(some, resamples, seed) for title, some in judged.items()},
-  }
+  tables = {title: scene_table.table(some, resamples, seed) for title, some in judged.items()}
+  result = {"judge": judge_errors.measure(real, facts, seed), "tables": tables}
+  if UNGUIDED in tables and len(by_weight) > 1:
+    title = best_guidance({name: tables[name] for name in by_weight if name != UNGUIDED})
+    gain = scene_table.gain(judged[title], judged[UNGUIDED], resamples, seed)
+    result["gain"] = {"title": title, **gain}
   _write_results(folder, samples, [one for title in by_weight for one in judged[title]])
-  save_png(folder / "scenes.png", sheet(columns, judged))
+  shown = sheet_scenes(pipeline, by_weight, judged)
+  save_png(folder / "scenes.png", scene_sheet.render(shown))
   write_json(folder / "scenes.json", result)
   return result
 
@@ -154,47 +159,90 @@ def _write_results(folder: epath.Path, samples: Sequence[Sample], judged: Sequen
     file.write("".join(lines))
 
 
-def sheet(columns: dict[str, np.ndarray], judged: dict[str, list[Judged]]) -> Image.Image:
-  """Lays out the first scenes: caption, then an image of each column, green if right, else red.
+def sheet_scenes(
+  pipeline: Pipeline, by_weight: dict[str, list[Sample]], judged: dict[str, list[Judged]]
+) -> list[SheetScene]:
+  """Returns what the sheet shows: scenes chosen by the seed, spread over the categories.
 
   Args:
-    columns: title -> [n, H, W, 3] uint8; the first are the real images, which get no color.
-    judged: title -> n images and their verdicts.
+    pipeline: of the run; decodes the images of neighbors.
+    by_weight: title of a guidance weight -> samples of n scenes.
+    judged: the same titles -> n verdicts.
   """
-  titles, rows = [title for title in columns if title != RECONSTRUCTED], []
-  side = columns[titles[-1]].shape[1]
-  captions = [one.prompt for one in judged[titles[0]]][:SHEET_SCENES]
-  for i in range(len(captions)):
-    row = []
-    for title in titles:
-      color = RIGHT if judged[title][i].verdict.correct else WRONG
-      row.append(framed(columns[title][i], side, PLAIN if title == REAL else color))
-    rows.append(row)
-  return contact_sheet(rows, captions, titles)
+  first = next(iter(by_weight.values()))
+  tags = [sample.task.document.facts["tag"] for sample in first]
+  chosen = spread(tags, SHEET_SCENES, pipeline.settings.seed)
+  images = iter(images_of(pipeline, [d for i in chosen for d in first[i].neighbors]))
+  return [
+    SheetScene(
+      caption=first[i].task.prompt,
+      original=real_image(first[i].task.document.facts),
+      neighbors=tuple(next(images) for _ in first[i].neighbors),
+      samples={
+        title: (some[i].segments[0], judged[title][i].verdict.correct)
+        for title, some in by_weight.items()
+      },
+    )
+    for i in chosen
+  ]
 
 
-def framed(image: np.ndarray, side: int, color: tuple[int, int, int]) -> np.ndarray:
-  """Scales an image to `side` x `side` pixels and frames it: [H, W, 3] uint8 for each."""
-  scaled = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST))
-  result = np.full((side + 2 * FRAME, side + 2 * FRAME, 3), color, np.uint8)
-  result[FRAME:-FRAME, FRAME:-FRAME] = scaled
-  return result
+def spread(tags: Sequence[str], count: int, seed: int) -> list[int]:
+  """Chooses up to `count` indices by the seed: one of each tag, then a second one, and so on.
+
+  spread(["a", "a", "a", "b"], 3, seed) has one or two indices below 3, and index 3
+  """
+  order, seen, turns = np.random.default_rng(seed).permutation(len(tags)), Counter(), {}
+  for i in map(int, order):
+    turns[i] = seen[tags[i]]
+    seen[tags[i]] += 1
+  return sorted(turns, key=lambda i: turns[i])[:count]
+
+
+def best_guidance(tables: dict[str, dict]) -> str:
+  """Returns the title of the guidance weight at which most images are correct.
+
+  Args:
+    tables: of `evaluate`; of equal ones the first is the best.
+  """
+  weights = [title for title in tables if title not in (REAL, RECONSTRUCTED)]
+  return max(weights, key=lambda title: tables[title]["all"]["correct"]["share"])
 
 
 def describe(result: dict) -> str:
   """Writes the result of `evaluate` as text."""
+  lines = [scene_table.describe(result["tables"])]
+  if gain := result.get("gain"):
+    lines.append(f"{gain['title']} minus {UNGUIDED}: {scene_table.share(gain)} correct")
   judge = judge_errors.describe(result["judge"])
-  return f"{scene_table.describe(result['tables'])}\njudge, on real images: {judge}"
+  return "\n".join([*lines, f"judge, on real images: {judge}"])
 
 
 def overview(result: dict) -> dict:
-  """Returns the main shares of a result of `evaluate`, for the summary of the stage."""
+  """Returns the main shares of a result of `evaluate`, for the summary of the stage.
+
+  Returns:
+    {"judge": its main shares, and for each table its shares of all images. "best": {"title": the
+    best guidance weight, and with their intervals "correct", "color", "count" and "place" of all
+    images, and the correct ones of "scene" (kind of held-out) and "single_object" (category)},
+    "gain": as in `result`}. What the captions do not have is absent.
+  """
+  tables = result["tables"]
   shares = {
     title: {
       **{m: table["all"][m]["share"] for m in scene_table.MEASURES if m in table["all"]},
       "geneval": table["geneval"],
     }
-    for title, table in result["tables"].items()
+    for title, table in tables.items()
   }
   judge = {name: result["judge"][name] for name in ("real", "changed_right")}
-  return {"judge": judge, **shares}
+  title = best_guidance(tables)
+  best = tables[title]
+  parts = {"scene": best["heldout"].get("scene"), "single_object": best["tag"].get("single_object")}
+  main = {
+    "title": title,
+    **{m: best["all"][m] for m in ("correct", "color", "count", "place") if m in best["all"]},
+    **{name: row["correct"] for name, row in parts.items() if row},
+  }
+  gain = {"gain": result["gain"]} if "gain" in result else {}
+  return {"judge": judge, **shares, "best": main, **gain}

@@ -72,11 +72,35 @@ def _shares(judged: Sequence[Judged], num_resamples: int, seed: int) -> dict:
       if measure == "correct" or measure in one.verdict.holds
     ]
     if values:
-      groups = [one.concept or f"image {i}" for i, (one, _) in enumerate(values)]
-      holds = [float(value) for _, value in values]
-      interval = intervals.mean_interval(holds, np.ones(len(holds)), groups, num_resamples, seed)
-      result[measure] = {"share": interval.pop("mean"), **interval}
+      ones, holds = zip(*values)
+      result[measure] = _mean_share(ones, holds, num_resamples, seed)
   return result
+
+
+def _mean_share(judged: Sequence[Judged], values, num_resamples: int, seed: int) -> dict:
+  """Computes the mean of a number for each image, with its interval: {share, low, high, ...}."""
+  groups = [one.concept or f"image {i}" for i, one in enumerate(judged)]
+  values = np.asarray(values, np.float64)
+  interval = intervals.mean_interval(values, np.ones(len(values)), groups, num_resamples, seed)
+  return {"share": interval.pop("mean"), **interval}
+
+
+def gain(
+  judged: Sequence[Judged], base: Sequence[Judged], num_resamples: int, seed: int = 0
+) -> dict:
+  """Computes how many more images are correct than of other samples for the same captions.
+
+  Args:
+    judged: n images.
+    base: n images for the same captions, in the same order.
+    num_resamples: bootstrap resamples of the concepts.
+    seed: of the bootstrap.
+
+  Returns:
+    {share, low, high, groups, effective_groups} of the paired difference of correct images.
+  """
+  values = [one.verdict.correct - other.verdict.correct for one, other in zip(judged, base)]
+  return _mean_share(judged, values, num_resamples, seed)
 
 
 def describe(tables: dict[str, dict]) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents import Document
 from cm3leon_jax.generation.pipeline import Pipeline
 
 
@@ -41,9 +42,8 @@ def search(
   """
   if not len(pipeline.documents):
     raise UserError(f"{pipeline.documents.folder} holds no documents to retrieve.")
-  nearest, vocab = pipeline.search(queries, count), pipeline.layout.vocab
-  codes = [vocab.image_codes(d.segments[1].tokens) for found, _ in nearest for d in found]
-  images = iter(pipeline.image_tokenizer.decode(np.stack(codes)) if codes else ())
+  nearest = pipeline.search(queries, count)
+  images = iter(images_of(pipeline, [document for found, _ in nearest for document in found]))
   return [
     [
       Retrieved(
@@ -59,3 +59,12 @@ def search(
     ]
     for found, similarities in nearest
   ]
+
+
+def images_of(pipeline: Pipeline, documents: Sequence[Document]) -> list[np.ndarray]:
+  """Decodes the images of documents from their codes: [H, W, 3] uint8 each."""
+  if not documents:
+    return []
+  vocab = pipeline.layout.vocab
+  codes = [vocab.image_codes(document.segments[1].tokens) for document in documents]
+  return list(pipeline.image_tokenizer.decode(np.stack(codes)))

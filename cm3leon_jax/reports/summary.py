@@ -32,12 +32,7 @@ class Headline:
 
 
 # fmt: off
-HEADLINES = (
-  Headline(
-    "PSNR of reconstructions, held-out concepts (dB)", "vqgan.psnr_db", ">=", 22.0),
-  Headline(
-    "Codebook perplexity, held-out concepts", "vqgan.codebook_perplexity", ">=", 250.0,
-    "of 512 codes"),
+_RETRIEVAL = (
   Headline(
     "Recall@2 of the neighbor search against exact search", "neighbors.recall@2", ">=", 0.95),
   Headline(
@@ -49,6 +44,22 @@ HEADLINES = (
   Headline(
     "Bits per image code, true neighbors", "evaluation.image.true.bits", "<",
     "evaluation.image.unigram", "unigram model"),
+)
+_NEIGHBORS = (
+  Headline(
+    "True minus shuffled neighbors (bits/code)", "evaluation.image.true_minus_shuffled.bits",
+    "<", 0.0, "whole interval"),
+  Headline(
+    "True minus no neighbors (bits/code)", "evaluation.image.true_minus_none.bits",
+    "<", 0.0, "whole interval"),
+)
+HEADLINES = (
+  Headline(
+    "PSNR of reconstructions, held-out concepts (dB)", "vqgan.psnr_db", ">=", 22.0),
+  Headline(
+    "Codebook perplexity, held-out concepts", "vqgan.codebook_perplexity", ">=", 250.0,
+    "of 512 codes"),
+  *_RETRIEVAL,
   Headline(
     "Bits per image code, relative to unigram", "evaluation.image.true_over_unigram", "<=", 0.5,
     "for the demo"),
@@ -58,12 +69,29 @@ HEADLINES = (
   Headline(
     "Bits per text token, true neighbors", "evaluation.text.true.bits", "<",
     "evaluation.text.unigram", "unigram model"),
+  *_NEIGHBORS,
+)
+# Of runs with judged scenes. Shares of samples are those at the best guidance weight.
+SCENE_HEADLINES = (
   Headline(
-    "True minus shuffled neighbors (bits/code)", "evaluation.image.true_minus_shuffled.bits",
-    "<", 0.0, "whole interval"),
+    "Reconstructions judged right", "vqgan.reconstructed_scenes_right", ">=", 0.9),
   Headline(
-    "True minus no neighbors (bits/code)", "evaluation.image.true_minus_none.bits",
-    "<", 0.0, "whole interval"),
+    "New combinations of known parts, wholly right", "evaluation.scenes.best.scene.share",
+    ">=", 0.25, "whole interval"),
+  Headline(
+    "Single objects, wholly right", "evaluation.scenes.best.single_object.share",
+    ">=", 0.5, "whole interval"),
+  Headline(
+    "Color right", "evaluation.scenes.best.color.share", ">=", 0.8, "whole interval"),
+  Headline(
+    "Number of objects right", "evaluation.scenes.best.count.share", ">=", 0.8, "whole interval"),
+  Headline(
+    "Place right", "evaluation.scenes.best.place.share", ">=", 0.8, "whole interval"),
+  Headline(
+    "Best guidance minus guidance 1, wholly right", "evaluation.scenes.gain.share",
+    ">=", 0.05, "whole interval"),
+  *_RETRIEVAL,
+  *_NEIGHBORS,
 )
 # fmt: on
 
@@ -92,8 +120,9 @@ def judge(summary: dict, headline: Headline) -> dict:
   target = lookup(summary, headline.target) if isinstance(headline.target, str) else headline.target
   parent = lookup(summary, headline.path.rpartition(".")[0]) or {}
   interval = met = None
-  if headline.path.endswith(".bits") and "low" in parent:
-    interval = {name: parent[name] for name in parent if name != "bits"}
+  if parent.get("low") is not None:
+    names = ("low", "high", "groups", "effective_groups")
+    interval = {name: parent[name] for name in names if name in parent}
   if value is not None and target is not None and headline.better:
     worst = value if interval is None else interval["high" if "<" in headline.better else "low"]
     met = {">=": worst >= target, "<=": worst <= target, ">": worst > target, "<": worst < target}[
@@ -108,6 +137,15 @@ def judge(summary: dict, headline: Headline) -> dict:
     "note": headline.note,
     "met": met,
   }
+
+
+def headlines(summary: dict) -> list[Headline]:
+  """Returns the headlines of a run: `SCENE_HEADLINES` if scenes were judged, else `HEADLINES`."""
+  scenes = lookup(summary, "evaluation.scenes")
+  if scenes is None and lookup(summary, "vqgan.reconstructed_scenes_right") is None:
+    return list(HEADLINES)
+  compared = scenes is None or "gain" in scenes  # A run may sample one guidance weight only.
+  return [line for line in SCENE_HEADLINES if compared or ".gain." not in line.path]
 
 
 def clip_scores(results: list[dict]) -> list[dict]:
@@ -252,7 +290,7 @@ def collect(workdir: epath.PathLike) -> dict:
     summary.setdefault("samples", {})["clip_score"] = scores
   summary["total_seconds"] = round(sum(seconds.values()), 1)
   summary["unfinished"] = [folder for folder in stages.STAGES if folder not in seconds]
-  summary["headlines"] = [judge(summary, headline) for headline in HEADLINES]
+  summary["headlines"] = [judge(summary, headline) for headline in headlines(summary)]
   return plain(summary)
 
 

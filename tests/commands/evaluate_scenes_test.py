@@ -15,9 +15,11 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data import scenes as scenes_source
 from cm3leon_jax.data.documents import Document, DocumentStore, Segment, write_documents
 from cm3leon_jax.data.scene_world import ScenesConfig
-from cm3leon_jax.evaluation import scene_samples
+from cm3leon_jax.evaluation import scene_samples, scene_sheet
 from cm3leon_jax.io import read_json, read_json_lines
+from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.tokenizers.text import TextTokenizer
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.retrieval.stores import write_neighbors
@@ -97,15 +99,41 @@ def test_scenes_are_generated_judged_and_written(made, run, capsys):
   assert (metadata["tag"], json.dumps(metadata["include"])) in known
   assert metadata["prompt"] == first["prompt"]
   assert pixels_of(folder / "scenes.png").shape[1] > 400
+  assert result["gain"]["title"] == "guidance 2.5"
+  assert result["gain"]["share"] == 0
   summary = read_json(folder / "metrics.json")
+  assert summary["scenes"]["best"]["title"] == "guidance 1"  # The first of equal ones.
+  assert summary["scenes"]["best"]["correct"]["groups"] == 10
   assert summary["scenes"]["real images"]["correct"] == 1
   assert summary["documents"] == 4
-  assert "guidance 2.5: 10 images" in capsys.readouterr().out
+  printed = capsys.readouterr().out
+  assert "guidance 2.5: 10 images" in printed
+  assert "guidance 2.5 minus guidance 1: 0.0%" in printed
   run(settings)
   assert "finished already, skipped" in capsys.readouterr().out
   warmer = dataclasses.replace(settings.sampling, temperature=0.5)
   run(dataclasses.replace(settings, sampling=warmer))  # Other samples.
   assert "skipped" not in capsys.readouterr().out
+
+
+def test_the_sheet_shows_the_neighbors_that_stood_before_a_caption(made, run, monkeypatch):
+  shown, render = [], scene_sheet.render
+  monkeypatch.setattr(scene_sheet, "render", lambda scenes: shown.extend(scenes) or render(scenes))
+  (made / "evaluation").rmtree(missing_ok=True)
+  run(settings_of(scenes=3, scene_neighbors=2))
+  chosen = scene_samples.choose(facts_of(made), 3, seed=0)
+  facts = {scene_samples.real_image(facts_of(made)[i]).tobytes(): i for i in chosen}
+  ids = load_neighbors(made / "neighbors", "heldout_pairs", text_only=True)
+  bank = DocumentStore(made / "documents" / "train_pairs", VOCAB)
+  tokenizer = ImageTokenizer.load(made / "vqgan")
+  assert len(shown) == 3
+  for scene in shown:
+    row = ids[facts.pop(scene.original.tobytes())]
+    codes = [VOCAB.image_codes(bank[int(i)].segments[1].tokens) for i in row[:2]]
+    np.testing.assert_array_equal(np.stack(scene.neighbors), tokenizer.decode(np.stack(codes)))
+    image, right = scene.samples["guidance 1"]
+    assert image.shape == (8, 8, 3)
+    assert right is False
 
 
 def test_scenes_are_spread_over_categories_and_kinds_by_the_seed(made):

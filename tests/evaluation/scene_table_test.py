@@ -49,6 +49,20 @@ def test_shares_are_over_the_captions_that_name_a_fact():
   assert table["geneval"] == pytest.approx((0.5 + 0 + 2 / 3) / 3)
 
 
+def test_a_gain_is_paired_by_caption():
+  better, base = (
+    [judged("colors", "scene", i < right, f"{i}") for i in range(40)] for right in (30, 20)
+  )
+  found = scene_table.gain(better, base, 500)
+  assert found["share"] == 0.25
+  assert found["groups"] == 40
+  # An unpaired interval would be about [0.04, 0.46].
+  assert 0.08 < found["low"] < 0.25 < found["high"] < 0.42
+  assert scene_table.gain(base, better, 500)["share"] == -0.25
+  same = scene_table.gain(base, base, 500)
+  assert (same["low"], same["high"]) == (0, 0)
+
+
 def test_intervals_resample_scenes_and_not_images():
   rng = np.random.default_rng(0)
   right = rng.random(40) < 0.5

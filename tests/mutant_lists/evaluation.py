@@ -61,6 +61,24 @@ EVALUATION = (
     ),
   ),
   *mutants_of(
+    "cm3leon_jax/evaluation/scene_samples.py",
+    "tests/evaluation/scene_samples_test.py",
+    (
+      "sheet_of_any_categories",
+      "key=lambda i: turns[i]",
+      "key=lambda i: i",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/evaluation/scene_sheet.py",
+    "tests/evaluation/scene_sheet_test.py",
+    (
+      "right_and_wrong_have_one_mark",
+      "for line in check if right else cross:",
+      "for line in check:",
+    ),
+  ),
+  *mutants_of(
     "cm3leon_jax/reports/summary.py",
     "tests/reports/report_test.py",
     (

@@ -1,5 +1,6 @@
 from html.parser import HTMLParser
 import json
+import re
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -296,19 +297,89 @@ def test_smooth_averages_shorter_windows_at_the_ends():
   np.testing.assert_allclose(report.smooth(np.array([1.0, 2.0]), 1), [1.0, 2.0])
 
 
-def test_judged_scenes_have_a_table_for_every_column_and_a_sheet(tmp_path):
+def share(value, half=0.1):
+  groups = {"groups": 7, "effective_groups": 7.0}
+  return {"share": value, "low": value - half, "high": value + half, **groups}
+
+
+BEST = {
+  "title": "guidance 1.5",
+  "correct": share(0.3),
+  "scene": share(0.4),
+  "single_object": share(0.55),
+  "color": share(0.95),
+}
+
+
+def make_scenes(workdir, **fields):
+  """Adds an evaluation with judged scenes whose summary has `fields`."""
+  row = {"images": 4, "correct": share(0.3)}
+  table = {"all": row, "tag": {"colors": row}, "heldout": {"pair": row}, "geneval": 0.3}
+  tables = {"reconstructions": table, "guidance 1.5": table}
+  with stages.once(workdir / "evaluation", {}) as numbers:
+    numbers.update(
+      {**NUMBERS["evaluation"], "scenes": {"guidance 1.5": {"correct": 0.3}, **fields}}
+    )
+    make_image(workdir / "evaluation" / "scenes.png", 0)
+    write_json(workdir / "evaluation" / "scenes.json", {"tables": tables})
+
+
+def headings(html):
+  return re.findall("<h2>(.*?)</h2>", html)
+
+
+def test_judged_scenes_come_first_with_their_sheet_and_tables(tmp_path):
   make_run(tmp_path, ("raw", "vqgan"))
-  row = {"images": 4, "correct": {"share": 0.25, "low": 0.0, "high": 0.5}}
-  table = {"all": row, "tag": {"colors": row}, "heldout": {"pair": row}, "geneval": 0.25}
-  with stages.once(tmp_path / "evaluation", {}) as numbers:
-    numbers.update({**NUMBERS["evaluation"], "scenes": {"guidance 1": {"correct": 0.25}}})
-    make_image(tmp_path / "evaluation" / "scenes.png", 0)
-    write_json(tmp_path / "evaluation" / "scenes.json", {"tables": {"guidance 1": table}})
-  report.write(tmp_path, "ml_configs/openmoji.py")
+  make_scenes(tmp_path, best=BEST)
+  report.write(tmp_path, "ml_configs/scenes.py")
   html = (tmp_path / "report.html").read_text()
   page = Page(html)
-  assert any("green (correct)" in image["alt"] for image in page.images)
-  assert "<summary>guidance 1: 25.0% [0.0, 50.0] correct</summary>" in html
+  assert page.open == []
+  assert "a check if correct" in page.images[0]["alt"]
+  assert headings(html)[:2] == ["Do images show what their captions say?", "Results"]
+  text = " ".join(re.sub("<.*?>", "", html).split())
+  assert (
+    "At guidance 1.5, 30.0% [20.0, 40.0] of 4 images show exactly what their held-out captions "
+    "say, and nothing more; of captions of a single object, 55.0% [45.0, 65.0]. The ceiling, "
+    "reconstructions from the true codes: 30.0% [20.0, 40.0]." in text
+  )
+  assert "<details><summary>guidance 1.5: 30.0% [20.0, 40.0] correct</summary>" in html
   for label in ("all", "colors", "held-out: pair"):
-    assert f'<tr><th>{label}</th><td class="num">4</td>' in html
-  assert html.count('<td class="num">25.0% [0.0, 50.0]</td>') == 3
+    assert html.count(f'<tr><th>{label}</th><td class="num">4</td>') == 2
+  assert html.count('<td class="num">30.0% [20.0, 40.0]</td>') == 2 * 3
+
+
+def test_a_run_without_judged_scenes_begins_with_its_results(run):
+  assert headings(run[2])[:2] == ["Results", "Images for held-out captions"]
+  assert "Do images show" not in run[2]
+
+
+def test_scenes_judged_by_an_earlier_version_have_no_sentence(tmp_path):
+  make_run(tmp_path, ("raw", "vqgan"))
+  make_scenes(tmp_path)
+  report.write(tmp_path, "ml_configs/scenes.py")
+  html = (tmp_path / "report.html").read_text()
+  assert "The ceiling" not in html
+  assert "guidance 1.5: 30.0%" in html
+
+
+def test_headlines_of_scenes_are_met_with_their_whole_interval(tmp_path):
+  make_run(tmp_path, ("raw", "vqgan"))
+  make_scenes(tmp_path, best=BEST, gain={"title": "guidance 1.5", **share(0.1, 0.04)})
+  found = report.write(tmp_path, "ml_configs/scenes.py")
+  lines = {line["title"]: line for line in found["headlines"]}
+  assert "Codebook perplexity, held-out concepts" not in lines
+  met = {title: line["met"] for title, line in lines.items() if line["interval"] is not None}
+  assert met == {
+    "New combinations of known parts, wholly right": True,
+    "Single objects, wholly right": False,
+    "Color right": True,
+    "Best guidance minus guidance 1, wholly right": True,
+    "Bits per image code, true neighbors": True,
+    "True minus shuffled neighbors (bits/code)": True,
+    "True minus no neighbors (bits/code)": True,
+  }
+  color = lines["Color right"]["interval"]
+  assert color == {name: BEST["color"][name] for name in color}
+  assert set(color) == {"low", "high", "groups", "effective_groups"}
+  assert lines["Place right"]["value"] is None
