@@ -37,7 +37,7 @@ HEADLINES = (
     "PSNR of reconstructions, held-out concepts (dB)", "vqgan.psnr_db", ">=", 22.0),
   Headline(
     "Codebook perplexity, held-out concepts", "vqgan.codebook_perplexity", ">=", 250.0,
-    "of 512 codes"),
+    "of openmoji's 512 codes"),
   Headline(
     "Recall@2 of the neighbor search against exact search", "neighbors.recall@2", ">=", 0.95),
   Headline(
@@ -51,7 +51,7 @@ HEADLINES = (
     "evaluation.image.unigram", "unigram model"),
   Headline(
     "Bits per image code, relative to unigram", "evaluation.image.true_over_unigram", "<=", 0.5,
-    "for the demo"),
+    "for openmoji"),
   Headline(
     "Bits per image code, relative to unigram", "evaluation.image.true_over_unigram", "<=", 0.42,
     "for openmoji:long"),
