@@ -86,7 +86,7 @@ class Ablation:
   minutes: float
 
   def overrides(self, **fields) -> dict:
-    """Returns the fields of the config that differ from the demo's."""
+    """Returns the fields of the config that differ from those of `openmoji`."""
     steps = dict.fromkeys(("train.steps", "train.eval_every", "train.sample_every"), self.steps)
     steps["train.checkpoint_every"] = min(100, self.steps)
     return {**OVERRIDES, "raw.source": str(self.workdir / "drawings"), **steps, **fields}
@@ -360,6 +360,9 @@ if __name__ == "__main__":  # Flags here: a test that imports this module define
   flags.DEFINE_integer("seeds", 3, "Number of seeds of every condition.", lower_bound=1)
   flags.DEFINE_list("conditions", list(CONDITIONS), "Conditions to run.")
   flags.DEFINE_float(
-    "minutes", 20, "Train tokenizers and CLIP as a demo of so many minutes does.", lower_bound=1e-3
+    "minutes",
+    20,
+    "Train tokenizers and CLIP as a run of openmoji of so many minutes does.",
+    lower_bound=1e-3,
   )
   app.run(main)

@@ -24,7 +24,7 @@ _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
   f"Config: a Python file, path/own.py, or a name: {', '.join(config_file.SHIPPED)}. "
-  "A variant follows a colon: openmoji:15.",
+  "A variant follows a colon: scenes:15.",
 )
 flags.FLAGS["config"].parser = config_file.Parser()
 _WORKDIR = flags.DEFINE_string(
@@ -47,7 +47,7 @@ _TIMEOUT = flags.DEFINE_integer(
 )
 
 
-NAME_A_CONFIG = "name a config: --config=ml_configs/openmoji.py"
+NAME_A_CONFIG = "name a config: --config=ml_configs/scenes.py"
 
 
 def _join_processes(several: bool) -> None:

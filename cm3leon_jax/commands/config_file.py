@@ -16,7 +16,7 @@ SHIPPED = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("__init__
 
 
 def find(name: str) -> pathlib.Path:
-  """Returns the file of a config, given by name or path: find("openmoji"), find("path/own.py").
+  """Returns the file of a config, given by name or path: find("scenes"), find("path/own.py").
 
   Raises:
     UserError: there is no such file and no shipped config of this name.
@@ -33,7 +33,7 @@ def find(name: str) -> pathlib.Path:
 
 
 def load(value: str) -> ml_collections.ConfigDict:
-  """Runs get_config of a config file: load("openmoji:15") calls get_config("15") of openmoji.
+  """Runs get_config of a config file: load("scenes:15") calls get_config("15") of scenes.
 
   Raises:
     UserError: there is no such file, it raises an error, it has no get_config, or get_config does

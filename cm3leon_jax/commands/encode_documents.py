@@ -1,7 +1,7 @@
 """Encodes raw pairs, texts and interleaved documents to token ids.
 
-python -m launch.encode_documents --config=ml_configs/openmoji.py --workdir=workdir
-python -m launch.encode_documents --config=ml_configs/openmoji.py --workdir=workdir --validate
+python -m launch.encode_documents --config=ml_configs/scenes.py --workdir=workdir/scenes
+python -m launch.encode_documents --config=ml_configs/scenes.py --workdir=workdir/scenes --validate
 """
 
 import functools

@@ -1,9 +1,9 @@
 """Measures bits of held-out pairs with and without neighbors; judges or exports generated images.
 
-  python -m launch.evaluate --config=ml_configs/openmoji.py --workdir=workdir
-  python -m launch.evaluate --config=ml_configs/scenes.py --workdir=workdir \\
+  python -m launch.evaluate --config=ml_configs/scenes.py --workdir=workdir/scenes
+  python -m launch.evaluate --config=ml_configs/scenes.py --workdir=workdir/scenes \\
     --config.evaluation.scenes=600 --config.evaluation.scene_guidance='(1.0, 2.0)'
-  python -m launch.evaluate --config=ml_configs/openmoji.py --workdir=workdir \\
+  python -m launch.evaluate --config=ml_configs/scenes.py --workdir=workdir/scenes \\
     --export=geneval --prompts=evaluation_metadata.jsonl
 
 Bits per image code and text token go to evaluation/metrics.json; the caption alone retrieves

@@ -1,9 +1,10 @@
 """Writes the newest checkpoint in the Hugging Face layout to export/.
 
-  python -m launch.export --config=ml_configs/openmoji.py --workdir=workdir
+  python -m launch.export --config=ml_configs/scenes.py --workdir=workdir/scenes
 
-transformers.AutoModelForCausalLM.from_pretrained("workdir/export") loads it. If torch is installed,
-the logits of the exported model on held-out documents are compared with those of this project.
+transformers.AutoModelForCausalLM.from_pretrained("workdir/scenes/export") loads it. If torch is
+installed, the logits of the exported model on held-out documents are compared with those of this
+project.
 --bundle=DIR also writes decoder, tokenizers and CLIP in float16 to one folder, for CM3Leon.load
 and for --init_from of launch.train.
 """

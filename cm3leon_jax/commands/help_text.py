@@ -23,8 +23,8 @@ FIELDS = """\
 def as_invoked(text: str) -> str:
   """Writes commands as the user started this one: `python -m launch.NAME` or `cm3leon NAME`.
 
-  The latter turns "python -m launch.train --config=ml_configs/openmoji.py" into
-  "cm3leon train --config=openmoji".
+  The latter turns "python -m launch.train --config=ml_configs/scenes.py" into
+  "cm3leon train --config=scenes".
   """
   if "launch" in sys.modules:
     return text

@@ -1,7 +1,7 @@
 """Writes an HTML page of training rows, to check the data before a long run.
 
-  python -m launch.inspect_data --config=ml_configs/openmoji.py --workdir=workdir --out=rows.html
-  python -m launch.inspect_data --config=ml_configs/openmoji.py --workdir=workdir \\
+  python -m launch.inspect_data --config=ml_configs/scenes.py --workdir=workdir/scenes
+  python -m launch.inspect_data --config=ml_configs/scenes.py --workdir=workdir/scenes \\
     --out=rows.html --first_row=5000 --rows=3
 
 The page shows the arrays that the trainer reads; every sample is checked against its documents.

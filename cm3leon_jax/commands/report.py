@@ -1,6 +1,6 @@
 """Writes summary.json and report.html: the numbers and figures of every finished stage.
 
-python -m launch.report --config=ml_configs/openmoji.py --workdir=workdir
+python -m launch.report --config=ml_configs/scenes.py --workdir=workdir/scenes
 """
 
 from absl import flags

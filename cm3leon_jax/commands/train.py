@@ -1,7 +1,7 @@
 """Trains the decoder; the same command continues a run that was stopped or killed.
 
-  python -m launch.train --config=ml_configs/openmoji.py --workdir=workdir
-  python -m launch.train --config=ml_configs/openmoji.py --workdir=new --init_from=workdir
+  python -m launch.train --config=ml_configs/scenes.py --workdir=workdir/scenes
+  python -m launch.train --config=ml_configs/scenes.py --workdir=new --init_from=workdir/scenes
 
 --init_from starts a new run from trained parameters of the same model and vocab, at step 0. The run
 remembers where it started, and continues without the flag.

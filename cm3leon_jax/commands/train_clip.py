@@ -1,6 +1,6 @@
 """Trains the CLIP model that picks neighbors and scores samples, on the training pairs.
 
-python -m launch.train_clip --config=ml_configs/openmoji.py --workdir=workdir
+python -m launch.train_clip --config=ml_configs/scenes.py --workdir=workdir/scenes
 """
 
 from cm3leon_jax import stages

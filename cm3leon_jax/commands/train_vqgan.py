@@ -1,6 +1,6 @@
 """Trains the image tokenizer, a VQGAN, on the training images.
 
-  python -m launch.train_vqgan --config=ml_configs/openmoji.py --workdir=workdir
+  python -m launch.train_vqgan --config=ml_configs/scenes.py --workdir=workdir/scenes
 
 The same command continues a run that was stopped or killed. For `scenes` it also prints the share
 of held-out images that are judged right, as rendered and reconstructed: no decoder can be expected

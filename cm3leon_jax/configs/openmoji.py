@@ -1,12 +1,12 @@
-"""The demo: trains every stage on 4,000 captioned images and some text, on two CPU cores.
+"""Trains every stage on 4,000 captioned drawings of OpenMoji and some text, on two CPU cores.
 
-  bash launch/demo.sh
-  python -m launch.train --config=ml_configs/openmoji.py:15 --workdir=workdir
+  bash launch/demo.sh --config openmoji
+  python -m launch.train --config=ml_configs/openmoji.py:15 --workdir=workdir/openmoji
 
-The variant is the time in minutes that the demo may take on two cores (default 15); it scales only
-the steps of the training stages. `long` trains a larger decoder on the tokenizers, CLIP and
-neighbors of a finished demo, for hours on two cores or minutes on a GPU. docs/design.md explains
-both choices.
+The variant is the time in minutes that all stages may take on two cores (default 15); it scales
+only the steps of the training stages. `long` trains a larger decoder on the tokenizers, CLIP and
+neighbors of a finished run of minutes, for hours on two cores or minutes on a GPU. docs/design.md
+explains both choices.
 """
 
 from cm3leon_jax.config import UserError

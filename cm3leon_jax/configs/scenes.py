@@ -1,7 +1,7 @@
-"""A small world whose images are graded exactly, learned on two CPU cores in minutes.
+"""The demo: a small world, learned on two CPU cores in minutes, whose images are graded exactly.
 
-  python -m launch.prepare_data --config=ml_configs/scenes.py:15 --workdir=workdir
-  python -m launch.train --config=ml_configs/scenes.py:15 --workdir=workdir
+  bash launch/demo.sh
+  python -m launch.train --config=ml_configs/scenes.py:15 --workdir=workdir/scenes
 
 The variant is the time in minutes that all stages may take on two cores (default 15); it scales
 only the steps of the training stages. `long` is the recipe of the bundled model: more scenes, a

@@ -1,4 +1,4 @@
-"""Prose in docstrings of the standard library and installed packages: texts of the demo."""
+"""Prose in docstrings of the standard library and installed packages: built-in texts."""
 
 import ast
 from collections.abc import Iterator

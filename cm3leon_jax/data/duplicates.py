@@ -2,7 +2,7 @@
 
 Two images are near if either is true:
 - The PSNR between their 16 x 16 thumbnails is at least MIN_PSNR: the mean squared error is at most
-  1.35 times that of the demo's tokenizer (22.7 to 23.3 dB). Averaging over blocks of pixels never
+  1.35 times that of `openmoji`'s tokenizer (22.7 to 23.3 dB). Averaging over blocks of pixels never
   increases that error: images that are not near differ by more in full, too.
 - Their perceptual hashes, the signs of the lowest frequencies of each color channel, differ in at
   most MAX_BITS of the bits set in either. Hashes also find brighter, paler and compressed copies.

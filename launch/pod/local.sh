@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Rehearses a pod job: runs launch.train as several processes on this machine, each with its own fake CPU devices.
 #
-#   bash launch/pod/local.sh 4 2 -- --config=ml_configs/openmoji.py --workdir=workdir --config.mesh.fsdp=8
+#   bash launch/pod/local.sh 4 2 -- --config=CONFIG --workdir=workdir --config.mesh.fsdp=8
 #
 # runs 4 processes with 2 devices each (default: 1); the flags are those of launch.train. Every line of output begins with
 # the number of its process. SIGTERM and Ctrl-C go to all processes, which save and stop. If one process fails, all end.

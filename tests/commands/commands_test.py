@@ -2,13 +2,14 @@ import glob
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
 from cm3leon_jax import accelerators
-from cm3leon_jax.commands import COMMANDS, generate
+from cm3leon_jax.commands import COMMANDS, config_file, generate
 from cm3leon_jax.decoding import cache, params
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -90,7 +91,7 @@ def test_the_console_script_lists_commands_and_suggests_one(tmp_path):
   assert (wrong.returncode, wrong.stdout) == (2, "")
   assert wrong.stderr == "error: there is no command 'trian': did you mean 'train'?\n"
   shown = cm3leon("train", "--help", cwd=tmp_path).stdout
-  assert "cm3leon train --config=openmoji --workdir=workdir" in shown
+  assert "cm3leon train --config=scenes --workdir=workdir/scenes" in shown
 
 
 def test_a_config_by_name_or_by_path_works_in_any_folder(tmp_path):
@@ -198,7 +199,7 @@ CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  
 @pytest.mark.parametrize(
   ("flags", "config", "sentence"),
   [
-    (["--workdir=w"], "", "name a config: --config=ml_configs/openmoji.py\n"),
+    (["--workdir=w"], "", "name a config: --config=ml_configs/scenes.py\n"),
     (["--config=openmoji"], "", "name the folder of the run: --workdir=workdir\n"),
     (
       [*EVALUATE, "--steps=5"],
@@ -315,6 +316,7 @@ def test_report_lists_what_has_not_run(tmp_path):
     (["--minutes", "0"], "error: --minutes is '0'; it must be a positive whole number; usage: "),
     (["--minutes=2.5"], "error: --minutes is '2.5'; it must be a positive whole number; usage: "),
     (["--workdir"], "error: --workdir needs a value; usage: "),
+    (["--config", "cats"], "error: --config is 'cats'; it must be scenes or openmoji; usage: "),
     (["--epochs", "3"], "error: unexpected argument '--epochs'; usage: "),
   ],
 )
@@ -329,7 +331,17 @@ def test_demo_refuses_bad_arguments_in_one_sentence(tmp_path, arguments, sentenc
 def test_demo_shows_its_usage(tmp_path):
   result = run("bash", str(ROOT / "launch" / "demo.sh"), "--help", cwd=tmp_path)
   assert result.returncode == 0
-  assert result.stdout.startswith("usage: bash launch/demo.sh [--workdir DIR] [--minutes N]")
+  usage = "usage: bash launch/demo.sh [--config scenes|openmoji] [--workdir DIR] [--minutes N]\n"
+  assert result.stdout.startswith(usage)
+
+
+def test_every_config_of_the_demo_takes_minutes():
+  script = (ROOT / "launch" / "demo.sh").read_text()
+  names = re.search(r"\[--config (\S+)\]", script)[1].split("|")
+  assert names == ["scenes", "openmoji"]
+  for name in names:
+    short, long = (config_file.load(f"{ROOT}/ml_configs/{name}.py:{n}") for n in (2, 15))
+    assert 0 < short.train.steps < long.train.steps
 
 
 def test_an_old_python_is_refused(tmp_path):
