@@ -12,7 +12,7 @@ from it by --init_from. docs/design.md explains the choices.
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import base
 
-STEPS = {"vqgan": 1_500, "clip": 250, "train": 3_400}  # In 15 minutes.
+STEPS = {"vqgan": 1_500, "clip": 250, "train": 4_200}  # In 15 minutes.
 LONG_STEPS = {"vqgan": 8_000, "clip": 800, "train": 4_000}
 
 
@@ -57,7 +57,7 @@ def get_config(variant: str = "15"):
   config.optimizer.update({"learning_rate": 3e-3, "warmup_steps": 50, "weight_decay": 0.05})
   config.optimizer.update({"ema_decay": 0.99})
   config.sampling.update({"temperature": 0.5, "guidance": 1.5})
-  config.evaluation.update({"scenes": 240, "scene_guidance": (1.0, 1.5)})
+  config.evaluation.update({"scenes": 240, "scene_guidance": (1.0, 1.5), "scene_neighbors": 1})
   config.train.update({"steps": steps["train"], "global_batch_size": 2, "eval_batches": 32})
   config.train.update({"log_every": 50})
   config.train.update({"checkpoint_every": min(400, max(5, config.train.steps // 12))})
