@@ -5,8 +5,8 @@
 
 The variant is the time in minutes that all stages may take on two cores (default 15); it scales
 only the steps of the training stages. `long` is the recipe of the bundled model: more scenes, a
-larger decoder, and one stage of its training, at most 45 minutes on a core; the next stage starts
-from it by --init_from. docs/design.md explains the choices.
+larger decoder without neighbors, 39 minutes of training on one core. docs/design.md explains the
+choices.
 """
 
 from cm3leon_jax.config import UserError
@@ -67,6 +67,8 @@ def get_config(variant: str = "15"):
     config.scenes.update({"train": 100_000, "shares": ()})
     config.model.update({"width": 192, "num_heads": 3, "mlp_width": 448})
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "ema_decay": 0.998})
+    config.data.update({"num_neighbors": 0})
     config.evaluation.update({"scenes": 600, "scene_guidance": (1.0, 1.5, 2.0, 3.0)})
+    config.evaluation.update({"scene_neighbors": 0})
     config.train.update({"global_batch_size": 4, "eval_batches": 16})
   return config

@@ -31,9 +31,10 @@ AGAIN = "install cm3leon_jax again, or write the bundle again with `launch.expor
 
 def folder_of(source: str | os.PathLike[str]) -> epath.Path:
   """Returns the folder that `source` names: a path, or the name of an installed bundle."""
-  if source in INSTALLED and not epath.Path(source).exists():
+  path = epath.Path(source)
+  if source in INSTALLED and not (is_bundle(path) or (path / "train").exists()):
     return epath.Path(str(importlib.resources.files("cm3leon_jax"))) / "assets" / "models" / source
-  return epath.Path(source)
+  return path
 
 
 def is_bundle(folder: epath.PathLike) -> bool:
@@ -66,6 +67,7 @@ def write(
     )
   folder, workdir = epath.Path(folder), epath.Path(workdir)
   texts = workdir / "text_tokenizer"
+  (folder / FILE).unlink(missing_ok=True)  # Half a bundle is none.
   huggingface.export(folder, params, settings.model, settings.vocab, texts, "float16")
   names = [huggingface.WEIGHTS, "config.json", "generation_config.json", *TEXT_TOKENIZER]
   (folder / "text_tokenizer").mkdir(parents=True, exist_ok=True)

@@ -176,7 +176,7 @@ def load(weights: Weights, settings) -> dict:
   if find(settings, weights.source, weights.step) != weights:
     raise UserError(
       f"{weights.source} has other parameters than when this run began, and the run has no "
-      "checkpoint yet: delete its folder train/ to begin again."
+      "checkpoint yet: delete train/ in the --workdir of this run to begin again."
     )
   folder = bundle.folder_of(weights.source)
   if weights.step is not None:
