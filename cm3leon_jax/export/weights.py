@@ -164,7 +164,7 @@ def of_run(
     )
   settings, trained = bundle.read(folder)
   path = folder / huggingface.WEIGHTS
-  return os.fspath(folder), settings, lambda: (load_exported(path, settings.model), trained)
+  return os.fspath(folder), settings, lambda: (_load_exported(path, settings.model), trained)
 
 
 def load(weights: Weights, settings) -> dict:
@@ -181,10 +181,10 @@ def load(weights: Weights, settings) -> dict:
   folder = bundle.folder_of(weights.source)
   if weights.step is not None:
     return checkpoint.load_params(folder / "train", settings.model, weights.step)[0]
-  return load_exported(folder / huggingface.WEIGHTS, settings.model)
+  return _load_exported(folder / huggingface.WEIGHTS, settings.model)
 
 
-def load_exported(path: epath.Path, config: ModelConfig) -> dict:
+def _load_exported(path: epath.Path, config: ModelConfig) -> dict:
   """Reads an exported file. Every process reads all of it, and keeps what its devices hold."""
   try:
     params = huggingface.params_of(safetensors.load(path.read_bytes()), config)

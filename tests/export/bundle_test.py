@@ -11,15 +11,8 @@ import pytest
 from cm3leon_jax import CM3Leon, config
 from cm3leon_jax.export import bundle, weights
 from cm3leon_jax.training import checkpoint
-from tests.generation.run import SETTINGS, one_device, save_run
+from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-  root = epath.Path(tmp_path_factory.mktemp("run"))
-  save_run(root)
-  return root
 
 
 @pytest.fixture(scope="module")

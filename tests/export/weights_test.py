@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 
-from etils import epath
 import jax
 import numpy as np
 import pytest
@@ -12,16 +11,8 @@ from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import huggingface, weights
 from cm3leon_jax.io import write_json
-from tests.generation.run import SETTINGS, one_device, save_run
+from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of, random_params
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-  """A run whose average is `random_params`, and whose parameters are NaN."""
-  root = epath.Path(tmp_path_factory.mktemp("run"))
-  save_run(root)
-  return root
 
 
 def with_model(**fields):
