@@ -54,7 +54,7 @@ def main(settings, workdir):
 
 def _evaluate(settings, workdir: epath.Path, summary: dict) -> None:
   """Measures bits and, if the config says so, judges samples; adds the numbers to `summary`."""
-  from cm3leon_jax.data.documents import DocumentStore
+  from cm3leon_jax.data.documents import Bank, DocumentStore
   from cm3leon_jax.evaluation import bits
   from cm3leon_jax.retrieval import neighbors
   from cm3leon_jax.training import checkpoint
@@ -66,13 +66,12 @@ def _evaluate(settings, workdir: epath.Path, summary: dict) -> None:
   if scene_samples:  # Before anything is measured, so that a mistake ends the command.
     pipeline = _pipeline(settings, workdir, params, clip=None)
     tasks = scene_samples.heldout_scenes(pipeline, workdir, config.scene_guidance)
-  train, heldout = (
-    DocumentStore(workdir / "documents" / f"{split}_pairs", settings.vocab)
-    for split in ("train", "heldout")
-  )
+  documents = workdir / "documents"
+  bank = Bank(documents, settings.vocab)
+  heldout = DocumentStore(documents / "heldout_pairs", settings.vocab)
   ids = neighbors.load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)
   sections = (settings.vocab, settings.data, config, settings.seed)
-  metrics = bits.evaluate(params, settings.model, train, heldout, ids, *sections)
+  metrics = bits.evaluate(params, settings.model, bank, heldout, ids, *sections)
   summary.update(step=step, **metrics)
   print(f"evaluate: {bits.describe(metrics)}", flush=True)
   if scene_samples:

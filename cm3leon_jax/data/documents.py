@@ -245,6 +245,11 @@ class DocumentStore:
     )
     self._reader = functools.lru_cache(MAX_OPEN)(self._open)
 
+  @property
+  def parts(self) -> tuple["DocumentStore", ...]:
+    """Returns the stores that hold the documents: this one; see `Bank`."""
+    return (self,)
+
   def __len__(self) -> int:
     return len(self.offsets) - 1
 
@@ -262,6 +267,46 @@ class DocumentStore:
     """Returns `lengths` and `is_image` of the segments of document i."""
     segments = slice(self.offsets[i], self.offsets[i + 1])
     return self.lengths[segments], self.is_image[segments]
+
+
+class Bank:
+  """The documents that can be retrieved: training pairs, and after them those of the split `bank`.
+
+  Attributes:
+    folder: of the training pairs.
+    parts: stores of the two splits; the second is absent or empty where no pair has split `bank`.
+  """
+
+  def __init__(self, documents: epath.PathLike, vocab: VocabLayout):
+    """Opens the pairs in the folder of all stores; raises as `DocumentStore`."""
+    documents = epath.Path(documents)
+    self.folder = documents / "train_pairs"
+    self.parts = (DocumentStore(self.folder, vocab),)
+    if (documents / "bank_pairs" / INDEX).exists():
+      self.parts += (DocumentStore(documents / "bank_pairs", vocab),)
+
+  @property
+  def token_counts(self) -> np.ndarray:
+    """Returns those of the training pairs."""
+    return self.parts[0].token_counts
+
+  def __len__(self) -> int:
+    return sum(map(len, self.parts))
+
+  def _locate(self, i: int) -> tuple[DocumentStore, int]:
+    if not 0 <= i < len(self):
+      raise IndexError(f"document {i} of {len(self)} in the bank of {self.folder}")
+    first = self.parts[0]
+    return (first, i) if i < len(first) else (self.parts[1], i - len(first))
+
+  def __getitem__(self, i: int) -> Document:
+    store, i = self._locate(i)
+    return store[i]
+
+  def segment_lengths(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `DocumentStore.segment_lengths` of document i."""
+    store, i = self._locate(i)
+    return store.segment_lengths(i)
 
 
 def _map_array(path: epath.Path) -> np.ndarray:

@@ -134,7 +134,7 @@ def load_tokenizers(
 
 
 def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
-  """Writes the stores `{train,heldout}_{pairs,texts,interleaved}`; schema in docs/data_formats.md.
+  """Writes a store `{split}_{kind}` for each split and kind; schema in docs/data_formats.md.
 
   Document i of a store is the i-th record of its split and kind in the raw folder.
 
@@ -156,6 +156,7 @@ def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
     )
   config = {
     "inputs": inputs,
+    "splits": SPLITS,
     "vocab": dataclasses.asdict(job.vocab),
     "max_caption_tokens": job.max_caption_tokens,
   }

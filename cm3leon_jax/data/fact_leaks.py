@@ -37,7 +37,8 @@ def check(folder: epath.PathLike) -> Report:
   """Compares the facts of the held-out pairs in a raw folder with those of its training pairs.
 
   A scene has leaked if training shows one of the same facts; if it is held out for a pair of object
-  and color, two objects or a rare object, also if training shows all that it has of these.
+  and color, two objects or a rare object, also if training shows all that it has of these. Of a
+  rare object the bank must not show the color either.
   """
   heldout = list(_pairs(folder, "heldout"))
   train, seen = 0, {kind: set() for kind in KINDS}
@@ -46,9 +47,13 @@ def check(folder: epath.PathLike) -> Report:
     for kind in KINDS:
       seen[kind] |= _shown(pair.facts, kind)
   leaked, first = dict.fromkeys(KINDS, 0), []
+  in_bank = {shown for pair in _pairs(folder, "bank") for shown in _shown(pair.facts, "pair")}
   for pair in heldout:
     kind = pair.facts["heldout"]
-    if _shown(pair.facts, "scene") <= seen["scene"] or _shown(pair.facts, kind) <= seen[kind]:
+    if kind == "rare" and _shown(pair.facts, "pair") & in_bank:
+      leaked[kind] += 1
+      first.append(f"heldout '{pair.key}' (rare, in the bank): {pair.concept}")
+    elif _shown(pair.facts, "scene") <= seen["scene"] or _shown(pair.facts, kind) <= seen[kind]:
       leaked[kind] += 1
       first.append(f"heldout '{pair.key}' ({kind}): {pair.concept}")
   return Report(len(heldout), train, leaked, first[:SHOWN])

@@ -132,7 +132,7 @@ def prepare(
   (folder / INDEX).unlink(missing_ok=True)
   named = {f"{i:06d}": part for i, part in enumerate(parts)}
   # A shard depends on its part instead of source, format and number of scenes.
-  others = ("max_rejected", "num_threads", "source", "format", "train", "heldout")
+  others = ("max_rejected", "num_threads", "source", "format", "train", "heldout", "bank")
   outcome = {k: v for k, v in dataclasses.asdict(config).items() if k not in others}
   composed = {k: v for k, v in dataclasses.asdict(scenes).items() if k not in others}
   configs = {
@@ -154,7 +154,7 @@ def prepare(
   made = {name: made[name] for name in named}
   total = _sum(m["counts"] for m in made.values())
   more = _sum(m["more"] for m in made.values())
-  if not any(total[f"{split}_{kind}"] for split in SPLITS for kind in KINDS):
+  if not any(total.get(f"{split}_{kind}") for split in SPLITS for kind in KINDS):
     if more.get("other_licenses"):
       raise UserError(
         f"config.raw.licenses is {config.licenses}; none of the {more['other_licenses']} "
@@ -207,7 +207,8 @@ class _Rejections:
   def add(self, summary: dict) -> None:
     """Adds the counts of a shard."""
     self._reasons.update(summary["rejected"])
-    self._seen += sum(summary["counts"][f"{split}_{kind}"] for split in SPLITS for kind in KINDS)
+    counts = summary["counts"]
+    self._seen += sum(counts.get(f"{split}_{kind}", 0) for split in SPLITS for kind in KINDS)
     self._seen += sum(summary["rejected"].values())
     self._first = self._first or summary["first"]
     if self._seen >= CHECK_FROM:
@@ -248,7 +249,7 @@ class _Ingest:
     if part.kind == SCENES:
       source = drawings_of(SCENES)
       pairs = list(source.read(self.scenes, part))
-      more = collections.Counter(source.number_of(pair.facts) for pair in pairs)
+      more = collections.Counter(source.number_of(pair) for pair in pairs)
       return _write(self.config, folder, pairs, source.load, dict(more), len(pairs))
     if part.kind == DOCSTRINGS:
       items = docstring_texts(max_texts, fraction)

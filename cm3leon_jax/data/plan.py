@@ -17,7 +17,7 @@ from etils import epath
 import grain
 import numpy as np
 
-from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.data.documents import Bank, DocumentStore
 from cm3leon_jax.data.plan_starts import Start, WindowStarts, fingerprint
 from cm3leon_jax.data.sample_plan import DataConfig, SamplePlan, plan_sample
 
@@ -41,13 +41,13 @@ class Source:
     store: the documents.
     share: share of all slots; shares of a mixture sum to 1.
     neighbors: [n, C] int32 indices into `bank`, the candidates of each document, padded with -1.
-    bank: store of the neighbors.
+    bank: the documents that can be neighbors.
   """
 
   store: DocumentStore
   share: float
   neighbors: np.ndarray | None = None
-  bank: DocumentStore | None = None
+  bank: Bank | DocumentStore | None = None
 
   def candidates(self, document: int) -> np.ndarray:
     """Returns the candidates of a document, indices into `bank`, without padding."""

@@ -35,7 +35,7 @@ def fingerprint(sources, config, max_spans: int, seed: int) -> str:
     json.dumps([seed, max_spans, fields, [s.share for s in sources]]).encode()
   )
   for source in sources:
-    stores = [source.store] if source.bank is None else [source.store, source.bank]
+    stores = [source.store, *(() if source.bank is None else source.bank.parts)]
     arrays = [x for store in stores for x in (store.offsets, store.lengths)]
     for array in arrays if source.neighbors is None else [*arrays, source.neighbors]:
       digest.update(repr(array.shape).encode())

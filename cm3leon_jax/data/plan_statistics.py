@@ -4,7 +4,7 @@ import collections
 
 import numpy as np
 
-from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.data.documents import Bank, DocumentStore
 from cm3leon_jax.data.plan import RowPlan, Source
 from cm3leon_jax.data.sample_plan import DataConfig
 
@@ -63,7 +63,7 @@ def describe(statistics: dict) -> str:
   ).format(shares=shares, **statistics)
 
 
-def typical_length(store: DocumentStore) -> int:
+def typical_length(store: Bank | DocumentStore) -> int:
   """Computes the median number of slots of up to 1,024 evenly spaced documents."""
   chosen = np.linspace(0, len(store) - 1, min(len(store), TYPICAL)).astype(np.int64)
   lengths = [store.segment_lengths(int(i))[0] for i in chosen]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 import dataclasses
 import json
 
-SPLITS = ("train", "heldout")
+SPLITS = ("train", "heldout", "bank")  # "bank": retrieved, and never trained on.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,7 @@ class RawPair:
     key: unique in its folder.
     image: path (relative to the folder in pairs.jsonl, absolute once read), or bytes of the file.
     group: shared by near duplicates, which are never neighbors of each other. Empty: no group.
-    split: "train" or "heldout".
+    split: "train", "heldout" or "bank"; documents of "bank" are retrieved, but never trained on.
     concept: shared by pairs that show the same, which are in one split.
     facts: what image and caption show, for sources that know it; see docs/data_formats.md.
   """
@@ -134,7 +134,8 @@ def make_record(cls: type, values: Mapping, where: str):
       _check_value(name, value, name in required, where)
   if values.get("split", "train") not in ("", *SPLITS):
     message = (
-      f"{where}: split is '{values['split']}'; it must be 'train' or 'heldout', or be left out."
+      f"{where}: split is '{values['split']}'; it must be 'train', 'heldout' or 'bank', or be left "
+      "out."
     )
     raise RecordError("malformed_record", message)
   return cls(**values)

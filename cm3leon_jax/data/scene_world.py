@@ -115,6 +115,15 @@ HELDOUT_COLOR = _heldout_colors()
 
 
 @functools.cache
+def rare_color(name: str) -> str:
+  """Returns the color of a rare object outside of the bank, which has it in the other colors.
+
+  Training shows the object in this color alone, or, if it is held out, evaluation does.
+  """
+  return min(COLORS, key=lambda color: fraction(f"scenes/color/{name}/{color}"))
+
+
+@functools.cache
 def is_heldout_objects(a: str, b: str) -> bool:
   """Returns whether training never shows the common objects `a` and `b` in one scene."""
   return fraction("scenes/objects/" + "/".join(sorted((a, b)))) < HELDOUT_OBJECTS
@@ -169,15 +178,20 @@ class Scene:
 
 
 def split_of_scene(scene: Scene) -> str:
-  """Returns "train", or the first of these reasons why a scene is held out.
+  """Returns "train", "bank", or the first of these reasons why a scene is held out.
 
-  - "rare": it shows a rare object that training never shows.
+  Rare objects in all colors but `rare_color` are in the bank, which is not trained on.
+
+  - "rare": it shows a rare object that training never shows, in a color that the bank never shows.
   - "pair": it shows a common object in its held-out color.
   - "objects": it shows two common objects that training never shows together.
   - "scene": training shows all of these, but not this combination.
   """
   names = [placed.object for placed in scene.objects]
-  if any(name not in COMMON and is_heldout_rare(name) for name in names):
+  rare = [placed for placed in scene.objects if placed.object not in COMMON]
+  if any(placed.color != rare_color(placed.object) for placed in rare):
+    return "bank"
+  if any(is_heldout_rare(placed.object) for placed in rare):
     return "rare"
   if any(HELDOUT_COLOR.get(placed.object) == placed.color for placed in scene.objects):
     return "pair"
@@ -196,6 +210,9 @@ class ScenesConfig:
   heldout: PositiveInt = 1_200
   """Number of held-out scenes, spread equally over the categories, and in each over the reasons for
   which scenes are held out."""
+  bank: NonNegativeInt = 0
+  """Number of scenes of rare objects that are in the bank alone: retrieved, and never trained on.
+  All rare objects in turn, in colors that neither training nor held-out scenes show them in."""
   objects: tuple[str, ...] = tuple(COMMON)
   """Common objects that are used, by name."""
   colors: tuple[str, ...] = tuple(COLORS)
@@ -252,6 +269,31 @@ def rare_objects(config: ScenesConfig) -> tuple[str, ...]:
   """Returns the names of the rare objects that a config uses; more of them keep the first ones."""
   ordered = sorted(RARE, key=lambda name: fraction("scenes/order/" + name))
   return tuple(ordered[: config.rare_objects])
+
+
+def number_of_bank_scenes(config: ScenesConfig) -> int:
+  """Counts the distinct scenes of rare objects that only the bank may show."""
+  colors = [len(_bank_colors(config, name)) for name in rare_objects(config)]
+  return len(PLACES) * min(colors, default=0) * len(colors)
+
+
+def _bank_colors(config: ScenesConfig, name: str) -> tuple[str, ...]:
+  """Returns the colors of a rare object in the bank, in an order of its own."""
+  colors = [color for color in config.colors if color != rare_color(name)]
+  return tuple(sorted(colors, key=lambda color: fraction(f"scenes/color/{name}/{color}")))
+
+
+def bank_scene_at(config: ScenesConfig, index: int) -> Scene:
+  """Returns scene `index` of the bank, below `number_of_bank_scenes`; all are different.
+
+  The first scenes show each rare object once, the next ones show each at another place, in another
+  color.
+  """
+  rounds, i = divmod(index, len(rare_objects(config)))
+  name = rare_objects(config)[i]
+  colors = _bank_colors(config, name)
+  turn, place = divmod(rounds, len(PLACES))
+  return Scene((Placed(name, colors[(turn + place) % len(colors)], PLACES[place]),))
 
 
 # The places of 2 to 4 equal objects, and of two different ones.

@@ -30,8 +30,8 @@ def parts(config: ScenesConfig, resolution: int) -> list[Part]:
   """Splits the source into parts: ranges of indices of a split.
 
   Raises:
-    UserError: `resolution` is not that of scenes, or a category has no scene to train on, or none
-      to hold out.
+    UserError: `resolution` is not that of scenes, a category has no scene to train on, or none to
+      hold out, or the bank is to have more scenes than there are.
   """
   if resolution != SIDE:
     raise UserError(
@@ -40,9 +40,14 @@ def parts(config: ScenesConfig, resolution: int) -> list[Part]:
     )
   for category in config.categories:
     _scenes_by_kind(config, category, 1)
+  if config.bank > (most := scene_world.number_of_bank_scenes(config)):
+    raise UserError(
+      f"config.scenes.bank is {config.bank}; {config.rare_objects} rare objects in "
+      f"{len(config.colors)} colors give at most {most} scenes."
+    )
   return [
     Part(NAME, (split, str(start), str(min(start + PART_RECORDS, total))), 0)
-    for split, total in zip(SPLITS, (config.train, config.heldout))
+    for split, total in zip(SPLITS, (config.train, config.heldout, config.bank))
     for start in range(0, total, PART_RECORDS)
   ]
 
@@ -65,6 +70,8 @@ def pair(config: ScenesConfig, split: str, index: int) -> RawPair:
   if split == "train":
     category, scene = _train_scene(config, rng)
     kind = ""
+  elif split == "bank":
+    category, kind, scene = "rare", "", scene_world.bank_scene_at(config, index)
   else:
     category, kind, scene = _heldout_scene(config, index)
   description = describe(category, scene, rng)
@@ -163,7 +170,6 @@ def facts_of(category: str, kind: str, scene: Scene, description: Description) -
   }
 
 
-def number_of(facts: dict) -> str:
+def number_of(pair: RawPair) -> str:
   """Names the count that a record adds to: "train_colors", or "heldout_colors_pair"."""
-  kind = facts["heldout"]
-  return f"heldout_{facts['tag']}_{kind}" if kind else f"train_{facts['tag']}"
+  return "_".join(filter(None, (pair.split, pair.facts["tag"], pair.facts["heldout"])))

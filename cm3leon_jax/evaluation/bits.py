@@ -71,7 +71,7 @@ def unigram_table(store, vocab) -> np.ndarray:
   """Computes the bits of every id under two unigram models, one of image codes and one of text.
 
   Args:
-    store: DocumentStore of the training documents, whose token counts are read, not its documents.
+    store: of the training documents, whose token counts are read, not its documents.
     vocab: VocabLayout.
 
   Returns:
@@ -198,9 +198,7 @@ def score_samples(
   return bits
 
 
-def _samples(
-  store, train_store, neighbor_ids, num_documents: int, data: DataConfig, vocab, seed: int
-):
+def _samples(store, bank, neighbor_ids, num_documents: int, data: DataConfig, vocab, seed: int):
   """Chooses documents; returns them, their concepts, and for each condition samples and counts.
 
   The samples are the documents after their neighbors, the counts the numbers of neighbors.
@@ -225,7 +223,7 @@ def _samples(
   samples, counts = {}, {}
   for condition in CONDITIONS:
     kept = [
-      fit_neighbors(d, [train_store[i] for i in k], data.sequence_length)
+      fit_neighbors(d, [bank[i] for i in k], data.sequence_length)
       for d, k in zip(documents, ids[condition])
     ]
     samples[condition] = [pipeline.join([*k, d], vocab) for k, d in zip(kept, documents)]
@@ -234,7 +232,7 @@ def _samples(
 
 
 def evaluate(
-  params, model_config, train_store, heldout_store, neighbor_ids, vocab, data, config, seed
+  params, model_config, bank, heldout_store, neighbor_ids, vocab, data, config, seed
 ) -> dict:
   """Measures the bits of held-out pairs, causal, without spans or conditioning drop.
 
@@ -247,9 +245,9 @@ def evaluate(
   Args:
     params: parameters of the decoder, on the current mesh (`jax.set_mesh`).
     model_config: ModelConfig of the decoder.
-    train_store: DocumentStore of the training pairs.
+    bank: documents.Bank, or DocumentStore of the training pairs if they are all of it.
     heldout_store: DocumentStore of the held-out pairs.
-    neighbor_ids: [len(heldout_store), C] int32 indices into train_store, best first, -1 = none.
+    neighbor_ids: [len(heldout_store), C] int32 indices into `bank`, best first, -1 = none.
     vocab: VocabLayout.
     data: DataConfig; the first `num_neighbors` neighbors that fit stand before a document.
     config: EvaluationConfig.
@@ -265,11 +263,11 @@ def evaluate(
     UserError: fewer than two concepts, or a document that is longer than a row.
   """
   documents, concepts, samples, counts = _samples(
-    heldout_store, train_store, neighbor_ids, config.num_documents, data, vocab, seed
+    heldout_store, bank, neighbor_ids, config.num_documents, data, vocab, seed
   )
   masks = {c: [own_targets(s, d, vocab) for s, d in zip(samples[c], documents)] for c in CONDITIONS}
   scored = _score_conditions(params, model_config, samples, config.batch_size)
-  table = unigram_table(train_store, vocab)
+  table = unigram_table(bank, vocab)
   result = {
     "documents": len(documents),
     "mean_neighbors": {c: float(np.mean(counts[c])) for c in CONDITIONS},

@@ -12,7 +12,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import Document, DocumentStore
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.generation.image_tasks import TextToImage
-from cm3leon_jax.generation.pipeline import Pipeline, first_documents
+from cm3leon_jax.generation.pipeline import Pipeline, first_documents, open_bank
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.generation.writer import contact_sheet, save_png
 from cm3leon_jax.retrieval.neighbors import load_neighbors
@@ -98,7 +98,7 @@ def tasks_of_rows(
     codes = [layout.vocab.image_codes(document.segments[1].tokens) for document in documents]
     originals = image_tokenizer.decode(np.stack(codes))
   if any(retrieve for retrieve, _ in columns):
-    bank = DocumentStore(workdir / "documents" / "train_pairs", layout.vocab)
+    bank = open_bank(layout, workdir)
     ids = load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)
   tasks = []
   for retrieve, sampling in columns:

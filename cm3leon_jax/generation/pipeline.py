@@ -14,7 +14,7 @@ from tqdm import tqdm
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP, clip_score
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.documents import Document, DocumentStore
+from cm3leon_jax.data.documents import Bank, Document, DocumentStore
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig, Result
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation.given_images import given_key, image_key, load_image, square_image
@@ -79,14 +79,16 @@ class Sample:
     return "\n".join(s for s in self.segments if isinstance(s, str))
 
 
-def first_documents(store: DocumentStore, ids: np.ndarray, count: int) -> tuple[Document, ...]:
+def first_documents(
+  store: Bank | DocumentStore, ids: np.ndarray, count: int
+) -> tuple[Document, ...]:
   """Returns the documents of the first `count` ids; -1 stands for no document."""
   return tuple(store[int(i)] for i in ids[ids >= 0][:count])
 
 
-def open_bank(layout: PromptLayout, bank: epath.PathLike) -> DocumentStore:
+def open_bank(layout: PromptLayout, bank: epath.PathLike) -> Bank:
   """Opens the documents of a workdir that can be retrieved."""
-  return DocumentStore(epath.Path(bank) / "documents" / "train_pairs", layout.vocab)
+  return Bank(epath.Path(bank) / "documents", layout.vocab)
 
 
 def check_tasks(layout: PromptLayout, tasks: Sequence[Task], bank: epath.PathLike | None) -> dict:
@@ -193,7 +195,7 @@ class Pipeline:
     return 0 if self.bank is None else self.settings.data.num_neighbors
 
   @functools.cached_property
-  def documents(self) -> DocumentStore:
+  def documents(self) -> Bank:
     """Returns the documents of the bank."""
     return open_bank(self.layout, self.bank)
 

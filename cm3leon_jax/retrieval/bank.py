@@ -23,6 +23,7 @@ from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
 EMBED_CHUNK = 512
+FOLDERS = {"train": "train", "bank": "train", "heldout": "heldout"}  # Split -> its arrays.
 READ_THREADS = 8
 
 
@@ -43,6 +44,8 @@ def embedding_width(folder: str, workdir: epath.PathLike) -> int:
 
 class Embeddings:
   """The pairs of one split, in the order of their document store.
+
+  Those of the split `train`, whose rows are the bank, are followed by those of the split `bank`.
 
   Attributes:
     documents: [n, E] float16 of norm 1, normalized means of caption and image (CM3Leon, section
@@ -97,7 +100,7 @@ class EmbedJob:
         if pairs:
           rows = embed_pairs(clip, pairs, self.dropout if split == "train" else 0.0, self.seed)
           for array, values in rows.items():
-            store = ArrayStore(epath.Path(self.folder) / split / array)
+            store = ArrayStore(epath.Path(self.folder) / FOLDERS[split] / array)
             store.write(self.starts[split][name], values)
       return {}
 
@@ -160,22 +163,25 @@ def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
   """
   raw, folder = raw_pairs.shards(job.raw), epath.Path(job.folder)
   starts = {split: {} for split in SPLITS}
-  for split in SPLITS:
+  for split, others in (("train", ("bank",)), ("heldout", ())):
     count = 0
-    for name, shard in raw.items():
-      starts[split][name], count = count, count + shard[f"{split}_pairs"]
+    for part in (split, *others):
+      for name, shard in raw.items():
+        starts[part][name], count = count, count + shard.get(f"{part}_pairs", 0)
     for name in ARRAYS:
       row, dtype = ((), np.uint64) if name in ("groups", "keys") else ((width,), np.float16)
       ArrayStore.prepare(folder / split / name, row, dtype, count)
   common = {"inputs": inputs, "width": width, "dropout": job.dropout, "seed": job.seed}
   configs = {}
   for name, shard in raw.items():
-    first_rows = {split: starts[split][name] for split in SPLITS}
+    # The first row of the split `bank` moves when `train` grows; it matters to its shards alone.
+    splits = [split for split in SPLITS if split != "bank" or shard.get("bank_pairs")]
+    first_rows = {split: starts[split][name] for split in splits}
     configs[name] = {**common, "digest": shard["digest"], "starts": first_rows}
   job = dataclasses.replace(job, starts=starts)
   for _ in run_shards(job, configs, folder / "done" / "embed", runner, "embedding shards"):
     pass
-  for split in SPLITS:
+  for split in set(FOLDERS.values()):
     for name in ARRAYS:
       ArrayStore(folder / split / name).commit()
   return configs

@@ -16,7 +16,7 @@ from pydantic import Field, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT, UserError
-from cm3leon_jax.data.records import SPLITS
+from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.io import plain
 from cm3leon_jax.retrieval import index as index_lib
 from cm3leon_jax.retrieval.arrays import ArrayStore
@@ -220,7 +220,7 @@ class _SearchJob:
 def build_neighbors(
   config: RetrievalConfig, job: EmbedJob, width: int, inputs: dict, runner: Runner
 ) -> dict:
-  """Runs the stage: embeds pairs, indexes the bank (the split `train`), finds neighbors.
+  """Runs the stage: embeds pairs, indexes the bank (`train` and `bank`), finds neighbors.
 
   Writes into `job.folder`: {split}/ (`bank.Embeddings`), index/, and {split}_pairs/ with ids and
   scores (`load_neighbors`). Finished work on the same pairs is kept.
@@ -253,8 +253,9 @@ def build_neighbors(
       pass
   depends |= {"backend": backend, "retrieval": dataclasses.asdict(config)}
   summary = {"backend": backend, "bank": bank, **search_recall(retriever)}
-  for split in SPLITS:
-    summary |= _search(config, job.folder, split, depends, runner)
+  for split in ("train", "heldout"):
+    count = sum(shard[f"{split}_pairs"] for shard in raw_pairs.shards(job.raw).values())
+    summary |= _search(config, job.folder, split, count, depends, runner)
   summary["seconds"] = round(time.time() - start, 1)
   print(
     f"neighbors: {bank} documents, {backend} search, recall@2 {summary['recall@2']:.3f}; "
@@ -267,10 +268,10 @@ def build_neighbors(
 
 
 def _search(
-  config: RetrievalConfig, folder: str, split: str, depends: dict, runner: Runner
+  config: RetrievalConfig, folder: str, split: str, count: int, depends: dict, runner: Runner
 ) -> dict:
-  """Finds and writes the neighbors of one split; returns its numbers."""
-  path, count = epath.Path(folder), len(Embeddings(epath.Path(folder) / split))
+  """Finds and writes the neighbors of the `count` pairs of one split; returns its numbers."""
+  path = epath.Path(folder)
   names = ["ids", "scores"] + (["text_ids", "text_scores"] if split == "heldout" else [])
   for name in names:
     dtype = np.int32 if name.endswith("ids") else np.float32

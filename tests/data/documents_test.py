@@ -152,6 +152,22 @@ def test_shards_are_one_store(tmp_path, monkeypatch):
     finish_store(tmp_path, ["a", "e"], VOCAB)
 
 
+def test_the_bank_is_training_pairs_and_then_those_of_its_split(tmp_path):
+  made = [document(f"d{i}", text(*range(8, 9 + i)), image(300)) for i in range(5)]
+  write_documents(tmp_path / "train_pairs", made[:3], VOCAB)
+  for number in (3, 5):
+    bank = documents_lib.Bank(tmp_path, VOCAB)
+    assert len(bank) == number
+    for i in range(number):
+      same(bank[i], made[i])
+      assert bank.segment_lengths(i)[0].tolist() == [i + 1, 1]
+    for i in (-1, number):
+      with pytest.raises(IndexError, match=f"document {i} of {number} in the bank"):
+        bank[i]
+    assert bank.token_counts.sum() == 1 + 2 + 3 + 3
+    write_documents(tmp_path / "bank_pairs", made[3:], VOCAB)
+
+
 def test_group_ids():
   assert group_id("") == 0
   assert group_id("a") == int.from_bytes(hashlib.sha256(b"a").digest()[:8], "big") != group_id("b")

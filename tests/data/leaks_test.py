@@ -84,7 +84,7 @@ def drawings(tmp_path_factory):
 
 
 def test_openmoji_pairs(drawings):
-  train, heldout = (raw_pairs.read_pairs(drawings, split) for split in SPLITS)
+  train, heldout = (raw_pairs.read_pairs(drawings, split) for split in SPLITS[:2])
   assert 220 <= len(heldout) <= 300
   assert len(train) > 3_500
   assert sum(len(raw_pairs.read_texts(drawings, split)) for split in SPLITS) == 40
@@ -97,7 +97,7 @@ def test_openmoji_pairs(drawings):
 def test_no_heldout_drawing_is_near_a_training_drawing(drawings):
   report = leaks.check(drawings, 2)
   assert (report.pairs, report.leaked) == (0, 0)
-  train, heldout = (raw_pairs.read_pairs(drawings, split) for split in SPLITS)
+  train, heldout = (raw_pairs.read_pairs(drawings, split) for split in SPLITS[:2])
   assert (report.heldout, report.train) == (len(heldout), len(train))
   assert len({pair.concept for pair in heldout}) >= 90
   for name in (lambda pair: pair.concept, lambda pair: openmoji.concept(pair.caption)):
@@ -111,7 +111,7 @@ def test_every_heldout_drawing_is_further_away_than_the_tokenizer_s_error(drawin
       [pair.image for pair in raw_pairs.read_pairs(drawings, split)], None, 2
     ).reshape(-1, 64 * 64 * 3)
     / np.float32(255)
-    for split in SPLITS
+    for split in SPLITS[:2]
   )
   products = heldout @ train.T
   squares = (heldout**2).sum(1)[:, None] + (train**2).sum(1) - 2 * products

@@ -93,11 +93,16 @@ def test_a_scene_is_held_out_for_the_first_reason():
 
   bell = ("bell", HELDOUT_COLOR["bell"], "top left")
   never = next(name for name in RARE if scene_world.is_heldout_rare(name))
+  seen = next(name for name in RARE if not scene_world.is_heldout_rare(name))
   together = next(
     pair for pair in itertools.combinations(COMMON, 2) if scene_world.is_heldout_objects(*pair)
   )
   black = [(name, "black" if HELDOUT_COLOR[name] != "black" else "red") for name in together]
-  assert split((never, "red", "top left")) == "rare"
+  for name, in_own_color in ((never, {"rare"}), (seen, {"train", "scene"})):
+    own = scene_world.rare_color(name)
+    splits = {color: {split((name, color, place)) for place in PLACES} for color in COLORS}
+    assert splits.pop(own) <= in_own_color
+    assert set.union(*splits.values()) == {"bank"}
   assert split(bell) == split(bell, (*black[0], "top right")) == "pair"
   assert split((*black[0], "top left"), (*black[1], "top right")) == "objects"
   assert {split((*black[0], place)) for place in PLACES} <= {"train", "scene"}

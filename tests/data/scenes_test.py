@@ -12,12 +12,23 @@ from cm3leon_jax.data import fact_leaks, ingest, raw_pairs, scene_drawings, scen
 from cm3leon_jax.data.documents import DocumentStore, validate_store
 from cm3leon_jax.data.encode import EncodeJob, encode_documents
 from cm3leon_jax.data.records import SPLITS, RawPair
-from cm3leon_jax.data.scene_world import CATEGORIES, COMMON, HELDOUT_COLOR, Scene, ScenesConfig
+from cm3leon_jax.data.scene_world import (
+  CATEGORIES,
+  COLORS,
+  COMMON,
+  HELDOUT_COLOR,
+  Scene,
+  ScenesConfig,
+  bank_scene_at,
+  number_of_bank_scenes,
+  rare_objects,
+  split_of_scene,
+)
 from cm3leon_jax.shards import Runner
 from cm3leon_jax.vocab import VocabLayout
 
 RAW = ingest.RawConfig(source="scenes", resolution=48, max_texts=0)
-FEW = ScenesConfig(train=500, heldout=140)
+FEW = ScenesConfig(train=500, heldout=140, bank=60, rare_objects=20)
 
 
 class Letters:
@@ -83,13 +94,13 @@ def test_a_record():
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_record_depends_on_seed_and_index_alone(split):
-  few, many = (ScenesConfig(train=n, heldout=n) for n in (100, 2_000))
+  few, many = (ScenesConfig(train=n, heldout=n, bank=n) for n in (100, 2_000))
   for index in (0, 1, 57, 99):
     assert scenes.pair(few, split, index) == scenes.pair(many, split, index)
   assert scenes.pair(many, split, 1_999).key == f"scenes/{split}/0001999"
   other = ScenesConfig(seed=1)
   records = [[scenes.pair(c, split, i).image for i in range(40)] for c in (few, other)]
-  assert records[0] != records[1]
+  assert records[0] != records[1] or split == "bank"  # Its facts do not depend on the seed.
 
 
 def test_other_numbers_of_scenes_write_only_other_shards(tmp_path, monkeypatch):
@@ -119,11 +130,12 @@ def test_other_numbers_of_scenes_write_only_other_shards(tmp_path, monkeypatch):
 
 def test_the_stage_says_what_it_wrote(folder):
   out, summary = folder
-  assert (summary["shards"], summary["train_pairs"], summary["heldout_pairs"]) == (4, 500, 140)
-  assert (summary["train_texts"], summary["distinct_scenes"]) == (0, 635_840)
+  assert (summary["shards"], summary["train_pairs"], summary["heldout_pairs"]) == (5, 500, 140)
+  assert (summary["train_texts"], summary["distinct_scenes"]) == (0, 604_480)
+  assert summary["bank_pairs"] == summary["bank_rare"] == 60
   counts = collections.Counter()
   for split in SPLITS:
-    counts.update(scenes.number_of(pair.facts) for pair in raw_pairs.read_pairs(out, split))
+    counts.update(scenes.number_of(pair) for pair in raw_pairs.read_pairs(out, split))
   assert {name: summary[name] for name in counts} == counts
   heldout = {name: number for name, number in counts.items() if name.startswith("heldout")}
   for category in CATEGORIES:
@@ -171,7 +183,7 @@ def test_training_shows_nothing_that_is_held_out(folder):
   report = fact_leaks.check(folder[0])
   assert (report.heldout, report.train) == (140, 500)
   assert report.leaked == {"scene": 0, "pair": 0, "objects": 0, "rare": 0}
-  train, heldout = (raw_pairs.read_pairs(folder[0], split) for split in SPLITS)
+  train, heldout = (raw_pairs.read_pairs(folder[0], split) for split in SPLITS[:2])
   assert not {p.concept for p in train} & {p.concept for p in heldout}
   for pair in train:
     for shown in pair.facts["objects"]:
@@ -190,16 +202,60 @@ def test_training_shows_nothing_that_is_held_out(folder):
   assert set(of_kind["scene"][0]["counts"]) <= set(COMMON)
 
 
+def test_the_bank_alone_shows_the_rare_objects_that_are_held_out(folder):
+  of_split = {split: raw_pairs.read_pairs(folder[0], split) for split in SPLITS}
+  shown = {
+    split: {
+      (o["class"], o["color"])
+      for pair in pairs
+      if pair.facts["tag"] == "rare"
+      for o in pair.facts["objects"]
+    }
+    for split, pairs in of_split.items()
+  }
+  objects = {split: {name for name, _ in some} for split, some in shown.items()}
+  assert objects["bank"] == set(rare_objects(FEW))
+  assert not shown["bank"] & (shown["train"] | shown["heldout"])
+  assert not objects["heldout"] & objects["train"]
+  places = collections.defaultdict(set)
+  for pair in of_split["bank"]:
+    (placed,) = pair.facts["objects"]
+    places[placed["class"]].add((placed["place"], placed["color"]))
+  # Three rounds: each object at three places, in three colors.
+  assert {(len(x), len({p for p, _ in x}), len({c for _, c in x})) for x in places.values()} == {
+    (3, 3, 3)
+  }
+
+
+def test_a_color_in_the_bank_is_a_leak(folder, tmp_path):
+  pairs = raw_pairs.read_pairs(folder[0], "heldout")
+  facts = next(pair.facts for pair in pairs if pair.facts["heldout"] == "rare")
+  elsewhere = {**facts["objects"][0], "place": "middle"}
+  other = {**elsewhere, "color": "white"}
+  for shown, leaked in ((elsewhere, 1), (other, 0)):
+    bank = {"split": "bank", "facts": {**facts, "heldout": "", "objects": [shown]}}
+    report = fact_leaks.check(write_facts(tmp_path / shown["color"], facts, bank))
+    assert report.leaked["rare"] == leaked
+    assert report.first == ["heldout 'h' (rare, in the bank): h"][:leaked]
+
+
+def test_every_scene_of_the_bank_is_another():
+  for colors in (tuple(COLORS), tuple(COLORS)[:6], tuple(COLORS)[:2]):
+    config = ScenesConfig(rare_objects=30, colors=colors)
+    number = number_of_bank_scenes(config)
+    assert number in (30 * 4 * len(colors), 30 * 4 * (len(colors) - 1))
+    made = [bank_scene_at(config, i) for i in range(number)]
+    assert len({scene.facts_key for scene in made}) == number
+    assert {split_of_scene(scene) for scene in made} == {"bank"}
+
+
 @pytest.mark.parametrize("kind", ["scene", "pair", "objects", "rare"])
 def test_a_planted_leak_is_found(folder, tmp_path, kind):
   """A training scene of another place, or for `scene` the same one."""
-  out, facts = (
-    tmp_path / "raw",
-    next(
-      p.facts
-      for p in raw_pairs.read_pairs(folder[0], "heldout")
-      if p.facts["heldout"] == kind and (kind != "objects" or p.facts["tag"] == "two_object")
-    ),
+  facts = next(
+    p.facts
+    for p in raw_pairs.read_pairs(folder[0], "heldout")
+    if p.facts["heldout"] == kind and (kind != "objects" or p.facts["tag"] == "two_object")
   )
   objects = [dict(o) for o in facts["objects"]]
   if kind != "scene":
@@ -208,20 +264,23 @@ def test_a_planted_leak_is_found(folder, tmp_path, kind):
   if kind in ("objects", "rare"):
     for o in objects:
       o["color"] = "white"
-  source = tmp_path / "in"
-  source.mkdir()
+  train = {"split": "train", "facts": {**facts, "heldout": "", "objects": objects}}
+  report = fact_leaks.check(write_facts(tmp_path, facts, train))
+  assert report.leaked == {**dict.fromkeys(report.leaked, 0), kind: 1}
+  assert report.first == [f"heldout 'h' ({kind}): h"]
+
+
+def write_facts(folder, heldout, other):
+  """Writes a raw folder of two records: a held-out one with its facts, and `other`."""
+  source = folder / "in"
+  source.mkdir(parents=True)
   Image.new("RGB", (48, 48)).save(source / "a.png")
-  records = [
-    {"key": "h", "split": "heldout", "facts": facts},
-    {"key": "t", "split": "train", "facts": {**facts, "heldout": "", "objects": objects}},
-  ]
+  records = [{"key": "h", "split": "heldout", "facts": heldout}, {"key": "t", **other}]
   lines = [json.dumps({"image": "a.png", "caption": "c", **record}) for record in records]
   (source / "pairs.jsonl").write_text("\n".join(lines))
   config = ingest.RawConfig(source=str(source), resolution=48)
-  ingest.prepare(config, ingest.parts_of(config), out, Runner())
-  report = fact_leaks.check(out)
-  assert report.leaked == {**dict.fromkeys(report.leaked, 0), kind: 1}
-  assert report.first == [f"heldout 'h' ({kind}): h"]
+  ingest.prepare(config, ingest.parts_of(config), folder / "raw", Runner())
+  return folder / "raw"
 
 
 def test_documents_keep_the_facts_and_need_no_texts(folder, tmp_path):
@@ -261,6 +320,10 @@ def test_shares_of_the_categories():
     (
       {"objects": ("bell",), "colors": (HELDOUT_COLOR["bell"],), "categories": ("colors",)},
       r"config.scenes has no scene to train on in category 'colors'; name more objects",
+    ),
+    (
+      {"rare_objects": 5, "bank": 141},
+      r"config.scenes.bank is 141; 5 rare objects in 8 colors give at most 140 scenes",
     ),
     (
       {"categories": ("rare",), "rare_objects": 1},

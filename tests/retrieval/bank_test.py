@@ -36,10 +36,10 @@ def encode(text):
   return np.array([ord(c) % 40 + 5 for c in text], np.int32)
 
 
-def make_raw(folder, n=24, num_shards=3):
-  """Writes n pairs of random images, every fourth held out."""
+def make_raw(folder, n=24, num_shards=3, first="train"):
+  """Writes n pairs of random images: of every four one is `first`, and one is held out."""
   images = np.random.default_rng(0).integers(0, 256, (n, 16, 16, 3), np.uint8)
-  splits = ["train", "train", "train", "heldout"]
+  splits = [first, "train", "train", "heldout"]
   pairs = [
     {"key": f"k{i}", "caption": chr(97 + i) * 3, "group": f"g{i // 2}", "split": splits[i % 4]}
     for i in range(n)
@@ -81,6 +81,29 @@ def test_rows_are_those_of_the_pairs(built):
     assert rows.keys[:].tolist() == [group_id(p.key) for p in pairs]
     assert rows.groups[:].tolist() == [group_id(p.group) for p in pairs]
     assert rows.documents.dtype == np.float16
+
+
+def test_documents_of_the_bank_are_found_and_search_for_nothing(tmp_path):
+  make_raw(tmp_path / "raw", first="bank")
+  summary = build(tmp_path)
+  assert summary["bank"] == 18
+  keys = [group_id(p.key) for p in raw_pairs.read_pairs(tmp_path / "raw", "train")]
+  alone = [group_id(p.key) for p in raw_pairs.read_pairs(tmp_path / "raw", "bank")]
+  rows = Embeddings(tmp_path / "out" / "train")
+  assert rows.keys[:].tolist() == keys + alone
+  assert (len(keys), len(alone)) == (12, 6)
+  for split, count in (("train", 12), ("heldout", 6)):
+    ids = neighbors.load_neighbors(tmp_path / "out", f"{split}_pairs")
+    assert len(ids) == count
+    assert (ids >= 12).any()
+  # The same documents, all of them trained on, are embedded alike.
+  make_raw(tmp_path / "all")
+  job = EmbedJob(str(tmp_path / "all"), str(tmp_path / "trained"), tiny_clip, 0.2, 0, {})
+  bank_lib.embed(job, WIDTH, {}, Runner())
+  trained = Embeddings(tmp_path / "trained" / "train")
+  place = {key: i for i, key in enumerate(trained.keys[:].tolist())}
+  order = [place[key] for key in keys + alone]
+  np.testing.assert_array_equal(rows.documents[:], trained.documents[:][order])
 
 
 def test_the_stage_writes_neighbors_of_both_splits(built):
