@@ -57,7 +57,7 @@ def open_rows(settings: Settings, workdir, split: str, write_starts: bool = Fals
     UserError: a store is empty, neighbors are of other documents, or all training documents
       together are shorter than a batch.
   """
-  from cm3leon_jax.data.documents import DocumentStore
+  from cm3leon_jax.data.documents import Bank, DocumentStore
   from cm3leon_jax.data.pipeline import RowLoader
   from cm3leon_jax.data.plan import RowPlan, Source
   from cm3leon_jax.retrieval.neighbors import load_neighbors
@@ -67,8 +67,7 @@ def open_rows(settings: Settings, workdir, split: str, write_starts: bool = Fals
   def store(name):
     return DocumentStore(documents / name, settings.vocab)
 
-  bank = store("train_pairs")
-  pairs = bank if split == "train" else store(f"{split}_pairs")
+  bank, pairs = Bank(documents, settings.vocab), store(f"{split}_pairs")
   ids = load_neighbors(workdir / "neighbors", f"{split}_pairs", text_only=split == "heldout")
   if len(ids) != len(pairs):
     raise UserError(
@@ -150,6 +149,23 @@ def _begin(settings: Settings, workdir, init_from: str) -> tuple[dict, Weights |
   return config, start
 
 
+def _initial_params(settings: Settings, workdir, start: Weights | None):
+  """Returns a function that makes the parameters of a new run, or None for random ones."""
+  import jax
+
+  from cm3leon_jax.export import weights
+  from cm3leon_jax.models.start import params_from_codebook
+  from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+
+  if start is not None:
+    return functools.partial(weights.load, start, settings)
+  if not settings.model.codebook_start:
+    return None
+  codebook = ImageTokenizer.load(workdir / "vqgan").codebook
+  key = jax.random.key(settings.seed)
+  return functools.partial(params_from_codebook, settings.model, settings.vocab, codebook, key)
+
+
 def main(
   settings: Settings,
   workdir,
@@ -160,7 +176,6 @@ def main(
   import jax
 
   from cm3leon_jax import distributed
-  from cm3leon_jax.export import weights
   from cm3leon_jax.generation.heldout import sample_grids
   from cm3leon_jax.training.profile import parse_steps
   from cm3leon_jax.training.train import train
@@ -187,7 +202,7 @@ def main(
       summary.update(rows=look_at_rows(loader.plan))
       generate_grid = sample_grids(settings, workdir, folder / "samples")
     sections = (settings.model, settings.optimizer, settings.train, settings.vocab)
-    initial_params = None if start is None else functools.partial(weights.load, start, settings)
+    initial_params = _initial_params(settings, workdir, start)
     options = (settings.seed, generate_grid, traced, initial_params)
     result = train(folder, *sections, loader, heldout, *options)
     summary.update(result)

@@ -1,8 +1,8 @@
 """Size and variant of the decoder."""
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
@@ -47,6 +47,13 @@ class ModelConfig:
   4,096; another width starts alike at init_std x sqrt(4,096 / width))."""
   embed_std: PositiveFloat = 0.006
   """Standard deviation of the truncated normal that token embeddings start from."""
+  tied_start: bool = False
+  """Whether the output table of `modern` starts as the input table, scaled to `init_std`; they
+  become two tables in training. Small decoders learn faster so: a token in the context makes itself
+  more likely from the first step on. In `opt` both are one table anyway."""
+  codebook_start: Annotated[float, Field(ge=0, le=1)] = 0.0
+  """Share of the variance of the image codes' rows, in both tables, that comes from the codebook of
+  the image tokenizer when training starts: codes that look alike then start alike."""
   dtype: Dtype = "bfloat16"
   """Dtype of activations, and of parameters while they are used; parameters are stored in
   float32. `float64` (with JAX_ENABLE_X64) is for comparisons with other implementations."""

@@ -189,6 +189,8 @@ class Transformer(nnx.Module):
       self.head = _param(
         rngs, (config.vocab_size, config.width), ("vocab_stored", None), config.init_std
       )
+      if config.tied_start:
+        self.head = nnx.Param(self.embed[...] * (config.init_std / config.embed_std))
 
   def embed_tokens(self, tokens: Ids, positions: Ids) -> Stream:
     """Embeds tokens, and in `opt` their positions, in the compute dtype."""
