@@ -33,13 +33,13 @@ def _judge_scenes(workdir, tokenizer) -> dict:
 
 def main(settings, workdir):
   from cm3leon_jax.data import raw_pairs
-  from cm3leon_jax.data.records import SPLITS
   from cm3leon_jax.tokenizers import train_vqgan, vqgan
 
   with common.use_mesh(settings), stages.stage(workdir, "vqgan", settings) as summary:
     if summary is not None:
       images = [
-        raw_pairs.open_images(workdir / "raw", split, settings.vqgan.resolution) for split in SPLITS
+        raw_pairs.open_images(workdir / "raw", split, settings.vqgan.resolution)
+        for split in ("train", "heldout")
       ]
       summary.update(
         train_vqgan.train_vqgan(
