@@ -118,9 +118,16 @@ HELDOUT_COLOR = _heldout_colors()
 def rare_color(name: str) -> str:
   """Returns the color of a rare object outside of the bank, which has it in the other colors.
 
-  Training shows the object in this color alone, or, if it is held out, evaluation does.
+  Training shows the object in this color alone, at `rare_place`; or, if it is held out, evaluation
+  shows it so at all places.
   """
   return min(COLORS, key=lambda color: fraction(f"scenes/color/{name}/{color}"))
+
+
+@functools.cache
+def rare_place(name: str) -> str:
+  """Returns the one place at which training shows a rare object, if it is not held out."""
+  return min(PLACES, key=lambda place: fraction(f"scenes/place/{name}/{place}"))
 
 
 @functools.cache
@@ -162,6 +169,11 @@ class Scene:
     """All facts in a canonical text: equal for equal images."""
     return ", ".join(sorted(map(str, self.objects)))
 
+  @property
+  def drawings_key(self) -> str:
+    """All objects with their colors, without places, numbers and order."""
+    return ", ".join(sorted({f"{placed.color} {placed.object}" for placed in self.objects}))
+
   @classmethod
   def parse(cls, facts_key: str) -> Self:
     """Inverts `facts_key`."""
@@ -180,7 +192,7 @@ class Scene:
 def split_of_scene(scene: Scene) -> str:
   """Returns "train", "bank", or the first of these reasons why a scene is held out.
 
-  Rare objects in all colors but `rare_color` are in the bank, which is not trained on.
+  Training shows a rare object in one scene, the others may be in the bank, which is not trained on.
 
   - "rare": it shows a rare object that training never shows, in a color that the bank never shows.
   - "pair": it shows a common object in its held-out color.
@@ -193,6 +205,8 @@ def split_of_scene(scene: Scene) -> str:
     return "bank"
   if any(is_heldout_rare(placed.object) for placed in rare):
     return "rare"
+  if rare:
+    return "train" if all(placed.place == rare_place(placed.object) for placed in rare) else "bank"
   if any(HELDOUT_COLOR.get(placed.object) == placed.color for placed in scene.objects):
     return "pair"
   common = sorted({name for name in names if name in COMMON})

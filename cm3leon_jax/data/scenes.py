@@ -83,7 +83,7 @@ def pair(config: ScenesConfig, split: str, index: int) -> RawPair:
     source=SOURCE,
     license=LICENSE,
     attribution=ATTRIBUTION,
-    group=key,
+    group=scene.drawings_key,
     split=split,
     concept=key,
     facts=facts_of(category, kind, scene, description),
