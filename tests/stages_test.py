@@ -174,6 +174,8 @@ def test_identity_literals():
     ("clip", "clip.checkpoint_every", 9, True),
     ("clip", "clip.embed_dim", 9, False),
     ("neighbors", "retrieval.kept_per_side", 9, False),
+    ("neighbors", "retrieval.lexical_weight", 0.5, False),
+    ("neighbors", "retrieval.lexical_width", 9, False),
     ("train", "train.steps", 9, True),
     ("train", "train.global_batch_size", 9, False),
     ("train", "data.read_threads", 9, True),

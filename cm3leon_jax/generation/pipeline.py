@@ -309,11 +309,11 @@ class Pipeline:
     values = {"image": [], "text": []}
     for kind, value in queries:
       values[kind].append(value)
-    embedded = {}
+    embedded, lexical = {}, self.retriever.lexical
     if images := [load_image(image, self.clip.resolution) for image in values["image"]]:
-      embedded["image"] = iter(self.clip.embed_images(np.stack(images)))
+      embedded["image"] = iter(lexical.join(self.clip.embed_images(np.stack(images))))
     if texts := [self.clip.encode(text) for text in values["text"]]:
-      embedded["text"] = iter(self.clip.embed_texts(texts))
+      embedded["text"] = iter(lexical.join(self.clip.embed_texts(texts), values["text"]))
     return np.stack([next(embedded[kind]) for kind, _ in queries])
 
   def _requests(self, tasks, given: dict, neighbors) -> list[Request]:

@@ -1,6 +1,6 @@
 """Embeddings of the documents of a split on disk, written shard by shard and read by rows."""
 
-# n documents, m of a shard, T tokens of a caption, E embedding.
+# n documents, m of a shard, T tokens of a caption, E embedding with its lexical part.
 
 from collections.abc import Callable
 import dataclasses
@@ -18,6 +18,7 @@ from cm3leon_jax.data.documents import group_id
 from cm3leon_jax.data.records import SPLITS, RawPair
 from cm3leon_jax.io import read_json
 from cm3leon_jax.retrieval.arrays import ArrayStore
+from cm3leon_jax.retrieval.lexical import Lexical
 from cm3leon_jax.shards import Runner, run_shards
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.vocab import VocabLayout
@@ -36,7 +37,7 @@ def load_clip(folder: str, workdir: epath.PathLike, vocab: VocabLayout) -> CLIP 
 
 
 def embedding_width(folder: str, workdir: epath.PathLike) -> int:
-  """Returns E of the CLIP that `load_clip` loads, from its config."""
+  """Returns the width of the CLIP that `load_clip` loads, from its config."""
   if folder:
     return checkpoint.read_config(folder).embed_dim
   return read_json(epath.Path(workdir) / "clip" / CONFIG)["clip"]["embed_dim"]
@@ -81,6 +82,7 @@ class EmbedJob:
     dropout: share of the tokens of captions that queries of the split `train` leave out.
     seed: of the dropout.
     starts: split -> name of the shard -> first row of its pairs.
+    load_lexical: returns the lexical part.
   """
 
   raw: str
@@ -89,16 +91,18 @@ class EmbedJob:
   dropout: float
   seed: int
   starts: dict[str, dict[str, int]]
+  load_lexical: Callable[[], Lexical] = Lexical
 
   def open(self) -> Callable[[str], dict]:
     """Loads the CLIP and returns the function that embeds a shard by its name."""
-    clip = self.load_clip()
+    clip, lexical = self.load_clip(), self.load_lexical()
 
     def embed_shard(name: str) -> dict:
       for split in SPLITS:
         pairs = raw_pairs.read_shard(self.raw, name, RawPair, split)
         if pairs:
-          rows = embed_pairs(clip, pairs, self.dropout if split == "train" else 0.0, self.seed)
+          dropout = self.dropout if split == "train" else 0.0
+          rows = embed_pairs(clip, pairs, dropout, self.seed, lexical)
           for array, values in rows.items():
             store = ArrayStore(epath.Path(self.folder) / FOLDERS[split] / array)
             store.write(self.starts[split][name], values)
@@ -108,7 +112,7 @@ class EmbedJob:
 
 
 def embed_pairs(
-  clip: CLIP | HFCLIP, pairs: list[RawPair], dropout: float, seed: int
+  clip: CLIP | HFCLIP, pairs: list[RawPair], dropout: float, seed: int, lexical: Lexical
 ) -> dict[str, np.ndarray]:
   """Computes the rows of `Embeddings` of m pairs, embeddings in float32."""
   chunks = {name: [] for name in ("documents", "queries", "images")}
@@ -116,15 +120,21 @@ def embed_pairs(
     range(0, len(pairs), EMBED_CHUNK), "embed", mininterval=1, unit="chunk", leave=False
   ):
     chunk = pairs[start : start + EMBED_CHUNK]
-    ids = [clip.encode(p.caption) for p in chunk]
+    captions = [p.caption for p in chunk]
+    ids = [clip.encode(caption) for caption in captions]
     texts = clip.embed_texts(ids)
     images = clip.embed_images(
       raw_pairs.load_images([p.image for p in chunk], clip.resolution, READ_THREADS)
     )
-    chunks["documents"].append(document_embeddings(texts, images))
-    chunks["images"].append(images)
-    dropped = [drop_tokens(x, dropout, p.key, seed) for x, p in zip(ids, chunk)]
-    chunks["queries"].append(clip.embed_texts(dropped) if dropout else texts)
+    chunks["documents"].append(lexical.join(document_embeddings(texts, images), captions))
+    chunks["images"].append(lexical.join(images))
+    if dropout and lexical.weight:
+      captions = [drop_words(p.caption, dropout, p.key, seed) for p in chunk]
+      texts = clip.embed_texts([clip.encode(caption) for caption in captions])
+    elif dropout:
+      dropped = [drop_tokens(x, dropout, p.key, seed) for x, p in zip(ids, chunk)]
+      texts = clip.embed_texts(dropped)
+    chunks["queries"].append(lexical.join(texts, captions))
   rows = {name: np.concatenate(arrays) for name, arrays in chunks.items()}
   rows["groups"] = np.array([group_id(pair.group) for pair in pairs], np.uint64)
   rows["keys"] = np.array([group_id(pair.key) for pair in pairs], np.uint64)
@@ -149,13 +159,19 @@ def drop_tokens(ids: np.ndarray, share: float, key: str, seed: int) -> np.ndarra
   return ids[kept]
 
 
+def drop_words(text: str, share: float, key: str, seed: int) -> str:
+  """Drops words between spaces as `drop_tokens` drops ids; for CLIP and the lexical part alike."""
+  words = np.array(text.split(), object)
+  return " ".join(drop_tokens(words, share, key, seed)) if len(words) else text
+
+
 def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
   """Embeds the new raw shards of both splits; the arrays grow.
 
   Args:
     job: source, CLIP and destination; its `starts` are replaced by those of the raw folder.
     width: E.
-    inputs: identity of the CLIP; another one embeds all shards again.
+    inputs: identity of the CLIP and of the words; another one embeds all shards again.
     runner: runs the shards.
 
   Returns:

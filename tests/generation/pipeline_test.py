@@ -8,6 +8,7 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import group_id, write_documents
 from cm3leon_jax.decoding.generator import Result, sample_seed
 from cm3leon_jax.generation import pipeline as pipeline_lib
@@ -15,7 +16,9 @@ from cm3leon_jax.generation.image_tasks import Edit, InfillImage, TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline, Sample, check_tasks
 from cm3leon_jax.generation.text_tasks import Caption, Interleaved
 from cm3leon_jax.retrieval import neighbors
-from cm3leon_jax.retrieval.bank import Embeddings
+from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob
+from cm3leon_jax.shards import Runner
+from tests.data.raw import write_raw
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import random_params
@@ -77,6 +80,33 @@ def test_a_given_image_is_its_own_query(pipeline, workdir, clip, tmp_path):
   vector = clip.embed_images(np.asarray(Image.open(task.image))[None])[0]
   bank = Embeddings(workdir / "neighbors" / "train")
   assert bank.keys[:][np.argmax(bank.documents[:] @ vector)] == group_id(found[0].key)
+
+
+def test_queries_are_those_of_the_stage(pipeline, clip, tmp_path):
+  """With a lexical part, held-out captions and images are embedded as by `build_neighbors`."""
+  config = neighbors.RetrievalConfig(
+    backend="exact", max_similarity=1.0, lexical_weight=0.5, lexical_width=32
+  )
+  captions = [f"a {color} {thing}" for color in ("red", "blue") for thing in ("car", "bell", "key")]
+  splits = ["train", "train", "heldout"]
+  write_raw(
+    tmp_path / "raw",
+    [{"key": f"k{i}", "caption": captions[i % 6], "split": splits[i % 3]} for i in range(12)],
+    np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8),
+  )
+  job = EmbedJob(str(tmp_path / "raw"), str(tmp_path / "neighbors"), lambda: clip, 0.2, 0, {})
+  neighbors.build_neighbors(config, job, SETTINGS.clip.embed_dim, {}, Runner())
+  settings = dataclasses.replace(SETTINGS, retrieval=config)
+  parts = pipeline.layout, pipeline.image_tokenizer, clip, tmp_path
+  hybrid = Pipeline(random_params(SETTINGS.model), settings, *parts)
+  pairs = raw_pairs.read_pairs(tmp_path / "raw", "heldout")
+  queries = [("text", p.caption) for p in pairs] + [("image", p.image) for p in pairs]
+  embedded, rows = hybrid._embed(queries), Embeddings(tmp_path / "neighbors" / "heldout")
+  expected = np.concatenate([rows.queries[:], rows.images[:]])
+  np.testing.assert_allclose(embedded, expected, atol=1e-3)
+  ids = hybrid.retriever.retrieve(embedded[: len(pairs)])[0]
+  stored = neighbors.load_neighbors(tmp_path / "neighbors", "heldout_pairs", text_only=True)
+  np.testing.assert_array_equal(ids, stored)
 
 
 def test_an_image_may_be_a_file_a_pil_image_or_an_array(pipeline, tmp_path):

@@ -47,6 +47,40 @@ RETRIEVAL = (
     ("query_dropout_never", "kept = order >= share", "kept = order >= 0"),
   ),
   *mutants_of(
+    "cm3leon_jax/retrieval/lexical.py",
+    "tests/retrieval/lexical_test.py",
+    ("weight_not_its_root", "math.sqrt(self.weight) * self.embed", "self.weight * self.embed"),
+    ("counts_of_the_last_shard", "total[buckets] += counts", "total[buckets] = counts"),
+    (
+      "all_words_weigh_the_same",
+      "weights = self.idf[[bucket(word) for word in found]]",
+      "weights = np.ones(len(found))",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/retrieval/bank.py",
+    "tests/retrieval/lexical_test.py::test_rows_are_those_of_the_pairs",
+    (
+      "words_never_dropped",
+      "lexical.join(texts, captions))",
+      "lexical.join(texts, [p.caption for p in chunk]))",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/retrieval/neighbors.py",
+    "tests/retrieval/lexical_test.py::test_finished_work_is_kept_and_another_weight_embeds_again",
+    ("embeddings_of_old_words_kept", "{**inputs, **counted}", "inputs"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/generation/pipeline.py",
+    "tests/generation/pipeline_test.py::test_queries_are_those_of_the_stage",
+    (
+      "query_without_words",
+      'self.clip.embed_texts(texts), values["text"])',
+      "self.clip.embed_texts(texts))",
+    ),
+  ),
+  *mutants_of(
     "cm3leon_jax/commands/train.py",
     "tests/training/heldout_test.py::test_neighbors_are_those_of_the_caption_alone",
     ("heldout_neighbors_by_image", 'text_only=split == "heldout"', "text_only=False"),

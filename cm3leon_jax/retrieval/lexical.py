@@ -1,0 +1,193 @@
+"""Words of captions as vectors beside the embeddings of CLIP: hybrid search, dense and sparse."""
+
+# m texts, E embedding of CLIP, X lexical part.
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import hashlib
+import math
+import re
+
+from etils import epath
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.records import RawPair
+from cm3leon_jax.io import digest, read_json, replacing, write_json
+from cm3leon_jax.shards import Runner, run_shards
+
+SCHEMA_VERSION = 1
+FILE = "words.json"
+WORD = re.compile(r"[^\W_]+")  # Letters and digits of any script.
+BUCKETS = 2**18  # Counts of words; words that share one also share their frequency.
+CACHED_WORDS = 2**16
+
+
+def words(text: str) -> list[str]:
+  """Returns the distinct words of a text in lower case, sorted; one empty word if it has none.
+
+  words("A red bell, a RED key") = ["a", "bell", "key", "red"], words("?") = [""]
+  """
+  return sorted(set(WORD.findall(text.lower()))) or [""]
+
+
+@functools.lru_cache(CACHED_WORDS)
+def bucket(word: str) -> int:
+  """Returns the bucket of a word, a hash in [0, `BUCKETS`)."""
+  return int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big") % BUCKETS
+
+
+@functools.lru_cache(CACHED_WORDS)
+def signs(word: str, width: int) -> np.ndarray:
+  """Returns the vector of a word, [X] int8 of -1 and 1, from a hash.
+
+  Random signs keep inner products (Achlioptas 2003): the cosine of two words has mean 0 and
+  standard deviation 1 / sqrt(X).
+  """
+  bits = np.frombuffer(hashlib.shake_256(word.encode()).digest(-(-width // 8)), np.uint8)
+  vector = np.unpackbits(bits)[:width].astype(np.int8) * 2 - 1
+  vector.flags.writeable = False
+  return vector
+
+
+def inverse_frequencies(counts: np.ndarray, documents: int) -> np.ndarray:
+  """Computes the weight of words that occur in `counts` of N documents, float64, all positive.
+
+  It is the inverse document frequency of BM25 (Robertson and Zaragoza 2009), with the 1 of
+  Lucene's form: ln(1 + (N - count + .5) / (count + .5)).
+
+    N = 10, counts [0 1 10]: [3.0910 1.9924 .0465]
+  """
+  return np.log1p((documents - counts + 0.5) / (counts + 0.5))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lexical:
+  """Joins embeddings of words to those of CLIP; the default joins nothing.
+
+  Attributes:
+    weight: w in [0, 1), share of the lexical part in the cosine of a caption and a document.
+    width: X.
+    idf: [BUCKETS] float64, see `inverse_frequencies`.
+  """
+
+  weight: float = 0.0
+  width: int = 0
+  idf: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+
+  def embed(self, texts: Sequence[str]) -> np.ndarray:
+    """Embeds the words of texts: [m, X] float32, the weighted sums of their `signs`, of norm 1.
+
+    A word counts once however often the text has it. If the sum is 0, it is that of the empty word.
+    """
+    rows = np.zeros((len(texts), self.width), np.float32)
+    for row, text in zip(rows, texts):
+      found = words(text)
+      weights = self.idf[[bucket(word) for word in found]]
+      vector = weights @ np.stack([signs(word, self.width) for word in found])
+      vector = vector if vector.any() else signs("", self.width)
+      row[:] = vector / np.linalg.norm(vector)
+    return rows
+
+  def join(self, embeddings: np.ndarray, texts: Sequence[str] | None = None) -> np.ndarray:
+    """Joins lexical parts to embeddings of norm 1, which keep norm 1; of weight 0 to none.
+
+      captions and documents: [sqrt(1 - w) CLIP, sqrt(w) words]; images: [CLIP, 0]
+
+    The cosine of a caption and a document is then (1 - w) x CLIP's + w x that of their words; of an
+    image and any document, sqrt(1 - w) x CLIP's.
+
+    Args:
+      embeddings: [m, E] of CLIP.
+      texts: m captions; None for images.
+
+    Returns:
+      [m, E + X] float32, or `embeddings`.
+    """
+    if not self.weight:
+      return embeddings
+    if texts is None:
+      return np.pad(embeddings, ((0, 0), (0, self.width)))
+    sparse = math.sqrt(self.weight) * self.embed(texts)
+    return np.concatenate([math.sqrt(1 - self.weight) * np.asarray(embeddings), sparse], axis=1)
+
+
+def load(folder: epath.PathLike, weight: float, width: int) -> Lexical:
+  """Opens the lexical part of the bank in `folder`.
+
+  Raises:
+    UserError: the bank was embedded with another weight or width.
+  """
+  path = epath.Path(folder) / FILE
+  if not weight and not path.exists():
+    return Lexical()
+  stored = read_json(path)
+  expected = {"schema_version": SCHEMA_VERSION, "weight": weight, "width": width}
+  if changed := [f"{k} {stored[k]}, not {v}" for k, v in expected.items() if stored[k] != v]:
+    raise UserError(
+      f"{path} has {'; '.join(changed)}: set config.retrieval.lexical_weight and lexical_width to "
+      f"those of the bank, or delete {folder} and run `python -m launch.build_neighbors`."
+    )
+  counts = np.zeros(BUCKETS, np.int64)
+  counts[[int(b) for b in stored["counts"]]] = list(stored["counts"].values())
+  return Lexical(weight, width, inverse_frequencies(counts, stored["documents"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _CountJob:
+  """Counts the words of raw shards; a job of `shards.run_shards`."""
+
+  raw: str
+  folder: str
+
+  def open(self) -> Callable[[str], dict]:
+    def count_shard(name: str) -> dict:
+      captions = [p.caption for p in raw_pairs.read_shard(self.raw, name, RawPair, "train")]
+      found = [np.unique([bucket(word) for word in words(text)]) for text in captions]
+      buckets, counts = np.unique(np.concatenate([*found, np.zeros(0)]), return_counts=True)
+      with replacing(_shard_path(self.folder, name)) as file:
+        np.save(file, np.stack([buckets, counts]).astype(np.int64))
+      return {"documents": len(captions)}
+
+    return count_shard
+
+
+def _shard_path(folder: epath.PathLike, name: str) -> epath.Path:
+  return epath.Path(folder) / "words" / f"{name}.npy"
+
+
+def count_words(
+  raw: str, folder: epath.PathLike, weight: float, width: int, runner: Runner
+) -> dict[str, str]:
+  """Counts, for `load`, the captions of the split `train` that have each word.
+
+  Counts of finished shards are kept. Those of added shards change the weights of all words.
+
+  Args:
+    raw: raw folder.
+    folder: of the bank; gets `FILE`, words/ with the counts of each shard, and done/words/.
+    weight: see `Lexical`; at 0 nothing is counted, and `FILE` is deleted.
+    width: X.
+    runner: runs the shards.
+
+  Returns:
+    The digest of `FILE` under "words", on which all embeddings depend; nothing at weight 0.
+  """
+  folder = epath.Path(folder)
+  if not weight:
+    (folder / FILE).unlink(missing_ok=True)
+    return {}
+  shards = {name: {"digest": shard["digest"]} for name, shard in raw_pairs.shards(raw).items()}
+  total, documents = np.zeros(BUCKETS, np.int64), 0
+  job, done = _CountJob(raw, str(folder)), folder / "done" / "words"
+  for name, numbers in run_shards(job, shards, done, runner, "counting words"):
+    with _shard_path(folder, name).open("rb") as file:
+      buckets, counts = np.load(file)
+    total[buckets] += counts
+    documents += numbers["documents"]
+  header = {"schema_version": SCHEMA_VERSION, "weight": weight, "width": width}
+  found = {str(b): total[b] for b in np.flatnonzero(total)}
+  write_json(folder / FILE, {**header, "documents": documents, "counts": found})
+  return {"words": str(digest(folder / FILE))}
