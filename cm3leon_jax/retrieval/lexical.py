@@ -144,7 +144,11 @@ class _CountJob:
 
   def open(self) -> Callable[[str], dict]:
     def count_shard(name: str) -> dict:
-      captions = [p.caption for p in raw_pairs.read_shard(self.raw, name, RawPair, "train")]
+      captions = [
+        pair.caption
+        for split in ("train", "bank")
+        for pair in raw_pairs.read_shard(self.raw, name, RawPair, split)
+      ]
       found = [np.unique([bucket(word) for word in words(text)]) for text in captions]
       buckets, counts = np.unique(np.concatenate([*found, np.zeros(0)]), return_counts=True)
       with replacing(_shard_path(self.folder, name)) as file:
@@ -161,7 +165,7 @@ def _shard_path(folder: epath.PathLike, name: str) -> epath.Path:
 def count_words(
   raw: str, folder: epath.PathLike, weight: float, width: int, runner: Runner
 ) -> dict[str, str]:
-  """Counts, for `load`, the captions of the split `train` that have each word.
+  """Counts, for `load`, the captions of the bank that have each word.
 
   Counts of finished shards are kept. Those of added shards change the weights of all words.
 
