@@ -284,6 +284,11 @@ def test_every_field_is_in_the_table_above():
       "config.model: width / num_heads = 3 is odd; rotary positions need an even head size.",
     ),
     (
+      {"model__align_images": True},
+      'config.model: align_images is set with family = "opt"; it needs the relative positions of '
+      '"modern".',
+    ),
+    (
       {"mesh__data": -1},
       "config.mesh: mesh (data, fsdp, fsdp_inner, tensor) = (-1, -1, 1, 1); each must be positive, "
       "or one of them -1 (the remaining devices).",
