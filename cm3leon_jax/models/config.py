@@ -78,8 +78,8 @@ class ModelConfig:
       )
     if self.align_images and self.family != "modern":
       raise ValueError(
-        f'align_images is set with family = "{self.family}"; it needs the relative positions of '
-        '"modern".'
+        f"align_images is set, and family is '{self.family}'; it must be 'modern', whose positions "
+        "are relative."
       )
 
   @property

@@ -67,7 +67,7 @@ def test_tokens_at_other_positions_are_not_shared():
   """Two aligned prompts after one neighbor: only its tokens stand at the same positions."""
   neighbor = [*pairs([1, 5, 6, 7], -1)]
   long, short, other = ([*neighbor, *pairs([8, 8, 8, 9], -n)] for n in (4, 3, 4))
-  other[-1] = np.array([7, 7])
+  other[-1] = pairs([7], 7)[0]
   prompts = [np.stack(p) for p in (long, short, long, other)]
   assert batch.shared_prefixes([prompts[0], prompts[1]]) == [4, 4]
   assert batch.shared_prefixes([prompts[0], prompts[3]]) == [7, 7]

@@ -68,8 +68,8 @@ DATA = (
     "tests/data/pipeline_test.py",
     (
       "padding_weighs_1",
-      'row["inputs"][:] = row["targets"][:] = pad',
-      'row["inputs"][:] = row["targets"][:] = pad; row["loss_weights"][:] = 1',
+      'row["inputs"][:] = row["targets"][:] = vocab.pad',
+      'row["inputs"][:] = row["targets"][:] = vocab.pad; row["loss_weights"][:] = 1',
     ),
     ("opening_tokens_weigh_1", "weights[:3] = 0", "weights[:1] = 0"),
     ("positions_run_on", "= positions_of(tokens,", "= at + positions_of(tokens,"),
