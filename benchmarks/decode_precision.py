@@ -24,6 +24,7 @@ from cm3leon_jax.decoding import loop, request
 from cm3leon_jax.decoding import params as params_lib
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.mesh import shard
+from cm3leon_jax.positions import positions_of
 from cm3leon_jax.training import checkpoint
 
 _DOCUMENTS = flags.DEFINE_integer("documents", 64, "Scored held-out documents.", lower_bound=2)
@@ -45,8 +46,8 @@ ROWS = 16
 
 
 @functools.partial(jax.jit, static_argnames=("config", "cache_dtype"))
-def score(params: params_lib.DecodeParams, tokens, *, config, cache_dtype):
-  """Scores [R, L] ids, padded at the right, through a cache.
+def score(params: params_lib.DecodeParams, tokens, positions, *, config, cache_dtype):
+  """Scores [R, L] ids at [R, L] positions, padded at the right, through a cache.
 
   Returns:
     [R, L, V] fp32 log-probabilities of what follows each; codes are the first of the V ids.
@@ -60,7 +61,7 @@ def score(params: params_lib.DecodeParams, tokens, *, config, cache_dtype):
     None,
     None,
   )
-  positions = shard(jnp.broadcast_to(jnp.arange(length), (rows, length)), "batch", None)
+  positions = shard(positions, "batch", None)
   layers = cache_lib.empty(config, rows, length, cache_dtype)
   hidden = loop.extend(
     config,
@@ -81,9 +82,11 @@ def code_log_probs(
   for start in range(0, len(samples), ROWS):
     part = samples[start : start + ROWS]
     tokens = np.full((ROWS, length), vocab.pad, np.int32)
+    positions = np.zeros_like(tokens)
     for row, sample in enumerate(part):
       tokens[row, : len(sample)] = sample
-    scores = np.asarray(score(params, tokens, config=config, cache_dtype=cache_dtype))
+      positions[row, : len(sample)] = positions_of(sample, vocab, config.align_images)
+    scores = np.asarray(score(params, tokens, positions, config=config, cache_dtype=cache_dtype))
     for row in range(len(part)):
       places = np.flatnonzero(vocab.is_image(tokens[row])) - 1
       every.append(scores[row, places])

@@ -236,7 +236,8 @@ def score(settings: Settings, run: pathlib.Path, corpus: Corpus) -> dict[str, li
     masks.append(bits.own_targets(samples[-1], document, settings.vocab))
   with jax.set_mesh(create_mesh(settings.mesh)):
     params, _ = checkpoint.load_params(run / "train", settings.model)
-    scored = bits.score_samples(params, settings.model, samples, settings.evaluation.batch_size)
+    rows = settings.evaluation.batch_size
+    scored = bits.score_samples(params, settings.model, samples, settings.vocab, rows)
   result = {}
   for modality, unit in (("image", "codes"), ("text", "tokens")):
     result[f"{modality}_bits"] = [float(b[m[modality]].sum()) for b, m in zip(scored, masks)]

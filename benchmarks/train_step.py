@@ -22,6 +22,7 @@ from cm3leon_jax.models.config import ATTENTIONS, DTYPES, REMAT_POLICIES, ModelC
 from cm3leon_jax.training.flops import model_flops
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.state import init_state, train_step
+from cm3leon_jax.vocab import VocabLayout
 
 _LAYERS = flags.DEFINE_integer("layers", 4, "Number of layers.")
 _WIDTH = flags.DEFINE_integer("width", 256, "Width.")
@@ -61,7 +62,7 @@ def step_seconds(model: ModelConfig, rows: int, length: int, steps: int) -> list
   samples = [rng.integers(256, model.vocab_size, length + 1).astype(np.int32) for _ in range(rows)]
   batch = {
     name: shard(jnp.asarray(x), "batch", "length")
-    for name, x in rows_of_samples(samples, length).items()
+    for name, x in rows_of_samples(samples, length, VocabLayout()).items()
   }
   state = jax.jit(functools.partial(init_state, model, optimizer))(jax.random.key(0))
   step = jax.jit(

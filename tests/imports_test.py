@@ -8,7 +8,8 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "cm3leon_jax"
 BASE = {
-  "vocab", "mesh", "config", "io", "parameters", "distributed", "stages", "shards", "xla_options"
+  "vocab", "mesh", "config", "io", "parameters", "distributed", "stages", "shards", "xla_options",
+  "positions",
 }  # fmt: skip
 CORE = {"tokenizers", "data", "clip", "retrieval", "models", "training", "decoding", "generation"}
 # Package -> packages and modules of cm3leon_jax that it may import, beside itself.
@@ -19,7 +20,7 @@ MAY_IMPORT = {
   "retrieval": BASE | {"tokenizers", "data", "clip"},
   "models": {"mesh", "config", "parameters"},
   "training": BASE | {"models", "data"},
-  "decoding": {"models", "mesh", "vocab", "config", "xla_options"},
+  "decoding": {"models", "mesh", "vocab", "config", "xla_options", "positions"},
   "generation": BASE | {"decoding", "retrieval", "clip", "tokenizers", "data"},
   "evaluation": BASE | CORE,
   "reports": BASE | CORE | {"settings", "evaluation"},

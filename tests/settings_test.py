@@ -142,6 +142,7 @@ REFUSED = [
   ("model", "num_heads", 0, POSITIVE),
   ("model", "mlp_width", 0, POSITIVE),
   ("model", "max_positions", 0, POSITIVE),
+  ("model", "align_images", 1, "a valid boolean"),
   ("model", "init_std", 0.0, POSITIVE),
   ("model", "embed_std", 0.0, POSITIVE),
   ("model", "dtype", "float16", "'float32', 'bfloat16' or 'float64'"),
@@ -285,6 +286,11 @@ def test_every_field_is_in_the_table_above():
     (
       {"model__family": "modern", "model__width": 6, "model__num_heads": 2},
       "config.model: width / num_heads = 3 is odd; rotary positions need an even head size.",
+    ),
+    (
+      {"model__align_images": True},
+      "config.model: align_images is set, and family is 'opt'; it must be 'modern', whose "
+      "positions are relative.",
     ),
     (
       {"mesh__data": -1},

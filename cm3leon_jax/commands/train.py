@@ -96,7 +96,7 @@ def open_rows(settings: Settings, workdir, split: str, write_starts: bool = Fals
       f"{documents} holds {total} training tokens, one batch takes {needed} "
       "(train.global_batch_size x data.sequence_length): add documents or lower one of the two."
     )
-  return RowLoader(plan, settings.vocab)
+  return RowLoader(plan, settings.vocab, settings.model.align_images)
 
 
 def look_at_rows(plan: RowPlan) -> dict:

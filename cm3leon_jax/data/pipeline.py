@@ -12,6 +12,7 @@ from cm3leon_jax.data import cm3
 from cm3leon_jax.data.documents import Document, Segment
 from cm3leon_jax.data.plan import RowPlan
 from cm3leon_jax.data.sample_plan import SamplePlan
+from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 
 FIELDS = {
@@ -81,7 +82,9 @@ def build_sample(
   return tokens, weights
 
 
-def pack_row(samples, length: int, pad: int) -> dict[str, np.ndarray]:
+def pack_row(
+  samples, length: int, vocab: VocabLayout, align_images: bool = False
+) -> dict[str, np.ndarray]:
   """Lays samples into one row, one after the other; each predicts only its own tokens.
 
     samples = ([</s> 40 </s>], [0 1 1]), ([</s> <mask:0> <break> 517], [0 0 0 1]), length 7
@@ -94,40 +97,44 @@ def pack_row(samples, length: int, pad: int) -> dict[str, np.ndarray]:
   Args:
     samples: pairs of tokens [T] and weights [T]; together at most `length` predictions.
     length: L.
-    pad: id of the padding.
+    vocab: names the padding.
+    align_images: as in `positions_of`.
 
   Returns:
     inputs, targets, segment_ids, positions: [L] int32; loss_weights: [L] float32.
   """
   row = {name: np.zeros(length, dtype) for name, dtype in FIELDS.items()}
-  row["inputs"][:] = row["targets"][:] = pad
+  row["inputs"][:] = row["targets"][:] = vocab.pad
   at = 0
   for i, (tokens, weights) in enumerate(samples):
     place = slice(at, at + len(tokens) - 1)
     row["inputs"][place], row["targets"][place] = tokens[:-1], tokens[1:]
     row["loss_weights"][place] = weights[1:]
-    row["segment_ids"][place], row["positions"][place] = i + 1, np.arange(len(tokens) - 1)
+    row["segment_ids"][place] = i + 1
+    row["positions"][place] = positions_of(tokens, vocab, align_images)[:-1]
     at = place.stop
   return row
 
 
 def rows_of_samples(
-  samples: list[np.ndarray], length: int, pad: int = VocabLayout.pad
+  samples: list[np.ndarray], length: int, vocab: VocabLayout, align_images: bool = False
 ) -> dict[str, np.ndarray]:
   """Makes a batch, [B, L], of one sample per row, [T] int32 with T <= L + 1, all weights 1."""
-  rows = [pack_row([(s, np.ones(len(s), np.float32))], length, pad) for s in samples]
+  rows = [
+    pack_row([(s, np.ones(len(s), np.float32))], length, vocab, align_images) for s in samples
+  ]
   return {name: np.stack([row[name] for row in rows]) for name in FIELDS}
 
 
 class RowLoader:
   """Builds rows from their plan: `loader[i]` is row i, a dict of [L] arrays, see `pack_row`."""
 
-  def __init__(self, plan: RowPlan, vocab: VocabLayout):
-    self.plan, self.vocab = plan, vocab
+  def __init__(self, plan: RowPlan, vocab: VocabLayout, align_images: bool = False):
+    self.plan, self.vocab, self.align_images = plan, vocab, align_images
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
     samples = [self._sample(*placement[:3]) for placement in self.plan.row(i)]
-    return pack_row(samples, self.plan.config.sequence_length, self.vocab.pad)
+    return pack_row(samples, self.plan.config.sequence_length, self.vocab, self.align_images)
 
   def _sample(self, source: int, pass_: int, unit: int):
     spec, units = self.plan.sources[source], self.plan.units[source]

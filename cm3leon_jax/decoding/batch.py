@@ -1,7 +1,8 @@
 """Batches: the arrays of a few requests, with prompts and shared prefixes that occur once."""
 
 # B samples of a batch, S guidance streams, R = B x S rows, U unique prompts, M parts of a plan,
-# I tokens of an image, P slots of padded prompts; U0 and P0 are those of shared prefixes.
+# I tokens of an image, P slots of padded prompts; U0 and P0 are those of shared prefixes;
+# T tokens of a prompt.
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,33 +14,55 @@ import numpy as np
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.sampling import SamplingConfig, SamplingValues
+from cm3leon_jax.positions import positions_of
+from cm3leon_jax.vocab import VocabLayout
 
 BUCKET = 32  # Prompt slots are a multiple of it: prompts of similar length share one program.
 SHARED = 64  # A shared prefix of fewer tokens is not worth a pass of its own.
 Array = jax.Array | np.ndarray
+Tokens = Int32[np.ndarray, "_ 2"]  # Ids and positions, since keys depend on both.
+
+
+class Padded(NamedTuple):
+  """Left-padded tokens.
+
+  Attributes:
+    ids: of the tokens, or of padding.
+    valid: which of them are no padding.
+    positions: of the tokens in their samples; 0 at padding.
+  """
+
+  ids: Int32[Array, "U P"]
+  valid: Bool[Array, "U P"]
+  positions: Int32[Array, "U P"]
 
 
 class Prompts(NamedTuple):
   """Left-padded prompts without their last tokens, split into shared prefixes and rests.
 
   Attributes:
-    prefixes: ids, and which of them are no padding; None if no prompts share a prefix.
-    rests: ids, and which of them are no padding.
+    prefixes: [U0, P0]; None if no prompts share a prefix.
+    rests: [U, P].
     prefix_of: prefix before each rest.
     row: unique prompt of each row; the streams of a sample are adjacent.
     last: last token of each row's prompt.
+    last_positions: position of that token.
+    next_positions: position of the token after it.
   """
 
-  prefixes: tuple[Int32[Array, "U0 P0"], Bool[Array, "U0 P0"]] | None
-  rests: tuple[Int32[Array, "U P"], Bool[Array, "U P"]]
+  prefixes: Padded | None
+  rests: Padded
   prefix_of: Int32[Array, " U"]
   row: Int32[Array, " R"]
   last: Int32[Array, " R"]
+  last_positions: Int32[Array, " R"]
+  next_positions: Int32[Array, " R"]
 
   @property
   def slots(self) -> int:
     """Cache slots of prefixes and rests together."""
-    return self.rests[0].shape[1] + (0 if self.prefixes is None else self.prefixes[0].shape[1])
+    prefixes = 0 if self.prefixes is None else self.prefixes.ids.shape[1]
+    return self.rests.ids.shape[1] + prefixes
 
 
 class Control(NamedTuple):
@@ -83,7 +106,8 @@ def make_batch(
   sampling: SamplingConfig,
   *,
   image_tokens: int,
-  pad: int,
+  vocab: VocabLayout,
+  align_images: bool,
   multiple: int,
 ) -> Batch:
   """Makes the arrays of requests that have the same number of streams.
@@ -96,12 +120,15 @@ def make_batch(
     contrastive: samples that use contrastive decoding.
     sampling: how tokens are sampled.
     image_tokens: I.
-    pad: id of padding.
+    vocab: of the ids.
+    align_images: as in `positions_of`.
     multiple: number of devices that a batch is split over.
   """
   rows = np.arange(rounded(len(requests), multiple)) % len(requests)
   repeated = [requests[i] for i in rows]
-  prompts = prompt_arrays([s for r in repeated for s in r.streams], pad, multiple)
+  streams = [(s, r.plan) for r in repeated for s in r.streams]
+  positions = [prompt_positions(*s, vocab, align_images) for s in streams]
+  prompts = prompt_arrays([s for s, _ in streams], positions, vocab.pad, multiple)
   control = Control(
     grammar.plan_array([r.plan for r in repeated]),
     np.stack([r.guidance_weights(sampling, image_tokens) for r in repeated]),
@@ -122,30 +149,52 @@ def rounded(count: int, multiple: int) -> int:
   return multiple * (1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8)
 
 
-def pad_left(
-  prompts: Sequence[np.ndarray], rows: int, pad: int
-) -> tuple[Int32[np.ndarray, "{rows} P"], Bool[np.ndarray, "{rows} P"]]:
+def prompt_positions(
+  prompt: Int32[np.ndarray, " T"], plan: Sequence[grammar.Part], vocab: VocabLayout,
+  align_images: bool,
+) -> Int32[np.ndarray, " T+1"]:  # fmt: skip
+  """Returns the positions of a prompt's tokens and of the token after it, from which they count on.
+
+  If the plan has image codes, the positions are those of a training sample: they depend on where
+  its image begins. The length of a document's texts is unknown, so there the images that are
+  generated are not aligned.
+
+    prompt </s> 7 <break>, CODES   aligned  -3 -2 -1 0
+
+  Args:
+    prompt: its ids.
+    plan: what may follow.
+    vocab: kinds of the ids.
+    align_images: as in `positions_of`.
+  """
+  if any(part.kind == grammar.CODES for part in plan):
+    return positions_of(np.append(prompt, vocab.image_ids(0)), vocab, align_images)
+  positions = positions_of(prompt, vocab, align_images)
+  return np.append(positions, positions[-1] + 1)
+
+
+def pad_left(prompts: Sequence[Tokens], rows: int, pad: int) -> Padded:
   """Pads prompts of unequal length on the left.
 
-  Returns:
-    (ids, which of them are no padding). P is a multiple of BUCKET; the remaining rows hold only
-    padding.
+  P is a multiple of BUCKET; the remaining rows hold only padding.
   """
   slots = max(1, -(-max(len(p) for p in prompts) // BUCKET)) * BUCKET
-  tokens, valid = np.full((rows, slots), pad, np.int32), np.zeros((rows, slots), bool)
+  ids, valid = np.full((rows, slots), pad, np.int32), np.zeros((rows, slots), bool)
+  positions = np.zeros((rows, slots), np.int32)
   for row, prompt in enumerate(prompts):
-    tokens[row, slots - len(prompt) :] = prompt
-    valid[row, slots - len(prompt) :] = True
-  return tokens, valid
+    place = np.s_[row, slots - len(prompt) :]
+    ids[place], positions[place] = prompt.T
+    valid[place] = True
+  return Padded(ids, valid, positions)
 
 
-def shared_prefixes(prompts: Sequence[np.ndarray]) -> list[int]:
+def shared_prefixes(prompts: Sequence[Tokens]) -> list[int]:
   """Returns the number of first tokens that each prompt shares with others: 0, or at least SHARED.
 
-  In lexical order, prompts with a common prefix are adjacent. A group grows as long as its members
-  share SHARED tokens.
+  Shared tokens have equal ids and equal positions. In lexical order, prompts with a common prefix
+  are adjacent. A group grows as long as its members share SHARED tokens.
   """
-  order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
+  order = sorted(range(len(prompts)), key=lambda i: prompts[i].tolist())
   lengths, start = [0] * len(prompts), 0
   while start < len(order):
     first, common, stop = prompts[order[start]], 0, start + 1
@@ -161,35 +210,44 @@ def shared_prefixes(prompts: Sequence[np.ndarray]) -> list[int]:
 def _common(a, b) -> int:
   """Returns the length of the common prefix."""
   n = min(len(a), len(b))
-  differ = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+  differ = np.flatnonzero((a[:n] != b[:n]).any(axis=1))
   return int(differ[0]) if len(differ) else n
 
 
-def prompt_arrays(rows: Sequence[np.ndarray], pad: int, multiple: int) -> Prompts:
+def prompt_arrays(
+  rows: Sequence[np.ndarray], positions: Sequence[np.ndarray], pad: int, multiple: int
+) -> Prompts:
   """Makes the arrays of R prompts, in which equal prompts and shared prefixes occur once.
 
   Args:
-    rows: R prompts of at least one token.
+    rows: ids of R prompts of at least one token.
+    positions: of each prompt, one more than it has tokens (`prompt_positions`).
     pad: id of padding.
     multiple: number of devices that a batch is split over.
   """
-  number = {}  # Unique prompt -> its row in the arrays.
-  row = [number.setdefault(tuple(p[:-1].tolist()), len(number)) for p in rows]
-  prompts = [np.array(p, np.int32) for p in number]
+  read = [np.stack([p[:-1], at[:-2]], axis=1).astype(np.int32) for p, at in zip(rows, positions)]
+  row, prompts = _unique(read)
   lengths = shared_prefixes(prompts)
-  prefix_number = {}
   count = rounded(len(prompts), multiple)
-  prefix_of = np.zeros(count, np.int32)
-  for i, (p, n) in enumerate(zip(prompts, lengths)):
-    prefix_of[i] = prefix_number.setdefault(tuple(p[:n].tolist()), len(prefix_number))
-  prefixes = [np.array(p, np.int32) for p in prefix_number]
+  prefix_of, prefixes = _unique([p[:n] for p, n in zip(prompts, lengths)])
   return Prompts(
     prefixes=pad_left(prefixes, rounded(len(prefixes), multiple), pad) if any(lengths) else None,
     rests=pad_left([p[n:] for p, n in zip(prompts, lengths)], count, pad),
-    prefix_of=prefix_of,
-    row=np.array(row, np.int32),
+    prefix_of=np.pad(prefix_of, (0, count - len(prompts))),
+    row=row,
     last=np.array([p[-1] for p in rows], np.int32),
+    last_positions=np.array([at[-2] for at in positions], np.int32),
+    next_positions=np.array([at[-1] for at in positions], np.int32),
   )
+
+
+def _unique(prompts: Sequence[Tokens]) -> tuple[Int32[np.ndarray, " _"], list[Tokens]]:
+  """Returns the number of each prompt among the unique ones, and these in order of appearance."""
+  numbers, unique = {}, []
+  for prompt in prompts:
+    if numbers.setdefault(prompt.tobytes(), len(unique)) == len(unique):
+      unique.append(prompt)
+  return np.array([numbers[prompt.tobytes()] for prompt in prompts], np.int32), unique
 
 
 def stream_widths(prompts: Prompts, streams: int) -> tuple[int, ...]:
@@ -199,7 +257,7 @@ def stream_widths(prompts: Prompts, streams: int) -> tuple[int, ...]:
   """
   prefixed = np.zeros(len(prompts.prefix_of), bool)
   if prompts.prefixes is not None:
-    prefixed = prompts.prefixes[1].any(1)[prompts.prefix_of]
-  rests = -(-np.maximum(prompts.rests[1].sum(axis=1), 1) // BUCKET) * BUCKET
+    prefixed = prompts.prefixes.valid.any(1)[prompts.prefix_of]
+  rests = -(-np.maximum(prompts.rests.valid.sum(axis=1), 1) // BUCKET) * BUCKET
   needed = np.where(prefixed, prompts.slots, rests)[prompts.row]
   return tuple(int(n) for n in needed.reshape(-1, streams).max(axis=0))

@@ -92,15 +92,15 @@ class GeneratorConfig:
       (Batch, Static).
     """
     sampling = sampling or self.sampling
-    pad, multiple = self.vocab.pad, batch_shards()
     arrays = make_batch(
       requests,
       seeds,
       contrastive,
       sampling,
       image_tokens=self.image_tokens,
-      pad=pad,
-      multiple=multiple,
+      vocab=self.vocab,
+      align_images=self.model.align_images,
+      multiple=batch_shards(),
     )
     rooms, window = compile_lib.cache_rooms(max(arrays.widths), arrays.longest), 0
     codes = _codes_first(arrays)

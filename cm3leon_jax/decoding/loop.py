@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from cm3leon_jax.decoding import cache as cache_lib
-from cm3leon_jax.decoding.batch import Control, Prompts
+from cm3leon_jax.decoding.batch import Control, Padded, Prompts
 from cm3leon_jax.decoding.cache import LayerCache
 from cm3leon_jax.decoding.grammar import Grammar, Plan, State
 from cm3leon_jax.decoding.params import DecodeParams, dequantized, head_axis, head_ids
@@ -29,7 +29,8 @@ class LoopState(NamedTuple):
 
   Attributes:
     tokens: last token of each row, not yet read.
-    lengths: position of that token.
+    positions: position of that token.
+    next_positions: position of the token after it.
     cache: of each layer and stream, B rows and T slots; each stream has its own T, since
       its prompts may be short.
     seen: of each stream, slots that a row may attend to.
@@ -43,7 +44,8 @@ class LoopState(NamedTuple):
   """
 
   tokens: Int32[Array, " R"]
-  lengths: Int32[Array, " R"]
+  positions: Int32[Array, " R"]
+  next_positions: Int32[Array, " R"]
   cache: tuple[tuple[LayerCache, ...], ...]
   seen: tuple[Bool[Array, "B T"], ...]
   slots: Int32[Array, " S"]
@@ -67,7 +69,7 @@ def extend(
     config: of the model.
     model: `DecodeParams.model`.
     tokens: ids.
-    positions: index of each token in its sample.
+    positions: of each token in its sample.
     attend: (layer, q, k, v), each [R, L, N, H] -> [R, L, N, H]; stores k and v.
 
   Returns:
@@ -81,11 +83,11 @@ def extend(
   return bound.final_norm(x)
 
 
-def _read(config, model, tokens, valid, cache, seen, lengths, slot: int):
-  """Reads left-padded tokens [U, L] into slots [slot, slot + L); returns (cache, seen, lengths)."""
-  positions = lengths[:, None] + jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
-  seen = jnp.concatenate([seen[:, :slot], valid, seen[:, slot + tokens.shape[1] :]], axis=1)
-  ends = slot + jnp.arange(tokens.shape[1])
+def _read(config, model, tokens: Padded, cache, seen, slot: int):
+  """Reads left-padded tokens [U, L] into slots [slot, slot + L); returns (cache, seen)."""
+  length = tokens.ids.shape[1]
+  seen = jnp.concatenate([seen[:, :slot], tokens.valid, seen[:, slot + length :]], axis=1)
+  ends = slot + jnp.arange(length)
   # A padding query sees only masked keys: it averages them uniformly and is never read.
   mask = seen[:, None, None, :] & (jnp.arange(seen.shape[1])[None] <= ends[:, None])[None, None]
   layers = list(cache)
@@ -94,8 +96,8 @@ def _read(config, model, tokens, valid, cache, seen, lengths, slot: int):
     layers[i] = layers[i].write(slot, k, v)
     return layers[i].attend(q, mask)
 
-  extend(config, model, tokens, positions, attend)
-  return tuple(layers), seen, lengths + valid.sum(axis=1, dtype=jnp.int32)
+  extend(config, model, tokens.ids, tokens.positions, attend)
+  return tuple(layers), seen
 
 
 def _rows(x, index):
@@ -105,7 +107,7 @@ def _rows(x, index):
 
 def read_prompts(
   config: ModelConfig, model: dict, prompts: Prompts, cache_dtype: str = "compute"
-) -> tuple[tuple[LayerCache, ...], Bool[Array, "U T"], Int32[Array, " U"]]:
+) -> tuple[tuple[LayerCache, ...], Bool[Array, "U T"]]:
   """Reads every prefix and every rest once.
 
   Args:
@@ -115,22 +117,21 @@ def read_prompts(
     cache_dtype: one of `cache.DTYPES`.
 
   Returns:
-    (cache of each layer, U rows and T = `prompts.slots` slots; slots that hold a token; lengths).
+    (cache of each layer, U rows and T = `prompts.slots` slots; slots that hold a token).
   """
-  tokens, valid = (shard(x, "batch", None) for x in prompts.rests)
-  count, length = tokens.shape
+  rests = Padded(*(shard(x, "batch", None) for x in prompts.rests))
+  count, length = rests.ids.shape
   if prompts.prefixes is None:
-    start, lengths = 0, shard(jnp.zeros(count, jnp.int32), "batch")
-    cache, seen = cache_lib.empty(config, count, length, cache_dtype), jnp.zeros_like(valid)
+    start, seen = 0, jnp.zeros_like(rests.valid)
+    cache = cache_lib.empty(config, count, length, cache_dtype)
   else:
-    shared, shared_valid = (shard(x, "batch", None) for x in prompts.prefixes)
-    start, cache = shared.shape[1], cache_lib.empty(config, *shared.shape, cache_dtype)
-    seen, lengths = jnp.zeros_like(shared_valid), shard(jnp.zeros(len(shared), jnp.int32), "batch")
-    cache, seen, lengths = _read(config, model, shared, shared_valid, cache, seen, lengths, 0)
+    shared = Padded(*(shard(x, "batch", None) for x in prompts.prefixes))
+    start, seen = shared.ids.shape[1], jnp.zeros_like(shared.valid)
+    cache = cache_lib.empty(config, *shared.ids.shape, cache_dtype)
+    cache, seen = _read(config, model, shared, cache, seen, 0)
     cache = cache_lib.rows(cache, prompts.prefix_of, start, start + length)
     seen = jnp.pad(_rows(seen, prompts.prefix_of), ((0, 0), (0, length)))
-    lengths = _rows(lengths, prompts.prefix_of)
-  return _read(config, model, tokens, valid, cache, seen, lengths, start)
+  return _read(config, model, rests, cache, seen, start)
 
 
 def prefill(
@@ -158,7 +159,7 @@ def prefill(
     widths: of each stream, the number of last prompt slots that its cache keeps.
     cache_dtype: one of `cache.DTYPES`.
   """
-  cache, seen, lengths = read_prompts(config, model, prompts, cache_dtype)
+  cache, seen = read_prompts(config, model, prompts, cache_dtype)
   unique = prompts.row.reshape(-1, len(widths))
   caches, seen_of = [], []
   for s, width in enumerate(widths):
@@ -168,7 +169,8 @@ def prefill(
   shape, split = (len(plan), longest), spec("batch", None)
   return LoopState(
     tokens=shard(prompts.last, "batch"),
-    lengths=_rows(lengths, prompts.row),
+    positions=shard(prompts.last_positions, "batch"),
+    next_positions=shard(prompts.next_positions, "batch"),
     cache=tuple(zip(*caches)),
     seen=tuple(seen_of),
     slots=jnp.array(widths, jnp.int32),
@@ -219,7 +221,7 @@ def _read_last(config, model, loop: LoopState):
   seen = tuple(mark(x, loop.slots[s]) for s, x in enumerate(loop.seen))
   layers = [list(layer) for layer in loop.cache]
   attend = over_streams(layers, [x[:, None, None, :] for x in seen], write)
-  hidden = extend(config, model, loop.tokens[:, None], loop.lengths[:, None], attend)
+  hidden = extend(config, model, loop.tokens[:, None], loop.positions[:, None], attend)
   return hidden, tuple(map(tuple, layers)), seen
 
 
@@ -307,10 +309,12 @@ def decode_step(
   ids, log_probs = _sample_ids(params, control, loop.state, hidden, now, grammar, sampler)
   ids, log_probs = jnp.where(active, ids, grammar.vocab.pad), jnp.where(active, log_probs, 0)
   state = grammar.advance(control.plan, loop.state, ids)
+  moves = to_rows(active)
   return LoopState(
     tokens=to_rows(ids),
     # The position of a sample that is over stays, or it would exceed the learned positions.
-    lengths=loop.lengths + to_rows(active.astype(jnp.int32)),
+    positions=jnp.where(moves, loop.next_positions, loop.positions),
+    next_positions=loop.next_positions + moves,
     cache=cache,
     seen=seen,
     slots=loop.slots + 1,

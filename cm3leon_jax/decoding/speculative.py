@@ -27,8 +27,8 @@ class Window(NamedTuple):
   """The state of the loop over an image, which is carried from step to step.
 
   Attributes:
-    loop: its cache is written here, and its tokens are the last accepted ones; the other fields are
-      those before the image.
+    loop: its cache is written here, and its tokens are the last accepted ones, with their
+      positions; the other fields are those before the image.
     done: number of accepted codes.
     drafts: codes in [0, K) that follow if they are accepted.
     odds: distribution from which each draft was sampled.
@@ -96,10 +96,10 @@ def _read_drafts(config, model, loop: LoopState, done, drafts):
     drafts, streams, axis=0, total_repeat_length=batch * streams, out_sharding=spec("batch", None)
   )
   tokens = jnp.concatenate([loop.tokens[:, None], rows], axis=1)
-  # Drafts after the image's end are read, but never accepted.
-  positions = jnp.minimum(
-    loop.lengths[:, None] + jnp.arange(window)[None], config.max_positions - 1
-  )
+  after = loop.next_positions[:, None] + jnp.arange(window - 1)[None]
+  positions = jnp.concatenate([loop.positions[:, None], after], axis=1)
+  # Drafts after the image's end are read, but never accepted; no other position is that large.
+  positions = jnp.minimum(positions, config.max_positions - 1)
   masks = []
   for s, seen in enumerate(loop.seen):
     slots = jnp.arange(seen.shape[1])[None, None]
@@ -195,8 +195,10 @@ def _accept(w: Window, cache, p, log_p, keys, codes: int, text_size: int) -> Win
   drafts = jnp.concatenate([again.astype(jnp.int32), random], axis=1)
   last = to_rows(pick(tokens, jnp.maximum(taken - 1, 0)) + text_size)
   last = jnp.where(to_rows(taken > 0), last, w.loop.tokens)
+  following = w.loop.next_positions + to_rows(taken)
+  at = jnp.where(to_rows(taken > 0), following - 1, w.loop.positions)
   return Window(
-    loop=w.loop._replace(tokens=last, lengths=w.loop.lengths + to_rows(taken), cache=cache),
+    loop=w.loop._replace(tokens=last, positions=at, next_positions=following, cache=cache),
     done=w.done + taken,
     drafts=cut(drafts, taken),
     odds=cut(jnp.concatenate([p, jnp.full_like(p, 1 / size)], axis=1), taken),

@@ -170,7 +170,7 @@ def _nll(model_config, params, batch):
 
 
 def score_samples(
-  params, model_config, samples, batch_size: int, progress=lambda rows: None
+  params, model_config, samples, vocab, batch_size: int, progress=lambda rows: None
 ) -> list[np.ndarray]:
   """Computes the negative log-likelihood of every target of `samples`, causal, one sample a row.
 
@@ -178,6 +178,7 @@ def score_samples(
     params: parameters of the decoder, on the current mesh (`jax.set_mesh`).
     model_config: ModelConfig of the decoder.
     samples: list of [T] int32, T <= model_config.max_positions + 1.
+    vocab: VocabLayout.
     batch_size: rows at once; see `check_batch`.
     progress: called with the number of samples scored since its last call.
 
@@ -190,7 +191,7 @@ def score_samples(
   for start in range(0, len(samples), batch_size):
     some = samples[start : start + batch_size]
     filled = some + [some[-1]] * (batch_size - len(some))
-    arrays = pipeline.rows_of_samples(filled, length)
+    arrays = pipeline.rows_of_samples(filled, length, vocab, model_config.align_images)
     batch = {name: shard(array, "batch", "length") for name, array in arrays.items()}
     rows = np.asarray(_nll(model_config, params, batch), np.float64) / np.log(2)
     bits += [row[: len(sample) - 1] for row, sample in zip(rows, some)]
@@ -266,7 +267,7 @@ def evaluate(
     heldout_store, bank, neighbor_ids, config.num_documents, data, vocab, seed
   )
   masks = {c: [own_targets(s, d, vocab) for s, d in zip(samples[c], documents)] for c in CONDITIONS}
-  scored = _score_conditions(params, model_config, samples, config.batch_size)
+  scored = _score_conditions(params, model_config, samples, vocab, config.batch_size)
   table = unigram_table(bank, vocab)
   result = {
     "documents": len(documents),
@@ -283,13 +284,12 @@ def evaluate(
   return result
 
 
-def _score_conditions(params, model_config, samples: dict, batch_size: int) -> dict:
+def _score_conditions(params, model_config, samples: dict, vocab, batch_size: int) -> dict:
   """Scores the samples of every condition, with a progress bar."""
   n = len(samples["none"])
   with tqdm(total=n * len(CONDITIONS), desc="evaluate", unit="doc", mininterval=1) as bar:
-    score = functools.partial(
-      score_samples, params, model_config, batch_size=batch_size, progress=bar.update
-    )
+    options = {"vocab": vocab, "batch_size": batch_size, "progress": bar.update}
+    score = functools.partial(score_samples, params, model_config, **options)
     together = score(samples["true"] + samples["shuffled"])  # Equally long, so one program.
     return {"true": together[:n], "shuffled": together[n:], "none": score(samples["none"])}
 

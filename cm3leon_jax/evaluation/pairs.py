@@ -75,10 +75,8 @@ def score(
     kept = bits.fit_neighbors(documents[-1], found, layout.positions - OVERHEAD)
     masked.append(_masked(rows.join([*kept, documents[-1]], vocab), segments, vocab))
   size = rounded(min(len(pairs), pipeline.generator.config.batch_size), batch_shards())
-  nats = [
-    -np.log(2) * x
-    for x in bits.score_samples(params, pipeline.settings.model, [*plain, *masked], size)
-  ]
+  scored = bits.score_samples(params, pipeline.settings.model, [*plain, *masked], vocab, size)
+  nats = [-np.log(2) * x for x in scored]
   scores = []
   for sample, document, first, last in zip(plain, documents, nats, nats[len(pairs) :]):
     own = bits.own_targets(sample, document, vocab)

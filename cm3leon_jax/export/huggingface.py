@@ -1,6 +1,8 @@
 """Exports to Hugging Face: `opt` as OPTForCausalLM, `modern` as Qwen3ForCausalLM.
 
-Both load without remote code.
+Both load without remote code. A decoder with `model.align_images` has the same logits there at the
+default positions, unless neighbors stand before its prompt: then the engine needs `position_ids`
+(`positions.positions_of`).
 """
 
 # K layers, D width, N heads, H head size, F feed-forward, V vocabulary, T tokens.

@@ -39,6 +39,10 @@ class ModelConfig:
   """Width of the feed-forward layer."""
   max_positions: PositiveInt = 4_096
   """Longest sample that the learned positions cover; at least `data.sequence_length`."""
+  align_images: bool = False
+  """Whether positions are counted from the images: the first code of every image stands at position
+  0, so the same place of a neighbor's image is at a constant distance. Only `modern`, whose
+  positions are relative; samples with one image have the same logits as without."""
   query_key_norm: bool = False
   """Whether the queries and keys of every head pass an RMSNorm, for stability; with `modern` they
   always do."""
@@ -78,6 +82,11 @@ class ModelConfig:
     if self.family == "modern" and self.head_dim % 2:
       raise ValueError(
         f"width / num_heads = {self.head_dim} is odd; rotary positions need an even head size."
+      )
+    if self.align_images and self.family != "modern":
+      raise ValueError(
+        f"align_images is set, and family is '{self.family}'; it must be 'modern', whose positions "
+        "are relative."
       )
 
   @property

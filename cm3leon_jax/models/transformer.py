@@ -101,7 +101,7 @@ def apply_block(
     config: of the model.
     params: of a `Block`, a pure dict; qkv may be one array or three.
     x: the residual stream.
-    positions: index of each token in its sample.
+    positions: of each token in its sample.
     attend: (q, k, v), each [B, L, N, H] -> [B, L, N, H]. In training it is attention over the row;
       in decoding it also reads and writes a cache.
   """
@@ -217,7 +217,7 @@ class Transformer(nnx.Module):
 
     Args:
       tokens: ids.
-      positions: index of each token in its sample.
+      positions: of each token in its sample.
       segment_ids: attention stays within equal ids; 0 is padding.
 
     Returns:

@@ -134,7 +134,7 @@ def read_row(loader: RowLoader, scores: np.ndarray, number: int) -> RowView:
   """Reads one row; see `read_rows`."""
   row, placements = loader[number], loader.plan.row(number)
   try:
-    samples = row_parts.split_row(row, loader.vocab)
+    samples = row_parts.split_row(row, loader.vocab, loader.align_images)
   except ValueError as error:
     raise ValueError(f"row {number}: {error}") from error
   if len(samples) != len(placements):

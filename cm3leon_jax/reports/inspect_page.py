@@ -280,7 +280,7 @@ def sample_context(view: SampleView, decoder: PageDecoder) -> dict:
   facts = [
     ("segment id", show(sample.segment_id)),
     ("slots", f"{show(sample.start)} to {show(sample.start + sample.slots - 1)}"),
-    ("positions", f"0 to {show(sample.slots - 1)}"),
+    ("positions", f"{show(int(sample.positions.min()))} to {show(int(sample.positions.max()))}"),
     ("tokens", show(len(sample.tokens))),
     ("targets", ", ".join(weights[::-1])),
     ("group", document.group or "none"),

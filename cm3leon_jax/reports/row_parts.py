@@ -9,6 +9,7 @@ import numpy as np
 from cm3leon_jax.data import cm3
 from cm3leon_jax.data.documents import Document
 from cm3leon_jax.data.pipeline import join
+from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 
 NO_SPAN = -1
@@ -24,12 +25,14 @@ class Sample:
     tokens: [T] int32; they take T - 1 slots.
     weights: [T] float32 loss weights of the tokens as targets; the first token is none, its weight
       is 0.
+    positions: [T - 1] int32, of the slots.
   """
 
   segment_id: int
   start: int
   tokens: np.ndarray
   weights: np.ndarray
+  positions: np.ndarray
 
   @property
   def slots(self) -> int:
@@ -57,7 +60,9 @@ class Part:
   moved: bool = False
 
 
-def split_row(row: dict[str, np.ndarray], vocab: VocabLayout) -> list[Sample]:
+def split_row(
+  row: dict[str, np.ndarray], vocab: VocabLayout, align_images: bool = False
+) -> list[Sample]:
   """Cuts a row into its samples by its segment ids.
 
     inputs       </s> 7  8    </s> 9    <pad>
@@ -69,11 +74,12 @@ def split_row(row: dict[str, np.ndarray], vocab: VocabLayout) -> list[Sample]:
   Args:
     row: the arrays of `pipeline.FIELDS`, each [L].
     vocab: layout of the token ids.
+    align_images: as in `positions_of`.
 
   Raises:
     ValueError: segment ids do not count 1, 2, ..., then 0; positions of a sample do not count from
-      0; a target is not the next input; a weight is negative or not finite; or padding holds
-      another token than `<pad>`, or has a loss weight.
+      0, or from its images; a target is not the next input; a weight is negative or not finite; or
+      padding holds another token than `<pad>`, or has a loss weight.
   """
   ids = row["segment_ids"]
   starts = np.flatnonzero(np.diff(ids, prepend=-1))
@@ -86,21 +92,22 @@ def split_row(row: dict[str, np.ndarray], vocab: VocabLayout) -> list[Sample]:
   samples = []
   for number, start, stop in zip(numbers, starts.tolist(), [*starts[1:].tolist(), len(ids)]):
     cut = {name: values[start:stop] for name, values in row.items()}
-    fault = _sample_fault(cut) if number else _padding_fault(cut, vocab.pad)
+    tokens = np.concatenate([cut["inputs"][:1], cut["targets"]])
+    positions = positions_of(tokens, vocab, align_images)[:-1]
+    fault = _sample_fault(cut, positions) if number else _padding_fault(cut, vocab.pad)
     if fault:
       raise ValueError(f"slots {start} to {stop - 1} (segment id {number}): {fault}")
     if number:
-      tokens = np.concatenate([cut["inputs"][:1], cut["targets"]])
       weights = np.concatenate([np.zeros(1, np.float32), cut["loss_weights"]])
-      samples.append(Sample(number, start, tokens, weights))
+      samples.append(Sample(number, start, tokens, weights, positions))
   return samples
 
 
-def _sample_fault(cut: dict[str, np.ndarray]) -> str:
-  if not np.array_equal(cut["positions"], np.arange(len(cut["positions"]))):
-    return "positions do not count from 0."
+def _sample_fault(cut: dict[str, np.ndarray], positions: np.ndarray) -> str:
   if not np.array_equal(cut["inputs"][1:], cut["targets"][:-1]):
     return "a target is not the next input."
+  if not np.array_equal(cut["positions"], positions):
+    return f"positions do not count from {positions[0]}."
   if not (np.isfinite(cut["loss_weights"]) & (cut["loss_weights"] >= 0)).all():
     return "a loss weight is negative or not finite."
   return ""

@@ -52,6 +52,16 @@ def test_rows_of_both_splits_hold_pairs_and_texts(workdir):
     assert bool((targets == VOCAB.eoss).any()) == has_spans
 
 
+def test_rows_of_both_splits_are_aligned_as_the_decoder(workdir):
+  for align_images in (False, True):
+    settings = settings_with()
+    model = dataclasses.replace(settings.model, family="modern", align_images=align_images)
+    settings = dataclasses.replace(settings, model=model)
+    for split in ("train", "heldout"):
+      rows = train.open_rows(settings, workdir, split)
+      assert any((rows[i]["positions"] < 0).any() for i in range(10)) == align_images
+
+
 def test_interleaved_documents_get_their_share(workdir):
   documents = pathlib.Path(workdir) / "documents"
   (documents / "train_interleaved").symlink_to(documents / "train_pairs")

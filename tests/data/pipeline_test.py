@@ -74,7 +74,7 @@ def test_pack_row_literal():
     (np.array([EOS, 40, EOS]), np.float32([0, 1, 1])),
     (np.array([EOS, MASK, BRK, 517]), np.float32([0, 0, 0, 1])),
   ]
-  row = pack_row(samples, 7, PAD)
+  row = pack_row(samples, 7, VOCAB)
   assert row["inputs"].tolist() == [EOS, 40, EOS, MASK, BRK, PAD, PAD]
   assert row["targets"].tolist() == [40, EOS, MASK, BRK, 517, PAD, PAD]
   assert row["loss_weights"].tolist() == [1, 1, 0, 0, 1, 0, 0]
@@ -82,8 +82,19 @@ def test_pack_row_literal():
   assert row["positions"].tolist() == [0, 1, 0, 1, 2, 0, 0]
 
 
+def test_aligned_positions_of_a_row_are_those_of_whole_samples():
+  sample, dropped = join([NEIGHBOR, DOCUMENT], VOCAB), np.array([EOS, MASK, BRK, 517])
+  ones = [np.ones(len(x), np.float32) for x in (sample, dropped)]
+  row = pack_row(zip((sample, dropped), ones), 16, VOCAB, align_images=True)
+  # The target 517 decides where its sample begins.
+  expected = [-3, -2, -1, 0, 1, 2, -3, -2, -1, 0, 1, -3, -2, -1, 0, 0]
+  assert row["positions"].tolist() == expected
+  whole = rows_of_samples([sample], 11, VOCAB, align_images=True)
+  assert whole["positions"].tolist() == [expected[:11]]
+
+
 def test_rows_of_samples_pads_each_to_the_length():
-  batch = rows_of_samples([np.array([EOS, 40, EOS]), np.array([EOS, 41, 42, EOS])], 4)
+  batch = rows_of_samples([np.array([EOS, 40, EOS]), np.array([EOS, 41, 42, EOS])], 4, VOCAB)
   assert batch["targets"].tolist() == [[40, EOS, PAD, PAD], [41, 42, EOS, PAD]]
   assert batch["loss_weights"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
 

@@ -1,11 +1,15 @@
 """What prompts share is found and read once, and every row can be put together again."""
 
+import itertools
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from cm3leon_jax.decoding import batch
+from cm3leon_jax.decoding import batch, request
+from cm3leon_jax.positions import positions_of
+from tests.decoding.small import CODES, IMAGE, VOCAB
 
 PAD = 0
 
@@ -18,6 +22,17 @@ def small():
     yield
 
 
+def plain_arrays(rows, multiple=1):
+  """Arrays of prompts whose positions count from 0."""
+  rows = [np.array(r, np.int32) for r in rows]
+  return batch.prompt_arrays(rows, [np.arange(len(r) + 1) for r in rows], PAD, multiple)
+
+
+def pairs(ids, first=0):
+  """[T, 2] ids, and positions that count from `first`."""
+  return np.array([*zip(ids, itertools.count(first))], np.int32).reshape(-1, 2)
+
+
 def test_rounded():
   assert [batch.rounded(n, 1) for n in (1, 2, 3, 5, 8, 9, 16, 17)] == [1, 2, 4, 8, 8, 16, 16, 24]
   assert [batch.rounded(n, 8) for n in (1, 8, 9, 17)] == [8, 8, 16, 32]
@@ -25,10 +40,12 @@ def test_rounded():
 
 
 def test_pad_left():
-  tokens, valid = batch.pad_left([np.array([7]), np.array([8, 9, 10])], 3, PAD)
+  prompts = [pairs([7]), pairs([8, 9, 10], -2)]
+  tokens, valid, positions = batch.pad_left(prompts, 3, PAD)
   np.testing.assert_array_equal(tokens, [[0, 0, 0, 7], [0, 8, 9, 10], [0, 0, 0, 0]])
   np.testing.assert_array_equal(valid, [[0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 0, 0]])
-  assert batch.pad_left([np.array([], np.int32)], 1, PAD)[0].shape == (1, 4)
+  np.testing.assert_array_equal(positions, [[0, 0, 0, 0], [0, -2, -1, 0], [0, 0, 0, 0]])
+  assert batch.pad_left([pairs([])], 1, PAD).ids.shape == (1, 4)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +60,51 @@ def test_pad_left():
   ],
 )
 def test_shared_prefixes(prompts, lengths):
-  assert batch.shared_prefixes([np.array(p, np.int32) for p in prompts]) == lengths
+  assert batch.shared_prefixes([pairs(p) for p in prompts]) == lengths
+
+
+def test_tokens_at_other_positions_are_not_shared():
+  """Two aligned prompts after one neighbor: only its tokens stand at the same positions."""
+  neighbor = [*pairs([1, 5, 6, 7], -1)]
+  long, short, other = ([*neighbor, *pairs([8, 8, 8, 9], -n)] for n in (4, 3, 4))
+  other[-1] = pairs([7], 7)[0]
+  prompts = [np.stack(p) for p in (long, short, long, other)]
+  assert batch.shared_prefixes([prompts[0], prompts[1]]) == [4, 4]
+  assert batch.shared_prefixes([prompts[0], prompts[3]]) == [7, 7]
+  ids = [p[:, 0] for p in prompts[:3]]
+  positions = [np.append(p[:, 1], p[-1, 1] + 1) for p in prompts[:3]]
+  made = batch.prompt_arrays(ids, positions, PAD, 1)
+  assert made.row.tolist() == [0, 1, 0]
+  assert made.prefixes.valid.sum() == 4
+  assert made.prefixes.positions[0].tolist() == [-1, 0, 1, 2]
+  assert made.rests.positions.tolist() == [[0, -4, -3, -2], [0, -3, -2, -1]]
+  assert made.last_positions.tolist() == [-1, 0, -1]
+  assert made.next_positions.tolist() == [0, 1, 0]
+
+
+def test_positions_of_a_prompt_are_those_of_training():
+  """Where codes follow, they are those of the finished sample; else they count on."""
+  caption, neighbor = np.array([20, 21, 22]), ([30], CODES)
+  image = request.text_to_image(VOCAB, IMAGE, caption, [neighbor])
+  hole = request.infill(VOCAB, IMAGE, [(caption,), (request.Hole(codes=2), CODES[2:])], [neighbor])
+  after = [CODES[0], CODES[1]]
+  edit = request.edit(VOCAB, IMAGE, caption, CODES, [20])
+  for made in (image, hole, edit, request.unconditional(VOCAB, IMAGE)):
+    for stream in made.streams:
+      whole = positions_of([*stream, *after], VOCAB, True)
+      found = batch.prompt_positions(stream, made.plan, VOCAB, True)
+      np.testing.assert_array_equal(found, whole[: len(stream) + 1])
+      plain = batch.prompt_positions(stream, made.plan, VOCAB, False)
+      np.testing.assert_array_equal(plain, np.arange(len(stream) + 1))
+  assert batch.prompt_positions(image.streams[0], image.plan, VOCAB, True)[-5:].tolist() == [
+    *range(-4, 1)
+  ]
+  # The image that is edited ends a unit: the first code of the new one stands at 0 again.
+  assert batch.prompt_positions(edit.streams[1], edit.plan, VOCAB, True)[-2:].tolist() == [IMAGE, 0]
+  caption_of = request.infill(VOCAB, IMAGE, [(request.Hole(most_text=9),), (CODES,)])
+  [stream] = caption_of.streams
+  found = batch.prompt_positions(stream, caption_of.plan, VOCAB, True)
+  assert found.tolist() == [*range(-3, IMAGE + 3)]
 
 
 # Few letters and beginnings, so that much is shared.
@@ -58,10 +119,11 @@ some_prompts = st.lists(
 @settings(max_examples=200, deadline=None)
 @given(some_prompts, st.sampled_from([1, 2, 8]))
 def test_every_row_can_be_put_together(rows, multiple):
-  made = batch.prompt_arrays([np.array(r, np.int32) for r in rows], PAD, multiple)
+  made = plain_arrays(rows, multiple)
   unique = {tuple(r[:-1]) for r in rows}
   arrays = [made.rests] if made.prefixes is None else [made.prefixes, made.rests]
-  for tokens, valid in arrays:
+  for tokens, valid, positions in arrays:
+    assert positions.shape == valid.shape
     assert tokens.shape == valid.shape
     assert tokens.dtype == np.int32
     assert len(tokens) % multiple == 0
@@ -78,6 +140,9 @@ def test_every_row_can_be_put_together(rows, multiple):
       else made.prefixes[0][made.prefix_of[u]][made.prefixes[1][made.prefix_of[u]]].tolist()
     )
     assert [*first, *rest, made.last[row]] == prompt
+    at = made.rests.positions[u][made.rests.valid[u]]
+    assert at.tolist() == [*range(len(first), len(prompt) - 1)]
+    assert (made.last_positions[row], made.next_positions[row]) == (len(prompt) - 1, len(prompt))
     assert len(first) == 0 or len(first) >= batch.SHARED
   # What is read in all is no more than without sharing, and each prefix serves several prompts.
   if made.prefixes is not None:
@@ -88,7 +153,7 @@ def test_every_row_can_be_put_together(rows, multiple):
 
 def test_equal_prompts_are_read_once():
   """Samples of one request, and prompts that differ in nothing but the last token."""
-  made = batch.prompt_arrays([np.array(p) for p in ([1, 2], [1, 2], [1, 3], [7, 2])], PAD, 1)
+  made = plain_arrays([[1, 2], [1, 2], [1, 3], [7, 2]])
   assert made.prefixes is None
   assert made.row.tolist() == [0, 0, 0, 1]
   assert made.last.tolist() == [2, 2, 3, 2]
@@ -98,12 +163,10 @@ def test_equal_prompts_are_read_once():
 def test_a_stream_of_short_prompts_needs_few_slots():
   """Two streams; a prompt with a shared beginning, whose slots are the first, needs all."""
   short, other = [7, 8], [1, 2, 3, 4, 5, 6, 7, 8, 9]
-  made = batch.prompt_arrays(
-    [np.array(p, np.int32) for p in (other, short, other[:6], short)], PAD, 1
-  )
+  made = plain_arrays([other, short, other[:6], short])
   assert made.prefixes is not None
   assert made.slots == 12
   assert batch.stream_widths(made, 2) == (12, 4)
-  alone = batch.prompt_arrays([np.array(p, np.int32) for p in (other, short)], PAD, 1)
+  alone = plain_arrays([other, short])
   assert batch.stream_widths(alone, 2) == (8, 4)
   assert batch.stream_widths(alone, 1) == (8,)

@@ -29,14 +29,15 @@ INT8_ERROR = 0.03
 )
 def cached_logits(params, prompts, ids, config, cache_dtype="compute"):
   """Logits [R, STEPS, V] of the head's columns after each prompt and each of ids [R, STEPS - 1]."""
-  cache, seen, lengths = loop.read_prompts(config, params.model, prompts, cache_dtype)
+  cache, seen = loop.read_prompts(config, params.model, prompts, cache_dtype)
   rows, filled = prompts.row, prompts.slots
   cache = cache_lib.rows(cache, rows, filled, filled + STEPS)
 
   def of_rows(x):
     return x.at[rows].get(out_sharding=spec("batch", *[None] * (x.ndim - 1)))
 
-  seen, lengths = jnp.pad(of_rows(seen), ((0, 0), (0, STEPS))), of_rows(lengths)
+  seen = jnp.pad(of_rows(seen), ((0, 0), (0, STEPS)))
+  last, after = (shard(x, "batch") for x in (prompts.last_positions, prompts.next_positions))
 
   def step(carry, token):
     cache, seen, t = carry
@@ -49,29 +50,44 @@ def cached_logits(params, prompts, ids, config, cache_dtype="compute"):
       layers[i] = layers[i].write(filled + t, k, v)
       return layers[i].attend(q, seen[:, None, None])
 
-    hidden = loop.extend(config, params.model, token[:, None], (lengths + t)[:, None], attend)
+    positions = jnp.where(t == 0, last, after + t - 1)[:, None]
+    hidden = loop.extend(config, params.model, token[:, None], positions, attend)
     return (tuple(layers), seen, t + 1), hidden[:, 0] @ params.head
 
   tokens = jnp.concatenate([prompts.last[:, None], ids], axis=1)
   return jax.lax.scan(step, (cache, seen, 0), shard(tokens, "batch", None).T)[1].swapaxes(0, 1)
 
 
-def example():
-  """(prompts of unequal rows, ids that follow each)."""
-  rows = [request.streams[0] for request in guided_requests()]
+def example(align_images=False):
+  """(prompts of unequal rows, their arrays, ids that follow each)."""
+  requests = guided_requests()
+  rows = [request.streams[0] for request in requests]
+  positions = [
+    batch.prompt_positions(row, request.plan, VOCAB, align_images)
+    for row, request in zip(rows, requests)
+  ]
   ids = VOCAB.image_ids(
     np.random.default_rng(0).integers(0, VOCAB.image_size, (len(rows), STEPS - 1))
   )
-  return rows, ids
+  return rows, batch.prompt_arrays(rows, positions, VOCAB.pad, 1), ids
 
 
-@pytest.mark.parametrize(("family", "shared"), [("opt", False), ("opt", True), ("modern", True)])
-def test_cached_equals_uncached(family, shared, monkeypatch):
-  config, (rows, ids) = model_config(family), example()
+@pytest.mark.parametrize(
+  ("family", "shared", "align_images"),
+  [
+    ("opt", False, False),
+    ("opt", True, False),
+    ("modern", True, False),
+    ("modern", False, True),
+    ("modern", True, True),
+  ],
+)
+def test_cached_equals_uncached(family, shared, align_images, monkeypatch):
   if shared:
     monkeypatch.setattr(batch, "SHARED", 2)
     monkeypatch.setattr(batch, "BUCKET", 8)
-  prompts = batch.prompt_arrays(rows, VOCAB.pad, 1)
+  config = model_config(family, align_images=align_images)
+  rows, prompts, ids = example(align_images)
   assert (prompts.prefixes is not None) == shared
   with on_mesh():
     params = random_params(config)
@@ -89,8 +105,7 @@ def test_cached_equals_uncached(family, shared, monkeypatch):
 @pytest.mark.parametrize("family", ["opt", pytest.param("modern", marks=pytest.mark.slow)])
 def test_int8_is_near(family):
   """The largest error of a logit relative to the largest logit."""
-  config, (rows, ids) = model_config(family), example()
-  prompts = batch.prompt_arrays(rows, VOCAB.pad, 1)
+  config, (_, prompts, ids) = model_config(family), example()
   with on_mesh():
     params = random_params(config)
     prepare = functools.partial(params_lib.prepare, config=config, vocab=VOCAB)

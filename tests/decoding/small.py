@@ -12,6 +12,7 @@ from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 from tests.models.tiny import mesh_of, random_params
 
@@ -40,9 +41,9 @@ def on_mesh(*shape):
   return jax.set_mesh(mesh_of(*(shape or (1, 1, 1))))
 
 
-def small_generator(family="opt", params=None, **fields):
+def small_generator(family="opt", params=None, align_images=False, **fields):
   """A Generator of random weights on the current mesh."""
-  model = model_config(family)
+  model = model_config(family, align_images=align_images)
   fields = {"sampling": SamplingConfig(top_k=20, text_top_k=30), "batch_size": 8, **fields}
   params = random_params(model) if params is None else params
   return Generator(params, GeneratorConfig(model, VOCAB, IMAGE, POSITIONS, **fields))
@@ -66,19 +67,19 @@ def plain_requests():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _causal(config, params, tokens):
+def _causal(config, params, tokens, positions):
   model = transformer.bind(config, params)
-  hidden = model(tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens))
+  hidden = model(tokens, positions, jnp.ones_like(tokens))
   return transformer.logits(hidden, model.output_table())[0]
 
 
 def full_logits(config, params, tokens):
-  """Logits [T, V] of ids [T] by one causal pass without a cache."""
-  return np.asarray(_causal(config, params, np.pad(tokens, (0, POSITIONS - len(tokens)))[None]))[
-    : len(tokens)
-  ]
+  """Logits [T, V] of ids [T] by one causal pass without a cache, at the positions of training."""
+  rows = np.stack([tokens, positions_of(tokens, VOCAB, config.align_images)])
+  rows = np.pad(rows, ((0, 0), (0, POSITIONS - len(tokens)))).astype(np.int32)
+  return np.asarray(_causal(config, params, rows[:1], rows[1:]))[: len(tokens)]
 
 
 def teacher_forced(config, params, prompt, ids):
   """[G, V] logits for each of `ids` after `prompt`, uncached."""
-  return full_logits(config, params, np.concatenate([prompt, ids[:-1]]))[len(prompt) - 1 :]
+  return full_logits(config, params, np.concatenate([prompt, ids]))[len(prompt) - 1 : -1]

@@ -138,7 +138,14 @@ def test_three_codes_have_the_joint_distribution_of_single_steps(params):
   )
 
 
-def test_log_probs_are_those_of_plain_passes_and_the_end_is_sampled(generator, params):
+@pytest.mark.parametrize("align_images", [False, True])
+def test_log_probs_are_those_of_plain_passes_and_the_end_is_sampled(
+  generator, params, align_images
+):
+  if align_images:
+    with on_mesh():
+      generator = small_generator("modern", align_images=True, draft_window=WINDOW)
+      params = random_params(generator.config.model)
   for request, result in zip(images(), generator.generate(images(), SEEDS)):
     assert len(result.tokens) == IMAGE + 1
     assert result.tokens[-1] in (VOCAB.eos, VOCAB.brk)

@@ -14,6 +14,7 @@ from cm3leon_jax.evaluation import bits
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 
 VOCAB = VocabLayout(num_special=8, text_size=272, image_size=16)
@@ -52,18 +53,22 @@ def stores(tmp_path):
   return [documents.DocumentStore(tmp_path / name, VOCAB) for name in ("train", "heldout")]
 
 
-@pytest.fixture(scope="module")
-def params():
+def noisy_params(model):
   def add_noise(x):
     key, sharding = jax.random.key(x.size), jax.typeof(x).sharding
     return x + 0.3 * jax.random.normal(key, x.shape, out_sharding=sharding)
 
   @jax.jit
   def init(key):
-    return jax.tree.map(add_noise, transformer.init_params(MODEL, key))
+    return jax.tree.map(add_noise, transformer.init_params(model, key))
 
+  return init(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def params():
   with jax.set_mesh(create_mesh(MeshConfig())):
-    yield init(jax.random.key(0))
+    yield noisy_params(MODEL)
 
 
 def test_unigram_bits_are_those_of_the_docstring():
@@ -142,17 +147,24 @@ def test_neighbors_that_do_not_fit_a_row_are_left_out():
     bits.fit_neighbors(document, neighbors, slots([]) - 1)
 
 
-def test_scores_are_the_log_likelihoods_of_each_sample_alone(params):
+@pytest.mark.parametrize("align_images", [False, True])
+def test_scores_are_the_log_likelihoods_of_each_sample_alone(params, align_images):
+  model_config = MODEL
+  if align_images:
+    model_config = dataclasses.replace(MODEL, family="modern", align_images=True)
+    params = noisy_params(model_config)
   rng = np.random.default_rng(1)
   samples = [pipeline.join([pair(i, rng) for i in range(1 + n)], VOCAB) for n in (0, 1, 2) * 3]
-  scored = bits.score_samples(params, MODEL, samples, batch_size=8)
+  scored = bits.score_samples(params, model_config, samples, VOCAB, batch_size=8)
   # The last three are in the second batch.
   for sample, row in list(zip(samples, scored))[-3:]:
     tokens = jnp.asarray(np.tile(sample[:-1], (8, 1)))
-    positions = jnp.asarray(np.tile(np.arange(len(sample) - 1), (8, 1)))
+    positions = positions_of(sample, VOCAB, align_images)[:-1]
+    assert (positions[VOCAB.is_image(sample[:-1])] < 4).all() == align_images
+    positions = jnp.asarray(np.tile(positions, (8, 1)))
 
     def logits(params, tokens=tokens, positions=positions):
-      model = transformer.bind(MODEL, params)
+      model = transformer.bind(model_config, params)
       hidden = model(tokens, positions, jnp.ones_like(tokens))
       return transformer.logits(hidden, model.output_table())
 

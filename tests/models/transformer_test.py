@@ -8,6 +8,8 @@ import pytest
 
 from cm3leon_jax.models import attention, transformer
 from cm3leon_jax.models.config import REMAT_POLICIES
+from cm3leon_jax.positions import positions_of
+from cm3leon_jax.vocab import VocabLayout
 from tests.models.tiny import CONFIG, mesh_of, model_logits, random_params
 
 L = 12
@@ -56,6 +58,29 @@ def test_packed_samples_do_not_see_each_other(family):
     leaking = model_logits(config, params, TOKENS[:1], positions, SEGMENTS[:1])
   np.testing.assert_allclose(packed[:, 5:], alone, atol=2e-5)
   assert np.abs(leaking[:, 5:] - alone).max() > 0.1
+
+
+def test_logits_of_a_pair_do_not_depend_on_the_alignment():
+  """Rotary positions are relative; a neighbor's caption of another length is another distance."""
+  vocab = VocabLayout(num_special=8, text_size=264, image_size=16)
+  config = config_of("modern", vocab_size=vocab.size, align_images=True)
+  code, word = vocab.text_size, vocab.num_special
+  pair = [word + 1, word + 2, vocab.brk, code + 3, code + 4, code + 5]
+  neighbor = [word + 5, vocab.brk, code + 3, code + 4, code + 1, vocab.brk]
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    params = random_params(config)
+
+    def logits(tokens, align_images):
+      tokens = np.array([[vocab.eos, *tokens]], np.int32)
+      positions = positions_of(tokens[0], vocab, align_images)[None]
+      return model_logits(config, params, tokens, positions, np.ones_like(tokens))
+
+    alone = logits(pair, False)
+    assert np.abs(alone).max() > 1
+    np.testing.assert_allclose(logits(pair, True), alone, atol=1e-5)
+    after = [logits([*neighbor, *pair], align_images) for align_images in (False, True)]
+  np.testing.assert_allclose(after[0][:, : len(neighbor)], after[1][:, : len(neighbor)], atol=1e-5)
+  assert np.abs(after[0] - after[1])[:, -len(pair) :].max() > 0.1
 
 
 @FAMILIES

@@ -58,15 +58,26 @@ DATA = (
     ("heldout_rows_with_spans", "mean_spans=0.0", "mean_spans=1.0"),
   ),
   *mutants_of(
+    "cm3leon_jax/positions.py",
+    "tests/positions_test.py",
+    ("masked_first_codes_are_not_counted", "int(before[0]) + 1", "int(first[0])"),
+    ("images_of_one_unit", "is_image[:-1] & is_break[1:]", "is_image[:-1] & is_image[1:] & False"),
+  ),
+  *mutants_of(
     "cm3leon_jax/data/pipeline.py",
     "tests/data/pipeline_test.py",
     (
       "padding_weighs_1",
-      'row["inputs"][:] = row["targets"][:] = pad',
-      'row["inputs"][:] = row["targets"][:] = pad; row["loss_weights"][:] = 1',
+      'row["inputs"][:] = row["targets"][:] = vocab.pad',
+      'row["inputs"][:] = row["targets"][:] = vocab.pad; row["loss_weights"][:] = 1',
     ),
     ("opening_tokens_weigh_1", "weights[:3] = 0", "weights[:1] = 0"),
-    ("positions_run_on", "np.arange(len(tokens) - 1)", "at + np.arange(len(tokens) - 1)"),
+    ("positions_run_on", "= positions_of(tokens,", "= at + positions_of(tokens,"),
+    (
+      "positions_without_the_last_target",
+      "positions_of(tokens, vocab, align_images)[:-1]",
+      "positions_of(tokens[:-1], vocab, align_images)",
+    ),
     (
       "neighbors_after_the_document",
       "join([*neighbors, document], vocab)",

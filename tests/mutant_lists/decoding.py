@@ -46,12 +46,22 @@ DECODING = (
     ("empty_text_allowed", "(kind == TEXT) & (left < _entry(plan, state.part, 1))", "kind == TEXT"),
   ),
   *mutants_of(
+    "cm3leon_jax/decoding/batch.py",
+    "tests/decoding/batch_test.py",
+    (
+      "prompt_positions_without_its_image",
+      "if any(part.kind == grammar.CODES for part in plan)",
+      "if not plan",
+    ),
+    ("tokens_at_other_positions_shared", "(a[:n] != b[:n]).any(axis=1)", "a[:n, 0] != b[:n, 0]"),
+  ),
+  *mutants_of(
     "cm3leon_jax/decoding/loop.py",
     "tests/decoding/loop_test.py",
     (
       "positions_count_padding",
-      "jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)",
-      "jnp.arange(tokens.shape[1])[None]",
+      "extend(config, model, tokens.ids, tokens.positions, attend)",
+      "extend(config, model, tokens.ids, 0 * tokens.ids + jnp.arange(length)[None], attend)",
     ),
     ("attention_to_the_future_cache", "[None] <= ends[:, None]", "[None] >= 0 * ends[:, None]"),
   ),

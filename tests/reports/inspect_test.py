@@ -46,6 +46,17 @@ def test_rows_without_room_are_read_too(sources, scores):
   assert any(view.missing for view in views)
 
 
+def test_aligned_rows_are_read_if_they_are_planned(sources, scores):
+  plan = make_plan(sources, num_neighbors=2, sequence_length=100)
+  loader = RowLoader(plan, VOCAB, align_images=True)
+  views = [view for row in inspect.read_rows(loader, scores, range(40)) for view in row.samples]
+  assert min(view.sample.positions.min() for view in views) < 0
+  number = next(i for i in range(40) if (loader[i]["positions"] < 0).any())
+  aligned = loader[number]["positions"]
+  with pytest.raises(ValueError, match=r"positions do not count from 0"):
+    inspect.read_rows(Changed(plan, lambda row: row.update(positions=aligned)), scores, [number])
+
+
 class Changed(RowLoader):
   """Rows with one change."""
 
