@@ -1,0 +1,365 @@
+"""Measures what a retrieved neighbor is worth to a small decoder on `scenes`, in bits and images.
+
+  python -m benchmarks.scene_retrieval --workdir=workdir/scene_retrieval
+
+Trains the tokenizers and a CLIP once, then decoders with and without neighbors, with several seeds
+each. Every decoder is scored on held-out scenes after true, shuffled and no neighbors, and its
+samples are judged. Writes results.json and table.md into the workdir. Finished parts are skipped,
+so it can be stopped at any time. Method: docs/retrieval_ablation.md.
+"""
+
+import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+from absl import app, flags, logging
+import jax
+import numpy as np
+
+from benchmarks import scene_retrieval_table as table
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.configs import scenes as config_scenes
+from cm3leon_jax.data import pipeline
+from cm3leon_jax.data.documents import Bank, DocumentStore
+from cm3leon_jax.data.plan import RowPlan, Source
+from cm3leon_jax.evaluation import bits, scenes
+from cm3leon_jax.generation.heldout import tasks_of_rows
+from cm3leon_jax.generation.pipeline import Pipeline
+from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.mesh import create_mesh
+from cm3leon_jax.retrieval.neighbors import load_neighbors
+from cm3leon_jax.settings import Settings, settings_from_config
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.training import checkpoint
+
+# n held-out documents that are scored, I codes of an image.
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SHARED = ("raw", "text_tokenizer", "vqgan", "documents", "clip", "neighbors")
+CONDITIONS = {
+  "neighbors": "trained with a neighbor",
+  "tokens": "trained without, on as many tokens",
+  "documents": "trained without, on as many documents",
+}
+SUBSETS = {"rare": ("rare",), "common": ("scene",)}  # Reasons why their scenes are held out.
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """Place and size of the experiment.
+
+  Attributes:
+    workdir: folder of all runs.
+    steps: training steps with neighbors, and without on as many tokens.
+    minutes: variant of ml_configs/scenes.py; it scales the steps of the tokenizers and of CLIP.
+    heldout: number of held-out scenes.
+    judged: most scenes of each subset that samples are judged of.
+  """
+
+  workdir: pathlib.Path
+  steps: int
+  minutes: float
+  heldout: int
+  judged: int
+
+  def overrides(self, **fields) -> dict:
+    """Returns the fields of the config that differ from those of `scenes`."""
+    never = 1_000_000
+    return {
+      "scenes.heldout": self.heldout,
+      "train.steps": self.steps,
+      "train.eval_every": never,
+      "train.sample_every": never,
+      "train.checkpoint_every": 250,
+      **fields,
+    }
+
+  def settings(self, overrides: dict) -> Settings:
+    """Returns the checked config."""
+    config = config_scenes.get_config(f"{self.minutes:g}")
+    config.update_from_flattened_dict(overrides)
+    return settings_from_config(config)
+
+  def command(self, name: str, workdir: pathlib.Path, overrides: dict) -> None:
+    """Runs `python -m launch.NAME` and passes SIGTERM on to it; exits if it fails or stops."""
+    command = [sys.executable, "-m", f"launch.{name}", f"--workdir={workdir}"]
+    command += [f"--config=ml_configs/scenes.py:{self.minutes:g}"]
+    command += [f"--config.{field}={value}" for field, value in overrides.items()]
+    with subprocess.Popen(command, cwd=ROOT) as process:
+      previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+      code = process.wait()
+      signal.signal(signal.SIGTERM, previous)
+    if code:
+      sys.exit(code)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """Held-out documents of the subsets, and their neighbors by caption.
+
+  Attributes:
+    bank: what neighbors come from.
+    heldout: store of the held-out documents.
+    rows: [n] documents of `heldout`.
+    subsets: [n] name of each in `SUBSETS`.
+    concepts: [n] the object of a rare scene, the facts of a common one.
+    neighbors: [n] row of the bank of the best neighbor.
+    shuffled: [n] row of the best neighbor of another scene of the subset, with other objects.
+  """
+
+  bank: Bank
+  heldout: DocumentStore
+  rows: np.ndarray
+  subsets: np.ndarray
+  concepts: np.ndarray
+  neighbors: np.ndarray
+  shuffled: np.ndarray
+
+
+def open_corpus(workdir: pathlib.Path, settings: Settings) -> Corpus:
+  """Opens the documents of a run and chooses those of the subsets."""
+  bank = Bank(workdir / "documents", settings.vocab)
+  heldout = DocumentStore(workdir / "documents" / "heldout_pairs", settings.vocab)
+  ids = load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)[:, 0]
+  facts = [heldout[i].facts for i in range(len(heldout))]
+  subset_of = {kind: name for name, kinds in SUBSETS.items() for kind in kinds}
+  rows = np.array([i for i, f in enumerate(facts) if f["heldout"] in subset_of])
+  subsets = np.array([subset_of[facts[i]["heldout"]] for i in rows])
+  names = [frozenset(o["class"] for o in facts[i]["objects"]) for i in rows]
+  concepts = np.array(
+    [min(n) if s == "rare" else heldout[int(i)].concept for i, s, n in zip(rows, subsets, names)]
+  )
+  neighbors, shuffled = ids[rows], np.full(len(rows), -1)
+  rng = np.random.default_rng(0)
+  for name in SUBSETS:
+    members = np.flatnonzero(subsets == name)
+    partner = bits.partners(["/".join(sorted(names[i])) for i in members], rng)
+    shuffled[members] = neighbors[members[partner]]
+  return Corpus(bank, heldout, rows, subsets, concepts, neighbors, shuffled)
+
+
+def score(settings: Settings, params: dict, corpus: Corpus, condition: str) -> list[float]:
+  """Scores the image of every document after its `true`, a `shuffled` or no (`none`) neighbor."""
+  before = {"true": corpus.neighbors, "shuffled": corpus.shuffled}.get(condition)
+  samples, masks = [], []
+  for n, row in enumerate(corpus.rows):
+    document = corpus.heldout[int(row)]
+    found = [] if before is None else [corpus.bank[int(before[n])]]
+    samples.append(pipeline.join([*found, document], settings.vocab))
+    masks.append(bits.own_targets(samples[-1], document, settings.vocab)["image"])
+  size = settings.evaluation.batch_size
+  scored = bits.score_samples(params, settings.model, samples, settings.vocab, size)
+  return [float(b[mask].sum()) for b, mask in zip(scored, masks)]
+
+
+def chosen(corpus: Corpus, most: int) -> np.ndarray:
+  """Returns up to `most` evenly spaced documents of each subset, places in `corpus.rows`."""
+  of = [np.flatnonzero(corpus.subsets == name) for name in SUBSETS]
+  return np.concatenate([m[np.unique(np.linspace(0, len(m) - 1, most).astype(int))] for m in of])
+
+
+def judge(settings: Settings, params: dict, workdir: pathlib.Path, corpus, places, count: int):
+  """Generates an image for each chosen caption and judges it.
+
+  Args:
+    settings: of the run.
+    params: of the decoder.
+    workdir: of the run.
+    corpus: Corpus.
+    places: of `chosen`.
+    count: number of neighbors before a caption, 0 or 1.
+
+  Returns:
+    For each caption whether its image is wholly right, and the [I] codes of the image.
+  """
+  made = Pipeline.load(settings, workdir, params, batch_size=settings.evaluation.batch_size)
+  columns = [(count, settings.sampling)]
+  tasks = tasks_of_rows(made.layout, workdir, corpus.rows[places], settings.seed, columns)
+  samples = [of_task[0] for of_task in made.generate(tasks, show_progress=True)]
+  facts = [task.document.facts for task in tasks]
+  verdicts = scenes.judge_all(np.stack([s.segments[0] for s in samples]), facts)
+  return [v.correct for v in verdicts], [s.codes[0] for s in samples]
+
+
+def copied(settings: Settings, corpus: Corpus, places, codes) -> list[float]:
+  """Measures for each image the share of its neighbor's ink that it has at the same places.
+
+  Ink are codes other than the most frequent one of the neighbor's image, its background.
+  """
+  shares = []
+  for place, image in zip(places, codes):
+    neighbor = corpus.bank[int(corpus.neighbors[place])].segments[-1].tokens
+    neighbor = settings.vocab.image_codes(neighbor)
+    ink = neighbor != np.bincount(neighbor).argmax()
+    shares.append(float(np.mean(np.asarray(image)[ink] == neighbor[ink])))
+  return shares
+
+
+def copier(settings: Settings, workdir: pathlib.Path, corpus: Corpus, places) -> dict:
+  """Judges the neighbors themselves, as a copier's samples; and what originals share with them."""
+  found = [corpus.bank[int(corpus.neighbors[p])] for p in places]
+  originals = [corpus.heldout[int(corpus.rows[p])] for p in places]
+  codes, real = (
+    np.stack([settings.vocab.image_codes(d.segments[-1].tokens) for d in documents])
+    for documents in (found, originals)
+  )
+  images = ImageTokenizer.load(workdir / "vqgan").decode(codes)
+  verdicts = scenes.judge_all(images, [document.facts for document in originals])
+  names = [{o["class"] for o in d.facts["objects"]} for d in (*found, *originals)]
+  shown = [a >= b for a, b in zip(names, names[len(found) :])]
+  return {
+    "subset": corpus.subsets[places].tolist(),
+    "neighbor_shows_the_objects": shown,
+    "right": [verdict.correct for verdict in verdicts],
+    "original_copied": copied(settings, corpus, places, real),
+  }
+
+
+def rows_of_documents(settings: Settings, workdir: pathlib.Path, documents: int = 0) -> int:
+  """Counts the documents that training puts into rows, or the rows that hold so many documents.
+
+  Neighbors do not count.
+  """
+  bank = Bank(workdir / "documents", settings.vocab)
+  ids = load_neighbors(workdir / "neighbors", "train_pairs")
+  source = Source(bank.parts[0], 1.0, ids, bank)
+  plan = RowPlan([source], settings.data, settings.vocab.num_masks, settings.seed)
+  if not documents:
+    total = settings.train.steps * settings.train.global_batch_size
+    return sum(len(plan.row(i)) for i in range(total))
+  rows = 0
+  while documents > 0:
+    documents -= len(plan.row(rows))
+    rows += 1
+  return rows
+
+
+def overrides_of(experiment: Experiment, condition: str, seed: int) -> dict:
+  """Returns the fields of the config of a run."""
+  overrides = experiment.overrides(seed=seed)
+  if condition == "neighbors":
+    return overrides
+  overrides["data.num_neighbors"] = 0
+  if condition == "documents":
+    with_neighbors = experiment.settings(experiment.overrides(seed=seed))
+    shared = experiment.workdir / "shared"
+    documents = rows_of_documents(with_neighbors, shared)
+    rows = rows_of_documents(experiment.settings(overrides), shared, documents)
+    overrides["train.steps"] = -(-rows // with_neighbors.train.global_batch_size)
+  return overrides
+
+
+def measure(settings: Settings, run: pathlib.Path, corpus: Corpus, condition: str, judged: int):
+  """Returns what is measured of a trained decoder: lists over the documents of `corpus`."""
+  kinds = ("true", "shuffled", "none") if condition == "neighbors" else ("none",)
+  counts = (1, 0) if condition == "neighbors" else (0,)
+  places = chosen(corpus, judged)
+  result: dict = {"documents": rows_of_documents(settings, run), "steps": settings.train.steps}
+  with jax.set_mesh(create_mesh(settings.mesh)):
+    params, _ = checkpoint.load_params(run / "train", settings.model)
+    result["bits"] = {kind: score(settings, params, corpus, kind) for kind in kinds}
+    for count in counts:
+      right, codes = judge(settings, params, run, corpus, places, count)
+      name = "true" if count else "none"
+      result.setdefault("right", {})[name] = right
+      result.setdefault("copied", {})[name] = copied(settings, corpus, places, codes)
+  return result
+
+
+def run_one(experiment: Experiment, condition: str, seed: int, corpus: Corpus) -> dict:
+  """Trains and measures one condition with one seed, or reads its results."""
+  run = experiment.workdir / f"steps_{experiment.steps}" / f"{condition}_seed_{seed}"
+  run.mkdir(parents=True, exist_ok=True)
+  for folder in SHARED:
+    if not (run / folder).exists():
+      (run / folder).symlink_to(os.path.relpath(experiment.workdir / "shared" / folder, run))
+  overrides = overrides_of(experiment, condition, seed)
+  settings = experiment.settings(overrides)
+  experiment.command("train", run, overrides)
+  trained = stages.require(run, "train")
+  about = {"train": trained["id"], "judged": experiment.judged}
+  with stages.once(run / "measured", {"inputs": about}) as summary:
+    if summary is not None:
+      measured = measure(settings, run, corpus, condition, experiment.judged)
+      measured |= {"condition": condition, "seed": seed, "train_seconds": trained["seconds"]}
+      write_json(run / "measured" / "measured.json", measured)
+  return read_json(run / "measured" / "measured.json")
+
+
+def run_all(experiment: Experiment, conditions: list[str], seeds: list[int]) -> dict:
+  """Prepares the data, runs all conditions and seeds, and writes results after each run."""
+  workdir, shared = experiment.workdir, experiment.workdir / "shared"
+  overrides = experiment.overrides()
+  settings = experiment.settings(overrides)
+  for name in SHARED:
+    experiment.command(stages.STAGES[name].command, shared, overrides)
+  corpus = open_corpus(shared, settings)
+  places = chosen(corpus, experiment.judged)
+  about = {
+    "subsets": corpus.subsets.tolist(),
+    "concepts": corpus.concepts.tolist(),
+    "judged": places.tolist(),
+    "image_codes": settings.vqgan.image_tokens,
+    "copier": copier(settings, shared, corpus, places),
+  }
+  runs, result = [], {}
+  planned = [(seed, name) for seed in seeds for name in conditions]
+  for number, (seed, name) in enumerate(planned, 1):
+    print(f"\n[{number}/{len(planned)}] {CONDITIONS[name]}, seed {seed}", flush=True)
+    start = time.time()
+    runs.append(run_one(experiment, name, seed, corpus))
+    print(f"[{number}/{len(planned)}] {time.time() - start:.0f} s.", flush=True)
+    result = table.summarize(about, runs, CONDITIONS)
+    write_json(workdir / "results.json", result)
+    (workdir / "table.md").write_text(table.markdown(result), encoding="utf-8")
+  return result
+
+
+def main(argv) -> None:
+  args = flags.FLAGS
+  logging.set_verbosity(logging.WARNING)
+  try:
+    if len(argv) > 1:
+      raise UserError(
+        f"unexpected argument '{argv[1]}': this command takes flags only (--name=value)."
+      )
+    names = [name for name in CONDITIONS if name in args.conditions]
+    if not names or {*args.conditions} - {*names}:
+      raise UserError(
+        f"--conditions is '{','.join(args.conditions)}'; "
+        f"it must name some of {','.join(CONDITIONS)}."
+      )
+    experiment = Experiment(
+      pathlib.Path(args.workdir).resolve(), args.steps, args.minutes, args.heldout, args.judged
+    )
+    result = run_all(experiment, names, list(map(int, args.seeds)))
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  print(
+    f"\n{table.markdown(result)}\n"
+    f"scene_retrieval: results.json and table.md are in {experiment.workdir}."
+  )
+
+
+if __name__ == "__main__":  # Flags here: a test that imports this module defines none.
+  flags.DEFINE_string(
+    "workdir", "workdir/scene_retrieval", "Folder of all runs; an existing one continues."
+  )
+  flags.DEFINE_integer("steps", 1_800, "Training steps with neighbors.", lower_bound=1)
+  flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of every condition.")
+  flags.DEFINE_list("conditions", list(CONDITIONS), "Conditions to run.")
+  flags.DEFINE_integer("heldout", 2_100, "Held-out scenes.", lower_bound=7)
+  flags.DEFINE_integer("judged", 200, "Scenes of each subset whose samples are judged.", 2)
+  flags.DEFINE_float(
+    "minutes",
+    15,
+    "Train tokenizers and CLIP as a run of scenes of so many minutes does.",
+    lower_bound=1e-3,
+  )
+  app.run(main)

@@ -1,0 +1,181 @@
+"""Summarizes the runs of `scene_retrieval`: numbers with intervals, and a table."""
+
+# n held-out documents, m of which are judged.
+
+import numpy as np
+
+from benchmarks.ablation_table import student_interval
+from cm3leon_jax.evaluation.intervals import mean_interval
+
+COMPARISONS = (
+  ("neighbors/true", "neighbors/none"),
+  ("neighbors/true", "neighbors/shuffled"),
+  ("neighbors/true", "tokens/none"),
+  ("neighbors/true", "documents/none"),
+)
+NAMES = {"true": "true neighbor", "shuffled": "another's neighbor", "none": "no neighbor"}
+
+
+def _values(runs: list[dict], measure: str, mask: np.ndarray) -> dict[str, dict[int, np.ndarray]]:
+  """Returns "condition/kind" -> seed -> values of a measure of the documents in `mask`."""
+  found: dict[str, dict[int, np.ndarray]] = {}
+  for run in runs:
+    for kind, values in run[measure].items():
+      of = found.setdefault(f"{run['condition']}/{kind}", {})
+      of[run["seed"]] = np.asarray(values, np.float64)[mask]
+  return found
+
+
+def _level(by_seed: dict[int, np.ndarray], concepts) -> dict:
+  """Computes the mean, its interval over concepts, and the mean of each seed."""
+  mean = np.mean(list(by_seed.values()), axis=0)
+  interval = mean_interval(mean, np.ones(len(mean)), list(concepts))
+  return {
+    "mean": interval["mean"],
+    "low": interval["low"],
+    "high": interval["high"],
+    "by_seed": [float(values.mean()) for values in by_seed.values()],
+  }
+
+
+def _difference(first: dict, second: dict, concepts) -> dict:
+  """Computes first minus second, averaged over common seeds, with intervals as `_level`.
+
+  `relative` is the difference over the mean of `second`. `seeds` is Student's t over the seeds.
+  """
+  common = sorted(first.keys() & second.keys())
+  result = _level({seed: first[seed] - second[seed] for seed in common}, concepts)
+  base = float(np.mean([second[seed].mean() for seed in common]))
+  return {**result, "relative": result["mean"] / base, "seeds": student_interval(result["by_seed"])}
+
+
+def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
+  """Computes all numbers of the table.
+
+  Args:
+    about: `subsets` and `concepts` [n], `judged` [m] indices of them, `image_codes`, `copier`.
+    runs: results of `scene_retrieval.run_one`.
+    labels: condition -> its name in the table.
+  """
+  subsets, concepts = np.array(about["subsets"]), np.array(about["concepts"])
+  judged = np.array(about["judged"])
+  result: dict = {
+    "image_codes": about["image_codes"],
+    "labels": labels,
+    "runs": [
+      {k: run[k] for k in ("condition", "seed", "steps", "documents", "train_seconds")}
+      for run in runs
+    ],
+    "subsets": {},
+  }
+  for name in dict.fromkeys(about["subsets"]):
+    mask, of_judged = subsets == name, subsets[judged] == name
+    levels, differences = {}, []
+    for measure, chosen, groups in (
+      ("bits", mask, concepts[mask]),
+      ("right", of_judged, concepts[judged][of_judged]),
+      ("copied", of_judged, concepts[judged][of_judged]),
+    ):
+      values = _values(runs, measure, chosen)
+      levels[measure] = {key: _level(by_seed, groups) for key, by_seed in values.items()}
+      differences += [
+        {"measure": measure, "first": a, "second": b, **_difference(values[a], values[b], groups)}
+        for a, b in COMPARISONS
+        if values.get(a, {}).keys() & values.get(b, {}).keys()
+      ]
+    copier = {
+      key: float(np.mean(np.asarray(values, np.float64)[of_judged]))
+      for key, values in about["copier"].items()
+      if key != "subset"
+    }
+    result["subsets"][name] = {
+      "documents": int(mask.sum()),
+      "judged": int(of_judged.sum()),
+      "concepts": len(set(concepts[mask])),
+      "levels": levels,
+      "differences": differences,
+      "copier": copier,
+    }
+  return result
+
+
+def _row(cells) -> str:
+  return f"| {' | '.join(cells)} |"
+
+
+def _bits(level: dict | None, codes: int) -> str:
+  if level is None:
+    return "-"
+  return (
+    f"{level['mean'] / codes:.3f} [{level['low'] / codes:.3f}, {level['high'] / codes:.3f}], "
+    f"{level['mean']:.1f} an image"
+  )
+
+
+def _share(level: dict | None) -> str:
+  if level is None:
+    return "-"
+  return f"{level['mean']:.1%} [{level['low']:.1%}, {level['high']:.1%}]"
+
+
+def markdown(result: dict) -> str:
+  """Returns the result of `summarize` as text: two tables for each subset."""
+  lines = []
+  for name, subset in result["subsets"].items():
+    copier = subset["copier"]
+    lines += [
+      f"**{name}**: {subset['documents']} held-out scenes of {subset['concepts']} concepts, "
+      f"{subset['judged']} of them judged. The neighbor shows the objects of "
+      f"{copier['neighbor_shows_the_objects']:.1%}; copied whole, it is right for "
+      f"{copier['right']:.1%}; the originals have {copier['original_copied']:.1%} of its ink.",
+      "",
+      _row(("decoder", "after", "bits an image code", "wholly right", "neighbor's ink copied")),
+      _row(["---"] * 5),
+    ]
+    levels = subset["levels"]
+    for key, bits in levels["bits"].items():
+      condition, kind = key.split("/")
+      right, copied = levels["right"].get(key), levels["copied"].get(key)
+      lines.append(
+        _row(
+          (
+            result["labels"][condition],
+            NAMES[kind],
+            _bits(bits, result["image_codes"]),
+            _share(right),
+            _share(copied),
+          )
+        )
+      )
+    lines += [
+      "",
+      _row(("measure", "difference", "value", "95% over concepts", "95% over seeds", "relative")),
+      _row(["---"] * 6),
+    ]
+    lines += [_difference_row(d, result) for d in subset["differences"]]
+    lines.append("")
+  return "\n".join(lines)
+
+
+def _difference_row(d: dict, result: dict) -> str:
+  bits = d["measure"] == "bits"
+  scale, digits = (result["image_codes"], "+.3f") if bits else (1, "+.1%")
+
+  def show(value):
+    return format(value / scale, digits)
+
+  def side(key):
+    condition, kind = key.split("/")
+    return f"{result['labels'][condition]}, {NAMES[kind]}"
+
+  seeds = "-" if d["seeds"] is None else f"[{show(d['seeds'][0])}, {show(d['seeds'][1])}]"
+  return _row(
+    (
+      {"bits": "bits an image code", "right": "wholly right", "copied": "ink copied"}[d["measure"]],
+      f"({side(d['first'])}) - ({side(d['second'])})",
+      show(d["mean"]),
+      f"[{show(d['low'])}, {show(d['high'])}]",
+      seeds,
+      f"{d['relative']:+.0%}" if bits else "",
+    )
+  )
