@@ -30,9 +30,10 @@ def get_config(variant: str = "15"):
   config = base.get_config()
   config.vocab.update({"num_special": 32, "text_size": 1_024, "image_size": 1_024})
   # Colors are learned last, so captions that name one are more frequent than the rest.
-  config.scenes.update({"train": 30_000, "shares": (1.0, 2.0, 1.0, 0.7, 0.7, 1.0, 0.6)})
-  # Training shows a rare object about twice; the bank has each at all four places.
-  config.scenes.update({"rare_objects": 1_550, "bank": 6_200})
+  config.scenes.update({"train": 12_000, "shares": (1.5, 3.0, 0.8, 0.5, 0.5, 0.9, 1.8)})
+  # Training shows a rare object about twice; the bank has each once at the same place, and those
+  # that are held out at all four.
+  config.scenes.update({"rare_objects": 1_550, "bank": 2_513})
   config.raw.update({"source": "scenes", "resolution": 48, "max_texts": 0})
   # A code is one square of 6 x 6 pixels: an icon has 4 x 4 codes, the same wherever it stands.
   config.vqgan.update({"resolution": 48, "downsample": 6, "stem": 6, "local_codes": True})

@@ -83,11 +83,17 @@ def with_article(name: str, color: str = "") -> str:
   return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def _fill(templates: tuple[str, ...], rng: random.Random, first: str, **words) -> str:
-  """Fills one of the templates; the verb agrees with the object `first`."""
+def describe_plainly(scene: Scene) -> Description:
+  """Describes a scene of one object always in the same wording, "a red bell at the top left"."""
+  (placed,) = scene.objects
+  return _one(placed, placed.color, _PLACED[0])
+
+
+def _fill(template: str, first: str, **words) -> str:
+  """Fills a template; the verb agrees with the object `first`."""
   many = first in PLURAL_WORDS
   verbs = {"is": "are" if many else "is", "stands": "stand" if many else "stands"}
-  return rng.choice(templates).format(**verbs, **words)
+  return template.format(**verbs, **words)
 
 
 def describe(category: str, scene: Scene, rng: random.Random) -> Description:
@@ -104,9 +110,13 @@ def describe(category: str, scene: Scene, rng: random.Random) -> Description:
     first, second = rng.sample(scene.objects, 2)
     return _two(category, first, second, rng)
   (placed,) = scene.objects
-  color = "" if category == "single_object" else placed.color
+  return _one(placed, "" if category == "single_object" else placed.color, rng.choice(_PLACED))
+
+
+def _one(placed: Placed, color: str, template: str) -> Description:
+  """Describes one object at its place; the color is named unless it is empty."""
   thing = with_article(placed.object, color)
-  caption = _fill(_PLACED, rng, placed.object, x=thing, place=placed.place)
+  caption = _fill(template, placed.object, x=thing, place=placed.place)
   claim = {"class": placed.object, "count": 1, **({"color": color} if color else {})}
   return Description(caption, [{**claim, "place": placed.place}], [])
 
@@ -130,10 +140,12 @@ def _two(category: str, first: Placed, second: Placed, rng: random.Random) -> De
     words.append(with_article(placed.object, color))
     claims.append({"class": placed.object, "count": 1, **({"color": color} if color else {})})
   if category != "position":
-    return Description(_fill(_TOGETHER, rng, first.object, x=words[0], y=words[1]), claims, [])
+    return Description(
+      _fill(rng.choice(_TOGETHER), first.object, x=words[0], y=words[1]), claims, []
+    )
   relation = rng.choice(relations(first.place, second.place))
   phrase = rng.choice(RELATIONS[relation])
-  caption = _fill(_RELATED, rng, first.object, x=words[0], y=words[1], relation=phrase)
+  caption = _fill(rng.choice(_RELATED), first.object, x=words[0], y=words[1], relation=phrase)
   claims[0]["position"] = [relation, 0]
   return Description(caption, claims[::-1], [])
 

@@ -225,8 +225,8 @@ class ScenesConfig:
   """Number of held-out scenes, spread equally over the categories, and in each over the reasons for
   which scenes are held out."""
   bank: NonNegativeInt = 0
-  """Number of scenes of rare objects that are in the bank alone: retrieved, and never trained on.
-  All rare objects in turn, in colors that neither training nor held-out scenes show them in."""
+  """Number of scenes of rare objects that are in the bank alone: retrieved, and never trained on,
+  in colors that neither training nor held-out scenes show the objects in."""
   objects: tuple[str, ...] = tuple(COMMON)
   """Common objects that are used, by name."""
   colors: tuple[str, ...] = tuple(COLORS)
@@ -285,29 +285,24 @@ def rare_objects(config: ScenesConfig) -> tuple[str, ...]:
   return tuple(ordered[: config.rare_objects])
 
 
-def number_of_bank_scenes(config: ScenesConfig) -> int:
-  """Counts the distinct scenes of rare objects that only the bank may show."""
-  colors = [len(_bank_colors(config, name)) for name in rare_objects(config)]
-  return len(PLACES) * min(colors, default=0) * len(colors)
+@functools.cache
+def bank_scenes(config: ScenesConfig) -> tuple[Scene, ...]:
+  """Returns the distinct scenes of rare objects that only the bank may show, the most useful first.
 
-
-def _bank_colors(config: ScenesConfig, name: str) -> tuple[str, ...]:
-  """Returns the colors of a rare object in the bank, in an order of its own."""
-  colors = [color for color in config.colors if color != rare_color(name)]
-  return tuple(sorted(colors, key=lambda color: fraction(f"scenes/color/{name}/{color}")))
-
-
-def bank_scene_at(config: ScenesConfig, index: int) -> Scene:
-  """Returns scene `index` of the bank, below `number_of_bank_scenes`; all are different.
-
-  The first scenes show each rare object once, the next ones show each at another place, in another
-  color.
+  The first `rare_objects` + 3 x the held-out ones show each object of training once, at
+  `rare_place`, and each held-out one at all places. The others show them in more colors and places.
   """
-  rounds, i = divmod(index, len(rare_objects(config)))
-  name = rare_objects(config)[i]
-  colors = _bank_colors(config, name)
-  turn, place = divmod(rounds, len(PLACES))
-  return Scene((Placed(name, colors[(turn + place) % len(colors)], PLACES[place]),))
+  order = []
+  for name in rare_objects(config):
+    colors = [color for color in config.colors if color != rare_color(name)]
+    colors.sort(key=lambda color: fraction(f"scenes/color/{name}/{color}"))
+    first = PLACES.index(rare_place(name))
+    for i in range(len(PLACES) * len(colors)):
+      turn, place = divmod(i, len(PLACES))
+      color = colors[(turn + place) % len(colors)]
+      scene = Scene((Placed(name, color, PLACES[(first + place) % len(PLACES)]),))
+      order.append((i if turn or not is_heldout_rare(name) else 0, scene))
+  return tuple(scene for _, scene in sorted(order, key=lambda entry: entry[0]))
 
 
 # The places of 2 to 4 equal objects, and of two different ones.

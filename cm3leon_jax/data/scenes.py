@@ -14,7 +14,7 @@ import numpy as np
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import scene_world
 from cm3leon_jax.data.records import SPLITS, RawPair
-from cm3leon_jax.data.scene_captions import Description, describe, relations
+from cm3leon_jax.data.scene_captions import Description, describe, describe_plainly, relations
 from cm3leon_jax.data.scene_drawings import SIDE, box, render
 from cm3leon_jax.data.scene_world import KINDS, TWO_OBJECTS, Scene, ScenesConfig
 from cm3leon_jax.data.sources import Part
@@ -40,7 +40,7 @@ def parts(config: ScenesConfig, resolution: int) -> list[Part]:
     )
   for category in config.categories:
     _scenes_by_kind(config, category, 1)
-  if config.bank > (most := scene_world.number_of_bank_scenes(config)):
+  if config.bank > (most := len(scene_world.bank_scenes(config))):
     raise UserError(
       f"config.scenes.bank is {config.bank}; {config.rare_objects} rare objects in "
       f"{len(config.colors)} colors give at most {most} scenes."
@@ -71,10 +71,11 @@ def pair(config: ScenesConfig, split: str, index: int) -> RawPair:
     category, scene = _train_scene(config, rng)
     kind = ""
   elif split == "bank":
-    category, kind, scene = "rare", "", scene_world.bank_scene_at(config, index)
+    category, kind, scene = "rare", "", scene_world.bank_scenes(config)[index]
   else:
     category, kind, scene = _heldout_scene(config, index)
-  description = describe(category, scene, rng)
+  # One wording in the bank, so that among scenes of an object the place decides, not the wording.
+  description = describe_plainly(scene) if split == "bank" else describe(category, scene, rng)
   key = scene.facts_key
   return RawPair(
     key=f"{NAME}/{split}/{index:07d}",

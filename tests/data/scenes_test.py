@@ -19,9 +19,10 @@ from cm3leon_jax.data.scene_world import (
   HELDOUT_COLOR,
   Scene,
   ScenesConfig,
-  bank_scene_at,
-  number_of_bank_scenes,
+  bank_scenes,
+  rare_color,
   rare_objects,
+  rare_place,
   split_of_scene,
 )
 from cm3leon_jax.shards import Runner
@@ -217,14 +218,13 @@ def test_the_bank_alone_shows_the_rare_objects_that_are_held_out(folder):
   assert objects["bank"] == set(rare_objects(FEW))
   assert not shown["bank"] & (shown["train"] | shown["heldout"])
   assert not objects["heldout"] & objects["train"]
-  places = collections.defaultdict(set)
-  for pair in of_split["bank"]:
-    (placed,) = pair.facts["objects"]
-    places[placed["class"]].add((placed["place"], placed["color"]))
-  # Three rounds: each object at three places, in three colors.
-  assert {(len(x), len({p for p, _ in x}), len({c for _, c in x})) for x in places.values()} == {
-    (3, 3, 3)
-  }
+  first = collections.defaultdict(list)
+  for scene in bank_scenes(FEW)[: 20 + 3 * len(objects["heldout"])]:
+    (placed,) = scene.objects
+    first[placed.object].append(placed.place)
+  for name, places in first.items():
+    assert places == ([rare_place(name)] if name not in objects["heldout"] else places)
+    assert len(set(places)) == (4 if name in objects["heldout"] else 1)
 
 
 def test_a_color_in_the_bank_is_a_leak(folder, tmp_path):
@@ -242,10 +242,10 @@ def test_a_color_in_the_bank_is_a_leak(folder, tmp_path):
 def test_every_scene_of_the_bank_is_another():
   for colors in (tuple(COLORS), tuple(COLORS)[:6], tuple(COLORS)[:2]):
     config = ScenesConfig(rare_objects=30, colors=colors)
-    number = number_of_bank_scenes(config)
-    assert number in (30 * 4 * len(colors), 30 * 4 * (len(colors) - 1))
-    made = [bank_scene_at(config, i) for i in range(number)]
-    assert len({scene.facts_key for scene in made}) == number
+    made = bank_scenes(config)
+    own = sum(rare_color(name) in colors for name in rare_objects(config))
+    assert len(made) == 4 * (30 * len(colors) - own)
+    assert len({scene.facts_key for scene in made}) == len(made)
     assert {split_of_scene(scene) for scene in made} == {"bank"}
 
 
