@@ -218,6 +218,9 @@ def test_the_bank_alone_shows_the_rare_objects_that_are_held_out(folder):
   assert objects["bank"] == set(rare_objects(FEW))
   assert not shown["bank"] & (shown["train"] | shown["heldout"])
   assert not objects["heldout"] & objects["train"]
+  for pair in of_split["bank"]:
+    (o,) = pair.facts["objects"]
+    assert pair.caption.endswith(f"{o['color']} {o['class']} at the {o['place']}")
   first = collections.defaultdict(list)
   for scene in bank_scenes(FEW)[: 20 + 3 * len(objects["heldout"])]:
     (placed,) = scene.objects
