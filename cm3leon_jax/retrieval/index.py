@@ -106,8 +106,8 @@ class ScannIndex:
 
   Of about sqrt(n) leaves a third is searched, but at most 64. The best max(256, 4k) candidates are
   scored again with their vectors. From `LARGE` vectors on, every vector is in two leaves (SOAR, Sun
-  et al. 2023), the larger of 52 and a two-hundredth of the leaves are searched, and vectors have 8
-  bits.
+  et al. 2023), the larger of 60 and a two-hundredth of the leaves are searched, and the best
+  max(128, 2k) candidates are scored again, in 8 bits.
   """
 
   backend = "scann"
@@ -161,7 +161,7 @@ class ScannIndex:
     ids, scores = self._searcher.search_batched_parallel(
       _matrix(queries, "queries"),
       final_num_neighbors=min(k, n),
-      pre_reorder_num_neighbors=min(n, max(256, 4 * k)),
+      pre_reorder_num_neighbors=min(n, max(128, 2 * k) if n >= LARGE else max(256, 4 * k)),
       leaves_to_search=_leaves(n)[1],
     )
     missing = np.isnan(scores)
@@ -172,7 +172,7 @@ class ScannIndex:
 def _leaves(n: int) -> tuple[int, int]:
   """Returns the number of leaves of a tree over n vectors, and of those to search."""
   leaves = max(1, round(n**0.5))
-  most = max(52, leaves // 200) if n >= LARGE else 64
+  most = max(60, leaves // 200) if n >= LARGE else 64
   return leaves, min(most, -(-leaves // 3))
 
 
