@@ -30,7 +30,7 @@ def get_config(variant: str = "15"):
   config = base.get_config()
   config.vocab.update({"num_special": 32, "text_size": 1_024, "image_size": 1_024})
   # Colors are learned last, so captions that name one are more frequent than the rest.
-  config.scenes.update({"train": 12_000, "shares": (1.5, 3.0, 0.8, 0.5, 0.5, 0.9, 1.8)})
+  config.scenes.update({"train": 9_000, "shares": (1.5, 3.0, 0.5, 0.3, 0.3, 0.5, 2.4)})
   # Training shows a rare object about twice; the bank has each once at the same place, and those
   # that are held out at all four.
   config.scenes.update({"rare_objects": 1_550, "bank": 2_513})
@@ -48,7 +48,7 @@ def get_config(variant: str = "15"):
   config.clip.update({"shift": 0.0, "color_jitter": 0.0, "checkpoint_every": 100})
   config.clip.update({"steps": steps["clip"]})
   # A CLIP of minutes knows no names. Groups keep out copies of the document itself.
-  config.retrieval.update({"lexical_weight": 0.8, "lexical_width": 512, "max_similarity": 1.0})
+  config.retrieval.update({"lexical_weight": 0.85, "lexical_width": 512, "max_similarity": 1.0})
   config.retrieval.update({"query_dropout": 0.0})
   config.data.update({"sequence_length": 512, "text_share": 0.0, "pack_window": 1_024})
   config.data.update({"num_neighbors": 1, "neighbor_sampling": "best", "neighbor_dropout": 0.25})

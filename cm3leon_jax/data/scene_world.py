@@ -290,7 +290,8 @@ def bank_scenes(config: ScenesConfig) -> tuple[Scene, ...]:
   """Returns the distinct scenes of rare objects that only the bank may show, the most useful first.
 
   The first `rare_objects` + 3 x the held-out ones show each object of training once, at
-  `rare_place`, and each held-out one at all places. The others show them in more colors and places.
+  `rare_place`, and each held-out one at all places, in one color each. The others show more places
+  and colors.
   """
   order = []
   for name in rare_objects(config):
@@ -299,9 +300,8 @@ def bank_scenes(config: ScenesConfig) -> tuple[Scene, ...]:
     first = PLACES.index(rare_place(name))
     for i in range(len(PLACES) * len(colors)):
       turn, place = divmod(i, len(PLACES))
-      color = colors[(turn + place) % len(colors)]
-      scene = Scene((Placed(name, color, PLACES[(first + place) % len(PLACES)]),))
-      order.append((i if turn or not is_heldout_rare(name) else 0, scene))
+      placed = Placed(name, colors[turn], PLACES[(first + place) % len(PLACES)])
+      order.append((i if turn or not is_heldout_rare(name) else 0, Scene((placed,))))
   return tuple(scene for _, scene in sorted(order, key=lambda entry: entry[0]))
 
 

@@ -18,6 +18,7 @@ from cm3leon_jax.config import UserError
 Backend = Literal["auto", "scann", "exact"]
 EXACT_BELOW = 1_000  # Vectors below which an index costs more than it saves.
 QUERY_BATCH = 256
+LARGE = 100_000  # Vectors from which an index spills vectors to a second leaf and has 8 bits.
 EXACT_ROWS = 1_000_000  # Vectors that exact search holds at a time.
 BLOCK = 65_536  # Vectors whose products with a batch of queries are on a device at a time.
 
@@ -103,12 +104,13 @@ def top_k(first, second, k: int):
 class ScannIndex:
   """ScaNN (Guo et al. 2020): a tree of partitions, hashes in its leaves, and rescoring.
 
-  Of about sqrt(n) leaves a third is searched, at most the larger of 64 and a hundredth. The best
-  max(256, 4k) candidates are scored again with their vectors, in 8 bits from `INT8_FROM` on.
+  Of about sqrt(n) leaves a third is searched, but at most 64. The best max(256, 4k) candidates are
+  scored again with their vectors. From `LARGE` vectors on, every vector is in two leaves (SOAR, Sun
+  et al. 2023), the larger of 60 and a two-hundredth of the leaves are searched, and the best
+  max(128, 2k) candidates are scored again, in 8 bits.
   """
 
   backend = "scann"
-  INT8_FROM = 100_000
 
   def __init__(self, searcher, count: int):
     """Wraps a ScaNN searcher over `count` vectors; see `build` and `load`."""
@@ -121,9 +123,14 @@ class ScannIndex:
     n = len(vectors)
     leaves, searched = _leaves(n)
     builder = _scann().builder(vectors, min(64, n), "dot_product")
-    builder = builder.tree(leaves, searched, training_sample_size=min(n, 250_000))
+    builder = builder.tree(
+      leaves,
+      searched,
+      training_sample_size=min(n, 250_000),
+      soar_lambda=1.5 if n >= LARGE else None,
+    )
     builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2)
-    return cls(builder.reorder(min(256, n), quantize=n >= cls.INT8_FROM).build(), n)
+    return cls(builder.reorder(min(256, n), quantize=n >= LARGE).build(), n)
 
   def save(self, folder: epath.PathLike) -> None:
     """Writes the index to `folder`, which may be in a bucket and may be moved."""
@@ -154,7 +161,7 @@ class ScannIndex:
     ids, scores = self._searcher.search_batched_parallel(
       _matrix(queries, "queries"),
       final_num_neighbors=min(k, n),
-      pre_reorder_num_neighbors=min(n, max(256, 4 * k)),
+      pre_reorder_num_neighbors=min(n, max(128, 2 * k) if n >= LARGE else max(256, 4 * k)),
       leaves_to_search=_leaves(n)[1],
     )
     missing = np.isnan(scores)
@@ -165,7 +172,8 @@ class ScannIndex:
 def _leaves(n: int) -> tuple[int, int]:
   """Returns the number of leaves of a tree over n vectors, and of those to search."""
   leaves = max(1, round(n**0.5))
-  return leaves, max(min(64, -(-leaves // 3)), leaves // 100)
+  most = max(60, leaves // 200) if n >= LARGE else 64
+  return leaves, min(most, -(-leaves // 3))
 
 
 class BlockIndex:

@@ -130,10 +130,38 @@ def test_merge_in_literals():
   assert index.merge(results, 4)[0].tolist() == [[4, 8, 7, -1]]
 
 
+@pytest.mark.parametrize(
+  ("n", "leaves"),
+  [
+    (1, (1, 1)),
+    (20, (4, 2)),
+    (1_000, (32, 11)),
+    (99_999, (316, 64)),
+    (100_000, (316, 60)),
+    (1_000_000, (1_000, 60)),
+    (400_000_000, (20_000, 100)),
+  ],
+)
+def test_leaves_in_literals(n, leaves):
+  assert index._leaves(n) == leaves
+
+
+def test_vectors_of_a_large_index_are_in_two_leaves(clustered, tmp_path, monkeypatch):
+  pytest.importorskip("scann")
+  vectors, queries = clustered
+  for large, copies in ((len(vectors) + 1, 1), (len(vectors), 2)):
+    monkeypatch.setattr(index, "LARGE", large)
+    scann = index.ScannIndex.build(vectors)
+    scann.save(tmp_path)
+    assert np.load(tmp_path / "datapoint_to_token.npy").size == copies * len(vectors)
+    ids, _ = scann.search(queries, 200)
+    assert all(len(set(row[row >= 0])) == (row >= 0).sum() > 2 for row in ids)
+
+
 def test_scann_with_8_bits(clustered, monkeypatch):
   pytest.importorskip("scann")
   vectors, queries = clustered
-  monkeypatch.setattr(index.ScannIndex, "INT8_FROM", 100)
+  monkeypatch.setattr(index, "LARGE", 100)
   ids, scores = index.ScannIndex.build(vectors).search(queries, 2)
   assert index.recall_at_k(ids, oracle(vectors, queries, 2)) >= 0.9
   exact = np.take_along_axis(queries @ vectors.T, ids, 1)
