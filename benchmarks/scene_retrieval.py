@@ -56,14 +56,12 @@ class Experiment:
   Attributes:
     workdir: folder of all runs.
     steps: training steps with neighbors, and without on as many tokens.
-    minutes: variant of ml_configs/scenes.py; it scales the steps of the tokenizers and of CLIP.
     heldout: number of held-out scenes.
     judged: most scenes of each subset that samples are judged of.
   """
 
   workdir: pathlib.Path
   steps: int
-  minutes: float
   heldout: int
   judged: int
 
@@ -81,14 +79,14 @@ class Experiment:
 
   def settings(self, overrides: dict) -> Settings:
     """Returns the checked config."""
-    config = config_scenes.get_config(f"{self.minutes:g}")
+    config = config_scenes.get_config("neighbors")
     config.update_from_flattened_dict(overrides)
     return settings_from_config(config)
 
   def command(self, name: str, workdir: pathlib.Path, overrides: dict) -> None:
     """Runs `python -m launch.NAME` and passes SIGTERM on to it; exits if it fails or stops."""
     command = [sys.executable, "-m", f"launch.{name}", f"--workdir={workdir}"]
-    command += [f"--config=ml_configs/scenes.py:{self.minutes:g}"]
+    command += ["--config=ml_configs/scenes.py:neighbors"]
     command += [f"--config.{field}={value}" for field, value in overrides.items()]
     with subprocess.Popen(command, cwd=ROOT) as process:
       previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
@@ -335,7 +333,7 @@ def main(argv) -> None:
         f"it must name some of {','.join(CONDITIONS)}."
       )
     experiment = Experiment(
-      pathlib.Path(args.workdir).resolve(), args.steps, args.minutes, args.heldout, args.judged
+      pathlib.Path(args.workdir).resolve(), args.steps, args.heldout, args.judged
     )
     result = run_all(experiment, names, list(map(int, args.seeds)))
   except UserError as error:
@@ -351,15 +349,11 @@ if __name__ == "__main__":  # Flags here: a test that imports this module define
   flags.DEFINE_string(
     "workdir", "workdir/scene_retrieval", "Folder of all runs; an existing one continues."
   )
-  flags.DEFINE_integer("steps", 1_800, "Training steps with neighbors.", lower_bound=1)
+  flags.DEFINE_integer(
+    "steps", config_scenes.NEIGHBORS_STEPS["train"], "Training steps with neighbors.", lower_bound=1
+  )
   flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of every condition.")
   flags.DEFINE_list("conditions", list(CONDITIONS), "Conditions to run.")
   flags.DEFINE_integer("heldout", 2_100, "Held-out scenes.", lower_bound=7)
   flags.DEFINE_integer("judged", 200, "Scenes of each subset whose samples are judged.", 2)
-  flags.DEFINE_float(
-    "minutes",
-    15,
-    "Train tokenizers and CLIP as a run of scenes of so many minutes does.",
-    lower_bound=1e-3,
-  )
   app.run(main)

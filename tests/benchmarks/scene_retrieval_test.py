@@ -44,7 +44,7 @@ def test_runs_differ_in_neighbors_and_documents(tmp_path, monkeypatch):
     "rows_of_documents",
     lambda settings, workdir, documents=0: counts[settings.data.num_neighbors],
   )
-  experiment = Experiment(tmp_path, 100, 15, 70, 10)
+  experiment = Experiment(tmp_path, 100, 70, 10)
   of = {name: scene_retrieval.overrides_of(experiment, name, 4) for name in ("neighbors", "tokens")}
   assert (of["neighbors"]["train.steps"], of["tokens"]["train.steps"]) == (100, 100)
   assert of["tokens"] == {**of["neighbors"], "data.num_neighbors": 0}
