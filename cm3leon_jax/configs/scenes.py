@@ -15,7 +15,7 @@ from cm3leon_jax.configs import base
 
 STEPS = {"vqgan": 1_500, "clip": 250, "train": 4_200}  # In 15 minutes.
 LONG_STEPS = {"vqgan": 8_000, "clip": 800, "train": 4_000}
-NEIGHBORS_STEPS = {**STEPS, "train": 2_400}
+NEIGHBORS_STEPS = {"vqgan": 4_000, "clip": 250, "train": 2_400}
 NAMED = {"long": LONG_STEPS, "neighbors": NEIGHBORS_STEPS}
 
 
