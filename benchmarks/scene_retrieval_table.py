@@ -41,12 +41,14 @@ def _level(by_seed: dict[int, np.ndarray], concepts) -> dict:
 def _difference(first: dict, second: dict, concepts) -> dict:
   """Computes first minus second, averaged over common seeds, with intervals as `_level`.
 
-  `relative` is the difference over the mean of `second`. `seeds` is Student's t over the seeds.
+  `relative` is the difference over the mean of `second`, None if that is 0. `seeds` is Student's t
+  over the seeds.
   """
   common = sorted(first.keys() & second.keys())
   result = _level({seed: first[seed] - second[seed] for seed in common}, concepts)
   base = float(np.mean([second[seed].mean() for seed in common]))
-  return {**result, "relative": result["mean"] / base, "seeds": student_interval(result["by_seed"])}
+  relative = result["mean"] / base if base else None
+  return {**result, "relative": relative, "seeds": student_interval(result["by_seed"])}
 
 
 def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
@@ -103,19 +105,19 @@ def _row(cells) -> str:
   return f"| {' | '.join(cells)} |"
 
 
-def _bits(level: dict | None, codes: int) -> str:
+def _ends(ends, scale: float, form: str) -> str:
+  """Formats an interval; one of a single concept or seed has no ends."""
+  if ends is None or None in ends:
+    return "-"
+  return f"[{format(ends[0] / scale, form)}, {format(ends[1] / scale, form)}]"
+
+
+def _level_cell(level: dict | None, scale: float, form: str) -> str:
   if level is None:
     return "-"
   return (
-    f"{level['mean'] / codes:.3f} [{level['low'] / codes:.3f}, {level['high'] / codes:.3f}], "
-    f"{level['mean']:.1f} an image"
+    f"{format(level['mean'] / scale, form)} {_ends((level['low'], level['high']), scale, form)}"
   )
-
-
-def _share(level: dict | None) -> str:
-  if level is None:
-    return "-"
-  return f"{level['mean']:.1%} [{level['low']:.1%}, {level['high']:.1%}]"
 
 
 def markdown(result: dict) -> str:
@@ -141,9 +143,9 @@ def markdown(result: dict) -> str:
           (
             result["labels"][condition],
             NAMES[kind],
-            _bits(bits, result["image_codes"]),
-            _share(right),
-            _share(copied),
+            f"{_level_cell(bits, result['image_codes'], '.3f')}, {bits['mean']:.1f} an image",
+            _level_cell(right, 1, ".1%"),
+            _level_cell(copied, 1, ".1%"),
           )
         )
       )
@@ -159,23 +161,19 @@ def markdown(result: dict) -> str:
 
 def _difference_row(d: dict, result: dict) -> str:
   bits = d["measure"] == "bits"
-  scale, digits = (result["image_codes"], "+.3f") if bits else (1, "+.1%")
-
-  def show(value):
-    return format(value / scale, digits)
+  scale, form = (result["image_codes"], "+.3f") if bits else (1, "+.1%")
 
   def side(key):
     condition, kind = key.split("/")
     return f"{result['labels'][condition]}, {NAMES[kind]}"
 
-  seeds = "-" if d["seeds"] is None else f"[{show(d['seeds'][0])}, {show(d['seeds'][1])}]"
   return _row(
     (
       {"bits": "bits an image code", "right": "wholly right", "copied": "ink copied"}[d["measure"]],
       f"({side(d['first'])}) - ({side(d['second'])})",
-      show(d["mean"]),
-      f"[{show(d['low'])}, {show(d['high'])}]",
-      seeds,
+      format(d["mean"] / scale, form),
+      _ends((d["low"], d["high"]), scale, form),
+      _ends(d["seeds"], scale, form),
       f"{d['relative']:+.0%}" if bits else "",
     )
   )

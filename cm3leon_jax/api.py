@@ -2,7 +2,7 @@
 
   from cm3leon_jax import CM3Leon
   model = CM3Leon.load("workdir/scenes")
-  model.generate("a red bell")[0].image.save("bell.png")
+  model.generate("a green bell")[0].image.save("bell.png")
 
 In the examples below, `workdir` is the folder of a run, `model` is loaded from it, and `image` is a
 PIL image. JAX is imported when a run is loaded.
@@ -171,10 +171,10 @@ class CM3Leon:
   ) -> Any:
     """Generates images for a caption.
 
-    >>> samples = model.generate("a red bell", num_samples=4, guidance=1.5, retrieve=2, seed=0)
+    >>> samples = model.generate("a green bell", num_samples=4, guidance=1.5, retrieve=2, seed=0)
     >>> len(samples), samples[0].image.mode, len(samples[0].neighbors)
     (4, 'RGB', 2)
-    >>> best, *others = model.generate("a red bell", num_samples=4, rank=True)
+    >>> best, *others = model.generate("a green bell", num_samples=4, rank=True)
     >>> all(best.clip_score >= other.clip_score for other in others)
     True
 
@@ -315,7 +315,7 @@ class CM3Leon:
   def score(self, text: Any, image: Any, *, retrieve: int = 0) -> Any:
     """Measures how probable a text and an image are. Returns a `PairScore`, or a list of them.
 
-    >>> score = model.score(text="a red bell", image=image)
+    >>> score = model.score(text="a green bell", image=image)
     >>> score.text < 0, score.image_given_text < 0, score.text_given_image < 0
     (True, True, True)
 
@@ -350,7 +350,7 @@ class CM3Leon:
   def retrieve(self, query: Any, k: int = 2) -> Any:
     """Finds the documents of the bank that fit a text or an image best, as `generate` does.
 
-    >>> [first, second] = model.retrieve("a red bell", k=2)
+    >>> [first, second] = model.retrieve("a green bell", k=2)
     >>> first.similarity >= second.similarity, first.image.size == image.size
     (True, True)
 

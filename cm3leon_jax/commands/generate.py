@@ -2,7 +2,7 @@
 
   python -m launch.generate --config=ml_configs/scenes.py --workdir=workdir/scenes
   python -m launch.generate --config=ml_configs/scenes.py --workdir=workdir/scenes \\
-    --prompt="a red bell" --guidance=1.5 --retrieve=1
+    --prompt="a green bell" --guidance=1.5 --retrieve=1
   python -m launch.generate --config=ml_configs/scenes.py --workdir=workdir/scenes \\
     --task=caption --image=bell.png
   python -m launch.generate --config=ml_configs/scenes.py --workdir=workdir/scenes \\

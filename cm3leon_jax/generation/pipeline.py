@@ -146,7 +146,7 @@ class Pipeline:
 
   with jax.set_mesh(create_mesh(settings.mesh)):
     pipeline = Pipeline.load(settings, workdir, params)
-    [[sample]] = pipeline.generate([TextToImage("a red bell", retrieve=0)])
+    [[sample]] = pipeline.generate([TextToImage("a green bell", retrieve=0)])
     sample.image.save("bell.png")
   """
 

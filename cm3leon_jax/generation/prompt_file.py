@@ -89,7 +89,7 @@ def read(
 ) -> list[Task]:
   """Reads one task from each line of a JSONL file; empty lines are ignored.
 
-    {"task": "text_to_image", "prompt": "a red bell", "guidance": 5, "top_k": 64}
+    {"task": "text_to_image", "prompt": "a green bell", "guidance": 5, "top_k": 64}
     {"task": "caption", "image": "photos/cat.jpg"}
 
   Images are paths relative to the folder of the file.

@@ -1,9 +1,11 @@
+import collections
 import dataclasses
 
 import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import cm3leon_7b, cm3leon_350m, cm3leon_760m, openmoji, scenes
+from cm3leon_jax.data import scene_world
 from cm3leon_jax.io import plain
 from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
 
@@ -39,7 +41,9 @@ def test_real_sizes_are_the_tutorials_and_the_papers(size, layers, width, heads,
 
 def test_settings_come_back_from_json():
   variants = [(module, variant) for module in SIZES.values() for variant in ("", "paper")]
-  for module, variant in [*variants, (openmoji, "15"), (openmoji, "long"), (scenes, "15")]:
+  variants += [(openmoji, "15"), (openmoji, "long")]
+  variants += [(scenes, variant) for variant in ("15", "long", "neighbors")]
+  for module, variant in variants:
     settings = settings_from_config(module.get_config(variant))
     stored = plain(dataclasses.asdict(settings))
     assert settings_from_config(stored) == settings
@@ -68,6 +72,26 @@ def test_minutes_scale_the_stages_of_scenes():
   for name in SECTIONS:
     for field in set(fifteen[name]) - scheduled:
       assert two[name][field] == fifteen[name][field]
+
+
+def test_the_world_that_needs_its_bank_shows_each_rare_object_where_training_and_evaluation_ask():
+  settings = settings_from_config(scenes.get_config("neighbors"))
+  world = settings.scenes
+  names = scene_world.rare_objects(world)
+  assert len(names) == len(scene_world.RARE)
+  heldout = sum(map(scene_world.is_heldout_rare, names))
+  assert world.bank == len(names) + 3 * heldout
+  counts = collections.Counter(
+    (placed.object, placed.color)
+    for scene in scene_world.bank_scenes(world)[: world.bank]
+    for placed in scene.objects
+  )
+  assert len(counts) == len(names)  # One color each.
+  assert collections.Counter(counts.values()) == {1: len(names) - heldout, 4: heldout}
+  others = ("scenes", "retrieval", "data", "model", "vqgan", "train", "clip")
+  fifteen = scenes.get_config("15")
+  for name in set(SECTIONS) - set(others):
+    assert scenes.get_config("neighbors")[name] == fifteen[name]
 
 
 @pytest.mark.parametrize("variant", ["", "0", "-3", "soon"])
