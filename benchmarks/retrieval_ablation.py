@@ -11,8 +11,6 @@ docs/retrieval_ablation.md.
 import dataclasses
 import os
 import pathlib
-import signal
-import subprocess
 import sys
 import time
 
@@ -20,7 +18,7 @@ from absl import app, flags, logging
 import jax
 import numpy as np
 
-from benchmarks import ablation_table, drawing_styles
+from benchmarks import ablation_table, drawing_styles, stage_command
 from benchmarks.ablation_table import Run
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
@@ -38,7 +36,6 @@ from cm3leon_jax.training import checkpoint
 
 # n documents, C candidates of each, K of which stand before it.
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = ("raw", "text_tokenizer", "vqgan", "documents", "clip", "neighbors")
 # A pair takes about 266 slots, so a row of 1,664 holds 6 of them alone, 3 with a neighbor or 2 with
 # two: all rows are equally full. Neighbors may be very similar: groups exclude variants.
@@ -98,23 +95,8 @@ class Ablation:
     return settings_from_config(config)
 
   def command(self, name: str, workdir: pathlib.Path, overrides: dict) -> None:
-    """Runs `python -m launch.NAME` and passes SIGTERM on to it; exits if it fails or stops."""
-    command = [
-      sys.executable,
-      "-m",
-      f"launch.{name}",
-      f"--config=ml_configs/openmoji.py:{self.minutes:g}",
-    ]
-    command += [
-      f"--workdir={workdir}",
-      *(f"--config.{field}={value}" for field, value in overrides.items()),
-    ]
-    with subprocess.Popen(command, cwd=ROOT) as process:
-      previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-      code = process.wait()
-      signal.signal(signal.SIGTERM, previous)
-    if code:
-      sys.exit(code)
+    """Runs a stage, see `stage_command.run`."""
+    stage_command.run(name, f"ml_configs/openmoji.py:{self.minutes:g}", workdir, overrides)
 
 
 @dataclasses.dataclass(frozen=True)

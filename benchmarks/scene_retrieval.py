@@ -11,8 +11,6 @@ so it can be stopped at any time. Method: docs/retrieval_ablation.md.
 import dataclasses
 import os
 import pathlib
-import signal
-import subprocess
 import sys
 import time
 
@@ -21,6 +19,7 @@ import jax
 import numpy as np
 
 from benchmarks import scene_retrieval_table as table
+from benchmarks import stage_command
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes as config_scenes
@@ -39,7 +38,6 @@ from cm3leon_jax.training import checkpoint
 
 # n held-out documents that are scored, I codes of an image.
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = ("raw", "text_tokenizer", "vqgan", "documents", "clip", "neighbors")
 CONDITIONS = {
   "neighbors": "trained with a neighbor",
@@ -84,16 +82,8 @@ class Experiment:
     return settings_from_config(config)
 
   def command(self, name: str, workdir: pathlib.Path, overrides: dict) -> None:
-    """Runs `python -m launch.NAME` and passes SIGTERM on to it; exits if it fails or stops."""
-    command = [sys.executable, "-m", f"launch.{name}", f"--workdir={workdir}"]
-    command += ["--config=ml_configs/scenes.py:neighbors"]
-    command += [f"--config.{field}={value}" for field, value in overrides.items()]
-    with subprocess.Popen(command, cwd=ROOT) as process:
-      previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-      code = process.wait()
-      signal.signal(signal.SIGTERM, previous)
-    if code:
-      sys.exit(code)
+    """Runs a stage, see `stage_command.run`."""
+    stage_command.run(name, "ml_configs/scenes.py:neighbors", workdir, overrides)
 
 
 @dataclasses.dataclass(frozen=True)
