@@ -163,7 +163,9 @@ def _initial_params(settings: Settings, workdir, start: Weights | None):
     return None
   codebook = ImageTokenizer.load(workdir / "vqgan").codebook
   key = jax.random.key(settings.seed)
-  return functools.partial(params_from_codebook, settings.model, settings.vocab, codebook, key)
+  return functools.partial(
+    params_from_codebook, settings.model, settings.vocab.text_size, codebook, key
+  )
 
 
 def main(

@@ -11,7 +11,6 @@ import numpy as np
 
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.vocab import VocabLayout
 
 
 def whitened(codebook: Float[np.ndarray, "C d"]) -> Float[np.ndarray, "C d"]:
@@ -24,7 +23,7 @@ def whitened(codebook: Float[np.ndarray, "C d"]) -> Float[np.ndarray, "C d"]:
 
 def params_from_codebook(
   config: ModelConfig,
-  vocab: VocabLayout,
+  text_size: int,
   codebook: Float[np.ndarray, "C d"],
   key: Key[Array, ""],
 ) -> dict:
@@ -36,15 +35,15 @@ def params_from_codebook(
 
   Args:
     config: of the model.
-    vocab: its last ids are the image codes.
+    text_size: first id of an image code; the last ids are the codes.
     codebook: of the image tokenizer.
     key: as for `transformer.init_params`.
   """
   share, codes = config.codebook_start, whitened(np.asarray(codebook, np.float32))
   projection = jax.random.normal(jax.random.fold_in(key, 1), (codes.shape[1], config.width))
   rows = jnp.asarray(codes) @ projection / math.sqrt(codes.shape[1])
-  rows = jnp.pad(rows, ((vocab.text_size, 0), (0, 0)))
-  is_code = jnp.arange(vocab.size)[:, None] >= vocab.text_size
+  rows = jnp.pad(rows, ((text_size, 0), (0, 0)))
+  is_code = jnp.arange(config.vocab_size)[:, None] >= text_size
 
   def start(table, std: float):
     layout = jax.typeof(table).sharding.spec

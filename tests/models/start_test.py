@@ -26,7 +26,7 @@ def start(config, shape=(1, 1, 1)):
   with jax.set_mesh(mesh_of(*shape)):
     key = jax.random.key(3)
     return (
-      jax.device_get(params_from_codebook(config, VOCAB, codebook(), key)),
+      jax.device_get(params_from_codebook(config, VOCAB.text_size, codebook(), key)),
       jax.device_get(transformer.init_params(config, key)),
     )
 
