@@ -18,7 +18,8 @@ from absl import app, flags, logging
 import jax
 import numpy as np
 
-from benchmarks import ablation_table, drawing_styles, stage_command
+from benchmarks import ablation_table, drawing_styles
+from benchmarks import experiment as experiment_lib
 from benchmarks.ablation_table import Run
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
@@ -95,8 +96,8 @@ class Ablation:
     return settings_from_config(config)
 
   def command(self, name: str, workdir: pathlib.Path, overrides: dict) -> None:
-    """Runs a stage, see `stage_command.run`."""
-    stage_command.run(name, f"ml_configs/openmoji.py:{self.minutes:g}", workdir, overrides)
+    """Runs a stage, see `experiment.run_stage`."""
+    experiment_lib.run_stage(name, f"ml_configs/openmoji.py:{self.minutes:g}", workdir, overrides)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,16 +312,7 @@ def main(argv) -> None:
   args = flags.FLAGS
   logging.set_verbosity(logging.WARNING)
   try:
-    if len(argv) > 1:
-      raise UserError(
-        f"unexpected argument '{argv[1]}': this command takes flags only (--name=value)."
-      )
-    names = [name for name in CONDITIONS if name in args.conditions]
-    if not names or {*args.conditions} - {*names}:
-      raise UserError(
-        f"--conditions is '{','.join(args.conditions)}'; "
-        f"it must name some of {','.join(CONDITIONS)}."
-      )
+    names = experiment_lib.chosen_conditions(argv, args.conditions, CONDITIONS)
     ablation = Ablation(pathlib.Path(args.workdir).resolve(), args.steps, args.minutes)
     result = ablate(ablation, names, args.seeds)
   except drawing_styles.Skipped as missing:

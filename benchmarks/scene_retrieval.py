@@ -18,8 +18,8 @@ from absl import app, flags, logging
 import jax
 import numpy as np
 
+from benchmarks import experiment as experiment_lib
 from benchmarks import scene_retrieval_table as table
-from benchmarks import stage_command
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes as config_scenes
@@ -82,8 +82,8 @@ class Experiment:
     return settings_from_config(config)
 
   def command(self, name: str, workdir: pathlib.Path, overrides: dict) -> None:
-    """Runs a stage, see `stage_command.run`."""
-    stage_command.run(name, "ml_configs/scenes.py:neighbors", workdir, overrides)
+    """Runs a stage, see `experiment.run_stage`."""
+    experiment_lib.run_stage(name, "ml_configs/scenes.py:neighbors", workdir, overrides)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,16 +312,7 @@ def main(argv) -> None:
   args = flags.FLAGS
   logging.set_verbosity(logging.WARNING)
   try:
-    if len(argv) > 1:
-      raise UserError(
-        f"unexpected argument '{argv[1]}': this command takes flags only (--name=value)."
-      )
-    names = [name for name in CONDITIONS if name in args.conditions]
-    if not names or {*args.conditions} - {*names}:
-      raise UserError(
-        f"--conditions is '{','.join(args.conditions)}'; "
-        f"it must name some of {','.join(CONDITIONS)}."
-      )
+    names = experiment_lib.chosen_conditions(argv, args.conditions, CONDITIONS)
     experiment = Experiment(
       pathlib.Path(args.workdir).resolve(), args.steps, args.heldout, args.judged
     )

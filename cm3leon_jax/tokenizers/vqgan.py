@@ -367,11 +367,6 @@ class ImageTokenizer:
     )
     parameters.save(folder / PARAMS, self.params)
 
-  @property
-  def codebook(self) -> np.ndarray:
-    """Returns the codes, [K, E] float32 of norm 1."""
-    return np.asarray(l2_normalize(self.params["codebook"]["table"]))
-
   def encode(self, images: np.ndarray) -> np.ndarray:
     """Encodes images, uint8 [B, H, W, 3], to codes, int32 [B, T], row by row of the image.
 
