@@ -70,6 +70,22 @@ def built(tmp_path_factory):
   return root
 
 
+def test_words_are_counted_in_the_whole_bank_and_not_in_held_out_captions(tmp_path):
+  captions = {"train": "a red bell", "bank": "a blue bell", "heldout": "a bell"}
+  pairs = [{"key": s, "caption": caption, "split": s} for s, caption in captions.items()]
+  write_raw(tmp_path / "raw", pairs, np.zeros((3, 16, 16, 3), np.uint8))
+  lexical.count_words(str(tmp_path / "raw"), tmp_path, 0.5, WORDS, Runner())
+  stored = read_json(tmp_path / lexical.FILE)
+  words = {word: str(lexical.bucket(word)) for word in ("a", "red", "blue", "bell")}
+  assert stored["documents"] == 2
+  assert {word: stored["counts"][b] for word, b in words.items()} == {
+    "a": 2,
+    "red": 1,
+    "blue": 1,
+    "bell": 2,
+  }
+
+
 def uniform(weight=0.5, width=WORDS):
   """A lexical part in which all words have the same weight."""
   return Lexical(weight, width, np.ones(BUCKETS))
