@@ -1,4 +1,4 @@
-"""AdamW with clipping, warm-up and decay, and the average of the parameters."""
+"""AdamW or Muon with clipping, warm-up and decay, and the average of the parameters."""
 
 from typing import Annotated, Literal
 
@@ -6,20 +6,36 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
 
+# The matrices that Muon updates: axes of what they map from and to; other axes stack matrices.
+MATRICES = {
+  "qkv": MuonDimensionNumbers((-3,), (-2, -1)),
+  "out": MuonDimensionNumbers((-3, -2), (-1,)),
+  "up": MuonDimensionNumbers((-2,), (-1,)),
+  "gate": MuonDimensionNumbers((-2,), (-1,)),
+  "down": MuonDimensionNumbers((-2,), (-1,)),
+}
+UPDATE_RMS = 0.2  # Of AdamW, about; Liu et al. 2025 give Muon the same.
+
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class OptimizerConfig:
-  """AdamW and its schedule.
+  """The optimizer and its schedule.
 
   Defaults: the tutorial's learning rate and schedule (paper: 1.2e-4 for 7B, schedule unstated),
   OPT's other numbers.
   """
 
+  name: Literal["adamw", "muon"] = "adamw"
+  """`muon` (Jordan et al. 2024; as in Liu et al. 2025, https://arxiv.org/abs/2502.16982) makes the
+  averaged gradients of the layers' matrices orthogonal; AdamW with Nesterov's momentum updates the
+  rest. Both have one learning rate and weight decay, since Muon's updates are as large as AdamW's.
+  """
   learning_rate: PositiveFloat = 1e-4
   """Peak learning rate, reached after `warmup_steps` of linear growth from 0."""
   warmup_steps: NonNegativeInt = 1_500
@@ -29,7 +45,7 @@ class OptimizerConfig:
   final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
   """Learning rate at the last step, as a share of the peak."""
   b1: Annotated[float, Field(ge=0, le=1)] = 0.9
-  """Decay rate of Adam's first moment."""
+  """Decay rate of Adam's first moment. Muon's is 0.95."""
   b2: Annotated[float, Field(ge=0, le=1)] = 0.95
   """Decay rate of Adam's second moment."""
   eps: PositiveFloat = 1e-8
@@ -76,16 +92,54 @@ def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTrans
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in without_decay, params)
 
   schedule, moment = learning_rate_schedule(config, steps), jnp.dtype(config.first_moment_dtype)
-  adamw = optax.adamw(
-    schedule,
-    config.b1,
-    config.b2,
-    config.eps,
+  if config.name == "adamw":
+    return optax.chain(
+      optax.clip_by_global_norm(config.clip_norm),
+      optax.adamw(
+        schedule,
+        config.b1,
+        config.b2,
+        config.eps,
+        mu_dtype=moment,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+      ),
+    )
+  directions = muon(
+    learning_rate=-1.0,  # The last of the chain has sign and rate.
     mu_dtype=moment,
-    weight_decay=config.weight_decay,
-    mask=decayed,
+    adam_b1=config.b1,
+    adam_b2=config.b2,
+    eps=config.eps,
+    muon_weight_dimension_numbers=_matrices,
+    consistent_rms=UPDATE_RMS,
   )
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    _on_any_layout(directions),
+    optax.add_decayed_weights(config.weight_decay, decayed),
+    optax.scale_by_learning_rate(schedule),
+  )
+
+
+def _matrices(params: dict) -> dict:
+  """Returns the dimensions of each matrix of `MATRICES`, and None for other parameters."""
+  return jax.tree.map_with_path(lambda path, _: MATRICES.get(path[-1].key), params)
+
+
+def _on_any_layout(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Lets the compiler lay out the products of matrices that are split over a mesh.
+
+  Updates and state keep the layout of the parameters.
+  """
+
+  def update(updates, state, params):
+    if jax.sharding.get_abstract_mesh().empty:
+      return inner.update(updates, state, params)
+    layout = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
+    return jax.sharding.auto_axes(inner.update, out_sharding=layout)(updates, state, params)
+
+  return optax.GradientTransformation(inner.init, update)
 
 
 def update_average(average: dict, params: dict, decay: float, step: Int32[Array, ""]) -> dict:

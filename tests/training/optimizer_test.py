@@ -117,3 +117,36 @@ def test_the_average_is_the_recursion_of_its_documentation():
     average = decay * average + (1 - decay) * new
     found = update_average(found, {"a": jnp.float32(new)}, 0.5, jnp.int32(step))
     np.testing.assert_allclose(found["a"], average, rtol=1e-5, atol=1e-6)
+
+
+def test_muon_makes_the_updates_of_matrices_orthogonal_and_of_the_size_of_adamw():
+  """Each matrix of the stack, read with its heads side by side; the rest is AdamW's."""
+  rng = np.random.default_rng(0)
+  shapes = {"qkv": (2, 3, 8, 2, 3), "out": (2, 2, 3, 8), "up": (2, 8, 12), "embed": (5, 8)}
+  gradients = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
+  optimizer = create_optimizer(
+    OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0), 10
+  )
+  params = jax.tree.map(jnp.zeros_like, gradients)
+  updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+  matrices = {"qkv": (6, 8, 6), "out": (2, 6, 8), "up": (2, 8, 12)}
+  for name, shape in matrices.items():
+    # Five iterations bring all singular values of a full matrix near 1 (Jordan et al. 2024).
+    values = np.linalg.svd(np.asarray(updates[name]).reshape(shape), compute_uv=False)
+    assert np.all(np.abs(values / (0.2 * max(shape[1:]) ** 0.5) - 1) < 0.35), name
+    assert np.vdot(updates[name], gradients[name]) < 0
+    raw = np.linalg.svd(np.asarray(gradients[name]).reshape(shape), compute_uv=False)
+    assert raw.max() / raw.min() > 3  # The gradients are far from orthogonal.
+  embed = updates["embed"] * -jnp.sign(gradients["embed"])
+  np.testing.assert_allclose(embed, embed[0, 0], rtol=1e-3)  # Adam's first step.
+
+
+def test_muon_decays_what_adamw_decays():
+  config = OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.5)
+  optimizer = create_optimizer(config, 10)
+  params = {"norm": {"scale": jnp.ones(3)}, "up": jnp.ones((3, 3)), "embed": jnp.ones(3)}
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+  np.testing.assert_allclose(updates["norm"]["scale"], 0)
+  np.testing.assert_allclose(updates["up"], -0.5)
+  np.testing.assert_allclose(updates["embed"], -0.5)

@@ -18,6 +18,7 @@ from cm3leon_jax.training.state import TrainState, init_state, train_step
 from tests.models.tiny import CONFIG, mesh_of, model_logits, random_params
 
 OPTIMIZER = create_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=2), 10)
+MUON = create_optimizer(OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=2), 10)
 B, L = 8, 16
 
 
@@ -31,11 +32,11 @@ def make_batch(seed=0):
   return {**batch, "segment_ids": np.ones((B, L), np.int32), "positions": positions}
 
 
-def run(shape, accumulation, steps=3, z_loss=0.0, **fields):
+def run(shape, accumulation, steps=3, z_loss=0.0, optimizer=OPTIMIZER, **fields):
   config = dataclasses.replace(CONFIG, **fields)
   with jax.set_mesh(mesh_of(*shape)):
-    state = init_state(config, OPTIMIZER, jax.random.key(0))
-    step = jax.jit(lambda s, b: train_step(config, OPTIMIZER, 60, accumulation, s, b, z_loss))
+    state = init_state(config, optimizer, jax.random.key(0))
+    step = jax.jit(lambda s, b: train_step(config, optimizer, 60, accumulation, s, b, z_loss))
     losses = []
     for i in range(steps):
       batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in make_batch(i).items()}
@@ -79,6 +80,16 @@ def test_mesh_and_accumulation_change_nothing(reference, shape, accumulation):
   for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(reference[1].params)):
     np.testing.assert_allclose(a, b, atol=2e-4)
   assert losses[2, 0] != losses[0, 0]
+
+
+def test_a_mesh_changes_nothing_of_muon(reference):
+  """Its matrices are split over the mesh, and their products are not."""
+  losses, state = run((1, 1, 1), 1, optimizer=MUON)
+  split, split_state = run((2, 2, 2), 1, optimizer=MUON)
+  np.testing.assert_allclose(split, losses, rtol=2e-5)
+  for a, b in zip(jax.tree.leaves(split_state.params), jax.tree.leaves(state.params)):
+    np.testing.assert_allclose(a, b, atol=2e-4)
+  assert abs(losses[2, 0] - reference[0][2, 0]) > 1e-3
 
 
 def test_unrolled_layers_change_nothing(reference):
