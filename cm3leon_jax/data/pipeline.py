@@ -3,6 +3,7 @@
 # B rows of a batch, L slots of a row, T tokens of a sample.
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import grain
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from cm3leon_jax.data import cm3
 from cm3leon_jax.data.documents import Document, Segment
 from cm3leon_jax.data.plan import RowPlan
-from cm3leon_jax.data.sample_plan import SamplePlan
+from cm3leon_jax.data.sample_plan import DataConfig, SamplePlan
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 
@@ -36,13 +37,22 @@ def join(documents: list[Document], vocab: VocabLayout) -> np.ndarray:
   return np.concatenate([*parts[:-1], [vocab.eos]]).astype(np.int32)
 
 
+class Sample(NamedTuple):
+  """The tokens of a sample, [T] int32; their weights as targets, [T] float32; and which of them are
+  image codes of the document itself and no neighbor's, [T] bool."""
+
+  tokens: np.ndarray
+  weights: np.ndarray
+  own_codes: np.ndarray
+
+
 def build_sample(
   document: Document,
   neighbors: list[Document],
   plan: SamplePlan,
   vocab: VocabLayout,
   neighbor_weight: float,
-):
+) -> Sample:
   """Builds the sample of a plan: neighbors, document, CM3 spans, or `<mask:0>` and the image.
 
     spans [(6, 8)], neighbor_weight 0.1
@@ -50,9 +60,6 @@ def build_sample(
     weights = [0 .1 .1 .1 .1 .1 1 1 1 1 1 1 1 1 1]
     dropped
     tokens  = [</s> <mask:0> <break> 517 518 </s>], weights = [0 0 0 1 1 1]
-
-  Returns:
-    tokens [T] int32, and their weights as targets [T] float32.
 
   Raises:
     ValueError: the length is not the planned one, because the store changed after planning.
@@ -65,6 +72,7 @@ def build_sample(
     weights = np.ones(len(tokens), np.float32)
     weights[:3] = 0
     tokens, weights = tokens[: plan.length], weights[: plan.length]
+    own = vocab.is_image(tokens)
   else:
     joined = join([*neighbors, document], vocab)
     before = sum(len(s.tokens) + 1 for d in neighbors for s in d.segments)
@@ -74,12 +82,13 @@ def build_sample(
     layout = cm3.cm3_layout(len(joined), plan.spans)[: plan.length]
     tokens = cm3.apply_cm3_mask(joined, plan.spans, vocab)[: plan.length]
     weights = joined_weights[layout]
+    own = (layout > before) & vocab.is_image(tokens)
   if len(tokens) != plan.length:
     raise ValueError(
       f"document '{document.key}' gives a sample of {len(tokens)} tokens, "
       f"planned were {plan.length}: the store changed after planning; start the run again."
     )
-  return tokens, weights
+  return Sample(tokens, weights, own)
 
 
 def pack_row(
@@ -133,10 +142,19 @@ class RowLoader:
     self.plan, self.vocab, self.align_images = plan, vocab, align_images
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-    samples = [self._sample(*placement[:3]) for placement in self.plan.row(i)]
-    return pack_row(samples, self.plan.config.sequence_length, self.vocab, self.align_images)
+    config, placements = self.plan.config, self.plan.row(i)
+    samples = [self._sample(*placement[:3]) for placement in placements]
+    pairs = [sample[:2] for sample in samples]
+    row = pack_row(pairs, config.sequence_length, self.vocab, self.align_images)
+    if config.code_dropout:
+      at = 0
+      for placement, sample in zip(placements, samples):
+        hidden = hidden_codes(sample.own_codes, self.plan.code_generator(*placement[:3]), config)
+        row["inputs"][at : at + len(hidden) - 1][hidden[:-1]] = self.vocab.unk
+        at += len(hidden) - 1
+    return row
 
-  def _sample(self, source: int, pass_: int, unit: int):
+  def _sample(self, source: int, pass_: int, unit: int) -> Sample:
     spec, units = self.plan.sources[source], self.plan.units[source]
     plan = self.plan.plan(source, pass_, unit)
     index, start = units.locate(unit)
@@ -150,6 +168,15 @@ class RowLoader:
     return build_sample(
       document, neighbors, plan, self.vocab, self.plan.config.neighbor_loss_weight
     )
+
+
+def hidden_codes(own_codes: np.ndarray, rng: np.random.Generator, config: DataConfig) -> np.ndarray:
+  """Chooses the codes of a sample that its decoder reads as `<unk>`, [T] bool.
+
+  Their share is uniform in [0, `code_dropout`], so that decoders see whole images, too.
+  """
+  share = config.code_dropout * rng.random()
+  return own_codes & (rng.random(len(own_codes)) < share)
 
 
 def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> list[int]:

@@ -123,13 +123,13 @@ class SampleGenerators(threading.local):
     self._generator = np.random.Generator(self._philox)
     self._state = self._philox.state
 
-  def at(self, key: np.ndarray, unit: int) -> np.random.Generator:
-    """Returns the stream of `unit` at its start; valid until the next call in this thread.
+  def at(self, key: np.ndarray, unit: int, stream: int = 0) -> np.random.Generator:
+    """Returns a stream of `unit` at its start; valid until the next call in this thread.
 
     Philox is a function of key, [2] uint64, and counter (Salmon et al. 2011): streams whose
     counters differ in a high word never overlap.
     """
-    self._state["state"] = {"key": key, "counter": (0, 0, unit, 0)}
+    self._state["state"] = {"key": key, "counter": (0, 0, unit, stream)}
     self._philox.state = self._state
     return self._generator
 
@@ -237,6 +237,10 @@ class RowPlan:
       candidates = [spec.bank.segment_lengths(j)[0].tolist() for j in ids]
     rng = self._generators.at(self._pass_seeds(source, pass_)[0], unit)
     return plan_sample(lengths, is_image, candidates, rng, self.config, self.max_spans)
+
+  def code_generator(self, source: int, pass_: int, unit: int) -> np.random.Generator:
+    """Returns the stream of the hidden codes of a unit, see `SampleGenerators.at`."""
+    return self._generators.at(self._pass_seeds(source, pass_)[0], unit, 1)
 
   def _rows_of(self, window: int) -> list[list[Placement]]:
     if window not in self._windows:

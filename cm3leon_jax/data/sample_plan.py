@@ -34,6 +34,11 @@ class DataConfig:
   """Share of the remaining samples with an image whose caption and neighbors are replaced by one
   sentinel, as in the unconditional stream of guidance (tutorial: 10%; the paper drops
   nothing)."""
+  code_dropout: typing.Annotated[float, Field(ge=0, le=1)] = 0.0
+  """Largest share of the codes of a document's own images that the decoder does not see: it reads
+  `<unk>` and predicts the code all the same (word dropout, Bowman et al. 2016, section 3.1). Each
+  sample draws a share in [0, code_dropout]. What its own image does not tell, a decoder has to
+  look up in caption and neighbors."""
   mean_spans: NonNegativeFloat = 1.0
   """Lambda of the Poisson distribution of the number of spans; 0: plain causal prediction."""
   whole_segment_rate: typing.Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -74,6 +79,7 @@ class DataConfig:
       neighbor_sampling="best",
       neighbor_dropout=0.0,
       condition_dropout=0.0,
+      code_dropout=0.0,
       mean_spans=0.0,
       neighbor_loss_weight=0.0,
     )

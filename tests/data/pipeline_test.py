@@ -38,29 +38,32 @@ def test_join_literal():
 
 
 def test_conditioning_drop_literal():
-  tokens, weights = build_sample(DOCUMENT, [], SamplePlan((), True, (), 6), VOCAB, 1.0)
+  tokens, weights, own = build_sample(DOCUMENT, [], SamplePlan((), True, (), 6), VOCAB, 1.0)
   np.testing.assert_array_equal(tokens, [EOS, MASK, BRK, 517, 518, EOS])
   np.testing.assert_array_equal(weights, [0, 0, 0, 1, 1, 1])
+  assert np.flatnonzero(own).tolist() == [3, 4]
 
 
 def test_weights_follow_tokens_through_the_mask():
   plan = SamplePlan((0,), False, ((6, 8),), 15)
-  tokens, weights = build_sample(DOCUMENT, [NEIGHBOR], plan, VOCAB, 0.1)
+  tokens, weights, own = build_sample(DOCUMENT, [NEIGHBOR], plan, VOCAB, 0.1)
   expected = [EOS, 50, BRK, 519, 520, BRK, MASK, BRK, 517, 518, EOS, MASK, 40, 41, EOSS]
   np.testing.assert_array_equal(tokens, expected)
   np.testing.assert_array_equal(weights, np.float32([0, *[0.1] * 5, *[1] * 9]))
+  assert np.flatnonzero(own).tolist() == [8, 9]  # 519 and 520 are the neighbor's.
 
 
 def test_infill_in_a_neighbor_keeps_the_neighbors_weight():
-  tokens, weights = build_sample(
+  tokens, weights, own = build_sample(
     DOCUMENT, [NEIGHBOR], SamplePlan((0,), False, ((1, 2),), 15), VOCAB, 0.5
   )
   assert tokens[12:].tolist() == [MASK, 50, EOSS]
   assert weights[12:].tolist() == [1, 0.5, 1]
+  assert tokens[own].tolist() == [517, 518]
 
 
 def test_a_document_that_alone_does_not_fit_loses_its_tail():
-  tokens, _ = build_sample(DOCUMENT, [], SamplePlan((), False, (), 5), VOCAB, 1.0)
+  tokens, _, _ = build_sample(DOCUMENT, [], SamplePlan((), False, (), 5), VOCAB, 1.0)
   np.testing.assert_array_equal(tokens, [EOS, 40, 41, BRK, 517])
 
 
@@ -170,6 +173,30 @@ def test_neighbor_weight_reaches_the_rows(tmp_path):
   plan = make_plan(sources, neighbor_loss_weight=0.25, text_share=0.3)
   values = {float(w) for i in range(20) for w in RowLoader(plan, VOCAB)[i]["loss_weights"]}
   assert values == {0.0, 0.25, 1.0}
+
+
+def test_hidden_codes_are_those_of_the_documents_own_images(tmp_path):
+  """Neighbors weigh 0.25 here, so that their codes can be told from the document's."""
+  sources = make_sources(tmp_path)
+  fields = {"neighbor_loss_weight": 0.25, "text_share": 0.3, "sequence_length": 256}
+  whole = RowLoader(make_plan(sources, **fields), VOCAB)
+  hiding = RowLoader(make_plan(sources, code_dropout=0.8, **fields), VOCAB)
+  shares = []
+  for i in range(40):
+    row, partly = whole[i], hiding[i]
+    for name in ("targets", "loss_weights", "segment_ids", "positions"):
+      np.testing.assert_array_equal(row[name], partly[name])
+    hidden = row["inputs"] != partly["inputs"]
+    assert (partly["inputs"][hidden] == VOCAB.unk).all()
+    # An input is the target of the slot before it.
+    own = VOCAB.is_image(row["inputs"]) & (np.roll(row["loss_weights"], 1) == 1)
+    assert not (hidden & ~own).any()
+    for segment in set(row["segment_ids"][own].tolist()):
+      mine = own & (row["segment_ids"] == segment)
+      shares.append(hidden[mine].mean())
+    np.testing.assert_array_equal(hiding[i]["inputs"], partly["inputs"])  # The same again.
+  assert np.mean(shares) == pytest.approx(0.4, abs=0.06)
+  assert np.std(shares) > 0.15  # One share for all would give less.
 
 
 class HostSharding:

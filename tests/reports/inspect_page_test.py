@@ -60,7 +60,7 @@ def view_of(document, neighbors=(), spans=(), dropped=False, length=200):
   size = min(4 + IMAGE_TOKENS if dropped else tokens, length + 1)
   plan = SamplePlan(tuple(range(len(neighbors))), dropped, spans, size)
   row = pipeline.pack_row(
-    [pipeline.build_sample(document, documents, plan, VOCAB, 1.0)], length, VOCAB
+    [pipeline.build_sample(document, documents, plan, VOCAB, 1.0)[:2]], length, VOCAB
   )
   (sample,) = row_parts.split_row(row, VOCAB)
   view = inspect.view_sample(sample, inspect.Origin(document, tuple(neighbors), 0), VOCAB, length)

@@ -29,7 +29,7 @@ def make_view():
     ),
     pipeline.build_sample(document, [], SamplePlan((), True, (), 8), VOCAB, 0.5),
   ]
-  row = pipeline.pack_row(samples, 28, VOCAB)
+  row = pipeline.pack_row([sample[:2] for sample in samples], 28, VOCAB)
   first, second = row_parts.split_row(row, VOCAB)
   origin = inspect.Origin(document, (inspect.Neighbor(neighbor, 2, 4, 0.5),), 0)
   views = [

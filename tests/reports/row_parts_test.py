@@ -32,6 +32,18 @@ def make_row(*samples, length=24):
   )
 
 
+def test_codes_that_the_decoder_does_not_see_are_shown_all_the_same():
+  row = make_row(TOKENS)
+  place = np.flatnonzero(VOCAB.is_image(row["inputs"]))[0]
+  row["inputs"][place] = VOCAB.unk
+  (sample,) = row_parts.split_row(row, VOCAB)
+  np.testing.assert_array_equal(sample.tokens, TOKENS)
+  text = np.flatnonzero(~VOCAB.is_image(row["inputs"]))[1]
+  row["inputs"][text] = VOCAB.unk
+  with pytest.raises(ValueError, match="a target is not the next input"):
+    row_parts.split_row(row, VOCAB)
+
+
 def test_a_row_is_cut_into_its_samples():
   row = make_row(TOKENS, [EOS, C, EOS])
   first, second = row_parts.split_row(row, VOCAB)
