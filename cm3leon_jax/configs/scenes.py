@@ -14,7 +14,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import base
 
 STEPS = {"vqgan": 1_500, "clip": 250, "train": 4_200}  # In 15 minutes.
-LONG_STEPS = {"vqgan": 8_000, "clip": 800, "train": 4_000}
+LONG_STEPS = {"vqgan": 6_000, "clip": 250, "train": 4_000}
 NEIGHBORS_STEPS = {"vqgan": 4_000, "clip": 250, "train": 2_400}
 NAMED = {"long": LONG_STEPS, "neighbors": NEIGHBORS_STEPS}
 
@@ -67,15 +67,13 @@ def get_config(variant: str = "15"):
   config.train.update({"checkpoint_every": min(400, max(5, config.train.steps // 12))})
   config.train.update({"eval_every": max(5, config.train.steps // 8)})
   config.train.update({"sample_every": max(5, config.train.steps // 3)})
-  if variant == "neighbors":
+  if variant in NAMED:
     _learn_to_copy(config)
   if variant == "long":
-    config.scenes.update({"train": 100_000, "shares": ()})
+    config.scenes.update({"train": 40_000, "shares": (1.0, 3.0, 1.0, 0.7, 1.0, 1.5, 3.0)})
     config.model.update({"width": 192, "num_heads": 3, "mlp_width": 448})
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "ema_decay": 0.998})
-    config.data.update({"num_neighbors": 0})
     config.evaluation.update({"scenes": 600, "scene_guidance": (1.0, 1.5, 2.0, 3.0)})
-    config.evaluation.update({"scene_neighbors": 0})
     config.train.update({"global_batch_size": 4, "eval_batches": 16})
   return config
 
@@ -88,13 +86,17 @@ def _learn_to_copy(config) -> None:
   # Training shows a rare object about twice. Captions that name a place have neighbors that show
   # the same there; the others (counting, two objects) are few, because theirs teach nothing.
   config.scenes.update({"train": 9_000, "shares": (1.5, 3.0, 0.5, 0.3, 0.3, 0.5, 2.4)})
-  # The bank has each of them once at the same place, and those that are held out at all four.
-  config.scenes.update({"rare_objects": 1_550, "bank": 2_513})
+  # The bank has each of them once at the same place, and common ones and those that are held out at
+  # all four. Nothing else is searched: a training scene of the same object and color elsewhere
+  # would be nearer to a caption than the same place.
+  config.scenes.update({"rare_objects": 1_550, "bank": 2_673})
+  config.retrieval.update({"train_documents": False})
   # A CLIP of minutes knows no names. Groups keep out copies of the document itself.
   config.retrieval.update({"lexical_weight": 0.85, "lexical_width": 512, "max_similarity": 1.0})
   config.retrieval.update({"query_dropout": 0.0, "backend": "exact"})
   config.data.update({"neighbor_sampling": "best", "neighbor_dropout": 0.1})
-  config.data.update({"neighbor_loss_weight": 0.1})
+  config.data.update({"neighbor_loss_weight": 0.1, "code_dropout": 0.6})
   # A neighbor's image stands at the same positions, and codes of one shape in two colors start
   # alike.
   config.model.update({"align_images": True, "codebook_start": 0.5, "tied_start": True})
+  config.optimizer.update({"name": "muon"})

@@ -36,9 +36,9 @@ class Report:
 def check(folder: epath.PathLike) -> Report:
   """Compares the facts of the held-out pairs in a raw folder with those of its training pairs.
 
-  A scene has leaked if training shows one of the same facts; if it is held out for a pair of object
-  and color, two objects or a rare object, also if training shows all that it has of these. Of a
-  rare object the bank must not show the color either.
+  A scene has leaked if training or the bank shows one of the same facts; if it is held out for a
+  pair of object and color, two objects or a rare object, also if they show all that it has of
+  these. Only rare objects may be in the bank, but not in the color of the held-out scene.
   """
   heldout = list(_pairs(folder, "heldout"))
   train, seen = 0, {kind: set() for kind in KINDS}
@@ -47,7 +47,11 @@ def check(folder: epath.PathLike) -> Report:
     for kind in KINDS:
       seen[kind] |= _shown(pair.facts, kind)
   leaked, first = dict.fromkeys(KINDS, 0), []
-  in_bank = {shown for pair in _pairs(folder, "bank") for shown in _shown(pair.facts, "pair")}
+  in_bank = set()
+  for pair in _pairs(folder, "bank"):
+    in_bank |= _shown(pair.facts, "pair")
+    for kind in set(KINDS) - {"rare"}:
+      seen[kind] |= _shown(pair.facts, kind)
   for pair in heldout:
     kind = pair.facts["heldout"]
     if kind == "rare" and _shown(pair.facts, "pair") & in_bank:

@@ -125,6 +125,13 @@ def rare_color(name: str) -> str:
 
 
 @functools.cache
+def bank_color(name: str) -> str:
+  """Returns the color in which a common object stands alone only in the bank."""
+  known = [color for color in COLORS if color != HELDOUT_COLOR[name]]
+  return min(known, key=lambda color: fraction(f"scenes/bank/{name}/{color}"))
+
+
+@functools.cache
 def rare_place(name: str) -> str:
   """Returns the one place at which training shows a rare object, if it is not held out."""
   return min(PLACES, key=lambda place: fraction(f"scenes/place/{name}/{place}"))
@@ -193,6 +200,7 @@ def split_of_scene(scene: Scene) -> str:
   """Returns "train", "bank", or the first of these reasons why a scene is held out.
 
   Training shows a rare object in one scene, the others may be in the bank, which is not trained on.
+  So may scenes of a common object alone in its `bank_color`.
 
   - "rare": it shows a rare object that training never shows, in a color that the bank never shows.
   - "pair": it shows a common object in its held-out color.
@@ -209,6 +217,8 @@ def split_of_scene(scene: Scene) -> str:
     return "train" if all(placed.place == rare_place(placed.object) for placed in rare) else "bank"
   if any(HELDOUT_COLOR.get(placed.object) == placed.color for placed in scene.objects):
     return "pair"
+  if len(scene.objects) == 1 and scene.objects[0].color == bank_color(scene.objects[0].object):
+    return "bank"
   common = sorted({name for name in names if name in COMMON})
   if any(is_heldout_objects(a, b) for a, b in itertools.combinations(common, 2)):
     return "objects"
@@ -225,8 +235,8 @@ class ScenesConfig:
   """Number of held-out scenes, spread equally over the categories, and in each over the reasons for
   which scenes are held out."""
   bank: NonNegativeInt = 0
-  """Number of scenes of rare objects that are in the bank alone: retrieved, and never trained on,
-  in colors that neither training nor held-out scenes show the objects in."""
+  """Number of scenes of one object that are in the bank alone: retrieved, and never trained on, in
+  colors in which neither training nor held-out scenes show the object alone."""
   objects: tuple[str, ...] = tuple(COMMON)
   """Common objects that are used, by name."""
   colors: tuple[str, ...] = tuple(COLORS)
@@ -287,13 +297,19 @@ def rare_objects(config: ScenesConfig) -> tuple[str, ...]:
 
 @functools.cache
 def bank_scenes(config: ScenesConfig) -> tuple[Scene, ...]:
-  """Returns the distinct scenes of rare objects that only the bank may show, the most useful first.
+  """Returns the distinct scenes of one object that only the bank may show, the most useful first.
 
-  The first `rare_objects` + 3 x the held-out ones show each object of training once, at
-  `rare_place`, and each held-out one at all places, in one color each. The others show more places
-  and colors.
+  Four for each common object show it at all places, in its `bank_color`. Then `rare_objects` + 3 x
+  the held-out ones show each rare object of training once, at `rare_place`, and each held-out one
+  at all places, in one color each. The others show rare objects at more places and in more colors.
+  So among the first scenes of an object only the place can decide which is nearest to a caption.
   """
-  order = []
+  order = [
+    (-1, Scene((Placed(name, bank_color(name), place),)))
+    for name in config.objects
+    if bank_color(name) in config.colors
+    for place in PLACES
+  ]
   for name in rare_objects(config):
     colors = [color for color in config.colors if color != rare_color(name)]
     colors.sort(key=lambda color: fraction(f"scenes/color/{name}/{color}"))

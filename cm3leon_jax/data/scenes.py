@@ -71,7 +71,8 @@ def pair(config: ScenesConfig, split: str, index: int) -> RawPair:
     category, scene = _train_scene(config, rng)
     kind = ""
   elif split == "bank":
-    category, kind, scene = "rare", "", scene_world.bank_scenes(config)[index]
+    kind, scene = "", scene_world.bank_scenes(config)[index]
+    category = "colors" if scene.objects[0].object in scene_world.COMMON else "rare"
   else:
     category, kind, scene = _heldout_scene(config, index)
   # One wording in the bank, so that among scenes of an object the place decides, not the wording.

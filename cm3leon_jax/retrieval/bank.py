@@ -16,7 +16,7 @@ from cm3leon_jax.clip.model import CLIP, CONFIG, normalize
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import group_id
 from cm3leon_jax.data.records import SPLITS, RawPair
-from cm3leon_jax.io import read_json
+from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.lexical import Lexical
 from cm3leon_jax.shards import Runner, run_shards
@@ -53,6 +53,7 @@ class Embeddings:
       2.1).
     queries: [n, E] float16 of norm 1, captions, with query dropout in the split `train`.
     images: [n, E] float16 of norm 1.
+    first_bank: row of the first document of the split `bank`, n if there is none.
     groups: [n] uint64, see `documents.group_id`; equal for near duplicates.
     keys: [n] uint64, equal for the same document.
   """
@@ -63,11 +64,13 @@ class Embeddings:
     self.documents, self.queries, self.images, self.groups, self.keys = (
       ArrayStore(folder / name) for name in ARRAYS
     )
+    self.first_bank = read_json(folder / ROWS)["first_bank"]
 
   def __len__(self) -> int:
     return len(self.documents)
 
 
+ROWS = "rows.json"
 ARRAYS = ("documents", "queries", "images", "groups", "keys")
 
 
@@ -198,6 +201,8 @@ def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
   for _ in run_shards(job, configs, folder / "done" / "embed", runner, "embedding shards"):
     pass
   for split in set(FOLDERS.values()):
+    own = sum(shard.get(f"{split}_pairs", 0) for shard in raw.values())
+    write_json(folder / split / ROWS, {"first_bank": own})
     for name in ARRAYS:
       ArrayStore(folder / split / name).commit()
   return configs

@@ -179,7 +179,7 @@ def _leaves(n: int) -> tuple[int, int]:
 class BlockIndex:
   """Searches a bank of any size block by block, with one index in memory, and merges by score."""
 
-  def __init__(self, documents, backend: str, folder: epath.PathLike, rows: int):
+  def __init__(self, documents, backend: str, folder: epath.PathLike, rows: int, first: int = 0):
     """Opens the search.
 
     Args:
@@ -187,10 +187,11 @@ class BlockIndex:
       backend: "scann" or "exact", see `choose_backend`.
       folder: folder of the ScaNN indices, unused by exact search.
       rows: documents per ScaNN index; exact search takes at most `EXACT_ROWS`.
+      first: row of `documents` from which on they are searched; ids stay rows of `documents`.
     """
     self._documents, self.backend, self._folder = documents, backend, epath.Path(folder)
     n, rows = len(documents), rows if backend == "scann" else min(rows, EXACT_ROWS)
-    self.blocks = [(start, min(start + rows, n)) for start in range(0, n, rows)]
+    self.blocks = [(start, min(start + rows, n)) for start in range(first, n, rows)]
     self._load = functools.lru_cache(1)(self._open)
 
   def build_block(self, block: int) -> None:
@@ -238,7 +239,10 @@ def choose_backend(count: int, backend: str = "auto") -> str:
     UserError: there are no vectors, or ScaNN is not installed.
   """
   if not count:
-    raise UserError("the bank of neighbors is empty; retrieval needs at least one train pair.")
+    raise UserError(
+      "the bank of neighbors is empty; retrieval needs at least one train pair, or one pair of the "
+      "split bank if config.retrieval.train_documents is False."
+    )
   if backend == "auto":
     backend = "exact" if count < EXACT_BELOW else "scann"
   if backend == "scann":

@@ -49,6 +49,8 @@ class RetrievalConfig:
   index_rows: PositiveInt = 5_000_000
   """Documents of one ScaNN index. Building takes 2,048 bytes a document at an embedding width of
   512, searching about 1,040; fewer indices make the search cheaper."""
+  train_documents: bool = True
+  """Whether training documents can be neighbors, too; False: only those of the split `bank`."""
   query_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
   """Share of the caption's tokens that is left out when a training document is the query (paper:
   20%); with `lexical_weight` the same share of its words, for both parts of the query."""
@@ -109,15 +111,20 @@ class Retriever:
     """Opens the bank in `folder`; raises UserError if `build_neighbors` has not written it."""
     folder = epath.Path(folder)
     self.bank, self.config = Embeddings(folder / "train"), config
-    backend = index_lib.choose_backend(len(self.bank), config.backend)
+    self.first = 0 if config.train_documents else self.bank.first_bank
+    backend = index_lib.choose_backend(len(self), config.backend)
     self.index = index_lib.BlockIndex(
-      self.bank.documents, backend, folder / "index", config.index_rows
+      self.bank.documents, backend, folder / "index", config.index_rows, self.first
     )
     self.lexical = lexical.load(folder, config.lexical_weight, config.lexical_width)
 
+  def __len__(self) -> int:
+    """Number of documents that can be found."""
+    return len(self.bank) - self.first
+
   def search(self, queries: np.ndarray) -> np.ndarray:
     """Finds the nearest documents of queries [q, E]: ids [q, M], best first."""
-    return self.index.search(queries, min(self.config.max_candidates, len(self.bank)))[0]
+    return self.index.search(queries, min(self.config.max_candidates, len(self)))[0]
 
   def select(self, sides, documents, keys, groups, kept_per_side: int):
     """Selects the neighbors of q documents, see `select_neighbors`.
@@ -252,7 +259,7 @@ def build_neighbors(
   width += config.lexical_width if counted else 0
   embedded = embed(job, width, {**inputs, **counted}, runner)
   retriever = Retriever(folder, config)
-  backend, bank, blocks = retriever.index.backend, len(retriever.bank), retriever.index.blocks
+  backend, bank, blocks = retriever.index.backend, len(retriever), retriever.index.blocks
   if bank < index_lib.EXACT_BELOW and config.backend == "auto":
     print(
       f"neighbors: exact search, because {bank} documents are fewer than {index_lib.EXACT_BELOW}.",
@@ -313,7 +320,8 @@ def _search(
 
 def search_recall(retriever: Retriever, k: int = 2, most: int = 1_000) -> dict[str, float]:
   """Measures recall@k against exact search, on up to `most` queries of each side, and the mean."""
-  exact = index_lib.BlockIndex(retriever.bank.documents, "exact", "", index_lib.EXACT_ROWS)
+  documents, first = retriever.bank.documents, retriever.first
+  exact = index_lib.BlockIndex(documents, "exact", "", index_lib.EXACT_ROWS, first)
   recalls, rows = {}, np.arange(0, len(retriever.bank), -(-len(retriever.bank) // most))
   for name, array in (("text", retriever.bank.queries), ("image", retriever.bank.images)):
     queries = array[rows].astype(np.float32)
