@@ -77,13 +77,13 @@ class Experiment:
 
   def settings(self, overrides: dict) -> Settings:
     """Returns the checked config."""
-    config = config_scenes.get_config("neighbors")
+    config = config_scenes.get_config()
     config.update_from_flattened_dict(overrides)
     return settings_from_config(config)
 
   def command(self, name: str, workdir: pathlib.Path, overrides: dict) -> None:
     """Runs a stage, see `experiment.run_stage`."""
-    experiment_lib.run_stage(name, "ml_configs/scenes.py:neighbors", workdir, overrides)
+    experiment_lib.run_stage(name, "ml_configs/scenes.py", workdir, overrides)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,7 +331,7 @@ if __name__ == "__main__":  # Flags here: a test that imports this module define
     "workdir", "workdir/scene_retrieval", "Folder of all runs; an existing one continues."
   )
   flags.DEFINE_integer(
-    "steps", config_scenes.NEIGHBORS_STEPS["train"], "Training steps with neighbors.", lower_bound=1
+    "steps", config_scenes.STEPS["train"], "Training steps with neighbors.", lower_bound=1
   )
   flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of every condition.")
   flags.DEFINE_list("conditions", list(CONDITIONS), "Conditions to run.")

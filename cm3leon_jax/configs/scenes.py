@@ -4,37 +4,41 @@
   python -m launch.train --config=ml_configs/scenes.py:15 --workdir=workdir/scenes
 
 The variant is the time in minutes that all stages may take on two cores (default 15); it scales
-only the steps of the training stages. `long` is the recipe of the bundled model: more scenes, a
-larger decoder without neighbors, 39 minutes of training on one core. `neighbors` is the experiment
-of docs/retrieval_ablation.md: 8 minutes of training on one core, on a world that needs its bank.
-docs/design.md explains the choices.
+only the steps of the training stages. `long` is the recipe of the bundled model: more scenes and a
+larger decoder. docs/design.md explains the choices, docs/retrieval_ablation.md those that make a
+small decoder copy from its neighbors.
 """
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import base
 
-STEPS = {"vqgan": 1_500, "clip": 250, "train": 4_200}  # In 15 minutes.
+STEPS = {"vqgan": 2_500, "clip": 250, "train": 2_800}  # In 15 minutes.
 LONG_STEPS = {"vqgan": 6_000, "clip": 250, "train": 4_000}
-NEIGHBORS_STEPS = {"vqgan": 4_000, "clip": 250, "train": 2_400}
-NAMED = {"long": LONG_STEPS, "neighbors": NEIGHBORS_STEPS}
 
 
 def get_config(variant: str = "15"):
   try:
-    scale = 1.0 if variant in NAMED else float(variant) / 15
+    scale = 1.0 if variant == "long" else float(variant) / 15
   except ValueError:
     scale = 0.0
   if scale <= 0:
     raise UserError(
-      f"config variant '{variant}' of scenes.py must be a positive number of minutes, 'long', or "
-      "'neighbors'."
+      f"config variant '{variant}' of scenes.py must be a positive number of minutes, or 'long'."
     )
-  steps = {stage: max(10, round(n * scale)) for stage, n in STEPS.items()}
-  steps = NAMED.get(variant, steps)
+  steps = (
+    LONG_STEPS
+    if variant == "long"
+    else {stage: max(10, round(n * scale)) for stage, n in STEPS.items()}
+  )
   config = base.get_config()
   config.vocab.update({"num_special": 32, "text_size": 1_024, "image_size": 1_024})
-  # Colors are learned last, so captions that name one are more frequent than the rest.
-  config.scenes.update({"train": 30_000, "shares": (1.0, 2.0, 1.0, 1.0, 1.0, 2.0, 0.5)})
+  # Colors are learned last, so captions that name one are more frequent than the rest. Captions
+  # without a place have neighbors that show the object elsewhere, of which little is learned.
+  config.scenes.update({"train": 12_000, "shares": (1.0, 3.0, 1.0, 0.7, 1.0, 1.5, 3.0)})
+  # The bank has each rare object of training once, at the same place in another color, and common
+  # ones and those that are held out at all four places. Nothing else is searched: a training scene
+  # of the same object and color elsewhere would be nearer to a caption than the same place.
+  config.scenes.update({"rare_objects": 1_550, "bank": 2_673})
   config.raw.update({"source": "scenes", "resolution": 48, "max_texts": 0})
   # A code is one square of 6 x 6 pixels: an icon has 4 x 4 codes, the same wherever it stands.
   config.vqgan.update({"resolution": 48, "downsample": 6, "stem": 6, "local_codes": True})
@@ -48,9 +52,12 @@ def get_config(variant: str = "15"):
   config.clip.update({"warmup_fraction": 0.05, "weight_decay": 0.1, "text_dropout": 0.1})
   config.clip.update({"shift": 0.0, "color_jitter": 0.0, "checkpoint_every": 100})
   config.clip.update({"steps": steps["clip"]})
-  config.retrieval.update({"max_similarity": 0.97})
+  # A CLIP of minutes knows no names, so words are compared, too.
+  config.retrieval.update({"lexical_weight": 0.85, "lexical_width": 512, "max_similarity": 1.0})
+  config.retrieval.update({"query_dropout": 0.0, "backend": "exact", "train_documents": False})
   config.data.update({"sequence_length": 512, "text_share": 0.0, "pack_window": 1_024})
-  config.data.update({"num_neighbors": 1, "neighbor_dropout": 0.5})
+  config.data.update({"num_neighbors": 1, "neighbor_sampling": "best", "neighbor_dropout": 0.1})
+  config.data.update({"neighbor_loss_weight": 0.1, "code_dropout": 0.6})
   # In minutes, captions are learned before infilling.
   config.data.update({"mean_spans": 0.3})
   config.model.update({"family": "modern", "vocab_size": 2_048, "num_layers": 4, "width": 128})
@@ -58,7 +65,12 @@ def get_config(variant: str = "15"):
   config.model.update({"init_std": 0.034, "embed_std": 0.25})
   config.model.update({"dtype": "float32", "remat_policy": "none", "loss_chunk": 512})
   config.model.update({"unroll_layers": True})
-  config.optimizer.update({"learning_rate": 3e-3, "warmup_steps": 50, "weight_decay": 0.05})
+  # A neighbor's image stands at the same positions, and codes of one shape in two colors start
+  # alike.
+  config.model.update({"align_images": True, "codebook_start": 0.5, "tied_start": True})
+  config.optimizer.update(
+    {"name": "muon", "learning_rate": 3e-3, "warmup_steps": 50, "weight_decay": 0.05}
+  )
   config.optimizer.update({"ema_decay": 0.99})
   config.sampling.update({"temperature": 0.5, "guidance": 1.5})
   config.evaluation.update({"scenes": 240, "scene_guidance": (1.0, 1.5), "scene_neighbors": 1})
@@ -67,36 +79,10 @@ def get_config(variant: str = "15"):
   config.train.update({"checkpoint_every": min(400, max(5, config.train.steps // 12))})
   config.train.update({"eval_every": max(5, config.train.steps // 8)})
   config.train.update({"sample_every": max(5, config.train.steps // 3)})
-  if variant in NAMED:
-    _learn_to_copy(config)
   if variant == "long":
-    config.scenes.update({"train": 40_000, "shares": (1.0, 3.0, 1.0, 0.7, 1.0, 1.5, 3.0)})
+    config.scenes.update({"train": 40_000})
     config.model.update({"width": 192, "num_heads": 3, "mlp_width": 448})
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "ema_decay": 0.998})
     config.evaluation.update({"scenes": 600, "scene_guidance": (1.0, 1.5, 2.0, 3.0)})
     config.train.update({"global_batch_size": 4, "eval_batches": 16})
   return config
-
-
-def _learn_to_copy(config) -> None:
-  """Changes the config to a world in which a decoder learns within minutes to copy from neighbors.
-
-  docs/retrieval_ablation.md says what each of these settings is worth.
-  """
-  # Training shows a rare object about twice. Captions that name a place have neighbors that show
-  # the same there; the others (counting, two objects) are few, because theirs teach nothing.
-  config.scenes.update({"train": 9_000, "shares": (1.5, 3.0, 0.5, 0.3, 0.3, 0.5, 2.4)})
-  # The bank has each of them once at the same place, and common ones and those that are held out at
-  # all four. Nothing else is searched: a training scene of the same object and color elsewhere
-  # would be nearer to a caption than the same place.
-  config.scenes.update({"rare_objects": 1_550, "bank": 2_673})
-  config.retrieval.update({"train_documents": False})
-  # A CLIP of minutes knows no names. Groups keep out copies of the document itself.
-  config.retrieval.update({"lexical_weight": 0.85, "lexical_width": 512, "max_similarity": 1.0})
-  config.retrieval.update({"query_dropout": 0.0, "backend": "exact"})
-  config.data.update({"neighbor_sampling": "best", "neighbor_dropout": 0.1})
-  config.data.update({"neighbor_loss_weight": 0.1, "code_dropout": 0.6})
-  # A neighbor's image stands at the same positions, and codes of one shape in two colors start
-  # alike.
-  config.model.update({"align_images": True, "codebook_start": 0.5, "tied_start": True})
-  config.optimizer.update({"name": "muon"})

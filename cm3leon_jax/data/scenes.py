@@ -42,8 +42,8 @@ def parts(config: ScenesConfig, resolution: int) -> list[Part]:
     _scenes_by_kind(config, category, 1)
   if config.bank > (most := len(scene_world.bank_scenes(config))):
     raise UserError(
-      f"config.scenes.bank is {config.bank}; {config.rare_objects} rare objects in "
-      f"{len(config.colors)} colors give at most {most} scenes."
+      f"config.scenes.bank is {config.bank}; {len(config.objects)} common and "
+      f"{config.rare_objects} rare objects in {len(config.colors)} colors give at most {most}."
     )
   return [
     Part(NAME, (split, str(start), str(min(start + PART_RECORDS, total))), 0)

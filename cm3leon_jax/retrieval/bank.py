@@ -53,7 +53,6 @@ class Embeddings:
       2.1).
     queries: [n, E] float16 of norm 1, captions, with query dropout in the split `train`.
     images: [n, E] float16 of norm 1.
-    first_bank: row of the first document of the split `bank`, n if there is none.
     groups: [n] uint64, see `documents.group_id`; equal for near duplicates.
     keys: [n] uint64, equal for the same document.
   """
@@ -64,10 +63,15 @@ class Embeddings:
     self.documents, self.queries, self.images, self.groups, self.keys = (
       ArrayStore(folder / name) for name in ARRAYS
     )
-    self.first_bank = read_json(folder / ROWS)["first_bank"]
+    self._folder = folder
 
   def __len__(self) -> int:
     return len(self.documents)
+
+  @property
+  def first_bank(self) -> int:
+    """Row of the first document of the split `bank`, n if there is none."""
+    return read_json(self._folder / ROWS)["first_bank"]
 
 
 ROWS = "rows.json"

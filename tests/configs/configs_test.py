@@ -42,7 +42,7 @@ def test_real_sizes_are_the_tutorials_and_the_papers(size, layers, width, heads,
 def test_settings_come_back_from_json():
   variants = [(module, variant) for module in SIZES.values() for variant in ("", "paper")]
   variants += [(openmoji, "15"), (openmoji, "long")]
-  variants += [(scenes, variant) for variant in ("15", "long", "neighbors")]
+  variants += [(scenes, variant) for variant in ("15", "long")]
   for module, variant in variants:
     settings = settings_from_config(module.get_config(variant))
     stored = plain(dataclasses.asdict(settings))
@@ -75,23 +75,20 @@ def test_minutes_scale_the_stages_of_scenes():
 
 
 def test_the_world_that_needs_its_bank_shows_each_rare_object_where_training_and_evaluation_ask():
-  settings = settings_from_config(scenes.get_config("neighbors"))
+  settings = settings_from_config(scenes.get_config())
   world = settings.scenes
   names = scene_world.rare_objects(world)
   assert len(names) == len(scene_world.RARE)
   heldout = sum(map(scene_world.is_heldout_rare, names))
-  assert world.bank == len(names) + 3 * heldout
+  common = len(scene_world.COMMON)
+  assert world.bank == 4 * common + len(names) + 3 * heldout
   counts = collections.Counter(
     (placed.object, placed.color)
     for scene in scene_world.bank_scenes(world)[: world.bank]
     for placed in scene.objects
   )
-  assert len(counts) == len(names)  # One color each.
-  assert collections.Counter(counts.values()) == {1: len(names) - heldout, 4: heldout}
-  others = ("scenes", "retrieval", "data", "model", "vqgan", "train", "clip")
-  fifteen = scenes.get_config("15")
-  for name in set(SECTIONS) - set(others):
-    assert scenes.get_config("neighbors")[name] == fifteen[name]
+  assert len(counts) == common + len(names)  # One color each.
+  assert collections.Counter(counts.values()) == {1: len(names) - heldout, 4: common + heldout}
 
 
 @pytest.mark.parametrize("variant", ["", "0", "-3", "soon"])

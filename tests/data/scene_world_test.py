@@ -105,7 +105,10 @@ def test_a_scene_is_held_out_for_the_first_reason():
     assert set(map(tuple, splits.values())) == {("bank",) * 4}
   assert split(bell) == split(bell, (*black[0], "top right")) == "pair"
   assert split((*black[0], "top left"), (*black[1], "top right")) == "objects"
-  assert {split((*black[0], place)) for place in PLACES} <= {"train", "scene"}
+  name = black[0][0]
+  for color in set(COLORS) - {HELDOUT_COLOR[name]}:
+    alone = {split((name, color, place)) for place in PLACES}
+    assert alone <= ({"bank"} if color == scene_world.bank_color(name) else {"train", "scene"})
 
 
 def test_shares_of_the_splits():

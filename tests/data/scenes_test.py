@@ -19,6 +19,7 @@ from cm3leon_jax.data.scene_world import (
   HELDOUT_COLOR,
   Scene,
   ScenesConfig,
+  bank_color,
   bank_scenes,
   rare_color,
   rare_objects,
@@ -29,7 +30,7 @@ from cm3leon_jax.shards import Runner
 from cm3leon_jax.vocab import VocabLayout
 
 RAW = ingest.RawConfig(source="scenes", resolution=48, max_texts=0)
-FEW = ScenesConfig(train=500, heldout=140, bank=60, rare_objects=20)
+FEW = ScenesConfig(train=500, heldout=140, bank=220, rare_objects=20)
 
 
 class Letters:
@@ -131,9 +132,9 @@ def test_other_numbers_of_scenes_write_only_other_shards(tmp_path, monkeypatch):
 
 def test_the_stage_says_what_it_wrote(folder):
   out, summary = folder
-  assert (summary["shards"], summary["train_pairs"], summary["heldout_pairs"]) == (5, 500, 140)
+  assert (summary["shards"], summary["train_pairs"], summary["heldout_pairs"]) == (6, 500, 140)
   assert (summary["train_texts"], summary["distinct_scenes"]) == (0, 604_480)
-  assert summary["bank_pairs"] == summary["bank_rare"] == 60
+  assert (summary["bank_pairs"], summary["bank_colors"], summary["bank_rare"]) == (220, 160, 60)
   counts = collections.Counter()
   for split in SPLITS:
     counts.update(scenes.number_of(pair) for pair in raw_pairs.read_pairs(out, split))
@@ -218,16 +219,31 @@ def test_the_bank_alone_shows_the_rare_objects_that_are_held_out(folder):
   assert objects["bank"] == set(rare_objects(FEW))
   assert not shown["bank"] & (shown["train"] | shown["heldout"])
   assert not objects["heldout"] & objects["train"]
+  common = [pair for pair in of_split["bank"] if pair.facts["tag"] == "colors"]
+  alone = {
+    split: {p.concept for p in pairs if len(p.facts["objects"]) == 1}
+    for split, pairs in of_split.items()
+  }
+  assert len(common) == 4 * len(FEW.objects)
+  assert not {pair.concept for pair in common} & (alone["train"] | alone["heldout"])
   for pair in of_split["bank"]:
     (o,) = pair.facts["objects"]
     assert pair.caption.endswith(f"{o['color']} {o['class']} at the {o['place']}")
   first = collections.defaultdict(list)
-  for scene in bank_scenes(FEW)[: 20 + 3 * len(objects["heldout"])]:
+  for scene in bank_scenes(FEW)[160 : 180 + 3 * len(objects["heldout"])]:
     (placed,) = scene.objects
     first[placed.object].append(placed.place)
   for name, places in first.items():
     assert places == ([rare_place(name)] if name not in objects["heldout"] else places)
     assert len(set(places)) == (4 if name in objects["heldout"] else 1)
+
+
+def test_a_held_out_scene_in_the_bank_is_a_leak(folder, tmp_path):
+  pairs = raw_pairs.read_pairs(folder[0], "heldout")
+  for kind in ("scene", "pair", "objects"):
+    facts = next(pair.facts for pair in pairs if pair.facts["heldout"] == kind)
+    bank = {"split": "bank", "facts": {**facts, "heldout": ""}}
+    assert fact_leaks.check(write_facts(tmp_path / kind, facts, bank)).leaked[kind] == 1
 
 
 def test_a_color_in_the_bank_is_a_leak(folder, tmp_path):
@@ -247,7 +263,8 @@ def test_every_scene_of_the_bank_is_another():
     config = ScenesConfig(rare_objects=30, colors=colors)
     made = bank_scenes(config)
     own = sum(rare_color(name) in colors for name in rare_objects(config))
-    assert len(made) == 4 * (30 * len(colors) - own)
+    common = sum(bank_color(name) in colors for name in COMMON)
+    assert len(made) == 4 * (30 * len(colors) - own + common)
     assert len({scene.facts_key for scene in made}) == len(made)
     assert {split_of_scene(scene) for scene in made} == {"bank"}
 
@@ -325,8 +342,8 @@ def test_shares_of_the_categories():
       r"config.scenes has no scene to train on in category 'colors'; name more objects",
     ),
     (
-      {"rare_objects": 5, "bank": 141},
-      r"config.scenes.bank is 141; 5 rare objects in 8 colors give at most 140 scenes",
+      {"rare_objects": 5, "bank": 301},
+      r"config.scenes.bank is 301; 40 common and 5 rare objects in 8 colors give at most 300",
     ),
     (
       {"categories": ("rare",), "rare_objects": 1},

@@ -96,6 +96,13 @@ def test_documents_of_the_bank_are_found_and_search_for_nothing(tmp_path):
     ids = neighbors.load_neighbors(tmp_path / "out", f"{split}_pairs")
     assert len(ids) == count
     assert (ids >= 12).any()
+    assert ((ids >= 0) & (ids < 12)).any()
+  config = dataclasses.replace(CONFIG, train_documents=False)
+  assert build(tmp_path, "alone", config)["bank"] == 6
+  for split, count in (("train", 12), ("heldout", 6)):
+    ids = neighbors.load_neighbors(tmp_path / "alone", f"{split}_pairs")
+    assert len(ids) == count
+    assert set(ids[ids >= 0].tolist()) == set(range(12, 18))
   # The same documents, all of them trained on, are embedded alike.
   make_raw(tmp_path / "all")
   job = EmbedJob(str(tmp_path / "all"), str(tmp_path / "trained"), tiny_clip, 0.2, 0, {})

@@ -117,6 +117,10 @@ def test_blocks_are_searched_as_one(clustered, tmp_path, monkeypatch):
   exact = index.BlockIndex(vectors, "exact", "", 10**9)
   assert len(exact.blocks) == 3
   np.testing.assert_array_equal(exact.search(queries, 5)[0], oracle(vectors, queries, 5))
+  last = index.BlockIndex(vectors, "exact", "", 10**9, first=500)
+  assert last.blocks == [(500, 1_400), (1_400, 2_000)]
+  expected = 500 + oracle(vectors[500:], queries, 5)
+  np.testing.assert_array_equal(last.search(queries, 5)[0], expected)
 
 
 def test_merge_in_literals():
