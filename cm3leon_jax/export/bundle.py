@@ -2,7 +2,8 @@
 
 It has the decoder in the Hugging Face layout (`huggingface.export`), vqgan/, clip/,
 text_tokenizer/, all weights in float16 (finer than bfloat16 for numbers of this size, and read by
-numpy), and bundle.json: settings, step, SHA-256 of every file.
+numpy), and bundle.json: settings, step, SHA-256 of every file. If the run retrieves from the split
+`bank` alone, it has that bank, too: documents/ and neighbors/.
 """
 
 import dataclasses
@@ -17,8 +18,10 @@ from cm3leon_jax import parameters
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.clip.model import PARAMS as CLIP_PARAMS
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents import DocumentStore, write_documents
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.io import digest, plain, read_json, write_json
+from cm3leon_jax.retrieval.bank import copy_bank
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.tokenizers.vqgan import PARAMS as VQGAN_PARAMS
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
@@ -74,6 +77,8 @@ def write(
   for name in TEXT_TOKENIZER:
     (folder / "text_tokenizer" / name).write_text((texts / name).read_text())
     names.append(f"text_tokenizer/{name}")
+  settings, of_bank = _write_bank(folder, workdir, settings)
+  names += of_bank
   for stage, cls, params_file in (
     ("vqgan", ImageTokenizer, VQGAN_PARAMS),
     ("clip", CLIP, CLIP_PARAMS),
@@ -91,6 +96,34 @@ def write(
   }
   write_json(folder / FILE, described)
   return {"files": len(names), "bytes": sum((folder / name).stat().length for name in names)}
+
+
+def _write_bank(
+  folder: epath.Path, workdir: epath.Path, settings: Settings
+) -> tuple[Settings, list[str]]:
+  """Copies the documents of the split `bank` and their embeddings, if nothing else is searched.
+
+  Returns:
+    The settings with exact search, since no index is copied, and the names of all files.
+  """
+  for part in ("documents", "neighbors"):
+    if (folder / part).exists():
+      (folder / part).rmtree()
+  if settings.retrieval.train_documents:
+    return settings, []
+  pairs = DocumentStore(workdir / "documents" / "bank_pairs", settings.vocab)
+  write_documents(folder / "documents" / "train_pairs", (), settings.vocab)
+  documents = (pairs[i] for i in range(len(pairs)))
+  write_documents(folder / "documents" / "bank_pairs", documents, settings.vocab)
+  copy_bank(workdir / "neighbors", folder / "neighbors")
+  names = [
+    str((epath.Path(root) / name).relative_to(folder))
+    for part in ("documents", "neighbors")
+    for root, _, files in (folder / part).walk()
+    for name in files
+  ]
+  retrieval = dataclasses.replace(settings.retrieval, backend="exact")
+  return dataclasses.replace(settings, retrieval=retrieval), names
 
 
 def read(folder: epath.PathLike) -> tuple[Settings, int]:

@@ -4,6 +4,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import hashlib
 
 from etils import epath
@@ -18,6 +19,7 @@ from cm3leon_jax.data.documents import group_id
 from cm3leon_jax.data.records import SPLITS, RawPair
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.retrieval.arrays import ArrayStore
+from cm3leon_jax.retrieval.lexical import FILE as WORDS
 from cm3leon_jax.retrieval.lexical import Lexical
 from cm3leon_jax.shards import Runner, run_shards
 from cm3leon_jax.tokenizers.text import TextTokenizer
@@ -51,22 +53,29 @@ class Embeddings:
   Attributes:
     documents: [n, E] float16 of norm 1, normalized means of caption and image (CM3Leon, section
       2.1).
-    queries: [n, E] float16 of norm 1, captions, with query dropout in the split `train`.
-    images: [n, E] float16 of norm 1.
     groups: [n] uint64, see `documents.group_id`; equal for near duplicates.
     keys: [n] uint64, equal for the same document.
   """
 
   def __init__(self, folder: epath.PathLike):
     """Opens the arrays; raises UserError if `build_neighbors` has not written them."""
-    folder = epath.Path(folder)
-    self.documents, self.queries, self.images, self.groups, self.keys = (
-      ArrayStore(folder / name) for name in ARRAYS
+    self._folder = epath.Path(folder)
+    self.documents, self.groups, self.keys = (
+      ArrayStore(self._folder / name) for name in ("documents", "groups", "keys")
     )
-    self._folder = folder
 
   def __len__(self) -> int:
     return len(self.documents)
+
+  @functools.cached_property
+  def queries(self) -> ArrayStore:
+    """[n, E] float16 of norm 1, captions, with query dropout in the split `train`."""
+    return ArrayStore(self._folder / "queries")
+
+  @functools.cached_property
+  def images(self) -> ArrayStore:
+    """[n, E] float16 of norm 1."""
+    return ArrayStore(self._folder / "images")
 
   @property
   def first_bank(self) -> int:
@@ -76,6 +85,18 @@ class Embeddings:
 
 ROWS = "rows.json"
 ARRAYS = ("documents", "queries", "images", "groups", "keys")
+
+
+def copy_bank(folder: epath.PathLike, to: epath.PathLike) -> None:
+  """Copies what `Retriever` reads of the split `bank`; there is no index among it."""
+  folder, to = epath.Path(folder), epath.Path(to)
+  bank = Embeddings(folder / "train")
+  for name in ("documents", "groups", "keys"):
+    rows = getattr(bank, name)[bank.first_bank :]
+    ArrayStore.create(to / "train" / name, rows.shape[1:], rows.dtype).append(rows)
+  write_json(to / "train" / ROWS, {"first_bank": 0})
+  if (folder / WORDS).exists():
+    (folder / WORDS).copy(to / WORDS)
 
 
 @dataclasses.dataclass(frozen=True)

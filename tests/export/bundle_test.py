@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from cm3leon_jax import CM3Leon, config
+from cm3leon_jax.data.documents import DocumentStore, write_documents
 from cm3leon_jax.export import bundle, weights
+from cm3leon_jax.io import write_json
 from cm3leon_jax.training import checkpoint
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of
@@ -52,6 +54,32 @@ def test_it_generates_without_the_run_and_retrieves_nothing(bundled, tmp_path):
   assert sample.clip_score is not None
   with pytest.raises(config.UserError, match="retrieve is 1, and there is no bank"):
     model.generate("a red bell", retrieve=1)
+
+
+def test_it_has_the_bank_of_a_run_that_retrieves_from_nothing_else(run, tmp_path):
+  """The last documents of the run stand for those of the split `bank`."""
+  retrieval = dataclasses.replace(SETTINGS.retrieval, train_documents=False)
+  settings = dataclasses.replace(SETTINGS, retrieval=retrieval)
+  copied, folder = epath.Path(tmp_path / "run"), tmp_path / "bundle"
+  shutil.copytree(run, copied)
+  store = DocumentStore(copied / "documents" / "train_pairs", SETTINGS.vocab)
+  last = [store[i] for i in range(len(store))][-5:]
+  write_documents(copied / "documents" / "bank_pairs", last, SETTINGS.vocab)
+  write_json(copied / "neighbors" / "train" / "rows.json", {"first_bank": len(store) - 5})
+  with one_device() as mesh:
+    params, step = checkpoint.load_params(run / "train", SETTINGS.model)
+    bundle.write(folder, copied, settings, params, step)
+    model = CM3Leon.load(folder, mesh=mesh)
+    whole = CM3Leon.load(run, mesh=mesh)
+  found = [x.key for x in model.retrieve("a red bell", k=5)]
+  assert set(found) <= {document.key for document in last}
+  among_all = [x.key for x in whole.retrieve("a red bell", k=20)]
+  assert found[0] == next(key for key in among_all if key in found)
+  [sample] = model.generate("a red bell", seed=1)
+  assert [document.key for document in sample.neighbors] == found[: SETTINGS.data.num_neighbors]
+  # A bundle of the same folder that has no bank leaves none behind.
+  bundle.write(folder, run, SETTINGS, params, step)
+  assert not (epath.Path(folder) / "documents").exists()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "clip/params.safetensors", "config.json"])
