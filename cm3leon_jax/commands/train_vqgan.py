@@ -11,7 +11,7 @@ from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 
 
-def _judge_scenes(workdir, tokenizer) -> dict:
+def _judge_scenes(workdir, tokenizer, style="filled") -> dict:
   """Judges held-out scenes and their reconstructions; {} for pairs without facts."""
   import numpy as np
 
@@ -26,7 +26,7 @@ def _judge_scenes(workdir, tokenizer) -> dict:
   images = images[np.arange(len(images))]
   kinds = {"real": images, "reconstructed": tokenizer.decode(tokenizer.encode(images))}
   return {
-    f"{kind}_scenes_right": float(np.mean([v.correct for v in scenes.judge_all(x, facts)]))
+    f"{kind}_scenes_right": float(np.mean([v.correct for v in scenes.judge_all(x, facts, style)]))
     for kind, x in kinds.items()
   }
 
@@ -46,7 +46,8 @@ def main(settings, workdir):
           settings.vqgan, settings.vocab.image_size, settings.seed, *images, workdir / "vqgan"
         )
       )
-      summary.update(_judge_scenes(workdir, vqgan.ImageTokenizer.load(workdir / "vqgan")))
+      tokenizer = vqgan.ImageTokenizer.load(workdir / "vqgan")
+      summary.update(_judge_scenes(workdir, tokenizer, settings.scenes.style))
       print("train_vqgan:", ", ".join(f"{k} {v:.4g}" for k, v in summary.items()))
 
 

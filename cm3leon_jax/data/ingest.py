@@ -250,7 +250,8 @@ class _Ingest:
       source = drawings_of(SCENES)
       pairs = list(source.read(self.scenes, part))
       more = collections.Counter(source.number_of(pair) for pair in pairs)
-      return _write(self.config, folder, pairs, source.load, dict(more), len(pairs))
+      load = functools.partial(source.load, style=self.scenes.style)
+      return _write(self.config, folder, pairs, load, dict(more), len(pairs))
     if part.kind == DOCSTRINGS:
       items = docstring_texts(max_texts, fraction)
       return _write(self.config, folder, items, load_image, total=max_texts)

@@ -5,8 +5,9 @@ import functools
 from fonticon_mdi7 import MDI7
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
-from cm3leon_jax.data.scene_world import COLORS, ICONS, PLACES, Placed, Scene
+from cm3leon_jax.data.scene_world import COLORS, ICONS, PLACES, Placed, Scene, Style
 
 # H height, W width of an image.
 
@@ -31,32 +32,58 @@ def alpha(icon: str, cell: int = CELL) -> np.ndarray:
   return ink
 
 
+@functools.cache
+def ink(icon: str, style: Style = "filled") -> np.ndarray:
+  """Renders the ink of an icon in a style: [CELL, CELL] uint8, 255 where it is full.
+
+  Outlined, a pixel loses the ink that its four neighbors all have, too:
+
+    filled = [[0 0 0 0 0], [0 255 255 255 0], [0 255 255 255 0], [0 255 255 255 0], [0 0 0 0 0]]
+    outlined = [[0 0 0 0 0], [0 255 255 255 0], [0 255 0 255 0], [0 255 255 255 0], [0 0 0 0 0]]
+  """
+  filled = alpha(icon)
+  if style == "filled":
+    return filled
+  edges = outline(filled)
+  edges.flags.writeable = False  # It is cached.
+  return edges
+
+
+def outline(filled: np.ndarray) -> np.ndarray:
+  """Keeps the edges of ink, [H, W] uint8, see `ink`; outside is no ink."""
+  cross = ndimage.generate_binary_structure(2, 1)
+  return filled - ndimage.grey_erosion(filled, footprint=cross, mode="constant", cval=0)
+
+
 def corner(place: str, cell: int = CELL) -> tuple[int, int]:
   """Returns the left and the top pixel of a place."""
   row, column = divmod(PLACES.index(place), 2)
   return column * cell, row * cell
 
 
-def render(scene: Scene) -> np.ndarray:
+def render(scene: Scene, style: Style = "filled") -> np.ndarray:
   """Renders a scene on white: [H, W, 3] uint8 with H = W = SIDE."""
   image = np.full((SIDE, SIDE, 3), 255, np.uint8)
   for placed in scene.objects:
     left, top = corner(placed.place)
-    cell = _colored(ICONS[placed.object], placed.color)
+    cell = _colored(ICONS[placed.object], placed.color, style)
     image[top : top + CELL, left : left + CELL] = cell
   return image
 
 
 @functools.lru_cache(20_000)
-def _colored(icon: str, color: str) -> np.ndarray:
+def _colored(icon: str, color: str, style: Style) -> np.ndarray:
   """Renders an icon in a color on white: [CELL, CELL, 3] uint8."""
-  weight = alpha(icon).astype(np.float32)[..., None] / 255
+  weight = ink(icon, style).astype(np.float32)[..., None] / 255
   pixels = 255 * (1 - weight) + np.array(COLORS[color], np.float32) * weight
   return np.rint(pixels).astype(np.uint8)
 
 
 def box(placed: Placed) -> list[int]:
-  """Returns the pixels of an object's ink: left, top, and right and bottom, which are outside."""
+  """Returns the pixels of an object's ink: left, top, and right and bottom, which are outside.
+
+  They are the same in all styles.
+  """
   left, top = corner(placed.place)
   x0, y0, x1, y1 = Image.fromarray(alpha(ICONS[placed.object])).getbbox()
   return [left + x0, top + y0, left + x1, top + y1]

@@ -11,7 +11,7 @@ import hashlib
 from importlib import resources
 import itertools
 import math
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
@@ -94,6 +94,8 @@ CATEGORIES = (
 )
 TWO_OBJECTS = ("two_object", "position", "color_attr")
 KINDS = ("scene", "pair", "objects", "rare")  # Why a scene is held out.
+
+Style = Literal["filled", "outlined"]
 
 HELDOUT_SCENES = 0.1  # Share of the facts that are held out although all their parts are trained.
 HELDOUT_OBJECTS = 0.05  # Share of the unordered pairs of common objects.
@@ -247,6 +249,9 @@ class ScenesConfig:
   """Share of each category in the training scenes, relative to each other; none: equal shares."""
   rare_objects: Annotated[int, Field(ge=0, le=len(RARE))] = 1_000
   """Number of rare objects, for the category `rare`; a fifth of them is never in training."""
+  style: Style = "filled"
+  """How objects are drawn: `filled`, as the icons are; or `outlined`, the edges of their ink alone.
+  Captions do not name it."""
   seed: NonNegativeInt = 0
   """Seed of the scenes and captions."""
 

@@ -16,7 +16,7 @@ from cm3leon_jax.data import scene_world
 from cm3leon_jax.data.records import SPLITS, RawPair
 from cm3leon_jax.data.scene_captions import Description, describe, describe_plainly, relations
 from cm3leon_jax.data.scene_drawings import SIDE, box, render
-from cm3leon_jax.data.scene_world import KINDS, TWO_OBJECTS, Scene, ScenesConfig
+from cm3leon_jax.data.scene_world import KINDS, TWO_OBJECTS, Scene, ScenesConfig, Style
 from cm3leon_jax.data.sources import Part
 
 NAME = "scenes"  # Of `raw.source`, and of the keys.
@@ -58,10 +58,10 @@ def read(config: ScenesConfig, part: Part) -> Iterator[RawPair]:
   return (pair(config, split, index) for index in range(int(start), int(end)))
 
 
-def load(facts_key: str, resolution: int) -> np.ndarray:
+def load(facts_key: str, resolution: int, style: Style = "filled") -> np.ndarray:
   """Renders the image of a record, whose `image` is the key of its facts: [H, W, 3] uint8."""
   del resolution  # `parts` has checked it.
-  return render(Scene.parse(facts_key))
+  return render(Scene.parse(facts_key), style)
 
 
 def pair(config: ScenesConfig, split: str, index: int) -> RawPair:

@@ -7,19 +7,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from cm3leon_jax.data import scene_world
+from cm3leon_jax.data.scene_world import Style
 from cm3leon_jax.evaluation import scenes
 from cm3leon_jax.evaluation.scene_facts import check
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
-def measure(images, facts: Sequence[dict], seed: int = 0) -> dict:
+def measure(images, facts: Sequence[dict], seed: int = 0, style: Style = "filled") -> dict:
   """Judges images under their own captions, and under captions with one fact changed.
 
   Args:
     images: [B, H, W, 3] uint8, true images of `facts`.
     facts: B times the field `facts` of a document.
     seed: of the changes.
+    style: in which objects are drawn.
 
   Returns:
     {"images": B, "real": share judged wholly right, "changed": {kind of fact: {"captions", "right":
@@ -27,7 +29,7 @@ def measure(images, facts: Sequence[dict], seed: int = 0) -> dict:
     should be 1, the others 0.
   """
   rng = np.random.default_rng(seed)
-  found = scenes.find_objects(images)
+  found = scenes.find_objects(images, style)
   changed: dict[str, list[bool]] = {}
   for objects, fact in zip(found, facts):
     for kind, other in changed_facts(fact, rng).items():

@@ -13,7 +13,7 @@ import numpy as np
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import scene_drawings
 from cm3leon_jax.data.documents import DocumentStore
-from cm3leon_jax.data.scene_world import Placed, Scene
+from cm3leon_jax.data.scene_world import Placed, Scene, Style
 from cm3leon_jax.evaluation import judge_errors, scene_sheet, scene_table, scenes
 from cm3leon_jax.evaluation.scene_sheet import SheetScene
 from cm3leon_jax.evaluation.scene_table import Judged
@@ -28,10 +28,10 @@ UNGUIDED = "guidance 1"
 SHEET_SCENES = 12
 
 
-def real_image(facts: dict) -> np.ndarray:
+def real_image(facts: dict, style: Style = "filled") -> np.ndarray:
   """Renders the image that the facts of a document describe: [H, W, 3] uint8."""
   placed = [Placed(thing["class"], thing["color"], thing["place"]) for thing in facts["objects"]]
-  return scene_drawings.render(Scene.of(placed))
+  return scene_drawings.render(Scene.of(placed), style)
 
 
 def choose(facts: Sequence[dict], count: int, seed: int) -> list[int]:
@@ -109,13 +109,14 @@ def evaluate(
     1, also "gain": {"title": the best other weight, and its `scene_table.gain` over weight 1}.
   """
   folder, seed = epath.Path(folder), pipeline.settings.seed
+  style = pipeline.settings.scenes.style
   samples = [of_task[0] for of_task in pipeline.generate(tasks, show_progress=True)]
   by_weight: dict[str, list[Sample]] = {}
   for sample in samples:
     by_weight.setdefault(f"guidance {sample.task.sampling.guidance:g}", []).append(sample)
   first = [sample.task for sample in next(iter(by_weight.values()))]
   facts = [task.document.facts for task in first]
-  real = np.stack([real_image(fact) for fact in facts])
+  real = np.stack([real_image(fact, style) for fact in facts])
   columns = {
     REAL: real,
     RECONSTRUCTED: np.stack([task.original for task in first]),
@@ -124,13 +125,13 @@ def evaluate(
   judged = {
     title: [
       Judged(task.prompt, fact, task.concept, verdict)
-      for task, fact, verdict in zip(first, facts, scenes.judge_all(images, facts))
+      for task, fact, verdict in zip(first, facts, scenes.judge_all(images, facts, style))
     ]
     for title, images in columns.items()
   }
   resamples = pipeline.settings.evaluation.num_resamples
   tables = {title: scene_table.table(some, resamples, seed) for title, some in judged.items()}
-  result = {"judge": judge_errors.measure(real, facts, seed), "tables": tables}
+  result = {"judge": judge_errors.measure(real, facts, seed, style), "tables": tables}
   if UNGUIDED in tables and len(by_weight) > 1:
     title = best_guidance({name: tables[name] for name in by_weight if name != UNGUIDED})
     gain = scene_table.gain(judged[title], judged[UNGUIDED], resamples, seed)
@@ -176,7 +177,7 @@ def sheet_scenes(
   return [
     SheetScene(
       caption=first[i].task.prompt,
-      original=real_image(first[i].task.document.facts),
+      original=real_image(first[i].task.document.facts, pipeline.settings.scenes.style),
       neighbors=tuple(next(images) for _ in first[i].neighbors),
       samples={
         title: (some[i].segments[0], judged[title][i].verdict.correct)

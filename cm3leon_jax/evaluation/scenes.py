@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from cm3leon_jax.data import scene_drawings, scene_world
 from cm3leon_jax.data.scene_drawings import CELL, SIDE
+from cm3leon_jax.data.scene_world import Style
 from cm3leon_jax.evaluation.scene_facts import UNKNOWN, Found, Verdict, check
 
 # 99 of 100 objects score 0.90 or more after blur, blotches and color errors that leave 16 dB. Of
@@ -35,31 +36,40 @@ BLURS = (0.0, 0.7)  # Standard deviations of the blur of silhouettes, in pixels.
 CHUNK = 32  # Images judged at once.
 
 
-def find_objects(images) -> list[tuple[Found, ...]]:
+def find_objects(
+  images, style: Style = "filled", min_score: float = MIN_SCORE
+) -> list[tuple[Found, ...]]:
   """Finds the objects of images.
 
   Args:
     images: [B, H, W, 3] uint8; other sizes than 48 x 48 are scaled.
+    style: of the silhouettes that they are compared with.
+    min_score: correlation below which an object is unknown.
 
   Returns:
     For each image its objects, in the order of the places.
   """
   chunks = (images[start : start + CHUNK] for start in range(0, len(images), CHUNK))
-  return [objects for chunk in chunks for objects in _find_in_chunk(chunk)]
+  return [objects for chunk in chunks for objects in _find_in_chunk(chunk, style, min_score)]
 
 
-def _find_in_chunk(images) -> list[tuple[Found, ...]]:
+def opacities(images) -> np.ndarray:
+  """Returns how much ink the places have, [B, 4, CELL, CELL] fp32, each in its own best color."""
+  return _find_colors(_cells(images))[0].reshape(len(images), -1, CELL, CELL)
+
+
+def _find_in_chunk(images, style: Style, min_score: float) -> list[tuple[Found, ...]]:
   cells = _cells(images)
   opacity, colors = _find_colors(cells)
   visible = np.where(opacity > FAINT, opacity, 0)
   occupied = np.flatnonzero(visible.sum((1, 2)) >= MIN_INK)
-  names, scores = _match(opacity[occupied])
+  names, scores = _match(opacity[occupied], style)
   found: list[list[Found]] = [[] for _ in images]
   for cell, name, score in zip(occupied, names, scores):
     image, place = divmod(int(cell), len(scene_world.PLACES))
     found[image].append(
       Found(
-        name if score >= MIN_SCORE else UNKNOWN,
+        name if score >= min_score else UNKNOWN,
         colors[cell],
         scene_world.PLACES[place],
         float(score),
@@ -69,17 +79,19 @@ def _find_in_chunk(images) -> list[tuple[Found, ...]]:
   return [tuple(objects) for objects in found]
 
 
-def judge_all(images, facts: Sequence[dict]) -> list[Verdict]:
+def judge_all(images, facts: Sequence[dict], style: Style = "filled") -> list[Verdict]:
   """Judges images by the facts of their captions.
 
   Args:
     images: [B, H, W, 3] uint8; other sizes than 48 x 48 are scaled.
     facts: B times the field `facts` of a document (docs/data_formats.md); `include` is read.
+    style: in which objects are to be drawn.
 
   Returns:
     B verdicts.
   """
-  return [check(found, fact["include"]) for found, fact in zip(find_objects(images), facts)]
+  found = find_objects(images, style)
+  return [check(objects, fact["include"]) for objects, fact in zip(found, facts)]
 
 
 def judge(image, facts: dict) -> Verdict:
@@ -146,23 +158,25 @@ def _unit(pixels: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _silhouettes() -> tuple[tuple[str, ...], list[np.ndarray]]:
+def _silhouettes(style: Style) -> tuple[tuple[str, ...], list[np.ndarray]]:
   """Returns the names of all M objects, and for each blur their silhouettes, [M, P] fp32."""
   icons = scene_world.ICONS
-  drawn = np.stack([scene_drawings.alpha(icon) for icon in icons.values()]) / np.float32(255)
+  drawn = [scene_drawings.ink(icon, style) for icon in icons.values()]
+  drawn = np.stack(drawn) / np.float32(255)
   return tuple(icons), [_unit(ndimage.gaussian_filter(drawn, (0, b, b))) for b in BLURS]
 
 
-def _match(opacity: np.ndarray) -> tuple[list[str], np.ndarray]:
+def _match(opacity: np.ndarray, style: Style) -> tuple[list[str], np.ndarray]:
   """Finds the silhouette that correlates best with each cell, over all shifts and blurs.
 
   Args:
     opacity: [N, 24, 24] fp32.
+    style: of the silhouettes.
 
   Returns:
     N names of objects, and [N] fp32 correlations.
   """
-  names, banks = _silhouettes()
+  names, banks = _silhouettes(style)
   if not len(opacity):
     return [], np.zeros(0, np.float32)
   shifted = _unit(_shifts(opacity))  # [N, S, P]

@@ -2,6 +2,7 @@ import itertools
 import random
 
 import numpy as np
+from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError, build
@@ -168,6 +169,32 @@ def test_boxes_are_those_of_the_ink(category):
       (rows,), (columns,) = (np.nonzero(ink.any(axis)) for axis in (1, 0))
       box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
       assert scene_drawings.box(placed) == box
+
+
+def test_an_outline_in_literals():
+  full = np.array(
+    [[0, 0, 0, 0, 0], [0, 9, 9, 9, 0], [0, 9, 9, 9, 0], [0, 9, 9, 5, 0], [0, 0, 0, 0, 0]], np.uint8
+  )
+  assert scene_drawings.outline(full).tolist() == [
+    [0, 0, 0, 0, 0],
+    [0, 9, 9, 9, 0],
+    [0, 9, 0, 9, 0],
+    [0, 9, 9, 5, 0],
+    [0, 0, 0, 0, 0],
+  ]
+  assert scene_drawings.outline(full[1:4, 1:4]).tolist() == [[9, 9, 9], [9, 0, 9], [9, 9, 5]]
+
+
+def test_outlined_icons_have_less_ink_in_the_same_box():
+  for icon in scene_world.ICONS.values():
+    filled, outlined = (scene_drawings.ink(icon, style) for style in ("filled", "outlined"))
+    assert (outlined <= filled).all()
+    boxes = {Image.fromarray(ink).getbbox() for ink in (filled, outlined)}
+    assert len(boxes) == 1, icon
+  scene = Scene.parse("blue heart top left")
+  filled, outlined = (scene_drawings.render(scene, style) for style in ("filled", "outlined"))
+  assert (filled[12, 12] == COLORS["blue"]).all()
+  assert (outlined[12, 12] == 255).all()
 
 
 def test_every_icon_fits_its_cell():

@@ -130,6 +130,26 @@ def test_other_numbers_of_scenes_write_only_other_shards(tmp_path, monkeypatch):
   assert len(written) == 4
 
 
+def test_another_style_has_the_same_records_and_other_images(tmp_path):
+  config = ScenesConfig(train=30, heldout=14, bank=5, rare_objects=20)
+  prepare(config, tmp_path / "filled")
+  prepare(dataclasses.replace(config, style="outlined"), tmp_path / "outlined")
+  for split, count in zip(SPLITS, (30, 14, 5)):
+    pairs, others = (
+      [
+        dataclasses.replace(pair, image="")
+        for pair in raw_pairs.read_pairs(tmp_path / style, split)
+      ]
+      for style in ("filled", "outlined")
+    )
+    assert pairs == others
+    images = raw_pairs.open_images(tmp_path / "outlined", split, 48)[np.arange(count)]
+    for pair, image in zip(pairs, images):
+      scene = Scene.parse(pair.concept)
+      np.testing.assert_array_equal(image, scene_drawings.render(scene, "outlined"))
+      assert (image != scene_drawings.render(scene)).any()
+
+
 def test_the_stage_says_what_it_wrote(folder):
   out, summary = folder
   assert (summary["shards"], summary["train_pairs"], summary["heldout_pairs"]) == (6, 500, 140)

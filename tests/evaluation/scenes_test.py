@@ -35,7 +35,8 @@ def test_all_objects_of_a_scene_are_found_with_their_colors_places_and_boxes():
     assert np.abs(np.array(thing.box) - scene_drawings.box(placed)).max() <= 1  # Faint edges.
 
 
-def test_every_object_of_the_world_is_found_as_itself_in_every_color():
+@pytest.mark.parametrize("style", ["filled", "outlined"])
+def test_every_object_of_the_world_is_found_as_itself_in_every_color(style):
   names, colors = list(scene_world.ICONS), list(scene_world.COLORS)
   images, expected = [], []
   for start in range(0, len(names) - 3, 4):
@@ -43,10 +44,31 @@ def test_every_object_of_the_world_is_found_as_itself_in_every_color():
       Placed(name, colors[(start + i) % len(colors)], place)
       for i, (name, place) in enumerate(zip(names[start : start + 4], scene_world.PLACES))
     ]
-    images.append(scene_drawings.render(Scene(tuple(placed))))
+    images.append(scene_drawings.render(Scene(tuple(placed)), style))
     expected.append([(x.object, x.color) for x in placed])
-  result = [[(x.name, x.color) for x in things] for things in scenes.find_objects(np.stack(images))]
-  assert result == expected
+  found = scenes.find_objects(np.stack(images), style)
+  assert [[(x.name, x.color) for x in things] for things in found] == expected
+
+
+def test_an_outlined_object_is_another_shape_for_the_judge_of_filled_ones():
+  image = scene_drawings.render(Scene.parse("red heart top left"), "outlined")
+  (thing,) = scenes.find_objects(image[None])[0]
+  assert thing.name == UNKNOWN
+  assert thing.score < 0.85
+  (nearest,) = scenes.find_objects(image[None], min_score=0)[0]
+  assert (nearest.color, nearest.score) == ("red", thing.score)
+  assert nearest.name != UNKNOWN
+  facts = {"include": [{"class": "heart", "count": 1, "color": "red"}]}
+  assert not scenes.judge(image, facts).correct
+  assert scenes.judge_all(image[None], [facts], "outlined")[0].correct
+
+
+def test_opacity_is_the_ink_whatever_its_color():
+  opacity = scenes.opacities(scene_drawings.render(SCENE)[None])
+  assert opacity.shape == (1, 4, 24, 24)
+  for place, icon in enumerate((None, "key", "bell", None)):
+    ink = scene_drawings.alpha(icon) / 255 if icon else np.zeros((24, 24))
+    np.testing.assert_allclose(opacity[0, place], ink, atol=0.01)
 
 
 @pytest.mark.parametrize(
