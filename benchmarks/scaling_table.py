@@ -316,7 +316,9 @@ def _ratios_table(result: dict) -> list[str]:
 
 
 def _times(ratio: float) -> str:
-  return "never" if np.isinf(ratio) else f"{ratio:.2f}x"
+  if np.isinf(ratio):
+    return "never"
+  return f"{ratio:.2f}x" if ratio < 1_000 else f"{ratio:.1g}x"
 
 
 def describe_ratio(row: dict) -> str:
