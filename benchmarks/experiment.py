@@ -1,12 +1,15 @@
-"""What experiments of several trainings share: the choice of conditions, and stages as commands."""
+"""What experiments of several trainings share: conditions, stages as commands, folders of runs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+import os
 import pathlib
 import signal
 import subprocess
 import sys
 
+from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json, write_json
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -50,3 +53,29 @@ def run_stage(name: str, config: str, workdir: pathlib.Path, overrides: dict) ->
     signal.signal(signal.SIGTERM, previous)
   if code:
     sys.exit(code)
+
+
+def link_stages(shared: pathlib.Path, run: pathlib.Path, names: Iterable[str]) -> None:
+  """Makes the folder of a run, in which finished stages are links to those of `shared`."""
+  run.mkdir(parents=True, exist_ok=True)
+  for name in names:
+    if not (run / name).is_symlink():
+      (run / name).symlink_to(os.path.relpath(shared / name, run))
+
+
+def measured_once(run: pathlib.Path, inputs: dict, measure: Callable[[], dict]) -> dict:
+  """Returns what `measure` says of a trained run, which it is asked once.
+
+  Args:
+    run: folder of the run, whose training is finished.
+    inputs: what the result depends on beside the training; if it changes, the run is measured
+      again.
+    measure: makes the result, plain values. The seconds of the training are added.
+  """
+  trained = stages.require(run, "train")
+  about = {"train": trained["id"], **inputs}
+  with stages.once(run / "measured", {"inputs": about}) as summary:
+    if summary is not None:
+      result = {**measure(), "train_seconds": trained["seconds"]}
+      write_json(run / "measured" / "measured.json", result)
+  return read_json(run / "measured" / "measured.json")

@@ -9,7 +9,6 @@ docs/retrieval_ablation.md.
 """
 
 import dataclasses
-import os
 import pathlib
 import sys
 import time
@@ -250,10 +249,8 @@ def run_one(ablation: Ablation, name: str, seed: int, corpus: Corpus) -> Run:
     ablation.settings(overrides),
     ablation.workdir / f"steps_{ablation.steps}" / f"{name}_seed_{seed}",
   )
-  run.mkdir(parents=True, exist_ok=True)
-  for folder in SHARED:
-    if not (run / folder).exists() and not (condition.shuffled and folder == "neighbors"):
-      (run / folder).symlink_to(os.path.relpath(shared / folder, run))
+  own = {"neighbors"} if condition.shuffled else set()
+  experiment_lib.link_stages(shared, run, [name for name in SHARED if name not in own])
   if condition.shuffled:
     shuffle_neighbors(shared / "neighbors", run / "neighbors", corpus, seed)
   ablation.command("train", run, overrides)

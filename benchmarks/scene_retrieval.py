@@ -9,7 +9,6 @@ so it can be stopped at any time. Method: docs/retrieval_ablation.md.
 """
 
 import dataclasses
-import os
 import pathlib
 import sys
 import time
@@ -29,7 +28,7 @@ from cm3leon_jax.data.plan import RowPlan, Source
 from cm3leon_jax.evaluation import bits, scenes
 from cm3leon_jax.generation.heldout import tasks_of_rows
 from cm3leon_jax.generation.pipeline import Pipeline
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.io import write_json
 from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.settings import Settings, settings_from_config
@@ -94,7 +93,7 @@ class Corpus:
     bank: what neighbors come from.
     heldout: store of the held-out documents.
     rows: [n] documents of `heldout`.
-    subsets: [n] name of each in `SUBSETS`.
+    subsets: [n] name of the subset of each.
     concepts: [n] the object of a rare scene, the facts of a common one.
     neighbors: [n] row of the bank of the best neighbor.
     shuffled: [n] row of the best neighbor of another scene of the subset, with other objects.
@@ -109,13 +108,13 @@ class Corpus:
   shuffled: np.ndarray
 
 
-def open_corpus(workdir: pathlib.Path, settings: Settings) -> Corpus:
-  """Opens the documents of a run and chooses those of the subsets."""
+def open_corpus(workdir: pathlib.Path, settings: Settings, subsets_of=SUBSETS) -> Corpus:
+  """Opens the documents of a run and chooses those of the subsets, see `SUBSETS`."""
   bank = Bank(workdir / "documents", settings.vocab)
   heldout = DocumentStore(workdir / "documents" / "heldout_pairs", settings.vocab)
   ids = load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)[:, 0]
   facts = [heldout[i].facts for i in range(len(heldout))]
-  subset_of = {kind: name for name, kinds in SUBSETS.items() for kind in kinds}
+  subset_of = {kind: name for name, kinds in subsets_of.items() for kind in kinds}
   rows = np.array([i for i, f in enumerate(facts) if f["heldout"] in subset_of])
   subsets = np.array([subset_of[facts[i]["heldout"]] for i in rows])
   names = [frozenset(o["class"] for o in facts[i]["objects"]) for i in rows]
@@ -124,7 +123,7 @@ def open_corpus(workdir: pathlib.Path, settings: Settings) -> Corpus:
   )
   neighbors, shuffled = ids[rows], np.full(len(rows), -1)
   rng = np.random.default_rng(0)
-  for name in SUBSETS:
+  for name in subsets_of:
     members = np.flatnonzero(subsets == name)
     partner = bits.partners(["/".join(sorted(names[i])) for i in members], rng)
     shuffled[members] = neighbors[members[partner]]
@@ -262,21 +261,16 @@ def measure(settings: Settings, run: pathlib.Path, corpus: Corpus, condition: st
 def run_one(experiment: Experiment, condition: str, seed: int, corpus: Corpus) -> dict:
   """Trains and measures one condition with one seed, or reads its results."""
   run = experiment.workdir / f"steps_{experiment.steps}" / f"{condition}_seed_{seed}"
-  run.mkdir(parents=True, exist_ok=True)
-  for folder in SHARED:
-    if not (run / folder).exists():
-      (run / folder).symlink_to(os.path.relpath(experiment.workdir / "shared" / folder, run))
+  experiment_lib.link_stages(experiment.workdir / "shared", run, SHARED)
   overrides = overrides_of(experiment, condition, seed)
   settings = experiment.settings(overrides)
   experiment.command("train", run, overrides)
-  trained = stages.require(run, "train")
-  about = {"train": trained["id"], "judged": experiment.judged}
-  with stages.once(run / "measured", {"inputs": about}) as summary:
-    if summary is not None:
-      measured = measure(settings, run, corpus, condition, experiment.judged)
-      measured |= {"condition": condition, "seed": seed, "train_seconds": trained["seconds"]}
-      write_json(run / "measured" / "measured.json", measured)
-  return read_json(run / "measured" / "measured.json")
+
+  def measured() -> dict:
+    values = measure(settings, run, corpus, condition, experiment.judged)
+    return {**values, "condition": condition, "seed": seed}
+
+  return experiment_lib.measured_once(run, {"judged": experiment.judged}, measured)
 
 
 def run_all(experiment: Experiment, conditions: list[str], seeds: list[int]) -> dict:

@@ -206,8 +206,8 @@ def known(codes: np.ndarray, trained: np.ndarray) -> dict[str, float]:
 
 
 def overrides_of(settings: Settings) -> dict:
-  """Returns the fields in which a config differs from `scenes:neighbors`."""
-  usual = settings_from_config(config_scenes.get_config("neighbors"))
+  """Returns the fields in which a config differs from `scenes`."""
+  usual = settings_from_config(config_scenes.get_config())
   fields = {} if settings.seed == usual.seed else {"seed": settings.seed}
   for section in dataclasses.fields(Settings)[1:]:
     own, other = getattr(settings, section.name), getattr(usual, section.name)
@@ -232,7 +232,7 @@ def prepare_bank(settings: Settings, run: pathlib.Path, bank: pathlib.Path) -> N
   overrides = {**overrides_of(settings), "scenes.style": OTHER}
   for name in ("raw", "documents", "neighbors"):
     command = stages.STAGES[name].command
-    experiment_lib.run_stage(command, "ml_configs/scenes.py:neighbors", bank, overrides)
+    experiment_lib.run_stage(command, "ml_configs/scenes.py", bank, overrides)
 
 
 def generate(settings: Settings, run: pathlib.Path, banks: dict, asked: list[Asked]) -> dict:

@@ -13,7 +13,7 @@ from cm3leon_jax.data.scene_world import Placed, Scene
 from cm3leon_jax.io import write_json
 from cm3leon_jax.settings import settings_from_config
 
-SETTINGS = settings_from_config(config_scenes.get_config("neighbors"))
+SETTINGS = settings_from_config(config_scenes.get_config())
 HEART = Asked("common", Placed("heart", "red", "top left"), "a red heart")
 
 
@@ -88,7 +88,7 @@ def test_known_codes_and_drawings_in_literals():
 
 def test_only_other_fields_are_overridden():
   assert overrides_of(SETTINGS) == {}
-  config = config_scenes.get_config("neighbors")
+  config = config_scenes.get_config()
   config.update_from_flattened_dict({"seed": 2, "scenes.heldout": 70, "scenes.shares": ()})
   assert overrides_of(settings_from_config(config)) == {
     "seed": 2,

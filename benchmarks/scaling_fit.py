@@ -1,0 +1,174 @@
+"""Power laws of held-out bits against training FLOPs, and the ratio of FLOPs at equal bits."""
+
+# P sizes of decoders, R resamples, S seeds, n documents.
+
+import dataclasses
+import math
+
+import numpy as np
+
+LEVEL = 0.95
+NUM_RESAMPLES = 1_000
+LEAST_SIZES = 3  # Of a law without a floor; one with a floor needs one more.
+FLOOR_STEPS = 200
+FLOOR_GAIN = 0.005  # A floor must predict the largest size better by this share of its bits.
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+  """bits = floor + scale x (FLOPs / reference) ^ -exponent, for one or many laws at a time.
+
+    floor 1, scale 4, exponent 0.5, reference 100: 5 bits at 100 FLOPs, 3 bits at 400
+
+  Attributes:
+    reference: FLOPs.
+    floor, scale, exponent: [...] arrays of one shape. Bits rise with FLOPs where the exponent is
+      negative.
+  """
+
+  reference: float
+  floor: np.ndarray
+  scale: np.ndarray
+  exponent: np.ndarray
+
+  def bits(self, flops) -> np.ndarray:
+    """Computes the bits of decoders trained with `flops` FLOPs."""
+    return self.floor + self.scale * (np.asarray(flops) / self.reference) ** -self.exponent
+
+  def flops(self, bits) -> np.ndarray:
+    """Computes the FLOPs that reach `bits`: inf where none do, 0 where bits do not fall and any do.
+
+    A law that does not fall stands for the bits at its reference.
+    """
+    above = np.asarray(bits, np.float64) - self.floor
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+      falling = self.reference * (above / self.scale) ** (-1 / self.exponent)
+    falling = np.where(above > 0, falling, np.inf)
+    return np.where(self.exponent > 0, falling, np.where(above < self.scale, np.inf, 0.0))
+
+
+def _line(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Fits y [..., P] = a + b x by least squares, where x [P] has mean 0; returns a and b."""
+  return y.mean(-1), y @ x / (x @ x)
+
+
+def fit(flops, bits, with_floor: bool = False) -> Law:
+  """Fits laws by least squares of log bits.
+
+  Without a floor it is a line in log bits and log FLOPs. With one, a grid over the floor is refined
+  three times; each floor has its line in log(bits - floor), and that with the least squared error
+  of log bits is taken. A floor of 0 is among them.
+
+  Args:
+    flops: [P] of each size.
+    bits: [..., P].
+    with_floor: whether the floor is fitted, too.
+
+  Returns:
+    Law, arrays [...].
+  """
+  logs, y = np.log(np.asarray(flops, np.float64)), np.asarray(bits, np.float64)
+  reference = float(np.exp(logs.mean()))
+  x = logs - logs.mean()
+  if not with_floor:
+    a, b = _line(x, np.log(y))
+    return Law(reference, np.zeros_like(a), np.exp(a), -b)
+  least = y.min(-1)
+  low, high = np.zeros_like(least), 0.999 * least
+  for _ in range(4):
+    floors = np.linspace(low, high, FLOOR_STEPS)  # [steps, ...]
+    a, b = _line(x, np.log(y - floors[..., None]))
+    errors = np.log(floors[..., None] + np.exp(a[..., None] + b[..., None] * x)) - np.log(y)
+    best = (errors**2).sum(-1).argmin(0)[None]
+    floor, a, b = (np.take_along_axis(v, best, 0)[0] for v in (floors, a, b))
+    step = (high - low) / (FLOOR_STEPS - 1)
+    low, high = np.maximum(floor - step, 0), np.minimum(floor + step, 0.999 * least)
+  return Law(reference, floor, np.exp(a), -b)
+
+
+def needs_floor(flops, bits) -> bool:
+  """Returns whether a law with a floor predicts the largest size from the others clearly better.
+
+  Clearly is by `FLOOR_GAIN`: three sizes fit three parameters without a residual, so noise alone
+  makes floors. Three sizes have no size to spare and get none, and neither do bits that rise.
+
+  Args:
+    flops: [P], ascending.
+    bits: [P].
+  """
+  flops, bits = np.asarray(flops), np.asarray(bits)
+  if len(flops) <= LEAST_SIZES or fit(flops, bits).exponent <= 0:
+    return False
+  without, with_floor = (
+    abs(math.log(fit(flops[:-1], bits[:-1], floor).bits(flops[-1]) / bits[-1]))
+    for floor in (False, True)
+  )
+  return bool(without - with_floor > FLOOR_GAIN)
+
+
+def resampled_means(values: list[np.ndarray], groups, rng: np.random.Generator, count: int):
+  """Resamples groups of documents, the same for all sizes, and the seeds of each size.
+
+  Args:
+    values: P arrays [S, n]; sizes may have different numbers of seeds.
+    groups: [n] names; documents of one group are taken together.
+    rng: of the resamples.
+    count: R.
+
+  Returns:
+    [R, P] means over the taken documents and seeds.
+  """
+  _, places = np.unique(np.asarray(groups), return_inverse=True)
+  number = places.max() + 1
+  times = rng.multinomial(number, np.full(number, 1 / number), count)[:, places]  # [R, n]
+  columns = []
+  for of_size in values:
+    means = times @ np.asarray(of_size, np.float64).T / times.sum(1, keepdims=True)  # [R, S]
+    taken = rng.integers(means.shape[1], size=means.shape)
+    columns.append(np.take_along_axis(means, taken, 1).mean(1))
+  return np.stack(columns, -1)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+  """Returns the ends of the middle 95% of resamples, which may be infinite."""
+  tail = (1 - LEVEL) / 2
+  low, high = np.quantile(values, (tail, 1 - tail), method="inverted_cdf")
+  return float(low), float(high)
+
+
+def ratio(without: Law, neighbors: Law, measured: tuple[float, float], of: str) -> dict:
+  """Compares the FLOPs that two conditions need for the best bits of one of them.
+
+  The ratio is FLOPs without retrieval / FLOPs with it: above 1, retrieval saves compute. The best
+  bits are those of the law at an end of the measured range, the upper one if the law falls. If it
+  rises, the condition reaches its best with the fewest FLOPs and no better with the most; the ratio
+  then counts the most.
+
+  Args:
+    without: law, or laws, without retrieval.
+    neighbors: as many with retrieval.
+    measured: smallest and largest FLOPs of the runs.
+    of: "without" or "neighbors", whose best bits.
+
+  Returns:
+    {"bits", "flops_without", "flops_neighbors", "ratio"}, arrays.
+  """
+  own = without if of == "without" else neighbors
+  level = np.minimum(own.bits(measured[0]), own.bits(measured[1]))
+  spent = np.full(np.shape(level), measured[1])
+  needed = (neighbors if of == "without" else without).flops(level)
+  both = (spent, needed) if of == "without" else (needed, spent)
+  with np.errstate(divide="ignore"):
+    return {
+      "bits": level,
+      "flops_without": both[0],
+      "flops_neighbors": both[1],
+      "ratio": both[0] / both[1],
+    }
+
+
+def bound(needed: float, measured: tuple[float, float]) -> str | None:
+  """Returns on which side of the measured range FLOPs lie: "below", "above" or None, within."""
+  if measured[0] <= needed <= measured[1]:
+    return None
+  return "below" if needed < measured[0] else "above"
