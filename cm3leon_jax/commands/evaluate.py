@@ -9,6 +9,7 @@
 Bits per image code and text token go to evaluation/metrics.json; the caption alone retrieves
 neighbors, as at inference. Images for held-out captions of `scenes` are judged: evaluation/scenes.*
 Beside those on the sheet stand images of the bundled model, which holds out the same scenes.
+--last_params measures the last parameters instead of their average, and writes evaluation_last/.
 An export goes to geneval/NAME-HASH/, for the scripts of GenEval and GenEval 2. docs/evaluation.md
 explains all three.
 """
@@ -33,6 +34,11 @@ _EXPORT = flags.DEFINE_enum(
   ["geneval"],
   "Only generate images, for --prompts or else held-out scenes, in the folders that GenEval reads.",
 )
+_LAST_PARAMS = flags.DEFINE_bool(
+  "last_params",
+  False,
+  "Measure the last parameters, not their average (optimizer.ema_decay); writes evaluation_last/.",
+)
 EXPORT_SAMPLES = 4  # GenEval's own number.
 BUNDLED = "scenes"  # Model whose images stand beside those of a run of `scenes`.
 
@@ -42,6 +48,8 @@ def main(settings, workdir):
     if _is_given(flag) and _EXPORT.value is None:
       raise UserError(f"--{flag.name} is given without --export: add --export=geneval.")
   if _EXPORT.value is not None:
+    if _LAST_PARAMS.value:
+      raise UserError("--export generates with the average: leave --last_params out.")
     _export(settings, workdir)
     return
   inputs = {}
@@ -51,15 +59,14 @@ def main(settings, workdir):
       from cm3leon_jax.export import bundle
 
       inputs["bundled"] = digest(bundle.folder_of(BUNDLED) / bundle.FILE)
-  with (
-    stages.stage(workdir, "evaluation", settings, inputs) as summary,
-    common.use_mesh(settings),
-  ):
+  folder = workdir / ("evaluation_last" if _LAST_PARAMS.value else "evaluation")
+  config = stages.run_config(settings, workdir, "evaluation", inputs)
+  with stages.once(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
-      _evaluate(settings, workdir, summary)
+      _evaluate(settings, workdir, folder, summary)
 
 
-def _evaluate(settings, workdir: epath.Path, summary: dict) -> None:
+def _evaluate(settings, workdir: epath.Path, folder: epath.Path, summary: dict) -> None:
   """Measures bits and, if the config says so, judges samples; adds the numbers to `summary`."""
   from cm3leon_jax.data.documents import Bank, DocumentStore
   from cm3leon_jax.evaluation import bits
@@ -68,7 +75,8 @@ def _evaluate(settings, workdir: epath.Path, summary: dict) -> None:
 
   config = settings.evaluation
   bits.check_batch(config)
-  params, step = checkpoint.load_params(workdir / "train", settings.model)
+  average = not _LAST_PARAMS.value
+  params, step = checkpoint.load_params(workdir / "train", settings.model, average=average)
   scene_samples = _scene_samples() if config.scenes else None
   if scene_samples:  # Before anything is measured, so that a mistake ends the command.
     pipeline = _pipeline(settings, workdir, params, clip=None)
@@ -82,7 +90,6 @@ def _evaluate(settings, workdir: epath.Path, summary: dict) -> None:
   summary.update(step=step, **metrics)
   print(f"evaluate: {bits.describe(metrics)}", flush=True)
   if scene_samples:
-    folder = workdir / "evaluation"
     bundled = _load_bundled() if _has_bundled(settings) else None
     generate = functools.partial(_images_of, bundled, settings.seed) if bundled else None
     judged = scene_samples.evaluate(pipeline, tasks, folder, generate)
@@ -91,7 +98,7 @@ def _evaluate(settings, workdir: epath.Path, summary: dict) -> None:
       summary["scenes"]["bundled"] |= _about(bundled)
     print(scene_samples.describe(judged))
     print(f"evaluate: samples are in {folder / 'scenes.png'}", flush=True)
-  write_json(workdir / "evaluation" / "metrics.json", summary)
+  write_json(folder / "metrics.json", summary)
 
 
 def _has_bundled(settings) -> bool:
