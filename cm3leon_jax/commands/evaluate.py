@@ -137,7 +137,7 @@ def _about(model) -> dict:
     "guidance": settings.sampling.guidance,
     "neighbors": model.pipeline.usual_retrieve,
     "step": model.step,
-    "parameters": sum(x.size for x in jax.tree.leaves(types)),
+    "parameters": transformer.count_params(types),
     "training_scenes": settings.scenes.train,
     **bundle.about(model.workdir),
   }

@@ -73,6 +73,12 @@ def _export(settings, workdir) -> None:
     summary.update(compared="logits" in summary)
     model = f"{summary['architecture']}, {summary['parameters']:,} parameters"
     print(f"export: {model}, in {folder}; {comparison}.", flush=True)
+    if settings.model.align_images:
+      print(
+        "export: config.model.align_images is set: other engines need position_ids after neighbors "
+        "and for several images, see `position_ids` in config.json.",
+        flush=True,
+      )
 
 
 if __name__ == "__main__":
