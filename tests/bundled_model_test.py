@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from cm3leon_jax import CM3Leon
-from cm3leon_jax.data import scenes
-from cm3leon_jax.data.scene_world import ScenesConfig
+from cm3leon_jax.data import scene_world, scenes
+from cm3leon_jax.data.scene_world import Scene, ScenesConfig, split_of_scene
 from cm3leon_jax.evaluation.scenes import judge_all
 from cm3leon_jax.export import bundle
 
@@ -28,6 +28,26 @@ def test_it_is_small_and_every_file_is_the_one_that_was_trained():
   assert len(sizes) == 15
   assert max(sizes) < MOST_OF_A_FILE
   assert sum(sizes) <= MOST_BYTES
+
+
+def test_it_says_what_it_cost():
+  about = bundle.about(bundle.folder_of("scenes"))
+  assert about["bytes"] <= MOST_BYTES
+  assert about["cost"].keys() == {"train_seconds", "other_seconds", "machine"}
+  assert about["cost"]["train_seconds"] > 600
+
+
+def test_it_never_trained_on_what_other_runs_of_scenes_hold_out():
+  settings, _ = bundle.read(bundle.folder_of("scenes"))
+  trained = [scenes.pair(settings.scenes, "train", i).image for i in range(1_000)]
+  assert {split_of_scene(Scene.parse(image)) for image in trained} == {"train"}
+  others = (
+    ScenesConfig(),
+    ScenesConfig(seed=7, objects=tuple(scene_world.COMMON)[:20], rare_objects=300),
+  )
+  for config in others:
+    heldout = [scenes.pair(config, "heldout", i).image for i in range(140)]
+    assert {split_of_scene(Scene.parse(image)) for image in heldout} == set(scene_world.KINDS)
 
 
 @pytest.mark.usefixtures("optimized")

@@ -8,11 +8,14 @@
 
 Bits per image code and text token go to evaluation/metrics.json; the caption alone retrieves
 neighbors, as at inference. Images for held-out captions of `scenes` are judged: evaluation/scenes.*
+Beside those on the sheet stand images of the bundled model, which holds out the same scenes.
+--last_params measures the last parameters instead of their average, and writes evaluation_last/.
 An export goes to geneval/NAME-HASH/, for the scripts of GenEval and GenEval 2. docs/evaluation.md
 explains all three.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 
@@ -23,7 +26,7 @@ from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import write_json
+from cm3leon_jax.io import digest, write_json
 
 _EXPORT = flags.DEFINE_enum(
   "export",
@@ -31,7 +34,13 @@ _EXPORT = flags.DEFINE_enum(
   ["geneval"],
   "Only generate images, for --prompts or else held-out scenes, in the folders that GenEval reads.",
 )
+_LAST_PARAMS = flags.DEFINE_bool(
+  "last_params",
+  False,
+  "Measure the last parameters, not their average (optimizer.ema_decay); writes evaluation_last/.",
+)
 EXPORT_SAMPLES = 4  # GenEval's own number.
+BUNDLED = "scenes"  # Model whose images stand beside those of a run of `scenes`.
 
 
 def main(settings, workdir):
@@ -39,20 +48,25 @@ def main(settings, workdir):
     if _is_given(flag) and _EXPORT.value is None:
       raise UserError(f"--{flag.name} is given without --export: add --export=geneval.")
   if _EXPORT.value is not None:
+    if _LAST_PARAMS.value:
+      raise UserError("--export generates with the average: leave --last_params out.")
     _export(settings, workdir)
     return
   inputs = {}
   if settings.evaluation.scenes:
     inputs = {"sampling": _digest(dataclasses.asdict(settings.sampling))}
-  with (
-    stages.stage(workdir, "evaluation", settings, inputs) as summary,
-    common.use_mesh(settings),
-  ):
+    if _has_bundled(settings):
+      from cm3leon_jax.export import bundle
+
+      inputs["bundled"] = digest(bundle.folder_of(BUNDLED) / bundle.FILE)
+  folder = workdir / ("evaluation_last" if _LAST_PARAMS.value else "evaluation")
+  config = stages.run_config(settings, workdir, "evaluation", inputs)
+  with stages.once(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
-      _evaluate(settings, workdir, summary)
+      _evaluate(settings, workdir, folder, summary)
 
 
-def _evaluate(settings, workdir: epath.Path, summary: dict) -> None:
+def _evaluate(settings, workdir: epath.Path, folder: epath.Path, summary: dict) -> None:
   """Measures bits and, if the config says so, judges samples; adds the numbers to `summary`."""
   from cm3leon_jax.data.documents import Bank, DocumentStore
   from cm3leon_jax.evaluation import bits
@@ -61,7 +75,8 @@ def _evaluate(settings, workdir: epath.Path, summary: dict) -> None:
 
   config = settings.evaluation
   bits.check_batch(config)
-  params, step = checkpoint.load_params(workdir / "train", settings.model)
+  average = not _LAST_PARAMS.value
+  params, step = checkpoint.load_params(workdir / "train", settings.model, average=average)
   scene_samples = _scene_samples() if config.scenes else None
   if scene_samples:  # Before anything is measured, so that a mistake ends the command.
     pipeline = _pipeline(settings, workdir, params, clip=None)
@@ -75,12 +90,57 @@ def _evaluate(settings, workdir: epath.Path, summary: dict) -> None:
   summary.update(step=step, **metrics)
   print(f"evaluate: {bits.describe(metrics)}", flush=True)
   if scene_samples:
-    folder = workdir / "evaluation"
-    judged = scene_samples.evaluate(pipeline, tasks, folder)
+    bundled = _load_bundled() if _has_bundled(settings) else None
+    generate = functools.partial(_images_of, bundled, settings.seed) if bundled else None
+    judged = scene_samples.evaluate(pipeline, tasks, folder, generate)
     summary["scenes"] = scene_samples.overview(judged)
+    if bundled:
+      summary["scenes"]["bundled"] |= _about(bundled)
     print(scene_samples.describe(judged))
     print(f"evaluate: samples are in {folder / 'scenes.png'}", flush=True)
-  write_json(workdir / "evaluation" / "metrics.json", summary)
+  write_json(folder / "metrics.json", summary)
+
+
+def _has_bundled(settings) -> bool:
+  """Returns whether the bundled model knows the world of the run.
+
+  What is held out there depends on names alone, so it never trained on the run's held-out scenes.
+  """
+  from cm3leon_jax.data import builtin_sources
+
+  return settings.raw.source == builtin_sources.SCENES
+
+
+def _load_bundled():
+  from cm3leon_jax.api import CM3Leon
+  from cm3leon_jax.evaluation.scene_samples import SHEET_SCENES
+
+  return CM3Leon.load(BUNDLED, batch_size=SHEET_SCENES)
+
+
+def _images_of(model, seed: int, captions: list[str]) -> list:
+  """Generates an image for each caption, with the guidance and neighbors of the model's own run."""
+  return [sample.segments[0] for [sample] in model.generate(captions, seed=seed)]
+
+
+def _about(model) -> dict:
+  """Describes a bundled model: its settings of sampling, size and cost."""
+  import jax
+
+  from cm3leon_jax.export import bundle
+  from cm3leon_jax.models import transformer
+
+  settings = model.pipeline.settings
+  with jax.set_mesh(model.mesh):
+    types = jax.eval_shape(lambda: transformer.init_params(settings.model, jax.random.key(0)))
+  return {
+    "guidance": settings.sampling.guidance,
+    "neighbors": model.pipeline.usual_retrieve,
+    "step": model.step,
+    "parameters": transformer.count_params(types),
+    "training_scenes": settings.scenes.train,
+    **bundle.about(model.workdir),
+  }
 
 
 def _scene_samples():

@@ -25,11 +25,13 @@ _BUNDLE = flags.DEFINE_string(
 
 def _write_bundle(settings, workdir, folder: str) -> None:
   from cm3leon_jax.export import bundle
+  from cm3leon_jax.reports import summary
   from cm3leon_jax.training import checkpoint
 
+  cost = summary.cost(summary.collect(workdir))
   with common.use_mesh(settings):
     params, step = checkpoint.load_params(workdir / "train", settings.model)
-    numbers = bundle.write(folder, workdir, settings, params, step)
+    numbers = bundle.write(folder, workdir, settings, params, step, cost)
   print(f"export: bundle of step {step}, {numbers['bytes'] / 1e6:.1f} MB, in {folder}.", flush=True)
 
 
@@ -71,6 +73,12 @@ def _export(settings, workdir) -> None:
     summary.update(compared="logits" in summary)
     model = f"{summary['architecture']}, {summary['parameters']:,} parameters"
     print(f"export: {model}, in {folder}; {comparison}.", flush=True)
+    if settings.model.align_images:
+      print(
+        "export: config.model.align_images is set: other engines need position_ids after neighbors "
+        "and for several images, see `position_ids` in config.json.",
+        flush=True,
+      )
 
 
 if __name__ == "__main__":

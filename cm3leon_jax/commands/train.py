@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -169,6 +170,17 @@ def _initial_params(settings: Settings, workdir, start: Weights | None):
   )
 
 
+def _machine() -> str:
+  """Describes what trains: "2 CPU cores", which this process may use, or "8 x TPU v5"."""
+  import jax
+
+  if jax.default_backend() != "cpu":
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+  has_affinity = hasattr(os, "sched_getaffinity")
+  cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+  return f"{cores} CPU core{'s' * (cores > 1)}"
+
+
 def main(
   settings: Settings,
   workdir,
@@ -208,7 +220,7 @@ def main(
     initial_params = _initial_params(settings, workdir, start)
     options = (settings.seed, generate_grid, traced, initial_params)
     result = train(folder, *sections, loader, heldout, *options)
-    summary.update(result)
+    summary.update(result, machine=_machine())
     loss = f"held-out image loss {result['heldout_image_loss']:.3f} nats per code"
     distributed.print_once(f"train: {result['steps']} steps, {loss}.")
 

@@ -3,7 +3,7 @@
 # n scenes, H height, W width.
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 
@@ -25,6 +25,7 @@ from cm3leon_jax.io import replacing, write_json
 
 REAL, RECONSTRUCTED = "real images", "reconstructions"  # Titles of what limits the samples.
 UNGUIDED = "guidance 1"
+BUNDLED = "bundled model"
 SHEET_SCENES = 12
 
 
@@ -91,7 +92,10 @@ def heldout_scenes(
 
 
 def evaluate(
-  pipeline: Pipeline, tasks: Sequence[HeldoutCaption], folder: epath.PathLike
+  pipeline: Pipeline,
+  tasks: Sequence[HeldoutCaption],
+  folder: epath.PathLike,
+  bundled: Callable[[list[str]], list[np.ndarray]] | None = None,
 ) -> dict[str, dict]:
   """Generates and judges images; writes them, scenes.json, scenes_results.jsonl and scenes.png.
 
@@ -102,11 +106,15 @@ def evaluate(
     pipeline: of the run.
     tasks: result of `heldout_scenes`.
     folder: gets the files.
+    bundled: generates an image for each caption, with the bundled model; it gets the captions of
+      scenes.png, where its images stand beside the run's.
 
   Returns:
     {"judge": result of `judge_errors.measure`, "tables": {"real images", "reconstructions", and for
     each weight e.g. "guidance 1.5": result of `scene_table.table`}}. If one of several weights is
-    1, also "gain": {"title": the best other weight, and its `scene_table.gain` over weight 1}.
+    1, also "gain": {"title": the best other weight, and its `scene_table.gain` over weight 1}. With
+    `bundled`, also "bundled": {"images": number of the captions on the sheet, "right": {title of a
+    weight, or "bundled model": how many of their images are correct}}.
   """
   folder, seed = epath.Path(folder), pipeline.settings.seed
   style = pipeline.settings.scenes.style
@@ -122,13 +130,7 @@ def evaluate(
     RECONSTRUCTED: np.stack([task.original for task in first]),
     **{title: np.stack([s.segments[0] for s in some]) for title, some in by_weight.items()},
   }
-  judged = {
-    title: [
-      Judged(task.prompt, fact, task.concept, verdict)
-      for task, fact, verdict in zip(first, facts, scenes.judge_all(images, facts, style))
-    ]
-    for title, images in columns.items()
-  }
+  judged = {title: _judge(first, images, style) for title, images in columns.items()}
   resamples = pipeline.settings.evaluation.num_resamples
   tables = {title: scene_table.table(some, resamples, seed) for title, some in judged.items()}
   result = {"judge": judge_errors.measure(real, facts, seed, style), "tables": tables}
@@ -137,8 +139,7 @@ def evaluate(
     gain = scene_table.gain(judged[title], judged[UNGUIDED], resamples, seed)
     result["gain"] = {"title": title, **gain}
   _write_results(folder, samples, [one for title in by_weight for one in judged[title]])
-  shown = sheet_scenes(pipeline, by_weight, judged)
-  save_png(folder / "scenes.png", scene_sheet.render(shown))
+  result |= _write_sheet(folder / "scenes.png", pipeline, by_weight, judged, bundled)
   write_json(folder / "scenes.json", result)
   return result
 
@@ -160,31 +161,67 @@ def _write_results(folder: epath.Path, samples: Sequence[Sample], judged: Sequen
     file.write("".join(lines))
 
 
-def sheet_scenes(
-  pipeline: Pipeline, by_weight: dict[str, list[Sample]], judged: dict[str, list[Judged]]
-) -> list[SheetScene]:
-  """Returns what the sheet shows: scenes chosen by the seed, spread over the categories.
+def _judge(
+  tasks: Sequence[HeldoutCaption], images: np.ndarray, style: Style = "filled"
+) -> list[Judged]:
+  """Judges an image [H, W, 3] uint8 for each task."""
+  facts = [task.document.facts for task in tasks]
+  verdicts = scenes.judge_all(images, facts, style)
+  return [Judged(t.prompt, f, t.concept, verdict) for t, f, verdict in zip(tasks, facts, verdicts)]
+
+
+def _write_sheet(
+  path: epath.Path,
+  pipeline: Pipeline,
+  by_weight: dict[str, list[Sample]],
+  judged: dict[str, list[Judged]],
+  bundled: Callable[[list[str]], list[np.ndarray]] | None,
+) -> dict[str, dict]:
+  """Writes the sheet of scenes chosen by the seed, spread over the categories.
 
   Args:
+    path: of the image.
     pipeline: of the run; decodes the images of neighbors.
     by_weight: title of a guidance weight -> samples of n scenes.
     judged: the same titles -> n verdicts.
+    bundled: see `evaluate`.
+
+  Returns:
+    Field "bundled" of the result of `evaluate`; {} without `bundled`.
   """
-  first = next(iter(by_weight.values()))
-  tags = [sample.task.document.facts["tag"] for sample in first]
+  every = next(iter(by_weight.values()))
+  tags = [sample.task.document.facts["tag"] for sample in every]
   chosen = spread(tags, SHEET_SCENES, pipeline.settings.seed)
-  images = iter(images_of(pipeline, [d for i in chosen for d in first[i].neighbors]))
+  columns = {
+    title: [(some[i].segments[0], judged[title][i].verdict.correct) for i in chosen]
+    for title, some in by_weight.items()
+  }
+  samples = [every[i] for i in chosen]
+  if bundled is not None:
+    tasks = [sample.task for sample in samples]
+    images = bundled([task.prompt for task in tasks])
+    verdicts = [one.verdict.correct for one in _judge(tasks, np.stack(images))]
+    columns[BUNDLED] = list(zip(images, verdicts))
+  save_png(path, scene_sheet.render(_sheet_scenes(pipeline, samples, columns)))
+  if bundled is None:
+    return {}
+  right = {title: sum(correct for _, correct in column) for title, column in columns.items()}
+  return {"bundled": {"images": len(chosen), "right": right}}
+
+
+def _sheet_scenes(
+  pipeline: Pipeline, samples: Sequence[Sample], columns: dict[str, list[tuple[np.ndarray, bool]]]
+) -> list[SheetScene]:
+  """Returns the scenes of n samples, with an image and its verdict of each column."""
+  images = iter(images_of(pipeline, [d for sample in samples for d in sample.neighbors]))
   return [
     SheetScene(
-      caption=first[i].task.prompt,
-      original=real_image(first[i].task.document.facts, pipeline.settings.scenes.style),
-      neighbors=tuple(next(images) for _ in first[i].neighbors),
-      samples={
-        title: (some[i].segments[0], judged[title][i].verdict.correct)
-        for title, some in by_weight.items()
-      },
+      caption=sample.task.prompt,
+      original=real_image(sample.task.document.facts, pipeline.settings.scenes.style),
+      neighbors=tuple(next(images) for _ in sample.neighbors),
+      samples={title: column[i] for title, column in columns.items()},
     )
-    for i in chosen
+    for i, sample in enumerate(samples)
   ]
 
 
@@ -215,6 +252,9 @@ def describe(result: dict) -> str:
   lines = [scene_table.describe(result["tables"])]
   if gain := result.get("gain"):
     lines.append(f"{gain['title']} minus {UNGUIDED}: {scene_table.share(gain)} correct")
+  if bundled := result.get("bundled"):
+    right = ", ".join(f"{title} {count}" for title, count in bundled["right"].items())
+    lines.append(f"correct of the {bundled['images']} images on the sheet: {right}")
   judge = judge_errors.describe(result["judge"])
   return "\n".join([*lines, f"judge, on real images: {judge}"])
 
@@ -226,7 +266,7 @@ def overview(result: dict) -> dict:
     {"judge": its main shares, and for each table its shares of all images. "best": {"title": the
     best guidance weight, and with their intervals "correct", "color", "count" and "place" of all
     images, and the correct ones of "scene" (kind of held-out) and "single_object" (category)},
-    "gain": as in `result`}. What the captions do not have is absent.
+    "gain" and "bundled": as in `result`}. What the captions do not have is absent.
   """
   tables = result["tables"]
   shares = {
@@ -245,5 +285,5 @@ def overview(result: dict) -> dict:
     **{m: best["all"][m] for m in ("correct", "color", "count", "place") if m in best["all"]},
     **{name: row["correct"] for name, row in parts.items() if row},
   }
-  gain = {"gain": result["gain"]} if "gain" in result else {}
-  return {"judge": judge, **shares, "best": main, **gain}
+  more = {name: result[name] for name in ("gain", "bundled") if name in result}
+  return {"judge": judge, **shares, "best": main, **more}

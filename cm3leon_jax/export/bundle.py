@@ -2,8 +2,8 @@
 
 It has the decoder in the Hugging Face layout (`huggingface.export`), vqgan/, clip/,
 text_tokenizer/, all weights in float16 (finer than bfloat16 for numbers of this size, and read by
-numpy), and bundle.json: settings, step, SHA-256 of every file. If the run retrieves from the split
-`bank` alone, it has that bank, too: documents/ and neighbors/.
+numpy), and bundle.json: settings, step, what the training cost, SHA-256 of every file. If the run
+retrieves from the split `bank` alone, it has that bank, too: documents/ and neighbors/.
 """
 
 import dataclasses
@@ -46,7 +46,12 @@ def is_bundle(folder: epath.PathLike) -> bool:
 
 
 def write(
-  folder: epath.PathLike, workdir: epath.PathLike, settings: Settings, params: dict, step: int
+  folder: epath.PathLike,
+  workdir: epath.PathLike,
+  settings: Settings,
+  params: dict,
+  step: int,
+  cost: dict | None = None,
 ) -> dict:
   """Writes a bundle of a run with a CLIP of its own; bundle.json comes last.
 
@@ -56,6 +61,7 @@ def write(
     settings: of the run.
     params: of the decoder.
     step: of `params`.
+    cost: of the run, see `reports.summary.cost`; None: unknown.
 
   Returns:
     {"files", "bytes"} of all files but bundle.json.
@@ -92,6 +98,7 @@ def write(
   described = {
     "settings": plain(dataclasses.asdict(settings)),
     "step": step,
+    "cost": cost,
     "digests": {name: digest(folder / name) for name in sorted(names)},
   }
   write_json(folder / FILE, described)
@@ -136,3 +143,11 @@ def read(folder: epath.PathLike) -> tuple[Settings, int]:
       state = "is absent" if found is None else "has another content than the bundle was made with"
       raise UserError(f"{folder / name} {state} (SHA-256 {expected[:12]} expected): {AGAIN}.")
   return settings_from_config(stored["settings"]), stored["step"]
+
+
+def about(folder: epath.PathLike) -> dict:
+  """Describes a bundle: {"bytes" of its files, "cost": as `write` got it, or None}."""
+  folder = epath.Path(folder)
+  stored = read_json(folder / FILE)
+  size = sum((folder / name).stat().length for name in stored["digests"])
+  return {"bytes": size, "cost": stored.get("cost")}

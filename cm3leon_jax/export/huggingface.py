@@ -1,8 +1,8 @@
 """Exports to Hugging Face: `opt` as OPTForCausalLM, `modern` as Qwen3ForCausalLM.
 
 Both load without remote code. A decoder with `model.align_images` has the same logits there at the
-default positions, unless neighbors stand before its prompt: then the engine needs `position_ids`
-(`positions.positions_of`).
+default positions if a sample has one image at most; after neighbors, or in a document of several
+images, the engine needs `position_ids` (`positions.positions_of`). config.json says so, too.
 """
 
 # K layers, D width, N heads, H head size, F feed-forward, V vocabulary, T tokens.
@@ -20,13 +20,21 @@ import numpy as np
 from safetensors import numpy as safetensors_numpy
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import replacing, write_json
+from cm3leon_jax.io import read_json, replacing, write_json
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 
 WEIGHTS = "model.safetensors"
+VOCAB_FIELDS = ("num_special", "text_size", "image_size")
+POSITION_IDS = (
+  "This decoder counts positions from the images (align_images). A sample with one image at most "
+  "needs nothing. After retrieved documents, or with several images, pass as position_ids the "
+  "result of cm3leon_jax.positions.positions_of(tokens, vocab, align_images=True): the first code "
+  "of every image has position 0, the tokens before it count backwards. A constant may be added."
+)
 OPT_OFFSET = 2  # OPT stores position p in row p + 2 and never reads the rows before.
 
 
@@ -138,14 +146,22 @@ def config_of(described: dict) -> dict[str, dict]:
     "num_heads": described["num_attention_heads"],
     "mlp_width": described["ffn_dim" if opt else "intermediate_size"],
     "max_positions": described["max_position_embeddings"],
+    "align_images": described["cm3leon"].get("align_images", False),
   }
   if opt:  # A decoder with these norms is not exported.
     model["query_key_norm"] = False
-  return {"model": model, "vocab": described["cm3leon"]}
+  return {"model": model, "vocab": {name: described["cm3leon"][name] for name in VOCAB_FIELDS}}
 
 
 def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
-  """Returns the content of config.json. Image code c is token id `cm3leon.text_size` + c."""
+  """Returns the content of config.json. Image code c is token id `cm3leon.text_size` + c.
+
+  `cm3leon.position_ids` says what another engine must do, if its own positions are not enough.
+  """
+  own = {name: getattr(vocab, name) for name in VOCAB_FIELDS}
+  own["align_images"] = config.align_images
+  if config.align_images:
+    own["position_ids"] = POSITION_IDS
   common = {
     "vocab_size": config.vocab_size,
     "hidden_size": config.width,
@@ -156,7 +172,7 @@ def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
     "bos_token_id": vocab.eos,
     "eos_token_id": vocab.eos,
     "dtype": "float32",
-    "cm3leon": {name: getattr(vocab, name) for name in ("num_special", "text_size", "image_size")},
+    "cm3leon": own,
   }
   if config.family == "opt":
     return common | {
@@ -250,11 +266,11 @@ def can_compare() -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def causal_logits(config: ModelConfig, params: dict, tokens):
-  """Computes logits [T, V] fp32 of the ids [T] of a sample, on the current mesh."""
+def causal_logits(config: ModelConfig, params: dict, tokens, positions):
+  """Computes logits [T, V] fp32 of the ids and positions [T] of a sample, on the current mesh."""
   model = transformer.bind(config, params)
   tokens = shard(jnp.broadcast_to(tokens[None], (batch_shards(), tokens.size)), "batch", "length")
-  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+  positions = jnp.broadcast_to(positions[None], tokens.shape)
   hidden = model(tokens, shard(positions, "batch", "length"), jnp.ones_like(tokens))
   logits = transformer.logits(hidden, model.output_table())
   return shard(logits, None, "length", "vocab")[0]
@@ -265,7 +281,7 @@ def compare_logits(
 ) -> dict:
   """Compares the logits of the exported model and of this project's, both in fp32.
 
-  Requires `can_compare()`.
+  Both get the positions of `positions_of`. Requires `can_compare()`.
 
   Args:
     folder: folder of `export`.
@@ -282,14 +298,18 @@ def compare_logits(
 
   model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
   config = dataclasses.replace(config, dtype="float32", attention="plain")
+  described = read_json(epath.Path(folder) / "config.json")["cm3leon"]
+  vocab = VocabLayout(**{name: described[name] for name in VOCAB_FIELDS})
   longest = max(len(s) for s in samples)
   difference, largest = 0.0, 0.0
   for sample in samples:
+    positions = positions_of(sample, vocab, config.align_images)
+    given = (torch.from_numpy(x.astype(np.int64))[None] for x in (sample, positions))
     with torch.no_grad():
-      theirs = model(torch.from_numpy(sample.astype(np.int64))[None]).logits[0].numpy()
+      theirs = model(**dict(zip(("input_ids", "position_ids"), given))).logits[0].numpy()
     # Padded to one length for one program; a causal model ignores what follows.
-    padded = np.pad(sample, (0, longest - len(sample)))
-    ours = np.asarray(causal_logits(config, params, padded))[: len(sample)]
+    padded = (np.pad(x, (0, longest - len(sample))) for x in (sample, positions))
+    ours = np.asarray(causal_logits(config, params, *padded))[: len(sample)]
     difference = max(difference, float(np.abs(ours - theirs).max()))
     largest = max(largest, float(np.abs(ours).max()))
   return {

@@ -261,6 +261,7 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
   environment.filters |= {"share": scene_table.share, "scene_rows": scene_table.rows}
   return environment.get_template("report.html.jinja").render(
     summary=summary,
+    cost=summary_lib.cost(summary),
     stages=stages.STAGES,
     config_name=config_name,
     date=datetime.date.today().isoformat(),

@@ -294,6 +294,27 @@ def collect(workdir: epath.PathLike) -> dict:
   return plain(summary)
 
 
+def cost(summary: dict) -> dict | None:
+  """Returns what the decoder of a run cost; None if it is not trained.
+
+  Args:
+    summary: result of `collect`.
+
+  Returns:
+    {"train_seconds": of the decoder, "other_seconds": of all stages before it, "machine": what
+    trained it, or None if an earlier version did}.
+  """
+  if "seconds" not in summary.get("train", {}):
+    return None
+  folders = list(stages.STAGES)
+  before = [
+    summary[name]["seconds"] for name in folders[: folders.index("train")] if name in summary
+  ]
+  train = summary["train"]
+  machine, seconds = train.get("machine"), round(sum(before), 1)
+  return {"train_seconds": train["seconds"], "other_seconds": seconds, "machine": machine}
+
+
 def flatten(value, where: str = "") -> list[tuple[str, object]]:
   """Returns the leaves of nested dicts and lists with their dotted names, in order.
 

@@ -139,15 +139,17 @@ class Checkpoints:
     restored = self._manager.restore(step, args=args)
     return restored["state"], restored["data"]["next_row"]
 
-  def restore_params(self, config: ModelConfig, step: int) -> dict:
-    """Restores only the parameters, onto the current mesh: their average, if the run has one.
-
-    Raises UserError, see `restore`.
-    """
+  def restore_params(self, config: ModelConfig, step: int, average: bool = True) -> dict:
+    """Restores only the parameters, onto the current mesh; see `load_params`."""
     self.check(step)
     params = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
     stored = ocp.StandardCheckpointHandler().metadata(self.folder / str(step) / "state")
-    name = "ema" if stored.get("ema") else "params"
+    if not average and not stored.get("ema"):
+      raise UserError(
+        f"checkpoint {step} in {self.folder.parent} has no average of the parameters "
+        "(config.optimizer.ema_decay), so its last parameters are the only ones."
+      )
+    name = "ema" if average and stored.get("ema") else "params"
     item = {name: abstract(params, jax.sharding.get_mesh())}
     args = ocp.args.PyTreeRestore(
       item=item,
@@ -182,7 +184,7 @@ class Checkpoints:
 
 
 def load_params(
-  folder: epath.PathLike, config: ModelConfig, step: int | None = None
+  folder: epath.PathLike, config: ModelConfig, step: int | None = None, average: bool = True
 ) -> tuple[dict, int]:
   """Loads the parameters of a run's checkpoint onto the current mesh: their average, if it has one.
 
@@ -190,15 +192,17 @@ def load_params(
     folder: of the run.
     config: size of the decoder.
     step: of the checkpoint; default: the newest.
+    average: False loads the last parameters of a run that has an average.
 
   Returns:
     The parameters and their step.
 
   Raises:
-    UserError: there is no sealed checkpoint, or none of `step`, or it is damaged.
+    UserError: there is no sealed checkpoint, or none of `step`, or it is damaged; or `average` is
+      False and the run has none.
   """
   checkpoints, step = _open(folder, step)
-  params = checkpoints.restore_params(config, step)
+  params = checkpoints.restore_params(config, step, average)
   checkpoints.close()
   return params, step
 

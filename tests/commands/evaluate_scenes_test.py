@@ -6,20 +6,24 @@ import json
 from absl import flags
 from absl.testing import flagsaver
 from etils import epath
+import jax
 import numpy as np
 from PIL import Image
 import pytest
 
+from cm3leon_jax import CM3Leon
 from cm3leon_jax.commands import common, evaluate
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import scenes as scenes_source
 from cm3leon_jax.data.documents import Document, DocumentStore, Segment, write_documents
 from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.evaluation import scene_samples, scene_sheet
+from cm3leon_jax.export import bundle
 from cm3leon_jax.io import read_json, read_json_lines
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.training import checkpoint
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.retrieval.stores import write_neighbors
@@ -157,6 +161,77 @@ def test_too_many_scenes_end_the_command_before_anything_is_measured(made, run, 
   with pytest.raises(UserError, match="25 held-out scenes"):
     run(settings_of(scenes=25))
   assert "bits per image code" not in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def bundled(made):
+  """A bundle of `made` whose bank it lacks, as that of the package."""
+  folder = made.parent / "bundled"
+  cost = {"train_seconds": 60.0, "other_seconds": 7.0, "machine": "1 CPU core"}
+  with one_device():
+    params, step = checkpoint.load_params(made / "train", SETTINGS.model)
+    bundle.write(folder, made, SETTINGS, params, step, cost)
+  return folder
+
+
+def of_source(source, **fields):
+  settings = settings_of(**fields)
+  return dataclasses.replace(settings, raw=dataclasses.replace(settings.raw, source=source))
+
+
+def test_the_bundled_model_gets_the_captions_of_the_sheet(made, bundled, run, monkeypatch, capsys):
+  monkeypatch.setattr(evaluate, "BUNDLED", str(bundled))
+  shown, render = [], scene_sheet.render
+  monkeypatch.setattr(scene_sheet, "render", lambda scenes: shown.extend(scenes) or render(scenes))
+  (made / "evaluation").rmtree(missing_ok=True)
+  settings = of_source("scenes", scenes=14, scene_guidance=(1.0, 2.0))
+  run(settings)
+  titles = ["guidance 1", "guidance 2", "bundled model"]
+  assert len(shown) == 12
+  assert all(list(scene.samples) == titles for scene in shown)
+  model = CM3Leon.load(bundled, batch_size=12)
+  expected = model.generate([scene.caption for scene in shown], seed=SETTINGS.seed)
+  for scene, [sample] in zip(shown, expected):
+    np.testing.assert_array_equal(scene.samples["bundled model"][0], np.asarray(sample.image))
+    assert sample.neighbors == ()
+  found = read_json(made / "evaluation" / "metrics.json")["scenes"]["bundled"]
+  with one_device():
+    params, _ = checkpoint.load_params(made / "train", SETTINGS.model)
+  assert found.pop("parameters") == sum(x.size for x in jax.tree.leaves(params))
+  size = sum(path.stat().length for path in (*bundled.glob("*.*"), *bundled.glob("*/*")))
+  assert found.pop("bytes") == size - (bundled / bundle.FILE).stat().length
+  assert found == {
+    "images": 12,
+    "right": dict.fromkeys(titles, 0),  # Random weights.
+    "guidance": SETTINGS.sampling.guidance,
+    "neighbors": 0,
+    "step": 7,
+    "training_scenes": SETTINGS.scenes.train,
+    "cost": {"train_seconds": 60.0, "other_seconds": 7.0, "machine": "1 CPU core"},
+  }
+  assert "correct of the 12 images on the sheet: guidance 1 0, guidance 2 0" in (
+    capsys.readouterr().out
+  )
+  run(settings)
+  assert "skipped" in capsys.readouterr().out
+  store = DocumentStore(made / "documents" / "heldout_pairs", VOCAB)
+  decode = TextTokenizer(made / "text_tokenizer", VOCAB).decode
+  real = {
+    decode(document.segments[0].tokens): scene_samples.real_image(document.facts)
+    for document in (store[i] for i in range(len(store)))
+  }
+  monkeypatch.setattr(evaluate, "_images_of", lambda model, seed, texts: [real[t] for t in texts])
+  (bundled / bundle.FILE).write_text((bundled / bundle.FILE).read_text() + " ")
+  run(settings)  # Another bundled model.
+  found = read_json(made / "evaluation" / "metrics.json")["scenes"]["bundled"]
+  assert found["right"] == {"guidance 1": 0, "guidance 2": 0, "bundled model": 12}
+
+
+def test_a_run_of_another_source_loads_no_bundled_model(made, run, monkeypatch):
+  monkeypatch.setattr(evaluate, "BUNDLED", str(made / "absent"))
+  (made / "evaluation").rmtree(missing_ok=True)
+  run(of_source("folder/of/own", scenes=3))
+  assert "bundled" not in read_json(made / "evaluation" / "metrics.json")["scenes"]
 
 
 PROMPTS = [

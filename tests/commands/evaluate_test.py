@@ -2,6 +2,7 @@ import dataclasses
 import shutil
 
 from absl import flags
+from absl.testing import flagsaver
 import jax
 import ml_collections
 import numpy as np
@@ -69,6 +70,21 @@ def workdir(tmp_path):
     with stages.once(tmp_path / folder, {}):
       pass
   return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:The BCa confidence interval")  # NaN has none.
+def test_the_last_parameters_are_measured_apart_from_their_average(workdir):
+  evaluate.main(tiny_settings(), workdir)
+  with flagsaver.flagsaver(last_params=True):
+    evaluate.main(tiny_settings(), workdir)
+    with flagsaver.flagsaver(export="geneval"), pytest.raises(UserError, match="leave --last_par"):
+      evaluate.main(tiny_settings(), workdir)
+  average, last = (
+    read_json(workdir / name / "metrics.json")["image"]["true"]["bits"]
+    for name in ("evaluation", "evaluation_last")
+  )
+  assert average > 0
+  assert np.isnan(last)
 
 
 def test_evaluate_writes_its_numbers_once_and_again_after_more_training(workdir, capsys):

@@ -3,15 +3,20 @@ import json
 import pathlib
 
 from etils import epath
+import jax
 import numpy as np
 import pytest
 
 from cm3leon_jax import stages
-from cm3leon_jax.commands import train
+from cm3leon_jax.commands import common, train
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import write_json
+from cm3leon_jax.models import transformer
 from cm3leon_jax.settings import default_config, settings_from_config
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.training import checkpoint
 from tests.data.stores import VOCAB, make_sources
+from tests.generation.run import make_config, make_run, one_device
 from tests.retrieval.stores import write_neighbors
 
 
@@ -108,6 +113,37 @@ def test_length_and_execution_do_not_make_another_run(workdir):
   model = dataclasses.replace(first.model, remat_policy="none", loss_chunk=8, unroll_layers=True)
   longer = dataclasses.replace(settings_with(steps=7), model=model)
   assert stages.run_config(first, workdir, "train") == stages.run_config(longer, workdir, "train")
+
+
+def test_a_run_starts_from_the_codebook_of_its_image_tokenizer(tmp_path, monkeypatch):
+  """The rows of all codes are one linear function of the codebook; a short training keeps that."""
+  make_run(root := epath.Path(tmp_path))
+  write_neighbors(root / "neighbors" / "train_pairs", ids=np.full((12, 4), -1, np.int32))
+  for folder in ("documents", "neighbors"):
+    write_json(root / folder / stages.DONE, {"id": folder, "summary": {}})
+  monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
+  table = ImageTokenizer.load(root / "vqgan").params["codebook"]["table"]
+  codebook = table / np.linalg.norm(table, axis=1, keepdims=True)
+  config = make_config()
+  config.model.update({"family": "modern", "embed_std": 0.25, "codebook_start": 1.0})
+  config.data.update({"num_neighbors": 0, "text_share": 0.0, "pack_window": 8})
+  config.train.update({"global_batch_size": 1, "steps": 2})
+  config.optimizer.update({"learning_rate": 1e-7})
+  settings = settings_from_config(config)
+  train.main(settings, root)
+  with one_device():
+    trained, step = checkpoint.load_params(root / "train", settings.model)
+    random = transformer.init_params(settings.model, jax.random.key(settings.seed))
+  assert step == 2
+  inputs = np.concatenate([codebook, np.ones((len(codebook), 1))], axis=1)
+
+  def unexplained(params):
+    rows = np.asarray(params["embed"])[VOCAB.text_size :]
+    assert rows.std() == pytest.approx(0.25, rel=0.1)
+    return np.abs(rows - inputs @ np.linalg.lstsq(inputs, rows)[0]).max()
+
+  assert unexplained(trained) < 1e-4
+  assert unexplained(random) > 0.1  # Negative control.
 
 
 def test_wrong_profile_steps_are_refused_before_training(workdir):

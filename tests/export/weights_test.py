@@ -64,6 +64,14 @@ def test_another_model_or_vocabulary_is_refused_with_its_fields(run, exported):
     weights.find(dataclasses.replace(settings, model=model, vocab=vocab), str(folder))
 
 
+@pytest.mark.parametrize("exported", ["modern"], indirect=True)
+def test_an_export_with_other_positions_is_refused(exported):
+  settings, _, folder = exported
+  model = dataclasses.replace(settings.model, align_images=True)
+  with pytest.raises(UserError, match=r"model\.align_images: False -> True"):
+    weights.find(dataclasses.replace(settings, model=model), str(folder))
+
+
 def test_fields_that_say_only_how_to_compute_may_differ(run):
   assert weights.find(with_model(remat_policy="none", loss_chunk=8), str(run)).step == 7
 

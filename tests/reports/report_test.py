@@ -324,6 +324,15 @@ def make_scenes(workdir, **fields):
     write_json(workdir / "evaluation" / "scenes.json", {"tables": tables})
 
 
+def test_the_cost_of_a_decoder_is_that_of_its_stages():
+  sections = {"raw": {"seconds": 2.0}, "clip": {"seconds": 3.04}, "evaluation": {"seconds": 50.0}}
+  assert summary.cost(sections) is None
+  assert summary.cost({**sections, "train": {"log": {}}}) is None  # It has not finished.
+  sections["train"] = {"seconds": 7.0, "machine": "2 CPU cores"}
+  expected = {"train_seconds": 7.0, "other_seconds": 5.0, "machine": "2 CPU cores"}
+  assert summary.cost(sections) == expected
+
+
 def headings(html):
   return re.findall("<h2>(.*?)</h2>", html)
 
@@ -336,6 +345,7 @@ def test_judged_scenes_come_first_with_their_sheet_and_tables(tmp_path):
   page = Page(html)
   assert page.open == []
   assert "a check if correct" in page.images[0]["alt"]
+  assert "bundled model" not in html
   assert headings(html)[:2] == ["Do images show what their captions say?", "Results"]
   text = " ".join(re.sub("<.*?>", "", html).split())
   assert (
@@ -349,9 +359,52 @@ def test_judged_scenes_come_first_with_their_sheet_and_tables(tmp_path):
   assert html.count('<td class="num">30.0% [20.0, 40.0]</td>') == 2 * 3
 
 
+BUNDLED = {
+  "images": 12,
+  "right": {"guidance 1": 5, "guidance 1.5": 6, "bundled model": 10},
+  "guidance": 1.5,
+  "neighbors": 0,
+  "step": 4000,
+  "parameters": 2_400_000,
+  "training_scenes": 100_000,
+  "bytes": 7_500_000,
+  "cost": {"train_seconds": 2340.0, "other_seconds": 720.0, "machine": "1 CPU core"},
+}
+
+
+@pytest.mark.parametrize("cost", [BUNDLED["cost"], None])
+def test_the_bundled_model_stands_beside_the_run_with_its_cost(tmp_path, cost):
+  make_run(tmp_path, ("raw", "vqgan", "train"))
+  make_scenes(tmp_path, best=BEST, bundled={**BUNDLED, "cost": cost})
+  for folder, seconds in (("raw", 4.0), ("vqgan", 60.0), ("train", 175.2)):
+    done = json.loads((tmp_path / folder / "done.json").read_text())
+    done["summary"] |= {"machine": "2 CPU cores", "parameters": 900} if folder == "train" else {}
+    write_json(tmp_path / folder / "done.json", {**done, "seconds": seconds})
+  report.write(tmp_path, "ml_configs/scenes.py")
+  html = (tmp_path / "report.html").read_text()
+  assert Page(html).open == []
+  table = html[html.index("<h3>Beside the bundled model</h3>") :]
+  rows = [
+    re.findall("<t[hd].*?>(.*?)</t[hd]>", row)
+    for row in re.findall("<tr>(.*?)</tr>", table[: table.index("</table>")], re.DOTALL)
+  ]
+  theirs = ("39 min 0 s", "12 min 0 s", "1 CPU core") if cost else ("—",) * 3
+  assert rows == [
+    ["", "This run", "Bundled model"],
+    ["Correct of the 12 images above", "5 at guidance 1, 6 at guidance 1.5", "10"],
+    ["Training of the decoder", "2 min 55 s", theirs[0]],
+    ["All stages before it", "1 min 4 s", theirs[1]],
+    ["Trained on", "2 CPU cores", theirs[2]],
+    ["Training scenes", "6", "100,000"],
+    ["Parameters of the decoder", "900", "2,400,000"],
+    ["Size with its tokenizers and CLIP", "—", "7.5 MB"],
+  ]
+
+
 def test_a_run_without_judged_scenes_begins_with_its_results(run):
   assert headings(run[2])[:2] == ["Results", "Images for held-out captions"]
   assert "Do images show" not in run[2]
+  assert "bundled model" not in run[2]
 
 
 def test_scenes_judged_by_an_earlier_version_have_no_sentence(tmp_path):

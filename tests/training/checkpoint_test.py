@@ -72,8 +72,15 @@ def test_parameters_alone_are_the_average_of_a_run_that_has_one(tmp_path):
     checkpoints.close()
   with jax.set_mesh(mesh_of(2, 2, 2)):
     params, _ = checkpoint.load_params(tmp_path, CONFIG)
+    last, _ = checkpoint.load_params(tmp_path, CONFIG, average=False)
   jax.tree.map(np.testing.assert_array_equal, params, average)
+  jax.tree.map(np.testing.assert_array_equal, last, state.params)
   assert not np.array_equal(params["embed"], state.params["embed"])
+
+
+def test_a_run_without_an_average_has_nothing_to_compare(saved):
+  with jax.set_mesh(mesh_of(1, 1, 1)), pytest.raises(UserError, match="has no average"):
+    checkpoint.load_params(saved, CONFIG, average=False)
 
 
 def test_a_checkpoint_without_digests_does_not_count(saved):
