@@ -57,6 +57,11 @@ class Settings:
         f"model.max_positions is {self.model.max_positions}; "
         f"it must be at least data.sequence_length = {self.data.sequence_length}."
       )
+    if self.model.align_images and self.data.interleaved_share:
+      raise ValueError(
+        f"model.align_images is set, and data.interleaved_share is {self.data.interleaved_share}; "
+        "one of them must be 0: positions cannot be counted from an image that comes later."
+      )
     for field in ("num_heads", "mlp_width"):
       if self.mesh.tensor > 0 and getattr(self.model, field) % self.mesh.tensor:
         raise ValueError(

@@ -319,6 +319,16 @@ def test_every_field_is_in_the_table_above():
       "config: model.max_positions is 4096; it must be at least data.sequence_length = 8192.",
     ),
     (
+      {
+        "model__family": "modern",
+        "model__align_images": True,
+        "data__text_share": 0.0,
+        "data__interleaved_share": 0.1,
+      },
+      "config: model.align_images is set, and data.interleaved_share is 0.1; one of them must be 0: "
+      "positions cannot be counted from an image that comes later.",
+    ),
+    (
       {"mesh__tensor": 3},
       "config: mesh.tensor is 3; it must divide model.num_heads = 32.",
     ),

@@ -42,7 +42,9 @@ class ModelConfig:
   align_images: bool = False
   """Whether positions are counted from the images: the first code of every image stands at position
   0, so the same place of a neighbor's image is at a constant distance. Only `modern`, whose
-  positions are relative; samples with one image have the same logits as without."""
+  positions are relative; samples with one image have the same logits as without. Not for
+  interleaved documents: how long the text before the next image will be is not known while it is
+  generated."""
   query_key_norm: bool = False
   """Whether the queries and keys of every head pass an RMSNorm, for stability; with `modern` they
   always do."""
