@@ -54,6 +54,7 @@ REFUSED = [
   ("scenes", "categories", (3,), "a valid string"),
   ("scenes", "shares", (0.0,), POSITIVE),
   ("scenes", "rare_objects", -1, NOT_NEGATIVE),
+  ("scenes", "style", "dotted", "'filled' or 'outlined'"),
   ("scenes", "seed", -1, NOT_NEGATIVE),
   ("text_tokenizer", "min_frequency", 0, POSITIVE),
   ("text_tokenizer", "model_max_length", 0, POSITIVE),
@@ -114,6 +115,7 @@ REFUSED = [
   ("retrieval", "max_similarity", -1.1, "at least -1"),
   ("retrieval", "max_similarity", 1.1, AT_MOST_1),
   ("retrieval", "index_rows", 0, POSITIVE),
+  ("retrieval", "train_documents", 1, "a valid boolean"),
   ("retrieval", "query_dropout", -0.1, NOT_NEGATIVE),
   ("retrieval", "query_dropout", 1.0, BELOW_1),
   ("retrieval", "lexical_weight", -0.1, NOT_NEGATIVE),
@@ -126,6 +128,8 @@ REFUSED = [
   ("data", "neighbor_dropout", 1.1, AT_MOST_1),
   ("data", "condition_dropout", -0.1, NOT_NEGATIVE),
   ("data", "condition_dropout", 1.1, AT_MOST_1),
+  ("data", "code_dropout", -0.1, NOT_NEGATIVE),
+  ("data", "code_dropout", 1.1, AT_MOST_1),
   ("data", "mean_spans", -0.1, NOT_NEGATIVE),
   ("data", "whole_segment_rate", -0.1, NOT_NEGATIVE),
   ("data", "whole_segment_rate", 1.1, AT_MOST_1),
@@ -158,6 +162,7 @@ REFUSED = [
   ("mesh", "fsdp_inner", -2, "at least -1"),
   ("optimizer", "learning_rate", 0.0, POSITIVE),
   ("optimizer", "warmup_steps", -1, NOT_NEGATIVE),
+  ("optimizer", "name", "adam", "'adamw' or 'muon'"),
   ("optimizer", "schedule", "step", "'cosine' or 'linear'"),
   ("optimizer", "final_fraction", -0.1, NOT_NEGATIVE),
   ("optimizer", "final_fraction", 1.1, AT_MOST_1),
@@ -325,8 +330,8 @@ def test_every_field_is_in_the_table_above():
         "data__text_share": 0.0,
         "data__interleaved_share": 0.1,
       },
-      "config: model.align_images is set, and data.interleaved_share is 0.1; one of them must be 0: "
-      "positions cannot be counted from an image that comes later.",
+      "config: model.align_images is set, and data.interleaved_share is 0.1; one of them must be "
+      "0: positions cannot be counted from an image that comes later.",
     ),
     (
       {"mesh__tensor": 3},
