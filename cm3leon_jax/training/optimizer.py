@@ -93,8 +93,7 @@ def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTrans
 
   schedule, moment = learning_rate_schedule(config, steps), jnp.dtype(config.first_moment_dtype)
   if config.name == "adamw":
-    return optax.chain(
-      optax.clip_by_global_norm(config.clip_norm),
+    steps = [
       optax.adamw(
         schedule,
         config.b1,
@@ -103,23 +102,24 @@ def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTrans
         mu_dtype=moment,
         weight_decay=config.weight_decay,
         mask=decayed,
-      ),
+      )
+    ]
+  else:
+    directions = muon(
+      learning_rate=-1.0,  # The last step has sign and rate.
+      mu_dtype=moment,
+      adam_b1=config.b1,
+      adam_b2=config.b2,
+      eps=config.eps,
+      muon_weight_dimension_numbers=_matrices,
+      consistent_rms=UPDATE_RMS,
     )
-  directions = muon(
-    learning_rate=-1.0,  # The last of the chain has sign and rate.
-    mu_dtype=moment,
-    adam_b1=config.b1,
-    adam_b2=config.b2,
-    eps=config.eps,
-    muon_weight_dimension_numbers=_matrices,
-    consistent_rms=UPDATE_RMS,
-  )
-  return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm),
-    _on_any_layout(directions),
-    optax.add_decayed_weights(config.weight_decay, decayed),
-    optax.scale_by_learning_rate(schedule),
-  )
+    steps = [
+      _on_any_layout(directions),
+      optax.add_decayed_weights(config.weight_decay, decayed),
+      optax.scale_by_learning_rate(schedule),
+    ]
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), *steps)
 
 
 def _matrices(params: dict) -> dict:

@@ -73,6 +73,13 @@ DATA = (
     ),
     ("opening_tokens_weigh_1", "weights[:3] = 0", "weights[:1] = 0"),
     ("positions_run_on", "= positions_of(tokens,", "= at + positions_of(tokens,"),
+    ("neighbors_hidden", "(layout > before) & vocab", "(layout > 0) & vocab"),
+    ("targets_hidden", 'row["inputs"][at : at', 'row["targets"][at : at'),
+    (
+      "one_share_hidden",
+      "share = config.code_dropout * rng.random()",
+      "share = config.code_dropout / 2",
+    ),
     (
       "positions_without_the_last_target",
       "positions_of(tokens, vocab, align_images)[:-1]",

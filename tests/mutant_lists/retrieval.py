@@ -42,6 +42,11 @@ RETRIEVAL = (
     ),
   ),
   *mutants_of(
+    "cm3leon_jax/retrieval/neighbors.py",
+    "tests/retrieval/bank_test.py::test_documents_of_the_bank_are_found_and_search_for_nothing",
+    ("training_documents_searched", "0 if config.train_documents else", "0 if True else"),
+  ),
+  *mutants_of(
     "cm3leon_jax/retrieval/bank.py",
     "tests/retrieval/bank_test.py::test_query_dropout_drops_its_share",
     ("query_dropout_never", "kept = order >= share", "kept = order >= 0"),

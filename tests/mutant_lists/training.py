@@ -79,6 +79,14 @@ TRAINING = (
     ("adam_b2_half", "    config.b2,", "    0.5,"),
     ("adam_eps_1e-3", "    config.eps,", "    1e-3,"),
     ("decay_of_everything", "mask=decayed", "mask=None"),
+    ("muon_of_nothing", "MATRICES.get(path[-1].key)", "None"),
+    ("muon_of_another_size", "consistent_rms=UPDATE_RMS", "consistent_rms=None"),
+    ("muon_decays_everything", "(config.weight_decay, decayed)", "(config.weight_decay)"),
+    (
+      "heads_mixed_up",
+      '"qkv": MuonDimensionNumbers((-3,), (-2, -1))',
+      '"qkv": MuonDimensionNumbers((-3, -2), (-1,))',
+    ),
   ),
   *mutants_of(
     STATE,
