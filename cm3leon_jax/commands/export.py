@@ -24,11 +24,13 @@ _BUNDLE = flags.DEFINE_string(
 
 
 def _write_bundle(settings, workdir, folder: str) -> None:
-  from cm3leon_jax.export import bundle
+  from cm3leon_jax.export import bundle, weights
   from cm3leon_jax.reports import summary
   from cm3leon_jax.training import checkpoint
 
   cost = summary.cost(summary.collect(workdir))
+  if cost is not None:
+    cost["train_seconds"] += weights.seconds_before(workdir)
   with common.use_mesh(settings):
     params, step = checkpoint.load_params(workdir / "train", settings.model)
     numbers = bundle.write(folder, workdir, settings, params, step, cost)

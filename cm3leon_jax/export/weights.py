@@ -138,6 +138,19 @@ def other_tokenizers(source: str, workdir: epath.PathLike) -> list[str]:
   return [name for name, theirs, ours in pairs if theirs and ours and theirs != ours]
 
 
+def seconds_before(workdir: epath.PathLike) -> float:
+  """Returns the seconds of the trainings that a run started from, as far as their folders exist."""
+  run = read_json(epath.Path(workdir) / "train" / "config.json")["run"]
+  if not run.get("init_from"):
+    return 0.0
+  folder = bundle.folder_of(run["init_from"]["source"])
+  if bundle.is_bundle(folder):
+    return (bundle.about(folder)["cost"] or {}).get("train_seconds", 0.0)
+  if not (done := folder / "train" / stages.DONE).exists():
+    return 0.0
+  return read_json(done)["seconds"] + seconds_before(folder)
+
+
 def of_run(
   source: str | os.PathLike[str], step: int | None = None
 ) -> tuple[str, Settings, Callable[[], tuple[dict, int]]]:

@@ -130,3 +130,21 @@ def test_other_tokenizers_are_named(run, tmp_path, capsys):
   assert weights.other_tokenizers(str(run / "text_tokenizer"), tmp_path) == expected[:1]
   weights.start_of_run(SETTINGS, tmp_path, str(run), None)
   assert "was trained with another text tokenizer than that of" in capsys.readouterr().out
+
+
+def test_a_run_has_cost_what_the_runs_before_it_cost(tmp_path):
+  def trained(name, seconds, source):
+    init_from = source and {"source": str(source), "step": 1, "digest": ""}
+    (tmp_path / name / "train").mkdir(parents=True)
+    write_json(tmp_path / name / "train" / "config.json", {"run": {"init_from": init_from}})
+    write_json(tmp_path / name / "train" / "done.json", {"seconds": seconds})
+    return tmp_path / name
+
+  first = trained("first", 40.0, None)
+  second = trained("second", 2.0, first)
+  third = trained("third", 1.0, second)
+  assert [weights.seconds_before(run) for run in (first, second, third)] == [0.0, 40.0, 42.0]
+  gone = trained("gone", 1.0, tmp_path / "deleted")
+  assert weights.seconds_before(gone) == 0.0
+  write_json(second / "bundle.json", {"digests": {}, "cost": {"train_seconds": 7.0}})
+  assert weights.seconds_before(third) == 7.0
