@@ -32,7 +32,7 @@ EVALUATION = (
     "tests/evaluation/scenes_test.py",
     (
       "weak_matches_are_objects",
-      "name if score >= MIN_SCORE else UNKNOWN",
+      "name if score >= min_score else UNKNOWN",
       "name",
     ),
     (

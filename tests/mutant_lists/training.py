@@ -119,7 +119,7 @@ TRAINING = (
   *mutants_of(
     CHECKPOINT,
     f"{CHECKPOINT_TEST}::test_parameters_alone_are_the_average_of_a_run_that_has_one",
-    ("average_not_read", '"ema" if stored.get("ema") else "params"', '"params"'),
+    ("average_not_read", '"ema" if average and stored', '"params" if average and stored'),
   ),
   *mutants_of(
     "cm3leon_jax/export/weights.py",
