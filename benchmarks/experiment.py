@@ -63,6 +63,12 @@ def link_stages(shared: pathlib.Path, run: pathlib.Path, names: Iterable[str]) -
       (run / name).symlink_to(os.path.relpath(shared / name, run))
 
 
+def write_results(workdir: pathlib.Path, result: dict, markdown: str) -> None:
+  """Writes results.json and table.md, in place of those of fewer runs."""
+  write_json(workdir / "results.json", result)
+  (workdir / "table.md").write_text(markdown, encoding="utf-8")
+
+
 def measured_once(run: pathlib.Path, inputs: dict, measure: Callable[[], dict]) -> dict:
   """Returns what `measure` says of a trained run, which it is asked once.
 

@@ -299,8 +299,7 @@ def ablate(ablation: Ablation, names: list[str], num_seeds: int) -> dict:
       flush=True,
     )
     result = about | ablation_table.summarize(runs, labels, corpus.subsets, corpus.heldout_concepts)
-    write_json(workdir / "results.json", result)
-    (workdir / "table.md").write_text(ablation_table.markdown(result), encoding="utf-8")
+    experiment_lib.write_results(workdir, result, ablation_table.markdown(result))
     ablation_table.plot(result, workdir / "plot.png")
   return result
 

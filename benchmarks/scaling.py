@@ -291,8 +291,7 @@ def run_all(scaling: Scaling) -> dict:
     runs.append(run_one(scaling, size, name, seed, corpus))
     print(f"{label} {time.time() - start:.0f} s.", flush=True)
     result = table.summarize(about, runs, predicted)
-    write_json(workdir / "results.json", result)
-    (workdir / "table.md").write_text(table.markdown(result), encoding="utf-8")
+    experiment_lib.write_results(workdir, result, table.markdown(result))
     table.plot(result, workdir / "plot.png")
   return result
 

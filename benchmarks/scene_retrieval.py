@@ -28,7 +28,6 @@ from cm3leon_jax.data.plan import RowPlan, Source
 from cm3leon_jax.evaluation import bits, scenes
 from cm3leon_jax.generation.heldout import tasks_of_rows
 from cm3leon_jax.generation.pipeline import Pipeline
-from cm3leon_jax.io import write_json
 from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.settings import Settings, settings_from_config
@@ -297,8 +296,7 @@ def run_all(experiment: Experiment, conditions: list[str], seeds: list[int]) -> 
     runs.append(run_one(experiment, name, seed, corpus))
     print(f"[{number}/{len(planned)}] {time.time() - start:.0f} s.", flush=True)
     result = table.summarize(about, runs, CONDITIONS)
-    write_json(workdir / "results.json", result)
-    (workdir / "table.md").write_text(table.markdown(result), encoding="utf-8")
+    experiment_lib.write_results(workdir, result, table.markdown(result))
   return result
 
 

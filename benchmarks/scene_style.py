@@ -34,7 +34,6 @@ from cm3leon_jax.evaluation import scenes
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline, Sample
 from cm3leon_jax.generation.writer import contact_sheet, save_png
-from cm3leon_jax.io import write_json
 from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.settings import Settings, settings_from_config, settings_of_run
@@ -335,8 +334,7 @@ def run_all(runs: list[pathlib.Path], workdir: pathlib.Path, most: int) -> dict:
     if i == 0:
       save_png(workdir / "samples.png", sheet(samples, asked, tokenizer, own))
   result = table.summarize(about, measured, GROUPS)
-  write_json(workdir / "results.json", result)
-  (workdir / "table.md").write_text(table.markdown(result), encoding="utf-8")
+  experiment_lib.write_results(workdir, result, table.markdown(result))
   return result
 
 

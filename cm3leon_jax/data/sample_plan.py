@@ -36,9 +36,9 @@ class DataConfig:
   nothing)."""
   code_dropout: typing.Annotated[float, Field(ge=0, le=1)] = 0.0
   """Largest share of the codes of a document's own images that the decoder does not see: it reads
-  `<unk>` and predicts the code all the same (word dropout, Bowman et al. 2016, section 3.1). Each
-  sample draws a share in [0, code_dropout]. What its own image does not tell, a decoder has to
-  look up in caption and neighbors."""
+  `<unk>` there, and still predicts the code (word dropout, Bowman et al. 2016, section 3.1). Each
+  sample draws a share in [0, code_dropout]. A decoder that misses codes of its own image learns
+  sooner to use caption and neighbors."""
   mean_spans: NonNegativeFloat = 1.0
   """Lambda of the Poisson distribution of the number of spans; 0: plain causal prediction."""
   whole_segment_rate: typing.Annotated[float, Field(ge=0, le=1)] = 0.5
