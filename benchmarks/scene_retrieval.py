@@ -94,8 +94,9 @@ class Corpus:
     rows: [n] documents of `heldout`.
     subsets: [n] name of the subset of each.
     concepts: [n] the object of a rare scene, the facts of a common one.
-    neighbors: [n] row of the bank of the best neighbor.
-    shuffled: [n] row of the best neighbor of another scene of the subset, with other objects.
+    neighbors: [n] row of the bank of the best neighbor, -1 if nothing there is like the caption.
+    shuffled: [n] row of the best neighbor of another scene of the subset, with other objects; -1
+      where `neighbors` is.
   """
 
   bank: Bank
@@ -123,9 +124,10 @@ def open_corpus(workdir: pathlib.Path, settings: Settings, subsets_of=SUBSETS) -
   neighbors, shuffled = ids[rows], np.full(len(rows), -1)
   rng = np.random.default_rng(0)
   for name in subsets_of:
-    members = np.flatnonzero(subsets == name)
-    partner = bits.partners(["/".join(sorted(names[i])) for i in members], rng)
-    shuffled[members] = neighbors[members[partner]]
+    members = np.flatnonzero((subsets == name) & (neighbors >= 0))
+    if len(members):
+      partner = bits.partners(["/".join(sorted(names[i])) for i in members], rng)
+      shuffled[members] = neighbors[members[partner]]
   return Corpus(bank, heldout, rows, subsets, concepts, neighbors, shuffled)
 
 
@@ -135,7 +137,7 @@ def score(settings: Settings, params: dict, corpus: Corpus, condition: str) -> l
   samples, masks = [], []
   for n, row in enumerate(corpus.rows):
     document = corpus.heldout[int(row)]
-    found = [] if before is None else [corpus.bank[int(before[n])]]
+    found = [] if before is None or before[n] < 0 else [corpus.bank[int(before[n])]]
     samples.append(pipeline.join([*found, document], settings.vocab))
     masks.append(bits.own_targets(samples[-1], document, settings.vocab)["image"])
   size = settings.evaluation.batch_size
@@ -172,13 +174,17 @@ def judge(settings: Settings, params: dict, workdir: pathlib.Path, corpus, place
   return [v.correct for v in verdicts], [s.codes[0] for s in samples]
 
 
-def copied(settings: Settings, corpus: Corpus, places, codes) -> list[float]:
+def copied(settings: Settings, corpus: Corpus, places, codes) -> list[float | None]:
   """Measures for each image the share of its neighbor's ink that it has at the same places.
 
-  Ink are codes other than the most frequent one of the neighbor's image, its background.
+  Ink are codes other than the most frequent one of the neighbor's image, its background. None
+  stands for an image without a neighbor.
   """
-  shares = []
+  shares: list[float | None] = []
   for place, image in zip(places, codes):
+    if corpus.neighbors[place] < 0:
+      shares.append(None)
+      continue
     neighbor = corpus.bank[int(corpus.neighbors[place])].segments[-1].tokens
     neighbor = settings.vocab.image_codes(neighbor)
     ink = neighbor != np.bincount(neighbor).argmax()
@@ -187,7 +193,11 @@ def copied(settings: Settings, corpus: Corpus, places, codes) -> list[float]:
 
 
 def copier(settings: Settings, workdir: pathlib.Path, corpus: Corpus, places) -> dict:
-  """Judges the neighbors themselves, as a copier's samples; and what originals share with them."""
+  """Judges the neighbors themselves, as a copier's samples; and what originals share with them.
+
+  Only captions with a neighbor count.
+  """
+  places = places[corpus.neighbors[places] >= 0]
   found = [corpus.bank[int(corpus.neighbors[p])] for p in places]
   originals = [corpus.heldout[int(corpus.rows[p])] for p in places]
   codes, real = (
@@ -199,7 +209,6 @@ def copier(settings: Settings, workdir: pathlib.Path, corpus: Corpus, places) ->
   names = [{o["class"] for o in d.facts["objects"]} for d in (*found, *originals)]
   shown = [a >= b for a, b in zip(names, names[len(found) :])]
   return {
-    "subset": corpus.subsets[places].tolist(),
     "neighbor_shows_the_objects": shown,
     "right": [verdict.correct for verdict in verdicts],
     "original_copied": copied(settings, corpus, places, real),
@@ -285,6 +294,7 @@ def run_all(experiment: Experiment, conditions: list[str], seeds: list[int]) -> 
     "subsets": corpus.subsets.tolist(),
     "concepts": corpus.concepts.tolist(),
     "judged": places.tolist(),
+    "found": (corpus.neighbors >= 0).tolist(),
     "image_codes": settings.vqgan.image_tokens,
     "copier": copier(settings, shared, corpus, places),
   }

@@ -55,12 +55,14 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
   """Computes all numbers of the table.
 
   Args:
-    about: `subsets` and `concepts` [n], `judged` [m] indices of them, `image_codes`, `copier`.
+    about: `subsets`, `concepts` and `found` (whether it has a neighbor) [n], `judged` [m] indices
+      of them, `image_codes`, and `copier`, lists over the judged documents with a neighbor.
     runs: results of `scene_retrieval.run_one`.
     labels: condition -> its name in the table.
   """
   subsets, concepts = np.array(about["subsets"]), np.array(about["concepts"])
-  judged = np.array(about["judged"])
+  judged, found = np.array(about["judged"]), np.array(about["found"])
+  copier_subsets = subsets[judged][found[judged]]
   result: dict = {
     "image_codes": about["image_codes"],
     "labels": labels,
@@ -72,11 +74,12 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
   }
   for name in dict.fromkeys(about["subsets"]):
     mask, of_judged = subsets == name, subsets[judged] == name
+    copying = of_judged & found[judged]
     levels, differences = {}, []
     for measure, chosen, groups in (
       ("bits", mask, concepts[mask]),
       ("right", of_judged, concepts[judged][of_judged]),
-      ("copied", of_judged, concepts[judged][of_judged]),
+      ("copied", copying, concepts[judged][copying]),
     ):
       values = _values(runs, measure, chosen)
       levels[measure] = {key: _level(by_seed, groups) for key, by_seed in values.items()}
@@ -86,12 +89,12 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
         if values.get(a, {}).keys() & values.get(b, {}).keys()
       ]
     copier = {
-      key: float(np.mean(np.asarray(values, np.float64)[of_judged]))
+      key: float(np.mean(np.asarray(values, np.float64)[copier_subsets == name]))
       for key, values in about["copier"].items()
-      if key != "subset"
     }
     result["subsets"][name] = {
       "documents": int(mask.sum()),
+      "found": float(found[mask].mean()),
       "judged": int(of_judged.sum()),
       "concepts": len(set(concepts[mask])),
       "levels": levels,
@@ -127,7 +130,8 @@ def markdown(result: dict) -> str:
     copier = subset["copier"]
     lines += [
       f"**{name}**: {subset['documents']} held-out scenes of {subset['concepts']} concepts, "
-      f"{subset['judged']} of them judged. The neighbor shows the objects of "
+      f"{subset['judged']} of them judged. {subset['found']:.1%} have a neighbor. It shows the "
+      "objects of "
       f"{copier['neighbor_shows_the_objects']:.1%}; copied whole, it is right for "
       f"{copier['right']:.1%}; the originals have {copier['original_copied']:.1%} of its ink.",
       "",

@@ -271,15 +271,20 @@ def measure(samples: list[Sample], asked: list[Asked], style: str) -> dict[str, 
     "recognized": recognized(images, asked, style),
     "color": colored(images, asked),
     "neighbor": [
-      any(o["class"] == one.placed.object for o in sample.neighbors[0].facts["objects"])
+      any(o["class"] == one.placed.object for d in sample.neighbors for o in d.facts["objects"])
       for sample, one in zip(samples, asked)
     ],
   }
 
 
 def sheet(samples: dict, asked: list[Asked], tokenizer: ImageTokenizer, settings: Settings):
-  """Lays out neighbors and samples of both banks, a row a caption."""
-  rows = np.unique(np.linspace(0, len(asked) - 1, SHOWN).astype(int))
+  """Lays out neighbors and samples of both banks, a row a caption that has neighbors."""
+  with_neighbors = [
+    i for i in range(len(asked)) if all(samples[style][i].neighbors for style in STYLES)
+  ]
+  rows = np.array(with_neighbors)[
+    np.unique(np.linspace(0, len(with_neighbors) - 1, SHOWN).astype(int))
+  ]
   columns = []
   for style in STYLES:
     found = [samples[style][i].neighbors[0].segments[-1].tokens for i in rows]

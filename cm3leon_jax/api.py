@@ -357,7 +357,8 @@ class CM3Leon:
     Args:
       query: a text (also a string that names a file), a PIL image or an array; or a list of them.
       k: largest number of documents. Fewer are found where others are more similar to the query, or
-        to a better document, than `retrieval.max_similarity`.
+        to a better document, than `retrieval.max_similarity`, or less similar to the query than
+        `retrieval.min_similarity`.
 
     Returns:
       list of `Retrieved`, best first: `key`, `caption`, `image`, `similarity`, `source`, `license`,

@@ -114,6 +114,8 @@ REFUSED = [
   ("retrieval", "kept_per_side", 0, POSITIVE),
   ("retrieval", "max_similarity", -1.1, "at least -1"),
   ("retrieval", "max_similarity", 1.1, AT_MOST_1),
+  ("retrieval", "min_similarity", -1.1, "at least -1"),
+  ("retrieval", "min_similarity", 1.1, AT_MOST_1),
   ("retrieval", "index_rows", 0, POSITIVE),
   ("retrieval", "train_documents", 1, "a valid boolean"),
   ("retrieval", "query_dropout", -0.1, NOT_NEGATIVE),

@@ -27,7 +27,8 @@ class HeldoutCaption(TextToImage):
 
   Attributes:
     document: caption, then image; the model sees the ids of the caption.
-    neighbors: documents found by the caption alone, when the run's neighbors were built.
+    neighbors: documents found by the caption alone, when the run's neighbors were built; there may
+      be none.
     original: [H, W, 3] uint8, the document's image decoded from its codes, or None.
   """
 

@@ -257,10 +257,14 @@ class Pipeline:
     return [ranked(of_task) for of_task in by_task] if rank else by_task
 
   def retrieve(self, tasks: Sequence[Task]) -> list[tuple[Document, ...]]:
-    """Finds the neighbors of each task by its `query`; needs CLIP. Raises UserError if none is."""
-    found, queries = [task.neighbors for task in tasks], {}
+    """Finds the neighbors of each task by its `query`; needs CLIP.
+
+    Raises:
+      UserError: `retrieval.max_similarity` leaves none. `retrieval.min_similarity` may leave none.
+    """
+    found, queries = [task.neighbors or () for task in tasks], {}
     for i, task in enumerate(tasks):
-      if task.retrieve and not task.neighbors:
+      if task.retrieve and task.neighbors is None:
         kind, value = task.query()
         queries.setdefault((kind, image_key(value)), (value, []))[1].append(i)
     if not queries:
@@ -270,7 +274,7 @@ class Pipeline:
     for (_, members), (documents, _) in zip(queries.values(), nearest):
       for i in members:
         found[i] = documents[: tasks[i].retrieve]
-        if not found[i]:
+        if not found[i] and self.settings.retrieval.min_similarity == -1:
           limit = self.settings.retrieval.max_similarity
           raise tasks[i].error(
             f"no document was found for '{tasks[i].label}': all are more similar to it than "
@@ -289,7 +293,8 @@ class Pipeline:
 
     Returns:
       For each query its documents, best first, and their cosines, fp32. Documents above
-      `retrieval.max_similarity`, to the query or to a better document, are skipped.
+      `retrieval.max_similarity`, to the query or to a better document, and those below
+      `retrieval.min_similarity` to the query are skipped.
 
     Raises:
       UserError: `count` is more than the search looks at.

@@ -109,7 +109,7 @@ class Task:
   keep_neighbors = False
   key = ""  # Of a held-out document.
   concept = ""  # Of a held-out document.
-  neighbors: ClassVar[tuple[Document, ...]] = ()  # Known before any search.
+  neighbors: ClassVar[tuple[Document, ...] | None] = None  # None: they are searched for.
   original: ClassVar[np.ndarray | None] = None  # A held-out image, for the contact sheet.
 
   seed: int = 0

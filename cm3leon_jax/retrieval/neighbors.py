@@ -25,7 +25,7 @@ from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob, embed
 from cm3leon_jax.shards import Runner, run_shards
 
-REASONS = ("own_group", "similar_to_query", "similar_to_kept")
+REASONS = ("own_group", "similar_to_query", "unlike_query", "similar_to_kept")
 QUERY_SHARE = 20  # One pass over all indices searches for index_rows / QUERY_SHARE documents.
 SELECT_BATCH = 1_024  # Documents whose candidates' embeddings are in memory at a time.
 
@@ -46,6 +46,9 @@ class RetrievalConfig:
   max_similarity: Annotated[float, Field(ge=-1, le=1)] = 0.9
   """Cosine above which a candidate is skipped: its similarity to the document, or to a candidate
   that is already kept (paper: 0.9)."""
+  min_similarity: Annotated[float, Field(ge=-1, le=1)] = -1.0
+  """Cosine to the document below which a candidate is skipped, in use to the caption. A document
+  without a candidate stands alone. -1: none is skipped, as in the paper."""
   index_rows: PositiveInt = 5_000_000
   """Documents of one ScaNN index. Building took 8,250 bytes a document at an embedding width of 512
   (measured at 300,000 documents), searching 1,260; fewer indices make the search cheaper."""
@@ -70,7 +73,15 @@ class RetrievalConfig:
       )
 
 
-def select_neighbors(sides, vectors, query, forbidden, kept_per_side: int, max_similarity: float):
+def select_neighbors(
+  sides,
+  vectors,
+  query,
+  forbidden,
+  kept_per_side: int,
+  max_similarity: float,
+  min_similarity: float = -1.0,
+):
   """Keeps candidates of the sides in turn, best first, that no rule rejects.
 
     text side [5 3 8], image side [3 9 8], 5 in the query's group, cosine of 9 and 3 above the limit
@@ -83,6 +94,7 @@ def select_neighbors(sides, vectors, query, forbidden, kept_per_side: int, max_s
     forbidden: returns whether a candidate is the query itself or in its group.
     kept_per_side: number of candidates to keep from each side.
     max_similarity: largest cosine to the query and between kept candidates.
+    min_similarity: smallest cosine to the query.
 
   Returns:
     The kept candidates in the order of the turns, and a Counter of rejections by `REASONS`.
@@ -96,6 +108,8 @@ def select_neighbors(sides, vectors, query, forbidden, kept_per_side: int, max_s
         rejected["own_group"] += 1
       elif vectors[candidate] @ query > max_similarity:
         rejected["similar_to_query"] += 1
+      elif vectors[candidate] @ query < min_similarity:
+        rejected["unlike_query"] += 1
       elif candidate in kept or (vectors[kept] @ vectors[candidate] > max_similarity).any():
         rejected["similar_to_kept"] += 1
       else:
@@ -152,7 +166,13 @@ class Retriever:
       for i, walks in enumerate(places, start):
         same = (bank_keys == keys[i]) | ((bank_groups == groups[i]) & (groups[i] != 0))
         kept, rejected = select_neighbors(
-          walks, vectors, documents[i], same.__getitem__, kept_per_side, self.config.max_similarity
+          walks,
+          vectors,
+          documents[i],
+          same.__getitem__,
+          kept_per_side,
+          self.config.max_similarity,
+          self.config.min_similarity,
         )
         counts.update(rejected)
         ids[i, : len(kept)] = rows[kept]

@@ -27,8 +27,8 @@ def test_copied_ink_in_literals():
   """The neighbor's background, 5, does not count; of its ink 1 2 3 4 the image has 2 and 4."""
   bank = [image(5, 5, 5, 5, 5, 1, 2, 3, 4)]
   made = [np.array([5, 5, 5, 5, 5, 9, 2, 5, 4]), np.array([5, 5, 5, 5, 5, 1, 2, 3, 4])]
-  shares = copied(Settings, corpus(bank, [0, 0]), [0, 1], made)
-  assert shares == [0.5, 1.0]
+  shares = copied(Settings, corpus(bank, [0, 0, -1]), [0, 1, 2], [*made, made[0]])
+  assert shares == [0.5, 1.0, None]
   assert copied(Settings, corpus(bank, [0]), [0], [np.full(9, 5)]) == [0.0]
 
 
@@ -62,7 +62,7 @@ def run(condition, seed, bits, right):
     "train_seconds": 1.0,
     "bits": bits,
     "right": right,
-    "copied": {kind: [float(x) for x in values] for kind, values in right.items()},
+    "copied": {kind: [*map(float, v[:2]), None, float(v[3])] for kind, v in right.items()},
   }
 
 
@@ -72,12 +72,12 @@ def result():
     "subsets": ["rare"] * 4 + ["common"] * 2,
     "concepts": ["a", "a", "b", "c", "x", "y"],
     "judged": [0, 2, 3, 4],
+    "found": [True, True, True, False, True, False],
     "image_codes": 4,
     "copier": {
-      "subset": ["rare", "rare", "rare", "common"],
-      "neighbor_shows_the_objects": [True, True, False, True],
-      "right": [False, False, False, True],
-      "original_copied": [0.0, 0.3, 0.0, 1.0],
+      "neighbor_shows_the_objects": [True, False, True],
+      "right": [False, False, True],
+      "original_copied": [0.0, 0.2, 1.0],
     },
   }
   runs = [
@@ -103,10 +103,12 @@ def test_summary_in_literals(result):
   assert rare["levels"]["bits"]["neighbors/true"]["mean"] == 25
   assert rare["levels"]["right"]["neighbors/true"]["mean"] == pytest.approx(2 / 3)
   assert rare["copier"] == {
-    "neighbor_shows_the_objects": pytest.approx(2 / 3),
+    "neighbor_shows_the_objects": 0.5,
     "right": 0,
     "original_copied": pytest.approx(0.1),
   }
+  assert rare["levels"]["copied"]["neighbors/true"]["mean"] == 1
+  assert (rare["found"], common["found"]) == (0.75, 0.5)
   by_name = {(d["measure"], d["first"], d["second"]): d for d in rare["differences"]}
   none = by_name["bits", "neighbors/true", "neighbors/none"]
   assert (none["mean"], none["relative"]) == (-30, pytest.approx(-30 / 55))
@@ -118,7 +120,7 @@ def test_summary_in_literals(result):
 
 def test_the_table_says_it(result):
   text = scene_retrieval_table.markdown(result)
-  assert "**rare**: 4 held-out scenes of 3 concepts, 3 of them judged." in text
+  assert "**rare**: 4 held-out scenes of 3 concepts, 3 of them judged. 75.0% have a " in text
   assert "| trained with a neighbor | true neighbor | 6.250 [" in text
   assert "-7.500" in text  # 30 bits of 4 codes.
   assert "-55% |" in text

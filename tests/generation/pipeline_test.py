@@ -12,6 +12,7 @@ from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import group_id, write_documents
 from cm3leon_jax.decoding.generator import Result, sample_seed
 from cm3leon_jax.generation import pipeline as pipeline_lib
+from cm3leon_jax.generation.heldout import heldout_tasks
 from cm3leon_jax.generation.image_tasks import Edit, InfillImage, TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline, Sample, check_tasks
 from cm3leon_jax.generation.text_tasks import Caption, Interleaved
@@ -177,6 +178,12 @@ def test_an_empty_or_absent_bank_is_refused(pipeline, layout, tmp_path, monkeypa
   with pytest.raises(UserError, match=r"^f, line 1: no document was found for 'green car': "):
     prepare(pipeline, task)
 
+  least = dataclasses.replace(pipeline.settings.retrieval, min_similarity=0.9)
+  settings = dataclasses.replace(pipeline.settings, retrieval=least)
+  monkeypatch.setattr(pipeline, "settings", settings)
+  ((_, found),) = prepare(pipeline, task)
+  assert found == ()  # Nothing is like the caption, which then stands alone.
+
 
 def test_a_task_without_a_prompt_is_refused(workdir, layout):
   with pytest.raises(UserError, match="task text_to_image needs a prompt"):
@@ -269,3 +276,11 @@ def test_a_caption_without_words_comes_last():
 
   ranked = pipeline_lib.ranked([one(None), one(-0.5), one(0.5)])
   assert [(s.clip_score, s.rank) for s in ranked] == [(0.5, 1), (-0.5, 2), (None, 3)]
+
+
+def test_a_task_that_knows_of_no_neighbor_searches_for_none(pipeline, layout, workdir):
+  (task,) = heldout_tasks(layout, workdir, 1, 0, [(1, SETTINGS.sampling)])
+  ((_, found),) = prepare(pipeline, dataclasses.replace(task, neighbors=()))
+  assert found == ()
+  ((_, found),) = prepare(pipeline, text_to_image(task.prompt, retrieve=1))
+  assert len(found) == 1  # negative control: of the same caption

@@ -14,6 +14,7 @@ RETRIEVAL = (
     ),
     ("itself_allowed", "(bank_keys == keys[i]) | ((", "(("),
     ("similarity_limit_ignored", "vectors[candidate] @ query > max_similarity", "False"),
+    ("unlike_ones_kept", "vectors[candidate] @ query < min_similarity", "False"),
     (
       "kept_not_compared",
       "candidate in kept or (vectors[kept] @ vectors[candidate] > max_similarity).any()",

@@ -22,10 +22,10 @@ def at_angles(*degrees):
 VECTORS = at_angles(10, 40, 50, 80, 85, 110, 140)  # Documents 0 to 6; the query is at 0.
 
 
-def select(sides, own_group=(), kept=2, limit=0.9, vectors=VECTORS):
+def select(sides, own_group=(), kept=2, limit=0.9, vectors=VECTORS, least=-1.0):
   sides, query = [np.array(side) for side in sides], at_angles(0)[0]
   forbidden = own_group.__contains__
-  ids, rejected = select_neighbors(sides, vectors, query, forbidden, kept, limit)
+  ids, rejected = select_neighbors(sides, vectors, query, forbidden, kept, limit, least)
   return ids, dict(rejected)
 
 
@@ -42,6 +42,13 @@ def test_sides_alternate_best_first():
 def test_similar_to_the_query_is_skipped():
   assert select([[0, 1, 3], [5, 6]]) == ([1, 5, 3, 6], {"similar_to_query": 1})
   assert select([[0, 1], [5, 6]], limit=0.99)[0] == [0, 5, 1, 6]  # negative control
+
+
+def test_unlike_the_query_is_skipped():
+  """The cosine of 50 degrees is 0.64, that of 80 is 0.17."""
+  assert select([[1, 3, 2], [6, 5]], least=0.5) == ([1, 2], {"unlike_query": 3})
+  assert select([[3, 4], [6, 5]], least=0.5) == ([], {"unlike_query": 4})
+  assert select([[1, 3, 2], [6, 5]], least=0.1)[0] == [1, 3]  # negative control
 
 
 def test_similar_to_a_kept_one_is_skipped():
