@@ -32,9 +32,9 @@ def get_config(variant: str = "15"):
   )
   config = base.get_config()
   config.vocab.update({"num_special": 32, "text_size": 1_024, "image_size": 1_024})
-  # Colors are learned last, so captions that name one are more frequent than the rest. Captions
-  # without a place have neighbors that show the object elsewhere, of which little is learned.
-  config.scenes.update({"train": 12_000, "shares": (1.0, 3.0, 1.0, 0.7, 1.0, 1.5, 3.0)})
+  # Colors are learned last, those of two objects later still: captions that name them are more
+  # frequent than the rest.
+  config.scenes.update({"train": 16_000, "shares": (1.0, 2.0, 1.0, 1.0, 2.0, 3.0, 3.0)})
   # The bank has each rare object of training once, at the same place in another color, and common
   # ones and those that are held out at all four places. Nothing else is searched: a training scene
   # of the same object and color elsewhere would be nearer to a caption than the same place.
@@ -54,6 +54,9 @@ def get_config(variant: str = "15"):
   config.clip.update({"steps": steps["clip"]})
   # A CLIP of minutes knows no names, so words are compared, too.
   config.retrieval.update({"lexical_weight": 0.85, "lexical_width": 512, "max_similarity": 1.0})
+  # The bank has single objects at places. Captions of several objects, or of no place, find nothing
+  # of which anything can be learned, and stand alone.
+  config.retrieval.update({"min_similarity": 0.58})
   config.retrieval.update({"query_dropout": 0.0, "backend": "exact", "train_documents": False})
   config.data.update({"sequence_length": 512, "text_share": 0.0, "pack_window": 1_024})
   config.data.update({"num_neighbors": 1, "neighbor_sampling": "best", "neighbor_dropout": 0.1})
@@ -80,7 +83,7 @@ def get_config(variant: str = "15"):
   config.train.update({"eval_every": max(5, config.train.steps // 8)})
   config.train.update({"sample_every": max(5, config.train.steps // 3)})
   if variant == "long":
-    config.scenes.update({"train": 40_000})
+    config.scenes.update({"train": 80_000})
     config.model.update({"width": 192, "num_heads": 3, "mlp_width": 448})
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "ema_decay": 0.998})
     config.evaluation.update({"scenes": 600, "scene_guidance": (1.0, 1.5, 2.0, 3.0)})
