@@ -1,5 +1,6 @@
 """Ray's workers, one of them killed, write the bytes that one process writes."""
 
+import dataclasses
 import os
 import pathlib
 import signal
@@ -97,9 +98,11 @@ def test_documents_of_a_killed_worker_are_there_once_and_the_same(raw, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_neighbors_by_ray_are_the_same(raw, tmp_path, ray_address):
+@pytest.mark.parametrize("words", [{}, {"lexical_weight": 0.5, "lexical_width": 16}])
+def test_neighbors_by_ray_are_the_same(raw, tmp_path, ray_address, words):
+  config = dataclasses.replace(CONFIG, **words)
   for name, runner in (("local", Runner()), ("ray", Runner("ray", ray_address, workers=2))):
     job = bank.EmbedJob(str(raw), str(tmp_path / name), tiny_clip, 0.2, 0, {})
-    neighbors.build_neighbors(CONFIG, job, WIDTH, {}, runner)
+    neighbors.build_neighbors(config, job, WIDTH, {}, runner)
   assert files(tmp_path / "ray") == files(tmp_path / "local")
   assert any("train_pairs/ids" in name for name in files(tmp_path / "local"))
