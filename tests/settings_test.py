@@ -132,6 +132,8 @@ REFUSED = [
   ("data", "condition_dropout", 1.1, AT_MOST_1),
   ("data", "code_dropout", -0.1, NOT_NEGATIVE),
   ("data", "code_dropout", 1.1, AT_MOST_1),
+  ("data", "code_dropout_alone", -0.1, NOT_NEGATIVE),
+  ("data", "code_dropout_alone", 1.1, AT_MOST_1),
   ("data", "mean_spans", -0.1, NOT_NEGATIVE),
   ("data", "whole_segment_rate", -0.1, NOT_NEGATIVE),
   ("data", "whole_segment_rate", 1.1, AT_MOST_1),

@@ -146,10 +146,12 @@ class RowLoader:
     samples = [self._sample(*placement[:3]) for placement in placements]
     pairs = [sample[:2] for sample in samples]
     row = pack_row(pairs, config.sequence_length, self.vocab, self.align_images)
-    if config.code_dropout:
+    if config.code_dropout or config.code_dropout_alone:
       at = 0
       for placement, sample in zip(placements, samples):
-        hidden = hidden_codes(sample.own_codes, self.plan.code_generator(*placement[:3]), config)
+        has_neighbors = bool(self.plan.plan(*placement[:3]).neighbors)
+        most = config.code_dropout if has_neighbors else config.code_dropout_alone
+        hidden = hidden_codes(sample.own_codes, self.plan.code_generator(*placement[:3]), most)
         row["inputs"][at : at + len(hidden) - 1][hidden[:-1]] = self.vocab.unk
         at += len(hidden) - 1
     return row
@@ -170,12 +172,12 @@ class RowLoader:
     )
 
 
-def hidden_codes(own_codes: np.ndarray, rng: np.random.Generator, config: DataConfig) -> np.ndarray:
+def hidden_codes(own_codes: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray:
   """Chooses the codes of a sample that its decoder reads as `<unk>`, [T] bool.
 
-  Their share is uniform in [0, `code_dropout`], so that decoders see whole images, too.
+  Their share is uniform in [0, `most`], so that decoders see whole images, too.
   """
-  share = config.code_dropout * rng.random()
+  share = most * rng.random()
   return own_codes & (rng.random(len(own_codes)) < share)
 
 

@@ -35,10 +35,12 @@ class DataConfig:
   sentinel, as in the unconditional stream of guidance (tutorial: 10%; the paper drops
   nothing)."""
   code_dropout: typing.Annotated[float, Field(ge=0, le=1)] = 0.0
-  """Largest share of the codes of a document's own images that the decoder does not see: it reads
-  `<unk>` there, and still predicts the code (word dropout, Bowman et al. 2016, section 3.1). Each
-  sample draws a share in [0, code_dropout]. A decoder that misses codes of its own image learns
-  sooner to use caption and neighbors."""
+  """Largest share of the codes of a document's own images that the decoder does not see after a
+  neighbor: it reads `<unk>` there, and still predicts the code (word dropout, Bowman et al. 2016,
+  section 3.1). Each sample draws a share in [0, code_dropout]. A decoder that misses codes of its
+  own image learns sooner to use the neighbor."""
+  code_dropout_alone: typing.Annotated[float, Field(ge=0, le=1)] = 0.0
+  """The same for documents without a neighbor."""
   mean_spans: NonNegativeFloat = 1.0
   """Lambda of the Poisson distribution of the number of spans; 0: plain causal prediction."""
   whole_segment_rate: typing.Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -80,6 +82,7 @@ class DataConfig:
       neighbor_dropout=0.0,
       condition_dropout=0.0,
       code_dropout=0.0,
+      code_dropout_alone=0.0,
       mean_spans=0.0,
       neighbor_loss_weight=0.0,
     )

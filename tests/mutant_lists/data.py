@@ -77,9 +77,11 @@ DATA = (
     ("targets_hidden", 'row["inputs"][at : at', 'row["targets"][at : at'),
     (
       "one_share_hidden",
-      "share = config.code_dropout * rng.random()",
-      "share = config.code_dropout / 2",
+      "share = most * rng.random()",
+      "share = most / 2",
     ),
+    ("hidden_alone", "if has_neighbors else config.code_dropout_alone", ""),
+    ("hidden_after_neighbors_alone", "config.code_dropout if has_neighbors else", ""),
     (
       "positions_without_the_last_target",
       "positions_of(tokens, vocab, align_images)[:-1]",
