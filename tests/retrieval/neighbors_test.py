@@ -46,9 +46,9 @@ def test_similar_to_the_query_is_skipped():
 
 def test_unlike_the_query_is_skipped():
   """The cosine of 50 degrees is 0.64, that of 80 is 0.17."""
-  assert select([[1, 3, 2], [6, 5]], least=0.5) == ([1, 2], {"unlike_query": 3})
+  assert select([[1, 3, 2], [6, 5]], limit=0.999, least=0.5) == ([1, 2], {"unlike_query": 3})
   assert select([[3, 4], [6, 5]], least=0.5) == ([], {"unlike_query": 4})
-  assert select([[1, 3, 2], [6, 5]], least=0.1)[0] == [1, 3]  # negative control
+  assert select([[1, 3, 2], [6, 5]], limit=0.999, least=0.1)[0] == [1, 3]  # negative control
 
 
 def test_similar_to_a_kept_one_is_skipped():
