@@ -75,8 +75,8 @@ def get_config(variant: str = "15"):
     {"name": "muon", "learning_rate": 3e-3, "warmup_steps": 50, "weight_decay": 0.05}
   )
   config.optimizer.update({"ema_decay": 0.99})
-  config.sampling.update({"temperature": 0.5, "guidance": 1.5})
-  config.evaluation.update({"scenes": 240, "scene_guidance": (1.0, 1.5), "scene_neighbors": 1})
+  config.sampling.update({"temperature": 0.5, "guidance": 1.25})
+  config.evaluation.update({"scenes": 240, "scene_guidance": (1.0, 1.25), "scene_neighbors": 1})
   config.train.update({"steps": steps["train"], "global_batch_size": 2, "eval_batches": 32})
   config.train.update({"log_every": 50})
   config.train.update({"checkpoint_every": min(400, max(5, config.train.steps // 12))})
@@ -86,6 +86,6 @@ def get_config(variant: str = "15"):
     config.scenes.update({"train": 80_000})
     config.model.update({"width": 192, "num_heads": 3, "mlp_width": 448})
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "ema_decay": 0.998})
-    config.evaluation.update({"scenes": 600, "scene_guidance": (1.0, 1.5, 2.0, 3.0)})
+    config.evaluation.update({"scenes": 600, "scene_guidance": (1.0, 1.25, 1.5, 2.0)})
     config.train.update({"global_batch_size": 4, "eval_batches": 16})
   return config
