@@ -69,7 +69,7 @@ def test_its_images_show_what_captions_of_new_scenes_say(model):
   pairs = heldout("scene")
   facts = [pair.facts for pair in pairs]
   samples = model.generate([pair.caption for pair in pairs], seed=0)
-  assert right(samples, facts) >= 0.7
+  assert right(samples, facts) >= 0.85
   # The same images under the caption before: only captions that leave much open can hold.
   assert right(samples, facts[1:] + facts[:1]) <= 0.1
 
@@ -83,5 +83,5 @@ def test_it_draws_objects_that_it_never_saw_from_its_bank_alone(model):
     sample.neighbors[0].facts["objects"][0]["class"] in fact["counts"]
     for [sample], fact in zip(samples, facts)
   )
-  assert right(samples, facts) >= 0.5
+  assert right(samples, facts) >= 0.55
   assert right(model.generate(captions, seed=0, retrieve=0), facts) <= 0.1
