@@ -12,7 +12,7 @@ import numpy as np
 from cm3leon_jax.data import cm3
 from cm3leon_jax.data.documents import Document, Segment
 from cm3leon_jax.data.plan import RowPlan
-from cm3leon_jax.data.sample_plan import DataConfig, SamplePlan
+from cm3leon_jax.data.sample_plan import SamplePlan
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 
