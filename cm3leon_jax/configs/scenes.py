@@ -55,7 +55,7 @@ def get_config(variant: str = "15"):
   # A CLIP of minutes knows no names, so words are compared, too.
   config.retrieval.update({"lexical_weight": 0.85, "lexical_width": 512, "max_similarity": 1.0})
   # The bank has single objects at places. Captions of several objects, or of no place, find nothing
-  # of which anything can be learned, and stand alone.
+  # of which anything can be learned, and stand alone. So do some common objects with a color.
   config.retrieval.update({"min_similarity": 0.58})
   config.retrieval.update({"query_dropout": 0.0, "backend": "exact", "train_documents": False})
   config.data.update({"sequence_length": 512, "text_share": 0.0, "pack_window": 1_024})
