@@ -12,7 +12,7 @@ small decoder copy from its neighbors.
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import base
 
-STEPS = {"vqgan": 2_000, "clip": 200, "train": 3_600}  # In 15 minutes.
+STEPS = {"vqgan": 2_000, "clip": 200, "train": 3_200}  # In 15 minutes.
 LONG_STEPS = {"vqgan": 6_000, "clip": 250, "train": 4_000}
 
 
