@@ -42,13 +42,16 @@ def table(judged: Sequence[Judged], num_resamples: int, seed: int = 0) -> dict:
 
   Returns:
     {"all": row, "tag": {category: row}, "heldout": {kind of held-out: row}, "geneval": mean of the
-    categories' shares of correct images}. A row has `images`, and for `correct`, `object`, `color`,
-    `count`, `place` {share, low, high, groups, effective_groups} over the images whose captions
-    name such a fact; without one, the measure is absent.
+    categories' shares of correct images}. A row has `images`; `more` and `fewer`, the shares of
+    images with more or fewer objects than their captions name; and for `correct`, `object`,
+    `color`, `count`, `place` {share, low, high, groups, effective_groups} over the images whose
+    captions name such a fact; without one, the measure is absent.
   """
 
   def row(some: Sequence[Judged]) -> dict:
-    return {"images": len(some), **_shares(some, num_resamples, seed)}
+    extra = np.array([_extra_objects(one) for one in some])
+    counts = {"more": float(np.mean(extra > 0)), "fewer": float(np.mean(extra < 0))}
+    return {"images": len(some), **counts, **_shares(some, num_resamples, seed)}
 
   result: dict = {"all": row(judged)}
   for field, order in (("tag", scene_world.CATEGORIES), ("heldout", scene_world.KINDS)):
@@ -60,6 +63,11 @@ def table(judged: Sequence[Judged], num_resamples: int, seed: int = 0) -> dict:
     }
   result["geneval"] = float(np.mean([r["correct"]["share"] for r in result["tag"].values()]))
   return result
+
+
+def _extra_objects(one: Judged) -> int:
+  """Counts the objects of an image, less those that its caption names."""
+  return len(one.verdict.found) - sum(clause["count"] for clause in one.facts["include"])
 
 
 def _shares(judged: Sequence[Judged], num_resamples: int, seed: int) -> dict:
@@ -112,8 +120,11 @@ def describe(tables: dict[str, dict]) -> str:
   width = max(len(label) for table in tables.values() for label, _ in rows(table)) + 2
   lines = []
   for title, table in tables.items():
-    count, mean = table["all"]["images"], table["geneval"]
-    lines.append(f"{title}: {count} images, mean of the categories {mean:.1%} correct")
+    of_all, mean = table["all"], table["geneval"]
+    lines.append(
+      f"{title}: {of_all['images']} images, mean of the categories {mean:.1%} correct; "
+      f"{of_all['more']:.1%} show more objects than asked for, {of_all['fewer']:.1%} fewer"
+    )
     lines.append(" " * width + "images  " + "".join(f"{m:<23}" for m in MEASURES).rstrip())
     for label, row in rows(table):
       cells = "".join(f"{share(row.get(m)):<23}" for m in MEASURES).rstrip()

@@ -10,18 +10,18 @@ from cm3leon_jax.evaluation.scene_facts import Found, Verdict
 from cm3leon_jax.evaluation.scene_table import Judged
 
 
-def judged(tag, heldout, correct, concept="", **holds):
+def judged(tag, heldout, correct, concept="", asked=1, shown=1, **holds):
   facts = {
     "tag": tag,
     "heldout": heldout,
-    "include": [{"class": "bell", "count": 1}],
+    "include": [{"class": "bell", "count": asked}],
     "exclude": [],
     "objects": [{"class": "bell", "color": "red", "place": "top left", "box": [0, 0, 1, 1]}],
   }
   thing = Found("bell", "red", "top left", 0.9, (3, 2, 21, 23))
   holds = {"object": True, "count": True, **holds}
   return Judged(
-    "a bell", facts, concept, Verdict(correct, "" if correct else "wrong", (thing,), holds)
+    "a bell", facts, concept, Verdict(correct, "" if correct else "wrong", (thing,) * shown, holds)
   )
 
 
@@ -47,6 +47,14 @@ def test_shares_are_over_the_captions_that_name_a_fact():
   assert {kind: row["images"] for kind, row in table["heldout"].items()} == {"scene": 3, "pair": 3}
   assert table["heldout"]["scene"]["correct"]["share"] == 1
   assert table["geneval"] == pytest.approx((0.5 + 0 + 2 / 3) / 3)
+
+
+def test_images_with_more_and_with_fewer_objects_than_asked_for_are_counted():
+  shown = [(1, 1), (1, 2), (3, 4), (2, 0), (3, 3)]
+  images = [judged("counting", "scene", a == s, asked=a, shown=s) for a, s in shown]
+  table = scene_table.table([*images, judged("colors", "scene", False, shown=2)], 200)
+  assert (table["all"]["more"], table["all"]["fewer"]) == (0.5, pytest.approx(1 / 6))
+  assert (table["tag"]["colors"]["more"], table["tag"]["colors"]["fewer"]) == (1, 0)
 
 
 def test_a_gain_is_paired_by_caption():
@@ -77,7 +85,10 @@ def test_intervals_resample_scenes_and_not_images():
 def test_the_text_has_a_line_for_each_category_and_kind_of_heldout():
   text = scene_table.describe({"guidance 1": scene_table.table(some(), 200)})
   lines = text.split("\n")
-  assert lines[0] == "guidance 1: 6 images, mean of the categories 38.9% correct"
+  assert lines[0] == (
+    "guidance 1: 6 images, mean of the categories 38.9% correct; "
+    "0.0% show more objects than asked for, 0.0% fewer"
+  )
   assert lines[1].split() == ["images", "correct", "object", "color", "count", "place"]
   assert [line.split("  ")[0] for line in lines[2:]] == [
     "all", "single_object", "colors", "position", "held-out: scene", "held-out: pair"
