@@ -61,7 +61,7 @@ class Scaling:
     tokens_per_parameter: training tokens over parameters that multiply, of the predicted size.
     tokens_power: the tokens of the other sizes are proportional to parameters to this power.
     learning_rate_power: the learning rate is proportional to width to this power.
-    judged: most scenes of each subset that samples are judged of.
+    judged: largest number of judged scenes per subset.
     given: fields of the config that the user changes.
   """
 
@@ -104,7 +104,7 @@ class Scaling:
     return fields
 
   def size_fields(self, base: Settings, size: Size) -> dict:
-    """Returns the fields of `fields` that depend on the size, but its steps."""
+    """Returns the shared fields and those that depend on the size, without its steps."""
     wider = size.width / base.model.width
     return {
       **self.shared_fields(),

@@ -36,9 +36,10 @@ class Law:
     return self.floor + self.scale * (np.asarray(flops) / self.reference) ** -self.exponent
 
   def flops(self, bits) -> np.ndarray:
-    """Computes the FLOPs that reach `bits`: inf where none do, 0 where bits do not fall and any do.
+    """Computes the FLOPs that reach `bits`.
 
-    A law that does not fall stands for the bits at its reference.
+    inf where the law never gets so low. A law that does not fall stands for the bits at its
+    reference: 0 where they are low enough, else inf.
     """
     above = np.asarray(bits, np.float64) - self.floor
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):

@@ -2,8 +2,6 @@
 
   python -m launch.evaluate --config=ml_configs/scenes.py --workdir=workdir/scenes
   python -m launch.evaluate --config=ml_configs/scenes.py --workdir=workdir/scenes \\
-    --config.evaluation.scenes=600 --config.evaluation.scene_guidance='(1.0, 2.0)'
-  python -m launch.evaluate --config=ml_configs/scenes.py --workdir=workdir/scenes \\
     --export=geneval --prompts=evaluation_metadata.jsonl
 
 Bits per image code and text token go to evaluation/metrics.json; the caption alone retrieves

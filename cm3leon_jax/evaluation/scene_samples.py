@@ -228,7 +228,7 @@ def _sheet_scenes(
 def spread(tags: Sequence[str], count: int, seed: int) -> list[int]:
   """Chooses up to `count` indices by the seed: one of each tag, then a second one, and so on.
 
-  spread(["a", "a", "a", "b"], 3, seed) has one or two indices below 3, and index 3
+  spread(["a", "a", "a", "b"], 3, seed) has two indices below 3, and index 3
   """
   order, seen, turns = np.random.default_rng(seed).permutation(len(tags)), Counter(), {}
   for i in map(int, order):
