@@ -59,6 +59,7 @@ EVALUATION = (
       'one.concept or f"image {i}"',
       'f"image {i}"',
     ),
+    ("images_of_as_many_objects_show_more", "np.mean(extra > 0)", "np.mean(extra >= 0)"),
   ),
   *mutants_of(
     "cm3leon_jax/evaluation/scene_samples.py",
