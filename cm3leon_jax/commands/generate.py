@@ -89,6 +89,8 @@ _CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "compute", DTYPES, "Dtype of key
 
 
 MOST_TEXTS = 16  # Texts that are printed; all are in results.jsonl.
+# Nats a code below which prompts change nothing. A trained decoder of the demo has 0.1 or more.
+LEAST_DIVERGENCE = 1e-3
 
 
 def _numbers(flag, default: list, kind, least) -> list:
@@ -250,6 +252,17 @@ def _print_results(records: Sequence[dict], scores: Sequence[dict]) -> None:
     print(describe_clip_score(row, noun))
 
 
+def _describe_divergence(mean: float) -> str:
+  """Says how much prompts change the distributions of image codes: a canary for lost prompts."""
+  if mean < LEAST_DIVERGENCE:
+    return (
+      f"warning: prompts change the distributions of image codes by {mean:.2g} nats a code (mean "
+      "KL from the unconditional stream), so guidance changes nothing: was the model trained, and "
+      "on prompts like these?"
+    )
+  return f"prompts change the distributions of image codes by {mean:.3g} nats a code (mean KL)."
+
+
 def main(settings, workdir) -> None:
   from cm3leon_jax.generation.heldout import heldout_tasks
   from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
@@ -296,6 +309,9 @@ def main(settings, workdir) -> None:
       scores = clip_scores([record for record in records if record["task"] == "text_to_image"])
       summary.update(step=step, samples=len(records), clip_score=scores)
       _print_results(records, scores)
+      if apart := [r["divergence"] for r in records if r["divergence"] is not None]:
+        summary["divergence"] = sum(apart) / len(apart)
+        print(f"generate: {_describe_divergence(summary['divergence'])}")
   print(f"generate: all in {folder}, side by side in {folder / 'contact_sheet.png'}.", flush=True)
 
 

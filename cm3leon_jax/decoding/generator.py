@@ -138,6 +138,8 @@ class Result:
     tokens: ids generated after the prompt.
     log_probs: of each id under the guided distribution, before temperature and filters.
     contrastive: whether contrastive decoding was used.
+    divergence: mean over the image codes of KL(conditional || unconditional) in nats; None without
+      image codes, or without an unconditional stream.
   """
 
   request: int
@@ -146,6 +148,7 @@ class Result:
   tokens: Int32[np.ndarray, " G"]
   log_probs: Float32[np.ndarray, " G"]
   contrastive: bool
+  divergence: float | None = None
 
   def codes(self, vocab: VocabLayout) -> Int32[np.ndarray, " C"]:
     """Returns the image codes among the tokens."""
@@ -227,12 +230,22 @@ class Generator:
         batch = alike[start : start + self.config.batch_size]
         seeds_of = [sample_seed(seeds[i], s) for i, s in batch]
         contrasted = [bool(contrastive[x]) for x in batch]
-        ids, log_probs = self._generate_batch(
+        ids, log_probs, divergence = self._generate_batch(
           [requests[i] for i, _ in batch], seeds_of, contrasted, sampling, progress
         )
         lengths = (ids != self.config.vocab.pad).sum(axis=1)
+        codes = self.config.vocab.is_image(ids).sum(axis=1)
+        if len(requests[batch[0][0]].streams) == 1:
+          codes = np.zeros_like(codes)  # There is no other stream.
         yield [
-          Result(*x, seeds_of[row], ids[row, :n], log_probs[row, :n], contrasted[row])
+          Result(
+            *x,
+            seeds_of[row],
+            ids[row, :n],
+            log_probs[row, :n],
+            contrasted[row],
+            float(divergence[row] / codes[row]) if codes[row] else None,
+          )
           for row, (x, n) in enumerate(zip(batch, lengths))
         ]
 
@@ -246,7 +259,7 @@ class Generator:
       )
 
   def _generate_batch(self, requests, seeds, contrastive, sampling, progress):
-    """Generates for requests that have the same number of streams; returns (ids, log_probs)."""
+    """Generates for requests of one number of streams; returns (ids, log_probs, divergence)."""
     batch, static = self.config.batch(requests, seeds, contrastive, sampling)
     params, control, programs = self.params, batch.control, self.programs
     loop, steps = programs.prefill(params, batch, static)
@@ -266,5 +279,4 @@ class Generator:
         break
       loop, steps = programs.grow(loop, larger - room, params, control, static)
       room = larger
-    ids, log_probs = jax.device_get(programs.results(loop))
-    return ids[: len(requests)], log_probs[: len(requests)]
+    return [x[: len(requests)] for x in jax.device_get(programs.results(loop))]

@@ -17,7 +17,7 @@ from cm3leon_jax.decoding.batch import Control, Padded, Prompts
 from cm3leon_jax.decoding.cache import LayerCache
 from cm3leon_jax.decoding.grammar import Grammar, Plan, State
 from cm3leon_jax.decoding.params import DecodeParams, dequantized, head_axis, head_ids
-from cm3leon_jax.decoding.sampling import Sampler, combine_streams, sample, select
+from cm3leon_jax.decoding.sampling import Sampler, combine_streams, divergence, sample, select
 from cm3leon_jax.mesh import shard, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.attention import wide
@@ -41,6 +41,7 @@ class LoopState(NamedTuple):
     ids: generated ids, padding after the end of a sample.
     log_probs: of each id under the guided distribution, before temperature and filters; 0 at
       padding.
+    divergence: sum over the image codes of `sampling.divergence` of the first stream from the last.
   """
 
   tokens: Int32[Array, " R"]
@@ -54,6 +55,7 @@ class LoopState(NamedTuple):
   state: State
   ids: Int32[Array, "B G"]
   log_probs: Float32[Array, "B G"]
+  divergence: Float32[Array, " B"]
 
 
 def extend(
@@ -179,6 +181,7 @@ def prefill(
     state=grammar.start(plan),
     ids=jnp.full(shape, grammar.vocab.pad, jnp.int32, out_sharding=split),
     log_probs=jnp.full(shape, 0, jnp.float32, out_sharding=split),
+    divergence=jnp.full(shape[:1], 0, jnp.float32, out_sharding=spec("batch")),
   )
 
 
@@ -238,7 +241,11 @@ def _stream_logits(hidden, head, streams: int):
 def _sample_ids(
   params: DecodeParams, control: Control, state, hidden, keys, grammar: Grammar, sampler: Sampler
 ):
-  """Samples a guided id for each sample from hidden [R, 1, D]; returns (ids [B], log_probs [B])."""
+  """Samples a guided id for each sample from hidden [R, 1, D].
+
+  Returns:
+    (ids [B], log_probs [B], divergence of the streams where an image code is sampled [B]).
+  """
   streams = control.guidance.shape[2]
   in_image, active = grammar.in_image(control.plan, state), grammar.active(control.plan, state)
   place = jnp.minimum(grammar.codes_done(control.plan, state), grammar.image_tokens - 1)
@@ -249,23 +256,26 @@ def _sample_ids(
     out = _stream_logits(hidden, head, streams)
     logits = [combine_streams(out, weights), out[0], out[-1]]
     logits = [shard(x, "batch", None) for x in logits]
+    # Before ids are masked: the columns of image codes are the first.
+    apart = divergence(*(x[:, : grammar.vocab.image_size] for x in logits[1:]))
     if legal is not None:
       logits = [jnp.where(legal, x, -jnp.inf) for x in logits]
     guided, full, without = logits
     rows = select(is_image, control.contrastive, control.values)
+    apart = jnp.where(is_image, apart, 0)
     if not sampler.contrastive_k:
-      return sample(guided, keys, rows, candidates)
-    return sample(guided, keys, rows, candidates, full, without, sampler.contrastive_k)
+      return *sample(guided, keys, rows, candidates), apart
+    return *sample(guided, keys, rows, candidates, full, without, sampler.contrastive_k), apart
 
   def among_codes():
-    ids, log_probs = sample_columns(params.image_head, sampler.of_codes, jnp.ones_like(in_image))
-    return ids + grammar.vocab.text_size, log_probs
+    ids, *others = sample_columns(params.image_head, sampler.of_codes, jnp.ones_like(in_image))
+    return ids + grammar.vocab.text_size, *others
 
   def among_all():
     # All ids are legal for a sample that is over: its id is not kept, a softmax of nothing is NaN.
     legal = grammar.legal(control.plan, state, head_ids(grammar.vocab)) | ~active[:, None]
-    columns, log_probs = sample_columns(params.head, sampler.of_all, in_image, legal)
-    return (columns + grammar.vocab.text_size) % grammar.vocab.size, log_probs
+    columns, *others = sample_columns(params.head, sampler.of_all, in_image, legal)
+    return (columns + grammar.vocab.text_size) % grammar.vocab.size, *others
 
   if params.image_head is None:
     return among_all()
@@ -306,7 +316,7 @@ def decode_step(
   hidden, cache, seen = _read_last(config, params.model, loop)
   active = grammar.active(control.plan, loop.state)
   now = jax.vmap(jax.random.fold_in, (0, None))(keys, loop.count)
-  ids, log_probs = _sample_ids(params, control, loop.state, hidden, now, grammar, sampler)
+  ids, log_probs, apart = _sample_ids(params, control, loop.state, hidden, now, grammar, sampler)
   ids, log_probs = jnp.where(active, ids, grammar.vocab.pad), jnp.where(active, log_probs, 0)
   state = grammar.advance(control.plan, loop.state, ids)
   moves = to_rows(active)
@@ -323,6 +333,7 @@ def decode_step(
     state=state,
     ids=put(loop.ids, ids),
     log_probs=put(loop.log_probs, log_probs),
+    divergence=loop.divergence + jnp.where(active, apart, 0),
   )
 
 
@@ -363,6 +374,12 @@ def grow(loop: LoopState, *, by: int) -> LoopState:
   return loop._replace(cache=cache, seen=tuple(jnp.pad(x, ((0, 0), (0, by))) for x in loop.seen))
 
 
-def results(loop: LoopState) -> tuple[Int32[Array, "B G"], Float32[Array, "B G"]]:
-  """Returns ids and log_probs, whole on every device, so that each process can read them."""
-  return shard(loop.ids, None, None), shard(loop.log_probs, None, None)
+def results(
+  loop: LoopState,
+) -> tuple[Int32[Array, "B G"], Float32[Array, "B G"], Float32[Array, " B"]]:
+  """Returns ids, log_probs and divergence, whole on every device: each process can read them."""
+  return (
+    shard(loop.ids, None, None),
+    shard(loop.log_probs, None, None),
+    shard(loop.divergence, None),
+  )

@@ -278,6 +278,21 @@ def combine_streams(
   return jnp.sum(logits * jnp.atleast_2d(weights).T[:, :, None], axis=0)
 
 
+def divergence(
+  conditional: Float[Array, "*B V"], unconditional: Float[Array, "*B V"]
+) -> Float[Array, "*B"]:
+  """Computes KL(conditional || unconditional) in nats: what guidance has to work with.
+
+  It is 0 where a prompt changes nothing, e.g. one that was dropped on its way.
+
+  Args:
+    conditional: finite logits of the stream with the prompt.
+    unconditional: finite logits of the stream without it.
+  """
+  p, q = (jax.nn.log_softmax(x, axis=-1) for x in (conditional, unconditional))
+  return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+
+
 def scheduled(guidance: float, schedule: str, image_tokens: int) -> Float[np.ndarray, " I"]:
   """Computes the weight of guidance at each code: 1 + (guidance - 1) m; m is the schedule.
 

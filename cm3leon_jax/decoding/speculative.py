@@ -17,7 +17,13 @@ from cm3leon_jax.decoding.batch import Control
 from cm3leon_jax.decoding.grammar import Grammar
 from cm3leon_jax.decoding.loop import LoopState, extend, over_streams, split_control
 from cm3leon_jax.decoding.params import DecodeParams, head_axis
-from cm3leon_jax.decoding.sampling import Sampler, combine_streams, filter_candidates, select
+from cm3leon_jax.decoding.sampling import (
+  Sampler,
+  combine_streams,
+  divergence,
+  filter_candidates,
+  select,
+)
 from cm3leon_jax.mesh import shard, spec
 from cm3leon_jax.models.attention import wide
 from cm3leon_jax.models.config import ModelConfig
@@ -33,6 +39,7 @@ class Window(NamedTuple):
     drafts: codes in [0, K) that follow if they are accepted.
     odds: distribution from which each draft was sampled.
     codes, log_probs: only the first `done` entries are valid.
+    divergence: sum over the accepted codes, see `LoopState`.
     steps: number of steps.
   """
 
@@ -42,6 +49,7 @@ class Window(NamedTuple):
   odds: Float[Array, "B D K"]
   codes: Int32[Array, "B I+W"]
   log_probs: Float32[Array, "B I+W"]
+  divergence: Float32[Array, " B"]
   steps: Int32[Array, ""]
 
 
@@ -121,7 +129,8 @@ def _distributions(
   """Distributions of the window's codes.
 
   Returns:
-    (probabilities [B, W, K] after temperature and filters; log-probabilities [B, W, K] before).
+    (probabilities [B, W, K] after temperature and filters; log-probabilities [B, W, K] before;
+    divergence of the streams [B, W]).
   """
   batch, _, streams = control.guidance.shape
   window, size = hidden.shape[1], params.image_head.shape[1]
@@ -137,7 +146,9 @@ def _distributions(
   places = jnp.minimum(done[:, None] + jnp.arange(window)[None], codes - 1)
   weights = jax.vmap(lambda table, rows: table[rows])(control.guidance, places)
   weights = jnp.reshape(weights, (batch * window, streams), out_sharding=spec("batch", None))
-  guided = shard(combine_streams(logits.swapaxes(0, 1), weights), "batch", None)
+  by_stream = logits.swapaxes(0, 1)
+  guided = shard(combine_streams(by_stream, weights), "batch", None)
+  apart = divergence(shard(by_stream[0], "batch", None), shard(by_stream[-1], "batch", None))
   every = jnp.ones_like(guided[:, 0], bool)
   rows = select(every, ~every, control.values)
   values, ids = filter_candidates(
@@ -149,7 +160,8 @@ def _distributions(
     return jnp.reshape(x, (batch, window, size), out_sharding=spec("batch", None, None))
 
   probabilities = place(ids, jax.nn.softmax(values, axis=-1))
-  return by_window(probabilities), by_window(jax.nn.log_softmax(guided, axis=-1))
+  apart = jnp.reshape(apart, (batch, window), out_sharding=spec("batch", None))
+  return by_window(probabilities), by_window(jax.nn.log_softmax(guided, axis=-1)), apart
 
 
 def _first(loop: LoopState, keys, codes: int, window: int, size: int, dtype) -> Window:
@@ -169,14 +181,15 @@ def _first(loop: LoopState, keys, codes: int, window: int, size: int, dtype) -> 
     odds=zeros(window - 1, size, dtype=wide(dtype)) + 1 / size,
     codes=zeros(codes + window),
     log_probs=zeros(codes + window, dtype=jnp.float32),
+    divergence=zeros(dtype=jnp.float32),
     steps=jnp.int32(0),
   )
 
 
-def _accept(w: Window, cache, p, log_p, keys, codes: int, text_size: int) -> Window:
+def _accept(w: Window, cache, p, log_p, apart, keys, codes: int, text_size: int) -> Window:
   """Moves the window past the drafts that hold; samples new drafts from this step's distributions.
 
-  p and log_p are of `_distributions`.
+  p, log_p and apart are of `_distributions`.
   """
   window, size = p.shape[1:]
   pick = jax.vmap(lambda table, token: table[token])
@@ -204,6 +217,8 @@ def _accept(w: Window, cache, p, log_p, keys, codes: int, text_size: int) -> Win
     odds=cut(jnp.concatenate([p, jnp.full_like(p, 1 / size)], axis=1), taken),
     codes=put(w.codes, tokens, w.done),
     log_probs=put(w.log_probs, jax.vmap(pick)(log_p, tokens).astype(jnp.float32), w.done),
+    divergence=w.divergence
+    + jnp.where(jnp.arange(window)[None] < taken[:, None], apart, 0).sum(axis=1),
     steps=w.steps + 1,
   )
 
@@ -229,6 +244,7 @@ def _after_image(w: Window, plan, grammar: Grammar, codes: int) -> LoopState:
     state=state,
     ids=fit(w.codes + vocab.text_size, vocab.pad),
     log_probs=fit(w.log_probs, 0),
+    divergence=loop.divergence + w.divergence,
   )
 
 
@@ -264,8 +280,8 @@ def generate_image(
 
   def step(w: Window) -> Window:
     hidden, cache = _read_drafts(config, params.model, w.loop, w.done, w.drafts + text_size)
-    p, log_p = _distributions(params, control, hidden, w.done, codes, sampler)
-    return _accept(w, cache, p, log_p, keys, codes, text_size)
+    p, log_p, apart = _distributions(params, control, hidden, w.done, codes, sampler)
+    return _accept(w, cache, p, log_p, apart, keys, codes, text_size)
 
   first = _first(loop, keys, codes, window, params.image_head.shape[1], config.dtype)
   w = jax.lax.while_loop(lambda w: jnp.any(w.done < codes), step, first)

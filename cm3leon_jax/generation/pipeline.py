@@ -42,6 +42,7 @@ class Sample:
     given: [H, W, 3] uint8, the image of the task, or the original of a held-out caption, or None.
     clip_score: cosine of image and caption, or None.
     rank: its place among the samples of the task by clip_score, from 1 on; None: not ranked.
+    divergence: mean over its image codes of KL(with prompt || without) in nats, or None.
   """
 
   task: Task
@@ -57,6 +58,7 @@ class Sample:
   given: np.ndarray | None = None
   clip_score: float | None = None
   rank: int | None = None
+  divergence: float | None = None
 
   @property
   def parts(self) -> list[str | Image.Image]:
@@ -354,6 +356,7 @@ class Pipeline:
         contrastive=result.contrastive,
         neighbors=neighbors[i],
         given=given.get(given_key(tasks[i]), tasks[i].original),
+        divergence=result.divergence,
       )
       for i, result, (segments, filled) in zip(places, batch, answers)
     ]

@@ -82,6 +82,7 @@ def record(sample: Sample, files: list[str]) -> dict:
     "log_probs": [round(float(p), 4) for p in sample.log_probs],
     "log_prob": float(sample.log_probs.sum(dtype=np.float64)),
     "clip_score": sample.clip_score,
+    "divergence": sample.divergence,
   }
 
 

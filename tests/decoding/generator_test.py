@@ -144,6 +144,28 @@ def test_streams_equal_separate_passes(generator, params, guidance):
     )
 
 
+def test_divergence_is_the_mean_kl_of_the_streams_over_image_codes(generator, params):
+  for request, result in zip(guided_requests(), generator.generate(guided_requests(), SEEDS)):
+    p, q = (
+      jax.nn.log_softmax(
+        teacher_forced(generator.config.model, params, s, result.tokens)[:, VOCAB.text_size :]
+      )
+      for s in request.streams
+    )
+    kl = np.asarray((jnp.exp(p) * (p - q)).sum(axis=-1))[VOCAB.is_image(result.tokens)]
+    np.testing.assert_allclose(result.divergence, kl.mean(), rtol=1e-3)
+    assert result.divergence > 0.01
+
+
+def test_divergence_is_0_where_the_prompt_was_lost_and_none_without_a_second_stream(generator):
+  first = guided_requests()[0]
+  lost = dataclasses.replace(first, streams=(first.streams[1], first.streams[1]))
+  [same_streams] = generator.generate([lost], SEEDS[:1])
+  assert abs(same_streams.divergence) < 1e-6
+  alone = generator.generate(plain_requests()[:1], SEEDS[:1])
+  assert alone[0].divergence is None
+
+
 def test_a_stream_alone_equals_a_separate_pass(plain_generator, params):
   for request, result in zip(plain_requests(), plain_generator.generate(plain_requests(), SEEDS)):
     logits = teacher_forced(plain_generator.config.model, params, request.streams[0], result.tokens)

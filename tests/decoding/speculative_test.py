@@ -88,11 +88,16 @@ def test_equal_distributions_hold_all():
 
 def guided(generator, params, request, ids):
   """[G, K] guided logits among the codes for each of `ids`, by plain passes."""
-  c, u = (
+  c, u = of_streams(generator, params, request, ids)
+  return 3 * c - 2 * u
+
+
+def of_streams(generator, params, request, ids):
+  """[G, K] logits of each stream among the codes for each of `ids`, by plain passes."""
+  return [
     teacher_forced(generator.config.model, params, p, ids)[:, VOCAB.text_size :]
     for p in request.streams
-  )
-  return 3 * c - 2 * u
+  ]
 
 
 def test_three_codes_have_the_joint_distribution_of_single_steps(params):
@@ -152,6 +157,9 @@ def test_log_probs_are_those_of_plain_passes_and_the_end_is_sampled(
     logits = guided(generator, params, request, result.tokens)[:IMAGE]
     exact = np.asarray(jax.nn.log_softmax(logits))[np.arange(IMAGE), result.codes(VOCAB)]
     np.testing.assert_allclose(result.log_probs[:IMAGE], exact, atol=3e-5)
+    p, q = map(jax.nn.log_softmax, of_streams(generator, params, request, result.tokens))
+    kl = np.asarray((np.exp(p) * (p - q)).sum(axis=-1))[:IMAGE]
+    np.testing.assert_allclose(result.divergence, kl.mean(), rtol=1e-3)
 
 
 def test_an_image_does_not_depend_on_its_batch(generator):
