@@ -1,0 +1,413 @@
+"""Every format of a release becomes examples, and what is wrong in a file is named."""
+
+import copy
+import json
+import re
+
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.evaluation_examples import Example, caption_prompts, check_images, choose
+from cm3leon_jax.data.evaluation_files import SPLITS, open_examples
+
+VQA_QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
+VQA_ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
+VISDIAL = "visdial_1.0_val.json"
+DENSE = "visdial_1.0_val_dense_annotations.json"
+
+
+def answers(*texts, **more):
+  """Answers of annotators, as VQA has them."""
+  return [
+    {"answer": text, "answer_confidence": "yes", "answer_id": i, **more}
+    for i, text in enumerate(texts, 1)
+  ]
+
+
+def vqa_release(prefix: str) -> dict:
+  about = {"info": {"version": "2.0"}, "license": {}, "data_type": "mscoco"}
+  questions = [
+    {"image_id": 42, "question": "What is on the mat?", "question_id": 42000},
+    {"image_id": 42, "question": "How many mats are there?", "question_id": 42001},
+    {"image_id": 185565, "question": "Is it a dog?", "question_id": 185565000},
+  ]
+  kinds = {42000: ("what is on", "other"), 42001: ("how many", "number")}
+  kinds[185565000] = ("is it a", "yes/no")
+  texts = {42000: ["cat"] * 9 + ["a cat"], 42001: ["1"] * 10, 185565000: ["yes", ""] * 5}
+  annotations = [
+    {
+      "question_id": key,
+      "image_id": key // 1000,
+      "question_type": kinds[key][0],
+      "answer_type": kinds[key][1],
+      "multiple_choice_answer": texts[key][0],
+      "answers": answers(*texts[key]),
+    }
+    for key in (185565000, 42001, 42000)
+  ]
+  subset = {**about, "data_subtype": "val2014"}
+  return {
+    f"{prefix}OpenEnded_mscoco_val2014_questions.json": {
+      **subset,
+      "task_type": "Open-Ended",
+      "questions": questions,
+    },
+    f"{prefix}mscoco_val2014_annotations.json": {**subset, "annotations": annotations},
+  }
+
+
+def coco_release(year: str) -> dict:
+  name = {"2014": "COCO_val2014_000000000{}.jpg", "2017": "000000000{}.jpg"}[year]
+  return {
+    f"annotations/captions_val{year}.json": {
+      "info": {},
+      "licenses": [],
+      "images": [{"id": i, "file_name": name.format(i), "license": 3} for i in (139, 285)],
+      "annotations": [
+        {"image_id": 285, "id": 11, "caption": "A bear on grass."},
+        {"image_id": 139, "id": 12, "caption": "A room with a lamp. "},
+        {"image_id": 285, "id": 13, "caption": "One brown bear."},
+      ],
+    }
+  }
+
+
+def karpathy_image(key: int, folder: str, split: str, *captions: str) -> dict:
+  return {
+    "filepath": folder,
+    "filename": f"COCO_{folder}_{key:012d}.jpg",
+    "imgid": 0,
+    "split": split,
+    "cocoid": key,
+    "sentences": [{"raw": c, "tokens": c.split(), "imgid": 0, "sentid": 1} for c in captions],
+  }
+
+
+OK_VQA = vqa_release("")
+for entry in OK_VQA["mscoco_val2014_annotations.json"]["annotations"]:
+  entry["answers"] = answers("sit", "sit", raw_answer="sitting")
+ROUNDS = [
+  {"question": 1, "answer": 0, "answer_options": [0, 2], "gt_index": 0},
+  {"question": 0, "answer": 2, "answer_options": [1, 2, 0], "gt_index": 1},
+  {"question": 2, "answer": 1, "answer_options": [1, 2], "gt_index": 0},
+]
+RELEASES = {
+  "coco_2014": coco_release("2014"),
+  "coco_2017": coco_release("2017"),
+  "coco_karpathy": {
+    "dataset_coco.json": {
+      "images": [
+        karpathy_image(7, "val2014", "test", "a bus", "a red bus"),
+        karpathy_image(8, "train2014", "train", "a key"),
+        karpathy_image(9, "val2014", "restval", "a bell"),
+        karpathy_image(5, "val2014", "val", "a cup"),
+        karpathy_image(6, "val2014", "test", "a tree"),
+      ],
+      "dataset": "coco",
+    }
+  },
+  "vqa_v2": vqa_release("v2_"),
+  "ok_vqa": OK_VQA,
+  "vizwiz": {
+    "Annotations/val.json": [
+      {
+        "image": "VizWiz_val_00000000.jpg",
+        "question": "What is this?",
+        "answers": answers("soap", "unanswerable"),
+        "answer_type": "other",
+        "answerable": 1,
+      },
+      {
+        "image": "VizWiz_val_00000001.jpg",
+        "question": "Which color?",
+        "answers": answers("unanswerable", "unanswerable"),
+        "answer_type": "unanswerable",
+        "answerable": 0,
+      },
+    ]
+  },
+  "vg_paragraphs": {
+    "paragraphs_v1.json": [
+      {"url": "https://x.org/VG_100K/31.jpg", "image_id": 31, "paragraph": "A cat. It sleeps."},
+      {"url": "https://x.org/VG_100K_2/32.jpg", "image_id": 32, "paragraph": "A dog. "},
+      {"url": "https://x.org/VG_100K/31.jpg", "image_id": 31, "paragraph": "A second one."},
+      {"url": "https://x.org/VG_100K/33.jpg", "image_id": 33, "paragraph": "For training."},
+    ],
+    "train_split.json": [33],
+    "val_split.json": [32, 31],
+    "test_split.json": [31],
+  },
+  "visdial": {
+    VISDIAL: {
+      "version": "1.0",
+      "split": "val",
+      "data": {
+        "questions": ["is it sunny", "is there a dog", "what color is it"],
+        "answers": ["yes, one", "white", "no"],
+        "dialogs": [
+          {"image_id": 9, "caption": "a street", "dialog": ROUNDS[:1]},
+          {"image_id": 185565, "caption": "a dog on a lawn", "dialog": ROUNDS},
+        ],
+      },
+    },
+    DENSE: [
+      {"image_id": 185565, "round_id": 2, "gt_relevance": [0.0, 1.0, 0.4]},
+      {"image_id": 9, "round_id": 1, "gt_relevance": [1, 0]},
+    ],
+  },
+}
+
+
+def write(root, release: dict) -> None:
+  for name, content in release.items():
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    (root / name).write_bytes(text)
+
+
+def read(root, name, split="val", **release):
+  """Writes the release of a format, with other files in place of some, and reads it."""
+  write(root, {**RELEASES[name], **release})
+  return list(open_examples(name, root, split))
+
+
+@pytest.mark.parametrize(
+  ("year", "image"), [("2014", "COCO_val2014_000000000285.jpg"), ("2017", "000000000285.jpg")]
+)
+def test_coco(tmp_path, year, image):
+  room, bear = read(tmp_path, f"coco_{year}")
+  assert (room.key, room.references) == ("139", ("A room with a lamp. ",))
+  assert bear == Example(
+    key="285",
+    group="285",
+    image=f"{tmp_path}/val{year}/{image}",
+    references=("A bear on grass.", "One brown bear."),
+  )
+  assert [e.prompt for e in caption_prompts([room, bear])] == [
+    "A room with a lamp.",
+    "A bear on grass.",
+    "One brown bear.",
+  ]
+  assert {e.group for e in choose(caption_prompts([room, bear]), 2)} == {"139", "285"}
+
+
+def test_coco_karpathy(tmp_path):
+  bus, tree = read(tmp_path, "coco_karpathy", "test")
+  assert bus == Example(
+    key="7",
+    group="7",
+    image=f"{tmp_path}/val2014/COCO_val2014_000000000007.jpg",
+    references=("a bus", "a red bus"),
+  )
+  assert tree.key == "6"
+  others = {"train": "8", "restval": "9", "val": "5"}
+  for split, key in others.items():
+    assert [e.key for e in open_examples("coco_karpathy", tmp_path, split)] == [key]
+
+
+def test_vqa_v2(tmp_path):
+  cat, mats, dog = read(tmp_path, "vqa_v2")
+  assert cat == Example(
+    key="42000",
+    group="42",
+    image=f"{tmp_path}/val2014/COCO_val2014_000000000042.jpg",
+    prompt="What is on the mat?",
+    references=("cat",) * 9 + ("a cat",),
+    question_type="what is on",
+    answer_type="other",
+  )
+  assert (mats.group, mats.answer_type, mats.references) == ("42", "number", ("1",) * 10)
+  assert dog.references == ("yes", "") * 5  # Each annotator counts, even a silent one.
+  assert dog.image.endswith("COCO_val2014_000000185565.jpg")
+
+
+def test_ok_vqa_has_the_answers_that_its_metric_compares(tmp_path):
+  examples = read(tmp_path, "ok_vqa")
+  assert [e.key for e in examples] == ["42000", "42001", "185565000"]
+  assert {e.references for e in examples} == {("sit", "sit")}
+
+
+def test_vizwiz(tmp_path):
+  soap, color = read(tmp_path, "vizwiz")
+  assert soap == Example(
+    key="VizWiz_val_00000000.jpg",
+    group="VizWiz_val_00000000.jpg",
+    image=f"{tmp_path}/val/VizWiz_val_00000000.jpg",
+    prompt="What is this?",
+    references=("soap", "unanswerable"),
+    answer_type="other",
+    answerable=True,
+  )
+  assert (color.answer_type, color.answerable) == ("unanswerable", False)
+
+
+def test_paragraphs_in_the_order_of_the_split_the_first_of_an_image(tmp_path):
+  dog, cat = read(tmp_path, "vg_paragraphs")
+  assert dog == Example("32", "32", f"{tmp_path}/VG_100K_2/32.jpg", references=("A dog. ",))
+  assert cat == Example("31", "31", f"{tmp_path}/VG_100K/31.jpg", references=("A cat. It sleeps.",))
+  assert [e.key for e in open_examples("vg_paragraphs", tmp_path, "train")] == ["33"]
+
+
+def test_visdial_one_example_a_judged_round(tmp_path):
+  second, first = read(tmp_path, "visdial")
+  assert second == Example(
+    key="185565/2",
+    group="185565",
+    image=f"{tmp_path}/VisualDialog_val2018/VisualDialog_val2018_000000185565.jpg",
+    prompt="is it sunny",
+    references=("no",),
+    caption="a dog on a lawn",
+    history=(("is there a dog", "yes, one"),),
+    candidates=("white", "no", "yes, one"),
+    relevance=(0.0, 1.0, 0.4),
+    answer_index=1,
+  )
+  assert (first.key, first.history, first.relevance) == ("9/1", (), (1.0, 0.0))
+
+
+def test_annotations_may_stand_beside_the_images_or_apart_from_them(tmp_path):
+  for name, file in (("coco_2014", "captions_val2014.json"), ("vizwiz", "val.json")):
+    (content,) = RELEASES[name].values()
+    write(tmp_path / name, {file: content})
+    examples = list(open_examples(name, tmp_path / name, "val", images="gs://bucket/images"))
+    assert all(e.image.startswith("gs://bucket/images/val") for e in examples)
+
+
+def test_images_are_checked_only_when_asked(tmp_path):
+  examples = read(tmp_path, "vg_paragraphs")
+  write(tmp_path, {"VG_100K_2/32.jpg": b"x"})
+  with pytest.raises(UserError, match=r"VG_100K/31\.jpg, the image of example 31, does not exist"):
+    check_images(examples)
+  write(tmp_path, {"VG_100K/31.jpg": b"x"})
+  check_images(examples)
+
+
+def test_unknown_names_and_splits_are_refused_at_once(tmp_path):
+  with pytest.raises(UserError, match="format is 'vqa'; it must be one of coco_2014, coco_2017, "):
+    open_examples("vqa", tmp_path, "val")
+  for name, splits in SPLITS.items():
+    message = f"split of format '{name}' is 'dev'; it must be one of {', '.join(splits)}."
+    with pytest.raises(UserError, match=re.escape(message)):
+      open_examples(name, tmp_path, "dev")
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_an_absent_file_is_refused_at_once(tmp_path, name):
+  files = list(RELEASES[name])
+  files = [f for f in files if f not in ("train_split.json", "test_split.json")]
+  for file in files:
+    write(tmp_path, RELEASES[name])
+    (tmp_path / file).unlink()
+    split = SPLITS[name][-1] if name == "coco_karpathy" else "val"
+    message = re.escape(f"{tmp_path} has no {file}") + ".* reads it for split"
+    with pytest.raises(UserError, match=message):
+      open_examples(name, tmp_path, split)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_files_of_other_formats_are_refused(tmp_path, name):
+  other = {str: "text", dict: {"a": 1}, list: [1], bytes: b"\xff{"}
+  for file in RELEASES[name]:
+    if file in ("train_split.json", "test_split.json"):
+      continue
+    for content in other.values():
+      with pytest.raises(UserError, match=re.escape(str(tmp_path / file))):
+        read(tmp_path, name, **{file: content})
+
+
+# Format, number of its file, a change of the content, and the message after the file's name.
+WRONG = [
+  ("coco_2014", 0, lambda c: c["images"].append(c["images"][0]),
+   ", images: id 139 is there twice; it must be there once."),
+  ("coco_2014", 0, lambda c: c["annotations"].pop(1),
+   ", image 139 has no 'caption'; it must have at least one."),
+  ("coco_2014", 0, lambda c: c["images"].pop(0),
+   ", annotation 2 has image_id 139, which 'images' of the file does not have."),
+  ("coco_2014", 0, lambda c: c["annotations"][0].update(caption=None),
+   ", image 285, entry 1 must be an object with a text in its field 'caption'."),
+  ("coco_2014", 0, lambda c: c["images"][1].pop("file_name"),
+   ", image 285 must be an object with a text in its field 'file_name'."),
+  ("coco_karpathy", 0, lambda c: c["images"].append(c["images"][3]),
+   ", images: cocoid 5 is there twice; it must be there once."),
+  ("coco_karpathy", 0, lambda c: c["images"][3].update(sentences=[]),
+   ", image 5 has no 'raw'; it must have at least one."),
+  ("coco_karpathy", 0, lambda c: c["images"].pop(3),
+   " has no image of split 'val'; it has restval, test, train."),
+  ("coco_karpathy", 0, lambda c: c["images"].clear(),
+   " has no image of split 'val'; it has none."),
+  ("coco_karpathy", 0, lambda c: c["images"][0].pop("cocoid"),
+   ", images, entry 1 must be an object with an integer in its field 'cocoid'."),
+  ("coco_karpathy", 0, lambda c: c["images"][0].pop("split"),
+   ", image 7 must be an object with a text in its field 'split'."),
+  ("vqa_v2", 0, lambda c: c["questions"].append(c["questions"][1]),
+   ", questions: question_id 42001 is there twice; it must be there once."),
+  ("vqa_v2", 0, lambda c: c["questions"][0].update(question_id=5),
+   f", question 5 has no annotation in {{root}}/{VQA_ANNOTATIONS}; give the two files of one "
+   "split."),
+  ("vqa_v2", 0, lambda c: c["questions"][0].update(question=["What?"]),
+   ", question 42000 must be an object with a text in its field 'question'."),
+  ("vqa_v2", 0, lambda c: c["questions"][0].update(image_id=True),
+   ", question 42000 must be an object with an integer in its field 'image_id'."),
+  ("vqa_v2", 0, lambda c: c.pop("data_subtype"),
+   " must be an object with a text in its field 'data_subtype'."),
+  ("vqa_v2", 1, lambda c: c["annotations"].append(c["annotations"][1]),
+   ", annotations: question_id 42001 is there twice; it must be there once."),
+  ("vqa_v2", 1, lambda c: c["annotations"][2].update(answers=[]),
+   ", question 42000 has no 'answer'; it must have at least one."),
+  ("ok_vqa", 1, lambda c: c["annotations"][2].pop("answer_type"),
+   ", question 42000 must be an object with a text in its field 'answer_type'."),
+  ("vizwiz", 0, lambda c: c.append(c[1]),
+   ": image VizWiz_val_00000001.jpg is there twice; it must be there once."),
+  ("vizwiz", 0, lambda c: c[0].update(answers=[]),
+   ", image VizWiz_val_00000000.jpg has no 'answer'; it must have at least one."),
+  ("vizwiz", 0, lambda c: c[0].pop("answers"),
+   ", image VizWiz_val_00000000.jpg must be an object with a list in its field 'answers'."),
+  ("vizwiz", 0, lambda c: c.append("x"),
+   ", entry 3 must be an object with a text in its field 'image'."),
+  ("vg_paragraphs", 0, lambda c: c[1].update(url="https://x.org/VG/32.jpg"),
+   ", image 32 has the url 'https://x.org/VG/32.jpg'; it must end in a name in VG_100K or "
+   "VG_100K_2."),
+  ("vg_paragraphs", 0, lambda c: c[1].pop("paragraph"),
+   ", image 32 must be an object with a text in its field 'paragraph'."),
+  ("vg_paragraphs", 2, lambda c: c.append(31),
+   " has image 31 twice; it must be there once."),
+  ("vg_paragraphs", 2, lambda c: c.append("31"),
+   " has image '31', which has no paragraph in {root}/paragraphs_v1.json."),
+  ("visdial", 0, lambda c: c["data"]["dialogs"].append(c["data"]["dialogs"][0]),
+   ", dialogs: image_id 9 is there twice; it must be there once."),
+  ("visdial", 0, lambda c: c["data"]["questions"].clear(),
+   ", image 185565, round 1 has 1 in 'question'; the list has no text at this place."),
+  ("visdial", 0, lambda c: c["data"]["dialogs"][1]["dialog"][1].update(answer=-1),
+   ", image 185565, round 2 has -1 in 'answer'; the list has no text at this place."),
+  ("visdial", 0, lambda c: c["data"]["dialogs"][1]["dialog"][1].update(answer_options=[0, 3]),
+   ", image 185565, round 2 has 3 in 'answer_options'; the list has no text at this place."),
+  ("visdial", 0, lambda c: c["data"]["dialogs"][1]["dialog"][1].update(gt_index=3),
+   ", image 185565, round 2 has gt_index 3; it must be below 3."),
+  ("visdial", 1, lambda c: c.append(c[0]),
+   ", image 185565, round 2 is there twice; each round must be there once."),
+  ("visdial", 1, lambda c: c[1].update(image_id=8),
+   f", image 8, round 1 has no dialog in {{root}}/{VISDIAL}; give the two files of one split."),
+  ("visdial", 1, lambda c: c[0].update(gt_relevance=[1.0]),
+   ", image 185565, round 2 has 1 values in 'gt_relevance'; it must have one for each of the 3 "
+   "answers."),
+  ("visdial", 1, lambda c: c[0].update(gt_relevance=[1.0, "x", 0]),
+   ", image 185565, round 2 has a value in 'gt_relevance' that is no number."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "number", "change", "message"), WRONG)
+def test_wrong_files_are_named_with_the_id(tmp_path, name, number, change, message):
+  file = list(RELEASES[name])[number]
+  content = copy.deepcopy(RELEASES[name][file])
+  change(content)
+  with pytest.raises(UserError) as error:
+    read(tmp_path, name, **{file: content})
+  assert str(error.value) == f"{tmp_path / file}{message.format(root=tmp_path)}"
+
+
+@pytest.mark.parametrize("round_id", [0, 4])
+def test_a_round_that_the_dialog_does_not_have(tmp_path, round_id):
+  dense = [{"image_id": 185565, "round_id": round_id, "gt_relevance": [1.0]}]
+  message = f"{VISDIAL}, image 185565 has no round {round_id}; it has rounds 1 to 3."
+  with pytest.raises(UserError, match=re.escape(message)):
+    read(tmp_path, "visdial", **{DENSE: dense})
