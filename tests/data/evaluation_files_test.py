@@ -25,34 +25,31 @@ def answers(*texts, **more):
 
 
 def vqa_release(prefix: str) -> dict:
-  about = {"info": {"version": "2.0"}, "license": {}, "data_type": "mscoco"}
   questions = [
     {"image_id": 42, "question": "What is on the mat?", "question_id": 42000},
     {"image_id": 42, "question": "How many mats are there?", "question_id": 42001},
     {"image_id": 185565, "question": "Is it a dog?", "question_id": 185565000},
   ]
-  kinds = {42000: ("what is on", "other"), 42001: ("how many", "number")}
-  kinds[185565000] = ("is it a", "yes/no")
-  texts = {42000: ["cat"] * 9 + ["a cat"], 42001: ["1"] * 10, 185565000: ["yes", ""] * 5}
+  answered = {
+    185565000: ("is it a", "yes/no", ["yes", ""] * 5),
+    42001: ("how many", "number", ["1"] * 10),
+    42000: ("what is on", "other", ["cat"] * 9 + ["a cat"]),
+  }
   annotations = [
     {
       "question_id": key,
       "image_id": key // 1000,
-      "question_type": kinds[key][0],
-      "answer_type": kinds[key][1],
-      "multiple_choice_answer": texts[key][0],
-      "answers": answers(*texts[key]),
+      "question_type": question_type,
+      "answer_type": answer_type,
+      "multiple_choice_answer": texts[0],
+      "answers": answers(*texts),
     }
-    for key in (185565000, 42001, 42000)
+    for key, (question_type, answer_type, texts) in answered.items()
   ]
-  subset = {**about, "data_subtype": "val2014"}
+  about = {"info": {"version": "2.0"}, "license": {}, "data_subtype": "val2014"}
   return {
-    f"{prefix}OpenEnded_mscoco_val2014_questions.json": {
-      **subset,
-      "task_type": "Open-Ended",
-      "questions": questions,
-    },
-    f"{prefix}mscoco_val2014_annotations.json": {**subset, "annotations": annotations},
+    f"{prefix}OpenEnded_mscoco_val2014_questions.json": {**about, "questions": questions},
+    f"{prefix}mscoco_val2014_annotations.json": {**about, "annotations": annotations},
   }
 
 
@@ -171,34 +168,27 @@ def read(root, name, split="val", **release):
   return list(open_examples(name, root, split))
 
 
+def files_of_val(name):
+  return [file for file in RELEASES[name] if file not in ("train_split.json", "test_split.json")]
+
+
 @pytest.mark.parametrize(
   ("year", "image"), [("2014", "COCO_val2014_000000000285.jpg"), ("2017", "000000000285.jpg")]
 )
 def test_coco(tmp_path, year, image):
   room, bear = read(tmp_path, f"coco_{year}")
   assert (room.key, room.references) == ("139", ("A room with a lamp. ",))
-  assert bear == Example(
-    key="285",
-    group="285",
-    image=f"{tmp_path}/val{year}/{image}",
-    references=("A bear on grass.", "One brown bear."),
-  )
-  assert [e.prompt for e in caption_prompts([room, bear])] == [
-    "A room with a lamp.",
-    "A bear on grass.",
-    "One brown bear.",
-  ]
+  captions = ("A bear on grass.", "One brown bear.")
+  assert bear == Example("285", "285", f"{tmp_path}/val{year}/{image}", references=captions)
+  prompts = [e.prompt for e in caption_prompts([room, bear])]
+  assert prompts == ["A room with a lamp.", *captions]
   assert {e.group for e in choose(caption_prompts([room, bear]), 2)} == {"139", "285"}
 
 
 def test_coco_karpathy(tmp_path):
   bus, tree = read(tmp_path, "coco_karpathy", "test")
-  assert bus == Example(
-    key="7",
-    group="7",
-    image=f"{tmp_path}/val2014/COCO_val2014_000000000007.jpg",
-    references=("a bus", "a red bus"),
-  )
+  image = f"{tmp_path}/val2014/COCO_val2014_000000000007.jpg"
+  assert bus == Example("7", "7", image, references=("a bus", "a red bus"))
   assert tree.key == "6"
   others = {"train": "8", "restval": "9", "val": "5"}
   for split, key in others.items():
@@ -293,24 +283,18 @@ def test_unknown_names_and_splits_are_refused_at_once(tmp_path):
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_an_absent_file_is_refused_at_once(tmp_path, name):
-  files = list(RELEASES[name])
-  files = [f for f in files if f not in ("train_split.json", "test_split.json")]
-  for file in files:
+  for file in files_of_val(name):
     write(tmp_path, RELEASES[name])
     (tmp_path / file).unlink()
-    split = SPLITS[name][-1] if name == "coco_karpathy" else "val"
-    message = re.escape(f"{tmp_path} has no {file}") + ".* reads it for split"
+    message = re.escape(f"{tmp_path} has no {file}") + ".* reads it for split 'val'"
     with pytest.raises(UserError, match=message):
-      open_examples(name, tmp_path, split)
+      open_examples(name, tmp_path, "val")
 
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_files_of_other_formats_are_refused(tmp_path, name):
-  other = {str: "text", dict: {"a": 1}, list: [1], bytes: b"\xff{"}
-  for file in RELEASES[name]:
-    if file in ("train_split.json", "test_split.json"):
-      continue
-    for content in other.values():
+  for file in files_of_val(name):
+    for content in ("text", {"a": 1}, [1], b"\xff{"):
       with pytest.raises(UserError, match=re.escape(str(tmp_path / file))):
         read(tmp_path, name, **{file: content})
 
