@@ -280,7 +280,7 @@ def combine_streams(
 
 def divergence(
   conditional: Float[Array, "*B V"], unconditional: Float[Array, "*B V"]
-) -> Float[Array, "*B"]:
+) -> Float32[Array, "*B"]:
   """Computes KL(conditional || unconditional) in nats: what guidance has to work with.
 
   It is 0 where a prompt changes nothing, e.g. one that was dropped on its way.
@@ -290,7 +290,7 @@ def divergence(
     unconditional: finite logits of the stream without it.
   """
   p, q = (jax.nn.log_softmax(x, axis=-1) for x in (conditional, unconditional))
-  return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+  return jnp.sum(jnp.exp(p) * (p - q), axis=-1).astype(jnp.float32)
 
 
 def scheduled(guidance: float, schedule: str, image_tokens: int) -> Float[np.ndarray, " I"]:

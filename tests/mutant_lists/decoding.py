@@ -66,6 +66,16 @@ DECODING = (
     ("attention_to_the_future_cache", "[None] <= ends[:, None]", "[None] >= 0 * ends[:, None]"),
   ),
   *mutants_of(
+    "cm3leon_jax/decoding/loop.py",
+    "tests/decoding/generator_test.py",
+    (
+      "divergence_of_the_guided_stream",
+      "divergence(*(x[:, : grammar.vocab.image_size] for x in logits[1:]))",
+      "divergence(*(x[:, : grammar.vocab.image_size] for x in logits[::2]))",
+    ),
+    ("divergence_counts_texts", "apart = jnp.where(is_image, apart, 0)", "apart = 1.0 * apart"),
+  ),
+  *mutants_of(
     "cm3leon_jax/decoding/cache.py",
     "tests/decoding/cache_test.py",
     ("cache_keeps_the_padding", "x[:, :, x.shape[2] - kept :]", "x[:, :, :kept]"),
@@ -78,5 +88,6 @@ DECODING = (
       "uniform * pick(odds, drafts) < pick(p[:-1], drafts)",
       "uniform < pick(p[:-1], drafts)",
     ),
+    ("divergence_of_rejected_drafts", "< taken[:, None], apart, 0)", "< window, apart, 0)"),
   ),
 )
