@@ -1,0 +1,198 @@
+"""BLEU and CIDEr of captions, with the numbers of each image that a bootstrap needs.
+
+Both equal pycocoevalcap's, which published numbers are computed with. A caption is a list of
+tokens, from `ptb.tokenize`.
+"""
+
+# n images, N = 4 orders of n-grams.
+
+from collections import Counter
+from collections.abc import Sequence
+import dataclasses
+
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.evaluation import ptb
+
+Caption = Sequence[str]
+Grams = list[Counter]
+
+N = 4
+# pycocoevalcap adds them to matches and n-grams: a set without any match of N words has a BLEU-N
+# of about 1e-4, not 0.
+TINY, SMALL = 1e-15, 1e-9
+SIGMA = 6.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionScores:
+  """Scores of the captions of n images.
+
+  Attributes:
+    bleu: [N] fp64, BLEU-1 to BLEU-4 of the set, each from 0 to 1.
+    cider: CIDEr-D of the set, from 0 to 10; papers print it times 100.
+    bleu_counts: [n, 2N + 1] int64, as `bleu_counts` returns them.
+    ciders: [n] fp64, as `cider` returns them.
+  """
+
+  bleu: np.ndarray
+  cider: float
+  bleu_counts: np.ndarray
+  ciders: np.ndarray
+
+
+def score(captions: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScores:
+  """Tokenizes captions and computes their BLEU and CIDEr.
+
+  Args:
+    captions: n texts.
+    references: for each image, texts of people.
+
+  Raises:
+    UserError: no images, another number of captions than of images, or an image without references.
+  """
+  candidates = [ptb.tokenize(caption) for caption in captions]
+  tokens = [[ptb.tokenize(text) for text in texts] for texts in references]
+  counts, ciders = bleu_counts(candidates, tokens), cider(candidates, tokens)
+  return CaptionScores(bleu(counts.sum(0)), float(ciders.mean()), counts, ciders)
+
+
+def bleu_counts(
+  candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]
+) -> np.ndarray:
+  """Counts what BLEU is computed from (Papineni et al. 2002, section 2).
+
+    candidates = [["the", "cat", "the"]], references = [[["the", "cat", "sat"], ["a", "cat"]]]
+    result = [[2, 1, 0, 0, 3, 2, 1, 0, 3]]
+
+  Args:
+    candidates: n captions.
+    references: for each image, captions of people.
+
+  Returns:
+    [n, 2N + 1] int64: N-grams of 1 to N words that a reference has as well, at most as often as the
+    reference that has them most often; N-grams of 1 to N words of the caption; tokens of the
+    reference that is closest in length, the shorter one of two equally close.
+
+  Raises:
+    UserError: no images, another number of captions than of images, or an image without references.
+  """
+  _check(candidates, references)
+  rows = []
+  for caption, others in zip(candidates, references):
+    grams = _grams(caption)
+    most: Grams = [Counter() for _ in range(N)]
+    for other in others:
+      for order, counter in enumerate(_grams(other)):
+        most[order] |= counter
+    matches = [(own & allowed).total() for own, allowed in zip(grams, most)]
+    totals = [own.total() for own in grams]
+    lengths = (len(other) for other in others)
+    closest = min(lengths, key=lambda length: (abs(length - len(caption)), length))
+    rows.append([*matches, *totals, closest])
+  return np.array(rows, np.int64)
+
+
+def bleu(sums) -> np.ndarray:
+  """Computes BLEU-1 to BLEU-4 from sums of counts.
+
+    bleu([2, 1, 0, 0, 3, 2, 1, 0, 3]) = [0.667, 0.577, 0.000, 0.000]
+
+  The BLEU of a set is `bleu(counts.sum(0))`, that of R resamples of it is
+  `bleu(counts[indices].sum(1))` with indices [R, n], and that of each image is `bleu(counts)`.
+
+  Args:
+    sums: [..., 2N + 1], sums over images of rows of `bleu_counts`.
+
+  Returns:
+    [..., N] fp64: the geometric mean of the precisions of 1-grams to N-grams, times a penalty of
+    candidates that are shorter than their references.
+  """
+  sums = np.asarray(sums, np.float64)
+  matches, totals, reference_length = sums[..., :N], sums[..., N : 2 * N], sums[..., 2 * N]
+  logs = np.log((matches + TINY) / (totals + SMALL))
+  precision = np.exp(np.cumsum(logs, axis=-1) / np.arange(1, N + 1))
+  ratio = (totals[..., 0] + TINY) / (reference_length + SMALL)
+  penalty = np.exp(np.minimum(0, 1 - 1 / ratio))
+  return precision * penalty[..., None]
+
+
+def cider(candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> np.ndarray:
+  """Computes the CIDEr-D of each image (Vedantam et al. 2015, section 7).
+
+    candidates = [["a", "cat"], ["a", "dog"]], references = [[["a", "cat"]], [["the", "bird"]]]
+    result = [5.0, 0.0]
+
+  The first caption is perfect, but has no 3-grams and 4-grams, which count as 0. An n-gram weighs
+  log(n / m), where m of the n images have it in a reference, so with one image all is 0. A resample
+  of images keeps the weights of the whole set.
+
+  Args:
+    candidates: n captions.
+    references: for each image, captions of people. The frequencies of n-grams are theirs.
+
+  Returns:
+    [n] fp64, from 0 to 10; the CIDEr-D of the set is the mean.
+
+  Raises:
+    UserError: no images, another number of captions than of images, or an image without references.
+  """
+  _check(candidates, references)
+  grams = [[_grams(other) for other in others] for others in references]
+  frequencies: Counter = Counter()
+  for others in grams:
+    frequencies.update({gram for other in others for counter in other for gram in counter})
+  idf = {gram: np.log(len(grams) / count) for gram, count in frequencies.items()}
+  unseen = np.log(len(grams))
+
+  def weigh(counters: Grams) -> list[dict]:
+    return [{gram: k * idf.get(gram, unseen) for gram, k in own.items()} for own in counters]
+
+  values = []
+  for caption, others in zip(candidates, grams):
+    own = _grams(caption)
+    vector = weigh(own)
+    similarities = [
+      _similarity(vector, weigh(other)) * _length_penalty(own, other) for other in others
+    ]
+    values.append(10 * np.mean(similarities))
+  return np.array(values, np.float64)
+
+
+def _similarity(candidate: list[dict], reference: list[dict]) -> float:
+  """Computes the mean over the orders of cosines in which a candidate's weights are clipped."""
+  cosines = []
+  for own, other in zip(candidate, reference):
+    product = sum(
+      min(weight, other[gram]) * other[gram] for gram, weight in own.items() if gram in other
+    )
+    norms = [sum(weight**2 for weight in vector.values()) for vector in (own, other)]
+    cosines.append(product / np.sqrt(norms[0] * norms[1]) if all(norms) else 0.0)
+  return float(np.mean(cosines))
+
+
+def _length_penalty(candidate: Grams, reference: Grams) -> float:
+  """Computes the Gaussian penalty of another length than that of the reference."""
+  difference = candidate[0].total() - reference[0].total()
+  return float(np.exp(-(difference**2) / (2 * SIGMA**2)))
+
+
+def _grams(caption: Caption) -> Grams:
+  """Counts the n-grams of 1 to N words."""
+  return [
+    Counter(tuple(caption[i : i + n]) for i in range(len(caption) - n + 1)) for n in range(1, N + 1)
+  ]
+
+
+def _check(candidates: Sequence[Caption], references: Sequence[Sequence[Caption]]) -> None:
+  """Raises a UserError unless each of one or more images has a caption and references."""
+  if len(candidates) != len(references):
+    raise UserError(
+      f"There are {len(candidates)} captions for {len(references)} images: give one for each."
+    )
+  if not candidates:
+    raise UserError("There are no captions to score: give at least one.")
+  for i, others in enumerate(references):
+    if not others:
+      raise UserError(f"Image {i} has no references: give at least one, or leave the image out.")
