@@ -1,0 +1,204 @@
+"""Scores of answers to questions about images: VQA accuracy, exact match, NDCG.
+
+All are numbers of each question, so that `intervals.mean_interval` can resample them.
+"""
+
+# n questions, C candidates.
+
+from collections.abc import Sequence
+import re
+
+import numpy as np
+
+from cm3leon_jax.config import UserError
+
+NUMBERS = {
+  "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
+  "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10",
+}  # fmt: skip
+ARTICLES = ("a", "an", "the")
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+PERIOD = re.compile(r"\.(?!\d)")
+MAX_PERIODS = 32
+COMMA_IN_NUMBER = re.compile(r"\d,\d")
+# The table of the official code, except for keys in upper case, which it never finds.
+CONTRACTIONS = (
+  "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't"
+  " haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't"
+  " mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've"
+  " should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've"
+  " someone'll someone's something'd something'd've something'll that's there'd there'd've"
+  " there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't"
+  " what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's"
+  " who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've"
+  " you'd you'd've you'll you're you've"
+)
+
+
+def _without_one_apostrophe(word: str) -> list[str]:
+  """Returns the spellings of a contraction that lack one apostrophe.
+
+  _without_one_apostrophe("he'd've") = ["hed've", "he'dve"]
+  """
+  places = [i for i, char in enumerate(word) if char == "'"]
+  return [word[:i] + word[i + 1 :] for i in places]
+
+
+SPELLINGS = {
+  wrong: word for word in CONTRACTIONS.split() for wrong in _without_one_apostrophe(word)
+} | {"somebody'd": "somebodyd"}  # As in the official table.
+
+
+def normalize(answer: str) -> str:
+  """Normalizes an answer as the official code of VQA does (GT-Vision-Lab/VQA, vqaEval.py).
+
+    normalize("The two dogs, arent they?") = "2 dogs aren't they"
+
+  In this order:
+  1. Line breaks and tabs become spaces; spaces at both ends are removed.
+  2. A sign of `PUNCTUATION` is removed if it stands beside a space somewhere in the answer, or if
+     the answer has a comma between digits; else it becomes a space: "1,000-2,000" is "10002000",
+     "black/white" is "black white", "yes / no-one" is "yes no one".
+  3. Periods before digits stay, the others are removed: ".5" stays, "5." is "5". The official
+     pattern was meant to spare periods after digits, too, but has a typo. At most 32 periods are
+     removed, because the official code passes a flag in the place of a count.
+  4. Letters become lower case, "none" to "ten" become digits, articles are removed, and spellings
+     in `SPELLINGS` are corrected. Apostrophes and colons stay.
+  """
+  text = _clean(answer)
+  numeric = COMMA_IN_NUMBER.search(text)
+  result = text
+  for sign in PUNCTUATION:
+    beside_space = f"{sign} " in text or f" {sign}" in text
+    result = result.replace(sign, "" if numeric or beside_space else " ")
+  result = PERIOD.sub("", result, count=MAX_PERIODS)
+  words = [NUMBERS.get(word, word) for word in result.lower().split()]
+  return " ".join(SPELLINGS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def _clean(answer: str) -> str:
+  """Replaces line breaks and tabs by spaces, and removes spaces at both ends."""
+  return answer.replace("\n", " ").replace("\t", " ").strip()
+
+
+def vqa_accuracies(candidates: Sequence[str], answers: Sequence[Sequence[str]]) -> np.ndarray:
+  """Computes the VQA accuracy of each answer (Antol et al. 2015; Goyal et al. 2017).
+
+    candidates = ["two"], answers = [["2", "2", "two", *7 * ["3"]]]
+    result = [0.9]
+
+  An answer is right if three people gave it. With ten people, each is left out once, and
+  min(1, matches / 3) among the other nine is averaged.
+
+  As in the official code, answers are normalized only if the people disagree. Where all gave the
+  same answer, the candidate must equal it as it is: "Yes" is wrong if all wrote "yes".
+
+  Args:
+    candidates: n answers of a model.
+    answers: for each question, the answers of people, 10 in VQA.
+
+  Returns:
+    [n] fp64 from 0 to 1; the accuracy is the mean.
+
+  Raises:
+    UserError: another number of candidates than of questions, or fewer than 4 answers to a
+      question, with which no answer could reach 1.
+  """
+  _check(candidates, answers)
+  values = []
+  for i, (candidate, given) in enumerate(zip(candidates, answers)):
+    if len(given) < 4:
+      raise UserError(
+        f"Question {i} has {len(given)} answers, but VQA accuracy needs at least 4: give more, or"
+        " use exact_matches."
+      )
+    candidate, given = _clean(candidate), [_clean(answer) for answer in given]
+    if len(set(given)) > 1:
+      candidate, given = normalize(candidate), [normalize(answer) for answer in given]
+    same = np.array([answer == candidate for answer in given])
+    values.append(np.minimum(1, (same.sum() - same) / 3).mean())
+  return np.array(values, np.float64)
+
+
+def exact_matches(
+  candidates: Sequence[str], answers: Sequence[Sequence[str]], strict: bool = False
+) -> np.ndarray:
+  """Returns which answers equal one that people gave.
+
+    exact_matches(["Two."], [["2", "three"]]) = [1.0]
+    exact_matches(["Two."], [["2", "three"]], strict=True) = [0.0]
+
+  Args:
+    candidates: n answers of a model.
+    answers: for each question, one or more answers of people.
+    strict: compares answers as they are; else all are normalized, also where people agree.
+
+  Returns:
+    [n] fp64, 1 or 0; the share of exact matches is the mean.
+
+  Raises:
+    UserError: another number of candidates than of questions, or a question without answers.
+  """
+  _check(candidates, answers)
+  change = str if strict else normalize
+  pairs = zip(candidates, answers)
+  return np.array([change(one) in map(change, given) for one, given in pairs], np.float64)
+
+
+def ndcg(scores, relevance) -> np.ndarray:
+  """Computes the normalized discounted cumulative gain of each question (Visual Dialog, 2018).
+
+    scores = [[3, 2, 1, 0]], relevance = [[0.0, 1.0, 0.0, 0.5]]
+    result = [0.480]: 1 / log2(3), divided by 1 / log2(2) + 0.5 / log2(3)
+
+  The sum runs over the k candidates of highest scores, where k candidates have a relevance above 0.
+  Candidates of equal scores share the mean of the discounts of their places, so that their order
+  does not matter; the official code takes them in an arbitrary order.
+
+  Args:
+    scores: [n, C], higher is better; of ranks, which begin with the best, the negative.
+    relevance: [n, C] from 0 to 1.
+
+  Returns:
+    [n] fp64 from 0 to 1; the NDCG is the mean.
+
+  Raises:
+    UserError: shapes that differ, a score that is not a number, a negative relevance, or a question
+      without a relevant candidate.
+  """
+  scores, relevance = np.asarray(scores, np.float64), np.asarray(relevance, np.float64)
+  if scores.ndim != 2 or scores.shape != relevance.shape:
+    raise UserError(
+      f"scores have the shape {scores.shape} and relevance {relevance.shape}: give both as [number"
+      " of questions, number of candidates]."
+    )
+  if np.isnan(scores).any():
+    raise UserError(f"Question {np.isnan(scores).any(1).argmax()} has a score that is NaN.")
+  if not (relevance >= 0).all():
+    question = (~(relevance >= 0)).any(1).argmax()
+    raise UserError(f"Question {question} has a relevance that is negative or NaN.")
+  if not relevance.any(1).all():
+    question = (~relevance.any(1)).argmax()
+    raise UserError(f"Question {question} has no relevant candidate: leave it out.")
+  return np.array([_ndcg(*question) for question in zip(scores, relevance)], np.float64)
+
+
+def _ndcg(scores: np.ndarray, relevance: np.ndarray) -> float:
+  """Computes the NDCG of one question; both arguments have the shape [C]."""
+  places = np.arange(len(scores))
+  discounts = np.where(places < np.count_nonzero(relevance), 1 / np.log2(places + 2), 0)
+  _, levels = np.unique(-scores, return_inverse=True)  # The best level is 0.
+  shared = np.bincount(levels, discounts[np.argsort(np.argsort(-scores))]) / np.bincount(levels)
+  best = np.sort(relevance)[::-1]
+  return float((relevance * shared[levels]).sum() / (best * discounts).sum())
+
+
+def _check(candidates: Sequence[str], answers: Sequence[Sequence[str]]) -> None:
+  """Raises a UserError unless each question has a candidate and answers."""
+  if len(candidates) != len(answers):
+    raise UserError(
+      f"There are {len(candidates)} candidates for {len(answers)} questions: give one for each."
+    )
+  for i, given in enumerate(answers):
+    if not given:
+      raise UserError(f"Question {i} has no answers: give at least one, or leave it out.")

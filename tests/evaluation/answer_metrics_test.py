@@ -1,0 +1,263 @@
+"""Tests VQA accuracy and its normalization, exact match, and NDCG.
+
+The literals follow the rules of GT-Vision-Lab/VQA, vqaEval.py, one by one.
+"""
+
+from hypothesis import given
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.evaluation import answer_metrics
+
+ANSWER = st.text("ab e,.'-/12", max_size=8)
+ANSWERS = st.lists(st.sampled_from(["yes", "no", "2", "Two", "a cat.", "cat"]), min_size=4)
+
+
+@pytest.mark.parametrize(
+  ("answer", "normalized"),
+  [
+    ("The two dogs, arent they?", "2 dogs aren't they"),
+    # Space.
+    ("  red\n", "red"),
+    ("red\tball", "red ball"),
+    ("red\n\nball   x", "red ball x"),
+    ("yes-\tno-one", "yes noone"),  # A tab counts as a space in the rules below, ...
+    ("re?ally? ", "re ally"),  # ... a space at the end does not.
+    # Case.
+    ("YES", "yes"),
+    # Punctuation becomes a space within words, ...
+    ("black/white", "black white"),
+    ("t-shirt", "t shirt"),
+    ("yes;no", "yes no"),
+    ("x=y+z_w@v", "x y z w v"),
+    ("[a]b{c}d(e)f", "b c d e f"),  # "a" is an article by then.
+    ("<b>`x`\\y", "b x y"),
+    ('"stop"', "stop"),
+    ("what?yes!no", "what yes no"),
+    # ... and vanishes beside a space anywhere in the answer, also where it stands within words.
+    ("red, blue", "red blue"),
+    ("red,blue, green", "redblue green"),
+    ("yes - no-one", "yes noone"),
+    ("yes -no-one", "yes noone"),
+    # Each sign is judged by itself.
+    ("yes - t-shirt/hat", "yes tshirt hat"),
+    # The end of an answer is no space.
+    ("really?", "really"),
+    ("re?ally?", "re ally"),
+    # A comma between digits makes all signs vanish.
+    ("1,000", "1000"),
+    ("1,000-2,000", "10002000"),
+    ("1,000 black/white", "1000 blackwhite"),
+    ("1, 000/x", "1 000 x"),
+    # These are not in the list.
+    ("10:30", "10:30"),
+    ("dog's", "dog's"),
+    ("$5 & 50%*#~^|", "$5 & 50%*#~^|"),
+    # Periods stay before digits only.
+    ("2.5", "2.5"),
+    (".5", ".5"),
+    ("5.", "5"),
+    ("5.x", "5x"),  # "5.x" would stay, were it not for the typo in the official pattern.
+    ("U.S.A.", "usa"),
+    ("x.5", "x.5"),
+    ("yes. no", "yes no"),
+    ("...", ""),
+    # At most 32 of them are removed.
+    ("x." * 34, "x" * 32 + "x.x."),
+    # Numbers.
+    ("none", "0"),
+    ("zero", "0"),
+    ("one two three four five", "1 2 3 4 5"),
+    ("six seven eight nine ten", "6 7 8 9 10"),
+    ("eleven", "eleven"),
+    ("Ten.", "10"),
+    ("someone", "someone"),
+    # Articles.
+    ("a an the", ""),
+    ("The cat on a mat", "cat on mat"),
+    ("theater", "theater"),
+    ("A+", ""),
+    # Contractions.
+    ("dont", "don't"),
+    ("DONT", "don't"),
+    ("cant wont isnt", "can't won't isn't"),
+    ("don't", "don't"),
+    ("couldntve", "couldntve"),  # Each spelling lacks one apostrophe.
+    ("couldnt've couldn'tve", "couldn't've couldn't've"),
+    ("itll oclock maam", "it'll o'clock ma'am"),
+    ("yall'd've", "y'all'd've"),
+    ("'ows'at ow's'at", "'ow's'at 'ow's'at"),
+    ("twas", "'twas"),
+    ("hes shes", "he's shes"),  # The official table lacks "shes", "lets", and
+    ("lets", "lets"),
+    ("im ive", "im ive"),  # has "Im" and "Ive" in upper case, which it looks up in lower case.
+    ("somebody'd", "somebodyd"),
+    # A number is no longer found once punctuation has joined it.
+    ("one-two", "1 2"),
+    ("one - two-three", "1 twothree"),
+  ],
+)
+def test_answers_are_normalized(answer, normalized):
+  assert answer_metrics.normalize(answer) == normalized
+
+
+def test_the_table_of_contractions_has_the_size_of_the_official_one():
+  # Of 120 entries, without Id've, I'dve, Im and Ive, never found, and let's and she's, which stay.
+  assert len(answer_metrics.SPELLINGS) == 114
+  assert answer_metrics.SPELLINGS["hed've"] == "he'd've"
+
+
+@given(ANSWER)
+def test_normalized_answers_have_single_spaces_and_no_capitals(answer):
+  found = answer_metrics.normalize(answer)
+  assert found == " ".join(found.lower().split())
+  assert answer_metrics.normalize(f"\t{answer}\n") == found
+
+
+@pytest.mark.parametrize(
+  ("matches", "accuracy"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (9, 1), (10, 1)]
+)
+def test_accuracy_is_the_mean_over_sets_of_nine(matches, accuracy):
+  answers = [["yes"] * matches + ["no"] * (10 - matches)]
+  assert answer_metrics.vqa_accuracies(["yes"], answers) == pytest.approx([accuracy])
+
+
+def test_accuracies_are_those_of_the_docstring():
+  found = answer_metrics.vqa_accuracies(["two"], [["2", "2", "two", *7 * ["3"]]])
+  assert found == pytest.approx([0.9])
+
+
+@pytest.mark.parametrize(
+  ("candidate", "answers", "accuracy"),
+  [
+    # Where all agree, answers are compared as they are, ...
+    ("Yes", ["yes"] * 10, 0),
+    ("yes.", ["yes"] * 10, 0),
+    ("two", ["2"] * 10, 0),
+    ("t-shirt", ["t-shirt"] * 10, 1),
+    # ... but for the space around them.
+    (" yes\n", ["yes"] * 10, 1),
+    ("yes", ["yes", "yes "] * 5, 1),
+    # One other answer, even one that is normalized to the same, turns normalization on.
+    ("Yes", ["yes"] * 9 + ["no"], 1),
+    ("Yes", ["yes"] * 9 + ["Yes"], 1),
+    ("two", ["2"] * 9 + ["3"], 1),
+    ("T shirt", ["t-shirt"] * 9 + ["shirt"], 1),
+    ("the cat", ["a cat"] * 2 + ["dog"] * 8, 0.6),
+  ],
+)
+def test_answers_are_normalized_only_if_people_disagree(candidate, answers, accuracy):
+  assert answer_metrics.vqa_accuracies([candidate], [answers]) == pytest.approx([accuracy])
+
+
+@given(ANSWERS, st.randoms())
+def test_the_order_of_answers_does_not_matter(answers, random):
+  shuffled = random.sample(answers, len(answers))
+  for candidate in ("yes", "two", "cat"):
+    found = answer_metrics.vqa_accuracies([candidate, candidate], [answers, shuffled])
+    assert found[0] == pytest.approx(found[1])
+    assert 0 <= found[0] <= 1
+
+
+@given(ANSWERS)
+def test_a_more_frequent_answer_scores_higher_and_an_empty_one_0(answers):
+  normalized = [answer_metrics.normalize(answer) for answer in [*answers, "other"]]
+  order = sorted(set(normalized), key=normalized.count)
+  found = answer_metrics.vqa_accuracies(order, [normalized] * len(order))
+  assert (np.diff(found) >= -1e-12).all()
+  assert answer_metrics.vqa_accuracies([""], [answers])[0] == 0
+
+
+def test_exact_match_is_normalized_or_strict():
+  answers = [["2", "three"]] * 5
+  candidates = ["Two.", "3", "2", "three", "23"]
+  found = answer_metrics.exact_matches(candidates, answers)
+  assert found.tolist() == [1, 1, 1, 1, 0]
+  found = answer_metrics.exact_matches(candidates, answers, strict=True)
+  assert found.tolist() == [0, 0, 1, 1, 0]
+  # Unlike VQA accuracy, also where people agree.
+  assert answer_metrics.exact_matches(["Yes"], [["yes"]]).tolist() == [1]
+  assert answer_metrics.exact_matches(["yes "], [["yes"]], strict=True).tolist() == [0]
+
+
+def test_ndcg_is_that_of_the_docstring():
+  found = answer_metrics.ndcg([[3, 2, 1, 0]], [[0, 1, 0, 0.5]])
+  second = 1 / np.log2(3)
+  assert found == pytest.approx([second / (1 + 0.5 * second)])
+  assert found == pytest.approx([0.480], abs=5e-4)
+
+
+@pytest.mark.parametrize(
+  ("scores", "relevance", "value"),
+  [
+    ([3, 2, 1], [1, 0, 0], 1),
+    ([1, 2, 3], [1, 0, 0], 0),  # k is 1: only the first place counts.
+    ([2, 3, 1], [1, 0, 0], 0),
+    ([2, 3, 1], [1, 0.2, 0], (0.2 + 1 / np.log2(3)) / (1 + 0.2 / np.log2(3))),
+    ([-1, -2, -3], [1, 0.5, 0.2], 1),  # Negative ranks.
+    ([1, 1, 0], [1, 0, 0], 0.5),  # Two share the first place.
+    ([0, 0, 0, 0], [1, 0, 0, 0], 0.25),
+  ],
+)
+def test_ndcg(scores, relevance, value):
+  assert answer_metrics.ndcg([scores], [relevance]) == pytest.approx([value])
+
+
+def official_ndcg(scores, relevance):
+  """Follows the definition of the Visual Dialog challenge, for scores that all differ."""
+  k = sum(value != 0 for value in relevance)
+  ranked = sorted(range(len(scores)), key=lambda i: -scores[i])
+  ideal = sorted(relevance, reverse=True)
+  gain = sum(relevance[c] / np.log2(place + 2) for place, c in enumerate(ranked[:k]))
+  return gain / sum(value / np.log2(place + 2) for place, value in enumerate(ideal[:k]))
+
+
+def sample_dialogs(seed):
+  rng = np.random.default_rng(seed)
+  relevance = rng.choice([0, 0, 0, 0, 0.2, 0.5, 1], (20, 100))
+  return rng.permuted(np.tile(np.arange(100.0), (20, 1)), axis=1), relevance
+
+
+def test_ndcg_is_that_of_the_definition():
+  scores, relevance = sample_dialogs(0)
+  expected = [official_ndcg(*question) for question in zip(scores, relevance)]
+  np.testing.assert_allclose(answer_metrics.ndcg(scores, relevance), expected, rtol=1e-12)
+  # The comparison notices scores of other candidates.
+  assert np.abs(answer_metrics.ndcg(np.roll(scores, 1, 1), relevance) - expected).max() > 0.05
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_the_order_of_candidates_and_the_scale_of_scores_do_not_matter(seed):
+  scores, relevance = sample_dialogs(seed)
+  scores = scores // 10  # Ten share each score.
+  found = answer_metrics.ndcg(scores, relevance)
+  order = np.random.default_rng(seed).permutation(100)
+  again = answer_metrics.ndcg(np.exp(scores[:, order] / 10), relevance[:, order])
+  np.testing.assert_allclose(found, again, rtol=1e-9)
+  best = answer_metrics.ndcg(relevance, relevance)
+  np.testing.assert_allclose(best, 1, rtol=1e-12)
+  assert (found <= 1 + 1e-12).all()
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda: answer_metrics.vqa_accuracies(["a"], []), "1 candidates for 0 questions"),
+    (lambda: answer_metrics.vqa_accuracies(["a"], [["a"] * 3]), "Question 0 has 3 answers"),
+    (lambda: answer_metrics.exact_matches(["a", "b"], [["a"], []]), "Question 1 has no answers"),
+    (lambda: answer_metrics.ndcg([1, 2], [1, 2]), r"scores have the shape \(2,\)"),
+    (lambda: answer_metrics.ndcg([[1, 2]], [[1]]), r"relevance \(1, 1\)"),
+    (
+      lambda: answer_metrics.ndcg([[1], [np.nan]], [[1], [1]]),
+      "Question 1 has a score that is NaN",
+    ),
+    (lambda: answer_metrics.ndcg([[1]], [[-1]]), "Question 0 has a relevance that is negative"),
+    (lambda: answer_metrics.ndcg([[1]], [[np.nan]]), "relevance that is negative or NaN"),
+    (lambda: answer_metrics.ndcg([[1], [1]], [[1], [0]]), "Question 1 has no relevant candidate"),
+  ],
+)
+def test_wrong_inputs_are_named(call, message):
+  with pytest.raises(UserError, match=message):
+    call()
