@@ -23,6 +23,8 @@ from cm3leon_jax.models import transformer
 from cm3leon_jax.models.attention import wide
 from cm3leon_jax.models.config import ModelConfig
 
+NEVER = -1e9  # A logit without probability, but finite: differences of two are 0, not NaN.
+
 
 class LoopState(NamedTuple):
   """The state of decoding, which is carried from step to step.
@@ -255,9 +257,11 @@ def _sample_ids(
   def sample_columns(head, candidates, is_image, legal=None):
     out = _stream_logits(hidden, head, streams)
     logits = [combine_streams(out, weights), out[0], out[-1]]
+    # Of columns that stay split. Those of image codes are first; the others have no probability.
+    is_code = shard(jnp.arange(head.shape[1]) < grammar.vocab.image_size, head_axis(head.shape[1]))
+    of_codes = [jnp.where(is_code, x, NEVER) for x in logits[1:]]
+    apart = divergence(*of_codes) if streams > 1 else jnp.zeros(len(keys), jnp.float32)
     logits = [shard(x, "batch", None) for x in logits]
-    # Before ids are masked: the columns of image codes are the first.
-    apart = divergence(*(x[:, : grammar.vocab.image_size] for x in logits[1:]))
     if legal is not None:
       logits = [jnp.where(legal, x, -jnp.inf) for x in logits]
     guided, full, without = logits
