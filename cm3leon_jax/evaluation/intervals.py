@@ -49,7 +49,7 @@ def mean_interval(
       batch=500,
       vectorized=True,
       paired=True,
-      confidence_level=_percentile_level(effective),
+      confidence_level=percentile_level(effective),
       method="percentile",
       rng=seed,
     )
@@ -62,8 +62,11 @@ def _ratio(sums, weights, axis=-1):
   return sums.sum(axis) / weights.sum(axis)
 
 
-def _percentile_level(n: float) -> float:
-  """Returns the level at which a percentile interval of `n` > 1 groups equals a t interval."""
+def percentile_level(n: float) -> float:
+  """Returns the level at which a percentile interval of `n` > 1 groups equals a t interval.
+
+  percentile_level(6) = 0.995, percentile_level(100) = 0.954, percentile_level(1e6) = 0.95
+  """
   t = stats.t.ppf((1 + LEVEL) / 2, n - 1)
   return float(2 * stats.norm.cdf(np.sqrt(n / (n - 1)) * t) - 1)
 

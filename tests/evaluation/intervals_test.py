@@ -47,6 +47,11 @@ def test_intervals_of_few_equal_concepts_cover_at_their_level():
   assert 0.91 * 300 <= covered <= 0.98 * 300  # A plain percentile interval: 84%.
 
 
+def test_levels_are_those_of_the_docstring():
+  levels = [intervals.percentile_level(n) for n in (6, 100, 1e6)]
+  assert levels == pytest.approx([0.995, 0.954, 0.95], abs=5e-4)
+
+
 @given(st.integers(0, 2**32 - 1))
 def test_copies_of_documents_do_not_change_the_interval(seed):
   rng = np.random.default_rng(seed)

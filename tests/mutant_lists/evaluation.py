@@ -4,6 +4,52 @@ from tests.mutant_lists.mutant import mutants_of
 
 EVALUATION = (
   *mutants_of(
+    "cm3leon_jax/evaluation/moments.py",
+    "tests/evaluation/moments_test.py",
+    ("moments_forget_the_shift", "(self.count * count / total)", "0.0"),
+    ("covariance_divided_by_n", "self.scatter / (self.count - 1)", "self.scatter / self.count"),
+    ("counts_of_rows_ignored", " * np.sqrt(counts)[:, None]", ""),
+    (
+      "rounding_errors_have_roots",
+      "values > len(values) * np.finfo(np.float64).eps * values[-1]",
+      "values > 0",
+    ),
+    ("distance_below_0", "return max(0.0, float(distance))", "return float(distance)"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/evaluation/frechet_interval.py",
+    "tests/evaluation/frechet_interval_test.py",
+    ("frechet_bias_not_corrected", "[tail, 1 - tail]) - bias", "[tail, 1 - tail])"),
+    ("paired_groups_drawn_apart", "[counts[where]", "[rng.permutation(counts)[where]"),
+    (
+      "frechet_interval_of_the_larger_set",
+      "effective = min(",
+      "effective = max(",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/evaluation/kernel_distance.py",
+    "tests/evaluation/kernel_distance_test.py",
+    ("kernel_of_a_row_with_itself_counts", "np.fill_diagonal(own, 0.0)", "pass"),
+    ("kid_subsets_with_replacement", "replace=False", "replace=True"),
+    ("cmmd_without_unit_length", " / np.linalg.norm(rows, axis=1, keepdims=True)", " * 1.0"),
+    ("cmmd_unbiased", "(_sum_within(_gaussian, rows) + len(rows))", "_sum_within(_gaussian, rows)"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/evaluation/precision_recall.py",
+    "tests/evaluation/precision_recall_test.py",
+    ("rows_are_their_own_neighbors", "np.fill_diagonal(distances, np.inf)", "pass"),
+    ("balls_of_the_wrong_rows", "radii[j * BLOCK : (j + 1) * BLOCK]", "radii[: len(y)]"),
+    ("copies_are_apart", "* lengths] = 0.0", "* lengths] += 0.0"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/evaluation/code_histograms.py",
+    "tests/evaluation/code_histograms_test.py",
+    ("divergence_in_nats", "float(nats / np.log(2))", "float(nats)"),
+    ("only_the_last_batch_counts", "counts += np.bincount", "counts = np.bincount"),
+    ("histograms_not_normalized", "return first / first.sum(), second", "return first, second"),
+  ),
+  *mutants_of(
     "cm3leon_jax/evaluation/bits.py",
     "tests/evaluation/bits_test.py::test_intervals_are_over_the_concepts_of_the_documents",
     (
@@ -22,7 +68,7 @@ EVALUATION = (
     ),
     (
       "interval_not_expanded",
-      "confidence_level=_percentile_level(effective)",
+      "confidence_level=percentile_level(effective)",
       "confidence_level=LEVEL",
     ),
     ("bootstrap_unpaired", "paired=True", "paired=False"),

@@ -1,0 +1,100 @@
+"""Compares how often two sets of images use each image code.
+
+The frequencies say nothing about arrangement: an image whose codes are shuffled has the distance 0
+to itself. So these distances find a model that overuses or forgets codes (colors, textures, flat
+areas), and no wrong shape. They need no extractor, and depend on the tokenizer.
+"""
+
+# C codes of the tokenizer.
+
+from collections.abc import Iterable
+
+import numpy as np
+from scipy import special
+
+from cm3leon_jax.config import UserError
+
+
+def count_codes(batches: Iterable, num_codes: int) -> np.ndarray:
+  """Counts the codes of images that come in batches.
+
+    batches = [[[0, 2], [2, 2]], [[3, 0]]], num_codes = 4
+    result = [2, 0, 3, 1]
+
+  Counts of several hosts, or of several parts, are added.
+
+  Args:
+    batches: integer arrays of any shape. Codes of the tokenizer count from 0; ids of the vocabulary
+      do not.
+    num_codes: C.
+
+  Returns:
+    [C] int64.
+
+  Raises:
+    UserError: codes that are no integers, or out of range.
+  """
+  counts = np.zeros(num_codes, np.int64)
+  for batch in batches:
+    codes = np.asarray(batch).ravel()
+    if not np.issubdtype(codes.dtype, np.integer):
+      raise UserError(f"image codes must be integers, and are {codes.dtype}.")
+    wrong = codes[(codes < 0) | (codes >= num_codes)]
+    if len(wrong):
+      raise UserError(f"the image code {wrong[0]} is not one of the {num_codes} of the tokenizer.")
+    counts += np.bincount(codes.astype(np.int64), minlength=num_codes)
+  return counts
+
+
+def jensen_shannon_bits(first, second) -> float:
+  """Returns the Jensen-Shannon divergence of two histograms: 0 if equal, 1 if nothing is shared.
+
+    first = [3, 1], second = [1, 3]
+    result = H(1/2, 1/2) - (H(3/4, 1/4) + H(1/4, 3/4)) / 2 = 1 - 0.811 = 0.189 bits
+
+  It is the information that one code gives about the set it is from (Lin, "Divergence Measures
+  Based on the Shannon Entropy", 1991). Samples of one distribution differ by chance, by about
+  (C - 1) (1 / n + 1 / m) / (8 ln 2) bits for n and m independent codes. Codes of one image depend
+  on each other, so the real number is larger: compare with the value of two real sets.
+
+  Args:
+    first: [C] counts.
+    second: [C].
+
+  Raises:
+    UserError: no codes in a set, a negative count, or histograms of two lengths.
+  """
+  first, second = _shares(first, second)
+  middle = (first + second) / 2
+  nats = (special.rel_entr(first, middle) + special.rel_entr(second, middle)).sum() / 2
+  return min(1.0, max(0.0, float(nats / np.log(2))))
+
+
+def total_variation(first, second) -> float:
+  """Returns the total variation of two histograms: the share of codes that would have to change.
+
+    first = [3, 1], second = [1, 3]
+    result = (|3/4 - 1/4| + |1/4 - 3/4|) / 2 = 0.5
+
+  Args:
+    first: [C] counts.
+    second: [C].
+
+  Raises:
+    UserError: no codes in a set, a negative count, or histograms of two lengths.
+  """
+  first, second = _shares(first, second)
+  return float(np.abs(first - second).sum() / 2)
+
+
+def _shares(first, second) -> tuple[np.ndarray, np.ndarray]:
+  first, second = (np.asarray(counts, np.float64) for counts in (first, second))
+  if first.shape != second.shape or first.ndim != 1:
+    raise UserError(
+      f"two histograms must have one count for each code, and have the shapes {first.shape} and "
+      f"{second.shape}: use one tokenizer."
+    )
+  for counts in (first, second):
+    if (counts < 0).any() or not counts.sum() > 0:
+      raise UserError("a histogram must count at least one code, and none less than 0 times.")
+  return first / first.sum(), second / second.sum()

@@ -1,0 +1,129 @@
+"""Computes a 95% interval of the Frechet distance that resamples groups of images.
+
+The distance of n rows is biased upward, because means and covariances are estimates. A resample
+estimates them a second time, so its distance is biased twice, and the percentiles of resamples can
+lie wholly above the distance. Therefore they are moved down by `bias`, the mean distance of the
+resamples less the distance. The interval is then one of the distance as it is reported: that of
+other groups of the same number, bias included.
+
+The interval is too wide where the bias dominates: equal distributions, or few groups for the width
+d of the features. With 20 d groups or more, distance, low and high less `bias` estimate the
+distance of infinitely many rows. With fewer groups `bias` is too small, with less than d groups
+far too small.
+"""
+
+# n rows of the images in question, m rows of the reference, d numbers in a row, G groups.
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.evaluation import intervals
+from cm3leon_jax.evaluation.moments import Moments, frechet_distance
+
+NUM_RESAMPLES = 100
+BLOCK = 4096  # Rows that become float64 at once.
+
+
+def frechet_interval(
+  rows,
+  groups: Sequence[Hashable],
+  reference,
+  reference_groups: Sequence[Hashable] | None = None,
+  num_resamples: int = NUM_RESAMPLES,
+  seed: int = 0,
+) -> dict[str, float | int | None]:
+  """Computes the Frechet distance of two sets of features, and a bootstrap interval over groups.
+
+    rows = [[0], [2], [5], [7]], groups = ["fox", "fox", "cat", "cat"]
+    reference = [[1], [3], [5], [7]], reference_groups = groups
+    result = {"distance": 0.53, "low": 0.0, "high": 0.96, "bias": 0.04,
+              "groups": 2, "effective_groups": 2.0}
+
+  A resample takes as many groups as there are, with replacement, each with all of its rows. A group
+  with rows in both sets, such as the caption of a generated and of a real image, is drawn once for
+  both. The percentiles are expanded as those of `intervals.mean_interval`. A resample costs as much
+  as the moments of both sets and a `frechet_distance`.
+
+  Args:
+    rows: [n, d] features, in memory.
+    groups: [n] names, or ids in an integer array; rows of equal ones belong together.
+    reference: [m, d] features; or `Moments`, which stay the same in all resamples: the interval
+      then leaves out that the reference is a sample, too.
+    reference_groups: [m] as `groups`; None for `Moments`.
+    num_resamples: bootstrap resamples.
+    seed: of the bootstrap.
+
+  Returns:
+    `groups` is the number of groups of `rows`, `effective_groups` that of Kish, in the set that
+    has fewer. `low` is at least 0. `low`, `high` and `bias` are None if a set has one group.
+
+  Raises:
+    UserError: fewer than 2 rows in a set, rows without a group, names in one set and ids in the
+      other, or rows of two widths.
+  """
+  sets, places, fixed = _placed_sets(rows, groups, reference, reference_groups)
+
+  def distance(counts) -> float:
+    return frechet_distance(*(_moments(*pair) for pair in zip(sets, counts)), *fixed)
+
+  found = distance([np.ones(len(one)) for one in sets])
+  sizes = [np.bincount(where)[np.unique(where)] for where in places]
+  effective = min(float(size.sum() ** 2 / (size**2).sum()) for size in sizes)
+  result = {"distance": found, "low": None, "high": None, "bias": None}
+  strata = _strata(places)
+  if min(map(len, sizes)) > 1 and max(map(len, strata)) > 1:
+    rng = np.random.default_rng(seed)
+    distances = [distance(_draw(strata, places, rng)) for _ in range(num_resamples)]
+    bias = float(np.mean(distances)) - found
+    tail = (1 - intervals.percentile_level(effective)) / 2
+    low, high = np.quantile(distances, [tail, 1 - tail]) - bias
+    result |= {"low": max(0.0, float(low)), "high": float(high), "bias": bias}
+  return {**result, "groups": len(sizes[0]), "effective_groups": effective}
+
+
+def _placed_sets(rows, groups, reference, reference_groups) -> tuple[list, list, list]:
+  """Returns the sets that are resampled, the number of each row's group, and what stays as it is.
+
+  Equal names have equal numbers: ["fox", "cat"] and ["fox", "dog"] are [2, 0] and [2, 1].
+  """
+  is_fixed = isinstance(reference, Moments)
+  if is_fixed != (reference_groups is None):
+    raise UserError("the reference must be rows with reference_groups, or moments without.")
+  sets = [rows] if is_fixed else [rows, reference]
+  names = [groups] if is_fixed else [groups, reference_groups]
+  for one, own in zip(sets, names):
+    if len(one) != len(own):
+      raise UserError(f"{len(one)} rows of features need as many groups, not {len(own)}.")
+  names = [np.asarray(own) for own in names]
+  if len({own.dtype.kind in "iu" for own in names}) > 1:
+    raise UserError("groups and reference_groups must both be names, or both integers.")
+  _, places = np.unique(np.concatenate(names), return_inverse=True)
+  return sets, np.split(places, [len(rows)])[: len(sets)], [reference] if is_fixed else []
+
+
+def _strata(places: Sequence[np.ndarray]) -> list[np.ndarray]:
+  """Sorts groups by the sets that they are in.
+
+  _strata([[2, 0], [2, 1]]) = [[2], [0], [1]]: in both sets, in the first, in the second
+  """
+  if len(places) == 1:
+    return [np.unique(places[0])]
+  first, second = places
+  return [np.intersect1d(first, second), np.setdiff1d(first, second), np.setdiff1d(second, first)]
+
+
+def _draw(strata, places, rng: np.random.Generator) -> list[np.ndarray]:
+  """Draws groups, as many of each stratum as it has; returns how often each row of a set counts."""
+  drawn = np.concatenate([rng.choice(stratum, len(stratum)) for stratum in strata])
+  counts = np.bincount(drawn, minlength=1 + max(where.max() for where in places))
+  return [counts[where] for where in places]
+
+
+def _moments(rows, counts: np.ndarray) -> Moments:
+  rows = np.asarray(rows)
+  moments = Moments(rows.shape[-1])
+  for start in range(0, len(rows), BLOCK):
+    moments.add(rows[start : start + BLOCK], counts[start : start + BLOCK])
+  return moments
