@@ -1,0 +1,110 @@
+"""DINOv2 (Oquab et al. 2023, arXiv 2304.07193) from a Hugging Face folder, computed by torch."""
+
+# B batch, H height, W width, D width of the features, S side of the preprocessed images.
+
+from etils import epath
+from jaxtyping import Float32, UInt8
+import numpy as np
+
+from cm3leon_jax.clip.checkpoint import CONFIG, WEIGHTS, preprocess
+from cm3leon_jax.config import UserError
+from cm3leon_jax.evaluation import weights
+from cm3leon_jax.io import read_json
+
+PROCESSOR = "preprocessor_config.json"
+BATCH = 32
+
+
+class DINOv2:
+  """A DINOv2 of transformers, in float32.
+
+  Attributes:
+    digest: see `weights.digest`; of the tensors in the folder.
+    processor: image processor, as the folder's preprocessor_config.json says.
+  """
+
+  def __init__(self, model, processor, digest: str, device: str = "cpu"):
+    """Puts a `transformers.Dinov2Model` on a device of torch."""
+    self._model = model.eval().to(device)
+    self.processor, self.digest, self._device = processor, digest, device
+
+  @property
+  def config(self):
+    """The model's `transformers.Dinov2Config`."""
+    return self._model.config
+
+  @classmethod
+  def load(cls, folder: epath.PathLike, device: str = "cpu") -> "DINOv2":
+    """Reads config.json, model.safetensors and preprocessor_config.json.
+
+    Raises:
+      UserError: torch is not installed; or a file is absent, damaged or of another network.
+    """
+    try:
+      import torch
+    except ImportError as error:
+      raise UserError(
+        "DINOv2 needs torch, which is not installed: run `pip install 'cm3leon_jax[eval]'`."
+      ) from error
+    folder = epath.Path(folder)
+    for name in (CONFIG, WEIGHTS, PROCESSOR):
+      if not (folder / name).exists():
+        raise UserError(
+          f"{folder / name} does not exist; the folder must be that of a Hugging Face DINOv2, with "
+          f"{CONFIG}, {WEIGHTS} and {PROCESSOR}."
+        )
+    if (kind := read_json(folder / CONFIG).get("model_type")) != "dinov2":
+      raise UserError(f"{folder / CONFIG}: model_type is '{kind}'; it must be 'dinov2'.")
+    digest = weights.digest(weights.read_tensors(folder / WEIGHTS))
+    return cls(_read_model(folder, torch.float32), _read_processor(folder), digest, device)
+
+  def embed_images(self, images: UInt8[np.ndarray, "B H W 3"]) -> Float32[np.ndarray, "B D"]:
+    """Computes the features of images of any size: the CLS token after the final norm."""
+    import torch
+
+    out = np.zeros((len(images), self.config.hidden_size), np.float32)
+    for start in range(0, len(images), BATCH):
+      pixels = preprocess(self.processor, images[start : start + BATCH])
+      with torch.inference_mode():
+        tokens = self._model(pixel_values=torch.from_numpy(pixels).to(self._device))
+      out[start : start + len(pixels)] = tokens.last_hidden_state[:, 0].cpu().numpy()
+    return out
+
+
+def _read_model(folder: epath.Path, dtype):
+  import transformers  # Takes seconds.
+
+  model, info = transformers.Dinov2Model.from_pretrained(
+    str(folder),
+    local_files_only=True,
+    use_safetensors=True,
+    dtype=dtype,
+    ignore_mismatched_sizes=True,  # They are refused below, by name.
+    output_loading_info=True,
+  )
+  path = folder / WEIGHTS
+  # Names are those of transformers' model, which differ from those in the file.
+  if wrong := sorted(info["mismatched_keys"]):
+    name, found, expected = wrong[0]
+    raise UserError(
+      f"{path}: tensor '{name}' is {list(found)}; by {CONFIG} it must be {list(expected)}."
+    )
+  if missing := sorted(info["missing_keys"]):
+    shape = list(model.state_dict()[missing[0]].shape)
+    raise UserError(f"{path} has no tensor '{missing[0]}'; by {CONFIG} it must be {shape}.")
+  if surplus := sorted(info["unexpected_keys"]):
+    raise UserError(f"{path} has a tensor '{surplus[0]}'; by {CONFIG} there is none of this name.")
+  return model
+
+
+def _read_processor(folder: epath.Path):
+  """Reads the image processor, whose version for PIL needs no torchvision."""
+  import transformers
+
+  path = folder / PROCESSOR
+  kind = str(read_json(path).get("image_processor_type"))
+  if not kind.startswith("BitImageProcessor"):
+    raise UserError(
+      f"{path}: image_processor_type is '{kind}'; it must be 'BitImageProcessor', as DINOv2 has it."
+    )
+  return transformers.BitImageProcessorPil.from_pretrained(str(folder), local_files_only=True)

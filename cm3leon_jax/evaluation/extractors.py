@@ -1,0 +1,106 @@
+"""Networks whose features of images are compared by distances such as the FID.
+
+`load_inception`, `load_clip` and `load_dinov2` return an `Extractor`.
+"""
+
+# B batch, H height, W width, D width of the features.
+
+from collections.abc import Callable
+import dataclasses
+
+from etils import epath
+from flax import traverse_util
+import jax
+from jaxtyping import Float32, UInt8
+import numpy as np
+
+from cm3leon_jax.clip.huggingface import HFCLIP
+from cm3leon_jax.clip.model import CLIP
+from cm3leon_jax.config import UserError
+from cm3leon_jax.evaluation import weights
+from cm3leon_jax.evaluation.dinov2 import DINOv2
+from cm3leon_jax.evaluation.inception import NETWORK, WIDTH, Inception, Resize
+from cm3leon_jax.io import plain
+
+# What an image processor of transformers does.
+PREPROCESSING = (
+  "do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale",
+  "rescale_factor", "do_normalize", "image_mean", "image_std",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Extractor:
+  """A network that embeds images.
+
+  Attributes:
+    name: for tables, e.g. "inception-v3 (tf1 resize)".
+    identity: JSON values that are equal only for equal features: `network`, `tensors` (see
+      `weights.digest`), and what else the features depend on. Features of different identities
+      must not be compared.
+    width: D.
+    embed: computes the features.
+  """
+
+  name: str
+  identity: dict
+  width: int
+  embed: Callable[[np.ndarray], np.ndarray]
+
+  def __call__(self, images: UInt8[np.ndarray, "B H W 3"]) -> Float32[np.ndarray, "B D"]:
+    """Computes the features of images; raises UserError if they are no uint8 [B, H, W, 3]."""
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+      raise UserError(
+        f"images for {self.name} are {images.dtype}{list(images.shape)}; "
+        "they must be uint8[B, H, W, 3]."
+      )
+    return self.embed(images)
+
+
+def load_inception(path: epath.PathLike, resize: Resize = "tf1", **options) -> Extractor:
+  """Loads the Inception-v3 of the FID; arguments and errors are those of `Inception.load`."""
+  network = Inception.load(path, resize, **options)
+  identity = {"network": NETWORK, "tensors": network.digest, "resize": resize}
+  return Extractor(f"inception-v3 ({resize} resize)", identity, WIDTH, network.embed_images)
+
+
+def load_clip(folder: str, workdir: epath.PathLike) -> Extractor:
+  """Loads the Hugging Face CLIP in `folder`, in float32, or for "" that of the run.
+
+  Features are embeddings of norm 1. `retrieval.bank.load_clip` loads the same networks for captions
+  and images, in bfloat16.
+
+  Raises:
+    UserError: as `HFCLIP.load` or `CLIP.load`; later, if images do not have the size that the CLIP
+      of the run takes.
+  """
+  if folder:
+    clip = HFCLIP.load(folder, "float32")
+    image = dataclasses.asdict(clip.config.image)
+    rest = {"image": image, "preprocessing": _preprocessing(clip.processor)}
+  else:
+    clip = CLIP.load(epath.Path(workdir) / "clip")
+    rest = {"image": {"encoder": clip.config.image_encoder, "resolution": clip.config.resolution}}
+  tensors = traverse_util.flatten_dict(jax.device_get(clip.params), sep="/")
+  identity = {"network": "clip", "tensors": weights.digest(tensors), **rest}
+  return Extractor("clip", identity, clip.config.embed_dim, clip.embed_images)
+
+
+def load_dinov2(folder: epath.PathLike, device: str = "cpu") -> Extractor:
+  """Loads the DINOv2 in a Hugging Face folder; arguments and errors are those of `DINOv2.load`."""
+  network = DINOv2.load(folder, device)
+  # What the tensors do not show.
+  names = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+  identity = {
+    "network": "dinov2",
+    "tensors": network.digest,
+    "config": {name: getattr(network.config, name) for name in names},
+    "preprocessing": _preprocessing(network.processor),
+  }
+  return Extractor("dinov2", identity, network.config.hidden_size, network.embed_images)
+
+
+def _preprocessing(processor) -> dict:
+  stored = processor.to_dict()
+  return plain({name: stored.get(name) for name in PREPROCESSING})

@@ -1,0 +1,324 @@
+"""Inception-v3 of the Frechet Inception Distance (Heusel et al. 2017, arXiv 1706.08500).
+
+The network is the TensorFlow graph of 2015-12-05, as pytorch-fid and torch-fidelity rebuild it. It
+differs from the network of Szegedy et al. (2015, arXiv 1512.00567) and from torchvision's: its
+average pools do not count padding, its last block pools by the maximum, it has 1,008 classes and
+other weights.
+"""
+
+# B batch, H height, W width, C channels, D width of the features.
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+from etils import epath
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float32, UInt8
+import numpy as np
+
+from cm3leon_jax.evaluation import weights
+
+NETWORK = "Inception-v3 of the FID"
+SIDE = 299
+WIDTH = 2048
+CLASSES = 1008
+EPSILON = 1e-3
+ROWS_PER_DEVICE = 32
+Resize = Literal["tf1", "torch"]
+# A batch counter of torch, which inference does not use and which some files lack.
+COUNTER = "num_batches_tracked"
+
+
+class Conv(NamedTuple):
+  """A convolution without bias, a batch norm and a ReLU."""
+
+  name: str
+  channels: int
+  kernel: tuple[int, int] = (1, 1)
+  stride: int = 1
+  padding: str = "SAME"
+
+
+# Pools of 3 x 3 pixels: the mean and the maximum around a pixel, and the maximum with stride 2.
+MEAN, MAX, HALVE = "mean", "max", "halve"
+
+
+def _mixed(name: str, *branches: list) -> tuple:
+  """Builds a block: parallel branches, each a list of steps, whose channels are concatenated.
+
+  A step is a convolution (its name after "branch", and the other fields of `Conv`), a pool or a
+  tuple of parallel branches.
+  """
+
+  def build(step):
+    if isinstance(step, str):
+      return step
+    if isinstance(step[0], list):
+      return tuple([build(s) for s in branch] for branch in step)
+    return Conv(f"{name}.branch{step[0]}", *step[1:])
+
+  return build(branches)
+
+
+def _mixed_35(name: str, pooled: int) -> tuple:
+  """Builds a block at 35 x 35 places, `InceptionA` of torchvision."""
+  return _mixed(
+    name,
+    [("1x1", 64)],
+    [("5x5_1", 48), ("5x5_2", 64, (5, 5))],
+    [("3x3dbl_1", 64), ("3x3dbl_2", 96, (3, 3)), ("3x3dbl_3", 96, (3, 3))],
+    [MEAN, ("_pool", pooled)],
+  )
+
+
+def _mixed_17(name: str, width: int) -> tuple:
+  """Builds a block at 17 x 17 places, `InceptionC` of torchvision."""
+  row, column = (1, 7), (7, 1)
+  return _mixed(
+    name,
+    [("1x1", 192)],
+    [("7x7_1", width), ("7x7_2", width, row), ("7x7_3", 192, column)],
+    [
+      ("7x7dbl_1", width), ("7x7dbl_2", width, column), ("7x7dbl_3", width, row),
+      ("7x7dbl_4", width, column), ("7x7dbl_5", 192, row),
+    ],
+    [MEAN, ("_pool", 192)],
+  )  # fmt: skip
+
+
+def _mixed_8(name: str, pool: str) -> tuple:
+  """Builds a block at 8 x 8 places, `InceptionE` of torchvision."""
+
+  def cross(part: str) -> tuple:
+    return [(f"{part}a", 384, (1, 3))], [(f"{part}b", 384, (3, 1))]
+
+  return _mixed(
+    name,
+    [("1x1", 320)],
+    [("3x3_1", 384), cross("3x3_2")],
+    [("3x3dbl_1", 448), ("3x3dbl_2", 384, (3, 3)), cross("3x3dbl_3")],
+    [pool, ("_pool", 192)],
+  )
+
+
+_HALVING = ((3, 3), 2, "VALID")
+STEPS = [
+  Conv("Conv2d_1a_3x3", 32, *_HALVING),
+  Conv("Conv2d_2a_3x3", 32, (3, 3), 1, "VALID"),
+  Conv("Conv2d_2b_3x3", 64, (3, 3)),
+  HALVE,
+  Conv("Conv2d_3b_1x1", 80),
+  Conv("Conv2d_4a_3x3", 192, (3, 3), 1, "VALID"),
+  HALVE,
+  _mixed_35("Mixed_5b", 32),
+  _mixed_35("Mixed_5c", 64),
+  _mixed_35("Mixed_5d", 64),
+  _mixed(
+    "Mixed_6a",
+    [("3x3", 384, *_HALVING)],
+    [("3x3dbl_1", 64), ("3x3dbl_2", 96, (3, 3)), ("3x3dbl_3", 96, *_HALVING)],
+    [HALVE],
+  ),
+  _mixed_17("Mixed_6b", 128),
+  _mixed_17("Mixed_6c", 160),
+  _mixed_17("Mixed_6d", 160),
+  _mixed_17("Mixed_6e", 192),
+  _mixed(
+    "Mixed_7a",
+    [("3x3_1", 192), ("3x3_2", 320, *_HALVING)],
+    [
+      ("7x7x3_1", 192), ("7x7x3_2", 192, (1, 7)), ("7x7x3_3", 192, (7, 1)),
+      ("7x7x3_4", 192, *_HALVING),
+    ],
+    [HALVE],
+  ),
+  _mixed_8("Mixed_7b", MEAN),
+  _mixed_8("Mixed_7c", MAX),
+]  # fmt: skip
+
+
+def _kernel_shapes(steps: list, channels: int) -> tuple[dict[str, tuple[int, ...]], int]:
+  """Returns the shapes of kernels, [out, in, height, width], and the channels after the steps."""
+  shapes = {}
+  for step in steps:
+    if isinstance(step, Conv):
+      shapes[step.name] = (step.channels, channels, *step.kernel)
+      channels = step.channels
+    elif isinstance(step, tuple):
+      branches = [_kernel_shapes(branch, channels) for branch in step]
+      for found, _ in branches:
+        shapes |= found
+      channels = sum(after for _, after in branches)
+  return shapes, channels
+
+
+def tensor_shapes() -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of all tensors by their names in the state dict of torch, counters aside."""
+  shapes = {}
+  for name, kernel in _kernel_shapes(STEPS, 3)[0].items():
+    shapes[f"{name}.conv.weight"] = kernel
+    for field in ("weight", "bias", "running_mean", "running_var"):
+      shapes[f"{name}.bn.{field}"] = kernel[:1]
+  return shapes | {"fc.weight": (CLASSES, WIDTH), "fc.bias": (CLASSES,)}
+
+
+def make_params(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+  """Makes parameters of the tensors of a state dict.
+
+  Returns:
+    For each convolution a `kernel`, [height, width, in, out], and the batch norm as `scale` and
+    `shift`, [out]; all float32.
+  """
+  params = {}
+  for name in _kernel_shapes(STEPS, 3)[0]:
+    norm = {
+      field: tensors[f"{name}.bn.{field}"].astype(np.float64)
+      for field in ("weight", "bias", "running_mean", "running_var")
+    }
+    scale = norm["weight"] / np.sqrt(norm["running_var"] + EPSILON)
+    shift = norm["bias"] - norm["running_mean"] * scale
+    kernel = np.ascontiguousarray(tensors[f"{name}.conv.weight"].transpose(2, 3, 1, 0))
+    params[name] = {
+      "kernel": kernel,
+      "scale": scale.astype(np.float32),
+      "shift": shift.astype(np.float32),
+    }
+  return params
+
+
+def _pool(x, kind: str):
+  """Pools squares of 3 x 3; a mean counts only the pixels within the image."""
+  window = (1, 3, 3, 1)
+  if kind == HALVE:
+    return lax.reduce_window(x, -jnp.inf, lax.max, window, (1, 2, 2, 1), "VALID")
+  if kind == MAX:
+    return lax.reduce_window(x, -jnp.inf, lax.max, window, (1, 1, 1, 1), "SAME")
+  total = lax.reduce_window(x, 0.0, lax.add, window, (1, 1, 1, 1), "SAME")
+  rows, columns = (_window_counts(size) for size in x.shape[1:3])
+  return total / (rows[:, None] * columns)[None, :, :, None]
+
+
+def _window_counts(size: int) -> np.ndarray:
+  """Counts the places within 1 of each of `size` places: size = 4: [2 3 3 2]."""
+  places = np.arange(size, dtype=np.float32)
+  return np.minimum(places + 1, size - 1) - np.maximum(places - 1, 0) + 1
+
+
+def _run(steps: list, params: dict, x):
+  for step in steps:
+    if isinstance(step, str):
+      x = _pool(x, step)
+    elif isinstance(step, Conv):
+      layer = params[step.name]
+      x = lax.conv_general_dilated(
+        x, layer["kernel"], (step.stride, step.stride), step.padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=lax.Precision.HIGHEST,  # Else TPUs and GPUs round the factors.
+      )  # fmt: skip
+      scale, shift = (layer[name][None, None, None] for name in ("scale", "shift"))
+      x = jax.nn.relu(x * scale + shift)
+    else:
+      x = jnp.concatenate([_run(branch, params, x) for branch in step], axis=-1)
+  return x
+
+
+def pool3(params: dict, pixels: Float32[Array, "B 299 299 3"]) -> Float32[Array, "B D"]:
+  """Computes the features of the FID, the mean of the last block over its 8 x 8 places.
+
+  Args:
+    params: see `make_params`.
+    pixels: see `resize_images`.
+  """
+  return _run(STEPS, params, pixels).mean((1, 2))
+
+
+def _positions(size: int, resize: Resize) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns, for each of `SIDE` places, the pixels before and after, and the weight of the latter.
+
+  "tf1" takes the corners of pixels for their places, which shifts the image; "torch" takes their
+  centers. Both compute in float32, and neither averages when an image shrinks.
+  """
+  places, scale = np.arange(SIDE, dtype=np.float32), np.float32(size / SIDE)
+  if resize == "tf1":
+    places = places * scale
+  else:
+    places = np.maximum((places + np.float32(0.5)) * scale - np.float32(0.5), np.float32(0))
+  before = places.astype(np.int32)
+  return before, np.minimum(before + 1, size - 1), places - before
+
+
+def resize_images(images: UInt8[Array, "B H W 3"], resize: Resize) -> Float32[Array, "B 299 299 3"]:
+  """Resizes images bilinearly and scales their pixels to about [-1, 1].
+
+  Args:
+    images: of any size.
+    resize: "tf1", as torch-fidelity and TensorFlow 1: black is -1, white 127 / 128. "torch", as
+      pytorch-fid: white is 1. Values of the FID differ between the two.
+  """
+  x = images.astype(jnp.float32)
+  for axis in (2, 1):
+    before, after, weight = _positions(images.shape[axis], resize)
+    weight = np.expand_dims(weight, [a for a in range(4) if a != axis])
+    low, high = (jnp.take(x, places, axis) for places in (before, after))
+    x = low + (high - low) * weight
+  return (x - 128) / 128 if resize == "tf1" else x / 127.5 - 1
+
+
+_resize_images = jax.jit(resize_images, static_argnums=1)
+_pool3 = jax.jit(pool3)
+
+
+class Inception:
+  """The network with its weights.
+
+  Every device has all parameters and embeds its rows of a batch. All batches have one shape, so the
+  network is compiled once, whatever the size of the images.
+
+  Attributes:
+    digest: see `weights.digest`; of the tensors that the network has, without `COUNTER`.
+    resize: see `resize_images`.
+  """
+
+  def __init__(
+    self,
+    tensors: dict[str, np.ndarray],
+    resize: Resize = "tf1",
+    devices: Sequence[jax.Device] | None = None,
+    rows_per_device: int = ROWS_PER_DEVICE,
+  ):
+    """Puts the tensors of `tensor_shapes` on `devices`, by default all of this host."""
+    if resize not in get_args(Resize):
+      raise ValueError(f"resize is '{resize}'; it must be one of {', '.join(get_args(Resize))}.")
+    devices = list(devices or jax.local_devices())
+    self.mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+    self.resize, self._size = resize, rows_per_device * len(devices)
+    self.digest = weights.digest(tensors)
+    self._params = jax.device_put(make_params(tensors), NamedSharding(self.mesh, P()))
+
+  @classmethod
+  def load(cls, path: epath.PathLike, resize: Resize = "tf1", **options) -> "Inception":
+    """Reads a safetensors file with the names of the state dict of pytorch-fid or torch-fidelity.
+
+    Raises:
+      UserError: it is absent, damaged or a pickle, or it holds other tensors; see `weights`.
+    """
+    tensors = weights.read_tensors(path)
+    tensors = {name: x for name, x in tensors.items() if not name.endswith("." + COUNTER)}
+    weights.check_shapes(path, tensors, tensor_shapes(), NETWORK)
+    return cls(tensors, resize, **options)
+
+  def embed_images(self, images: UInt8[np.ndarray, "B H W 3"]) -> Float32[np.ndarray, "B D"]:
+    """Computes `pool3` of images of any size."""
+    out, sharding = np.zeros((len(images), WIDTH), np.float32), NamedSharding(self.mesh, P("data"))
+    for start in range(0, len(images), self._size):
+      batch = images[start : start + self._size]
+      padded = np.pad(batch, ((0, self._size - len(batch)), (0, 0), (0, 0), (0, 0)))
+      with jax.set_mesh(self.mesh):  # The caller's mesh has other axes.
+        pixels = _resize_images(jax.device_put(padded, sharding), self.resize)
+        features = _pool3(self._params, pixels)
+      out[start : start + len(batch)] = np.asarray(features)[: len(batch)]
+    return out

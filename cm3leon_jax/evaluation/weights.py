@@ -1,0 +1,92 @@
+"""Published weights of feature extractors: read from safetensors, checked and digested."""
+
+from collections.abc import Mapping
+import hashlib
+import json
+
+from etils import epath
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from cm3leon_jax.config import UserError
+
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+
+
+def is_pickle(path: epath.PathLike) -> bool:
+  """Returns whether a file is a pickle, by its suffix or its first bytes.
+
+  A zip archive counts as one, because torch.save writes pickles into zip archives.
+  """
+  path = epath.Path(path)
+  with path.open("rb") as file:
+    start = file.read(9)
+  # A safetensors file begins with the length of its header in eight bytes. At a length of 640
+  # these are also the first bytes of a pickle of protocol 2.
+  if start[8:9] == b"{":
+    pickled = False
+  else:
+    pickled = start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] <= b"\x05")
+  return pickled or path.suffix in PICKLE_SUFFIXES
+
+
+def read_tensors(path: epath.PathLike) -> dict[str, np.ndarray]:
+  """Reads all tensors of a safetensors file.
+
+  Raises:
+    UserError: the file is absent or damaged, or it is a pickle, which is not read.
+  """
+  path = epath.Path(path)
+  if not path.exists() or path.is_dir():
+    raise UserError(f"{path} is not a file; it must be a safetensors file with the weights.")
+  if is_pickle(path):
+    raise UserError(
+      f"{path} is a pickle, which can run code when it is read; it must be a safetensors file. "
+      "Convert it on a machine without secrets: safetensors.torch.save_file("
+      f"torch.load('{path.name}', weights_only=True), '{path.stem}.safetensors')."
+    )
+  try:
+    return safetensors.numpy.load(path.read_bytes())
+  except safetensors.SafetensorError as error:
+    raise UserError(
+      f"{path} is not a safetensors file, or it is damaged ({error}); download or convert it again."
+    ) from error
+
+
+def check_shapes(
+  path: epath.PathLike,
+  tensors: Mapping[str, np.ndarray],
+  shapes: Mapping[str, tuple[int, ...]],
+  network: str,
+) -> None:
+  """Raises UserError unless the tensors are float32 and have the names and shapes of a network.
+
+  Args:
+    path: of their file; for messages, which name the first wrong tensor in the order of `shapes`.
+    tensors: of the file.
+    shapes: of all tensors of the network.
+    network: its name.
+  """
+  for name, shape in shapes.items():
+    expected = f"float32{list(shape)}"
+    if name not in tensors:
+      raise UserError(f"{path} has no tensor '{name}'; {network} has it as {expected}.")
+    found = f"{tensors[name].dtype}{list(tensors[name].shape)}"
+    if found != expected:
+      raise UserError(f"{path}: tensor '{name}' is {found}; in {network} it is {expected}.")
+  if surplus := sorted(set(tensors) - set(shapes)):
+    raise UserError(f"{path} has a tensor '{surplus[0]}'; {network} has none of this name.")
+
+
+def digest(tensors: Mapping[str, np.ndarray]) -> str:
+  """Computes the SHA-256 of the names, dtypes, shapes and bytes of tensors.
+
+  It does not depend on the order of the tensors, nor on the metadata of their file.
+  """
+  total = hashlib.sha256()
+  for name, tensor in sorted(tensors.items()):
+    tensor = np.asarray(tensor)
+    total.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode() + b"\n")
+    total.update(tensor.tobytes())
+  return total.hexdigest()

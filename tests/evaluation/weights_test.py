@@ -1,0 +1,125 @@
+"""Weights are read from safetensors only, checked by name, and have a digest."""
+
+import hashlib
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.evaluation import weights
+
+TENSORS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(3, np.float32)}
+SHAPES = {"a.weight": (2, 3), "b": (3,)}
+
+
+class Trap:
+  """Unpickling it fails the test."""
+
+  def __reduce__(self):
+    return pytest.fail, ("the file was unpickled",)
+
+
+def torch_file(path, **options):
+  torch = pytest.importorskip("torch")
+  torch.save({"a.weight": torch.ones(2)}, path, **options)
+
+
+PICKLES = {
+  "zip.pth": torch_file,
+  "zip.safetensors": torch_file,
+  "old.pt": lambda path: torch_file(path, _use_new_zipfile_serialization=False),
+  "old.weights": lambda path: torch_file(path, _use_new_zipfile_serialization=False),
+  "trap.safetensors": lambda path: path.write_bytes(pickle.dumps(Trap())),
+  # A name that torch.load would be tried on.
+  "named.pth": lambda path: safetensors.numpy.save_file(TENSORS, path),
+}
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_pickle_is_refused_without_reading_it(name, tmp_path):
+  path = tmp_path / name
+  PICKLES[name](path)
+  with pytest.raises(UserError) as raised:
+    weights.read_tensors(path)
+  message = str(raised.value)
+  assert f"{name} is a pickle" in message
+  assert "on a machine without secrets" in message
+  assert f"torch.load('{name}', weights_only=True), '{path.stem}.safetensors')" in message
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_a_safetensors_file_that_begins_like_a_pickle_is_read(protocol, tmp_path):
+  """The length of its header, 0x80 + 256 * protocol, has the first two bytes of a pickle."""
+  path, length = tmp_path / "x.safetensors", 0x80 + 256 * protocol
+  header = len(safetensors.numpy.save(TENSORS, {"note": ""})) - 36
+  safetensors.numpy.save_file(TENSORS, path, {"note": "x" * (length - header + 8)})
+  assert path.read_bytes()[:2] == bytes([0x80, protocol])
+  tensors = weights.read_tensors(path)
+  assert {name: x.tolist() for name, x in tensors.items()} == {
+    name: x.tolist() for name, x in TENSORS.items()
+  }
+
+
+def test_a_file_that_is_absent_or_damaged(tmp_path):
+  for path in (tmp_path / "absent.safetensors", tmp_path):
+    with pytest.raises(UserError, match="is not a file; it must be a safetensors file"):
+      weights.read_tensors(path)
+  damaged = tmp_path / "half.safetensors"
+  damaged.write_bytes(safetensors.numpy.save(TENSORS)[:-1])
+  with pytest.raises(UserError, match="is not a safetensors file, or it is damaged"):
+    weights.read_tensors(damaged)
+  damaged.write_bytes(b"")
+  with pytest.raises(UserError, match="is not a safetensors file, or it is damaged"):
+    weights.read_tensors(damaged)
+
+
+@pytest.mark.parametrize(
+  ("tensors", "message"),
+  [
+    ({"b": TENSORS["b"]}, r"f has no tensor 'a\.weight'; N has it as float32\[2, 3\]\."),
+    ({}, r"f has no tensor 'a\.weight'; N has it as float32\[2, 3\]\."),
+    (
+      TENSORS | {"a.weight": TENSORS["a.weight"].T},
+      r"f: tensor 'a\.weight' is float32\[3, 2\]; in N it is float32\[2, 3\]\.",
+    ),
+    (
+      TENSORS | {"b": np.ones(3, np.float16)},
+      r"f: tensor 'b' is float16\[3\]; in N it is float32\[3\]\.",
+    ),
+    (TENSORS | {"c": TENSORS["b"]}, r"f has a tensor 'c'; N has none of this name\."),
+  ],
+)
+def test_the_first_wrong_tensor_is_named(tensors, message):
+  weights.check_shapes("f", TENSORS, SHAPES, "N")
+  with pytest.raises(UserError, match=f"^{message}$"):
+    weights.check_shapes("f", tensors, SHAPES, "N")
+
+
+def test_a_digest_depends_on_the_tensors_alone(tmp_path):
+  digest = weights.digest(TENSORS)
+  content = b'["a.weight", "float32", [2, 3]]\n' + struct.pack("<6f", *range(6))
+  content += b'["b", "float32", [3]]\n' + struct.pack("<3f", 1, 1, 1)
+  assert digest == hashlib.sha256(content).hexdigest()
+  assert weights.digest(dict(reversed(TENSORS.items()))) == digest
+  for i, metadata in enumerate([None, {"format": "pt", "note": "x"}]):
+    path = tmp_path / f"{i}.safetensors"
+    safetensors.numpy.save_file(dict(reversed(TENSORS.items())), path, metadata)
+    assert weights.digest(weights.read_tensors(path)) == digest
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    lambda t: {"a.bias": t["a.weight"], "b": t["b"]},
+    lambda t: {"a.weight": t["b"], "b": t["a.weight"]},
+    lambda t: t | {"a.weight": t["a.weight"].reshape(3, 2)},
+    lambda t: t | {"b": t["b"].view(np.int32)},
+    lambda t: t | {"b": np.nextafter(t["b"], np.float32(2))},
+    lambda t: {"b": t["b"]},
+  ],
+)
+def test_a_digest_notices_every_change(change):
+  assert weights.digest(change(TENSORS)) != weights.digest(TENSORS)
