@@ -52,7 +52,9 @@ def build(cls: type[T], values, where: str = "") -> T:
     return cls(**values)
   except pydantic.ValidationError as error:
     place = f"config.{where}" if where else "config"
-    raise UserError(_sentence(dict(error.errors()[0]), cls, place)) from error
+    # Unknown fields first: of a misspelled field it says more than that the right one is absent.
+    first, *_ = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
+    raise UserError(_sentence(dict(first), cls, place)) from error
 
 
 def _sentence(error: dict, cls: type, where: str) -> str:

@@ -75,16 +75,19 @@ def load_clip(folder: str, workdir: epath.PathLike) -> Extractor:
     UserError: as `HFCLIP.load` or `CLIP.load`; later, if images do not have the size that the CLIP
       of the run takes.
   """
-  if folder:
-    clip = HFCLIP.load(folder, "float32")
+  clip = HFCLIP.load(folder, "float32") if folder else CLIP.load(epath.Path(workdir) / "clip")
+  return Extractor("clip", clip_identity(clip), clip.config.embed_dim, clip.embed_images)
+
+
+def clip_identity(clip: CLIP | HFCLIP) -> dict:
+  """Returns JSON values that are equal only for equal embeddings of images, see `Extractor`."""
+  if isinstance(clip, HFCLIP):
     image = dataclasses.asdict(clip.config.image)
     rest = {"image": image, "preprocessing": _preprocessing(clip.processor)}
   else:
-    clip = CLIP.load(epath.Path(workdir) / "clip")
     rest = {"image": {"encoder": clip.config.image_encoder, "resolution": clip.config.resolution}}
   tensors = traverse_util.flatten_dict(jax.device_get(clip.params), sep="/")
-  identity = {"network": "clip", "tensors": weights.digest(tensors), **rest}
-  return Extractor("clip", identity, clip.config.embed_dim, clip.embed_images)
+  return {"network": "clip", "tensors": weights.digest(tensors), **rest}
 
 
 def load_dinov2(folder: epath.PathLike, device: str = "cpu") -> Extractor:

@@ -33,13 +33,13 @@ def frechet_interval(
   reference_groups: Sequence[Hashable] | None = None,
   num_resamples: int = NUM_RESAMPLES,
   seed: int = 0,
-) -> dict[str, float | int | None]:
+) -> dict:
   """Computes the Frechet distance of two sets of features, and a bootstrap interval over groups.
 
     rows = [[0], [2], [5], [7]], groups = ["fox", "fox", "cat", "cat"]
     reference = [[1], [3], [5], [7]], reference_groups = groups
     result = {"distance": 0.53, "low": 0.0, "high": 0.96, "bias": 0.04,
-              "groups": 2, "effective_groups": 2.0}
+              "groups": 2, "effective_groups": 2.0, "resamples": [0.0, 1.0, ...]}
 
   A resample takes as many groups as there are, with replacement, each with all of its rows. A group
   with rows in both sets, such as the caption of a generated and of a real image, is drawn once for
@@ -57,7 +57,9 @@ def frechet_interval(
 
   Returns:
     `groups` is the number of groups of `rows`, `effective_groups` that of Kish, in the set that
-    has fewer. `low` is at least 0. `low`, `high` and `bias` are None if a set has one group.
+    has fewer. `low` is at least 0. `resamples` are the distances of the resamples, before they are
+    moved; with equal groups and seed they are of equal draws, so they can be compared in pairs.
+    `low`, `high`, `bias` and `resamples` are None if a set has one group.
 
   Raises:
     UserError: fewer than 2 rows in a set, rows without a group, names in one set and ids in the
@@ -71,12 +73,13 @@ def frechet_interval(
   found = distance([np.ones(len(one)) for one in sets])
   sizes = [np.bincount(where)[np.unique(where)] for where in places]
   effective = min(float(size.sum() ** 2 / (size**2).sum()) for size in sizes)
-  result = {"distance": found, "low": None, "high": None, "bias": None}
+  result = {"distance": found, "low": None, "high": None, "bias": None, "resamples": None}
   strata = _strata(places)
   if min(map(len, sizes)) > 1 and max(map(len, strata)) > 1:
     rng = np.random.default_rng(seed)
     distances = [distance(_draw(strata, places, rng)) for _ in range(num_resamples)]
     bias = float(np.mean(distances)) - found
+    result["resamples"] = np.array(distances)
     tail = (1 - intervals.percentile_level(effective)) / 2
     low, high = np.quantile(distances, [tail, 1 - tail]) - bias
     result |= {"low": max(0.0, float(low)), "high": float(high), "bias": bias}

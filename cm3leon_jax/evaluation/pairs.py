@@ -59,14 +59,22 @@ def score(
   Raises:
     UserError: an empty text, one that does not fit, or an image that cannot be read.
   """
+  resolution = pipeline.layout.resolution
+  images = np.stack([load_image(image, resolution) for _, image in pairs])
+  codes = pipeline.image_tokenizer.encode(images)
+  return score_codes(pipeline, params, [text for text, _ in pairs], codes, retrieve)
+
+
+def score_codes(
+  pipeline: Pipeline, params: dict, texts: Sequence[str], codes, retrieve: int = 0
+) -> list[PairScore]:
+  """Scores texts with images that are given as their codes [n, I], see `score`."""
   layout, vocab = pipeline.layout, pipeline.layout.vocab
-  images = np.stack([load_image(image, layout.resolution) for _, image in pairs])
-  codes = vocab.image_ids(pipeline.image_tokenizer.encode(images))
-  neighbors: list = [()] * len(pairs)
+  neighbors: list = [()] * len(texts)
   if retrieve:
-    neighbors = [found for found, _ in pipeline.search([("text", t) for t, _ in pairs], retrieve)]
+    neighbors = [found for found, _ in pipeline.search([("text", t) for t in texts], retrieve)]
   documents, plain, masked = [], [], []
-  for (text, _), image, found in zip(pairs, codes, neighbors):
+  for text, image, found in zip(texts, vocab.image_ids(np.asarray(codes)), neighbors):
     segments = Segment(False, layout.encode(text)), Segment(True, image)
     documents.append(Document("", segments, "", "", ""))
     _check_length(len(segments[0].tokens), layout)
@@ -74,11 +82,11 @@ def score(
     plain.append(rows.join([*kept, documents[-1]], vocab))
     kept = bits.fit_neighbors(documents[-1], found, layout.positions - OVERHEAD)
     masked.append(_masked(rows.join([*kept, documents[-1]], vocab), segments, vocab))
-  size = rounded(min(len(pairs), pipeline.generator.config.batch_size), batch_shards())
+  size = rounded(min(len(texts), pipeline.generator.config.batch_size), batch_shards())
   scored = bits.score_samples(params, pipeline.settings.model, [*plain, *masked], vocab, size)
   nats = [-np.log(2) * x for x in scored]
   scores = []
-  for sample, document, first, last in zip(plain, documents, nats, nats[len(pairs) :]):
+  for sample, document, first, last in zip(plain, documents, nats, nats[len(texts) :]):
     own = bits.own_targets(sample, document, vocab)
     text = first[own["text"]]
     span = last[-len(text) - 1 : -1]  # <eoss> stands after it.

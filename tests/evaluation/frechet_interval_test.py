@@ -81,6 +81,9 @@ def width_of(interval):
 def test_the_interval_is_that_of_the_docstring():
   groups = ["fox", "fox", "cat", "cat"]
   found = frechet_interval([[0], [2], [5], [7]], groups, [[1], [3], [5], [7]], groups)
+  resamples = found.pop("resamples")
+  assert len(resamples) == 100
+  assert np.mean(resamples) == pytest.approx(found["distance"] + found["bias"])
   expected = {"distance": 0.53, "low": 0.0, "high": 0.96, "bias": 0.04}
   assert found == pytest.approx(expected | {"groups": 2, "effective_groups": 2.0}, abs=5e-3)
 
@@ -115,6 +118,7 @@ def test_names_and_order_of_groups_do_not_matter():
   order = np.random.default_rng(1).permutation(len(x))
   found = frechet_interval(x, groups, y, groups, 20)
   mixed = frechet_interval(x[order], names[order], y, names, 20)
+  assert mixed.pop("resamples") == pytest.approx(found.pop("resamples"), rel=1e-9)
   assert mixed == pytest.approx(found, rel=1e-9)
 
 

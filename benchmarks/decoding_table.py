@@ -1,0 +1,119 @@
+"""Measures samplers on a trained run: the decoding table of the tutorial, and guidance weights.
+
+  python -m benchmarks.decoding_table --config=ml_configs/scenes.py --workdir=workdir/scenes
+
+Runs the columns of a protocol (--protocol, default scenes_decoding; tutorial_decoding has the
+tutorial's own, on MS-COCO) and its last column with one sample at each weight of --guidance. Writes
+table.md and plot.png beside results.json and report.html. Finished parts are skipped.
+"""
+
+import dataclasses
+import os
+
+from absl import flags
+from matplotlib.figure import Figure
+
+from cm3leon_jax.commands import common, evaluate_protocol
+from cm3leon_jax.config import UserError
+from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+from cm3leon_jax.evaluation.protocols.metrics import METRICS
+from cm3leon_jax.evaluation.protocols.protocol import Protocol
+
+_PROTOCOL = flags.DEFINE_string("protocol", "scenes_decoding", "Protocol of the samplers.")
+_GUIDANCE = flags.DEFINE_list("guidance", ["1", "1.25", "1.5", "2", "3"], "Weights of guidance.")
+_DATA = flags.DEFINE_string("data", None, "Folder of the evaluation files that it reads.")
+_EXTRACTOR = flags.DEFINE_string("extractor", None, "Weights of the network of distances.")
+_CLIP = flags.DEFINE_string("clip", None, "Folder of the CLIP of scores; default: the run's.")
+_EXAMPLES = flags.DEFINE_integer("examples", None, "Number of examples; default: the protocol's.")
+BASE = "top-p, top-k and guidance"  # Column whose guidance varies.
+
+
+def with_guidance(protocol: Protocol, weights: list[float]) -> Protocol:
+  """Adds a column for each weight of guidance.
+
+  Raises:
+    UserError: the protocol has no column `BASE`.
+  """
+  base = next((column for column in protocol.columns if column.name == BASE), None)
+  if base is None:
+    raise UserError(f"--protocol has no column '{BASE}', whose guidance would vary.")
+  more = [
+    dataclasses.replace(base, name=title(weight), sampling={**base.sampling, "guidance": weight})
+    for weight in weights
+  ]
+  return dataclasses.replace(protocol, columns=(*protocol.columns, *more))
+
+
+def title(weight: float) -> str:
+  """Names the column of a weight: "guidance 1.25"."""
+  return f"guidance {weight:g}"
+
+
+def markdown(result: dict) -> str:
+  """Returns the table of all columns: a row for each, published distances beside them."""
+  names = result["metrics"]
+  published = {row["column"]: row for row in result["protocol"]["published"]}
+  head = ["sampler", *(METRICS[n].title for n in names)]
+  head += ["published"] if published else []
+  lines = [_row(head), _row(["---"] * len(head))]
+  for name, column in result["columns"].items():
+    cells = [name, *(_cell(column["metrics"][n]) for n in names)]
+    if published:
+      row = published.get(name, {})
+      cells.append(", ".join(f"{row[n]:g}" for n in names if n in row) or "-")
+    lines.append(_row(cells))
+  for name, measured in result["controls"].items():
+    cells = [_cell(measured[n]) if n in measured else "-" for n in names]
+    lines.append(_row([f"control: {name}", *cells, *(["-"] if published else [])]))
+  return "\n".join(lines) + "\n"
+
+
+def _row(cells) -> str:
+  return f"| {' | '.join(cells)} |"
+
+
+def _cell(found: dict) -> str:
+  if found["value"] is None:
+    return "-"
+  text = f"{found['value']:.4g}"
+  if found.get("low") is None:
+    return text
+  return f"{text} [{found['low']:.4g}, {found['high']:.4g}]"
+
+
+def plot(result: dict, weights: list[float], path: str | os.PathLike) -> None:
+  """Plots every metric against the weight of guidance, with intervals."""
+  names = result["metrics"]
+  figure = Figure(figsize=(3.6 * len(names), 3.0), layout="constrained")
+  for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+    found = [result["columns"][title(weight)]["metrics"][name] for weight in weights]
+    axis.plot(weights, [row["value"] for row in found], "o-", color="tab:blue")
+    if all(row.get("low") is not None for row in found):
+      low, high = ([row[end] for row in found] for end in ("low", "high"))
+      axis.fill_between(weights, low, high, alpha=0.2, color="tab:blue", linewidth=0)
+    axis.set(xlabel="guidance", title=METRICS[name].title)
+    axis.grid(linewidth=0.4, alpha=0.5)
+    axis.spines[["top", "right"]].set_visible(False)
+  figure.savefig(path, dpi=150)
+
+
+def main(settings, workdir) -> None:
+  try:
+    weights = [float(weight) for weight in _GUIDANCE.value]
+  except ValueError as error:
+    raise UserError(f"--guidance is '{','.join(_GUIDANCE.value)}'; give numbers: 1,2,3.") from error
+  [protocol] = protocol_lib.load(_PROTOCOL.value)
+  name = os.path.splitext(os.path.basename(_PROTOCOL.value))[0]
+  options = evaluate_protocol.Options(
+    examples=_EXAMPLES.value, data=_DATA.value, weights=_EXTRACTOR.value, clip=_CLIP.value
+  )
+  folder, result = evaluate_protocol.run(
+    settings, workdir, name, with_guidance(protocol, weights), options
+  )
+  (folder / "table.md").write_text(markdown(result))
+  plot(result, weights, folder / "plot.png")
+  print(f"{markdown(result)}\ndecoding_table: table.md and plot.png are in {folder}.")
+
+
+if __name__ == "__main__":
+  common.run(main)

@@ -1,0 +1,74 @@
+"""Scores given answers by the model: how likely each is in the place of a mask."""
+
+# Q questions, C answers to each, I codes of an image.
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import pipeline as rows
+from cm3leon_jax.data.cm3 import OVERHEAD, apply_cm3_mask
+from cm3leon_jax.data.documents import Document, Segment
+from cm3leon_jax.decoding.batch import rounded
+from cm3leon_jax.evaluation import bits
+from cm3leon_jax.generation.pipeline import Pipeline
+from cm3leon_jax.generation.tasks import MASK, PromptLayout
+from cm3leon_jax.generation.text_tasks import text_pieces
+from cm3leon_jax.mesh import batch_shards
+
+
+def score_answers(
+  pipeline: Pipeline,
+  params: dict,
+  texts: Sequence[str],
+  answers: Sequence[Sequence[str]],
+  codes,
+) -> list[np.ndarray]:
+  """Computes log p(answer, <eoss>) for each answer to each question.
+
+    text = "Question: how many? Answer: <mask>.", answers = ["two", "two of them"]:
+    </s> Question: how many? Answer: <mask:0>. <break> image </s> <mask:0> two <eoss>, and the other
+
+  The end of an answer counts, so that one that begins like another is not favored.
+
+  Args:
+    pipeline: of the run.
+    params: of the decoder as it was trained, on the current mesh.
+    texts: Q texts with one MASK each.
+    answers: of each question, C answers.
+    codes: [Q, I] of the image that follows each text.
+
+  Returns:
+    Of each question [C] log-probabilities in nats.
+
+  Raises:
+    UserError: an answer is empty, or text and image do not fit the positions of the model.
+  """
+  layout = pipeline.layout
+  samples, lengths = [], []
+  for text, image, of_question in zip(texts, layout.vocab.image_ids(np.asarray(codes)), answers):
+    before, after = text_pieces(layout.encode, text)
+    for answer in of_question:
+      hole = layout.encode(answer)
+      samples.append(_sample(layout, before, hole, after, image, text))
+      lengths.append(len(hole) + 1)
+  size = rounded(min(len(samples), pipeline.generator.config.batch_size), batch_shards())
+  scored = bits.score_samples(params, pipeline.settings.model, samples, layout.vocab, size)
+  sums = np.array([-np.log(2) * x[-n:].sum() for x, n in zip(scored, lengths)])
+  return np.split(sums, np.cumsum([len(of_question) for of_question in answers])[:-1])
+
+
+def _sample(layout: PromptLayout, before, hole, after, image, text: str) -> np.ndarray:
+  """The document of a question with an answer, which is its masked span."""
+  if not len(hole):
+    raise UserError(f"an answer to '{text.replace(MASK, '?')}' is empty: give at least one word.")
+  words = np.concatenate([before, hole, after]).astype(np.int32)
+  document = Document("", (Segment(False, words), Segment(True, image)), "", "", "")
+  sample, start = rows.join([document], layout.vocab), 1 + len(before)
+  if (needed := len(sample) + OVERHEAD) > layout.positions + 1:
+    raise UserError(
+      f"'{text}' takes {needed} positions with its image and an answer; the model was trained on "
+      f"{layout.positions}: shorten the text."
+    )
+  return apply_cm3_mask(sample, [(start, start + len(hole))], layout.vocab)

@@ -1,0 +1,98 @@
+"""Compares two evaluations by one protocol: paired differences of means over examples."""
+
+from etils import epath
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.evaluation import intervals
+from cm3leon_jax.evaluation.protocols.results import RESULTS
+from cm3leon_jax.evaluation.protocols.run import VALUES
+from cm3leon_jax.io import read_json
+
+# What must be equal: other differences are what is compared.
+SAME = ("protocol", "data", "extractor", "scorer")
+
+
+def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 10_000) -> list:
+  """Computes the differences second - first of all metrics that both have.
+
+  A mean over examples is compared example by example, so what both find hard cancels; groups of
+  examples are resampled. A Frechet distance and BLEU are compared resample by resample, each of
+  the same groups. Other distances have no interval.
+
+  Args:
+    first: folder of an evaluation.
+    second: another, of the same protocol on the same data.
+    num_resamples: of the bootstrap.
+
+  Returns:
+    {"column", "metric", "first", "second", "difference", "low", "high"} each; the last two are None
+    where there is no interval.
+
+  Raises:
+    UserError: a folder has no results, or protocol, data or networks differ.
+  """
+  results = [read_json(epath.Path(folder) / RESULTS) for folder in (first, second)]
+  for field in SAME:
+    if results[0][field] != results[1][field]:
+      raise UserError(
+        f"{first} and {second} differ in {field}: evaluations are compared only if protocol, data, "
+        "extractor and CLIP are the same."
+      )
+  values = [_values(folder) for folder in (first, second)]
+  rows = []
+  for column, of_column in results[0]["columns"].items():
+    for metric, found in of_column["metrics"].items():
+      other = results[1]["columns"][column]["metrics"].get(metric)
+      if other is None or None in (found["value"], other["value"]):
+        continue
+      row = {"column": column, "metric": metric, "first": found["value"], "second": other["value"]}
+      row |= {"difference": other["value"] - found["value"], "low": None, "high": None}
+      for kind, interval in (("values", paired), ("resamples", resampled)):
+        pair = [of[name] for of in values if (name := f"{column}/{metric}/{kind}") in of]
+        if len(pair) == 2:
+          row |= interval(*pair, values[0]["groups"], row["difference"], num_resamples)
+      rows.append(row)
+  return rows
+
+
+def _values(folder: epath.PathLike) -> dict[str, np.ndarray]:
+  with (epath.Path(folder) / VALUES).open("rb") as file, np.load(file) as stored:
+    return {name: stored[name] for name in stored.files}
+
+
+def paired(first, second, groups, difference: float, num_resamples: int) -> dict:
+  """Returns the mean difference of the examples that have both values, and its interval."""
+  both = ~np.isnan(first) & ~np.isnan(second)
+  if not both.any():
+    return {}
+  apart = (second - first)[both]
+  found = intervals.mean_interval(apart, np.ones(len(apart)), groups[both], num_resamples)
+  return {"difference": found["mean"], "low": found["low"], "high": found["high"]}
+
+
+def resampled(first, second, groups, difference: float, num_resamples: int) -> dict:
+  """Returns the interval of a difference from values of the same resamples.
+
+  As in `frechet_interval` the percentiles are moved by the mean difference of the resamples less
+  `difference`, because resamples are biased more.
+  """
+  if len(first) != len(second):
+    return {}
+  apart = second - first - (np.mean(second - first) - difference)
+  sizes = np.unique(groups, return_counts=True)[1]
+  level = intervals.percentile_level(sizes.sum() ** 2 / (sizes**2).sum())
+  low, high = np.quantile(apart, [(1 - level) / 2, (1 + level) / 2])
+  return {"low": float(low), "high": float(high)}
+
+
+def describe(rows: list[dict]) -> str:
+  """Writes the result of `compare` as text."""
+  lines = []
+  for row in rows:
+    interval = "" if row["low"] is None else f" [{row['low']:+.4g}, {row['high']:+.4g}]"
+    lines.append(
+      f"{row['column']}, {row['metric']}: {row['first']:.4g} -> {row['second']:.4g}, "
+      f"{row['difference']:+.4g}{interval}"
+    )
+  return "\n".join(lines)

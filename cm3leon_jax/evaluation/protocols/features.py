@@ -1,0 +1,130 @@
+"""Computes what metrics read of images: features, embeddings, codes.
+
+They are computed in parts of PART images, each a file. Memory holds the pixels of one part; the
+processes of a job share the parts; a part that exists is not computed again.
+"""
+
+# n images, H height, W width, D width of features, E of embeddings, I codes of an image.
+
+from collections.abc import Callable, Sequence
+import dataclasses
+
+from etils import epath
+import jax
+from jax.sharding import AxisType
+import numpy as np
+
+from cm3leon_jax import distributed
+from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+from cm3leon_jax.evaluation.protocols.samples import PART
+from cm3leon_jax.generation.tasks import slug
+from cm3leon_jax.io import replacing
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+
+KINDS = ("features", "embeddings", "codes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+  """A set of images, of which only what metrics read is kept.
+
+  Attributes:
+    features: [n, D] float32 of the extractor of distances, or None.
+    embeddings: [n, E] float32 of the CLIP of scores, of norm 1, or None.
+    codes: [n, I] image codes, or None.
+    groups: [n] what each belongs to.
+  """
+
+  features: np.ndarray | None
+  embeddings: np.ndarray | None
+  codes: np.ndarray | None
+  groups: list[str]
+
+  def __getitem__(self, mask: np.ndarray) -> "Images":
+    """Selects images by a mask [n]."""
+    arrays = (getattr(self, kind) for kind in KINDS)
+    groups = [group for group, kept in zip(self.groups, mask) if kept]
+    return Images(*(None if x is None else x[mask] for x in arrays), groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+  """What computes features.
+
+  Attributes:
+    folder: gets the files.
+    needs: of `KINDS`.
+    extractor: of features, or None.
+    scorer: CLIP of scores, or None.
+    image_tokenizer: of codes.
+    identity: changes if features do.
+  """
+
+  folder: epath.Path
+  needs: frozenset[str]
+  extractor: Callable[[np.ndarray], np.ndarray] | None
+  scorer: object
+  image_tokenizer: ImageTokenizer
+  identity: dict
+
+  def images(self, name: str, groups: Sequence[str], load: Callable) -> Images:
+    """Computes what is needed of images, or reads it if it was computed before.
+
+    Args:
+      name: of the set.
+      groups: [n] of the images.
+      load: (start, stop) -> (pixels [stop - start, H, W, 3] uint8, their codes, or None).
+    """
+    stem = f"{slug(name)}-{protocol_lib.digest([self.identity, sorted(self.needs)])[:8]}"
+    starts = range(0, len(groups), PART)
+    paths = [self.folder / stem / f"part_{start // PART:05d}.npz" for start in starts]
+    # The caller's mesh has the devices of all processes, and a part is computed by one of them.
+    devices = jax.local_devices()[:1]
+    local = jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=devices)
+    with distributed.together(), jax.set_mesh(local):
+      for number, (start, path) in enumerate(zip(starts, paths)):
+        if number % jax.process_count() == jax.process_index() and not path.exists():
+          pixels, codes = load(start, min(start + PART, len(groups)))
+          with replacing(path) as file:
+            np.savez(file, **self._compute(pixels, codes))
+    found = {kind: [] for kind in KINDS}
+    for path in paths:
+      with path.open("rb") as file, np.load(file) as stored:
+        for kind in stored.files:
+          found[kind].append(stored[kind])
+    arrays = (np.concatenate(rows) if rows else None for rows in found.values())
+    return Images(*arrays, list(groups))
+
+  def _compute(self, pixels: np.ndarray, codes: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Computes what is needed of a part."""
+    found = {}
+    if "features" in self.needs:
+      found["features"] = np.asarray(self.extractor(pixels), np.float32)
+    if "embeddings" in self.needs:
+      found["embeddings"] = np.asarray(self.scorer.embed_images(pixels), np.float32)
+    if "codes" in self.needs:
+      codes = self.image_tokenizer.encode(pixels) if codes is None else codes
+      found["codes"] = np.asarray(codes, np.int32)
+    return found
+
+
+def real_images(networks: Networks, paths: dict[str, str]) -> Images:
+  """Computes what is needed of image files: path -> group."""
+  files, size = list(paths), networks.image_tokenizer.config.resolution
+
+  def load(start: int, stop: int):
+    return np.stack([raw_pairs.load_image(path, size) for path in files[start:stop]]), None
+
+  return networks.images("reference", list(paths.values()), load)
+
+
+def noise(networks: Networks, count: int, seed: int) -> Images:
+  """Computes what is needed of images of independent random pixels."""
+  size = networks.image_tokenizer.config.resolution
+
+  def load(start: int, stop: int):
+    rng = np.random.default_rng([seed, start])
+    return rng.integers(0, 256, (stop - start, size, size, 3), np.uint8), None
+
+  return networks.images("noise", [f"noise {i}" for i in range(count)], load)

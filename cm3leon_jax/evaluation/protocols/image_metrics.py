@@ -1,0 +1,79 @@
+"""Metrics of images: distances of sets, and means over examples."""
+
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.evaluation import code_histograms, kernel_distance
+from cm3leon_jax.evaluation.frechet_interval import frechet_interval
+from cm3leon_jax.evaluation.precision_recall import precision_recall as shares_inside
+from cm3leon_jax.evaluation.protocols.column import Column, mean
+from cm3leon_jax.evaluation.protocols.features import Images
+
+
+def frechet_distance(column: Column) -> dict:
+  """Computes the Frechet distance of the samples' features from those of the real images."""
+  made, real = _features(column)
+  found = frechet_interval(made.features, made.groups, real.features, real.groups, seed=column.seed)
+  return {"value": found.pop("distance"), **found, "samples": len(made.groups)}
+
+
+def kernel(column: Column) -> dict:
+  """Computes the kernel distance (KID); `std` is that of its subsets, no error of the mean."""
+  made, real = _features(column)
+  found = kernel_distance.kid(made.features, real.features, seed=column.seed)
+  return {"value": found["mean"], **found, "samples": len(made.groups)}
+
+
+def precision(column: Column) -> dict:
+  """Computes improved precision, and `recall` beside it."""
+  made, real = _features(column)
+  found = shares_inside(made.features, real.features)
+  return {"value": found["precision"], "recall": found["recall"], "samples": len(made.groups)}
+
+
+def cmmd(column: Column) -> dict:
+  """Computes CMMD; the paper's numbers are those of CLIP ViT-L/14 at 336 pixels."""
+  made, real = _features(column)
+  return {
+    "value": kernel_distance.cmmd(made.features, real.features),
+    "samples": len(made.groups),
+  }
+
+
+def code_distance(column: Column) -> dict:
+  """Computes the Jensen-Shannon divergence in bits of the image codes' frequencies."""
+  made, real = column.images.codes, column.reference.codes
+  size = 1 + max(int(made.max()), int(real.max()))
+  made, real = (code_histograms.count_codes([codes], size) for codes in (made, real))
+  return {
+    "value": code_histograms.jensen_shannon_bits(made, real),
+    "total_variation": code_histograms.total_variation(made, real),
+    "samples": len(column.groups),
+  }
+
+
+def clip_score(column: Column) -> dict:
+  """Averages the cosines of images and captions."""
+  return mean(np.sum(column.images.embeddings * column.captions, axis=1).tolist(), column)
+
+
+def likelihood(column: Column) -> dict:
+  """Averages how much likelier an image makes its caption, by the model itself, in nats."""
+  return mean(column.likelihoods.tolist(), column)
+
+
+def copy_rate(column: Column) -> dict:
+  """Averages the percentage of codes that the best neighbor has at the same places."""
+  copied = [line["copied"] for line in column.lines]
+  return mean([None if share is None else 100 * share for share in copied], column)
+
+
+def judged(column: Column) -> dict:
+  """Computes the percentage of images of `scenes` that show exactly what their captions say."""
+  if column.verdicts is None:
+    raise UserError("metric 'judged' needs held-out scenes: config.raw.source = 'scenes'.")
+  return mean((100 * column.verdicts).astype(float).tolist(), column)
+
+
+def _features(column: Column) -> tuple[Images, Images]:
+  return column.images, column.reference

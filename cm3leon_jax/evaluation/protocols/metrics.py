@@ -1,0 +1,79 @@
+"""The metrics of protocols: a table of what each computes and needs."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.evaluation.protocols import image_metrics, text_metrics
+from cm3leon_jax.evaluation.protocols.column import Column
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """A metric.
+
+  Attributes:
+    compute: of a column.
+    title: in tables.
+    task: of protocols that it measures.
+    needs: what it reads: of `Images` "features", "embeddings", "codes"; of `Column` "likelihoods",
+      "candidates", "verdicts".
+    least: smallest number of samples.
+    higher_is_better: in what direction it improves; None: it has none.
+  """
+
+  compute: Callable[[Column], dict]
+  title: str
+  task: str
+  needs: tuple[str, ...] = ()
+  least: int = 2
+  higher_is_better: bool | None = True
+
+
+def _distance(compute: Callable[[Column], dict], title: str, need: str = "features") -> Metric:
+  return Metric(compute, title, "image", (need,), higher_is_better=False)
+
+
+METRICS = {
+  "frechet_distance": _distance(image_metrics.frechet_distance, "Frechet distance"),
+  "kernel_distance": _distance(image_metrics.kernel, "kernel distance"),
+  "precision_recall": Metric(image_metrics.precision, "precision", "image", ("features",), least=4),
+  "cmmd": _distance(image_metrics.cmmd, "CMMD"),
+  "code_distance": _distance(image_metrics.code_distance, "code distance (bits)", "codes"),
+  "clip_score": Metric(image_metrics.clip_score, "CLIP score", "image", ("embeddings",)),
+  "likelihood": Metric(
+    image_metrics.likelihood,
+    "log p(caption | image) / p(caption)",
+    "image",
+    ("likelihoods",),
+  ),
+  "copy_rate": Metric(image_metrics.copy_rate, "codes copied (%)", "image", higher_is_better=None),
+  "judged": Metric(image_metrics.judged, "wholly right (%)", "image", ("verdicts",)),
+  "cider": Metric(text_metrics.cider, "CIDEr", "text"),
+  "bleu4": Metric(text_metrics.bleu4, "BLEU-4", "text"),
+  "vqa_accuracy": Metric(text_metrics.vqa_accuracy, "VQA accuracy (%)", "text"),
+  "exact_match": Metric(text_metrics.exact_match, "exact match (%)", "text"),
+  "ndcg": Metric(text_metrics.ndcg, "NDCG (%)", "text", ("candidates",)),
+}
+
+
+def check(names: Sequence[str], task: str, count: int) -> None:
+  """Checks metrics before anything is generated.
+
+  Raises:
+    UserError: an unknown name, a metric of another task, or too few samples.
+  """
+  for name in names:
+    if name not in METRICS:
+      raise UserError(f"'{name}' is no metric; they are {', '.join(METRICS)}.")
+    metric = METRICS[name]
+    if task != metric.task:
+      fitting = [n for n, m in METRICS.items() if task == m.task]
+      raise UserError(
+        f"metric '{name}' does not measure task '{task}'; these do: {', '.join(fitting)}."
+      )
+    if 0 < count < metric.least:  # 0: all.
+      raise UserError(
+        f"metric '{name}' needs at least {metric.least} samples, and the protocol has {count}: "
+        "raise data.count, or --examples."
+      )

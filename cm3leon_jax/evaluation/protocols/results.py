@@ -1,0 +1,92 @@
+"""Writes the results of a protocol, and describes them."""
+
+import dataclasses
+import subprocess
+
+import jax
+
+import cm3leon_jax
+from cm3leon_jax import distributed
+from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+from cm3leon_jax.evaluation.protocols.metrics import METRICS
+from cm3leon_jax.evaluation.protocols.run import Run
+from cm3leon_jax.evaluation.protocols.samples import Evaluated
+from cm3leon_jax.io import digest, plain, write_json
+
+RESULTS = "results.json"
+
+
+def git_revision() -> str | None:
+  """Returns the commit of the checkout that runs, with "+" if files differ; None without one."""
+  folder = cm3leon_jax.__path__[0]
+
+  def git(*arguments: str) -> str:
+    command = ["git", "-C", folder, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+  try:
+    revision, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return revision + ("+" if changed else "")
+
+
+def fingerprint(evaluated: Evaluated) -> str:
+  """Returns the SHA-256 of all that is given and expected: examples, and the bytes of images."""
+  images = {path: digest(path) for path in sorted(evaluated.images)}
+  return protocol_lib.digest(
+    [{**dataclasses.asdict(e), "image": images.get(e.image)} for e in evaluated.examples]
+  )
+
+
+def write(job: Run, about: dict, measured: dict) -> dict:
+  """Writes results.json: what was measured, on what, and by which code; returns its content."""
+  result = {
+    **about,
+    "title": job.protocol.title,
+    "protocol": dataclasses.asdict(job.protocol),
+    "metrics": list(job.metrics),
+    "examples": len(job.evaluated.examples),
+    "seed": job.protocol.seed,
+    "data": fingerprint(job.evaluated),
+    "extractor": job.extractor and {"name": job.extractor.name, **job.extractor.identity},
+    "scorer": job.scorer_identity,
+    "git": git_revision(),
+    "version": cm3leon_jax.__version__,
+    "jax": jax.__version__,
+    "device": jax.devices()[0].device_kind,
+    **measured,
+  }
+  if distributed.is_first():
+    write_json(job.folder / RESULTS, result)
+  return plain(result)
+
+
+def describe(result: dict) -> str:
+  """Writes results as text: a line for each column and control, and for each published figure."""
+  lines = [f"{result['title']}: {result['examples']} examples"]
+  for name, column in result["columns"].items():
+    apart = column["divergence"]
+    canary = "" if apart is None else f"; KL of the prompt {apart:.3g} nats a code"
+    lines.append(f"  {name}: {_numbers(column['metrics'])}{canary}")
+  for name, measured in result["controls"].items():
+    lines.append(f"  control, {name}: {_numbers(measured)}")
+  for row in result["protocol"]["published"]:
+    figures = [f"{METRICS[n].title} {row[n]:g}" for n in result["metrics"] if n in row]
+    if figures:
+      of = f", {row['column']}" if "column" in row else ""
+      lines.append(f"  {row['model']}{of} ({row['source']}): {', '.join(figures)}")
+  return "\n".join(lines)
+
+
+def _numbers(measured: dict[str, dict]) -> str:
+  cells = []
+  for name, found in measured.items():
+    interval = ""
+    if found.get("low") is not None:
+      interval = f" [{found['low']:.4g}, {found['high']:.4g}]"
+    value = "none" if found["value"] is None else f"{found['value']:.4g}"
+    cells.append(f"{METRICS[name].title} {value}{interval}")
+    if "recall" in found:
+      cells.append(f"recall {found['recall']:.4g}")
+  return ", ".join(cells)

@@ -1,0 +1,264 @@
+"""Runs a protocol: samples, what metrics read of them, metrics, and controls."""
+
+# n examples.
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+from etils import epath
+import numpy as np
+from tqdm import tqdm
+
+from cm3leon_jax import distributed
+from cm3leon_jax.evaluation import pairs
+from cm3leon_jax.evaluation.answer_scores import score_answers
+from cm3leon_jax.evaluation.extractors import Extractor
+from cm3leon_jax.evaluation.protocols import features
+from cm3leon_jax.evaluation.protocols import samples as samples_lib
+from cm3leon_jax.evaluation.protocols.column import Column
+from cm3leon_jax.evaluation.protocols.features import Images, Networks
+from cm3leon_jax.evaluation.protocols.metrics import METRICS
+from cm3leon_jax.evaluation.protocols.protocol import Protocol, sampling_of
+from cm3leon_jax.evaluation.protocols.samples import PART, Evaluated
+from cm3leon_jax.generation.given_images import load_image
+from cm3leon_jax.generation.pipeline import Pipeline
+from cm3leon_jax.generation.tasks import slug
+from cm3leon_jax.io import read_json, replacing, write_json
+
+VALUES = "values.npz"
+REAL, NOISE, SHUFFLED = "real images", "noise", "shuffled"  # Controls.
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A protocol and what it runs on.
+
+  Attributes:
+    protocol: what is measured.
+    metrics: names of `METRICS`, checked.
+    pipeline: of the run.
+    workdir: of the run.
+    folder: of the evaluation.
+    evaluated: the examples.
+    extractor: of distances, or None.
+    scorer: CLIP of scores, or None.
+    scorer_identity: changes if its scores do.
+    params: of the decoder as it was trained, which scores of texts read.
+    num_resamples: of intervals of means.
+  """
+
+  protocol: Protocol
+  metrics: tuple[str, ...]
+  pipeline: Pipeline
+  workdir: epath.Path
+  folder: epath.Path
+  evaluated: Evaluated
+  extractor: Extractor | None
+  scorer: Any
+  scorer_identity: dict | None
+  params: dict
+  num_resamples: int
+
+  @functools.cached_property
+  def needs(self) -> frozenset[str]:
+    """What the metrics read."""
+    return frozenset(need for name in self.metrics for need in METRICS[name].needs)
+
+  @functools.cached_property
+  def groups(self) -> list[str]:
+    """What each example belongs to."""
+    return [example.group for example in self.evaluated.examples]
+
+  @functools.cached_property
+  def networks(self) -> Networks:
+    """What computes features of images."""
+    extractor = self.extractor and self.extractor.identity
+    return Networks(
+      folder=self.folder / "features",
+      needs=self.needs & frozenset(features.KINDS),
+      extractor=self.extractor,
+      scorer=self.scorer,
+      image_tokenizer=self.pipeline.image_tokenizer,
+      identity={"extractor": extractor, "scorer": self.scorer_identity},
+    )
+
+  def column(self, name: str, **fields) -> Column:
+    """Makes what metrics read; fields that are not given are absent."""
+    fields = {"lines": [], "examples": [], "groups": self.groups, **fields}
+    return Column(name, seed=self.protocol.seed, num_resamples=self.num_resamples, **fields)
+
+
+def run(job: Run) -> dict:
+  """Generates and measures what is absent; the first process writes values.npz.
+
+  Returns:
+    {"columns": {name: {"retrieve", "sampling", "divergence", "metrics": {metric: {"value", ...}}}},
+    "controls": {control: {metric: {"value", ...}}}}.
+  """
+  tasks = samples_lib.tasks_of(job.protocol, job.evaluated, job.pipeline, job.workdir)
+  samples_lib.generate(job.protocol, job.evaluated, tasks, job.pipeline, job.folder)
+  reference, captions = None, None
+  if job.networks.needs:
+    reference = features.real_images(job.networks, job.evaluated.images)
+  if "embeddings" in job.needs:
+    captions = embed_captions(job)
+  result: dict = {"columns": {}, "controls": {}}
+  values: dict[str, np.ndarray] = {}
+  for column in job.protocol.columns:
+    data = _column(job, column.name, reference, captions)
+    measured = {}
+    for name in job.metrics:
+      measured[name] = METRICS[name].compute(data)
+      for kind in ("values", "resamples"):
+        if (rows := measured[name].pop(kind, None)) is not None:
+          values[f"{column.name}/{name}/{kind}"] = np.array(rows, np.float64)
+    apart = [line["divergence"] for line in data.lines if line["divergence"] is not None]
+    result["columns"][column.name] = {
+      "retrieve": column.retrieve,
+      "sampling": dataclasses.asdict(sampling_of(column, job.pipeline.settings.sampling)),
+      "divergence": float(np.mean(apart)) if apart else None,
+      "metrics": measured,
+    }
+    if not result["controls"]:
+      result["controls"] = _controls(job, data)
+  if distributed.is_first():
+    with replacing(job.folder / VALUES) as file:
+      keys = [example.key for example in job.evaluated.examples]
+      np.savez(file, keys=np.array(keys), groups=np.array(job.groups), **values)
+  return result
+
+
+def _column(job: Run, name: str, reference: Images | None, captions) -> Column:
+  """Reads the samples of a column and computes what metrics need of them."""
+  with distributed.together():  # The first process writes samples; now all read them.
+    pass
+  parts = list(samples_lib.read_lines(job.folder, name, len(job.groups)))
+  lines = [line for part in parts for line in part]
+  images = None
+  if job.networks.needs:
+
+    def load(start: int, stop: int):
+      some = lines[start:stop]
+      codes = np.array([line["codes"] for line in some])
+      return job.pipeline.image_tokenizer.decode(codes), codes
+
+    images = job.networks.images(f"column {name}", job.groups, load)
+  of_parts = {
+    "verdicts": functools.partial(_judge, job),
+    "likelihoods": functools.partial(_likelihoods, job),
+    "candidates": functools.partial(_candidates, job),
+  }
+  computed: dict[str, Any] = {
+    need: _in_parts(job.folder / need / slug(name), parts, compute)
+    for need, compute in of_parts.items()
+    if need in job.needs
+  }
+  for need in {"verdicts", "likelihoods"} & set(computed):
+    computed[need] = np.array(computed[need])
+  return job.column(
+    name,
+    lines=lines,
+    examples=job.evaluated.examples,
+    images=images,
+    reference=reference,
+    captions=captions,
+    **computed,
+  )
+
+
+def _in_parts(folder: epath.Path, parts: list[list[dict]], compute: Callable) -> list:
+  """Computes a JSON value of each line, by all processes together; parts that exist are read."""
+  paths = [folder / f"part_{number:05d}.json" for number in range(len(parts))]
+  todo = [i for i, path in enumerate(paths) if not path.exists()]
+  for i in tqdm(todo, desc=folder.parent.name, unit="part", disable=not distributed.is_first()):
+    values = compute(parts[i])
+    if distributed.is_first():
+      write_json(paths[i], values)
+  with distributed.together():
+    pass
+  return [value for path in paths for value in read_json(path)]
+
+
+def _judge(job: Run, part: list[dict]) -> list[bool]:
+  """Judges images of `scenes`: whether each shows exactly what its caption says."""
+  from cm3leon_jax.evaluation import scenes
+
+  images = job.pipeline.image_tokenizer.decode(np.array([line["codes"] for line in part]))
+  facts = [job.evaluated.facts[line["row"]] for line in part]
+  style = job.pipeline.settings.scenes.style
+  return [bool(verdict.correct) for verdict in scenes.judge_all(images, facts, style)]
+
+
+def _likelihoods(job: Run, part: list[dict]) -> list[float]:
+  """Computes how much likelier each image makes its caption, in nats."""
+  texts, codes = zip(*((line["prompt"], line["codes"]) for line in part))
+  scores = pairs.score_codes(job.pipeline, job.params, texts, np.array(codes))
+  return [score.text_given_image - score.text for score in scores]
+
+
+def _candidates(job: Run, part: list[dict]) -> list[list[float]]:
+  """Scores the candidates of each example, in nats."""
+  size = job.pipeline.layout.resolution
+  examples = [job.evaluated.examples[line["row"]] for line in part]
+  images = np.stack([load_image(example.image, size) for example in examples])
+  codes = job.pipeline.image_tokenizer.encode(images)
+  texts = [job.protocol.text_of(example) for example in examples]
+  answers = [example.candidates for example in examples]
+  scores = score_answers(job.pipeline, job.params, texts, answers, codes)
+  return [row.tolist() for row in scores]
+
+
+def embed_captions(job: Run) -> np.ndarray:
+  """Embeds the captions that images are drawn for by the CLIP of scores: [n, E] of norm 1."""
+  prompts = [example.prompt or "" for example in job.evaluated.examples]
+  tokens = [job.scorer.encode(text) for text in prompts]
+  rows = [job.scorer.embed_texts(tokens[i : i + PART]) for i in range(0, len(tokens), PART)]
+  return np.concatenate(rows).astype(np.float32)
+
+
+def _controls(job: Run, first: Column) -> dict[str, dict]:
+  """Measures what is known to be near, and far.
+
+  Distances: the two halves of the real images, split by groups, differ by chance alone; noise is as
+  far as images can be. CLIP scores: of real images, and of samples with captions of others. Texts:
+  those that were written for other examples, and candidates in a random order.
+  """
+  rng = np.random.default_rng(job.protocol.seed)
+  shuffled = np.roll(rng.permutation(len(job.groups)), 1)
+  result: dict[str, dict] = {}
+
+  def measure(title: str, column: Column, names) -> None:
+    for name in names:
+      if len(column.groups) >= METRICS[name].least:
+        found = METRICS[name].compute(column)
+        kept = {k: v for k, v in found.items() if k not in ("values", "resamples")}
+        result.setdefault(title, {})[name] = kept
+
+  distances = [n for n in job.metrics if METRICS[n].needs in (("features",), ("codes",))]
+  if distances:
+    real = first.reference
+    unique = sorted(set(real.groups))
+    chosen = set(rng.permutation(unique)[: len(unique) // 2])
+    mask = np.array([group in chosen for group in real.groups])
+    halves, noise = (
+      (real[mask], real[~mask]),
+      features.noise(job.networks, len(real.groups), job.protocol.seed),
+    )
+    for title, made, other in ((REAL, *halves), (NOISE, noise, real)):
+      column = job.column(title, groups=made.groups, images=made, reference=other)
+      measure(title, column, distances)
+  if "clip_score" in job.metrics:
+    places = {path: i for i, path in enumerate(job.evaluated.images)}
+    rows = [places[example.image] for example in job.evaluated.examples]
+    real = Images(None, first.reference.embeddings[rows], None, job.groups)
+    measure(REAL, job.column(REAL, images=real, captions=first.captions), ["clip_score"])
+    column = dataclasses.replace(first, captions=first.captions[shuffled])
+    measure(SHUFFLED, column, ["clip_score"])
+  if job.protocol.task == "text":
+    fields: dict[str, Any] = {"lines": [first.lines[i] for i in shuffled]}
+    if first.candidates is not None:
+      fields["candidates"] = [rng.permutation(row) for row in first.candidates]
+    measure(SHUFFLED, dataclasses.replace(first, **fields), job.metrics)
+  return result

@@ -1,0 +1,227 @@
+"""Generates the samples of a protocol part by part, and reads them again.
+
+A part is a file of PART examples. A part that exists is not generated again, and memory holds one
+part, so a protocol may have any number of examples and may be killed at any time. Images are kept
+as their codes.
+"""
+
+# I tokens of an image.
+
+from collections.abc import Iterator
+import dataclasses
+import functools
+import json
+
+from etils import epath
+import numpy as np
+from tqdm import tqdm
+
+from cm3leon_jax import distributed
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.data.evaluation_examples import Example, caption_prompts, check_images, choose
+from cm3leon_jax.data.evaluation_files import open_examples
+from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+from cm3leon_jax.evaluation.protocols.protocol import Protocol
+from cm3leon_jax.generation.heldout import tasks_of_rows
+from cm3leon_jax.generation.image_tasks import TextToImage
+from cm3leon_jax.generation.pipeline import Pipeline, Sample
+from cm3leon_jax.generation.tasks import Task, slug
+from cm3leon_jax.generation.text_tasks import InfillText
+from cm3leon_jax.io import read_json_lines, replacing
+
+PART = 64  # Examples of a part.
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+  """Examples of a protocol.
+
+  Attributes:
+    examples: n of them.
+    rows: the held-out document of each; None: the examples come from files.
+    facts: of each, what its caption says; {} where it is not known.
+  """
+
+  examples: list[Example]
+  rows: list[int] | None
+  facts: list[dict]
+
+  @functools.cached_property
+  def images(self) -> dict[str, str]:
+    """The real images, each once: path -> group."""
+    return {e.image: e.group for e in self.examples if e.image is not None}
+
+
+def open_evaluated(protocol: Protocol, pipeline: Pipeline, workdir, data) -> Evaluated:
+  """Chooses the examples of a protocol by its seed.
+
+  Args:
+    protocol: what to choose.
+    pipeline: of the run.
+    workdir: of the run; its held-out pairs are read.
+    data: folder of the evaluation files and their images, or None.
+
+  Raises:
+    UserError: a file is absent or wrong, an image does not exist, there are too few examples, or
+      images of the run have another size.
+  """
+  side = pipeline.layout.resolution
+  if protocol.resolution not in (0, side):
+    raise UserError(
+      f"the protocol compares images of {protocol.resolution} x {protocol.resolution} pixels, and "
+      f"those of the run have {side} x {side}: measure another run, or set resolution to 0 in a "
+      "copy of the protocol, whose distances do not compare with published ones."
+    )
+  if protocol.data.format == protocol_lib.HELDOUT:
+    return _heldout(protocol, pipeline, epath.Path(workdir))
+  if data is None:
+    raise UserError(
+      f"the protocol reads files of the format '{protocol.data.format}': name their folder by "
+      "--data."
+    )
+  examples = open_examples(protocol.data.format, data, protocol.data.split)
+  examples = list(caption_prompts(examples) if protocol.task == "image" else examples)
+  chosen = choose(examples, protocol.data.count or len(examples), protocol.seed)
+  check_images(chosen)
+  return Evaluated(chosen, None, [{}] * len(chosen))
+
+
+def _heldout(protocol: Protocol, pipeline: Pipeline, workdir: epath.Path) -> Evaluated:
+  """Chooses held-out pairs: scenes as `scene_samples.choose`, others evenly spaced."""
+  store = DocumentStore(workdir / "documents" / "heldout_pairs", pipeline.layout.vocab)
+  images = {pair.key: pair.image for pair in raw_pairs.read_pairs(workdir / "raw", "heldout")}
+  facts = [store[i].facts for i in range(len(store))]
+  count = protocol.data.count or len(store)
+  if count > len(store):
+    raise UserError(
+      f"the protocol asks for {count} examples, and the run holds out {len(store)} pairs: set "
+      f"--examples={len(store)}."
+    )
+  if all(facts) and facts:
+    from cm3leon_jax.evaluation.scene_samples import choose as choose_scenes
+
+    rows = choose_scenes(facts, count, protocol.seed)
+  else:
+    rows = np.linspace(0, len(store) - 1, count).astype(int).tolist()
+  examples = []
+  for row in rows:
+    document = store[row]
+    caption = pipeline.layout.decode(document.segments[0].tokens)
+    group = document.concept or document.key
+    examples.append(Example(document.key, group, images[document.key], caption, (caption,)))
+  return Evaluated(examples, rows, [facts[row] for row in rows])
+
+
+def tasks_of(
+  protocol: Protocol, evaluated: Evaluated, pipeline: Pipeline, workdir
+) -> dict[str, list[Task]]:
+  """Returns a task for each column and example: column -> n tasks."""
+  result: dict[str, list[Task]] = {}
+  for column in protocol.columns:
+    sampling = protocol_lib.sampling_of(column, pipeline.settings.sampling)
+    if protocol.task == "image" and evaluated.rows is not None and not protocol.template:
+      columns = [(column.retrieve, sampling)]  # Neighbors of the run, without a search.
+      rows = tasks_of_rows(pipeline.layout, workdir, evaluated.rows, protocol.seed, columns)
+      result[column.name] = list(rows)
+      continue
+    result[column.name] = [
+      _task(protocol, column, sampling, i, example) for i, example in enumerate(evaluated.examples)
+    ]
+  return result
+
+
+def _task(protocol: Protocol, column, sampling, row: int, example: Example) -> Task:
+  common = {"retrieve": column.retrieve, "sampling": sampling, "seed": protocol.seed + row}
+  common |= {"prompt": protocol.text_of(example), "row": row, "where": f"example {example.key}"}
+  if protocol.task == "image":
+    return TextToImage(**common)
+  return InfillText(image=example.image, length=column.length, **common)
+
+
+def generate(
+  protocol: Protocol,
+  evaluated: Evaluated,
+  tasks: dict[str, list[Task]],
+  pipeline: Pipeline,
+  folder: epath.PathLike,
+) -> None:
+  """Generates what is absent of all parts of all columns. The first process writes the files.
+
+  Raises:
+    UserError: see `Pipeline.generate`.
+  """
+  folder = epath.Path(folder)
+  count = {column.name: column.samples for column in protocol.columns}
+  todo = [
+    (name, start)
+    for name, of_column in tasks.items()
+    for start in range(0, len(of_column), PART)
+    if not part_path(folder, name, start).exists()
+  ]
+  for name, start in tqdm(todo, desc="parts", unit="part", disable=not distributed.is_first()):
+    some = [_with_pixels(task, pipeline) for task in tasks[name][start : start + PART]]
+    samples = pipeline.generate(some, count[name], rank=count[name] > 1)
+    if distributed.is_first():
+      lines = [
+        _line(start + i, evaluated.examples[start + i], sample, pipeline)
+        for i, of_task in enumerate(samples)
+        for sample in of_task
+      ]
+      with replacing(part_path(folder, name, start), "w") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _with_pixels(task: Task, pipeline: Pipeline) -> Task:
+  """Reads the given image of a task: its centered square, of the size of the model's images."""
+  if not task.image:
+    return task
+  return dataclasses.replace(
+    task, image=raw_pairs.load_image(task.image, pipeline.layout.resolution)
+  )
+
+
+def part_path(folder: epath.PathLike, column: str, start: int) -> epath.Path:
+  """Returns the file of the part that begins with example `start`."""
+  return epath.Path(folder) / "samples" / slug(column) / f"part_{start // PART:05d}.jsonl"
+
+
+def _line(row: int, example: Example, sample: Sample, pipeline: Pipeline) -> dict:
+  """Returns the line of a sample."""
+  line = {
+    "row": row,
+    "key": example.key,
+    "prompt": sample.task.prompt,
+    "sample": sample.index,
+    "seed": sample.seed,
+    "rank": sample.rank,
+    "clip_score": sample.clip_score,
+    "divergence": sample.divergence,
+    "neighbors": [document.key for document in sample.neighbors],
+  }
+  if sample.codes:
+    codes = np.asarray(sample.codes[0])
+    return {**line, "copied": _copied(codes, sample, pipeline), "codes": codes.tolist()}
+  return {**line, "text": sample.filled[0] if sample.filled else ""}
+
+
+def _copied(codes: np.ndarray, sample: Sample, pipeline: Pipeline) -> float | None:
+  """Returns the share of codes that the best neighbor has at the same places; None without one."""
+  images = [s for d in sample.neighbors[:1] for s in d.segments if s.is_image]
+  if not images:
+    return None
+  return float(np.mean(pipeline.layout.vocab.image_codes(images[-1].tokens) == codes))
+
+
+def read_lines(folder: epath.PathLike, column: str, count: int) -> Iterator[list[dict]]:
+  """Yields the lines of the best sample of each example, part by part.
+
+  Args:
+    folder: of the evaluation.
+    column: its name.
+    count: number of examples.
+  """
+  for start in range(0, count, PART):
+    lines = read_json_lines(part_path(folder, column, start))
+    yield [line for line in lines if line["rank"] in (None, 1)]

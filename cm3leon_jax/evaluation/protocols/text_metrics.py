@@ -1,0 +1,76 @@
+"""Metrics of texts: captions and answers, in the units of papers, from 0 to 100 or more."""
+
+# n examples, G groups, R resamples.
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.evaluation import answer_metrics, caption_metrics, intervals, ptb
+from cm3leon_jax.evaluation.protocols.column import Column, mean
+
+BLEU_RESAMPLES = 1000
+
+
+def cider(column: Column) -> dict:
+  """Computes CIDEr-D, times 100; weights of words are those of the examples' references."""
+  captions, references = _tokens(column)
+  return mean((100 * caption_metrics.cider(captions, references)).tolist(), column)
+
+
+def bleu4(column: Column) -> dict:
+  """Computes BLEU-4 of all captions as one corpus, times 100; the interval resamples groups."""
+  counts = caption_metrics.bleu_counts(*_tokens(column))
+  _, places = np.unique(np.asarray(column.groups), return_inverse=True)
+  of_groups = np.zeros((places.max() + 1, counts.shape[1]))
+  np.add.at(of_groups, places, counts)
+  result = {
+    "value": 100 * float(caption_metrics.bleu(counts.sum(0))[-1]),
+    "low": None,
+    "high": None,
+    "samples": len(counts),
+  }
+  if (size := len(of_groups)) > 1:
+    rng = np.random.default_rng(column.seed)
+    drawn = rng.multinomial(size, np.full(size, 1 / size), BLEU_RESAMPLES) @ of_groups
+    resamples = 100 * caption_metrics.bleu(drawn)[:, -1]
+    images = np.bincount(places)
+    level = intervals.percentile_level(images.sum() ** 2 / (images**2).sum())
+    low, high = np.quantile(resamples, [(1 - level) / 2, (1 + level) / 2])
+    result |= {"low": float(low), "high": float(high), "resamples": resamples}
+  return result
+
+
+def vqa_accuracy(column: Column) -> dict:
+  """Computes the VQA accuracy, times 100."""
+  return mean((100 * answer_metrics.vqa_accuracies(*_texts(column))).tolist(), column)
+
+
+def exact_match(column: Column) -> dict:
+  """Computes the percentage of texts that equal one that people wrote, both normalized."""
+  return mean((100 * answer_metrics.exact_matches(*_texts(column))).tolist(), column)
+
+
+def ndcg(column: Column) -> dict:
+  """Computes the NDCG of candidates in the order of their log-probabilities, times 100."""
+  values = []
+  for example, scores in zip(column.examples, column.candidates):
+    if not example.relevance:
+      raise UserError(
+        f"metric 'ndcg' needs candidates with judgments, and example {example.key} has none: use "
+        "it for the format 'visdial'."
+      )
+    values.append(100 * float(answer_metrics.ndcg([scores], [example.relevance])[0]))
+  return mean(values, column)
+
+
+def _texts(column: Column) -> tuple[list[str], list[Sequence[str]]]:
+  texts = [line["text"] for line in column.lines]
+  return texts, [example.references for example in column.examples]
+
+
+def _tokens(column: Column) -> tuple[list, list]:
+  texts, references = _texts(column)
+  tokens = [[ptb.tokenize(text) for text in of_example] for of_example in references]
+  return [ptb.tokenize(text) for text in texts], tokens

@@ -1,0 +1,89 @@
+"""Writes the page of an evaluation: numbers, examples chosen by the seed, and the worst ones."""
+
+# n examples, H height, W width of an image.
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.evaluation.protocols import samples
+from cm3leon_jax.evaluation.protocols.metrics import METRICS
+from cm3leon_jax.evaluation.protocols.run import VALUES, Run
+from cm3leon_jax.io import replacing
+from cm3leon_jax.reports.report import page_environment, png_uri
+
+PAGE = "report.html"
+NUM_EXAMPLES = 12
+
+
+def write(job: Run, result: dict) -> None:
+  """Writes report.html.
+
+  Args:
+    job: of the evaluation, whose samples are read.
+    result: of `results.write`.
+  """
+  count = len(job.evaluated.examples)
+  rng = np.random.default_rng(job.protocol.seed)
+  chosen = rng.permutation(count)[:NUM_EXAMPLES].tolist()
+  sections = [{"title": "Examples, chosen by the seed", "rows": _rows(job, chosen)}]
+  for name, worst in _worst(job, result).items():
+    title = f"Worst by {METRICS[name].title}, column {result['protocol']['columns'][0]['name']}"
+    sections.append({"title": title, "rows": _rows(job, worst)})
+  page = (
+    page_environment()
+    .get_template("evaluation.html.jinja")
+    .render(
+      result=result,
+      metrics={name: METRICS[name].title for name in result["metrics"]},
+      sections=sections,
+      page_title=result["name"],
+    )
+  )
+  with replacing(job.folder / PAGE, "w") as file:
+    file.write(page)
+
+
+def _worst(job: Run, result: dict) -> dict[str, list[int]]:
+  """Returns the worst examples of the first column by each metric that has a value for each."""
+  first = job.protocol.columns[0].name
+  with (job.folder / VALUES).open("rb") as file, np.load(file) as stored:
+    keys = {n: f"{first}/{n}/values" for n in job.metrics}
+    values = {n: stored[key] for n, key in keys.items() if key in stored.files}
+  worst = {}
+  for name, of_examples in values.items():
+    if METRICS[name].higher_is_better is not None:
+      order = np.argsort(of_examples, kind="stable")
+      order = order if METRICS[name].higher_is_better else order[::-1]
+      worst[name] = [int(i) for i in order if not np.isnan(of_examples[i])][:NUM_EXAMPLES]
+  return worst
+
+
+def _rows(job: Run, places: Sequence[int]) -> list[dict]:
+  """Returns what the page shows of examples: what was given, what was expected, and the samples."""
+  cells: dict[int, dict] = {i: {} for i in places}
+  for column in job.protocol.columns:
+    parts = samples.read_lines(job.folder, column.name, len(job.evaluated.examples))
+    lines = [line for part in parts for line in part if line["row"] in cells]
+    for line, cell in zip(lines, _cells(job, lines)):
+      cells[line["row"]][column.name] = cell
+  size = job.pipeline.layout.resolution
+  rows = []
+  for i in places:
+    example = job.evaluated.examples[i]
+    real = None if example.image is None else png_uri(raw_pairs.load_image(example.image, size))
+    shown = {"key": example.key, "prompt": job.protocol.text_of(example), "real": real}
+    rows.append({**shown, "references": example.references[:3], "cells": cells[i]})
+  return rows
+
+
+def _cells(job: Run, lines: list[dict]) -> list[dict]:
+  """Returns what the page shows of samples."""
+  if job.protocol.task == "text":
+    return [{"text": line["text"], "image": None, "score": None} for line in lines]
+  images = job.pipeline.image_tokenizer.decode(np.array([line["codes"] for line in lines]))
+  return [
+    {"text": "", "image": png_uri(image), "score": line["clip_score"]}
+    for image, line in zip(images, lines)
+  ]

@@ -1,0 +1,202 @@
+"""Tests a protocol from samples to results: numbers, resuming, controls, comparison, the page."""
+
+import dataclasses
+import json
+
+from etils import epath
+import numpy as np
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.raw_pairs import load_image
+from cm3leon_jax.evaluation import extractors, moments
+from cm3leon_jax.evaluation.protocols import compare, results
+from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+from cm3leon_jax.evaluation.protocols import run as run_lib
+from cm3leon_jax.evaluation.protocols import samples as samples_lib
+from cm3leon_jax.generation.pipeline import Pipeline
+from cm3leon_jax.io import read_json
+from cm3leon_jax.reports import evaluation_page
+from cm3leon_jax.retrieval.bank import load_clip
+from cm3leon_jax.training import checkpoint
+from tests.data.raw import write_raw
+from tests.generation.run import CAPTIONS, SETTINGS, one_device, save_run
+
+[PROTOCOL] = protocol_lib.parse(
+  """
+title: five drawings
+task: image
+data: {format: heldout, count: 5}
+columns:
+  - {name: one document, retrieve: 1, sampling: {guidance: 2.0}}
+  - {name: best of two, samples: 2, sampling: {guidance: 1.0}}
+metrics: [frechet_distance, kernel_distance, precision_recall, cmmd, code_distance, clip_score,
+  likelihood]
+extractor: clip
+published:
+  - {model: another, source: a paper, column: best of two, clip_score: 0.5}
+""",
+  "test.yaml",
+)
+
+
+@pytest.fixture(autouse=True)
+def mesh():
+  with one_device():
+    yield
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  root = epath.Path(tmp_path_factory.mktemp("run"))
+  save_run(root)
+  rng = np.random.default_rng(3)
+  images = [rng.integers(0, 256, (8, 8, 3), np.uint8) for _ in CAPTIONS]
+  pairs = [
+    {"key": f"h{i}", "caption": caption, "split": "heldout", "concept": caption.split()[1]}
+    for i, caption in enumerate(CAPTIONS)
+  ]
+  write_raw(root / "raw", pairs, images)
+  return root
+
+
+@pytest.fixture(scope="module")
+def pipeline(workdir):
+  with one_device():
+    params, _ = checkpoint.load_params(workdir / "train", SETTINGS.model)
+    clip = load_clip("", workdir, SETTINGS.vocab)
+    return params, Pipeline.load(SETTINGS, workdir, params, clip, batch_size=4)
+
+
+def make_job(workdir, pipeline, folder, protocol=PROTOCOL):
+  params, pipe = pipeline
+  return run_lib.Run(
+    protocol=protocol,
+    metrics=protocol.metrics,
+    pipeline=pipe,
+    workdir=workdir,
+    folder=epath.Path(folder),
+    evaluated=samples_lib.open_evaluated(protocol, pipe, workdir, None),
+    extractor=extractors.load_clip("", workdir),
+    scorer=pipe.clip,
+    scorer_identity=extractors.clip_identity(pipe.clip),
+    params=params,
+    num_resamples=100,
+  )
+
+
+@pytest.fixture(scope="module")
+def done(workdir, pipeline, tmp_path_factory):
+  """A finished evaluation: job and results."""
+  with one_device():
+    job = make_job(workdir, pipeline, tmp_path_factory.mktemp("done"))
+    about = {"name": "test", "step": 7, "inputs": {"train": "t"}}
+    result = results.write(job, about, run_lib.run(job))
+    evaluation_page.write(job, result)
+  return job, result
+
+
+def test_every_number_is_the_same_when_it_is_run_again(workdir, pipeline, done, tmp_path):
+  again = run_lib.run(make_job(workdir, pipeline, tmp_path))
+  for field in ("columns", "controls"):
+    assert json.dumps(again[field], sort_keys=True) == json.dumps(done[1][field], sort_keys=True)
+  other = dataclasses.replace(PROTOCOL, seed=1)
+  changed = run_lib.run(make_job(workdir, pipeline, tmp_path / "other", other))
+  assert changed["columns"] != again["columns"]
+
+
+def test_what_a_kill_left_out_is_generated_again(workdir, pipeline, done, tmp_path):
+  job = make_job(workdir, pipeline, tmp_path)
+  first = run_lib.run(job)
+  samples_lib.part_path(tmp_path, "best of two", 0).unlink()
+  (tmp_path / "features").rename(tmp_path / "old")
+  assert run_lib.run(job) == first
+
+
+def test_distances_are_those_of_the_decoded_images(done):
+  job, result = done
+  [lines] = samples_lib.read_lines(job.folder, "one document", 5)
+  codes = np.array([line["codes"] for line in lines])
+  features = job.extractor(job.pipeline.image_tokenizer.decode(codes))
+  real = job.extractor(np.stack([load_image(e.image, 8) for e in job.evaluated.examples]))
+  sets = [moments.Moments(features.shape[1]) for _ in range(2)]
+  for one, rows in zip(sets, (features, real)):
+    one.add(rows)
+  found = result["columns"]["one document"]["metrics"]["frechet_distance"]["value"]
+  assert found == pytest.approx(moments.frechet_distance(*sets), rel=1e-6)
+  assert found != pytest.approx(moments.frechet_distance(sets[0], sets[0]), abs=1e-3)
+
+
+def test_the_best_of_several_samples_counts(done):
+  job, _ = done
+  every = samples_lib.read_json_lines(samples_lib.part_path(job.folder, "best of two", 0))
+  [best] = samples_lib.read_lines(job.folder, "best of two", 5)
+  assert len(every) == 10
+  assert [line["row"] for line in best] == list(range(5))
+  for line in best:
+    scores = [x["clip_score"] for x in every if x["row"] == line["row"]]
+    assert line["clip_score"] == max(scores) > min(scores)
+
+
+def test_results_say_what_they_rest_on(done):
+  job, result = done
+  assert read_json(job.folder / results.RESULTS) == result
+  assert result["extractor"]["network"] == "clip"
+  assert len(result["data"]) == 64
+  column = result["columns"]["one document"]
+  assert column["sampling"]["guidance"] == 2.0
+  assert column["divergence"] > 0
+  score = column["metrics"]["clip_score"]
+  assert score["low"] < score["value"] < score["high"]
+  assert set(result["controls"]) == {run_lib.REAL, run_lib.NOISE, run_lib.SHUFFLED}
+  assert "cmmd" in result["controls"][run_lib.NOISE]
+  text = results.describe(result)
+  assert "another, best of two (a paper): CLIP score 0.5" in text
+
+
+def test_the_page_shows_numbers_examples_and_the_worst(done):
+  job, _ = done
+  page = (job.folder / evaluation_page.PAGE).read_text()
+  for text in ("five drawings", "Worst by CLIP score", "best of two", "red apple", "a paper"):
+    assert text in page
+  # Two sections of examples and two of the worst, five rows each, with the real image.
+  assert page.count("data:image/png") == 3 * 5 * 3
+
+
+def test_an_evaluation_equals_itself_and_differs_from_another(workdir, pipeline, done, tmp_path):
+  job, _ = done
+  rows = compare.compare(job.folder, job.folder)
+  assert {row["metric"] for row in rows} == set(PROTOCOL.metrics)
+  assert all(row["difference"] == 0 for row in rows)
+  assert all(row["low"] in (0, None) for row in rows)
+  text = compare.describe(rows)
+  assert "best of two, clip_score" in text
+
+
+def test_other_protocols_and_other_data_are_not_compared(workdir, pipeline, done, tmp_path):
+  job, result = done
+  for field in ("protocol", "data", "extractor"):
+    other = tmp_path / field
+    other.mkdir()
+    changed = {**result, field: {"other": 1}}
+    (other / results.RESULTS).write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=f"differ in {field}"):
+      compare.compare(job.folder, other)
+
+
+def test_paired_differences_cancel_what_both_find_hard():
+  rng = np.random.default_rng(0)
+  hard = rng.normal(size=200)
+  groups = np.arange(200)
+  found = compare.paired(hard, hard + 0.1 + 0.01 * rng.normal(size=200), groups, 0, 500)
+  assert 0.09 < found["low"] < found["difference"] < found["high"] < 0.11
+  unpaired = compare.paired(hard, rng.permutation(hard) + 0.1, groups, 0, 500)
+  assert unpaired["low"] < 0
+
+
+def test_files_need_a_folder(workdir, pipeline):
+  protocol = dataclasses.replace(
+    PROTOCOL, data=protocol_lib.DataConfig(format="coco_2014", split="val", count=2)
+  )
+  with pytest.raises(UserError, match="name their folder by --data"):
+    samples_lib.open_evaluated(protocol, pipeline[1], workdir, None)
