@@ -81,6 +81,10 @@ def main(settings, workdir):
   if _COMPARE.value or _PROTOCOL.value is not None:
     _by_protocol(settings, workdir)
     return
+  import jax
+
+  if jax.distributed.is_initialized():
+    raise UserError("of launch.evaluate only --protocol runs in several processes: add it.")
   if _EXPORT.value is not None:
     if _LAST_PARAMS.value:
       raise UserError("--export generates with the average: leave --last_params out.")
@@ -266,4 +270,4 @@ def _export_identity(settings, workdir: epath.Path, prompts: list[dict], samples
 
 
 if __name__ == "__main__":
-  common.run(main)
+  common.run(main, several_processes=True)

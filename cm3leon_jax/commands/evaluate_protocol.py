@@ -80,15 +80,9 @@ def run(
   Raises:
     UserError: the protocol, a metric, the data, or weights are wrong or absent.
   """
-  from cm3leon_jax.evaluation import extractors
-  from cm3leon_jax.evaluation.protocols import metrics, results, samples
-  from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+  from cm3leon_jax.evaluation.protocols import metrics, results
   from cm3leon_jax.evaluation.protocols import run as run_lib
-  from cm3leon_jax.generation.pipeline import Pipeline
-  from cm3leon_jax.generation.tasks import slug
   from cm3leon_jax.reports import evaluation_page
-  from cm3leon_jax.retrieval.bank import load_clip
-  from cm3leon_jax.training import checkpoint
 
   protocol = _checked(protocol, options)
   names = tuple(options.metrics or protocol.metrics)
@@ -96,54 +90,82 @@ def run(
   extractor = None
   if "features" in needs:
     extractor = _extractor(protocol, settings, workdir, options.weights)
-  read = [*stages.TOKENIZERS, "train", *stages.own_clip(settings)]
-  if any(column.retrieve for column in protocol.columns):
-    read += ["documents", "neighbors"]
+  read = _stages(settings, protocol, needs, options)
+  about = {
+    "name": "/".join(filter(None, [name, protocol.name])),
+    "inputs": stages.ids(settings, workdir, read),
+  }
   with common.use_mesh(settings):
-    params, step = checkpoint.load_params(workdir / "train", settings.model)
-    own_clip = load_clip(settings.retrieval.clip, workdir, settings.vocab)
-    scorer, scorer_identity = None, None
-    if "embeddings" in needs:
-      scorer = load_clip(options.clip, workdir, settings.vocab) if options.clip else own_clip
-      scorer_identity = extractors.clip_identity(scorer)
-    size = settings.evaluation.batch_size
-    pipeline = Pipeline.load(settings, workdir, params, own_clip, batch_size=size)
-    evaluated = samples.open_evaluated(protocol, pipeline, workdir, options.data)
-    about = {
-      "name": "/".join(filter(None, [name, protocol.name])),
-      "inputs": stages.ids(settings, workdir, dict.fromkeys(read)),
-    }
-    sampling = [protocol_lib.sampling_of(c, settings.sampling) for c in protocol.columns]
-    asked = {"protocol": protocol, "sampling": sampling, "data": results.fingerprint(evaluated)}
-    identity = protocol_lib.digest([about, {k: _fields(v) for k, v in asked.items()}])
-    folder = epath.Path(workdir) / FOLDER / f"{slug(about['name'])}-{identity[:8]}"
-    job = run_lib.Run(
-      protocol,
-      names,
-      pipeline,
-      epath.Path(workdir),
-      folder,
-      evaluated,
-      extractor,
-      scorer,
-      scorer_identity,
-      params,
-      settings.evaluation.num_resamples,
-    )
-    measured = run_lib.run(job)
-    result = results.write(job, {**about, "step": step}, measured)
+    job, step = _make_run(settings, workdir, protocol, names, extractor, options, about)
+    result = results.write(job, {**about, "step": step}, run_lib.run(job))
     if distributed.is_first():
       evaluation_page.write(job, result)
   distributed.print_once(results.describe(result))
-  distributed.print_once(f"evaluate: results.json and report.html are in {folder}")
-  return folder, result
+  distributed.print_once(f"evaluate: results.json and report.html are in {job.folder}")
+  return job.folder, result
 
 
-def _fields(value):
-  """Returns the fields of a dataclass, or of each in a list, as plain values."""
-  if isinstance(value, list):
-    return [_fields(one) for one in value]
-  return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+def _stages(settings, protocol: Protocol, needs: set[str], options: Options) -> list[str]:
+  """Returns the stages of the run that are read."""
+  from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+
+  read, retrieves = [*stages.TOKENIZERS, "train"], any(c.retrieve for c in protocol.columns)
+  if retrieves:
+    read += ["documents", "neighbors"]
+  # Neighbors of held-out pairs are known, others are searched for by CLIP.
+  needs_clip = retrieves and protocol.data.format != protocol_lib.HELDOUT
+  needs_clip |= any(column.samples > 1 for column in protocol.columns)
+  needs_clip |= "embeddings" in needs and options.clip is None
+  needs_clip |= "features" in needs and protocol.extractor == "clip" and options.weights is None
+  return [*read, *(stages.own_clip(settings) if needs_clip else [])]
+
+
+def _make_run(settings, workdir, protocol: Protocol, names, extractor, options: Options, about):
+  """Loads what a protocol runs on; returns a `Run` and the step of its parameters."""
+  from cm3leon_jax.evaluation import extractors
+  from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+  from cm3leon_jax.evaluation.protocols import results, samples
+  from cm3leon_jax.evaluation.protocols.metrics import METRICS
+  from cm3leon_jax.evaluation.protocols.run import Run
+  from cm3leon_jax.generation.pipeline import Pipeline
+  from cm3leon_jax.generation.tasks import slug
+  from cm3leon_jax.retrieval.bank import load_clip
+  from cm3leon_jax.training import checkpoint
+
+  params, step = checkpoint.load_params(workdir / "train", settings.model)
+  own_clip = None
+  if settings.retrieval.clip or "clip" in about["inputs"]:
+    own_clip = load_clip(settings.retrieval.clip, workdir, settings.vocab)
+  scorer = None
+  if any("embeddings" in METRICS[name].needs for name in names):
+    scorer = load_clip(options.clip, workdir, settings.vocab) if options.clip else own_clip
+  size = settings.evaluation.batch_size
+  pipeline = Pipeline.load(settings, workdir, params, own_clip, batch_size=size)
+  evaluated = samples.open_evaluated(protocol, pipeline, workdir, options.data)
+  sampling = [protocol_lib.sampling_of(c, settings.sampling) for c in protocol.columns]
+  identity = {
+    **about,
+    "protocol": dataclasses.asdict(protocol),
+    "sampling": [dataclasses.asdict(one) for one in sampling],
+    "data": results.fingerprint(evaluated),
+    "extractor": extractor and extractor.identity,
+    "scorer": scorer and extractors.clip_identity(scorer),
+  }
+  stem = f"{slug(about['name'])}-{protocol_lib.digest(identity)[:8]}"
+  job = Run(
+    protocol=protocol,
+    metrics=names,
+    pipeline=pipeline,
+    workdir=epath.Path(workdir),
+    folder=epath.Path(workdir) / FOLDER / stem,
+    evaluated=evaluated,
+    extractor=extractor,
+    scorer=scorer,
+    scorer_identity=identity["scorer"],
+    params=params,
+    num_resamples=settings.evaluation.num_resamples,
+  )
+  return job, step
 
 
 def _extractor(protocol: Protocol, settings, workdir, weights) -> Extractor:

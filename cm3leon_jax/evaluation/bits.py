@@ -165,8 +165,8 @@ def own_targets(sample, document, vocab) -> dict[str, np.ndarray]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _nll(model_config, params, batch):
-  """[B, L] nats of each target of a batch; compiled once per shape."""
-  return loss.batch_nll(transformer.bind(model_config, params), batch)[1]
+  """[B, L] nats of each target of a batch, whole on every device; compiled once per shape."""
+  return shard(loss.batch_nll(transformer.bind(model_config, params), batch)[1], None, None)
 
 
 def score_samples(

@@ -3,8 +3,9 @@
 #
 #   bash launch/pod/local.sh 4 2 -- --config=CONFIG --workdir=workdir --config.mesh.fsdp=8
 #
-# runs 4 processes with 2 devices each (default: 1); the flags are those of launch.train. Every line of output begins with
-# the number of its process. SIGTERM and Ctrl-C go to all processes, which save and stop. If one process fails, all end.
+# runs 4 processes with 2 devices each (default: 1); the flags are those of launch.train, or of the command that
+# COMMAND=launch.evaluate names. Every line of output begins with the number of its process. SIGTERM and Ctrl-C go to all
+# processes, which save and stop. If one process fails, all end.
 # Exit code: that of the first process that failed; 75 if the run was asked to stop and saved; 0 if it is done.
 set -euo pipefail
 # shellcheck source=launch/venv.sh
@@ -62,7 +63,7 @@ trap 'to_all TERM' TERM INT
 trap 'to_all KILL' EXIT
 
 for ((i = 0; i < processes; i++)); do
-  "$python" -m launch.train --coordinator_address="localhost:$port" --num_processes="$processes" --process_id="$i" "$@" \
+  "$python" -m "${COMMAND:-launch.train}" --coordinator_address="localhost:$port" --num_processes="$processes" --process_id="$i" "$@" \
     > >(prefix "$i") 2>&1 &
   pids+=($!)
   echo "local.sh: process $i is PID $!"

@@ -115,7 +115,7 @@ def test_what_a_kill_left_out_is_generated_again(workdir, pipeline, done, tmp_pa
 
 def test_distances_are_those_of_the_decoded_images(done):
   job, result = done
-  [lines] = samples_lib.read_lines(job.folder, "one document", 5)
+  lines = samples_lib.read_part(job.folder, "one document", 0)
   codes = np.array([line["codes"] for line in lines])
   features = job.extractor(job.pipeline.image_tokenizer.decode(codes))
   real = job.extractor(np.stack([load_image(e.image, 8) for e in job.evaluated.examples]))
@@ -130,7 +130,7 @@ def test_distances_are_those_of_the_decoded_images(done):
 def test_the_best_of_several_samples_counts(done):
   job, _ = done
   every = samples_lib.read_json_lines(samples_lib.part_path(job.folder, "best of two", 0))
-  [best] = samples_lib.read_lines(job.folder, "best of two", 5)
+  best = list(samples_lib.read_lines(job.folder, "best of two", 5))
   assert len(every) == 10
   assert [line["row"] for line in best] == list(range(5))
   for line in best:

@@ -24,7 +24,7 @@ from tests.retrieval.stores import write_bank, write_neighbors
 CAPTIONS = ["red apple", "green apple", "blue car", "old house", "new house"]
 
 
-def make_config():
+def make_config(positions: int = 128):
   config = default_config()
   config.vocab.update(dataclasses.asdict(VOCAB))
   config.vqgan.update(
@@ -36,11 +36,11 @@ def make_config():
   config.clip.update({"resolution": 8, "patch": 4, "image_width": 64, "image_layers": 1})
   config.clip.update({"text_width": 64, "text_layers": 1, "text_length": 8, "embed_dim": 16})
   config.retrieval.update({"backend": "exact"})
-  config.data.update({"sequence_length": 128})
+  config.data.update({"sequence_length": positions})
   config.model.update(
     {"vocab_size": VOCAB.size, "num_layers": 1, "width": 32, "num_heads": 8, "mlp_width": 32}
   )
-  config.model.update({"max_positions": 128, "dtype": "float32"})
+  config.model.update({"max_positions": positions, "dtype": "float32"})
   config.sampling.update({"top_k": 8})
   config.train.update({"num_samples": 3})
   return config
@@ -79,18 +79,18 @@ def make_run(root: epath.Path) -> None:
   vqgan.ImageTokenizer(SETTINGS.vqgan, VOCAB.image_size, image_params).save(root / "vqgan")
 
 
-def save_run(root: epath.Path) -> None:
+def save_run(root: epath.Path, settings=SETTINGS) -> None:
   """A run that `CM3Leon.load` and all commands read: `make_run`, a CLIP, a checkpoint of step 7.
 
   The parameters are NaN and their average is random: everything that reads the run reads the
   average.
   """
   make_run(root)
-  params = clip_lib.init_params(SETTINGS.clip, VOCAB.text_size, jax.random.key(0))
-  clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, params).save(root / "clip")
-  optimizer = create_optimizer(SETTINGS.optimizer, 10)
+  params = clip_lib.init_params(settings.clip, VOCAB.text_size, jax.random.key(0))
+  clip_lib.CLIP(settings.clip, VOCAB.text_size, params).save(root / "clip")
+  optimizer = create_optimizer(settings.optimizer, 10)
   with one_device():
-    average = random_params(SETTINGS.model)
+    average = random_params(settings.model)
     params = jax.tree.map(lambda x: np.nan * x, average)
     state = TrainState(np.int32(7), params, jax.jit(optimizer.init)(params), average)
     checkpoints = checkpoint.Checkpoints(root / "train", keep=1)
@@ -98,5 +98,5 @@ def save_run(root: epath.Path) -> None:
     checkpoints.close()
   for name in ("text_tokenizer", "vqgan", "documents", "neighbors", "clip", "train"):
     write_json(root / name / stages.DONE, {"id": name, "config": {}, "summary": {}, "seconds": 1.0})
-  stored = {"run": stages.identity(SETTINGS, "train"), "settings": dataclasses.asdict(SETTINGS)}
+  stored = {"run": stages.identity(settings, "train"), "settings": dataclasses.asdict(settings)}
   write_json(root / "train" / "config.json", stored)

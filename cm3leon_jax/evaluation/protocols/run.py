@@ -134,14 +134,13 @@ def _column(job: Run, name: str, reference: Images | None, captions) -> Column:
   """Reads the samples of a column and computes what metrics need of them."""
   with distributed.together():  # The first process writes samples; now all read them.
     pass
-  parts = list(samples_lib.read_lines(job.folder, name, len(job.groups)))
-  lines = [line for part in parts for line in part]
+  lines = list(samples_lib.read_lines(job.folder, name, len(job.groups)))
   images = None
   if job.networks.needs:
 
     def load(start: int, stop: int):
-      some = lines[start:stop]
-      codes = np.array([line["codes"] for line in some])
+      part = samples_lib.read_part(job.folder, name, start)
+      codes = np.array([line["codes"] for line in part])
       return job.pipeline.image_tokenizer.decode(codes), codes
 
     images = job.networks.images(f"column {name}", job.groups, load)
@@ -151,7 +150,7 @@ def _column(job: Run, name: str, reference: Images | None, captions) -> Column:
     "candidates": functools.partial(_candidates, job),
   }
   computed: dict[str, Any] = {
-    need: _in_parts(job.folder / need / slug(name), parts, compute)
+    need: _in_parts(job, name, need, compute)
     for need, compute in of_parts.items()
     if need in job.needs
   }
@@ -168,17 +167,19 @@ def _column(job: Run, name: str, reference: Images | None, captions) -> Column:
   )
 
 
-def _in_parts(folder: epath.Path, parts: list[list[dict]], compute: Callable) -> list:
+def _in_parts(job: Run, name: str, need: str, compute: Callable) -> list:
   """Computes a JSON value of each line, by all processes together; parts that exist are read."""
-  paths = [folder / f"part_{number:05d}.json" for number in range(len(parts))]
-  todo = [i for i, path in enumerate(paths) if not path.exists()]
-  for i in tqdm(todo, desc=folder.parent.name, unit="part", disable=not distributed.is_first()):
-    values = compute(parts[i])
+  folder = job.folder / need / slug(name)
+  starts = range(0, len(job.groups), PART)
+  paths = {start: folder / f"part_{start // PART:05d}.json" for start in starts}
+  todo = [start for start, path in paths.items() if not path.exists()]
+  for start in tqdm(todo, desc=need, unit="part", disable=not distributed.is_first()):
+    values = compute(samples_lib.read_part(job.folder, name, start))
     if distributed.is_first():
-      write_json(paths[i], values)
+      write_json(paths[start], values)
   with distributed.together():
     pass
-  return [value for path in paths for value in read_json(path)]
+  return [value for path in paths.values() for value in read_json(path)]
 
 
 def _judge(job: Run, part: list[dict]) -> list[bool]:

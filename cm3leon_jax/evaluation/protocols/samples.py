@@ -214,8 +214,14 @@ def _copied(codes: np.ndarray, sample: Sample, pipeline: Pipeline) -> float | No
   return float(np.mean(pipeline.layout.vocab.image_codes(images[-1].tokens) == codes))
 
 
-def read_lines(folder: epath.PathLike, column: str, count: int) -> Iterator[list[dict]]:
-  """Yields the lines of the best sample of each example, part by part.
+def read_part(folder: epath.PathLike, column: str, start: int) -> list[dict]:
+  """Returns the lines of the best sample of each example of the part that begins with `start`."""
+  lines = read_json_lines(part_path(folder, column, start))
+  return [line for line in lines if line["rank"] in (None, 1)]
+
+
+def read_lines(folder: epath.PathLike, column: str, count: int) -> Iterator[dict]:
+  """Yields the line of the best sample of each example, without its codes.
 
   Args:
     folder: of the evaluation.
@@ -223,5 +229,6 @@ def read_lines(folder: epath.PathLike, column: str, count: int) -> Iterator[list
     count: number of examples.
   """
   for start in range(0, count, PART):
-    lines = read_json_lines(part_path(folder, column, start))
-    yield [line for line in lines if line["rank"] in (None, 1)]
+    for line in read_part(folder, column, start):
+      line.pop("codes", None)
+      yield line

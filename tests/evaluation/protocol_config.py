@@ -1,0 +1,10 @@
+"""The config of tests that run protocols in processes of their own."""
+
+from tests.generation.run import make_config
+
+
+def get_config():
+  config = make_config(positions=512)
+  config.evaluation.update({"num_resamples": 100, "batch_size": 8})
+  config.mesh.update({"data": 2, "fsdp": 2, "tensor": 2})
+  return config

@@ -1,0 +1,146 @@
+"""Runs every protocol that comes with the package on tiny files of the right shape."""
+
+import copy
+import dataclasses
+import html
+import json
+import math
+import pathlib
+
+from etils import epath
+import numpy as np
+import pytest
+
+from cm3leon_jax.commands import evaluate_protocol
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.evaluation_files import open_examples
+from cm3leon_jax.evaluation.protocols import compare, run
+from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+from cm3leon_jax.settings import settings_from_config
+from tests.data import releases
+from tests.data.raw import write_raw
+from tests.generation.run import CAPTIONS, make_config, save_run
+
+SLOW = ("cm3leon_table1", "scenes_decoding", "tutorial_decoding")  # Many samplers to compile.
+PROTOCOLS = [
+  pytest.param(
+    name,
+    protocol,
+    id="/".join(filter(None, [name, protocol.name])),
+    marks=[pytest.mark.slow] if name in SLOW else [],
+  )
+  for name in protocol_lib.names()
+  for protocol in protocol_lib.load(name)
+]
+
+
+@pytest.fixture(scope="module")
+def settings():
+  config = make_config(positions=512)
+  config.evaluation.update({"num_resamples": 100, "batch_size": 16})
+  return settings_from_config(config)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, settings):
+  return make_workdir(epath.Path(tmp_path_factory.mktemp("run")), settings)
+
+
+def make_workdir(root: epath.Path, settings) -> epath.Path:
+  """Makes a run with random weights and five held-out pairs."""
+  root.mkdir(exist_ok=True)
+  save_run(root, settings)
+  rng = np.random.default_rng(3)
+  images = [rng.integers(0, 256, (8, 8, 3), np.uint8) for _ in CAPTIONS]
+  pairs = [
+    {"key": f"h{i}", "caption": caption, "split": "heldout", "concept": caption.split()[1]}
+    for i, caption in enumerate(CAPTIONS)
+  ]
+  write_raw(root / "raw", pairs, images)
+  return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  return make_data(tmp_path_factory.mktemp("data"))
+
+
+def make_data(root: pathlib.Path) -> pathlib.Path:
+  """Writes the files of all releases and their images, with ten answers to each question."""
+  for name, release in releases.RELEASES.items():
+    more = {"test_split.json": [31, 32]} if name == "vg_paragraphs" else {}
+    releases.write(root, more_answers(copy.deepcopy(release)) | more)
+    split = {"coco_karpathy": "test", "vg_paragraphs": "test"}.get(name, "val")
+    paths = {pathlib.Path(example.image) for example in open_examples(name, root, split)}
+    releases.write_images(paths)
+  return root
+
+
+def more_answers(value):
+  """Repeats the answers of questions: the released files have ten."""
+  if isinstance(value, dict):
+    return {
+      k: (v * 10)[:10] if k == "answers" and is_answers(v) else more_answers(v)
+      for k, v in value.items()
+    }
+  return [more_answers(v) for v in value] if isinstance(value, list) else value
+
+
+def is_answers(value) -> bool:
+  return isinstance(value[0], dict)
+
+
+def tiny(protocol):
+  """The protocol on all examples there are, of the size of the run's images, by the run's CLIP.
+
+  The images of this run are no drawings, so they are not judged.
+  """
+  return dataclasses.replace(
+    protocol,
+    data=dataclasses.replace(protocol.data, count=0),
+    extractor="clip" if protocol.extractor else "",
+    resolution=0,
+    metrics=tuple(name for name in protocol.metrics if name != "judged"),
+  )
+
+
+@pytest.mark.parametrize(("name", "protocol"), PROTOCOLS)
+def test_every_protocol_runs_to_its_results(name, protocol, settings, workdir, data, capsys):
+  protocol = tiny(protocol)
+  options = evaluate_protocol.Options(data=str(data))
+  folder, result = evaluate_protocol.run(settings, workdir, name, protocol, options)
+  assert set(result["columns"]) == {column.name for column in protocol.columns}
+  for column in result["columns"].values():
+    assert set(column["metrics"]) == set(protocol.metrics)
+    for metric, found in column["metrics"].items():
+      if metric != "copy_rate":
+        assert math.isfinite(found["value"])
+        assert found.get("low") is None or found["low"] <= found["high"]
+  assert result["controls"][run.SHUFFLED]
+  assert json.loads((folder / "results.json").read_text()) == result
+  assert html.escape(protocol.title) in (folder / "report.html").read_text()
+  printed = capsys.readouterr().out
+  assert all(row["source"] in printed for row in protocol.published)
+  assert all(row["difference"] == 0 for row in compare.compare(folder, folder))
+
+
+def test_a_protocol_of_other_images_is_refused(settings, workdir, data):
+  [protocol] = protocol_lib.load("cm3leon_table1")
+  protocol = dataclasses.replace(protocol, metrics=("clip_score",))
+  with pytest.raises(
+    UserError, match="images of 256 x 256 pixels, and those of the run have 8 x 8"
+  ):
+    evaluate_protocol.run(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
+
+
+def test_more_examples_than_there_are_is_refused(settings, workdir, data):
+  [protocol] = protocol_lib.load("scenes_decoding")
+  protocol = dataclasses.replace(protocol, metrics=("clip_score",))
+  with pytest.raises(UserError, match="asks for 240 examples, and the run holds out 5 pairs: set"):
+    evaluate_protocol.run(settings, workdir, "x", protocol, evaluate_protocol.Options())
+
+
+def test_inception_needs_its_weights(settings, workdir, data):
+  [protocol] = protocol_lib.load("cm3leon_table1")
+  with pytest.raises(UserError, match="features of inception: name its weights by --extractor"):
+    evaluate_protocol.run(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
