@@ -1,0 +1,70 @@
+"""Scores of given answers equal those of plain passes over the documents they stand in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.evaluation.answer_scores import score_answers
+from cm3leon_jax.generation.pipeline import Pipeline
+from cm3leon_jax.models import transformer
+from cm3leon_jax.training import checkpoint
+from tests.generation.run import SETTINGS, one_device, save_run
+
+TEXTS = ["Is it red? <mask>.", "What <mask> it?"]
+ANSWERS = [["yes", "no", "yes it is"], ["is", "was"]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  root = tmp_path_factory.mktemp("run")
+  save_run(root)
+  with one_device():
+    params, _ = checkpoint.load_params(root / "train", SETTINGS.model)
+    yield Pipeline.load(SETTINGS, root, params, None, batch_size=4), params
+
+
+def plain(pipeline, params, before, answer, after, codes) -> float:
+  """log p(answer, <eoss>) by one pass over the document, written out."""
+  vocab, encode = pipeline.layout.vocab, pipeline.layout.encode
+  ids = [
+    *(vocab.eos, *before, vocab.mask(0), *after, vocab.brk, *vocab.image_ids(codes), vocab.eos),
+    *(vocab.mask(0), *encode(answer), vocab.eoss),
+  ]
+  ids = jnp.array([ids], jnp.int32)
+  places = jnp.arange(ids.shape[1])[None]
+  model = transformer.bind(SETTINGS.model, params)
+  logits = model(ids, places, jnp.ones_like(ids)) @ model.output_table().T
+  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))[0]
+  count = len(encode(answer)) + 1
+  return sum(float(log_probs[-1 - i - 1, ids[0, -1 - i]]) for i in range(count))
+
+
+def test_scores_equal_those_of_plain_passes(run):
+  pipeline, params = run
+  codes = np.random.default_rng(0).integers(0, 64, (2, 16))
+  with one_device():
+    found = score_answers(pipeline, params, TEXTS, ANSWERS, codes)
+    encode = pipeline.layout.encode
+    # "." and "?" are pieces of their own; a space belongs to the word after it.
+    pieces = [
+      (encode("Is it red?"), encode("x.")[len(encode("x")) :]),
+      (encode("What"), encode("it?")),
+    ]
+    for scores, (before, after), answers, image in zip(found, pieces, ANSWERS, codes):
+      expected = [plain(pipeline, params, before, a, after, image) for a in answers]
+      np.testing.assert_allclose(scores, expected, atol=2e-4)
+      # Negative control: another image.
+      other = [plain(pipeline, params, before, a, after, np.flip(image)) for a in answers]
+      assert np.abs(scores - other).max() > 1e-2
+
+
+def test_an_empty_answer_and_a_long_text_are_refused(run):
+  pipeline, params = run
+  codes = np.zeros((1, 16), np.int32)
+  with one_device():
+    with pytest.raises(UserError, match=r"an answer to 'Is it red\? \?\.' is empty"):
+      score_answers(pipeline, params, TEXTS[:1], [[""]], codes)
+    with pytest.raises(UserError, match="the model was trained on 128: shorten the text"):
+      score_answers(pipeline, params, ["word " * 200 + "<mask>."], [["yes"]], codes)

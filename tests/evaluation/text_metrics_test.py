@@ -1,0 +1,77 @@
+"""Metrics of texts, from samples and references to values and intervals."""
+
+import numpy as np
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.evaluation_examples import Example
+from cm3leon_jax.evaluation import caption_metrics
+from cm3leon_jax.evaluation.protocols import text_metrics
+from cm3leon_jax.evaluation.protocols.column import Column
+
+REFERENCES = [
+  ("a red cat on a mat", "the cat is red"),
+  ("two dogs in the snow", "dogs run through snow"),
+  ("a bowl of green soup", "some soup in a bowl"),
+  ("an old house by the sea", "the house is near the sea"),
+]
+
+
+def column(texts, references=REFERENCES, groups=None, **fields) -> Column:
+  examples = [
+    Example(str(i), str(i), references=tuple(given), **{k: v[i] for k, v in fields.items()})
+    for i, given in enumerate(references)
+  ]
+  lines = [{"text": text} for text in texts]
+  groups = [example.group for example in examples] if groups is None else groups
+  return Column("test", lines, examples, groups, num_resamples=200)
+
+
+def test_captions_of_people_score_higher_than_those_of_other_images():
+  right = column([given[0] for given in REFERENCES], [given[1:] for given in REFERENCES])
+  texts = [given[0] for given in REFERENCES]
+  wrong = column(texts[1:] + texts[:1], [given[1:] for given in REFERENCES])
+  for metric in (text_metrics.cider, text_metrics.bleu4):
+    assert metric(right)["value"] > 3 * metric(wrong)["value"]
+
+
+def test_values_are_those_of_the_metrics_times_100():
+  texts = ["a red cat on a mat", "two dogs", "green soup in a bowl", "a house"]
+  scores = caption_metrics.score(texts, REFERENCES)
+  assert text_metrics.cider(column(texts))["value"] == pytest.approx(100 * scores.cider)
+  found = text_metrics.cider(column(texts))["values"]
+  np.testing.assert_allclose(found, 100 * scores.ciders)
+  assert text_metrics.bleu4(column(texts))["value"] == pytest.approx(100 * scores.bleu[-1])
+
+
+def test_the_interval_of_bleu_resamples_groups():
+  texts = [given[0] if i % 2 else "a red thing on a mat" for i, given in enumerate(REFERENCES)] * 10
+  references, groups = REFERENCES * 10, [i // 2 for i in range(40)]
+  found = text_metrics.bleu4(column(texts, references, groups))
+  assert found["low"] < found["value"] < found["high"]
+  assert np.std(found["resamples"]) == pytest.approx((found["high"] - found["low"]) / 4, rel=0.3)
+  # Equal groups: nothing varies.
+  same = text_metrics.bleu4(column(texts[:2] * 20, references[:2] * 20, groups))
+  assert same["low"] == pytest.approx(same["high"]) == pytest.approx(same["value"])
+  alone = text_metrics.bleu4(column(texts, references, [0] * 40))
+  assert alone["low"] is None
+  assert "resamples" not in alone
+
+
+def test_answers_count_by_what_people_said():
+  given = [("two",) * 9 + ("3",), ("a cat",) * 2 + ("dog",) * 8, ("yes",) * 10]
+  found = text_metrics.vqa_accuracy(column(["2", "cat", "no"], given))
+  assert found["values"] == pytest.approx([100, 60, 0])
+  assert found["value"] == pytest.approx(160 / 3)
+  assert text_metrics.exact_match(column(["2", "cat", "no"], given))["values"] == [100, 100, 0]
+
+
+def test_candidates_are_ranked_by_their_scores():
+  good = column(["", ""], [("x",)] * 2, relevance=[(0.0, 1.0, 0.5), (1.0, 0.0, 0.0)])
+  best = [np.array([-9.0, -1.0, -2.0]), np.array([-1.0, -5.0, -5.0])]
+  worst = [-x for x in best]
+  fields = {**vars(good)}
+  assert text_metrics.ndcg(Column(**{**fields, "candidates": best}))["value"] == pytest.approx(100)
+  assert text_metrics.ndcg(Column(**{**fields, "candidates": worst}))["value"] < 50
+  with pytest.raises(UserError, match="example 0 has none: use it for the format 'visdial'"):
+    text_metrics.ndcg(Column(**{**vars(column([""], [("x",)])), "candidates": best}))
