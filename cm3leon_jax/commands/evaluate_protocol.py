@@ -43,8 +43,10 @@ def run_all(settings, workdir, name: str, options: Options) -> None:
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 
   found = [_checked(protocol, options) for protocol in protocol_lib.load(name)]
+  path = epath.Path(name)
+  file = path.stem if path.suffix else name.partition("/")[0]
   for protocol in found:
-    run(settings, workdir, epath.Path(name.partition("/")[0]).stem, protocol, options)
+    run(settings, workdir, file, protocol, options)
 
 
 def _checked(protocol: Protocol, options: Options) -> Protocol:
@@ -125,7 +127,7 @@ def _make_run(settings, workdir, protocol: Protocol, names, extractor, options: 
   from cm3leon_jax.evaluation import extractors
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
   from cm3leon_jax.evaluation.protocols import results, samples
-  from cm3leon_jax.evaluation.protocols.metrics import METRICS
+  from cm3leon_jax.evaluation.protocols.metrics import METRICS, check
   from cm3leon_jax.evaluation.protocols.run import Run
   from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.generation.tasks import slug
@@ -142,6 +144,7 @@ def _make_run(settings, workdir, protocol: Protocol, names, extractor, options: 
   size = settings.evaluation.batch_size
   pipeline = Pipeline.load(settings, workdir, params, own_clip, batch_size=size)
   evaluated = samples.open_evaluated(protocol, pipeline, workdir, options.data)
+  check(names, protocol.task, len(evaluated.examples))
   sampling = [protocol_lib.sampling_of(c, settings.sampling) for c in protocol.columns]
   identity = {
     **about,
@@ -169,22 +172,34 @@ def _make_run(settings, workdir, protocol: Protocol, names, extractor, options: 
 
 
 def _extractor(protocol: Protocol, settings, workdir, weights) -> Extractor:
-  """Loads the extractor of a protocol."""
+  """Loads the extractor of a protocol.
+
+  Raises:
+    UserError: it names none, or the weights are absent, or those of another network.
+  """
   from cm3leon_jax.evaluation import extractors
 
   network, _, resize = protocol.extractor.partition("_")
-  if network == "clip":
-    return extractors.load_clip(weights or settings.retrieval.clip, workdir)
   if not network:
     raise UserError("the protocol names no extractor, and its distances need one: set extractor.")
-  if weights is None:
+  if network == "clip":
+    found = extractors.load_clip(weights or settings.retrieval.clip, workdir)
+  elif weights is None:
     raise UserError(
       f"distances of the protocol compare features of {network}: name its weights by --extractor, "
       "a safetensors file of Inception-v3 or a Hugging Face folder of DINOv2."
     )
-  if network == "inception":
-    return extractors.load_inception(weights, resize)
-  return extractors.load_dinov2(weights)
+  elif network == "inception":
+    found = extractors.load_inception(weights, resize)
+  else:
+    found = extractors.load_dinov2(weights)
+  tensors = found.identity["tensors"]
+  if protocol.extractor_tensors not in ("", tensors):
+    raise UserError(
+      f"the weights of {weights or found.name} have the SHA-256 {tensors[:12]}..., and the "
+      f"protocol asks for {protocol.extractor_tensors[:12]}...: give the weights that it names."
+    )
+  return found
 
 
 def compare(folders: list[str]) -> None:

@@ -17,10 +17,11 @@ far too small.
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+from scipy import linalg
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation import intervals
-from cm3leon_jax.evaluation.moments import Moments, frechet_distance
+from cm3leon_jax.evaluation.moments import Moments, frechet_distance, two_sets
 
 NUM_RESAMPLES = 100
 BLOCK = 4096  # Rows that become float64 at once.
@@ -44,7 +45,7 @@ def frechet_interval(
   A resample takes as many groups as there are, with replacement, each with all of its rows. A group
   with rows in both sets, such as the caption of a generated and of a real image, is drawn once for
   both. The percentiles are expanded as those of `intervals.mean_interval`. A resample costs as much
-  as the moments of both sets and a `frechet_distance`.
+  as the moments of both sets and a `frechet_distance`; with fewer rows than d far less.
 
   Args:
     rows: [n, d] features, in memory.
@@ -66,8 +67,11 @@ def frechet_interval(
       other, or rows of two widths.
   """
   sets, places, fixed = _placed_sets(rows, groups, reference, reference_groups)
+  is_few = not fixed and max(map(len, two_sets(*sets, at_least=2))) < np.shape(rows)[1]
 
   def distance(counts) -> float:
+    if is_few:
+      return _distance_of_few(sets, counts)
     return frechet_distance(*(_moments(*pair) for pair in zip(sets, counts)), *fixed)
 
   found = distance([np.ones(len(one)) for one in sets])
@@ -122,6 +126,22 @@ def _draw(strata, places, rng: np.random.Generator) -> list[np.ndarray]:
   drawn = np.concatenate([rng.choice(stratum, len(stratum)) for stratum in strata])
   counts = np.bincount(drawn, minlength=1 + max(where.max() for where in places))
   return [counts[where] for where in places]
+
+
+def _distance_of_few(sets, counts) -> float:
+  """`frechet_distance` of fewer rows than their width, by matrices of that many rows.
+
+  Centered rows over sqrt(n - 1) are factors of the covariance, as those of `moments._factor` are.
+  """
+  means, factors = [], []
+  for rows, weights in zip(sets, counts):
+    rows, total = np.asarray(rows, np.float64), weights.sum()
+    means.append(weights @ rows / total)
+    factors.append((rows - means[-1]) * np.sqrt(weights / (total - 1))[:, None])
+  shift, (first, second) = means[0] - means[1], factors
+  cross = linalg.svdvals(first @ second.T).sum()
+  traces = np.sum(first**2) + np.sum(second**2)
+  return max(0.0, float(shift @ shift + traces - 2 * cross))
 
 
 def _moments(rows, counts: np.ndarray) -> Moments:

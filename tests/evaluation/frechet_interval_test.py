@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.evaluation.frechet_interval import frechet_interval
+from cm3leon_jax.evaluation.frechet_interval import _distance_of_few, frechet_interval
 from cm3leon_jax.evaluation.moments import Moments, frechet_distance
 
 SIZE = 4  # Rows of a group.
@@ -157,3 +157,17 @@ def test_sets_without_groups_are_refused():
     frechet_interval(x[:1], [0], y, groups)
   with pytest.raises(UserError, match="some features have 3 numbers in a row, others 2"):
     frechet_interval(x, groups, moments_of(y[:, :2]))
+
+
+def test_fewer_rows_than_numbers_in_a_row_have_the_distance_of_their_moments():
+  rng = np.random.default_rng(0)
+  x, y = rng.normal(size=(12, 40)), rng.normal(0.3, 1.5, size=(20, 40))
+  found = frechet_interval(x, range(12), y, range(12, 32), 5)
+  assert found["distance"] == pytest.approx(
+    frechet_distance(moments_of(x), moments_of(y)), rel=1e-9
+  )
+  # A resample of rows that are there several times, or not at all.
+  counts = np.array([3] + [1] * 9 + [0] * 2), np.ones(20, int)
+  repeated = np.repeat(x, counts[0], axis=0)
+  expected = frechet_distance(moments_of(repeated), moments_of(y))
+  assert _distance_of_few((x, y), counts) == pytest.approx(expected, rel=1e-9)

@@ -194,6 +194,16 @@ def test_paired_differences_cancel_what_both_find_hard():
   assert unpaired["low"] < 0
 
 
+def test_differences_of_equal_resamples_cancel_what_they_share():
+  rng = np.random.default_rng(0)
+  shared = rng.normal(5, 1, 100)
+  # Resamples are biased by 0.5 more than the difference of the values, 0.1.
+  other = shared + 0.6 + 0.01 * rng.normal(size=100)
+  found = compare.resampled(shared, other, np.arange(100), 0.1, 0)
+  assert 0.07 < found["low"] < 0.1 < found["high"] < 0.13
+  assert compare.resampled(shared, other[:50], np.arange(100), 0.1, 0) == {}
+
+
 def test_files_need_a_folder(workdir, pipeline):
   protocol = dataclasses.replace(
     PROTOCOL, data=protocol_lib.DataConfig(format="coco_2014", split="val", count=2)

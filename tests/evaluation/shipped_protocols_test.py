@@ -2,23 +2,31 @@
 
 import copy
 import dataclasses
+import functools
 import html
 import json
 import math
 import pathlib
 
+from absl import flags
+from absl.testing import flagsaver
 from etils import epath
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from cm3leon_jax.commands import evaluate_protocol
+from cm3leon_jax.commands import evaluate, evaluate_protocol
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.evaluation_files import open_examples
+from cm3leon_jax.evaluation import extractors
+from cm3leon_jax.evaluation.inception import Inception
 from cm3leon_jax.evaluation.protocols import compare, run
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.settings import settings_from_config
 from tests.data import releases
 from tests.data.raw import write_raw
+from tests.evaluation.inception_test import random_tensors
 from tests.generation.run import CAPTIONS, make_config, save_run
 
 SLOW = ("cm3leon_table1", "scenes_decoding", "tutorial_decoding")  # Many samplers to compile.
@@ -144,3 +152,79 @@ def test_inception_needs_its_weights(settings, workdir, data):
   [protocol] = protocol_lib.load("cm3leon_table1")
   with pytest.raises(UserError, match="features of inception: name its weights by --extractor"):
     evaluate_protocol.run(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
+
+
+def test_weights_of_another_network_are_refused_by_their_hash(settings, workdir, data):
+  protocol = tiny(protocol_lib.load("cm3leon_table1")[0])
+  protocol = dataclasses.replace(protocol, extractor_tensors="0" * 64)
+  with pytest.raises(
+    UserError, match=r"the protocol asks for 000000000000\.\.\.: give the weights"
+  ):
+    evaluate_protocol.run(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
+
+
+def test_too_few_examples_for_a_metric_are_refused(settings, workdir, data):
+  [protocol] = protocol_lib.load("scenes")
+  for examples, metrics in ((2, ("precision_recall",)), (0, ("precision_recall",))):
+    options = evaluate_protocol.Options(metrics=metrics, examples=examples, data=data)
+    if examples == 0:  # All there are: 5, but of COCO 3.
+      protocol = tiny(protocol_lib.load("tutorial_decoding")[0])
+    with pytest.raises(UserError, match="metric 'precision_recall' needs at least 4 samples"):
+      evaluate_protocol.run(settings, workdir, "x", protocol, options)
+
+
+def test_flags_of_protocols_need_a_protocol(settings, workdir):
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  with flagsaver.flagsaver(metrics=["cmmd"]), pytest.raises(UserError, match="add --protocol=sc"):
+    evaluate.main(settings, workdir)
+  with flagsaver.flagsaver(compare=["a"]), pytest.raises(UserError, match="it must name two"):
+    evaluate.main(settings, workdir)
+
+
+def test_the_command_measures_all_protocols_of_a_file(settings, workdir, data, tmp_path, capsys):
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  file = tmp_path / "mine.yaml"
+  one = """
+name: {name}
+title: captions {name}
+task: text
+template: "{template}"
+data: {{format: coco_karpathy, split: test, count: 0}}
+columns: [{{name: greedy, length: 3, sampling: {{text_top_k: 1}}}}]
+metrics: [cider]
+"""
+  texts = (one.format(name=n, template=t) for n, t in (("a", "<mask>"), ("b", "Look: <mask>")))
+  file.write_text("---".join(texts))
+  with flagsaver.flagsaver(protocol=str(file), data=str(data), metrics=["bleu4", "exact_match"]):
+    evaluate.main(settings, workdir)
+  printed = capsys.readouterr().out
+  assert "captions a: 2 examples\n  greedy: BLEU-4 " in printed
+  assert "captions b: 2 examples\n  greedy: BLEU-4 " in printed
+  folders = sorted(path.name[:7] for path in (workdir / "evaluations").glob("mine-*"))
+  assert folders == ["mine-a-", "mine-b-"]
+
+
+@pytest.mark.slow
+def test_distances_are_of_the_features_of_inception(settings, workdir, data, tmp_path, monkeypatch):
+  # The test has few images, and a batch is padded.
+  load = functools.partial(extractors.load_inception, rows_per_device=1)
+  monkeypatch.setattr(extractors, "load_inception", load)
+  path = tmp_path / "inception.safetensors"
+  safetensors.numpy.save_file(random_tensors(), path)
+  [protocol] = protocol_lib.load("tutorial_decoding")
+  protocol = dataclasses.replace(tiny(protocol), extractor=protocol.extractor)
+  protocol = dataclasses.replace(protocol, columns=protocol.columns[:1])
+  options = evaluate_protocol.Options(data=str(data), weights=str(path))
+  folder, result = evaluate_protocol.run(settings, workdir, "inception", protocol, options)
+  assert result["extractor"]["name"] == "inception-v3 (torch resize)"
+  [stored] = (folder / "features").glob("reference-*/part_00000.npz")
+  examples = open_examples("coco_2014", data, "val")
+  images = np.stack([raw_pairs.load_image(example.image, 8) for example in examples])
+  expected = Inception.load(path, "torch").embed_images(images)
+  with stored.open("rb") as file, np.load(file) as arrays:
+    found = arrays["features"]
+  order = [np.abs(expected - row).sum(1).argmin() for row in found]
+  assert sorted(order) == list(range(len(expected)))
+  np.testing.assert_allclose(found, expected[order], rtol=1e-4, atol=1e-4)

@@ -126,6 +126,39 @@ EVALUATION = (
     ),
   ),
   *mutants_of(
+    "cm3leon_jax/evaluation/answer_scores.py",
+    "tests/evaluation/answer_scores_test.py",
+    ("answers_without_their_end", "x[-n:].sum()", "x[-n:-1].sum()"),
+    ("masks_after_the_answer", "1 + len(before)", "2 + len(before)"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/evaluation/protocols/text_metrics.py",
+    "tests/evaluation/text_metrics_test.py",
+    ("captions_resampled_alone", "np.asarray(column.groups)", "np.arange(len(column.groups))"),
+    ("worst_candidate_first", "ndcg([scores]", "ndcg([-np.asarray(scores)]"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/evaluation/protocols/samples.py",
+    "tests/evaluation/protocol_run_test.py",
+    ("worst_sample_counts", "in (None, 1)", "in (None, 2)"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/evaluation/protocols/features.py",
+    "tests/evaluation/protocol_run_test.py",
+    ("features_of_one_set", 'f"{slug(name)}-', 'f"{slug(name[:0])}-'),
+  ),
+  *mutants_of(
+    "cm3leon_jax/evaluation/protocols/compare.py",
+    "tests/evaluation/protocol_run_test.py",
+    (
+      "unpaired_differences",
+      "apart = (second - first)[both]",
+      "apart = (np.sort(second) - first)[both]",
+    ),
+    ("data_not_compared", '"protocol", "data", ', '"protocol", '),
+    ("resamples_unpaired", "apart = second - first -", "apart = second[::-1] - first -"),
+  ),
+  *mutants_of(
     "cm3leon_jax/reports/summary.py",
     "tests/reports/report_test.py",
     (

@@ -83,6 +83,9 @@ class Protocol:
   extractor: Literal["", "clip", "inception_tf1", "inception_torch", "dinov2"] = ""
   """Network whose features the distances compare; "": none is needed. Inception resizes images as
   torch-fidelity (`tf1`) or as pytorch-fid (`torch`), which give different distances."""
+  extractor_tensors: str = ""
+  """SHA-256 of the extractor's weights, `extractor.tensors` in a results.json: others are refused.
+  "": any."""
   resolution: NonNegativeInt = 0
   """Side in pixels that images must have to compare with published figures; 0: any."""
   published: tuple[dict[str, Any], ...] = ()
