@@ -31,6 +31,7 @@ _DOCUMENTS = flags.DEFINE_string(
 
 
 def main(settings, workdir) -> None:
+  from cm3leon_jax import distributed
   from cm3leon_jax.evaluation import document_scores, given_documents
   from cm3leon_jax.generation.tasks import PromptLayout, slug
 
@@ -43,7 +44,8 @@ def main(settings, workdir) -> None:
   documents = given_documents.open_documents(
     _DOCUMENTS.value, layout, tokenizers, crop=raw.crop, num_threads=raw.num_threads
   )
-  checked = documents.check()
+  with distributed.together():
+    checked = documents.check()
   if retrieve and not checked.pairs:
     raise UserError(
       f"--retrieve is {retrieve}, and no document of {_DOCUMENTS.value} is a text and then an "
@@ -58,15 +60,20 @@ def main(settings, workdir) -> None:
     "num_resamples": settings.evaluation.num_resamples,
     "seed": settings.seed,
   }
+  distributed.check_same_config(identity)
   digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
   folder = workdir / "scores" / f"{slug(path.stem)}-{digest}"
-  with stages.once(folder, identity) as summary, common.use_mesh(settings):
+  first = distributed.is_first()
+  once = stages.once(folder, identity, writes=first, together=distributed.together)
+  with once as summary, common.use_mesh(settings):
     if summary is not None:
       summary.update(_score(settings, workdir, documents, checked, folder, retrieve))
-      write_json(folder / document_scores.SUMMARY, summary)
-  print(f"score: {document_scores.describe(read_json(folder / document_scores.SUMMARY))}.")
-  scores, name = folder / document_scores.SCORES, document_scores.SUMMARY
-  print(f"score: each token is in {scores}, every number in {name} beside it.", flush=True)
+      if first:
+        write_json(folder / document_scores.SUMMARY, summary)
+  if first:
+    scores, name = folder / document_scores.SCORES, document_scores.SUMMARY
+    print(f"score: {document_scores.describe(read_json(folder / name))}.")
+    print(f"score: each token is in {scores}, every number in {name} beside it.", flush=True)
 
 
 def _number_of_neighbors(settings) -> int:
@@ -118,4 +125,4 @@ def _search(settings, workdir: epath.Path, layout, count: int):
 
 
 if __name__ == "__main__":
-  common.run(main)
+  common.run(main, several_processes=True)

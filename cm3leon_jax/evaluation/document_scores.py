@@ -14,6 +14,7 @@ from etils import epath
 import numpy as np
 from tqdm import tqdm
 
+from cm3leon_jax import distributed
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.data import pipeline
@@ -209,6 +210,8 @@ def run(
 ) -> dict:
   """Scores all documents and writes scores.jsonl; parts that are there already are kept.
 
+  All processes of a job call it; the first one writes.
+
   Args:
     scorer: of the run.
     documents: what is scored.
@@ -225,21 +228,39 @@ def run(
   folder = epath.Path(folder)
   count = -(-checked.documents // part)
   files = [folder / PARTS / f"{i:06d}.jsonl" for i in range(count)]
-  absent = {i for i, file in enumerate(files) if not file.exists()}
-  done = min(checked.documents, part * (count - len(absent)))
-  with tqdm(total=checked.documents, initial=done, desc="score", unit="doc", mininterval=1) as bar:
+  # The first process decides which parts are scored, by all.
+  absent = set(distributed.gather([i for i, file in enumerate(files) if not file.exists()])[0])
+  bar = tqdm(
+    total=checked.documents,
+    initial=min(checked.documents, part * (count - len(absent))),
+    desc="score",
+    unit="doc",
+    mininterval=1,
+    disable=not distributed.is_first(),
+  )
+  with bar:
     for i, some in documents.parts(part, absent, image_tokenizer):
       lines = scorer.score(some)
-      with replacing(files[i], "w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
+      if distributed.is_first():
+        with replacing(files[i], "w") as file:
+          file.writelines(json.dumps(line) + "\n" for line in lines)
       bar.update(len(lines))
+  summary = None
+  with distributed.together():
+    if distributed.is_first():
+      summary = _join(files, folder).summary(num_resamples, seed)
+  return distributed.gather(summary)[0]
+
+
+def _join(files: Sequence[epath.Path], folder: epath.Path) -> "Totals":
+  """Joins the parts to scores.jsonl, and removes them."""
   totals = Totals()
   with replacing(folder / SCORES, "w") as file:
     for line in _lines(files):
       file.write(line)
       totals.add(json.loads(line))
   (folder / PARTS).rmtree()
-  return totals.summary(num_resamples, seed)
+  return totals
 
 
 def _lines(files: Sequence[epath.Path]) -> Iterator[str]:

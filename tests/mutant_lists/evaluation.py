@@ -72,7 +72,7 @@ EVALUATION = (
       "[group_id(documents[i].key) for i in pairs]",
       "[0 for _ in pairs]",
     ),
-    ("finished_parts_scored_again", "if not file.exists()}", "}"),
+    ("finished_parts_scored_again", " if not file.exists()])[0]", "])[0]"),
     ("perplexity_in_bits", "np.exp(-log_probs.sum()", "np.exp2(-log_probs.sum()"),
   ),
   *mutants_of(
