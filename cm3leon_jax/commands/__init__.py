@@ -12,6 +12,7 @@ COMMANDS = (
   "train",
   "generate",
   "evaluate",
+  "score",
   "export",
   "report",
   "aot_compile",

@@ -64,7 +64,7 @@ def _join_processes(several: bool) -> None:
   if not several:
     raise UserError(
       f"--{given[0]} is given, but this command runs in one process; "
-      "only launch.train and launch.evaluate --protocol run in several."
+      "only launch.train, launch.evaluate --protocol and launch.score run in several."
     )
   if _DISTRIBUTED.value and len(given) > 1:
     raise UserError(
@@ -88,8 +88,8 @@ def use_mesh(settings: Settings):
 
   if jax.process_count() > 1 and not jax.distributed.is_initialized():
     raise UserError(
-      f"this is one of the {jax.process_count()} hosts of a pod: launch.train and launch.evaluate "
-      "--protocol need --distributed, other commands a single host."
+      f"this is one of the {jax.process_count()} hosts of a pod: launch.train, launch.evaluate "
+      "--protocol and launch.score need --distributed, other commands a single host."
     )
   try:
     return jax.set_mesh(create_mesh(settings.mesh))

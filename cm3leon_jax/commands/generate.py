@@ -27,6 +27,7 @@ from etils import epath
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
+from cm3leon_jax.commands.retrieve_flag import RETRIEVE
 from cm3leon_jax.config import UserError
 
 if TYPE_CHECKING:
@@ -60,12 +61,6 @@ _GUIDANCE = flags.DEFINE_list(
   "guidance",
   None,
   "Weights of guidance, e.g. 1,3,5 (default: 1 and the config's; with --prompt the config's).",
-)
-_RETRIEVE = flags.DEFINE_list(
-  "retrieve",
-  None,
-  "Numbers of retrieved documents, e.g. 0,2 (default: 0 and config.data.num_neighbors; with "
-  "--prompt only the latter for text_to_image, 0 for other tasks).",
 )
 _KEEP = flags.DEFINE_bool(
   "keep_neighbors", False, "The unconditional stream of guidance keeps the retrieved documents."
@@ -112,7 +107,7 @@ def _numbers(flag, default: list, kind, least) -> list:
 def _columns(settings, guidance: list, retrieve: list) -> list[tuple]:
   """Pairs each number of retrieved documents with the sampling settings of each guidance."""
   guidances = _numbers(_GUIDANCE, guidance, float, 0)
-  retrieves = _numbers(_RETRIEVE, retrieve, int, 0)
+  retrieves = _numbers(RETRIEVE, retrieve, int, 0)
   return [
     (n, dataclasses.replace(settings.sampling, guidance=g))
     for n, g in itertools.product(retrieves, guidances)
@@ -143,7 +138,7 @@ def _own_tasks(settings, seed: int) -> list[Task]:
       raise UserError(
         f"--prompts and --{given[0]} are given: define tasks in the file or on the command line."
       )
-    common_fields |= {"retrieve": retrieve} if _RETRIEVE.value else {}
+    common_fields |= {"retrieve": retrieve} if RETRIEVE.value else {}
     return prompt_file.read(path, name, seed, sampling, **common_fields)
   if _GUIDANCE.value is not None and "guidance" not in cls.settings:
     raise UserError(

@@ -137,11 +137,11 @@ def load_image(
 
 
 def load_images(
-  paths: Iterable[epath.PathLike], resolution: int | None, num_threads: int
+  paths: Iterable[epath.PathLike], resolution: int | None, num_threads: int, crop: str = "center"
 ) -> np.ndarray:
   """Reads images of one size, several at a time: [B, H, W, 3] uint8; see `load_image`."""
   with futures.ThreadPoolExecutor(num_threads) as pool:
-    images = list(pool.map(lambda path: load_image(path, resolution), paths))
+    images = list(pool.map(lambda path: load_image(path, resolution, crop), paths))
   side = resolution or 0
   return np.stack(images) if images else np.zeros((0, side, side, 3), np.uint8)
 

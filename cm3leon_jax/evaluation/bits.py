@@ -170,7 +170,13 @@ def _nll(model_config, params, batch):
 
 
 def score_samples(
-  params, model_config, samples, vocab, batch_size: int, progress=lambda rows: None
+  params,
+  model_config,
+  samples,
+  vocab,
+  batch_size: int,
+  progress=lambda rows: None,
+  length: int | None = None,
 ) -> list[np.ndarray]:
   """Computes the negative log-likelihood of every target of `samples`, causal, one sample a row.
 
@@ -181,12 +187,14 @@ def score_samples(
     vocab: VocabLayout.
     batch_size: rows at once; see `check_batch`.
     progress: called with the number of samples scored since its last call.
+    length: slots of a row; default: those of the longest sample, rounded up.
 
   Returns:
     list of [T - 1] float64, in bits.
   """
-  longest = max(len(s) for s in samples) - 1
-  length = min(-(-longest // ROW_MULTIPLE) * ROW_MULTIPLE, model_config.max_positions)
+  if length is None:
+    longest = max(len(s) for s in samples) - 1
+    length = min(-(-longest // ROW_MULTIPLE) * ROW_MULTIPLE, model_config.max_positions)
   bits = []
   for start in range(0, len(samples), batch_size):
     some = samples[start : start + batch_size]

@@ -61,7 +61,7 @@ def test_help_shows_an_example_and_the_commands_own_flags_without_importing_jax(
   assert f"python -m launch.{name} --config=" in result.stdout
   assert all(f"  {flag}" in page for flag in ALWAYS)
   assert ("  --workdir=VALUE" in page) == (name != "aot_compile")
-  assert (f"  {PROCESSES}" in page) == (name == "train")
+  assert (f"  {PROCESSES}" in page) == (name in ("train", "evaluate", "score"))
   assert (f"  {SHARDS}" in page) == (
     name in ("prepare_data", "encode_documents", "build_neighbors")
   )
@@ -176,7 +176,7 @@ def test_jax_looks_for_accelerators_if_the_machine_has_device_files(
     ),
     (
       ["--num_processes=2"],
-      "error: --num_processes is given, but this command runs in one process; only launch.train ",
+      "error: --num_processes without --coordinator_address, --process_id: give all three, or ",
     ),
     (["surplus"], "error: unexpected argument 'surplus': commands take flags only (--name=value)."),
     (
@@ -287,6 +287,15 @@ def test_a_license_that_no_drawing_has_ends_at_once(tmp_path):
   assert result.stderr == (
     "error: config.raw.licenses is ('CC0-1.0',); the drawings of OpenMoji are under CC-BY-SA-4.0: "
     "add it.\n"
+  )
+
+
+def test_a_command_of_one_process_refuses_several(tmp_path):
+  result = command("report", "--config=openmoji", f"--workdir={tmp_path}", "--num_processes=2")
+  assert result.returncode == 2
+  assert result.stderr == (
+    "error: --num_processes is given, but this command runs in one process; only launch.train, "
+    "launch.evaluate --protocol and launch.score run in several.\n"
   )
 
 

@@ -59,6 +59,37 @@ EVALUATION = (
     ),
   ),
   *mutants_of(
+    "cm3leon_jax/evaluation/document_scores.py",
+    "tests/evaluation/document_scores_test.py",
+    ("neighbors_count_as_special_tokens", " & (np.arange(len(log_probs))[::-1] < targets)", ""),
+    (
+      "scores_of_another_row_length",
+      "nats |= {int(i): -np.log(2) * row for i, row in zip(members, scored)}",
+      "nats |= {i: -np.log(2) * row for i, row in enumerate(scored)}",
+    ),
+    (
+      "documents_are_their_own_neighbors",
+      "[group_id(documents[i].key) for i in pairs]",
+      "[0 for _ in pairs]",
+    ),
+    ("finished_parts_scored_again", " if not file.exists()])[0]", "])[0]"),
+    ("perplexity_in_bits", "np.exp(-log_probs.sum()", "np.exp2(-log_probs.sum()"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/evaluation/given_documents.py",
+    "tests/evaluation/given_documents_test.py",
+    (
+      "separators_take_no_position",
+      "len(self.layout.encode(text)) + 1",
+      "len(self.layout.encode(text))",
+    ),
+    (
+      "images_do_not_change_the_digest",
+      "digest.update(self._check_image(image, where))",
+      "self._check_image(image, where)",
+    ),
+  ),
+  *mutants_of(
     "cm3leon_jax/evaluation/intervals.py",
     "tests/evaluation/intervals_test.py",
     (

@@ -1,0 +1,128 @@
+"""Measures the log-probability of each token of documents of yours, by a trained run.
+
+  python -m launch.score --config=ml_configs/scenes.py --workdir=workdir/scenes \\
+    --documents=my.jsonl
+  python -m launch.score --config=ml_configs/scenes.py --workdir=workdir/scenes \\
+    --documents=workdir/scenes/documents/heldout_pairs --retrieve=1
+
+A line of a JSONL file is {"text": ...}, {"image": path, "caption": ...} or {"segments": [...]}. The
+folder scores/NAME-HASH/ gets scores.jsonl, a line for each document, and summary.json: perplexity
+and bits a token of text and of image codes. docs/evaluation.md explains both.
+"""
+
+import hashlib
+import json
+
+from absl import flags
+from etils import epath
+
+from cm3leon_jax import stages
+from cm3leon_jax.commands import common
+from cm3leon_jax.commands.retrieve_flag import RETRIEVE
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json, write_json
+
+_DOCUMENTS = flags.DEFINE_string(
+  "documents",
+  None,
+  "A JSONL file of texts, pairs or interleaved documents (docs/evaluation.md), or the folder of a "
+  "document store, e.g. workdir/documents/heldout_pairs.",
+)
+
+
+def main(settings, workdir) -> None:
+  from cm3leon_jax import distributed
+  from cm3leon_jax.evaluation import document_scores, given_documents
+  from cm3leon_jax.generation.tasks import PromptLayout, slug
+
+  if not _DOCUMENTS.value:
+    raise UserError("name the documents: --documents=my.jsonl")
+  retrieve = _number_of_neighbors(settings)
+  inputs = stages.ids(settings, workdir, _stages_read(settings, retrieve))
+  layout, raw = PromptLayout.load(settings, workdir), settings.raw
+  tokenizers = {name: inputs[name] for name in stages.TOKENIZERS}
+  documents = given_documents.open_documents(
+    _DOCUMENTS.value, layout, tokenizers, crop=raw.crop, num_threads=raw.num_threads
+  )
+  with distributed.together():
+    checked = documents.check()
+  if retrieve and not checked.pairs:
+    raise UserError(
+      f"--retrieve is {retrieve}, and no document of {_DOCUMENTS.value} is a text and then an "
+      "image: other documents have no neighbors, as in training; leave --retrieve out."
+    )
+  path = epath.Path(_DOCUMENTS.value)
+  identity = {
+    "inputs": inputs,
+    "documents": {"name": path.name, "digest": checked.digest},
+    "retrieve": retrieve,
+    "retrieval": stages.identity(settings, "neighbors")["retrieval"] if retrieve else None,
+    "num_resamples": settings.evaluation.num_resamples,
+    "seed": settings.seed,
+  }
+  distributed.check_same_config(identity)
+  digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
+  folder = workdir / "scores" / f"{slug(path.stem)}-{digest}"
+  first = distributed.is_first()
+  once = stages.once(folder, identity, writes=first, together=distributed.together)
+  with once as summary, common.use_mesh(settings):
+    if summary is not None:
+      summary.update(_score(settings, workdir, documents, checked, folder, retrieve))
+      if first:
+        write_json(folder / document_scores.SUMMARY, summary)
+  if first:
+    scores, name = folder / document_scores.SCORES, document_scores.SUMMARY
+    print(f"score: {document_scores.describe(read_json(folder / name))}.")
+    print(f"score: each token is in {scores}, every number in {name} beside it.", flush=True)
+
+
+def _number_of_neighbors(settings) -> int:
+  """Returns the value of --retrieve."""
+  given = RETRIEVE.value or ["0"]
+  if len(given) > 1 or not given[0].isdecimal():
+    raise UserError(f"--retrieve is '{','.join(given)}'; it must be one whole number, e.g. 1.")
+  if (number := int(given[0])) > (most := settings.retrieval.max_candidates):
+    raise UserError(
+      f"--retrieve is {number}; at most config.retrieval.max_candidates = {most} can be retrieved."
+    )
+  return number
+
+
+def _stages_read(settings, retrieve: int) -> list[str]:
+  retrieval = ["documents", "neighbors", *stages.own_clip(settings)] if retrieve else []
+  return list(dict.fromkeys([*stages.TOKENIZERS, "train", *retrieval]))
+
+
+def _score(settings, workdir: epath.Path, documents, checked, folder, retrieve: int) -> dict:
+  """Scores the documents; returns the numbers of summary.json."""
+  from cm3leon_jax.evaluation import bits, document_scores
+  from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+  from cm3leon_jax.training import checkpoint
+
+  config, find = settings.evaluation, document_scores.no_neighbors
+  bits.check_batch(config)
+  if retrieve:
+    find = _search(settings, workdir, documents.layout, retrieve)
+  params, step = checkpoint.load_params(workdir / "train", settings.model)
+  sizes = (documents.layout.positions, config.batch_size)
+  scorer = document_scores.Scorer(params, settings.model, settings.vocab, *sizes, find)
+  tokenizer = ImageTokenizer.load(workdir / "vqgan")
+  resampling = {"num_resamples": config.num_resamples, "seed": settings.seed}
+  found = document_scores.run(scorer, documents, checked, tokenizer, folder, **resampling)
+  return {"step": step, "retrieve": retrieve, **found}
+
+
+def _search(settings, workdir: epath.Path, layout, count: int):
+  """Opens the bank of the run."""
+  from cm3leon_jax.evaluation.document_scores import Search
+  from cm3leon_jax.generation.pipeline import open_bank
+  from cm3leon_jax.retrieval.bank import load_clip
+  from cm3leon_jax.retrieval.neighbors import Retriever
+
+  clip = load_clip(settings.retrieval.clip, workdir, settings.vocab)
+  retriever = Retriever(workdir / "neighbors", settings.retrieval)
+  return Search(count, retriever, open_bank(layout, workdir), clip, layout)
+
+
+if __name__ == "__main__":
+  common.run(main, several_processes=True)

@@ -1,0 +1,352 @@
+"""Scores documents token by token: log-probabilities, sums by modality, perplexity with intervals.
+
+Documents are scored in parts. Each part is a file, so a killed command continues after the last
+one, and memory does not grow with the number of documents.
+"""
+
+# T tokens of a sample: neighbors and document, </s> at both ends.
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import json
+
+from etils import epath
+import numpy as np
+from tqdm import tqdm
+
+from cm3leon_jax import distributed
+from cm3leon_jax.clip.huggingface import HFCLIP
+from cm3leon_jax.clip.model import CLIP
+from cm3leon_jax.data import pipeline
+from cm3leon_jax.data.documents import Bank, Document, group_id
+from cm3leon_jax.evaluation import bits, intervals
+from cm3leon_jax.evaluation.given_documents import Checked, DocumentFile, StoredDocuments
+from cm3leon_jax.generation.pipeline import first_documents
+from cm3leon_jax.generation.tasks import PromptLayout
+from cm3leon_jax.io import replacing
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.retrieval.neighbors import Retriever
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.vocab import VocabLayout
+
+SCORES, SUMMARY, PARTS = "scores.jsonl", "summary.json", "parts"
+PART = 256  # Documents of a part.
+MODALITIES = ("text", "image", "special")  # The last: <break> and the </s> at the end.
+MAX_GROUPS = 10_000  # Groups that an interval resamples; more of them are united.
+DIGITS = 6  # Decimals of log-probabilities.
+
+
+def no_neighbors(documents: Sequence[Document]) -> list[tuple[Document, ...]]:
+  """Returns no neighbors for each document."""
+  return [() for _ in documents]
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """Finds the neighbors of pairs by their texts, as at inference, but never a pair itself.
+
+  Attributes:
+    count: largest number of neighbors.
+    retriever: searches the bank.
+    bank: its documents.
+    clip: embeds texts.
+    layout: of the run.
+  """
+
+  count: int
+  retriever: Retriever
+  bank: Bank
+  clip: CLIP | HFCLIP
+  layout: PromptLayout
+
+  def __call__(self, documents: Sequence[Document]) -> list[tuple[Document, ...]]:
+    """Returns the neighbors of each document, best first; none where it is no pair."""
+    found = no_neighbors(documents)
+    pairs = [i for i, document in enumerate(documents) if is_pair(document)]
+    if not pairs:
+      return found
+    texts = [self.layout.decode(documents[i].segments[0].tokens) for i in pairs]
+    embedded = self.clip.embed_texts([self.clip.encode(text) for text in texts])
+    queries = self.retriever.lexical.join(embedded, texts)
+    keys = np.array([group_id(documents[i].key) for i in pairs], np.uint64)
+    sides = [self.retriever.search(queries)]
+    ids, _, _ = self.retriever.select(sides, queries, keys, np.zeros_like(keys), self.count)
+    for i, row in zip(pairs, ids):
+      found[i] = first_documents(self.bank, row, self.count)
+    return found
+
+
+def is_pair(document: Document) -> bool:
+  """Returns whether a document is a text and then an image."""
+  return [segment.is_image for segment in document.segments] == [False, True]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+  """A decoder as it was trained, and the search for what stands before a document.
+
+  Attributes:
+    params: of the decoder, on the current mesh (`jax.set_mesh`).
+    model: sizes of the decoder.
+    vocab: meaning of its ids.
+    positions: slots of a row in training.
+    batch_size: rows at once, see `bits.check_batch`.
+    find: returns the neighbors of each document, best first.
+  """
+
+  params: dict
+  model: ModelConfig
+  vocab: VocabLayout
+  positions: int
+  batch_size: int
+  find: Callable[[Sequence[Document]], list[tuple[Document, ...]]] = no_neighbors
+
+  def score(self, documents: Sequence[Document]) -> list[dict]:
+    """Returns the line of scores.jsonl of each document, see `line_of`."""
+    found = self.find(documents)
+    kept = [
+      bits.fit_neighbors(document, neighbors, self.positions)
+      for document, neighbors in zip(documents, found)
+    ]
+    samples = [pipeline.join([*k, d], self.vocab) for k, d in zip(kept, documents)]
+    lengths = np.array([row_length(len(s) - 1, self.model.max_positions) for s in samples])
+    nats: dict[int, np.ndarray] = {}
+    for length in np.unique(lengths):
+      members = np.flatnonzero(lengths == length)
+      scored = bits.score_samples(
+        self.params,
+        self.model,
+        [samples[i] for i in members],
+        self.vocab,
+        self.batch_size,
+        length=int(length),
+      )
+      nats |= {int(i): -np.log(2) * row for i, row in zip(members, scored)}
+    return [
+      line_of(document, sample, nats[i], [n.key for n in neighbors], self.vocab)
+      for i, (document, sample, neighbors) in enumerate(zip(documents, samples, kept))
+    ]
+
+
+def row_length(slots: int, most: int) -> int:
+  """Returns the slots of the row of a sample: 64, 128, 256, ..., so that few shapes compile.
+
+  >>> [row_length(slots, 400) for slots in (3, 64, 65, 300)]
+  [64, 64, 128, 400]
+  """
+  length = bits.ROW_MULTIPLE
+  while length < slots:
+    length *= 2
+  return min(length, most)
+
+
+def line_of(
+  document: Document,
+  sample: np.ndarray,
+  log_probs: np.ndarray,
+  neighbors: list[str],
+  vocab: VocabLayout,
+) -> dict:
+  """Makes the line of scores.jsonl of a document; only its own tokens are in it.
+
+    document: 8 9 <break> 92, after a neighbor
+    tokens    = [</s> 8 9 <break> 92 </s>]
+    log_probs = [null a b c d e]
+    segments  = [{"text", 1 to 3, a + b}, {"image", 4 to 5, d}], special = c + e
+
+  Args:
+    document: the document.
+    sample: [T] int32, neighbors and document (`pipeline.join`).
+    log_probs: [T - 1], of each target of the sample, in nats.
+    neighbors: keys of the neighbors.
+    vocab: VocabLayout.
+  """
+  own = bits.own_targets(sample, document, vocab)
+  tokens = pipeline.join([document], vocab)
+  targets = len(tokens) - 1
+  own["special"] = ~own["text"] & ~own["image"] & (np.arange(len(log_probs))[::-1] < targets)
+  alone, segments, start = log_probs[-targets:], [], 1
+  for segment in document.segments:
+    stop = start + len(segment.tokens)
+    segments.append(
+      {
+        "modality": "image" if segment.is_image else "text",
+        "start": start,
+        "stop": stop,
+        "log_prob": _rounded(alone[start - 1 : stop - 1].sum()),
+      }
+    )
+    start = stop + 1
+  sums = {
+    name: {"tokens": int(own[name].sum()), "log_prob": _rounded(log_probs[own[name]].sum())}
+    for name in MODALITIES
+  }
+  return {
+    "key": document.key,
+    "concept": document.concept,
+    "neighbors": neighbors,
+    "tokens": tokens.tolist(),
+    "log_probs": [None, *map(_rounded, alone)],
+    "segments": segments,
+    **sums,
+    "log_prob": _rounded(alone.sum()),
+  }
+
+
+def _rounded(log_prob) -> float:
+  return round(float(log_prob), DIGITS)
+
+
+def run(
+  scorer: Scorer,
+  documents: DocumentFile | StoredDocuments,
+  checked: Checked,
+  image_tokenizer: ImageTokenizer,
+  folder: epath.PathLike,
+  *,
+  part: int = PART,
+  num_resamples: int = intervals.NUM_RESAMPLES,
+  seed: int = 0,
+) -> dict:
+  """Scores all documents and writes scores.jsonl; parts that are there already are kept.
+
+  All processes of a job call it; the first one writes.
+
+  Args:
+    scorer: of the run.
+    documents: what is scored.
+    checked: result of their `check`.
+    image_tokenizer: of the run; encodes the images of a file.
+    folder: gets scores.jsonl, and until then parts/.
+    part: documents of a part.
+    num_resamples: of the intervals.
+    seed: of the intervals.
+
+  Returns:
+    The summary, see `Totals.summary`.
+  """
+  folder = epath.Path(folder)
+  count = -(-checked.documents // part)
+  files = [folder / PARTS / f"{i:06d}.jsonl" for i in range(count)]
+  # The first process decides which parts are scored, by all.
+  absent = set(distributed.gather([i for i, file in enumerate(files) if not file.exists()])[0])
+  bar = tqdm(
+    total=checked.documents,
+    initial=min(checked.documents, part * (count - len(absent))),
+    desc="score",
+    unit="doc",
+    mininterval=1,
+    disable=not distributed.is_first(),
+  )
+  with bar:
+    for i, some in documents.parts(part, absent, image_tokenizer):
+      lines = scorer.score(some)
+      if distributed.is_first():
+        with replacing(files[i], "w") as file:
+          file.writelines(json.dumps(line) + "\n" for line in lines)
+      bar.update(len(lines))
+  summary = None
+  with distributed.together():
+    if distributed.is_first():
+      summary = _join(files, folder).summary(num_resamples, seed)
+  return distributed.gather(summary)[0]
+
+
+def _join(files: Sequence[epath.Path], folder: epath.Path) -> "Totals":
+  """Joins the parts to scores.jsonl, and removes them."""
+  totals = Totals()
+  with replacing(folder / SCORES, "w") as file:
+    for line in _lines(files):
+      file.write(line)
+      totals.add(json.loads(line))
+  (folder / PARTS).rmtree()
+  return totals
+
+
+def _lines(files: Sequence[epath.Path]) -> Iterator[str]:
+  for path in files:
+    with path.open("r", encoding="utf-8") as file:
+      yield from file
+
+
+class Totals:
+  """Sums of log-probabilities by modality and group, for any number of documents.
+
+  A group is a concept, or a document without one. Above `most` groups, several share a row.
+  """
+
+  def __init__(self, most: int = MAX_GROUPS):
+    self.most, self.rows = most, {}
+    self.documents = self.neighbors = 0
+    self.of_modality = dict.fromkeys(MODALITIES, 0)  # Documents that have tokens of it.
+    self.tokens = {name: np.zeros(most, np.int64) for name in MODALITIES}
+    self.log_probs = {name: np.zeros(most) for name in MODALITIES}
+
+  def row(self, name: str) -> int:
+    """Returns the row of a group."""
+    group = group_id(name)
+    if group not in self.rows and len(self.rows) == self.most:
+      return group % self.most
+    return self.rows.setdefault(group, len(self.rows))
+
+  def add(self, line: dict) -> None:
+    """Adds a document, see `line_of`."""
+    row = self.row(line["concept"] or f"document {self.documents}")
+    self.documents += 1
+    self.neighbors += len(line["neighbors"])
+    for name in MODALITIES:
+      self.of_modality[name] += line[name]["tokens"] > 0
+      self.tokens[name][row] += line[name]["tokens"]
+      self.log_probs[name][row] += line[name]["log_prob"]
+
+  def summary(self, num_resamples: int, seed: int) -> dict:
+    """Returns numbers of all documents, and of each modality, None where there is no token.
+
+      2 tokens of log-probabilities -1.386 and 0: bits 1.0, perplexity 2.0
+
+    Returns:
+      {"documents", "mean_neighbors", "text", "image", "special"}; each modality has documents,
+      tokens, log_prob (nats), bits and perplexity of a token with 95% intervals (`low`, `high`,
+      `perplexity_low`, `perplexity_high`; None for one group), groups and effective_groups.
+    """
+    result = {"documents": self.documents, "mean_neighbors": self.neighbors / self.documents}
+    for name in MODALITIES:
+      filled = np.flatnonzero(self.tokens[name])
+      result[name] = None
+      if len(filled):
+        sums = (self.tokens[name][filled], self.log_probs[name][filled])
+        numbers = _numbers_of_groups(*sums, num_resamples, seed)
+        result[name] = {"documents": self.of_modality[name], **numbers}
+    return result
+
+
+def _numbers_of_groups(tokens, log_probs, num_resamples: int, seed: int) -> dict:
+  """Returns the numbers of a modality from the sums of its groups, see `Totals.summary`."""
+  groups = np.arange(len(tokens))
+  found = intervals.mean_interval(-log_probs / np.log(2), tokens, groups, num_resamples, seed)
+  ends = {f"perplexity_{end}": found[end] for end in ("low", "high")}
+  return {
+    "tokens": int(tokens.sum()),
+    "log_prob": float(log_probs.sum()),
+    "bits": found.pop("mean"),
+    **found,
+    "perplexity": float(np.exp(-log_probs.sum() / tokens.sum())),
+    **{name: None if x is None else 2.0**x for name, x in ends.items()},
+  }
+
+
+def describe(summary: dict) -> str:
+  """Describes text and image of a `Totals.summary` in one line."""
+  parts = []
+  for name in ("text", "image"):
+    if (found := summary[name]) is not None:
+      ends = "" if found["low"] is None else " [{perplexity_low:.4g}, {perplexity_high:.4g}]"
+      parts.append(
+        f"{name}: perplexity {found['perplexity']:.4g}{ends.format(**found)}, "
+        f"{found['bits']:.3f} bits a token, {_counted(found['tokens'], 'token')}"
+      )
+  return f"{_counted(summary['documents'], 'document')}; {'; '.join(parts)}"
+
+
+def _counted(count: int, noun: str) -> str:
+  return f"{count:,} {noun}{'s' * (count > 1)}"

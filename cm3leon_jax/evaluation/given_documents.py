@@ -1,0 +1,301 @@
+"""Reads the documents that a user gives to score: a JSONL file, or the folder of a document store.
+
+Both are checked whole before anything is scored, and then read in parts.
+"""
+
+# N documents, S segments of a block of documents.
+
+from collections.abc import Collection, Iterator
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import json
+import posixpath
+
+from etils import epath
+import fsspec
+import numpy as np
+from tqdm import tqdm
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.documents import INDEX, Document, DocumentStore, Segment
+from cm3leon_jax.data.encode import texts_of
+from cm3leon_jax.data.records import (
+  RawInterleaved,
+  RawPair,
+  RawText,
+  Record,
+  RecordError,
+  images_of,
+  make_record,
+  parse_json,
+)
+from cm3leon_jax.generation.tasks import PromptLayout
+from cm3leon_jax.io import read_json
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+
+FORMS = ("text", "image and caption", "segments")
+BLOCK = 1_000_000  # Documents of a store whose lengths are checked at a time.
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+  """What a check of documents finds.
+
+  Attributes:
+    documents: N.
+    pairs: number of them that are a text and then an image.
+    digest: SHA-256, in hex, of all that their scores depend on.
+  """
+
+  documents: int
+  pairs: int
+  digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentFile:
+  """Documents of a JSONL file; each line is a raw text, pair or interleaved document.
+
+  Attributes:
+    path: of the file; paths of images are relative to its folder.
+    layout: of the run.
+    crop: how images become square, see `RawConfig.crop`.
+    num_threads: number of images read at a time.
+  """
+
+  path: epath.Path
+  layout: PromptLayout
+  crop: str = "center"
+  num_threads: int = 8
+
+  def check(self) -> Checked:
+    """Checks every line, and reads every image.
+
+    Raises:
+      UserError: naming file and line: no JSON object; an unknown, absent or empty field; an image
+        that is absent or unreadable; more positions than were trained. Or the file has no line.
+    """
+    digest, documents, pairs = hashlib.sha256(self.crop.encode()), 0, 0
+    for where, record in tqdm(self._records(), "check", unit="doc", delay=2, leave=False):
+      digest.update(json.dumps(dataclasses.asdict(record)).encode())
+      slots = sum(len(self.layout.encode(text)) + 1 for text in texts_of(record))
+      for image in images_of(record):
+        digest.update(self._check_image(image, where))
+        slots += self.layout.image_tokens + 1
+      _check_slots(f"{where}, key '{record.key}'", slots, self.layout.positions)
+      documents += 1
+      pairs += [kind for kind, _ in segments_of(record)] == ["text", "image"]
+    if not documents:
+      raise UserError(
+        f"--documents names {self.path}, which has no line: give one JSON object per line."
+      )
+    return Checked(documents, pairs, digest.hexdigest())
+
+  def parts(
+    self, size: int, wanted: Collection[int], image_tokenizer: ImageTokenizer
+  ) -> Iterator[tuple[int, list[Document]]]:
+    """Yields the documents of each wanted part, with its number; part i begins at i * `size`."""
+    records = (record for _, record in self._records())
+    for number in itertools.count():
+      part = list(itertools.islice(records, size))
+      if not part:
+        return
+      if number in wanted:
+        yield number, self._encode(part, image_tokenizer)
+
+  def _records(self) -> Iterator[tuple[str, Record]]:
+    """Yields (where, record) for every line that is not blank."""
+    count = 0
+    try:
+      with self.path.open("r", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+          if line.strip():
+            where = f"{self.path}, line {number}"
+            yield where, read_record(line.strip(), where, f"{self.path.name}/{count}")
+            count += 1
+    except UnicodeDecodeError as error:
+      raise UserError(f"{self.path} is not UTF-8 ({error}); save it as UTF-8.") from error
+
+  def _image_path(self, image: str) -> str:
+    """Returns the full path of an image of the file."""
+    whole = "://" in image or posixpath.isabs(image)
+    return image if whole else str(self.path.parent / image)
+
+  def _check_image(self, image: str, where: str) -> bytes:
+    """Reads an image; returns the SHA-256 of its file."""
+    try:
+      with fsspec.open(self._image_path(image), "rb") as file:
+        content = file.read()
+    except (FileNotFoundError, IsADirectoryError) as error:
+      raise UserError(
+        f"{where}: image '{image}' does not exist; give its path relative to {self.path.parent}."
+      ) from error
+    try:
+      raw_pairs.load_image(content, None)
+    except UserError as error:
+      raise UserError(f"{where}, image '{image}': {error}") from error
+    return hashlib.sha256(content).digest()
+
+  def _encode(self, records: list[Record], image_tokenizer: ImageTokenizer) -> list[Document]:
+    """Makes documents of records, as `launch.encode_documents` does."""
+    paths = [self._image_path(image) for record in records for image in images_of(record)]
+    codes = iter(())
+    if paths:
+      images = raw_pairs.load_images(paths, self.layout.resolution, self.num_threads, self.crop)
+      codes = iter(self.layout.vocab.image_ids(image_tokenizer.encode(images)))
+    documents = []
+    for record in records:
+      segments = tuple(
+        Segment(True, next(codes)) if kind == "image" else Segment(False, self.layout.encode(value))
+        for kind, value in segments_of(record)
+      )
+      group = getattr(record, "group", "")
+      about = (record.source, record.license, record.attribution, group)
+      concept = getattr(record, "concept", "") or group
+      documents.append(Document(record.key, segments, *about, concept))
+    return documents
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredDocuments:
+  """Documents of a store that `launch.encode_documents` wrote.
+
+  Attributes:
+    store: the documents.
+    layout: of the run.
+    made: id of the stage that wrote the store.
+  """
+
+  store: DocumentStore
+  layout: PromptLayout
+  made: str
+
+  def check(self) -> Checked:
+    """Checks the length of every document, without reading tokens.
+
+    Raises:
+      UserError: a document takes more positions than were trained, or there is none.
+    """
+    store, pairs = self.store, 0
+    if not len(store):
+      raise UserError(f"--documents names {store.folder}, which holds no documents.")
+    for start in range(0, len(store), BLOCK):
+      offsets = np.asarray(store.offsets[start : start + BLOCK + 1])
+      segments = slice(offsets[0], offsets[-1])
+      starts, sizes = offsets[:-1] - offsets[0], np.diff(offsets)
+      slots = np.add.reduceat(np.asarray(store.lengths[segments], np.int64) + 1, starts)
+      if len(too_long := np.flatnonzero(slots > self.layout.positions)):
+        i = int(too_long[0])
+        where = f"{store.folder}, document {start + i}, key '{store[start + i].key}'"
+        _check_slots(where, int(slots[i]), self.layout.positions)
+      is_image = np.append(store.is_image[segments], False)
+      pairs += int(((sizes == 2) & ~is_image[starts] & is_image[starts + 1]).sum())
+    return Checked(len(store), pairs, hashlib.sha256(self.made.encode()).hexdigest())
+
+  def parts(
+    self, size: int, wanted: Collection[int], image_tokenizer: ImageTokenizer | None = None
+  ) -> Iterator[tuple[int, list[Document]]]:
+    """Yields the documents of each wanted part, with its number; part i begins at i * `size`."""
+    for number in sorted(wanted):
+      rows = range(number * size, min((number + 1) * size, len(self.store)))
+      yield number, [self.store[i] for i in rows]
+
+
+def open_documents(
+  path: epath.PathLike, layout: PromptLayout, tokenizers: dict[str, str], **options
+) -> DocumentFile | StoredDocuments:
+  """Opens what `--documents` names.
+
+  Args:
+    path: a JSONL file, or the folder of a store in the folder `documents/` of a workdir.
+    layout: of the run.
+    tokenizers: ids of the stages of the run's tokenizers.
+    **options: `crop` and `num_threads` of a file.
+
+  Raises:
+    UserError: there is no such file or store, or other tokenizers made the store.
+  """
+  path = epath.Path(path)
+  if not path.exists():
+    raise UserError(
+      f"--documents names {path}, which does not exist: give a JSONL file, or the folder of a "
+      "document store."
+    )
+  if not path.is_dir():
+    return DocumentFile(path, layout, **options)
+  done = path.parent / stages.DONE
+  if not (path / INDEX).exists() or not done.exists():
+    raise UserError(
+      f"--documents names the folder {path}, which is no store of a finished "
+      "`python -m launch.encode_documents`: give a JSONL file, or workdir/documents/heldout_pairs, "
+      "say."
+    )
+  made = read_json(done)
+  for name, made_by in made["config"].get("inputs", {}).items():
+    if tokenizers.get(name, made_by) != made_by:
+      raise UserError(
+        f"--documents names {path}, which another {name} made than that of --workdir: encode its "
+        "raw data in this workdir, or name the workdir that it belongs to."
+      )
+  return StoredDocuments(DocumentStore(path, layout.vocab), layout, made["id"])
+
+
+def segments_of(record: Record) -> list[tuple[str, str]]:
+  """Returns the kind, "text" or "image", and the value of each segment of a record.
+
+  >>> segments_of(RawPair("cat-1", "cat.jpg", "a cat"))
+  [('text', 'a cat'), ('image', 'cat.jpg')]
+  """
+  if isinstance(record, RawInterleaved):
+    return [item for segment in record.segments for item in segment.items()]
+  if isinstance(record, RawPair):
+    return [("text", record.caption), ("image", record.image)]
+  return [("text", record.text)]
+
+
+def read_record(line: str, where: str, key: str) -> Record:
+  """Parses a line of a JSONL file, whose fields decide what it is.
+
+    {"text": "Cats sleep."}                             RawText
+    {"image": "cat.jpg", "caption": "a cat"}            RawPair
+    {"segments": [{"text": "a"}, {"image": "b.png"}]}   RawInterleaved
+
+  Args:
+    line: of the file.
+    where: file and line, for messages.
+    key: of a record that names none.
+
+  Raises:
+    UserError: the line is no JSON object, or a field is unknown, absent, empty or of a wrong type.
+  """
+  try:
+    values = parse_json(line, where, [f"{', '.join(FORMS[:-1])}, or {FORMS[-1]}"])
+    kinds = {"segments": RawInterleaved, "image": RawPair, "caption": RawPair, "text": RawText}
+    cls = next((kinds[name] for name in kinds if name in values), None)
+    if cls is None:
+      raise UserError(f"{where} has no {', no '.join(FORMS)}: it must have one of these.")
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in values:
+      if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean '{close[0]}'?" if close else f"it may have {', '.join(known)}."
+        raise UserError(f"{where}: field '{name}' is unknown beside '{_form(cls)}': {hint}")
+    return make_record(cls, {**values, "key": values.get("key") or key}, where)
+  except RecordError as error:
+    raise UserError(str(error)) from error
+
+
+def _form(cls: type) -> str:
+  return {RawText: "text", RawPair: "image", RawInterleaved: "segments"}[cls]
+
+
+def _check_slots(where: str, slots: int, positions: int) -> None:
+  if slots > positions:
+    raise UserError(
+      f"{where}: the document takes {slots} positions; the model was trained on {positions}: "
+      "shorten it, or split it."
+    )

@@ -1,0 +1,152 @@
+"""Tests launch.score: its files, when it runs again, and mistakes that end it before any work."""
+
+import json
+import re
+
+from absl import flags
+from absl.testing import flagsaver
+from etils import epath
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax.commands import common, score
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.training import checkpoint
+from tests.data.stores import IMAGE_TOKENS
+from tests.generation.run import SETTINGS, one_device, save_run
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  root = epath.Path(tmp_path_factory.mktemp("run"))
+  save_run(root)
+  return root
+
+
+@pytest.fixture
+def run(workdir, monkeypatch):
+  """Returns a function that runs the command on some documents."""
+  monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+
+  def call(documents, retrieve=None):
+    with flagsaver.flagsaver(
+      documents=documents and str(documents), retrieve=retrieve and retrieve.split(",")
+    ):
+      score.main(SETTINGS, workdir)
+
+  return call
+
+
+@pytest.fixture
+def file(tmp_path):
+  image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+  Image.fromarray(image).save(tmp_path / "a.png")
+  lines = [
+    {"text": "red apple"},
+    {"key": "pair", "image": "a.png", "caption": "green apple"},
+    {"segments": [{"text": "old house"}, {"image": "a.png"}, {"text": "new house"}]},
+  ]
+  path = tmp_path / "My docs.jsonl"
+  path.write_text("\n".join(map(json.dumps, lines)))
+  return path
+
+
+def results(workdir, pattern):
+  """Returns the lines and the summary of the folders that match, each a (lines, summary)."""
+  return [
+    (
+      [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()],
+      read_json(folder / "summary.json"),
+    )
+    for folder in sorted((workdir / "scores").glob(pattern))
+  ]
+
+
+def test_a_file_is_scored_once(run, workdir, file, capsys):
+  run(file)
+  [(lines, summary)] = results(workdir, "my-docs-*")
+  assert [line["key"] for line in lines] == ["My docs.jsonl/0", "pair", "My docs.jsonl/2"]
+  assert [line["image"]["tokens"] for line in lines] == [0, IMAGE_TOKENS, IMAGE_TOKENS]
+  assert (summary["step"], summary["retrieve"], summary["documents"]) == (7, 0, 3)
+  # The parameters are NaN, their average is not.
+  assert summary["text"]["low"] < summary["text"]["bits"] < summary["text"]["high"]
+  for modality in ("text", "image", "special"):
+    total = sum(line[modality]["log_prob"] for line in lines)
+    assert summary[modality]["log_prob"] == pytest.approx(total)
+  assert summary["special"]["tokens"] == 1 + 2 + 3
+  first, second = capsys.readouterr().out.splitlines()
+  assert re.match(r"score: 3 documents; text: perplexity [\d.e+]+ \[.*\], [\d.]+ bits a to", first)
+  assert second.startswith(f"score: each token is in {workdir / 'scores' / 'my-docs-'}")
+  run(file)
+  skipped, *same = capsys.readouterr().out.splitlines()
+  assert skipped.endswith("finished already, skipped.")
+  assert same == [first, second]
+  file.write_text(file.read_text().replace("red", "blue"))
+  run(file)
+  assert "skipped" not in capsys.readouterr().out
+  assert len(results(workdir, "my-docs-*")) == 2
+
+
+def test_more_training_has_a_folder_of_its_own(run, workdir, file):
+  run(file)
+  before = len(results(workdir, "my-docs-*"))
+  done = read_json(workdir / "train" / "done.json")
+  for name in ("again", done["id"]):
+    write_json(workdir / "train" / "done.json", {**done, "id": name})
+    run(file)
+    assert len(results(workdir, "my-docs-*")) == before + 1
+
+
+def test_a_store_is_scored_after_neighbors(run, workdir):
+  folder = workdir / "documents" / "heldout_pairs"
+  run(folder)
+  run(folder, "2")
+  run(folder, "0")
+  found = {summary["retrieve"]: lines for lines, summary in results(workdir, "heldout-pairs-*")}
+  assert sorted(found) == [0, 2]
+  assert [line["neighbors"] for line in found[0]] == [[]] * 5
+  assert {len(line["neighbors"]) for line in found[2]} == {2}
+  for alone, after in zip(found[0], found[2], strict=True):
+    assert alone["tokens"] == after["tokens"]
+    assert alone["image"]["log_prob"] != pytest.approx(after["image"]["log_prob"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+  ("documents", "retrieve", "sentence"),
+  [
+    (None, None, "name the documents: --documents=my.jsonl"),
+    (
+      "no.jsonl",
+      None,
+      "--documents names no.jsonl, which does not exist: give a JSONL file, or the",
+    ),
+    ("{file}", "1,2", "--retrieve is '1,2'; it must be one whole number, e.g. 1."),
+    ("{file}", "-1", "--retrieve is '-1'; it must be one whole number, e.g. 1."),
+    (
+      "{file}",
+      "65",
+      "--retrieve is 65; at most config.retrieval.max_candidates = 64 can be retrieved.",
+    ),
+    (
+      "{texts}",
+      "1",
+      "--retrieve is 1, and no document of {texts} is a text and then an image: other documents ha",
+    ),
+    ("{wrong}", None, "{wrong}, line 1 is not valid JSON ("),
+  ],
+)
+def test_mistakes_end_the_command_before_any_work(
+  run, workdir, file, tmp_path, monkeypatch, documents, retrieve, sentence
+):
+  monkeypatch.setattr(checkpoint, "load_params", None)  # Nothing is read before.
+  names = {"file": file, "texts": tmp_path / "texts.jsonl", "wrong": tmp_path / "wrong.jsonl"}
+  names["texts"].write_text('{"text": "red apple"}\n')
+  names["wrong"].write_text('{"text"\n')
+  folders = sorted((workdir / "scores").glob("*"))
+  with pytest.raises(UserError, match=f"^{re.escape(sentence.format(**names))}"):
+    run(documents and documents.format(**names), retrieve)
+  assert sorted((workdir / "scores").glob("*")) == folders
