@@ -53,8 +53,9 @@ def markdown(result: dict) -> str:
   """Returns the table of all columns: a row for each, published distances beside them."""
   names = result["metrics"]
   published = {row["column"]: row for row in result["protocol"]["published"]}
+  sources = sorted({f"{row['model']}, {row['source']}" for row in published.values()})
   head = ["sampler", *(METRICS[n].title for n in names)]
-  head += ["published"] if published else []
+  head += [f"published: {'; '.join(sources)}"] if published else []
   lines = [_row(head), _row(["---"] * len(head))]
   for name, column in result["columns"].items():
     cells = [name, *(_cell(column["metrics"][n]) for n in names)]

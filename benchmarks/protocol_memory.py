@@ -65,7 +65,7 @@ def main(settings, workdir: epath.Path) -> None:
     (folder / "run").mkdir()
     for path in workdir.iterdir():  # Results go to the copy.
       if path.name != "evaluations":
-        (folder / "run" / path.name).symlink_to(path.resolve())
+        os.symlink(os.path.realpath(path), folder / "run" / path.name)
     for count in counts:
       command = [sys.executable, "-m", "launch.evaluate", flag, f"--workdir={folder / 'run'}"]
       command += [f"--protocol={folder / 'memory.yaml'}", f"--data={folder / 'data'}"]

@@ -75,7 +75,8 @@ def get_config(variant: str = "15"):
     {"name": "muon", "learning_rate": 3e-3, "warmup_steps": 50, "weight_decay": 0.05}
   )
   config.optimizer.update({"ema_decay": 0.99})
-  config.sampling.update({"temperature": 0.5, "guidance": 1.25})
+  # Of 1,024 codes few are likely: the 16th most likely would let all in.
+  config.sampling.update({"temperature": 0.5, "guidance": 1.25, "contrastive_k": 1})
   config.evaluation.update({"scenes": 240, "scene_guidance": (1.0, 1.25), "scene_neighbors": 1})
   config.train.update({"steps": steps["train"], "global_batch_size": 2, "eval_batches": 32})
   config.train.update({"log_every": 50})

@@ -164,7 +164,7 @@ def test_weights_of_another_network_are_refused_by_their_hash(settings, workdir,
 
 
 def test_too_few_examples_for_a_metric_are_refused(settings, workdir, data):
-  [protocol] = protocol_lib.load("scenes")
+  protocol, _ = protocol_lib.load("scenes")
   for examples, metrics in ((2, ("precision_recall",)), (0, ("precision_recall",))):
     options = evaluate_protocol.Options(metrics=metrics, examples=examples, data=data)
     if examples == 0:  # All there are: 5, but of COCO 3.
