@@ -127,7 +127,7 @@ def _make_run(settings, workdir, protocol: Protocol, names, extractor, options: 
   from cm3leon_jax.evaluation import extractors
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
   from cm3leon_jax.evaluation.protocols import results, samples
-  from cm3leon_jax.evaluation.protocols.metrics import METRICS, check
+  from cm3leon_jax.evaluation.protocols.metrics import METRICS, check, check_examples
   from cm3leon_jax.evaluation.protocols.run import Run
   from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.generation.tasks import slug
@@ -145,6 +145,7 @@ def _make_run(settings, workdir, protocol: Protocol, names, extractor, options: 
   pipeline = Pipeline.load(settings, workdir, params, own_clip, batch_size=size)
   evaluated = samples.open_evaluated(protocol, pipeline, workdir, options.data)
   check(names, protocol.task, len(evaluated.examples))
+  check_examples(names, evaluated.examples, evaluated.facts)
   sampling = [protocol_lib.sampling_of(c, settings.sampling) for c in protocol.columns]
   identity = {
     **about,

@@ -132,3 +132,25 @@ def test_a_template_has_question_and_dialog_and_an_example_adds_no_mask():
   assert protocol.text_of(example) == expected
   [plain] = protocol_lib.parse(GOOD, "my.yaml")
   assert plain.text_of(example) == "how many ?"
+
+
+@pytest.mark.parametrize(
+  ("name", "example", "what"),
+  [
+    ("ndcg", {"references": ("yes",) * 9}, "candidates with judgments"),
+    ("vqa_accuracy", {"references": ("yes",) * 3}, "at least 4 answers of people"),
+    ("cider", {}, "a reference"),
+    ("exact_match", {}, "a reference"),
+    ("clip_score", {"prompt": "a cat"}, "an image and a caption"),
+  ],
+)
+def test_examples_must_have_what_a_metric_compares_with(name, example, what):
+  good = Example("a", "a", "a.jpg", "x", ("yes",) * 4, candidates=("yes",), relevance=(1.0,))
+  metrics.check_examples([name], [good, good], [{}, {}])
+  with pytest.raises(UserError, match=f"metric '{name}' needs {what}, which example b does not"):
+    metrics.check_examples([name], [good, Example("b", "b", **example)], [{}, {}])
+
+
+def test_only_scenes_are_judged():
+  with pytest.raises(UserError, match=r"'judged' needs held-out scenes: config\.raw\.source = 'sc"):
+    metrics.check_examples(["judged"], [], [{"count": 1}, {}])

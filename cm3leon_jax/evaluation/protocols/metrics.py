@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.evaluation_examples import Example
 from cm3leon_jax.evaluation.protocols import image_metrics, text_metrics
 from cm3leon_jax.evaluation.protocols.column import Column
 
@@ -77,3 +78,30 @@ def check(names: Sequence[str], task: str, count: int) -> None:
         f"metric '{name}' needs at least {metric.least} samples, and the protocol has {count}: "
         "raise data.count, or --examples."
       )
+
+
+def check_examples(
+  names: Sequence[str], examples: Sequence[Example], facts: Sequence[dict]
+) -> None:
+  """Checks that examples have what metrics compare with, before anything is generated.
+
+  Raises:
+    UserError: naming the metric and what it lacks.
+  """
+  if "judged" in names and not all(facts):
+    raise UserError("metric 'judged' needs held-out scenes: config.raw.source = 'scenes'.")
+  for example in examples:
+    lacks = {
+      "clip_score": "an image and a caption" if not (example.image and example.prompt) else "",
+      "ndcg": "candidates with judgments" if not example.relevance else "",
+      "vqa_accuracy": "at least 4 answers of people" if len(example.references) < 4 else "",
+      **dict.fromkeys(
+        ("cider", "bleu4", "exact_match"), "a reference" if not example.references else ""
+      ),
+    }
+    for name in names:
+      if what := lacks.get(name):
+        raise UserError(
+          f"metric '{name}' needs {what}, which example {example.key} does not have: leave the "
+          "metric out, or choose other data."
+        )

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation import answer_metrics, caption_metrics, intervals, ptb
 from cm3leon_jax.evaluation.protocols.column import Column, mean
 
@@ -54,15 +53,9 @@ def exact_match(column: Column) -> dict:
 
 def ndcg(column: Column) -> dict:
   """Computes the NDCG of candidates in the order of their log-probabilities, times 100."""
-  values = []
-  for example, scores in zip(column.examples, column.candidates):
-    if not example.relevance:
-      raise UserError(
-        f"metric 'ndcg' needs candidates with judgments, and example {example.key} has none: use "
-        "it for the format 'visdial'."
-      )
-    values.append(100 * float(answer_metrics.ndcg([scores], [example.relevance])[0]))
-  return mean(values, column)
+  pairs = zip(column.candidates, column.examples)
+  values = [answer_metrics.ndcg([scores], [example.relevance])[0] for scores, example in pairs]
+  return mean([100 * float(value) for value in values], column)
 
 
 def _texts(column: Column) -> tuple[list[str], list[Sequence[str]]]:
