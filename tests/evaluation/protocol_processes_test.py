@@ -13,7 +13,7 @@ import pytest
 from cm3leon_jax.io import read_json
 from cm3leon_jax.settings import settings_from_config
 from tests.evaluation.protocol_config import get_config
-from tests.evaluation.shipped_protocols_test import make_data, make_workdir
+from tests.evaluation.protocol_runs import make_data, make_workdir
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]

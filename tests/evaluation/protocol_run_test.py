@@ -19,8 +19,8 @@ from cm3leon_jax.io import read_json
 from cm3leon_jax.reports import evaluation_page
 from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.training import checkpoint
-from tests.data.raw import write_raw
-from tests.generation.run import CAPTIONS, SETTINGS, one_device, save_run
+from tests.evaluation.protocol_runs import make_workdir
+from tests.generation.run import SETTINGS, one_device
 
 [PROTOCOL] = protocol_lib.parse(
   """
@@ -48,16 +48,7 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-  root = epath.Path(tmp_path_factory.mktemp("run"))
-  save_run(root)
-  rng = np.random.default_rng(3)
-  images = [rng.integers(0, 256, (8, 8, 3), np.uint8) for _ in CAPTIONS]
-  pairs = [
-    {"key": f"h{i}", "caption": caption, "split": "heldout", "concept": caption.split()[1]}
-    for i, caption in enumerate(CAPTIONS)
-  ]
-  write_raw(root / "raw", pairs, images)
-  return root
+  return make_workdir(epath.Path(tmp_path_factory.mktemp("run")), SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +193,14 @@ def test_differences_of_equal_resamples_cancel_what_they_share():
   found = compare.resampled(shared, other, np.arange(100), 0.1, 0)
   assert 0.07 < found["low"] < 0.1 < found["high"] < 0.13
   assert compare.resampled(shared, other[:50], np.arange(100), 0.1, 0) == {}
+
+
+@pytest.mark.parametrize("count", [2, 3, 50])
+def test_no_example_is_shuffled_onto_itself(count):
+  for seed in range(20):
+    found = run_lib.others(count, np.random.default_rng(seed))
+    assert sorted(found) == list(range(count))
+    assert (found != np.arange(count)).all()
 
 
 def test_files_need_a_folder(workdir, pipeline):

@@ -1,12 +1,10 @@
 """Runs every protocol that comes with the package on tiny files of the right shape."""
 
-import copy
 import dataclasses
 import functools
 import html
 import json
 import math
-import pathlib
 
 from absl import flags
 from absl.testing import flagsaver
@@ -24,10 +22,9 @@ from cm3leon_jax.evaluation.inception import Inception
 from cm3leon_jax.evaluation.protocols import compare, run
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.settings import settings_from_config
-from tests.data import releases
-from tests.data.raw import write_raw
 from tests.evaluation.inception_test import random_tensors
-from tests.generation.run import CAPTIONS, make_config, save_run
+from tests.evaluation.protocol_runs import make_data, make_workdir
+from tests.generation.run import make_config
 
 SLOW = ("cm3leon_table1", "scenes_decoding", "tutorial_decoding")  # Many samplers to compile.
 PROTOCOLS = [
@@ -54,48 +51,9 @@ def workdir(tmp_path_factory, settings):
   return make_workdir(epath.Path(tmp_path_factory.mktemp("run")), settings)
 
 
-def make_workdir(root: epath.Path, settings) -> epath.Path:
-  """Makes a run with random weights and five held-out pairs."""
-  root.mkdir(exist_ok=True)
-  save_run(root, settings)
-  rng = np.random.default_rng(3)
-  images = [rng.integers(0, 256, (8, 8, 3), np.uint8) for _ in CAPTIONS]
-  pairs = [
-    {"key": f"h{i}", "caption": caption, "split": "heldout", "concept": caption.split()[1]}
-    for i, caption in enumerate(CAPTIONS)
-  ]
-  write_raw(root / "raw", pairs, images)
-  return root
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
   return make_data(tmp_path_factory.mktemp("data"))
-
-
-def make_data(root: pathlib.Path) -> pathlib.Path:
-  """Writes the files of all releases and their images, with ten answers to each question."""
-  for name, release in releases.RELEASES.items():
-    more = {"test_split.json": [31, 32]} if name == "vg_paragraphs" else {}
-    releases.write(root, more_answers(copy.deepcopy(release)) | more)
-    split = {"coco_karpathy": "test", "vg_paragraphs": "test"}.get(name, "val")
-    paths = {pathlib.Path(example.image) for example in open_examples(name, root, split)}
-    releases.write_images(paths)
-  return root
-
-
-def more_answers(value):
-  """Repeats the answers of questions: the released files have ten."""
-  if isinstance(value, dict):
-    return {
-      k: (v * 10)[:10] if k == "answers" and is_answers(v) else more_answers(v)
-      for k, v in value.items()
-    }
-  return [more_answers(v) for v in value] if isinstance(value, list) else value
-
-
-def is_answers(value) -> bool:
-  return isinstance(value[0], dict)
 
 
 def tiny(protocol):

@@ -227,7 +227,7 @@ def _controls(job: Run, first: Column) -> dict[str, dict]:
   those that were written for other examples, and candidates in a random order.
   """
   rng = np.random.default_rng(job.protocol.seed)
-  shuffled = np.roll(rng.permutation(len(job.groups)), 1)
+  shuffled = others(len(job.groups), rng)
   result: dict[str, dict] = {}
 
   def measure(title: str, column: Column, names) -> None:
@@ -243,11 +243,8 @@ def _controls(job: Run, first: Column) -> dict[str, dict]:
     unique = sorted(set(real.groups))
     chosen = set(rng.permutation(unique)[: len(unique) // 2])
     mask = np.array([group in chosen for group in real.groups])
-    halves, noise = (
-      (real[mask], real[~mask]),
-      features.noise(job.networks, len(real.groups), job.protocol.seed),
-    )
-    for title, made, other in ((REAL, *halves), (NOISE, noise, real)):
+    noise = features.noise(job.networks, len(real.groups), job.protocol.seed)
+    for title, made, other in ((REAL, real[mask], real[~mask]), (NOISE, noise, real)):
       column = job.column(title, groups=made.groups, images=made, reference=other)
       measure(title, column, distances)
   if "clip_score" in job.metrics:
@@ -262,4 +259,11 @@ def _controls(job: Run, first: Column) -> dict[str, dict]:
     if first.candidates is not None:
       fields["candidates"] = [rng.permutation(row) for row in first.candidates]
     measure(SHUFFLED, dataclasses.replace(first, **fields), job.metrics)
+  return result
+
+
+def others(count: int, rng: np.random.Generator) -> np.ndarray:
+  """Returns another place for each of `count` > 1 places, at random."""
+  order, result = rng.permutation(count), np.empty(count, int)
+  result[order] = np.roll(order, 1)
   return result
