@@ -3,7 +3,7 @@
   python -m benchmarks.decoding_table --config=ml_configs/scenes.py --workdir=workdir/scenes
 
 Runs the columns of a protocol (--protocol, default scenes_decoding; tutorial_decoding has the
-tutorial's own, on MS-COCO) and its last column with one sample at each weight of --guidance. Writes
+tutorial's own, on MS-COCO), and "top-p, top-k and guidance" at each of --guidance_weights. Writes
 table.md and plot.png beside results.json and report.html. Finished parts are skipped.
 """
 
@@ -13,18 +13,16 @@ import os
 from absl import flags
 from matplotlib.figure import Figure
 
-from cm3leon_jax.commands import common, evaluate_protocol
+from cm3leon_jax.commands import common, evaluate_protocol, protocol_flags
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
 from cm3leon_jax.evaluation.protocols.protocol import Protocol
 
-_PROTOCOL = flags.DEFINE_string("protocol", "scenes_decoding", "Protocol of the samplers.")
-_GUIDANCE = flags.DEFINE_list("guidance", ["1", "1.25", "1.5", "2", "3"], "Weights of guidance.")
-_DATA = flags.DEFINE_string("data", None, "Folder of the evaluation files that it reads.")
-_EXTRACTOR = flags.DEFINE_string("extractor", None, "Weights of the network of distances.")
-_CLIP = flags.DEFINE_string("clip", None, "Folder of the CLIP of scores; default: the run's.")
-_EXAMPLES = flags.DEFINE_integer("examples", None, "Number of examples; default: the protocol's.")
+_GUIDANCE = flags.DEFINE_list(
+  "guidance_weights", ["1", "1.25", "1.5", "2", "3"], "Weights of guidance that are plotted."
+)
+DEFAULT = "scenes_decoding"
 BASE = "top-p, top-k and guidance"  # Column whose guidance varies.
 
 
@@ -102,11 +100,17 @@ def main(settings, workdir) -> None:
   try:
     weights = [float(weight) for weight in _GUIDANCE.value]
   except ValueError as error:
-    raise UserError(f"--guidance is '{','.join(_GUIDANCE.value)}'; give numbers: 1,2,3.") from error
-  [protocol] = protocol_lib.load(_PROTOCOL.value)
-  name = os.path.splitext(os.path.basename(_PROTOCOL.value))[0]
+    raise UserError(
+      f"--guidance_weights is '{','.join(_GUIDANCE.value)}'; give numbers: 1,2,3."
+    ) from error
+  file = protocol_flags.PROTOCOL.value or DEFAULT
+  [protocol] = protocol_lib.load(file)
+  name = os.path.splitext(os.path.basename(file))[0]
   options = evaluate_protocol.Options(
-    examples=_EXAMPLES.value, data=_DATA.value, weights=_EXTRACTOR.value, clip=_CLIP.value
+    examples=protocol_flags.EXAMPLES.value,
+    data=protocol_flags.DATA.value,
+    weights=protocol_flags.EXTRACTOR.value,
+    clip=protocol_flags.CLIP.value,
   )
   folder, result = evaluate_protocol.run(
     settings, workdir, name, with_guidance(protocol, weights), options

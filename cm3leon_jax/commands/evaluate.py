@@ -13,7 +13,7 @@ An export goes to geneval/NAME-HASH/, for the scripts of GenEval and GenEval 2.
   python -m launch.evaluate --config=ml_configs/scenes.py --workdir=workdir/scenes --protocol=scenes
 
 A protocol says what is measured and how; evaluations/NAME-HASH/ gets results.json and report.html.
-docs/evaluation.md explains all four.
+docs/evaluation.md and docs/protocols.md explain all of it.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from absl import flags
 from etils import epath
 
 from cm3leon_jax import stages
-from cm3leon_jax.commands import common
+from cm3leon_jax.commands import common, protocol_flags
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import digest, write_json
@@ -41,32 +41,6 @@ _LAST_PARAMS = flags.DEFINE_bool(
   False,
   "Measure the last parameters, not their average (optimizer.ema_decay); writes evaluation_last/.",
 )
-_PROTOCOL = flags.DEFINE_string(
-  "protocol", None, "Measure by a protocol: its name, or a YAML file (docs/evaluation.md)."
-)
-_METRICS = flags.DEFINE_list("metrics", [], "Metrics to measure instead of those of the protocol.")
-_EXAMPLES = flags.DEFINE_integer(
-  "examples",
-  None,
-  "Number of examples instead of that of the protocol; 0: all. Only evaluations of the same number "
-  "can be compared.",
-  lower_bound=0,
-)
-_DATA = flags.DEFINE_string(
-  "data", None, "Folder of the evaluation files and images that the protocol reads."
-)
-_EXTRACTOR = flags.DEFINE_string(
-  "extractor",
-  None,
-  "Weights of the network whose features distances compare: a safetensors file of Inception-v3, or "
-  "a Hugging Face folder of DINOv2 or CLIP.",
-)
-_CLIP = flags.DEFINE_string(
-  "clip", None, "Folder of the Hugging Face CLIP that scores images; default: the run's."
-)
-_COMPARE = flags.DEFINE_list(
-  "compare", [], "Print the differences between two folders of evaluations: A,B."
-)
 EXPORT_SAMPLES = 4  # GenEval's own number.
 BUNDLED = "scenes"  # Model whose images stand beside those of a run of `scenes`.
 
@@ -75,10 +49,16 @@ def main(settings, workdir):
   for flag in (PROMPTS, SAMPLES):
     if _is_given(flag) and _EXPORT.value is None:
       raise UserError(f"--{flag.name} is given without --export: add --export=geneval.")
-  for flag in (_METRICS, _EXAMPLES, _DATA, _EXTRACTOR, _CLIP):
-    if _is_given(flag) and _PROTOCOL.value is None:
+  for flag in (
+    protocol_flags.METRICS,
+    protocol_flags.EXAMPLES,
+    protocol_flags.DATA,
+    protocol_flags.EXTRACTOR,
+    protocol_flags.CLIP,
+  ):
+    if _is_given(flag) and protocol_flags.PROTOCOL.value is None:
       raise UserError(f"--{flag.name} is given without --protocol: add --protocol=scenes, say.")
-  if _COMPARE.value or _PROTOCOL.value is not None:
+  if protocol_flags.COMPARE.value or protocol_flags.PROTOCOL.value is not None:
     _by_protocol(settings, workdir)
     return
   import jax
@@ -107,12 +87,18 @@ def main(settings, workdir):
 def _by_protocol(settings, workdir) -> None:
   from cm3leon_jax.commands import evaluate_protocol
 
-  if _COMPARE.value:
-    evaluate_protocol.compare(_COMPARE.value)
+  if protocol_flags.COMPARE.value:
+    evaluate_protocol.compare(protocol_flags.COMPARE.value)
     return
-  flags_of = (_METRICS, _EXAMPLES, _DATA, _EXTRACTOR, _CLIP)
+  flags_of = (
+    protocol_flags.METRICS,
+    protocol_flags.EXAMPLES,
+    protocol_flags.DATA,
+    protocol_flags.EXTRACTOR,
+    protocol_flags.CLIP,
+  )
   options = evaluate_protocol.Options(*(flag.value for flag in flags_of))
-  evaluate_protocol.run_all(settings, workdir, _PROTOCOL.value, options)
+  evaluate_protocol.run_all(settings, workdir, protocol_flags.PROTOCOL.value, options)
 
 
 def _evaluate(settings, workdir: epath.Path, folder: epath.Path, summary: dict) -> None:

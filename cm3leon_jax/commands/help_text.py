@@ -59,6 +59,7 @@ def page(docstring: str, workdir: bool, several_processes: bool) -> str:
   groups = {
     "Flags of this command": modules.get(sys.argv[0], []),
     "Prompts": modules.get("cm3leon_jax.commands.prompt_flags", []),
+    "Protocols": modules.get("cm3leon_jax.commands.protocol_flags", []),
     "Retrieval": modules.get("cm3leon_jax.commands.retrieve_flag", []),
     "The run": run,
     "Processing of shards": modules.get("cm3leon_jax.commands.sharded", []),
