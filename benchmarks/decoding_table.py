@@ -103,8 +103,12 @@ def main(settings, workdir) -> None:
     raise UserError(
       f"--guidance_weights is '{','.join(_GUIDANCE.value)}'; give numbers: 1,2,3."
     ) from error
+  if not weights or min(weights) < 0 or len(set(weights)) < len(weights):
+    raise UserError("--guidance_weights must be different numbers of at least 0: 1,2,3.")
   file = protocol_flags.PROTOCOL.value or DEFAULT
-  [protocol] = protocol_lib.load(file)
+  protocol, *others = protocol_lib.load(file)
+  if others:
+    raise UserError(f"--protocol={file} has several protocols: name one, {file}/{protocol.name}.")
   name = os.path.splitext(os.path.basename(file))[0]
   options = evaluate_protocol.Options(
     examples=protocol_flags.EXAMPLES.value,

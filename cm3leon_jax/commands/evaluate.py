@@ -58,7 +58,10 @@ def main(settings, workdir):
   ):
     if _is_given(flag) and protocol_flags.PROTOCOL.value is None:
       raise UserError(f"--{flag.name} is given without --protocol: add --protocol=scenes, say.")
-  if protocol_flags.COMPARE.value or protocol_flags.PROTOCOL.value is not None:
+  by_protocol = _is_given(protocol_flags.COMPARE) or protocol_flags.PROTOCOL.value is not None
+  if by_protocol and (_EXPORT.value is not None or _LAST_PARAMS.value):
+    raise UserError("--protocol and --compare take neither --export nor --last_params.")
+  if by_protocol:
     _by_protocol(settings, workdir)
     return
   import jax
@@ -87,7 +90,7 @@ def main(settings, workdir):
 def _by_protocol(settings, workdir) -> None:
   from cm3leon_jax.commands import evaluate_protocol
 
-  if protocol_flags.COMPARE.value:
+  if _is_given(protocol_flags.COMPARE):
     evaluate_protocol.compare(protocol_flags.COMPARE.value)
     return
   flags_of = (

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
   from cm3leon_jax.evaluation.protocols.protocol import Protocol
 
 FOLDER = "evaluations"
+# Fields of a protocol that its samples do not depend on.
+NOT_OF_SAMPLES = (
+  "title", "name", "metrics", "extractor", "extractor_tensors", "resolution", "published"
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,25 +46,44 @@ def run_all(settings, workdir, name: str, options: Options) -> None:
   """Measures a run by all protocols of a file, after all of them were checked."""
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 
-  found = [_checked(protocol, options) for protocol in protocol_lib.load(name)]
+  found = [_checked(protocol, options, settings) for protocol in protocol_lib.load(name)]
   path = epath.Path(name)
   file = path.stem if path.suffix else name.partition("/")[0]
   for protocol in found:
     run(settings, workdir, file, protocol, options)
 
 
-def _checked(protocol: Protocol, options: Options) -> Protocol:
+def _checked(protocol: Protocol, options: Options, settings) -> Protocol:
   """Returns the protocol with the number of examples of the options.
 
   Raises:
-    UserError: a metric is unknown or does not fit, or its examples are too few.
+    UserError: a metric is unknown or does not fit, its examples are too few, a field of a sampler
+      or a published figure is wrong, a file is absent, or an option has no effect.
   """
+  from cm3leon_jax.data.evaluation_files import open_examples
   from cm3leon_jax.evaluation.protocols import metrics
+  from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 
   if options.examples is not None:
     data = dataclasses.replace(protocol.data, count=options.examples)
     protocol = dataclasses.replace(protocol, data=data)
-  metrics.check(options.metrics or protocol.metrics, protocol.task, protocol.data.count)
+  names = options.metrics or protocol.metrics
+  metrics.check(names, protocol.task, protocol.data.count)
+  metrics.check_published(protocol.published, [column.name for column in protocol.columns])
+  for column in protocol.columns:
+    protocol_lib.sampling_of(column, settings.sampling)
+  needs = {need for name in names for need in metrics.METRICS[name].needs}
+  for flag, value, need in (
+    ("extractor", options.weights, "features"),
+    ("clip", options.clip, "embeddings"),
+  ):
+    if value is not None and need not in needs:
+      raise UserError(f"--{flag} is given, and no metric of {', '.join(names)} reads it.")
+  if protocol.data.format == protocol_lib.HELDOUT:
+    if options.data is not None:
+      raise UserError("--data is given, and the protocol reads the held-out pairs of the run.")
+  elif options.data is not None:  # Absent files are found before anything is generated.
+    open_examples(protocol.data.format, options.data, protocol.data.split)
   return protocol
 
 
@@ -86,7 +109,7 @@ def run(
   from cm3leon_jax.evaluation.protocols import run as run_lib
   from cm3leon_jax.reports import evaluation_page
 
-  protocol = _checked(protocol, options)
+  protocol = _checked(protocol, options, settings)
   names = tuple(options.metrics or protocol.metrics)
   needs = {need for n in names for need in metrics.METRICS[n].needs}
   extractor = None
@@ -147,21 +170,28 @@ def _make_run(settings, workdir, protocol: Protocol, names, extractor, options: 
   check(names, protocol.task, len(evaluated.examples))
   check_examples(names, evaluated.examples, evaluated.facts)
   sampling = [protocol_lib.sampling_of(c, settings.sampling) for c in protocol.columns]
-  identity = {
+  # Samples do not depend on what is measured of them.
+  of_samples = {
     **about,
-    "protocol": dataclasses.asdict(protocol),
+    **{n: v for n, v in dataclasses.asdict(protocol).items() if n not in NOT_OF_SAMPLES},
     "sampling": [dataclasses.asdict(one) for one in sampling],
     "data": results.fingerprint(evaluated),
+  }
+  identity = {
+    **of_samples,
+    "protocol": dataclasses.asdict(protocol),
+    "metrics": names,
     "extractor": extractor and extractor.identity,
     "scorer": scorer and extractors.clip_identity(scorer),
   }
-  stem = f"{slug(about['name'])}-{protocol_lib.digest(identity)[:8]}"
+  root, name = epath.Path(workdir) / FOLDER, slug(about["name"])
   job = Run(
     protocol=protocol,
     metrics=names,
     pipeline=pipeline,
     workdir=epath.Path(workdir),
-    folder=epath.Path(workdir) / FOLDER / stem,
+    folder=root / f"{name}-{protocol_lib.digest(identity)[:8]}",
+    samples=root / "samples" / f"{name}-{protocol_lib.digest(of_samples)[:8]}",
     evaluated=evaluated,
     extractor=extractor,
     scorer=scorer,
@@ -182,13 +212,17 @@ def _extractor(protocol: Protocol, settings, workdir, weights) -> Extractor:
 
   network, _, resize = protocol.extractor.partition("_")
   if not network:
-    raise UserError("the protocol names no extractor, and its distances need one: set extractor.")
+    raise UserError(
+      "the protocol names no extractor, and distances need one: set its field extractor to clip, "
+      "inception_tf1, inception_torch or dinov2."
+    )
   if network == "clip":
     found = extractors.load_clip(weights or settings.retrieval.clip, workdir)
   elif weights is None:
+    what = "a safetensors file" if network == "inception" else "a Hugging Face folder"
     raise UserError(
-      f"distances of the protocol compare features of {network}: name its weights by --extractor, "
-      "a safetensors file of Inception-v3 or a Hugging Face folder of DINOv2."
+      f"distances of the protocol compare features of {network}: name {what} with its weights by "
+      "--extractor."
     )
   elif network == "inception":
     found = extractors.load_inception(weights, resize)
@@ -212,5 +246,5 @@ def compare(folders: list[str]) -> None:
   from cm3leon_jax.evaluation.protocols import compare as compare_lib
 
   if len(folders) != 2:
-    raise UserError(f"--compare names {len(folders)} folders; it must name two: --compare=A,B.")
+    raise UserError(f"--compare={','.join(folders)} must name two folders: --compare=A,B.")
   print(compare_lib.describe(compare_lib.compare(*map(epath.Path, folders))))

@@ -65,7 +65,7 @@ def _rows(job: Run, places: Sequence[int]) -> list[dict]:
   cells: dict[int, dict] = {i: {} for i in places}
   for column in job.protocol.columns:
     starts = sorted({i - i % samples.PART for i in cells})
-    parts = [samples.read_part(job.folder, column.name, start) for start in starts]
+    parts = [samples.read_part(job.samples, column.name, start) for start in starts]
     lines = [line for part in parts for line in part if line["row"] in cells]
     for line, cell in zip(lines, _cells(job, lines)):
       cells[line["row"]][column.name] = cell

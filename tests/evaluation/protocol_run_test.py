@@ -1,5 +1,6 @@
 """Tests a protocol from samples to results: numbers, resuming, controls, comparison, the page."""
 
+import copy
 import dataclasses
 import json
 
@@ -67,6 +68,7 @@ def make_job(workdir, pipeline, folder, protocol=PROTOCOL):
     pipeline=pipe,
     workdir=workdir,
     folder=epath.Path(folder),
+    samples=epath.Path(folder),
     evaluated=samples_lib.open_evaluated(protocol, pipe, workdir, None),
     extractor=extractors.load_clip("", workdir),
     scorer=pipe.clip,
@@ -173,6 +175,18 @@ def test_other_protocols_and_other_data_are_not_compared(workdir, pipeline, done
     (other / results.RESULTS).write_text(json.dumps(changed))
     with pytest.raises(UserError, match=f"differ in {field}"):
       compare.compare(job.folder, other)
+  with pytest.raises(UserError, match=r"is no folder of an evaluation: it has no results\.json"):
+    compare.compare(job.folder, tmp_path)
+
+
+def test_evaluations_without_the_same_networks_compare_in_what_both_have(done, tmp_path):
+  job, result = done[0], copy.deepcopy(done[1])
+  for column in result["columns"].values():
+    column["metrics"] = {n: v for n, v in column["metrics"].items() if n == "clip_score"}
+  (tmp_path / results.RESULTS).write_text(json.dumps({**result, "extractor": None}))
+  (tmp_path / "values.npz").write_bytes((job.folder / "values.npz").read_bytes())
+  rows = compare.compare(job.folder, tmp_path)
+  assert {row["metric"] for row in rows} == {"clip_score"}
 
 
 def test_paired_differences_cancel_what_both_find_hard():

@@ -58,6 +58,13 @@ def test_a_column_changes_the_sampler_of_the_run():
       "task: image\ntemplate: '{prompt'",
       "the template '{prompt' is wrong (expected",
     ),
+    ("task: image", "task: image\ntemplate: '{prompt:d}'", "has {prompt:d}; its fields are prompt"),
+    (
+      "format: heldout",
+      "format: coco",
+      "data: format is 'coco'; it must be one of heldout,",
+    ),
+    ("count: 8", "count: 8, split: val", "data: split of 'heldout' is 'val'; it must be left out"),
     (GOOD, "- a list", "my.yaml must have the fields of a protocol"),
     ("title: drawings", "title: [", "my.yaml is not valid YAML"),
   ],
@@ -71,7 +78,9 @@ def test_a_mistake_is_named(old, new, sentence):
 def test_a_field_of_the_sampler_that_does_not_exist_is_named():
   text = GOOD.replace("guidance: 2.0", "guidence: 2.0")
   [protocol] = protocol_lib.parse(text, "my.yaml")
-  with pytest.raises(UserError, match="column 'plain' has no field 'guidence': did you mean"):
+  with pytest.raises(
+    UserError, match="column 'plain' of the protocol: sampling has no field 'guid"
+  ):
     protocol_lib.sampling_of(protocol.columns[0], SamplingConfig())
 
 
@@ -154,3 +163,38 @@ def test_examples_must_have_what_a_metric_compares_with(name, example, what):
 def test_only_scenes_are_judged():
   with pytest.raises(UserError, match=r"'judged' needs held-out scenes: config\.raw\.source = 'sc"):
     metrics.check_examples(["judged"], [], [{"count": 1}, {}])
+
+
+@pytest.mark.parametrize(
+  ("row", "sentence"),
+  [
+    ({"source": "s", "cider": 1}, "needs a text in its field 'model'"),
+    ({"model": "m", "source": "s", "column": "b"}, "is of the column 'b'; the protocol has a"),
+    ({"model": "m", "source": "s", "cider": "61,6"}, "'cider' of m is '61,6'; it must be a metric"),
+    ({"model": "m", "source": "s", "ciderr": 61.6}, "'ciderr' of m is 61.6; it must be a metric"),
+  ],
+)
+def test_a_wrong_published_figure_is_named(row, sentence):
+  metrics.check_published([{"model": "m", "source": "s", "cider": 1.5, "column": "a"}], ["a"])
+  with pytest.raises(UserError) as error:
+    metrics.check_published([row], ["a"])
+  assert sentence in str(error.value)
+
+
+def test_a_metric_is_named_once():
+  with pytest.raises(UserError, match="named twice among cider, cider"):
+    metrics.check(["cider", "cider"], "text", 9)
+
+
+def test_files_of_columns_differ_as_their_names():
+  names = ["guidance 1.5", "guidance 1/5", "Guidance 1.5", "\u732b", "\u72ac", "x" * 50, "x" * 51]
+  assert len({protocol_lib.stem(name) for name in names}) == len(names)
+
+
+def test_a_folder_and_a_file_that_is_no_text_are_refused(tmp_path):
+  (tmp_path / "folder.yaml").mkdir()
+  with pytest.raises(UserError, match="it must be a YAML file that exists"):
+    protocol_lib.load(str(tmp_path / "folder.yaml"))
+  (tmp_path / "bytes.yaml").write_bytes(b"title: \xff")
+  with pytest.raises(UserError, match="is not UTF-8 text"):
+    protocol_lib.load(str(tmp_path / "bytes.yaml"))

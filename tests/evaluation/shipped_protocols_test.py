@@ -53,7 +53,7 @@ def workdir(tmp_path_factory, settings):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-  return make_data(tmp_path_factory.mktemp("data"))
+  return str(make_data(tmp_path_factory.mktemp("data")))
 
 
 def tiny(protocol):
@@ -73,7 +73,8 @@ def tiny(protocol):
 @pytest.mark.parametrize(("name", "protocol"), PROTOCOLS)
 def test_every_protocol_runs_to_its_results(name, protocol, settings, workdir, data, capsys):
   protocol = tiny(protocol)
-  options = evaluate_protocol.Options(data=str(data))
+  heldout = protocol.data.format == protocol_lib.HELDOUT
+  options = evaluate_protocol.Options(data=None if heldout else data)
   folder, result = evaluate_protocol.run(settings, workdir, name, protocol, options)
   assert set(result["columns"]) == {column.name for column in protocol.columns}
   for column in result["columns"].values():
@@ -96,7 +97,9 @@ def test_a_protocol_of_other_images_is_refused(settings, workdir, data):
   with pytest.raises(
     UserError, match="images of 256 x 256 pixels, and those of the run have 8 x 8"
   ):
-    evaluate_protocol.run(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
+    evaluate_protocol.run(
+      settings, workdir, "x", protocol, evaluate_protocol.Options(data=data)
+    )
 
 
 def test_more_examples_than_there_are_is_refused(settings, workdir, data):
@@ -108,8 +111,10 @@ def test_more_examples_than_there_are_is_refused(settings, workdir, data):
 
 def test_inception_needs_its_weights(settings, workdir, data):
   [protocol] = protocol_lib.load("cm3leon_table1")
-  with pytest.raises(UserError, match="features of inception: name its weights by --extractor"):
-    evaluate_protocol.run(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
+  with pytest.raises(UserError, match="features of inception: name a safetensors file"):
+    evaluate_protocol.run(
+      settings, workdir, "x", protocol, evaluate_protocol.Options(data=data)
+    )
 
 
 def test_weights_of_another_network_are_refused_by_their_hash(settings, workdir, data):
@@ -118,13 +123,15 @@ def test_weights_of_another_network_are_refused_by_their_hash(settings, workdir,
   with pytest.raises(
     UserError, match=r"the protocol asks for 000000000000\.\.\.: give the weights"
   ):
-    evaluate_protocol.run(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
+    evaluate_protocol.run(
+      settings, workdir, "x", protocol, evaluate_protocol.Options(data=data)
+    )
 
 
 def test_too_few_examples_for_a_metric_are_refused(settings, workdir, data):
   protocol, _ = protocol_lib.load("scenes")
   for examples, metrics in ((2, ("precision_recall",)), (0, ("precision_recall",))):
-    options = evaluate_protocol.Options(metrics=metrics, examples=examples, data=data)
+    options = evaluate_protocol.Options(metrics, examples, data if examples == 0 else None)
     if examples == 0:  # All there are: 5, but of COCO 3.
       protocol = tiny(protocol_lib.load("tutorial_decoding")[0])
     with pytest.raises(UserError, match="metric 'precision_recall' needs at least 4 samples"):
@@ -136,8 +143,48 @@ def test_flags_of_protocols_need_a_protocol(settings, workdir):
     flags.FLAGS.mark_as_parsed()
   with flagsaver.flagsaver(metrics=["cmmd"]), pytest.raises(UserError, match="add --protocol=sc"):
     evaluate.main(settings, workdir)
-  with flagsaver.flagsaver(compare=["a"]), pytest.raises(UserError, match="it must name two"):
+  with flagsaver.flagsaver(compare=["a"]), pytest.raises(UserError, match="must name two folders"):
     evaluate.main(settings, workdir)
+  for wrong in ({"export": "geneval"}, {"last_params": True}):
+    with (
+      flagsaver.flagsaver(protocol="scenes", **wrong),
+      pytest.raises(UserError, match="take n"),
+    ):
+      evaluate.main(settings, workdir)
+
+
+def test_a_flag_without_effect_is_refused(settings, workdir, data):
+  [protocol] = protocol_lib.load("scenes_decoding")
+  for fields, sentence in (
+    ({"data": data}, "--data is given, and the protocol reads the held-out pairs"),
+    ({"clip": "x", "metrics": ("copy_rate",)}, "--clip is given, and no metric of copy_rate reads"),
+  ):
+    options = evaluate_protocol.Options(examples=4, **fields)
+    with pytest.raises(UserError, match=sentence):
+      evaluate_protocol.run(settings, workdir, "x", protocol, options)
+
+
+def test_other_metrics_are_measured_on_the_same_samples(settings, workdir, data):
+  [protocol] = protocol_lib.parse(
+    """
+title: captions
+task: text
+data: {format: coco_karpathy, split: test, count: 0}
+columns: [{name: greedy, length: 3, sampling: {text_top_k: 1}}]
+metrics: [cider]
+""",
+    "x.yaml",
+  )
+  first, _ = evaluate_protocol.run(
+    settings, workdir, "same", protocol, evaluate_protocol.Options(data=data)
+  )
+  second, result = evaluate_protocol.run(
+    settings, workdir, "same", protocol, evaluate_protocol.Options(("bleu4",), data=data)
+  )
+  assert first != second
+  assert list(result["columns"]["greedy"]["metrics"]) == ["bleu4"]
+  assert "cider" in json.loads((first / "results.json").read_text())["columns"]["greedy"]["metrics"]
+  assert len(list(first.parent.glob("samples/same-*"))) == 1
 
 
 def test_the_command_measures_all_protocols_of_a_file(settings, workdir, data, tmp_path, capsys):
@@ -155,7 +202,7 @@ metrics: [cider]
 """
   texts = (one.format(name=n, template=t) for n, t in (("a", "<mask>"), ("b", "Look: <mask>")))
   file.write_text("---".join(texts))
-  with flagsaver.flagsaver(protocol=str(file), data=str(data), metrics=["bleu4", "exact_match"]):
+  with flagsaver.flagsaver(protocol=str(file), data=data, metrics=["bleu4", "exact_match"]):
     evaluate.main(settings, workdir)
   printed = capsys.readouterr().out
   assert "captions a: 2 examples\n  greedy: BLEU-4 " in printed
@@ -174,10 +221,10 @@ def test_distances_are_of_the_features_of_inception(settings, workdir, data, tmp
   [protocol] = protocol_lib.load("tutorial_decoding")
   protocol = dataclasses.replace(tiny(protocol), extractor=protocol.extractor)
   protocol = dataclasses.replace(protocol, columns=protocol.columns[:1])
-  options = evaluate_protocol.Options(data=str(data), weights=str(path))
+  options = evaluate_protocol.Options(data=data, weights=str(path))
   folder, result = evaluate_protocol.run(settings, workdir, "inception", protocol, options)
   assert result["extractor"]["name"] == "inception-v3 (torch resize)"
-  [stored] = (folder / "features").glob("reference-*/part_00000.npz")
+  [stored] = folder.parent.glob("samples/inception-*/features/reference-*/part_00000.npz")
   examples = open_examples("coco_2014", data, "val")
   images = np.stack([raw_pairs.load_image(example.image, 8) for example in examples])
   expected = Inception.load(path, "torch").embed_images(images)

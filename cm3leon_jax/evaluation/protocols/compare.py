@@ -3,6 +3,7 @@
 from etils import epath
 import numpy as np
 
+from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.evaluation.protocols.results import RESULTS
@@ -10,7 +11,8 @@ from cm3leon_jax.evaluation.protocols.run import VALUES
 from cm3leon_jax.io import read_json
 
 # What must be equal: other differences are what is compared.
-SAME = ("protocol", "data", "extractor", "scorer")
+SAME = ("protocol", "data")
+NETWORKS = ("extractor", "scorer")  # None where no metric reads them.
 
 
 def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 10_000) -> list:
@@ -32,12 +34,22 @@ def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 
   Raises:
     UserError: a folder has no results, or protocol, data or networks differ.
   """
-  results = [read_json(epath.Path(folder) / RESULTS) for folder in (first, second)]
-  for field in SAME:
-    if results[0][field] != results[1][field]:
+  for folder in (first, second):
+    if not (epath.Path(folder) / RESULTS).exists():
       raise UserError(
-        f"{first} and {second} differ in {field}: evaluations are compared only if protocol, data, "
-        "extractor and CLIP are the same."
+        f"{folder} is no folder of an evaluation: it has no {RESULTS}. Name folders of "
+        "W/evaluations."
+      )
+  results = [read_json(epath.Path(folder) / RESULTS) for folder in (first, second)]
+  for field in (*SAME, *NETWORKS):
+    values = [result[field] for result in results]
+    if values[0] != values[1] and (field in SAME or None not in values):
+      where = ""
+      if isinstance(values[0], dict) and isinstance(values[1], dict):
+        where = f" ({'; '.join(stages.differences(*values)[:3])})"
+      raise UserError(
+        f"{first} and {second} differ in {field}{where}: evaluations are compared only if "
+        "protocol, data, extractor and CLIP are the same."
       )
   values = [_values(folder) for folder in (first, second)]
   rows = []

@@ -18,7 +18,6 @@ from cm3leon_jax import distributed
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols.samples import PART
-from cm3leon_jax.generation.tasks import slug
 from cm3leon_jax.io import replacing
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
@@ -76,7 +75,8 @@ class Networks:
       groups: [n] of the images.
       load: (start, stop) -> (pixels [stop - start, H, W, 3] uint8, their codes, or None).
     """
-    stem = f"{slug(name)}-{protocol_lib.digest([self.identity, sorted(self.needs)])[:8]}"
+    stem = protocol_lib.stem(name)
+    stem += f"-{protocol_lib.digest([self.identity, sorted(self.needs)])[:8]}"
     starts = range(0, len(groups), PART)
     paths = [self.folder / stem / f"part_{start // PART:05d}.npz" for start in starts]
     # The caller's mesh has the devices of all processes, and a part is computed by one of them.

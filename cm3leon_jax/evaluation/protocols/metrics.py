@@ -44,7 +44,7 @@ METRICS = {
   "clip_score": Metric(image_metrics.clip_score, "CLIP score", "image", ("embeddings",)),
   "likelihood": Metric(
     image_metrics.likelihood,
-    "log p(caption | image) / p(caption)",
+    "log p(caption | image) - log p(caption)",
     "image",
     ("likelihoods",),
   ),
@@ -64,6 +64,8 @@ def check(names: Sequence[str], task: str, count: int) -> None:
   Raises:
     UserError: an unknown name, a metric of another task, or too few samples.
   """
+  if len(set(names)) < len(names):
+    raise UserError(f"a metric is named twice among {', '.join(names)}: name it once.")
   for name in names:
     if name not in METRICS:
       raise UserError(f"'{name}' is no metric; they are {', '.join(METRICS)}.")
@@ -104,4 +106,27 @@ def check_examples(
         raise UserError(
           f"metric '{name}' needs {what}, which example {example.key} does not have: leave the "
           "metric out, or choose other data."
+        )
+
+
+def check_published(rows: Sequence[dict], columns: Sequence[str]) -> None:
+  """Checks the figures of others.
+
+  Raises:
+    UserError: a field is absent, unknown or no number, or no column has the name.
+  """
+  for row in rows:
+    for field in ("model", "source"):
+      if not isinstance(row.get(field), str):
+        raise UserError(f"published: {row} needs a text in its field '{field}'.")
+    if row.get("column", columns[0]) not in columns:
+      raise UserError(
+        f"published: {row['model']} is of the column '{row['column']}'; the protocol has "
+        f"{', '.join(columns)}."
+      )
+    for name in set(row) - {"model", "source", "column"}:
+      if name not in METRICS or not isinstance(row[name], int | float):
+        raise UserError(
+          f"published: '{name}' of {row['model']} is {row[name]!r}; it must be a metric with a "
+          f"number ({', '.join(METRICS)})."
         )

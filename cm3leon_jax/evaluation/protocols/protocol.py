@@ -19,8 +19,9 @@ import yaml
 
 from cm3leon_jax.config import STRICT, UserError, build
 from cm3leon_jax.data.evaluation_examples import Example
+from cm3leon_jax.data.evaluation_files import SPLITS
 from cm3leon_jax.decoding.sampling import SamplingConfig
-from cm3leon_jax.generation.tasks import MASK
+from cm3leon_jax.generation.tasks import MASK, slug
 from cm3leon_jax.io import plain
 
 HELDOUT = "heldout"  # Format of the data: the held-out pairs of the run.
@@ -40,6 +41,15 @@ class DataConfig:
   """Split of the files, e.g. `val`; held-out pairs have none."""
   count: NonNegativeInt = 200
   """Number of examples, chosen by the seed; 0: all."""
+
+  def __post_init__(self):
+    formats = (HELDOUT, *SPLITS)
+    if self.format not in formats:
+      raise ValueError(f"format is '{self.format}'; it must be one of {', '.join(formats)}.")
+    splits = SPLITS.get(self.format, ("",))
+    if self.split not in splits:
+      should = f"one of {', '.join(splits)}" if self.format != HELDOUT else "left out"
+      raise ValueError(f"split of '{self.format}' is '{self.split}'; it must be {should}.")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -99,9 +109,10 @@ class Protocol:
     if self.task == "text" and any(column.samples > 1 for column in self.columns):
       raise ValueError("a column of task text has several samples, but CLIP ranks images: set 1.")
     try:
-      fields = {name for _, name, *_ in string.Formatter().parse(self.template) if name is not None}
+      parts = [part for part in string.Formatter().parse(self.template) if part[1] is not None]
     except ValueError as error:
       raise ValueError(f"the template '{self.template}' is wrong ({error}).") from error
+    fields = {f"{name}{':' * bool(spec)}{spec}" for _, name, spec, _ in parts}
     if unknown := fields - set(FIELDS):
       raise ValueError(f"the template has {{{min(unknown)}}}; its fields are {', '.join(FIELDS)}.")
     masks = (self.template or TASKS[self.task]).count(MASK)
@@ -139,8 +150,12 @@ def load(name_or_path: str) -> tuple[Protocol, ...]:
       known = ", ".join(protocol.name for protocol in found if protocol.name)
       raise UserError(f"--protocol is '{name_or_path}'; {file} has {known or 'one, without name'}.")
     return tuple(chosen)
-  if _is_yaml(name_or_path) and (path := epath.Path(name_or_path)).exists():
-    return parse(path.read_text(), name_or_path)
+  path = epath.Path(name_or_path)
+  if _is_yaml(name_or_path) and path.exists() and not path.is_dir():
+    try:
+      return parse(path.read_text(encoding="utf-8"), name_or_path)
+    except UnicodeDecodeError as error:
+      raise UserError(f"{name_or_path} is not UTF-8 text ({error}).") from error
   raise UserError(
     f"--protocol is '{name_or_path}'; it must be a YAML file that exists, or one of "
     f"{', '.join(names())}."
@@ -186,8 +201,16 @@ def sampling_of(column: Column, base: SamplingConfig) -> SamplingConfig:
   Raises:
     UserError: a field of the column is none of `config.sampling`, or is out of range.
   """
-  fields = {**dataclasses.asdict(base), **column.sampling}
-  return build(SamplingConfig, fields, f"sampling, column '{column.name}'")
+  try:
+    return build(SamplingConfig, {**dataclasses.asdict(base), **column.sampling}, "sampling")
+  except UserError as error:
+    sentence = str(error).removeprefix("config.")
+    raise UserError(f"column '{column.name}' of the protocol: {sentence}") from error
+
+
+def stem(column: str) -> str:
+  """Returns the name of the files of a column: of different columns they differ."""
+  return f"{slug(column)}-{digest(column)[:6]}"
 
 
 def digest(value) -> str:

@@ -79,13 +79,18 @@ def describe(result: dict) -> str:
   return "\n".join(lines)
 
 
+def number(value: float) -> str:
+  """Writes a number with four digits; what is 0 but for rounding is 0."""
+  return "0" if abs(value) < 1e-9 else f"{value:.4g}"
+
+
 def _numbers(measured: dict[str, dict]) -> str:
   cells = []
   for name, found in measured.items():
     interval = ""
     if found.get("low") is not None:
-      interval = f" [{found['low']:.4g}, {found['high']:.4g}]"
-    value = "none" if found["value"] is None else f"{found['value']:.4g}"
+      interval = f" [{number(found['low'])}, {number(found['high'])}]"
+    value = "none" if found["value"] is None else number(found["value"])
     cells.append(f"{METRICS[name].title} {value}{interval}")
     if "recall" in found:
       cells.append(f"recall {found['recall']:.4g}")

@@ -20,11 +20,10 @@ from cm3leon_jax.evaluation.protocols import samples as samples_lib
 from cm3leon_jax.evaluation.protocols.column import Column
 from cm3leon_jax.evaluation.protocols.features import Images, Networks
 from cm3leon_jax.evaluation.protocols.metrics import METRICS
-from cm3leon_jax.evaluation.protocols.protocol import Protocol, sampling_of
+from cm3leon_jax.evaluation.protocols.protocol import Protocol, sampling_of, stem
 from cm3leon_jax.evaluation.protocols.samples import PART, Evaluated
 from cm3leon_jax.generation.given_images import load_image
 from cm3leon_jax.generation.pipeline import Pipeline
-from cm3leon_jax.generation.tasks import slug
 from cm3leon_jax.io import read_json, replacing, write_json
 
 VALUES = "values.npz"
@@ -40,7 +39,8 @@ class Run:
     metrics: names of `METRICS`, checked.
     pipeline: of the run.
     workdir: of the run.
-    folder: of the evaluation.
+    folder: of the results.
+    samples: folder of the samples, and of what was computed of them.
     evaluated: the examples.
     extractor: of distances, or None.
     scorer: CLIP of scores, or None.
@@ -54,6 +54,7 @@ class Run:
   pipeline: Pipeline
   workdir: epath.Path
   folder: epath.Path
+  samples: epath.Path
   evaluated: Evaluated
   extractor: Extractor | None
   scorer: Any
@@ -76,7 +77,7 @@ class Run:
     """What computes features of images."""
     extractor = self.extractor and self.extractor.identity
     return Networks(
-      folder=self.folder / "features",
+      folder=self.samples / "features",
       needs=self.needs & frozenset(features.KINDS),
       extractor=self.extractor,
       scorer=self.scorer,
@@ -98,7 +99,7 @@ def run(job: Run) -> dict:
     "controls": {control: {metric: {"value", ...}}}}.
   """
   tasks = samples_lib.tasks_of(job.protocol, job.evaluated, job.pipeline, job.workdir)
-  samples_lib.generate(job.protocol, job.evaluated, tasks, job.pipeline, job.folder)
+  samples_lib.generate(job.protocol, job.evaluated, tasks, job.pipeline, job.samples)
   reference, captions = None, None
   if job.networks.needs:
     reference = features.real_images(job.networks, job.evaluated.images)
@@ -134,12 +135,12 @@ def _column(job: Run, name: str, reference: Images | None, captions) -> Column:
   """Reads the samples of a column and computes what metrics need of them."""
   with distributed.together():  # The first process writes samples; now all read them.
     pass
-  lines = list(samples_lib.read_lines(job.folder, name, len(job.groups)))
+  lines = list(samples_lib.read_lines(job.samples, name, len(job.groups)))
   images = None
   if job.networks.needs:
 
     def load(start: int, stop: int):
-      part = samples_lib.read_part(job.folder, name, start)
+      part = samples_lib.read_part(job.samples, name, start)
       codes = np.array([line["codes"] for line in part])
       return job.pipeline.image_tokenizer.decode(codes), codes
 
@@ -169,12 +170,12 @@ def _column(job: Run, name: str, reference: Images | None, captions) -> Column:
 
 def _in_parts(job: Run, name: str, need: str, compute: Callable) -> list:
   """Computes a JSON value of each line, by all processes together; parts that exist are read."""
-  folder = job.folder / need / slug(name)
+  folder = job.samples / need / stem(name)
   starts = range(0, len(job.groups), PART)
   paths = {start: folder / f"part_{start // PART:05d}.json" for start in starts}
   todo = [start for start, path in paths.items() if not path.exists()]
   for start in tqdm(todo, desc=need, unit="part", disable=not distributed.is_first()):
-    values = compute(samples_lib.read_part(job.folder, name, start))
+    values = compute(samples_lib.read_part(job.samples, name, start))
     if distributed.is_first():
       write_json(paths[start], values)
   with distributed.together():
@@ -222,8 +223,8 @@ def embed_captions(job: Run) -> np.ndarray:
 def _controls(job: Run, first: Column) -> dict[str, dict]:
   """Measures what is known to be near, and far.
 
-  Distances: the two halves of the real images, split by groups, differ by chance alone; noise is as
-  far as images can be. CLIP scores: of real images, and of samples with captions of others. Texts:
+  Distances: the two halves of the real images, split by groups, differ by chance alone; noise is
+  far from images. CLIP scores: of real images, and of samples with captions of others. Texts:
   those that were written for other examples, and candidates in a random order.
   """
   rng = np.random.default_rng(job.protocol.seed)

@@ -27,7 +27,7 @@ from cm3leon_jax.evaluation.protocols.protocol import Protocol
 from cm3leon_jax.generation.heldout import tasks_of_rows
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline, Sample
-from cm3leon_jax.generation.tasks import Task, slug
+from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.generation.text_tasks import InfillText
 from cm3leon_jax.io import read_json_lines, replacing
 
@@ -83,7 +83,13 @@ def open_evaluated(protocol: Protocol, pipeline: Pipeline, workdir, data) -> Eva
     )
   examples = open_examples(protocol.data.format, data, protocol.data.split)
   examples = list(caption_prompts(examples) if protocol.task == "image" else examples)
-  chosen = choose(examples, protocol.data.count or len(examples), protocol.seed)
+  count = protocol.data.count or len(examples)
+  if count > len(examples):
+    raise UserError(
+      f"the protocol asks for {count} examples, and {data} has {len(examples)} of the format "
+      f"'{protocol.data.format}': set --examples={len(examples)}."
+    )
+  chosen = choose(examples, count, protocol.seed)
   check_images(chosen)
   return Evaluated(chosen, None, [{}] * len(chosen))
 
@@ -153,6 +159,10 @@ def generate(
     UserError: see `Pipeline.generate`.
   """
   folder = epath.Path(folder)
+  for of_column in tasks.values():
+    for task in of_column:  # A prompt that does not fit is found before anything is generated.
+      task.validate()
+      task.to_request(pipeline.layout)
   count = {column.name: column.samples for column in protocol.columns}
   todo = [
     (name, start)
@@ -160,7 +170,9 @@ def generate(
     for start in range(0, len(of_column), PART)
     if not part_path(folder, name, start).exists()
   ]
-  for name, start in tqdm(todo, desc="parts", unit="part", disable=not distributed.is_first()):
+  bar = tqdm(todo, unit="part", disable=not distributed.is_first())
+  for name, start in bar:
+    bar.set_description(name)
     some = [_with_pixels(task, pipeline) for task in tasks[name][start : start + PART]]
     samples = pipeline.generate(some, count[name], rank=count[name] > 1)
     if distributed.is_first():
@@ -184,7 +196,9 @@ def _with_pixels(task: Task, pipeline: Pipeline) -> Task:
 
 def part_path(folder: epath.PathLike, column: str, start: int) -> epath.Path:
   """Returns the file of the part that begins with example `start`."""
-  return epath.Path(folder) / "samples" / slug(column) / f"part_{start // PART:05d}.jsonl"
+  return (
+    epath.Path(folder) / "samples" / protocol_lib.stem(column) / f"part_{start // PART:05d}.jsonl"
+  )
 
 
 def _line(row: int, example: Example, sample: Sample, pipeline: Pipeline) -> dict:
