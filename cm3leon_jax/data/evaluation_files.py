@@ -8,7 +8,6 @@ the files. Texts are those of the files, unchanged: metrics normalize them.
 
 from collections.abc import Iterator
 import dataclasses
-import json
 import os
 import posixpath
 
@@ -16,6 +15,14 @@ from etils import epath
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.evaluation_examples import Example
+from cm3leon_jax.data.release_files import (
+  check_split,
+  entries_by_id,
+  field_of,
+  find_file,
+  load_json,
+  texts_of,
+)
 
 # Name of a format -> its splits with published references.
 SPLITS = {
@@ -31,7 +38,6 @@ SPLITS = {
 # Visual Genome has its images in two folders.
 VG_FOLDERS = ("VG_100K", "VG_100K_2")
 VISDIAL_FOLDER = "VisualDialog_val2018"
-KINDS = {str: "a text", int: "an integer", list: "a list", dict: "an object"}
 
 
 def open_examples(
@@ -53,21 +59,11 @@ def open_examples(
     UserError: an unknown name or split, or a file that does not exist; and while examples are
       read, a file of another format or a wrong record, naming file and id.
   """
-  if name not in SPLITS:
-    raise UserError(f"The format is '{name}'; it must be one of {', '.join(SPLITS)}.")
-  if split not in SPLITS[name]:
-    raise UserError(
-      f"The split of format '{name}' is '{split}'; it must be one of {', '.join(SPLITS[name])}."
-    )
+  check_split(name, split, SPLITS)
   images = os.fspath(root if images is None else images)
 
   def file(*names: str) -> epath.Path:
-    found = next((path for n in names if (path := epath.Path(root) / n).exists()), None)
-    if found is None:
-      raise UserError(
-        f"{root} has no {' or '.join(names)}: format '{name}' reads it for split '{split}'."
-      )
-    return found
+    return find_file(root, names, name, split)
 
   match name:
     case "coco_2014" | "coco_2017":
@@ -103,19 +99,19 @@ def read_coco(file: epath.PathLike, images: str) -> Iterator[Example]:
     UserError: naming file and id: another format, an id that is there twice, an image without
       captions, a caption without an image.
   """
-  content = _load(file)
-  listed = _by_id(_field(content, "images", list, file), "id", int, f"{file}, images")
+  content = load_json(file)
+  listed = entries_by_id(field_of(content, "images", list, file), "id", int, f"{file}, images")
   captions = {image_id: [] for image_id in listed}
-  for number, entry in enumerate(_field(content, "annotations", list, file), 1):
+  for number, entry in enumerate(field_of(content, "annotations", list, file), 1):
     where = f"{file}, annotation {number}"
-    image_id = _field(entry, "image_id", int, where)
+    image_id = field_of(entry, "image_id", int, where)
     if image_id not in captions:
       raise UserError(f"{where} has image_id {image_id}, which 'images' of the file does not have.")
     captions[image_id].append(entry)
   for image_id, entry in listed.items():
     where = f"{file}, image {image_id}"
-    name = _field(entry, "file_name", str, where)
-    texts = _texts(captions[image_id], "caption", where)
+    name = field_of(entry, "file_name", str, where)
+    texts = texts_of(captions[image_id], "caption", where)
     yield Example(str(image_id), str(image_id), posixpath.join(images, name), references=texts)
 
 
@@ -131,21 +127,32 @@ def read_karpathy(file: epath.PathLike, images: str, split: str) -> Iterator[Exa
     UserError: naming file and id: another format, an id that is there twice, an image without
       captions, no image in the split.
   """
-  entries = _by_id(_field(_load(file), "images", list, file), "cocoid", int, f"{file}, images")
+  chosen = karpathy_split(file, split, "cocoid", int)
+  for image_id, entry in chosen.items():
+    where = f"{file}, image {image_id}"
+    folder, name = (field_of(entry, field, str, where) for field in ("filepath", "filename"))
+    texts = texts_of(field_of(entry, "sentences", list, where), "raw", where)
+    path = posixpath.join(images, folder, name)
+    yield Example(str(image_id), str(image_id), path, references=texts)
+
+
+def karpathy_split(file: epath.PathLike, split: str, id_field: str, kind: type) -> dict:
+  """Returns the images of a split of a file of Karpathy by id.
+
+  Raises:
+    UserError: another format, an id that is there twice, no image in the split.
+  """
+  listed = field_of(load_json(file), "images", list, file)
+  entries = entries_by_id(listed, id_field, kind, f"{file}, images")
   chosen = {
     image_id: entry
     for image_id, entry in entries.items()
-    if _field(entry, "split", str, f"{file}, image {image_id}") == split
+    if field_of(entry, "split", str, f"{file}, image {image_id}") == split
   }
   if not chosen:
     found = sorted({entry["split"] for entry in entries.values()})
     raise UserError(f"{file} has no image of split '{split}'; it has {', '.join(found) or 'none'}.")
-  for image_id, entry in chosen.items():
-    where = f"{file}, image {image_id}"
-    folder, name = (_field(entry, field, str, where) for field in ("filepath", "filename"))
-    texts = _texts(_field(entry, "sentences", list, where), "raw", where)
-    path = posixpath.join(images, folder, name)
-    yield Example(str(image_id), str(image_id), path, references=texts)
+  return chosen
 
 
 def read_vqa(
@@ -163,29 +170,29 @@ def read_vqa(
     UserError: naming file and id: another format, an id that is there twice, a question without
       annotation or answers.
   """
-  content = _load(questions)
-  subset = _field(content, "data_subtype", str, questions)
-  listed = _field(content, "questions", list, questions)
-  listed = _by_id(listed, "question_id", int, f"{questions}, questions")
-  answered = _field(_load(annotations), "annotations", list, annotations)
-  answered = _by_id(answered, "question_id", int, f"{annotations}, annotations")
+  content = load_json(questions)
+  subset = field_of(content, "data_subtype", str, questions)
+  listed = field_of(content, "questions", list, questions)
+  listed = entries_by_id(listed, "question_id", int, f"{questions}, questions")
+  answered = field_of(load_json(annotations), "annotations", list, annotations)
+  answered = entries_by_id(answered, "question_id", int, f"{annotations}, annotations")
   for key, entry in listed.items():
     where = f"{questions}, question {key}"
     if key not in answered:
       raise UserError(
         f"{where} has no annotation in {annotations}; give the two files of one split."
       )
-    image_id = _field(entry, "image_id", int, where)
-    prompt = _field(entry, "question", str, where)
+    image_id = field_of(entry, "image_id", int, where)
+    prompt = field_of(entry, "question", str, where)
     where = f"{annotations}, question {key}"
     yield Example(
       key=str(key),
       group=str(image_id),
       image=posixpath.join(images, subset, f"COCO_{subset}_{image_id:012d}.jpg"),
       prompt=prompt,
-      references=_texts(_field(answered[key], "answers", list, where), "answer", where),
-      question_type=_field(answered[key], "question_type", str, where),
-      answer_type=_field(answered[key], "answer_type", str, where),
+      references=texts_of(field_of(answered[key], "answers", list, where), "answer", where),
+      question_type=field_of(answered[key], "question_type", str, where),
+      answer_type=field_of(answered[key], "answer_type", str, where),
     )
 
 
@@ -200,16 +207,16 @@ def read_vizwiz(file: epath.PathLike, images: str) -> Iterator[Example]:
     UserError: naming file and image: another format, an image that is there twice, a question
       without answers.
   """
-  for image, entry in _by_id(_load(file, list), "image", str, str(file)).items():
+  for image, entry in entries_by_id(load_json(file, list), "image", str, str(file)).items():
     where = f"{file}, image {image}"
     yield Example(
       key=image,
       group=image,
       image=posixpath.join(images, image),
-      prompt=_field(entry, "question", str, where),
-      references=_texts(_field(entry, "answers", list, where), "answer", where),
-      answer_type=_field(entry, "answer_type", str, where),
-      answerable=bool(_field(entry, "answerable", int, where)),
+      prompt=field_of(entry, "question", str, where),
+      references=texts_of(field_of(entry, "answers", list, where), "answer", where),
+      answer_type=field_of(entry, "answer_type", str, where),
+      answerable=bool(field_of(entry, "answerable", int, where)),
     )
 
 
@@ -229,17 +236,17 @@ def read_paragraphs(file: epath.PathLike, split: epath.PathLike, images: str) ->
       paragraph, a `url` of another folder.
   """
   entries = {}
-  for number, entry in enumerate(_load(file, list), 1):
-    entries.setdefault(_field(entry, "image_id", int, f"{file}, entry {number}"), entry)
+  for number, entry in enumerate(load_json(file, list), 1):
+    entries.setdefault(field_of(entry, "image_id", int, f"{file}, entry {number}"), entry)
   seen = set()
-  for image_id in _load(split, list):
+  for image_id in load_json(split, list):
     if not isinstance(image_id, int) or image_id not in entries:
       raise UserError(f"{split} has image {image_id!r}, which has no paragraph in {file}.")
     if image_id in seen:
       raise UserError(f"{split} has image {image_id} twice; it must be there once.")
     seen.add(image_id)
     where = f"{file}, image {image_id}"
-    url = _field(entries[image_id], "url", str, where)
+    url = field_of(entries[image_id], "url", str, where)
     folder, name = posixpath.split(url)
     folder = posixpath.basename(folder)
     if folder not in VG_FOLDERS:
@@ -247,7 +254,7 @@ def read_paragraphs(file: epath.PathLike, split: epath.PathLike, images: str) ->
         f"{where} has the url '{url}'; it must end in a name in VG_100K or VG_100K_2."
       )
     path = posixpath.join(images, folder, name)
-    texts = (_field(entries[image_id], "paragraph", str, where),)
+    texts = (field_of(entries[image_id], "paragraph", str, where),)
     yield Example(str(image_id), str(image_id), path, references=texts)
 
 
@@ -265,14 +272,16 @@ def read_visdial(dialogs: epath.PathLike, dense: epath.PathLike, images: str) ->
     UserError: naming file and id: another format, an id that is there twice, a round without a
       dialog, a place outside its list, another number of judgments than of candidates.
   """
-  data = _field(_load(dialogs), "data", dict, dialogs)
+  data = field_of(load_json(dialogs), "data", dict, dialogs)
   where = f"{dialogs}, data"
-  questions, answers = (_field(data, name, list, where) for name in ("questions", "answers"))
-  entries = _by_id(_field(data, "dialogs", list, where), "image_id", int, f"{dialogs}, dialogs")
+  questions, answers = (field_of(data, name, list, where) for name in ("questions", "answers"))
+  entries = entries_by_id(
+    field_of(data, "dialogs", list, where), "image_id", int, f"{dialogs}, dialogs"
+  )
   keys = set()
-  for number, judged in enumerate(_load(dense, list), 1):
+  for number, judged in enumerate(load_json(dense, list), 1):
     where = f"{dense}, entry {number}"
-    image_id, round_id = (_field(judged, name, int, where) for name in ("image_id", "round_id"))
+    image_id, round_id = (field_of(judged, name, int, where) for name in ("image_id", "round_id"))
     key = f"{image_id}/{round_id}"
     where = f"{dense}, image {image_id}, round {round_id}"
     if key in keys:
@@ -281,7 +290,7 @@ def read_visdial(dialogs: epath.PathLike, dense: epath.PathLike, images: str) ->
     if image_id not in entries:
       raise UserError(f"{where} has no dialog in {dialogs}; give the two files of one split.")
     example = _dialog_round(entries[image_id], round_id, questions, answers, dialogs)
-    relevance = _field(judged, "gt_relevance", list, where)
+    relevance = field_of(judged, "gt_relevance", list, where)
     if len(relevance) != len(example.candidates):
       raise UserError(
         f"{where} has {len(relevance)} values in 'gt_relevance'; it must have one for each of the "
@@ -299,16 +308,16 @@ def _dialog_round(
 ) -> Example:
   """Returns the example of one round of a dialog, without its image and its judgments."""
   where = f"{file}, image {entry['image_id']}"
-  rounds = _field(entry, "dialog", list, where)
+  rounds = field_of(entry, "dialog", list, where)
   if not 1 <= round_id <= len(rounds):
     raise UserError(f"{where} has no round {round_id}; it has rounds 1 to {len(rounds)}.")
   places = [f"{where}, round {number}" for number in range(1, round_id + 1)]
   asked = [_text_of(questions, r, "question", place) for r, place in zip(rounds, places)]
   said = [_text_of(answers, r, "answer", place) for r, place in zip(rounds, places)]
   last, place = rounds[round_id - 1], places[-1]
-  options = _field(last, "answer_options", list, place)
+  options = field_of(last, "answer_options", list, place)
   candidates = [_text_of(answers, {"answer_options": i}, "answer_options", place) for i in options]
-  index = _field(last, "gt_index", int, place)
+  index = field_of(last, "gt_index", int, place)
   if not 0 <= index < len(candidates):
     raise UserError(f"{place} has gt_index {index}; it must be below {len(candidates)}.")
   return Example(
@@ -316,7 +325,7 @@ def _dialog_round(
     group=str(entry["image_id"]),
     prompt=asked[-1],
     references=(said[-1],),
-    caption=_field(entry, "caption", str, where),
+    caption=field_of(entry, "caption", str, where),
     history=tuple(zip(asked[:-1], said[:-1])),
     candidates=tuple(candidates),
     answer_index=index,
@@ -325,47 +334,7 @@ def _dialog_round(
 
 def _text_of(texts: list, entry: dict, name: str, where: str) -> str:
   """Returns the text whose place in `texts` is the field `name` of an entry."""
-  index = _field(entry, name, int, where)
+  index = field_of(entry, name, int, where)
   if not 0 <= index < len(texts) or not isinstance(texts[index], str):
     raise UserError(f"{where} has {index} in '{name}'; the list has no text at this place.")
   return texts[index]
-
-
-def _load(file: epath.PathLike, kind: type = dict):
-  """Reads a JSON file; raises UserError unless it is JSON and of this kind."""
-  path = epath.Path(file)
-  if not path.exists():
-    raise UserError(f"{file} does not exist; give the file of the release.")
-  try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise UserError(f"{file} is not valid JSON ({error}).") from error
-  if not isinstance(content, kind):
-    raise UserError(f"{file} is of another format; it must be {KINDS[kind]} in JSON.")
-  return content
-
-
-def _field(entry, name: str, kind: type, where: object):
-  """Returns a field; raises UserError unless the entry is an object that has it, of this kind."""
-  value = entry.get(name) if isinstance(entry, dict) else None
-  if not isinstance(value, kind) or isinstance(value, bool):
-    raise UserError(f"{where} must be an object with {KINDS[kind]} in its field '{name}'.")
-  return value
-
-
-def _by_id(entries: list, name: str, kind: type, where: str) -> dict:
-  """Returns entries by the field `name`; raises UserError if two have the same."""
-  found = {}
-  for number, entry in enumerate(entries, 1):
-    key = _field(entry, name, kind, f"{where}, entry {number}")
-    if key in found:
-      raise UserError(f"{where}: {name} {key} is there twice; it must be there once.")
-    found[key] = entry
-  return found
-
-
-def _texts(entries: list, name: str, where: str) -> tuple[str, ...]:
-  """Returns the field `name` of all entries; raises UserError if there is none."""
-  if not entries:
-    raise UserError(f"{where} has no '{name}'; it must have at least one.")
-  return tuple(_field(e, name, str, f"{where}, entry {n}") for n, e in enumerate(entries, 1))

@@ -1,0 +1,160 @@
+"""Makes files of public instruction data, in the formats of their releases, with few entries.
+
+Those of `evaluation_files` are in `releases`.
+"""
+
+import json
+
+from tests.data import releases
+
+SPLITS = {
+  "coco_karpathy": "test",
+  "localized_narratives": "coco_val",
+  "instruct_pix2pix": "train",
+  "llava": "llava_instruct_150k",
+}
+
+
+def json_lines(*lines) -> bytes:
+  return b"\n".join(json.dumps(line).encode() for line in lines) + b"\n"
+
+
+def narrative(image_id: str, annotator: int, caption: str, **more) -> dict:
+  about = {"dataset_id": "mscoco_val2017", "annotator_id": annotator}
+  return {**about, "image_id": image_id, "caption": caption, **more}
+
+
+def textvqa_question(key: int, image_id: str, question: str, answers: list[str]) -> dict:
+  return {
+    "question_id": key,
+    "image_id": image_id,
+    "question": question,
+    "question_tokens": question.strip("?").split(),
+    "image_width": 1024,
+    "image_height": 730,
+    "image_classes": ["Mobile phone"],
+    "flickr_original_url": "https://x.org/o.jpg",
+    "flickr_300k_url": "https://x.org/z.jpg",
+    "answers": answers,
+    "set_name": "val",
+  }
+
+
+def problem(image: str | None, split: str, **fields) -> dict:
+  return {
+    "question": "Which state is farthest north?",
+    "choices": ["West Virginia", "Louisiana ", "Arizona"],
+    "answer": 0,
+    "hint": "",
+    "image": image,
+    "task": "closed choice",
+    "grade": "grade2",
+    "subject": "social science",
+    "topic": "geography",
+    "category": "Geography",
+    "skill": "Read a map",
+    "lecture": "Maps have four directions.",
+    "solution": "West Virginia is farthest north.\n",
+    "split": split,
+    **fields,
+  }
+
+
+def flickr_image(name: str, split: str, *captions: str) -> dict:
+  sentences = [{"tokens": c.split(), "raw": c, "imgid": 0, "sentid": 1} for c in captions]
+  return {
+    "sentids": [0],
+    "imgid": 0,
+    "sentences": sentences,
+    "split": split,
+    "filename": name,
+  }
+
+
+def turns(*values: str) -> list[dict]:
+  return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+
+
+def prompt(text: str) -> dict:
+  return {"input": f"{text} by a lake", "edit": f"make it {text} ", "output": f"a lake of {text}"}
+
+
+BUS = turns(
+  "<image>\nWhat is it?", "A bus.", "Which color?", "Red and\nwhite.", "Is it new?", "No.", "Why?"
+)
+RELEASES = {
+  **{name: files for name, files in releases.RELEASES.items() if name != "visdial"},
+  "flickr30k": {
+    "dataset_flickr30k.json": {
+      "images": [
+        flickr_image("1000092795.jpg", "val", "Two young guys.", " Two friends ", " "),
+        flickr_image("10002456.jpg", "train", "Four men on top."),
+        flickr_image("1000268201.jpg", "test", "A child."),
+      ],
+      "dataset": "flickr30k",
+    }
+  },
+  "localized_narratives": {
+    "coco_val_captions.jsonl": json_lines(
+      narrative("137576", 93, "In this image there are cows. "),
+      narrative("8", 12, " "),
+      narrative("137576", 94, "Cows eat grass."),
+      narrative("8", 12, "A key."),
+    )
+  },
+  "textvqa": {
+    "TextVQA_0.5.1_val.json": {
+      "dataset_type": "val",
+      "dataset_name": "textvqa",
+      "dataset_version": "0.5.1",
+      "data": [
+        textvqa_question(
+          34602, "003a8ae2ef43b901", "what brand is it? ", ["dakota", "nokia ", "nokia"] + [""] * 7
+        ),
+        textvqa_question(34603, "003a8ae2ef43b901", "what year?", ["2008"] * 4 + ["8"] * 6),
+        textvqa_question(34604, "0c5b3b1e2f4a6d70", "is it on?", [""] * 10),
+      ],
+    }
+  },
+  "scienceqa": {
+    "problems.json": {
+      "1": problem("image.png", "val"),
+      "2": problem(None, "val"),
+      "3": problem(
+        "image.png", "val", hint="The map shows it.\n", answer=2, choices=["1", "2", "3"]
+      ),
+      "4": problem("image.png", "train"),
+    },
+    "pid_splits.json": {
+      "train": ["4"],
+      "val": ["3", "2", "1"],
+      "test": [],
+      "trainval": ["4", "3", "2", "1"],
+      "minival": ["3"],
+      "minitest": [],
+    },
+  },
+  "instruct_pix2pix": {
+    "seeds.json": [[f"{i:07d}", [str(i), f"{i}7"]] for i in range(20)],
+    **{f"{i:07d}/prompt.json": prompt(f"snow {i}") for i in range(20)},
+  },
+  "llava": {
+    "llava_instruct_150k.json": [
+      {"id": "000000033471", "image": "000000033471.jpg", "conversations": BUS},
+      {"id": "wgByO4Y_0", "model": "", "conversations": turns("Hello", "Hi")},
+      {
+        "id": "000000033471",
+        "image": "000000033471.jpg",
+        "conversations": turns("Describe it.\n<image>", "A street."),
+      },
+    ]
+  },
+}
+
+
+def split_of(name: str) -> str:
+  """Split whose files are in RELEASES[name]."""
+  return SPLITS.get(name, "val")
+
+
+write = releases.write
