@@ -97,9 +97,7 @@ def test_a_protocol_of_other_images_is_refused(settings, workdir, data):
   with pytest.raises(
     UserError, match="images of 256 x 256 pixels, and those of the run have 8 x 8"
   ):
-    evaluate_protocol.run(
-      settings, workdir, "x", protocol, evaluate_protocol.Options(data=data)
-    )
+    evaluate_protocol.run(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
 
 
 def test_more_examples_than_there_are_is_refused(settings, workdir, data):
@@ -112,9 +110,7 @@ def test_more_examples_than_there_are_is_refused(settings, workdir, data):
 def test_inception_needs_its_weights(settings, workdir, data):
   [protocol] = protocol_lib.load("cm3leon_table1")
   with pytest.raises(UserError, match="features of inception: name a safetensors file"):
-    evaluate_protocol.run(
-      settings, workdir, "x", protocol, evaluate_protocol.Options(data=data)
-    )
+    evaluate_protocol.run(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
 
 
 def test_weights_of_another_network_are_refused_by_their_hash(settings, workdir, data):
@@ -123,9 +119,7 @@ def test_weights_of_another_network_are_refused_by_their_hash(settings, workdir,
   with pytest.raises(
     UserError, match=r"the protocol asks for 000000000000\.\.\.: give the weights"
   ):
-    evaluate_protocol.run(
-      settings, workdir, "x", protocol, evaluate_protocol.Options(data=data)
-    )
+    evaluate_protocol.run(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
 
 
 def test_too_few_examples_for_a_metric_are_refused(settings, workdir, data):

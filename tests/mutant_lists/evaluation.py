@@ -176,7 +176,17 @@ EVALUATION = (
   *mutants_of(
     "cm3leon_jax/evaluation/protocols/features.py",
     "tests/evaluation/protocol_run_test.py",
-    ("features_of_one_set", 'f"{slug(name)}-', 'f"{slug(name[:0])}-'),
+    ("features_of_one_set", "protocol_lib.stem(name)", 'protocol_lib.stem("x")'),
+  ),
+  *mutants_of(
+    "cm3leon_jax/evaluation/protocols/protocol.py",
+    "tests/evaluation/protocol_test.py",
+    ("columns_share_files", "{slug(column)}-{digest(column)[:6]}", "{slug(column)}"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/evaluation/protocols/run.py",
+    "tests/evaluation/protocol_run_test.py",
+    ("examples_shuffled_onto_themselves", "result[order] = np.roll(order, 1)", "result[:] = order"),
   ),
   *mutants_of(
     "cm3leon_jax/evaluation/protocols/compare.py",
@@ -186,7 +196,7 @@ EVALUATION = (
       "apart = (second - first)[both]",
       "apart = (np.sort(second) - first)[both]",
     ),
-    ("data_not_compared", '"protocol", "data", ', '"protocol", '),
+    ("data_not_compared", '("protocol", "data")', '("protocol",)'),
     ("resamples_unpaired", "apart = second - first -", "apart = second[::-1] - first -"),
   ),
   *mutants_of(
