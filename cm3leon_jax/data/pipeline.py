@@ -11,6 +11,7 @@ import numpy as np
 
 from cm3leon_jax.data import cm3
 from cm3leon_jax.data.documents import Document, Segment
+from cm3leon_jax.data.instruction_samples import build_instruction
 from cm3leon_jax.data.plan import RowPlan
 from cm3leon_jax.data.sample_plan import SamplePlan
 from cm3leon_jax.positions import positions_of
@@ -165,6 +166,9 @@ class RowLoader:
     if len(lengths) == 1 and not is_image[0]:
       piece = document.segments[0].tokens[start : start + int(lengths[0])]
       document = Document(**{**vars(document), "segments": (Segment(False, piece),)})
+    if spec.instructions is not None:
+      tokens, weights = build_instruction(document, plan, self.vocab, spec.instructions.loss_on)
+      return Sample(tokens, weights, (weights > 0) & self.vocab.is_image(tokens))
     candidates = spec.candidates(index)
     neighbors = [spec.bank[int(candidates[j])] for j in plan.neighbors]
     return build_sample(

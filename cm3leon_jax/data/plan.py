@@ -18,6 +18,11 @@ import grain
 import numpy as np
 
 from cm3leon_jax.data.documents import Bank, DocumentStore
+from cm3leon_jax.data.instruction_samples import (
+  InstructionPlan,
+  Instructions,
+  plan_instruction,
+)
 from cm3leon_jax.data.plan_starts import Start, WindowStarts, fingerprint
 from cm3leon_jax.data.sample_plan import DataConfig, SamplePlan, plan_sample
 
@@ -42,12 +47,14 @@ class Source:
     share: share of all slots; shares of a mixture sum to 1.
     neighbors: [n, C] int32 indices into `bank`, the candidates of each document, padded with -1.
     bank: the documents that can be neighbors.
+    instructions: what makes the documents instructions, or None.
   """
 
   store: DocumentStore
   share: float
   neighbors: np.ndarray | None = None
   bank: Bank | DocumentStore | None = None
+  instructions: Instructions | None = None
 
   def candidates(self, document: int) -> np.ndarray:
     """Returns the candidates of a document, indices into `bank`, without padding."""
@@ -227,10 +234,14 @@ class RowPlan:
         self._plan_window(len(self._starts) - 1)
       return self._rows_of(window)
 
-  def plan(self, source: int, pass_: int, unit: int) -> SamplePlan:
+  def plan(self, source: int, pass_: int, unit: int) -> SamplePlan | InstructionPlan:
     """Plans the sample of one unit in one pass."""
     spec, units = self.sources[source], self.units[source]
     lengths, is_image = units.lengths(spec.store, unit)
+    if spec.instructions is not None:
+      target = spec.instructions.targets[units.locate(unit)[0]]
+      rng = self._generators.at(self._pass_seeds(source, pass_)[0], unit)
+      return plan_instruction(lengths, tuple(target.tolist()), rng, spec.instructions.drops)
     candidates = []
     if spec.neighbors is not None:
       ids = spec.candidates(units.locate(unit)[0]).tolist()

@@ -37,6 +37,9 @@ def fingerprint(sources, config, max_spans: int, seed: int) -> str:
   for source in sources:
     stores = [source.store, *(() if source.bank is None else source.bank.parts)]
     arrays = [x for store in stores for x in (store.offsets, store.lengths)]
+    if source.instructions is not None:
+      digest.update(repr(tuple(source.instructions.drops)).encode())
+      arrays.append(source.instructions.targets)
     for array in arrays if source.neighbors is None else [*arrays, source.neighbors]:
       digest.update(repr(array.shape).encode())
       digest.update(np.asarray(array[:: max(1, len(array) // SPOTS)], np.int64).tobytes())

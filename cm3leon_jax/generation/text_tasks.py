@@ -16,6 +16,7 @@ from cm3leon_jax.generation.tasks import (
   document_segments,
   has_image,
 )
+from cm3leon_jax.tokenizers.text import encode_pieces
 
 TEXT_LENGTH = 64  # Default of the largest number of tokens in a hole.
 QUESTION = f"Question: {{}} Answer: {MASK}."  # CM3Leon, table 5.
@@ -157,16 +158,6 @@ class Interleaved(Task):
 def text_pieces(encode: Callable[[str], np.ndarray], text: str) -> list[np.ndarray]:
   """Encodes the pieces between the masks of a text, as if the masks were filled in.
 
-  A space belongs to the word after it, so the space before a mask is part of the hole.
-
-    "a <mask> on it.": ids of " a" and of " on it."
-    "Answer: <mask>.": ids of " Answer:" and of "."
+  "a <mask> on it.": ids of " a" and of " on it."
   """
-  first, *others = text.split(MASK)
-  pieces = [encode(first.rstrip())]
-  for i, piece in enumerate(others):
-    piece = piece if i == len(others) - 1 else piece.rstrip()
-    # The tokenizer adds a space before a text; a character that never joins the next one takes it.
-    before = "." if piece[:1].isalpha() else "x"
-    pieces.append(encode(before + piece)[len(encode(before)) :])
-  return pieces
+  return encode_pieces(encode, text.split(MASK))

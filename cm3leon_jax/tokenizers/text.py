@@ -1,8 +1,9 @@
 """Byte-level BPE whose ids are the text range of the shared vocabulary."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from etils import epath
+from jaxtyping import Int32
 import numpy as np
 from pydantic import PositiveInt
 import pydantic.dataclasses
@@ -145,3 +146,22 @@ class TextTokenizer:
   def decode(self, ids) -> str:
     """Decodes [T] integers to a text, without special tokens."""
     return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def encode_pieces(
+  encode: Callable[[str], np.ndarray], pieces: Sequence[str]
+) -> list[Int32[np.ndarray, " _"]]:
+  """Encodes the pieces of a text around its holes, as if the holes were filled in.
+
+  A space belongs to the word after it, so the space before a hole is part of the hole.
+
+    ["Answer:", "."]: ids of " Answer:" and of "."
+  """
+  first, *others = pieces
+  result = [encode(first.rstrip())]
+  for i, piece in enumerate(others):
+    piece = piece if i == len(others) - 1 else piece.rstrip()
+    # The tokenizer adds a space before a text; a character that never joins the next one takes it.
+    before = "." if piece[:1].isalpha() else "x"
+    result.append(encode(before + piece)[len(encode(before)) :])
+  return result

@@ -182,4 +182,19 @@ DATA = (
     ("blank_prompts", "if text.strip():", "if True:"),
     ("images_unchecked", "if absent:", "if len(absent) > 2:"),
   ),
+  *mutants_of(
+    "cm3leon_jax/data/instruction_samples.py",
+    "tests/data/instruction_samples_test.py",
+    (
+      "sentinels_count_as_targets",
+      "len(tokens) - 1 - (stop - start)",
+      "len(tokens) - 2 - (stop - start)",
+    ),
+    ("ends_of_targets_do_not_count", "weights[start : stop + 1] = 1", "weights[start:stop] = 1"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/instruction_tasks.py",
+    "tests/data/instruction_samples_test.py",
+    ("shares_of_unclipped_sizes", "min(max(size / mean, least), most)", "size / mean"),
+  ),
 )

@@ -1,0 +1,185 @@
+"""Declares tasks of instruction tuning, and joins records by their templates into documents.
+
+A task is data: templates with named fields, and the field that is to be predicted. An answer that
+stands before the image is the CM3 span of its document, as in the paper (CM3Leon, section 4 and
+table 5); one that ends the document is predicted in its place.
+"""
+
+# I codes of an image, T tokens of a document.
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import hashlib
+import re
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
+import pydantic.dataclasses
+
+from cm3leon_jax.config import STRICT, UserError
+from cm3leon_jax.data.documents import Segment
+from cm3leon_jax.data.instruction_records import Record
+from cm3leon_jax.tokenizers.text import encode_pieces
+
+BREAK = "<break>"  # Between the segments of a template.
+_FIELD = re.compile(r"\{(\w+)\}")
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class InstructionTask:
+  """One task; the templates of a record are chosen by its key, each as often."""
+
+  name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+  """Unique name."""
+  templates: Annotated[tuple[str, ...], Field(min_length=1)]
+  """Texts and images in their order: `{field}` is a field of the records, `<break>` separates
+  segments, and an image is a segment of its own."""
+  target: Annotated[str, Field(min_length=1)]
+  """Field that is to be predicted."""
+  format: str = ""
+  """Format of the files, see docs/data_formats.md; "": those that `records` names."""
+  root: str = ""
+  """Folder of the files."""
+  images: str = ""
+  """Folder of the images; "": `root`."""
+  weight: NonNegativeFloat = 1.0
+  """Factor of its share of the mixture."""
+  cap: NonNegativeInt = 0
+  """Largest number of records that counts for its share; 0: all."""
+  drop_instruction: Annotated[float, Field(ge=0, le=1)] = 0.0
+  """Share of samples without the texts before the target, for guidance by the image alone."""
+  drop_all: Annotated[float, Field(ge=0, le=1)] = 0.0
+  """Share of samples in which `<mask:0>` stands for all that is before the target."""
+
+  def __post_init__(self):
+    if self.drop_instruction + self.drop_all > 1:
+      raise ValueError("drop_instruction and drop_all together are more than 1.")
+    for template in self.templates:
+      segments = split_template(template)
+      fields = _FIELD.findall(template)
+      if any(not segment for segment in segments):
+        raise ValueError(f"the template '{template}' has an empty segment.")
+      if fields.count(self.target) != 1:
+        raise ValueError(
+          f"the template '{template}' must have {{{self.target}}}, the target, once; it has it "
+          f"{fields.count(self.target)} times."
+        )
+
+
+def split_template(template: str) -> list[str]:
+  """Returns the segments of a template, without the spaces around them."""
+  return [segment.strip() for segment in template.split(BREAK)]
+
+
+def choose_template(task: InstructionTask, key: str) -> str:
+  """Chooses the template of a record by its key: the same in every run."""
+  digest = hashlib.sha256(f"{task.name} {key}".encode()).digest()
+  return task.templates[int.from_bytes(digest[:8], "big") % len(task.templates)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """A record in the form of its task.
+
+  Attributes:
+    segments: of the document.
+    start, stop: half-open range of the target in `</s> segment <break> ... segment </s>`.
+  """
+
+  segments: tuple[Segment, ...]
+  start: int
+  stop: int
+
+
+def join_record(
+  task: InstructionTask,
+  record: Record,
+  encode: Callable[[str], np.ndarray],
+  codes: Mapping[str, np.ndarray],
+) -> Instruction:
+  """Joins a record by its task's template.
+
+    "Question: {question} Answer: {answer}. <break> {image}", target "answer":
+    segments "Question: how many? Answer: two." and the image, range of the tokens of "two"
+
+  A target within a text is encoded apart from what is around it, as tasks that fill in a mask do
+  (`encode_pieces`), so its tokens are those that the mask will be asked for.
+
+  Args:
+    task: with its templates.
+    record: of the task's source.
+    encode: text -> [T] int32 ids.
+    codes: ids of the images by their fields, [I] int32 of the shared vocabulary.
+
+  Raises:
+    UserError: a field that the record does not have, an empty target, or an image inside a text.
+  """
+  segments: list[Segment] = []
+  at, found = 1, (0, 0)
+  for text in split_template(choose_template(task, record.key)):
+    tokens, is_image, inside = _segment(task, record, text, encode, codes)
+    segments.append(Segment(is_image, tokens))
+    if inside is not None:
+      found = (at + inside[0], at + inside[1])
+    at += len(tokens) + 1
+  if found[0] == found[1]:
+    raise UserError(f"record {record.key} has an empty {task.target}: task {task.name} needs one.")
+  return Instruction(tuple(segments), *found)
+
+
+def _segment(task: InstructionTask, record: Record, text: str, encode, codes):
+  """Returns the tokens of a segment, whether it is an image, and the target's range or None."""
+  fields = _FIELD.findall(text)
+  images = [field for field in fields if field in record.images]
+  if images:
+    if text != f"{{{images[0]}}}":
+      raise UserError(
+        f"the template of task {task.name} has the image {{{images[0]}}} in a text: put {BREAK} "
+        "between them."
+      )
+    tokens = np.asarray(codes[images[0]], np.int32)
+    return tokens, True, (0, len(tokens)) if images[0] == task.target else None
+  for field in fields:
+    if field not in record.texts:
+      known = ", ".join(sorted([*record.texts, *record.images]))
+      raise UserError(f"task {task.name} has the field {{{field}}}; its records have {known}.")
+  texts = {field: " ".join(record.texts[field].split()) for field in fields}
+  if task.target not in fields:
+    return encode(_FIELD.sub(lambda match: texts[match[1]], text)), False, None
+  before, after = text.split(f"{{{task.target}}}")
+  before, after = (_FIELD.sub(lambda match: texts[match[1]], part) for part in (before, after))
+  pieces = encode_pieces(encode, [before, after])
+  target = encode(texts[task.target]) if texts[task.target] else np.zeros(0, np.int32)
+  tokens = np.concatenate([pieces[0], target, pieces[1]]).astype(np.int32)
+  return tokens, False, (len(pieces[0]), len(pieces[0]) + len(target))
+
+
+def mixture(
+  tasks: Sequence[InstructionTask], sizes: Sequence[int], least: float = 0.3, most: float = 3.0
+) -> list[float]:
+  """Computes the shares of tasks: proportional to their sizes, with clipped ratios.
+
+    sizes = [100, 1000, 100000]: their mean is 33,700, the ratios 0.003, 0.03 and 2.97 become 0.3,
+    0.3 and 2.97, the shares 0.084, 0.084 and 0.832
+
+  CM3Leon, section 4: "threshold 3/0.3", read as the range of a task's size over the mean size.
+
+  Args:
+    tasks: with weights and caps.
+    sizes: numbers of their records.
+    least: smallest ratio.
+    most: largest ratio.
+
+  Raises:
+    UserError: a task has no records, or no task has a weight.
+  """
+  for task, size in zip(tasks, sizes, strict=True):
+    if not size:
+      raise UserError(f"task {task.name} has no records: add some, or leave the task out.")
+  counted = [min(size, task.cap or size) for task, size in zip(tasks, sizes)]
+  mean = sum(counted) / len(counted)
+  ratios = [task.weight * min(max(size / mean, least), most) for task, size in zip(tasks, counted)]
+  if not sum(ratios):
+    raise UserError("all tasks have the weight 0: give one of them a weight.")
+  return [ratio / sum(ratios) for ratio in ratios]
