@@ -137,6 +137,25 @@ DATA = (
     ("box_in_the_cell", "return [left + x0, top + y0,", "return [x0, y0,"),
   ),
   *mutants_of(
+    "cm3leon_jax/data/scene_instructions.py",
+    "tests/data/scene_instructions_test.py",
+    (
+      "edits_into_heldout_scenes",
+      'edit is None or (split == "train" and not may_be_trained(edit.target))',
+      "edit is None",
+    ),
+    (
+      "absent_objects_from_heldout_pairs",
+      "if shown or scene_questions.may_be_absent(scene, name):",
+      "if shown or name not in scene_questions.counts_of(scene):",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/scene_questions.py",
+    "tests/data/scene_instructions_test.py",
+    ("relation_of_several_objects", "== 1 and len(there) == 1:", "== 1 and there:"),
+  ),
+  *mutants_of(
     "cm3leon_jax/data/evaluation_files.py",
     "tests/data/evaluation_files_test.py",
     ("captions_of_other_images", "captions[image_id].append(entry)", "captions[139].append(entry)"),

@@ -129,6 +129,20 @@ EVALUATION = (
     ),
   ),
   *mutants_of(
+    "cm3leon_jax/evaluation/scene_answers.py",
+    "tests/evaluation/scene_answers_test.py",
+    ("given_half_may_change", 'if not holds["kept"]:', "if False:"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/evaluation/caption_clauses.py",
+    "tests/evaluation/caption_clauses_test.py",
+    (
+      "unknown_words_are_ignored",
+      "      return None\n    words = words[part",
+      "      words = words[1:]\n      continue\n    words = words[part",
+    ),
+  ),
+  *mutants_of(
     "cm3leon_jax/evaluation/scene_table.py",
     "tests/evaluation/scene_table_test.py",
     (
