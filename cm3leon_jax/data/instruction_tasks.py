@@ -66,6 +66,11 @@ class InstructionTask:
           f"{fields.count(self.target)} times."
         )
 
+  @staticmethod
+  def fields_of(template: str) -> list[str]:
+    """Returns the names of the fields of a template."""
+    return _FIELD.findall(template)
+
 
 def split_template(template: str) -> list[str]:
   """Returns the segments of a template, without the spaces around them."""

@@ -212,6 +212,12 @@ DATA = (
     ("ends_of_targets_do_not_count", "weights[start : stop + 1] = 1", "weights[start:stop] = 1"),
   ),
   *mutants_of(
+    "cm3leon_jax/data/instruction_stores.py",
+    "tests/data/instruction_stores_test.py",
+    ("codes_of_the_first_record", "of_record.get(i, {})", "of_record.get(0, {})"),
+    ("long_records_accepted", "if size > encoder.positions + 1:", "if size < 0:"),
+  ),
+  *mutants_of(
     "cm3leon_jax/data/instruction_tasks.py",
     "tests/data/instruction_samples_test.py",
     ("shares_of_unclipped_sizes", "min(max(size / mean, least), most)", "size / mean"),

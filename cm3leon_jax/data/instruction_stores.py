@@ -1,0 +1,149 @@
+"""Encodes records of instruction data as document stores with their targets."""
+
+# H height, W width, I codes of an image.
+
+from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+import itertools
+import json
+
+from etils import epath
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data.cm3 import OVERHEAD
+from cm3leon_jax.data.documents import Document, finish_store, write_shard
+from cm3leon_jax.data.instruction_records import Record
+from cm3leon_jax.data.instruction_samples import write_targets
+from cm3leon_jax.data.instruction_tasks import Instruction, InstructionTask, join_record
+from cm3leon_jax.io import replacing
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.vocab import VocabLayout
+
+SHARD = 1_024  # Records that are encoded at a time, and documents of a shard.
+REJECTED = "rejected.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+  """What encodes records.
+
+  Attributes:
+    encode: text -> [T] int32 ids.
+    image_tokenizer: of the run.
+    vocab: ids of both tokenizers.
+    positions: most tokens of a sample.
+    num_threads: number of images read at a time.
+  """
+
+  encode: Callable[[str], np.ndarray]
+  image_tokenizer: ImageTokenizer
+  vocab: VocabLayout
+  positions: int
+  num_threads: int = 8
+
+
+def write_store(
+  folder: epath.PathLike, task: InstructionTask, records: Iterable[Record], encoder: Encoder
+) -> dict[str, int]:
+  """Writes the records of a task as a store with targets.npy, and those that are wrong apart.
+
+  Memory holds SHARD records and their images. A record that is wrong goes to rejected.jsonl with
+  the reason: an image that cannot be read, an empty target, or more tokens than a sample may have.
+
+  Args:
+    folder: of the store.
+    task: of the records.
+    records: in the order of the documents.
+    encoder: of the run.
+
+  Returns:
+    Number of documents, of rejected records, and of tokens of targets.
+
+  Raises:
+    UserError: a template does not fit the records, or no record is right.
+  """
+  folder, targets, names = epath.Path(folder), [], []
+  folder.mkdir(parents=True, exist_ok=True)
+  rejected = 0
+  records = iter(records)
+  with replacing(folder / REJECTED, "w") as file:
+    for number in itertools.count():
+      part = list(itertools.islice(records, SHARD))
+      if not part:
+        break
+      found, wrong = _encode(task, part, encoder)
+      for record, reason in wrong:
+        file.write(json.dumps({"key": record.key, "task": task.name, "reason": reason}) + "\n")
+      rejected += len(wrong)
+      if found:
+        names.append(f"{number:06d}")
+        documents = (_document(record, one) for record, one in found)
+        write_shard(folder, names[-1], documents, encoder.vocab)
+        targets += [(one.start, one.stop) for _, one in found]
+  if not targets:
+    raise UserError(
+      f"task {task.name} has no right record ({rejected} are wrong): see {folder / REJECTED}."
+    )
+  finish_store(folder, names, encoder.vocab)
+  write_targets(folder, targets)
+  tokens = sum(stop - start for start, stop in targets)
+  return {"documents": len(targets), "rejected": rejected, "target_tokens": tokens}
+
+
+def _encode(task: InstructionTask, records: list[Record], encoder: Encoder):
+  """Returns the records that are right, with their form, and those that are wrong, with why."""
+  images, wrong = _read_images(task, records, encoder)
+  codes: Iterator[np.ndarray] = iter(())
+  if images:
+    pixels = np.stack([image for _, _, image in images])
+    codes = iter(encoder.vocab.image_ids(np.asarray(encoder.image_tokenizer.encode(pixels))))
+  of_record: dict[int, dict[str, np.ndarray]] = {}
+  for (i, field, _), ids in zip(images, codes):
+    of_record.setdefault(i, {})[field] = ids
+  found = []
+  for i, record in enumerate(records):
+    if i in wrong:
+      continue
+    if not record.texts.get(task.target, "x").strip():
+      wrong[i] = f"its {task.target} is empty"
+      continue
+    one = join_record(task, record, encoder.encode, of_record.get(i, {}))
+    size = sum(len(segment.tokens) + 1 for segment in one.segments) + 1 + OVERHEAD
+    if size > encoder.positions + 1:
+      wrong[i] = f"it has {size} tokens with its sentinels; a sample has {encoder.positions + 1}"
+      continue
+    found.append((record, one))
+  return found, [(records[i], reason) for i, reason in sorted(wrong.items())]
+
+
+def _read_images(task: InstructionTask, records: list[Record], encoder: Encoder):
+  """Reads the images that the templates name; returns (place, field, pixels), and what is wrong."""
+  side, found, wrong = encoder.image_tokenizer.config.resolution, [], {}
+  named = {field for template in task.templates for field in task.fields_of(template)}
+  for i, record in enumerate(records):
+    try:
+      read = [
+        (i, field, _pixels(record.images[field], side))
+        for field in sorted(named & set(record.images))
+      ]
+    except UserError as error:
+      wrong[i] = str(error)
+      continue
+    found += read
+  return found, wrong
+
+
+def _pixels(image, side: int) -> np.ndarray:
+  if isinstance(image, np.ndarray) and image.shape == (side, side, 3):
+    return image
+  if isinstance(image, np.ndarray):
+    raise UserError(f"an image has the shape {list(image.shape)}; it must be {[side, side, 3]}.")
+  return raw_pairs.load_image(image, side)
+
+
+def _document(record: Record, one: Instruction) -> Document:
+  return Document(
+    record.key, one.segments, "", "", "", record.group, record.group, dict(record.facts)
+  )
