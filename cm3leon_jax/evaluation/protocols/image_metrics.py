@@ -6,33 +6,32 @@ from cm3leon_jax.evaluation import code_histograms, kernel_distance
 from cm3leon_jax.evaluation.frechet_interval import frechet_interval
 from cm3leon_jax.evaluation.precision_recall import precision_recall as shares_inside
 from cm3leon_jax.evaluation.protocols.column import Column, mean
-from cm3leon_jax.evaluation.protocols.features import Images
 
 
 def frechet_distance(column: Column) -> dict:
   """Computes the Frechet distance of the samples' features from those of the real images."""
-  made, real = _features(column)
+  made, real = column.images, column.reference
   found = frechet_interval(made.features, made.groups, real.features, real.groups, seed=column.seed)
   return {"value": found.pop("distance"), **found, "samples": len(made.groups)}
 
 
 def kernel(column: Column) -> dict:
   """Computes the kernel distance (KID); `std` is that of its subsets, no error of the mean."""
-  made, real = _features(column)
+  made, real = column.images, column.reference
   found = kernel_distance.kid(made.features, real.features, seed=column.seed)
   return {"value": found["mean"], **found, "samples": len(made.groups)}
 
 
 def precision(column: Column) -> dict:
   """Computes improved precision, and `recall` beside it."""
-  made, real = _features(column)
+  made, real = column.images, column.reference
   found = shares_inside(made.features, real.features)
   return {"value": found["precision"], "recall": found["recall"], "samples": len(made.groups)}
 
 
 def cmmd(column: Column) -> dict:
   """Computes CMMD; the paper's numbers are those of CLIP ViT-L/14 at 336 pixels."""
-  made, real = _features(column)
+  made, real = column.images, column.reference
   return {
     "value": kernel_distance.cmmd(made.features, real.features),
     "samples": len(made.groups),
@@ -70,7 +69,3 @@ def copy_rate(column: Column) -> dict:
 def judged(column: Column) -> dict:
   """Computes the percentage of images of `scenes` that show exactly what their captions say."""
   return mean((100 * column.verdicts).astype(float).tolist(), column)
-
-
-def _features(column: Column) -> tuple[Images, Images]:
-  return column.images, column.reference
