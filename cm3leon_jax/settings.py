@@ -11,6 +11,7 @@ import pydantic.dataclasses
 from cm3leon_jax.clip.model import CLIPConfig
 from cm3leon_jax.config import STRICT, UserError, build
 from cm3leon_jax.data.ingest import RawConfig
+from cm3leon_jax.data.instruction_config import InstructionsConfig
 from cm3leon_jax.data.sample_plan import DataConfig
 from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.decoding.sampling import SamplingConfig
@@ -40,6 +41,7 @@ class Settings:
   clip: CLIPConfig
   retrieval: RetrievalConfig
   data: DataConfig
+  instructions: InstructionsConfig
   model: ModelConfig
   mesh: MeshConfig
   optimizer: OptimizerConfig
@@ -119,7 +121,16 @@ def settings_of_run(workdir: epath.PathLike) -> Settings:
       f"{path} was written by an older version and has no settings: run `python -m launch.train` "
       "with the same --config and --workdir again; a finished training is not repeated."
     )
-  return settings_from_config(stored["settings"])
+  return settings_from_stored(stored["settings"])
+
+
+def settings_from_stored(values: dict) -> Settings:
+  """Builds the settings that a run or bundle stored; sections that are newer have their defaults.
+
+  Raises:
+    UserError: as `settings_from_config`.
+  """
+  return settings_from_config({**default_config().to_dict(), **values})
 
 
 def describe(settings: Settings) -> list[str]:

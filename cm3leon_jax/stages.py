@@ -51,6 +51,12 @@ STAGES = {
   ),
   "clip": Stage("train_clip", "CLIP", ("raw", "text_tokenizer"), ("clip", "vocab", "seed")),
   "neighbors": Stage("build_neighbors", "Neighbors", ("raw",), ("retrieval", "seed"), embeds=True),
+  "instructions": Stage(
+    "encode_instructions",
+    "Instructions",
+    TOKENIZERS,
+    ("vocab", "instructions.root", "data.sequence_length"),
+  ),
   "train": Stage("train", "Decoder", ("documents", "neighbors"), RUN),
   "samples": Stage(
     "generate",
@@ -126,6 +132,8 @@ def identity(settings, name: str) -> dict:
       config[section] = {k: v for k, v in fields if f"{section}.{k}" not in FREE}
     else:
       config[section] = value
+  if name == "train" and settings.instructions.any:
+    config["instructions"] = dataclasses.asdict(settings.instructions)
   return config
 
 
@@ -163,7 +171,10 @@ def ids(settings, workdir: epath.PathLike, names: Collection[str]) -> dict[str, 
 def inputs(settings, workdir: epath.PathLike, name: str) -> dict[str, str]:
   """Returns the ids of all stages that a stage reads. Raises UserError, see `ids`."""
   own = own_clip(settings) if STAGES[name].embeds else ()
-  return ids(settings, workdir, (*STAGES[name].reads, *own))
+  reads = STAGES[name].reads
+  if name == "train" and settings.instructions.any:
+    reads = ("instructions", *(reads if settings.instructions.replay_share else ()))
+  return ids(settings, workdir, (*reads, *own))
 
 
 def run_config(

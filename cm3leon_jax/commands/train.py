@@ -23,7 +23,7 @@ from cm3leon_jax.io import read_json, write_json
 
 if TYPE_CHECKING:
   from cm3leon_jax.data.pipeline import RowLoader
-  from cm3leon_jax.data.plan import RowPlan
+  from cm3leon_jax.data.plan import RowPlan, Source
   from cm3leon_jax.export.weights import Weights
   from cm3leon_jax.settings import Settings
 
@@ -42,10 +42,12 @@ _DEBUG_NANS = flags.DEFINE_bool(
 
 
 def open_rows(settings: Settings, workdir, split: str, write_starts: bool = False) -> RowLoader:
-  """Opens the rows of a split: pairs with their neighbors, texts and interleaved documents.
+  """Opens the rows of a split: instructions, and pairs with their neighbors, texts and interleaved
+  documents.
 
   Rows of "heldout" are those of the held-out loss: the caption alone retrieves neighbors, as at
-  inference, and only the document's own targets have a weight (`DataConfig.for_heldout`).
+  inference, and only the document's own targets have a weight (`DataConfig.for_heldout`), of
+  instructions those of the answer.
 
   Args:
     settings: settings of the config.
@@ -58,9 +60,53 @@ def open_rows(settings: Settings, workdir, split: str, write_starts: bool = Fals
     UserError: a store is empty, neighbors are of other documents, or all training documents
       together are shorter than a batch.
   """
-  from cm3leon_jax.data.documents import Bank, DocumentStore
+  from cm3leon_jax.data.instruction_rows import instruction_sources
   from cm3leon_jax.data.pipeline import RowLoader
-  from cm3leon_jax.data.plan import RowPlan, Source
+  from cm3leon_jax.data.plan import RowPlan
+
+  share = replay_share(settings, split)
+  sources = instruction_sources(settings, workdir, split, 1 - share)
+  if share:
+    sources += document_sources(settings, workdir, split, share)
+  data = settings.data if split == "train" else settings.data.for_heldout()
+  starts = workdir / "train" / "plan.jsonl" if split == "train" else None
+  plan = RowPlan(sources, data, settings.vocab.num_masks, settings.seed, starts, write_starts)
+  needed = settings.train.global_batch_size * data.sequence_length
+  # No segment is empty, so `needed` documents are enough.
+  total = sum(int(s.store.lengths[:needed].sum(dtype="int64")) for s in sources)
+  if split == "train" and total < needed:
+    raise UserError(
+      f"{workdir} holds {total} training tokens, one batch takes {needed} "
+      "(train.global_batch_size x data.sequence_length): add documents or lower one of the two."
+    )
+  return RowLoader(plan, settings.vocab, settings.model.align_images)
+
+
+def replay_share(settings: Settings, split: str) -> float:
+  """Returns the share of the run's documents in its rows; the remaining share are instructions.
+
+  Of held-out rows it is half, so that both losses are of equally many.
+  """
+  if not settings.instructions.any:
+    return 1.0
+  share = settings.instructions.replay_share
+  return 0.5 if share and split == "heldout" else share
+
+
+def document_sources(settings: Settings, workdir, split: str, share: float) -> list[Source]:
+  """Opens the documents of a split: pairs with their neighbors, texts, interleaved documents.
+
+  Args:
+    settings: settings of the config.
+    workdir: folder of the run.
+    split: "train" or "heldout".
+    share: of all of them together.
+
+  Raises:
+    UserError: see `open_rows`.
+  """
+  from cm3leon_jax.data.documents import Bank, DocumentStore
+  from cm3leon_jax.data.plan import Source
   from cm3leon_jax.retrieval.neighbors import load_neighbors
 
   documents, data = workdir / "documents", settings.data
@@ -75,10 +121,11 @@ def open_rows(settings: Settings, workdir, split: str, write_starts: bool = Fals
       f"{workdir / 'neighbors'} names neighbors of {len(ids)} documents, {pairs.folder} holds "
       f"{len(pairs)}: run `python -m launch.build_neighbors` again."
     )
-  sources = [Source(pairs, 1 - data.text_share - data.interleaved_share, ids, bank)]
-  for kind, share in (("texts", data.text_share), ("interleaved", data.interleaved_share)):
-    if share > 0:
-      sources.append(Source(store(f"{split}_{kind}"), share))
+  of_pairs = share * (1 - data.text_share - data.interleaved_share)
+  sources = [Source(pairs, of_pairs, ids, bank, name="pairs")]
+  for kind, of_kind in (("texts", data.text_share), ("interleaved", data.interleaved_share)):
+    if of_kind > 0:
+      sources.append(Source(store(f"{split}_{kind}"), share * of_kind, name=kind))
   for source in sources:
     if source.share > 0 and not len(source.store):
       raise UserError(
@@ -86,18 +133,7 @@ def open_rows(settings: Settings, workdir, split: str, write_starts: bool = Fals
         f"{data.text_share} and config.data.interleaved_share = {data.interleaved_share}; "
         "pairs have the remaining share."
       )
-  data = settings.data if split == "train" else settings.data.for_heldout()
-  starts = workdir / "train" / "plan.jsonl" if split == "train" else None
-  plan = RowPlan(sources, data, settings.vocab.num_masks, settings.seed, starts, write_starts)
-  needed = settings.train.global_batch_size * data.sequence_length
-  # No segment is empty, so `needed` documents are enough.
-  total = sum(int(s.store.lengths[:needed].sum(dtype="int64")) for s in sources)
-  if split == "train" and total < needed:
-    raise UserError(
-      f"{documents} holds {total} training tokens, one batch takes {needed} "
-      "(train.global_batch_size x data.sequence_length): add documents or lower one of the two."
-    )
-  return RowLoader(plan, settings.vocab, settings.model.align_images)
+  return sources
 
 
 def look_at_rows(plan: RowPlan) -> dict:
@@ -215,7 +251,9 @@ def main(
       loader = open_rows(settings, workdir, "train", write_starts=distributed.is_first())
       heldout = open_rows(settings, workdir, "heldout")
       summary.update(rows=look_at_rows(loader.plan))
-      generate_grid = sample_grids(settings, workdir, folder / "samples")
+      generate_grid = None  # Its captions are those of held-out documents.
+      if replay_share(settings, "heldout"):
+        generate_grid = sample_grids(settings, workdir, folder / "samples")
     sections = (settings.model, settings.optimizer, settings.train, settings.vocab)
     initial_params = _initial_params(settings, workdir, start)
     options = (settings.seed, generate_grid, traced, initial_params)

@@ -1,6 +1,8 @@
-"""Computes the edges of an image, which a model is given to draw another image with these edges."""
+"""Computes maps of an image, which a model is given to draw another image with these edges."""
 
 # H height, W width.
+
+import dataclasses
 
 import cv2
 import numpy as np
@@ -22,3 +24,38 @@ def canny_edges(image: np.ndarray) -> np.ndarray:
   """
   edges = cv2.Canny(np.ascontiguousarray(image), LOW, HIGH)
   return np.repeat(edges[..., None], 3, axis=2)
+
+
+def scribble(image: np.ndarray) -> np.ndarray:
+  """Draws an image as a person would scribble it: few, thick, smooth lines.
+
+  Edges of the blurred image, closed, thickened, and blurred again before they become black and
+  white, so that corners are round. Widths grow with the side of the image.
+
+  Args:
+    image: [H, W, 3] uint8.
+
+  Returns:
+    [H, W, 3] uint8: white lines on black.
+  """
+  width = max(2, image.shape[0] // 64)
+  blurred = cv2.GaussianBlur(np.ascontiguousarray(image), (0, 0), width / 2)
+  thick = cv2.dilate(canny_edges(blurred)[..., 0], np.ones((width, width), np.uint8))
+  smooth = cv2.GaussianBlur(thick, (0, 0), width / 2)
+  return np.repeat(np.where(smooth > 127, 255, 0).astype(np.uint8)[..., None], 3, axis=2)
+
+
+MAPS = {"canny": canny_edges, "scribble": scribble}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageMap:
+  """A map that is computed when the image is read.
+
+  Attributes:
+    kind: a key of MAPS.
+    image: of which it is; a path, or [H, W, 3] uint8.
+  """
+
+  kind: str
+  image: str | np.ndarray

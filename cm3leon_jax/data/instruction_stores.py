@@ -14,6 +14,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.cm3 import OVERHEAD
 from cm3leon_jax.data.documents import Document, finish_store, write_shard
+from cm3leon_jax.data.image_edges import MAPS, ImageMap
 from cm3leon_jax.data.instruction_records import Record
 from cm3leon_jax.data.instruction_samples import write_targets
 from cm3leon_jax.data.instruction_tasks import Instruction, InstructionTask, join_record
@@ -136,6 +137,8 @@ def _read_images(task: InstructionTask, records: list[Record], encoder: Encoder)
 
 
 def _pixels(image, side: int) -> np.ndarray:
+  if isinstance(image, ImageMap):
+    return MAPS[image.kind](_pixels(image.image, side))
   if isinstance(image, np.ndarray) and image.shape == (side, side, 3):
     return image
   if isinstance(image, np.ndarray):

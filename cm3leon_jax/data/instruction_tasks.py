@@ -37,12 +37,23 @@ class InstructionTask:
   segments, and an image is a segment of its own."""
   target: Annotated[str, Field(min_length=1)]
   """Field that is to be predicted."""
-  format: str = ""
-  """Format of the files, see docs/data_formats.md; "": those that `records` names."""
+  format: Annotated[str, Field(min_length=1)]
+  """Format of the records: `scenes/TASK`, or one of docs/data_formats.md#instruction-files."""
+  train: str = "train"
+  """Split that is trained on."""
+  heldout: str = ""
+  """Split of the held-out loss; "": none."""
   root: str = ""
-  """Folder of the files."""
+  """Folder of the files, in `config.instructions.root`."""
   images: str = ""
-  """Folder of the images; "": `root`."""
+  """Folder of the images, in `config.instructions.root`; "": `root`."""
+  maps: dict[str, str] = dataclasses.field(default_factory=dict)
+  """More images of a record, by their fields: `canny` or `scribble`, which are computed, or a folder
+  with a map under the file name of each image."""
+  records: NonNegativeInt = 0
+  """Most records that are trained on, the first ones; 0: all. `scenes` needs a number."""
+  heldout_records: NonNegativeInt = 500
+  """Most held-out records, the first ones; 0: all."""
   weight: NonNegativeFloat = 1.0
   """Factor of its share of the mixture."""
   cap: NonNegativeInt = 0

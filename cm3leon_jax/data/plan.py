@@ -48,6 +48,7 @@ class Source:
     neighbors: [n, C] int32 indices into `bank`, the candidates of each document, padded with -1.
     bank: the documents that can be neighbors.
     instructions: what makes the documents instructions, or None.
+    name: of the source in logs: "pairs", or that of the task.
   """
 
   store: DocumentStore
@@ -55,6 +56,7 @@ class Source:
   neighbors: np.ndarray | None = None
   bank: Bank | DocumentStore | None = None
   instructions: Instructions | None = None
+  name: str = ""
 
   def candidates(self, document: int) -> np.ndarray:
     """Returns the candidates of a document, indices into `bank`, without padding."""

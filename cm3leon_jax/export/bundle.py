@@ -22,7 +22,7 @@ from cm3leon_jax.data.documents import DocumentStore, write_documents
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.io import digest, plain, read_json, write_json
 from cm3leon_jax.retrieval.bank import copy_bank
-from cm3leon_jax.settings import Settings, settings_from_config
+from cm3leon_jax.settings import Settings, settings_from_stored
 from cm3leon_jax.tokenizers.vqgan import PARAMS as VQGAN_PARAMS
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
@@ -142,7 +142,7 @@ def read(folder: epath.PathLike) -> tuple[Settings, int]:
     if found != expected:
       state = "is absent" if found is None else "has another content than the bundle was made with"
       raise UserError(f"{folder / name} {state} (SHA-256 {expected[:12]} expected): {AGAIN}.")
-  return settings_from_config(stored["settings"]), stored["step"]
+  return settings_from_stored(stored["settings"]), stored["step"]
 
 
 def about(folder: epath.PathLike) -> dict:

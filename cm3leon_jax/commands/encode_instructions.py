@@ -1,0 +1,42 @@
+"""Encodes the records of all tasks of instruction tuning to token ids.
+
+  python -m launch.encode_instructions --config=ml_configs/scenes_instruct.py --workdir=workdir/instruct
+
+`config.instructions` names the tasks; docs/instructions.md describes them. A record that is wrong is
+set aside in instructions/NAME/rejected.jsonl with the reason.
+"""
+
+from cm3leon_jax import stages
+from cm3leon_jax.commands import common, sharded
+from cm3leon_jax.config import UserError
+
+
+def main(settings, workdir) -> None:
+  from cm3leon_jax.data import instruction_sources
+  from cm3leon_jax.data.instruction_config import load_tasks
+
+  if not settings.instructions.any:
+    raise UserError("config.instructions names no tasks: set config.instructions.tasks = 'scenes'.")
+  tasks = load_tasks(settings.instructions)
+  more = {"tasks": instruction_sources.digest_of(tasks)}
+  with stages.stage(workdir, "instructions", settings, more) as summary:
+    if summary is None:
+      return
+    job = instruction_sources.InstructionJob(
+      str(workdir),
+      tasks,
+      settings.instructions,
+      settings.scenes,
+      settings.vocab,
+      settings.data.sequence_length,
+      settings.raw.num_threads,
+    )
+    tokenizers = stages.ids(settings, workdir, stages.TOKENIZERS)
+    summary.update(instruction_sources.encode_tasks(job, tokenizers, sharded.runner()))
+    for name, numbers in summary.items():
+      shown = ", ".join(f"{value:,} {field}" for field, value in numbers.items())
+      print(f"encode_instructions {name}: {shown}")
+
+
+if __name__ == "__main__":
+  common.run(main)

@@ -1,0 +1,34 @@
+"""Instruction tuning of the demo's model: it draws, edits, describes and answers as it is told.
+
+  bash launch/demo_instructions.sh
+  python -m launch.train --config=ml_configs/scenes_instruct.py:15 --workdir=workdir/instruct --init_from=scenes
+
+The variant is the time in minutes that all stages may take on two cores (default 15); it scales
+only the steps of the training. `long` is the recipe of the bundled model.
+"""
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.configs import scenes
+
+STEPS, LONG_STEPS = 900, 12_000
+
+
+def get_config(variant: str = "15"):
+  try:
+    scale = 1.0 if variant == "long" else float(variant) / 15
+  except ValueError:
+    scale = 0.0
+  if scale <= 0:
+    raise UserError(
+      f"config variant '{variant}' of scenes_instruct.py must be a positive number of minutes, or "
+      "'long'."
+    )
+  config = scenes.get_config("long")  # The model of the bundle.
+  config.instructions.update({"tasks": "scenes", "loss_on": "all", "replay_share": 0.0})
+  steps = LONG_STEPS if variant == "long" else max(10, round(STEPS * scale))
+  config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 50})
+  config.optimizer.update({"ema_decay": 0.99})
+  config.train.update({"steps": steps, "global_batch_size": 4, "eval_batches": 16})
+  config.train.update({"checkpoint_every": min(400, max(5, steps // 12))})
+  config.train.update({"eval_every": max(5, steps // 8), "sample_every": max(5, steps // 3)})
+  return config

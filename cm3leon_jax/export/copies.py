@@ -1,0 +1,76 @@
+"""Copies tokenizers and CLIP of a trained run or bundle into the workdir of a run tuned from it."""
+
+import hashlib
+
+from etils import epath
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.export import bundle
+from cm3leon_jax.io import digest, plain, write_json
+from cm3leon_jax.settings import Settings, settings_of_run
+
+MODEL = ("params.safetensors", "config.json")
+FILES = {"text_tokenizer": bundle.TEXT_TOKENIZER, "vqgan": MODEL, "clip": MODEL}
+
+
+def copy_tokenizers(settings: Settings, workdir: epath.PathLike, source: str) -> dict[str, str]:
+  """Copies the stages of tokenizers and CLIP, and marks them as finished.
+
+  Folders that hold the same files already stay as they are.
+
+  Args:
+    settings: of the run in `workdir`.
+    workdir: gets the folders of the stages.
+    source: workdir of a run, or see `bundle.folder_of`.
+
+  Returns:
+    "copied" or "there already" for each stage.
+
+  Raises:
+    UserError: `source` lacks a file, or was made with another config; or a folder of `workdir` holds
+      something else. Nothing is copied then.
+  """
+  folder, workdir = bundle.folder_of(source), epath.Path(workdir)
+  trained = bundle.read(folder)[0] if bundle.is_bundle(folder) else settings_of_run(folder)
+  names = [name for name in FILES if name != "clip" or stages.own_clip(settings)]
+  digests = {name: _digest(source, folder, name) for name in names}
+  for name in names:
+    ours, theirs = plain(stages.identity(settings, name)), plain(stages.identity(trained, name))
+    # A run may start from one of another seed.
+    if changed := stages.differences({**theirs, "seed": 0}, {**ours, "seed": 0}):
+      raise UserError(
+        f"--init_from is {source}, whose {name} was made with another config "
+        f"({'; '.join(changed[:4])}): use its values."
+      )
+    if (workdir / name / stages.DONE).exists():
+      there = stages.require(workdir, name)["id"]
+      if there != digests[name]:
+        raise UserError(
+          f"{workdir / name} is of another run than --init_from={source}: use another --workdir."
+        )
+  result = {}
+  for name in names:
+    done = workdir / name / stages.DONE
+    result[name] = "there already" if done.exists() else "copied"
+    if done.exists():
+      continue
+    (workdir / name).mkdir(parents=True, exist_ok=True)
+    for file in FILES[name]:
+      (workdir / name / file).write_bytes((folder / name / file).read_bytes())
+    config = {**stages.identity(settings, name), "inputs": {"init_from": digests[name]}}
+    summary = {"copied_from": source}
+    write_json(done, {"config": config, "summary": summary, "seconds": 0.0, "id": digests[name]})
+  return result
+
+
+def _digest(source: str, folder: epath.Path, name: str) -> str:
+  """Returns a digest of the files of a stage."""
+  found = [digest(folder / name / file) for file in FILES[name]]
+  for file, value in zip(FILES[name], found):
+    if value is None:
+      raise UserError(
+        f"--init_from is {source}, which has no {name}/{file}: name the workdir of a run, or a "
+        "bundle, written by `python -m launch.export --bundle`."
+      )
+  return hashlib.sha256("".join(found).encode()).hexdigest()[:16]
