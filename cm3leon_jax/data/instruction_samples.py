@@ -1,7 +1,7 @@
 """Plans and builds the samples of instruction documents, whose target is known.
 
 target inside: </s> Question: how many? Answer: <mask:0>. <break> image </s> <mask:0> two <eoss>
-target last:   </s> a cat <break> image </s>
+image last:    </s> a cat <break> image </s>
 """
 
 # T tokens of a sample.
@@ -73,7 +73,7 @@ class InstructionPlan(typing.NamedTuple):
     first: segments before this one are left out...
     skipped: ...as well as this one, -1: none.
     masked: whether `<mask:0>` stands for the segments that are left out.
-    spans: the target as a CM3 span, or () if it is last.
+    spans: the target as a CM3 span, or () if it is the last image.
     target: half-open range of the target in the joined sample without what is left out.
     length: tokens of the sample.
     neighbors, missing, crowded_out, dropped: as in `SamplePlan`; instructions have no neighbors.
@@ -92,27 +92,29 @@ class InstructionPlan(typing.NamedTuple):
 
 
 def plan_instruction(
-  lengths, target: tuple[int, int], rng: np.random.Generator, drops: Drops
+  lengths, is_image, target: tuple[int, int], rng: np.random.Generator, drops: Drops
 ) -> InstructionPlan:
   """Chooses what a sample lacks.
 
-    lengths = [2, 16, 3, 16], target = (25, 41), the last segment
+    lengths = [2, 16, 3, 16], target = (25, 41), the last segment, an image
     complete:            all four segments
     without instruction: the first, the second and the fourth
     without all:         </s> <mask:0> <break> fourth </s>
 
-  Only samples whose target is the last segment can lack something: a masked answer would stand
-  alone. The instruction is the segment before the target.
+  An image that is the last segment is predicted in its place, as images of captions are; any other
+  target is a span that is infilled. Only samples of the former kind can lack something: a masked
+  answer would stand alone. The instruction is the segment before the target.
 
   Args:
     lengths: of the segments, without `<break>` and `</s>`.
+    is_image: of the segments.
     target: half-open range in `</s> segment <break> ... segment </s>`.
     rng: generator of the sample, at its start.
     drops: shares.
   """
   starts = np.cumsum([1, *(int(n) + 1 for n in lengths)])
   last, total = len(lengths) - 1, int(starts[-1])
-  is_last = tuple(target) == (int(starts[last]), total - 1)
+  is_last = is_image[last] and tuple(target) == (int(starts[last]), total - 1)
   draw = rng.random()
   if is_last and last and draw < drops.all:
     size = int(lengths[-1])

@@ -2,7 +2,7 @@
 
 A task is data: templates with named fields, and the field that is to be predicted. An answer that
 stands before the image is the CM3 span of its document, as in the paper (CM3Leon, section 4 and
-table 5); one that ends the document is predicted in its place.
+table 5); an image that ends the document is predicted in its place.
 """
 
 # I codes of an image, T tokens of a document.

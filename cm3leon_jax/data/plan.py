@@ -243,7 +243,8 @@ class RowPlan:
     if spec.instructions is not None:
       target = spec.instructions.targets[units.locate(unit)[0]]
       rng = self._generators.at(self._pass_seeds(source, pass_)[0], unit)
-      return plan_instruction(lengths, tuple(target.tolist()), rng, spec.instructions.drops)
+      drops = spec.instructions.drops
+      return plan_instruction(lengths, is_image, tuple(target.tolist()), rng, drops)
     candidates = []
     if spec.neighbors is not None:
       ids = spec.candidates(units.locate(unit)[0]).tolist()

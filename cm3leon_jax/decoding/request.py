@@ -119,6 +119,21 @@ def edit(vocab: VocabLayout, image_tokens: int, before, image, instruction) -> R
   return Request((full, without, unconditional_prompt(vocab)), _image_plan(image_tokens))
 
 
+def instruct(vocab: VocabLayout, image_tokens: int, segments: Sequence) -> Request:
+  """Requests an image after the segments of an instruction (CM3Leon, section 4.1: single guidance).
+
+    segments = [[5], [91 92], [7]]:
+    </s> 5 <break> 91 92 <break> 7 <break>, guided against </s> <mask:0> <break>
+
+  Raises:
+    UserError: an image of another length.
+  """
+  for segment in segments:
+    if _is_image(vocab, [segment]):
+      _check_image(len(segment), image_tokens)
+  return Request((_join(vocab, segments), unconditional_prompt(vocab)), _image_plan(image_tokens))
+
+
 def infill(
   vocab: VocabLayout,
   image_tokens: int,

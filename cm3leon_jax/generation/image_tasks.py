@@ -11,12 +11,15 @@ from cm3leon_jax.decoding.request import Hole, Request
 from cm3leon_jax.generation.tasks import (
   EDITING,
   GUIDANCE,
+  IMAGE,
   IMAGE_SETTINGS,
   TOP_P,
   PromptLayout,
   Task,
   decode_segment,
   document_segments,
+  has_image,
+  split_prompt,
 )
 
 EDIT = "Edit first image following the instruction"  # CM3Leon, table 5.
@@ -153,6 +156,34 @@ class Edit(ImageTask):
   def _request(self, layout, image, neighbors):
     before, instruction = layout.encode(EDIT), layout.encode(self.prompt)
     return request.edit(layout.vocab, layout.image_tokens, before, image, instruction)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruct(ImageTask):
+  """An image by an instruction that the model was tuned on (docs/instructions.md).
+
+  Attributes:
+    prompt: the segments before the image, with `<break>` between them and `<image>` for the given
+      image: "Make high quality image from canny edge features <break> <image> <break> a red star".
+    image: the given image; may be empty.
+  """
+
+  name = "instruct"
+  required = ("prompt",)
+  settings = (*GUIDANCE, *IMAGE_SETTINGS)
+  prompt: str = ""
+  image: object = ""
+
+  def validate(self):
+    super().validate()
+    if has_image(self) and IMAGE not in split_prompt(self):
+      raise self.error(f"an image is given, and the prompt '{self.prompt}' has no {IMAGE} for it.")
+
+  def _request(self, layout, image, neighbors) -> Request:
+    segments = [
+      image if segment == IMAGE else layout.encode(segment) for segment in split_prompt(self)
+    ]
+    return request.instruct(layout.vocab, layout.image_tokens, segments)
 
 
 @dataclasses.dataclass(frozen=True)

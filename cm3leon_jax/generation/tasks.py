@@ -24,7 +24,8 @@ from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
-MASK = "<mask>"  # A hole in a text, as a user writes it.
+# What a user writes in a prompt: a hole in a text, the end of a segment, the given image.
+MASK, BREAK, IMAGE = "<mask>", "<break>", "<image>"
 # Fields of SamplingConfig that tasks read: of text tokens, of image codes, of their guidance.
 TEXT_SETTINGS = ("text_temperature", "text_top_k", "text_top_p")
 TOP_P = ("temperature", "top_k", "top_p")
@@ -235,6 +236,26 @@ class Task:
   def record(self, segments, codes, filled, files: list[str]) -> dict:
     """Returns the answer of a sample for results.jsonl: texts, codes and files."""
     raise NotImplementedError
+
+
+def split_prompt(task: Task) -> list[str]:
+  """Splits a prompt into its segments, texts and IMAGE.
+
+    "Question: what is it? <break> <image>": ["Question: what is it?", "<image>"]
+
+  Raises:
+    UserError: an empty segment, or IMAGE in a text, without an image, or twice.
+  """
+  segments = [segment.strip() for segment in task.prompt.split(BREAK)]
+  if not all(segments):
+    raise task.error(f"the prompt '{task.prompt}' has an empty segment beside a {BREAK}.")
+  if any(IMAGE in segment and segment != IMAGE for segment in segments):
+    raise task.error(f"the prompt '{task.prompt}' has {IMAGE} in a text: put {BREAK} between them.")
+  count = segments.count(IMAGE)
+  if count > 1 or (count and not has_image(task)):
+    given = "one image" if has_image(task) else "no image"
+    raise task.error(f"the prompt '{task.prompt}' has {count} {IMAGE}, and {given} is given.")
+  return segments
 
 
 def has_image(task: Task) -> bool:

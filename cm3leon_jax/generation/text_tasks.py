@@ -8,6 +8,7 @@ import numpy as np
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.generation.tasks import (
+  IMAGE,
   MASK,
   TEXT_SETTINGS,
   TOP_P,
@@ -15,6 +16,7 @@ from cm3leon_jax.generation.tasks import (
   decode_segment,
   document_segments,
   has_image,
+  split_prompt,
 )
 from cm3leon_jax.tokenizers.text import encode_pieces
 
@@ -41,19 +43,25 @@ class TextTask(Task):
 
   def _request(self, layout, image, neighbors):
     hole = Hole(most_text=self.length or TEXT_LENGTH)
-    first, *others = text_pieces(layout.encode, self._text())
-    text = [first] if len(first) else []
-    for piece in others:
-      text += [hole, piece] if len(piece) else [hole]
-    segments = [text, (image,)] if has_image(self) else [text]
+    segments = [
+      (image,) if text == IMAGE else _with_holes(layout.encode, text, hole)
+      for text in self._texts()
+    ]
     return request.infill(layout.vocab, layout.image_tokens, segments, neighbors)
+
+  def _texts(self) -> list[str]:
+    """Returns the texts of the document in their order, and IMAGE for the image: last."""
+    return [self._text(), IMAGE] if has_image(self) else [self._text()]
 
   def from_ids(self, layout, request, ids):
     vocab = layout.vocab
     holes = np.split(ids, np.flatnonzero(ids == vocab.eoss))
     filled = [layout.decode(hole).strip() for hole in holes if (hole >= vocab.num_special).any()]
-    segments = document_segments(vocab, request, ids)
-    return (decode_segment(layout, segments[-2 if has_image(self) else -1]),), tuple(filled)
+    count = len(self._texts())
+    whole = document_segments(vocab, request, ids)[-count:]
+    texts = zip(self._texts(), whole, strict=True)
+    shown = [decode_segment(layout, ids) for text, ids in texts if text != IMAGE]
+    return ("\n".join(shown),), tuple(filled)
 
   def record(self, segments, codes, filled, files):
     return {"text": segments[0], "filled": list(filled)}
@@ -105,8 +113,9 @@ class InfillText(TextTask):
   """A text with its masks filled in.
 
   Attributes:
-    prompt: the text, with `<mask>` for each hole.
-    image: an image that follows the text; may be empty.
+    prompt: the text, with `<mask>` for each hole; `<break>` ends a segment, and `<image>` is the
+      place of the image.
+    image: may be empty; without `<image>` in the prompt it follows the text.
   """
 
   name = "infill_text"
@@ -114,9 +123,17 @@ class InfillText(TextTask):
   prompt: str = ""
   image: object = ""
 
+  def validate(self):
+    super().validate()
+    split_prompt(self)
+
   def query(self):
     kind, value = super().query()
     return kind, value.replace(MASK, " ").strip() if kind == "text" else value
+
+  def _texts(self):
+    segments = split_prompt(self)
+    return [*segments, IMAGE] if has_image(self) and IMAGE not in segments else segments
 
   def _check_masks(self):
     if MASK not in self.prompt:
@@ -153,6 +170,15 @@ class Interleaved(Task):
   def record(self, segments, codes, filled, files):
     lines = [s if isinstance(s, str) else "<image>" for s in segments]
     return {"files": files, "text": "\n".join(lines)}
+
+
+def _with_holes(encode: Callable[[str], np.ndarray], text: str, hole: Hole) -> list:
+  """Encodes a text as the pieces of a segment, with a hole for each mask."""
+  first, *others = text_pieces(encode, text)
+  segment: list = [first] if len(first) else []
+  for piece in others:
+    segment += [hole, piece] if len(piece) else [hole]
+  return segment
 
 
 def text_pieces(encode: Callable[[str], np.ndarray], text: str) -> list[np.ndarray]:
