@@ -68,6 +68,12 @@ STAGES = {
   "evaluation": Stage(
     "evaluate", "Evaluation", ("documents", "neighbors", "train"), ("evaluation", "data", "seed")
   ),
+  "grades": Stage(
+    "grade_instructions",
+    "Grades of instructions",
+    ("instructions", "train"),
+    ("sampling", "evaluation", "seed"),
+  ),
   "export": Stage("export", "Export", ("text_tokenizer", "train"), ("model",)),
 }
 

@@ -14,6 +14,7 @@ COMMANDS = (
   "train",
   "generate",
   "evaluate",
+  "grade_instructions",
   "score",
   "export",
   "report",

@@ -1,9 +1,10 @@
 """Copies tokenizers and CLIP of a trained run into the workdir of a run that tunes it.
 
   python -m launch.copy_tokenizers --config=ml_configs/scenes_instruct.py \\
-    --workdir=workdir/instruct --init_from=scenes
+    --workdir=workdir/scenes_instruct --init_from=scenes
 
-It is the first command of instruction tuning: the trained decoder knows the ids of these tokenizers.
+It is the first command of instruction tuning: the trained decoder knows the ids of these
+tokenizers.
 """
 
 from absl import flags

@@ -1,9 +1,10 @@
 """Encodes the records of all tasks of instruction tuning to token ids.
 
-  python -m launch.encode_instructions --config=ml_configs/scenes_instruct.py --workdir=workdir/instruct
+  python -m launch.encode_instructions --config=ml_configs/scenes_instruct.py \\
+    --workdir=workdir/scenes_instruct
 
-`config.instructions` names the tasks; docs/instructions.md describes them. A record that is wrong is
-set aside in instructions/NAME/rejected.jsonl with the reason.
+`config.instructions` names the tasks; docs/instructions.md describes them. A record that is wrong
+is set aside in instructions/NAME/rejected.jsonl with the reason.
 """
 
 from cm3leon_jax import stages

@@ -1,7 +1,8 @@
 """Instruction tuning of the demo's model: it draws, edits, describes and answers as it is told.
 
   bash launch/demo_instructions.sh
-  python -m launch.train --config=ml_configs/scenes_instruct.py:15 --workdir=workdir/instruct --init_from=scenes
+  python -m launch.train --config=ml_configs/scenes_instruct.py:15 \\
+    --workdir=workdir/scenes_instruct --init_from=scenes
 
 The variant is the time in minutes that all stages may take on two cores (default 15); it scales
 only the steps of the training. `long` is the recipe of the bundled model.

@@ -1,12 +1,11 @@
 """The config of instruction tuning, and the tasks that it names."""
 
 from collections.abc import Mapping
-import dataclasses
 import importlib.resources
 from typing import Annotated, Any
 
 from etils import epath
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt
+from pydantic import BeforeValidator, Field
 import pydantic.dataclasses
 import yaml
 

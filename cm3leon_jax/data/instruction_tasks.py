@@ -48,8 +48,8 @@ class InstructionTask:
   images: str = ""
   """Folder of the images, in `config.instructions.root`; "": `root`."""
   maps: dict[str, str] = dataclasses.field(default_factory=dict)
-  """More images of a record, by their fields: `canny` or `scribble`, which are computed, or a folder
-  with a map under the file name of each image."""
+  """More images of a record, by their fields: `canny` or `scribble`, which are computed, or a
+  folder with a map under the file name of each image."""
   records: NonNegativeInt = 0
   """Most records that are trained on, the first ones; 0: all. `scenes` needs a number."""
   heldout_records: NonNegativeInt = 500

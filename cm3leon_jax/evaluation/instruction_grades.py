@@ -11,7 +11,6 @@ import dataclasses
 
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.data import instruction_sources as sources
 from cm3leon_jax.data.instruction_records import Record
 from cm3leon_jax.data.instruction_tasks import InstructionTask, choose_template, split_template
@@ -53,17 +52,18 @@ class Answer:
     return self.record.facts["task"]
 
 
-def heldout_records(task: InstructionTask, settings, count: int) -> list[Record]:
-  """Returns the first held-out records of a task over scenes.
+def is_judged(task: InstructionTask) -> bool:
+  """Returns whether answers to a task are judged exactly: those over scenes, with held-out ones."""
+  return task.format.startswith(sources.SCENES) and bool(task.heldout)
 
-  Raises:
-    UserError: the task has another format, whose answers no judge knows.
-  """
-  if not task.format.startswith(sources.SCENES):
-    raise UserError(
-      f"task {task.name} has the format {task.format}; only answers to {sources.SCENES}... are "
-      "judged: evaluate it by a protocol (docs/protocols.md)."
-    )
+
+def true_image(record: Record) -> np.ndarray:
+  """Returns the true answer to a record of an image task, [H, W, 3] uint8."""
+  return np.asarray(record.images["after" if record.facts["task"] in EDITS else "image"])
+
+
+def heldout_records(task: InstructionTask, settings, count: int) -> list[Record]:
+  """Returns the first held-out records of a task that `is_judged`."""
   task = dataclasses.replace(task, heldout_records=count)
   return list(sources.open_task(task, "heldout", settings.instructions, settings.scenes))
 
@@ -193,6 +193,14 @@ def summarize(answers: Sequence[Answer], num_resamples: int, seed: int) -> dict:
   if answers[0].kept is not None:
     result["kept"] = share([a.kept for a in answers])
   return result
+
+
+def gain(after: Sequence[Answer], before: Sequence[Answer], num_resamples: int, seed: int) -> dict:
+  """Computes how many more answers to the same records are right: {share, low, high, ...}."""
+  values = [a.right - b.right for a, b in zip(after, before, strict=True)]
+  groups = [answer.record.group for answer in after]
+  found = intervals.mean_interval(values, np.ones(len(values)), groups, num_resamples, seed)
+  return {"share": found.pop("mean"), **found}
 
 
 def means(tables: dict[str, dict[str, dict]]) -> dict[str, dict[str, float]]:

@@ -28,8 +28,8 @@ def copy_tokenizers(settings: Settings, workdir: epath.PathLike, source: str) ->
     "copied" or "there already" for each stage.
 
   Raises:
-    UserError: `source` lacks a file, or was made with another config; or a folder of `workdir` holds
-      something else. Nothing is copied then.
+    UserError: `source` lacks a file, or was made with another config; or a folder of `workdir`
+      holds something else. Nothing is copied then.
   """
   folder, workdir = bundle.folder_of(source), epath.Path(workdir)
   trained = bundle.read(folder)[0] if bundle.is_bundle(folder) else settings_of_run(folder)

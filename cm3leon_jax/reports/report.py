@@ -19,6 +19,7 @@ from cm3leon_jax.data.records import SPLITS
 from cm3leon_jax.evaluation import scene_table
 from cm3leon_jax.evaluation.intervals import describe_groups
 from cm3leon_jax.io import read_json, read_json_lines, replacing, write_json
+from cm3leon_jax.reports import instruction_section
 from cm3leon_jax.reports import summary as summary_lib
 
 MAX_PROMPTS = 16
@@ -268,6 +269,7 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
     loss_svg=loss_figure(metrics),
     bits_svg=bits_figure(summary.get("evaluation", {})),
     scene_tables=scene_tables(workdir, summary),
+    instructions=instruction_section.read(workdir, file_uri),
     scene_measures=scene_table.MEASURES,
     scenes_png=file_uri(workdir / "evaluation" / "scenes.png"),
     reconstructions=reconstructions(workdir),

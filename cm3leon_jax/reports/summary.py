@@ -289,9 +289,15 @@ def collect(workdir: epath.PathLike) -> dict:
   if scores:
     summary.setdefault("samples", {})["clip_score"] = scores
   summary["total_seconds"] = round(sum(seconds.values()), 1)
-  summary["unfinished"] = [folder for folder in stages.STAGES if folder not in seconds]
+  summary["unfinished"] = [folder for folder in expected_stages(workdir) if folder not in seconds]
   summary["headlines"] = [judge(summary, headline) for headline in headlines(summary)]
   return plain(summary)
+
+
+def expected_stages(workdir: epath.Path) -> list[str]:
+  """Returns the stages of a run: without instructions it has fewer."""
+  tuned = (workdir / "instructions").exists()
+  return [name for name in stages.STAGES if tuned or name not in ("instructions", "grades")]
 
 
 def cost(summary: dict) -> dict | None:

@@ -1,0 +1,89 @@
+"""Grades answers to held-out instructions before and after tuning, exactly, by the facts of scenes.
+
+  python -m launch.grade_instructions --config=ml_configs/scenes_instruct.py \\
+    --workdir=workdir/scenes_instruct
+
+Before is the model that the training started from, asked the same. Beside both stand what needs no
+model: the most frequent answer, the given image unchanged, and the true image as the tokenizer
+reconstructs it. Tasks of other formats have protocols (launch.evaluate --protocol).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from cm3leon_jax import stages
+from cm3leon_jax.commands import common
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json
+
+if TYPE_CHECKING:
+  from cm3leon_jax.evaluation.instruction_grades import Answer
+
+_RECORDS = flags.DEFINE_integer("records", 100, "Held-out records of each task.", lower_bound=2)
+
+
+def _models(settings, workdir):
+  """Returns functions that load the parameters, by the titles of their columns."""
+  from cm3leon_jax.export import weights
+  from cm3leon_jax.training import checkpoint
+
+  started = read_json(workdir / "train" / "config.json")["run"].get("init_from")
+  before = {}
+  if started:
+    before["before"] = lambda: weights.load(weights.Weights(**started), settings)
+  return {
+    **before,
+    "after": lambda: checkpoint.load_params(workdir / "train", settings.model)[0],
+  }
+
+
+def _grade(settings, workdir, count: int) -> dict[str, dict[str, list[Answer]]]:
+  """Returns the answers of each task by the titles of the columns."""
+  from cm3leon_jax.data.instruction_config import load_tasks
+  from cm3leon_jax.evaluation import instruction_grades as grades
+  from cm3leon_jax.generation.pipeline import Pipeline
+  from cm3leon_jax.retrieval.bank import load_clip
+
+  tasks = [task for task in load_tasks(settings.instructions) if grades.is_judged(task)]
+  if not tasks:
+    raise UserError(
+      "no task of config.instructions has answers that are judged exactly, of scenes/...: evaluate "
+      "the run by a protocol, `python -m launch.evaluate --protocol=cm3leon_table2`."
+    )
+  records = {task.name: grades.heldout_records(task, settings, count) for task in tasks}
+  retrieve = settings.evaluation.scene_neighbors if (workdir / "neighbors").exists() else 0
+  clip = load_clip(settings.retrieval.clip, workdir, settings.vocab) if retrieve else None
+  answers: dict[str, dict[str, list[Answer]]] = {task.name: {} for task in tasks}
+  for title, load in _models(settings, workdir).items():
+    size = settings.evaluation.batch_size
+    pipeline = Pipeline.load(settings, workdir, load(), clip, batch_size=size)
+    for task in tasks:
+      found = grades.answer_all(pipeline, task, records[task.name], retrieve)
+      answers[task.name][title] = found
+      right = sum(answer.right for answer in found)
+      print(f"{title}: {task.name} {right} of {len(found)} right", flush=True)
+  for task in tasks:
+    answers[task.name] |= grades.without_model(
+      task, records[task.name], pipeline.image_tokenizer, settings.scenes.style
+    )
+  return answers
+
+
+def main(settings, workdir, count: int) -> None:
+  from cm3leon_jax.evaluation import grade_files
+
+  more = {"records": str(count)}
+  with stages.stage(workdir, "grades", settings, more) as summary, common.use_mesh(settings):
+    if summary is None:
+      return
+    answers = _grade(settings, workdir, count)
+    result = grade_files.write(workdir / "grades", answers, settings)
+    summary.update(result)
+    print(grade_files.describe(result))
+
+
+if __name__ == "__main__":
+  common.run(lambda settings, workdir: main(settings, workdir, _RECORDS.value))
