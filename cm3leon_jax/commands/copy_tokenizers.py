@@ -7,26 +7,19 @@ It is the first command of instruction tuning: the trained decoder knows the ids
 tokenizers.
 """
 
-from absl import flags
-
 from cm3leon_jax.commands import common
+from cm3leon_jax.commands.init_from_flag import INIT_FROM
 from cm3leon_jax.config import UserError
-
-_INIT_FROM = flags.DEFINE_string(
-  "init_from",
-  "",
-  "Workdir of a run, a folder that launch.export --bundle wrote, or an installed model: scenes.",
-)
 
 
 def main(settings, workdir) -> None:
   from cm3leon_jax.export import copies
 
-  if not _INIT_FROM.value:
+  if not INIT_FROM.value:
     raise UserError("name the run whose tokenizers are copied: --init_from=scenes")
-  made = copies.copy_tokenizers(settings, workdir, _INIT_FROM.value)
+  made = copies.copy_tokenizers(settings, workdir, INIT_FROM.value)
   shown = ", ".join(f"{name} {state}" for name, state in made.items())
-  print(f"copy_tokenizers: {shown}, from {_INIT_FROM.value}.")
+  print(f"copy_tokenizers: {shown}, from {INIT_FROM.value}.")
 
 
 if __name__ == "__main__":

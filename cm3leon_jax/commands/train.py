@@ -18,6 +18,7 @@ from absl import flags
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
+from cm3leon_jax.commands.init_from_flag import INIT_FROM
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json, write_json
 
@@ -29,12 +30,6 @@ if TYPE_CHECKING:
 
 _PROFILE_STEPS = flags.DEFINE_string(
   "profile_steps", "", "First and last step to trace into train/profile, e.g. 10:13."
-)
-_INIT_FROM = flags.DEFINE_string(
-  "init_from",
-  "",
-  "Trained parameters that a new run starts from, with a new optimizer: the workdir of another run "
-  "(its average, if it has one), or a folder that launch.export wrote.",
 )
 _DEBUG_NANS = flags.DEFINE_bool(
   "debug_nans", False, "Stop at the operation that computes the first NaN. Slow."
@@ -266,7 +261,7 @@ def main(
 if __name__ == "__main__":
   common.run(
     lambda settings, workdir: main(
-      settings, workdir, _PROFILE_STEPS.value, _DEBUG_NANS.value, _INIT_FROM.value
+      settings, workdir, _PROFILE_STEPS.value, _DEBUG_NANS.value, INIT_FROM.value
     ),
     several_processes=True,
   )

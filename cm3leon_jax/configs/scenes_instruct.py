@@ -25,6 +25,7 @@ def get_config(variant: str = "15"):
       "'long'."
     )
   config = scenes.get_config("long")  # The model of the bundle.
+  config.scenes.update({"train": 8_000})  # Pairs that are repeated.
   config.instructions.update({"tasks": "scenes", "loss_on": "all", "replay_share": 0.0})
   steps = LONG_STEPS if variant == "long" else max(10, round(STEPS * scale))
   config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 50})

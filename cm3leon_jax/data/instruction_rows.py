@@ -50,10 +50,10 @@ def instruction_sources(
   for task in chosen:
     documents = store(split, task)
     targets = read_targets(documents.folder, len(documents))
-    drops, loss_on = Drops(task.drop_instruction, task.drop_all), config.loss_on
-    if split == "heldout":
-      drops, loss_on = Drops(), "target"
+    instructions = Instructions(targets, Drops(), "target")
+    if split == "train":
+      drops = Drops(task.drop_instruction, task.drop_all)
+      instructions = Instructions(targets, drops, config.loss_on, task.loss_weight)
     of_task = share * shares[task.name] / total
-    instructions = Instructions(targets, drops, loss_on)
     sources.append(Source(documents, of_task, instructions=instructions, name=task.name))
   return sources

@@ -37,11 +37,13 @@ class Instructions:
     targets: [n, 2] int32, half-open ranges in `</s> segment <break> ... segment </s>`.
     drops: shares of samples that lack something.
     loss_on: which tokens have a weight.
+    loss_weight: the weight.
   """
 
   targets: np.ndarray
   drops: Drops = Drops()  # noqa: RUF009 (immutable)
   loss_on: LossOn = "all"
+  loss_weight: float = 1.0
 
 
 def write_targets(folder: epath.PathLike, targets) -> None:
@@ -130,7 +132,11 @@ def plan_instruction(
 
 
 def build_instruction(
-  document: Document, plan: InstructionPlan, vocab: VocabLayout, loss_on: LossOn
+  document: Document,
+  plan: InstructionPlan,
+  vocab: VocabLayout,
+  loss_on: LossOn,
+  loss_weight: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Builds the sample of a plan.
 
@@ -138,8 +144,9 @@ def build_instruction(
     document: its segments.
     plan: of `plan_instruction`.
     vocab: names the special tokens.
-    loss_on: "all": every token but the first has weight 1 (the paper); "target": the target, and
+    loss_on: "all": every token but the first has the weight (the paper); "target": the target, and
       the token that ends it.
+    loss_weight: the weight.
 
   Returns:
     Tokens [T] int32, and their weights as targets [T] float32.
@@ -162,7 +169,7 @@ def build_instruction(
       f"document '{document.key}' gives a sample of {len(tokens)} tokens, planned were "
       f"{plan.length}: the store changed after planning; start the run again."
     )
-  weights = np.ones(len(tokens), np.float32)
+  weights = np.full(len(tokens), loss_weight, np.float32)
   weights[0] = 0
   if plan.masked:
     weights[:3] = 0
@@ -171,5 +178,5 @@ def build_instruction(
     if plan.spans:  # Moved to the end, with <eoss> after it.
       start, stop = len(tokens) - 1 - (stop - start), len(tokens) - 1
     weights[:] = 0
-    weights[start : stop + 1] = 1
+    weights[start : stop + 1] = loss_weight
   return tokens, weights

@@ -152,9 +152,17 @@ def encode_tasks(job: InstructionJob, inputs: dict, runner: Runner) -> dict[str,
 def identity(task: InstructionTask, job: InstructionJob) -> dict:
   """Returns what a store of a task depends on, beside the tokenizers."""
   fields = dataclasses.asdict(task)
-  for name in ("weight", "cap", "drop_instruction", "drop_all"):  # Of the mixture and the samples.
+  for name in (
+    "weight",
+    "cap",
+    "loss_weight",
+    "drop_instruction",
+    "drop_all",
+  ):  # Of the mixture and the samples.
     del fields[name]
-  scenes = dataclasses.asdict(job.scenes) if task.format.startswith(SCENES) else None
+  scenes = dataclasses.asdict(job.scenes) if task.format.startswith(SCENES) else {}
+  for name in ("train", "bank"):  # Numbers of other scenes.
+    scenes.pop(name, None)
   return {"task": fields, "scenes": scenes, "root": job.config.root, "positions": job.positions}
 
 

@@ -9,6 +9,7 @@ import json
 
 from etils import epath
 import numpy as np
+from PIL import Image
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
@@ -126,7 +127,7 @@ def _read_images(task: InstructionTask, records: list[Record], encoder: Encoder)
   for i, record in enumerate(records):
     try:
       read = [
-        (i, field, _pixels(record.images[field], side))
+        (i, field, square_pixels(record.images[field], side))
         for field in sorted(named & set(record.images))
       ]
     except UserError as error:
@@ -136,13 +137,20 @@ def _read_images(task: InstructionTask, records: list[Record], encoder: Encoder)
   return found, wrong
 
 
-def _pixels(image, side: int) -> np.ndarray:
+def square_pixels(image, side: int) -> np.ndarray:
+  """Reads an image of a record, [side, side, 3] uint8: a path, pixels, or a map to compute.
+
+  Raises:
+    UserError: it cannot be read.
+  """
   if isinstance(image, ImageMap):
-    return MAPS[image.kind](_pixels(image.image, side))
-  if isinstance(image, np.ndarray) and image.shape == (side, side, 3):
-    return image
+    return MAPS[image.kind](square_pixels(image.image, side))
   if isinstance(image, np.ndarray):
-    raise UserError(f"an image has the shape {list(image.shape)}; it must be {[side, side, 3]}.")
+    if image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3:
+      raise UserError(f"an image has the shape {list(image.shape)}; it must be [side, side, 3].")
+    if len(image) == side:
+      return image
+    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
   return raw_pairs.load_image(image, side)
 
 

@@ -58,6 +58,8 @@ class InstructionTask:
   """Factor of its share of the mixture."""
   cap: NonNegativeInt = 0
   """Largest number of records that counts for its share; 0: all."""
+  loss_weight: Annotated[float, Field(gt=0)] = 1.0
+  """Weight of each of its targets in the loss. An answer has few tokens, an image has many."""
   drop_instruction: Annotated[float, Field(ge=0, le=1)] = 0.0
   """Share of samples without the texts before the target, for guidance by the image alone."""
   drop_all: Annotated[float, Field(ge=0, le=1)] = 0.0

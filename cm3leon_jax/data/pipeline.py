@@ -167,7 +167,8 @@ class RowLoader:
       piece = document.segments[0].tokens[start : start + int(lengths[0])]
       document = Document(**{**vars(document), "segments": (Segment(False, piece),)})
     if spec.instructions is not None:
-      tokens, weights = build_instruction(document, plan, self.vocab, spec.instructions.loss_on)
+      loss = (spec.instructions.loss_on, spec.instructions.loss_weight)
+      tokens, weights = build_instruction(document, plan, self.vocab, *loss)
       return Sample(tokens, weights, (weights > 0) & self.vocab.is_image(tokens))
     candidates = spec.candidates(index)
     neighbors = [spec.bank[int(candidates[j])] for j in plan.neighbors]

@@ -13,6 +13,7 @@ import numpy as np
 
 from cm3leon_jax.data import instruction_sources as sources
 from cm3leon_jax.data.instruction_records import Record
+from cm3leon_jax.data.instruction_stores import square_pixels
 from cm3leon_jax.data.instruction_tasks import InstructionTask, choose_template, split_template
 from cm3leon_jax.data.scene_instructions import EDITS, QUESTIONS
 from cm3leon_jax.evaluation import intervals, scene_answers
@@ -20,6 +21,9 @@ from cm3leon_jax.generation.image_tasks import Edit, Instruct, TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import BREAK, IMAGE, MASK, Task
 from cm3leon_jax.generation.text_tasks import InfillText
+
+
+LONGEST_TEXT = 40  # Tokens of an answer: captions of scenes are shorter.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +96,7 @@ def prompt_of(task: InstructionTask, record: Record, **common) -> Task:
     segments.append(segment)
   prompt = f" {BREAK} ".join(segments)
   if task.target in record.texts:
-    return InfillText(prompt=prompt, image=given, **common)
+    return InfillText(prompt=prompt, image=given, length=LONGEST_TEXT, **common)
   if IMAGE not in segments and len(segments) == 1:
     return TextToImage(prompt=prompt, retrieve=retrieve, **common)
   if task.drop_instruction:
@@ -166,7 +170,8 @@ def without_model(
       return {}
     majority = scene_answers.majority_answers(records)[name]
     return {"majority": judge_texts(records, [majority] * len(records))}
-  true = np.stack([record.images[task.target] for record in records])
+  side = image_tokenizer.config.resolution
+  true = np.stack([square_pixels(record.images[task.target], side) for record in records])
   decoded = image_tokenizer.decode(image_tokenizer.encode(true))
   result = {"tokenizer": judge_images(records, decoded, style)}
   given = [field for field in records[0].images if field != task.target]

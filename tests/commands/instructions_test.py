@@ -1,0 +1,130 @@
+"""Tuning a trained run by instructions: its commands, in their order, on a tiny run."""
+
+import dataclasses
+
+from absl import flags
+from absl.testing import flagsaver
+from etils import epath
+import pytest
+
+from cm3leon_jax import stages
+from cm3leon_jax.commands import (
+  common,
+  copy_tokenizers,
+  encode_instructions,
+  grade_instructions,
+  init_from_flag,
+  train,
+)
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.instruction_config import InstructionsConfig, read_tasks
+from cm3leon_jax.io import read_json, read_json_lines
+from cm3leon_jax.mesh import MeshConfig
+from cm3leon_jax.reports import report
+from tests.generation.run import SETTINGS, one_device, save_run
+
+NAMES = ("count", "recolor")
+TASKS = tuple(
+  dataclasses.replace(task, records=24, heldout_records=8)
+  for task in read_tasks("scenes")
+  if task.name in NAMES
+)
+
+
+def settings_of(**fields):
+  instructions = InstructionsConfig(own_tasks=TASKS, **fields)
+  optimizer = dataclasses.replace(SETTINGS.optimizer, warmup_steps=1)
+  steps = {"steps": 2, "checkpoint_every": 1, "eval_every": 2, "eval_batches": 1}
+  length = dataclasses.replace(SETTINGS.train, **steps, global_batch_size=2, tensorboard=False)
+  return dataclasses.replace(
+    SETTINGS,
+    seed=1,  # Another one than that of the run that it starts from.
+    instructions=instructions,
+    optimizer=optimizer,
+    train=length,
+    data=dataclasses.replace(SETTINGS.data, pack_window=16),
+    mesh=MeshConfig(1, 1, 1),
+    evaluation=dataclasses.replace(SETTINGS.evaluation, num_resamples=100, batch_size=8),
+  )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  root = epath.Path(tmp_path_factory.mktemp("source"))
+  save_run(root)
+  return root
+
+
+def copy(settings, workdir, source):
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  with flagsaver.flagsaver((init_from_flag.INIT_FROM, str(source))):
+    copy_tokenizers.main(settings, workdir)
+
+
+def test_a_run_is_tuned_graded_and_reported(source, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
+  workdir, settings = epath.Path(tmp_path), settings_of()
+  copy(settings, workdir, source)
+  copy(settings, workdir, source)
+  printed = capsys.readouterr().out
+  assert "text_tokenizer copied, vqgan copied, clip copied" in printed
+  assert "text_tokenizer there already" in printed
+  encode_instructions.main(settings, workdir)
+  assert "train_count: 24 documents, 0 rejected" in capsys.readouterr().out
+  train.main(settings, workdir, init_from=str(source))
+  lines = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl")
+  assert [line["step"] for line in lines if "loss" in line and line["step"]] == [1, 2]
+  grade_instructions.main(settings, workdir, 4)
+  result = stages.require(workdir, "grades")["summary"]
+  assert list(result["tasks"]) == list(NAMES)
+  assert set(result["tasks"]["count"]) == {"before", "after", "majority"}
+  assert set(result["tasks"]["recolor"]) == {"before", "after", "copy", "tokenizer"}
+  assert result["tasks"]["recolor"]["copy"]["right"]["share"] == 0
+  grade_instructions.main(settings, workdir, 4)
+  assert "finished already" in capsys.readouterr().out
+  summary = report.write(workdir, "scenes_instruct")
+  assert "grades" not in summary["unfinished"]
+  page = (workdir / "report.html").read_text()
+  assert "Does the model do what it is told?" in page
+  assert "wrong, and surest" in page.lower()
+  assert page.count("<figcaption>given</figcaption>") > 4
+
+
+def test_one_more_task_leaves_the_stores_of_the_others(source, tmp_path):
+  workdir, settings = epath.Path(tmp_path), settings_of(only=("count",))
+  copy(settings, workdir, source)
+  encode_instructions.main(settings, workdir)
+  before = (workdir / "instructions" / "train_count" / "targets.npy").stat().mtime
+  encode_instructions.main(settings_of(), workdir)
+  assert (workdir / "instructions" / "train_count" / "targets.npy").stat().mtime == before
+  assert (workdir / "instructions" / "train_recolor" / "targets.npy").exists()
+  done = read_json(workdir / "instructions" / stages.DONE)
+  assert list(done["summary"]) == [f"{s}_{n}" for n in NAMES for s in ("train", "heldout")]
+
+
+def test_tokenizers_of_another_config_or_run_are_refused(source, tmp_path):
+  workdir = epath.Path(tmp_path)
+  vqgan = dataclasses.replace(SETTINGS.vqgan, width=16)
+  with pytest.raises(UserError, match=r"vqgan was made with another config .*width: 8 -> 16"):
+    copy(dataclasses.replace(SETTINGS, vqgan=vqgan), workdir, source)
+  assert not (workdir / "text_tokenizer").exists()
+  with pytest.raises(UserError, match="does not exist: name the workdir of a run"):
+    copy(SETTINGS, workdir, tmp_path / "absent")
+  copy(SETTINGS, workdir, source)
+  done = workdir / "vqgan" / stages.DONE
+  done.write_text(done.read_text().replace('"id": "', '"id": "other'))
+  with pytest.raises(UserError, match="vqgan is of another run than --init_from"):
+    copy(SETTINGS, workdir, source)
+
+
+def test_a_run_without_tasks_is_refused(tmp_path):
+  with pytest.raises(UserError, match="names no tasks"):
+    encode_instructions.main(SETTINGS, epath.Path(tmp_path))
+
+
+def test_a_tuned_run_needs_its_stores_before_it_trains(source, tmp_path):
+  workdir, settings = epath.Path(tmp_path), settings_of()
+  copy(settings, workdir, source)
+  with pytest.raises(UserError, match=r"instructions is not finished: run .*encode_instructions"):
+    train.main(settings, workdir, init_from=str(source))
