@@ -22,7 +22,6 @@ from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import BREAK, IMAGE, MASK, Task
 from cm3leon_jax.generation.text_tasks import InfillText
 
-
 LONGEST_TEXT = 40  # Tokens of an answer: captions of scenes are shorter.
 
 
