@@ -39,12 +39,20 @@ def join(documents: list[Document], vocab: VocabLayout) -> np.ndarray:
 
 
 class Sample(NamedTuple):
-  """The tokens of a sample, [T] int32; their weights as targets, [T] float32; and which of them are
-  image codes of the document itself and no neighbor's, [T] bool."""
+  """The tokens of a sample.
+
+  Attributes:
+    tokens: [T] int32.
+    weights: [T] float32, of the tokens as targets.
+    own_codes: [T] bool, which of them are image codes of the document itself and no neighbor's, and
+      of instructions those that are to be predicted.
+    has_source: whether an image stands before these codes, a neighbor's or a given one.
+  """
 
   tokens: np.ndarray
   weights: np.ndarray
   own_codes: np.ndarray
+  has_source: bool
 
 
 def build_sample(
@@ -89,7 +97,7 @@ def build_sample(
       f"document '{document.key}' gives a sample of {len(tokens)} tokens, "
       f"planned were {plan.length}: the store changed after planning; start the run again."
     )
-  return Sample(tokens, weights, own)
+  return Sample(tokens, weights, own, bool(plan.neighbors))
 
 
 def pack_row(
@@ -150,8 +158,7 @@ class RowLoader:
     if config.code_dropout or config.code_dropout_alone:
       at = 0
       for placement, sample in zip(placements, samples):
-        has_neighbors = bool(self.plan.plan(*placement[:3]).neighbors)
-        most = config.code_dropout if has_neighbors else config.code_dropout_alone
+        most = config.code_dropout if sample.has_source else config.code_dropout_alone
         hidden = hidden_codes(sample.own_codes, self.plan.code_generator(*placement[:3]), most)
         row["inputs"][at : at + len(hidden) - 1][hidden[:-1]] = self.vocab.unk
         at += len(hidden) - 1
@@ -169,7 +176,10 @@ class RowLoader:
     if spec.instructions is not None:
       loss = (spec.instructions.loss_on, spec.instructions.loss_weight)
       tokens, weights = build_instruction(document, plan, self.vocab, *loss)
-      return Sample(tokens, weights, (weights > 0) & self.vocab.is_image(tokens))
+      own, is_code = np.zeros(len(tokens), bool), self.vocab.is_image(tokens)
+      if not plan.spans:  # Else the target stands elsewhere, and is a text.
+        own[slice(*plan.target)] = True
+      return Sample(tokens, weights, own & is_code, bool((is_code & ~own).any()))
     candidates = spec.candidates(index)
     neighbors = [spec.bank[int(candidates[j])] for j in plan.neighbors]
     return build_sample(

@@ -36,11 +36,12 @@ class DataConfig:
   nothing)."""
   code_dropout: typing.Annotated[float, Field(ge=0, le=1)] = 0.0
   """Largest share of the codes of a document's own images that the decoder does not see after a
-  neighbor: it reads `<unk>` there, and still predicts the code (word dropout, Bowman et al. 2016,
-  section 3.1). Each sample draws a share in [0, code_dropout]. A decoder that misses codes of its
-  own image learns sooner to use the neighbor."""
+  neighbor, and of an image that an instruction asks for after a given one: it reads `<unk>` there,
+  and still predicts the code (word dropout, Bowman et al. 2016, section 3.1). Each sample draws a
+  share in [0, code_dropout]. A decoder that misses codes of its own image learns sooner to use the
+  neighbor."""
   code_dropout_alone: typing.Annotated[float, Field(ge=0, le=1)] = 0.0
-  """The same for documents without a neighbor."""
+  """The same for documents without a neighbor, and instructions without a given image."""
   mean_spans: NonNegativeFloat = 1.0
   """Lambda of the Poisson distribution of the number of spans; 0: plain causal prediction."""
   whole_segment_rate: typing.Annotated[float, Field(ge=0, le=1)] = 0.5

@@ -38,7 +38,8 @@ def test_join_literal():
 
 
 def test_conditioning_drop_literal():
-  tokens, weights, own = build_sample(DOCUMENT, [], SamplePlan((), True, (), 6), VOCAB, 1.0)
+  tokens, weights, own, source = build_sample(DOCUMENT, [], SamplePlan((), True, (), 6), VOCAB, 1.0)
+  assert not source
   np.testing.assert_array_equal(tokens, [EOS, MASK, BRK, 517, 518, EOS])
   np.testing.assert_array_equal(weights, [0, 0, 0, 1, 1, 1])
   assert np.flatnonzero(own).tolist() == [3, 4]
@@ -46,7 +47,8 @@ def test_conditioning_drop_literal():
 
 def test_weights_follow_tokens_through_the_mask():
   plan = SamplePlan((0,), False, ((6, 8),), 15)
-  tokens, weights, own = build_sample(DOCUMENT, [NEIGHBOR], plan, VOCAB, 0.1)
+  tokens, weights, own, source = build_sample(DOCUMENT, [NEIGHBOR], plan, VOCAB, 0.1)
+  assert source
   expected = [EOS, 50, BRK, 519, 520, BRK, MASK, BRK, 517, 518, EOS, MASK, 40, 41, EOSS]
   np.testing.assert_array_equal(tokens, expected)
   np.testing.assert_array_equal(weights, np.float32([0, *[0.1] * 5, *[1] * 9]))
@@ -54,7 +56,7 @@ def test_weights_follow_tokens_through_the_mask():
 
 
 def test_infill_in_a_neighbor_keeps_the_neighbors_weight():
-  tokens, weights, own = build_sample(
+  tokens, weights, own, _ = build_sample(
     DOCUMENT, [NEIGHBOR], SamplePlan((0,), False, ((1, 2),), 15), VOCAB, 0.5
   )
   assert tokens[12:].tolist() == [MASK, 50, EOSS]
@@ -63,7 +65,7 @@ def test_infill_in_a_neighbor_keeps_the_neighbors_weight():
 
 
 def test_a_document_that_alone_does_not_fit_loses_its_tail():
-  tokens, _, _ = build_sample(DOCUMENT, [], SamplePlan((), False, (), 5), VOCAB, 1.0)
+  tokens, *_ = build_sample(DOCUMENT, [], SamplePlan((), False, (), 5), VOCAB, 1.0)
   np.testing.assert_array_equal(tokens, [EOS, 40, 41, BRK, 517])
 
 
