@@ -45,6 +45,9 @@ HALVES = {
   "bottom": (0, CELL, SIDE, SIDE),
 }  # As `infill_image` takes a box: left, top, right, bottom in pixels.
 RARE_SHARE = 0.15  # Share of the questions about a rare object, which stands alone.
+# Share of the edits in training of scenes with rare objects. There are so many that they cannot be
+# learned by heart: a model that is to keep or move them has to copy them from the given image.
+RARE_EDITS = 0.5
 TRIES = 10_000  # Scenes that are drawn for a record before an error.
 
 
@@ -94,8 +97,27 @@ def record(config: ScenesConfig, task: str, split: Split, index: int) -> Record:
 
 def may_be_trained(scene: Scene) -> bool:
   """Returns whether training may show a scene; a rare object must stand alone."""
-  rare = any(placed.object not in scene_world.COMMON for placed in scene.objects)
-  return (len(scene.objects) == 1 or not rare) and scene_world.split_of_scene(scene) == "train"
+  return (len(scene.objects) == 1 or not _rare(scene)) and (
+    scene_world.split_of_scene(scene) == "train"
+  )
+
+
+def may_be_edited(scene: Scene) -> bool:
+  """Returns whether an edit in training may show a scene: `may_be_trained`, or it has rare objects.
+
+  Those may have any color and place, and company. No rare object may be held out, and nothing of
+  the common objects beside them.
+  """
+  rare = _rare(scene)
+  if not rare or any(map(scene_world.is_heldout_rare, rare)):
+    return may_be_trained(scene)
+  common = Scene(tuple(placed for placed in scene.objects if placed.object not in rare))
+  # Without a rare object, "bank" and "scene" are scenes of their own, and here they are not.
+  return scene_world.split_of_scene(common) in ("train", "bank", "scene")
+
+
+def _rare(scene: Scene) -> set[str]:
+  return {placed.object for placed in scene.objects if placed.object not in scene_world.COMMON}
 
 
 def located(caption: str, objects: Sequence[Placed]) -> str:
@@ -192,10 +214,16 @@ def _ask(
 
 def _edit(config: ScenesConfig, task: str, split: Split, index: int, rng) -> Record:
   """Makes a record of an edit; in training also its result is a scene of training."""
+  has_rare = split == "train" and "rare" in config.categories
+  with_rare = has_rare and rng.random() < RARE_EDITS
   for _ in range(TRIES):
     scene = _draw(config, task, split, rng, rng.choices((1, 2, 3), (6, 2, 1))[0])
+    if with_rare:
+      scene = _with_rare(config, scene, rng, all_of_them=task == "mirror")
     edit = EDITS[task](scene, config, rng)
-    if edit is None or (split == "train" and not may_be_trained(edit.target)):
+    if edit is None or (
+      split == "train" and not (may_be_edited(scene) and may_be_edited(edit.target))
+    ):
       continue
     facts = {
       **_all_facts(task, scene, edit.target, edit.include),
@@ -255,6 +283,24 @@ def _mixed(config: ScenesConfig, rng: random.Random, equal: int) -> Scene:
   shown = [names[0]] * equal + (rng.choices(few, k=others) if few else [])
   places = rng.sample(PLACES, len(shown))
   return Scene.of([Placed(name, colors[name], place) for name, place in zip(shown, places)])
+
+
+def _with_rare(config: ScenesConfig, scene: Scene, rng, all_of_them: bool) -> Scene:
+  """Puts rare objects in any color in the place of the objects of one name, or of all names.
+
+  Of one, because a model that does not know the names of two could not tell which one is meant.
+  """
+  names = sorted(scene_questions.counts_of(scene))
+  chosen = names if all_of_them else [rng.choice(names)]
+  known = [x for x in scene_world.rare_objects(config) if not scene_world.is_heldout_rare(x)]
+  drawn = rng.sample(known, len(chosen))
+  as_drawn = {name: (rare, rng.choice(config.colors)) for name, rare in zip(chosen, drawn)}
+  return Scene.of(
+    [
+      Placed(*as_drawn.get(placed.object, (placed.object, placed.color)), placed.place)
+      for placed in scene.objects
+    ]
+  )
 
 
 def _no_scene(task: str, split: str) -> UserError:

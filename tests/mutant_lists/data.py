@@ -141,8 +141,8 @@ DATA = (
     "tests/data/scene_instructions_test.py",
     (
       "edits_into_heldout_scenes",
-      'edit is None or (split == "train" and not may_be_trained(edit.target))',
-      "edit is None",
+      "not (may_be_edited(scene) and may_be_edited(edit.target))",
+      "not may_be_edited(scene)",
     ),
     (
       "absent_objects_from_heldout_pairs",
