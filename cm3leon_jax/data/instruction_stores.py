@@ -161,7 +161,9 @@ def _read_record(named: set[str], side: int, record: Record) -> list | UserError
   """Reads the named images of a record as (field, pixels), or returns what is wrong in one."""
   try:
     return [
-      (field, square_pixels(image, side)) for field, image in record.images.items() if field in named
+      (field, square_pixels(image, side))
+      for field, image in record.images.items()
+      if field in named
     ]
   except UserError as error:
     return error

@@ -25,7 +25,7 @@ from cm3leon_jax.tokenizers.text import encode_pieces
 
 BREAK = "<break>"  # Between the segments of a template.
 SCENES = "scenes/"  # In a format, before the name of a task of `scene_instructions`.
-_FIELD = re.compile(r"\{(\w+)\}")
+_FIELD = re.compile(r"\{(\w+)(\??)\}")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -36,8 +36,8 @@ class InstructionTask:
   """Unique name."""
   templates: Annotated[tuple[str, ...], Field(min_length=1)]
   """Texts and images in their order: `{field}` is a field of the records, `<break>` separates
-  segments, and an image is a segment of its own. A line of a text whose fields are all empty in a
-  record is left out."""
+  segments, and an image is a segment of its own. A line with `{field?}` is left out if this text
+  is empty in a record."""
   target: Annotated[str, Field(min_length=1)]
   """Field that is to be predicted."""
   format: Annotated[str, Field(min_length=1)]
@@ -75,13 +75,20 @@ class InstructionTask:
     for template in templates:
       if not all(split_template(template)):
         raise ValueError(f"the template '{template}' has an empty segment beside a {BREAK}.")
+      for line in template.replace(BREAK, "\n").split("\n"):
+        if any(mark for _, mark in _FIELD.findall(line)) and len(fields_of(line)) > 1:
+          raise ValueError(
+            f"the template '{template}' has an optional field beside another one: give it a line "
+            "of its own."
+          )
     return templates
 
   @field_validator("target")
   @classmethod
   def _check_target(cls, target: str, info: ValidationInfo) -> str:
     for template in info.data.get("templates", ()):
-      count = fields_of(template).count(target)
+      given = f"{{{target}}}" in template  # Not as an optional field.
+      count = fields_of(template).count(target) if given else 0
       if count != 1:
         raise ValueError(
           f"the template '{template}' must have {{{target}}}, the target, once; it has it {count} "
@@ -99,39 +106,34 @@ class InstructionTask:
 
 def fields_of(template: str) -> list[str]:
   """Returns the names of the fields of a template, or of a part of it."""
-  return _FIELD.findall(template)
+  return [name for name, _ in _FIELD.findall(template)]
 
 
 def split_template(template: str) -> list[str]:
-  """Returns the segments of a template, without the spaces around them."""
+  """Returns the segments of a template, without the white space around them."""
   return [segment.strip() for segment in template.split(BREAK)]
 
 
 def drop_empty_lines(task: InstructionTask, record: Record, segment: str) -> str:
-  """Leaves out the lines of a text segment whose fields are all empty in a record.
+  """Leaves out the lines of a text segment whose optional text is empty in a record.
 
-    "Question: {question}\nContext: {context}\nAnswer: {answer}." with the context "":
+    "Question: {question}\nContext: {context?}\nAnswer: {answer}." with the context "":
     "Question: {question}\nAnswer: {answer}."
 
   Raises:
-    RecordError: the target is empty, or a line has an empty and another text, or nothing is left.
+    RecordError: another text of the segment is empty.
   """
-  kept, empty = [], []
+  kept = []
   for line in segment.split("\n"):
-    fields = fields_of(line)
-    empty = [field for field in fields if not record.texts[field].strip()]
-    if empty and (task.target in fields or len(empty) < len(fields)):
-      raise _empty(task, record, empty[0])
+    empty = [(name, mark) for name, mark in _FIELD.findall(line) if not record.texts[name].strip()]
+    for name, mark in empty:
+      if not mark:
+        raise RecordError(
+          "empty", f"record {record.key} has an empty {name}: task {task.name} needs one."
+        )
     if not empty:
       kept.append(line)
-  if not kept:
-    raise _empty(task, record, empty[0])
   return "\n".join(kept)
-
-
-def _empty(task: InstructionTask, record: Record, field: str) -> RecordError:
-  message = f"record {record.key} has an empty {field}: task {task.name} needs one."
-  return RecordError("empty", message)
 
 
 def choose_template(task: InstructionTask, key: str) -> str:
@@ -183,6 +185,8 @@ def join_record(
   at, found = 1, (0, 0)
   for text in split_template(choose_template(task, record.key)):
     tokens, is_image, inside = _segment(task, record, text, encode, codes)
+    if not len(tokens):
+      continue
     segments.append(Segment(is_image, tokens))
     if inside is not None:
       found = (at + inside[0], at + inside[1])
@@ -210,6 +214,8 @@ def _segment(task: InstructionTask, record: Record, text: str, encode, codes):
         f"{known or 'none'}."
       )
   text = drop_empty_lines(task, record, text)
+  if not text:
+    return np.zeros(0, np.int32), False, None
   texts = {field: " ".join(record.texts[field].split()) for field in fields}
   if task.target not in fields:
     return encode(_FIELD.sub(lambda match: texts[match[1]], text)), False, None

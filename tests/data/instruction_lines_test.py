@@ -50,7 +50,7 @@ def test_several_images_and_their_paths(tmp_path):
     ({"texts": {"count": None}}, " must have a text in 'count' of its field 'texts'."),
     ({"images": {"image": " "}}, " must have the path of a file in 'image' of its field 'images'."),
     ({"images": {"image": 7}}, " must have the path of a file in 'image' of its field 'images'."),
-    ({"texts": {"a": "b"}, "images": {"a": "b"}}, " has 'a' in 'texts' and in 'images': rename one."),
+    ({"texts": {"a": "b"}, "images": {"a": "b"}}, " has 'a' in 'texts' and in 'images': rename "),
     ({"key": "x"}, " has no texts and no images; it must have at least one."),
     ({**RIGHT, "key": 7}, " must have a text in its field 'key', or no such field."),
     ({**RIGHT, "key": ""}, " must have a text in its field 'key', or no such field."),

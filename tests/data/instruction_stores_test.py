@@ -87,6 +87,14 @@ def test_wrong_records_are_set_aside_with_their_reasons(encoder, tmp_path):
     stores.write_store(tmp_path / "none", VQA, records[1:], encoder)
 
 
+def test_images_that_no_template_names_are_not_read(encoder, tmp_path):
+  encoder, _ = encoder
+  one = record(0, pixels(0))
+  unread = Record(one.key, one.group, one.texts, {**one.images, "depth": "absent.png"})
+  found = stores.write_store(tmp_path / "store", VQA, [unread], encoder)
+  assert (found["documents"], found["rejected"]) == (1, 0)
+
+
 def test_a_template_that_does_not_fit_the_records_ends_the_command(encoder, tmp_path):
   wrong = InstructionTask(
     name="x",
