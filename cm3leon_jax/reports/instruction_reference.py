@@ -16,7 +16,6 @@ from cm3leon_jax.data import instruction_samples as samples
 from cm3leon_jax.data import scene_instructions
 from cm3leon_jax.data.documents import Document
 from cm3leon_jax.data.instruction_config import read_tasks, shipped
-from cm3leon_jax.data.instruction_files import FORMATS
 from cm3leon_jax.data.instruction_records import Record
 from cm3leon_jax.data.instruction_tasks import (
   SCENES,
@@ -35,23 +34,20 @@ END = "<!-- to here -->"
 # Of the examples: an id for each character, and one image code.
 VOCAB = VocabLayout(num_special=8, text_size=8 + 256, image_size=1)
 IMAGE = "[image]"
-QUESTION = {"question": "What is the man holding?", "answer": "an umbrella"}
-NARRATIVE = {"caption": "In this image a man walks on a wet street and holds an umbrella."}
 # Format, or name of a task whose format is general -> texts of an example.
 TEXTS = {
   "instruct_pix2pix": {"instruction": "make it snow"},
   "ocr": {"ocr_content": "OPEN ALL NIGHT"},
   "coco_objects": {
-    "caption": "a bottle on a table",
-    "objects": "dining table at location (0, 142) -> (256, 256), "
-    "bottle at location (199, 130) -> (204, 150)",
+    "caption": "a cup by a pen",
+    "objects": "cup at location (9, 80) -> (60, 131), pen at location (99, 130) -> (190, 142)",
   },
   "coco_2014": {"caption": "a red bus in a street"},
   "coco_karpathy": {"caption": "a man with an umbrella"},
   "flickr30k": {"caption": "Two children play in a fountain."},
-  "vg_paragraphs": {"caption": "A man walks on a wet street. He holds a black umbrella."},
-  "localized_narratives": NARRATIVE,
-  "vqa_v2": QUESTION,
+  "vg_paragraphs": {"caption": "A man walks on a street. His coat is wet."},
+  "localized_narratives": {"caption": "In this image I can see a man on a street."},
+  "vqa_v2": {"question": "What is the man holding?", "answer": "an umbrella"},
   "vizwiz": {"question": "What does the label say?", "answer": "unanswerable"},
   "ok_vqa": {"question": "What season is it?", "answer": "autumn"},
   "textvqa": {"question": "What does the sign say?", "answer": "stop"},
@@ -60,7 +56,7 @@ TEXTS = {
     "context": "The picture shows a pillow and a brick.",
     "options": "(A) feathers (B) clay",
     "answer": "(B)",
-    "reasoning": "A brick is of clay and keeps its shape. So the answer is (B)",
+    "reasoning": "Bricks are of clay. So the answer is (B)",
   },
   "text_to_image": {"instruction": "Generate an image of a lighthouse at night"},
   "image_to_text": {
@@ -133,12 +129,14 @@ def reference() -> str:
 
 
 def _describe(task: InstructionTask) -> str:
-  heldout = f", held out: `{task.heldout}`" if task.heldout else ""
-  count = len(task.templates)
-  first = f", the first of {count} templates" if count > 1 else ""
-  maps = "".join(f"; map `{field}`: `{kind}`" for field, kind in task.maps.items())
-  head = f"**`{task.name}`**: `{task.format}`, `{task.train}`{heldout}; predicts `{task.target}`"
-  return f"\n{head}{maps}{first}\n```\n{sample_of(task, example(task))}\n```\n"
+  """Returns a line on a task, and its example."""
+  line = f"**`{task.name}`** predicts `{task.target}`; `{task.format}`, `{task.train}`"
+  if task.heldout:
+    line += f", held out `{task.heldout}`"
+  line += "".join(f"; map `{field}`: `{kind}`" for field, kind in task.maps.items())
+  if len(task.templates) > 1:
+    line += f"; {len(task.templates)} templates"
+  return f"\n{line}\n```\n{sample_of(task, example(task))}\n```\n"
 
 
 def page(text: str) -> str:
