@@ -25,6 +25,18 @@ class UserError(ValueError):
   exit_code = 2
 
 
+class FieldError(UserError):
+  """A wrong value of a section.
+
+  Attributes:
+    path: names and places that lead to the value, ("shape", 1); () if no single value is wrong.
+  """
+
+  def __init__(self, message: str, path: tuple[str | int, ...] = ()):
+    super().__init__(message)
+    self.path = path
+
+
 class TryAgain(UserError):
   """A resource that was not available in time: a scheduler may start the command again."""
 
@@ -43,7 +55,8 @@ def build(cls: type[T], values, where: str = "") -> T:
     where: name of the section in the config, for messages; empty for the config itself.
 
   Raises:
-    UserError: an unknown field, a value of another type than the field's, or one out of range.
+    FieldError: an unknown or absent field, a value of another type than the field's, or one out of
+      range.
   """
   import pydantic  # Not at the top: commands import this module for --help.
 
@@ -54,7 +67,7 @@ def build(cls: type[T], values, where: str = "") -> T:
     place = f"config.{where}" if where else "config"
     # Unknown fields first: of a misspelled field it says more than that the right one is absent.
     first, *_ = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
-    raise UserError(_sentence(dict(first), cls, place)) from error
+    raise FieldError(_sentence(dict(first), cls, place), first["loc"]) from error
 
 
 def _sentence(error: dict, cls: type, where: str) -> str:
@@ -66,6 +79,8 @@ def _sentence(error: dict, cls: type, where: str) -> str:
       close = difflib.get_close_matches(name, fields, 1)
       hint = f"did you mean '{close[0]}'?" if close else f"it has {', '.join(fields)}."
       return f"{where} has no field '{name}': {hint}"
+    case "missing":
+      return f"{where} has no field '{error['loc'][0]}', which it needs."
     case "value_error":  # Of a `__post_init__`.
       return f"{field}: {error['ctx']['error']}"
   _, should, rule = error["msg"].partition(" should ")

@@ -5,7 +5,7 @@ from pydantic import Field
 import pydantic.dataclasses
 import pytest
 
-from cm3leon_jax.config import STRICT, UserError, build
+from cm3leon_jax.config import STRICT, FieldError, UserError, build
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -67,6 +67,24 @@ def test_another_type_or_range_is_refused_in_one_sentence(values, message):
   assert str(error.value) == f"config.sample.{message}"
   with pytest.raises(ValueError, match="1 validation error for Sample"):
     Sample(**values)
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class Needed:
+  name: str
+
+
+def test_an_absent_field_is_named_and_the_path_of_a_wrong_one_is_known():
+  with pytest.raises(UserError, match=r"^config.needed has no field 'name', which it needs\.$"):
+    build(Needed, {}, "needed")
+  for values, path in (
+    ({"shape": [1, 0]}, ("shape", 1)),
+    ({"widht": 8}, ("widht",)),
+    ({"shape": (1, 2, 3)}, ()),
+  ):
+    with pytest.raises(FieldError) as error:
+      build(Sample, values)
+    assert error.value.path == path
 
 
 def test_what_fields_together_violate_names_the_section():

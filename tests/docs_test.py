@@ -41,7 +41,7 @@ def unknown_names(text: str) -> list[str]:
   text = re.sub(r"(?:bin/|^)cm3leon ([a-z_]+)", r"python -m launch.\1", text, flags=re.M)
   names = re.findall(r"\blaunch\.([a-z_]+)(?![a-z_]*/)|`cm3leon ([a-z_]+)", text)
   unknown += [f"command {a or b}" for a, b in names if (a or b) not in (*COMMANDS, "pod")]
-  shared = ("common", "prompt_flags", "retrieve_flag", "sharded")
+  shared = ("common", "init_from_flag", "prompt_flags", "retrieve_flag", "sharded")
   common = [f"cm3leon_jax/commands/{name}.py" for name in shared]
   for module, rest in re.findall(r"python -m (launch\.[a-z_]+|benchmarks\.\w+)(.*)", text):
     folder, name = module.split(".")
@@ -61,7 +61,8 @@ def unknown_names(text: str) -> list[str]:
   for path in {p for span in inline for p in re.findall(r"^[\w./@-]+\.(?:py|sh|sbatch)$", span)}:
     if path not in EXAMPLES and not any(str(p).endswith(f"/{path}") for p in SOURCES):
       unknown.append(path)
-  stems = {p.stem: SOURCES[p] for p in SOURCES if p.is_relative_to(ROOT / "cm3leon_jax")}
+  modules = [p for p in SOURCES if p.is_relative_to(ROOT / "cm3leon_jax") and p.suffix == ".py"]
+  stems = {p.stem: SOURCES[p] for p in modules}
   package = "".join(stems.values())
   for module, name in itertools.chain(*(re.findall(r"^(\w+)\.(\w+)$", s) for s in inline)):
     exists = f"{module}.{name}" in FIELDS or re.search(rf"\b{name}\b", stems.get(module, name))

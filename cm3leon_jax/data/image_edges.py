@@ -4,10 +4,27 @@
 
 import dataclasses
 
-import cv2
 import numpy as np
 
+from cm3leon_jax.config import UserError
+
 LOW, HIGH = 100, 200  # Thresholds of hysteresis, as most examples of ControlNet have them.
+
+
+def load_opencv():
+  """Imports OpenCV, which is an extra: a task without computed maps does not need it.
+
+  Raises:
+    UserError: it is not installed.
+  """
+  try:
+    import cv2
+  except ImportError as error:
+    raise UserError(
+      f"edges of images need OpenCV, which is not installed ({error}): "
+      "pip install 'cm3leon_jax[demo]'."
+    ) from error
+  return cv2
 
 
 def canny_edges(image: np.ndarray) -> np.ndarray:
@@ -22,7 +39,7 @@ def canny_edges(image: np.ndarray) -> np.ndarray:
   Returns:
     [H, W, 3] uint8: white edges of one pixel on black.
   """
-  edges = cv2.Canny(np.ascontiguousarray(image), LOW, HIGH)
+  edges = load_opencv().Canny(np.ascontiguousarray(image), LOW, HIGH)
   return np.repeat(edges[..., None], 3, axis=2)
 
 
@@ -38,7 +55,7 @@ def scribble(image: np.ndarray) -> np.ndarray:
   Returns:
     [H, W, 3] uint8: white lines on black.
   """
-  width = max(2, image.shape[0] // 64)
+  cv2, width = load_opencv(), max(2, image.shape[0] // 64)
   blurred = cv2.GaussianBlur(np.ascontiguousarray(image), (0, 0), width / 2)
   thick = cv2.dilate(canny_edges(blurred)[..., 0], np.ones((width, width), np.uint8))
   smooth = cv2.GaussianBlur(thick, (0, 0), width / 2)

@@ -1,6 +1,6 @@
 """The config of instruction tuning, and the tasks that it names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import importlib.resources
 from typing import Annotated, Any
 
@@ -9,16 +9,28 @@ from pydantic import BeforeValidator, Field
 import pydantic.dataclasses
 import yaml
 
-from cm3leon_jax.config import STRICT, UserError, build
+from cm3leon_jax.config import STRICT, FieldError, UserError, build
+from cm3leon_jax.data.instruction_files import FORMATS
 from cm3leon_jax.data.instruction_samples import LossOn
-from cm3leon_jax.data.instruction_tasks import InstructionTask
+from cm3leon_jax.data.instruction_tasks import (
+  BREAK,
+  SCENES,
+  InstructionTask,
+  fields_of,
+  split_template,
+)
 
 
 def _own_tasks(values: Any) -> tuple[InstructionTask, ...]:
-  return tuple(
-    value if isinstance(value, InstructionTask) else build(InstructionTask, value)
-    for value in values
-  )
+  if not isinstance(values, Sequence) or isinstance(values, str):
+    raise ValueError(f"it is {values!r}; it must be a tuple of tasks, each a dict of its fields.")
+  found = []
+  for number, value in enumerate(values, 1):
+    try:
+      found.append(make_task(value))
+    except FieldError as error:
+      raise ValueError(f"task {number}: {error}") from error
+  return tuple(found)
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -31,7 +43,7 @@ class InstructionsConfig:
   tasks: str = ""
   """YAML file of tasks, or one that comes with the package: `cm3leon`, `tutorial` or `scenes`."""
   own_tasks: Annotated[tuple[InstructionTask, ...], BeforeValidator(_own_tasks)] = ()
-  """More tasks, each a dict of the fields that it has in YAML."""
+  """More tasks, each a dict of the fields that it has in YAML (docs/instructions.md)."""
   only: tuple[str, ...] = ()
   """Names of the tasks that are trained; (): all."""
   root: str = ""
@@ -96,21 +108,132 @@ def read_tasks(name_or_path: str) -> tuple[InstructionTask, ...]:
 
 
 def parse_tasks(text: str, where: str) -> tuple[InstructionTask, ...]:
-  """Makes the tasks of a YAML text; `where` names it in messages."""
+  """Makes the tasks of a YAML text; `where` names it in messages.
+
+  Raises:
+    UserError: naming the line: no YAML, no list of tasks, a wrong field, or a name of two tasks.
+  """
   try:
     node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
   except yaml.YAMLError as error:
-    raise UserError(f"{where} is not valid YAML ({error}).") from error
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    where = f"{where}, line {mark.line + 1}," if mark else where
+    raise UserError(f"{where} is not valid YAML ({problem or error}).") from error
   if not isinstance(values, list) or not values:
     raise UserError(f"{where} must be a list of tasks, each `- name: ...` and its other fields.")
-  found = []
-  for entry, task in zip(node.value, values, strict=True):
-    line = f"{where}, line {entry.start_mark.line + 1}"
-    if not isinstance(task, Mapping):
-      raise UserError(f"{line}: a task must have fields, the first of which is `name: ...`.")
+  found, lines = [], {}
+  for entry, value in zip(node.value, values, strict=True):
     try:
-      found.append(build(InstructionTask, task))
-    except UserError as error:
-      sentence = str(error).removeprefix("config").removeprefix(".").removeprefix(": ")
-      raise UserError(f"{line}: {sentence}") from error
+      _check_keys(entry)
+      task = make_task(value)
+      if task.name in lines:
+        message = (
+          f"the task of line {lines[task.name]} has the name '{task.name}', too: rename one."
+        )
+        raise FieldError(message, ("name",))
+    except FieldError as error:
+      raise UserError(f"{where}, line {_line_of(entry, error.path)}: {error}") from error
+    lines[task.name] = _line_of(entry, ("name",))
+    found.append(task)
   return tuple(found)
+
+
+def _check_keys(node: yaml.Node) -> None:
+  """Raises FieldError if a field of a task is there twice: YAML would take the last one."""
+  keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+  if twice := [key for key in keys if keys.count(key) > 1]:
+    raise FieldError(
+      f"the task has the field '{twice[0]}' twice: leave one out, or begin a new task with '- '.",
+      (twice[0],),
+    )
+
+
+def _line_of(node: yaml.Node, path: Sequence[str | int]) -> int:
+  """Returns the line of a field, or of what it is in, counted from 1."""
+  line = node.start_mark.line
+  for part in path:
+    if isinstance(node, yaml.MappingNode):
+      # The last one: of two equal keys it is the mistake.
+      inner = [pair for pair in node.value if pair[0].value == part][-1:]
+    else:
+      items = node.value if isinstance(node, yaml.SequenceNode) else []
+      inner = [(item, item) for place, item in enumerate(items) if place == part]
+    if not inner:
+      break
+    [(key, node)] = inner
+    line = key.start_mark.line
+  return line + 1
+
+
+def make_task(values: Any) -> InstructionTask:
+  """Makes a task of its fields, and checks it against what is known of its format.
+
+  Raises:
+    FieldError: naming the field that is wrong.
+  """
+  if not isinstance(values, InstructionTask):
+    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+      raise FieldError("a task must have fields by their names, the first of which is `name: ...`.")
+    try:
+      values = build(InstructionTask, values)
+    except FieldError as error:
+      sentence = str(error).removeprefix("config")
+      sentence = sentence[1:] if sentence.startswith(".") else f"the task{sentence}"
+      raise FieldError(sentence.replace("a valid tuple", "a list"), error.path) from error
+  check_format(values)
+  return values
+
+
+def check_format(task: InstructionTask) -> None:
+  """Checks the splits and fields of a task whose format is known to have certain ones.
+
+  Raises:
+    FieldError: an unknown format or split, a split for both purposes, or a template with a field
+      that the records do not have, or with an image in a text.
+  """
+  is_scenes = task.format.startswith(SCENES)
+  if not is_scenes and task.format not in FORMATS:
+    names = ", ".join([f"{SCENES}TASK", *FORMATS])
+    raise FieldError(f"format is '{task.format}'; it must be one of {names}.", ("format",))
+  splits = ("train", "heldout") if is_scenes else FORMATS[task.format].splits
+  for field in ("train", "heldout"):
+    split = getattr(task, field)
+    if splits and split not in splits and (split or field == "train"):
+      raise FieldError(
+        f"{field} is '{split}'; format '{task.format}' has the splits {', '.join(splits)}.",
+        (field,),
+      )
+  if task.heldout == task.train:
+    raise FieldError(
+      f"heldout is '{task.heldout}', which is trained on: name another.", ("heldout",)
+    )
+  if is_scenes:
+    for field in ("records", "heldout_records"):
+      if not getattr(task, field) and (task.heldout or field == "records"):
+        raise FieldError(f"{field} is 0; scenes are drawn without end: set a number.", (field,))
+  elif FORMATS[task.format].images:
+    _check_fields(task, FORMATS[task.format].texts, FORMATS[task.format].images)
+
+
+def _check_fields(task: InstructionTask, texts: tuple[str, ...], images: tuple[str, ...]) -> None:
+  """Checks the fields of maps and templates against those of the records."""
+  if task.maps and task.target not in images:
+    raise FieldError(f"maps need an image as the target, and that is '{task.target}'.", ("maps",))
+  if taken := [field for field in task.maps if field in (*texts, *images)]:
+    raise FieldError(f"maps has '{taken[0]}', a field of the records: rename it.", ("maps", *taken))
+  images = (*images, *task.maps)
+  for place, template in enumerate(task.templates):
+    for segment in split_template(template):
+      for field in fields_of(segment):
+        if field not in (*texts, *images):
+          raise FieldError(
+            f"the template '{template}' has the field {{{field}}}; records of format "
+            f"'{task.format}' have {', '.join((*texts, *images))}.",
+            ("templates", place),
+          )
+        if field in images and segment != f"{{{field}}}":
+          raise FieldError(
+            f"the template '{template}' has the image {{{field}}} in a text: put {BREAK} between "
+            "them.",
+            ("templates", place),
+          )

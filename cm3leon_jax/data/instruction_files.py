@@ -2,9 +2,10 @@
 
 TextVQA (Singh et al. 2019); ScienceQA (Lu et al. 2022); InstructPix2Pix (Brooks et al. 2023);
 Flickr30k (Young et al. 2014) in the split of Karpathy and Fei-Fei (2015); Localized Narratives
-(Pont-Tuset et al. 2020); LLaVA (Liu et al. 2023); and the captions, questions and paragraphs of
-`evaluation_files`. docs/data_formats.md has a table of the files. Texts are those of the files
-without white space at both ends; a record whose caption or answer is blank is left out.
+(Pont-Tuset et al. 2020); the captions, questions and paragraphs of `evaluation_files`; and those of
+`instruction_grounding`, `instruction_lines` and `instruction_llava`. docs/data_formats.md has a
+table of the files. Texts are those of the files without white space at both ends; a record whose
+caption or answer is blank is left out.
 """
 
 import collections
@@ -18,6 +19,9 @@ from etils import epath
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import evaluation_files
 from cm3leon_jax.data.evaluation_examples import Example, caption_prompts
+from cm3leon_jax.data.instruction_grounding import OBJECT_SPLITS, read_coco_objects
+from cm3leon_jax.data.instruction_lines import read_lines
+from cm3leon_jax.data.instruction_llava import LLAVA, read_llava
 from cm3leon_jax.data.instruction_records import Record
 from cm3leon_jax.data.release_files import (
   check_split,
@@ -43,16 +47,6 @@ NARRATIVES = {
   "ade20k_train": ("ade20k_train", 1, "ADEChallengeData2016/images/training/{}.jpg"),
   "ade20k_validation": ("ade20k_validation", 1, "ADEChallengeData2016/images/validation/{}.jpg"),
 }
-# Split of LLaVA, the name of its file -> folder of the images that the file names.
-LLAVA = {
-  "llava_instruct_150k": "train2017",
-  "llava_instruct_80k": "train2017",
-  "conversation_58k": "train2017",
-  "detail_23k": "train2017",
-  "complex_reasoning_77k": "train2017",
-  "llava_v1_5_mix665k": "",
-}
-IMAGE_MARK = "<image>"
 # Split of InstructPix2Pix -> its part of seeds.json, in twentieths, as in the released training.
 PIX2PIX = {"train": (0, 18), "val": (18, 19), "test": (19, 20)}
 UNANSWERABLE = "unanswerable"  # In VizWiz.
@@ -63,9 +57,9 @@ class Format:
   """A format.
 
   Attributes:
-    splits: that can be read.
+    splits: that can be read; (): any, the name of a file.
     texts: names of the texts of its records.
-    images: names of the images of its records.
+    images: names of the images of its records; (): the file names texts and images.
   """
 
   splits: tuple[str, ...]
@@ -82,12 +76,15 @@ FORMATS = {
   "localized_narratives": Format(tuple(NARRATIVES), ("caption",)),
   "textvqa": Format(("train", "val"), ("question", "answer")),
   "scienceqa": Format(
-    ("train", "val", "test"), ("question", "context", "options", "answer", "explanation")
+    ("train", "val", "test"),
+    ("question", "context", "options", "answer", "explanation", "reasoning"),
   ),
   "instruct_pix2pix": Format(
     tuple(PIX2PIX), ("instruction", "input_caption", "output_caption"), ("before", "after")
   ),
+  "coco_objects": Format(OBJECT_SPLITS, ("caption", "objects")),
   "llava": Format(tuple(LLAVA), ("instruction", "answer")),
+  "jsonl": Format((), (), ()),
 }
 
 
@@ -136,6 +133,13 @@ def open_records(
       return read_scienceqa(file("problems.json"), file("pid_splits.json"), images, split)
     case "instruct_pix2pix":
       return read_instruct_pix2pix(file("seeds.json"), images, split)
+    case "coco_objects":
+      instances, captions = f"instances_{split}.json", f"captions_{split}.json"
+      instances = file(f"annotations/{instances}", instances)
+      captions = file(f"annotations/{captions}", captions)
+      return read_coco_objects(instances, captions, posixpath.join(images, split))
+    case "jsonl":
+      return read_lines(file(f"{split}.jsonl"), images)
     case _:
       return read_llava(file(f"{split}.json"), posixpath.join(images, LLAVA[split]))
 
@@ -248,7 +252,10 @@ def read_scienceqa(
 
     {"choices": ["Ohio", "Iowa"], "answer": 1, "hint": "", "solution": "Iowa is ...", ...} becomes
     the options "(A) Ohio (B) Iowa", the answer "(B)", the context "", the explanation
-    "Iowa is ...", and the facts {"choices": ["Ohio", "Iowa"], "answer_index": 1}
+    "Iowa is ...", the reasoning "Iowa is ... So the answer is (B)", and the facts
+    {"choices": ["Ohio", "Iowa"], "answer_index": 1}
+
+  A problem without an explanation has no reasoning either.
 
   Args:
     problems: file, {id: {question, choices: [text], answer: place in choices, hint, solution,
@@ -278,12 +285,14 @@ def read_scienceqa(
     if not 0 <= index < len(choices):
       raise UserError(f"{where} has answer {index}; it must be from 0 to {len(choices) - 1}.")
     labels = [f"({chr(ord('A') + i)})" for i in range(len(choices))]
+    explanation = field_of(entry, "solution", str, where).strip()
     texts = {
       "question": field_of(entry, "question", str, where).strip(),
       "context": field_of(entry, "hint", str, where).strip(),
       "options": " ".join(f"{label} {choice.strip()}" for label, choice in zip(labels, choices)),
       "answer": labels[index],
-      "explanation": field_of(entry, "solution", str, where).strip(),
+      "explanation": explanation,
+      "reasoning": f"{explanation} So the answer is {labels[index]}" if explanation else "",
     }
     path = posixpath.join(images, "images", split, key, name)
     facts = {"choices": list(choices), "answer_index": index}
@@ -337,50 +346,3 @@ def _seeds_by_folder(file: epath.PathLike) -> dict[str, list[str]]:
       raise UserError(f"{where}, folder {folder}, has a seed twice; each must be there once.")
     folders[folder] = seeds
   return folders
-
-
-def read_llava(file: epath.PathLike, images: str) -> Iterator[Record]:
-  """Yields each answer of the conversations of LLaVA about an image.
-
-    human "<image>\\nWhat is it?", gpt "A bus.", human "Which color?", gpt "Red." in the third entry
-    become the record 3/0, with the instruction "What is it?" and the answer "A bus.", and 3/1, with
-    the instruction "Human: What is it?\\nAssistant: A bus.\\nHuman: Which color?" and "Red."
-
-  The field `id` is not read, as it may occur again. Conversations without an image, and
-  a question after the last answer, are left out.
-
-  Args:
-    file: [{image: name, conversations: [{from: "human" or "gpt", value}]}].
-    images: folder of the images.
-
-  Raises:
-    UserError: naming file and entry: another format, a conversation without an answer, or one in
-      which human and gpt do not take turns.
-  """
-  for number, entry in enumerate(load_json(file, list), 1):
-    where = f"{file}, entry {number}"
-    if isinstance(entry, dict) and "image" not in entry and "conversations" in entry:
-      continue
-    name = field_of(entry, "image", str, where)
-    history = ""
-    for place, (question, answer) in enumerate(_exchanges(entry, where)):
-      instruction = f"{history}Human: {question}" if history else question
-      if answer:
-        texts = {"instruction": instruction, "answer": answer}
-        path = posixpath.join(images, name)
-        yield Record(f"{number}/{place}", name, texts, {"image": path})
-      history += f"Human: {question}\nAssistant: {answer}\n"
-
-
-def _exchanges(entry: dict, where: str) -> list[tuple[str, str]]:
-  """Returns the questions of a conversation of LLaVA with their answers, without image marks."""
-  values = []
-  for number, turn in enumerate(field_of(entry, "conversations", list, where)):
-    place = f"{where}, turn {number + 1}"
-    speaker, expected = field_of(turn, "from", str, place), ("human", "gpt")[number % 2]
-    if speaker != expected:
-      raise UserError(f"{place} is from '{speaker}'; it must be from '{expected}'.")
-    values.append(field_of(turn, "value", str, place).replace(IMAGE_MARK, "").strip())
-  if len(values) < 2:
-    raise UserError(f"{where} has no answer; it must have one turn from 'gpt' or more.")
-  return list(zip(values[::2], values[1::2]))

@@ -12,17 +12,16 @@ from etils import epath
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import instruction_files
 from cm3leon_jax.data.encode import load_tokenizers
-from cm3leon_jax.data.image_edges import MAPS, ImageMap
+from cm3leon_jax.data.image_edges import MAPS, ImageMap, load_opencv
 from cm3leon_jax.data.instruction_config import InstructionsConfig
 from cm3leon_jax.data.instruction_records import Record
 from cm3leon_jax.data.instruction_stores import Encoder, write_store
-from cm3leon_jax.data.instruction_tasks import InstructionTask
+from cm3leon_jax.data.instruction_tasks import SCENES, InstructionTask
 from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.io import plain
 from cm3leon_jax.shards import Runner, run_shards
 from cm3leon_jax.vocab import VocabLayout
 
-SCENES = "scenes/"  # Before the name of a task of `scene_instructions`.
 SPLITS = ("train", "heldout")
 
 
@@ -43,12 +42,15 @@ def open_task(
     scenes: the world of `scenes/TASK`.
 
   Raises:
-    UserError: naming the task: an unknown format or split; see also `open_records`.
+    UserError: naming the task: an unknown format or split, or a map that its records cannot have;
+      see also `open_records`.
   """
   name, number = task.train, task.records
   if split == "heldout":
     name, number = task.heldout, task.heldout_records
   try:
+    if set(task.maps.values()) & set(MAPS):
+      load_opencv()
     found = _records(task, name, number, config, scenes)
     for record in itertools.islice(found, number or None):
       yield _with_maps(task, record, config.root)
@@ -69,8 +71,6 @@ def _records(
     return instruction_files.open_records(task.format, root, split, images)
   from cm3leon_jax.data import scene_instructions  # Its drawings need the extra `demo`.
 
-  if not number:
-    raise UserError("scenes are drawn without end: set `records` and `heldout_records`.")
   return scene_instructions.records(scenes, task.format.removeprefix(SCENES), split, number)
 
 
@@ -83,10 +83,19 @@ def _with_maps(task: InstructionTask, record: Record, root: str) -> Record:
   image = record.images[task.target]
   images = dict(record.images)
   for field, kind in task.maps.items():
+    if field in (*record.texts, *record.images):
+      raise UserError(
+        f"its map '{field}' has the name of a field of record {record.key}: rename it."
+      )
     if kind in MAPS:
       images[field] = ImageMap(kind, image)
+    elif isinstance(image, str):
+      images[field] = posixpath.join(root, kind, posixpath.basename(image))
     else:
-      images[field] = posixpath.join(root, kind, posixpath.basename(str(image)))
+      raise UserError(
+        f"its map '{field}' is the folder '{kind}', and its images are no files: use one of "
+        f"{', '.join(MAPS)}."
+      )
   return dataclasses.replace(record, images=images)
 
 

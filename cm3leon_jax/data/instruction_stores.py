@@ -3,7 +3,9 @@
 # H height, W width, I codes of an image.
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -13,12 +15,17 @@ from PIL import Image
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
-from cm3leon_jax.data.cm3 import OVERHEAD
 from cm3leon_jax.data.documents import Document, finish_store, write_shard
 from cm3leon_jax.data.image_edges import MAPS, ImageMap
 from cm3leon_jax.data.instruction_records import Record
-from cm3leon_jax.data.instruction_samples import write_targets
-from cm3leon_jax.data.instruction_tasks import Instruction, InstructionTask, join_record
+from cm3leon_jax.data.instruction_samples import Drops, plan_instruction, write_targets
+from cm3leon_jax.data.instruction_tasks import (
+  Instruction,
+  InstructionTask,
+  fields_of,
+  join_record,
+)
+from cm3leon_jax.data.records import RecordError
 from cm3leon_jax.io import replacing
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout
@@ -52,7 +59,7 @@ def write_store(
   """Writes the records of a task as a store with targets.npy, and those that are wrong apart.
 
   Memory holds SHARD records and their images. A record that is wrong goes to rejected.jsonl with
-  the reason: an image that cannot be read, an empty target, or more tokens than a sample may have.
+  the reason: an image that cannot be read, an empty text, or more tokens than a row has room for.
 
   Args:
     folder: of the store.
@@ -84,6 +91,8 @@ def write_store(
         documents = (_document(record, one) for record, one in found)
         write_shard(folder, names[-1], documents, encoder.vocab)
         targets += [(one.start, one.stop) for _, one in found]
+  if not targets and not rejected:
+    raise UserError(f"task {task.name} has no records: the files of its split have none.")
   if not targets:
     raise UserError(
       f"task {task.name} has no right record ({rejected} are wrong): see {folder / REJECTED}."
@@ -108,33 +117,56 @@ def _encode(task: InstructionTask, records: list[Record], encoder: Encoder):
   for i, record in enumerate(records):
     if i in wrong:
       continue
-    if not record.texts.get(task.target, "x").strip():
-      wrong[i] = f"its {task.target} is empty"
+    try:
+      one = join_record(task, record, encoder.encode, of_record.get(i, {}))
+    except RecordError as error:
+      wrong[i] = str(error)
       continue
-    one = join_record(task, record, encoder.encode, of_record.get(i, {}))
-    size = sum(len(segment.tokens) + 1 for segment in one.segments) + 1 + OVERHEAD
-    if size > encoder.positions + 1:
-      wrong[i] = f"it has {size} tokens with its sentinels; a sample has {encoder.positions + 1}"
+    size, most = _sample_length(one), encoder.positions + 1
+    if size > most:
+      target = one.stop - one.start
+      wrong[i] = (
+        f"its sample has {size} tokens, {target} of them of {task.target}; a row has room for "
+        f"{most}: shorten it, or raise config.data.sequence_length."
+      )
       continue
     found.append((record, one))
   return found, [(records[i], reason) for i, reason in sorted(wrong.items())]
 
 
+def _sample_length(one: Instruction) -> int:
+  """Returns the tokens of the sample that lacks nothing, the longest one."""
+  lengths = [len(segment.tokens) for segment in one.segments]
+  is_image = [segment.is_image for segment in one.segments]
+  rng = np.random.default_rng(0)
+  return plan_instruction(lengths, is_image, (one.start, one.stop), rng, Drops()).length
+
+
 def _read_images(task: InstructionTask, records: list[Record], encoder: Encoder):
   """Reads the images that the templates name; returns (place, field, pixels), and what is wrong."""
-  side, found, wrong = encoder.image_tokenizer.config.resolution, [], {}
-  named = {field for template in task.templates for field in task.fields_of(template)}
-  for i, record in enumerate(records):
-    try:
-      read = [
-        (i, field, square_pixels(record.images[field], side))
-        for field in sorted(named & set(record.images))
-      ]
-    except UserError as error:
-      wrong[i] = str(error)
-      continue
-    found += read
+  named = {field for template in task.templates for field in fields_of(template)}
+  read = functools.partial(_read_record, named, encoder.image_tokenizer.config.resolution)
+  with futures.ThreadPoolExecutor(encoder.num_threads) as pool:
+    results = list(pool.map(read, records))
+  found, wrong = [], {}
+  for i, result in enumerate(results):
+    if isinstance(result, UserError):
+      wrong[i] = str(result)
+    else:
+      found += [(i, field, pixels) for field, pixels in result]
   return found, wrong
+
+
+def _read_record(named: set[str], side: int, record: Record) -> list | UserError:
+  """Reads the named images of a record as (field, pixels), or returns what is wrong in one."""
+  try:
+    return [
+      (field, square_pixels(image, side))
+      for field, image in record.images.items()
+      if field in named
+    ]
+  except UserError as error:
+    return error
 
 
 def square_pixels(image, side: int) -> np.ndarray:

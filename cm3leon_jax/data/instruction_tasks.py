@@ -14,16 +14,18 @@ import re
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat, NonNegativeInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, ValidationInfo, field_validator
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.data.documents import Segment
 from cm3leon_jax.data.instruction_records import Record
+from cm3leon_jax.data.records import RecordError
 from cm3leon_jax.tokenizers.text import encode_pieces
 
 BREAK = "<break>"  # Between the segments of a template.
-_FIELD = re.compile(r"\{(\w+)\}")
+SCENES = "scenes/"  # In a format, before the name of a task of `scene_instructions`.
+_FIELD = re.compile(r"\{(\w+)(\??)\}")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -34,12 +36,13 @@ class InstructionTask:
   """Unique name."""
   templates: Annotated[tuple[str, ...], Field(min_length=1)]
   """Texts and images in their order: `{field}` is a field of the records, `<break>` separates
-  segments, and an image is a segment of its own."""
+  segments, and an image is a segment of its own. A line with `{field?}` is left out if this text
+  is empty in a record."""
   target: Annotated[str, Field(min_length=1)]
   """Field that is to be predicted."""
   format: Annotated[str, Field(min_length=1)]
   """Format of the records: `scenes/TASK`, or one of docs/data_formats.md#instruction-files."""
-  train: str = "train"
+  train: Annotated[str, Field(min_length=1)] = "train"
   """Split that is trained on."""
   heldout: str = ""
   """Split of the held-out loss; "": none."""
@@ -49,7 +52,7 @@ class InstructionTask:
   """Folder of the images, in `config.instructions.root`; "": `root`."""
   maps: dict[str, str] = dataclasses.field(default_factory=dict)
   """More images of a record, by their fields: `canny` or `scribble`, which are computed, or a
-  folder with a map under the file name of each image."""
+  folder in `config.instructions.root` with a map under the file name of each image."""
   records: NonNegativeInt = 0
   """Most records that are trained on, the first ones; 0: all. `scenes` needs a number."""
   heldout_records: NonNegativeInt = 500
@@ -65,29 +68,72 @@ class InstructionTask:
   drop_all: Annotated[float, Field(ge=0, le=1)] = 0.0
   """Share of samples in which `<mask:0>` stands for all that is before the target."""
 
-  def __post_init__(self):
-    if self.drop_instruction + self.drop_all > 1:
-      raise ValueError("drop_instruction and drop_all together are more than 1.")
-    for template in self.templates:
-      segments = split_template(template)
-      fields = _FIELD.findall(template)
-      if any(not segment for segment in segments):
-        raise ValueError(f"the template '{template}' has an empty segment.")
-      if fields.count(self.target) != 1:
-        raise ValueError(
-          f"the template '{template}' must have {{{self.target}}}, the target, once; it has it "
-          f"{fields.count(self.target)} times."
-        )
+  # Validators of fields, not of the whole, so that an error has the field's place in a file.
+  @field_validator("templates")
+  @classmethod
+  def _check_segments(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+    for template in templates:
+      if not all(split_template(template)):
+        raise ValueError(f"the template '{template}' has an empty segment beside a {BREAK}.")
+      for line in template.replace(BREAK, "\n").split("\n"):
+        if any(mark for _, mark in _FIELD.findall(line)) and len(fields_of(line)) > 1:
+          raise ValueError(
+            f"the template '{template}' has an optional field beside another one: give it a line "
+            "of its own."
+          )
+    return templates
 
-  @staticmethod
-  def fields_of(template: str) -> list[str]:
-    """Returns the names of the fields of a template."""
-    return _FIELD.findall(template)
+  @field_validator("target")
+  @classmethod
+  def _check_target(cls, target: str, info: ValidationInfo) -> str:
+    for template in info.data.get("templates", ()):
+      given = f"{{{target}}}" in template  # Not as an optional field.
+      count = fields_of(template).count(target) if given else 0
+      if count != 1:
+        raise ValueError(
+          f"the template '{template}' must have {{{target}}}, the target, once; it has it {count} "
+          "times."
+        )
+    return target
+
+  @field_validator("drop_all")
+  @classmethod
+  def _check_drops(cls, drop_all: float, info: ValidationInfo) -> float:
+    if drop_all + info.data.get("drop_instruction", 0) > 1:
+      raise ValueError("drop_instruction and drop_all together are more than 1.")
+    return drop_all
+
+
+def fields_of(template: str) -> list[str]:
+  """Returns the names of the fields of a template, or of a part of it."""
+  return [name for name, _ in _FIELD.findall(template)]
 
 
 def split_template(template: str) -> list[str]:
-  """Returns the segments of a template, without the spaces around them."""
+  """Returns the segments of a template, without the white space around them."""
   return [segment.strip() for segment in template.split(BREAK)]
+
+
+def drop_empty_lines(task: InstructionTask, record: Record, segment: str) -> str:
+  """Leaves out the lines of a text segment whose optional text is empty in a record.
+
+    "Question: {question}\nContext: {context?}\nAnswer: {answer}." with the context "":
+    "Question: {question}\nAnswer: {answer}."
+
+  Raises:
+    RecordError: another text of the segment is empty.
+  """
+  kept = []
+  for line in segment.split("\n"):
+    empty = [(name, mark) for name, mark in _FIELD.findall(line) if not record.texts[name].strip()]
+    for name, mark in empty:
+      if not mark:
+        raise RecordError(
+          "empty", f"record {record.key} has an empty {name}: task {task.name} needs one."
+        )
+    if not empty:
+      kept.append(line)
+  return "\n".join(kept)
 
 
 def choose_template(task: InstructionTask, key: str) -> str:
@@ -122,7 +168,8 @@ def join_record(
     segments "Question: how many? Answer: two." and the image, range of the tokens of "two"
 
   A target within a text is encoded apart from what is around it, as tasks that fill in a mask do
-  (`encode_pieces`), so its tokens are those that the mask will be asked for.
+  (`encode_pieces`), so its tokens are those that the mask will be asked for. White space in texts
+  of the record becomes single spaces; line breaks of the template stay.
 
   Args:
     task: with its templates.
@@ -131,24 +178,25 @@ def join_record(
     codes: ids of the images by their fields, [I] int32 of the shared vocabulary.
 
   Raises:
-    UserError: a field that the record does not have, an empty target, or an image inside a text.
+    RecordError: an empty text, see `drop_empty_lines`: the record is set aside.
+    UserError: a field that the record does not have, or an image inside a text.
   """
   segments: list[Segment] = []
   at, found = 1, (0, 0)
   for text in split_template(choose_template(task, record.key)):
     tokens, is_image, inside = _segment(task, record, text, encode, codes)
+    if not len(tokens):
+      continue
     segments.append(Segment(is_image, tokens))
     if inside is not None:
       found = (at + inside[0], at + inside[1])
     at += len(tokens) + 1
-  if found[0] == found[1]:
-    raise UserError(f"record {record.key} has an empty {task.target}: task {task.name} needs one.")
   return Instruction(tuple(segments), *found)
 
 
 def _segment(task: InstructionTask, record: Record, text: str, encode, codes):
   """Returns the tokens of a segment, whether it is an image, and the target's range or None."""
-  fields = _FIELD.findall(text)
+  fields = fields_of(text)
   images = [field for field in fields if field in record.images]
   if images:
     if text != f"{{{images[0]}}}":
@@ -161,14 +209,20 @@ def _segment(task: InstructionTask, record: Record, text: str, encode, codes):
   for field in fields:
     if field not in record.texts:
       known = ", ".join(sorted([*record.texts, *record.images]))
-      raise UserError(f"task {task.name} has the field {{{field}}}; its records have {known}.")
+      raise UserError(
+        f"a template of task {task.name} has the field {{{field}}}; its record {record.key} has "
+        f"{known or 'none'}."
+      )
+  text = drop_empty_lines(task, record, text)
+  if not text:
+    return np.zeros(0, np.int32), False, None
   texts = {field: " ".join(record.texts[field].split()) for field in fields}
   if task.target not in fields:
     return encode(_FIELD.sub(lambda match: texts[match[1]], text)), False, None
   before, after = text.split(f"{{{task.target}}}")
   before, after = (_FIELD.sub(lambda match: texts[match[1]], part) for part in (before, after))
   pieces = encode_pieces(encode, [before, after])
-  target = encode(texts[task.target]) if texts[task.target] else np.zeros(0, np.int32)
+  target = encode(texts[task.target])
   tokens = np.concatenate([pieces[0], target, pieces[1]]).astype(np.int32)
   return tokens, False, (len(pieces[0]), len(pieces[0]) + len(target))
 

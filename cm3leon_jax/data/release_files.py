@@ -11,10 +11,10 @@ KINDS = {str: "a text", int: "an integer", list: "a list", dict: "an object"}
 
 
 def check_split(name: str, split: str, splits: Mapping[str, tuple[str, ...]]) -> None:
-  """Raises UserError unless `splits` has the format `name` with this split."""
+  """Raises UserError unless `splits` has the format `name` with this split; (): any split."""
   if name not in splits:
     raise UserError(f"The format is '{name}'; it must be one of {', '.join(splits)}.")
-  if split not in splits[name]:
+  if splits[name] and split not in splits[name]:
     raise UserError(
       f"The split of format '{name}' is '{split}'; it must be one of {', '.join(splits[name])}."
     )

@@ -176,7 +176,8 @@ class Instruct(ImageTask):
 
   def validate(self):
     super().validate()
-    if has_image(self) and IMAGE not in split_prompt(self):
+    segments = split_prompt(self)
+    if has_image(self) and IMAGE not in segments:
       raise self.error(f"an image is given, and the prompt '{self.prompt}' has no {IMAGE} for it.")
 
   def _request(self, layout, image, neighbors) -> Request:

@@ -27,7 +27,8 @@ SECTION = """
 
 {text}
 
-| field | values | default | meaning |
+{table}"""
+TABLE = """| field | values | default | meaning |
 |---|---|---|---|
 """
 BOUNDS = {
@@ -46,13 +47,28 @@ def page() -> str:
   seed = pydantic.TypeAdapter(Settings).json_schema()["properties"]["seed"]
   parts = [HEADER.format(seed=_one_line(seed))]
   for name, cls in SECTIONS.items():
-    schema = pydantic.TypeAdapter(cls).json_schema()
-    parts.append(SECTION.format(name=name, text=_one_line(schema)))
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-    for field, about in schema["properties"].items():
-      cells = f"`{field}`", _values(about), f"`{_show(defaults[field])}`", _one_line(about)
-      parts.append(f"| {' | '.join(cells)} |\n")
+    text = _one_line(pydantic.TypeAdapter(cls).json_schema())
+    parts.append(SECTION.format(name=name, text=text, table=table(cls)))
   return "".join(parts)
+
+
+def table(cls: type) -> str:
+  """Returns the table of the fields of a dataclass as Markdown."""
+  rows = [TABLE]
+  properties = pydantic.TypeAdapter(cls).json_schema()["properties"]
+  for field in dataclasses.fields(cls):
+    about = properties[field.name]
+    cells = f"`{field.name}`", _values(about), _default(field), _one_line(about)
+    rows.append(f"| {' | '.join(cells)} |\n")
+  return "".join(rows)
+
+
+def _default(field: dataclasses.Field) -> str:
+  """Returns the default of a field; "" if it has none."""
+  value = field.default
+  if field.default_factory is not dataclasses.MISSING:
+    value = field.default_factory()
+  return "" if value is dataclasses.MISSING else f"`{_show(value)}`"
 
 
 def _one_line(schema: dict) -> str:
@@ -68,10 +84,14 @@ def _values(schema: dict) -> str:
 
   {"type": "number", "minimum": 0, "exclusiveMaximum": 1} -> "float, >= 0, < 1"
   """
+  if "$ref" in schema:  # A dataclass of its own.
+    return "dict"
   if "enum" in schema:
     return ", ".join(f"`{_show(value)}`" for value in schema["enum"])
   if schema["type"] == "array":
     return f"tuple of {_values(schema['items'])}"
+  if schema["type"] == "object":
+    return f"dict of {_values(schema['additionalProperties'])}"
   bounds = [f"{sign} {schema[name]}" for name, sign in BOUNDS.items() if name in schema]
   return ", ".join([TYPES[schema["type"]], *bounds])
 

@@ -153,14 +153,16 @@ def encode_pieces(
 ) -> list[Int32[np.ndarray, " _"]]:
   """Encodes the pieces of a text around its holes, as if the holes were filled in.
 
-  A space belongs to the word after it, so the space before a hole is part of the hole.
+  A space belongs to the word after it, so spaces before a hole are part of the hole. A line break
+  before a hole stays: the answer on the next line has the tokens that it has after a space.
 
     ["Answer:", "."]: ids of " Answer:" and of "."
+    ["Who?\n", ""]: ids of " Who?\n" and no ids
   """
   first, *others = pieces
-  result = [encode(first.rstrip())]
+  result = [encode(first.rstrip(" "))]
   for i, piece in enumerate(others):
-    piece = piece if i == len(others) - 1 else piece.rstrip()
+    piece = piece if i == len(others) - 1 else piece.rstrip(" ")
     # The tokenizer adds a space before a text; a character that never joins the next one takes it.
     before = "." if piece[:1].isalpha() else "x"
     result.append(encode(before + piece)[len(encode(before)) :])

@@ -8,7 +8,8 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.evaluation_files import SPLITS as EVALUATION_SPLITS
-from cm3leon_jax.data.instruction_files import FORMATS, LLAVA, NARRATIVES, open_records
+from cm3leon_jax.data.instruction_files import FORMATS, NARRATIVES, open_records
+from cm3leon_jax.data.instruction_llava import LLAVA
 from cm3leon_jax.data.instruction_records import Record
 from tests.data.instruction_releases import (
   RELEASES,
@@ -41,8 +42,8 @@ def test_records_have_the_texts_and_images_of_the_table_and_different_keys(tmp_p
   assert len(records) >= 2
   assert len({r.key for r in records}) == len(records)
   for record in records:
-    assert tuple(record.texts) == FORMATS[name].texts
-    assert tuple(record.images) == FORMATS[name].images
+    assert tuple(record.texts) == (FORMATS[name].texts or ("question", "answer"))
+    assert tuple(record.images) == (FORMATS[name].images or ("image",))
     assert all(image.startswith(f"{tmp_path}/") for image in record.images.values())
     assert all(text == text.strip() for text in record.texts.values())
     assert json.loads(json.dumps(record.facts)) == record.facts
@@ -128,6 +129,7 @@ def test_scienceqa_problems_with_an_image_in_the_order_of_the_split(tmp_path):
       "options": "(A) West Virginia (B) Louisiana (C) Arizona",
       "answer": "(A)",
       "explanation": "West Virginia is farthest north.",
+      "reasoning": "West Virginia is farthest north. So the answer is (A)",
     },
     images={"image": f"{tmp_path}/images/val/1/image.png"},
     facts={"choices": ["West Virginia", "Louisiana ", "Arizona"], "answer_index": 0},
@@ -136,6 +138,14 @@ def test_scienceqa_problems_with_an_image_in_the_order_of_the_split(tmp_path):
   assert number.texts["context"] == "The map shows it."
   (train,) = open_records("scienceqa", tmp_path, "train")
   assert train.images["image"] == f"{tmp_path}/images/train/4/image.png"
+
+
+def test_scienceqa_without_an_explanation_has_no_reasoning(tmp_path):
+  content = copy.deepcopy(RELEASES["scienceqa"]["problems.json"])
+  content["3"]["solution"] = " "
+  number, state = read(tmp_path, "scienceqa", **{"problems.json": content})
+  assert number.texts["reasoning"] == ""
+  assert state.texts["reasoning"].endswith("So the answer is (A)")
 
 
 def test_instruct_pix2pix_one_record_a_seed(tmp_path):
@@ -258,7 +268,13 @@ def test_llava_blank_answers_are_left_out_and_stay_in_the_conversation(tmp_path)
 def test_unknown_names_and_splits_are_refused_at_once(tmp_path):
   with pytest.raises(UserError, match="format is 'visdial'; it must be one of coco_2014, "):
     open_records("visdial", tmp_path, "val")
+  with pytest.raises(
+    UserError, match=r"has no dev\.jsonl: format 'jsonl' reads it for split 'dev'"
+  ):
+    open_records("jsonl", tmp_path, "dev")
   for name, format_ in FORMATS.items():
+    if not format_.splits:
+      continue
     message = f"split of format '{name}' is 'dev'; it must be one of {', '.join(format_.splits)}."
     with pytest.raises(UserError, match=re.escape(message)):
       open_records(name, tmp_path, "dev")

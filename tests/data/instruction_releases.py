@@ -12,7 +12,10 @@ SPLITS = {
   "localized_narratives": "coco_val",
   "instruct_pix2pix": "train",
   "llava": "llava_instruct_150k",
+  "coco_objects": "val2017",
 }
+INSTANCES = "annotations/instances_val2017.json"
+CAPTIONS = "annotations/captions_val2017.json"
 
 
 def json_lines(*lines) -> bytes:
@@ -79,6 +82,17 @@ def prompt(text: str) -> dict:
   return {"input": f"{text} by a lake", "edit": f"make it {text} ", "output": f"a lake of {text}"}
 
 
+def instance(image_id: int, category_id: int, bbox: list, crowd: int = 0) -> dict:
+  about = {"id": 9, "area": 1.5, "segmentation": [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]}
+  place = {"image_id": image_id, "category_id": category_id, "bbox": bbox}
+  return {**about, **place, "iscrowd": crowd}
+
+
+def image_of_size(key: int, width: int, height: int) -> dict:
+  name = f"{key:012d}.jpg"
+  return {"id": key, "file_name": name, "width": width, "height": height, "license": 3}
+
+
 BUS = turns(
   "<image>\nWhat is it?", "A bus.", "Which color?", "Red and\nwhite.", "Is it new?", "No.", "Why?"
 )
@@ -137,6 +151,47 @@ RELEASES = {
   "instruct_pix2pix": {
     "seeds.json": [[f"{i:07d}", [str(i), f"{i}7"]] for i in range(20)],
     **{f"{i:07d}/prompt.json": prompt(f"snow {i}") for i in range(20)},
+  },
+  "coco_objects": {
+    INSTANCES: {
+      "info": {},
+      "licenses": [],
+      "images": [image_of_size(7, 400, 200), image_of_size(8, 256, 256), image_of_size(9, 64, 128)],
+      "annotations": [
+        instance(7, 44, [100, 50, 100, 25]),
+        instance(7, 3, [290.5, -2.0, 60, 400]),  # Half of it is in the square.
+        instance(7, 3, [0, 0, 100, 200]),  # Left of the square.
+        instance(7, 1, [110, 10, 100, 100], crowd=1),
+        instance(9, 44, [0, 0, 64, 32]),  # Above the square.
+        instance(8, 44, [199, 130, 5, 20]),
+        instance(8, 1, [3.4, 5.6, 0.0, 12.0]),  # Without a width.
+      ],
+      "categories": [
+        {"supercategory": "person", "id": 1, "name": "person"},
+        {"supercategory": "vehicle", "id": 3, "name": "car"},
+        {"supercategory": "kitchen", "id": 44, "name": "bottle"},
+      ],
+    },
+    CAPTIONS: {
+      "images": [{"id": i, "file_name": f"{i:012d}.jpg"} for i in (9, 8, 7)],
+      "annotations": [
+        {"image_id": 7, "id": 11, "caption": "A car by a bottle. "},
+        {"image_id": 8, "id": 12, "caption": "A bottle."},
+        {"image_id": 9, "id": 13, "caption": "A wall."},
+        {"image_id": 7, "id": 14, "caption": "One car."},
+      ],
+    },
+  },
+  "jsonl": {
+    "val.jsonl": json_lines(
+      {
+        "key": "birds",
+        "group": "pond",
+        "texts": {"question": "how many? ", "answer": "two\nor three"},
+        "images": {"image": "a/7.jpg"},
+      },
+      {"texts": {"question": "which?", "answer": ""}, "images": {"image": "a/7.jpg"}},
+    )
   },
   "llava": {
     "llava_instruct_150k.json": [

@@ -109,7 +109,7 @@ def test_targets_belong_to_their_store(stores, tmp_path):
 
 
 def make_task(**fields):
-  return InstructionTask(name="x", templates=("{a}",), target="a", **fields)
+  return InstructionTask(name="x", templates=("{a}",), target="a", format="jsonl", **fields)
 
 
 def test_shares_follow_sizes_within_the_clipped_range():

@@ -17,7 +17,10 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.generation.run import SETTINGS, make_run
 
 VQA = InstructionTask(
-  name="vqa", templates=("Question: {question} Answer: {answer}. <break> {image}",), target="answer"
+  name="vqa",
+  templates=("Question: {question} Answer: {answer}. <break> {image}",),
+  target="answer",
+  format="jsonl",
 )
 
 
@@ -76,15 +79,30 @@ def test_wrong_records_are_set_aside_with_their_reasons(encoder, tmp_path):
   assert (found["documents"], found["rejected"]) == (1, 4)
   lines = [json.loads(x) for x in (tmp_path / "store" / stores.REJECTED).read_text().splitlines()]
   assert [line["key"] for line in lines] == ["r1", "r2", "r3", "r4"]
-  for line, reason in zip(lines, ["absent.png", "answer is empty", "a sample has 65", "the shape"]):
+  for line, reason in zip(
+    lines, ["absent.png", "an empty answer", "a row has room for 65", "the shape"]
+  ):
     assert reason in line["reason"]
   with pytest.raises(UserError, match="task vqa has no right record \\(4 are wrong\\): see"):
     stores.write_store(tmp_path / "none", VQA, records[1:], encoder)
 
 
+def test_images_that_no_template_names_are_not_read(encoder, tmp_path):
+  encoder, _ = encoder
+  one = record(0, pixels(0))
+  unread = Record(one.key, one.group, one.texts, {**one.images, "depth": "absent.png"})
+  found = stores.write_store(tmp_path / "store", VQA, [unread], encoder)
+  assert (found["documents"], found["rejected"]) == (1, 0)
+
+
 def test_a_template_that_does_not_fit_the_records_ends_the_command(encoder, tmp_path):
   wrong = InstructionTask(
-    name="x", templates=("{answer} {context} <break> {image}",), target="answer"
+    name="x",
+    templates=("{answer} {context} <break> {image}",),
+    target="answer",
+    format="jsonl",
   )
-  with pytest.raises(UserError, match=r"task x has the field \{context\}; its records have answer"):
+  with pytest.raises(
+    UserError, match=r"task x has the field \{context\}; its record r0 has answer"
+  ):
     stores.write_store(tmp_path / "store", wrong, [record(0, pixels(0))], encoder[0])

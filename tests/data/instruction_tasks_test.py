@@ -8,6 +8,7 @@ from cm3leon_jax.data import instruction_samples as samples
 from cm3leon_jax.data.documents import Document
 from cm3leon_jax.data.instruction_records import Record
 from cm3leon_jax.data.instruction_tasks import InstructionTask, choose_template, join_record
+from cm3leon_jax.data.records import RecordError
 from tests.data.stores import VOCAB
 
 VQA = "Question: {question} Answer: {answer}. <break> {image}"
@@ -34,7 +35,8 @@ def words_of(tokens) -> str:
 
 
 def task(**fields) -> InstructionTask:
-  return build(InstructionTask, {"name": "vqa", "templates": [VQA], "target": "answer", **fields})
+  given = {"name": "vqa", "templates": [VQA], "target": "answer", "format": "jsonl"}
+  return build(InstructionTask, {**given, **fields})
 
 
 def record(**texts) -> Record:
@@ -73,6 +75,48 @@ def test_only_the_target_and_its_end_may_count():
   )
   assert words_of(tokens) == "</s> how many ? <break> @ @ @ @ </s>"
   assert words_of(tokens[weights > 0]) == "@ @ @ @ </s>"
+
+
+def test_line_breaks_of_a_template_stay_and_those_of_records_become_spaces():
+  """Characters stand for tokens, so that line breaks are tokens, too."""
+  template = "Question: {question}\nWhy?\n{answer}\nSo. <break> {image}"
+  texts = {"question": "how\nmany  birds?", "answer": " two\n cats "}
+  one = join_record(
+    task(templates=[template]), record(**texts), encode_characters, {"image": CODES}
+  )
+  text = "".join(chr(i) for i in one.segments[0].tokens)
+  assert text == " Question: how many birds?\nWhy?\n two cats\nSo."
+  assert text[one.start - 1 : one.stop - 1] == " two cats"
+
+
+def encode_characters(text):
+  return np.array([ord(c) for c in (f" {text}" if text else "")], np.int32)
+
+
+@pytest.mark.parametrize(
+  ("template", "texts", "lines"),
+  [
+    ("Q: {question}\nC: {context?}\nA: {answer}", {"context": "it flies"},
+     [" Q: how many?\nC: it flies\nA: two cats"]),
+    ("Q: {question}\nC: {context?}\nA: {answer}", {"context": " \n"},
+     [" Q: how many?\nA: two cats"]),
+    ("{context?}\n{hint?}\nA: {answer}", {"context": "", "hint": ""}, [" A: two cats"]),
+    ("{context?}\n{hint?} <break> {answer}", {"context": "", "hint": ""}, [" two cats"]),
+    ("{answer} <break> {context?}", {"context": "b"}, [" two cats", " b"]),
+  ],
+)  # fmt: skip
+def test_the_line_of_an_optional_text_is_left_out_if_it_is_empty(template, texts, lines):
+  one = join_record(task(templates=[template]), record(**texts), encode_characters, {})
+  found = ["".join(chr(i) for i in segment.tokens) for segment in one.segments]
+  assert found == lines
+  assert "".join(found)[one.start - 1 : one.stop - 1] == " two cats"
+
+
+@pytest.mark.parametrize("field", ["question", "answer"])
+def test_a_record_with_an_empty_text_is_no_sample(field):
+  message = f"^record r has an empty {field}: task vqa needs one.$"
+  with pytest.raises(RecordError, match=message):
+    join_record(task(), record(**{field: " \n"}), encode, {"image": CODES})
 
 
 def test_what_an_edit_may_lack():
@@ -116,6 +160,8 @@ def test_templates_are_chosen_by_the_key_each_as_often():
   [
     ({"target": "anwser"}, "must have {anwser}, the target, once; it has it 0 times"),
     ({"templates": ["{answer} {answer}"]}, "once; it has it 2 times"),
+    ({"templates": ["{answer}\n{answer?}"]}, "once; it has it 2 times"),
+    ({"templates": ["{answer?}"]}, "once; it has it 0 times"),
     ({"templates": ["{answer} <break> <break> {image}"]}, "has an empty segment"),
     ({"templates": []}, "templates"),
     ({"drop_all": 0.7, "drop_instruction": 0.7}, "together are more than 1"),
@@ -135,10 +181,9 @@ def test_a_wrong_declaration_is_named(fields, sentence):
     (
       "{answer} {context} <break> {image}",
       {},
-      "has the field {context}; its records have answer, i",
+      "a template of task vqa has the field {context}; its record r has answer, image, question.",
     ),
     ("{answer} {image}", {}, "has the image {image} in a text: put <break> between them"),
-    (VQA, {"answer": " "}, "record r has an empty answer: task vqa needs one"),
   ],
 )
 def test_a_record_that_does_not_fit_is_named(template, texts, sentence):

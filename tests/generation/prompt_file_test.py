@@ -17,7 +17,7 @@ def test_a_class_with_a_name_is_a_task_and_stands_on_the_page():
   table = page.partition("## Tasks\n")[2].partition("\n\n")[0]
   named = re.findall(r"^\| `(\w+)` ", table, re.MULTILINE)
   assert set(named) == {cls.name for cls in TASKS}
-  assert len(TASKS) == len(named) == 8
+  assert len(TASKS) == len(named) == 9
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_a_class_with_a_name_is_a_task_and_stands_on_the_page():
   [
     (
       {"task": "paint"},
-      "task is 'paint'; it must be one of text_to_image, infill_image, edit, unconditional, ",
+      "task is 'paint'; it must be one of text_to_image, infill_image, edit, instruct, ",
     ),
     ({"task": "text_to_image"}, "task text_to_image needs a prompt, and none is given."),
     (
@@ -54,6 +54,22 @@ def test_a_class_with_a_name_is_a_task_and_stands_on_the_page():
     (
       {"prompt": "a <mask> cat"},
       "the prompt 'a <mask> cat' has a <mask>, which only task infill_text takes; this one is ",
+    ),
+    (
+      {"task": "instruct", "prompt": "draw <break> <image>"},
+      "the prompt 'draw <break> <image>' has 1 <image>, and no image is given.",
+    ),
+    (
+      {"task": "instruct", "prompt": "draw", "image": "a.png"},
+      "an image is given, and the prompt 'draw' has no <image> for it.",
+    ),
+    (
+      {"task": "infill_text", "prompt": "see <image> <break> <mask>", "image": "a.png"},
+      "the prompt 'see <image> <break> <mask>' has <image> in a text: put <break> between them.",
+    ),
+    (
+      {"task": "infill_text", "prompt": "<break> <mask>"},
+      "the prompt '<break> <mask>' has an empty segment beside a <break>.",
     ),
     (
       {"task": "infill_image", "image": "a.png"},

@@ -85,6 +85,16 @@ def test_a_space_before_a_mask_belongs_to_its_hole(layout):
   assert [len(piece) for piece in pieces[1:]] == [0, 1]
 
 
+def test_a_line_break_before_a_mask_stays():
+  """As a tokenizer that keeps line breaks sees it: one id for each character."""
+
+  def encode(text):
+    return np.array([ord(c) for c in (f" {text}" if text else "")], np.int32)
+
+  pieces = text_pieces(encode, "Who?\n<mask>\n <mask>")
+  assert ["".join(map(chr, piece)) for piece in pieces] == [" Who?\n", "\n", ""]
+
+
 def test_a_box_is_one_hole_per_row(layout):
   task = InfillImage("a.png", (3, 0, 6, 4), "red apple")
   request = task.to_request(layout, CODES)

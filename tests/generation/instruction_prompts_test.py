@@ -1,0 +1,81 @@
+"""A prompt in the words of a task's template is what training reads before the answer."""
+
+import dataclasses
+import pathlib
+import re
+import shlex
+
+import numpy as np
+import pytest
+
+from cm3leon_jax.data import instruction_samples as samples
+from cm3leon_jax.data.documents import Document
+from cm3leon_jax.data.instruction_config import read_tasks, shipped
+from cm3leon_jax.data.instruction_tasks import choose_template, join_record
+from cm3leon_jax.evaluation.instruction_grades import prompt_of
+from cm3leon_jax.generation.prompt_file import make_task
+from cm3leon_jax.reports.instruction_reference import example
+from tests.data.stores import VOCAB
+
+CODES = np.arange(16, dtype=np.int32)
+PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "instructions.md").read_text()
+CASES = [
+  pytest.param(task, template, id=f"{name}-{task.name}-{i}")
+  for name in shipped()
+  for task in read_tasks(name)
+  for i, template in enumerate(task.templates)
+]
+
+
+def sample_of(task, record, encode):
+  """The training sample of a record whose images all have the codes CODES."""
+  codes = dict.fromkeys(record.images, VOCAB.image_ids(CODES))
+  one = join_record(task, record, encode, codes)
+  lengths = [len(segment.tokens) for segment in one.segments]
+  is_image = [segment.is_image for segment in one.segments]
+  rng, target = np.random.default_rng(0), (one.start, one.stop)
+  plan = samples.plan_instruction(lengths, is_image, target, rng, samples.Drops())
+  document = Document(record.key, one.segments, "", "", "")
+  return samples.build_instruction(document, plan, VOCAB, "all")[0]
+
+
+@pytest.mark.parametrize(("task", "template"), CASES)
+def test_the_prompt_of_every_shipped_template_is_the_beginning_of_its_sample(
+  layout, task, template
+):
+  record = example(task)
+  task = dataclasses.replace(task, templates=(template,))
+  assert choose_template(task, record.key) == template
+  sample = sample_of(task, record, layout.encode)
+  layout = dataclasses.replace(layout, positions=4_096)
+  # A user writes the line of an optional text, or leaves it out.
+  asked = dataclasses.replace(task, templates=(template.replace("?}", "}"),))
+  request = prompt_of(asked, record).to_request(layout, CODES)
+  prompt = request.streams[0]
+  np.testing.assert_array_equal(sample[: len(prompt)], prompt)
+  answer = sample[len(prompt) :]
+  if task.target in record.texts:
+    texts = " ".join(record.texts[task.target].split())
+    np.testing.assert_array_equal(answer, [*layout.encode(texts), VOCAB.eoss])
+  else:
+    np.testing.assert_array_equal(answer, [*VOCAB.image_ids(CODES), VOCAB.eos])
+
+
+def commands_of_the_page():
+  """Returns the arguments of each `$G` line, as bash splits them."""
+  lines = re.findall(r"^\$G (.*)$", PAGE, re.MULTILINE)
+  for line in lines:
+    line = re.sub(r"\$'(.*?)'", lambda m: shlex.quote(m[1].replace("\\n", "\n")), line)
+    yield dict(flag.removeprefix("--").split("=", 1) for flag in shlex.split(line))
+
+
+def test_prompts_of_the_page_are_right(layout):
+  layout = dataclasses.replace(layout, positions=4_096)
+  names = []
+  for fields in commands_of_the_page():
+    names.append(fields.pop("task"))
+    fields.pop("guidance", None)
+    numbers = {name: int(fields.pop(name)) for name in ("length", "retrieve") if name in fields}
+    make_task(names[-1], {**fields, **numbers}).to_request(layout, CODES)
+  assert sorted(set(names)) == ["edit", "infill_text", "instruct", "text_to_image"]
+  assert len(names) == 7

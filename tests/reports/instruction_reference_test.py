@@ -1,0 +1,145 @@
+"""The page of instruction tuning is current, and what it shows is what a model reads."""
+
+import re
+
+import pytest
+import yaml
+
+from cm3leon_jax.data.instruction_config import make_task, parse_tasks, read_tasks, shipped
+from cm3leon_jax.data.instruction_tasks import choose_template
+from cm3leon_jax.reports import instruction_reference as reference
+
+PAGE = reference.PATH.read_text(encoding="utf-8")
+TASKS = [(name, task) for name in shipped() for task in read_tasks(name)]
+
+
+def named(table, name):
+  (task,) = [task for task in read_tasks(table) if task.name == name]
+  return task
+
+
+def test_the_page_is_current():
+  assert reference.page(PAGE) == PAGE, (
+    "docs/instructions.md is old: python -m cm3leon_jax.reports.instruction_reference"
+  )
+
+
+def test_only_what_is_between_the_marks_is_written():
+  start, end = reference.START, reference.END
+  text = reference.page(f"before\n{start}\nold\n{end}\nafter\n")
+  assert text == f"before\n{start}\n{reference.reference()}{end}\nafter\n"
+  assert reference.page(text) == text
+
+
+@pytest.mark.parametrize(
+  ("table", "task"), TASKS, ids=lambda x: x if isinstance(x, str) else x.name
+)
+def test_every_shipped_task_has_an_example(table, task):
+  record = reference.example(task)
+  assert choose_template(task, record.key) == task.templates[0]
+  shown = reference.sample_of(task, record)
+  assert f"\n**`{task.name}`** predicts `{task.target}`" in PAGE.partition(f"`{table}`\n")[2]
+  assert f"```\n{shown}\n```" in PAGE
+  assert shown.startswith("</s> ")
+  if task.target in record.texts:  # The answer is after its sentinel, and nowhere else.
+    answer = " ".join(record.texts[task.target].split())
+    assert shown.endswith(f"</s> <mask:0> {answer} <eoss>")
+    assert shown.count("<mask:0>") == 2
+  else:
+    assert shown.endswith("<break> [image] </s>")
+  given = [x for x in record.images if x != task.target and f"{{{x}}}" in task.templates[0]]
+  assert shown.count("[image]") == len(given) + 1 - (task.target in record.texts)
+
+
+@pytest.mark.parametrize(
+  ("table", "name", "shown"),
+  [
+    ("cm3leon", "edit", "</s> Edit first image following the instruction <break> [image] <break> "
+     "make it snow <break> [image] </s>"),
+    ("cm3leon", "ocr", '</s> draw "OPEN ALL NIGHT" <break> [image] </s>'),
+    ("cm3leon", "caption_coco", "</s> <mask:0> <break> [image] </s> <mask:0> a man with an "
+     "umbrella <eoss>"),
+    ("cm3leon", "vqa", "</s> Question: What is the man holding? Answer: <mask:0>. <break> [image] "
+     "</s> <mask:0> an umbrella <eoss>"),
+    ("cm3leon", "science_qa", "</s> Question: Which material is harder?\nContext: The picture "
+     "shows a pillow and a brick.\nOptions: (A) feathers (B) clay\nAnswer: <mask:0>. <break> "
+     "[image] </s> <mask:0> (B) <eoss>"),
+    ("tutorial", "image_and_text_to_text", "</s> [image] <break> How many people are in this "
+     "image? <break> <mask:0> </s> <mask:0> Three <eoss>"),
+  ],
+)  # fmt: skip
+def test_examples_of_the_paper_and_the_tutorial(table, name, shown):
+  task = named(table, name)
+  assert reference.sample_of(task, reference.example(task)) == shown
+
+
+def test_templates_of_the_paper():
+  questions = {
+    "Question: {question} Answer: {answer}. <break> {image}",
+    "Question: {question}\n{answer} <break> {image}",
+    "Question: {question} The answer is {answer}. <break> {image}",
+  }
+  for name in ("vqa", "vizwiz", "ok_vqa", "textvqa"):
+    assert set(named("cm3leon", name).templates) == questions
+  end = "{caption} <break> {image}"
+  for name in ("caption_coco", "caption_flickr30k"):
+    assert set(named("cm3leon", name).templates) == {end, f"Describe the given picture. {end}"}
+  detail, long = "Describe the given picture in very detail.", "Generate a long"
+  for name, second in (
+    ("paragraph", "Describe all the objects in the given image in very detail."),
+    ("narrative_coco", f"{long} narration of what is happening in the given image."),
+    ("narrative_flickr30k", f"{long} narration of what is happening in the given image."),
+  ):
+    starts = (detail, second, f"{long} caption for the given image.")
+    assert set(named("cm3leon", name).templates) == {f"{start} {end}" for start in starts}
+  for name, given in {
+    "canny": "canny edge features",
+    "segmentation": "a segmentation map",
+    "hed": "hed features",
+    "pose": "openpose features",
+    "depth": "depth features",
+    "normals": "3D norm features",
+    "scribble": "children's scribbles",
+  }.items():
+    (template,) = named("cm3leon", name).templates
+    start, _, rest = template.partition(" <break> ")
+    assert start == f"Make high quality image from {given}"
+    assert rest.endswith(f"}} <break> {end}")
+
+
+def test_what_the_tables_say_of_splits_and_drops():
+  tasks = [task for name in ("cm3leon", "tutorial") for task in read_tasks(name)]
+  assert all(task.heldout and task.root for task in tasks)
+  edit = named("cm3leon", "edit")
+  assert (edit.drop_instruction, edit.drop_all, edit.heldout) == (0.05, 0.05, "val")
+  assert named("cm3leon", "canny").maps == {"edges": "canny"}
+  assert named("cm3leon", "scribble").maps == {"scribble": "scribble"}
+
+
+def test_a_line_break_before_the_answer_is_read():
+  task, record = named("cm3leon", "vqa"), reference.example(named("cm3leon", "vqa"))
+  (one,) = [t for t in task.templates if "\n" in t]
+  only = make_task({"name": "x", "format": "vqa_v2", "target": "answer", "templates": [one]})
+  assert reference.sample_of(only, record) == (
+    "</s> Question: What is the man holding?\n<mask:0> <break> [image] </s> <mask:0> an umbrella "
+    "<eoss>"
+  )
+
+
+def test_questions_without_a_context_have_no_line_for_it():
+  task = named("cm3leon", "science_qa_reasoning")
+  record = reference.example(task)
+  record.texts["context"] = ""
+  try:
+    lines = reference.sample_of(task, record).split("\n")
+  finally:
+    record.texts["context"] = "The picture shows a pillow and a brick."
+  assert [line.partition(":")[0] for line in lines] == ["</s> Question", "Options", "Answer"]
+
+
+def test_own_tasks_of_the_page_are_right():
+  (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+  assert [task.name for task in parse_tasks(text, "page")] == ["poem"]
+  python = re.search(r"own_tasks = (\(.*?\n\))\n", PAGE, re.DOTALL)[1]
+  (values,) = yaml.safe_load(re.sub(r"^\(|,\n\)$", "", python).join("[]"))
+  assert make_task(values).maps == {"lines": "scribble"}
