@@ -52,8 +52,8 @@ def open_rows(settings: Settings, workdir, split: str, write_starts: bool = Fals
       process of a run does.
 
   Raises:
-    UserError: a store is empty, neighbors are of other documents, or all training documents
-      together are shorter than a batch.
+    UserError: a store is empty, neighbors are of other documents, a task is named like documents,
+      or all training documents together are shorter than a batch.
   """
   from cm3leon_jax.data.instruction_rows import instruction_sources
   from cm3leon_jax.data.pipeline import RowLoader
@@ -62,7 +62,13 @@ def open_rows(settings: Settings, workdir, split: str, write_starts: bool = Fals
   share = replay_share(settings, split)
   sources = instruction_sources(settings, workdir, split, 1 - share)
   if share:
-    sources += document_sources(settings, workdir, split, share)
+    documents = document_sources(settings, workdir, split, share)
+    if taken := {source.name for source in sources} & {source.name for source in documents}:
+      raise UserError(
+        f"config.instructions has a task of the name '{min(taken)}', the name of the run's "
+        "documents in the logs: rename it."
+      )
+    sources += documents
   data = settings.data if split == "train" else settings.data.for_heldout()
   starts = workdir / "train" / "plan.jsonl" if split == "train" else None
   plan = RowPlan(sources, data, settings.vocab.num_masks, settings.seed, starts, write_starts)
@@ -74,7 +80,7 @@ def open_rows(settings: Settings, workdir, split: str, write_starts: bool = Fals
       f"{workdir} holds {total} training tokens, one batch takes {needed} "
       "(train.global_batch_size x data.sequence_length): add documents or lower one of the two."
     )
-  return RowLoader(plan, settings.vocab, settings.model.align_images)
+  return RowLoader(plan, settings.vocab, settings.model.align_images, settings.instructions.any)
 
 
 def replay_share(settings: Settings, split: str) -> float:
@@ -223,6 +229,7 @@ def main(
 
   from cm3leon_jax import distributed
   from cm3leon_jax.generation.heldout import sample_grids
+  from cm3leon_jax.training.monitor import change_line
   from cm3leon_jax.training.profile import parse_steps
   from cm3leon_jax.training.train import train
 
@@ -251,11 +258,13 @@ def main(
         generate_grid = sample_grids(settings, workdir, folder / "samples")
     sections = (settings.model, settings.optimizer, settings.train, settings.vocab)
     initial_params = _initial_params(settings, workdir, start)
-    options = (settings.seed, generate_grid, traced, initial_params)
+    options = (settings.seed, generate_grid, traced, initial_params, start is not None)
     result = train(folder, *sections, loader, heldout, *options)
     summary.update(result, machine=_machine())
     loss = f"held-out image loss {result['heldout_image_loss']:.3f} nats per code"
     distributed.print_once(f"train: {result['steps']} steps, {loss}.")
+    if before := result.get("heldout_before"):
+      distributed.print_once(change_line(before, {name: result[name] for name in before}))
 
 
 if __name__ == "__main__":

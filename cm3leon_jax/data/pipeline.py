@@ -145,10 +145,26 @@ def rows_of_samples(
 
 
 class RowLoader:
-  """Builds rows from their plan: `loader[i]` is row i, a dict of [L] arrays, see `pack_row`."""
+  """Builds rows from their plan: `loader[i]` is row i, a dict of [L] arrays, see `pack_row`.
 
-  def __init__(self, plan: RowPlan, vocab: VocabLayout, align_images: bool = False):
+  With `mark_sources` rows also have the field `sources`, [L] int32: the source of each slot,
+  counted from 1; 0 for padding.
+  """
+
+  def __init__(
+    self,
+    plan: RowPlan,
+    vocab: VocabLayout,
+    align_images: bool = False,
+    mark_sources: bool = False,
+  ):
     self.plan, self.vocab, self.align_images = plan, vocab, align_images
+    self.mark_sources = mark_sources
+
+  @property
+  def source_names(self) -> tuple[str, ...]:
+    """Names of the sources that rows are marked with; () without `mark_sources`."""
+    return tuple(source.name for source in self.plan.sources) if self.mark_sources else ()
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
     config, placements = self.plan.config, self.plan.row(i)
@@ -162,6 +178,10 @@ class RowLoader:
         hidden = hidden_codes(sample.own_codes, self.plan.code_generator(*placement[:3]), most)
         row["inputs"][at : at + len(hidden) - 1][hidden[:-1]] = self.vocab.unk
         at += len(hidden) - 1
+    if self.mark_sources:
+      numbers, slots = [p.source + 1 for p in placements], [p.slots for p in placements]
+      padding = config.sequence_length - sum(slots)
+      row["sources"] = np.repeat([*numbers, 0], [*slots, padding]).astype(np.int32)
     return row
 
   def _sample(self, source: int, pass_: int, unit: int) -> Sample:
@@ -211,7 +231,7 @@ def batches(
   batches or the number of processes.
 
   Yields:
-    dict of [B, L] arrays, see `pack_row`, laid out by `sharding`.
+    dict of [B, L] arrays, see `RowLoader`, laid out by `sharding`.
   """
   config = loader.plan.config
   shape = (batch_size, config.sequence_length)
@@ -219,7 +239,7 @@ def batches(
 
   def load(j: int) -> dict[str, np.ndarray]:
     read = [loader[first_row + j * batch_size + r] for r in rows]
-    return {name: np.stack([row[name] for row in read]) for name in FIELDS}
+    return {name: np.stack([row[name] for row in read]) for name in read[0]}
 
   options = grain.ReadOptions(
     num_threads=config.read_threads, prefetch_buffer_size=2 * config.read_threads

@@ -1,19 +1,24 @@
 """Cross-entropy over a vocabulary that is split over the mesh, with its own backward pass."""
 
-# B batch, L length, C tokens of a chunk, D width, V vocabulary; lower case: a device's share.
+# B batch, L length, C tokens of a chunk, D width, V vocabulary, S sources of rows; lower case: a
+# device's share.
 
+from collections.abc import Mapping, Sequence
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
+import numpy as np
 
 from cm3leon_jax.mesh import FSDP, RULES, spec
 from cm3leon_jax.models.transformer import Transformer
 
 SCATTER_WIDTH = 256  # Columns of the table's gradient that are summed over devices at a time.
 Ids, Values, Scalar = Int32[Array, "B L"], Float32[Array, "B L"], Float32[Array, ""]
+BySource = Float32[Array, "S"]
+SOURCE_SUMS = ("source_nll", "source_weight")
 
 
 class Gradients(NamedTuple):
@@ -199,3 +204,47 @@ def modality_losses(sums: dict) -> dict:
     f"{name}loss": sums[f"{name}nll"] / jnp.maximum(sums[f"{name}weight"], 1e-9)
     for name in ("", "image_", "text_")
   }
+
+
+def source_sums(
+  nll: Values, weights: Values, sources: Ids, num_sources: int
+) -> dict[str, BySource]:
+  """Sums weight x nll, and the weights, by source of rows.
+
+    nll [1 2 4 9], weights [1 1 .5 0], sources [1 1 3 0], num_sources 3
+    source_nll = [3 0 2], source_weight = [2 0 .5]
+
+  Args:
+    nll: in nats.
+    weights: of the targets.
+    sources: of the targets, counted from 1; 0: none.
+    num_sources: S; static.
+  """
+  numbers = jnp.arange(1, num_sources + 1, dtype=sources.dtype)
+  belongs = sources[..., None] == numbers[None, None]
+  values = (weights * nll, weights)
+  sums = (jnp.sum(jnp.where(belongs, x[..., None], 0.0), (0, 1)) for x in values)
+  return dict(zip(SOURCE_SUMS, sums))
+
+
+def batch_sums(
+  nll: Values, batch: dict[str, Ids | Values], text_size: int, num_sources: int
+) -> dict[str, Scalar | BySource]:
+  """Computes the `modality_sums` of a batch and, of marked rows, its `source_sums`."""
+  weights = batch["loss_weights"]
+  sums = modality_sums(nll, batch["targets"], weights, text_size)
+  if num_sources:
+    sums |= source_sums(nll, weights, batch["sources"], num_sources)
+  return sums
+
+
+def source_losses(names: Sequence[str], sums: Mapping) -> dict[str, float]:
+  """Divides the sums of `source_sums` on the host, in nats per target.
+
+  A source without targets has no value: names ("count", "draw"), source_nll [3 0] and
+  source_weight [2 0] make {"loss/count": 1.5}.
+  """
+  if not names:
+    return {}
+  pairs = zip(names, *(np.asarray(sums[name], np.float64) for name in SOURCE_SUMS), strict=True)
+  return {f"loss/{name}": float(nll / weight) for name, nll, weight in pairs if weight > 0}

@@ -1,5 +1,6 @@
 """Output of a run while it trains: a line a step, metrics.jsonl, TensorBoard, goodput, a trace."""
 
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import datetime
@@ -14,6 +15,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import flops
 from cm3leon_jax.training.goodput import Stopwatch, describe, earlier, goodput, to_line
+from cm3leon_jax.training.loss import SOURCE_SUMS, source_losses
 from cm3leon_jax.training.metrics import MetricsLog
 from cm3leon_jax.training.profile import Profiler
 from cm3leon_jax.training.tensorboard import TensorBoard, named_histograms
@@ -68,6 +70,59 @@ def step_line(step: int, steps: int, values: dict, devices: int, left: float | N
   )
 
 
+def heldout_lines(step: int, steps: int, losses: dict[str, float], share: float) -> list[str]:
+  """Formats the printed lines of an evaluation; the second one has the losses of sources, if any.
+
+    step 40/60 | held-out loss 1.946 image 0.955 text 6.756 | goodput 44.7%
+    step 40/60 | held-out by source: count 0.031 draw 2.014 pairs 1.946
+
+  Args:
+    step: its number.
+    steps: number of steps of the run.
+    losses: result of `train.evaluate`.
+    share: goodput.
+  """
+  modalities, sources = split_by_source(losses)
+  shown = [
+    " ".join(f"{name} {value:.3f}" for name, value in part.items())
+    for part in (modalities, sources)
+  ]
+  at = f"step {step:,}/{steps:,} | held-out"
+  lines = [f"{at} {shown[0]} | goodput {share:.1%}"]
+  return [*lines, f"{at} by source: {shown[1]}"] if sources else lines
+
+
+def change_line(before: dict[str, float], after: dict[str, float]) -> str:
+  """Formats what a tuning changed: the losses of sources, or, of rows without marks, by modality.
+
+    train: held-out loss before -> after: count 5.310 -> 0.031, pairs 1.871 -> 1.946 nats per target
+
+  Args:
+    before: result of `train.evaluate` at step 0.
+    after: at the last step.
+  """
+  pairs = [split_by_source(losses) for losses in (before, after)]
+  first, last = (sources or modalities for modalities, sources in pairs)
+  shown = [f"{name} {first[name]:.3f} -> {last[name]:.3f}" for name in first if name in last]
+  return f"train: held-out loss before -> after: {', '.join(shown)} nats per target"
+
+
+def split_by_source(losses: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+  """Splits held-out losses into those by modality and those by source, with short names.
+
+  {"heldout_loss": 1.0, "heldout_image_loss": 2.0, "heldout_loss/draw": 3.0} ->
+  {"loss": 1.0, "image": 2.0}, {"draw": 3.0}
+  """
+  modalities, sources = {}, {}
+  for name, value in losses.items():
+    kind, _, source = name.removeprefix("heldout_").partition("/")
+    if source:
+      sources[source] = value
+    else:
+      modalities[kind.replace("_loss", "")] = value
+  return modalities, sources
+
+
 class Monitor:
   """Logs metrics one step late, so that the host does not wait for the step that it just started.
 
@@ -83,7 +138,7 @@ class Monitor:
 
   def __init__(
     self, log: MetricsLog, watch: Stopwatch, rates: Rates, schedule: optax.Schedule, config,
-    profiler: Profiler, boards: list[TensorBoard | WandbRun],
+    profiler: Profiler, boards: list[TensorBoard | WandbRun], sources: Sequence[str] = (),
   ):  # fmt: skip
     """Combines the outputs that `open_monitor` opens.
 
@@ -95,7 +150,9 @@ class Monitor:
       config: the TrainConfig: steps, log_every.
       profiler: of the steps to trace.
       boards: get curves, samples and histograms.
+      sources: names of the sources that the rows are marked with, whose losses are logged.
     """
+    self._sources = sources
     self._log, self._watch, self._rates, self._schedule = log, watch, rates, schedule
     self._config, self._profiler, self._boards = config, profiler, boards
     self._pending: tuple[int, dict] | None = None
@@ -165,13 +222,16 @@ class Monitor:
   def heldout(self, step: int, losses: dict[str, float]) -> None:
     """Logs the held-out losses of `step`, see `train.evaluate`."""
     self._write(step, losses)
-    shown = " ".join(
-      f"{name.removeprefix('heldout_').replace('_loss', '')} {x:.3f}" for name, x in losses.items()
-    )
-    self._print(
-      f"step {step:,}/{self._config.steps:,} | held-out {shown} | "
-      f"goodput {goodput(self._watch.seconds()):.1%}"
-    )
+    share = goodput(self._watch.seconds())
+    for line in heldout_lines(step, self._config.steps, losses, share):
+      self._print(line)
+
+  def logged_heldout(self, step: int) -> dict[str, float]:
+    """Returns the held-out losses that an earlier start logged at `step`; {} if there are none."""
+    lines = [line for line in self._log.before if line["step"] == step]
+    return {
+      name: value for line in lines for name, value in line.items() if name.startswith("heldout_")
+    }
 
   def samples(self, step: int, sheet) -> None:
     """Writes a grid of samples, a PIL image or None."""
@@ -195,7 +255,9 @@ class Monitor:
       return
     (step, metrics), self._pending = self._pending, None
     start = time.perf_counter()
-    values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+    found = jax.device_get(metrics)
+    values = {name: float(x) for name, x in found.items() if name not in SOURCE_SUMS}
+    values |= source_losses(self._sources, found)
     if time.perf_counter() - start < IDLE_SECONDS:
       self._count_overlapped()
     self._overlapped.clear()
@@ -260,7 +322,7 @@ def open_boards(folder: epath.Path, config, first_step: int) -> list[TensorBoard
 
 def open_monitor(
   folder: epath.Path, model: ModelConfig, config, schedule: optax.Schedule, sequence_length: int,
-  newest: int | None, watch: Stopwatch, profile_steps: range,
+  newest: int | None, watch: Stopwatch, profile_steps: range, sources: Sequence[str] = (),
 ) -> Monitor:  # fmt: skip
   """Opens the monitor of a run on the current mesh; only process 0 writes and prints.
 
@@ -273,6 +335,7 @@ def open_monitor(
     newest: step of the restored checkpoint; None: a new run.
     watch: started at the start of the trainer.
     profile_steps: see `profile.parse_steps`.
+    sources: see `Monitor`.
   """
   log = MetricsLog(folder / "metrics", newest, enabled=jax.process_index() == 0)
   watch.add({} if newest is None else earlier(log.before, newest))
@@ -283,7 +346,8 @@ def open_monitor(
     devices.size,
     flops.mesh_peak(config.peak_flops),
   )
-  boards = open_boards(folder, config, (newest or 0) + 1) if log.enabled else []
+  first = 0 if newest is None else newest + 1  # Step 0 is an evaluation before the first step.
+  boards = open_boards(folder, config, first) if log.enabled else []
   if log.enabled and profile_steps and (newest or 0) >= profile_steps[-1]:
     print(
       f"train: the run is at step {newest:,} already, beyond the steps to trace; "
@@ -302,6 +366,5 @@ def open_monitor(
       f"{devices.size} x {kind} {peak}.",
       flush=True,
     )
-  return Monitor(
-    log, watch, rates, schedule, config, Profiler(folder / "profile", profile_steps), boards
-  )
+  profiler = Profiler(folder / "profile", profile_steps)
+  return Monitor(log, watch, rates, schedule, config, profiler, boards, sources)

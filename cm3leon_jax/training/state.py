@@ -1,8 +1,9 @@
 """The state of training and one step of it."""
 
-# B rows of the global batch, A accumulation steps, L length.
+# B rows of the global batch, A accumulation steps, L length, S sources of rows.
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -57,7 +58,8 @@ def train_step(
   batch: dict[str, loss.Ids | loss.Values],
   z_loss: float = 0.0,
   ema_decay: float = 0.0,
-) -> tuple[TrainState, dict[str, loss.Scalar]]:
+  num_sources: int = 0,
+) -> tuple[TrainState, dict[str, loss.Scalar | loss.BySource]]:
   """Updates the state on a global batch.
 
   The loss is sum(weight x nll) / sum(weight) over the global batch, however it is accumulated.
@@ -71,9 +73,11 @@ def train_step(
     batch: rows of `data.pipeline`.
     z_loss: static; see `loss.weighted_nll`.
     ema_decay: static; see `optimizer.update_average`. It counts if the state has an average.
+    num_sources: static; S, if the rows are marked with their sources.
 
   Returns:
-    New state, and metrics: loss, image_loss, text_loss (nats per target), grad_norm, weight.
+    New state, and metrics: loss, image_loss, text_loss (nats per target), grad_norm, weight; of
+    marked rows also the `loss.source_sums`.
   """
   total = jnp.maximum(jnp.sum(batch["loss_weights"]), 1e-9)
   # Layers are cast here and not where they are used: their gradients then stay in the compute
@@ -84,34 +88,47 @@ def train_step(
 
   def loss_fn(params, part):
     value, nll = loss.batch_nll(transformer.bind(config, params), part, z_loss)
-    return value / total, loss.modality_sums(nll, part["targets"], part["loss_weights"], text_size)
+    return value / total, loss.batch_sums(nll, part, text_size, num_sources)
 
-  grad_fn = jax.grad(loss_fn, has_aux=True)
+  grad_fn = functools.partial(jax.grad(loss_fn, has_aux=True), params)
   if accumulation_steps == 1:
-    grads, sums = _fp32(grad_fn(params, batch))
+    grads, sums = _fp32(grad_fn(batch))
   else:
-
-    def split(x):
-      shape, axes = (-1, accumulation_steps, x.shape[1]), spec("batch", None, "length")
-      return x.reshape(shape, out_sharding=axes).swapaxes(0, 1)
-
-    parts = jax.tree.map(split, batch)
-    # The sum starts at zeros, not at the first gradients, so that a micro-batch is traced once.
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-
-    def add(grads, part):
-      part_grads, part_sums = _fp32(grad_fn(params, part))
-      return jax.tree.map(jnp.add, grads, part_grads), part_sums
-
-    grads, sums = jax.lax.scan(add, zeros, parts)
-    sums = jax.tree.map(lambda x: jnp.sum(x, 0), sums)
+    grads, sums = _accumulated(grad_fn, state.params, batch, accumulation_steps)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics = {**loss.modality_losses(sums), "grad_norm": optax.tree.norm(grads), "weight": total}
+  metrics |= {name: sums[name] for name in loss.SOURCE_SUMS if name in sums}
   ema = state.ema
   if ema is not None:
     ema = update_average(ema, params, ema_decay, state.step)
   return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+
+def _accumulated(grad_fn, params: dict, batch: dict, accumulation_steps: int):
+  """Sums the results of `grad_fn`, (gradients, sums), over the micro-batches of a batch.
+
+  Args:
+    grad_fn: batch -> gradients, sums.
+    params: fp32, laid out as the gradients.
+    batch: [B, L] arrays.
+    accumulation_steps: A.
+  """
+
+  def split(x):
+    shape, axes = (-1, accumulation_steps, x.shape[1]), spec("batch", None, "length")
+    return x.reshape(shape, out_sharding=axes).swapaxes(0, 1)
+
+  parts = jax.tree.map(split, batch)
+  # The sum starts at zeros, not at the first gradients, so that a micro-batch is traced once.
+  zeros = jax.tree.map(jnp.zeros_like, params)
+
+  def add(grads, part):
+    part_grads, part_sums = _fp32(grad_fn(part))
+    return jax.tree.map(jnp.add, grads, part_grads), part_sums
+
+  grads, sums = jax.lax.scan(add, zeros, parts)
+  return grads, jax.tree.map(lambda x: jnp.sum(x, 0), sums)
 
 
 def _fp32(tree):
@@ -119,8 +136,12 @@ def _fp32(tree):
 
 
 def eval_step(
-  config: ModelConfig, text_size: int, params: dict, batch: dict[str, loss.Ids | loss.Values]
-) -> dict[str, loss.Scalar]:
-  """Computes the `loss.modality_sums` of a batch; sums of batches may be added."""
+  config: ModelConfig,
+  text_size: int,
+  params: dict,
+  batch: dict[str, loss.Ids | loss.Values],
+  num_sources: int = 0,
+) -> dict[str, loss.Scalar | loss.BySource]:
+  """Computes the `loss.batch_sums` of a batch; sums of batches may be added."""
   _, nll = loss.batch_nll(transformer.bind(config, params), batch)
-  return loss.modality_sums(nll, batch["targets"], batch["loss_weights"], text_size)
+  return loss.batch_sums(nll, batch, text_size, num_sources)

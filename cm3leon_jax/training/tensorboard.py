@@ -28,13 +28,15 @@ def curves(values: dict) -> dict[str, float]:
 
   {"loss": 2.5, "weight": 8.0, "heldout_image_loss": 1.5} ->
   {"train/loss": 2.5, "heldout/image_loss": 1.5}
+  {"loss/draw": 2.1, "heldout_loss/draw": 2.0} stays as it is.
   """
   heldout = {
     f"heldout/{k.removeprefix('heldout_')}": x
     for k, x in values.items()
-    if k.startswith("heldout_")
+    if k.startswith("heldout_") and "/" not in k
   }
-  return heldout | {f"train/{k}": x for k, x in values.items() if k in SCALARS}
+  by_source = {k: x for k, x in values.items() if "/" in k}
+  return heldout | by_source | {f"train/{k}": x for k, x in values.items() if k in SCALARS}
 
 
 class TensorBoard:

@@ -1,6 +1,6 @@
 """The training loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -103,7 +103,8 @@ class Steps:
   Attributes:
     init: () -> state, with an average of the parameters if the optimizer's config has one.
     train: (state, batch) -> (state, metrics), see `state.train_step`; the state is donated.
-    evaluate: (params, batch) -> sums, see `state.eval_step`.
+    evaluate: (params, batch) -> sums, see `state.eval_step`. Like `train` it takes the static
+      `num_sources` of rows that are marked with their sources.
   """
 
   init: Callable
@@ -133,9 +134,14 @@ def compile_steps(
   return Steps(
     init=jax.jit(lambda: init_state(model, optimizer, jax.random.key(seed), averaged)),
     train=jax.jit(
-      step, donate_argnums=0, compiler_options=compiler_options(jax.sharding.get_mesh())
+      step,
+      donate_argnums=0,
+      static_argnames="num_sources",
+      compiler_options=compiler_options(jax.sharding.get_mesh()),
     ),
-    evaluate=jax.jit(functools.partial(eval_step, model, vocab.text_size)),
+    evaluate=jax.jit(
+      functools.partial(eval_step, model, vocab.text_size), static_argnames="num_sources"
+    ),
   )
 
 
@@ -145,11 +151,30 @@ def heldout_batches(heldout: RowLoader, config: TrainConfig, sharding) -> list:
   return list(itertools.islice(batches(heldout, 0, config.micro_batch_size, sharding), count))
 
 
-def evaluate(steps: Steps, params, eval_batches: list) -> dict[str, float]:
-  """Computes the held-out losses by modality, nats per target of the documents themselves."""
-  totals = [jax.device_get(steps.evaluate(params, batch)) for batch in eval_batches]
-  sums = {name: np.sum([t[name] for t in totals], dtype=np.float64) for name in totals[0]}
-  return {f"heldout_{name}": float(value) for name, value in loss.modality_losses(sums).items()}
+def evaluate(
+  steps: Steps, params, eval_batches: list, sources: Sequence[str] = ()
+) -> dict[str, float]:
+  """Computes the held-out losses by modality, nats per target of the documents themselves.
+
+  Args:
+    steps: of the run.
+    params: that are evaluated.
+    eval_batches: of `heldout_batches`.
+    sources: names of the sources that the rows are marked with, whose losses are added.
+  """
+  measure = functools.partial(steps.evaluate, num_sources=len(sources))
+  totals = [jax.device_get(measure(params, batch)) for batch in eval_batches]
+  sums = {name: np.sum([t[name] for t in totals], 0, np.float64) for name in totals[0]}
+  losses = {**loss.modality_losses(sums), **loss.source_losses(sources, sums)}
+  return {f"heldout_{name}": float(value) for name, value in losses.items()}
+
+
+def _heldout_losses(
+  steps: Steps, heldout: RowLoader, config: TrainConfig, sharding
+) -> Callable[[dict], dict[str, float]]:
+  """Reads the held-out rows, and returns a function params -> losses, see `evaluate`."""
+  eval_batches = heldout_batches(heldout, config, sharding)
+  return lambda params: evaluate(steps, params, eval_batches, heldout.source_names)
 
 
 def _restore(checkpoints: Checkpoints, steps: Steps, initial_params: Callable[[], dict] | None):
@@ -175,11 +200,35 @@ def _restore(checkpoints: Checkpoints, steps: Steps, initial_params: Callable[[]
   return newest, *checkpoints.restore(jax.eval_shape(steps.init), newest)
 
 
+def _evaluate_start(
+  state, newest: int | None, heldout_losses: Callable, monitor: Monitor
+) -> dict[str, float]:
+  """Computes and logs the held-out losses of step 0; a continued run reads them from its log."""
+  if newest is not None:
+    return monitor.logged_heldout(0)
+  with monitor.phase("evaluate", 0):
+    losses = heldout_losses(state.eval_params)
+    monitor.heldout(0, losses)
+  return losses
+
+
 def _run_steps(
-  steps: Steps, config: TrainConfig, state, next_row: int, data, eval_batches: list,
+  take_step: Callable, config: TrainConfig, state, next_row: int, data, heldout_losses: Callable,
   checkpoints: Checkpoints, monitor: Monitor, stop: StopSignal, sample_grid,
 ):  # fmt: skip
   """Trains to `config.steps`; at SIGTERM it saves and stops early.
+
+  Args:
+    take_step: (state, batch) -> (state, metrics).
+    config: of the run.
+    state: to continue from.
+    next_row: of `data`.
+    data: batches.
+    heldout_losses: params -> losses, see `evaluate`.
+    checkpoints: of the run.
+    monitor: of the run.
+    stop: set at SIGTERM.
+    sample_grid: see `train`.
 
   Returns:
     (state, next row, last held-out losses, or None if no step was left).
@@ -187,14 +236,14 @@ def _run_steps(
   losses = None
   for step in range(int(state.step) + 1, config.steps + 1):
     with monitor.traced(step):
-      state, metrics = steps.train(state, monitor.next_batch(data))
+      state, metrics = take_step(state, monitor.next_batch(data))
     next_row += config.global_batch_size
     monitor.step(step, metrics)
     stopping = stop.stopping()  # Read once: a later signal counts at the next step.
     last = step == config.steps or stopping
     if step % config.eval_every == 0 or last:
       with monitor.phase("evaluate", step):
-        losses = evaluate(steps, state.eval_params, eval_batches)
+        losses = heldout_losses(state.eval_params)
         monitor.heldout(step, losses)
     if step % config.checkpoint_every == 0 or last:
       with monitor.phase("save", step):
@@ -213,11 +262,25 @@ def _run_steps(
   return state, next_row, losses
 
 
+def _check_end(step: int, steps: int, folder: epath.Path) -> None:
+  """Exits with `INTERRUPTED` if the run stopped before its last step."""
+  if step < steps:
+    distributed.print_once(
+      f"stopped at step {step} of {steps}; saved in {folder}: the same command continues."
+    )
+    sys.exit(INTERRUPTED)
+  if step > steps:
+    distributed.print_once(
+      f"train: the run is at step {step} already, beyond train.steps = {steps}; "
+      "nothing was trained."
+    )
+
+
 def train(
   folder: epath.Path, model: ModelConfig, optimizer_config: OptimizerConfig, config: TrainConfig,
   vocab: VocabLayout, loader: RowLoader, heldout: RowLoader, seed: int,
   sample_grid: Callable[[dict, int], Any] | None = None, profile_steps: range = range(0),
-  initial_params: Callable[[], dict] | None = None,
+  initial_params: Callable[[], dict] | None = None, evaluate_start: bool = False,
 ) -> dict:  # fmt: skip
   """Trains to `config.steps` from the newest checkpoint in `folder`, on the current mesh.
 
@@ -235,9 +298,11 @@ def train(
     profile_steps: steps to trace.
     initial_params: makes the parameters that a run without a checkpoint starts from; default:
       random ones.
+    evaluate_start: whether the held-out loss is also computed before the first step, as step 0.
 
   Returns:
-    Numbers for the report. At SIGTERM it saves and exits with `INTERRUPTED` instead.
+    Numbers for the report; `heldout_before` has the held-out losses of step 0. At SIGTERM it saves
+    and exits with `INTERRUPTED` instead.
 
   Raises:
     UserError: an unfit mesh, a damaged checkpoint, or a loss or gradient that is not finite.
@@ -249,32 +314,24 @@ def train(
     steps = compile_steps(model, optimizer_config, config, vocab, seed)
     checkpoints = Checkpoints(folder, config.keep_checkpoints)
     newest, state, next_row = _restore(checkpoints, steps, initial_params)
-    eval_batches = heldout_batches(heldout, config, sharding)
+    heldout_losses = _heldout_losses(steps, heldout, config, sharding)
+    take_step = functools.partial(steps.train, num_sources=len(loader.source_names))
     data = batches(loader, next_row, config.global_batch_size, sharding)
     schedule = learning_rate_schedule(optimizer_config, config.steps)
     length = loader.plan.config.sequence_length
     with distributed.together():
-      monitor = open_monitor(folder, model, config, schedule, length, newest, watch, profile_steps)
-    with StopSignal(mesh) as stop, monitor:
-      state, next_row, losses = _run_steps(
-        steps, config, state, next_row, data, eval_batches, checkpoints, monitor, stop, sample_grid
+      monitor = open_monitor(
+        folder, model, config, schedule, length, newest, watch, profile_steps, loader.source_names
       )
-  step = int(state.step)
-  if step < config.steps:
-    distributed.print_once(
-      f"stopped at step {step} of {config.steps}; saved in {folder}: the same command continues."
-    )
-    sys.exit(INTERRUPTED)
-  if step > config.steps:
-    distributed.print_once(
-      f"train: the run is at step {step} already, beyond train.steps = {config.steps}; "
-      "nothing was trained."
-    )
+    with StopSignal(mesh) as stop, monitor:
+      before = _evaluate_start(state, newest, heldout_losses, monitor) if evaluate_start else {}
+      state, next_row, losses = _run_steps(
+        take_step, config, state, next_row, data, heldout_losses, checkpoints, monitor, stop,
+        sample_grid,
+      )  # fmt: skip
+  _check_end(int(state.step), config.steps, folder)
   if losses is None:  # No step was left to train.
-    losses = evaluate(steps, state.eval_params, eval_batches)
-  return {
-    "steps": step,
-    "parameters": transformer.count_params(state.params),
-    "next_row": next_row,
-    **losses,
-  }
+    losses = heldout_losses(state.eval_params)
+  parameters = transformer.count_params(state.params)
+  result = {"steps": int(state.step), "parameters": parameters, "next_row": next_row, **losses}
+  return {**result, **({"heldout_before": before} if before else {})}

@@ -3,6 +3,7 @@
 import numpy as np
 
 from cm3leon_jax.data.documents import Document, DocumentStore, Segment, write_documents
+from cm3leon_jax.data.instruction_samples import Instructions, read_targets, write_targets
 from cm3leon_jax.data.plan import RowPlan, Source
 from cm3leon_jax.data.sample_plan import DataConfig
 from cm3leon_jax.vocab import VocabLayout
@@ -36,6 +37,33 @@ def make_sources(folder, num_pairs=50, num_texts=30, text_share=0.3, seed=0) -> 
     Source(store, 1 - text_share, neighbors, store),
     Source(DocumentStore(folder / "texts", VOCAB), text_share),
   ]
+
+
+def make_instructions(folder, count=30, seed=0) -> list[Source]:
+  """Two tasks with half of the slots each: answers within a text, and edits of an image."""
+  rng = np.random.default_rng(seed)
+
+  def text(n):
+    return Segment(False, rng.integers(VOCAB.num_special, VOCAB.text_size, n).astype(np.int32))
+
+  def image():
+    return Segment(True, VOCAB.image_ids(rng.integers(0, VOCAB.image_size, IMAGE_TOKENS)))
+
+  made: dict = {"answers": [], "edits": []}
+  for _ in range(count):
+    size = int(rng.integers(1, 4))
+    made["answers"].append(((text(6 + size), image()), (5, 5 + size)))
+    segments = (text(2), image(), text(3), image())
+    made["edits"].append((segments, (9 + IMAGE_TOKENS, 9 + 2 * IMAGE_TOKENS)))
+  sources = []
+  for name, found in made.items():
+    documents = (Document(f"{name}{i}", s, "", "", "") for i, (s, _) in enumerate(found))
+    write_documents(folder / name, documents, VOCAB)
+    write_targets(folder / name, [target for _, target in found])
+    instructions = Instructions(read_targets(folder / name, count))
+    store = DocumentStore(folder / name, VOCAB)
+    sources.append(Source(store, 0.5, instructions=instructions, name=name))
+  return sources
 
 
 def make_plan(sources, seed=0, **fields) -> RowPlan:

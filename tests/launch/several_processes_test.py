@@ -26,10 +26,10 @@ TOLERANCE = 1e-5
 SAMPLES = ["step_000004.png", "step_000008.png", "step_000012.png"]
 
 
-def start(workdir, processes, *flags, mesh=(2, 2, 2)) -> subprocess.Popen:
+def start(workdir, processes, *flags, mesh=(2, 2, 2), config="tiny_config") -> subprocess.Popen:
   shape = [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh)]
   command = ["bash", LOCAL, str(processes), str(8 // processes), "--"]
-  flags = ["--config=tests/launch/tiny_config.py", f"--workdir={workdir}", *shape, *flags]
+  flags = [f"--config=tests/launch/{config}.py", f"--workdir={workdir}", *shape, *flags]
   return subprocess.Popen(
     [*command, *flags],
     cwd=ROOT,

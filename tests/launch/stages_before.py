@@ -9,14 +9,17 @@ from cm3leon_jax import stages
 from cm3leon_jax.settings import Settings
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.text import TextTokenizerConfig, train_text_tokenizer
-from tests.data.stores import make_sources
+from tests.data.stores import make_instructions, make_sources
 from tests.retrieval.stores import write_neighbors
 
 PAIRS = 50
 
 
 def make_workdir(root: pathlib.Path, settings: Settings) -> None:
-  """Writes stores of the same 50 pairs and 30 texts for both splits, and a random VQGAN."""
+  """Writes stores of the same 50 pairs and 30 texts for both splits, and a random VQGAN.
+
+  If the config has instructions, their tasks must be those of `make_instructions`.
+  """
   sources = make_sources(root / "made", num_pairs=PAIRS)
   for kind in ("pairs", "texts"):
     for split in ("train", "heldout"):
@@ -29,5 +32,12 @@ def make_workdir(root: pathlib.Path, settings: Settings) -> None:
   train_text_tokenizer(words, settings.vocab, TextTokenizerConfig(), root / "text_tokenizer")
   params = vqgan.init_params(settings.vqgan, settings.vocab.image_size, jax.random.key(0))
   vqgan.ImageTokenizer(settings.vqgan, settings.vocab.image_size, params).save(root / "vqgan")
+  if settings.instructions.any:
+    for i, split in enumerate(("train", "heldout")):
+      for source in make_instructions(root / "made_instructions" / split, seed=i):
+        (root / "instructions").mkdir(exist_ok=True)
+        store = root / "instructions" / f"{split}_{source.name}"
+        store.symlink_to(root / "made_instructions" / split / source.name)
+    (root / "instructions" / stages.DONE).write_text(json.dumps({"id": "i", "summary": {}}))
   for name in ("documents", "neighbors"):
     (root / name / stages.DONE).write_text(json.dumps({"id": name, "summary": {}}))

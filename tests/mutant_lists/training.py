@@ -8,6 +8,7 @@ LOSS = "cm3leon_jax/training/loss.py"
 LOSS_TEST = "tests/training/loss_test.py"
 STATE = "cm3leon_jax/training/state.py"
 STATE_TEST = "tests/training/state_test.py"
+SOURCES_TEST = "tests/training/source_losses_test.py"
 CHECKPOINT = "cm3leon_jax/training/checkpoint.py"
 CHECKPOINT_TEST = "tests/training/checkpoint_test.py"
 VQGAN = "cm3leon_jax/tokenizers/train_vqgan.py"
@@ -70,6 +71,33 @@ TRAINING = (
     LOSS,
     f"{LOSS_TEST}::test_modality_losses_literal",
     ("first_code_is_text", "targets >= text_size", "targets > text_size"),
+  ),
+  *mutants_of(
+    LOSS,
+    SOURCES_TEST,
+    ("sources_counted_from_0", "jnp.arange(1, num_sources + 1,", "jnp.arange(0, num_sources,"),
+    ("source_nll_unweighted", "values = (weights * nll, weights)", "values = (nll, weights)"),
+    ("absent_sources_have_a_loss", "if weight > 0}", "if weight >= 0}"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/pipeline.py",
+    f"{SOURCES_TEST}::test_a_row_names_the_source_of_each_slot",
+    (
+      "slots_of_other_sources",
+      "[p.source + 1 for p in placements]",
+      "[p.source for p in placements]",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/train.py",
+    f"{SOURCES_TEST}::test_a_killed_run_has_step_0_once",
+    ("step_0_is_lost", "return monitor.logged_heldout(0)", "return {}"),
+    ("step_0_is_repeated", "  if newest is not None:\n    return", "  if False:\n    return"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/monitor.py",
+    f"{SOURCES_TEST}::test_a_killed_run_has_step_0_once",
+    ("step_0_twice_on_the_board", "0 if newest is None else newest + 1", "(newest or 0) + 1"),
   ),
   *mutants_of(
     "cm3leon_jax/training/optimizer.py",

@@ -1,0 +1,23 @@
+"""A config that tunes in seconds: two tasks, and pairs and texts of pretraining beside them."""
+
+from tests.launch import tiny_config
+
+TASKS = tuple(
+  {
+    "name": name,
+    "templates": ("{x}",),
+    "target": "x",
+    "format": "scenes/count",
+    "heldout": "heldout",
+    "drop_instruction": 0.2,
+    "drop_all": 0.1,
+  }
+  for name in ("answers", "edits")
+)
+
+
+def get_config():
+  config = tiny_config.get_config()
+  config.instructions.update({"own_tasks": TASKS, "replay_share": 0.4})
+  config.train.eval_batches = 3  # Rows of every task.
+  return config
