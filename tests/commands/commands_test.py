@@ -63,7 +63,7 @@ def test_help_shows_an_example_and_the_commands_own_flags_without_importing_jax(
   assert ("  --workdir=VALUE" in page) == (name != "aot_compile")
   assert (f"  {PROCESSES}" in page) == (name in ("train", "evaluate", "score"))
   assert (f"  {SHARDS}" in page) == (
-    name in ("prepare_data", "encode_documents", "build_neighbors")
+    name in ("prepare_data", "encode_documents", "encode_instructions", "build_neighbors")
   )
   assert ("  --[no]validate" in page) == (name == "encode_documents")
   assert max(len(line) for line in page if line.startswith("      ")) <= 100

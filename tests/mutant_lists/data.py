@@ -80,8 +80,8 @@ DATA = (
       "share = most * rng.random()",
       "share = most / 2",
     ),
-    ("hidden_alone", "if has_neighbors else config.code_dropout_alone", ""),
-    ("hidden_after_neighbors_alone", "config.code_dropout if has_neighbors else", ""),
+    ("hidden_alone", "if sample.has_source else config.code_dropout_alone", ""),
+    ("hidden_after_neighbors_alone", "config.code_dropout if sample.has_source else", ""),
     (
       "positions_without_the_last_target",
       "positions_of(tokens, vocab, align_images)[:-1]",
@@ -179,13 +179,17 @@ DATA = (
     ("truth_is_a_number", "or isinstance(value, bool)", "or False"),
   ),
   *mutants_of(
+    "cm3leon_jax/data/instruction_llava.py",
+    "tests/data/instruction_files_test.py",
+    ("turns_forgotten", "history += f", "history = f"),
+  ),
+  *mutants_of(
     "cm3leon_jax/data/instruction_files.py",
     "tests/data/instruction_files_test.py",
     ("blank_answers_count", "in example.references if text.strip()]", "in example.references]"),
     ("narrative_of_any_width", '1, "val2017/{:0>12}.jpg"', '1, "val2017/{}.jpg"'),
     ("explained_by_the_lecture", '"solution", str', '"lecture", str'),
     ("before_is_after", '{"before": f"{path}_0.jpg"', '{"before": f"{path}_1.jpg"'),
-    ("turns_forgotten", "history += f", "history = f"),
   ),
   *mutants_of(
     "cm3leon_jax/data/evaluation_examples.py",
@@ -209,13 +213,13 @@ DATA = (
       "len(tokens) - 1 - (stop - start)",
       "len(tokens) - 2 - (stop - start)",
     ),
-    ("ends_of_targets_do_not_count", "weights[start : stop + 1] = 1", "weights[start:stop] = 1"),
+    ("ends_of_targets_do_not_count", "weights[start : stop + 1] =", "weights[start:stop] ="),
   ),
   *mutants_of(
     "cm3leon_jax/data/instruction_stores.py",
     "tests/data/instruction_stores_test.py",
     ("codes_of_the_first_record", "of_record.get(i, {})", "of_record.get(0, {})"),
-    ("long_records_accepted", "if size > encoder.positions + 1:", "if size < 0:"),
+    ("long_records_accepted", "if size > most:", "if size < 0:"),
   ),
   *mutants_of(
     "cm3leon_jax/data/instruction_tasks.py",
