@@ -26,10 +26,11 @@ def get_config(variant: str = "15"):
     )
   config = scenes.get_config("long")  # The model of the bundle.
   config.scenes.update({"train": 8_000})  # Pairs that are repeated.
-  config.instructions.update({"tasks": "scenes", "loss_on": "all", "replay_share": 0.0})
+  config.instructions.update({"tasks": "scenes", "loss_on": "target", "replay_share": 0.15})
   steps = LONG_STEPS if variant == "long" else max(10, round(STEPS * scale))
-  config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 50})
-  config.optimizer.update({"ema_decay": 0.99})
+  config.optimizer.update({"learning_rate": 1.5e-3, "warmup_steps": 50, "ema_decay": 0.99})
+  # The most likely text; and edits that follow the image and the instruction as they are.
+  config.sampling.update({"text_top_k": 1, "image_guidance": 1.0, "edit_guidance": 1.25})
   config.train.update({"steps": steps, "global_batch_size": 4, "eval_batches": 16})
   config.train.update({"checkpoint_every": min(400, max(5, steps // 12))})
   config.train.update({"eval_every": max(5, steps // 8), "sample_every": max(5, steps // 3)})
