@@ -19,7 +19,8 @@ _ROWS = flags.DEFINE_integer("rows", 6, "Number of rows.", lower_bound=1)
 _FIRST_ROW = flags.DEFINE_integer("first_row", 0, "Number of the first row.", lower_bound=0)
 _SPLIT = flags.DEFINE_enum("split", "train", ["train", "heldout"], "Split of the rows.")
 
-READ = (*stages.TOKENIZERS, "documents", "neighbors")
+DOCUMENTS = ("documents", "neighbors")
+READ = (*stages.TOKENIZERS, *DOCUMENTS)
 
 
 def write_page(
@@ -30,18 +31,21 @@ def write_page(
   Raises:
     UserError: `out` cannot be written, or a stage is missing.
   """
-  from cm3leon_jax.commands.train import open_rows
+  from cm3leon_jax.commands.train import open_rows, replay_share
   from cm3leon_jax.reports import inspect, inspect_page
   from cm3leon_jax.retrieval.neighbors import load_neighbors
   from cm3leon_jax.tokenizers.text import TextTokenizer
   from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
   inspect_page.check_writable(out)
-  for name in READ:
+  documents = DOCUMENTS if replay_share(settings, split) else ()
+  instructions = ("instructions",) if settings.instructions.any else ()
+  for name in (*stages.TOKENIZERS, *instructions, *documents):
     stages.require(workdir, name)
-  loader = open_rows(settings, workdir, split)
-  folder, by_caption = workdir / "neighbors", split == "heldout"  # As in `open_rows`.
-  scores = load_neighbors(folder, f"{split}_pairs", by_caption, array="scores")
+  loader, scores = open_rows(settings, workdir, split), None
+  if documents:
+    folder, by_caption = workdir / "neighbors", split == "heldout"  # As in `open_rows`.
+    scores = load_neighbors(folder, f"{split}_pairs", by_caption, array="scores")
   rows = inspect.read_rows(loader, scores, numbers)
   text_tokenizer = TextTokenizer(workdir / "text_tokenizer", settings.vocab)
   image_tokenizer = ImageTokenizer.load(workdir / "vqgan")

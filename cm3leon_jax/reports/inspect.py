@@ -10,6 +10,7 @@ from cm3leon_jax.data.documents import Document, Segment
 from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.data.plan import Placement
 from cm3leon_jax.reports import row_parts
+from cm3leon_jax.reports.instruction_check import Task, check_instruction
 from cm3leon_jax.reports.row_parts import Part, Sample
 from cm3leon_jax.vocab import VocabLayout
 
@@ -41,6 +42,7 @@ class Origin:
     pass_: number of earlier passes over its source.
     piece_start: number of the piece's first token in the text.
     text_length: tokens of the whole text; 0 for other documents.
+    task: what makes the document an instruction, or None.
   """
 
   document: Document
@@ -48,6 +50,7 @@ class Origin:
   pass_: int
   piece_start: int = 0
   text_length: int = 0
+  task: Task | None = None
 
   @property
   def documents(self) -> list[Document]:
@@ -64,8 +67,9 @@ class SampleView:
     parts: result of `row_parts.split_parts`.
     segments: result of `row_parts.restore`.
     owners: for each segment, the index of its document in `origin.documents`.
-    dropped: whether `<mask:0>` replaces caption and neighbors.
+    dropped: whether `<mask:0>` replaces caption and neighbors, or all before the target.
     missing: number of tokens that were cut off because the row was full.
+    target: half-open range of an instruction's target in the sample, or None.
   """
 
   sample: Sample
@@ -75,6 +79,7 @@ class SampleView:
   owners: list[int]
   dropped: bool
   missing: int
+  target: tuple[int, int] | None = None
 
   def owner_name(self, segment: int) -> str:
     """Returns `neighbor 1`, `neighbor 2`, ..., or `the document`."""
@@ -91,21 +96,25 @@ class RowView:
   loss_weights: np.ndarray
 
 
-def find_origin(loader: RowLoader, scores: np.ndarray, placement: Placement) -> Origin:
+def find_origin(loader: RowLoader, scores: np.ndarray | None, placement: Placement) -> Origin:
   """Looks up the documents of a sample in the plan and the stores.
 
   Args:
     loader: rows of the split.
-    scores: [n, C] float32 similarities of the candidates of the pairs.
+    scores: [n, C] float32 similarities of the candidates of the pairs; None: the run has none.
     placement: the sample's place in the plan.
   """
   source, pass_, unit = placement[:3]
   spec = loader.plan.sources[source]
   index, start = loader.plan.units[source].locate(unit)
   document, candidates = spec.store[index], spec.candidates(index)
+  plan = loader.plan.plan(source, pass_, unit)
+  if spec.instructions is not None:
+    target = tuple(spec.instructions.targets[index].tolist())
+    return Origin(document, (), pass_, task=Task(spec.name, target, plan, spec.instructions))
   neighbors = tuple(
     Neighbor(spec.bank[int(candidates[j])], j + 1, len(candidates), float(scores[index][j]))
-    for j in loader.plan.plan(source, pass_, unit).neighbors
+    for j in plan.neighbors
   )
   if len(document.segments) > 1 or document.segments[0].is_image:
     return Origin(document, neighbors, pass_)
@@ -116,12 +125,13 @@ def find_origin(loader: RowLoader, scores: np.ndarray, placement: Placement) -> 
   return Origin(document, neighbors, pass_, start, len(text))
 
 
-def read_rows(loader: RowLoader, scores: np.ndarray, numbers) -> list[RowView]:
+def read_rows(loader: RowLoader, scores: np.ndarray | None, numbers) -> list[RowView]:
   """Reads rows and checks every sample against its documents.
 
   Args:
     loader: rows of the split.
-    scores: [n, C] float32 similarities of the candidates of the pairs (`load_neighbors`).
+    scores: [n, C] float32 similarities of the candidates of the pairs (`load_neighbors`); None: the
+      run has none.
     numbers: numbers of the rows to read.
 
   Raises:
@@ -130,7 +140,7 @@ def read_rows(loader: RowLoader, scores: np.ndarray, numbers) -> list[RowView]:
   return [read_row(loader, scores, number) for number in numbers]
 
 
-def read_row(loader: RowLoader, scores: np.ndarray, number: int) -> RowView:
+def read_row(loader: RowLoader, scores: np.ndarray | None, number: int) -> RowView:
   """Reads one row; see `read_rows`."""
   row, placements = loader[number], loader.plan.row(number)
   try:
@@ -143,10 +153,17 @@ def read_row(loader: RowLoader, scores: np.ndarray, number: int) -> RowView:
   for sample, placement in zip(samples, placements):
     origin = find_origin(loader, scores, placement)
     try:
+      if "sources" in row:
+        _check_source(row["sources"][sample.start : sample.start + sample.slots], placement)
       views.append(view_sample(sample, origin, loader.vocab, loader.plan.config.sequence_length))
     except ValueError as error:
       raise ValueError(f"row {number}, segment id {sample.segment_id}: {error}") from error
   return RowView(number, views, row["loss_weights"])
+
+
+def _check_source(marks: np.ndarray, placement: Placement) -> None:
+  if (marks != placement.source + 1).any():
+    raise ValueError(f"its slots are marked with the sources {sorted(set(marks.tolist()))}.")
 
 
 def view_sample(sample: Sample, origin: Origin, vocab: VocabLayout, length: int) -> SampleView:
@@ -159,13 +176,18 @@ def view_sample(sample: Sample, origin: Origin, vocab: VocabLayout, length: int)
     length: slots of the row.
 
   Raises:
-    ValueError: the sample does not hold its documents (`row_parts.check_sample`).
+    ValueError: the sample does not hold its documents (`row_parts.check_sample`,
+      `instruction_check.check_instruction`).
   """
-  documents = origin.documents
-  missing = row_parts.check_sample(sample.tokens, documents, vocab, length)
+  documents, missing, target = origin.documents, 0, None
+  if origin.task is None:
+    missing = row_parts.check_sample(sample.tokens, documents, vocab, length)
+  else:
+    target = check_instruction(sample, origin.document, origin.task, vocab, length)
   parts = row_parts.split_parts(sample.tokens, vocab)
   dropped = row_parts.is_dropped(sample.tokens, vocab)
   owners = [i for i, document in enumerate(documents) for _ in document.segments]
   if dropped:
     owners = [len(documents) - 1] * 2
-  return SampleView(sample, origin, parts, row_parts.restore(parts), owners, dropped, missing)
+  segments = row_parts.restore(parts)
+  return SampleView(sample, origin, parts, segments, owners, dropped, missing, target)

@@ -165,7 +165,13 @@ def text_item(view: SampleView, parts: list[Part], decoder: PageDecoder, begins:
     tokens += len(ids)
   characters = sum(len(text) for piece in pieces for _, text in piece["runs"])
   note, is_long = count_of(tokens, "token"), characters > LONG_TEXT
-  return {"kind": "text", "pieces": pieces, "note": note, "long": is_long}
+  target = is_target(view, parts[-1])
+  return {"kind": "text", "pieces": pieces, "note": note, "long": is_long, "target": target}
+
+
+def is_target(view: SampleView, part: Part) -> bool:
+  """Returns whether a part of a sample is, or belongs to, the target of an instruction."""
+  return view.target is not None and view.target[0] <= part.start < view.target[1]
 
 
 def segment_item(view: SampleView, segment: list[Part], decoder: PageDecoder) -> dict:
@@ -180,7 +186,8 @@ def segment_item(view: SampleView, segment: list[Part], decoder: PageDecoder) ->
     for i, n in zip(*np.unique(spans[spans != NO_SPAN], return_counts=True))
   ]
   uri = decoder.image_uri(segment_ids(view, segment), spans, np.ones(len(spans), bool))
-  return {"kind": "image", "src": uri, "note": decoder.codes(len(spans)), "masked": masked}
+  item = {"kind": "image", "src": uri, "note": decoder.codes(len(spans)), "masked": masked}
+  return {**item, "target": is_target(view, segment[0])}
 
 
 def infill_item(view: SampleView, part: Part, decoder: PageDecoder) -> dict:
@@ -191,7 +198,8 @@ def infill_item(view: SampleView, part: Part, decoder: PageDecoder) -> dict:
     return text_item(view, [part], decoder, begins)
   kept = np.repeat([p is part for p in segment], [p.stop - p.start for p in segment])
   uri = decoder.image_uri(segment_ids(view, segment), np.full(len(kept), NO_SPAN), kept)
-  return {"kind": "image", "src": uri, "note": decoder.codes(int(kept.sum())), "masked": []}
+  item = {"kind": "image", "src": uri, "note": decoder.codes(int(kept.sum())), "masked": []}
+  return {**item, "target": is_target(view, part)}
 
 
 def count_of(n: int, noun: str) -> str:
@@ -212,7 +220,8 @@ def sample_blocks(view: SampleView, decoder: PageDecoder) -> list[dict]:
     owner = view.owners[part.segment]
     if part.moved:
       if is_special and decoder.vocab.is_mask(token):
-        title = f"infill, from {view.owner_name(part.segment)}"
+        what = "infill" if view.origin.task is None else "target"
+        title = f"{what}, from {view.owner_name(part.segment)}"
         blocks.append(_box("infill", title, part.span))
       blocks[-1]["items"].append(tag or infill_item(view, part, decoder))
     elif is_special and part.span == NO_SPAN:
@@ -252,8 +261,10 @@ def document_box(view: SampleView, segment: int) -> dict:
 
 
 def remarks(view: SampleView) -> list[str]:
-  """Returns sentences on what the blocks of a sample do not show."""
+  """Returns sentences on what the blocks of a sample of documents do not show."""
   result, origin = [], view.origin
+  if origin.task is not None:
+    return []
   tokens = len(origin.document.segments[0].tokens)
   if view.dropped:
     result.append(
@@ -270,6 +281,20 @@ def remarks(view: SampleView) -> list[str]:
   return result
 
 
+def task_remarks(view: SampleView, decoder: PageDecoder) -> list[str]:
+  """Returns sentences on what a sample of instructions lacks."""
+  task, document = view.origin.task, view.origin.document
+  if task is None:
+    return []
+  if view.dropped:
+    return ["All before the target dropped: <mask:0> stands for it, and no infill follows."]
+  texts = [document.segments[i] for i in task.left_out(document)]
+  return [
+    f"Instruction dropped: “{decoder.text(text.tokens, begins=True)}” is left out."
+    for text in texts
+  ]
+
+
 def sample_context(view: SampleView, decoder: PageDecoder) -> dict:
   """Returns what the template shows of a sample."""
   sample, document = view.sample, view.origin.document
@@ -277,7 +302,9 @@ def sample_context(view: SampleView, decoder: PageDecoder) -> dict:
     f"{show(int(n))} of weight {w:g}"
     for w, n in zip(*np.unique(sample.weights[1:], return_counts=True))
   ]
+  task = view.origin.task
   facts = [
+    *([("task", task.name)] if task else []),
     ("segment id", show(sample.segment_id)),
     ("slots", f"{show(sample.start)} to {show(sample.start + sample.slots - 1)}"),
     ("positions", f"{show(int(sample.positions.min()))} to {show(int(sample.positions.max()))}"),
@@ -290,7 +317,7 @@ def sample_context(view: SampleView, decoder: PageDecoder) -> dict:
     "key": document.key,
     "segment_id": sample.segment_id,
     "facts": facts,
-    "remarks": remarks(view),
+    "remarks": [*task_remarks(view, decoder), *remarks(view)],
     "blocks": sample_blocks(view, decoder),
   }
 
@@ -322,6 +349,7 @@ def render(
     config_name=config_name,
     span_colors=SPAN_COLORS,
     samples=len(views),
+    instructions=[view for view in views if view.origin.task],
     samples_with_spans=sum(any(part.moved for part in view.parts) for view in views),
     fill=fill(rows),
   )

@@ -12,9 +12,13 @@ import pytest
 from cm3leon_jax import stages
 from cm3leon_jax.commands import inspect_data
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import write_json
+from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import text, vqgan
 from tests.commands import train_test
 from tests.data.stores import VOCAB
+from tests.launch import tiny_instruct_config
+from tests.launch.stages_before import make_workdir
 from tests.reports.inspect_page_test import VQGAN
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -48,6 +52,31 @@ def test_the_page_shows_rows_of_both_splits(workdir, capsys, split):
   assert ('class="box infill' in html) == (split == "train")  # Held-out rows have no spans.
   assert capsys.readouterr().out.startswith("inspect_data: 6 rows, ")
   assert [path.name for path in out.parent.iterdir()] == ["rows.html"]
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("replay_share", [0.0, 0.4])
+def test_the_page_shows_rows_of_instructions(tmp_path, capsys, split, replay_share):
+  """Of a run without documents, too, which has no folder of them."""
+  config = tiny_instruct_config.get_config()
+  config.instructions.replay_share = replay_share
+  settings, workdir = settings_from_config(config), epath.Path(tmp_path)
+  make_workdir(tmp_path, settings)
+  for name in stages.TOKENIZERS:
+    write_json(workdir / name / stages.DONE, {"id": name, "summary": {}})
+  if not replay_share:
+    for name in inspect_data.DOCUMENTS:
+      (workdir / name).rmtree()
+  out = workdir / "rows.html"
+  inspect_data.write_page(settings, workdir, out, split, range(6), "c.py")
+  html = out.read_text(encoding="utf-8")
+  assert html.count("<span>task <b>") == html.count('<figure class="target">') > 0
+  assert ("<dt>neighbors per document</dt>" in html) == (replay_share > 0)
+  assert (html.count("<article") > html.count("<span>task <b>")) == (replay_share > 0)
+  assert capsys.readouterr().out.startswith("inspect_data: 6 rows, ")
+  (workdir / "instructions" / stages.DONE).unlink()
+  with pytest.raises(UserError, match=r"instructions is not finished: run .*encode_instructions"):
+    inspect_data.write_page(settings, workdir, out, split, range(6), "c.py")
 
 
 @pytest.mark.parametrize("folder", inspect_data.READ)

@@ -7,7 +7,7 @@ TASKS = tuple(
     "name": name,
     "templates": ("{x}",),
     "target": "x",
-    "format": "scenes/count",
+    "format": "jsonl",
     "heldout": "heldout",
     "drop_instruction": 0.2,
     "drop_all": 0.1,

@@ -214,6 +214,23 @@ EVALUATION = (
     ("resamples_unpaired", "apart = second - first -", "apart = second[::-1] - first -"),
   ),
   *mutants_of(
+    "cm3leon_jax/reports/instruction_check.py",
+    "tests/reports/instruction_check_test.py",
+    ("targets_not_compared", "if not np.array_equal(tokens[start:stop], expected):", "if False:"),
+    ("weights_without_the_end", "weights[start : stop + 1] = 1", "weights[start:stop] = 1"),
+    ("drops_not_compared", "!= task.plan.masked:", "is None:"),
+    ("left_out_segments_expected", "if i not in left_out)", ")"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/reports/inspect_page.py",
+    "tests/reports/instruction_check_test.py",
+    (
+      "all_after_the_start_is_target",
+      "view.target[0] <= part.start < view.target[1]",
+      "part.start >= 0",
+    ),
+  ),
+  *mutants_of(
     "cm3leon_jax/reports/summary.py",
     "tests/reports/report_test.py",
     (
