@@ -55,6 +55,7 @@ def main(settings, workdir):
     protocol_flags.DATA,
     protocol_flags.EXTRACTOR,
     protocol_flags.CLIP,
+    protocol_flags.BEFORE,
   ):
     if _is_given(flag) and protocol_flags.PROTOCOL.value is None:
       raise UserError(f"--{flag.name} is given without --protocol: add --protocol=scenes, say.")
@@ -99,6 +100,7 @@ def _by_protocol(settings, workdir) -> None:
     protocol_flags.DATA,
     protocol_flags.EXTRACTOR,
     protocol_flags.CLIP,
+    protocol_flags.BEFORE,
   )
   options = evaluate_protocol.Options(*(flag.value for flag in flags_of))
   evaluate_protocol.run_all(settings, workdir, protocol_flags.PROTOCOL.value, options)

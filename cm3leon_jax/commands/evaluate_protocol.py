@@ -33,6 +33,7 @@ class Options:
     data: folder of evaluation files, or None.
     weights: file or folder of the extractor's weights, or None.
     clip: folder of a Hugging Face CLIP for scores, or None for that of the run.
+    before: measure the parameters that the run began from.
   """
 
   metrics: Sequence[str] = ()
@@ -40,6 +41,7 @@ class Options:
   data: str | None = None
   weights: str | None = None
   clip: str | None = None
+  before: bool = False
 
 
 def run_all(settings, workdir, name: str, options: Options) -> None:
@@ -120,6 +122,8 @@ def run(
     "name": "/".join(filter(None, [name, protocol.name])),
     "inputs": stages.ids(settings, workdir, read),
   }
+  if options.before:
+    about["parameters"] = "before"
   with common.use_mesh(settings):
     job, step = _make_run(settings, workdir, protocol, names, extractor, options, about)
     result = results.write(job, {**about, "step": step}, run_lib.run(job))
@@ -145,6 +149,23 @@ def _stages(settings, protocol: Protocol, needs: set[str], options: Options) -> 
   return [*read, *(stages.own_clip(settings) if needs_clip else [])]
 
 
+def _params(settings, workdir, before: bool) -> tuple[dict, int]:
+  """Loads the parameters of a run and their step, or those that it began from, step 0.
+
+  Raises:
+    UserError: it began from random ones.
+  """
+  from cm3leon_jax.export import weights
+  from cm3leon_jax.training import checkpoint
+
+  if not before:
+    return checkpoint.load_params(workdir / "train", settings.model)
+  start = weights.start_of(workdir)
+  if start is None:
+    raise UserError(f"--before is given, and the run in {workdir} began from random parameters.")
+  return weights.load(start, settings), 0
+
+
 def _make_run(settings, workdir, protocol: Protocol, names, extractor, options: Options, about):
   """Loads what a protocol runs on; returns a `Run` and the step of its parameters."""
   from cm3leon_jax.evaluation import extractors
@@ -155,9 +176,8 @@ def _make_run(settings, workdir, protocol: Protocol, names, extractor, options: 
   from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.generation.tasks import slug
   from cm3leon_jax.retrieval.bank import load_clip
-  from cm3leon_jax.training import checkpoint
 
-  params, step = checkpoint.load_params(workdir / "train", settings.model)
+  params, step = _params(settings, workdir, options.before)
   own_clip = None
   if settings.retrieval.clip or "clip" in about["inputs"]:
     own_clip = load_clip(settings.retrieval.clip, workdir, settings.vocab)

@@ -17,7 +17,6 @@ from absl import flags
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json
 
 if TYPE_CHECKING:
   from cm3leon_jax.evaluation.instruction_grades import Answer
@@ -30,12 +29,9 @@ def _models(settings, workdir):
   from cm3leon_jax.export import weights
   from cm3leon_jax.training import checkpoint
 
-  started = read_json(workdir / "train" / "config.json")["run"].get("init_from")
-  before = {}
-  if started:
-    before["before"] = lambda: weights.load(weights.Weights(**started), settings)
+  start = weights.start_of(workdir)
   return {
-    **before,
+    **({} if start is None else {"before": lambda: weights.load(start, settings)}),
     "after": lambda: checkpoint.load_params(workdir / "train", settings.model)[0],
   }
 

@@ -25,6 +25,11 @@ EXTRACTOR = flags.DEFINE_string(
 CLIP = flags.DEFINE_string(
   "clip", None, "Folder of the Hugging Face CLIP that scores images; default: the run's."
 )
+BEFORE = flags.DEFINE_bool(
+  "before",
+  False,
+  "Measure the parameters that the run began from by --init_from, not its own: before tuning.",
+)
 COMPARE = flags.DEFINE_list(
   "compare", [], "Print the differences between two folders of evaluations: A,B."
 )

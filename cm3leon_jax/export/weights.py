@@ -140,10 +140,9 @@ def other_tokenizers(source: str, workdir: epath.PathLike) -> list[str]:
 
 def seconds_before(workdir: epath.PathLike) -> float:
   """Returns the seconds of the trainings that a run started from, as far as their folders exist."""
-  run = read_json(epath.Path(workdir) / "train" / "config.json")["run"]
-  if not run.get("init_from"):
+  if (start := start_of(workdir)) is None:
     return 0.0
-  folder = bundle.folder_of(run["init_from"]["source"])
+  folder = bundle.folder_of(start.source)
   if bundle.is_bundle(folder):
     return (bundle.about(folder)["cost"] or {}).get("train_seconds", 0.0)
   if not (done := folder / "train" / stages.DONE).exists():
@@ -195,6 +194,12 @@ def load(weights: Weights, settings) -> dict:
   if weights.step is not None:
     return checkpoint.load_params(folder / "train", settings.model, weights.step)[0]
   return _load_exported(folder / huggingface.WEIGHTS, settings.model)
+
+
+def start_of(workdir: epath.PathLike) -> Weights | None:
+  """Returns the parameters that the run in a workdir began from; None: random ones."""
+  run = read_json(epath.Path(workdir) / "train" / "config.json")["run"]
+  return Weights(**run["init_from"]) if run.get("init_from") else None
 
 
 def _load_exported(path: epath.Path, config: ModelConfig) -> dict:

@@ -1,6 +1,8 @@
 """Tuning a trained run by instructions: its commands, in their order, on a tiny run."""
 
+import contextlib
 import dataclasses
+import io
 
 from absl import flags
 from absl.testing import flagsaver
@@ -12,15 +14,19 @@ from cm3leon_jax.commands import (
   common,
   copy_tokenizers,
   encode_instructions,
+  evaluate_protocol,
   grade_instructions,
   init_from_flag,
   train,
 )
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instruction_config import InstructionsConfig, read_tasks
+from cm3leon_jax.evaluation.protocols import compare
+from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.io import read_json, read_json_lines
 from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.reports import report
+from tests.evaluation.protocol_runs import make_data
 from tests.generation.run import SETTINGS, one_device, save_run
 
 NAMES = ("count", "recolor")
@@ -62,26 +68,48 @@ def copy(settings, workdir, source):
     copy_tokenizers.main(settings, workdir)
 
 
-def test_a_run_is_tuned_graded_and_reported(source, tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
-  workdir, settings = epath.Path(tmp_path), settings_of()
-  copy(settings, workdir, source)
-  copy(settings, workdir, source)
-  printed = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def tuned(source, tmp_path_factory):
+  """A run of two steps, with what its commands printed."""
+  workdir, settings = epath.Path(tmp_path_factory.mktemp("tuned")), settings_of()
+  printed = io.StringIO()
+  with contextlib.redirect_stdout(printed), one_mesh():
+    copy(settings, workdir, source)
+    copy(settings, workdir, source)
+    encode_instructions.main(settings, workdir)
+    train.main(settings, workdir, init_from=str(source))
+  return workdir, settings, printed.getvalue()
+
+
+@contextlib.contextmanager
+def one_mesh():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(common, "use_mesh", lambda settings: one_device())
+    yield
+
+
+def test_a_run_is_tuned(tuned):
+  workdir, _, printed = tuned
   assert "text_tokenizer copied, vqgan copied, clip copied" in printed
   assert "text_tokenizer there already" in printed
-  encode_instructions.main(settings, workdir)
-  assert "train_count: 24 documents, 0 rejected" in capsys.readouterr().out
-  train.main(settings, workdir, init_from=str(source))
+  assert "train_count: 24 documents, 0 rejected" in printed
   lines = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl")
-  assert [line["step"] for line in lines if "loss" in line and line["step"]] == [1, 2]
-  grade_instructions.main(settings, workdir, 6)
-  result = stages.require(workdir, "grades")["summary"]
-  assert list(result["tasks"]) == list(NAMES)
-  assert set(result["tasks"]["count"]) == {"before", "after", "majority"}
-  assert set(result["tasks"]["recolor"]) == {"before", "after", "copy", "tokenizer"}
-  assert result["tasks"]["recolor"]["copy"]["right"]["share"] == 0
-  grade_instructions.main(settings, workdir, 6)
+  assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+  steps = [line["step"] for line in lines if "heldout_loss/count" in line]
+  assert steps == [0, 2]  # Before and after.
+
+
+def test_its_answers_are_graded_and_reported(tuned, capsys):
+  workdir, settings, _ = tuned
+  with one_mesh():
+    grade_instructions.main(settings, workdir, 6)
+    result = stages.require(workdir, "grades")["summary"]
+    assert list(result["tasks"]) == list(NAMES)
+    assert set(result["tasks"]["count"]) == {"before", "after", "majority"}
+    assert set(result["tasks"]["recolor"]) == {"before", "after", "copy", "tokenizer"}
+    assert result["tasks"]["recolor"]["copy"]["right"]["share"] == 0
+    capsys.readouterr()
+    grade_instructions.main(settings, workdir, 6)
   assert "finished already" in capsys.readouterr().out
   summary = report.write(workdir, "scenes_instruct")
   assert "grades" not in summary["unfinished"]
@@ -89,6 +117,27 @@ def test_a_run_is_tuned_graded_and_reported(source, tmp_path, monkeypatch, capsy
   assert "Does the model do what it is told?" in page
   assert "Wrong, and surest" in page
   assert page.count("<figcaption>given</figcaption>") == 12
+
+
+def test_a_protocol_measures_the_run_before_and_after_tuning(tuned, source, tmp_path):
+  workdir, settings, _ = tuned
+  data = str(make_data(tmp_path))
+  [protocol] = protocol_lib.load("cm3leon_table2/vizwiz")
+  protocol = dataclasses.replace(
+    protocol, data=dataclasses.replace(protocol.data, count=0), extractor=""
+  )
+  folders = {}
+  with one_mesh():
+    for before in (True, False):
+      options = evaluate_protocol.Options(data=data, before=before)
+      folders[before], result = evaluate_protocol.run(settings, workdir, "x", protocol, options)
+      assert result["step"] == (0 if before else 2)
+    rows = compare.compare(folders[True], folders[False])
+    assert [row["metric"] for row in rows] == ["vqa_accuracy", "exact_match"]
+    with pytest.raises(UserError, match="began from random parameters"):
+      evaluate_protocol.run(
+        settings, source, "x", protocol, options=dataclasses.replace(options, before=True)
+      )
 
 
 def test_one_more_task_leaves_the_stores_of_the_others(source, tmp_path):
