@@ -11,7 +11,7 @@ only the steps of the training. `long` is the recipe of the bundled model.
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes
 
-STEPS, LONG_STEPS = 900, 12_000
+STEPS, LONG_STEPS = 1_400, 12_000
 
 
 def get_config(variant: str = "15"):
