@@ -11,6 +11,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.raw_pairs import load_image
 from cm3leon_jax.evaluation import extractors, moments
+from cm3leon_jax.evaluation.answer_scores import score_answers
 from cm3leon_jax.evaluation.protocols import compare, results
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols import run as run_lib
@@ -32,7 +33,7 @@ columns:
   - {name: one document, retrieve: 1, sampling: {guidance: 2.0}}
   - {name: best of two, samples: 2, sampling: {guidance: 1.0}}
 metrics: [frechet_distance, kernel_distance, precision_recall, cmmd, code_distance, clip_score,
-  likelihood]
+  likelihood, vqa_score]
 extractor: clip
 published:
   - {model: another, source: a paper, column: best of two, clip_score: 0.5}
@@ -223,3 +224,22 @@ def test_files_need_a_folder(workdir, pipeline):
   )
   with pytest.raises(UserError, match="name their folder by --data"):
     samples_lib.open_evaluated(protocol, pipeline[1], workdir, None)
+
+
+def test_vqa_score_is_the_probability_of_yes_against_no(workdir, pipeline, tmp_path):
+  job = make_job(workdir, pipeline, tmp_path, dataclasses.replace(PROTOCOL, metrics=("vqa_score",)))
+  result = run_lib.run(job)
+  with np.load(job.folder / run_lib.VALUES) as file:
+    stored = dict(file)
+  for column in PROTOCOL.columns:
+    values = stored[f"{column.name}/vqa_score/values"]
+    line = samples_lib.read_part(job.samples, column.name, 0)[2]
+    text = f'Question: Does this figure show "{line["prompt"]}"? Please answer yes or no. Answer: '
+    [[yes, no]] = score_answers(
+      job.pipeline, job.params, [f"{text}<mask>."], [("yes", "no")], [line["codes"]]
+    )
+    assert values[2] == pytest.approx(np.exp(yes) / (np.exp(yes) + np.exp(no)), rel=1e-4)
+  shuffled = result["controls"]["shuffled"]["vqa_score"]["value"]
+  first = result["columns"]["one document"]["metrics"]["vqa_score"]
+  assert shuffled != first["value"]
+  assert 0 < shuffled < 1

@@ -29,6 +29,7 @@ class Column:
     reference: the real images; None for texts.
     captions: [n, E] embeddings of the prompts by the CLIP of scores, or None.
     likelihoods: [n] log p(caption | image) - log p(caption) in nats by the model, or None.
+    agreements: [n] probability of "yes" to whether the image shows its caption, or None.
     candidates: of each example [C] log-probabilities of its candidates in nats, or None.
     verdicts: whether each image is judged wholly right, or None.
     seed: of resamples.
@@ -43,6 +44,7 @@ class Column:
   reference: Images | None = None
   captions: np.ndarray | None = None
   likelihoods: np.ndarray | None = None
+  agreements: np.ndarray | None = None
   candidates: list[np.ndarray] | None = None
   verdicts: np.ndarray | None = None
   seed: int = 0

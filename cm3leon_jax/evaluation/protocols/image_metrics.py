@@ -60,6 +60,14 @@ def likelihood(column: Column) -> dict:
   return mean(column.likelihoods.tolist(), column)
 
 
+def vqa_score(column: Column) -> dict:
+  """Averages how probable "yes" is if the model is asked whether an image shows its caption.
+
+  VQAScore (Lin et al. 2024) with the run's own decoder, which must have been tuned on yes and no.
+  """
+  return mean(column.agreements.tolist(), column)
+
+
 def copy_rate(column: Column) -> dict:
   """Averages the percentage of codes that the best neighbor has at the same places."""
   copied = [line["copied"] for line in column.lines]

@@ -18,7 +18,7 @@ class Metric:
     title: in tables.
     task: of protocols that it measures.
     needs: what it reads: of `Images` "features", "embeddings", "codes"; of `Column` "likelihoods",
-      "candidates", "verdicts".
+      "agreements", "candidates", "verdicts".
     least: smallest number of samples.
     higher_is_better: in what direction it improves; None: it has none.
   """
@@ -48,6 +48,7 @@ METRICS = {
     "image",
     ("likelihoods",),
   ),
+  "vqa_score": Metric(image_metrics.vqa_score, "VQAScore", "image", ("agreements",)),
   "copy_rate": Metric(image_metrics.copy_rate, "codes copied (%)", "image", higher_is_better=None),
   "judged": Metric(image_metrics.judged, "wholly right (%)", "image", ("verdicts",)),
   "cider": Metric(text_metrics.cider, "CIDEr", "text"),

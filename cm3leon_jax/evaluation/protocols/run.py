@@ -2,7 +2,7 @@
 
 # n examples.
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -24,9 +24,12 @@ from cm3leon_jax.evaluation.protocols.protocol import Protocol, sampling_of, ste
 from cm3leon_jax.evaluation.protocols.samples import PART, Evaluated
 from cm3leon_jax.generation.given_images import load_image
 from cm3leon_jax.generation.pipeline import Pipeline
+from cm3leon_jax.generation.tasks import MASK
 from cm3leon_jax.io import read_json, replacing, write_json
 
 VALUES = "values.npz"
+# VQAScore's question (Lin et al. 2024) in the form that CM3Leon gives questions (table 5).
+AGREES = f'Question: Does this figure show "{{}}"? Please answer yes or no. Answer: {MASK}.'
 REAL, NOISE, SHUFFLED = "real images", "noise", "shuffled"  # Controls.
 
 
@@ -148,6 +151,7 @@ def _column(job: Run, name: str, reference: Images | None, captions) -> Column:
   of_parts = {
     "verdicts": functools.partial(_judge, job),
     "likelihoods": functools.partial(_likelihoods, job),
+    "agreements": functools.partial(_agreements, job),
     "candidates": functools.partial(_candidates, job),
   }
   computed: dict[str, Any] = {
@@ -155,7 +159,7 @@ def _column(job: Run, name: str, reference: Images | None, captions) -> Column:
     for need, compute in of_parts.items()
     if need in job.needs
   }
-  for need in {"verdicts", "likelihoods"} & set(computed):
+  for need in {"verdicts", "likelihoods", "agreements"} & set(computed):
     computed[need] = np.array(computed[need])
   return job.column(
     name,
@@ -198,6 +202,21 @@ def _likelihoods(job: Run, part: list[dict]) -> list[float]:
   texts, codes = zip(*((line["prompt"], line["codes"]) for line in part))
   scores = pairs.score_codes(job.pipeline, job.params, texts, np.array(codes))
   return [score.text_given_image - score.text for score in scores]
+
+
+def _agreements(job: Run, part: list[dict], prompts: Sequence[str] | None = None) -> list[float]:
+  """Computes the probability of "yes", of yes and no, to whether each image shows its caption.
+
+  Args:
+    job: of the evaluation.
+    part: lines of samples.
+    prompts: by row; None: those of the samples.
+  """
+  codes = np.array([line["codes"] for line in part])
+  shown = [line["prompt"] if prompts is None else prompts[line["row"]] for line in part]
+  asked = [AGREES.format(text.replace(MASK, " ")) for text in shown]
+  scores = score_answers(job.pipeline, job.params, asked, [("yes", "no")] * len(part), codes)
+  return [float(1 / (1 + np.exp(no - yes))) for yes, no in scores]
 
 
 def _candidates(job: Run, part: list[dict]) -> list[list[float]]:
@@ -255,6 +274,11 @@ def _controls(job: Run, first: Column) -> dict[str, dict]:
     measure(REAL, job.column(REAL, images=real, captions=first.captions), ["clip_score"])
     column = dataclasses.replace(first, captions=first.captions[shuffled])
     measure(SHUFFLED, column, ["clip_score"])
+  if "vqa_score" in job.metrics:
+    prompts = [first.lines[i]["prompt"] for i in shuffled]
+    compute = functools.partial(_agreements, job, prompts=prompts)
+    found = np.array(_in_parts(job, first.name, "agreements_shuffled", compute))
+    measure(SHUFFLED, dataclasses.replace(first, agreements=found), ["vqa_score"])
   if job.protocol.task == "text":
     fields: dict[str, Any] = {"lines": [first.lines[i] for i in shuffled]}
     if first.candidates is not None:
