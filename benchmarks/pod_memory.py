@@ -2,6 +2,7 @@
 
   python -m benchmarks.pod_memory --part=goals
   python -m benchmarks.pod_memory --part=sizes
+  python -m benchmarks.pod_memory --part=tuning
 
 A compilation takes half a minute; no TPU is needed.
 """
@@ -14,7 +15,7 @@ import tempfile
 
 from absl import app, flags
 
-_PART = flags.DEFINE_enum("part", "sizes", ["goals", "sizes"], "Table to print.")
+_PART = flags.DEFINE_enum("part", "sizes", ["goals", "sizes", "tuning"], "Table to print.")
 
 MESHES = {"v5e-256": (16, 16), "v6e-256": (16, 16), "v5p-256": (16, 8), "v5p-8": (2, 2)}
 # Slice, rows of a device, remat policy.
@@ -38,10 +39,28 @@ SIZES = [
   ("760m", "v5p-256", 16, "minimal"),
   ("760m", "v5p-8", 16, "minimal"),
 ]
+# Of instruction tuning, with the passes that its 512 rows take.
+TUNING = [
+  ("7b", "v5p-256", 4, "full", 1),
+  ("7b", "v5e-256", 2, "full", 1),
+  ("7b", "v6e-256", 2, "full", 1),
+  ("7b", "v5p-8", 4, "full", 32),
+  ("350m", "v5e-256", 2, "minimal", 1),
+  ("350m", "v6e-256", 2, "minimal", 1),
+  ("350m", "v5p-256", 4, "minimal", 1),
+  ("350m", "v5p-8", 32, "minimal", 4),
+  ("760m", "v5e-256", 2, "minimal", 1),
+  ("760m", "v6e-256", 2, "minimal", 1),
+  ("760m", "v5p-256", 4, "minimal", 1),
+  ("760m", "v5p-8", 16, "minimal", 8),
+]
 
 
-def measure(size: str, topology: str, rows: int, policy: str) -> dict:
-  """Returns the report of one step; if the command fails, prints its error and exits."""
+def measure(size: str, topology: str, rows: int, policy: str, passes: int = 0) -> dict:
+  """Returns the report of one step; if the command fails, prints its error and exits.
+
+  With `passes` it is the step of instruction tuning, with the batch of its config.
+  """
   outer, inner = MESHES[topology]
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "report.json"
@@ -49,14 +68,12 @@ def measure(size: str, topology: str, rows: int, policy: str) -> dict:
       sys.executable,
       "-m",
       "launch.aot_compile",
-      f"--config=ml_configs/cm3leon_{size}.py",
+      f"--config=ml_configs/{'sft' if passes else 'cm3leon'}_{size}.py",
       f"--topology={topology}",
     ]
-    command += [
-      f"--config.mesh.fsdp={outer}",
-      f"--config.mesh.fsdp_inner={inner}",
-      f"--batch_per_device={rows}",
-    ]
+    command += [f"--config.mesh.fsdp={outer}", f"--config.mesh.fsdp_inner={inner}"]
+    batch = f"--config.train.gradient_accumulation_steps={passes}"
+    command.append(batch if passes else f"--batch_per_device={rows}")
     command += [f"--config.model.remat_policy={policy}", f"--json={path}"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -64,9 +81,9 @@ def measure(size: str, topology: str, rows: int, policy: str) -> dict:
     return json.loads(path.read_text())["train"]
 
 
-def row(size: str, topology: str, rows: int, policy: str) -> str:
+def row(size: str, topology: str, rows: int, policy: str, passes: int = 0) -> str:
   """Returns a row of the table."""
-  r = measure(size, topology, rows, policy)
+  r = measure(size, topology, rows, policy, passes)
   again = r["flops"] * r["devices"] / r["model_flops"]
   tokens = r["tokens"] / r["devices"]
   moved = " / ".join(
@@ -78,7 +95,8 @@ def row(size: str, topology: str, rows: int, policy: str) -> str:
   if r["host_gib"] > 0.01:
     memory += f"; host {r['host_gib']:.2f}"
   times = f"{r['compute_seconds'] / tokens * 1e6:.2f}; {r['collective_seconds'] / tokens * 1e6:.2f}"
-  return f"| {size} | {topology} | {rows} | {policy} | {memory} | {again:.3f} | {times} | {moved} |"
+  where = f"{topology} | {f'{rows} x {passes}' if passes > 1 else rows} | {policy}"
+  return f"| {size} | {where} | {memory} | {again:.3f} | {times} | {moved} |"
 
 
 def main(_) -> None:
@@ -87,7 +105,8 @@ def main(_) -> None:
     "| us a token: products; collectives | GiB a device |"
   )
   print("|---|---|---|---|---|---|---|---|")
-  for arguments in GOALS if _PART.value == "goals" else SIZES:
+  parts: dict[str, list[tuple]] = {"goals": GOALS, "sizes": SIZES, "tuning": TUNING}
+  for arguments in parts[_PART.value]:
     print(row(*arguments), flush=True)
 
 

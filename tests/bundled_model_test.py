@@ -2,14 +2,18 @@
 
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
 from cm3leon_jax import CM3Leon
+from cm3leon_jax.configs import scenes_instruct
 from cm3leon_jax.data import scene_world, scenes
 from cm3leon_jax.data.scene_world import Scene, ScenesConfig, split_of_scene
 from cm3leon_jax.evaluation.scenes import judge_all
-from cm3leon_jax.export import bundle
+from cm3leon_jax.export import bundle, weights
+from cm3leon_jax.settings import settings_from_config
+from tests.models.tiny import mesh_of
 
 MOST_WEIGHTS, MOST_BYTES, MOST_OF_A_FILE = 8_000_000, 14_000_000, 5_000_000
 
@@ -39,9 +43,22 @@ def test_it_is_small_and_every_file_is_the_one_that_was_trained():
   sizes = {path: path.stat().st_size for path in paths}
   assert max(sizes.values()) < MOST_OF_A_FILE
   assert sum(sizes.values()) <= MOST_BYTES
-  weights = [size for path, size in sizes.items() if path.suffix == ".safetensors"]
-  assert len(weights) == 3
-  assert sum(weights) <= MOST_WEIGHTS
+  of_models = [size for path, size in sizes.items() if path.suffix == ".safetensors"]
+  assert len(of_models) == 3
+  assert sum(of_models) <= MOST_WEIGHTS
+
+
+def test_a_tuning_starts_from_it_by_its_name_on_any_mesh():
+  """With the model and vocab of the config of instructions over scenes."""
+  settings = settings_from_config(scenes_instruct.get_config())
+  found = weights.find(settings, "scenes")
+  assert (found.source, found.step) == ("scenes", None)
+  loaded = []
+  for shape in ((1, 1, 1), (2, 4, 1)):
+    with jax.set_mesh(mesh_of(*shape)):
+      loaded.append(jax.device_get(weights.load(found, settings)))
+  jax.tree.map(np.testing.assert_array_equal, *loaded)
+  assert loaded[0]["embed"].std() > 0.01
 
 
 def test_it_says_what_it_cost():

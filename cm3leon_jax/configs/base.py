@@ -46,3 +46,14 @@ def get_config(
   elif variant:
     raise UserError(f"config variant '{variant}' does not exist; it must be empty or 'paper'.")
   return config
+
+
+def instruction_tuning(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Turns the config of a pretraining into that of its tuning (CM3Leon, section 4, appendix E).
+
+  Model, vocab and tokenizers stay, so that `--init_from` takes the pretrained parameters.
+  """
+  config.instructions.update({"tasks": "cm3leon", "loss_on": "all"})
+  config.optimizer.update({"learning_rate": 5e-5, "warmup_steps": 150})
+  config.train.update({"global_batch_size": 512, "steps": 14_305})  # 2M tokens a step, 30B in all.
+  return config

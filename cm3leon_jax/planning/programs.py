@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 import numpy as np
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.instruction_config import load_tasks
 from cm3leon_jax.data.pipeline import FIELDS
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.compile import Lowered, lower_batch
@@ -36,7 +37,8 @@ def train_step(settings, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
   """
   with jax.set_mesh(mesh):
     steps, state = _steps(settings, mesh)
-    return steps.train.lower(state, _batch(settings, mesh, settings.train.global_batch_size))
+    batch = _batch(settings, mesh, settings.train.global_batch_size)
+    return steps.train.lower(state, batch, num_sources=num_sources(settings, "train"))
 
 
 class Evaluation(NamedTuple):
@@ -58,7 +60,9 @@ def evaluation(settings, mesh: jax.sharding.Mesh) -> Evaluation:
     steps, state = _steps(settings, mesh)
     batch = _batch(settings, mesh, settings.train.micro_batch_size)
     rest = (state.opt_state, None if state.ema is None else state.params)
-    return Evaluation(steps.evaluate.lower(state.eval_params, batch), _local_bytes(rest))
+    count = num_sources(settings, "heldout")
+    lowered = steps.evaluate.lower(state.eval_params, batch, num_sources=count)
+    return Evaluation(lowered, _local_bytes(rest))
 
 
 def _steps(settings, mesh: jax.sharding.Mesh):
@@ -73,9 +77,28 @@ def _steps(settings, mesh: jax.sharding.Mesh):
 def _batch(settings, mesh: jax.sharding.Mesh, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
   shape = (rows, settings.data.sequence_length)
   sharding = NamedSharding(mesh, spec("batch", "length"))
+  fields = dict(FIELDS)
+  if settings.instructions.any:
+    fields["sources"] = np.int32
   return {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in FIELDS.items()
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in fields.items()
   }
+
+
+def num_sources(settings, split: str) -> int:
+  """Counts the sources that the rows of a run are marked with; 0 without instructions.
+
+  Args:
+    settings: of the config.
+    split: "train" or "heldout".
+  """
+  if not settings.instructions.any:
+    return 0
+  tasks = load_tasks(settings.instructions)
+  count = sum(split == "train" or bool(task.heldout) for task in tasks)
+  if settings.instructions.replay_share:
+    count += 1 + (settings.data.text_share > 0) + (settings.data.interleaved_share > 0)
+  return count
 
 
 class DecodePrograms(NamedTuple):

@@ -3,13 +3,25 @@ import dataclasses
 
 import pytest
 
+from cm3leon_jax.commands import config_file
 from cm3leon_jax.config import UserError
-from cm3leon_jax.configs import cm3leon_7b, cm3leon_350m, cm3leon_760m, openmoji, scenes
+from cm3leon_jax.configs import (
+  cm3leon_7b,
+  cm3leon_350m,
+  cm3leon_760m,
+  openmoji,
+  scenes,
+  sft_7b,
+  sft_350m,
+  sft_760m,
+)
 from cm3leon_jax.data import scene_world
+from cm3leon_jax.data.instruction_config import load_tasks
 from cm3leon_jax.io import plain
 from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
 
 SIZES = {"350m": cm3leon_350m, "760m": cm3leon_760m, "7b": cm3leon_7b}
+TUNED = {"350m": sft_350m, "760m": sft_760m, "7b": sft_7b}
 
 
 @pytest.mark.parametrize(
@@ -39,8 +51,29 @@ def test_real_sizes_are_the_tutorials_and_the_papers(size, layers, width, heads,
   assert paper.train.steps == steps
 
 
+@pytest.mark.parametrize("variant", ["", "paper"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_tuning_is_the_papers_of_the_same_model_and_tokens(size, variant):
+  tuned, pretrained = (
+    settings_from_config(modules[size].get_config(variant)) for modules in (TUNED, SIZES)
+  )
+  changed = {name for name in SECTIONS if getattr(tuned, name) != getattr(pretrained, name)}
+  assert changed == {"instructions", "optimizer", "train"}
+  assert (tuned.optimizer.learning_rate, tuned.optimizer.warmup_steps) == (5e-5, 150)
+  tokens_of_step = tuned.train.global_batch_size * tuned.data.sequence_length
+  assert tokens_of_step == 2**21
+  assert tuned.train.steps * tokens_of_step == pytest.approx(30e9, rel=1e-4)
+  instructions = tuned.instructions
+  assert (instructions.tasks, instructions.loss_on, instructions.replay_share) == (
+    "cm3leon", "all", 0.0,
+  )  # fmt: skip
+  assert len(load_tasks(instructions)) > 20
+  assert config_file.find(f"sft_{size}").is_file()
+
+
 def test_settings_come_back_from_json():
-  variants = [(module, variant) for module in SIZES.values() for variant in ("", "paper")]
+  modules = [*SIZES.values(), *TUNED.values()]
+  variants = [(module, variant) for module in modules for variant in ("", "paper")]
   variants += [(openmoji, "15"), (openmoji, "long")]
   variants += [(scenes, variant) for variant in ("15", "long")]
   for module, variant in variants:

@@ -3,19 +3,27 @@
 import dataclasses
 import math
 
+from etils import epath
 import jax
+from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
+from cm3leon_jax.commands.train import open_rows
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.pipeline import batches
 from cm3leon_jax.decoding import batch as batch_lib
 from cm3leon_jax.decoding import compile as compile_lib
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
-from cm3leon_jax.mesh import abstract
+from cm3leon_jax.mesh import abstract, spec
 from cm3leon_jax.planning import programs
+from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.training.train import compile_steps
 from tests.decoding.small import IMAGE, POSITIONS, VOCAB, model_config
 from tests.generation.run import SETTINGS
+from tests.launch import tiny_instruct_config
+from tests.launch.stages_before import make_workdir
 from tests.models.tiny import mesh_of, random_params
 
 PROMPTS = 4
@@ -91,6 +99,35 @@ def test_an_average_takes_4_bytes_of_each_parameter_over_the_mesh():
   parameters = programs.count_params(SETTINGS, mesh)
   assert arguments[1] - arguments[0] == 4 * parameters
   assert rest[1] - rest[0] == 4 * parameters / 8
+
+
+@pytest.mark.parametrize("replay_share", [0.0, 0.4])
+def test_the_steps_of_a_tuning_are_those_of_its_run(tmp_path, replay_share):
+  """With the sums of all sources of the run's rows, of its training and of its evaluation."""
+  config = tiny_instruct_config.get_config()
+  config.instructions.replay_share = replay_share
+  first, second = config.instructions.own_tasks
+  config.instructions.own_tasks = ({**first, "heldout": ""}, second)
+  settings, mesh = settings_from_config(config), mesh_of(2, 2, 2)
+  make_workdir(tmp_path, settings)
+  rows = {split: open_rows(settings, epath.Path(tmp_path), split) for split in ("train", "heldout")}
+  names = {split: loader.source_names for split, loader in rows.items()}
+  assert names["heldout"] == names["train"][1:]
+  assert len(names["train"]) == (4 if replay_share else 2)
+  planned = programs.train_step(settings, mesh), programs.evaluation(settings, mesh).step
+  with jax.set_mesh(mesh):
+    steps = compile_steps(
+      settings.model, settings.optimizer, settings.train, settings.vocab, settings.seed
+    )
+    sharding = NamedSharding(mesh, spec("batch", "length"))
+    batch = {s: next(batches(rows[s], 0, 8, sharding)) for s in rows}
+    state = abstract(jax.eval_shape(steps.init), mesh)
+    sums = {s: {"num_sources": len(names[s])} for s in rows}
+    run = (
+      steps.train.lower(state, abstract(batch["train"], mesh), **sums["train"]),
+      steps.evaluate.lower(state.eval_params, abstract(batch["heldout"], mesh), **sums["heldout"]),
+    )
+  assert [x.as_text() for x in planned] == [x.as_text() for x in run]
 
 
 def test_wrong_positions_and_batches_are_refused():

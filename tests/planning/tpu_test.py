@@ -89,6 +89,30 @@ def test_memory_of_the_7b_step(tmp_path, topology, mesh, batch, policy, most):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  ("size", "topology", "mesh", "passes", "policy", "most"),
+  [
+    ("7b", "v5p-256", (16, 8), 1, "full", 8.0),
+    ("7b", "v5e-256", (16, 16), 1, "full", 4.5),
+    ("7b", "v6e-256", (16, 16), 1, "full", 4.5),
+    ("7b", "v5p-8", (2, 2), 32, "full", 40),
+    ("350m", "v5e-256", (16, 16), 1, "minimal", 15.75),
+    ("350m", "v5p-8", (2, 2), 4, "minimal", 95.73),
+    ("760m", "v5e-256", (16, 16), 1, "minimal", 15.75),
+    ("760m", "v5p-8", (2, 2), 8, "minimal", 95.73),
+  ],
+)
+def test_memory_of_a_step_of_tuning(tmp_path, size, topology, mesh, passes, policy, most):
+  """With the sums of all tasks; bounds in GiB as above."""
+  flags = [f"--config=ml_configs/sft_{size}.py", f"--config.model.remat_policy={policy}"]
+  flags += [f"--topology={topology}", f"--config.train.gradient_accumulation_steps={passes}"]
+  flags += [f"--config.mesh.fsdp={mesh[0]}", f"--config.mesh.fsdp_inner={mesh[1]}"]
+  report = aot_compile(tmp_path, *flags)["train"]
+  assert report["tokens"] == 2**21
+  assert report["sum_gib"] <= most
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["350m", "760m"])
 @pytest.mark.parametrize("family", ["opt", "modern"])
 def test_both_families_compile_with_heads_of_64_and_96(tmp_path, size, family):

@@ -184,6 +184,10 @@ def test_every_step_and_every_evaluation_logs_the_sources(whole, loader):
   assert set(events.read(whole[0] / "tensorboard")["loss/edits"]) <= set(range(1, STEPS + 1))
 
 
+def by_source(folder):
+  return {(x["step"], name): x[name] for x in log_of(folder) for name in x if "/" in name}
+
+
 def heldout_steps(folder):
   return [line["step"] for line in log_of(folder) if "heldout_loss" in line]
 
@@ -254,6 +258,7 @@ def test_a_killed_run_has_step_0_once(whole, loader, tmp_path, killed_in):
   resumed_at = [line["from_step"] for line in log_of(tmp_path) if line.get("event") == "resumed"]
   assert evaluate.call_count == sum(step > (*resumed_at, -1)[0] for step in (0, 4, STEPS))
   assert summary == whole[1]
+  assert by_source(tmp_path) == by_source(whole[0])
   assert losses(tmp_path) == losses(whole[0])
   assert [set(line) & {"heldout_loss", "goodput"} for line in step_0_of(tmp_path)] == [
     {"heldout_loss"},
