@@ -121,19 +121,22 @@ def test_a_task_of_the_name_of_documents_is_refused(pretrained, tmp_path):
     tuned(folder, pretrained, instructions={"own_tasks": tasks})
 
 
-def test_one_process_continues_a_tuning_of_two_that_sigterm_stopped(whole, pretrained, tmp_path):
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+def test_another_number_of_processes_continues_a_tuning_that_sigterm_stopped(
+  whole, pretrained, tmp_path, before, after
+):
   """All losses of sources, before the stop and after it, equal those of one process."""
   folder = copy_of(pretrained, tmp_path)
   flags = [f"--init_from={pretrained}", "--config.train.checkpoint_every=1"]
-  job = start(folder, 2, *flags, config="tiny_instruct_config")
-  second = pids(job, 2)[1]
+  job = start(folder, before, *flags, config="tiny_instruct_config")
+  last = pids(job, before)[-1]
   wait_for_steps(folder, 3)
-  os.kill(second, signal.SIGTERM)
+  os.kill(last, signal.SIGTERM)
   output = finish(job, INTERRUPTED)
   assert output.count("step 0/12 | held-out by source: answers ") == 1
   stopped = max(line["step"] for line in log_of(folder))
   assert 3 <= stopped < 12
-  tuned(folder)
+  finish(start(folder, after, config="tiny_instruct_config"))
   found, expected = by_source(folder), by_source(whole)
   planned = {key for key in found if key[1].startswith("loss/")}
   assert planned == {key for key in expected if key[1].startswith("loss/")}
@@ -142,7 +145,7 @@ def test_one_process_continues_a_tuning_of_two_that_sigterm_stopped(whole, pretr
     assert found[key] == pytest.approx(expected[key], abs=TOLERANCE), key
   steps = [line["step"] for line in log_of(folder) if "heldout_loss" in line]
   assert steps.count(0) == 1
-  before, other = (
+  at_start, other = (
     read_json(x / "train" / stages.DONE)["summary"]["heldout_before"] for x in (folder, whole)
   )
-  assert before == pytest.approx(other, abs=TOLERANCE)
+  assert at_start == pytest.approx(other, abs=TOLERANCE)
