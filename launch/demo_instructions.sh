@@ -55,10 +55,10 @@ stage() {
 }
 
 stage "Tokenizers and CLIP of the bundled model" copy_tokenizers --init_from=scenes
-stage "Raw pairs, of which training repeats some: scenes, drawn and captioned" prepare_data
+stage "Raw pairs, some of which are replayed: scenes, drawn and captioned" prepare_data
 stage "Documents: images to codes, text to ids" encode_documents
 stage "Neighbors of every document" build_neighbors
-stage "Instructions: 13 tasks over scenes" encode_instructions
+stage "Instructions: tasks over scenes" encode_instructions
 stage "Tuning the decoder" train --init_from=scenes
 stage "Grades: answers to held-out instructions, before and after" grade_instructions
 stage "Report" report

@@ -41,7 +41,14 @@ def unknown_names(text: str) -> list[str]:
   text = re.sub(r"(?:bin/|^)cm3leon ([a-z_]+)", r"python -m launch.\1", text, flags=re.M)
   names = re.findall(r"\blaunch\.([a-z_]+)(?![a-z_]*/)|`cm3leon ([a-z_]+)", text)
   unknown += [f"command {a or b}" for a, b in names if (a or b) not in (*COMMANDS, "pod")]
-  shared = ("common", "init_from_flag", "prompt_flags", "retrieve_flag", "sharded")
+  shared = (
+    "common",
+    "init_from_flag",
+    "prompt_flags",
+    "protocol_flags",
+    "retrieve_flag",
+    "sharded",
+  )
   common = [f"cm3leon_jax/commands/{name}.py" for name in shared]
   for module, rest in re.findall(r"python -m (launch\.[a-z_]+|benchmarks\.\w+)(.*)", text):
     folder, name = module.split(".")

@@ -14,10 +14,19 @@ from cm3leon_jax.config import UserError
 
 def main(settings, workdir) -> None:
   from cm3leon_jax.data import instruction_sources
-  from cm3leon_jax.data.instruction_config import load_tasks
+  from cm3leon_jax.data.instruction_config import load_tasks, shipped
 
   if not settings.instructions.any:
-    raise UserError("config.instructions names no tasks: set config.instructions.tasks = 'scenes'.")
+    raise UserError(
+      "config.instructions names no tasks: set config.instructions.tasks to a YAML file, or to one "
+      f"of {', '.join(shipped())}."
+    )
+  for name in stages.TOKENIZERS:
+    if not (workdir / name / stages.DONE).exists():
+      raise UserError(
+        f"{workdir / name} is not finished: run `python -m launch.copy_tokenizers --init_from=RUN` "
+        "with the same --config and --workdir first; RUN is the run that is tuned."
+      )
   tasks = load_tasks(settings.instructions)
   more = {"tasks": instruction_sources.digest_of(tasks)}
   with stages.stage(workdir, "instructions", settings, more) as summary:

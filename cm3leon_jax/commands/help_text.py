@@ -58,6 +58,7 @@ def page(docstring: str, workdir: bool, several_processes: bool) -> str:
   run = [flag for flag in common if flag not in processes and (workdir or flag.name != "workdir")]
   groups = {
     "Flags of this command": modules.get(sys.argv[0], []),
+    "Start": modules.get("cm3leon_jax.commands.init_from_flag", []),
     "Prompts": modules.get("cm3leon_jax.commands.prompt_flags", []),
     "Protocols": modules.get("cm3leon_jax.commands.protocol_flags", []),
     "Retrieval": modules.get("cm3leon_jax.commands.retrieve_flag", []),

@@ -147,7 +147,9 @@ def look_at_rows(plan: RowPlan) -> dict:
     if has_neighbors and (sentence := room_for_neighbors(source, plan.config)):
       distributed.print_once(f"rows: {sentence}")
   statistics = plan_statistics(plan)
-  distributed.print_once(f"rows: {describe(statistics)}")
+  tuned = any(source.instructions is not None for source in plan.sources)
+  names = [source.name for source in plan.sources] if tuned else []
+  distributed.print_once(f"rows: {describe(statistics, names)}")
   return statistics
 
 

@@ -25,7 +25,7 @@ def get_config(variant: str = "15"):
       "'long'."
     )
   config = scenes.get_config("long")  # The model of the bundle.
-  config.scenes.update({"train": 8_000})  # Pairs that are repeated.
+  config.scenes.update({"train": 8_000})  # Of them some are replayed.
   config.instructions.update({"tasks": "scenes", "loss_on": "target", "replay_share": 0.15})
   steps = LONG_STEPS if variant == "long" else max(10, round(STEPS * scale))
   config.optimizer.update({"learning_rate": 1.5e-3, "warmup_steps": 50, "ema_decay": 0.99})

@@ -49,13 +49,24 @@ def open_task(
   if split == "heldout":
     name, number = task.heldout, task.heldout_records
   try:
-    if set(task.maps.values()) & set(MAPS):
-      load_opencv()
+    _check_maps(task, config.root)
     found = _records(task, name, number, config, scenes)
     for record in itertools.islice(found, number or None):
       yield _with_maps(task, record, config.root)
   except UserError as error:
     raise UserError(f"task {task.name}: {error}") from error
+
+
+def _check_maps(task: InstructionTask, root: str) -> None:
+  """Loads what computes maps, and looks for the folders of the others."""
+  if set(task.maps.values()) & set(MAPS):
+    load_opencv()
+  for field, kind in task.maps.items():
+    if kind not in MAPS and not epath.Path(root, kind).is_dir():
+      raise UserError(
+        f"its map '{field}' is '{kind}', which is neither {' nor '.join(MAPS)}, and no folder "
+        f"{epath.Path(root, kind)} exists."
+      )
 
 
 def _records(

@@ -64,7 +64,8 @@ class InstructionTask:
   loss_weight: Annotated[float, Field(gt=0)] = 1.0
   """Weight of each of its targets in the loss. An answer has few tokens, an image has many."""
   drop_instruction: Annotated[float, Field(ge=0, le=1)] = 0.0
-  """Share of samples without the texts before the target, for guidance by the image alone."""
+  """Share of samples without the segment before the target, a text, for guidance by the given
+  image alone. Only samples that predict an image lack something."""
   drop_all: Annotated[float, Field(ge=0, le=1)] = 0.0
   """Share of samples in which `<mask:0>` stands for all that is before the target."""
 
@@ -73,6 +74,10 @@ class InstructionTask:
   @classmethod
   def _check_segments(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
     for template in templates:
+      if set("{}") & set(_FIELD.sub("", template)):
+        raise ValueError(
+          f"the template '{template}' has a brace that belongs to no field: write {{name}}."
+        )
       if not all(split_template(template)):
         raise ValueError(f"the template '{template}' has an empty segment beside a {BREAK}.")
       for line in template.replace(BREAK, "\n").split("\n"):
@@ -179,7 +184,8 @@ def join_record(
 
   Raises:
     RecordError: an empty text, see `drop_empty_lines`: the record is set aside.
-    UserError: a field that the record does not have, or an image inside a text.
+    UserError: a field that the record does not have, an image inside a text or predicted before
+      the end, or drops without effect.
   """
   segments: list[Segment] = []
   at, found = 1, (0, 0)
@@ -191,7 +197,40 @@ def join_record(
     if inside is not None:
       found = (at + inside[0], at + inside[1])
     at += len(tokens) + 1
+  _check_place(task, segments, found, at - 1)
   return Instruction(tuple(segments), *found)
+
+
+def _check_place(task: InstructionTask, segments: list[Segment], target, end: int) -> None:
+  """Checks that an image that is predicted is last, and that what may be dropped can be.
+
+  Args:
+    task: of the record.
+    segments: of the document.
+    target: half-open range of the target.
+    end: place after the last segment.
+
+  Raises:
+    UserError: naming the task.
+  """
+  is_last = segments[-1].is_image and target == (end - len(segments[-1].tokens), end)
+  if not is_last:
+    starts = np.cumsum([1, *(len(segment.tokens) + 1 for segment in segments)])
+    place = int(np.searchsorted(starts, target[0], side="right")) - 1
+    if segments[place].is_image:
+      raise UserError(
+        f"task {task.name} predicts the image {{{task.target}}}, which must be the last segment of "
+        "a template."
+      )
+  if (task.drop_instruction or task.drop_all) and not is_last:
+    raise UserError(
+      f"task {task.name} predicts a text, and only images can lack what is before them: leave "
+      "drop_instruction and drop_all out."
+    )
+  if task.drop_instruction and (len(segments) < 2 or segments[-2].is_image):
+    raise UserError(
+      f"task {task.name} has drop_instruction, and no text stands before {{{task.target}}}."
+    )
 
 
 def _segment(task: InstructionTask, record: Record, text: str, encode, codes):

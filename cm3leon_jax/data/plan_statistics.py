@@ -1,6 +1,8 @@
 """Statistics of a row plan: fill, shares, neighbors, drops, spans."""
 
 import collections
+from collections.abc import Sequence
+import itertools
 
 import numpy as np
 
@@ -51,9 +53,12 @@ def plan_statistics(plan: RowPlan, windows: int = 1) -> dict:
   }
 
 
-def describe(statistics: dict) -> str:
-  """Formats the result of `plan_statistics` as one line."""
-  shares = " / ".join(f"{share:.0%}" for share in statistics["source_shares"])
+def describe(statistics: dict, names: Sequence[str] = ()) -> str:
+  """Formats the result of `plan_statistics` as one line; `names` are those of many sources."""
+  shares = " / ".join(
+    f"{share:.0%} {name}".rstrip()
+    for share, name in itertools.zip_longest(statistics["source_shares"], names, fillvalue="")
+  )
   return (
     "{samples:,} samples in {rows:,} rows, {fill:.1%} of slots filled, {shares} by source; "
     "{samples_per_row:.1f} samples per row, {spans_per_sample:.2f} spans per sample; samples with "

@@ -1,4 +1,4 @@
-"""Grades answers to held-out instructions over `scenes`, and what needs no model beside them.
+"""Grades answers to held-out instructions over `scenes`, and baselines without a model.
 
 A model is asked in the words of its task's template: for the text that a mask stands for, or for
 the image that follows.

@@ -6,7 +6,7 @@ from etils import epath
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import bundle
+from cm3leon_jax.export import bundle, huggingface
 from cm3leon_jax.io import digest, plain, write_json
 from cm3leon_jax.settings import Settings, settings_of_run
 
@@ -32,7 +32,13 @@ def copy_tokenizers(settings: Settings, workdir: epath.PathLike, source: str) ->
       holds something else. Nothing is copied then.
   """
   folder, workdir = bundle.folder_of(source), epath.Path(workdir)
-  trained = bundle.read(folder)[0] if bundle.is_bundle(folder) else settings_of_run(folder)
+  is_bundle = bundle.is_bundle(folder)
+  if not is_bundle and (folder / huggingface.WEIGHTS).exists():
+    raise UserError(
+      f"--init_from is {source}, an exported decoder without an image tokenizer: name the workdir "
+      "that it was exported from, or a folder that `launch.export --bundle` wrote."
+    )
+  trained = bundle.read(folder)[0] if is_bundle else settings_of_run(folder)
   names = [name for name in FILES if name != "clip" or stages.own_clip(settings)]
   digests = {name: _digest(source, folder, name) for name in names}
   for name in names:

@@ -86,6 +86,7 @@ def rejected(folder):
 
 def test_maps_are_computed_or_lie_in_a_folder_under_the_name_of_the_image(tmp_path):
   write(tmp_path / "coco", RELEASES["coco_2017"])
+  (tmp_path / "maps/depth").mkdir(parents=True)
   maps = {"edges": "canny", "lines": "scribble", "depth": "maps/depth"}
   template = "{edges} <break> {lines} <break> {depth} <break> {image}"
   record, *_ = open_task(tmp_path, {**DRAW, "maps": maps, "templates": [template]})
@@ -142,7 +143,17 @@ def test_a_store_holds_the_codes_of_maps_and_sets_aside_what_has_none(encoder, t
 )  # fmt: skip
 def test_maps_that_records_cannot_have_are_named(tmp_path, fields, sentence):
   write_lines(tmp_path / "asked/train.jsonl", line())
+  (tmp_path / "maps/depth").mkdir(parents=True)
   with pytest.raises(UserError, match=re.escape(f"task ask: {sentence}")):
+    open_task(tmp_path, fields)
+
+
+def test_a_map_of_no_kind_and_no_folder_is_named(tmp_path):
+  write(tmp_path / "coco", RELEASES["coco_2017"])
+  fields = {**DRAW, "maps": {"edges": "cany"}, "templates": ["{edges} <break> {image}"]}
+  with pytest.raises(
+    UserError, match="'edges' is 'cany', which is neither canny nor scribble, and"
+  ):
     open_task(tmp_path, fields)
 
 

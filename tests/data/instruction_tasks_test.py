@@ -164,6 +164,7 @@ def test_templates_are_chosen_by_the_key_each_as_often():
     ({"templates": ["{answer?}"]}, "once; it has it 0 times"),
     ({"templates": ["{answer} <break> <break> {image}"]}, "has an empty segment"),
     ({"templates": []}, "templates"),
+    ({"templates": ["{ question } {answer} <break> {image}"]}, "a brace that belongs to no field"),
     ({"drop_all": 0.7, "drop_instruction": 0.7}, "together are more than 1"),
     ({"name": "My task"}, "name"),
     ({"wieght": 2.0}, "has no field 'wieght': did you mean 'weight'?"),
@@ -189,4 +190,29 @@ def test_a_wrong_declaration_is_named(fields, sentence):
 def test_a_record_that_does_not_fit_is_named(template, texts, sentence):
   with pytest.raises(UserError) as error:
     join_record(task(templates=[template]), record(**texts), encode, {"image": CODES})
+  assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("fields", "sentence"),
+  [
+    (
+      {"templates": ["{image} <break> {answer}"], "target": "image"},
+      "task vqa predicts the image {image}, which must be the last segment",
+    ),
+    ({"drop_all": 0.5}, "task vqa predicts a text, and only images can lack what is before them"),
+    (
+      {
+        "templates": ["{question} <break> {image} <break> {after}"],
+        "target": "after",
+        "drop_instruction": 0.1,
+      },
+      "task vqa has drop_instruction, and no text stands before {after}",
+    ),
+  ],
+)
+def test_what_cannot_be_predicted_or_dropped_is_named(fields, sentence):
+  one = Record("r", "g", record().texts, {"image": "i", "after": "j"})
+  with pytest.raises(UserError) as error:
+    join_record(task(**fields), one, encode, {"image": CODES, "after": CODES})
   assert sentence in str(error.value)
