@@ -174,6 +174,11 @@ def _begin(settings: Settings, workdir, init_from: str) -> tuple[dict, Weights |
   start = weights.start_of_run(settings, workdir, init_from, stored)
   if start is not None:
     config["init_from"] = dataclasses.asdict(start)
+  elif settings.instructions.any and stored is None:
+    distributed.print_once(
+      "train: warning: config.instructions has tasks, and the run starts from random parameters: "
+      "--init_from=RUN tunes a trained model."
+    )
   with distributed.together():
     if stored is not None:
       stages.check_same_config(path.parent, stored, config)

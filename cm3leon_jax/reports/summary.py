@@ -93,6 +93,21 @@ SCENE_HEADLINES = (
   *_RETRIEVAL,
   *_NEIGHBORS,
 )
+# Of runs whose answers to instructions over scenes were graded.
+TUNED_HEADLINES = (
+  Headline(
+    "Answers right, mean of four kinds of questions", "grades.means.questions.after", ">=", 0.8),
+  Headline(
+    "Is it there, yes or no: right", "grades.tasks.exists.after.right.share", ">=", 0.85),
+  Headline(
+    "Captions wholly right", "grades.tasks.describe.after.right.share", ">=", 0.6),
+  Headline(
+    "Edits wholly right, mean of four kinds", "grades.means.edits.after", ">=", 0.5),
+  Headline(
+    "Edits that leave all else as it was", "grades.means.edits, kept.after", ">=", 0.8),
+  Headline(
+    "Images for captions wholly right, after less before", "grades.gains.draw.share", ">=", -0.03),
+)
 # fmt: on
 
 
@@ -140,7 +155,9 @@ def judge(summary: dict, headline: Headline) -> dict:
 
 
 def headlines(summary: dict) -> list[Headline]:
-  """Returns the headlines of a run: `SCENE_HEADLINES` if scenes were judged, else `HEADLINES`."""
+  """Returns the headlines of a run: by what was judged, scenes or answers to instructions."""
+  if "grades" in summary and "evaluation" not in summary:
+    return list(TUNED_HEADLINES)
   scenes = lookup(summary, "evaluation.scenes")
   if scenes is None and lookup(summary, "vqgan.reconstructed_scenes_right") is None:
     return list(HEADLINES)

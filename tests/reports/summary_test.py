@@ -6,16 +6,28 @@ from cm3leon_jax.reports import summary
 @pytest.mark.parametrize(
   ("found", "expected"),
   [
-    ({}, False),
-    ({"vqgan": {"psnr_db": 20.0}, "evaluation": {}}, False),
-    ({"vqgan": {"reconstructed_scenes_right": 0.9}}, True),
-    ({"evaluation": {"scenes": {"gain": {}}}}, True),
+    ({}, summary.HEADLINES),
+    ({"vqgan": {"psnr_db": 20.0}, "evaluation": {}}, summary.HEADLINES),
+    ({"vqgan": {"reconstructed_scenes_right": 0.9}}, summary.SCENE_HEADLINES),
+    ({"evaluation": {"scenes": {"gain": {}}}}, summary.SCENE_HEADLINES),
+    ({"evaluation": {"scenes": {"gain": {}}}, "grades": {}}, summary.SCENE_HEADLINES),
+    ({"grades": {"tasks": {}}}, summary.TUNED_HEADLINES),
   ],
 )
 def test_headlines_are_chosen_by_what_was_judged(found, expected):
-  chosen = summary.headlines(found)
-  assert (chosen == list(summary.SCENE_HEADLINES)) is expected
-  assert (chosen == list(summary.HEADLINES)) is not expected
+  assert summary.headlines(found) == list(expected)
+
+
+def test_headlines_of_a_tuned_run_are_found_in_its_grades():
+  share = {"right": {"share": 0.9, "low": 0.8, "high": 0.95}}
+  grades = {
+    "tasks": {"exists": {"after": share}, "describe": {"after": share}},
+    "means": {"questions": {"after": 0.81}, "edits": {"after": 0.4}, "edits, kept": {"after": 0.9}},
+    "gains": {"draw": {"share": 0.0, "low": -0.05, "high": 0.05}},
+  }
+  found = [summary.judge({"grades": grades}, line) for line in summary.TUNED_HEADLINES]
+  assert [line["value"] for line in found] == [0.81, 0.9, 0.9, 0.4, 0.9, 0.0]
+  assert [line["met"] for line in found] == [True, False, True, False, True, False]
 
 
 def test_one_guidance_weight_has_no_headline_of_a_gain():
