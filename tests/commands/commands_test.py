@@ -319,18 +319,30 @@ def test_report_lists_what_has_not_run(tmp_path):
   assert "ml_configs/openmoji.py:2" in (tmp_path / "report.html").read_text()
 
 
+DEMOS = ("demo.sh", "demo_instructions.sh")
+
+
+@pytest.mark.parametrize("script", DEMOS)
 @pytest.mark.parametrize(
   ("arguments", "sentence"),
   [
     (["--minutes", "0"], "error: --minutes is '0'; it must be a positive whole number; usage: "),
     (["--minutes=2.5"], "error: --minutes is '2.5'; it must be a positive whole number; usage: "),
     (["--workdir"], "error: --workdir needs a value; usage: "),
-    (["--config", "cats"], "error: --config is 'cats'; it must be scenes or openmoji; usage: "),
     (["--epochs", "3"], "error: unexpected argument '--epochs'; usage: "),
   ],
 )
-def test_demo_refuses_bad_arguments_in_one_sentence(tmp_path, arguments, sentence):
-  result = run("bash", str(ROOT / "launch" / "demo.sh"), *arguments, cwd=tmp_path)
+def test_demo_refuses_bad_arguments_in_one_sentence(tmp_path, script, arguments, sentence):
+  refused(tmp_path, script, arguments, sentence)
+
+
+def test_demo_refuses_another_config(tmp_path):
+  sentence = "error: --config is 'cats'; it must be scenes or openmoji; usage: "
+  refused(tmp_path, "demo.sh", ["--config", "cats"], sentence)
+
+
+def refused(folder, script, arguments, sentence):
+  result = run("bash", str(ROOT / "launch" / script), *arguments, cwd=folder)
   assert result.returncode == 2
   assert result.stderr.startswith(sentence)
   assert result.stderr.count("\n") == 1
@@ -342,13 +354,16 @@ def test_demo_shows_its_usage(tmp_path):
   assert result.returncode == 0
   usage = "usage: bash launch/demo.sh [--config scenes|openmoji] [--workdir DIR] [--minutes N]\n"
   assert result.stdout.startswith(usage)
+  result = run("bash", str(ROOT / "launch" / "demo_instructions.sh"), "--help", cwd=tmp_path)
+  usage = "usage: bash launch/demo_instructions.sh [--workdir DIR] [--minutes N]\n"
+  assert result.stdout.startswith(usage)
 
 
 def test_every_config_of_the_demo_takes_minutes():
   script = (ROOT / "launch" / "demo.sh").read_text()
   names = re.search(r"\[--config (\S+)\]", script)[1].split("|")
   assert names == ["scenes", "openmoji"]
-  for name in names:
+  for name in (*names, "scenes_instruct"):
     short, long = (config_file.load(f"{ROOT}/ml_configs/{name}.py:{n}") for n in (2, 15))
     assert 0 < short.train.steps < long.train.steps
 
