@@ -5,7 +5,7 @@ import importlib.resources
 from typing import Annotated, Any
 
 from etils import epath
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, NonNegativeInt
 import pydantic.dataclasses
 import yaml
 
@@ -48,6 +48,8 @@ class InstructionsConfig:
   """Names of the tasks that are trained; (): all."""
   root: str = ""
   """Folder of the files of all tasks."""
+  max_records: NonNegativeInt = 0
+  """Most records of a task that are trained on, the first ones; 0: as many as the task says."""
   loss_on: LossOn = "all"
   """`all`: every token is a target, the instruction, too, as in the paper; `target`: the answer."""
   replay_share: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -23,6 +23,8 @@ from cm3leon_jax.shards import Runner, run_shards
 from cm3leon_jax.vocab import VocabLayout
 
 SPLITS = ("train", "heldout")
+# Fields of a task that are of the mixture and the samples.
+NOT_OF_STORES = ("weight", "cap", "loss_weight", "drop_instruction", "drop_all")
 
 
 def store_name(split: str, task: InstructionTask) -> str:
@@ -45,7 +47,7 @@ def open_task(
     UserError: naming the task: an unknown format or split, or a map that its records cannot have;
       see also `open_records`.
   """
-  name, number = task.train, task.records
+  name, number = task.train, min(filter(None, (task.records, config.max_records)), default=0)
   if split == "heldout":
     name, number = task.heldout, task.heldout_records
   try:
@@ -172,18 +174,13 @@ def encode_tasks(job: InstructionJob, inputs: dict, runner: Runner) -> dict[str,
 def identity(task: InstructionTask, job: InstructionJob) -> dict:
   """Returns what a store of a task depends on, beside the tokenizers."""
   fields = dataclasses.asdict(task)
-  for name in (
-    "weight",
-    "cap",
-    "loss_weight",
-    "drop_instruction",
-    "drop_all",
-  ):  # Of the mixture and the samples.
+  for name in NOT_OF_STORES:
     del fields[name]
   scenes = dataclasses.asdict(job.scenes) if task.format.startswith(SCENES) else {}
   for name in ("train", "bank"):  # Numbers of other scenes.
     scenes.pop(name, None)
-  return {"task": fields, "scenes": scenes, "root": job.config.root, "positions": job.positions}
+  of_config = {"root": job.config.root, "max_records": job.config.max_records}
+  return {"task": fields, "scenes": scenes, **of_config, "positions": job.positions}
 
 
 def digest_of(tasks: tuple[InstructionTask, ...]) -> str:

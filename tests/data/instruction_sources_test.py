@@ -41,9 +41,9 @@ ASK = {
 }
 
 
-def config_with(root, *tasks):
+def config_with(root, *tasks, **fields):
   config = default_config()
-  config.instructions.update({"own_tasks": tasks, "root": str(root)})
+  config.instructions.update({"own_tasks": tasks, "root": str(root), **fields})
   return settings_from_config(config).instructions
 
 
@@ -179,6 +179,21 @@ def test_only_the_first_records_of_a_split_are_read(tmp_path):
     assert [r.key for r in open_task(tmp_path, task)] == [str(i + 1) for i in range(trained)]
     assert len(open_task(tmp_path, task, "heldout")) == heldout
   assert len(open_task(tmp_path, {**ASK, "heldout": "val"}, "heldout")) == 4
+
+
+@pytest.mark.parametrize(
+  ("records", "most", "expected"), [(0, 2, 2), (3, 2, 2), (2, 4, 2), (0, 9, 5), (3, 0, 3)]
+)
+def test_a_config_may_read_fewer_records_of_every_task(tmp_path, records, most, expected):
+  write_lines(tmp_path / "asked/train.jsonl", *(line() for _ in range(5)))
+  write_lines(tmp_path / "asked/val.jsonl", *(line() for _ in range(4)))
+  config = config_with(tmp_path, {**ASK, "records": records}, max_records=most)
+  found = {
+    split: list(sources.open_task(config.own_tasks[0], split, config, ScenesConfig()))
+    for split in sources.SPLITS
+  }
+  assert len(found["train"]) == expected
+  assert len(found["heldout"]) == 4
 
 
 def test_a_wrong_line_after_the_first_records_is_not_read(tmp_path):
