@@ -146,6 +146,7 @@ REFUSED = [
   ("data", "read_threads", 0, POSITIVE),
   ("instructions", "own_tasks", 3, "a tuple of tasks, each a dict of its fields."),
   ("instructions", "only", (3,), "a valid string"),
+  ("instructions", "max_records", -1, NOT_NEGATIVE),
   ("instructions", "loss_on", "answer", "'all' or 'target'"),
   ("instructions", "replay_share", -0.1, NOT_NEGATIVE),
   ("instructions", "replay_share", 1.0, BELOW_1),
