@@ -153,8 +153,8 @@ def test_the_page_shows_numbers_examples_and_the_worst(done):
   page = (job.folder / evaluation_page.PAGE).read_text()
   for text in ("five drawings", "Worst by CLIP score", "best of two", "red apple", "a paper"):
     assert text in page
-  # Two sections of examples and two of the worst, five rows each, with the real image.
-  assert page.count("data:image/png") == 3 * 5 * 3
+  # A section of examples and three of the worst, five rows each, with the real image.
+  assert page.count("data:image/png") == 4 * 5 * 3
 
 
 def test_an_evaluation_equals_itself_and_differs_from_another(workdir, pipeline, done, tmp_path):

@@ -66,7 +66,7 @@ def commands_of_the_page():
   lines = re.findall(r"^\$G (.*)$", PAGE, re.MULTILINE)
   for line in lines:
     line = re.sub(r"\$'(.*?)'", lambda m: shlex.quote(m[1].replace("\\n", "\n")), line)
-    yield dict(flag.removeprefix("--").split("=", 1) for flag in shlex.split(line))
+    yield dict(flag.removeprefix("--").split("=", 1) for flag in shlex.split(line, comments=True))
 
 
 def test_prompts_of_the_page_are_right(layout):
@@ -77,5 +77,5 @@ def test_prompts_of_the_page_are_right(layout):
     fields.pop("guidance", None)
     numbers = {name: int(fields.pop(name)) for name in ("length", "retrieve") if name in fields}
     make_task(names[-1], {**fields, **numbers}).to_request(layout, CODES)
-  assert sorted(set(names)) == ["edit", "infill_text", "instruct", "text_to_image"]
-  assert len(names) == 7
+  assert sorted(set(names)) == ["edit", "infill_text", "instruct", "question", "text_to_image"]
+  assert len(names) == 9

@@ -58,6 +58,7 @@ def every_task(workdir, clip, image_file, tmp_path_factory):
     "infill_text": {"prompt": "a <mask> house <mask>.", "length": 7},
     "infill_image": {"image": image_file, "prompt": "red apple", "box": (2, 2, 6, 6)},
     "edit": {"image": image_file, "prompt": "blue"},
+    "instruct": {"image": image_file, "prompt": "blue <break> <image>"},
     "interleaved": {"prompt": "red apple", "length": 17},
     "unconditional": {},
   }
@@ -126,7 +127,9 @@ def test_records_say_how_a_sample_was_made(every_task):
   }
 
 
-@pytest.mark.parametrize("task", ["text_to_image", "infill_image", "edit", "unconditional"])
+@pytest.mark.parametrize(
+  "task", ["text_to_image", "infill_image", "edit", "instruct", "unconditional"]
+)
 def test_tasks_that_make_an_image(workdir, every_task, task):
   folder, records = every_task
   record = records[task]
