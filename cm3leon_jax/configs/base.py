@@ -57,3 +57,24 @@ def instruction_tuning(config: ml_collections.ConfigDict) -> ml_collections.Conf
   config.optimizer.update({"learning_rate": 5e-5, "warmup_steps": 150})
   config.train.update({"global_batch_size": 512, "steps": 14_305})  # 2M tokens a step, 30B in all.
   return config
+
+
+def scale_of(variant: str, name: str) -> float:
+  """Returns the steps of a demo's variant over those of 15 minutes; of `long` 1.
+
+  Args:
+    variant: number of minutes, or "long".
+    name: of the config.
+
+  Raises:
+    UserError: neither of the two.
+  """
+  try:
+    scale = 1.0 if variant == "long" else float(variant) / 15
+  except ValueError:
+    scale = 0.0
+  if scale <= 0:
+    raise UserError(
+      f"config variant '{variant}' of {name}.py must be a positive number of minutes, or 'long'."
+    )
+  return scale

@@ -9,7 +9,6 @@ neighbors of a finished run of minutes, for hours on two cores or minutes on a G
 explains both choices.
 """
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import base
 
 STEPS = {"vqgan": 1_200, "clip": 250, "train": 1_100}  # In 15 minutes.
@@ -17,14 +16,7 @@ LONG_STEPS = 2_000
 
 
 def get_config(variant: str = "15"):
-  try:
-    scale = 1.0 if variant == "long" else float(variant) / 15
-  except ValueError:
-    scale = 0.0
-  if scale <= 0:
-    raise UserError(
-      f"config variant '{variant}' of openmoji.py must be a positive number of minutes, or 'long'."
-    )
+  scale = base.scale_of(variant, "openmoji")
   steps = {stage: max(10, round(n * scale)) for stage, n in STEPS.items()}
   config = base.get_config()
   config.vocab.update({"num_special": 32, "text_size": 2_048, "image_size": 512})

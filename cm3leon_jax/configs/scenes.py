@@ -9,7 +9,6 @@ larger decoder. docs/design.md explains the choices, docs/retrieval_ablation.md 
 small decoder copy from its neighbors.
 """
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import base
 
 STEPS = {"vqgan": 2_000, "clip": 200, "train": 3_200}  # In 15 minutes.
@@ -17,14 +16,7 @@ LONG_STEPS = {"vqgan": 6_000, "clip": 250, "train": 4_000}
 
 
 def get_config(variant: str = "15"):
-  try:
-    scale = 1.0 if variant == "long" else float(variant) / 15
-  except ValueError:
-    scale = 0.0
-  if scale <= 0:
-    raise UserError(
-      f"config variant '{variant}' of scenes.py must be a positive number of minutes, or 'long'."
-    )
+  scale = base.scale_of(variant, "scenes")
   steps = (
     LONG_STEPS
     if variant == "long"

@@ -1,4 +1,4 @@
-"""Instruction tuning of the demo's model: it draws, edits, describes and answers as it is told.
+"""Instruction tuning of the demo's model: it draws, edits, describes and answers questions.
 
   bash launch/demo_instructions.sh
   python -m launch.train --config=ml_configs/scenes_instruct.py:15 \\
@@ -8,22 +8,13 @@ The variant is the time in minutes that all stages may take on two cores (defaul
 only the steps of the training. `long` trains for about an hour and a half, on more records.
 """
 
-from cm3leon_jax.config import UserError
-from cm3leon_jax.configs import scenes
+from cm3leon_jax.configs import base, scenes
 
 STEPS, LONG_STEPS = 1_600, 12_000
 
 
 def get_config(variant: str = "15"):
-  try:
-    scale = 1.0 if variant == "long" else float(variant) / 15
-  except ValueError:
-    scale = 0.0
-  if scale <= 0:
-    raise UserError(
-      f"config variant '{variant}' of scenes_instruct.py must be a positive number of minutes, or "
-      "'long'."
-    )
+  scale = base.scale_of(variant, "scenes_instruct")
   config = scenes.get_config("long")  # The model of the bundle.
   config.scenes.update({"train": 8_000})  # Of them some are replayed.
   config.instructions.update({"tasks": "scenes", "loss_on": "target", "replay_share": 0.1})

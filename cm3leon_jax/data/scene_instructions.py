@@ -288,7 +288,7 @@ def _mixed(config: ScenesConfig, rng: random.Random, equal: int) -> Scene:
 def _with_rare(config: ScenesConfig, scene: Scene, rng, all_of_them: bool) -> Scene:
   """Puts rare objects in any color in the place of the objects of one name, or of all names.
 
-  Of one, because a model that does not know the names of two could not tell which one is meant.
+  Of one, so that a model which does not know its name finds it by knowing the names of the others.
   """
   names = sorted(scene_questions.counts_of(scene))
   chosen = names if all_of_them else [rng.choice(names)]

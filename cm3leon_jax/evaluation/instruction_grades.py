@@ -49,11 +49,6 @@ class Answer:
   kept: bool | None = None
   score: float = 0.0
 
-  @property
-  def task(self) -> str:
-    """Returns the name of the task of `scene_instructions`."""
-    return self.record.facts["task"]
-
 
 def is_judged(task: InstructionTask) -> bool:
   """Returns whether answers to a task are judged exactly: those over scenes, with held-out ones."""
@@ -187,24 +182,24 @@ def summarize(answers: Sequence[Answer], num_resamples: int, seed: int) -> dict:
     {"right": {share, low, high, groups, effective_groups}}, and of images with parts that had to
     stay "kept".
   """
-  groups = [answer.record.group for answer in answers]
-
-  def share(values) -> dict:
-    found = intervals.mean_interval(values, np.ones(len(values)), groups, num_resamples, seed)
-    return {"share": found.pop("mean"), **found}
-
-  result = {"answers": len(answers), "right": share([a.right for a in answers])}
+  options = (answers, num_resamples, seed)
+  result = {"answers": len(answers), "right": _share([a.right for a in answers], *options)}
   if answers[0].kept is not None:
-    result["kept"] = share([a.kept for a in answers])
+    result["kept"] = _share([a.kept for a in answers], *options)
   return result
+
+
+def _share(values: Sequence, answers: Sequence[Answer], num_resamples: int, seed: int) -> dict:
+  """Averages a value of each answer: {share, low, high, groups, effective_groups}."""
+  groups = [answer.record.group for answer in answers]
+  found = intervals.mean_interval(values, np.ones(len(values)), groups, num_resamples, seed)
+  return {"share": found.pop("mean"), **found}
 
 
 def gain(after: Sequence[Answer], before: Sequence[Answer], num_resamples: int, seed: int) -> dict:
   """Computes how many more answers to the same records are right: {share, low, high, ...}."""
   values = [a.right - b.right for a, b in zip(after, before, strict=True)]
-  groups = [answer.record.group for answer in after]
-  found = intervals.mean_interval(values, np.ones(len(values)), groups, num_resamples, seed)
-  return {"share": found.pop("mean"), **found}
+  return _share(values, after, num_resamples, seed)
 
 
 def means(tables: dict[str, dict[str, dict]]) -> dict[str, dict[str, float]]:
