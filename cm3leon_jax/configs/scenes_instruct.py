@@ -25,6 +25,8 @@ def get_config(variant: str = "15"):
   config.train.update({"steps": steps, "global_batch_size": 4, "eval_batches": 16})
   config.train.update({"checkpoint_every": min(400, max(5, steps // 12))})
   config.train.update({"eval_every": max(5, steps // 8), "sample_every": max(5, steps // 3)})
-  if variant != "long":
+  if variant == "long":
+    config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "ema_decay": 0.998})
+  else:
     config.instructions.update({"max_records": 3_000})  # More are not read in so few steps.
   return config
