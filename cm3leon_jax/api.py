@@ -84,7 +84,8 @@ class CM3Leon:
 
     Args:
       workdir: folder of the run, local or in a bucket, whose training may still be going on; a
-        bundle of `launch.export --bundle`; or "scenes", the bundle that comes with the package.
+        bundle of `launch.export --bundle`; or the name of one that comes with the package, "scenes"
+        or "scenes-instruct".
       mesh: of `mesh.create_mesh`; default: parameters and batches are split over all devices.
       clip: folder of the Hugging Face CLIP, if it is not where the run's config has it.
       show_progress: shows a bar while samples are generated.
@@ -100,7 +101,7 @@ class CM3Leon:
     import jax
 
     from cm3leon_jax.decoding.generator import GeneratorConfig
-    from cm3leon_jax.export import weights
+    from cm3leon_jax.export import bundle, weights
     from cm3leon_jax.generation.pipeline import Pipeline
     from cm3leon_jax.mesh import MeshConfig, create_mesh
     from cm3leon_jax.retrieval.bank import load_clip
@@ -116,8 +117,9 @@ class CM3Leon:
       raise UserError(f"load has a wrong option: {error}") from error
     with jax.set_mesh(create_mesh(MeshConfig()) if mesh is None else mesh):
       params, step = load_params()
-      encoder = load_clip(os.fspath(clip or settings.retrieval.clip), workdir, settings.vocab)
-      pipeline = Pipeline.load(settings, workdir, params, encoder, **options)
+      folder = bundle.stages_folder(workdir)
+      encoder = load_clip(os.fspath(clip or settings.retrieval.clip), folder, settings.vocab)
+      pipeline = Pipeline.load(settings, folder, params, encoder, **options)
       return cls(workdir, pipeline, jax.sharding.get_mesh(), step, show_progress)
 
   def sample(

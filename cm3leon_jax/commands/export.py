@@ -6,13 +6,15 @@ transformers.AutoModelForCausalLM.from_pretrained("workdir/scenes/export") loads
 installed, the logits of the exported model on held-out documents are compared with those of this
 project.
 --bundle=DIR also writes decoder, tokenizers and CLIP in float16 to one folder, for CM3Leon.load
-and for --init_from of launch.train.
+and for --init_from of launch.train. With --base=OTHER it has the decoder alone: tokenizers, CLIP
+and bank are those of another bundle, which `launch.copy_tokenizers` copied from.
 """
 
 from absl import flags
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
+from cm3leon_jax.config import UserError
 from cm3leon_jax.io import write_json
 
 SAMPLES = 4
@@ -21,9 +23,14 @@ _BUNDLE = flags.DEFINE_string(
   "",
   "Folder of a bundle: all that generates images without the workdir.",
 )
+_BASE = flags.DEFINE_string(
+  "base",
+  "",
+  "Bundle with the tokenizers and CLIP of this run, which --bundle then leaves out.",
+)
 
 
-def _write_bundle(settings, workdir, folder: str) -> None:
+def _write_bundle(settings, workdir, folder: str, base: str) -> None:
   from cm3leon_jax.export import bundle, weights
   from cm3leon_jax.reports import summary
   from cm3leon_jax.training import checkpoint
@@ -33,14 +40,16 @@ def _write_bundle(settings, workdir, folder: str) -> None:
     cost["train_seconds"] += weights.seconds_before(workdir)
   with common.use_mesh(settings):
     params, step = checkpoint.load_params(workdir / "train", settings.model)
-    numbers = bundle.write(folder, workdir, settings, params, step, cost)
+    numbers = bundle.write(folder, workdir, settings, params, step, cost, base)
   print(f"export: bundle of step {step}, {numbers['bytes'] / 1e6:.1f} MB, in {folder}.", flush=True)
 
 
-def main(settings, workdir, bundle_folder: str = "") -> None:
+def main(settings, workdir, bundle_folder: str = "", base: str = "") -> None:
+  if base and not bundle_folder:
+    raise UserError(f"--base is {base}, and --bundle is not given: it acts on bundles alone.")
   _export(settings, workdir)
   if bundle_folder:
-    _write_bundle(settings, workdir, bundle_folder)
+    _write_bundle(settings, workdir, bundle_folder, base)
 
 
 def _export(settings, workdir) -> None:
@@ -84,4 +93,4 @@ def _export(settings, workdir) -> None:
 
 
 if __name__ == "__main__":
-  common.run(lambda settings, workdir: main(settings, workdir, _BUNDLE.value))
+  common.run(lambda settings, workdir: main(settings, workdir, _BUNDLE.value, _BASE.value))

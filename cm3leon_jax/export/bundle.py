@@ -4,6 +4,7 @@ It has the decoder in the Hugging Face layout (`huggingface.export`), vqgan/, cl
 text_tokenizer/, all weights in float16 (finer than bfloat16 for numbers of this size, and read by
 numpy), and bundle.json: settings, step, what the training cost, SHA-256 of every file. If the run
 retrieves from the split `bank` alone, it has that bank, too: documents/ and neighbors/.
+A bundle on a base has only a decoder; tokenizers, CLIP and bank are those of another bundle.
 """
 
 import dataclasses
@@ -27,8 +28,10 @@ from cm3leon_jax.tokenizers.vqgan import PARAMS as VQGAN_PARAMS
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 FILE = "bundle.json"
-INSTALLED = ("scenes",)  # Bundles that come with the package.
+INSTALLED = ("scenes", "scenes-instruct")  # Bundles that come with the package.
 TEXT_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+MODEL = ("params.safetensors", "config.json")
+FILES = {"text_tokenizer": TEXT_TOKENIZER, "vqgan": MODEL, "clip": MODEL}  # Of stages.
 AGAIN = "install cm3leon_jax again, or write the bundle again with `launch.export --bundle`"
 
 
@@ -45,6 +48,13 @@ def is_bundle(folder: epath.PathLike) -> bool:
   return (epath.Path(folder) / FILE).exists()
 
 
+def stages_folder(folder: epath.PathLike) -> epath.Path:
+  """Returns where tokenizers, CLIP and bank of a run or bundle are: its folder, or its base's."""
+  folder = epath.Path(folder)
+  base = read_json(folder / FILE).get("base") if is_bundle(folder) else None
+  return folder_of(base["name"]) if base else folder
+
+
 def write(
   folder: epath.PathLike,
   workdir: epath.PathLike,
@@ -52,6 +62,7 @@ def write(
   params: dict,
   step: int,
   cost: dict | None = None,
+  base: str = "",
 ) -> dict:
   """Writes a bundle of a run with a CLIP of its own; bundle.json comes last.
 
@@ -62,12 +73,15 @@ def write(
     params: of the decoder.
     step: of `params`.
     cost: of the run, see `reports.summary.cost`; None: unknown.
+    base: another bundle, see `folder_of`, that has the tokenizers and CLIP of the run: they are not
+      written again, and the bank is that of `base`. "": the bundle has all.
 
   Returns:
     {"files", "bytes"} of all files but bundle.json.
 
   Raises:
-    UserError: the run reads a Hugging Face CLIP, or a stage has not run.
+    UserError: the run reads a Hugging Face CLIP, a stage has not run, or `base` is no bundle or has
+      other tokenizers or another CLIP.
   """
   if settings.retrieval.clip:
     raise UserError(
@@ -76,15 +90,54 @@ def write(
     )
   folder, workdir = epath.Path(folder), epath.Path(workdir)
   texts = workdir / "text_tokenizer"
+  described_base, of_base = _base(base, workdir) if base else (None, settings)
   (folder / FILE).unlink(missing_ok=True)  # Half a bundle is none.
   huggingface.export(folder, params, settings.model, settings.vocab, texts, "float16")
   names = [huggingface.WEIGHTS, "config.json", "generation_config.json", *TEXT_TOKENIZER]
+  for part in (*FILES, "documents", "neighbors"):
+    if (folder / part).exists():
+      (folder / part).rmtree()  # Of a bundle that was here before.
+  if base:
+    settings = dataclasses.replace(settings, retrieval=of_base.retrieval)
+  else:
+    settings, of_bank = _write_bank(folder, workdir, settings)
+    names += of_bank + _write_stages(folder, workdir)
+  described = {
+    "settings": plain(dataclasses.asdict(settings)),
+    "step": step,
+    "cost": cost,
+    "base": described_base,
+    "digests": {name: digest(folder / name) for name in sorted(names)},
+  }
+  write_json(folder / FILE, described)
+  return {"files": len(names), "bytes": sum((folder / name).stat().length for name in names)}
+
+
+def _base(base: str, workdir: epath.Path) -> tuple[dict[str, str], Settings]:
+  """Returns name, digest and settings of the bundle `base`, whose tokenizers and CLIP a run has."""
+  folder = folder_of(base)
+  if not is_bundle(folder) or stages_folder(folder) != folder:
+    raise UserError(
+      f"--base is {base}; it must be a bundle with tokenizers and CLIP of its own: a folder that "
+      f"`python -m launch.export --bundle` wrote without --base, or {INSTALLED[0]}."
+    )
+  settings, _ = read(folder)
+  for stage, files in FILES.items():
+    for file in files:
+      if digest(workdir / stage / file) != digest(folder / stage / file):
+        raise UserError(
+          f"--base is {base}, whose {stage}/{file} is not that of {workdir}: name the bundle that "
+          "`python -m launch.copy_tokenizers` copied from, or leave --base out."
+        )
+  return {"name": base, "digest": str(digest(folder / FILE))}, settings
+
+
+def _write_stages(folder: epath.Path, workdir: epath.Path) -> list[str]:
+  """Writes tokenizers and CLIP of a run; returns the names of all files."""
   (folder / "text_tokenizer").mkdir(parents=True, exist_ok=True)
   for name in TEXT_TOKENIZER:
-    (folder / "text_tokenizer" / name).write_text((texts / name).read_text())
-    names.append(f"text_tokenizer/{name}")
-  settings, of_bank = _write_bank(folder, workdir, settings)
-  names += of_bank
+    text = (workdir / "text_tokenizer" / name).read_text()
+    (folder / "text_tokenizer" / name).write_text(text)
   for stage, cls, params_file in (
     ("vqgan", ImageTokenizer, VQGAN_PARAMS),
     ("clip", CLIP, CLIP_PARAMS),
@@ -94,15 +147,7 @@ def write(
     rounded = jax.tree.map(lambda x: np.asarray(x).astype(np.float16), model.params)
     parameters.save(folder / stage / params_file, rounded)
     (folder / stage / "config.json").write_text((workdir / stage / "config.json").read_text())
-    names += [f"{stage}/{params_file}", f"{stage}/config.json"]
-  described = {
-    "settings": plain(dataclasses.asdict(settings)),
-    "step": step,
-    "cost": cost,
-    "digests": {name: digest(folder / name) for name in sorted(names)},
-  }
-  write_json(folder / FILE, described)
-  return {"files": len(names), "bytes": sum((folder / name).stat().length for name in names)}
+  return [f"{stage}/{name}" for stage, names in FILES.items() for name in names]
 
 
 def _write_bank(
@@ -113,9 +158,6 @@ def _write_bank(
   Returns:
     The settings with exact search, since no index is copied, and the names of all files.
   """
-  for part in ("documents", "neighbors"):
-    if (folder / part).exists():
-      (folder / part).rmtree()
   if settings.retrieval.train_documents:
     return settings, []
   pairs = DocumentStore(workdir / "documents" / "bank_pairs", settings.vocab)
@@ -134,7 +176,10 @@ def _write_bank(
 
 
 def read(folder: epath.PathLike) -> tuple[Settings, int]:
-  """Reads settings and step of a bundle; raises UserError if a file is not the one written."""
+  """Reads settings and step of a bundle; raises UserError if a file is not the one written.
+
+  The files of its base are checked, too.
+  """
   folder = epath.Path(folder)
   stored = read_json(folder / FILE)
   for name, expected in stored["digests"].items():
@@ -142,11 +187,19 @@ def read(folder: epath.PathLike) -> tuple[Settings, int]:
     if found != expected:
       state = "is absent" if found is None else "has another content than the bundle was made with"
       raise UserError(f"{folder / name} {state} (SHA-256 {expected[:12]} expected): {AGAIN}.")
+  if base := stored.get("base"):
+    of_base = folder_of(base["name"])
+    if digest(of_base / FILE) != base["digest"]:
+      raise UserError(
+        f"{folder} is a bundle on the base {base['name']}, and {of_base / FILE} "
+        f"is absent or of another bundle: {AGAIN}."
+      )
+    read(of_base)
   return settings_from_stored(stored["settings"]), stored["step"]
 
 
 def about(folder: epath.PathLike) -> dict:
-  """Describes a bundle: {"bytes" of its files, "cost": as `write` got it, or None}."""
+  """Describes a bundle: {"bytes" of its own files, "cost": as `write` got it, or None}."""
   folder = epath.Path(folder)
   stored = read_json(folder / FILE)
   size = sum((folder / name).stat().length for name in stored["digests"])

@@ -10,9 +10,6 @@ from cm3leon_jax.export import bundle, huggingface
 from cm3leon_jax.io import digest, plain, write_json
 from cm3leon_jax.settings import Settings, settings_of_run
 
-MODEL = ("params.safetensors", "config.json")
-FILES = {"text_tokenizer": bundle.TEXT_TOKENIZER, "vqgan": MODEL, "clip": MODEL}
-
 
 def copy_tokenizers(settings: Settings, workdir: epath.PathLike, source: str) -> dict[str, str]:
   """Copies the stages of tokenizers and CLIP, and marks them as finished.
@@ -39,7 +36,8 @@ def copy_tokenizers(settings: Settings, workdir: epath.PathLike, source: str) ->
       "that it was exported from, or a folder that `launch.export --bundle` wrote."
     )
   trained = bundle.read(folder)[0] if is_bundle else settings_of_run(folder)
-  names = [name for name in FILES if name != "clip" or stages.own_clip(settings)]
+  folder = bundle.stages_folder(folder)
+  names = [name for name in bundle.FILES if name != "clip" or stages.own_clip(settings)]
   digests = {name: _digest(source, folder, name) for name in names}
   for name in names:
     ours, theirs = plain(stages.identity(settings, name)), plain(stages.identity(trained, name))
@@ -62,7 +60,7 @@ def copy_tokenizers(settings: Settings, workdir: epath.PathLike, source: str) ->
     if done.exists():
       continue
     (workdir / name).mkdir(parents=True, exist_ok=True)
-    for file in FILES[name]:
+    for file in bundle.FILES[name]:
       (workdir / name / file).write_bytes((folder / name / file).read_bytes())
     config = {**stages.identity(settings, name), "inputs": {"init_from": digests[name]}}
     summary = {"copied_from": source}
@@ -72,8 +70,8 @@ def copy_tokenizers(settings: Settings, workdir: epath.PathLike, source: str) ->
 
 def _digest(source: str, folder: epath.Path, name: str) -> str:
   """Returns a digest of the files of a stage."""
-  found = [digest(folder / name / file) for file in FILES[name]]
-  for file, value in zip(FILES[name], found):
+  found = [digest(folder / name / file) for file in bundle.FILES[name]]
+  for file, value in zip(bundle.FILES[name], found):
     if value is None:
       raise UserError(
         f"--init_from is {source}, which has no {name}/{file}: name the workdir of a run, or a "

@@ -127,7 +127,7 @@ def _exported_config(folder: epath.Path) -> dict[str, dict]:
 
 def other_tokenizers(source: str, workdir: epath.PathLike) -> list[str]:
   """Returns those of the tokenizers of `source` that are not the tokenizers of a workdir."""
-  folder, workdir = bundle.folder_of(source), epath.Path(workdir)
+  folder, workdir = bundle.stages_folder(bundle.folder_of(source)), epath.Path(workdir)
   text, image = "text_tokenizer/tokenizer.json", "vqgan/params.safetensors"
   pairs = [
     ("text tokenizer", folder / text, workdir / text),

@@ -82,6 +82,64 @@ def test_it_has_the_bank_of_a_run_that_retrieves_from_nothing_else(run, tmp_path
   assert not (epath.Path(folder) / "documents").exists()
 
 
+@pytest.fixture(scope="module")
+def tuned(run, bundled, tmp_path_factory):
+  """The run with the tokenizers and CLIP of its bundle, as `copy_tokenizers` copies them."""
+  folder = epath.Path(tmp_path_factory.mktemp("tuned")) / "run"
+  shutil.copytree(run, folder)
+  for stage, names in bundle.FILES.items():
+    for name in names:
+      (bundled / stage / name).copy(folder / stage / name, overwrite=True)
+  return folder
+
+
+def test_a_bundle_on_a_base_generates_what_a_whole_one_does(tuned, bundled, tmp_path):
+  whole, based = epath.Path(tmp_path / "whole"), epath.Path(tmp_path / "based")
+  models = []
+  with one_device() as mesh:
+    params, step = checkpoint.load_params(tuned / "train", SETTINGS.model)
+    bundle.write(whole, tuned, SETTINGS, params, step)
+    shutil.copytree(whole, based)
+    bundle.write(based, tuned, SETTINGS, params, step, base=str(bundled))
+    for folder in (whole, based):
+      models.append(CM3Leon.load(folder, mesh=mesh))
+  assert {path.parent for path in files(based)} == {based}
+  assert {path.relative_to(based) for path in files(based)} < {
+    path.relative_to(whole) for path in files(whole)
+  }
+  [expected], [sample] = (model.generate("a red bell", seed=1) for model in models)
+  np.testing.assert_array_equal(sample.tokens, expected.tokens)
+  assert sample.clip_score == expected.clip_score
+  with one_device():
+    found, step = weights.of_run(based)[2]()
+  assert found.keys() == params.keys()
+  assert step == 7
+  assert weights.other_tokenizers(str(based), tuned) == []
+  with pytest.raises(config.UserError, match="must be a bundle with tokenizers and CLIP of its"):
+    bundle.write(tmp_path / "third", tuned, SETTINGS, {}, 7, base=str(based))
+
+
+def test_a_base_of_other_tokenizers_is_refused_and_nothing_is_written(run, bundled, tmp_path):
+  """Those of the run have not been rounded."""
+  with pytest.raises(config.UserError, match=r"whose vqgan/params\.safetensors is not that of"):
+    bundle.write(tmp_path / "based", run, SETTINGS, {}, 7, base=str(bundled))
+  assert not (tmp_path / "based").exists()
+
+
+def test_another_base_than_the_one_named_is_refused(tuned, bundled, tmp_path):
+  base, based = tmp_path / "base", tmp_path / "based"
+  shutil.copytree(bundled, base)
+  with one_device():
+    params, step = checkpoint.load_params(tuned / "train", SETTINGS.model)
+    bundle.write(based, tuned, SETTINGS, params, step, base=str(base))
+    bundle.write(base, tuned, SETTINGS, params, step + 1)
+  with pytest.raises(config.UserError, match=r"is a bundle on the base .* is absent or of another"):
+    CM3Leon.load(based)
+  shutil.rmtree(base)
+  with pytest.raises(config.UserError, match=r"is a bundle on the base .* is absent or of another"):
+    CM3Leon.load(based)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "clip/params.safetensors", "config.json"])
 def test_a_file_of_another_content_is_refused_by_name(bundled, tmp_path, name):
   changed = epath.Path(tmp_path / "changed")
