@@ -23,6 +23,7 @@ from cm3leon_jax.retrieval.neighbors import RetrievalConfig
 from cm3leon_jax.tokenizers.text import TextTokenizerConfig
 from cm3leon_jax.tokenizers.vqgan import VQGANConfig
 from cm3leon_jax.training.optimizer import OptimizerConfig
+from cm3leon_jax.training.policy import ReinforceConfig
 from cm3leon_jax.training.train import TrainConfig
 from cm3leon_jax.vocab import VocabLayout
 
@@ -46,6 +47,7 @@ class Settings:
   mesh: MeshConfig
   optimizer: OptimizerConfig
   train: TrainConfig
+  reinforce: ReinforceConfig
   sampling: SamplingConfig
   evaluation: EvaluationConfig
 

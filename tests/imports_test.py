@@ -23,6 +23,7 @@ MAY_IMPORT = {
   "decoding": {"models", "mesh", "vocab", "config", "xla_options", "positions"},
   "generation": BASE | {"decoding", "retrieval", "clip", "tokenizers", "data"},
   "evaluation": BASE | CORE,
+  "reinforcement": BASE | CORE | {"evaluation"},
   "reports": BASE | CORE | {"settings", "evaluation"},
   "export": BASE | CORE | {"settings"},
   "planning": BASE | CORE,

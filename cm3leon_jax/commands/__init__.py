@@ -17,6 +17,7 @@ COMMANDS = (
   "grade_instructions",
   "score",
   "export",
+  "reinforce",
   "report",
   "aot_compile",
 )

@@ -27,7 +27,10 @@ _TOPOLOGY = flags.DEFINE_string(
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "Number of slices.", lower_bound=1)
 _PROGRAM = flags.DEFINE_enum(
-  "program", "train", ["train", "evaluate", "decode", "all"], "Which program to compile."
+  "program",
+  "train",
+  ["train", "evaluate", "decode", "all", "reinforce"],
+  "Which program to compile; `all` are the first three.",
 )
 _BATCH = flags.DEFINE_integer(
   "batch_per_device",
@@ -81,12 +84,24 @@ def _evaluate_report(topology, settings, mesh) -> dict:
   return report
 
 
-def _model_numbers(settings, mesh, rows: int) -> dict:
+def _reinforce_report(topology, settings, mesh, prompt: int) -> dict:
+  """Reports the update of `launch.reinforce`; its samples are drawn by the decoder's programs."""
+  from cm3leon_jax.planning import programs
+  from cm3leon_jax.planning.report import compile_report
+
+  length = prompt + settings.vqgan.image_tokens - 1
+  rows = 2 * settings.train.global_batch_size
+  numbers = _model_numbers(settings, mesh, rows, length)
+  numbers["model_flops"] *= 4 / 3  # And a forward pass of the first parameters.
+  return {**numbers, **compile_report(programs.policy_step(settings, mesh, prompt), topology)}
+
+
+def _model_numbers(settings, mesh, rows: int, length: int = 0) -> dict:
   """Counts parameters, and tokens and model FLOPs of a train step of `rows` rows."""
   from cm3leon_jax.planning import programs
   from cm3leon_jax.training.flops import model_flops
 
-  length = settings.data.sequence_length
+  length = length or settings.data.sequence_length
   return {
     "parameters": programs.count_params(settings, mesh),
     "tokens": rows * length,
@@ -168,6 +183,11 @@ def main(settings) -> None:
       title = f"held-out loss on {where}; {train.micro_batch_size} rows of {length}"
       reports["evaluate"] = _evaluate_report(topology, settings, mesh)
       print(table(title, reports["evaluate"]), flush=True)
+    if _PROGRAM.value == "reinforce":
+      prompt = _DECODE_POSITIONS.value - settings.vqgan.image_tokens
+      title = f"reinforce step on {where}; {train.global_batch_size} images of two streams"
+      reports["reinforce"] = _reinforce_report(topology, settings, mesh, prompt)
+      print(table(title, reports["reinforce"]), flush=True)
     if _PROGRAM.value in ("decode", "all"):
       reports |= _decode_reports(topology, settings, mesh)
       batch = f"{_DECODE_BATCH.value} prompts of two streams, {_DECODE_POSITIONS.value} positions"

@@ -153,10 +153,18 @@ def look_at_rows(plan: RowPlan) -> dict:
   return statistics
 
 
-def _begin(settings: Settings, workdir, init_from: str) -> tuple[dict, Weights | None]:
+def begin(
+  settings: Settings, workdir, init_from: str, more: dict | None = None
+) -> tuple[dict, Weights | None]:
   """Checks that the run in `workdir` is this one, and writes its config.
 
   All processes must call it.
+
+  Args:
+    settings: settings of the config.
+    workdir: folder of the run.
+    init_from: what it starts from; "": random parameters, or what it began from.
+    more: what the run depends on beside `stages.run_config`.
 
   Returns:
     What the run depends on, and the parameters that it starts from; None: random ones.
@@ -169,7 +177,7 @@ def _begin(settings: Settings, workdir, init_from: str) -> tuple[dict, Weights |
 
   path = workdir / "train" / "config.json"
   with distributed.together():  # No process writes before all have read.
-    config = stages.run_config(settings, workdir, "train")
+    config = stages.run_config(settings, workdir, "train") | (more or {})
     stored = read_json(path)["run"] if path.exists() else None
   start = weights.start_of_run(settings, workdir, init_from, stored)
   if start is not None:
@@ -214,7 +222,7 @@ def _initial_params(settings: Settings, workdir, start: Weights | None):
   )
 
 
-def _machine() -> str:
+def machine() -> str:
   """Describes what trains: "2 CPU cores", which this process may use, or "8 x TPU v5"."""
   import jax
 
@@ -238,12 +246,12 @@ def main(
   from cm3leon_jax.generation.heldout import sample_grids
   from cm3leon_jax.training.monitor import change_line
   from cm3leon_jax.training.profile import parse_steps
-  from cm3leon_jax.training.train import train
+  from cm3leon_jax.training.train import Rows, train
 
   traced = parse_steps(profile_steps, settings.train.steps)
   options = {"profile_steps": profile_steps, "debug_nans": debug_nans, "init_from": init_from}
   distributed.check_same_config({**dataclasses.asdict(settings), **options})
-  config, start = _begin(settings, workdir, init_from)
+  config, start = begin(settings, workdir, init_from)
   folder = workdir / "train"
   done = folder / stages.DONE
   redo = done.exists() and read_json(done)["summary"]["steps"] < settings.train.steps
@@ -266,8 +274,8 @@ def main(
     sections = (settings.model, settings.optimizer, settings.train, settings.vocab)
     initial_params = _initial_params(settings, workdir, start)
     options = (settings.seed, generate_grid, traced, initial_params, start is not None)
-    result = train(folder, *sections, loader, heldout, *options)
-    summary.update(result, machine=_machine())
+    result = train(folder, *sections, Rows(loader), heldout, *options)
+    summary.update(result, machine=machine())
     loss = f"held-out image loss {result['heldout_image_loss']:.3f} nats per code"
     distributed.print_once(f"train: {result['steps']} steps, {loss}.")
     if before := result.get("heldout_before"):

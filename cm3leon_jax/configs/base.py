@@ -59,22 +59,24 @@ def instruction_tuning(config: ml_collections.ConfigDict) -> ml_collections.Conf
   return config
 
 
-def scale_of(variant: str, name: str) -> float:
+def scale_of(variant: str, name: str, has_long: bool = True) -> float:
   """Returns the steps of a demo's variant over those of 15 minutes; of `long` 1.
 
   Args:
     variant: number of minutes, or "long".
     name: of the config.
+    has_long: whether the config has the variant "long".
 
   Raises:
     UserError: neither of the two.
   """
   try:
-    scale = 1.0 if variant == "long" else float(variant) / 15
+    scale = 1.0 if has_long and variant == "long" else float(variant) / 15
   except ValueError:
     scale = 0.0
   if scale <= 0:
+    other = ", or 'long'" if has_long else ""
     raise UserError(
-      f"config variant '{variant}' of {name}.py must be a positive number of minutes, or 'long'."
+      f"config variant '{variant}' of {name}.py must be a positive number of minutes{other}."
     )
   return scale

@@ -228,7 +228,7 @@ class Pipeline:
     """
     given = check_tasks(self.layout, tasks, self.bank) if given is None else given
     neighbors = self.retrieve(tasks)
-    requests = self._requests(tasks, given, neighbors)
+    requests = self.requests(tasks, given, neighbors)
     alike = {}  # Tasks whose samples may share a batch.
     for i, task in enumerate(tasks):
       kind = (task.name, task.retrieve, task.sampling, len(requests[i].streams))
@@ -323,7 +323,16 @@ class Pipeline:
       embedded["text"] = iter(lexical.join(self.clip.embed_texts(texts), values["text"]))
     return np.stack([next(embedded[kind]) for kind, _ in queries])
 
-  def _requests(self, tasks, given: dict, neighbors) -> list[Request]:
+  def requests(
+    self, tasks: Sequence[Task], given: dict, neighbors: Sequence[Sequence[Document]]
+  ) -> list[Request]:
+    """Returns the request of each task.
+
+    Args:
+      tasks: of any kinds.
+      given: result of `check_tasks`.
+      neighbors: of each task, best first.
+    """
     codes = {}
     if given:
       codes = dict(zip(given, self.image_tokenizer.encode(np.stack(list(given.values())))))

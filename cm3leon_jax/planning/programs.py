@@ -18,6 +18,7 @@ from cm3leon_jax.decoding.generator import GeneratorConfig
 from cm3leon_jax.decoding.params import prepare
 from cm3leon_jax.mesh import abstract, batch_shards, spec
 from cm3leon_jax.models import transformer
+from cm3leon_jax.training import policy
 from cm3leon_jax.training.train import check_batch, compile_steps
 
 
@@ -39,6 +40,46 @@ def train_step(settings, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     steps, state = _steps(settings, mesh)
     batch = _batch(settings, mesh, settings.train.global_batch_size)
     return steps.train.lower(state, batch, num_sources=num_sources(settings, "train"))
+
+
+def policy_step(settings, mesh: jax.sharding.Mesh, prompt: int) -> jax.stages.Lowered:
+  """Lowers the update of `launch.reinforce` on `mesh`: images for captions, two streams each.
+
+  Args:
+    settings: settings of the config; `train.global_batch_size` counts samples.
+    mesh: mesh that the program runs on.
+    prompt: tokens of a prompt.
+
+  Raises:
+    UserError: the mesh cannot split the batch.
+  """
+  with jax.set_mesh(mesh):
+    _, state = _steps(settings, mesh)
+    reference = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, settings.model.dtype, sharding=x.sharding),
+      state.params,
+    )
+    samples, codes = settings.train.global_batch_size, settings.vqgan.image_tokens
+    rows = (2 * samples, prompt + codes - 1)
+
+    def array(shape, dtype=np.int32):
+      sharding = NamedSharding(mesh, spec("batch", *[None] * (len(shape) - 1)))
+      return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    rollout = policy.Rollout(
+      *[array(rows)] * 3,
+      array((samples, codes)),
+      array((samples, codes, 2), np.float32),
+      array((samples,), np.float32),
+    )
+    step = policy.compile_step(
+      settings.model,
+      settings.optimizer,
+      settings.reinforce,
+      settings.train.steps,
+      settings.vocab.text_size,
+    )
+    return step.lower(state, reference, rollout)
 
 
 class Evaluation(NamedTuple):

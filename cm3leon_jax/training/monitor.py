@@ -53,6 +53,8 @@ def step_line(step: int, steps: int, values: dict, devices: int, left: float | N
     step 120/1,100 | loss 3.412 image 3.301 text 4.127 | grad 0.871 | lr 4.90e-03 |
     2,310 tokens/s/device | MFU - | 0:05:12 left
 
+  Where samples were scored, `reward 0.812 spread 0.241 kl 0.013` stands in place of the loss.
+
   Args:
     step: its number.
     steps: number of steps of the run.
@@ -63,9 +65,13 @@ def step_line(step: int, steps: int, values: dict, devices: int, left: float | N
   rate = f"{values['tokens_per_second'] / devices:,.0f}" if "tokens_per_second" in values else "-"
   mfu = f"{100 * values['mfu']:.1f}%" if "mfu" in values else "-"
   time_left = "-" if left is None else str(datetime.timedelta(seconds=round(left)))
+  learned = (
+    f"loss {values['loss']:.3f} image {values['image_loss']:.3f} text {values['text_loss']:.3f}"
+  )
+  if "reward" in values:
+    learned = " ".join(f"{name} {values[name]:.3f}" for name in ("reward", "spread", "kl"))
   return (
-    f"step {step:,}/{steps:,} | loss {values['loss']:.3f} image {values['image_loss']:.3f} "
-    f"text {values['text_loss']:.3f} | grad {values['grad_norm']:.3f} | "
+    f"step {step:,}/{steps:,} | {learned} | grad {values['grad_norm']:.3f} | "
     f"lr {values['learning_rate']:.2e} | {rate} tokens/s/device | MFU {mfu} | {time_left} left"
   )
 

@@ -1,12 +1,12 @@
 """The training loop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
 import itertools
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 from etils import epath
 import jax
@@ -145,6 +145,61 @@ def compile_steps(
   )
 
 
+@runtime_checkable
+class Objective(Protocol):
+  """What a run learns from.
+
+  Attributes:
+    names: of the sources that a batch is marked with, whose losses are logged.
+    length: tokens of a row of the batch.
+  """
+
+  names: Sequence[str]
+
+  @property
+  def length(self) -> int:
+    """Tokens of a row of the batch."""
+
+  def begin(
+    self, steps: Steps, next_row: int, rows: int, sharding: NamedSharding
+  ) -> tuple[Callable, Iterator]:
+    """Begins at a row.
+
+    Args:
+      steps: of the run.
+      next_row: first row.
+      rows: of a step.
+      sharding: of the rows of a batch.
+
+    Returns:
+      `take_step(state, batch)`, which returns the new state and metrics, and the batches.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """The objective of pretraining and of tuning: cross-entropy of the rows of a loader."""
+
+  loader: RowLoader
+
+  @property
+  def names(self) -> Sequence[str]:
+    """Names of the loader's sources."""
+    return self.loader.source_names
+
+  @property
+  def length(self) -> int:
+    """Tokens of a row."""
+    return self.loader.plan.config.sequence_length
+
+  def begin(
+    self, steps: Steps, next_row: int, rows: int, sharding: NamedSharding
+  ) -> tuple[Callable, Iterator]:
+    """See `Objective`."""
+    take_step = functools.partial(steps.train, num_sources=len(self.names))
+    return take_step, batches(self.loader, next_row, rows, sharding)
+
+
 def heldout_batches(heldout: RowLoader, config: TrainConfig, sharding) -> list:
   """Reads the rows of `eval_batches` global batches, in batches of the micro-batch size."""
   count = config.eval_batches * config.gradient_accumulation_steps
@@ -278,7 +333,7 @@ def _check_end(step: int, steps: int, folder: epath.Path) -> None:
 
 def train(
   folder: epath.Path, model: ModelConfig, optimizer_config: OptimizerConfig, config: TrainConfig,
-  vocab: VocabLayout, loader: RowLoader, heldout: RowLoader, seed: int,
+  vocab: VocabLayout, objective: Objective, heldout: RowLoader, seed: int,
   sample_grid: Callable[[dict, int], Any] | None = None, profile_steps: range = range(0),
   initial_params: Callable[[], dict] | None = None, evaluate_start: bool = False,
 ) -> dict:  # fmt: skip
@@ -290,7 +345,7 @@ def train(
     optimizer_config: AdamW and its schedule over `config.steps`.
     config: length of the run, and how often it saves, evaluates and samples.
     vocab: separates image codes from text.
-    loader: rows for training.
+    objective: what is learned, `Rows` or `reinforcement.rollouts.Rollouts`.
     heldout: rows for the held-out loss, see `DataConfig.for_heldout`.
     seed: of the parameters.
     sample_grid: (params, step) -> grid, a PIL image or None; called every `sample_every` steps
@@ -315,14 +370,13 @@ def train(
     checkpoints = Checkpoints(folder, config.keep_checkpoints)
     newest, state, next_row = _restore(checkpoints, steps, initial_params)
     heldout_losses = _heldout_losses(steps, heldout, config, sharding)
-    take_step = functools.partial(steps.train, num_sources=len(loader.source_names))
-    data = batches(loader, next_row, config.global_batch_size, sharding)
+    take_step, data = objective.begin(steps, next_row, config.global_batch_size, sharding)
     schedule = learning_rate_schedule(optimizer_config, config.steps)
-    length = loader.plan.config.sequence_length
     with distributed.together():
       monitor = open_monitor(
-        folder, model, config, schedule, length, newest, watch, profile_steps, loader.source_names
-      )
+        folder, model, config, schedule, objective.length, newest, watch, profile_steps,
+        objective.names,
+      )  # fmt: skip
     with StopSignal(mesh) as stop, monitor:
       before = _evaluate_start(state, newest, heldout_losses, monitor) if evaluate_start else {}
       state, next_row, losses = _run_steps(

@@ -1,0 +1,122 @@
+"""Learns from rewards: draws images for prompts, scores them, makes the better ones more likely.
+
+  C="--config=ml_configs/scenes_reinforce.py --workdir=workdir/reinforced"
+  python -m launch.copy_tokenizers $C --init_from=workdir/scenes_instruct
+  python -m launch.encode_instructions $C
+  python -m launch.reinforce $C --init_from=workdir/scenes_instruct
+
+The prompts are training records of the tasks of config.reinforce; no image of them is seen. A judge
+of scenes, or CLIP, scores the images (GRPO, https://arxiv.org/abs/2402.03300). The result is a run
+like that of launch.train, and the same command continues it. Before the first step and after the
+last one it prints the reward of held-out prompts, how much their samples differ, and the held-out
+loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from cm3leon_jax import stages
+from cm3leon_jax.commands import common
+from cm3leon_jax.commands import train as train_command
+from cm3leon_jax.commands.init_from_flag import INIT_FROM
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json
+
+
+def _objective(settings, workdir, reference):
+  """Makes the objective of the run."""
+  from cm3leon_jax.generation.pipeline import Pipeline
+  from cm3leon_jax.generation.tasks import PromptLayout
+  from cm3leon_jax.reinforcement import rewards, rollouts
+  from cm3leon_jax.retrieval.bank import load_clip
+  from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+
+  reward = rewards.reward_of(settings.reinforce.reward, rollouts.image_tasks(settings))
+  needed = settings.train.steps * settings.train.global_batch_size // settings.reinforce.samples
+  layout = PromptLayout.load(settings, workdir)
+  prompts = rollouts.read_prompts(settings, layout, "train", needed)
+  clip = None
+  if settings.reinforce.reward == "clip":
+    clip = load_clip(settings.retrieval.clip, workdir, settings.vocab)
+  pipeline_of = functools.partial(
+    Pipeline,
+    settings=settings,
+    layout=layout,
+    image_tokenizer=ImageTokenizer.load(workdir / "vqgan"),
+    clip=clip,
+    batch_size=settings.train.global_batch_size,
+  )
+  return rollouts.Rollouts(settings, prompts, pipeline_of, reward, reference)
+
+
+def _scores(settings, workdir, objective, reference) -> tuple[dict, dict]:
+  """Scores held-out prompts by the first parameters and by those of the run."""
+  from cm3leon_jax import distributed
+  from cm3leon_jax.generation.tasks import PromptLayout
+  from cm3leon_jax.reinforcement import rollouts
+  from cm3leon_jax.training import checkpoint
+
+  layout, count = PromptLayout.load(settings, workdir), settings.reinforce.heldout_prompts
+  prompts = rollouts.read_prompts(settings, layout, "heldout", count)
+  params, _ = checkpoint.load_params(workdir / "train", settings.model)
+  after = objective.measure(params, prompts)
+  before = objective.measure(reference, prompts)
+  shown = ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in before)
+  distributed.print_once(f"reinforce: {len(prompts)} held-out prompts before -> after: {shown}")
+  return before, after
+
+
+def main(settings, workdir, init_from: str = "") -> None:
+  import jax
+
+  from cm3leon_jax import distributed
+  from cm3leon_jax.export import weights
+  from cm3leon_jax.training.monitor import change_line
+  from cm3leon_jax.training.train import train
+
+  distributed.check_same_config({**dataclasses.asdict(settings), "init_from": init_from})
+  if not settings.instructions.any:
+    raise UserError("config.instructions has no tasks, whose records are the prompts: name some.")
+  if not init_from and not (workdir / "train" / "config.json").exists():
+    raise UserError("name the run that learns from rewards: --init_from=workdir/scenes_instruct")
+  more = {"reinforce": dataclasses.asdict(settings.reinforce)}
+  config, start = train_command.begin(settings, workdir, init_from, more)
+  if start is None:
+    raise UserError(f"{workdir / 'train'} is a run from random parameters: use another --workdir.")
+  folder = workdir / "train"
+  done = folder / stages.DONE
+  redo = done.exists() and read_json(done)["summary"]["steps"] < settings.train.steps
+  stage = stages.once(
+    folder, config, redo, writes=distributed.is_first(), together=distributed.together
+  )
+  with common.use_mesh(settings), stage as summary:
+    if summary is None:
+      return
+    common.keep_compiled(workdir)
+    heldout = train_command.open_rows(settings, workdir, "heldout")
+    reference = jax.tree.map(
+      lambda x: x.astype(settings.model.dtype), weights.load(start, settings)
+    )
+    objective = _objective(settings, workdir, reference)
+    sections = (settings.model, settings.optimizer, settings.train, settings.vocab)
+    result = train(
+      folder,
+      *sections,
+      objective,
+      heldout,
+      settings.seed,
+      initial_params=functools.partial(weights.load, start, settings),
+      evaluate_start=True,
+    )
+    summary.update(result, machine=train_command.machine())
+    if before := result.get("heldout_before"):
+      distributed.print_once(change_line(before, {name: result[name] for name in before}))
+    summary["scores_before"], summary["scores"] = _scores(settings, workdir, objective, reference)
+
+
+if __name__ == "__main__":
+  common.run(
+    lambda settings, workdir: main(settings, workdir, INIT_FROM.value), several_processes=True
+  )

@@ -1,0 +1,26 @@
+"""Learning from the judge: the tuned model of scenes draws, and what the judge finds right counts.
+
+  python -m launch.reinforce --config=ml_configs/scenes_reinforce.py \\
+    --workdir=workdir/reinforced --init_from=workdir/scenes_instruct
+
+The variant is the time in minutes that `launch.reinforce` may take on two cores (default 30); it
+scales only the steps.
+"""
+
+from cm3leon_jax.configs import base, scenes_instruct
+
+STEPS = 125  # In 15 minutes.
+
+
+def get_config(variant: str = "30"):
+  steps = max(4, round(STEPS * base.scale_of(variant, "scenes_reinforce", has_long=False)))
+  config = scenes_instruct.get_config()
+  # Of the run's own tasks only held-out records are read as rows.
+  config.instructions.update({"max_records": 50, "replay_share": 0.0})
+  config.optimizer.update({"name": "adamw", "learning_rate": 3e-4, "warmup_steps": 10})
+  config.optimizer.update({"weight_decay": 0.0, "ema_decay": 0.9})
+  config.train.update({"steps": steps, "global_batch_size": 64, "log_every": 5})
+  config.train.update({"eval_every": max(2, steps // 5), "eval_batches": 4})
+  config.train.update({"checkpoint_every": max(2, steps // 10)})
+  config.reinforce.update({"tasks": ("draw",), "samples": 8})
+  return config

@@ -1,0 +1,48 @@
+"""Rewards: scores of generated images, which `launch.reinforce` raises."""
+
+# B samples.
+
+from collections.abc import Callable, Sequence
+
+from jaxtyping import Float32
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.instruction_records import Record
+from cm3leon_jax.data.instruction_tasks import InstructionTask
+from cm3leon_jax.evaluation import scene_answers
+from cm3leon_jax.evaluation.instruction_grades import is_judged
+from cm3leon_jax.generation.pipeline import Sample
+
+# (what was asked, samples) -> scores; higher is better.
+Reward = Callable[[Sequence[Record], Sequence[Sample]], Float32[np.ndarray, " B"]]
+
+
+def judged(records: Sequence[Record], samples: Sequence[Sample]) -> Float32[np.ndarray, " B"]:
+  """Returns the share of the kinds of facts that hold; 1: the image is wholly right."""
+  images = np.stack([sample.segments[0] for sample in samples])
+  verdicts = scene_answers.judge_images(records, images)
+  return np.array([np.mean(list(v.holds.values())) for v in verdicts], np.float32)
+
+
+def clip_scores(records: Sequence[Record], samples: Sequence[Sample]) -> Float32[np.ndarray, " B"]:
+  """Returns the cosines of images and captions."""
+  del records
+  return np.array([sample.clip_score for sample in samples], np.float32)
+
+
+def reward_of(kind: str, tasks: Sequence[InstructionTask]) -> Reward:
+  """Returns the reward of a kind, see `ReinforceConfig.reward`.
+
+  Raises:
+    UserError: it cannot score a task.
+  """
+  if kind == "clip":
+    return clip_scores
+  for task in tasks:
+    if not is_judged(task):
+      raise UserError(
+        f"config.reinforce.reward is 'judge', and task {task.name} has the format {task.format}: "
+        "only tasks over scenes are judged; 'clip' scores any caption."
+      )
+  return judged

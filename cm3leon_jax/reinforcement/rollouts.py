@@ -1,0 +1,267 @@
+"""The objective of `launch.reinforce`: samples of the policy itself, and their rewards."""
+
+# N prompts, G samples of each, B = N x G, I codes of an image.
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import itertools
+from typing import NamedTuple
+
+from jaxtyping import Int32
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import instruction_sources
+from cm3leon_jax.data.instruction_config import load_tasks
+from cm3leon_jax.data.instruction_records import Record
+from cm3leon_jax.data.instruction_tasks import InstructionTask
+from cm3leon_jax.decoding.request import Request
+from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.evaluation.instruction_grades import prompt_of
+from cm3leon_jax.generation.pipeline import Pipeline, Sample, check_tasks
+from cm3leon_jax.generation.tasks import PromptLayout
+from cm3leon_jax.positions import positions_of
+from cm3leon_jax.reinforcement.rewards import Reward
+from cm3leon_jax.training import policy
+
+
+class Prompt(NamedTuple):
+  """A record that the policy is asked for."""
+
+  task: InstructionTask
+  record: Record
+
+
+def image_tasks(settings) -> list[InstructionTask]:
+  """Returns the tasks of `config.reinforce`.
+
+  Raises:
+    UserError: a task is unknown, or has no image as its target.
+  """
+  tasks = {task.name: task for task in load_tasks(settings.instructions)}
+  for name in settings.reinforce.tasks:
+    if name not in tasks:
+      raise UserError(
+        f"config.reinforce.tasks names '{name}'; config.instructions has {', '.join(tasks)}."
+      )
+  return [tasks[name] for name in settings.reinforce.tasks]
+
+
+def read_prompts(settings, layout: PromptLayout, split: str, count: int) -> list[Prompt]:
+  """Reads the first records of the tasks of `config.reinforce`, in turns.
+
+  Records that are too long for the model are left out.
+
+  Args:
+    settings: of the run.
+    layout: of the run.
+    split: "train" or "heldout".
+    count: largest number of prompts.
+
+  Raises:
+    UserError: a task has no records that fit, or its target is no image; see also `image_tasks`.
+  """
+  tasks = image_tasks(settings)
+  each = -(-count // len(tasks))
+  # What is encoded may be limited; these are only read.
+  config, columns = dataclasses.replace(settings.instructions, max_records=0), []
+  for task in tasks:
+    if split == "heldout":
+      task = dataclasses.replace(task, heldout_records=each)
+    opened = instruction_sources.open_task(task, split, config, settings.scenes)
+    records = list(itertools.islice(opened, each))
+    if not records or task.target not in records[0].images:
+      reason = "its target is no image" if records else f"it has no records of the split {split}"
+      raise UserError(f"config.reinforce.tasks names '{task.name}', and {reason}.")
+    prompts = [Prompt(task, record) for record in records]
+    columns.append([prompt for prompt in prompts if _fits(prompt, layout)])
+    if not columns[-1]:
+      raise UserError(
+        f"config.reinforce.tasks names '{task.name}', whose {len(records)} records are all longer "
+        f"than the {layout.positions} positions of the model."
+      )
+  turns = itertools.chain.from_iterable(itertools.zip_longest(*columns))
+  return [prompt for prompt in turns if prompt is not None][:count]
+
+
+def _fits(prompt: Prompt, layout: PromptLayout) -> bool:
+  try:
+    prompt_of(prompt.task, prompt.record).to_request(layout)
+  except UserError:
+    return False
+  return True
+
+
+def spread(codes: Int32[np.ndarray, "N G I"]) -> float:
+  """Returns the mean share of differing codes between two samples of a prompt.
+
+  codes [[[1 2] [1 3] [1 2]]]: pairs differ in 1/2, 0 and 1/2 of the codes, 1/3 in the mean
+  """
+  pairs = list(itertools.combinations(range(codes.shape[1]), 2))
+  return float(np.mean([codes[:, a] != codes[:, b] for a, b in pairs]))
+
+
+class Rollouts:
+  """Samples of the policy as the objective of a run, see `training.train.Objective`.
+
+  A step draws samples of its prompts from the parameters of the state, scores them, and takes one
+  `policy.policy_step`. Which prompts and seeds it draws depends on the number of the step alone, so
+  a continued run draws the same.
+  """
+
+  names = ()
+
+  def __init__(
+    self,
+    settings,
+    prompts: Sequence[Prompt],
+    pipeline_of: Callable[[dict], Pipeline],
+    reward: Reward,
+    reference: dict,
+  ):
+    """Makes the objective.
+
+    Args:
+      settings: of the run.
+      prompts: that the steps go through, again and again.
+      pipeline_of: parameters -> the pipeline that samples from them.
+      reward: scores samples.
+      reference: parameters that the policy stays close to, on the current mesh.
+
+    Raises:
+      UserError: `train.global_batch_size` or its accumulation does not fit.
+    """
+    self.settings, self.prompts, self.reward = settings, prompts, reward
+    self._pipeline_of, self._reference = pipeline_of, reference
+    train, group = settings.train, settings.reinforce.samples
+    if train.global_batch_size % group or train.gradient_accumulation_steps > 1:
+      raise UserError(
+        f"config.train.global_batch_size is {train.global_batch_size} with "
+        f"{train.gradient_accumulation_steps} accumulation steps; launch.reinforce needs a "
+        f"multiple of config.reinforce.samples = {group}, and 1 accumulation step."
+      )
+
+  @property
+  def length(self) -> int:
+    """Tokens of an image, which is all that a sample learns from."""
+    return self.settings.vqgan.image_tokens
+
+  @property
+  def sampling(self) -> SamplingConfig:
+    """How samples to learn from are drawn: from the whole distribution."""
+    return dataclasses.replace(
+      self.settings.sampling,
+      method="top_p",
+      temperature=self.settings.reinforce.temperature,
+      top_k=0,
+      top_p=1.0,
+    )
+
+  def begin(self, steps, next_row: int, rows: int, sharding) -> tuple[Callable, Iterator]:
+    """Returns `take_step(state, numbers)`, and the numbers of the prompts of each step."""
+    del steps, sharding  # Those of cross-entropy.
+    settings = self.settings
+    update = policy.compile_step(
+      settings.model,
+      settings.optimizer,
+      settings.reinforce,
+      settings.train.steps,
+      settings.vocab.text_size,
+    )
+
+    def take_step(state, numbers: range):
+      rollout, numbers_of = self.draw(state.params, numbers)
+      state, metrics = update(state, self._reference, policy.place(rollout))
+      return state, {**metrics, **numbers_of}
+
+    group = settings.reinforce.samples
+    first, each = next_row // group, rows // group
+    return take_step, (range(n, n + each) for n in itertools.count(first, each))
+
+  def draw(self, params: dict, numbers: Sequence[int]) -> tuple[policy.Rollout, dict[str, float]]:
+    """Draws and scores samples to learn from.
+
+    Args:
+      params: of the policy.
+      numbers: of the prompts, from 0 on over the whole run.
+
+    Returns:
+      The rollout, and reward, reward_std (in a group, mean) and spread.
+    """
+    prompts = [self.prompts[number % len(self.prompts)] for number in numbers]
+    samples, requests, pipeline = self._sample(params, prompts, numbers, self.sampling)
+    rewards = self._rewards(prompts, samples)
+    codes = np.stack([[sample.codes[0] for sample in group] for group in samples])
+    values = policy.advantages(rewards)
+    rollout = _rollout(pipeline, requests, codes, values, self.sampling)
+    return rollout, {
+      "reward": float(rewards.mean()),
+      "reward_std": float(rewards.std(1).mean()),
+      "spread": spread(codes),
+    }
+
+  def measure(self, params: dict, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """Scores samples of prompts as a user draws them, by `config.sampling`.
+
+    Returns:
+      reward, right (the share of samples whose reward is 1, all of a judge's facts) and spread.
+    """
+    samples, _, _ = self._sample(params, prompts, range(len(prompts)), self.settings.sampling)
+    rewards = self._rewards(prompts, samples)
+    codes = np.stack([[sample.codes[0] for sample in group] for group in samples])
+    right = {"right": float((rewards == 1).mean())}
+    judged = self.settings.reinforce.reward == "judge"
+    return {"reward": float(rewards.mean()), **(right if judged else {}), "spread": spread(codes)}
+
+  def _sample(
+    self, params: dict, prompts: Sequence[Prompt], numbers, sampling: SamplingConfig
+  ) -> tuple[list[list[Sample]], list[Request], Pipeline]:
+    """Draws `reinforce.samples` samples of each prompt; the seed depends on the prompt's number."""
+    pipeline, base = self._pipeline_of(params), self.settings.seed * 1_000_003
+    tasks = [
+      prompt_of(prompt.task, prompt.record, seed=(base + number) % 2**32, sampling=sampling)
+      for prompt, number in zip(prompts, numbers, strict=True)
+    ]
+    given = check_tasks(pipeline.layout, tasks, None)
+    requests = pipeline.requests(tasks, given, [()] * len(tasks))
+    samples = pipeline.generate(tasks, self.settings.reinforce.samples, given=given)
+    return samples, requests, pipeline
+
+  def _rewards(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Sample]]) -> np.ndarray:
+    """Scores samples, [N, G] fp32."""
+    records = [prompt.record for prompt, group in zip(prompts, samples) for _ in group]
+    rewards = self.reward(records, list(itertools.chain(*samples)))
+    return rewards.reshape(len(samples), -1)
+
+
+def _rollout(
+  pipeline: Pipeline,
+  requests: Sequence[Request],
+  codes: Int32[np.ndarray, "N G I"],
+  values: np.ndarray,
+  sampling: SamplingConfig,
+) -> policy.Rollout:
+  """Makes the arrays of a step. Requests with fewer streams get streams of weight 0.
+
+  Args:
+    pipeline: whose layout the requests have.
+    requests: N.
+    codes: that were sampled.
+    values: [N, G] advantages.
+    sampling: that the samples were drawn by.
+  """
+  vocab, align = pipeline.layout.vocab, pipeline.settings.model.align_images
+  image_tokens, streams = codes.shape[-1], max(len(r.streams) for r in requests)
+  rows, weights = [], []
+  for request, group in zip(requests, codes):
+    prompts = [*request.streams, *[request.streams[-1]] * (streams - len(request.streams))]
+    guidance = np.zeros((image_tokens, streams), np.float32)
+    guidance[:, : len(request.streams)] = request.guidance_weights(sampling, image_tokens)[:-1]
+    for sampled in group:
+      weights.append(guidance)
+      for prompt in prompts:
+        ids = np.concatenate([prompt, vocab.image_ids(sampled)])
+        rows.append((ids, positions_of(ids, vocab, align)))
+  arrays = policy.pad_rows(rows, image_tokens, vocab.pad)
+  flat = codes.reshape(-1, image_tokens).astype(np.int32)
+  return policy.Rollout(*arrays, flat, np.stack(weights), values.reshape(-1))

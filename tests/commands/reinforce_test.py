@@ -1,0 +1,125 @@
+"""launch.reinforce on a tiny run: it starts from a trained one, stops, continues, and is a run."""
+
+import dataclasses
+
+from etils import epath
+import numpy as np
+import pytest
+
+from cm3leon_jax import stages
+from cm3leon_jax.commands import encode_instructions, grade_instructions, reinforce
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.instruction_config import InstructionsConfig, read_tasks
+from cm3leon_jax.export import weights
+from cm3leon_jax.io import read_json, read_json_lines
+from cm3leon_jax.reinforcement import rewards
+from cm3leon_jax.training.policy import ReinforceConfig
+from tests.commands.instructions_test import copy, one_mesh, settings_of
+from tests.generation.run import save_run
+
+TASKS = tuple(
+  dataclasses.replace(task, records=8, heldout_records=8)
+  for task in read_tasks("scenes")
+  if task.name in ("draw", "count")
+)
+
+
+def settings_to_learn(reward="judge"):
+  settings = settings_of()
+  train = dataclasses.replace(settings.train, global_batch_size=8)
+  return dataclasses.replace(
+    settings,
+    instructions=InstructionsConfig(own_tasks=TASKS),
+    train=train,
+    optimizer=dataclasses.replace(settings.optimizer, learning_rate=1e-2, ema_decay=0.5),
+    reinforce=ReinforceConfig(samples=4, reward=reward, heldout_prompts=2),
+  )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  root = epath.Path(tmp_path_factory.mktemp("source"))
+  save_run(root)
+  return root
+
+
+@pytest.fixture(scope="module")
+def prepared(source, tmp_path_factory):
+  workdir = epath.Path(tmp_path_factory.mktemp("run"))
+  with one_mesh():
+    copy(settings_to_learn(), workdir, source)
+    encode_instructions.main(settings_to_learn(), workdir)
+  return workdir
+
+
+def steps_of(workdir):
+  lines = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl")
+  names = ("step", "reward", "spread", "kl", "grad_norm", "heldout_loss")
+  return [{name: line[name] for name in names if name in line} for line in lines]
+
+
+def test_it_learns_stops_continues_and_is_graded(source, prepared, tmp_path, capsys, monkeypatch):
+  settings, workdirs = settings_to_learn(), [tmp_path / "whole", tmp_path / "stopped"]
+  for workdir in workdirs:
+    for stage in ("text_tokenizer", "vqgan", "clip", "instructions"):
+      workdir.mkdir(exist_ok=True)
+      (workdir / stage).symlink_to(prepared / stage)
+  whole, stopped = map(epath.Path, workdirs)
+  with one_mesh():
+    reinforce.main(settings, whole, str(source))
+    printed = capsys.readouterr().out
+    calls, judged = [], rewards.judged
+
+    def fails_at_the_second_step(records, samples):
+      calls.append(len(records))
+      if len(calls) == 2:
+        raise KeyboardInterrupt
+      return judged(records, samples)
+
+    with monkeypatch.context() as patch:
+      patch.setattr(rewards, "judged", fails_at_the_second_step)
+      with pytest.raises(KeyboardInterrupt):
+        reinforce.main(settings, stopped, str(source))
+    assert calls == [8, 8]
+    reinforce.main(settings, stopped)
+    grade_instructions.main(settings, whole, 4)
+  assert "reinforce: 2 held-out prompts before -> after: reward " in printed
+  assert "train: held-out loss before -> after: draw " in printed
+  found, expected = steps_of(stopped), steps_of(whole)
+  assert [line for line in found if "reward" in line] == [x for x in expected if "reward" in x]
+  assert len([line for line in expected if "reward" in line]) == 2
+  summary = read_json(whole / "train" / stages.DONE)["summary"]
+  assert summary["scores"].keys() == {"reward", "right", "spread"}
+  assert weights.start_of(whole).source == str(source)
+  assert set(stages.require(whole, "grades")["summary"]["tasks"]) == {"draw", "count"}
+
+
+def test_clip_scores_captions(source, prepared, tmp_path):
+  """Bank and judge are not needed."""
+  workdir, settings = epath.Path(tmp_path), settings_to_learn("clip")
+  for stage in ("text_tokenizer", "vqgan", "clip", "instructions"):
+    (tmp_path / stage).symlink_to(prepared / stage)
+  with one_mesh():
+    reinforce.main(settings, workdir, str(source))
+  summary = read_json(workdir / "train" / stages.DONE)["summary"]
+  assert summary["scores"].keys() == {"reward", "spread"}
+  assert np.isfinite(summary["scores"]["reward"])
+  other = dataclasses.replace(settings, reinforce=ReinforceConfig(samples=4, reward="judge"))
+  with one_mesh(), pytest.raises(UserError, match=r"reinforce\.reward: clip -> judge"):
+    reinforce.main(other, workdir)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({}, "name the run that learns from rewards: --init_from="),
+    ({"instructions": InstructionsConfig()}, r"config\.instructions has no tasks"),
+  ],
+)
+def test_a_run_without_a_start_or_tasks_is_refused(prepared, tmp_path, changes, message):
+  settings = dataclasses.replace(settings_to_learn(), **changes)
+  for stage in ("text_tokenizer", "vqgan", "clip", "instructions"):
+    (tmp_path / stage).symlink_to(prepared / stage)
+  with pytest.raises(UserError, match=message):
+    reinforce.main(settings, epath.Path(tmp_path))
+  assert not (tmp_path / "train").exists()

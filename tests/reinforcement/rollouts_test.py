@@ -1,0 +1,192 @@
+"""Samples of the policy: which prompts a step draws, what it learns, and what it says of them."""
+
+import dataclasses
+import functools
+import itertools
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.instruction_config import InstructionsConfig, read_tasks
+from cm3leon_jax.generation.pipeline import Pipeline
+from cm3leon_jax.generation.tasks import PromptLayout
+from cm3leon_jax.reinforcement import rewards, rollouts
+from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.training.optimizer import create_optimizer
+from cm3leon_jax.training.policy import ReinforceConfig
+from cm3leon_jax.training.state import TrainState
+from tests.generation.run import make_config, make_run, one_device
+from tests.models.tiny import random_params
+
+SETTINGS = settings_from_config(make_config(positions=192))
+NAMES = ("draw", "recolor")
+GROUP, BATCH = 4, 16
+
+
+def settings_of(**fields):
+  tasks = tuple(
+    dataclasses.replace(task, heldout_records=8)
+    for task in read_tasks("scenes")
+    if task.name in (*NAMES, "count")
+  )
+  optimizer = dataclasses.replace(SETTINGS.optimizer, learning_rate=0.01, warmup_steps=0)
+  train = dataclasses.replace(SETTINGS.train, steps=12, global_batch_size=BATCH)
+  reinforce = ReinforceConfig(tasks=NAMES, samples=GROUP, kl_weight=0.0)
+  return dataclasses.replace(
+    SETTINGS,
+    instructions=InstructionsConfig(own_tasks=tasks, max_records=1),
+    optimizer=optimizer,
+    train=train,
+    reinforce=dataclasses.replace(reinforce, **fields),
+  )
+
+
+def low_codes(records, samples):
+  """Rewards codes below 16 of 64: no model knows this reward."""
+  assert len(records) == len(samples)
+  return np.array([np.mean(sample.codes[0] < 16) for sample in samples], np.float32)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  run = epath.Path(tmp_path_factory.mktemp("run"))
+  make_run(run)
+  return run
+
+
+@pytest.fixture(scope="module")
+def layout(workdir):
+  return PromptLayout.load(SETTINGS, workdir)
+
+
+@pytest.fixture(scope="module")
+def objective(workdir, layout):
+  settings, run = settings_of(), workdir
+  with one_device():
+    pipeline_of = functools.partial(
+      Pipeline,
+      settings=settings,
+      layout=layout,
+      image_tokenizer=ImageTokenizer.load(run / "vqgan"),
+      batch_size=BATCH,
+    )
+    prompts = rollouts.read_prompts(settings, layout, "train", 8)
+    reference = random_params(settings.model)
+    yield rollouts.Rollouts(settings, prompts, pipeline_of, low_codes, reference)
+
+
+def test_prompts_are_training_records_of_the_tasks_in_turns(layout):
+  """However few records the run encodes."""
+  prompts = rollouts.read_prompts(settings_of(), layout, "train", 5)
+  assert [prompt.task.name for prompt in prompts] == ["draw", "recolor", "draw", "recolor", "draw"]
+  assert len({prompt.record.key for prompt in prompts}) == 5
+  heldout = rollouts.read_prompts(settings_of(), layout, "heldout", 5)
+  assert not {p.record.key for p in prompts} & {p.record.key for p in heldout}
+
+
+def test_records_that_are_too_long_are_left_out(layout):
+  short = dataclasses.replace(layout, positions=60)
+  prompts = rollouts.read_prompts(settings_of(tasks=("draw",)), short, "train", 20)
+  assert (
+    0 < len(prompts) < len(rollouts.read_prompts(settings_of(tasks=("draw",)), layout, "train", 20))
+  )
+  none = dataclasses.replace(layout, positions=20)
+  with pytest.raises(UserError, match="'draw', whose 20 records are all longer than the 20 posi"):
+    rollouts.read_prompts(settings_of(tasks=("draw",)), none, "train", 20)
+
+
+@pytest.mark.parametrize(
+  ("tasks", "message"),
+  [
+    (("drow",), "names 'drow'; config.instructions has draw, count, recolor"),
+    (("count",), "names 'count', and its target is no image"),
+  ],
+)
+def test_a_task_without_images_is_refused(layout, tasks, message):
+  with pytest.raises(UserError, match=message):
+    rollouts.read_prompts(settings_of(tasks=tasks), layout, "train", 4)
+
+
+def test_only_scenes_are_judged():
+  task = dataclasses.replace(read_tasks("scenes")[0], format="coco_2017")
+  with pytest.raises(UserError, match="task draw has the format coco_2017"):
+    rewards.reward_of("judge", [task])
+  assert rewards.reward_of("clip", [task]) is rewards.clip_scores
+
+
+@pytest.mark.parametrize("fields", [{"global_batch_size": 18}, {"gradient_accumulation_steps": 2}])
+def test_a_batch_of_parts_of_groups_is_refused(objective, fields):
+  train = dataclasses.replace(objective.settings.train, **fields)
+  settings = dataclasses.replace(objective.settings, train=train)
+  with pytest.raises(UserError, match=r"needs a multiple of config\.reinforce\.samples = 4"):
+    rollouts.Rollouts(settings, [], lambda params: None, low_codes, {})
+
+
+def test_spread_is_the_share_of_codes_in_which_samples_differ():
+  codes = np.array([[[1, 2], [1, 3], [1, 2]]])
+  assert rollouts.spread(codes) == pytest.approx(1 / 3)
+  assert rollouts.spread(codes[:, [0, 2]]) == 0
+
+
+def test_true_images_have_the_whole_reward_and_other_images_less(layout):
+  prompts = rollouts.read_prompts(settings_of(), layout, "train", 12)
+  records = [prompt.record for prompt in prompts]
+  images = [p.record.images["after" if p.task.name == "recolor" else "image"] for p in prompts]
+  samples = [SampleOf((np.asarray(image),)) for image in images]
+  assert rewards.judged(records, samples).tolist() == [1.0] * 12
+  # Those of the next prompt of the same task.
+  others = rewards.judged(records, samples[2:] + samples[:2])
+  assert ((others >= 0) & (others < 1)).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOf:
+  """As much of a Sample as the judge reads."""
+
+  segments: tuple
+
+
+def test_a_step_depends_on_its_number_alone_and_groups_share_their_prompt(objective):
+  with one_device():
+    _, data = objective.begin(None, 0, BATCH, None)
+    first, second = itertools.islice(data, 2)
+    _, later = objective.begin(None, BATCH, BATCH, None)
+    assert (first, second, next(later)) == (range(4), range(4, 8), range(4, 8))
+    one, numbers = objective.draw(objective._reference, second)
+    again, _ = objective.draw(objective._reference, second)
+    other, _ = objective.draw(objective._reference, first)
+  jax.tree.map(np.testing.assert_array_equal, one, again)
+  assert not np.array_equal(one.codes, other.codes)
+  assert numbers.keys() == {"reward", "reward_std", "spread"}
+  assert 0 < numbers["spread"] <= 1
+  # Edits have three streams; images for captions have two, and a third of weight 0.
+  guidance = one.guidance.reshape(4, GROUP, -1, 3)
+  assert (guidance[::2, ..., 2] == 0).all()
+  assert (guidance[1::2, ..., 2] != 0).all()
+  np.testing.assert_allclose(guidance.sum(-1), 1, rtol=1e-6)
+  np.testing.assert_allclose(one.advantages.reshape(4, GROUP).mean(1), 0, atol=1e-6)
+  prompts = one.inputs.reshape(4, GROUP, 3, -1)[..., : -objective.length]
+  assert (prompts == prompts[:, :1]).all()
+
+
+def test_learning_raises_the_reward_and_measures_it(objective, layout):
+  settings = objective.settings
+  optimizer = create_optimizer(settings.optimizer, settings.train.steps)
+  with one_device():
+    params = jax.tree.map(jnp.copy, objective._reference)
+    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+    take_step, data = objective.begin(None, 0, BATCH, None)
+    found = []
+    for _ in range(settings.train.steps):
+      state, metrics = take_step(state, next(data))
+      found.append(float(metrics["reward"]))
+    heldout = rollouts.read_prompts(settings, layout, "heldout", 4)
+    before, after = (objective.measure(p, heldout) for p in (objective._reference, state.params))
+  assert np.mean(found[-3:]) > np.mean(found[:3]) + 0.1
+  assert after["reward"] > before["reward"] + 0.1
+  assert after.keys() == {"reward", "right", "spread"}
