@@ -14,6 +14,7 @@ with Linux on x86-64. An evaluation is the held-out loss of one micro-batch of `
 
 import dataclasses
 import functools
+import math
 
 from absl import flags
 from etils import epath
@@ -42,7 +43,11 @@ _SEARCH = flags.DEFINE_bool(
   "search", False, "Try meshes, batches and remat policies; list those that fit, fastest first."
 )
 _DECODE_BATCH = flags.DEFINE_integer(
-  "decode_batch", 64, "Prompts of a decoder batch, with two guidance streams each.", lower_bound=1
+  "decode_batch",
+  None,
+  "Prompts of a decoder batch, with two guidance streams each (default: 64, or one for each device "
+  "that splits a batch, if these are more).",
+  lower_bound=1,
 )
 _DECODE_POSITIONS = flags.DEFINE_integer(
   "decode_positions", 1_152, "Positions of a decoded sample: prompt and image.", 1
@@ -109,12 +114,20 @@ def _model_numbers(settings, mesh, rows: int, length: int = 0) -> dict:
   }
 
 
+def _decode_batch(mesh) -> int:
+  from cm3leon_jax.mesh import RULES
+
+  shards = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+  return _DECODE_BATCH.value or max(64, shards)
+
+
 def _decode_reports(topology, settings, mesh) -> dict[str, dict]:
   """Reports prefill and one decode step over the full cache."""
   from cm3leon_jax.planning import programs
   from cm3leon_jax.planning.report import GIB, compile_for, compile_report, report
 
-  decoder = programs.guided_decoder(settings, mesh, _DECODE_BATCH.value, _DECODE_POSITIONS.value)
+  prompts = _decode_batch(mesh)
+  decoder = programs.guided_decoder(settings, mesh, prompts, _DECODE_POSITIONS.value)
   first, last = decoder.lowered.steps
   before, seconds = compile_for(first, topology)
   compiled = before
@@ -124,7 +137,7 @@ def _decode_reports(topology, settings, mesh) -> dict[str, dict]:
   step["slots"] = [seen.shape[1] for seen in decoder.lowered.state.seen]
   floor, bandwidth = decoder.weight_bytes + decoder.cache_bytes, topology.chip.hbm_bandwidth
   step["floor_bytes"] = floor
-  rate = _DECODE_BATCH.value * bandwidth / floor
+  rate = prompts * bandwidth / floor
   step["floor"] = {
     "bytes of a step": f"{step['traffic'] / GIB:.3f} GiB moved; at least {floor / GIB:.3f}: "
     f"{decoder.weight_bytes / GIB:.3f} weights, {decoder.cache_bytes / GIB:.3f} cache",
@@ -190,7 +203,7 @@ def main(settings) -> None:
       print(table(title, reports["reinforce"]), flush=True)
     if _PROGRAM.value in ("decode", "all"):
       reports |= _decode_reports(topology, settings, mesh)
-      batch = f"{_DECODE_BATCH.value} prompts of two streams, {_DECODE_POSITIONS.value} positions"
+      batch = f"{_decode_batch(mesh)} prompts of two streams, {_DECODE_POSITIONS.value} positions"
       print(table(f"decode step on {where}; {batch}", reports["decode"]))
       print(table(f"prefill on {where}; {batch}", reports["prefill"]), flush=True)
   if _JSON.value:

@@ -100,6 +100,7 @@ def main(settings, workdir, init_from: str = "") -> None:
       lambda x: x.astype(settings.model.dtype), weights.load(start, settings)
     )
     objective = _objective(settings, workdir, reference)
+    train_command.write_config(settings, workdir, config)
     sections = (settings.model, settings.optimizer, settings.train, settings.vocab)
     result = train(
       folder,

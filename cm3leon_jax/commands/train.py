@@ -156,9 +156,7 @@ def look_at_rows(plan: RowPlan) -> dict:
 def begin(
   settings: Settings, workdir, init_from: str, more: dict | None = None
 ) -> tuple[dict, Weights | None]:
-  """Checks that the run in `workdir` is this one, and writes its config.
-
-  All processes must call it.
+  """Checks that the run in `workdir` is this one, if there is one. All processes must call it.
 
   Args:
     settings: settings of the config.
@@ -170,7 +168,7 @@ def begin(
     What the run depends on, and the parameters that it starts from; None: random ones.
 
   Raises:
-    UserError: the folder holds another run, or a process sees another folder.
+    UserError: the folder holds another run.
   """
   from cm3leon_jax import distributed
   from cm3leon_jax.export import weights
@@ -190,6 +188,18 @@ def begin(
   with distributed.together():
     if stored is not None:
       stages.check_same_config(path.parent, stored, config)
+  return config, start
+
+
+def write_config(settings: Settings, workdir, config: dict) -> None:
+  """Writes what a run depends on, once its rows are known to be sound. All processes must call it.
+
+  Raises:
+    UserError: a process sees another folder.
+  """
+  from cm3leon_jax import distributed
+
+  path = workdir / "train" / "config.json"
   with distributed.together():
     if distributed.is_first():
       write_json(path, {"run": config, "settings": dataclasses.asdict(settings)})
@@ -199,7 +209,6 @@ def begin(
         f"--workdir {workdir} is another folder for some of the processes: "
         "name a folder that all processes share."
       )
-  return config, start
 
 
 def _initial_params(settings: Settings, workdir, start: Weights | None):
@@ -267,6 +276,8 @@ def main(
     with distributed.together():
       loader = open_rows(settings, workdir, "train", write_starts=distributed.is_first())
       heldout = open_rows(settings, workdir, "heldout")
+    write_config(settings, workdir, config)
+    with distributed.together():
       summary.update(rows=look_at_rows(loader.plan))
       generate_grid = None  # Its captions are those of held-out documents.
       if replay_share(settings, "heldout"):
@@ -276,8 +287,10 @@ def main(
     options = (settings.seed, generate_grid, traced, initial_params, start is not None)
     result = train(folder, *sections, Rows(loader), heldout, *options)
     summary.update(result, machine=machine())
-    loss = f"held-out image loss {result['heldout_image_loss']:.3f} nats per code"
-    distributed.print_once(f"train: {result['steps']} steps, {loss}.")
+    units = {"image": "code", "text": "token"}
+    losses = {name: result[f"heldout_{name}_loss"] for name in units}  # 0: no such targets.
+    shown = [f"{name} {loss:.3f} nats per {units[name]}" for name, loss in losses.items() if loss]
+    distributed.print_once(f"train: {result['steps']} steps, held-out loss: {', '.join(shown)}.")
     if before := result.get("heldout_before"):
       distributed.print_once(change_line(before, {name: result[name] for name in before}))
 

@@ -12,6 +12,7 @@ SOURCES_TEST = "tests/training/source_losses_test.py"
 CHECKPOINT = "cm3leon_jax/training/checkpoint.py"
 CHECKPOINT_TEST = "tests/training/checkpoint_test.py"
 VQGAN = "cm3leon_jax/tokenizers/train_vqgan.py"
+POLICY, POLICY_TEST = "cm3leon_jax/training/policy.py", "tests/training/policy_test.py"
 VQGAN_TEST = "tests/tokenizers/train_vqgan_test.py"
 
 NETWORK, NETWORK_TEST = "cm3leon_jax/tokenizers/vqgan.py", "tests/tokenizers/vqgan_test.py"
@@ -202,5 +203,33 @@ TRAINING = (
     "tests/training/small_trainer_test.py::test_a_killed_training_continues_bit_for_bit",
     ("small_trainer_restarts", "range(first, config.steps)", "range(0, config.steps)"),
     ("small_state_not_restored", "checkpoints.restore(jax.eval_shape(init), newest)", "init(), 0"),
+  ),
+  *mutants_of(
+    POLICY,
+    f"{POLICY_TEST}::test_a_step_follows_the_gradient_of_its_definition",
+    ("policy_sign", "-jnp.mean(rollout.advantages", "jnp.mean(rollout.advantages"),
+    ("kl_not_weighted", "+ kl_weight * kl", "+ kl"),
+    ("kl_of_the_reference", "(log_probs - of_reference)", "(of_reference - log_probs)"),
+    ("policy_without_temperature", "logits / temperature", "logits"),
+  ),
+  *mutants_of(
+    POLICY,
+    f"{POLICY_TEST}::test_log_probs_are_those_of_the_decoder",
+    (
+      "policy_streams_swapped",
+      "rollout.guidance.swapaxes(1, 2)",
+      "rollout.guidance[..., ::-1].swapaxes(1, 2)",
+    ),
+    ("policy_codes_one_late", "ids[:-1], at[:-1], 1", "ids[1:], at[1:], 1"),
+  ),
+  *mutants_of(
+    POLICY,
+    f"{POLICY_TEST}::test_advantages_are_standard_deviations_of_a_group",
+    ("advantages_not_centered", "rewards - rewards.mean(1, keepdims=True)", "rewards"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/reinforcement/rollouts.py",
+    "tests/reinforcement/rollouts_test.py::test_a_step_depends_on_its_number_alone_and_groups_share_their_prompt",
+    ("every_step_draws_alike", "itertools.count(first, each)", "itertools.repeat(first)"),
   ),
 )
