@@ -1,4 +1,4 @@
-"""The bundled model of scenes: it is small and whole, and its images show what captions say."""
+"""The bundled models of scenes: they are small and whole, and do what they are asked."""
 
 import pathlib
 
@@ -8,8 +8,9 @@ import pytest
 
 from cm3leon_jax import CM3Leon
 from cm3leon_jax.configs import scenes_instruct
-from cm3leon_jax.data import scene_world, scenes
+from cm3leon_jax.data import scene_instructions, scene_world, scenes
 from cm3leon_jax.data.scene_world import Scene, ScenesConfig, split_of_scene
+from cm3leon_jax.evaluation import scene_answers
 from cm3leon_jax.evaluation.scenes import judge_all
 from cm3leon_jax.export import bundle, weights
 from cm3leon_jax.settings import settings_from_config
@@ -102,3 +103,56 @@ def test_it_draws_objects_that_it_never_saw_from_its_bank_alone(model):
   )
   assert right(samples, facts) >= 0.55
   assert right(model.generate(captions, seed=0, retrieve=0), facts) <= 0.1
+
+
+TUNED = "scenes-instruct"
+EACH = 8  # Held-out records of each task.
+
+
+@pytest.fixture(scope="module")
+def tuned():
+  return CM3Leon.load(TUNED, batch_size=32)
+
+
+def records_of(tasks):
+  config = ScenesConfig(rare_objects=1_550)
+  return [x for task in tasks for x in scene_instructions.records(config, task, "heldout", EACH)]
+
+
+def test_the_tuned_one_is_a_decoder_on_the_files_of_the_other():
+  folder = pathlib.Path(bundle.folder_of(TUNED))
+  bundle.read(folder)
+  assert pathlib.Path(bundle.stages_folder(folder)) == pathlib.Path(bundle.folder_of("scenes"))
+  sizes = {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+  assert max(sizes.values()) < MOST_OF_A_FILE
+  assert sum(sizes.values()) < 6_000_000
+  assert [name for name in sizes if name.endswith(".safetensors")] == ["model.safetensors"]
+  assert bundle.about(folder)["cost"]["train_seconds"] > 600
+
+
+@pytest.mark.usefixtures("optimized")
+def test_the_tuned_one_answers_questions_about_new_scenes(tuned):
+  records = records_of(scene_instructions.QUESTIONS)
+  images = [record.images["image"] for record in records]
+  answers = tuned.answer(images, [record.texts["question"] for record in records])
+
+  def share_of_right(records):
+    return np.mean([scene_answers.is_right(*pair) for pair in zip(records, answers)])
+
+  assert share_of_right(records) >= 0.8
+  # The answers to the questions of the next task.
+  assert share_of_right(records[EACH:] + records[:EACH]) <= 0.1
+
+
+@pytest.mark.usefixtures("optimized")
+def test_the_tuned_one_edits_new_scenes(tuned):
+  records = records_of(scene_instructions.EDITS)
+  before = [np.asarray(record.images["before"]) for record in records]
+  after = tuned.edit(before, [record.texts["instruction"] for record in records])
+
+  def share_of_right(images):
+    verdicts = scene_answers.judge_images(records, np.stack([np.asarray(x) for x in images]))
+    return np.mean([verdict.correct for verdict in verdicts])
+
+  assert share_of_right(after) >= 0.5
+  assert share_of_right(before) == 0

@@ -19,6 +19,9 @@ from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.mesh import abstract, spec
 from cm3leon_jax.planning import programs
 from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.training import policy
+from cm3leon_jax.training.optimizer import create_optimizer
+from cm3leon_jax.training.state import init_state
 from cm3leon_jax.training.train import compile_steps
 from tests.decoding.small import IMAGE, POSITIONS, VOCAB, model_config
 from tests.generation.run import SETTINGS
@@ -128,6 +131,29 @@ def test_the_steps_of_a_tuning_are_those_of_its_run(tmp_path, replay_share):
       steps.evaluate.lower(state.eval_params, abstract(batch["heldout"], mesh), **sums["heldout"]),
     )
   assert [x.as_text() for x in planned] == [x.as_text() for x in run]
+
+
+def test_the_update_of_reinforce_is_that_of_its_run():
+  train = dataclasses.replace(SETTINGS.train, global_batch_size=8)
+  settings, mesh, codes = dataclasses.replace(SETTINGS, train=train), mesh_of(2, 2, 2), 16
+  planned = programs.policy_step(settings, mesh, 32)
+  with jax.set_mesh(mesh):
+    row = (np.arange(20 + codes), np.arange(20 + codes))
+    arrays = policy.pad_rows([row] * 16, codes, 0)
+    numbers = (np.zeros((8, codes), np.int32), np.zeros((8, codes, 2), np.float32))
+    rollout = policy.place(policy.Rollout(*arrays, *numbers, np.zeros(8, np.float32)))
+    params = random_params(settings.model)
+    optimizer = create_optimizer(settings.optimizer, settings.train.steps)
+    state = init_state(settings.model, optimizer, jax.random.key(0))
+    step = policy.compile_step(
+      settings.model,
+      settings.optimizer,
+      settings.reinforce,
+      settings.train.steps,
+      settings.vocab.text_size,
+    )
+    run = step.lower(abstract(state, mesh), abstract(params, mesh), abstract(rollout, mesh))
+  assert planned.as_text() == run.as_text()
 
 
 def test_wrong_positions_and_batches_are_refused():

@@ -113,6 +113,17 @@ def test_memory_of_a_step_of_tuning(tmp_path, size, topology, mesh, passes, poli
 
 
 @pytest.mark.slow
+def test_memory_of_learning_from_rewards(tmp_path):
+  """The 7B draws an image for a prompt on every device of v5p-256, and learns from all of them."""
+  flags = ["--config=ml_configs/sft_7b.py", "--topology=v5p-256", "--config.mesh.fsdp=16"]
+  flags += ["--config.mesh.fsdp_inner=8", "--batch_per_device=1", "--decode_batch=128"]
+  update = aot_compile(tmp_path, *flags, "--program=reinforce")["reinforce"]
+  assert update["tokens"] == 2 * 128 * 1_151
+  assert update["sum_gib"] <= 4.0
+  assert aot_compile(tmp_path, *flags, "--program=decode")["decode"]["sum_gib"] <= 95.73
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["350m", "760m"])
 @pytest.mark.parametrize("family", ["opt", "modern"])
 def test_both_families_compile_with_heads_of_64_and_96(tmp_path, size, family):
