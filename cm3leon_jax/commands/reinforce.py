@@ -63,8 +63,11 @@ def _scores(settings, workdir, objective, reference) -> tuple[dict, dict]:
   params, _ = checkpoint.load_params(workdir / "train", settings.model)
   after = objective.measure(params, prompts)
   before = objective.measure(reference, prompts)
-  shown = ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in before)
-  distributed.print_once(f"reinforce: {len(prompts)} held-out prompts before -> after: {shown}")
+  for task, first in before.items():
+    shown = ", ".join(
+      f"{name} {value:.3f} -> {after[task][name]:.3f}" for name, value in first.items()
+    )
+    distributed.print_once(f"reinforce: held-out prompts, {task}, before -> after: {shown}")
   return before, after
 
 

@@ -20,7 +20,8 @@ def get_config(variant: str = "30"):
   config.optimizer.update({"name": "adamw", "learning_rate": 3e-4, "warmup_steps": 10})
   config.optimizer.update({"weight_decay": 0.0, "ema_decay": 0.9})
   config.train.update({"steps": steps, "global_batch_size": 64, "log_every": 5})
-  config.train.update({"eval_every": max(2, steps // 5), "eval_batches": 4})
+  config.train.update({"eval_every": max(2, steps // 2), "eval_batches": 2})
   config.train.update({"checkpoint_every": max(2, steps // 10)})
-  config.reinforce.update({"tasks": ("draw",), "samples": 8})
+  config.reinforce.update({"tasks": ("draw", "recolor", "remove", "mirror", "add"), "samples": 8})
+  config.reinforce.update({"heldout_prompts": 100})
   return config

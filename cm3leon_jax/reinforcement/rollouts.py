@@ -200,18 +200,25 @@ class Rollouts:
       "spread": spread(codes),
     }
 
-  def measure(self, params: dict, prompts: Sequence[Prompt]) -> dict[str, float]:
+  def measure(self, params: dict, prompts: Sequence[Prompt]) -> dict[str, dict[str, float]]:
     """Scores samples of prompts as a user draws them, by `config.sampling`.
 
     Returns:
-      reward, right (the share of samples whose reward is 1, all of a judge's facts) and spread.
+      For each task, and for "all": reward, right (the share of samples of which a judge finds
+      all facts right) and spread.
     """
     samples, _, _ = self._sample(params, prompts, range(len(prompts)), self.settings.sampling)
     rewards = self._rewards(prompts, samples)
     codes = np.stack([[sample.codes[0] for sample in group] for group in samples])
-    right = {"right": float((rewards == 1).mean())}
-    judged = self.settings.reinforce.reward == "judge"
-    return {"reward": float(rewards.mean()), **(right if judged else {}), "spread": spread(codes)}
+    of_task = np.array([prompt.task.name for prompt in prompts])
+    result = {}
+    for name in ("all", *dict.fromkeys(of_task.tolist())):
+      rows = np.flatnonzero((of_task == name) | (name == "all"))
+      result[name] = {"reward": float(rewards[rows].mean())}
+      if self.settings.reinforce.reward == "judge":
+        result[name]["right"] = float((rewards[rows] == 1).mean())
+      result[name]["spread"] = spread(codes[rows])
+    return result
 
   def _sample(
     self, params: dict, prompts: Sequence[Prompt], numbers, sampling: SamplingConfig
@@ -241,7 +248,9 @@ def _rollout(
   values: np.ndarray,
   sampling: SamplingConfig,
 ) -> policy.Rollout:
-  """Makes the arrays of a step. Requests with fewer streams get streams of weight 0.
+  """Makes the arrays of a step.
+
+  Streams of weight 0 are left out; requests with fewer streams than others get some again.
 
   Args:
     pipeline: whose layout the requests have.
@@ -251,17 +260,18 @@ def _rollout(
     sampling: that the samples were drawn by.
   """
   vocab, align = pipeline.layout.vocab, pipeline.settings.model.align_images
-  image_tokens, streams = codes.shape[-1], max(len(r.streams) for r in requests)
-  rows, weights = [], []
-  for request, group in zip(requests, codes):
-    prompts = [*request.streams, *[request.streams[-1]] * (streams - len(request.streams))]
-    guidance = np.zeros((image_tokens, streams), np.float32)
-    guidance[:, : len(request.streams)] = request.guidance_weights(sampling, image_tokens)[:-1]
+  image_tokens, rows, guidance = codes.shape[-1], [], []
+  weights = [r.guidance_weights(sampling, image_tokens)[:-1] for r in requests]
+  streams = max(int(w.any(0).sum()) for w in weights)
+  for request, group, weight in zip(requests, codes, weights):
+    order = np.argsort(~weight.any(0), kind="stable")  # Those that count come first.
+    order = np.resize(order, streams)
+    repeated = np.arange(streams) >= weight.shape[1]
     for sampled in group:
-      weights.append(guidance)
-      for prompt in prompts:
-        ids = np.concatenate([prompt, vocab.image_ids(sampled)])
+      guidance.append(np.where(repeated, 0, weight[:, order]))
+      for stream in order:
+        ids = np.concatenate([request.streams[stream], vocab.image_ids(sampled)])
         rows.append((ids, positions_of(ids, vocab, align)))
   arrays = policy.pad_rows(rows, image_tokens, vocab.pad)
   flat = codes.reshape(-1, image_tokens).astype(np.int32)
-  return policy.Rollout(*arrays, flat, np.stack(weights), values.reshape(-1))
+  return policy.Rollout(*arrays, flat, np.stack(guidance), values.reshape(-1))

@@ -83,13 +83,13 @@ def test_it_learns_stops_continues_and_is_graded(source, prepared, tmp_path, cap
     assert calls == [8, 8]
     reinforce.main(settings, stopped)
     grade_instructions.main(settings, whole, 4)
-  assert "reinforce: 2 held-out prompts before -> after: reward " in printed
+  assert "reinforce: held-out prompts, draw, before -> after: reward " in printed
   assert "train: held-out loss before -> after: draw " in printed
   found, expected = steps_of(stopped), steps_of(whole)
   assert [line for line in found if "reward" in line] == [x for x in expected if "reward" in x]
   assert len([line for line in expected if "reward" in line]) == 2
   summary = read_json(whole / "train" / stages.DONE)["summary"]
-  assert summary["scores"].keys() == {"reward", "right", "spread"}
+  assert summary["scores"]["draw"].keys() == {"reward", "right", "spread"}
   assert weights.start_of(whole).source == str(source)
   assert set(stages.require(whole, "grades")["summary"]["tasks"]) == {"draw", "count"}
 
@@ -102,8 +102,8 @@ def test_clip_scores_captions(source, prepared, tmp_path):
   with one_mesh():
     reinforce.main(settings, workdir, str(source))
   summary = read_json(workdir / "train" / stages.DONE)["summary"]
-  assert summary["scores"].keys() == {"reward", "spread"}
-  assert np.isfinite(summary["scores"]["reward"])
+  assert summary["scores"]["draw"].keys() == {"reward", "spread"}
+  assert np.isfinite(summary["scores"]["all"]["reward"])
   other = dataclasses.replace(settings, reinforce=ReinforceConfig(samples=4, reward="judge"))
   with one_mesh(), pytest.raises(UserError, match=r"reinforce\.reward: clip -> judge"):
     reinforce.main(other, workdir)

@@ -17,6 +17,7 @@ from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.reinforcement import rewards, rollouts
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.training import policy
 from cm3leon_jax.training.optimizer import create_optimizer
 from cm3leon_jax.training.policy import ReinforceConfig
 from cm3leon_jax.training.state import TrainState
@@ -168,6 +169,7 @@ def test_a_step_depends_on_its_number_alone_and_groups_share_their_prompt(object
   guidance = one.guidance.reshape(4, GROUP, -1, 3)
   assert (guidance[::2, ..., 2] == 0).all()
   assert (guidance[1::2, ..., 2] != 0).all()
+  assert (guidance[..., :2] != 0).all()
   np.testing.assert_allclose(guidance.sum(-1), 1, rtol=1e-6)
   np.testing.assert_allclose(one.advantages.reshape(4, GROUP).mean(1), 0, atol=1e-6)
   prompts = one.inputs.reshape(4, GROUP, 3, -1)[..., : -objective.length]
@@ -188,5 +190,33 @@ def test_learning_raises_the_reward_and_measures_it(objective, layout):
     heldout = rollouts.read_prompts(settings, layout, "heldout", 4)
     before, after = (objective.measure(p, heldout) for p in (objective._reference, state.params))
   assert np.mean(found[-3:]) > np.mean(found[:3]) + 0.1
-  assert after["reward"] > before["reward"] + 0.1
-  assert after.keys() == {"reward", "right", "spread"}
+  assert list(after) == ["all", *NAMES]
+  assert after["all"]["reward"] > before["all"]["reward"] + 0.1
+  assert after["draw"].keys() == {"reward", "right", "spread"}
+  of_tasks = [after[name]["spread"] for name in NAMES]
+  assert after["all"]["spread"] == pytest.approx(np.mean(of_tasks))
+
+
+def test_streams_without_weight_are_left_out(objective):
+  """At image_guidance 1, an edit has the streams of the whole prompt and of the image alone."""
+  sampling = dataclasses.replace(
+    objective.sampling, image_guidance=1.0, edit_guidance=1.25, guidance=1.0
+  )
+  with one_device():
+    samples, requests, pipeline = objective._sample(
+      objective._reference, objective.prompts[:2], range(2), sampling
+    )
+    codes = np.stack([[sample.codes[0] for sample in group] for group in samples])
+    made = rollouts._rollout(pipeline, requests, codes, np.zeros((2, GROUP)), sampling)
+    compute = jax.jit(
+      functools.partial(
+        policy.guided_log_probs, SETTINGS.model, SETTINGS.vocab.text_size, sampling.temperature
+      )
+    )
+    found = np.asarray(compute(objective._reference, policy.place(made)))
+  assert made.guidance.shape == (2 * GROUP, 16, 2)
+  assert made.guidance[0, 0].tolist() == [1, 0]
+  assert made.guidance[-1, 0].tolist() == [1.25, -0.25]
+  expected = [sample.log_probs[:16] for group in samples for sample in group]
+  sampled = np.take_along_axis(found, made.codes[..., None], -1)[..., 0]
+  np.testing.assert_allclose(sampled, expected, atol=2e-5)
