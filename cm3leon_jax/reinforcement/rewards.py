@@ -19,10 +19,14 @@ Reward = Callable[[Sequence[Record], Sequence[Sample]], Float32[np.ndarray, " B"
 
 
 def judged(records: Sequence[Record], samples: Sequence[Sample]) -> Float32[np.ndarray, " B"]:
-  """Returns the share of the kinds of facts that hold; 1: the image is wholly right."""
+  """Returns 1 for each image that is wholly right, and 0 for the others.
+
+  A share of facts can be raised by doing nothing: an image returned unchanged keeps all that an
+  edit must not touch.
+  """
   images = np.stack([sample.segments[0] for sample in samples])
   verdicts = scene_answers.judge_images(records, images)
-  return np.array([np.mean(list(v.holds.values())) for v in verdicts], np.float32)
+  return np.array([verdict.correct for verdict in verdicts], np.float32)
 
 
 def clip_scores(records: Sequence[Record], samples: Sequence[Sample]) -> Float32[np.ndarray, " B"]:

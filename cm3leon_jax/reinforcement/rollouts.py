@@ -204,8 +204,7 @@ class Rollouts:
     """Scores samples of prompts as a user draws them, by `config.sampling`.
 
     Returns:
-      For each task, and for "all": reward, right (the share of samples of which a judge finds
-      all facts right) and spread.
+      For each task, and for "all": reward and spread.
     """
     samples, _, _ = self._sample(params, prompts, range(len(prompts)), self.settings.sampling)
     rewards = self._rewards(prompts, samples)
@@ -214,10 +213,7 @@ class Rollouts:
     result = {}
     for name in ("all", *dict.fromkeys(of_task.tolist())):
       rows = np.flatnonzero((of_task == name) | (name == "all"))
-      result[name] = {"reward": float(rewards[rows].mean())}
-      if self.settings.reinforce.reward == "judge":
-        result[name]["right"] = float((rewards[rows] == 1).mean())
-      result[name]["spread"] = spread(codes[rows])
+      result[name] = {"reward": float(rewards[rows].mean()), "spread": spread(codes[rows])}
     return result
 
   def _sample(

@@ -45,8 +45,8 @@ class ReinforceConfig:
   samples: Annotated[int, Field(ge=2)] = 8
   """Samples of a prompt in a step, a divisor of `train.global_batch_size`, which counts samples."""
   reward: Literal["judge", "clip"] = "judge"
-  """What scores a sample: `judge`, the share of the kinds of facts (objects, counts, colors,
-  places, ...) that hold, of tasks over scenes; or `clip`, the cosine of image and caption."""
+  """What scores a sample: `judge`, 1 if it is wholly right and else 0, of tasks over scenes; or
+  `clip`, the cosine of image and caption."""
   temperature: PositiveFloat = 1.0
   """Divisor of the guided logits that samples are drawn from while learning, without top-k and
   top-p."""

@@ -89,7 +89,7 @@ def test_it_learns_stops_continues_and_is_graded(source, prepared, tmp_path, cap
   assert [line for line in found if "reward" in line] == [x for x in expected if "reward" in x]
   assert len([line for line in expected if "reward" in line]) == 2
   summary = read_json(whole / "train" / stages.DONE)["summary"]
-  assert summary["scores"]["draw"].keys() == {"reward", "right", "spread"}
+  assert summary["scores"]["draw"].keys() == {"reward", "spread"}
   assert weights.start_of(whole).source == str(source)
   assert set(stages.require(whole, "grades")["summary"]["tasks"]) == {"draw", "count"}
 
