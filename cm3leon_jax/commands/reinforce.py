@@ -5,11 +5,11 @@
   python -m launch.encode_instructions $C
   python -m launch.reinforce $C --init_from=workdir/scenes_instruct
 
-The prompts are training records of the tasks of config.reinforce; no image of them is seen. A judge
-of scenes, or CLIP, scores the images (GRPO, https://arxiv.org/abs/2402.03300). The result is a run
-like that of launch.train, and the same command continues it. Before the first step and after the
-last one it prints the reward of held-out prompts, how much their samples differ, and the held-out
-loss.
+The prompts are training records of the tasks of config.reinforce; no image that is asked for is
+seen. A judge of scenes, or CLIP, scores the images (GRPO, https://arxiv.org/abs/2402.03300). The
+result is a run like that of launch.train, and the same command continues it. At the end it prints,
+of the first parameters and of those that learned, the reward of held-out prompts, how much their
+samples differ, and the held-out loss.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def _objective(settings, workdir, reference):
   from cm3leon_jax.retrieval.bank import load_clip
   from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
-  reward = rewards.reward_of(settings.reinforce.reward, rollouts.image_tasks(settings))
+  tasks = rollouts.image_tasks(settings)
+  reward = rewards.reward_of(settings.reinforce.reward, tasks, settings.scenes.style)
   needed = settings.train.steps * settings.train.global_batch_size // settings.reinforce.samples
   layout = PromptLayout.load(settings, workdir)
   prompts = rollouts.read_prompts(settings, layout, "train", needed)
@@ -51,15 +52,19 @@ def _objective(settings, workdir, reference):
   return rollouts.Rollouts(settings, prompts, pipeline_of, reward, reference)
 
 
-def _scores(settings, workdir, objective, reference) -> tuple[dict, dict]:
-  """Scores held-out prompts by the first parameters and by those of the run."""
-  from cm3leon_jax import distributed
+def _heldout_prompts(settings, workdir) -> list:
   from cm3leon_jax.generation.tasks import PromptLayout
   from cm3leon_jax.reinforcement import rollouts
-  from cm3leon_jax.training import checkpoint
 
   layout, count = PromptLayout.load(settings, workdir), settings.reinforce.heldout_prompts
-  prompts = rollouts.read_prompts(settings, layout, "heldout", count)
+  return rollouts.read_prompts(settings, layout, "heldout", count)
+
+
+def _scores(settings, workdir, objective, reference, prompts) -> tuple[dict, dict]:
+  """Scores held-out prompts by the first parameters and by those of the run."""
+  from cm3leon_jax import distributed
+  from cm3leon_jax.training import checkpoint
+
   params, _ = checkpoint.load_params(workdir / "train", settings.model)
   after = objective.measure(params, prompts)
   before = objective.measure(reference, prompts)
@@ -103,6 +108,7 @@ def main(settings, workdir, init_from: str = "") -> None:
       lambda x: x.astype(settings.model.dtype), weights.load(start, settings)
     )
     objective = _objective(settings, workdir, reference)
+    prompts = _heldout_prompts(settings, workdir)
     train_command.write_config(settings, workdir, config)
     sections = (settings.model, settings.optimizer, settings.train, settings.vocab)
     result = train(
@@ -117,7 +123,8 @@ def main(settings, workdir, init_from: str = "") -> None:
     summary.update(result, machine=train_command.machine())
     if before := result.get("heldout_before"):
       distributed.print_once(change_line(before, {name: result[name] for name in before}))
-    summary["scores_before"], summary["scores"] = _scores(settings, workdir, objective, reference)
+    scores = _scores(settings, workdir, objective, reference, prompts)
+    summary["scores_before"], summary["scores"] = scores
 
 
 if __name__ == "__main__":

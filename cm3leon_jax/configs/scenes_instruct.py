@@ -5,7 +5,8 @@
     --workdir=workdir/scenes_instruct --init_from=scenes
 
 The variant is the time in minutes that all stages may take on two cores (default 15); it scales
-only the steps of the training. `long` trains for about an hour and a half, on more records.
+only the steps of the training. `long` has 12,000 steps on more records, 80 minutes
+on two idle cores.
 """
 
 from cm3leon_jax.configs import base, scenes

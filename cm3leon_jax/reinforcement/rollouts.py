@@ -5,6 +5,7 @@
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import itertools
+import sys
 from typing import NamedTuple
 
 from jaxtyping import Int32
@@ -33,11 +34,7 @@ class Prompt(NamedTuple):
 
 
 def image_tasks(settings) -> list[InstructionTask]:
-  """Returns the tasks of `config.reinforce`.
-
-  Raises:
-    UserError: a task is unknown, or has no image as its target.
-  """
+  """Returns the tasks of `config.reinforce`. Raises UserError if one is unknown."""
   tasks = {task.name: task for task in load_tasks(settings.instructions)}
   for name in settings.reinforce.tasks:
     if name not in tasks:
@@ -85,11 +82,8 @@ def read_prompts(settings, layout: PromptLayout, split: str, count: int) -> list
 
 
 def _fits(prompt: Prompt, layout: PromptLayout) -> bool:
-  try:
-    prompt_of(prompt.task, prompt.record).to_request(layout)
-  except UserError:
-    return False
-  return True
+  unlimited = dataclasses.replace(layout, positions=sys.maxsize)
+  return prompt_of(prompt.task, prompt.record).to_request(unlimited).positions <= layout.positions
 
 
 def spread(codes: Int32[np.ndarray, "N G I"]) -> float:

@@ -120,6 +120,15 @@ def test_only_scenes_are_judged():
   assert rewards.reward_of("clip", [task]) is rewards.clip_scores
 
 
+def test_clip_scores_captions_alone(layout):
+  """An edit has no caption, so its samples have no score."""
+  records = [p.record for p in rollouts.read_prompts(settings_of(), layout, "train", 2)]
+  samples = [Scored(0.25), Scored(None)]
+  assert rewards.clip_scores(records[:1], samples[:1]).tolist() == [0.25]
+  with pytest.raises(UserError, match=r"CLIP cannot score scenes/recolor/train/0000000"):
+    rewards.clip_scores(records, samples)
+
+
 @pytest.mark.parametrize("fields", [{"global_batch_size": 18}, {"gradient_accumulation_steps": 2}])
 def test_a_batch_of_parts_of_groups_is_refused(objective, fields):
   train = dataclasses.replace(objective.settings.train, **fields)
@@ -142,6 +151,13 @@ def test_true_images_have_the_whole_reward_and_other_images_less(layout):
   assert rewards.judged(records, samples).tolist() == [1.0] * 12
   # Those of the next prompt of the same task.
   assert rewards.judged(records, samples[2:] + samples[:2]).max() == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """As much of a Sample as the reward of CLIP reads."""
+
+  clip_score: float | None
 
 
 @dataclasses.dataclass(frozen=True)
