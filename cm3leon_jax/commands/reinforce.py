@@ -1,10 +1,9 @@
 """Learns from rewards: draws images for prompts, scores them, makes the better ones more likely.
 
-  C="--config=ml_configs/scenes_reinforce.py --workdir=workdir/reinforced"
-  python -m launch.copy_tokenizers $C --init_from=workdir/scenes_instruct
-  python -m launch.encode_instructions $C
-  python -m launch.reinforce $C --init_from=workdir/scenes_instruct
+  python -m launch.reinforce --config=ml_configs/scenes_reinforce.py \\
+    --workdir=workdir/reinforced --init_from=workdir/scenes_instruct
 
+launch.copy_tokenizers and launch.encode_instructions come before, with the same flags.
 The prompts are training records of the tasks of config.reinforce; no image that is asked for is
 seen. A judge of scenes, or CLIP, scores the images (GRPO, https://arxiv.org/abs/2402.03300). The
 result is a run like that of launch.train, and the same command continues it. At the end it prints,
@@ -128,6 +127,4 @@ def main(settings, workdir, init_from: str = "") -> None:
 
 
 if __name__ == "__main__":
-  common.run(
-    lambda settings, workdir: main(settings, workdir, INIT_FROM.value), several_processes=True
-  )
+  common.run(lambda settings, workdir: main(settings, workdir, INIT_FROM.value))

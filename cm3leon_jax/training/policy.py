@@ -39,7 +39,7 @@ SMALL = 1e-6  # Standard deviation of rewards below which a group teaches nothin
 class ReinforceConfig:
   """Learning from rewards of own samples, by `launch.reinforce`."""
 
-  tasks: tuple[str, ...] = ("draw",)
+  tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("draw",)
   """Names of the tasks of `instructions` whose training records are the prompts; their target is
   an image."""
   samples: Annotated[int, Field(ge=2)] = 8

@@ -51,7 +51,7 @@ def prepare(pipeline, *tasks):
   """Returns the request and the neighbors of each task."""
   given = check_tasks(pipeline.layout, tasks, pipeline.bank)
   found = pipeline.retrieve(tasks)
-  return list(zip(pipeline._requests(tasks, given, found), found))
+  return list(zip(pipeline.requests(tasks, given, found), found))
 
 
 def test_a_prompt_gets_its_nearest_neighbors_by_clip(pipeline, workdir, clip):

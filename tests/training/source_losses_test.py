@@ -22,7 +22,7 @@ from cm3leon_jax.training.monitor import change_line
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.state import eval_step, init_state, train_step
 from cm3leon_jax.training.tensorboard import curves
-from cm3leon_jax.training.train import TrainConfig, train
+from cm3leon_jax.training.train import Rows, TrainConfig, train
 from tests.data.stores import VOCAB, make_instructions, make_plan, make_sources
 from tests.models.tiny import CONFIG, mesh_of, model_logits
 from tests.training import events
@@ -142,7 +142,7 @@ def tune(folder, loader, shape=(1, 1, 1), sample_grid=None, evaluate_start=True,
     return shared_steps(model, optimizer, config.steps, accumulation, vocab, seed, mesh)
 
   optimizer = OptimizerConfig(learning_rate=1e-2)
-  arguments = (MODEL, optimizer, config, VOCAB, loader, loader, 0, sample_grid)
+  arguments = (MODEL, optimizer, config, VOCAB, Rows(loader), loader, 0, sample_grid)
   with (
     jax.set_mesh(mesh_of(*shape)),
     mock.patch.object(train_module, "compile_steps", steps),

@@ -24,7 +24,7 @@ from cm3leon_jax.training import train as train_module
 from cm3leon_jax.training.flops import model_flops
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.state import init_state
-from cm3leon_jax.training.train import INTERRUPTED, TrainConfig, compile_steps, train
+from cm3leon_jax.training.train import INTERRUPTED, Rows, TrainConfig, compile_steps, train
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.models.tiny import mesh_of
 from tests.training import events
@@ -98,7 +98,7 @@ def run(
       optimizer,
       config,
       VOCAB,
-      loader,
+      Rows(loader),
       loader,
       0,
       sample_grid,
