@@ -70,11 +70,11 @@ def test_it_learns_stops_continues_and_is_graded(source, prepared, tmp_path, cap
     printed = capsys.readouterr().out
     calls, judged = [], rewards.judged
 
-    def fails_at_the_second_step(records, samples):
+    def fails_at_the_second_step(records, samples, style):
       calls.append(len(records))
       if len(calls) == 2:
         raise KeyboardInterrupt
-      return judged(records, samples)
+      return judged(records, samples, style)
 
     with monkeypatch.context() as patch:
       patch.setattr(rewards, "judged", fails_at_the_second_step)
