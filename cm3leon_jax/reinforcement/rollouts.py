@@ -164,9 +164,9 @@ class Rollouts:
     )
 
     def take_step(state, numbers: range):
-      rollout, numbers_of = self.draw(state.params, numbers)
+      rollout, scores = self.draw(state.params, numbers)
       state, metrics = update(state, self._reference, policy.place(rollout))
-      return state, {**metrics, **numbers_of}
+      return state, {**metrics, **scores}
 
     group = settings.reinforce.samples
     first, each = next_row // group, rows // group
