@@ -145,6 +145,8 @@ class InstructionJob:
   def _write(self, name: str, encoder: Encoder) -> dict:
     split, _, task_name = name.partition("_")
     [task] = [task for task in self.tasks if task.name == task_name]
+    if split == "heldout":
+      task = dataclasses.replace(task, redrawn=0.0)
     records = open_task(task, split, self.config, self.scenes)
     return write_store(epath.Path(self.workdir) / "instructions" / name, task, records, encoder)
 

@@ -2,12 +2,13 @@
 
 # H height, W width, I codes of an image.
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent import futures
 import dataclasses
 import functools
 import itertools
 import json
+import random
 
 from etils import epath
 import numpy as np
@@ -90,7 +91,7 @@ def write_store(
         names.append(f"{number:06d}")
         documents = (_document(record, one) for record, one in found)
         write_shard(folder, names[-1], documents, encoder.vocab)
-        targets += [(one.start, one.stop) for _, one in found]
+        targets += [one.targets for _, one in found]
   if not targets and not rejected:
     raise UserError(f"task {task.name} has no records: the files of its split have none.")
   if not targets:
@@ -99,20 +100,22 @@ def write_store(
     )
   finish_store(folder, names, encoder.vocab)
   write_targets(folder, targets)
-  tokens = sum(stop - start for start, stop in targets)
+  tokens = sum(stop - start for ranges in targets for start, stop in ranges)
   return {"documents": len(targets), "rejected": rejected, "target_tokens": tokens}
 
 
 def _encode(task: InstructionTask, records: list[Record], encoder: Encoder):
   """Returns the records that are right, with their form, and those that are wrong, with why."""
   images, wrong = _read_images(task, records, encoder)
-  codes: Iterator[np.ndarray] = iter(())
+  of_record: dict[int, dict[str, np.ndarray]] = {}
   if images:
     pixels = np.stack([image for _, _, image in images])
-    codes = iter(encoder.vocab.image_ids(np.asarray(encoder.image_tokenizer.encode(pixels))))
-  of_record: dict[int, dict[str, np.ndarray]] = {}
-  for (i, field, _), ids in zip(images, codes):
-    of_record.setdefault(i, {})[field] = ids
+    redrawn = [
+      field not in task.targets and is_redrawn(task, records[i].key) for i, field, _ in images
+    ]
+    codes = _encode_images(encoder.image_tokenizer, pixels, np.array(redrawn))
+    for (i, field, _), ids in zip(images, encoder.vocab.image_ids(codes)):
+      of_record.setdefault(i, {})[field] = ids
   found = []
   for i, record in enumerate(records):
     if i in wrong:
@@ -124,9 +127,9 @@ def _encode(task: InstructionTask, records: list[Record], encoder: Encoder):
       continue
     size, most = _sample_length(one), encoder.positions + 1
     if size > most:
-      target = one.stop - one.start
+      target, fields = sum(stop - start for start, stop in one.targets), ", ".join(task.targets)
       wrong[i] = (
-        f"its sample has {size} tokens, {target} of them of {task.target}; a row has room for "
+        f"its sample has {size} tokens, {target} of them of {fields}; a row has room for "
         f"{most}: shorten it, or raise config.data.sequence_length."
       )
       continue
@@ -134,12 +137,29 @@ def _encode(task: InstructionTask, records: list[Record], encoder: Encoder):
   return found, [(records[i], reason) for i, reason in sorted(wrong.items())]
 
 
+def is_redrawn(task: InstructionTask, key: str) -> bool:
+  """Returns whether the images that a record gives are redrawn; its key decides."""
+  return random.Random(f"{task.name} {key} redrawn").random() < task.redrawn
+
+
+def _encode_images(tokenizer: ImageTokenizer, pixels: np.ndarray, redrawn: np.ndarray):
+  """Encodes images [n, H, W, 3] uint8 to codes [n, I] int32, and some as they are redrawn.
+
+  Encoding what the codes are decoded to gives other codes: a model that edits its own drawings
+  reads such codes, and no others.
+  """
+  codes = np.array(tokenizer.encode(pixels))
+  if redrawn.any():
+    codes[redrawn] = tokenizer.encode(tokenizer.decode(codes[redrawn]))
+  return codes
+
+
 def _sample_length(one: Instruction) -> int:
   """Returns the tokens of the sample that lacks nothing, the longest one."""
   lengths = [len(segment.tokens) for segment in one.segments]
   is_image = [segment.is_image for segment in one.segments]
   rng = np.random.default_rng(0)
-  return plan_instruction(lengths, is_image, (one.start, one.stop), rng, Drops()).length
+  return plan_instruction(lengths, is_image, one.targets, rng, Drops()).length
 
 
 def _read_images(task: InstructionTask, records: list[Record], encoder: Encoder):

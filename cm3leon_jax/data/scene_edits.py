@@ -29,11 +29,14 @@ _RECOLOR = (
 _REMOVE = ("Remove the {x}", "Erase the {x}", "Delete the {x}", "Take away the {x}")
 _MIRROR = {
   "across": (
+    "Mirror the image",
+    "Mirror the image from left to right",
     "Swap the left half and the right half",
     "Exchange the left and the right half of the image",
     "Move what is on the left to the right, and what is on the right to the left",
   ),
   "down": (
+    "Mirror the image from top to bottom",
     "Swap the top half and the bottom half",
     "Exchange the top and the bottom half of the image",
     "Move what is at the top to the bottom, and what is at the bottom to the top",

@@ -52,7 +52,8 @@ class Answer:
 
 def is_judged(task: InstructionTask) -> bool:
   """Returns whether answers to a task are judged exactly: those over scenes, with held-out ones."""
-  return task.format.startswith(sources.SCENES) and bool(task.heldout)
+  has_one = not task.more_targets
+  return has_one and task.format.startswith(sources.SCENES) and bool(task.heldout)
 
 
 def true_image(record: Record) -> np.ndarray:
@@ -83,7 +84,7 @@ def prompt_of(task: InstructionTask, record: Record, **common) -> Task:
     if segment == f"{{{task.target}}}" and task.target in record.images:
       break
     for field, text in record.texts.items():
-      segment = segment.replace(f"{{{field}}}", MASK if field == task.target else text)
+      segment = segment.replace(f"{{{field}}}", MASK if field in task.targets else text)
     for field, image in record.images.items():
       if segment == f"{{{field}}}":
         segment, given = IMAGE, image

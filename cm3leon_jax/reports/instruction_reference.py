@@ -93,7 +93,7 @@ def sample_of(task: InstructionTask, record: Record) -> str:
   lengths = [len(segment.tokens) for segment in one.segments]
   is_image = [segment.is_image for segment in one.segments]
   rng = np.random.default_rng(0)
-  plan = samples.plan_instruction(lengths, is_image, (one.start, one.stop), rng, samples.Drops())
+  plan = samples.plan_instruction(lengths, is_image, one.targets, rng, samples.Drops())
   document = Document(record.key, one.segments, "", "", "")
   tokens, _ = samples.build_instruction(document, plan, VOCAB, "all")
   return show(tokens)
@@ -130,7 +130,8 @@ def reference() -> str:
 
 def _describe(task: InstructionTask) -> str:
   """Returns a line on a task, and its example."""
-  line = f"**`{task.name}`** predicts `{task.target}`; `{task.format}`, `{task.train}`"
+  predicted = ", ".join(f"`{field}`" for field in task.targets)
+  line = f"**`{task.name}`** predicts {predicted}; `{task.format}`, `{task.train}`"
   if task.heldout:
     line += f", held out `{task.heldout}`"
   line += "".join(f"; map `{field}`: `{kind}`" for field, kind in task.maps.items())

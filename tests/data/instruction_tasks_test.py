@@ -51,7 +51,7 @@ def build_sample(one, seed=0, drops=NOTHING, loss_on="all"):
   lengths = [len(segment.tokens) for segment in one.segments]
   rng = np.random.default_rng(seed)
   is_image = [segment.is_image for segment in one.segments]
-  plan = samples.plan_instruction(lengths, is_image, (one.start, one.stop), rng, drops)
+  plan = samples.plan_instruction(lengths, is_image, one.targets, rng, drops)
   tokens, weights = samples.build_instruction(document, plan, VOCAB, loss_on)
   assert len(tokens) == plan.length
   return tokens, weights
@@ -86,7 +86,7 @@ def test_line_breaks_of_a_template_stay_and_those_of_records_become_spaces():
   )
   text = "".join(chr(i) for i in one.segments[0].tokens)
   assert text == " Question: how many birds?\nWhy?\n two cats\nSo."
-  assert text[one.start - 1 : one.stop - 1] == " two cats"
+  assert text[one.targets[0][0] - 1 : one.targets[0][1] - 1] == " two cats"
 
 
 def encode_characters(text):
@@ -109,7 +109,7 @@ def test_the_line_of_an_optional_text_is_left_out_if_it_is_empty(template, texts
   one = join_record(task(templates=[template]), record(**texts), encode_characters, {})
   found = ["".join(chr(i) for i in segment.tokens) for segment in one.segments]
   assert found == lines
-  assert "".join(found)[one.start - 1 : one.stop - 1] == " two cats"
+  assert "".join(found)[one.targets[0][0] - 1 : one.targets[0][1] - 1] == " two cats"
 
 
 @pytest.mark.parametrize("field", ["question", "answer"])

@@ -200,6 +200,18 @@ def test_answers_follow_from_the_pixels(made):
     for one in made["exists", split]:
       name = word_of(one.texts["question"])
       assert (name in [x[0] for x in shown(one)]) == (one.texts["answer"] == "yes")
+    for one in made["quiz", split]:
+      found, asked = [x[0] for x in shown(one)], []
+      for i in range(1, 5):
+        answer, name = one.texts[f"answer_{i}"], word_of(one.texts[f"question_{i}"])
+        asked.append(name)
+        if answer in words:
+          assert found.count(name) == words[answer]
+        elif answer in COLORS:
+          assert {color for x, color, _ in shown(one) if x == name} == {answer}
+        else:
+          assert (name in found) == (answer == "yes")
+      assert len(set(asked)) == 4
     for one in made["relation", split]:
       (relation,) = (side for side in SIDES if f"{side} the " in one.texts["question"])
       objects = shown(one)
@@ -225,7 +237,7 @@ def test_edits_do_what_the_instruction_says(made):
       assert Scene.of(left) == scene_of(one.facts["objects"])
       assert 0 < len(left) < len(Scene.parse(one.group).objects)
     for one in made["mirror", split]:
-      axis = 1 if "left" in one.texts["instruction"] else 0
+      axis = 0 if "top" in one.texts["instruction"] else 1
       np.testing.assert_array_equal(np.roll(one.images["before"], 24, axis), one.images["after"])
     for one in made["add", split]:
       before, after = (set(x.objects) for x in (Scene.parse(one.group), last_scene(one)))
