@@ -72,8 +72,14 @@ def write_store(
     Number of documents, of rejected records, and of tokens of targets.
 
   Raises:
-    UserError: a template does not fit the records, or no record is right.
+    UserError: a template does not fit the records, no record is right, or the vocabulary has fewer
+      sentinels than the task has targets.
   """
+  if len(task.targets) > encoder.vocab.num_masks:
+    raise UserError(
+      f"task {task.name} has {len(task.targets)} targets; the vocabulary has "
+      f"{encoder.vocab.num_masks} sentinels (config.vocab.num_special)."
+    )
   folder, targets, names = epath.Path(folder), [], []
   folder.mkdir(parents=True, exist_ok=True)
   rejected = 0

@@ -52,8 +52,8 @@ class Answer:
 
 def is_judged(task: InstructionTask) -> bool:
   """Returns whether answers to a task are judged exactly: those over scenes, with held-out ones."""
-  has_one = not task.more_targets
-  return has_one and task.format.startswith(sources.SCENES) and bool(task.heldout)
+  judged = task.format.startswith(sources.SCENES) and not task.more_targets
+  return judged and bool(task.heldout)
 
 
 def true_image(record: Record) -> np.ndarray:

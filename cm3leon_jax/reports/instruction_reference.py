@@ -32,7 +32,7 @@ PATH = pathlib.Path(__file__).parents[2] / "docs" / "instructions.md"
 START = "<!-- python -m cm3leon_jax.reports.instruction_reference writes what follows -->"
 END = "<!-- to here -->"
 # Of the examples: an id for each character, and one image code.
-VOCAB = VocabLayout(num_special=8, text_size=8 + 256, image_size=1)
+VOCAB = VocabLayout(num_special=16, text_size=16 + 256, image_size=1)
 IMAGE = "[image]"
 # Format, or name of a task whose format is general -> texts of an example.
 TEXTS = {

@@ -82,6 +82,13 @@ def test_target_range_literal():
   assert target_range(np.array([eos, mask, brk, 591, 592, eos]), task, VOCAB) == (3, 5)
 
 
+def test_target_range_of_several_targets():
+  eos, eoss, first, second = VOCAB.eos, VOCAB.eoss, VOCAB.mask(0), VOCAB.mask(1)
+  task = Task("t", [(1, 2), (3, 4)], None, None)
+  tokens = np.array([eos, first, 8, second, eos, first, 7, eoss, second, 9, eoss])
+  assert target_range(tokens, task, VOCAB) == (6, 10)
+
+
 def one_sample(stores, kind, **fields):
   """Returns a plan, the number of a row whose first sample is of a kind, and that sample."""
   plan = plan_of(stores, **fields)
