@@ -22,6 +22,8 @@ def get_config(variant: str = "30"):
   config.train.update({"steps": steps, "global_batch_size": 64, "log_every": 5})
   config.train.update({"eval_every": max(2, steps // 2), "eval_batches": 2})
   config.train.update({"checkpoint_every": max(2, steps // 10)})
-  config.reinforce.update({"tasks": ("draw", "recolor", "remove", "mirror", "add"), "samples": 8})
-  config.reinforce.update({"heldout_prompts": 100})
+  # At the temperature of users: at a higher one samples fail in ways that theirs do not.
+  temperature = config.sampling.temperature
+  config.reinforce.update({"tasks": ("draw",), "samples": 8, "temperature": temperature})
+  config.reinforce.update({"heldout_prompts": 100, "kl_weight": 0.1})
   return config

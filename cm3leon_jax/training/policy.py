@@ -51,7 +51,8 @@ class ReinforceConfig:
   """Divisor of the guided logits that samples are drawn from while learning, without top-k and
   top-p."""
   kl_weight: NonNegativeFloat = 0.05
-  """Weight in the loss of KL(policy || policy of the first parameters), in nats per code."""
+  """Weight in the loss of KL(policy of the first parameters || policy), in nats per code: what the
+  starting model may draw stays likely, so samples stay different and held-out images known."""
   heldout_prompts: Annotated[int, Field(ge=2)] = 64
   """Held-out prompts whose samples are scored before the first step and after the last one."""
 
@@ -164,7 +165,7 @@ def policy_step(
 ) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
   """Updates the state on the samples of its own parameters.
 
-  The loss is -mean(advantage x log-probability) + kl_weight x KL(policy || reference), both means
+  The loss is -mean(advantage x log-probability) + kl_weight x KL(reference || policy), both means
   over codes. The KL is exact: it is summed over all codes of the vocabulary.
 
   Args:
@@ -191,7 +192,7 @@ def policy_step(
     ids = jnp.arange(log_probs.shape[-1], dtype=rollout.codes.dtype)
     sampled = rollout.codes[..., None] == ids[None, None]
     chosen = jnp.sum(jnp.where(sampled, log_probs, 0), -1)
-    kl = jnp.mean(jnp.sum(jnp.exp(log_probs) * (log_probs - of_reference), -1))
+    kl = jnp.mean(jnp.sum(jnp.exp(of_reference) * (of_reference - log_probs), -1))
     value = -jnp.mean(rollout.advantages[:, None] * chosen) + kl_weight * kl
     return value, {"loss": value, "image_loss": -jnp.mean(chosen), "kl": kl}
 

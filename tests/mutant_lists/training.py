@@ -209,7 +209,7 @@ TRAINING = (
     f"{POLICY_TEST}::test_a_step_follows_the_gradient_of_its_definition",
     ("policy_sign", "-jnp.mean(rollout.advantages", "jnp.mean(rollout.advantages"),
     ("kl_not_weighted", "+ kl_weight * kl", "+ kl"),
-    ("kl_of_the_reference", "(log_probs - of_reference)", "(of_reference - log_probs)"),
+    ("kl_of_the_policy", "(of_reference - log_probs)", "(log_probs - of_reference)"),
     ("policy_without_temperature", "logits / temperature", "logits"),
   ),
   *mutants_of(

@@ -11,9 +11,7 @@ from cm3leon_jax.training.optimizer import (
 )
 
 
-@pytest.mark.parametrize(
-  ("schedule", "middle"), [("cosine", 0.55), ("linear", 0.55), ("wsd", 1.0)]
-)
+@pytest.mark.parametrize(("schedule", "middle"), [("cosine", 0.55), ("linear", 0.55), ("wsd", 1.0)])
 def test_schedule_literals(schedule, middle):
   rate = learning_rate_schedule(
     OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule=schedule), 110

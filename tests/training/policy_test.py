@@ -124,7 +124,7 @@ def naive_loss(params, model, rollout, reference, kl_weight, temperature):
     return jax.nn.log_softmax(guided[..., VOCAB.text_size :] / temperature)
 
   found, of_reference = policy_of(params), policy_of(reference)
-  kl = jnp.sum(jnp.exp(found) * (found - of_reference), -1).mean()
+  kl = jnp.sum(jnp.exp(of_reference) * (of_reference - found), -1).mean()
   one_hot = jax.nn.one_hot(rollout.codes, VOCAB.image_size)
   values = jnp.sum(found * one_hot, -1) * rollout.advantages[:, None]
   return -values.mean() + kl_weight * kl
