@@ -176,6 +176,8 @@ REFUSED = [
   ("optimizer", "warmup_steps", -1, NOT_NEGATIVE),
   ("optimizer", "name", "adam", "'adamw' or 'muon'"),
   ("optimizer", "schedule", "step", "'cosine', 'linear' or 'wsd'"),
+  ("instructions", "redrawn", -0.1, NOT_NEGATIVE),
+  ("instructions", "redrawn", 1.1, AT_MOST_1),
   ("optimizer", "decay_fraction", 0.0, POSITIVE),
   ("optimizer", "decay_fraction", 1.1, AT_MOST_1),
   ("optimizer", "final_fraction", -0.1, NOT_NEGATIVE),

@@ -50,6 +50,9 @@ class InstructionsConfig:
   """Folder of the files of all tasks."""
   max_records: NonNegativeInt = 0
   """Most records of a task that are trained on, the first ones; 0: as many as the task says."""
+  redrawn: Annotated[float, Field(ge=0, le=1)] = 0.0
+  """Share of training records whose given images are first encoded and decoded by the image
+  tokenizer, so that they look like images that a model drew."""
   loss_on: LossOn = "all"
   """`all`: every token is a target, the instruction, too, as in the paper; `target`: the answer."""
   replay_share: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -1,13 +1,11 @@
 """Plans and builds the samples of instruction documents, whose target is known.
 
 target inside: </s> Question: how many? Answer: <mask:0>. <break> image </s> <mask:0> two <eoss>
-two targets:   </s> <mask:0> <mask:1> <break> image </s> <mask:0> two <eoss> <mask:1> red <eoss>
 image last:    </s> a cat <break> image </s>
 """
 
 # T tokens of a sample.
 
-from collections.abc import Sequence
 import dataclasses
 import typing
 
@@ -36,8 +34,7 @@ class Instructions:
   """What makes the documents of a store instructions.
 
   Attributes:
-    targets: [n, k, 2] int32, half-open ranges in `</s> segment <break> ... segment </s>`,
-      ascending; k for each document.
+    targets: [n, 2] int32, half-open ranges in `</s> segment <break> ... segment </s>`.
     drops: shares of samples that lack something.
     loss_on: which tokens have a weight.
     loss_weight: the weight.
@@ -50,13 +47,13 @@ class Instructions:
 
 
 def write_targets(folder: epath.PathLike, targets) -> None:
-  """Writes the targets of a store, [n, k, 2] or [n, 2] for k = 1, beside its documents."""
+  """Writes the targets of a store beside its documents."""
   with replacing(epath.Path(folder) / TARGETS) as file:
-    np.save(file, np.asarray(targets, np.int32).reshape(len(targets), -1, 2))
+    np.save(file, np.asarray(targets, np.int32).reshape(-1, 2))
 
 
 def read_targets(folder: epath.PathLike, count: int) -> np.ndarray:
-  """Reads the targets of a store of `count` documents, [count, k, 2] int32.
+  """Reads the targets of a store of `count` documents.
 
   Raises:
     UserError: there are none, or of another number of documents.
@@ -68,7 +65,7 @@ def read_targets(folder: epath.PathLike, count: int) -> np.ndarray:
     targets = np.load(file)
   if len(targets) != count:
     raise UserError(f"{path} has {len(targets)} targets for {count} documents: write both again.")
-  return targets.reshape(count, -1, 2)
+  return targets
 
 
 class InstructionPlan(typing.NamedTuple):
@@ -78,8 +75,8 @@ class InstructionPlan(typing.NamedTuple):
     first: segments before this one are left out...
     skipped: ...as well as this one, -1: none.
     masked: whether `<mask:0>` stands for the segments that are left out.
-    spans: the targets as CM3 spans, or () if the target is the last image.
-    targets: half-open ranges in the joined sample without what is left out.
+    spans: the target as a CM3 span, or () if it is the last image.
+    target: half-open range of the target in the joined sample without what is left out.
     length: tokens of the sample.
     neighbors, missing, crowded_out, dropped: as in `SamplePlan`; instructions have no neighbors.
   """
@@ -88,7 +85,7 @@ class InstructionPlan(typing.NamedTuple):
   skipped: int
   masked: bool
   spans: tuple[tuple[int, int], ...]
-  targets: tuple[tuple[int, int], ...]
+  target: tuple[int, int]
   length: int
   neighbors: tuple[int, ...] = ()
   missing: int = 0
@@ -97,45 +94,41 @@ class InstructionPlan(typing.NamedTuple):
 
 
 def plan_instruction(
-  lengths,
-  is_image,
-  targets: Sequence[tuple[int, int]],
-  rng: np.random.Generator,
-  drops: Drops,
+  lengths, is_image, target: tuple[int, int], rng: np.random.Generator, drops: Drops
 ) -> InstructionPlan:
   """Chooses what a sample lacks.
 
-    lengths = [2, 16, 3, 16], targets = [(25, 41)], the last segment, an image
+    lengths = [2, 16, 3, 16], target = (25, 41), the last segment, an image
     complete:            all four segments
     without instruction: the first, the second and the fourth
     without all:         </s> <mask:0> <break> fourth </s>
 
   An image that is the last segment is predicted in its place, as images of captions are; any other
-  targets are spans that are infilled. Only samples of the former kind can lack something: a masked
+  target is a span that is infilled. Only samples of the former kind can lack something: a masked
   answer would stand alone. The instruction is the segment before the target.
 
   Args:
     lengths: of the segments, without `<break>` and `</s>`.
     is_image: of the segments.
-    targets: half-open ranges in `</s> segment <break> ... segment </s>`, ascending.
+    target: half-open range in `</s> segment <break> ... segment </s>`.
     rng: generator of the sample, at its start.
     drops: shares.
   """
   starts = np.cumsum([1, *(int(n) + 1 for n in lengths)])
   last, total = len(lengths) - 1, int(starts[-1])
-  targets = tuple((int(start), int(stop)) for start, stop in targets)
-  is_last = is_image[last] and targets == ((int(starts[last]), total - 1),)
+  is_last = is_image[last] and tuple(target) == (int(starts[last]), total - 1)
   draw = rng.random()
   if is_last and last and draw < drops.all:
     size = int(lengths[-1])
-    return InstructionPlan(last, -1, True, (), ((3, 3 + size),), size + 4)
+    return InstructionPlan(last, -1, True, (), (3, 3 + size), size + 4)
   if is_last and last and draw < drops.all + drops.instruction:
     gone = int(lengths[last - 1]) + 1
-    moved = tuple((start - gone, stop - gone) for start, stop in targets)
+    moved = (target[0] - gone, target[1] - gone)
     return InstructionPlan(0, last - 1, False, (), moved, total - gone)
+  target = (int(target[0]), int(target[1]))
   if is_last:
-    return InstructionPlan(0, -1, False, (), targets, total)
-  return InstructionPlan(0, -1, False, targets, targets, total + len(targets) * cm3.OVERHEAD)
+    return InstructionPlan(0, -1, False, (), target, total)
+  return InstructionPlan(0, -1, False, (target,), target, total + cm3.OVERHEAD)
 
 
 def build_instruction(
@@ -151,8 +144,8 @@ def build_instruction(
     document: its segments.
     plan: of `plan_instruction`.
     vocab: names the special tokens.
-    loss_on: "all": every token but the first has the weight (the paper); "target": the targets, and
-      the tokens that end them.
+    loss_on: "all": every token but the first has the weight (the paper); "target": the target, and
+      the token that ends it.
     loss_weight: the weight.
 
   Returns:
@@ -181,10 +174,9 @@ def build_instruction(
   if plan.masked:
     weights[:3] = 0
   if loss_on == "target":
-    start, stop = plan.targets[0][0], plan.targets[-1][1]
-    if plan.spans:  # Moved to the end: <mask:0> 7 8 <eoss> <mask:1> 9 <eoss>, all from the 7 on.
-      stop = len(tokens) - 1
-      start = len(tokens) + 1 - sum(b - a + 2 for a, b in plan.targets)
+    start, stop = plan.target
+    if plan.spans:  # Moved to the end, with <eoss> after it.
+      start, stop = len(tokens) - 1 - (stop - start), len(tokens) - 1
     weights[:] = 0
     weights[start : stop + 1] = loss_weight
   return tokens, weights

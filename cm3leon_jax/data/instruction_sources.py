@@ -140,13 +140,12 @@ class InstructionJob:
     encoder = Encoder(
       text_tokenizer.encode, image_tokenizer, self.vocab, self.positions, self.num_threads
     )
-    return lambda name: self._write(name, encoder)
+    training = dataclasses.replace(encoder, redrawn=self.config.redrawn)
+    return lambda name: self._write(name, training if name.startswith("train_") else encoder)
 
   def _write(self, name: str, encoder: Encoder) -> dict:
     split, _, task_name = name.partition("_")
     [task] = [task for task in self.tasks if task.name == task_name]
-    if split == "heldout":
-      task = dataclasses.replace(task, redrawn=0.0)
     records = open_task(task, split, self.config, self.scenes)
     return write_store(epath.Path(self.workdir) / "instructions" / name, task, records, encoder)
 
@@ -181,7 +180,7 @@ def identity(task: InstructionTask, job: InstructionJob) -> dict:
   scenes = dataclasses.asdict(job.scenes) if task.format.startswith(SCENES) else {}
   for name in ("train", "bank"):  # Numbers of other scenes.
     scenes.pop(name, None)
-  of_config = {"root": job.config.root, "max_records": job.config.max_records}
+  of_config = {name: getattr(job.config, name) for name in ("root", "max_records", "redrawn")}
   return {"task": fields, "scenes": scenes, **of_config, "positions": job.positions}
 
 

@@ -45,6 +45,7 @@ class Encoder:
     vocab: ids of both tokenizers.
     positions: most tokens of a sample.
     num_threads: number of images read at a time.
+    redrawn: share of records whose given images are redrawn, see `InstructionsConfig`.
   """
 
   encode: Callable[[str], np.ndarray]
@@ -52,6 +53,7 @@ class Encoder:
   vocab: VocabLayout
   positions: int
   num_threads: int = 8
+  redrawn: float = 0.0
 
 
 def write_store(
@@ -72,14 +74,8 @@ def write_store(
     Number of documents, of rejected records, and of tokens of targets.
 
   Raises:
-    UserError: a template does not fit the records, no record is right, or the vocabulary has fewer
-      sentinels than the task has targets.
+    UserError: a template does not fit the records, or no record is right.
   """
-  if len(task.targets) > encoder.vocab.num_masks:
-    raise UserError(
-      f"task {task.name} has {len(task.targets)} targets; the vocabulary has "
-      f"{encoder.vocab.num_masks} sentinels (config.vocab.num_special)."
-    )
   folder, targets, names = epath.Path(folder), [], []
   folder.mkdir(parents=True, exist_ok=True)
   rejected = 0
@@ -97,7 +93,7 @@ def write_store(
         names.append(f"{number:06d}")
         documents = (_document(record, one) for record, one in found)
         write_shard(folder, names[-1], documents, encoder.vocab)
-        targets += [one.targets for _, one in found]
+        targets += [(one.start, one.stop) for _, one in found]
   if not targets and not rejected:
     raise UserError(f"task {task.name} has no records: the files of its split have none.")
   if not targets:
@@ -106,7 +102,7 @@ def write_store(
     )
   finish_store(folder, names, encoder.vocab)
   write_targets(folder, targets)
-  tokens = sum(stop - start for ranges in targets for start, stop in ranges)
+  tokens = sum(stop - start for start, stop in targets)
   return {"documents": len(targets), "rejected": rejected, "target_tokens": tokens}
 
 
@@ -117,7 +113,8 @@ def _encode(task: InstructionTask, records: list[Record], encoder: Encoder):
   if images:
     pixels = np.stack([image for _, _, image in images])
     redrawn = [
-      field not in task.targets and is_redrawn(task, records[i].key) for i, field, _ in images
+      field != task.target and is_redrawn(task, records[i].key, encoder.redrawn)
+      for i, field, _ in images
     ]
     codes = _encode_images(encoder.image_tokenizer, pixels, np.array(redrawn))
     for (i, field, _), ids in zip(images, encoder.vocab.image_ids(codes)):
@@ -133,9 +130,9 @@ def _encode(task: InstructionTask, records: list[Record], encoder: Encoder):
       continue
     size, most = _sample_length(one), encoder.positions + 1
     if size > most:
-      target, fields = sum(stop - start for start, stop in one.targets), ", ".join(task.targets)
+      target = one.stop - one.start
       wrong[i] = (
-        f"its sample has {size} tokens, {target} of them of {fields}; a row has room for "
+        f"its sample has {size} tokens, {target} of them of {task.target}; a row has room for "
         f"{most}: shorten it, or raise config.data.sequence_length."
       )
       continue
@@ -143,12 +140,14 @@ def _encode(task: InstructionTask, records: list[Record], encoder: Encoder):
   return found, [(records[i], reason) for i, reason in sorted(wrong.items())]
 
 
-def is_redrawn(task: InstructionTask, key: str) -> bool:
-  """Returns whether the images that a record gives are redrawn; its key decides."""
-  return random.Random(f"{task.name} {key} redrawn").random() < task.redrawn
+def is_redrawn(task: InstructionTask, key: str, share: float) -> bool:
+  """Returns whether the given images of a record are redrawn; its key decides."""
+  return random.Random(f"{task.name} {key} redrawn").random() < share
 
 
-def _encode_images(tokenizer: ImageTokenizer, pixels: np.ndarray, redrawn: np.ndarray):
+def _encode_images(
+  tokenizer: ImageTokenizer, pixels: np.ndarray, redrawn: np.ndarray
+) -> np.ndarray:
   """Encodes images [n, H, W, 3] uint8 to codes [n, I] int32, and some as they are redrawn.
 
   Encoding what the codes are decoded to gives other codes: a model that edits its own drawings
@@ -165,7 +164,7 @@ def _sample_length(one: Instruction) -> int:
   lengths = [len(segment.tokens) for segment in one.segments]
   is_image = [segment.is_image for segment in one.segments]
   rng = np.random.default_rng(0)
-  return plan_instruction(lengths, is_image, one.targets, rng, Drops()).length
+  return plan_instruction(lengths, is_image, (one.start, one.stop), rng, Drops()).length
 
 
 def _read_images(task: InstructionTask, records: list[Record], encoder: Encoder):

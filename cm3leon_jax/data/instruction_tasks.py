@@ -42,9 +42,6 @@ class InstructionTask:
   """Field that is to be predicted."""
   format: Annotated[str, Field(min_length=1)]
   """Format of the records: `scenes/TASK`, or one of docs/data_formats.md#instruction-files."""
-  more_targets: tuple[str, ...] = ()
-  """More texts of the templates that are predicted, as the answers to several questions about one
-  image: each is a CM3 span of its own. Such tasks are for training and cannot be graded."""
   train: Annotated[str, Field(min_length=1)] = "train"
   """Split that is trained on."""
   heldout: str = ""
@@ -71,9 +68,6 @@ class InstructionTask:
   image alone. Only samples that predict an image lack something."""
   drop_all: Annotated[float, Field(ge=0, le=1)] = 0.0
   """Share of samples in which `<mask:0>` stands for all that is before the target."""
-  redrawn: Annotated[float, Field(ge=0, le=1)] = 0.0
-  """Share of training records whose given images are first encoded and decoded by the image
-  tokenizer, so that they look like images that a model drew."""
 
   # Validators of fields, not of the whole, so that an error has the field's place in a file.
   @field_validator("templates")
@@ -97,17 +91,15 @@ class InstructionTask:
   @field_validator("target")
   @classmethod
   def _check_target(cls, target: str, info: ValidationInfo) -> str:
-    _check_once(target, info.data.get("templates", ()))
+    for template in info.data.get("templates", ()):
+      given = f"{{{target}}}" in template  # Not as an optional field.
+      count = fields_of(template).count(target) if given else 0
+      if count != 1:
+        raise ValueError(
+          f"the template '{template}' must have {{{target}}}, the target, once; it has it {count} "
+          "times."
+        )
     return target
-
-  @field_validator("more_targets")
-  @classmethod
-  def _check_more_targets(cls, targets: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-    if twice := {x for x in targets if (info.data.get("target"), *targets).count(x) > 1}:
-      raise ValueError(f"{{{min(twice)}}} is named twice as a target: name it once.")
-    for target in targets:
-      _check_once(target, info.data.get("templates", ()))
-    return targets
 
   @field_validator("drop_all")
   @classmethod
@@ -115,22 +107,6 @@ class InstructionTask:
     if drop_all + info.data.get("drop_instruction", 0) > 1:
       raise ValueError("drop_instruction and drop_all together are more than 1.")
     return drop_all
-
-  @property
-  def targets(self) -> tuple[str, ...]:
-    """Returns the fields that are predicted."""
-    return (self.target, *self.more_targets)
-
-
-def _check_once(target: str, templates: Sequence[str]) -> None:
-  for template in templates:
-    given = f"{{{target}}}" in template  # Not as an optional field.
-    count = fields_of(template).count(target) if given else 0
-    if count != 1:
-      raise ValueError(
-        f"the template '{template}' must have {{{target}}}, the target, once; it has it {count} "
-        "times."
-      )
 
 
 def fields_of(template: str) -> list[str]:
@@ -177,11 +153,12 @@ class Instruction:
 
   Attributes:
     segments: of the document.
-    targets: half-open ranges in `</s> segment <break> ... segment </s>`, ascending.
+    start, stop: half-open range of the target in `</s> segment <break> ... segment </s>`.
   """
 
   segments: tuple[Segment, ...]
-  targets: tuple[tuple[int, int], ...]
+  start: int
+  stop: int
 
 
 def join_record(
@@ -211,40 +188,36 @@ def join_record(
       the end, or drops without effect.
   """
   segments: list[Segment] = []
-  at, found = 1, []
+  at, found = 1, (0, 0)
   for text in split_template(choose_template(task, record.key)):
     tokens, is_image, inside = _segment(task, record, text, encode, codes)
     if not len(tokens):
       continue
     segments.append(Segment(is_image, tokens))
-    found += [(at + start, at + stop) for start, stop in inside]
+    if inside is not None:
+      found = (at + inside[0], at + inside[1])
     at += len(tokens) + 1
   _check_place(task, segments, found, at - 1)
-  return Instruction(tuple(segments), tuple(found))
+  return Instruction(tuple(segments), *found)
 
 
-def _check_place(task: InstructionTask, segments: list[Segment], targets, end: int) -> None:
+def _check_place(task: InstructionTask, segments: list[Segment], target, end: int) -> None:
   """Checks that an image that is predicted is last, and that what may be dropped can be.
 
   Args:
     task: of the record.
     segments: of the document.
-    targets: half-open ranges.
+    target: half-open range of the target.
     end: place after the last segment.
 
   Raises:
     UserError: naming the task.
   """
-  is_last = segments[-1].is_image and targets == [(end - len(segments[-1].tokens), end)]
+  is_last = segments[-1].is_image and target == (end - len(segments[-1].tokens), end)
   if not is_last:
     starts = np.cumsum([1, *(len(segment.tokens) + 1 for segment in segments)])
-    places = np.searchsorted(starts, [start for start, _ in targets], side="right") - 1
-    if any(segments[place].is_image for place in places):
-      if task.more_targets:
-        raise UserError(
-          f"task {task.name} has more_targets, and one of its targets is an image: it must be the "
-          "only one."
-        )
+    place = int(np.searchsorted(starts, target[0], side="right")) - 1
+    if segments[place].is_image:
       raise UserError(
         f"task {task.name} predicts the image {{{task.target}}}, which must be the last segment of "
         "a template."
@@ -261,7 +234,7 @@ def _check_place(task: InstructionTask, segments: list[Segment], targets, end: i
 
 
 def _segment(task: InstructionTask, record: Record, text: str, encode, codes):
-  """Returns the tokens of a segment, whether it is an image, and the ranges of targets."""
+  """Returns the tokens of a segment, whether it is an image, and the target's range or None."""
   fields = fields_of(text)
   images = [field for field in fields if field in record.images]
   if images:
@@ -271,7 +244,7 @@ def _segment(task: InstructionTask, record: Record, text: str, encode, codes):
         "between them."
       )
     tokens = np.asarray(codes[images[0]], np.int32)
-    return tokens, True, [(0, len(tokens))] if images[0] in task.targets else []
+    return tokens, True, (0, len(tokens)) if images[0] == task.target else None
   for field in fields:
     if field not in record.texts:
       known = ", ".join(sorted([*record.texts, *record.images]))
@@ -281,21 +254,16 @@ def _segment(task: InstructionTask, record: Record, text: str, encode, codes):
       )
   text = drop_empty_lines(task, record, text)
   if not text:
-    return np.zeros(0, np.int32), False, []
+    return np.zeros(0, np.int32), False, None
   texts = {field: " ".join(record.texts[field].split()) for field in fields}
-  inside = [field for field in fields if field in task.targets]
-  if not inside:
-    return encode(_FIELD.sub(lambda match: texts[match[1]], text)), False, []
-  around = re.split("|".join(f"{{{field}}}" for field in inside), text)
-  around = [_FIELD.sub(lambda match: texts[match[1]], part) for part in around]
-  first, *others = encode_pieces(encode, around)
-  pieces, ranges, at = [first], [], len(first)
-  for field, after in zip(inside, others, strict=True):
-    answer = encode(texts[field])
-    ranges.append((at, at + len(answer)))
-    pieces += [answer, after]
-    at += len(answer) + len(after)
-  return np.concatenate(pieces).astype(np.int32), False, ranges
+  if task.target not in fields:
+    return encode(_FIELD.sub(lambda match: texts[match[1]], text)), False, None
+  before, after = text.split(f"{{{task.target}}}")
+  before, after = (_FIELD.sub(lambda match: texts[match[1]], part) for part in (before, after))
+  pieces = encode_pieces(encode, [before, after])
+  target = encode(texts[task.target])
+  tokens = np.concatenate([pieces[0], target, pieces[1]]).astype(np.int32)
+  return tokens, False, (len(pieces[0]), len(pieces[0]) + len(target))
 
 
 def mixture(

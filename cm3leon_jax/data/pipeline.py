@@ -197,8 +197,8 @@ class RowLoader:
       loss = (spec.instructions.loss_on, spec.instructions.loss_weight)
       tokens, weights = build_instruction(document, plan, self.vocab, *loss)
       own, is_code = np.zeros(len(tokens), bool), self.vocab.is_image(tokens)
-      if not plan.spans:  # Else the targets stand elsewhere, and are texts.
-        own[slice(*plan.targets[0])] = True
+      if not plan.spans:  # Else the target stands elsewhere, and is a text.
+        own[slice(*plan.target)] = True
       return Sample(tokens, weights, own & is_code, bool((is_code & ~own).any()))
     candidates = spec.candidates(index)
     neighbors = [spec.bank[int(candidates[j])] for j in plan.neighbors]

@@ -241,10 +241,10 @@ class RowPlan:
     spec, units = self.sources[source], self.units[source]
     lengths, is_image = units.lengths(spec.store, unit)
     if spec.instructions is not None:
-      targets = spec.instructions.targets[units.locate(unit)[0]].tolist()
+      target = spec.instructions.targets[units.locate(unit)[0]]
       rng = self._generators.at(self._pass_seeds(source, pass_)[0], unit)
       drops = spec.instructions.drops
-      return plan_instruction(lengths, is_image, targets, rng, drops)
+      return plan_instruction(lengths, is_image, tuple(target.tolist()), rng, drops)
     candidates = []
     if spec.neighbors is not None:
       ids = spec.candidates(units.locate(unit)[0]).tolist()

@@ -34,8 +34,7 @@ EDITS: dict[str, Callable[[Scene, ScenesConfig, random.Random], Edit | None]] = 
   "mirror": scene_edits.mirror,
   "add": scene_edits.add,
 }
-QUIZ = "quiz"  # Several questions about one image, for training: learned in fewer steps.
-TASKS = (*CAPTIONED, *QUESTIONS, QUIZ, *EDITS)
+TASKS = (*CAPTIONED, *QUESTIONS, *EDITS)
 TEXT_TASKS = ("describe", *QUESTIONS)  # The answer is a text; of other tasks it is an image.
 
 HIDDEN = 128  # Value of the pixels of a hidden half, which no object has.
@@ -67,7 +66,6 @@ def record(config: ScenesConfig, task: str, split: Split, index: int) -> Record:
     located                           caption, located   image
     edges                             caption            edges, image
     count, color, exists, relation    question, answer   image
-    quiz                              question_1 to 4, answer_1 to 4   image
     recolor, remove, mirror, add      instruction        before, after
 
   Its facts are those of documents of `scenes` (docs/data_formats.md), of the last image named, and
@@ -94,8 +92,6 @@ def record(config: ScenesConfig, task: str, split: Split, index: int) -> Record:
     return _captioned(config, task, split, index, rng)
   if task in EDITS:
     return _edit(config, task, split, index, rng)
-  if task == QUIZ:
-    return _quiz(config, split, index, rng)
   return _question(config, task, split, index, rng)
 
 
@@ -214,37 +210,6 @@ def _ask(
   if shown or scene_questions.may_be_absent(scene, name):
     return scene_questions.ask_exists(scene, name, rng)
   return None
-
-
-def _quiz(config: ScenesConfig, split: Split, index: int, rng) -> Record:
-  """Makes a record of four questions: a count, a color, and two that yes and no answer as often.
-
-  Each is about another object, so that none gives away the answer to another one.
-  """
-  shown = [rng.random() < 0.5 for _ in range(2)]
-  number = rng.randint(1, len(PLACES) - 1 - sum(shown))
-  for _ in range(TRIES):
-    scene = _draw(config, QUIZ, split, rng, number)
-    others = scene_questions.counts_of(_draw(config, QUIZ, split, rng, 1))
-    absent = [name for name in others if scene_questions.may_be_absent(scene, name)]
-    counts = scene_questions.counts_of(scene)
-    names = sorted(counts, key=lambda name: (-counts[name], rng.random()))
-    if len(names) >= 2 + sum(shown) and len(absent) >= 2 - sum(shown):
-      break
-  else:
-    raise _no_scene(QUIZ, split)
-  counted, colored, *present = names
-  questions = [
-    scene_questions.ask_count(scene, counts[counted], rng, [counted]),
-    scene_questions.ask_color(scene, rng, [colored]),
-    *(scene_questions.ask_exists(scene, (present if yes else absent).pop(), rng) for yes in shown),
-  ]
-  rng.shuffle(questions)
-  texts = {}
-  for i, question in enumerate(questions, 1):
-    texts |= {f"question_{i}": question.question, f"answer_{i}": question.answer}
-  facts = _all_facts(QUIZ, scene, scene, clauses_of(scene.objects))
-  return _record(QUIZ, split, index, scene, texts, {"image": render(scene, config.style)}, facts)
 
 
 def _edit(config: ScenesConfig, task: str, split: Split, index: int, rng) -> Record:

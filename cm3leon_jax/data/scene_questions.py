@@ -3,7 +3,6 @@
 A question that has no answer, or more than one, is None instead.
 """
 
-from collections.abc import Container
 import dataclasses
 import itertools
 import random
@@ -16,7 +15,7 @@ from cm3leon_jax.data.scene_captions import (
   relations,
   with_article,
 )
-from cm3leon_jax.data.scene_world import COMMON, ICONS, Scene, is_heldout_objects
+from cm3leon_jax.data.scene_world import COMMON, Scene, is_heldout_objects
 
 NUMBER_WORDS = {1: "one", **NUMBERS}
 
@@ -69,27 +68,25 @@ def named(name: str, number: int) -> str:
   return name if number == 1 else plural(name)
 
 
-def ask_count(
-  scene: Scene, number: int, rng: random.Random, of: Container[str] = COMMON
-) -> Question | None:
+def ask_count(scene: Scene, number: int, rng: random.Random) -> Question | None:
   """Asks how many objects of a name there are, where the answer is `number`.
 
-  "How many stars are there?" -> "two". None if no object of `of` is there so often.
+  "How many stars are there?" -> "two". None if no common object is there so often.
   """
-  names = [x for x, count in counts_of(scene).items() if count == number and x in of]
+  names = [x for x, count in counts_of(scene).items() if count == number and x in COMMON]
   if not names:
     return None
   name = rng.choice(names)
   return Question(rng.choice(_COUNT).format(xs=plural(name)), NUMBER_WORDS[number])
 
 
-def ask_color(scene: Scene, rng: random.Random, of: Container[str] = ICONS) -> Question | None:
+def ask_color(scene: Scene, rng: random.Random) -> Question | None:
   """Asks for the color of an object, or of several that have the same name and color.
 
   "What color is the bell?" -> "red". None if there are only objects of a name in several colors.
   """
   colors: dict[str, set[str]] = {}
-  for placed in (x for x in scene.objects if x.object in of):
+  for placed in scene.objects:
     colors.setdefault(placed.object, set()).add(placed.color)
   names = [name for name, found in colors.items() if len(found) == 1]
   if not names:

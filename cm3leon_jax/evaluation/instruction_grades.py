@@ -52,8 +52,7 @@ class Answer:
 
 def is_judged(task: InstructionTask) -> bool:
   """Returns whether answers to a task are judged exactly: those over scenes, with held-out ones."""
-  judged = task.format.startswith(sources.SCENES) and not task.more_targets
-  return judged and bool(task.heldout)
+  return task.format.startswith(sources.SCENES) and bool(task.heldout)
 
 
 def true_image(record: Record) -> np.ndarray:
@@ -84,7 +83,7 @@ def prompt_of(task: InstructionTask, record: Record, **common) -> Task:
     if segment == f"{{{task.target}}}" and task.target in record.images:
       break
     for field, text in record.texts.items():
-      segment = segment.replace(f"{{{field}}}", MASK if field in task.targets else text)
+      segment = segment.replace(f"{{{field}}}", MASK if field == task.target else text)
     for field, image in record.images.items():
       if segment == f"{{{field}}}":
         segment, given = IMAGE, image

@@ -110,8 +110,8 @@ def find_origin(loader: RowLoader, scores: np.ndarray | None, placement: Placeme
   document, candidates = spec.store[index], spec.candidates(index)
   plan = loader.plan.plan(source, pass_, unit)
   if spec.instructions is not None:
-    targets = spec.instructions.targets[index].tolist()
-    return Origin(document, (), pass_, task=Task(spec.name, targets, plan, spec.instructions))
+    target = tuple(spec.instructions.targets[index].tolist())
+    return Origin(document, (), pass_, task=Task(spec.name, target, plan, spec.instructions))
   neighbors = tuple(
     Neighbor(spec.bank[int(candidates[j])], j + 1, len(candidates), float(scores[index][j]))
     for j in plan.neighbors

@@ -2,7 +2,6 @@
 
 # T tokens of a sample.
 
-from collections.abc import Sequence
 import dataclasses
 
 import numpy as np
@@ -20,13 +19,13 @@ class Task:
 
   Attributes:
     name: of the task.
-    targets: half-open ranges in `</s> segment <break> ... segment </s>`, ascending.
+    target: half-open range of the target in `</s> segment <break> ... segment </s>`.
     plan: what the sample lacks.
     instructions: of the task's source.
   """
 
   name: str
-  targets: Sequence[tuple[int, int]]
+  target: tuple[int, int]
   plan: InstructionPlan
   instructions: Instructions
 
@@ -41,7 +40,7 @@ def check_instruction(
 ) -> tuple[int, int]:
   """Checks that a sample holds its record, less what was dropped, and weighs its targets.
 
-  The range of the targets comes from the sample's tokens, and not from the plan.
+  The range of the target comes from the sample's tokens, and not from the plan.
 
   Args:
     sample: of a row.
@@ -51,7 +50,7 @@ def check_instruction(
     length: slots of a row.
 
   Returns:
-    Half-open range of the targets in the sample, see `target_range`.
+    Half-open range of the target in the sample.
 
   Raises:
     ValueError: says what is wrong.
@@ -63,10 +62,7 @@ def check_instruction(
   kept = tuple(s for i, s in enumerate(document.segments) if i not in left_out)
   row_parts.check_sample(tokens, [dataclasses.replace(document, segments=kept)], vocab, length)
   start, stop = target_range(tokens, task, vocab)
-  joined = join([document], vocab)
-  expected = joined[slice(*task.targets[0])]
-  for i, target in enumerate(task.targets[1:], 1):
-    expected = np.concatenate([expected, [vocab.eoss, vocab.mask(i)], joined[slice(*target)]])
+  expected = join([document], vocab)[slice(*task.target)]
   if not np.array_equal(tokens[start:stop], expected):
     raise ValueError(f"{where} has another target than its record at {start} to {stop - 1}.")
   weights = np.zeros(len(tokens), np.float32)
@@ -79,10 +75,9 @@ def check_instruction(
 
 
 def target_range(tokens: np.ndarray, task: Task, vocab: VocabLayout) -> tuple[int, int]:
-  """Finds the targets in a sample: after its second `<mask:0>`, or before its end.
+  """Finds the target in a sample: after its second `<mask:0>`, or before its end.
 
     </s> 7 <mask:0> <break> 91 92 </s> <mask:0> 8 9 <eoss>: (8, 10)
-    </s> <mask:0> 8 <mask:1> </s> <mask:0> 7 <eoss> <mask:1> 9 <eoss>: (6, 10)
     </s> 7 <break> 91 92 </s>: (3, 5), if the target has two tokens
 
   Args:
@@ -94,5 +89,4 @@ def target_range(tokens: np.ndarray, task: Task, vocab: VocabLayout) -> tuple[in
   sentinels = np.flatnonzero(tokens == vocab.mask(0))
   if len(sentinels) > 1:
     return int(sentinels[-1]) + 1, stop
-  [(first, end)] = task.targets
-  return stop - (end - first), stop
+  return stop - (task.target[1] - task.target[0]), stop

@@ -32,7 +32,7 @@ PATH = pathlib.Path(__file__).parents[2] / "docs" / "instructions.md"
 START = "<!-- python -m cm3leon_jax.reports.instruction_reference writes what follows -->"
 END = "<!-- to here -->"
 # Of the examples: an id for each character, and one image code.
-VOCAB = VocabLayout(num_special=16, text_size=16 + 256, image_size=1)
+VOCAB = VocabLayout(num_special=8, text_size=8 + 256, image_size=1)
 IMAGE = "[image]"
 # Format, or name of a task whose format is general -> texts of an example.
 TEXTS = {
@@ -93,7 +93,7 @@ def sample_of(task: InstructionTask, record: Record) -> str:
   lengths = [len(segment.tokens) for segment in one.segments]
   is_image = [segment.is_image for segment in one.segments]
   rng = np.random.default_rng(0)
-  plan = samples.plan_instruction(lengths, is_image, one.targets, rng, samples.Drops())
+  plan = samples.plan_instruction(lengths, is_image, (one.start, one.stop), rng, samples.Drops())
   document = Document(record.key, one.segments, "", "", "")
   tokens, _ = samples.build_instruction(document, plan, VOCAB, "all")
   return show(tokens)
@@ -130,8 +130,7 @@ def reference() -> str:
 
 def _describe(task: InstructionTask) -> str:
   """Returns a line on a task, and its example."""
-  predicted = ", ".join(f"`{field}`" for field in task.targets)
-  line = f"**`{task.name}`** predicts {predicted}; `{task.format}`, `{task.train}`"
+  line = f"**`{task.name}`** predicts `{task.target}`; `{task.format}`, `{task.train}`"
   if task.heldout:
     line += f", held out `{task.heldout}`"
   line += "".join(f"; map `{field}`: `{kind}`" for field, kind in task.maps.items())

@@ -263,7 +263,7 @@ def test_what_is_wrong_in_records_is_set_aside_with_the_reason(encoder, tmp_path
   ]
   answers = [
     tokenizer.decode(document.segments[0].tokens[start - 1 : stop - 1])
-    for document, [(start, stop)] in zip(store, read_targets(tmp_path / "store", 2))
+    for document, (start, stop) in zip(store, read_targets(tmp_path / "store", 2))
   ]
   assert answers == ["two", "two birds"]
 

@@ -29,7 +29,6 @@ def words_of(tokens) -> str:
     VOCAB.eos: "</s>",
     VOCAB.brk: "<break>",
     VOCAB.mask(0): "<mask:0>",
-    VOCAB.mask(1): "<mask:1>",
     VOCAB.eoss: "<eoss>",
   }
   return " ".join(names.get(int(i), "@") for i in tokens)
@@ -52,7 +51,7 @@ def build_sample(one, seed=0, drops=NOTHING, loss_on="all"):
   lengths = [len(segment.tokens) for segment in one.segments]
   rng = np.random.default_rng(seed)
   is_image = [segment.is_image for segment in one.segments]
-  plan = samples.plan_instruction(lengths, is_image, one.targets, rng, drops)
+  plan = samples.plan_instruction(lengths, is_image, (one.start, one.stop), rng, drops)
   tokens, weights = samples.build_instruction(document, plan, VOCAB, loss_on)
   assert len(tokens) == plan.length
   return tokens, weights
@@ -78,45 +77,6 @@ def test_only_the_target_and_its_end_may_count():
   assert words_of(tokens[weights > 0]) == "@ @ @ @ </s>"
 
 
-QUIZ = "Question: {question} Answer: {answer}. Question: {more} Answer: {second}. <break> {image}"
-
-
-def test_several_targets_are_spans_of_their_own():
-  quiz = task(templates=[QUIZ], more_targets=["second"])
-  one = join_record(quiz, record(more="what?", second="a cat"), encode, {"image": CODES})
-  tokens, weights = build_sample(one, loss_on="target")
-  assert words_of(tokens) == (
-    "</s> Question: how many ? Answer: <mask:0> . Question: what ? Answer: <mask:1> . "
-    "<break> @ @ @ @ </s> <mask:0> two cats <eoss> <mask:1> a cat <eoss>"
-  )
-  assert words_of(tokens[weights > 0]) == "two cats <eoss> <mask:1> a cat <eoss>"
-  # In another order, and in two segments.
-  quiz = task(templates=["{second} <break> {answer}"], more_targets=["second"])
-  one = join_record(quiz, record(second="a cat"), encode, {})
-  tokens, weights = build_sample(one, loss_on="target")
-  expected = "</s> <mask:0> <break> <mask:1> </s> <mask:0> a cat <eoss> <mask:1> two cats <eoss>"
-  assert words_of(tokens) == expected
-  assert words_of(tokens[weights > 0]) == "a cat <eoss> <mask:1> two cats <eoss>"
-
-
-@pytest.mark.parametrize(
-  ("fields", "message"),
-  [
-    ({"more_targets": ["second"]}, "must have {second}, the target, once; it has it 0 times"),
-    ({"more_targets": ["answer"]}, "{answer} is named twice as a target: name it once"),
-  ],
-)
-def test_more_targets_are_other_fields_of_the_templates(fields, message):
-  with pytest.raises(UserError, match=message):
-    task(**fields)
-
-
-def test_an_image_is_the_only_target():
-  both = task(more_targets=["image"])
-  with pytest.raises(UserError, match="task vqa has more_targets, and one of its targets is an im"):
-    join_record(both, record(), encode, {"image": CODES})
-
-
 def test_line_breaks_of_a_template_stay_and_those_of_records_become_spaces():
   """Characters stand for tokens, so that line breaks are tokens, too."""
   template = "Question: {question}\nWhy?\n{answer}\nSo. <break> {image}"
@@ -126,7 +86,7 @@ def test_line_breaks_of_a_template_stay_and_those_of_records_become_spaces():
   )
   text = "".join(chr(i) for i in one.segments[0].tokens)
   assert text == " Question: how many birds?\nWhy?\n two cats\nSo."
-  assert text[one.targets[0][0] - 1 : one.targets[0][1] - 1] == " two cats"
+  assert text[one.start - 1 : one.stop - 1] == " two cats"
 
 
 def encode_characters(text):
@@ -149,7 +109,7 @@ def test_the_line_of_an_optional_text_is_left_out_if_it_is_empty(template, texts
   one = join_record(task(templates=[template]), record(**texts), encode_characters, {})
   found = ["".join(chr(i) for i in segment.tokens) for segment in one.segments]
   assert found == lines
-  assert "".join(found)[one.targets[0][0] - 1 : one.targets[0][1] - 1] == " two cats"
+  assert "".join(found)[one.start - 1 : one.stop - 1] == " two cats"
 
 
 @pytest.mark.parametrize("field", ["question", "answer"])

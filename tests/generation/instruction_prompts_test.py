@@ -33,7 +33,7 @@ def sample_of(task, record, encode):
   one = join_record(task, record, encode, codes)
   lengths = [len(segment.tokens) for segment in one.segments]
   is_image = [segment.is_image for segment in one.segments]
-  rng, target = np.random.default_rng(0), one.targets
+  rng, target = np.random.default_rng(0), (one.start, one.stop)
   plan = samples.plan_instruction(lengths, is_image, target, rng, samples.Drops())
   document = Document(record.key, one.segments, "", "", "")
   return samples.build_instruction(document, plan, VOCAB, "all")[0]
@@ -55,9 +55,8 @@ def test_the_prompt_of_every_shipped_template_is_the_beginning_of_its_sample(
   np.testing.assert_array_equal(sample[: len(prompt)], prompt)
   answer = sample[len(prompt) :]
   if task.target in record.texts:
-    texts = [layout.encode(" ".join(record.texts[field].split())) for field in task.targets]
-    expected = [[VOCAB.mask(i), *ids, VOCAB.eoss] for i, ids in enumerate(texts)]
-    np.testing.assert_array_equal(answer, np.concatenate(expected)[1:])
+    texts = " ".join(record.texts[task.target].split())
+    np.testing.assert_array_equal(answer, [*layout.encode(texts), VOCAB.eoss])
   else:
     np.testing.assert_array_equal(answer, [*VOCAB.image_ids(CODES), VOCAB.eos])
 

@@ -65,7 +65,7 @@ def test_samples_of_every_kind_are_read_with_their_targets(stores, loss_on, weig
     if view.target is not None:
       record = pipeline.join([view.origin.document], VOCAB)
       found = view.sample.tokens[slice(*view.target)]
-      np.testing.assert_array_equal(found, record[slice(*view.origin.task.targets[0])])
+      np.testing.assert_array_equal(found, record[slice(*view.origin.task.target)])
       assert view.dropped == (kind_of(view) == "nothing before")
 
 
@@ -75,18 +75,11 @@ def test_without_documents_no_scores_are_needed(stores):
 
 def test_target_range_literal():
   eos, brk, eoss, mask = VOCAB.eos, VOCAB.brk, VOCAB.eoss, VOCAB.mask(0)
-  task = Task("t", [(2, 4)], None, None)
+  task = Task("t", (2, 4), None, None)
   infilled = np.array([eos, 40, mask, brk, 591, 592, eos, mask, 41, 42, eoss])
   assert target_range(infilled, task, VOCAB) == (8, 10)
   assert target_range(np.array([eos, 40, brk, 591, 592, eos]), task, VOCAB) == (3, 5)
   assert target_range(np.array([eos, mask, brk, 591, 592, eos]), task, VOCAB) == (3, 5)
-
-
-def test_target_range_of_several_targets():
-  eos, eoss, first, second = VOCAB.eos, VOCAB.eoss, VOCAB.mask(0), VOCAB.mask(1)
-  task = Task("t", [(1, 2), (3, 4)], None, None)
-  tokens = np.array([eos, first, 8, second, eos, first, 7, eoss, second, 9, eoss])
-  assert target_range(tokens, task, VOCAB) == (6, 10)
 
 
 def one_sample(stores, kind, **fields):
@@ -125,10 +118,10 @@ def changed_task(view, **fields):
 
 def test_a_target_at_another_place_of_the_record_is_refused(stores):
   _, _, view = one_sample(stores, "answers")
-  [(start, stop)] = view.origin.task.targets
+  start, stop = view.origin.task.target
   assert changed_task(view).target == view.target
   with pytest.raises(ValueError, match="has another target than its record at"):
-    changed_task(view, targets=[(start - 1, stop - 1)])
+    changed_task(view, target=(start - 1, stop - 1))
 
 
 def test_a_sample_that_lacks_something_else_than_planned_is_refused(stores):
