@@ -156,3 +156,8 @@ def test_the_tuned_one_edits_new_scenes(tuned):
 
   assert share_of_right(after) >= 0.5
   assert share_of_right(before) == 0
+  # What a model drew was decoded by the tokenizer.
+  tokenizer = tuned.pipeline.image_tokenizer
+  drawn = list(tokenizer.decode(tokenizer.encode(np.stack(before))))
+  edited = tuned.edit(drawn, [record.texts["instruction"] for record in records])
+  assert share_of_right(edited) >= 0.5

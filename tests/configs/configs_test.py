@@ -11,6 +11,7 @@ from cm3leon_jax.configs import (
   cm3leon_760m,
   openmoji,
   scenes,
+  scenes_instruct,
   sft_7b,
   sft_350m,
   sft_760m,
@@ -98,8 +99,20 @@ def test_minutes_scale_the_training_stages_and_nothing_else():
   assert rows >= 3 * few
 
 
-def test_minutes_scale_the_stages_of_scenes():
-  two, fifteen = (scenes.get_config(v) for v in ("2", "15"))
+def test_the_bundled_tuned_model_took_two_runs_with_other_records():
+  long, redrawn = (scenes_instruct.get_config(v) for v in ("long", "redrawn"))
+  for name in ("vocab", "vqgan", "model", "data"):
+    assert redrawn[name] == long[name]
+  assert redrawn.scenes.seed != long.scenes.seed
+  assert (long.instructions.redrawn, redrawn.instructions.redrawn) == (0, 0.5)
+  assert redrawn.train.steps < long.train.steps
+  with pytest.raises(UserError, match="of scenes_instruct"):
+    scenes_instruct.get_config("other")
+
+
+@pytest.mark.parametrize("demo", [scenes, scenes_instruct])
+def test_minutes_scale_the_stages_of_scenes(demo):
+  two, fifteen = (demo.get_config(v) for v in ("2", "15"))
   assert two.train.steps == round(fifteen.train.steps * 2 / 15)
   scheduled = {"steps", "checkpoint_every", "eval_every", "sample_every"}
   for name in SECTIONS:
