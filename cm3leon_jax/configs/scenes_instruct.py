@@ -21,20 +21,18 @@ def get_config(variant: str = "15"):
   config.scenes.update({"train": 8_000})  # Of them some are replayed.
   config.instructions.update({"tasks": "scenes", "loss_on": "target", "replay_share": 0.1})
   steps = {"long": LONG_STEPS, "redrawn": REDRAWN_STEPS}.get(variant, round(STEPS * scale))
-  # The rate stays high until tasks that are learned late, in sudden steps, have begun.
-  config.optimizer.update({"schedule": "wsd", "decay_fraction": 0.25})
-  config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 50, "ema_decay": 0.99})
+  config.optimizer.update({"learning_rate": 2.5e-3, "warmup_steps": 50, "ema_decay": 0.99})
   # The most likely text; and edits that follow the image and the instruction as they are.
   config.sampling.update({"text_top_k": 1, "image_guidance": 1.0, "edit_guidance": 1.25})
   config.train.update({"steps": max(10, steps), "global_batch_size": 4, "eval_batches": 16})
   config.train.update({"checkpoint_every": min(400, max(5, steps // 12))})
   config.train.update({"eval_every": max(5, steps // 8), "sample_every": max(5, steps // 3)})
   if variant in ("long", "redrawn"):
-    config.optimizer.update({"schedule": "cosine", "warmup_steps": 100, "ema_decay": 0.998})
+    rate = 2e-3 if variant == "long" else 1e-3
+    config.optimizer.update({"learning_rate": rate, "warmup_steps": 100, "ema_decay": 0.998})
   else:
     config.instructions.update({"max_records": 3_000})  # More are not read in so few steps.
   if variant == "redrawn":
-    config.optimizer.update({"learning_rate": 1e-3})
     config.scenes.update({"seed": 1})  # Records that `long` has not seen.
     config.instructions.update({"max_records": 8_000, "redrawn": 0.5})
   return config

@@ -40,13 +40,10 @@ class OptimizerConfig:
   """Peak learning rate, reached after `warmup_steps` of linear growth from 0."""
   warmup_steps: NonNegativeInt = 1_500
   """Number of steps over which the learning rate grows to its peak."""
-  schedule: Literal["cosine", "linear", "wsd"] = "cosine"
-  """Shape of the decay from the peak to `final_fraction` of it at the last step. `wsd`: the peak is
-  held until the last `decay_fraction` of the steps, which are linear (MiniCPM, Hu et al. 2024)."""
+  schedule: Literal["cosine", "linear"] = "cosine"
+  """Shape of the decay from the peak to `final_fraction` of it at the last step."""
   final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
   """Learning rate at the last step, as a share of the peak."""
-  decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
-  """Share of the steps after the warm-up in which `wsd` decays."""
   b1: Annotated[float, Field(ge=0, le=1)] = 0.9
   """Decay rate of Adam's first moment. Muon's is 0.95."""
   b2: Annotated[float, Field(ge=0, le=1)] = 0.95
@@ -75,13 +72,13 @@ class OptimizerConfig:
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """Returns the learning rate as a function of the step; warm-up takes at most half of a run."""
   warmup = min(config.warmup_steps, steps // 2)
-  after = max(1, steps - warmup)
   if config.schedule == "cosine":
-    decay = optax.cosine_decay_schedule(config.learning_rate, after, config.final_fraction)
+    decay = optax.cosine_decay_schedule(
+      config.learning_rate, max(1, steps - warmup), config.final_fraction
+    )
   else:
     end = config.learning_rate * config.final_fraction
-    length = after if config.schedule == "linear" else max(1, round(after * config.decay_fraction))
-    decay = optax.linear_schedule(config.learning_rate, end, length, after - length)
+    decay = optax.linear_schedule(config.learning_rate, end, max(1, steps - warmup))
   return optax.join_schedules(
     [optax.linear_schedule(0.0, config.learning_rate, max(1, warmup)), decay], [warmup]
   )
