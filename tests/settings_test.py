@@ -234,6 +234,7 @@ REFUSED = [
 ]
 # Fields that every value of their type is right for.
 FREE = {
+  "raw.allow_outside",
   "raw.default_license",
   "raw.default_attribution",
   "retrieval.clip",

@@ -111,6 +111,8 @@ def keep_compiled(workdir: epath.Path) -> None:
 
 def _fail(message: str, code: int = UserError.exit_code) -> None:
   """Prints one line on stderr and ends the process."""
+  # A message may quote a stranger's file: a terminal would obey its control characters.
+  message = "".join(c if c.isprintable() else " " for c in message)
   print(f"error: {help_text.as_invoked(' '.join(message.split()))}", file=sys.stderr)
   sys.exit(code)
 

@@ -65,6 +65,9 @@ class RawConfig:
   """License of records that name none."""
   default_attribution: str = ""
   """Attribution of records that name none."""
+  allow_outside: bool = False
+  """Whether records may name images outside of the folder of their file. Only for records that
+  you trust: they could name any file of the machine."""
   max_caption_characters: PositiveInt = 2_000
   """Longest caption in characters; longer captions are rejected."""
   max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -256,7 +259,8 @@ class _Ingest:
       items = docstring_texts(max_texts, fraction)
       return _write(self.config, folder, items, load_image, total=max_texts)
     load = functools.partial(load_image, crop=self.config.crop)
-    return _write(self.config, folder, sources.read(part), load)
+    items = sources.read(part, self.config.allow_outside)
+    return _write(self.config, folder, items, load)
 
 
 class _Writer:
@@ -336,12 +340,12 @@ class _Writer:
   def _put(self, item: Record | Rejected | None, digest: bytes) -> None:
     if item is None:
       return
-    line = json.dumps(dataclasses.asdict(item), ensure_ascii=False) + "\n"
-    if isinstance(item, Rejected):
+    if isinstance(item, Rejected):  # Names and messages may hold what is no Unicode.
       self._first = self._first or item.message
       self._reasons[item.reason] += 1
-      self._files[REJECTED].write(line)
+      self._files[REJECTED].write(json.dumps(dataclasses.asdict(item)) + "\n")
       return
+    line = json.dumps(dataclasses.asdict(item), ensure_ascii=False) + "\n"
     kind = kind_of(type(item))
     self._counts[f"{item.split}_{kind}"] += 1
     self._origins[kind, item.source, item.license, item.attribution] += 1

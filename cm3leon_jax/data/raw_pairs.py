@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from concurrent import futures
+import contextlib
 import dataclasses
 import functools
 import io
+import threading
 import typing
 
 from etils import epath
@@ -33,6 +35,11 @@ INDEX = "index.json"
 SCHEMA_VERSION = 1
 IN_MEMORY_BYTES = 2**31
 Crop = typing.Literal["center", "pad"]
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")  # No others: some of them start programs.
+MAX_BYTES = 2**26  # Of an image file.
+MAX_PIXELS = 2**25  # Of an image, which then takes 0.5 GB while it is scaled.
+LARGE = 2**22  # Pixels from which on images are read one at a time.
+_ONE_LARGE_IMAGE = threading.Lock()
 
 
 def shards(folder: epath.PathLike) -> dict[str, dict]:
@@ -107,6 +114,9 @@ def load_image(
 ) -> np.ndarray:
   """Reads an image, upright, on white where transparent, scaled and made square by `crop`.
 
+  Of an animation it reads the first picture. Images may come from strangers, so their bytes and
+  pixels are limited, and large ones are read one at a time.
+
   Args:
     image: path, or the bytes of a file.
     resolution: side of the result; None keeps the size of the image.
@@ -116,19 +126,42 @@ def load_image(
     [H, W, 3] uint8.
 
   Raises:
-    UserError: the file is absent, or Pillow cannot read it.
+    UserError: the file is absent, no regular file, larger than MAX_BYTES, has more than MAX_PIXELS,
+      is of another format than FORMATS, or is damaged.
   """
+  name = f"of {len(image)} bytes" if isinstance(image, bytes) else str(image)
   try:
-    with (
-      io.BytesIO(image) if isinstance(image, bytes) else fsspec.open(str(image), "rb") as file,
-      Image.open(file) as opened,
-    ):
-      pixels = ImageOps.exif_transpose(opened).convert("RGBA")
-  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-    name = f"of {len(image)} bytes" if isinstance(image, bytes) else image
+    with _open_image(image, name) as file, Image.open(file, formats=FORMATS) as opened:
+      pixels = opened.width * opened.height
+      if pixels > MAX_PIXELS:
+        raise UserError(f"image {name} has {pixels:,} pixels; it may have {MAX_PIXELS:,}.")
+      with _ONE_LARGE_IMAGE if pixels > LARGE else contextlib.nullcontext():
+        return _square(ImageOps.exif_transpose(opened).convert("RGBA"), resolution, crop)
+  except UserError:
+    raise
+  except Exception as error:  # Decoders raise errors of any kind at damaged files.
     raise UserError(
-      f"image {name} cannot be read ({error}); it must be a PNG, JPEG, WebP or GIF file."
+      f"image {name} cannot be read ({error}); it must be a PNG, JPEG, WebP, GIF or AVIF file."
     ) from error
+
+
+def _open_image(image: str | bytes | epath.Path, name: str):
+  """Opens a file, or bytes; raises UserError at what is no file, or is too large."""
+  if isinstance(image, bytes):
+    size, file = len(image), io.BytesIO(image)
+  else:
+    fs, path = fsspec.core.url_to_fs(str(image))
+    info = fs.info(path)
+    if info["type"] != "file":
+      raise UserError(f"image {name} is no file.")
+    size, file = info["size"], None
+  if size > MAX_BYTES:
+    raise UserError(f"image {name} has {size:,} bytes; it may have {MAX_BYTES:,}.")
+  return file or fs.open(path, "rb")
+
+
+def _square(pixels: Image.Image, resolution: int | None, crop: str) -> np.ndarray:
+  """Puts an RGBA image on white, and scales it to a square unless `resolution` is None."""
   pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels).convert("RGB")
   if resolution and pixels.size != (resolution, resolution):
     square = {"center": ImageOps.fit, "pad": functools.partial(ImageOps.pad, color="white")}[crop]

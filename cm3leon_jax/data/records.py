@@ -147,18 +147,27 @@ def _check_value(name: str, value, required: bool, where: str) -> None:
   if name == "facts":
     if not isinstance(value, dict):
       raise RecordError(
-        "malformed_record",
-        f"{where}: field 'facts' is {json.dumps(value)}; it must be a JSON object.",
+        "malformed_record", f"{where}: field 'facts' is {_short(value)}; it must be a JSON object."
       )
+    _check_unicode(name, json.dumps(value, ensure_ascii=False), where)
     return
   if not isinstance(value, str):
     raise RecordError(
-      "malformed_record", f"{where}: field '{name}' is {json.dumps(value)}; it must be a string."
+      "malformed_record", f"{where}: field '{name}' is {_short(value)}; it must be a string."
     )
   if required and not value.strip():
     reason = f"empty_{name}" if name in ("caption", "text") else "malformed_record"
     message = f"{where}: field '{name}' is empty; give it a text, or remove the record."
     raise RecordError(reason, message)
+  _check_unicode(name, value, where)
+
+
+def _short(value) -> str:
+  text = repr(value)
+  return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _check_unicode(name: str, value: str, where: str) -> None:
   if any("\ud800" <= c <= "\udfff" for c in value):
     raise RecordError(
       "malformed_record",
@@ -184,7 +193,7 @@ def parse_json(line: str, where: str, required: list[str]) -> dict:
   """Parses a line of a JSONL file; raises RecordError if it is not a JSON object."""
   try:
     record = json.loads(line)
-  except json.JSONDecodeError as error:
+  except (ValueError, RecursionError) as error:  # ValueError: also of numbers with 5,000 digits.
     message = f"{where} is not valid JSON ({error}); every line must be one JSON object."
     raise RecordError("malformed_record", message) from error
   if not isinstance(record, dict):

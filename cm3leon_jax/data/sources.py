@@ -4,10 +4,13 @@ A source is split into parts, each of which becomes a raw shard. Paths are local
 (`gs://`), through fsspec; a glob pattern names many files.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 import csv
 import dataclasses
+import functools
+import itertools
 import json
+import os
 import posixpath
 import tarfile
 from typing import Literal
@@ -35,7 +38,10 @@ TEXTS = "texts.jsonl"
 INTERLEAVED = "interleaved.jsonl"
 SUFFIXES = {"webdataset": (".tar",), "parquet": (".parquet",), "text": (".jsonl", ".txt")}
 LISTS = (*PAIR_FILES, TEXTS, INTERLEAVED)
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp")
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "avif")
+SAMPLE_SUFFIXES = (*IMAGE_SUFFIXES, "txt", "json")  # Other members of a tar are not read.
+MAX_LINE = 2**24  # Bytes of a line of JSON, of a text file, or of a field of CSV.
+MAX_MEMBER = 2**26  # Bytes of a file in a tar.
 # Names of our fields in other tools, in order of preference.
 ALIASES = {
   "image": ("image", "file_name", "image_path", "path", "jpg", "png", "image_bytes", "bytes"),
@@ -103,12 +109,17 @@ def parts(source: str, kind: str = "auto") -> list[Part]:
   return [part(group, group) for group in groups]
 
 
-def read(part: Part) -> Iterator[Item]:
-  """Yields the records of a part in a fixed order, wrong ones as Rejected."""
+def read(part: Part, allow_outside: bool = False) -> Iterator[Item]:
+  """Yields the records of a part in a fixed order, wrong ones as Rejected.
+
+  Args:
+    part: of a source.
+    allow_outside: whether records may name images that are not in the folder of their file.
+  """
   readers = {"folder": _folder, "webdataset": _webdataset, "parquet": _parquet, "text": _text}
   for file in part.files:
     fs, path = _filesystem(file)
-    yield from readers[part.kind](fs, path)
+    yield from readers[part.kind](fs, path, functools.partial(_with_images, fs, allow_outside))
 
 
 def _filesystem(source: str):
@@ -174,27 +185,49 @@ def _record(cls, values: dict, file: str, where: str) -> Item:
 
 def _lines(fs, file: str, cls) -> Iterator[tuple[str, dict | Rejected]]:
   """Yields (where, fields) for every line of a JSONL file that is not blank."""
-  try:
-    text = fs.cat_file(file).decode("utf-8")
-  except UnicodeDecodeError as error:
-    raise UserError(f"{file} is not UTF-8 ({error}); save it as UTF-8.") from error
-  for number, line in enumerate(text.split("\n"), 1):
-    if line.strip():
+  with fs.open(file, "rb") as stream:
+    for number in itertools.count(1):
+      line = stream.readline(MAX_LINE + 1)
+      if not line:
+        return
       where = f"{file}, line {number}"
       try:
-        yield where, parse_json(line, where, required_fields(cls))
+        if len(line) > MAX_LINE:
+          while line and not line.endswith(b"\n"):
+            line = stream.readline(MAX_LINE)
+          message = f"{where} has more than {MAX_LINE:,} bytes; it must be one JSON object."
+          raise RecordError("malformed_record", message)
+        if line.strip():
+          text = _decoded(line, where)
+          yield where, parse_json(text, where, required_fields(cls))
       except RecordError as error:
         yield where, Rejected(file, "", error.reason, str(error))
 
 
-def _csv_rows(fs, file: str) -> Iterator[tuple[str, dict]]:
+def _decoded(data: bytes, where: str) -> str:
+  try:
+    return data.decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise RecordError(
+      "malformed_record", f"{where} is not UTF-8 ({error}); save it as UTF-8."
+    ) from error
+
+
+def _csv_rows(fs, file: str) -> Iterator[tuple[str, dict | Rejected]]:
+  """Yields (where, fields) for every row; ends at the first thing that is no CSV."""
+  csv.field_size_limit(MAX_LINE)
   with fs.open(file, "rt", encoding="utf-8", newline="") as stream:
-    rows = csv.DictReader(stream)
-    for row in rows:
-      yield f"{file}, line {rows.line_num}", {k: v for k, v in row.items() if k is not None}
+    try:
+      rows = csv.DictReader(stream, strict=True)  # A quote without an end is an error.
+      for row in rows:
+        yield f"{file}, line {rows.line_num}", {k: v for k, v in row.items() if k is not None}
+    except (csv.Error, UnicodeDecodeError) as error:
+      where = f"{file}, line {rows.line_num + 1}"
+      message = f"{where} and what follows is no CSV in UTF-8 ({error}): mend it, and run again."
+      yield where, Rejected(file, "", "unreadable_file", message)
 
 
-def _folder(fs, path: str) -> Iterator[Item]:
+def _folder(fs, path: str, images: Callable) -> Iterator[Item]:
   """Yields images with captions in a JSONL or CSV file, then texts.jsonl, interleaved.jsonl."""
   known = set(fs.find(path))
   listed = {posixpath.basename(name) for name in known if posixpath.dirname(name) == path}
@@ -209,23 +242,35 @@ def _folder(fs, path: str) -> Iterator[Item]:
       values = _renamed(values)
       if captions != PAIR_FILES[0] and not values.get("key"):
         values["key"] = values.get("image")
-      yield _with_images(_record(RawPair, values, file, where), fs, path, where, known)
+      yield images(_record(RawPair, values, file, where), path, where, known)
   for name, cls in ((TEXTS, RawText), (INTERLEAVED, RawInterleaved)):
     if name in listed:
       file = posixpath.join(path, name)
       for where, values in _lines(fs, file, cls):
         item = values if isinstance(values, Rejected) else _record(cls, values, file, where)
-        yield _with_images(item, fs, path, where, known)
+        yield images(item, path, where, known)
 
 
-def _with_images(item: Item, fs, folder: str, where: str, known: Collection[str] = ()) -> Item:
-  """Makes paths of images in `folder` full paths; `known` files need no look-up."""
+def _with_images(
+  fs, allow_outside: bool, item: Item, folder: str, where: str, known: Collection[str] = ()
+) -> Item:
+  """Makes paths of images in `folder` full paths; `known` files need no look-up.
+
+  A path that leads out of the folder is refused before it is looked up, so that no message tells
+  which files a machine has.
+  """
   if isinstance(item, Rejected):
     return item
   full = []
   for name in images_of(item):
     if isinstance(name, str):
       path = name if posixpath.isabs(name) else posixpath.normpath(posixpath.join(folder, name))
+      if not allow_outside and not _is_inside(fs, path, folder):
+        message = (
+          f"{where}, key '{item.key}': image '{name}' is not in {folder}; "
+          "config.raw.allow_outside=True takes images from everywhere."
+        )
+        return Rejected(where.split(", line")[0], item.key, "outside_image", message)
       if path not in known and not fs.exists(path):
         message = (
           f"{where}, key '{item.key}': image '{name}' does not exist; give its path relative to "
@@ -237,23 +282,42 @@ def _with_images(item: Item, fs, folder: str, where: str, known: Collection[str]
   return with_images(item, full)
 
 
-def _webdataset(fs, file: str) -> Iterator[Item]:
+def _is_inside(fs, path: str, folder: str) -> bool:
+  """Returns whether a path is in a folder, links followed."""
+  if "file" in fs.protocol:
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+  return posixpath.normpath(path).startswith(posixpath.normpath(folder).rstrip("/") + "/")
+
+
+def _webdataset(fs, file: str, images: Callable) -> Iterator[Item]:
   """Yields the samples of a tar by img2dataset: an image, .txt and .json of one stem."""
+  del images  # They are in the tar.
   try:
-    with fs.open(file, "rb") as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+    # A compressed tar could be a thousand times as large as its file.
+    most = fs.size(file)
+    with fs.open(file, "rb") as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
       stem, sample = "", {}
       for member in tar:
         if not member.isfile():
           continue
         folder, name = posixpath.split(member.name)
         base, _, suffix = name.partition(".")
+        suffix = suffix.lower()
         if posixpath.join(folder, base) != stem:
           yield from _sample(file, stem, sample)
           stem, sample = posixpath.join(folder, base), {}
-        sample[suffix.lower()] = tar.extractfile(member).read()
+        if member.size > MAX_MEMBER:
+          message = f"{file}, {member.name} has {member.size:,} bytes; it may have {MAX_MEMBER:,}."
+          yield Rejected(file, stem, "large_file", message)
+          if member.size > most and not member.issparse():
+            raise EOFError(f"it has {most:,} bytes")  # tarfile would look for the rest for minutes.
+        elif suffix in SAMPLE_SUFFIXES:
+          sample[suffix] = tar.extractfile(member).read()
       yield from _sample(file, stem, sample)
   except (tarfile.TarError, OSError, EOFError) as error:
-    message = f"{file} cannot be read to its end ({error}); it must be a whole tar file."
+    message = (
+      f"{file} cannot be read to its end ({error}); it must be a whole tar file, not compressed."
+    )
     yield Rejected(file, "", "unreadable_file", message)
 
 
@@ -265,7 +329,7 @@ def _sample(file: str, stem: str, sample: dict[str, bytes]) -> Iterator[Item]:
     about = json.loads(sample.get("json", b"{}"))
     about = about if isinstance(about, dict) else {}
     caption = sample["txt"].decode("utf-8") if "txt" in sample else None
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     message = f"{where}: its text is not readable ({error}); it must be UTF-8 and JSON."
     yield Rejected(file, stem, "malformed_record", message)
     return
@@ -285,7 +349,7 @@ def _sample(file: str, stem: str, sample: dict[str, bytes]) -> Iterator[Item]:
     yield Rejected(file, stem, "malformed_record", message)
 
 
-def _parquet(fs, file: str) -> Iterator[Item]:
+def _parquet(fs, file: str, images: Callable) -> Iterator[Item]:
   """Yields rows with a caption and an image: bytes, a path, or a dict of both (Hugging Face)."""
   try:
     import pyarrow as pa
@@ -297,18 +361,33 @@ def _parquet(fs, file: str) -> Iterator[Item]:
     with fs.open(file, "rb") as stream:
       number = 0
       for batch in parquet.ParquetFile(stream).iter_batches(PARQUET_ROWS):
-        for row in batch.to_pylist():
+        for row in _rows_of(batch):
           where = f"{file}, row {number}"
+          if isinstance(row, Exception):
+            message = f"{where} cannot be read ({row}); its texts must be UTF-8."
+            yield Rejected(file, str(number), "malformed_record", message)
+            number += 1
+            continue
           values = _parquet_values(row, f"{posixpath.basename(file)}/{number}")
           number += 1
           if "image" not in values and "text" in row and isinstance(row["text"], str):
             yield _record(RawText, {**values, "text": row["text"]}, file, where)
             continue
           item = _record(RawPair, values, file, where)
-          yield _with_images(item, fs, folder, where)
+          yield images(item, folder, where)
   except (pa.ArrowInvalid, OSError) as error:
     message = f"{file} cannot be read to its end ({error}); it must be a Parquet file."
     yield Rejected(file, "", "unreadable_file", message)
+
+
+def _rows_of(batch) -> Iterator[dict | Exception]:
+  """Yields the rows of a batch, and the error of each one that cannot be read."""
+  for i in range(batch.num_rows):
+    try:
+      [row] = batch.slice(i, 1).to_pylist()
+      yield row
+    except ValueError as error:  # Also of bytes that are no UTF-8.
+      yield error
 
 
 def _parquet_values(row: dict, key: str) -> dict:
@@ -321,15 +400,19 @@ def _parquet_values(row: dict, key: str) -> dict:
   return {k: v for k, v in values.items() if v is not None}
 
 
-def _text(fs, file: str) -> Iterator[Item]:
+def _text(fs, file: str, images: Callable) -> Iterator[Item]:
   """Yields a .txt file as a text, or lines of a .jsonl file: texts, or documents of `segments`."""
   name = posixpath.basename(file)
   if file.endswith(".txt"):
     try:
-      text = fs.cat_file(file).decode("utf-8")
-    except UnicodeDecodeError as error:
-      message = f"{file} is not UTF-8 ({error}); save it as UTF-8."
-      yield Rejected(file, name, "malformed_record", message)
+      with fs.open(file, "rb") as stream:
+        data = stream.read(MAX_LINE + 1)
+      if len(data) > MAX_LINE:
+        message = f"{file} has more than {MAX_LINE:,} bytes: split it, or give it as JSON lines."
+        raise RecordError("malformed_record", message)
+      text = _decoded(data, file)
+    except RecordError as error:
+      yield Rejected(file, name, error.reason, str(error))
       return
     yield _record(RawText, {"key": name, "text": text, "source": file}, file, file)
     return
@@ -340,4 +423,4 @@ def _text(fs, file: str) -> Iterator[Item]:
     values = _renamed(values)
     values = {"source": file, **values, "key": str(values.get("key") or f"{name}/{number}")}
     cls = RawInterleaved if "segments" in values else RawText
-    yield _with_images(_record(cls, values, file, where), fs, posixpath.dirname(file), where)
+    yield images(_record(cls, values, file, where), posixpath.dirname(file), where)

@@ -128,7 +128,7 @@ def test_texts_are_optional(source, tmp_path):
     ({"key": "x", "image": "no.png", "caption": "a"}, r"key 'x': image 'no.png' does not exist"),
     (
       {"key": "x", "image": "red.png", "caption": "a", "facts": "red"},
-      r"key 'x': field 'facts' is \"red\"; it must be a JSON object",
+      r"key 'x': field 'facts' is 'red'; it must be a JSON object",
     ),
     (
       {"key": "x", "image": "pairs.jsonl", "caption": "a"},

@@ -1,0 +1,302 @@
+"""Records from strangers are read or rejected: no other error, no hang, no large memory."""
+
+import csv
+import functools
+import gzip
+import io
+import json
+import os
+import tarfile
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import ingest, raw_pairs, sources
+from cm3leon_jax.data.records import KINDS, Record, RecordError, Rejected, make_record, parse_json
+from cm3leon_jax.shards import Runner
+from tests.data.sources_test import jpeg, read, sample, write_tar
+
+FORMATS = ("png", "jpeg", "webp", "gif", "avif")
+
+
+@functools.cache
+def encoded(kind: str, size=(24, 24)) -> bytes:
+  pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
+  buffer = io.BytesIO()
+  Image.fromarray(pixels).save(buffer, kind)
+  return buffer.getvalue()
+
+
+def result_of(data: bytes):
+  """Returns the pixels of an image, or None if it is refused; any other error fails the test."""
+  try:
+    pixels = raw_pairs.load_image(data, 8)
+  except UserError:
+    return None
+  assert pixels.shape == (8, 8, 3)
+  return pixels
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_damaged_image_is_read_or_refused(kind):
+  data, results = encoded(kind), []
+  rng = np.random.default_rng(1)
+  for _ in range(150):
+    damaged = bytearray(data)
+    for place in rng.integers(0, len(data), int(rng.integers(1, 4))):
+      damaged[place] ^= 1 << int(rng.integers(8))
+    results.append(result_of(bytes(damaged)) is None)
+  assert result_of(data) is not None
+  assert any(results)
+  assert result_of(data[: len(data) // 2]) is None
+
+
+@given(st.binary(max_size=200), st.sampled_from(FORMATS), st.integers(0, 40))
+@settings(max_examples=150, deadline=None)
+def test_any_bytes_are_read_or_refused(data, kind, kept):
+  result_of(encoded(kind)[:kept] + data)
+
+
+@pytest.mark.parametrize("kind", ["bmp", "tiff", "eps", "ppm", "dds", "pdf", "icns"])
+def test_other_formats_are_refused(kind):
+  with pytest.raises(UserError, match=r"cannot be read .* PNG, JPEG, WebP, GIF or AVIF"):
+    raw_pairs.load_image(encoded(kind), 8)
+
+
+def test_an_image_of_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
+  buffer = io.BytesIO()
+  Image.new("1", (6_000, 6_000)).save(buffer, "png")
+  assert len(buffer.getvalue()) < 10_000
+  monkeypatch.setattr(Image.Image, "convert", None)  # Decoding would be an error.
+  with pytest.raises(UserError, match=r"has 36,000,000 pixels; it may have 33,554,432\.$"):
+    raw_pairs.load_image(buffer.getvalue(), 8)
+
+
+def test_an_image_of_many_bytes_is_refused(tmp_path):
+  with (tmp_path / "a.png").open("wb") as file:
+    file.truncate(raw_pairs.MAX_BYTES + 1)
+  with pytest.raises(UserError, match=r"a\.png has 67,108,865 bytes; it may have 67,108,864\.$"):
+    raw_pairs.load_image(tmp_path / "a.png", 8)
+
+
+def test_large_images_are_read_one_at_a_time(monkeypatch):
+  """The lock is not held by small ones."""
+  monkeypatch.setattr(raw_pairs, "LARGE", 600)
+  small, large = encoded("png"), encoded("png", (30, 30))
+  with raw_pairs._ONE_LARGE_IMAGE:
+    raw_pairs.load_image(small, 8)
+    entered = []
+    monkeypatch.setattr(raw_pairs, "_ONE_LARGE_IMAGE", Entered(entered))
+  raw_pairs.load_image(large, 8)
+  assert entered == ["in", "out"]
+  raw_pairs.load_image(small, 8)
+  assert entered == ["in", "out"]
+
+
+class Entered:
+  def __init__(self, seen):
+    self.seen = seen
+
+  def __enter__(self):
+    self.seen.append("in")
+
+  def __exit__(self, *_):
+    self.seen.append("out")
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+  os.mkfifo(tmp_path / "pipe.png")
+  for path in (tmp_path / "pipe.png", tmp_path, "/dev/zero"):
+    with pytest.raises(UserError, match="is no file"):
+      raw_pairs.load_image(path, 8)
+
+
+def reasons(items) -> list[str]:
+  """Returns the reason of each rejected record, and the key of each right one."""
+  return [item.reason if isinstance(item, Rejected) else item.key for item in items]
+
+
+def test_what_a_tar_may_hold(tmp_path):
+  path = tmp_path / "a.tar"
+  with tarfile.open(path, "w") as tar:
+    for kind, name in ((tarfile.SYMTYPE, "1.jpg"), (tarfile.CHRTYPE, "2.jpg")):
+      info = tarfile.TarInfo(name)
+      info.type, info.linkname = kind, "/etc/passwd"
+      tar.addfile(info)
+    for name, data in (
+      *sample(3), *sample(4), ("../5.jpg", jpeg(5)), ("../5.txt", b"gray"), ("/6.txt", b"gray"),
+    ):  # fmt: skip
+      info = tarfile.TarInfo(name)
+      info.size = len(data)
+      tar.addfile(info, io.BytesIO(data))
+  expected = ["000000003", "000000004", "../5", "missing_image"]  # Links and devices are no files.
+  assert reasons(sources.read(sources.parts(str(path))[0])) == expected
+  config = ingest.RawConfig(source=str(path), resolution=4, max_rejected=0.5)
+  ingest.prepare(config, ingest.parts_of(config), tmp_path / "raw", Runner())
+  assert {x.name for x in tmp_path.iterdir()} == {"a.tar", "raw"}  # Nothing is written at "..".
+
+
+def test_a_large_member_is_passed_over(tmp_path, monkeypatch):
+  monkeypatch.setattr(sources, "MAX_MEMBER", 2_000)
+  members = [*sample(1), ("2.jpg", bytes(2_001)), ("2.txt", b"a"), *sample(3)]
+  write_tar(tmp_path / "a.tar", members)
+  found = list(read(tmp_path / "a.tar"))
+  assert reasons(found) == ["000000001", "large_file", "missing_image", "000000003"]
+  assert "2.jpg has 2,001 bytes; it may have 2,000." in found[1].message
+
+
+def test_the_size_that_a_member_claims_is_not_reserved(tmp_path):
+  """A sparse member, or a wrong header, claims a terabyte."""
+  info = tarfile.TarInfo("1.jpg")
+  info.size = 2**40
+  (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(10_240))
+  assert reasons(read(tmp_path / "a.tar")) == ["large_file", "unreadable_file"]
+
+
+def test_a_compressed_tar_is_refused(tmp_path):
+  write_tar(tmp_path / "b", sample(1))
+  (tmp_path / "a.tar").write_bytes(gzip.compress((tmp_path / "b").read_bytes()))
+  [item] = read(tmp_path / "a.tar")
+  assert item.reason == "unreadable_file"
+  assert "it must be a whole tar file, not compressed." in item.message
+
+
+WRONG_LINES = (
+  b'{"key": "a", "text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+  b'{"key": "a", "text": ' + b"1" * 5_000 + b"}",
+  '{"key": "a", "text": "é"}'.encode("latin-1"),
+  b'{"key": "a", "text": "\\ud800"}',
+  b'{"key": "\\ud800", "text": "b"}',
+  b'{"key": "a", "text": "' + b"x" * 2_000_000 + b'"}',
+  b"\x00\xff",
+  b"[1]",
+)
+
+
+@pytest.mark.parametrize("line", WRONG_LINES, ids=range(len(WRONG_LINES)))
+def test_a_wrong_line_is_rejected_and_the_next_one_is_read(line, tmp_path, monkeypatch):
+  monkeypatch.setattr(sources, "MAX_LINE", 1_000_000)
+  (tmp_path / "a.jsonl").write_bytes(line + b'\n{"key": "right", "text": "b"}\n')
+  found = list(read(tmp_path / "a.jsonl"))
+  assert reasons(found) == ["malformed_record", "right"]
+  config = ingest.RawConfig(source=str(tmp_path / "a.jsonl"), max_rejected=0.5)
+  ingest.prepare(config, ingest.parts_of(config), tmp_path / "raw", Runner())
+  [rejected] = (tmp_path / "raw" / ingest.REJECTED).read_text().splitlines()
+  assert json.loads(rejected)["reason"] == "malformed_record"
+
+
+CSV = "file_name,text\n"
+
+
+@pytest.mark.parametrize(
+  ("rows", "expected"),
+  [
+    (f'{CSV}a.png,one\na.png,"two\na.png,three\n', ["a.png", "unreadable_file"]),
+    (f"{CSV}a.png,one\na.png,{'x' * 2_000}\n", ["a.png", "unreadable_file"]),
+    (f"{CSV}a.png,one\na.png,caf\xe9\n".encode("latin-1"), ["unreadable_file"]),
+    (f"{CSV}a.png,{'x' * 200_000}\n", ["a.png"]),  # Python's own limit is less.
+  ],
+)
+def test_what_is_no_csv_is_rejected_from_there_on(rows, expected, tmp_path, monkeypatch):
+  if "unreadable_file" in expected:
+    monkeypatch.setattr(sources, "MAX_LINE", 1_000)
+  (tmp_path / "a.png").write_bytes(encoded("png"))
+  (tmp_path / "metadata.csv").write_bytes(rows if isinstance(rows, bytes) else rows.encode())
+  limit = csv.field_size_limit()
+  try:
+    found = list(read(tmp_path))
+  finally:
+    csv.field_size_limit(limit)
+  assert reasons(found) == expected
+  for item in found:
+    assert not isinstance(item, Rejected) or "metadata.csv, line" in item.message
+
+
+def test_a_row_of_parquet_that_is_no_text_is_rejected_alone(tmp_path):
+  pa = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  raw = pa.array([b"one", b"\xff\xfe", b"three"], pa.binary())
+  texts = pa.StringArray.from_buffers(3, *raw.buffers()[1:], raw.buffers()[0])
+  images = [encoded("png")] * 3
+  parquet.write_table(pa.table({"image": images, "caption": texts}), tmp_path / "a.parquet")
+  found = reasons(read(tmp_path / "a.parquet"))
+  assert found == ["a.parquet/0", "malformed_record", "a.parquet/2"]
+
+
+def test_columns_of_parquet_of_other_types_are_rejected(tmp_path):
+  pa = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  table = pa.table({"image": [encoded("png")] * 2, "caption": [[b"a"], [b"b"]]})
+  parquet.write_table(table, tmp_path / "a.parquet")
+  assert reasons(read(tmp_path / "a.parquet")) == ["malformed_record"] * 2
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A folder with a picture, beside one that has another, and a link to it."""
+  for name in ("inside", "outside"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.png").write_bytes(encoded("png"))
+  (tmp_path / "inside" / "link.png").symlink_to(tmp_path / "outside" / "a.png")
+  (tmp_path / "inside" / "linked").symlink_to(tmp_path / "outside")
+  return tmp_path / "inside"
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["../outside/a.png", "{}/outside/a.png", "link.png", "linked/a.png", "x/../../outside/a.png"],
+)
+def test_images_outside_of_the_folder_are_refused(folder, name):
+  name = name.format(folder.parent)
+  lines = [
+    {"key": "x", "image": name, "caption": "a"},
+    {"key": "y", "image": "a.png", "caption": "b"},
+  ]
+  (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  found = list(read(folder))
+  assert reasons(found) == ["outside_image", "y"]
+  # The sentence is the same whether or not there is such a file.
+  (folder.parent / "outside" / "a.png").unlink()
+  assert [x.message for x in read(folder) if isinstance(x, Rejected)] == [found[0].message]
+  (folder.parent / "outside" / "a.png").write_bytes(encoded("png"))
+  config = ingest.RawConfig(source=str(folder), resolution=4, allow_outside=True)
+  counts = ingest.prepare(config, ingest.parts_of(config), folder.parent / "raw", Runner())
+  assert sum(n for kind, n in counts.items() if kind.endswith("_pairs")) == 2
+
+
+VALUES = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(max_size=4),
+  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+  max_leaves=6,
+)
+FIELDS = ("key", "image", "caption", "text", "segments", "source", "split", "facts", "other")
+
+
+@given(st.sampled_from(sorted(KINDS)), st.dictionaries(st.sampled_from(FIELDS), VALUES))
+@settings(max_examples=400, deadline=None)
+def test_any_fields_make_a_record_or_are_rejected(kind, values):
+  try:
+    record = make_record(KINDS[kind], values, "here")
+  except RecordError as error:
+    json.dumps(str(error))
+    return
+  assert isinstance(record, Record)
+  kept = {k: v for k, v in vars(record).items() if not isinstance(v, bytes)}
+  if kind != "interleaved":
+    json.dumps(kept, ensure_ascii=False).encode()  # It can be written.
+
+
+@given(st.text())
+@settings(max_examples=200, deadline=None)
+def test_any_line_is_an_object_or_rejected(line):
+  try:
+    found = parse_json(line, "here", ["key"])
+  except RecordError:
+    return
+  assert isinstance(found, dict)
