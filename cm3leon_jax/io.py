@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import contextlib
 import hashlib
 import json
+import os
 
 from etils import epath
 
@@ -21,11 +22,21 @@ def partial_path(path: epath.PathLike) -> Iterator[epath.Path]:
 
 
 @contextlib.contextmanager
-def replacing(path: epath.PathLike, mode: str = "wb"):
-  """Opens a file that replaces `path` when the body ends: readers see a whole file, old or new."""
+def replacing(path: epath.PathLike, mode: str = "wb", durable: bool = False):
+  """Opens a file that replaces `path` when the body ends: readers see a whole file, old or new.
+
+  Args:
+    path: of the file.
+    mode: to open it.
+    durable: whether the content is on the disk before it replaces the old one, so that a power
+      loss leaves no empty file.
+  """
   encoding = {} if "b" in mode else {"encoding": "utf-8"}
   with partial_path(path) as partial, partial.open(mode, **encoding) as file:
     yield file
+    if durable and "://" not in os.fspath(path):
+      file.flush()
+      os.fsync(file.fileno())
 
 
 def plain(value):
@@ -34,8 +45,8 @@ def plain(value):
 
 
 def write_json(path: epath.PathLike, value) -> None:
-  """Writes a JSON file, see `replacing`."""
-  with replacing(path, "w") as file:
+  """Writes a JSON file durably, see `replacing`."""
+  with replacing(path, "w", durable=True) as file:
     file.write(json.dumps(plain(value), indent=1) + "\n")
 
 
@@ -45,8 +56,8 @@ def read_json(path: epath.PathLike):
   if not path.exists():
     raise UserError(f"{path} does not exist: run the stage that writes it first.")
   try:
-    return json.loads(path.read_text())
-  except json.JSONDecodeError as error:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except (ValueError, RecursionError) as error:  # ValueError: also of bytes that are no UTF-8.
     raise UserError(
       f"{path} is not valid JSON ({error}): delete it and run its stage again."
     ) from error
@@ -69,4 +80,7 @@ def read_json_lines(path: epath.PathLike) -> list[dict]:
 def digest(path: epath.PathLike) -> str | None:
   """Returns the SHA-256 of a file, or None if it does not exist."""
   path = epath.Path(path)
-  return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+  if not path.exists():
+    return None
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()

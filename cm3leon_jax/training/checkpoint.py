@@ -49,6 +49,9 @@ class Checkpoints:
   def discard_unsealed(self) -> None:
     """Deletes checkpoints that a killed run left unsealed, so that they displace no sealed ones.
 
+    A run that was killed between its first save and the digests has one checkpoint, unsealed. Orbax
+    reports it as complete, so it gets its digests now.
+
     Raises:
       UserError: there are several checkpoints, and none of them is sealed.
     """
@@ -61,6 +64,14 @@ class Checkpoints:
         f"{self.folder} holds checkpoints, but {self._digest_folder} holds no digests of them: "
         "restore the digests, or delete both folders."
       )
+    if unsealed == steps and steps:
+      [self._unsealed] = steps
+      distributed.print_once(
+        f"warning: checkpoint {self._unsealed} in {self.folder} has no digests; it is complete, "
+        "so it gets them."
+      )
+      self.wait()
+      return
     for step in unsealed:
       self._manager.delete(step)
 
@@ -68,6 +79,31 @@ class Checkpoints:
     """Returns the step of the newest sealed checkpoint, or None."""
     steps = [s for s in self._manager.all_steps() if self._digest_path(s).exists()]
     return distributed.gather(max(steps, default=None))[0]
+
+  def newest_whole(self) -> int | None:
+    """Returns the step of the newest sealed checkpoint that is whole, or None if there is none.
+
+    Newer ones that are damaged are named in a warning and deleted: their steps are trained again.
+
+    Raises:
+      UserError: all checkpoints are damaged.
+    """
+    sealed = sorted(s for s in self._manager.all_steps() if self._digest_path(s).exists())
+    damaged: dict[int, str] = {}
+    for step in reversed(distributed.gather(sealed)[0]):
+      damage = self.damage(step)
+      if damage is None:
+        for newer, sentence in damaged.items():
+          distributed.print_once(f"warning: {sentence}; the run goes back to checkpoint {step}.")
+          self._manager.delete(newer)
+        return step
+      damaged[step] = damage
+    if damaged:
+      raise UserError(
+        f"no checkpoint in {self.folder} is whole ({'; '.join(damaged.values())}): restore one of "
+        "them, or use another --workdir."
+      )
+    return None
 
   def save(self, state, step: int, next_row: int) -> None:
     """Seals the previous save and starts to save `state`, a tree of arrays."""
@@ -160,15 +196,25 @@ class Checkpoints:
 
   def check(self, step: int) -> None:
     """Raises UserError if a file of the checkpoint differs from what was written."""
-    folder = self.folder / str(step)
+    if damage := self.damage(step):
+      raise UserError(f"{damage}; delete {self.folder / str(step)} to go back to the previous one.")
+
+  def damage(self, step: int) -> str | None:
+    """Says which file of a checkpoint differs from what was written; None: all are as written."""
+    folder, damage = self.folder / str(step), None
     with distributed.together():
-      expected = read_json(self._digest_path(step))
-      for name in _share(sorted({*expected, *_files(folder)})):
-        if expected.get(name) != digest(folder / name):
-          raise UserError(
-            f"{folder / name} is damaged: it is not what was written; delete {folder} to go back "
-            "to the previous checkpoint."
-          )
+      try:
+        expected = read_json(self._digest_path(step))
+      except UserError:
+        expected = None
+      if not isinstance(expected, dict) or not expected:
+        damage = f"{self._digest_path(step)} is damaged: it has no digests"
+      else:
+        names = _share(sorted({*expected, *_files(folder)}))
+        changed = (name for name in names if expected.get(name) != digest(folder / name))
+        if name := next(changed, ""):
+          damage = f"{folder / name} is damaged: it is not what was written"
+    return next(filter(None, distributed.gather(damage)), None)
 
   def digest(self, step: int) -> str | None:
     """Returns the SHA-256 of the digests of a checkpoint's files."""

@@ -8,6 +8,7 @@ from etils import epath
 
 from cm3leon_jax.io import read_json_lines, replacing
 
+LOG = "metrics.jsonl"
 # In a bucket the file is written at most once in that time, and for at most 1% of the time.
 BUCKET_SECONDS = 60.0
 
@@ -31,7 +32,7 @@ class MetricsLog:
         run.
       enabled: whether this process reads and writes; one process of a run does.
     """
-    self.path, self.enabled = epath.Path(folder) / "metrics.jsonl", enabled
+    self.path, self.enabled = epath.Path(folder) / LOG, enabled
     self.before = read_json_lines(self.path) if enabled else []
     self.replayed, self.identical, self._resumed_at = 0, 0, resumed_at
     old = [] if resumed_at is None else self.before

@@ -19,12 +19,14 @@ import pydantic.dataclasses
 from cm3leon_jax import distributed
 from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.data.pipeline import RowLoader, batches
+from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.mesh import batch_shards, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training import loss
+from cm3leon_jax.training import checkpoint, loss
 from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.goodput import Stopwatch
+from cm3leon_jax.training.metrics import LOG
 from cm3leon_jax.training.monitor import Monitor, open_monitor
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer, learning_rate_schedule
 from cm3leon_jax.training.preemption import StopSignal
@@ -232,8 +234,20 @@ def _heldout_losses(
   return lambda params: evaluate(steps, params, eval_batches, heldout.source_names)
 
 
+def _check_log(folder: epath.Path, config: TrainConfig) -> None:
+  """Raises UserError if a run without checkpoints has logged steps that must have been saved."""
+  with distributed.together():
+    lines = read_json_lines(folder / "metrics" / LOG) if distributed.is_first() else []
+    last = max((line["step"] for line in lines if "loss" in line), default=0)
+    if last > 2 * config.checkpoint_every:  # Then the first save is complete.
+      raise UserError(
+        f"{folder} has logged {last} steps and has no checkpoint: restore its folder "
+        f"{checkpoint.FOLDER}, or delete {folder} to start again from step 0."
+      )
+
+
 def _restore(checkpoints: Checkpoints, steps: Steps, initial_params: Callable[[], dict] | None):
-  """Restores the newest checkpoint, or initializes a state.
+  """Restores the newest checkpoint that is whole, or initializes a state.
 
   Args:
     checkpoints: of the run.
@@ -244,7 +258,7 @@ def _restore(checkpoints: Checkpoints, steps: Steps, initial_params: Callable[[]
     (step of the checkpoint or None, state, next row).
   """
   checkpoints.discard_unsealed()
-  newest = checkpoints.newest()
+  newest = checkpoints.newest_whole()
   if newest is None:
     state = steps.init()  # The optimizer starts with the same state, whatever the parameters are.
     if initial_params is not None:
@@ -369,6 +383,8 @@ def train(
     steps = compile_steps(model, optimizer_config, config, vocab, seed)
     checkpoints = Checkpoints(folder, config.keep_checkpoints)
     newest, state, next_row = _restore(checkpoints, steps, initial_params)
+    if newest is None:
+      _check_log(folder, config)
     heldout_losses = _heldout_losses(steps, heldout, config, sharding)
     take_step, data = objective.begin(steps, next_row, config.global_batch_size, sharding)
     schedule = learning_rate_schedule(optimizer_config, config.steps)

@@ -113,14 +113,59 @@ def test_a_damaged_file_is_refused(saved, damage):
     checkpoint.load_params(saved, CONFIG)
 
 
-def test_a_first_save_that_was_killed_is_deleted(saved):
+def test_a_first_save_that_was_killed_before_its_digests_gets_them(saved, capsys):
+  expected = (saved / "checkpoints.digests" / "1.json").read_bytes()
   shutil.rmtree(saved / "checkpoints" / "2")
   for path in (saved / "checkpoints.digests").iterdir():
     path.unlink()
   checkpoints = checkpoint.Checkpoints(saved, keep=2)
   checkpoints.discard_unsealed()
-  assert checkpoints.newest() is None
-  assert not (saved / "checkpoints" / "1").exists()
+  assert checkpoints.newest_whole() == 1
+  checkpoints.close()
+  assert (saved / "checkpoints.digests" / "1.json").read_bytes() == expected
+  assert "warning: checkpoint 1 in" in capsys.readouterr().out
+
+
+def largest_file(folder):
+  return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+@pytest.mark.parametrize("digests", [None, b"", b"{}", b"[]", b"\x00\xff", b'{"a": 1}'])
+def test_a_run_goes_back_to_the_newest_whole_checkpoint(saved, capsys, digests):
+  """None: a file of the checkpoint is damaged; else its digests are."""
+  if digests is None:
+    flip(largest_file(saved / "checkpoints" / "2"))
+  else:
+    (saved / "checkpoints.digests" / "2.json").write_bytes(digests)
+  checkpoints = checkpoint.Checkpoints(saved, keep=2)
+  assert checkpoints.newest() == 2
+  assert checkpoints.newest_whole() == 1
+  [warning] = capsys.readouterr().out.splitlines()
+  assert "is damaged" in warning
+  assert warning.endswith("; the run goes back to checkpoint 1.")
+  assert [p.name for p in (saved / "checkpoints").iterdir()] == ["1"]
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    checkpoints.save(fresh(3), 2, next_row=99)  # It is written again.
+    checkpoints.wait()
+  assert checkpoints.newest_whole() == 2
+  checkpoints.close()
+
+
+def test_damaged_checkpoints_alone_are_refused_and_kept(saved):
+  for step in ("1", "2"):
+    flip(largest_file(saved / "checkpoints" / step))
+  checkpoints = checkpoint.Checkpoints(saved, keep=2)
+  with pytest.raises(
+    UserError, match=r"^no checkpoint in .* is whole \(.*2.* is damaged.*1.* is dam"
+  ):
+    checkpoints.newest_whole()
+  assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == ["1", "2"]
   checkpoints.close()
 
 

@@ -2,6 +2,7 @@ import functools
 import itertools
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -263,6 +264,27 @@ def test_a_flipped_bit_is_found(whole, loader, tmp_path):
     largest.write_bytes(content)
     with pytest.raises(UserError, match="is damaged"):
       checkpoint.load_params(tmp_path, MODEL)
+
+
+def test_a_run_with_a_damaged_checkpoint_continues_from_the_one_before(
+  whole, loader, tmp_path, capsys
+):
+  with pytest.raises(Crash):
+    run(tmp_path, loader, sample_grid=crash_at(11, tmp_path), sample_every=1)
+  files = [p for p in (tmp_path / checkpoint.FOLDER / "8").rglob("*") if p.is_file()]
+  max(files, key=lambda p: p.stat().st_size).write_bytes(b"")
+  run(tmp_path, loader)
+  assert "; the run goes back to checkpoint 4." in capsys.readouterr().out
+  assert losses(tmp_path) == losses(whole[0])
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_again(loader, tmp_path):
+  run(tmp_path, loader, steps=9)
+  for folder in (checkpoint.FOLDER, f"{checkpoint.FOLDER}.digests"):
+    shutil.rmtree(tmp_path / folder)
+  with pytest.raises(UserError, match=r"has logged 9 steps and has no checkpoint: restore"):
+    run(tmp_path, loader)
+  assert sorted(losses(tmp_path)) == list(range(1, 10))
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path):
