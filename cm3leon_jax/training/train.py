@@ -26,6 +26,7 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import checkpoint, loss
 from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.goodput import Stopwatch
+from cm3leon_jax.training.lease import Lease
 from cm3leon_jax.training.metrics import LOG
 from cm3leon_jax.training.monitor import Monitor, open_monitor
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer, learning_rate_schedule
@@ -374,10 +375,11 @@ def train(
     and exits with `INTERRUPTED` instead.
 
   Raises:
-    UserError: an unfit mesh, a damaged checkpoint, or a loss or gradient that is not finite.
+    UserError: an unfit mesh, damaged checkpoints, a loss or gradient that is not finite, or another
+      job that trains in the folder.
   """
   mesh = jax.sharding.get_mesh()
-  with contextlib.closing(Stopwatch()) as watch:
+  with contextlib.closing(Stopwatch()) as watch, Lease(folder) as lease:
     check_batch(config)
     sharding = NamedSharding(mesh, spec("batch", "length"))
     steps = compile_steps(model, optimizer_config, config, vocab, seed)
@@ -396,8 +398,8 @@ def train(
     with StopSignal(mesh) as stop, monitor:
       before = _evaluate_start(state, newest, heldout_losses, monitor) if evaluate_start else {}
       state, next_row, losses = _run_steps(
-        take_step, config, state, next_row, data, heldout_losses, checkpoints, monitor, stop,
-        sample_grid,
+        lease.guard(take_step), config, state, next_row, data, heldout_losses, checkpoints, monitor,
+        stop, sample_grid,
       )  # fmt: skip
   _check_end(int(state.step), config.steps, folder)
   if losses is None:  # No step was left to train.

@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from unittest import mock
@@ -285,6 +287,29 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(loader, tmp_path)
   with pytest.raises(UserError, match=r"has logged 9 steps and has no checkpoint: restore"):
     run(tmp_path, loader)
   assert sorted(losses(tmp_path)) == list(range(1, 10))
+
+
+HOLD = """
+import sys, time
+from cm3leon_jax.training import lease
+lease.BEAT_SECONDS = 0.1
+with lease.Lease(sys.argv[1]):
+  print("held", flush=True)
+  time.sleep(60)
+"""
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(whole, loader, tmp_path):
+  with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE) as other:
+    try:
+      assert other.stdout.readline() == b"held\n"
+      with pytest.raises(UserError, match=r"trains in .*: use another --workdir"):
+        run(tmp_path, loader)
+      assert not (tmp_path / "metrics").exists()
+    finally:
+      other.kill()
+  run(tmp_path, loader)  # The other one is gone, and is not waited for.
+  assert losses(tmp_path) == losses(whole[0])
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path):
