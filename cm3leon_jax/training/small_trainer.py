@@ -105,11 +105,11 @@ def _check_batch(name: str, batch_size: int, num_examples: int) -> None:
 
 def _restore(name: str, checkpoints: Checkpoints, init) -> tuple[dict, int]:
   """Returns the state of the newest checkpoint, or of `init`, and how many steps made it."""
-  newest = checkpoints.newest()
+  newest = checkpoints.newest_whole()
   if newest is None:
     return jax.device_put(init(), NamedSharding(jax.sharding.get_mesh(), P())), 0
   print(f"{name}: continues from step {newest}.", flush=True)
-  state, _ = checkpoints.restore(jax.eval_shape(init), newest)
+  state, _ = checkpoints.restore(jax.eval_shape(init), newest, checked=True)
   return state, newest
 
 

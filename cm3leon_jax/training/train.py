@@ -267,7 +267,7 @@ def _restore(checkpoints: Checkpoints, steps: Steps, initial_params: Callable[[]
       ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # Both are donated.
       state = dataclasses.replace(state, params=params, ema=ema)
     return None, state, 0
-  return newest, *checkpoints.restore(jax.eval_shape(steps.init), newest)
+  return newest, *checkpoints.restore(jax.eval_shape(steps.init), newest, checked=True)
 
 
 def _evaluate_start(
