@@ -37,7 +37,7 @@ IN_MEMORY_BYTES = 2**31
 Crop = typing.Literal["center", "pad"]
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")  # No others: some of them start programs.
 MAX_BYTES = 2**26  # Of an image file.
-MAX_PIXELS = 2**25  # Of an image, which then takes 0.5 GB while it is scaled.
+MAX_PIXELS = 2**25  # Of an image, which then takes 0.7 GB while it is scaled.
 LARGE = 2**22  # Pixels from which on images are read one at a time.
 _ONE_LARGE_IMAGE = threading.Lock()
 
