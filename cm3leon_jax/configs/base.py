@@ -3,6 +3,8 @@
 docs/config.md describes every field.
 """
 
+from collections.abc import Sequence
+
 import ml_collections
 
 from cm3leon_jax.config import UserError
@@ -59,23 +61,23 @@ def instruction_tuning(config: ml_collections.ConfigDict) -> ml_collections.Conf
   return config
 
 
-def scale_of(variant: str, name: str, has_long: bool = True) -> float:
-  """Returns the steps of a demo's variant over those of 15 minutes; of `long` 1.
+def scale_of(variant: str, name: str, named: Sequence[str] = ("long",)) -> float:
+  """Returns the steps of a demo's variant over those of 15 minutes; of a named variant 1.
 
   Args:
-    variant: number of minutes, or "long".
+    variant: number of minutes, or a name.
     name: of the config.
-    has_long: whether the config has the variant "long".
+    named: variants of the config that have names.
 
   Raises:
-    UserError: neither of the two.
+    UserError: neither of them.
   """
   try:
-    scale = 1.0 if has_long and variant == "long" else float(variant) / 15
+    scale = 1.0 if variant in named else float(variant) / 15
   except ValueError:
     scale = 0.0
   if scale <= 0:
-    other = ", or 'long'" if has_long else ""
+    other = f", or {' or '.join(repr(x) for x in named)}" if named else ""
     raise UserError(
       f"config variant '{variant}' of {name}.py must be a positive number of minutes{other}."
     )

@@ -16,7 +16,7 @@ STEPS, LONG_STEPS, REDRAWN_STEPS = 1_600, 12_000, 3_000
 
 
 def get_config(variant: str = "15"):
-  scale = 1.0 if variant == "redrawn" else base.scale_of(variant, "scenes_instruct")
+  scale = base.scale_of(variant, "scenes_instruct", ("long", "redrawn"))
   config = scenes.get_config("long")  # The model of the bundle.
   config.scenes.update({"train": 8_000})  # Of them some are replayed.
   config.instructions.update({"tasks": "scenes", "loss_on": "target", "replay_share": 0.1})

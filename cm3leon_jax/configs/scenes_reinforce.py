@@ -13,7 +13,7 @@ STEPS = 125  # In 15 minutes.
 
 
 def get_config(variant: str = "30"):
-  steps = max(4, round(STEPS * base.scale_of(variant, "scenes_reinforce", has_long=False)))
+  steps = max(4, round(STEPS * base.scale_of(variant, "scenes_reinforce", named=())))
   config = scenes_instruct.get_config()
   # Of the run's own tasks only held-out records are read as rows.
   config.instructions.update({"max_records": 50, "replay_share": 0.0})

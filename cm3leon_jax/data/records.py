@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 import dataclasses
 import json
 
+MAX_DEPTH = 50  # Levels of `facts`.
 SPLITS = ("train", "heldout", "bank")  # "bank": retrieved, and never trained on.
 
 
@@ -149,7 +150,15 @@ def _check_value(name: str, value, required: bool, where: str) -> None:
       raise RecordError(
         "malformed_record", f"{where}: field 'facts' is {_short(value)}; it must be a JSON object."
       )
-    _check_unicode(name, json.dumps(value, ensure_ascii=False), where)
+    if _depth(value) > MAX_DEPTH:
+      message = f"{where}: field 'facts' has more than {MAX_DEPTH} levels."
+      raise RecordError("malformed_record", message)
+    try:
+      text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+      message = f"{where}: field 'facts' is no JSON ({error})."
+      raise RecordError("malformed_record", message) from error
+    _check_unicode(name, text, where)
     return
   if not isinstance(value, str):
     raise RecordError(
@@ -160,6 +169,16 @@ def _check_value(name: str, value, required: bool, where: str) -> None:
     message = f"{where}: field '{name}' is empty; give it a text, or remove the record."
     raise RecordError(reason, message)
   _check_unicode(name, value, where)
+
+
+def _depth(value) -> int:
+  """Counts the levels of lists and objects, up to MAX_DEPTH + 1."""
+  level, depth = [value], 0
+  while level and depth <= MAX_DEPTH:
+    depth += 1
+    inner = [list(x.values()) if isinstance(x, dict) else x for x in level]
+    level = [y for x in inner if isinstance(x, list) for y in x if isinstance(y, dict | list)]
+  return depth
 
 
 def _short(value) -> str:

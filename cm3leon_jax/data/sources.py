@@ -4,6 +4,7 @@ A source is split into parts, each of which becomes a raw shard. Paths are local
 (`gs://`), through fsspec; a glob pattern names many files.
 """
 
+import codecs
 from collections.abc import Callable, Collection, Iterator
 import csv
 import dataclasses
@@ -198,7 +199,7 @@ def _lines(fs, file: str, cls) -> Iterator[tuple[str, dict | Rejected]]:
           message = f"{where} has more than {MAX_LINE:,} bytes; it must be one JSON object."
           raise RecordError("malformed_record", message)
         if line.strip():
-          text = _decoded(line, where)
+          text = _decoded(line.removeprefix(codecs.BOM_UTF8), where)
           yield where, parse_json(text, where, required_fields(cls))
       except RecordError as error:
         yield where, Rejected(file, "", error.reason, str(error))
@@ -216,7 +217,7 @@ def _decoded(data: bytes, where: str) -> str:
 def _csv_rows(fs, file: str) -> Iterator[tuple[str, dict | Rejected]]:
   """Yields (where, fields) for every row; ends at the first thing that is no CSV."""
   csv.field_size_limit(MAX_LINE)
-  with fs.open(file, "rt", encoding="utf-8", newline="") as stream:
+  with fs.open(file, "rt", encoding="utf-8-sig", newline="") as stream:
     try:
       rows = csv.DictReader(stream, strict=True)  # A quote without an end is an error.
       for row in rows:
@@ -284,6 +285,8 @@ def _with_images(
 
 def _is_inside(fs, path: str, folder: str) -> bool:
   """Returns whether a path is in a folder, links followed."""
+  if "\0" in path:
+    return False
   if "file" in fs.protocol:
     path, folder = os.path.realpath(path), os.path.realpath(folder)
   return posixpath.normpath(path).startswith(posixpath.normpath(folder).rstrip("/") + "/")
@@ -314,7 +317,7 @@ def _webdataset(fs, file: str, images: Callable) -> Iterator[Item]:
         elif suffix in SAMPLE_SUFFIXES:
           sample[suffix] = tar.extractfile(member).read()
       yield from _sample(file, stem, sample)
-  except (tarfile.TarError, OSError, EOFError) as error:
+  except Exception as error:  # tarfile raises errors of any kind at wrong headers.
     message = (
       f"{file} cannot be read to its end ({error}); it must be a whole tar file, not compressed."
     )
@@ -352,7 +355,6 @@ def _sample(file: str, stem: str, sample: dict[str, bytes]) -> Iterator[Item]:
 def _parquet(fs, file: str, images: Callable) -> Iterator[Item]:
   """Yields rows with a caption and an image: bytes, a path, or a dict of both (Hugging Face)."""
   try:
-    import pyarrow as pa
     from pyarrow import parquet
   except ImportError as error:
     raise UserError(f"{file} needs pyarrow ({error}): pip install 'cm3leon_jax[data]'.") from error
@@ -364,7 +366,7 @@ def _parquet(fs, file: str, images: Callable) -> Iterator[Item]:
         for row in _rows_of(batch):
           where = f"{file}, row {number}"
           if isinstance(row, Exception):
-            message = f"{where} cannot be read ({row}); its texts must be UTF-8."
+            message = f"{where} cannot be read ({row})."
             yield Rejected(file, str(number), "malformed_record", message)
             number += 1
             continue
@@ -375,7 +377,7 @@ def _parquet(fs, file: str, images: Callable) -> Iterator[Item]:
             continue
           item = _record(RawPair, values, file, where)
           yield images(item, folder, where)
-  except (pa.ArrowInvalid, OSError) as error:
+  except Exception as error:  # pyarrow raises errors of any kind at damaged files.
     message = f"{file} cannot be read to its end ({error}); it must be a Parquet file."
     yield Rejected(file, "", "unreadable_file", message)
 
@@ -386,7 +388,7 @@ def _rows_of(batch) -> Iterator[dict | Exception]:
     try:
       [row] = batch.slice(i, 1).to_pylist()
       yield row
-    except ValueError as error:  # Also of bytes that are no UTF-8.
+    except Exception as error:  # Bytes that are no UTF-8, dates out of range, ...
       yield error
 
 

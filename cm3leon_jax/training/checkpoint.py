@@ -30,6 +30,18 @@ def _share(names: list[str]) -> list[str]:
   return names[jax.process_index() :: jax.process_count()]
 
 
+def _damage(folder: epath.Path, expected: dict[str, str]) -> str | None:
+  """Says which file of this process's share is not as its digest says, or None."""
+  name = ""
+  try:
+    for name in _share(sorted({*expected, *_files(folder)})):
+      if expected.get(name) != digest(folder / name):
+        return f"{folder / name} is damaged: it is not what was written"
+  except OSError as error:
+    return f"{folder / name} cannot be read ({error})"
+  return None
+
+
 class Checkpoints:
   """The checkpoints of one run. Saving is asynchronous; a checkpoint counts once it has digests.
 
@@ -154,7 +166,8 @@ class Checkpoints:
   def _remove_digests(self, of: Callable[[int], bool]) -> None:
     """Deletes the digests, merged or not, of all steps for which `of` is true."""
     for path in self._digest_folder.glob("*"):
-      if of(int(path.name.partition(".")[0])):
+      step = path.name.partition(".")[0]
+      if step.isdecimal() and of(int(step)):  # Other files may be the disk's own.
         path.unlink()
 
   def restore(self, state, step: int, checked: bool = False) -> tuple[Any, int]:
@@ -212,10 +225,7 @@ class Checkpoints:
       if not isinstance(expected, dict) or not expected:
         damage = f"{self._digest_path(step)} is damaged: it has no digests"
       else:
-        names = _share(sorted({*expected, *_files(folder)}))
-        changed = (name for name in names if expected.get(name) != digest(folder / name))
-        if name := next(changed, ""):
-          damage = f"{folder / name} is damaged: it is not what was written"
+        damage = _damage(folder, expected)
     return next(filter(None, distributed.gather(damage)), None)
 
   def digest(self, step: int) -> str | None:

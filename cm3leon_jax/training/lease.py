@@ -1,6 +1,7 @@
-"""A lease on the folder of a run, so that two jobs never train in one workdir."""
+"""A lease on the folder of a run, so that two jobs do not train in one workdir."""
 
 from collections.abc import Callable
+import contextlib
 import os
 import secrets
 import socket
@@ -10,13 +11,14 @@ import time
 from etils import epath
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.io import read_json, write_json
 
 NAME = "lease.json"
 BEAT_SECONDS = 15.0
 # A job without a sign of life for so long has lost its lease. Clocks of machines are not compared.
 EXPIRE_SECONDS = 90.0
+SETTLE_SECONDS = 0.2  # After which a job reads whether one that started with it has the lease.
 
 
 class Lease:
@@ -25,41 +27,58 @@ class Lease:
   lease.json names the job that holds it, and a number that grows with every sign of life. A job
   that finds the file waits until the number grows, and refuses to start, or until it has not grown
   for EXPIRE_SECONDS, and takes the lease. It does not wait for a process of its own machine that is
-  gone.
+  gone. A job whose lease was taken, or that could not renew it for so long, stops at its next step.
   """
 
   def __init__(self, folder: epath.PathLike):
     self._folder = epath.Path(folder)
     self._token, self._beats, self._lost = secrets.token_hex(8), 0, ""
+    self._renewed = 0.0
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
   def __enter__(self):
-    """Takes the lease. Raises UserError if another job holds it."""
+    """Takes the lease.
+
+    Raises:
+      UserError: another job holds it.
+      TryAgain: the file cannot be read or written.
+    """
     with distributed.together():
       if distributed.is_first():
-        self._wait_for_others()
-        self._write()
+        try:
+          self._take()
+        except OSError as error:
+          raise TryAgain(f"{self._path} cannot be read or written ({error}).") from error
         self._thread.start()
     return self
 
   def __exit__(self, *_):
     """Gives the lease back."""
-    if self._thread.is_alive():
-      self._stop.set()
-      self._thread.join()
-      if not self._lost:
+    if not self._thread.is_alive():
+      return
+    self._stop.set()
+    self._thread.join()
+    with contextlib.suppress(OSError):
+      if self._read().get("token") == self._token:
         self._path.unlink(missing_ok=True)
 
   def guard(self, function: Callable) -> Callable:
-    """Returns a function that raises UserError, from when another job has taken the lease."""
+    """Returns a function that first checks that the lease is still held.
+
+    It raises UserError if another job has taken it, and TryAgain if it could not be renewed.
+    """
 
     def guarded(*args):
+      if self._thread.is_alive() and time.monotonic() - self._renewed > EXPIRE_SECONDS:
+        self._renew()
       if self._lost:
         raise UserError(
           f"{self._lost} took {self._path}, because this job gave no sign of life for "
           f"{EXPIRE_SECONDS:g} s: it stops, and the other one continues."
         )
+      if self._thread.is_alive() and time.monotonic() - self._renewed > EXPIRE_SECONDS:
+        raise TryAgain(f"{self._path} could not be renewed for {EXPIRE_SECONDS:g} s.")
       return function(*args)
 
     return guarded
@@ -70,8 +89,8 @@ class Lease:
 
   def _write(self) -> None:
     self._beats += 1
-    holder = {"host": socket.gethostname(), "pid": os.getpid()}
-    write_json(self._path, {"token": self._token, "beats": self._beats, **holder})
+    write_json(self._path, {"token": self._token, "beats": self._beats, **_this_process()})
+    self._renewed = time.monotonic()
 
   def _read(self) -> dict:
     """Returns what the file says; {} if there is none, or half a one."""
@@ -81,10 +100,16 @@ class Lease:
       return {}
     return found if isinstance(found, dict) else {}
 
-  def _wait_for_others(self) -> None:
+  def _take(self) -> None:
     first = self._read()
-    if not first or _is_gone(first):
-      return
+    if first and not _is_gone(first):
+      self._wait_for(first)
+    self._write()
+    time.sleep(SETTLE_SECONDS)
+    if (found := self._read()).get("token") != self._token:
+      raise UserError(f"{_name(found)} trains in {self._folder}: it started at the same time.")
+
+  def _wait_for(self, first: dict) -> None:
     print(f"train: {_name(first)} holds {self._path}; waiting for a sign of life.", flush=True)
     end = time.monotonic() + EXPIRE_SECONDS
     while time.monotonic() < end:
@@ -96,35 +121,46 @@ class Lease:
         raise UserError(
           f"{_name(now)} trains in {self._folder}: use another --workdir, or stop that job."
         )
-    print(f"train: {_name(first)} gave none for {EXPIRE_SECONDS:g} s; its lease ends.", flush=True)
+    print(
+      f"train: {_name(first)} gave no sign for {EXPIRE_SECONDS:g} s; its lease ends.", flush=True
+    )
 
   def _beat(self) -> None:
     while not self._stop.wait(BEAT_SECONDS):
-      try:
-        found = self._read()
-        if found and found.get("token") != self._token:
-          self._lost = _name(found)
-          return
+      self._renew()
+
+  def _renew(self) -> None:
+    try:
+      found = self._read()
+      if found and found.get("token") != self._token:
+        self._lost = _name(found)
+      elif not self._lost:
         self._write()
-      except OSError:  # Of a bucket or a network disk; the next beat may succeed.
-        continue
+    except Exception:  # Of a bucket or a network disk, of any kind; the next beat may succeed.
+      return
 
 
 def _name(holder: dict) -> str:
   return f"process {holder.get('pid')} on {holder.get('host')}"
 
 
+def _this_process() -> dict:
+  """Names this process: of containers with one hostname, each has processes of its own."""
+  namespace = ""
+  with contextlib.suppress(OSError):
+    namespace = os.readlink("/proc/self/ns/pid")
+  return {"host": socket.gethostname(), "namespace": namespace, "pid": os.getpid()}
+
+
 def _is_gone(holder: dict) -> bool:
-  """Returns whether the holder was a process of this machine that has ended."""
-  pid = holder.get("pid")
-  if holder.get("host") != socket.gethostname() or not isinstance(pid, int):
+  """Returns whether the holder was a process of this machine, or container, that has ended."""
+  here, pid = _this_process(), holder.get("pid")
+  if any(holder.get(name) != here[name] for name in ("host", "namespace")):
     return False
-  if pid == os.getpid():  # A container that was started again gives the same numbers.
-    return True
   try:
-    os.kill(pid, 0)
+    os.kill(int(pid), 0)
   except ProcessLookupError:
     return True
-  except OSError:
+  except (OSError, OverflowError, TypeError, ValueError):
     return False
   return False

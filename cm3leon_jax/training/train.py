@@ -243,7 +243,7 @@ def _check_log(folder: epath.Path, config: TrainConfig) -> None:
     if last > 2 * config.checkpoint_every:  # Then the first save is complete.
       raise UserError(
         f"{folder} has logged {last} steps and has no checkpoint: restore its folder "
-        f"{checkpoint.FOLDER}, or delete {folder} to start again from step 0."
+        f"{checkpoint.FOLDER}, or, if none was ever saved, delete {folder} to start from step 0."
       )
 
 
@@ -258,8 +258,9 @@ def _restore(checkpoints: Checkpoints, steps: Steps, initial_params: Callable[[]
   Returns:
     (step of the checkpoint or None, state, next row).
   """
-  checkpoints.discard_unsealed()
   newest = checkpoints.newest_whole()
+  checkpoints.discard_unsealed()
+  newest = checkpoints.newest() if newest is None else newest
   if newest is None:
     state = steps.init()  # The optimizer starts with the same state, whatever the parameters are.
     if initial_params is not None:

@@ -106,7 +106,7 @@ def test_the_bundled_tuned_model_took_two_runs_with_other_records():
   assert redrawn.scenes.seed != long.scenes.seed
   assert (long.instructions.redrawn, redrawn.instructions.redrawn) == (0, 0.5)
   assert redrawn.train.steps < long.train.steps
-  with pytest.raises(UserError, match="of scenes_instruct"):
+  with pytest.raises(UserError, match="number of minutes, or 'long' or 'redrawn'"):
     scenes_instruct.get_config("other")
 
 

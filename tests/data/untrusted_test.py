@@ -1,6 +1,7 @@
 """Records from strangers are read or rejected: no other error, no hang, no large memory."""
 
 import csv
+import dataclasses
 import functools
 import gzip
 import io
@@ -16,7 +17,15 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import ingest, raw_pairs, sources
-from cm3leon_jax.data.records import KINDS, Record, RecordError, Rejected, make_record, parse_json
+from cm3leon_jax.data.records import (
+  KINDS,
+  Record,
+  RecordError,
+  Rejected,
+  images_of,
+  make_record,
+  parse_json,
+)
 from cm3leon_jax.shards import Runner
 from tests.data.sources_test import jpeg, read, sample, write_tar
 
@@ -157,6 +166,21 @@ def test_the_size_that_a_member_claims_is_not_reserved(tmp_path):
   assert reasons(read(tmp_path / "a.tar")) == ["large_file", "unreadable_file"]
 
 
+@pytest.mark.parametrize(
+  "headers",
+  [
+    {"GNU.sparse.map": "abc"}, {"GNU.sparse.size": "x"}, {"GNU.sparse.major": "1"},
+    {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"},
+  ],
+)  # fmt: skip
+def test_wrong_headers_of_sparse_members_are_rejected(tmp_path, headers):
+  with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+    info = tarfile.TarInfo("1.jpg")
+    info.pax_headers, info.size = headers, 4
+    tar.addfile(info, io.BytesIO(b"abcd"))
+  reasons(read(tmp_path / "a.tar"))
+
+
 def test_a_compressed_tar_is_refused(tmp_path):
   write_tar(tmp_path / "b", sample(1))
   (tmp_path / "a.tar").write_bytes(gzip.compress((tmp_path / "b").read_bytes()))
@@ -228,6 +252,40 @@ def test_a_row_of_parquet_that_is_no_text_is_rejected_alone(tmp_path):
   assert found == ["a.parquet/0", "malformed_record", "a.parquet/2"]
 
 
+def test_a_date_out_of_range_rejects_its_row_alone(tmp_path):
+  pa = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  dates = pa.array([0, 2**50, 1], pa.timestamp("ms"))
+  images = [encoded("png")] * 3
+  table = pa.table({"image": images, "caption": ["a", "b", "c"], "date": dates})
+  parquet.write_table(table, tmp_path / "a.parquet")
+  assert reasons(read(tmp_path / "a.parquet")) == [
+    "a.parquet/0", "malformed_record", "a.parquet/2",
+  ]  # fmt: skip
+
+
+def test_a_damaged_parquet_file_stops_nothing(tmp_path):
+  pa = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  table = pa.table({"image": [encoded("png")] * 8, "caption": [f"a {i}" for i in range(8)]})
+  parquet.write_table(table, tmp_path / "a.parquet")
+  data, rng = (tmp_path / "a.parquet").read_bytes(), np.random.default_rng(0)
+  for _ in range(150):
+    damaged = bytearray(data)
+    damaged[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
+    (tmp_path / "a.parquet").write_bytes(damaged)
+    reasons(read(tmp_path / "a.parquet"))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+  (tmp_path / "a.png").write_bytes(encoded("png"))
+  (tmp_path / "metadata.csv").write_text(f"{CSV}a.png,one\n", encoding="utf-8-sig")
+  (tmp_path / "texts.jsonl").write_text('{"key": "b", "text": "c"}\n', encoding="utf-8-sig")
+  assert reasons(read(tmp_path)) == ["a.png", "b"]
+
+
 def test_columns_of_parquet_of_other_types_are_rejected(tmp_path):
   pa = pytest.importorskip("pyarrow")
   from pyarrow import parquet
@@ -270,26 +328,66 @@ def test_images_outside_of_the_folder_are_refused(folder, name):
   assert sum(n for kind, n in counts.items() if kind.endswith("_pairs")) == 2
 
 
+def test_a_name_that_no_file_can_have_is_refused(folder):
+  lines = [
+    {"key": "x", "image": "\0", "caption": "a"},
+    {"key": "y", "image": "a.png", "caption": "b"},
+  ]
+  (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  assert reasons(read(folder)) == ["outside_image", "y"]
+
+
 VALUES = st.recursive(
   st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(max_size=4),
   lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
   max_leaves=6,
 )
-FIELDS = ("key", "image", "caption", "text", "segments", "source", "split", "facts", "other")
+RIGHT = {
+  "pairs": {"key": "a", "image": "a.png", "caption": "b", "split": "train", "facts": {"n": [1]}},
+  "texts": {"key": "a", "text": "b", "source": "c"},
+  "interleaved": {"key": "a", "segments": [{"text": "b"}, {"image": "a.png"}], "group": "d"},
+}
 
 
-@given(st.sampled_from(sorted(KINDS)), st.dictionaries(st.sampled_from(FIELDS), VALUES))
-@settings(max_examples=400, deadline=None)
-def test_any_fields_make_a_record_or_are_rejected(kind, values):
+def can_be_written(kind: str, values: dict) -> bool:
+  """Makes a record and writes it as ingestion does; returns whether it was not rejected."""
   try:
     record = make_record(KINDS[kind], values, "here")
   except RecordError as error:
     json.dumps(str(error))
-    return
+    return False
   assert isinstance(record, Record)
-  kept = {k: v for k, v in vars(record).items() if not isinstance(v, bytes)}
-  if kind != "interleaved":
-    json.dumps(kept, ensure_ascii=False).encode()  # It can be written.
+  if not any(isinstance(image, bytes) for image in images_of(record)):
+    json.dumps(dataclasses.asdict(record), ensure_ascii=False).encode()
+  return True
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_any_field_makes_a_record_or_is_rejected(kind):
+  results = []
+
+  @given(st.sampled_from(sorted(RIGHT[kind])), VALUES)
+  @settings(max_examples=150, deadline=None)
+  def check(field, value):
+    results.append(can_be_written(kind, {**RIGHT[kind], field: value}))
+
+  check()
+  assert set(results) == {True, False}
+
+
+def nested(levels: int):
+  return {"a": nested(levels - 1)} if levels else 1
+
+
+@pytest.mark.parametrize(
+  ("facts", "right"),
+  [
+    (nested(50), True), (nested(51), False), (nested(900), False), ({"a": [b"b"]}, False),
+    ({"a": "\ud800"}, False), ({"a": [[[{"b": 1.5}]]]}, True),
+  ],
+)  # fmt: skip
+def test_facts_are_json_of_few_levels(facts, right):
+  assert can_be_written("pairs", {**RIGHT["pairs"], "facts": facts}) == right
 
 
 @given(st.text())

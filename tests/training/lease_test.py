@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.training import lease
 from cm3leon_jax.training.lease import Lease
 
@@ -26,6 +26,12 @@ def hold(folder, beats=1, **holder):
   partial = folder / "partial"
   partial.write_text(json.dumps(about))
   partial.replace(folder / lease.NAME)
+
+
+def gone() -> dict:
+  child = subprocess.Popen([sys.executable, "-c", ""])
+  child.wait()
+  return {**lease._this_process(), "pid": child.pid}
 
 
 def wait_until(condition):
@@ -75,34 +81,78 @@ def test_a_silent_holder_loses_its_lease(tmp_path, capsys):
   with Lease(tmp_path):
     assert time.monotonic() - start >= 1
     assert json.loads((tmp_path / lease.NAME).read_text())["token"] != "other"
-  assert "process 7 on elsewhere gave none for 1 s" in capsys.readouterr().out
+  assert "process 7 on elsewhere gave no sign for 1 s" in capsys.readouterr().out
 
 
-def gone() -> dict:
-  child = subprocess.Popen([sys.executable, "-c", ""])
-  child.wait()
-  return {"host": socket.gethostname(), "pid": child.pid}
-
-
-@pytest.mark.parametrize("content", ["gone", "restarted", b"", b"{", b"\x00\xff", b"[]"])
+@pytest.mark.parametrize("content", ["gone", b"", b"{", b"\x00\xff", b"[]"])
 def test_no_job_waits_for_one_that_is_gone(tmp_path, monkeypatch, content):
-  """`restarted`: a container whose process has the same number again."""
   monkeypatch.setattr(lease, "EXPIRE_SECONDS", 60.0)
   if isinstance(content, bytes):
     (tmp_path / lease.NAME).write_bytes(content)
   else:
-    same = {"host": socket.gethostname(), "pid": os.getpid()}
-    hold(tmp_path, **(gone() if content == "gone" else same))
+    hold(tmp_path, **gone())
   start = time.monotonic()
   with Lease(tmp_path):
     assert time.monotonic() - start < 10
 
 
-def test_a_live_process_of_this_machine_is_waited_for(tmp_path):
-  hold(tmp_path, host=socket.gethostname(), pid=os.getppid())
+@pytest.mark.parametrize(
+  "holder",
+  [
+    {"pid": os.getppid()},
+    {**gone(), "namespace": "another container"},
+    {"pid": 2**70},
+    {"pid": "x"},
+  ],
+)
+def test_a_process_that_may_live_is_waited_for(tmp_path, holder):
+  hold(tmp_path, **{**lease._this_process(), **holder})
   start = time.monotonic()
   with Lease(tmp_path):
     assert time.monotonic() - start >= 1
+
+
+def test_of_two_jobs_that_start_together_one_trains(tmp_path, monkeypatch):
+  write = Lease._write
+
+  def write_and_be_overwritten(self):
+    write(self)
+    hold(tmp_path)
+
+  monkeypatch.setattr(Lease, "_write", write_and_be_overwritten)
+  with pytest.raises(UserError, match="it started at the same time"), Lease(tmp_path):
+    pass
+  assert json.loads((tmp_path / lease.NAME).read_text())["token"] == "other"
+
+
+def test_a_job_that_cannot_renew_its_lease_stops_only_in_the_end(tmp_path, monkeypatch):
+  renewals = []
+
+  def fail(path, value):
+    renewals.append(value)
+    raise RuntimeError("the bucket is away")
+
+  with Lease(tmp_path) as held:
+    step = held.guard(lambda: True)
+    monkeypatch.setattr(lease, "write_json", fail)
+    wait_until(lambda: len(renewals) > 2)
+    assert step()
+
+    def stopped():
+      try:
+        return not step()
+      except TryAgain as error:
+        return "could not be renewed for 1 s" in str(error)
+
+    wait_until(stopped)
+    monkeypatch.undo()
+
+
+def test_the_lease_of_another_job_is_not_given_back(tmp_path, monkeypatch):
+  monkeypatch.setattr(lease, "BEAT_SECONDS", 60.0)
+  with Lease(tmp_path):
+    hold(tmp_path)
+  assert json.loads((tmp_path / lease.NAME).read_text())["token"] == "other"
 
 
 def test_a_job_stops_when_another_one_has_taken_its_lease(tmp_path):
