@@ -30,7 +30,7 @@ def _share(names: list[str]) -> list[str]:
   return names[jax.process_index() :: jax.process_count()]
 
 
-def _damage(folder: epath.Path, expected: dict[str, str]) -> str | None:
+def _damage(folder: epath.Path, expected: dict) -> str | None:
   """Says which file of this process's share is not as its digest says, or None."""
   name = ""
   try:
