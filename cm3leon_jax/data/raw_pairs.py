@@ -153,7 +153,7 @@ def _open_image(image: str | bytes | epath.Path, name: str):
     fs, path = fsspec.core.url_to_fs(str(image))
     info = fs.info(path)
     if info["type"] != "file":
-      raise UserError(f"image {name} is no file.")
+      raise UserError(f"image {name} cannot be read (it is no file).")
     size, file = info["size"], None
   if size > MAX_BYTES:
     raise UserError(f"image {name} has {size:,} bytes; it may have {MAX_BYTES:,}.")

@@ -202,7 +202,11 @@ TRAINING = (
     "cm3leon_jax/training/small_trainer.py",
     "tests/training/small_trainer_test.py::test_a_killed_training_continues_bit_for_bit",
     ("small_trainer_restarts", "range(first, config.steps)", "range(0, config.steps)"),
-    ("small_state_not_restored", "checkpoints.restore(jax.eval_shape(init), newest)", "init(), 0"),
+    (
+      "small_state_not_restored",
+      "checkpoints.restore(jax.eval_shape(init), newest, checked=True)",
+      "init(), 0",
+    ),
   ),
   *mutants_of(
     POLICY,
