@@ -4,12 +4,9 @@ A source is split into parts, each of which becomes a raw shard. Paths are local
 (`gs://`), through fsspec; a glob pattern names many files.
 """
 
-import codecs
 from collections.abc import Callable, Collection, Iterator
-import csv
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import posixpath
@@ -28,10 +25,9 @@ from cm3leon_jax.data.records import (
   Rejected,
   images_of,
   make_record,
-  parse_json,
-  required_fields,
   with_images,
 )
+from cm3leon_jax.data.source_lines import csv_rows, json_lines, whole_text
 
 Format = Literal["auto", "folder", "webdataset", "parquet", "text"]
 PAIR_FILES = ("pairs.jsonl", "captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
@@ -41,7 +37,6 @@ SUFFIXES = {"webdataset": (".tar",), "parquet": (".parquet",), "text": (".jsonl"
 LISTS = (*PAIR_FILES, TEXTS, INTERLEAVED)
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "avif")
 SAMPLE_SUFFIXES = (*IMAGE_SUFFIXES, "txt", "json")  # Other members of a tar are not read.
-MAX_LINE = 2**24  # Bytes of a line of JSON, of a text file, or of a field of CSV.
 MAX_MEMBER = 2**26  # Bytes of a file in a tar.
 # Names of our fields in other tools, in order of preference.
 ALIASES = {
@@ -184,50 +179,6 @@ def _record(cls, values: dict, file: str, where: str) -> Item:
     return Rejected(file, str(values.get("key") or ""), error.reason, str(error))
 
 
-def _lines(fs, file: str, cls) -> Iterator[tuple[str, dict | Rejected]]:
-  """Yields (where, fields) for every line of a JSONL file that is not blank."""
-  with fs.open(file, "rb") as stream:
-    for number in itertools.count(1):
-      line = stream.readline(MAX_LINE + 1)
-      if not line:
-        return
-      where = f"{file}, line {number}"
-      try:
-        if len(line) > MAX_LINE:
-          while line and not line.endswith(b"\n"):
-            line = stream.readline(MAX_LINE)
-          message = f"{where} has more than {MAX_LINE:,} bytes; it must be one JSON object."
-          raise RecordError("malformed_record", message)
-        if line.strip():
-          text = _decoded(line.removeprefix(codecs.BOM_UTF8), where)
-          yield where, parse_json(text, where, required_fields(cls))
-      except RecordError as error:
-        yield where, Rejected(file, "", error.reason, str(error))
-
-
-def _decoded(data: bytes, where: str) -> str:
-  try:
-    return data.decode("utf-8")
-  except UnicodeDecodeError as error:
-    raise RecordError(
-      "malformed_record", f"{where} is not UTF-8 ({error}); save it as UTF-8."
-    ) from error
-
-
-def _csv_rows(fs, file: str) -> Iterator[tuple[str, dict | Rejected]]:
-  """Yields (where, fields) for every row; ends at the first thing that is no CSV."""
-  csv.field_size_limit(MAX_LINE)
-  with fs.open(file, "rt", encoding="utf-8-sig", newline="") as stream:
-    try:
-      rows = csv.DictReader(stream, strict=True)  # A quote without an end is an error.
-      for row in rows:
-        yield f"{file}, line {rows.line_num}", {k: v for k, v in row.items() if k is not None}
-    except (csv.Error, UnicodeDecodeError) as error:
-      where = f"{file}, line {rows.line_num + 1}"
-      message = f"{where} and what follows is no CSV in UTF-8 ({error}): mend it, and run again."
-      yield where, Rejected(file, "", "unreadable_file", message)
-
-
 def _folder(fs, path: str, images: Callable) -> Iterator[Item]:
   """Yields images with captions in a JSONL or CSV file, then texts.jsonl, interleaved.jsonl."""
   known = set(fs.find(path))
@@ -235,7 +186,7 @@ def _folder(fs, path: str, images: Callable) -> Iterator[Item]:
   captions = next((name for name in PAIR_FILES if name in listed), None)
   if captions:
     file = posixpath.join(path, captions)
-    rows = _csv_rows(fs, file) if captions.endswith(".csv") else _lines(fs, file, RawPair)
+    rows = csv_rows(fs, file) if captions.endswith(".csv") else json_lines(fs, file, RawPair)
     for where, values in rows:
       if isinstance(values, Rejected):
         yield values
@@ -247,7 +198,7 @@ def _folder(fs, path: str, images: Callable) -> Iterator[Item]:
   for name, cls in ((TEXTS, RawText), (INTERLEAVED, RawInterleaved)):
     if name in listed:
       file = posixpath.join(path, name)
-      for where, values in _lines(fs, file, cls):
+      for where, values in json_lines(fs, file, cls):
         item = values if isinstance(values, Rejected) else _record(cls, values, file, where)
         yield images(item, path, where, known)
 
@@ -257,8 +208,8 @@ def _with_images(
 ) -> Item:
   """Makes paths of images in `folder` full paths; `known` files need no look-up.
 
-  A path that leads out of the folder is refused before it is looked up, so that no message tells
-  which files a machine has.
+  A path out of the folder is refused before it is looked up: no message may say whether another
+  file of the machine exists.
   """
   if isinstance(item, Rejected):
     return item
@@ -407,18 +358,13 @@ def _text(fs, file: str, images: Callable) -> Iterator[Item]:
   name = posixpath.basename(file)
   if file.endswith(".txt"):
     try:
-      with fs.open(file, "rb") as stream:
-        data = stream.read(MAX_LINE + 1)
-      if len(data) > MAX_LINE:
-        message = f"{file} has more than {MAX_LINE:,} bytes: split it, or give it as JSON lines."
-        raise RecordError("malformed_record", message)
-      text = _decoded(data, file)
+      text = whole_text(fs, file)
     except RecordError as error:
       yield Rejected(file, name, error.reason, str(error))
       return
     yield _record(RawText, {"key": name, "text": text, "source": file}, file, file)
     return
-  for number, (where, values) in enumerate(_lines(fs, file, RawText)):
+  for number, (where, values) in enumerate(json_lines(fs, file, RawText)):
     if isinstance(values, Rejected):
       yield values
       continue

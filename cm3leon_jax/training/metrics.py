@@ -6,11 +6,33 @@ import time
 
 from etils import epath
 
+from cm3leon_jax import distributed
+from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json_lines, replacing
 
 LOG = "metrics.jsonl"
 # In a bucket the file is written at most once in that time, and for at most 1% of the time.
 BUCKET_SECONDS = 60.0
+
+
+def check_log(folder: epath.Path, checkpoint_every: int) -> None:
+  """Checks the log of a run without checkpoints; all processes call it.
+
+  Args:
+    folder: of the run.
+    checkpoint_every: steps between two checkpoints.
+
+  Raises:
+    UserError: it has steps that must have been saved.
+  """
+  with distributed.together():
+    lines = read_json_lines(folder / "metrics" / LOG) if distributed.is_first() else []
+    last = max((line["step"] for line in lines if "loss" in line), default=0)
+    if last > 2 * checkpoint_every:  # Then the first save is complete.
+      raise UserError(
+        f"{folder} has logged {last} steps and has no checkpoint: restore its folder checkpoints, "
+        f"or, if none was ever saved, delete {folder} to start from step 0."
+      )
 
 
 class MetricsLog:

@@ -19,15 +19,14 @@ import pydantic.dataclasses
 from cm3leon_jax import distributed
 from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.data.pipeline import RowLoader, batches
-from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.mesh import batch_shards, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training import checkpoint, loss
+from cm3leon_jax.training import loss
 from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.goodput import Stopwatch
 from cm3leon_jax.training.lease import Lease
-from cm3leon_jax.training.metrics import LOG
+from cm3leon_jax.training.metrics import check_log
 from cm3leon_jax.training.monitor import Monitor, open_monitor
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer, learning_rate_schedule
 from cm3leon_jax.training.preemption import StopSignal
@@ -235,18 +234,6 @@ def _heldout_losses(
   return lambda params: evaluate(steps, params, eval_batches, heldout.source_names)
 
 
-def _check_log(folder: epath.Path, config: TrainConfig) -> None:
-  """Raises UserError if a run without checkpoints has logged steps that must have been saved."""
-  with distributed.together():
-    lines = read_json_lines(folder / "metrics" / LOG) if distributed.is_first() else []
-    last = max((line["step"] for line in lines if "loss" in line), default=0)
-    if last > 2 * config.checkpoint_every:  # Then the first save is complete.
-      raise UserError(
-        f"{folder} has logged {last} steps and has no checkpoint: restore its folder "
-        f"{checkpoint.FOLDER}, or, if none was ever saved, delete {folder} to start from step 0."
-      )
-
-
 def _restore(checkpoints: Checkpoints, steps: Steps, initial_params: Callable[[], dict] | None):
   """Restores the newest checkpoint that is whole, or initializes a state.
 
@@ -387,7 +374,7 @@ def train(
     checkpoints = Checkpoints(folder, config.keep_checkpoints)
     newest, state, next_row = _restore(checkpoints, steps, initial_params)
     if newest is None:
-      _check_log(folder, config)
+      check_log(folder, config.checkpoint_every)
     heldout_losses = _heldout_losses(steps, heldout, config, sharding)
     take_step, data = objective.begin(steps, next_row, config.global_batch_size, sharding)
     schedule = learning_rate_schedule(optimizer_config, config.steps)

@@ -16,7 +16,7 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import ingest, raw_pairs, sources
+from cm3leon_jax.data import ingest, raw_pairs, source_lines, sources
 from cm3leon_jax.data.records import (
   KINDS,
   Record,
@@ -203,7 +203,7 @@ WRONG_LINES = (
 
 @pytest.mark.parametrize("line", WRONG_LINES, ids=range(len(WRONG_LINES)))
 def test_a_wrong_line_is_rejected_and_the_next_one_is_read(line, tmp_path, monkeypatch):
-  monkeypatch.setattr(sources, "MAX_LINE", 1_000_000)
+  monkeypatch.setattr(source_lines, "MAX_LINE", 1_000_000)
   (tmp_path / "a.jsonl").write_bytes(line + b'\n{"key": "right", "text": "b"}\n')
   found = list(read(tmp_path / "a.jsonl"))
   assert reasons(found) == ["malformed_record", "right"]
@@ -227,7 +227,7 @@ CSV = "file_name,text\n"
 )
 def test_what_is_no_csv_is_rejected_from_there_on(rows, expected, tmp_path, monkeypatch):
   if "unreadable_file" in expected:
-    monkeypatch.setattr(sources, "MAX_LINE", 1_000)
+    monkeypatch.setattr(source_lines, "MAX_LINE", 1_000)
   (tmp_path / "a.png").write_bytes(encoded("png"))
   (tmp_path / "metadata.csv").write_bytes(rows if isinstance(rows, bytes) else rows.encode())
   limit = csv.field_size_limit()
