@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from cm3leon_jax import accelerators
+from cm3leon_jax import accelerators, buckets
 from cm3leon_jax.commands import config_file, help_text
 from cm3leon_jax.config import UserError
 
@@ -192,6 +192,7 @@ def run(main, workdir: bool = True, several_processes: bool = False) -> None:
           f"--workdir={_WORKDIR.value} is in a bucket, which needs gcsfs: "
           "pip install 'cm3leon_jax[data]'."
         )
+      buckets.prepare_access()
       _join_processes(several_processes)
       main(settings, *([epath.Path(_WORKDIR.value)] if workdir else []))
     except UserError as error:

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import digest, read_json, write_json
+from cm3leon_jax.io import absolute, digest, read_json, write_json
 from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
@@ -51,7 +51,7 @@ class Checkpoints:
   """
 
   def __init__(self, folder: epath.PathLike, keep: int):
-    self.folder = epath.Path(folder).resolve() / FOLDER
+    self.folder = absolute(folder) / FOLDER
     self._digest_folder = self.folder.parent / f"{FOLDER}.digests"
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
     self._manager = ocp.CheckpointManager(self.folder, options=options)

@@ -1,12 +1,18 @@
 """SIGTERM: a run saves before it stops, on all processes at the same step."""
 
 import signal
+import sys
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
+
+from cm3leon_jax import distributed
+
+INTERRUPTED = 75  # Exit code of a run that saved and stopped at SIGTERM (EX_TEMPFAIL: try again).
 
 _largest = jax.jit(jnp.max)
 
@@ -47,3 +53,17 @@ class StopSignal:
     flags = jax.make_array_from_callback(self._shape, self._sharding, lambda index: mine[index])
     before, self._pending = self._pending, _largest(flags)
     return before is not None and bool(before)
+
+
+def check_end(step: int, steps: int, folder: epath.Path) -> None:
+  """Exits with `INTERRUPTED` if the run stopped before its last step."""
+  if step < steps:
+    distributed.print_once(
+      f"stopped at step {step} of {steps}; saved in {folder}: the same command continues."
+    )
+    sys.exit(INTERRUPTED)
+  if step > steps:
+    distributed.print_once(
+      f"train: the run is at step {step} already, beyond train.steps = {steps}; "
+      "nothing was trained."
+    )

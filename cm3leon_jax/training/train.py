@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import sys
 from typing import Annotated, Any, Protocol, runtime_checkable
 
 from etils import epath
@@ -25,16 +24,15 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import loss
 from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.goodput import Stopwatch
+from cm3leon_jax.training.hang_watch import HangWatch
 from cm3leon_jax.training.lease import Lease
 from cm3leon_jax.training.metrics import check_log
 from cm3leon_jax.training.monitor import Monitor, open_monitor
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer, learning_rate_schedule
-from cm3leon_jax.training.preemption import StopSignal
+from cm3leon_jax.training.preemption import StopSignal, check_end
 from cm3leon_jax.training.state import eval_step, init_state, train_step
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.xla_options import compiler_options
-
-INTERRUPTED = 75  # Exit code of a run that saved and stopped at SIGTERM (EX_TEMPFAIL: try again).
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -68,6 +66,11 @@ class TrainConfig:
   """Number of steps between printed lines; metrics.jsonl has every step."""
   tensorboard: bool = True
   """Whether TensorBoard event files are written."""
+  metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0
+  """Port at which process 0 serves metrics as text for Prometheus, to every address; 0: none."""
+  hang_minutes: NonNegativeFloat = 30.0
+  """Minutes without a step, or 10 of the longest steps if that is more, after which a job prints
+  where every process stands and ends with exit code 1; 0: never."""
   wandb: str = ""
   """Project of Weights & Biases; empty: none."""
   histogram_every: NonNegativeInt = 0
@@ -320,20 +323,6 @@ def _run_steps(
   return state, next_row, losses
 
 
-def _check_end(step: int, steps: int, folder: epath.Path) -> None:
-  """Exits with `INTERRUPTED` if the run stopped before its last step."""
-  if step < steps:
-    distributed.print_once(
-      f"stopped at step {step} of {steps}; saved in {folder}: the same command continues."
-    )
-    sys.exit(INTERRUPTED)
-  if step > steps:
-    distributed.print_once(
-      f"train: the run is at step {step} already, beyond train.steps = {steps}; "
-      "nothing was trained."
-    )
-
-
 def train(
   folder: epath.Path, model: ModelConfig, optimizer_config: OptimizerConfig, config: TrainConfig,
   vocab: VocabLayout, objective: Objective, heldout: RowLoader, seed: int,
@@ -360,14 +349,18 @@ def train(
 
   Returns:
     Numbers for the report; `heldout_before` has the held-out losses of step 0. At SIGTERM it saves
-    and exits with `INTERRUPTED` instead.
+    and exits with `preemption.INTERRUPTED` instead.
 
   Raises:
     UserError: an unfit mesh, damaged checkpoints, a loss or gradient that is not finite, or another
       job that trains in the folder.
   """
   mesh = jax.sharding.get_mesh()
-  with contextlib.closing(Stopwatch()) as watch, Lease(folder) as lease:
+  with (
+    contextlib.closing(Stopwatch()) as watch,
+    Lease(folder) as lease,
+    HangWatch(folder, config.hang_minutes, watch) as hang,
+  ):
     check_batch(config)
     sharding = NamedSharding(mesh, spec("batch", "length"))
     steps = compile_steps(model, optimizer_config, config, vocab, seed)
@@ -377,6 +370,7 @@ def train(
       check_log(folder, config.checkpoint_every)
     heldout_losses = _heldout_losses(steps, heldout, config, sharding)
     take_step, data = objective.begin(steps, next_row, config.global_batch_size, sharding)
+    take_step, data = hang.follow(lease.guard(take_step), data, int(state.step) + 1)
     schedule = learning_rate_schedule(optimizer_config, config.steps)
     with distributed.together():
       monitor = open_monitor(
@@ -386,10 +380,10 @@ def train(
     with StopSignal(mesh) as stop, monitor:
       before = _evaluate_start(state, newest, heldout_losses, monitor) if evaluate_start else {}
       state, next_row, losses = _run_steps(
-        lease.guard(take_step), config, state, next_row, data, heldout_losses, checkpoints, monitor,
+        take_step, config, state, next_row, data, heldout_losses, checkpoints, monitor,
         stop, sample_grid,
       )  # fmt: skip
-  _check_end(int(state.step), config.steps, folder)
+  check_end(int(state.step), config.steps, folder)
   if losses is None:  # No step was left to train.
     losses = heldout_losses(state.eval_params)
   parameters = transformer.count_params(state.params)
