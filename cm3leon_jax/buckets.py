@@ -6,11 +6,6 @@ import os
 CONNECT_SECONDS = 30
 # Without a byte from the server for so long, a request fails, and is tried again.
 IDLE_SECONDS = 60
-TENSORSTORE = {
-  "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": str(CONNECT_SECONDS),
-  "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": str(IDLE_SECONDS),
-  "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
-}
 
 
 def prepare_access() -> None:
@@ -24,8 +19,12 @@ def prepare_access() -> None:
   gcsfs would also remember what a folder holds: a process would not see the files of another one.
   Variables and values of fsspec's config that are set already count.
   """
-  for name, value in TENSORSTORE.items():
-    os.environ.setdefault(name, value)
+  for name, value in (
+    ("CONNECT_TIMEOUT_SECONDS", CONNECT_SECONDS),
+    ("LOW_SPEED_TIME_SECONDS", IDLE_SECONDS),
+    ("LOW_SPEED_LIMIT_BYTES", 1),
+  ):
+    os.environ.setdefault(f"TENSORSTORE_CURL_{name}", str(value))
   if not importlib.util.find_spec("gcsfs"):
     return
   import aiohttp  # gcsfs needs it.
