@@ -1,6 +1,7 @@
 """Hang watch: a run that takes no step for too long says where every process stands, and ends."""
 
 from collections.abc import Callable, Iterator
+from concurrent import futures
 import contextlib
 import faulthandler
 import os
@@ -28,6 +29,7 @@ SLOW = 4
 COMPILED = 3  # When this step begins, the first one has ended, and its program is compiled.
 POLL_SECONDS = 5.0
 FILE_SECONDS = 20.0  # To write or read the reports: a bucket may be what hangs.
+READERS = 32  # Reports that are read at once.
 # The order in which a process passes them, from the dispatch of a step on.
 ORDER = ("restore", "step", "evaluate", "save", "sample", "profile", "data")
 
@@ -219,7 +221,8 @@ class HangWatch:
     """Reads the reports: the first process those of all, another one only that of the first."""
     mine, count = jax.process_index(), jax.process_count()
     others = [i for i in range(count if mine == 0 else 1) if i != mine]
-    return {i: self._read_report(i) for i in others}
+    with futures.ThreadPoolExecutor(READERS) as pool:
+      return dict(zip(others, pool.map(self._read_report, others)))
 
   def _give_up(self, idle: float) -> None:
     mine = self._report(idle)

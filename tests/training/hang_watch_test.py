@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 from etils import epath
 import jax
@@ -205,14 +206,12 @@ def test_reports_that_cannot_be_written_or_read_do_not_hold_the_end_up(
 ):
   two(0)
   monkeypatch.setattr(hang_watch, "FILE_SECONDS", 0.1)
-
-  def blocked(*_):
-    hang_watch.threading.Event().wait()
-
-  monkeypatch.setattr(hang_watch, "write_json", blocked)
-  monkeypatch.setattr(hang_watch, "read_json", blocked)
+  answer = threading.Event()
+  monkeypatch.setattr(hang_watch, "write_json", lambda *_: answer.wait())
+  monkeypatch.setattr(hang_watch, "read_json", lambda *_: answer.wait())
   loop.steps(4)
   loop.steps(1, MINUTE + 1)
+  answer.set()
   assert loop.ended == [HUNG]
   assert "cannot be read" in capfd.readouterr().err
 
