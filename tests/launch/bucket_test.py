@@ -7,6 +7,7 @@ import contextlib
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -91,9 +92,10 @@ def local_losses(stages, tmp_path_factory):
   """Losses of the same run on a disk."""
   cwd = tmp_path_factory.mktemp("local")
   with contextlib.closing(bucket_server.Server()) as server:
-    finish(start(server, cwd, workdir=stages), cwd)
+    shutil.copytree(stages, cwd / "run")
+    finish(start(server, cwd, workdir=cwd / "run"), cwd)
     assert not server.requests
-  return losses(stages / "train" / "metrics" / "metrics.jsonl")
+  return losses(cwd / "run" / "train" / "metrics" / "metrics.jsonl")
 
 
 def sealed(server):
