@@ -4,6 +4,7 @@ The requests are real; the server is one of the tests (`tests/bucket_server.py`)
 """
 
 import contextlib
+import itertools
 import os
 import pathlib
 import random
@@ -17,6 +18,7 @@ import pytest
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.settings import settings_from_config
 from tests import bucket_server
+from tests.data.leaks_test import photos, write_source
 from tests.distributed_test import free_port
 from tests.launch.stages_before import make_workdir
 from tests.launch.tiny_config import get_config
@@ -24,6 +26,7 @@ from tests.launch.tiny_config import get_config
 pytest.importorskip("gcsfs")  # Of the extra [data].
 
 ROOT = pathlib.Path(__file__).parents[2]
+BASE = ROOT / "ml_configs" / "base.py"
 FLAGS = ["--config.train.eval_every=6", "--config.train.sample_every=100"]
 
 
@@ -45,7 +48,16 @@ def server(stages):
     yield server
 
 
-def start(server, cwd, *flags, processes=1, workdir="gs://bucket/run", **environment):
+def environment_of(server):
+  return {
+    **os.environ,
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    **server.environment(),
+  }
+
+
+def start(server, cwd, *flags, processes=1, workdir="gs://bucket/run"):
   """Starts the command in a folder of its own; its output goes to PROCESS.log there."""
   jobs, port = [], free_port()
   for i in range(processes):
@@ -56,13 +68,7 @@ def start(server, cwd, *flags, processes=1, workdir="gs://bucket/run", **environ
     if processes > 1:
       command += [f"--coordinator_address=localhost:{port}", f"--num_processes={processes}"]
       command += [f"--process_id={i}", f"--config.mesh.fsdp={processes}"]
-    env = {
-      **os.environ,
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-      "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-      **server.environment(),
-      **environment,
-    }
+    env = environment_of(server)
     with (cwd / f"{i}.log").open("w") as log:
       jobs.append(subprocess.Popen(command, cwd=cwd, env=env, stdout=log, stderr=log))
   return jobs
@@ -168,3 +174,33 @@ def test_a_bucket_that_is_gone_ends_the_run_and_leaves_the_last_checkpoint(
   server.fault = lambda method, path: None
   finish(start(server, tmp_path), tmp_path)
   assert bucket_losses(server, tmp_path) == local_losses
+
+
+def test_raw_data_from_and_in_a_bucket_are_those_of_a_disk(server, tmp_path):
+  """One answer in five is an error."""
+  images = photos("train", range(4)) | photos("heldout", [9])
+  folder = write_source(tmp_path / "in", images)
+  for path in pathlib.Path(folder).rglob("*"):
+    if path.is_file():
+      server.put("bucket", f"in/{path.relative_to(folder)}", path.read_bytes(), None)
+  numbers = itertools.count()
+  server.fault = lambda method, path: 503 if next(numbers) % 5 == 4 else None
+  for source, workdir in ((folder, tmp_path / "out"), ("gs://bucket/in", "gs://bucket/out")):
+    command = [
+      sys.executable, "-m", "cm3leon_jax.commands.prepare_data", f"--config={BASE}",
+      f"--config.raw.source={source}", "--config.raw.resolution=64", f"--workdir={workdir}",
+    ]  # fmt: skip
+    environment = environment_of(server)
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=120)
+  kinds = (".jsonl", ".png", ".jpg", ".jpeg", ".webp")
+  expected = {
+    str(path.relative_to(tmp_path / "out")): path.read_bytes()
+    for path in (tmp_path / "out").rglob("*")
+    if path.suffix in kinds
+  }
+  found = server.files("bucket/out/")
+  assert len(expected) > 4
+  assert {name: found[name] for name in expected}.keys() == expected.keys()
+  for name, content in expected.items():
+    assert found[name].replace(b"gs://bucket/in", str(folder).encode()) == content, name
+  assert "raw/done.json" in found

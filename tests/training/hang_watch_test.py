@@ -125,7 +125,7 @@ def test_a_process_that_was_stopped_as_a_whole_gets_its_time_again(loop):
     loop.now += 10 * MINUTE
     loop.wait(MINUTE)
     assert loop.ended == []
-    loop.wait(1)
+    loop.wait(2)
   assert loop.ended == [HUNG]
 
 
