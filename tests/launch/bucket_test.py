@@ -78,7 +78,7 @@ def start(server, cwd, *flags, processes=1, workdir="gs://bucket/run"):
 def finish(jobs, cwd, code=0):
   for i, job in enumerate(jobs):
     try:
-      job.wait(300)
+      job.wait(600)
     finally:
       job.kill()
     assert job.returncode == code, (cwd / f"{i}.log").read_text()[-4_000:]
@@ -180,7 +180,10 @@ def test_a_bucket_that_is_gone_ends_the_run_and_leaves_the_last_checkpoint(
   server.fault = fault
   [job] = start(server, tmp_path)
   begin = time.monotonic()
-  job.wait(240)
+  try:
+    job.wait(600)  # The metrics and the events of TensorBoard are tried again, too.
+  finally:
+    job.kill()
   output = (tmp_path / "0.log").read_text()
   print("seconds until it ended:", round(time.monotonic() - begin), "code", job.returncode)
   assert job.returncode not in (0, 2, 75), output  # Launchers start it again.
