@@ -31,6 +31,8 @@ class Stage:
     embeds: whether it embeds with CLIP, and so reads the stages of `own_clip`, too.
     files: glob patterns of the files in its folder that other stages open, and that done.json
       describes. Of the many files of shards and arrays, `index.json` files among them have digests.
+    varying: patterns of such files that are others whenever they are made; they do not change the
+      id.
   """
 
   command: str
@@ -39,6 +41,7 @@ class Stage:
   same: tuple[str, ...]
   embeds: bool = False
   files: tuple[str, ...] = ()
+  varying: tuple[str, ...] = ()
 
 
 MODEL_FILES = ("params.safetensors", "config.json")
@@ -83,7 +86,8 @@ STAGES = {
     ("raw",),
     ("retrieval", "seed"),
     embeds=True,
-    files=("words.json", "*/rows.json", "*/*/index.json", "index/*/*"),
+    files=("words.json", "*/rows.json", "*/*/index.json"),
+    varying=("index/*/*",),
   ),
   "instructions": Stage(
     "encode_instructions",
@@ -298,7 +302,8 @@ def stage(
       config.
   """
   config = run_config(settings, workdir, name, more_inputs)
-  return once(epath.Path(workdir) / name, config, files=STAGES[name].files, **options)
+  files, varying = STAGES[name].files, STAGES[name].varying
+  return once(epath.Path(workdir) / name, config, files=files, varying=varying, **options)
 
 
 @contextlib.contextmanager
@@ -309,6 +314,7 @@ def once(
   writes: bool = True,
   together: Callable = contextlib.nullcontext,
   files: Collection[str] = (),
+  varying: Collection[str] = (),
 ):
   """Runs the body once: yields None if the folder is finished, else a dict for its summary.
 
@@ -321,7 +327,8 @@ def once(
       processes run the body, or none.
     together: makes the context in which the processes of a job read done.json, so that all have
       read it before one deletes it.
-    files: see `Stage.files`; without such files, every run of the stage has another id.
+    files: see `Stage`; without such files, every run of the stage has another id.
+    varying: see `Stage`.
 
   Raises:
     UserError: the folder holds the result of another config, or a file of it is damaged.
@@ -346,7 +353,8 @@ def once(
     seconds, described = round(time.time() - start, 1), describe_files(folder, files)
     about = {"config": config, "summary": summary, "seconds": seconds}
     new_id = id_of(described) if described else f"{time.time_ns():x}"
-    write_json(done, {**about, "id": new_id, "files": described})
+    more = describe_files(folder, varying)
+    write_json(done, {**about, "id": new_id, "files": {**described, **more}})
 
 
 def _is_current(folder: epath.Path, config: dict) -> bool:

@@ -20,7 +20,7 @@ from cm3leon_jax.data.pipeline import (
 from cm3leon_jax.data.plan import RowPlan
 from cm3leon_jax.data.sample_plan import SamplePlan
 from cm3leon_jax.mesh import MeshConfig, create_mesh, spec
-from tests.data.stores import VOCAB, make_plan, make_sources
+from tests.data.stores import VOCAB, damage_record, make_plan, make_sources
 
 EOS, BRK, EOSS, MASK, PAD = VOCAB.eos, VOCAB.brk, VOCAB.eoss, VOCAB.mask(0), VOCAB.pad
 
@@ -207,18 +207,13 @@ def test_hidden_codes_are_those_of_the_documents_own_images(tmp_path, after, alo
     assert (np.std(shares[has_neighbors]) > 0.15) == (most > 0)  # One share for all gives less.
 
 
-def damage_document(folder, key):
-  """Flips a bit in the record of the document `key` of a store of one shard."""
-  path = folder / "000000.array_record"
-  data = bytearray(path.read_bytes())
-  data[data.index(key.encode() + b"\xa6source")] ^= 1
-  path.write_bytes(bytes(data))
+NUM_ROWS = 150
 
 
 def rows_with(loader, document):
   """Slots, by row, of the samples that hold document `document` of the pairs."""
   found = {}
-  for i in range(60):
+  for i in range(NUM_ROWS):
     at = 0
     for placement in loader.plan.row(i):
       source, pass_, unit, slots = placement
@@ -237,9 +232,9 @@ def test_a_bad_record_stops_the_rows_and_is_named(tmp_path):
   sources = make_sources(tmp_path)
   loader = RowLoader(make_plan(sources), VOCAB)
   places = rows_with(loader, 7)
-  damage_document(tmp_path / "pairs", "p7")
+  damage_record(tmp_path / "pairs" / "000000.array_record", 7)
   message = r"pairs/000000\.array_record, record 7 \(document 7 of the store\) cannot be read"
-  for i in range(60):
+  for i in range(NUM_ROWS):
     if i in places:
       with pytest.raises(UserError, match=message):
         loader[i]
@@ -247,17 +242,17 @@ def test_a_bad_record_stops_the_rows_and_is_named(tmp_path):
       loader[i]
   sharding = NamedSharding(create_mesh(MeshConfig()), spec("batch", "length"))
   with pytest.raises(UserError, match=message):
-    take(batches(loader, 0, 8, sharding), 8)
+    take(batches(loader, 0, 8, sharding), NUM_ROWS // 8)
 
 
 def test_a_skipped_record_leaves_all_other_samples_as_they_are(tmp_path, capsys):
   fields = {"code_dropout": 0.5, "code_dropout_alone": 0.5}
   make = make_sources(tmp_path)
   whole = RowLoader(make_plan(make, **fields), VOCAB)
-  rows = [whole[i] for i in range(60)]
+  rows = [whole[i] for i in range(NUM_ROWS)]
   places = rows_with(whole, 7)
   assert len(places) > 3
-  damage_document(tmp_path / "pairs", "p7")
+  damage_record(tmp_path / "pairs" / "000000.array_record", 7)
   loader = RowLoader(make_plan(make, on_bad_record="skip", **fields), VOCAB)
   for i, expected in enumerate(rows):
     row = loader[i]

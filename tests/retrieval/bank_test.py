@@ -236,6 +236,29 @@ def test_scann_is_built_once_and_saved(tmp_path, monkeypatch):
   np.testing.assert_array_equal(neighbors.load_neighbors(tmp_path / "out", "train_pairs"), ids)
 
 
+def test_a_damaged_index_is_refused_and_built_again_without_another_id(tmp_path):
+  pytest.importorskip("scann")
+  make_raw(tmp_path / "raw")
+  config, out = dataclasses.replace(CONFIG, backend="scann"), tmp_path / "neighbors"
+  table = stages.STAGES["neighbors"]
+
+  def finish():
+    with stages.once(out, {}, files=table.files, varying=table.varying):
+      build(tmp_path, "neighbors", config)
+    return stages.require(tmp_path, "neighbors")["id"]
+
+  before, queries = finish(), np.ones((1, WIDTH), np.float32) / 4
+  Retriever(out, config).search(queries)
+  codebook = out / "index" / "000000" / "ah_codebook.pb"
+  codebook.write_bytes(b"0" * len(codebook.read_bytes()))
+  with pytest.raises(UserError, match=r"000000/ah_codebook\.pb has another content"):
+    Retriever(out, config).search(queries)
+  shutil.rmtree(out / "index" / "000000")
+  (out / stages.DONE).unlink()
+  assert finish() == before
+  Retriever(out, config).search(queries)
+
+
 @settings(max_examples=50, deadline=None)
 @given(
   st.lists(st.integers(5, 99), min_size=1, max_size=30), st.text(max_size=5), st.floats(0, 0.99)
