@@ -48,7 +48,8 @@ class Job(Protocol):
 
     Returns:
       Function that processes the shard of a name and returns its numbers. Its files appear whole
-      (`io.replacing`), and a shard that is processed twice has the same bytes.
+      (`io.replacing`), and a shard that is processed twice on one kind of machine has the same
+      bytes; an index of ScaNN has not (docs/scaling.md).
     """
     ...
 

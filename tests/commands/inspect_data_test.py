@@ -92,7 +92,8 @@ def finished(workdir):
     write_bank(workdir / "neighbors" / split, texts, images, names, names)
     write_json(workdir / "neighbors" / split / "rows.json", {"first_bank": count})
   for name in inspect_data.READ:
-    with stages.once(workdir / name, {}, redo=True, files=stages.STAGES[name].files):
+    (workdir / name / stages.DONE).unlink()
+    with stages.once(workdir / name, {}, files=stages.STAGES[name].files):
       pass
   return workdir
 
