@@ -104,12 +104,18 @@ def change_array(path, place):
   np.save(path, values)
 
 
+def write_wrong_neighbors(root):
+  write_json(root / "neighbors" / stages.DONE, {"id": "n", "config": {}, "summary": {}})
+  ids = np.full((50, 4), 50, np.int32)
+  write_neighbors(root / "neighbors" / "heldout_pairs", text_ids=ids)
+
+
 def test_a_whole_run_is_valid(finished, capsys):
   inspect_data.validate(train_test.settings_with(), finished)
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].endswith("text_tokenizer: 3 files as written.")
   assert sum(line.endswith("all valid.") for line in lines) == 5
-  assert "neighbors: 50 documents, 14 arrays, " in lines[-1]
+  assert "neighbors: 50 documents, 16 arrays, " in lines[-1]
   (finished / "vqgan" / stages.DONE).unlink()
   with pytest.raises(UserError, match="vqgan is not finished"):
     inspect_data.validate(train_test.settings_with(), finished)
@@ -121,8 +127,8 @@ def test_a_whole_run_is_valid(finished, capsys):
   [
     (
       lambda at: change_array(at / "documents/train_pairs/lengths.npy", 20),
-      r"train_pairs/lengths\.npy has another content",
-      r"train_pairs/lengths\.npy is wrong from document 10 on \(record 10 of 000000\)",
+      r"_pairs/lengths\.npy has another content",  # Both splits are one folder here.
+      r"_pairs/lengths\.npy is wrong from document 10 on \(record 10 of 000000\)",
     ),
     (
       lambda at: change_array(at / "documents/heldout_texts/groups.npy", 3),
@@ -134,9 +140,7 @@ def test_a_whole_run_is_valid(finished, capsys):
       *[r"rows 0 to 49 of .*train/images cannot be read"] * 2,
     ),
     (
-      lambda at: write_neighbors(
-        at / "neighbors/heldout_pairs", text_ids=np.full((50, 4), 50, np.int32)
-      ),
+      write_wrong_neighbors,
       *[r"text_ids, row 0: neighbor 50 of document 0 is not in the bank"] * 2,
     ),
     (
