@@ -119,6 +119,6 @@ def test_the_same_texts_make_the_same_stage_and_a_damaged_file_is_refused(tmp_pa
     TextTokenizer(folder, VOCAB)
   assert ids[0] == ids[1]
   path = folder / "tokenizer.json"
-  path.write_text(path.read_text().replace('"red"', '"rod"').replace('"Ġr"', '"Ġq"', 1))
+  path.write_text(path.read_text().replace("Ġ", "ġ", 1))
   with pytest.raises(UserError, match=r"tokenizer\.json has another content than when it was"):
     TextTokenizer(folder, VOCAB)
