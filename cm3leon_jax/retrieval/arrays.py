@@ -6,6 +6,7 @@ Every chunk has a checksum, and a chunk that is missing is an error: TensorStore
 # n rows, m of them.
 
 import hashlib
+import json
 
 from etils import epath
 import numpy as np
@@ -13,7 +14,7 @@ import tensorstore as ts
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import damage, describe, read_json, write_json
+from cm3leon_jax.io import read_json, write_json
 
 SCHEMA_VERSION = 1
 INDEX, METADATA = "index.json", "zarr.json"
@@ -41,9 +42,19 @@ class ArrayStore:
         f"{SCHEMA_VERSION}: delete it and run the command that writes it again."
       )
     self._rows, self._digest = index["rows"], index.get("digest")
-    if METADATA in index and (wrong := damage(self.path / METADATA, index[METADATA])):
-      raise UserError(f"{self.path / METADATA} {wrong}: {self._again()}.")
-    self._array = ts.open(_spec(self.path), open=True).result()
+    if "metadata" in index and index["metadata"] != _digest_of_metadata(self.path):
+      raise UserError(
+        f"{self.path / METADATA} has another content than when it was written: {self._again()}."
+      )
+    try:
+      self._array = ts.open(_spec(self.path), open=True).result()
+    except ValueError as error:
+      reason = str(error).splitlines()[0].partition(" [")[0]
+      raise UserError(f"{self.path} cannot be opened ({reason}): {self._again()}.") from error
+    if self._array.shape[0] < self._rows:
+      raise UserError(
+        f"{self.path} has {self._array.shape[0]} rows instead of {self._rows}: {self._again()}."
+      )
 
   @classmethod
   def create(cls, path: epath.PathLike, row_shape: tuple[int, ...], dtype) -> "ArrayStore":
@@ -151,7 +162,7 @@ class ArrayStore:
     """
     self._rows = self._array.shape[0]
     index = {"schema_version": SCHEMA_VERSION, "rows": self._rows}
-    index[METADATA] = describe(self.path / METADATA)
+    index["metadata"] = _digest_of_metadata(self.path)
     if digest:
       row_bytes = max(1, int(np.prod(self.shape[1:])) * self.dtype.itemsize)
       step = max(1, DIGEST_BYTES // row_bytes)
@@ -182,6 +193,13 @@ def _metadata(file: tuple[int, ...], chunk: tuple[int, ...]) -> dict:
     "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": file}},
     "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
   }
+
+
+def _digest_of_metadata(path: epath.Path) -> str:
+  """Returns the SHA-256 of the zarr metadata without the number of rows, which writers change."""
+  fields = read_json(path / METADATA)
+  fields["shape"] = fields.get("shape", [])[1:]
+  return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _digest_of(blocks) -> str:
