@@ -1,6 +1,6 @@
 """Work in shards, in this process or in Ray workers; a killed job redoes only unfinished shards."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import json
 from typing import Protocol
@@ -48,7 +48,8 @@ class Job(Protocol):
 
     Returns:
       Function that processes the shard of a name and returns its numbers. Its files appear whole
-      (`io.replacing`), and a shard that is processed twice has the same bytes.
+      (`io.replacing`), and a shard that is processed twice on one kind of machine has the same
+      bytes; an index of ScaNN has not (docs/scaling.md).
     """
     ...
 
@@ -57,7 +58,12 @@ Results = Iterator[tuple[str, dict]]
 
 
 def run_shards(
-  job: Job, shards: dict[str, dict], folder: epath.PathLike, runner: Runner, bar: str
+  job: Job,
+  shards: dict[str, dict],
+  folder: epath.PathLike,
+  runner: Runner,
+  bar: str,
+  is_whole: Callable[[str], bool] = lambda name: True,
 ) -> Results:
   """Processes the shards that are not finished.
 
@@ -67,6 +73,8 @@ def run_shards(
     folder: gets a record, NAME.json, of every finished shard.
     runner: where shards are processed.
     bar: name of the progress bar.
+    is_whole: returns whether all files of a finished shard are still there; if not, the shard is
+      processed again.
 
   Yields:
     (name, numbers) of every shard: first the finished ones, then the others as they finish.
@@ -79,7 +87,7 @@ def run_shards(
   for name, config in shards.items():
     path = folder / f"{name}.json"
     record = read_json(path) if path.exists() else {}
-    done = record.get("config") == plain(config)
+    done = record.get("config") == plain(config) and is_whole(name)
     finished += [(name, record["summary"])] if done else []
     pending += [] if done else [{"shard": name, "config": json.dumps(plain(config))}]
   yield from finished
@@ -94,6 +102,12 @@ def run_shards(
     for name, summary in results:
       progress.update()
       yield name, summary
+
+
+def forget(folder: epath.PathLike, names: Iterable[str]) -> None:
+  """Deletes the records of shards whose results are gone: they are processed again."""
+  for name in names:
+    (epath.Path(folder) / f"{name}.json").unlink(missing_ok=True)
 
 
 class _Worker:

@@ -144,6 +144,8 @@ REFUSED = [
   ("data", "interleaved_share", 1.1, AT_MOST_1),
   ("data", "pack_window", 0, POSITIVE),
   ("data", "read_threads", 0, POSITIVE),
+  ("data", "on_bad_record", "ignore", "'raise' or 'skip'"),
+  ("data", "max_skipped", -1, NOT_NEGATIVE),
   ("instructions", "own_tasks", 3, "a tuple of tasks, each a dict of its fields."),
   ("instructions", "only", (3,), "a valid string"),
   ("instructions", "max_records", -1, NOT_NEGATIVE),

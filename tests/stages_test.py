@@ -50,6 +50,60 @@ def test_redo_runs_again_under_a_new_id(tmp_path):
   assert ids[0] != ids[1]
 
 
+def write_stage(workdir, name="vqgan", content=b"weights"):
+  with stages.once(workdir / name, {}, redo=True, files=stages.STAGES[name].files):
+    (workdir / name / "params.safetensors").write_bytes(content)
+    (workdir / name / "config.json").write_text("{}")
+  return read_json(workdir / name / stages.DONE)
+
+
+def test_a_stage_that_writes_the_same_files_has_the_same_id(tmp_path):
+  first = write_stage(tmp_path)
+  assert list(first["files"]) == ["params.safetensors", "config.json"]
+  (tmp_path / "vqgan" / stages.DONE).unlink()
+  assert write_stage(tmp_path)["id"] == first["id"]
+  assert write_stage(tmp_path / "elsewhere")["id"] == first["id"]
+  assert write_stage(tmp_path, content=b"other weights")["id"] != first["id"]
+
+
+@pytest.mark.parametrize(
+  ("content", "wrong"),
+  [
+    (None, "is missing"),
+    (b"weight", "has 6 bytes instead of 7"),
+    (b"weighty", "has another content than when it was written"),
+  ],
+)
+def test_a_damaged_file_of_a_stage_is_refused_with_what_to_do(tmp_path, content, wrong):
+  write_stage(tmp_path)
+  path = tmp_path / "vqgan" / "params.safetensors"
+  stages.check_files(path)
+  path.unlink()
+  if content is not None:
+    path.write_bytes(content)
+  message = (
+    rf"vqgan/params\.safetensors {wrong}: restore it, or delete .*params\.safetensors and "
+    r".*done\.json and run `python -m launch\.train_vqgan` again\."
+  )
+  for named in (path, tmp_path / "vqgan"):
+    with pytest.raises(UserError, match=message):
+      stages.check_files(named)
+  stages.check_files(tmp_path / "vqgan" / "config.json")
+  with (
+    pytest.raises(UserError, match=wrong),
+    stages.once(tmp_path / "vqgan", {}, files=stages.STAGES["vqgan"].files),
+  ):
+    pytest.fail("the body must not run")
+
+
+def test_files_of_an_earlier_version_pass(tmp_path):
+  done = write_stage(tmp_path)
+  write_json(tmp_path / "vqgan" / stages.DONE, {"id": done["id"], "config": {}, "summary": {}})
+  (tmp_path / "vqgan" / "params.safetensors").write_bytes(b"other")
+  stages.check_files(tmp_path / "vqgan")
+  stages.check_files(tmp_path / "nothing" / "there")
+
+
 def test_another_config_is_refused_with_the_fields_that_differ(tmp_path):
   with stages.once(tmp_path, {"model": {"width": 8, "depth": 2}}):
     pass
@@ -179,6 +233,8 @@ def test_identity_literals():
     ("train", "train.steps", 9, True),
     ("train", "train.global_batch_size", 9, False),
     ("train", "data.read_threads", 9, True),
+    ("train", "data.on_bad_record", "skip", True),
+    ("train", "data.max_skipped", 9, True),
     ("train", "data.num_neighbors", 9, False),
     ("train", "model.remat_policy", "none", True),
     ("train", "model.attention", "plain", True),

@@ -1,10 +1,12 @@
-"""Writes an HTML page of training rows, to check the data before a long run.
+"""Writes an HTML page of training rows, or checks all files that training reads.
 
   python -m launch.inspect_data --config=ml_configs/scenes.py --workdir=workdir/scenes
   python -m launch.inspect_data --config=ml_configs/scenes.py --workdir=workdir/scenes \\
     --out=rows.html --first_row=5000 --rows=3
+  python -m launch.inspect_data --config=ml_configs/scenes.py --workdir=workdir/scenes --validate
 
 The page shows the arrays that the trainer reads; every sample is checked against its documents.
+--validate reads every record and every row instead, and names the first that is wrong.
 """
 
 from absl import flags
@@ -18,6 +20,9 @@ _OUT = flags.DEFINE_string("out", "rows.html", "HTML file to write.")
 _ROWS = flags.DEFINE_integer("rows", 6, "Number of rows.", lower_bound=1)
 _FIRST_ROW = flags.DEFINE_integer("first_row", 0, "Number of the first row.", lower_bound=0)
 _SPLIT = flags.DEFINE_enum("split", "train", ["train", "heldout"], "Split of the rows.")
+_VALIDATE = flags.DEFINE_bool(
+  "validate", False, "Only check all files that training reads; write no page."
+)
 
 DOCUMENTS = ("documents", "neighbors")
 READ = (*stages.TOKENIZERS, *DOCUMENTS)
@@ -56,7 +61,45 @@ def write_page(
   print(f"inspect_data: {len(rows)} rows, {used}; {samples}: {out}", flush=True)
 
 
+def validate(settings, workdir) -> None:
+  """Checks digests, documents, neighbors and instructions of a run; prints their numbers.
+
+  Raises:
+    UserError: a stage is not finished, or a file of it is wrong; names file and record or row.
+  """
+  from cm3leon_jax.commands.train import replay_share
+  from cm3leon_jax.data.documents import DocumentStore
+  from cm3leon_jax.data.instruction_config import load_tasks
+  from cm3leon_jax.data.instruction_samples import read_targets
+  from cm3leon_jax.data.instruction_sources import store_name
+  from cm3leon_jax.data.validate import validate_documents, validate_store
+  from cm3leon_jax.retrieval.validate import validate_neighbors
+
+  documents = DOCUMENTS if replay_share(settings, "train") else ()
+  instructions = ("instructions",) if settings.instructions.any else ()
+  for name in (*stages.TOKENIZERS, *instructions, *documents):
+    described = len(stages.require(workdir, name).get("files", {}))
+    stages.check_files(workdir / name)
+    state = f"{described} files as written" if described else "of an earlier version: no digests"
+    print(f"{workdir / name}: {state}.")
+  if documents:
+    validate_documents(workdir / "documents", settings.vocab)
+    numbers = validate_neighbors(workdir, settings.vocab)
+    counts = ", ".join(f"{count:,} {field}" for field, count in numbers.items())
+    print(f"{workdir / 'neighbors'}: {counts}; all valid.", flush=True)
+  if instructions:
+    for task in load_tasks(settings.instructions):
+      for split in ("train", "heldout") if task.heldout else ("train",):
+        store = DocumentStore(workdir / "instructions" / store_name(split, task), settings.vocab)
+        numbers = validate_store(store)
+        read_targets(store.folder, len(store))
+        print(f"{store.folder}: {numbers['documents']:,} documents; all valid.", flush=True)
+
+
 def main(settings, workdir) -> None:
+  if _VALIDATE.value:
+    validate(settings, workdir)
+    return
   numbers = range(_FIRST_ROW.value, _FIRST_ROW.value + _ROWS.value)
   name = config_flags.get_config_filename(flags.FLAGS["config"])
   write_page(settings, workdir, epath.Path(_OUT.value), _SPLIT.value, numbers, name)

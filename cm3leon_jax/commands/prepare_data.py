@@ -7,8 +7,6 @@
 their formats.
 """
 
-import hashlib
-
 from absl import flags
 
 from cm3leon_jax import stages
@@ -77,7 +75,7 @@ def check_fact_leaks(workdir) -> None:
 
 
 def main(settings, workdir):
-  from cm3leon_jax.data import builtin_sources, ingest
+  from cm3leon_jax.data import builtin_sources, ingest, sources
 
   if _CHECK_LEAKS.value:
     if settings.raw.source == builtin_sources.SCENES:
@@ -87,7 +85,7 @@ def main(settings, workdir):
     return
   parts = ingest.parts_of(settings.raw, settings.scenes)
   # New or changed files make the stage run again, only for their shards.
-  files = hashlib.sha256(repr(parts).encode()).hexdigest()
+  files = sources.digest_of(parts)
   with stages.stage(workdir, "raw", settings, {"files": files}) as summary:
     if summary is not None:
       runner = sharded.runner()

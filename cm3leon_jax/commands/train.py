@@ -116,7 +116,9 @@ def document_sources(settings: Settings, workdir, split: str, share: float) -> l
     return DocumentStore(documents / name, settings.vocab)
 
   bank, pairs = Bank(documents, settings.vocab), store(f"{split}_pairs")
-  ids = load_neighbors(workdir / "neighbors", f"{split}_pairs", text_only=split == "heldout")
+  ids = load_neighbors(
+    workdir / "neighbors", f"{split}_pairs", text_only=split == "heldout", bank=len(bank)
+  )
   if len(ids) != len(pairs):
     raise UserError(
       f"{workdir / 'neighbors'} names neighbors of {len(ids)} documents, {pairs.folder} holds "

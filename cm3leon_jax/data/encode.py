@@ -12,6 +12,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import Document, Segment, finish_store, write_shard
 from cm3leon_jax.data.records import KINDS, SPLITS, RawPair, Record, images_of
+from cm3leon_jax.data.shard_files import shards_with_files
 from cm3leon_jax.shards import Runner, run_shards
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
@@ -166,7 +167,9 @@ def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
   }
   folder = epath.Path(job.folder)
   totals = {split: _Totals(job.vocab.image_size) for split in SPLITS}
-  for _, summary in run_shards(job, configs, folder / "done", runner, "document shards"):
+  is_whole = shards_with_files(folder / f"{split}_{kind}" for split in SPLITS for kind in KINDS)
+  done = folder / "done"
+  for _, summary in run_shards(job, configs, done, runner, "document shards", is_whole):
     for split, total in totals.items():
       total.add(summary[split])
   for split in SPLITS:

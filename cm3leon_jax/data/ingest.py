@@ -17,6 +17,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
 from tqdm import tqdm
 
+from cm3leon_jax import stages
 from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.data import builtin_sources, scene_world, sources
 from cm3leon_jax.data.builtin_sources import (
@@ -43,6 +44,7 @@ from cm3leon_jax.io import replacing, write_json
 from cm3leon_jax.shards import Runner, run_shards
 
 REJECTED = "rejected.jsonl"
+FILES = (*(f"{kind}.jsonl" for kind in KINDS), REJECTED)  # Of a shard.
 BATCH = 256  # Records that are read or rendered together.
 ORIGIN = ("kind", "source", "license", "attribution")
 MAX_ORIGINS = 100  # Origins that the index lists.
@@ -138,14 +140,17 @@ def prepare(
   others = ("max_rejected", "num_threads", "source", "format", "train", "heldout", "bank")
   outcome = {k: v for k, v in dataclasses.asdict(config).items() if k not in others}
   composed = {k: v for k, v in dataclasses.asdict(scenes).items() if k not in others}
-  configs = {
-    name: {"raw": outcome, "part": dataclasses.asdict(part)} for name, part in named.items()
-  }
+  configs = {name: {"raw": outcome, "part": part.identity()} for name, part in named.items()}
   if config.source == SCENES:
     configs = {name: {**shard, "scenes": composed} for name, shard in configs.items()}
   try:
     for name, summary in run_shards(
-      _Ingest(config, str(folder), named, scenes), configs, folder / "done", runner, "raw shards"
+      _Ingest(config, str(folder), named, scenes),
+      configs,
+      folder / "done",
+      runner,
+      "raw shards",
+      lambda name: all((folder / name / file).exists() for file in FILES),
     ):
       made[name] = summary
       rejections.add(summary)
@@ -271,8 +276,7 @@ class _Writer:
   ):
     (folder / "images").mkdir(parents=True, exist_ok=True)
     self.config, self.folder, self._load = config, folder, load
-    names = [f"{kind}.jsonl" for kind in KINDS] + [REJECTED]
-    self._files = {name: stack.enter_context(replacing(folder / name, "w")) for name in names}
+    self._files = {name: stack.enter_context(replacing(folder / name, "w")) for name in FILES}
     self._pool = stack.enter_context(futures.ThreadPoolExecutor(config.num_threads))
     self._keys = {cls: set() for cls in KINDS.values()}
     self._concepts: dict[str, set] = {split: set() for split in SPLITS}
@@ -393,4 +397,4 @@ def _write(
     while batch := list(itertools.islice(items, BATCH)):
       writer.add(batch)
       bar.update(len(batch))
-  return writer.summary(more or {})
+  return {**writer.summary(more or {}), "files": stages.describe_files(folder, FILES)}

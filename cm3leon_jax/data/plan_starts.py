@@ -29,7 +29,7 @@ def fingerprint(sources, config, max_spans: int, seed: int) -> str:
   fields = {
     k: v
     for k, v in dataclasses.asdict(config).items()
-    if k not in ("read_threads", "neighbor_loss_weight")
+    if k not in ("read_threads", "neighbor_loss_weight", "on_bad_record", "max_skipped")
   }
   digest = hashlib.sha256(
     json.dumps([seed, max_spans, fields, [s.share for s in sources]]).encode()
@@ -51,7 +51,7 @@ class WindowStarts:
 
   The file has a line `{"fingerprint": ...}` and one line for each window from 1 on:
   `{"window": 1, "first_row": 9012, "taken": [..], "used": [..]}`. A file with another fingerprint
-  counts as empty; a truncated line and the lines after it are ignored.
+  is refused; a truncated line and the lines after it are ignored.
   """
 
   def __init__(
@@ -61,7 +61,11 @@ class WindowStarts:
     identity: str = "",
     writes: bool = False,
   ):
-    """Reads `path` if its fingerprint is `identity`; with `writes`, `add` updates the file."""
+    """Reads `path`, if it exists; with `writes`, `add` updates the file.
+
+    Raises:
+      UserError: the file has another fingerprint than `identity`.
+    """
     self._path = epath.Path(path) if path else None
     self._header, self._writes = _line({"fingerprint": identity}), bool(path) and writes
     self._starts = [Start(0, (0,) * num_sources, (0,) * num_sources)]
@@ -97,8 +101,14 @@ class WindowStarts:
       self._write(window)
 
   def _read(self, text: str) -> None:
+    if not text.endswith("\n") and "\n" not in text:
+      return  # Not even the first line was written.
     if not text.startswith(self._header):
-      return
+      raise UserError(
+        f"{self._path} was written for other rows: documents, neighbors or the code that plans "
+        "rows changed since then. Restore them to go on with the same rows, or delete the file to "
+        "go on with new ones, in which documents of this pass may be missing or occur twice."
+      )
     rest = text[len(self._header) :]
     for line in rest.splitlines(keepends=True):
       try:

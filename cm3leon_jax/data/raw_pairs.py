@@ -14,6 +14,7 @@ import fsspec
 import numpy as np
 from PIL import Image, ImageOps
 
+from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.records import (
   KINDS,
@@ -27,7 +28,7 @@ from cm3leon_jax.data.records import (
   required_fields,
   with_images,
 )
-from cm3leon_jax.io import read_json
+from cm3leon_jax.io import damage, read_json
 
 # B images, H height, W width.
 
@@ -51,7 +52,7 @@ def read_index(folder: epath.PathLike) -> dict:
   """Reads the index: `shards`, and `origins`, the number of records by source and license.
 
   Raises:
-    UserError: the folder has no index, or one of another schema version.
+    UserError: the folder has no index, or one that is damaged or of another schema version.
   """
   path = epath.Path(folder) / INDEX
   if not path.exists():
@@ -59,6 +60,7 @@ def read_index(folder: epath.PathLike) -> dict:
       f"{path} does not exist: run `python -m launch.prepare_data` with the same --config and "
       "--workdir first."
     )
+  stages.check_files(path)
   index = read_json(path)
   if index["schema_version"] != SCHEMA_VERSION:
     raise UserError(
@@ -82,8 +84,18 @@ T = typing.TypeVar("T", RawPair, RawText, RawInterleaved)
 
 
 def read_shard(folder: epath.PathLike, name: str, cls: type[T], split: str) -> list[T]:
-  """Reads the records of one kind and split in shard `name`, in order, images as full paths."""
-  folder = epath.Path(folder) / name
+  """Reads the records of one kind and split in shard `name`, in order, images as full paths.
+
+  Raises:
+    UserError: the file of the records is missing or damaged.
+  """
+  folder, about = epath.Path(folder) / name, epath.Path(folder) / "done" / f"{name}.json"
+  file = f"{kind_of(cls)}.jsonl"
+  described = read_json(about)["summary"].get("files", {}) if about.exists() else {}
+  if file in described and (wrong := damage(folder / file, described[file])):
+    raise UserError(
+      f"{folder / file} {wrong}: {stages.again(folder.parent, f'the folder {folder}')}."
+    )
   records = [r for r in _read(folder / f"{kind_of(cls)}.jsonl", cls) if r.split == split]
   return [with_images(r, [str(folder / image) for image in images_of(r)]) for r in records]
 

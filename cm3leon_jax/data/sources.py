@@ -7,6 +7,7 @@ A source is split into parts, each of which becomes a raw shard. Paths are local
 from collections.abc import Callable, Collection, Iterator
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import posixpath
@@ -53,6 +54,10 @@ TEXT_FILES = 1_000  # Number of .txt files of one part.
 Item = Record | Rejected
 
 
+# What file systems say of a file's content: checksums of buckets, the time of local files.
+STAMPS = ("md5Hash", "ETag", "etag", "mtime")
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
   """A part of a source, which becomes a raw shard.
@@ -60,12 +65,27 @@ class Part:
   Attributes:
     kind: a `Format` other than `auto`.
     files: one file; for `text` possibly many .txt files, for `folder` the folder.
-    bytes: size of the files, which shows changes.
+    bytes: size of the files.
+    modified: digest of when the files were modified, or of the checksums that a bucket has; it
+      shows changes, too. A file of the same size and time counts as the same. Empty for built-in
+      sources.
   """
 
   kind: str
   files: tuple[str, ...]
   bytes: int
+  modified: str = dataclasses.field(default="", repr=False)
+
+  def identity(self) -> dict:
+    """Returns the fields on which the shard depends."""
+    fields = dataclasses.asdict(self)
+    return fields if self.modified else {k: v for k, v in fields.items() if k != "modified"}
+
+
+def digest_of(parts: list[Part]) -> str:
+  """Returns the SHA-256 of the parts of a source, which changes with their files."""
+  stamps = "".join(part.modified for part in parts)
+  return hashlib.sha256(f"{parts!r}{stamps}".encode()).hexdigest()
 
 
 def parts(source: str, kind: str = "auto") -> list[Part]:
@@ -86,7 +106,9 @@ def parts(source: str, kind: str = "auto") -> list[Part]:
     kind = _detect(files, source)
 
   def part(names: list[str], paths: list[str]) -> Part:
-    return Part(kind, tuple(_url(fs, p) for p in paths), sum(files[name] for name in names))
+    sizes, stamps = zip(*(files[name] for name in names))
+    modified = hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
+    return Part(kind, tuple(_url(fs, p) for p in paths), sum(sizes), modified)
 
   if kind == "folder":
     names = {posixpath.dirname(name) for name in files if posixpath.basename(name) in LISTS}
@@ -128,14 +150,18 @@ def _filesystem(source: str):
     ) from error
 
 
-def _files(fs, path: str, source: str) -> dict[str, int]:
-  """Lists the files at `path` and their sizes, in the order of their names."""
+def _files(fs, path: str, source: str) -> dict[str, tuple[int, str]]:
+  """Lists the files at `path`, in the order of their names: size, and checksum or time."""
   entries = {}
   if any(c in path for c in "*?["):
     entries = fs.glob(path, detail=True)
   elif fs.exists(path):
     entries = fs.find(path, detail=True)
-  files = {n: int(x.get("size") or 0) for n, x in sorted(entries.items()) if x["type"] == "file"}
+  files = {
+    name: (int(about.get("size") or 0), next((str(about[s]) for s in STAMPS if s in about), ""))
+    for name, about in sorted(entries.items())
+    if about["type"] == "file"
+  }
   if not files:
     raise UserError(
       f"config.raw.source is '{source}', which has no files; it must be 'openmoji' or 'scenes', or "

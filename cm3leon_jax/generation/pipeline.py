@@ -305,6 +305,11 @@ class Pipeline:
       raise UserError(
         f"{count} documents are asked for; at most config.retrieval.max_candidates = {most} can be."
       )
+    if (embedded := len(self.retriever.bank)) != (held := len(self.documents)):
+      raise UserError(
+        f"{self.bank} has embeddings of {embedded} documents in neighbors/, and {held} documents "
+        "in documents/: run `python -m launch.build_neighbors` again for that folder."
+      )
     ids, scores = self.retriever.retrieve(self._embed(queries), count)
     return [
       (first_documents(self.documents, row, count), similar[row >= 0])

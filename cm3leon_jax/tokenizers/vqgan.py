@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 import pydantic.dataclasses
 
-from cm3leon_jax import parameters
+from cm3leon_jax import parameters, stages
 from cm3leon_jax.config import STRICT, build
 from cm3leon_jax.io import read_json, write_json
 
@@ -353,6 +353,7 @@ class ImageTokenizer:
   def load(cls, folder: epath.PathLike) -> "ImageTokenizer":
     """Reads what `save` wrote; raises UserError if a file is absent, damaged or does not fit."""
     folder = epath.Path(folder)
+    stages.check_files(folder)
     stored = read_json(folder / CONFIG)
     config = build(VQGANConfig, stored["vqgan"], "vqgan")
     expected = jax.eval_shape(lambda: init_params(config, stored["num_codes"], jax.random.key(0)))
@@ -362,9 +363,8 @@ class ImageTokenizer:
   def save(self, folder: epath.PathLike) -> None:
     """Writes params.safetensors and config.json, each atomically."""
     folder = epath.Path(folder)
-    write_json(
-      folder / CONFIG, {"vqgan": dataclasses.asdict(self.config), "num_codes": self.num_codes}
-    )
+    about = {"vqgan": dataclasses.asdict(self.config), "num_codes": self.num_codes}
+    write_json(folder / CONFIG, about)
     parameters.save(folder / PARAMS, self.params)
 
   def encode(self, images: np.ndarray) -> np.ndarray:

@@ -97,6 +97,17 @@ def test_neighbors_of_other_documents_are_refused(workdir):
     train.open_rows(settings_with(), workdir, "train")
 
 
+@pytest.mark.parametrize("wrong", [-5, 50, 2**31 - 1])
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_neighbors_outside_of_the_bank_are_refused(workdir, split, wrong):
+  ids = np.zeros((50, 4), np.int32)
+  ids[7, 1] = wrong
+  write_neighbors(workdir / "neighbors" / f"{split}_pairs", ids=ids, text_ids=ids)
+  message = rf"row 7: neighbor {wrong} of document 7 is not in the bank, which has 50 documents"
+  with pytest.raises(UserError, match=message):
+    train.open_rows(settings_with(), workdir, split)
+
+
 def test_a_workdir_of_another_run_is_refused(workdir):
   first = settings_with()
   config = {"run": stages.run_config(first, workdir, "train"), "train": {}}

@@ -71,6 +71,7 @@ DATA = (
       'row["inputs"][:] = row["targets"][:] = vocab.pad',
       'row["inputs"][:] = row["targets"][:] = vocab.pad; row["loss_weights"][:] = 1',
     ),
+    ("skipped_without_limit", "if count > config.max_skipped:", "if False:"),
     ("opening_tokens_weigh_1", "weights[:3] = 0", "weights[:1] = 0"),
     ("positions_run_on", "= positions_of(tokens,", "= at + positions_of(tokens,"),
     ("neighbors_hidden", "(layout > before) & vocab", "(layout > 0) & vocab"),

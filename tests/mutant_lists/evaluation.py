@@ -248,6 +248,8 @@ EVALUATION = (
       '{**stored, "inputs": inputs}, {**config, "inputs": inputs}',
       "config, config",
     ),
+    ("ids_of_time", "id_of(described) if described else", ""),
+    ("damaged_files_pass", "(wrong := damage(folder / file, expected))", "(wrong := None)"),
   ),
   *mutants_of(
     "cm3leon_jax/config.py",
