@@ -162,9 +162,13 @@ TRAINING = (
     ("changed_source_unnoticed", "!= weights:", "is None:"),
   ),
   *mutants_of(
-    CHECKPOINT,
+    "cm3leon_jax/training/sealing.py",
     f"{CHECKPOINT_TEST}::test_a_damaged_file_is_refused",
-    ("missing_files_unnoticed", "sorted({*expected, *_files(folder)})", "sorted(_files(folder))"),
+    (
+      "missing_files_unnoticed",
+      "sorted({*expected, *files_below(folder)})",
+      "files_below(folder)",
+    ),
     (
       "digests_not_compared",
       "expected.get(name) != digest(folder / name)",
@@ -174,7 +178,11 @@ TRAINING = (
   *mutants_of(
     CHECKPOINT,
     f"{CHECKPOINT_TEST}::test_a_checkpoint_without_digests_does_not_count",
-    ("unsealed_checkpoints_count", " if self._digest_path(s).exists()]", "]"),
+    (
+      "unsealed_checkpoints_count",
+      " self.steps() if self._digest_path(s).exists()]",
+      " self.steps()]",
+    ),
   ),
   *mutants_of(
     CHECKPOINT,
