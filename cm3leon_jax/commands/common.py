@@ -251,9 +251,9 @@ def run(
     except UserError as error:
       _fail(str(error), error.exit_code)
 
-  if saves:
-    signal.signal(signal.SIGTERM, _stop_early)
-    signal.signal(signal.SIGINT, _stop_early)
+  for number in (signal.SIGTERM, signal.SIGINT) if saves else ():
+    if signal.getsignal(number) is not signal.SIG_IGN:  # As in the background of a script.
+      signal.signal(number, _stop_early)
   accelerators.use_cpu_if_alone()
   parse = functools.partial(_parse_flags, workdir, several_processes, config)
   try:

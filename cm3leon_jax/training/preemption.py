@@ -38,7 +38,9 @@ class StopSignal:
 
   def __enter__(self):
     self._received = 0  # 1 + place in SIGNALS.
-    self._previous = {number: signal.signal(number, self._set) for number in SIGNALS}
+    # A job in the background of a script ignores Ctrl-C, which is meant for the foreground.
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    self._previous = {number: signal.signal(number, self._set) for number in heard}
     return self
 
   def _set(self, number: int, _) -> None:

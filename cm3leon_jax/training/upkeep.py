@@ -174,10 +174,9 @@ def _steps(steps: Sequence[int]) -> str:
   return ", ".join(f"{step:,}" for step in steps)
 
 
-def _bytes(size: float) -> str:
+def _bytes(size: int) -> str:
   """Formats a number of bytes: 81.2 MB."""
-  for unit in ("B", "kB", "MB", "GB"):
-    if size < 1000:
-      return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-    size /= 1000
-  return f"{size:.1f} TB"
+  if size < 1000:
+    return f"{size} B"
+  power = min((len(str(size)) - 1) // 3, 4)
+  return f"{size / 1000**power:.1f} {'kMGT'[power - 1]}B"

@@ -16,6 +16,14 @@ from tests.launch.tiny_config import get_config
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+# Starts launch.train as in the foreground, where Ctrl-C is not ignored, wherever the tests run.
+START = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("launch.train", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.parametrize(
   ("number", "code"), [(signal.SIGTERM, INTERRUPTED), (signal.SIGINT, CTRL_C)]
 )
@@ -23,8 +31,7 @@ def test_a_signal_before_the_loop_says_that_nothing_was_to_be_saved(tmp_path, nu
   """It comes after the rows were planned, while the steps are compiled."""
   make_workdir(tmp_path, settings_from_config(get_config()))
   job = subprocess.Popen(
-    [sys.executable, "-m", "launch.train", "--config=tests/launch/tiny_config.py"]
-    + [f"--workdir={tmp_path}"],
+    [sys.executable, "-c", START, "--config=tests/launch/tiny_config.py", f"--workdir={tmp_path}"],
     cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     env={**os.environ, "PYTHONUNBUFFERED": "1"},
   )  # fmt: skip

@@ -190,6 +190,28 @@ TRAINING = (
     ("digests_of_deleted_steps_stay", "s not in kept", "False"),
   ),
   *mutants_of(
+    CHECKPOINT,
+    f"{CHECKPOINT_TEST}::test_a_job_that_lost_its_lease_neither_saves_nor_seals",
+    ("saved_without_lease", "    self._check()\n    # A killed run", "    # A killed run"),
+    ("sealed_without_lease", "    self._check()\n    parts =", "    parts ="),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/retention.py",
+    "tests/training/retention_test.py::test_a_checkpoint_is_kept_for_any_of_three_reasons",
+    ("worst_is_kept", "else -loss", "else loss"),
+    ("nan_is_best", "return -math.inf if", "return math.inf if"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/upkeep.py",
+    "tests/commands/checkpoints_test.py::test_rollback_removes_what_is_newer_and_says_so",
+    ("rolled_back_too_far", "if s > step]", "if s >= step]"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/upkeep.py",
+    "tests/commands/checkpoints_test.py::test_rollback_to_a_step_that_is_not_whole_changes_nothing",
+    ("rolled_back_to_damage", "if damage := checkpoints.damage(step):", 'if damage := "":'),
+  ),
+  *mutants_of(
     VQGAN,
     f"{VQGAN_TEST}::test_generator_loss_is_the_oracle",
     ("codebook_gradient_stopped", "squared(q - stop(z))", "squared(stop(q) - stop(z))"),

@@ -246,6 +246,22 @@ def test_sigterm_saves_and_the_same_call_continues(whole, loader, tmp_path):
   assert losses(tmp_path) == losses(whole[0])
 
 
+@pytest.fixture
+def foreground():
+  """SIGINT as a program in the foreground has it, wherever the tests run."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("foreground")
+def test_a_run_in_the_background_of_a_script_ignores_ctrl_c(whole, loader, tmp_path):
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  run(tmp_path, loader, sample_grid=lambda *_: os.kill(os.getpid(), signal.SIGINT), sample_every=6)
+  assert losses(tmp_path) == losses(whole[0])
+
+
+@pytest.mark.usefixtures("foreground")
 def test_ctrl_c_saves_and_the_same_call_continues(whole, loader, tmp_path, capfd):
   def interrupt(_, step):
     if step == 3:
@@ -261,6 +277,7 @@ def test_ctrl_c_saves_and_the_same_call_continues(whole, loader, tmp_path, capfd
   assert losses(tmp_path) == losses(whole[0])
 
 
+@pytest.mark.usefixtures("foreground")
 def test_a_second_ctrl_c_stops_at_once_and_loses_no_save(whole, loader, tmp_path):
   def interrupt(_, step):
     if step == 4:  # Its save is in flight.
