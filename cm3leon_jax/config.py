@@ -9,6 +9,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Exit codes of a run that was asked to stop, after it has saved or if there was nothing to save.
+INTERRUPTED = 75  # By SIGTERM; EX_TEMPFAIL: a scheduler starts the command again.
+CTRL_C = 130  # As of a shell.
+
 # Sections convert no types but int to float, and refuse unknown fields, NaN and infinity; the line
 # under a field is its description.
 STRICT: "pydantic.ConfigDict" = {

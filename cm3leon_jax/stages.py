@@ -322,7 +322,7 @@ def once(
     folder: the stage's folder; made if absent.
     config: what the result depends on: config sections, and under "inputs" the ids of the stages
       that it reads. If the inputs have changed, the body runs again; another config is refused.
-    redo: whether to run again if the stage is finished.
+    redo: whether to run again if the stage is finished, with whatever config it was.
     writes: whether this process deletes and writes done.json; one process of a job does. Either all
       processes run the body, or none.
     together: makes the context in which the processes of a job read done.json, so that all have
@@ -336,7 +336,7 @@ def once(
   folder = epath.Path(folder)
   done = folder / DONE
   with together():
-    finished = done.exists() and _is_current(folder, config) and not redo
+    finished = done.exists() and not redo and _is_current(folder, config)
   if finished:
     check_files(folder)
     if writes:

@@ -200,6 +200,8 @@ REFUSED = [
   ("train", "eval_batches", 0, POSITIVE),
   ("train", "checkpoint_every", 0, POSITIVE),
   ("train", "keep_checkpoints", 1, "at least 2"),
+  ("train", "keep_every", -1, NOT_NEGATIVE),
+  ("train", "keep_best", -1, NOT_NEGATIVE),
   ("train", "sample_every", 0, POSITIVE),
   ("train", "num_samples", 0, POSITIVE),
   ("train", "log_every", 0, POSITIVE),

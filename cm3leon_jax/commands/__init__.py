@@ -12,6 +12,7 @@ COMMANDS = (
   "build_neighbors",
   "inspect_data",
   "train",
+  "checkpoints",
   "generate",
   "evaluate",
   "grade_instructions",

@@ -6,6 +6,8 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import os
+import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,7 @@ from ml_collections import config_flags
 
 from cm3leon_jax import accelerators
 from cm3leon_jax.commands import config_file, help_text
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import CTRL_C, INTERRUPTED, UserError
 
 if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
@@ -143,10 +145,13 @@ def _user_error(error: BaseException | None) -> UserError | None:
   return error
 
 
-def _parse_flags(workdir: bool, several_processes: bool, argv: list[str]) -> list[str]:
+def _parse_flags(
+  workdir: bool, several_processes: bool, config: bool, argv: list[str]
+) -> list[str]:
   """Parses the flags; prints --help; reports a wrong flag, config or field in one sentence."""
   if help_text.REQUESTS.intersection(argv[1:]):
-    print(help_text.page(sys.modules["__main__"].__doc__ or "", workdir, several_processes))
+    docstring = sys.modules["__main__"].__doc__ or ""
+    print(help_text.page(docstring, workdir, several_processes, config))
     sys.exit(0)
   try:
     return flags.FLAGS(argv)
@@ -161,41 +166,97 @@ def _parse_flags(workdir: bool, several_processes: bool, argv: list[str]) -> lis
     _fail(str(_user_error(error) or error))
 
 
-def run(main, workdir: bool = True, several_processes: bool = False) -> None:
+def _settings() -> Settings:
+  """Returns the settings of --config. Raises UserError if there is no config, or a wrong one."""
+  if _CONFIG.value is None:
+    raise UserError(NAME_A_CONFIG)
+  from cm3leon_jax.settings import settings_from_config
+
+  return settings_from_config(_CONFIG.value)
+
+
+def _folder() -> epath.Path:
+  """Returns the folder of --workdir.
+
+  Raises:
+    UserError: it is not given, or a bucket that cannot be read.
+  """
+  if _WORKDIR.value is None:
+    raise UserError("name the folder of the run: --workdir=workdir")
+  if _WORKDIR.value.startswith("gs://") and not importlib.util.find_spec("gcsfs"):
+    raise UserError(
+      f"--workdir={_WORKDIR.value} is in a bucket, which needs gcsfs: "
+      "pip install 'cm3leon_jax[data]'."
+    )
+  return epath.Path(_WORKDIR.value)
+
+
+def _action(actions: tuple[str, ...], arguments: list[str]) -> list[str]:
+  """Returns the word that says what to do, of a command that takes one.
+
+  Raises:
+    UserError: there is no such word, or another argument.
+  """
+  if actions and (not arguments or arguments[0] not in actions):
+    raise UserError(f"the first argument must say what to do: {', '.join(actions)}.")
+  surplus = arguments[1:] if actions else arguments
+  if surplus:
+    only = "only flags after it" if actions else "flags only"
+    raise UserError(f"unexpected argument '{surplus[0]}': commands take {only} (--name=value).")
+  return arguments
+
+
+def _stop_early(number: int, _) -> None:
+  """Ends a command that saves, before its loop: there, `StopSignal` takes over."""
+  # A handler must not print: it may have interrupted a print.
+  text = "stopped while no step was trained: nothing was to be saved; the same command continues."
+  os.write(1, f"{text}\n".encode())
+  sys.exit(INTERRUPTED if number == signal.SIGTERM else CTRL_C)
+
+
+def run(
+  main,
+  workdir: bool = True,
+  several_processes: bool = False,
+  saves: bool = False,
+  config: bool = True,
+  actions: tuple[str, ...] = (),
+) -> None:
   """Runs a command as an absl app; a UserError becomes one sentence on stderr and exit code 2.
 
   Args:
     main: called as `main(settings, workdir)`, or as `main(settings)` without a workdir.
     workdir: whether the command takes --workdir.
     several_processes: whether the command may run in several processes.
+    saves: whether it has a loop that saves at SIGTERM and Ctrl-C, before which they end it.
+    config: whether it takes a config; if not, `main` gets no settings.
+    actions: words of which the first argument is one; `main` then gets it first.
   """
 
   def checked(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it writes.
     try:
-      if len(argv) > 1:
-        raise UserError(
-          f"unexpected argument '{argv[1]}': commands take flags only (--name=value)."
-        )
-      if _CONFIG.value is None:
-        raise UserError(NAME_A_CONFIG)
-      from cm3leon_jax.settings import describe, settings_from_config
+      arguments: list = _action(actions, argv[1:])
+      if config:
+        arguments.append(_settings())
+        if _PRINT_CONFIG.value:
+          from cm3leon_jax.settings import describe
 
-      settings = settings_from_config(_CONFIG.value)
-      if _PRINT_CONFIG.value:
-        print("\n".join(describe(settings)))
-        return
-      if workdir and _WORKDIR.value is None:
-        raise UserError("name the folder of the run: --workdir=workdir")
-      if workdir and _WORKDIR.value.startswith("gs://") and not importlib.util.find_spec("gcsfs"):
-        raise UserError(
-          f"--workdir={_WORKDIR.value} is in a bucket, which needs gcsfs: "
-          "pip install 'cm3leon_jax[data]'."
-        )
+          print("\n".join(describe(arguments[-1])))
+          return
+      if workdir:
+        arguments.append(_folder())
       _join_processes(several_processes)
-      main(settings, *([epath.Path(_WORKDIR.value)] if workdir else []))
+      main(*arguments)
     except UserError as error:
       _fail(str(error), error.exit_code)
 
+  for number in (signal.SIGTERM, signal.SIGINT) if saves else ():
+    if signal.getsignal(number) is not signal.SIG_IGN:  # As in the background of a script.
+      signal.signal(number, _stop_early)
   accelerators.use_cpu_if_alone()
-  app.run(checked, flags_parser=functools.partial(_parse_flags, workdir, several_processes))
+  parse = functools.partial(_parse_flags, workdir, several_processes, config)
+  try:
+    app.run(checked, flags_parser=parse)
+  except KeyboardInterrupt:
+    _fail("interrupted by Ctrl-C; finished stages and checkpoints are kept.", CTRL_C)

@@ -35,6 +35,31 @@ def check_log(folder: epath.Path, checkpoint_every: int) -> None:
       )
 
 
+def cut_log(folder: epath.PathLike, step: int) -> int:
+  """Removes the lines after a step from the log of a run, and notes it in the log.
+
+  Args:
+    folder: of the log.
+    step: that the run goes back to.
+
+  Returns:
+    The last step that was logged; `step` if none was after it.
+  """
+  path = epath.Path(folder) / LOG
+  lines = read_json_lines(path)
+  last = max((line["step"] for line in lines), default=step)
+  if last <= step:
+    return step
+  kept = [line for line in lines if line["step"] <= step]
+  event = {"step": step, "event": "rolled_back", "from_step": last}
+  times = [line["time"] for line in lines if "time" in line]
+  if times:  # Goodput counts the removed time as lost.
+    event["time"] = times[-1]
+  with replacing(path, "w") as file:
+    file.write("".join(json.dumps(line) + "\n" for line in [*kept, event]))
+  return last
+
+
 class MetricsLog:
   """Writes `folder/metrics.jsonl`.
 

@@ -24,6 +24,7 @@ from cm3leon_jax.io import plain, read_json, write_json
 from cm3leon_jax.mesh import batch_shards, spec
 from cm3leon_jax.stages import check_same_config, differences
 from cm3leon_jax.training.checkpoint import Checkpoints
+from cm3leon_jax.training.lease import Lease
 from cm3leon_jax.training.metrics import MetricsLog
 
 FOLDER = "training"
@@ -61,7 +62,7 @@ def train(
 
   Raises:
     UserError: too few examples, or a batch that the mesh does not divide; the folder holds a
-      training of another config, or a damaged checkpoint.
+      training of another config, or a damaged checkpoint, or another job trains in it.
   """
   _check_batch(name, config.batch_size, len(examples))
   identity = {name: dataclasses.asdict(config), **about, "seed": seed, "examples": len(examples)}
@@ -70,8 +71,13 @@ def train(
   # Automatic axes: the compiler lays out the arrays between the batch and the summed gradient.
   mesh = Mesh(current.devices, current.axis_names)
   split = NamedSharding(mesh, spec("batch"))
-  checkpoints = _open_checkpoints(name, identity, epath.Path(folder) / FOLDER)
-  with jax.set_mesh(mesh), contextlib.closing(checkpoints):
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.set_mesh(mesh))
+    lease = stack.enter_context(Lease(folder))
+    checkpoints = stack.enter_context(
+      _open_checkpoints(name, identity, epath.Path(folder) / FOLDER, lease)
+    )
+    step = lease.guard(step)
     state, first = _restore(name, checkpoints, init)
     log = MetricsLog(folder, resumed_at=first or None)
     steps = range(first, config.steps)
@@ -86,7 +92,7 @@ def train(
         bar.set_postfix({key: f"{x:.3f}" for key, x in values.items()}, refresh=False)
       if done % config.checkpoint_every == 0 and done < config.steps:
         checkpoints.save(state, done, next_row=done * config.batch_size)
-      checkpoints.seal()
+      checkpoints.check_save()
     log.flush()
     return jax.device_get(state)
 
@@ -113,7 +119,7 @@ def _restore(name: str, checkpoints: Checkpoints, init) -> tuple[dict, int]:
   return state, newest
 
 
-def _open_checkpoints(name: str, identity: dict, folder: epath.Path) -> Checkpoints:
+def _open_checkpoints(name: str, identity: dict, folder: epath.Path, lease: Lease) -> Checkpoints:
   """Opens the checkpoints of the same training; those of another length are deleted."""
   path = folder / "config.json"
   if path.exists():
@@ -127,7 +133,8 @@ def _open_checkpoints(name: str, identity: dict, folder: epath.Path) -> Checkpoi
     else:
       check_same_config(folder, stored, identity)
   write_json(path, identity)
-  checkpoints = Checkpoints(folder, keep=2)  # Until a save is complete, the previous one is needed.
+  # Until a save is complete, the previous one is needed.
+  checkpoints = Checkpoints(folder, keep=2, check=lease.check)
   checkpoints.discard_unsealed()
   return checkpoints
 

@@ -34,8 +34,6 @@ from cm3leon_jax.training.state import eval_step, init_state, train_step
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.xla_options import compiler_options
 
-INTERRUPTED = 75  # Exit code of a run that saved and stopped at SIGTERM (EX_TEMPFAIL: try again).
-
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class TrainConfig:
@@ -60,6 +58,12 @@ class TrainConfig:
   keep_checkpoints: Annotated[int, Field(ge=2)] = 2
   """Number of newest checkpoints that are kept; at least 2, because the previous checkpoint is
   needed until the next one is complete."""
+  keep_every: NonNegativeInt = 0
+  """Checkpoints of multiples of so many steps are kept, too; 0: none. A multiple of
+  `checkpoint_every`."""
+  keep_best: NonNegativeInt = 0
+  """Number of checkpoints of the lowest held-out loss that are kept, too; `eval_every` must then
+  divide `checkpoint_every`."""
   sample_every: PositiveInt = 2_000
   """Number of steps between two grids of samples."""
   num_samples: PositiveInt = 8
@@ -80,6 +84,16 @@ class TrainConfig:
       raise ValueError(
         f"gradient_accumulation_steps = {self.gradient_accumulation_steps} does not divide "
         f"global_batch_size = {self.global_batch_size}."
+      )
+    if self.keep_every % self.checkpoint_every:
+      raise ValueError(
+        f"keep_every = {self.keep_every} is not a multiple of "
+        f"checkpoint_every = {self.checkpoint_every}."
+      )
+    if self.keep_best and self.checkpoint_every % self.eval_every:
+      raise ValueError(
+        f"keep_best = {self.keep_best} needs a held-out loss of every checkpoint: "
+        f"eval_every = {self.eval_every} must divide checkpoint_every = {self.checkpoint_every}."
       )
 
   @property
@@ -274,7 +288,7 @@ def _run_steps(
   take_step: Callable, config: TrainConfig, state, next_row: int, data, heldout_losses: Callable,
   checkpoints: Checkpoints, monitor: Monitor, stop: StopSignal, sample_grid,
 ):  # fmt: skip
-  """Trains to `config.steps`; at SIGTERM it saves and stops early.
+  """Trains to `config.steps`; at SIGTERM and Ctrl-C it saves and stops early.
 
   Args:
     take_step: (state, batch) -> (state, metrics).
@@ -285,48 +299,49 @@ def _run_steps(
     heldout_losses: params -> losses, see `evaluate`.
     checkpoints: of the run.
     monitor: of the run.
-    stop: set at SIGTERM.
+    stop: set at SIGTERM and Ctrl-C.
     sample_grid: see `train`.
 
   Returns:
-    (state, next row, last held-out losses, or None if no step was left).
+    (state, next row, last held-out losses, or None if no step was left; the exit code of a run
+    that was asked to stop, or None).
   """
-  losses = None
+  losses, code = None, None
   for step in range(int(state.step) + 1, config.steps + 1):
     with monitor.traced(step):
       state, metrics = take_step(state, monitor.next_batch(data))
     next_row += config.global_batch_size
     monitor.step(step, metrics)
-    stopping = stop.stopping()  # Read once: a later signal counts at the next step.
-    last = step == config.steps or stopping
+    code = stop.stopping()  # Read once: a later signal counts at the next step.
+    last = step == config.steps or code is not None
     if step % config.eval_every == 0 or last:
       with monitor.phase("evaluate", step):
         losses = heldout_losses(state.eval_params)
         monitor.heldout(step, losses)
     if step % config.checkpoint_every == 0 or last:
       with monitor.phase("save", step):
-        checkpoints.save(state, step, next_row)
+        loss = losses["heldout_loss"] if losses else None  # With `keep_best`, of this very step.
+        checkpoints.save(state, step, next_row, loss)
     if sample_grid and (step % config.sample_every == 0 or step == config.steps):
       with monitor.phase("sample", step):
         monitor.samples(step, sample_grid(state.eval_params, step))
     if config.histogram_every and step % config.histogram_every == 0:
       monitor.histograms(step, state.params)
-    with monitor.overlapped("save"):
-      checkpoints.seal()
-    if stopping:
+    checkpoints.check_save()
+    if code is not None:
       break
   with monitor.phase("save", int(state.step)):
     checkpoints.close()
-  return state, next_row, losses
+  return state, next_row, losses, code
 
 
-def _check_end(step: int, steps: int, folder: epath.Path) -> None:
-  """Exits with `INTERRUPTED` if the run stopped before its last step."""
-  if step < steps:
+def _check_end(step: int, steps: int, folder: epath.Path, code: int | None) -> None:
+  """Exits with `code` if the run was asked to stop before its last step."""
+  if code is not None and step < steps:
     distributed.print_once(
       f"stopped at step {step} of {steps}; saved in {folder}: the same command continues."
     )
-    sys.exit(INTERRUPTED)
+    sys.exit(code)
   if step > steps:
     distributed.print_once(
       f"train: the run is at step {step} already, beyond train.steps = {steps}; "
@@ -339,6 +354,7 @@ def train(
   vocab: VocabLayout, objective: Objective, heldout: RowLoader, seed: int,
   sample_grid: Callable[[dict, int], Any] | None = None, profile_steps: range = range(0),
   initial_params: Callable[[], dict] | None = None, evaluate_start: bool = False,
+  lease: Lease | None = None,
 ) -> dict:  # fmt: skip
   """Trains to `config.steps` from the newest checkpoint in `folder`, on the current mesh.
 
@@ -357,21 +373,26 @@ def train(
     initial_params: makes the parameters that a run without a checkpoint starts from; default:
       random ones.
     evaluate_start: whether the held-out loss is also computed before the first step, as step 0.
+    lease: on the folder, if the caller holds it already.
 
   Returns:
-    Numbers for the report; `heldout_before` has the held-out losses of step 0. At SIGTERM it saves
-    and exits with `INTERRUPTED` instead.
+    Numbers for the report; `heldout_before` has the held-out losses of step 0. At SIGTERM and
+    Ctrl-C it saves and exits with its code, `INTERRUPTED` or `CTRL_C`, instead.
 
   Raises:
     UserError: an unfit mesh, damaged checkpoints, a loss or gradient that is not finite, or another
       job that trains in the folder.
   """
   mesh = jax.sharding.get_mesh()
-  with contextlib.closing(Stopwatch()) as watch, Lease(folder) as lease:
+  with contextlib.ExitStack() as stack:
+    watch = stack.enter_context(contextlib.closing(Stopwatch()))
+    if lease is None:
+      lease = stack.enter_context(Lease(folder))
     check_batch(config)
     sharding = NamedSharding(mesh, spec("batch", "length"))
     steps = compile_steps(model, optimizer_config, config, vocab, seed)
-    checkpoints = Checkpoints(folder, config.keep_checkpoints)
+    keep = (config.keep_checkpoints, config.keep_every, config.keep_best)
+    checkpoints = stack.enter_context(Checkpoints(folder, *keep, check=lease.check))
     newest, state, next_row = _restore(checkpoints, steps, initial_params)
     if newest is None:
       check_log(folder, config.checkpoint_every)
@@ -385,11 +406,11 @@ def train(
       )  # fmt: skip
     with StopSignal(mesh) as stop, monitor:
       before = _evaluate_start(state, newest, heldout_losses, monitor) if evaluate_start else {}
-      state, next_row, losses = _run_steps(
+      state, next_row, losses, code = _run_steps(
         lease.guard(take_step), config, state, next_row, data, heldout_losses, checkpoints, monitor,
         stop, sample_grid,
       )  # fmt: skip
-  _check_end(int(state.step), config.steps, folder)
+  _check_end(int(state.step), config.steps, folder, code)
   if losses is None:  # No step was left to train.
     losses = heldout_losses(state.eval_params)
   parameters = transformer.count_params(state.params)

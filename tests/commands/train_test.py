@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 
 from etils import epath
 import jax
@@ -10,7 +12,7 @@ import pytest
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common, train
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import write_json
+from cm3leon_jax.io import read_json, read_json_lines, write_json
 from cm3leon_jax.models import transformer
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
@@ -119,6 +121,31 @@ def test_a_workdir_of_another_run_is_refused(workdir):
     train.main(other, workdir)
 
 
+HOLD = """
+import sys, time
+from cm3leon_jax.training import lease
+lease.BEAT_SECONDS = 0.1
+with lease.Lease(sys.argv[1]):
+  print("held", flush=True)
+  time.sleep(60)
+"""
+
+
+def test_a_workdir_in_which_another_job_trains_is_left_as_it_is(workdir):
+  folder = pathlib.Path(workdir) / "train"
+  with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE) as other:
+    try:
+      assert other.stdout.readline() == b"held\n"
+      (folder / stages.DONE).write_text(
+        json.dumps({"config": {}, "summary": {"steps": 1}, "id": "1"})
+      )
+      with pytest.raises(UserError, match=r"trains in .*: use another --workdir"):
+        train.main(settings_with(steps=2), workdir)
+      assert sorted(path.name for path in folder.iterdir()) == [stages.DONE, "lease.json"]
+    finally:
+      other.kill()
+
+
 def test_length_and_execution_do_not_make_another_run(workdir):
   first = settings_with()
   model = dataclasses.replace(first.model, remat_policy="none", loss_chunk=8, unroll_layers=True)
@@ -155,6 +182,40 @@ def test_a_run_starts_from_the_codebook_of_its_image_tokenizer(tmp_path, monkeyp
 
   assert unexplained(trained) < 1e-4
   assert unexplained(random) > 0.1  # Negative control.
+
+
+def test_a_run_goes_on_with_a_field_that_was_allowed_to_change(tmp_path, monkeypatch, capsys):
+  make_run(root := epath.Path(tmp_path))
+  write_neighbors(root / "neighbors" / "train_pairs", ids=np.full((12, 4), -1, np.int32))
+  for folder in ("documents", "neighbors"):
+    write_json(root / folder / stages.DONE, {"id": folder, "summary": {}})
+  monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
+
+  def start(learning_rate, steps, *allowed):
+    config = make_config()
+    config.data.update({"num_neighbors": 0, "text_share": 0.0, "pack_window": 8})
+    config.train.update({"global_batch_size": 1, "steps": steps, "tensorboard": False})
+    config.train.update({"sample_every": 100})
+    config.optimizer.update({"learning_rate": learning_rate, "warmup_steps": 1})
+    train.main(settings_from_config(config), root, allow_changed=allowed)
+
+  name = "optimizer.learning_rate"
+  start(1e-3, 2)
+  message = r"another config \(optimizer\.learning_rate: 0\.001 -> 0\.5\).*--allow_changed=optim"
+  with pytest.raises(UserError, match=message):
+    start(0.5, 3)
+  with pytest.raises(UserError, match=r"is finished at step 2, so nothing would be trained with"):
+    start(0.5, 2, name)
+  start(0.5, 3, name)
+  assert f"train: continues with {name}: 0.001 -> 0.5: the learning rate" in capsys.readouterr().out
+  lines = read_json_lines(root / "train" / "metrics" / "metrics.jsonl")
+  rates = {line["step"]: line["learning_rate"] for line in lines if "loss" in line}
+  assert rates[2] < 2e-3
+  assert rates[3] > 0.05
+  stored = read_json(root / "train" / "config.json")
+  assert stored["changes"] == [{"step": 2, "fields": [f"{name}: 0.001 -> 0.5"]}]
+  start(0.5, 4)  # It needs no flag any more.
+  assert read_json(root / "train" / "config.json")["changes"] == stored["changes"]
 
 
 def test_wrong_profile_steps_are_refused_before_training(workdir):

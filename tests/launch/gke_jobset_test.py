@@ -12,7 +12,7 @@ import pydantic
 import pytest
 import yaml
 
-from cm3leon_jax.training.train import INTERRUPTED
+from cm3leon_jax.config import INTERRUPTED
 from launch.pod import gke_jobset
 
 ROOT = pathlib.Path(__file__).parents[2]

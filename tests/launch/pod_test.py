@@ -12,7 +12,7 @@ import sysconfig
 
 import pytest
 
-from cm3leon_jax.training.train import INTERRUPTED
+from cm3leon_jax.config import INTERRUPTED
 
 ROOT = pathlib.Path(__file__).parents[2]
 POD = ROOT / "launch" / "pod"

@@ -162,9 +162,13 @@ TRAINING = (
     ("changed_source_unnoticed", "!= weights:", "is None:"),
   ),
   *mutants_of(
-    CHECKPOINT,
+    "cm3leon_jax/training/sealing.py",
     f"{CHECKPOINT_TEST}::test_a_damaged_file_is_refused",
-    ("missing_files_unnoticed", "sorted({*expected, *_files(folder)})", "sorted(_files(folder))"),
+    (
+      "missing_files_unnoticed",
+      "sorted({*expected, *files_below(folder)})",
+      "files_below(folder)",
+    ),
     (
       "digests_not_compared",
       "expected.get(name) != digest(folder / name)",
@@ -174,12 +178,38 @@ TRAINING = (
   *mutants_of(
     CHECKPOINT,
     f"{CHECKPOINT_TEST}::test_a_checkpoint_without_digests_does_not_count",
-    ("unsealed_checkpoints_count", " if self._digest_path(s).exists()]", "]"),
+    (
+      "unsealed_checkpoints_count",
+      " self.steps() if self._digest_path(s).exists()]",
+      " self.steps()]",
+    ),
   ),
   *mutants_of(
     CHECKPOINT,
     f"{CHECKPOINT_TEST}::test_old_checkpoints_and_their_digests_go",
     ("digests_of_deleted_steps_stay", "s not in kept", "False"),
+  ),
+  *mutants_of(
+    CHECKPOINT,
+    f"{CHECKPOINT_TEST}::test_a_job_that_lost_its_lease_neither_saves_nor_seals",
+    ("saved_without_lease", "    self._check()\n    # A killed run", "    # A killed run"),
+    ("sealed_without_lease", "    self._check()\n    parts =", "    parts ="),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/retention.py",
+    "tests/training/retention_test.py::test_a_checkpoint_is_kept_for_any_of_three_reasons",
+    ("worst_is_kept", "else -loss", "else loss"),
+    ("nan_is_best", "return -math.inf if", "return math.inf if"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/upkeep.py",
+    "tests/commands/checkpoints_test.py::test_rollback_removes_what_is_newer_and_says_so",
+    ("rolled_back_too_far", "if s > step]", "if s >= step]"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/upkeep.py",
+    "tests/commands/checkpoints_test.py::test_rollback_to_a_step_that_is_not_whole_changes_nothing",
+    ("rolled_back_to_damage", "if damage := checkpoints.damage(step):", 'if damage := "":'),
   ),
   *mutants_of(
     VQGAN,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json_lines
-from cm3leon_jax.training import small_trainer
+from cm3leon_jax.io import read_json_lines, write_json
+from cm3leon_jax.training import lease, small_trainer
 from tests.models.tiny import mesh_of
 
 
@@ -88,6 +88,31 @@ def test_a_killed_training_continues_bit_for_bit(tmp_path, whole):
   small_trainer.delete_checkpoints(tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
   assert (train(tmp_path / "other", seed=1) != whole).any()
+
+
+def test_a_folder_in_which_another_job_trains_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
+  monkeypatch.setattr(lease, "EXPIRE_SECONDS", 30.0)
+  with (
+    lease.Lease(tmp_path),
+    pytest.raises(UserError, match=r"trains in .*: use another --workdir"),
+  ):
+    train(tmp_path)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_that_lost_its_lease_stops_and_saves_no_more(tmp_path, monkeypatch):
+  monkeypatch.setattr(lease, "BEAT_SECONDS", 60.0)
+
+  class Taken(Examples):
+    def __getitem__(self, rows):
+      if len(self.rows) == 3:  # Before step 3, and so before the first save, of step 5.
+        write_json(tmp_path / lease.NAME, {"token": "other", "host": "elsewhere", "pid": 7})
+      return super().__getitem__(rows)
+
+  with pytest.raises(UserError, match=r"^process 7 on elsewhere took "):
+    train(tmp_path, examples=Taken())
+  assert list((tmp_path / small_trainer.FOLDER / "checkpoints").iterdir()) == []
 
 
 def test_how_often_a_state_is_kept_may_change(tmp_path, whole):

@@ -17,17 +17,17 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import CTRL_C, INTERRUPTED, UserError
 from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.mesh import spec
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training import checkpoint, upkeep
 from cm3leon_jax.training import train as train_module
 from cm3leon_jax.training.flops import model_flops
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.state import init_state
-from cm3leon_jax.training.train import INTERRUPTED, Rows, TrainConfig, compile_steps, train
+from cm3leon_jax.training.train import Rows, TrainConfig, compile_steps, train
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.models.tiny import mesh_of
 from tests.training import events
@@ -246,6 +246,82 @@ def test_sigterm_saves_and_the_same_call_continues(whole, loader, tmp_path):
   assert losses(tmp_path) == losses(whole[0])
 
 
+@pytest.fixture
+def foreground():
+  """SIGINT as a program in the foreground has it, wherever the tests run."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("foreground")
+def test_a_run_in_the_background_of_a_script_ignores_ctrl_c(whole, loader, tmp_path):
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  run(tmp_path, loader, sample_grid=lambda *_: os.kill(os.getpid(), signal.SIGINT), sample_every=6)
+  assert losses(tmp_path) == losses(whole[0])
+
+
+@pytest.mark.usefixtures("foreground")
+def test_ctrl_c_saves_and_the_same_call_continues(whole, loader, tmp_path, capfd):
+  def interrupt(_, step):
+    if step == 3:
+      os.kill(os.getpid(), signal.SIGINT)
+
+  with pytest.raises(SystemExit) as stop:
+    run(tmp_path, loader, sample_grid=interrupt, sample_every=1)
+  assert stop.value.code == CTRL_C
+  out, err = capfd.readouterr()
+  assert "stopped at step 4 of 12; saved in " in out
+  assert "Ctrl-C: the run saves after this step; once more stops it at once." in err
+  run(tmp_path, loader)
+  assert losses(tmp_path) == losses(whole[0])
+
+
+@pytest.mark.usefixtures("foreground")
+def test_a_second_ctrl_c_stops_at_once_and_loses_no_save(whole, loader, tmp_path):
+  def interrupt(_, step):
+    if step == 4:  # Its save is in flight.
+      os.kill(os.getpid(), signal.SIGINT)
+      os.kill(os.getpid(), signal.SIGINT)
+
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path, loader, sample_grid=interrupt, sample_every=1)
+  assert checkpoint.Checkpoints(tmp_path, 2).newest() == 4
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  run(tmp_path, loader)
+  assert losses(tmp_path) == losses(whole[0])
+
+
+def test_a_run_that_is_rolled_back_continues_bit_for_bit(whole, loader, tmp_path):
+  shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+  (tmp_path / "done.json").write_text("{}")
+  folder = epath.Path(tmp_path)
+  assert upkeep.rollback(folder, 8) == [
+    f"removed {folder / 'done.json'}: the run is not finished any more.",
+    "removed checkpoints 12.",
+    "removed steps 9 to 12 from metrics/metrics.jsonl.",
+    "launch.train continues from step 8.",
+  ]
+  assert sorted(losses(tmp_path)) == list(range(1, 9))
+  run(tmp_path, loader)
+  assert losses(tmp_path) == losses(whole[0])
+  lines = read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
+  assert [line["event"] for line in lines if "event" in line] == ["rolled_back", "resumed"]
+
+
+def test_the_checkpoint_of_the_lowest_heldout_loss_is_kept(loader, tmp_path):
+  """A learning rate that is too high makes later steps worse."""
+  run(
+    tmp_path, loader, learning_rate=3.0, steps=5, eval_every=1, checkpoint_every=1, keep_best=1,
+    tensorboard=False,
+  )  # fmt: skip
+  lines = read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
+  heldout = {line["step"]: line["heldout_loss"] for line in lines if "heldout_loss" in line}
+  best = min(heldout, key=heldout.get)
+  assert best < 4
+  assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {best, 4, 5}
+
+
 def test_restore_onto_another_mesh(whole, loader, tmp_path):
   with pytest.raises(Crash):
     run(tmp_path, loader, sample_grid=crash_at(9, tmp_path), sample_every=1)
@@ -442,6 +518,8 @@ def test_debug_nans_changes_nothing_where_all_is_finite(whole, loader, tmp_path)
     {"keep_checkpoints": 1},
     {"steps": 0},
     {"global_batch_size": 8, "gradient_accumulation_steps": 3},
+    {"checkpoint_every": 4, "keep_every": 6},
+    {"eval_every": 3, "checkpoint_every": 4, "keep_best": 1},
     {"log_every": 0},
     {"histogram_every": -1},
     {"peak_flops": -1.0},
