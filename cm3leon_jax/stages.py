@@ -3,6 +3,8 @@
 from collections.abc import Callable, Collection, Mapping
 import contextlib
 import dataclasses
+import math
+from numbers import Real
 import time
 
 from etils import epath
@@ -243,7 +245,8 @@ def once(
       read it before one deletes it.
 
   Raises:
-    UserError: the folder holds the result of another config.
+    UserError: the folder holds the result of another config, or the summary has a number that is
+      not finite.
   """
   folder = epath.Path(folder)
   done = folder / DONE
@@ -260,9 +263,25 @@ def once(
   start = time.time()
   summary: dict = {}
   yield summary
+  if names := _not_finite(summary):
+    raise UserError(
+      f"{folder} is not finished: {', '.join(names[:4])} of it are no finite numbers, so something "
+      "diverged; look at what it printed."
+    )
   if writes:
     seconds, new_id = round(time.time() - start, 1), f"{time.time_ns():x}"
     write_json(done, {"config": config, "summary": summary, "seconds": seconds, "id": new_id})
+
+
+def _not_finite(summary: dict, where: str = "") -> list[str]:
+  """Names the numbers of a nested dict that are NaN or infinite."""
+  names = []
+  for name, value in summary.items():
+    if isinstance(value, dict):
+      names += _not_finite(value, f"{where}{name}.")
+    elif isinstance(value, Real) and not math.isfinite(value):
+      names.append(f"{where}{name}")
+  return names
 
 
 def _is_current(folder: epath.Path, config: dict) -> bool:
