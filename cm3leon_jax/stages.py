@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Mapping
 import contextlib
 import dataclasses
 import hashlib
+import math
+from numbers import Real
 import time
 
 from etils import epath
@@ -331,7 +333,8 @@ def once(
     varying: see `Stage`.
 
   Raises:
-    UserError: the folder holds the result of another config, or a file of it is damaged.
+    UserError: the folder holds the result of another config, or a file of it is damaged, or the
+      summary has a number that is not finite.
   """
   folder = epath.Path(folder)
   done = folder / DONE
@@ -349,12 +352,28 @@ def once(
   start = time.time()
   summary: dict = {}
   yield summary
+  if names := _not_finite(summary):
+    raise UserError(
+      f"{folder} is not finished: {', '.join(names[:4])} of it are no finite numbers, so something "
+      "diverged; look at what it printed."
+    )
   if writes:
     seconds, described = round(time.time() - start, 1), describe_files(folder, files)
     about = {"config": config, "summary": summary, "seconds": seconds}
     new_id = id_of(described) if described else f"{time.time_ns():x}"
     more = describe_files(folder, varying)
     write_json(done, {**about, "id": new_id, "files": {**described, **more}})
+
+
+def _not_finite(summary: dict, where: str = "") -> list[str]:
+  """Names the numbers of a nested dict that are NaN or infinite."""
+  names = []
+  for name, value in summary.items():
+    if isinstance(value, dict):
+      names += _not_finite(value, f"{where}{name}.")
+    elif isinstance(value, Real) and not math.isfinite(value):
+      names.append(f"{where}{name}")
+  return names
 
 
 def _is_current(folder: epath.Path, config: dict) -> bool:

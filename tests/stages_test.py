@@ -41,6 +41,16 @@ def test_a_finished_stage_is_skipped(tmp_path):
   assert read_json(tmp_path / "a" / stages.DONE) == first
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan")])
+def test_a_stage_whose_numbers_are_not_finite_is_not_finished(tmp_path, value):
+  with (
+    pytest.raises(UserError, match=r"is not finished: losses\.heldout of it are no finite numbers"),
+    stages.once(tmp_path, {"n": 1}) as summary,
+  ):
+    summary.update(steps=3, losses={"train": 1.0, "heldout": value})
+  assert not (tmp_path / stages.DONE).exists()
+
+
 def test_redo_runs_again_under_a_new_id(tmp_path):
   ids = []
   for _ in range(2):

@@ -7,7 +7,13 @@
 
 The page shows the arrays that the trainer reads; every sample is checked against its documents.
 --validate reads every record and every row instead, and names the first that is wrong.
+After a training that has stopped because of skipped steps, --skipped shows the worst of their rows.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 from etils import epath
@@ -15,10 +21,18 @@ from ml_collections import config_flags
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
+from cm3leon_jax.config import UserError
+
+if TYPE_CHECKING:
+  from cm3leon_jax.data.pipeline import RowLoader
+  from cm3leon_jax.training.skipped_rows import SkippedRows
 
 _OUT = flags.DEFINE_string("out", "rows.html", "HTML file to write.")
 _ROWS = flags.DEFINE_integer("rows", 6, "Number of rows.", lower_bound=1)
 _FIRST_ROW = flags.DEFINE_integer("first_row", 0, "Number of the first row.", lower_bound=0)
+_SKIPPED = flags.DEFINE_bool(
+  "skipped", False, "Show the rows of the skipped steps that stopped a training, the worst first."
+)
 _SPLIT = flags.DEFINE_enum("split", "train", ["train", "heldout"], "Split of the rows.")
 _VALIDATE = flags.DEFINE_bool(
   "validate", False, "Only check all files that training reads; write no page."
@@ -29,12 +43,19 @@ READ = (*stages.TOKENIZERS, *DOCUMENTS)
 
 
 def write_page(
-  settings, workdir, out: epath.Path, split: str, numbers: range, config_name: str
+  settings,
+  workdir,
+  out: epath.Path,
+  split: str,
+  numbers: Sequence[int],
+  config_name: str,
+  skipped: SkippedRows | None = None,
 ) -> None:
   """Writes the page of rows `numbers` of `split`.
 
   Raises:
-    UserError: `out` cannot be written, or a stage is missing.
+    UserError: `out` cannot be written, a stage is missing, a row does not hold its documents, or a
+      row of `skipped` is not what the trainer read.
   """
   from cm3leon_jax.commands.train import open_rows, replay_share
   from cm3leon_jax.reports import inspect, inspect_page
@@ -51,7 +72,12 @@ def write_page(
   if documents:
     folder, by_caption = workdir / "neighbors", split == "heldout"  # As in `open_rows`.
     scores = load_neighbors(folder, f"{split}_pairs", by_caption, array="scores")
-  rows = inspect.read_rows(loader, scores, numbers)
+  if skipped is not None:
+    _compare(skipped, loader, workdir)
+  try:
+    rows = inspect.read_rows(loader, scores, numbers)
+  except ValueError as error:
+    raise UserError(f"the rows are not as planned: {error}") from error
   text_tokenizer = TextTokenizer(workdir / "text_tokenizer", settings.vocab)
   image_tokenizer = ImageTokenizer.load(workdir / "vqgan")
   decoder = inspect_page.make_decoder(rows, settings.vocab, text_tokenizer, image_tokenizer)
@@ -96,13 +122,41 @@ def validate(settings, workdir) -> None:
         print(f"{store.folder}: {numbers['documents']:,} documents; all valid.", flush=True)
 
 
+def _compare(skipped: SkippedRows, loader: RowLoader, workdir) -> None:
+  """Raises UserError unless the loader reads what the trainer saved."""
+  import numpy as np
+
+  for i, number in enumerate(skipped.numbers[: len(skipped.rows["inputs"])].tolist()):
+    row = loader[number]
+    changed = [
+      name
+      for name, array in row.items()
+      if not np.array_equal(array, skipped.rows[name][i], equal_nan=array.dtype.kind == "f")
+    ]
+    if changed:
+      raise UserError(
+        f"row {number} has other {', '.join(changed)} than the training read: the data in "
+        f"{workdir} have changed since then, or the machine that trained read them wrongly."
+      )
+
+
 def main(settings, workdir) -> None:
   if _VALIDATE.value:
     validate(settings, workdir)
     return
-  numbers = range(_FIRST_ROW.value, _FIRST_ROW.value + _ROWS.value)
+  numbers: Sequence[int] = range(_FIRST_ROW.value, _FIRST_ROW.value + _ROWS.value)
   name = config_flags.get_config_filename(flags.FLAGS["config"])
-  write_page(settings, workdir, epath.Path(_OUT.value), _SPLIT.value, numbers, name)
+  out, skipped = epath.Path(_OUT.value), None
+  if _SKIPPED.value:
+    from cm3leon_jax.training import skipped_rows
+
+    if _SPLIT.value != "train":
+      raise UserError("--skipped shows training rows: leave out --split.")
+    skipped = skipped_rows.load(workdir / "train")
+    numbers = skipped.numbers[: _ROWS.value].tolist()
+    for number, loss in zip(numbers, skipped.losses):
+      print(f"inspect_data: row {number} has a loss of {loss:.4g} nats per target.", flush=True)
+  write_page(settings, workdir, out, _SPLIT.value, numbers, name, skipped)
 
 
 if __name__ == "__main__":

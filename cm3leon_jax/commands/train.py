@@ -7,6 +7,9 @@
 remembers where it started, and continues without the flag. A run is continued by the config that it
 began with; --allow_changed names fields of the optimizer, or train.global_batch_size, that may
 differ from now on. At SIGTERM and Ctrl-C the run saves and stops.
+
+--resume_from=500 --skip_rows=4000:4799 goes back to checkpoint 500 and on without these rows, e.g.
+those of skipped steps. The run remembers them, so both flags may be given again or left out.
 """
 
 from __future__ import annotations
@@ -31,9 +34,19 @@ if TYPE_CHECKING:
   from cm3leon_jax.data.plan import RowPlan, Source
   from cm3leon_jax.export.weights import Weights
   from cm3leon_jax.settings import Settings
+  from cm3leon_jax.training.skipped_rows import GoBack
 
 _PROFILE_STEPS = flags.DEFINE_string(
   "profile_steps", "", "First and last step to trace into train/profile, e.g. 10:13."
+)
+_RESUME_FROM = flags.DEFINE_integer(
+  "resume_from",
+  None,
+  "Checkpoint to go back to, with --skip_rows; later ones are deleted.",
+  lower_bound=1,
+)
+_SKIP_ROWS = flags.DEFINE_string(
+  "skip_rows", "", "First and last row to leave out from there on, e.g. 4000:4799."
 )
 _DEBUG_NANS = flags.DEFINE_bool(
   "debug_nans", False, "Stop at the operation that computes the first NaN. Slow."
@@ -284,6 +297,27 @@ def _initial_params(settings: Settings, workdir, start: Weights | None):
   )
 
 
+def _left_out(
+  settings: Settings, folder, back: GoBack | None
+) -> tuple[tuple[range, ...], GoBack | None]:
+  """Returns the rows that the run leaves out, and `back`, or None if it was done already.
+
+  Raises:
+    UserError: `back` is impossible.
+  """
+  from cm3leon_jax import distributed
+  from cm3leon_jax.training import skipped_rows
+
+  with distributed.together():
+    done = skipped_rows.read(folder)
+    if back in done:
+      back = None  # A job that was started again with the same flags.
+    if back is not None:
+      skipped_rows.check(back, done, settings.train.global_batch_size, folder)
+      done.append(back)
+  return tuple(earlier.rows for earlier in done), back
+
+
 def machine() -> str:
   """Describes what trains: "2 CPU cores", which this process may use, or "8 x TPU v5"."""
   import jax
@@ -302,6 +336,7 @@ def main(
   debug_nans: bool = False,
   init_from: str = "",
   allow_changed: Sequence[str] = (),
+  back: GoBack | None = None,
 ) -> None:
   import jax
 
@@ -309,16 +344,18 @@ def main(
   from cm3leon_jax.generation.heldout import sample_grids
   from cm3leon_jax.training.lease import Lease
   from cm3leon_jax.training.monitor import change_line
+  from cm3leon_jax.training.objective import Rows
   from cm3leon_jax.training.profile import parse_steps
-  from cm3leon_jax.training.train import Rows, train
+  from cm3leon_jax.training.train import train
 
   traced = parse_steps(profile_steps, settings.train.steps)
   flags_given = {"profile_steps": profile_steps, "debug_nans": debug_nans, "init_from": init_from}
-  flags_given["allow_changed"] = list(allow_changed)
+  flags_given |= {"allow_changed": list(allow_changed), "go_back": str(back)}
   distributed.check_same_config({**dataclasses.asdict(settings), **flags_given})
   config, start = begin(settings, workdir, init_from, allowed=allow_changed)
   folder = workdir / "train"
-  redo = goes_on(folder, config, settings.train.steps, bool(allow_changed))
+  left_out, back = _left_out(settings, folder, back)
+  redo = goes_on(folder, config, settings.train.steps, bool(allow_changed)) or back is not None
   # A context: jax.config.update loses the setting after tracing logsumexp and others (jax 0.10.2).
   nans = jax.debug_nans(debug_nans or jax.config.jax_debug_nans)
   stage = stages.once(
@@ -341,7 +378,8 @@ def main(
     sections = (settings.model, settings.optimizer, settings.train, settings.vocab)
     initial_params = _initial_params(settings, workdir, start)
     options = (settings.seed, generate_grid, traced, initial_params, start is not None, lease)
-    result = train(folder, *sections, Rows(loader), heldout, *options)
+    rows = Rows(loader, left_out)
+    result = train(folder, *sections, rows, heldout, *options, go_back=back)
     summary.update(result, machine=machine())
     units = {"image": "code", "text": "token"}
     losses = {name: result[f"heldout_{name}_loss"] for name in units}  # 0: no such targets.
@@ -351,16 +389,13 @@ def main(
       distributed.print_once(change_line(before, {name: result[name] for name in before}))
 
 
+def _main(settings, workdir) -> None:
+  from cm3leon_jax.training.skipped_rows import parse
+
+  back = parse(_RESUME_FROM.value, _SKIP_ROWS.value)
+  profiled, nans = _PROFILE_STEPS.value, _DEBUG_NANS.value
+  main(settings, workdir, profiled, nans, INIT_FROM.value, _ALLOW_CHANGED.value, back)
+
+
 if __name__ == "__main__":
-  common.run(
-    lambda settings, workdir: main(
-      settings,
-      workdir,
-      _PROFILE_STEPS.value,
-      _DEBUG_NANS.value,
-      INIT_FROM.value,
-      _ALLOW_CHANGED.value,
-    ),
-    several_processes=True,
-    saves=True,
-  )
+  common.run(_main, several_processes=True, saves=True)

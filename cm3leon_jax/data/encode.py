@@ -148,7 +148,8 @@ def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
     For each split the number of documents by kind, tokens, cut captions, and `code_usage`.
 
   Raises:
-    UserError: a code outside the vocabulary, or a split `train` without records.
+    UserError: a code outside the vocabulary, one code for all images, or a split `train` without
+      records.
   """
   raw = raw_pairs.shards(job.raw)
   if not any(shard[f"train_{kind}"] for shard in raw.values() for kind in KINDS):
@@ -172,6 +173,13 @@ def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
   for _, summary in run_shards(job, configs, done, runner, "document shards", is_whole):
     for split, total in totals.items():
       total.add(summary[split])
+  used = totals["train"].summary()
+  if used["image_tokens"] and used["codes_used"] == 1 < job.vocab.image_size:
+    raise UserError(
+      f"the image tokenizer gives all {used['image_tokens']} places of the training images the "
+      "same code: train it again, longer (config.vqgan.steps) or with another "
+      "config.vqgan.learning_rate."
+    )
   for split in SPLITS:
     for kind in KINDS:
       finish_store(folder / f"{split}_{kind}", list(raw), job.vocab)

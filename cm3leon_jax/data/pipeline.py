@@ -4,7 +4,7 @@
 
 from collections.abc import Iterator
 import threading
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import grain
 import jax
@@ -254,8 +254,17 @@ def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> list[
   return sorted({r for rows, _ in indices.values() for r in range(*rows.indices(shape[0]))})
 
 
+class Rows(Protocol):
+  """Rows by their number, and the plan that they follow."""
+
+  plan: RowPlan
+
+  def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+    """Returns a row, see `RowLoader`."""
+
+
 def batches(
-  loader: RowLoader, first_row: int, batch_size: int, sharding: jax.sharding.Sharding
+  loader: Rows, first_row: int, batch_size: int, sharding: jax.sharding.Sharding
 ) -> Iterator[dict[str, jax.Array]]:
   """Yields global batches without end; batch j starts at row `first_row` + j * `batch_size`.
 

@@ -208,6 +208,11 @@ def describe_clip_score(row: dict, noun: str = "concept") -> str:
   )
 
 
+def _step_lines(metrics: list[dict]) -> list[dict]:
+  """Returns the lines of steps; one that was skipped may have no loss."""
+  return [line for line in metrics if "loss" in line or line.get("skipped")]
+
+
 def restarts(metrics: list[dict]) -> list[dict]:
   """Finds the restarts of a trainer: the first step after a start has no rate.
 
@@ -219,10 +224,9 @@ def restarts(metrics: list[dict]) -> list[dict]:
     after it. If the earlier start had logged steps that were computed again: replayed, their
     number, and identical, the number whose loss is the same bit for bit.
   """
-  steps = [line for line in metrics if "loss" in line]
   result = [
     {"after_step": before["step"], "next_step": line["step"]}
-    for before, line in itertools.pairwise(steps)
+    for before, line in itertools.pairwise(_step_lines(metrics))
     if "tokens_per_second" not in line
   ]
   for event in (line for line in metrics if line.get("event") == "resumed"):
@@ -247,6 +251,7 @@ def training(metrics: list[dict]) -> dict:
   steps = [line for line in metrics if "loss" in line]
   if not steps:
     return {}
+  logged = [line["step"] for line in _step_lines(metrics)]
   rated = [line for line in steps if "tokens_per_second" in line]
   rates = [line["tokens_per_second"] for line in rated]
   tail = steps[-max(len(steps) // 20, 1) :]
@@ -256,8 +261,8 @@ def training(metrics: list[dict]) -> dict:
     seconds = sum(value for name, value in line.items() if name.endswith("_seconds"))
     goodput = {"goodput": line["goodput"], "wall_seconds": round(seconds, 1)}
   return {
-    "logged_steps": len(steps),
-    "every_step_logged_once": [line["step"] for line in steps] == list(range(1, len(steps) + 1)),
+    "logged_steps": len(logged),
+    "every_step_logged_once": logged == list(range(1, len(logged) + 1)),
     "restarts": restarts(metrics),
     "median_tokens_per_second": float(np.median(rates)) if rates else None,
     "step_seconds": round(sum(line["weight"] / line["tokens_per_second"] for line in rated), 1),

@@ -144,6 +144,20 @@ class Checkpoints:
       )
     return None
 
+  def go_back(self, step: int) -> None:
+    """Deletes all checkpoints after that of `step`.
+
+    Raises:
+      UserError: there is none of this step, or it is damaged.
+    """
+    steps = distributed.gather(sorted(self._manager.all_steps()))[0]
+    if step not in steps:
+      listed = ", ".join(map(str, steps)) or "none"
+      raise UserError(f"{self.folder} has no checkpoint of step {step}; it has {listed}.")
+    self.check(step)
+    for newer in (s for s in steps if s > step):
+      self._manager.delete(newer)
+
   def save(self, state, step: int, next_row: int, heldout_loss: float | None = None) -> None:
     """Seals the previous save and starts to save `state`, a tree of arrays.
 

@@ -26,6 +26,7 @@ from cm3leon_jax.stages import check_same_config, differences
 from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.lease import Lease
 from cm3leon_jax.training.metrics import MetricsLog
+from cm3leon_jax.training.numerics import check_finite, finite_values
 
 FOLDER = "training"
 LOG_EVERY = 10
@@ -62,8 +63,10 @@ def train(
 
   Raises:
     UserError: too few examples, or a batch that the mesh does not divide; the folder holds a
-      training of another config, or a damaged checkpoint, or another job trains in it.
+      training of another config, or a damaged checkpoint, or another job trains in it; a loss or
+      the state is not finite.
   """
+  remedy = _remedy(name, folder)
   _check_batch(name, config.batch_size, len(examples))
   identity = {name: dataclasses.asdict(config), **about, "seed": seed, "examples": len(examples)}
   del identity[name]["checkpoint_every"]
@@ -88,13 +91,27 @@ def train(
       done = i + 1
       if done % LOG_EVERY == 0 or done == config.steps:
         values = {key: float(value) for key, value in metrics.items()}
+        _check_values(f"{name}: step {done}", values, remedy)
         log.write(done, values)
         bar.set_postfix({key: f"{x:.3f}" for key, x in values.items()}, refresh=False)
       if done % config.checkpoint_every == 0 and done < config.steps:
+        check_finite(state, f"{name}: checkpoint {done}", remedy)
         checkpoints.save(state, done, next_row=done * config.batch_size)
       checkpoints.check_save()
     log.flush()
+    check_finite(state, f"{name}: the model", remedy)
     return jax.device_get(state)
+
+
+def _remedy(name: str, folder: epath.PathLike) -> str:
+  training = epath.Path(folder) / FOLDER
+  return f"lower config.{name}.learning_rate and delete {training} to start again."
+
+
+def _check_values(what: str, values: dict[str, float], remedy: str) -> None:
+  if finite_values(values) != values:
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    raise UserError(f"{what} has {shown}: {remedy}")
 
 
 def _check_batch(name: str, batch_size: int, num_examples: int) -> None:

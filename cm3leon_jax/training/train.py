@@ -1,12 +1,12 @@
 """The training loop."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import functools
 import itertools
 import sys
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any
 
 from etils import epath
 import jax
@@ -22,17 +22,24 @@ from cm3leon_jax.data.pipeline import RowLoader, batches
 from cm3leon_jax.mesh import batch_shards, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training import loss
+from cm3leon_jax.training import loss, skipped_rows
 from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.goodput import Stopwatch
 from cm3leon_jax.training.lease import Lease
 from cm3leon_jax.training.metrics import check_log
 from cm3leon_jax.training.monitor import Monitor, open_monitor
+from cm3leon_jax.training.numerics import check_finite
+from cm3leon_jax.training.objective import NewestState, Objective, explaining
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer, learning_rate_schedule
 from cm3leon_jax.training.preemption import StopSignal
-from cm3leon_jax.training.state import eval_step, init_state, train_step
+from cm3leon_jax.training.skipped_rows import GoBack
+from cm3leon_jax.training.state import eval_step, init_state, row_losses, train_step
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.xla_options import compiler_options
+
+REMEDY = (
+  "lower optimizer.learning_rate in a new --workdir; the checkpoints before are as they were."
+)
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -74,6 +81,9 @@ class TrainConfig:
   """Whether TensorBoard event files are written."""
   wandb: str = ""
   """Project of Weights & Biases; empty: none."""
+  max_skipped: NonNegativeInt = 10
+  """Number of steps in a row that may be skipped because their loss or gradient is not finite, or
+  because of `optimizer.skip_above`; one more stops the run."""
   histogram_every: NonNegativeInt = 0
   """Number of steps between TensorBoard's histograms of the parameters; 0: none."""
   peak_flops: NonNegativeFloat = 0.0
@@ -121,11 +131,13 @@ class Steps:
     train: (state, batch) -> (state, metrics), see `state.train_step`; the state is donated.
     evaluate: (params, batch) -> sums, see `state.eval_step`. Like `train` it takes the static
       `num_sources` of rows that are marked with their sources.
+    row_losses: (params, batch) -> loss of each row, see `state.row_losses`.
   """
 
   init: Callable
   train: Callable
   evaluate: Callable
+  row_losses: Callable
 
 
 def compile_steps(
@@ -158,62 +170,8 @@ def compile_steps(
     evaluate=jax.jit(
       functools.partial(eval_step, model, vocab.text_size), static_argnames="num_sources"
     ),
+    row_losses=jax.jit(functools.partial(row_losses, model)),
   )
-
-
-@runtime_checkable
-class Objective(Protocol):
-  """What a run learns from.
-
-  Attributes:
-    names: of the sources that a batch is marked with, whose losses are logged.
-    length: tokens of a row of the batch.
-  """
-
-  names: Sequence[str]
-
-  @property
-  def length(self) -> int:
-    """Tokens of a row of the batch."""
-
-  def begin(
-    self, steps: Steps, next_row: int, rows: int, sharding: NamedSharding
-  ) -> tuple[Callable, Iterator]:
-    """Begins at a row.
-
-    Args:
-      steps: of the run.
-      next_row: first row.
-      rows: of a step.
-      sharding: of the rows of a batch.
-
-    Returns:
-      `take_step(state, batch)`, which returns the new state and metrics, and the batches.
-    """
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-  """The objective of pretraining and of tuning: cross-entropy of the rows of a loader."""
-
-  loader: RowLoader
-
-  @property
-  def names(self) -> Sequence[str]:
-    """Names of the loader's sources."""
-    return self.loader.source_names
-
-  @property
-  def length(self) -> int:
-    """Tokens of a row."""
-    return self.loader.plan.config.sequence_length
-
-  def begin(
-    self, steps: Steps, next_row: int, rows: int, sharding: NamedSharding
-  ) -> tuple[Callable, Iterator]:
-    """See `Objective`."""
-    take_step = functools.partial(steps.train, num_sources=len(self.names))
-    return take_step, batches(self.loader, next_row, rows, sharding)
 
 
 def heldout_batches(heldout: RowLoader, config: TrainConfig, sharding) -> list:
@@ -318,8 +276,10 @@ def _run_steps(
       with monitor.phase("evaluate", step):
         losses = heldout_losses(state.eval_params)
         monitor.heldout(step, losses)
-    if step % config.checkpoint_every == 0 or last:
+    # While steps are skipped nothing is saved, so the checkpoints stay those of before.
+    if last or (step % config.checkpoint_every == 0 and not monitor.skipped()):
       with monitor.phase("save", step):
+        check_finite(state, f"checkpoint {step}", REMEDY)
         loss = losses["heldout_loss"] if losses else None  # With `keep_best`, of this very step.
         checkpoints.save(state, step, next_row, loss)
     if sample_grid and (step % config.sample_every == 0 or step == config.steps):
@@ -355,6 +315,7 @@ def train(
   sample_grid: Callable[[dict, int], Any] | None = None, profile_steps: range = range(0),
   initial_params: Callable[[], dict] | None = None, evaluate_start: bool = False,
   lease: Lease | None = None,
+  go_back: GoBack | None = None,
 ) -> dict:  # fmt: skip
   """Trains to `config.steps` from the newest checkpoint in `folder`, on the current mesh.
 
@@ -374,14 +335,16 @@ def train(
       random ones.
     evaluate_start: whether the held-out loss is also computed before the first step, as step 0.
     lease: on the folder, if the caller holds it already.
+    go_back: the checkpoint to continue from in place of the newest, and the rows that `objective`
+      leaves out from now on.
 
   Returns:
     Numbers for the report; `heldout_before` has the held-out losses of step 0. At SIGTERM and
     Ctrl-C it saves and exits with its code, `INTERRUPTED` or `CTRL_C`, instead.
 
   Raises:
-    UserError: an unfit mesh, damaged checkpoints, a loss or gradient that is not finite, or another
-      job that trains in the folder.
+    UserError: an unfit mesh, damaged checkpoints, too many steps that are skipped, parameters that
+      are not finite, or another job that trains in the folder.
   """
   mesh = jax.sharding.get_mesh()
   with contextlib.ExitStack() as stack:
@@ -393,6 +356,8 @@ def train(
     steps = compile_steps(model, optimizer_config, config, vocab, seed)
     keep = (config.keep_checkpoints, config.keep_every, config.keep_best)
     checkpoints = stack.enter_context(Checkpoints(folder, *keep, check=lease.check))
+    if go_back is not None:
+      skipped_rows.go_back(checkpoints, folder, go_back)
     newest, state, next_row = _restore(checkpoints, steps, initial_params)
     if newest is None:
       check_log(folder, config.checkpoint_every)
@@ -404,11 +369,13 @@ def train(
         folder, model, config, schedule, objective.length, newest, watch, profile_steps,
         objective.names,
       )  # fmt: skip
-    with StopSignal(mesh) as stop, monitor:
+    guarded = NewestState(lease.guard(take_step))
+    explained = explaining(objective, steps, guarded, config, sharding, folder)
+    with StopSignal(mesh) as stop, explained, monitor:
       before = _evaluate_start(state, newest, heldout_losses, monitor) if evaluate_start else {}
       state, next_row, losses, code = _run_steps(
-        lease.guard(take_step), config, state, next_row, data, heldout_losses, checkpoints, monitor,
-        stop, sample_grid,
+        guarded, config, state, next_row, data, heldout_losses, checkpoints, monitor, stop,
+        sample_grid,
       )  # fmt: skip
   _check_end(int(state.step), config.steps, folder, code)
   if losses is None:  # No step was left to train.

@@ -12,11 +12,12 @@ import pytest
 
 from cm3leon_jax import stages
 from cm3leon_jax.clip.model import normalize
-from cm3leon_jax.commands import inspect_data
+from cm3leon_jax.commands import inspect_data, train
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import write_json
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import text, vqgan
+from cm3leon_jax.training import skipped_rows
 from tests.commands import train_test
 from tests.data.stores import VOCAB
 from tests.launch import tiny_instruct_config
@@ -167,6 +168,30 @@ def test_damage_is_found_with_file_and_record(
     return
   with pytest.raises(UserError, match=expected):
     inspect_data.validate(train_test.settings_with(), finished)
+
+
+def test_the_worst_rows_of_skipped_steps_are_shown(workdir):
+  """And compared with what the trainer read."""
+  folder, out = epath.Path(workdir) / "train", workdir / "rows.html"
+  folder.mkdir()
+  settings = train_test.settings_with()
+  loader = train.open_rows(settings, workdir, "train")
+  numbers, losses = np.arange(100, 110), np.float32([1, 5, np.nan, 3, 2, 9, 1, 1, 1, 1])
+  skipped_rows.save(folder, loader, numbers, losses)
+  skipped = skipped_rows.load(folder)
+  shown = skipped.numbers[:3].tolist()
+  inspect_data.write_page(settings, out=out, **page_of(workdir, shown, skipped))
+  assert "Rows 102, 105, 101 of" in out.read_text(encoding="utf-8")
+  skipped.rows["inputs"][1, 7] += 1
+  with pytest.raises(UserError, match="row 105 has other inputs than the training read"):
+    inspect_data.write_page(settings, out=out, **page_of(workdir, shown, skipped))
+
+
+def page_of(workdir, numbers, skipped):
+  return {
+    "workdir": workdir, "split": "train", "numbers": numbers, "config_name": "c.py",
+    "skipped": skipped,
+  }  # fmt: skip
 
 
 @pytest.mark.parametrize("folder", inspect_data.READ)

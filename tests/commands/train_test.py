@@ -16,7 +16,8 @@ from cm3leon_jax.io import read_json, read_json_lines, write_json
 from cm3leon_jax.models import transformer
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training import checkpoint, skipped_rows
+from cm3leon_jax.training.skipped_rows import GoBack
 from tests.data.stores import VOCAB, make_sources
 from tests.generation.run import make_config, make_run, one_device
 from tests.retrieval.stores import write_neighbors
@@ -216,6 +217,46 @@ def test_a_run_goes_on_with_a_field_that_was_allowed_to_change(tmp_path, monkeyp
   assert stored["changes"] == [{"step": 2, "fields": [f"{name}: 0.001 -> 0.5"]}]
   start(0.5, 4)  # It needs no flag any more.
   assert read_json(root / "train" / "config.json")["changes"] == stored["changes"]
+
+
+def test_a_finished_run_goes_back_and_leaves_rows_out_once(tmp_path, monkeypatch, capsys):
+  """The same flags again change nothing, and neither does leaving them out."""
+  make_run(root := epath.Path(tmp_path))
+  write_neighbors(root / "neighbors" / "train_pairs", ids=np.full((12, 4), -1, np.int32))
+  for folder in ("documents", "neighbors"):
+    write_json(root / folder / stages.DONE, {"id": folder, "summary": {}})
+  monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
+  config = make_config()
+  config.data.update({"num_neighbors": 0, "text_share": 0.0, "pack_window": 8})
+  config.train.update({"global_batch_size": 1, "steps": 4, "checkpoint_every": 1})
+  settings = settings_from_config(config)
+  back = GoBack(3, range(2, 5))
+  train.main(settings, root)
+  with pytest.raises(UserError, match="checkpoint 3 has read the rows before 3 already"):
+    train.main(settings, root, back=back)
+  log = root / "train" / "metrics" / "metrics.jsonl"
+
+  def losses():
+    return {line["step"]: line["loss"] for line in read_json_lines(log) if "loss" in line}
+
+  first, back = losses(), GoBack(3, range(3, 6))
+  train.main(settings, root, back=back)
+  second = losses()
+  assert [first[i] == second[i] for i in range(1, 5)] == [True, True, True, False]
+  assert read_json(root / "train" / skipped_rows.RECORD) == [back.as_json]
+  assert "goes back to checkpoint 3, and on without rows 3 to 5" in capsys.readouterr().out
+  for again in (back, None):
+    train.main(settings, root, back=again)
+    assert "finished already, skipped" in capsys.readouterr().out
+    assert losses() == second
+  longer = dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=6))
+  rows = []
+  monkeypatch.setattr(
+    "cm3leon_jax.training.objective.Remaining.number",
+    lambda self, i: rows.append(skipped_rows.row_number(i, self._skipped)) or rows[-1],
+  )
+  train.main(longer, root)
+  assert rows[:2] == [7, 8]  # After rows 0, 1, 2 and 6.
 
 
 def test_wrong_profile_steps_are_refused_before_training(workdir):

@@ -157,6 +157,13 @@ def test_codes_outside_the_vocabulary_are_refused(raw, text_tokenizer, tmp_path)
     encode(raw, text_tokenizer, tmp_path, levels=17)
 
 
+def test_one_code_for_all_images_is_refused(raw, text_tokenizer, tmp_path):
+  """As of an image tokenizer whose parameters are NaN. Two codes are enough."""
+  with pytest.raises(UserError, match=r"gives all 68 places of the training images the same code"):
+    encode(raw, text_tokenizer, tmp_path, levels=1)
+  assert encode(raw, text_tokenizer, tmp_path / "two", levels=2)["train"]["codes_used"] == 2
+
+
 def test_an_empty_training_split_is_refused(raw, text_tokenizer, tmp_path):
   index = json.loads((raw / raw_pairs.INDEX).read_text())
   index["shards"]["000000"] |= {"train_pairs": 0, "train_texts": 0, "train_interleaved": 0}

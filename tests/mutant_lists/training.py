@@ -8,6 +8,9 @@ LOSS = "cm3leon_jax/training/loss.py"
 LOSS_TEST = "tests/training/loss_test.py"
 STATE = "cm3leon_jax/training/state.py"
 STATE_TEST = "tests/training/state_test.py"
+NUMERICS = "cm3leon_jax/training/numerics.py"
+NUMERICS_TEST = "tests/training/numerics_test.py"
+SKIPPED_TEST = "tests/training/skipped_rows_test.py"
 SOURCES_TEST = "tests/training/source_losses_test.py"
 CHECKPOINT = "cm3leon_jax/training/checkpoint.py"
 CHECKPOINT_TEST = "tests/training/checkpoint_test.py"
@@ -131,6 +134,41 @@ TRAINING = (
       "jax.tree.map(jnp.add, grads, part_grads)",
       "jax.tree.map(jnp.maximum, grads, part_grads)",
     ),
+  ),
+  *mutants_of(
+    STATE,
+    f"{NUMERICS_TEST}::test_a_poisoned_batch_leaves_no_trace",
+    (
+      "skipped_steps_are_taken",
+      "sound = numerics.is_sound(value, norm, opt_state)",
+      "sound = jnp.bool_(True)",
+    ),
+    (
+      "average_of_a_skipped_step_moves",
+      "numerics.select(sound, (params, opt_state, ema), old)",
+      "(*numerics.select(sound, (params, opt_state), old[:2]), ema)",
+    ),
+  ),
+  *mutants_of(
+    NUMERICS,
+    f"{NUMERICS_TEST}::test_spikes_by_hand",
+    ("infinite_losses_are_sound", "jnp.isfinite(value) & ", "~jnp.isnan(value) & "),
+    ("spikes_are_sound", " & ~spike\n", "\n"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/train.py",
+    f"{SKIPPED_TEST}::test_too_many_skipped_steps_stop_the_run_and_it_goes_on_without_their_rows",
+    ("skipped_steps_are_saved", " and not monitor.skipped())", " and monitor.skipped() < 2)"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/train.py",
+    f"{SKIPPED_TEST}::test_a_parameter_that_is_not_finite_is_not_saved",
+    ("nans_are_saved", 'check_finite(state, f"checkpoint {step}", REMEDY)', "pass"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/skipped_rows.py",
+    f"{SKIPPED_TEST}::test_row_number_by_hand",
+    ("rows_left_out_by_their_count_alone", "if i >= first:", "if i > first:"),
   ),
   *mutants_of(
     STATE,

@@ -172,6 +172,31 @@ def test_batches_that_cannot_be_are_refused(tmp_path):
     train(tmp_path, dataclasses.replace(Config(), batch_size=6), devices=(1, 4, 1))
 
 
+@pytest.mark.parametrize(
+  ("checkpoint_every", "sentence"),
+  [
+    (5, r"^clip: checkpoint 5 is not saved: w hold NaNs or infinities: "),
+    (50, r"^clip: step 10 has"),
+  ],
+)
+def test_a_training_that_diverges_ends_and_nothing_of_it_is_kept(
+  tmp_path, checkpoint_every, sentence
+):
+  config = Config(learning_rate=1e30, checkpoint_every=checkpoint_every)
+  message = f"{sentence}.*lower config.clip.learning_rate and delete .*training to start again"
+  with pytest.raises(UserError, match=message):
+    train(tmp_path, config)
+  folder = tmp_path / small_trainer.FOLDER / "checkpoints"
+  assert [path.name for path in folder.iterdir()] == []
+  assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_model_that_diverges_in_its_last_step_is_not_returned(tmp_path):
+  """Its loss is of before that step."""
+  with pytest.raises(UserError, match=r"^clip: the model is not saved: w hold NaNs"):
+    train(tmp_path, Config(steps=1, batch_size=8, learning_rate=float("inf")))
+
+
 def test_an_epoch_visits_every_example_once():
   rows = [small_trainer.batch_rows(step, 20, 5, 7) for step in range(8)]
   epochs = [np.concatenate(rows[:4]), np.concatenate(rows[4:])]

@@ -25,9 +25,10 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import checkpoint, upkeep
 from cm3leon_jax.training import train as train_module
 from cm3leon_jax.training.flops import model_flops
+from cm3leon_jax.training.objective import Rows
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.state import init_state
-from cm3leon_jax.training.train import Rows, TrainConfig, compile_steps, train
+from cm3leon_jax.training.train import TrainConfig, compile_steps, train
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.models.tiny import mesh_of
 from tests.training import events
@@ -70,6 +71,9 @@ def run(
   fresh=False,
   ema_decay=0.0,
   initial_params=None,
+  skip_above=0.0,
+  skipped=(),
+  go_back=None,
   **fields,
 ):
   """Trains; with `fresh` the steps are compiled again, as in a new process."""
@@ -83,7 +87,9 @@ def run(
       **fields,
     }
   )
-  optimizer = OptimizerConfig(learning_rate=learning_rate, ema_decay=ema_decay)
+  optimizer = OptimizerConfig(
+    learning_rate=learning_rate, ema_decay=ema_decay, skip_above=skip_above
+  )
 
   def steps(model, optimizer, config, vocab, seed):
     mesh = jax.sharding.get_mesh()
@@ -101,12 +107,13 @@ def run(
       optimizer,
       config,
       VOCAB,
-      Rows(loader),
+      Rows(loader, skipped),
       loader,
       0,
       sample_grid,
       profile_steps,
       initial_params,
+      go_back=go_back,
     )
 
 
@@ -500,8 +507,9 @@ def test_mfu_is_that_of_the_whole_batch(loader, tmp_path):
 def test_debug_nans_finds_the_operation_although_the_state_is_donated(loader, tmp_path):
   """Parameters are 1e37 after step 2; without the flag step 3 has the first wrong metrics."""
   shape = (1, 2, 1)
-  with pytest.raises(UserError, match=r"of step 3 is .*--debug_nans"):
-    run(tmp_path / "plain", loader, shape, learning_rate=1e38, tensorboard=False)
+  message = r"^step 3 is skipped: its loss is .* rows 16 to 23 were read, .*--debug_nans"
+  with pytest.raises(UserError, match=message):
+    run(tmp_path / "plain", loader, shape, learning_rate=1e38, tensorboard=False, max_skipped=0)
   with jax.debug_nans(True), pytest.raises(FloatingPointError, match="invalid value"):
     run(tmp_path / "nans", loader, shape, learning_rate=1e38, tensorboard=False, fresh=True)
 
@@ -523,6 +531,7 @@ def test_debug_nans_changes_nothing_where_all_is_finite(whole, loader, tmp_path)
     {"log_every": 0},
     {"histogram_every": -1},
     {"peak_flops": -1.0},
+    {"max_skipped": -1},
   ],
 )
 def test_config_errors_name_the_field(fields):
