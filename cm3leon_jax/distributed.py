@@ -14,6 +14,8 @@ from cm3leon_jax import stages
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.io import plain
 
+# A process that was killed, stopped or cut off ends the others after this time.
+HEARTBEAT_SECONDS = 100
 # A process that ends waits as long for the others; if it failed alone, the job then ends.
 SHUTDOWN_SECONDS = 60
 
@@ -57,6 +59,7 @@ def initialize(
       num_processes,
       process_id,
       initialization_timeout=timeout,
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
       shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
   except ValueError as error:

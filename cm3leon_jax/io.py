@@ -40,6 +40,12 @@ def replacing(path: epath.PathLike, mode: str = "wb", durable: bool = False):
       os.fsync(file.fileno())
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+  """Returns the absolute path; epath takes gs://bucket for a folder "gs:" in the current one."""
+  path = epath.Path(path)
+  return path if "://" in os.fspath(path) else path.resolve()
+
+
 def plain(value):
   """Returns a value as it is read from JSON: tuples as lists, numpy scalars as numbers."""
   return json.loads(json.dumps(value, default=lambda x: x.item() if hasattr(x, "item") else str(x)))

@@ -8,6 +8,7 @@ from typing import Protocol
 from etils import epath
 from tqdm import tqdm
 
+from cm3leon_jax import buckets
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import plain, read_json, write_json
 
@@ -114,6 +115,7 @@ class _Worker:
   """Processes shards and records them; built once in each worker."""
 
   def __init__(self, job: Job, folder: epath.Path):
+    buckets.prepare_access()
     self._job, self._folder, self._process = job, folder, None
 
   def __call__(self, row: dict) -> dict:

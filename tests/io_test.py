@@ -16,6 +16,12 @@ def test_write_json_replaces_and_leaves_no_partial_file(tmp_path):
   assert [p.name for p in path.parent.iterdir()] == ["x.json"]
 
 
+def test_absolute_paths_of_buckets_stay_in_their_bucket(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert str(io.absolute("gs://bucket/run")) == "gs://bucket/run"
+  assert str(io.absolute("run")) == str(tmp_path / "run")
+
+
 def test_damaged_or_absent_json_is_refused(tmp_path):
   with pytest.raises(UserError, match="does not exist"):
     read_json(tmp_path / "x.json")

@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from cm3leon_jax import accelerators
+from cm3leon_jax import accelerators, buckets
 from cm3leon_jax.commands import config_file, help_text
 from cm3leon_jax.config import CTRL_C, INTERRUPTED, UserError
 
@@ -246,6 +246,7 @@ def run(
           return
       if workdir:
         arguments.append(_folder())
+      buckets.prepare_access()
       _join_processes(several_processes)
       main(*arguments)
     except UserError as error:

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.io import digest, read_json, write_json
+from cm3leon_jax.io import absolute, digest, read_json, write_json
 from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
@@ -54,7 +54,7 @@ class Checkpoints:
       check: called before a save is started and before one is sealed; an error that it raises
         prevents both.
     """
-    self.folder = epath.Path(folder).resolve() / FOLDER
+    self.folder = absolute(folder) / FOLDER
     self._digest_folder = self.folder.parent / f"{FOLDER}.digests"
     options = ocp.CheckpointManagerOptions(
       preservation_policy=policy(keep, keep_every, keep_best),

@@ -12,13 +12,13 @@ import optax
 
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import flops
+from cm3leon_jax.training.boards import Board, open_boards
 from cm3leon_jax.training.goodput import Stopwatch, describe, earlier, goodput, to_line
 from cm3leon_jax.training.loss import SOURCE_SUMS, source_losses
 from cm3leon_jax.training.metrics import MetricsLog
 from cm3leon_jax.training.numerics import SkipCounter, finite_values
 from cm3leon_jax.training.profile import Profiler
-from cm3leon_jax.training.tensorboard import TensorBoard, named_histograms
-from cm3leon_jax.training.wandb_run import WandbRun
+from cm3leon_jax.training.tensorboard import named_histograms
 
 IDLE_SECONDS = 5e-3  # If metrics come within this time, the device was idle.
 
@@ -145,7 +145,7 @@ class Monitor:
 
   def __init__(
     self, log: MetricsLog, watch: Stopwatch, rates: Rates, schedule: optax.Schedule, config,
-    profiler: Profiler, boards: list[TensorBoard | WandbRun], sources: Sequence[str] = (),
+    profiler: Profiler, boards: list[Board], sources: Sequence[str] = (),
     skipped: int = 0,
   ):  # fmt: skip
     """Combines the outputs that `open_monitor` opens.
@@ -318,22 +318,6 @@ class Monitor:
       print(text, flush=True)
 
 
-def open_boards(folder: epath.Path, config, first_step: int) -> list[TensorBoard | WandbRun]:
-  """Opens the boards of the TrainConfig; prints a line if TensorBoard is not installed.
-
-  Raises:
-    UserError: config.wandb is set, but wandb is not installed.
-  """
-  boards = [WandbRun(folder, config.wandb)] if config.wandb else []
-  if config.tensorboard:
-    try:
-      boards.append(TensorBoard(folder / "tensorboard", first_step))
-    except ImportError as error:
-      instead = "pip install 'cm3leon_jax[monitoring]', or set --config.train.tensorboard=False."
-      print(f"train: no TensorBoard ({error}): {instead}", flush=True)
-  return boards
-
-
 def open_monitor(
   folder: epath.Path, model: ModelConfig, config, schedule: optax.Schedule, sequence_length: int,
   newest: int | None, watch: Stopwatch, profile_steps: range, sources: Sequence[str] = (),
@@ -362,7 +346,7 @@ def open_monitor(
     flops.mesh_peak(config.peak_flops),
   )
   first = 0 if newest is None else newest + 1  # Step 0 is an evaluation before the first step.
-  boards = open_boards(folder, config, first) if log.enabled else []
+  boards = open_boards(folder, config, first, watch) if log.enabled else []
   if log.enabled and profile_steps and (newest or 0) >= profile_steps[-1]:
     print(
       f"train: the run is at step {newest:,} already, beyond the steps to trace; "

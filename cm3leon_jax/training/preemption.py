@@ -2,13 +2,16 @@
 
 import os
 import signal
+import sys
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from cm3leon_jax import distributed
 from cm3leon_jax.config import CTRL_C, INTERRUPTED
 
 # Signals and their exit codes. All processes agree on the largest place, so the later one counts.
@@ -68,3 +71,17 @@ class StopSignal:
     flags = jax.make_array_from_callback(self._shape, self._sharding, lambda index: mine[index])
     before, self._pending = self._pending, _largest(flags)
     return 0 if before is None else int(before)
+
+
+def check_end(step: int, steps: int, folder: epath.Path, code: int | None) -> None:
+  """Exits with `code` if the run was asked to stop before its last step."""
+  if code is not None and step < steps:
+    distributed.print_once(
+      f"stopped at step {step} of {steps}; saved in {folder}: the same command continues."
+    )
+    sys.exit(code)
+  if step > steps:
+    distributed.print_once(
+      f"train: the run is at step {step} already, beyond train.steps = {steps}; "
+      "nothing was trained."
+    )

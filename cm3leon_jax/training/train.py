@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import sys
 from typing import Annotated, Any
 
 from etils import epath
@@ -25,13 +24,14 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import loss, skipped_rows
 from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.goodput import Stopwatch
+from cm3leon_jax.training.hang_watch import HangWatch
 from cm3leon_jax.training.lease import Lease
 from cm3leon_jax.training.metrics import check_log
 from cm3leon_jax.training.monitor import Monitor, open_monitor
 from cm3leon_jax.training.numerics import check_finite
 from cm3leon_jax.training.objective import NewestState, Objective, explaining
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer, learning_rate_schedule
-from cm3leon_jax.training.preemption import StopSignal
+from cm3leon_jax.training.preemption import StopSignal, check_end
 from cm3leon_jax.training.skipped_rows import GoBack
 from cm3leon_jax.training.state import eval_step, init_state, row_losses, train_step
 from cm3leon_jax.vocab import VocabLayout
@@ -79,6 +79,11 @@ class TrainConfig:
   """Number of steps between printed lines; metrics.jsonl has every step."""
   tensorboard: bool = True
   """Whether TensorBoard event files are written."""
+  metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0
+  """Port at which process 0 serves metrics as text for Prometheus, to every address; 0: none."""
+  hang_minutes: NonNegativeFloat = 30.0
+  """Minutes without a step, or 10 of the longest steps if that is more, after which a job prints
+  where every process stands and ends with exit code 1; 0: never."""
   wandb: str = ""
   """Project of Weights & Biases; empty: none."""
   max_skipped: NonNegativeInt = 10
@@ -295,20 +300,6 @@ def _run_steps(
   return state, next_row, losses, code
 
 
-def _check_end(step: int, steps: int, folder: epath.Path, code: int | None) -> None:
-  """Exits with `code` if the run was asked to stop before its last step."""
-  if code is not None and step < steps:
-    distributed.print_once(
-      f"stopped at step {step} of {steps}; saved in {folder}: the same command continues."
-    )
-    sys.exit(code)
-  if step > steps:
-    distributed.print_once(
-      f"train: the run is at step {step} already, beyond train.steps = {steps}; "
-      "nothing was trained."
-    )
-
-
 def train(
   folder: epath.Path, model: ModelConfig, optimizer_config: OptimizerConfig, config: TrainConfig,
   vocab: VocabLayout, objective: Objective, heldout: RowLoader, seed: int,
@@ -351,6 +342,7 @@ def train(
     watch = stack.enter_context(contextlib.closing(Stopwatch()))
     if lease is None:
       lease = stack.enter_context(Lease(folder))
+    hang = stack.enter_context(HangWatch(folder, config.hang_minutes, watch))
     check_batch(config)
     sharding = NamedSharding(mesh, spec("batch", "length"))
     steps = compile_steps(model, optimizer_config, config, vocab, seed)
@@ -363,21 +355,22 @@ def train(
       check_log(folder, config.checkpoint_every)
     heldout_losses = _heldout_losses(steps, heldout, config, sharding)
     take_step, data = objective.begin(steps, next_row, config.global_batch_size, sharding)
+    take_step, data = hang.follow(lease.guard(take_step), data, int(state.step) + 1)
+    take_step = NewestState(take_step)
     schedule = learning_rate_schedule(optimizer_config, config.steps)
     with distributed.together():
       monitor = open_monitor(
         folder, model, config, schedule, objective.length, newest, watch, profile_steps,
         objective.names,
       )  # fmt: skip
-    guarded = NewestState(lease.guard(take_step))
-    explained = explaining(objective, steps, guarded, config, sharding, folder)
+    explained = explaining(objective, steps, take_step, config, sharding, folder)
     with StopSignal(mesh) as stop, explained, monitor:
       before = _evaluate_start(state, newest, heldout_losses, monitor) if evaluate_start else {}
       state, next_row, losses, code = _run_steps(
-        guarded, config, state, next_row, data, heldout_losses, checkpoints, monitor, stop,
+        take_step, config, state, next_row, data, heldout_losses, checkpoints, monitor, stop,
         sample_grid,
       )  # fmt: skip
-  _check_end(int(state.step), config.steps, folder, code)
+  check_end(int(state.step), config.steps, folder, code)
   if losses is None:  # No step was left to train.
     losses = heldout_losses(state.eval_params)
   parameters = transformer.count_params(state.params)

@@ -1,18 +1,15 @@
 import dataclasses
 import json
-import sys
 import time
 
-from etils import epath
 import jax
 import jax.numpy as jnp
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.training.goodput import Stopwatch
 from cm3leon_jax.training.metrics import MetricsLog
-from cm3leon_jax.training.monitor import Monitor, Rates, open_boards, step_line
+from cm3leon_jax.training.monitor import Monitor, Rates, step_line
 from cm3leon_jax.training.numerics import TooManySkippedError
 from cm3leon_jax.training.profile import Profiler
 from cm3leon_jax.training.train import TrainConfig
@@ -163,18 +160,3 @@ def test_waiting_for_data_counts_where_the_device_has_nothing_to_do(tmp_path):
   line = read_json_lines(tmp_path / "metrics.jsonl")[-1]
   assert 0.06 <= line["data_seconds"] < 0.2
   assert line["step_seconds"] < 0.06
-
-
-def test_without_tensorboardx_a_line_says_so(tmp_path, capsys, monkeypatch):
-  monkeypatch.setitem(sys.modules, "tensorboardX", None)
-  assert open_boards(epath.Path(tmp_path), TrainConfig(), 1) == []
-  (line,) = capsys.readouterr().out.splitlines()
-  assert "pip install 'cm3leon_jax[monitoring]'" in line
-
-
-def test_wandb_that_is_set_but_not_installed_is_a_user_error(tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, "wandb", None)
-  with pytest.raises(
-    UserError, match=r"config\.train\.wandb is 'cats', but wandb is not installed"
-  ):
-    open_boards(epath.Path(tmp_path), TrainConfig(wandb="cats"), 1)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from unittest import mock
+import urllib.request
 
 from etils import epath
 import jax
@@ -27,9 +28,11 @@ from cm3leon_jax.training import train as train_module
 from cm3leon_jax.training.flops import model_flops
 from cm3leon_jax.training.objective import Rows
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.preemption import INTERRUPTED
 from cm3leon_jax.training.state import init_state
 from cm3leon_jax.training.train import TrainConfig, compile_steps, train
 from tests.data.stores import VOCAB, make_plan, make_sources
+from tests.distributed_test import free_port
 from tests.models.tiny import mesh_of
 from tests.training import events
 from tests.training.profile_test import traced_steps
@@ -370,6 +373,25 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(loader, tmp_path)
   with pytest.raises(UserError, match=r"has logged 9 steps and has no checkpoint: restore"):
     run(tmp_path, loader)
   assert sorted(losses(tmp_path)) == list(range(1, 10))
+
+
+def test_prometheus_reads_a_run_while_it_trains(loader, tmp_path):
+  """In the grid of step 8: the endpoint is open as long as the run trains."""
+  port, found = free_port(), []
+
+  def scrape(*_):
+    with urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=10) as answer:
+      found.append(dict(re.findall(r"^cm3leon_(\w+) (\S+)$", answer.read().decode(), flags=re.M)))
+
+  run(tmp_path, loader, sample_grid=scrape, sample_every=8, steps=8, metrics_port=port)
+  [values] = [{name: float(x) for name, x in values.items()} for values in found]
+  assert (values["step"], values["steps"]) == (8, 8)
+  assert values["loss"] == losses(tmp_path)[8]
+  assert 0 < values["goodput_ratio"] < 1
+  assert values["tokens_per_second"] > 0
+  assert 0 < values["seconds_since_last_step"] < 60
+  with pytest.raises(OSError, match="refused"):
+    scrape()
 
 
 HOLD = """
