@@ -28,7 +28,6 @@ from cm3leon_jax.training import train as train_module
 from cm3leon_jax.training.flops import model_flops
 from cm3leon_jax.training.objective import Rows
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
-from cm3leon_jax.training.preemption import INTERRUPTED
 from cm3leon_jax.training.state import init_state
 from cm3leon_jax.training.train import TrainConfig, compile_steps, train
 from tests.data.stores import VOCAB, make_plan, make_sources
