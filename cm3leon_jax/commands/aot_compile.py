@@ -214,7 +214,8 @@ def main(settings) -> None:
       title = f"held-out loss on {where}; {train.micro_batch_size} rows of {length}"
       reports["evaluate"] = _evaluate_report(topology, settings, mesh)
       print(table(title, reports["evaluate"]), flush=True)
-    if _PROGRAM.value == "reinforce":
+    if _PROGRAM.value == "reinforce":  # Its step is one pass.
+      settings = dataclasses.replace(settings, train=dataclasses.replace(train, rows_per_device=0))
       prompt = _DECODE_POSITIONS.value - settings.vqgan.image_tokens
       title = f"reinforce step on {where}; {train.global_batch_size} images of two streams"
       reports["reinforce"] = _reinforce_report(topology, settings, mesh, prompt)
