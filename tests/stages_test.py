@@ -242,6 +242,7 @@ def test_identity_literals():
     ("neighbors", "retrieval.lexical_width", 9, False),
     ("train", "train.steps", 9, True),
     ("train", "train.global_batch_size", 9, False),
+    ("train", "train.rows_per_device", 4, True),
     ("train", "data.read_threads", 9, True),
     ("train", "data.on_bad_record", "skip", True),
     ("train", "data.max_skipped", 9, True),

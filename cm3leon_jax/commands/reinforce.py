@@ -84,6 +84,9 @@ def main(settings, workdir, init_from: str = "") -> None:
   from cm3leon_jax.training.train import train
 
   distributed.check_same_config({**dataclasses.asdict(settings), "init_from": init_from})
+  # A step is one pass, also with a config of a tuning that splits it.
+  one_pass = dataclasses.replace(settings.train, rows_per_device=0)
+  settings = dataclasses.replace(settings, train=one_pass)
   if not settings.instructions.any:
     raise UserError("config.instructions has no tasks, whose records are the prompts: name some.")
   if not init_from and not (workdir / "train" / "config.json").exists():

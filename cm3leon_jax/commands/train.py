@@ -58,6 +58,10 @@ _ALLOW_CHANGED = flags.DEFINE_list(
   "follows is printed, and train/config.json lists the changes.",
 )
 
+_SKIP_MEMORY_CHECK = flags.DEFINE_bool(
+  "skip_memory_check", False, "Start even if a step seems to need more memory than a device has."
+)
+
 
 def open_rows(settings: Settings, workdir, split: str, write_starts: bool = False) -> RowLoader:
   """Opens the rows of a split: instructions, and pairs with their neighbors, texts and interleaved
@@ -337,11 +341,13 @@ def main(
   init_from: str = "",
   allow_changed: Sequence[str] = (),
   back: GoBack | None = None,
+  skip_memory_check: bool = False,
 ) -> None:
   import jax
 
   from cm3leon_jax import distributed
   from cm3leon_jax.generation.heldout import sample_grids
+  from cm3leon_jax.planning import memory
   from cm3leon_jax.training.lease import Lease
   from cm3leon_jax.training.monitor import change_line
   from cm3leon_jax.training.objective import Rows
@@ -352,6 +358,9 @@ def main(
   flags_given = {"profile_steps": profile_steps, "debug_nans": debug_nans, "init_from": init_from}
   flags_given |= {"allow_changed": list(allow_changed), "go_back": str(back)}
   distributed.check_same_config({**dataclasses.asdict(settings), **flags_given})
+  mesh = common.make_mesh(settings)  # An unfit mesh is found before a stage is read.
+  if not skip_memory_check:
+    memory.check_devices(settings, mesh)
   config, start = begin(settings, workdir, init_from, allowed=allow_changed)
   folder = workdir / "train"
   left_out, back = _left_out(settings, folder, back)
@@ -393,8 +402,16 @@ def _main(settings, workdir) -> None:
   from cm3leon_jax.training.skipped_rows import parse
 
   back = parse(_RESUME_FROM.value, _SKIP_ROWS.value)
-  profiled, nans = _PROFILE_STEPS.value, _DEBUG_NANS.value
-  main(settings, workdir, profiled, nans, INIT_FROM.value, _ALLOW_CHANGED.value, back)
+  main(
+    settings,
+    workdir,
+    _PROFILE_STEPS.value,
+    _DEBUG_NANS.value,
+    INIT_FROM.value,
+    _ALLOW_CHANGED.value,
+    back,
+    _SKIP_MEMORY_CHECK.value,
+  )
 
 
 if __name__ == "__main__":
