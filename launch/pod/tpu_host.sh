@@ -16,7 +16,7 @@ if ! (find_python) >/dev/null 2>&1; then
   PYTHON="$(python3 -m uv python find 3.11)"
   export PYTHON
 fi
-make_venv tpu,data
+make_venv tpu,data,monitoring
 
 {
   printf '#!/usr/bin/env bash\ncd %q\nexec %q -m launch.train --distributed' "$root" "$python"

@@ -145,7 +145,8 @@ def test_dockerfile_copies_what_the_context_holds_and_installs_extras_that_exist
   assert all((ROOT / source).exists() for source in copied)
   assert sorted(line[1:] for line in ignored if line.startswith("!")) == sorted(copied)
   assert 'case "$EXTRA" in tpu | cuda12 | cuda13)' in text
-  assert '".[$EXTRA,data]"' in text  # tests/packaging_test.py: .ci/extras.py resolves all three.
+  # tests/packaging_test.py: .ci/extras.py resolves all three.
+  assert '".[$EXTRA,data,monitoring]"' in text
 
 
 # TPU VM.
@@ -165,7 +166,7 @@ def test_tpu_vm_starts_the_same_flags_on_every_host(recorders):
   (venv / "bin").mkdir(parents=True)
   (venv / "bin" / "python").symlink_to(sys.executable)
   files = (ROOT / "pyproject.toml").read_bytes() + (ROOT / "requirements.txt").read_bytes()
-  (venv / "installed-tpu,data").write_text(hashlib.sha256(files).hexdigest() + "\n")
+  (venv / "installed-tpu,data,monitoring").write_text(hashlib.sha256(files).hexdigest() + "\n")
   result = run_script(recorders, "tpu_vm.sh", ["run", *FLAGS], TPU_VM)
   assert result.returncode == 0, result.stderr
   scp, ssh = recorders.calls("gcloud")
