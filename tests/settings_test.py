@@ -194,6 +194,7 @@ REFUSED = [
   ("train", "steps", 0, POSITIVE),
   ("train", "global_batch_size", 0, POSITIVE),
   ("train", "gradient_accumulation_steps", 0, POSITIVE),
+  ("train", "rows_per_device", -1, NOT_NEGATIVE),
   ("train", "eval_every", 0, POSITIVE),
   ("train", "eval_batches", 0, POSITIVE),
   ("train", "checkpoint_every", 0, POSITIVE),
@@ -337,6 +338,11 @@ def test_every_field_is_in_the_table_above():
     (
       {"train__gradient_accumulation_steps": 3},
       "config.train: gradient_accumulation_steps = 3 does not divide global_batch_size = 8192.",
+    ),
+    (
+      {"train__gradient_accumulation_steps": 2, "train__rows_per_device": 4},
+      "config.train: rows_per_device = 4 sets gradient_accumulation_steps, which is 2: leave it at "
+      "1, or set rows_per_device = 0.",
     ),
     (
       {"model__vocab_size": 1_000},

@@ -178,6 +178,7 @@ def test_identity_literals():
     ("neighbors", "retrieval.lexical_width", 9, False),
     ("train", "train.steps", 9, True),
     ("train", "train.global_batch_size", 9, False),
+    ("train", "train.rows_per_device", 4, True),
     ("train", "data.read_threads", 9, True),
     ("train", "data.num_neighbors", 9, False),
     ("train", "model.remat_policy", "none", True),

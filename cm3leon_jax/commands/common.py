@@ -18,6 +18,8 @@ from cm3leon_jax.commands import config_file, help_text
 from cm3leon_jax.config import UserError
 
 if TYPE_CHECKING:
+  import jax
+
   from cm3leon_jax.settings import Settings
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -47,6 +49,7 @@ _TIMEOUT = flags.DEFINE_integer(
 )
 
 
+_NEEDS_GCSFS = "needs gcsfs: pip install 'cm3leon_jax[data]'."
 NAME_A_CONFIG = "name a config: --config=ml_configs/scenes.py"
 
 
@@ -76,8 +79,8 @@ def _join_processes(several: bool) -> None:
   distributed.initialize(*(flag.value for flag in explicit), _TIMEOUT.value)
 
 
-def use_mesh(settings: Settings):
-  """Sets the mesh of the config (`jax.set_mesh`).
+def make_mesh(settings: Settings) -> jax.sharding.Mesh:
+  """Makes the mesh of the config.
 
   Raises:
     UserError: the mesh does not fit the devices.
@@ -92,9 +95,16 @@ def use_mesh(settings: Settings):
       "--protocol and launch.score need --distributed, other commands a single host."
     )
   try:
-    return jax.set_mesh(create_mesh(settings.mesh))
+    return create_mesh(settings.mesh)
   except ValueError as error:
     raise UserError(f"config.mesh: {error}") from error
+
+
+def use_mesh(settings: Settings):
+  """Sets the mesh of the config (`jax.set_mesh`); raises as `make_mesh`."""
+  import jax
+
+  return jax.set_mesh(make_mesh(settings))
 
 
 def keep_compiled(workdir: epath.Path) -> None:
@@ -134,6 +144,18 @@ def _unknown_flag(name: str) -> str:
   close = difflib.get_close_matches(name, list(flags.FLAGS), 1)
   hint = f"did you mean --{close[0]}?" if close else "--help lists its flags."
   return f"--{name} is not a flag of this command: {hint}"
+
+
+def _check_buckets() -> None:
+  """Raises UserError if a flag names a bucket and the package that reads buckets is missing.
+
+  Fields of the config are left to the stage that reads them: training needs no `raw.source`.
+  """
+  if importlib.util.find_spec("gcsfs"):
+    return
+  for name, value in flags.FLAGS.flag_values_dict().items():
+    if not name.startswith("config.") and str(value).startswith("gs://"):
+      raise UserError(f"--{name}={value} is in a bucket, which {_NEEDS_GCSFS}")
 
 
 def _user_error(error: BaseException | None) -> UserError | None:
@@ -187,15 +209,15 @@ def run(main, workdir: bool = True, several_processes: bool = False) -> None:
         return
       if workdir and _WORKDIR.value is None:
         raise UserError("name the folder of the run: --workdir=workdir")
-      if workdir and _WORKDIR.value.startswith("gs://") and not importlib.util.find_spec("gcsfs"):
-        raise UserError(
-          f"--workdir={_WORKDIR.value} is in a bucket, which needs gcsfs: "
-          "pip install 'cm3leon_jax[data]'."
-        )
+      _check_buckets()
       _join_processes(several_processes)
       main(settings, *([epath.Path(_WORKDIR.value)] if workdir else []))
     except UserError as error:
       _fail(str(error), error.exit_code)
+    except ImportError as error:
+      if "gcsfs" not in str(error):
+        raise
+      _fail(f"a path of the config is in a bucket, which {_NEEDS_GCSFS}")
 
   accelerators.use_cpu_if_alone()
   app.run(checked, flags_parser=functools.partial(_parse_flags, workdir, several_processes))

@@ -35,6 +35,10 @@ _DEBUG_NANS = flags.DEFINE_bool(
   "debug_nans", False, "Stop at the operation that computes the first NaN. Slow."
 )
 
+_SKIP_MEMORY_CHECK = flags.DEFINE_bool(
+  "skip_memory_check", False, "Start even if a step seems to need more memory than a device has."
+)
+
 
 def open_rows(settings: Settings, workdir, split: str, write_starts: bool = False) -> RowLoader:
   """Opens the rows of a split: instructions, and pairs with their neighbors, texts and interleaved
@@ -248,11 +252,13 @@ def main(
   profile_steps: str = "",
   debug_nans: bool = False,
   init_from: str = "",
+  skip_memory_check: bool = False,
 ) -> None:
   import jax
 
   from cm3leon_jax import distributed
   from cm3leon_jax.generation.heldout import sample_grids
+  from cm3leon_jax.planning import memory
   from cm3leon_jax.training.monitor import change_line
   from cm3leon_jax.training.profile import parse_steps
   from cm3leon_jax.training.train import Rows, train
@@ -260,6 +266,9 @@ def main(
   traced = parse_steps(profile_steps, settings.train.steps)
   options = {"profile_steps": profile_steps, "debug_nans": debug_nans, "init_from": init_from}
   distributed.check_same_config({**dataclasses.asdict(settings), **options})
+  mesh = common.make_mesh(settings)
+  if not skip_memory_check:
+    memory.check_devices(settings, mesh)
   config, start = begin(settings, workdir, init_from)
   folder = workdir / "train"
   done = folder / stages.DONE
@@ -269,7 +278,7 @@ def main(
   stage = stages.once(
     folder, config, redo, writes=distributed.is_first(), together=distributed.together
   )
-  with common.use_mesh(settings), nans, stage as summary:
+  with jax.set_mesh(mesh), nans, stage as summary:
     if summary is None:
       return
     common.keep_compiled(workdir)
@@ -298,7 +307,12 @@ def main(
 if __name__ == "__main__":
   common.run(
     lambda settings, workdir: main(
-      settings, workdir, _PROFILE_STEPS.value, _DEBUG_NANS.value, INIT_FROM.value
+      settings,
+      workdir,
+      _PROFILE_STEPS.value,
+      _DEBUG_NANS.value,
+      INIT_FROM.value,
+      _SKIP_MEMORY_CHECK.value,
     ),
     several_processes=True,
   )

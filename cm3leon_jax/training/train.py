@@ -17,12 +17,13 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import STRICT, UserError
+from cm3leon_jax.config import STRICT
 from cm3leon_jax.data.pipeline import RowLoader, batches
 from cm3leon_jax.mesh import batch_shards, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import loss
+from cm3leon_jax.training.accumulation import on_mesh
 from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.goodput import Stopwatch
 from cm3leon_jax.training.lease import Lease
@@ -51,6 +52,9 @@ class TrainConfig:
   gradient_accumulation_steps: PositiveInt = 1
   """Number of micro-batches that a batch is split into, computed one after the other; a divisor
   of `global_batch_size`."""
+  rows_per_device: NonNegativeInt = 0
+  """Rows that a device takes at once; the mesh then sets the number of micro-batches, so that one
+  config runs on any slice. 0: `gradient_accumulation_steps` counts."""
   eval_every: PositiveInt = 500
   """Number of steps between two held-out losses."""
   eval_batches: PositiveInt = 4
@@ -81,21 +85,16 @@ class TrainConfig:
         f"gradient_accumulation_steps = {self.gradient_accumulation_steps} does not divide "
         f"global_batch_size = {self.global_batch_size}."
       )
+    if self.rows_per_device and self.gradient_accumulation_steps > 1:
+      raise ValueError(
+        f"rows_per_device = {self.rows_per_device} sets gradient_accumulation_steps, which is "
+        f"{self.gradient_accumulation_steps}: leave it at 1, or set rows_per_device = 0."
+      )
 
   @property
   def micro_batch_size(self) -> int:
-    """Rows that all devices together take at once, in a train step and in an evaluation."""
+    """Rows that all devices take at once, once `on_mesh` has set the accumulation."""
     return self.global_batch_size // self.gradient_accumulation_steps
-
-
-def check_batch(config: TrainConfig) -> None:
-  """Raises UserError if the current mesh cannot split the batch."""
-  parts = batch_shards() * config.gradient_accumulation_steps
-  if config.global_batch_size % parts:
-    raise UserError(
-      f"config.train.global_batch_size is {config.global_batch_size}; mesh.data x mesh.fsdp x "
-      f"mesh.fsdp_inner x train.gradient_accumulation_steps = {parts} must divide it."
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,7 +367,7 @@ def train(
   """
   mesh = jax.sharding.get_mesh()
   with contextlib.closing(Stopwatch()) as watch, Lease(folder) as lease:
-    check_batch(config)
+    config = on_mesh(config, batch_shards())
     sharding = NamedSharding(mesh, spec("batch", "length"))
     steps = compile_steps(model, optimizer_config, config, vocab, seed)
     checkpoints = Checkpoints(folder, config.keep_checkpoints)

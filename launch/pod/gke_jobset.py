@@ -3,7 +3,7 @@ r"""Prints the JobSet of a run: gke_jobset.yaml with values of the environment a
 export NAME=cm3leon-7b IMAGE=us-docker.pkg.dev/my-project/my-repository/cm3leon:tpu
 export ACCELERATOR=tpu-v5-lite-podslice TOPOLOGY=16x16
 python -m launch.pod.gke_jobset --config=ml_configs/cm3leon_7b.py --workdir=gs://my-bucket/7b \
-  | kubectl apply -f -
+  --config.mesh.fsdp=16 --config.mesh.fsdp_inner=16 | kubectl apply -f -
 
 Optional: SLICES=1, CHIPS_PER_HOST=4, MAX_RESTARTS=20, GRACE_SECONDS=900. Guide: docs/pods.md.
 """

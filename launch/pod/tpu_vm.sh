@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains on the hosts of one TPU VM slice. Guide: docs/pods.md
 #   export PROJECT=my-project ZONE=us-west4-a TPU=my-pod
-#   bash launch/pod/tpu_vm.sh run --config=ml_configs/cm3leon_7b.py --workdir=gs://my-bucket/7b --config.mesh.tensor=4
+#   bash launch/pod/tpu_vm.sh run --config=ml_configs/cm3leon_7b.py --workdir=gs://my-bucket/7b \
+#     --config.mesh.fsdp=16 --config.mesh.fsdp_inner=16
 set -euo pipefail
 # shellcheck source=launch/pod/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains on a cluster of XPK: creates or continues the workload NAME. Guide: docs/pods.md
 #   export PROJECT=my-project ZONE=us-west4-a CLUSTER=my-cluster NAME=cm3leon-7b TPU_TYPE=v5litepod-256 IMAGE=...
-#   bash launch/pod/xpk.sh --config=ml_configs/cm3leon_7b.py --workdir=gs://my-bucket/7b --config.mesh.tensor=4
+#   bash launch/pod/xpk.sh --config=ml_configs/cm3leon_7b.py --workdir=gs://my-bucket/7b \
+#     --config.mesh.fsdp=16 --config.mesh.fsdp_inner=16
 # Optional: SLICES=1, MAX_RESTARTS=20, GRACE_SECONDS=900.
 set -euo pipefail
 # shellcheck source=launch/pod/common.sh

@@ -236,4 +236,15 @@ TRAINING = (
     "tests/reinforcement/rollouts_test.py::test_a_step_depends_on_its_number_alone_and_groups_share_their_prompt",
     ("every_step_draws_alike", "itertools.count(first, each)", "itertools.repeat(first)"),
   ),
+  *mutants_of(
+    "cm3leon_jax/training/accumulation.py",
+    "tests/training/accumulation_test.py::test_the_mesh_sets_the_passes_of_a_batch",
+    ("rows_count_as_passes", "steps = config.global_batch_size // parts", "steps = rows"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/planning/memory.py",
+    "tests/planning/memory_test.py::test_a_step_that_does_not_fit_names_the_flags_that_fit",
+    ("only_the_kept_values_count", "if memory.total <= limit", "if memory.kept <= limit"),
+    ("flags_that_do_not_fit", "shape, platform).total <= limit", "shape, platform).kept <= limit"),
+  ),
 )

@@ -322,6 +322,15 @@ def test_a_batch_that_does_not_split_is_refused(loader, tmp_path):
     run(tmp_path, loader, shape=(2, 2, 2), global_batch_size=6)
 
 
+def test_rows_of_a_device_set_the_passes(loader, tmp_path):
+  """On one device 8 rows are 4 passes of 2; bit for bit as if the config said so."""
+  run(tmp_path / "rows", loader, steps=4, rows_per_device=2)
+  run(tmp_path / "passes", loader, steps=4, gradient_accumulation_steps=4)
+  assert losses(tmp_path / "rows") == losses(tmp_path / "passes")
+  with pytest.raises(UserError, match=r"train\.rows_per_device = 4 x 3 = 12 must divide it"):
+    run(tmp_path, loader, shape=(2, 2, 2), rows_per_device=3)
+
+
 def test_a_save_that_was_killed_before_its_digests_pushes_no_other_out(loader, tmp_path):
   run(tmp_path, loader, steps=8)
   (tmp_path / "checkpoints.digests" / "8.json").unlink()
