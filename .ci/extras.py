@@ -20,9 +20,17 @@ import tomllib
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
 # Files that install extras, or whose text says how to install them.
-FILES = ("launch/**/*", ".github/workflows/*", "cm3leon_jax/**/*.py", "docs/*.md", "*.md")
+FILES = (
+  "launch/**/*",
+  ".github/workflows/*",
+  "cm3leon_jax/**/*.py",
+  "cm3leon_jax/**/*.jinja",
+  "docs/*.md",
+  "*.md",
+)
 INSTALLS = re.compile(
-  r"make_venv ([a-z][\w,]*)|(?:\.|cm3leon_jax)\[((?:\$EXTRA|[a-z]\w*)(?:,\w+)*)\]['\"\s]"
+  r"(?:make_venv|setup\.sh\"?) ([a-z][\w,]*)"
+  r"|(?:\.|cm3leon_jax)\[((?:\$EXTRA|[a-z]\w*)(?:,\w+)*)\]['\"\s]"
 )
 # What stands after `pip install` in the same line, and a requirement in it.
 AFTER_PIP = re.compile(r"pip install ([^`;&|]+)")

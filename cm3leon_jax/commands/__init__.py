@@ -19,5 +19,6 @@ COMMANDS = (
   "export",
   "reinforce",
   "report",
+  "plan",
   "aot_compile",
 )

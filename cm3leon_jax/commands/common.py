@@ -165,10 +165,11 @@ def _user_error(error: BaseException | None) -> UserError | None:
   return error
 
 
-def _parse_flags(workdir: bool, several_processes: bool, argv: list[str]) -> list[str]:
+def _parse_flags(workdir: bool | None, several_processes: bool, argv: list[str]) -> list[str]:
   """Parses the flags; prints --help; reports a wrong flag, config or field in one sentence."""
   if help_text.REQUESTS.intersection(argv[1:]):
-    print(help_text.page(sys.modules["__main__"].__doc__ or "", workdir, several_processes))
+    docstring = sys.modules["__main__"].__doc__ or ""
+    print(help_text.page(docstring, workdir is not False, several_processes))
     sys.exit(0)
   try:
     return flags.FLAGS(argv)
@@ -183,12 +184,12 @@ def _parse_flags(workdir: bool, several_processes: bool, argv: list[str]) -> lis
     _fail(str(_user_error(error) or error))
 
 
-def run(main, workdir: bool = True, several_processes: bool = False) -> None:
+def run(main, workdir: bool | None = True, several_processes: bool = False) -> None:
   """Runs a command as an absl app; a UserError becomes one sentence on stderr and exit code 2.
 
   Args:
     main: called as `main(settings, workdir)`, or as `main(settings)` without a workdir.
-    workdir: whether the command takes --workdir.
+    workdir: whether the command takes --workdir; None: it may be given, and is not opened.
     several_processes: whether the command may run in several processes.
   """
 
