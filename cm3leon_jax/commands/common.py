@@ -210,7 +210,8 @@ def run(main, workdir: bool | None = True, several_processes: bool = False) -> N
         return
       if workdir and _WORKDIR.value is None:
         raise UserError("name the folder of the run: --workdir=workdir")
-      _check_buckets()
+      if workdir is not None:
+        _check_buckets()
       _join_processes(several_processes)
       main(settings, *([epath.Path(_WORKDIR.value)] if workdir else []))
     except UserError as error:

@@ -45,7 +45,9 @@ _SECRET = flags.DEFINE_string(
 _SPOT = flags.DEFINE_bool("spot", False, "Ask for machines that may be preempted.")
 _MAX_RESTARTS = flags.DEFINE_integer("max_restarts", 20, "Restarts after crashes.", lower_bound=0)
 _TRAIN_FLAGS = flags.DEFINE_multi_string(
-  "train_flag", [], "A further flag of launch.train: --train_flag=--init_from=gs://bucket/run."
+  "train_flag",
+  None,
+  "A further flag of launch.train, e.g. --train_flag=--init_from=gs://bucket/run",
 )
 flags.mark_flag_as_required("topology")
 
@@ -79,7 +81,7 @@ def main(settings) -> None:
   if not _OUT.value:
     return
   workdir = flags.FLAGS.workdir or ""
-  more = (*given, f"--workdir={workdir}", *plan.flags, *_TRAIN_FLAGS.value)
+  more = (*given, f"--workdir={workdir}", *plan.flags, *(_TRAIN_FLAGS.value or ()))
   job = launchers.Job(
     name=name, hardware=devices, flags=more, image=_IMAGE.value, queue=_QUEUE.value,
     secret=_SECRET.value, spot=_SPOT.value, max_restarts=_MAX_RESTARTS.value,
