@@ -132,38 +132,45 @@ def write(size: str, cards: dict[str, dict]) -> None:
   (FOLDER / f"cm3leon_{size}.md").write_text(page(size, named))
 
 
+HEADER = """# cm3leon_{size} on a slice
+What the programs of the shipped config take of one device, as the TPU compiler plans them. None of
+them has run. `python -m benchmarks.cards` makes the cards that are missing and writes this page;
+[scaling.md](../scaling.md) explains the numbers.
+
+- **train**: a step of the config's batch, in as many passes as `train.rows_per_device` asks for.
+  Memory is arguments (parameters, moments, rows) + temporaries.
+- **evaluate**: the held-out loss of the rows of one pass. The rest of the state stays in memory
+  beside it.
+- **decode**: one token of {prompts} prompts of every replica, two guidance streams each, 1,152
+  positions, over the full cache.
+"""
+TABLE = """
+| slice | program | GiB of a device | its FLOPs | collectives: number, GiB | compiled |
+|---|---|---|---|---|---|
+"""
+COMMANDS = """
+The commands in this order, each after `python -m launch.aot_compile`:
+```
+{commands}
+```
+"""
+
+
 def page(size: str, cards: dict[str, dict]) -> str:
   """Returns the page of a size as Markdown."""
+  parts = [HEADER.format(size=size, prompts=PROMPTS)]
+  if cards:
+    parts += [TABLE, *(_row(name, card) for name, card in cards.items())]
+    parts.append(COMMANDS.format(commands="\n".join(c["command"] for c in cards.values())))
   missing = [c.name for c in CARDS if c.size == size and c.name not in cards]
-  lines = [
-    f"# cm3leon_{size} on a slice",
-    "What the programs of the shipped config take of one device, as the TPU compiler plans them; "
-    "none of them has run.",
-    "`python -m benchmarks.cards` makes the cards that are missing and writes this page; "
-    "[scaling.md](../scaling.md) explains the numbers.",
-    "",
-    "An evaluation is the held-out loss of the rows that a train step takes at once; the rest of "
-    "the state stays in memory",
-    f"beside it. A decode step is one token of {PROMPTS} prompts, with two guidance streams, of "
-    "every replica.",
-    "",
-    "| slice | program | GiB of a device | its FLOPs | collectives: number, GiB | compiled |",
-    "|---|---|---|---|---|---|",
-    *(_row(name, card) for name, card in cards.items()),
-    "",
-    "The commands, in this order, after `python -m launch.aot_compile`:",
-    "```",
-    *(card["command"] for card in cards.values()),
-    "```",
-  ]
   if missing:
-    lines += [f"Not made yet: {', '.join(missing)}."]
-  return "\n".join(lines) + "\n"
+    parts += ["\nNot made yet:\n\n", *(f"- {name}\n" for name in missing)]
+  return "".join(parts)
 
 
 def _row(name: str, card: dict) -> str:
   where, program = name.split("/")
-  return f"| {where} | {program} | {' | '.join(_cells(card))} |"
+  return f"| {where} | {program} | {' | '.join(_cells(card))} |\n"
 
 
 def _cells(card: dict) -> Iterator[str]:
@@ -214,7 +221,9 @@ def main(_) -> None:
     if card.name not in cards or _AGAIN.value:
       cards[card.name] = measure(card)
       print(f"{card.size}/{card.name}: {cards[card.name]['sum_gib']:.2f} GiB", flush=True)
-    write(card.size, cards)
+      write(card.size, cards)
+  for size in SIZES:
+    write(size, stored(size))
 
 
 if __name__ == "__main__":

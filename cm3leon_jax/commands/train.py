@@ -266,7 +266,7 @@ def main(
   traced = parse_steps(profile_steps, settings.train.steps)
   options = {"profile_steps": profile_steps, "debug_nans": debug_nans, "init_from": init_from}
   distributed.check_same_config({**dataclasses.asdict(settings), **options})
-  mesh = common.make_mesh(settings)
+  mesh = common.make_mesh(settings)  # An unfit mesh is found before a stage is read.
   if not skip_memory_check:
     memory.check_devices(settings, mesh)
   config, start = begin(settings, workdir, init_from)
@@ -278,7 +278,7 @@ def main(
   stage = stages.once(
     folder, config, redo, writes=distributed.is_first(), together=distributed.together
   )
-  with jax.set_mesh(mesh), nans, stage as summary:
+  with common.use_mesh(settings), nans, stage as summary:
     if summary is None:
       return
     common.keep_compiled(workdir)
