@@ -6,11 +6,11 @@ import json
 from typing import Protocol
 
 from etils import epath
-from tqdm import tqdm
 
 from cm3leon_jax import buckets
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import plain, read_json, write_json
+from cm3leon_jax.progress import progress_bar
 
 RUNNERS = ("local", "ray")
 
@@ -97,9 +97,7 @@ def run_shards(
     if runner.kind == "ray" and pending
     else _local(job, folder, pending)
   )
-  with tqdm(
-    total=len(shards), initial=len(finished), desc=bar, unit="shard", mininterval=1
-  ) as progress:
+  with progress_bar(total=len(shards), initial=len(finished), desc=bar, unit="shard") as progress:
     for name, summary in results:
       progress.update()
       yield name, summary

@@ -20,5 +20,6 @@ COMMANDS = (
   "export",
   "reinforce",
   "report",
+  "plan",
   "aot_compile",
 )

@@ -168,12 +168,12 @@ def _user_error(error: BaseException | None) -> UserError | None:
 
 
 def _parse_flags(
-  workdir: bool, several_processes: bool, config: bool, argv: list[str]
+  workdir: bool | None, several_processes: bool, config: bool, argv: list[str]
 ) -> list[str]:
   """Parses the flags; prints --help; reports a wrong flag, config or field in one sentence."""
   if help_text.REQUESTS.intersection(argv[1:]):
     docstring = sys.modules["__main__"].__doc__ or ""
-    print(help_text.page(docstring, workdir, several_processes, config))
+    print(help_text.page(docstring, workdir is not False, several_processes, config))
     sys.exit(0)
   try:
     return flags.FLAGS(argv)
@@ -233,7 +233,7 @@ def _stop_early(number: int, _) -> None:
 
 def run(
   main,
-  workdir: bool = True,
+  workdir: bool | None = True,
   several_processes: bool = False,
   saves: bool = False,
   config: bool = True,
@@ -243,7 +243,7 @@ def run(
 
   Args:
     main: called as `main(settings, workdir)`, or as `main(settings)` without a workdir.
-    workdir: whether the command takes --workdir.
+    workdir: whether the command takes --workdir; None: it may be given, and is not opened.
     several_processes: whether the command may run in several processes.
     saves: whether it has a loop that saves at SIGTERM and Ctrl-C, before which they end it.
     config: whether it takes a config; if not, `main` gets no settings.
@@ -263,7 +263,8 @@ def run(
           return
       if workdir:
         arguments.append(_folder())
-      _check_buckets()
+      if workdir is not None:
+        _check_buckets()
       buckets.prepare_access()
       _join_processes(several_processes)
       main(*arguments)

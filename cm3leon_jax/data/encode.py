@@ -6,13 +6,13 @@ import dataclasses
 
 from etils import epath
 import numpy as np
-from tqdm import tqdm
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import Document, Segment, finish_store, write_shard
 from cm3leon_jax.data.records import KINDS, SPLITS, RawPair, Record, images_of
 from cm3leon_jax.data.shard_files import shards_with_files
+from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.shards import Runner, run_shards
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
@@ -81,8 +81,8 @@ class EncodeJob:
 
   def _codes(self, images: list[str], image_tokenizer, bar: str) -> Iterator[np.ndarray]:
     """Yields [I] int32 codes for every image, with a progress bar."""
-    with tqdm(
-      total=len(images), desc=bar, mininterval=1, unit="image", leave=False, disable=not images
+    with progress_bar(
+      total=len(images), desc=bar, unit="image", leave=False, disable=not images
     ) as progress:
       for start in range(0, len(images), self.batch_size):
         paths = images[start : start + self.batch_size]

@@ -15,7 +15,6 @@ from etils import epath
 from PIL import Image
 from pydantic import Field, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
-from tqdm import tqdm
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import STRICT, UserError
@@ -41,6 +40,7 @@ from cm3leon_jax.data.records import (
 )
 from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.io import replacing, write_json
+from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.shards import Runner, run_shards
 
 REJECTED = "rejected.jsonl"
@@ -392,7 +392,7 @@ def _write(
   with contextlib.ExitStack() as stack:
     writer = _Writer(config, folder, load, stack)
     bar = stack.enter_context(
-      tqdm(desc=f"records {folder.name}", total=total, mininterval=1, unit="record", leave=False)
+      progress_bar(desc=f"records {folder.name}", total=total, unit="record", leave=False)
     )
     while batch := list(itertools.islice(items, BATCH)):
       writer.add(batch)

@@ -16,7 +16,6 @@ import posixpath
 from etils import epath
 import fsspec
 import numpy as np
-from tqdm import tqdm
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
@@ -35,6 +34,7 @@ from cm3leon_jax.data.records import (
 )
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.io import read_json
+from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 FORMS = ("text", "image and caption", "segments")
@@ -80,7 +80,7 @@ class DocumentFile:
         that is absent or unreadable; more positions than were trained. Or the file has no line.
     """
     digest, documents, pairs = hashlib.sha256(self.crop.encode()), 0, 0
-    for where, record in tqdm(self._records(), "check", unit="doc", delay=2, leave=False):
+    for where, record in progress_bar(self._records(), "check", unit="doc", delay=2, leave=False):
       digest.update(json.dumps(dataclasses.asdict(record)).encode())
       slots = sum(len(self.layout.encode(text)) + 1 for text in texts_of(record))
       for image in images_of(record):

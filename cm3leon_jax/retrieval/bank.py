@@ -9,7 +9,6 @@ import hashlib
 
 from etils import epath
 import numpy as np
-from tqdm import tqdm
 
 from cm3leon_jax import stages
 from cm3leon_jax.clip import checkpoint
@@ -19,6 +18,7 @@ from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import group_id
 from cm3leon_jax.data.records import SPLITS, RawPair
 from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.lexical import FILE as WORDS
 from cm3leon_jax.retrieval.lexical import Lexical
@@ -148,9 +148,7 @@ def embed_pairs(
 ) -> dict[str, np.ndarray]:
   """Computes the rows of `Embeddings` of m pairs, embeddings in float32."""
   chunks = {name: [] for name in ("documents", "queries", "images")}
-  for start in tqdm(
-    range(0, len(pairs), EMBED_CHUNK), "embed", mininterval=1, unit="chunk", leave=False
-  ):
+  for start in progress_bar(range(0, len(pairs), EMBED_CHUNK), "embed", unit="chunk", leave=False):
     chunk = pairs[start : start + EMBED_CHUNK]
     captions = [p.caption for p in chunk]
     ids = [clip.encode(caption) for caption in captions]

@@ -17,11 +17,11 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
-from tqdm import tqdm
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import plain, read_json, write_json
 from cm3leon_jax.mesh import batch_shards, spec
+from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.stages import check_same_config, differences
 from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.lease import Lease
@@ -84,7 +84,7 @@ def train(
     state, first = _restore(name, checkpoints, init)
     log = MetricsLog(folder, resumed_at=first or None)
     steps = range(first, config.steps)
-    bar = tqdm(steps, name, config.steps, initial=first, mininterval=1, unit="step")
+    bar = progress_bar(steps, name, config.steps, initial=first, unit="step")
     for i in bar:
       batch = examples[batch_rows(i, len(examples), config.batch_size, seed)]
       state, metrics = step(state, jax.device_put(batch, split), i)
