@@ -81,6 +81,7 @@ REFUSED = [
   ("vqgan", "adversarial_start", 1.1, AT_MOST_1),
   ("vqgan", "discriminator_width", 0, POSITIVE),
   ("vqgan", "discriminator_layers", 0, POSITIVE),
+  ("vqgan", "discriminator_layers", 17, "at most 16"),
   ("vqgan", "restart_every", -1, NOT_NEGATIVE),
   ("vqgan", "restart_until", -0.1, NOT_NEGATIVE),
   ("vqgan", "restart_until", 1.1, AT_MOST_1),

@@ -21,7 +21,6 @@ from cm3leon_jax.commands import common
 from cm3leon_jax.commands import train as train_command
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json
 
 
 def _objective(settings, workdir, reference):
@@ -94,7 +93,9 @@ def main(settings, workdir, init_from: str = "") -> None:
     raise UserError(f"{workdir / 'train'} is a run from random parameters: use another --workdir.")
   folder = workdir / "train"
   done = folder / stages.DONE
-  redo = done.exists() and read_json(done)["summary"]["steps"] < settings.train.steps
+  redo = False
+  if done.exists():
+    redo = stages.require(workdir, "train")["summary"].get("steps", 0) < settings.train.steps
   stage = stages.once(
     folder, config, redo, writes=distributed.is_first(), together=distributed.together
   )

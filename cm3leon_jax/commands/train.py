@@ -176,7 +176,7 @@ def begin(
   path = workdir / "train" / "config.json"
   with distributed.together():  # No process writes before all have read.
     config = stages.run_config(settings, workdir, "train") | (more or {})
-    stored = read_json(path)["run"] if path.exists() else None
+    stored = read_json(path, {"run": dict})["run"] if path.exists() else None
   start = weights.start_of_run(settings, workdir, init_from, stored)
   if start is not None:
     config["init_from"] = dataclasses.asdict(start)
@@ -263,7 +263,9 @@ def main(
   config, start = begin(settings, workdir, init_from)
   folder = workdir / "train"
   done = folder / stages.DONE
-  redo = done.exists() and read_json(done)["summary"]["steps"] < settings.train.steps
+  redo = False
+  if done.exists():
+    redo = stages.require(workdir, "train")["summary"].get("steps", 0) < settings.train.steps
   # A context: jax.config.update loses the setting after tracing logsumexp and others (jax 0.10.2).
   nans = jax.debug_nans(debug_nans or jax.config.jax_debug_nans)
   stage = stages.once(

@@ -22,6 +22,7 @@ from cm3leon_jax.vocab import VocabLayout
 SCHEMA_VERSION = 4
 RECORDS, LENGTHS = ".array_record", ".npz"  # Suffixes of the files of a shard.
 INDEX = "index.json"
+FIELDS = {"schema_version": int, "vocab": dict, "shards": dict}  # Of the index.
 MAX_OPEN = 256  # Shards that a store keeps open.
 ENCODE_AGAIN = "delete the folder documents/ and run `python -m launch.encode_documents` again"
 
@@ -234,7 +235,7 @@ class DocumentStore:
   def __init__(self, folder: epath.PathLike, vocab: VocabLayout):
     """Opens a store; raises UserError if it is absent or of another schema or vocabulary."""
     self.folder, self.vocab = epath.Path(folder), vocab
-    index = read_json(self.folder / INDEX)
+    index = read_json(self.folder / INDEX, FIELDS)
     _check_version(self.folder, index["schema_version"])
     _check_vocab(self.folder, VocabLayout(**index["vocab"]), vocab)
     self.shards: dict[str, int] = index["shards"]

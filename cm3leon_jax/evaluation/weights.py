@@ -10,6 +10,7 @@ import safetensors
 import safetensors.numpy
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.parameters import not_finite
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
@@ -60,7 +61,7 @@ def check_shapes(
   shapes: Mapping[str, tuple[int, ...]],
   network: str,
 ) -> None:
-  """Raises UserError unless the tensors are float32 and have the names and shapes of a network.
+  """Raises UserError unless the tensors are finite float32 with names and shapes of a network.
 
   Args:
     path: of their file; for messages, which name the first wrong tensor in the order of `shapes`.
@@ -77,6 +78,8 @@ def check_shapes(
       raise UserError(f"{path}: tensor '{name}' is {found}; in {network} it is {expected}.")
   if surplus := sorted(set(tensors) - set(shapes)):
     raise UserError(f"{path} has a tensor '{surplus[0]}'; {network} has none of this name.")
+  if bad := not_finite(tensors):
+    raise UserError(f"{path}: tensor '{bad}' has values that are not finite.")
 
 
 def digest(tensors: Mapping[str, np.ndarray]) -> str:

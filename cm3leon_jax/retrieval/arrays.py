@@ -25,7 +25,7 @@ class ArrayStore:
   def __init__(self, path: epath.PathLike):
     """Opens a store; raises UserError if it is absent or of another schema version."""
     self.path = epath.Path(path)
-    index = read_json(self.path / INDEX)
+    index = read_json(self.path / INDEX, {"schema_version": int, "rows": int})
     if index["schema_version"] != SCHEMA_VERSION:
       raise UserError(
         f"{self.path} has schema version {index['schema_version']}; this code reads version "

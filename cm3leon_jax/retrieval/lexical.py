@@ -123,7 +123,8 @@ def load(folder: epath.PathLike, weight: float, width: int) -> Lexical:
   path = epath.Path(folder) / FILE
   if not weight and not path.exists():
     return Lexical()
-  stored = read_json(path)
+  fields = {"schema_version": int, "weight": float, "width": int, "documents": int, "counts": dict}
+  stored = read_json(path, fields)
   expected = {"schema_version": SCHEMA_VERSION, "weight": weight, "width": width}
   if changed := [f"{k} {stored[k]}, not {v}" for k, v in expected.items() if stored[k] != v]:
     raise UserError(

@@ -40,7 +40,7 @@ class WandbRun:
     self._wandb = wandb
     self._run = wandb.init(
       project=project,
-      id=read_json(path)["id"],
+      id=read_json(path, {"id": str})["id"],
       resume="allow",
       dir=os.fspath(folder) if local else None,
     )
