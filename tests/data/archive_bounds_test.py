@@ -74,16 +74,12 @@ def test_a_long_header_of_a_tar(tmp_path, kind):
   write_tar(tmp_path / "a.tar", sample(1))
   info = tarfile.TarInfo("long")
   info.type, info.size = kind, 200 * MIB
-  with (tmp_path / "a.tar").open("r+b") as file:
-    file.seek(0, os.SEEK_END)
-    file.seek(file.tell() - 10_240 + 2 * 1_024)  # Over the blocks of zeros at its end.
-  members = (tmp_path / "a.tar").read_bytes()
-  end = len(members.rstrip(b"\0"))
+  members = (tmp_path / "a.tar").read_bytes().rstrip(b"\0")
   with (tmp_path / "a.tar").open("wb") as file:
-    file.write(members[: -(-end // 512) * 512] + info.tobuf(tarfile.GNU_FORMAT))
+    file.write(members + bytes(-len(members) % 512) + info.tobuf(tarfile.GNU_FORMAT))
     file.truncate(file.tell() + 200 * MIB + 1_024)
   size, found = cost(tmp_path / "a.tar")
-  assert found == ["2", "right", "unreadable_file"] or found == ["1", "unreadable_file"]
+  assert found == ["1", "unreadable_file"]
   assert size < 50
 
 
