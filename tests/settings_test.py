@@ -1,6 +1,8 @@
+import contextlib
 import dataclasses
 import pathlib
 import pickle
+import time
 
 import jax
 import pytest
@@ -263,6 +265,20 @@ def test_a_value_out_of_range_is_refused_in_one_sentence(section, field, value, 
   assert f"; it must {'' if bound.startswith('have') else 'be '}{bound}" in message
   with pytest.raises(ValueError, match=field):
     dataclasses.replace(SECTIONS[section](), **{field: value})
+
+
+INTEGERS = [(section, field) for section, field, value, _ in REFUSED if type(value) is int]
+
+
+@pytest.mark.parametrize(("section", "field"), sorted(set(INTEGERS)))
+def test_the_largest_whole_number_takes_no_time(section, field):
+  """2^70 as `vqgan.discriminator_layers` took for ever."""
+  with pytest.raises(UserError, match=rf"^config\.{section}\.{field} is \d+; it must "):
+    settings_with(**{f"{section}__{field}": 2**70})
+  begin = time.process_time()
+  with contextlib.suppress(UserError):
+    settings_with(**{f"{section}__{field}": 2**31 - 1})
+  assert time.process_time() - begin < 1
 
 
 def test_every_field_is_in_the_table_above():

@@ -36,7 +36,8 @@ def read_tensors(path: epath.PathLike) -> dict[str, np.ndarray]:
   """Reads all tensors of a safetensors file.
 
   Raises:
-    UserError: the file is absent or damaged, or it is a pickle, which is not read.
+    UserError: the file is absent or damaged, a tensor is not finite, or the file is a pickle, which
+      is not read.
   """
   path = epath.Path(path)
   if not path.exists() or path.is_dir():
@@ -48,11 +49,14 @@ def read_tensors(path: epath.PathLike) -> dict[str, np.ndarray]:
       f"torch.load('{path.name}', weights_only=True), '{path.stem}.safetensors')."
     )
   try:
-    return safetensors.numpy.load(path.read_bytes())
+    tensors = safetensors.numpy.load(path.read_bytes())
   except safetensors.SafetensorError as error:
     raise UserError(
       f"{path} is not a safetensors file, or it is damaged ({error}); download or convert it again."
     ) from error
+  if bad := not_finite(tensors):
+    raise UserError(f"{path}: tensor '{bad}' has values that are not finite.")
+  return tensors
 
 
 def check_shapes(
@@ -61,7 +65,7 @@ def check_shapes(
   shapes: Mapping[str, tuple[int, ...]],
   network: str,
 ) -> None:
-  """Raises UserError unless the tensors are finite float32 with names and shapes of a network.
+  """Raises UserError unless the tensors are float32 and have the names and shapes of a network.
 
   Args:
     path: of their file; for messages, which name the first wrong tensor in the order of `shapes`.
@@ -78,8 +82,6 @@ def check_shapes(
       raise UserError(f"{path}: tensor '{name}' is {found}; in {network} it is {expected}.")
   if surplus := sorted(set(tensors) - set(shapes)):
     raise UserError(f"{path} has a tensor '{surplus[0]}'; {network} has none of this name.")
-  if bad := not_finite(tensors):
-    raise UserError(f"{path}: tensor '{bad}' has values that are not finite.")
 
 
 def digest(tensors: Mapping[str, np.ndarray]) -> str:
