@@ -22,7 +22,7 @@ from tests.reports.hostile import CONTROLS, HOSTILE
 KNOWN = (UserError, flags.Error, AttributeError, KeyError)
 SECTIONS = [
   "seed", "train.steps", "vqgan.multipliers", "vqgan.discriminator_layers", "raw.source", "train",
-  "sampling.guidance", "raw.licenses", "instructions.own_tasks", "instructions.only", "x.y", "model",
+  "sampling.guidance", "raw.licenses", "instructions.own_tasks", "instructions.only", "x.y",
 ]  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def parse(monkeypatch, argument: str) -> Settings:
 VALUES = st.text(max_size=12) | st.sampled_from(
   [
     "None", "inf", "nan", "-1", "1e400", "9" * 30, "9" * 5_000, "(1,)", "[1]", "{}", "(" * 500,
-    "[" * 3_000, "({'name': 1},)", "__import__('os').system('id')", "9**9**9", "\udcff", "\0", "1_0",
+    "[" * 3_000, "({'name': 1},)", "__import__('os').system('id')", "9**9**9", "\udcff", "\0",
   ]
 )  # fmt: skip
 
@@ -60,21 +60,32 @@ def test_any_value_of_a_field_makes_settings_or_one_sentence(field, value):
   assert isinstance(found, Settings | Exception)
 
 
-TASKS = "- name: a\n  format: coco_karpathy\n  templates: ['{image} <break> {caption}']\n"
+TASKS = """
+- name: a
+  format: jsonl
+  root: r
+  templates: ['{a} <break> {b}']
+  target: b
+  heldout: val
+"""
 PROTOCOL = (
   "title: t\ntask: image\ndata: {source: heldout}\ncolumns: [{name: a}]\nmetrics: [clip_score]\n"
 )
 PIECES = [
   "\n", ":", "- ", "{", "}", "[", "]", "&a ", "*a", "'", "1: 2", "? ", "!!python/object:os.system",
   "name", "null", "{prompt!r:{caption}}", "\x1b", "\ud800", "9" * 5_000, "0x", "2026-11-27", ".inf",
-  "!!binary YQ==", "<<: ", "\t", "%YAML 9", "--- ", "[" * 400, "!!set {a, b}", "!!int x",
+  "!!binary YQ==", "!!bool x", "!!timestamp x", "!!int ''", "<<: ", "\t", "%YAML 9", "--- ", "[" * 400, "!!set {a, b}", "!!int x",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-  ("parse_text", "right"), [(parse_tasks, TASKS), (protocol.parse, PROTOCOL)]
-)
-def test_any_yaml_makes_tasks_or_one_sentence(parse_text, right):
+READERS = {"tasks": (parse_tasks, TASKS), "protocol": (protocol.parse, PROTOCOL)}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_any_yaml_is_read_or_one_sentence(name):
+  parse_text, right = READERS[name]
+  assert parse_text(right, "my.yaml")
+
   @given(st.lists(st.tuples(st.integers(0, 200), st.sampled_from(PIECES)), max_size=4))
   @example([(0, "1: 2\n")])
   @example([(0, "{1: 2}\n")])
