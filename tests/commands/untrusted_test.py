@@ -74,7 +74,8 @@ PROTOCOL = (
 PIECES = [
   "\n", ":", "- ", "{", "}", "[", "]", "&a ", "*a", "'", "1: 2", "? ", "!!python/object:os.system",
   "name", "null", "{prompt!r:{caption}}", "\x1b", "\ud800", "9" * 5_000, "0x", "2026-11-27", ".inf",
-  "!!binary YQ==", "!!bool x", "!!timestamp x", "!!int ''", "<<: ", "\t", "%YAML 9", "--- ", "[" * 400, "!!set {a, b}", "!!int x",
+  "!!binary YQ==", "!!bool x", "!!timestamp x", "!!int ''", "<<: ", "\t",
+  "%YAML 9", "--- ", "[" * 400, "!!set {a, b}", "!!int x",
 ]  # fmt: skip
 
 
