@@ -93,7 +93,7 @@ def build(cls: type[T], values, where: str = "") -> T:
   if wrong := [name for name in values if not isinstance(name, str)]:
     raise FieldError(f"{place} has the field {short(wrong[0])}; a name must be a text.")
   for name, value in values.items():
-    _check_size(value, (name,), place)
+    _check_value(value, (name,), place)
   try:
     return cls(**values)
   except pydantic.ValidationError as error:
@@ -102,14 +102,16 @@ def build(cls: type[T], values, where: str = "") -> T:
     raise FieldError(_sentence(dict(first), cls, place), first["loc"]) from error
 
 
-def _check_size(value, path: tuple[str | int, ...], where: str) -> None:
-  """Raises FieldError at a whole number of more than 31 bits, in tuples, too."""
+def _check_value(value, path: tuple[str | int, ...], where: str) -> None:
+  """Raises FieldError at a whole number of more than 31 bits, or half a surrogate pair."""
+  field = ".".join([where, *map(str, path)])
+  if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+    raise FieldError(f"{field} is {short(value)}; it must be valid Unicode.", path)
   if isinstance(value, int) and abs(value) > LARGEST:
-    field = ".".join([where, *map(str, path)])
     bound = "less than 2^31" if value > 0 else "greater than -2^31"
     raise FieldError(f"{field} is {short(value)}; it must be {bound}.", path)
   for i, inner in enumerate(value if isinstance(value, tuple) else ()):
-    _check_size(inner, (*path, i), where)
+    _check_value(inner, (*path, i), where)
 
 
 def _sentence(error: dict, cls: type, where: str) -> str:

@@ -102,7 +102,7 @@ def test_an_absent_field_is_named_and_the_path_of_a_wrong_one_is_known():
     ),
     (
       {"name": "a" * 999 + "\ud800"},
-      f"config.sample.name is '{'a' * 79}...; it must be a valid string",
+      f"config.sample.name is '{'a' * 79}...; it must be valid Unicode.",
     ),
     ({1: 2}, "config.sample has the field 1; a name must be a text."),
     (3, "config.sample is 3; it must have fields by their names."),
