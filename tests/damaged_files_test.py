@@ -7,6 +7,8 @@ import pathlib
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors
@@ -27,9 +29,10 @@ from cm3leon_jax.retrieval import bank, lexical
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.settings import settings_of_run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.metrics import MetricsLog, check_log
 from tests.data.stores import VOCAB
-from tests.generation.run import SETTINGS
+from tests.generation.run import SETTINGS, one_device
 
 JUNK = {
   "an empty object": b"{}",
@@ -144,6 +147,24 @@ def test_starts_of_windows_after_a_bad_line_are_planned_again(junk, tmp_path):
     assert [found[i] for i in range(len(found))] == [Start(0, (0, 0), (0, 0)), start]
   path.write_bytes(junk)
   assert len(WindowStarts(2, path, "x")) == 1
+
+
+def test_stray_files_beside_digests_are_left_alone(tmp_path):
+  """They were taken for those of a step."""
+  with one_device():
+    state = {"w": jax.device_put(np.ones(2), NamedSharding(jax.sharding.get_mesh(), P()))}
+    checkpoints = Checkpoints(tmp_path, 1)
+    folder = tmp_path / "checkpoints.digests"
+    folder.mkdir(exist_ok=True)
+    strays = {".DS_Store", "notes.txt", "x.json", "-1.json", "1e3.part0", "٣x.json"}
+    for name in strays:
+      (folder / name).write_bytes(b"\x00\xff")
+    for step in (1, 2):
+      checkpoints.save(state, step, 0)
+    checkpoints.wait()
+    assert checkpoints.newest_whole() == 2
+    checkpoints.close()
+  assert {path.name for path in folder.iterdir()} == strays | {"2.json"}
 
 
 JSON = st.recursive(
