@@ -19,7 +19,7 @@ class Sample:
   shape: tuple[Annotated[int, Field(gt=0)], ...] = (1,)
 
   def __post_init__(self):
-    if self.width % len(self.shape):
+    if self.width % max(len(self.shape), 1):
       raise ValueError(f"width = {self.width} is not divisible by {len(self.shape)}.")
 
 

@@ -4,6 +4,7 @@ import ast
 import json
 import pathlib
 
+from etils import epath
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 import jax
@@ -121,7 +122,7 @@ def test_a_bad_line_within_the_log_is_named(line, sentence, tmp_path):
   log.write_bytes(b"\n".join([LINES[0], line, *LINES[1:]]) + b"\n")
   for read in (
     lambda: MetricsLog(log.parent, 1),
-    lambda: check_log(tmp_path / "train", 1),
+    lambda: check_log(epath.Path(tmp_path / "train"), 1),
     lambda: summary.collect(tmp_path),
   ):
     with pytest.raises(UserError) as error:
@@ -138,11 +139,9 @@ def test_starts_of_windows_after_a_bad_line_are_planned_again(junk, tmp_path):
   starts = WindowStarts(2, path, "x", writes=True)
   starts.add(1, start)
   good = path.read_bytes()
-  for bad in (
-    junk,
-    good.splitlines()[1].replace(b'"window": 1', b'"window": 2').replace(b"70", junk),
-  ):
-    path.write_bytes(good + bad + b"\n" + good.splitlines()[1] + b"\n")
+  next_ = good.splitlines()[1].replace(b'"window": 1', b'"window": 2')
+  for bad in (junk, next_.replace(b"70", b'"x"'), next_.replace(b"[70, 0]", b"[70]")):
+    path.write_bytes(good + bad + b"\n" + next_ + b"\n")
     found = WindowStarts(2, path, "x")
     assert [found[i] for i in range(len(found))] == [Start(0, (0, 0), (0, 0)), start]
   path.write_bytes(junk)

@@ -4,6 +4,9 @@ import pathlib
 import pickle
 import time
 
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 import jax
 import pytest
 
@@ -265,6 +268,23 @@ def test_a_value_out_of_range_is_refused_in_one_sentence(section, field, value, 
   assert f"; it must {'' if bound.startswith('have') else 'be '}{bound}" in message
   with pytest.raises(ValueError, match=field):
     dataclasses.replace(SECTIONS[section](), **{field: value})
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+VALUES |= st.lists(VALUES, max_size=3) | st.dictionaries(st.text(max_size=3), VALUES, max_size=2)
+FIELDS = [(section, field) for section, field, *_ in REFUSED]
+FIELDS += [tuple(name.split(".")) for name in sorted(FREE)]
+
+
+@given(st.sampled_from(FIELDS), VALUES)
+@hypothesis_settings(max_examples=300)
+def test_any_value_of_any_field_makes_settings_or_one_sentence(place, value):
+  try:
+    found = settings_with(**{"__".join(place): value})
+  except UserError as error:
+    found = str(error)
+    assert found.isprintable()
+  assert isinstance(found, Settings) or found.startswith("config")
 
 
 INTEGERS = [(section, field) for section, field, value, _ in REFUSED if type(value) is int]
