@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LARGEST = 2**31 - 1  # Of whole numbers: counters are int32, and lists of any length are built.
+SIZES = 1e-12, 1e12  # Of other numbers but 0: products and quotients of two stay finite in float32.
 
 # Sections convert no types but int to float, and refuse unknown fields, NaN and infinity; the line
 # under a field is its description.
@@ -103,10 +105,13 @@ def build(cls: type[T], values, where: str = "") -> T:
 
 
 def _check_value(value, path: tuple[str | int, ...], where: str) -> None:
-  """Raises FieldError at a whole number of more than 31 bits, or half a surrogate pair."""
+  """Raises FieldError at a number outside of LARGEST or SIZES, or half a surrogate pair."""
   field = ".".join([where, *map(str, path)])
   if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
     raise FieldError(f"{field} is {short(value)}; it must be valid Unicode.", path)
+  if isinstance(value, float) and value and math.isfinite(value):
+    if not SIZES[0] <= abs(value) <= SIZES[1]:
+      raise FieldError(f"{field} is {value}; it must be 0, or of a size from 1e-12 to 1e12.", path)
   if isinstance(value, int) and abs(value) > LARGEST:
     bound = "less than 2^31" if value > 0 else "greater than -2^31"
     raise FieldError(f"{field} is {short(value)}; it must be {bound}.", path)
