@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LARGEST = 2**31 - 1  # Of whole numbers: counters are int32, and lists of any length are built.
-SIZES = 1e-12, 1e12  # Of other numbers but 0: products and quotients of two stay finite in float32.
+SIZES = 1e-20, 1e12  # Of other numbers but 0: products and quotients of two stay finite in float32.
 
 # Sections convert no types but int to float, and refuse unknown fields, NaN and infinity; the line
 # under a field is its description.
@@ -109,9 +109,9 @@ def _check_value(value, path: tuple[str | int, ...], where: str) -> None:
   field = ".".join([where, *map(str, path)])
   if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
     raise FieldError(f"{field} is {short(value)}; it must be valid Unicode.", path)
-  if isinstance(value, float) and value and math.isfinite(value):
-    if not SIZES[0] <= abs(value) <= SIZES[1]:
-      raise FieldError(f"{field} is {value}; it must be 0, or of a size from 1e-12 to 1e12.", path)
+  is_number = isinstance(value, float) and math.isfinite(value) and value != 0
+  if is_number and not SIZES[0] <= abs(value) <= SIZES[1]:
+    raise FieldError(f"{field} is {value}; it must be 0, or of a size from 1e-20 to 1e12.", path)
   if isinstance(value, int) and abs(value) > LARGEST:
     bound = "less than 2^31" if value > 0 else "greater than -2^31"
     raise FieldError(f"{field} is {short(value)}; it must be {bound}.", path)

@@ -104,7 +104,7 @@ def test_an_absent_field_is_named_and_the_path_of_a_wrong_one_is_known():
       {"name": "a" * 999 + "\ud800"},
       f"config.sample.name is '{'a' * 79}...; it must be valid Unicode.",
     ),
-    ({"rate": 1e39}, "config.sample.rate is 1e+39; it must be 0, or of a size from 1e-12 to 1e12."),
+    ({"rate": 1e39}, "config.sample.rate is 1e+39; it must be 0, or of a size from 1e-20 to 1e12."),
     ({"rate": -1e-46}, "config.sample.rate is -1e-46; it must be 0, or of a size from"),
     ({1: 2}, "config.sample has the field 1; a name must be a text."),
     (3, "config.sample is 3; it must have fields by their names."),
