@@ -87,7 +87,7 @@ def run_shards(
   finished, pending = [], []
   for name, config in shards.items():
     path = folder / f"{name}.json"
-    record = read_json(path) if path.exists() else {}
+    record = read_json(path, {"config": dict, "summary": dict}) if path.exists() else {}
     done = record.get("config") == plain(config) and is_whole(name)
     finished += [(name, record["summary"])] if done else []
     pending += [] if done else [{"shard": name, "config": json.dumps(plain(config))}]

@@ -18,6 +18,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.io import damage, describe, plain, read_json, write_json
 
 DONE = "done.json"
+DONE_FIELDS = {"config": dict, "summary": dict, "seconds": float, "id": str}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +195,7 @@ def require(workdir: epath.PathLike, name: str) -> dict:
       f"{folder} is not finished: run `python -m launch.{STAGES[name].command}` "
       "with the same --config and --workdir first."
     )
-  return read_json(folder / DONE)
+  return read_json(folder / DONE, DONE_FIELDS)
 
 
 def describe_files(folder: epath.PathLike, patterns: Collection[str]) -> dict[str, dict]:
@@ -253,9 +254,9 @@ def ids(settings, workdir: epath.PathLike, names: Collection[str]) -> dict[str, 
   result = {name: require(workdir, name)["id"] for name in names}
   if "train" in result:
     folder, expected = epath.Path(workdir) / "train", identity(settings, "train")
-    stored = read_json(folder / "config.json")["run"]
+    stored = read_json(folder / "config.json", {"run": dict})["run"]
     parts = ("vocab", "model")
-    check_same_config(folder, {p: stored[p] for p in parts}, {p: expected[p] for p in parts})
+    check_same_config(folder, {p: stored.get(p) for p in parts}, {p: expected[p] for p in parts})
   return result
 
 
@@ -382,7 +383,7 @@ def _is_current(folder: epath.Path, config: dict) -> bool:
   Raises:
     UserError: another part of its config differs.
   """
-  stored = read_json(folder / DONE)["config"]
+  stored = read_json(folder / DONE, DONE_FIELDS)["config"]
   inputs = plain(config).get("inputs")
   check_same_config(folder, {**stored, "inputs": inputs}, {**config, "inputs": inputs})
   return stored.get("inputs") == inputs

@@ -1,7 +1,12 @@
+import contextlib
 import dataclasses
 import pathlib
 import pickle
+import time
 
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 import jax
 import pytest
 
@@ -81,6 +86,7 @@ REFUSED = [
   ("vqgan", "adversarial_start", 1.1, AT_MOST_1),
   ("vqgan", "discriminator_width", 0, POSITIVE),
   ("vqgan", "discriminator_layers", 0, POSITIVE),
+  ("vqgan", "discriminator_layers", 17, "at most 16"),
   ("vqgan", "restart_every", -1, NOT_NEGATIVE),
   ("vqgan", "restart_until", -0.1, NOT_NEGATIVE),
   ("vqgan", "restart_until", 1.1, AT_MOST_1),
@@ -272,6 +278,37 @@ def test_a_value_out_of_range_is_refused_in_one_sentence(section, field, value, 
   assert f"; it must {'' if bound.startswith('have') else 'be '}{bound}" in message
   with pytest.raises(ValueError, match=field):
     dataclasses.replace(SECTIONS[section](), **{field: value})
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+VALUES |= st.lists(VALUES, max_size=3) | st.dictionaries(st.text(max_size=3), VALUES, max_size=2)
+FIELDS = [(section, field) for section, field, *_ in REFUSED]
+FIELDS += [tuple(name.split(".")) for name in sorted(FREE)]
+
+
+@given(st.sampled_from(FIELDS), VALUES)
+@hypothesis_settings(max_examples=300)
+def test_any_value_of_any_field_makes_settings_or_one_sentence(place, value):
+  try:
+    found = settings_with(**{"__".join(place): value})
+  except UserError as error:
+    found = str(error)
+    assert found.isprintable()
+  assert isinstance(found, Settings) or found.startswith("config")
+
+
+INTEGERS = [(section, field) for section, field, value, _ in REFUSED if type(value) is int]
+
+
+@pytest.mark.parametrize(("section", "field"), sorted(set(INTEGERS)))
+def test_the_largest_whole_number_takes_no_time(section, field):
+  """2^70 as `vqgan.discriminator_layers` took for ever."""
+  with pytest.raises(UserError, match=rf"^config\.{section}\.{field} is \d+; it must "):
+    settings_with(**{f"{section}__{field}": 2**70})
+  begin = time.process_time()
+  with contextlib.suppress(UserError):
+    settings_with(**{f"{section}__{field}": 2**31 - 1})
+  assert time.process_time() - begin < 1
 
 
 def test_every_field_is_in_the_table_above():

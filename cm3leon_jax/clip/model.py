@@ -295,7 +295,7 @@ class CLIP:
     """Reads what `save` wrote; raises UserError if a file is absent, damaged or does not fit."""
     folder = epath.Path(folder)
     stages.check_files(folder)
-    stored = read_json(folder / CONFIG)
+    stored = read_json(folder / CONFIG, {"clip": dict, "text_size": int})
     config, text_size = build(CLIPConfig, stored["clip"], "clip"), stored["text_size"]
     expected = jax.eval_shape(lambda: init_params(config, text_size, jax.random.key(0)))
     params = parameters.load(folder / PARAMS, expected, "train_clip")

@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from cm3leon_jax import accelerators, buckets
 from cm3leon_jax.commands import config_file, help_text
-from cm3leon_jax.config import CTRL_C, INTERRUPTED, UserError
+from cm3leon_jax.config import CTRL_C, INTERRUPTED, UserError, printable
 
 if TYPE_CHECKING:
   import jax
@@ -123,9 +123,8 @@ def keep_compiled(workdir: epath.Path) -> None:
 
 def _fail(message: str, code: int = UserError.exit_code) -> None:
   """Prints one line on stderr and ends the process."""
-  # A message may quote a stranger's file: a terminal would obey its control characters.
-  message = "".join(c if c.isprintable() else " " for c in message)
-  print(f"error: {help_text.as_invoked(' '.join(message.split()))}", file=sys.stderr)
+  message = " ".join(printable(message).split())
+  print(f"error: {help_text.as_invoked(message)}", file=sys.stderr)
   sys.exit(code)
 
 

@@ -211,7 +211,7 @@ def begin(
   path = workdir / "train" / "config.json"
   with distributed.together():  # No process writes before all have read.
     config = stages.run_config(settings, workdir, "train") | (more or {})
-    stored = read_json(path)["run"] if path.exists() else None
+    stored = read_json(path, {"run": dict})["run"] if path.exists() else None
   start = weights.start_of_run(settings, workdir, init_from, stored)
   if start is not None:
     config["init_from"] = dataclasses.asdict(start)
@@ -270,12 +270,13 @@ def goes_on(folder, config: dict, steps: int, changes: bool = False) -> bool:
   done = folder / stages.DONE
   if not done.exists():
     return False
-  stored = read_json(done)
-  redo = stored["summary"]["steps"] < steps
+  stored = read_json(done, stages.DONE_FIELDS)
+  trained = stored["summary"].get("steps", 0)
+  redo = trained < steps
   changed = stages.differences(stored["config"], plain(config)) if changes else []
   if changed and not redo:
     raise UserError(
-      f"{folder} is finished at step {stored['summary']['steps']}, so nothing would be trained "
+      f"{folder} is finished at step {trained}, so nothing would be trained "
       f"with {'; '.join(changed)}: raise config.train.steps, which is {steps}."
     )
   return redo

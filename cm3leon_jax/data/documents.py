@@ -33,6 +33,7 @@ from cm3leon_jax.io import describe, partial_path, read_json, replacing, write_j
 from cm3leon_jax.vocab import VocabLayout
 
 INDEX = "index.json"
+FIELDS = {"schema_version": int, "vocab": dict, "shards": dict}  # Of the index.
 MAX_OPEN = 256  # Shards that a store keeps open.
 ARRAYS = ("offsets", "lengths", "is_image", "groups", "concepts", "token_counts")
 
@@ -220,8 +221,8 @@ class DocumentStore:
     """Opens a store; raises UserError if it is absent, damaged or of another schema or vocab."""
     self.folder, self.vocab = epath.Path(folder), vocab
     stages.check_files(self.folder / INDEX)
-    index = read_json(self.folder / INDEX)
-    check_version(self.folder, index.get("schema_version"))
+    index = read_json(self.folder / INDEX, FIELDS)
+    check_version(self.folder, index["schema_version"])
     check_vocab(self.folder, VocabLayout(**index["vocab"]), vocab)
     self.shards: dict[str, int] = index["shards"]
     self.files: dict[str, dict] = index.get("files", {})

@@ -35,6 +35,7 @@ from cm3leon_jax.data.records import (
   RawPair,
   Record,
   Rejected,
+  batches,
   images_of,
   with_images,
 )
@@ -46,6 +47,7 @@ from cm3leon_jax.shards import Runner, run_shards
 REJECTED = "rejected.jsonl"
 FILES = (*(f"{kind}.jsonl" for kind in KINDS), REJECTED)  # Of a shard.
 BATCH = 256  # Records that are read or rendered together.
+BATCH_BYTES = 2**27  # Of their images, as far as these are in memory.
 ORIGIN = ("kind", "source", "license", "attribution")
 MAX_ORIGINS = 100  # Origins that the index lists.
 CHECK_FROM = 10_000  # Records after which too many rejected ones stop the command early.
@@ -388,13 +390,12 @@ def _write(
   Returns:
     The shard's numbers, with `more` numbers of its source.
   """
-  items = iter(items)
   with contextlib.ExitStack() as stack:
     writer = _Writer(config, folder, load, stack)
     bar = stack.enter_context(
       progress_bar(desc=f"records {folder.name}", total=total, unit="record", leave=False)
     )
-    while batch := list(itertools.islice(items, BATCH)):
+    for batch in batches(items, BATCH, BATCH_BYTES):
       writer.add(batch)
       bar.update(len(batch))
   return {**writer.summary(more or {}), "files": stages.describe_files(folder, FILES)}

@@ -51,7 +51,7 @@ class WindowStarts:
 
   The file has a line `{"fingerprint": ...}` and one line for each window from 1 on:
   `{"window": 1, "first_row": 9012, "taken": [..], "used": [..]}`. A file with another fingerprint
-  is refused; a truncated line and the lines after it are ignored.
+  is refused; a damaged line and the lines after it are ignored.
   """
 
   def __init__(
@@ -71,7 +71,7 @@ class WindowStarts:
     self._starts = [Start(0, (0,) * num_sources, (0,) * num_sources)]
     self._whole = False  # Whether the file holds exactly these starts: lines can be appended.
     if self._path and self._path.exists():
-      self._read(self._path.read_text())
+      self._read(self._path.read_bytes().decode(errors="replace"))
 
   def __len__(self) -> int:
     return len(self._starts)
@@ -111,13 +111,10 @@ class WindowStarts:
       )
     rest = text[len(self._header) :]
     for line in rest.splitlines(keepends=True):
-      try:
-        fields = json.loads(line)
-      except json.JSONDecodeError:
+      start = _start_of(line, len(self._starts), len(self._starts[0].taken))
+      if start is None:
         return
-      if not line.endswith("\n") or fields.pop("window") != len(self._starts):
-        return
-      self._starts.append(Start(fields["first_row"], tuple(fields["taken"]), tuple(fields["used"])))
+      self._starts.append(start)
     self._whole = True
 
   def _write(self, window: int) -> None:
@@ -133,6 +130,20 @@ class WindowStarts:
   def _lines(self, first: int) -> str:
     windows = range(first, len(self))
     return "".join(_line({"window": i, **self._starts[i]._asdict()}) for i in windows)
+
+
+def _start_of(line: str, window: int, num_sources: int) -> Start | None:
+  """Returns the start of `window` that a line holds; None if it holds something else."""
+  try:
+    fields = json.loads(line)
+    first, counts = fields["first_row"], [tuple(fields[name]) for name in ("taken", "used")]
+    numbers = [fields["window"], first, *counts[0], *counts[1]]
+  except (ValueError, RecursionError, TypeError, KeyError):
+    return None
+  whole = line.endswith("\n") and all(type(x) is int and x >= 0 for x in numbers)
+  lengths = [len(values) for values in counts]
+  right = whole and fields["window"] == window and lengths == [num_sources] * 2
+  return Start(first, *counts) if right else None
 
 
 def _line(fields: dict) -> str:

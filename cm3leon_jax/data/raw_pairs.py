@@ -10,7 +10,6 @@ import threading
 import typing
 
 from etils import epath
-import fsspec
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -28,7 +27,7 @@ from cm3leon_jax.data.records import (
   required_fields,
   with_images,
 )
-from cm3leon_jax.io import damage, read_json
+from cm3leon_jax.io import damage, open_filesystem, read_json
 
 # B images, H height, W width.
 
@@ -61,7 +60,7 @@ def read_index(folder: epath.PathLike) -> dict:
       "--workdir first."
     )
   stages.check_files(path)
-  index = read_json(path)
+  index = read_json(path, {"schema_version": int, "origins": list, "shards": dict})
   if index["schema_version"] != SCHEMA_VERSION:
     raise UserError(
       f"{path} has schema version {index['schema_version']}; this code reads version "
@@ -143,7 +142,7 @@ def load_image(
   """
   name = f"of {len(image)} bytes" if isinstance(image, bytes) else str(image)
   try:
-    with _open_image(image, name) as file, Image.open(file, formats=FORMATS) as opened:
+    with open_image(image, name) as file, Image.open(file, formats=FORMATS) as opened:
       pixels = opened.width * opened.height
       if pixels > MAX_PIXELS:
         raise UserError(f"image {name} has {pixels:,} pixels; it may have {MAX_PIXELS:,}.")
@@ -157,12 +156,12 @@ def load_image(
     ) from error
 
 
-def _open_image(image: str | bytes | epath.Path, name: str):
-  """Opens a file, or bytes; raises UserError at what is no file, or is too large."""
+def open_image(image: str | bytes | epath.Path, name: str):
+  """Opens a file, or bytes; raises UserError at what is no file, or is too large, as `name`."""
   if isinstance(image, bytes):
     size, file = len(image), io.BytesIO(image)
   else:
-    fs, path = fsspec.core.url_to_fs(str(image))
+    fs, path = open_filesystem(str(image))
     info = fs.info(path)
     if info["type"] != "file":
       raise UserError(f"image {name} cannot be read (it is no file).")

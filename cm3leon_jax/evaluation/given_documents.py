@@ -14,7 +14,6 @@ import json
 import posixpath
 
 from etils import epath
-import fsspec
 import numpy as np
 
 from cm3leon_jax import stages
@@ -127,15 +126,15 @@ class DocumentFile:
 
   def _check_image(self, image: str, where: str) -> bytes:
     """Reads an image; returns the SHA-256 of its file."""
+    path = self._image_path(image)
     try:
-      with fsspec.open(self._image_path(image), "rb") as file:
+      with raw_pairs.open_image(path, path) as file:
         content = file.read()
-    except (FileNotFoundError, IsADirectoryError) as error:
+      raw_pairs.load_image(content, None)
+    except FileNotFoundError as error:
       raise UserError(
         f"{where}: image '{image}' does not exist; give its path relative to {self.path.parent}."
       ) from error
-    try:
-      raw_pairs.load_image(content, None)
     except UserError as error:
       raise UserError(f"{where}, image '{image}': {error}") from error
     return hashlib.sha256(content).digest()
@@ -234,7 +233,7 @@ def open_documents(
       "`python -m launch.encode_documents`: give a JSONL file, or workdir/documents/heldout_pairs, "
       "say."
     )
-  made = read_json(done)
+  made = read_json(done, stages.DONE_FIELDS)
   for name, made_by in made["config"].get("inputs", {}).items():
     if tokenizers.get(name, made_by) != made_by:
       raise UserError(

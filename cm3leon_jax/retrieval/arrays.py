@@ -35,10 +35,10 @@ class ArrayStore:
     """Opens a store; raises UserError if it is absent, damaged or of another schema version."""
     self.path = epath.Path(path)
     stages.check_files(self.path / INDEX)
-    index = read_json(self.path / INDEX)
-    if (version := index.get("schema_version")) != SCHEMA_VERSION:
+    index = read_json(self.path / INDEX, {"schema_version": int, "rows": int})
+    if index["schema_version"] != SCHEMA_VERSION:
       raise UserError(
-        f"{self.path} has schema version {version}; this code reads version "
+        f"{self.path} has schema version {index['schema_version']}; this code reads version "
         f"{SCHEMA_VERSION}: delete it and run the command that writes it again."
       )
     self._rows, self._digest = index["rows"], index.get("digest")

@@ -13,7 +13,8 @@ import numpy as np
 from cm3leon_jax import stages
 from cm3leon_jax.clip import checkpoint
 from cm3leon_jax.clip.huggingface import HFCLIP
-from cm3leon_jax.clip.model import CLIP, CONFIG, normalize
+from cm3leon_jax.clip.model import CLIP, CONFIG, CLIPConfig, normalize
+from cm3leon_jax.config import build
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import group_id
 from cm3leon_jax.data.records import SPLITS, RawPair
@@ -43,7 +44,8 @@ def embedding_width(folder: str, workdir: epath.PathLike) -> int:
   """Returns the width of the CLIP that `load_clip` loads, from its config."""
   if folder:
     return checkpoint.read_config(folder).embed_dim
-  return read_json(epath.Path(workdir) / "clip" / CONFIG)["clip"]["embed_dim"]
+  stored = read_json(epath.Path(workdir) / "clip" / CONFIG, {"clip": dict})
+  return build(CLIPConfig, stored["clip"], "clip").embed_dim
 
 
 class Embeddings:
@@ -82,7 +84,7 @@ class Embeddings:
   @property
   def first_bank(self) -> int:
     """Row of the first document of the split `bank`, n if there is none."""
-    return read_json(self._folder / ROWS)["first_bank"]
+    return read_json(self._folder / ROWS, {"first_bank": int})["first_bank"]
 
 
 ROWS = "rows.json"

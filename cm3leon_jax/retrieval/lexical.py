@@ -125,7 +125,8 @@ def load(folder: epath.PathLike, weight: float, width: int) -> Lexical:
   if not weight and not path.exists():
     return Lexical()
   stages.check_files(path)
-  stored = read_json(path)
+  fields = {"schema_version": int, "weight": float, "width": int, "documents": int, "counts": dict}
+  stored = read_json(path, fields)
   expected = {"schema_version": SCHEMA_VERSION, "weight": weight, "width": width}
   if changed := [f"{k} {stored[k]}, not {v}" for k, v in expected.items() if stored[k] != v]:
     raise UserError(

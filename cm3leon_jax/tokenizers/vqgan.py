@@ -82,7 +82,7 @@ class VQGANConfig:
   """Share of the steps after which the discriminator starts."""
   discriminator_width: PositiveInt = 64
   """Number of channels of the discriminator's first layer."""
-  discriminator_layers: PositiveInt = 3
+  discriminator_layers: Annotated[int, Field(gt=0, le=16)] = 3
   """Number of the discriminator's layers with stride 2; 2^layers is at most `resolution`."""
   restart_every: NonNegativeInt = 100
   """Number of steps within which a code must be used, else it restarts at an encoding; 0:
@@ -354,7 +354,7 @@ class ImageTokenizer:
     """Reads what `save` wrote; raises UserError if a file is absent, damaged or does not fit."""
     folder = epath.Path(folder)
     stages.check_files(folder)
-    stored = read_json(folder / CONFIG)
+    stored = read_json(folder / CONFIG, {"vqgan": dict, "num_codes": int})
     config = build(VQGANConfig, stored["vqgan"], "vqgan")
     expected = jax.eval_shape(lambda: init_params(config, stored["num_codes"], jax.random.key(0)))
     params = parameters.load(folder / PARAMS, expected, "train_vqgan")

@@ -11,6 +11,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json_lines, replacing
 
 LOG = "metrics.jsonl"
+FIELDS = {"step": int}  # Of every line.
 # In a bucket the file is written at most once in that time, and for at most 1% of the time.
 BUCKET_SECONDS = 60.0
 
@@ -26,7 +27,7 @@ def check_log(folder: epath.Path, checkpoint_every: int) -> None:
     UserError: it has steps that must have been saved.
   """
   with distributed.together():
-    lines = read_json_lines(folder / "metrics" / LOG) if distributed.is_first() else []
+    lines = read_json_lines(folder / "metrics" / LOG, FIELDS) if distributed.is_first() else []
     last = max((line["step"] for line in lines if "loss" in line), default=0)
     if last > 2 * checkpoint_every:  # Then the first save is complete.
       raise UserError(
@@ -80,7 +81,7 @@ class MetricsLog:
       enabled: whether this process reads and writes; one process of a run does.
     """
     self.path, self.enabled = epath.Path(folder) / LOG, enabled
-    self.before = read_json_lines(self.path) if enabled else []
+    self.before = read_json_lines(self.path, FIELDS) if enabled else []
     self.replayed, self.identical, self._resumed_at = 0, 0, resumed_at
     old = [] if resumed_at is None else self.before
     self._expected = {

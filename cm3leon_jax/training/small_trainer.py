@@ -140,7 +140,7 @@ def _open_checkpoints(name: str, identity: dict, folder: epath.Path, lease: Leas
   """Opens the checkpoints of the same training; those of another length are deleted."""
   path = folder / "config.json"
   if path.exists():
-    stored = read_json(path)
+    stored = read_json(path, {})
     changed = differences(stored, plain(identity))
     if changed and all(change.startswith(f"{name}.steps:") for change in changed):
       print(

@@ -327,7 +327,7 @@ def test_in_a_bucket_starts_are_written_every_16_windows(sources, tmp_path, plan
       sources
     ).window(35)
   assert planned[:4] == [32, 33, 34, 35]
-  assert set(modes) == {"w", "r"}
+  assert set(modes) == {"w", "rb"}
 
 
 def test_starts_that_contradict_the_plan_are_refused(sources, tmp_path):

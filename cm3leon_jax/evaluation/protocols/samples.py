@@ -230,8 +230,8 @@ def _copied(codes: np.ndarray, sample: Sample, pipeline: Pipeline) -> float | No
 
 def read_part(folder: epath.PathLike, column: str, start: int) -> list[dict]:
   """Returns the lines of the best sample of each example of the part that begins with `start`."""
-  lines = read_json_lines(part_path(folder, column, start))
-  return [line for line in lines if line["rank"] in (None, 1)]
+  lines = read_json_lines(part_path(folder, column, start), {"row": int})
+  return [line for line in lines if line.get("rank") in (None, 1)]
 
 
 def read_lines(folder: epath.PathLike, column: str, count: int) -> Iterator[dict]:
