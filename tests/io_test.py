@@ -47,7 +47,7 @@ def test_of_a_growing_file_only_the_last_line_may_be_cut(tmp_path):
   path.write_text('{"step": 1}\n{"step": 2}\n{"st')
   assert io.read_json_lines(path) == [{"step": 1}, {"step": 2}]
   path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-  with pytest.raises(json.JSONDecodeError):
+  with pytest.raises(UserError, match=r"log\.jsonl, line 2 is not valid JSON .* delete this line"):
     io.read_json_lines(path)
 
 

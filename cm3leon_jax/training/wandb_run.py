@@ -37,7 +37,7 @@ class WandbRun:
     name = None  # A run that exists keeps the name that people gave it.
     if new := not path.exists():
       name = os.environ.get("WANDB_NAME") or epath.Path(folder).parent.name
-    found = {"id": uuid.uuid4().hex[:8]} if new else read_json(path)
+    found = {"id": uuid.uuid4().hex[:8]} if new else read_json(path, {"id": str})
     self._wandb = wandb
     self._run = wandb.init(
       project=project,
