@@ -95,7 +95,8 @@ def main(settings, workdir, init_from: str = "") -> None:
   done = folder / stages.DONE
   redo = False
   if done.exists():
-    redo = stages.require(workdir, "train")["summary"].get("steps", 0) < settings.train.steps
+    made = stages.require(workdir, "train", summary=dict)["summary"]
+    redo = made.get("steps", 0) < settings.train.steps
   stage = stages.once(
     folder, config, redo, writes=distributed.is_first(), together=distributed.together
   )

@@ -265,7 +265,8 @@ def main(
   done = folder / stages.DONE
   redo = False
   if done.exists():
-    redo = stages.require(workdir, "train")["summary"].get("steps", 0) < settings.train.steps
+    made = stages.require(workdir, "train", summary=dict)["summary"]
+    redo = made.get("steps", 0) < settings.train.steps
   # A context: jax.config.update loses the setting after tracing logsumexp and others (jax 0.10.2).
   nans = jax.debug_nans(debug_nans or jax.config.jax_debug_nans)
   stage = stages.once(
