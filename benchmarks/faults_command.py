@@ -21,8 +21,8 @@ COUNTS = {
   "digests damaged": 2, "two newest damaged": 2, "two newest gone": 2, "all damaged": 1,
   "all gone": 1, SAME_PATH: 1, FULL: 4,
 }  # fmt: skip
-EVERY = 5
-FLAGS = (f"--config.train.checkpoint_every={EVERY}", "--config.train.keep_checkpoints=3")
+KEPT = 3
+FLAGS = (f"--config.train.keep_checkpoints={KEPT}",)
 PARTS = ("losses", "heldout", "rows", "samples")  # Of a result, that a training alone has.
 DISK_ERRORS = ("File too large", "EFBIG", "No space left", "RESOURCE_EXHAUSTED")
 REFUSED = 2
@@ -37,15 +37,19 @@ def order(count: int) -> list[str]:
 
 
 def prepare(root: pathlib.Path) -> pathlib.Path:
-  """Makes a training that was killed after checkpoint 15, once; returns its folder."""
+  """Makes a training that was killed after its third checkpoint, once; returns its folder."""
   folder = root / "killed"
   if not (root / "killed.json").exists():
     faults_kill.new_run(root, "killed")
     process = faults_run.Process.command(folder, "train", *FLAGS)
-    while faults_run.sealed_steps(folder) != [EVERY, 2 * EVERY, 3 * EVERY]:
+    while len(faults_run.sealed_steps(folder)) < KEPT:
       if process.wait(faults_run.POLL_SECONDS) is not None:
         raise RuntimeError(f"{folder}: the training ended:\n{process.log[-3000:]}")
     process.kill()
+    sealed = {f"{step}" for step in faults_run.sealed_steps(folder)}
+    for path in (folder / "train" / "checkpoints").iterdir():
+      if path.name not in sealed:  # Of the save in which it was killed.
+        shutil.rmtree(path)
     write_json(root / "killed.json", {})
   return folder
 
@@ -99,7 +103,7 @@ def _one(root: pathlib.Path, name: str, kind: str, rng, expected: dict) -> dict:
   if kind == FULL:
     result = _full_disk(folder, rng, expected)
   elif kind == SAME_PATH:
-    steps = (3 * EVERY, 2 * EVERY, EVERY)
+    steps = tuple(reversed(faults_run.sealed_steps(folder)))
     fault = Fault(kind, steps, len(steps), (f"--init_from is {folder}",))
     result = _damaged(folder, fault, (f"--init_from={folder}",), expected)
   else:

@@ -17,8 +17,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     UserError: another variant.
   """
   config = tiny_config.get_config()
-  config.train.update({"steps": 24, "eval_every": 3, "checkpoint_every": 4, "sample_every": 8})
-  config.train.update({"global_batch_size": 4, "num_samples": 2, "log_every": 8})
+  config.train.update({"steps": 120, "eval_every": 12, "checkpoint_every": 8, "sample_every": 24})
+  config.train.update({"global_batch_size": 4, "num_samples": 2, "log_every": 24})
   config.train.update({"tensorboard": False})
   config.evaluation.update({"num_documents": 8, "num_resamples": 100})
   if variant == "elastic":

@@ -175,17 +175,19 @@ class Trainer:
     import jax
 
     from cm3leon_jax.training.checkpoint import Checkpoints
-    from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
-    from cm3leon_jax.training.state import init_state
+    from cm3leon_jax.training.optimizer import OptimizerConfig
+    from cm3leon_jax.training.train import TrainConfig, compile_steps
+    from tests.data.stores import VOCAB
     from tests.models import tiny
 
-    optimizer = create_optimizer(OptimizerConfig(), 100)
-    self._init = jax.jit(lambda seed: init_state(tiny.CONFIG, optimizer, jax.random.key(seed)))
+    sections = (tiny.CONFIG, OptimizerConfig(), TrainConfig(), VOCAB)
+    self._steps = compile_steps(*sections, seed=0)
     self._open = lambda run: Checkpoints(run, keep=len(STEPS))
-    self._expected = {step: jax.device_get(self._init(step)) for step in STEPS}
+    states = {step: compile_steps(*sections, seed=step).init() for step in STEPS}
+    self._expected = jax.device_get(states)
     checkpoints = self._open(folder)
-    for step in STEPS:
-      checkpoints.save(self._init(step), step, next_row=8 * step)
+    for step, state in states.items():
+      checkpoints.save(state, step, next_row=8 * step)
     checkpoints.close()
     (folder / "metrics").mkdir()
     lines = [json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, max(STEPS) + 5)]
@@ -196,17 +198,17 @@ class Trainer:
     import jax
 
     from cm3leon_jax.training.metrics import check_log
-    from cm3leon_jax.training.train import Steps, _restore
+    from cm3leon_jax.training.train import _restore
 
-    steps, printed = Steps(init=lambda: self._init(0), train=None, evaluate=None), io.StringIO()
+    printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
       try:
         checkpoints = self._open(folder)
         if checked:
-          step, state, row = _restore(checkpoints, steps, None)
+          step, state, row = _restore(checkpoints, self._steps, None)
         else:  # The negative control.
           step = max(STEPS)
-          types = jax.eval_shape(steps.init)
+          types = jax.eval_shape(self._steps.init)
           state, row = checkpoints.restore(types, step, checked=True)
         if step is None:
           check_log(folder, checkpoint_every=10)
@@ -220,7 +222,7 @@ class Trainer:
   def fill_disk(self, folder: pathlib.Path, rng: np.random.Generator) -> bool:
     """Saves a fourth checkpoint while the disk is full; returns whether that raised an error."""
     sizes = [path.stat().st_size for path in files_of(folder / "checkpoints")]
-    checkpoints, state = self._open(folder), self._init(40)
+    checkpoints, state = self._open(folder), self._steps.init()
     with full_disk(int(rng.integers(max(sizes)))):
       try:
         checkpoints.save(state, 40, next_row=320)

@@ -29,6 +29,8 @@ IMPORTED = (
   "cm3leon_jax.evaluation.bits",
   "cm3leon_jax.training.train",
   "tests.launch.stages_before",
+  "torch",  # With which `launch.export` compares, if it is installed.
+  "transformers",
 )
 # All processes of a part inherit it; programs of tiny models run for less time than they compile.
 ENVIRONMENT = {
@@ -41,7 +43,7 @@ XLA_FLAGS = (
   "--xla_force_host_platform_device_count={devices}"
   " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
-LOG, STACKS = "log.txt", "stacks.txt"
+LOG, STACKS, CACHE = "log.txt", "stacks.txt", "compilation_cache"
 POLL_SECONDS = 0.01
 STACK_SECONDS = 0.5  # Bound on the time in which a process writes its stacks.
 # Name of a file, name of a function: the phase in which the main thread is there; the first counts.
@@ -73,7 +75,7 @@ def _prepare(folder: pathlib.Path, devices: int, most_bytes: int | None) -> None
   os.dup2(log.fileno(), 1)
   os.dup2(log.fileno(), 2)
   os.environ["XLA_FLAGS"] = XLA_FLAGS.format(devices=devices)
-  jax.config.update("jax_compilation_cache_dir", str(folder / "compilation_cache"))
+  jax.config.update("jax_compilation_cache_dir", str(folder / CACHE))
   if most_bytes is not None:  # A file that grows over it fails as on a full disk, in C++, too.
     resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, resource.RLIM_INFINITY))
 
@@ -93,7 +95,7 @@ class Process:
   """A process with a folder for its log and its stacks.
 
   Attributes:
-    folder: gets log.txt, stacks.txt and compilation_cache/.
+    folder: gets `LOG`, `STACKS` and `CACHE`.
     started: of `time.monotonic`.
   """
 

@@ -303,12 +303,13 @@ def _run_steps(
       with monitor.phase("evaluate", step):
         losses = heldout_losses(state.eval_params)
         monitor.heldout(step, losses)
-    if step % config.checkpoint_every == 0 or last:
-      with monitor.phase("save", step):
-        checkpoints.save(state, step, next_row)
+    # Before the checkpoint: a run that is killed here makes the grid again.
     if sample_grid and (step % config.sample_every == 0 or step == config.steps):
       with monitor.phase("sample", step):
         monitor.samples(step, sample_grid(state.eval_params, step))
+    if step % config.checkpoint_every == 0 or last:
+      with monitor.phase("save", step):
+        checkpoints.save(state, step, next_row)
     if config.histogram_every and step % config.histogram_every == 0:
       monitor.histograms(step, state.params)
     with monitor.overlapped("save"):
