@@ -21,6 +21,8 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json, read_json_lines, write_json
 
 STEPS = (10, 20, 30)  # Of the checkpoints in process.
+MORE = 40  # Step that is saved on a full disk.
+AT_ONCE = 125  # Faults of a process.
 KINDS = (
   "bit flip", "truncation", "file missing", "half an upload", "surplus file", "digests missing",
   "digests damaged", "two newest damaged", "two newest gone", "all damaged", "all digests gone",
@@ -184,7 +186,7 @@ class Trainer:
     self._steps = compile_steps(*sections, seed=0)
     self._open = lambda run: Checkpoints(run, keep=len(STEPS))
     states = {step: compile_steps(*sections, seed=step).init() for step in STEPS}
-    self._expected = jax.device_get(states)
+    self._expected = jax.device_get({**states, MORE: self._steps.init()})
     checkpoints = self._open(folder)
     for step, state in states.items():
       checkpoints.save(state, step, next_row=8 * step)
@@ -215,17 +217,19 @@ class Trainer:
           return 0, False, printed.getvalue()
       except UserError as error:
         return None, False, printed.getvalue() + str(error)
+      except Exception as error:  # A traceback is no refusal: it is judged as a wrong end.
+        return 0, False, f"{printed.getvalue()}{error!r}"
     found, expected = jax.tree.leaves(jax.device_get(state)), jax.tree.leaves(self._expected[step])
     same = all(np.array_equal(x, y) for x, y in zip(found, expected, strict=True))
     return step, same and row == 8 * step, printed.getvalue()
 
   def fill_disk(self, folder: pathlib.Path, rng: np.random.Generator) -> bool:
-    """Saves a fourth checkpoint while the disk is full; returns whether that raised an error."""
+    """Saves checkpoint `MORE` while the disk is full; returns whether that raised an error."""
     sizes = [path.stat().st_size for path in files_of(folder / "checkpoints")]
     checkpoints, state = self._open(folder), self._steps.init()
     with full_disk(int(rng.integers(max(sizes)))):
       try:
-        checkpoints.save(state, 40, next_row=320)
+        checkpoints.save(state, MORE, next_row=8 * MORE)
         checkpoints.wait()
       except Exception:  # Of Orbax, TensorStore or the disk.
         return True
@@ -255,9 +259,9 @@ def trials(root: pathlib.Path, seed: int, count: int) -> None:
 def _one(trainer: Trainer, folder: pathlib.Path, kind: str, rng: np.random.Generator) -> dict:
   if kind != "disk full while saving":
     return judge(damage(folder, kind, rng), *trainer.resume(folder))
-  noticed = trainer.fill_disk(folder, rng)
-  result = judge(Fault(kind, STEPS[::-1], 0, ()), *trainer.resume(folder))
-  return {**result, "named": noticed}
+  noticed = trainer.fill_disk(folder, rng)  # Else the disk had room for all files.
+  fault = Fault(kind, (MORE, *STEPS[::-1]), int(noticed), ())
+  return {**judge(fault, *trainer.resume(folder)), "named": noticed}
 
 
 def _control(trainer: Trainer, made: pathlib.Path, copy: pathlib.Path, rng) -> dict:
@@ -276,10 +280,14 @@ def _control(trainer: Trainer, made: pathlib.Path, copy: pathlib.Path, rng) -> d
 
 def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
   """Yields the control, and then the results of `count` faults in process."""
-  root = root / "damage"
-  faults_run.finish(faults_run.Process.function(root, trials, root, seed, count))
-  yield read_json(root / "control.json")
-  yield from read_json_lines(root / "trials.jsonl")[:count]
+  root, log = root / "damage", root / "damage" / "trials.jsonl"
+  for first in range(0, count, AT_ONCE):
+    end = min(first + AT_ONCE, count)
+    if len(read_json_lines(log)) < end:
+      faults_run.finish(faults_run.Process.function(root, trials, root, seed, end))
+    if not first:
+      yield read_json(root / "control.json")
+    yield from read_json_lines(log)[first:end]
 
 
 def summarize(results: list[dict]) -> dict:

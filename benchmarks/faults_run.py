@@ -83,12 +83,26 @@ def _prepare(folder: pathlib.Path, devices: int, most_bytes: int | None) -> None
 def _run_command(folder, name, arguments, devices, most_bytes) -> None:
   _prepare(folder, devices, most_bytes)
   sys.argv = [f"launch.{name}", *arguments]
-  runpy.run_module(f"launch.{name}", run_name="__main__", alter_sys=True)
+  with _leaving():
+    runpy.run_module(f"launch.{name}", run_name="__main__", alter_sys=True)
 
 
 def _run_function(folder, function, arguments, devices) -> None:
   _prepare(folder, devices, None)
-  function(*arguments)
+  with _leaving():
+    function(*arguments)
+
+
+@contextlib.contextmanager
+def _leaving():
+  """Waits for the other processes of the job at the end, as JAX does at the end of a program."""
+  import jax
+
+  try:
+    yield
+  finally:  # A process of `multiprocessing` calls no functions of `atexit`.
+    if jax.distributed.is_initialized():
+      jax.distributed.shutdown()
 
 
 class Process:

@@ -85,6 +85,10 @@ class Checkpoints:
       self.wait()
       return
     for step in unsealed:
+      distributed.print_once(
+        f"warning: checkpoint {step} in {self.folder} has no digests: its save was not finished, "
+        "and it is deleted."
+      )
       self._manager.delete(step)
 
   def newest(self) -> int | None:
@@ -95,12 +99,14 @@ class Checkpoints:
   def newest_whole(self) -> int | None:
     """Returns the step of the newest sealed checkpoint that is whole, or None if there is none.
 
-    Newer ones that are damaged are named in a warning and deleted: their steps are trained again.
+    Newer ones that are damaged are named in a warning and deleted, newer ones that are gone are
+    named: their steps are trained again.
 
     Raises:
       UserError: all checkpoints are damaged.
     """
     sealed = sorted(s for s in self._manager.all_steps() if self._digest_path(s).exists())
+    self._warn_of_gone(sealed)
     damaged: dict[int, str] = {}
     for step in reversed(distributed.gather(sealed)[0]):
       damage = self.damage(step)
@@ -108,6 +114,8 @@ class Checkpoints:
         for newer, sentence in damaged.items():
           distributed.print_once(f"warning: {sentence}; the run goes back to checkpoint {step}.")
           self._manager.delete(newer)
+        if distributed.is_first():
+          self._remove_digests(lambda s: s in damaged)
         return step
       damaged[step] = damage
     if damaged:
@@ -116,6 +124,15 @@ class Checkpoints:
         "them, or use another --workdir."
       )
     return None
+
+  def _warn_of_gone(self, sealed: list[int]) -> None:
+    """Prints which checkpoints newer than all of `sealed`, if any, have left only their digests."""
+    steps = [int(p.stem) for p in self._digest_folder.glob("*.json") if p.stem.isdecimal()]
+    for step in sorted(s for s in steps if sealed and s > sealed[-1]):
+      distributed.print_once(
+        f"warning: checkpoint {step} is gone from {self.folder}, its digests are not; the run goes "
+        "back to one before."
+      )
 
   def save(self, state, step: int, next_row: int) -> None:
     """Seals the previous save and starts to save `state`, a tree of arrays."""
