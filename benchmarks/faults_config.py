@@ -23,7 +23,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.evaluation.update({"num_documents": 8, "num_resamples": 100})
   if variant == "elastic":
     config.train.update({"global_batch_size": 12, "eval_every": 1_000, "sample_every": 1_000})
-    config.train.update({"checkpoint_every": 1_000, "steps": 60})
+    config.train.update({"checkpoint_every": 1_000, "steps": 36})
   elif variant:
     raise UserError(f"config variant '{variant}' does not exist; it must be empty or 'elastic'.")
   return config

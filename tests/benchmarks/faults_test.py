@@ -2,6 +2,7 @@
 
 import faulthandler
 import json
+import pathlib
 import threading
 
 import numpy as np
@@ -19,6 +20,7 @@ from benchmarks import (
 from benchmarks.faults_damage import Fault, judge
 
 PACKAGE = "/anywhere/cm3leon_jax"
+ROOT = pathlib.Path(faults.__file__).parents[1] / "cm3leon_jax"
 
 
 def stacks(*main: tuple[str, str], other: str = "training/checkpoint.py") -> str:
@@ -51,6 +53,12 @@ def stacks(*main: tuple[str, str], other: str = "training/checkpoint.py") -> str
 )
 def test_the_phase_of_a_kill_is_read_from_the_main_thread(frames, phase):
   assert faults_run.phase_of(stacks(*((f"{PACKAGE}/{f}", g) for f, g in frames))) == phase
+
+
+def test_every_phase_names_a_function_of_the_package():
+  names = [(file, function) for file, function, _ in faults_run.PHASES if function]
+  for file, function in [*names, ("training/train.py", "_run_steps")]:
+    assert f"\ndef {function}(" in (ROOT / file).read_text().replace("\n  def ", "\ndef ")
 
 
 def test_tracing_in_a_step_is_a_phase_of_its_own():
