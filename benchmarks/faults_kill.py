@@ -99,11 +99,17 @@ def seconds_to_step(
 
 
 def _moment(rng: np.random.Generator, command: str, known: Reference) -> tuple[bool, float]:
-  """Draws when to kill: seconds after the start, or, in half of the trainings, after a step."""
+  """Draws when to kill: seconds after the start of the process, or after its first step.
+
+  A training is killed before its first step in half of the cases, and else within as long as half
+  of the steps take, so that it is killed several times before it ends.
+  """
   after_step, share = bool(rng.random() < 0.5), float(rng.random())
-  if command == "train" and after_step:
+  if command != "train":
+    return False, share * known.seconds[command]
+  if after_step:
     return True, share * (known.seconds[command] - known.before_steps) / 2
-  return False, share * known.seconds[command]
+  return False, share * known.before_steps
 
 
 def _kill_once(
@@ -230,6 +236,8 @@ def summarize(runs: list[dict]) -> dict:
   phases: dict[str, int] = {}
   for kill in kills:
     during = kill["phase"] + (", a save in flight" if kill["saving"] else "")
+    if kill["command"] != "train":
+      during = f"launch.{kill['command']}"
     phases[during] = phases.get(during, 0) + 1
   resumed = [kill["seconds_to_resume"] for kill in kills if kill["seconds_to_resume"] is not None]
   lost = [max(0, kill["last_step"] - kill["sealed"]) for kill in kills]

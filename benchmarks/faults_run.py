@@ -53,8 +53,6 @@ PHASES = (
   ("training/train.py", "heldout_batches", "evaluate"),
   ("generation/heldout.py", "generate_grid", "sample"),
   ("training/checkpoint.py", "", "save"),
-  ("commands/evaluate.py", "_evaluate", "evaluate command"),
-  ("commands/export.py", "_export", "export command"),
 )
 
 

@@ -47,7 +47,6 @@ def stacks(*main: tuple[str, str], other: str = "training/checkpoint.py") -> str
     ([("training/checkpoint.py", "damage"), ("training/train.py", "_restore")], "restore"),
     ([("training/train.py", "evaluate"), ("training/train.py", "_run_steps")], "evaluate"),
     ([("generation/heldout.py", "generate_grid"), ("training/train.py", "_run_steps")], "sample"),
-    ([("commands/export.py", "_export")], "export command"),
     ([("commands/common.py", "checked")], "start"),
   ],
 )
@@ -191,19 +190,19 @@ def test_rows_that_are_lost_repeated_or_changed_are_counted():
   assert found == {"rows": 3, "lost": 1, "surplus": 1, "different": 1}
 
 
-def kill(phase, saving=False, last=5, sealed=4, seconds=1.5):
-  return {"phase": phase, "saving": saving, "last_step": last, "sealed": sealed,
+def kill(phase, saving=False, last=5, sealed=4, seconds=1.5, command="train"):
+  return {"command": command, "phase": phase, "saving": saving, "last_step": last, "sealed": sealed,
           "seconds_to_resume": seconds}  # fmt: skip
 
 
-RUN = {"run": 0, "kills": [kill("step"), kill("step", True, 9, 4)], "differing": [],
-       "replayed": 6, "replayed_equal": 6}  # fmt: skip
+KILLS = [kill("step"), kill("step", True, 9, 4), kill("start", command="export")]
+RUN = {"run": 0, "kills": KILLS, "differing": [], "replayed": 6, "replayed_equal": 6}
 
 
 def test_kills_are_counted_by_phase_and_a_difference_fails():
   summary = faults_kill.summarize([{"differing": ["losses"]}, RUN])
-  assert summary["phases"] == {"step": 1, "step, a save in flight": 1}
-  assert summary["steps_lost"] == {"most": 5, "mean": 3.0}
+  assert summary["phases"] == {"launch.export": 1, "step": 1, "step, a save in flight": 1}
+  assert summary["steps_lost"] == {"most": 5, "mean": 2.33}
   assert faults_table.kill_failures(summary) == []
   wrong = faults_kill.summarize([{"differing": []}, {**RUN, "differing": ["samples"]}])
   assert [s.split(" ")[0] for s in faults_table.kill_failures(wrong)] == ["run", "the"]
@@ -222,5 +221,5 @@ def test_a_fault_without_a_message_or_with_a_wrong_end_fails():
 def test_the_table_says_which_part_of_a_part_was_run():
   numbers = {"kill": {"asked": 200, **faults_kill.summarize([{"differing": ["losses"]}, RUN])}}
   assert faults_table.markdown(numbers).splitlines()[2] == (
-    "| SIGKILL | 2 of 200 | all | 1 of 1 runs | 5 logged, computed again | 0 | 1.5 (1.5 to 1.5) |"
+    "| SIGKILL | 3 of 200 | all | 1 of 1 runs | 5 logged, computed again | 0 | 1.5 (1.5 to 1.5) |"
   )
