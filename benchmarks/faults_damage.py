@@ -160,7 +160,7 @@ def judge(fault: Fault, step: int | None, same: bool, message: str) -> dict:
     outcome = "refused" if fault.good is None else "wrong"
   elif not same:
     outcome = "wrong"
-  elif step == newest and fault.hit:
+  elif step == newest:
     outcome = "harmless"
   else:
     outcome = "went back" if step == fault.good else "wrong"

@@ -59,7 +59,7 @@ def _kill_rows(summary: dict) -> list[tuple]:
   lost = f"{summary['steps_lost']['most']} logged, computed again"
   count = _of(summary["kills"], summary["asked"])
   seconds = _seconds(summary["seconds_to_resume"])
-  return [("SIGKILL", count, "all", equal, lost, "0" if not summary["differing"] else "?", seconds)]
+  return [("SIGKILL", count, NONE, equal, lost, "0" if not summary["differing"] else "?", seconds)]
 
 
 def _damage_rows(summary: dict, where: str) -> list[tuple]:
@@ -92,7 +92,7 @@ def markdown(numbers: dict) -> str:
     "fault", "caused", "detected and named", "recovered", "steps lost, at most",
     "rows lost or repeated", "seconds to resume",
   )  # fmt: skip
-  rows = [header, ("---",) * len(header)]
+  rows: list[tuple] = []
   if "kill" in numbers:
     rows += _kill_rows(numbers["kill"])
   if "damage" in numbers:
@@ -101,7 +101,8 @@ def markdown(numbers: dict) -> str:
     rows += _damage_rows(numbers["command"], ", `launch.train`")
   if "elastic" in numbers:
     rows += _elastic_rows(numbers["elastic"])
-  lines = [f"| {' | '.join(row)} |" for row in rows]
+  lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+  lines += [f"| {' | '.join(row)} |" for row in rows]
   if "kill" in numbers:
     lines += ["", "| killed in | times |", "|---|---|"]
     lines += [f"| {phase} | {times} |" for phase, times in numbers["kill"]["phases"].items()]

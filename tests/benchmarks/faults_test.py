@@ -126,7 +126,7 @@ def test_results_differ_in_the_last_bit_of_a_loss_and_not_in_times(tmp_path):
     (2, 10, True, "went back", 20),
     (3, None, True, "refused", 0),
     (3, 0, False, "wrong", 30),  # A silent start from step 0.
-    (0, 30, True, "went back", 0),
+    (0, 30, True, "harmless", 0),
   ],
 )
 def test_what_a_run_did_after_a_fault_is_judged(hit, step, same, outcome, lost):
@@ -221,5 +221,5 @@ def test_a_fault_without_a_message_or_with_a_wrong_end_fails():
 def test_the_table_says_which_part_of_a_part_was_run():
   numbers = {"kill": {"asked": 200, **faults_kill.summarize([{"differing": ["losses"]}, RUN])}}
   assert faults_table.markdown(numbers).splitlines()[2] == (
-    "| SIGKILL | 3 of 200 | all | 1 of 1 runs | 5 logged, computed again | 0 | 1.5 (1.5 to 1.5) |"
+    "| SIGKILL | 3 of 200 | - | 1 of 1 runs | 5 logged, computed again | 0 | 1.5 (1.5 to 1.5) |"
   )
