@@ -270,7 +270,7 @@ def goes_on(folder, config: dict, steps: int, changes: bool = False) -> bool:
   done = folder / stages.DONE
   if not done.exists():
     return False
-  stored = read_json(done, stages.DONE_FIELDS)
+  stored = read_json(done, {"config": dict, "summary": dict})
   trained = stored["summary"].get("steps", 0)
   redo = trained < steps
   changed = stages.differences(stored["config"], plain(config)) if changes else []

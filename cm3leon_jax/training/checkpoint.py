@@ -101,6 +101,10 @@ class Checkpoints:
       self.wait()
       return
     for step in unsealed:
+      distributed.print_once(
+        f"warning: checkpoint {step} in {self.folder} has no digests: its save was not finished, "
+        "and it is deleted."
+      )
       self._manager.delete(step)
 
   def steps(self) -> list[int]:
@@ -123,18 +127,23 @@ class Checkpoints:
   def newest_whole(self) -> int | None:
     """Returns the step of the newest sealed checkpoint that is whole, or None if there is none.
 
-    Newer ones that are damaged are named in a warning and deleted: their steps are trained again.
+    Newer ones that are damaged are named in a warning and deleted, newer ones that are gone are
+    named: their steps are trained again.
 
     Raises:
       UserError: all checkpoints are damaged.
     """
+    sealed = self.sealed()
+    self._warn_of_gone(sealed)
     damaged: dict[int, str] = {}
-    for step in reversed(distributed.gather(self.sealed())[0]):
+    for step in reversed(distributed.gather(sealed)[0]):
       damage = self.damage(step)
       if damage is None:
         for newer, sentence in damaged.items():
           distributed.print_once(f"warning: {sentence}; the run goes back to checkpoint {step}.")
           self._manager.delete(newer)
+        if distributed.is_first():
+          self._remove_digests(lambda s: s in damaged)
         return step
       damaged[step] = damage
     if damaged:
@@ -143,6 +152,15 @@ class Checkpoints:
         "them, or use another --workdir."
       )
     return None
+
+  def _warn_of_gone(self, sealed: list[int]) -> None:
+    """Prints which checkpoints newer than all of `sealed`, if any, have left only their digests."""
+    steps = [int(p.stem) for p in self._digest_folder.glob("*.json") if p.stem.isdecimal()]
+    for step in sorted(s for s in steps if sealed and s > sealed[-1]):
+      distributed.print_once(
+        f"warning: checkpoint {step} is gone from {self.folder}, its digests are not; the run goes "
+        "back to one before."
+      )
 
   def go_back(self, step: int) -> None:
     """Deletes all checkpoints after that of `step`.
@@ -157,6 +175,8 @@ class Checkpoints:
     self.check(step)
     for newer in (s for s in steps if s > step):
       self._manager.delete(newer)
+    if distributed.is_first():
+      self._remove_digests(lambda s: s > step)
 
   def save(self, state, step: int, next_row: int, heldout_loss: float | None = None) -> None:
     """Seals the previous save and starts to save `state`, a tree of arrays.

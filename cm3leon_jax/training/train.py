@@ -280,15 +280,16 @@ def _run_steps(
       with monitor.phase("evaluate", step):
         losses = heldout_losses(state.eval_params)
         monitor.heldout(step, losses)
+    # Before the checkpoint: a run that is killed here makes the grid again.
+    if sample_grid and (step % config.sample_every == 0 or step == config.steps):
+      with monitor.phase("sample", step):
+        monitor.samples(step, sample_grid(state.eval_params, step))
     # While steps are skipped nothing is saved, so the checkpoints stay those of before.
     if last or (step % config.checkpoint_every == 0 and not monitor.skipped()):
       with monitor.phase("save", step):
         check_finite(state, f"checkpoint {step}", REMEDY)
         loss = losses["heldout_loss"] if losses else None  # With `keep_best`, of this very step.
         checkpoints.save(state, step, next_row, loss)
-    if sample_grid and (step % config.sample_every == 0 or step == config.steps):
-      with monitor.phase("sample", step):
-        monitor.samples(step, sample_grid(state.eval_params, step))
     if config.histogram_every and step % config.histogram_every == 0:
       monitor.histograms(step, state.params)
     checkpoints.check_save()

@@ -118,6 +118,24 @@ def test_a_damaged_file_is_refused(saved, damage):
     checkpoint.load_params(saved, CONFIG)
 
 
+def test_a_save_that_was_not_finished_is_deleted_with_a_warning(saved, capsys):
+  (saved / "checkpoints.digests" / "2.json").unlink()
+  checkpoints = checkpoint.Checkpoints(saved, keep=2)
+  assert checkpoints.newest_whole() == 1
+  checkpoints.discard_unsealed()
+  checkpoints.close()
+  assert [p.name for p in (saved / "checkpoints").iterdir()] == ["1"]
+  assert "warning: checkpoint 2 in" in capsys.readouterr().out
+
+
+def test_a_newer_checkpoint_that_is_gone_is_named(saved, capsys):
+  shutil.rmtree(saved / "checkpoints" / "2")
+  checkpoints = checkpoint.Checkpoints(saved, keep=2)
+  assert checkpoints.newest_whole() == 1
+  checkpoints.close()
+  assert "warning: checkpoint 2 is gone from" in capsys.readouterr().out
+
+
 def test_a_first_save_that_was_killed_before_its_digests_gets_them(saved, capsys):
   expected = (saved / "checkpoints.digests" / "1.json").read_bytes()
   shutil.rmtree(saved / "checkpoints" / "2")
@@ -155,6 +173,7 @@ def test_a_run_goes_back_to_the_newest_whole_checkpoint(saved, capsys, digests):
   assert "is damaged" in warning
   assert warning.endswith("; the run goes back to checkpoint 1.")
   assert [p.name for p in (saved / "checkpoints").iterdir()] == ["1"]
+  assert [p.name for p in (saved / "checkpoints.digests").iterdir()] == ["1.json"]
   with jax.set_mesh(mesh_of(1, 1, 1)):
     checkpoints.save(fresh(3), 2, next_row=99)  # It is written again.
     checkpoints.wait()

@@ -174,6 +174,15 @@ def test_a_killed_run_continues_bit_for_bit(whole, loader, tmp_path):
   assert event["replayed"] == event["identical"] == 11 - event["from_step"]
 
 
+def test_a_run_that_is_killed_while_it_samples_makes_that_grid_again(loader, tmp_path):
+  """No checkpoint of the step may count before its grid is written."""
+  with pytest.raises(Crash):
+    run(tmp_path, loader, sample_grid=crash_at(4, tmp_path), sample_every=4)
+  seen = []
+  run(tmp_path, loader, sample_grid=lambda _, step: seen.append(step), sample_every=4)
+  assert seen == [4, 8, 12]
+
+
 def arrays(folder):
   """The parameters of the last checkpoint, and the average that is loaded from it."""
   with jax.set_mesh(mesh_of(1, 1, 1)):

@@ -1,0 +1,107 @@
+"""Causes faults for real, and measures whether a run loses anything.
+
+  python -m benchmarks.faults --workdir=workdir/faults
+  python -m benchmarks.faults --part=kill --count=25
+
+Parts: `kill` (SIGKILL at random moments), `damage` (checkpoints damaged, in process), `command`
+(the same before launch.train, and full disks), `elastic` (a changing number of processes). What is
+done is kept in the workdir, so that each part can be stopped and continued. Writes results.json and
+table.md there; exit code 1 if a run lost anything or a fault had no message. docs/reliability.md.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import pathlib
+import sys
+import time
+
+from absl import app, flags
+
+from benchmarks import faults_command, faults_damage, faults_elastic, faults_kill, faults_table
+from cm3leon_jax.io import read_json, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A part of the benchmark.
+
+  Attributes:
+    count: of its faults, by default.
+    measure: (folder, seed, count) -> results, one after the other; those that exist are read.
+    summarize: results -> numbers.
+    failures: numbers -> sentences, one for each thing that must not be.
+  """
+
+  count: int
+  measure: Callable[[pathlib.Path, int, int], Iterator[dict]]
+  summarize: Callable[[list[dict]], dict]
+  failures: Callable[[dict], list[str]]
+
+
+PARTS = {
+  "kill": Part(200, faults_kill.measure, faults_kill.summarize, faults_table.kill_failures),
+  "damage": Part(1_000, faults_damage.measure, faults_damage.summarize, faults_table.failures),
+  "command": Part(25, faults_command.measure, faults_command.summarize, faults_table.failures),
+  "elastic": Part(
+    20, faults_elastic.measure, faults_elastic.summarize, faults_table.elastic_failures
+  ),
+}
+
+
+def run(name: str, folder: pathlib.Path, seed: int, count: int, minutes: float) -> dict:
+  """Runs a part for some minutes; adds its numbers to results.json and returns them.
+
+  Args:
+    name: of the part.
+    folder: of the benchmark.
+    seed: of all choices.
+    count: of the faults; 0: as many as the part has by default.
+    minutes: after which nothing new is begun.
+  """
+  part, start, results = PARTS[name], time.monotonic(), []
+  count = count or part.count
+  for result in part.measure(folder, seed, count):
+    results.append(result)
+    if time.monotonic() - start > 60 * minutes:
+      break
+  summary = {"asked": count, "seed": seed, **part.summarize(results)}
+  path = folder / "results.json"
+  numbers = {**(read_json(path) if path.exists() else {}), name: summary}
+  write_json(path, numbers)
+  (folder / "table.md").write_text(faults_table.markdown(numbers), encoding="utf-8")
+  return summary
+
+
+def main(argv) -> None:
+  """Runs the parts that are asked for."""
+  args = flags.FLAGS
+  if len(argv) > 1:
+    print(
+      f"error: unexpected argument '{argv[1]}': this command takes flags only.", file=sys.stderr
+    )
+    sys.exit(2)
+  folder = pathlib.Path(args.workdir).resolve()
+  folder.mkdir(parents=True, exist_ok=True)
+  failed = False
+  for name in PARTS if args.part == "all" else [args.part]:
+    summary = run(name, folder, args.seed, args.count, args.minutes)
+    failures = PARTS[name].failures(summary)
+    failed |= bool(failures)
+    for sentence in failures:
+      print(f"faults: {name}: {sentence}", flush=True)
+  print((folder / "table.md").read_text())
+  sys.exit(int(failed))
+
+
+def define_flags() -> None:
+  """Defines the flags of this command."""
+  flags.DEFINE_string("workdir", "workdir/faults", "Folder of all parts; it continues.")
+  flags.DEFINE_enum("part", "all", ["all", *PARTS], "Part to run.")
+  flags.DEFINE_integer("seed", 0, "Seed of all choices.", lower_bound=0)
+  flags.DEFINE_integer("count", 0, "Number of faults of a part; 0: as many as the page has.", 0)
+  flags.DEFINE_float("minutes", 60.0, "Minutes after which a part begins nothing new.", 0.0)
+
+
+if __name__ == "__main__":  # Flags here: forked processes import this module, too.
+  define_flags()
+  app.run(main)

@@ -1,0 +1,262 @@
+"""Part `kill` of `benchmarks.faults`: SIGKILL at random moments of a training and what follows it.
+
+A run is `launch.train`, `launch.evaluate` and `launch.export`, with a compilation cache of its own.
+Its processes are killed a few times and started again until the run is done. Then its losses,
+held-out losses, sample grids, evaluation and export must be those of a run that was never killed.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import pathlib
+import shutil
+import statistics
+import time
+
+import numpy as np
+
+from benchmarks import experiment, faults_run
+from cm3leon_jax.io import read_json, write_json
+
+SHARED = ("documents", "neighbors", "text_tokenizer", "vqgan")
+# Command -> kills of a run, at most: a command that is done sooner is killed less often.
+KILLS = {"train": 12, "evaluate": 1, "export": 1}
+STARTS = 60  # Of a command, more than which a run cannot need.
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """A run that was never killed.
+
+  Attributes:
+    result: see `faults_run.result_of`.
+    seconds: of each command.
+    before_steps: seconds of the training before its first step was logged.
+  """
+
+  result: dict
+  seconds: dict[str, float]
+  before_steps: float
+
+
+def new_run(root: pathlib.Path, name: str) -> pathlib.Path:
+  """Makes the folder of a run after the stages that all runs share; deletes an earlier one."""
+  shutil.rmtree(root / name, ignore_errors=True)
+  experiment.link_stages(root / "shared", root / name, SHARED)
+  return root / name
+
+
+def reference(root: pathlib.Path) -> Reference:
+  """Runs all commands twice without a kill, once.
+
+  The second run finds its programs in the compilation cache, as runs do that start again: its times
+  count. Raises RuntimeError if it has another result.
+  """
+  path = root / "reference.json"
+  if not path.exists():
+    if not (root / "shared" / "made.json").exists():
+      shutil.rmtree(root / "shared", ignore_errors=True)
+      faults_run.make_workdir(root / "shared", faults_run.CONFIG)
+      write_json(root / "shared" / "made.json", {})
+    cold, warm = new_run(root, "cold"), new_run(root, "warm")
+    first = _without_kill(cold)
+    shutil.copytree(cold / faults_run.CACHE, warm / faults_run.CACHE)
+    second = _without_kill(warm)
+    if differing := faults_run.differing(second["result"], first["result"]):
+      raise RuntimeError(f"two runs without a kill differ in {', '.join(differing)}.")
+    write_json(path, second)
+  return Reference(**read_json(path))
+
+
+def _without_kill(folder: pathlib.Path) -> dict:
+  process = faults_run.Process.command(folder, "train")
+  before = seconds_to_step(folder, process, 0)
+  seconds = {"train": faults_run.finish(process)}
+  for name in ("evaluate", "export"):
+    seconds[name] = faults_run.finish(faults_run.Process.command(folder, name))
+  result = faults_run.result_of(folder)
+  return {"result": result, "seconds": seconds, "before_steps": before}
+
+
+def seconds_to_step(
+  folder: pathlib.Path, process: faults_run.Process, after: int, limit: float | None = None
+) -> float | None:
+  """Waits until this start of a training has logged a step after `after`.
+
+  Returns:
+    The seconds since the process started; None if it ended before, or lived for `limit` seconds.
+  """
+  path = folder / "train" / "metrics" / "metrics.jsonl"
+  # An earlier start may have logged such steps, too; they go when this one opens the log.
+  stamp = path.stat().st_mtime_ns if path.exists() else 0
+  while process.wait(faults_run.POLL_SECONDS) is None:
+    seconds = time.monotonic() - process.started
+    if limit is not None and seconds > limit:
+      return None
+    is_new = path.exists() and path.stat().st_mtime_ns != stamp
+    if is_new and faults_run.last_step(folder) > after:
+      return round(seconds, 2)
+  return None
+
+
+def _moment(rng: np.random.Generator, command: str, known: Reference) -> tuple[bool, float]:
+  """Draws when to kill: seconds after the start of the process, or after its first step.
+
+  A training is killed before its first step in half of the cases, and else within as long as half
+  of the steps take, so that it is killed several times before it ends.
+  """
+  after_step, share = bool(rng.random() < 0.5), float(rng.random())
+  if command != "train":
+    return False, share * known.seconds[command]
+  if after_step:
+    return True, share * (known.seconds[command] - known.before_steps) / 2
+  return False, share * known.before_steps
+
+
+def _kill_once(
+  folder: pathlib.Path, command: str, rng: np.random.Generator, known: Reference
+) -> dict | None:
+  """Starts a command and kills it; returns what was hit, or None if it was done before."""
+  after_step, delay = _moment(rng, command, known)
+  start = max(faults_run.sealed_steps(folder), default=0)
+  process = faults_run.Process.command(folder, command)
+  resumed = None
+  if command == "train":
+    resumed = seconds_to_step(folder, process, start, None if after_step else delay)
+  end = (time.monotonic() if after_step else process.started) + delay
+  code = process.wait(end - time.monotonic())
+  stacks = process.kill() if code is None else None
+  if stacks is None:
+    if process.wait() != 0:
+      raise RuntimeError(f"{folder}: {command} failed:\n{process.log[-3000:]}")
+    return None
+  return {
+    "command": command,
+    "phase": faults_run.phase_of(stacks),
+    "saving": command == "train" and faults_run.unfinished_save(folder),
+    "last_step": faults_run.last_step(folder),
+    "sealed": max(faults_run.sealed_steps(folder), default=0),
+    "resumed_from": start if command == "train" else None,
+    "seconds_to_resume": resumed,
+    "life": round(time.monotonic() - process.started, 2),
+  }
+
+
+def killed_run(root: pathlib.Path, seed: int, run: int, most: int, known: Reference) -> dict:
+  """Makes a run with up to `most` kills; returns them and in what its result differs."""
+  rng, folder = np.random.default_rng([seed, run]), new_run(root, f"run_{run:03d}")
+  kills: list[dict] = []
+  for command, quota in KILLS.items():
+    left, done = quota, False
+    for _ in range(STARTS):
+      if left and len(kills) < most:
+        hit = _kill_once(folder, command, rng, known)
+        if hit is not None:
+          kills.append(hit)
+          left -= 1
+          continue
+      else:
+        faults_run.finish(faults_run.Process.command(folder, command))
+      done = True
+      break
+    if not done:
+      raise RuntimeError(f"{folder}: {command} is not done after {STARTS} starts.")
+  differing = faults_run.differing(faults_run.result_of(folder), known.result)
+  resumed = [line for line in faults_run.logged(folder) if line.get("event") == "resumed"]
+  if not differing:
+    shutil.rmtree(folder)
+  return {
+    "run": run,
+    "kills": kills,
+    "differing": differing,
+    "replayed": sum(line["replayed"] for line in resumed),
+    "replayed_equal": sum(line["identical"] for line in resumed),
+  }
+
+
+def control(root: pathlib.Path, known: Reference) -> dict:
+  """Continues a killed run one row too late: its result must differ."""
+  folder = new_run(root, "control")
+  process = faults_run.Process.command(folder, "train")
+  while len(faults_run.sealed_steps(folder)) < 2 and process.wait(faults_run.POLL_SECONDS) is None:
+    pass
+  process.kill()
+  faults_run.finish(faults_run.Process.function(folder, _shift_rows, folder))
+  for command in KILLS:
+    faults_run.finish(faults_run.Process.command(folder, command))
+  found = faults_run.result_of(folder)
+  return {"differing": faults_run.differing(found, known.result)}
+
+
+def _shift_rows(folder: pathlib.Path) -> None:
+  """Replaces the checkpoints of a run by its newest one with the next row plus 1."""
+  import jax
+
+  from cm3leon_jax.mesh import create_mesh
+  from cm3leon_jax.training.checkpoint import Checkpoints
+  from cm3leon_jax.training.train import compile_steps
+
+  settings, train = faults_run.settings_of(faults_run.CONFIG), folder / "train"
+  with jax.set_mesh(create_mesh(settings.mesh)):
+    sections = (settings.model, settings.optimizer, settings.train, settings.vocab)
+    init = compile_steps(*sections, settings.seed).init
+    old = Checkpoints(train, keep=2)
+    step = old.newest()
+    state, next_row = old.restore(jax.eval_shape(init), step)
+    old.close()
+    new = Checkpoints(folder / "shifted", keep=2)
+    new.save(state, step, next_row + 1)
+    new.close()
+  for name in ("checkpoints", "checkpoints.digests"):
+    shutil.rmtree(train / name)
+    (folder / "shifted" / name).rename(train / name)
+
+
+def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
+  """Yields the control, and then killed runs until they have `count` kills together."""
+  known = reference(root)
+  path = root / "control.json"
+  if not path.exists():
+    write_json(path, control(root, known))
+  yield read_json(path)
+  run, kills = 0, 0
+  while kills < count:
+    path = root / f"run_{run:03d}.json"
+    if not path.exists():
+      write_json(path, killed_run(root, seed, run, count - kills, known))
+    result = read_json(path)
+    kills += len(result["kills"])
+    run += 1
+    yield result
+
+
+def summarize(runs: list[dict]) -> dict:
+  """Counts the kills by phase, and what they cost."""
+  first, *runs = runs
+  kills = [kill for run in runs for kill in run["kills"]]
+  phases: dict[str, int] = {}
+  for kill in kills:
+    during = kill["phase"] + (", a save in flight" if kill["saving"] else "")
+    if kill["command"] != "train":
+      during = f"launch.{kill['command']}"
+    phases[during] = phases.get(during, 0) + 1
+  resumed = [kill["seconds_to_resume"] for kill in kills if kill["seconds_to_resume"] is not None]
+  lost = [max(0, kill["last_step"] - kill["sealed"]) for kill in kills]
+  return {
+    "kills": len(kills),
+    "runs": len(runs),
+    "runs_equal": sum(not run["differing"] for run in runs),
+    "differing": {f"run {run['run']}": run["differing"] for run in runs if run["differing"]},
+    "phases": dict(sorted(phases.items())),
+    "steps_lost": {"most": max(lost, default=0), "mean": round(statistics.fmean(lost or [0]), 2)},
+    "replayed": sum(run["replayed"] for run in runs),
+    "replayed_equal": sum(run["replayed_equal"] for run in runs),
+    "seconds_to_resume": spread(resumed),
+    "control_differs": bool(first["differing"]),
+  }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+  """Returns median, least and most of some seconds; {} for none."""
+  if not values:
+    return {}
+  return {"median": statistics.median(values), "least": min(values), "most": max(values)}

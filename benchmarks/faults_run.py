@@ -1,0 +1,283 @@
+"""Runs of `benchmarks.faults`: their commands as processes that can be killed, and their results.
+
+A command runs in a process that is forked from one in which the libraries are imported already, so
+that a start takes a second. It is otherwise `python -m launch.NAME`. A process that is to be killed
+writes the stacks of its threads first, from which `phase_of` reads what was interrupted.
+"""
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import pathlib
+import re
+import resource
+import runpy
+import signal
+import sys
+import time
+
+from cm3leon_jax.io import digest, read_json, read_json_lines
+from cm3leon_jax.stages import DONE
+
+CONFIG = "benchmarks/faults_config.py"
+IMPORTED = (
+  "cm3leon_jax.commands.common",
+  "cm3leon_jax.settings",
+  "cm3leon_jax.export.weights",
+  "cm3leon_jax.generation.heldout",
+  "cm3leon_jax.evaluation.bits",
+  "cm3leon_jax.training.train",
+  "tests.launch.stages_before",
+  "torch",  # With which `launch.export` compares, if it is installed.
+  "transformers",
+)
+# All processes of a part inherit it; programs of tiny models run for less time than they compile.
+ENVIRONMENT = {
+  "JAX_PLATFORMS": "cpu",
+  "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+# Else XLA may start collectives in another order on each device, which then wait for each other.
+XLA_FLAGS = (
+  "--xla_force_host_platform_device_count={devices}"
+  " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+)
+LOG, STACKS, CACHE = "log.txt", "stacks.txt", "compilation_cache"
+POLL_SECONDS = 0.01
+STACK_SECONDS = 0.5  # Bound on the time in which a process writes its stacks.
+# Name of a file, name of a function: the phase in which the main thread is there; the first counts.
+PHASES = (
+  ("training/train.py", "_restore", "restore"),
+  ("training/train.py", "evaluate", "evaluate"),
+  ("training/train.py", "heldout_batches", "evaluate"),
+  ("generation/heldout.py", "generate_grid", "sample"),
+  ("training/checkpoint.py", "", "save"),
+)
+
+
+def forkserver():
+  """Returns the context of the processes, which all have the environment `ENVIRONMENT`."""
+  os.environ.update(ENVIRONMENT)
+  context = multiprocessing.get_context("forkserver")
+  context.set_forkserver_preload(list(IMPORTED))
+  return context
+
+
+def _prepare(folder: pathlib.Path, devices: int, most_bytes: int | None) -> None:
+  """Sets up a forked process, before JAX starts its devices."""
+  import jax
+
+  faulthandler.register(signal.SIGUSR1, (folder / STACKS).open("w"), all_threads=True)
+  log = (folder / LOG).open("a")
+  os.dup2(log.fileno(), 1)
+  os.dup2(log.fileno(), 2)
+  os.environ["XLA_FLAGS"] = XLA_FLAGS.format(devices=devices)
+  jax.config.update("jax_compilation_cache_dir", str(folder / CACHE))
+  if most_bytes is not None:  # A file that grows over it fails as on a full disk, in C++, too.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, resource.RLIM_INFINITY))
+
+
+def _run_command(folder, name, arguments, devices, most_bytes) -> None:
+  _prepare(folder, devices, most_bytes)
+  sys.argv = [f"launch.{name}", *arguments]
+  with _leaving():
+    runpy.run_module(f"launch.{name}", run_name="__main__", alter_sys=True)
+
+
+def _run_function(folder, function, arguments, devices) -> None:
+  _prepare(folder, devices, None)
+  with _leaving():
+    function(*arguments)
+
+
+@contextlib.contextmanager
+def _leaving():
+  """Waits for the other processes of the job at the end, as JAX does at the end of a program."""
+  import jax
+
+  try:
+    yield
+  finally:  # A process of `multiprocessing` calls no functions of `atexit`.
+    if jax.distributed.is_initialized():
+      jax.distributed.shutdown()
+
+
+class Process:
+  """A process with a folder for its log and its stacks.
+
+  Attributes:
+    folder: gets `LOG`, `STACKS` and `CACHE`.
+    started: of `time.monotonic`.
+  """
+
+  def __init__(self, folder: pathlib.Path, target, arguments: tuple):
+    """Starts it: `target(folder, *arguments)`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STACKS).unlink(missing_ok=True)
+    self.folder, self.started = folder, time.monotonic()
+    self._process = forkserver().Process(target=target, args=(folder, *arguments))
+    self._process.start()
+
+  @classmethod
+  def command(
+    cls, folder, name: str, *flags: str, workdir=None, config=CONFIG, devices=1, most_bytes=None
+  ) -> "Process":
+    """Starts `launch.NAME` on `workdir`, by default `folder`.
+
+    Args:
+      folder: of the process.
+      name: of the command.
+      *flags: more flags of the command.
+      workdir: of the run.
+      config: of the run.
+      devices: fake devices of the process.
+      most_bytes: size at which every file that it writes fails to grow; None: no limit.
+    """
+    arguments = [f"--config={config}", f"--workdir={workdir or folder}", *flags]
+    return cls(folder, _run_command, (name, arguments, devices, most_bytes))
+
+  @classmethod
+  def function(cls, folder, function, *arguments, devices: int = 1) -> "Process":
+    """Starts `function(*arguments)`, both of which can be pickled."""
+    return cls(folder, _run_function, (function, arguments, devices))
+
+  def wait(self, seconds: float | None = None) -> int | None:
+    """Returns the exit code, or None if the process runs for longer than that."""
+    self._process.join(None if seconds is None else max(0.0, seconds))
+    return self._process.exitcode
+
+  def terminate(self) -> None:
+    """Sends SIGTERM."""
+    self._process.terminate()
+
+  def kill(self) -> str | None:
+    """Kills the process (SIGKILL); returns its stacks, or None if it had ended by itself."""
+    stacks = self.folder / STACKS
+    if stacks.exists() and self._process.is_alive():
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(self._process.pid, signal.SIGUSR1)
+      end, size = time.monotonic() + STACK_SECONDS, 0
+      while time.monotonic() < end and (size == 0 or size != stacks.stat().st_size):
+        size = stacks.stat().st_size
+        time.sleep(0.002)
+    self._process.kill()
+    self._process.join()
+    if self._process.exitcode not in (-signal.SIGKILL, -signal.SIGUSR1):
+      return None
+    return stacks.read_text() if stacks.exists() else ""
+
+  @property
+  def log(self) -> str:
+    """What it has printed, and what processes before it in the same folder have."""
+    path = self.folder / LOG
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def finish(process: Process, code: int = 0) -> float:
+  """Waits for a process; returns its seconds. Raises RuntimeError for another exit code."""
+  found = process.wait()
+  if found != code:
+    raise RuntimeError(f"{process.folder}: exit code {found}, not {code}:\n{process.log[-3000:]}")
+  return time.monotonic() - process.started
+
+
+def phase_of(stacks: str) -> str:
+  """Returns what the main thread did, from the stacks of all threads, of which it is the last.
+
+  The phases are those of `PHASES`; in a step "compile", if JAX traces or compiles, else "step";
+  "start" before the first step.
+  """
+  main = re.split(r"^(?:Current t|T)hread .*$", stacks, flags=re.MULTILINE)[-1]
+  frames = re.findall(r'File "(.*)", line \d+ in (.*)', main)
+  for file, function, phase in PHASES:
+    if any(f.endswith(f"cm3leon_jax/{file}") and function in ("", g) for f, g in frames):
+      return phase
+  if any("/jax/_src/" in f and ("/interpreters/" in f or "compiler" in f) for f, _ in frames):
+    return "compile"
+  return "step" if any(g == "_run_steps" for _, g in frames) else "start"
+
+
+def make_workdir(root: pathlib.Path, config: str) -> None:
+  """Makes the results of the stages before training, in a process of its own."""
+  finish(Process.function(root, _make_workdir, root, config))
+
+
+def _make_workdir(root: pathlib.Path, config: str) -> None:
+  from tests.launch.stages_before import make_workdir as make
+
+  make(root, settings_of(config))
+  for name in ("text_tokenizer", "vqgan"):
+    write_done(root / name)
+
+
+def write_done(folder: pathlib.Path) -> None:
+  """Marks a stage as finished whose test helper does not."""
+  from cm3leon_jax.io import write_json
+
+  if not (folder / DONE).exists():
+    write_json(folder / DONE, {"id": folder.name, "config": {}, "summary": {}, "seconds": 0.0})
+
+
+def settings_of(config: str):
+  """Returns the settings of "FILE" or "FILE:VARIANT"."""
+  from benchmarks import faults_config
+  from cm3leon_jax.settings import settings_from_config
+
+  return settings_from_config(faults_config.get_config(config.partition(":")[2]))
+
+
+def logged(workdir: pathlib.Path) -> list[dict]:
+  """Returns the lines of a run's log."""
+  return read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl")
+
+
+def last_step(workdir: pathlib.Path) -> int:
+  """Returns the last step in a run's log; 0 if it has none."""
+  return max((line["step"] for line in logged(workdir) if "loss" in line), default=0)
+
+
+def sealed_steps(workdir: pathlib.Path) -> list[int]:
+  """Returns the steps of the checkpoints that have digests, in order."""
+  train = workdir / "train"
+  found = [path.stem for path in (train / "checkpoints.digests").glob("*.json")]
+  return sorted(int(step) for step in found if (train / "checkpoints" / step).exists())
+
+
+def unfinished_save(workdir: pathlib.Path) -> bool:
+  """Returns whether a checkpoint was begun that is not complete, or has no digests."""
+  train = workdir / "train"
+  steps = {path.name for path in (train / "checkpoints").glob("[0-9]*")}
+  return bool(steps - {f"{step}" for step in sealed_steps(workdir)})
+
+
+def result_of(workdir: pathlib.Path) -> dict:
+  """Returns all that a run must reproduce bit for bit; times and rates are left out.
+
+  Losses and held-out losses are lists, so that a step that was logged twice is a difference.
+  """
+  losses, heldout = [], []
+  for line in logged(workdir):
+    kept = {k: v for k, v in line.items() if k not in ("time", "tokens_per_second", "mfu")}
+    if "loss" in line:
+      losses.append(kept)
+    elif "heldout_loss" in line:
+      heldout.append({k: v for k, v in kept.items() if k == "step" or k.startswith("heldout")})
+  samples = sorted((workdir / "train" / "samples").glob("*.png"))
+  exported = sorted(p for p in (workdir / "export").glob("*") if p.name != DONE)
+  metrics = workdir / "evaluation" / "metrics.json"
+  done = workdir / "train" / DONE
+  summary = read_json(done)["summary"] if done.exists() else {}
+  return {
+    "losses": losses,
+    "heldout": heldout,
+    "rows": summary.get("next_row"),
+    "samples": {path.name: digest(path) for path in samples},
+    "evaluation": read_json(metrics) if metrics.exists() else {},
+    "export": {path.name: digest(path) for path in exported},
+  }
+
+
+def differing(found: dict, expected: dict) -> list[str]:
+  """Returns the names of the parts of two results that differ."""
+  return [name for name in expected if found.get(name) != expected[name]]

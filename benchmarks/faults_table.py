@@ -1,0 +1,109 @@
+"""The numbers of `benchmarks.faults` as a table, and what among them must not be."""
+
+NONE = "-"
+
+
+def kill_failures(summary: dict) -> list[str]:
+  """Says what a summary of `faults_kill` has that must not be."""
+  failures = [f"{run} differs in {', '.join(parts)}" for run, parts in summary["differing"].items()]
+  if not summary["control_differs"]:
+    failures.append("the control, one row too late, equals the run that was never killed")
+  if summary["replayed"] != summary["replayed_equal"]:
+    failures.append("a step that was computed again had another loss")
+  return failures
+
+
+def failures(summary: dict) -> list[str]:
+  """Says what a summary of `faults_damage` or `faults_command` has that must not be."""
+  found = []
+  for kind, numbers in summary["kinds"].items():
+    if numbers["wrong"]:
+      found.append(f"{kind}: {numbers['wrong']} of {numbers['faults']} ended wrong")
+    if numbers["named"] < numbers["of"]:
+      found.append(f"{kind}: {numbers['of'] - numbers['named']} of {numbers['of']} had no message")
+  if summary["control"] and not summary["control"]["wrong"]:
+    found.append("the control, a restore without digests, was not noticed")
+  if not summary.get("unchanged", True):
+    found.append("a run that refused to start changed its folder")
+  return found
+
+
+def elastic_failures(summary: dict) -> list[str]:
+  """Says what a summary of `faults_elastic` has that must not be."""
+  found = [f"{name} rows: {summary[name]}" for name in ("lost", "surplus", "different")]
+  found = [sentence for sentence in found if not sentence.endswith(" 0")]
+  if summary["control"] and not summary["control"]["different"]:
+    found.append("rows of the control, one row too late, equal the expected ones")
+  if not summary["same_steps"]:
+    found.append("a training lacks a step")
+  if summary["trained"] and not summary["largest_difference"] < 1e-5 < summary["train_control"]:
+    found.append(
+      f"losses differ by {summary['largest_difference']}, those of other steps by "
+      f"{summary['train_control']}; the bound between them is 1e-5"
+    )
+  return found
+
+
+def _seconds(spread: dict) -> str:
+  if not spread:
+    return NONE
+  return f"{spread['median']:.1f} ({spread['least']:.1f} to {spread['most']:.1f})"
+
+
+def _of(found: int, asked: int) -> str:
+  return f"{found:,}" if found >= asked else f"{found:,} of {asked:,}"
+
+
+def _kill_rows(summary: dict) -> list[tuple]:
+  equal = f"{summary['runs_equal']} of {summary['runs']} runs"
+  lost = f"{summary['steps_lost']['most']} logged, computed again"
+  count = _of(summary["kills"], summary["asked"])
+  seconds = _seconds(summary["seconds_to_resume"])
+  return [("SIGKILL", count, NONE, equal, lost, "0" if not summary["differing"] else "?", seconds)]
+
+
+def _damage_rows(summary: dict, where: str) -> list[tuple]:
+  rows = []
+  for kind, numbers in summary["kinds"].items():
+    parts = [f"{numbers[n]} {n}" for n in ("went back", "refused", "harmless", "wrong")]
+    recovered = ", ".join(part for part in parts if not part.startswith("0 "))
+    named = f"{numbers['named']} of {numbers['of']}" if numbers["of"] else NONE
+    rows.append(
+      (f"{kind}{where}", f"{numbers['faults']}", named, recovered, f"{numbers['steps_lost']}",
+       "0" if not numbers["wrong"] else "?", NONE)
+    )  # fmt: skip
+  return rows
+
+
+def _elastic_rows(summary: dict) -> list[tuple]:
+  rows = f"{summary['lost'] + summary['surplus'] + summary['different']} of {summary['rows']:,}"
+  count = _of(summary["schedules"], summary["asked"])
+  name = f"processes and mesh change, {summary['changes']} times in all, loader alone"
+  result = [(name, count, NONE, "all" if rows.startswith("0 ") else "?", "0", rows, NONE)]
+  if summary["trained"]:
+    name = f"the same in training: losses differ by at most {summary['largest_difference']:.1e}"
+    result.append((name, f"{summary['trained']}", NONE, "all", "0", "0", NONE))
+  return result
+
+
+def markdown(numbers: dict) -> str:
+  """Returns the table of results.json, and the moments of the kills."""
+  header = (
+    "fault", "caused", "detected and named", "recovered", "steps lost, at most",
+    "rows lost or repeated", "seconds to resume",
+  )  # fmt: skip
+  rows: list[tuple] = []
+  if "kill" in numbers:
+    rows += _kill_rows(numbers["kill"])
+  if "damage" in numbers:
+    rows += _damage_rows(numbers["damage"], "")
+  if "command" in numbers:
+    rows += _damage_rows(numbers["command"], ", `launch.train`")
+  if "elastic" in numbers:
+    rows += _elastic_rows(numbers["elastic"])
+  lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+  lines += [f"| {' | '.join(row)} |" for row in rows]
+  if "kill" in numbers:
+    lines += ["", "| killed in | times |", "|---|---|"]
+    lines += [f"| {phase} | {times} |" for phase, times in numbers["kill"]["phases"].items()]
+  return "\n".join(lines) + "\n"

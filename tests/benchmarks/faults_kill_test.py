@@ -1,0 +1,29 @@
+"""SIGKILL at 25 random moments: the results are those of a run that was never killed."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from cm3leon_jax.io import read_json
+
+pytestmark = pytest.mark.slow
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def run_part(workdir, part: str, count: int) -> dict:
+  command = [sys.executable, "-m", "benchmarks.faults", f"--part={part}", f"--workdir={workdir}"]
+  result = subprocess.run(
+    [*command, f"--count={count}"], cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  return read_json(workdir / "results.json")[part]
+
+
+def test_a_run_that_was_killed_25_times_loses_nothing(tmp_path):
+  found = run_part(tmp_path, "kill", 25)
+  assert found["kills"] == 25
+  assert found["runs_equal"] == found["runs"]
+  assert found["control_differs"]
+  assert found["replayed"] == found["replayed_equal"] > 0
