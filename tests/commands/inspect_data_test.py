@@ -147,7 +147,7 @@ def test_a_whole_run_is_valid(finished, capsys):
     (
       lambda at: (at / "neighbors/train_pairs/scores/index.json").write_text("{}"),
       r"scores/index\.json has .* bytes instead of",
-      r"schema version",
+      r"schema_version",
     ),
     (
       lambda at: (at / "text_tokenizer/tokenizer.json").unlink(),
