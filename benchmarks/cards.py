@@ -26,7 +26,7 @@ PROGRAMS = ("train", "evaluate", "decode")
 FOLDER = pathlib.Path(__file__).parents[1] / "docs" / "cards"
 KEPT = (
   "arguments_gib", "temporaries_gib", "sum_gib", "peak_gib", "rest_gib", "host_gib", "hbm_gib",
-  "estimate_gib", "flops", "model_flops", "devices", "tokens", "collectives", "compute_seconds",
+  "flops", "model_flops", "devices", "tokens", "collectives", "compute_seconds",
   "collective_seconds",
 )  # fmt: skip
 

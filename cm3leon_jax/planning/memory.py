@@ -99,6 +99,8 @@ def estimate(settings, shape: Mapping[str, int], platform: str = "tpu") -> Memor
     gradients + (4 + b) * model.vocab_size / tensor * D,  # The gradient of the input table.
     8 * params,  # Gradients and updates in fp32.
   )
+  # The table's gradient is summed over replicas while the next pass computes.
+  overlapped = (4 + b) * model.vocab_size / tensor * D if shape["data"] > 1 else 0
   accumulated = train.gradient_accumulation_steps > 1
   fields = 6 if settings.instructions.any else 5
   return Memory(
@@ -107,7 +109,7 @@ def estimate(settings, shape: Mapping[str, int], platform: str = "tpu") -> Memor
     batch=4 * fields * L * train.global_batch_size / batch_shards,
     accumulation=4 * params * accumulated,
     kept=kept,
-    working=max(phases) - kept,
+    working=max(phases) - kept + overlapped,
   )
 
 
