@@ -22,15 +22,16 @@ MIB = 2**20
 LONG = 100 * MIB
 # Prints what it took to read a source, in MiB, and the reasons.
 READ = """
-import resource, sys
+import pathlib, resource, sys
 from cm3leon_jax.data import sources
 from cm3leon_jax.data.records import Rejected
-try:
+if sys.argv[1].endswith(".parquet"):
   import pyarrow.parquet
-except ImportError:
-  pass
 def peak():
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+  status = pathlib.Path("/proc/self/status")  # On Linux ru_maxrss begins with that of the parent.
+  if not status.exists():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**20
+  return int(status.read_text().partition("VmHWM:")[2].split()[0]) // 2**10
 [part] = sources.parts(sys.argv[1])
 before, reasons, count = peak(), set(), 0
 for item in sources.read(part):
