@@ -1,12 +1,15 @@
-"""Resolves every extra, alone and as this repository installs it, for each supported Python.
+"""Resolves every install that a file of this repository does or describes, for each Python.
 
   python .ci/extras.py
 
+These are the extras, alone and as they are combined, and other packages that follow `pip install`.
 Nothing is installed: uv reads the metadata of wheels, and looks for versions that fit together
 and fit requirements.txt.
 """
 
 from concurrent import futures
+import functools
+import itertools
 import pathlib
 import re
 import subprocess
@@ -17,10 +20,21 @@ import tomllib
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
 # Files that install extras, or whose text says how to install them.
-FILES = ("launch/**/*", ".github/workflows/*", "cm3leon_jax/**/*.py", "docs/*.md", "*.md")
-INSTALLS = re.compile(
-  r"make_venv ([a-z][\w,]*)|(?:\.|cm3leon_jax)\[((?:\$EXTRA|[a-z]\w*)(?:,\w+)*)\]['\"\s]"
+FILES = (
+  "launch/**/*",
+  ".github/workflows/*",
+  "cm3leon_jax/**/*.py",
+  "cm3leon_jax/**/*.jinja",
+  "docs/*.md",
+  "*.md",
 )
+INSTALLS = re.compile(
+  r"(?:make_venv|setup\.sh\"?) ([a-z][\w,]*)"
+  r"|(?:\.|cm3leon_jax)\[((?:\$EXTRA|[a-z]\w*)(?:,\w+)*)\]['\"\s]"
+)
+# What stands after `pip install` in the same line, and a requirement in it.
+AFTER_PIP = re.compile(r"pip install ([^`;&|]+)")
+REQUIREMENT = re.compile(r"(?!cm3leon_jax)[a-zA-Z][\w.-]*(?:[<>=!~]=?[\w.,<>=!~*]+)?")
 CHOICES = re.compile(r'case "\$EXTRA" in ([\w| ]+)\)')
 
 
@@ -46,39 +60,75 @@ def installed_by(text: str) -> set[str]:
   return found
 
 
-def shipped() -> dict[str, list[str]]:
-  """Extras that files of the repository install together -> those files."""
-  found = {}
-  paths = {path for pattern in FILES for path in ROOT.glob(pattern)}
-  for path in sorted(path for path in paths if path.is_file() and path.suffix != ".pyc"):
-    for extras in installed_by(path.read_text(errors="ignore")):
-      found.setdefault(extras, []).append(str(path.relative_to(ROOT)))
+def packages_in(text: str) -> set[tuple[tuple[str, ...], tuple[str, ...]]]:
+  """Returns requirements that a file installs by name, and the Pythons that it names beside them.
+
+  python3.12 -m pip install "xprof>=2" uv    ->    {(("xprof>=2", "uv"), ("3.12",))}
+  """
+  found = set()
+  for line in text.replace("\\\n", " ").splitlines():
+    pythons = tuple(sorted(set(re.findall(r"python(3\.\d+)", line))))
+    for match in AFTER_PIP.finditer(line):
+      words = [word.strip("'\".:,)") for word in match[1].split()]
+      words = itertools.dropwhile(lambda word: word.startswith("--"), words)
+      if names := tuple(itertools.takewhile(REQUIREMENT.fullmatch, words)):
+        found.add((names, pythons))
   return found
 
 
-def resolve(extras: str, python: str) -> tuple[str, float]:
+def files() -> dict[str, str]:
+  """Path of each file that installs something, or says how -> its text."""
+  paths = {path for pattern in FILES for path in ROOT.glob(pattern)}
+  chosen = sorted(path for path in paths if path.is_file() and path.suffix != ".pyc")
+  return {str(path.relative_to(ROOT)): path.read_text(errors="ignore") for path in chosen}
+
+
+def shipped() -> dict[str, list[str]]:
+  """Extras that files of the repository install together -> those files."""
+  found = {}
+  for path, text in files().items():
+    for extras in installed_by(text):
+      found.setdefault(extras, []).append(path)
+  return found
+
+
+def compile_requirements(source: list[str], python: str, requirements: str = ""):
   """Returns uv's message, empty if it found versions, and the seconds it took."""
-  chosen = [f"--extra={extra}" for extra in extras.split(",")]
   start = time.monotonic()
   result = subprocess.run(
-    [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--quiet", *chosen]
+    [sys.executable, "-m", "uv", "pip", "compile", "--quiet", *source]
     # Used for builds, of which there are none; else uv looks for another Python for half a minute.
     + [f"--python={sys.executable}"]
-    + [f"--python-version={python}", "--python-platform=x86_64-manylinux_2_31", "--no-build"]
-    + ["--constraint=requirements.txt"],
-    cwd=ROOT, capture_output=True, text=True, check=False,
+    + [f"--python-version={python}", "--python-platform=x86_64-manylinux_2_31", "--no-build"],
+    cwd=ROOT, input=requirements, capture_output=True, text=True, check=False,
   )  # fmt: skip
   return result.stderr if result.returncode else "", time.monotonic() - start
 
 
+def resolve(extras: str, python: str) -> tuple[str, float]:
+  """Resolves extras with the tested versions; returns as `compile_requirements`."""
+  chosen = [f"--extra={extra}" for extra in extras.split(",")]
+  source = ["pyproject.toml", "--constraint=requirements.txt", *chosen]
+  return compile_requirements(source, python)
+
+
 def main() -> int:
   start, failures = time.monotonic(), 0
-  jobs = [(e, python) for e in sorted({*declared(), *shipped()}) for python in PYTHONS]
+  jobs = {}  # Name of an install -> function that resolves it.
+  for extras in sorted({*declared(), *shipped()}):
+    for python in PYTHONS:
+      jobs[f"[{extras}] on Python {python}"] = functools.partial(resolve, extras, python)
+  for names, pythons in sorted(set().union(*map(packages_in, files().values()))):
+    for python in pythons or PYTHONS:
+      jobs[f"{' '.join(names)} on Python {python}"] = functools.partial(
+        compile_requirements, ["-"], python, "\n".join(names)
+      )
   with futures.ThreadPoolExecutor(4) as pool:
-    for (extras, python), (error, seconds) in zip(jobs, pool.map(lambda j: resolve(*j), jobs)):
-      print(f"[{extras}] on Python {python}: {error or 'resolves'} ({seconds:.1f} s)", flush=True)
+    for name, (error, seconds) in zip(jobs, pool.map(lambda job: job(), jobs.values())):
+      print(f"{name}: {error or 'resolves'} ({seconds:.1f} s)", flush=True)
       failures += bool(error)
-  print(f"extras: {len(jobs) - failures} of {len(jobs)} resolve, {time.monotonic() - start:.0f} s.")
+  seconds = time.monotonic() - start
+  print(f"installs: {len(jobs) - failures} of {len(jobs)} resolve, {seconds:.0f} s.")
   return 1 if failures else 0
 
 

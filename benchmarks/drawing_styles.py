@@ -20,11 +20,11 @@ import tarfile
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import duplicates, openmoji, raw_pairs
 from cm3leon_jax.io import replacing
+from cm3leon_jax.progress import progress_bar
 
 PAIRS = "pairs.jsonl"
 HELD_IN_ONE_STYLE = 0.10  # Share of the concepts that are held out in one style, and else in train.
@@ -275,7 +275,7 @@ def make_folder(folder: pathlib.Path, resolution: int) -> list[dict]:
     image.save(folder / paths["openmoji"][points])
 
   with futures.ThreadPoolExecutor() as pool:
-    list(tqdm(pool.map(render, drawings), "drawings", total=len(drawings), mininterval=1))
+    list(progress_bar(pool.map(render, drawings), "drawings", total=len(drawings)))
   pairs = make_pairs(paths, drawings, lambda path: raw_pairs.load_image(folder / path, resolution))
   with replacing(folder / PAIRS, "w") as file:
     file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)

@@ -72,7 +72,7 @@ def measure(size: str, topology: str, rows: int, policy: str, passes: int = 0) -
       f"--topology={topology}",
     ]
     command += [f"--config.mesh.fsdp={outer}", f"--config.mesh.fsdp_inner={inner}"]
-    batch = f"--config.train.gradient_accumulation_steps={passes}"
+    batch = f"--config.train.rows_per_device={rows}"
     command.append(batch if passes else f"--batch_per_device={rows}")
     command += [f"--config.model.remat_policy={policy}", f"--json={path}"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

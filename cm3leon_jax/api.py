@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from PIL import Image
 
-from cm3leon_jax import accelerators
+from cm3leon_jax import accelerators, buckets
 from cm3leon_jax.config import UserError
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ class CM3Leon:
         wrong.
     """
     accelerators.use_cpu_if_alone()
+    buckets.prepare_access()
     import jax
 
     from cm3leon_jax.decoding.generator import GeneratorConfig

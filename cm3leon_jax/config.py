@@ -2,12 +2,19 @@
 
 import dataclasses
 import difflib
-from typing import TYPE_CHECKING, TypeVar
+import math
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
   import pydantic
 
 T = TypeVar("T")
+
+# Exit codes of a run that was asked to stop, after it has saved or if there was nothing to save.
+INTERRUPTED = 75  # By SIGTERM; EX_TEMPFAIL: a scheduler starts the command again.
+CTRL_C = 130  # As of a shell.
+LARGEST = 2**31 - 1  # Of whole numbers: counters are int32, and lists of any length are built.
+SIZES = 1e-20, 1e12  # Of other numbers but 0: products and quotients of two stay finite in float32.
 
 # Sections convert no types but int to float, and refuse unknown fields, NaN and infinity; the line
 # under a field is its description.
@@ -19,10 +26,33 @@ STRICT: "pydantic.ConfigDict" = {
 }
 
 
+def printable(text: str) -> str:
+  """Replaces each character that a terminal would obey, and half a surrogate pair, by a space.
+
+  printable("a\\x1b[31mb") = "a [31mb"
+  """
+  return "".join(c if c.isprintable() else " " for c in text)
+
+
+def short(value: Any, most: int = 80) -> str:
+  """Returns `repr(value)`, cut after `most` characters; of any value, also a number too long."""
+  try:
+    text = repr(value)
+  except (ValueError, RecursionError):  # More digits than Python writes; or nested too deeply.
+    text = f"a {type(value).__name__} too long to show"
+  return text if len(text) <= most else f"{text[:most]}..."
+
+
 class UserError(ValueError):
-  """A user's mistake in one sentence: what is wrong, where, what to do. Sets the exit code."""
+  """A user's mistake in one sentence: what is wrong, where, what to do. Sets the exit code.
+
+  The sentence may quote a stranger's file: its control characters become spaces.
+  """
 
   exit_code = 2
+
+  def __init__(self, message: object = ""):
+    super().__init__(printable(str(message)))
 
 
 class FieldError(UserError):
@@ -60,14 +90,36 @@ def build(cls: type[T], values, where: str = "") -> T:
   """
   import pydantic  # Not at the top: commands import this module for --help.
 
-  values = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()}
+  place = f"config.{where}" if where else "config"
+  try:
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()}
+  except (TypeError, ValueError) as error:
+    raise FieldError(f"{place} is {short(values)}; it must have fields by their names.") from error
+  if wrong := [name for name in values if not isinstance(name, str)]:
+    raise FieldError(f"{place} has the field {short(wrong[0])}; a name must be a text.")
+  for name, value in values.items():
+    _check_value(value, (name,), place)
   try:
     return cls(**values)
   except pydantic.ValidationError as error:
-    place = f"config.{where}" if where else "config"
     # Unknown fields first: of a misspelled field it says more than that the right one is absent.
     first, *_ = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
     raise FieldError(_sentence(dict(first), cls, place), first["loc"]) from error
+
+
+def _check_value(value, path: tuple[str | int, ...], where: str) -> None:
+  """Raises FieldError at a number outside of LARGEST or SIZES, or half a surrogate pair."""
+  field = ".".join([where, *map(str, path)])
+  if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+    raise FieldError(f"{field} is {short(value)}; it must be valid Unicode.", path)
+  is_number = isinstance(value, float) and math.isfinite(value) and value != 0
+  if is_number and not SIZES[0] <= abs(value) <= SIZES[1]:
+    raise FieldError(f"{field} is {value}; it must be 0, or of a size from 1e-20 to 1e12.", path)
+  if isinstance(value, int) and abs(value) > LARGEST:
+    bound = "less than 2^31" if value > 0 else "greater than -2^31"
+    raise FieldError(f"{field} is {short(value)}; it must be {bound}.", path)
+  for i, inner in enumerate(value if isinstance(value, tuple) else ()):
+    _check_value(inner, (*path, i), where)
 
 
 def _sentence(error: dict, cls: type, where: str) -> str:
@@ -86,9 +138,9 @@ def _sentence(error: dict, cls: type, where: str) -> str:
   _, should, rule = error["msg"].partition(" should ")
   if not should:
     return f"{field}: {error['msg']}."
-  for long, short in (
+  for long, brief in (
     ("greater than or equal to", "at least"),
     ("less than or equal to", "at most"),
   ):
-    rule = rule.replace(long, short)
-  return f"{field} is {error['input']!r}; it must {rule}."
+    rule = rule.replace(long, brief)
+  return f"{field} is {short(error['input'])}; it must {rule}."

@@ -14,6 +14,8 @@ from cm3leon_jax import stages
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.io import plain
 
+# A process that was killed, stopped or cut off ends the others after this time.
+HEARTBEAT_SECONDS = 100
 # A process that ends waits as long for the others; if it failed alone, the job then ends.
 SHUTDOWN_SECONDS = 60
 
@@ -57,6 +59,7 @@ def initialize(
       num_processes,
       process_id,
       initialization_timeout=timeout,
+      heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
       shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
   except ValueError as error:
@@ -134,8 +137,8 @@ def together() -> Iterator[None]:
   """Runs the body in all processes; none continues before all have finished or one has failed.
 
   Raises:
-    UserError: in all processes, if the body failed in one: its UserError, or a description of
-      another error. The process in which it failed raises that other error itself.
+    UserError: in all processes, if the body failed in one: its UserError or TryAgain, or a
+      description of another error. The process in which it failed raises that other error itself.
   """
   failure, message = None, ""
   try:
@@ -145,11 +148,12 @@ def together() -> Iterator[None]:
   except Exception as error:
     failure = error
     message = f"process {jax.process_index()} failed with {type(error).__name__}: {error}"
-  first = next(filter(None, gather(message)), "")
+  found = gather([message, isinstance(failure, TryAgain)])
+  first, again = next((x for x in found if x[0]), ("", False))
   if failure is not None and not isinstance(failure, UserError):
     raise failure
   if first:
-    raise UserError(first) from failure
+    raise (TryAgain if again else UserError)(first) from failure
 
 
 def check_same_config(config: dict) -> None:

@@ -1,14 +1,38 @@
 """Files of a workdir: written whole, as JSON or JSON lines, and their digests."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
+import functools
 import hashlib
 import json
 import os
 
 from etils import epath
+import fsspec
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, short
+
+
+def open_filesystem(path: epath.PathLike):
+  """Returns the filesystem of a path or URL, and the path in it.
+
+  A name with `::` stays a name, while fsspec takes it for a chain of URLs: a stranger's name of an
+  image must not open anything else.
+
+  Raises:
+    UserError: the URL holds `::`, or its filesystem is not known or not installed.
+  """
+  path = os.fspath(path)
+  if "://" not in path:
+    return fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(path))
+  if "::" in path:
+    raise UserError(f"{path} holds '::', a chain of URLs, which is not read: rename the file.")
+  try:
+    return fsspec.core.url_to_fs(path)
+  except (ImportError, ValueError) as error:
+    raise UserError(
+      f"{path} cannot be opened: {error} (buckets need pip install 'cm3leon_jax[data]')."
+    ) from error
 
 
 @contextlib.contextmanager
@@ -39,6 +63,12 @@ def replacing(path: epath.PathLike, mode: str = "wb", durable: bool = False):
       os.fsync(file.fileno())
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+  """Returns the absolute path; epath takes gs://bucket for a folder "gs:" in the current one."""
+  path = epath.Path(path)
+  return path if "://" in os.fspath(path) else path.resolve()
+
+
 def plain(value):
   """Returns a value as it is read from JSON: tuples as lists, numpy scalars as numbers."""
   return json.loads(json.dumps(value, default=lambda x: x.item() if hasattr(x, "item") else str(x)))
@@ -50,30 +80,70 @@ def write_json(path: epath.PathLike, value) -> None:
     file.write(json.dumps(plain(value), indent=1) + "\n")
 
 
-def read_json(path: epath.PathLike):
-  """Reads a JSON file of the workdir. Raises UserError if it is absent or damaged."""
+# Fields of a JSON object, and their types; float admits whole numbers.
+Fields = Mapping[str, type]
+NAMES = {dict: "object", list: "list", str: "string", int: "whole number", float: "number"}
+
+
+def read_json(path: epath.PathLike, fields: Fields | None = None):
+  """Reads a JSON file of the workdir.
+
+  Args:
+    path: of the file.
+    fields: that it has, if it is an object; None: it is any value.
+
+  Raises:
+    UserError: it is absent or damaged, or lacks a field.
+  """
   path = epath.Path(path)
   if not path.exists():
     raise UserError(f"{path} does not exist: run the stage that writes it first.")
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    value = json.loads(path.read_text(encoding="utf-8"))
   except (ValueError, RecursionError) as error:  # ValueError: also of bytes that are no UTF-8.
     raise UserError(
       f"{path} is not valid JSON ({error}): delete it and run its stage again."
     ) from error
+  if lack := _lack(value, fields):
+    raise UserError(f"{path} is damaged: {lack}. Delete it and run its stage again.")
+  return value
 
 
-def read_json_lines(path: epath.PathLike) -> list[dict]:
-  """Reads a JSON-lines file, without a last line that a kill left incomplete."""
+def _lack(value, fields: Fields | None) -> str:
+  """Says what keeps a value from being an object with these fields; "" if nothing does."""
+  if fields is None:
+    return ""
+  if not isinstance(value, dict):
+    return f"it must be a JSON object, and is {short(value)}"
+  for name, kind in fields.items():
+    found = value.get(name)
+    right = (int, float) if kind is float else kind
+    if not isinstance(found, right) or isinstance(found, bool):
+      return f"its field '{name}' must be of type {NAMES[kind]}, and is {short(found)}"
+  return ""
+
+
+def read_json_lines(path: epath.PathLike, fields: Fields | None = None) -> list[dict]:
+  """Reads the objects of a JSON-lines file, without a last line that a kill left incomplete.
+
+  Raises:
+    UserError: a line before the last one is damaged, or a line lacks one of `fields`.
+  """
   path = epath.Path(path)
-  lines = path.read_text().splitlines() if path.exists() else []
+  lines = path.read_bytes().rstrip(b"\n").split(b"\n") if path.exists() else []
   values = []
-  for i, line in enumerate(lines):
+  for number, line in enumerate(lines, 1):
     try:
-      values.append(json.loads(line))
-    except json.JSONDecodeError:
-      if i + 1 < len(lines):
-        raise
+      value = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+      if number == len(lines):
+        break
+      raise UserError(
+        f"{path}, line {number} is not valid JSON ({error}): delete this line, or the file."
+      ) from error
+    if lack := _lack(value, fields or {}):
+      raise UserError(f"{path}, line {number}: {lack}. Delete this line, or the file.")
+    values.append(value)
   return values
 
 
@@ -84,3 +154,48 @@ def digest(path: epath.PathLike) -> str | None:
     return None
   with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe(path: epath.PathLike) -> dict:
+  """Returns size and SHA-256 of a file; an unchanged file is read once in a process.
+
+  describe("lengths.npy")
+  {"bytes": 4128, "sha256": "9f86d081..."}
+  """
+  path = epath.Path(path)
+  size, modified = _stamp(path)
+  return {"bytes": size, "sha256": _digest_of(path, size, modified)}
+
+
+def damage(path: epath.PathLike, expected: dict, content: bool = True) -> str | None:
+  """Says how a file differs from its description, or returns None.
+
+  Args:
+    path: of the file.
+    expected: result of `describe` when it was written.
+    content: whether to compare the content, too, and not only the size.
+  """
+  path = epath.Path(path)
+  if not path.exists():
+    return "is missing"
+  size = _stamp(path)[0]
+  if size != expected["bytes"]:
+    return f"has {size:,} bytes instead of {expected['bytes']:,}"
+  if content and describe(path) != expected:
+    return "has another content than when it was written"
+  return None
+
+
+def _stamp(path: epath.Path) -> tuple[int, int]:
+  """Returns the size of a file, and when it was modified."""
+  if "://" in os.fspath(path):
+    found = path.stat()
+    return found.length, found.mtime or 0
+  local = os.stat(path)
+  return local.st_size, local.st_mtime_ns
+
+
+@functools.lru_cache(4_096)
+def _digest_of(path: epath.Path, size: int, modified: int) -> str | None:
+  """Returns `digest` of the file that had this size when it was modified."""
+  return digest(path)

@@ -58,6 +58,23 @@ class MeshConfig:
     """Sizes in the order of `AXES`."""
     return tuple(getattr(self, axis) for axis in AXES)
 
+  def over(self, devices: int) -> dict[str, int]:
+    """Returns the size of each axis on a number of devices.
+
+      MeshConfig(fsdp=-1, tensor=4).over(256)
+      {"data": 1, "fsdp": 64, "fsdp_inner": 1, "tensor": 4}
+
+    Raises:
+      ValueError: the shape does not use the devices exactly.
+    """
+    shape = list(self.shape)
+    known = math.prod(n for n in shape if n != -1)
+    if -1 in shape and devices % known == 0:
+      shape[shape.index(-1)] = devices // known
+    if math.prod(shape) != devices:
+      raise ValueError(f"{_shown(shape)} does not use {devices} devices exactly.")
+    return dict(zip(AXES, shape, strict=True))
+
 
 def _shown(shape) -> str:
   return f"mesh ({', '.join(AXES)}) = {tuple(shape)}"
@@ -73,12 +90,7 @@ def create_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
       `data`.
   """
   devices = jax.devices() if devices is None else devices
-  shape = list(config.shape)
-  known = math.prod(n for n in shape if n != -1)
-  if -1 in shape and len(devices) % known == 0:
-    shape[shape.index(-1)] = len(devices) // known
-  if math.prod(shape) != len(devices):
-    raise ValueError(f"{_shown(shape)} does not use {len(devices)} devices exactly.")
+  shape = tuple(config.over(len(devices)).values())
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if shape[0] % slices:
     raise ValueError(
@@ -91,7 +103,7 @@ def create_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(
       mesh_utils.create_hybrid_device_mesh(inner, outer, devices), AXES, types
     )
-  return jax.make_mesh(tuple(shape), AXES, types, devices=devices)
+  return jax.make_mesh(shape, AXES, types, devices=devices)
 
 
 def spec(*axes: str | None) -> P:

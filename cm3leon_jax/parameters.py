@@ -1,5 +1,7 @@
 """Parameters of a model as nested dicts with string keys: from and to NNX modules and files."""
 
+from collections.abc import Mapping
+
 from etils import epath
 from flax import nnx, traverse_util
 import jax
@@ -41,6 +43,11 @@ def save(path: epath.PathLike, params: dict) -> None:
     file.write(safetensors.save({name: np.asarray(x) for name, x in flat.items()}))
 
 
+def not_finite(tensors: Mapping[str, np.ndarray]) -> str:
+  """Returns the name of the first tensor with NaN or infinity; "" if there is none."""
+  return next((name for name, x in tensors.items() if not np.isfinite(x).all()), "")
+
+
 def load(path: epath.PathLike, expected: dict, command: str) -> dict:
   """Reads what `save` wrote, in the dtypes that are expected, onto the default device.
 
@@ -50,7 +57,8 @@ def load(path: epath.PathLike, expected: dict, command: str) -> dict:
     command: that makes the file; for messages.
 
   Raises:
-    UserError: the file is absent or damaged, or it holds other names or shapes.
+    UserError: the file is absent or damaged, or it holds other names or shapes, or values that are
+      not finite.
   """
   path = epath.Path(path)
   if not path.exists():
@@ -64,5 +72,7 @@ def load(path: epath.PathLike, expected: dict, command: str) -> dict:
   shapes = [{name: x.shape for name, x in tensors.items()} for tensors in (flat, expected)]
   if changed := differences(*shapes):
     raise UserError(f"{path} does not fit the config beside it ({changed[0]}): {remedy}.")
+  if bad := not_finite(flat):
+    raise UserError(f"{path}: tensor '{bad}' has values that are not finite: {remedy}.")
   flat = {name: x.astype(expected[name].dtype) for name, x in flat.items()}
   return jax.device_put(traverse_util.unflatten_dict(flat, sep="."))

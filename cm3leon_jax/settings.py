@@ -117,13 +117,13 @@ def settings_of_run(workdir: epath.PathLike) -> Settings:
     raise UserError(
       f"{path} does not exist: name the workdir of a run, in which `python -m launch.train` began."
     )
-  stored = read_json(path)
+  stored = read_json(path, {})
   if "settings" not in stored:
     raise UserError(
       f"{path} was written by an older version and has no settings: run `python -m launch.train` "
       "with the same --config and --workdir again; a finished training is not repeated."
     )
-  return settings_from_stored(stored["settings"])
+  return settings_from_stored(read_json(path, {"settings": dict})["settings"])
 
 
 def settings_from_stored(values: dict) -> Settings:

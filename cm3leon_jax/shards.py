@@ -1,15 +1,16 @@
 """Work in shards, in this process or in Ray workers; a killed job redoes only unfinished shards."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import json
 from typing import Protocol
 
 from etils import epath
-from tqdm import tqdm
 
+from cm3leon_jax import buckets
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import plain, read_json, write_json
+from cm3leon_jax.progress import progress_bar
 
 RUNNERS = ("local", "ray")
 
@@ -48,7 +49,8 @@ class Job(Protocol):
 
     Returns:
       Function that processes the shard of a name and returns its numbers. Its files appear whole
-      (`io.replacing`), and a shard that is processed twice has the same bytes.
+      (`io.replacing`), and a shard that is processed twice on one kind of machine has the same
+      bytes; an index of ScaNN has not (docs/scaling.md).
     """
     ...
 
@@ -57,7 +59,12 @@ Results = Iterator[tuple[str, dict]]
 
 
 def run_shards(
-  job: Job, shards: dict[str, dict], folder: epath.PathLike, runner: Runner, bar: str
+  job: Job,
+  shards: dict[str, dict],
+  folder: epath.PathLike,
+  runner: Runner,
+  bar: str,
+  is_whole: Callable[[str], bool] = lambda name: True,
 ) -> Results:
   """Processes the shards that are not finished.
 
@@ -67,6 +74,8 @@ def run_shards(
     folder: gets a record, NAME.json, of every finished shard.
     runner: where shards are processed.
     bar: name of the progress bar.
+    is_whole: returns whether all files of a finished shard are still there; if not, the shard is
+      processed again.
 
   Yields:
     (name, numbers) of every shard: first the finished ones, then the others as they finish.
@@ -78,8 +87,8 @@ def run_shards(
   finished, pending = [], []
   for name, config in shards.items():
     path = folder / f"{name}.json"
-    record = read_json(path) if path.exists() else {}
-    done = record.get("config") == plain(config)
+    record = read_json(path, {"config": dict, "summary": dict}) if path.exists() else {}
+    done = record.get("config") == plain(config) and is_whole(name)
     finished += [(name, record["summary"])] if done else []
     pending += [] if done else [{"shard": name, "config": json.dumps(plain(config))}]
   yield from finished
@@ -88,18 +97,23 @@ def run_shards(
     if runner.kind == "ray" and pending
     else _local(job, folder, pending)
   )
-  with tqdm(
-    total=len(shards), initial=len(finished), desc=bar, unit="shard", mininterval=1
-  ) as progress:
+  with progress_bar(total=len(shards), initial=len(finished), desc=bar, unit="shard") as progress:
     for name, summary in results:
       progress.update()
       yield name, summary
+
+
+def forget(folder: epath.PathLike, names: Iterable[str]) -> None:
+  """Deletes the records of shards whose results are gone: they are processed again."""
+  for name in names:
+    (epath.Path(folder) / f"{name}.json").unlink(missing_ok=True)
 
 
 class _Worker:
   """Processes shards and records them; built once in each worker."""
 
   def __init__(self, job: Job, folder: epath.Path):
+    buckets.prepare_access()
     self._job, self._folder, self._process = job, folder, None
 
   def __call__(self, row: dict) -> dict:

@@ -1,16 +1,24 @@
-"""Stages of a run: each owns a folder of the workdir and leaves `done.json` in it."""
+"""Stages of a run: each owns a folder of the workdir and leaves `done.json` in it.
+
+done.json describes the files that other stages open, and the id of a stage is the digest of these
+files: a stage that is run again and writes the same files is the same stage.
+"""
 
 from collections.abc import Callable, Collection, Mapping
 import contextlib
 import dataclasses
+import hashlib
+import math
+from numbers import Real
 import time
 
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import plain, read_json, write_json
+from cm3leon_jax.io import damage, describe, plain, read_json, write_json
 
 DONE = "done.json"
+DONE_FIELDS = {"config": dict, "summary": dict, "seconds": float, "id": str}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +32,10 @@ class Stage:
     same: parts of the config that make two runs the same run: "seed", a section or
       `section.field`.
     embeds: whether it embeds with CLIP, and so reads the stages of `own_clip`, too.
+    files: glob patterns of the files in its folder that other stages open, and that done.json
+      describes. Of the many files of shards and arrays, `index.json` files among them have digests.
+    varying: patterns of such files that are others whenever they are made; they do not change the
+      id.
   """
 
   command: str
@@ -31,31 +43,61 @@ class Stage:
   reads: tuple[str, ...]
   same: tuple[str, ...]
   embeds: bool = False
+  files: tuple[str, ...] = ()
+  varying: tuple[str, ...] = ()
 
 
+MODEL_FILES = ("params.safetensors", "config.json")
+STORE_FILES = ("*/*.npy", "*/index.json")
 TOKENIZERS = ("text_tokenizer", "vqgan")
 RUN = ("vocab", "data", "model", "optimizer", "train.global_batch_size", "seed")
 
 # Folder of the workdir -> stage, in the order in which they run.
 STAGES = {
-  "raw": Stage("prepare_data", "Raw pairs and texts", (), ("raw", "scenes")),
+  "raw": Stage("prepare_data", "Raw pairs and texts", (), ("raw", "scenes"), files=("index.json",)),
   "text_tokenizer": Stage(
-    "train_text_tokenizer", "Text tokenizer", ("raw",), ("vocab", "text_tokenizer")
+    "train_text_tokenizer",
+    "Text tokenizer",
+    ("raw",),
+    ("vocab", "text_tokenizer"),
+    files=("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
   ),
-  "vqgan": Stage("train_vqgan", "Image tokenizer", ("raw",), ("vqgan", "vocab.image_size", "seed")),
+  "vqgan": Stage(
+    "train_vqgan",
+    "Image tokenizer",
+    ("raw",),
+    ("vqgan", "vocab.image_size", "seed"),
+    files=MODEL_FILES,
+  ),
   "documents": Stage(
     "encode_documents",
     "Documents",
     ("raw", *TOKENIZERS),
     ("vocab", "text_tokenizer.max_caption_tokens"),
+    files=STORE_FILES,
   ),
-  "clip": Stage("train_clip", "CLIP", ("raw", "text_tokenizer"), ("clip", "vocab", "seed")),
-  "neighbors": Stage("build_neighbors", "Neighbors", ("raw",), ("retrieval", "seed"), embeds=True),
+  "clip": Stage(
+    "train_clip",
+    "CLIP",
+    ("raw", "text_tokenizer"),
+    ("clip", "vocab", "seed"),
+    files=MODEL_FILES,
+  ),
+  "neighbors": Stage(
+    "build_neighbors",
+    "Neighbors",
+    ("raw",),
+    ("retrieval", "seed"),
+    embeds=True,
+    files=("words.json", "*/rows.json", "*/*/index.json"),
+    varying=("index/*/*",),
+  ),
   "instructions": Stage(
     "encode_instructions",
     "Instructions",
     TOKENIZERS,
     ("vocab", "instructions.root", "data.sequence_length"),
+    files=STORE_FILES,
   ),
   "train": Stage("train", "Decoder", ("documents", "neighbors"), RUN),
   "samples": Stage(
@@ -91,6 +133,8 @@ FREE = frozenset(
     "clip.steps",
     "clip.checkpoint_every",
     "data.read_threads",
+    "data.on_bad_record",
+    "data.max_skipped",
     "model.remat_policy",
     "model.attention",
     "model.unroll_layers",
@@ -151,7 +195,49 @@ def require(workdir: epath.PathLike, name: str) -> dict:
       f"{folder} is not finished: run `python -m launch.{STAGES[name].command}` "
       "with the same --config and --workdir first."
     )
-  return read_json(folder / DONE)
+  return read_json(folder / DONE, DONE_FIELDS)
+
+
+def describe_files(folder: epath.PathLike, patterns: Collection[str]) -> dict[str, dict]:
+  """Describes the files in `folder` that glob patterns name: name -> `io.describe`."""
+  folder = epath.Path(folder)
+  paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+  return {path.relative_to(folder).as_posix(): describe(path) for path in paths}
+
+
+def id_of(files: Mapping[str, dict]) -> str:
+  """Returns the id of a stage that leaves the described `files`."""
+  return hashlib.sha256("".join(f["sha256"] for f in files.values()).encode()).hexdigest()[:16]
+
+
+def check_files(path: epath.PathLike) -> None:
+  """Compares a file, or all files in a folder, with their digests in the stage's done.json.
+
+  What done.json does not describe passes: it is absent while the stage runs, and has no digests if
+  an earlier version wrote it.
+
+  Raises:
+    UserError: a file is missing or damaged.
+  """
+  path = epath.Path(path)
+  for folder in (path, *list(path.parents)[:3]):
+    if (folder / DONE).exists():
+      break
+  else:
+    return
+  stored = read_json(folder / DONE)
+  name = path.relative_to(folder).as_posix()
+  for file, expected in stored.get("files", {}).items():
+    inside = name == "." or file == name or file.startswith(f"{name}/")
+    if inside and (wrong := damage(folder / file, expected)):
+      raise UserError(f"{folder / file} {wrong}: {again(folder, folder / file)}.")
+
+
+def again(folder: epath.Path, damaged: epath.PathLike) -> str:
+  """Says how to replace a damaged file of the stage in `folder`."""
+  stage = STAGES.get(folder.name)
+  command = f"`python -m launch.{stage.command}`" if stage else "its stage"
+  return f"restore it, or delete {damaged} and {folder / DONE} and run {command} again"
 
 
 def own_clip(settings) -> tuple[str, ...]:
@@ -168,9 +254,9 @@ def ids(settings, workdir: epath.PathLike, names: Collection[str]) -> dict[str, 
   result = {name: require(workdir, name)["id"] for name in names}
   if "train" in result:
     folder, expected = epath.Path(workdir) / "train", identity(settings, "train")
-    stored = read_json(folder / "config.json")["run"]
+    stored = read_json(folder / "config.json", {"run": dict})["run"]
     parts = ("vocab", "model")
-    check_same_config(folder, {p: stored[p] for p in parts}, {p: expected[p] for p in parts})
+    check_same_config(folder, {p: stored.get(p) for p in parts}, {p: expected[p] for p in parts})
   return result
 
 
@@ -219,7 +305,8 @@ def stage(
       config.
   """
   config = run_config(settings, workdir, name, more_inputs)
-  return once(epath.Path(workdir) / name, config, **options)
+  files, varying = STAGES[name].files, STAGES[name].varying
+  return once(epath.Path(workdir) / name, config, files=files, varying=varying, **options)
 
 
 @contextlib.contextmanager
@@ -229,6 +316,8 @@ def once(
   redo: bool = False,
   writes: bool = True,
   together: Callable = contextlib.nullcontext,
+  files: Collection[str] = (),
+  varying: Collection[str] = (),
 ):
   """Runs the body once: yields None if the folder is finished, else a dict for its summary.
 
@@ -236,20 +325,24 @@ def once(
     folder: the stage's folder; made if absent.
     config: what the result depends on: config sections, and under "inputs" the ids of the stages
       that it reads. If the inputs have changed, the body runs again; another config is refused.
-    redo: whether to run again if the stage is finished.
+    redo: whether to run again if the stage is finished, with whatever config it was.
     writes: whether this process deletes and writes done.json; one process of a job does. Either all
       processes run the body, or none.
     together: makes the context in which the processes of a job read done.json, so that all have
       read it before one deletes it.
+    files: see `Stage`; without such files, every run of the stage has another id.
+    varying: see `Stage`.
 
   Raises:
-    UserError: the folder holds the result of another config.
+    UserError: the folder holds the result of another config, or a file of it is damaged, or the
+      summary has a number that is not finite.
   """
   folder = epath.Path(folder)
   done = folder / DONE
   with together():
-    finished = done.exists() and _is_current(folder, config) and not redo
+    finished = done.exists() and not redo and _is_current(folder, config)
   if finished:
+    check_files(folder)
     if writes:
       print(f"{folder}: finished already, skipped.", flush=True)
     yield None
@@ -260,9 +353,28 @@ def once(
   start = time.time()
   summary: dict = {}
   yield summary
+  if names := _not_finite(summary):
+    raise UserError(
+      f"{folder} is not finished: {', '.join(names[:4])} of it are no finite numbers, so something "
+      "diverged; look at what it printed."
+    )
   if writes:
-    seconds, new_id = round(time.time() - start, 1), f"{time.time_ns():x}"
-    write_json(done, {"config": config, "summary": summary, "seconds": seconds, "id": new_id})
+    seconds, described = round(time.time() - start, 1), describe_files(folder, files)
+    about = {"config": config, "summary": summary, "seconds": seconds}
+    new_id = id_of(described) if described else f"{time.time_ns():x}"
+    more = describe_files(folder, varying)
+    write_json(done, {**about, "id": new_id, "files": {**described, **more}})
+
+
+def _not_finite(summary: dict, where: str = "") -> list[str]:
+  """Names the numbers of a nested dict that are NaN or infinite."""
+  names = []
+  for name, value in summary.items():
+    if isinstance(value, dict):
+      names += _not_finite(value, f"{where}{name}.")
+    elif isinstance(value, Real) and not math.isfinite(value):
+      names.append(f"{where}{name}")
+  return names
 
 
 def _is_current(folder: epath.Path, config: dict) -> bool:
@@ -271,7 +383,7 @@ def _is_current(folder: epath.Path, config: dict) -> bool:
   Raises:
     UserError: another part of its config differs.
   """
-  stored = read_json(folder / DONE)["config"]
+  stored = read_json(folder / DONE, DONE_FIELDS)["config"]
   inputs = plain(config).get("inputs")
   check_same_config(folder, {**stored, "inputs": inputs}, {**config, "inputs": inputs})
   return stored.get("inputs") == inputs

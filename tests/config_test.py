@@ -1,5 +1,7 @@
 from typing import Annotated
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import ml_collections
 from pydantic import Field
 import pydantic.dataclasses
@@ -17,7 +19,7 @@ class Sample:
   shape: tuple[Annotated[int, Field(gt=0)], ...] = (1,)
 
   def __post_init__(self):
-    if self.width % len(self.shape):
+    if self.width % max(len(self.shape), 1):
       raise ValueError(f"width = {self.width} is not divisible by {len(self.shape)}.")
 
 
@@ -85,6 +87,63 @@ def test_an_absent_field_is_named_and_the_path_of_a_wrong_one_is_known():
     with pytest.raises(FieldError) as error:
       build(Sample, values)
     assert error.value.path == path
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    ({"width": 2**70}, f"config.sample.width is {2**70}; it must be less than 2^31."),
+    ({"width": -(2**31)}, "config.sample.width is -2147483648; it must be greater than -2^31."),
+    ({"shape": [1, 2**31]}, "config.sample.shape.1 is 2147483648; it must be less than 2^31."),
+    ({"rate": 10**400}, "config.sample.rate is 1000"),
+    (
+      {"width": 10**5_000},
+      "config.sample.width is a int too long to show; it must be less than 2^31.",
+    ),
+    (
+      {"name": "a" * 999 + "\ud800"},
+      f"config.sample.name is '{'a' * 79}...; it must be valid Unicode.",
+    ),
+    ({"rate": 1e39}, "config.sample.rate is 1e+39; it must be 0, or of a size from 1e-20 to 1e12."),
+    ({"rate": -1e-46}, "config.sample.rate is -1e-46; it must be 0, or of a size from"),
+    ({1: 2}, "config.sample has the field 1; a name must be a text."),
+    (3, "config.sample is 3; it must have fields by their names."),
+    (None, "config.sample is None; it must have fields by their names."),
+    ("ab", "config.sample is 'ab'; it must have fields by their names."),
+    ({"name\x1b[2J": 1}, "config.sample has no field 'name [2J'"),
+  ],
+)
+def test_what_no_field_holds_is_refused_in_one_short_sentence(values, message):
+  with pytest.raises(UserError) as error:
+    build(Sample, values, "sample")
+  assert str(error.value).startswith(message)
+  assert len(str(error.value)) < 300
+
+
+JSON = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+  max_leaves=4,
+)
+
+
+@given(
+  st.dictionaries(st.sampled_from(["width", "rate", "name", "tied", "shape", "x"]), JSON) | JSON
+)
+@settings(max_examples=200)
+def test_any_values_make_a_section_or_one_sentence(values):
+  try:
+    found = build(Sample, values, "sample")
+  except UserError as error:
+    found = str(error)
+    assert found.isprintable()
+  assert isinstance(found, Sample) or found.startswith("config.sample")
+
+
+def test_errors_hold_nothing_that_a_terminal_obeys():
+  message = str(UserError("a\x1b[31mb\x07\r\n\x9b\u202e\ud800 é猫"))
+  assert message == "a [31mb       é猫"
+  assert str(FieldError("\x1b", ("a",))) == " "
 
 
 def test_what_fields_together_violate_names_the_section():

@@ -1,6 +1,8 @@
 """Every test sees 8 CPU devices; hidden rank promotion and a wrong annotation are errors."""
 
 import os
+import pathlib
+import platform
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile more than they compute; subprocesses inherit it, too.
@@ -13,6 +15,14 @@ os.environ["XLA_FLAGS"] = (
   " --xla_cpu_enable_concurrency_optimized_scheduler=false"
   " --xla_cpu_collective_call_terminate_timeout_seconds=300"
 )
+
+# Compiling takes most of the time: a later run of the tests on this machine reads the programs.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
+  "JAX_COMPILATION_CACHE_DIR",
+  f"{pathlib.Path(__file__).parents[1]}/.cache/programs-{platform.node()}",
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
 import jax

@@ -20,10 +20,10 @@ FIELDS = {f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in dataclas
 FIELDS |= {f"{name}.FIELD" for name in SECTIONS} | {f"config.{name}" for name in SECTIONS}
 SUFFIXES = ("py", "json", "jsonl", "npy", "npz", "png", "sh", "txt", "safetensors")
 SOURCES = {
-  path: path.read_text()
+  path.with_suffix("") if path.suffix == ".jinja" else path: path.read_text()
   for folder in ("cm3leon_jax", "benchmarks", "launch", ".ci", "ml_configs", "tests")
   for path in (ROOT / folder).rglob("*.*")
-  if path.suffix in (".py", ".sh", ".sbatch", ".yaml", ".service")
+  if path.suffix in (".py", ".sh", ".sbatch", ".yaml", ".service", ".jinja")
 }
 EXAMPLES = {"path/own.py"}  # Files of a user.
 

@@ -16,6 +16,12 @@ def test_write_json_replaces_and_leaves_no_partial_file(tmp_path):
   assert [p.name for p in path.parent.iterdir()] == ["x.json"]
 
 
+def test_absolute_paths_of_buckets_stay_in_their_bucket(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert str(io.absolute("gs://bucket/run")) == "gs://bucket/run"
+  assert str(io.absolute("run")) == str(tmp_path / "run")
+
+
 def test_damaged_or_absent_json_is_refused(tmp_path):
   with pytest.raises(UserError, match="does not exist"):
     read_json(tmp_path / "x.json")
@@ -41,7 +47,7 @@ def test_of_a_growing_file_only_the_last_line_may_be_cut(tmp_path):
   path.write_text('{"step": 1}\n{"step": 2}\n{"st')
   assert io.read_json_lines(path) == [{"step": 1}, {"step": 2}]
   path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-  with pytest.raises(json.JSONDecodeError):
+  with pytest.raises(UserError, match=r"log\.jsonl, line 2 is not valid JSON .* delete this line"):
     io.read_json_lines(path)
 
 

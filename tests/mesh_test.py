@@ -10,6 +10,15 @@ import pytest
 from cm3leon_jax.mesh import RULES, MeshConfig, create_mesh, spec
 
 
+def test_the_remaining_devices_go_to_the_axis_of_minus_one():
+  shape = {"data": 1, "fsdp": 64, "fsdp_inner": 1, "tensor": 4}
+  assert MeshConfig(fsdp=-1, tensor=4).over(256) == shape
+  assert MeshConfig(fsdp=64, tensor=4).over(256) == shape
+  for fsdp in (-1, 8):
+    with pytest.raises(ValueError, match="does not use 10 devices exactly"):
+      MeshConfig(fsdp=fsdp, tensor=4).over(10)
+
+
 def test_spec_literals():
   assert spec("vocab_stored", None) == P(("tensor", "fsdp", "fsdp_inner"), None)
   assert spec("batch", "length", "vocab") == P(("data", "fsdp", "fsdp_inner"), None, "tensor")

@@ -1,6 +1,7 @@
 """Tests the package: metadata, the wheel, and the extras that files of the repository install."""
 
 import pathlib
+import re
 import runpy
 import shutil
 import subprocess
@@ -85,7 +86,8 @@ def test_every_extra_that_a_file_installs_is_resolved_in_ci():
   assert set(PROMISED) <= declared
   for extras, files in shipped.items():
     assert set(extras.split(",")) <= declared, files
-  assert {"tpu,data", "cuda12,data", "cuda13,data", "demo", "demo,dev"} <= set(shipped)
+  image = {f"{extra},data,monitoring" for extra in ("tpu", "cuda12", "cuda13")}
+  assert image | {"demo", "demo,dev"} <= set(shipped)
   assert ".ci/extras.py" in (ROOT / ".ci" / "run").read_text()
 
 
@@ -101,6 +103,28 @@ def test_every_extra_that_a_file_installs_is_resolved_in_ci():
 )
 def test_extras_are_found_in_a_file(text, extras):
   assert EXTRAS["installed_by"](text) == extras
+
+
+@pytest.mark.parametrize(
+  ("text", "packages"),
+  [
+    ("python3 -m pip install --user --quiet uv\n", {(("uv",), ())}),
+    ("- run: pip install 'mkdocs>=1.6,<2' -c requirements.txt", {(("mkdocs>=1.6,<2",), ())}),
+    ("(`pip install a`), or `pip install b-c` and", {(("a",), ()), (("b-c",), ())}),
+    ('python3.12 -m venv m && m/bin/pip install "a==1" \\\n  c', {(("a==1", "c"), ("3.12",))}),
+    ("pip install -e '.[demo]' -c r.txt; pip install 'cm3leon_jax[data]'.", set()),
+  ],
+)  # fmt: skip
+def test_packages_are_found_in_a_file(text, packages):
+  assert EXTRAS["packages_in"](text) == packages
+
+
+def test_the_python_of_the_image_is_one_that_is_resolved():
+  text = (ROOT / "launch" / "pod" / "Dockerfile").read_text()
+  (python,) = re.findall(r"^FROM python:(3\.\d+)-slim$", text, re.MULTILINE)
+  assert python in EXTRAS["PYTHONS"]
+  # The tested versions are those of this Python, in which the tests run in CI.
+  assert f'python-version: "{python}"' in (ROOT / ".github/workflows/test.yml").read_text()
 
 
 def test_every_requirement_has_a_tested_version():

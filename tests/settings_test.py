@@ -1,7 +1,12 @@
+import contextlib
 import dataclasses
 import pathlib
 import pickle
+import time
 
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 import jax
 import pytest
 
@@ -81,6 +86,7 @@ REFUSED = [
   ("vqgan", "adversarial_start", 1.1, AT_MOST_1),
   ("vqgan", "discriminator_width", 0, POSITIVE),
   ("vqgan", "discriminator_layers", 0, POSITIVE),
+  ("vqgan", "discriminator_layers", 17, "at most 16"),
   ("vqgan", "restart_every", -1, NOT_NEGATIVE),
   ("vqgan", "restart_until", -0.1, NOT_NEGATIVE),
   ("vqgan", "restart_until", 1.1, AT_MOST_1),
@@ -144,6 +150,8 @@ REFUSED = [
   ("data", "interleaved_share", 1.1, AT_MOST_1),
   ("data", "pack_window", 0, POSITIVE),
   ("data", "read_threads", 0, POSITIVE),
+  ("data", "on_bad_record", "ignore", "'raise' or 'skip'"),
+  ("data", "max_skipped", -1, NOT_NEGATIVE),
   ("instructions", "own_tasks", 3, "a tuple of tasks, each a dict of its fields."),
   ("instructions", "only", (3,), "a valid string"),
   ("instructions", "max_records", -1, NOT_NEGATIVE),
@@ -187,6 +195,7 @@ REFUSED = [
   ("optimizer", "eps", 0.0, POSITIVE),
   ("optimizer", "weight_decay", -0.1, NOT_NEGATIVE),
   ("optimizer", "clip_norm", 0.0, POSITIVE),
+  ("optimizer", "skip_above", -0.1, NOT_NEGATIVE),
   ("optimizer", "first_moment_dtype", "float16", "'float32' or 'bfloat16'"),
   ("optimizer", "z_loss", -0.1, NOT_NEGATIVE),
   ("optimizer", "ema_decay", -0.1, NOT_NEGATIVE),
@@ -194,15 +203,22 @@ REFUSED = [
   ("train", "steps", 0, POSITIVE),
   ("train", "global_batch_size", 0, POSITIVE),
   ("train", "gradient_accumulation_steps", 0, POSITIVE),
+  ("train", "rows_per_device", -1, NOT_NEGATIVE),
   ("train", "eval_every", 0, POSITIVE),
   ("train", "eval_batches", 0, POSITIVE),
   ("train", "checkpoint_every", 0, POSITIVE),
   ("train", "keep_checkpoints", 1, "at least 2"),
+  ("train", "keep_every", -1, NOT_NEGATIVE),
+  ("train", "keep_best", -1, NOT_NEGATIVE),
   ("train", "sample_every", 0, POSITIVE),
   ("train", "num_samples", 0, POSITIVE),
   ("train", "log_every", 0, POSITIVE),
   ("train", "histogram_every", -1, NOT_NEGATIVE),
   ("train", "peak_flops", -1.0, NOT_NEGATIVE),
+  ("train", "max_skipped", -1, NOT_NEGATIVE),
+  ("train", "metrics_port", -1, NOT_NEGATIVE),
+  ("train", "metrics_port", 65_536, "at most 65535"),
+  ("train", "hang_minutes", -1.0, NOT_NEGATIVE),
   ("reinforce", "tasks", (), "have at least 1 item"),
   ("reinforce", "samples", 1, "at least 2"),
   ("reinforce", "reward", "human", "'judge' or 'clip'"),
@@ -262,6 +278,37 @@ def test_a_value_out_of_range_is_refused_in_one_sentence(section, field, value, 
   assert f"; it must {'' if bound.startswith('have') else 'be '}{bound}" in message
   with pytest.raises(ValueError, match=field):
     dataclasses.replace(SECTIONS[section](), **{field: value})
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+VALUES |= st.lists(VALUES, max_size=3) | st.dictionaries(st.text(max_size=3), VALUES, max_size=2)
+FIELDS = [(section, field) for section, field, *_ in REFUSED]
+FIELDS += [tuple(name.split(".")) for name in sorted(FREE)]
+
+
+@given(st.sampled_from(FIELDS), VALUES)
+@hypothesis_settings(max_examples=300)
+def test_any_value_of_any_field_makes_settings_or_one_sentence(place, value):
+  try:
+    found = settings_with(**{"__".join(place): value})
+  except UserError as error:
+    found = str(error)
+    assert found.isprintable()
+  assert isinstance(found, Settings) or found.startswith("config")
+
+
+INTEGERS = [(section, field) for section, field, value, _ in REFUSED if type(value) is int]
+
+
+@pytest.mark.parametrize(("section", "field"), sorted(set(INTEGERS)))
+def test_the_largest_whole_number_takes_no_time(section, field):
+  """2^70 as `vqgan.discriminator_layers` took for ever."""
+  with pytest.raises(UserError, match=rf"^config\.{section}\.{field} is \d+; it must "):
+    settings_with(**{f"{section}__{field}": 2**70})
+  begin = time.process_time()
+  with contextlib.suppress(UserError):
+    settings_with(**{f"{section}__{field}": 2**31 - 1})
+  assert time.process_time() - begin < 1
 
 
 def test_every_field_is_in_the_table_above():
@@ -337,6 +384,11 @@ def test_every_field_is_in_the_table_above():
     (
       {"train__gradient_accumulation_steps": 3},
       "config.train: gradient_accumulation_steps = 3 does not divide global_batch_size = 8192.",
+    ),
+    (
+      {"train__gradient_accumulation_steps": 2, "train__rows_per_device": 4},
+      "config.train: rows_per_device = 4 sets gradient_accumulation_steps, which is 2: leave it at "
+      "1, or set rows_per_device = 0.",
     ),
     (
       {"model__vocab_size": 1_000},

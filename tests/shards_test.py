@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.shards import Runner, run_shards
+from cm3leon_jax.shards import Runner, forget, run_shards
 
 NAMES = {f"{i:02d}": {"digest": i} for i in range(12)}
 
@@ -60,6 +60,21 @@ def test_only_changed_shards_are_done_again(tmp_path):
   run(tmp_path)
   run(tmp_path, names={**NAMES, "03": {"digest": 33}, "99": {"digest": 99}})
   assert log(tmp_path)[len(NAMES) :] == ["03", "99"]
+
+
+def test_a_shard_whose_files_are_gone_is_done_again(tmp_path):
+  run(tmp_path)
+  (tmp_path / "03.out").unlink()
+
+  def is_whole(name):
+    return (tmp_path / f"{name}.out").exists()
+
+  done, job = tmp_path / "done", Copy(str(tmp_path))
+  assert len(dict(run_shards(job, NAMES, done, Runner(), "test", is_whole))) == len(NAMES)
+  assert log(tmp_path)[len(NAMES) :] == ["03"]
+  forget(done, ["05"])
+  run(tmp_path)
+  assert log(tmp_path)[len(NAMES) :] == ["03", "05"]
 
 
 def test_what_was_done_before_a_mistake_stays_done(tmp_path):

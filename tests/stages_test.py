@@ -41,6 +41,16 @@ def test_a_finished_stage_is_skipped(tmp_path):
   assert read_json(tmp_path / "a" / stages.DONE) == first
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan")])
+def test_a_stage_whose_numbers_are_not_finite_is_not_finished(tmp_path, value):
+  with (
+    pytest.raises(UserError, match=r"is not finished: losses\.heldout of it are no finite numbers"),
+    stages.once(tmp_path, {"n": 1}) as summary,
+  ):
+    summary.update(steps=3, losses={"train": 1.0, "heldout": value})
+  assert not (tmp_path / stages.DONE).exists()
+
+
 def test_redo_runs_again_under_a_new_id(tmp_path):
   ids = []
   for _ in range(2):
@@ -48,6 +58,60 @@ def test_redo_runs_again_under_a_new_id(tmp_path):
       assert summary == {}
     ids.append(read_json(tmp_path / stages.DONE)["id"])
   assert ids[0] != ids[1]
+
+
+def write_stage(workdir, name="vqgan", content=b"weights"):
+  with stages.once(workdir / name, {}, redo=True, files=stages.STAGES[name].files):
+    (workdir / name / "params.safetensors").write_bytes(content)
+    (workdir / name / "config.json").write_text("{}")
+  return read_json(workdir / name / stages.DONE)
+
+
+def test_a_stage_that_writes_the_same_files_has_the_same_id(tmp_path):
+  first = write_stage(tmp_path)
+  assert list(first["files"]) == ["params.safetensors", "config.json"]
+  (tmp_path / "vqgan" / stages.DONE).unlink()
+  assert write_stage(tmp_path)["id"] == first["id"]
+  assert write_stage(tmp_path / "elsewhere")["id"] == first["id"]
+  assert write_stage(tmp_path, content=b"other weights")["id"] != first["id"]
+
+
+@pytest.mark.parametrize(
+  ("content", "wrong"),
+  [
+    (None, "is missing"),
+    (b"weight", "has 6 bytes instead of 7"),
+    (b"weighty", "has another content than when it was written"),
+  ],
+)
+def test_a_damaged_file_of_a_stage_is_refused_with_what_to_do(tmp_path, content, wrong):
+  write_stage(tmp_path)
+  path = tmp_path / "vqgan" / "params.safetensors"
+  stages.check_files(path)
+  path.unlink()
+  if content is not None:
+    path.write_bytes(content)
+  message = (
+    rf"vqgan/params\.safetensors {wrong}: restore it, or delete .*params\.safetensors and "
+    r".*done\.json and run `python -m launch\.train_vqgan` again\."
+  )
+  for named in (path, tmp_path / "vqgan"):
+    with pytest.raises(UserError, match=message):
+      stages.check_files(named)
+  stages.check_files(tmp_path / "vqgan" / "config.json")
+  with (
+    pytest.raises(UserError, match=wrong),
+    stages.once(tmp_path / "vqgan", {}, files=stages.STAGES["vqgan"].files),
+  ):
+    pytest.fail("the body must not run")
+
+
+def test_files_of_an_earlier_version_pass(tmp_path):
+  done = write_stage(tmp_path)
+  write_json(tmp_path / "vqgan" / stages.DONE, {"id": done["id"], "config": {}, "summary": {}})
+  (tmp_path / "vqgan" / "params.safetensors").write_bytes(b"other")
+  stages.check_files(tmp_path / "vqgan")
+  stages.check_files(tmp_path / "nothing" / "there")
 
 
 def test_another_config_is_refused_with_the_fields_that_differ(tmp_path):
@@ -178,7 +242,10 @@ def test_identity_literals():
     ("neighbors", "retrieval.lexical_width", 9, False),
     ("train", "train.steps", 9, True),
     ("train", "train.global_batch_size", 9, False),
+    ("train", "train.rows_per_device", 4, True),
     ("train", "data.read_threads", 9, True),
+    ("train", "data.on_bad_record", "skip", True),
+    ("train", "data.max_skipped", 9, True),
     ("train", "data.num_neighbors", 9, False),
     ("train", "model.remat_policy", "none", True),
     ("train", "model.attention", "plain", True),

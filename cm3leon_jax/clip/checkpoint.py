@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json
+from cm3leon_jax.parameters import not_finite
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -91,7 +92,7 @@ def read_config(folder: epath.PathLike) -> HFCLIPConfig:
       f"{path} does not exist; the folder must be that of a Hugging Face CLIP, with {CONFIG} and "
       f"{WEIGHTS}."
     )
-  stored = read_json(path)
+  stored = read_json(path, {})
   if stored.get("model_type") != "clip":
     raise UserError(f"{path}: model_type is '{stored.get('model_type')}'; it must be 'clip'.")
   try:
@@ -185,13 +186,13 @@ def read_tensors(folder: epath.PathLike, config: HFCLIPConfig) -> dict[str, np.n
   """Reads model.safetensors, or the files of its index.
 
   Raises:
-    UserError: a file is absent or damaged, or a tensor is absent or does not have its shape.
+    UserError: a file is absent or damaged, or a tensor is absent, not finite, or of another shape.
   """
   folder = epath.Path(folder)
   if (folder / WEIGHTS).exists():
     names = [WEIGHTS]
   elif (folder / INDEX).exists():
-    names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+    names = sorted(set(read_json(folder / INDEX, {"weight_map": dict})["weight_map"].values()))
   else:
     raise UserError(
       f"{folder / WEIGHTS} does not exist, nor does {INDEX}; other formats are not supported."
@@ -214,6 +215,8 @@ def read_tensors(folder: epath.PathLike, config: HFCLIPConfig) -> dict[str, np.n
         f"{folder / WEIGHTS}: tensor '{name}' is {list(tensors[name].shape)}; "
         f"by {folder / CONFIG} it must be {list(shape)}."
       )
+  if bad := not_finite({name: tensors[name] for name in tensor_shapes(config)}):
+    raise UserError(f"{folder / WEIGHTS}: tensor '{bad}' has values that are not finite.")
   return tensors
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 import pydantic.dataclasses
 
-from cm3leon_jax import parameters
+from cm3leon_jax import parameters, stages
 from cm3leon_jax.config import STRICT, UserError, build
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.vocab import VocabLayout
@@ -292,9 +292,10 @@ class CLIP:
   def load(
     cls, folder: epath.PathLike, encode: Callable[[str], np.ndarray] | None = None
   ) -> "CLIP":
-    """Reads what `save` wrote; raises UserError if a file is absent or does not fit."""
+    """Reads what `save` wrote; raises UserError if a file is absent, damaged or does not fit."""
     folder = epath.Path(folder)
-    stored = read_json(folder / CONFIG)
+    stages.check_files(folder)
+    stored = read_json(folder / CONFIG, {"clip": dict, "text_size": int})
     config, text_size = build(CLIPConfig, stored["clip"], "clip"), stored["text_size"]
     expected = jax.eval_shape(lambda: init_params(config, text_size, jax.random.key(0)))
     params = parameters.load(folder / PARAMS, expected, "train_clip")

@@ -15,6 +15,7 @@ import optax
 
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.clip.model import CLIP, CLIPConfig
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import group_id
 from cm3leon_jax.data.records import RawPair
@@ -177,7 +178,8 @@ def text_to_image_recall(
   """Measures how often a caption's own image is among the k nearest images, for k = 1 and 5.
 
   An image with an equal caption is right, too. A caption is a hit if fewer than k wrong images
-  score at least as high as a right one, so that a constant embedding has no hits.
+  score at least as high as a right one, so that a constant embedding has no hits, and neither has a
+  NaN.
 
   Returns:
     recall@k and chance@k (the expectation for random scores), and `candidates` = n.
@@ -187,7 +189,7 @@ def text_to_image_recall(
   _, names = np.unique(captions, return_inverse=True)
   right = names[:, None] == names[None, :]
   best = np.where(right, scores, -np.inf).max(1)
-  rank = (~right & (scores >= best[:, None])).sum(1)
+  rank = (~right & ~(scores < best[:, None])).sum(1)
   result = {"candidates": n}
   for k in (1, 5):
     result[f"recall@{k}"] = float((rank < k).mean())
@@ -196,6 +198,23 @@ def text_to_image_recall(
     miss = np.prod([np.maximum(wrong - i, 0) / max(n - i, 1) for i in range(min(k, n))], axis=0)
     result[f"chance@{k}"] = float((1 - miss).mean())
   return result
+
+
+def check_recall(found: dict[str, float | int]) -> None:
+  """Raises UserError if the result of `text_to_image_recall` is no better than chance.
+
+  Of five candidates or fewer it says nothing.
+  """
+  better = any(found[f"recall@{k}"] > found[f"chance@{k}"] for k in (1, 5))
+  if found["chance@5"] < 1 and not better:
+    shown = ", ".join(
+      f"recall@{k} {found[f'recall@{k}']:.3f} (chance {found[f'chance@{k}']:.3f})" for k in (1, 5)
+    )
+    raise UserError(
+      f"the CLIP finds the images of held-out captions no better than chance, {shown} of "
+      f"{found['candidates']}: train it longer (config.clip.steps), with another "
+      "config.clip.learning_rate, or on more pairs."
+    )
 
 
 def train_clip(config: CLIPConfig, encode, text_size: int, raw_folder, folder, seed: int) -> dict:
@@ -211,6 +230,9 @@ def train_clip(config: CLIPConfig, encode, text_size: int, raw_folder, folder, s
 
   Returns:
     Steps, pairs, seconds, and recall among at most 4,096 evenly spaced held-out pairs.
+
+  Raises:
+    UserError: the training diverged, or the recall is no better than chance.
   """
   start = time.time()
   data = open_data(raw_folder, "train", encode, config)
@@ -225,6 +247,7 @@ def train_clip(config: CLIPConfig, encode, text_size: int, raw_folder, folder, s
     captions = [pair.caption for pair in heldout]
     texts = trained.embed_texts([encode(caption) for caption in captions])
     summary.update(text_to_image_recall(texts, trained.embed_images(images), captions))
+    check_recall(summary)
     print(
       f"clip: held-out text-to-image recall@1 {summary['recall@1']:.3f} "
       f"(chance {summary['chance@1']:.3f}), recall@5 {summary['recall@5']:.3f} "

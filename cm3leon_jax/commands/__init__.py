@@ -12,6 +12,7 @@ COMMANDS = (
   "build_neighbors",
   "inspect_data",
   "train",
+  "checkpoints",
   "generate",
   "evaluate",
   "grade_instructions",
@@ -19,5 +20,6 @@ COMMANDS = (
   "export",
   "reinforce",
   "report",
+  "plan",
   "aot_compile",
 )

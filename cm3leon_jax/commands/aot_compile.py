@@ -65,12 +65,25 @@ def _mesh(settings, topology):
     raise UserError(f"config.mesh: {error}") from error
 
 
+def _on_mesh(settings, mesh):
+  """Returns the settings with the accumulation that they have on the mesh."""
+  from cm3leon_jax.mesh import RULES
+  from cm3leon_jax.training.accumulation import on_mesh
+
+  train = on_mesh(settings.train, math.prod(mesh.shape[axis] for axis in RULES["batch"]))
+  return dataclasses.replace(settings, train=train)
+
+
 def _train_report(topology, settings, mesh) -> dict:
-  from cm3leon_jax.planning import programs
-  from cm3leon_jax.planning.report import compile_report
+  from cm3leon_jax.planning import memory, programs
+  from cm3leon_jax.planning.report import GIB, compile_report
 
   numbers = _model_numbers(settings, mesh, settings.train.global_batch_size)
-  return {**numbers, **compile_report(programs.train_step(settings, mesh), topology)}
+  report = {**numbers, **compile_report(programs.train_step(settings, mesh), topology)}
+  estimate = memory.estimate(settings, mesh.shape)
+  report["estimate_gib"] = estimate.total / GIB
+  report["floor"] = {"estimated memory": str(estimate)}
+  return report
 
 
 def _evaluate_report(topology, settings, mesh) -> dict:
@@ -179,13 +192,18 @@ def main(settings) -> None:
     if _BATCH.value:
       rows = _BATCH.value * len(topology.devices) // settings.mesh.tensor
       train = dataclasses.replace(
-        settings.train, global_batch_size=rows, gradient_accumulation_steps=1
+        settings.train,
+        global_batch_size=rows,
+        gradient_accumulation_steps=1,
+        rows_per_device=0,
       )
       settings = dataclasses.replace(settings, train=train)
     shape = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
     slices = f"{topology.slices} slices of " if topology.slices > 1 else ""
     devices = f"{len(topology.devices)} x {topology.devices[0].device_kind}"
     where = f"{slices}{topology.name}, {devices}; {shape}"
+    if _PROGRAM.value in ("train", "evaluate", "all"):
+      settings = _on_mesh(settings, mesh)
     train, length = settings.train, settings.data.sequence_length
     if _PROGRAM.value in ("train", "all"):
       passes = f"{train.global_batch_size} rows of {length} in {train.gradient_accumulation_steps}"
@@ -196,7 +214,8 @@ def main(settings) -> None:
       title = f"held-out loss on {where}; {train.micro_batch_size} rows of {length}"
       reports["evaluate"] = _evaluate_report(topology, settings, mesh)
       print(table(title, reports["evaluate"]), flush=True)
-    if _PROGRAM.value == "reinforce":
+    if _PROGRAM.value == "reinforce":  # Its step is one pass.
+      settings = dataclasses.replace(settings, train=dataclasses.replace(train, rows_per_device=0))
       prompt = _DECODE_POSITIONS.value - settings.vqgan.image_tokens
       title = f"reinforce step on {where}; {train.global_batch_size} images of two streams"
       reports["reinforce"] = _reinforce_report(topology, settings, mesh, prompt)

@@ -6,6 +6,8 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import os
+import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -13,11 +15,13 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from cm3leon_jax import accelerators
+from cm3leon_jax import accelerators, buckets
 from cm3leon_jax.commands import config_file, help_text
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import CTRL_C, INTERRUPTED, UserError, printable
 
 if TYPE_CHECKING:
+  import jax
+
   from cm3leon_jax.settings import Settings
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -47,6 +51,7 @@ _TIMEOUT = flags.DEFINE_integer(
 )
 
 
+_NEEDS_GCSFS = "needs gcsfs: pip install 'cm3leon_jax[data]'."
 NAME_A_CONFIG = "name a config: --config=ml_configs/scenes.py"
 
 
@@ -76,8 +81,8 @@ def _join_processes(several: bool) -> None:
   distributed.initialize(*(flag.value for flag in explicit), _TIMEOUT.value)
 
 
-def use_mesh(settings: Settings):
-  """Sets the mesh of the config (`jax.set_mesh`).
+def make_mesh(settings: Settings) -> jax.sharding.Mesh:
+  """Makes the mesh of the config.
 
   Raises:
     UserError: the mesh does not fit the devices.
@@ -92,9 +97,16 @@ def use_mesh(settings: Settings):
       "--protocol and launch.score need --distributed, other commands a single host."
     )
   try:
-    return jax.set_mesh(create_mesh(settings.mesh))
+    return create_mesh(settings.mesh)
   except ValueError as error:
     raise UserError(f"config.mesh: {error}") from error
+
+
+def use_mesh(settings: Settings):
+  """Sets the mesh of the config (`jax.set_mesh`); raises as `make_mesh`."""
+  import jax
+
+  return jax.set_mesh(make_mesh(settings))
 
 
 def keep_compiled(workdir: epath.Path) -> None:
@@ -111,9 +123,8 @@ def keep_compiled(workdir: epath.Path) -> None:
 
 def _fail(message: str, code: int = UserError.exit_code) -> None:
   """Prints one line on stderr and ends the process."""
-  # A message may quote a stranger's file: a terminal would obey its control characters.
-  message = "".join(c if c.isprintable() else " " for c in message)
-  print(f"error: {help_text.as_invoked(' '.join(message.split()))}", file=sys.stderr)
+  message = " ".join(printable(message).split())
+  print(f"error: {help_text.as_invoked(message)}", file=sys.stderr)
   sys.exit(code)
 
 
@@ -136,6 +147,18 @@ def _unknown_flag(name: str) -> str:
   return f"--{name} is not a flag of this command: {hint}"
 
 
+def _check_buckets() -> None:
+  """Raises UserError if a flag names a bucket and the package that reads buckets is missing.
+
+  Fields of the config are left to the stage that reads them: training needs no `raw.source`.
+  """
+  if importlib.util.find_spec("gcsfs"):
+    return
+  for name, value in flags.FLAGS.flag_values_dict().items():
+    if not name.startswith("config.") and str(value).startswith("gs://"):
+      raise UserError(f"--{name}={value} is in a bucket, which {_NEEDS_GCSFS}")
+
+
 def _user_error(error: BaseException | None) -> UserError | None:
   """Returns the UserError that absl caught and raised again as an error of its own."""
   while error is not None and not isinstance(error, UserError):
@@ -143,10 +166,13 @@ def _user_error(error: BaseException | None) -> UserError | None:
   return error
 
 
-def _parse_flags(workdir: bool, several_processes: bool, argv: list[str]) -> list[str]:
+def _parse_flags(
+  workdir: bool | None, several_processes: bool, config: bool, argv: list[str]
+) -> list[str]:
   """Parses the flags; prints --help; reports a wrong flag, config or field in one sentence."""
   if help_text.REQUESTS.intersection(argv[1:]):
-    print(help_text.page(sys.modules["__main__"].__doc__ or "", workdir, several_processes))
+    docstring = sys.modules["__main__"].__doc__ or ""
+    print(help_text.page(docstring, workdir is not False, several_processes, config))
     sys.exit(0)
   try:
     return flags.FLAGS(argv)
@@ -161,41 +187,99 @@ def _parse_flags(workdir: bool, several_processes: bool, argv: list[str]) -> lis
     _fail(str(_user_error(error) or error))
 
 
-def run(main, workdir: bool = True, several_processes: bool = False) -> None:
+def _settings() -> Settings:
+  """Returns the settings of --config. Raises UserError if there is no config, or a wrong one."""
+  if _CONFIG.value is None:
+    raise UserError(NAME_A_CONFIG)
+  from cm3leon_jax.settings import settings_from_config
+
+  return settings_from_config(_CONFIG.value)
+
+
+def _folder() -> epath.Path:
+  """Returns the folder of --workdir.
+
+  Raises:
+    UserError: it is not given.
+  """
+  if _WORKDIR.value is None:
+    raise UserError("name the folder of the run: --workdir=workdir")
+  return epath.Path(_WORKDIR.value)
+
+
+def _action(actions: tuple[str, ...], arguments: list[str]) -> list[str]:
+  """Returns the word that says what to do, of a command that takes one.
+
+  Raises:
+    UserError: there is no such word, or another argument.
+  """
+  if actions and (not arguments or arguments[0] not in actions):
+    raise UserError(f"the first argument must say what to do: {', '.join(actions)}.")
+  surplus = arguments[1:] if actions else arguments
+  if surplus:
+    only = "only flags after it" if actions else "flags only"
+    raise UserError(f"unexpected argument '{surplus[0]}': commands take {only} (--name=value).")
+  return arguments
+
+
+def _stop_early(number: int, _) -> None:
+  """Ends a command that saves, before its loop: there, `StopSignal` takes over."""
+  # A handler must not print: it may have interrupted a print.
+  text = "stopped while no step was trained: nothing was to be saved; the same command continues."
+  os.write(1, f"{text}\n".encode())
+  sys.exit(INTERRUPTED if number == signal.SIGTERM else CTRL_C)
+
+
+def run(
+  main,
+  workdir: bool | None = True,
+  several_processes: bool = False,
+  saves: bool = False,
+  config: bool = True,
+  actions: tuple[str, ...] = (),
+) -> None:
   """Runs a command as an absl app; a UserError becomes one sentence on stderr and exit code 2.
 
   Args:
     main: called as `main(settings, workdir)`, or as `main(settings)` without a workdir.
-    workdir: whether the command takes --workdir.
+    workdir: whether the command takes --workdir; None: it may be given, and is not opened.
     several_processes: whether the command may run in several processes.
+    saves: whether it has a loop that saves at SIGTERM and Ctrl-C, before which they end it.
+    config: whether it takes a config; if not, `main` gets no settings.
+    actions: words of which the first argument is one; `main` then gets it first.
   """
 
   def checked(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it writes.
     try:
-      if len(argv) > 1:
-        raise UserError(
-          f"unexpected argument '{argv[1]}': commands take flags only (--name=value)."
-        )
-      if _CONFIG.value is None:
-        raise UserError(NAME_A_CONFIG)
-      from cm3leon_jax.settings import describe, settings_from_config
+      arguments: list = _action(actions, argv[1:])
+      if config:
+        arguments.append(_settings())
+        if _PRINT_CONFIG.value:
+          from cm3leon_jax.settings import describe
 
-      settings = settings_from_config(_CONFIG.value)
-      if _PRINT_CONFIG.value:
-        print("\n".join(describe(settings)))
-        return
-      if workdir and _WORKDIR.value is None:
-        raise UserError("name the folder of the run: --workdir=workdir")
-      if workdir and _WORKDIR.value.startswith("gs://") and not importlib.util.find_spec("gcsfs"):
-        raise UserError(
-          f"--workdir={_WORKDIR.value} is in a bucket, which needs gcsfs: "
-          "pip install 'cm3leon_jax[data]'."
-        )
+          print("\n".join(describe(arguments[-1])))
+          return
+      if workdir:
+        arguments.append(_folder())
+      if workdir is not None:
+        _check_buckets()
+      buckets.prepare_access()
       _join_processes(several_processes)
-      main(settings, *([epath.Path(_WORKDIR.value)] if workdir else []))
+      main(*arguments)
     except UserError as error:
       _fail(str(error), error.exit_code)
+    except ImportError as error:
+      if "gcsfs" not in str(error):
+        raise
+      _fail(f"a path of the config is in a bucket, which {_NEEDS_GCSFS}")
 
+  for number in (signal.SIGTERM, signal.SIGINT) if saves else ():
+    if signal.getsignal(number) is not signal.SIG_IGN:  # As in the background of a script.
+      signal.signal(number, _stop_early)
   accelerators.use_cpu_if_alone()
-  app.run(checked, flags_parser=functools.partial(_parse_flags, workdir, several_processes))
+  parse = functools.partial(_parse_flags, workdir, several_processes, config)
+  try:
+    app.run(checked, flags_parser=parse)
+  except KeyboardInterrupt:
+    _fail("interrupted by Ctrl-C; finished stages and checkpoints are kept.", CTRL_C)

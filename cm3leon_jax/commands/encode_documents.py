@@ -12,7 +12,7 @@ from cm3leon_jax import stages
 from cm3leon_jax.commands import common, sharded
 
 _VALIDATE = flags.DEFINE_bool(
-  "validate", False, "Only check every written shard against the schema."
+  "validate", False, "Only check all written records, arrays and digests."
 )
 
 
@@ -22,15 +22,10 @@ def validate(settings, workdir) -> None:
   Raises:
     UserError: a record is wrong.
   """
-  from cm3leon_jax.data import documents
-  from cm3leon_jax.data.records import KINDS, SPLITS
+  from cm3leon_jax.data.validate import validate_documents
 
   stages.require(workdir, "documents")
-  for name in (f"{split}_{kind}" for split in SPLITS for kind in KINDS):
-    store = documents.DocumentStore(workdir / "documents" / name, settings.vocab)
-    numbers = documents.validate_store(store)
-    counts = ", ".join(f"{count:,} {field}" for field, count in numbers.items())
-    print(f"{store.folder}: {counts}; all valid.")
+  validate_documents(workdir / "documents", settings.vocab)
 
 
 def main(settings, workdir):

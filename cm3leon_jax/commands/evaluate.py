@@ -124,7 +124,7 @@ def _evaluate(settings, workdir: epath.Path, folder: epath.Path, summary: dict) 
   documents = workdir / "documents"
   bank = Bank(documents, settings.vocab)
   heldout = DocumentStore(documents / "heldout_pairs", settings.vocab)
-  ids = neighbors.load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)
+  ids = neighbors.load_neighbors(workdir / "neighbors", "heldout_pairs", True, bank=len(bank))
   sections = (settings.vocab, settings.data, config, settings.seed)
   metrics = bits.evaluate(params, settings.model, bank, heldout, ids, *sections)
   summary.update(step=step, **metrics)

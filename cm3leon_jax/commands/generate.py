@@ -28,7 +28,7 @@ from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, printable
 
 if TYPE_CHECKING:
   from cm3leon_jax.generation.tasks import Task
@@ -240,9 +240,9 @@ def _print_results(records: Sequence[dict], scores: Sequence[dict]) -> None:
   from cm3leon_jax.reports.summary import describe_clip_score
 
   for record in [r for r in records if r.get("text")][:MOST_TEXTS]:
-    # A model may write control characters that a terminal would obey.
-    text = "".join(c if c.isprintable() else " " for c in record["text"])
-    print(f"{record['prompt'] or record['image'] or record['task']}: {' '.join(text.split())}")
+    # A model may write control characters, and a prompt may hold them.
+    texts = (record["prompt"] or record["image"] or record["task"], record["text"])
+    print(": ".join(" ".join(printable(text).split()) for text in texts))
   noun = "concept" if records[0]["key"] else "prompt"  # Of a held-out document, or of the user.
   for row in scores:
     print(describe_clip_score(row, noun))

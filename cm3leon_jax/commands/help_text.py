@@ -44,18 +44,21 @@ def _flag(flag: flags.Flag) -> str:
   )
 
 
-def page(docstring: str, workdir: bool, several_processes: bool) -> str:
+def page(docstring: str, workdir: bool, several_processes: bool, config: bool = True) -> str:
   """Returns the text of --help.
 
   Args:
     docstring: docstring of the command's module, with examples.
     workdir: whether the command takes --workdir.
     several_processes: whether the command takes the flags of jobs of several processes.
+    config: whether the command takes a config.
   """
   modules = flags.FLAGS.flags_by_module_dict()
   common = modules["cm3leon_jax.commands.common"]
   processes = [flag for flag in common if flag.name in PROCESSES]
-  run = [flag for flag in common if flag not in processes and (workdir or flag.name != "workdir")]
+  absent = set() if workdir else {"workdir"}
+  absent |= set() if config else {"config", "print_config"}
+  run = [flag for flag in common if flag not in processes and flag.name not in absent]
   groups = {
     "Flags of this command": modules.get(sys.argv[0], []),
     "Start": modules.get("cm3leon_jax.commands.init_from_flag", []),
@@ -69,6 +72,6 @@ def page(docstring: str, workdir: bool, several_processes: bool) -> str:
   parts = [docstring.strip()]
   for title, members in groups.items():
     if members:
-      lines = [_flag(flag) for flag in members] + [FIELDS] * (title == "The run")
+      lines = [_flag(flag) for flag in members] + [FIELDS] * (title == "The run" and config)
       parts.append("\n".join([f"{title}:", *lines]))
   return as_invoked("\n\n".join(parts))

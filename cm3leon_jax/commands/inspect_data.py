@@ -1,11 +1,19 @@
-"""Writes an HTML page of training rows, to check the data before a long run.
+"""Writes an HTML page of training rows, or checks all files that training reads.
 
   python -m launch.inspect_data --config=ml_configs/scenes.py --workdir=workdir/scenes
   python -m launch.inspect_data --config=ml_configs/scenes.py --workdir=workdir/scenes \\
     --out=rows.html --first_row=5000 --rows=3
+  python -m launch.inspect_data --config=ml_configs/scenes.py --workdir=workdir/scenes --validate
 
 The page shows the arrays that the trainer reads; every sample is checked against its documents.
+--validate reads every record and every row instead, and names the first that is wrong.
+After a training that has stopped because of skipped steps, --skipped shows the worst of their rows.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 from etils import epath
@@ -13,23 +21,41 @@ from ml_collections import config_flags
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
+from cm3leon_jax.config import UserError
+
+if TYPE_CHECKING:
+  from cm3leon_jax.data.pipeline import RowLoader
+  from cm3leon_jax.training.skipped_rows import SkippedRows
 
 _OUT = flags.DEFINE_string("out", "rows.html", "HTML file to write.")
 _ROWS = flags.DEFINE_integer("rows", 6, "Number of rows.", lower_bound=1)
 _FIRST_ROW = flags.DEFINE_integer("first_row", 0, "Number of the first row.", lower_bound=0)
+_SKIPPED = flags.DEFINE_bool(
+  "skipped", False, "Show the rows of the skipped steps that stopped a training, the worst first."
+)
 _SPLIT = flags.DEFINE_enum("split", "train", ["train", "heldout"], "Split of the rows.")
+_VALIDATE = flags.DEFINE_bool(
+  "validate", False, "Only check all files that training reads; write no page."
+)
 
 DOCUMENTS = ("documents", "neighbors")
 READ = (*stages.TOKENIZERS, *DOCUMENTS)
 
 
 def write_page(
-  settings, workdir, out: epath.Path, split: str, numbers: range, config_name: str
+  settings,
+  workdir,
+  out: epath.Path,
+  split: str,
+  numbers: Sequence[int],
+  config_name: str,
+  skipped: SkippedRows | None = None,
 ) -> None:
   """Writes the page of rows `numbers` of `split`.
 
   Raises:
-    UserError: `out` cannot be written, or a stage is missing.
+    UserError: `out` cannot be written, a stage is missing, a row does not hold its documents, or a
+      row of `skipped` is not what the trainer read.
   """
   from cm3leon_jax.commands.train import open_rows, replay_share
   from cm3leon_jax.reports import inspect, inspect_page
@@ -46,7 +72,12 @@ def write_page(
   if documents:
     folder, by_caption = workdir / "neighbors", split == "heldout"  # As in `open_rows`.
     scores = load_neighbors(folder, f"{split}_pairs", by_caption, array="scores")
-  rows = inspect.read_rows(loader, scores, numbers)
+  if skipped is not None:
+    _compare(skipped, loader, workdir)
+  try:
+    rows = inspect.read_rows(loader, scores, numbers)
+  except ValueError as error:
+    raise UserError(f"the rows are not as planned: {error}") from error
   text_tokenizer = TextTokenizer(workdir / "text_tokenizer", settings.vocab)
   image_tokenizer = ImageTokenizer.load(workdir / "vqgan")
   decoder = inspect_page.make_decoder(rows, settings.vocab, text_tokenizer, image_tokenizer)
@@ -56,10 +87,76 @@ def write_page(
   print(f"inspect_data: {len(rows)} rows, {used}; {samples}: {out}", flush=True)
 
 
+def validate(settings, workdir) -> None:
+  """Checks digests, documents, neighbors and instructions of a run; prints their numbers.
+
+  Raises:
+    UserError: a stage is not finished, or a file of it is wrong; names file and record or row.
+  """
+  from cm3leon_jax.commands.train import replay_share
+  from cm3leon_jax.data.documents import DocumentStore
+  from cm3leon_jax.data.instruction_config import load_tasks
+  from cm3leon_jax.data.instruction_samples import read_targets
+  from cm3leon_jax.data.instruction_sources import store_name
+  from cm3leon_jax.data.validate import validate_documents, validate_store
+  from cm3leon_jax.retrieval.validate import validate_neighbors
+
+  documents = DOCUMENTS if replay_share(settings, "train") else ()
+  instructions = ("instructions",) if settings.instructions.any else ()
+  for name in (*stages.TOKENIZERS, *instructions, *documents):
+    described = len(stages.require(workdir, name).get("files", {}))
+    stages.check_files(workdir / name)
+    state = f"{described} files as written" if described else "of an earlier version: no digests"
+    print(f"{workdir / name}: {state}.")
+  if documents:
+    validate_documents(workdir / "documents", settings.vocab)
+    numbers = validate_neighbors(workdir, settings.vocab)
+    counts = ", ".join(f"{count:,} {field}" for field, count in numbers.items())
+    print(f"{workdir / 'neighbors'}: {counts}; all valid.", flush=True)
+  if instructions:
+    for task in load_tasks(settings.instructions):
+      for split in ("train", "heldout") if task.heldout else ("train",):
+        store = DocumentStore(workdir / "instructions" / store_name(split, task), settings.vocab)
+        numbers = validate_store(store)
+        read_targets(store.folder, len(store))
+        print(f"{store.folder}: {numbers['documents']:,} documents; all valid.", flush=True)
+
+
+def _compare(skipped: SkippedRows, loader: RowLoader, workdir) -> None:
+  """Raises UserError unless the loader reads what the trainer saved."""
+  import numpy as np
+
+  for i, number in enumerate(skipped.numbers[: len(skipped.rows["inputs"])].tolist()):
+    row = loader[number]
+    changed = [
+      name
+      for name, array in row.items()
+      if not np.array_equal(array, skipped.rows[name][i], equal_nan=array.dtype.kind == "f")
+    ]
+    if changed:
+      raise UserError(
+        f"row {number} has other {', '.join(changed)} than the training read: the data in "
+        f"{workdir} have changed since then, or the machine that trained read them wrongly."
+      )
+
+
 def main(settings, workdir) -> None:
-  numbers = range(_FIRST_ROW.value, _FIRST_ROW.value + _ROWS.value)
+  if _VALIDATE.value:
+    validate(settings, workdir)
+    return
+  numbers: Sequence[int] = range(_FIRST_ROW.value, _FIRST_ROW.value + _ROWS.value)
   name = config_flags.get_config_filename(flags.FLAGS["config"])
-  write_page(settings, workdir, epath.Path(_OUT.value), _SPLIT.value, numbers, name)
+  out, skipped = epath.Path(_OUT.value), None
+  if _SKIPPED.value:
+    from cm3leon_jax.training import skipped_rows
+
+    if _SPLIT.value != "train":
+      raise UserError("--skipped shows training rows: leave out --split.")
+    skipped = skipped_rows.load(workdir / "train")
+    numbers = skipped.numbers[: _ROWS.value].tolist()
+    for number, loss in zip(numbers, skipped.losses):
+      print(f"inspect_data: row {number} has a loss of {loss:.4g} nats per target.", flush=True)
+  write_page(settings, workdir, out, _SPLIT.value, numbers, name, skipped)
 
 
 if __name__ == "__main__":

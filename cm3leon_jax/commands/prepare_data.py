@@ -7,13 +7,11 @@
 their formats.
 """
 
-import hashlib
-
 from absl import flags
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common, sharded
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, printable
 
 _CHECK_LEAKS = flags.DEFINE_bool(
   "check_leaks",
@@ -45,7 +43,7 @@ def check_leaks(settings, workdir) -> None:
     f"near_pairs {report.pairs}, leaked_heldout_images {report.leaked}; the nearest pairs:"
   )
   for pair in report.nearest:
-    print(f"  {pair}")
+    print(f"  {printable(str(pair))}")
   if report.leaked:
     raise UserError(
       f"{report.leaked} of {report.heldout} held-out images in {workdir / 'raw'} are near "
@@ -68,7 +66,7 @@ def check_fact_leaks(workdir) -> None:
     f"check_leaks, by facts: heldout_scenes {report.heldout}, train_scenes {report.train}, {kinds}"
   )
   for line in report.first:
-    print(f"  {line}")
+    print(f"  {printable(line)}")
   if report.first:
     raise UserError(
       f"{sum(report.leaked.values())} of {report.heldout} held-out scenes in {workdir / 'raw'} "
@@ -77,7 +75,7 @@ def check_fact_leaks(workdir) -> None:
 
 
 def main(settings, workdir):
-  from cm3leon_jax.data import builtin_sources, ingest
+  from cm3leon_jax.data import builtin_sources, ingest, sources
 
   if _CHECK_LEAKS.value:
     if settings.raw.source == builtin_sources.SCENES:
@@ -87,7 +85,7 @@ def main(settings, workdir):
     return
   parts = ingest.parts_of(settings.raw, settings.scenes)
   # New or changed files make the stage run again, only for their shards.
-  files = hashlib.sha256(repr(parts).encode()).hexdigest()
+  files = sources.digest_of(parts)
   with stages.stage(workdir, "raw", settings, {"files": files}) as summary:
     if summary is not None:
       runner = sharded.runner()

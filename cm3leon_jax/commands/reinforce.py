@@ -21,7 +21,6 @@ from cm3leon_jax.commands import common
 from cm3leon_jax.commands import train as train_command
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json
 
 
 def _objective(settings, workdir, reference):
@@ -80,10 +79,14 @@ def main(settings, workdir, init_from: str = "") -> None:
 
   from cm3leon_jax import distributed
   from cm3leon_jax.export import weights
+  from cm3leon_jax.training.lease import Lease
   from cm3leon_jax.training.monitor import change_line
   from cm3leon_jax.training.train import train
 
   distributed.check_same_config({**dataclasses.asdict(settings), "init_from": init_from})
+  # A step is one pass, also with a config of a tuning that splits it.
+  one_pass = dataclasses.replace(settings.train, rows_per_device=0)
+  settings = dataclasses.replace(settings, train=one_pass)
   if not settings.instructions.any:
     raise UserError("config.instructions has no tasks, whose records are the prompts: name some.")
   if not init_from and not (workdir / "train" / "config.json").exists():
@@ -93,12 +96,11 @@ def main(settings, workdir, init_from: str = "") -> None:
   if start is None:
     raise UserError(f"{workdir / 'train'} is a run from random parameters: use another --workdir.")
   folder = workdir / "train"
-  done = folder / stages.DONE
-  redo = done.exists() and read_json(done)["summary"]["steps"] < settings.train.steps
+  redo = train_command.goes_on(folder, config, settings.train.steps)
   stage = stages.once(
     folder, config, redo, writes=distributed.is_first(), together=distributed.together
   )
-  with common.use_mesh(settings), stage as summary:
+  with common.use_mesh(settings), Lease(folder) as lease, stage as summary:
     if summary is None:
       return
     common.keep_compiled(workdir)
@@ -118,6 +120,7 @@ def main(settings, workdir, init_from: str = "") -> None:
       settings.seed,
       initial_params=functools.partial(weights.load, start, settings),
       evaluate_start=True,
+      lease=lease,
     )
     summary.update(result, machine=train_command.machine())
     if before := result.get("heldout_before"):
@@ -127,4 +130,4 @@ def main(settings, workdir, init_from: str = "") -> None:
 
 
 if __name__ == "__main__":
-  common.run(lambda settings, workdir: main(settings, workdir, INIT_FROM.value))
+  common.run(lambda settings, workdir: main(settings, workdir, INIT_FROM.value), saves=True)

@@ -11,6 +11,14 @@ from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 
 
+def _interval(interval: dict | None) -> str:
+  from cm3leon_jax.reports import report
+
+  if interval is None:
+    return ""
+  return f" [{report.show(interval['low'])}, {report.show(interval['high'])}]"
+
+
 def main(settings, workdir):
   if not workdir.exists() or not any(workdir.glob(f"*/{stages.DONE}")):
     raise UserError(
@@ -28,8 +36,9 @@ def main(settings, workdir):
       True: "met",
       False: "not met",
     }[line["met"]]
-    target = f" ({line['relation']}{report.show(line['target'])}: {verdict})"
-    print(f"{line['title']}: {report.show(line['value'])}{target}")
+    note = f", {line['note']}" if line["note"] else ""
+    target = f" ({line['relation']}{report.show(line['target'])}{note}: {verdict})"
+    print(f"{line['title']}: {report.show(line['value'])}{_interval(line['interval'])}{target}")
   for row in summary.get("samples", {}).get("clip_score", []):
     print(describe_clip_score(row))
   print(f"report: {workdir / 'report.html'}")

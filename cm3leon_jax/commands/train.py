@@ -4,7 +4,12 @@
   python -m launch.train --config=ml_configs/scenes.py --workdir=new --init_from=workdir/scenes
 
 --init_from starts a new run from trained parameters of the same model and vocab, at step 0. The run
-remembers where it started, and continues without the flag.
+remembers where it started, and continues without the flag. A run is continued by the config that it
+began with; --allow_changed names fields of the optimizer, or train.global_batch_size, that may
+differ from now on. At SIGTERM and Ctrl-C the run saves and stops.
+
+--resume_from=500 --skip_rows=4000:4799 goes back to checkpoint 500 and on without these rows, e.g.
+those of skipped steps. The run remembers them, so both flags may be given again or left out.
 """
 
 from __future__ import annotations
@@ -20,19 +25,41 @@ from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.io import plain, read_json, write_json
 
 if TYPE_CHECKING:
+  from collections.abc import Sequence
+
   from cm3leon_jax.data.pipeline import RowLoader
   from cm3leon_jax.data.plan import RowPlan, Source
   from cm3leon_jax.export.weights import Weights
   from cm3leon_jax.settings import Settings
+  from cm3leon_jax.training.skipped_rows import GoBack
 
 _PROFILE_STEPS = flags.DEFINE_string(
   "profile_steps", "", "First and last step to trace into train/profile, e.g. 10:13."
 )
+_RESUME_FROM = flags.DEFINE_integer(
+  "resume_from",
+  None,
+  "Checkpoint to go back to, with --skip_rows; later ones are deleted.",
+  lower_bound=1,
+)
+_SKIP_ROWS = flags.DEFINE_string(
+  "skip_rows", "", "First and last row to leave out from there on, e.g. 4000:4799."
+)
 _DEBUG_NANS = flags.DEFINE_bool(
   "debug_nans", False, "Stop at the operation that computes the first NaN. Slow."
+)
+_ALLOW_CHANGED = flags.DEFINE_list(
+  "allow_changed",
+  [],
+  "Fields that may differ from those that the run began with, e.g. optimizer.learning_rate. What "
+  "follows is printed, and train/config.json lists the changes.",
+)
+
+_SKIP_MEMORY_CHECK = flags.DEFINE_bool(
+  "skip_memory_check", False, "Start even if a step seems to need more memory than a device has."
 )
 
 
@@ -116,7 +143,9 @@ def document_sources(settings: Settings, workdir, split: str, share: float) -> l
     return DocumentStore(documents / name, settings.vocab)
 
   bank, pairs = Bank(documents, settings.vocab), store(f"{split}_pairs")
-  ids = load_neighbors(workdir / "neighbors", f"{split}_pairs", text_only=split == "heldout")
+  ids = load_neighbors(
+    workdir / "neighbors", f"{split}_pairs", text_only=split == "heldout", bank=len(bank)
+  )
   if len(ids) != len(pairs):
     raise UserError(
       f"{workdir / 'neighbors'} names neighbors of {len(ids)} documents, {pairs.folder} holds "
@@ -154,7 +183,11 @@ def look_at_rows(plan: RowPlan) -> dict:
 
 
 def begin(
-  settings: Settings, workdir, init_from: str, more: dict | None = None
+  settings: Settings,
+  workdir,
+  init_from: str,
+  more: dict | None = None,
+  allowed: Sequence[str] = (),
 ) -> tuple[dict, Weights | None]:
   """Checks that the run in `workdir` is this one, if there is one. All processes must call it.
 
@@ -163,6 +196,7 @@ def begin(
     workdir: folder of the run.
     init_from: what it starts from; "": random parameters, or what it began from.
     more: what the run depends on beside `stages.run_config`.
+    allowed: fields that may differ from those of the run, see `changes.check_changes`.
 
   Returns:
     What the run depends on, and the parameters that it starts from; None: random ones.
@@ -172,11 +206,12 @@ def begin(
   """
   from cm3leon_jax import distributed
   from cm3leon_jax.export import weights
+  from cm3leon_jax.training.changes import check_changes
 
   path = workdir / "train" / "config.json"
   with distributed.together():  # No process writes before all have read.
     config = stages.run_config(settings, workdir, "train") | (more or {})
-    stored = read_json(path)["run"] if path.exists() else None
+    stored = read_json(path, {"run": dict})["run"] if path.exists() else None
   start = weights.start_of_run(settings, workdir, init_from, stored)
   if start is not None:
     config["init_from"] = dataclasses.asdict(start)
@@ -186,8 +221,11 @@ def begin(
       "--init_from=RUN tunes a trained model."
     )
   with distributed.together():
+    changed = []
     if stored is not None:
-      stages.check_same_config(path.parent, stored, config)
+      changed = check_changes(path.parent, stored, config, allowed)
+  for change in changed:
+    distributed.print_once(f"train: continues with {change}.")
   return config, start
 
 
@@ -198,17 +236,50 @@ def write_config(settings: Settings, workdir, config: dict) -> None:
     UserError: a process sees another folder.
   """
   from cm3leon_jax import distributed
+  from cm3leon_jax.training.checkpoint import newest_step
 
   path = workdir / "train" / "config.json"
   with distributed.together():
     if distributed.is_first():
-      write_json(path, {"run": config, "settings": dataclasses.asdict(settings)})
+      content = {"run": config, "settings": dataclasses.asdict(settings)}
+      before = read_json(path) if path.exists() else {"run": config}
+      changes = before.get("changes", [])
+      if changed := stages.differences(before["run"], plain(config)):
+        changes = [*changes, {"step": newest_step(path.parent), "fields": changed}]
+      write_json(path, {**content, **({"changes": changes} if changes else {})})
   with distributed.together():
     if not path.exists():
       raise UserError(
         f"--workdir {workdir} is another folder for some of the processes: "
         "name a folder that all processes share."
       )
+
+
+def goes_on(folder, config: dict, steps: int, changes: bool = False) -> bool:
+  """Returns whether a finished run is to go on, because it has fewer steps than it shall have.
+
+  Args:
+    folder: of the run.
+    config: what the run depends on now.
+    steps: that it shall have.
+    changes: whether fields of a finished run may differ, as `begin` has checked.
+
+  Raises:
+    UserError: fields differ, and no step is left.
+  """
+  done = folder / stages.DONE
+  if not done.exists():
+    return False
+  stored = read_json(done, stages.DONE_FIELDS)
+  trained = stored["summary"].get("steps", 0)
+  redo = trained < steps
+  changed = stages.differences(stored["config"], plain(config)) if changes else []
+  if changed and not redo:
+    raise UserError(
+      f"{folder} is finished at step {trained}, so nothing would be trained "
+      f"with {'; '.join(changed)}: raise config.train.steps, which is {steps}."
+    )
+  return redo
 
 
 def _initial_params(settings: Settings, workdir, start: Weights | None):
@@ -231,6 +302,27 @@ def _initial_params(settings: Settings, workdir, start: Weights | None):
   )
 
 
+def _left_out(
+  settings: Settings, folder, back: GoBack | None
+) -> tuple[tuple[range, ...], GoBack | None]:
+  """Returns the rows that the run leaves out, and `back`, or None if it was done already.
+
+  Raises:
+    UserError: `back` is impossible.
+  """
+  from cm3leon_jax import distributed
+  from cm3leon_jax.training import skipped_rows
+
+  with distributed.together():
+    done = skipped_rows.read(folder)
+    if back in done:
+      back = None  # A job that was started again with the same flags.
+    if back is not None:
+      skipped_rows.check(back, done, settings.train.global_batch_size, folder)
+      done.append(back)
+  return tuple(earlier.rows for earlier in done), back
+
+
 def machine() -> str:
   """Describes what trains: "2 CPU cores", which this process may use, or "8 x TPU v5"."""
   import jax
@@ -248,28 +340,39 @@ def main(
   profile_steps: str = "",
   debug_nans: bool = False,
   init_from: str = "",
+  allow_changed: Sequence[str] = (),
+  back: GoBack | None = None,
+  skip_memory_check: bool = False,
 ) -> None:
   import jax
 
   from cm3leon_jax import distributed
   from cm3leon_jax.generation.heldout import sample_grids
+  from cm3leon_jax.planning import memory
+  from cm3leon_jax.training.lease import Lease
   from cm3leon_jax.training.monitor import change_line
+  from cm3leon_jax.training.objective import Rows
   from cm3leon_jax.training.profile import parse_steps
-  from cm3leon_jax.training.train import Rows, train
+  from cm3leon_jax.training.train import train
 
   traced = parse_steps(profile_steps, settings.train.steps)
-  options = {"profile_steps": profile_steps, "debug_nans": debug_nans, "init_from": init_from}
-  distributed.check_same_config({**dataclasses.asdict(settings), **options})
-  config, start = begin(settings, workdir, init_from)
+  flags_given = {"profile_steps": profile_steps, "debug_nans": debug_nans, "init_from": init_from}
+  flags_given |= {"allow_changed": list(allow_changed), "go_back": str(back)}
+  distributed.check_same_config({**dataclasses.asdict(settings), **flags_given})
+  mesh = common.make_mesh(settings)  # An unfit mesh is found before a stage is read.
+  if not skip_memory_check:
+    memory.check_devices(settings, mesh)
+  config, start = begin(settings, workdir, init_from, allowed=allow_changed)
   folder = workdir / "train"
-  done = folder / stages.DONE
-  redo = done.exists() and read_json(done)["summary"]["steps"] < settings.train.steps
+  left_out, back = _left_out(settings, folder, back)
+  redo = goes_on(folder, config, settings.train.steps, bool(allow_changed)) or back is not None
   # A context: jax.config.update loses the setting after tracing logsumexp and others (jax 0.10.2).
   nans = jax.debug_nans(debug_nans or jax.config.jax_debug_nans)
   stage = stages.once(
     folder, config, redo, writes=distributed.is_first(), together=distributed.together
   )
-  with common.use_mesh(settings), nans, stage as summary:
+  # The lease first: the stage deletes and writes files of the folder.
+  with common.use_mesh(settings), nans, Lease(folder) as lease, stage as summary:
     if summary is None:
       return
     common.keep_compiled(workdir)
@@ -284,8 +387,9 @@ def main(
         generate_grid = sample_grids(settings, workdir, folder / "samples")
     sections = (settings.model, settings.optimizer, settings.train, settings.vocab)
     initial_params = _initial_params(settings, workdir, start)
-    options = (settings.seed, generate_grid, traced, initial_params, start is not None)
-    result = train(folder, *sections, Rows(loader), heldout, *options)
+    options = (settings.seed, generate_grid, traced, initial_params, start is not None, lease)
+    rows = Rows(loader, left_out)
+    result = train(folder, *sections, rows, heldout, *options, go_back=back)
     summary.update(result, machine=machine())
     units = {"image": "code", "text": "token"}
     losses = {name: result[f"heldout_{name}_loss"] for name in units}  # 0: no such targets.
@@ -295,10 +399,21 @@ def main(
       distributed.print_once(change_line(before, {name: result[name] for name in before}))
 
 
-if __name__ == "__main__":
-  common.run(
-    lambda settings, workdir: main(
-      settings, workdir, _PROFILE_STEPS.value, _DEBUG_NANS.value, INIT_FROM.value
-    ),
-    several_processes=True,
+def _main(settings, workdir) -> None:
+  from cm3leon_jax.training.skipped_rows import parse
+
+  back = parse(_RESUME_FROM.value, _SKIP_ROWS.value)
+  main(
+    settings,
+    workdir,
+    _PROFILE_STEPS.value,
+    _DEBUG_NANS.value,
+    INIT_FROM.value,
+    _ALLOW_CHANGED.value,
+    back,
+    _SKIP_MEMORY_CHECK.value,
   )
+
+
+if __name__ == "__main__":
+  common.run(_main, several_processes=True, saves=True)

@@ -58,6 +58,7 @@ def instruction_tuning(config: ml_collections.ConfigDict) -> ml_collections.Conf
   config.instructions.update({"tasks": "cm3leon", "loss_on": "all"})
   config.optimizer.update({"learning_rate": 5e-5, "warmup_steps": 150})
   config.train.update({"global_batch_size": 512, "steps": 14_305})  # 2M tokens a step, 30B in all.
+  config.train.update({"rows_per_device": 2})  # One pass on 256 devices.
   return config
 
 

@@ -15,15 +15,27 @@ from etils import epath
 import msgpack
 import numpy as np
 
+from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import partial_path, read_json, replacing, write_json
+from cm3leon_jax.data.shard_files import (
+  LENGTHS,
+  RECORDS,
+  SCHEMA_VERSION,
+  BadRecord,
+  again,
+  check_shard_file,
+  check_version,
+  check_vocab,
+  describe_shard,
+  read_lengths,
+)
+from cm3leon_jax.io import describe, partial_path, read_json, replacing, write_json
 from cm3leon_jax.vocab import VocabLayout
 
-SCHEMA_VERSION = 4
-RECORDS, LENGTHS = ".array_record", ".npz"  # Suffixes of the files of a shard.
 INDEX = "index.json"
+FIELDS = {"schema_version": int, "vocab": dict, "shards": dict}  # Of the index.
 MAX_OPEN = 256  # Shards that a store keeps open.
-ENCODE_AGAIN = "delete the folder documents/ and run `python -m launch.encode_documents` again"
+ARRAYS = ("offsets", "lengths", "is_image", "groups", "concepts", "token_counts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +119,7 @@ def write_shard(
         add_tokens(token_counts, document)
     finally:
       writer.close()
+    records = describe(partial)
   arrays = {
     "schema_version": SCHEMA_VERSION,
     "vocab": np.array(dataclasses.astuple(vocab)),
@@ -116,6 +129,7 @@ def write_shard(
     "groups": np.array(groups, np.uint64),
     "concepts": np.array(concepts, np.uint64),
     "token_counts": token_counts,
+    "records": np.array([str(records["bytes"]), records["sha256"]]),
   }
   with replacing(folder / f"{name}{LENGTHS}") as f:
     np.savez_compressed(f, **arrays)  # Most token counts of a small shard are 0.
@@ -133,13 +147,14 @@ def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayou
   index.json is written last: a folder without it is not a store.
 
   Raises:
-    UserError: a shard is absent, or has another schema version or vocabulary.
+    UserError: a shard is absent or damaged, or has another schema version or vocabulary.
   """
   folder = epath.Path(folder)
   (folder / INDEX).unlink(missing_ok=True)
-  shards, token_counts = [], np.zeros(vocab.size, np.int64)
+  shards, token_counts, files = [], np.zeros(vocab.size, np.int64), {}
   for name in names:
     shards.append(read_lengths(folder, name, vocab))
+    files |= describe_shard(folder, name, shards[-1].pop("records", None))
     token_counts += shards[-1].pop("token_counts")  # All shards would fill the memory.
   joined = {
     field: np.concatenate([shard[field] for shard in shards])
@@ -153,7 +168,7 @@ def finish_store(folder: epath.PathLike, names: Sequence[str], vocab: VocabLayou
   counts = {name: len(shard["counts"]) for name, shard in zip(names, shards)}
   about = {"schema_version": SCHEMA_VERSION, "vocab": dataclasses.asdict(vocab)}
   total = sum(counts.values())
-  write_json(folder / INDEX, {**about, "documents": total, "shards": counts})
+  write_json(folder / INDEX, {**about, "documents": total, "shards": counts, "files": files})
   return total
 
 
@@ -164,38 +179,6 @@ def write_documents(
   (epath.Path(folder) / INDEX).unlink(missing_ok=True)
   write_shard(folder, "000000", documents, vocab)
   return finish_store(folder, ["000000"], vocab)
-
-
-def read_lengths(folder: epath.Path, name: str, vocab: VocabLayout) -> dict[str, np.ndarray]:
-  """Reads the arrays that `write_shard` writes beside the records.
-
-  Raises:
-    UserError: they are absent, or have another schema version or vocabulary.
-  """
-  path = folder / f"{name}{LENGTHS}"
-  if not path.exists():
-    raise UserError(f"{path} does not exist: run `python -m launch.encode_documents` again.")
-  with path.open("rb") as f, np.load(f) as file:
-    arrays = dict(file)
-  _check_version(path, int(arrays["schema_version"]))
-  _check_vocab(path, VocabLayout(*arrays["vocab"].tolist()), vocab)
-  return arrays
-
-
-def _check_version(path: epath.Path, version: int) -> None:
-  if version != SCHEMA_VERSION:
-    raise UserError(
-      f"{path} has schema version {version}; this code reads version {SCHEMA_VERSION}: "
-      f"{ENCODE_AGAIN}."
-    )
-
-
-def _check_vocab(path: epath.Path, stored: VocabLayout, expected: VocabLayout) -> None:
-  if stored != expected:
-    raise UserError(
-      f"{path} was written with vocabulary {dataclasses.asdict(stored)}, "
-      f"the config has {dataclasses.asdict(expected)}: {ENCODE_AGAIN}."
-    )
 
 
 def check_document(document: Document, vocab: VocabLayout) -> None:
@@ -223,6 +206,9 @@ def check_document(document: Document, vocab: VocabLayout) -> None:
 class DocumentStore:
   """Random access to the documents of one folder: `store[i]` reads document i from disk.
 
+  Arrays are compared with their digests when they are opened. Of records, each has a checksum, and
+  its lengths are compared; of their files only the size, until `validate.validate_store`.
+
   Attributes, mapped into memory:
     offsets: [N + 1] int64; the segments of document i are `offsets[i]` to `offsets[i + 1]`.
     lengths: [S] int32, tokens of each segment.
@@ -232,18 +218,47 @@ class DocumentStore:
   """
 
   def __init__(self, folder: epath.PathLike, vocab: VocabLayout):
-    """Opens a store; raises UserError if it is absent or of another schema or vocabulary."""
+    """Opens a store; raises UserError if it is absent, damaged or of another schema or vocab."""
     self.folder, self.vocab = epath.Path(folder), vocab
-    index = read_json(self.folder / INDEX)
-    _check_version(self.folder, index["schema_version"])
-    _check_vocab(self.folder, VocabLayout(**index["vocab"]), vocab)
+    stages.check_files(self.folder / INDEX)
+    index = read_json(self.folder / INDEX, FIELDS)
+    check_version(self.folder, index["schema_version"])
+    check_vocab(self.folder, VocabLayout(**index["vocab"]), vocab)
     self.shards: dict[str, int] = index["shards"]
+    self.files: dict[str, dict] = index.get("files", {})
     self._names, self._ends = list(self.shards), np.cumsum([*self.shards.values()], dtype=np.int64)
-    self.offsets, self.lengths, self.is_image, self.groups, self.concepts, self.token_counts = (
-      _map_array(self.folder / f"{field}.npy")
-      for field in ("offsets", "lengths", "is_image", "groups", "concepts", "token_counts")
-    )
+    self.offsets, self.lengths, self.is_image = map(self._map, ARRAYS[:3])
+    if len(self) != index["documents"] or not len(self.lengths) == len(self.is_image) == self._end:
+      raise UserError(
+        f"{self.folder} has an {INDEX} of {index['documents']} documents, offsets of {len(self)} "
+        f"with {self._end} segments, and {len(self.lengths)} lengths: "
+        f"{again(self.folder, self.folder / INDEX)}."
+      )
     self._reader = functools.lru_cache(MAX_OPEN)(self._open)
+
+  @functools.cached_property
+  def groups(self) -> np.ndarray:
+    return self._map("groups")
+
+  @functools.cached_property
+  def concepts(self) -> np.ndarray:
+    return self._map("concepts")
+
+  @functools.cached_property
+  def token_counts(self) -> np.ndarray:
+    return self._map("token_counts")
+
+  def _map(self, field: str) -> np.ndarray:
+    path = self.folder / f"{field}.npy"
+    stages.check_files(path)
+    try:
+      return _map_array(path)
+    except (ValueError, OSError, EOFError) as error:
+      raise UserError(f"{path} cannot be read ({error}): {again(self.folder, path)}.") from error
+
+  @property
+  def _end(self) -> int:
+    return int(self.offsets[-1])
 
   @property
   def parts(self) -> tuple["DocumentStore", ...]:
@@ -254,14 +269,41 @@ class DocumentStore:
     return len(self.offsets) - 1
 
   def _open(self, name: str):
-    return array_record_module.ArrayRecordReader(str(self.folder / f"{name}{RECORDS}"))
+    file = f"{name}{RECORDS}"
+    if file in self.files:
+      check_shard_file(self.folder, file, self.files[file], content=False)
+    return array_record_module.ArrayRecordReader(str(self.folder / file))
+
+  def check_shard(self, name: str) -> None:
+    """Compares both files of a shard with their digests. Raises UserError if one is damaged."""
+    for file in (f"{name}{RECORDS}", f"{name}{LENGTHS}"):
+      if file in self.files:
+        check_shard_file(self.folder, file, self.files[file])
 
   def __getitem__(self, i: int) -> Document:
+    """Reads document i. Raises BadRecord if its record cannot be read, or has other lengths."""
     if not 0 <= i < len(self):
       raise IndexError(f"document {i} of {len(self)} in {self.folder}")
     shard = int(np.searchsorted(self._ends, i, side="right"))
-    first = int(self._ends[shard - 1]) if shard else 0
-    return decode_document(self._reader(self._names[shard]).read([int(i) - first])[0])
+    name, record = self._names[shard], int(i) - (int(self._ends[shard - 1]) if shard else 0)
+    try:
+      document = decode_document(self._reader(name).read([record])[0])
+      self._check_lengths(i, document)
+    except BadRecord:
+      raise
+    except Exception as error:  # A damaged record raises errors of many kinds.
+      path = self.folder / f"{name}{RECORDS}"
+      raise BadRecord(
+        f"{path}, record {record} (document {i} of the store) cannot be read ({error}): "
+        f"{again(self.folder, path)}."
+      ) from error
+    return document
+
+  def _check_lengths(self, i: int, document: Document) -> None:
+    found = [len(segment.tokens) for segment in document.segments]
+    expected = self.segment_lengths(i)[0].tolist()
+    if found != expected:
+      raise ValueError(f"its segments have {found} tokens, lengths.npy says {expected}")
 
   def segment_lengths(self, i: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns `lengths` and `is_image` of the segments of document i."""
@@ -315,70 +357,3 @@ def _map_array(path: epath.Path) -> np.ndarray:
     return np.asarray(np.load(path, mmap_mode="r"))  # A plain view: indexing a memmap costs more.
   with path.open("rb") as f:
     return np.load(f)
-
-
-def validate_shard(folder: epath.PathLike, name: str, vocab: VocabLayout) -> dict[str, int]:
-  """Checks every document of a shard against the schema and the arrays beside the records.
-
-  Returns:
-    Number of documents, segments and tokens.
-
-  Raises:
-    UserError: names the shard, the record and the error.
-  """
-  folder = epath.Path(folder)
-  arrays, path = read_lengths(folder, name, vocab), folder / f"{name}{RECORDS}"
-  try:
-    reader = array_record_module.ArrayRecordReader(str(path))
-    count = reader.num_records()
-  except (OSError, ValueError, IndexError, RuntimeError) as error:
-    raise UserError(f"{path} cannot be read ({error}): encode it again.") from error
-  if count != len(arrays["counts"]):
-    raise UserError(
-      f"{path} holds {count} documents, {name}{LENGTHS} beside it {len(arrays['counts'])}: "
-      "encode it again."
-    )
-  at, token_counts = 0, np.zeros(vocab.size, np.int64)
-  for i in range(count):
-    try:
-      document = decode_document(reader.read([i])[0])
-      check_document(document, vocab)
-    except Exception as error:  # A damaged record raises errors of many kinds.
-      message = f"{path}, record {i} is damaged or wrong ({error}): encode it again."
-      raise UserError(message) from error
-    where = f"{path}, record {i} ('{document.key}')"
-    segments = slice(at, at + int(arrays["counts"][i]))
-    expected = zip(arrays["lengths"][segments].tolist(), arrays["is_image"][segments].tolist())
-    if [(len(s.tokens), s.is_image) for s in document.segments] != list(expected):
-      raise UserError(f"{where} has other lengths than {name}{LENGTHS} says: encode it again.")
-    for field in ("group", "concept"):
-      if group_id(getattr(document, field)) != int(arrays[f"{field}s"][i]):
-        raise UserError(f"{where} has another {field} than {name}{LENGTHS} says: encode it again.")
-    add_tokens(token_counts, document)
-    at = segments.stop
-  if not np.array_equal(token_counts, arrays["token_counts"]):
-    raise UserError(f"{path} has other token counts than {name}{LENGTHS} says: encode it again.")
-  return {"documents": count, "segments": at, "tokens": int(token_counts.sum())}
-
-
-def validate_store(store: DocumentStore) -> dict[str, int]:
-  """Validates every shard of a store, and its token counts against the sum of the shards' counts.
-
-  Returns:
-    Number of shards, documents, segments and tokens.
-
-  Raises:
-    UserError: names the shard or file and the error.
-  """
-  total = {"shards": len(store.shards), "documents": 0, "segments": 0, "tokens": 0}
-  token_counts = np.zeros(store.vocab.size, np.int64)
-  for name in store.shards:
-    for field, count in validate_shard(store.folder, name, store.vocab).items():
-      total[field] += count
-    token_counts += read_lengths(store.folder, name, store.vocab)["token_counts"]
-  if not np.array_equal(token_counts, store.token_counts):
-    raise UserError(
-      f"{store.folder / 'token_counts.npy'} is not the sum of the token counts of the shards: "
-      f"{ENCODE_AGAIN}."
-    )
-  return total

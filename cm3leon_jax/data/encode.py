@@ -6,12 +6,13 @@ import dataclasses
 
 from etils import epath
 import numpy as np
-from tqdm import tqdm
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import Document, Segment, finish_store, write_shard
 from cm3leon_jax.data.records import KINDS, SPLITS, RawPair, Record, images_of
+from cm3leon_jax.data.shard_files import shards_with_files
+from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.shards import Runner, run_shards
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
@@ -80,8 +81,8 @@ class EncodeJob:
 
   def _codes(self, images: list[str], image_tokenizer, bar: str) -> Iterator[np.ndarray]:
     """Yields [I] int32 codes for every image, with a progress bar."""
-    with tqdm(
-      total=len(images), desc=bar, mininterval=1, unit="image", leave=False, disable=not images
+    with progress_bar(
+      total=len(images), desc=bar, unit="image", leave=False, disable=not images
     ) as progress:
       for start in range(0, len(images), self.batch_size):
         paths = images[start : start + self.batch_size]
@@ -147,7 +148,8 @@ def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
     For each split the number of documents by kind, tokens, cut captions, and `code_usage`.
 
   Raises:
-    UserError: a code outside the vocabulary, or a split `train` without records.
+    UserError: a code outside the vocabulary, one code for all images, or a split `train` without
+      records.
   """
   raw = raw_pairs.shards(job.raw)
   if not any(shard[f"train_{kind}"] for shard in raw.values() for kind in KINDS):
@@ -166,9 +168,18 @@ def encode_documents(job: EncodeJob, inputs: dict, runner: Runner) -> dict:
   }
   folder = epath.Path(job.folder)
   totals = {split: _Totals(job.vocab.image_size) for split in SPLITS}
-  for _, summary in run_shards(job, configs, folder / "done", runner, "document shards"):
+  is_whole = shards_with_files(folder / f"{split}_{kind}" for split in SPLITS for kind in KINDS)
+  done = folder / "done"
+  for _, summary in run_shards(job, configs, done, runner, "document shards", is_whole):
     for split, total in totals.items():
       total.add(summary[split])
+  used = totals["train"].summary()
+  if used["image_tokens"] and used["codes_used"] == 1 < job.vocab.image_size:
+    raise UserError(
+      f"the image tokenizer gives all {used['image_tokens']} places of the training images the "
+      "same code: train it again, longer (config.vqgan.steps) or with another "
+      "config.vqgan.learning_rate."
+    )
   for split in SPLITS:
     for kind in KINDS:
       finish_store(folder / f"{split}_{kind}", list(raw), job.vocab)

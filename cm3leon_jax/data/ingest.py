@@ -15,8 +15,8 @@ from etils import epath
 from PIL import Image
 from pydantic import Field, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
-from tqdm import tqdm
 
+from cm3leon_jax import stages
 from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.data import builtin_sources, scene_world, sources
 from cm3leon_jax.data.builtin_sources import (
@@ -35,15 +35,19 @@ from cm3leon_jax.data.records import (
   RawPair,
   Record,
   Rejected,
+  batches,
   images_of,
   with_images,
 )
 from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.io import replacing, write_json
+from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.shards import Runner, run_shards
 
 REJECTED = "rejected.jsonl"
+FILES = (*(f"{kind}.jsonl" for kind in KINDS), REJECTED)  # Of a shard.
 BATCH = 256  # Records that are read or rendered together.
+BATCH_BYTES = 2**27  # Of their images, as far as these are in memory.
 ORIGIN = ("kind", "source", "license", "attribution")
 MAX_ORIGINS = 100  # Origins that the index lists.
 CHECK_FROM = 10_000  # Records after which too many rejected ones stop the command early.
@@ -138,14 +142,17 @@ def prepare(
   others = ("max_rejected", "num_threads", "source", "format", "train", "heldout", "bank")
   outcome = {k: v for k, v in dataclasses.asdict(config).items() if k not in others}
   composed = {k: v for k, v in dataclasses.asdict(scenes).items() if k not in others}
-  configs = {
-    name: {"raw": outcome, "part": dataclasses.asdict(part)} for name, part in named.items()
-  }
+  configs = {name: {"raw": outcome, "part": part.identity()} for name, part in named.items()}
   if config.source == SCENES:
     configs = {name: {**shard, "scenes": composed} for name, shard in configs.items()}
   try:
     for name, summary in run_shards(
-      _Ingest(config, str(folder), named, scenes), configs, folder / "done", runner, "raw shards"
+      _Ingest(config, str(folder), named, scenes),
+      configs,
+      folder / "done",
+      runner,
+      "raw shards",
+      lambda name: all((folder / name / file).exists() for file in FILES),
     ):
       made[name] = summary
       rejections.add(summary)
@@ -271,8 +278,7 @@ class _Writer:
   ):
     (folder / "images").mkdir(parents=True, exist_ok=True)
     self.config, self.folder, self._load = config, folder, load
-    names = [f"{kind}.jsonl" for kind in KINDS] + [REJECTED]
-    self._files = {name: stack.enter_context(replacing(folder / name, "w")) for name in names}
+    self._files = {name: stack.enter_context(replacing(folder / name, "w")) for name in FILES}
     self._pool = stack.enter_context(futures.ThreadPoolExecutor(config.num_threads))
     self._keys = {cls: set() for cls in KINDS.values()}
     self._concepts: dict[str, set] = {split: set() for split in SPLITS}
@@ -384,13 +390,12 @@ def _write(
   Returns:
     The shard's numbers, with `more` numbers of its source.
   """
-  items = iter(items)
   with contextlib.ExitStack() as stack:
     writer = _Writer(config, folder, load, stack)
     bar = stack.enter_context(
-      tqdm(desc=f"records {folder.name}", total=total, mininterval=1, unit="record", leave=False)
+      progress_bar(desc=f"records {folder.name}", total=total, unit="record", leave=False)
     )
-    while batch := list(itertools.islice(items, BATCH)):
+    for batch in batches(items, BATCH, BATCH_BYTES):
       writer.add(batch)
       bar.update(len(batch))
-  return writer.summary(more or {})
+  return {**writer.summary(more or {}), "files": stages.describe_files(folder, FILES)}

@@ -120,7 +120,7 @@ def parse_tasks(text: str, where: str) -> tuple[InstructionTask, ...]:
   """
   try:
     node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-  except yaml.YAMLError as error:
+  except Exception as error:  # PyYAML raises errors of any kind at values that a tag cannot have.
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     where = f"{where}, line {mark.line + 1}," if mark else where
     raise UserError(f"{where} is not valid YAML ({problem or error}).") from error

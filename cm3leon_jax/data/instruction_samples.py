@@ -12,6 +12,7 @@ import typing
 from etils import epath
 import numpy as np
 
+from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import cm3
 from cm3leon_jax.data.documents import Document
@@ -61,6 +62,7 @@ def read_targets(folder: epath.PathLike, count: int) -> np.ndarray:
   path = epath.Path(folder) / TARGETS
   if not path.exists():
     raise UserError(f"{path} does not exist: the documents in {folder} are no instructions.")
+  stages.check_files(path)
   with path.open("rb") as file:
     targets = np.load(file)
   if len(targets) != count:

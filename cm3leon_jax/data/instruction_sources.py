@@ -11,6 +11,7 @@ from etils import epath
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import instruction_files
+from cm3leon_jax.data.documents import INDEX
 from cm3leon_jax.data.encode import load_tokenizers
 from cm3leon_jax.data.image_edges import MAPS, ImageMap, load_opencv
 from cm3leon_jax.data.instruction_config import InstructionsConfig
@@ -18,7 +19,8 @@ from cm3leon_jax.data.instruction_records import Record
 from cm3leon_jax.data.instruction_stores import Encoder, write_store
 from cm3leon_jax.data.instruction_tasks import SCENES, InstructionTask
 from cm3leon_jax.data.scene_world import ScenesConfig
-from cm3leon_jax.io import plain
+from cm3leon_jax.data.shard_files import shards_with_files
+from cm3leon_jax.io import plain, read_json
 from cm3leon_jax.shards import Runner, run_shards
 from cm3leon_jax.vocab import VocabLayout
 
@@ -169,7 +171,13 @@ def encode_tasks(job: InstructionJob, inputs: dict, runner: Runner) -> dict[str,
   }
   folder = epath.Path(job.workdir) / "instructions"
   folder.mkdir(parents=True, exist_ok=True)
-  return dict(run_shards(job, configs, folder / "done", runner, "tasks"))
+
+  def is_whole(name: str) -> bool:
+    store = folder / name
+    shards = read_json(store / INDEX)["shards"] if (store / INDEX).exists() else {}
+    return bool(shards) and all(map(shards_with_files([store]), shards))
+
+  return dict(run_shards(job, configs, folder / "done", runner, "tasks", is_whole))
 
 
 def identity(task: InstructionTask, job: InstructionJob) -> dict:

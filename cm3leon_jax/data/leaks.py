@@ -7,11 +7,11 @@ import itertools
 
 from etils import epath
 import numpy as np
-from tqdm import tqdm
 
 from cm3leon_jax.data import duplicates, raw_pairs
 from cm3leon_jax.data.duplicates import Fingerprints
 from cm3leon_jax.data.records import RawInterleaved, RawPair, images_of
+from cm3leon_jax.progress import progress_bar
 
 BATCH = 1_024  # Images that are read together.
 SHOWN = 20  # Pairs that are kept, the nearest.
@@ -101,7 +101,7 @@ def _read(
   folder: epath.PathLike, split: str, num_threads: int
 ) -> Iterator[tuple[list[str], Fingerprints]]:
   """Reads the images of a split, up to BATCH at a time: keys of their records, and fingerprints."""
-  with tqdm(desc=f"{split} images", mininterval=1, unit="image") as bar:
+  with progress_bar(desc=f"{split} images", unit="image") as bar:
     for name in raw_pairs.shards(folder):
       images = (
         (record.key, image)

@@ -3,17 +3,20 @@
 # B rows of a batch, L slots of a row, T tokens of a sample.
 
 from collections.abc import Iterator
-from typing import NamedTuple
+import threading
+from typing import NamedTuple, Protocol
 
 import grain
 import jax
 import numpy as np
 
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data import cm3
 from cm3leon_jax.data.documents import Document, Segment
 from cm3leon_jax.data.instruction_samples import build_instruction
 from cm3leon_jax.data.plan import RowPlan
 from cm3leon_jax.data.sample_plan import SamplePlan
+from cm3leon_jax.data.shard_files import BadRecord
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 
@@ -160,6 +163,8 @@ class RowLoader:
   ):
     self.plan, self.vocab, self.align_images = plan, vocab, align_images
     self.mark_sources = mark_sources
+    self._skipped: set[tuple[int, int, int]] = set()
+    self._lock = threading.Lock()
 
   @property
   def source_names(self) -> tuple[str, ...]:
@@ -185,6 +190,33 @@ class RowLoader:
     return row
 
   def _sample(self, source: int, pass_: int, unit: int) -> Sample:
+    """Builds a sample; an empty one if a document of it is bad and `data.on_bad_record` skips."""
+    try:
+      return self._read_sample(source, pass_, unit)
+    except BadRecord as error:
+      self._skip((source, pass_, unit), error)
+      length = self.plan.plan(source, pass_, unit).length
+      nothing = np.zeros(length, bool)
+      return Sample(np.full(length, self.vocab.pad), np.zeros(length, np.float32), nothing, False)
+
+  def _skip(self, place: tuple[int, int, int], error: BadRecord) -> None:
+    """Counts and reports a sample that is skipped; raises the error if it must not be."""
+    config = self.plan.config
+    if config.on_bad_record == "raise":
+      raise error
+    with self._lock:
+      if place in self._skipped:
+        return
+      self._skipped.add(place)
+      count = len(self._skipped)
+    if count > config.max_skipped:
+      raise UserError(
+        f"{count} samples cannot be read; config.data.max_skipped is {config.max_skipped}. The "
+        f"last: {error}"
+      ) from error
+    print(f"warning: sample {count} of at most {config.max_skipped} skipped: {error}", flush=True)
+
+  def _read_sample(self, source: int, pass_: int, unit: int) -> Sample:
     spec, units = self.plan.sources[source], self.plan.units[source]
     plan = self.plan.plan(source, pass_, unit)
     index, start = units.locate(unit)
@@ -222,8 +254,17 @@ def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> list[
   return sorted({r for rows, _ in indices.values() for r in range(*rows.indices(shape[0]))})
 
 
+class Rows(Protocol):
+  """Rows by their number, and the plan that they follow."""
+
+  plan: RowPlan
+
+  def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+    """Returns a row, see `RowLoader`."""
+
+
 def batches(
-  loader: RowLoader, first_row: int, batch_size: int, sharding: jax.sharding.Sharding
+  loader: Rows, first_row: int, batch_size: int, sharding: jax.sharding.Sharding
 ) -> Iterator[dict[str, jax.Array]]:
   """Yields global batches without end; batch j starts at row `first_row` + j * `batch_size`.
 

@@ -29,7 +29,7 @@ def fingerprint(sources, config, max_spans: int, seed: int) -> str:
   fields = {
     k: v
     for k, v in dataclasses.asdict(config).items()
-    if k not in ("read_threads", "neighbor_loss_weight")
+    if k not in ("read_threads", "neighbor_loss_weight", "on_bad_record", "max_skipped")
   }
   digest = hashlib.sha256(
     json.dumps([seed, max_spans, fields, [s.share for s in sources]]).encode()
@@ -51,7 +51,7 @@ class WindowStarts:
 
   The file has a line `{"fingerprint": ...}` and one line for each window from 1 on:
   `{"window": 1, "first_row": 9012, "taken": [..], "used": [..]}`. A file with another fingerprint
-  counts as empty; a truncated line and the lines after it are ignored.
+  is refused; a damaged line and the lines after it are ignored.
   """
 
   def __init__(
@@ -61,13 +61,17 @@ class WindowStarts:
     identity: str = "",
     writes: bool = False,
   ):
-    """Reads `path` if its fingerprint is `identity`; with `writes`, `add` updates the file."""
+    """Reads `path`, if it exists; with `writes`, `add` updates the file.
+
+    Raises:
+      UserError: the file has another fingerprint than `identity`.
+    """
     self._path = epath.Path(path) if path else None
     self._header, self._writes = _line({"fingerprint": identity}), bool(path) and writes
     self._starts = [Start(0, (0,) * num_sources, (0,) * num_sources)]
     self._whole = False  # Whether the file holds exactly these starts: lines can be appended.
     if self._path and self._path.exists():
-      self._read(self._path.read_text())
+      self._read(self._path.read_bytes().decode(errors="replace"))
 
   def __len__(self) -> int:
     return len(self._starts)
@@ -97,17 +101,20 @@ class WindowStarts:
       self._write(window)
 
   def _read(self, text: str) -> None:
+    if not text.endswith("\n") and "\n" not in text:
+      return  # Not even the first line was written.
     if not text.startswith(self._header):
-      return
+      raise UserError(
+        f"{self._path} was written for other rows: documents, neighbors or the code that plans "
+        "rows changed since then. Restore them to go on with the same rows, or delete the file to "
+        "go on with new ones, in which documents of this pass may be missing or occur twice."
+      )
     rest = text[len(self._header) :]
     for line in rest.splitlines(keepends=True):
-      try:
-        fields = json.loads(line)
-      except json.JSONDecodeError:
+      start = _start_of(line, len(self._starts), len(self._starts[0].taken))
+      if start is None:
         return
-      if not line.endswith("\n") or fields.pop("window") != len(self._starts):
-        return
-      self._starts.append(Start(fields["first_row"], tuple(fields["taken"]), tuple(fields["used"])))
+      self._starts.append(start)
     self._whole = True
 
   def _write(self, window: int) -> None:
@@ -123,6 +130,20 @@ class WindowStarts:
   def _lines(self, first: int) -> str:
     windows = range(first, len(self))
     return "".join(_line({"window": i, **self._starts[i]._asdict()}) for i in windows)
+
+
+def _start_of(line: str, window: int, num_sources: int) -> Start | None:
+  """Returns the start of `window` that a line holds; None if it holds something else."""
+  try:
+    fields = json.loads(line)
+    first, counts = fields["first_row"], [tuple(fields[name]) for name in ("taken", "used")]
+    numbers = [fields["window"], first, *counts[0], *counts[1]]
+  except (ValueError, RecursionError, TypeError, KeyError):
+    return None
+  whole = line.endswith("\n") and all(type(x) is int and x >= 0 for x in numbers)
+  lengths = [len(values) for values in counts]
+  right = whole and fields["window"] == window and lengths == [num_sources] * 2
+  return Start(first, *counts) if right else None
 
 
 def _line(fields: dict) -> str:

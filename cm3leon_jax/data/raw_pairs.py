@@ -10,10 +10,10 @@ import threading
 import typing
 
 from etils import epath
-import fsspec
 import numpy as np
 from PIL import Image, ImageOps
 
+from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.records import (
   KINDS,
@@ -27,7 +27,7 @@ from cm3leon_jax.data.records import (
   required_fields,
   with_images,
 )
-from cm3leon_jax.io import read_json
+from cm3leon_jax.io import damage, open_filesystem, read_json
 
 # B images, H height, W width.
 
@@ -51,7 +51,7 @@ def read_index(folder: epath.PathLike) -> dict:
   """Reads the index: `shards`, and `origins`, the number of records by source and license.
 
   Raises:
-    UserError: the folder has no index, or one of another schema version.
+    UserError: the folder has no index, or one that is damaged or of another schema version.
   """
   path = epath.Path(folder) / INDEX
   if not path.exists():
@@ -59,7 +59,8 @@ def read_index(folder: epath.PathLike) -> dict:
       f"{path} does not exist: run `python -m launch.prepare_data` with the same --config and "
       "--workdir first."
     )
-  index = read_json(path)
+  stages.check_files(path)
+  index = read_json(path, {"schema_version": int, "origins": list, "shards": dict})
   if index["schema_version"] != SCHEMA_VERSION:
     raise UserError(
       f"{path} has schema version {index['schema_version']}; this code reads version "
@@ -82,8 +83,18 @@ T = typing.TypeVar("T", RawPair, RawText, RawInterleaved)
 
 
 def read_shard(folder: epath.PathLike, name: str, cls: type[T], split: str) -> list[T]:
-  """Reads the records of one kind and split in shard `name`, in order, images as full paths."""
-  folder = epath.Path(folder) / name
+  """Reads the records of one kind and split in shard `name`, in order, images as full paths.
+
+  Raises:
+    UserError: the file of the records is missing or damaged.
+  """
+  folder, about = epath.Path(folder) / name, epath.Path(folder) / "done" / f"{name}.json"
+  file = f"{kind_of(cls)}.jsonl"
+  described = read_json(about)["summary"].get("files", {}) if about.exists() else {}
+  if file in described and (wrong := damage(folder / file, described[file])):
+    raise UserError(
+      f"{folder / file} {wrong}: {stages.again(folder.parent, f'the folder {folder}')}."
+    )
   records = [r for r in _read(folder / f"{kind_of(cls)}.jsonl", cls) if r.split == split]
   return [with_images(r, [str(folder / image) for image in images_of(r)]) for r in records]
 
@@ -131,7 +142,7 @@ def load_image(
   """
   name = f"of {len(image)} bytes" if isinstance(image, bytes) else str(image)
   try:
-    with _open_image(image, name) as file, Image.open(file, formats=FORMATS) as opened:
+    with open_image(image, name) as file, Image.open(file, formats=FORMATS) as opened:
       pixels = opened.width * opened.height
       if pixels > MAX_PIXELS:
         raise UserError(f"image {name} has {pixels:,} pixels; it may have {MAX_PIXELS:,}.")
@@ -145,12 +156,12 @@ def load_image(
     ) from error
 
 
-def _open_image(image: str | bytes | epath.Path, name: str):
-  """Opens a file, or bytes; raises UserError at what is no file, or is too large."""
+def open_image(image: str | bytes | epath.Path, name: str):
+  """Opens a file, or bytes; raises UserError at what is no file, or is too large, as `name`."""
   if isinstance(image, bytes):
     size, file = len(image), io.BytesIO(image)
   else:
-    fs, path = fsspec.core.url_to_fs(str(image))
+    fs, path = open_filesystem(str(image))
     info = fs.info(path)
     if info["type"] != "file":
       raise UserError(f"image {name} cannot be read (it is no file).")

@@ -1,10 +1,19 @@
 """Raw records, before tokenization: captioned images, texts, documents of both, rejected ones."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import json
 
 MAX_DEPTH = 50  # Levels of `facts`.
+# Names of our fields in other tools, in order of preference.
+ALIASES = {
+  "image": ("image", "file_name", "image_path", "path", "jpg", "png", "image_bytes", "bytes"),
+  "caption": ("caption", "text", "TEXT", "txt"),
+  "source": ("source", "url", "URL"),
+  "license": ("license", "licence", "LICENSE"),
+  "attribution": ("attribution", "author", "credit"),
+  "key": ("key", "id"),
+}
 SPLITS = ("train", "heldout", "bank")  # "bank": retrieved, and never trained on.
 
 
@@ -83,6 +92,20 @@ def with_images(record: Record, images: Iterable[str]) -> Record:
     )
     return dataclasses.replace(record, segments=segments)
   return dataclasses.replace(record, image=next(images)) if isinstance(record, RawPair) else record
+
+
+def batches(items: Iterable, count: int, size: int) -> Iterator[list]:
+  """Yields `count` items at a time, or fewer whose images in memory have `size` bytes together."""
+  batch, total = [], 0
+  for item in items:
+    images = images_of(item) if isinstance(item, Record) else []
+    batch.append(item)
+    total += sum(len(image) for image in images if isinstance(image, bytes))
+    if len(batch) == count or total >= size:
+      yield batch
+      batch, total = [], 0
+  if batch:
+    yield batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,8 +240,33 @@ def parse_json(line: str, where: str, required: list[str]) -> dict:
     raise RecordError("malformed_record", message) from error
   if not isinstance(record, dict):
     kind = type(record).__name__
-    raise RecordError(
-      "malformed_record",
-      f"{where} is {kind}; every line must be one JSON object, with {', '.join(required)}.",
-    )
+    fields = f", with {', '.join(required)}" if required else ""
+    message = f"{where} is {kind}; every line must be one JSON object{fields}."
+    raise RecordError("malformed_record", message)
   return record
+
+
+def renamed(values: dict) -> dict:
+  """Adds our fields under their names, each from its first alias that is not None."""
+  result = dict(values)
+  for name, aliases in ALIASES.items():
+    value = next((values[a] for a in aliases if values.get(a) is not None), None)
+    if value is not None:
+      result[name] = value
+  return result
+
+
+def checked_record(cls, values: dict, file: str, where: str) -> Record | Rejected:
+  """Makes a record of `cls`, or says what is wrong in `values`."""
+  try:
+    return make_record(cls, values, where)
+  except RecordError as error:
+    return Rejected(file, str(key_of(values, "")), error.reason, str(error))
+
+
+def key_of(values: Mapping, default):
+  """Returns the key of a record as a text, else `default`; 0 is a key, and "" is none."""
+  key = values.get("key")
+  if key is None or key == "":
+    return default
+  return key if isinstance(key, bool | list | dict) else str(key)

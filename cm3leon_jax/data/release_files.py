@@ -37,7 +37,7 @@ def load_json(file: epath.PathLike, kind: type = dict):
     raise UserError(f"{file} does not exist; give the file of the release.")
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f"{file} is not valid JSON ({error}).") from error
   if not isinstance(content, kind):
     raise UserError(f"{file} is of another format; it must be {KINDS[kind]} in JSON.")
@@ -57,7 +57,7 @@ def read_json_lines(file: epath.PathLike) -> Iterator[tuple[str, object]]:
         continue
       try:
         content = json.loads(line.decode("utf-8"))
-      except ValueError as error:
+      except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON ({error}).") from error
       yield where, content
 

@@ -57,6 +57,11 @@ class DataConfig:
   """Number of samples that are packed together, best fit; it bounds the planner's memory."""
   read_threads: PositiveInt = 2
   """Number of threads that prefetch batches."""
+  on_bad_record: typing.Literal["raise", "skip"] = "raise"
+  """What happens at a document that cannot be read: `raise` stops the run; `skip` leaves the place
+  of its sample empty, with loss weight 0, and prints a warning. Other samples stay the same."""
+  max_skipped: NonNegativeInt = 100
+  """Number of different samples that a process skips, after each start, before it stops."""
 
   def __post_init__(self):
     if self.text_share + self.interleaved_share > 1:

@@ -5,13 +5,20 @@ from collections.abc import Iterator
 import csv
 import itertools
 
-from cm3leon_jax.data.records import RecordError, Rejected, parse_json, required_fields
+from cm3leon_jax.data.records import RecordError, Rejected, parse_json
 
-MAX_LINE = 2**24  # Bytes of a line of JSON, of a text file, or of a field of CSV.
+MAX_LINE = 2**24  # Bytes of a line of JSON, or of a text file.
+MAX_ROW = 2**20  # Characters of a row of CSV, which may have half as many fields.
 
 
-def json_lines(fs, file: str, cls) -> Iterator[tuple[str, dict | Rejected]]:
-  """Yields (where, fields) for every line of a JSONL file that is not blank."""
+def json_lines(fs, file: str, fields: list[str]) -> Iterator[tuple[str, dict | Rejected]]:
+  """Yields (where, values) of every line of a JSONL file that is not blank.
+
+  Args:
+    fs: filesystem of the file.
+    file: its path.
+    fields: names of fields that a line must have; for messages.
+  """
   with fs.open(file, "rb") as stream:
     for number in itertools.count(1):
       line = stream.readline(MAX_LINE + 1)
@@ -26,7 +33,7 @@ def json_lines(fs, file: str, cls) -> Iterator[tuple[str, dict | Rejected]]:
           raise RecordError("malformed_record", message)
         if line.strip():
           text = _decode(line.removeprefix(codecs.BOM_UTF8), where)
-          yield where, parse_json(text, where, required_fields(cls))
+          yield where, parse_json(text, where, fields)
       except RecordError as error:
         yield where, Rejected(file, "", error.reason, str(error))
 
@@ -40,13 +47,38 @@ def _decode(data: bytes, where: str) -> str:
     ) from error
 
 
+class _RowLines:
+  """Lines of a CSV file; raises csv.Error where those of one row have more than MAX_ROW characters.
+
+  Attributes:
+    used: characters of the lines since it was set to 0.
+  """
+
+  def __init__(self, stream):
+    self._stream, self.used = stream, 0
+
+  def __iter__(self):
+    return self
+
+  def __next__(self) -> str:
+    line = self._stream.readline(MAX_ROW + 1)
+    self.used += len(line)
+    if self.used > MAX_ROW:
+      raise csv.Error(f"a row of more than {MAX_ROW:,} characters")
+    if not line:
+      raise StopIteration
+    return line
+
+
 def csv_rows(fs, file: str) -> Iterator[tuple[str, dict | Rejected]]:
   """Yields (where, fields) for every row; ends at the first thing that is no CSV."""
-  csv.field_size_limit(MAX_LINE)
+  csv.field_size_limit(MAX_ROW)
   with fs.open(file, "rt", encoding="utf-8-sig", newline="") as stream:
+    lines = _RowLines(stream)
+    rows = csv.DictReader(lines, strict=True)  # A quote without an end is an error.
     try:
-      rows = csv.DictReader(stream, strict=True)  # A quote without an end is an error.
       for row in rows:
+        lines.used = 0
         yield f"{file}, line {rows.line_num}", {k: v for k, v in row.items() if k is not None}
     except (csv.Error, UnicodeDecodeError) as error:
       where = f"{file}, line {rows.line_num + 1}"

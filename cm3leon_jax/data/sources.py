@@ -7,13 +7,10 @@ A source is split into parts, each of which becomes a raw shard. Paths are local
 from collections.abc import Callable, Collection, Iterator
 import dataclasses
 import functools
-import json
+import hashlib
 import os
 import posixpath
-import tarfile
 from typing import Literal
-
-import fsspec
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.records import (
@@ -23,11 +20,16 @@ from cm3leon_jax.data.records import (
   Record,
   RecordError,
   Rejected,
+  checked_record,
   images_of,
-  make_record,
+  key_of,
+  renamed,
+  required_fields,
   with_images,
 )
+from cm3leon_jax.data.source_archives import parquet_rows, tar_samples
 from cm3leon_jax.data.source_lines import csv_rows, json_lines, whole_text
+from cm3leon_jax.io import open_filesystem
 
 Format = Literal["auto", "folder", "webdataset", "parquet", "text"]
 PAIR_FILES = ("pairs.jsonl", "captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
@@ -35,22 +37,11 @@ TEXTS = "texts.jsonl"
 INTERLEAVED = "interleaved.jsonl"
 SUFFIXES = {"webdataset": (".tar",), "parquet": (".parquet",), "text": (".jsonl", ".txt")}
 LISTS = (*PAIR_FILES, TEXTS, INTERLEAVED)
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "avif")
-SAMPLE_SUFFIXES = (*IMAGE_SUFFIXES, "txt", "json")  # Other members of a tar are not read.
-MAX_MEMBER = 2**26  # Bytes of a file in a tar.
-# Names of our fields in other tools, in order of preference.
-ALIASES = {
-  "image": ("image", "file_name", "image_path", "path", "jpg", "png", "image_bytes", "bytes"),
-  "caption": ("caption", "text", "TEXT", "txt"),
-  "source": ("source", "url", "URL"),
-  "license": ("license", "licence", "LICENSE"),
-  "attribution": ("attribution", "author", "credit"),
-  "key": ("key", "id"),
-}
-PARQUET_ROWS = 64
 TEXT_FILES = 1_000  # Number of .txt files of one part.
 
-Item = Record | Rejected
+
+# What file systems say of a file's content: checksums of buckets, the time of local files.
+STAMPS = ("md5Hash", "ETag", "etag", "mtime")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +51,27 @@ class Part:
   Attributes:
     kind: a `Format` other than `auto`.
     files: one file; for `text` possibly many .txt files, for `folder` the folder.
-    bytes: size of the files, which shows changes.
+    bytes: size of the files.
+    modified: digest of when the files were modified, or of the checksums that a bucket has; it
+      shows changes, too. A file of the same size and time counts as the same. Empty for built-in
+      sources.
   """
 
   kind: str
   files: tuple[str, ...]
   bytes: int
+  modified: str = dataclasses.field(default="", repr=False)
+
+  def identity(self) -> dict:
+    """Returns the fields on which the shard depends."""
+    fields = dataclasses.asdict(self)
+    return fields if self.modified else {k: v for k, v in fields.items() if k != "modified"}
+
+
+def digest_of(parts: list[Part]) -> str:
+  """Returns the SHA-256 of the parts of a source, which changes with their files."""
+  stamps = "".join(part.modified for part in parts)
+  return hashlib.sha256(f"{parts!r}{stamps}".encode()).hexdigest()
 
 
 def parts(source: str, kind: str = "auto") -> list[Part]:
@@ -86,7 +92,9 @@ def parts(source: str, kind: str = "auto") -> list[Part]:
     kind = _detect(files, source)
 
   def part(names: list[str], paths: list[str]) -> Part:
-    return Part(kind, tuple(_url(fs, p) for p in paths), sum(files[name] for name in names))
+    sizes, stamps = zip(*(files[name] for name in names))
+    modified = hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
+    return Part(kind, tuple(_url(fs, p) for p in paths), sum(sizes), modified)
 
   if kind == "folder":
     names = {posixpath.dirname(name) for name in files if posixpath.basename(name) in LISTS}
@@ -105,14 +113,14 @@ def parts(source: str, kind: str = "auto") -> list[Part]:
   return [part(group, group) for group in groups]
 
 
-def read(part: Part, allow_outside: bool = False) -> Iterator[Item]:
+def read(part: Part, allow_outside: bool = False) -> Iterator[Record | Rejected]:
   """Yields the records of a part in a fixed order, wrong ones as Rejected.
 
   Args:
     part: of a source.
     allow_outside: whether records may name images that are not in the folder of their file.
   """
-  readers = {"folder": _folder, "webdataset": _webdataset, "parquet": _parquet, "text": _text}
+  readers = {"folder": _folder, "webdataset": tar_samples, "parquet": parquet_rows, "text": _text}
   for file in part.files:
     fs, path = _filesystem(file)
     yield from readers[part.kind](fs, path, functools.partial(_with_images, fs, allow_outside))
@@ -120,22 +128,23 @@ def read(part: Part, allow_outside: bool = False) -> Iterator[Item]:
 
 def _filesystem(source: str):
   try:
-    return fsspec.core.url_to_fs(source)
-  except (ImportError, ValueError) as error:
-    raise UserError(
-      f"config.raw.source is '{source}', which cannot be opened: {error} (buckets need "
-      "pip install 'cm3leon_jax[data]')."
-    ) from error
+    return open_filesystem(source)
+  except UserError as error:
+    raise UserError(f"config.raw.source: {error}") from error
 
 
-def _files(fs, path: str, source: str) -> dict[str, int]:
-  """Lists the files at `path` and their sizes, in the order of their names."""
+def _files(fs, path: str, source: str) -> dict[str, tuple[int, str]]:
+  """Lists the files at `path`, in the order of their names: size, and checksum or time."""
   entries = {}
   if any(c in path for c in "*?["):
     entries = fs.glob(path, detail=True)
   elif fs.exists(path):
     entries = fs.find(path, detail=True)
-  files = {n: int(x.get("size") or 0) for n, x in sorted(entries.items()) if x["type"] == "file"}
+  files = {
+    name: (int(about.get("size") or 0), next((str(about[s]) for s in STAMPS if s in about), ""))
+    for name, about in sorted(entries.items())
+    if about["type"] == "file"
+  }
   if not files:
     raise UserError(
       f"config.raw.source is '{source}', which has no files; it must be 'openmoji' or 'scenes', or "
@@ -162,50 +171,53 @@ def _url(fs, path: str) -> str:
   return path if "file" in fs.protocol else fs.unstrip_protocol(path)
 
 
-def _renamed(values: dict) -> dict:
-  """Adds our fields under their names, each from its first alias that is not None."""
-  renamed = dict(values)
-  for name, aliases in ALIASES.items():
-    value = next((values[a] for a in aliases if values.get(a) is not None), None)
-    if value is not None:
-      renamed[name] = value
-  return renamed
-
-
-def _record(cls, values: dict, file: str, where: str) -> Item:
-  try:
-    return make_record(cls, values, where)
-  except RecordError as error:
-    return Rejected(file, str(values.get("key") or ""), error.reason, str(error))
-
-
-def _folder(fs, path: str, images: Callable) -> Iterator[Item]:
+def _folder(fs, path: str, images: Callable) -> Iterator[Record | Rejected]:
   """Yields images with captions in a JSONL or CSV file, then texts.jsonl, interleaved.jsonl."""
   known = set(fs.find(path))
-  listed = {posixpath.basename(name) for name in known if posixpath.dirname(name) == path}
+  listed = [name for name in LISTS if posixpath.join(path, name) in known]
+  for name in listed:
+    if not _is_regular(fs, file := posixpath.join(path, name)):
+      message = f"{file} is a link, or no file, and is not read: put the file itself there."
+      yield Rejected(file, "", "linked_file", message)
+  listed = [name for name in listed if _is_regular(fs, posixpath.join(path, name))]
   captions = next((name for name in PAIR_FILES if name in listed), None)
   if captions:
     file = posixpath.join(path, captions)
-    rows = csv_rows(fs, file) if captions.endswith(".csv") else json_lines(fs, file, RawPair)
+    is_csv, fields = captions.endswith(".csv"), required_fields(RawPair)
+    rows = csv_rows(fs, file) if is_csv else json_lines(fs, file, fields)
     for where, values in rows:
       if isinstance(values, Rejected):
         yield values
         continue
-      values = _renamed(values)
-      if captions != PAIR_FILES[0] and not values.get("key"):
-        values["key"] = values.get("image")
-      yield images(_record(RawPair, values, file, where), path, where, known)
+      values = renamed(values)
+      if captions != PAIR_FILES[0]:
+        values["key"] = key_of(values, values.get("image"))
+      yield images(checked_record(RawPair, values, file, where), path, where, known)
   for name, cls in ((TEXTS, RawText), (INTERLEAVED, RawInterleaved)):
     if name in listed:
       file = posixpath.join(path, name)
-      for where, values in json_lines(fs, file, cls):
-        item = values if isinstance(values, Rejected) else _record(cls, values, file, where)
+      for where, values in json_lines(fs, file, required_fields(cls)):
+        item = values if isinstance(values, Rejected) else checked_record(cls, values, file, where)
         yield images(item, path, where, known)
 
 
+def _is_regular(fs, path: str) -> bool:
+  """Returns whether a path is a file: no link, which may lead out of a folder, and no pipe."""
+  try:
+    info = fs.info(path)
+  except OSError:  # A link that leads nowhere.
+    return False
+  return info["type"] == "file" and not info.get("islink")
+
+
 def _with_images(
-  fs, allow_outside: bool, item: Item, folder: str, where: str, known: Collection[str] = ()
-) -> Item:
+  fs,
+  allow_outside: bool,
+  item: Record | Rejected,
+  folder: str,
+  where: str,
+  known: Collection[str] = (),
+) -> Record | Rejected:
   """Makes paths of images in `folder` full paths; `known` files need no look-up.
 
   A path out of the folder is refused before it is looked up: no message may say whether another
@@ -243,117 +255,7 @@ def _is_inside(fs, path: str, folder: str) -> bool:
   return posixpath.normpath(path).startswith(posixpath.normpath(folder).rstrip("/") + "/")
 
 
-def _webdataset(fs, file: str, images: Callable) -> Iterator[Item]:
-  """Yields the samples of a tar by img2dataset: an image, .txt and .json of one stem."""
-  del images  # They are in the tar.
-  try:
-    # A compressed tar could be a thousand times as large as its file.
-    most = fs.size(file)
-    with fs.open(file, "rb") as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-      stem, sample = "", {}
-      for member in tar:
-        if not member.isfile():
-          continue
-        folder, name = posixpath.split(member.name)
-        base, _, suffix = name.partition(".")
-        suffix = suffix.lower()
-        if posixpath.join(folder, base) != stem:
-          yield from _sample(file, stem, sample)
-          stem, sample = posixpath.join(folder, base), {}
-        if member.size > MAX_MEMBER:
-          message = f"{file}, {member.name} has {member.size:,} bytes; it may have {MAX_MEMBER:,}."
-          yield Rejected(file, stem, "large_file", message)
-          if member.size > most and not member.issparse():
-            raise EOFError(f"it has {most:,} bytes")  # tarfile would look for the rest for minutes.
-        elif suffix in SAMPLE_SUFFIXES:
-          sample[suffix] = tar.extractfile(member).read()
-      yield from _sample(file, stem, sample)
-  except Exception as error:  # tarfile raises errors of any kind at wrong headers.
-    message = (
-      f"{file} cannot be read to its end ({error}); it must be a whole tar file, not compressed."
-    )
-    yield Rejected(file, "", "unreadable_file", message)
-
-
-def _sample(file: str, stem: str, sample: dict[str, bytes]) -> Iterator[Item]:
-  if not sample:
-    return
-  where = f"{file}, sample '{stem}'"
-  try:
-    about = json.loads(sample.get("json", b"{}"))
-    about = about if isinstance(about, dict) else {}
-    caption = sample["txt"].decode("utf-8") if "txt" in sample else None
-  except (ValueError, RecursionError) as error:
-    message = f"{where}: its text is not readable ({error}); it must be UTF-8 and JSON."
-    yield Rejected(file, stem, "malformed_record", message)
-    return
-  values = {k: v if k == "facts" else str(v) for k, v in _renamed(about).items() if v is not None}
-  values = {"source": file, **values, "key": stem}
-  values.pop("image", None)
-  if caption is not None:
-    values["caption"] = caption
-  image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-  if image is not None:
-    yield _record(RawPair, {**values, "image": image}, file, where)
-  elif "caption" in values:
-    message = f"{where} has no image; it must have one of .{', .'.join(IMAGE_SUFFIXES)}."
-    yield Rejected(file, stem, "missing_image", message)
-  else:
-    message = f"{where} has no image and no caption, but {', '.join(sample)}."
-    yield Rejected(file, stem, "malformed_record", message)
-
-
-def _parquet(fs, file: str, images: Callable) -> Iterator[Item]:
-  """Yields rows with a caption and an image: bytes, a path, or a dict of both (Hugging Face)."""
-  try:
-    from pyarrow import parquet
-  except ImportError as error:
-    raise UserError(f"{file} needs pyarrow ({error}): pip install 'cm3leon_jax[data]'.") from error
-  folder = posixpath.dirname(file)
-  try:
-    with fs.open(file, "rb") as stream:
-      number = 0
-      for batch in parquet.ParquetFile(stream).iter_batches(PARQUET_ROWS):
-        for row in _rows_of(batch):
-          where = f"{file}, row {number}"
-          if isinstance(row, Exception):
-            message = f"{where} cannot be read ({row})."
-            yield Rejected(file, str(number), "malformed_record", message)
-            number += 1
-            continue
-          values = _parquet_values(row, f"{posixpath.basename(file)}/{number}")
-          number += 1
-          if "image" not in values and "text" in row and isinstance(row["text"], str):
-            yield _record(RawText, {**values, "text": row["text"]}, file, where)
-            continue
-          item = _record(RawPair, values, file, where)
-          yield images(item, folder, where)
-  except Exception as error:  # pyarrow raises errors of any kind at damaged files.
-    message = f"{file} cannot be read to its end ({error}); it must be a Parquet file."
-    yield Rejected(file, "", "unreadable_file", message)
-
-
-def _rows_of(batch) -> Iterator[dict | Exception]:
-  """Yields the rows of a batch, and the error of each one that cannot be read."""
-  for i in range(batch.num_rows):
-    try:
-      [row] = batch.slice(i, 1).to_pylist()
-      yield row
-    except Exception as error:  # Bytes that are no UTF-8, dates out of range, ...
-      yield error
-
-
-def _parquet_values(row: dict, key: str) -> dict:
-  values = _renamed(row)
-  image = values.get("image")
-  if isinstance(image, dict):
-    image = image.get("bytes") or image.get("path")
-  values["image"] = image
-  values["key"] = str(values.get("key") or key)
-  return {k: v for k, v in values.items() if v is not None}
-
-
-def _text(fs, file: str, images: Callable) -> Iterator[Item]:
+def _text(fs, file: str, images: Callable) -> Iterator[Record | Rejected]:
   """Yields a .txt file as a text, or lines of a .jsonl file: texts, or documents of `segments`."""
   name = posixpath.basename(file)
   if file.endswith(".txt"):
@@ -362,13 +264,13 @@ def _text(fs, file: str, images: Callable) -> Iterator[Item]:
     except RecordError as error:
       yield Rejected(file, name, error.reason, str(error))
       return
-    yield _record(RawText, {"key": name, "text": text, "source": file}, file, file)
+    yield checked_record(RawText, {"key": name, "text": text, "source": file}, file, file)
     return
-  for number, (where, values) in enumerate(json_lines(fs, file, RawText)):
+  for number, (where, values) in enumerate(json_lines(fs, file, required_fields(RawText))):
     if isinstance(values, Rejected):
       yield values
       continue
-    values = _renamed(values)
-    values = {"source": file, **values, "key": str(values.get("key") or f"{name}/{number}")}
+    values = renamed(values)
+    values = {"source": file, **values, "key": key_of(values, f"{name}/{number}")}
     cls = RawInterleaved if "segments" in values else RawText
-    yield images(_record(cls, values, file, where), posixpath.dirname(file), where)
+    yield images(checked_record(cls, values, file, where), posixpath.dirname(file), where)

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
-from tqdm import tqdm
 
 from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.data import pipeline
@@ -17,6 +16,7 @@ from cm3leon_jax.data.sample_plan import DataConfig
 from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
+from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.training import loss
 
 CONDITIONS = ("true", "shuffled", "none")
@@ -295,7 +295,7 @@ def evaluate(
 def _score_conditions(params, model_config, samples: dict, vocab, batch_size: int) -> dict:
   """Scores the samples of every condition, with a progress bar."""
   n = len(samples["none"])
-  with tqdm(total=n * len(CONDITIONS), desc="evaluate", unit="doc", mininterval=1) as bar:
+  with progress_bar(total=n * len(CONDITIONS), desc="evaluate", unit="doc") as bar:
     options = {"vocab": vocab, "batch_size": batch_size, "progress": bar.update}
     score = functools.partial(score_samples, params, model_config, **options)
     together = score(samples["true"] + samples["shuffled"])  # Equally long, so one program.

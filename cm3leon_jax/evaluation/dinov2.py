@@ -53,7 +53,7 @@ class DINOv2:
           f"{folder / name} does not exist; the folder must be that of a Hugging Face DINOv2, with "
           f"{CONFIG}, {WEIGHTS} and {PROCESSOR}."
         )
-    if (kind := read_json(folder / CONFIG).get("model_type")) != "dinov2":
+    if (kind := read_json(folder / CONFIG, {}).get("model_type")) != "dinov2":
       raise UserError(f"{folder / CONFIG}: model_type is '{kind}'; it must be 'dinov2'.")
     digest = weights.digest(weights.read_tensors(folder / WEIGHTS))
     return cls(_read_model(folder, torch.float32), _read_processor(folder), digest, device)
@@ -102,7 +102,7 @@ def _read_processor(folder: epath.Path):
   import transformers
 
   path = folder / PROCESSOR
-  kind = str(read_json(path).get("image_processor_type"))
+  kind = str(read_json(path, {}).get("image_processor_type"))
   if not kind.startswith("BitImageProcessor"):
     raise UserError(
       f"{path}: image_processor_type is '{kind}'; it must be 'BitImageProcessor', as DINOv2 has it."

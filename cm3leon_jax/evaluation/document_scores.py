@@ -12,7 +12,6 @@ import json
 
 from etils import epath
 import numpy as np
-from tqdm import tqdm
 
 from cm3leon_jax import distributed
 from cm3leon_jax.clip.huggingface import HFCLIP
@@ -25,6 +24,7 @@ from cm3leon_jax.generation.pipeline import first_documents
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.io import replacing
 from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.vocab import VocabLayout
@@ -230,12 +230,11 @@ def run(
   files = [folder / PARTS / f"{i:06d}.jsonl" for i in range(count)]
   # The first process decides which parts are scored, by all.
   absent = set(distributed.gather([i for i, file in enumerate(files) if not file.exists()])[0])
-  bar = tqdm(
+  bar = progress_bar(
     total=checked.documents,
     initial=min(checked.documents, part * (count - len(absent))),
     desc="score",
     unit="doc",
-    mininterval=1,
     disable=not distributed.is_first(),
   )
   with bar:

@@ -12,11 +12,13 @@ import json
 from etils import epath
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.records import Rejected
+from cm3leon_jax.data.source_lines import json_lines
 from cm3leon_jax.generation.image_tasks import TextToImage
 from cm3leon_jax.generation.pipeline import Pipeline, Sample, check_tasks
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.generation.writer import save_png
-from cm3leon_jax.io import replacing, write_json
+from cm3leon_jax.io import open_filesystem, replacing, write_json
 
 IMAGE_PATHS = "image_paths.json"
 
@@ -40,15 +42,10 @@ def read_prompts(path: epath.PathLike) -> list[dict]:
       "a file like it."
     )
   prompts = []
-  for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-    if not line.strip():
-      continue
-    where = f"{path}, line {number}"
-    try:
-      fields = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise UserError(f"{where} is not valid JSON ({error}).") from error
-    prompt = fields.get("prompt") if isinstance(fields, dict) else None
+  for where, fields in json_lines(*open_filesystem(path), []):
+    if isinstance(fields, Rejected):
+      raise UserError(fields.message)
+    prompt = fields.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
       raise UserError(f"{where} must be a JSON object with a text in its field 'prompt'.")
     prompts.append(fields)

@@ -14,9 +14,7 @@ import json
 import posixpath
 
 from etils import epath
-import fsspec
 import numpy as np
-from tqdm import tqdm
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
@@ -35,6 +33,7 @@ from cm3leon_jax.data.records import (
 )
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.io import read_json
+from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 FORMS = ("text", "image and caption", "segments")
@@ -80,7 +79,7 @@ class DocumentFile:
         that is absent or unreadable; more positions than were trained. Or the file has no line.
     """
     digest, documents, pairs = hashlib.sha256(self.crop.encode()), 0, 0
-    for where, record in tqdm(self._records(), "check", unit="doc", delay=2, leave=False):
+    for where, record in progress_bar(self._records(), "check", unit="doc", delay=2, leave=False):
       digest.update(json.dumps(dataclasses.asdict(record)).encode())
       slots = sum(len(self.layout.encode(text)) + 1 for text in texts_of(record))
       for image in images_of(record):
@@ -127,15 +126,15 @@ class DocumentFile:
 
   def _check_image(self, image: str, where: str) -> bytes:
     """Reads an image; returns the SHA-256 of its file."""
+    path = self._image_path(image)
     try:
-      with fsspec.open(self._image_path(image), "rb") as file:
+      with raw_pairs.open_image(path, path) as file:
         content = file.read()
-    except (FileNotFoundError, IsADirectoryError) as error:
+      raw_pairs.load_image(content, None)
+    except FileNotFoundError as error:
       raise UserError(
         f"{where}: image '{image}' does not exist; give its path relative to {self.path.parent}."
       ) from error
-    try:
-      raw_pairs.load_image(content, None)
     except UserError as error:
       raise UserError(f"{where}, image '{image}': {error}") from error
     return hashlib.sha256(content).digest()
@@ -234,7 +233,7 @@ def open_documents(
       "`python -m launch.encode_documents`: give a JSONL file, or workdir/documents/heldout_pairs, "
       "say."
     )
-  made = read_json(done)
+  made = read_json(done, stages.DONE_FIELDS)
   for name, made_by in made["config"].get("inputs", {}).items():
     if tokenizers.get(name, made_by) != made_by:
       raise UserError(

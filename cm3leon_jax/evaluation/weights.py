@@ -10,6 +10,7 @@ import safetensors
 import safetensors.numpy
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.parameters import not_finite
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
@@ -35,7 +36,8 @@ def read_tensors(path: epath.PathLike) -> dict[str, np.ndarray]:
   """Reads all tensors of a safetensors file.
 
   Raises:
-    UserError: the file is absent or damaged, or it is a pickle, which is not read.
+    UserError: the file is absent or damaged, a tensor is not finite, or the file is a pickle, which
+      is not read.
   """
   path = epath.Path(path)
   if not path.exists() or path.is_dir():
@@ -47,11 +49,14 @@ def read_tensors(path: epath.PathLike) -> dict[str, np.ndarray]:
       f"torch.load('{path.name}', weights_only=True), '{path.stem}.safetensors')."
     )
   try:
-    return safetensors.numpy.load(path.read_bytes())
+    tensors = safetensors.numpy.load(path.read_bytes())
   except safetensors.SafetensorError as error:
     raise UserError(
       f"{path} is not a safetensors file, or it is damaged ({error}); download or convert it again."
     ) from error
+  if bad := not_finite(tensors):
+    raise UserError(f"{path}: tensor '{bad}' has values that are not finite.")
+  return tensors
 
 
 def check_shapes(

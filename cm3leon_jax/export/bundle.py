@@ -28,6 +28,7 @@ from cm3leon_jax.tokenizers.vqgan import PARAMS as VQGAN_PARAMS
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 FILE = "bundle.json"
+FIELDS = {"settings": dict, "step": int, "digests": dict}
 INSTALLED = ("scenes", "scenes-instruct")  # Bundles that come with the package.
 TEXT_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 MODEL = ("params.safetensors", "config.json")
@@ -51,7 +52,7 @@ def is_bundle(folder: epath.PathLike) -> bool:
 def stages_folder(folder: epath.PathLike) -> epath.Path:
   """Returns where tokenizers, CLIP and bank of a run or bundle are: its folder, or its base's."""
   folder = epath.Path(folder)
-  base = read_json(folder / FILE).get("base") if is_bundle(folder) else None
+  base = read_json(folder / FILE, FIELDS).get("base") if is_bundle(folder) else None
   return folder_of(base["name"]) if base else folder
 
 
@@ -181,7 +182,7 @@ def read(folder: epath.PathLike) -> tuple[Settings, int]:
   The files of its base are checked, too.
   """
   folder = epath.Path(folder)
-  stored = read_json(folder / FILE)
+  stored = read_json(folder / FILE, FIELDS)
   for name, expected in stored["digests"].items():
     found = digest(folder / name)
     if found != expected:
@@ -201,6 +202,6 @@ def read(folder: epath.PathLike) -> tuple[Settings, int]:
 def about(folder: epath.PathLike) -> dict:
   """Describes a bundle: {"bytes" of its own files, "cost": as `write` got it, or None}."""
   folder = epath.Path(folder)
-  stored = read_json(folder / FILE)
+  stored = read_json(folder / FILE, FIELDS)
   size = sum((folder / name).stat().length for name in stored["digests"])
   return {"bytes": size, "cost": stored.get("cost")}

@@ -1,13 +1,11 @@
 """Copies tokenizers and CLIP of a trained run or bundle into the workdir of a run tuned from it."""
 
-import hashlib
-
 from etils import epath
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import bundle, huggingface
-from cm3leon_jax.io import digest, plain, write_json
+from cm3leon_jax.io import describe, plain, write_json
 from cm3leon_jax.settings import Settings, settings_of_run
 
 
@@ -38,7 +36,8 @@ def copy_tokenizers(settings: Settings, workdir: epath.PathLike, source: str) ->
   trained = bundle.read(folder)[0] if is_bundle else settings_of_run(folder)
   folder = bundle.stages_folder(folder)
   names = [name for name in bundle.FILES if name != "clip" or stages.own_clip(settings)]
-  digests = {name: _digest(source, folder, name) for name in names}
+  files = {name: _describe(source, folder, name) for name in names}
+  digests = {name: stages.id_of(files[name]) for name in names}
   for name in names:
     ours, theirs = plain(stages.identity(settings, name)), plain(stages.identity(trained, name))
     # A run may start from one of another seed.
@@ -63,18 +62,18 @@ def copy_tokenizers(settings: Settings, workdir: epath.PathLike, source: str) ->
     for file in bundle.FILES[name]:
       (workdir / name / file).write_bytes((folder / name / file).read_bytes())
     config = {**stages.identity(settings, name), "inputs": {"init_from": digests[name]}}
-    summary = {"copied_from": source}
-    write_json(done, {"config": config, "summary": summary, "seconds": 0.0, "id": digests[name]})
+    about = {"config": config, "summary": {"copied_from": source}, "seconds": 0.0}
+    write_json(done, {**about, "id": digests[name], "files": files[name]})
   return result
 
 
-def _digest(source: str, folder: epath.Path, name: str) -> str:
-  """Returns a digest of the files of a stage."""
-  found = [digest(folder / name / file) for file in bundle.FILES[name]]
-  for file, value in zip(bundle.FILES[name], found):
-    if value is None:
+def _describe(source: str, folder: epath.Path, name: str) -> dict[str, dict]:
+  """Describes the files of a stage; raises UserError if one is absent or damaged."""
+  stages.check_files(folder / name)
+  for file in bundle.FILES[name]:
+    if not (folder / name / file).exists():
       raise UserError(
         f"--init_from is {source}, which has no {name}/{file}: name the workdir of a run, or a "
         "bundle, written by `python -m launch.export --bundle`."
       )
-  return hashlib.sha256("".join(found).encode()).hexdigest()[:16]
+  return {file: describe(folder / name / file) for file in bundle.FILES[name]}

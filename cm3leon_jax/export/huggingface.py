@@ -298,7 +298,7 @@ def compare_logits(
 
   model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
   config = dataclasses.replace(config, dtype="float32", attention="plain")
-  described = read_json(epath.Path(folder) / "config.json")["cm3leon"]
+  described = read_json(epath.Path(folder) / "config.json", {"cm3leon": dict})["cm3leon"]
   vocab = VocabLayout(**{name: described[name] for name in VOCAB_FIELDS})
   longest = max(len(s) for s in samples)
   difference, largest = 0.0, 0.0

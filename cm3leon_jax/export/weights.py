@@ -19,6 +19,7 @@ from cm3leon_jax.io import digest, plain, read_json
 from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.parameters import not_finite
 from cm3leon_jax.settings import Settings, settings_of_run
 from cm3leon_jax.training import checkpoint
 
@@ -93,7 +94,7 @@ def find(settings, source: str, step: int | None = None) -> Weights:
   run, exported = folder / "train" / "config.json", folder / huggingface.WEIGHTS
   expected = plain(stages.identity(settings, "train"))
   if run.exists():
-    described = read_json(run)["run"]
+    described = read_json(run, {"run": dict})["run"]
     expected = {part: expected[part] for part in ("model", "vocab")}
   elif exported.exists():
     described = _exported_config(folder)
@@ -104,7 +105,7 @@ def find(settings, source: str, step: int | None = None) -> Weights:
       f"folder of `python -m launch.export`, with config.json and {huggingface.WEIGHTS}, or the "
       f"name of a model that is installed: {', '.join(bundle.INSTALLED)}."
     )
-  changed = stages.differences({part: described[part] for part in expected}, expected)
+  changed = stages.differences({part: described.get(part) for part in expected}, expected)
   if changed:
     raise UserError(
       f"--init_from is {source}, whose config differs from this one ({'; '.join(changed[:4])}): "
@@ -117,8 +118,8 @@ def find(settings, source: str, step: int | None = None) -> Weights:
 
 def _exported_config(folder: epath.Path) -> dict[str, dict]:
   try:
-    return huggingface.config_of(read_json(folder / "config.json"))
-  except KeyError as error:
+    return huggingface.config_of(read_json(folder / "config.json", {}))
+  except (KeyError, TypeError, AttributeError) as error:
     raise UserError(
       f"{folder / 'config.json'} has no field {error}: it was not written by "
       "`python -m launch.export`, whose models --init_from reads."
@@ -147,7 +148,7 @@ def seconds_before(workdir: epath.PathLike) -> float:
     return (bundle.about(folder)["cost"] or {}).get("train_seconds", 0.0)
   if not (done := folder / "train" / stages.DONE).exists():
     return 0.0
-  return read_json(done)["seconds"] + seconds_before(folder)
+  return read_json(done, stages.DONE_FIELDS)["seconds"] + seconds_before(folder)
 
 
 def of_run(
@@ -198,7 +199,7 @@ def load(weights: Weights, settings) -> dict:
 
 def start_of(workdir: epath.PathLike) -> Weights | None:
   """Returns the parameters that the run in a workdir began from; None: random ones."""
-  run = read_json(epath.Path(workdir) / "train" / "config.json")["run"]
+  run = read_json(epath.Path(workdir) / "train" / "config.json", {"run": dict})["run"]
   return Weights(**run["init_from"]) if run.get("init_from") else None
 
 
@@ -216,6 +217,8 @@ def _load_exported(path: epath.Path, config: ModelConfig) -> dict:
   )
   if changed := stages.differences(found, expected):
     raise UserError(f"{path} does not fit the config beside it ({changed[0]}).")
+  if bad := not_finite(traverse_util.flatten_dict(params, sep=".")):
+    raise UserError(f"{path}: tensor '{bad}' has values that are not finite.")
 
   def place(x: np.ndarray, kind):
     return jax.make_array_from_callback(x.shape, kind.sharding, lambda index: x[index])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config import UserError, build, short
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.tasks import GUIDANCE, Task
@@ -23,9 +23,9 @@ def whole(name: str, value: Any, least: int = 0) -> int:
   try:
     number = operator.index(value)
   except TypeError as error:
-    raise UserError(f"{name} is {value!r}; it must be a whole number.") from error
+    raise UserError(f"{name} is {short(value)}; it must be a whole number.") from error
   if number < least:
-    raise UserError(f"{name} is {number}; it must be at least {least}.")
+    raise UserError(f"{name} is {short(number)}; it must be at least {least}.")
   return number
 
 
@@ -56,7 +56,9 @@ def image(value: Any) -> str | Image.Image | np.ndarray:
 def boxes(value: Any) -> tuple | list[tuple]:
   """One box as a tuple, or a list of boxes. Raises UserError if it is neither."""
   if not isinstance(value, list | tuple):
-    raise UserError(f"box is {value!r}; it must be (left, top, right, bottom), or a list of boxes.")
+    raise UserError(
+      f"box is {short(value)}; it must be (left, top, right, bottom), or a list of boxes."
+    )
   if value and isinstance(value[0], list | tuple):
     return [tuple(box) for box in value]
   return tuple(value)

@@ -7,6 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
+from cm3leon_jax.config import printable
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.generation.tasks import Task, image_name
 
@@ -28,7 +29,7 @@ def square_image(task: Task, resolution: int) -> np.ndarray:
   height, width = pixels.shape[:2]
   if (height, width) == (resolution, resolution):
     return pixels
-  name = image if isinstance(image, str) else image_name(image)
+  name = printable(image) if isinstance(image, str) else image_name(image)
   cut = f"the centered square of {min(height, width)} of "
   print(
     f"generate: {cut if height != width and task.crop == 'center' else ''}{name}, {width} x "

@@ -100,7 +100,7 @@ def tasks_of_rows(
     originals = image_tokenizer.decode(np.stack(codes))
   if any(retrieve for retrieve, _ in columns):
     bank = open_bank(layout, workdir)
-    ids = load_neighbors(workdir / "neighbors", "heldout_pairs", text_only=True)
+    ids = load_neighbors(workdir / "neighbors", "heldout_pairs", True, bank=len(bank))
   tasks = []
   for retrieve, sampling in columns:
     for n, (i, document) in enumerate(zip(rows, documents)):

@@ -5,7 +5,7 @@
 from collections.abc import Sequence
 import dataclasses
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, short
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.request import Hole, Request
 from cm3leon_jax.generation.tasks import (
@@ -225,4 +225,4 @@ def whole_codes(box: Sequence, resolution: int, side: int) -> tuple[int, int, in
 
 
 def _listed(box: Sequence) -> str:
-  return ",".join(map(str, box))
+  return ",".join(map(short, box))

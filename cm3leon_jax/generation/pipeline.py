@@ -9,7 +9,6 @@ import functools
 from etils import epath
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP, clip_score
@@ -20,6 +19,7 @@ from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation.given_images import given_key, image_key, load_image, square_image
 from cm3leon_jax.generation.image_tasks import whole_codes
 from cm3leon_jax.generation.tasks import PromptLayout, Task, has_image
+from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
@@ -239,7 +239,9 @@ class Pipeline:
       steps.append(more)
       bar.set_postfix(tokens=sum(steps))  # Per sample of the current batch.
 
-    with tqdm(total=total, desc="generate", unit="sample", disable=not show_progress) as bar:
+    with progress_bar(
+      total=total, desc="generate", unit="sample", disable=not show_progress
+    ) as bar:
       for members in alike.values():
         for batch in self.generator.batches(
           [requests[i] for i in members],
@@ -304,6 +306,11 @@ class Pipeline:
     if count > (most := self.settings.retrieval.max_candidates):
       raise UserError(
         f"{count} documents are asked for; at most config.retrieval.max_candidates = {most} can be."
+      )
+    if (embedded := len(self.retriever.bank)) != (held := len(self.documents)):
+      raise UserError(
+        f"{self.bank} has embeddings of {embedded} documents in neighbors/, and {held} documents "
+        "in documents/: run `python -m launch.build_neighbors` again for that folder."
       )
     ids, scores = self.retriever.retrieve(self._embed(queries), count)
     return [

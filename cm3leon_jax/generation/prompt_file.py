@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 import dataclasses
 import difflib
-import json
 
 from etils import epath
 
-from cm3leon_jax.config import UserError, build
+from cm3leon_jax.config import UserError, build, short
+from cm3leon_jax.data.records import Rejected
+from cm3leon_jax.data.source_lines import json_lines
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.generation import image_tasks, text_tasks
 from cm3leon_jax.generation.tasks import Task
+from cm3leon_jax.io import open_filesystem
 
 # The classes with a name of their own.
 TASKS = tuple(
@@ -110,38 +112,32 @@ def read(
       f"--prompts names {path}, which does not exist: give a file with one JSON object per line."
     )
   tasks = []
-  for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-    if line.strip():
-      where = f"{path}, line {number}"
-      fields = _object(line, where)
-      name = fields.pop("task", task)
-      row = len(tasks)
-      taken = {field.name for field in dataclasses.fields(task_class(name, f"{where}: "))}
-      fields = {k: v for k, v in defaults.items() if k in taken} | fields
-      common = {
-        "seed": fields.pop("seed", seed + row),
-        "sampling": _sampling(fields, sampling or SamplingConfig(), where),
-        "row": row,
-        "where": where,
-      }
-      if fields.get("image") and "://" not in fields["image"]:
-        fields["image"] = str(path.parent / fields["image"])
-      if "box" in fields:
-        fields["box"] = tuple(fields["box"])
-      tasks.append(make_task(name, fields, **common))
+  for where, line in json_lines(*open_filesystem(path), []):
+    if isinstance(line, Rejected):
+      raise UserError(line.message)
+    fields = _checked(line, where)
+    name = fields.pop("task", task)
+    row = len(tasks)
+    taken = {field.name for field in dataclasses.fields(task_class(name, f"{where}: "))}
+    fields = {k: v for k, v in defaults.items() if k in taken} | fields
+    common = {
+      "seed": fields.pop("seed", seed + row),
+      "sampling": _sampling(fields, sampling or SamplingConfig(), where),
+      "row": row,
+      "where": where,
+    }
+    if fields.get("image") and "://" not in fields["image"]:
+      fields["image"] = str(path.parent / fields["image"])
+    if "box" in fields:
+      fields["box"] = tuple(fields["box"])
+    tasks.append(make_task(name, fields, **common))
   if not tasks:
     raise UserError(f"--prompts names {path}, which has no line: give one JSON object per line.")
   return tasks
 
 
-def _object(line: str, where: str) -> dict:
-  """Parses the fields of a line; raises UserError, with the place, for wrong names or types."""
-  try:
-    fields = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise UserError(f"{where} is not valid JSON ({error}).") from error
-  if not isinstance(fields, dict):
-    raise UserError(f"{where} is a {type(fields).__name__}; it must be a JSON object.")
+def _checked(fields: dict, where: str) -> dict:
+  """Returns the fields of a line; raises UserError, with the place, for wrong names or types."""
   known = [*FIELDS, *(f.name for f in dataclasses.fields(SamplingConfig))]
   for name, value in fields.items():
     if name not in known:
@@ -150,7 +146,7 @@ def _object(line: str, where: str) -> dict:
       raise UserError(f"{where} has no field '{name}': {hint}")
     kind = FIELDS.get(name, object)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-      raise UserError(f"{where}: {name} is {value!r}; it must be a valid {TYPES[kind]}.")
+      raise UserError(f"{where}: {name} is {short(value)}; it must be a valid {TYPES[kind]}.")
   return fields
 
 

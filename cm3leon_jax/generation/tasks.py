@@ -15,7 +15,7 @@ from typing import ClassVar
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, short
 from cm3leon_jax.data.cm3 import undo_cm3_mask
 from cm3leon_jax.data.documents import Document
 from cm3leon_jax.decoding import grammar
@@ -124,6 +124,12 @@ class Task:
 
   def validate(self) -> None:
     """Raises UserError if a required field is empty or a field is out of range."""
+    if not isinstance(self.prompt, str):
+      raise self.error(f"the prompt is {short(self.prompt)}; it must be a text.")
+    if any("\ud800" <= c <= "\udfff" for c in self.prompt):
+      raise self.error(
+        f"the prompt {short(self.prompt)} holds half of a surrogate pair: write it as UTF-8."
+      )
     for field in self.required:
       value = getattr(self, field)
       if isinstance(value, str) and not value.strip():
@@ -131,8 +137,11 @@ class Task:
         raise self.error(f"task {self.name} needs {article} {field}, and none is given.")
     self._check_masks()
     for field in ("length", "retrieve", "seed"):
-      if not 0 <= getattr(self, field) < 2**32:
-        raise self.error(f"{field} is {getattr(self, field)}; it must lie in [0, 2^32).")
+      value = getattr(self, field)
+      if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise self.error(f"{field} is {short(value)}; it must be a whole number.")
+      if not 0 <= value < 2**32:
+        raise self.error(f"{field} is {short(value)}; it must lie in [0, 2^32).")
 
   def unread_settings(self) -> tuple[str, ...]:
     """Returns the fields of `settings` that have no effect with this task's other fields."""

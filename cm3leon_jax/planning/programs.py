@@ -19,7 +19,8 @@ from cm3leon_jax.decoding.params import prepare
 from cm3leon_jax.mesh import abstract, batch_shards, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.training import policy
-from cm3leon_jax.training.train import check_batch, compile_steps
+from cm3leon_jax.training.accumulation import on_mesh
+from cm3leon_jax.training.train import compile_steps
 
 
 def count_params(settings, mesh: jax.sharding.Mesh) -> int:
@@ -99,7 +100,8 @@ def evaluation(settings, mesh: jax.sharding.Mesh) -> Evaluation:
   """Lowers the held-out loss that `launch.train` computes on `mesh`; raises as `train_step`."""
   with jax.set_mesh(mesh):
     steps, state = _steps(settings, mesh)
-    batch = _batch(settings, mesh, settings.train.micro_batch_size)
+    rows = on_mesh(settings.train, batch_shards()).micro_batch_size
+    batch = _batch(settings, mesh, rows)
     rest = (state.opt_state, None if state.ema is None else state.params)
     count = num_sources(settings, "heldout")
     lowered = steps.evaluate.lower(state.eval_params, batch, num_sources=count)
@@ -108,10 +110,8 @@ def evaluation(settings, mesh: jax.sharding.Mesh) -> Evaluation:
 
 def _steps(settings, mesh: jax.sharding.Mesh):
   """Returns the jitted functions of a run on the current mesh, and the types of its state."""
-  check_batch(settings.train)
-  steps = compile_steps(
-    settings.model, settings.optimizer, settings.train, settings.vocab, settings.seed
-  )
+  train = on_mesh(settings.train, batch_shards())
+  steps = compile_steps(settings.model, settings.optimizer, train, settings.vocab, settings.seed)
   return steps, abstract(jax.eval_shape(steps.init), mesh)
 
 

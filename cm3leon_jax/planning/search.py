@@ -21,7 +21,7 @@ class Candidate:
 
   Attributes:
     mesh: mesh of the devices.
-    batch: rows of a device in one pass; accumulation steps make up the global batch.
+    batch: rows of a device in one pass; as many passes as needed make up the global batch.
     policy: remat policy.
   """
 
@@ -43,7 +43,9 @@ class Candidate:
         f"config.train.global_batch_size is {rows}; {one_pass}, the rows of one pass of all "
         "devices, must divide it."
       )
-    train = dataclasses.replace(settings.train, gradient_accumulation_steps=rows // one_pass)
+    train = dataclasses.replace(
+      settings.train, rows_per_device=self.batch, gradient_accumulation_steps=1
+    )
     return dataclasses.replace(
       settings,
       mesh=mesh,
@@ -51,11 +53,11 @@ class Candidate:
       train=train,
     )
 
-  def flags(self, settings, topology: Topology) -> str:
-    """Returns the flags of `launch.train` that select this candidate."""
-    train, mesh = self.apply(settings, topology).train, dataclasses.asdict(self.mesh)
-    parts = [f"--config.mesh.{axis}={n}" for axis, n in mesh.items()]
-    parts += [f"--config.train.gradient_accumulation_steps={train.gradient_accumulation_steps}"]
+  @property
+  def flags(self) -> str:
+    """Flags of `launch.train` that select this candidate."""
+    parts = [f"--config.mesh.{axis}={n}" for axis, n in dataclasses.asdict(self.mesh).items()]
+    parts += [f"--config.train.rows_per_device={self.batch}"]
     return " ".join([*parts, f"--config.model.remat_policy={self.policy}"])
 
 
@@ -120,7 +122,7 @@ def search(
         least = f"at least {cost(report) * 1e6:.3f} us per token and device"
         report_line(f"{_name(candidate)}: {report['sum_gib']:.2f} GiB, {least}")
         report["candidate"] = dataclasses.asdict(candidate)
-        report["flags"] = candidate.flags(settings, topology)
+        report["flags"] = candidate.flags
         reports.append(report)
         break
 

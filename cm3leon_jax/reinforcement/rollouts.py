@@ -96,7 +96,7 @@ def spread(codes: Int32[np.ndarray, "N G I"]) -> float:
 
 
 class Rollouts:
-  """Samples of the policy as the objective of a run, see `training.train.Objective`.
+  """Samples of the policy as the objective of a run, see `training.objective.Objective`.
 
   A step draws samples of its prompts from the parameters of the state, scores them, and takes one
   `policy.policy_step`. Which prompts and seeds it draws depends on the number of the step alone, so
@@ -171,6 +171,12 @@ class Rollouts:
     group = settings.reinforce.samples
     first, each = next_row // group, rows // group
     return take_step, (range(n, n + each) for n in itertools.count(first, each))
+
+  def explain(self, steps, params: dict, rows: range, batch_size: int, sharding, folder) -> str:
+    """Names the prompts of steps that were skipped, see `training.objective.Objective`."""
+    del steps, params, batch_size, sharding, folder  # The samples are gone.
+    group = self.settings.reinforce.samples
+    return f"their samples are of the prompts {rows[0] // group} to {rows[-1] // group} of the run"
 
   def draw(self, params: dict, numbers: Sequence[int]) -> tuple[policy.Rollout, dict[str, float]]:
     """Draws and scores samples to learn from.

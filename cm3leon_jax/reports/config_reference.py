@@ -16,7 +16,8 @@ HEADER = """# Config
 
 A config is a Python file with a function `get_config`; `cm3leon_jax/configs/` has the shipped ones.
 Any field can be set on the command line: `--config.train.steps=100`. A command refuses unknown
-fields, other types and values out of range; `--print_config` prints what it would run with.
+fields, other types and values out of range; `--print_config` prints what it would run with. Whole
+numbers are less than 2^31, other numbers 0 or of a size from 1e-20 to 1e12.
 
 `python -m cm3leon_jax.reports.config_reference` writes this page from the sections' dataclasses.
 

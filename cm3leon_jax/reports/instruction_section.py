@@ -22,7 +22,7 @@ def read(workdir: epath.Path, image_uri: Callable) -> dict | None:
   folder = epath.Path(workdir) / "grades"
   if not (folder / GRADES).exists():
     return None
-  grades = read_json(folder / GRADES)
+  grades = read_json(folder / GRADES, dict.fromkeys(("tasks", "gains", "means", "examples"), dict))
   tasks = grades["tasks"]
   titles = [title for title in TITLES if any(title in table for table in tasks.values())]
   rows = []

@@ -195,7 +195,7 @@ def scene_tables(workdir: epath.Path, summary: dict) -> dict[str, dict]:
   """Returns the tables of judged scenes by their titles; {} if the evaluation judged none."""
   if "scenes" not in summary.get("evaluation", {}):
     return {}
-  return read_json(workdir / "evaluation" / "scenes.json")["tables"]
+  return read_json(workdir / "evaluation" / "scenes.json", {"tables": dict})["tables"]
 
 
 def licenses(workdir: epath.Path) -> list[dict]:
@@ -234,11 +234,28 @@ def clock(seconds: float) -> str:
   return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60} s"
 
 
+# Characters that a terminal obeys, that turn the direction of a text, or that UTF-8 cannot hold.
+OBEYED = re.compile(
+  r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def inert(value):
+  """Makes the control characters of a text visible: inert("a\\x1b[2J") = "a⟨U+001B⟩[2J"."""
+  if not isinstance(value, str) or hasattr(value, "__html__"):
+    return value
+  return OBEYED.sub(lambda match: f"⟨U+{ord(match.group()):04X}⟩", value)
+
+
 def page_environment() -> jinja2.Environment:
-  """Returns the environment of this package's templates, with the filter `show`."""
+  """Returns the environment of this package's templates, with the filter `show`.
+
+  Texts of strangers stand on the pages: HTML in them is escaped, and see `inert`.
+  """
   folder = importlib.resources.files(__package__)
   environment = jinja2.Environment(
     autoescape=True,
+    finalize=inert,
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
@@ -257,7 +274,7 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
     config_name: value of --config, for the commands on the page.
   """
   workdir = epath.Path(workdir)
-  metrics = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl")
+  metrics = read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl", {"step": int})
   environment = page_environment()
   environment.filters |= {"clock": clock, "flatten": summary_lib.flatten, "groups": describe_groups}
   environment.filters |= {"share": scene_table.share, "scene_rows": scene_table.rows}

@@ -21,7 +21,7 @@ class Headline:
     path: dotted path of the figure in the summary.
     better: relation of a good figure to the target, ">=", "<=", ">" or "<"; "" without a target.
     target: a number, or the dotted path of a number in the summary.
-    note: what the target is.
+    note: what the target is. A figure with an interval gets the note that all of it counts.
   """
 
   title: str
@@ -48,10 +48,10 @@ _RETRIEVAL = (
 _NEIGHBORS = (
   Headline(
     "True minus shuffled neighbors (bits/code)", "evaluation.image.true_minus_shuffled.bits",
-    "<", 0.0, "whole interval"),
+    "<", 0.0),
   Headline(
     "True minus no neighbors (bits/code)", "evaluation.image.true_minus_none.bits",
-    "<", 0.0, "whole interval"),
+    "<", 0.0),
 )
 HEADLINES = (
   Headline(
@@ -77,19 +77,19 @@ SCENE_HEADLINES = (
     "Reconstructions judged right", "vqgan.reconstructed_scenes_right", ">=", 0.9),
   Headline(
     "New combinations of known parts, wholly right", "evaluation.scenes.best.scene.share",
-    ">=", 0.25, "whole interval"),
+    ">=", 0.25),
   Headline(
     "Single objects, wholly right", "evaluation.scenes.best.single_object.share",
-    ">=", 0.5, "whole interval"),
+    ">=", 0.5),
   Headline(
-    "Color right", "evaluation.scenes.best.color.share", ">=", 0.8, "whole interval"),
+    "Color right", "evaluation.scenes.best.color.share", ">=", 0.8),
   Headline(
-    "Number of objects right", "evaluation.scenes.best.count.share", ">=", 0.8, "whole interval"),
+    "Number of objects right", "evaluation.scenes.best.count.share", ">=", 0.8),
   Headline(
-    "Place right", "evaluation.scenes.best.place.share", ">=", 0.8, "whole interval"),
+    "Place right", "evaluation.scenes.best.place.share", ">=", 0.8),
   Headline(
     "Best guidance minus guidance 1, wholly right", "evaluation.scenes.gain.share",
-    ">=", 0.05, "whole interval"),
+    ">=", 0.05),
   *_RETRIEVAL,
   *_NEIGHBORS,
 )
@@ -149,7 +149,7 @@ def judge(summary: dict, headline: Headline) -> dict:
     "interval": interval,
     "relation": f"{headline.better} " if headline.better else "",
     "target": target,
-    "note": headline.note,
+    "note": headline.note or ("whole interval" if interval and met is not None else ""),
     "met": met,
   }
 
@@ -208,6 +208,11 @@ def describe_clip_score(row: dict, noun: str = "concept") -> str:
   )
 
 
+def _step_lines(metrics: list[dict]) -> list[dict]:
+  """Returns the lines of steps; one that was skipped may have no loss."""
+  return [line for line in metrics if "loss" in line or line.get("skipped")]
+
+
 def restarts(metrics: list[dict]) -> list[dict]:
   """Finds the restarts of a trainer: the first step after a start has no rate.
 
@@ -219,10 +224,9 @@ def restarts(metrics: list[dict]) -> list[dict]:
     after it. If the earlier start had logged steps that were computed again: replayed, their
     number, and identical, the number whose loss is the same bit for bit.
   """
-  steps = [line for line in metrics if "loss" in line]
   result = [
     {"after_step": before["step"], "next_step": line["step"]}
-    for before, line in itertools.pairwise(steps)
+    for before, line in itertools.pairwise(_step_lines(metrics))
     if "tokens_per_second" not in line
   ]
   for event in (line for line in metrics if line.get("event") == "resumed"):
@@ -247,6 +251,7 @@ def training(metrics: list[dict]) -> dict:
   steps = [line for line in metrics if "loss" in line]
   if not steps:
     return {}
+  logged = [line["step"] for line in _step_lines(metrics)]
   rated = [line for line in steps if "tokens_per_second" in line]
   rates = [line["tokens_per_second"] for line in rated]
   tail = steps[-max(len(steps) // 20, 1) :]
@@ -256,8 +261,8 @@ def training(metrics: list[dict]) -> dict:
     seconds = sum(value for name, value in line.items() if name.endswith("_seconds"))
     goodput = {"goodput": line["goodput"], "wall_seconds": round(seconds, 1)}
   return {
-    "logged_steps": len(steps),
-    "every_step_logged_once": [line["step"] for line in steps] == list(range(1, len(steps) + 1)),
+    "logged_steps": len(logged),
+    "every_step_logged_once": logged == list(range(1, len(logged) + 1)),
     "restarts": restarts(metrics),
     "median_tokens_per_second": float(np.median(rates)) if rates else None,
     "step_seconds": round(sum(line["weight"] / line["tokens_per_second"] for line in rated), 1),
@@ -291,10 +296,10 @@ def collect(workdir: epath.PathLike) -> dict:
   summary, seconds = {}, {}
   for folder in stages.STAGES:
     if (workdir / folder / stages.DONE).exists():
-      done = read_json(workdir / folder / stages.DONE)
+      done = read_json(workdir / folder / stages.DONE, stages.DONE_FIELDS)
       seconds[folder] = done["seconds"]
       summary[folder] = {**done["summary"], "seconds": done["seconds"]}
-  log = training(read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl"))
+  log = training(read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl", {"step": int}))
   if log:
     train = summary.setdefault("train", {})
     train["log"] = log

@@ -1,38 +1,60 @@
-"""Arrays on disk that grow by rows and that many processes write: zarr3, local or in a bucket."""
+"""Arrays on disk that grow by rows and that many processes write: zarr3, local or in a bucket.
+
+Every chunk has a checksum, and a chunk that is missing is an error: TensorStore would read zeros.
+"""
 
 # n rows, m of them.
+
+import hashlib
+import json
 
 from etils import epath
 import numpy as np
 import tensorstore as ts
 
+from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json, write_json
 
 SCHEMA_VERSION = 1
-INDEX = "index.json"
+INDEX, METADATA = "index.json", "zarr.json"
 FILE_BYTES = 16 * 2**20  # Size of a file, a zarr shard.
 READ_BYTES = 16 * 2**10  # Size of a chunk in a file; reading a row reads a chunk.
+DIGEST_BYTES = 2**28  # Of the rows that are digested at a time.
 
 
 class ArrayStore:
   """Rows of one shape and dtype; `len`, slices and index arrays read committed rows.
 
   Processes on any machines may write disjoint rows. index.json has the number of committed rows:
-  rows of a killed writer are never read.
+  rows of a killed writer are never read. It also has digests of the array's metadata and, where
+  `commit` was asked for it, of all rows.
   """
 
   def __init__(self, path: epath.PathLike):
-    """Opens a store; raises UserError if it is absent or of another schema version."""
+    """Opens a store; raises UserError if it is absent, damaged or of another schema version."""
     self.path = epath.Path(path)
-    index = read_json(self.path / INDEX)
+    stages.check_files(self.path / INDEX)
+    index = read_json(self.path / INDEX, {"schema_version": int, "rows": int})
     if index["schema_version"] != SCHEMA_VERSION:
       raise UserError(
         f"{self.path} has schema version {index['schema_version']}; this code reads version "
         f"{SCHEMA_VERSION}: delete it and run the command that writes it again."
       )
-    self._rows = index["rows"]
-    self._array = ts.open(_spec(self.path), open=True).result()
+    self._rows, self._digest = index["rows"], index.get("digest")
+    if "metadata" in index and index["metadata"] != _digest_of_metadata(self.path):
+      raise UserError(
+        f"{self.path / METADATA} has another content than when it was written: {self._again()}."
+      )
+    try:
+      self._array = ts.open(_spec(self.path), open=True).result()
+    except ValueError as error:
+      reason = str(error).splitlines()[0].partition(" [")[0]
+      raise UserError(f"{self.path} cannot be opened ({reason}): {self._again()}.") from error
+    if self._array.shape[0] < self._rows:
+      raise UserError(
+        f"{self.path} has {self._array.shape[0]} rows instead of {self._rows}: {self._again()}."
+      )
 
   @classmethod
   def create(cls, path: epath.PathLike, row_shape: tuple[int, ...], dtype) -> "ArrayStore":
@@ -42,23 +64,27 @@ class ArrayStore:
     (path / INDEX).unlink(missing_ok=True)
     read = max(1, READ_BYTES // row_bytes)
     file = read * max(1, FILE_BYTES // (read * row_bytes))
-    layout = ts.ChunkLayout(
-      write_chunk_shape=(file, *row_shape), read_chunk_shape=(read, *row_shape)
-    )
-    array = {"dtype": np.dtype(dtype), "shape": (0, *row_shape), "chunk_layout": layout}
-    ts.open(_spec(path), create=True, delete_existing=True, **array).result()
+    spec = {**_spec(path), "metadata": _metadata((file, *row_shape), (read, *row_shape))}
+    array = {"dtype": np.dtype(dtype), "shape": (0, *row_shape)}
+    ts.open(spec, create=True, delete_existing=True, **array).result()
     write_json(path / INDEX, {"schema_version": SCHEMA_VERSION, "rows": 0})
     return cls(path)
 
   @classmethod
-  def prepare(cls, path: epath.PathLike, row_shape: tuple[int, ...], dtype, rows: int) -> None:
-    """Makes room for `rows` rows; keeps the rows of an existing store of this shape and dtype."""
+  def prepare(cls, path: epath.PathLike, row_shape: tuple[int, ...], dtype, rows: int) -> bool:
+    """Makes room for `rows` rows; keeps the rows of an existing store of this shape and dtype.
+
+    Returns:
+      Whether there was such a store. If not, all rows must be written.
+    """
     path = epath.Path(path)
-    store = cls(path) if (path / INDEX).exists() else cls.create(path, row_shape, dtype)
-    if (store.shape[1:], store.dtype) != (tuple(row_shape), np.dtype(dtype)):
+    store = cls(path) if (path / INDEX).exists() else None
+    kept = store is not None and store.shape[1:] == tuple(row_shape) and store.dtype == dtype
+    if not kept:
       store = cls.create(path, row_shape, dtype)
     write_json(path / INDEX, {"schema_version": SCHEMA_VERSION, "rows": 0})
     store._array.resize(exclusive_max=[rows, *row_shape]).result()
+    return kept
 
   @property
   def dtype(self) -> np.dtype:
@@ -72,13 +98,48 @@ class ArrayStore:
     return self._rows
 
   def __getitem__(self, rows) -> np.ndarray:
-    """Reads the rows of a slice or of an array of indices in [0, n)."""
+    """Reads the rows of a slice or of an array of indices in [0, n).
+
+    Raises:
+      UserError: a row is lost or damaged; names the file.
+    """
     if isinstance(rows, slice):
-      return self._array[slice(*rows.indices(self._rows))].read().result()
-    rows = np.asarray(rows)
-    if rows.size and not (rows.min() >= 0 and rows.max() < self._rows):
-      raise IndexError(f"rows [{rows.min()}, {rows.max()}] of {self._rows} in {self.path}")
-    return self._array[rows].read().result()
+      rows = slice(*rows.indices(self._rows))
+    else:
+      rows = np.asarray(rows)
+      if rows.size and not (rows.min() >= 0 and rows.max() < self._rows):
+        raise IndexError(f"rows [{rows.min()}, {rows.max()}] of {self._rows} in {self.path}")
+    try:
+      return self._array[rows].read().result()
+    except ValueError as error:  # Of TensorStore, at a chunk that is missing or damaged.
+      reason = str(error).splitlines()[0].partition(" [")[0]
+      raise UserError(f"{self._first_damaged()} ({reason}): {self._again()}.") from error
+
+  def read_all(self) -> np.ndarray:
+    """Reads all rows and compares them with their digest, if they have one.
+
+    Raises:
+      UserError: a row is lost or damaged, or rows are those of another array.
+    """
+    rows = self[:]
+    if self._digest and _digest_of([rows]) != self._digest:
+      raise UserError(f"{self.path} has other rows than were written: {self._again()}.")
+    return rows
+
+  def _first_damaged(self) -> str:
+    """Names the first rows that cannot be read."""
+    size = self._array.chunk_layout.read_chunk.shape[0]
+    for start in range(0, self._rows, size):
+      stop = min(start + size, self._rows)
+      try:
+        self._array[start:stop].read().result()
+      except ValueError:
+        return f"rows {start} to {stop - 1} of {self.path} cannot be read"
+    return f"rows of {self.path} cannot be read"
+
+  def _again(self) -> str:
+    stage = next((p for p in self.path.parents if p.name in stages.STAGES), self.path.parent)
+    return stages.again(stage, f"the folder {self.path}")
 
   def write(self, start: int, rows: np.ndarray) -> None:
     """Writes rows [m, ...] at `start`, cast to the dtype of the store; `prepare` makes room."""
@@ -90,10 +151,24 @@ class ArrayStore:
       )
     self._array[start : start + len(rows)].write(rows.astype(self.dtype)).result()
 
-  def commit(self) -> None:
-    """Commits all rows of the store, which must be written."""
+  def commit(self, digest: bool = False) -> None:
+    """Commits all rows of the store, which must be written.
+
+    Args:
+      digest: whether to read all rows and to record their digest.
+
+    Raises:
+      UserError: a row to digest was not written, or is damaged.
+    """
     self._rows = self._array.shape[0]
-    write_json(self.path / INDEX, {"schema_version": SCHEMA_VERSION, "rows": self._rows})
+    index = {"schema_version": SCHEMA_VERSION, "rows": self._rows}
+    index["metadata"] = _digest_of_metadata(self.path)
+    if digest:
+      row_bytes = max(1, int(np.prod(self.shape[1:])) * self.dtype.itemsize)
+      step = max(1, DIGEST_BYTES // row_bytes)
+      starts = range(0, self._rows, step)
+      index["digest"] = _digest_of(self[start : start + step] for start in starts)
+    write_json(self.path / INDEX, index)
 
   def append(self, rows: np.ndarray) -> None:
     """Adds and commits rows [m, ...] after the last one; for a single writer."""
@@ -105,4 +180,31 @@ class ArrayStore:
 
 def _spec(path: epath.Path) -> dict:
   place = str(path) if "://" in str(path) else f"file://{path.resolve()}"
-  return {"driver": "zarr3", "kvstore": f"{place}/"}
+  # A chunk of zeros is written, so that one that is missing is lost.
+  zeros = {"store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
+  return {"driver": "zarr3", "kvstore": f"{place}/", **zeros}
+
+
+def _metadata(file: tuple[int, ...], chunk: tuple[int, ...]) -> dict:
+  """Returns the zarr metadata of files of chunks, both with checksums; shapes in rows."""
+  checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+  sharding = {"chunk_shape": chunk, "codecs": checked, "index_codecs": checked}
+  return {
+    "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": file}},
+    "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+  }
+
+
+def _digest_of_metadata(path: epath.Path) -> str:
+  """Returns the SHA-256 of the zarr metadata without the number of rows, which writers change."""
+  fields = read_json(path / METADATA)
+  fields["shape"] = fields.get("shape", [])[1:]
+  return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of(blocks) -> str:
+  """Returns the SHA-256 of rows, given in blocks."""
+  digest = hashlib.sha256()
+  for block in blocks:
+    digest.update(np.ascontiguousarray(block).tobytes())
+  return digest.hexdigest()

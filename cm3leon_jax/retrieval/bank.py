@@ -9,19 +9,21 @@ import hashlib
 
 from etils import epath
 import numpy as np
-from tqdm import tqdm
 
+from cm3leon_jax import stages
 from cm3leon_jax.clip import checkpoint
 from cm3leon_jax.clip.huggingface import HFCLIP
-from cm3leon_jax.clip.model import CLIP, CONFIG, normalize
+from cm3leon_jax.clip.model import CLIP, CONFIG, CLIPConfig, normalize
+from cm3leon_jax.config import build
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import group_id
 from cm3leon_jax.data.records import SPLITS, RawPair
 from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.lexical import FILE as WORDS
 from cm3leon_jax.retrieval.lexical import Lexical
-from cm3leon_jax.shards import Runner, run_shards
+from cm3leon_jax.shards import Runner, forget, run_shards
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.vocab import VocabLayout
 
@@ -42,7 +44,8 @@ def embedding_width(folder: str, workdir: epath.PathLike) -> int:
   """Returns the width of the CLIP that `load_clip` loads, from its config."""
   if folder:
     return checkpoint.read_config(folder).embed_dim
-  return read_json(epath.Path(workdir) / "clip" / CONFIG)["clip"]["embed_dim"]
+  stored = read_json(epath.Path(workdir) / "clip" / CONFIG, {"clip": dict})
+  return build(CLIPConfig, stored["clip"], "clip").embed_dim
 
 
 class Embeddings:
@@ -60,6 +63,7 @@ class Embeddings:
   def __init__(self, folder: epath.PathLike):
     """Opens the arrays; raises UserError if `build_neighbors` has not written them."""
     self._folder = epath.Path(folder)
+    stages.check_files(self._folder / ROWS)
     self.documents, self.groups, self.keys = (
       ArrayStore(self._folder / name) for name in ("documents", "groups", "keys")
     )
@@ -80,7 +84,7 @@ class Embeddings:
   @property
   def first_bank(self) -> int:
     """Row of the first document of the split `bank`, n if there is none."""
-    return read_json(self._folder / ROWS)["first_bank"]
+    return read_json(self._folder / ROWS, {"first_bank": int})["first_bank"]
 
 
 ROWS = "rows.json"
@@ -126,6 +130,7 @@ class EmbedJob:
     clip, lexical = self.load_clip(), self.load_lexical()
 
     def embed_shard(name: str) -> dict:
+      digest = hashlib.sha256()
       for split in SPLITS:
         pairs = raw_pairs.read_shard(self.raw, name, RawPair, split)
         if pairs:
@@ -134,7 +139,8 @@ class EmbedJob:
           for array, values in rows.items():
             store = ArrayStore(epath.Path(self.folder) / FOLDERS[split] / array)
             store.write(self.starts[split][name], values)
-      return {}
+            digest.update(values.astype(store.dtype).tobytes())
+      return {"digest": digest.hexdigest()}
 
     return embed_shard
 
@@ -144,9 +150,7 @@ def embed_pairs(
 ) -> dict[str, np.ndarray]:
   """Computes the rows of `Embeddings` of m pairs, embeddings in float32."""
   chunks = {name: [] for name in ("documents", "queries", "images")}
-  for start in tqdm(
-    range(0, len(pairs), EMBED_CHUNK), "embed", mininterval=1, unit="chunk", leave=False
-  ):
+  for start in progress_bar(range(0, len(pairs), EMBED_CHUNK), "embed", unit="chunk", leave=False):
     chunk = pairs[start : start + EMBED_CHUNK]
     captions = [p.caption for p in chunk]
     ids = [clip.encode(caption) for caption in captions]
@@ -207,6 +211,7 @@ def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
   """
   raw, folder = raw_pairs.shards(job.raw), epath.Path(job.folder)
   starts = {split: {} for split in SPLITS}
+  kept = True
   for split, others in (("train", ("bank",)), ("heldout", ())):
     count = 0
     for part in (split, *others):
@@ -214,7 +219,7 @@ def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
         starts[part][name], count = count, count + shard.get(f"{part}_pairs", 0)
     for name in ARRAYS:
       row, dtype = ((), np.uint64) if name in ("groups", "keys") else ((width,), np.float16)
-      ArrayStore.prepare(folder / split / name, row, dtype, count)
+      kept &= ArrayStore.prepare(folder / split / name, row, dtype, count)
   common = {"inputs": inputs, "width": width, "dropout": job.dropout, "seed": job.seed}
   configs = {}
   for name, shard in raw.items():
@@ -223,11 +228,14 @@ def embed(job: EmbedJob, width: int, inputs: dict, runner: Runner) -> dict:
     first_rows = {split: starts[split][name] for split in splits}
     configs[name] = {**common, "digest": shard["digest"], "starts": first_rows}
   job = dataclasses.replace(job, starts=starts)
-  for _ in run_shards(job, configs, folder / "done" / "embed", runner, "embedding shards"):
-    pass
+  done = folder / "done" / "embed"
+  if not kept:
+    forget(done, configs)
+  made = dict(run_shards(job, configs, done, runner, "embedding shards"))
+  digests = {name: made[name].get("digest") for name in configs}  # Of the rows as written.
   for split in set(FOLDERS.values()):
     own = sum(shard.get(f"{split}_pairs", 0) for shard in raw.values())
-    write_json(folder / split / ROWS, {"first_bank": own})
+    write_json(folder / split / ROWS, {"first_bank": own, "digests": digests})
     for name in ARRAYS:
       ArrayStore(folder / split / name).commit()
   return configs

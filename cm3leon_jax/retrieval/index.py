@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 
 Backend = Literal["auto", "scann", "exact"]
@@ -21,6 +22,9 @@ QUERY_BATCH = 256
 LARGE = 100_000  # Vectors from which an index spills vectors to a second leaf and has 8 bits.
 EXACT_ROWS = 1_000_000  # Vectors that exact search holds at a time.
 BLOCK = 65_536  # Vectors whose products with a batch of queries are on a device at a time.
+
+
+ASSETS = "scann_assets.pbtxt"  # Of a ScaNN index, the list of its files.
 
 
 class Index(Protocol):
@@ -145,7 +149,8 @@ class ScannIndex:
   def load(cls, folder: epath.PathLike, count: int) -> "ScannIndex":
     """Reads an index of `count` vectors that `save` wrote; raises UserError if it is absent."""
     folder = epath.Path(folder)
-    if not (folder / "scann_assets.pbtxt").exists():
+    stages.check_files(folder)
+    if not (folder / ASSETS).exists():
       raise UserError(f"{folder} holds no index: run `python -m launch.build_neighbors` again.")
     if "://" not in str(folder):
       return cls(_scann().load_searcher(str(folder.resolve())), count)
@@ -198,6 +203,10 @@ class BlockIndex:
     """Builds and saves the ScaNN index of one block."""
     start, stop = self.blocks[block]
     ScannIndex.build(self._documents[start:stop]).save(self._block_folder(block))
+
+  def has_block(self, name: str) -> bool:
+    """Returns whether the index of a block is there, by the block's number as text."""
+    return (self._block_folder(int(name)) / ASSETS).exists()
 
   def _block_folder(self, block: int) -> epath.Path:
     return self._folder / f"{block:06d}"

@@ -12,6 +12,7 @@ import re
 from etils import epath
 import numpy as np
 
+from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.records import RawPair
@@ -123,7 +124,9 @@ def load(folder: epath.PathLike, weight: float, width: int) -> Lexical:
   path = epath.Path(folder) / FILE
   if not weight and not path.exists():
     return Lexical()
-  stored = read_json(path)
+  stages.check_files(path)
+  fields = {"schema_version": int, "weight": float, "width": int, "documents": int, "counts": dict}
+  stored = read_json(path, fields)
   expected = {"schema_version": SCHEMA_VERSION, "weight": weight, "width": width}
   if changed := [f"{k} {stored[k]}, not {v}" for k, v in expected.items() if stored[k] != v]:
     raise UserError(
@@ -186,7 +189,10 @@ def count_words(
   shards = {name: {"digest": shard["digest"]} for name, shard in raw_pairs.shards(raw).items()}
   total, documents = np.zeros(BUCKETS, np.int64), 0
   job, done = _CountJob(raw, str(folder)), folder / "done" / "words"
-  for name, numbers in run_shards(job, shards, done, runner, "counting words"):
+  results = run_shards(
+    job, shards, done, runner, "counting words", lambda name: _shard_path(folder, name).exists()
+  )
+  for name, numbers in results:
     with _shard_path(folder, name).open("rb") as file:
       buckets, counts = np.load(file)
     total[buckets] += counts

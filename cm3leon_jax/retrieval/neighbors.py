@@ -23,7 +23,7 @@ from cm3leon_jax.retrieval import index as index_lib
 from cm3leon_jax.retrieval import lexical
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob, embed
-from cm3leon_jax.shards import Runner, run_shards
+from cm3leon_jax.shards import Runner, forget, run_shards
 
 REASONS = ("own_group", "similar_to_query", "unlike_query", "similar_to_kept")
 QUERY_SHARE = 20  # One pass over all indices searches for index_rows / QUERY_SHARE documents.
@@ -290,7 +290,8 @@ def build_neighbors(
   if backend == "scann":
     shards = {f"{i:06d}": {**depends, "rows": rows} for i, rows in enumerate(blocks)}
     index_job, done = _IndexJob(job.folder, config), folder / "done" / "index"
-    for _ in run_shards(index_job, shards, done, runner, "index blocks"):
+    is_whole = retriever.index.has_block
+    for _ in run_shards(index_job, shards, done, runner, "index blocks", is_whole):
       pass
   depends |= {"backend": backend, "retrieval": dataclasses.asdict(config)}
   summary = {"backend": backend, "bank": bank, **search_recall(retriever)}
@@ -314,19 +315,22 @@ def _search(
   """Finds and writes the neighbors of the `count` pairs of one split; returns its numbers."""
   path = epath.Path(folder)
   names = ["ids", "scores"] + (["text_ids", "text_scores"] if split == "heldout" else [])
+  kept, row = True, (2 * config.kept_per_side,)
   for name in names:
     dtype = np.int32 if name.endswith("ids") else np.float32
-    ArrayStore.prepare(path / f"{split}_pairs" / name, (2 * config.kept_per_side,), dtype, count)
+    kept &= ArrayStore.prepare(path / f"{split}_pairs" / name, row, dtype, count)
   size = max(1, config.index_rows // QUERY_SHARE)
   rows = [(split, first, min(first + size, count)) for first in range(0, count, size)]
   blocks = {f"{split}-{i:06d}": row for i, row in enumerate(rows)}
   shards = {name: {**depends, "rows": row} for name, row in blocks.items()}
   job, done = _SearchJob(folder, config, blocks), path / "done" / "search"
+  if not kept:
+    forget(done, blocks)
   total = collections.Counter()
   for _, numbers in run_shards(job, shards, done, runner, f"neighbors {split}"):
     total.update(numbers)
   for name in names:
-    ArrayStore(path / f"{split}_pairs" / name).commit()
+    ArrayStore(path / f"{split}_pairs" / name).commit(digest=True)
   looked_at = total["kept"] + sum(total[reason] for reason in REASONS)
   return {
     f"{split}_all_kept": total["all_kept"] / max(count, 1),
@@ -352,7 +356,11 @@ def search_recall(retriever: Retriever, k: int = 2, most: int = 1_000) -> dict[s
 
 
 def load_neighbors(
-  folder: epath.PathLike, name: str, text_only: bool = False, array: str = "ids"
+  folder: epath.PathLike,
+  name: str,
+  text_only: bool = False,
+  array: str = "ids",
+  bank: int | None = None,
 ) -> np.ndarray:
   """Reads the neighbors of a store: [n, C] int32 ids, or their similarities, float32.
 
@@ -361,13 +369,30 @@ def load_neighbors(
     name: "train_pairs" or "heldout_pairs".
     text_only: whether to read the neighbors by caption alone, which only held-out pairs have.
     array: "ids" or "scores".
+    bank: number of documents in the bank, for `check_ids`.
 
   Raises:
-    UserError: the neighbors are absent.
+    UserError: the neighbors are absent or damaged, or an id is not of the bank.
   """
   path = epath.Path(folder) / name
   if not path.exists():
     raise UserError(f"{path} does not exist: run `python -m launch.build_neighbors` first.")
   if text_only and not (path / "text_ids").exists():
     raise UserError(f"{path} has no neighbors by caption alone; only held-out pairs have them.")
-  return ArrayStore(path / (f"text_{array}" if text_only else array))[:]
+  store = ArrayStore(path / (f"text_{array}" if text_only else array))
+  values = store.read_all()
+  if bank is not None:
+    check_ids(store.path, values, bank)
+  return values
+
+
+def check_ids(path: epath.PathLike, ids: np.ndarray, bank: int) -> None:
+  """Raises UserError, with the row, if an id of [n, C] is neither a row of the bank nor -1."""
+  rows, places = np.nonzero((ids < -1) | (ids >= bank))
+  if len(rows):
+    row = int(rows[0])
+    raise UserError(
+      f"{path}, row {row}: neighbor {ids[row, places[0]]} of document {row} is not in the bank, "
+      f"which has {bank} documents: run `python -m launch.build_neighbors` again, on the documents "
+      "of this bank."
+    )

@@ -10,6 +10,7 @@ import pydantic.dataclasses
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from cm3leon_jax import stages
 from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.io import write_json
 from cm3leon_jax.vocab import VocabLayout
@@ -114,7 +115,7 @@ class TextTokenizer:
     """Reads the tokenizer in `folder`.
 
     Raises:
-      UserError: `folder` has no tokenizer, or its ids are not those of `vocab`.
+      UserError: `folder` has no tokenizer, or a damaged one, or its ids are not those of `vocab`.
     """
     path = epath.Path(folder) / TOKENIZER
     if not path.exists():
@@ -122,6 +123,7 @@ class TextTokenizer:
         f"{path} does not exist: run `python -m launch.train_text_tokenizer` with the same "
         "--workdir first."
       )
+    stages.check_files(path)
     self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     self._tokenizer.encode_special_tokens = True
     special = [self._tokenizer.id_to_token(i) for i in range(vocab.num_special)]

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from cm3leon_jax import parameters
+from cm3leon_jax.config import UserError
 from cm3leon_jax.io import replacing
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
@@ -239,6 +240,7 @@ def evaluate(tokenizer: ImageTokenizer, images, train_images, folder: epath.Path
 
   Returns:
     psnr_db: mean PSNR of the images; psnr_of_mean_mse_db: PSNR of the mean squared error of all;
+    psnr_of_one_color_db: the latter, if every image were reconstructed as the mean color of all;
     codebook_perplexity and codes_used (held-out), and the same with prefix train_; bits_per_image:
     of training codes whose frequencies are known, the start of a decoder.
   """
@@ -252,16 +254,34 @@ def evaluate(tokenizer: ImageTokenizer, images, train_images, folder: epath.Path
   with replacing(epath.Path(folder) / RECONSTRUCTIONS) as file:
     np.savez_compressed(file, originals=images[shown], reconstructions=reconstructions[shown])
   errors = np.maximum(mean_squared_errors(images, reconstructions), 1e-10)
+  one_color = np.broadcast_to(images.mean((0, 1, 2)), images.shape)
+  color_error = max(mean_squared_errors(images, one_color).mean(), 1e-10)
   train_perplexity = perplexity(train_codes, tokenizer.num_codes)
   return {
     "psnr_db": float(np.mean(-10 * np.log10(errors))),
     "psnr_of_mean_mse_db": float(-10 * np.log10(errors.mean())),
+    "psnr_of_one_color_db": float(-10 * np.log10(color_error)),
     "codebook_perplexity": perplexity(codes, tokenizer.num_codes),
     "codes_used": len(np.unique(codes)),
     "train_codebook_perplexity": train_perplexity,
     "train_codes_used": len(np.unique(train_codes)),
     "bits_per_image": math.log2(train_perplexity) * tokenizer.config.image_tokens,
   }
+
+
+def check_learned(measures: dict) -> None:
+  """Raises UserError if a VQGAN is of no use, by the measures of `evaluate`."""
+  found, color = measures["psnr_of_mean_mse_db"], measures["psnr_of_one_color_db"]
+  if measures["codes_used"] == measures["train_codes_used"] == 1:
+    what = "gives every image the same code"
+  elif not found > color:
+    what = f"reconstructs held-out images worse ({found:.1f} dB) than one color ({color:.1f} dB)"
+  else:
+    return
+  raise UserError(
+    f"the image tokenizer {what}: train it longer (config.vqgan.steps) or with another "
+    "config.vqgan.learning_rate."
+  )
 
 
 def _evenly_spaced(length: int, count: int) -> np.ndarray:
@@ -271,13 +291,19 @@ def _evenly_spaced(length: int, count: int) -> np.ndarray:
 def train_vqgan(
   config: VQGANConfig, num_codes: int, seed: int, images, heldout_images, folder: epath.PathLike
 ) -> dict:
-  """Runs the stage on the current mesh: trains, writes the tokenizer, returns its measures."""
+  """Runs the stage on the current mesh: trains, writes the tokenizer, returns its measures.
+
+  Raises:
+    UserError: the training diverged, or the tokenizer is of no use (`check_learned`).
+  """
   start = time.time()
   tokenizer = train(config, num_codes, seed, images, folder)
   seconds = time.time() - start
   tokenizer.save(folder)
+  measures = evaluate(tokenizer, heldout_images, images, folder)
+  check_learned(measures)
   summary = {
-    **evaluate(tokenizer, heldout_images, images, folder),
+    **measures,
     "steps": config.steps,
     "seconds": round(seconds, 1),
   }

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 import pydantic.dataclasses
 
-from cm3leon_jax import parameters
+from cm3leon_jax import parameters, stages
 from cm3leon_jax.config import STRICT, build
 from cm3leon_jax.io import read_json, write_json
 
@@ -82,7 +82,7 @@ class VQGANConfig:
   """Share of the steps after which the discriminator starts."""
   discriminator_width: PositiveInt = 64
   """Number of channels of the discriminator's first layer."""
-  discriminator_layers: PositiveInt = 3
+  discriminator_layers: Annotated[int, Field(gt=0, le=16)] = 3
   """Number of the discriminator's layers with stride 2; 2^layers is at most `resolution`."""
   restart_every: NonNegativeInt = 100
   """Number of steps within which a code must be used, else it restarts at an encoding; 0:
@@ -353,7 +353,8 @@ class ImageTokenizer:
   def load(cls, folder: epath.PathLike) -> "ImageTokenizer":
     """Reads what `save` wrote; raises UserError if a file is absent, damaged or does not fit."""
     folder = epath.Path(folder)
-    stored = read_json(folder / CONFIG)
+    stages.check_files(folder)
+    stored = read_json(folder / CONFIG, {"vqgan": dict, "num_codes": int})
     config = build(VQGANConfig, stored["vqgan"], "vqgan")
     expected = jax.eval_shape(lambda: init_params(config, stored["num_codes"], jax.random.key(0)))
     params = parameters.load(folder / PARAMS, expected, "train_vqgan")
@@ -362,9 +363,8 @@ class ImageTokenizer:
   def save(self, folder: epath.PathLike) -> None:
     """Writes params.safetensors and config.json, each atomically."""
     folder = epath.Path(folder)
-    write_json(
-      folder / CONFIG, {"vqgan": dataclasses.asdict(self.config), "num_codes": self.num_codes}
-    )
+    about = {"vqgan": dataclasses.asdict(self.config), "num_codes": self.num_codes}
+    write_json(folder / CONFIG, about)
     parameters.save(folder / PARAMS, self.params)
 
   def encode(self, images: np.ndarray) -> np.ndarray:

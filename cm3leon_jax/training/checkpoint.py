@@ -1,6 +1,8 @@
 """Orbax checkpoints of the state and the data position, with digests: Orbax checks no contents."""
 
 from collections.abc import Callable
+from concurrent import futures
+import contextlib
 from typing import Any
 
 from etils import epath
@@ -8,55 +10,69 @@ import jax
 import orbax.checkpoint as ocp
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import UserError
-from cm3leon_jax.io import digest, read_json, write_json
+from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.io import absolute, digest, read_json, write_json
 from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.training import sealing
+from cm3leon_jax.training.retention import METRIC, policy, score
 
 FOLDER = "checkpoints"
-
-
-def _files(folder: epath.Path) -> list[str]:
-  """Returns the relative paths of all files below `folder`, sorted."""
-  files = []
-  for path in folder.iterdir():  # Buckets have no recursive glob.
-    files += [f"{path.name}/{name}" for name in _files(path)] if path.is_dir() else [path.name]
-  return sorted(files)
-
-
-def _share(names: list[str]) -> list[str]:
-  """Returns the names of the files that this process digests or checks."""
-  return names[jax.process_index() :: jax.process_count()]
-
-
-def _damage(folder: epath.Path, expected: dict) -> str | None:
-  """Says which file of this process's share is not as its digest says, or None."""
-  name = ""
-  try:
-    for name in _share(sorted({*expected, *_files(folder)})):
-      if expected.get(name) != digest(folder / name):
-        return f"{folder / name} is damaged: it is not what was written"
-  except OSError as error:
-    return f"{folder / name} cannot be read ({error})"
-  return None
+FINISH_SECONDS = 300.0  # For which a run that ends with an error waits for its save.
 
 
 class Checkpoints:
   """The checkpoints of one run. Saving is asynchronous; a checkpoint counts once it has digests.
 
-  All processes of a run call the same methods in the same order. When Orbax reports a checkpoint as
-  complete, each process writes the digests of its share of the files to STEP.partI; the first
-  process merges them to STEP.json, which seals the checkpoint.
+  All processes of a run call the same methods in the same order. `save` returns when the state is
+  in the host's memory. A thread waits until Orbax has written it; then each process writes the
+  digests of its share of the files to STEP.partI, and the first process merges them to STEP.json,
+  which seals the checkpoint.
+
+    with Checkpoints(folder, keep=2) as checkpoints:
+      checkpoints.save(state, step, next_row)
+
+  At the end of the body, also at an error in it, the save in flight is finished.
   """
 
-  def __init__(self, folder: epath.PathLike, keep: int):
-    self.folder = epath.Path(folder).resolve() / FOLDER
+  def __init__(
+    self,
+    folder: epath.PathLike,
+    keep: int,
+    keep_every: int = 0,
+    keep_best: int = 0,
+    check: Callable[[], None] = lambda: None,
+  ):
+    """Opens the checkpoints in `folder`.
+
+    Args:
+      folder: of the run.
+      keep: number of newest checkpoints that are kept.
+      keep_every: checkpoints of multiples of so many steps are kept, too; 0: none.
+      keep_best: so many checkpoints of the lowest held-out loss are kept, too.
+      check: called before a save is started and before one is sealed; an error that it raises
+        prevents both.
+    """
+    self.folder = absolute(folder) / FOLDER
     self._digest_folder = self.folder.parent / f"{FOLDER}.digests"
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=policy(keep, keep_every, keep_best),
+      best_fn=score if keep_best else None,  # Orbax then writes and reads `METRIC`.
+      create=True,
+    )
     self._manager = ocp.CheckpointManager(self.folder, options=options)
-    self._unsealed: int | None = None
-    self._digested = False
+    self._check, self._scores, self._closed = check, bool(keep_best), False
+    self._save: sealing.Save | None = None
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, error, *_):
+    if error is None:
+      self.close()
+    else:
+      self._close_alone()
 
   def discard_unsealed(self) -> None:
     """Deletes checkpoints that a killed run left unsealed, so that they displace no sealed ones.
@@ -77,11 +93,11 @@ class Checkpoints:
         "restore the digests, or delete both folders."
       )
     if unsealed == steps and steps:
-      [self._unsealed] = steps
       distributed.print_once(
-        f"warning: checkpoint {self._unsealed} in {self.folder} has no digests; it is complete, "
+        f"warning: checkpoint {steps[0]} in {self.folder} has no digests; it is complete, "
         "so it gets them."
       )
+      self._save = sealing.Save(steps[0], self._seal)
       self.wait()
       return
     for step in unsealed:
@@ -91,10 +107,22 @@ class Checkpoints:
       )
       self._manager.delete(step)
 
+  def steps(self) -> list[int]:
+    """Returns the steps of all checkpoints that are complete on disk, sealed or not, sorted."""
+    return sorted(self._manager.all_steps())
+
+  def sealed(self) -> list[int]:
+    """Returns the steps of all sealed checkpoints, sorted, as this process sees them."""
+    return [s for s in self.steps() if self._digest_path(s).exists()]
+
+  def delete(self, step: int) -> None:
+    """Deletes a checkpoint and its digests."""
+    self._remove_digests(lambda s: s == step)
+    self._manager.delete(step)
+
   def newest(self) -> int | None:
     """Returns the step of the newest sealed checkpoint, or None."""
-    steps = [s for s in self._manager.all_steps() if self._digest_path(s).exists()]
-    return distributed.gather(max(steps, default=None))[0]
+    return distributed.gather(max(self.sealed(), default=None))[0]
 
   def newest_whole(self) -> int | None:
     """Returns the step of the newest sealed checkpoint that is whole, or None if there is none.
@@ -105,10 +133,10 @@ class Checkpoints:
     Raises:
       UserError: all checkpoints are damaged.
     """
-    sealed = sorted(s for s in self._manager.all_steps() if self._digest_path(s).exists())
+    sealed = distributed.gather(self.sealed())[0]
     self._warn_of_gone(sealed)
     damaged: dict[int, str] = {}
-    for step in reversed(distributed.gather(sealed)[0]):
+    for step in reversed(sealed):
       damage = self.damage(step)
       if damage is None:
         for newer, sentence in damaged.items():
@@ -134,51 +162,121 @@ class Checkpoints:
         "back to one before."
       )
 
-  def save(self, state, step: int, next_row: int) -> None:
-    """Seals the previous save and starts to save `state`, a tree of arrays."""
+  def go_back(self, step: int) -> None:
+    """Deletes all checkpoints after that of `step`.
+
+    Raises:
+      UserError: there is none of this step, or it is damaged.
+    """
+    steps = distributed.gather(sorted(self._manager.all_steps()))[0]
+    if step not in steps:
+      listed = ", ".join(map(str, steps)) or "none"
+      raise UserError(f"{self.folder} has no checkpoint of step {step}; it has {listed}.")
+    self.check(step)
+    for newer in (s for s in steps if s > step):
+      self._manager.delete(newer)
+    if distributed.is_first():
+      self._remove_digests(lambda s: s > step)
+
+  def save(self, state, step: int, next_row: int, heldout_loss: float | None = None) -> None:
+    """Seals the previous save and starts to save `state`, a tree of arrays.
+
+    Args:
+      state: a tree of arrays; it may be donated when this returns.
+      step: of the checkpoint.
+      next_row: position in the data.
+      heldout_loss: of this step, by which the best checkpoints are kept.
+
+    Raises:
+      TryAgain: this save or the previous one failed.
+    """
     self.wait()
+    self._check()
     # A killed run may have left digests. Orbax starts to write when all processes are here.
     if distributed.is_first():
       self._remove_digests(lambda s: s == step)
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"next_row": next_row})
     )
-    self._manager.save(step, args=args, force=True)
-    self._unsealed, self._digested = step, False
+    metrics = {METRIC: heldout_loss} if self._scores else None
+    try:
+      self._manager.save(step, args=args, metrics=metrics, force=True)
+    except OSError as error:
+      raise self._failure(step, error) from error
+    self._save = sealing.Save(step, self._seal)
+
+  def check_save(self) -> None:
+    """Raises the error of the save in flight, if it has failed; called after every step.
+
+    Raises:
+      TryAgain: it could not be written.
+    """
+    if self._save is not None:
+      for part in (self._save.share, self._save.sealed):
+        if part.done():
+          part.result()
 
   def wait(self) -> None:
-    """Returns when every started save is complete on disk, with its digests."""
-    self._manager.wait_until_finished()
+    """Returns when every started save is complete on disk, with its digests.
+
+    Raises:
+      TryAgain: one could not be written.
+    """
+    save, self._save = self._save, None
+    if save is None:
+      return
     with distributed.together():
-      self._digest_share()
-    self.seal()
+      save.share.result()
+    with distributed.together():  # All parts are there, so the first process does not wait long.
+      save.sealed.result()
 
-  def seal(self) -> None:
-    """Seals the newest save if it is complete on disk; called after every step."""
-    self._digest_share()
-    if not self._digested or self._unsealed is None:
-      return
-    step = self._unsealed
-    if distributed.is_first():
-      parts = [self._digest_folder / f"{step}.part{i}" for i in range(jax.process_count())]
-      if not {part.name for part in parts} <= {path.name for path in self._digest_folder.iterdir()}:
+  def _seal(self, save: sealing.Save) -> None:
+    """Digests this process's share of a save, then seals it in the first process; in a thread."""
+    for outcome, work in ((save.share, self._digest_share), (save.sealed, self._merge)):
+      try:
+        work(save)
+        outcome.set_result(None)
+      except UserError as error:
+        outcome.set_exception(error)
         return
-      digests = {name: value for part in parts for name, value in read_json(part).items()}
-      write_json(self._digest_path(step), digests)
-      for part in parts:
-        part.unlink()
-      kept = set(self._manager.all_steps())
-      self._remove_digests(lambda s: s not in kept)
-    self._unsealed = None
+      except Exception as error:  # Of Orbax, TensorStore, a disk or a bucket.
+        failure = self._failure(save.step, error)
+        failure.__cause__ = error
+        outcome.set_exception(failure)
+        return
 
-  def _digest_share(self) -> None:
-    """Digests this process's share of the newest save, once, if the save is complete on disk."""
-    if self._unsealed is None or self._digested or self._manager.is_saving_in_progress():
+  def _digest_share(self, save: sealing.Save) -> None:
+    """Waits until Orbax has written a checkpoint; writes digests of this process's share of it."""
+    self._manager.wait_until_finished()
+    found = sealing.digests(self.folder / str(save.step))
+    write_json(self._part(save.step, jax.process_index()), found)
+
+  def _all_parts(self, save: sealing.Save) -> bool:
+    """Waits for the digests of all processes; False if nobody waits for the others any more."""
+    parts = {self._part(save.step, i).name for i in range(jax.process_count())}
+    while not parts <= {path.name for path in self._digest_folder.iterdir()}:
+      if save.ending.wait(0.2):
+        return False
+    return True
+
+  def _merge(self, save: sealing.Save) -> None:
+    """Writes the digests of all processes into one file, which seals the checkpoint."""
+    if not distributed.is_first() or not self._all_parts(save):
       return
-    folder = self.folder / str(self._unsealed)
-    part = self._digest_folder / f"{self._unsealed}.part{jax.process_index()}"
-    write_json(part, {name: digest(folder / name) for name in _share(_files(folder))})
-    self._digested = True
+    self._check()
+    parts = [self._part(save.step, i) for i in range(jax.process_count())]
+    digests = {name: value for part in parts for name, value in read_json(part).items()}
+    write_json(self._digest_path(save.step), digests)
+    for part in parts:
+      part.unlink()
+    kept = set(self._manager.all_steps())
+    self._remove_digests(lambda s: s not in kept)
+
+  def _failure(self, step: int, error: Exception) -> TryAgain:
+    return TryAgain(
+      f"checkpoint {step} could not be written to {self.folder} ({error or type(error).__name__}): "
+      "the same command continues from the one before."
+    )
 
   def _remove_digests(self, of: Callable[[int], bool]) -> None:
     """Deletes the digests, merged or not, of all steps for which `of` is true."""
@@ -242,7 +340,7 @@ class Checkpoints:
       if not isinstance(expected, dict) or not expected:
         damage = f"{self._digest_path(step)} is damaged: it has no digests"
       else:
-        damage = _damage(folder, expected)
+        damage = sealing.damage(folder, expected)
     return next(filter(None, distributed.gather(damage)), None)
 
   def digest(self, step: int) -> str | None:
@@ -251,11 +349,38 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits for the last save and ends."""
-    self.wait()
-    self._manager.close()
+    if not self._closed:
+      self.wait()
+      self._closed = True
+      self._manager.close()
+
+  def _close_alone(self) -> None:
+    """Finishes the save in flight at an error, without the other processes, which may be gone.
+
+    A program that ended now would end the threads of Orbax in the middle of the save.
+    """
+    save, self._save = self._save, None
+    if save is not None and not self._closed:
+      with contextlib.suppress(futures.TimeoutError, UserError):  # The first error counts.
+        save.share.result(FINISH_SECONDS)
+      save.ending.set()
+      save.join(FINISH_SECONDS)
+    if not self._closed:
+      self._closed = True
+      with contextlib.suppress(Exception):  # A save that failed raises again.
+        self._manager.close()
 
   def _digest_path(self, step: int) -> epath.Path:
     return self._digest_folder / f"{step}.json"
+
+  def _part(self, step: int, process: int) -> epath.Path:
+    return self._digest_folder / f"{step}.part{process}"
+
+
+def newest_step(folder: epath.PathLike) -> int:
+  """Returns the step of a run's newest sealed checkpoint, or 0, without opening it."""
+  digests = (epath.Path(folder) / f"{FOLDER}.digests").glob("*.json")
+  return max((int(path.stem) for path in digests if path.stem.isdecimal()), default=0)
 
 
 def load_params(

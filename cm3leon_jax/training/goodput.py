@@ -61,6 +61,10 @@ class Stopwatch:
     self._switch(self._phase)
     return dict(self._seconds)
 
+  def standing(self) -> tuple[str, float]:
+    """Returns the current phase, and the seconds since the loop last changed or read the phases."""
+    return self._phase, self._clock() - self._mark
+
   def add(self, seconds: dict[str, float]) -> None:
     """Adds the seconds of earlier starts of the run."""
     for name, value in seconds.items():

@@ -34,7 +34,7 @@ class Lease:
     self._folder = epath.Path(folder)
     self._token, self._beats, self._lost = secrets.token_hex(8), 0, ""
     self._renewed = 0.0
-    self._stop = threading.Event()
+    self._stop, self._renewing = threading.Event(), threading.Lock()
     self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
   def __enter__(self):
@@ -63,22 +63,33 @@ class Lease:
       if self._read().get("token") == self._token:
         self._path.unlink(missing_ok=True)
 
-  def guard(self, function: Callable) -> Callable:
-    """Returns a function that first checks that the lease is still held.
+  def check(self, now: bool = True) -> None:
+    """Checks that the lease is still held.
 
-    It raises UserError if another job has taken it, and TryAgain if it could not be renewed.
+    Args:
+      now: whether to read the file; else the last sign of life counts, if it is recent.
+
+    Raises:
+      UserError: another job has taken it.
+      TryAgain: it could not be renewed.
     """
+    if not self._thread.is_alive():
+      return
+    if now or time.monotonic() - self._renewed > EXPIRE_SECONDS:
+      self._renew()
+    if self._lost:
+      raise UserError(
+        f"{self._lost} took {self._path}, because this job gave no sign of life for "
+        f"{EXPIRE_SECONDS:g} s: it stops, and the other one continues."
+      )
+    if time.monotonic() - self._renewed > EXPIRE_SECONDS:
+      raise TryAgain(f"{self._path} could not be renewed for {EXPIRE_SECONDS:g} s.")
+
+  def guard(self, function: Callable) -> Callable:
+    """Returns a function that first checks that the lease is still held, see `check`."""
 
     def guarded(*args):
-      if self._thread.is_alive() and time.monotonic() - self._renewed > EXPIRE_SECONDS:
-        self._renew()
-      if self._lost:
-        raise UserError(
-          f"{self._lost} took {self._path}, because this job gave no sign of life for "
-          f"{EXPIRE_SECONDS:g} s: it stops, and the other one continues."
-        )
-      if self._thread.is_alive() and time.monotonic() - self._renewed > EXPIRE_SECONDS:
-        raise TryAgain(f"{self._path} could not be renewed for {EXPIRE_SECONDS:g} s.")
+      self.check(now=False)
       return function(*args)
 
     return guarded
@@ -131,11 +142,12 @@ class Lease:
 
   def _renew(self) -> None:
     try:
-      found = self._read()
-      if found and found.get("token") != self._token:
-        self._lost = _name(found)
-      elif not self._lost:
-        self._write()
+      with self._renewing:
+        found = self._read()
+        if found and found.get("token") != self._token:
+          self._lost = _name(found)
+        elif not self._lost:
+          self._write()
     except Exception:  # Of a bucket or a network disk, of any kind; the next beat may succeed.
       return
 

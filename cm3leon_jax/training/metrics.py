@@ -11,6 +11,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json_lines, replacing
 
 LOG = "metrics.jsonl"
+FIELDS = {"step": int}  # Of every line.
 # In a bucket the file is written at most once in that time, and for at most 1% of the time.
 BUCKET_SECONDS = 60.0
 
@@ -26,13 +27,38 @@ def check_log(folder: epath.Path, checkpoint_every: int) -> None:
     UserError: it has steps that must have been saved.
   """
   with distributed.together():
-    lines = read_json_lines(folder / "metrics" / LOG) if distributed.is_first() else []
+    lines = read_json_lines(folder / "metrics" / LOG, FIELDS) if distributed.is_first() else []
     last = max((line["step"] for line in lines if "loss" in line), default=0)
     if last > 2 * checkpoint_every:  # Then the first save is complete.
       raise UserError(
         f"{folder} has logged {last} steps and has no checkpoint: restore its folder checkpoints, "
         f"or, if none was ever saved, delete {folder} to start from step 0."
       )
+
+
+def cut_log(folder: epath.PathLike, step: int) -> int:
+  """Removes the lines after a step from the log of a run, and notes it in the log.
+
+  Args:
+    folder: of the log.
+    step: that the run goes back to.
+
+  Returns:
+    The last step that was logged; `step` if none was after it.
+  """
+  path = epath.Path(folder) / LOG
+  lines = read_json_lines(path)
+  last = max((line["step"] for line in lines), default=step)
+  if last <= step:
+    return step
+  kept = [line for line in lines if line["step"] <= step]
+  event = {"step": step, "event": "rolled_back", "from_step": last}
+  times = [line["time"] for line in lines if "time" in line]
+  if times:  # Goodput counts the removed time as lost.
+    event["time"] = times[-1]
+  with replacing(path, "w") as file:
+    file.write("".join(json.dumps(line) + "\n" for line in [*kept, event]))
+  return last
 
 
 class MetricsLog:
@@ -55,7 +81,7 @@ class MetricsLog:
       enabled: whether this process reads and writes; one process of a run does.
     """
     self.path, self.enabled = epath.Path(folder) / LOG, enabled
-    self.before = read_json_lines(self.path) if enabled else []
+    self.before = read_json_lines(self.path, FIELDS) if enabled else []
     self.replayed, self.identical, self._resumed_at = 0, 0, resumed_at
     old = [] if resumed_at is None else self.before
     self._expected = {

@@ -8,18 +8,17 @@ import time
 
 from etils import epath
 import jax
-import numpy as np
 import optax
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import flops
+from cm3leon_jax.training.boards import Board, open_boards
 from cm3leon_jax.training.goodput import Stopwatch, describe, earlier, goodput, to_line
 from cm3leon_jax.training.loss import SOURCE_SUMS, source_losses
 from cm3leon_jax.training.metrics import MetricsLog
+from cm3leon_jax.training.numerics import SkipCounter, finite_values
 from cm3leon_jax.training.profile import Profiler
-from cm3leon_jax.training.tensorboard import TensorBoard, named_histograms
-from cm3leon_jax.training.wandb_run import WandbRun
+from cm3leon_jax.training.tensorboard import named_histograms
 
 IDLE_SECONDS = 5e-3  # If metrics come within this time, the device was idle.
 
@@ -53,7 +52,8 @@ def step_line(step: int, steps: int, values: dict, devices: int, left: float | N
     step 120/1,100 | loss 3.412 image 3.301 text 4.127 | grad 0.871 | lr 4.90e-03 |
     2,310 tokens/s/device | MFU - | 0:05:12 left
 
-  Where samples were scored, `reward 0.812 spread 0.241 kl 0.013` stands in place of the loss.
+  Where samples were scored, `reward 0.812 spread 0.241 kl 0.013` stands in place of the loss. The
+  line of a step that was skipped ends with `| skipped`.
 
   Args:
     step: its number.
@@ -73,6 +73,7 @@ def step_line(step: int, steps: int, values: dict, devices: int, left: float | N
   return (
     f"step {step:,}/{steps:,} | {learned} | grad {values['grad_norm']:.3f} | "
     f"lr {values['learning_rate']:.2e} | {rate} tokens/s/device | MFU {mfu} | {time_left} left"
+    f"{' | skipped' if values.get('skipped') else ''}"
   )
 
 
@@ -144,7 +145,8 @@ class Monitor:
 
   def __init__(
     self, log: MetricsLog, watch: Stopwatch, rates: Rates, schedule: optax.Schedule, config,
-    profiler: Profiler, boards: list[TensorBoard | WandbRun], sources: Sequence[str] = (),
+    profiler: Profiler, boards: list[Board], sources: Sequence[str] = (),
+    skipped: int = 0,
   ):  # fmt: skip
     """Combines the outputs that `open_monitor` opens.
 
@@ -153,11 +155,13 @@ class Monitor:
       watch: started at the start of the trainer.
       rates: of the run.
       schedule: learning rate as a function of the step.
-      config: the TrainConfig: steps, log_every.
+      config: the TrainConfig: steps, log_every, max_skipped.
       profiler: of the steps to trace.
       boards: get curves, samples and histograms.
       sources: names of the sources that the rows are marked with, whose losses are logged.
+      skipped: number of steps that earlier starts skipped.
     """
+    self._skips = SkipCounter(config.max_skipped, skipped)
     self._sources = sources
     self._log, self._watch, self._rates, self._schedule = log, watch, rates, schedule
     self._config, self._profiler, self._boards = config, profiler, boards
@@ -180,6 +184,8 @@ class Monitor:
     for board in self._boards:
       board.close()
     if error is None:
+      if self._skips.total:
+        self._print(f"train: {self._skips.total} of the steps were skipped.")
       self._print(f"train: {describe(self._watch.seconds())}")
 
   def next_batch(self, data):
@@ -251,11 +257,16 @@ class Monitor:
       for board in self._boards:
         board.histograms(step, histograms)
 
+  def skipped(self) -> bool:
+    """Waits for the last dispatched step, logs it, and returns whether it was skipped."""
+    self.flush()
+    return self._skips.in_a_row > 0
+
   def flush(self) -> None:
     """Waits for the last dispatched step and logs it.
 
     Raises:
-      UserError: its loss or its gradient is not finite.
+      TooManySkippedError: see `SkipCounter`.
     """
     if self._pending is None:
       return
@@ -268,17 +279,13 @@ class Monitor:
       self._count_overlapped()
     self._overlapped.clear()
     left = self._add_rates(step, values)
-    values["learning_rate"] = float(self._schedule(step - 1))
-    if not np.isfinite([values["loss"], values["grad_norm"]]).all():
-      raise UserError(
-        f"the loss of step {step} is {values['loss']:.4g}, the norm of its gradient "
-        f"{values['grad_norm']:.4g}: lower optimizer.learning_rate in a new --workdir, or look at "
-        "the step's rows; with --debug_nans the same command continues from the last checkpoint "
-        "and stops at the operation that makes the first NaN."
-      )
+    # The schedule counts the steps that were taken.
+    values["learning_rate"] = float(self._schedule(step - 1 - self._skips.total))
     self._write(step, {**values, "time": round(time.time(), 3)})
-    if step % self._config.log_every == 0 or step in (self._begin[0], self._config.steps):
+    shown = step % self._config.log_every == 0 or values.get("skipped")
+    if shown or step in (self._begin[0], self._config.steps):
       self._print(step_line(step, self._config.steps, values, self._rates.devices, left))
+    self._skips.add(step, values)
 
   def _add_rates(self, step: int, values: dict) -> float | None:
     """Adds the rates of a step to `values` and returns the seconds to the end of the run.
@@ -301,6 +308,7 @@ class Monitor:
     self._overlapped.clear()
 
   def _write(self, step: int, values: dict) -> None:
+    values = finite_values(values)
     self._log.write(step, values)
     for board in self._boards:
       board.scalars(step, values)
@@ -308,22 +316,6 @@ class Monitor:
   def _print(self, text: str) -> None:
     if self._log.enabled:
       print(text, flush=True)
-
-
-def open_boards(folder: epath.Path, config, first_step: int) -> list[TensorBoard | WandbRun]:
-  """Opens the boards of the TrainConfig; prints a line if TensorBoard is not installed.
-
-  Raises:
-    UserError: config.wandb is set, but wandb is not installed.
-  """
-  boards = [WandbRun(folder, config.wandb)] if config.wandb else []
-  if config.tensorboard:
-    try:
-      boards.append(TensorBoard(folder / "tensorboard", first_step))
-    except ImportError as error:
-      instead = "pip install 'cm3leon_jax[monitoring]', or set --config.train.tensorboard=False."
-      print(f"train: no TensorBoard ({error}): {instead}", flush=True)
-  return boards
 
 
 def open_monitor(
@@ -345,6 +337,7 @@ def open_monitor(
   """
   log = MetricsLog(folder / "metrics", newest, enabled=jax.process_index() == 0)
   watch.add({} if newest is None else earlier(log.before, newest))
+  skipped = sum(int(x.get("skipped", 0)) for x in log.before if x["step"] <= (newest or 0))
   devices = jax.sharding.get_mesh().devices
   tokens = config.global_batch_size * sequence_length
   rates = Rates(
@@ -353,7 +346,7 @@ def open_monitor(
     flops.mesh_peak(config.peak_flops),
   )
   first = 0 if newest is None else newest + 1  # Step 0 is an evaluation before the first step.
-  boards = open_boards(folder, config, first) if log.enabled else []
+  boards = open_boards(folder, config, first, watch) if log.enabled else []
   if log.enabled and profile_steps and (newest or 0) >= profile_steps[-1]:
     print(
       f"train: the run is at step {newest:,} already, beyond the steps to trace; "
@@ -373,4 +366,4 @@ def open_monitor(
       flush=True,
     )
   profiler = Profiler(folder / "profile", profile_steps)
-  return Monitor(log, watch, rates, schedule, config, profiler, boards, sources)
+  return Monitor(log, watch, rates, schedule, config, profiler, boards, sources, skipped)

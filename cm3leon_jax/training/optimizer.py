@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
+from cm3leon_jax.training.numerics import watch_norm
 
 # The matrices that Muon updates: axes of what they map from and to; other axes stack matrices.
 MATRICES = {
@@ -57,6 +58,9 @@ class OptimizerConfig:
   """Whether weight decay acts on the tables of tokens and positions."""
   clip_norm: PositiveFloat = 1.0
   """Bound of the global gradient norm."""
+  skip_above: NonNegativeFloat = 0.0
+  """Spikes: a step whose gradient norm is above `skip_above` x the moving average of the steps
+  before is skipped, e.g. 10; 0: none is. Steps with a NaN or an infinity always are."""
   first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
   """Dtype of Adam's first moment; `bfloat16` halves its memory: 2 of the 12 bytes that a
   parameter takes."""
@@ -119,7 +123,9 @@ def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTrans
       optax.add_decayed_weights(config.weight_decay, decayed),
       optax.scale_by_learning_rate(schedule),
     ]
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), *steps)
+  # Before the clipping. Without it the state has the layout of older checkpoints.
+  watch = [watch_norm(config.skip_above)] if config.skip_above else []
+  return optax.chain(*watch, optax.clip_by_global_norm(config.clip_norm), *steps)
 
 
 def _matrices(params: dict) -> dict:

@@ -10,7 +10,6 @@ policy that sampled them is 1 and nothing is clipped.
 # L = P + I - 1 tokens of a row, C image codes, D width.
 
 from collections.abc import Callable, Sequence
-import dataclasses
 import functools
 from typing import Annotated, Literal, NamedTuple
 
@@ -27,8 +26,8 @@ from cm3leon_jax.mesh import RULES, shard, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.attention import wide
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer, update_average
-from cm3leon_jax.training.state import TrainState
+from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.state import TrainState, apply_gradients
 from cm3leon_jax.xla_options import compiler_options
 
 BUCKET = 32  # Prompt slots are a multiple of it, so that few shapes are compiled.
@@ -180,8 +179,8 @@ def policy_step(
     ema_decay: static; see `optimizer.update_average`.
 
   Returns:
-    New state, and metrics: loss, image_loss (nats per sampled code), text_loss (0), kl, grad_norm,
-    weight (the number of codes).
+    New state, and metrics: loss, image_loss (nats per sampled code), text_loss (0), kl, weight (the
+    number of codes), and those of `state.apply_gradients`.
   """
   layers = {name: x for name, x in state.params.items() if name not in transformer.LOOKED_UP}
   params = {**state.params, **jax.tree.map(lambda x: x.astype(config.dtype), layers)}
@@ -198,16 +197,9 @@ def policy_step(
 
   grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
   grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  ema = state.ema
-  if ema is not None:
-    ema = update_average(ema, params, ema_decay, state.step)
-  metrics |= {"text_loss": jnp.zeros(()), "grad_norm": optax.tree.norm(grads)}
-  metrics["weight"] = jnp.float32(rollout.codes.size)
-  return dataclasses.replace(
-    state, step=state.step + 1, params=params, opt_state=opt_state, ema=ema
-  ), metrics
+  metrics |= {"text_loss": jnp.zeros(()), "weight": jnp.float32(rollout.codes.size)}
+  state, applied = apply_gradients(optimizer, state, grads, metrics["loss"], ema_decay)
+  return state, metrics | applied
 
 
 def compile_step(

@@ -1,22 +1,33 @@
-"""SIGTERM: a run saves before it stops, on all processes at the same step."""
+"""SIGTERM and Ctrl-C: a run saves before it stops, on all processes at the same step."""
 
+import os
 import signal
+import sys
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from cm3leon_jax import distributed
+from cm3leon_jax.config import CTRL_C, INTERRUPTED
+
+# Signals and their exit codes. All processes agree on the largest place, so the later one counts.
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+CODES = (CTRL_C, INTERRUPTED)
+
 _largest = jax.jit(jnp.max)
 
 
 class StopSignal:
-  """Sets a flag at SIGTERM, so that the loop can save before it ends (preemption, a scheduler).
+  """Notes SIGTERM and Ctrl-C, so that the loop can save before it ends.
 
   Only some processes may get the signal. So after each step the maximum of all flags is started as
   one all-reduce of a scalar, and it is read after the next step, without waiting. All processes
-  read the same number at the same step, which is at most two after the signal.
+  read the same number at the same step, which is at most two after the signal. A second Ctrl-C
+  stops at once.
 
   (JAX has `multihost_utils.reached_preemption_sync_point` for this. It agrees on the largest step
   that a process has named. But Orbax also names old steps, from the thread in which a save ends, so
@@ -29,21 +40,48 @@ class StopSignal:
     self._pending = None
 
   def __enter__(self):
-    self.received = False
-    self._previous = signal.signal(signal.SIGTERM, self._set)
+    self._received = 0  # 1 + place in SIGNALS.
+    # A job in the background of a script ignores Ctrl-C, which is meant for the foreground.
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    self._previous = {number: signal.signal(number, self._set) for number in heard}
     return self
 
-  def _set(self, *_):
-    self.received = True
+  def _set(self, number: int, _) -> None:
+    before, self._received = self._received, max(self._received, 1 + SIGNALS.index(number))
+    if number == signal.SIGINT:
+      if before:
+        raise KeyboardInterrupt
+      # A handler must not print: it may have interrupted a print.
+      os.write(2, b"\nCtrl-C: the run saves after this step; once more stops it at once.\n")
 
   def __exit__(self, *_):
-    signal.signal(signal.SIGTERM, self._previous)
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
 
-  def stopping(self) -> bool:
-    """Returns whether to stop after this step; all processes call it once a step and agree."""
-    if jax.process_count() == 1:
-      return self.received
-    mine = np.full(self._shape, self.received, np.int32)
+  def stopping(self) -> int | None:
+    """Returns the exit code with which to stop after this step; None: go on.
+
+    All processes call it once a step and agree.
+    """
+    agreed = self._received if jax.process_count() == 1 else self._largest_of_all()
+    return CODES[agreed - 1] if agreed else None
+
+  def _largest_of_all(self) -> int:
+    mine = np.full(self._shape, self._received, np.int32)
     flags = jax.make_array_from_callback(self._shape, self._sharding, lambda index: mine[index])
     before, self._pending = self._pending, _largest(flags)
-    return before is not None and bool(before)
+    return 0 if before is None else int(before)
+
+
+def check_end(step: int, steps: int, folder: epath.Path, code: int | None) -> None:
+  """Exits with `code` if the run was asked to stop before its last step."""
+  if code is not None and step < steps:
+    distributed.print_once(
+      f"stopped at step {step} of {steps}; saved in {folder}: the same command continues."
+    )
+    sys.exit(code)
+  if step > steps:
+    distributed.print_once(
+      f"train: the run is at step {step} already, beyond train.steps = {steps}; "
+      "nothing was trained."
+    )

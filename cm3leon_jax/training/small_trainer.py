@@ -17,14 +17,16 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
-from tqdm import tqdm
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import plain, read_json, write_json
 from cm3leon_jax.mesh import batch_shards, spec
+from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.stages import check_same_config, differences
 from cm3leon_jax.training.checkpoint import Checkpoints
+from cm3leon_jax.training.lease import Lease
 from cm3leon_jax.training.metrics import MetricsLog
+from cm3leon_jax.training.numerics import check_finite, finite_values
 
 FOLDER = "training"
 LOG_EVERY = 10
@@ -61,8 +63,10 @@ def train(
 
   Raises:
     UserError: too few examples, or a batch that the mesh does not divide; the folder holds a
-      training of another config, or a damaged checkpoint.
+      training of another config, or a damaged checkpoint, or another job trains in it; a loss or
+      the state is not finite.
   """
+  remedy = _remedy(name, folder)
   _check_batch(name, config.batch_size, len(examples))
   identity = {name: dataclasses.asdict(config), **about, "seed": seed, "examples": len(examples)}
   del identity[name]["checkpoint_every"]
@@ -70,25 +74,44 @@ def train(
   # Automatic axes: the compiler lays out the arrays between the batch and the summed gradient.
   mesh = Mesh(current.devices, current.axis_names)
   split = NamedSharding(mesh, spec("batch"))
-  checkpoints = _open_checkpoints(name, identity, epath.Path(folder) / FOLDER)
-  with jax.set_mesh(mesh), contextlib.closing(checkpoints):
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.set_mesh(mesh))
+    lease = stack.enter_context(Lease(folder))
+    checkpoints = stack.enter_context(
+      _open_checkpoints(name, identity, epath.Path(folder) / FOLDER, lease)
+    )
+    step = lease.guard(step)
     state, first = _restore(name, checkpoints, init)
     log = MetricsLog(folder, resumed_at=first or None)
     steps = range(first, config.steps)
-    bar = tqdm(steps, name, config.steps, initial=first, mininterval=1, unit="step")
+    bar = progress_bar(steps, name, config.steps, initial=first, unit="step")
     for i in bar:
       batch = examples[batch_rows(i, len(examples), config.batch_size, seed)]
       state, metrics = step(state, jax.device_put(batch, split), i)
       done = i + 1
       if done % LOG_EVERY == 0 or done == config.steps:
         values = {key: float(value) for key, value in metrics.items()}
+        _check_values(f"{name}: step {done}", values, remedy)
         log.write(done, values)
         bar.set_postfix({key: f"{x:.3f}" for key, x in values.items()}, refresh=False)
       if done % config.checkpoint_every == 0 and done < config.steps:
+        check_finite(state, f"{name}: checkpoint {done}", remedy)
         checkpoints.save(state, done, next_row=done * config.batch_size)
-      checkpoints.seal()
+      checkpoints.check_save()
     log.flush()
+    check_finite(state, f"{name}: the model", remedy)
     return jax.device_get(state)
+
+
+def _remedy(name: str, folder: epath.PathLike) -> str:
+  training = epath.Path(folder) / FOLDER
+  return f"lower config.{name}.learning_rate and delete {training} to start again."
+
+
+def _check_values(what: str, values: dict[str, float], remedy: str) -> None:
+  if finite_values(values) != values:
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    raise UserError(f"{what} has {shown}: {remedy}")
 
 
 def _check_batch(name: str, batch_size: int, num_examples: int) -> None:
@@ -113,11 +136,11 @@ def _restore(name: str, checkpoints: Checkpoints, init) -> tuple[dict, int]:
   return state, newest
 
 
-def _open_checkpoints(name: str, identity: dict, folder: epath.Path) -> Checkpoints:
+def _open_checkpoints(name: str, identity: dict, folder: epath.Path, lease: Lease) -> Checkpoints:
   """Opens the checkpoints of the same training; those of another length are deleted."""
   path = folder / "config.json"
   if path.exists():
-    stored = read_json(path)
+    stored = read_json(path, {})
     changed = differences(stored, plain(identity))
     if changed and all(change.startswith(f"{name}.steps:") for change in changed):
       print(
@@ -127,7 +150,8 @@ def _open_checkpoints(name: str, identity: dict, folder: epath.Path) -> Checkpoi
     else:
       check_same_config(folder, stored, identity)
   write_json(path, identity)
-  checkpoints = Checkpoints(folder, keep=2)  # Until a save is complete, the previous one is needed.
+  # Until a save is complete, the previous one is needed.
+  checkpoints = Checkpoints(folder, keep=2, check=lease.check)
   checkpoints.discard_unsealed()
   return checkpoints
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float32, Key
 import optax
 
 from cm3leon_jax.mesh import spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training import loss
+from cm3leon_jax.training import loss, numerics
 from cm3leon_jax.training.optimizer import update_average
 
 
@@ -76,8 +76,8 @@ def train_step(
     num_sources: static; S, if the rows are marked with their sources.
 
   Returns:
-    New state, and metrics: loss, image_loss, text_loss (nats per target), grad_norm, weight; of
-    marked rows also the `loss.source_sums`.
+    New state, and metrics: loss, image_loss, text_loss (nats per target), weight, those of
+    `apply_gradients`; of marked rows also the `loss.source_sums`.
   """
   total = jnp.maximum(jnp.sum(batch["loss_weights"]), 1e-9)
   # Layers are cast here and not where they are used: their gradients then stay in the compute
@@ -95,14 +95,47 @@ def train_step(
     grads, sums = _fp32(grad_fn(batch))
   else:
     grads, sums = _accumulated(grad_fn, state.params, batch, accumulation_steps)
+  metrics = {**loss.modality_losses(sums), "weight": total}
+  metrics |= {name: sums[name] for name in loss.SOURCE_SUMS if name in sums}
+  state, applied = apply_gradients(optimizer, state, grads, metrics["loss"], ema_decay)
+  return state, metrics | applied
+
+
+def apply_gradients(
+  optimizer: optax.GradientTransformation,
+  state: TrainState,
+  grads: dict,
+  value: loss.Scalar,
+  ema_decay: float,
+) -> tuple[TrainState, dict[str, loss.Scalar]]:
+  """Updates the state, unless the numbers of the step are not sound (`numerics.is_sound`).
+
+  A step that is skipped leaves parameters, optimizer and average bit for bit as they were, as if
+  there had been no such batch: the optimizer's own count of steps, which its schedule and Adam's
+  correction of bias follow, does not move either. Only `state.step` does, which says how many
+  batches were read.
+
+  Args:
+    optimizer: of `create_optimizer`.
+    state: before the step.
+    grads: fp32, laid out as the parameters.
+    value: the loss.
+    ema_decay: see `update_average`.
+
+  Returns:
+    New state, and metrics: grad_norm, and skipped, 0 or 1.
+  """
+  norm = optax.tree.norm(grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  metrics = {**loss.modality_losses(sums), "grad_norm": optax.tree.norm(grads), "weight": total}
-  metrics |= {name: sums[name] for name in loss.SOURCE_SUMS if name in sums}
   ema = state.ema
   if ema is not None:
     ema = update_average(ema, params, ema_decay, state.step)
-  return TrainState(state.step + 1, params, opt_state, ema), metrics
+  sound = numerics.is_sound(value, norm, opt_state)
+  old = (state.params, state.opt_state, state.ema)
+  new = numerics.select(sound, (params, opt_state, ema), old)
+  metrics = {"grad_norm": norm, "skipped": 1 - sound.astype(jnp.float32)}
+  return TrainState(state.step + 1, *new), metrics
 
 
 def _accumulated(grad_fn, params: dict, batch: dict, accumulation_steps: int):
@@ -145,3 +178,14 @@ def eval_step(
   """Computes the `loss.batch_sums` of a batch; sums of batches may be added."""
   _, nll = loss.batch_nll(transformer.bind(config, params), batch)
   return loss.batch_sums(nll, batch, text_size, num_sources)
+
+
+def row_losses(
+  config: ModelConfig, params: dict, batch: dict[str, loss.Ids | loss.Values]
+) -> Float32[Array, " B"]:
+  """Computes the loss of each row of a batch, nats per target: [B], whole on every device."""
+  _, nll = loss.batch_nll(transformer.bind(config, params), batch)
+  weights = batch["loss_weights"]
+  sums = jnp.sum(jnp.where(weights == 0, 0, weights * nll), 1)
+  losses = sums / jnp.maximum(jnp.sum(weights, 1), 1e-9)
+  return jax.sharding.reshard(losses, jax.P(None))

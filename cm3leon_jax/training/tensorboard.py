@@ -1,6 +1,7 @@
 """TensorBoard: scalars, grids of samples, histograms of parameters."""
 
 import importlib
+import json
 import os
 
 from etils import epath
@@ -42,12 +43,13 @@ def curves(values: dict) -> dict[str, float]:
 class TensorBoard:
   """Writes event files; a folder in a bucket needs google-cloud-storage, which comes with gcsfs."""
 
-  def __init__(self, folder: epath.PathLike, first_step: int):
+  def __init__(self, folder: epath.PathLike, first_step: int, settings: dict | None = None):
     """Opens an event file.
 
     Args:
       folder: of the run's event files; every start adds one.
       first_step: of this start; events of earlier starts from this step on are hidden.
+      settings: shown as the text `config`, a line a field.
 
     Raises:
       ImportError: tensorboardX, or what it needs for this folder, is not installed.
@@ -61,6 +63,9 @@ class TensorBoard:
     self._writer = tensorboardX.SummaryWriter(
       os.fspath(folder), purge_step=first_step, flush_secs=FLUSH_SECONDS, filename_suffix=suffix
     )
+    if settings:
+      lines = json.dumps(settings, indent=1).splitlines()
+      self._writer.add_text("config", "\n".join(f"    {line}" for line in lines), first_step)
 
   def scalars(self, step: int, values: dict) -> None:
     """Writes the `curves` of a metrics line."""

@@ -1,12 +1,11 @@
 """The training loop."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import functools
 import itertools
-import sys
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any
 
 from etils import epath
 import jax
@@ -17,24 +16,31 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import STRICT, UserError
+from cm3leon_jax.config import STRICT
 from cm3leon_jax.data.pipeline import RowLoader, batches
 from cm3leon_jax.mesh import batch_shards, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training import loss
+from cm3leon_jax.training import loss, skipped_rows
+from cm3leon_jax.training.accumulation import on_mesh
 from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.goodput import Stopwatch
+from cm3leon_jax.training.hang_watch import HangWatch
 from cm3leon_jax.training.lease import Lease
 from cm3leon_jax.training.metrics import check_log
 from cm3leon_jax.training.monitor import Monitor, open_monitor
+from cm3leon_jax.training.numerics import check_finite
+from cm3leon_jax.training.objective import NewestState, Objective, explaining
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer, learning_rate_schedule
-from cm3leon_jax.training.preemption import StopSignal
-from cm3leon_jax.training.state import eval_step, init_state, train_step
+from cm3leon_jax.training.preemption import StopSignal, check_end
+from cm3leon_jax.training.skipped_rows import GoBack
+from cm3leon_jax.training.state import eval_step, init_state, row_losses, train_step
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.xla_options import compiler_options
 
-INTERRUPTED = 75  # Exit code of a run that saved and stopped at SIGTERM (EX_TEMPFAIL: try again).
+REMEDY = (
+  "lower optimizer.learning_rate in a new --workdir; the checkpoints before are as they were."
+)
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -51,6 +57,9 @@ class TrainConfig:
   gradient_accumulation_steps: PositiveInt = 1
   """Number of micro-batches that a batch is split into, computed one after the other; a divisor
   of `global_batch_size`."""
+  rows_per_device: NonNegativeInt = 0
+  """Rows that a device takes at once; the mesh then sets the number of micro-batches, so that one
+  config runs on any slice. 0: `gradient_accumulation_steps` counts."""
   eval_every: PositiveInt = 500
   """Number of steps between two held-out losses."""
   eval_batches: PositiveInt = 4
@@ -60,6 +69,12 @@ class TrainConfig:
   keep_checkpoints: Annotated[int, Field(ge=2)] = 2
   """Number of newest checkpoints that are kept; at least 2, because the previous checkpoint is
   needed until the next one is complete."""
+  keep_every: NonNegativeInt = 0
+  """Checkpoints of multiples of so many steps are kept, too; 0: none. A multiple of
+  `checkpoint_every`."""
+  keep_best: NonNegativeInt = 0
+  """Number of checkpoints of the lowest held-out loss that are kept, too; `eval_every` must then
+  divide `checkpoint_every`."""
   sample_every: PositiveInt = 2_000
   """Number of steps between two grids of samples."""
   num_samples: PositiveInt = 8
@@ -68,8 +83,16 @@ class TrainConfig:
   """Number of steps between printed lines; metrics.jsonl has every step."""
   tensorboard: bool = True
   """Whether TensorBoard event files are written."""
+  metrics_port: Annotated[int, Field(ge=0, le=65_535)] = 0
+  """Port at which process 0 serves metrics as text for Prometheus, to every address; 0: none."""
+  hang_minutes: NonNegativeFloat = 30.0
+  """Minutes without a step, or 10 of the longest steps if that is more, after which a job prints
+  where every process stands and ends with exit code 1; 0: never."""
   wandb: str = ""
   """Project of Weights & Biases; empty: none."""
+  max_skipped: NonNegativeInt = 10
+  """Number of steps in a row that may be skipped because their loss or gradient is not finite, or
+  because of `optimizer.skip_above`; one more stops the run."""
   histogram_every: NonNegativeInt = 0
   """Number of steps between TensorBoard's histograms of the parameters; 0: none."""
   peak_flops: NonNegativeFloat = 0.0
@@ -81,21 +104,26 @@ class TrainConfig:
         f"gradient_accumulation_steps = {self.gradient_accumulation_steps} does not divide "
         f"global_batch_size = {self.global_batch_size}."
       )
+    if self.keep_every % self.checkpoint_every:
+      raise ValueError(
+        f"keep_every = {self.keep_every} is not a multiple of "
+        f"checkpoint_every = {self.checkpoint_every}."
+      )
+    if self.keep_best and self.checkpoint_every % self.eval_every:
+      raise ValueError(
+        f"keep_best = {self.keep_best} needs a held-out loss of every checkpoint: "
+        f"eval_every = {self.eval_every} must divide checkpoint_every = {self.checkpoint_every}."
+      )
+    if self.rows_per_device and self.gradient_accumulation_steps > 1:
+      raise ValueError(
+        f"rows_per_device = {self.rows_per_device} sets gradient_accumulation_steps, which is "
+        f"{self.gradient_accumulation_steps}: leave it at 1, or set rows_per_device = 0."
+      )
 
   @property
   def micro_batch_size(self) -> int:
-    """Rows that all devices together take at once, in a train step and in an evaluation."""
+    """Rows that all devices take at once, once `on_mesh` has set the accumulation."""
     return self.global_batch_size // self.gradient_accumulation_steps
-
-
-def check_batch(config: TrainConfig) -> None:
-  """Raises UserError if the current mesh cannot split the batch."""
-  parts = batch_shards() * config.gradient_accumulation_steps
-  if config.global_batch_size % parts:
-    raise UserError(
-      f"config.train.global_batch_size is {config.global_batch_size}; mesh.data x mesh.fsdp x "
-      f"mesh.fsdp_inner x train.gradient_accumulation_steps = {parts} must divide it."
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +135,13 @@ class Steps:
     train: (state, batch) -> (state, metrics), see `state.train_step`; the state is donated.
     evaluate: (params, batch) -> sums, see `state.eval_step`. Like `train` it takes the static
       `num_sources` of rows that are marked with their sources.
+    row_losses: (params, batch) -> loss of each row, see `state.row_losses`.
   """
 
   init: Callable
   train: Callable
   evaluate: Callable
+  row_losses: Callable
 
 
 def compile_steps(
@@ -144,62 +174,8 @@ def compile_steps(
     evaluate=jax.jit(
       functools.partial(eval_step, model, vocab.text_size), static_argnames="num_sources"
     ),
+    row_losses=jax.jit(functools.partial(row_losses, model)),
   )
-
-
-@runtime_checkable
-class Objective(Protocol):
-  """What a run learns from.
-
-  Attributes:
-    names: of the sources that a batch is marked with, whose losses are logged.
-    length: tokens of a row of the batch.
-  """
-
-  names: Sequence[str]
-
-  @property
-  def length(self) -> int:
-    """Tokens of a row of the batch."""
-
-  def begin(
-    self, steps: Steps, next_row: int, rows: int, sharding: NamedSharding
-  ) -> tuple[Callable, Iterator]:
-    """Begins at a row.
-
-    Args:
-      steps: of the run.
-      next_row: first row.
-      rows: of a step.
-      sharding: of the rows of a batch.
-
-    Returns:
-      `take_step(state, batch)`, which returns the new state and metrics, and the batches.
-    """
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-  """The objective of pretraining and of tuning: cross-entropy of the rows of a loader."""
-
-  loader: RowLoader
-
-  @property
-  def names(self) -> Sequence[str]:
-    """Names of the loader's sources."""
-    return self.loader.source_names
-
-  @property
-  def length(self) -> int:
-    """Tokens of a row."""
-    return self.loader.plan.config.sequence_length
-
-  def begin(
-    self, steps: Steps, next_row: int, rows: int, sharding: NamedSharding
-  ) -> tuple[Callable, Iterator]:
-    """See `Objective`."""
-    take_step = functools.partial(steps.train, num_sources=len(self.names))
-    return take_step, batches(self.loader, next_row, rows, sharding)
 
 
 def heldout_batches(heldout: RowLoader, config: TrainConfig, sharding) -> list:
@@ -274,7 +250,7 @@ def _run_steps(
   take_step: Callable, config: TrainConfig, state, next_row: int, data, heldout_losses: Callable,
   checkpoints: Checkpoints, monitor: Monitor, stop: StopSignal, sample_grid,
 ):  # fmt: skip
-  """Trains to `config.steps`; at SIGTERM it saves and stops early.
+  """Trains to `config.steps`; at SIGTERM and Ctrl-C it saves and stops early.
 
   Args:
     take_step: (state, batch) -> (state, metrics).
@@ -285,20 +261,21 @@ def _run_steps(
     heldout_losses: params -> losses, see `evaluate`.
     checkpoints: of the run.
     monitor: of the run.
-    stop: set at SIGTERM.
+    stop: set at SIGTERM and Ctrl-C.
     sample_grid: see `train`.
 
   Returns:
-    (state, next row, last held-out losses, or None if no step was left).
+    (state, next row, last held-out losses, or None if no step was left; the exit code of a run
+    that was asked to stop, or None).
   """
-  losses = None
+  losses, code = None, None
   for step in range(int(state.step) + 1, config.steps + 1):
     with monitor.traced(step):
       state, metrics = take_step(state, monitor.next_batch(data))
     next_row += config.global_batch_size
     monitor.step(step, metrics)
-    stopping = stop.stopping()  # Read once: a later signal counts at the next step.
-    last = step == config.steps or stopping
+    code = stop.stopping()  # Read once: a later signal counts at the next step.
+    last = step == config.steps or code is not None
     if step % config.eval_every == 0 or last:
       with monitor.phase("evaluate", step):
         losses = heldout_losses(state.eval_params)
@@ -307,32 +284,20 @@ def _run_steps(
     if sample_grid and (step % config.sample_every == 0 or step == config.steps):
       with monitor.phase("sample", step):
         monitor.samples(step, sample_grid(state.eval_params, step))
-    if step % config.checkpoint_every == 0 or last:
+    # While steps are skipped nothing is saved, so the checkpoints stay those of before.
+    if last or (step % config.checkpoint_every == 0 and not monitor.skipped()):
       with monitor.phase("save", step):
-        checkpoints.save(state, step, next_row)
+        check_finite(state, f"checkpoint {step}", REMEDY)
+        loss = losses["heldout_loss"] if losses else None  # With `keep_best`, of this very step.
+        checkpoints.save(state, step, next_row, loss)
     if config.histogram_every and step % config.histogram_every == 0:
       monitor.histograms(step, state.params)
-    with monitor.overlapped("save"):
-      checkpoints.seal()
-    if stopping:
+    checkpoints.check_save()
+    if code is not None:
       break
   with monitor.phase("save", int(state.step)):
     checkpoints.close()
-  return state, next_row, losses
-
-
-def _check_end(step: int, steps: int, folder: epath.Path) -> None:
-  """Exits with `INTERRUPTED` if the run stopped before its last step."""
-  if step < steps:
-    distributed.print_once(
-      f"stopped at step {step} of {steps}; saved in {folder}: the same command continues."
-    )
-    sys.exit(INTERRUPTED)
-  if step > steps:
-    distributed.print_once(
-      f"train: the run is at step {step} already, beyond train.steps = {steps}; "
-      "nothing was trained."
-    )
+  return state, next_row, losses, code
 
 
 def train(
@@ -340,6 +305,8 @@ def train(
   vocab: VocabLayout, objective: Objective, heldout: RowLoader, seed: int,
   sample_grid: Callable[[dict, int], Any] | None = None, profile_steps: range = range(0),
   initial_params: Callable[[], dict] | None = None, evaluate_start: bool = False,
+  lease: Lease | None = None,
+  go_back: GoBack | None = None,
 ) -> dict:  # fmt: skip
   """Trains to `config.steps` from the newest checkpoint in `folder`, on the current mesh.
 
@@ -358,39 +325,52 @@ def train(
     initial_params: makes the parameters that a run without a checkpoint starts from; default:
       random ones.
     evaluate_start: whether the held-out loss is also computed before the first step, as step 0.
+    lease: on the folder, if the caller holds it already.
+    go_back: the checkpoint to continue from in place of the newest, and the rows that `objective`
+      leaves out from now on.
 
   Returns:
-    Numbers for the report; `heldout_before` has the held-out losses of step 0. At SIGTERM it saves
-    and exits with `INTERRUPTED` instead.
+    Numbers for the report; `heldout_before` has the held-out losses of step 0. At SIGTERM and
+    Ctrl-C it saves and exits with its code, `INTERRUPTED` or `CTRL_C`, instead.
 
   Raises:
-    UserError: an unfit mesh, damaged checkpoints, a loss or gradient that is not finite, or another
-      job that trains in the folder.
+    UserError: an unfit mesh, damaged checkpoints, too many steps that are skipped, parameters that
+      are not finite, or another job that trains in the folder.
   """
   mesh = jax.sharding.get_mesh()
-  with contextlib.closing(Stopwatch()) as watch, Lease(folder) as lease:
-    check_batch(config)
+  with contextlib.ExitStack() as stack:
+    watch = stack.enter_context(contextlib.closing(Stopwatch()))
+    if lease is None:
+      lease = stack.enter_context(Lease(folder))
+    hang = stack.enter_context(HangWatch(folder, config.hang_minutes, watch))
+    config = on_mesh(config, batch_shards())
     sharding = NamedSharding(mesh, spec("batch", "length"))
     steps = compile_steps(model, optimizer_config, config, vocab, seed)
-    checkpoints = Checkpoints(folder, config.keep_checkpoints)
+    keep = (config.keep_checkpoints, config.keep_every, config.keep_best)
+    checkpoints = stack.enter_context(Checkpoints(folder, *keep, check=lease.check))
+    if go_back is not None:
+      skipped_rows.go_back(checkpoints, folder, go_back)
     newest, state, next_row = _restore(checkpoints, steps, initial_params)
     if newest is None:
       check_log(folder, config.checkpoint_every)
     heldout_losses = _heldout_losses(steps, heldout, config, sharding)
     take_step, data = objective.begin(steps, next_row, config.global_batch_size, sharding)
+    take_step, data = hang.follow(lease.guard(take_step), data, int(state.step) + 1)
+    take_step = NewestState(take_step)
     schedule = learning_rate_schedule(optimizer_config, config.steps)
     with distributed.together():
       monitor = open_monitor(
         folder, model, config, schedule, objective.length, newest, watch, profile_steps,
         objective.names,
       )  # fmt: skip
-    with StopSignal(mesh) as stop, monitor:
+    explained = explaining(objective, steps, take_step, config, sharding, folder)
+    with StopSignal(mesh) as stop, explained, monitor:
       before = _evaluate_start(state, newest, heldout_losses, monitor) if evaluate_start else {}
-      state, next_row, losses = _run_steps(
-        lease.guard(take_step), config, state, next_row, data, heldout_losses, checkpoints, monitor,
-        stop, sample_grid,
+      state, next_row, losses, code = _run_steps(
+        take_step, config, state, next_row, data, heldout_losses, checkpoints, monitor, stop,
+        sample_grid,
       )  # fmt: skip
-  _check_end(int(state.step), config.steps, folder)
+  check_end(int(state.step), config.steps, folder, code)
   if losses is None:  # No step was left to train.
     losses = heldout_losses(state.eval_params)
   parameters = transformer.count_params(state.params)

@@ -6,7 +6,6 @@ import uuid
 from etils import epath
 import numpy as np
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.training.tensorboard import curves
 
@@ -17,33 +16,39 @@ class WandbRun:
   It ignores a step that it already has, so steps that a resumed training computes again occur once.
   """
 
-  def __init__(self, folder: epath.PathLike, project: str):
+  def __init__(self, folder: epath.PathLike, project: str, settings: dict):
     """Starts or continues the run.
 
+    The environment variables of wandb count, such as WANDB_ENTITY, WANDB_TAGS and WANDB_NAME.
+
     Args:
-      folder: of the training; a local folder also gets wandb's own files, in wandb/.
+      folder: of the training; a local folder also gets wandb's own files, in wandb/. The name of
+        the folder above it is that of the run, unless WANDB_NAME has one.
       project: on the server.
+      settings: shown as the config of the run.
 
     Raises:
-      UserError: wandb is not installed.
+      ImportError: wandb is not installed.
+      Exception: of wandb, if no login or no server is there.
     """
-    try:
-      import wandb  # An extra: only config.train.wandb needs it.
-    except ImportError as error:
-      raise UserError(
-        f"config.train.wandb is '{project}', but wandb is not installed: "
-        "pip install 'cm3leon_jax[monitoring]'."
-      ) from error
+    import wandb  # An extra: only config.train.wandb needs it.
+
     path, local = epath.Path(folder) / "wandb.json", "://" not in os.fspath(folder)
-    if not path.exists():
-      write_json(path, {"id": uuid.uuid4().hex[:8]})
+    name = None  # A run that exists keeps the name that people gave it.
+    if new := not path.exists():
+      name = os.environ.get("WANDB_NAME") or epath.Path(folder).parent.name
+    found = {"id": uuid.uuid4().hex[:8]} if new else read_json(path, {"id": str})
     self._wandb = wandb
     self._run = wandb.init(
       project=project,
-      id=read_json(path)["id"],
+      id=found["id"],
+      name=name,
+      config=settings,
       resume="allow",
       dir=os.fspath(folder) if local else None,
     )
+    if new:
+      write_json(path, found)
 
   def scalars(self, step: int, values: dict) -> None:
     """Logs the `curves` of a metrics line."""

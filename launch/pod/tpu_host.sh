@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs on every host of a TPU VM slice, called by tpu_vm.sh: installs the project and starts launch.train as a service.
+# Runs on every host of a TPU VM slice, called by the tpu_vm.sh that launch.plan writes: installs the project and starts
+# launch.train as a service.
 set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../venv.sh"
@@ -7,23 +8,22 @@ source "$(dirname "${BASH_SOURCE[0]}")/../venv.sh"
 user="$(id -un)"
 service="cm3leon-train@$user"
 if systemctl is-active --quiet "$service"; then
-  fail "$(hostname) is already training: run 'bash launch/pod/tpu_vm.sh stop' first."
+  fail "$(hostname) is already training: run 'bash tpu_vm.sh stop' first."
 fi
-# The runtimes of Ubuntu 22.04 have Python 3.10, which is too old.
-if ! (find_python) >/dev/null 2>&1; then
-  python3 -m pip install --user --quiet uv
-  python3 -m uv python install 3.11
-  PYTHON="$(python3 -m uv python find 3.11)"
-  export PYTHON
-fi
-make_venv tpu,data
+bash "$root/launch/pod/setup.sh" tpu,data,monitoring
 
 {
   printf '#!/usr/bin/env bash\ncd %q\nexec %q -m launch.train --distributed' "$root" "$python"
   printf ' %q' "$@"
   echo
 } >"$root/train.sh"
-sudo cp "$root/launch/pod/cm3leon-train@.service" /etc/systemd/system/
+# Of root, mode 600; systemd gives it to the service.
+if [ -s "$root/secrets.env" ]; then
+  sudo install -D --mode=600 "$root/secrets.env" "/etc/cm3leon-train/$user.env"
+fi
+rm -f "$root/secrets.env"
+sed -e "s/^TimeoutStopSec=.*/TimeoutStopSec=${GRACE_SECONDS:-900}/" -e "s/^StartLimitBurst=.*/StartLimitBurst=${MAX_RESTARTS:-20}/" \
+  "$root/launch/pod/cm3leon-train@.service" | sudo tee /etc/systemd/system/cm3leon-train@.service >/dev/null
 sudo systemctl daemon-reload
 sudo systemctl reset-failed "$service" 2>/dev/null || true # Resets the count of restarts.
 sudo systemctl enable --now "$service"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from cm3leon_jax import stages
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.clip.model import CLIP, CLIPConfig
 from cm3leon_jax.config import UserError
@@ -99,6 +100,18 @@ def test_load_names_what_does_not_fit(tmp_path):
   (tmp_path / "params.safetensors").write_bytes(b"half of a file")
   with pytest.raises(UserError, match="damaged"):
     CLIP.load(tmp_path)
+
+
+def test_damaged_parameters_are_refused(tmp_path):
+  folder = tmp_path / "clip"
+  with stages.once(folder, {}, files=stages.STAGES["clip"].files):
+    make().save(folder)
+  CLIP.load(folder)
+  params = bytearray((folder / "params.safetensors").read_bytes())
+  params[-1] ^= 1
+  (folder / "params.safetensors").write_bytes(params)
+  with pytest.raises(UserError, match=r"params\.safetensors has another content than when it was"):
+    CLIP.load(folder)
 
 
 def test_clip_score_is_the_cosine_of_each_pair():

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm3leon_jax import stages
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.clip import train as train_clip
 from cm3leon_jax.clip.model import CLIP, CLIPConfig
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.training import small_trainer
@@ -141,6 +143,35 @@ def test_recall_in_literals():
 def test_a_constant_embedding_finds_nothing():
   recall = train_clip.text_to_image_recall(np.ones((9, 2)), np.ones((9, 2)), list("abcdefghi"))
   assert recall["recall@1"] == recall["recall@5"] == 0
+
+
+def test_neither_does_a_nan():
+  texts, images = np.eye(9), np.eye(9)
+  texts[:3] = np.nan
+  recall = train_clip.text_to_image_recall(texts, images, list("abcdefghi"))
+  assert recall["recall@1"] == recall["recall@5"] == pytest.approx(6 / 9)
+  recall = train_clip.text_to_image_recall(np.nan * texts, images, list("abcdefghi"))
+  assert recall["recall@1"] == recall["recall@5"] == 0
+
+
+def test_a_recall_of_chance_is_refused():
+  found = {"candidates": 9, "chance@1": 1 / 9, "chance@5": 5 / 9}
+  with pytest.raises(UserError, match=r"no better than chance, recall@1 0\.100 \(chance 0\.111\)"):
+    train_clip.check_recall({**found, "recall@1": 0.1, "recall@5": 5 / 9})
+  train_clip.check_recall({**found, "recall@1": 0.1, "recall@5": 0.6})
+  train_clip.check_recall({**found, "recall@1": 0.2, "recall@5": 0.1})
+  few = {"candidates": 3, "chance@1": 1 / 3, "chance@5": 1.0}
+  train_clip.check_recall({**few, "recall@1": 0.0, "recall@5": 1.0})
+
+
+def test_a_clip_that_diverged_is_no_stage(tmp_path):
+  config = dataclasses.replace(TINY, learning_rate=1e30)
+  with (
+    pytest.raises(UserError, match=r"^clip: .*lower config\.clip\.learning_rate and delete "),
+    stages.once(tmp_path, {}),
+  ):
+    train(config, some_data(), tmp_path, 0)
+  assert not (tmp_path / stages.DONE).exists()
 
 
 def test_the_stage_leaves_a_loadable_clip_and_numbers(tmp_path):

@@ -285,7 +285,7 @@ def test_mistakes_in_prompts_are_named(run, tmp_path):
     ("\n", "p.jsonl, which has no line"),
     ('{"prompt": "a"}\n{', "p.jsonl, line 2 is not valid JSON"),
     ('{"tag": "colors"}', "p.jsonl, line 1 must be a JSON object with a text in its field"),
-    ('["a"]', "p.jsonl, line 1 must be a JSON object"),
+    ('["a"]', "p.jsonl, line 1 is list; every line must be one JSON object."),
     (json.dumps({"prompt": "word " * 300}), "p.jsonl, prompt 1: the prompt has"),
   ):
     if text is not None:

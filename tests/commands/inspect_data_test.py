@@ -7,19 +7,23 @@ import sys
 from absl import flags
 from etils import epath
 import jax
+import numpy as np
 import pytest
 
 from cm3leon_jax import stages
-from cm3leon_jax.commands import inspect_data
+from cm3leon_jax.clip.model import normalize
+from cm3leon_jax.commands import inspect_data, train
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import write_json
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import text, vqgan
+from cm3leon_jax.training import skipped_rows
 from tests.commands import train_test
 from tests.data.stores import VOCAB
 from tests.launch import tiny_instruct_config
 from tests.launch.stages_before import make_workdir
 from tests.reports.inspect_page_test import VQGAN
+from tests.retrieval.stores import write_bank, write_neighbors
 
 ROOT = pathlib.Path(__file__).parents[2]
 stores = train_test.workdir  # Documents and neighbors, as of the stages before training.
@@ -77,6 +81,117 @@ def test_the_page_shows_rows_of_instructions(tmp_path, capsys, split, replay_sha
   (workdir / "instructions" / stages.DONE).unlink()
   with pytest.raises(UserError, match=r"instructions is not finished: run .*encode_instructions"):
     inspect_data.write_page(settings, workdir, out, split, range(6), "c.py")
+
+
+@pytest.fixture
+def finished(workdir):
+  """All stages that training reads, with digests."""
+  count, rng = 50, np.random.default_rng(0)
+  texts, images = (normalize(rng.normal(size=(count, 8)).astype(np.float32)) for _ in range(2))
+  names = [str(i) for i in range(count)]
+  for split in ("train", "heldout"):
+    write_bank(workdir / "neighbors" / split, texts, images, names, names)
+    write_json(workdir / "neighbors" / split / "rows.json", {"first_bank": count})
+  for name in inspect_data.READ:
+    (workdir / name / stages.DONE).unlink()
+    with stages.once(workdir / name, {}, files=stages.STAGES[name].files):
+      pass
+  return workdir
+
+
+def change_array(path, place):
+  values = np.load(path)
+  values[place] += 1
+  np.save(path, values)
+
+
+def write_wrong_neighbors(root):
+  write_json(root / "neighbors" / stages.DONE, {"id": "n", "config": {}, "summary": {}})
+  ids = np.full((50, 4), 50, np.int32)
+  write_neighbors(root / "neighbors" / "heldout_pairs", text_ids=ids)
+
+
+def test_a_whole_run_is_valid(finished, capsys):
+  inspect_data.validate(train_test.settings_with(), finished)
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].endswith("text_tokenizer: 3 files as written.")
+  assert sum(line.endswith("all valid.") for line in lines) == 5
+  assert "neighbors: 50 documents, 16 arrays, " in lines[-1]
+  (finished / "vqgan" / stages.DONE).unlink()
+  with pytest.raises(UserError, match="vqgan is not finished"):
+    inspect_data.validate(train_test.settings_with(), finished)
+
+
+@pytest.mark.parametrize("is_legacy", [False, True])
+@pytest.mark.parametrize(
+  ("damage", "found", "found_without_digests"),
+  [
+    (
+      lambda at: change_array(at / "documents/train_pairs/lengths.npy", 20),
+      r"_pairs/lengths\.npy has another content",  # Both splits are one folder here.
+      r"_pairs/lengths\.npy is wrong from document 10 on \(record 10 of 000000\)",
+    ),
+    (
+      lambda at: change_array(at / "documents/heldout_texts/groups.npy", 3),
+      r"_texts/groups\.npy has another content",
+      r"_texts/groups\.npy is wrong from document 3 on",
+    ),
+    (
+      lambda at: next((at / "neighbors/train/images").rglob("c/*/*")).unlink(),
+      *[r"rows 0 to 49 of .*train/images cannot be read"] * 2,
+    ),
+    (
+      write_wrong_neighbors,
+      *[r"text_ids, row 0: neighbor 50 of document 0 is not in the bank"] * 2,
+    ),
+    (
+      lambda at: (at / "neighbors/train_pairs/scores/index.json").write_text("{}"),
+      r"scores/index\.json has .* bytes instead of",
+      r"schema version",
+    ),
+    (
+      lambda at: (at / "text_tokenizer/tokenizer.json").unlink(),
+      r"tokenizer\.json is missing",
+      None,
+    ),
+  ],
+)
+def test_damage_is_found_with_file_and_record(
+  finished, damage, found, found_without_digests, is_legacy
+):
+  if is_legacy:
+    for name in inspect_data.READ:
+      write_json(finished / name / stages.DONE, {"id": name, "config": {}, "summary": {}})
+  damage(pathlib.Path(finished))
+  expected = found_without_digests if is_legacy else found
+  if expected is None:
+    return
+  with pytest.raises(UserError, match=expected):
+    inspect_data.validate(train_test.settings_with(), finished)
+
+
+def test_the_worst_rows_of_skipped_steps_are_shown(workdir):
+  """And compared with what the trainer read."""
+  folder, out = epath.Path(workdir) / "train", workdir / "rows.html"
+  folder.mkdir()
+  settings = train_test.settings_with()
+  loader = train.open_rows(settings, workdir, "train")
+  numbers, losses = np.arange(100, 110), np.float32([1, 5, np.nan, 3, 2, 9, 1, 1, 1, 1])
+  skipped_rows.save(folder, loader, numbers, losses)
+  skipped = skipped_rows.load(folder)
+  shown = skipped.numbers[:3].tolist()
+  inspect_data.write_page(settings, out=out, **page_of(workdir, shown, skipped))
+  assert "Rows 102, 105, 101 of" in out.read_text(encoding="utf-8")
+  skipped.rows["inputs"][1, 7] += 1
+  with pytest.raises(UserError, match="row 105 has other inputs than the training read"):
+    inspect_data.write_page(settings, out=out, **page_of(workdir, shown, skipped))
+
+
+def page_of(workdir, numbers, skipped):
+  return {
+    "workdir": workdir, "split": "train", "numbers": numbers, "config_name": "c.py",
+    "skipped": skipped,
+  }  # fmt: skip
 
 
 @pytest.mark.parametrize("folder", inspect_data.READ)

@@ -57,6 +57,9 @@ def test_scenes_are_checked_by_their_facts(tmp_path):
   with leaked.open("a") as file:
     file.write(records.splitlines()[0].replace('"split": "heldout"', '"split": "train"') + "\n")
   checked = command(*flags, "--check_leaks")
+  assert "000000/pairs.jsonl has " in checked.stderr  # Instead of the bytes that were written.
+  (tmp_path / "raw" / "done" / "000000.json").unlink()  # It has the digests.
+  checked = command(*flags, "--check_leaks")
   assert checked.returncode == 2
   assert "heldout 'scenes/heldout/0000000' (scene): " in checked.stdout
   assert "error: 1 of 14 held-out scenes" in checked.stderr

@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 
 from etils import epath
 import jax
@@ -10,11 +12,12 @@ import pytest
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common, train
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import write_json
+from cm3leon_jax.io import read_json, read_json_lines, write_json
 from cm3leon_jax.models import transformer
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training import checkpoint, skipped_rows
+from cm3leon_jax.training.skipped_rows import GoBack
 from tests.data.stores import VOCAB, make_sources
 from tests.generation.run import make_config, make_run, one_device
 from tests.retrieval.stores import write_neighbors
@@ -97,6 +100,17 @@ def test_neighbors_of_other_documents_are_refused(workdir):
     train.open_rows(settings_with(), workdir, "train")
 
 
+@pytest.mark.parametrize("wrong", [-5, 50, 2**31 - 1])
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_neighbors_outside_of_the_bank_are_refused(workdir, split, wrong):
+  ids = np.zeros((50, 4), np.int32)
+  ids[7, 1] = wrong
+  write_neighbors(workdir / "neighbors" / f"{split}_pairs", ids=ids, text_ids=ids)
+  message = rf"row 7: neighbor {wrong} of document 7 is not in the bank, which has 50 documents"
+  with pytest.raises(UserError, match=message):
+    train.open_rows(settings_with(), workdir, split)
+
+
 def test_a_workdir_of_another_run_is_refused(workdir):
   first = settings_with()
   config = {"run": stages.run_config(first, workdir, "train"), "train": {}}
@@ -106,6 +120,31 @@ def test_a_workdir_of_another_run_is_refused(workdir):
   message = r"holds the run of another config \(optimizer\.learning_rate: 0\.0001 -> 0\.5\)"
   with pytest.raises(UserError, match=message):
     train.main(other, workdir)
+
+
+HOLD = """
+import sys, time
+from cm3leon_jax.training import lease
+lease.BEAT_SECONDS = 0.1
+with lease.Lease(sys.argv[1]):
+  print("held", flush=True)
+  time.sleep(60)
+"""
+
+
+def test_a_workdir_in_which_another_job_trains_is_left_as_it_is(workdir):
+  folder = pathlib.Path(workdir) / "train"
+  with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE) as other:
+    try:
+      assert other.stdout.readline() == b"held\n"
+      (folder / stages.DONE).write_text(
+        json.dumps({"config": {}, "summary": {"steps": 1}, "id": "1"})
+      )
+      with pytest.raises(UserError, match=r"trains in .*: use another --workdir"):
+        train.main(settings_with(steps=2), workdir)
+      assert sorted(path.name for path in folder.iterdir()) == [stages.DONE, "lease.json"]
+    finally:
+      other.kill()
 
 
 def test_length_and_execution_do_not_make_another_run(workdir):
@@ -144,6 +183,80 @@ def test_a_run_starts_from_the_codebook_of_its_image_tokenizer(tmp_path, monkeyp
 
   assert unexplained(trained) < 1e-4
   assert unexplained(random) > 0.1  # Negative control.
+
+
+def test_a_run_goes_on_with_a_field_that_was_allowed_to_change(tmp_path, monkeypatch, capsys):
+  make_run(root := epath.Path(tmp_path))
+  write_neighbors(root / "neighbors" / "train_pairs", ids=np.full((12, 4), -1, np.int32))
+  for folder in ("documents", "neighbors"):
+    write_json(root / folder / stages.DONE, {"id": folder, "summary": {}})
+  monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
+
+  def start(learning_rate, steps, *allowed):
+    config = make_config()
+    config.data.update({"num_neighbors": 0, "text_share": 0.0, "pack_window": 8})
+    config.train.update({"global_batch_size": 1, "steps": steps, "tensorboard": False})
+    config.train.update({"sample_every": 100})
+    config.optimizer.update({"learning_rate": learning_rate, "warmup_steps": 1})
+    train.main(settings_from_config(config), root, allow_changed=allowed)
+
+  name = "optimizer.learning_rate"
+  start(1e-3, 2)
+  message = r"another config \(optimizer\.learning_rate: 0\.001 -> 0\.5\).*--allow_changed=optim"
+  with pytest.raises(UserError, match=message):
+    start(0.5, 3)
+  with pytest.raises(UserError, match=r"is finished at step 2, so nothing would be trained with"):
+    start(0.5, 2, name)
+  start(0.5, 3, name)
+  assert f"train: continues with {name}: 0.001 -> 0.5: the learning rate" in capsys.readouterr().out
+  lines = read_json_lines(root / "train" / "metrics" / "metrics.jsonl")
+  rates = {line["step"]: line["learning_rate"] for line in lines if "loss" in line}
+  assert rates[2] < 2e-3
+  assert rates[3] > 0.05
+  stored = read_json(root / "train" / "config.json")
+  assert stored["changes"] == [{"step": 2, "fields": [f"{name}: 0.001 -> 0.5"]}]
+  start(0.5, 4)  # It needs no flag any more.
+  assert read_json(root / "train" / "config.json")["changes"] == stored["changes"]
+
+
+def test_a_finished_run_goes_back_and_leaves_rows_out_once(tmp_path, monkeypatch, capsys):
+  """The same flags again change nothing, and neither does leaving them out."""
+  make_run(root := epath.Path(tmp_path))
+  write_neighbors(root / "neighbors" / "train_pairs", ids=np.full((12, 4), -1, np.int32))
+  for folder in ("documents", "neighbors"):
+    write_json(root / folder / stages.DONE, {"id": folder, "summary": {}})
+  monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
+  config = make_config()
+  config.data.update({"num_neighbors": 0, "text_share": 0.0, "pack_window": 8})
+  config.train.update({"global_batch_size": 1, "steps": 4, "checkpoint_every": 1})
+  settings = settings_from_config(config)
+  back = GoBack(3, range(2, 5))
+  train.main(settings, root)
+  with pytest.raises(UserError, match="checkpoint 3 has read the rows before 3 already"):
+    train.main(settings, root, back=back)
+  log = root / "train" / "metrics" / "metrics.jsonl"
+
+  def losses():
+    return {line["step"]: line["loss"] for line in read_json_lines(log) if "loss" in line}
+
+  first, back = losses(), GoBack(3, range(3, 6))
+  train.main(settings, root, back=back)
+  second = losses()
+  assert [first[i] == second[i] for i in range(1, 5)] == [True, True, True, False]
+  assert read_json(root / "train" / skipped_rows.RECORD) == [back.as_json]
+  assert "goes back to checkpoint 3, and on without rows 3 to 5" in capsys.readouterr().out
+  for again in (back, None):
+    train.main(settings, root, back=again)
+    assert "finished already, skipped" in capsys.readouterr().out
+    assert losses() == second
+  longer = dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=6))
+  rows = []
+  monkeypatch.setattr(
+    "cm3leon_jax.training.objective.Remaining.number",
+    lambda self, i: rows.append(skipped_rows.row_number(i, self._skipped)) or rows[-1],
+  )
+  train.main(longer, root)
+  assert rows[:2] == [7, 8]  # After rows 0, 1, 2 and 6.
 
 
 def test_wrong_profile_steps_are_refused_before_training(workdir):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
+from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import documents as documents_lib
 from cm3leon_jax.data.documents import (
@@ -17,12 +18,12 @@ from cm3leon_jax.data.documents import (
   encode_document,
   finish_store,
   group_id,
-  validate_shard,
-  validate_store,
   write_documents,
   write_shard,
 )
+from cm3leon_jax.data.shard_files import BadRecord
 from cm3leon_jax.vocab import VocabLayout
+from tests.data.stores import damage_record
 
 VOCAB = VocabLayout(num_special=8, text_size=300, image_size=16)
 
@@ -173,84 +174,84 @@ def test_group_ids():
   assert group_id("a") == int.from_bytes(hashlib.sha256(b"a").digest()[:8], "big") != group_id("b")
 
 
-def test_valid_shards_are_counted(tmp_path):
-  write_documents(
-    tmp_path, [document("a", text(9, 10)), document("b", text(9), image(300, 301))], VOCAB
-  )
-  assert validate_shard(tmp_path, "000000", VOCAB) == {"documents": 2, "segments": 3, "tokens": 5}
-
-
-def test_a_store_is_validated_with_its_joined_token_counts(tmp_path):
-  write_shard(tmp_path, "a", [document("a", text(9, 10))], VOCAB)
-  write_shard(tmp_path, "b", [document("b", text(9), image(300, 301))], VOCAB)
-  finish_store(tmp_path, ["a", "b"], VOCAB)
-  store = DocumentStore(tmp_path, VOCAB)
-  assert validate_store(store) == {"shards": 2, "documents": 2, "segments": 3, "tokens": 5}
-  np.save(tmp_path / "token_counts.npy", store.token_counts + 1)
-  with pytest.raises(UserError, match=r"token_counts\.npy is not the sum of the token counts"):
-    validate_store(DocumentStore(tmp_path, VOCAB))
-
-
-def flip(path, position):
+def flip(path, position, bit=0):
   data = bytearray(path.read_bytes())
-  data[position] ^= 1
+  data[position] ^= 1 << bit
   path.write_bytes(bytes(data))
 
 
-def test_a_flipped_bit_is_reported_or_harmless(tmp_path):
-  originals = [
-    document("a", text(*range(9, 200)), group="g"),
-    document("b", text(9), image(300, 301)),
-  ]
-  write_documents(tmp_path, originals, VOCAB)
-  records, noticed = tmp_path / "000000.array_record", 0
-  used = [i for i, byte in enumerate(records.read_bytes()) if byte]  # The rest is padding.
-  for position in used[::13]:
-    flip(records, position)
-    try:
-      validate_shard(tmp_path, "000000", VOCAB)
-    except UserError as error:
-      assert "000000.array_record" in str(error)  # noqa: PT017
-      noticed += 1
-    else:  # The file's own signatures may be off: nobody reads them.
-      store = DocumentStore(tmp_path, VOCAB)
-      for i, original in enumerate(originals):
-        same(original, store[i])
-    flip(records, position)
-  assert noticed > len(used[::13]) // 2
+def write_stage(root, number=7):
+  """A finished stage `documents` with the store `train_pairs` of two shards; its folder."""
+  made = [document(f"d{i}", text(*range(8, 9 + i)), image(300 + i)) for i in range(number)]
+  folder = root / "documents"
+  with stages.once(folder, {}, files=stages.STAGES["documents"].files):
+    for name, part in {"a": made[:3], "b": made[3:]}.items():
+      write_shard(folder / "train_pairs", name, part, VOCAB)
+    finish_store(folder / "train_pairs", ["a", "b"], VOCAB)
+  return folder / "train_pairs"
 
 
-@pytest.mark.parametrize(
-  ("others", "message"),
-  [
-    ([document("a", text(9), group="g")], "holds 2 documents, 000000.npz beside it 1"),
-    (
-      [document("a", text(9, 9), group="g"), document("b", text(9))],
-      r"record 0 \('a'\) has other lengths",
-    ),
-    (
-      [document("a", text(9), group="g"), document("b", image(300))],
-      r"record 1 \('b'\) has other lengths",
-    ),
-    (
-      [document("a", text(9), group="h"), document("b", text(9))],
-      r"record 0 \('a'\) has another group",
-    ),
-    (
-      [document("a", text(9), group="g", concept="c"), document("b", text(9))],
-      r"record 0 \('a'\) has another concept",
-    ),
-    (
-      [document("a", text(9), group="g"), document("b", text(10))],
-      "has other token counts than 000000.npz says",
-    ),
-  ],
-)
-def test_lengths_of_other_documents_are_refused(tmp_path, others, message):
-  write_documents(
-    tmp_path / "one", [document("a", text(9), group="g"), document("b", text(9))], VOCAB
+@pytest.mark.parametrize("field", ["offsets", "lengths", "is_image", "groups", "concepts"])
+def test_a_flipped_bit_of_an_array_is_refused_when_it_is_opened(tmp_path, field):
+  folder = write_stage(tmp_path)
+  opened = DocumentStore(folder, VOCAB)
+  assert len(getattr(opened, field))
+  flip(folder / f"{field}.npy", 140)
+  message = (
+    rf"{field}\.npy has another content than when it was written: restore it, or delete .*\.npy "
+    r"and .*documents/done\.json and run `python -m launch\.encode_documents` again"
   )
-  write_documents(tmp_path / "other", others, VOCAB)
-  (tmp_path / "other" / "000000.npz").replace(tmp_path / "one" / "000000.npz")
   with pytest.raises(UserError, match=message):
-    validate_shard(tmp_path / "one", "000000", VOCAB)
+    getattr(DocumentStore(folder, VOCAB), field)
+
+
+def test_arrays_that_do_not_fit_are_refused_without_digests(tmp_path):
+  folder = write_stage(tmp_path)
+  (tmp_path / "documents" / stages.DONE).unlink()
+  lengths = np.load(folder / "lengths.npy")
+  np.save(folder / "lengths.npy", lengths[:-1])
+  with pytest.raises(UserError, match=r"index\.json of 7 documents, offsets of 7 with 14 segments"):
+    DocumentStore(folder, VOCAB)
+  (folder / "lengths.npy").write_bytes(b"\x93NUMPY")
+  with pytest.raises(UserError, match=r"lengths\.npy cannot be read"):
+    DocumentStore(folder, VOCAB)
+
+
+def test_a_document_that_cannot_be_read_is_named(tmp_path):
+  folder = write_stage(tmp_path)
+  records = folder / "b.array_record"
+  whole = records.read_bytes()
+  damage_record(records, 2)
+  store = DocumentStore(folder, VOCAB)
+  message = r"b\.array_record, record 2 \(document 5 of the store\) cannot be read \(.*encode_doc"
+  with pytest.raises(BadRecord, match=message):
+    store[5]
+  same(store[4], document("d4", text(*range(8, 13)), image(304)))
+  records.write_bytes(whole[:-1])
+  with pytest.raises(BadRecord, match=rf"b\.array_record has .* bytes instead of {len(whole):,}"):
+    DocumentStore(folder, VOCAB)[4]
+  records.unlink()
+  with pytest.raises(BadRecord, match=r"b\.array_record is missing: restore it"):
+    DocumentStore(folder, VOCAB)[4]
+  same(DocumentStore(folder, VOCAB)[0], document("d0", text(8), image(300)))
+
+
+def test_a_record_of_other_lengths_is_named(tmp_path):
+  """Of an earlier version, without digests: the shard is whole, and of other documents."""
+  folder = write_stage(tmp_path)
+  index = json.loads((folder / "index.json").read_text())
+  del index["files"]
+  (folder / "index.json").write_text(json.dumps(index))
+  (tmp_path / "documents" / stages.DONE).unlink()
+  (folder / "a.array_record").write_bytes((folder / "b.array_record").read_bytes())
+  message = r"a\.array_record, record 1 \(document 1 .*its segments have \[5, 1\] tokens, lengths"
+  with pytest.raises(BadRecord, match=message):
+    DocumentStore(folder, VOCAB)[1]
+
+
+def test_a_shard_of_another_size_joins_no_store(tmp_path):
+  folder = write_stage(tmp_path)
+  with (folder / "a.array_record").open("ab") as file:
+    file.write(b"0")
+  with pytest.raises(UserError, match=r"a\.array_record has .* bytes instead of"):
+    finish_store(folder, ["a", "b"], VOCAB)

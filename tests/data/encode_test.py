@@ -4,11 +4,13 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import ingest, raw_pairs
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.data.encode import EncodeJob, code_usage, encode_documents
 from cm3leon_jax.data.records import SPLITS
+from cm3leon_jax.data.validate import validate_store
 from cm3leon_jax.shards import Runner
 from cm3leon_jax.tokenizers.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
@@ -136,9 +138,30 @@ def test_long_captions_lose_their_end(raw, text_tokenizer, tmp_path):
   assert b.tolist() == a[:3].tolist()
 
 
+def test_a_lost_shard_is_encoded_again_and_the_stage_is_the_same(raw, text_tokenizer, tmp_path):
+  """What the message at a damaged file says to do must not strand a run."""
+  folder, ids = tmp_path / "documents", []
+  for lost in ("", "000000.array_record", "000000.npz", "lengths.npy", "index.json"):
+    if lost:
+      (folder / "train_pairs" / lost).unlink()
+      (folder / stages.DONE).unlink()
+    with stages.once(folder, {}, files=stages.STAGES["documents"].files):
+      encode(raw, text_tokenizer, folder)
+    ids.append(stages.require(tmp_path, "documents")["id"])
+    assert validate_store(DocumentStore(folder / "train_pairs", VOCAB))["documents"] == 15
+  assert len(set(ids)) == 1
+
+
 def test_codes_outside_the_vocabulary_are_refused(raw, text_tokenizer, tmp_path):
   with pytest.raises(UserError, match=r"gives codes in .* config.vocab.image_size is 16"):
     encode(raw, text_tokenizer, tmp_path, levels=17)
+
+
+def test_one_code_for_all_images_is_refused(raw, text_tokenizer, tmp_path):
+  """As of an image tokenizer whose parameters are NaN. Two codes are enough."""
+  with pytest.raises(UserError, match=r"gives all 68 places of the training images the same code"):
+    encode(raw, text_tokenizer, tmp_path, levels=1)
+  assert encode(raw, text_tokenizer, tmp_path / "two", levels=2)["train"]["codes_used"] == 2
 
 
 def test_an_empty_training_split_is_refused(raw, text_tokenizer, tmp_path):

@@ -1,12 +1,13 @@
 import io
 import json
+import shutil
 
 import numpy as np
 from PIL import Image
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import ingest, raw_pairs
+from cm3leon_jax.data import ingest, raw_pairs, sources
 from cm3leon_jax.data.ingest import RawConfig
 from cm3leon_jax.data.records import SPLITS, RawInterleaved
 from cm3leon_jax.shards import Runner
@@ -292,12 +293,44 @@ def test_every_file_is_a_shard_and_new_files_add_shards(tmp_path, monkeypatch):
 
   monkeypatch.setattr(ingest, "_write", count)
   before = raw_pairs.shards(out)
-  write_text_files(tmp_path / "in", "cb")
+  write_text_files(tmp_path / "in", "c")
   assert prepare(tmp_path / "in", tmp_path)[0]["train_texts"] == 9
   assert written == ["000002"]
   assert {name: raw_pairs.shards(out)[name] for name in before} == before
   prepare(tmp_path / "in", tmp_path, heldout_fraction=0.5)
   assert written == ["000002", "000000", "000001", "000002"]
+
+
+def test_a_file_edited_to_the_same_size_is_read_again(tmp_path):
+  write_text_files(tmp_path / "in", "ab")
+  _, out = prepare(tmp_path / "in", tmp_path)
+  config = RawConfig(source=str(tmp_path / "in"))
+  parts = ingest.parts_of(config)
+  assert sources.digest_of(ingest.parts_of(config)) == sources.digest_of(parts)
+  path = tmp_path / "in" / "b.jsonl"
+  path.write_text(path.read_text().replace("b 1", "x 1"))
+  again = ingest.parts_of(config)
+  assert [part.bytes for part in again] == [part.bytes for part in parts]
+  assert sources.digest_of(again) != sources.digest_of(parts)
+  prepare(tmp_path / "in", tmp_path)
+  assert [t.text for t in raw_pairs.read_texts(out, "train")][3:] == ["b 0", "x 1", "b 2"]
+
+
+def test_damaged_records_of_a_shard_are_refused_and_made_again(tmp_path):
+  write_text_files(tmp_path / "in", "ab")
+  _, out = prepare(tmp_path / "in", tmp_path)
+  index, path = (out / raw_pairs.INDEX).read_bytes(), out / "000001" / "texts.jsonl"
+  path.write_text(path.read_text().replace("b 1", "x 1"))
+  message = (
+    r"000001/texts\.jsonl has another content than when it was written: restore it, or delete the "
+    r"folder .*000001 and .*done\.json and run"
+  )
+  with pytest.raises(UserError, match=message):
+    raw_pairs.read_texts(out, "train")
+  shutil.rmtree(out / "000001")
+  prepare(tmp_path / "in", tmp_path)
+  assert [t.text for t in raw_pairs.read_texts(out, "train")][3:] == ["b 0", "b 1", "b 2"]
+  assert (out / raw_pairs.INDEX).read_bytes() == index
 
 
 def test_images_may_be_stored_as_jpeg(source, tmp_path):

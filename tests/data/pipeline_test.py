@@ -5,6 +5,7 @@ from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data.cm3 import undo_cm3_mask
 from cm3leon_jax.data.documents import Document, Segment
 from cm3leon_jax.data.pipeline import (
@@ -19,7 +20,7 @@ from cm3leon_jax.data.pipeline import (
 from cm3leon_jax.data.plan import RowPlan
 from cm3leon_jax.data.sample_plan import SamplePlan
 from cm3leon_jax.mesh import MeshConfig, create_mesh, spec
-from tests.data.stores import VOCAB, make_plan, make_sources
+from tests.data.stores import VOCAB, damage_record, make_plan, make_sources
 
 EOS, BRK, EOSS, MASK, PAD = VOCAB.eos, VOCAB.brk, VOCAB.eoss, VOCAB.mask(0), VOCAB.pad
 
@@ -204,6 +205,82 @@ def test_hidden_codes_are_those_of_the_documents_own_images(tmp_path, after, alo
     assert len(shares[has_neighbors]) > 9
     assert np.mean(shares[has_neighbors]) == pytest.approx(most / 2, abs=0.1)
     assert (np.std(shares[has_neighbors]) > 0.15) == (most > 0)  # One share for all gives less.
+
+
+NUM_ROWS = 150
+
+
+def rows_with(loader, document):
+  """Slots, by row, of the samples that hold document `document` of the pairs."""
+  found = {}
+  for i in range(NUM_ROWS):
+    at = 0
+    for placement in loader.plan.row(i):
+      source, pass_, unit, slots = placement
+      spec = loader.plan.sources[source]
+      plan = loader.plan.plan(source, pass_, unit)
+      read = [unit] if source == 0 else []
+      if source == 0 and not plan.dropped:
+        read += [int(spec.candidates(unit)[j]) for j in plan.neighbors]
+      if document in read:
+        found.setdefault(i, []).append(slice(at, at + slots))
+      at += slots
+  return found
+
+
+def test_a_bad_record_stops_the_rows_and_is_named(tmp_path):
+  sources = make_sources(tmp_path)
+  loader = RowLoader(make_plan(sources), VOCAB)
+  places = rows_with(loader, 7)
+  damage_record(tmp_path / "pairs" / "000000.array_record", 7)
+  message = r"pairs/000000\.array_record, record 7 \(document 7 of the store\) cannot be read"
+  for i in range(NUM_ROWS):
+    if i in places:
+      with pytest.raises(UserError, match=message):
+        loader[i]
+    else:
+      loader[i]
+  sharding = NamedSharding(create_mesh(MeshConfig()), spec("batch", "length"))
+  with pytest.raises(UserError, match=message):
+    take(batches(loader, 0, 8, sharding), NUM_ROWS // 8)
+
+
+def test_a_skipped_record_leaves_all_other_samples_as_they_are(tmp_path, capsys):
+  fields = {"code_dropout": 0.5, "code_dropout_alone": 0.5}
+  make = make_sources(tmp_path)
+  whole = RowLoader(make_plan(make, **fields), VOCAB)
+  rows = [whole[i] for i in range(NUM_ROWS)]
+  places = rows_with(whole, 7)
+  assert len(places) > 3
+  damage_record(tmp_path / "pairs" / "000000.array_record", 7)
+  loader = RowLoader(make_plan(make, on_bad_record="skip", **fields), VOCAB)
+  for i, expected in enumerate(rows):
+    row = loader[i]
+    for place in places.get(i, []):
+      assert (row["inputs"][place] == PAD).all()
+      assert not row["loss_weights"][place].any()
+      for name in ("inputs", "targets", "loss_weights", "positions"):
+        expected[name][place] = row[name][place]
+    for name in row:
+      np.testing.assert_array_equal(row[name], expected[name])
+  warned = capsys.readouterr().out.splitlines()
+  assert len(warned) == sum(map(len, places.values()))
+  assert warned[0].startswith("warning: sample 1 of at most 100 skipped: ")
+  assert "record 7 (document 7 of the store)" in warned[0]
+  loader[min(places)]
+  assert capsys.readouterr().out == ""  # The same sample counts once.
+
+
+def test_more_skipped_records_than_allowed_stop_the_rows(tmp_path):
+  sources = make_sources(tmp_path)
+  (tmp_path / "pairs" / "000000.array_record").unlink()
+  loader = RowLoader(make_plan(sources, on_bad_record="skip", max_skipped=3), VOCAB)
+  message = (
+    r"4 samples cannot be read; config\.data\.max_skipped is 3\. The last: "
+    r".*pairs/000000\.array_record is missing"
+  )
+  with pytest.raises(UserError, match=message):
+    [loader[i] for i in range(60)]
 
 
 class HostSharding:

@@ -266,14 +266,10 @@ def test_a_last_line_cut_short_costs_its_window(sources, tmp_path, planned, cut)
   assert path.read_text() == whole
 
 
-@pytest.mark.parametrize("other", ["seed", "neighbors", "config", "nonsense"])
-def test_starts_of_another_plan_count_for_nothing_and_are_replaced(
-  sources, tmp_path, planned, other
-):
+@pytest.mark.parametrize("other", ["seed", "neighbors", "config"])
+def test_starts_of_another_plan_are_refused(sources, tmp_path, other):
   path, pairs = tmp_path / "plan.jsonl", sources[0]
-  if other == "nonsense":
-    path.write_text("half a line")
-  elif other == "config":
+  if other == "config":
     config = DataConfig(sequence_length=128, pack_window=64, mean_spans=2.0)
     RowPlan(sources, config, VOCAB.num_masks, 0, path, True).window(4)
   elif other == "neighbors":
@@ -282,11 +278,30 @@ def test_starts_of_another_plan_count_for_nothing_and_are_replaced(
     ).window(4)
   else:
     plan_with_starts(sources, path, seed=1).window(4)
-  planned.clear()
-  rows = plan_with_starts(sources, path).window(4)
-  assert planned == [0, 1, 2, 3, 4]
-  assert rows == make_plan(sources).window(4)
+  before = path.read_text()
+  with pytest.raises(UserError, match=r"plan\.jsonl was written for other rows.*delete the file"):
+    plan_with_starts(sources, path)
+  assert path.read_text() == before
+  path.unlink()
+  assert plan_with_starts(sources, path).window(4) == make_plan(sources).window(4)
+
+
+def test_half_a_line_of_starts_counts_for_nothing(sources, tmp_path, planned):
+  path = tmp_path / "plan.jsonl"
+  path.write_text('{"fingerprint": "half a l')
+  assert plan_with_starts(sources, path).window(4) == make_plan(sources).window(4)
+  assert planned[:5] == [0, 1, 2, 3, 4]
   assert len(path.read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize("fields", [{"on_bad_record": "skip"}, {"max_skipped": 3}])
+def test_starts_do_not_depend_on_what_happens_at_bad_records(sources, tmp_path, planned, fields):
+  path = tmp_path / "plan.jsonl"
+  rows = plan_with_starts(sources, path).window(4)
+  config = DataConfig(sequence_length=128, pack_window=64, **fields)
+  planned.clear()
+  assert RowPlan(sources, config, VOCAB.num_masks, 0, path).window(4) == rows
+  assert planned == [4]
 
 
 def test_in_a_bucket_starts_are_written_every_16_windows(sources, tmp_path, planned):
@@ -312,7 +327,7 @@ def test_in_a_bucket_starts_are_written_every_16_windows(sources, tmp_path, plan
       sources
     ).window(35)
   assert planned[:4] == [32, 33, 34, 35]
-  assert set(modes) == {"w", "r"}
+  assert set(modes) == {"w", "rb"}
 
 
 def test_starts_that_contradict_the_plan_are_refused(sources, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import fact_leaks, ingest, raw_pairs, scene_drawings, scenes
-from cm3leon_jax.data.documents import DocumentStore, validate_store
+from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.data.encode import EncodeJob, encode_documents
 from cm3leon_jax.data.records import SPLITS, RawPair
 from cm3leon_jax.data.scene_world import (
@@ -26,6 +26,7 @@ from cm3leon_jax.data.scene_world import (
   rare_place,
   split_of_scene,
 )
+from cm3leon_jax.data.validate import validate_store
 from cm3leon_jax.shards import Runner
 from cm3leon_jax.vocab import VocabLayout
 

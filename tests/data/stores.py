@@ -1,5 +1,6 @@
 """Small document stores that several tests read."""
 
+from array_record.python import array_record_module
 import numpy as np
 
 from cm3leon_jax.data.documents import Document, DocumentStore, Segment, write_documents
@@ -64,6 +65,25 @@ def make_instructions(folder, count=30, seed=0) -> list[Source]:
     store = DocumentStore(folder / name, VOCAB)
     sources.append(Source(store, 0.5, instructions=instructions, name=name))
   return sources
+
+
+def damage_record(path, record: int) -> None:
+  """Flips a bit of a shard so that one record cannot be read, and all others can."""
+  whole = path.read_bytes()
+
+  def unreadable(i: int) -> bool:
+    try:
+      array_record_module.ArrayRecordReader(str(path)).read([i])
+    except (ValueError, IndexError, RuntimeError):
+      return True
+    return False
+
+  count = array_record_module.ArrayRecordReader(str(path)).num_records()
+  for position in [i for i, byte in enumerate(whole) if byte][::15]:
+    path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+    if unreadable(record) and not any(unreadable(i) for i in range(count) if i != record):
+      return
+  raise AssertionError(f"no bit of {path} is of record {record} alone")
 
 
 def make_plan(sources, seed=0, **fields) -> RowPlan:

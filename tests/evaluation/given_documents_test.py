@@ -166,7 +166,7 @@ LONG = " ".join(["w"] * (POSITIONS + 1))
     ({"text": 5}, ", line 2, key 'docs.jsonl/1': field 'text' is 5; it must be a string."),
     ({"image": "a.png"}, ", line 2, key 'docs.jsonl/1' has no field 'caption'; it must have key, "),
     ({"image": "no.png", "caption": "a"}, ", line 2: image 'no.png' does not exist; give its path"),
-    ({"image": "photos", "caption": "a"}, ", line 2: image 'photos' does not exist; give its path"),
+    ({"image": "photos", "caption": "a"}, ", line 2, image 'photos': image "),
     (
       {"image": "docs.jsonl", "caption": "a"},
       ", line 2, image 'docs.jsonl': image of 62 bytes cannot be read (",

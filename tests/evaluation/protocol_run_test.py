@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 
 from etils import epath
 import numpy as np
@@ -23,6 +24,7 @@ from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.training import checkpoint
 from tests.evaluation.protocol_runs import make_workdir
 from tests.generation.run import SETTINGS, one_device
+from tests.reports import hostile
 
 [PROTOCOL] = protocol_lib.parse(
   """
@@ -155,6 +157,22 @@ def test_the_page_shows_numbers_examples_and_the_worst(done):
     assert text in page
   # A section of examples and three of the worst, five rows each, with the real image.
   assert page.count("data:image/png") == 4 * 5 * 3
+
+
+def test_texts_of_strangers_are_inert_on_the_page(done, tmp_path):
+  job, result = done
+  folder = epath.Path(shutil.copytree(job.folder, tmp_path / "copy"))
+  pages = []
+  for text in ("a red cat", hostile.HOSTILE):
+    examples = [
+      dataclasses.replace(e, key=text, prompt=text, caption=text, references=(text,))
+      for e in job.evaluated.examples
+    ]
+    evaluated = dataclasses.replace(job.evaluated, examples=examples)
+    changed = dataclasses.replace(job, folder=folder, evaluated=evaluated)
+    evaluation_page.write(changed, {**result, "name": text})
+    pages.append((folder / evaluation_page.PAGE).read_text())
+  hostile.check(pages[1], pages[0])
 
 
 def test_an_evaluation_equals_itself_and_differs_from_another(workdir, pipeline, done, tmp_path):

@@ -278,6 +278,16 @@ def test_a_caption_without_words_comes_last():
   assert [(s.clip_score, s.rank) for s in ranked] == [(0.5, 1), (-0.5, 2), (None, 3)]
 
 
+def test_a_bank_with_embeddings_of_other_documents_is_refused(pipeline, workdir, clip, tmp_path):
+  documents = [pipeline.documents[i] for i in range(5)]
+  write_documents(tmp_path / "documents" / "train_pairs", documents, VOCAB)
+  (tmp_path / "neighbors").symlink_to(workdir / "neighbors")
+  foreign = Pipeline.load(SETTINGS, workdir, random_params(SETTINGS.model), clip, tmp_path)
+  message = "has embeddings of 12 documents in neighbors/, and 5 documents in documents/"
+  with pytest.raises(UserError, match=message):
+    prepare(foreign, text_to_image("green car", retrieve=1))
+
+
 def test_a_task_that_knows_of_no_neighbor_searches_for_none(pipeline, layout, workdir):
   (task,) = heldout_tasks(layout, workdir, 1, 0, [(1, SETTINGS.sampling)])
   ((_, found),) = prepare(pipeline, dataclasses.replace(task, neighbors=()))

@@ -155,7 +155,7 @@ def test_a_file_has_one_task_per_line(tmp_path):
   ("line", "sentence"),
   [
     ("{", "is not valid JSON"),
-    ("[1]", "is a list; it must be a JSON object."),
+    ("[1]", "is list; every line must be one JSON object."),
     ({"prompt": "a", "guidanse": 3}, "has no field 'guidanse': did you mean 'guidance'?"),
     ({"prompt": "a", "sampling": 3}, "has no field 'sampling': "),
     ({"prompt": 3}, ": prompt is 3; it must be a valid string."),

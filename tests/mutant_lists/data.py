@@ -71,6 +71,7 @@ DATA = (
       'row["inputs"][:] = row["targets"][:] = vocab.pad',
       'row["inputs"][:] = row["targets"][:] = vocab.pad; row["loss_weights"][:] = 1',
     ),
+    ("skipped_without_limit", "if count > config.max_skipped:", "if False:"),
     ("opening_tokens_weigh_1", "weights[:3] = 0", "weights[:1] = 0"),
     ("positions_run_on", "= positions_of(tokens,", "= at + positions_of(tokens,"),
     ("neighbors_hidden", "(layout > before) & vocab", "(layout > 0) & vocab"),
@@ -231,5 +232,38 @@ DATA = (
     "cm3leon_jax/data/instruction_tasks.py",
     "tests/data/instruction_samples_test.py",
     ("shares_of_unclipped_sizes", "min(max(size / mean, least), most)", "size / mean"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/sources.py",
+    "tests/data/archive_bounds_test.py",
+    (
+      "links_of_lists_followed",
+      'info["type"] == "file" and not info.get("islink")',
+      'info["type"] == "file"',
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/source_archives.py",
+    "tests/data/archive_bounds_test.py",
+    ("headers_unbounded", "if size > MAX_HEADER + tarfile.BLOCKSIZE:", "if size < 0:"),
+    ("headers_kept", "member.pax_headers = {}", "member.pax_headers = dict(member.pax_headers)"),
+    ("groups_unbounded", "if size > MAX_GROUP:", "if size < 0:"),
+    ("whole_groups_read", "pre_buffer=False, buffer_size=PARQUET_BUFFER", "pre_buffer=True"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/source_lines.py",
+    "tests/data/archive_bounds_test.py",
+    ("rows_of_csv_unbounded", "if self.used > MAX_ROW:", "if self.used < 0:"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/records.py",
+    "tests/data/archive_bounds_test.py",
+    ("zero_is_no_key", 'if key is None or key == "":', "if not key:"),
+    ("batches_unbounded", "or total >= size", "or total < 0"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/io.py",
+    "tests/data/archive_bounds_test.py",
+    ("urls_are_chained", 'if "://" not in path:', 'if "/" not in path:'),
   ),
 )

@@ -248,10 +248,35 @@ EVALUATION = (
       '{**stored, "inputs": inputs}, {**config, "inputs": inputs}',
       "config, config",
     ),
+    ("ids_of_time", "id_of(described) if described else", ""),
+    ("damaged_files_pass", "(wrong := damage(folder / file, expected))", "(wrong := None)"),
   ),
   *mutants_of(
     "cm3leon_jax/config.py",
     "tests/config_test.py",
     ("unknown_fields_ignored", '"extra": "forbid"', '"extra": "ignore"'),
+    ("control_characters_printed", "__init__(printable(str(message)))", "__init__(str(message))"),
+    ("whole_numbers_unbounded", "abs(value) > LARGEST", "abs(value) < 0"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/io.py",
+    "tests/damaged_files_test.py",
+    ("types_of_fields_unchecked", "if not isinstance(found, right) or", "if found is None or"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/parameters.py",
+    "tests/damaged_files_test.py",
+    ("nan_accepted", "if bad := not_finite(flat):", "if bad := not_finite({}):"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/reports/report.py",
+    "tests/reports/untrusted_test.py",
+    ("controls_on_pages", "finalize=inert,", "finalize=None,"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/generation/tasks.py",
+    "tests/generation/untrusted_test.py",
+    ("any_type_of_seed", "if not isinstance(value, int | np.integer) or", "if value == 0 and"),
+    ("halves_of_pairs_accepted", 'if any("\\ud800" <= c', 'if all("\\ud800" <= c'),
   ),
 )

@@ -78,6 +78,22 @@ RETRIEVAL = (
     ("embeddings_of_old_words_kept", "{**inputs, **counted}", "inputs"),
   ),
   *mutants_of(
+    "cm3leon_jax/retrieval/arrays.py",
+    "tests/retrieval/arrays_test.py",
+    (
+      "lost_chunks_are_zeros",
+      '"fill_missing_data_reads": False',
+      '"fill_missing_data_reads": True',
+    ),
+    ("chunks_without_checksums", ', {"name": "crc32c"}]', "]"),
+    ("rows_of_other_arrays_pass", "if self._digest and _digest_of", "if False and _digest_of"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/retrieval/neighbors.py",
+    "tests/retrieval/neighbors_test.py::test_neighbors_outside_of_the_bank_are_refused",
+    ("neighbors_below_the_bank", "(ids < -1) | (ids >= bank)", "ids >= bank"),
+  ),
+  *mutants_of(
     "cm3leon_jax/generation/pipeline.py",
     "tests/generation/pipeline_test.py::test_queries_are_those_of_the_stage",
     (

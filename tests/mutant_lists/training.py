@@ -8,6 +8,9 @@ LOSS = "cm3leon_jax/training/loss.py"
 LOSS_TEST = "tests/training/loss_test.py"
 STATE = "cm3leon_jax/training/state.py"
 STATE_TEST = "tests/training/state_test.py"
+NUMERICS = "cm3leon_jax/training/numerics.py"
+NUMERICS_TEST = "tests/training/numerics_test.py"
+SKIPPED_TEST = "tests/training/skipped_rows_test.py"
 SOURCES_TEST = "tests/training/source_losses_test.py"
 CHECKPOINT = "cm3leon_jax/training/checkpoint.py"
 CHECKPOINT_TEST = "tests/training/checkpoint_test.py"
@@ -134,6 +137,41 @@ TRAINING = (
   ),
   *mutants_of(
     STATE,
+    f"{NUMERICS_TEST}::test_a_poisoned_batch_leaves_no_trace",
+    (
+      "skipped_steps_are_taken",
+      "sound = numerics.is_sound(value, norm, opt_state)",
+      "sound = jnp.bool_(True)",
+    ),
+    (
+      "average_of_a_skipped_step_moves",
+      "numerics.select(sound, (params, opt_state, ema), old)",
+      "(*numerics.select(sound, (params, opt_state), old[:2]), ema)",
+    ),
+  ),
+  *mutants_of(
+    NUMERICS,
+    f"{NUMERICS_TEST}::test_spikes_by_hand",
+    ("infinite_losses_are_sound", "jnp.isfinite(value) & ", "~jnp.isnan(value) & "),
+    ("spikes_are_sound", " & ~spike\n", "\n"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/train.py",
+    f"{SKIPPED_TEST}::test_too_many_skipped_steps_stop_the_run_and_it_goes_on_without_their_rows",
+    ("skipped_steps_are_saved", " and not monitor.skipped())", " and monitor.skipped() < 2)"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/train.py",
+    f"{SKIPPED_TEST}::test_a_parameter_that_is_not_finite_is_not_saved",
+    ("nans_are_saved", 'check_finite(state, f"checkpoint {step}", REMEDY)', "pass"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/skipped_rows.py",
+    f"{SKIPPED_TEST}::test_row_number_by_hand",
+    ("rows_left_out_by_their_count_alone", "if i >= first:", "if i > first:"),
+  ),
+  *mutants_of(
+    STATE,
     f"{STATE_TEST}::test_loss_and_gradient_are_those_of_a_weighted_mean",
     ("loss_not_normalized", "return value / total, loss", "return value, loss"),
   ),
@@ -162,9 +200,13 @@ TRAINING = (
     ("changed_source_unnoticed", "!= weights:", "is None:"),
   ),
   *mutants_of(
-    CHECKPOINT,
+    "cm3leon_jax/training/sealing.py",
     f"{CHECKPOINT_TEST}::test_a_damaged_file_is_refused",
-    ("missing_files_unnoticed", "sorted({*expected, *_files(folder)})", "sorted(_files(folder))"),
+    (
+      "missing_files_unnoticed",
+      "sorted({*expected, *files_below(folder)})",
+      "files_below(folder)",
+    ),
     (
       "digests_not_compared",
       "expected.get(name) != digest(folder / name)",
@@ -174,12 +216,38 @@ TRAINING = (
   *mutants_of(
     CHECKPOINT,
     f"{CHECKPOINT_TEST}::test_a_checkpoint_without_digests_does_not_count",
-    ("unsealed_checkpoints_count", " if self._digest_path(s).exists()]", "]"),
+    (
+      "unsealed_checkpoints_count",
+      " self.steps() if self._digest_path(s).exists()]",
+      " self.steps()]",
+    ),
   ),
   *mutants_of(
     CHECKPOINT,
     f"{CHECKPOINT_TEST}::test_old_checkpoints_and_their_digests_go",
     ("digests_of_deleted_steps_stay", "s not in kept", "False"),
+  ),
+  *mutants_of(
+    CHECKPOINT,
+    f"{CHECKPOINT_TEST}::test_a_job_that_lost_its_lease_neither_saves_nor_seals",
+    ("saved_without_lease", "    self._check()\n    # A killed run", "    # A killed run"),
+    ("sealed_without_lease", "    self._check()\n    parts =", "    parts ="),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/retention.py",
+    "tests/training/retention_test.py::test_a_checkpoint_is_kept_for_any_of_three_reasons",
+    ("worst_is_kept", "else -loss", "else loss"),
+    ("nan_is_best", "return -math.inf if", "return math.inf if"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/upkeep.py",
+    "tests/commands/checkpoints_test.py::test_rollback_removes_what_is_newer_and_says_so",
+    ("rolled_back_too_far", "if s > step]", "if s >= step]"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/upkeep.py",
+    "tests/commands/checkpoints_test.py::test_rollback_to_a_step_that_is_not_whole_changes_nothing",
+    ("rolled_back_to_damage", "if damage := checkpoints.damage(step):", 'if damage := "":'),
   ),
   *mutants_of(
     VQGAN,
@@ -235,5 +303,16 @@ TRAINING = (
     "cm3leon_jax/reinforcement/rollouts.py",
     "tests/reinforcement/rollouts_test.py::test_a_step_depends_on_its_number_alone_and_groups_share_their_prompt",
     ("every_step_draws_alike", "itertools.count(first, each)", "itertools.repeat(first)"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/accumulation.py",
+    "tests/training/accumulation_test.py::test_the_mesh_sets_the_passes_of_a_batch",
+    ("rows_count_as_passes", "steps = config.global_batch_size // parts", "steps = rows"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/planning/memory.py",
+    "tests/planning/memory_test.py::test_a_step_that_does_not_fit_names_the_flags_that_fit",
+    ("only_the_kept_values_count", "if memory.total <= limit", "if memory.kept <= limit"),
+    ("flags_that_do_not_fit", "shape, platform).total <= limit", "shape, platform).kept <= limit"),
   ),
 )

@@ -10,6 +10,7 @@ from cm3leon_jax.planning import search as search_lib
 from cm3leon_jax.planning.search import Candidate, kept_bytes, meshes, search
 from cm3leon_jax.planning.topology import CHIPS, Topology
 from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.training.accumulation import on_mesh
 
 POD = Topology("v5e:16x16", CHIPS["v5e"], (16, 16), 1, tuple(range(256)))
 SETTINGS = settings_from_config(cm3leon_7b.get_config())
@@ -26,10 +27,10 @@ def test_a_candidate_keeps_the_global_batch():
   candidate = Candidate(MeshConfig(1, 16, 1, 16), 4, "full")
   changed = candidate.apply(SETTINGS, POD)
   assert changed.train.global_batch_size == 8_192
-  assert changed.train.gradient_accumulation_steps == 8
-  assert candidate.flags(SETTINGS, POD) == (
+  assert on_mesh(changed.train, 256).gradient_accumulation_steps == 8
+  assert candidate.flags == (
     "--config.mesh.data=1 --config.mesh.fsdp=16 --config.mesh.tensor=1 --config.mesh.fsdp_inner=16 "
-    "--config.train.gradient_accumulation_steps=8 --config.model.remat_policy=full"
+    "--config.train.rows_per_device=4 --config.model.remat_policy=full"
   )
   with pytest.raises(UserError, match="global_batch_size is 8192; 768, the rows of one pass"):
     Candidate(MeshConfig(1, 16, 1, 16), 3, "full").apply(SETTINGS, POD)
@@ -49,7 +50,7 @@ def test_search_sorts_candidates_that_fit_by_cost(monkeypatch):
 
   def compile_one(settings, mesh):
     policy = settings.model.remat_policy
-    rows = settings.train.global_batch_size // settings.train.gradient_accumulation_steps // 256
+    rows = settings.train.rows_per_device
     tried.append((policy, rows))
     if mesh.tensor > 1 or (policy != "full" and rows > 2):
       raise UserError("too large.")

@@ -52,7 +52,7 @@ def test_a_train_step_reduce_scatters_gradients_and_holds_only_chunks_of_logits(
 @pytest.mark.slow
 def test_an_evaluation_takes_a_micro_batch_and_less_memory_than_the_train_step(tmp_path):
   flags = ["--config.mesh.fsdp=4", "--config.mesh.fsdp_inner=4", "--topology=v5e-16"]
-  flags += ["--config.train.global_batch_size=128", "--config.train.gradient_accumulation_steps=4"]
+  flags += ["--config.train.global_batch_size=128", "--config.train.rows_per_device=2"]
   train, evaluation = (
     aot_compile(tmp_path, *SMALL, *flags, f"--program={program}")[program]
     for program in ("train", "evaluate")
@@ -90,22 +90,22 @@ def test_memory_of_the_7b_step(tmp_path, topology, mesh, batch, policy, most):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("size", "topology", "mesh", "passes", "policy", "most"),
+  ("size", "topology", "mesh", "rows", "policy", "most"),
   [
-    ("7b", "v5p-256", (16, 8), 1, "full", 8.0),
-    ("7b", "v5e-256", (16, 16), 1, "full", 4.5),
-    ("7b", "v6e-256", (16, 16), 1, "full", 4.5),
-    ("7b", "v5p-8", (2, 2), 32, "full", 40),
-    ("350m", "v5e-256", (16, 16), 1, "minimal", 15.75),
-    ("350m", "v5p-8", (2, 2), 4, "minimal", 95.73),
-    ("760m", "v5e-256", (16, 16), 1, "minimal", 15.75),
-    ("760m", "v5p-8", (2, 2), 8, "minimal", 95.73),
+    ("7b", "v5p-256", (16, 8), 4, "full", 8.0),
+    ("7b", "v5e-256", (16, 16), 2, "full", 4.5),
+    ("7b", "v6e-256", (16, 16), 2, "full", 4.5),
+    ("7b", "v5p-8", (2, 2), 4, "full", 40),
+    ("350m", "v5e-256", (16, 16), 2, "minimal", 15.75),
+    ("350m", "v5p-8", (2, 2), 32, "minimal", 95.73),
+    ("760m", "v5e-256", (16, 16), 2, "minimal", 15.75),
+    ("760m", "v5p-8", (2, 2), 16, "minimal", 95.73),
   ],
 )
-def test_memory_of_a_step_of_tuning(tmp_path, size, topology, mesh, passes, policy, most):
+def test_memory_of_a_step_of_tuning(tmp_path, size, topology, mesh, rows, policy, most):
   """With the sums of all tasks; bounds in GiB as above."""
   flags = [f"--config=ml_configs/sft_{size}.py", f"--config.model.remat_policy={policy}"]
-  flags += [f"--topology={topology}", f"--config.train.gradient_accumulation_steps={passes}"]
+  flags += [f"--topology={topology}", f"--config.train.rows_per_device={rows}"]
   flags += [f"--config.mesh.fsdp={mesh[0]}", f"--config.mesh.fsdp_inner={mesh[1]}"]
   report = aot_compile(tmp_path, *flags)["train"]
   assert report["tokens"] == 2**21

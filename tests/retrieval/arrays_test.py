@@ -65,15 +65,18 @@ def test_rows_count_once_they_are_committed(tmp_path, rows):
 
 def test_preparing_keeps_what_fits(tmp_path, rows):
   ArrayStore.create(tmp_path / "a", (6,), np.float32).append(rows[:30])
-  ArrayStore.prepare(tmp_path / "a", (6,), np.float32, 50)
+  assert ArrayStore.prepare(tmp_path / "a", (6,), np.float32, 50)
   store = ArrayStore(tmp_path / "a")
   store.write(30, rows[30:])
   store.commit()
   np.testing.assert_array_equal(store[:], rows)
-  ArrayStore.prepare(tmp_path / "a", (6,), np.float16, 50)  # Another dtype: everything anew.
+  # Another dtype: everything anew.
+  assert not ArrayStore.prepare(tmp_path / "a", (6,), np.float16, 50)
   store = ArrayStore(tmp_path / "a")
   store.commit()
-  assert (store.dtype, store[:].any()) == (np.float16, False)
+  assert store.dtype == np.float16
+  with pytest.raises(UserError, match=r"rows 0 to 49 of .* cannot be read"):
+    store[:]  # They were not written.
 
 
 def write_rows(path, start, stop):
@@ -96,6 +99,91 @@ def test_processes_write_into_one_file_at_the_same_time(tmp_path):
 def test_creating_replaces(tmp_path, rows):
   ArrayStore.create(tmp_path / "a", (6,), np.float32).append(rows)
   assert ArrayStore.create(tmp_path / "a", (2, 3), np.int32).shape == (0, 2, 3)
+
+
+def files_of(path):
+  return sorted(p for p in (path / "c").rglob("*") if p.is_file())
+
+
+@pytest.fixture
+def small_files(monkeypatch):
+  """Chunks of 4 rows of 4 int32, and files of 8."""
+  monkeypatch.setattr(arrays, "READ_BYTES", 4 * 16)
+  monkeypatch.setattr(arrays, "FILE_BYTES", 8 * 16)
+
+
+def write_ids(path, ids):
+  ArrayStore.prepare(path, (4,), np.int32, len(ids))
+  store = ArrayStore(path)
+  store.write(0, ids)
+  store.commit(digest=True)
+  return ArrayStore(path)
+
+
+def test_zeros_are_rows_and_a_lost_file_is_an_error(tmp_path, small_files):
+  """Without the checks, a lost file reads as zeros: neighbors would all be document 0."""
+  path, zeros = tmp_path / "neighbors" / "train_pairs" / "ids", np.zeros((20, 4), np.int32)
+  store = write_ids(path, zeros)
+  np.testing.assert_array_equal(store.read_all(), zeros)
+  assert len(files_of(path)) == 3
+  files_of(path)[1].unlink()
+  store = ArrayStore(path)
+  message = (
+    r"rows 8 to 11 of .*ids cannot be read \(.*missing\): restore it, or delete the folder .*ids "
+    r"and .*neighbors/done\.json and run `python -m launch\.build_neighbors` again"
+  )
+  for read in (store.read_all, lambda: store[:], lambda: store[np.array([0, 9])]):
+    with pytest.raises(UserError, match=message):
+      read()
+  np.testing.assert_array_equal(store[:8], zeros[:8])
+  with pytest.raises(UserError, match="rows 8 to 11"):
+    store.commit(digest=True)
+
+
+def test_every_flipped_bit_of_a_file_is_an_error(tmp_path, small_files):
+  ids = np.random.default_rng(0).integers(0, 50, (20, 4)).astype(np.int32)
+  write_ids(tmp_path / "a", ids)
+  for path in files_of(tmp_path / "a"):
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 29):
+      flipped = bytearray(whole)
+      flipped[bit // 8] ^= 1 << bit % 8
+      path.write_bytes(flipped)
+      with pytest.raises(UserError, match=r"rows \d+ to \d+ of .* cannot be read"):
+        ArrayStore(tmp_path / "a")[:]
+    path.write_bytes(whole)
+  np.testing.assert_array_equal(ArrayStore(tmp_path / "a").read_all(), ids)
+
+
+def test_every_flipped_bit_of_the_metadata_is_an_error_or_harmless(tmp_path, small_files):
+  """Only the number of rows may be larger: a writer that was killed leaves it so."""
+  ids, harmless = np.random.default_rng(0).integers(0, 50, (20, 4)).astype(np.int32), 0
+  write_ids(tmp_path / "a", ids)
+  path = tmp_path / "a" / arrays.METADATA
+  whole = path.read_bytes()
+  for bit in range(8 * len(whole)):
+    flipped = bytearray(whole)
+    flipped[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(flipped)
+    try:
+      found = ArrayStore(tmp_path / "a")[:]
+    except UserError:
+      continue
+    np.testing.assert_array_equal(found, ids)
+    harmless += 1
+  assert harmless < 8
+
+
+def test_rows_of_another_array_are_an_error(tmp_path, small_files):
+  """A whole file at a wrong place has right checksums."""
+  ids = np.arange(80, dtype=np.int32).reshape(20, 4)
+  write_ids(tmp_path / "a", ids)
+  first, second, _ = files_of(tmp_path / "a")
+  second.write_bytes(first.read_bytes())
+  store = ArrayStore(tmp_path / "a")
+  np.testing.assert_array_equal(store[8:16], ids[:8])
+  with pytest.raises(UserError, match="has other rows than were written"):
+    store.read_all()
 
 
 def test_refusals(tmp_path, rows):

@@ -1,6 +1,7 @@
 """Embeddings of raw pairs, and the whole stage from raw pairs to neighbors."""
 
 import dataclasses
+import shutil
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+from cm3leon_jax import stages
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.clip.model import CLIP, CLIPConfig
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import group_id
 from cm3leon_jax.io import read_json, write_json
@@ -200,6 +203,27 @@ def test_new_shards_are_appended(tmp_path, monkeypatch):
   assert files_of(tmp_path / "out") == files_of(tmp_path / "anew")
 
 
+@pytest.mark.parametrize("array", ["train_pairs/ids", "heldout_pairs/text_scores", "train/queries"])
+def test_a_lost_array_is_refused_and_written_again_as_it_was(tmp_path, array):
+  """What the message says to do must not strand a run: the id of the stage stays."""
+  make_raw(tmp_path / "raw")
+  out = tmp_path / "neighbors"
+
+  def finish():
+    with stages.once(out, {}, files=stages.STAGES["neighbors"].files):
+      build(tmp_path, "neighbors")
+    return stages.require(tmp_path, "neighbors")["id"], files_of(out)
+
+  before = finish()
+  [chunk] = [p for p in (out / array / "c").rglob("*") if p.is_file()]
+  chunk.unlink()
+  with pytest.raises(UserError, match=rf"rows 0 to \d+ of .*{array} cannot be read"):
+    bank_lib.ArrayStore(out / array)[:]
+  shutil.rmtree(out / array)
+  (out / stages.DONE).unlink()
+  assert finish() == before
+
+
 def test_scann_is_built_once_and_saved(tmp_path, monkeypatch):
   pytest.importorskip("scann")
   make_raw(tmp_path / "raw")
@@ -210,6 +234,29 @@ def test_scann_is_built_once_and_saved(tmp_path, monkeypatch):
   monkeypatch.setattr(index.ScannIndex, "build", None)  # Nothing builds it again.
   assert build(tmp_path, config=config)["train_mean_kept"] == summary["train_mean_kept"]
   np.testing.assert_array_equal(neighbors.load_neighbors(tmp_path / "out", "train_pairs"), ids)
+
+
+def test_a_damaged_index_is_refused_and_built_again_without_another_id(tmp_path):
+  pytest.importorskip("scann")
+  make_raw(tmp_path / "raw")
+  config, out = dataclasses.replace(CONFIG, backend="scann"), tmp_path / "neighbors"
+  table = stages.STAGES["neighbors"]
+
+  def finish():
+    with stages.once(out, {}, files=table.files, varying=table.varying):
+      build(tmp_path, "neighbors", config)
+    return stages.require(tmp_path, "neighbors")["id"]
+
+  before, queries = finish(), np.ones((1, WIDTH), np.float32) / 4
+  Retriever(out, config).search(queries)
+  codebook = out / "index" / "000000" / "ah_codebook.pb"
+  codebook.write_bytes(b"0" * len(codebook.read_bytes()))
+  with pytest.raises(UserError, match=r"000000/ah_codebook\.pb has another content"):
+    Retriever(out, config).search(queries)
+  shutil.rmtree(out / "index" / "000000")
+  (out / stages.DONE).unlink()
+  assert finish() == before
+  Retriever(out, config).search(queries)
 
 
 @settings(max_examples=50, deadline=None)

@@ -175,3 +175,17 @@ def test_absent_neighbors_are_reported(tmp_path):
   np.testing.assert_array_equal(neighbors.load_neighbors(tmp_path, "train_pairs"), ids)
   with pytest.raises(UserError, match="only held-out pairs"):
     neighbors.load_neighbors(tmp_path, "train_pairs", text_only=True)
+
+
+@pytest.mark.parametrize("wrong", [-5, 30, 2**31 - 1])
+def test_neighbors_outside_of_the_bank_are_refused(tmp_path, wrong):
+  ids = np.array([[3, 1, -1, -1], [29, 0, 4, 2]], np.int32)
+  write_neighbors(tmp_path / "train_pairs", ids=ids)
+  np.testing.assert_array_equal(neighbors.load_neighbors(tmp_path, "train_pairs", bank=30), ids)
+  ids[1, 2] = wrong
+  write_neighbors(tmp_path / "train_pairs", ids=ids)
+  message = (
+    rf"ids, row 1: neighbor {wrong} of document 1 is not in the bank, which has 30 documents"
+  )
+  with pytest.raises(UserError, match=message):
+    neighbors.load_neighbors(tmp_path, "train_pairs", bank=30)

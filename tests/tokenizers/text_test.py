@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import transformers
 
+from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.tokenizers.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
@@ -106,3 +107,18 @@ def test_another_vocabulary_is_refused(folder, tmp_path):
     TextTokenizer(folder, VocabLayout(num_special=9, text_size=300, image_size=16))
   with pytest.raises(UserError, match=r"launch\.train_text_tokenizer"):
     TextTokenizer(tmp_path / "absent", VOCAB)
+
+
+def test_the_same_texts_make_the_same_stage_and_a_damaged_file_is_refused(tmp_path):
+  ids, files = [], stages.STAGES["text_tokenizer"].files
+  for name in "ab":
+    folder = tmp_path / name / "text_tokenizer"
+    with stages.once(folder, {}, files=files):
+      train_text_tokenizer(TEXTS, VOCAB, TextTokenizerConfig(), folder)
+    ids.append(stages.require(tmp_path / name, "text_tokenizer")["id"])
+    TextTokenizer(folder, VOCAB)
+  assert ids[0] == ids[1]
+  path = folder / "tokenizer.json"
+  path.write_text(path.read_text().replace("Ġ", "ġ", 1))
+  with pytest.raises(UserError, match=r"tokenizer\.json has another content than when it was"):
+    TextTokenizer(folder, VOCAB)

@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.tokenizers import train_vqgan, vqgan
@@ -131,6 +133,42 @@ def test_training_improves_and_leaves_its_files(images, tmp_path):
   errors = ((shown["originals"] / 255 - shown["reconstructions"] / 255) ** 2).mean((1, 2, 3))
   assert summary["psnr_db"] == pytest.approx(np.mean(10 * np.log10(1 / errors)))
   assert summary["psnr_of_mean_mse_db"] == pytest.approx(10 * np.log10(1 / errors.mean()))
+
+
+@pytest.mark.parametrize(
+  ("learning_rate", "sentence"),
+  [
+    (1e30, r"^vqgan: .*lower config\.vqgan\.learning_rate and delete "),
+    (1e-9, r"^the image tokenizer reconstructs held-out images worse \(.* dB\) than one color \("),
+  ],
+)
+def test_a_tokenizer_that_diverged_or_learned_nothing_is_no_stage(
+  images, tmp_path, learning_rate, sentence
+):
+  config = dataclasses.replace(CONFIG, learning_rate=learning_rate)
+  with (
+    jax.set_mesh(mesh_of(1, 8, 1)),
+    pytest.raises(UserError, match=sentence),
+    stages.once(tmp_path, {}) as summary,
+  ):
+    summary.update(train_vqgan.train_vqgan(config, NUM_CODES, 0, images, images, tmp_path))
+  assert not (tmp_path / stages.DONE).exists()
+
+
+def test_measures_that_are_no_better_than_one_color(images, tmp_path):
+  measures = {
+    "psnr_of_mean_mse_db": 20.0, "psnr_of_one_color_db": 19.0,
+    "codes_used": 1, "train_codes_used": 2,
+  }  # fmt: skip
+  train_vqgan.check_learned(measures)
+  with pytest.raises(UserError, match="gives every image the same code"):
+    train_vqgan.check_learned({**measures, "train_codes_used": 1})
+  with pytest.raises(UserError, match=r"worse \(19\.0 dB\) than one color \(19\.0 dB\)"):
+    train_vqgan.check_learned({**measures, "psnr_of_mean_mse_db": 19.0})
+  model = ImageTokenizer(CONFIG, NUM_CODES, train_vqgan.init_state(CONFIG, NUM_CODES, 0)["params"])
+  found = train_vqgan.evaluate(model, images, images, tmp_path)["psnr_of_one_color_db"]
+  error = ((images / 255 - (images / 255).mean((0, 1, 2))) ** 2).mean()
+  assert found == pytest.approx(-10 * np.log10(error))
 
 
 def test_only_dead_codes_restart_and_at_encodings(images):

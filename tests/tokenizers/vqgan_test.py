@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
@@ -203,6 +204,18 @@ def test_load_names_what_is_wrong(tokenizer, tmp_path):
   (tmp_path / "params.safetensors").unlink()
   with pytest.raises(UserError, match=r"params\.safetensors does not exist"):
     ImageTokenizer.load(tmp_path)
+
+
+def test_damaged_parameters_are_refused(tokenizer, tmp_path):
+  folder = tmp_path / "vqgan"
+  with stages.once(folder, {}, files=stages.STAGES["vqgan"].files):
+    tokenizer.save(folder)
+  ImageTokenizer.load(folder)
+  params = bytearray((folder / "params.safetensors").read_bytes())
+  params[-1] ^= 1
+  (folder / "params.safetensors").write_bytes(params)
+  with pytest.raises(UserError, match=r"params\.safetensors has another content than when it was"):
+    ImageTokenizer.load(folder)
 
 
 def test_wrong_arrays_are_refused(tokenizer, images):

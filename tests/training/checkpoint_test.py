@@ -1,11 +1,16 @@
 import dataclasses
 import shutil
+import subprocess
+import sys
+import threading
+import time
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.training import checkpoint
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.state import init_state
@@ -206,6 +211,144 @@ def test_digests_of_a_deleted_checkpoint_do_not_count_for_the_next_of_its_step(s
     checkpoints.wait()
     assert checkpoints.newest() == 2
     checkpoints.close()
+
+
+def small(step):
+  return {"w": np.full(4, step, np.float32)}
+
+
+def on_disk(folder):
+  """Steps that are on the disk, and those that have digests."""
+  return [
+    sorted(int(path.stem) for path in (folder / name).iterdir())
+    for name in ("checkpoints", "checkpoints.digests")
+  ]
+
+
+def test_checkpoints_are_kept_for_three_reasons_also_by_the_next_start(tmp_path):
+  """The newest two, multiples of 3, and the two of lowest loss, which step 4 leaves again."""
+  losses = {
+    1: 5.0,
+    2: 1.0,
+    3: 9.0,
+    4: 2.0,
+    5: 7.0,
+    6: 6.0,
+    7: 1.5,
+    8: float("nan"),
+    9: 4.0,
+    10: 8.0,
+  }
+  for starts in (range(1, 6), range(6, 11)):
+    with checkpoint.Checkpoints(tmp_path, 2, keep_every=3, keep_best=2) as checkpoints:
+      for step in starts:
+        checkpoints.save(small(step), step, next_row=step, heldout_loss=losses[step])
+  assert on_disk(tmp_path) == [[2, 3, 6, 7, 9, 10]] * 2
+
+
+def save_and_fail(folder):
+  with checkpoint.Checkpoints(folder, 2) as checkpoints:
+    checkpoints.save(small(1), 1, next_row=1)
+    raise ZeroDivisionError
+
+
+def test_a_save_in_flight_is_finished_when_an_error_ends_the_run(tmp_path):
+  with pytest.raises(ZeroDivisionError):
+    save_and_fail(tmp_path)
+  assert on_disk(tmp_path) == [[1], [1]]
+
+
+# Ends with an error while a checkpoint of 200 MB is written.
+FAILS = """
+import sys
+import jax.numpy as jnp
+from cm3leon_jax.commands import common
+from cm3leon_jax.config import UserError
+from cm3leon_jax.training.checkpoint import Checkpoints
+def main(workdir):
+  with Checkpoints(workdir, 2) as checkpoints:
+    checkpoints.save({"w": jnp.arange(50_000_000, dtype=jnp.float32)}, 1, 1)
+    raise UserError("the sentence.")
+common.run(main, config=False)
+"""
+
+
+def test_a_save_in_flight_does_not_bury_the_sentence_of_an_error(tmp_path):
+  result = subprocess.run(
+    [sys.executable, "-c", FAILS, f"--workdir={tmp_path}"],
+    capture_output=True, text=True, timeout=300, check=False,
+  )  # fmt: skip
+  assert (result.returncode, result.stderr) == (2, "error: the sentence.\n")
+  assert on_disk(tmp_path) == [[1], [1]]
+
+
+# Saves 4 kB, and then 40 MB, of which a file may have only 1 MB, as on a full disk.
+FULL_DISK = """
+import resource, time
+import jax.numpy as jnp
+from cm3leon_jax.commands import common
+from cm3leon_jax.training.checkpoint import Checkpoints
+def main(workdir):
+  with Checkpoints(workdir, 2) as checkpoints:
+    checkpoints.save({"w": jnp.ones(1_000)}, 1, 1)
+    checkpoints.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
+    checkpoints.save({"w": jnp.sin(jnp.arange(10_000_000.0))}, 2, 2)
+    for _ in range(1_000):  # Steps.
+      checkpoints.check_save()
+      time.sleep(0.05)
+common.run(main, config=False)
+"""
+
+
+def test_a_save_that_fails_is_reported_in_the_loop_and_leaves_the_one_before(tmp_path):
+  result = subprocess.run(
+    [sys.executable, "-c", FULL_DISK, f"--workdir={tmp_path}"],
+    capture_output=True, text=True, timeout=300, check=False,
+  )  # fmt: skip
+  assert result.returncode == TryAgain.exit_code
+  last = result.stderr.splitlines()[-1]
+  assert last.startswith(f"error: checkpoint 2 could not be written to {tmp_path}/checkpoints (")
+  assert last.endswith("): the same command continues from the one before.")
+  checkpoints = checkpoint.Checkpoints(tmp_path, 2)
+  assert checkpoints.newest_whole() == 1
+  checkpoints.close()
+
+
+def test_a_job_that_lost_its_lease_neither_saves_nor_seals(tmp_path):
+  lost = UserError("another job took the lease")
+  check = mock.Mock(side_effect=[None, lost, lost])  # Before a save, before it is sealed, ...
+  checkpoints = checkpoint.Checkpoints(tmp_path, 2, check=check)
+  checkpoints.save(small(1), 1, next_row=1)
+  with pytest.raises(UserError, match="another job"):
+    checkpoints.wait()
+  with pytest.raises(UserError, match="another job"):
+    checkpoints.save(small(2), 2, next_row=2)
+  checkpoints.close()
+  assert not (tmp_path / "checkpoints.digests" / "1.json").exists()
+  assert not (tmp_path / "checkpoints" / "2").exists()
+  assert check.call_count == 3
+
+
+def test_the_step_loop_is_not_stopped_by_digests(tmp_path, monkeypatch):
+  """They are computed while the loop goes on, however long that takes."""
+  release = threading.Event()
+
+  def slow(folder):
+    assert release.wait(60)
+    return {"file": "digest"}
+
+  monkeypatch.setattr(checkpoint.sealing, "digests", slow)
+  with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+    checkpoints.save(small(1), 1, next_row=1)
+    while not (tmp_path / "checkpoints" / "1").exists():
+      time.sleep(0.01)
+    for _ in range(10):
+      checkpoints.check_save()
+    assert checkpoints.newest() is None
+    release.set()
+    checkpoints.wait()
+    assert checkpoints.newest() == 1
 
 
 def test_old_checkpoints_and_their_digests_go(saved):

@@ -23,6 +23,8 @@ def read(folder):
 def _plain(value):
   if value.HasField("image"):
     return value.image
+  if value.HasField("tensor"):
+    return value.tensor.string_val[0].decode()
   return value.histo if value.HasField("histo") else np.float32(value.simple_value)
 
 

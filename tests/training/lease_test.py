@@ -148,6 +148,17 @@ def test_a_job_that_cannot_renew_its_lease_stops_only_in_the_end(tmp_path, monke
     monkeypatch.undo()
 
 
+def test_before_a_save_the_lease_is_read_again(tmp_path, monkeypatch):
+  monkeypatch.setattr(lease, "BEAT_SECONDS", 60.0)
+  monkeypatch.setattr(lease, "EXPIRE_SECONDS", 60.0)
+  with Lease(tmp_path) as held:
+    held.check()
+    hold(tmp_path)
+    held.check(now=False)
+    with pytest.raises(UserError, match=r"^process 7 on elsewhere took "):
+      held.check()
+
+
 def test_the_lease_of_another_job_is_not_given_back(tmp_path, monkeypatch):
   monkeypatch.setattr(lease, "BEAT_SECONDS", 60.0)
   with Lease(tmp_path):

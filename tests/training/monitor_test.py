@@ -1,17 +1,16 @@
 import dataclasses
-import sys
+import json
 import time
 
-from etils import epath
 import jax
 import jax.numpy as jnp
 import pytest
 
-from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.training.goodput import Stopwatch
 from cm3leon_jax.training.metrics import MetricsLog
-from cm3leon_jax.training.monitor import Monitor, Rates, open_boards, step_line
+from cm3leon_jax.training.monitor import Monitor, Rates, step_line
+from cm3leon_jax.training.numerics import TooManySkippedError
 from cm3leon_jax.training.profile import Profiler
 from cm3leon_jax.training.train import TrainConfig
 
@@ -111,11 +110,35 @@ def test_a_process_that_does_not_write_is_silent(tmp_path, capsys):
   assert not (tmp_path / "folder").exists()
 
 
-@pytest.mark.parametrize("field", ["loss", "grad_norm"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_debug_nans(tmp_path, field, value):
-  with pytest.raises(UserError, match=r"of step 2 is .*--debug_nans"):
-    follow(make_monitor(tmp_path), [2], **{field: value})
+def test_one_skipped_step_too_many_in_a_row_stops_the_run(tmp_path, capsys):
+  """Each is printed and logged, without numbers that JSON does not have."""
+  monitor, nan = make_monitor(tmp_path, max_skipped=2, log_every=100, steps=99), float("nan")
+  follow(monitor, range(2, 4), loss=nan, skipped=1.0)
+  follow(monitor, [4], skipped=0.0)  # The count starts again.
+  with pytest.raises(TooManySkippedError) as stop:
+    follow(monitor, range(5, 9), loss=nan, grad_norm=float("inf"), skipped=1.0)
+  assert stop.value.steps == range(5, 8)
+  assert str(stop.value) == (
+    "step 7 is skipped after 2 others in a row (train.max_skipped): its loss is nan, the norm of "
+    "its gradient inf"
+  )
+  text = (tmp_path / "metrics.jsonl").read_text()
+  lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+  steps = {line["step"]: line for line in lines if "skipped" in line}
+  assert {step: line["skipped"] for step, line in steps.items()} == {
+    2: 1, 3: 1, 4: 0, 5: 1, 6: 1, 7: 1,
+  }  # fmt: skip
+  assert [step for step, line in steps.items() if "loss" in line] == [4]
+  assert steps[4]["learning_rate"] == pytest.approx(1e-3)  # Of the second step that was taken.
+  printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+  assert [line.partition("/")[0] for line in printed if line.endswith(" | skipped")] == [
+    f"step {i}" for i in (2, 3, 5, 6, 7)
+  ]
+
+
+def test_without_a_step_to_spare_the_first_one_stops_the_run(tmp_path):
+  with pytest.raises(TooManySkippedError, match=r"^step 1 is skipped: its loss is nan, the norm"):
+    follow(make_monitor(tmp_path, max_skipped=0), [1], loss=float("nan"), skipped=1.0)
 
 
 def test_waiting_for_data_counts_where_the_device_has_nothing_to_do(tmp_path):
@@ -137,18 +160,3 @@ def test_waiting_for_data_counts_where_the_device_has_nothing_to_do(tmp_path):
   line = read_json_lines(tmp_path / "metrics.jsonl")[-1]
   assert 0.06 <= line["data_seconds"] < 0.2
   assert line["step_seconds"] < 0.06
-
-
-def test_without_tensorboardx_a_line_says_so(tmp_path, capsys, monkeypatch):
-  monkeypatch.setitem(sys.modules, "tensorboardX", None)
-  assert open_boards(epath.Path(tmp_path), TrainConfig(), 1) == []
-  (line,) = capsys.readouterr().out.splitlines()
-  assert "pip install 'cm3leon_jax[monitoring]'" in line
-
-
-def test_wandb_that_is_set_but_not_installed_is_a_user_error(tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, "wandb", None)
-  with pytest.raises(
-    UserError, match=r"config\.train\.wandb is 'cats', but wandb is not installed"
-  ):
-    open_boards(epath.Path(tmp_path), TrainConfig(wandb="cats"), 1)

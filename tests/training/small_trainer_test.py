@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json_lines
-from cm3leon_jax.training import small_trainer
+from cm3leon_jax.io import read_json_lines, write_json
+from cm3leon_jax.training import lease, small_trainer
 from tests.models.tiny import mesh_of
 
 
@@ -90,6 +90,31 @@ def test_a_killed_training_continues_bit_for_bit(tmp_path, whole):
   assert (train(tmp_path / "other", seed=1) != whole).any()
 
 
+def test_a_folder_in_which_another_job_trains_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
+  monkeypatch.setattr(lease, "EXPIRE_SECONDS", 30.0)
+  with (
+    lease.Lease(tmp_path),
+    pytest.raises(UserError, match=r"trains in .*: use another --workdir"),
+  ):
+    train(tmp_path)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_that_lost_its_lease_stops_and_saves_no_more(tmp_path, monkeypatch):
+  monkeypatch.setattr(lease, "BEAT_SECONDS", 60.0)
+
+  class Taken(Examples):
+    def __getitem__(self, rows):
+      if len(self.rows) == 3:  # Before step 3, and so before the first save, of step 5.
+        write_json(tmp_path / lease.NAME, {"token": "other", "host": "elsewhere", "pid": 7})
+      return super().__getitem__(rows)
+
+  with pytest.raises(UserError, match=r"^process 7 on elsewhere took "):
+    train(tmp_path, examples=Taken())
+  assert list((tmp_path / small_trainer.FOLDER / "checkpoints").iterdir()) == []
+
+
 def test_how_often_a_state_is_kept_may_change(tmp_path, whole):
   kill_in_step_11(tmp_path)
   rest = Examples()
@@ -145,6 +170,31 @@ def test_batches_that_cannot_be_are_refused(tmp_path):
     train(tmp_path, dataclasses.replace(Config(), batch_size=21))
   with pytest.raises(UserError, match=r"config\.clip\.batch_size is 6; .* = 4 must divide it"):
     train(tmp_path, dataclasses.replace(Config(), batch_size=6), devices=(1, 4, 1))
+
+
+@pytest.mark.parametrize(
+  ("checkpoint_every", "sentence"),
+  [
+    (5, r"^clip: checkpoint 5 is not saved: w hold NaNs or infinities: "),
+    (50, r"^clip: step 10 has"),
+  ],
+)
+def test_a_training_that_diverges_ends_and_nothing_of_it_is_kept(
+  tmp_path, checkpoint_every, sentence
+):
+  config = Config(learning_rate=1e30, checkpoint_every=checkpoint_every)
+  message = f"{sentence}.*lower config.clip.learning_rate and delete .*training to start again"
+  with pytest.raises(UserError, match=message):
+    train(tmp_path, config)
+  folder = tmp_path / small_trainer.FOLDER / "checkpoints"
+  assert [path.name for path in folder.iterdir()] == []
+  assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_model_that_diverges_in_its_last_step_is_not_returned(tmp_path):
+  """Its loss is of before that step."""
+  with pytest.raises(UserError, match=r"^clip: the model is not saved: w hold NaNs"):
+    train(tmp_path, Config(steps=1, batch_size=8, learning_rate=float("inf")))
 
 
 def test_an_epoch_visits_every_example_once():

@@ -19,10 +19,11 @@ from cm3leon_jax.reports import summary as summary_lib
 from cm3leon_jax.training import loss
 from cm3leon_jax.training import train as train_module
 from cm3leon_jax.training.monitor import change_line
+from cm3leon_jax.training.objective import Rows
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.state import eval_step, init_state, train_step
 from cm3leon_jax.training.tensorboard import curves
-from cm3leon_jax.training.train import Rows, TrainConfig, train
+from cm3leon_jax.training.train import TrainConfig, train
 from tests.data.stores import VOCAB, make_instructions, make_plan, make_sources
 from tests.models.tiny import CONFIG, mesh_of, model_logits
 from tests.training import events

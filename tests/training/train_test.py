@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from unittest import mock
+import urllib.request
 
 from etils import epath
 import jax
@@ -17,18 +18,20 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import CTRL_C, INTERRUPTED, UserError
 from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.mesh import spec
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training import checkpoint, upkeep
 from cm3leon_jax.training import train as train_module
 from cm3leon_jax.training.flops import model_flops
+from cm3leon_jax.training.objective import Rows
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.state import init_state
-from cm3leon_jax.training.train import INTERRUPTED, Rows, TrainConfig, compile_steps, train
+from cm3leon_jax.training.train import TrainConfig, compile_steps, train
 from tests.data.stores import VOCAB, make_plan, make_sources
+from tests.distributed_test import free_port
 from tests.models.tiny import mesh_of
 from tests.training import events
 from tests.training.profile_test import traced_steps
@@ -70,6 +73,9 @@ def run(
   fresh=False,
   ema_decay=0.0,
   initial_params=None,
+  skip_above=0.0,
+  skipped=(),
+  go_back=None,
   **fields,
 ):
   """Trains; with `fresh` the steps are compiled again, as in a new process."""
@@ -83,7 +89,9 @@ def run(
       **fields,
     }
   )
-  optimizer = OptimizerConfig(learning_rate=learning_rate, ema_decay=ema_decay)
+  optimizer = OptimizerConfig(
+    learning_rate=learning_rate, ema_decay=ema_decay, skip_above=skip_above
+  )
 
   def steps(model, optimizer, config, vocab, seed):
     mesh = jax.sharding.get_mesh()
@@ -101,12 +109,13 @@ def run(
       optimizer,
       config,
       VOCAB,
-      Rows(loader),
+      Rows(loader, skipped),
       loader,
       0,
       sample_grid,
       profile_steps,
       initial_params,
+      go_back=go_back,
     )
 
 
@@ -255,6 +264,82 @@ def test_sigterm_saves_and_the_same_call_continues(whole, loader, tmp_path):
   assert losses(tmp_path) == losses(whole[0])
 
 
+@pytest.fixture
+def foreground():
+  """SIGINT as a program in the foreground has it, wherever the tests run."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("foreground")
+def test_a_run_in_the_background_of_a_script_ignores_ctrl_c(whole, loader, tmp_path):
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  run(tmp_path, loader, sample_grid=lambda *_: os.kill(os.getpid(), signal.SIGINT), sample_every=6)
+  assert losses(tmp_path) == losses(whole[0])
+
+
+@pytest.mark.usefixtures("foreground")
+def test_ctrl_c_saves_and_the_same_call_continues(whole, loader, tmp_path, capfd):
+  def interrupt(_, step):
+    if step == 3:
+      os.kill(os.getpid(), signal.SIGINT)
+
+  with pytest.raises(SystemExit) as stop:
+    run(tmp_path, loader, sample_grid=interrupt, sample_every=1)
+  assert stop.value.code == CTRL_C
+  out, err = capfd.readouterr()
+  assert "stopped at step 4 of 12; saved in " in out
+  assert "Ctrl-C: the run saves after this step; once more stops it at once." in err
+  run(tmp_path, loader)
+  assert losses(tmp_path) == losses(whole[0])
+
+
+@pytest.mark.usefixtures("foreground")
+def test_a_second_ctrl_c_stops_at_once_and_loses_no_save(whole, loader, tmp_path):
+  def interrupt(_, step):
+    if step == 4:  # Its save is in flight.
+      os.kill(os.getpid(), signal.SIGINT)
+      os.kill(os.getpid(), signal.SIGINT)
+
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path, loader, sample_grid=interrupt, sample_every=1)
+  assert checkpoint.Checkpoints(tmp_path, 2).newest() == 4
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  run(tmp_path, loader)
+  assert losses(tmp_path) == losses(whole[0])
+
+
+def test_a_run_that_is_rolled_back_continues_bit_for_bit(whole, loader, tmp_path):
+  shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+  (tmp_path / "done.json").write_text("{}")
+  folder = epath.Path(tmp_path)
+  assert upkeep.rollback(folder, 8) == [
+    f"removed {folder / 'done.json'}: the run is not finished any more.",
+    "removed checkpoints 12.",
+    "removed steps 9 to 12 from metrics/metrics.jsonl.",
+    "launch.train continues from step 8.",
+  ]
+  assert sorted(losses(tmp_path)) == list(range(1, 9))
+  run(tmp_path, loader)
+  assert losses(tmp_path) == losses(whole[0])
+  lines = read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
+  assert [line["event"] for line in lines if "event" in line] == ["rolled_back", "resumed"]
+
+
+def test_the_checkpoint_of_the_lowest_heldout_loss_is_kept(loader, tmp_path):
+  """A learning rate that is too high makes later steps worse."""
+  run(
+    tmp_path, loader, learning_rate=3.0, steps=5, eval_every=1, checkpoint_every=1, keep_best=1,
+    tensorboard=False,
+  )  # fmt: skip
+  lines = read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
+  heldout = {line["step"]: line["heldout_loss"] for line in lines if "heldout_loss" in line}
+  best = min(heldout, key=heldout.get)
+  assert best < 4
+  assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {best, 4, 5}
+
+
 def test_restore_onto_another_mesh(whole, loader, tmp_path):
   with pytest.raises(Crash):
     run(tmp_path, loader, sample_grid=crash_at(9, tmp_path), sample_every=1)
@@ -298,6 +383,25 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(loader, tmp_path)
   assert sorted(losses(tmp_path)) == list(range(1, 10))
 
 
+def test_prometheus_reads_a_run_while_it_trains(loader, tmp_path):
+  """In the grid of step 8: the endpoint is open as long as the run trains."""
+  port, found = free_port(), []
+
+  def scrape(*_):
+    with urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=10) as answer:
+      found.append(dict(re.findall(r"^cm3leon_(\w+) (\S+)$", answer.read().decode(), flags=re.M)))
+
+  run(tmp_path, loader, sample_grid=scrape, sample_every=8, steps=8, metrics_port=port)
+  [values] = [{name: float(x) for name, x in values.items()} for values in found]
+  assert (values["step"], values["steps"]) == (8, 8)
+  assert values["loss"] == losses(tmp_path)[8]
+  assert 0 < values["goodput_ratio"] < 1
+  assert values["tokens_per_second"] > 0
+  assert 0 < values["seconds_since_last_step"] < 60
+  with pytest.raises(OSError, match="refused"):
+    scrape()
+
+
 HOLD = """
 import sys, time
 from cm3leon_jax.training import lease
@@ -329,6 +433,15 @@ def test_a_missing_checkpoint_is_refused(tmp_path):
 def test_a_batch_that_does_not_split_is_refused(loader, tmp_path):
   with pytest.raises(UserError, match="global_batch_size is 6"):
     run(tmp_path, loader, shape=(2, 2, 2), global_batch_size=6)
+
+
+def test_rows_of_a_device_set_the_passes(loader, tmp_path):
+  """On one device 8 rows are 4 passes of 2; bit for bit as if the config said so."""
+  run(tmp_path / "rows", loader, steps=4, rows_per_device=2)
+  run(tmp_path / "passes", loader, steps=4, gradient_accumulation_steps=4)
+  assert losses(tmp_path / "rows") == losses(tmp_path / "passes")
+  with pytest.raises(UserError, match=r"train\.rows_per_device = 4 x 3 = 12 must divide it"):
+    run(tmp_path, loader, shape=(2, 2, 2), rows_per_device=3)
 
 
 def test_a_save_that_was_killed_before_its_digests_pushes_no_other_out(loader, tmp_path):
@@ -433,8 +546,9 @@ def test_mfu_is_that_of_the_whole_batch(loader, tmp_path):
 def test_debug_nans_finds_the_operation_although_the_state_is_donated(loader, tmp_path):
   """Parameters are 1e37 after step 2; without the flag step 3 has the first wrong metrics."""
   shape = (1, 2, 1)
-  with pytest.raises(UserError, match=r"of step 3 is .*--debug_nans"):
-    run(tmp_path / "plain", loader, shape, learning_rate=1e38, tensorboard=False)
+  message = r"^step 3 is skipped: its loss is .* rows 16 to 23 were read, .*--debug_nans"
+  with pytest.raises(UserError, match=message):
+    run(tmp_path / "plain", loader, shape, learning_rate=1e38, tensorboard=False, max_skipped=0)
   with jax.debug_nans(True), pytest.raises(FloatingPointError, match="invalid value"):
     run(tmp_path / "nans", loader, shape, learning_rate=1e38, tensorboard=False, fresh=True)
 
@@ -451,9 +565,12 @@ def test_debug_nans_changes_nothing_where_all_is_finite(whole, loader, tmp_path)
     {"keep_checkpoints": 1},
     {"steps": 0},
     {"global_batch_size": 8, "gradient_accumulation_steps": 3},
+    {"checkpoint_every": 4, "keep_every": 6},
+    {"eval_every": 3, "checkpoint_every": 4, "keep_best": 1},
     {"log_every": 0},
     {"histogram_every": -1},
     {"peak_flops": -1.0},
+    {"max_skipped": -1},
   ],
 )
 def test_config_errors_name_the_field(fields):

@@ -26,20 +26,30 @@ def calls(monkeypatch):
 
 
 def test_every_start_continues_the_same_run(calls, tmp_path):
-  for _ in range(2):
-    WandbRun(tmp_path, "cats").close()
+  """The first start names it after the folder of the run; people may then change the name."""
+  folder = tmp_path / "7b" / "train"
+  for steps in (1, 2):
+    WandbRun(folder, "cats", {"train": {"steps": steps}}).close()
   first, finished, second, _ = calls
-  assert first == second == {
-    "project": "cats", "id": read_json(tmp_path / "wandb.json")["id"], "resume": "allow",
-    "dir": str(tmp_path),
+  same = {
+    "project": "cats", "id": read_json(folder / "wandb.json")["id"], "resume": "allow",
+    "dir": str(folder),
   }  # fmt: skip
+  assert first == {**same, "name": "7b", "config": {"train": {"steps": 1}}}
+  assert second == {**same, "name": None, "config": {"train": {"steps": 2}}}
   assert finished == "finished"
-  WandbRun(tmp_path / "other", "cats")
+  WandbRun(tmp_path / "other", "cats", {})
   assert calls[-1]["id"] != first["id"]
 
 
+def test_the_environment_names_a_run(calls, tmp_path, monkeypatch):
+  monkeypatch.setenv("WANDB_NAME", "a cat")
+  WandbRun(tmp_path, "cats", {})
+  assert calls[-1]["name"] == "a cat"
+
+
 def test_curves_samples_and_histograms_are_logged_at_their_step(calls, tmp_path):
-  run = WandbRun(tmp_path, "cats")
+  run = WandbRun(tmp_path, "cats", {})
   run.scalars(3, {"loss": 2.0, "heldout_loss": 3.0, "weight": 9.0})
   run.samples(3, "sheet")
   run.histograms(

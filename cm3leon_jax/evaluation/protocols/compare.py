@@ -40,9 +40,10 @@ def compare(first: epath.PathLike, second: epath.PathLike, num_resamples: int = 
         f"{folder} is no folder of an evaluation: it has no {RESULTS}. Name folders of "
         "W/evaluations."
       )
-  results = [read_json(epath.Path(folder) / RESULTS) for folder in (first, second)]
+  fields = {"columns": dict, "protocol": dict}
+  results = [read_json(epath.Path(folder) / RESULTS, fields) for folder in (first, second)]
   for field in (*SAME, *NETWORKS):
-    values = [result[field] for result in results]
+    values = [result.get(field) for result in results]
     if values[0] != values[1] and (field in SAME or None not in values):
       where = ""
       if isinstance(values[0], dict) and isinstance(values[1], dict):

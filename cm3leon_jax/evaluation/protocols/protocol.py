@@ -166,7 +166,7 @@ def parse(text: str, where: str) -> tuple[Protocol, ...]:
   """Makes the protocols of a file from its YAML; `where` names it in messages."""
   try:
     documents = list(yaml.safe_load_all(text))
-  except yaml.YAMLError as error:
+  except Exception as error:  # PyYAML raises errors of any kind at values that a tag cannot have.
     raise UserError(f"{where} is not valid YAML ({error}).") from error
   if not documents:
     raise UserError(f"{where} is empty; it must have the fields of a protocol, one per line.")

@@ -9,7 +9,6 @@ from typing import Any
 
 from etils import epath
 import numpy as np
-from tqdm import tqdm
 
 from cm3leon_jax import distributed
 from cm3leon_jax.evaluation import pairs
@@ -26,6 +25,7 @@ from cm3leon_jax.generation.given_images import load_image
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import MASK
 from cm3leon_jax.io import read_json, replacing, write_json
+from cm3leon_jax.progress import progress_bar
 
 VALUES = "values.npz"
 # VQAScore's question (Lin et al. 2024) in the form that CM3Leon gives questions (table 5).
@@ -178,7 +178,7 @@ def _in_parts(job: Run, name: str, need: str, compute: Callable) -> list:
   starts = range(0, len(job.groups), PART)
   paths = {start: folder / f"part_{start // PART:05d}.json" for start in starts}
   todo = [start for start, path in paths.items() if not path.exists()]
-  for start in tqdm(todo, desc=need, unit="part", disable=not distributed.is_first()):
+  for start in progress_bar(todo, desc=need, unit="part", disable=not distributed.is_first()):
     values = compute(samples_lib.read_part(job.samples, name, start))
     if distributed.is_first():
       write_json(paths[start], values)

@@ -14,7 +14,6 @@ import json
 
 from etils import epath
 import numpy as np
-from tqdm import tqdm
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
@@ -30,6 +29,7 @@ from cm3leon_jax.generation.pipeline import Pipeline, Sample
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.generation.text_tasks import InfillText
 from cm3leon_jax.io import read_json_lines, replacing
+from cm3leon_jax.progress import progress_bar
 
 PART = 64  # Examples of a part.
 
@@ -170,7 +170,7 @@ def generate(
     for start in range(0, len(of_column), PART)
     if not part_path(folder, name, start).exists()
   ]
-  bar = tqdm(todo, unit="part", disable=not distributed.is_first())
+  bar = progress_bar(todo, unit="part", disable=not distributed.is_first())
   for name, start in bar:
     bar.set_description(name)
     some = [_with_pixels(task, pipeline) for task in tasks[name][start : start + PART]]
@@ -230,8 +230,8 @@ def _copied(codes: np.ndarray, sample: Sample, pipeline: Pipeline) -> float | No
 
 def read_part(folder: epath.PathLike, column: str, start: int) -> list[dict]:
   """Returns the lines of the best sample of each example of the part that begins with `start`."""
-  lines = read_json_lines(part_path(folder, column, start))
-  return [line for line in lines if line["rank"] in (None, 1)]
+  lines = read_json_lines(part_path(folder, column, start), {"row": int})
+  return [line for line in lines if line.get("rank") in (None, 1)]
 
 
 def read_lines(folder: epath.PathLike, column: str, count: int) -> Iterator[dict]:

@@ -1,0 +1,230 @@
+r"""Compiles the config cards: what each size takes of a device on each slice, docs/cards/.
+
+  python -m benchmarks.cards                          # every card that is missing, and the pages
+  python -m benchmarks.cards --size=7b --again        # all cards of a size
+  python -m benchmarks.cards --card=7b/v5e-256/train --again
+
+A card is a command of `launch.aot_compile` for a shipped config, its numbers, the compiler's
+version and the date. Each is written when it is done, so a run that was stopped continues. A card
+takes one to several minutes on two CPU cores; no TPU is needed.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from absl import app, flags
+
+SIZES = ("7b", "760m", "350m")
+PROGRAMS = ("train", "evaluate", "decode")
+FOLDER = pathlib.Path(__file__).parents[1] / "docs" / "cards"
+KEPT = (
+  "arguments_gib", "temporaries_gib", "sum_gib", "peak_gib", "rest_gib", "host_gib", "hbm_gib",
+  "estimate_gib", "flops", "model_flops", "devices", "tokens", "collectives", "compute_seconds",
+  "collective_seconds",
+)  # fmt: skip
+
+_SIZE = flags.DEFINE_enum("size", None, SIZES, "Size whose cards are made (default: all).")
+_CARD = flags.DEFINE_string("card", None, "The only card that is made, e.g. 7b/v5e-256/train.")
+_AGAIN = flags.DEFINE_bool("again", False, "Whether cards that exist are made again.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+  """Where a card's programs run.
+
+  Attributes:
+    topology: of `launch.aot_compile`.
+    slices: number of slices.
+    fsdp: axes fsdp and fsdp_inner of a slice's mesh; they follow the torus.
+    tensor: axis of the decoder, whose other devices are replicas.
+  """
+
+  topology: str
+  slices: int
+  fsdp: tuple[int, int]
+  tensor: int
+
+
+SLICES = {
+  "v5e-256": Slice("v5e-256", 1, (16, 16), 8),
+  "v5p-256": Slice("v5p-256", 1, (16, 8), 4),
+  "2 x v5e-256": Slice("v5e-256", 2, (16, 16), 8),
+  "v6e-256": Slice("v6e-256", 1, (16, 16), 4),
+}
+PROMPTS = 64  # Of a replica of the decoder, with two guidance streams each.
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+  """A program of a size on a slice."""
+
+  size: str
+  where: str
+  program: str
+
+  @property
+  def name(self) -> str:
+    """Name in the file of its size."""
+    return f"{self.where}/{self.program}"
+
+  @property
+  def command(self) -> list[str]:
+    """Arguments of `python -m launch.aot_compile`."""
+    place = SLICES[self.where]
+    command = [f"--config=ml_configs/cm3leon_{self.size}.py", f"--topology={place.topology}"]
+    if place.slices > 1:
+      command.append(f"--slices={place.slices}")
+    if self.program == "decode":
+      devices = place.slices * place.fsdp[0] * place.fsdp[1]
+      replicas = devices // place.tensor
+      axes = {"data": replicas, "fsdp": 1, "tensor": place.tensor}
+      command.append(f"--decode_batch={PROMPTS * replicas}")
+    else:
+      axes = {"data": place.slices, "fsdp": place.fsdp[0], "fsdp_inner": place.fsdp[1]}
+    command += [f"--config.mesh.{axis}={n}" for axis, n in axes.items()]
+    return [*command, f"--program={self.program}"]
+
+
+CARDS = [Card(size, where, program) for where in SLICES for size in SIZES for program in PROGRAMS]
+
+
+def compiler() -> str:
+  """Returns the versions that the numbers depend on."""
+  return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("libtpu", "jax"))
+
+
+def measure(card: Card) -> dict:
+  """Compiles a card's program; if the command fails, prints its error and exits."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "report.json"
+    command = [sys.executable, "-m", "launch.aot_compile", *card.command, f"--json={path}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+      sys.exit(f"{' '.join(command)}:\n{result.stderr[-1_000:]}")
+    reports = json.loads(path.read_text())
+  numbers = {key: reports[card.program][key] for key in KEPT if key in reports[card.program]}
+  if card.program == "decode":
+    numbers["prefill_peak_gib"] = reports["prefill"]["peak_gib"]
+  date = datetime.datetime.now(datetime.UTC).date().isoformat()
+  return {"command": " ".join(card.command), "compiler": compiler(), "date": date, **numbers}
+
+
+def stored(size: str) -> dict[str, dict]:
+  """Returns name -> numbers of the cards of a size that exist."""
+  path = FOLDER / f"cm3leon_{size}.json"
+  return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(size: str, cards: dict[str, dict]) -> None:
+  """Writes the cards of a size, and their page."""
+  FOLDER.mkdir(parents=True, exist_ok=True)
+  named = {
+    card.name: cards[card.name] for card in CARDS if card.size == size and card.name in cards
+  }
+  (FOLDER / f"cm3leon_{size}.json").write_text(json.dumps(named, indent=1) + "\n")
+  (FOLDER / f"cm3leon_{size}.md").write_text(page(size, named))
+
+
+HEADER = """# cm3leon_{size} on a slice
+What the programs of the shipped config take of one device, as the TPU compiler plans them. None of
+them has run. `python -m benchmarks.cards` makes the cards that are missing and writes this page;
+[scaling.md](../scaling.md) explains the numbers.
+
+- **train**: a step of the config's batch, in as many passes as `train.rows_per_device` asks for.
+  Memory is arguments (parameters, moments, rows) + temporaries.
+- **evaluate**: the held-out loss of the rows of one pass. The rest of the state stays in memory
+  beside it.
+- **decode**: one token of {prompts} prompts of every replica, two guidance streams each, 1,152
+  positions, over the full cache.
+"""
+TABLE = """
+| slice | program | GiB of a device | its FLOPs | collectives: number, GiB | compiled |
+|---|---|---|---|---|---|
+"""
+COMMANDS = """
+The commands in this order, each after `python -m launch.aot_compile`:
+```
+{commands}
+```
+"""
+
+
+def page(size: str, cards: dict[str, dict]) -> str:
+  """Returns the page of a size as Markdown."""
+  parts = [HEADER.format(size=size, prompts=PROMPTS)]
+  if cards:
+    parts += [TABLE, *(_row(name, card) for name, card in cards.items())]
+    parts.append(COMMANDS.format(commands="\n".join(c["command"] for c in cards.values())))
+  missing = [c.name for c in CARDS if c.size == size and c.name not in cards]
+  if missing:
+    parts += ["\nNot made yet:\n\n", *(f"- {name}\n" for name in missing)]
+  return "".join(parts)
+
+
+def _row(name: str, card: dict) -> str:
+  where, program = name.split("/")
+  return f"| {where} | {program} | {' | '.join(_cells(card))} |\n"
+
+
+def _cells(card: dict) -> Iterator[str]:
+  arrays = f"{card['arguments_gib']:.2f} + {card['temporaries_gib']:.2f}"
+  memory = f"{arrays} = **{card['sum_gib']:.2f}** of {card['hbm_gib']:.2f}"
+  if "rest_gib" in card:
+    memory += f"; with the rest of the state {card['sum_gib'] + card['rest_gib']:.2f}"
+  if "prefill_peak_gib" in card:
+    memory += f"; prefill, at its peak, {card['prefill_peak_gib']:.2f}"
+  yield memory
+  flops = f"{card['flops']:.3e}"
+  if "model_flops" in card:
+    flops += f", {card['flops'] * card['devices'] / card['model_flops']:.3f} x model"
+  yield flops
+  yield "; ".join(
+    f"{kind} {c['count']:,}, {c['bytes'] / 2**30:.2f}" for kind, c in card["collectives"].items()
+  )
+  yield f"{card['compiler']}; {card['date']}"
+
+
+def drift(old: dict, new: dict) -> dict[str, float]:
+  """Returns name -> relative change of the numbers of a card that changed."""
+  before, after = (
+    {
+      **{name: card[name] for name in ("arguments_gib", "temporaries_gib", "flops")},
+      **{kind: c["bytes"] for kind, c in card["collectives"].items()},
+    }
+    for card in (old, new)
+  )
+  changes = {}
+  for name in before.keys() | after.keys():
+    a, b = before.get(name, 0.0), after.get(name, 0.0)
+    if a != b:
+      changes[name] = abs(b - a) / max(abs(a), abs(b))
+  return changes
+
+
+def main(_) -> None:
+  names = [f"{card.size}/{card.name}" for card in CARDS]
+  if _CARD.value not in (None, *names):
+    raise app.UsageError(f"--card is '{_CARD.value}'; it must be one of {', '.join(names)}.")
+  for card in CARDS:
+    cards = stored(card.size)
+    if _SIZE.value not in (None, card.size):
+      continue
+    if _CARD.value not in (None, f"{card.size}/{card.name}"):
+      continue
+    if card.name not in cards or _AGAIN.value:
+      cards[card.name] = measure(card)
+      print(f"{card.size}/{card.name}: {cards[card.name]['sum_gib']:.2f} GiB", flush=True)
+      write(card.size, cards)
+  for size in SIZES:
+    write(size, stored(size))
+
+
+if __name__ == "__main__":
+  app.run(main)

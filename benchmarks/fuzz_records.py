@@ -1,0 +1,71 @@
+"""Fuzzes the readers of strangers' files, guided by coverage, until a time is over.
+
+  pip install -e '.[fuzz]'
+  python -m benchmarks.fuzz_records tar -max_total_time=600
+
+Readers: csv, json, tar, yaml; other arguments are those of libFuzzer, e.g. a folder of files to
+begin with. An error that is not the project's own ends it, and the input is kept in `crash-*`;
+it then belongs to tests/data/archive_bounds_test.py or tests/commands/untrusted_test.py.
+"""
+
+import contextlib
+import json
+import sys
+
+import atheris
+import fsspec
+
+with atheris.instrument_imports(include=["cm3leon_jax", "csv", "json", "tarfile", "yaml"]):
+  from cm3leon_jax.config import UserError
+  from cm3leon_jax.data import instruction_config, records, source_archives, source_lines
+
+FILES = fsspec.filesystem("memory")
+FILE = "/file"
+
+
+def read_csv() -> None:
+  for where, values in source_lines.csv_rows(FILES, FILE):
+    check(where, values)
+
+
+def read_json() -> None:
+  for where, values in source_lines.json_lines(FILES, FILE, []):
+    check(where, values)
+
+
+def read_tar() -> None:
+  for item in source_archives.tar_samples(FILES, FILE, lambda item, *_: item):
+    assert isinstance(item, records.Record | records.Rejected)
+
+
+def read_yaml() -> None:
+  with contextlib.suppress(UserError, UnicodeDecodeError):
+    instruction_config.parse_tasks(FILES.cat_file(FILE).decode(), FILE)
+
+
+def check(where: str, values: dict | records.Rejected) -> None:
+  """Makes records of each kind, and writes those that are right, as ingestion does."""
+  if isinstance(values, records.Rejected):
+    return
+  for kind in records.KINDS.values():
+    item = records.checked_record(kind, records.renamed(values), FILE, where)
+    if not isinstance(item, records.Rejected):
+      json.dumps(vars(item), ensure_ascii=False).encode()
+
+
+READERS = {"csv": read_csv, "json": read_json, "tar": read_tar, "yaml": read_yaml}
+
+
+def main() -> None:
+  read = READERS[sys.argv.pop(1)]
+
+  def once(data: bytes) -> None:
+    FILES.pipe_file(FILE, data)
+    read()
+
+  atheris.Setup(sys.argv, once)
+  atheris.Fuzz()
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,102 @@
+r"""Measures what a save costs the step loop, at the size of the demo.
+
+  python -m benchmarks.save_cost
+
+Blocks of `--every` steps on random tokens alternate: each second one begins with a save. The cost
+is what a block with a save takes longer than the one before it, so a machine that slows down during
+the measurement slows both.
+"""
+
+import functools
+import pathlib
+import tempfile
+import time
+
+from absl import app, flags
+import jax
+import numpy as np
+
+from cm3leon_jax.configs import scenes
+from cm3leon_jax.data.pipeline import rows_of_samples
+from cm3leon_jax.mesh import MeshConfig, create_mesh, shard
+from cm3leon_jax.settings import Settings, settings_from_config
+from cm3leon_jax.training.checkpoint import Checkpoints
+from cm3leon_jax.training.train import compile_steps
+
+_VARIANT = flags.DEFINE_string("variant", "15", "Variant of the config `scenes`: 15, long.")
+_EVERY = flags.DEFINE_integer(
+  "every", 0, "Steps of a block; 0: train.checkpoint_every of the config.", lower_bound=0
+)
+_BLOCKS = flags.DEFINE_integer("blocks", 4, "Number of blocks with a save.", lower_bound=1)
+
+
+def make_batch(settings: Settings):
+  """Makes a batch of random tokens."""
+  rng = np.random.default_rng(0)
+  length, vocab = settings.data.sequence_length, settings.vocab
+  samples = [
+    rng.integers(vocab.num_special, vocab.size, length + 1).astype(np.int32)
+    for _ in range(settings.train.global_batch_size)
+  ]
+  rows = rows_of_samples(samples, length, vocab)
+  return {name: shard(jax.numpy.asarray(x), "batch", "length") for name, x in rows.items()}
+
+
+def measure(settings: Settings, every: int, blocks: int, folder: pathlib.Path) -> list[dict]:
+  """Runs `2 * blocks` blocks of steps.
+
+  Returns:
+    Of every block `save`, seconds that the save took in the loop (0 without one), and the seconds
+    of its steps: `in_flight` until the checkpoint was sealed, and `alone`.
+  """
+  steps = compile_steps(settings.model, settings.optimizer, settings.train, settings.vocab, 0)
+  take_step = functools.partial(steps.train, num_sources=0)
+  batch, state = make_batch(settings), steps.init()
+  results = []
+  with Checkpoints(folder, keep=2) as checkpoints:
+    for block in range(-1, 2 * blocks):  # The first one compiles.
+      found: dict = {"save": 0.0, "in_flight": [], "alone": []}
+      begin = start = time.perf_counter()
+      saved = block % 2 == 1 and block > 0
+      if saved:
+        checkpoints.save(state, block, 0)
+        found["save"] = time.perf_counter() - begin
+      sealed = folder / "checkpoints.digests" / f"{block}.json"
+      for _ in range(every):
+        start = time.perf_counter()
+        state, metrics = take_step(state, batch)
+        jax.block_until_ready(metrics)
+        checkpoints.check_save()
+        in_flight = saved and not sealed.exists()
+        found["in_flight" if in_flight else "alone"].append(time.perf_counter() - start)
+      found["block"] = time.perf_counter() - begin
+      results.append(found)
+  return results[1:]
+
+
+def spread(values: list[float]) -> str:
+  """Formats median and 10th to 90th percentile of seconds."""
+  low, middle, high = 1e3 * np.percentile(values, [10, 50, 90]) if values else [0, 0, 0]
+  return f"median {middle:.1f} ms (10th to 90th percentile {low:.1f} to {high:.1f})"
+
+
+def main(_) -> None:
+  settings = settings_from_config(scenes.get_config(_VARIANT.value))
+  every = _EVERY.value or settings.train.checkpoint_every
+  with jax.set_mesh(create_mesh(MeshConfig())), tempfile.TemporaryDirectory() as folder:
+    results = measure(settings, every, _BLOCKS.value, pathlib.Path(folder))
+  without, saved = results[::2], results[1::2]
+  alone = [x for block in without for x in block["alone"]]
+  in_flight = [x for block in saved for x in block["in_flight"]]
+  print(f"steps without a save: {spread(alone)}, {len(alone)} steps")
+  print(f"steps while a save is in flight: {spread(in_flight)}, {len(in_flight) / len(saved):.1f}")
+  print(f"save() in the loop: {spread([block['save'] for block in saved])}")
+  costs = [100 * (b["block"] / a["block"] - 1) for a, b in zip(without, saved)]
+  print(
+    f"a block of {every} steps with a save takes {np.median(costs):+.1f}% longer "
+    f"({', '.join(f'{cost:+.1f}' for cost in costs)})"
+  )
+
+
+if __name__ == "__main__":
+  app.run(main)

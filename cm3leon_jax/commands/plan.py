@@ -1,0 +1,102 @@
+r"""Plans a pod job before it is paid for: memory, days, checkpoints; writes files that start it.
+
+  python -m launch.plan --config=ml_configs/cm3leon_7b.py --topology=v5e-256
+  python -m launch.plan --config=ml_configs/cm3leon_7b.py --topology=v5e-256 --slices=2 \
+    --workdir=gs://my-bucket/7b --out=plan --name=cm3leon-7b \
+    --image=us-docker.pkg.dev/my-project/my-repository/cm3leon:tpu
+  python -m launch.plan --config=ml_configs/cm3leon_7b.py --topology=h100-64 \
+    --workdir=/scratch/7b --out=plan --image=registry#my-project/cm3leon:gpu
+
+With --out it writes, for TPUs, gke_jobset.yaml, xpk.sh, tpu_vm.sh and skypilot.yaml; for GPUs,
+slurm.sbatch and skypilot.yaml; and plan.json. Nothing is compiled and nothing started: memory is an
+estimate, which `launch.aot_compile` checks with the real compiler. docs/pods.md is the guide.
+"""
+
+import dataclasses
+import re
+import sys
+
+from absl import flags
+from etils import epath
+
+from cm3leon_jax.commands import common
+
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "A slice, e.g. v5e-256 or v5p:4x4x8, or GPUs and their number, e.g. h100-64."
+)
+_SLICES = flags.DEFINE_integer("slices", 1, "Number of slices of TPUs.", lower_bound=1)
+_MFU = flags.DEFINE_float(
+  "mfu", 0.4, "Model FLOPs utilization, of which the times follow.", lower_bound=1e-3, upper_bound=1
+)
+_SAVE_BANDWIDTH = flags.DEFINE_float(
+  "save_bandwidth", 0.25, "GB/s that a host writes to storage.", lower_bound=1e-3
+)
+_OUT = flags.DEFINE_string(
+  "out", None, "Folder for the files of the launchers and plan.json; it needs --workdir."
+)
+_NAME = flags.DEFINE_string("name", None, "Name of the run (default: of the config).")
+_IMAGE = flags.DEFINE_string(
+  "image", "", "Container image; GKE, XPK and SLURM need one (launch/pod/Dockerfile)."
+)
+_QUEUE = flags.DEFINE_string("queue", "", "LocalQueue of Kueue; also writes gke_kueue.yaml.")
+_SECRET = flags.DEFINE_string(
+  "secret", "cm3leon", "Secret of Kubernetes with the key WANDB_API_KEY; it may be absent."
+)
+_SPOT = flags.DEFINE_bool("spot", False, "Ask for machines that may be preempted.")
+_MAX_RESTARTS = flags.DEFINE_integer("max_restarts", 20, "Restarts after crashes.", lower_bound=0)
+_TRAIN_FLAGS = flags.DEFINE_multi_string(
+  "train_flag",
+  None,
+  "A further flag of launch.train, e.g. --train_flag=--init_from=gs://bucket/run",
+)
+flags.mark_flag_as_required("topology")
+
+
+def config_flags(arguments: list[str]) -> list[str]:
+  """Returns --config and --config.SECTION.FIELD of a command line, each as --NAME=VALUE."""
+  found, arguments = [], iter(arguments)
+  for argument in arguments:
+    if match := re.match(r"--?(config(?:\.[\w.]+)?)(=.*)?$", argument, re.DOTALL):
+      name, value = match.groups()
+      found.append(f"--{name}{value or '=' + next(arguments)}")
+  return found
+
+
+def _default_name(config: str) -> str:
+  """Returns the name of a config as Kubernetes takes it: ml_configs/cm3leon_7b.py:paper."""
+  name = re.sub(r"[^a-z0-9]+", "-", re.sub(r"^.*/|\.py\b", "", config).lower())
+  return name[:40].strip("-")
+
+
+def main(settings) -> None:
+  from cm3leon_jax.io import write_json
+  from cm3leon_jax.planning import hardware, launchers
+  from cm3leon_jax.planning import plan as plan_lib
+
+  devices = hardware.load(_TOPOLOGY.value, _SLICES.value)
+  plan = plan_lib.make(settings, devices, _MFU.value, _SAVE_BANDWIDTH.value)
+  given = config_flags(sys.argv[1:])
+  name = _NAME.value or _default_name(given[0].partition("=")[2])
+  print(plan_lib.table(plan, name), flush=True)
+  if not _OUT.value:
+    return
+  workdir = flags.FLAGS.workdir or ""
+  more = (*given, f"--workdir={workdir}", *plan.flags, *(_TRAIN_FLAGS.value or ()))
+  job = launchers.Job(
+    name=name, hardware=devices, flags=more, image=_IMAGE.value, queue=_QUEUE.value,
+    secret=_SECRET.value, spot=_SPOT.value, max_restarts=_MAX_RESTARTS.value,
+    grace_seconds=plan.grace_seconds,
+  )  # fmt: skip
+  folder = epath.Path(_OUT.value)
+  texts = launchers.files(job)
+  folder.mkdir(parents=True, exist_ok=True)
+  for file, text in texts.items():
+    (folder / file).write_text(text)
+  write_json(folder / "plan.json", {**dataclasses.asdict(plan), "job": dataclasses.asdict(job)})
+  print(f"written to {_OUT.value}: {', '.join([*texts, 'plan.json'])}")
+  for sentence in launchers.not_written(job):
+    print(sentence)
+
+
+if __name__ == "__main__":
+  common.run(main, workdir=None)

@@ -1,0 +1,90 @@
+"""The files of the shards of a document store, their versions and digests."""
+
+from collections.abc import Callable, Iterable
+import dataclasses
+
+from etils import epath
+import numpy as np
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import damage, describe
+from cm3leon_jax.vocab import VocabLayout
+
+SCHEMA_VERSION = 4
+RECORDS, LENGTHS = ".array_record", ".npz"  # Suffixes of the files of a shard.
+ENCODE_AGAIN = "delete the folder documents/ and run `python -m launch.encode_documents` again"
+
+
+class BadRecord(UserError):
+  """A document that cannot be read; names shard and record. `data.on_bad_record` may skip it."""
+
+
+def read_lengths(folder: epath.Path, name: str, vocab: VocabLayout) -> dict[str, np.ndarray]:
+  """Reads the arrays that `write_shard` writes beside the records.
+
+  Raises:
+    UserError: they are absent, damaged, or have another schema version or vocabulary.
+  """
+  path = folder / f"{name}{LENGTHS}"
+  if not path.exists():
+    raise UserError(f"{path} does not exist: run `python -m launch.encode_documents` again.")
+  try:
+    with path.open("rb") as f, np.load(f) as file:
+      arrays = dict(file)
+  except Exception as error:  # A damaged archive raises errors of many kinds.
+    raise UserError(f"{path} cannot be read ({error}): {again(folder, path)}.") from error
+  check_version(path, int(arrays["schema_version"]))
+  check_vocab(path, VocabLayout(*arrays["vocab"].tolist()), vocab)
+  return arrays
+
+
+def check_version(path: epath.Path, version: int | None) -> None:
+  """Raises UserError at another schema version than `SCHEMA_VERSION`."""
+  if version != SCHEMA_VERSION:
+    raise UserError(
+      f"{path} has schema version {version}; this code reads version {SCHEMA_VERSION}: "
+      f"{ENCODE_AGAIN}."
+    )
+
+
+def check_vocab(path: epath.Path, stored: VocabLayout, expected: VocabLayout) -> None:
+  """Raises UserError if a file was written with another vocabulary than expected."""
+  if stored != expected:
+    raise UserError(
+      f"{path} was written with vocabulary {dataclasses.asdict(stored)}, "
+      f"the config has {dataclasses.asdict(expected)}: {ENCODE_AGAIN}."
+    )
+
+
+def describe_shard(folder: epath.Path, name: str, stored: np.ndarray | None) -> dict[str, dict]:
+  """Describes the files of a shard; those of the records were described when they were written.
+
+  Raises:
+    UserError: the records have another size.
+  """
+  records, lengths = f"{name}{RECORDS}", f"{name}{LENGTHS}"
+  if stored is None:  # Of an earlier version.
+    found = describe(folder / records)
+  else:
+    found = {"bytes": int(stored[0]), "sha256": str(stored[1])}
+    check_shard_file(folder, records, found, content=False)
+  return {records: found, lengths: describe(folder / lengths)}
+
+
+def check_shard_file(folder: epath.Path, file: str, expected: dict, content: bool = True) -> None:
+  """Raises BadRecord if a file of a shard is missing or damaged."""
+  if wrong := damage(folder / file, expected, content):
+    raise BadRecord(f"{folder / file} {wrong}: {again(folder, folder / file)}.")
+
+
+def again(folder: epath.Path, damaged: epath.PathLike) -> str:
+  """Says how to replace a damaged file of the store in `folder`."""
+  return stages.again(folder.parent, damaged)
+
+
+def shards_with_files(folders: Iterable[epath.PathLike]) -> Callable[[str], bool]:
+  """Lists stores; returns a function that says whether both files of a shard are in all of them."""
+  folders = [epath.Path(folder) for folder in folders]
+  found = [{p.name for p in folder.iterdir()} if folder.exists() else set() for folder in folders]
+  return lambda name: all({f"{name}{RECORDS}", f"{name}{LENGTHS}"} <= files for files in found)

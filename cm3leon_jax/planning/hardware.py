@@ -1,0 +1,164 @@
+"""Describes the devices of a job by a short name, and what the launchers call them."""
+
+import dataclasses
+import math
+import re
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.planning.topology import CHIPS, SLICES
+
+GPUS_PER_HOST = 8
+# Of a GPU's memory: launchers of GPUs set XLA_PYTHON_CLIENT_MEM_FRACTION to it, JAX's default is
+# 0.75. The rest is for NCCL and the CUDA context.
+GPU_FRACTION = 0.92
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+  """A GPU: its name in JAX, its name in SkyPilot, and its memory in GiB as nvidia-smi shows it."""
+
+  device_kind: str
+  skypilot: str
+  memory: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+  """A generation of TPUs.
+
+  Attributes:
+    device_kind: its name in JAX.
+    gke: value of the node label cloud.google.com/gke-tpu-accelerator.
+    accelerator: first part of an accelerator type of Cloud TPU; `units` per chip follow.
+    units: in which an accelerator type counts, per chip: v5p counts cores.
+    runtime: software version of a TPU VM.
+  """
+
+  device_kind: str
+  gke: str
+  accelerator: str
+  units: int
+  runtime: str
+
+
+# cloud.google.com/tpu/docs/runtimes and /kubernetes-engine/docs/concepts/tpus have these names.
+TPUS = {
+  "v5e": Tpu("TPU v5 lite", "tpu-v5-lite-podslice", "v5litepod", 1, "v2-alpha-tpuv5-lite"),
+  "v5p": Tpu("TPU v5p", "tpu-v5p-slice", "v5p", 2, "v2-alpha-tpuv5"),
+  "v6e": Tpu("TPU v6 lite", "tpu-v6e-slice", "v6e", 1, "v2-alpha-tpuv6e"),
+}
+GPUS = {
+  "a100": Gpu("NVIDIA A100-SXM4-80GB", "A100-80GB", 80.0),
+  "h100": Gpu("NVIDIA H100 80GB HBM3", "H100", 79.65),
+  "h200": Gpu("NVIDIA H200", "H200", 140.4),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+  """Devices of a job.
+
+  Attributes:
+    name: as it was given, v5e-256 or h100-64.
+    chip: v5e, h100.
+    platform: "tpu" or "gpu".
+    device_kind: name of a device in JAX.
+    memory: GiB of a device that programs may use.
+    torus: chips along each dimension of a slice; of GPUs the number of a host.
+    slices: slices of TPUs, or hosts of GPUs, between which the network is slow.
+    per_host: chips of a host.
+  """
+
+  name: str
+  chip: str
+  platform: str
+  device_kind: str
+  memory: float
+  torus: tuple[int, ...]
+  slices: int
+  per_host: int
+
+  @property
+  def chips(self) -> int:
+    """Chips of all slices; each is a device of JAX."""
+    return math.prod(self.torus) * self.slices
+
+  @property
+  def hosts_per_slice(self) -> int:
+    return math.prod(self.torus) // self.per_host
+
+  @property
+  def hosts(self) -> int:
+    return self.hosts_per_slice * self.slices
+
+  @property
+  def tpu(self) -> Tpu:
+    """Names of a TPU."""
+    return TPUS[self.chip]
+
+  @property
+  def gpu(self) -> Gpu:
+    """Names of a GPU."""
+    return GPUS[self.chip]
+
+  @property
+  def accelerator(self) -> str:
+    """Accelerator type of a slice of TPUs in Cloud TPU and XPK: v5litepod-256."""
+    return f"{self.tpu.accelerator}-{math.prod(self.torus) * self.tpu.units}"
+
+  @property
+  def shape(self) -> str:
+    """Topology of a slice of TPUs in GKE: 16x16."""
+    return "x".join(map(str, self.torus))
+
+  def __str__(self) -> str:
+    several = f"{self.slices} x " if self.platform == "tpu" and self.slices > 1 else ""
+    hosts = f"{self.hosts:,} host{'s' * (self.hosts > 1)}"
+    kind = "GPU" if self.platform == "gpu" else "chip"
+    return f"{several}{self.name}: {self.chips:,} {kind}{'s' * (self.chips > 1)}, {hosts}"
+
+
+def load(name: str, slices: int = 1) -> Hardware:
+  """Returns the hardware of a name: of `topology.SLICES`, v5p:4x4x8, or GPUs and their number.
+
+  Args:
+    name: v5e-256, v5p:4x4x8, h100-64.
+    slices: of TPUs.
+
+  Raises:
+    UserError: there is no such hardware.
+  """
+  chip, _, size = name.replace("-", ":", 1).partition(":")
+  if chip in GPUS:
+    return _gpus(name, chip, size, slices)
+  shape = SLICES.get(name, size)
+  if chip not in TPUS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+    raise UserError(
+      f"--topology is '{name}': give a slice ({', '.join(SLICES)}), a chip and a shape, as in "
+      f"v5p:4x4x8, or GPUs and their number, as in h100-64; GPUs: {', '.join(GPUS)}."
+    )
+  torus = tuple(map(int, shape.split("x")))
+  chips = math.prod(torus)
+  # Slices of up to 8 chips of v5e and v6e are one host; in all others a host has 4.
+  per_host = chips if chips < 4 or (chips == 8 and chip != "v5p") else 4
+  if chips % per_host:
+    raise UserError(f"--topology is '{name}': {chips} chips are no multiple of a host's 4.")
+  tpu = TPUS[chip]
+  return Hardware(name, chip, "tpu", tpu.device_kind, CHIPS[chip].hbm, torus, slices, per_host)
+
+
+def _gpus(name: str, chip: str, number: str, slices: int) -> Hardware:
+  if slices != 1:
+    raise UserError(f"--slices is {slices}; slices are of TPUs: give the number of all GPUs.")
+  count = int(number) if re.fullmatch(r"[1-9]\d{0,6}", number) else 0
+  per_host = min(count, GPUS_PER_HOST)
+  if not count or count % per_host:
+    raise UserError(
+      f"--topology is '{name}': the number of GPUs must be at most {GPUS_PER_HOST}, those of a "
+      f"host, or a multiple of {GPUS_PER_HOST}, as in {chip}-64."
+    )
+  gpu = GPUS[chip]
+  memory = gpu.memory * GPU_FRACTION
+  return Hardware(
+    name, chip, "gpu", gpu.device_kind, memory, (per_host,), count // per_host, per_host
+  )

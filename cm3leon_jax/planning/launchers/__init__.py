@@ -1,0 +1,128 @@
+"""Writes the files that start a job: one template for each launcher, filled with one plan.
+
+A launcher restarts a job that was asked to stop and saved (exit code 75) or crashed, and none that
+ended with a user's mistake (2). Secrets come from the environment or the store of the launcher;
+none is read here, so none can stand in a file. docs/pods.md is the guide.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from importlib import resources
+import json
+import re
+import shlex
+
+import jinja2
+
+from cm3leon_jax.config import INTERRUPTED, UserError
+from cm3leon_jax.planning.hardware import GPU_FRACTION, Hardware
+
+MISTAKE = UserError.exit_code
+SUFFIX = ".jinja"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A run that is to be started.
+
+  Attributes:
+    name: of the run, where Kubernetes and others ask for one.
+    hardware: that it runs on.
+    flags: of `launch.train`, with --config and --workdir.
+    image: container image; empty: files of launchers that need one are not written.
+    queue: LocalQueue of Kueue; empty without Kueue.
+    secret: Secret of Kubernetes with the key WANDB_API_KEY; it may be absent.
+    spot: whether machines may be preempted at any time, for less money.
+    max_restarts: after a crash.
+    grace_seconds: time to save after SIGTERM.
+  """
+
+  name: str
+  hardware: Hardware
+  flags: tuple[str, ...]
+  image: str = ""
+  queue: str = ""
+  secret: str = "cm3leon"
+  spot: bool = False
+  max_restarts: int = 20
+  grace_seconds: int = 900
+
+
+def check(job: Job) -> None:
+  """Raises UserError if no launcher could start the job, with the flag of `launch.plan`."""
+  if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", job.name):
+    raise UserError(
+      f"--name is '{job.name}'; Kubernetes and the cloud take at most 40 small letters, digits and "
+      "hyphens, a letter first and no hyphen last."
+    )
+  for flag, value in (("queue", job.queue), ("secret", job.secret)):
+    if value and not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", value):
+      raise UserError(f"--{flag} is '{value}'; it must be a name of an object of Kubernetes.")
+  workdir = next((f.partition("=")[2] for f in job.flags if f.startswith("--workdir=")), "")
+  bucket = re.match(r"gs://.", workdir)
+  if not bucket and not (job.hardware.platform == "gpu" and re.match(r"/.", workdir)):
+    where = "gs://BUCKET/FOLDER" + (" or /SHARED/FOLDER" * (job.hardware.platform == "gpu"))
+    raise UserError(
+      f"--workdir is '{workdir}'; it must be {where}: all hosts read and write one workdir."
+    )
+
+
+def files(job: Job) -> dict[str, str]:
+  """Renders the files of all launchers that can run a job.
+
+  Returns:
+    Name of each file -> its text.
+
+  Raises:
+    UserError: see `check`.
+  """
+  check(job)
+  names = ["skypilot.yaml"] if job.hardware.platform == "gpu" or job.hardware.slices == 1 else []
+  if job.hardware.platform == "tpu":
+    names.append("tpu_vm.sh")
+  if job.image and job.hardware.platform == "gpu":
+    names.append("slurm.sbatch")
+  elif job.image:
+    names += ["gke_jobset.yaml", "xpk.sh"]
+  if job.queue and job.hardware.platform == "tpu":
+    names.append("gke_kueue.yaml")
+  environment = _environment()
+  values = {"job": job, "hw": job.hardware, "GPU_FRACTION": GPU_FRACTION}
+  values |= {"MISTAKE": MISTAKE, "INTERRUPTED": INTERRUPTED}
+  return {
+    name: environment.get_template(f"{name}{SUFFIX}").render(values) for name in sorted(names)
+  }
+
+
+def not_written(job: Job) -> list[str]:
+  """Returns a sentence for every launcher of the hardware that `files` leaves out."""
+  sentences = []
+  if not job.image:
+    needing = "gke_jobset.yaml and xpk.sh" if job.hardware.platform == "tpu" else "slurm.sbatch"
+    sentences.append(f"{needing} need a container image: give --image.")
+  if job.hardware.platform == "tpu" and job.hardware.slices > 1:
+    sentences.append("skypilot.yaml: SkyPilot does not connect slices of TPUs; use another one.")
+  return sentences
+
+
+def _environment() -> jinja2.Environment:
+  folder = resources.files("cm3leon_jax.planning.launchers")
+  environment = jinja2.Environment(
+    loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text()),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+    autoescape=False,
+  )
+  environment.filters["quoted"] = json.dumps  # A string of JSON is one of YAML.
+  environment.filters["words"] = words
+  environment.filters["shell"] = shlex.quote
+  # Kubernetes replaces $(NAME) by a variable; $$( stands for a literal $(.
+  environment.filters["literal"] = lambda text: text.replace("$(", "$$(")
+  return environment
+
+
+def words(values: Sequence[str], indent: int = 2) -> str:
+  """Formats words for bash, one a line: they arrive whole, with blanks, quotes and `$`."""
+  return "".join(f"{' ' * indent}{shlex.quote(value)}\n" for value in values)

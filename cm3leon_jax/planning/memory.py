@@ -1,0 +1,263 @@
+"""Estimates the memory of a train step on one device, before anything is read or compiled.
+
+The formulas count the large arrays of the step, as the compiler plans them for TPUs;
+docs/scaling.md says how far they are from its numbers. Optimizer: of Muon only the state.
+"""
+
+# K layers, D width, F feed-forward, N heads, H head size, V vocabulary, L length, R rows that a
+# device takes at once, C tokens of a chunk of the loss.
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import math
+
+import jax
+
+from cm3leon_jax import distributed
+from cm3leon_jax.config import UserError
+from cm3leon_jax.mesh import FSDP, RULES
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.models.transformer import KEPT
+from cm3leon_jax.planning.topology import CHIPS
+from cm3leon_jax.training.accumulation import on_mesh
+from cm3leon_jax.training.optimizer import OptimizerConfig
+
+GIB = 2**30
+LANES = 128  # Of a TPU's registers: the last dimension of an array takes a multiple of them.
+ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}
+# Start of `jax.Device.device_kind` -> chip; special kinds come first, as in training/flops.py.
+KINDS = {
+  "TPU v5 lite": "v5e",
+  "TPU v5e": "v5e",
+  "TPU v5p": "v5p",
+  "TPU v5": "v5p",
+  "TPU v6 lite": "v6e",
+  "TPU v6e": "v6e",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes on a device at the peak of a train step.
+
+  Attributes:
+    rows: R; no bytes.
+    state: parameters, the optimizer's moments and the average of the parameters.
+    batch: rows of a whole step.
+    accumulation: sum of the gradients of several passes.
+    kept: values that the layers keep for the backward pass.
+    working: everything else at the peak: parameters in the compute dtype, gradients, and the arrays
+      of the loss, of one layer or of the update.
+  """
+
+  rows: int
+  state: float
+  batch: float
+  accumulation: float
+  kept: float
+  working: float
+
+  @property
+  def total(self) -> float:
+    """Bytes together."""
+    return self.state + self.batch + self.accumulation + self.kept + self.working
+
+  def __str__(self) -> str:
+    names = {"state": "state", "kept": "values kept for the backward pass", "working": "working"}
+    parts = [f"{text} {getattr(self, name) / GIB:.2f}" for name, text in names.items()]
+    if self.accumulation:
+      parts.append(f"sum of gradients {self.accumulation / GIB:.2f}")
+    return f"{self.total / GIB:.2f} GiB ({', '.join(parts)})"
+
+
+def estimate(settings, shape: Mapping[str, int], platform: str = "tpu") -> Memory:
+  """Estimates the memory that a train step takes on one device.
+
+  Args:
+    settings: of the config.
+    shape: size of each mesh axis, `jax.sharding.Mesh.shape` or `MeshConfig.over(devices)`.
+    platform: of the devices, "tpu" or "gpu".
+
+  Raises:
+    UserError: the mesh cannot split the batch.
+  """
+  model, L = settings.model, settings.data.sequence_length
+  fsdp, tensor = math.prod(shape[axis] for axis in FSDP), shape["tensor"]
+  batch_shards = math.prod(shape[axis] for axis in RULES["batch"])
+  train = on_mesh(settings.train, batch_shards)
+  R = train.micro_batch_size // batch_shards
+  layers, tables, positions = (n / fsdp for n in _parameters(model))
+  params = (layers + tables) / tensor + positions
+  matrices = layers / tensor
+  b, tokens, D = ITEMSIZE[model.dtype], R * L, model.width
+  kept = tokens * D * model.num_layers * b * kept_widths(model, tensor, platform)
+  # The layers in the compute dtype, and their gradients, which stay in it.
+  copy, gradients = (matrices * b if b < 4 else 0), matrices * b
+  phases = (
+    kept + copy + _loss(model, R, L, tensor),
+    kept + copy + gradients + 4 * tables / tensor + _layer(model, R, L, tensor, platform),
+    gradients + (4 + b) * model.vocab_size / tensor * D,  # The gradient of the input table.
+    8 * params,  # Gradients and updates in fp32.
+  )
+  accumulated = train.gradient_accumulation_steps > 1
+  fields = 6 if settings.instructions.any else 5
+  return Memory(
+    rows=R,
+    state=params * 4 + _optimizer_bytes(settings.optimizer, params, matrices),
+    batch=4 * fields * L * train.global_batch_size / batch_shards,
+    accumulation=4 * params * accumulated,
+    kept=kept,
+    working=max(phases) - kept,
+  )
+
+
+def _parameters(model: ModelConfig) -> tuple[int, int, int]:
+  """Counts the parameters of layers, tables of tokens, and positions."""
+  K, D, F, V = model.num_layers, model.width, model.mlp_width, model.vocab_size
+  modern = model.family == "modern"
+  layer = 4 * D * D + (3 * D * F + 2 * D if modern else 2 * D * F)
+  if modern or model.query_key_norm:
+    layer += 2 * model.head_dim
+  if modern:
+    return K * layer, 2 * V * D + D, 0
+  return K * layer, V * D, model.max_positions * D
+
+
+def _optimizer_bytes(config: OptimizerConfig, params: float, matrices: float) -> float:
+  """Computes the bytes of the moments and of the average; Muon has one moment of matrices."""
+  first = ITEMSIZE[config.first_moment_dtype]
+  second = params - matrices if config.name == "muon" else params
+  return first * params + 4 * second + (4 * params if config.ema_decay else 0)
+
+
+def kept_widths(model: ModelConfig, tensor: int = 1, platform: str = "tpu") -> float:
+  """Counts what a layer keeps for the backward pass of a token, in widths of the model.
+
+  Args:
+    model: with its remat policy.
+    tensor: devices that heads and feed-forward are split over.
+    platform: of the devices; on a TPU a head takes a multiple of `LANES`.
+  """
+  H = model.head_dim
+  heads = (-(-H // LANES) * LANES / H if platform == "tpu" else 1) / tensor
+  mlp = (2 if model.family == "modern" else 1) * model.mlp_width / model.width / tensor
+  widths = {"qkv": 3 * heads, "attention": heads, "middle": 1, "mlp": mlp}
+  policy = model.remat_policy
+  if policy == "none":  # Also inputs of products: norms in fp32, activations.
+    return 8 + sum(widths.values()) + mlp
+  # Of the values in the host's memory, XLA:TPU holds half on the device.
+  return 1 + sum(widths[name] for name in KEPT.get(policy, ("middle",)))
+
+
+def _loss(model: ModelConfig, R: int, L: int, tensor: int) -> float:
+  """Bytes of the loss: table and its gradient in fp32, a chunk of logits, hidden states."""
+  b, V = ITEMSIZE[model.dtype], model.vocab_size / tensor
+  chunk = R * min(L, model.loss_chunk) * V * (8 + b)
+  return V * model.width * (b + 4) + chunk + 2 * R * L * model.width * b
+
+
+def _layer(model: ModelConfig, R: int, L: int, tensor: int, platform: str) -> float:
+  """Bytes of the backward pass of a layer: its parameters, gathered, twice, and activations."""
+  b, F = ITEMSIZE[model.dtype], model.mlp_width / tensor
+  params = _parameters(model)[0] / model.num_layers / tensor
+  products = 3 if model.family == "modern" else 2
+  scores = 0.0
+  if platform == "gpu" and model.head_dim & (model.head_dim - 1):
+    scores = R * model.num_heads / tensor * L * L / 2 * (8 + b)  # Without a kernel: all weights.
+  return 2 * params * b + R * L * (6 * model.width + products * F) * b + scores
+
+
+def device_memory(device: jax.Device) -> int | None:
+  """Returns the bytes that programs may use on a device; None if they are not known.
+
+  The backend says it, else the table of chips. The memory of CPUs is not looked at.
+
+  Args:
+    device: of this process, or of a topology.
+  """
+  if device.platform == "cpu":
+    return None
+  try:
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+  except (jax.errors.JaxRuntimeError, NotImplementedError):  # A device of a topology.
+    limit = None
+  if limit:
+    return int(limit)
+  for kind, chip in KINDS.items():
+    if device.device_kind == kind or device.device_kind.startswith((f"{kind} ", f"{kind}-")):
+      return int(CHIPS[chip].hbm * GIB)
+  return None
+
+
+def smaller(settings, shape: Mapping[str, int], platform: str = "tpu") -> Iterator[tuple]:
+  """Yields settings of the same step that take less memory, and the flags that select them.
+
+  First fewer rows at once, then the policy that keeps nothing, with the most rows first.
+  """
+  shards = math.prod(shape[axis] for axis in RULES["batch"])
+  now = estimate(settings, shape, platform).rows
+  rows = settings.train.global_batch_size // shards
+  divisors = [n for n in range(now, 0, -1) if rows % n == 0]
+  for policy in dict.fromkeys((settings.model.remat_policy, "full")):
+    for n in divisors:
+      train = dataclasses.replace(settings.train, rows_per_device=n, gradient_accumulation_steps=1)
+      model = dataclasses.replace(settings.model, remat_policy=policy)
+      flags = [f"--config.train.rows_per_device={n}"]
+      if settings.train.gradient_accumulation_steps > 1:
+        flags.append("--config.train.gradient_accumulation_steps=1")
+      if policy != settings.model.remat_policy:
+        flags.append(f"--config.model.remat_policy={policy}")
+      yield dataclasses.replace(settings, train=train, model=model), " ".join(flags)
+
+
+def check(settings, shape: Mapping[str, int], limit: int, platform: str = "tpu") -> Memory:
+  """Returns the `estimate` of a train step that fits.
+
+  Args:
+    settings: of the config.
+    shape: size of each mesh axis.
+    limit: bytes of a device, see `device_memory`.
+    platform: of the devices.
+
+  Raises:
+    UserError: it does not fit, with the flags that would, or the mesh cannot split the batch.
+  """
+  memory = estimate(settings, shape, platform)
+  if memory.total <= limit:
+    return memory
+  fits = (
+    flags
+    for other, flags in smaller(settings, shape, platform)
+    if estimate(other, shape, platform).total <= limit
+  )
+  remedy = next(fits, "")
+  advice = (
+    f"this fits: {remedy}"
+    if remedy
+    else ("no smaller batch or other remat policy fits: take more devices, or a larger mesh.tensor")
+  )
+  raise UserError(
+    f"a step with {memory.rows} rows of {settings.data.sequence_length} tokens at once takes about "
+    f"{memory} of a device, which has {limit / GIB:.2f}; {advice}. --skip_memory_check starts it "
+    "all the same."
+  )
+
+
+def check_devices(settings, mesh: jax.sharding.Mesh) -> None:
+  """Prints what a train step takes of its devices, if their memory is known.
+
+  All processes must call it.
+
+  Raises:
+    UserError: as `check`, in all processes.
+  """
+  with distributed.together():
+    device = mesh.local_devices[0]
+    limit = device_memory(device)
+    if limit is None:
+      return
+    memory = check(settings, mesh.shape, limit, device.platform)
+  distributed.print_once(
+    f"memory: a step with {memory.rows} rows a device at once takes about {memory} of "
+    f"{limit / GIB:.2f}."
+  )

@@ -1,0 +1,227 @@
+"""Plans a run: mesh, memory, time and checkpoints of a config on the hardware that it is given."""
+
+import dataclasses
+import math
+
+import jax
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.mesh import MeshConfig, create_mesh
+from cm3leon_jax.planning import memory
+from cm3leon_jax.planning.hardware import Hardware
+from cm3leon_jax.planning.search import meshes
+from cm3leon_jax.training.accumulation import on_mesh
+from cm3leon_jax.training.flops import device_peak, model_flops
+from cm3leon_jax.training.train import compile_steps
+
+GIB = 2**30
+MFU = 0.4  # Default of `launch.plan`.
+MFU_SOURCE = (
+  "an assumption, between Gopher's 32.5% and PaLM's 46.2%: arXiv 2204.02311, table 3; "
+  "docs/monitoring.md defines it"
+)
+GRACE_SECONDS = 900
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Numbers of a run.
+
+  Attributes:
+    hardware: that it runs on.
+    mesh: size of each axis.
+    flags: of `launch.train`, which select what the config does not say.
+    remat_policy: of the layers.
+    rows_per_device: rows that a device takes at once.
+    passes: micro-batches of a step.
+    rows: of a step.
+    memory: of a device, an estimate.
+    parameters: of the decoder.
+    tokens: that the config trains on.
+    tokens_per_step: of all devices.
+    mfu: the stated utilization.
+    step_seconds: at that utilization.
+    checkpoint_bytes: of parameters and optimizer.
+    saving_hosts: hosts that write it: those of one replica.
+    save_bandwidth: bytes/s of a host.
+    eval_batches: batches of a held-out loss.
+  """
+
+  hardware: Hardware
+  mesh: dict[str, int]
+  flags: tuple[str, ...]
+  remat_policy: str
+  rows_per_device: int
+  passes: int
+  rows: int
+  memory: memory.Memory
+  parameters: int
+  tokens: int
+  tokens_per_step: int
+  mfu: float
+  step_seconds: float
+  checkpoint_bytes: int
+  saving_hosts: int
+  save_bandwidth: float
+  eval_batches: int
+
+  @property
+  def tokens_per_second(self) -> float:
+    """Tokens of all devices."""
+    return self.tokens_per_step / self.step_seconds
+
+  @property
+  def days(self) -> float:
+    """Days until the config's tokens are trained, without evaluation, saving and restarts."""
+    return self.tokens / self.tokens_per_second / 86_400
+
+  @property
+  def chip_hours(self) -> float:
+    return self.days * 24 * self.hardware.chips
+
+  @property
+  def save_seconds(self) -> float:
+    """Seconds to write a checkpoint; reading it again for its digests takes them once more."""
+    return self.checkpoint_bytes / self.saving_hosts / self.save_bandwidth
+
+  @property
+  def stop_seconds(self) -> float:
+    """Seconds from SIGTERM to the end: docs/pods.md has the parts.
+
+    Two steps until the hosts agree, a held-out loss (its forward pass is a third of a step), and
+    two saves with their digests, if one is under way.
+    """
+    return (2 + self.eval_batches / 3) * self.step_seconds + 4 * self.save_seconds
+
+  @property
+  def grace_seconds(self) -> int:
+    """Time to save that a launcher gives: at least 900, with a tenth more than is needed."""
+    return max(GRACE_SECONDS, 300 * math.ceil(1.1 * self.stop_seconds / 300))
+
+
+def make(settings, hardware: Hardware, mfu: float, bandwidth: float) -> Plan:
+  """Plans a run.
+
+  The mesh is the config's; if its fields have their defaults, the axes follow the torus. If the
+  config's rows do not fit into the memory of a device, fewer are taken, or a policy that keeps
+  less.
+
+  Args:
+    settings: of the config.
+    hardware: that it runs on.
+    mfu: share of the peak that the model's FLOPs reach.
+    bandwidth: GB/s that a host writes to storage.
+
+  Raises:
+    UserError: the mesh does not fit the hardware or the batch, or nothing fits into the memory.
+  """
+  settings, mesh, flags, estimated = _fitting(settings, hardware)
+  shards = math.prod(n for axis, n in mesh.items() if axis != "tensor")
+  train = on_mesh(settings.train, shards)
+  length = settings.data.sequence_length
+  tokens = train.global_batch_size * length
+  peak = device_peak(hardware.device_kind) * hardware.chips
+  parameters, checkpoint = _state(settings)
+  replica = hardware.chips // mesh["data"]
+  return Plan(
+    hardware=hardware,
+    mesh=mesh,
+    flags=flags,
+    remat_policy=settings.model.remat_policy,
+    rows_per_device=estimated.rows,
+    passes=train.gradient_accumulation_steps,
+    rows=train.global_batch_size,
+    memory=estimated,
+    parameters=parameters,
+    tokens=tokens * train.steps,
+    tokens_per_step=tokens,
+    mfu=mfu,
+    step_seconds=model_flops(settings.model, tokens, length) / (peak * mfu),
+    checkpoint_bytes=checkpoint,
+    saving_hosts=max(1, replica // hardware.per_host),
+    save_bandwidth=bandwidth * 1e9,
+    eval_batches=train.eval_batches,
+  )
+
+
+def _fitting(settings, hardware: Hardware):
+  """Returns settings that fit, the size of each mesh axis, flags that select them, and memory."""
+  chosen = settings.mesh == MeshConfig()
+  candidates = _meshes(hardware) if chosen else [settings.mesh]
+  limit, failure = hardware.memory * GIB, None
+  for config in candidates:
+    shape = _shape(config, hardware)
+    flags = [f"--config.mesh.{axis}={n}" for axis, n in shape.items()] if chosen else []
+    try:
+      estimated = memory.check(settings, shape, limit, hardware.platform)
+      return settings, shape, tuple(flags), estimated
+    except UserError as error:
+      failure = failure or error
+    for other, more in memory.smaller(settings, shape, hardware.platform):
+      estimated = memory.estimate(other, shape, hardware.platform)
+      if estimated.total <= limit:
+        return other, shape, (*flags, *more.split()), estimated
+  raise UserError(f"{hardware}: {failure}")
+
+
+def _meshes(hardware: Hardware) -> list[MeshConfig]:
+  if hardware.platform == "gpu":  # Hosts lie along `data`, the GPUs of one along `fsdp`.
+    return [MeshConfig(hardware.slices, hardware.per_host, 1, 1)]
+  return list(meshes(hardware))
+
+
+def _shape(config: MeshConfig, hardware: Hardware) -> dict[str, int]:
+  try:
+    shape = config.over(hardware.chips)
+  except ValueError as error:
+    raise UserError(f"config.mesh: {error}") from error
+  if shape["data"] % hardware.slices:
+    what = "slices" if hardware.platform == "tpu" else "hosts"
+    raise UserError(
+      f"config.mesh.data is {shape['data']}; it must be a multiple of {hardware.slices}, the "
+      f"number of {what}."
+    )
+  return shape
+
+
+def _state(settings) -> tuple[int, int]:
+  """Counts the parameters, and the bytes of everything that a checkpoint holds."""
+  single = create_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+  with jax.set_mesh(single):
+    steps = compile_steps(
+      settings.model,
+      settings.optimizer,
+      dataclasses.replace(settings.train, gradient_accumulation_steps=1),
+      settings.vocab,
+      settings.seed,
+    )
+    state = jax.eval_shape(steps.init)
+  parameters = sum(x.size for x in jax.tree.leaves(state.params))
+  return parameters, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+
+def table(plan: Plan, title: str) -> str:
+  """Formats a plan, one number a line, each with what it assumes."""
+  hw, gb = plan.hardware, plan.checkpoint_bytes / 1e9
+  passes = f"in {plan.passes} passes" if plan.passes > 1 else "in one pass"
+  source = f" ({MFU_SOURCE})" if plan.mfu == MFU else ""
+  rows = {
+    "mesh": ", ".join(f"{axis} {n}" for axis, n in plan.mesh.items()),
+    "remat": plan.remat_policy,
+    "rows of a device": f"{plan.rows_per_device} at once; a step has {plan.rows:,} {passes}",
+    "memory of a device": f"about {plan.memory} of {hw.memory:.2f}",
+    "model": f"{plan.parameters:,} parameters",
+    "a step": f"{plan.tokens_per_step:,} tokens, {plan.step_seconds:.1f} s at "
+    f"{plan.mfu:.0%} of the peak{source}",
+    "tokens/s": f"{plan.tokens_per_second:,.0f}, {plan.tokens_per_second / hw.chips:,.0f} a device",
+    "the run": f"{plan.tokens:.3g} tokens in {plan.days:.1f} days, {plan.chip_hours:,.0f} "
+    f"{'GPU' if hw.platform == 'gpu' else 'chip'}-hours, without evaluation, saving and restarts",
+    "a checkpoint": f"{gb:.1f} GB, {gb / plan.saving_hosts:.2f} on each of {plan.saving_hosts} "
+    f"hosts: {plan.save_seconds:.0f} s to write and as long to read for digests, at "
+    f"{plan.save_bandwidth / 1e9:g} GB/s a host",
+    "time to stop": f"{plan.stop_seconds:.0f} s from SIGTERM to the end; launchers give "
+    f"{plan.grace_seconds} s",
+  }
+  if plan.flags:
+    rows["flags"] = " ".join(plan.flags)
+  return "\n".join([f"{title} on {hw}", *(f"  {name:<20}{text}" for name, text in rows.items())])

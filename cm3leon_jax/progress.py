@@ -1,0 +1,38 @@
+"""Progress of long work: a bar in a terminal, a line now and then in a log."""
+
+import sys
+
+from tqdm import tqdm
+
+SECONDS = 30  # Between two lines of a log.
+
+
+class _Lines:
+  """Writes each state of a bar as a line of its own: a log has no carriage return."""
+
+  encoding = "ascii"
+
+  def __init__(self, stream):
+    self._stream = stream
+
+  def write(self, text: str) -> None:
+    if line := text.strip():
+      self._stream.write(f"{line}\n")
+
+  def flush(self) -> None:
+    self._stream.flush()
+
+
+def progress_bar(*args, **options) -> tqdm:
+  """Returns a tqdm bar on stderr, with the arguments of tqdm.
+
+  In a terminal it is redrawn every second. Elsewhere (a file, a pipe, the log of a pod) it prints
+  its state as a line at the start, every `SECONDS` and at the end; with leave=False, only if the
+  work takes longer than `SECONDS`.
+  """
+  if sys.stderr.isatty():
+    return tqdm(*args, mininterval=1, **options)
+  if not options.get("leave", True):
+    options["delay"] = SECONDS  # A bar of a part, which is gone when the part is done.
+  lines = {"file": _Lines(sys.stderr), "mininterval": SECONDS, "maxinterval": SECONDS}
+  return tqdm(*args, **lines, **options)

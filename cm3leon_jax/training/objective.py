@@ -1,0 +1,172 @@
+"""What a run learns from, and which rows its steps read."""
+
+# B rows of a step.
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import dataclasses
+import functools
+import itertools
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from etils import epath
+import jax
+from jax.sharding import NamedSharding
+import numpy as np
+
+from cm3leon_jax import distributed
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.pipeline import RowLoader, batches
+from cm3leon_jax.training import skipped_rows
+from cm3leon_jax.training.numerics import TooManySkippedError
+from cm3leon_jax.training.skipped_rows import Remaining
+
+if TYPE_CHECKING:
+  from cm3leon_jax.training.train import Steps
+
+
+@runtime_checkable
+class Objective(Protocol):
+  """What a run learns from.
+
+  Attributes:
+    names: of the sources that a batch is marked with, whose losses are logged.
+    length: tokens of a row of the batch.
+  """
+
+  names: Sequence[str]
+
+  @property
+  def length(self) -> int:
+    """Tokens of a row of the batch."""
+
+  def begin(
+    self, steps: "Steps", next_row: int, rows: int, sharding: NamedSharding
+  ) -> tuple[Callable, Iterator]:
+    """Begins at a row.
+
+    Args:
+      steps: of the run.
+      next_row: first row.
+      rows: of a step.
+      sharding: of the rows of a batch.
+
+    Returns:
+      `take_step(state, batch)`, which returns the new state and metrics, and the batches.
+    """
+
+  def explain(
+    self, steps: "Steps", params: dict, rows: range, batch_size: int, sharding, folder: epath.Path
+  ) -> str:
+    """Finds out what steps that were skipped had read. All processes must call it.
+
+    Args:
+      steps: of the run.
+      params: after these steps.
+      rows: that they had read, as `begin` counts rows.
+      batch_size: rows that fit at once.
+      sharding: of the rows of a batch.
+      folder: of the run, for a file.
+
+    Returns:
+      A sentence for the user.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """The objective of pretraining and of tuning: cross-entropy of the rows of a loader.
+
+  Attributes:
+    loader: of all rows.
+    skipped: ranges of rows that are left out, of `skipped_rows.read`.
+  """
+
+  loader: RowLoader
+  skipped: tuple[range, ...] = ()
+
+  @property
+  def names(self) -> Sequence[str]:
+    """Names of the loader's sources."""
+    return self.loader.source_names
+
+  @property
+  def length(self) -> int:
+    """Tokens of a row."""
+    return self.loader.plan.config.sequence_length
+
+  def begin(
+    self, steps: "Steps", next_row: int, rows: int, sharding: NamedSharding
+  ) -> tuple[Callable, Iterator]:
+    """See `Objective`."""
+    take_step = functools.partial(steps.train, num_sources=len(self.names))
+    return take_step, batches(Remaining(self.loader, self.skipped), next_row, rows, sharding)
+
+  def explain(
+    self, steps: "Steps", params: dict, rows: range, batch_size: int, sharding, folder: epath.Path
+  ) -> str:
+    """Saves the rows with the largest losses, see `Objective` and `skipped_rows.save`."""
+    remaining = Remaining(self.loader, self.skipped)
+    read = batches(remaining, rows.start, batch_size, sharding)
+    count = len(rows) // batch_size
+    with jax.debug_nans(False):  # A NaN is what is looked for.
+      found = [steps.row_losses(params, batch) for batch in itertools.islice(read, count)]
+    losses = np.concatenate([np.asarray(x.addressable_data(0)) for x in found])
+    numbers = [remaining.number(row) for row in rows]
+    with distributed.together():
+      if distributed.is_first():
+        skipped_rows.save(folder, self.loader, np.array(numbers), losses)
+    not_finite = int((~np.isfinite(losses)).sum())
+    what = f"{not_finite} of them have a loss that is not finite"
+    if not_finite == len(losses):
+      what = "the loss of each is not finite, so the parameters are to blame"
+    elif not not_finite:
+      what = "each of them has a finite loss"
+    return (
+      f"rows {numbers[0]} to {numbers[-1]} were read, and {what}; "
+      f"`python -m launch.inspect_data --skipped` shows the worst of them, and "
+      f"`python -m launch.train --resume_from=STEP --skip_rows={numbers[0]}:{numbers[-1]}` goes on "
+      "without them from an earlier checkpoint"
+    )
+
+
+class NewestState:
+  """A step function that remembers the state that it returned last."""
+
+  def __init__(self, take_step: Callable):
+    self._take_step, self.state = take_step, None
+
+  def __call__(self, state, batch):
+    self.state, metrics = self._take_step(state, batch)
+    return self.state, metrics
+
+
+@contextlib.contextmanager
+def explaining(
+  objective: Objective, steps: "Steps", newest: NewestState, config, sharding, folder: epath.Path
+) -> Iterator[None]:
+  """Explains to the user why a body that trains has stopped because of skipped steps.
+
+  Args:
+    objective: of the run.
+    steps: of the run.
+    newest: the step function of the body.
+    config: the TrainConfig.
+    sharding: of the rows of a batch.
+    folder: of the run.
+
+  Raises:
+    UserError: in place of a TooManySkippedError, with the rows that these steps read.
+  """
+  try:
+    yield
+  except TooManySkippedError as error:
+    first, last = error.steps[0], error.steps[-1]
+    rows = range((first - 1) * config.global_batch_size, last * config.global_batch_size)
+    params, batch_size = newest.state.params, config.micro_batch_size
+    what = objective.explain(steps, params, rows, batch_size, sharding, folder)
+    raise UserError(
+      f"{error}: {what}; or lower optimizer.learning_rate in a new --workdir; with --debug_nans "
+      "the same command continues from the last checkpoint and stops at the operation that makes "
+      "the first NaN."
+    ) from error

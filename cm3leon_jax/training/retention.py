@@ -1,0 +1,65 @@
+"""Which checkpoints of a run are kept: the newest, those of every N steps, those of lowest loss."""
+
+from collections.abc import Mapping
+import dataclasses
+import datetime
+import math
+from typing import Any
+
+from orbax.checkpoint import checkpoint_managers
+
+METRIC = "heldout_loss"
+
+
+def score(metrics: Mapping[str, float]) -> float:
+  """Returns how good a checkpoint of these metrics is; more is better, and NaN is the worst."""
+  loss = metrics.get(METRIC)
+  return -math.inf if loss is None or math.isnan(loss) else -loss
+
+
+def policy(last: int, every: int, best: int) -> checkpoint_managers.AnyPreservationPolicy:
+  """Returns Orbax's policy that keeps a checkpoint for any of three reasons.
+
+  Args:
+    last: number of newest checkpoints.
+    every: multiples of so many steps; 0: none.
+    best: number of checkpoints of the lowest `METRIC`; of those without one, none.
+  """
+  policies: list[Any] = [checkpoint_managers.LatestN(last)]
+  if every:
+    policies.append(checkpoint_managers.EveryNSteps(every))
+  if best:
+    policies.append(
+      checkpoint_managers.BestN(get_metric_fn=score, n=best, keep_checkpoints_without_metrics=False)
+    )
+  return checkpoint_managers.AnyPreservationPolicy(policies)
+
+
+@dataclasses.dataclass
+class _Checkpoint:
+  """A checkpoint as a policy reads it."""
+
+  step: int
+  metrics: dict[str, float] | None
+  time: datetime.datetime = datetime.datetime.min
+
+
+def kept(steps: list[int], losses: Mapping[int, float], last: int, every: int, best: int) -> set:
+  """Returns the steps that `policy` keeps.
+
+  kept([1, 2, 3, 4], {1: 0.5, 2: 0.3}, last=1, every=3, best=1) -> {2, 3, 4}
+
+  Args:
+    steps: of all checkpoints.
+    losses: held-out losses of some of them.
+    last: see `policy`.
+    every: see `policy`.
+    best: see `policy`.
+  """
+  found = [
+    _Checkpoint(step, {METRIC: losses[step]} if step in losses else None) for step in sorted(steps)
+  ]
+  decisions = policy(last, every, best).should_preserve(
+    found, context=checkpoint_managers.PreservationContext()
+  )
+  return {checkpoint.step for checkpoint, keep in zip(found, decisions) if keep}

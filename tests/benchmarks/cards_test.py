@@ -1,0 +1,43 @@
+"""Tests of the config cards: the pages are those of the numbers, and a sample still holds."""
+
+import pytest
+
+from benchmarks import cards
+
+# Of each program one; they compile in a few minutes together.
+SAMPLE = ("350m/v5e-256/train", "760m/v5e-256/evaluate", "7b/v5e-256/decode")
+
+
+@pytest.mark.parametrize("size", cards.SIZES)
+def test_the_page_shows_every_card_that_is_stored(size):
+  stored = cards.stored(size)
+  page = (cards.FOLDER / f"cm3leon_{size}.md").read_text()
+  assert page == cards.page(size, stored), "python -m benchmarks.cards writes the pages"
+  for card in cards.CARDS:
+    if card.size == size and card.name in stored:
+      assert stored[card.name]["command"] == " ".join(card.command), card.name
+      assert stored[card.name]["sum_gib"] < stored[card.name]["hbm_gib"], card.name
+
+
+def test_there_is_a_card_of_each_size_slice_and_program():
+  assert len(cards.CARDS) == len({(c.size, c.name) for c in cards.CARDS}) == 3 * 4 * 3
+  assert {f"{c.size}/{c.name}" for c in cards.CARDS} >= set(SAMPLE)
+
+
+def test_drift_is_the_relative_change_of_each_number():
+  old = {"arguments_gib": 2.0, "temporaries_gib": 4.0, "flops": 8.0}
+  old["collectives"] = {"all-gather": {"count": 1, "bytes": 100}}
+  new = {**old, "flops": 10.0, "collectives": {"all-reduce": {"count": 1, "bytes": 5}}}
+  assert cards.drift(old, old) == {}
+  assert cards.drift(old, new) == {"flops": 0.2, "all-gather": 1.0, "all-reduce": 1.0}
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_backend
+@pytest.mark.parametrize("name", SAMPLE)
+def test_the_numbers_of_a_card_are_those_of_this_code(name, monkeypatch):
+  pytest.importorskip("libtpu")
+  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # The plans are of optimized programs.
+  card = next(c for c in cards.CARDS if f"{c.size}/{c.name}" == name)
+  changes = cards.drift(cards.stored(card.size)[card.name], cards.measure(card))
+  assert not {number: change for number, change in changes.items() if change > 0.01}

@@ -1,0 +1,254 @@
+"""A bucket on this machine: what our libraries use of the JSON API of Google Cloud Storage.
+
+It serves fsspec's gcsfs, TensorStore, google-cloud-storage and the C++ client of ArrayRecord. Tests
+let it answer slowly, with errors, or not at all.
+"""
+
+from collections.abc import Callable
+import contextlib
+import email
+import email.policy
+import http.server
+import json
+import re
+import threading
+from urllib.parse import parse_qs, unquote, urlsplit
+
+OBJECT = re.compile(r"^(?:/download)?(?:/storage/v1)?/b/([^/]+)/o/(.+)$")
+
+
+class Server:
+  """Serves buckets, which exist as soon as they are named, from memory.
+
+  Attributes:
+    objects: (bucket, name) -> (content, generation).
+    requests: (method, path with its query) of everything that was asked for.
+    fault: is called with the method and the path of a request before it is answered; a status that
+      it returns is the answer, and it may wait.
+  """
+
+  def __init__(self):
+    self.objects: dict[tuple[str, str], tuple[bytes, int]] = {}
+    self.requests: list[tuple[str, str]] = []
+    self.fault: Callable[[str, str], int | None] = lambda method, path: None
+    self.uploads: dict[str, tuple[str, str, bytearray]] = {}
+    self.lock = threading.Lock()
+    self._generation = 0
+    self._http = http.server.ThreadingHTTPServer(("localhost", 0), _handler(self))
+    self.url = f"http://localhost:{self._http.server_address[1]}"
+    threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+  def close(self) -> None:
+    """Stops serving."""
+    self._http.shutdown()
+    self._http.server_close()
+
+  def environment(self) -> dict[str, str]:
+    """Returns variables that lead the libraries of a process here."""
+    return {
+      "STORAGE_EMULATOR_HOST": self.url,
+      "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # It would ask Google which kind a bucket is.
+      "GOOGLE_CLOUD_PROJECT": "tests",
+      "TENSORSTORE_GCS_HTTP_URL": self.url,
+      "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
+      "CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url,
+      "NO_GCE_CHECK": "true",
+    }
+
+  def files(self, prefix: str) -> dict[str, bytes]:
+    """Returns contents by name without the prefix, `bucket/folder/`."""
+    return {
+      f"{bucket}/{name}".removeprefix(prefix): content
+      for (bucket, name), (content, _) in sorted(self.objects.items())
+      if f"{bucket}/{name}".startswith(prefix)
+    }
+
+  def put(self, bucket: str, name: str, content: bytes, match: str | None) -> dict | None:
+    """Stores an object; None: `match` is another generation than its own (0: absent)."""
+    with self.lock:
+      _, generation = self.objects.get((bucket, name), (b"", 0))
+      if match is not None and int(match) != generation:
+        return None
+      self._generation += 1
+      self.objects[bucket, name] = (bytes(content), self._generation)
+      return self.about(bucket, name)
+
+  def about(self, bucket: str, name: str) -> dict:
+    """Returns the resource of an object."""
+    content, generation = self.objects[bucket, name]
+    return {
+      "kind": "storage#object",
+      "id": f"{bucket}/{name}/{generation}",
+      "bucket": bucket,
+      "name": name,
+      "size": str(len(content)),
+      "generation": str(generation),
+      "metageneration": "1",
+      "contentType": "application/octet-stream",
+      "timeCreated": "2026-01-01T00:00:00.000Z",
+      "updated": "2026-01-01T00:00:00.000Z",
+    }
+
+  def list(self, bucket: str, query: dict[str, str]) -> dict:
+    """Returns a listing, in one page."""
+    prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
+    items, prefixes = [], set()
+    for b, name in sorted(self.objects):
+      inside = query.get("startOffset", "") <= name < query.get("endOffset", "\U0010ffff")
+      if b != bucket or not name.startswith(prefix) or not inside:
+        continue
+      head, found, _ = name[len(prefix) :].partition(delimiter) if delimiter else (name, "", "")
+      if found:
+        prefixes.add(prefix + head + delimiter)
+      else:
+        items.append(self.about(bucket, name))
+    return {"kind": "storage#objects", "items": items, "prefixes": sorted(prefixes)}
+
+
+def _handler(server: Server) -> type[http.server.BaseHTTPRequestHandler]:
+  class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+      pass
+
+    def answer(self, status: int, content=b"", **headers) -> None:
+      if isinstance(content, dict):
+        content = json.dumps(content).encode()
+        headers["Content-Type"] = "application/json"
+      self.send_response(status)
+      for name, value in headers.items():
+        self.send_header(name.replace("_", "-"), value)
+      self.send_header("Content-Length", str(len(content)))
+      self.end_headers()
+      if self.command != "HEAD":
+        self.wfile.write(content)
+
+    def refuse(self, status: int) -> None:
+      self.answer(status, {"error": {"code": status, "message": f"status {status}"}})
+
+    def body(self) -> bytes:
+      if self.headers.get("Transfer-Encoding") != "chunked":
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+      parts = []
+      while size := int(self.rfile.readline().split(b";")[0], 16):
+        parts.append(self.rfile.read(size))
+        self.rfile.readline()
+      self.rfile.readline()
+      return b"".join(parts)
+
+    def handle_any(self) -> None:
+      server.requests.append((self.command, self.path))
+      body = self.body()
+      if status := server.fault(self.command, self.path):
+        self.refuse(status)
+        return
+      url = urlsplit(self.path)
+      query = {name: values[-1] for name, values in parse_qs(url.query).items()}
+      if url.path.startswith("/upload/") or url.path.startswith("/resumable/upload/"):
+        self.upload(unquote(url.path), query, body)
+      elif found := OBJECT.match(url.path):
+        self.object(found[1], found[2], query)
+      elif found := re.match(r"^/storage/v1/b/([^/]+)/o/?$", url.path):
+        self.answer(200, server.list(found[1], query))
+      elif found := re.match(r"^/storage/v1/b/([^/]+)$", url.path):
+        self.answer(200, {"kind": "storage#bucket", "id": found[1], "name": found[1]})
+      elif found := re.match(r"^/([^/]+)/(.+)$", url.path):  # XML API, by the C++ client.
+        self.object(found[1], found[2], {**query, "alt": "media"})
+      else:
+        self.refuse(404)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
+
+    def object(self, bucket: str, name: str, query: dict[str, str]) -> None:
+      name, action, target = re.match(r"(.*?)(?:/(rewriteTo|copyTo|moveTo)/(.*))?$", name).groups()
+      name = unquote(name)
+      if (bucket, name) not in server.objects:
+        self.refuse(404)
+        return
+      content, generation = server.objects[bucket, name]
+      unless = query.get("ifGenerationNotMatch")
+      if action:
+        to = target.removeprefix("b/").partition("/")[0] if action != "moveTo" else bucket
+        key = unquote(target.partition("o/")[2])
+        about = server.put(to, key, content, query.get("ifGenerationMatch"))
+        if action == "moveTo":
+          del server.objects[bucket, name]
+        self.answer(200, {"done": True, "resource": about, **about})
+      elif self.command == "DELETE":
+        with server.lock:
+          server.objects.pop((bucket, name), None)
+        self.answer(204)
+      elif unless is not None and int(unless) == generation:
+        self.answer(304)
+      elif query.get("alt") == "media":
+        self.read(content, generation)
+      else:
+        self.answer(200, server.about(bucket, name))
+
+    def read(self, content: bytes, generation: int) -> None:
+      about = {"x_goog_generation": str(generation), "x_goog_stored_content_length": len(content)}
+      about["Content_Type"] = "application/octet-stream"
+      found = re.match(r"bytes=(\d*)-(\d*)$", self.headers.get("Range", ""))
+      if not found:
+        self.answer(200, content, **about)
+        return
+      size = len(content)
+      first = int(found[1]) if found[1] else max(0, size - int(found[2]))
+      last = min(int(found[2]), size - 1) if found[1] and found[2] else size - 1
+      if first >= size:
+        self.answer(416, **about)
+        return
+      part = content[first : last + 1]
+      self.answer(206, part, Content_Range=f"bytes {first}-{last}/{size}", **about)
+
+    def upload(self, path: str, query: dict[str, str], body: bytes) -> None:
+      bucket = re.search(r"/b/([^/]+)/o", path)[1]
+      name, match = query.get("name"), query.get("ifGenerationMatch")
+      if "upload_id" in query:
+        self.continue_upload(query["upload_id"], body)
+        return
+      if query["uploadType"] == "resumable":
+        name = name or json.loads(body)["name"]
+        key = str(len(server.uploads))
+        server.uploads[key] = (bucket, name, bytearray())
+        self.answer(200, Location=f"{server.url}{path}?uploadType=resumable&upload_id={key}")
+        return
+      if query["uploadType"] == "multipart":
+        about, body = self.parts(body)
+        name = name or about["name"]
+      stored = server.put(bucket, name, body, match)
+      if stored is None:
+        self.refuse(412)
+      else:
+        self.answer(200, stored)
+
+    def parts(self, body: bytes) -> tuple[dict, bytes]:
+      boundary = email.message_from_string(
+        f"Content-Type: {self.headers['Content-Type']}\n\n", policy=email.policy.HTTP
+      )["Content-Type"].params["boundary"]
+      first, second = body.split(f"--{boundary}".encode())[1:3]
+      blank = re.compile(rb"\r?\n\r?\n")
+      content = blank.split(second, 1)[1]
+      return json.loads(blank.split(first, 1)[1]), re.sub(rb"\r?\n$", b"", content)
+
+    def continue_upload(self, key: str, body: bytes) -> None:
+      bucket, name, content = server.uploads[key]
+      content += body
+      total = self.headers.get("Content-Range", f"bytes */{len(content)}").rpartition("/")[2]
+      if total != "*" and int(total) == len(content):
+        self.answer(200, server.put(bucket, name, bytes(content), None))
+      else:
+        self.answer(308, **({"Range": f"bytes=0-{len(content) - 1}"} if content else {}))
+
+    def handle(self):
+      with contextlib.suppress(ConnectionError):  # A client may give up.
+        super().handle()
+
+  return Handler
+
+
+if __name__ == "__main__":
+  running = Server()
+  print(json.dumps(running.environment()), flush=True)
+  threading.Event().wait()

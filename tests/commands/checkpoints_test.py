@@ -1,0 +1,168 @@
+"""A person who has only the workdir lists, verifies, prunes and rolls back its checkpoints."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+from etils import epath
+import numpy as np
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.training import lease, upkeep
+from cm3leon_jax.training.checkpoint import Checkpoints
+from cm3leon_jax.training.sealing import files_below
+
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS = (2, 4, 6, 8)
+LOSSES = {2: 3.0, 4: 1.5, 6: 2.0, 8: 2.5}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+  """A finished run of nine steps, with small arrays."""
+  folder = tmp_path_factory.mktemp("original")
+  with Checkpoints(folder, keep=9) as checkpoints:
+    for step in STEPS:
+      checkpoints.save({"w": np.full(1_000, step, np.float32)}, step, next_row=step)
+  lines = []
+  for step in range(1, 10):
+    lines.append({"step": step, "loss": 9.0 - step, "time": 100.0 + step})
+    if step in LOSSES:
+      modalities = {"heldout_image_loss": 1.25, "heldout_text_loss": 6.0}
+      lines.append({"step": step, "heldout_loss": LOSSES[step], **modalities})
+  (folder / "metrics").mkdir()
+  (folder / "metrics" / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+  (folder / "done.json").write_text("{}")
+  train = {"keep_checkpoints": 2, "keep_every": 0, "keep_best": 1}
+  (folder / "config.json").write_text(json.dumps({"run": {}, "settings": {"train": train}}))
+  return folder
+
+
+@pytest.fixture
+def workdir(original, tmp_path):
+  shutil.copytree(original, tmp_path / "train")
+  return epath.Path(tmp_path)
+
+
+def command(workdir, *arguments):
+  env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+  return subprocess.run(
+    [sys.executable, "-m", "launch.checkpoints", *arguments, f"--workdir={workdir}"],
+    cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env=env,
+  )  # fmt: skip
+
+
+def steps(workdir):
+  folders = (workdir / "train" / "checkpoints", workdir / "train" / "checkpoints.digests")
+  found, digests = (sorted(int(p.stem) for p in folder.iterdir()) for folder in folders)
+  assert found == digests
+  return found
+
+
+def flip(workdir, step):
+  folder = workdir / "train" / "checkpoints" / str(step)
+  largest = max((folder / x for x in files_below(folder)), key=lambda p: p.stat().length)
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 1
+  largest.write_bytes(bytes(content))
+  return largest
+
+
+def test_list_shows_every_checkpoint_with_its_losses(workdir):
+  (workdir / "train" / "checkpoints.digests" / "6.json").unlink()
+  result = command(workdir, "list")
+  assert (result.returncode, result.stderr) == (0, "")
+  title, columns, *rows = result.stdout.splitlines()
+  assert title == f"{workdir}/train: 4 checkpoints"
+  assert " ".join(columns.split()) == "step written (UTC) size state held-out loss, nats"
+  assert [int(row.split()[0]) for row in rows] == list(STEPS)
+  assert ["not sealed" in row for row in rows] == [False, False, True, False]
+  assert rows[1].endswith(" sealed      1.500 image 1.250 text 6.000")
+  assert all(" kB  " in row for row in rows)
+
+
+def test_verify_names_the_damaged_file(workdir):
+  victim = flip(workdir, 4)
+  result = command(workdir, "verify")
+  assert result.returncode == 2
+  assert result.stderr.startswith(
+    f"error: 1 of 4 sealed checkpoints are damaged ({victim} is damaged: it is not what was written"
+  )
+  states = [row.split()[5] for row in result.stdout.splitlines()[2:]]
+  assert states == ["whole", "damaged", "whole", "whole"]
+
+
+def test_prune_keeps_what_the_config_says_or_the_flags(workdir):
+  result = command(workdir, "prune")
+  assert (result.returncode, result.stderr) == (0, "")
+  assert result.stdout.startswith("removed checkpoints 2, ")
+  assert result.stdout.endswith("; kept 4, 6, 8.\n")
+  assert steps(workdir) == [4, 6, 8]
+  assert upkeep.prune(workdir / "train", 1, 3, 0)[0].startswith("removed checkpoints 4, ")
+  assert steps(workdir) == [6, 8]
+  assert upkeep.prune(workdir / "train", 1, 3, 0) == ["removed nothing; kept 6, 8."]
+  alone = command(workdir, "prune", "--keep_best=1")
+  assert alone.stderr == ("error: prune: say how many of the newest are kept, too: --keep_last=2\n")
+
+
+def test_rollback_removes_what_is_newer_and_says_so(workdir):
+  result = command(workdir, "rollback", "--step=4")
+  assert (result.returncode, result.stderr) == (0, "")
+  train = workdir / "train"
+  assert result.stdout.splitlines() == [
+    f"removed {train / 'done.json'}: the run is not finished any more.",
+    "removed checkpoints 6, 8.",
+    "removed steps 5 to 9 from metrics/metrics.jsonl.",
+    "launch.train continues from step 4.",
+  ]
+  assert steps(workdir) == [2, 4]
+  lines = read_json_lines(train / "metrics" / "metrics.jsonl")
+  assert max(line["step"] for line in lines) == 4
+  assert lines[-1] == {"step": 4, "event": "rolled_back", "from_step": 9, "time": 109.0}
+  assert upkeep.rollback(train, 4) == [
+    "no checkpoint is newer.", "launch.train continues from step 4."
+  ]  # fmt: skip
+
+
+def test_rollback_to_a_step_that_is_not_whole_changes_nothing(workdir):
+  victim = flip(workdir, 4)
+  with pytest.raises(UserError, match=f"{victim} is damaged.*; roll back to another step"):
+    upkeep.rollback(workdir / "train", 4)
+  with pytest.raises(UserError, match=r"no sealed checkpoint of step 5: it has 2, 4, 6, 8\."):
+    upkeep.rollback(workdir / "train", 5)
+  assert steps(workdir) == list(STEPS)
+  assert (workdir / "train" / "done.json").exists()
+
+
+@pytest.mark.parametrize("action", ["prune", "rollback"])
+def test_nothing_is_removed_while_a_job_trains(workdir, monkeypatch, action):
+  monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
+  functions = {
+    "prune": lambda: upkeep.prune(workdir / "train", 1, 0, 0),
+    "rollback": lambda: upkeep.rollback(workdir / "train", 2),
+  }
+  with lease.Lease(workdir / "train"), pytest.raises(UserError, match="trains in"):
+    functions[action]()
+  assert steps(workdir) == list(STEPS)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "sentence"),
+  [
+    ([], "the first argument must say what to do: list, verify, prune, rollback."),
+    (["lsit"], "the first argument must say what to do: list, verify, prune, rollback."),
+    (["list", "4"], "unexpected argument '4': commands take only flags after it (--name=value)."),
+    (["rollback"], "rollback: name the step to go back to: --step=STEP; `list` shows them."),
+    (["list"], "{}/train has no checkpoints: --workdir must be the folder of a run."),
+  ],
+)
+def test_a_mistake_ends_in_one_sentence(tmp_path, arguments, sentence):
+  result = command(tmp_path, *arguments)
+  assert (result.returncode, result.stdout) == (2, "")
+  assert result.stderr == f"error: {sentence.format(tmp_path)}\n"
+  assert list(tmp_path.iterdir()) == []

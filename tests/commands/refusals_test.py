@@ -1,0 +1,73 @@
+"""Mistakes that a command finds before it reads or writes anything: one sentence, exit code 2."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from cm3leon_jax.io import write_json
+
+ROOT = pathlib.Path(__file__).parents[2]
+# gcsfs looks as if it were not installed.
+WITHOUT_GCSFS = "import sys\nsys.modules['gcsfs'] = None\n"
+
+
+def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
+  """Runs a command in a folder, checks that it is refused, and returns its sentence."""
+  (folder / "sitecustomize.py").write_text(WITHOUT_GCSFS)
+  environment = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
+  }
+  result = subprocess.run(
+    [sys.executable, "-m", f"launch.{name}", *flags],
+    cwd=folder, capture_output=True, text=True, timeout=120, env=environment, check=False,
+  )  # fmt: skip
+  assert result.returncode == 2, result.stderr
+  assert result.stderr.startswith("error: ")
+  assert result.stderr.count("\n") == 1
+  return result.stderr.removeprefix("error: ").strip()
+
+
+@pytest.mark.parametrize(
+  ("command", "flags", "sentence"),
+  [
+    (
+      "train",
+      ["--config=scenes", "--config.mesh.fsdp=3"],
+      "config.mesh: mesh (data, fsdp, fsdp_inner, tensor) = (1, 3, 1, 1) does not use 8 devices "
+      "exactly.",
+    ),
+    (
+      "train",
+      ["--config=scenes", "--init_from=gs://bucket/run"],
+      "--init_from=gs://bucket/run is in a bucket, which needs gcsfs: pip install "
+      "'cm3leon_jax[data]'.",
+    ),
+    (
+      "prepare_data",
+      ["--config=scenes", "--config.vqgan.resolution=50"],
+      "config.vqgan: resolution is 50; it must be a multiple of downsample = 6.",
+    ),
+    (
+      "train_clip",
+      ["--config=scenes", "--config.clip.resolution=50"],
+      "config.clip: patch = 4 does not divide resolution = 50.",
+    ),
+  ],
+)
+def test_a_mistake_is_found_before_anything_is_written(tmp_path, command, flags, sentence):
+  assert refusal(tmp_path, command, *flags, "--workdir=run") == sentence
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_bucket_of_the_config_needs_its_extra(tmp_path):
+  write_json(tmp_path / "run" / "raw" / "done.json", {"id": "1", "summary": {}})
+  flags = ["--config=scenes", "--workdir=run", "--config.retrieval.clip=gs://bucket/clip"]
+  assert refusal(tmp_path, "build_neighbors", *flags) == (
+    "a path of the config is in a bucket, which needs gcsfs: pip install 'cm3leon_jax[data]'."
+  )

@@ -1,0 +1,132 @@
+"""Flags and sources of strangers: what a command says of them, a terminal may print."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+from absl import flags
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from ml_collections import config_flags
+import pytest
+
+from cm3leon_jax.commands import config_file
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.instruction_config import parse_tasks
+from cm3leon_jax.evaluation.protocols import protocol
+from cm3leon_jax.settings import Settings, settings_from_config
+from tests.reports.hostile import CONTROLS, HOSTILE
+
+# What `common` turns into one sentence.
+KNOWN = (UserError, flags.Error, AttributeError, KeyError)
+SECTIONS = [
+  "seed", "train.steps", "vqgan.multipliers", "vqgan.discriminator_layers", "raw.source", "train",
+  "sampling.guidance", "raw.licenses", "instructions.own_tasks", "instructions.only", "x.y",
+]  # fmt: skip
+
+
+def parse(monkeypatch, argument: str) -> Settings:
+  """Parses --config.FIELD=VALUE as a command does, which looks into sys.argv."""
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", None, "", values)
+  values["config"].parser = config_file.Parser()
+  monkeypatch.setattr(sys, "argv", ["command", "--config=cm3leon_350m", argument])
+  values(sys.argv)
+  return settings_from_config(values["config"].value)
+
+
+VALUES = st.text(max_size=12) | st.sampled_from(
+  [
+    "None", "inf", "nan", "-1", "1e400", "9" * 30, "9" * 5_000, "(1,)", "[1]", "{}", "(" * 500,
+    "[" * 3_000, "({'name': 1},)", "__import__('os').system('id')", "9**9**9", "\udcff", "\0",
+  ]
+)  # fmt: skip
+
+
+@given(st.sampled_from(SECTIONS), VALUES)
+@example("seed", "None")
+@example("seed", "inf")
+@example("vqgan.discriminator_layers", str(2**70))
+@example("seed", "9" * 5_000)
+@example("vqgan.multipliers", "(9**9**9,)")
+@settings(max_examples=150, deadline=None)
+def test_any_value_of_a_field_makes_settings_or_one_sentence(field, value):
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    try:
+      found = parse(monkeypatch, f"--config.{field}={value}")
+    except KNOWN as error:
+      found = error
+  assert isinstance(found, Settings | Exception)
+
+
+TASKS = """
+- name: a
+  format: jsonl
+  root: r
+  templates: ['{a} <break> {b}']
+  target: b
+  heldout: val
+"""
+PROTOCOL = (
+  "title: t\ntask: image\ndata: {format: heldout}\ncolumns: [{name: a}]\nmetrics: [clip_score]\n"
+)
+PIECES = [
+  "\n", ":", "- ", "{", "}", "[", "]", "&a ", "*a", "'", "1: 2", "? ", "!!python/object:os.system",
+  "name", "null", "{prompt!r:{caption}}", "\x1b", "\ud800", "9" * 5_000, "0x", "2026-11-27", ".inf",
+  "!!binary YQ==", "!!bool x", "!!timestamp x", "!!int ''", "<<: ", "\t",
+  "%YAML 9", "--- ", "[" * 400, "!!set {a, b}", "!!int x",
+]  # fmt: skip
+
+
+READERS = {"tasks": (parse_tasks, TASKS), "protocol": (protocol.parse, PROTOCOL)}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_any_yaml_is_read_or_one_sentence(name):
+  parse_text, right = READERS[name]
+  assert parse_text(right, "my.yaml")
+
+  @given(st.lists(st.tuples(st.integers(0, 200), st.sampled_from(PIECES)), max_size=4))
+  @example([(0, "1: 2\n")])
+  @example([(0, "{1: 2}\n")])
+  @example([(0, "[" * 3_000)])
+  @example([(0, "!!python/object/apply:os.system [id]\n")])
+  @example([(8, "&a [*a]")])
+  @settings(max_examples=60, deadline=None)
+  def check(changes):
+    text = right
+    for place, piece in changes:
+      text = text[:place] + piece + text[place:]
+    try:
+      found = parse_text(text, "my.yaml")
+    except UserError as error:
+      found = str(error)
+      assert found.isprintable()
+    assert found
+
+  check()
+
+
+def test_a_command_prints_no_control_character_of_a_source(tmp_path):
+  """Ends with code 2 and one line; what is wrong with each record stands in a file."""
+  source, workdir = tmp_path / "set", tmp_path / "run"
+  source.mkdir()
+  lines = [
+    {"key": f"{HOSTILE} {i}", "image": f"{HOSTILE.replace('/', '')}.png", "caption": HOSTILE}
+    for i in range(3)
+  ]
+  (source / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  flags_ = [f"--config.raw.source={source}", f"--workdir={workdir}", "--config=scenes"]
+  command = [sys.executable, "-m", "launch.prepare_data", *flags_[::-1]]
+  root = pathlib.Path(__file__).parents[2]
+  run = subprocess.run(command, capture_output=True, cwd=root, check=False)
+  errors = run.stderr.decode("utf-8")
+  assert run.returncode == 2, errors
+  bars, _, message = errors.partition("error: 3 of 3 records are wrong")
+  assert bars  # They may move the cursor.
+  assert "<script>alert(1)" in message
+  controls = set(CONTROLS) - set("[2J]0;title31m")
+  assert not controls & set(message + run.stdout.decode("utf-8"))
+  rejected = (workdir / "raw" / "rejected.jsonl").read_text(encoding="utf-8")
+  assert not controls & set(rejected)

@@ -1,0 +1,218 @@
+"""Prompt files and calls of strangers make a task, or one sentence that says what is wrong."""
+
+# B rows, V ids.
+
+import json
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.decoding.grammar import DONE, Grammar, Part, longest, plan_array
+from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.generation import calls, prompt_file
+from cm3leon_jax.generation.image_tasks import TextToImage
+from cm3leon_jax.generation.tasks import Task, has_image
+from cm3leon_jax.mesh import shard
+from tests.data.stores import IMAGE_TOKENS, VOCAB
+from tests.generation.run import one_device
+
+HUGE = 10**4_400  # Python writes no number of so many digits.
+# What once ended in a traceback, and what its sentence says now.
+FOUND = {
+  "not UTF-8": (b'{"prompt": "caf\xe9"}', "is not UTF-8"),
+  "a byte that ends no character": (b'{"prompt": "a"}\xc3', "is not UTF-8"),
+  "too many digits": (b'{"prompt": "a", "seed": ' + b"9" * 5_000 + b"}", "is not valid JSON"),
+  "a large number": (b'{"prompt": "a", "top_k": 1180591620717411303424}', "less than 2^31"),
+  "a large float": (b'{"prompt": "a", "guidance": 1e999}', "it must be a finite number"),
+  "half a surrogate pair": (b'{"prompt": "a \\ud800"}', "holds half of a surrogate pair"),
+  "deep nesting": (
+    b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is not valid JSON",
+  ),
+  "a deep box": (b'{"task": "infill_image", "box": [[[1]]], "prompt": 3}', "a valid string"),
+  "no seed": (b'{"prompt": "a", "seed": null}', "seed is None; it must be a valid integer"),
+  "an infinite seed": (b'{"prompt": "a", "seed": Infinity}', "seed is inf; it must be a valid"),
+  "no object": (b"3", "every line must be one JSON object."),
+  "an unknown task": (b'{"task": "\\u001b[2J"}', "task is ' [2J'"),
+}  # fmt: skip
+
+
+def made(make):
+  """Returns what `make` makes, or None at a UserError, whose sentence a terminal may print."""
+  error = None
+  try:
+    return make()
+  except UserError as caught:
+    error = caught
+  assert str(error)
+  assert str(error).isprintable()
+  return None
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_is_refused_with_its_line(name, tmp_path):
+  line, sentence = FOUND[name]
+  path = tmp_path / "my.jsonl"
+  path.write_bytes(b'{"prompt": "right"}\n' + line + b"\n")
+  with pytest.raises(UserError) as error:
+    prompt_file.read(path)
+  assert str(error.value).startswith(f"{path}, line 2")
+  assert sentence in str(error.value)
+  assert str(error.value).isprintable()
+
+
+JSON = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+  lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner),
+  max_leaves=5,
+)
+NAMES = [*prompt_file.FIELDS, *SamplingConfig.__dataclass_fields__, "x"]
+PROMPTS = st.lists(
+  st.sampled_from(["<mask>", "<break>", "<image>", " ", "red apple", "\ud800", "\x00", "é"])
+).map("".join)
+LINES = st.fixed_dictionaries(
+  {"task": st.sampled_from([task.name for task in prompt_file.TASKS])},
+  optional={
+    "prompt": PROMPTS,
+    "image": st.sampled_from(["", "a.png", "\0", "a::b.png", "é"]),
+    "box": st.lists(st.integers(-1, 9), min_size=4, max_size=4) | JSON,
+    "length": st.integers(-1, 300),
+    "seed": st.integers(0, 2**40),
+    "retrieve": st.integers(-1, 3),
+    "method": st.sampled_from(["top_p", "contrastive", "mixture"]),
+  },
+)
+
+
+@given(LINES, st.dictionaries(st.sampled_from(NAMES), JSON, max_size=2))
+@settings(max_examples=200, deadline=None)
+def test_any_line_makes_a_task_or_one_sentence(tmp_path_factory, fields, others):
+  path = tmp_path_factory.mktemp("lines", numbered=True) / "my.jsonl"
+  path.write_text(json.dumps({**fields, **others}))
+  tasks = made(lambda: prompt_file.read(path))
+  assert tasks is None or isinstance(tasks[0], Task)
+
+
+@given(st.binary(max_size=60))
+@example(b"\xef\xbb\xbf{}")
+@example(b"\n\n")
+@settings(max_examples=100, deadline=None)
+def test_any_bytes_make_tasks_or_one_sentence(tmp_path_factory, data):
+  path = tmp_path_factory.mktemp("bytes", numbered=True) / "my.jsonl"
+  path.write_bytes(data)
+  assert made(lambda: prompt_file.read(path)) != []
+
+
+@pytest.mark.parametrize(
+  ("fields", "sentence"),
+  [
+    ({"seed": None}, "seed is None; it must be a whole number."),
+    ({"seed": float("inf")}, "seed is inf; it must be a whole number."),
+    ({"seed": 1.5}, "seed is 1.5; it must be a whole number."),
+    ({"seed": True}, "seed is True; it must be a whole number."),
+    ({"seed": HUGE}, "seed is a int too long to show; it must lie in [0, 2^32)."),
+    ({"retrieve": -HUGE}, "retrieve is a int too long to show; it must lie in [0, 2^32)."),
+    ({"retrieve": "2"}, "retrieve is '2'; it must be a whole number."),
+    ({"prompt": "a\udcff"}, "the prompt 'a\\udcff' holds half of a surrogate pair"),
+    ({"prompt": None}, "the prompt is None; it must be a text."),
+    ({"prompt": b"a"}, "the prompt is b'a'; it must be a text."),
+  ],
+)
+def test_a_wrong_field_of_a_task_is_refused(fields, sentence):
+  with pytest.raises(UserError) as error:
+    TextToImage(**{"prompt": "a", **fields}).validate()
+  assert str(error.value).startswith(sentence)
+
+
+VALUES = (
+  st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just(HUGE)
+)
+
+
+@given(
+  st.sampled_from([task.name for task in prompt_file.TASKS]),
+  VALUES,
+  st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=2),
+  st.fixed_dictionaries(
+    {}, optional={"prompt": PROMPTS | VALUES, "image": VALUES, "box": st.lists(VALUES) | VALUES}
+  ),
+  st.fixed_dictionaries({}, optional={"retrieve": VALUES, "length": VALUES}),
+)
+@example("text_to_image", None, {}, {"prompt": "a"}, {})
+@example("text_to_image", float("inf"), {}, {"prompt": "a"}, {})
+@example("text_to_image", HUGE, {}, {"prompt": "a"}, {})
+@example("text_to_image", 0, {"top_k": HUGE}, {"prompt": "a"}, {})
+@example("infill_image", 0, {}, {"image": "a.png", "box": [HUGE]}, {})
+@settings(max_examples=200, deadline=None)
+def test_any_call_makes_tasks_or_one_sentence(name, seed, chosen, inputs, fields):
+  taken = {"text_to_image": ("retrieve",), "caption": ("retrieve", "length")}.get(name, ())
+  fields = {k: v for k, v in fields.items() if k in taken}
+  allowed = prompt_file.task_class(name).__dataclass_fields__
+  inputs = {k: v for k, v in inputs.items() if k in allowed}
+  result = made(lambda: calls.tasks(name, SamplingConfig(), seed, chosen, inputs, **fields))
+  assert result is None or all(isinstance(task, Task) for task in result[1])
+
+
+PARTS = 64  # Of all plans: they share what is compiled.
+IDS = np.arange(VOCAB.size)
+
+
+@pytest.fixture(autouse=True)
+def mesh():
+  with one_device():
+    yield
+
+
+def place(tree):
+  return jax.tree.map(lambda x: shard(x, *["batch"] + [None] * (x.ndim - 1)), tree)
+
+
+GRAMMAR = Grammar(VOCAB, IMAGE_TOKENS)
+START = jax.jit(lambda plan: GRAMMAR.start(place(plan)))
+LEGAL = jax.jit(lambda plan, state: GRAMMAR.legal(*place((plan, state)), jnp.asarray(IDS)))
+ADVANCE = jax.jit(lambda plan, state, token: GRAMMAR.advance(*place((plan, state, token))))
+
+
+def walk(plan, rng) -> np.ndarray:
+  """Returns legal ids, drawn at random, up to the end of a plan: [G]."""
+  rows = plan_array([(*plan, *[Part(DONE)] * (PARTS - len(plan)))])
+  state, ids = START(rows), []
+  while (legal := np.flatnonzero(np.asarray(LEGAL(rows, state))[0])).size:
+    ids.append(int(rng.choice(legal)))
+    assert len(ids) <= longest(plan)
+    state = ADVANCE(rows, state, np.array(ids[-1:], np.int32))
+  return np.array(ids, np.int32)
+
+
+@given(fields=LINES, seed=st.integers(0, 2**32 - 1))
+@example(
+  fields={"task": "infill_text", "prompt": "<mask><break><image><break>a<mask>", "image": "a.png"},
+  seed=0,
+)
+@example(fields={"task": "infill_image", "image": "a.png", "box": [0, 0, 3, 9]}, seed=0)
+@example(fields={"task": "interleaved", "length": 1}, seed=0)
+@example(fields={"task": "question", "prompt": "{0} {x}", "image": "a.png"}, seed=0)
+@settings(max_examples=60, deadline=None)
+def test_any_request_ends_and_what_it_generates_is_read(layout, fields, seed):
+  """Whatever a user asks for, random legal tokens reach an end, and make an answer."""
+  fields, rng = dict(fields), np.random.default_rng(seed)
+  common = {"sampling": SamplingConfig(method=fields.pop("method", "top_p")), "where": "here"}
+  if "seed" in fields:
+    common["seed"] = fields.pop("seed")
+  box = fields.get("box", ())
+  fields["box"] = tuple(box) if isinstance(box, list) else (box,)
+  name = fields.pop("task")
+  task = made(lambda: prompt_file.make_task(name, fields, **common))
+  codes = np.arange(IMAGE_TOKENS) if task and has_image(task) else None
+  request = task and made(lambda: task.to_request(layout, codes))
+  if request is None:
+    return
+  assert len(request.plan) < PARTS
+  ids = walk(request.plan, rng)
+  segments, filled = task.from_ids(layout, request, ids)
+  assert segments
+  assert all(isinstance(text, str) for text in filled)

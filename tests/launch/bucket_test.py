@@ -1,0 +1,206 @@
+"""Runs in a bucket over HTTP: what they leave, slow and failing answers, a bucket that is gone.
+
+The requests are real; the server is one of the tests (`tests/bucket_server.py`).
+"""
+
+import contextlib
+import itertools
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.settings import settings_from_config
+from tests import bucket_server
+from tests.data.leaks_test import photos, write_source
+from tests.distributed_test import free_port
+from tests.launch.stages_before import make_workdir
+from tests.launch.tiny_config import get_config
+
+pytest.importorskip("gcsfs")  # Of the extra [data].
+
+ROOT = pathlib.Path(__file__).parents[2]
+BASE = ROOT / "ml_configs" / "base.py"
+FLAGS = ["--config.train.eval_every=6", "--config.train.sample_every=100"]
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+  """Makes what the stages before training leave."""
+  folder = tmp_path_factory.mktemp("stages")
+  make_workdir(folder, settings_from_config(get_config()))
+  return folder
+
+
+@pytest.fixture
+def server(stages):
+  with contextlib.closing(bucket_server.Server()) as server:
+    for folder, _, names in os.walk(stages, followlinks=True):
+      for name in names:
+        path = pathlib.Path(folder, name)
+        server.put("bucket", f"run/{path.relative_to(stages)}", path.read_bytes(), None)
+    yield server
+
+
+def environment_of(server):
+  return {
+    **os.environ,
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    **server.environment(),
+  }
+
+
+def start(server, cwd, *flags, processes=1, workdir="gs://bucket/run"):
+  """Starts the command in a folder of its own; its output goes to PROCESS.log there."""
+  jobs, port = [], free_port()
+  for i in range(processes):
+    command = [
+      sys.executable, "-m", "cm3leon_jax.commands.train", f"--workdir={workdir}",
+      f"--config={ROOT / 'tests/launch/tiny_config.py'}", *FLAGS, *flags,
+    ]  # fmt: skip
+    if processes > 1:
+      command += [f"--coordinator_address=localhost:{port}", f"--num_processes={processes}"]
+      command += [f"--process_id={i}", f"--config.mesh.fsdp={processes}"]
+    env = environment_of(server)
+    with (cwd / f"{i}.log").open("w") as log:
+      jobs.append(subprocess.Popen(command, cwd=cwd, env=env, stdout=log, stderr=log))
+  return jobs
+
+
+def finish(jobs, cwd, code=0):
+  for i, job in enumerate(jobs):
+    try:
+      job.wait(300)
+    finally:
+      job.kill()
+    assert job.returncode == code, (cwd / f"{i}.log").read_text()[-4_000:]
+
+
+def losses(path):
+  return {line["step"]: line["loss"] for line in read_json_lines(path) if "loss" in line}
+
+
+def bucket_losses(server, cwd):
+  path = cwd / "metrics.jsonl"
+  path.write_bytes(server.files("bucket/run/train/")["metrics/metrics.jsonl"])
+  return losses(path)
+
+
+@pytest.fixture(scope="module")
+def local_losses(stages, tmp_path_factory):
+  """Losses of the same run on a disk."""
+  cwd = tmp_path_factory.mktemp("local")
+  with contextlib.closing(bucket_server.Server()) as server:
+    shutil.copytree(stages, cwd / "run")
+    finish(start(server, cwd, workdir=cwd / "run"), cwd)
+    assert not server.requests
+  return losses(cwd / "run" / "train" / "metrics" / "metrics.jsonl")
+
+
+def sealed(server):
+  return [n for n in server.files("bucket/run/train/checkpoints.digests/") if n.endswith(".json")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_in_a_bucket_stops_continues_and_equals_one_on_a_disk(
+  server, local_losses, tmp_path, processes
+):
+  finish(start(server, tmp_path, "--config.train.steps=8", processes=processes), tmp_path)
+  assert sealed(server) == ["4.json", "8.json"]
+  finish(start(server, tmp_path, "--config.train.steps=12", processes=processes), tmp_path)
+  assert sealed(server) == ["12.json", "8.json"]
+  found = bucket_losses(server, tmp_path)
+  assert found.keys() == local_losses.keys()
+  assert max(abs(found[step] - local_losses[step]) for step in found) < 1e-5
+  if processes == 1:
+    assert found == local_losses
+  files = server.files("bucket/run/train/")
+  assert {"config.json", "done.json", "plan.jsonl"} <= files.keys()
+  assert "lease.json" not in files
+  assert any(name.startswith("tensorboard/events") for name in files)
+  assert not [name for name in files if ".partial" in name]
+  # Nothing is written to a folder of the name "gs:".
+  assert {path.name.partition(".")[2] for path in tmp_path.iterdir()} == {"log", "jsonl"}
+
+
+@pytest.mark.slow
+def test_slow_and_failing_answers_change_nothing(server, local_losses, tmp_path):
+  random_numbers, failed = random.Random(0), []
+
+  def fault(method, path):
+    time.sleep(0.05)
+    if random_numbers.random() < 0.1:
+      failed.append(path)
+      return random_numbers.choice([429, 500, 503])
+    return None
+
+  server.fault = fault
+  finish(start(server, tmp_path), tmp_path)
+  assert len(failed) > 20
+  assert bucket_losses(server, tmp_path) == local_losses
+  assert sealed(server) == ["12.json", "8.json"]
+
+
+@pytest.mark.slow
+def test_a_bucket_that_is_gone_ends_the_run_and_leaves_the_last_checkpoint(
+  server, local_losses, tmp_path
+):
+  """It refuses every write once the checkpoint of step 4 is sealed."""
+  before = {}
+
+  def fault(method, path):
+    if not before and "4.json" not in sealed(server):
+      return None
+    before.update(before or server.files("bucket/run/train/checkpoints/4/"))
+    return 503 if method != "GET" else None
+
+  server.fault = fault
+  [job] = start(server, tmp_path)
+  begin = time.monotonic()
+  job.wait(240)
+  output = (tmp_path / "0.log").read_text()
+  print("seconds until it ended:", round(time.monotonic() - begin), "code", job.returncode)
+  assert job.returncode not in (0, 2, 75), output  # Launchers start it again.
+  assert "503" in output
+  assert server.files("bucket/run/train/checkpoints/4/") == before
+  server.fault = lambda method, path: None
+  finish(start(server, tmp_path), tmp_path)
+  assert bucket_losses(server, tmp_path) == local_losses
+
+
+def test_raw_data_from_and_in_a_bucket_are_those_of_a_disk(server, tmp_path):
+  """One answer in five is an error."""
+  images = photos("train", range(4)) | photos("heldout", [9])
+  folder = write_source(tmp_path / "in", images)
+  for path in pathlib.Path(folder).rglob("*"):
+    if path.is_file():
+      server.put("bucket", f"in/{path.relative_to(folder)}", path.read_bytes(), None)
+  numbers = itertools.count()
+  server.fault = lambda method, path: 503 if next(numbers) % 5 == 4 else None
+  for source, workdir in ((folder, tmp_path / "out"), ("gs://bucket/in", "gs://bucket/out")):
+    command = [
+      sys.executable, "-m", "cm3leon_jax.commands.prepare_data", f"--config={BASE}",
+      f"--config.raw.source={source}", "--config.raw.resolution=64", f"--workdir={workdir}",
+    ]  # fmt: skip
+    environment = environment_of(server)
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=120)
+  kinds = (".jsonl", ".png", ".jpg", ".jpeg", ".webp")
+  expected = {
+    str(path.relative_to(tmp_path / "out")): path.read_bytes()
+    for path in (tmp_path / "out").rglob("*")
+    if path.suffix in kinds
+  }
+  found = server.files("bucket/out/")
+  assert len(expected) > 4
+  assert {name: found[name] for name in expected}.keys() == expected.keys()
+  for name, content in expected.items():
+    assert found[name].replace(b"gs://bucket/in", str(folder).encode()) == content, name
+  assert "raw/done.json" in found

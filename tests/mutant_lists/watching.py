@@ -1,0 +1,57 @@
+"""Mutants of what watches a run: the hang watch, boards, the metrics for Prometheus."""
+
+from tests.mutant_lists.mutant import mutants_of
+
+WATCH, WATCH_TEST = "cm3leon_jax/training/hang_watch.py", "tests/training/hang_watch_test.py"
+
+WATCHING = (
+  *mutants_of(
+    WATCH,
+    f"{WATCH_TEST}::test_the_process_that_has_not_arrived_is_named",
+    ("the_first_to_arrive_is_late", "if key == first]", "if key == last]"),
+    ("data_before_the_step", 'ORDER = ("restore", "step",', 'ORDER = ("restore", "data", "step",'),
+    ("silent_processes_are_left_out", "if report is None]", "if report == {}]"),
+  ),
+  *mutants_of(
+    WATCH,
+    f"{WATCH_TEST}::test_steps_that_are_long_from_the_beginning_have_ten_times_as_long",
+    ("long_steps_are_a_hang", "LONGEST * self._longest", "self._longest"),
+  ),
+  *mutants_of(
+    WATCH,
+    f"{WATCH_TEST}::test_time_in_other_phases_makes_no_step_long",
+    ("a_long_save_counts_as_a_step", 'seconds["step"] + seconds["data"]', "sum(seconds.values())"),
+  ),
+  *mutants_of(
+    WATCH,
+    f"{WATCH_TEST}::test_what_is_no_step_may_take_four_times_as_long",
+    ("a_save_is_a_hang", "else SLOW * base", "else base"),
+  ),
+  *mutants_of(
+    WATCH,
+    f"{WATCH_TEST}::test_the_first_steps_compile",
+    ("compiling_is_a_hang", "COMPILED = 3", "COMPILED = 1"),
+  ),
+  *mutants_of(
+    WATCH,
+    f"{WATCH_TEST}::test_a_process_that_was_stopped_as_a_whole_gets_its_time_again",
+    ("ctrl_z_is_a_hang", "self._sign = now  #", "pass  #"),
+  ),
+  *mutants_of(
+    WATCH,
+    f"{WATCH_TEST}::test_the_first_process_names_the_late_one_and_prints_its_stacks",
+    ("reports_of_an_earlier_start", 'report.get("start") == self._start', "report"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/boards.py",
+    "tests/training/boards_test.py",
+    ("a_board_warns_again", "    self._instead = None\n", "    pass\n"),
+    ("a_board_ends_the_run", "except Exception as error:", "except ImportError as error:"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/prometheus.py",
+    "tests/training/prometheus_test.py",
+    ("an_evaluation_is_a_step", '    if "loss" in values:\n', "    if values:\n"),
+    ("everything_is_served", '!= "/metrics"', '== "/never"'),
+  ),
+)

@@ -1,0 +1,171 @@
+"""Compiles the launches of the documents for their slices, in processes of their own.
+
+The commands of `launch.plan` and `launch.aot_compile` are read from the pages and from the commands
+themselves, so that they cannot drift.
+"""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from cm3leon_jax.mesh import AXES, MeshConfig
+from cm3leon_jax.planning import memory
+from cm3leon_jax.planning.search import meshes
+from cm3leon_jax.planning.topology import CHIPS, SLICES, Topology
+from cm3leon_jax.settings import settings_from_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+COMMANDS = ROOT / "cm3leon_jax" / "commands"
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES += [path for path in (COMMANDS / "aot_compile.py", COMMANDS / "plan.py") if path.exists()]
+COMMAND = r"(?:python -m launch\.|cm3leon )(aot_compile|plan) "
+MEASURED = ("program", "batch_per_device", "decode_batch", "decode_positions")
+GPUS_OF_A_HOST = 8
+GPU_GIB = 0.75 * 79.65  # JAX takes three quarters of the 80 GB of an A100 or H100 by default.
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+  """A job that a page plans or compiles.
+
+  Attributes:
+    topology: chip and shape, v5e:16x16, or GPUs and their number, h100-64.
+    slices: number of slices.
+    flags: those of the config, and of `launch.aot_compile`.
+  """
+
+  topology: str
+  slices: int
+  flags: tuple[str, ...]
+
+  @property
+  def on_gpus(self) -> bool:
+    """Returns whether it runs on GPUs."""
+    return ":" not in self.topology
+
+  @property
+  def devices(self) -> int:
+    """Number of devices."""
+    shape = self.topology.replace("-", ":").partition(":")[2]
+    return self.slices * math.prod(map(int, shape.split("x")))
+
+  @property
+  def settings(self):
+    """Settings that the flags make."""
+    file, *fields = (
+      flag.removeprefix("--config") for flag in self.flags if flag.startswith("--config")
+    )
+    name, _, variant = file.removeprefix("=").partition(":")
+    module = importlib.import_module(f"cm3leon_jax.configs.{pathlib.Path(name).stem}")
+    config = module.get_config(variant)
+    for field in fields:
+      path, _, value = field.removeprefix(".").partition("=")
+      section, _, leaf = path.partition(".")
+      config[section][leaf] = yaml.safe_load(value)
+    return settings_from_config(config)
+
+
+def commands(text: str) -> list[str]:
+  """Returns the commands of a page or docstring, also those within a sentence.
+
+  Lines that continue are joined. A search takes hours and has tests of its own.
+  """
+  text = re.sub(r"\\\n\s*", " ", text)
+  found = [line for line in text.split("\n") if re.match(f" *{COMMAND}", line)]
+  found += [span for span in re.findall(r"`([^`\n]+)`", text) if re.match(COMMAND, span)]
+  return [line.strip() for line in found if "--topology=" in line and "--search" not in line]
+
+
+def mesh_flags(topology: str, slices: int) -> tuple[str, ...]:
+  """Returns the mesh that `launch.plan` chooses for a config with the default mesh."""
+  chip, _, shape = topology.partition(":")
+  if shape:
+    torus = tuple(map(int, shape.split("x")))
+    config = next(meshes(Topology(topology, CHIPS[chip], torus, slices, ())))
+  else:
+    hosts = int(topology.partition("-")[2]) // GPUS_OF_A_HOST
+    config = MeshConfig(data=hosts, fsdp=GPUS_OF_A_HOST)
+  return tuple(f"--config.mesh.{axis}={n}" for axis, n in zip(AXES, (
+    config.data, config.fsdp, config.fsdp_inner, config.tensor,
+  ), strict=True))  # fmt: skip
+
+
+def launch_of(line: str) -> Launch:
+  """Reads a command."""
+  words = shlex.split(line.partition("#")[0])
+  given = dict(word[2:].split("=", 1) for word in words if "=" in word)
+  topology, slices = given["topology"], int(given.get("slices", 1))
+  if topology in SLICES:
+    topology = f"{topology.partition('-')[0]}:{SLICES[topology]}"
+  flags = tuple(word for word in words if word.startswith("--config"))
+  config, *fields = flags
+  if not config.endswith(".py") and "/" not in config:  # A name, as `cm3leon` takes it.
+    config = config.replace("=", "=ml_configs/") + ".py"
+  if re.search(COMMAND, line)[1] == "plan" and not any("config.mesh" in flag for flag in flags):
+    fields += mesh_flags(topology, slices)
+  fields += [f"--{name}={given[name]}" for name in MEASURED if name in given]
+  return Launch(topology, slices, (config, *fields))
+
+
+FOUND = {path: [launch_of(line) for line in commands(path.read_text())] for path in FILES}
+LAUNCHES = list(dict.fromkeys(launch for found in FOUND.values() for launch in found))
+TRAINED = [
+  x
+  for x in LAUNCHES
+  if not any(f.startswith(("--program", "--batch", "--decode")) for f in x.flags)
+]
+
+
+def test_the_commands_are_read():
+  line = "python -m launch.plan --config=ml_configs/cm3leon_7b.py --topology=v5e-256 --slices=2"
+  mesh = "--config.mesh.data=2 --config.mesh.fsdp=16 --config.mesh.fsdp_inner=16"
+  config = "--config=ml_configs/cm3leon_7b.py"
+  assert launch_of(line) == Launch(
+    "v5e:16x16", 2, (config, *mesh.split(), "--config.mesh.tensor=1")
+  )
+  assert launch_of("cm3leon plan --config=cm3leon_7b --topology=h100-64").flags == (
+    config, "--config.mesh.data=8", "--config.mesh.fsdp=8", "--config.mesh.fsdp_inner=1",
+    "--config.mesh.tensor=1",
+  )  # fmt: skip
+  assert len(FOUND[ROOT / "docs" / "scaling.md"]) >= 5
+  assert FOUND[COMMANDS / "aot_compile.py"]
+
+
+@pytest.mark.parametrize("launch", TRAINED, ids=str)
+def test_a_documented_launch_fits_by_the_estimate(launch):
+  shape = launch.settings.mesh.over(launch.devices)
+  limit = GPU_GIB if launch.on_gpus else CHIPS[launch.topology.partition(":")[0]].hbm
+  platform = "gpu" if launch.on_gpus else "tpu"
+  memory.check(launch.settings, shape, int(limit * 2**30), platform)
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_backend
+@pytest.mark.parametrize("launch", [x for x in LAUNCHES if not x.on_gpus], ids=str)
+def test_a_documented_launch_compiles_and_fits_its_chip(launch, tmp_path):
+  pytest.importorskip("libtpu")
+  path = tmp_path / "report.json"
+  command = [sys.executable, "-m", "launch.aot_compile", *launch.flags, f"--json={path}"]
+  command += [f"--topology={launch.topology}", f"--slices={launch.slices}"]
+  # The plans are of optimized programs.
+  environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+  result = subprocess.run(
+    command, capture_output=True, text=True, timeout=900, env=environment, check=False
+  )
+  assert result.returncode == 0, result.stderr[-2_000:]
+  reports = json.loads(path.read_text())
+  for name, report in reports.items():
+    if name != "topology":
+      assert report["sum_gib"] + report.get("rest_gib", 0) < report["hbm_gib"], name
+    if name == "train":
+      assert report["estimate_gib"] == pytest.approx(report["sum_gib"], rel=0.1)

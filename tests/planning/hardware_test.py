@@ -1,0 +1,42 @@
+"""Hardware by its name: chips, hosts, and what is no hardware."""
+
+import re
+
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.planning import hardware
+
+
+@pytest.mark.parametrize(
+  ("name", "slices", "sentence"),
+  [
+    ("v5e-100", 1, "--topology is 'v5e-100': give a slice (v5e-4, "),
+    ("v7x-8", 1, "--topology is 'v7x-8': give a slice"),
+    ("h100-12", 1, "--topology is 'h100-12': the number of GPUs must be at most 8"),
+    ("h100-0", 1, "--topology is 'h100-0': the number of GPUs must be at most 8"),
+    ("h100-64", 2, "--slices is 2; slices are of TPUs"),
+  ],
+)
+def test_unknown_hardware_is_refused(name, slices, sentence):
+  with pytest.raises(UserError, match=re.escape(sentence)):
+    hardware.load(name, slices)
+
+
+@pytest.mark.parametrize(
+  ("name", "slices", "chips", "hosts", "per_host", "accelerator"),
+  [
+    ("v5e-256", 1, 256, 64, 4, "v5litepod-256"),
+    ("v5e-8", 1, 8, 1, 8, "v5litepod-8"),
+    ("v5p-8", 1, 4, 1, 4, "v5p-8"),  # v5p counts cores, two a chip.
+    ("v5p:2x2x2", 2, 16, 4, 4, "v5p-16"),
+    ("v6e-256", 2, 512, 128, 4, "v6e-256"),
+    ("h100-4", 1, 4, 1, 4, None),
+    ("h100-64", 1, 64, 8, 8, None),
+  ],
+)
+def test_hardware_is_counted(name, slices, chips, hosts, per_host, accelerator):
+  found = hardware.load(name, slices)
+  assert (found.chips, found.hosts, found.per_host) == (chips, hosts, per_host)
+  if accelerator:
+    assert found.accelerator == accelerator

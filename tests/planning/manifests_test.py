@@ -1,0 +1,385 @@
+"""Checks the manifests that `launch.plan` writes: schemas of JobSet, Kueue, SkyPilot; restarts."""
+
+import re
+
+from kubernetes import client
+import pydantic
+import pytest
+import yaml
+
+from cm3leon_jax.config import INTERRUPTED, UserError
+from cm3leon_jax.planning import hardware, launchers
+from tests.recorders import FLAGS, MISTAKE
+
+IMAGE = "us-docker.pkg.dev/project/repository/cm3leon:tpu"
+# Tools that read a manifest may read YAML 1.1: a `yes` would be true.
+AWKWARD = [*FLAGS, "--config.train.wandb=yes: no # {x}", "--config.raw.text=a\\nb"]
+
+
+# Types of the custom resource jobset.x-k8s.io/v1alpha2, kubernetes-sigs/jobset 0.13.
+RESTART_JOB = "RestartJob|RestartJobAndIgnoreMaxRestarts"
+
+
+class Strict(pydantic.BaseModel):
+  model_config = pydantic.ConfigDict(extra="forbid")
+
+
+class Metadata(Strict):
+  name: str
+  namespace: str | None = None
+  labels: dict[str, str] | None = None
+  annotations: dict[str, str] | None = None
+
+
+class Rule(Strict):
+  name: str
+  action: str = pydantic.Field(
+    pattern=f"^(FailJobSet|RestartJobSet|RestartJobSetAndIgnoreMaxRestarts|{RESTART_JOB})$"
+  )
+  onJobFailureReasons: list[str] | None = None
+  onJobFailureMessagePatterns: list[str] | None = None
+  targetReplicatedJobs: list[str] | None = None
+
+
+class FailurePolicy(Strict):
+  maxRestarts: int = 0
+  restartStrategy: str = pydantic.Field(
+    "Recreate", pattern="^(Recreate|BlockingRecreate|InPlaceRestart)$"
+  )
+  rules: list[Rule] | None = None
+
+
+class ReplicatedJob(Strict):
+  name: str
+  groupName: str | None = None
+  replicas: int = pydantic.Field(1, ge=0)
+  template: client.V1JobTemplateSpec
+
+
+class Spec(Strict):
+  replicatedJobs: list[ReplicatedJob]
+  failurePolicy: FailurePolicy | None = None
+  suspend: bool | None = None
+  ttlSecondsAfterFinished: int | None = pydantic.Field(None, ge=0)
+
+
+class JobSet(Strict):
+  apiVersion: str = pydantic.Field(pattern="^jobset.x-k8s.io/v1alpha2$")
+  kind: str = pydantic.Field(pattern="^JobSet$")
+  metadata: Metadata
+  spec: Spec
+
+
+class Flavor(Strict):
+  """Spec of a ResourceFlavor of kueue.x-k8s.io/v1beta2."""
+
+  nodeLabels: dict[str, str] | None = None
+  nodeTaints: list[client.V1Taint] | None = None
+  tolerations: list[client.V1Toleration] | None = None
+  topologyName: str | None = None
+
+
+class Quota(Strict):
+  name: str
+  nominalQuota: int | str
+  borrowingLimit: int | str | None = None
+  lendingLimit: int | str | None = None
+
+
+class FlavorQuotas(Strict):
+  name: str
+  resources: list[Quota] = pydantic.Field(min_length=1)
+
+
+class ResourceGroup(Strict):
+  coveredResources: list[str] = pydantic.Field(min_length=1)
+  flavors: list[FlavorQuotas] = pydantic.Field(min_length=1)
+
+
+class ClusterQueue(Strict):
+  namespaceSelector: client.V1LabelSelector | None = None
+  resourceGroups: list[ResourceGroup] | None = None
+  queueingStrategy: str = pydantic.Field("BestEffortFIFO", pattern="^(StrictFIFO|BestEffortFIFO)$")
+  cohortName: str | None = None
+  stopPolicy: str = pydantic.Field("None", pattern="^(None|Hold|HoldAndDrain)$")
+
+
+class LocalQueue(Strict):
+  clusterQueue: str
+  stopPolicy: str = pydantic.Field("None", pattern="^(None|Hold|HoldAndDrain)$")
+
+
+class Kueue(Strict):
+  apiVersion: str = pydantic.Field(pattern="^kueue.x-k8s.io/v1beta2$")
+  kind: str
+  metadata: Metadata
+  spec: Flavor | ClusterQueue | LocalQueue
+
+
+class AcceleratorArgs(Strict):
+  runtime_version: str
+  tpu_vm: bool = True
+
+
+class Resources(Strict):
+  """Of a task of SkyPilot 0.14."""
+
+  infra: str | None = None
+  accelerators: str
+  accelerator_args: AcceleratorArgs | None = None
+  network_tier: str | None = pydantic.Field(None, pattern="^(standard|best)$")
+  use_spot: bool = False
+  image_id: str | None = None
+  disk_size: int | None = None
+
+
+class SkyPilot(Strict):
+  name: str
+  workdir: str | None = None
+  num_nodes: int = pydantic.Field(1, ge=1)
+  resources: Resources
+  envs: dict[str, str | None] | None = None
+  secrets: dict[str, str | None] | None = None
+  setup: str | None = None
+  run: str
+
+
+STRICT = {"strict": True, "by_alias": True, "by_name": False}
+
+
+def validate(manifest):
+  return JobSet.model_validate(manifest, **STRICT)
+
+
+def validate_queue(objects):
+  """Checks each object of Kueue against the type of its kind."""
+  types = {"ResourceFlavor": Flavor, "ClusterQueue": ClusterQueue, "LocalQueue": LocalQueue}
+  for x in objects:
+    Kueue.model_validate({**x, "spec": {}} if x["kind"] != "LocalQueue" else x, **STRICT)
+    types[x["kind"]].model_validate(x["spec"], **STRICT)
+
+
+def written(topology="v5e-256", slices=1, flags=FLAGS, **options):
+  job = launchers.Job(
+    "run", hardware.load(topology, slices), tuple(flags), **{"image": IMAGE, **options}
+  )
+  return launchers.files(job)
+
+
+def job(manifest):
+  return manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+
+
+def pod(manifest):
+  return job(manifest)["template"]["spec"]
+
+
+@pytest.fixture
+def manifest():
+  return yaml.safe_load(written(spot=True, queue="tpus")["gke_jobset.yaml"])
+
+
+HARDWARE = [("v5e-256", 1), ("v5p-256", 2), ("v6e-8", 1), ("v5p:4x4x8", 1)]
+
+
+@pytest.mark.parametrize(("topology", "slices"), HARDWARE)
+@pytest.mark.parametrize("options", [{}, {"spot": True, "queue": "tpus"}])
+def test_manifests_are_valid(topology, slices, options):
+  texts = written(topology, slices, AWKWARD, **options)
+  validate(yaml.safe_load(texts["gke_jobset.yaml"]))
+  assert ("gke_kueue.yaml" in texts) == ("queue" in options)
+  validate_queue(yaml.safe_load_all(texts.get("gke_kueue.yaml", "")) if options else [])
+  assert ("skypilot.yaml" in texts) == (slices == 1)
+  if slices == 1:
+    SkyPilot.model_validate(yaml.safe_load(texts["skypilot.yaml"]), **STRICT)
+
+
+@pytest.mark.parametrize(
+  ("change", "place"),
+  [
+    (
+      lambda m: m["spec"].update(failurePolice=m["spec"].pop("failurePolicy")),
+      "spec.failurePolice",
+    ),
+    (
+      lambda m: m["spec"]["failurePolicy"].update(maxRestarts="20"),
+      "spec.failurePolicy.maxRestarts",
+    ),
+    (
+      lambda m: m["spec"]["failurePolicy"]["rules"][0].pop("name"),
+      "spec.failurePolicy.rules.0.name",
+    ),
+    (
+      lambda m: m["spec"]["failurePolicy"]["rules"][0].update(action="Fail"),
+      "spec.failurePolicy.rules.0.action",
+    ),
+    (lambda m: m["spec"]["replicatedJobs"][0].pop("template"), "spec.replicatedJobs.0.template"),
+    (lambda m: job(m).update(backoff_limit=0), "template.spec.backoff_limit"),
+    (
+      lambda m: job(m)["podFailurePolicy"]["rules"][0].pop("action"),
+      "podFailurePolicy.rules.0.action",
+    ),
+    (
+      lambda m: job(m)["podFailurePolicy"]["rules"][0]["onExitCodes"].update(values=["2"]),
+      "onExitCodes.values.0",
+    ),
+    (lambda m: pod(m).update(terminationGracePeriod=900), "spec.terminationGracePeriod"),
+    (lambda m: pod(m)["containers"][0].pop("name"), "containers.0.name"),
+    (lambda m: pod(m)["containers"][0].update(args="--config=x"), "containers.0.args"),
+    (
+      lambda m: pod(m)["containers"][0]["securityContext"].update(priviledged=True),
+      "securityContext.priviledged",
+    ),
+  ],
+)
+def test_a_wrong_manifest_is_refused(manifest, change, place):
+  change(manifest)
+  with pytest.raises(pydantic.ValidationError, match=re.escape(place)) as error:
+    validate(manifest)
+  assert error.value.error_count() <= 2
+
+
+@pytest.mark.parametrize(
+  ("change", "place"),
+  [
+    (lambda flavor, queue, local: flavor["spec"].update(nodeLabel={}), "nodeLabel"),
+    (lambda flavor, queue, local: queue["spec"].update(quota=1), "quota"),
+    (lambda flavor, queue, local: local["spec"].pop("clusterQueue"), "clusterQueue"),
+    (
+      lambda flavor, queue, local: queue["spec"]["resourceGroups"][0].pop("coveredResources"),
+      "coveredResources",
+    ),
+    (lambda flavor, queue, local: local.update(apiVersion="kueue.x-k8s.io/v1"), "apiVersion"),
+  ],
+)
+def test_a_wrong_queue_is_refused(change, place):
+  objects = list(yaml.safe_load_all(written(queue="tpus")["gke_kueue.yaml"]))
+  change(*objects)
+  with pytest.raises(pydantic.ValidationError, match=place):
+    validate_queue(objects)
+
+
+@pytest.mark.parametrize(
+  ("change", "place"),
+  [
+    (lambda task: task.update(secret={}), "secret"),
+    (lambda task: task.update(num_nodes="8"), "num_nodes"),
+    (lambda task: task["resources"].update(spot=True), "resources.spot"),
+    (lambda task: task["resources"].pop("accelerators"), "resources.accelerators"),
+  ],
+)
+def test_a_wrong_task_is_refused(change, place):
+  task = yaml.safe_load(written("h100-64")["skypilot.yaml"])
+  change(task)
+  with pytest.raises(pydantic.ValidationError, match=re.escape(place)):
+    SkyPilot.model_validate(task, **STRICT)
+
+
+def test_the_hardware_and_the_limits_of_a_job_are_in_its_manifests():
+  texts = written("v5p-256", 2, max_restarts=7, grace_seconds=1200, queue="tpus")
+  manifest = yaml.safe_load(texts["gke_jobset.yaml"])
+  assert manifest["metadata"]["name"] == "run"
+  assert manifest["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "tpus"}
+  assert manifest["spec"]["replicatedJobs"][0]["replicas"] == 2
+  assert manifest["spec"]["failurePolicy"]["maxRestarts"] == 7
+  assert job(manifest)["parallelism"] == job(manifest)["completions"] == 32
+  assert pod(manifest)["terminationGracePeriodSeconds"] == 1200
+  labels = {
+    "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
+    "cloud.google.com/gke-tpu-topology": "4x4x8",
+  }
+  assert pod(manifest)["nodeSelector"] == labels
+  assert pod(manifest)["containers"][0]["image"] == IMAGE
+  flavor, queue, local = yaml.safe_load_all(texts["gke_kueue.yaml"])
+  assert flavor["spec"]["nodeLabels"] == labels
+  (flavors,) = queue["spec"]["resourceGroups"][0]["flavors"]
+  assert flavors["resources"] == [{"name": "google.com/tpu", "nominalQuota": 256}]
+  # A resource that a pod asks for and no group covers would never be admitted.
+  limits = pod(manifest)["containers"][0]["resources"]["limits"]
+  assert list(limits) == queue["spec"]["resourceGroups"][0]["coveredResources"]
+  assert flavors["name"] == flavor["metadata"]["name"]
+  assert local["spec"]["clusterQueue"] == queue["metadata"]["name"]
+  assert local["metadata"]["name"] == "tpus"
+
+
+def test_the_key_comes_from_a_secret_that_may_be_absent():
+  (variable,) = pod(yaml.safe_load(written(secret="own")["gke_jobset.yaml"]))["containers"][0][
+    "env"
+  ]
+  reference = {"name": "own", "key": "WANDB_API_KEY", "optional": True}
+  assert variable == {"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": reference}}
+  assert yaml.safe_load(written()["skypilot.yaml"])["secrets"] == {"WANDB_API_KEY": ""}
+
+
+def test_spot_machines_are_asked_for_only_if_they_are_wanted():
+  for spot in (True, False):
+    texts = written(spot=spot)
+    assert ("gke-spot" in texts["gke_jobset.yaml"]) == spot
+    assert ("--spot" in texts["xpk.sh"]) == ("--spot" in texts["tpu_vm.sh"]) == spot
+    assert yaml.safe_load(texts["skypilot.yaml"])["resources"]["use_spot"] == spot
+
+
+def test_kubernetes_gives_the_flags_unchanged():
+  container = pod(yaml.safe_load(written(flags=AWKWARD)["gke_jobset.yaml"]))["containers"][0]
+  assert container["command"] == ["python", "-m", "launch.train"]
+  assert [arg.replace("$$(", "$(") for arg in container["args"]] == ["--distributed", *AWKWARD]
+  assert not any(
+    re.search(r"(?<!\$)\$\(", arg) for arg in container["args"]
+  )  # What it would take for a variable.
+
+
+def jobset_action(manifest, exit_code=None, condition=None):
+  """Returns the action of JobSet for a failed pod: of the first rule that fits."""
+  reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+  for index, rule in enumerate(job(manifest)["podFailurePolicy"]["rules"]):
+    codes = rule.get("onExitCodes")
+    if (codes and exit_code in codes["values"]) or (
+      condition in [c["type"] for c in rule.get("onPodConditions", [])]
+    ):
+      failure = f"Pod a/b has condition {condition}"
+      if codes:
+        failure = f"Container trainer for pod a/b failed with exit code {exit_code}"
+      reason, message = "PodFailurePolicy", f"{failure} matching FailJob rule at index {index}"
+      break
+  for rule in manifest["spec"]["failurePolicy"]["rules"]:
+    patterns = rule.get("onJobFailureMessagePatterns", [""])
+    if reason in rule["onJobFailureReasons"] and any(
+      re.search(pattern, message) for pattern in patterns
+    ):
+      return rule["action"]
+  return "RestartJobSet"
+
+
+def test_gke_restarts_a_preempted_run_but_not_after_a_mistake(manifest):
+  assert jobset_action(manifest, MISTAKE) == "FailJobSet"
+  assert jobset_action(manifest, INTERRUPTED) == "RestartJobSetAndIgnoreMaxRestarts"
+  assert jobset_action(manifest, 137, "DisruptionTarget") == "RestartJobSetAndIgnoreMaxRestarts"
+  assert {jobset_action(manifest, code) for code in (1, 12, 22, 134, 137, 139)} == {"RestartJobSet"}
+  assert job(manifest)["backoffLimit"] == 0
+  assert pod(manifest)["restartPolicy"] == "Never"
+
+
+@pytest.mark.parametrize(
+  ("topology", "options", "sentence"),
+  [
+    ("v5e-256", {"workdir": "runs/7b"}, "--workdir is 'runs/7b'; it must be gs://BUCKET/FOLDER:"),
+    ("v5e-256", {"workdir": "/nfs/7b"}, "--workdir is '/nfs/7b'; it must be gs://BUCKET/FOLDER:"),
+    ("h100-8", {"workdir": "7b"}, "--workdir is '7b'; it must be gs://BUCKET/FOLDER or /SHARED/"),
+    ("v5e-256", {"name": "7b_run"}, "--name is '7b_run'; Kubernetes and the cloud take at most"),
+    ("v5e-256", {"queue": "a b"}, "--queue is 'a b'; it must be a name of an object"),
+  ],
+)
+def test_what_no_launcher_could_start_is_refused(topology, options, sentence):
+  flags = ("--config=c", f"--workdir={options.pop('workdir', 'gs://bucket/7b')}")
+  job = launchers.Job(**{"name": "run", **options}, hardware=hardware.load(topology), flags=flags)
+  with pytest.raises(UserError, match=re.escape(sentence)):
+    launchers.files(job)
+
+
+def test_a_launcher_that_cannot_run_a_job_is_left_out_with_a_sentence():
+  job = launchers.Job("run", hardware.load("v5e-256", 2), tuple(FLAGS))
+  assert list(launchers.files(job)) == ["tpu_vm.sh"]
+  image, several = launchers.not_written(job)
+  assert image.startswith("gke_jobset.yaml and xpk.sh need a container image")
+  assert several.startswith("skypilot.yaml: SkyPilot does not connect slices")
+  assert launchers.not_written(launchers.Job("run", job.hardware, job.flags, IMAGE)) == [several]

@@ -1,0 +1,177 @@
+"""Tests of the estimate: against the compiler's numbers in docs/scaling.md, and of the refusal."""
+
+import dataclasses
+import importlib
+import math
+import pathlib
+import re
+import statistics
+import types
+
+from etils import epath
+import jax
+import pytest
+
+from cm3leon_jax.commands import train as train_command
+from cm3leon_jax.config import UserError
+from cm3leon_jax.mesh import MeshConfig, abstract
+from cm3leon_jax.planning import memory
+from cm3leon_jax.planning.topology import CHIPS
+from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.training.train import compile_steps
+from tests.generation.run import SETTINGS
+from tests.models.tiny import mesh_of
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "scaling.md"
+MESHES = {"v5e-256": (16, 16), "v6e-256": (16, 16), "v5p-256": (16, 8), "v5p-8": (2, 2)}
+GIB = 2**30
+# A row of the tables: size, slice, rows of a device x passes, remat; arguments, temporaries, sum.
+ROW = re.compile(
+  r"\| (\w+) \| (v\w+-\d+) \| (\d+)(?: x (\d+))? \| (\w+) \| [\d.]+ \+ [\d.]+ = \*\*([\d.]+)\*\*"
+)
+# The table "Which is the fastest" and that of evaluations: slice, mesh, rows, remat, GiB.
+SEARCHED = [
+  ("v5p-8", (1, 2, 1, 2), 4, "minimal", 70.00),
+  ("v5p-256", (1, 16, 1, 8), 8, "minimal", 81.09),
+  ("v5e-256", (1, 8, 2, 16), 2, "minimal", 11.57),
+  ("v5e-256", (1, 16, 1, 16), 2, "save_qkv", 12.64),
+  ("v6e-256", (1, 16, 1, 16), 2, "minimal", 20.16),
+  ("v5e-256", (1, 16, 1, 16), 4, "full", 6.98),
+  ("v5p-8", (1, 2, 1, 2), 4, "full", 38.09),
+]
+
+
+def settings_of(config: str, mesh: tuple, rows: int, policy: str, global_batch_size: int = 0):
+  """Settings of a shipped config on a mesh (data, fsdp, tensor, fsdp_inner)."""
+  module = importlib.import_module(f"cm3leon_jax.configs.{config}")
+  values = module.get_config()
+  values.mesh.update(dict(zip(("data", "fsdp", "tensor", "fsdp_inner"), mesh, strict=True)))
+  values.model.remat_policy = policy
+  values.train.rows_per_device = rows
+  if global_batch_size:
+    values.train.global_batch_size = global_batch_size
+  return settings_from_config(values)
+
+
+def estimated(settings) -> memory.Memory:
+  devices = math.prod(settings.mesh.shape)
+  return memory.estimate(settings, settings.mesh.over(devices))
+
+
+def documented() -> list[tuple]:
+  """Returns (name, settings, GiB of the compiler) of the steps of docs/scaling.md."""
+  text = PAGE.read_text()
+  tuning = text.index("### Instruction tuning")
+  cases = []
+  for row in ROW.finditer(text):
+    size, topology, rows, passes, policy, gib = row.groups()
+    fsdp, inner = MESHES[topology]
+    config = "sft" if row.start() > tuning else "cm3leon"
+    batch = int(rows) * fsdp * inner * int(passes or 1)
+    settings = settings_of(f"{config}_{size}", (1, fsdp, 1, inner), int(rows), policy, batch)
+    cases.append((row.group(), settings, float(gib)))
+  for topology, mesh, rows, policy, gib in SEARCHED:
+    cases.append((f"{topology} {policy}", settings_of("cm3leon_7b", mesh, rows, policy), gib))
+  return cases
+
+
+def test_the_estimate_is_near_the_compilers_numbers_of_every_documented_step():
+  cases = documented()
+  assert len(cases) == 28 + len(SEARCHED)
+  errors = {name: estimated(settings).total / GIB / gib - 1 for name, settings, gib in cases}
+  worst = max(errors.items(), key=lambda item: abs(item[1]))
+  assert abs(worst[1]) < 0.05, worst
+  sizes = [abs(error) for error in errors.values()]
+  median, most = (f"{100 * x:.1f}%" for x in (statistics.median(sizes), max(sizes)))
+  assert f"off by {median} (median) and at most {most}" in " ".join(PAGE.read_text().split())
+
+
+@pytest.mark.parametrize("family", ["opt", "modern"])
+@pytest.mark.parametrize(
+  "optimizer", [{}, {"ema_decay": 0.9}, {"first_moment_dtype": "bfloat16"}, {"name": "muon"}]
+)
+def test_the_state_has_the_bytes_of_its_arrays(family, optimizer):
+  """Arrays of a head or a width are not split; they are few."""
+  model = dataclasses.replace(SETTINGS.model, family=family)
+  settings = dataclasses.replace(
+    SETTINGS, model=model, optimizer=dataclasses.replace(SETTINGS.optimizer, **optimizer),
+    train=dataclasses.replace(SETTINGS.train, global_batch_size=8),
+  )  # fmt: skip
+  mesh = mesh_of(1, 2, 2, 2)
+  with jax.set_mesh(mesh):
+    steps = compile_steps(model, settings.optimizer, settings.train, settings.vocab, 0)
+    state = abstract(jax.eval_shape(steps.init), mesh)
+  shares = (
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state)
+  )
+  assert memory.estimate(settings, mesh.shape).state == pytest.approx(sum(shares), rel=0.03)
+
+
+def test_more_rows_kept_values_and_passes_take_more():
+  def total(rows=4, policy="full", mesh=(1, 16, 1, 16), batch=0):
+    return estimated(settings_of("cm3leon_7b", mesh, rows, policy, batch)).total
+
+  by_policy = [
+    total(policy=policy)
+    for policy in ("full", "offload", "save_attention", "save_qkv", "minimal", "none")
+  ]
+  assert by_policy == sorted(by_policy)
+  assert total(2) < total(4) < total(8)
+  assert total(batch=1_024) < total()  # One pass keeps no sum of gradients.
+  assert total(mesh=(1, 16, 2, 8)) != total()
+  # Replicas split the batch, and not the parameters.
+  assert total(mesh=(16, 16, 1, 1), batch=1_024) > total(batch=1_024)
+
+
+def test_a_step_that_does_not_fit_names_the_flags_that_fit():
+  settings = settings_of("cm3leon_7b", (1, 16, 1, 16), 32, "save_attention")
+  shape, limit = settings.mesh.over(256), int(CHIPS["v5e"].hbm * GIB)
+  with pytest.raises(UserError) as error:
+    memory.check(settings, shape, limit)
+  message = str(error.value)
+  assert message.startswith("a step with 32 rows of 4096 tokens at once takes about 1")
+  assert "of a device, which has 15.75; this fits: --config.train.rows_per_device=4. " in message
+  assert memory.check(settings_of("cm3leon_7b", (1, 16, 1, 16), 4, "save_attention"), shape, limit)
+  without = dataclasses.replace(settings.train, rows_per_device=0, gradient_accumulation_steps=2)
+  policies = dataclasses.replace(settings.model, remat_policy="minimal", num_layers=64)
+  with pytest.raises(UserError) as error:
+    memory.check(dataclasses.replace(settings, train=without, model=policies), shape, limit)
+  flags = (
+    "this fits: --config.train.rows_per_device=4 --config.train.gradient_accumulation_steps=1 "
+    "--config.model.remat_policy=full."
+  )
+  assert flags in str(error.value)
+  few = MeshConfig(fsdp=4).over(4)
+  with pytest.raises(UserError, match="no smaller batch or other remat policy fits"):
+    memory.check(settings, few, limit)
+
+
+def device(kind: str, platform: str = "tpu", stats=None):
+  return types.SimpleNamespace(device_kind=kind, platform=platform, memory_stats=lambda: stats)
+
+
+def test_the_memory_of_a_device_is_what_its_backend_says_else_the_tables():
+  assert memory.device_memory(device("TPU v5 lite", stats={"bytes_limit": 17})) == 17
+  assert memory.device_memory(device("NVIDIA H100", "gpu", {"bytes_limit": 9})) == 9
+  assert memory.device_memory(device("TPU v5 lite")) == 15.75 * GIB
+  assert memory.device_memory(device("TPU v5")) == int(95.73 * GIB)
+  assert memory.device_memory(device("TPU v9")) is None
+  assert memory.device_memory(jax.devices()[0]) is None
+
+
+def test_training_refuses_before_it_reads_a_stage(tmp_path, monkeypatch, capsys):
+  workdir = epath.Path(tmp_path)
+  with pytest.raises(UserError, match="is not finished"):  # CPUs are not checked.
+    train_command.main(SETTINGS, workdir)
+  monkeypatch.setattr(memory, "device_memory", lambda device: 1_000)
+  with pytest.raises(UserError, match=r"rows of .* --skip_memory_check"):
+    train_command.main(SETTINGS, workdir)
+  with pytest.raises(UserError, match="is not finished"):
+    train_command.main(SETTINGS, workdir, skip_memory_check=True)
+  monkeypatch.setattr(memory, "device_memory", lambda device: 16 * GIB)
+  with pytest.raises(UserError, match="is not finished"):
+    train_command.main(SETTINGS, workdir)
+  assert "of 16.00." in capsys.readouterr().out
+  mesh = dataclasses.replace(SETTINGS, mesh=MeshConfig(fsdp=3))
+  with pytest.raises(UserError, match=r"config\.mesh: mesh .* does not use 8 devices exactly"):
+    train_command.main(mesh, workdir)

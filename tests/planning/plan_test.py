@@ -1,0 +1,176 @@
+"""The plan of a run: what it chooses, what it counts, what it refuses."""
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from cm3leon_jax.commands import config_file
+from cm3leon_jax.commands import plan as command
+from cm3leon_jax.config import UserError
+from cm3leon_jax.mesh import MeshConfig
+from cm3leon_jax.planning import hardware, plan
+from cm3leon_jax.settings import settings_from_config
+from tests.recorders import ROOT
+
+
+def settings(name="cm3leon_350m", flags=(), **fields):
+  """Settings of a shipped config with fields of sections and flags of a command line."""
+  config = config_file.load(name)
+  for section, values in fields.items():
+    config[section].update(values)
+  for flag in flags:
+    path, value = re.fullmatch(r"--config\.([\w.]+)=(.*)", flag).groups()
+    section, field = path.split(".")
+    config[section][field] = type(config[section][field])(value)
+  return settings_from_config(config)
+
+
+def make(config, topology="v5e-256", slices=1, mfu=0.4, bandwidth=0.25):
+  return plan.make(config, hardware.load(topology, slices), mfu, bandwidth)
+
+
+@pytest.fixture(scope="module")
+def of_7b():
+  return {chips: make(settings("cm3leon_7b"), f"v5e-{chips}") for chips in (64, 256)}
+
+
+def test_the_7b_takes_the_time_and_the_disk_that_the_page_on_pods_computes(of_7b):
+  made = of_7b[256]
+  assert made.tokens_per_step == 8_192 * 4_096
+  # 6.72e9 parameters, 12 bytes each; 64 hosts write at 0.25 GB/s.
+  assert made.parameters == pytest.approx(6.72e9, rel=0.01)
+  assert made.checkpoint_bytes == pytest.approx(12 * made.parameters, rel=0.001)
+  assert made.save_seconds == pytest.approx(81e9 / 64 / 0.25e9, rel=0.01)
+  # 43.5 GFLOPs a token (docs/monitoring.md) at 40% of 256 x 197 TFLOP/s.
+  assert made.step_seconds == pytest.approx(33.55e6 * 43.5e9 / (256 * 197e12 * 0.4), rel=0.01)
+  assert made.days == pytest.approx(41_723 * made.step_seconds / 86_400)
+  assert made.chip_hours == pytest.approx(made.days * 24 * 256)
+
+
+def test_the_time_to_save_grows_on_a_small_slice(of_7b):
+  assert of_7b[256].grace_seconds == 900
+  assert of_7b[64].stop_seconds == pytest.approx(976, rel=0.08)  # docs/pods.md.
+  assert of_7b[64].grace_seconds == 1_200
+
+
+@pytest.mark.parametrize(
+  ("topology", "slices", "mesh", "saving"),
+  [
+    ("v5e-256", 1, (1, 16, 16, 1), 64),
+    ("v5e-256", 2, (2, 16, 16, 1), 64),  # A checkpoint is one replica: of one slice.
+    ("v5p-256", 1, (1, 16, 8, 1), 32),
+    ("h100-64", 1, (8, 8, 1, 1), 1),
+  ],
+)
+def test_the_mesh_follows_the_torus_and_its_flags_select_it(topology, slices, mesh, saving):
+  made = make(settings(), topology, slices)
+  assert tuple(made.mesh[axis] for axis in ("data", "fsdp", "fsdp_inner", "tensor")) == mesh
+  assert made.saving_hosts == saving
+  selected = settings(flags=made.flags)
+  assert selected.mesh.over(made.hardware.chips) == made.mesh
+  assert make(selected, topology, slices) == dataclasses.replace(made, flags=())
+
+
+def test_rows_and_passes_are_those_of_the_step():
+  made = make(settings())
+  shards = math.prod(made.mesh[axis] for axis in ("data", "fsdp", "fsdp_inner"))
+  assert made.rows_per_device * made.passes * shards == made.rows == 8_192
+  assert made.memory.total <= hardware.load("v5e-256").memory * 2**30
+
+
+def test_what_does_not_fit_becomes_smaller_and_its_flags_say_so():
+  large = settings("cm3leon_7b", train={"rows_per_device": 32})
+  made = make(large)
+  assert made.rows_per_device < 32
+  assert made.memory.total <= 15.75 * 2**30
+  flags = [flag for flag in made.flags if not flag.startswith("--config.mesh.")]
+  assert flags
+  again = make(settings("cm3leon_7b", [*made.flags], train={"rows_per_device": 32}))
+  assert (again.rows_per_device, again.remat_policy) == (made.rows_per_device, made.remat_policy)
+
+
+def test_the_mesh_of_a_config_stays():
+  mesh = {"data": 4, "fsdp": -1, "tensor": 2}
+  made = make(settings(mesh=mesh), slices=2)
+  assert made.mesh == MeshConfig(**mesh).over(512)
+  assert not [flag for flag in made.flags if "mesh" in flag]
+
+
+@pytest.mark.parametrize(
+  ("config", "topology", "slices", "sentence"),
+  [
+    ({"mesh": {"fsdp": 7}}, "v5e-256", 1, "config.mesh: mesh (data, fsdp, "),
+    (
+      {"mesh": {"fsdp": 512}}, "v5e-256", 2,
+      "config.mesh.data is 1; it must be a multiple of 2, the number of slices.",
+    ),
+    ({"train": {"global_batch_size": 100}}, "v5e-256", 1, "config.train.global_batch_size is 100"),
+  ],
+)  # fmt: skip
+def test_what_the_hardware_cannot_run_is_refused(config, topology, slices, sentence):
+  with pytest.raises(UserError, match=re.escape(sentence)):
+    make(settings(**config), topology, slices)
+
+
+def test_a_model_that_fits_nowhere_is_refused():
+  wide = {"width": 32_768, "num_heads": 256, "mlp_width": 131_072}
+  with pytest.raises(UserError, match=r"v5e-4: 4 chips, 1 host: .* take more devices"):
+    make(settings(model=wide), "v5e-4")
+
+
+def test_half_the_utilization_takes_twice_the_time():
+  made, half = make(settings()), make(settings(), mfu=0.2)
+  assert half.days == pytest.approx(2 * made.days)
+  assert "an assumption" in plan.table(made, "run")
+  assert "an assumption" not in plan.table(half, "run")
+
+
+# The command.
+
+
+def test_flags_of_the_config_are_taken_from_the_command_line():
+  argv = ["--topology=v5e-4", "--config=a.py:x", "--config.raw.source=a b=c", "-config.seed", "3"]
+  given = ["--config=a.py:x", "--config.raw.source=a b=c", "--config.seed=3"]
+  assert command.config_flags([*argv, "--configs=1"]) == given
+
+
+def run(*flags):
+  argv = [sys.executable, "-m", "launch.plan", *flags]
+  return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_the_command_prints_a_plan_and_writes_the_files_of_every_launcher(tmp_path):
+  result = run(
+    "--config=ml_configs/cm3leon_350m.py:paper", "--config.seed=3", "--topology=v5e-256",
+    "--workdir=gs://bucket/350m", f"--out={tmp_path}", "--image=i", "--queue=tpus",
+    "--train_flag=--init_from=gs://bucket/old",
+  )  # fmt: skip
+  assert result.returncode == 0, result.stderr
+  assert result.stdout.startswith("cm3leon-350m-paper on v5e-256: 256 chips, 64 hosts\n")
+  for name in ("mesh", "remat", "rows of a device", "memory of a device", "tokens/s", "the run"):
+    assert re.search(rf"^  {name} +\S", result.stdout, re.MULTILINE), name
+  numbers = json.loads((tmp_path / "plan.json").read_text())
+  assert numbers["job"]["grace_seconds"] == 900
+  files = {"gke_jobset.yaml", "gke_kueue.yaml", "xpk.sh", "tpu_vm.sh", "skypilot.yaml", "plan.json"}
+  assert {path.name for path in tmp_path.iterdir()} == files
+  manifest = yaml.safe_load((tmp_path / "gke_jobset.yaml").read_text())
+  pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+  assert pod["containers"][0]["args"] == [
+    "--distributed", "--config=ml_configs/cm3leon_350m.py:paper", "--config.seed=3",
+    "--workdir=gs://bucket/350m", *numbers["flags"], "--init_from=gs://bucket/old",
+  ]  # fmt: skip
+
+
+def test_files_without_a_workdir_are_refused(tmp_path):
+  result = run("--config=cm3leon_350m", "--topology=v5e-256", f"--out={tmp_path / 'out'}")
+  assert result.returncode == 2
+  assert result.stderr == (
+    "error: --workdir is ''; it must be gs://BUCKET/FOLDER: all hosts read and write one workdir.\n"
+  )
+  assert not (tmp_path / "out").exists()

@@ -1,0 +1,39 @@
+"""A text as a stranger might write it, and what must not come of it on a page or in a terminal."""
+
+from html.parser import HTMLParser
+
+CONTROLS = "\x1b[2J\x1b]0;title\x07\x9b31m\x00\r\u202e"
+HOSTILE = (
+  "</title></textarea></script></style></svg>--><script>alert(1)</script>"
+  "<img src=x onerror=alert(1)>\"'><svg onload=alert(1)><a href='javascript:alert(1)'>{{ 7 * 7 }} "
+  f"&lt;b&gt; {CONTROLS} red"
+)
+
+
+class Tags(HTMLParser):
+  """Collects the tags of a page, and the names of their attributes.
+
+  Attributes:
+    found: names of tags, and TAG.ATTRIBUTE of each attribute.
+    links: values of attributes that name another page or file.
+  """
+
+  def __init__(self, html: str):
+    super().__init__()
+    self.found: set[str] = set()
+    self.links: list[str] = []
+    self.feed(html)
+
+  def handle_starttag(self, tag, attrs):
+    self.found |= {tag, *(f"{tag}.{name}" for name, _ in attrs)}
+    self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+
+def check(html: str, harmless: str) -> None:
+  """Fails if a page with HOSTILE texts holds more than the page with harmless ones, or controls."""
+  assert "&lt;script&gt;alert(1)" in html
+  hostile = Tags(html)
+  assert hostile.found <= Tags(harmless).found
+  assert all(link.startswith(("data:image/png;base64,", "#")) for link in hostile.links)
+  assert "{{ 7 * 7 }}" in html
+  assert not set(CONTROLS) - set("[2J]0;title31m") & set(html)

@@ -1,0 +1,80 @@
+"""Captions of strangers are inert on pages that are rendered from them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cm3leon_jax.reports import inspect_page, report
+from tests.reports import hostile
+from tests.reports.hostile import CONTROLS, HOSTILE
+from tests.reports.inspect_page_test import (  # noqa: F401 (fixtures)
+  VOCAB,
+  image_tokenizer,
+  pair,
+  plan,
+  text_tokenizer,
+  view_of,
+)
+from tests.reports.report_test import make_image, make_run, write_raw
+
+
+def page_of(workdir, text: str) -> str:
+  """Returns the report of a run whose texts from outside are all `text`."""
+  make_run(workdir, ("raw", "samples", "train", "vqgan"))
+  (workdir / "raw" / "index.json").unlink()
+  about = {"source": text, "license": text, "attribution": text}
+  pairs = [
+    {"key": f"{text} {i}", "caption": text, "split": split, **about}
+    for i, split in enumerate(("train", "heldout"))
+  ]
+  with_shards = workdir / "new"
+  write_raw(with_shards, pairs, [make_image(None, i) for i in range(2)])
+  (workdir / "raw").rename(workdir / "old")
+  with_shards.rename(workdir / "raw")
+  (workdir / "old" / "done.json").rename(workdir / "raw" / "done.json")
+  results = workdir / "samples" / "results.jsonl"
+  lines = [json.loads(line) for line in results.read_text().splitlines()]
+  lines = [
+    {**line, "prompt": text, "key": f"{text} 1", "neighbors": [{"key": f"{text} 0"}, {"key": text}]}
+    for line in lines
+  ]
+  results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  report.write(workdir, text)
+  return (workdir / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_report(tmp_path):
+  html = page_of(tmp_path / "hostile", HOSTILE)
+  hostile.check(html, page_of(tmp_path / "harmless", "a red cat"))
+  assert html.count("⟨U+001B⟩[2J") > 10  # Made visible.
+
+
+@pytest.mark.usefixtures("plan")
+def test_the_page_of_rows(plan, text_tokenizer, image_tokenizer):  # noqa: F811 (fixtures)
+  pages = []
+  for text in ("a red cat", HOSTILE):
+    document = pair(text, text_tokenizer.encode(text)[:60])
+    about = {"source": text, "license": text, "attribution": text, "group": text}
+    row = view_of(type(document)(document.key, document.segments, **about), length=600)
+    decoder = inspect_page.make_decoder([row], VOCAB, text_tokenizer, image_tokenizer)
+    pages.append(inspect_page.render([row], plan, decoder, text, text))
+  hostile.check(pages[1], pages[0])
+
+
+@pytest.mark.parametrize("text", [*CONTROLS, "\ud800", "a\x85b"])
+def test_a_control_character_is_shown_by_its_number(text):
+  template = report.page_environment().from_string("{{ text }}|{{ text | upper }}")
+  html = template.render(text=text)
+  html.encode("utf-8")
+  kept = "[2J]0;title31m"
+  for c in text:
+    assert (f"⟨U+{ord(c):04X}⟩" in html) == (c not in kept and c not in "ab")
+
+
+def test_plain_texts_and_marked_pages_stay():
+  environment = report.page_environment()
+  for text in ("a cat", "naïve 猫", "👩\u200d🚀", "a\nb\tc"):  # With a joiner.
+    assert environment.from_string("{{ text }}").render(text=text) == text
+  assert environment.from_string("{{ '<b>' | safe }}{{ 1 }}{{ none }}").render() == "<b>1None"
+  assert np.isnan(float(environment.from_string("{{ x }}").render(x=float("nan"))))

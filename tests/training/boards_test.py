@@ -1,0 +1,122 @@
+"""Whatever a board does, a run goes on."""
+
+import contextlib
+import sys
+import threading
+import types
+
+from etils import epath
+import pytest
+
+from cm3leon_jax.io import write_json
+from cm3leon_jax.training import boards
+from cm3leon_jax.training.boards import Board, open_boards
+from cm3leon_jax.training.goodput import Stopwatch
+from cm3leon_jax.training.prometheus import Prometheus
+from cm3leon_jax.training.train import TrainConfig
+from tests.training import events
+
+
+@pytest.fixture
+def watch():
+  with contextlib.closing(Stopwatch()) as watch:
+    yield watch
+
+
+class Failing:
+  """A board that fails in one of its methods."""
+
+  def __init__(self, method, calls):
+    self._method, self.calls = method, calls
+
+  def __getattr__(self, name):
+    def call(*_):
+      self.calls.append(name)
+      if name == self._method:
+        raise RuntimeError("no\nroute to host")
+
+    return call
+
+
+def use(board):
+  board.scalars(1, {})
+  board.samples(1, None)
+  board.histograms(1, {})
+  board.flush()
+  board.close()
+
+
+METHODS = ["scalars", "samples", "histograms", "flush", "close"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_board_that_fails_in_the_middle_is_one_line_and_then_off(method, capsys):
+  calls = []
+  board = Board("board", lambda: Failing(method, calls), "plug it in")
+  use(board)
+  use(board)
+  line = "train: warning: no board from here on (RuntimeError: no route to host): plug it in.\n"
+  assert capsys.readouterr().out == line
+  assert calls == METHODS[: METHODS.index(method) + 1]
+
+
+def test_a_board_that_does_not_close_is_left(monkeypatch, capsys):
+  monkeypatch.setattr(boards, "CLOSE_SECONDS", 0.1)
+  stop = threading.Event()
+  board = Board("board", lambda: types.SimpleNamespace(close=stop.wait), "plug it in")
+  board.close()
+  stop.set()
+  assert "no board from here on (not finished after 0.1 s, its" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("package", "name", "fields"),
+  [
+    ("tensorboardX", "TensorBoard", {}),
+    ("wandb", "Weights & Biases", {"wandb": "cats", "tensorboard": False}),
+  ],
+)
+def test_a_board_whose_package_is_missing_is_one_line(
+  tmp_path, watch, capsys, monkeypatch, package, name, fields
+):
+  monkeypatch.setitem(sys.modules, package, None)
+  [board] = open_boards(epath.Path(tmp_path), TrainConfig(**fields), 1, watch)
+  use(board)
+  (line,) = capsys.readouterr().out.splitlines()
+  assert line.startswith(f"train: warning: no {name} from here on (ModuleNotFoundError: ")
+  assert "pip install 'cm3leon_jax[monitoring]'" in line
+
+
+def test_a_login_that_fails_is_one_line(tmp_path, watch, capsys, monkeypatch):
+  wandb = types.ModuleType("wandb")
+
+  def init(**_):
+    raise RuntimeError("No API key configured.")
+
+  wandb.init = init
+  monkeypatch.setitem(sys.modules, "wandb", wandb)
+  config = TrainConfig(wandb="cats", tensorboard=False)
+  [board] = open_boards(epath.Path(tmp_path), config, 1, watch)
+  use(board)
+  (line,) = capsys.readouterr().out.splitlines()
+  assert "(RuntimeError: No API key configured.): pip install" in line
+  assert "set WANDB_API_KEY" in line
+  assert not (tmp_path / "wandb.json").exists()
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path, watch, capsys):
+  with contextlib.closing(Prometheus(0, 1, watch)) as other:
+    config = TrainConfig(metrics_port=other.port, tensorboard=False)
+    [board] = open_boards(epath.Path(tmp_path), config, 1, watch)
+    use(board)
+  (line,) = capsys.readouterr().out.splitlines()
+  assert line.startswith("train: warning: no metrics for Prometheus from here on (OSError: ")
+  assert line.endswith(f"set config.train.metrics_port = {other.port} to a free port.")
+
+
+def test_tensorboard_has_the_settings_of_the_run(tmp_path, watch):
+  write_json(tmp_path / "config.json", {"run": {}, "settings": {"train": {"steps": 7}}})
+  [board] = open_boards(epath.Path(tmp_path), TrainConfig(), 1, watch)
+  board.close()
+  [text] = events.read(tmp_path / "tensorboard")["config/text_summary"][1]
+  assert text == '    {\n     "train": {\n      "steps": 7\n     }\n    }'

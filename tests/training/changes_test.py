@@ -1,0 +1,91 @@
+import copy
+
+from etils import epath
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.settings import default_config, settings_from_config
+from cm3leon_jax.stages import identity
+from cm3leon_jax.training.changes import MAY_CHANGE, MAY_NOT, check_changes
+
+RUN = {**identity(settings_from_config(default_config()), "train"), "inputs": {"documents": "1"}}
+RATE = "optimizer.learning_rate"
+
+
+def check(*allowed, stored=RUN, **fields):
+  """Checks the default run with other fields, e.g. `optimizer__eps=1e-6`."""
+  config = copy.deepcopy(RUN)
+  for name, value in fields.items():
+    section, _, field = name.partition("__")
+    if field:
+      config[section][field] = value
+    else:
+      config[section] = value
+  return check_changes(epath.Path("w/train"), stored, config, allowed)
+
+
+def test_a_change_that_is_allowed_is_described():
+  assert check(RATE) == []
+  [sentence] = check(RATE, optimizer__learning_rate=0.5)
+  assert sentence == f"{RATE}: 0.0001 -> 0.5: {MAY_CHANGE[RATE]}"
+  both = check(
+    "train.global_batch_size", RATE, optimizer__learning_rate=0.5, train__global_batch_size=4
+  )
+  assert [sentence.partition(":")[0] for sentence in both] == [RATE, "train.global_batch_size"]
+
+
+def test_every_field_that_may_change_exists():
+  for name in MAY_CHANGE:
+    section, field = name.split(".")
+    assert field in RUN[section]
+  assert {name.split(".")[0] for name in MAY_NOT} >= RUN.keys() - {"train"}
+
+
+def test_a_change_that_is_not_allowed_names_the_flag():
+  message = (
+    r"^w/train holds the run of another config \(optimizer\.learning_rate: 0\.0001 -> 0\.5\): use "
+    r"another --workdir, or continue the run with the change: "
+    r"--allow_changed=optimizer\.eps,optimizer\.learning_rate$"
+  )
+  with pytest.raises(UserError, match=message):
+    check("optimizer.eps", optimizer__learning_rate=0.5, optimizer__eps=1e-6)
+
+
+def test_what_may_not_change_is_refused_with_its_fields():
+  message = r"another config \(model\.width: 4096 -> 8; optimizer\.learning_rate: .* delete that"
+  with pytest.raises(UserError, match=message):
+    check(RATE, optimizer__learning_rate=0.5, model__width=8)
+  with pytest.raises(UserError, match=r"another config \(inputs\.documents: 1 -> 2\)"):
+    check(inputs={"documents": "2"})
+
+
+@pytest.mark.parametrize(
+  ("name", "reason"),
+  [
+    ("model.width", "the checkpoint's parameters are of another decoder"),
+    ("optimizer.name", "the optimizer's state in the checkpoint is of another kind"),
+    ("optimizer.first_moment_dtype", "the optimizer's state in the checkpoint"),
+    ("data.num_neighbors", "the rows of the run are planned with it"),
+    ("vocab.text_size", "the same ids would mean other tokens"),
+    ("seed", "the rows would come in another order"),
+  ],
+)
+def test_a_flag_that_names_what_may_not_change_is_refused_with_the_reason(name, reason):
+  with pytest.raises(UserError, match=f"{name}, which must not change within a run: {reason}"):
+    check(name)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "optimizer", "train.no_field", "optimizers.b1"])
+def test_a_flag_that_names_no_field_is_refused(name):
+  with pytest.raises(UserError, match="allow_changed names"):
+    check(name)
+
+
+def test_an_average_may_change_its_rate_but_neither_begin_nor_end():
+  average = {**RUN, "optimizer": {**RUN["optimizer"], "ema_decay": 0.9}}
+  name = "optimizer.ema_decay"
+  assert check(name, stored=average, optimizer__ema_decay=0.99)
+  for allowed in ((), (name,)):
+    with pytest.raises(UserError, match=r"ema_decay") as error:
+      check(*allowed, stored=average)  # Which has 0.
+    assert "--allow_changed=" not in str(error.value)
