@@ -103,8 +103,7 @@ def read_rows(workdir, out, segment: Segment, address: str, process: int, next_r
   from jax.sharding import NamedSharding
 
   from cm3leon_jax import distributed
-  from cm3leon_jax.commands import common
-  from cm3leon_jax.commands import train as command
+  from cm3leon_jax.commands import common, training_rows
   from cm3leon_jax.data.pipeline import batches
   from cm3leon_jax.mesh import MeshConfig, spec
 
@@ -114,7 +113,7 @@ def read_rows(workdir, out, segment: Segment, address: str, process: int, next_r
   settings = faults_run.settings_of(CONFIG)
   settings = dataclasses.replace(settings, mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
   with common.use_mesh(settings):
-    loader = command.open_rows(settings, workdir, "train", write_starts=process == 0)
+    loader = training_rows.open_rows(settings, workdir, "train", write_starts=process == 0)
     sharding = NamedSharding(jax.sharding.get_mesh(), spec("batch", "length"))
     read: dict[int, str] = {}
     for i, batch in enumerate(

@@ -18,7 +18,6 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.io import damage, describe, plain, read_json, write_json
 
 DONE = "done.json"
-DONE_FIELDS = {"config": dict, "summary": dict, "seconds": float, "id": str}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,15 +186,19 @@ def identity(settings, name: str) -> dict:
   return config
 
 
-def require(workdir: epath.PathLike, name: str) -> dict:
-  """Returns the content of a stage's done.json. Raises UserError if the stage is not finished."""
+def require(workdir: epath.PathLike, name: str, **fields: type) -> dict:
+  """Returns the content of a stage's done.json, with its id and `fields` of these types.
+
+  Raises:
+    UserError: the stage is not finished, or the file is damaged.
+  """
   folder = epath.Path(workdir) / name
   if not (folder / DONE).exists():
     raise UserError(
       f"{folder} is not finished: run `python -m launch.{STAGES[name].command}` "
       "with the same --config and --workdir first."
     )
-  return read_json(folder / DONE, DONE_FIELDS)
+  return read_json(folder / DONE, {"id": str, **fields})
 
 
 def describe_files(folder: epath.PathLike, patterns: Collection[str]) -> dict[str, dict]:
@@ -383,7 +386,7 @@ def _is_current(folder: epath.Path, config: dict) -> bool:
   Raises:
     UserError: another part of its config differs.
   """
-  stored = read_json(folder / DONE, DONE_FIELDS)["config"]
+  stored = read_json(folder / DONE, {"config": dict})["config"]
   inputs = plain(config).get("inputs")
   check_same_config(folder, {**stored, "inputs": inputs}, {**config, "inputs": inputs})
   return stored.get("inputs") == inputs

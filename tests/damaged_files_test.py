@@ -44,7 +44,7 @@ JUNK = {
     dict.fromkeys(
       ("config", "summary", "seconds", "id", "run", "settings", "shards", "origins", "clip")
       + ("vqgan", "num_codes", "text_size", "digests", "step", "vocab", "rows", "counts"),
-      "x",
+      True,
     )
     | {"schema_version": 1}
   ).encode(),

@@ -183,7 +183,7 @@ def _bank(settings, workdir: epath.Path, heldout: bool) -> epath.Path:
     )
   bank = epath.Path(_BANK.value)
   documents, neighbors = (
-    stages.require(bank, name)["config"] for name in ("documents", "neighbors")
+    stages.require(bank, name, config=dict)["config"] for name in ("documents", "neighbors")
   )
   found = {"clip": neighbors["retrieval"]["clip"], **documents["inputs"], **neighbors["inputs"]}
   read = (*stages.TOKENIZERS, *stages.own_clip(settings))

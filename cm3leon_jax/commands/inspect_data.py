@@ -57,7 +57,7 @@ def write_page(
     UserError: `out` cannot be written, a stage is missing, a row does not hold its documents, or a
       row of `skipped` is not what the trainer read.
   """
-  from cm3leon_jax.commands.train import open_rows, replay_share
+  from cm3leon_jax.commands.training_rows import open_rows, replay_share
   from cm3leon_jax.reports import inspect, inspect_page
   from cm3leon_jax.retrieval.neighbors import load_neighbors
   from cm3leon_jax.tokenizers.text import TextTokenizer
@@ -93,7 +93,7 @@ def validate(settings, workdir) -> None:
   Raises:
     UserError: a stage is not finished, or a file of it is wrong; names file and record or row.
   """
-  from cm3leon_jax.commands.train import replay_share
+  from cm3leon_jax.commands.training_rows import replay_share
   from cm3leon_jax.data.documents import DocumentStore
   from cm3leon_jax.data.instruction_config import load_tasks
   from cm3leon_jax.data.instruction_samples import read_targets

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 
 from cm3leon_jax import stages
-from cm3leon_jax.commands import common
+from cm3leon_jax.commands import common, training_rows
 from cm3leon_jax.commands import train as train_command
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
 from cm3leon_jax.config import UserError
@@ -104,7 +104,7 @@ def main(settings, workdir, init_from: str = "") -> None:
     if summary is None:
       return
     common.keep_compiled(workdir)
-    heldout = train_command.open_rows(settings, workdir, "heldout")
+    heldout = training_rows.open_rows(settings, workdir, "heldout")
     reference = jax.tree.map(
       lambda x: x.astype(settings.model.dtype), weights.load(start, settings)
     )

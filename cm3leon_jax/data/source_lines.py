@@ -3,6 +3,7 @@
 import codecs
 from collections.abc import Iterator
 import csv
+import io
 import itertools
 
 from cm3leon_jax.data.records import RecordError, Rejected, parse_json
@@ -19,7 +20,8 @@ def json_lines(fs, file: str, fields: list[str]) -> Iterator[tuple[str, dict | R
     file: its path.
     fields: names of fields that a line must have; for messages.
   """
-  with fs.open(file, "rb") as stream:
+  # Files of a bucket have a `readline` without a limit.
+  with fs.open(file, "rb") as raw, io.BufferedReader(raw) as stream:
     for number in itertools.count(1):
       line = stream.readline(MAX_LINE + 1)
       if not line:

@@ -233,7 +233,7 @@ def open_documents(
       "`python -m launch.encode_documents`: give a JSONL file, or workdir/documents/heldout_pairs, "
       "say."
     )
-  made = read_json(done, stages.DONE_FIELDS)
+  made = read_json(done, {"config": dict, "id": str})
   for name, made_by in made["config"].get("inputs", {}).items():
     if tokenizers.get(name, made_by) != made_by:
       raise UserError(

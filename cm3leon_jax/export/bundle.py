@@ -52,7 +52,7 @@ def is_bundle(folder: epath.PathLike) -> bool:
 def stages_folder(folder: epath.PathLike) -> epath.Path:
   """Returns where tokenizers, CLIP and bank of a run or bundle are: its folder, or its base's."""
   folder = epath.Path(folder)
-  base = read_json(folder / FILE, FIELDS).get("base") if is_bundle(folder) else None
+  base = read_json(folder / FILE, {}).get("base") if is_bundle(folder) else None
   return folder_of(base["name"]) if base else folder
 
 
@@ -202,6 +202,6 @@ def read(folder: epath.PathLike) -> tuple[Settings, int]:
 def about(folder: epath.PathLike) -> dict:
   """Describes a bundle: {"bytes" of its own files, "cost": as `write` got it, or None}."""
   folder = epath.Path(folder)
-  stored = read_json(folder / FILE, FIELDS)
+  stored = read_json(folder / FILE, {"digests": dict})
   size = sum((folder / name).stat().length for name in stored["digests"])
   return {"bytes": size, "cost": stored.get("cost")}

@@ -148,7 +148,7 @@ def seconds_before(workdir: epath.PathLike) -> float:
     return (bundle.about(folder)["cost"] or {}).get("train_seconds", 0.0)
   if not (done := folder / "train" / stages.DONE).exists():
     return 0.0
-  return read_json(done, stages.DONE_FIELDS)["seconds"] + seconds_before(folder)
+  return read_json(done, {"seconds": float})["seconds"] + seconds_before(folder)
 
 
 def of_run(

@@ -189,11 +189,7 @@ def _state(settings) -> tuple[int, int]:
   single = create_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
   with jax.set_mesh(single):
     steps = compile_steps(
-      settings.model,
-      settings.optimizer,
-      dataclasses.replace(settings.train, gradient_accumulation_steps=1),
-      settings.vocab,
-      settings.seed,
+      settings.model, settings.optimizer, settings.train, settings.vocab, settings.seed
     )
     state = jax.eval_shape(steps.init)
   parameters = sum(x.size for x in jax.tree.leaves(state.params))

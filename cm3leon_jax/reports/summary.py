@@ -296,7 +296,7 @@ def collect(workdir: epath.PathLike) -> dict:
   summary, seconds = {}, {}
   for folder in stages.STAGES:
     if (workdir / folder / stages.DONE).exists():
-      done = read_json(workdir / folder / stages.DONE, stages.DONE_FIELDS)
+      done = read_json(workdir / folder / stages.DONE, {"summary": dict, "seconds": float})
       seconds[folder] = done["seconds"]
       summary[folder] = {**done["summary"], "seconds": done["seconds"]}
   log = training(read_json_lines(workdir / "train" / "metrics" / "metrics.jsonl", {"step": int}))

@@ -133,10 +133,10 @@ class Checkpoints:
     Raises:
       UserError: all checkpoints are damaged.
     """
-    sealed = distributed.gather(self.sealed())[0]
+    sealed = self.sealed()
     self._warn_of_gone(sealed)
     damaged: dict[int, str] = {}
-    for step in reversed(sealed):
+    for step in reversed(distributed.gather(sealed)[0]):
       damage = self.damage(step)
       if damage is None:
         for newer, sentence in damaged.items():

@@ -12,7 +12,7 @@ import pytest
 
 from cm3leon_jax import stages
 from cm3leon_jax.clip.model import normalize
-from cm3leon_jax.commands import inspect_data, train
+from cm3leon_jax.commands import inspect_data, training_rows
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import write_json
 from cm3leon_jax.settings import settings_from_config
@@ -175,7 +175,7 @@ def test_the_worst_rows_of_skipped_steps_are_shown(workdir):
   folder, out = epath.Path(workdir) / "train", workdir / "rows.html"
   folder.mkdir()
   settings = train_test.settings_with()
-  loader = train.open_rows(settings, workdir, "train")
+  loader = training_rows.open_rows(settings, workdir, "train")
   numbers, losses = np.arange(100, 110), np.float32([1, 5, np.nan, 3, 2, 9, 1, 1, 1, 1])
   skipped_rows.save(folder, loader, numbers, losses)
   skipped = skipped_rows.load(folder)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax import stages
-from cm3leon_jax.commands import common, train
+from cm3leon_jax.commands import common, train, training_rows
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json, read_json_lines, write_json
 from cm3leon_jax.models import transformer
@@ -54,7 +54,7 @@ def workdir(tmp_path):
 def test_rows_of_both_splits_hold_pairs_and_texts(workdir):
   settings = settings_with()
   for split, has_spans in (("train", True), ("heldout", False)):
-    rows = [train.open_rows(settings, workdir, split)[i] for i in range(30)]
+    rows = [training_rows.open_rows(settings, workdir, split)[i] for i in range(30)]
     targets = np.concatenate([row["targets"] for row in rows])
     assert VOCAB.is_image(targets).any()
     assert bool((targets == VOCAB.eoss).any()) == has_spans
@@ -66,7 +66,7 @@ def test_rows_of_both_splits_are_aligned_as_the_decoder(workdir):
     model = dataclasses.replace(settings.model, family="modern", align_images=align_images)
     settings = dataclasses.replace(settings, model=model)
     for split in ("train", "heldout"):
-      rows = train.open_rows(settings, workdir, split)
+      rows = training_rows.open_rows(settings, workdir, split)
       assert any((rows[i]["positions"] < 0).any() for i in range(10)) == align_images
 
 
@@ -78,7 +78,8 @@ def test_interleaved_documents_get_their_share(workdir):
   def mixed(**shares):
     return dataclasses.replace(settings, data=dataclasses.replace(settings.data, **shares))
 
-  plan = train.open_rows(mixed(text_share=0.2, interleaved_share=0.5), workdir, "train").plan
+  settings = mixed(text_share=0.2, interleaved_share=0.5)
+  plan = training_rows.open_rows(settings, workdir, "train").plan
   slots = np.zeros(3)
   for i in range(200):
     for placement in plan.row(i):
@@ -91,13 +92,13 @@ def test_interleaved_documents_get_their_share(workdir):
 def test_too_little_data_for_one_batch_is_refused(workdir):
   message = r"training tokens, one batch takes 131072 \(train\.global_batch_size x"
   with pytest.raises(UserError, match=message):
-    train.open_rows(settings_with(global_batch_size=1_024), workdir, "train")
+    training_rows.open_rows(settings_with(global_batch_size=1_024), workdir, "train")
 
 
 def test_neighbors_of_other_documents_are_refused(workdir):
   write_neighbors(workdir / "neighbors" / "train_pairs", ids=np.zeros((3, 4), np.int32))
   with pytest.raises(UserError, match="names neighbors of 3 documents"):
-    train.open_rows(settings_with(), workdir, "train")
+    training_rows.open_rows(settings_with(), workdir, "train")
 
 
 @pytest.mark.parametrize("wrong", [-5, 50, 2**31 - 1])
@@ -108,7 +109,7 @@ def test_neighbors_outside_of_the_bank_are_refused(workdir, split, wrong):
   write_neighbors(workdir / "neighbors" / f"{split}_pairs", ids=ids, text_ids=ids)
   message = rf"row 7: neighbor {wrong} of document 7 is not in the bank, which has 50 documents"
   with pytest.raises(UserError, match=message):
-    train.open_rows(settings_with(), workdir, split)
+    training_rows.open_rows(settings_with(), workdir, split)
 
 
 def test_a_workdir_of_another_run_is_refused(workdir):
@@ -137,12 +138,9 @@ def test_a_workdir_in_which_another_job_trains_is_left_as_it_is(workdir):
   with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE) as other:
     try:
       assert other.stdout.readline() == b"held\n"
-      (folder / stages.DONE).write_text(
-        json.dumps({"config": {}, "summary": {"steps": 1}, "id": "1"})
-      )
       with pytest.raises(UserError, match=r"trains in .*: use another --workdir"):
         train.main(settings_with(steps=2), workdir)
-      assert sorted(path.name for path in folder.iterdir()) == [stages.DONE, "lease.json"]
+      assert sorted(path.name for path in folder.iterdir()) == ["lease.json"]
     finally:
       other.kill()
 

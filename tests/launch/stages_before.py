@@ -32,12 +32,13 @@ def make_workdir(root: pathlib.Path, settings: Settings) -> None:
   train_text_tokenizer(words, settings.vocab, TextTokenizerConfig(), root / "text_tokenizer")
   params = vqgan.init_params(settings.vqgan, settings.vocab.image_size, jax.random.key(0))
   vqgan.ImageTokenizer(settings.vqgan, settings.vocab.image_size, params).save(root / "vqgan")
+  finished = {"config": {}, "summary": {}, "seconds": 0.0}
   if settings.instructions.any:
     for i, split in enumerate(("train", "heldout")):
       for source in make_instructions(root / "made_instructions" / split, seed=i):
         (root / "instructions").mkdir(exist_ok=True)
         store = root / "instructions" / f"{split}_{source.name}"
         store.symlink_to(root / "made_instructions" / split / source.name)
-    (root / "instructions" / stages.DONE).write_text(json.dumps({"id": "i", "summary": {}}))
+    (root / "instructions" / stages.DONE).write_text(json.dumps({**finished, "id": "i"}))
   for name in ("documents", "neighbors"):
-    (root / name / stages.DONE).write_text(json.dumps({"id": name, "summary": {}}))
+    (root / name / stages.DONE).write_text(json.dumps({**finished, "id": name}))

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
-from cm3leon_jax.commands.train import open_rows
+from cm3leon_jax.commands.training_rows import open_rows
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.pipeline import batches
 from cm3leon_jax.decoding import batch as batch_lib

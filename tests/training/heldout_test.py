@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
-from cm3leon_jax.commands.train import open_rows
+from cm3leon_jax.commands.training_rows import open_rows
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.data.pipeline import RowLoader, join
 from cm3leon_jax.data.plan import RowPlan

@@ -1,0 +1,131 @@
+"""The rows that a run trains on, opened from its stages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cm3leon_jax.config import UserError
+
+if TYPE_CHECKING:
+  from cm3leon_jax.data.pipeline import RowLoader
+  from cm3leon_jax.data.plan import RowPlan, Source
+  from cm3leon_jax.settings import Settings
+
+
+def open_rows(settings: Settings, workdir, split: str, write_starts: bool = False) -> RowLoader:
+  """Opens the rows of a split: instructions, and pairs with their neighbors, texts and interleaved
+  documents.
+
+  Rows of "heldout" are those of the held-out loss: the caption alone retrieves neighbors, as at
+  inference, and only the document's own targets have a weight (`DataConfig.for_heldout`), of
+  instructions those of the answer.
+
+  Args:
+    settings: settings of the config.
+    workdir: folder of the run.
+    split: "train" or "heldout".
+    write_starts: whether to record the starts of the plan's windows in train/plan.jsonl; one
+      process of a run does.
+
+  Raises:
+    UserError: a store is empty, neighbors are of other documents, a task is named like documents,
+      or all training documents together are shorter than a batch.
+  """
+  from cm3leon_jax.data.instruction_rows import instruction_sources
+  from cm3leon_jax.data.pipeline import RowLoader
+  from cm3leon_jax.data.plan import RowPlan
+
+  share = replay_share(settings, split)
+  sources = instruction_sources(settings, workdir, split, 1 - share)
+  if share:
+    documents = document_sources(settings, workdir, split, share)
+    if taken := {source.name for source in sources} & {source.name for source in documents}:
+      raise UserError(
+        f"config.instructions has a task of the name '{min(taken)}', the name of the run's "
+        "documents in the logs: rename it."
+      )
+    sources += documents
+  data = settings.data if split == "train" else settings.data.for_heldout()
+  starts = workdir / "train" / "plan.jsonl" if split == "train" else None
+  plan = RowPlan(sources, data, settings.vocab.num_masks, settings.seed, starts, write_starts)
+  needed = settings.train.global_batch_size * data.sequence_length
+  # No segment is empty, so `needed` documents are enough.
+  total = sum(int(s.store.lengths[:needed].sum(dtype="int64")) for s in sources)
+  if split == "train" and total < needed:
+    raise UserError(
+      f"{workdir} holds {total} training tokens, one batch takes {needed} "
+      "(train.global_batch_size x data.sequence_length): add documents or lower one of the two."
+    )
+  return RowLoader(plan, settings.vocab, settings.model.align_images, settings.instructions.any)
+
+
+def replay_share(settings: Settings, split: str) -> float:
+  """Returns the share of the run's documents in its rows; the remaining share are instructions.
+
+  Of held-out rows it is half, so that both losses are of equally many.
+  """
+  if not settings.instructions.any:
+    return 1.0
+  share = settings.instructions.replay_share
+  return 0.5 if share and split == "heldout" else share
+
+
+def document_sources(settings: Settings, workdir, split: str, share: float) -> list[Source]:
+  """Opens the documents of a split: pairs with their neighbors, texts, interleaved documents.
+
+  Args:
+    settings: settings of the config.
+    workdir: folder of the run.
+    split: "train" or "heldout".
+    share: of all of them together.
+
+  Raises:
+    UserError: see `open_rows`.
+  """
+  from cm3leon_jax.data.documents import Bank, DocumentStore
+  from cm3leon_jax.data.plan import Source
+  from cm3leon_jax.retrieval.neighbors import load_neighbors
+
+  documents, data = workdir / "documents", settings.data
+
+  def store(name):
+    return DocumentStore(documents / name, settings.vocab)
+
+  bank, pairs = Bank(documents, settings.vocab), store(f"{split}_pairs")
+  ids = load_neighbors(
+    workdir / "neighbors", f"{split}_pairs", text_only=split == "heldout", bank=len(bank)
+  )
+  if len(ids) != len(pairs):
+    raise UserError(
+      f"{workdir / 'neighbors'} names neighbors of {len(ids)} documents, {pairs.folder} holds "
+      f"{len(pairs)}: run `python -m launch.build_neighbors` again."
+    )
+  of_pairs = share * (1 - data.text_share - data.interleaved_share)
+  sources = [Source(pairs, of_pairs, ids, bank, name="pairs")]
+  for kind, of_kind in (("texts", data.text_share), ("interleaved", data.interleaved_share)):
+    if of_kind > 0:
+      sources.append(Source(store(f"{split}_{kind}"), share * of_kind, name=kind))
+  for source in sources:
+    if source.share > 0 and not len(source.store):
+      raise UserError(
+        f"{source.store.folder} holds no documents: add some, or change config.data.text_share = "
+        f"{data.text_share} and config.data.interleaved_share = {data.interleaved_share}; "
+        "pairs have the remaining share."
+      )
+  return sources
+
+
+def look_at_rows(plan: RowPlan) -> dict:
+  """Prints and returns statistics of the plan's first window; warns of neighbors that never fit."""
+  from cm3leon_jax import distributed
+  from cm3leon_jax.data.plan_statistics import describe, plan_statistics, room_for_neighbors
+
+  for source in plan.sources:
+    has_neighbors = source.share > 0 and source.bank is not None
+    if has_neighbors and (sentence := room_for_neighbors(source, plan.config)):
+      distributed.print_once(f"rows: {sentence}")
+  statistics = plan_statistics(plan)
+  tuned = any(source.instructions is not None for source in plan.sources)
+  names = [source.name for source in plan.sources] if tuned else []
+  distributed.print_once(f"rows: {describe(statistics, names)}")
+  return statistics
