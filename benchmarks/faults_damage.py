@@ -249,9 +249,11 @@ def trials(root: pathlib.Path, seed: int, count: int) -> None:
     write_json(root / "control.json", _control(trainer, made, copy, np.random.default_rng(seed)))
     for i in range(len(read_json_lines(log)), count):
       rng, kind = np.random.default_rng([seed, i]), KINDS[i % len(KINDS)]
+      copy = root / f"copy_{i}"  # A new one: threads of a save that failed may make the old again.
       shutil.rmtree(copy, ignore_errors=True)
       shutil.copytree(made, copy)
       result = _one(trainer, copy, kind, rng)
+      shutil.rmtree(copy, ignore_errors=True)
       file.write(json.dumps(result) + "\n")
       file.flush()
 

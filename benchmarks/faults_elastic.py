@@ -230,13 +230,12 @@ def train_schedule(root: pathlib.Path, seed: int, number: int) -> dict:
   if not (whole / "train" / "done.json").exists():
     new_workdir(root, whole.name)
     train_segment(whole, Segment(1, 1, (1, 1, 1), steps), None)
-  counts = DOWN_AND_UP if number == 0 else DOWN_AND_UP[::-1]
   rng, workdir = np.random.default_rng([seed, 100 + number]), new_workdir(root, f"train_{number}")
   stops, used = [], []
-  for i, processes in enumerate(counts):
+  for i, processes in enumerate(DOWN_AND_UP):
     fitting = [m for m in MESHES[processes] if math.prod(m[1]) <= 4 and m[1][:2] != (3, 2)]
     segment = Segment(processes, *fitting[rng.integers(len(fitting))], 0)
-    last = i + 1 == len(counts)
+    last = i + 1 == len(DOWN_AND_UP)
     begin = faults_run.last_step(workdir)
     train_segment(workdir, segment, None if last else begin + int(rng.integers(1, 3)))
     stops.append(faults_run.last_step(workdir))

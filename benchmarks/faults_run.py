@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 
-from cm3leon_jax.io import digest, read_json, read_json_lines
+from cm3leon_jax.io import digest, read_json, read_json_lines, write_json
 from cm3leon_jax.stages import DONE
 
 CONFIG = "benchmarks/faults_config.py"
@@ -207,16 +207,9 @@ def _make_workdir(root: pathlib.Path, config: str) -> None:
   from tests.launch.stages_before import make_workdir as make
 
   make(root, settings_of(config))
-  for name in ("text_tokenizer", "vqgan"):
-    write_done(root / name)
-
-
-def write_done(folder: pathlib.Path) -> None:
-  """Marks a stage as finished whose test helper does not."""
-  from cm3leon_jax.io import write_json
-
-  if not (folder / DONE).exists():
-    write_json(folder / DONE, {"id": folder.name, "config": {}, "summary": {}, "seconds": 0.0})
+  for name in ("documents", "neighbors", "text_tokenizer", "vqgan"):
+    done = {"id": name, "config": {}, "summary": {}, "seconds": 0.0}
+    write_json(root / name / DONE, done)
 
 
 def settings_of(config: str):

@@ -63,14 +63,14 @@ def _kill_rows(summary: dict) -> list[tuple]:
 
 
 def _damage_rows(summary: dict, where: str) -> list[tuple]:
-  rows = []
+  rows, seconds = [], _seconds(summary.get("seconds_to_resume", {}))
   for kind, numbers in summary["kinds"].items():
     parts = [f"{numbers[n]} {n}" for n in ("went back", "refused", "harmless", "wrong")]
     recovered = ", ".join(part for part in parts if not part.startswith("0 "))
     named = f"{numbers['named']} of {numbers['of']}" if numbers["of"] else NONE
     rows.append(
       (f"{kind}{where}", f"{numbers['faults']}", named, recovered, f"{numbers['steps_lost']}",
-       "0" if not numbers["wrong"] else "?", NONE)
+       "0" if not numbers["wrong"] else "?", seconds if numbers["went back"] else NONE)
     )  # fmt: skip
   return rows
 
