@@ -213,8 +213,8 @@ def table(plan: Plan, title: str) -> str:
     "the run": f"{plan.tokens:.3g} tokens in {plan.days:.1f} days, {plan.chip_hours:,.0f} "
     f"{'GPU' if hw.platform == 'gpu' else 'chip'}-hours, without evaluation, saving and restarts",
     "a checkpoint": f"{gb:.1f} GB, {gb / plan.saving_hosts:.2f} on each of {plan.saving_hosts} "
-    f"host{'s' * (plan.saving_hosts > 1)}: {plan.save_seconds:.0f} s to write and as long to read for digests, at "
-    f"{plan.save_bandwidth / 1e9:g} GB/s a host",
+    f"host{'s' * (plan.saving_hosts > 1)}: {plan.save_seconds:.0f} s to write and as "
+    f"long to read for digests, at {plan.save_bandwidth / 1e9:g} GB/s a host",
     "time to stop": f"{plan.stop_seconds:.0f} s from SIGTERM to the end; launchers give "
     f"{plan.grace_seconds} s",
   }
