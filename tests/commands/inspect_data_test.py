@@ -67,7 +67,7 @@ def test_the_page_shows_rows_of_instructions(tmp_path, capsys, split, replay_sha
   settings, workdir = settings_from_config(config), epath.Path(tmp_path)
   make_workdir(tmp_path, settings)
   for name in stages.TOKENIZERS:
-    write_json(workdir / name / stages.DONE, {"id": name, "summary": {}})
+    write_json(workdir / name / stages.DONE, {"id": name, "config": {}, "summary": {}})
   if not replay_share:
     for name in inspect_data.DOCUMENTS:
       (workdir / name).rmtree()

@@ -47,7 +47,7 @@ def workdir(tmp_path):
     ids = sources[0].neighbors
     write_neighbors(neighbors / f"{split}_pairs", ids=ids, text_ids=ids)
   for folder in (documents, neighbors):
-    (folder / stages.DONE).write_text(json.dumps({"id": folder.name, "summary": {}}))
+    (folder / stages.DONE).write_text(json.dumps({"id": folder.name, "config": {}, "summary": {}}))
   return epath.Path(tmp_path)
 
 
@@ -157,7 +157,7 @@ def test_a_run_starts_from_the_codebook_of_its_image_tokenizer(tmp_path, monkeyp
   make_run(root := epath.Path(tmp_path))
   write_neighbors(root / "neighbors" / "train_pairs", ids=np.full((12, 4), -1, np.int32))
   for folder in ("documents", "neighbors"):
-    write_json(root / folder / stages.DONE, {"id": folder, "summary": {}})
+    write_json(root / folder / stages.DONE, {"id": folder, "config": {}, "summary": {}})
   monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
   table = ImageTokenizer.load(root / "vqgan").params["codebook"]["table"]
   codebook = table / np.linalg.norm(table, axis=1, keepdims=True)
@@ -187,7 +187,7 @@ def test_a_run_goes_on_with_a_field_that_was_allowed_to_change(tmp_path, monkeyp
   make_run(root := epath.Path(tmp_path))
   write_neighbors(root / "neighbors" / "train_pairs", ids=np.full((12, 4), -1, np.int32))
   for folder in ("documents", "neighbors"):
-    write_json(root / folder / stages.DONE, {"id": folder, "summary": {}})
+    write_json(root / folder / stages.DONE, {"id": folder, "config": {}, "summary": {}})
   monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
 
   def start(learning_rate, steps, *allowed):
@@ -222,7 +222,7 @@ def test_a_finished_run_goes_back_and_leaves_rows_out_once(tmp_path, monkeypatch
   make_run(root := epath.Path(tmp_path))
   write_neighbors(root / "neighbors" / "train_pairs", ids=np.full((12, 4), -1, np.int32))
   for folder in ("documents", "neighbors"):
-    write_json(root / folder / stages.DONE, {"id": folder, "summary": {}})
+    write_json(root / folder / stages.DONE, {"id": folder, "config": {}, "summary": {}})
   monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
   config = make_config()
   config.data.update({"num_neighbors": 0, "text_share": 0.0, "pack_window": 8})
