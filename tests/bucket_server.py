@@ -18,7 +18,7 @@ OBJECT = re.compile(r"^(?:/download)?(?:/storage/v1)?/b/([^/]+)/o/(.+)$")
 
 
 class Server:
-  """Serves buckets, which exist as soon as they are named, from memory.
+  """Serves buckets, which exist as long as they hold an object, from memory.
 
   Attributes:
     objects: (bucket, name) -> (content, generation).
@@ -72,6 +72,10 @@ class Server:
       self._generation += 1
       self.objects[bucket, name] = (bytes(content), self._generation)
       return self.about(bucket, name)
+
+  def has(self, bucket: str) -> bool:
+    """Returns whether a bucket exists."""
+    return any(b == bucket for b, _ in list(self.objects))
 
   def about(self, bucket: str, name: str) -> dict:
     """Returns the resource of an object."""
@@ -149,9 +153,9 @@ def _handler(server: Server) -> type[http.server.BaseHTTPRequestHandler]:
         self.upload(unquote(url.path), query, body)
       elif found := OBJECT.match(url.path):
         self.object(found[1], found[2], query)
-      elif found := re.match(r"^/storage/v1/b/([^/]+)/o/?$", url.path):
+      elif (found := re.match(r"^/storage/v1/b/([^/]+)/o/?$", url.path)) and server.has(found[1]):
         self.answer(200, server.list(found[1], query))
-      elif found := re.match(r"^/storage/v1/b/([^/]+)$", url.path):
+      elif (found := re.match(r"^/storage/v1/b/([^/]+)$", url.path)) and server.has(found[1]):
         self.answer(200, {"kind": "storage#bucket", "id": found[1], "name": found[1]})
       elif found := re.match(r"^/([^/]+)/(.+)$", url.path):  # XML API, by the C++ client.
         self.object(found[1], found[2], {**query, "alt": "media"})
