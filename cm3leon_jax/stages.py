@@ -224,7 +224,7 @@ def check_files(path: epath.PathLike) -> None:
   """
   path = epath.Path(path)
   for folder in (path, *list(path.parents)[:3]):
-    if folder.name and (folder / DONE).exists():  # `gs://` itself holds no files.
+    if not str(folder).endswith("://") and (folder / DONE).exists():  # `gs://` holds no files.
       break
   else:
     return
