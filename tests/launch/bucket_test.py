@@ -137,7 +137,7 @@ def test_a_killed_run_in_a_bucket_continues_and_equals_one_on_a_disk(
   if processes == 1:
     assert found == local_losses
   files = server.files("bucket/run/train/")
-  assert {"config.json", "done.json", "plan.jsonl"} <= files.keys()
+  assert {"config.json", "done.json"} <= files.keys()  # plan.jsonl comes with window 16.
   assert "lease.json" not in files
   assert any(name.startswith("tensorboard/events") for name in files)
   assert not [name for name in files if ".partial" in name]
