@@ -127,6 +127,7 @@ def test_a_killed_run_in_a_bucket_continues_and_equals_one_on_a_disk(
   assert reached.wait(240), (tmp_path / "0.log").read_text()
   for job in jobs:
     job.kill()
+    job.wait()
   answer.set()
   assert "done.json" not in server.files("bucket/run/train/")
   finish(start(server, tmp_path, processes=processes), tmp_path)
@@ -194,6 +195,7 @@ def test_a_bucket_that_is_gone_ends_the_run_and_leaves_the_last_checkpoint(
   assert bucket_losses(server, tmp_path) == local_losses
 
 
+@pytest.mark.slow
 def test_raw_data_from_and_in_a_bucket_are_those_of_a_disk(server, tmp_path):
   """One answer in five is an error."""
   images = photos("train", range(4)) | photos("heldout", [9])
