@@ -96,7 +96,7 @@ def build(cls: type[T], values, where: str = "") -> T:
   except (TypeError, ValueError) as error:
     raise FieldError(f"{place} is {short(values)}; it must have fields by their names.") from error
   if wrong := [name for name in values if not isinstance(name, str)]:
-    raise FieldError(f"{place} has the field {short(wrong[0])}; a name must be a text.")
+    raise FieldError(f"{place} has the field {short(wrong[0])}; a name must be a string.")
   for name, value in values.items():
     _check_value(value, (name,), place)
   try:

@@ -143,13 +143,17 @@ FREE = frozenset(
 
 
 def differences(old: dict, new: dict, where: str = "") -> list[str]:
-  """Returns `name: old -> new` for every leaf that differs between two nested dicts."""
+  """Returns `name: old -> new` for every leaf that differs between two nested dicts.
+
+  A field that is absent from `old` was added to the code since. It does not differ if it is off in
+  `new`: 0, False or empty.
+  """
   changed = []
   for key in sorted({*old, *new}):
     a, b = old.get(key), new.get(key)
     if isinstance(a, dict) and isinstance(b, dict):
       changed += differences(a, b, f"{where}{key}.")
-    elif a != b:
+    elif a != b and (b or key in old):
       changed.append(f"{where}{key}: {a} -> {b}")
   return changed
 
@@ -228,9 +232,11 @@ def check_files(path: epath.PathLike) -> None:
       break
   else:
     return
-  stored = read_json(folder / DONE)
+  described = read_json(folder / DONE, {}).get("files", {})
+  if not isinstance(described, dict):
+    raise UserError(f"{folder / DONE} is damaged: delete it and run its stage again.")
   name = path.relative_to(folder).as_posix()
-  for file, expected in stored.get("files", {}).items():
+  for file, expected in described.items():
     inside = name == "." or file == name or file.startswith(f"{name}/")
     if inside and (wrong := damage(folder / file, expected)):
       raise UserError(f"{folder / file} {wrong}: {again(folder, folder / file)}.")
@@ -358,8 +364,8 @@ def once(
   yield summary
   if names := _not_finite(summary):
     raise UserError(
-      f"{folder} is not finished: {', '.join(names[:4])} of it are no finite numbers, so something "
-      "diverged; look at what it printed."
+      f"{folder} is not finished: {', '.join(names[:4])} are not finite: the stage diverged; "
+      "see what it printed."
     )
   if writes:
     seconds, described = round(time.time() - start, 1), describe_files(folder, files)

@@ -225,7 +225,9 @@ def _action(actions: tuple[str, ...], arguments: list[str]) -> list[str]:
 def _stop_early(number: int, _) -> None:
   """Ends a command that saves, before its loop: there, `StopSignal` takes over."""
   # A handler must not print: it may have interrupted a print.
-  text = "stopped while no step was trained: nothing was to be saved; the same command continues."
+  text = (
+    "stopped outside of the training steps: nothing was to be saved; the same command continues."
+  )
   os.write(1, f"{text}\n".encode())
   sys.exit(INTERRUPTED if number == signal.SIGTERM else CTRL_C)
 

@@ -13,12 +13,13 @@ samples differ, and the held-out loss.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 
 from cm3leon_jax import stages
-from cm3leon_jax.commands import common, training_rows
-from cm3leon_jax.commands import train as train_command
+from cm3leon_jax.commands import common, run_start, training_rows
+from cm3leon_jax.commands.allow_changed_flag import ALLOW_CHANGED
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
 from cm3leon_jax.config import UserError
 
@@ -74,7 +75,7 @@ def _scores(settings, workdir, objective, reference, prompts) -> tuple[dict, dic
   return before, after
 
 
-def main(settings, workdir, init_from: str = "") -> None:
+def main(settings, workdir, init_from: str = "", allow_changed: Sequence[str] = ()) -> None:
   import jax
 
   from cm3leon_jax import distributed
@@ -83,7 +84,8 @@ def main(settings, workdir, init_from: str = "") -> None:
   from cm3leon_jax.training.monitor import change_line
   from cm3leon_jax.training.train import train
 
-  distributed.check_same_config({**dataclasses.asdict(settings), "init_from": init_from})
+  options = {"init_from": init_from, "allow_changed": list(allow_changed)}
+  distributed.check_same_config({**dataclasses.asdict(settings), **options})
   # A step is one pass, also with a config of a tuning that splits it.
   one_pass = dataclasses.replace(settings.train, rows_per_device=0)
   settings = dataclasses.replace(settings, train=one_pass)
@@ -92,11 +94,11 @@ def main(settings, workdir, init_from: str = "") -> None:
   if not init_from and not (workdir / "train" / "config.json").exists():
     raise UserError("name the run that learns from rewards: --init_from=workdir/scenes_instruct")
   more = {"reinforce": dataclasses.asdict(settings.reinforce)}
-  config, start = train_command.begin(settings, workdir, init_from, more)
+  config, start = run_start.begin(settings, workdir, init_from, more, allow_changed)
   if start is None:
     raise UserError(f"{workdir / 'train'} is a run from random parameters: use another --workdir.")
   folder = workdir / "train"
-  redo = train_command.goes_on(folder, config, settings.train.steps)
+  redo = run_start.goes_on(folder, config, settings.train.steps, bool(allow_changed))
   stage = stages.once(
     folder, config, redo, writes=distributed.is_first(), together=distributed.together
   )
@@ -110,7 +112,7 @@ def main(settings, workdir, init_from: str = "") -> None:
     )
     objective = _objective(settings, workdir, reference)
     prompts = _heldout_prompts(settings, workdir)
-    train_command.write_config(settings, workdir, config)
+    run_start.write_config(settings, workdir, config)
     sections = (settings.model, settings.optimizer, settings.train, settings.vocab)
     result = train(
       folder,
@@ -122,7 +124,7 @@ def main(settings, workdir, init_from: str = "") -> None:
       evaluate_start=True,
       lease=lease,
     )
-    summary.update(result, machine=train_command.machine())
+    summary.update(result, machine=run_start.machine())
     if before := result.get("heldout_before"):
       distributed.print_once(change_line(before, {name: result[name] for name in before}))
     scores = _scores(settings, workdir, objective, reference, prompts)
@@ -130,4 +132,7 @@ def main(settings, workdir, init_from: str = "") -> None:
 
 
 if __name__ == "__main__":
-  common.run(lambda settings, workdir: main(settings, workdir, INIT_FROM.value), saves=True)
+  common.run(
+    lambda settings, workdir: main(settings, workdir, INIT_FROM.value, ALLOW_CHANGED.value),
+    saves=True,
+  )

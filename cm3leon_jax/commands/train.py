@@ -16,16 +16,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 from cm3leon_jax import stages
-from cm3leon_jax.commands import common, training_rows
+from cm3leon_jax.commands import common, run_start, training_rows
+from cm3leon_jax.commands.allow_changed_flag import ALLOW_CHANGED
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
-from cm3leon_jax.config import UserError
-from cm3leon_jax.io import plain, read_json, write_json
 
 if TYPE_CHECKING:
   from collections.abc import Sequence
@@ -49,116 +47,9 @@ _SKIP_ROWS = flags.DEFINE_string(
 _DEBUG_NANS = flags.DEFINE_bool(
   "debug_nans", False, "Stop at the operation that computes the first NaN. Slow."
 )
-_ALLOW_CHANGED = flags.DEFINE_list(
-  "allow_changed",
-  [],
-  "Fields that may differ from those that the run began with, e.g. optimizer.learning_rate. What "
-  "follows is printed, and train/config.json lists the changes.",
-)
-
 _SKIP_MEMORY_CHECK = flags.DEFINE_bool(
   "skip_memory_check", False, "Start even if a step seems to need more memory than a device has."
 )
-
-
-def begin(
-  settings: Settings,
-  workdir,
-  init_from: str,
-  more: dict | None = None,
-  allowed: Sequence[str] = (),
-) -> tuple[dict, Weights | None]:
-  """Checks that the run in `workdir` is this one, if there is one. All processes must call it.
-
-  Args:
-    settings: settings of the config.
-    workdir: folder of the run.
-    init_from: what it starts from; "": random parameters, or what it began from.
-    more: what the run depends on beside `stages.run_config`.
-    allowed: fields that may differ from those of the run, see `changes.check_changes`.
-
-  Returns:
-    What the run depends on, and the parameters that it starts from; None: random ones.
-
-  Raises:
-    UserError: the folder holds another run.
-  """
-  from cm3leon_jax import distributed
-  from cm3leon_jax.export import weights
-  from cm3leon_jax.training.changes import check_changes
-
-  path = workdir / "train" / "config.json"
-  with distributed.together():  # No process writes before all have read.
-    config = stages.run_config(settings, workdir, "train") | (more or {})
-    stored = read_json(path, {"run": dict})["run"] if path.exists() else None
-  start = weights.start_of_run(settings, workdir, init_from, stored)
-  if start is not None:
-    config["init_from"] = dataclasses.asdict(start)
-  elif settings.instructions.any and stored is None:
-    distributed.print_once(
-      "train: warning: config.instructions has tasks, and the run starts from random parameters: "
-      "--init_from=RUN tunes a trained model."
-    )
-  with distributed.together():
-    changed = []
-    if stored is not None:
-      changed = check_changes(path.parent, stored, config, allowed)
-  for change in changed:
-    distributed.print_once(f"train: continues with {change}.")
-  return config, start
-
-
-def write_config(settings: Settings, workdir, config: dict) -> None:
-  """Writes what a run depends on, once its rows are known to be sound. All processes must call it.
-
-  Raises:
-    UserError: a process sees another folder.
-  """
-  from cm3leon_jax import distributed
-  from cm3leon_jax.training.checkpoint import newest_step
-
-  path = workdir / "train" / "config.json"
-  with distributed.together():
-    if distributed.is_first():
-      content = {"run": config, "settings": dataclasses.asdict(settings)}
-      before = read_json(path) if path.exists() else {"run": config}
-      changes = before.get("changes", [])
-      if changed := stages.differences(before["run"], plain(config)):
-        changes = [*changes, {"step": newest_step(path.parent), "fields": changed}]
-      write_json(path, {**content, **({"changes": changes} if changes else {})})
-  with distributed.together():
-    if not path.exists():
-      raise UserError(
-        f"--workdir {workdir} is another folder for some of the processes: "
-        "name a folder that all processes share."
-      )
-
-
-def goes_on(folder, config: dict, steps: int, changes: bool = False) -> bool:
-  """Returns whether a finished run is to go on, because it has fewer steps than it shall have.
-
-  Args:
-    folder: of the run.
-    config: what the run depends on now.
-    steps: that it shall have.
-    changes: whether fields of a finished run may differ, as `begin` has checked.
-
-  Raises:
-    UserError: fields differ, and no step is left.
-  """
-  done = folder / stages.DONE
-  if not done.exists():
-    return False
-  stored = read_json(done, {"config": dict, "summary": dict})
-  trained = stored["summary"].get("steps", 0)
-  redo = trained < steps
-  changed = stages.differences(stored["config"], plain(config)) if changes else []
-  if changed and not redo:
-    raise UserError(
-      f"{folder} is finished at step {trained}, so nothing would be trained "
-      f"with {'; '.join(changed)}: raise config.train.steps, which is {steps}."
-    )
-  return redo
 
 
 def _initial_params(settings: Settings, workdir, start: Weights | None):
@@ -202,17 +93,6 @@ def _left_out(
   return tuple(earlier.rows for earlier in done), back
 
 
-def machine() -> str:
-  """Describes what trains: "2 CPU cores", which this process may use, or "8 x TPU v5"."""
-  import jax
-
-  if jax.default_backend() != "cpu":
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-  has_affinity = hasattr(os, "sched_getaffinity")
-  cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-  return f"{cores} CPU core{'s' * (cores > 1)}"
-
-
 def main(
   settings: Settings,
   workdir,
@@ -241,10 +121,12 @@ def main(
   mesh = common.make_mesh(settings)  # An unfit mesh is found before a stage is read.
   if not skip_memory_check:
     memory.check_devices(settings, mesh)
-  config, start = begin(settings, workdir, init_from, allowed=allow_changed)
+  config, start = run_start.begin(settings, workdir, init_from, allowed=allow_changed)
   folder = workdir / "train"
   left_out, back = _left_out(settings, folder, back)
-  redo = goes_on(folder, config, settings.train.steps, bool(allow_changed)) or back is not None
+  redo = back is not None or run_start.goes_on(
+    folder, config, settings.train.steps, bool(allow_changed)
+  )
   # A context: jax.config.update loses the setting after tracing logsumexp and others (jax 0.10.2).
   nans = jax.debug_nans(debug_nans or jax.config.jax_debug_nans)
   stage = stages.once(
@@ -259,7 +141,7 @@ def main(
       writes = distributed.is_first()
       loader = training_rows.open_rows(settings, workdir, "train", write_starts=writes)
       heldout = training_rows.open_rows(settings, workdir, "heldout")
-    write_config(settings, workdir, config)
+    run_start.write_config(settings, workdir, config)
     with distributed.together():
       summary.update(rows=training_rows.look_at_rows(loader.plan))
       generate_grid = None  # Its captions are those of held-out documents.
@@ -270,7 +152,7 @@ def main(
     options = (settings.seed, generate_grid, traced, initial_params, start is not None, lease)
     rows = Rows(loader, left_out)
     result = train(folder, *sections, rows, heldout, *options, go_back=back)
-    summary.update(result, machine=machine())
+    summary.update(result, machine=run_start.machine())
     units = {"image": "code", "text": "token"}
     losses = {name: result[f"heldout_{name}_loss"] for name in units}  # 0: no such targets.
     shown = [f"{name} {loss:.3f} nats per {units[name]}" for name, loss in losses.items() if loss]
@@ -289,7 +171,7 @@ def _main(settings, workdir) -> None:
     _PROFILE_STEPS.value,
     _DEBUG_NANS.value,
     INIT_FROM.value,
-    _ALLOW_CHANGED.value,
+    ALLOW_CHANGED.value,
     back,
     _SKIP_MEMORY_CHECK.value,
   )

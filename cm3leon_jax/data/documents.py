@@ -33,7 +33,7 @@ from cm3leon_jax.io import describe, partial_path, read_json, replacing, write_j
 from cm3leon_jax.vocab import VocabLayout
 
 INDEX = "index.json"
-FIELDS = {"schema_version": int, "vocab": dict, "shards": dict}  # Of the index.
+FIELDS = {"schema_version": int, "vocab": dict, "shards": dict, "documents": int}  # Of the index.
 MAX_OPEN = 256  # Shards that a store keeps open.
 ARRAYS = ("offsets", "lengths", "is_image", "groups", "concepts", "token_counts")
 

@@ -174,7 +174,9 @@ def encode_tasks(job: InstructionJob, inputs: dict, runner: Runner) -> dict[str,
 
   def is_whole(name: str) -> bool:
     store = folder / name
-    shards = read_json(store / INDEX)["shards"] if (store / INDEX).exists() else {}
+    shards = (
+      read_json(store / INDEX, {"shards": dict})["shards"] if (store / INDEX).exists() else {}
+    )
     return bool(shards) and all(map(shards_with_files([store]), shards))
 
   return dict(run_shards(job, configs, folder / "done", runner, "tasks", is_whole))

@@ -90,7 +90,9 @@ def read_shard(folder: epath.PathLike, name: str, cls: type[T], split: str) -> l
   """
   folder, about = epath.Path(folder) / name, epath.Path(folder) / "done" / f"{name}.json"
   file = f"{kind_of(cls)}.jsonl"
-  described = read_json(about)["summary"].get("files", {}) if about.exists() else {}
+  described = (
+    read_json(about, {"summary": dict})["summary"].get("files", {}) if about.exists() else {}
+  )
   if file in described and (wrong := damage(folder / file, described[file])):
     raise UserError(
       f"{folder / file} {wrong}: {stages.again(folder.parent, f'the folder {folder}')}."

@@ -13,7 +13,6 @@ from cm3leon_jax.vocab import VocabLayout
 
 SCHEMA_VERSION = 4
 RECORDS, LENGTHS = ".array_record", ".npz"  # Suffixes of the files of a shard.
-ENCODE_AGAIN = "delete the folder documents/ and run `python -m launch.encode_documents` again"
 
 
 class BadRecord(UserError):
@@ -28,7 +27,7 @@ def read_lengths(folder: epath.Path, name: str, vocab: VocabLayout) -> dict[str,
   """
   path = folder / f"{name}{LENGTHS}"
   if not path.exists():
-    raise UserError(f"{path} does not exist: run `python -m launch.encode_documents` again.")
+    raise UserError(f"{path} is missing: {encode_again(path)}.")
   try:
     with path.open("rb") as f, np.load(f) as file:
       arrays = dict(file)
@@ -44,7 +43,7 @@ def check_version(path: epath.Path, version: int | None) -> None:
   if version != SCHEMA_VERSION:
     raise UserError(
       f"{path} has schema version {version}; this code reads version {SCHEMA_VERSION}: "
-      f"{ENCODE_AGAIN}."
+      f"{encode_again(path)}."
     )
 
 
@@ -53,7 +52,7 @@ def check_vocab(path: epath.Path, stored: VocabLayout, expected: VocabLayout) ->
   if stored != expected:
     raise UserError(
       f"{path} was written with vocabulary {dataclasses.asdict(stored)}, "
-      f"the config has {dataclasses.asdict(expected)}: {ENCODE_AGAIN}."
+      f"the config has {dataclasses.asdict(expected)}: {encode_again(path)}."
     )
 
 
@@ -76,6 +75,14 @@ def check_shard_file(folder: epath.Path, file: str, expected: dict, content: boo
   """Raises BadRecord if a file of a shard is missing or damaged."""
   if wrong := damage(folder / file, expected, content):
     raise BadRecord(f"{folder / file} {wrong}: {again(folder, folder / file)}.")
+
+
+def encode_again(path: epath.PathLike) -> str:
+  """Says how to write the store that holds `path` again: documents, or instructions."""
+  folders = [folder for folder in epath.Path(path).parents if folder.name in stages.STAGES]
+  folder = folders[0] if folders else epath.Path("documents")
+  command = stages.STAGES[folder.name].command
+  return f"delete the folder {folder} and run `python -m launch.{command}` again"
 
 
 def again(folder: epath.Path, damaged: epath.PathLike) -> str:

@@ -13,7 +13,7 @@ from cm3leon_jax.data.documents import (
   group_id,
 )
 from cm3leon_jax.data.records import KINDS, SPLITS
-from cm3leon_jax.data.shard_files import ENCODE_AGAIN, LENGTHS, RECORDS, read_lengths
+from cm3leon_jax.data.shard_files import LENGTHS, RECORDS, encode_again, read_lengths
 from cm3leon_jax.vocab import VocabLayout
 
 SEGMENTS, DOCUMENTS = ("lengths", "is_image"), ("groups", "concepts")  # Arrays of each.
@@ -30,15 +30,17 @@ def validate_shard(folder: epath.PathLike, name: str, vocab: VocabLayout) -> dic
   """
   folder = epath.Path(folder)
   arrays, path = read_lengths(folder, name, vocab), folder / f"{name}{RECORDS}"
+  if not path.exists():
+    raise UserError(f"{path} is missing: {encode_again(path)}.")
   try:
     reader = array_record_module.ArrayRecordReader(str(path))
     count = reader.num_records()
   except (OSError, ValueError, IndexError, RuntimeError) as error:
-    raise UserError(f"{path} cannot be read ({error}): encode it again.") from error
+    raise UserError(f"{path} cannot be read ({error}): {encode_again(path)}.") from error
   if count != len(arrays["counts"]):
     raise UserError(
       f"{path} holds {count} documents, {name}{LENGTHS} beside it {len(arrays['counts'])}: "
-      "encode it again."
+      f"{encode_again(path)}."
     )
   at, token_counts = 0, np.zeros(vocab.size, np.int64)
   for i in range(count):
@@ -46,20 +48,24 @@ def validate_shard(folder: epath.PathLike, name: str, vocab: VocabLayout) -> dic
       document = decode_document(reader.read([i])[0])
       check_document(document, vocab)
     except Exception as error:  # A damaged record raises errors of many kinds.
-      message = f"{path}, record {i} is damaged or wrong ({error}): encode it again."
+      message = f"{path}, record {i} is damaged or wrong ({error}): {encode_again(path)}."
       raise UserError(message) from error
     where = f"{path}, record {i} ('{document.key}')"
     segments = slice(at, at + int(arrays["counts"][i]))
     expected = zip(arrays["lengths"][segments].tolist(), arrays["is_image"][segments].tolist())
     if [(len(s.tokens), s.is_image) for s in document.segments] != list(expected):
-      raise UserError(f"{where} has other lengths than {name}{LENGTHS} says: encode it again.")
+      raise UserError(f"{where} has other lengths than {name}{LENGTHS} says: {encode_again(path)}.")
     for field in ("group", "concept"):
       if group_id(getattr(document, field)) != int(arrays[f"{field}s"][i]):
-        raise UserError(f"{where} has another {field} than {name}{LENGTHS} says: encode it again.")
+        raise UserError(
+          f"{where} has another {field} than {name}{LENGTHS} says: {encode_again(path)}."
+        )
     add_tokens(token_counts, document)
     at = segments.stop
   if not np.array_equal(token_counts, arrays["token_counts"]):
-    raise UserError(f"{path} has other token counts than {name}{LENGTHS} says: encode it again.")
+    raise UserError(
+      f"{path} has other token counts than {name}{LENGTHS} says: {encode_again(path)}."
+    )
   return {"documents": count, "segments": at, "tokens": int(token_counts.sum())}
 
 
@@ -83,7 +89,7 @@ def validate_store(store: DocumentStore) -> dict[str, int]:
   if not np.array_equal(token_counts, store.token_counts):
     raise UserError(
       f"{store.folder / 'token_counts.npy'} is not the sum of the token counts of the shards: "
-      f"{ENCODE_AGAIN}."
+      f"{encode_again(store.folder / name)}."
     )
   return total
 
@@ -130,5 +136,5 @@ def _check_joined(store: DocumentStore, name: str, before: dict[str, int]) -> No
       place = int(np.searchsorted(ends - start, place, side="right")) - 1
     raise UserError(
       f"{store.folder / f'{field}.npy'} is wrong from document {first + place} on (record {place} "
-      f"of {name}): {name}{LENGTHS} says something else: {ENCODE_AGAIN}."
+      f"of {name}): {name}{LENGTHS} says something else: {encode_again(store.folder / name)}."
     )

@@ -1,4 +1,4 @@
-"""Boards that show a run while it trains. What goes wrong with one is a line, never the end."""
+"""Boards that show a run while it trains: one that fails prints a warning, and the run goes on."""
 
 from collections.abc import Callable
 import threading
@@ -79,7 +79,7 @@ def open_boards(folder: epath.Path, config, first_step: int, watch: Stopwatch) -
     watch: of the run.
   """
   path = folder / "config.json"
-  settings = read_json(path)["settings"] if path.exists() else {}
+  settings = read_json(path, {"settings": dict})["settings"] if path.exists() else {}
   install = "pip install 'cm3leon_jax[monitoring]'"
   boards = []
   if config.wandb:

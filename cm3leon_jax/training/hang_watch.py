@@ -211,7 +211,7 @@ class HangWatch:
       _within(FILE_SECONDS, lambda: write_json(self._path(), report))
 
   def _read_report(self, process: int) -> dict | None:
-    with contextlib.suppress(UserError):  # There is none, or half a one.
+    with contextlib.suppress(UserError):  # There is none, or an incomplete one.
       report = read_json(self._path(process))
       if report.get("start") == self._start:
         return report

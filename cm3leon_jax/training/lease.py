@@ -104,7 +104,7 @@ class Lease:
     self._renewed = time.monotonic()
 
   def _read(self) -> dict:
-    """Returns what the file says; {} if there is none, or half a one."""
+    """Returns what the file says; {} if there is none, or an incomplete one."""
     try:
       found = read_json(self._path)
     except UserError:

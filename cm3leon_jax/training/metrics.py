@@ -47,7 +47,7 @@ def cut_log(folder: epath.PathLike, step: int) -> int:
     The last step that was logged; `step` if none was after it.
   """
   path = epath.Path(folder) / LOG
-  lines = read_json_lines(path)
+  lines = read_json_lines(path, FIELDS)
   last = max((line["step"] for line in lines), default=step)
   if last <= step:
     return step

@@ -109,7 +109,7 @@ def read(folder: epath.Path) -> list[GoBack]:
       GoBack(int(x["resume_from"]), range(int(x["first"]), int(x["last"]) + 1)) for x in entries
     ]
   except (KeyError, TypeError, ValueError) as error:
-    raise UserError(f"{path} is damaged: it is no list of rows that the run leaves out.") from error
+    raise UserError(f"{path} is damaged: it must be a list of ranges of rows.") from error
 
 
 def check(back: GoBack, done: list[GoBack], batch_size: int, folder: epath.Path) -> None:

@@ -38,9 +38,7 @@ from cm3leon_jax.training.state import eval_step, init_state, row_losses, train_
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.xla_options import compiler_options
 
-REMEDY = (
-  "lower optimizer.learning_rate in a new --workdir; the checkpoints before are as they were."
-)
+REMEDY = "lower optimizer.learning_rate in a new --workdir; earlier checkpoints are unchanged."
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)

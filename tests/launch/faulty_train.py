@@ -11,7 +11,7 @@ import time
 import jax
 
 from cm3leon_jax import distributed
-from cm3leon_jax.training import train
+from cm3leon_jax.training import objective
 
 
 def wait_for_ever():
@@ -27,13 +27,13 @@ def stuck_after(count: int, data):
 
 
 def insert(process: int, count: int) -> None:
-  begin = train.Rows.begin
+  begin = objective.Rows.begin
 
   def faulty(*args):
     take_step, data = begin(*args)
     return take_step, stuck_after(count, data) if jax.process_index() == process else data
 
-  train.Rows.begin = faulty
+  objective.Rows.begin = faulty
 
 
 if __name__ == "__main__":

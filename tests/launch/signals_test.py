@@ -42,7 +42,7 @@ def test_a_signal_before_the_loop_says_that_nothing_was_to_be_saved(tmp_path, nu
   output, errors = job.communicate(timeout=300)
   assert (job.returncode, errors) == (code, "")
   assert output.splitlines()[-1] == (
-    "stopped while no step was trained: nothing was to be saved; the same command continues."
+    "stopped outside of the training steps: nothing was to be saved; the same command continues."
   )
   assert not (tmp_path / "train" / "lease.json").exists()
   assert not (tmp_path / "train" / "done.json").exists()
