@@ -131,10 +131,16 @@ class Rows:
 
 
 class NewestState:
-  """A step function that remembers the state that it returned last."""
+  """A step function that remembers the state that it returned last, and where it began."""
 
-  def __init__(self, take_step: Callable):
+  def __init__(self, take_step: Callable, step: int, next_row: int):
     self._take_step, self.state = take_step, None
+    self._step, self._next_row = step, next_row
+
+  def rows_of(self, steps: range, batch_size: int) -> range:
+    """Returns the rows that steps since the start have read; before, batches had another size."""
+    first = self._next_row + (steps[0] - 1 - self._step) * batch_size
+    return range(first, first + len(steps) * batch_size)
 
   def __call__(self, state, batch):
     self.state, metrics = self._take_step(state, batch)
@@ -161,8 +167,7 @@ def explaining(
   try:
     yield
   except TooManySkippedError as error:
-    first, last = error.steps[0], error.steps[-1]
-    rows = range((first - 1) * config.global_batch_size, last * config.global_batch_size)
+    rows = newest.rows_of(error.steps, config.global_batch_size)
     params, batch_size = newest.state.params, config.micro_batch_size
     what = objective.explain(steps, params, rows, batch_size, sharding, folder)
     raise UserError(

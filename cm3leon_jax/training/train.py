@@ -354,7 +354,7 @@ def train(
     heldout_losses = _heldout_losses(steps, heldout, config, sharding)
     take_step, data = objective.begin(steps, next_row, config.global_batch_size, sharding)
     take_step, data = hang.follow(lease.guard(take_step), data, int(state.step) + 1)
-    take_step = NewestState(take_step)
+    take_step = NewestState(take_step, int(state.step), next_row)
     schedule = learning_rate_schedule(optimizer_config, config.steps)
     with distributed.together():
       monitor = open_monitor(
