@@ -65,7 +65,7 @@ def test_an_array_whose_request_is_not_answered_is_asked_for_again(server):
     return 503 if len(asked) == 2 else None
 
   server.fault = fault
-  output, errors = run(server, TENSORSTORE).communicate(timeout=60)
+  output, errors = run(server, TENSORSTORE).communicate(timeout=300)
   stop.set()
   assert output == "b'whole'\n", errors
   assert len(asked) >= 3
@@ -91,5 +91,5 @@ def test_a_file_whose_request_is_not_answered_is_asked_for_again(server):
   assert len(asked) == 3
   assert job.stdout.readline() == "listed\n"
   server.put("bucket", "other", b"", None)
-  output, errors = job.communicate("go on\n", timeout=60)
+  output, errors = job.communicate("go on\n", timeout=300)
   assert output == "['file', 'other'] True\n", errors

@@ -42,6 +42,7 @@ def unknown_names(text: str) -> list[str]:
   names = re.findall(r"\blaunch\.([a-z_]+)(?![a-z_]*/)|`cm3leon ([a-z_]+)", text)
   unknown += [f"command {a or b}" for a, b in names if (a or b) not in (*COMMANDS, "pod")]
   shared = (
+    "allow_changed_flag",
     "common",
     "init_from_flag",
     "prompt_flags",

@@ -35,7 +35,10 @@ _SKIPPED = flags.DEFINE_bool(
 )
 _SPLIT = flags.DEFINE_enum("split", "train", ["train", "heldout"], "Split of the rows.")
 _VALIDATE = flags.DEFINE_bool(
-  "validate", False, "Only check all files that training reads; write no page."
+  "validate",
+  False,
+  "Only check all files that training reads; write no page.",
+  allow_override=True,  # In one process of tests launch.encode_documents has such a flag, too.
 )
 
 DOCUMENTS = ("documents", "neighbors")

@@ -67,7 +67,7 @@ def test_help_shows_an_example_and_the_commands_own_flags_without_importing_jax(
   assert (f"  {SHARDS}" in page) == (
     name in ("prepare_data", "encode_documents", "encode_instructions", "build_neighbors")
   )
-  assert ("  --[no]validate" in page) == (name == "encode_documents")
+  assert ("  --[no]validate" in page) == (name in ("encode_documents", "inspect_data"))
   assert max(len(line) for line in page if line.startswith("      ")) <= 100
   assert "--pdb" not in result.stdout
 
@@ -277,7 +277,7 @@ def test_a_bucket_as_source_needs_its_extra(tmp_path):
   result = run(sys.executable, "-m", "launch.prepare_data", *flags, cwd=tmp_path, PYTHONPATH=path)
   assert result.returncode == 2
   assert result.stderr == (
-    "error: config.raw.source is 'gs://bucket/pairs', which cannot be opened: Please install gcsfs "
+    "error: config.raw.source: gs://bucket/pairs cannot be opened: Please install gcsfs "
     "to access Google Storage (buckets need pip install 'cm3leon_jax[data]').\n"
   )
 

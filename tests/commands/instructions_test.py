@@ -7,6 +7,7 @@ import io
 from absl import flags
 from absl.testing import flagsaver
 from etils import epath
+import jax
 import pytest
 
 from cm3leon_jax import stages
@@ -24,10 +25,10 @@ from cm3leon_jax.data.instruction_config import InstructionsConfig, read_tasks
 from cm3leon_jax.evaluation.protocols import compare
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.io import read_json, read_json_lines
-from cm3leon_jax.mesh import MeshConfig
+from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.reports import report
 from tests.evaluation.protocol_runs import make_data
-from tests.generation.run import SETTINGS, one_device, save_run
+from tests.generation.run import SETTINGS, save_run
 
 NAMES = ("count", "recolor")
 TASKS = tuple(
@@ -84,7 +85,8 @@ def tuned(source, tmp_path_factory):
 @contextlib.contextmanager
 def one_mesh():
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(common, "use_mesh", lambda settings: one_device())
+    mesh = create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    patch.setattr(common, "make_mesh", lambda settings: mesh)
     yield
 
 
@@ -175,5 +177,6 @@ def test_a_run_without_tasks_is_refused(tmp_path):
 def test_a_tuned_run_needs_its_stores_before_it_trains(source, tmp_path):
   workdir, settings = epath.Path(tmp_path), settings_of()
   copy(settings, workdir, source)
-  with pytest.raises(UserError, match=r"instructions is not finished: run .*encode_instructions"):
+  message = r"instructions is not finished: run .*encode_instructions"
+  with one_mesh(), pytest.raises(UserError, match=message):
     train.main(settings, workdir, init_from=str(source))

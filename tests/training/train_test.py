@@ -298,7 +298,7 @@ def test_ctrl_c_saves_and_the_same_call_continues(whole, loader, tmp_path, capfd
 @pytest.mark.usefixtures("foreground")
 def test_a_second_ctrl_c_stops_at_once_and_loses_no_save(whole, loader, tmp_path):
   def interrupt(_, step):
-    if step == 4:  # Its save is in flight.
+    if step == 5:  # The save of step 4 may be in flight.
       os.kill(os.getpid(), signal.SIGINT)
       os.kill(os.getpid(), signal.SIGINT)
 
