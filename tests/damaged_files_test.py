@@ -30,6 +30,7 @@ from cm3leon_jax.retrieval import bank, lexical
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.settings import settings_of_run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.training import recovery
 from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.metrics import MetricsLog, check_log
 from tests.data.stores import VOCAB
@@ -161,7 +162,7 @@ def test_stray_files_beside_digests_are_left_alone(tmp_path):
     for step in (1, 2):
       checkpoints.save(state, step, 0)
     checkpoints.wait()
-    assert checkpoints.newest_whole() == 2
+    assert recovery.newest_whole(checkpoints) == 2
     checkpoints.close()
   assert {path.name for path in folder.iterdir()} == strays | {"2.json"}
 

@@ -55,7 +55,7 @@ class Checkpoints:
         prevents both.
     """
     self.folder = absolute(folder) / FOLDER
-    self._digest_folder = self.folder.parent / f"{FOLDER}.digests"
+    self.digest_folder = self.folder.parent / f"{FOLDER}.digests"
     options = ocp.CheckpointManagerOptions(
       preservation_policy=policy(keep, keep_every, keep_best),
       best_fn=score if keep_best else None,  # Orbax then writes and reads `METRIC`.
@@ -74,39 +74,6 @@ class Checkpoints:
     else:
       self._close_alone()
 
-  def discard_unsealed(self) -> None:
-    """Deletes checkpoints that a killed run left unsealed, so that they displace no sealed ones.
-
-    A run that was killed between its first save and the digests has one checkpoint, unsealed. Orbax
-    reports it as complete, so it gets its digests now.
-
-    Raises:
-      UserError: there are several checkpoints, and none of them is sealed.
-    """
-    steps = list(self._manager.all_steps())
-    unsealed = [s for s in steps if not self._digest_path(s).exists()]
-    # All processes list before one deletes, and all use the first one's lists.
-    steps, unsealed = distributed.gather([steps, unsealed])[0]
-    if unsealed and len(unsealed) == len(steps) > 1:
-      raise UserError(
-        f"{self.folder} holds checkpoints, but {self._digest_folder} holds no digests of them: "
-        "restore the digests, or delete both folders."
-      )
-    if unsealed == steps and steps:
-      distributed.print_once(
-        f"warning: checkpoint {steps[0]} in {self.folder} has no digests; it is complete, "
-        "so it gets them."
-      )
-      self._save = sealing.Save(steps[0], self._seal)
-      self.wait()
-      return
-    for step in unsealed:
-      distributed.print_once(
-        f"warning: checkpoint {step} in {self.folder} has no digests: its save was not finished, "
-        "and it is deleted."
-      )
-      self._manager.delete(step)
-
   def steps(self) -> list[int]:
     """Returns the steps of all checkpoints that are complete on disk, sealed or not, sorted."""
     return sorted(self._manager.all_steps())
@@ -117,66 +84,26 @@ class Checkpoints:
 
   def delete(self, step: int) -> None:
     """Deletes a checkpoint and its digests."""
-    self._remove_digests(lambda s: s == step)
+    if distributed.is_first():
+      self._remove_digests(lambda s: s == step)
     self._manager.delete(step)
+
+  def delete_after(self, step: int) -> None:
+    """Deletes all checkpoints after a step, the newest first, and all digests after it."""
+    for newer in reversed(distributed.gather(self.steps())[0]):
+      if newer > step:
+        self.delete(newer)
+    if distributed.is_first():
+      self._remove_digests(lambda s: s > step)  # Also of checkpoints that are gone.
+
+  def seal(self, step: int) -> None:
+    """Seals a checkpoint that is complete on disk. Raises TryAgain: it could not be read."""
+    self._save = sealing.Save(step, self._seal)
+    self.wait()
 
   def newest(self) -> int | None:
     """Returns the step of the newest sealed checkpoint, or None."""
     return distributed.gather(max(self.sealed(), default=None))[0]
-
-  def newest_whole(self) -> int | None:
-    """Returns the step of the newest sealed checkpoint that is whole, or None if there is none.
-
-    Newer ones that are damaged are named in a warning and deleted, newer ones that are gone are
-    named: their steps are trained again.
-
-    Raises:
-      UserError: all checkpoints are damaged.
-    """
-    sealed = self.sealed()
-    self._warn_of_gone(sealed)
-    damaged: dict[int, str] = {}
-    for step in reversed(distributed.gather(sealed)[0]):
-      damage = self.damage(step)
-      if damage is None:
-        for newer, sentence in damaged.items():
-          distributed.print_once(f"warning: {sentence}; the run goes back to checkpoint {step}.")
-          self._manager.delete(newer)
-        if distributed.is_first():
-          self._remove_digests(lambda s: s in damaged)
-        return step
-      damaged[step] = damage
-    if damaged:
-      raise UserError(
-        f"no checkpoint in {self.folder} is whole ({'; '.join(damaged.values())}): restore one of "
-        "them, or use another --workdir."
-      )
-    return None
-
-  def _warn_of_gone(self, sealed: list[int]) -> None:
-    """Prints which checkpoints newer than all of `sealed`, if any, have left only their digests."""
-    steps = [int(p.stem) for p in self._digest_folder.glob("*.json") if p.stem.isdecimal()]
-    for step in sorted(s for s in steps if sealed and s > sealed[-1]):
-      distributed.print_once(
-        f"warning: checkpoint {step} is gone from {self.folder}, its digests are not; the run goes "
-        "back to one before."
-      )
-
-  def go_back(self, step: int) -> None:
-    """Deletes all checkpoints after that of `step`.
-
-    Raises:
-      UserError: there is none of this step, or it is damaged.
-    """
-    steps = distributed.gather(sorted(self._manager.all_steps()))[0]
-    if step not in steps:
-      listed = ", ".join(map(str, steps)) or "none"
-      raise UserError(f"{self.folder} has no checkpoint of step {step}; it has {listed}.")
-    self.check(step)
-    for newer in (s for s in steps if s > step):
-      self._manager.delete(newer)
-    if distributed.is_first():
-      self._remove_digests(lambda s: s > step)
 
   def save(self, state, step: int, next_row: int, heldout_loss: float | None = None) -> None:
     """Seals the previous save and starts to save `state`, a tree of arrays.
@@ -254,7 +181,7 @@ class Checkpoints:
   def _all_parts(self, save: sealing.Save) -> bool:
     """Waits for the digests of all processes; False if nobody waits for the others any more."""
     parts = {self._part(save.step, i).name for i in range(jax.process_count())}
-    while not parts <= {path.name for path in self._digest_folder.iterdir()}:
+    while not parts <= {path.name for path in self.digest_folder.iterdir()}:
       if save.ending.wait(0.2):
         return False
     return True
@@ -280,7 +207,7 @@ class Checkpoints:
 
   def _remove_digests(self, of: Callable[[int], bool]) -> None:
     """Deletes the digests, merged or not, of all steps for which `of` is true."""
-    for path in self._digest_folder.glob("*"):
+    for path in self.digest_folder.glob("*"):
       step = path.name.partition(".")[0]
       if step.isdecimal() and of(int(step)):  # Other files may be the disk's own.
         path.unlink()
@@ -326,8 +253,20 @@ class Checkpoints:
 
   def check(self, step: int) -> None:
     """Raises UserError if a file of the checkpoint differs from what was written."""
-    if damage := self.damage(step):
-      raise UserError(f"{damage}; delete {self.folder / str(step)} to go back to the previous one.")
+    if not (damage := self.damage(step)):
+      return
+    sealed = self.sealed()
+    if later := [s for s in sealed if s > step]:
+      remedy = f"the newest sealed checkpoint is {later[-1]:,}"
+    elif earlier := [s for s in sealed if s < step]:
+      remedy = (
+        "to go back to the previous one, run `python -m launch.checkpoints rollback "
+        f"--workdir={self.folder.parent.parent} --step={earlier[-1]}`, then "
+        "`python -m launch.train`"
+      )
+    else:
+      remedy = "no other checkpoint is sealed: restore the file from a copy"
+    raise UserError(f"{damage}; {remedy}.")
 
   def damage(self, step: int) -> str | None:
     """Says which file of a checkpoint differs from what was written; None: all are as written."""
@@ -371,10 +310,10 @@ class Checkpoints:
         self._manager.close()
 
   def _digest_path(self, step: int) -> epath.Path:
-    return self._digest_folder / f"{step}.json"
+    return self.digest_folder / f"{step}.json"
 
   def _part(self, step: int, process: int) -> epath.Path:
-    return self._digest_folder / f"{step}.part{process}"
+    return self.digest_folder / f"{step}.part{process}"
 
 
 def newest_step(folder: epath.PathLike) -> int:

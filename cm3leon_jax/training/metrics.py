@@ -36,12 +36,13 @@ def check_log(folder: epath.Path, checkpoint_every: int) -> None:
       )
 
 
-def cut_log(folder: epath.PathLike, step: int) -> int:
+def cut_log(folder: epath.PathLike, step: int, dry_run: bool = False) -> int:
   """Removes the lines after a step from the log of a run, and notes it in the log.
 
   Args:
     folder: of the log.
     step: that the run goes back to.
+    dry_run: whether to leave the log as it is.
 
   Returns:
     The last step that was logged; `step` if none was after it.
@@ -49,8 +50,8 @@ def cut_log(folder: epath.PathLike, step: int) -> int:
   path = epath.Path(folder) / LOG
   lines = read_json_lines(path, FIELDS)
   last = max((line["step"] for line in lines), default=step)
-  if last <= step:
-    return step
+  if dry_run or last <= step:
+    return max(last, step)
   kept = [line for line in lines if line["step"] <= step]
   event = {"step": step, "event": "rolled_back", "from_step": last}
   times = [line["time"] for line in lines if "time" in line]

@@ -14,6 +14,7 @@ from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.io import read_json, replacing, write_json
+from cm3leon_jax.training import recovery
 from cm3leon_jax.training.checkpoint import FOLDER, Checkpoints
 from cm3leon_jax.training.metrics import MetricsLog
 
@@ -149,7 +150,7 @@ def go_back(checkpoints: Checkpoints, folder: epath.Path, back: GoBack) -> None:
   Raises:
     UserError: there is no such checkpoint, or it is damaged.
   """
-  checkpoints.go_back(back.step)
+  recovery.go_back(checkpoints, back.step)
   with distributed.together():
     if distributed.is_first():
       log = MetricsLog(folder / "metrics", back.step)

@@ -23,6 +23,7 @@ from cm3leon_jax.io import plain, read_json, write_json
 from cm3leon_jax.mesh import batch_shards, spec
 from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.stages import check_same_config, differences
+from cm3leon_jax.training import recovery
 from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.lease import Lease
 from cm3leon_jax.training.metrics import MetricsLog
@@ -128,7 +129,7 @@ def _check_batch(name: str, batch_size: int, num_examples: int) -> None:
 
 def _restore(name: str, checkpoints: Checkpoints, init) -> tuple[dict, int]:
   """Returns the state of the newest checkpoint, or of `init`, and how many steps made it."""
-  newest = checkpoints.newest_whole()
+  newest = recovery.newest_whole(checkpoints)
   if newest is None:
     return jax.device_put(init(), NamedSharding(jax.sharding.get_mesh(), P())), 0
   print(f"{name}: continues from step {newest}.", flush=True)
@@ -152,7 +153,7 @@ def _open_checkpoints(name: str, identity: dict, folder: epath.Path, lease: Leas
   write_json(path, identity)
   # Until a save is complete, the previous one is needed.
   checkpoints = Checkpoints(folder, keep=2, check=lease.check)
-  checkpoints.discard_unsealed()
+  recovery.discard_unsealed(checkpoints)
   return checkpoints
 
 

@@ -21,7 +21,7 @@ from cm3leon_jax.data.pipeline import RowLoader, batches
 from cm3leon_jax.mesh import batch_shards, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training import loss, skipped_rows
+from cm3leon_jax.training import loss, recovery, skipped_rows
 from cm3leon_jax.training.accumulation import on_mesh
 from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.goodput import Stopwatch
@@ -219,8 +219,8 @@ def _restore(checkpoints: Checkpoints, steps: Steps, initial_params: Callable[[]
   Returns:
     (step of the checkpoint or None, state, next row).
   """
-  newest = checkpoints.newest_whole()
-  checkpoints.discard_unsealed()
+  newest = recovery.newest_whole(checkpoints)
+  recovery.discard_unsealed(checkpoints)
   newest = checkpoints.newest() if newest is None else newest
   if newest is None:
     state = steps.init()  # The optimizer starts with the same state, whatever the parameters are.

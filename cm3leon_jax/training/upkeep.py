@@ -1,6 +1,7 @@
 """A person looks after the checkpoints of a run: lists, verifies, prunes them, rolls them back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import contextlib
 import dataclasses
 import datetime
 
@@ -9,10 +10,11 @@ from etils import epath
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.stages import DONE
-from cm3leon_jax.training import retention
+from cm3leon_jax.training import recovery, retention
 from cm3leon_jax.training.checkpoint import FOLDER, Checkpoints
 from cm3leon_jax.training.lease import Lease
 from cm3leon_jax.training.metrics import LOG, cut_log
+from cm3leon_jax.training.recovery import listed
 from cm3leon_jax.training.sealing import files_below
 
 MODALITIES = ("", "image_", "text_")
@@ -39,11 +41,12 @@ class Entry:
 
 def open_run(folder: epath.Path) -> Checkpoints:
   """Opens the checkpoints of a run. Raises UserError if it has none."""
-  _require(folder)
+  require(folder)
   return Checkpoints(folder, keep=1_000_000)
 
 
-def _require(folder: epath.Path) -> None:
+def require(folder: epath.Path) -> None:
+  """Raises UserError if a folder holds no checkpoints."""
   if not (folder / FOLDER).exists():
     raise UserError(f"{folder} has no checkpoints: --workdir must be the folder of a run.")
 
@@ -102,59 +105,153 @@ def verify(checkpoints: Checkpoints, found: Sequence[Entry]) -> dict[int, str]:
   return damages
 
 
-def prune(folder: epath.Path, last: int, every: int, best: int) -> list[str]:
+def check_verified(folder: epath.Path, found: Sequence[Entry], damages: Mapping[int, str]) -> None:
+  """Raises UserError, with what to do, if a checkpoint is damaged or none is sealed.
+
+  Args:
+    folder: of the run.
+    found: of `entries`.
+    damages: of `verify`.
+  """
+  if not damages:
+    raise UserError(_not_sealed(folder, [entry.step for entry in found]))
+  damaged = [damage for damage in damages.values() if damage]
+  if not damaged:
+    return
+  whole, newest = [step for step, damage in damages.items() if not damage], max(damages)
+  if not whole:
+    remedy = _none_whole(folder)
+  elif newest in whole:
+    remedy = f"The newest, {newest:,}, is whole, and it is the one that counts."
+  elif (folder / DONE).exists():
+    remedy = (
+      "The run is finished, so launch.train does not go back by itself: run `python -m "
+      f"launch.checkpoints rollback --workdir={folder.parent} --step={max(whole)}`, then "
+      "`python -m launch.train`."
+    )
+  else:
+    remedy = f"launch.train goes back to {max(whole):,} by itself."
+  be, s = "is" if len(damaged) == 1 else "are", "" if len(damages) == 1 else "s"
+  raise UserError(
+    f"{len(damaged)} of {len(damages)} sealed checkpoint{s} {be} damaged ({'; '.join(damaged)}). "
+    f"{remedy}"
+  )
+
+
+def _none_whole(folder: epath.Path) -> str:
+  return (
+    "No checkpoint is whole: the run cannot continue. Restore the files from a copy, or delete "
+    f"{folder} to start again."
+  )
+
+
+def _not_sealed(folder: epath.Path, steps: Sequence[int]) -> str:
+  """Says what to do with a run that has no sealed checkpoint, but perhaps others."""
+  if not steps:
+    return f"{folder} has no checkpoint: run `python -m launch.train` until it saves one."
+  if len(steps) == 1:
+    return (
+      f"{folder} has no sealed checkpoint: {steps[0]:,} is there but not sealed. "
+      "`python -m launch.train` seals it."
+    )
+  return (
+    f"{folder} has no sealed checkpoint: {listed(steps)} are there but not sealed. Restore "
+    f"{folder / FOLDER}.digests from a copy, or delete {folder} to start again."
+  )
+
+
+def _hold(folder: epath.Path, dry_run: bool) -> contextlib.AbstractContextManager:
+  """Takes the lease of a run; a dry run changes nothing, and needs none."""
+  require(folder)
+  return contextlib.nullcontext() if dry_run else Lease(folder)
+
+
+def prune(folder: epath.Path, last: int, every: int, best: int, dry_run: bool = False) -> list[str]:
   """Removes the sealed checkpoints that `retention.policy` does not keep.
 
+  Args:
+    folder: of the run.
+    last: see `retention.policy`.
+    every: see `retention.policy`.
+    best: see `retention.policy`.
+    dry_run: whether to remove nothing.
+
   Returns:
-    What was done, a sentence.
+    What was done, or would be, a sentence.
 
   Raises:
-    UserError: another job holds the run's lease.
+    UserError: another job holds the run's lease, no checkpoint is sealed, or the newest is damaged.
   """
-  _require(folder)
-  with Lease(folder), open_run(folder) as checkpoints:
+  with _hold(folder, dry_run), open_run(folder) as checkpoints:
     found = {entry.step: entry for entry in entries(checkpoints) if entry.sealed}
+    if not found:
+      raise UserError(_not_sealed(folder, checkpoints.steps()))
     losses = {step: entry.losses[""] for step, entry in found.items() if "" in entry.losses}
     kept = retention.kept(list(found), losses, last, every, best)
     removed = [step for step in found if step not in kept]
     size = sum(found[step].size for step in removed)
-    for step in removed:
+    if removed:
+      _check_kept(checkpoints, max(kept), list(found))
+    for step in () if dry_run else removed:
       checkpoints.delete(step)
-  freed = f"removed checkpoints {_steps(removed)}, {_bytes(size)}" if removed else "removed nothing"
-  return [f"{freed}; kept {_steps(sorted(kept))}."]
+  remove, keep = ("would remove", "would keep") if dry_run else ("removed", "kept")
+  freed = f"{_checkpoints(removed)}, {_bytes(size)}" if removed else "nothing"
+  return [f"{remove} {freed}; {keep} {listed(sorted(kept))}."]
 
 
-def rollback(folder: epath.Path, step: int) -> list[str]:
+def _check_kept(checkpoints: Checkpoints, newest: int, steps: Sequence[int]) -> None:
+  """Raises UserError, with the step to roll back to, if the newest that is kept is damaged."""
+  if not checkpoints.damage(newest):
+    return
+  older = (step for step in sorted(steps, reverse=True) if step < newest)
+  whole = next((step for step in older if not checkpoints.damage(step)), None)
+  if whole is None:
+    raise UserError(f"Nothing was removed. {_none_whole(checkpoints.folder.parent)}")
+  raise UserError(
+    f"The newest checkpoint that would be kept, {newest:,}, is damaged: nothing was removed. "
+    f"Roll back to {whole:,} first."
+  )
+
+
+def rollback(folder: epath.Path, step: int, dry_run: bool = False) -> list[str]:
   """Removes all checkpoints after a step, what the log has after it, and that the run is finished.
 
+  Args:
+    folder: of the run.
+    step: to go back to.
+    dry_run: whether to remove nothing.
+
   Returns:
-    What was done, sentences.
+    What was done, or would be, sentences.
 
   Raises:
     UserError: there is no whole checkpoint of the step, or another job holds the run's lease.
   """
-  _require(folder)
-  with Lease(folder), open_run(folder) as checkpoints:
-    if step not in checkpoints.sealed():
-      raise UserError(
-        f"{folder} has no sealed checkpoint of step {step}: it has "
-        f"{_steps(checkpoints.sealed()) or 'none'}."
-      )
-    if damage := checkpoints.damage(step):
-      raise UserError(f"{damage}; roll back to another step.")
-    sentences = []
+  with _hold(folder, dry_run), open_run(folder) as checkpoints:
+    if not checkpoints.sealed():
+      raise UserError(_not_sealed(folder, checkpoints.steps()))
+    recovery.check_target(checkpoints, step)
     newer = [s for s in checkpoints.steps() if s > step]
-    if (folder / DONE).exists() and newer:
-      (folder / DONE).unlink()
-      sentences.append(f"removed {folder / DONE}: the run is not finished any more.")
-    for s in reversed(newer):
-      checkpoints.delete(s)
-    sentences.append(
-      f"removed checkpoints {_steps(newer)}." if newer else "no checkpoint is newer."
-    )
-    if (last := cut_log(folder / "metrics", step)) > step:
-      sentences.append(f"removed steps {step + 1:,} to {last:,} from metrics/{LOG}.")
-  return [*sentences, f"launch.train continues from step {step:,}."]
+    if not newer:
+      return [f"Step {step:,} is the newest: nothing to remove."]
+    removed, continues = "removed", "continues"
+    if dry_run:
+      removed, continues = "would remove", "would continue"
+    sentences = []
+    if (folder / DONE).exists():
+      if not dry_run:
+        (folder / DONE).unlink()  # First: a rollback that is killed leaves an unfinished run.
+      sentences.append(
+        f"{removed} {folder / DONE}: without it the run is not finished, and generate, evaluate "
+        "and export refuse it until launch.train has reached its last step."
+      )
+    if not dry_run:
+      checkpoints.delete_after(step)
+    sentences.append(f"{removed} {_checkpoints(newer)}.")
+    if (last := cut_log(folder / "metrics", step, dry_run)) > step:
+      lines = f"step {last:,}" if last == step + 1 else f"steps {step + 1:,} to {last:,}"
+      sentences.append(f"{removed} {lines} from metrics/{LOG}.")
+  return [*sentences, f"launch.train {continues} from step {step:,}."]
 
 
 def _heldout_losses(run: epath.Path) -> dict[int, dict[str, float]]:
@@ -170,8 +267,9 @@ def _size(folder: epath.Path) -> int:
   return sum((folder / name).stat().length for name in files_below(folder))
 
 
-def _steps(steps: Sequence[int]) -> str:
-  return ", ".join(f"{step:,}" for step in steps)
+def _checkpoints(steps: Sequence[int]) -> str:
+  """Names checkpoints: checkpoint 1,600; checkpoints 1,596, 1,600."""
+  return f"checkpoint{'' if len(steps) == 1 else 's'} {listed(steps)}"
 
 
 def _bytes(size: int) -> str:

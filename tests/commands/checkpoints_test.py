@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -91,50 +92,160 @@ def test_verify_names_the_damaged_file(workdir):
   result = command(workdir, "verify")
   assert result.returncode == 2
   assert result.stderr.startswith(
-    f"error: 1 of 4 sealed checkpoints are damaged ({victim} is damaged: it is not what was written"
+    f"error: 1 of 4 sealed checkpoints is damaged ({victim} is damaged: it is not what was "
+    "written). The newest, 8, is whole, and it is the one that counts."
   )
   states = [row.split()[5] for row in result.stdout.splitlines()[2:]]
   assert states == ["whole", "damaged", "whole", "whole"]
 
 
+def verified(workdir):
+  """Returns the sentence with which `verify` ends."""
+  with upkeep.open_run(workdir / "train") as checkpoints:
+    found = upkeep.entries(checkpoints)
+    damages = upkeep.verify(checkpoints, found)
+  with pytest.raises(UserError) as error:
+    upkeep.check_verified(workdir / "train", found, damages)
+  return str(error.value)
+
+
+def test_verify_says_what_a_damaged_newest_checkpoint_means(workdir):
+  train = workdir / "train"
+  flip(workdir, 8)
+  flip(workdir, 4)
+  finished = (
+    "The run is finished, so launch.train does not go back by itself: run `python -m "
+    f"launch.checkpoints rollback --workdir={workdir} --step=6`, then `python -m launch.train`."
+  )
+  sentence = verified(workdir)
+  assert sentence.startswith("2 of 4 sealed checkpoints are damaged (")
+  assert sentence.endswith(f"). {finished}")
+  (train / "done.json").unlink()
+  assert verified(workdir).endswith("). launch.train goes back to 6 by itself.")
+  flip(workdir, 2)
+  flip(workdir, 6)
+  assert verified(workdir).endswith(
+    "). No checkpoint is whole: the run cannot continue. Restore the files from a copy, or delete "
+    f"{train} to start again."
+  )
+
+
+def test_no_sealed_checkpoint_is_said_by_every_action(workdir):
+  train = workdir / "train"
+  shutil.rmtree(train / "checkpoints.digests")
+  several = (
+    f"{train} has no sealed checkpoint: 2, 4, 6, 8 are there but not sealed. Restore "
+    f"{train}/checkpoints.digests from a copy, or delete {train} to start again."
+  )
+  for function in (
+    lambda: upkeep.prune(train, 2, 0, 0),
+    lambda: upkeep.rollback(train, 4),
+    lambda: upkeep.rollback(train, 4, dry_run=True),
+  ):
+    with pytest.raises(UserError, match=f"^{re.escape(several)}$"):
+      function()
+  assert verified(workdir) == several
+  for step in (2, 4, 6):
+    shutil.rmtree(train / "checkpoints" / str(step))
+  result = command(workdir, "verify")
+  assert result.returncode == 2
+  assert result.stdout.splitlines()[0] == f"{train}: 1 checkpoint"
+  assert result.stderr == (
+    f"error: {train} has no sealed checkpoint: 8 is there but not sealed. `python -m launch.train` "
+    "seals it.\n"
+  )
+  shutil.rmtree(train / "checkpoints" / "8")
+  assert verified(workdir) == (
+    f"{train} has no checkpoint: run `python -m launch.train` until it saves one."
+  )
+
+
 def test_prune_keeps_what_the_config_says_or_the_flags(workdir):
+  train = workdir / "train"
+  (would,) = upkeep.prune(train, 2, 0, 1, dry_run=True)
+  assert steps(workdir) == list(STEPS)
   result = command(workdir, "prune")
   assert (result.returncode, result.stderr) == (0, "")
-  assert result.stdout.startswith("removed checkpoints 2, ")
+  assert result.stdout.startswith("removed checkpoint 2, ")
   assert result.stdout.endswith("; kept 4, 6, 8.\n")
+  assert would == result.stdout.rstrip("\n").replace("removed", "would remove").replace(
+    "kept", "would keep"
+  )
   assert steps(workdir) == [4, 6, 8]
-  assert upkeep.prune(workdir / "train", 1, 3, 0)[0].startswith("removed checkpoints 4, ")
+  assert upkeep.prune(train, 2, 3, 0)[0].startswith("removed checkpoint 4, ")
   assert steps(workdir) == [6, 8]
-  assert upkeep.prune(workdir / "train", 1, 3, 0) == ["removed nothing; kept 6, 8."]
+  assert upkeep.prune(train, 2, 3, 0) == ["removed nothing; kept 6, 8."]
   alone = command(workdir, "prune", "--keep_best=1")
   assert alone.stderr == ("error: prune: say how many of the newest are kept, too: --keep_last=2\n")
 
 
+def test_prune_removes_nothing_if_the_newest_is_damaged(workdir):
+  train = workdir / "train"
+  flip(workdir, 8)
+  flip(workdir, 6)
+  result = command(workdir, "prune", "--keep_last=2")
+  assert (result.returncode, result.stdout) == (2, "")
+  assert result.stderr == (
+    "error: The newest checkpoint that would be kept, 8, is damaged: nothing was removed. Roll "
+    "back to 4 first.\n"
+  )
+  flip(workdir, 4)
+  flip(workdir, 2)
+  with pytest.raises(UserError, match=r"^Nothing was removed\. No checkpoint is whole: the run "):
+    upkeep.prune(train, 2, 0, 0)
+  assert steps(workdir) == list(STEPS)
+
+
 def test_rollback_removes_what_is_newer_and_says_so(workdir):
+  train = workdir / "train"
+  before = (train / "metrics" / "metrics.jsonl").read_bytes()
+  would = upkeep.rollback(train, 4, dry_run=True)
+  assert steps(workdir) == list(STEPS)
+  assert (train / "done.json").exists()
+  assert (train / "metrics" / "metrics.jsonl").read_bytes() == before
   result = command(workdir, "rollback", "--step=4")
   assert (result.returncode, result.stderr) == (0, "")
-  train = workdir / "train"
   assert result.stdout.splitlines() == [
-    f"removed {train / 'done.json'}: the run is not finished any more.",
+    f"removed {train / 'done.json'}: without it the run is not finished, and generate, evaluate "
+    "and export refuse it until launch.train has reached its last step.",
     "removed checkpoints 6, 8.",
     "removed steps 5 to 9 from metrics/metrics.jsonl.",
     "launch.train continues from step 4.",
+  ]
+  assert would == [
+    line.replace("removed", "would remove").replace("continues", "would continue")
+    for line in result.stdout.splitlines()
   ]
   assert steps(workdir) == [2, 4]
   lines = read_json_lines(train / "metrics" / "metrics.jsonl")
   assert max(line["step"] for line in lines) == 4
   assert lines[-1] == {"step": 4, "event": "rolled_back", "from_step": 9, "time": 109.0}
-  assert upkeep.rollback(train, 4) == [
-    "no checkpoint is newer.", "launch.train continues from step 4."
+
+
+def test_rollback_to_the_newest_step_of_a_finished_run_removes_nothing(workdir):
+  assert upkeep.rollback(workdir / "train", 8) == ["Step 8 is the newest: nothing to remove."]
+  assert steps(workdir) == list(STEPS)
+  assert (workdir / "train" / "done.json").exists()
+
+
+def test_rollback_of_one_checkpoint_says_so_in_the_singular(workdir):
+  with (workdir / "train" / "metrics" / "metrics.jsonl").open("w") as file:
+    file.write('{"step": 7, "loss": 1.0}\n')
+  assert upkeep.rollback(workdir / "train", 6)[1:3] == [
+    "removed checkpoint 8.", "removed step 7 from metrics/metrics.jsonl."
   ]  # fmt: skip
 
 
 def test_rollback_to_a_step_that_is_not_whole_changes_nothing(workdir):
   victim = flip(workdir, 4)
-  with pytest.raises(UserError, match=f"{victim} is damaged.*; roll back to another step"):
+  with pytest.raises(UserError, match=f"{victim} is damaged.*; go back to another step: 2, 6, 8"):
     upkeep.rollback(workdir / "train", 4)
   with pytest.raises(UserError, match=r"no sealed checkpoint of step 5: it has 2, 4, 6, 8\."):
     upkeep.rollback(workdir / "train", 5)
+  (workdir / "train" / "checkpoints.digests" / "6.json").rename(workdir / "6.json")
+  with pytest.raises(UserError, match=r"step 6: 6 is there but not sealed; it has 2, 4, 8\."):
+    upkeep.rollback(workdir / "train", 6)
+  (workdir / "6.json").rename(workdir / "train" / "checkpoints.digests" / "6.json")
   assert steps(workdir) == list(STEPS)
   assert (workdir / "train" / "done.json").exists()
 
@@ -143,7 +254,7 @@ def test_rollback_to_a_step_that_is_not_whole_changes_nothing(workdir):
 def test_nothing_is_removed_while_a_job_trains(workdir, monkeypatch, action):
   monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
   functions = {
-    "prune": lambda: upkeep.prune(workdir / "train", 1, 0, 0),
+    "prune": lambda: upkeep.prune(workdir / "train", 2, 0, 0),
     "rollback": lambda: upkeep.rollback(workdir / "train", 2),
   }
   with lease.Lease(workdir / "train"), pytest.raises(UserError, match="trains in"):
@@ -158,7 +269,39 @@ def test_nothing_is_removed_while_a_job_trains(workdir, monkeypatch, action):
     (["lsit"], "the first argument must say what to do: list, verify, prune, rollback."),
     (["list", "4"], "unexpected argument '4': commands take only flags after it (--name=value)."),
     (["rollback"], "rollback: name the step to go back to: --step=STEP; `list` shows them."),
+    (
+      ["rollback", "--step=abc"],
+      "--step is 'abc'; it must be the step of a checkpoint, such as 1600 or 1,600; `list` shows "
+      "them.",
+    ),
+    (
+      ["rollback", "--step=1,59"],
+      "--step is '1,59'; it must be the step of a checkpoint, such as 1600 or 1,600; `list` shows "
+      "them.",
+    ),
+    (["verify", "--step=4"], "--step is given, but verify does not take it: only rollback does."),
+    (
+      ["list", "--keep_best=1"],
+      "--keep_best is given, but list does not take it: only prune does.",
+    ),
+    (
+      ["rollback", "--step=1", "--keep_last=2"],
+      "--keep_last is given, but rollback does not take it: only prune does.",
+    ),
+    (
+      ["list", "--dry_run"],
+      "--dry_run is given, but list does not take it: only prune and rollback do.",
+    ),
+    (
+      ["prune", "--keep_last=1"],
+      "flag --keep_last=1: 1 is not integer >= 2",
+    ),
     (["list"], "{}/train has no checkpoints: --workdir must be the folder of a run."),
+    (["prune"], "{}/train has no checkpoints: --workdir must be the folder of a run."),
+    (
+      ["rollback", "--step=1,596"],
+      "{}/train has no checkpoints: --workdir must be the folder of a run.",
+    ),
   ],
 )
 def test_a_mistake_ends_in_one_sentence(tmp_path, arguments, sentence):

@@ -240,14 +240,19 @@ TRAINING = (
     ("nan_is_best", "return -math.inf if", "return math.inf if"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/upkeep.py",
+    CHECKPOINT,
     "tests/commands/checkpoints_test.py::test_rollback_removes_what_is_newer_and_says_so",
-    ("rolled_back_too_far", "if s > step]", "if s >= step]"),
+    ("rolled_back_too_far", "if newer > step:", "if newer >= step:"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/recovery.py",
+    "tests/commands/checkpoints_test.py::test_rollback_to_a_step_that_is_not_whole_changes_nothing",
+    ("rolled_back_to_damage", "if damage := checkpoints.damage(step):", 'if damage := "":'),
   ),
   *mutants_of(
     "cm3leon_jax/training/upkeep.py",
-    "tests/commands/checkpoints_test.py::test_rollback_to_a_step_that_is_not_whole_changes_nothing",
-    ("rolled_back_to_damage", "if damage := checkpoints.damage(step):", 'if damage := "":'),
+    "tests/commands/checkpoints_test.py::test_prune_removes_nothing_if_the_newest_is_damaged",
+    ("pruned_to_damage", "if not checkpoints.damage(newest):", "if True:"),
   ),
   *mutants_of(
     VQGAN,

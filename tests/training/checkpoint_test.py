@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training import checkpoint, recovery
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.state import init_state
 from tests.models.tiny import CONFIG, mesh_of
@@ -93,7 +93,7 @@ def test_a_checkpoint_without_digests_does_not_count(saved):
   with jax.set_mesh(mesh_of(1, 1, 1)):
     checkpoints = checkpoint.Checkpoints(saved, keep=2)
     assert checkpoints.newest() == 1
-    checkpoints.discard_unsealed()
+    recovery.discard_unsealed(checkpoints)
     checkpoints.save(fresh(3), 2, next_row=99)  # It is written again.
     checkpoints.wait()
     assert checkpoints.newest() == 2
@@ -118,11 +118,32 @@ def test_a_damaged_file_is_refused(saved, damage):
     checkpoint.load_params(saved, CONFIG)
 
 
+@pytest.mark.parametrize(
+  ("damaged", "removed", "remedy"),
+  [
+    (
+      2,
+      None,
+      r"run `python -m launch\.checkpoints rollback --workdir=\S+ --step=1`, then `python",
+    ),
+    (1, None, r"; the newest sealed checkpoint is 2\.$"),
+    (2, 1, r"; no other checkpoint is sealed: restore the file from a copy\.$"),
+  ],
+)
+def test_a_damaged_file_is_refused_with_what_to_do(saved, damaged, removed, remedy):
+  flip(largest_file(saved / "checkpoints" / str(damaged)))
+  with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
+    if removed:
+      checkpoints.delete(removed)
+    with pytest.raises(UserError, match=remedy):
+      checkpoints.check(damaged)
+
+
 def test_a_save_that_was_not_finished_is_deleted_with_a_warning(saved, capsys):
   (saved / "checkpoints.digests" / "2.json").unlink()
   checkpoints = checkpoint.Checkpoints(saved, keep=2)
-  assert checkpoints.newest_whole() == 1
-  checkpoints.discard_unsealed()
+  assert recovery.newest_whole(checkpoints) == 1
+  recovery.discard_unsealed(checkpoints)
   checkpoints.close()
   assert [p.name for p in (saved / "checkpoints").iterdir()] == ["1"]
   assert "warning: checkpoint 2 in" in capsys.readouterr().out
@@ -131,7 +152,7 @@ def test_a_save_that_was_not_finished_is_deleted_with_a_warning(saved, capsys):
 def test_a_newer_checkpoint_that_is_gone_is_named(saved, capsys):
   shutil.rmtree(saved / "checkpoints" / "2")
   checkpoints = checkpoint.Checkpoints(saved, keep=2)
-  assert checkpoints.newest_whole() == 1
+  assert recovery.newest_whole(checkpoints) == 1
   checkpoints.close()
   assert "warning: checkpoint 2 is gone from" in capsys.readouterr().out
 
@@ -142,8 +163,8 @@ def test_a_first_save_that_was_killed_before_its_digests_gets_them(saved, capsys
   for path in (saved / "checkpoints.digests").iterdir():
     path.unlink()
   checkpoints = checkpoint.Checkpoints(saved, keep=2)
-  checkpoints.discard_unsealed()
-  assert checkpoints.newest_whole() == 1
+  recovery.discard_unsealed(checkpoints)
+  assert recovery.newest_whole(checkpoints) == 1
   checkpoints.close()
   assert (saved / "checkpoints.digests" / "1.json").read_bytes() == expected
   assert "warning: checkpoint 1 in" in capsys.readouterr().out
@@ -168,7 +189,7 @@ def test_a_run_goes_back_to_the_newest_whole_checkpoint(saved, capsys, digests):
     (saved / "checkpoints.digests" / "2.json").write_bytes(digests)
   checkpoints = checkpoint.Checkpoints(saved, keep=2)
   assert checkpoints.newest() == 2
-  assert checkpoints.newest_whole() == 1
+  assert recovery.newest_whole(checkpoints) == 1
   [warning] = capsys.readouterr().out.splitlines()
   assert "is damaged" in warning
   assert warning.endswith("; the run goes back to checkpoint 1.")
@@ -177,8 +198,25 @@ def test_a_run_goes_back_to_the_newest_whole_checkpoint(saved, capsys, digests):
   with jax.set_mesh(mesh_of(1, 1, 1)):
     checkpoints.save(fresh(3), 2, next_row=99)  # It is written again.
     checkpoints.wait()
-  assert checkpoints.newest_whole() == 2
+  assert recovery.newest_whole(checkpoints) == 2
   checkpoints.close()
+
+
+def test_a_step_to_go_back_to_leaves_no_digests_after_it(saved):
+  """Neither of a checkpoint that is deleted nor of one that is gone."""
+  shutil.copy(saved / "checkpoints.digests" / "2.json", saved / "checkpoints.digests" / "3.json")
+  with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
+    recovery.go_back(checkpoints, 1)
+  assert on_disk(saved) == [[1], [1]]
+
+
+def test_a_step_to_go_back_to_must_be_sealed(saved):
+  (saved / "checkpoints.digests" / "1.json").unlink()
+  with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
+    for step, state in ((1, "1 is there but not sealed; "), (9, "")):
+      with pytest.raises(UserError, match=f"no sealed checkpoint of step {step}: {state}it has 2"):
+        recovery.go_back(checkpoints, step)
+  assert on_disk(saved) == [[1, 2], [2]]
 
 
 def test_damaged_checkpoints_alone_are_refused_and_kept(saved):
@@ -188,7 +226,7 @@ def test_damaged_checkpoints_alone_are_refused_and_kept(saved):
   with pytest.raises(
     UserError, match=r"^no checkpoint in .* is whole \(.*2.* is damaged.*1.* is dam"
   ):
-    checkpoints.newest_whole()
+    recovery.newest_whole(checkpoints)
   assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == ["1", "2"]
   checkpoints.close()
 
@@ -197,7 +235,7 @@ def test_checkpoints_without_digests_are_kept_and_refused(saved):
   shutil.rmtree(saved / "checkpoints.digests")
   checkpoints = checkpoint.Checkpoints(saved, keep=2)
   with pytest.raises(UserError, match="no digests of them"):
-    checkpoints.discard_unsealed()
+    recovery.discard_unsealed(checkpoints)
   assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == ["1", "2"]
   checkpoints.close()
 
@@ -311,7 +349,7 @@ def test_a_save_that_fails_is_reported_in_the_loop_and_leaves_the_one_before(tmp
   assert last.startswith(f"error: checkpoint 2 could not be written to {tmp_path}/checkpoints (")
   assert last.endswith("): the same command continues from the one before.")
   checkpoints = checkpoint.Checkpoints(tmp_path, 2)
-  assert checkpoints.newest_whole() == 1
+  assert recovery.newest_whole(checkpoints) == 1
   checkpoints.close()
 
 

@@ -152,7 +152,7 @@ def test_too_many_skipped_steps_stop_the_run_and_it_goes_on_without_their_rows(l
 def test_a_checkpoint_to_go_back_to_must_exist(loader, tmp_path):
   run(tmp_path, loader, steps=4)
   back = GoBack(3, range(40, 56))
-  with pytest.raises(UserError, match=r"has no checkpoint of step 3; it has 4\."):
+  with pytest.raises(UserError, match=r"has no sealed checkpoint of step 3: it has 4\."):
     run(tmp_path, loader, skipped=(back.rows,), go_back=back)
   assert skipped_rows.read(epath.Path(tmp_path)) == []
 
