@@ -58,8 +58,8 @@ def test_written_scripts_are_clean(tmp_path, topology, slices, options):
 
 def test_no_file_holds_a_secret_of_the_environment(tmp_path, monkeypatch):
   monkeypatch.setenv("WANDB_API_KEY", KEY)
-  for topology in ("v5e-256", "h100-64"):
-    texts = [path.read_text() for path in write(tmp_path, topology, queue="q").iterdir()]
+  for topology, queue in (("v5e-256", "q"), ("h100-64", "")):
+    texts = [path.read_text() for path in write(tmp_path, topology, queue=queue).iterdir()]
     assert len(texts) >= 2
     assert all("WANDB_API_KEY" in text for text in texts if "kind: ResourceFlavor" not in text)
     assert not [text for text in texts if KEY in text]
@@ -80,7 +80,7 @@ def one_host(recorders):
   recorders.add(
     "sudo", 'case "$1" in tee) cat >>"$HOME/sudo_tee" ;; install) cp "$4" "$HOME/env" ;; esac'
   )
-  recorders.add("systemctl", "exit 3")  # is-active: it is not.
+  recorders.add("systemctl", "echo inactive; exit 3")  # is-active: it is not.
   venv = recorders.home / "cm3leon_jax" / ".venv"
   (venv / "bin").mkdir(parents=True)
   (venv / "bin" / "python").symlink_to(sys.executable)
@@ -100,10 +100,10 @@ def test_tpu_vm_starts_the_same_flags_on_every_host(recorders, tmp_path):
   script = write(tmp_path) / "tpu_vm.sh"
   result = run_in_root(recorders, script, "run", "--debug_nans", **CLUSTER, WANDB_API_KEY=KEY)
   assert result.returncode == 0, result.stderr
-  scp, ssh = recorders.calls("gcloud")
+  asked, scp, ssh = recorders.calls("gcloud")
   assert scp[:4] == ["compute", "tpus", "tpu-vm", "scp"]
-  assert ssh[:5] == ["compute", "tpus", "tpu-vm", "ssh", "run"]
-  for call in (scp, ssh):
+  assert asked[:5] == ssh[:5] == ["compute", "tpus", "tpu-vm", "ssh", "run"]
+  for call in (asked, scp, ssh):
     assert {"--worker=all", "--project=project", "--zone=us-west4-a"} <= set(call)
   user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
   assert recorders.calls("sudo")[-1] == ["systemctl", "enable", "--now", f"cm3leon-train@{user}"]
@@ -118,6 +118,24 @@ def test_tpu_vm_starts_the_same_flags_on_every_host(recorders, tmp_path):
   assert recorders.calls("python") == [
     ["-m", "launch.train", "--distributed", *FLAGS, "--debug_nans"]
   ]
+
+
+@pytest.mark.parametrize("state", ["active", "activating", "deactivating"])
+def test_tpu_vm_replaces_no_file_of_a_run_that_trains(recorders, tmp_path, state):
+  one_host(recorders)
+  recorders.add("systemctl", f"echo {state}")
+  result = run_in_root(recorders, write(tmp_path) / "tpu_vm.sh", "run", **CLUSTER)
+  assert_one_sentence(result, "run is already training: run 'bash ")
+  (call,) = recorders.calls("gcloud")
+  assert "ssh" in call
+  assert not (recorders.home / "cm3leon_jax" / "launch").exists()
+
+
+def test_tpu_vm_copies_nothing_if_a_host_does_not_answer(recorders, tmp_path):
+  recorders.add("gcloud", "exit 255")
+  result = run_in_root(recorders, write(tmp_path) / "tpu_vm.sh", "run", **CLUSTER)
+  assert result.returncode == 255
+  assert len(recorders.calls("gcloud")) == 1
 
 
 def test_tpu_vm_brings_the_key_to_a_file_of_root(recorders, tmp_path):
@@ -192,26 +210,52 @@ def test_tpu_vm_asks_for_spot_slices_and_reaches_each(recorders, tmp_path):
 
 
 def test_tpu_vm_watch_asks_again_after_a_preemption_and_ends_with_the_training(recorders, tmp_path):
-  """States: it waits, is made, trains, is preempted, is made again, trains, is done."""
+  """States: it waits, is made, trains, is preempted, is made again, trains, is done.
+
+  The tries that fail are counted from the last slice that was made.
+  """
   states = ["WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE", "SUSPENDED"]
-  states += ["PROVISIONING", "ACTIVE", "ACTIVE", "ACTIVE"]
+  states += ["FAILED"] * 4 + ["PROVISIONING", "ACTIVE", "ACTIVE", "ACTIVE"]
   services = ["inactive", "active", "inactive", "active", "inactive"]
   for name, lines in (("states", states), ("services", services)):
     (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
   pop = f'next() {{ head -n 1 "{tmp_path}/$1"; sed -i 1d "{tmp_path}/$1"; }}\n'
   recorders.add(
     "gcloud",
-    pop + 'case "$*" in *" describe "*) next states ;; *is-active*) next services ;; esac',
+    pop + 'case "$*" in *" describe "*state.state*) next states ;;\n'
+    '*"--worker=0"*is-active*) next services ;; esac',
   )
   script = write(tmp_path, spot=True) / "tpu_vm.sh"
-  result = run_in_root(recorders, script, "watch", **CLUSTER, WATCH_SECONDS="0")
+  result = run_in_root(recorders, script, "watch", "--reserved", **CLUSTER, WATCH_SECONDS="0")
   assert result.returncode == 0, result.stderr
   assert "training has ended" in result.stdout
   calls = [" ".join(call[2:5]) for call in recorders.calls("gcloud")]
   made = [c for c in calls if c.startswith(("queued-resources create", "queued-resources delete"))]
-  assert made == ["queued-resources delete run", "queued-resources create run"]
+  assert made == ["queued-resources delete run", "queued-resources create run"] * 5
+  created = [call for call in recorders.calls("gcloud") if call[3] == "create"]
+  assert all({"--spot", "--reserved"} <= set(call) for call in created)
   assert sum(call.startswith("tpu-vm scp") for call in calls) == 2
   assert (tmp_path / "states").read_text() == (tmp_path / "services").read_text() == ""
+
+
+def test_tpu_vm_watch_stops_if_the_request_fails_again_and_again(recorders, tmp_path):
+  recorders.add(
+    "gcloud",
+    'case "$*" in *failedData*) echo "Quota exceeded." ;; *" describe "*) echo FAILED ;; esac',
+  )
+  script = write(tmp_path) / "tpu_vm.sh"
+  result = run_script(recorders, script, "watch", **CLUSTER, WATCH_SECONDS="0")
+  assert result.returncode == MISTAKE
+  assert result.stdout.count("run could not be made: Quota exceeded.\n") == 5
+  assert result.stderr.startswith("error: run FAILED 5 times: see the reason above; ")
+  assert [call[3] for call in recorders.calls("gcloud")].count("create") == 4
+
+
+def test_tpu_vm_watch_needs_a_request(recorders, tmp_path):
+  recorders.add("gcloud", "exit 1")
+  script = write(tmp_path) / "tpu_vm.sh"
+  result = run_script(recorders, script, "watch", **CLUSTER, WATCH_SECONDS="0")
+  assert_one_sentence(result, "gcloud does not find the queued resource run: run 'bash ")
 
 
 # XPK.
@@ -284,22 +328,32 @@ def test_slurm_gets_the_flags_whole_and_the_key(recorders, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("status", "restarts", "again"),
+  ("status", "crashes", "again", "left"),
   [
-    (0, 0, False),
-    (MISTAKE, 0, False),
-    (INTERRUPTED, 0, True),
-    (INTERRUPTED, 99, True),
-    (1, 6, True),
-    (137, 7, False),
+    (0, 0, False, 0),
+    (0, 3, False, 0),
+    (MISTAKE, 0, False, 0),
+    (INTERRUPTED, 0, True, 0),
+    (INTERRUPTED, 99, True, 99),
+    (1, 0, True, 1),
+    (1, 6, True, 7),
+    (137, 7, False, 8),
   ],
 )
 def test_slurm_requeues_an_interrupted_run_but_not_after_a_mistake(
-  recorders, tmp_path, status, restarts, again
+  recorders, tmp_path, status, crashes, again, left
 ):
-  result = submit(recorders, tmp_path, status, SLURM_RESTART_COUNT=str(restarts))
+  """SLURM counts time limits and preemptions too: only the crashes of the job's file count."""
+  counted = recorders.home / "cm3leon-17.crashes"
+  if crashes:
+    counted.write_text("2026-01-01T00:00:00 exit code 1\n" * crashes)
+  result = submit(recorders, tmp_path, status, SLURM_RESTART_COUNT="99")
   assert recorders.calls("scontrol") == ([["requeue", "17"]] if again else [])
   assert result.returncode == (0 if again else status)
+  lines = counted.read_text().splitlines() if counted.exists() else []
+  assert len(lines) == left
+  if left > crashes:
+    assert re.fullmatch(rf"\d{{4}}-\d\d-\d\dT[\d:]{{8}} exit code {status}", lines[-1])
 
 
 def test_slurm_knows_every_option_and_sends_sigterm_before_the_time_limit(tmp_path):
