@@ -214,7 +214,7 @@ def test_tpu_vm_watch_asks_again_after_a_preemption_and_ends_with_the_training(r
 
   The tries that fail are counted from the last slice that was made.
   """
-  states = ["WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE", "SUSPENDED"]
+  states = ["FAILED", "WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE", "SUSPENDED"]
   states += ["FAILED"] * 4 + ["PROVISIONING", "ACTIVE", "ACTIVE", "ACTIVE"]
   services = ["inactive", "active", "inactive", "active", "inactive"]
   for name, lines in (("states", states), ("services", services)):
@@ -231,7 +231,7 @@ def test_tpu_vm_watch_asks_again_after_a_preemption_and_ends_with_the_training(r
   assert "training has ended" in result.stdout
   calls = [" ".join(call[2:5]) for call in recorders.calls("gcloud")]
   made = [c for c in calls if c.startswith(("queued-resources create", "queued-resources delete"))]
-  assert made == ["queued-resources delete run", "queued-resources create run"] * 5
+  assert made == ["queued-resources delete run", "queued-resources create run"] * 6
   created = [call for call in recorders.calls("gcloud") if call[3] == "create"]
   assert all({"--spot", "--reserved"} <= set(call) for call in created)
   assert sum(call.startswith("tpu-vm scp") for call in calls) == 2
