@@ -1,6 +1,5 @@
 """Checks the manifests that `launch.plan` writes: schemas of JobSet, Kueue, SkyPilot; restarts."""
 
-import dataclasses
 import re
 
 from kubernetes import client
@@ -8,7 +7,7 @@ import pydantic
 import pytest
 import yaml
 
-from cm3leon_jax.config import INTERRUPTED, UserError
+from cm3leon_jax.config import INTERRUPTED
 from cm3leon_jax.planning import hardware, launchers
 from tests.recorders import FLAGS, MISTAKE
 
@@ -358,59 +357,3 @@ def test_gke_restarts_a_preempted_run_but_not_after_a_mistake(manifest):
   assert {jobset_action(manifest, code) for code in (1, 12, 22, 134, 137, 139)} == {"RestartJobSet"}
   assert job(manifest)["backoffLimit"] == 0
   assert pod(manifest)["restartPolicy"] == "Never"
-
-
-@pytest.mark.parametrize(
-  ("topology", "options", "sentence"),
-  [
-    ("v5e-256", {"workdir": "runs/7b"}, "--workdir is 'runs/7b'; it must be gs://BUCKET/FOLDER:"),
-    ("v5e-256", {"workdir": "/nfs/7b"}, "--workdir is '/nfs/7b'; it must be gs://BUCKET/FOLDER:"),
-    ("h100-8", {"workdir": "7b"}, "--workdir is '7b'; it must be gs://BUCKET/FOLDER or /SHARED/"),
-    (
-      "v5e-256", {"workdir": ""},
-      "--out needs --workdir=gs://BUCKET/FOLDER: all hosts read and write one workdir.",
-    ),
-    ("h100-8", {"queue": "tpus"}, "--queue is of Kueue, which only the files for TPUs use"),
-    ("v5e-256", {"name": "7b_run"}, "--name is '7b_run'; Kubernetes and the cloud take at most"),
-    ("v5e-256", {"queue": "a b"}, "--queue is 'a b'; it must be a name of an object"),
-  ],
-)  # fmt: skip
-def test_what_no_launcher_could_start_is_refused(topology, options, sentence):
-  flags = ("--config=c", f"--workdir={options.pop('workdir', 'gs://bucket/7b')}")
-  job = launchers.Job(**{"name": "run", **options}, hardware=hardware.load(topology), flags=flags)
-  with pytest.raises(UserError, match=re.escape(sentence)):
-    launchers.files(job)
-
-
-def test_a_launcher_that_cannot_run_a_job_is_left_out_with_a_sentence():
-  job = launchers.Job("run", hardware.load("v5e-256", 2), tuple(FLAGS))
-  assert list(launchers.files(job)) == ["tpu_vm.sh"]
-  image, several = launchers.remarks(job)
-  assert image.startswith("gke_jobset.yaml and xpk.sh need a container image")
-  assert several.startswith("skypilot.yaml: SkyPilot does not connect slices")
-  assert launchers.remarks(launchers.Job("run", job.hardware, job.flags, IMAGE)) == [several]
-
-
-def test_a_queue_is_not_written_without_the_job_that_waits_in_it():
-  job = launchers.Job("run", hardware.load("v5e-256"), tuple(FLAGS), queue="tpus")
-  assert list(launchers.files(job)) == ["skypilot.yaml", "tpu_vm.sh"]
-  (image,) = launchers.remarks(job)
-  assert image.startswith("gke_jobset.yaml, gke_kueue.yaml and xpk.sh need a container image")
-
-
-def test_machines_that_share_no_folder_get_a_bucket_only():
-  shared = ("--config=c", "--workdir=/scratch/7b")
-  job = launchers.Job("run", hardware.load("h100-64"), shared)
-  assert list(launchers.files(job)) == []
-  image, folder = launchers.remarks(job)
-  assert image == "slurm.sbatch needs a container image: give --image."
-  assert folder == "skypilot.yaml: its machines share no folder; give a gs:// workdir."
-  assert list(launchers.files(dataclasses.replace(job, image=IMAGE))) == ["slurm.sbatch"]
-  assert list(written("h100-64")) == ["skypilot.yaml", "slurm.sbatch"]
-
-
-def test_slurm_does_not_ask_for_spot_machines_and_says_so():
-  job = launchers.Job("run", hardware.load("h100-64"), tuple(FLAGS), IMAGE, spot=True)
-  sentence = "slurm.sbatch: --spot changes nothing in SLURM: choose a partition."
-  assert launchers.remarks(job) == [sentence]
-  assert launchers.remarks(dataclasses.replace(job, spot=False)) == []
