@@ -5,11 +5,12 @@ r"""Plans a pod job before it is paid for: memory, days, checkpoints; writes fil
     --workdir=gs://my-bucket/7b --out=plan --name=cm3leon-7b \
     --image=us-docker.pkg.dev/my-project/my-repository/cm3leon:tpu
   python -m launch.plan --config=ml_configs/cm3leon_7b.py --topology=h100-64 \
-    --workdir=/scratch/7b --out=plan --image=registry#my-project/cm3leon:gpu
+    --workdir=/scratch/7b --out=plan --image=us-docker.pkg.dev#my-project/my-repository/cm3leon:gpu
 
 With --out it writes, for TPUs, gke_jobset.yaml, xpk.sh, tpu_vm.sh and skypilot.yaml; for GPUs,
-slurm.sbatch and skypilot.yaml; and plan.json. Nothing is compiled and nothing started: memory is an
-estimate, which `launch.aot_compile` checks with the real compiler. docs/pods.md is the guide.
+slurm.sbatch and, if the workdir is in a bucket, skypilot.yaml; and plan.json. Nothing is compiled
+and nothing started: memory is an estimate, which `launch.aot_compile` checks with the real
+compiler. docs/pods.md is the guide.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from absl import flags
 from etils import epath
 
 from cm3leon_jax.commands import common
+from cm3leon_jax.config import UserError
 
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "A slice, e.g. v5e-256 or v5p:4x4x8, or GPUs and their number, e.g. h100-64."
@@ -38,7 +40,7 @@ _NAME = flags.DEFINE_string("name", None, "Name of the run (default: of the conf
 _IMAGE = flags.DEFINE_string(
   "image", "", "Container image; GKE, XPK and SLURM need one (launch/pod/Dockerfile)."
 )
-_QUEUE = flags.DEFINE_string("queue", "", "LocalQueue of Kueue; also writes gke_kueue.yaml.")
+_QUEUE = flags.DEFINE_string("queue", "", "LocalQueue of Kueue in GKE; also writes gke_kueue.yaml.")
 _SECRET = flags.DEFINE_string(
   "secret", "cm3leon", "Secret of Kubernetes with the key WANDB_API_KEY; it may be absent."
 )
@@ -49,7 +51,7 @@ _TRAIN_FLAGS = flags.DEFINE_multi_string(
   None,
   "A further flag of launch.train, e.g. --train_flag=--init_from=gs://bucket/run",
 )
-flags.mark_flag_as_required("topology")
+_ONLY_FILES = (_IMAGE, _QUEUE, _SECRET, _MAX_RESTARTS, _TRAIN_FLAGS)
 
 
 def config_flags(arguments: list[str]) -> list[str]:
@@ -68,25 +70,44 @@ def _default_name(config: str) -> str:
   return name[:40].strip("-")
 
 
+def _check_flags() -> None:
+  """Raises UserError if flags are missing or contradict each other."""
+  if not _TOPOLOGY.value:
+    raise UserError("name the hardware: --topology=v5e-256, or h100-64.")
+  if not _OUT.value:
+    for flag in _ONLY_FILES:
+      if flag.present:
+        raise UserError(f"--{flag.name} is of the files that --out writes: give --out=FOLDER.")
+  for value in _TRAIN_FLAGS.value or ():
+    if not re.match(r"--\w", value):
+      raise UserError(
+        f"--train_flag is '{value}'; it must begin with two hyphens: --train_flag=--"
+        f"{value.lstrip('-') or 'NAME=VALUE'}."
+      )
+
+
 def main(settings) -> None:
   from cm3leon_jax.io import write_json
   from cm3leon_jax.planning import hardware, launchers
   from cm3leon_jax.planning import plan as plan_lib
 
+  _check_flags()
   devices = hardware.load(_TOPOLOGY.value, _SLICES.value)
-  plan = plan_lib.make(settings, devices, _MFU.value, _SAVE_BANDWIDTH.value)
   given = config_flags(sys.argv[1:])
   name = _NAME.value or _default_name(given[0].partition("=")[2])
-  print(plan_lib.table(plan, name), flush=True)
+  given.append(f"--workdir={flags.FLAGS.workdir or ''}")
+  job = launchers.Job(
+    name=name, hardware=devices, flags=tuple(given), image=_IMAGE.value, queue=_QUEUE.value,
+    secret=_SECRET.value, spot=_SPOT.value, max_restarts=_MAX_RESTARTS.value,
+  )  # fmt: skip
+  if _OUT.value:
+    launchers.check(job)
+  plan = plan_lib.make(settings, devices, _MFU.value, _SAVE_BANDWIDTH.value)
+  print(plan_lib.table(plan, name, _SPOT.value), flush=True)
   if not _OUT.value:
     return
-  workdir = flags.FLAGS.workdir or ""
-  more = (*given, f"--workdir={workdir}", *plan.flags, *(_TRAIN_FLAGS.value or ()))
-  job = launchers.Job(
-    name=name, hardware=devices, flags=more, image=_IMAGE.value, queue=_QUEUE.value,
-    secret=_SECRET.value, spot=_SPOT.value, max_restarts=_MAX_RESTARTS.value,
-    grace_seconds=plan.grace_seconds,
-  )  # fmt: skip
+  more = (*given, *plan.flags, *(_TRAIN_FLAGS.value or ()))
+  job = dataclasses.replace(job, flags=more, grace_seconds=plan.grace_seconds)
   folder = epath.Path(_OUT.value)
   texts = launchers.files(job)
   folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +115,7 @@ def main(settings) -> None:
     (folder / file).write_text(text)
   write_json(folder / "plan.json", {**dataclasses.asdict(plan), "job": dataclasses.asdict(job)})
   print(f"written to {_OUT.value}: {', '.join([*texts, 'plan.json'])}")
-  for sentence in launchers.not_written(job):
+  for sentence in launchers.remarks(job):
     print(sentence)
 
 

@@ -64,10 +64,10 @@ class Memory:
 
   def __str__(self) -> str:
     names = {"state": "state", "kept": "values kept for the backward pass", "working": "working"}
-    parts = [f"{text} {getattr(self, name) / GIB:.2f}" for name, text in names.items()]
+    parts = [f"{text} {getattr(self, name) / GIB:,.2f}" for name, text in names.items()]
     if self.accumulation:
-      parts.append(f"sum of gradients {self.accumulation / GIB:.2f}")
-    return f"{self.total / GIB:.2f} GiB ({', '.join(parts)})"
+      parts.append(f"sum of gradients {self.accumulation / GIB:,.2f}")
+    return f"{self.total / GIB:,.2f} GiB ({', '.join(parts)})"
 
 
 def estimate(settings, shape: Mapping[str, int], platform: str = "tpu") -> Memory:
@@ -212,6 +212,14 @@ def smaller(settings, shape: Mapping[str, int], platform: str = "tpu") -> Iterat
       yield dataclasses.replace(settings, train=train, model=model), " ".join(flags)
 
 
+def excess(settings, memory: Memory, limit: float) -> str:
+  """Says what a step takes of a device that has only `limit` bytes, without a full stop."""
+  return (
+    f"a step with {memory.rows} rows of {settings.data.sequence_length:,} tokens at once takes "
+    f"about {memory} of a device, which has {limit / GIB:.2f}"
+  )
+
+
 def check(settings, shape: Mapping[str, int], limit: int, platform: str = "tpu") -> Memory:
   """Returns the `estimate` of a train step that fits.
 
@@ -233,15 +241,13 @@ def check(settings, shape: Mapping[str, int], limit: int, platform: str = "tpu")
     if estimate(other, shape, platform).total <= limit
   )
   remedy = next(fits, "")
-  advice = (
-    f"this fits: {remedy}"
-    if remedy
-    else ("no smaller batch or other remat policy fits: take more devices, or a larger mesh.tensor")
-  )
+  advice = f"this fits: {remedy}"
+  if not remedy:
+    advice = "no smaller batch or other remat policy fits: take more devices"
+    if shape["tensor"] < math.prod(shape.values()):
+      advice += ", or a larger mesh.tensor"
   raise UserError(
-    f"a step with {memory.rows} rows of {settings.data.sequence_length} tokens at once takes about "
-    f"{memory} of a device, which has {limit / GIB:.2f}; {advice}. --skip_memory_check starts it "
-    "all the same."
+    f"{excess(settings, memory, limit)}; {advice}. --skip_memory_check starts it all the same."
   )
 
 

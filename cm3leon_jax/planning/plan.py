@@ -21,6 +21,7 @@ MFU_SOURCE = (
   "docs/monitoring.md defines it"
 )
 GRACE_SECONDS = 900
+SPOT_SECONDS = 30  # That Google Cloud gives a machine that it preempts.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,20 +149,66 @@ def _fitting(settings, hardware: Hardware):
   """Returns settings that fit, the size of each mesh axis, flags that select them, and memory."""
   chosen = settings.mesh == MeshConfig()
   candidates = _meshes(hardware) if chosen else [settings.mesh]
-  limit, failure = hardware.memory * GIB, None
+  limit, failure = hardware.memory * GIB, ""
   for config in candidates:
     shape = _shape(config, hardware)
     flags = [f"--config.mesh.{axis}={n}" for axis, n in shape.items()] if chosen else []
-    try:
-      estimated = memory.check(settings, shape, limit, hardware.platform)
+    _check_batch(settings, shape, hardware, chosen)
+    estimated = memory.estimate(settings, shape, hardware.platform)
+    if estimated.total <= limit:
       return settings, shape, tuple(flags), estimated
-    except UserError as error:
-      failure = failure or error
+    if not failure:
+      failure = f"{memory.excess(settings, estimated, limit)}. {_too_few(shape, estimated, limit)}"
     for other, more in memory.smaller(settings, shape, hardware.platform):
       estimated = memory.estimate(other, shape, hardware.platform)
       if estimated.total <= limit:
         return other, shape, (*flags, *more.split()), estimated
   raise UserError(f"{hardware}: {failure}")
+
+
+def _too_few(shape: dict[str, int], estimated: memory.Memory, limit: float) -> str:
+  """Says what to do if no rows and no remat policy fit on a mesh."""
+  devices = math.prod(shape.values())
+  count = f"{devices:,} device{'s' * (devices > 1)}"
+  # No mesh holds less of the state than an equal share of each device.
+  if devices == 1 or estimated.state / shape["data"] > limit:
+    return f"No setting fits {count}: take more."
+  return f"No rows and no remat policy fit: take more than {count}, or a larger mesh.tensor."
+
+
+def _check_batch(settings, shape: dict[str, int], hardware: Hardware, chosen: bool) -> None:
+  """Raises UserError if the mesh cannot split a step's rows, with numbers that could."""
+  shards = math.prod(n for axis, n in shape.items() if axis != "tensor")
+  try:
+    on_mesh(settings.train, shards)
+  except UserError as error:
+    hint = _divisor(settings.train, shards) or (_slices(settings.train, shards, hardware) * chosen)
+    raise UserError(f"{error}{hint}") from error
+
+
+def _divisor(train, shards: int) -> str:
+  """Names the most rows of a device, up to the config's, with which a mesh splits a step."""
+  rows = train.global_batch_size // shards
+  if train.global_batch_size % shards:
+    return ""
+  most = train.rows_per_device or rows
+  fitting = max(n for n in range(1, min(most, rows) + 1) if rows % n == 0)
+  flags = f"--config.train.rows_per_device={fitting}"
+  if train.gradient_accumulation_steps > 1:
+    flags += " --config.train.gradient_accumulation_steps=1"
+  return f" With {flags} it does."
+
+
+def _slices(train, shards: int, hardware: Hardware) -> str:
+  """Names the next fewer and more slices, or GPUs, among which a step's rows can be split."""
+  rows = train.rows_per_device or train.gradient_accumulation_steps
+  each, now = shards // hardware.slices * rows, hardware.slices
+  fitting = [n for n in range(1, 2 * now + 1) if train.global_batch_size % (each * n) == 0]
+  near = [n for n in fitting if n < now][-1:] + [n for n in fitting if n > now][:1]
+  if hardware.platform == "gpu":
+    near = [n * hardware.per_host for n in near]
+  what = "GPUs" if hardware.platform == "gpu" else f"slice{'s' * (near != [1])}"
+  return f" With {' or '.join(map(str, near))} {what} it does." if near else ""
 
 
 def _meshes(hardware: Hardware) -> list[MeshConfig]:
@@ -196,27 +243,36 @@ def _state(settings) -> tuple[int, int]:
   return parameters, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
 
-def table(plan: Plan, title: str) -> str:
-  """Formats a plan, one number a line, each with what it assumes."""
+def table(plan: Plan, title: str, spot: bool = False) -> str:
+  """Formats a plan, one number a line, each with what it assumes.
+
+  Args:
+    plan: to format.
+    title: of the first line.
+    spot: whether the machines may be preempted at any time.
+  """
   hw, gb = plan.hardware, plan.checkpoint_bytes / 1e9
   passes = f"in {plan.passes} passes" if plan.passes > 1 else "in one pass"
   source = f" ({MFU_SOURCE})" if plan.mfu == MFU else ""
+  hosts = f"{gb / plan.saving_hosts:.2f} on each of {plan.saving_hosts:,} hosts"
+  if plan.saving_hosts == 1:
+    hosts = "all on 1 host"
+  short = f"; spot machines give about {SPOT_SECONDS} s" if spot else ""
   rows = {
     "mesh": ", ".join(f"{axis} {n}" for axis, n in plan.mesh.items()),
     "remat": plan.remat_policy,
     "rows of a device": f"{plan.rows_per_device} at once; a step has {plan.rows:,} {passes}",
     "memory of a device": f"about {plan.memory} of {hw.memory:.2f}",
     "model": f"{plan.parameters:,} parameters",
-    "a step": f"{plan.tokens_per_step:,} tokens, {plan.step_seconds:.1f} s at "
+    "a step": f"{plan.tokens_per_step:,} tokens, {plan.step_seconds:,.1f} s at "
     f"{plan.mfu:.0%} of the peak{source}",
     "tokens/s": f"{plan.tokens_per_second:,.0f}, {plan.tokens_per_second / hw.chips:,.0f} a device",
-    "the run": f"{plan.tokens:.3g} tokens in {plan.days:.1f} days, {plan.chip_hours:,.0f} "
+    "the run": f"{plan.tokens:.3g} tokens in {plan.days:,.1f} days, {plan.chip_hours:,.0f} "
     f"{'GPU' if hw.platform == 'gpu' else 'chip'}-hours, without evaluation, saving and restarts",
-    "a checkpoint": f"{gb:.1f} GB, {gb / plan.saving_hosts:.2f} on each of {plan.saving_hosts} "
-    f"host{'s' * (plan.saving_hosts > 1)}: {plan.save_seconds:.0f} s to write and as "
-    f"long to read for digests, at {plan.save_bandwidth / 1e9:g} GB/s a host",
-    "time to stop": f"{plan.stop_seconds:.0f} s from SIGTERM to the end; launchers give "
-    f"{plan.grace_seconds} s",
+    "a checkpoint": f"{gb:,.2f} GB, {hosts}: {plan.save_seconds:,.0f} s to write and as long to "
+    f"read for digests, at {plan.save_bandwidth / 1e9:g} GB/s a host",
+    "time to stop": f"{plan.stop_seconds:,.0f} s from SIGTERM to the end; launchers give "
+    f"{plan.grace_seconds:,} s{short}",
   }
   if plan.flags:
     rows["flags"] = " ".join(plan.flags)

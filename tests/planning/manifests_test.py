@@ -7,7 +7,7 @@ import pydantic
 import pytest
 import yaml
 
-from cm3leon_jax.config import INTERRUPTED, UserError
+from cm3leon_jax.config import INTERRUPTED
 from cm3leon_jax.planning import hardware, launchers
 from tests.recorders import FLAGS, MISTAKE
 
@@ -357,29 +357,3 @@ def test_gke_restarts_a_preempted_run_but_not_after_a_mistake(manifest):
   assert {jobset_action(manifest, code) for code in (1, 12, 22, 134, 137, 139)} == {"RestartJobSet"}
   assert job(manifest)["backoffLimit"] == 0
   assert pod(manifest)["restartPolicy"] == "Never"
-
-
-@pytest.mark.parametrize(
-  ("topology", "options", "sentence"),
-  [
-    ("v5e-256", {"workdir": "runs/7b"}, "--workdir is 'runs/7b'; it must be gs://BUCKET/FOLDER:"),
-    ("v5e-256", {"workdir": "/nfs/7b"}, "--workdir is '/nfs/7b'; it must be gs://BUCKET/FOLDER:"),
-    ("h100-8", {"workdir": "7b"}, "--workdir is '7b'; it must be gs://BUCKET/FOLDER or /SHARED/"),
-    ("v5e-256", {"name": "7b_run"}, "--name is '7b_run'; Kubernetes and the cloud take at most"),
-    ("v5e-256", {"queue": "a b"}, "--queue is 'a b'; it must be a name of an object"),
-  ],
-)
-def test_what_no_launcher_could_start_is_refused(topology, options, sentence):
-  flags = ("--config=c", f"--workdir={options.pop('workdir', 'gs://bucket/7b')}")
-  job = launchers.Job(**{"name": "run", **options}, hardware=hardware.load(topology), flags=flags)
-  with pytest.raises(UserError, match=re.escape(sentence)):
-    launchers.files(job)
-
-
-def test_a_launcher_that_cannot_run_a_job_is_left_out_with_a_sentence():
-  job = launchers.Job("run", hardware.load("v5e-256", 2), tuple(FLAGS))
-  assert list(launchers.files(job)) == ["tpu_vm.sh"]
-  image, several = launchers.not_written(job)
-  assert image.startswith("gke_jobset.yaml and xpk.sh need a container image")
-  assert several.startswith("skypilot.yaml: SkyPilot does not connect slices")
-  assert launchers.not_written(launchers.Job("run", job.hardware, job.flags, IMAGE)) == [several]

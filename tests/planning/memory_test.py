@@ -129,7 +129,7 @@ def test_a_step_that_does_not_fit_names_the_flags_that_fit():
   with pytest.raises(UserError) as error:
     memory.check(settings, shape, limit)
   message = str(error.value)
-  assert message.startswith("a step with 32 rows of 4096 tokens at once takes about 1")
+  assert message.startswith("a step with 32 rows of 4,096 tokens at once takes about 1")
   assert "of a device, which has 15.75; this fits: --config.train.rows_per_device=4. " in message
   assert memory.check(settings_of("cm3leon_7b", (1, 16, 1, 16), 4, "save_attention"), shape, limit)
   without = dataclasses.replace(settings.train, rows_per_device=0, gradient_accumulation_steps=2)
@@ -142,8 +142,12 @@ def test_a_step_that_does_not_fit_names_the_flags_that_fit():
   )
   assert flags in str(error.value)
   few = MeshConfig(fsdp=4).over(4)
-  with pytest.raises(UserError, match="no smaller batch or other remat policy fits"):
+  none = "no smaller batch or other remat policy fits: take more devices"
+  with pytest.raises(UserError, match=f"{none}, or a larger mesh.tensor"):
     memory.check(settings, few, limit)
+  with pytest.raises(UserError, match=rf"{none}\. --skip"):  # `tensor` splits no single device.
+    memory.check(settings, MeshConfig(fsdp=1).over(1), limit)
+  assert str(memory.Memory(1, 1_500 * GIB, 0, 0, 0, 0)).startswith("1,500.00 GiB (state 1,500.00, ")
 
 
 def device(kind: str, platform: str = "tpu", stats=None):

@@ -111,6 +111,14 @@ def test_the_mesh_of_a_config_stays():
       "config.mesh.data is 1; it must be a multiple of 2, the number of slices.",
     ),
     ({"train": {"global_batch_size": 100}}, "v5e-256", 1, "config.train.global_batch_size is 100"),
+    ({}, "v5e-256", 3, "768 x 4 = 3072 must divide it. With 2 or 4 slices it does."),
+    ({}, "h100-24", 1, "24 x 4 = 96 must divide it. With 16 or 32 GPUs it does."),
+    ({}, "v5e-256", 16, "must divide it. With --config.train.rows_per_device=2 it does."),
+    (
+      {"train": {"rows_per_device": 0, "gradient_accumulation_steps": 64}}, "v5e-256", 1,
+      "must divide it. With --config.train.rows_per_device=32 "
+      "--config.train.gradient_accumulation_steps=1 it does.",
+    ),
   ],
 )  # fmt: skip
 def test_what_the_hardware_cannot_run_is_refused(config, topology, slices, sentence):
@@ -120,8 +128,23 @@ def test_what_the_hardware_cannot_run_is_refused(config, topology, slices, sente
 
 def test_a_model_that_fits_nowhere_is_refused():
   wide = {"width": 32_768, "num_heads": 256, "mlp_width": 131_072}
-  with pytest.raises(UserError, match=r"v5e-4: 4 chips, 1 host: .* take more devices"):
-    make(settings(model=wide), "v5e-4")
+  for topology, count in (("v5e-4", "4 devices"), ("h100-1", "1 device")):
+    sentence = rf"^{topology}: .*\. No setting fits {count}: take more\.$"
+    with pytest.raises(UserError, match=sentence):
+      make(settings(model=wide), topology)
+  # The state fits, split over all of 64; along `data` it is not split.
+  layers = {"width": 8_192, "num_heads": 64, "mlp_width": 32_768, "num_layers": 96}
+  with pytest.raises(UserError, match=r"take more than 64 devices, or a larger mesh\.tensor\.$"):
+    make(settings(model=layers), "h100-64")
+
+
+def test_the_table_counts_one_host_and_says_how_long_a_spot_machine_runs(of_7b):
+  one = dataclasses.replace(of_7b[64], saving_hosts=1)
+  assert re.search(r"a checkpoint +80\.68 GB, all on 1 host: 323 s", plan.table(one, "run"))
+  assert "80.68 GB, 5.04 on each of 16 hosts: 20 s" in plan.table(of_7b[64], "run")
+  assert re.search(r"time to stop +2,\d{3} s .* give 2,700 s\n", plan.table(one, "run"))
+  assert "spot" not in plan.table(one, "run")
+  assert "give 2,700 s; spot machines give about 30 s\n" in plan.table(one, "run", spot=True)
 
 
 def test_half_the_utilization_takes_twice_the_time():
@@ -167,10 +190,29 @@ def test_the_command_prints_a_plan_and_writes_the_files_of_every_launcher(tmp_pa
   ]  # fmt: skip
 
 
-def test_files_without_a_workdir_are_refused(tmp_path):
-  result = run("--config=cm3leon_350m", "--topology=v5e-256", f"--out={tmp_path / 'out'}")
+TOPOLOGY = "--topology=v5e-256"
+
+
+@pytest.mark.parametrize(
+  ("flags", "sentence"),
+  [
+    ([], "name the hardware: --topology=v5e-256, or h100-64."),
+    ([TOPOLOGY, "--out=OUT"], "--out needs --workdir=gs://BUCKET/FOLDER: all hosts read and "),
+    ([TOPOLOGY, "--image=i"], "--image is of the files that --out writes: give --out=FOLDER."),
+    ([TOPOLOGY, "--queue=q"], "--queue is of the files that --out writes: give --out=FOLDER."),
+    ([TOPOLOGY, "--secret=s"], "--secret is of the files that --out writes: give --out=FOLDER."),
+    (
+      [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--train_flag=init_from=gs://b/old"],
+      "--train_flag is 'init_from=gs://b/old'; it must begin with two hyphens: "
+      "--train_flag=--init_from=gs://b/old.",
+    ),
+  ],
+)  # fmt: skip
+def test_wrong_flags_are_refused_before_a_number_is_printed(tmp_path, flags, sentence):
+  flags = [flag.replace("OUT", str(tmp_path / "out")) for flag in flags]
+  result = run("--config=cm3leon_350m", *flags)
   assert result.returncode == 2
-  assert result.stderr == (
-    "error: --workdir is ''; it must be gs://BUCKET/FOLDER: all hosts read and write one workdir.\n"
-  )
+  assert result.stderr.startswith(f"error: {sentence}")
+  assert result.stderr.count("\n") == 1
+  assert result.stdout == ""
   assert not (tmp_path / "out").exists()

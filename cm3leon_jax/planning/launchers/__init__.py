@@ -19,6 +19,7 @@ from cm3leon_jax.planning.hardware import GPU_FRACTION, Hardware
 
 MISTAKE = UserError.exit_code
 SUFFIX = ".jinja"
+TRIES = 5  # Of a request for TPU VMs that fails, one after the other.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,15 @@ class Job:
   max_restarts: int = 20
   grace_seconds: int = 900
 
+  @property
+  def workdir(self) -> str:
+    """Folder of the run; empty if no flag names it."""
+    return next((f.partition("=")[2] for f in self.flags if f.startswith("--workdir=")), "")
+
+  @property
+  def in_bucket(self) -> bool:
+    return bool(re.match(r"gs://.", self.workdir))
+
 
 def check(job: Job) -> None:
   """Raises UserError if no launcher could start the job, with the flag of `launch.plan`."""
@@ -58,12 +68,15 @@ def check(job: Job) -> None:
   for flag, value in (("queue", job.queue), ("secret", job.secret)):
     if value and not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", value):
       raise UserError(f"--{flag} is '{value}'; it must be a name of an object of Kubernetes.")
-  workdir = next((f.partition("=")[2] for f in job.flags if f.startswith("--workdir=")), "")
-  bucket = re.match(r"gs://.", workdir)
-  if not bucket and not (job.hardware.platform == "gpu" and re.match(r"/.", workdir)):
-    where = "gs://BUCKET/FOLDER" + (" or /SHARED/FOLDER" * (job.hardware.platform == "gpu"))
+  gpu = job.hardware.platform == "gpu"
+  if job.queue and gpu:
+    raise UserError("--queue is of Kueue, which only the files for TPUs use: leave it out on GPUs.")
+  where = "gs://BUCKET/FOLDER" + (" or /SHARED/FOLDER" * gpu)
+  if not job.workdir:
+    raise UserError(f"--out needs --workdir={where}: all hosts read and write one workdir.")
+  if not job.in_bucket and not (gpu and re.match(r"/.", job.workdir)):
     raise UserError(
-      f"--workdir is '{workdir}'; it must be {where}: all hosts read and write one workdir."
+      f"--workdir is '{job.workdir}'; it must be {where}: all hosts read and write one workdir."
     )
 
 
@@ -77,31 +90,43 @@ def files(job: Job) -> dict[str, str]:
     UserError: see `check`.
   """
   check(job)
-  names = ["skypilot.yaml"] if job.hardware.platform == "gpu" or job.hardware.slices == 1 else []
-  if job.hardware.platform == "tpu":
-    names.append("tpu_vm.sh")
-  if job.image and job.hardware.platform == "gpu":
-    names.append("slurm.sbatch")
-  elif job.image:
-    names += ["gke_jobset.yaml", "xpk.sh"]
-  if job.queue and job.hardware.platform == "tpu":
-    names.append("gke_kueue.yaml")
+  gpu = job.hardware.platform == "gpu"
+  names = [] if gpu else ["tpu_vm.sh"]
+  if job.in_bucket and (gpu or job.hardware.slices == 1):
+    names.append("skypilot.yaml")
+  if job.image:
+    names += _with_image(job)
   environment = _environment()
   values = {"job": job, "hw": job.hardware, "GPU_FRACTION": GPU_FRACTION}
-  values |= {"MISTAKE": MISTAKE, "INTERRUPTED": INTERRUPTED}
+  values |= {"MISTAKE": MISTAKE, "INTERRUPTED": INTERRUPTED, "TRIES": TRIES}
   return {
     name: environment.get_template(f"{name}{SUFFIX}").render(values) for name in sorted(names)
   }
 
 
-def not_written(job: Job) -> list[str]:
-  """Returns a sentence for every launcher of the hardware that `files` leaves out."""
-  sentences = []
+def _with_image(job: Job) -> list[str]:
+  """Names the files that start a container."""
+  if job.hardware.platform == "gpu":
+    return ["slurm.sbatch"]
+  return ["gke_jobset.yaml", *(["gke_kueue.yaml"] if job.queue else []), "xpk.sh"]
+
+
+def remarks(job: Job) -> list[str]:
+  """Returns a sentence for every launcher of the hardware that `files` leaves out.
+
+  And one for a flag that a written file does not follow.
+  """
+  sentences, gpu = [], job.hardware.platform == "gpu"
   if not job.image:
-    needing = "gke_jobset.yaml and xpk.sh" if job.hardware.platform == "tpu" else "slurm.sbatch"
-    sentences.append(f"{needing} need a container image: give --image.")
-  if job.hardware.platform == "tpu" and job.hardware.slices > 1:
+    *others, last = _with_image(job)
+    needing = f"{', '.join(others)} and {last} need" if others else f"{last} needs"
+    sentences.append(f"{needing} a container image: give --image.")
+  elif gpu and job.spot:
+    sentences.append("slurm.sbatch: --spot changes nothing in SLURM: choose a partition.")
+  if not gpu and job.hardware.slices > 1:
     sentences.append("skypilot.yaml: SkyPilot does not connect slices of TPUs; use another one.")
+  elif not job.in_bucket:
+    sentences.append("skypilot.yaml: its machines share no folder; give a gs:// workdir.")
   return sentences
 
 

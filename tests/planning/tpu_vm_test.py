@@ -1,0 +1,228 @@
+"""Runs the `tpu_vm.sh` that `launch.plan` writes, with a recorder in place of gcloud."""
+
+import hashlib
+import subprocess
+import sys
+
+import pytest
+
+from tests.recorders import (
+  CLUSTER,
+  FLAGS,
+  KEY,
+  MISTAKE,
+  POD,
+  ROOT,
+  Recorders,
+  assert_one_sentence,
+  run_script,
+  write,
+)
+
+
+@pytest.fixture
+def recorders(tmp_path):
+  return Recorders(tmp_path)
+
+
+def one_host(recorders):
+  """Makes gcloud's machines this one: scp copies to its home, ssh runs the command there."""
+  recorders.add(
+    "gcloud",
+    'case "$4" in scp) cp -p "$5" "$HOME/cm3leon_jax.tar.gz" ;;\n'
+    'ssh) for a in "$@"; do case "$a" in\n'
+    '--command=*) cd "$HOME" && exec bash -c "${a#--command=}" ;; esac; done ;; esac',
+  )
+  recorders.add(
+    "sudo", 'case "$1" in tee) cat >>"$HOME/sudo_tee" ;; install) cp "$4" "$HOME/env" ;; esac'
+  )
+  recorders.add("systemctl", "echo inactive; exit 3")  # is-active: it is not.
+  venv = recorders.home / "cm3leon_jax" / ".venv"
+  (venv / "bin").mkdir(parents=True)
+  (venv / "bin" / "python").symlink_to(sys.executable)
+  files = (ROOT / "pyproject.toml").read_bytes() + (ROOT / "requirements.txt").read_bytes()
+  stamp = hashlib.sha256(files).hexdigest() + "\n"
+  (venv / "installed-tpu,data,monitoring").write_text(stamp)
+  return venv
+
+
+def run_in_root(recorders, script, *arguments, **environment):
+  command = f"cd {ROOT} && exec bash {script} {' '.join(arguments)}"
+  return recorders.run("bash", "-c", command, environment=environment)
+
+
+def test_tpu_vm_starts_the_same_flags_on_every_host(recorders, tmp_path):
+  venv = one_host(recorders)
+  script = write(tmp_path) / "tpu_vm.sh"
+  result = run_in_root(recorders, script, "run", "--debug_nans", **CLUSTER, WANDB_API_KEY=KEY)
+  assert result.returncode == 0, result.stderr
+  asked, scp, ssh = recorders.calls("gcloud")
+  assert scp[:4] == ["compute", "tpus", "tpu-vm", "scp"]
+  assert asked[:5] == ssh[:5] == ["compute", "tpus", "tpu-vm", "ssh", "run"]
+  for call in (asked, scp, ssh):
+    assert {"--worker=all", "--project=project", "--zone=us-west4-a"} <= set(call)
+  user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
+  assert recorders.calls("sudo")[-1] == ["systemctl", "enable", "--now", f"cm3leon-train@{user}"]
+  assert (recorders.home / "cm3leon_jax" / "cm3leon_jax" / "commands" / "train.py").exists()
+  unit = (recorders.home / "sudo_tee").read_text()
+  assert "\nTimeoutStopSec=1200\n" in unit
+  assert "\nStartLimitBurst=7\n" in unit
+
+  recorders.add("python")
+  recorders.copy("python", venv / "bin" / "python")
+  recorders.run("bash", "cm3leon_jax/train.sh")
+  assert recorders.calls("python") == [
+    ["-m", "launch.train", "--distributed", *FLAGS, "--debug_nans"]
+  ]
+
+
+@pytest.mark.parametrize("state", ["active", "activating", "deactivating"])
+def test_tpu_vm_replaces_no_file_of_a_run_that_trains(recorders, tmp_path, state):
+  one_host(recorders)
+  recorders.add("systemctl", f"echo {state}")
+  result = run_in_root(recorders, write(tmp_path) / "tpu_vm.sh", "run", **CLUSTER)
+  assert_one_sentence(result, "run is already training: run 'bash ")
+  (call,) = recorders.calls("gcloud")
+  assert "ssh" in call
+  assert not (recorders.home / "cm3leon_jax" / "launch").exists()
+
+
+def test_tpu_vm_copies_nothing_if_a_host_does_not_answer(recorders, tmp_path):
+  recorders.add("gcloud", "exit 255")
+  result = run_in_root(recorders, write(tmp_path) / "tpu_vm.sh", "run", **CLUSTER)
+  assert result.returncode == 255
+  assert len(recorders.calls("gcloud")) == 1
+
+
+def test_tpu_vm_brings_the_key_to_a_file_of_root(recorders, tmp_path):
+  one_host(recorders)
+  script = write(tmp_path) / "tpu_vm.sh"
+  assert run_in_root(recorders, script, "run", **CLUSTER, WANDB_API_KEY=KEY).returncode == 0
+  user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
+  (install,) = [call for call in recorders.calls("sudo") if call[0] == "install"]
+  assert install[1:3] == ["-D", "--mode=600"]
+  assert install[4] == f"/etc/cm3leon-train/{user}.env"
+  assert (recorders.home / "env").read_text() == f"WANDB_API_KEY={KEY}\n"
+  unit = (POD / "cm3leon-train@.service").read_text()
+  assert "\nEnvironmentFile=-/etc/cm3leon-train/%i.env\n" in unit
+  # Nothing that others can read keeps it: no argument, no file.
+  assert not [call for call in recorders.calls("gcloud") if KEY in " ".join(call)]
+  kept = [p for p in recorders.home.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
+  assert kept == [recorders.home / "env"]
+  assert not (recorders.home / "cm3leon_jax.tar.gz").exists()
+
+
+def test_tpu_vm_refuses_what_is_no_key(recorders, tmp_path):
+  one_host(recorders)
+  script = write(tmp_path) / "tpu_vm.sh"
+  result = run_in_root(recorders, script, "run", **CLUSTER, WANDB_API_KEY="a'b c")
+  assert_one_sentence(result, "WANDB_API_KEY has characters that no key has.")
+  assert recorders.calls("gcloud") == []
+
+
+SSH = ["tpu-vm", "ssh", "run"]
+JOURNAL = "sudo journalctl --unit=cm3leon-train@$USER --lines=100 --follow"
+CREATE = ["--accelerator-type=v5litepod-256", "--runtime-version=v2-alpha-tpuv5-lite"]
+
+
+@pytest.mark.parametrize(
+  ("arguments", "expected"),
+  [
+    (
+      ["create", "--reserved"],
+      ["queued-resources", "create", "run", "--node-id=run", *CREATE, "--reserved"],
+    ),
+    (["state"], ["queued-resources", "describe", "run", "--format=value(state.state)"]),
+    (
+      ["status"],
+      [*SSH, "--worker=all", "--command=hostname; systemctl is-active cm3leon-train@$USER || true"],
+    ),
+    (["logs"], [*SSH, "--worker=0", f"--command={JOURNAL}"]),
+    (["logs", "5"], [*SSH, "--worker=5", f"--command={JOURNAL}"]),
+    (
+      ["stop"],
+      [*SSH, "--worker=all", "--command=sudo systemctl disable --now cm3leon-train@$USER"],
+    ),
+    (["delete"], ["queued-resources", "delete", "run", "--force"]),
+  ],
+)
+def test_tpu_vm_commands(recorders, tmp_path, arguments, expected):
+  recorders.add("gcloud")
+  script = write(tmp_path) / "tpu_vm.sh"
+  assert run_script(recorders, script, *arguments, **CLUSTER).returncode == 0
+  end = ["--project=project", "--zone=us-west4-a"]
+  assert recorders.calls("gcloud") == [["compute", "tpus", *expected, *end]]
+
+
+def test_tpu_vm_asks_for_spot_slices_and_reaches_each(recorders, tmp_path):
+  recorders.add("gcloud")
+  script = write(tmp_path, "v5p-256", 2, spot=True) / "tpu_vm.sh"
+  assert run_script(recorders, script, "create", **CLUSTER).returncode == 0
+  assert {
+    "--node-count=2", "--node-prefix=run", "--accelerator-type=v5p-256", "--spot",
+  } <= set(recorders.calls("gcloud")[0])  # fmt: skip
+  assert run_script(recorders, script, "stop", **CLUSTER).returncode == 0
+  assert sorted(call[4] for call in recorders.calls("gcloud")[1:]) == ["run-0", "run-1"]
+
+
+def test_tpu_vm_watch_asks_again_after_a_preemption_and_ends_with_the_training(recorders, tmp_path):
+  """States: it waits, is made, trains, is preempted, is made again, trains, is done.
+
+  The tries that fail are counted from the last slice that was made.
+  """
+  states = ["FAILED", "WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE", "SUSPENDED"]
+  states += ["FAILED"] * 4 + ["PROVISIONING", "ACTIVE", "ACTIVE", "ACTIVE"]
+  services = ["inactive", "active", "inactive", "active", "inactive"]
+  for name, lines in (("states", states), ("services", services)):
+    (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
+  pop = f'next() {{ head -n 1 "{tmp_path}/$1"; sed -i 1d "{tmp_path}/$1"; }}\n'
+  recorders.add(
+    "gcloud",
+    pop + 'case "$*" in *" describe "*state.state*) next states ;;\n'
+    '*"--worker=0"*is-active*) next services ;; esac',
+  )
+  script = write(tmp_path, spot=True) / "tpu_vm.sh"
+  result = run_in_root(recorders, script, "watch", "--reserved", **CLUSTER, WATCH_SECONDS="0")
+  assert result.returncode == 0, result.stderr
+  assert "training has ended" in result.stdout
+  calls = [" ".join(call[2:5]) for call in recorders.calls("gcloud")]
+  made = [c for c in calls if c.startswith(("queued-resources create", "queued-resources delete"))]
+  assert made == ["queued-resources delete run", "queued-resources create run"] * 6
+  created = [call for call in recorders.calls("gcloud") if call[3] == "create"]
+  assert all({"--spot", "--reserved"} <= set(call) for call in created)
+  assert sum(call.startswith("tpu-vm scp") for call in calls) == 2
+  assert (tmp_path / "states").read_text() == (tmp_path / "services").read_text() == ""
+
+
+def test_tpu_vm_watch_stops_if_the_request_fails_again_and_again(recorders, tmp_path):
+  recorders.add(
+    "gcloud",
+    'case "$*" in *failedData*) echo "Quota exceeded." ;; *" describe "*) echo FAILED ;; esac',
+  )
+  script = write(tmp_path) / "tpu_vm.sh"
+  result = run_script(recorders, script, "watch", **CLUSTER, WATCH_SECONDS="0")
+  assert result.returncode == MISTAKE
+  assert result.stdout.count("run could not be made: Quota exceeded.\n") == 5
+  assert result.stderr.startswith("error: run FAILED 5 times: see the reason above; ")
+  assert [call[3] for call in recorders.calls("gcloud")].count("create") == 4
+
+
+def test_tpu_vm_watch_needs_a_request(recorders, tmp_path):
+  recorders.add("gcloud", "exit 1")
+  script = write(tmp_path) / "tpu_vm.sh"
+  result = run_script(recorders, script, "watch", **CLUSTER, WATCH_SECONDS="0")
+  assert_one_sentence(result, "gcloud does not find the queued resource run: run 'bash ")
+
+
+@pytest.mark.parametrize(
+  ("arguments", "start"),
+  [([], "no command; usage: "), (["start"], "unexpected command 'start'; usage: ")],
+)
+def test_tpu_vm_commands_are_checked(recorders, tmp_path, arguments, start):
+  result = run_script(recorders, write(tmp_path) / "tpu_vm.sh", *arguments, **CLUSTER)
+  assert_one_sentence(result, start)
+
+
+def test_tpu_vm_needs_the_repository(recorders, tmp_path):
+  result = run_script(recorders, write(tmp_path) / "tpu_vm.sh", "run", **CLUSTER)
+  assert_one_sentence(result, "launch/pod/tpu_host.sh is not here: run ")
