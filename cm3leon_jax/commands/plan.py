@@ -23,10 +23,15 @@ from etils import epath
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 
+# Other commands have flags of these names; tests import all of them into one process.
+_SHARED = {"allow_override": True}
 _TOPOLOGY = flags.DEFINE_string(
-  "topology", None, "A slice, e.g. v5e-256 or v5p:4x4x8, or GPUs and their number, e.g. h100-64."
+  "topology",
+  None,
+  "A slice, e.g. v5e-256 or v5p:4x4x8, or GPUs and their number, e.g. h100-64.",
+  **_SHARED,
 )
-_SLICES = flags.DEFINE_integer("slices", 1, "Number of slices of TPUs.", lower_bound=1)
+_SLICES = flags.DEFINE_integer("slices", 1, "Number of slices of TPUs.", lower_bound=1, **_SHARED)
 _MFU = flags.DEFINE_float(
   "mfu", 0.4, "Model FLOPs utilization, of which the times follow.", lower_bound=1e-3, upper_bound=1
 )
@@ -34,11 +39,17 @@ _SAVE_BANDWIDTH = flags.DEFINE_float(
   "save_bandwidth", 0.25, "GB/s that a host writes to storage.", lower_bound=1e-3
 )
 _OUT = flags.DEFINE_string(
-  "out", None, "Folder for the files of the launchers and plan.json; it needs --workdir."
+  "out",
+  None,
+  "Folder for the files of the launchers and plan.json; it needs --workdir.",
+  **_SHARED,
 )
 _NAME = flags.DEFINE_string("name", None, "Name of the run (default: of the config).")
 _IMAGE = flags.DEFINE_string(
-  "image", "", "Container image; GKE, XPK and SLURM need one (launch/pod/Dockerfile)."
+  "image",
+  "",
+  "Container image; GKE, XPK and SLURM need one (launch/pod/Dockerfile).",
+  **_SHARED,
 )
 _QUEUE = flags.DEFINE_string("queue", "", "LocalQueue of Kueue in GKE; also writes gke_kueue.yaml.")
 _SECRET = flags.DEFINE_string(

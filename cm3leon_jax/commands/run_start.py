@@ -64,8 +64,14 @@ def begin(
   return config, start
 
 
-def write_config(settings: Settings, workdir, config: dict) -> None:
+def write_config(settings: Settings, workdir, config: dict, step: int | None = None) -> None:
   """Writes what a run depends on, once its rows are known to be sound. All processes must call it.
+
+  Args:
+    settings: settings of the config.
+    workdir: folder of the run.
+    config: of `begin`.
+    step: of the checkpoint from which it continues; default: the newest.
 
   Raises:
     UserError: a process sees another folder.
@@ -80,7 +86,7 @@ def write_config(settings: Settings, workdir, config: dict) -> None:
       before = read_json(path) if path.exists() else {"run": config}
       changes = before.get("changes", [])
       if changed := stages.differences(before["run"], plain(config)):
-        changes = [*changes, {"step": newest_step(path.parent), "fields": changed}]
+        changes = [*changes, {"step": step or newest_step(path.parent), "fields": changed}]
       write_json(path, {**content, **({"changes": changes} if changes else {})})
   with distributed.together():
     if not path.exists():

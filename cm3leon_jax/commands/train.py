@@ -72,24 +72,22 @@ def _initial_params(settings: Settings, workdir, start: Weights | None):
   )
 
 
-def _left_out(
-  settings: Settings, folder, back: GoBack | None
-) -> tuple[tuple[range, ...], GoBack | None]:
+def _left_out(folder, back: GoBack | None) -> tuple[tuple[range, ...], GoBack | None]:
   """Returns the rows that the run leaves out, and `back`, or None if it was done already.
 
   Raises:
     UserError: `back` is impossible.
   """
   from cm3leon_jax import distributed
-  from cm3leon_jax.training import skipped_rows
+  from cm3leon_jax.training import checkpoint, skipped_rows
 
   with distributed.together():
     done = skipped_rows.read(folder)
-    if back in done:
-      back = None  # A job that was started again with the same flags.
-    if back is not None:
-      skipped_rows.check(back, done, settings.train.global_batch_size, folder)
-      done.append(back)
+  if back in done:
+    back = None  # A job that was started again with the same flags.
+  if back is not None:
+    skipped_rows.check(back, done, checkpoint.next_row(folder, back.step))
+    done.append(back)
   return tuple(earlier.rows for earlier in done), back
 
 
@@ -123,7 +121,7 @@ def main(
     memory.check_devices(settings, mesh)
   config, start = run_start.begin(settings, workdir, init_from, allowed=allow_changed)
   folder = workdir / "train"
-  left_out, back = _left_out(settings, folder, back)
+  left_out, back = _left_out(folder, back)
   redo = back is not None or run_start.goes_on(
     folder, config, settings.train.steps, bool(allow_changed)
   )
@@ -141,7 +139,7 @@ def main(
       writes = distributed.is_first()
       loader = training_rows.open_rows(settings, workdir, "train", write_starts=writes)
       heldout = training_rows.open_rows(settings, workdir, "heldout")
-    run_start.write_config(settings, workdir, config)
+    run_start.write_config(settings, workdir, config, back.step if back else None)
     with distributed.together():
       summary.update(rows=training_rows.look_at_rows(loader.plan))
       generate_grid = None  # Its captions are those of held-out documents.

@@ -20,6 +20,7 @@ from cm3leon_jax.training.retention import METRIC, policy, score
 
 FOLDER = "checkpoints"
 FINISH_SECONDS = 300.0  # For which a run that ends with an error waits for its save.
+PEER_SECONDS = 60.0  # For which it waits for the digests of other processes, which may end, too.
 
 
 class Checkpoints:
@@ -98,6 +99,9 @@ class Checkpoints:
 
   def seal(self, step: int) -> None:
     """Seals a checkpoint that is complete on disk. Raises TryAgain: it could not be read."""
+    with distributed.together():
+      if distributed.is_first():  # Parts of a job with another number of processes may be there.
+        self._remove_digests(lambda s: s == step)
     self._save = sealing.Save(step, self._seal)
     self.wait()
 
@@ -232,6 +236,11 @@ class Checkpoints:
     restored = self._manager.restore(step, args=args)
     return restored["state"], restored["data"]["next_row"]
 
+  def next_row(self, step: int) -> int:
+    """Returns the position in the data of a checkpoint."""
+    args = ocp.args.Composite(data=ocp.args.JsonRestore())
+    return self._manager.restore(step, args=args)["data"]["next_row"]
+
   def restore_params(self, config: ModelConfig, step: int, average: bool = True) -> dict:
     """Restores only the parameters, onto the current mesh; see `load_params`."""
     self.check(step)
@@ -302,6 +311,7 @@ class Checkpoints:
     if save is not None and not self._closed:
       with contextlib.suppress(futures.TimeoutError, UserError):  # The first error counts.
         save.share.result(FINISH_SECONDS)
+        save.sealed.result(PEER_SECONDS)
       save.ending.set()
       save.join(FINISH_SECONDS)
     if not self._closed:
@@ -354,6 +364,18 @@ def identify(folder: epath.PathLike, step: int | None = None) -> tuple[int, str 
   checkpoints, step = _open(folder, step)
   checkpoints.close()
   return step, checkpoints.digest(step)
+
+
+def next_row(folder: epath.PathLike, step: int) -> int:
+  """Returns the position in the data of a run's checkpoint.
+
+  Arguments and errors are those of `load_params`.
+  """
+  checkpoints, step = _open(folder, step)
+  checkpoints.check(step)
+  row = checkpoints.next_row(step)
+  checkpoints.close()
+  return row
 
 
 def _open(folder: epath.PathLike, step: int | None) -> tuple[Checkpoints, int]:

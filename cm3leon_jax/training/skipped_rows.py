@@ -15,7 +15,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.io import read_json, replacing, write_json
 from cm3leon_jax.training import recovery
-from cm3leon_jax.training.checkpoint import FOLDER, Checkpoints
+from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.metrics import MetricsLog
 
 RECORD = "left_out_rows.json"
@@ -113,23 +113,18 @@ def read(folder: epath.Path) -> list[GoBack]:
     raise UserError(f"{path} is damaged: it must be a list of ranges of rows.") from error
 
 
-def check(back: GoBack, done: list[GoBack], batch_size: int, folder: epath.Path) -> None:
+def check(back: GoBack, done: list[GoBack], next_row: int) -> None:
   """Checks that a checkpoint has read none of the rows to leave out.
 
   Args:
     back: what is asked for.
     done: of `read`.
-    batch_size: rows of a step.
-    folder: of the run.
+    next_row: of the checkpoint, counted as `Remaining` does.
 
   Raises:
-    UserError: it has read some, or there is no run or no such checkpoint.
+    UserError: it has read some.
   """
-  if not (folder / "config.json").exists():
-    raise UserError(f"--resume_from: {folder} holds no run; train it first, without the flag.")
-  if not (folder / FOLDER / str(back.step)).exists():
-    raise UserError(f"--resume_from is {back.step}; {folder / FOLDER} has no such checkpoint.")
-  first = row_number(back.step * batch_size, [earlier.rows for earlier in done])
+  first = row_number(next_row, [earlier.rows for earlier in done])
   if back.rows.start < first:
     raise UserError(
       f"--skip_rows begins with row {back.rows.start}; checkpoint {back.step} has read the rows "

@@ -12,6 +12,7 @@ from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.models import transformer
 from cm3leon_jax.training import checkpoint, numerics, skipped_rows
+from cm3leon_jax.training.objective import NewestState
 from cm3leon_jax.training.skipped_rows import GoBack, parse, row_number
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.models.tiny import mesh_of
@@ -194,18 +195,29 @@ def test_wrong_flags_are_refused(resume_from, skip_rows, sentence):
     parse(resume_from, skip_rows)
 
 
-def test_rows_that_the_checkpoint_has_read_are_refused(tmp_path):
-  folder, done = epath.Path(tmp_path), [GoBack(1, range(10, 12))]
-  back = GoBack(4, range(33, 40))
-  with pytest.raises(UserError, match=r"holds no run"):
-    skipped_rows.check(back, done, 8, folder)
-  (folder / "config.json").write_text("{}")
-  with pytest.raises(UserError, match=r"resume_from is 4; .*checkpoints has no such checkpoint"):
-    skipped_rows.check(back, done, 8, folder)
-  (folder / checkpoint.FOLDER / "4").mkdir(parents=True)
+def test_rows_that_the_checkpoint_has_read_are_refused():
+  """The checkpoint says how many, whatever the size of its batches was."""
+  done = [GoBack(1, range(10, 12))]
   with pytest.raises(UserError, match=r"checkpoint 4 has read the rows before 34 already"):
-    skipped_rows.check(back, done, 8, folder)
-  skipped_rows.check(GoBack(4, range(34, 40)), done, 8, folder)
+    skipped_rows.check(GoBack(4, range(33, 40)), done, 32)
+  skipped_rows.check(GoBack(4, range(34, 40)), done, 32)
+
+
+def test_rows_of_steps_are_counted_from_where_the_trainer_began():
+  """100 steps of 16 rows, then steps of 8 rows."""
+  newest = NewestState(lambda state, batch: (state, {}), 100, 1_600)
+  assert newest.rows_of(range(101, 103), 8) == range(1_600, 1_616)
+  assert newest.rows_of(range(103, 104), 8) == range(1_616, 1_624)
+
+
+def test_a_checkpoint_says_which_row_is_next(tmp_path):
+  with pytest.raises(UserError, match=r"has no checkpoint: run"):
+    checkpoint.next_row(tmp_path, 4)
+  with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+    checkpoints.save({"a": np.zeros(3, np.float32)}, 4, 1_234)
+  assert checkpoint.next_row(tmp_path, 4) == 1_234
+  with pytest.raises(UserError, match=r"no checkpoint of step 3 any more: the newest is 4"):
+    checkpoint.next_row(tmp_path, 3)
 
 
 @pytest.mark.parametrize("content", ["[3]", "{}", '[{"resume_from": 1}]', "[", '{"a": 1}'])
