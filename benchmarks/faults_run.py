@@ -153,8 +153,10 @@ class Process:
 
   def kill(self) -> str | None:
     """Kills the process (SIGKILL); returns its stacks, or None if it had ended by itself."""
-    stacks = self.folder / STACKS
+    stacks, killed = self.folder / STACKS, {-signal.SIGKILL, -signal.SIGUSR1}
     if stacks.exists() and self._process.is_alive():
+      # To write stacks while other threads run may itself end the process.
+      killed.add(-signal.SIGSEGV)
       with contextlib.suppress(ProcessLookupError):
         os.kill(self._process.pid, signal.SIGUSR1)
       end, size = time.monotonic() + STACK_SECONDS, 0
@@ -163,7 +165,7 @@ class Process:
         time.sleep(0.002)
     self._process.kill()
     self._process.join()
-    if self._process.exitcode not in (-signal.SIGKILL, -signal.SIGUSR1):
+    if self._process.exitcode not in killed:
       return None
     return stacks.read_text() if stacks.exists() else ""
 
