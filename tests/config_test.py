@@ -106,7 +106,7 @@ def test_an_absent_field_is_named_and_the_path_of_a_wrong_one_is_known():
     ),
     ({"rate": 1e39}, "config.sample.rate is 1e+39; it must be 0, or of a size from 1e-20 to 1e12."),
     ({"rate": -1e-46}, "config.sample.rate is -1e-46; it must be 0, or of a size from"),
-    ({1: 2}, "config.sample has the field 1; a name must be a text."),
+    ({1: 2}, "config.sample has the field 1; a name must be a string."),
     (3, "config.sample is 3; it must have fields by their names."),
     (None, "config.sample is None; it must have fields by their names."),
     ("ab", "config.sample is 'ab'; it must have fields by their names."),

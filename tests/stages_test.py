@@ -44,7 +44,7 @@ def test_a_finished_stage_is_skipped(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan")])
 def test_a_stage_whose_numbers_are_not_finite_is_not_finished(tmp_path, value):
   with (
-    pytest.raises(UserError, match=r"is not finished: losses\.heldout of it are no finite numbers"),
+    pytest.raises(UserError, match=r"is not finished: losses\.heldout are not finite"),
     stages.once(tmp_path, {"n": 1}) as summary,
   ):
     summary.update(steps=3, losses={"train": 1.0, "heldout": value})

@@ -129,7 +129,7 @@ def test_another_vocabulary_or_version_is_refused(tmp_path):
   index = json.loads((tmp_path / "index.json").read_text())
   (tmp_path / "index.json").write_text(json.dumps({**index, "schema_version": 99}))
   with pytest.raises(
-    UserError, match="schema version 99; this code reads version 4: delete the folder documents/"
+    UserError, match="schema version 99; this code reads version 4: delete the folder documents and"
   ):
     DocumentStore(tmp_path, VOCAB)
 
@@ -149,7 +149,7 @@ def test_shards_are_one_store(tmp_path, monkeypatch):
   assert np.flatnonzero(store.token_counts).tolist() == [*range(8, 15), *range(300, 307)]
   assert finish_store(tmp_path, ["d", "a"], VOCAB) == 6
   same(originals[0], DocumentStore(tmp_path, VOCAB)[4])
-  with pytest.raises(UserError, match=r"e.npz does not exist"):
+  with pytest.raises(UserError, match=r"e.npz is missing"):
     finish_store(tmp_path, ["a", "e"], VOCAB)
 
 
