@@ -107,7 +107,6 @@ def main(
   from cm3leon_jax.generation.heldout import sample_grids
   from cm3leon_jax.planning import memory
   from cm3leon_jax.training.lease import Lease
-  from cm3leon_jax.training.monitor import change_line
   from cm3leon_jax.training.objective import Rows
   from cm3leon_jax.training.profile import parse_steps
   from cm3leon_jax.training.train import train
@@ -151,12 +150,20 @@ def main(
     rows = Rows(loader, left_out)
     result = train(folder, *sections, rows, heldout, *options, go_back=back)
     summary.update(result, machine=run_start.machine())
-    units = {"image": "code", "text": "token"}
-    losses = {name: result[f"heldout_{name}_loss"] for name in units}  # 0: no such targets.
-    shown = [f"{name} {loss:.3f} nats per {units[name]}" for name, loss in losses.items() if loss]
-    distributed.print_once(f"train: {result['steps']} steps, held-out loss: {', '.join(shown)}.")
-    if before := result.get("heldout_before"):
-      distributed.print_once(change_line(before, {name: result[name] for name in before}))
+    _print_losses(result)
+
+
+def _print_losses(result: dict) -> None:
+  """Prints the held-out losses of the last step, and beside them those of step 0, if known."""
+  from cm3leon_jax import distributed
+  from cm3leon_jax.training.monitor import change_line
+
+  units = {"image": "code", "text": "token"}
+  losses = {name: result[f"heldout_{name}_loss"] for name in units}  # 0: no such targets.
+  shown = [f"{name} {loss:.3f} nats per {units[name]}" for name, loss in losses.items() if loss]
+  distributed.print_once(f"train: {result['steps']} steps, held-out loss: {', '.join(shown)}.")
+  if before := result.get("heldout_before"):
+    distributed.print_once(change_line(before, {name: result[name] for name in before}))
 
 
 def _main(settings, workdir) -> None:

@@ -138,13 +138,7 @@ def prepare(
   rejections = _Rejections(config.max_rejected, folder / REJECTED)
   (folder / INDEX).unlink(missing_ok=True)
   named = {f"{i:06d}": part for i, part in enumerate(parts)}
-  # A shard depends on its part instead of source, format and number of scenes.
-  others = ("max_rejected", "num_threads", "source", "format", "train", "heldout", "bank")
-  outcome = {k: v for k, v in dataclasses.asdict(config).items() if k not in others}
-  composed = {k: v for k, v in dataclasses.asdict(scenes).items() if k not in others}
-  configs = {name: {"raw": outcome, "part": part.identity()} for name, part in named.items()}
-  if config.source == SCENES:
-    configs = {name: {**shard, "scenes": composed} for name, shard in configs.items()}
+  configs = {name: _identity(config, part, scenes) for name, part in named.items()}
   try:
     for name, summary in run_shards(
       _Ingest(config, str(folder), named, scenes),
@@ -182,6 +176,17 @@ def prepare(
   if config.source == SCENES:
     more = {"distinct_scenes": scene_world.number_of_scenes(scenes), **dict(sorted(more.items()))}
   return {"shards": len(made), **total, **more}
+
+
+def _identity(config: RawConfig, part: sources.Part, scenes: ScenesConfig) -> dict:
+  """Returns what a shard depends on: its part instead of source, format and number of scenes."""
+  others = ("max_rejected", "num_threads", "source", "format", "train", "heldout", "bank")
+  sections = {"raw": config, **({"scenes": scenes} if config.source == SCENES else {})}
+  kept = {
+    name: {k: v for k, v in dataclasses.asdict(section).items() if k not in others}
+    for name, section in sections.items()
+  }
+  return {**kept, "part": part.identity()}
 
 
 def _most_common(origins: Iterable[dict]) -> list[dict]:
