@@ -39,6 +39,7 @@ from cm3leon_jax.data.records import (
   images_of,
   with_images,
 )
+from cm3leon_jax.data.rejections import Rejections
 from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.io import replacing, write_json
 from cm3leon_jax.progress import progress_bar
@@ -50,7 +51,6 @@ BATCH = 256  # Records that are read or rendered together.
 BATCH_BYTES = 2**27  # Of their images, as far as these are in memory.
 ORIGIN = ("kind", "source", "license", "attribution")
 MAX_ORIGINS = 100  # Origins that the index lists.
-CHECK_FROM = 10_000  # Records after which too many rejected ones stop the command early.
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -135,7 +135,7 @@ def prepare(
     UserError: too many records are wrong (rejected.jsonl lists them), or no record can be used.
   """
   folder, made = epath.Path(folder), {}
-  rejections = _Rejections(config.max_rejected, folder / REJECTED)
+  rejections = Rejections(config.max_rejected, folder / REJECTED)
   (folder / INDEX).unlink(missing_ok=True)
   named = {f"{i:06d}": part for i, part in enumerate(parts)}
   configs = {name: _identity(config, part, scenes) for name, part in named.items()}
@@ -210,34 +210,6 @@ def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
   for shard in counts:
     total |= {name: total.get(name, 0) + count for name, count in shard.items()}
   return total
-
-
-class _Rejections:
-  """Counts rejected records over shards; raises UserError at more than the share `most` of all."""
-
-  def __init__(self, most: float, path: epath.Path):
-    self._most, self._path = most, path
-    self._seen, self._reasons, self._first = 0, collections.Counter(), ""
-
-  def add(self, summary: dict) -> None:
-    """Adds the counts of a shard."""
-    self._reasons.update(summary["rejected"])
-    counts = summary["counts"]
-    self._seen += sum(counts.get(f"{split}_{kind}", 0) for split in SPLITS for kind in KINDS)
-    self._seen += sum(summary["rejected"].values())
-    self._first = self._first or summary["first"]
-    if self._seen >= CHECK_FROM:
-      self.check()
-
-  def check(self) -> None:
-    rejected = self._reasons.total()
-    if rejected > self._most * self._seen:
-      counts = ", ".join(f"{reason} {count}" for reason, count in self._reasons.most_common())
-      raise UserError(
-        f"{rejected} of {self._seen} records are wrong ({counts}), more than "
-        f"config.raw.max_rejected = {self._most:.1%}; {self._path} lists them. "
-        f"The first: {self._first}"
-      )
 
 
 @dataclasses.dataclass(frozen=True)
