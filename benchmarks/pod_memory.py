@@ -101,8 +101,8 @@ def row(size: str, topology: str, rows: int, policy: str, passes: int = 0) -> st
 
 def main(_) -> None:
   print(
-    "| size | slice | rows of a device | remat | GiB | FLOPs x model "
-    "| us a token: products; collectives | GiB a device |"
+    "| size | slice | rows per device | remat | GiB | FLOPs / model FLOPs "
+    "| µs per token: products; collectives | GiB a device |"
   )
   print("|---|---|---|---|---|---|---|---|")
   parts: dict[str, list[tuple]] = {"goals": GOALS, "sizes": SIZES, "tuning": TUNING}
