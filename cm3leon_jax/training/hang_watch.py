@@ -59,15 +59,15 @@ def verdict(reports: dict[int, dict | None]) -> tuple[str, list[int]]:
     return f"process {names} gives no sign of life: it was killed, stopped or cut off", silent
   keys = {i: (r["step"], ORDER.index(r["doing"])) for i, r in known.items()}
   first, last = min(keys.values()), max(keys.values())
-  behind = [i for i, key in keys.items() if key == first]
+  late = [i for i, key in keys.items() if key == first]
   if first == last:
-    everyone = f"all {len(known)} processes are at {place(known[behind[0]])}"
+    everyone = f"all {len(known)} processes are at {place(known[late[0]])}"
     return f"{everyone}: look at the devices and the network between them", []
   ahead = next(i for i, key in keys.items() if key == last)
-  late = "; ".join(
-    f"process {i} on {known[i]['host']} has not arrived: it is at {place(known[i])}" for i in behind
+  named = "; ".join(
+    f"process {i} on {known[i]['host']} has not arrived: it is at {place(known[i])}" for i in late
   )
-  return f"{late}; process {ahead} is at {place(known[ahead])}", behind
+  return f"{named}; process {ahead} is at {place(known[ahead])}", late
 
 
 class HangWatch:

@@ -152,13 +152,19 @@ def test_length_and_execution_do_not_make_another_run(workdir):
   assert stages.run_config(first, workdir, "train") == stages.run_config(longer, workdir, "train")
 
 
-def test_a_run_starts_from_the_codebook_of_its_image_tokenizer(tmp_path, monkeypatch):
-  """The rows of all codes are one linear function of the codebook; a short training keeps that."""
-  make_run(root := epath.Path(tmp_path))
-  write_neighbors(root / "neighbors" / "train_pairs", ids=np.full((12, 4), -1, np.int32))
-  for folder in ("documents", "neighbors"):
-    write_json(root / folder / stages.DONE, {"id": folder, "config": {}, "summary": {}})
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+  """A workdir of which only the training is left, on a mesh of one device."""
+  make_run(folder := epath.Path(tmp_path))
+  write_neighbors(folder / "neighbors" / "train_pairs", ids=np.full((12, 4), -1, np.int32))
+  for stage in ("documents", "neighbors"):
+    write_json(folder / stage / stages.DONE, {"id": stage, "config": {}, "summary": {}})
   monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
+  return folder
+
+
+def test_a_run_starts_from_the_codebook_of_its_image_tokenizer(root):
+  """The rows of all codes are one linear function of the codebook; a short training keeps that."""
   table = ImageTokenizer.load(root / "vqgan").params["codebook"]["table"]
   codebook = table / np.linalg.norm(table, axis=1, keepdims=True)
   config = make_config()
@@ -183,13 +189,7 @@ def test_a_run_starts_from_the_codebook_of_its_image_tokenizer(tmp_path, monkeyp
   assert unexplained(random) > 0.1  # Negative control.
 
 
-def test_a_run_goes_on_with_a_field_that_was_allowed_to_change(tmp_path, monkeypatch, capsys):
-  make_run(root := epath.Path(tmp_path))
-  write_neighbors(root / "neighbors" / "train_pairs", ids=np.full((12, 4), -1, np.int32))
-  for folder in ("documents", "neighbors"):
-    write_json(root / folder / stages.DONE, {"id": folder, "config": {}, "summary": {}})
-  monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
-
+def test_a_run_goes_on_with_a_field_that_was_allowed_to_change(root, capsys):
   def start(learning_rate, steps, *allowed):
     config = make_config()
     config.data.update({"num_neighbors": 0, "text_share": 0.0, "pack_window": 8})
@@ -217,13 +217,8 @@ def test_a_run_goes_on_with_a_field_that_was_allowed_to_change(tmp_path, monkeyp
   assert read_json(root / "train" / "config.json")["changes"] == stored["changes"]
 
 
-def test_a_finished_run_goes_back_and_leaves_rows_out_once(tmp_path, monkeypatch, capsys):
+def test_a_finished_run_goes_back_and_leaves_rows_out_once(root, monkeypatch, capsys):
   """The same flags again change nothing, and neither does leaving them out."""
-  make_run(root := epath.Path(tmp_path))
-  write_neighbors(root / "neighbors" / "train_pairs", ids=np.full((12, 4), -1, np.int32))
-  for folder in ("documents", "neighbors"):
-    write_json(root / folder / stages.DONE, {"id": folder, "config": {}, "summary": {}})
-  monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
   config = make_config()
   config.data.update({"num_neighbors": 0, "text_share": 0.0, "pack_window": 8})
   config.train.update({"global_batch_size": 1, "steps": 4, "checkpoint_every": 1})
