@@ -150,6 +150,13 @@ def test_differences_literal():
   ]
 
 
+def test_a_field_that_was_added_since_and_is_off_does_not_differ():
+  old = {"a": {"b": 1, "d": 1}}
+  assert stages.differences(old, {"a": {"b": 1, "c": 0.0, "d": 1}, "e": ""}) == []
+  # But one that was there and is off now does.
+  assert stages.differences(old, {"a": {"b": 0, "d": 1}}) == ["a.b: 1 -> 0"]
+
+
 def test_of_a_jobs_processes_one_writes_and_all_read_first(tmp_path, capsys):
   read = []
 

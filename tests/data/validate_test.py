@@ -35,6 +35,21 @@ def test_a_store_is_validated_with_its_joined_token_counts(tmp_path):
     validate_store(DocumentStore(tmp_path, VOCAB))
 
 
+@pytest.mark.parametrize(
+  ("stage", "command"),
+  [("documents", "encode_documents"), ("instructions", "encode_instructions")],
+)
+def test_the_command_that_writes_a_store_again_is_that_of_its_stage(tmp_path, stage, command):
+  folder = tmp_path / stage / "train_a"
+  write_documents(folder, [document("a", text(9, 10))], VOCAB)
+  (folder / "000000.array_record").unlink()
+  message = (
+    rf"record is missing: delete the folder .*/{stage} and run `python -m launch\.{command}`"
+  )
+  with pytest.raises(UserError, match=message):
+    validate_shard(folder, "000000", VOCAB)
+
+
 def test_a_flipped_bit_is_reported_or_harmless(tmp_path):
   originals = [
     document("a", text(*range(9, 200)), group="g"),

@@ -162,10 +162,13 @@ def test_a_first_save_that_was_killed_before_its_digests_gets_them(saved, capsys
   shutil.rmtree(saved / "checkpoints" / "2")
   for path in (saved / "checkpoints.digests").iterdir():
     path.unlink()
+  # Of a process that this job does not have.
+  (saved / "checkpoints.digests" / "1.part1").write_text('{"other": "digest"}')
   checkpoints = checkpoint.Checkpoints(saved, keep=2)
   recovery.discard_unsealed(checkpoints)
   assert recovery.newest_whole(checkpoints) == 1
   checkpoints.close()
+  assert [path.name for path in (saved / "checkpoints.digests").iterdir()] == ["1.json"]
   assert (saved / "checkpoints.digests" / "1.json").read_bytes() == expected
   assert "warning: checkpoint 1 in" in capsys.readouterr().out
 
