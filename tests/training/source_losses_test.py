@@ -16,7 +16,7 @@ from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.reports import summary as summary_lib
-from cm3leon_jax.training import loss
+from cm3leon_jax.training import heldout, loss
 from cm3leon_jax.training import train as train_module
 from cm3leon_jax.training.monitor import change_line
 from cm3leon_jax.training.objective import Rows
@@ -27,8 +27,8 @@ from cm3leon_jax.training.train import TrainConfig, train
 from tests.data.stores import VOCAB, make_instructions, make_plan, make_sources
 from tests.models.tiny import CONFIG, mesh_of, model_logits
 from tests.training import events
+from tests.training.runs import MODEL, Crash, crash_at, losses, shared_steps
 from tests.training.state_test import make_batch
-from tests.training.train_test import MODEL, Crash, crash_at, losses, shared_steps
 
 OPTIMIZER = create_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=2), 10)
 NAMES, STEPS = ("answers", "edits", "pairs"), 6
@@ -237,8 +237,8 @@ def step_0_of(folder):
 
 
 def test_the_summary_has_the_losses_before_and_after(whole):
-  heldout, goodput = step_0_of(whole[0])
-  before = {name: value for name, value in heldout.items() if name.startswith("heldout")}
+  evaluation, goodput = step_0_of(whole[0])
+  before = {name: value for name, value in evaluation.items() if name.startswith("heldout")}
   assert whole[1]["heldout_before"] == before
   assert before["heldout_loss"] > whole[1]["heldout_loss"] + 0.3
   assert "goodput" in goodput
@@ -254,7 +254,7 @@ def test_a_killed_run_has_step_0_once(whole, loader, tmp_path, killed_in):
   with pytest.raises(Crash):
     tune(tmp_path, loader, sample_grid=crash_at(killed_in, tmp_path), sample_every=1)
   time.sleep(1)  # An event file of the same second and process would be written over.
-  with mock.patch.object(train_module, "evaluate", wraps=train_module.evaluate) as evaluate:
+  with mock.patch.object(heldout, "evaluate", wraps=heldout.evaluate) as evaluate:
     summary = tune(tmp_path, loader)
   resumed_at = [line["from_step"] for line in log_of(tmp_path) if line.get("event") == "resumed"]
   assert evaluate.call_count == sum(step > (*resumed_at, -1)[0] for step in (0, 4, STEPS))
