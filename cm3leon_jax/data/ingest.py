@@ -134,14 +134,47 @@ def prepare(
   Raises:
     UserError: too many records are wrong (rejected.jsonl lists them), or no record can be used.
   """
-  folder, made = epath.Path(folder), {}
-  rejections = Rejections(config.max_rejected, folder / REJECTED)
+  folder = epath.Path(folder)
   (folder / INDEX).unlink(missing_ok=True)
   named = {f"{i:06d}": part for i, part in enumerate(parts)}
-  configs = {name: _identity(config, part, scenes) for name, part in named.items()}
+  made = _write_shards(config, named, folder, runner, scenes)
+  total = _sum(m["counts"] for m in made.values())
+  more = _sum(m["more"] for m in made.values())
+  _check_some(config, total, more)
+  shards = {name: {**m["counts"], "digest": m["digest"]} for name, m in made.items()}
+  origins = _most_common(origin for m in made.values() for origin in m["origins"])
+  write_json(
+    folder / INDEX, {"schema_version": SCHEMA_VERSION, "origins": origins, "shards": shards}
+  )
+  if config.source == SCENES:
+    more = {"distinct_scenes": scene_world.number_of_scenes(scenes), **dict(sorted(more.items()))}
+  return {"shards": len(made), **total, **more}
+
+
+def _write_shards(
+  config: RawConfig,
+  parts: dict[str, sources.Part],
+  folder: epath.Path,
+  runner: Runner,
+  scenes: ScenesConfig,
+) -> dict[str, dict]:
+  """Writes shards and rejected.jsonl, which lists what was rejected also if too much was.
+
+  Args:
+    config: section `raw`.
+    parts: part of the source of each shard, by the shard's name.
+    folder: where the shards are written.
+    runner: runs the shards.
+    scenes: section `scenes`.
+
+  Returns:
+    Summary of each shard by name, in the order of `parts`.
+  """
+  made, rejections = {}, Rejections(config.max_rejected, folder / REJECTED)
+  configs = {name: _identity(config, part, scenes) for name, part in parts.items()}
   try:
     for name, summary in run_shards(
-      _Ingest(config, str(folder), named, scenes),
+      _Ingest(config, str(folder), parts, scenes),
       configs,
       folder / "done",
       runner,
@@ -155,27 +188,22 @@ def prepare(
     with replacing(folder / REJECTED, "w") as file:
       for name in sorted(made):
         file.write((folder / name / REJECTED).read_text(encoding="utf-8"))
-  made = {name: made[name] for name in named}
-  total = _sum(m["counts"] for m in made.values())
-  more = _sum(m["more"] for m in made.values())
-  if not any(total.get(f"{split}_{kind}") for split in SPLITS for kind in KINDS):
-    if more.get("other_licenses"):
-      raise UserError(
-        f"config.raw.licenses is {config.licenses}; none of the {more['other_licenses']} "
-        f"records of '{config.source}' has one of these licenses (config.raw.default_license is "
-        "for records without one)."
-      )
+  return {name: made[name] for name in parts}
+
+
+def _check_some(config: RawConfig, total: dict[str, int], more: dict[str, int]) -> None:
+  """Refuses a source of which no record can be used."""
+  if any(total.get(f"{split}_{kind}") for split in SPLITS for kind in KINDS):
+    return
+  if more.get("other_licenses"):
     raise UserError(
-      f"config.raw.source is '{config.source}', which holds no record that can be used."
+      f"config.raw.licenses is {config.licenses}; none of the {more['other_licenses']} "
+      f"records of '{config.source}' has one of these licenses (config.raw.default_license is "
+      "for records without one)."
     )
-  shards = {name: {**m["counts"], "digest": m["digest"]} for name, m in made.items()}
-  origins = _most_common(origin for m in made.values() for origin in m["origins"])
-  write_json(
-    folder / INDEX, {"schema_version": SCHEMA_VERSION, "origins": origins, "shards": shards}
+  raise UserError(
+    f"config.raw.source is '{config.source}', which holds no record that can be used."
   )
-  if config.source == SCENES:
-    more = {"distinct_scenes": scene_world.number_of_scenes(scenes), **dict(sorted(more.items()))}
-  return {"shards": len(made), **total, **more}
 
 
 def _identity(config: RawConfig, part: sources.Part, scenes: ScenesConfig) -> dict:
