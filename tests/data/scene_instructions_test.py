@@ -157,17 +157,18 @@ def test_images_have_the_style_of_the_config():
 def test_answers_follow_from_the_pixels(made):
   """The judge finds the objects, and boxes decide relations: no code of the questions is used."""
   words = {"one": 1, "two": 2, "three": 3, "four": 4}
+  some = {key: records[:50] for key, records in made.items()}  # The judge takes a while.
   for split in ("train", "heldout"):
-    for one in made["count", split]:
+    for one in some["count", split]:
       name = word_of(one.texts["question"])
       assert [x[0] for x in shown(one)].count(name) == words[one.texts["answer"]]
-    for one in made["color", split]:
+    for one in some["color", split]:
       name = word_of(one.texts["question"])
       assert {color for x, color, _ in shown(one) if x == name} == {one.texts["answer"]}
-    for one in made["exists", split]:
+    for one in some["exists", split]:
       name = word_of(one.texts["question"])
       assert (name in [x[0] for x in shown(one)]) == (one.texts["answer"] == "yes")
-    for one in made["relation", split]:
+    for one in some["relation", split]:
       (relation,) = (side for side in SIDES if f"{side} the " in one.texts["question"])
       objects = shown(one)
       (of,) = (box for x, _, box in objects if x == word_of(one.texts["question"]))

@@ -33,10 +33,13 @@ STEPS = 12
 
 
 @functools.cache
-def shared_steps(model, optimizer, steps, accumulation, vocab, seed, mesh):
-  """Compiled once for all runs of the same steps: compilation takes most of the time."""
+def shared_steps(model, optimizer, accumulation, vocab, seed, mesh):
+  """Compiled once for all runs, however short: compilation takes most of the time.
+
+  The learning rate is that of a run of `STEPS` steps.
+  """
   config = TrainConfig(
-    steps=steps, gradient_accumulation_steps=accumulation, global_batch_size=accumulation
+    steps=STEPS, gradient_accumulation_steps=accumulation, global_batch_size=accumulation
   )
   return compile_steps(model, optimizer, config, vocab, seed)
 
@@ -73,9 +76,7 @@ def run(
 
   def steps(model, optimizer, config, vocab, seed):
     mesh = jax.sharding.get_mesh()
-    return shared_steps(
-      model, optimizer, config.steps, config.gradient_accumulation_steps, vocab, seed, mesh
-    )
+    return shared_steps(model, optimizer, config.gradient_accumulation_steps, vocab, seed, mesh)
 
   with (
     jax.set_mesh(mesh_of(*shape)),

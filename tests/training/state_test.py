@@ -19,7 +19,7 @@ from tests.models.tiny import CONFIG, mesh_of, model_logits, random_params
 
 OPTIMIZER = create_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=2), 10)
 MUON = create_optimizer(OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=2), 10)
-B, L = 8, 16
+B, L, S = 8, 16, 5  # S sources, the last one without targets.
 
 
 def make_batch(seed=0):
@@ -32,18 +32,25 @@ def make_batch(seed=0):
   return {**batch, "segment_ids": np.ones((B, L), np.int32), "positions": positions}
 
 
+def marked_batch(seed=0):
+  """A batch whose slots are marked with their sources, from 1."""
+  sources = np.random.default_rng(seed).integers(0, S, (B, L)).astype(np.int32)
+  return {**make_batch(seed), "sources": sources}
+
+
 def run(shape, accumulation, steps=3, z_loss=0.0, optimizer=OPTIMIZER, **fields):
+  """Returns [T, 4 + S] losses, gradient's norm and sums by source of each step, and the state."""
   config = dataclasses.replace(CONFIG, **fields)
   with jax.set_mesh(mesh_of(*shape)):
     state = init_state(config, optimizer, jax.random.key(0))
-    step = jax.jit(lambda s, b: train_step(config, optimizer, 60, accumulation, s, b, z_loss))
+    options = {"z_loss": z_loss, "num_sources": S}
+    step = jax.jit(functools.partial(train_step, config, optimizer, 60, accumulation, **options))
     losses = []
     for i in range(steps):
-      batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in make_batch(i).items()}
+      batch = {n: shard(jnp.asarray(x), "batch", "length") for n, x in marked_batch(i).items()}
       state, metrics = step(state, batch)
-      losses.append(
-        [float(metrics[name]) for name in ("loss", "image_loss", "text_loss", "grad_norm")]
-      )
+      numbers = [metrics[name] for name in ("loss", "image_loss", "text_loss", "grad_norm")]
+      losses.append([*map(float, numbers), *np.asarray(metrics["source_nll"])])
     return np.array(losses), jax.device_get(state)
 
 
@@ -145,7 +152,7 @@ def test_the_other_family_with_all_options_is_the_same_on_a_mesh_too():
 
 
 def test_query_key_norm_is_an_option_of_opt(reference):
-  losses, state = run((1, 2, 2), 1, query_key_norm=True)
+  losses, state = run((2, 2, 2), 1, query_key_norm=True)
   assert state.params["blocks"]["q_norm"]["scale"].shape == (CONFIG.num_layers, CONFIG.head_dim)
   assert losses[2, 0] != reference[0][2, 0]
   np.testing.assert_allclose(losses, run((1, 1, 1), 1, query_key_norm=True)[0], rtol=2e-5)

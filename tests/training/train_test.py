@@ -78,9 +78,8 @@ def test_a_killed_run_with_an_average_continues_bit_for_bit(loader, tmp_path):
   assert_equal(seen[STEPS], jax.device_get(average))
   with jax.set_mesh(mesh_of(1, 1, 1)):
     mesh = jax.sharding.get_mesh()
-    steps = shared_steps(
-      MODEL, OptimizerConfig(learning_rate=1e-2, ema_decay=0.9), STEPS, 1, VOCAB, 0, mesh
-    )
+    optimizer = OptimizerConfig(learning_rate=1e-2, ema_decay=0.9)
+    steps = shared_steps(MODEL, optimizer, 1, VOCAB, 0, mesh)
     sharding = NamedSharding(mesh, spec("batch", "length"))
     config = TrainConfig(global_batch_size=8, eval_batches=1)
     rows = heldout.heldout_batches(loader, config, sharding)
@@ -181,12 +180,11 @@ def test_a_shorter_run_leaves_a_longer_one_as_it_is(loader, tmp_path, capsys):
 
 def test_debug_nans_finds_the_operation_although_the_state_is_donated(loader, tmp_path):
   """Parameters are 1e37 after step 2; without the flag step 3 has the first wrong metrics."""
-  shape = (1, 2, 1)
   message = r"^step 3 is skipped: its loss is .* rows 16 to 23 were read, .*--debug_nans"
   with pytest.raises(UserError, match=message):
-    run(tmp_path / "plain", loader, shape, learning_rate=1e38, tensorboard=False, max_skipped=0)
+    run(tmp_path / "plain", loader, learning_rate=1e38, tensorboard=False, max_skipped=0)
   with jax.debug_nans(True), pytest.raises(FloatingPointError, match="invalid value"):
-    run(tmp_path / "nans", loader, shape, learning_rate=1e38, tensorboard=False, fresh=True)
+    run(tmp_path / "nans", loader, learning_rate=1e38, tensorboard=False, fresh=True)
 
 
 def test_debug_nans_changes_nothing_where_all_is_finite(whole, loader, tmp_path):
