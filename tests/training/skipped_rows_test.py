@@ -158,8 +158,9 @@ def test_a_checkpoint_to_go_back_to_must_exist(loader, tmp_path):
   assert skipped_rows.read(epath.Path(tmp_path)) == []
 
 
-def test_a_parameter_that_is_not_finite_is_not_saved(loader, tmp_path):
-  """The NaN is of a position that no sample reaches, so loss and gradient do not show it."""
+def test_a_parameter_that_is_not_finite_is_not_saved(tmp_path):
+  """The NaN is of a position that no row reaches, so loss and gradient do not show it."""
+  loader = RowLoader(make_plan(make_sources(tmp_path / "stores"), sequence_length=96), VOCAB)
   with jax.set_mesh(mesh_of(1, 1, 1)):
     params = transformer.init_params(MODEL, jax.random.key(0))
   params["positions"] = params["positions"].at[-1].set(np.nan)
