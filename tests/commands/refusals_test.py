@@ -10,7 +10,7 @@ from tests.launched import launch
 
 def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
   """Runs a command in a folder, checks that it is refused, and returns its sentence."""
-  result = launch(name, *flags, cwd=folder, missing=["gcsfs"])
+  result = launch(name, *flags, cwd=folder, missing=["gcsfs", "wandb"])
   assert result.returncode == 2, result.stderr
   assert result.stderr.startswith("error: ")
   assert result.stderr.count("\n") == 1
