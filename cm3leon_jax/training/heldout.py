@@ -10,6 +10,7 @@ import numpy as np
 
 from cm3leon_jax.data.pipeline import RowLoader, batches
 from cm3leon_jax.training import loss
+from cm3leon_jax.training.monitor import Monitor
 
 if TYPE_CHECKING:
   from cm3leon_jax.training.train import Steps, TrainConfig
@@ -45,3 +46,15 @@ def evaluator(
   """Reads the held-out rows, and returns a function params -> losses, see `evaluate`."""
   eval_batches = heldout_batches(heldout, config, sharding)
   return lambda params: evaluate(steps, params, eval_batches, heldout.source_names)
+
+
+def losses_at_start(
+  state, newest: int | None, heldout_losses: Callable, monitor: Monitor
+) -> dict[str, float]:
+  """Computes and logs the held-out losses of step 0; a continued run reads them from its log."""
+  if newest is not None:
+    return monitor.logged_heldout(0)
+  with monitor.phase("evaluate", 0):
+    losses = heldout_losses(state.eval_params)
+    monitor.heldout(0, losses)
+  return losses

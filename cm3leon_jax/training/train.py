@@ -24,7 +24,7 @@ from cm3leon_jax.training.accumulation import on_mesh
 from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.goodput import Stopwatch
 from cm3leon_jax.training.hang_watch import HangWatch
-from cm3leon_jax.training.heldout import evaluator
+from cm3leon_jax.training.heldout import evaluator, losses_at_start
 from cm3leon_jax.training.lease import Lease
 from cm3leon_jax.training.metrics import check_log
 from cm3leon_jax.training.monitor import Monitor, open_monitor
@@ -241,18 +241,6 @@ def _begin(
   return NewestState(take_step, int(state.step), next_row), data
 
 
-def _evaluate_start(
-  state, newest: int | None, heldout_losses: Callable, monitor: Monitor
-) -> dict[str, float]:
-  """Computes and logs the held-out losses of step 0; a continued run reads them from its log."""
-  if newest is not None:
-    return monitor.logged_heldout(0)
-  with monitor.phase("evaluate", 0):
-    losses = heldout_losses(state.eval_params)
-    monitor.heldout(0, losses)
-  return losses
-
-
 def _run_steps(
   take_step: Callable, config: TrainConfig, state, next_row: int, data, heldout_losses: Callable,
   checkpoints: Checkpoints, monitor: Monitor, stop: StopSignal, sample_grid,
@@ -367,7 +355,7 @@ def train(
       )  # fmt: skip
     explained = explaining(objective, steps, take_step, config, sharding, folder)
     with StopSignal(sharding.mesh) as stop, explained, monitor:
-      before = _evaluate_start(state, newest, heldout_losses, monitor) if evaluate_start else {}
+      before = losses_at_start(state, newest, heldout_losses, monitor) if evaluate_start else {}
       state, next_row, losses, code = _run_steps(
         take_step, config, state, next_row, data, heldout_losses, checkpoints, monitor, stop,
         sample_grid,
