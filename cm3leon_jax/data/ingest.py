@@ -18,7 +18,7 @@ import pydantic.dataclasses
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import STRICT, UserError
-from cm3leon_jax.data import builtin_sources, scene_world, sources
+from cm3leon_jax.data import builtin_sources, origins, scene_world, sources
 from cm3leon_jax.data.builtin_sources import (
   DOCSTRINGS,
   OPENMOJI,
@@ -49,8 +49,6 @@ REJECTED = "rejected.jsonl"
 FILES = (*(f"{kind}.jsonl" for kind in KINDS), REJECTED)  # Of a shard.
 BATCH = 256  # Records that are read or rendered together.
 BATCH_BYTES = 2**27  # Of their images, as far as these are in memory.
-ORIGIN = ("kind", "source", "license", "attribution")
-MAX_ORIGINS = 100  # Origins that the index lists.
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -142,9 +140,9 @@ def prepare(
   more = _sum(m["more"] for m in made.values())
   _check_some(config, total, more)
   shards = {name: {**m["counts"], "digest": m["digest"]} for name, m in made.items()}
-  origins = _most_common(origin for m in made.values() for origin in m["origins"])
+  listed = origins.most_common(origin for m in made.values() for origin in m["origins"])
   write_json(
-    folder / INDEX, {"schema_version": SCHEMA_VERSION, "origins": origins, "shards": shards}
+    folder / INDEX, {"schema_version": SCHEMA_VERSION, "origins": listed, "shards": shards}
   )
   if config.source == SCENES:
     more = {"distinct_scenes": scene_world.number_of_scenes(scenes), **dict(sorted(more.items()))}
@@ -215,21 +213,6 @@ def _identity(config: RawConfig, part: sources.Part, scenes: ScenesConfig) -> di
     for name, section in sections.items()
   }
   return {**kept, "part": part.identity()}
-
-
-def _most_common(origins: Iterable[dict]) -> list[dict]:
-  """Sums the records of each origin; of too many, the rarest keep only kind and license."""
-  counts = collections.Counter()
-  for origin in origins:
-    counts[tuple(origin[field] for field in ORIGIN)] += origin["records"]
-  kept = counts.most_common(MAX_ORIGINS)
-  others = collections.Counter()
-  for (kind, _, license_, _), records in counts.most_common()[MAX_ORIGINS:]:
-    others[kind, "others", license_, "others"] += records
-  return [
-    {**dict(zip(ORIGIN, origin)), "records": records}
-    for origin, records in [*kept, *others.most_common()]
-  ]
 
 
 def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
@@ -374,10 +357,10 @@ class _Writer:
     if self.config.licenses:
       more = {**more, "other_licenses": self._other_licenses}
     more = more | {f"rejected_{reason}": n for reason, n in self._reasons.items()}
-    origins = _most_common(
-      {**dict(zip(ORIGIN, origin)), "records": n} for origin, n in self._origins.items()
+    listed = origins.most_common(
+      {**dict(zip(origins.FIELDS, origin)), "records": n} for origin, n in self._origins.items()
     )
-    summary = {"origins": origins, "counts": counts, "more": more}
+    summary = {"origins": listed, "counts": counts, "more": more}
     summary |= {"rejected": dict(self._reasons), "first": self._first}
     return {**summary, "digest": self._digest.hexdigest()}
 
