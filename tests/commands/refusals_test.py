@@ -1,32 +1,16 @@
 """Mistakes that a command finds before it reads or writes anything: one sentence, exit code 2."""
 
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
 from cm3leon_jax.io import write_json
-
-ROOT = pathlib.Path(__file__).parents[2]
-# gcsfs looks as if it were not installed.
-WITHOUT_GCSFS = "import sys\nsys.modules['gcsfs'] = None\n"
+from tests.launched import launch
 
 
 def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
   """Runs a command in a folder, checks that it is refused, and returns its sentence."""
-  (folder / "sitecustomize.py").write_text(WITHOUT_GCSFS)
-  environment = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
-  }
-  result = subprocess.run(
-    [sys.executable, "-m", f"launch.{name}", *flags],
-    cwd=folder, capture_output=True, text=True, timeout=120, env=environment, check=False,
-  )  # fmt: skip
+  result = launch(name, *flags, cwd=folder, missing=["gcsfs", "wandb"])
   assert result.returncode == 2, result.stderr
   assert result.stderr.startswith("error: ")
   assert result.stderr.count("\n") == 1
