@@ -10,13 +10,13 @@ import pytest
 from cm3leon_jax.io import write_json
 
 ROOT = pathlib.Path(__file__).parents[2]
-# gcsfs looks as if it were not installed.
-WITHOUT_GCSFS = "import sys\nsys.modules['gcsfs'] = None\n"
+# Two packages look as if they were not installed.
+WITHOUT = "import sys\nsys.modules['gcsfs'] = sys.modules['wandb'] = None\n"
 
 
 def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
   """Runs a command in a folder, checks that it is refused, and returns its sentence."""
-  (folder / "sitecustomize.py").write_text(WITHOUT_GCSFS)
+  (folder / "sitecustomize.py").write_text(WITHOUT)
   environment = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
@@ -41,6 +41,12 @@ def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
       ["--config=scenes", "--config.mesh.fsdp=3"],
       "config.mesh: mesh (data, fsdp, fsdp_inner, tensor) = (1, 3, 1, 1) does not use 8 devices "
       "exactly.",
+    ),
+    (
+      "train",
+      ["--config=scenes", "--config.train.wandb=cats"],
+      "config.train.wandb is 'cats', and the package wandb is missing: pip install "
+      "'cm3leon_jax[monitoring]', or leave out config.train.wandb.",
     ),
     (
       "train",
