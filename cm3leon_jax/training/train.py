@@ -86,7 +86,7 @@ class TrainConfig:
   """Minutes without a step, or 10 of the longest steps if that is more, after which a job prints
   where every process stands and ends with exit code 1; 0: never."""
   wandb: str = ""
-  """Project of Weights & Biases; empty: none."""
+  """Project of Weights & Biases, PROJECT or ENTITY/PROJECT; empty: none."""
   max_skipped: NonNegativeInt = 10
   """Number of steps in a row that may be skipped because their loss or gradient is not finite, or
   because of `optimizer.skip_above`; one more stops the run."""

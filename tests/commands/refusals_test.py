@@ -28,6 +28,12 @@ def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
     ),
     (
       "train",
+      ["--config=scenes", "--config.train.wandb=cats"],
+      "config.train.wandb is 'cats', and the package wandb is missing: pip install "
+      "'cm3leon_jax[monitoring]', or leave out config.train.wandb.",
+    ),
+    (
+      "train",
       ["--config=scenes", "--init_from=gs://bucket/run"],
       "--init_from=gs://bucket/run is in a bucket, which needs gcsfs: pip install "
       "'cm3leon_jax[data]'.",
