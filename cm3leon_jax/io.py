@@ -10,6 +10,7 @@ import os
 from etils import epath
 import fsspec
 
+from cm3leon_jax import buckets
 from cm3leon_jax.config import UserError, short
 
 
@@ -20,13 +21,14 @@ def open_filesystem(path: epath.PathLike):
   image must not open anything else.
 
   Raises:
-    UserError: the URL holds `::`, or its filesystem is not known or not installed.
+    UserError: the URL holds `::`, is on S3, or its filesystem is not known or not installed.
   """
   path = os.fspath(path)
   if "://" not in path:
     return fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(path))
   if "::" in path:
     raise UserError(f"{path} holds '::', a chain of URLs, which is not read: rename the file.")
+  buckets.check_path(path)
   try:
     return fsspec.core.url_to_fs(path)
   except (ImportError, ValueError) as error:
