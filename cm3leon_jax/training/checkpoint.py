@@ -109,8 +109,7 @@ class Checkpoints:
 
   def newest(self) -> int | None:
     """Returns the step of the newest sealed checkpoint, or None."""
-    self._good = distributed.gather(max(self.sealed(), default=None))[0]
-    return self._good
+    return distributed.gather(max(self.sealed(), default=None))[0]
 
   def save(self, state, step: int, next_row: int, heldout_loss: float | None = None) -> None:
     """Seals the previous save and starts to save `state`, a tree of arrays.
@@ -212,7 +211,7 @@ class Checkpoints:
 
   def _back(self) -> str:
     """Says where a run that is started again continues."""
-    at = "step 0: nothing was saved" if self._good is None else f"checkpoint {self._good}"
+    at = f"checkpoint {self._good}" if self._good else "its newest checkpoint, if it has one"
     return f"the same command continues from {at}."
 
   def _remove_digests(self, of: Callable[[int], bool]) -> None:
@@ -240,6 +239,7 @@ class Checkpoints:
       data=ocp.args.JsonRestore(),
     )
     restored = self._manager.restore(step, args=args)
+    self._good = step
     return restored["state"], restored["data"]["next_row"]
 
   def next_row(self, step: int) -> int:

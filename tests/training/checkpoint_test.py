@@ -360,7 +360,7 @@ def test_a_save_that_fails_is_reported_in_the_loop_and_leaves_the_one_before(tmp
 def test_a_bucket_that_fails_ends_the_run_with_the_checkpoint_that_is_whole(tmp_path, saves):
   """Whatever the loop was doing; the save in flight is finished first."""
   gone = RuntimeError("All 32 retry attempts failed: status 503")
-  where = f"checkpoint {saves}" if saves else "step 0: nothing was saved"
+  where = f"checkpoint {saves}" if saves else "its newest checkpoint, if it has one"
   sentence = (
     f"{tmp_path}: a bucket did not answer, or with errors, until the last try (RuntimeError: "
     f"{gone}): the same command continues from {where}."
