@@ -155,6 +155,24 @@ def test_the_errors_of_the_clients_are_known():
     assert not buckets.failure(error)
 
 
+FILES_BELOW = """
+from etils import epath
+from cm3leon_jax.training import sealing
+print(sealing.files_below(epath.Path("gs://bucket/step")))
+"""
+
+
+def test_a_folder_of_a_checkpoint_whose_request_fails_is_no_file(server):
+  """`is_dir` would say so, and the checkpoint would count as damaged."""
+  pytest.importorskip("gcsfs")
+  server.put("bucket", "step/state/array", b"", None)
+  output, errors = run(server, FILES_BELOW).communicate(timeout=300)
+  assert output == "['state/array']\n", errors
+  server.fault = lambda method, path: 403 if "state" in path else None  # 403 is not tried again.
+  output, errors = run(server, FILES_BELOW).communicate(timeout=300)
+  assert (output, errors.splitlines()[-2]) == ("", "OSError: Forbidden: b/bucket/o"), errors
+
+
 # A command that meets an error, as gcsfs raises it.
 COMMAND = """
 import gcsfs.retry, pathlib

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.training import checkpoint, recovery
+from cm3leon_jax.training import checkpoint, recovery, sealing
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.state import init_state
 from tests.models.tiny import CONFIG, mesh_of
@@ -376,6 +376,21 @@ def test_a_bucket_that_fails_ends_the_run_with_the_checkpoint_that_is_whole(tmp_
     run()
   assert str(caught.value) == sentence
   assert checkpoint.newest_step(tmp_path) == saves
+
+
+def test_a_checkpoint_in_a_bucket_that_does_not_answer_is_no_damaged_one(saved, monkeypatch):
+  """Damaged checkpoints are deleted; the errors of gcsfs are OSErrors, as those of a disk are."""
+  aiohttp = pytest.importorskip("aiohttp")
+  checkpoints = checkpoint.Checkpoints(saved, 2)
+  steps = checkpoints.sealed()
+  monkeypatch.setattr(sealing, "digest", mock.Mock(side_effect=aiohttp.SocketTimeoutError("gone")))
+  with pytest.raises(aiohttp.SocketTimeoutError):
+    recovery.newest_whole(checkpoints)
+  assert checkpoints.sealed() == steps != []
+  monkeypatch.setattr(sealing, "digest", mock.Mock(side_effect=OSError("of a disk")))
+  with pytest.raises(UserError, match="is whole"):
+    recovery.newest_whole(checkpoints)
+  checkpoints.close()
 
 
 def test_a_job_that_lost_its_lease_neither_saves_nor_seals(tmp_path):
