@@ -249,7 +249,7 @@ def test_nothing_is_removed_while_a_job_trains(workdir, monkeypatch, action):
     "prune": lambda: upkeep.prune(workdir / "train", 2, 0, 0),
     "rollback": lambda: upkeep.rollback(workdir / "train", 2),
   }
-  with lease.Lease(workdir / "train"), pytest.raises(UserError, match="trains in"):
+  with lease.Lease(workdir / "train"), pytest.raises(UserError, match="works in"):
     functions[action]()
   assert steps(workdir) == list(STEPS)
 

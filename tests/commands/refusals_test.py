@@ -39,6 +39,18 @@ def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
       "'cm3leon_jax[data]'.",
     ),
     (
+      "evaluate",
+      ["--config=scenes", "--data=s3://bucket/coco"],
+      "--data=s3://bucket/coco is on S3, which is not supported: give gs://BUCKET/FOLDER, or the "
+      "local folder where the bucket is mounted.",
+    ),
+    (
+      "prepare_data",
+      ["--config=scenes", "--config.raw.source=s3://bucket/pairs"],
+      "config.raw.source=s3://bucket/pairs is on S3, which is not supported: give "
+      "gs://BUCKET/FOLDER, or the local folder where the bucket is mounted.",
+    ),
+    (
       "prepare_data",
       ["--config=scenes", "--config.vqgan.resolution=50"],
       "config.vqgan: resolution is 50; it must be a multiple of downsample = 6.",
@@ -53,6 +65,12 @@ def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
 def test_a_mistake_is_found_before_anything_is_written(tmp_path, command, flags, sentence):
   assert refusal(tmp_path, command, *flags, "--workdir=run") == sentence
   assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_on_s3_is_refused(tmp_path):
+  sentence = refusal(tmp_path, "train", "--config=scenes", "--workdir=s3://bucket/run")
+  assert sentence.startswith("--workdir=s3://bucket/run is on S3, which is not supported: give gs:")
+  assert not (tmp_path / "s3:").exists()
 
 
 def test_a_bucket_of_the_config_needs_its_extra(tmp_path):

@@ -135,7 +135,7 @@ def test_a_folder_in_which_another_process_trains_is_refused(whole, loader, tmp_
   with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE) as other:
     try:
       assert other.stdout.readline() == b"held\n"
-      with pytest.raises(UserError, match=r"trains in .*: use another --workdir"):
+      with pytest.raises(UserError, match=r"works in .*: use another --workdir"):
         run(tmp_path, loader)
       assert not (tmp_path / "metrics").exists()
     finally:
