@@ -69,7 +69,8 @@ def load(path: epath.PathLike, expected: dict, command: str) -> dict:
   except SafetensorError as error:
     raise UserError(f"{path} is damaged ({error}): {remedy}.") from error
   expected = traverse_util.flatten_dict(expected, sep=".")
-  shapes = [{name: x.shape for name, x in tensors.items()} for tensors in (flat, expected)]
+  # As text: the shape of a scalar is empty, and what is empty may be absent.
+  shapes = [{name: str(x.shape) for name, x in tensors.items()} for tensors in (flat, expected)]
   if changed := differences(*shapes):
     raise UserError(f"{path} does not fit the config beside it ({changed[0]}): {remedy}.")
   if bad := not_finite(flat):

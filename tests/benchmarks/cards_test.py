@@ -22,7 +22,8 @@ def test_the_page_shows_every_card_that_is_stored(size):
 
 def test_there_is_a_card_of_each_size_slice_and_program():
   assert len(cards.CARDS) == len({(c.size, c.name) for c in cards.CARDS}) == 3 * 4 * 3
-  assert "train" in {card.program for card in SAMPLE}
+  assert STORED == cards.CARDS
+  assert {card.program for card in SAMPLE} == set(cards.PROGRAMS)
 
 
 def test_drift_is_the_relative_change_of_each_number():
