@@ -44,6 +44,8 @@ class StopSignal:
     # A job in the background of a script ignores Ctrl-C, which is meant for the foreground.
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     self._previous = {number: signal.signal(number, self._set) for number in heard}
+    if code := distributed.asked_to_stop():  # Just before, in a job of several processes.
+      self._received = max(self._received, 1 + CODES.index(code))
     return self
 
   def _set(self, number: int, _) -> None:
