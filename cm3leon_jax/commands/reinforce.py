@@ -76,6 +76,14 @@ def _scores(settings, workdir, objective, reference, prompts) -> tuple[dict, dic
   return before, after
 
 
+def _check(settings, workdir, init_from: str) -> None:
+  """Raises UserError if there is nothing to learn, or no run that learns."""
+  if not settings.instructions.any:
+    raise UserError("config.instructions has no tasks, whose records are the prompts: name some.")
+  if not init_from and not (workdir / "train" / "config.json").exists():
+    raise UserError("name the run that learns from rewards: --init_from=workdir/scenes_instruct")
+
+
 def main(
   settings,
   workdir,
@@ -97,10 +105,7 @@ def main(
   # A step is one pass, also with a config of a tuning that splits it.
   one_pass = dataclasses.replace(settings.train, rows_per_device=0)
   settings = dataclasses.replace(settings, train=one_pass)
-  if not settings.instructions.any:
-    raise UserError("config.instructions has no tasks, whose records are the prompts: name some.")
-  if not init_from and not (workdir / "train" / "config.json").exists():
-    raise UserError("name the run that learns from rewards: --init_from=workdir/scenes_instruct")
+  _check(settings, workdir, init_from)
   mesh = common.make_mesh(settings)  # An unfit mesh is found before a stage is read.
   if not skip_memory_check:
     memory.check_devices(settings, mesh, memory.check_update)

@@ -323,7 +323,16 @@ TRAINING = (
   *mutants_of(
     "cm3leon_jax/planning/memory.py",
     "tests/planning/memory_test.py::test_a_step_that_does_not_fit_names_the_flags_that_fit",
-    ("only_the_kept_values_count", "if memory.total <= limit", "if memory.kept <= limit"),
+    (
+      "only_the_kept_values_count",
+      "shape, platform)\n  if memory.total <= limit",
+      "shape, platform)\n  if memory.kept <= limit",
+    ),
     ("flags_that_do_not_fit", "shape, platform).total <= limit", "shape, platform).kept <= limit"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/planning/memory.py",
+    "tests/planning/memory_test.py::test_an_update_that_does_not_fit_names_the_flags_that_fit",
+    ("updates_that_do_not_fit", "other, shape).total <= limit", "other, shape).kept <= limit"),
   ),
 )
