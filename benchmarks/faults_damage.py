@@ -199,21 +199,20 @@ class Trainer:
     """Continues as `training.train` does; see the arguments of `judge` for what it returns."""
     import jax
 
-    from cm3leon_jax.training.metrics import check_log
-    from cm3leon_jax.training.train import _restore
+    from cm3leon_jax.training.train import TrainConfig, restore_or_init
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
       try:
         checkpoints = self._open(folder)
         if checked:
-          step, state, row = _restore(checkpoints, self._steps, None)
+          config = TrainConfig(checkpoint_every=10)
+          step, state, row = restore_or_init(folder, checkpoints, self._steps, config)
         else:  # The negative control.
           step = max(STEPS)
           types = jax.eval_shape(self._steps.init)
           state, row = checkpoints.restore(types, step, checked=True)
         if step is None:
-          check_log(folder, checkpoint_every=10)
           return 0, False, printed.getvalue()
       except UserError as error:
         return None, False, printed.getvalue() + str(error)

@@ -98,6 +98,7 @@ class CM3Leon:
         wrong.
     """
     accelerators.use_cpu_if_alone()
+    buckets.check_path(os.fspath(workdir), "workdir")
     buckets.prepare_access()
     import jax
 

@@ -213,18 +213,18 @@ def together() -> Iterator[None]:
   """Runs the body in all processes; none continues before all have finished or one has failed.
 
   Raises:
-    UserError: in all processes, if the body failed in one: its UserError or TryAgain, or a
-      description of another error. The process in which it failed raises that other error itself.
+    UserError: in all processes, if the body failed in one: its UserError or TryAgain. Another error
+      is raised by the process in which it failed; the others raise TryAgain with a description.
   """
-  failure, message = None, ""
+  failure, message, crash = None, "", False
   try:
     yield
   except UserError as error:
-    failure, message = error, str(error)
+    failure, message, crash = error, str(error), isinstance(error, TryAgain)
   except Exception as error:
-    failure = error
+    failure, crash = error, True
     message = f"process {jax.process_index()} failed with {type(error).__name__}: {error}"
-  found = gather([message, isinstance(failure, TryAgain)])
+  found = gather([message, crash])
   first, again = next((x for x in found if x[0]), ("", False))
   if failure is not None and not isinstance(failure, UserError):
     raise failure

@@ -10,6 +10,7 @@ import os
 from etils import epath
 import fsspec
 
+from cm3leon_jax import buckets
 from cm3leon_jax.config import UserError, short
 
 
@@ -20,13 +21,14 @@ def open_filesystem(path: epath.PathLike):
   image must not open anything else.
 
   Raises:
-    UserError: the URL holds `::`, or its filesystem is not known or not installed.
+    UserError: the URL holds `::`, is on S3, or its filesystem is not known or not installed.
   """
   path = os.fspath(path)
   if "://" not in path:
     return fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(path))
   if "::" in path:
     raise UserError(f"{path} holds '::', a chain of URLs, which is not read: rename the file.")
+  buckets.check_path(path)
   try:
     return fsspec.core.url_to_fs(path)
   except (ImportError, ValueError) as error:
@@ -37,30 +39,35 @@ def open_filesystem(path: epath.PathLike):
 
 @contextlib.contextmanager
 def partial_path(path: epath.PathLike) -> Iterator[epath.Path]:
-  """Yields a path beside `path`; the file that the body writes there replaces `path` at its end."""
+  """Yields a path beside `path`; the file that the body writes there replaces `path` at its end.
+
+  Its content is on the disk before, so that a power loss leaves no empty file.
+  """
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.parent / (path.name + ".partial")
   yield partial
+  sync(partial)
   partial.replace(path)
 
 
 @contextlib.contextmanager
-def replacing(path: epath.PathLike, mode: str = "wb", durable: bool = False):
-  """Opens a file that replaces `path` when the body ends: readers see a whole file, old or new.
-
-  Args:
-    path: of the file.
-    mode: to open it.
-    durable: whether the content is on the disk before it replaces the old one, so that a power
-      loss leaves no empty file.
-  """
+def replacing(path: epath.PathLike, mode: str = "wb"):
+  """Opens a file that replaces `path` when the body ends: readers see a whole file, old or new."""
   encoding = {} if "b" in mode else {"encoding": "utf-8"}
   with partial_path(path) as partial, partial.open(mode, **encoding) as file:
     yield file
-    if durable and "://" not in os.fspath(path):
-      file.flush()
-      os.fsync(file.fileno())
+
+
+def sync(path: epath.PathLike) -> None:
+  """Returns when the content of a local file is on the disk; an object in a bucket is stored."""
+  if "://" in os.fspath(path):
+    return
+  file = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(file)
+  finally:
+    os.close(file)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -75,8 +82,8 @@ def plain(value):
 
 
 def write_json(path: epath.PathLike, value) -> None:
-  """Writes a JSON file durably, see `replacing`."""
-  with replacing(path, "w", durable=True) as file:
+  """Writes a JSON file, see `replacing`."""
+  with replacing(path, "w") as file:
     file.write(json.dumps(plain(value), indent=1) + "\n")
 
 

@@ -98,12 +98,15 @@ def create_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
       f"{slices}."
     )
   types = (AxisType.Explicit,) * len(AXES)
+  # An axis may be a part of a dimension of the torus: tensor = 8 of 16 x 16 chips.
   if slices > 1:
     inner, outer = (shape[0] // slices, *shape[1:]), (slices, *[1] * len(shape[1:]))
-    return jax.sharding.Mesh(
-      mesh_utils.create_hybrid_device_mesh(inner, outer, devices), AXES, types
+    split = mesh_utils.create_hybrid_device_mesh(
+      inner, outer, devices, allow_split_physical_axes=True
     )
-  return jax.make_mesh(shape, AXES, types, devices=devices)
+  else:
+    split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return jax.sharding.Mesh(split, AXES, types)
 
 
 def spec(*axes: str | None) -> P:

@@ -8,7 +8,7 @@ from typing import Protocol
 from etils import epath
 
 from cm3leon_jax import buckets
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.io import plain, read_json, write_json
 from cm3leon_jax.progress import progress_bar
 
@@ -81,7 +81,7 @@ def run_shards(
     (name, numbers) of every shard: first the finished ones, then the others as they finish.
 
   Raises:
-    UserError: the first of a shard; finished shards stay finished.
+    UserError: the first of a shard; finished shards stay finished. TryAgain: a bucket failed.
   """
   folder = epath.Path(folder)
   finished, pending = [], []
@@ -120,22 +120,27 @@ class _Worker:
     """Processes {"shard": name, "config": JSON}.
 
     Returns:
-      {"shard": name, "summary": JSON, "error": ""}, or the message of a UserError as "error".
+      {"shard": name, "summary": JSON, "error": "", "again": False}, or the message of a UserError
+      as "error"; "again" says whether a bucket failed.
     """
     name = row["shard"]
     try:
       if self._process is None:
         self._process = self._job.open()
       summary = plain(self._process(name))
-    except UserError as error:
-      return {"shard": name, "summary": "", "error": str(error)}
-    write_json(
-      self._folder / f"{name}.json", {"config": json.loads(row["config"]), "summary": summary}
-    )
-    return {"shard": name, "summary": json.dumps(summary), "error": ""}
+      config = json.loads(row["config"])
+      write_json(self._folder / f"{name}.json", {"config": config, "summary": summary})
+    except Exception as error:  # Ray would wrap it.
+      reason = buckets.failure(error)
+      if not reason and not isinstance(error, UserError):
+        raise
+      return {"shard": name, "summary": "", "error": reason or str(error), "again": bool(reason)}
+    return {"shard": name, "summary": json.dumps(summary), "error": "", "again": False}
 
 
 def _result(row: dict) -> tuple[str, dict]:
+  if row["again"]:
+    raise TryAgain(f"shard {row['shard']}: {row['error']}: the same command continues.")
   if row["error"]:
     raise UserError(row["error"])
   return row["shard"], json.loads(row["summary"])

@@ -15,7 +15,7 @@ import time
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import damage, describe, plain, read_json, write_json
+from cm3leon_jax.io import damage, describe, plain, read_json, sync, write_json
 
 DONE = "done.json"
 
@@ -372,6 +372,8 @@ def once(
     about = {"config": config, "summary": summary, "seconds": seconds}
     new_id = id_of(described) if described else f"{time.time_ns():x}"
     more = describe_files(folder, varying)
+    for name in [*described, *more]:  # A power loss must not leave done.json without them.
+      sync(folder / name)
     write_json(done, {**about, "id": new_id, "files": {**described, **more}})
 
 

@@ -2,23 +2,17 @@
 
 import doctest
 import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 from absl import flags
 from absl.testing import flagsaver
 from etils import epath
 import jax
-import nbclient
-import nbformat
 import numpy as np
 from PIL import Image
 import pytest
 
-import cm3leon_jax
 from cm3leon_jax import CM3Leon, UserError
 from cm3leon_jax.commands import common, generate
 from cm3leon_jax.data.cm3 import apply_cm3_mask
@@ -100,40 +94,6 @@ def test_every_call_has_an_example_and_a_wrong_one_is_noticed(model):
 def test_the_page_of_the_api_shows_every_call():
   page = (ROOT / "docs" / "api.md").read_text()
   assert not [name for name in EXAMPLES if not re.search(rf"`(CM3Leon\.)?{name}\(", page)]
-
-
-LIGHT = """
-import os, sys
-import cm3leon_jax
-assert {"jax", "numpy", "cm3leon_jax.api"}.isdisjoint(sys.modules), "the import is not light"
-from cm3leon_jax import CM3Leon, UserError, accelerators
-assert "jax" not in sys.modules, "the API imports jax before a run is loaded"
-accelerators.DEVICE_FILES = ()
-try:
-  CM3Leon.load("nowhere")
-except UserError as error:
-  print(error)
-print(os.environ["JAX_PLATFORMS"])
-"""
-
-
-def test_importing_is_light_and_loading_uses_the_cpu_where_there_is_nothing_else():
-  environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-  result = subprocess.run(
-    [sys.executable, "-c", LIGHT],
-    cwd=ROOT,
-    env=environment,
-    capture_output=True,
-    text=True,
-    check=True,
-  )  # fmt: skip
-  assert result.stdout.splitlines() == [
-    "nowhere/train/config.json does not exist: name the workdir of a run, in which "
-    "`python -m launch.train` began.",
-    "cpu",
-  ]
-  with pytest.raises(AttributeError, match="has no attribute 'CM4Leon'"):
-    _ = cm3leon_jax.CM4Leon
 
 
 def test_samples_are_those_of_the_command(model, run, monkeypatch):
@@ -406,36 +366,3 @@ MISTAKES = [
 def test_a_mistake_is_one_sentence(model, call, sentence):
   with pytest.raises(UserError, match=f"^{re.escape(sentence)}"):
     call(model)
-
-
-NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
-
-
-def test_the_notebook_is_small_and_its_outputs_are_shown():
-  notebook = nbformat.read(NOTEBOOK, as_version=4)
-  code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-  assert all(cell.outputs for cell in code)
-  assert not [out for cell in code for out in cell.outputs if out.output_type == "error"]
-  sources = "".join(cell.source for cell in code)
-  assert not [name for name in EXAMPLES if name != "sample" and f".{name}(" not in sources]
-  text = NOTEBOOK.read_text()
-  assert len(text) < 200_000
-  assert not re.search(r"/(work|tmp|root|home|Users|usr)/", text)
-
-
-@pytest.mark.slow
-def test_the_notebook_runs(run, monkeypatch):
-  monkeypatch.setenv("CM3LEON_WORKDIR", str(run))
-  monkeypatch.setenv("PYTHONPATH", str(ROOT))
-  notebook = nbformat.read(NOTEBOOK, as_version=4)
-  for cell in notebook.cells:
-    cell.pop("outputs", None)
-    if cell.cell_type == "code":
-      cell.outputs = []
-  nbclient.NotebookClient(notebook, timeout=300).execute()  # An error in a cell is raised.
-  code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-  assert all(cell.outputs for cell in code)
-  assert any("image/png" in output.get("data", {}) for output in code[1].outputs)
-  code[1].source = "model.generate(5)"
-  with pytest.raises(nbclient.exceptions.CellExecutionError, match="UserError"):
-    nbclient.NotebookClient(notebook, timeout=300).execute()

@@ -9,6 +9,8 @@ import threading
 
 import pytest
 
+from cm3leon_jax import buckets, io
+from cm3leon_jax.config import TryAgain, UserError
 from tests import bucket_server
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -43,9 +45,11 @@ def server():
 
 
 def run(server, code):
+  """Starts a process, with no time-outs that commands of other tests have set in this one."""
   return subprocess.Popen(
     [sys.executable, "-c", BEGIN + code],
-    env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    env={name: value for name, value in os.environ.items() if "TENSORSTORE_CURL" not in name}
+    | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     | server.environment(),
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
@@ -93,3 +97,127 @@ def test_a_file_whose_request_is_not_answered_is_asked_for_again(server):
   server.put("bucket", "other", b"", None)
   output, errors = job.communicate("go on\n", timeout=300)
   assert output == "['file', 'other'] True\n", errors
+
+
+# What TensorStore says once its tries, here two, are over.
+GIVES_UP = """
+retries = {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"}
+kvstore = {"driver": "gcs", "bucket": "bucket", "path": "file"}
+import tensorstore
+store = tensorstore.KvStore.open({**kvstore, "context": {"gcs_request_retries": retries}}).result()
+try:
+  store.read("").result()
+except Exception as error:
+  print(buckets.failure(error))
+"""
+
+
+@pytest.mark.parametrize(
+  ("status", "sentence"),
+  [
+    (503, "a bucket did not answer, or with errors, until the last try (ValueError: ABORTED: All "),
+    (403, "a bucket may not be read or written by this account (ValueError: PERMISSION_DENIED: "),
+  ],
+)
+def test_what_an_array_in_a_bucket_that_fails_says_is_known(server, status, sentence):
+  server.fault = lambda method, path: status
+  output, errors = run(server, GIVES_UP).communicate(timeout=300)
+  assert output.startswith(sentence), output + errors
+
+
+def test_the_errors_of_the_clients_are_known():
+  """As they were raised by a server that answered with 503, with 403, and not at all."""
+  aiohttp, retry = pytest.importorskip("aiohttp"), pytest.importorskip("gcsfs.retry")
+  exceptions = pytest.importorskip("google.api_core.exceptions")
+  gone = "a bucket did not answer, or with errors, until the last try"
+  forbidden = "a bucket may not be read or written by this account"
+  exhausted = RuntimeError("Retry policy exhausted, with a last message of 503")  # ArrayRecord.
+  for error, reason in (
+    (
+      retry.HttpError({"code": 503, "message": "status 503"}),
+      f"{gone} (HttpError: status 503, 503)",
+    ),
+    (retry.HttpError({"code": 401, "message": "no"}), f"{forbidden} (HttpError: no, 401)"),
+    (OSError("Forbidden: b/bucket/o\nno"), f"{forbidden} (OSError: Forbidden: b/bucket/o no)"),
+    (aiohttp.SocketTimeoutError(), f"{gone} (SocketTimeoutError: no text)"),
+    (exceptions.RetryError("Timeout of 120.0s", None), f"{gone} (RetryError: Timeout of 120.0s, "),
+    (exhausted, f"{gone} (RuntimeError: Retry policy exhausted, with a last message of 503)"),
+  ):
+    assert buckets.failure(error).startswith(reason)
+    outer = UserError("The file is damaged.")
+    outer.__cause__ = error
+    assert buckets.failure(outer).startswith(reason)
+  for error in (
+    FileNotFoundError("gs://bucket/file"),
+    PermissionError(13, "Permission denied"),
+    None,
+  ):
+    assert not buckets.failure(error)
+
+
+FILES_BELOW = """
+from etils import epath
+from cm3leon_jax.training import sealing
+print(sealing.files_below(epath.Path("gs://bucket/step")))
+"""
+
+
+def test_a_folder_of_a_checkpoint_whose_request_fails_is_no_file(server):
+  """`is_dir` would say so, and the checkpoint would count as damaged."""
+  pytest.importorskip("gcsfs")
+  server.put("bucket", "step/state/array", b"", None)
+  output, errors = run(server, FILES_BELOW).communicate(timeout=300)
+  assert output == "['state/array']\n", errors
+  server.fault = lambda method, path: 403 if "state" in path else None  # 403 is not tried again.
+  output, errors = run(server, FILES_BELOW).communicate(timeout=300)
+  assert (output, errors.splitlines()[-2]) == ("", "OSError: Forbidden: b/bucket/o"), errors
+
+
+# A command that meets an error, as gcsfs raises it.
+COMMAND = """
+import gcsfs.retry, pathlib
+from cm3leon_jax.commands import common
+from cm3leon_jax.config import UserError
+def main(workdir):
+  try:
+    raise gcsfs.retry.HttpError({"code": 503, "message": "status 503"})
+  except Exception as error:
+    raise KIND("it is damaged") from error
+common.run(main, config=False)
+"""
+
+
+@pytest.mark.parametrize("kind", ["UserError", "OSError"])
+def test_a_command_ends_with_one_sentence_and_is_started_again(server, kind):
+  pytest.importorskip("gcsfs")
+  code = COMMAND.replace("KIND", kind)
+  job = run(server, f"sys.argv.append('--workdir=gs://bucket/run')\n{code}")
+  _, errors = job.communicate(timeout=300)
+  assert job.returncode == TryAgain.exit_code
+  assert errors == (
+    "error: gs://bucket: a bucket did not answer, or with errors, until the last try "
+    "(HttpError: status 503, 503): the same command continues.\n"
+  )
+
+
+@pytest.mark.slow
+def test_a_stage_whose_bucket_is_gone_ends_with_one_sentence(server):
+  """Half a minute of errors: gcsfs repeats a request 6 times."""
+  server.fault = lambda method, path: 503
+  code = "from cm3leon_jax.commands import prepare_data as stage\nstage.common.run(stage.main)"
+  flags = ["--config=scenes", "--workdir=gs://bucket/run", "--config.raw.source=gs://bucket/in"]
+  job = run(server, f"sys.argv += {flags}\n{code}")
+  _, errors = job.communicate(timeout=300)
+  assert job.returncode == TryAgain.exit_code
+  assert errors.startswith("error: gs://bucket: a bucket did not answer, or with errors, until ")
+  assert errors.count("\n") == 1
+
+
+def test_s3_is_refused_by_name():
+  for path in ("s3://bucket/run", "S3a://bucket", "s3n://b/c"):
+    with pytest.raises(UserError, match=rf"^config\.raw\.source={path} is on S3, which is not "):
+      buckets.check_path(path, "config.raw.source")
+    with pytest.raises(UserError, match=f"^{path} is on S3"):
+      io.open_filesystem(path)
+  for path in ("gs://s3/run", "runs/s3", "s3:/run", "ray://s3"):
+    buckets.check_path(path)

@@ -43,12 +43,3 @@ def optimized():
   jax.config.update("jax_disable_most_optimizations", False)
   yield
   jax.config.update("jax_disable_most_optimizations", True)
-
-
-@pytest.fixture(scope="session")
-def ray_address():
-  """A Ray cluster of this machine's, with two CPUs."""
-  ray = pytest.importorskip("ray")
-  ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-  yield "auto"
-  ray.shutdown()

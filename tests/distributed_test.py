@@ -12,7 +12,7 @@ PROCESS = """
 import sys
 import jax
 from cm3leon_jax import distributed
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import TryAgain, UserError
 
 # Libraries write to the process's standard output at any time, in the middle of a line, too.
 sys.stdout = open(sys.argv[1], "w", encoding="utf-8")
@@ -26,7 +26,7 @@ def printed(function):
   try:
     function()
   except UserError as error:
-    return str(error)
+    return f"{error}{' (again)' * (error.exit_code == TryAgain.exit_code)}"
 
 def fail_in_second(kind):
   with distributed.together():
@@ -82,7 +82,12 @@ def test_two_processes_come_to_the_same_decisions(cluster, tmp_path):
     "give all processes the same flags."
   )
   first = ["[{'me': ''}, {'me': 'é'}] True", "printed", "no " + "x" * 10]
-  assert lines[0] == [*first, "process 1 failed with OSError: no " + "x" * 10, "None", differ]
+  assert lines[0] == [
+    *first,
+    f"process 1 failed with OSError: no {'x' * 10} (again)",
+    "None",
+    differ,
+  ]
   assert lines[1] == [
     first[0].replace("True", "False"),
     first[2],

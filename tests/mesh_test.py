@@ -67,6 +67,10 @@ try:
 except ValueError as error:
   print(error)
 print(create_mesh(MeshConfig(1, 2, 2), devices[:4]).size)
+# An axis that is a part of a dimension of the torus, on one slice and on two.
+for name, slices in (("v6e:4x4", {}), ("v5e:4x4", {"num_slices": 2})):
+  devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **slices).devices
+  print(create_mesh(MeshConfig(-1, 1, 2), devices).shape["data"])
 """
 
 
@@ -83,9 +87,11 @@ def test_slices_lie_along_data():
     env=env,
     check=False,
   )
-  *found, refused, one_slice = result.stdout.splitlines()
+  assert result.returncode == 0, result.stderr
+  *found, refused, one_slice, v6e, two_slices = result.stdout.splitlines()
   four = [[0] * 2] * 2 + [[1] * 2] * 2
   for line, expected in zip(found, ([[0] * 4, [1] * 4], four, four), strict=True):
     assert json.loads(line) == [expected, 8, ["AxisType.Explicit"]]
   assert refused == "mesh.data is 1; the devices are in 2 slices, and it must be a multiple of 2."
   assert one_slice == "4"
+  assert (v6e, two_slices) == ("8", "16")

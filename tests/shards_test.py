@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import os
 import pathlib
 import signal
@@ -90,30 +89,3 @@ def test_a_runner_is_checked():
     Runner("slurm")
   with pytest.raises(ValueError, match="ray_workers is 0"):
     Runner(workers=0)
-
-
-@pytest.mark.filterwarnings("ignore")  # Ray's own.
-def test_ray_does_every_shard_although_a_worker_is_killed(tmp_path, ray_address):
-  job = Copy(str(tmp_path), kill_once="05")
-  results = run(tmp_path, job, runner=Runner("ray", ray_address, workers=2))
-  assert results == {name: {"length": 2} for name in NAMES}
-  assert {path.stem: path.read_text() for path in tmp_path.glob("*.out")} == {
-    name: name for name in NAMES
-  }
-  assert (tmp_path / "killed").exists()
-  assert (
-    log(tmp_path).count("05") == 2
-  )  # Negative control: it was killed in the middle of this one.
-  assert len(set((tmp_path / "opened").read_text().split())) >= 2
-  assert sorted(
-    json.loads(p.read_text())["config"]["digest"] for p in (tmp_path / "done").glob("*.json")
-  ) == list(range(12))
-  before = log(tmp_path)
-  run(tmp_path, job)  # The local runner finds nothing left to do.
-  assert log(tmp_path) == before
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_user_error_in_a_ray_worker_is_raised_in_one_sentence(tmp_path, ray_address):
-  with pytest.raises(UserError, match=r"^shard 05 is wrong\.$"):
-    run(tmp_path, Copy(str(tmp_path), wrong="05"), runner=Runner("ray", ray_address))

@@ -1,6 +1,8 @@
 import contextlib
 import dataclasses
 import importlib.util
+import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -39,6 +41,26 @@ def test_a_finished_stage_is_skipped(tmp_path):
   with stages.once(tmp_path / "a", {"n": 1}) as summary:
     assert summary is None
   assert read_json(tmp_path / "a" / stages.DONE) == first
+
+
+def test_files_are_on_the_disk_before_done_says_so(tmp_path, monkeypatch):
+  """After a power loss done.json never stands for files that are not there."""
+  fsync, replace, events = os.fsync, os.replace, []
+
+  def recorded_fsync(file):
+    fsync(file)
+    events.append(pathlib.Path(os.readlink(f"/proc/self/fd/{file}")).name)
+
+  def recorded_replace(source, target):
+    replace(source, target)
+    events.append(f"-> {pathlib.Path(target).name}")
+
+  monkeypatch.setattr(os, "fsync", recorded_fsync)
+  monkeypatch.setattr(os, "replace", recorded_replace)
+  with stages.once(tmp_path, {"n": 1}, files=("*.npy",), varying=("index",)):
+    np.save(tmp_path / "a.npy", np.ones(3))
+    (tmp_path / "index").write_text("built")
+  assert events == ["a.npy", "index", "done.json.partial", "-> done.json"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan")])

@@ -30,9 +30,8 @@ def main(settings, workdir):
       width = bank.embedding_width(settings.retrieval.clip, workdir)
       own = stages.ids(settings, workdir, stages.own_clip(settings))
       clip = {"clip": settings.retrieval.clip, **own}
-      summary.update(
-        neighbors.build_neighbors(settings.retrieval, job, width, clip, sharded.runner())
-      )
+      with sharded.runner(workdir / "neighbors") as runner:
+        summary.update(neighbors.build_neighbors(settings.retrieval, job, width, clip, runner))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -17,7 +19,14 @@ from ml_collections import config_flags
 
 from cm3leon_jax import accelerators, buckets
 from cm3leon_jax.commands import config_file, help_text
-from cm3leon_jax.config import CTRL_C, INTERRUPTED, STOPPED_EARLY, UserError, printable
+from cm3leon_jax.config import (
+  CTRL_C,
+  INTERRUPTED,
+  STOPPED_EARLY,
+  TryAgain,
+  UserError,
+  printable,
+)
 
 if TYPE_CHECKING:
   import jax
@@ -153,16 +162,48 @@ def _unknown_flag(name: str) -> str:
   return f"--{name} is not a flag of this command: {hint}"
 
 
-def _check_buckets() -> None:
-  """Raises UserError if a flag names a bucket and the package that reads buckets is missing.
+def _strings(value, name: str = "") -> Iterator[tuple[str, str]]:
+  """Yields the name and the text of every string in nested mappings and lists."""
+  if isinstance(value, str):
+    yield name.removesuffix("."), value
+  elif isinstance(value, Mapping):
+    for key, inner in value.items():
+      yield from _strings(inner, f"{name}{key}.")
+  elif isinstance(value, list | tuple):
+    for inner in value:
+      yield from _strings(inner, name)
 
-  Fields of the config are left to the stage that reads them: training needs no `raw.source`.
+
+def _texts() -> list[tuple[str, str]]:
+  """Returns the names and texts of all flags and fields of the config that are texts."""
+  values = flags.FLAGS.flag_values_dict().items()
+  given = {f"--{k}": v for k, v in values if k.partition(".")[0] != "config"}
+  fields = _CONFIG.value.to_dict() if _CONFIG.value else {}
+  return [*_strings(given), *_strings(fields, "config.")]
+
+
+def _check_buckets() -> None:
+  """Checks the buckets that the flags and the config name.
+
+  That gcsfs is missing matters only to the stage that reads a field: training needs no
+  `raw.source`.
+
+  Raises:
+    UserError: one is on S3; or a flag names one, and the package that reads buckets is missing.
   """
+  for name, text in _texts():
+    buckets.check_path(text, name)
   if importlib.util.find_spec("gcsfs"):
     return
-  for name, value in flags.FLAGS.flag_values_dict().items():
-    if not name.startswith("config.") and str(value).startswith("gs://"):
-      raise UserError(f"--{name}={value} is in a bucket, which {_NEEDS_GCSFS}")
+  for name, text in _texts():
+    if name.startswith("-") and text.startswith("gs://"):
+      raise UserError(f"{name}={text} is in a bucket, which {_NEEDS_GCSFS}")
+
+
+def _where() -> str:
+  """Names the buckets of the flags and the config."""
+  found = {"/".join(text.split("/")[:3]) for _, text in _texts() if text.startswith("gs://")}
+  return ", ".join(sorted(found)) or "a path in the data"
 
 
 def _user_error(error: BaseException | None) -> UserError | None:
@@ -235,6 +276,25 @@ def _stop_early(number: int, _) -> None:
   sys.exit(INTERRUPTED if number == signal.SIGTERM else CTRL_C)
 
 
+@contextlib.contextmanager
+def _reporting() -> Iterator[None]:
+  """Ends the process with a sentence and an exit code if the body fails as it may."""
+  try:
+    yield
+  except TryAgain as error:
+    _fail(str(error), error.exit_code)
+  except ImportError as error:
+    if "gcsfs" not in str(error):
+      raise
+    _fail(f"a path of the config is in a bucket, which {_NEEDS_GCSFS}")
+  except Exception as error:
+    if reason := buckets.failure(error):  # A UserError may have taken it for damage.
+      _fail(f"{_where()}: {reason}: the same command continues.", TryAgain.exit_code)
+    if not isinstance(error, UserError):
+      raise
+    _fail(str(error), error.exit_code)
+
+
 def run(
   main,
   workdir: bool | None = True,
@@ -244,6 +304,9 @@ def run(
   actions: tuple[str, ...] = (),
 ) -> None:
   """Runs a command as an absl app; a UserError becomes one sentence on stderr and exit code 2.
+
+  A bucket that cannot be reached becomes one, too, and an exit code with which launchers start the
+  command again.
 
   Args:
     main: called as `main(settings, workdir)`, or as `main(settings)` without a workdir.
@@ -256,7 +319,7 @@ def run(
 
   def checked(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it writes.
-    try:
+    with _reporting():
       arguments: list = _action(actions, argv[1:])
       if config:
         arguments.append(_settings())
@@ -272,12 +335,6 @@ def run(
       buckets.prepare_access()
       _join_processes(several_processes, saves)
       main(*arguments)
-    except UserError as error:
-      _fail(str(error), error.exit_code)
-    except ImportError as error:
-      if "gcsfs" not in str(error):
-        raise
-      _fail(f"a path of the config is in a bucket, which {_NEEDS_GCSFS}")
 
   for number in (signal.SIGTERM, signal.SIGINT) if saves else ():
     if signal.getsignal(number) is not signal.SIG_IGN:  # As in the background of a script.

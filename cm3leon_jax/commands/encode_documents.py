@@ -47,7 +47,8 @@ def main(settings, workdir):
       )
       # Without the id of raw: shards identify their records by digest.
       tokenizers = stages.ids(settings, workdir, stages.TOKENIZERS)
-      summary.update(encode.encode_documents(job, tokenizers, sharded.runner()))
+      with sharded.runner(workdir / "documents") as runner:
+        summary.update(encode.encode_documents(job, tokenizers, runner))
       for split, numbers in summary.items():
         shown = ", ".join(f"{name} {value:.6g}" for name, value in numbers.items())
         print(f"encode_documents {split}: {shown}")

@@ -42,7 +42,8 @@ def main(settings, workdir) -> None:
       settings.raw.num_threads,
     )
     tokenizers = stages.ids(settings, workdir, stages.TOKENIZERS)
-    summary.update(instruction_sources.encode_tasks(job, tokenizers, sharded.runner()))
+    with sharded.runner(workdir / "instructions") as runner:
+      summary.update(instruction_sources.encode_tasks(job, tokenizers, runner))
     for name, numbers in summary.items():
       shown = ", ".join(f"{value:,} {field}" for field, value in numbers.items())
       print(f"encode_instructions {name}: {shown}")

@@ -8,9 +8,10 @@ r"""Plans a pod job before it is paid for: memory, days, checkpoints; writes fil
     --workdir=/scratch/7b --out=plan --image=us-docker.pkg.dev#my-project/my-repository/cm3leon:gpu
 
 With --out it writes, for TPUs, gke_jobset.yaml, xpk.sh, tpu_vm.sh and skypilot.yaml; for GPUs,
-slurm.sbatch and, if the workdir is in a bucket, skypilot.yaml; and plan.json. Nothing is compiled
-and nothing started: memory is an estimate, which `launch.aot_compile` checks with the real
-compiler. docs/pods.md is the guide.
+slurm.sbatch and, if the workdir is in a bucket, skypilot.yaml; and plan.json. Files of an earlier
+plan in that folder are replaced or removed, unless they were changed since. Nothing is compiled and
+nothing started: memory is an estimate, which `launch.aot_compile` checks with the real compiler.
+docs/pods.md is the guide.
 """
 
 import dataclasses
@@ -53,7 +54,9 @@ _IMAGE = flags.DEFINE_string(
 )
 _QUEUE = flags.DEFINE_string("queue", "", "LocalQueue of Kueue in GKE; also writes gke_kueue.yaml.")
 _SECRET = flags.DEFINE_string(
-  "secret", "cm3leon", "Secret of Kubernetes with the key WANDB_API_KEY; it may be absent."
+  "secret",
+  "",
+  "Secret of Kubernetes with the key WANDB_API_KEY, which may be absent (default: cm3leon).",
 )
 _SPOT = flags.DEFINE_bool("spot", False, "Ask for machines that may be preempted.")
 _MAX_RESTARTS = flags.DEFINE_integer("max_restarts", 20, "Restarts after crashes.", lower_bound=0)
@@ -98,8 +101,7 @@ def _check_flags() -> None:
 
 
 def main(settings) -> None:
-  from cm3leon_jax.io import write_json
-  from cm3leon_jax.planning import hardware, launchers
+  from cm3leon_jax.planning import hardware, launchers, plan_folder
   from cm3leon_jax.planning import plan as plan_lib
 
   _check_flags()
@@ -114,19 +116,21 @@ def main(settings) -> None:
   if _OUT.value:
     launchers.check(job)
   plan = plan_lib.make(settings, devices, _MFU.value, _SAVE_BANDWIDTH.value)
-  print(plan_lib.table(plan, name, _SPOT.value), flush=True)
   if not _OUT.value:
+    print(plan_lib.table(plan, name, _SPOT.value))
     return
   more = (*given, *plan.flags, *(_TRAIN_FLAGS.value or ()))
   job = dataclasses.replace(job, flags=more, grace_seconds=plan.grace_seconds)
-  folder = epath.Path(_OUT.value)
-  texts = launchers.files(job)
-  folder.mkdir(parents=True, exist_ok=True)
-  for file, text in texts.items():
-    (folder / file).write_text(text)
-  write_json(folder / "plan.json", {**dataclasses.asdict(plan), "job": dataclasses.asdict(job)})
-  print(f"written to {_OUT.value}: {', '.join([*texts, 'plan.json'])}")
-  for sentence in launchers.remarks(job):
+  texts, folder = launchers.files(job), epath.Path(_OUT.value)
+  plan_folder.check(folder, texts)
+  print(plan_lib.table(plan, name, _SPOT.value), flush=True)
+  numbers = {**dataclasses.asdict(plan), "job": dataclasses.asdict(job)}
+  removed = plan_folder.write(folder, texts, numbers)
+  print(f"written to {_OUT.value}: {', '.join([*texts, plan_folder.NUMBERS])}")
+  if removed:
+    print(f"removed, of the plan before: {', '.join(removed)}")
+  keys = launchers.keys(job) if settings.train.wandb else []
+  for sentence in [*launchers.remarks(job), *keys]:
     print(sentence)
 
 

@@ -88,9 +88,9 @@ def main(settings, workdir):
   files = sources.digest_of(parts)
   with stages.stage(workdir, "raw", settings, {"files": files}) as summary:
     if summary is not None:
-      runner = sharded.runner()
-      made = ingest.prepare(settings.raw, parts, workdir / "raw", runner, settings.scenes)
-      summary.update(made)
+      folder = workdir / "raw"
+      with sharded.runner(folder) as runner:
+        summary.update(ingest.prepare(settings.raw, parts, folder, runner, settings.scenes))
       print("prepare_data:", ", ".join(f"{name} {value}" for name, value in summary.items()))
 
 

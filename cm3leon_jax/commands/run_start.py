@@ -37,16 +37,19 @@ def begin(
     What the run depends on, and the parameters that it starts from; None: random ones.
 
   Raises:
-    UserError: the folder holds another run.
+    UserError: the folder holds another run, or a new run asks for a board that is not installed.
   """
   from cm3leon_jax import distributed
   from cm3leon_jax.export import weights
+  from cm3leon_jax.training import boards
   from cm3leon_jax.training.changes import check_changes
 
   path = workdir / "train" / "config.json"
   with distributed.together():  # No process writes before all have read.
-    config = stages.run_config(settings, workdir, "train") | (more or {})
     stored = read_json(path, {"run": dict})["run"] if path.exists() else None
+    if stored is None:  # A run that has begun goes on without a board.
+      boards.check_installed(settings.train)
+    config = stages.run_config(settings, workdir, "train") | (more or {})
   start = weights.start_of_run(settings, workdir, init_from, stored)
   if start is not None:
     config["init_from"] = dataclasses.asdict(start)

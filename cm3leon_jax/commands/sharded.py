@@ -1,6 +1,10 @@
 """Defines the flags of commands that process shards in parallel."""
 
+from collections.abc import Iterator
+import contextlib
+
 from absl import flags
+from etils import epath
 
 from cm3leon_jax import shards
 from cm3leon_jax.config import UserError
@@ -17,13 +21,19 @@ _WORKERS = flags.DEFINE_integer(
 _CPUS = flags.DEFINE_float("ray_worker_cpus", 1.0, "CPUs that Ray reserves for a worker.")
 
 
-def runner() -> shards.Runner:
-  """Returns the runner that the flags select.
+@contextlib.contextmanager
+def runner(folder: epath.Path) -> Iterator[shards.Runner]:
+  """Yields the runner that the flags select, while this job holds the lease on a stage's folder.
 
   Raises:
-    UserError: a flag is out of range.
+    UserError: a flag is out of range; another job works in the folder, or has taken the lease.
   """
+  from cm3leon_jax.training.lease import Lease  # Here: it imports JAX.
+
   try:
-    return shards.Runner(_RUNNER.value, _ADDRESS.value, _WORKERS.value, _CPUS.value)
+    selected = shards.Runner(_RUNNER.value, _ADDRESS.value, _WORKERS.value, _CPUS.value)
   except ValueError as error:
     raise UserError(str(error)) from error
+  with Lease(folder) as lease:
+    yield selected
+    lease.check()

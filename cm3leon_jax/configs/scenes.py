@@ -23,6 +23,21 @@ def get_config(variant: str = "15"):
     else {stage: max(10, round(n * scale)) for stage, n in STEPS.items()}
   )
   config = base.get_config()
+  _set_world(config)
+  _set_encoders(config)
+  _set_decoder(config)
+  for stage, count in steps.items():
+    config[stage].steps = count
+  config.train.update({"global_batch_size": 2, "eval_batches": 32, "log_every": 50})
+  config.train.update({"checkpoint_every": min(400, max(5, config.train.steps // 12))})
+  config.train.update({"eval_every": max(5, config.train.steps // 8)})
+  config.train.update({"sample_every": max(5, config.train.steps // 3)})
+  if variant == "long":
+    _lengthen(config)
+  return config
+
+
+def _set_world(config):
   config.vocab.update({"num_special": 32, "text_size": 1_024, "image_size": 1_024})
   # Colors are learned last, those of two objects later still: captions that name them are more
   # frequent than the rest.
@@ -32,24 +47,29 @@ def get_config(variant: str = "15"):
   # of the same object and color elsewhere would be nearer to a caption than the same place.
   config.scenes.update({"rare_objects": 1_550, "bank": 2_673})
   config.raw.update({"source": "scenes", "resolution": 48, "max_texts": 0})
+
+
+def _set_encoders(config):
   # A code is one square of 6 x 6 pixels: an icon has 4 x 4 codes, the same wherever it stands.
   config.vqgan.update({"resolution": 48, "downsample": 6, "stem": 6, "local_codes": True})
   config.vqgan.update({"width": 64, "multipliers": (1,), "encoder_blocks": (1,)})
   config.vqgan.update({"decoder_blocks": (2,), "code_dim": 8, "batch_size": 16})
   config.vqgan.update({"learning_rate": 5e-3, "warmup_steps": 50, "adversarial_weight": 0.0})
-  config.vqgan.update({"restart_every": 50, "checkpoint_every": 200, "steps": steps["vqgan"]})
+  config.vqgan.update({"restart_every": 50, "checkpoint_every": 200})
   config.clip.update({"resolution": 48, "image_encoder": "conv", "patch": 4, "image_width": 128})
   config.clip.update({"image_layers": 1, "text_width": 128, "text_layers": 2, "text_length": 24})
   config.clip.update({"embed_dim": 128, "batch_size": 128, "learning_rate": 1e-3})
   config.clip.update({"warmup_fraction": 0.05, "weight_decay": 0.1, "text_dropout": 0.1})
   config.clip.update({"shift": 0.0, "color_jitter": 0.0, "checkpoint_every": 100})
-  config.clip.update({"steps": steps["clip"]})
   # A CLIP of minutes knows no names, so words are compared, too.
   config.retrieval.update({"lexical_weight": 0.85, "lexical_width": 512, "max_similarity": 1.0})
   # The bank has single objects at places. Captions of several objects, or of no place, find nothing
   # of which anything can be learned, and stand alone. So do some common objects with a color.
   config.retrieval.update({"min_similarity": 0.58})
   config.retrieval.update({"query_dropout": 0.0, "backend": "exact", "train_documents": False})
+
+
+def _set_decoder(config):
   config.data.update({"sequence_length": 512, "text_share": 0.0, "pack_window": 1_024})
   config.data.update({"num_neighbors": 1, "neighbor_sampling": "best", "neighbor_dropout": 0.1})
   config.data.update({"neighbor_loss_weight": 0.1, "code_dropout": 0.6})
@@ -70,15 +90,11 @@ def get_config(variant: str = "15"):
   # Of 1,024 codes few are likely: the 16th most likely would let all in.
   config.sampling.update({"temperature": 0.5, "guidance": 1.25, "contrastive_k": 1})
   config.evaluation.update({"scenes": 240, "scene_guidance": (1.0, 1.25), "scene_neighbors": 1})
-  config.train.update({"steps": steps["train"], "global_batch_size": 2, "eval_batches": 32})
-  config.train.update({"log_every": 50})
-  config.train.update({"checkpoint_every": min(400, max(5, config.train.steps // 12))})
-  config.train.update({"eval_every": max(5, config.train.steps // 8)})
-  config.train.update({"sample_every": max(5, config.train.steps // 3)})
-  if variant == "long":
-    config.scenes.update({"train": 80_000})
-    config.model.update({"width": 192, "num_heads": 3, "mlp_width": 448})
-    config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "ema_decay": 0.998})
-    config.evaluation.update({"scenes": 600, "scene_guidance": (1.0, 1.25, 1.5, 2.0)})
-    config.train.update({"global_batch_size": 4, "eval_batches": 16})
-  return config
+
+
+def _lengthen(config):
+  config.scenes.update({"train": 80_000})
+  config.model.update({"width": 192, "num_heads": 3, "mlp_width": 448})
+  config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "ema_decay": 0.998})
+  config.evaluation.update({"scenes": 600, "scene_guidance": (1.0, 1.25, 1.5, 2.0)})
+  config.train.update({"global_batch_size": 4, "eval_batches": 16})

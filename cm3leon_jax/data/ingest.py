@@ -18,7 +18,7 @@ import pydantic.dataclasses
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import STRICT, UserError
-from cm3leon_jax.data import builtin_sources, scene_world, sources
+from cm3leon_jax.data import builtin_sources, origins, scene_world, sources
 from cm3leon_jax.data.builtin_sources import (
   DOCSTRINGS,
   OPENMOJI,
@@ -49,8 +49,6 @@ REJECTED = "rejected.jsonl"
 FILES = (*(f"{kind}.jsonl" for kind in KINDS), REJECTED)  # Of a shard.
 BATCH = 256  # Records that are read or rendered together.
 BATCH_BYTES = 2**27  # Of their images, as far as these are in memory.
-ORIGIN = ("kind", "source", "license", "attribution")
-MAX_ORIGINS = 100  # Origins that the index lists.
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -134,14 +132,47 @@ def prepare(
   Raises:
     UserError: too many records are wrong (rejected.jsonl lists them), or no record can be used.
   """
-  folder, made = epath.Path(folder), {}
-  rejections = Rejections(config.max_rejected, folder / REJECTED)
+  folder = epath.Path(folder)
   (folder / INDEX).unlink(missing_ok=True)
   named = {f"{i:06d}": part for i, part in enumerate(parts)}
-  configs = {name: _identity(config, part, scenes) for name, part in named.items()}
+  made = _write_shards(config, named, folder, runner, scenes)
+  total = _sum(m["counts"] for m in made.values())
+  more = _sum(m["more"] for m in made.values())
+  _check_some(config, total, more)
+  shards = {name: {**m["counts"], "digest": m["digest"]} for name, m in made.items()}
+  listed = origins.most_common(origin for m in made.values() for origin in m["origins"])
+  write_json(
+    folder / INDEX, {"schema_version": SCHEMA_VERSION, "origins": listed, "shards": shards}
+  )
+  if config.source == SCENES:
+    more = {"distinct_scenes": scene_world.number_of_scenes(scenes), **dict(sorted(more.items()))}
+  return {"shards": len(made), **total, **more}
+
+
+def _write_shards(
+  config: RawConfig,
+  parts: dict[str, sources.Part],
+  folder: epath.Path,
+  runner: Runner,
+  scenes: ScenesConfig,
+) -> dict[str, dict]:
+  """Writes shards and rejected.jsonl, which lists what was rejected also if too much was.
+
+  Args:
+    config: section `raw`.
+    parts: part of the source of each shard, by the shard's name.
+    folder: where the shards are written.
+    runner: runs the shards.
+    scenes: section `scenes`.
+
+  Returns:
+    Summary of each shard by name, in the order of `parts`.
+  """
+  made, rejections = {}, Rejections(config.max_rejected, folder / REJECTED)
+  configs = {name: _identity(config, part, scenes) for name, part in parts.items()}
   try:
     for name, summary in run_shards(
-      _Ingest(config, str(folder), named, scenes),
+      _Ingest(config, str(folder), parts, scenes),
       configs,
       folder / "done",
       runner,
@@ -155,27 +186,22 @@ def prepare(
     with replacing(folder / REJECTED, "w") as file:
       for name in sorted(made):
         file.write((folder / name / REJECTED).read_text(encoding="utf-8"))
-  made = {name: made[name] for name in named}
-  total = _sum(m["counts"] for m in made.values())
-  more = _sum(m["more"] for m in made.values())
-  if not any(total.get(f"{split}_{kind}") for split in SPLITS for kind in KINDS):
-    if more.get("other_licenses"):
-      raise UserError(
-        f"config.raw.licenses is {config.licenses}; none of the {more['other_licenses']} "
-        f"records of '{config.source}' has one of these licenses (config.raw.default_license is "
-        "for records without one)."
-      )
+  return {name: made[name] for name in parts}
+
+
+def _check_some(config: RawConfig, total: dict[str, int], more: dict[str, int]) -> None:
+  """Refuses a source of which no record can be used."""
+  if any(total.get(f"{split}_{kind}") for split in SPLITS for kind in KINDS):
+    return
+  if more.get("other_licenses"):
     raise UserError(
-      f"config.raw.source is '{config.source}', which holds no record that can be used."
+      f"config.raw.licenses is {config.licenses}; none of the {more['other_licenses']} "
+      f"records of '{config.source}' has one of these licenses (config.raw.default_license is "
+      "for records without one)."
     )
-  shards = {name: {**m["counts"], "digest": m["digest"]} for name, m in made.items()}
-  origins = _most_common(origin for m in made.values() for origin in m["origins"])
-  write_json(
-    folder / INDEX, {"schema_version": SCHEMA_VERSION, "origins": origins, "shards": shards}
+  raise UserError(
+    f"config.raw.source is '{config.source}', which holds no record that can be used."
   )
-  if config.source == SCENES:
-    more = {"distinct_scenes": scene_world.number_of_scenes(scenes), **dict(sorted(more.items()))}
-  return {"shards": len(made), **total, **more}
 
 
 def _identity(config: RawConfig, part: sources.Part, scenes: ScenesConfig) -> dict:
@@ -187,21 +213,6 @@ def _identity(config: RawConfig, part: sources.Part, scenes: ScenesConfig) -> di
     for name, section in sections.items()
   }
   return {**kept, "part": part.identity()}
-
-
-def _most_common(origins: Iterable[dict]) -> list[dict]:
-  """Sums the records of each origin; of too many, the rarest keep only kind and license."""
-  counts = collections.Counter()
-  for origin in origins:
-    counts[tuple(origin[field] for field in ORIGIN)] += origin["records"]
-  kept = counts.most_common(MAX_ORIGINS)
-  others = collections.Counter()
-  for (kind, _, license_, _), records in counts.most_common()[MAX_ORIGINS:]:
-    others[kind, "others", license_, "others"] += records
-  return [
-    {**dict(zip(ORIGIN, origin)), "records": records}
-    for origin, records in [*kept, *others.most_common()]
-  ]
 
 
 def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
@@ -346,10 +357,10 @@ class _Writer:
     if self.config.licenses:
       more = {**more, "other_licenses": self._other_licenses}
     more = more | {f"rejected_{reason}": n for reason, n in self._reasons.items()}
-    origins = _most_common(
-      {**dict(zip(ORIGIN, origin)), "records": n} for origin, n in self._origins.items()
+    listed = origins.most_common(
+      {**dict(zip(origins.FIELDS, origin)), "records": n} for origin, n in self._origins.items()
     )
-    summary = {"origins": origins, "counts": counts, "more": more}
+    summary = {"origins": listed, "counts": counts, "more": more}
     summary |= {"rejected": dict(self._reasons), "first": self._first}
     return {**summary, "digest": self._digest.hexdigest()}
 

@@ -6,6 +6,7 @@ import json
 from etils import epath
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.source_lines import strict_lines
 
 KINDS = {str: "a text", int: "an integer", list: "a list", dict: "an object"}
 
@@ -48,18 +49,14 @@ def read_json_lines(file: epath.PathLike) -> Iterator[tuple[str, object]]:
   """Yields (place, content) of each line that is not blank, e.g. ("a.jsonl, line 1", {...}).
 
   Raises:
-    UserError: naming file and line, if it is not JSON.
+    UserError: naming file and line, if it is not JSON, or longer than `source_lines.MAX_LINE`.
   """
-  with epath.Path(file).open("rb") as lines:
-    for number, line in enumerate(lines, 1):
-      where = f"{file}, line {number}"
-      if not line.strip():
-        continue
-      try:
-        content = json.loads(line.decode("utf-8"))
-      except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({error}).") from error
-      yield where, content
+  for where, line in strict_lines(file):
+    try:
+      content = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+      raise UserError(f"{where} is not valid JSON ({error}).") from error
+    yield where, content
 
 
 def field_of(entry, name: str, kind: type, where: object):

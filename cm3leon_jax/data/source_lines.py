@@ -6,10 +6,47 @@ import csv
 import io
 import itertools
 
+from etils import epath
+
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data.records import RecordError, Rejected, parse_json
 
 MAX_LINE = 2**24  # Bytes of a line of JSON, or of a text file.
 MAX_ROW = 2**20  # Characters of a row of CSV, which may have half as many fields.
+
+
+def bounded_lines(raw, file: object) -> Iterator[tuple[str, bytes | RecordError]]:
+  """Yields (where, line) for every line of a binary file that is not blank.
+
+  Args:
+    raw: the file; it is closed at its end.
+    file: its name, for `where` and messages.
+
+  Yields:
+    Of a line of more than MAX_LINE bytes, which is never in memory whole, the error that says so.
+  """
+  with io.BufferedReader(raw) as stream:  # Files of a bucket have a `readline` without a limit.
+    for number in itertools.count(1):
+      line = stream.readline(MAX_LINE + 1)
+      if not line:
+        return
+      where = f"{file}, line {number}"
+      if len(line) > MAX_LINE:
+        while line and not line.endswith(b"\n"):
+          line = stream.readline(MAX_LINE)
+        message = f"{where} has more than {MAX_LINE:,} bytes; it must be one JSON object."
+        yield where, RecordError("malformed_record", message)
+      elif line.strip():
+        yield where, line
+
+
+def strict_lines(file: epath.PathLike) -> Iterator[tuple[str, bytes]]:
+  """Yields (where, line) as `bounded_lines`; raises UserError at a line that is too long."""
+  with epath.Path(file).open("rb") as raw:
+    for where, line in bounded_lines(raw, file):
+      if isinstance(line, RecordError):
+        raise UserError(str(line))
+      yield where, line
 
 
 def json_lines(fs, file: str, fields: list[str]) -> Iterator[tuple[str, dict | Rejected]]:
@@ -20,22 +57,13 @@ def json_lines(fs, file: str, fields: list[str]) -> Iterator[tuple[str, dict | R
     file: its path.
     fields: names of fields that a line must have; for messages.
   """
-  # Files of a bucket have a `readline` without a limit.
-  with fs.open(file, "rb") as raw, io.BufferedReader(raw) as stream:
-    for number in itertools.count(1):
-      line = stream.readline(MAX_LINE + 1)
-      if not line:
-        return
-      where = f"{file}, line {number}"
+  with fs.open(file, "rb") as raw:
+    for where, line in bounded_lines(raw, file):
       try:
-        if len(line) > MAX_LINE:
-          while line and not line.endswith(b"\n"):
-            line = stream.readline(MAX_LINE)
-          message = f"{where} has more than {MAX_LINE:,} bytes; it must be one JSON object."
-          raise RecordError("malformed_record", message)
-        if line.strip():
-          text = _decode(line.removeprefix(codecs.BOM_UTF8), where)
-          yield where, parse_json(text, where, fields)
+        if isinstance(line, RecordError):
+          raise line
+        text = _decode(line.removeprefix(codecs.BOM_UTF8), where)
+        yield where, parse_json(text, where, fields)
       except RecordError as error:
         yield where, Rejected(file, "", error.reason, str(error))
 

@@ -43,8 +43,9 @@ class Prompts(NamedTuple):
   Attributes:
     prefixes: [U0, P0]; None if no prompts share a prefix.
     rests: [U, P].
-    prefix_of: prefix before each rest.
-    row: unique prompt of each row; the streams of a sample are adjacent.
+    prefix_of: prefix before each rest, in the rest's own shard of the batch.
+    row: unique prompt of each row, in the row's own shard of the batch; the streams of a sample are
+      adjacent.
     last: last token of each row's prompt.
     last_positions: position of that token.
     next_positions: position of the token after it.
@@ -173,14 +174,12 @@ def prompt_positions(
   return np.append(positions, positions[-1] + 1)
 
 
-def pad_left(prompts: Sequence[Tokens], rows: int, pad: int) -> Padded:
-  """Pads prompts of unequal length on the left.
-
-  P is a multiple of BUCKET; the remaining rows hold only padding.
-  """
+def pad_left(prompts: Sequence[Tokens], pad: int) -> Padded:
+  """Pads prompts of unequal length on the left; P is a multiple of BUCKET."""
   slots = max(1, -(-max(len(p) for p in prompts) // BUCKET)) * BUCKET
-  ids, valid = np.full((rows, slots), pad, np.int32), np.zeros((rows, slots), bool)
-  positions = np.zeros((rows, slots), np.int32)
+  shape = (len(prompts), slots)
+  ids, valid = np.full(shape, pad, np.int32), np.zeros(shape, bool)
+  positions = np.zeros(shape, np.int32)
   for row, prompt in enumerate(prompts):
     place = np.s_[row, slots - len(prompt) :]
     ids[place], positions[place] = prompt.T
@@ -215,30 +214,53 @@ def _common(a, b) -> int:
 
 
 def prompt_arrays(
-  rows: Sequence[np.ndarray], positions: Sequence[np.ndarray], pad: int, multiple: int
+  rows: Sequence[np.ndarray], positions: Sequence[np.ndarray], pad: int, shards: int
 ) -> Prompts:
-  """Makes the arrays of R prompts, in which equal prompts and shared prefixes occur once.
+  """Makes the arrays of R prompts, in which the equal ones of a device occur once.
+
+  Prompts and shared prefixes that several devices need occur on each of them: to read one again
+  takes less time than to send its keys and values.
 
   Args:
     rows: ids of R prompts of at least one token.
     positions: of each prompt, one more than it has tokens (`prompt_positions`).
     pad: id of padding.
-    multiple: number of devices that a batch is split over.
+    shards: number of devices that a batch is split over; R must divide by it.
   """
   read = [np.stack([p[:-1], at[:-2]], axis=1).astype(np.int32) for p, at in zip(rows, positions)]
-  row, prompts = _unique(read)
-  lengths = shared_prefixes(prompts)
-  count = rounded(len(prompts), multiple)
-  prefix_of, prefixes = _unique([p[:n] for p, n in zip(prompts, lengths)])
+  size = len(read) // shards
+  row, prompts = _unique_of_shards([read[i : i + size] for i in range(0, len(read), size)])
+  lengths = [shared_prefixes(of_shard) for of_shard in prompts]
+  prefix_of, prefixes = _unique_of_shards(
+    [[p[:n] for p, n in zip(*of_shard)] for of_shard in zip(prompts, lengths)]
+  )
+  rests = [p[n:] for of_shard in zip(prompts, lengths) for p, n in zip(*of_shard)]
   return Prompts(
-    prefixes=pad_left(prefixes, rounded(len(prefixes), multiple), pad) if any(lengths) else None,
-    rests=pad_left([p[n:] for p, n in zip(prompts, lengths)], count, pad),
-    prefix_of=np.pad(prefix_of, (0, count - len(prompts))),
+    prefixes=pad_left([p for of_shard in prefixes for p in of_shard], pad)
+    if any(map(any, lengths))
+    else None,
+    rests=pad_left(rests, pad),
+    prefix_of=prefix_of,
     row=row,
     last=np.array([p[-1] for p in rows], np.int32),
     last_positions=np.array([at[-2] for at in positions], np.int32),
     next_positions=np.array([at[-1] for at in positions], np.int32),
   )
+
+
+def _unique_of_shards(
+  shards: Sequence[Sequence[Tokens]],
+) -> tuple[Int32[np.ndarray, " _"], list[list[Tokens]]]:
+  """Finds the unique prompts of each shard; empty ones make their number `rounded` and equal.
+
+  Returns:
+    (number of each prompt among the unique ones of all shards, unique prompts of each shard).
+  """
+  found = [_unique(prompts) for prompts in shards]
+  count = rounded(max(len(unique) for _, unique in found), 1)
+  numbers = np.concatenate([i * count + numbers for i, (numbers, _) in enumerate(found)])
+  empty = np.zeros((0, 2), np.int32)
+  return numbers, [[*unique, *[empty] * (count - len(unique))] for _, unique in found]
 
 
 def _unique(prompts: Sequence[Tokens]) -> tuple[Int32[np.ndarray, " _"], list[Tokens]]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped
 
-from cm3leon_jax.mesh import spec
+from cm3leon_jax.mesh import shard, spec
 from cm3leon_jax.models.attention import wide
 from cm3leon_jax.models.config import ModelConfig
 
@@ -102,12 +102,31 @@ def empty(
 def rows(
   cache: tuple[LayerCache, ...], index: Int32[Array, " rows"], kept: int, slots: int
 ) -> tuple[LayerCache, ...]:
-  """Gathers cache rows by `index`, each with its last `kept` slots, and pads them to `slots`."""
+  """Gathers cache rows as `local_rows`, each with its last `kept` slots, and pads to `slots`."""
 
   def take(x):
-    return x[:, :, x.shape[2] - kept :].at[index].get(out_sharding=spec(*AXES))
+    return local_rows(x[:, :, x.shape[2] - kept :], index)
 
   return grown(jax.tree.map(take, cache), slots - kept)
+
+
+def local_rows(
+  x: Shaped[Array, "rows_in ..."], index: Int32[Array, " rows"]
+) -> Shaped[Array, "rows ..."]:
+  """Gathers rows that each device has itself, so that nothing is sent.
+
+  Args:
+    x: split over the batch.
+    index: of the rows of `x`, each in the shard of the row that is made of it.
+  """
+  split = jax.typeof(x).sharding.spec
+
+  def take(x, index):
+    return x[index % len(x)]
+
+  return jax.shard_map(take, in_specs=(split, spec("batch")), out_specs=split)(
+    x, shard(index, "batch")
+  )
 
 
 def grown(cache: tuple[LayerCache, ...], by: int) -> tuple[LayerCache, ...]:

@@ -104,11 +104,6 @@ def _read(config, model, tokens: Padded, cache, seen, slot: int):
   return tuple(layers), seen
 
 
-def _rows(x, index):
-  """Gathers rows, split over the batch."""
-  return x.at[index].get(out_sharding=spec("batch", *[None] * (x.ndim - 1)))
-
-
 def read_prompts(
   config: ModelConfig, model: dict, prompts: Prompts, cache_dtype: str = "compute"
 ) -> tuple[tuple[LayerCache, ...], Bool[Array, "U T"]]:
@@ -134,7 +129,7 @@ def read_prompts(
     cache = cache_lib.empty(config, *shared.ids.shape, cache_dtype)
     cache, seen = _read(config, model, shared, cache, seen, 0)
     cache = cache_lib.rows(cache, prompts.prefix_of, start, start + length)
-    seen = jnp.pad(_rows(seen, prompts.prefix_of), ((0, 0), (0, length)))
+    seen = jnp.pad(cache_lib.local_rows(seen, prompts.prefix_of), ((0, 0), (0, length)))
   return _read(config, model, rests, cache, seen, start)
 
 
@@ -168,7 +163,9 @@ def prefill(
   caches, seen_of = [], []
   for s, width in enumerate(widths):
     caches.append(cache_lib.rows(cache, unique[:, s], width, width + room))
-    seen_of.append(jnp.pad(_rows(seen, unique[:, s])[:, -width:], ((0, 0), (0, room))))
+    seen_of.append(
+      jnp.pad(cache_lib.local_rows(seen, unique[:, s])[:, -width:], ((0, 0), (0, room)))
+    )
   plan = shard(plan, "batch", None, None)
   shape, split = (len(plan), longest), spec("batch", None)
   return LoopState(

@@ -4,6 +4,7 @@
 # C candidates that top-k keeps, P prompts, N samples of a prompt.
 
 from collections.abc import Sequence
+import functools
 from typing import Annotated, Literal, NamedTuple, get_args
 
 import jax
@@ -186,13 +187,22 @@ def filter_candidates(
     (logits in falling order, -inf after the last candidate of a row; their ids).
   """
   size = logits.shape[-1]
-  values, ids = jax.lax.top_k(logits, min(candidates, size) if candidates else size)
+  values, ids = _top_k(logits, min(candidates, size) if candidates else size)
   top_k, top_p = top_k[:, None], top_p[:, None]
   values = jnp.where((jnp.arange(values.shape[-1])[None] < top_k) | (top_k == 0), values, -jnp.inf)
   probabilities = jax.nn.softmax(values, axis=-1)
   before = jnp.cumsum(probabilities, axis=-1) - probabilities
   # Rounding can bring the sum to 1 before the last candidate.
   return jnp.where((before < top_p) | (top_p >= 1), values, -jnp.inf), ids
+
+
+def _top_k(x: Float[Array, "B V"], k: int) -> tuple[Float[Array, "B k"], Int32[Array, "B k"]]:
+  """Finds the k largest of each row where the row is: XLA:TPU would gather all rows first."""
+  sharding, largest = jax.typeof(x).sharding, functools.partial(jax.lax.top_k, k=k)
+  if not sharding.mesh.empty:
+    largest = jax.shard_map(largest, in_specs=sharding.spec, out_specs=sharding.spec)
+  values, ids = largest(x)
+  return values, ids
 
 
 def contrastive_scores(
@@ -218,7 +228,7 @@ def contrastive_scores(
   Returns:
     Scores, -inf for ids that are illegal or too improbable.
   """
-  kth = jax.lax.top_k(expert, min(k, expert.shape[-1]))[0][:, -1:]
+  kth = _top_k(expert, min(k, expert.shape[-1]))[0][:, -1:]
   kept = (expert >= jnp.log(alpha) + kth) & jnp.isfinite(expert) & jnp.isfinite(amateur)
   return jnp.where(
     kept, jax.nn.log_softmax(expert, axis=-1) - jax.nn.log_softmax(amateur, axis=-1), -jnp.inf

@@ -82,12 +82,16 @@ def frechet_interval(
   if min(map(len, sizes)) > 1 and max(map(len, strata)) > 1:
     rng = np.random.default_rng(seed)
     distances = [distance(_draw(strata, places, rng)) for _ in range(num_resamples)]
-    bias = float(np.mean(distances)) - found
-    result["resamples"] = np.array(distances)
-    tail = (1 - intervals.percentile_level(effective)) / 2
-    low, high = np.quantile(distances, [tail, 1 - tail]) - bias
-    result |= {"low": max(0.0, float(low)), "high": float(high), "bias": bias}
+    result |= _percentiles(np.array(distances), found, effective)
   return {**result, "groups": len(sizes[0]), "effective_groups": effective}
+
+
+def _percentiles(distances: np.ndarray, found: float, effective: float) -> dict:
+  """Returns the interval of a distance from those of its resamples, for `effective` groups."""
+  bias = float(np.mean(distances)) - found
+  tail = (1 - intervals.percentile_level(effective)) / 2
+  low, high = np.quantile(distances, [tail, 1 - tail]) - bias
+  return {"low": max(0.0, float(low)), "high": float(high), "bias": bias, "resamples": distances}
 
 
 def _placed_sets(rows, groups, reference, reference_groups) -> tuple[list, list, list]:

@@ -31,6 +31,7 @@ from cm3leon_jax.data.records import (
   make_record,
   parse_json,
 )
+from cm3leon_jax.data.source_lines import strict_lines
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.io import read_json
 from cm3leon_jax.progress import progress_bar
@@ -75,8 +76,9 @@ class DocumentFile:
     """Checks every line, and reads every image.
 
     Raises:
-      UserError: naming file and line: no JSON object; an unknown, absent or empty field; an image
-        that is absent or unreadable; more positions than were trained. Or the file has no line.
+      UserError: naming file and line: no JSON object, or one too long; an unknown, absent or empty
+        field; an image that is absent or unreadable; more positions than were trained. Or the file
+        has no line.
     """
     digest, documents, pairs = hashlib.sha256(self.crop.encode()), 0, 0
     for where, record in progress_bar(self._records(), "check", unit="doc", delay=2, leave=False):
@@ -108,16 +110,12 @@ class DocumentFile:
 
   def _records(self) -> Iterator[tuple[str, Record]]:
     """Yields (where, record) for every line that is not blank."""
-    count = 0
-    try:
-      with self.path.open("r", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-          if line.strip():
-            where = f"{self.path}, line {number}"
-            yield where, read_record(line.strip(), where, f"{self.path.name}/{count}")
-            count += 1
-    except UnicodeDecodeError as error:
-      raise UserError(f"{self.path} is not UTF-8 ({error}); save it as UTF-8.") from error
+    for count, (where, line) in enumerate(strict_lines(self.path)):
+      try:
+        text = line.decode("utf-8").strip()
+      except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 ({error}); save it as UTF-8.") from error
+      yield where, read_record(text, where, f"{self.path.name}/{count}")
 
   def _image_path(self, image: str) -> str:
     """Returns the full path of an image of the file."""

@@ -70,9 +70,9 @@ class Program:
       elif instruction := _INSTRUCTION.match(line):
         current.append(Instruction(*instruction.groups()))
 
-  def _callees(self, instruction: Instruction) -> Iterator[tuple[str, int]]:
+  def _callees(self, caller: str, instruction: Instruction) -> Iterator[tuple[str, int]]:
     if instruction.op == "while":
-      yield instruction.attribute(r"body=%?([\w.\-]+)"), self._trips(instruction)
+      yield instruction.attribute(r"body=%?([\w.\-]+)"), self._trips(caller, instruction)
     elif instruction.op in ("fusion", "call", "async-start"):
       if name := instruction.attribute(r"(?:calls|to_apply)=%?([\w.\-]+)"):
         yield name, 1
@@ -81,12 +81,29 @@ class Program:
     ):
       yield from ((name.strip(" %"), 1) for name in names.split(","))
 
-  def _trips(self, loop: Instruction) -> int:
-    """Returns the iterations of a `lax.scan` loop: the number that its condition compares with."""
+  def _trips(self, caller: str, loop: Instruction) -> int:
+    """Returns the iterations of a `lax.scan` loop: from its first index to the one that ends it.
+
+    XLA may take the first iteration out of a loop ("peel" it), which then starts at 1.
+    """
     condition = self.computations[loop.attribute(r"condition=%?([\w.\-]+)")]
-    constants = (c for c in condition if c.op == "constant" and c.type.startswith("s32"))
-    numbers = [int(c.rest.split(")")[0]) for c in constants]
-    return max(numbers, default=1)  # A loop whose end depends on data counts once.
+    ends = [_constant(i) for i in condition if _is_index(i) and i.op == "constant"]
+    if not ends:
+      return 1  # A loop whose end depends on data counts once.
+    places = [i for i in condition if _is_index(i) and i.op == "get-tuple-element"]
+    start = 0
+    if len(places) == 1:
+      start = self._carried(caller, loop, int(places[0].attribute(r"index=(\d+)")))
+    return max(ends) - start
+
+  def _carried(self, caller: str, loop: Instruction, place: int) -> int:
+    """Returns the constant that a loop starts with at a place of its tuple; 0 if it is none."""
+    made = {i.name: i for i in self.computations[caller]}
+    values = made[loop.operands[0]]
+    value = made[values.operands[place]] if values.op == "tuple" else values
+    while value.op in ("copy", "bitcast", "convert"):
+      value = made[value.operands[0]]
+    return _constant(value) if value.op == "constant" and _is_index(value) else 0
 
   @functools.cached_property
   def runs(self) -> Counter:
@@ -96,7 +113,7 @@ class Program:
     def visit(name: str, times: int):
       runs[name] += times
       for instruction in self.computations[name]:
-        for callee, trips in self._callees(instruction):
+        for callee, trips in self._callees(name, instruction):
           visit(callee, times * trips)
 
     visit(self.entry, 1)
@@ -105,8 +122,8 @@ class Program:
   @functools.cached_property
   def fused(self) -> set[str]:
     """Names of fused computations, whose intermediate values are not arrays in memory."""
-    calls = (i for name in self.computations for i in self.computations[name] if i.op == "fusion")
-    return {callee for i in calls for callee, _ in self._callees(i)}
+    calls = ((name, i) for name, made in self.computations.items() for i in made)
+    return {callee for name, i in calls if i.op == "fusion" for callee, _ in self._callees(name, i)}
 
   def flops(self) -> float:
     """Counts the FLOPs of matrix products and of splash attention (causal: half the square)."""
@@ -247,6 +264,14 @@ class Program:
       function = functions[_number("function_name_id", at)].strip('"')
       frames[key] = f"{file}:{_number('line', at)} {function}", _number("parent_frame_id", text) - 1
     return frames
+
+
+def _is_index(instruction: Instruction) -> bool:
+  return instruction.type.startswith("s32[]")
+
+
+def _constant(instruction: Instruction) -> int:
+  return int(instruction.rest.split(")")[0])
 
 
 def _number(field: str, text: str) -> int:

@@ -1,11 +1,13 @@
 """Boards that show a run while it trains: one that fails prints a warning, and the run goes on."""
 
 from collections.abc import Callable
+import importlib.util
 import threading
 from typing import Any
 
 from etils import epath
 
+from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json
 from cm3leon_jax.training.goodput import Stopwatch
 from cm3leon_jax.training.prometheus import Prometheus
@@ -67,6 +69,18 @@ class Board:
     reason = " ".join(reason.split())[:300]
     print(f"train: warning: no {self._name} from here on ({reason}): {self._instead}.", flush=True)
     self._instead = None
+
+
+def check_installed(config) -> None:
+  """Raises UserError if a TrainConfig asks for Weights & Biases and its package is missing."""
+  if not config.wandb:
+    return
+  spec = importlib.util.find_spec("wandb")
+  if spec is None or spec.origin is None:  # Without an origin it is the folder of wandb's logs.
+    raise UserError(
+      f"config.train.wandb is '{config.wandb}', and the package wandb is missing: pip install "
+      "'cm3leon_jax[monitoring]', or leave out config.train.wandb."
+    )
 
 
 def open_boards(folder: epath.Path, config, first_step: int, watch: Stopwatch) -> list[Board]:

@@ -9,7 +9,7 @@ from etils import epath
 import jax
 import orbax.checkpoint as ocp
 
-from cm3leon_jax import distributed
+from cm3leon_jax import buckets, distributed
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.io import absolute, digest, read_json, write_json
 from cm3leon_jax.mesh import abstract
@@ -65,15 +65,17 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(self.folder, options=options)
     self._check, self._scores, self._closed = check, bool(keep_best), False
     self._save: sealing.Save | None = None
+    self._good: int | None = None  # Step of the newest checkpoint that is known to be whole.
 
   def __enter__(self):
     return self
 
-  def __exit__(self, error, *_):
+  def __exit__(self, _, error, __):
     if error is None:
-      self.close()
-    else:
-      self._close_alone()
+      return self.close()
+    self._close_alone()
+    if not isinstance(error, TryAgain) and (reason := buckets.failure(error)):
+      raise TryAgain(f"{self.folder.parent}: {reason}: {self._back()}") from error
 
   def steps(self) -> list[int]:
     """Returns the steps of all checkpoints that are complete on disk, sealed or not, sorted."""
@@ -142,10 +144,9 @@ class Checkpoints:
     Raises:
       TryAgain: it could not be written.
     """
-    if self._save is not None:
-      for part in (self._save.share, self._save.sealed):
-        if part.done():
-          part.result()
+    for part in (self._save.share, self._save.sealed) if self._save else ():
+      if part.done():
+        part.result()
 
   def wait(self) -> None:
     """Returns when every started save is complete on disk, with its digests.
@@ -160,6 +161,7 @@ class Checkpoints:
       save.share.result()
     with distributed.together():  # All parts are there, so the first process does not wait long.
       save.sealed.result()
+    self._good = save.step
 
   def _seal(self, save: sealing.Save) -> None:
     """Digests this process's share of a save, then seals it in the first process; in a thread."""
@@ -167,12 +169,9 @@ class Checkpoints:
       try:
         work(save)
         outcome.set_result(None)
-      except UserError as error:
-        outcome.set_exception(error)
-        return
       except Exception as error:  # Of Orbax, TensorStore, a disk or a bucket.
-        failure = self._failure(save.step, error)
-        failure.__cause__ = error
+        failure = error if isinstance(error, UserError) else self._failure(save.step, error)
+        failure.__cause__ = error if failure is not error else error.__cause__
         outcome.set_exception(failure)
         return
 
@@ -198,6 +197,7 @@ class Checkpoints:
     parts = [self._part(save.step, i) for i in range(jax.process_count())]
     digests = {name: value for part in parts for name, value in read_json(part).items()}
     write_json(self._digest_path(save.step), digests)
+    self._good = save.step
     for part in parts:
       part.unlink()
     kept = set(self._manager.all_steps())
@@ -206,8 +206,13 @@ class Checkpoints:
   def _failure(self, step: int, error: Exception) -> TryAgain:
     return TryAgain(
       f"checkpoint {step} could not be written to {self.folder} ({error or type(error).__name__}): "
-      "the same command continues from the one before."
+      f"{self._back()}"
     )
+
+  def _back(self) -> str:
+    """Says where a run that is started again continues."""
+    at = f"checkpoint {self._good}" if self._good else "its newest checkpoint, if it has one"
+    return f"the same command continues from {at}."
 
   def _remove_digests(self, of: Callable[[int], bool]) -> None:
     """Deletes the digests, merged or not, of all steps for which `of` is true."""
@@ -234,6 +239,7 @@ class Checkpoints:
       data=ocp.args.JsonRestore(),
     )
     restored = self._manager.restore(step, args=args)
+    self._good = step
     return restored["state"], restored["data"]["next_row"]
 
   def next_row(self, step: int) -> int:

@@ -1,4 +1,4 @@
-"""A lease on the folder of a run, so that two jobs do not train in one workdir."""
+"""A lease on the folder of a stage, so that two jobs do not work in one folder."""
 
 from collections.abc import Callable
 import contextlib
@@ -118,10 +118,10 @@ class Lease:
     self._write()
     time.sleep(SETTLE_SECONDS)
     if (found := self._read()).get("token") != self._token:
-      raise UserError(f"{_name(found)} trains in {self._folder}: it started at the same time.")
+      raise UserError(f"{_name(found)} works in {self._folder}: it started at the same time.")
 
   def _wait_for(self, first: dict) -> None:
-    print(f"train: {_name(first)} holds {self._path}; waiting for a sign of life.", flush=True)
+    print(f"{_name(first)} holds {self._path}; waiting for a sign of life.", flush=True)
     end = time.monotonic() + EXPIRE_SECONDS
     while time.monotonic() < end:
       time.sleep(min(1.0, EXPIRE_SECONDS / 10))
@@ -130,11 +130,9 @@ class Lease:
         return
       if now != first:
         raise UserError(
-          f"{_name(now)} trains in {self._folder}: use another --workdir, or stop that job."
+          f"{_name(now)} works in {self._folder}: use another --workdir, or stop that job."
         )
-    print(
-      f"train: {_name(first)} gave no sign for {EXPIRE_SECONDS:g} s; its lease ends.", flush=True
-    )
+    print(f"{_name(first)} gave no sign for {EXPIRE_SECONDS:g} s; its lease ends.", flush=True)
 
   def _beat(self) -> None:
     while not self._stop.wait(BEAT_SECONDS):

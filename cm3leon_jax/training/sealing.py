@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from concurrent import futures
+import os
 import threading
 
 from etils import epath
 import jax
 
+from cm3leon_jax import buckets
 from cm3leon_jax.io import digest
 
 
@@ -14,9 +16,14 @@ def files_below(folder: epath.Path) -> list[str]:
   """Returns the relative paths of all files below `folder`, sorted."""
   files = []
   for path in folder.iterdir():  # Buckets have no recursive glob.
-    below = [f"{path.name}/{name}" for name in files_below(path)] if path.is_dir() else [path.name]
-    files += below
+    is_folder = _is_folder(path)
+    files += [f"{path.name}/{name}" for name in files_below(path)] if is_folder else [path.name]
   return sorted(files)
+
+
+def _is_folder(path: epath.Path) -> bool:
+  """Returns whether a path is a folder; in a bucket, `is_dir` hides that no answer came."""
+  return path.stat().is_directory if "://" in os.fspath(path) else path.is_dir()
 
 
 def _share(names: list[str]) -> list[str]:
@@ -30,13 +37,19 @@ def digests(folder: epath.Path) -> dict[str, str | None]:
 
 
 def damage(folder: epath.Path, expected: dict) -> str | None:
-  """Says which file of this process's share is not as its digest says, or None."""
+  """Says which file of this process's share is not as its digest says, or None.
+
+  Raises:
+    OSError: a bucket did not answer.
+  """
   name = ""
   try:
     for name in _share(sorted({*expected, *files_below(folder)})):
       if expected.get(name) != digest(folder / name):
         return f"{folder / name} is damaged: it is not what was written"
   except OSError as error:
+    if buckets.failure(error):  # No damage: a checkpoint that is damaged is deleted.
+      raise
     return f"{folder / name} cannot be read ({error})"
   return None
 

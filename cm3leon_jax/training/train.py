@@ -1,31 +1,30 @@
 """The training loop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import functools
-import itertools
 from typing import Annotated, Any
 
 from etils import epath
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import STRICT
-from cm3leon_jax.data.pipeline import RowLoader, batches
+from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.mesh import batch_shards, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training import loss, recovery, skipped_rows
+from cm3leon_jax.training import recovery, skipped_rows
 from cm3leon_jax.training.accumulation import on_mesh
 from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.goodput import Stopwatch
 from cm3leon_jax.training.hang_watch import HangWatch
+from cm3leon_jax.training.heldout import evaluator, losses_at_start
 from cm3leon_jax.training.lease import Lease
 from cm3leon_jax.training.metrics import check_log
 from cm3leon_jax.training.monitor import Monitor, open_monitor
@@ -87,7 +86,7 @@ class TrainConfig:
   """Minutes without a step, or 10 of the longest steps if that is more, after which a job prints
   where every process stands and ends with exit code 1; 0: never."""
   wandb: str = ""
-  """Project of Weights & Biases; empty: none."""
+  """Project of Weights & Biases, PROJECT or ENTITY/PROJECT; empty: none."""
   max_skipped: NonNegativeInt = 10
   """Number of steps in a row that may be skipped because their loss or gradient is not finite, or
   because of `optimizer.skip_above`; one more stops the run."""
@@ -176,72 +175,70 @@ def compile_steps(
   )
 
 
-def heldout_batches(heldout: RowLoader, config: TrainConfig, sharding) -> list:
-  """Reads the rows of `eval_batches` global batches, in batches of the micro-batch size."""
-  count = config.eval_batches * config.gradient_accumulation_steps
-  return list(itertools.islice(batches(heldout, 0, config.micro_batch_size, sharding), count))
+@contextlib.contextmanager
+def _opened(folder: epath.Path, config: TrainConfig, lease: Lease | None, go_back: GoBack | None):
+  """Opens the folder of a run, which is measured, watched, and under a lease.
 
-
-def evaluate(
-  steps: Steps, params, eval_batches: list, sources: Sequence[str] = ()
-) -> dict[str, float]:
-  """Computes the held-out losses by modality, nats per target of the documents themselves.
-
-  Args:
-    steps: of the run.
-    params: that are evaluated.
-    eval_batches: of `heldout_batches`.
-    sources: names of the sources that the rows are marked with, whose losses are added.
+  Yields:
+    (Checkpoints, Stopwatch, HangWatch, Lease).
   """
-  measure = functools.partial(steps.evaluate, num_sources=len(sources))
-  totals = [jax.device_get(measure(params, batch)) for batch in eval_batches]
-  sums = {name: np.sum([t[name] for t in totals], 0, np.float64) for name in totals[0]}
-  losses = {**loss.modality_losses(sums), **loss.source_losses(sources, sums)}
-  return {f"heldout_{name}": float(value) for name, value in losses.items()}
+  keep = (config.keep_checkpoints, config.keep_every, config.keep_best)
+  with (
+    contextlib.closing(Stopwatch()) as watch,
+    contextlib.nullcontext(lease) if lease else Lease(folder) as lease,
+    HangWatch(folder, config.hang_minutes, watch) as hang,
+    Checkpoints(folder, *keep, check=lease.check) as checkpoints,
+  ):
+    if go_back is not None:
+      skipped_rows.go_back(checkpoints, folder, go_back)
+    yield checkpoints, watch, hang, lease
 
 
-def _heldout_losses(
-  steps: Steps, heldout: RowLoader, config: TrainConfig, sharding
-) -> Callable[[dict], dict[str, float]]:
-  """Reads the held-out rows, and returns a function params -> losses, see `evaluate`."""
-  eval_batches = heldout_batches(heldout, config, sharding)
-  return lambda params: evaluate(steps, params, eval_batches, heldout.source_names)
-
-
-def _restore(checkpoints: Checkpoints, steps: Steps, initial_params: Callable[[], dict] | None):
+def restore_or_init(
+  folder: epath.Path, checkpoints: Checkpoints, steps: Steps, config: TrainConfig,
+  initial_params: Callable[[], dict] | None = None,
+):  # fmt: skip
   """Restores the newest checkpoint that is whole, or initializes a state.
 
   Args:
+    folder: of the run.
     checkpoints: of the run.
     steps: of the run.
+    config: of the run.
     initial_params: see `train`.
 
   Returns:
     (step of the checkpoint or None, state, next row).
+
+  Raises:
+    UserError: damaged checkpoints, or a log that says that checkpoints are missing.
   """
   newest = recovery.newest_whole(checkpoints)
   recovery.discard_unsealed(checkpoints)
   newest = checkpoints.newest() if newest is None else newest
-  if newest is None:
-    state = steps.init()  # The optimizer starts with the same state, whatever the parameters are.
-    if initial_params is not None:
-      params = initial_params()
-      ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # Both are donated.
-      state = dataclasses.replace(state, params=params, ema=ema)
-    return None, state, 0
-  return newest, *checkpoints.restore(jax.eval_shape(steps.init), newest, checked=True)
-
-
-def _evaluate_start(
-  state, newest: int | None, heldout_losses: Callable, monitor: Monitor
-) -> dict[str, float]:
-  """Computes and logs the held-out losses of step 0; a continued run reads them from its log."""
   if newest is not None:
-    return monitor.logged_heldout(0)
-  with monitor.phase("evaluate", 0):
-    losses = heldout_losses(state.eval_params)
-    monitor.heldout(0, losses)
-  return losses
+    return newest, *checkpoints.restore(jax.eval_shape(steps.init), newest, checked=True)
+  check_log(folder, config.checkpoint_every)
+  state = steps.init()  # The optimizer starts with the same state, whatever the parameters are.
+  if initial_params is not None:
+    params = initial_params()
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # Both are donated.
+    state = dataclasses.replace(state, params=params, ema=ema)
+  return None, state, 0
+
+
+def _begin(
+  objective: Objective, steps: Steps, state, next_row: int, config: TrainConfig, sharding,
+  hang: HangWatch, lease: Lease,
+) -> tuple[NewestState, Iterator]:  # fmt: skip
+  """Begins the objective at a row, under the watch and the lease.
+
+  Returns:
+    (the function (state, batch) -> (state, metrics), batches).
+  """
+  take_step, data = objective.begin(steps, next_row, config.global_batch_size, sharding)
+  take_step, data = hang.follow(lease.guard(take_step), data, int(state.step) + 1)
+  return NewestState(take_step, int(state.step), next_row), data
 
 
 def _run_steps(
@@ -256,7 +253,7 @@ def _run_steps(
     state: to continue from.
     next_row: of `data`.
     data: batches.
-    heldout_losses: params -> losses, see `evaluate`.
+    heldout_losses: params -> losses, see `heldout.evaluate`.
     checkpoints: of the run.
     monitor: of the run.
     stop: set at SIGTERM and Ctrl-C.
@@ -311,13 +308,23 @@ def _must_save(step: int, steps: int, saved: int, code: int | None, monitor: Mon
   return step == steps or not skipped or (code is not None and skipped < step - saved)
 
 
+def _summary(state, next_row: int, losses: dict, before: dict) -> dict:
+  """Returns what `train` returns, of the held-out losses after the run and before it."""
+  return {
+    "steps": int(state.step),
+    "parameters": transformer.count_params(state.params),
+    "next_row": next_row,
+    **losses,
+    **({"heldout_before": before} if before else {}),
+  }
+
+
 def train(
   folder: epath.Path, model: ModelConfig, optimizer_config: OptimizerConfig, config: TrainConfig,
   vocab: VocabLayout, objective: Objective, heldout: RowLoader, seed: int,
   sample_grid: Callable[[dict, int], Any] | None = None, profile_steps: range = range(0),
   initial_params: Callable[[], dict] | None = None, evaluate_start: bool = False,
-  lease: Lease | None = None,
-  go_back: GoBack | None = None,
+  lease: Lease | None = None, go_back: GoBack | None = None,
 ) -> dict:  # fmt: skip
   """Trains to `config.steps` from the newest checkpoint in `folder`, on the current mesh.
 
@@ -333,8 +340,7 @@ def train(
     sample_grid: (params, step) -> grid, a PIL image or None; called every `sample_every` steps
       with the parameters that are evaluated, see `TrainState.eval_params`.
     profile_steps: steps to trace.
-    initial_params: makes the parameters that a run without a checkpoint starts from; default:
-      random ones.
+    initial_params: makes the parameters of a run without a checkpoint; default: random ones.
     evaluate_start: whether the held-out loss is also computed before the first step, as step 0.
     lease: on the folder, if the caller holds it already.
     go_back: the checkpoint to continue from in place of the newest, and the rows that `objective`
@@ -348,42 +354,25 @@ def train(
     UserError: an unfit mesh, damaged checkpoints, too many steps that are skipped, parameters that
       are not finite, or another job that trains in the folder.
   """
-  mesh = jax.sharding.get_mesh()
-  with contextlib.ExitStack() as stack:
-    watch = stack.enter_context(contextlib.closing(Stopwatch()))
-    if lease is None:
-      lease = stack.enter_context(Lease(folder))
-    hang = stack.enter_context(HangWatch(folder, config.hang_minutes, watch))
-    config = on_mesh(config, batch_shards())
-    sharding = NamedSharding(mesh, spec("batch", "length"))
-    steps = compile_steps(model, optimizer_config, config, vocab, seed)
-    keep = (config.keep_checkpoints, config.keep_every, config.keep_best)
-    checkpoints = stack.enter_context(Checkpoints(folder, *keep, check=lease.check))
-    if go_back is not None:
-      skipped_rows.go_back(checkpoints, folder, go_back)
-    newest, state, next_row = _restore(checkpoints, steps, initial_params)
-    if newest is None:
-      check_log(folder, config.checkpoint_every)
-    heldout_losses = _heldout_losses(steps, heldout, config, sharding)
-    take_step, data = objective.begin(steps, next_row, config.global_batch_size, sharding)
-    take_step, data = hang.follow(lease.guard(take_step), data, int(state.step) + 1)
-    take_step = NewestState(take_step, int(state.step), next_row)
-    schedule = learning_rate_schedule(optimizer_config, config.steps)
+  config = on_mesh(config, batch_shards())
+  sharding = NamedSharding(jax.sharding.get_mesh(), spec("batch", "length"))
+  steps = compile_steps(model, optimizer_config, config, vocab, seed)
+  with _opened(folder, config, lease, go_back) as (checkpoints, watch, hang, lease):
+    newest, state, next_row = restore_or_init(folder, checkpoints, steps, config, initial_params)
+    heldout_losses = evaluator(steps, heldout, config, sharding)
+    take_step, data = _begin(objective, steps, state, next_row, config, sharding, hang, lease)
     with distributed.together():
       monitor = open_monitor(
-        folder, model, config, schedule, objective.length, newest, watch, profile_steps,
-        objective.names,
+        folder, model, config, learning_rate_schedule(optimizer_config, config.steps),
+        objective.length, newest, watch, profile_steps, objective.names,
       )  # fmt: skip
     explained = explaining(objective, steps, take_step, config, sharding, folder)
-    with StopSignal(mesh) as stop, explained, monitor:
-      before = _evaluate_start(state, newest, heldout_losses, monitor) if evaluate_start else {}
+    with StopSignal(sharding.mesh) as stop, explained, monitor:
+      before = losses_at_start(state, newest, heldout_losses, monitor) if evaluate_start else {}
       state, next_row, losses, code, saved = _run_steps(
         take_step, config, state, next_row, data, heldout_losses, checkpoints, monitor, stop,
         sample_grid,
       )  # fmt: skip
   check_end(int(state.step), config.steps, folder, code, saved)
-  if losses is None:  # No step was left to train.
-    losses = heldout_losses(state.eval_params)
-  parameters = transformer.count_params(state.params)
-  result = {"steps": int(state.step), "parameters": parameters, "next_row": next_row, **losses}
-  return {**result, **({"heldout_before": before} if before else {})}
+  losses = losses or heldout_losses(state.eval_params)  # If no step was left to train.
+  return _summary(state, next_row, losses, before)

@@ -24,7 +24,7 @@ class WandbRun:
     Args:
       folder: of the training; a local folder also gets wandb's own files, in wandb/. The name of
         the folder above it is that of the run, unless WANDB_NAME has one.
-      project: on the server.
+      project: on the server, PROJECT or ENTITY/PROJECT; an entity is a user or a team.
       settings: shown as the config of the run.
 
     Raises:
@@ -39,8 +39,10 @@ class WandbRun:
       name = os.environ.get("WANDB_NAME") or epath.Path(folder).parent.name
     found = {"id": uuid.uuid4().hex[:8]} if new else read_json(path, {"id": str})
     self._wandb = wandb
+    entity, _, project = project.rpartition("/")
     self._run = wandb.init(
       project=project,
+      entity=entity or None,  # None: WANDB_ENTITY, or the default of the login.
       id=found["id"],
       name=name,
       config=settings,

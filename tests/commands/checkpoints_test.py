@@ -1,12 +1,8 @@
 """A person who has only the workdir lists, verifies, prunes and rolls back its checkpoints."""
 
 import json
-import os
-import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 from etils import epath
 import numpy as np
@@ -17,8 +13,8 @@ from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.training import lease, upkeep
 from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.sealing import files_below
+from tests.launched import launch
 
-ROOT = pathlib.Path(__file__).parents[2]
 STEPS = (2, 4, 6, 8)
 LOSSES = {2: 3.0, 4: 1.5, 6: 2.0, 8: 2.5}
 
@@ -51,11 +47,7 @@ def workdir(original, tmp_path):
 
 
 def command(workdir, *arguments):
-  env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-  return subprocess.run(
-    [sys.executable, "-m", "launch.checkpoints", *arguments, f"--workdir={workdir}"],
-    cwd=ROOT, capture_output=True, text=True, timeout=300, check=False, env=env,
-  )  # fmt: skip
+  return launch("checkpoints", *arguments, f"--workdir={workdir}")
 
 
 def steps(workdir):
@@ -257,7 +249,7 @@ def test_nothing_is_removed_while_a_job_trains(workdir, monkeypatch, action):
     "prune": lambda: upkeep.prune(workdir / "train", 2, 0, 0),
     "rollback": lambda: upkeep.rollback(workdir / "train", 2),
   }
-  with lease.Lease(workdir / "train"), pytest.raises(UserError, match="trains in"):
+  with lease.Lease(workdir / "train"), pytest.raises(UserError, match="works in"):
     functions[action]()
   assert steps(workdir) == list(STEPS)
 

@@ -11,6 +11,7 @@ import pytest
 from cm3leon_jax import accelerators
 from cm3leon_jax.commands import COMMANDS, config_file, generate
 from cm3leon_jax.decoding import cache, params
+from tests.launched import cm3leon, launch
 
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / "cm3leon_jax" / "commands"
@@ -23,44 +24,49 @@ def run(*argv, cwd=ROOT, **environment):
   return subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=300, env=env)
 
 
-def command(name, *flags):
-  return run(sys.executable, "-m", f"launch.{name}", *flags)
-
-
-def cm3leon(*argv, cwd, **environment):
-  """Runs the console script's function in a folder outside of the checkout."""
-  start = "from cm3leon_jax.__main__ import main; main()"
-  return run(sys.executable, "-c", start, *argv, cwd=cwd, PYTHONPATH=str(ROOT), **environment)
-
-
 def test_every_command_is_listed():
   assert sorted(COMMANDS) == sorted(
     path.stem for path in FOLDER.glob("*.py") if "common.run(" in path.read_text()
   )
 
 
-# Prints --help, then the heavy modules that it imported.
+# Forks a process for each command, which prints --help and then the heavy modules that it imported.
 HELP = """
-import runpy, sys
-sys.argv = ["launch.NAME", "--help"]
-try:
-  runpy.run_module("launch.NAME", run_name="__main__", alter_sys=True)
-except SystemExit as end:
-  print(end.code, sorted({"jax", "flax", "matplotlib", "scipy"} & set(sys.modules)))
+import os, runpy, sys
+folder, *names = sys.argv[1:]
+for name in names:
+  if os.fork():
+    os.wait()
+    continue
+  for number, file in ((1, name), (2, f"{name}.errors")):
+    os.dup2(os.open(f"{folder}/{file}", os.O_WRONLY | os.O_CREAT), number)
+  sys.argv = [f"launch.{name}", "--help"]
+  try:
+    runpy.run_module(f"launch.{name}", run_name="__main__", alter_sys=True)
+  except SystemExit as end:
+    print(end.code, sorted({"jax", "flax", "matplotlib", "scipy"} & set(sys.modules)))
+  break
 """
 ALWAYS = ["--config=VALUE", "--config.SECTION.FIELD=VALUE"]
 PROCESSES = "--coordinator_address=VALUE"
 SHARDS = "--ray_address=VALUE"
 
 
+@pytest.fixture(scope="module")
+def help_pages(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("help")
+  assert run(sys.executable, "-c", HELP, str(folder), *COMMANDS).returncode == 0
+  return folder
+
+
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_shows_an_example_and_the_commands_own_flags_without_importing_jax(name):
-  result = run(sys.executable, "-c", HELP.replace("NAME", name))
-  *page, imported = result.stdout.splitlines()
-  assert (imported, result.stderr) == ("0 []", "")
+def test_help_shows_an_example_and_the_commands_own_flags_without_importing_jax(name, help_pages):
+  text = (help_pages / name).read_text()
+  *page, imported = text.splitlines()
+  assert (imported, (help_pages / f"{name}.errors").read_text()) == ("0 []", "")
   takes_config = name != "checkpoints"
   first = "--config=" if takes_config else "list --workdir="
-  assert f"python -m launch.{name} {first}" in result.stdout
+  assert f"python -m launch.{name} {first}" in text
   assert [f"  {flag}" in page for flag in ALWAYS] == [takes_config] * len(ALWAYS)
   assert ("  --workdir=VALUE" in page) == (name != "aot_compile")
   assert (f"  {PROCESSES}" in page) == (name in ("train", "evaluate", "score"))
@@ -69,12 +75,12 @@ def test_help_shows_an_example_and_the_commands_own_flags_without_importing_jax(
   )
   assert ("  --[no]validate" in page) == (name in ("encode_documents", "inspect_data"))
   assert max(len(line) for line in page if line.startswith("      ")) <= 100
-  assert "--pdb" not in result.stdout
+  assert "--pdb" not in text
 
 
 def test_print_config_prints_every_field_and_marks_what_is_not_the_default():
   flags = ["--config=ml_configs/cm3leon_350m.py", "--config.train.steps=5", "--print_config"]
-  result = command("train", *flags)
+  result = launch("train", *flags)
   assert result.returncode == 0, result.stderr
   lines = result.stdout.splitlines()
   assert "train.steps = 5  # default: 41723" in lines
@@ -188,7 +194,7 @@ def test_jax_looks_for_accelerators_if_the_machine_has_device_files(
   ],
 )
 def test_a_mistake_ends_in_one_sentence(tmp_path, flags, sentence):
-  result = command("evaluate", "--config=ml_configs/openmoji.py", f"--workdir={tmp_path}", *flags)
+  result = launch("evaluate", "--config=ml_configs/openmoji.py", f"--workdir={tmp_path}", *flags)
   assert result.returncode == 2
   assert result.stderr.startswith(sentence.format(workdir=tmp_path))
   assert result.stderr.count("\n") == 1
@@ -258,23 +264,15 @@ CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  
 def test_a_wrong_config_or_flag_ends_in_one_sentence(tmp_path, flags, config, sentence):
   if config:
     (tmp_path / "own.py").write_text(config)
-  path = os.pathsep.join([str(without_gcsfs(tmp_path)), str(ROOT)])
-  result = run(sys.executable, "-m", "launch.evaluate", *flags, cwd=tmp_path, PYTHONPATH=path)
+  result = launch("evaluate", *flags, cwd=tmp_path, missing=["gcsfs"])
   assert result.returncode == 2
   assert result.stderr.startswith(f"error: {sentence}")
   assert result.stderr.count("\n") == 1
 
 
-def without_gcsfs(folder):
-  """Returns a folder for PYTHONPATH with which gcsfs looks as if it were not installed."""
-  (folder / "sitecustomize.py").write_text("import sys\nsys.modules['gcsfs'] = None\n")
-  return folder
-
-
 def test_a_bucket_as_source_needs_its_extra(tmp_path):
-  path = os.pathsep.join([str(without_gcsfs(tmp_path)), str(ROOT)])
   flags = ["--config=openmoji", "--workdir=w", "--config.raw.source=gs://bucket/pairs"]
-  result = run(sys.executable, "-m", "launch.prepare_data", *flags, cwd=tmp_path, PYTHONPATH=path)
+  result = launch("prepare_data", *flags, cwd=tmp_path, missing=["gcsfs"])
   assert result.returncode == 2
   assert result.stderr == (
     "error: config.raw.source: gs://bucket/pairs cannot be opened: Please install gcsfs "
@@ -284,7 +282,7 @@ def test_a_bucket_as_source_needs_its_extra(tmp_path):
 
 def test_a_license_that_no_drawing_has_ends_at_once(tmp_path):
   licenses = "--config.raw.licenses=('CC0-1.0',)"
-  result = command("prepare_data", "--config=openmoji", f"--workdir={tmp_path}", licenses)
+  result = launch("prepare_data", "--config=openmoji", f"--workdir={tmp_path}", licenses)
   assert result.returncode == 2
   assert result.stderr == (
     "error: config.raw.licenses is ('CC0-1.0',); the drawings of OpenMoji are under CC-BY-SA-4.0: "
@@ -293,7 +291,7 @@ def test_a_license_that_no_drawing_has_ends_at_once(tmp_path):
 
 
 def test_a_command_of_one_process_refuses_several(tmp_path):
-  result = command("report", "--config=openmoji", f"--workdir={tmp_path}", "--num_processes=2")
+  result = launch("report", "--config=openmoji", f"--workdir={tmp_path}", "--num_processes=2")
   assert result.returncode == 2
   assert result.stderr == (
     "error: --num_processes is given, but this command runs in one process; only launch.train, "
@@ -303,7 +301,7 @@ def test_a_command_of_one_process_refuses_several(tmp_path):
 
 def test_report_of_an_empty_workdir_is_refused(tmp_path):
   for folder in (tmp_path, tmp_path / "absent"):
-    result = command("report", "--config=openmoji", f"--workdir={folder}")
+    result = launch("report", "--config=openmoji", f"--workdir={folder}")
     assert result.returncode == 2
     assert result.stderr == (
       f"error: --workdir {folder} holds no finished stage: run `python -m launch.prepare_data` "
@@ -315,7 +313,7 @@ def test_report_lists_what_has_not_run(tmp_path):
   (tmp_path / "raw").mkdir()
   done = {"config": {}, "summary": {}, "seconds": 1.0, "id": "1"}
   (tmp_path / "raw" / "done.json").write_text(json.dumps(done))
-  result = command("report", "--config=ml_configs/openmoji.py:2", f"--workdir={tmp_path}")
+  result = launch("report", "--config=ml_configs/openmoji.py:2", f"--workdir={tmp_path}")
   assert result.returncode == 0, result.stderr
   assert "not run" in result.stdout
   assert "ml_configs/openmoji.py:2" in (tmp_path / "report.html").read_text()

@@ -1,8 +1,6 @@
 """Tests launch.inspect_data: its page, and its mistakes in one sentence."""
 
 import pathlib
-import subprocess
-import sys
 
 from absl import flags
 from etils import epath
@@ -22,6 +20,7 @@ from tests.commands import train_test
 from tests.data.stores import VOCAB
 from tests.launch import tiny_instruct_config
 from tests.launch.stages_before import make_workdir
+from tests.launched import launch
 from tests.reports.inspect_page_test import VQGAN
 from tests.retrieval.stores import write_bank, write_neighbors
 
@@ -220,9 +219,7 @@ def test_rows_that_do_not_exist_are_refused(name, value, sentence):
 
 def test_a_mistake_ends_in_one_sentence(tmp_path):
   out = "--out=/dev/null/rows.html"
-  flags = ["--config=ml_configs/openmoji.py", f"--workdir={tmp_path}", out]
-  command = [sys.executable, "-m", "launch.inspect_data", *flags]
-  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  result = launch("inspect_data", "--config=ml_configs/openmoji.py", f"--workdir={tmp_path}", out)
   assert result.returncode == 2
   assert result.stderr == (
     "error: --out is /dev/null/rows.html, which cannot be written (File exists: /dev/null): "

@@ -1,18 +1,9 @@
-import os
-import pathlib
-import subprocess
-import sys
-
 from tests.data.leaks_test import photos, write_source
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.launched import launch
 
 
 def command(*flags):
-  return subprocess.run(
-    [sys.executable, "-m", "launch.prepare_data", "--config=ml_configs/base.py", *flags],
-    cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ, check=False,
-  )  # fmt: skip
+  return launch("prepare_data", "--config=ml_configs/base.py", *flags)
 
 
 def test_check_leaks_names_the_pairs_and_fails(tmp_path):

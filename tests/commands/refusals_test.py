@@ -1,32 +1,16 @@
 """Mistakes that a command finds before it reads or writes anything: one sentence, exit code 2."""
 
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
 from cm3leon_jax.io import write_json
-
-ROOT = pathlib.Path(__file__).parents[2]
-# gcsfs looks as if it were not installed.
-WITHOUT_GCSFS = "import sys\nsys.modules['gcsfs'] = None\n"
+from tests.launched import launch
 
 
 def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
   """Runs a command in a folder, checks that it is refused, and returns its sentence."""
-  (folder / "sitecustomize.py").write_text(WITHOUT_GCSFS)
-  environment = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
-  }
-  result = subprocess.run(
-    [sys.executable, "-m", f"launch.{name}", *flags],
-    cwd=folder, capture_output=True, text=True, timeout=120, env=environment, check=False,
-  )  # fmt: skip
+  result = launch(name, *flags, cwd=folder, missing=["gcsfs", "wandb"])
   assert result.returncode == 2, result.stderr
   assert result.stderr.startswith("error: ")
   assert result.stderr.count("\n") == 1
@@ -44,9 +28,27 @@ def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
     ),
     (
       "train",
+      ["--config=scenes", "--config.train.wandb=cats"],
+      "config.train.wandb is 'cats', and the package wandb is missing: pip install "
+      "'cm3leon_jax[monitoring]', or leave out config.train.wandb.",
+    ),
+    (
+      "train",
       ["--config=scenes", "--init_from=gs://bucket/run"],
       "--init_from=gs://bucket/run is in a bucket, which needs gcsfs: pip install "
       "'cm3leon_jax[data]'.",
+    ),
+    (
+      "evaluate",
+      ["--config=scenes", "--data=s3://bucket/coco"],
+      "--data=s3://bucket/coco is on S3, which is not supported: give gs://BUCKET/FOLDER, or the "
+      "local folder where the bucket is mounted.",
+    ),
+    (
+      "prepare_data",
+      ["--config=scenes", "--config.raw.source=s3://bucket/pairs"],
+      "config.raw.source=s3://bucket/pairs is on S3, which is not supported: give "
+      "gs://BUCKET/FOLDER, or the local folder where the bucket is mounted.",
     ),
     (
       "prepare_data",
@@ -63,6 +65,12 @@ def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
 def test_a_mistake_is_found_before_anything_is_written(tmp_path, command, flags, sentence):
   assert refusal(tmp_path, command, *flags, "--workdir=run") == sentence
   assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_on_s3_is_refused(tmp_path):
+  sentence = refusal(tmp_path, "train", "--config=scenes", "--workdir=s3://bucket/run")
+  assert sentence.startswith("--workdir=s3://bucket/run is on S3, which is not supported: give gs:")
+  assert not (tmp_path / "s3:").exists()
 
 
 def test_a_bucket_of_the_config_needs_its_extra(tmp_path):

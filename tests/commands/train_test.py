@@ -138,7 +138,7 @@ def test_a_workdir_in_which_another_job_trains_is_left_as_it_is(workdir):
   with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE) as other:
     try:
       assert other.stdout.readline() == b"held\n"
-      with pytest.raises(UserError, match=r"trains in .*: use another --workdir"):
+      with pytest.raises(UserError, match=r"works in .*: use another --workdir"):
         train.main(settings_with(steps=2), workdir)
       assert sorted(path.name for path in folder.iterdir()) == ["lease.json"]
     finally:

@@ -1,8 +1,6 @@
 """Flags and sources of strangers: what a command says of them, a terminal may print."""
 
 import json
-import pathlib
-import subprocess
 import sys
 
 from absl import flags
@@ -16,6 +14,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instruction_config import parse_tasks
 from cm3leon_jax.evaluation.protocols import protocol
 from cm3leon_jax.settings import Settings, settings_from_config
+from tests.launched import launch
 from tests.reports.hostile import CONTROLS, HOSTILE
 
 # What `common` turns into one sentence.
@@ -117,16 +116,14 @@ def test_a_command_prints_no_control_character_of_a_source(tmp_path):
     for i in range(3)
   ]
   (source / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-  flags_ = [f"--config.raw.source={source}", f"--workdir={workdir}", "--config=scenes"]
-  command = [sys.executable, "-m", "launch.prepare_data", *flags_[::-1]]
-  root = pathlib.Path(__file__).parents[2]
-  run = subprocess.run(command, capture_output=True, cwd=root, check=False)
-  errors = run.stderr.decode("utf-8")
-  assert run.returncode == 2, errors
-  bars, _, message = errors.partition("error: 3 of 3 records are wrong")
+  run = launch(
+    "prepare_data", "--config=scenes", f"--workdir={workdir}", f"--config.raw.source={source}"
+  )
+  assert run.returncode == 2, run.stderr
+  bars, _, message = run.stderr.partition("error: 3 of 3 records are wrong")
   assert bars  # They may move the cursor.
   assert "<script>alert(1)" in message
   controls = set(CONTROLS) - set("[2J]0;title31m")
-  assert not controls & set(message + run.stdout.decode("utf-8"))
+  assert not controls & set(message + run.stdout)
   rejected = (workdir / "raw" / "rejected.jsonl").read_text(encoding="utf-8")
   assert not controls & set(rejected)

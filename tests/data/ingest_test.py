@@ -8,6 +8,7 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import ingest, raw_pairs, sources
+from cm3leon_jax.data import origins as origins_lib
 from cm3leon_jax.data.ingest import RawConfig
 from cm3leon_jax.data.records import SPLITS, RawInterleaved
 from cm3leon_jax.shards import Runner
@@ -212,8 +213,8 @@ def test_origins_are_counted(source, tmp_path, monkeypatch):
   ada = {"kind": "pairs", "source": "", "license": "CC0-1.0", "attribution": "Ada", "records": 4}
   assert origins[:2] == [{**ada, "license": "", "attribution": "", "records": 35}, ada]
   assert sum(origin["records"] for origin in origins) == 42
-  monkeypatch.setattr(ingest, "MAX_ORIGINS", 1)
-  few = ingest._most_common(origins)
+  monkeypatch.setattr(origins_lib, "MOST", 1)
+  few = origins_lib.most_common(origins)
   others = {**ada, "source": "others", "attribution": "others", "records": 5}
   assert few[:2] == [origins[0], others]
 

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data import source_lines
 from cm3leon_jax.data.instruction_files import open_records
 from cm3leon_jax.data.instruction_records import Record
 
@@ -68,6 +69,13 @@ def test_text_of_another_encoding_is_named(tmp_path):
   (tmp_path / "train.jsonl").write_bytes(b'{"texts": {"a": "\xe9"}}\n')
   with pytest.raises(UserError, match=r"train\.jsonl, line 1 is not valid JSON"):
     list(open_records("jsonl", tmp_path, "train"))
+
+
+def test_a_line_without_end_is_named(tmp_path, monkeypatch):
+  monkeypatch.setattr(source_lines, "MAX_LINE", 1_000)
+  sentence = "my train.jsonl, line 2 has more than 1,000 bytes; it must be one JSON object."
+  with pytest.raises(UserError, match=re.escape(str(tmp_path / sentence))):
+    read(tmp_path, RIGHT, {"texts": {"poem": "x" * 1_000}})
 
 
 def test_the_lines_before_a_wrong_one_are_read(tmp_path):

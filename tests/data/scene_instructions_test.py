@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import scene_edits, scene_questions, scenes
+from cm3leon_jax.data import scene_questions, scenes
 from cm3leon_jax.data.scene_captions import PLURALS, with_article
 from cm3leon_jax.data.scene_drawings import render
 from cm3leon_jax.data.scene_instructions import (
@@ -19,7 +19,6 @@ from cm3leon_jax.data.scene_instructions import (
   QUESTIONS,
   TASKS,
   located,
-  may_be_edited,
   may_be_trained,
   record,
   records,
@@ -117,38 +116,6 @@ def test_no_answer_is_given_to_an_ambiguous_question():
     assert not re.search("left of the key", asked.question)  # Bell and cat.
 
 
-def test_edits_that_change_nothing_or_are_ambiguous_are_left_out():
-  rng = random.Random(0)
-  alone = Scene.parse("red bell top left")
-  both = Scene.parse("red bell top left, red bell top right")
-  full = Scene.parse(f"{both.facts_key}, red key bottom left, red cat bottom right")
-  only_red = ScenesConfig(colors=("red",), categories=("colors",))
-  for _ in range(50):
-    assert scene_edits.remove(alone, CONFIG, rng) is None
-    assert scene_edits.remove(both, CONFIG, rng) is None
-    assert scene_edits.recolor(alone, only_red, rng) is None
-    assert scene_edits.add(full, CONFIG, rng) is None
-    swapped = scene_edits.mirror(both, CONFIG, rng)
-    assert swapped is None or "top" in swapped.instruction
-    added = scene_edits.add(both, CONFIG, rng)
-    assert added is None or "the bell" not in added.instruction  # Beside which bell?
-
-
-def test_an_object_is_added_in_the_row_or_column_of_the_other_if_it_is_free():
-  rng, places = random.Random(0), set()
-  for _ in range(300):
-    edit = scene_edits.add(Scene.parse("red bell bottom left"), CONFIG, rng)
-    if re.search("(above|over) the bell", edit.instruction):
-      places.update(x.place for x in edit.target.objects if x.object != "bell")
-  assert places == {"top left"}
-  blocked = Scene.parse("red bell bottom left, red key top left")
-  for _ in range(300):
-    edit = scene_edits.add(blocked, CONFIG, rng)
-    if edit and re.search("(above|over) the bell", edit.instruction):
-      places.update(x.place for x in edit.target.objects if x.object not in ("bell", "key"))
-  assert places == {"top left", "top right"}
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_a_record_depends_on_seed_task_split_and_index_alone(task, made):
   other = ScenesConfig(rare_objects=100, train=7, bank=3)
@@ -190,17 +157,18 @@ def test_images_have_the_style_of_the_config():
 def test_answers_follow_from_the_pixels(made):
   """The judge finds the objects, and boxes decide relations: no code of the questions is used."""
   words = {"one": 1, "two": 2, "three": 3, "four": 4}
+  some = {key: records[:50] for key, records in made.items()}  # The judge takes a while.
   for split in ("train", "heldout"):
-    for one in made["count", split]:
+    for one in some["count", split]:
       name = word_of(one.texts["question"])
       assert [x[0] for x in shown(one)].count(name) == words[one.texts["answer"]]
-    for one in made["color", split]:
+    for one in some["color", split]:
       name = word_of(one.texts["question"])
       assert {color for x, color, _ in shown(one) if x == name} == {one.texts["answer"]}
-    for one in made["exists", split]:
+    for one in some["exists", split]:
       name = word_of(one.texts["question"])
       assert (name in [x[0] for x in shown(one)]) == (one.texts["answer"] == "yes")
-    for one in made["relation", split]:
+    for one in some["relation", split]:
       (relation,) = (side for side in SIDES if f"{side} the " in one.texts["question"])
       objects = shown(one)
       (of,) = (box for x, _, box in objects if x == word_of(one.texts["question"]))
@@ -310,16 +278,6 @@ def test_training_records_show_nothing_that_is_held_out(task, made):
     assert one.facts["heldout"] in KINDS
 
 
-@pytest.mark.parametrize("task", EDITS)
-def test_edits_of_training_scenes_would_leak_if_none_was_dropped(task):
-  """Shows that the test above tests something, and that what it accepts is not all."""
-  rng, leaks = random.Random(0), 0
-  for one in records(CONFIG, "count", "train", 400):
-    edit = EDITS[task](Scene.parse(one.group), CONFIG, rng)
-    leaks += edit is not None and bool(split_of_scene(edit.target) != "train")
-  assert leaks >= 10
-
-
 def test_absent_objects_of_training_could_stand_beside_the_others(made):
   for one in made["exists", "train"]:
     name = word_of(one.texts["question"])
@@ -350,21 +308,6 @@ def test_half_of_the_edits_in_training_show_rare_objects(task, made):
   for objects in scenes_of["train"]:  # Which of two unknown names is meant, nobody could tell.
     several = len({x.object for x in objects if x.object in RARE}) > 1
     assert not several or task == "mirror"
-
-
-def test_an_edit_shows_no_held_out_rare_object_and_nothing_held_out_beside_one():
-  known, unknown = (next(x for x in RARE if is_heldout_rare(x) == is_out) for is_out in (0, 1))
-  rare = Placed(known, "red", "top left")
-  color = next(c for c in COLORS if c != HELDOUT_COLOR["bell"])
-  bell, wrong = (
-    Placed("bell", color, "top right"),
-    Placed("bell", HELDOUT_COLOR["bell"], "top right"),
-  )
-  assert may_be_edited(Scene.of([rare, bell]))
-  assert may_be_edited(Scene((rare,)))
-  assert not may_be_edited(Scene.of([rare, wrong]))
-  assert not may_be_edited(Scene.of([Placed(unknown, "red", "top left"), bell]))
-  assert not may_be_edited(Scene((wrong,)))
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])

@@ -22,10 +22,10 @@ def small():
     yield
 
 
-def plain_arrays(rows, multiple=1):
+def plain_arrays(rows, shards=1):
   """Arrays of prompts whose positions count from 0."""
   rows = [np.array(r, np.int32) for r in rows]
-  return batch.prompt_arrays(rows, [np.arange(len(r) + 1) for r in rows], PAD, multiple)
+  return batch.prompt_arrays(rows, [np.arange(len(r) + 1) for r in rows], PAD, shards)
 
 
 def pairs(ids, first=0):
@@ -41,11 +41,11 @@ def test_rounded():
 
 def test_pad_left():
   prompts = [pairs([7]), pairs([8, 9, 10], -2)]
-  tokens, valid, positions = batch.pad_left(prompts, 3, PAD)
+  tokens, valid, positions = batch.pad_left([*prompts, pairs([])], PAD)
   np.testing.assert_array_equal(tokens, [[0, 0, 0, 7], [0, 8, 9, 10], [0, 0, 0, 0]])
   np.testing.assert_array_equal(valid, [[0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 0, 0]])
   np.testing.assert_array_equal(positions, [[0, 0, 0, 0], [0, -2, -1, 0], [0, 0, 0, 0]])
-  assert batch.pad_left([pairs([])], 1, PAD).ids.shape == (1, 4)
+  assert batch.pad_left([pairs([])], PAD).ids.shape == (1, 4)
 
 
 @pytest.mark.parametrize(
@@ -118,19 +118,27 @@ some_prompts = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(some_prompts, st.sampled_from([1, 2, 8]))
-def test_every_row_can_be_put_together(rows, multiple):
-  made = plain_arrays(rows, multiple)
-  unique = {tuple(r[:-1]) for r in rows}
+def test_every_row_can_be_put_together(some, shards):
+  rows = [some[i % len(some)] for i in range(batch.rounded(len(some), shards))]
+  made, size = plain_arrays(rows, shards), len(rows) // shards
+  parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+  unique = [{tuple(r[:-1]) for r in part} for part in parts]
   arrays = [made.rests] if made.prefixes is None else [made.prefixes, made.rests]
   for tokens, valid, positions in arrays:
     assert positions.shape == valid.shape
     assert tokens.shape == valid.shape
     assert tokens.dtype == np.int32
-    assert len(tokens) % multiple == 0
+    assert len(tokens) % shards == 0
     assert tokens.shape[1] % batch.BUCKET == 0
     assert (tokens[~valid] == PAD).all()
     assert (np.diff(valid.astype(int), axis=1) >= 0).all()  # Padding is on the left.
-  assert len(made.rests[0]) == batch.rounded(len(unique), multiple)
+  of_shard = batch.rounded(max(map(len, unique)), 1)
+  assert len(made.rests[0]) == shards * of_shard
+  # What a shard reads is its own: nothing is sent.
+  assert (made.row // of_shard == np.arange(len(rows)) // size).all()
+  if made.prefixes is not None:
+    prefixes = len(made.prefixes[0]) // shards
+    assert (made.prefix_of // prefixes == np.arange(len(made.prefix_of)) // of_shard).all()
   for row, prompt in enumerate(rows):
     u = made.row[row]
     rest = made.rests[0][u][made.rests[1][u]].tolist()
@@ -146,8 +154,8 @@ def test_every_row_can_be_put_together(rows, multiple):
     assert len(first) == 0 or len(first) >= batch.SHARED
   # What is read in all is no more than without sharing, and each prefix serves several prompts.
   if made.prefixes is not None:
-    used = made.prefix_of[: len(unique)]
-    assert made.prefixes[1].sum() + made.rests[1].sum() < sum(map(len, unique))
+    used = made.prefix_of
+    assert made.prefixes[1].sum() + made.rests[1].sum() < sum(len(r) for u in unique for r in u)
     assert all((used == p).sum() > 1 for p in set(used) if made.prefixes[1][p].any())
 
 

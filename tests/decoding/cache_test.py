@@ -8,6 +8,7 @@ import pytest
 from cm3leon_jax.decoding import cache as cache_lib
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models.attention import masked_attention
+from cm3leon_jax.planning.hlo import Program
 from tests.models.tiny import CONFIG, mesh_of
 
 R, T, N, H = 2, 6, CONFIG.num_heads, CONFIG.head_dim
@@ -93,3 +94,18 @@ def test_rows_and_heads_are_split_over_the_mesh(dtype):
     assert len(layers) == CONFIG.num_layers
     for x in jax.tree.leaves(layers):
       assert x.sharding.shard_shape(x.shape) == (R // 2, N // 4, *x.shape[2:])
+
+
+@pytest.mark.parametrize("dtype", cache_lib.DTYPES)
+def test_rows_of_a_shard_are_gathered_without_a_transfer(dtype):
+  """8 rows on 4 devices, heads on 2: each device copies what it has, as the numbers say."""
+  with jax.set_mesh(mesh_of(2, 2, 2)):
+    values = jax.random.normal(jax.random.key(0), (8, T, N, H))
+    values = shard(values, "batch", "length", "heads", "head_dim")
+    cache = (cache_lib.empty(CONFIG, 8, T, dtype)[0].write(0, values, values),)
+    index = jnp.array([1, 0, 1, 2, 2, 2, 4, 4, 5, 7, 6, 7])
+    gather = jax.jit(lambda cache: cache_lib.rows(cache, index, T - 1, T + 3)).lower(cache)
+    compiled = gather.compile()
+    taken, whole = (np.asarray(x.values) for x in (compiled(cache)[0], cache[0]))
+  np.testing.assert_array_equal(taken[:, :, : T - 1], whole[np.asarray(index)][:, :, 1:])
+  assert Program(compiled.as_text()).collectives() == {}

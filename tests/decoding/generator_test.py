@@ -5,7 +5,6 @@
 import copy
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +17,16 @@ from cm3leon_jax.decoding import compile as compile_lib
 from cm3leon_jax.decoding import request as request_lib
 from cm3leon_jax.decoding.generator import GeneratorConfig, sample_seed
 from cm3leon_jax.decoding.grammar import Grammar, plan_array
-from cm3leon_jax.decoding.request import Hole
-from cm3leon_jax.decoding.sampling import SamplingConfig
-from cm3leon_jax.evaluation import bits
-from cm3leon_jax.generation.tasks import document_segments
 from cm3leon_jax.mesh import shard
-from cm3leon_jax.xla_options import DECODE_OPTIONS
 from tests.decoding.small import (
+  ANYTHING,
   CODES,
   GREEDY,
   IMAGE,
+  MIXTURE,
   OTHER,
   POSITIONS,
+  SEEDS,
   VOCAB,
   A,
   B,
@@ -40,50 +37,8 @@ from tests.decoding.small import (
   small_generator,
   teacher_forced,
 )
-from tests.models.tiny import random_params
 
-SEEDS = [11, 12, 13, 14]
-# Guided and contrastive rows in one batch; changes of the other numbers do not compile again.
-MIXTURE = SamplingConfig(method="mixture", top_k=20, text_top_k=30)
-ANYTHING = dataclasses.replace(
-  MIXTURE, temperature=50.0, top_p=1.0, text_temperature=50.0, text_top_p=1.0
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unoptimized():
-  """Compiling is most of the time here: without LLVM's optimizations it takes half as long."""
-  with pytest.MonkeyPatch.context() as patch:
-    quick = {"xla_backend_optimization_level": (0, "for tests")}
-    patch.setitem(DECODE_OPTIONS, "cpu", DECODE_OPTIONS["cpu"] | quick)
-    compile_lib.programs_of.cache_clear()
-    yield
-  compile_lib.programs_of.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def params():
-  with on_mesh():
-    return random_params(model_config())
-
-
-@pytest.fixture(scope="module")
-def generator(params):
-  with on_mesh():
-    return small_generator(params=params, sampling=MIXTURE, batch_size=4)
-
-
-@pytest.fixture(scope="module")
-def plain_generator(params):
-  """Its programs are smaller, since the whole head is computed always."""
-  with on_mesh():
-    return small_generator(params=params, sampling=MIXTURE, batch_size=4, image_head=False)
-
-
-@pytest.fixture(autouse=True)
-def mesh():
-  with on_mesh():
-    yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def same(found, expected, atol=1e-5):
@@ -190,54 +145,6 @@ def test_edit_equals_the_formula_on_separate_passes(generator, params):
     np.testing.assert_array_equal(result.tokens, expected.argmax(axis=-1))
     swapped = legal_log_probs(request, result.tokens, u + 7.5 * (i - u) + 1.5 * (f - i))
     assert np.abs(result.log_probs - chosen(swapped, result.tokens)).max() > 0.1
-
-
-def aligned_requests():
-  """Requests of two streams after neighbors, whose captions have unequal lengths."""
-  neighbors, other = [(B, CODES), (A, OTHER)], [(A, OTHER)]
-  image = functools.partial(request_lib.text_to_image, VOCAB, IMAGE)
-  segments = [(A,), (Hole(codes=2), OTHER[2:])]
-  return [
-    image(A, neighbors),
-    image(B, neighbors, keep_neighbors=True),
-    image(np.append(A, B), other),
-    request_lib.infill(VOCAB, IMAGE, segments, neighbors),
-  ]
-
-
-def scored(model, params, prompt, ids):
-  """[G, K] log-probabilities of every code in the place of each of `ids`, by evaluation."""
-  codes = VOCAB.image_ids(np.arange(VOCAB.image_size))
-  starts = [np.concatenate([prompt, ids[:i]]) for i in range(len(ids))]
-  samples = [np.append(start, code).astype(np.int32) for start in starts for code in codes]
-  rows = bits.score_samples(params, model, samples, VOCAB, len(codes))
-  return -np.log(2) * np.reshape([row[-1] for row in rows], (len(ids), len(codes)))
-
-
-@pytest.mark.parametrize("kind", ["apart", "shared", "edits"])
-def test_aligned_positions_are_those_of_training(kind, monkeypatch):
-  """Greedy codes and their log_probs equal those of `bits.score_samples` on the whole sample."""
-  if kind == "shared":
-    monkeypatch.setattr(batch, "SHARED", 2)
-    monkeypatch.setattr(batch, "BUCKET", 8)
-  requests = edits() if kind == "edits" else aligned_requests()
-  generator = small_generator("modern", align_images=True, sampling=GREEDY, batch_size=4)
-  params, model = random_params(generator.config.model), generator.config.model
-
-  def expected(model, request, ids):
-    streams = [scored(model, params, stream, ids) for stream in request.streams]
-    weights = request.guidance_weights(GREEDY, IMAGE)[: len(ids)]
-    return np.asarray(jax.nn.log_softmax(np.einsum("SGK,GS->GK", streams, weights), axis=-1))
-
-  for request, result in zip(requests, generator.generate(requests, SEEDS[: len(requests)])):
-    ids = result.tokens[: request.plan[0].count]
-    codes, log_probs = VOCAB.image_codes(ids), result.log_probs[: len(ids)]
-    found = expected(model, request, ids)
-    np.testing.assert_array_equal(codes, found.argmax(axis=-1))
-    np.testing.assert_allclose(log_probs, chosen(found, codes), atol=1e-4)
-    # Control: plain positions.
-    plain = expected(dataclasses.replace(model, align_images=False), request, ids)
-    assert np.abs(log_probs - chosen(plain, codes)).max() > 0.01
 
 
 @pytest.mark.parametrize("kind", ["guided", "plain"])
@@ -347,92 +254,6 @@ def test_rooms_double():
   assert compile_lib.cache_rooms(32, 257) == (128, 257)
   assert compile_lib.cache_rooms(32, 1_025) == (128, 288, 608, 1_025)
   assert compile_lib.cache_rooms(896, 257) == (257,)
-
-
-def test_stops_when_all_samples_are_over(plain_generator):
-  """Documents that could have 24 tokens, and end with the first: steps after it are not made."""
-  starts = [[a, b] for a in (A, B) for b in (CODES, OTHER)]
-  requests = [request_lib.document(VOCAB, IMAGE, segments, 24) for segments in starts]
-  stopped = set()
-  for seed in range(60):
-    reported = []
-    results = plain_generator.generate(
-      requests, range(seed, seed + 4), sampling=ANYTHING, progress=reported.append
-    )
-    assert reported == [max(len(r.tokens) for r in results)]
-    stopped.add(reported[0])
-  assert min(stopped) < 10 < 24 == max(stopped)
-
-
-def letters(ids) -> str:
-  names = {VOCAB.eos: "e", VOCAB.brk: "b"}
-  return "".join("i" if VOCAB.is_image(i) else names.get(int(i), "t") for i in ids)
-
-
-def test_documents_obey_their_format_and_length(plain_generator):
-  """Texts and images of at most so many tokens; document_segments returns the whole document."""
-  segment, length = "(t+|i{6})", 24
-  cases = [
-    (request_lib.document(VOCAB, IMAGE, [], length), rf"{segment}(b{segment})*e", []),
-    (request_lib.document(VOCAB, IMAGE, [CODES, A], length), rf"t*(b{segment})*e", [CODES, A]),
-    (request_lib.document(VOCAB, IMAGE, [A, CODES], length), rf"(b{segment})*e", [A, CODES]),
-    (
-      request_lib.document(VOCAB, IMAGE, [A, CODES], length, after_break=True),
-      rf"{segment}(b{segment})*e",
-      [A, CODES],
-    ),
-  ]
-  seen = set()
-  for seed in range(20):
-    for result in plain_generator.generate(
-      [case[0] for case in cases], range(seed, seed + 4), sampling=ANYTHING
-    ):
-      request, pattern, before = cases[result.request]
-      text = letters(result.tokens)
-      assert re.fullmatch(pattern, text)
-      assert len(text) <= length
-      seen |= set(re.findall(r"i{6}|b|t", text))
-      segments = document_segments(VOCAB, request, result.tokens)
-      # Joined again they are the prompt and what followed.
-      whole = np.concatenate([request.streams[0], result.tokens])
-      joined = np.concatenate([[part] for s in segments for part in (VOCAB.brk, *s)], axis=None)
-      np.testing.assert_array_equal([VOCAB.eos, *joined[1:], VOCAB.eos], whole)
-      for given, found in zip(before, segments):
-        np.testing.assert_array_equal(found[: len(given)], given)
-  assert seen == {"i" * 6, "b", "t"}
-
-
-def test_infill_of_text_and_image(plain_generator):
-  """Holes of both kinds in one document; what stands around them stays."""
-  segments = [(A, Hole(most_text=4), B), (CODES[:2], Hole(codes=3), CODES[5:])]
-  request = request_lib.infill(VOCAB, IMAGE, segments, [(B, OTHER)])
-  # Beside documents: a batch of unlike plans.
-  [result, *_] = plain_generator.generate(
-    [request, *[request_lib.document(VOCAB, IMAGE, [], 24)] * 3], SEEDS
-  )
-  tail = result.tokens[np.flatnonzero(result.tokens == VOCAB.eoss)[0] + 1 :]
-  assert tail[0] == VOCAB.mask(1)
-  assert VOCAB.is_image(tail[1:4]).all()
-  assert tail[4:].tolist() == [VOCAB.eoss]
-  found = document_segments(VOCAB, request, result.tokens)
-  np.testing.assert_array_equal(np.concatenate(found[:2]), np.concatenate([B, OTHER]))
-  text, image = found[2:]
-  np.testing.assert_array_equal(np.delete(text, range(3, len(text) - 1)), [*A, *B])
-  assert 5 <= len(text) <= 8
-  assert len(image) == IMAGE
-  np.testing.assert_array_equal(image[[0, 1, 5]], CODES[[0, 1, 5]])
-  np.testing.assert_array_equal(image[2:5], tail[1:4])
-
-
-def test_both_ends_of_an_image_occur(generator):
-  ends = set()
-  for seed in range(8):
-    results = generator.generate(guided_requests(), range(seed, seed + 4), sampling=ANYTHING)
-    for r in (results[i] for i in (0, 1, 3)):
-      assert r.codes(VOCAB).shape == (IMAGE,)
-      assert 0 <= r.codes(VOCAB).min() <= r.codes(VOCAB).max() < VOCAB.image_size
-      ends.add(int(r.tokens[-1]))
-  assert ends == {VOCAB.eos, VOCAB.brk}
 
 
 def test_int8_in_all_places(params):

@@ -21,12 +21,7 @@ STEPS = 4
 INT8_ERROR = 0.03
 
 
-# Compiling is most of the time: not optimized.
-@functools.partial(
-  jax.jit,
-  static_argnames=("config", "cache_dtype"),
-  compiler_options={"xla_backend_optimization_level": 0},
-)
+@functools.partial(jax.jit, static_argnames=("config", "cache_dtype"))
 def cached_logits(params, prompts, ids, config, cache_dtype="compute"):
   """Logits [R, STEPS, V] of the head's columns after each prompt and each of ids [R, STEPS - 1]."""
   cache, seen = loop.read_prompts(config, params.model, prompts, cache_dtype)

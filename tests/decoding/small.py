@@ -1,5 +1,6 @@
 """A tiny generator, requests of every kind, and the oracle: causal passes without a cache."""
 
+import dataclasses
 import functools
 
 import jax
@@ -20,6 +21,12 @@ VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
 IMAGE = 6
 POSITIONS = 128
 GREEDY = SamplingConfig(top_k=1, text_top_k=1)
+# Guided and contrastive rows in one batch; changes of the other numbers do not compile again.
+MIXTURE = SamplingConfig(method="mixture", top_k=20, text_top_k=30)
+ANYTHING = dataclasses.replace(
+  MIXTURE, temperature=50.0, top_p=1.0, text_temperature=50.0, text_top_p=1.0
+)
+SEEDS = [11, 12, 13, 14]
 A, B = np.array([20, 21, 22]), np.array([30])
 CODES, OTHER = VOCAB.image_ids(np.arange(6)), VOCAB.image_ids(np.array([50, 3, 17, 17, 29, 8]))
 

@@ -15,7 +15,6 @@ from tests.decoding.small import (
   IMAGE,
   VOCAB,
   guided_requests,
-  model_config,
   on_mesh,
   plain_requests,
   small_generator,
@@ -31,12 +30,6 @@ Q = np.array([[0.1, 0.3, 0.2, 0.4], [0.4, 0.3, 0.2, 0.1]])
 def images():
   """Whole images, of unequal prompts."""
   return [guided_requests()[i] for i in (0, 1, 3)]
-
-
-@pytest.fixture(scope="module")
-def params():
-  with on_mesh():
-    return random_params(model_config())
 
 
 @pytest.fixture(scope="module")

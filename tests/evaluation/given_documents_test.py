@@ -1,6 +1,7 @@
 """Documents that a user gives: their forms, what is refused, and that parts are read in turn."""
 
 import dataclasses
+import io
 import json
 import re
 
@@ -11,7 +12,7 @@ import pytest
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.data import raw_pairs, source_lines
 from cm3leon_jax.data.documents import Document, Segment, write_documents
 from cm3leon_jax.data.records import RawInterleaved, RawPair, RawText
 from cm3leon_jax.evaluation import given_documents
@@ -187,6 +188,24 @@ def test_a_wrong_line_is_refused_in_one_sentence(write, tmp_path, line, sentence
     write({"text": "all right"}, line).check()
 
 
+def test_a_line_without_end_is_refused_and_never_read_whole(write, tmp_path, monkeypatch):
+  monkeypatch.setattr(source_lines, "MAX_LINE", 1_000)
+  sizes, readline = [], io.BufferedReader.readline
+
+  class Counted(io.BufferedReader):
+    def readline(self, size=-1):
+      line = readline(self, size)
+      sizes.append(len(line))
+      return line
+
+  monkeypatch.setattr(io, "BufferedReader", Counted)
+  sentence = "docs.jsonl, line 2 has more than 1,000 bytes; it must be one JSON object."
+  with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / sentence))}$"):
+    write({"text": "a"}, {"text": "x" * 100_000}, {"text": "b"}).check()
+  assert len(sizes) > 100
+  assert max(sizes) == 1_001
+
+
 def test_a_document_that_fills_all_positions_is_taken(write):
   longest = " ".join(["w"] * (POSITIONS - 1))
   assert write({"text": longest}).check().documents == 1
@@ -201,7 +220,7 @@ def test_files_that_are_no_documents_are_refused(write, tmp_path):
   refused(tmp_path, f"--documents names the folder {tmp_path}, which is no store of a finished")
   refused(write("\n\n").path, "docs.jsonl, which has no line: give one JSON object per line.")
   (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
-  refused(tmp_path / "latin.jsonl", "latin.jsonl is not UTF-8 (")
+  refused(tmp_path / "latin.jsonl", "latin.jsonl, line 1 is not UTF-8 (")
 
 
 def stored(folder, sizes, config=None):

@@ -16,6 +16,7 @@ import time
 
 import pytest
 
+from cm3leon_jax.config import TryAgain
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.settings import settings_from_config
 from tests import bucket_server
@@ -186,9 +187,13 @@ def test_a_bucket_that_is_gone_ends_the_run_and_leaves_the_last_checkpoint(
   finally:
     job.kill()
   output = (tmp_path / "0.log").read_text()
-  print("seconds until it ended:", round(time.monotonic() - begin), "code", job.returncode)
-  assert job.returncode not in (0, 2, 75), output  # Launchers start it again.
-  assert "503" in output
+  print("seconds until it ended:", round(time.monotonic() - begin))
+  print(output)
+  assert job.returncode == TryAgain.exit_code, output  # Launchers start it again.
+  [sentence] = [line for line in output.splitlines() if line.startswith("error: ")]
+  assert "gs://bucket/run/train" in sentence
+  assert "503" in sentence
+  assert sentence.endswith("the same command continues from checkpoint 4.")
   assert server.files("bucket/run/train/checkpoints/4/") == before
   server.fault = lambda method, path: None
   finish(start(server, tmp_path), tmp_path)

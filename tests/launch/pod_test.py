@@ -100,6 +100,7 @@ def test_tpu_vm_service_restarts_an_interrupted_run_but_not_after_a_mistake():
   assert service["RestartForceExitStatus"] == service["SuccessExitStatus"] == str(INTERRUPTED)
   assert service["RestartPreventExitStatus"] == str(MISTAKE)
   assert unit["Unit"]["StartLimitBurst"] == "20"
+  assert service["LimitMEMLOCK"] == "infinity"
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")

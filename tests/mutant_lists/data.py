@@ -181,7 +181,7 @@ DATA = (
   ),
   *mutants_of(
     "cm3leon_jax/data/instruction_llava.py",
-    "tests/data/instruction_files_test.py",
+    "tests/data/instruction_llava_test.py",
     ("turns_forgotten", "history += f", "history = f"),
   ),
   *mutants_of(

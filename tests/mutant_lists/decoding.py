@@ -10,8 +10,8 @@ DECODING = (
     ("nucleus_without_its_last", "(before < top_p)", "(before + probabilities < top_p)"),
     (
       "contrastive_k_is_one",
-      "jax.lax.top_k(expert, min(k, expert.shape[-1]))",
-      "jax.lax.top_k(expert, 1)",
+      "_top_k(expert, min(k, expert.shape[-1]))",
+      "_top_k(expert, 1)",
     ),
     (
       "mixture_inverted",
@@ -79,6 +79,7 @@ DECODING = (
     "cm3leon_jax/decoding/cache.py",
     "tests/decoding/cache_test.py",
     ("cache_keeps_the_padding", "x[:, :, x.shape[2] - kept :]", "x[:, :, :kept]"),
+    ("rows_of_another_shard", "index % len(x)", "index // len(x)"),
   ),
   *mutants_of(
     "cm3leon_jax/decoding/speculative.py",

@@ -99,10 +99,14 @@ TRAINING = (
     ("tasks_without_a_heldout_split_count", "bool(task.heldout) for", "True for"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/train.py",
+    "cm3leon_jax/training/heldout.py",
     f"{SOURCES_TEST}::test_a_killed_run_has_step_0_once",
     ("step_0_is_lost", "return monitor.logged_heldout(0)", "return {}"),
-    ("step_0_is_repeated", "  if newest is not None:\n    return", "  if False:\n    return"),
+    (
+      "step_0_is_repeated",
+      "  if newest is not None:\n    return monitor",
+      "  if False:\n    return monitor",
+    ),
   ),
   *mutants_of(
     "cm3leon_jax/training/monitor.py",

@@ -6,14 +6,10 @@ themselves, so that they cannot drift.
 
 import dataclasses
 import importlib
-import json
 import math
-import os
 import pathlib
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -23,6 +19,7 @@ from cm3leon_jax.planning import memory
 from cm3leon_jax.planning.search import meshes
 from cm3leon_jax.planning.topology import CHIPS, SLICES, Topology
 from cm3leon_jax.settings import settings_from_config
+from tests.planning.compiled import aot_compile
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMMANDS = ROOT / "cm3leon_jax" / "commands"
@@ -154,16 +151,8 @@ def test_a_documented_launch_fits_by_the_estimate(launch):
 @pytest.mark.parametrize("launch", [x for x in LAUNCHES if not x.on_gpus], ids=str)
 def test_a_documented_launch_compiles_and_fits_its_chip(launch, tmp_path):
   pytest.importorskip("libtpu")
-  path = tmp_path / "report.json"
-  command = [sys.executable, "-m", "launch.aot_compile", *launch.flags, f"--json={path}"]
-  command += [f"--topology={launch.topology}", f"--slices={launch.slices}"]
-  # The plans are of optimized programs.
-  environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-  result = subprocess.run(
-    command, capture_output=True, text=True, timeout=900, env=environment, check=False
-  )
-  assert result.returncode == 0, result.stderr[-2_000:]
-  reports = json.loads(path.read_text())
+  slice_flags = (f"--topology={launch.topology}", f"--slices={launch.slices}")
+  reports = aot_compile(tmp_path, *launch.flags, *slice_flags)
   for name, report in reports.items():
     if name != "topology":
       assert report["sum_gib"] + report.get("rest_gib", 0) < report["hbm_gib"], name

@@ -1,12 +1,13 @@
 """Which files `launch.plan` writes for a job, what it says about the others, what it refuses."""
 
 import dataclasses
+import json
 import re
 
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.planning import hardware, launchers
+from cm3leon_jax.planning import hardware, launchers, plan_folder
 from tests.recorders import FLAGS
 
 IMAGE = "us-docker.pkg.dev/project/repository/cm3leon:tpu"
@@ -23,6 +24,7 @@ IMAGE = "us-docker.pkg.dev/project/repository/cm3leon:tpu"
       "--out needs --workdir=gs://BUCKET/FOLDER: all hosts read and write one workdir.",
     ),
     ("h100-8", {"queue": "tpus"}, "--queue is of Kueue, which only the files for TPUs use"),
+    ("h100-8", {"secret": "own"}, "--secret is of Kubernetes, which only the files for TPUs use"),
     ("v5e-256", {"name": "7b_run"}, "--name is '7b_run'; Kubernetes and the cloud take at most"),
     ("v5e-256", {"queue": "a b"}, "--queue is 'a b'; it must be a name of an object"),
   ],
@@ -41,6 +43,18 @@ def test_a_launcher_that_cannot_run_a_job_is_left_out_with_a_sentence():
   assert image.startswith("gke_jobset.yaml and xpk.sh need a container image")
   assert several.startswith("skypilot.yaml: SkyPilot does not connect slices")
   assert launchers.remarks(launchers.Job("run", job.hardware, job.flags, IMAGE)) == [several]
+
+
+def test_gke_does_not_connect_slices_of_one_host():
+  small = hardware.load("v5e-8", 2)
+  job = launchers.Job("run", small, tuple(FLAGS), IMAGE, queue="tpus")
+  assert list(launchers.files(job)) == ["tpu_vm.sh"]
+  assert launchers.remarks(job)[0] == (
+    "gke_jobset.yaml and xpk.sh: GKE connects only slices of several hosts."
+  )
+  assert launchers.remarks(dataclasses.replace(job, image="")) == launchers.remarks(job)
+  one = dataclasses.replace(job, hardware=hardware.load("v5e-8"))
+  assert "gke_jobset.yaml" in launchers.files(one)
 
 
 def test_a_queue_is_not_written_without_the_job_that_waits_in_it():
@@ -67,3 +81,85 @@ def test_slurm_does_not_ask_for_spot_machines_and_says_so():
   sentence = "slurm.sbatch: --spot changes nothing in SLURM: choose a partition."
   assert launchers.remarks(job) == [sentence]
   assert launchers.remarks(dataclasses.replace(job, spot=False)) == []
+
+
+@pytest.mark.parametrize("topology", ["v5e-256", "h100-64"])
+def test_every_launcher_says_how_the_key_reaches_the_processes(topology):
+  job = launchers.Job("run", hardware.load(topology), tuple(FLAGS), IMAGE)
+  sentences = dict(sentence.split(": ", 1) for sentence in launchers.keys(job))
+  assert sorted(sentences) == sorted(launchers.files(job))
+  assert all(text.startswith("WANDB_API_KEY comes from ") for text in sentences.values())
+  if topology == "v5e-256":
+    own = launchers.keys(dataclasses.replace(job, secret="own"))
+    assert "generic cm3leon " in sentences["gke_jobset.yaml"]
+    assert sum("generic own " in sentence for sentence in own) == 1
+
+
+@pytest.mark.parametrize(
+  ("config", "copied"),
+  [
+    ("cm3leon_7b", True),
+    ("ml_configs/cm3leon_7b.py:paper", True),
+    ("./ml_configs/cm3leon_7b.py", True),
+    ("my configs/own.py:small", False),
+    ("/home/me/own.py", False),
+    ("own.py", False),
+  ],
+)
+def test_a_config_that_is_not_copied_to_the_hosts_is_named(config, copied):
+  flags = (f"--config={config}", "--workdir=gs://bucket/7b")
+  job = launchers.Job("run", hardware.load("v5e-256"), flags, IMAGE)
+  file = config.partition(":")[0]
+  found = [sentence.partition(": ")[0] for sentence in launchers.remarks(job)]
+  assert found == ([] if copied else [f"--config={file}"])
+
+
+# The folder of --out.
+
+NUMBERS = {"tokens": 1}
+
+
+def contents(folder):
+  return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_a_second_plan_replaces_the_files_of_the_first_and_no_others(tmp_path):
+  (tmp_path / "notes.txt").write_text("mine")
+  assert plan_folder.write(tmp_path, {"a.sh": "1", "b.yaml": "1"}, NUMBERS) == []
+  assert plan_folder.write(tmp_path, {"a.sh": "1", "b.yaml": "1"}, NUMBERS) == []
+  assert plan_folder.write(tmp_path, {"a.sh": "2", "c.yaml": "2"}, NUMBERS) == ["b.yaml"]
+  found = contents(tmp_path)
+  numbers = json.loads(found.pop("plan.json"))
+  assert found == {"a.sh": "2", "c.yaml": "2", "notes.txt": "mine"}
+  assert numbers["tokens"] == 1
+  assert sorted(numbers["files"]) == ["a.sh", "c.yaml"]
+
+
+@pytest.mark.parametrize("name", ["a.sh", "b.yaml", "c.yaml"])
+def test_a_file_that_was_changed_or_is_another_is_kept(tmp_path, name):
+  """The second plan would replace a.sh, remove b.yaml, and make c.yaml."""
+  plan_folder.write(tmp_path, {"a.sh": "1", "b.yaml": "1"}, NUMBERS)
+  (tmp_path / name).write_bytes(b"mine, not UTF-8: \xff")
+  before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+  with pytest.raises(UserError, match=rf"/{name} was changed after .* move it away"):
+    plan_folder.write(tmp_path, {"a.sh": "2", "c.yaml": "2"}, NUMBERS)
+  assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("text", ["{}", "no JSON", '{"files": ["a.sh"]}'])
+def test_a_plan_that_names_no_files_is_not_replaced(tmp_path, text):
+  (tmp_path / "plan.json").write_text(text)
+  with pytest.raises(UserError, match=r"plan.json does not say which files its plan wrote"):
+    plan_folder.write(tmp_path, {"a.sh": "1"}, NUMBERS)
+  assert contents(tmp_path) == {"plan.json": text}
+
+
+def test_a_plan_removes_no_file_outside_of_its_folder(tmp_path):
+  folder, other = tmp_path / "plan", tmp_path / "other"
+  other.write_text("1")
+  plan_folder.write(folder, {"a.sh": "1"}, NUMBERS)
+  numbers = json.loads((folder / "plan.json").read_text())
+  numbers["files"] = {"../other": numbers["files"]["a.sh"]}
+  (folder / "plan.json").write_text(json.dumps(numbers))
+  assert plan_folder.write(folder, {"a.sh": "1"}, NUMBERS) == []
+  assert other.read_text() == "1"

@@ -76,6 +76,20 @@ def test_a_loop_counts_as_often_as_it_runs(program):
   assert program.cycles() == 3 * 70
 
 
+@pytest.mark.parametrize(("start", "runs"), [("constant(1)", 2), ("add(%a, %a)", 3)])
+def test_an_iteration_that_xla_took_out_of_a_loop_does_not_count_twice(start, runs):
+  """The peeled loop begins at 1; a start that depends on data counts as 0."""
+  head, loop = "ENTRY %main (a: bf16[4,8,16]) -> bf16[4,8,16] {\n", "while(%a), "
+  before = f"  %one = s32[]{{:T(128)}} {start}\n  %first = s32[] copy(%one)\n"
+  before += "  %all = (s32[]{:T(128)}, bf16[4,8,16]{2,1,0}) tuple(%first, /*index=1*/%a)\n"
+  compared = "  %p = (s32[], bf16[4,8,16]) parameter(0)\n"
+  compared += "  %i = s32[]{:T(128)} get-tuple-element(%p), index=0\n"
+  text = TEXT.replace(head, head + before).replace(loop, "while(%all), ")
+  text = text.replace("-> pred[] {\n", "-> pred[] {\n" + compared).replace("(%n, %n)", "(%i, %n)")
+  assert Program(text).flops() == runs * 2 * 4 * 8 * 16 * 32
+  assert Program(text).collectives()["all-gather"][0] == runs
+
+
 def test_parts_of_a_collective_count_once(program):
   assert program.collectives() == {"all-gather": (3, 3 * 16 * 32 * 2), "all-reduce": (1, 64 * 4)}
 

@@ -290,6 +290,7 @@ def test_the_hardware_and_the_limits_of_a_job_are_in_its_manifests():
   }
   assert pod(manifest)["nodeSelector"] == labels
   assert pod(manifest)["containers"][0]["image"] == IMAGE
+  assert pod(manifest)["containers"][0]["imagePullPolicy"] == "Always"  # The tag may move.
   flavor, queue, local = yaml.safe_load_all(texts["gke_kueue.yaml"])
   assert flavor["spec"]["nodeLabels"] == labels
   (flavors,) = queue["spec"]["resourceGroups"][0]["flavors"]

@@ -172,9 +172,10 @@ def test_the_command_prints_a_plan_and_writes_the_files_of_every_launcher(tmp_pa
   result = run(
     "--config=ml_configs/cm3leon_350m.py:paper", "--config.seed=3", "--topology=v5e-256",
     "--workdir=gs://bucket/350m", f"--out={tmp_path}", "--image=i", "--queue=tpus",
-    "--train_flag=--init_from=gs://bucket/old",
+    "--train_flag=--init_from=gs://bucket/old", "--config.train.wandb=cats",
   )  # fmt: skip
   assert result.returncode == 0, result.stderr
+  assert "\ngke_jobset.yaml: WANDB_API_KEY comes from a Secret: " in result.stdout
   assert result.stdout.startswith("cm3leon-350m-paper on v5e-256: 256 chips, 64 hosts\n")
   for name in ("mesh", "remat", "rows of a device", "memory of a device", "tokens/s", "the run"):
     assert re.search(rf"^  {name} +\S", result.stdout, re.MULTILINE), name
@@ -186,7 +187,7 @@ def test_the_command_prints_a_plan_and_writes_the_files_of_every_launcher(tmp_pa
   pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
   assert pod["containers"][0]["args"] == [
     "--distributed", "--config=ml_configs/cm3leon_350m.py:paper", "--config.seed=3",
-    "--workdir=gs://bucket/350m", *numbers["flags"], "--init_from=gs://bucket/old",
+    "--config.train.wandb=cats", "--workdir=gs://bucket/350m", *numbers["flags"], "--init_from=gs://bucket/old",
   ]  # fmt: skip
 
 

@@ -1,30 +1,13 @@
-"""Compiles for TPU without a TPU, in separate processes: a process cannot unload libtpu."""
+"""Compiles for TPU without a TPU: the step, its evaluation, families, the decoder."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
+from tests.planning.compiled import aot_compile, run_command
+
 pytestmark = pytest.mark.tpu_backend
 pytest.importorskip("libtpu")
-
-
-def run_command(*flags):
-  command = [sys.executable, "-m", "launch.aot_compile", *flags]
-  # The plans are of optimized programs.
-  environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-  return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
-
-
-def aot_compile(tmp_path, *flags) -> dict:
-  """Runs launch.aot_compile with these flags and returns its reports."""
-  result = run_command(f"--json={tmp_path / 'report.json'}", *flags)
-  assert result.returncode == 0, result.stderr[-2000:]
-  return json.loads((tmp_path / "report.json").read_text())
-
 
 SMALL = (
   "--config=ml_configs/cm3leon_350m.py",
@@ -63,64 +46,6 @@ def test_an_evaluation_takes_a_micro_batch_and_less_memory_than_the_train_step(t
   assert resident < train["sum_gib"]
   flops = evaluation["flops"] * evaluation["devices"]
   assert flops / evaluation["model_flops"] == pytest.approx(1, rel=0.05)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-  ("topology", "mesh", "batch", "policy", "most"),
-  [
-    ("v5p-256", (16, 8), 4, "full", 8.0),
-    ("v5e-256", (16, 16), 2, "full", 4.5),
-    ("v6e-256", (16, 16), 4, "full", 7.8),
-    ("v5p-8", (4, 1), 4, "full", 33),
-    ("v5p-8", (4, 1), 4, "minimal", 66),
-    ("v5e-256", (16, 16), 4, "save_attention", 15.75),
-  ],
-)
-def test_memory_of_the_7b_step(tmp_path, topology, mesh, batch, policy, most):
-  """Bounds arguments and temporaries of a device in GiB; docs/scaling.md has measured numbers."""
-  flags = ["--config=ml_configs/cm3leon_7b.py", f"--config.model.remat_policy={policy}"]
-  flags += [f"--topology={topology}", f"--batch_per_device={batch}"]
-  flags += [f"--config.mesh.fsdp={mesh[0]}", f"--config.mesh.fsdp_inner={mesh[1]}"]
-  report = aot_compile(tmp_path, *flags)["train"]
-  assert report["sum_gib"] <= most
-  collectives = report["collectives"]
-  assert collectives["all-reduce"]["bytes"] < 0.05 * collectives["reduce-scatter"]["bytes"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-  ("size", "topology", "mesh", "rows", "policy", "most"),
-  [
-    ("7b", "v5p-256", (16, 8), 4, "full", 8.0),
-    ("7b", "v5e-256", (16, 16), 2, "full", 4.5),
-    ("7b", "v6e-256", (16, 16), 2, "full", 4.5),
-    ("7b", "v5p-8", (2, 2), 4, "full", 40),
-    ("350m", "v5e-256", (16, 16), 2, "minimal", 15.75),
-    ("350m", "v5p-8", (2, 2), 32, "minimal", 95.73),
-    ("760m", "v5e-256", (16, 16), 2, "minimal", 15.75),
-    ("760m", "v5p-8", (2, 2), 16, "minimal", 95.73),
-  ],
-)
-def test_memory_of_a_step_of_tuning(tmp_path, size, topology, mesh, rows, policy, most):
-  """With the sums of all tasks; bounds in GiB as above."""
-  flags = [f"--config=ml_configs/sft_{size}.py", f"--config.model.remat_policy={policy}"]
-  flags += [f"--topology={topology}", f"--config.train.rows_per_device={rows}"]
-  flags += [f"--config.mesh.fsdp={mesh[0]}", f"--config.mesh.fsdp_inner={mesh[1]}"]
-  report = aot_compile(tmp_path, *flags)["train"]
-  assert report["tokens"] == 2**21
-  assert report["sum_gib"] <= most
-
-
-@pytest.mark.slow
-def test_memory_of_learning_from_rewards(tmp_path):
-  """The 7B draws an image for a prompt on every device of v5p-256, and learns from all of them."""
-  flags = ["--config=ml_configs/sft_7b.py", "--topology=v5p-256", "--config.mesh.fsdp=16"]
-  flags += ["--config.mesh.fsdp_inner=8", "--batch_per_device=1", "--decode_batch=128"]
-  update = aot_compile(tmp_path, *flags, "--program=reinforce")["reinforce"]
-  assert update["tokens"] == 2 * 128 * 1_151
-  assert update["sum_gib"] <= 4.0
-  assert aot_compile(tmp_path, *flags, "--program=decode")["decode"]["sum_gib"] <= 95.73
 
 
 @pytest.mark.slow

@@ -165,6 +165,39 @@ def test_tpu_vm_asks_for_spot_slices_and_reaches_each(recorders, tmp_path):
   assert sorted(call[4] for call in recorders.calls("gcloud")[1:]) == ["run-0", "run-1"]
 
 
+def watched(recorders, tmp_path, states, services=(), created=()):
+  """Runs `watch`, with these states of the request and the service, and exit codes of `create`.
+
+  Of temporary folders that are there at a request's state, the names are in the file `left`.
+  """
+  lines = {"states": states, "services": services, "created": created}
+  for name, values in lines.items():
+    (tmp_path / name).write_text("".join(f"{value}\n" for value in values))
+  recorders.add(
+    "gcloud",
+    f'next() {{ head -n 1 "{tmp_path}/$1"; sed -i 1d "{tmp_path}/$1"; }}\n'
+    f'case "$*" in *" list "*) ls -d "$TMPDIR"/tmp.* >>"{tmp_path}/left" 2>/dev/null\n'
+    'state=$(next states); printf "other\\tACTIVE\\n"\n'
+    '[ "$state" = GONE ] || printf "run\\t%s\\n" "$state" ;;\n'
+    '*failedData*) echo "Quota exceeded." ;;\n'
+    '*" create "*) exit "$(next created)" ;;\n'
+    '*"--worker=0"*is-active*) next services ;; esac',
+  )
+  script = write(tmp_path, spot=True) / "tpu_vm.sh"
+  result = run_in_root(recorders, script, "watch", "--reserved", **CLUSTER, WATCH_SECONDS="0")
+  assert not [line for name in lines for line in (tmp_path / name).read_text().splitlines()]
+  return result
+
+
+def asked(recorders):
+  """Returns what was done to the request, without looking at it."""
+  calls = [call[2:4] for call in recorders.calls("gcloud")]
+  return [does for what, does in calls if what == "queued-resources" and does in ASKS]
+
+
+ASKS = ("create", "delete")
+
+
 def test_tpu_vm_watch_asks_again_after_a_preemption_and_ends_with_the_training(recorders, tmp_path):
   """States: it waits, is made, trains, is preempted, is made again, trains, is done.
 
@@ -173,45 +206,56 @@ def test_tpu_vm_watch_asks_again_after_a_preemption_and_ends_with_the_training(r
   states = ["FAILED", "WAITING_FOR_RESOURCES", "ACTIVE", "ACTIVE", "SUSPENDED"]
   states += ["FAILED"] * 4 + ["PROVISIONING", "ACTIVE", "ACTIVE", "ACTIVE"]
   services = ["inactive", "active", "inactive", "active", "inactive"]
-  for name, lines in (("states", states), ("services", services)):
-    (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
-  pop = f'next() {{ head -n 1 "{tmp_path}/$1"; sed -i 1d "{tmp_path}/$1"; }}\n'
-  recorders.add(
-    "gcloud",
-    pop + 'case "$*" in *" describe "*state.state*) next states ;;\n'
-    '*"--worker=0"*is-active*) next services ;; esac',
-  )
-  script = write(tmp_path, spot=True) / "tpu_vm.sh"
-  result = run_in_root(recorders, script, "watch", "--reserved", **CLUSTER, WATCH_SECONDS="0")
+  result = watched(recorders, tmp_path, states, services, [0] * 6)
   assert result.returncode == 0, result.stderr
   assert "training has ended" in result.stdout
-  calls = [" ".join(call[2:5]) for call in recorders.calls("gcloud")]
-  made = [c for c in calls if c.startswith(("queued-resources create", "queued-resources delete"))]
-  assert made == ["queued-resources delete run", "queued-resources create run"] * 6
-  created = [call for call in recorders.calls("gcloud") if call[3] == "create"]
+  assert asked(recorders) == ["delete", "create"] * 6
+  calls = recorders.calls("gcloud")
+  created = [call for call in calls if call[3] == "create"]
   assert all({"--spot", "--reserved"} <= set(call) for call in created)
-  assert sum(call.startswith("tpu-vm scp") for call in calls) == 2
-  assert (tmp_path / "states").read_text() == (tmp_path / "services").read_text() == ""
+  assert sum(call[2:4] == ["tpu-vm", "scp"] for call in calls) == 2
+  # The key is in the folder that is copied.
+  assert (tmp_path / "left").read_text() == ""
+  assert not list(recorders.home.glob("tmp.*"))
 
 
 def test_tpu_vm_watch_stops_if_the_request_fails_again_and_again(recorders, tmp_path):
-  recorders.add(
-    "gcloud",
-    'case "$*" in *failedData*) echo "Quota exceeded." ;; *" describe "*) echo FAILED ;; esac',
-  )
-  script = write(tmp_path) / "tpu_vm.sh"
-  result = run_script(recorders, script, "watch", **CLUSTER, WATCH_SECONDS="0")
+  result = watched(recorders, tmp_path, ["FAILED"] * 5, created=[0] * 4)
   assert result.returncode == MISTAKE
   assert result.stdout.count("run could not be made: Quota exceeded.\n") == 5
   assert result.stderr.startswith("error: run FAILED 5 times: see the reason above; ")
-  assert [call[3] for call in recorders.calls("gcloud")].count("create") == 4
+
+
+def test_tpu_vm_watch_ends_if_somebody_deletes_the_request(recorders, tmp_path):
+  states = ["SUSPENDED", "WAITING_FOR_RESOURCES", "ACTIVE", "DELETING", "GONE"]
+  result = watched(recorders, tmp_path, states, ["active"], [0])
+  assert result.returncode == MISTAKE
+  assert result.stderr.startswith("error: the queued resource run is gone: it was deleted, and ")
+  assert asked(recorders) == ["delete", "create"]
+
+
+def test_tpu_vm_watch_asks_again_if_the_new_request_failed(recorders, tmp_path):
+  result = watched(recorders, tmp_path, ["SUSPENDED"] + ["GONE"] * 3, created=[1, 1, 0])
+  assert result.returncode == MISTAKE  # The third was made, so the last is another's deletion.
+  assert " is gone: it was deleted" in result.stderr
+  assert asked(recorders) == ["delete", "create", "create", "create"]
+
+
+def test_tpu_vm_watch_stops_if_no_request_can_be_made(recorders, tmp_path):
+  result = watched(recorders, tmp_path, ["SUSPENDED"] + ["GONE"] * 5, created=[1] * 5)
+  assert result.returncode == MISTAKE
+  assert result.stderr.startswith("error: run could not be asked for 5 times: see the message ")
 
 
 def test_tpu_vm_watch_needs_a_request(recorders, tmp_path):
-  recorders.add("gcloud", "exit 1")
   script = write(tmp_path) / "tpu_vm.sh"
-  result = run_script(recorders, script, "watch", **CLUSTER, WATCH_SECONDS="0")
-  assert_one_sentence(result, "gcloud does not find the queued resource run: run 'bash ")
+  for answer, sentence in (
+    ("", "gcloud does not find the queued resource run: run 'bash "),
+    ("exit 1", "gcloud cannot list the queued resources of project in us-west4-a: see "),
+  ):
+    recorders.add("gcloud", answer)
+    result = run_script(recorders, script, "watch", **CLUSTER, WATCH_SECONDS="0")
+    assert_one_sentence(result, sentence)
 
 
 @pytest.mark.parametrize(

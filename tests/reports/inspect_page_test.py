@@ -16,7 +16,7 @@ from cm3leon_jax.data.sample_plan import SamplePlan
 from cm3leon_jax.reports import inspect, inspect_page, row_parts
 from cm3leon_jax.tokenizers import text, vqgan
 from tests.data.stores import IMAGE_TOKENS, VOCAB, make_plan, make_sources
-from tests.reports.report_test import Page
+from tests.reports.run_files import Page
 
 VQGAN = vqgan.VQGANConfig(
   resolution=8,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.reports import inspect_page, report
+from tests.data.raw import write_raw
 from tests.reports import hostile
 from tests.reports.hostile import CONTROLS, HOSTILE
 from tests.reports.inspect_page_test import (  # noqa: F401 (fixtures)
@@ -16,7 +17,7 @@ from tests.reports.inspect_page_test import (  # noqa: F401 (fixtures)
   text_tokenizer,
   view_of,
 )
-from tests.reports.report_test import make_image, make_run, write_raw
+from tests.reports.run_files import make_image, make_run
 
 
 def page_of(workdir, text: str) -> str:

@@ -8,6 +8,7 @@ import types
 from etils import epath
 import pytest
 
+from cm3leon_jax.config import UserError
 from cm3leon_jax.io import write_json
 from cm3leon_jax.training import boards
 from cm3leon_jax.training.boards import Board, open_boards
@@ -85,6 +86,19 @@ def test_a_board_whose_package_is_missing_is_one_line(
   (line,) = capsys.readouterr().out.splitlines()
   assert line.startswith(f"train: warning: no {name} from here on (ModuleNotFoundError: ")
   assert "pip install 'cm3leon_jax[monitoring]'" in line
+
+
+def test_a_new_run_is_refused_without_the_package_that_it_asks_for(tmp_path, monkeypatch):
+  config = TrainConfig(wandb="cats")
+  boards.check_installed(TrainConfig())
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  with pytest.raises(UserError, match=r"^config.train.wandb is 'cats', and the package wandb is "):
+    boards.check_installed(config)
+  monkeypatch.delitem(sys.modules, "wandb")
+  (tmp_path / "wandb").mkdir()  # Logs of a run, which Python takes for a package.
+  monkeypatch.setattr(sys, "path", [str(tmp_path)])
+  with pytest.raises(UserError, match="the package wandb is missing"):
+    boards.check_installed(config)
 
 
 def test_a_login_that_fails_is_one_line(tmp_path, watch, capsys, monkeypatch):

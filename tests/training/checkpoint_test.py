@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.training import checkpoint, recovery
+from cm3leon_jax.training import checkpoint, recovery, sealing
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.state import init_state
 from tests.models.tiny import CONFIG, mesh_of
@@ -350,9 +350,46 @@ def test_a_save_that_fails_is_reported_in_the_loop_and_leaves_the_one_before(tmp
   assert result.returncode == TryAgain.exit_code
   last = result.stderr.splitlines()[-1]
   assert last.startswith(f"error: checkpoint 2 could not be written to {tmp_path}/checkpoints (")
-  assert last.endswith("): the same command continues from the one before.")
+  assert last.endswith("): the same command continues from checkpoint 1.")
   checkpoints = checkpoint.Checkpoints(tmp_path, 2)
   assert recovery.newest_whole(checkpoints) == 1
+  checkpoints.close()
+
+
+@pytest.mark.parametrize("saves", [0, 1, 2])
+def test_a_bucket_that_fails_ends_the_run_with_the_checkpoint_that_is_whole(tmp_path, saves):
+  """Whatever the loop was doing; the save in flight is finished first."""
+  gone = RuntimeError("All 32 retry attempts failed: status 503")
+  where = f"checkpoint {saves}" if saves else "its newest checkpoint, if it has one"
+  sentence = (
+    f"{tmp_path}: a bucket did not answer, or with errors, until the last try (RuntimeError: "
+    f"{gone}): the same command continues from {where}."
+  )
+
+  def run():
+    with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+      for step in range(1, saves + 1):
+        checkpoints.save(small(step), step, next_row=step)
+      raise UserError("a file is damaged") from gone
+
+  with pytest.raises(TryAgain) as caught:
+    run()
+  assert str(caught.value) == sentence
+  assert checkpoint.newest_step(tmp_path) == saves
+
+
+def test_a_checkpoint_in_a_bucket_that_does_not_answer_is_no_damaged_one(saved, monkeypatch):
+  """Damaged checkpoints are deleted; the errors of gcsfs are OSErrors, as those of a disk are."""
+  aiohttp = pytest.importorskip("aiohttp")
+  checkpoints = checkpoint.Checkpoints(saved, 2)
+  steps = checkpoints.sealed()
+  monkeypatch.setattr(sealing, "digest", mock.Mock(side_effect=aiohttp.SocketTimeoutError("gone")))
+  with pytest.raises(aiohttp.SocketTimeoutError):
+    recovery.newest_whole(checkpoints)
+  assert checkpoints.sealed() == steps != []
+  monkeypatch.setattr(sealing, "digest", mock.Mock(side_effect=OSError("of a disk")))
+  with pytest.raises(UserError, match="is whole"):
+    recovery.newest_whole(checkpoints)
   checkpoints.close()
 
 

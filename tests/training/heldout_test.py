@@ -16,7 +16,8 @@ from cm3leon_jax.evaluation import bits
 from cm3leon_jax.mesh import spec
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.settings import default_config, settings_from_config
-from cm3leon_jax.training.train import compile_steps, evaluate, heldout_batches
+from cm3leon_jax.training.heldout import evaluate, heldout_batches
+from cm3leon_jax.training.train import compile_steps
 from tests.data.stores import VOCAB, make_sources
 from tests.models.tiny import mesh_of, random_params
 from tests.retrieval.stores import write_neighbors

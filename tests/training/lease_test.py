@@ -67,7 +67,7 @@ def test_a_folder_in_which_another_job_trains_is_refused(tmp_path):
   thread = threading.Thread(target=live)
   thread.start()
   try:
-    with pytest.raises(UserError, match=r"^process 7 on elsewhere trains in "), Lease(tmp_path):
+    with pytest.raises(UserError, match=r"^process 7 on elsewhere works in "), Lease(tmp_path):
       pass
   finally:
     stop.set()

@@ -23,7 +23,6 @@ IMAGE = 6  # Codes of an image.
 SAMPLING = SamplingConfig(guidance=1.5, top_k=0, top_p=1.0)
 WEIGHTS = np.float32([1.5, -0.5])
 PROMPTS = [[20, 21, 22], [30], [20, 23], [24, 25, 26, 27, 28]]
-ALL_MESHES = [(1, 1, 1), (2, 2, 2), (1, 8, 1)]
 
 
 def model_config(family):
@@ -70,8 +69,10 @@ def chosen(found, codes):
   return np.take_along_axis(found, codes[..., None], -1)[..., 0]
 
 
-@pytest.mark.parametrize("family", ["opt", "modern"])
-@pytest.mark.parametrize("shape", ALL_MESHES)
+@pytest.mark.parametrize(
+  ("family", "shape"),
+  [("opt", (1, 1, 1)), ("opt", (2, 2, 2)), ("modern", (1, 1, 1)), ("modern", (1, 8, 1))],
+)
 def test_log_probs_are_those_of_the_decoder(family, shape):
   _, _, codes, expected = sampled(family)
   rollout = rollout_of(family)
@@ -130,7 +131,7 @@ def naive_loss(params, model, rollout, reference, kl_weight, temperature):
   return -values.mean() + kl_weight * kl
 
 
-@pytest.mark.parametrize("shape", ALL_MESHES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
 def test_a_step_follows_the_gradient_of_its_definition(shape):
   model, kl_weight, temperature = model_config("modern"), 0.3, 0.7
   values = np.float32([1, -1, 0.5, -0.5, 0, 0, -2, 2])

@@ -19,7 +19,7 @@ from cm3leon_jax.training.objective import NewestState
 from cm3leon_jax.training.skipped_rows import GoBack, parse, row_number
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.models.tiny import mesh_of
-from tests.training.train_test import (
+from tests.training.runs import (
   MODEL,
   STEPS,
   Crash,

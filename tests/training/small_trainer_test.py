@@ -123,7 +123,7 @@ def test_a_folder_in_which_another_job_trains_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(lease, "EXPIRE_SECONDS", 30.0)
   with (
     lease.Lease(tmp_path),
-    pytest.raises(UserError, match=r"trains in .*: use another --workdir"),
+    pytest.raises(UserError, match=r"works in .*: use another --workdir"),
   ):
     train(tmp_path)
   assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.reports import summary as summary_lib
-from cm3leon_jax.training import loss
+from cm3leon_jax.training import heldout, loss
 from cm3leon_jax.training import train as train_module
 from cm3leon_jax.training.monitor import change_line
 from cm3leon_jax.training.objective import Rows
@@ -27,12 +27,11 @@ from cm3leon_jax.training.train import TrainConfig, train
 from tests.data.stores import VOCAB, make_instructions, make_plan, make_sources
 from tests.models.tiny import CONFIG, mesh_of, model_logits
 from tests.training import events
-from tests.training.state_test import make_batch
-from tests.training.train_test import MODEL, Crash, crash_at, losses, shared_steps
+from tests.training.runs import MODEL, Crash, crash_at, losses, shared_steps
+from tests.training.state_test import S, marked_batch
 
 OPTIMIZER = create_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=2), 10)
 NAMES, STEPS = ("answers", "edits", "pairs"), 6
-S = 5  # Sources of the batches below; the last one has no targets.
 
 
 def test_source_sums_literal():
@@ -48,20 +47,19 @@ def test_a_source_without_targets_has_no_loss():
   assert loss.source_losses((), {}) == {}
 
 
-def marked_batch(seed=0):
-  sources = np.random.default_rng(seed).integers(0, S, (8, 16)).astype(np.int32)
-  return {**make_batch(seed), "sources": sources}
-
-
-def sums_of(shape, accumulation, num_sources=S):
-  """Returns metrics of a train step, its state, and sums of an evaluation of the same batch."""
-  with jax.set_mesh(mesh_of(*shape)):
+def step_in_two(num_sources):
+  """Returns metrics and state of a train step in two parts."""
+  with jax.set_mesh(mesh_of(1, 1, 1)):
     batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in marked_batch().items()}
     state = init_state(CONFIG, OPTIMIZER, jax.random.key(0))
     options = {"num_sources": num_sources}
-    step = jax.jit(functools.partial(train_step, CONFIG, OPTIMIZER, 60, accumulation, **options))
-    evaluation = jax.jit(functools.partial(eval_step, CONFIG, 60, **options))
-    return jax.device_get((*step(state, batch)[::-1], evaluation(state.params, batch)))
+    step = jax.jit(functools.partial(train_step, CONFIG, OPTIMIZER, 60, 2, **options))
+    return jax.device_get(step(state, batch)[::-1])
+
+
+@pytest.fixture(scope="module")
+def marked():
+  return step_in_two(S)
 
 
 @pytest.fixture(scope="module")
@@ -78,22 +76,30 @@ def expected():
   return [[x[batch["sources"] == i + 1].sum() for i in range(S)] for x in values]
 
 
-@pytest.mark.parametrize(
-  ("shape", "accumulation"),
-  [((1, 1, 1), 1), ((1, 1, 1), 4), ((2, 2, 2), 2), ((1, 8, 1), 1), ((1, 2, 2, 2), 1)],
-)
-def test_mesh_and_accumulation_change_no_sum(expected, shape, accumulation):
-  metrics, _, evaluated = sums_of(shape, accumulation)
-  for sums in (metrics, evaluated):
-    np.testing.assert_allclose(sums["source_nll"], expected[0], rtol=2e-5)
-    np.testing.assert_allclose(sums["source_weight"], expected[1], rtol=1e-6)
-  assert metrics["source_weight"][-1] == 0 < metrics["source_weight"][:-1].min()
+def assert_sums(sums, expected):
+  np.testing.assert_allclose(sums["source_nll"], expected[0], rtol=2e-5)
+  np.testing.assert_allclose(sums["source_weight"], expected[1], rtol=1e-6)
+
+
+def test_sums_of_a_step_in_two_parts_are_those_of_all_logits(expected, marked):
+  """`state_test` shows that they are the same on all meshes."""
+  assert_sums(marked[0], expected)
+  assert marked[0]["source_weight"][-1] == 0 < marked[0]["source_weight"][:-1].min()
   assert np.ptp(expected[0][:-1]) > 0.1
 
 
-def test_marks_change_neither_the_step_nor_its_other_metrics():
-  metrics, state, _ = sums_of((1, 1, 1), 2)
-  plain, plain_state, _ = sums_of((1, 1, 1), 2, num_sources=0)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 2, 2)])
+def test_sums_of_an_evaluation_are_those_of_all_logits(expected, shape):
+  with jax.set_mesh(mesh_of(*shape)):
+    batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in marked_batch().items()}
+    params = jax.jit(lambda: transformer.init_params(CONFIG, jax.random.key(0)))()
+    evaluate = jax.jit(functools.partial(eval_step, CONFIG, 60, num_sources=S))
+    assert_sums(jax.device_get(evaluate(params, batch)), expected)
+
+
+def test_marks_change_neither_the_step_nor_its_other_metrics(marked):
+  metrics, state = marked
+  plain, plain_state = step_in_two(0)
   assert metrics.keys() - plain.keys() == set(loss.SOURCE_SUMS)
   assert {name: metrics[name] for name in plain} == plain
   jax.tree.map(np.testing.assert_array_equal, state, plain_state)
@@ -140,7 +146,7 @@ def tune(folder, loader, shape=(1, 1, 1), sample_grid=None, evaluate_start=True,
   def steps(model, optimizer, config, vocab, seed):
     mesh = jax.sharding.get_mesh()
     accumulation = config.gradient_accumulation_steps
-    return shared_steps(model, optimizer, config.steps, accumulation, vocab, seed, mesh)
+    return shared_steps(model, optimizer, accumulation, vocab, seed, mesh)
 
   optimizer = OptimizerConfig(learning_rate=1e-2)
   arguments = (MODEL, optimizer, config, VOCAB, Rows(loader), loader, 0, sample_grid)
@@ -237,8 +243,8 @@ def step_0_of(folder):
 
 
 def test_the_summary_has_the_losses_before_and_after(whole):
-  heldout, goodput = step_0_of(whole[0])
-  before = {name: value for name, value in heldout.items() if name.startswith("heldout")}
+  evaluation, goodput = step_0_of(whole[0])
+  before = {name: value for name, value in evaluation.items() if name.startswith("heldout")}
   assert whole[1]["heldout_before"] == before
   assert before["heldout_loss"] > whole[1]["heldout_loss"] + 0.3
   assert "goodput" in goodput
@@ -254,7 +260,7 @@ def test_a_killed_run_has_step_0_once(whole, loader, tmp_path, killed_in):
   with pytest.raises(Crash):
     tune(tmp_path, loader, sample_grid=crash_at(killed_in, tmp_path), sample_every=1)
   time.sleep(1)  # An event file of the same second and process would be written over.
-  with mock.patch.object(train_module, "evaluate", wraps=train_module.evaluate) as evaluate:
+  with mock.patch.object(heldout, "evaluate", wraps=heldout.evaluate) as evaluate:
     summary = tune(tmp_path, loader)
   resumed_at = [line["from_step"] for line in log_of(tmp_path) if line.get("event") == "resumed"]
   assert evaluate.call_count == sum(step > (*resumed_at, -1)[0] for step in (0, 4, STEPS))

@@ -13,13 +13,14 @@ from cm3leon_jax.configs import cm3leon_7b
 from cm3leon_jax.mesh import shard, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.training.loss import SOURCE_SUMS
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.state import TrainState, init_state, train_step
 from tests.models.tiny import CONFIG, mesh_of, model_logits, random_params
 
 OPTIMIZER = create_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=2), 10)
 MUON = create_optimizer(OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=2), 10)
-B, L = 8, 16
+B, L, S = 8, 16, 5  # S sources, the last one without targets.
 
 
 def make_batch(seed=0):
@@ -32,19 +33,28 @@ def make_batch(seed=0):
   return {**batch, "segment_ids": np.ones((B, L), np.int32), "positions": positions}
 
 
+def marked_batch(seed=0):
+  """A batch whose slots are marked with their sources, from 1."""
+  sources = np.random.default_rng(seed).integers(0, S, (B, L)).astype(np.int32)
+  return {**make_batch(seed), "sources": sources}
+
+
 def run(shape, accumulation, steps=3, z_loss=0.0, optimizer=OPTIMIZER, **fields):
+  """Returns [T, 4] losses and gradient norms, the state, and the first step's sums by source."""
   config = dataclasses.replace(CONFIG, **fields)
   with jax.set_mesh(mesh_of(*shape)):
     state = init_state(config, optimizer, jax.random.key(0))
-    step = jax.jit(lambda s, b: train_step(config, optimizer, 60, accumulation, s, b, z_loss))
-    losses = []
+    options = {"z_loss": z_loss, "num_sources": S}
+    step = jax.jit(functools.partial(train_step, config, optimizer, 60, accumulation, **options))
+    losses, sums = [], None
     for i in range(steps):
-      batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in make_batch(i).items()}
+      batch = {n: shard(jnp.asarray(x), "batch", "length") for n, x in marked_batch(i).items()}
       state, metrics = step(state, batch)
+      sums = jax.device_get([metrics[name] for name in SOURCE_SUMS]) if sums is None else sums
       losses.append(
         [float(metrics[name]) for name in ("loss", "image_loss", "text_loss", "grad_norm")]
       )
-    return np.array(losses), jax.device_get(state)
+    return np.array(losses), jax.device_get(state), np.array(sums)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +85,9 @@ def test_loss_and_gradient_are_those_of_a_weighted_mean(reference):
   [((1, 1, 1), 4), ((2, 2, 2), 1), ((2, 2, 2), 2), ((1, 8, 1), 1), ((1, 2, 2, 2), 1)],
 )
 def test_mesh_and_accumulation_change_nothing(reference, shape, accumulation):
-  losses, state = run(shape, accumulation)
+  losses, state, sums = run(shape, accumulation)
   np.testing.assert_allclose(losses, reference[0], rtol=2e-5)
+  np.testing.assert_allclose(sums, reference[2], rtol=2e-5)
   for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(reference[1].params)):
     np.testing.assert_allclose(a, b, atol=2e-4)
   assert losses[2, 0] != losses[0, 0]
@@ -84,8 +95,8 @@ def test_mesh_and_accumulation_change_nothing(reference, shape, accumulation):
 
 def test_a_mesh_changes_nothing_of_muon(reference):
   """Its matrices are split over the mesh, and their products are not."""
-  losses, state = run((1, 1, 1), 1, optimizer=MUON)
-  split, split_state = run((2, 2, 2), 1, optimizer=MUON)
+  losses, state, _ = run((1, 1, 1), 1, optimizer=MUON)
+  split, split_state, _ = run((2, 2, 2), 1, optimizer=MUON)
   np.testing.assert_allclose(split, losses, rtol=2e-5)
   for a, b in zip(jax.tree.leaves(split_state.params), jax.tree.leaves(state.params)):
     np.testing.assert_allclose(a, b, atol=2e-4)
@@ -93,7 +104,7 @@ def test_a_mesh_changes_nothing_of_muon(reference):
 
 
 def test_unrolled_layers_change_nothing(reference):
-  losses, _ = run((2, 2, 2), 1, unroll_layers=True)
+  losses, *_ = run((2, 2, 2), 1, unroll_layers=True)
   np.testing.assert_allclose(losses, reference[0], rtol=2e-5)
 
 
@@ -134,8 +145,8 @@ def test_accumulation_traces_a_part_once():
 def test_the_other_family_with_all_options_is_the_same_on_a_mesh_too():
   """modern, z-loss, accumulation and a remat policy."""
   fields = {"family": "modern", "remat_policy": "save_attention", "z_loss": 0.1}
-  losses, state = run((2, 2, 2), 2, **fields)
-  expected, expected_state = run((1, 1, 1), 1, **fields)
+  losses, state, _ = run((2, 2, 2), 2, **fields)
+  expected, expected_state, _ = run((1, 1, 1), 1, **fields)
   np.testing.assert_allclose(losses, expected, rtol=2e-5)
   for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params)):
     np.testing.assert_allclose(a, b, atol=2e-4)
@@ -145,7 +156,7 @@ def test_the_other_family_with_all_options_is_the_same_on_a_mesh_too():
 
 
 def test_query_key_norm_is_an_option_of_opt(reference):
-  losses, state = run((1, 2, 2), 1, query_key_norm=True)
+  losses, state, _ = run((2, 2, 2), 1, query_key_norm=True)
   assert state.params["blocks"]["q_norm"]["scale"].shape == (CONFIG.num_layers, CONFIG.head_dim)
   assert losses[2, 0] != reference[0][2, 0]
   np.testing.assert_allclose(losses, run((1, 1, 1), 1, query_key_norm=True)[0], rtol=2e-5)

@@ -33,13 +33,18 @@ def test_every_start_continues_the_same_run(calls, tmp_path):
   first, finished, second, _ = calls
   same = {
     "project": "cats", "id": read_json(folder / "wandb.json")["id"], "resume": "allow",
-    "dir": str(folder),
+    "dir": str(folder), "entity": None,
   }  # fmt: skip
   assert first == {**same, "name": "7b", "config": {"train": {"steps": 1}}}
   assert second == {**same, "name": None, "config": {"train": {"steps": 2}}}
   assert finished == "finished"
   WandbRun(tmp_path / "other", "cats", {})
   assert calls[-1]["id"] != first["id"]
+
+
+def test_a_project_may_belong_to_a_team(calls, tmp_path):
+  WandbRun(tmp_path, "our-team/cats", {})
+  assert (calls[-1]["entity"], calls[-1]["project"]) == ("our-team", "cats")
 
 
 def test_the_environment_names_a_run(calls, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import dataclasses
 from importlib import resources
 import json
+import pathlib
 import re
 import shlex
 
@@ -20,6 +21,18 @@ from cm3leon_jax.planning.hardware import GPU_FRACTION, Hardware
 MISTAKE = UserError.exit_code
 SUFFIX = ".jinja"
 TRIES = 5  # Of a request for TPU VMs that fails, one after the other.
+KUBERNETES_SECRET = "cm3leon"
+# How the key of Weights & Biases reaches the processes that a file starts.
+KEYS = {
+  "gke_jobset.yaml": "from a Secret: kubectl create secret generic {secret} "
+  '--from-literal=WANDB_API_KEY="$WANDB_API_KEY"',
+  "xpk.sh": "from Secret Manager: export WANDB_SECRET=projects/PROJECT/secrets/NAME",
+  "tpu_vm.sh": "from the environment of tpu_vm.sh, at `watch` and `run`",
+  "slurm.sbatch": "from the environment of sbatch",
+  "skypilot.yaml": "from the environment, by its name: sky jobs launch ... --secret WANDB_API_KEY",
+}
+# The folders that the image and tpu_vm.sh take from the repository.
+COPIED = ("cm3leon_jax", "launch", "ml_configs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +45,7 @@ class Job:
     flags: of `launch.train`, with --config and --workdir.
     image: container image; empty: files of launchers that need one are not written.
     queue: LocalQueue of Kueue; empty without Kueue.
-    secret: Secret of Kubernetes with the key WANDB_API_KEY; it may be absent.
+    secret: Secret of Kubernetes with the key WANDB_API_KEY, which may be absent; empty: cm3leon.
     spot: whether machines may be preempted at any time, for less money.
     max_restarts: after a crash.
     grace_seconds: time to save after SIGTERM.
@@ -43,7 +56,7 @@ class Job:
   flags: tuple[str, ...]
   image: str = ""
   queue: str = ""
-  secret: str = "cm3leon"
+  secret: str = ""
   spot: bool = False
   max_restarts: int = 20
   grace_seconds: int = 900
@@ -52,6 +65,12 @@ class Job:
   def workdir(self) -> str:
     """Folder of the run; empty if no flag names it."""
     return next((f.partition("=")[2] for f in self.flags if f.startswith("--workdir=")), "")
+
+  @property
+  def config(self) -> str:
+    """File or name of the config, without its variant; empty if no flag names it."""
+    values = (f.partition("=")[2] for f in self.flags if f.startswith("--config="))
+    return next(values, "").partition(":")[0]
 
   @property
   def in_bucket(self) -> bool:
@@ -71,6 +90,11 @@ def check(job: Job) -> None:
   gpu = job.hardware.platform == "gpu"
   if job.queue and gpu:
     raise UserError("--queue is of Kueue, which only the files for TPUs use: leave it out on GPUs.")
+  if job.secret and gpu:
+    raise UserError(
+      "--secret is of Kubernetes, which only the files for TPUs use: leave it out on GPUs; "
+      "WANDB_API_KEY comes from the environment of sbatch, or by sky jobs launch --secret."
+    )
   where = "gs://BUCKET/FOLDER" + (" or /SHARED/FOLDER" * gpu)
   if not job.workdir:
     raise UserError(f"--out needs --workdir={where}: all hosts read and write one workdir.")
@@ -98,6 +122,7 @@ def files(job: Job) -> dict[str, str]:
     names += _with_image(job)
   environment = _environment()
   values = {"job": job, "hw": job.hardware, "GPU_FRACTION": GPU_FRACTION}
+  values |= {"secret": job.secret or KUBERNETES_SECRET}
   values |= {"MISTAKE": MISTAKE, "INTERRUPTED": INTERRUPTED, "TRIES": TRIES}
   return {
     name: environment.get_template(f"{name}{SUFFIX}").render(values) for name in sorted(names)
@@ -108,7 +133,24 @@ def _with_image(job: Job) -> list[str]:
   """Names the files that start a container."""
   if job.hardware.platform == "gpu":
     return ["slurm.sbatch"]
+  if _of_one_host(job.hardware):
+    return []
   return ["gke_jobset.yaml", *(["gke_kueue.yaml"] if job.queue else []), "xpk.sh"]
+
+
+def _of_one_host(hardware: Hardware) -> bool:
+  """Returns whether there are several slices of one host each, which GKE does not connect."""
+  return hardware.platform == "tpu" and hardware.slices > 1 and hardware.hosts_per_slice == 1
+
+
+def keys(job: Job) -> list[str]:
+  """Returns a sentence for each of `files`: how the key of Weights & Biases reaches it."""
+  secret = job.secret or KUBERNETES_SECRET
+  return [
+    f"{name}: WANDB_API_KEY comes {KEYS[name].format(secret=secret)}."
+    for name in files(job)
+    if name in KEYS
+  ]
 
 
 def remarks(job: Job) -> list[str]:
@@ -117,7 +159,9 @@ def remarks(job: Job) -> list[str]:
   And one for a flag that a written file does not follow.
   """
   sentences, gpu = [], job.hardware.platform == "gpu"
-  if not job.image:
+  if _of_one_host(job.hardware):
+    sentences.append("gke_jobset.yaml and xpk.sh: GKE connects only slices of several hosts.")
+  elif not job.image:
     *others, last = _with_image(job)
     needing = f"{', '.join(others)} and {last} need" if others else f"{last} needs"
     sentences.append(f"{needing} a container image: give --image.")
@@ -127,6 +171,11 @@ def remarks(job: Job) -> list[str]:
     sentences.append("skypilot.yaml: SkyPilot does not connect slices of TPUs; use another one.")
   elif not job.in_bucket:
     sentences.append("skypilot.yaml: its machines share no folder; give a gs:// workdir.")
+  if job.config.endswith(".py") and pathlib.PurePosixPath(job.config).parts[0] not in COPIED:
+    sentences.append(
+      f"--config={job.config}: launch/pod/Dockerfile and tpu_vm.sh copy only {', '.join(COPIED)}; "
+      "put the file into ml_configs/, or have it in the image under this name."
+    )
   return sentences
 
 

@@ -1,6 +1,7 @@
-"""Ray's workers, one of them killed, write the bytes that one process writes."""
+"""Ray's workers, one of them killed, do every shard, and write the bytes of one process."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import signal
@@ -8,6 +9,7 @@ import signal
 import numpy as np
 import pytest
 
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data import encode
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.retrieval import bank, neighbors
@@ -15,9 +17,19 @@ from cm3leon_jax.shards import Runner
 from cm3leon_jax.vocab import VocabLayout
 from tests.data.raw import write_raw
 from tests.retrieval.bank_test import CONFIG, WIDTH, tiny_clip
+from tests.shards_test import NAMES, Copy, log, run
 
 VOCAB = VocabLayout(num_special=8, text_size=280, image_size=256)
 SHARDS = 6
+
+
+@pytest.fixture(scope="module")
+def ray_address():
+  """A Ray cluster of this machine's, with two CPUs."""
+  ray = pytest.importorskip("ray")
+  ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+  yield "auto"
+  ray.shutdown()
 
 
 class Letters:
@@ -106,3 +118,30 @@ def test_neighbors_by_ray_are_the_same(raw, tmp_path, ray_address, words):
     neighbors.build_neighbors(config, job, WIDTH, {}, runner)
   assert files(tmp_path / "ray") == files(tmp_path / "local")
   assert any("train_pairs/ids" in name for name in files(tmp_path / "local"))
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own.
+def test_ray_does_every_shard_although_a_worker_is_killed(tmp_path, ray_address):
+  job = Copy(str(tmp_path), kill_once="05")
+  results = run(tmp_path, job, runner=Runner("ray", ray_address, workers=2))
+  assert results == {name: {"length": 2} for name in NAMES}
+  assert {path.stem: path.read_text() for path in tmp_path.glob("*.out")} == {
+    name: name for name in NAMES
+  }
+  assert (tmp_path / "killed").exists()
+  assert (
+    log(tmp_path).count("05") == 2
+  )  # Negative control: it was killed in the middle of this one.
+  assert len(set((tmp_path / "opened").read_text().split())) >= 2
+  assert sorted(
+    json.loads(p.read_text())["config"]["digest"] for p in (tmp_path / "done").glob("*.json")
+  ) == list(range(12))
+  before = log(tmp_path)
+  run(tmp_path, job)  # The local runner finds nothing left to do.
+  assert log(tmp_path) == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_user_error_in_a_ray_worker_is_raised_in_one_sentence(tmp_path, ray_address):
+  with pytest.raises(UserError, match=r"^shard 05 is wrong\.$"):
+    run(tmp_path, Copy(str(tmp_path), wrong="05"), runner=Runner("ray", ray_address))

@@ -1,0 +1,22 @@
+"""Origins of records: how many of each kind a source, a license and an attribution has."""
+
+import collections
+from collections.abc import Iterable
+
+FIELDS = ("kind", "source", "license", "attribution")
+MOST = 100  # Origins that are listed.
+
+
+def most_common(origins: Iterable[dict]) -> list[dict]:
+  """Sums the records of each origin; of too many, the rarest keep only kind and license."""
+  counts = collections.Counter()
+  for origin in origins:
+    counts[tuple(origin[field] for field in FIELDS)] += origin["records"]
+  kept = counts.most_common(MOST)
+  others = collections.Counter()
+  for (kind, _, license_, _), records in counts.most_common()[MOST:]:
+    others[kind, "others", license_, "others"] += records
+  return [
+    {**dict(zip(FIELDS, origin)), "records": records}
+    for origin, records in [*kept, *others.most_common()]
+  ]

@@ -1,0 +1,44 @@
+"""Importing the package is light, and the CPU is used where there is nothing else."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import cm3leon_jax
+
+ROOT = pathlib.Path(__file__).parents[1]
+LIGHT = """
+import os, sys
+import cm3leon_jax
+assert {"jax", "numpy", "cm3leon_jax.api"}.isdisjoint(sys.modules), "the import is not light"
+from cm3leon_jax import CM3Leon, UserError, accelerators
+assert "jax" not in sys.modules, "the API imports jax before a run is loaded"
+accelerators.DEVICE_FILES = ()
+try:
+  CM3Leon.load("nowhere")
+except UserError as error:
+  print(error)
+print(os.environ["JAX_PLATFORMS"])
+"""
+
+
+def test_importing_is_light_and_loading_uses_the_cpu_where_there_is_nothing_else():
+  environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+  result = subprocess.run(
+    [sys.executable, "-c", LIGHT],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=True,
+  )  # fmt: skip
+  assert result.stdout.splitlines() == [
+    "nowhere/train/config.json does not exist: name the workdir of a run, in which "
+    "`python -m launch.train` began.",
+    "cpu",
+  ]
+  with pytest.raises(AttributeError, match="has no attribute 'CM4Leon'"):
+    _ = cm3leon_jax.CM4Leon

@@ -1,0 +1,153 @@
+"""Checkpoints of CLIP: published layouts are read, and what does not fit is named."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import transformers
+
+from cm3leon_jax.clip import checkpoint as clip_checkpoint
+from cm3leon_jax.clip import huggingface as hf_clip
+from cm3leon_jax.clip.huggingface import HFCLIP
+from cm3leon_jax.config import UserError
+from tests.clip.huggingface_files import CAPTIONS, END, load, some_images, write_checkpoint
+
+
+def test_sharded_and_newer_files_load_the_same(folder, tmp_path):
+  write_checkpoint(tmp_path, "quick_gelu", END, max_shard_size="40KB")
+  assert not (tmp_path / clip_checkpoint.WEIGHTS).exists()
+  transformers.AutoTokenizer.from_pretrained(str(folder)).save_pretrained(tmp_path)
+  for name in ("vocab.json", "merges.txt"):
+    (tmp_path / name).unlink()
+  one, many = load(folder), load(tmp_path)
+  assert one.config == many.config
+  np.testing.assert_array_equal(one.embed_images(some_images(2)), many.embed_images(some_images(2)))
+  texts = [[clip.encode(caption) for caption in CAPTIONS] for clip in (one, many)]
+  np.testing.assert_array_equal(one.embed_texts(texts[0]), many.embed_texts(texts[1]))
+  next(iter(sorted(tmp_path.glob("model-*.safetensors")))).unlink()
+  with pytest.raises(UserError, match=r"model-00001-of-.* does not exist, but"):
+    load(tmp_path)
+
+
+@pytest.mark.parametrize("patch", [32, 14])
+def test_published_layouts(patch, tmp_path):
+  """ViT-B/32 and ViT-L/14 have the tensors of transformers' CLIPModel and embed."""
+  torch = pytest.importorskip("torch")
+  large = patch == 14
+  text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12} if large else {}
+  vision = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+  }
+  vision = {**(vision if large else {}), "patch_size": patch}
+  stored = transformers.CLIPConfig(
+    text_config=text, vision_config=vision, projection_dim=768 if large else 512
+  )
+  with torch.device("meta"):
+    model = transformers.CLIPModel(stored)
+  stored.save_pretrained(tmp_path)
+  config = clip_checkpoint.read_config(tmp_path)
+  shapes = clip_checkpoint.tensor_shapes(config)
+  published = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+  assert shapes == {name: shape for name, shape in published.items() if name != "logit_scale"}
+
+  def typed(shapes, *axes):
+    return {n: jax.ShapeDtypeStruct((*axes, *s), jnp.bfloat16) for n, s in shapes.items()}
+
+  params = typed({name: shape for name, shape in shapes.items() if ".layers." not in name})
+  for side, encoder in (("text_model", config.text), ("vision_model", config.image)):
+    params[f"{side}.layers"] = typed(clip_checkpoint.layer_shapes(encoder), encoder.layers)
+  tokens, pixels = (
+    jax.ShapeDtypeStruct((2, 77), np.int32),
+    jax.ShapeDtypeStruct((2, 3, 224, 224), np.float32),
+  )
+  for embed, rows in ((hf_clip.embed_tokens, tokens), (hf_clip.embed_pixels, pixels)):
+    out = jax.eval_shape(lambda p, x, embed=embed: embed(config, p, x), params, rows)
+    assert (out.shape, out.dtype) == ((2, stored.projection_dim), np.float32)
+
+
+def change_config(folder, part, **fields):
+  config = json.loads((folder / clip_checkpoint.CONFIG).read_text())
+  (config[part] if part else config).update(fields)
+  (folder / clip_checkpoint.CONFIG).write_text(json.dumps(config))
+
+
+def change_tensor(folder, name, change):
+  tensors = safetensors.numpy.load_file(folder / clip_checkpoint.WEIGHTS)
+  value = change(tensors.pop(name))
+  safetensors.numpy.save_file(
+    tensors | ({} if value is None else {name: value}), folder / clip_checkpoint.WEIGHTS
+  )
+
+
+PROJECTION = "text_projection.weight"
+MISTAKES = {
+  "no config": (lambda f: (f / "config.json").unlink(), r"config\.json does not exist"),
+  "another model": (
+    lambda f: change_config(f, "", model_type="siglip"),
+    "model_type is 'siglip'; it must be 'clip'",
+  ),
+  "wrong field": (
+    lambda f: change_config(f, "text_config", hidden_size=33),
+    "is not a CLIP config",
+  ),
+  "activation": (
+    lambda f: change_config(f, "vision_config", hidden_act="relu"),
+    r"vision_config\.hidden_act is 'relu'",
+  ),
+  "channels": (lambda f: change_config(f, "vision_config", num_channels=1), "num_channels is 1"),
+  "two patch sizes": (
+    lambda f: change_config(f, "vision_config", patch_size=[4, 4]),
+    r"patch_size is .4, 4.",
+  ),
+  "no weights": (
+    lambda f: (f / clip_checkpoint.WEIGHTS).unlink(),
+    r"model\.safetensors does not exist, nor",
+  ),
+  "half of the weights": (
+    lambda f: (f / clip_checkpoint.WEIGHTS).write_bytes(b"half of a file"),
+    "is damaged",
+  ),
+  "no tensor": (
+    lambda f: change_tensor(f, PROJECTION, lambda x: None),
+    "has no tensor 'text_projection.weight'",
+  ),
+  "shape": (
+    lambda f: change_tensor(f, PROJECTION, lambda x: x[1:]),
+    r"'text_projection.weight' is \[23, 32\];.*\[24, 32\]",
+  ),
+  "no tokenizer": (lambda f: (f / "merges.txt").unlink(), "has no tokenizer"),
+  "damaged tokenizer": (lambda f: (f / "vocab.json").write_text("{"), "cannot be read"),
+  "small vocabulary": (lambda f: change_config(f, "text_config", vocab_size=99), "has 517 ids"),
+  "another end": (
+    lambda f: change_config(f, "text_config", eos_token_id=7),
+    "end is 516; config.json's eos_token_id = 7",
+  ),
+  "no processor": (lambda f: (f / "preprocessor_config.json").unlink(), "has no image processor"),
+  "image size": (
+    lambda f: change_config(f, "vision_config", image_size=20),
+    r"makes images \[3, 16, 16\]",
+  ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_load_names_what_does_not_fit(mistake, copy):
+  spoil, message = MISTAKES[mistake]
+  spoil(copy)
+  with pytest.raises(UserError, match=message):
+    load(copy)
+
+
+def test_other_mistakes(folder):
+  with pytest.raises(UserError, match=r"openai/clip is not a folder.*hf download"):
+    HFCLIP.load("openai/clip")
+  with pytest.raises(ValueError, match="dtype is 'float16'"):
+    HFCLIP.load(folder, "float16")
+  with pytest.raises(UserError, match=r"float64\[1, 8, 8, 3\]; they must be uint8\[B, H, W, 3\]"):
+    load(folder).embed_images(np.zeros((1, 8, 8, 3)))

@@ -1,0 +1,36 @@
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.rejections import CHECK_FROM, Rejections
+
+
+def shard(right, **rejected):
+  first = f"the first of {sum(rejected.values())}" if rejected else ""
+  return {"counts": {"train_pairs": right}, "rejected": rejected, "first": first}
+
+
+def test_the_share_is_that_of_all_shards(tmp_path):
+  rejections = Rejections(0.1, tmp_path / "rejected.jsonl")
+  rejections.add(shard(10))
+  rejections.add(shard(7, missing_image=1, no_caption=1))
+  rejections.add(shard(1))
+  rejections.check()  # 2 of 20.
+  rejections.add(shard(0, no_caption=2))
+  with pytest.raises(UserError) as error:
+    rejections.check()
+  assert str(error.value) == (
+    "4 of 22 records are wrong (no_caption 3, missing_image 1), more than "
+    f"config.raw.max_rejected = 10.0%; {tmp_path}/rejected.jsonl lists them. The first: the first "
+    "of 2"
+  )
+
+
+def test_a_long_source_stops_at_the_shard_after_which_too_many_are_wrong(tmp_path):
+  rejections = Rejections(0.5, tmp_path / "rejected.jsonl")
+  rejections.add(shard(0, no_caption=CHECK_FROM - 1))  # It may yet get better.
+  with pytest.raises(UserError, match=f"^{CHECK_FROM - 1} of {CHECK_FROM} records are wrong"):
+    rejections.add(shard(1))
+
+
+def test_nothing_is_wrong_with_an_empty_source(tmp_path):
+  Rejections(0.0, tmp_path / "rejected.jsonl").check()

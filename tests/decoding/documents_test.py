@@ -1,0 +1,109 @@
+"""Documents and infills: whole texts and images, and what is given stays."""
+
+import re
+
+import numpy as np
+import pytest
+
+from cm3leon_jax.decoding import request as request_lib
+from cm3leon_jax.decoding.request import Hole
+from cm3leon_jax.generation.tasks import document_segments
+from tests.decoding.small import (
+  ANYTHING,
+  CODES,
+  IMAGE,
+  OTHER,
+  SEEDS,
+  VOCAB,
+  A,
+  B,
+  guided_requests,
+)
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+def test_stops_when_all_samples_are_over(plain_generator):
+  """Documents that could have 24 tokens, and end with the first: steps after it are not made."""
+  starts = [[a, b] for a in (A, B) for b in (CODES, OTHER)]
+  requests = [request_lib.document(VOCAB, IMAGE, segments, 24) for segments in starts]
+  stopped = set()
+  for seed in range(60):
+    reported = []
+    results = plain_generator.generate(
+      requests, range(seed, seed + 4), sampling=ANYTHING, progress=reported.append
+    )
+    assert reported == [max(len(r.tokens) for r in results)]
+    stopped.add(reported[0])
+  assert min(stopped) < 10 < 24 == max(stopped)
+
+
+def letters(ids) -> str:
+  names = {VOCAB.eos: "e", VOCAB.brk: "b"}
+  return "".join("i" if VOCAB.is_image(i) else names.get(int(i), "t") for i in ids)
+
+
+def test_documents_obey_their_format_and_length(plain_generator):
+  """Texts and images of at most so many tokens; document_segments returns the whole document."""
+  segment, length = "(t+|i{6})", 24
+  cases = [
+    (request_lib.document(VOCAB, IMAGE, [], length), rf"{segment}(b{segment})*e", []),
+    (request_lib.document(VOCAB, IMAGE, [CODES, A], length), rf"t*(b{segment})*e", [CODES, A]),
+    (request_lib.document(VOCAB, IMAGE, [A, CODES], length), rf"(b{segment})*e", [A, CODES]),
+    (
+      request_lib.document(VOCAB, IMAGE, [A, CODES], length, after_break=True),
+      rf"{segment}(b{segment})*e",
+      [A, CODES],
+    ),
+  ]
+  seen = set()
+  for seed in range(20):
+    for result in plain_generator.generate(
+      [case[0] for case in cases], range(seed, seed + 4), sampling=ANYTHING
+    ):
+      request, pattern, before = cases[result.request]
+      text = letters(result.tokens)
+      assert re.fullmatch(pattern, text)
+      assert len(text) <= length
+      seen |= set(re.findall(r"i{6}|b|t", text))
+      segments = document_segments(VOCAB, request, result.tokens)
+      # Joined again they are the prompt and what followed.
+      whole = np.concatenate([request.streams[0], result.tokens])
+      joined = np.concatenate([[part] for s in segments for part in (VOCAB.brk, *s)], axis=None)
+      np.testing.assert_array_equal([VOCAB.eos, *joined[1:], VOCAB.eos], whole)
+      for given, found in zip(before, segments):
+        np.testing.assert_array_equal(found[: len(given)], given)
+  assert seen == {"i" * 6, "b", "t"}
+
+
+def test_infill_of_text_and_image(plain_generator):
+  """Holes of both kinds in one document; what stands around them stays."""
+  segments = [(A, Hole(most_text=4), B), (CODES[:2], Hole(codes=3), CODES[5:])]
+  request = request_lib.infill(VOCAB, IMAGE, segments, [(B, OTHER)])
+  # Beside documents: a batch of unlike plans.
+  [result, *_] = plain_generator.generate(
+    [request, *[request_lib.document(VOCAB, IMAGE, [], 24)] * 3], SEEDS
+  )
+  tail = result.tokens[np.flatnonzero(result.tokens == VOCAB.eoss)[0] + 1 :]
+  assert tail[0] == VOCAB.mask(1)
+  assert VOCAB.is_image(tail[1:4]).all()
+  assert tail[4:].tolist() == [VOCAB.eoss]
+  found = document_segments(VOCAB, request, result.tokens)
+  np.testing.assert_array_equal(np.concatenate(found[:2]), np.concatenate([B, OTHER]))
+  text, image = found[2:]
+  np.testing.assert_array_equal(np.delete(text, range(3, len(text) - 1)), [*A, *B])
+  assert 5 <= len(text) <= 8
+  assert len(image) == IMAGE
+  np.testing.assert_array_equal(image[[0, 1, 5]], CODES[[0, 1, 5]])
+  np.testing.assert_array_equal(image[2:5], tail[1:4])
+
+
+def test_both_ends_of_an_image_occur(generator):
+  ends = set()
+  for seed in range(8):
+    results = generator.generate(guided_requests(), range(seed, seed + 4), sampling=ANYTHING)
+    for r in (results[i] for i in (0, 1, 3)):
+      assert r.codes(VOCAB).shape == (IMAGE,)
+      assert 0 <= r.codes(VOCAB).min() <= r.codes(VOCAB).max() < VOCAB.image_size
+      ends.add(int(r.tokens[-1]))
+  assert ends == {VOCAB.eos, VOCAB.brk}

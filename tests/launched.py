@@ -1,0 +1,112 @@
+"""Commands as a user starts them, forked from a process that has imported their libraries.
+
+A command that refuses its flags spends nearly all of its time on imports.
+"""
+
+import atexit
+import functools
+import json
+import os
+import pathlib
+import runpy
+import select
+import subprocess
+import sys
+import tempfile
+import warnings
+
+ROOT = pathlib.Path(__file__).parents[1]
+SERVER = "from tests.launched import serve; serve()"
+
+
+class Server:
+  """The process that commands are forked from."""
+
+  def __init__(self):
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    self._process = subprocess.Popen(
+      [sys.executable, "-c", SERVER],
+      env={**os.environ, "PYTHONPATH": path},
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    atexit.register(self.close)
+
+  def run(self, job: dict, timeout: float) -> int:
+    """Runs a job and returns its exit code."""
+    self._process.stdin.write(json.dumps(job) + "\n")
+    self._process.stdin.flush()
+    if not select.select([self._process.stdout], [], [], timeout)[0]:
+      self.close()
+      raise TimeoutError(f"{job['argv']} did not end within {timeout} s.")
+    return int(self._process.stdout.readline())
+
+  def close(self) -> None:
+    """Ends the process."""
+    self._process.kill()
+    self._process.communicate()
+
+
+@functools.cache
+def server() -> Server:
+  """The server of this process."""
+  return Server()
+
+
+def run(module: str, argv: list[str], cwd=ROOT, missing=(), timeout=300, **environment):
+  """Runs a module as the program that `argv` calls, in a process of its own.
+
+  Args:
+    module: of the program.
+    argv: name of the program and its arguments.
+    cwd: folder that it runs in.
+    missing: modules that look as if they were not installed.
+    timeout: seconds.
+    **environment: variables that differ from those of this process. What JAX reads when it is
+      imported stays as it is here.
+
+  Returns:
+    A CompletedProcess with the exit code and the texts that the program printed.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    job = {"module": module, "argv": argv, "cwd": str(cwd), "missing": missing, "out": folder}
+    code = server().run({**job, "environment": {**os.environ, **environment}}, timeout)
+    texts = [(pathlib.Path(folder) / name).read_text() for name in ("stdout", "stderr")]
+  return subprocess.CompletedProcess(argv, code, *texts)
+
+
+def launch(name: str, *flags: str, **options):
+  """Runs `python -m launch.NAME`, see `run`."""
+  return run(f"launch.{name}", [f"launch.{name}", *map(str, flags)], **options)
+
+
+def cm3leon(*flags: str, **options):
+  """Runs the console script, see `run`."""
+  return run("cm3leon_jax.__main__", ["cm3leon", *map(str, flags)], **options)
+
+
+def serve() -> None:
+  """Forks a process for each line of stdin, one after the other, which runs that job."""
+  import cm3leon_jax.commands.common
+  import cm3leon_jax.settings  # noqa: F401
+
+  for line in sys.stdin:
+    with warnings.catch_warnings():
+      warnings.filterwarnings("ignore", message=".*fork")  # No thread of JAX runs yet.
+      child = os.fork()
+    if not child:
+      return _run(json.loads(line))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _run(job: dict) -> None:
+  for number, name in enumerate((os.devnull, "stdout", "stderr")):
+    path = pathlib.Path(job["out"], name)  # /dev/null, an absolute path, replaces the folder.
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY), number)
+  os.environ.clear()
+  os.environ.update(job["environment"])
+  os.chdir(job["cwd"])
+  sys.argv = job["argv"]
+  sys.modules.update(dict.fromkeys(job["missing"]))
+  runpy.run_module(job["module"], run_name="__main__", alter_sys=True)

@@ -1,0 +1,44 @@
+"""The notebook of the quickstart: small, with outputs, and it runs."""
+
+import re
+
+from etils import epath
+import nbclient
+import nbformat
+import pytest
+
+from tests.api_test import EXAMPLES, ROOT
+from tests.generation.run import save_run
+
+NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
+
+
+def test_the_notebook_is_small_and_its_outputs_are_shown():
+  notebook = nbformat.read(NOTEBOOK, as_version=4)
+  code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+  assert all(cell.outputs for cell in code)
+  assert not [out for cell in code for out in cell.outputs if out.output_type == "error"]
+  sources = "".join(cell.source for cell in code)
+  assert not [name for name in EXAMPLES if name != "sample" and f".{name}(" not in sources]
+  text = NOTEBOOK.read_text()
+  assert len(text) < 200_000
+  assert not re.search(r"/(work|tmp|root|home|Users|usr)/", text)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch):
+  save_run(epath.Path(tmp_path))
+  monkeypatch.setenv("CM3LEON_WORKDIR", str(tmp_path))
+  monkeypatch.setenv("PYTHONPATH", str(ROOT))
+  notebook = nbformat.read(NOTEBOOK, as_version=4)
+  for cell in notebook.cells:
+    cell.pop("outputs", None)
+    if cell.cell_type == "code":
+      cell.outputs = []
+  nbclient.NotebookClient(notebook, timeout=300).execute()  # An error in a cell is raised.
+  code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+  assert all(cell.outputs for cell in code)
+  assert any("image/png" in output.get("data", {}) for output in code[1].outputs)
+  code[1].source = "model.generate(5)"
+  with pytest.raises(nbclient.exceptions.CellExecutionError, match="UserError"):
+    nbclient.NotebookClient(notebook, timeout=300).execute()

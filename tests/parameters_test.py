@@ -1,0 +1,80 @@
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm3leon_jax import parameters
+from cm3leon_jax.config import UserError
+
+
+class Sum(nnx.Module):
+  """The sum of a list of linear layers, times a factor."""
+
+  def __init__(self, rngs):
+    self.layers = nnx.List([nnx.Linear(3, 2, rngs=rngs) for _ in range(2)])
+    self.factor = nnx.Param(jnp.float32(2))
+
+  def __call__(self, x):
+    return self.factor * sum(layer(x) for layer in self.layers)
+
+
+def make():
+  return Sum(nnx.Rngs(0))
+
+
+def params_of():
+  return parameters.to_dict(nnx.state(make()))
+
+
+def test_names_are_texts_also_those_of_a_list():
+  params = params_of()
+  assert params.keys() == {"layers", "factor"}
+  assert params["layers"].keys() == {"0", "1"}
+  assert params["layers"]["1"]["kernel"].shape == (3, 2)
+
+
+def test_a_filled_module_computes_what_its_parameters_say_under_jit_too():
+  skeleton, x = parameters.structure(make), jnp.ones((1, 3))
+  params = params_of()
+
+  def compute(params):
+    return parameters.fill(*skeleton, params)(x)
+
+  np.testing.assert_allclose(compute(params), make()(x), rtol=1e-6)
+  doubled = jax.tree.map(lambda x: 2 * x, params)  # Both the factor and the layers.
+  np.testing.assert_allclose(jax.jit(compute)(doubled), 4 * make()(x), rtol=1e-6)
+  np.testing.assert_allclose(compute(params), make()(x), rtol=1e-6)  # The skeleton is as before.
+
+
+def test_a_file_holds_the_parameters_and_is_read_in_the_dtypes_asked_for(tmp_path):
+  path, params = tmp_path / "a.safetensors", params_of()
+  parameters.save(path, params)
+  jax.tree.map(np.testing.assert_array_equal, parameters.load(path, params, "train_clip"), params)
+  short = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
+  found = parameters.load(path, short, "train_clip")
+  assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize(
+  ("change", "sentence"),
+  [
+    (lambda p: p | {"factor": jnp.ones(2)}, r"does not fit the config beside it \(factor: .*2"),
+    (lambda p: {"layers": p["layers"]}, r"does not fit the config beside it \(factor"),
+    (lambda p: p | {"factor": jnp.float32("nan")}, "tensor 'factor' has values that are not fini"),
+    (lambda p: p | {"factor": jnp.float32("inf")}, "tensor 'factor' has values that are not fini"),
+  ],
+)
+def test_a_file_of_another_model_is_refused(tmp_path, change, sentence):
+  path = tmp_path / "clip" / "a.safetensors"
+  path.parent.mkdir()
+  parameters.save(path, change(params_of()))
+  with pytest.raises(UserError, match=sentence) as error:
+    parameters.load(path, params_of(), "train_clip")
+  remedy = f"delete {path.parent} and run `python -m launch.train_clip` again."
+  assert str(error.value).endswith(remedy)
+
+
+def test_an_absent_file_names_its_command(tmp_path):
+  with pytest.raises(UserError, match=r"run `python -m launch\.train_clip` first\.$"):
+    parameters.load(tmp_path / "a.safetensors", {}, "train_clip")

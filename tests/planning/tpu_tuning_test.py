@@ -1,0 +1,41 @@
+"""Memory of a step of tuning, and of learning from rewards, by the TPU compiler."""
+
+import pytest
+
+from tests.planning.compiled import aot_compile
+
+pytestmark = [pytest.mark.slow, pytest.mark.tpu_backend]
+pytest.importorskip("libtpu")
+
+
+@pytest.mark.parametrize(
+  ("size", "topology", "mesh", "rows", "policy", "most"),
+  [
+    ("7b", "v5p-256", (16, 8), 4, "full", 8.0),
+    ("7b", "v5e-256", (16, 16), 2, "full", 4.5),
+    ("7b", "v6e-256", (16, 16), 2, "full", 4.5),
+    ("7b", "v5p-8", (2, 2), 4, "full", 40),
+    ("350m", "v5e-256", (16, 16), 2, "minimal", 15.75),
+    ("350m", "v5p-8", (2, 2), 32, "minimal", 95.73),
+    ("760m", "v5e-256", (16, 16), 2, "minimal", 15.75),
+    ("760m", "v5p-8", (2, 2), 16, "minimal", 95.73),
+  ],
+)
+def test_memory_of_a_step_of_tuning(tmp_path, size, topology, mesh, rows, policy, most):
+  """With the sums of all tasks; bounds arguments and temporaries of a device in GiB."""
+  flags = [f"--config=ml_configs/sft_{size}.py", f"--config.model.remat_policy={policy}"]
+  flags += [f"--topology={topology}", f"--config.train.rows_per_device={rows}"]
+  flags += [f"--config.mesh.fsdp={mesh[0]}", f"--config.mesh.fsdp_inner={mesh[1]}"]
+  report = aot_compile(tmp_path, *flags)["train"]
+  assert report["tokens"] == 2**21
+  assert report["sum_gib"] <= most
+
+
+def test_memory_of_learning_from_rewards(tmp_path):
+  """The 7B draws an image for a prompt on every device of v5p-256, and learns from all of them."""
+  flags = ["--config=ml_configs/sft_7b.py", "--topology=v5p-256", "--config.mesh.fsdp=16"]
+  flags += ["--config.mesh.fsdp_inner=8", "--batch_per_device=1", "--decode_batch=128"]
+  update = aot_compile(tmp_path, *flags, "--program=reinforce")["reinforce"]
+  assert update["tokens"] == 2 * 128 * 1_151
+  assert update["sum_gib"] <= 4.0
+  assert aot_compile(tmp_path, *flags, "--program=decode")["decode"]["sum_gib"] <= 95.73

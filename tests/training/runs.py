@@ -1,0 +1,137 @@
+"""A tiny run of the trainer, and a crash in the middle of it."""
+
+import functools
+import time
+from unittest import mock
+
+from etils import epath
+import jax
+import numpy as np
+
+from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training import train as train_module
+from cm3leon_jax.training.objective import Rows
+from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.state import init_state
+from cm3leon_jax.training.train import TrainConfig, compile_steps, train
+from tests.data.stores import VOCAB
+from tests.models.tiny import mesh_of
+
+MODEL = ModelConfig(
+  vocab_size=VOCAB.size,
+  num_layers=2,
+  width=32,
+  num_heads=4,
+  mlp_width=64,
+  max_positions=128,
+  dtype="float32",
+  loss_chunk=32,
+)
+STEPS = 12
+
+
+@functools.cache
+def shared_steps(model, optimizer, accumulation, vocab, seed, mesh):
+  """Compiled once for all runs, however short: compilation takes most of the time.
+
+  The learning rate is that of a run of `STEPS` steps.
+  """
+  config = TrainConfig(
+    steps=STEPS, gradient_accumulation_steps=accumulation, global_batch_size=accumulation
+  )
+  return compile_steps(model, optimizer, config, vocab, seed)
+
+
+def run(
+  folder,
+  loader,
+  shape=(1, 1, 1),
+  sample_grid=None,
+  learning_rate=1e-2,
+  profile_steps=range(0),
+  fresh=False,
+  ema_decay=0.0,
+  initial_params=None,
+  skip_above=0.0,
+  skipped=(),
+  go_back=None,
+  **fields,
+):
+  """Trains; with `fresh` the steps are compiled again, as in a new process."""
+  config = TrainConfig(
+    **{
+      "steps": STEPS,
+      "global_batch_size": 8,
+      "eval_every": 5,
+      "eval_batches": 1,
+      "checkpoint_every": 4,
+      **fields,
+    }
+  )
+  optimizer = OptimizerConfig(
+    learning_rate=learning_rate, ema_decay=ema_decay, skip_above=skip_above
+  )
+
+  def steps(model, optimizer, config, vocab, seed):
+    mesh = jax.sharding.get_mesh()
+    return shared_steps(model, optimizer, config.gradient_accumulation_steps, vocab, seed, mesh)
+
+  with (
+    jax.set_mesh(mesh_of(*shape)),
+    mock.patch.object(train_module, "compile_steps", compile_steps if fresh else steps),
+  ):
+    return train(
+      epath.Path(folder),
+      MODEL,
+      optimizer,
+      config,
+      VOCAB,
+      Rows(loader, skipped),
+      loader,
+      0,
+      sample_grid,
+      profile_steps,
+      initial_params,
+      go_back=go_back,
+    )
+
+
+def losses(folder):
+  return {
+    line["step"]: line["loss"]
+    for line in read_json_lines(folder / "metrics" / "metrics.jsonl")
+    if "loss" in line
+  }
+
+
+class Crash(Exception):
+  """Stands for a machine that goes away in the middle of a step."""
+
+
+def crash_at(step, folder):
+  """Crashes in `step` after the last save: its thread would outlive the crash, unlike a process."""
+
+  def crash(_, at):
+    if at == step:
+      while any("tmp" in path.name for path in (folder / checkpoint.FOLDER).iterdir()):
+        time.sleep(0.05)
+      raise Crash
+
+  return crash
+
+
+def arrays(folder):
+  """The parameters of the last checkpoint, and the average that is loaded from it."""
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    optimizer = create_optimizer(OptimizerConfig(), STEPS)
+    init = functools.partial(init_state, MODEL, optimizer, jax.random.key(0), averaged=True)
+    checkpoints = checkpoint.Checkpoints(folder, 2)
+    state, _ = checkpoints.restore(jax.eval_shape(init), checkpoints.newest())
+    checkpoints.close()
+    return state.params, checkpoint.load_params(folder, MODEL)[0]
+
+
+def assert_equal(*trees):
+  jax.tree.map(np.testing.assert_array_equal, *trees)

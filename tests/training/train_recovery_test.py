@@ -1,0 +1,105 @@
+"""Damaged and missing checkpoints: a run goes back, or refuses to start."""
+
+import shutil
+
+from etils import epath
+import jax
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.training import checkpoint, upkeep
+from tests.models.tiny import mesh_of
+from tests.training.runs import MODEL, Crash, crash_at, losses, run
+
+
+def test_a_run_that_is_rolled_back_continues_bit_for_bit(whole, loader, tmp_path):
+  shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+  (tmp_path / "done.json").write_text("{}")
+  folder = epath.Path(tmp_path)
+  assert upkeep.rollback(folder, 8) == [
+    f"removed {folder / 'done.json'}: without it the run is not finished, and generate, evaluate "
+    "and export refuse it until launch.train has reached its last step.",
+    "removed checkpoint 12.",
+    "removed steps 9 to 12 from metrics/metrics.jsonl.",
+    "launch.train continues from step 8.",
+  ]
+  assert sorted(losses(tmp_path)) == list(range(1, 9))
+  run(tmp_path, loader)
+  assert losses(tmp_path) == losses(whole[0])
+  lines = read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
+  assert [line["event"] for line in lines if "event" in line] == ["rolled_back", "resumed"]
+
+
+def test_the_checkpoint_of_the_lowest_heldout_loss_is_kept(loader, tmp_path):
+  """A learning rate that is too high makes later steps worse."""
+  run(
+    tmp_path, loader, learning_rate=3.0, steps=5, eval_every=1, checkpoint_every=1, keep_best=1,
+    tensorboard=False,
+  )  # fmt: skip
+  lines = read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
+  by_step = {line["step"]: line["heldout_loss"] for line in lines if "heldout_loss" in line}
+  best = min(by_step, key=by_step.get)
+  assert best < 4
+  assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {best, 4, 5}
+
+
+def test_a_flipped_bit_is_found(whole, loader, tmp_path):
+  run(tmp_path, loader, steps=4)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    assert checkpoint.load_params(tmp_path, MODEL)[1] == 4
+    files = [p for p in (tmp_path / checkpoint.FOLDER / "4").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged"):
+      checkpoint.load_params(tmp_path, MODEL)
+
+
+def test_a_run_with_a_damaged_checkpoint_continues_from_the_one_before(
+  whole, loader, tmp_path, capsys
+):
+  with pytest.raises(Crash):
+    run(tmp_path, loader, sample_grid=crash_at(11, tmp_path), sample_every=1)
+  files = [p for p in (tmp_path / checkpoint.FOLDER / "8").rglob("*") if p.is_file()]
+  max(files, key=lambda p: p.stat().st_size).write_bytes(b"")
+  run(tmp_path, loader)
+  assert "; the run goes back to checkpoint 4." in capsys.readouterr().out
+  assert losses(tmp_path) == losses(whole[0])
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_again(loader, tmp_path):
+  run(tmp_path, loader, steps=9)
+  for folder in (checkpoint.FOLDER, f"{checkpoint.FOLDER}.digests"):
+    shutil.rmtree(tmp_path / folder)
+  with pytest.raises(UserError, match=r"has logged 9 steps and has no checkpoint: restore"):
+    run(tmp_path, loader)
+  assert sorted(losses(tmp_path)) == list(range(1, 10))
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path):
+  with pytest.raises(UserError, match=r"run `python -m launch\.train` first"):
+    checkpoint.load_params(tmp_path, MODEL)
+
+
+def test_a_save_that_was_killed_before_its_digests_pushes_no_other_out(loader, tmp_path):
+  run(tmp_path, loader, steps=8)
+  (tmp_path / "checkpoints.digests" / "8.json").unlink()
+  run(tmp_path, loader, steps=9, checkpoint_every=9)
+  events = [
+    line
+    for line in read_json_lines(tmp_path / "metrics" / "metrics.jsonl")
+    if line.get("event") == "resumed"
+  ]
+  assert [e["from_step"] for e in events] == [4]
+  assert sorted(losses(tmp_path)) == list(range(1, 10))
+
+
+def test_checkpoints_whose_digests_are_all_gone_are_not_trained_over(loader, tmp_path):
+  run(tmp_path, loader, steps=8)
+  for digests in (tmp_path / "checkpoints.digests").iterdir():
+    digests.unlink()
+  with pytest.raises(UserError, match="no digests of them"):
+    run(tmp_path, loader)
+  assert sorted(losses(tmp_path)) == list(range(1, 9))
