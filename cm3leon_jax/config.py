@@ -13,6 +13,9 @@ T = TypeVar("T")
 # Exit codes of a run that was asked to stop, after it has saved or if there was nothing to save.
 INTERRUPTED = 75  # By SIGTERM; EX_TEMPFAIL: a scheduler starts the command again.
 CTRL_C = 130  # As of a shell.
+STOPPED_EARLY = (
+  "stopped outside of the training steps: nothing was to be saved; the same command continues."
+)
 LARGEST = 2**31 - 1  # Of whole numbers: counters are int32, and lists of any length are built.
 SIZES = 1e-20, 1e12  # Of other numbers but 0: products and quotients of two stay finite in float32.
 

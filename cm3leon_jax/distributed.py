@@ -3,7 +3,11 @@
 from collections.abc import Iterator
 import contextlib
 import json
+import os
+import signal
 import socket
+import sys
+import threading
 import time
 
 import jax
@@ -11,13 +15,19 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from cm3leon_jax import stages
-from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.config import CTRL_C, INTERRUPTED, STOPPED_EARLY, TryAgain, UserError
 from cm3leon_jax.io import plain
 
 # A process that was killed, stopped or cut off ends the others after this time.
 HEARTBEAT_SECONDS = 100
 # A process that ends waits as long for the others; if it failed alone, the job then ends.
 SHUTDOWN_SECONDS = 60
+# A process that a signal asked to stop waits as long for an exchange with the others, to end with
+# them: less than the 30 s after which most schedulers kill it.
+TOGETHER_SECONDS = 20
+
+# Exit codes of the signals that this process got outside of the training steps.
+_asked: list[int] = []
 
 
 def initialize(
@@ -112,16 +122,82 @@ def is_first() -> bool:
   return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
+def are_several() -> bool:
+  """Returns whether the job has several processes."""
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def print_once(sentence: str) -> None:
   """Prints a line in the first process."""
   if is_first():
     print(sentence, flush=True)
 
 
+def stop_together() -> None:
+  """Lets SIGTERM and Ctrl-C outside of the training steps end all processes of the job.
+
+  A process that exits alone ends the others with an error. So all exit at the next `gather`, with
+  the same code. If there is none in TOGETHER_SECONDS, or at a second Ctrl-C, this process exits
+  alone: one that waits for a late process, in native code, runs no handler, but its threads run.
+  """
+  reading, writing = os.pipe()
+  os.set_blocking(writing, False)
+  signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+  for number in (signal.SIGTERM, signal.SIGINT):
+    if signal.getsignal(number) is not signal.SIG_IGN:  # As in the background of a script.
+      signal.signal(number, _note)
+  threading.Thread(target=_exit_alone, args=(reading,), name="signals", daemon=True).start()
+
+
+def _note(number: int, _) -> None:
+  if number == signal.SIGINT and _asked:
+    raise KeyboardInterrupt
+  _asked.append(_code(number))
+
+
+def _code(number: int) -> int:
+  return CTRL_C if number == signal.SIGINT else INTERRUPTED
+
+
+def _exit_alone(reading: int) -> None:
+  """Exits some time after a signal, in a thread, if the process is not in its steps then."""
+  while True:
+    number = os.read(reading, 1)[0]
+    if signal.getsignal(number) is _note:
+      time.sleep(TOGETHER_SECONDS)
+      if signal.getsignal(number) is _note:
+        _tell()
+        os._exit(_code(number))
+
+
+def _tell() -> None:
+  sys.stdout.flush()
+  os.write(1, f"{STOPPED_EARLY}\n".encode())
+
+
+def asked_to_stop() -> int:
+  """Returns the exit code that a signal has asked for, or 0, and forgets it."""
+  code = min(_asked, default=0)  # Of SIGTERM, if it was among several.
+  _asked.clear()
+  return code
+
+
 def gather(value) -> list:
-  """Gathers a JSON value of every process, in their order. All processes must call it."""
-  if not jax.distributed.is_initialized() or jax.process_count() == 1:
+  """Gathers a JSON value of every process, in their order. All processes must call it.
+
+  If one of them was asked to stop (`stop_together`), all exit here.
+  """
+  if not are_several():
     return [value]
+  found = _exchange([value, min(_asked, default=0)])
+  if codes := [code for _, code in found if code]:
+    if is_first():
+      _tell()
+    sys.exit(min(codes))
+  return [value for value, _ in found]
+
+
+def _exchange(value) -> list:
   message = np.frombuffer(json.dumps(value).encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.int32(len(message)))
   padded = np.zeros(sizes.max(), np.uint8)

@@ -220,6 +220,8 @@ def check_recall(found: dict[str, float | int]) -> None:
 def train_clip(config: CLIPConfig, encode, text_size: int, raw_folder, folder, seed: int) -> dict:
   """Runs the stage on the current mesh: trains, writes the CLIP, measures its recall.
 
+  The checkpoints stay: the caller deletes them when the stage is finished.
+
   Args:
     config: sizes and recipe.
     encode: converts a caption to int32 ids below `text_size`.
@@ -238,7 +240,6 @@ def train_clip(config: CLIPConfig, encode, text_size: int, raw_folder, folder, s
   data = open_data(raw_folder, "train", encode, config)
   trained = train(config, text_size, data, folder, seed)
   trained.save(folder)
-  small_trainer.delete_checkpoints(folder)
   summary = {"steps": config.steps, "pairs": len(data), "seconds": round(time.time() - start, 1)}
   heldout = raw_pairs.read_pairs(raw_folder, "heldout")
   if heldout:

@@ -19,7 +19,14 @@ from ml_collections import config_flags
 
 from cm3leon_jax import accelerators, buckets
 from cm3leon_jax.commands import config_file, help_text
-from cm3leon_jax.config import CTRL_C, INTERRUPTED, TryAgain, UserError, printable
+from cm3leon_jax.config import (
+  CTRL_C,
+  INTERRUPTED,
+  STOPPED_EARLY,
+  TryAgain,
+  UserError,
+  printable,
+)
 
 if TYPE_CHECKING:
   import jax
@@ -57,8 +64,12 @@ _NEEDS_GCSFS = "needs gcsfs: pip install 'cm3leon_jax[data]'."
 NAME_A_CONFIG = "name a config: --config=ml_configs/scenes.py"
 
 
-def _join_processes(several: bool) -> None:
+def _join_processes(several: bool, saves: bool) -> None:
   """Joins the other processes of the job if flags ask for it.
+
+  Args:
+    several: whether the command may run in several processes.
+    saves: whether they are to end together at SIGTERM and Ctrl-C.
 
   Raises:
     UserError: the flags contradict each other, or the command runs in one process only.
@@ -81,6 +92,8 @@ def _join_processes(several: bool) -> None:
   from cm3leon_jax import distributed
 
   distributed.initialize(*(flag.value for flag in explicit), _TIMEOUT.value)
+  if saves and distributed.are_several():
+    distributed.stop_together()
 
 
 def make_mesh(settings: Settings) -> jax.sharding.Mesh:
@@ -259,10 +272,7 @@ def _action(actions: tuple[str, ...], arguments: list[str]) -> list[str]:
 def _stop_early(number: int, _) -> None:
   """Ends a command that saves, before its loop: there, `StopSignal` takes over."""
   # A handler must not print: it may have interrupted a print.
-  text = (
-    "stopped outside of the training steps: nothing was to be saved; the same command continues."
-  )
-  os.write(1, f"{text}\n".encode())
+  os.write(1, f"{STOPPED_EARLY}\n".encode())
   sys.exit(INTERRUPTED if number == signal.SIGTERM else CTRL_C)
 
 
@@ -323,7 +333,7 @@ def run(
       if workdir is not None:
         _check_buckets()
       buckets.prepare_access()
-      _join_processes(several_processes)
+      _join_processes(several_processes, saves)
       main(*arguments)
 
   for number in (signal.SIGTERM, signal.SIGINT) if saves else ():

@@ -14,7 +14,7 @@ from absl import flags
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.io import write_json
 
 SAMPLES = 4
@@ -47,9 +47,15 @@ def _write_bundle(settings, workdir, folder: str, base: str) -> None:
 def main(settings, workdir, bundle_folder: str = "", base: str = "") -> None:
   if base and not bundle_folder:
     raise UserError(f"--base is {base}, and --bundle is not given: it acts on bundles alone.")
-  _export(settings, workdir)
-  if bundle_folder:
-    _write_bundle(settings, workdir, bundle_folder, base)
+  try:
+    _export(settings, workdir)
+    if bundle_folder:
+      _write_bundle(settings, workdir, bundle_folder, base)
+  except OSError as error:  # A full disk, a bucket that is away.
+    raise TryAgain(
+      f"the export could not be written ({error}): it does not count; make room, and run the same "
+      "command again."
+    ) from error
 
 
 def _export(settings, workdir) -> None:

@@ -21,6 +21,7 @@ from cm3leon_jax import stages
 from cm3leon_jax.commands import common, run_start, training_rows
 from cm3leon_jax.commands.allow_changed_flag import ALLOW_CHANGED
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
+from cm3leon_jax.commands.skip_memory_check_flag import SKIP_MEMORY_CHECK
 from cm3leon_jax.config import UserError
 
 
@@ -75,11 +76,26 @@ def _scores(settings, workdir, objective, reference, prompts) -> tuple[dict, dic
   return before, after
 
 
-def main(settings, workdir, init_from: str = "", allow_changed: Sequence[str] = ()) -> None:
+def _check(settings, workdir, init_from: str) -> None:
+  """Raises UserError if there is nothing to learn, or no run that learns."""
+  if not settings.instructions.any:
+    raise UserError("config.instructions has no tasks, whose records are the prompts: name some.")
+  if not init_from and not (workdir / "train" / "config.json").exists():
+    raise UserError("name the run that learns from rewards: --init_from=workdir/scenes_instruct")
+
+
+def main(
+  settings,
+  workdir,
+  init_from: str = "",
+  allow_changed: Sequence[str] = (),
+  skip_memory_check: bool = False,
+) -> None:
   import jax
 
   from cm3leon_jax import distributed
   from cm3leon_jax.export import weights
+  from cm3leon_jax.planning import memory
   from cm3leon_jax.training.lease import Lease
   from cm3leon_jax.training.monitor import change_line
   from cm3leon_jax.training.train import train
@@ -89,10 +105,10 @@ def main(settings, workdir, init_from: str = "", allow_changed: Sequence[str] = 
   # A step is one pass, also with a config of a tuning that splits it.
   one_pass = dataclasses.replace(settings.train, rows_per_device=0)
   settings = dataclasses.replace(settings, train=one_pass)
-  if not settings.instructions.any:
-    raise UserError("config.instructions has no tasks, whose records are the prompts: name some.")
-  if not init_from and not (workdir / "train" / "config.json").exists():
-    raise UserError("name the run that learns from rewards: --init_from=workdir/scenes_instruct")
+  _check(settings, workdir, init_from)
+  mesh = common.make_mesh(settings)  # An unfit mesh is found before a stage is read.
+  if not skip_memory_check:
+    memory.check_devices(settings, mesh, memory.check_update)
   more = {"reinforce": dataclasses.asdict(settings.reinforce)}
   config, start = run_start.begin(settings, workdir, init_from, more, allow_changed)
   if start is None:
@@ -102,7 +118,7 @@ def main(settings, workdir, init_from: str = "", allow_changed: Sequence[str] = 
   stage = stages.once(
     folder, config, redo, writes=distributed.is_first(), together=distributed.together
   )
-  with common.use_mesh(settings), Lease(folder) as lease, stage as summary:
+  with jax.set_mesh(mesh), Lease(folder) as lease, stage as summary:
     if summary is None:
       return
     common.keep_compiled(workdir)
@@ -133,6 +149,8 @@ def main(settings, workdir, init_from: str = "", allow_changed: Sequence[str] = 
 
 if __name__ == "__main__":
   common.run(
-    lambda settings, workdir: main(settings, workdir, INIT_FROM.value, ALLOW_CHANGED.value),
+    lambda settings, workdir: main(
+      settings, workdir, INIT_FROM.value, ALLOW_CHANGED.value, SKIP_MEMORY_CHECK.value
+    ),
     saves=True,
   )

@@ -24,6 +24,7 @@ from cm3leon_jax import stages
 from cm3leon_jax.commands import common, run_start, training_rows
 from cm3leon_jax.commands.allow_changed_flag import ALLOW_CHANGED
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
+from cm3leon_jax.commands.skip_memory_check_flag import SKIP_MEMORY_CHECK
 
 if TYPE_CHECKING:
   from collections.abc import Sequence
@@ -46,9 +47,6 @@ _SKIP_ROWS = flags.DEFINE_string(
 )
 _DEBUG_NANS = flags.DEFINE_bool(
   "debug_nans", False, "Stop at the operation that computes the first NaN. Slow."
-)
-_SKIP_MEMORY_CHECK = flags.DEFINE_bool(
-  "skip_memory_check", False, "Start even if a step seems to need more memory than a device has."
 )
 
 
@@ -178,7 +176,7 @@ def _main(settings, workdir) -> None:
     INIT_FROM.value,
     ALLOW_CHANGED.value,
     back,
-    _SKIP_MEMORY_CHECK.value,
+    SKIP_MEMORY_CHECK.value,
   )
 
 

@@ -1,6 +1,8 @@
 """Trains the CLIP model that picks neighbors and scores samples, on the training pairs.
 
-python -m launch.train_clip --config=ml_configs/scenes.py --workdir=workdir/scenes
+  python -m launch.train_clip --config=ml_configs/scenes.py --workdir=workdir/scenes
+
+At SIGTERM and Ctrl-C it saves and stops; the same command continues.
 """
 
 from cm3leon_jax import stages
@@ -10,6 +12,7 @@ from cm3leon_jax.commands import common
 def main(settings, workdir):
   from cm3leon_jax.clip import train as train_clip
   from cm3leon_jax.tokenizers.text import TextTokenizer
+  from cm3leon_jax.training import small_trainer
 
   with common.use_mesh(settings), stages.stage(workdir, "clip", settings) as summary:
     if summary is not None:
@@ -17,7 +20,8 @@ def main(settings, workdir):
       text_size = settings.vocab.text_size
       paths = workdir / "raw", workdir / "clip"
       summary.update(train_clip.train_clip(settings.clip, encode, text_size, *paths, settings.seed))
+  small_trainer.delete_checkpoints(workdir / "clip")
 
 
 if __name__ == "__main__":
-  common.run(main)
+  common.run(main, saves=True)

@@ -2,9 +2,9 @@
 
   python -m launch.train_vqgan --config=ml_configs/scenes.py --workdir=workdir/scenes
 
-The same command continues a run that was stopped or killed. For `scenes` it also prints the share
-of held-out images that are judged right, as rendered and reconstructed: no decoder can be expected
-to exceed the latter.
+At SIGTERM and Ctrl-C it saves and stops; the same command continues. For `scenes` it also prints
+the share of held-out images that are judged right, as rendered and reconstructed: no decoder can be
+expected to exceed the latter.
 """
 
 from cm3leon_jax import stages
@@ -34,6 +34,7 @@ def _judge_scenes(workdir, tokenizer, style="filled") -> dict:
 def main(settings, workdir):
   from cm3leon_jax.data import raw_pairs
   from cm3leon_jax.tokenizers import train_vqgan, vqgan
+  from cm3leon_jax.training import small_trainer
 
   with common.use_mesh(settings), stages.stage(workdir, "vqgan", settings) as summary:
     if summary is not None:
@@ -49,7 +50,8 @@ def main(settings, workdir):
       tokenizer = vqgan.ImageTokenizer.load(workdir / "vqgan")
       summary.update(_judge_scenes(workdir, tokenizer, settings.scenes.style))
       print("train_vqgan:", ", ".join(f"{k} {v:.4g}" for k, v in summary.items()))
+  small_trainer.delete_checkpoints(workdir / "vqgan")
 
 
 if __name__ == "__main__":
-  common.run(main)
+  common.run(main, saves=True)

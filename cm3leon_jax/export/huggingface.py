@@ -215,7 +215,8 @@ def export(
 ) -> dict:
   """Writes files for `transformers.AutoModelForCausalLM` and `AutoTokenizer`, without torch.
 
-  The weights are written last.
+  The weights are written last; those of an earlier export are deleted first, so that half an export
+  has none.
 
   Args:
     folder: gets model.safetensors, config.json, generation_config.json and the tokenizer's files.
@@ -238,6 +239,7 @@ def export(
     )
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
+  (folder / WEIGHTS).unlink(missing_ok=True)
   described = {**hf_config(config, vocab), "dtype": dtype}
   write_json(folder / "config.json", described)
   # A document ends with </s>, an infill (a caption, an answer) with <eoss>. config.json can name
@@ -251,7 +253,7 @@ def export(
   host = jax.tree.map(lambda x: np.asarray(x, np.float32), jax.device_get(params))
   tensors = opt_tensors(host) if config.family == "opt" else qwen3_tensors(host)
   tensors = {name: x.astype(dtype) for name, x in tensors.items()}
-  with replacing(folder / WEIGHTS) as file:
+  with replacing(folder / WEIGHTS, durable=True) as file:
     file.write(safetensors_numpy.save(tensors, {"format": "pt"}))
   return {
     "architecture": described["architectures"][0],

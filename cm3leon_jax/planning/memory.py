@@ -1,13 +1,14 @@
-"""Estimates the memory of a train step on one device, before anything is read or compiled.
+"""Estimates the memory of a step on one device, before anything is read or compiled.
 
-The formulas count the large arrays of the step, as the compiler plans them for TPUs;
-docs/scaling.md says how far they are from its numbers. Optimizer: of Muon only the state.
+The formulas count the large arrays of a train step, or of an update of `launch.reinforce`, as the
+compiler plans them for TPUs; docs/scaling.md says how far they are from its numbers. Optimizer: of
+Muon only the state.
 """
 
 # K layers, D width, F feed-forward, N heads, H head size, V vocabulary, L length, R rows that a
-# device takes at once, C tokens of a chunk of the loss.
+# device takes at once, I codes of an image, C image codes.
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import math
 
@@ -21,6 +22,7 @@ from cm3leon_jax.models.transformer import KEPT
 from cm3leon_jax.planning.topology import CHIPS
 from cm3leon_jax.training.accumulation import on_mesh
 from cm3leon_jax.training.optimizer import OptimizerConfig
+from cm3leon_jax.training.policy import BUCKET
 
 GIB = 2**30
 LANES = 128  # Of a TPU's registers: the last dimension of an array takes a multiple of them.
@@ -38,11 +40,12 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes on a device at the peak of a train step.
+  """Bytes on a device at the peak of a step.
 
   Attributes:
     rows: R; no bytes.
-    state: parameters, the optimizer's moments and the average of the parameters.
+    state: parameters, the optimizer's moments and the average of the parameters; of
+      `launch.reinforce` also the starting model, in the compute dtype.
     batch: rows of a whole step.
     accumulation: sum of the gradients of several passes.
     kept: values that the layers keep for the backward pass.
@@ -81,21 +84,18 @@ def estimate(settings, shape: Mapping[str, int], platform: str = "tpu") -> Memor
   Raises:
     UserError: the mesh cannot split the batch.
   """
-  model, L = settings.model, settings.data.sequence_length
-  fsdp, tensor = math.prod(shape[axis] for axis in FSDP), shape["tensor"]
+  model, L, tensor = settings.model, settings.data.sequence_length, shape["tensor"]
   batch_shards = math.prod(shape[axis] for axis in RULES["batch"])
   train = on_mesh(settings.train, batch_shards)
   R = train.micro_batch_size // batch_shards
-  layers, tables, positions = (n / fsdp for n in _parameters(model))
-  params = (layers + tables) / tensor + positions
-  matrices = layers / tensor
+  params, matrices, tables = _shares(model, shape)
   b, tokens, D = ITEMSIZE[model.dtype], R * L, model.width
   kept = tokens * D * model.num_layers * b * kept_widths(model, tensor, platform)
   # The layers in the compute dtype, and their gradients, which stay in it.
   copy, gradients = (matrices * b if b < 4 else 0), matrices * b
   phases = (
     kept + copy + _loss(model, R, L, tensor),
-    kept + copy + gradients + 4 * tables / tensor + _layer(model, R, L, tensor, platform),
+    kept + copy + gradients + 4 * tables + _layer(model, R, L, tensor, platform),
     gradients + (4 + b) * model.vocab_size / tensor * D,  # The gradient of the input table.
     8 * params,  # Gradients and updates in fp32.
   )
@@ -111,6 +111,54 @@ def estimate(settings, shape: Mapping[str, int], platform: str = "tpu") -> Memor
     kept=kept,
     working=max(phases) - kept + overlapped,
   )
+
+
+def estimate_update(settings, shape: Mapping[str, int], prompt: int = BUCKET) -> Memory:
+  """Estimates the memory that an update of `launch.reinforce` takes on one device.
+
+  Samples are drawn by other programs, at another time; what they take is not estimated.
+
+  Args:
+    settings: of the config; `train.global_batch_size` counts samples, of two streams each.
+    shape: size of each mesh axis.
+    prompt: slots of a prompt; the default is the least that there is.
+  """
+  model, tensor, codes = settings.model, shape["tensor"], settings.vqgan.image_tokens
+  batch_shards = math.prod(shape[axis] for axis in RULES["batch"])
+  samples = -(-settings.train.global_batch_size // batch_shards)
+  R, L = 2 * samples, prompt + codes - 1
+  params, matrices, tables = _shares(model, shape)
+  b, D = ITEMSIZE[model.dtype], model.width
+  # No kernel of attention takes an odd L. Without one heads are not padded, and the backward pass
+  # of a layer holds the weights of all its queries.
+  widths = kept_widths(model, tensor, "plain")
+  kept = R * L * D * model.num_layers * b * widths
+  weights = R * model.num_heads / tensor * L * L / 2 * (4 + b)
+  copy, gradients = (matrices * b if b < 4 else 0), matrices * b
+  log_probs = 4 * samples * codes * settings.vocab.image_size / tensor
+  table = (model.vocab_size * b + 8 * settings.vocab.image_size) * D
+  layer = max(0, _layer(model, R, L, tensor, "plain") - R * L * D * b * (widths - 1)) + weights
+  phases = (
+    kept + copy + table + 3 * log_probs,
+    kept + copy + gradients + 4 * tables + layer,
+    gradients + (4 + b) * model.vocab_size / tensor * D,
+    4 * params,  # Gradients in fp32.
+  )
+  return Memory(
+    rows=R,
+    state=params * (4 + b) + _optimizer_bytes(settings.optimizer, params, matrices),
+    batch=4 * (3 * R * L + 3 * samples * codes),
+    accumulation=0,
+    kept=kept,
+    working=max(phases) - kept,
+  )
+
+
+def _shares(model: ModelConfig, shape: Mapping[str, int]) -> tuple[float, float, float]:
+  """Counts the parameters on a device: all, those of the layers, those of the tables of tokens."""
+  fsdp, tensor = math.prod(shape[axis] for axis in FSDP), shape["tensor"]
+  layers, tables, positions = (n / fsdp for n in _parameters(model))
+  return (layers + tables) / tensor + positions, layers / tensor, tables / tensor
 
 
 def _parameters(model: ModelConfig) -> tuple[int, int, int]:
@@ -138,7 +186,7 @@ def kept_widths(model: ModelConfig, tensor: int = 1, platform: str = "tpu") -> f
   Args:
     model: with its remat policy.
     tensor: devices that heads and feed-forward are split over.
-    platform: of the devices; on a TPU a head takes a multiple of `LANES`.
+    platform: of the devices; to a kernel on a TPU a head takes a multiple of `LANES`.
   """
   H = model.head_dim
   heads = (-(-H // LANES) * LANES / H if platform == "tpu" else 1) / tensor
@@ -251,20 +299,61 @@ def check(settings, shape: Mapping[str, int], limit: int, platform: str = "tpu")
   )
 
 
-def check_devices(settings, mesh: jax.sharding.Mesh) -> None:
-  """Prints what a train step takes of its devices, if their memory is known.
+def check_update(settings, shape: Mapping[str, int], limit: int, platform: str = "tpu") -> Memory:
+  """Returns the `estimate_update` of an update that fits.
+
+  Arguments and errors are those of `check`.
+  """
+  del platform  # No kernel of attention takes part.
+  memory = estimate_update(settings, shape)
+  if memory.total <= limit:
+    return memory
+  fits = (
+    flags
+    for other, flags in _smaller_updates(settings, shape)
+    if estimate_update(other, shape).total <= limit
+  )
+  remedy = next(fits, "")
+  advice = f"this fits: {remedy}" if remedy else "no fewer images fit: take more devices"
+  raise UserError(
+    f"an update on {memory.rows // 2} images of two streams at once takes at least {memory} of a "
+    f"device, which has {limit / GIB:.2f}; {advice}. --skip_memory_check starts it all the same."
+  )
+
+
+def _smaller_updates(settings, shape: Mapping[str, int]) -> Iterator[tuple]:
+  """Yields settings whose updates take less memory, and the flags that select them."""
+  size, full = settings.train.global_batch_size, "full"
+  step = math.lcm(settings.reinforce.samples, math.prod(shape[axis] for axis in RULES["batch"]))
+  for n in (size, *range(size - size % step, 0, -step)):
+    train = dataclasses.replace(settings.train, global_batch_size=n)
+    model = dataclasses.replace(settings.model, remat_policy=full)
+    flags = [f"--config.model.remat_policy={full}"] * (settings.model.remat_policy != full)
+    flags += [f"--config.train.global_batch_size={n}"] * (n != size)
+    yield dataclasses.replace(settings, train=train, model=model), " ".join(flags)
+
+
+def check_devices(
+  settings, mesh: jax.sharding.Mesh, check_step: Callable[..., Memory] = check
+) -> None:
+  """Prints what a step takes of its devices, if their memory is known.
 
   All processes must call it.
 
+  Args:
+    settings: of the config.
+    mesh: of the run.
+    check_step: `check`, or `check_update`.
+
   Raises:
-    UserError: as `check`, in all processes.
+    UserError: as `check_step`, in all processes.
   """
   with distributed.together():
     device = mesh.local_devices[0]
     limit = device_memory(device)
     if limit is None:
       return
-    memory = check(settings, mesh.shape, limit, device.platform)
+    memory = check_step(settings, mesh.shape, limit, device.platform)
   distributed.print_once(
     f"memory: a step with {memory.rows} rows a device at once takes about {memory} of "
     f"{limit / GIB:.2f}."

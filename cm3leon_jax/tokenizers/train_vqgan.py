@@ -293,6 +293,8 @@ def train_vqgan(
 ) -> dict:
   """Runs the stage on the current mesh: trains, writes the tokenizer, returns its measures.
 
+  The checkpoints stay: the caller deletes them when the stage is finished.
+
   Raises:
     UserError: the training diverged, or the tokenizer is of no use (`check_learned`).
   """
@@ -302,10 +304,4 @@ def train_vqgan(
   tokenizer.save(folder)
   measures = evaluate(tokenizer, heldout_images, images, folder)
   check_learned(measures)
-  summary = {
-    **measures,
-    "steps": config.steps,
-    "seconds": round(seconds, 1),
-  }
-  small_trainer.delete_checkpoints(folder)
-  return summary
+  return {**measures, "steps": config.steps, "seconds": round(seconds, 1)}

@@ -257,10 +257,10 @@ class Monitor:
       for board in self._boards:
         board.histograms(step, histograms)
 
-  def skipped(self) -> bool:
-    """Waits for the last dispatched step, logs it, and returns whether it was skipped."""
+  def skipped_in_a_row(self) -> int:
+    """Waits for the last dispatched step, logs it, and returns how many were skipped up to it."""
     self.flush()
-    return self._skips.in_a_row > 0
+    return self._skips.in_a_row
 
   def flush(self) -> None:
     """Waits for the last dispatched step and logs it.

@@ -44,6 +44,8 @@ class StopSignal:
     # A job in the background of a script ignores Ctrl-C, which is meant for the foreground.
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     self._previous = {number: signal.signal(number, self._set) for number in heard}
+    if code := distributed.asked_to_stop():  # Just before, in a job of several processes.
+      self._received = max(self._received, 1 + CODES.index(code))
     return self
 
   def _set(self, number: int, _) -> None:
@@ -73,11 +75,22 @@ class StopSignal:
     return 0 if before is None else int(before)
 
 
-def check_end(step: int, steps: int, folder: epath.Path, code: int | None) -> None:
-  """Exits with `code` if the run was asked to stop before its last step."""
+def check_end(step: int, steps: int, folder: epath.Path, code: int | None, saved: int) -> None:
+  """Exits with `code` if the run was asked to stop before its last step.
+
+  Args:
+    step: that the run has reached.
+    steps: of the whole run.
+    folder: of the run.
+    code: of the exit; None: it was not asked to stop.
+    saved: step of the newest checkpoint.
+  """
   if code is not None and step < steps:
+    where = f"saved in {folder}"
+    if saved < step:
+      where = f"all steps since {saved} were skipped, so nothing was to be saved in {folder}"
     distributed.print_once(
-      f"stopped at step {step} of {steps}; saved in {folder}: the same command continues."
+      f"stopped at step {step} of {steps}; {where}: the same command continues."
     )
     sys.exit(code)
   if step > steps:

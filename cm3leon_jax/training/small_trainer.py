@@ -28,6 +28,7 @@ from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.lease import Lease
 from cm3leon_jax.training.metrics import MetricsLog
 from cm3leon_jax.training.numerics import check_finite, finite_values
+from cm3leon_jax.training.preemption import StopSignal, check_end
 
 FOLDER = "training"
 LOG_EVERY = 10
@@ -60,48 +61,84 @@ def train(
     step: (state, batch, i) -> state, metrics (scalars). Takes step i, from 0 on; may donate state.
 
   Returns:
-    The last state, on the host.
+    The last state, on the host. At SIGTERM and Ctrl-C it saves and exits with the code of
+    `StopSignal` instead.
 
   Raises:
     UserError: too few examples, or a batch that the mesh does not divide; the folder holds a
       training of another config, or a damaged checkpoint, or another job trains in it; a loss or
       the state is not finite.
   """
-  remedy = _remedy(name, folder)
   _check_batch(name, config.batch_size, len(examples))
   identity = {name: dataclasses.asdict(config), **about, "seed": seed, "examples": len(examples)}
   del identity[name]["checkpoint_every"]
   current = jax.sharding.get_mesh()
   # Automatic axes: the compiler lays out the arrays between the batch and the summed gradient.
   mesh = Mesh(current.devices, current.axis_names)
-  split = NamedSharding(mesh, spec("batch"))
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
     lease = stack.enter_context(Lease(folder))
     checkpoints = stack.enter_context(
       _open_checkpoints(name, identity, epath.Path(folder) / FOLDER, lease)
     )
-    step = lease.guard(step)
     state, first = _restore(name, checkpoints, init)
     log = MetricsLog(folder, resumed_at=first or None)
-    steps = range(first, config.steps)
-    bar = progress_bar(steps, name, config.steps, initial=first, unit="step")
-    for i in bar:
-      batch = examples[batch_rows(i, len(examples), config.batch_size, seed)]
-      state, metrics = step(state, jax.device_put(batch, split), i)
-      done = i + 1
-      if done % LOG_EVERY == 0 or done == config.steps:
-        values = {key: float(value) for key, value in metrics.items()}
-        _check_values(f"{name}: step {done}", values, remedy)
-        log.write(done, values)
-        bar.set_postfix({key: f"{x:.3f}" for key, x in values.items()}, refresh=False)
-      if done % config.checkpoint_every == 0 and done < config.steps:
-        check_finite(state, f"{name}: checkpoint {done}", remedy)
-        checkpoints.save(state, done, next_row=done * config.batch_size)
-      checkpoints.check_save()
+    stop = stack.enter_context(StopSignal(mesh))
+    state, done, code = _run_steps(
+      name, config, seed, examples, state, first, lease.guard(step), checkpoints, log, stop,
+      _remedy(name, folder),
+    )  # fmt: skip
     log.flush()
-    check_finite(state, f"{name}: the model", remedy)
+    checkpoints.close()
+    check_end(done, config.steps, epath.Path(folder), code, saved=done)
     return jax.device_get(state)
+
+
+def _run_steps(
+  name: str, config, seed: int, examples, state: dict, first: int, step: Callable,
+  checkpoints: Checkpoints, log: MetricsLog, stop: StopSignal, remedy: str,
+) -> tuple[dict, int, int | None]:  # fmt: skip
+  """Trains to `config.steps`; saves then, every so often, and at SIGTERM and Ctrl-C, which end it.
+
+  Args:
+    name: see `train`, like the next three.
+    config: its dataclass.
+    seed: of the order of the examples.
+    examples: data.
+    state: to continue from.
+    first: number of steps that made it.
+    step: (state, batch, i) -> state, metrics.
+    checkpoints: of the training.
+    log: of the training.
+    stop: set at SIGTERM and Ctrl-C.
+    remedy: what the user can do if numbers are not finite.
+
+  Returns:
+    The state, the number of steps that made it, and the exit code of a training that was asked to
+    stop, or None.
+  """
+  split, done, code = NamedSharding(jax.sharding.get_mesh(), spec("batch")), first, None
+  steps = range(first, config.steps)
+  bar = progress_bar(steps, name, config.steps, initial=first, unit="step")
+  for i in bar:
+    batch = examples[batch_rows(i, len(examples), config.batch_size, seed)]
+    state, metrics = step(state, jax.device_put(batch, split), i)
+    done, code = i + 1, stop.stopping()
+    last = done == config.steps
+    if done % LOG_EVERY == 0 or last:
+      values = {key: float(value) for key, value in metrics.items()}
+      _check_values(f"{name}: step {done}", values, remedy)
+      log.write(done, values)
+      bar.set_postfix({key: f"{x:.3f}" for key, x in values.items()}, refresh=False)
+    # Also at the end: until the stage is finished, it may be stopped, too.
+    if done % config.checkpoint_every == 0 or last or code is not None:
+      what = "the model" if last else f"checkpoint {done}"
+      check_finite(state, f"{name}: {what}", remedy)
+      checkpoints.save(state, done, next_row=done * config.batch_size)
+    checkpoints.check_save()
+    if code is not None:
+      break
+  return state, done, code
 
 
 def _remedy(name: str, folder: epath.PathLike) -> str:
@@ -158,8 +195,10 @@ def _open_checkpoints(name: str, identity: dict, folder: epath.Path, lease: Leas
 
 
 def delete_checkpoints(folder: epath.PathLike) -> None:
-  """Deletes the checkpoints in `folder`; called once the model is written."""
-  (epath.Path(folder) / FOLDER).rmtree()
+  """Deletes the checkpoints in `folder`, if there are any; called once the stage is finished."""
+  training = epath.Path(folder) / FOLDER
+  if training.exists():
+    training.rmtree()
 
 
 def batch_rows(step: int, num_examples: int, batch_size: int, seed: int) -> np.ndarray:

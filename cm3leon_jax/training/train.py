@@ -261,9 +261,9 @@ def _run_steps(
 
   Returns:
     (state, next row, last held-out losses, or None if no step was left; the exit code of a run
-    that was asked to stop, or None).
+    that was asked to stop, or None; the step of the newest checkpoint, or 0).
   """
-  losses, code = None, None
+  losses, code, saved = None, None, int(state.step)
   for step in range(int(state.step) + 1, config.steps + 1):
     with monitor.traced(step):
       state, metrics = take_step(state, monitor.next_batch(data))
@@ -279,12 +279,14 @@ def _run_steps(
     if sample_grid and (step % config.sample_every == 0 or step == config.steps):
       with monitor.phase("sample", step):
         monitor.samples(step, sample_grid(state.eval_params, step))
-    # While steps are skipped nothing is saved, so the checkpoints stay those of before.
-    if last or (step % config.checkpoint_every == 0 and not monitor.skipped()):
+    if (last or step % config.checkpoint_every == 0) and _must_save(
+      step, config.steps, saved, code, monitor
+    ):
       with monitor.phase("save", step):
         check_finite(state, f"checkpoint {step}", REMEDY)
         loss = losses["heldout_loss"] if losses else None  # With `keep_best`, of this very step.
         checkpoints.save(state, step, next_row, loss)
+      saved = step
     if config.histogram_every and step % config.histogram_every == 0:
       monitor.histograms(step, state.params)
     checkpoints.check_save()
@@ -292,7 +294,18 @@ def _run_steps(
       break
   with monitor.phase("save", int(state.step)):
     checkpoints.close()
-  return state, next_row, losses, code
+  return state, next_row, losses, code, saved
+
+
+def _must_save(step: int, steps: int, saved: int, code: int | None, monitor: Monitor) -> bool:
+  """Returns whether a step is saved that ends the run or an interval between checkpoints.
+
+  Skipped steps change nothing. While steps are skipped nothing is saved, so the checkpoints stay
+  those of before, except at the end of the run, and at a signal if it has taken a step since the
+  newest checkpoint.
+  """
+  skipped = monitor.skipped_in_a_row()
+  return step == steps or not skipped or (code is not None and skipped < step - saved)
 
 
 def _summary(state, next_row: int, losses: dict, before: dict) -> dict:
@@ -356,10 +369,10 @@ def train(
     explained = explaining(objective, steps, take_step, config, sharding, folder)
     with StopSignal(sharding.mesh) as stop, explained, monitor:
       before = losses_at_start(state, newest, heldout_losses, monitor) if evaluate_start else {}
-      state, next_row, losses, code = _run_steps(
+      state, next_row, losses, code, saved = _run_steps(
         take_step, config, state, next_row, data, heldout_losses, checkpoints, monitor, stop,
         sample_grid,
       )  # fmt: skip
-  check_end(int(state.step), config.steps, folder, code)
+  check_end(int(state.step), config.steps, folder, code, saved)
   losses = losses or heldout_losses(state.eval_params)  # If no step was left to train.
   return _summary(state, next_row, losses, before)

@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from cm3leon_jax.clip.model import CLIP, CLIPConfig
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.io import read_json_lines
-from cm3leon_jax.training import small_trainer
+from cm3leon_jax.training import checkpoint, small_trainer
 from tests.data.raw import write_raw
 from tests.models.tiny import mesh_of
 
@@ -93,9 +94,9 @@ def test_training_learns_its_pairs(tmp_path):
 
 
 def test_a_killed_training_continues_bit_for_bit(tmp_path):
-  whole = train(
-    TINY, some_data(), tmp_path, 1
-  )  # Leaves the state of step 3, as a kill after it does.
+  whole = train(TINY, some_data(), tmp_path, 1)
+  checkpoints = tmp_path / small_trainer.FOLDER / checkpoint.FOLDER
+  shutil.rmtree(checkpoints / "6")  # The state of step 3 stays, as after a kill.
   continued = train(TINY, some_data(), tmp_path, 1)
   other = train(TINY, some_data(), tmp_path / "other", 2)
   jax.tree.map(np.testing.assert_array_equal, whole.params, continued.params)
@@ -189,7 +190,7 @@ def test_the_stage_leaves_a_loadable_clip_and_numbers(tmp_path):
     summary = train_clip.train_clip(TINY, encode, TEXT_SIZE, tmp_path / "raw", tmp_path / "clip", 0)
   assert (summary["pairs"], summary["candidates"], summary["steps"]) == (9, 3, 6)
   names = sorted(path.name for path in (tmp_path / "clip").iterdir())
-  assert names == ["config.json", "metrics.jsonl", "params.safetensors"]
+  assert names == ["config.json", "metrics.jsonl", "params.safetensors", "training"]
   assert CLIP.load(tmp_path / "clip").embed_texts([encode("ab")]).shape == (1, 16)
 
 

@@ -1,10 +1,70 @@
+import itertools
+import os
+import resource
+import shutil
+import sys
+
+from etils import epath
 import numpy as np
+import pytest
 from safetensors import numpy as safetensors
 
+from cm3leon_jax import stages
 from cm3leon_jax.commands import export
+from cm3leon_jax.config import TryAgain
 from cm3leon_jax.export import bundle, huggingface
+from cm3leon_jax.io import write_json
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.models.tiny import random_params
+
+
+class Killed(Exception):
+  """Stands for a kill."""
+
+
+class Kill:
+  """Raises Killed once files below a folder were opened to write, moved or removed `left` times."""
+
+  def __init__(self):
+    self.folder, self.left = "", -1
+    sys.addaudithook(self._hear)  # For good; it does nothing while `folder` is empty.
+
+  def _hear(self, event, args):
+    if not self.folder or event not in ("open", "os.rename", "os.remove"):
+      return
+    reads = event == "open" and not (isinstance(args[1], str) and set(args[1]) & set("wax+"))
+    if reads or not os.fspath(args[0]).startswith(self.folder):
+      return
+    self.left -= 1
+    if self.left < 0:
+      self.folder = ""
+      raise Killed
+
+
+@pytest.fixture(scope="module")
+def kill():
+  return Kill()
+
+
+def contents(folder):
+  return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def exported_before(tmp_path):
+  """A run whose export and bundle are of other weights."""
+  root = epath.Path(tmp_path / "run")
+  save_run(root)
+  with one_device():
+    params = random_params(SETTINGS.model, seed=1)
+    tokenizer = root / "text_tokenizer"
+    huggingface.export(root / "export", params, SETTINGS.model, SETTINGS.vocab, tokenizer)
+    bundle.write(root / "bundle", root, SETTINGS, params, 3)
+  config = stages.run_config(SETTINGS, root, "export")
+  config["inputs"]["train"] = "another"
+  done = {"id": "e", "config": config, "summary": {}, "seconds": 1.0, "files": {}}
+  write_json(root / "export" / stages.DONE, done)
+  return root
 
 
 def test_the_average_is_exported_and_a_bundle_knows_its_cost(tmp_path):
@@ -21,3 +81,67 @@ def test_the_average_is_exported_and_a_bundle_knows_its_cost(tmp_path):
   # Each stage of `save_run` took a second.
   cost = {"train_seconds": 1.0, "other_seconds": 5.0, "machine": None}
   assert bundle.about(tmp_path / "bundle")["cost"] == cost
+
+
+def test_an_export_that_is_killed_at_any_write_is_whole_or_counts_as_none(
+  exported_before, tmp_path, kill, monkeypatch
+):
+  """The earlier one is replaced; the next start of the command completes it."""
+  monkeypatch.setattr(huggingface, "can_compare", lambda: False)
+  whole, work = tmp_path / "whole", tmp_path / "work"
+  shutil.copytree(exported_before, whole)
+  export.main(SETTINGS, epath.Path(whole), str(whole / "bundle"))
+  old, new = contents(exported_before / "export"), contents(whole / "export")
+  states = set()
+  for left in itertools.count():
+    shutil.rmtree(work, ignore_errors=True)
+    shutil.copytree(exported_before, work)
+    kill.left, kill.folder = left, str(work)
+    try:
+      export.main(SETTINGS, epath.Path(work), str(work / "bundle"))
+      break
+    except Killed:
+      pass
+    finally:
+      kill.folder = ""
+    found = contents(work / "export")
+    counts = stages.DONE in found and found[stages.DONE] != old[stages.DONE]
+    weights = found.get(huggingface.WEIGHTS)
+    about = (stages.DONE, "training_data.json")
+    if weights is not None:
+      expected = new if weights == new[huggingface.WEIGHTS] else old
+      assert expected[huggingface.WEIGHTS] == weights
+      assert all(found[name] == expected[name] for name in expected if name not in about)
+    assert not counts or weights == new[huggingface.WEIGHTS]
+    step = 0
+    if bundle.is_bundle(work / "bundle"):
+      _, step = bundle.read(work / "bundle")
+    states.add((weights is not None, counts, step))
+  assert states == {
+    (True, False, 3), (False, False, 3), (True, True, 3), (True, True, 0)
+  }  # fmt: skip
+  kill.left, kill.folder = left // 3, str(work)
+  shutil.rmtree(work / "export")
+  with pytest.raises(Killed):
+    export.main(SETTINGS, epath.Path(work), str(work / "bundle"))
+  export.main(SETTINGS, epath.Path(work), str(work / "bundle"))
+  assert {name: x for name, x in contents(work / "export").items() if name != stages.DONE} == {
+    name: x for name, x in new.items() if name != stages.DONE
+  }
+
+
+def test_an_export_on_a_full_disk_is_one_sentence_and_counts_as_none(exported_before, monkeypatch):
+  monkeypatch.setattr(huggingface, "can_compare", lambda: False)
+  target = str(exported_before / "bundle")
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+  try:
+    with pytest.raises(TryAgain, match=r"^the export could not be written \(.*File too large"):
+      export.main(SETTINGS, exported_before, target)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert not (exported_before / "export" / stages.DONE).exists()
+  assert not (exported_before / "export" / huggingface.WEIGHTS).exists()
+  assert bundle.read(epath.Path(target))[1] == 3  # It was not begun.
+  export.main(SETTINGS, exported_before, target)
+  assert bundle.read(epath.Path(target))[1] == 7

@@ -1,5 +1,7 @@
+import functools
 import json
 
+import jax
 import numpy as np
 from PIL import Image
 import pytest
@@ -8,10 +10,11 @@ from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import ingest, raw_pairs
 from cm3leon_jax.data.documents import DocumentStore
-from cm3leon_jax.data.encode import EncodeJob, code_usage, encode_documents
+from cm3leon_jax.data.encode import EncodeJob, code_usage, encode_documents, load_tokenizers
 from cm3leon_jax.data.records import SPLITS
 from cm3leon_jax.data.validate import validate_store
 from cm3leon_jax.shards import Runner
+from cm3leon_jax.tokenizers import vqgan
 from cm3leon_jax.tokenizers.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
 
@@ -162,6 +165,23 @@ def test_one_code_for_all_images_is_refused(raw, text_tokenizer, tmp_path):
   with pytest.raises(UserError, match=r"gives all 68 places of the training images the same code"):
     encode(raw, text_tokenizer, tmp_path, levels=1)
   assert encode(raw, text_tokenizer, tmp_path / "two", levels=2)["train"]["codes_used"] == 2
+
+
+def test_an_image_tokenizer_that_diverged_encodes_nothing(raw, text_tokenizer, tmp_path):
+  """As an earlier version left it: now its stage does not finish."""
+  config = vqgan.VQGANConfig(
+    resolution=8, downsample=4, stem=2, width=8, multipliers=(1, 1),
+    encoder_blocks=(0, 0), decoder_blocks=(0, 0), code_dim=4,
+  )  # fmt: skip
+  params = vqgan.init_params(config, VOCAB.image_size, jax.random.key(0))
+  params["encoder"] = jax.tree.map(lambda x: x * np.nan, params["encoder"])
+  vqgan.ImageTokenizer(config, VOCAB.image_size, params).save(tmp_path / "vqgan")
+  (tmp_path / "text").rename(tmp_path / "text_tokenizer")
+  load = functools.partial(load_tokenizers, str(tmp_path), VOCAB)
+  job = EncodeJob(str(raw), str(tmp_path / "documents"), load, VOCAB, 8, 512)
+  with pytest.raises(UserError, match=r"params\.safetensors: tensor 'encoder\..* are not finite: "):
+    encode_documents(job, {}, Runner())
+  assert not list(tmp_path.glob("documents/*/*.array_record"))
 
 
 def test_an_empty_training_split_is_refused(raw, text_tokenizer, tmp_path):

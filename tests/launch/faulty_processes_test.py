@@ -1,4 +1,4 @@
-"""Tests that no process of a job waits for ever for one that is stuck, stopped or gone."""
+"""Tests that no process of a job waits for ever for one that is stuck, stopped, gone or ended."""
 
 import os
 import pathlib
@@ -11,6 +11,7 @@ import time
 import pytest
 
 from cm3leon_jax import distributed
+from cm3leon_jax.config import CTRL_C, INTERRUPTED, STOPPED_EARLY
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training.hang_watch import HUNG
 from tests.distributed_test import free_port
@@ -30,17 +31,19 @@ def workdir(tmp_path):
 
 @pytest.fixture
 def start(workdir):
-  """Starts a job of two processes, each with its own log, that nothing else looks after."""
-  jobs = []
+  """Starts a job of some processes, each with its own log, that nothing else looks after."""
+  everyone = []
 
-  def start(*flags, **environment):
-    port = free_port()
-    for i in range(2):
+  def start(*flags, processes=2, **environment):
+    port, jobs = free_port(), []
+    axis = "fsdp" if processes == 2 else "data"  # Three do not divide the parameters.
+    for i in range(processes):
       command = [
         sys.executable, "-m", "tests.launch.faulty_train", "--config=tests/launch/tiny_config.py",
-        f"--workdir={workdir}", f"--coordinator_address=localhost:{port}", "--num_processes=2",
-        f"--process_id={i}", "--config.mesh.fsdp=2", "--config.train.eval_every=1000000",
-        "--config.train.sample_every=1000000", *flags,
+        f"--workdir={workdir}", f"--coordinator_address=localhost:{port}",
+        f"--num_processes={processes}", f"--process_id={i}", f"--config.mesh.{axis}={processes}",
+        f"--config.train.global_batch_size={4 * processes}",
+        "--config.train.eval_every=1000000", "--config.train.sample_every=1000000", *flags,
       ]  # fmt: skip
       env = {
         **os.environ,
@@ -50,10 +53,11 @@ def start(workdir):
       }
       with (workdir / f"{i}.log").open("w") as log:
         jobs.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log))
+    everyone.extend(jobs)
     return jobs
 
   yield start
-  for job in jobs:
+  for job in everyone:
     job.kill()
     job.wait()
 
@@ -66,6 +70,19 @@ def seconds_to_end(job, at_most):
   begin = time.monotonic()
   job.wait(at_most)
   return time.monotonic() - begin
+
+
+def wait_for_line(workdir, process, start, seconds=240):
+  for _ in range(10 * seconds):
+    if any(line.startswith(start) for line in log(workdir, process).splitlines()):
+      return
+    time.sleep(0.1)
+  raise AssertionError(f"no line '{start}' in {log(workdir, process)}")
+
+
+def sealed(workdir):
+  folder = workdir / "train" / "checkpoints.digests"
+  return sorted(int(path.stem) for path in folder.glob("*.json"))
 
 
 @pytest.mark.slow
@@ -106,3 +123,99 @@ def test_the_others_of_a_stopped_process_end_in_time(start, workdir, stopped):
   other = jobs[1 - stopped]
   print("seconds after SIGSTOP:", round(seconds_to_end(other, 60), 1), other.returncode)
   assert other.returncode not in (0, 2, 75)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("signaled", "number", "code"),
+  [([1], signal.SIGTERM, INTERRUPTED), ([0], signal.SIGINT, CTRL_C)],
+)
+def test_a_signal_before_the_steps_ends_all_processes_with_its_code(
+  start, workdir, signaled, number, code
+):
+  jobs = start(f"--config.train.steps={STEPS}", SHUTDOWN_SECONDS="30")
+  wait_for_line(workdir, 0, "rows: ")
+  begin = time.monotonic()
+  for i in signaled:
+    jobs[i].send_signal(number)
+  for job in jobs:
+    job.wait(60)
+  seconds = time.monotonic() - begin
+  print("seconds after the signal:", round(seconds, 1))
+  logs = [log(workdir, i) for i in range(2)]
+  assert [job.returncode for job in jobs] == [code, code], logs
+  assert seconds < distributed.TOGETHER_SECONDS
+  assert logs[0].splitlines()[-1] == STOPPED_EARLY
+  assert STOPPED_EARLY not in logs[1]
+  assert not (workdir / "train" / "lease.json").exists()
+  assert sealed(workdir) == []
+
+
+@pytest.mark.slow
+def test_a_process_that_was_asked_to_stop_waits_for_a_late_one_a_bounded_time(start, workdir):
+  bounds = {"TOGETHER_SECONDS": "5", "SHUTDOWN_SECONDS": "10"}
+  jobs = start(f"--config.train.steps={STEPS}", FAULT="late:1:0", **bounds)
+  wait_for_line(workdir, 1, "late")
+  jobs[0].send_signal(signal.SIGTERM)
+  seconds = [round(seconds_to_end(job, 60), 1) for job in jobs]
+  print("seconds after SIGTERM:", seconds, [job.returncode for job in jobs])
+  assert jobs[0].returncode == INTERRUPTED
+  assert STOPPED_EARLY in log(workdir, 0)
+  assert jobs[1].returncode not in (0, 2)  # Launchers start the job again.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_in_one_process_ends_the_other_in_time(start, workdir, failing):
+  fault = {"FAULT": f"error:{failing}:6", "SHUTDOWN_SECONDS": "10"}
+  jobs = start(f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=2", **fault)
+  jobs[failing].wait(240)
+  seconds = seconds_to_end(jobs[1 - failing], 30)
+  codes = [job.returncode for job in jobs]
+  print("seconds after the other one:", round(seconds, 1), codes)
+  assert "error: a fault of the test" in log(workdir, failing)
+  assert 0 not in codes
+  assert sealed(workdir)[-1] in (4, 6)
+
+
+@pytest.mark.slow
+def test_an_error_waits_a_bounded_time_for_the_digests_of_another_process(start, workdir):
+  """The other process is alive, and its thread never digests its share of the checkpoint."""
+  peer = 4
+  jobs = start(
+    f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=5",
+    FAULT="error_unsealed:0:6", PEER_SECONDS=str(peer), SHUTDOWN_SECONDS="10",
+  )  # fmt: skip
+  wait_for_steps(workdir, 5)
+  begin = time.monotonic()
+  wait_for_line(workdir, 0, "error: a fault of the test", 60)
+  seconds = time.monotonic() - begin
+  print("seconds until the error was told:", round(seconds, 1))
+  assert peer - 2 < seconds < peer + 20
+  for job in jobs:
+    job.wait(60)
+  assert sealed(workdir) == []
+
+
+@pytest.mark.slow
+def test_three_processes_stop_at_one_step_continue_and_end_when_one_is_killed(start, workdir):
+  flags = (f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=1000000")
+  jobs = start(*flags, processes=3)
+  wait_for_steps(workdir, 3)
+  for job in jobs:
+    job.send_signal(signal.SIGTERM)
+  for job in jobs:
+    job.wait(120)
+  assert [job.returncode for job in jobs] == [INTERRUPTED] * 3
+  (stopped,) = sealed(workdir)
+  assert max(losses(workdir)) == stopped
+  found = losses(workdir)
+  jobs = start(*flags, processes=3)
+  wait_for_steps(workdir, stopped + 3)
+  assert {step: losses(workdir)[step] for step in found} == found
+  jobs[2].send_signal(signal.SIGKILL)
+  bound = distributed.HEARTBEAT_SECONDS + distributed.SHUTDOWN_SECONDS
+  seconds = [round(seconds_to_end(job, bound), 1) for job in jobs[:2]]
+  print("seconds after SIGKILL:", seconds, [job.returncode for job in jobs])
+  assert all(job.returncode not in (0, 2, 75) for job in jobs[:2])
+  assert sealed(workdir) == [stopped]

@@ -1,17 +1,28 @@
 """Runs launch.train with a fault: `python -m tests.launch.faulty_train FLAGS`.
 
-FAULT=stuck:PROCESS:BATCHES lets a process wait for ever for its next batch after some batches;
-HEARTBEAT_SECONDS sets how long the others of a job wait for a process that gives no sign of life.
+FAULT=KIND:PROCESS:BATCHES lets a process, after so many batches, wait for ever for the next one
+(`stuck`) or raise an error (`error`). With `late:PROCESS:0` it waits for ever before its first
+step, and with `error_unsealed:PROCESS:BATCHES` no other process ever digests what it saved.
+HEARTBEAT_SECONDS, SHUTDOWN_SECONDS, TOGETHER_SECONDS and PEER_SECONDS are those of the modules.
 """
 
 import os
 import runpy
+import signal
 import time
 
 import jax
 
 from cm3leon_jax import distributed
-from cm3leon_jax.training import objective
+from cm3leon_jax.config import UserError
+from cm3leon_jax.training import checkpoint, objective
+
+BOUNDS = {
+  "HEARTBEAT_SECONDS": distributed,
+  "SHUTDOWN_SECONDS": distributed,
+  "TOGETHER_SECONDS": distributed,
+  "PEER_SECONDS": checkpoint,
+}
 
 
 def wait_for_ever():
@@ -19,26 +30,45 @@ def wait_for_ever():
     time.sleep(1)
 
 
-def stuck_after(count: int, data):
+def faulty_after(kind: str, count: int, data):
   for i, batch in enumerate(data):
-    if i == count:
+    if i == count and kind == "stuck":
       wait_for_ever()
+    if i == count:
+      raise UserError("a fault of the test")
     yield batch
 
 
-def insert(process: int, count: int) -> None:
+def insert(kind: str, process: int, count: int) -> None:
   begin = objective.Rows.begin
 
   def faulty(*args):
+    mine = jax.process_index() == process
+    if mine and kind == "late":
+      print("late", flush=True)
+      wait_for_ever()
     take_step, data = begin(*args)
-    return take_step, stuck_after(count, data) if jax.process_index() == process else data
+    return take_step, faulty_after(kind, count, data) if mine else data
 
   objective.Rows.begin = faulty
+  if kind == "error_unsealed":
+    digest = checkpoint.Checkpoints._digest_share
+
+    def unsealed(checkpoints, save):
+      if jax.process_index() != process:
+        wait_for_ever()
+      digest(checkpoints, save)
+
+    checkpoint.Checkpoints._digest_share = unsealed
 
 
 if __name__ == "__main__":
+  # As in the foreground, where Ctrl-C is not ignored, wherever the tests run.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   if "FAULT" in os.environ:
-    insert(*map(int, os.environ["FAULT"].split(":")[1:]))
-  if "HEARTBEAT_SECONDS" in os.environ:
-    distributed.HEARTBEAT_SECONDS = int(os.environ["HEARTBEAT_SECONDS"])
+    fault, number, batches = os.environ["FAULT"].split(":")
+    insert(fault, int(number), int(batches))
+  for name, module in BOUNDS.items():
+    if name in os.environ:
+      setattr(module, name, int(os.environ[name]))
   runpy.run_module("cm3leon_jax.commands.train", run_name="__main__", alter_sys=True)

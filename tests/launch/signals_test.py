@@ -1,27 +1,54 @@
-"""SIGTERM and Ctrl-C before the loop of launch.train lose nothing and show no traceback."""
+"""SIGTERM and Ctrl-C before, in and after the steps lose nothing and show no traceback."""
 
+import importlib
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
+import time
 
+from etils import epath
+import numpy as np
 import pytest
 
+from cm3leon_jax import stages
+from cm3leon_jax.commands import train
 from cm3leon_jax.config import CTRL_C, INTERRUPTED
+from cm3leon_jax.io import write_json
 from cm3leon_jax.settings import settings_from_config
+from tests.data.raw import write_raw
+from tests.launch import small_config
 from tests.launch.stages_before import make_workdir
 from tests.launch.tiny_config import get_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-# Starts launch.train as in the foreground, where Ctrl-C is not ignored, wherever the tests run.
+# Starts a command as in the foreground, where Ctrl-C is not ignored, wherever the tests run.
 START = """
-import runpy, signal
+import runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-runpy.run_module("launch.train", run_name="__main__", alter_sys=True)
+runpy.run_module(f"launch.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)
 """
+# The same, and sends itself a signal once the training has returned.
+START_AND_STOP = """
+from cm3leon_jax.commands import run_start
+run_start.machine = lambda: signal.raise_signal(signal.SIGTERM)
+"""
+NOTHING = (
+  "stopped outside of the training steps: nothing was to be saved; the same command continues."
+)
+
+
+def start(command, workdir, config="tiny_config", program=START):
+  return subprocess.Popen(
+    [sys.executable, "-c", program, command, f"--config=tests/launch/{config}.py",
+     f"--workdir={workdir}"],
+    cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    env={**os.environ, "PYTHONUNBUFFERED": "1"},
+  )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -30,19 +57,87 @@ runpy.run_module("launch.train", run_name="__main__", alter_sys=True)
 def test_a_signal_before_the_loop_says_that_nothing_was_to_be_saved(tmp_path, number, code):
   """It comes after the rows were planned, while the steps are compiled."""
   make_workdir(tmp_path, settings_from_config(get_config()))
-  job = subprocess.Popen(
-    [sys.executable, "-c", START, "--config=tests/launch/tiny_config.py", f"--workdir={tmp_path}"],
-    cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    env={**os.environ, "PYTHONUNBUFFERED": "1"},
-  )  # fmt: skip
+  job = start("train", tmp_path)
   for line in job.stdout:
     if line.startswith("rows: "):
       break
   job.send_signal(number)
   output, errors = job.communicate(timeout=300)
   assert (job.returncode, errors) == (code, "")
-  assert output.splitlines()[-1] == (
-    "stopped outside of the training steps: nothing was to be saved; the same command continues."
-  )
+  assert output.splitlines()[-1] == NOTHING
   assert not (tmp_path / "train" / "lease.json").exists()
   assert not (tmp_path / "train" / "done.json").exists()
+
+
+def test_a_signal_after_the_last_step_says_that_nothing_was_to_be_saved(tmp_path):
+  settings = settings_from_config(get_config())
+  make_workdir(tmp_path, settings)
+  first, _, last = START.rpartition("\nrunpy")
+  job = start("train", tmp_path, program=f"{first}{START_AND_STOP}runpy{last}")
+  output, errors = job.communicate(timeout=300)
+  assert (job.returncode, errors) == (INTERRUPTED, "")
+  *_, before, sentence = output.splitlines()
+  assert before.startswith("train: goodput ")  # Which the end of the loop prints.
+  assert sentence == NOTHING
+  assert not (tmp_path / "train" / stages.DONE).exists()
+  train.main(settings, epath.Path(tmp_path))
+  assert stages.require(tmp_path, "train", summary=dict)["summary"]["steps"] == 12
+
+
+def make_raw(root, settings):
+  """Writes pairs of flat colors with a darker square, and a text tokenizer."""
+  make_workdir(root, settings)
+  rng = np.random.default_rng(0)
+  colors = rng.integers(0, 256, (24, 1, 1, 3))
+  images = np.broadcast_to(colors, (24, 8, 8, 3)).astype(np.uint8)
+  images[:, 2:6, 2:6] //= 2
+  pairs = [
+    {"key": str(i), "caption": f"word{i} word{i + 1}", "split": "train" if i < 20 else "heldout"}
+    for i in range(24)
+  ]
+  write_raw(root / "raw", pairs, images)
+  finished = {"config": {}, "summary": {}, "seconds": 0.0, "files": {}}
+  write_json(root / "raw" / stages.DONE, {**finished, "id": "raw"})
+  config = stages.run_config(settings, epath.Path(root), "text_tokenizer")
+  write_json(root / "text_tokenizer" / stages.DONE, {**finished, "config": config, "id": "t"})
+
+
+@pytest.mark.parametrize(
+  ("command", "folder", "number", "code"),
+  [
+    ("train_vqgan", "vqgan", signal.SIGTERM, INTERRUPTED),
+    ("train_clip", "clip", signal.SIGINT, CTRL_C),
+  ],
+)
+def test_a_small_training_that_was_stopped_ends_as_one_that_was_not(
+  tmp_path, capfd, command, folder, number, code
+):
+  settings = settings_from_config(small_config.get_config())
+  main = importlib.import_module(f"cm3leon_jax.commands.{command}").main
+  whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+  for workdir in (whole, stopped):
+    make_raw(workdir, settings)
+  main(settings, epath.Path(whole))
+  job = start(command, stopped, "small_config")
+  log = stopped / folder / "metrics.jsonl"
+  while job.poll() is None and not (log.exists() and log.stat().st_size):
+    time.sleep(0.02)
+  job.send_signal(number)
+  output, errors = job.communicate(timeout=300)
+  assert job.returncode == code, errors
+  assert "Traceback" not in errors
+  sentence = (
+    rf"stopped at step (\d+) of {small_config.STEPS}; saved in {stopped / folder}: the same"
+  )
+  step = int(re.search(sentence, output)[1])
+  assert 10 <= step < small_config.STEPS
+  assert not (stopped / folder / stages.DONE).exists()
+  capfd.readouterr()
+  main(settings, epath.Path(stopped))
+  assert f"{folder}: continues from step {step}." in capfd.readouterr().out
+  names = [sorted(p.name for p in (root / folder).iterdir()) for root in (whole, stopped)]
+  assert names[0] == names[1]
+  assert stages.DONE in names[0]
+  assert "training" not in names[0]
+  params = [(root / folder / "params.safetensors").read_bytes() for root in (whole, stopped)]
+  assert params[0] == params[1]

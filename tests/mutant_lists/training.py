@@ -162,7 +162,13 @@ TRAINING = (
   *mutants_of(
     "cm3leon_jax/training/train.py",
     f"{SKIPPED_TEST}::test_too_many_skipped_steps_stop_the_run_and_it_goes_on_without_their_rows",
-    ("skipped_steps_are_saved", " and not monitor.skipped())", " and monitor.skipped() < 2)"),
+    ("skipped_steps_are_saved", "or not skipped or", "or skipped < 2 or"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/train.py",
+    f"{SKIPPED_TEST}::test_signals_while_steps_are_skipped_keep_the_checkpoint_from_before",
+    ("skipped_steps_are_saved_at_a_signal", " and skipped < step - saved)", ")"),
+    ("a_signal_after_a_skipped_step_saves_nothing", " or (code is not None and", " or (False and"),
   ),
   *mutants_of(
     "cm3leon_jax/training/train.py",
@@ -321,7 +327,16 @@ TRAINING = (
   *mutants_of(
     "cm3leon_jax/planning/memory.py",
     "tests/planning/memory_test.py::test_a_step_that_does_not_fit_names_the_flags_that_fit",
-    ("only_the_kept_values_count", "if memory.total <= limit", "if memory.kept <= limit"),
+    (
+      "only_the_kept_values_count",
+      "shape, platform)\n  if memory.total <= limit",
+      "shape, platform)\n  if memory.kept <= limit",
+    ),
     ("flags_that_do_not_fit", "shape, platform).total <= limit", "shape, platform).kept <= limit"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/planning/memory.py",
+    "tests/planning/memory_test.py::test_an_update_that_does_not_fit_names_the_flags_that_fit",
+    ("updates_that_do_not_fit", "other, shape).total <= limit", "other, shape).kept <= limit"),
   ),
 )

@@ -12,8 +12,10 @@ from etils import epath
 import jax
 import pytest
 
+from cm3leon_jax.commands import reinforce as reinforce_command
 from cm3leon_jax.commands import train as train_command
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.instruction_config import InstructionsConfig
 from cm3leon_jax.mesh import MeshConfig, abstract
 from cm3leon_jax.planning import memory
 from cm3leon_jax.planning.topology import CHIPS
@@ -152,6 +154,69 @@ def test_a_step_that_does_not_fit_names_the_flags_that_fit():
 
 def device(kind: str, platform: str = "tpu", stats=None):
   return types.SimpleNamespace(device_kind=kind, platform=platform, memory_stats=lambda: stats)
+
+
+# Of the table of updates: slice, config, data x fsdp x tensor x fsdp_inner, images, remat; GiB.
+UPDATE = re.compile(r"\| v\w+-\d+ \| (sft_\w+) \| ([\d x]+) \| (\d+) \| (\w+) \| ([\d.]+) of")
+
+
+def update_of(config: str, mesh: tuple, images: int, policy: str, family: str = "opt"):
+  """Settings and mesh of an update on so many images a device."""
+  settings = settings_of(config, mesh, 0, policy, images * math.prod(mesh) // mesh[2])
+  model = dataclasses.replace(settings.model, family=family)
+  return dataclasses.replace(settings, model=model), settings.mesh.over(math.prod(mesh))
+
+
+def test_the_estimate_of_an_update_is_near_the_compilers_numbers():
+  """With prompts of 896 slots, as compiled."""
+  errors = []
+  for config, sizes, images, policy, gib in UPDATE.findall(PAGE.read_text()):
+    mesh = tuple(map(int, sizes.split(" x ")))
+    family = "modern" if config.endswith("_modern") else "opt"
+    case = update_of(config.removesuffix("_modern"), mesh, int(images), policy, family)
+    found = memory.estimate_update(*case, prompt=896).total / GIB
+    errors.append((abs(found / float(gib) - 1), config, mesh, found, gib))
+  assert len(errors) == 5
+  assert max(errors)[0] < 0.05, max(errors)
+  assert f"at most {100 * max(errors)[0]:.1f}%: a test" in " ".join(PAGE.read_text().split())
+
+
+def test_an_update_that_does_not_fit_names_the_flags_that_fit():
+  settings, shape = update_of("sft_350m", (1, 2, 1, 2), 512, "minimal")
+  limit = int(CHIPS["v5e"].hbm * GIB)
+  with pytest.raises(UserError) as error:
+    memory.check_update(settings, shape, limit)
+  message = str(error.value)
+  assert message.startswith("an update on 512 images of two streams at once takes at least ")
+  flags = re.search(r"which has 15\.75; this fits: (.*)\. --skip_memory_check", message)[1]
+  size = int(
+    flags.removeprefix("--config.model.remat_policy=full --config.train.global_batch_size=")
+  )
+  assert size % settings.reinforce.samples == 0
+
+  def fits(n):
+    train = dataclasses.replace(settings.train, global_batch_size=n)
+    model = dataclasses.replace(settings.model, remat_policy="full")
+    other = dataclasses.replace(settings, train=train, model=model)
+    return memory.estimate_update(other, shape).total <= limit
+
+  assert fits(size)
+  assert not fits(size + settings.reinforce.samples)
+  assert memory.check_update(*update_of("sft_350m", (1, 2, 1, 2), 4, "minimal"), limit).rows == 8
+  with pytest.raises(UserError, match="no fewer images fit: take more devices"):
+    memory.check_update(*update_of("sft_7b", (1, 2, 1, 2), 1, "full"), limit)
+
+
+def test_learning_from_rewards_refuses_before_it_reads_a_stage(tmp_path, monkeypatch):
+  workdir = epath.Path(tmp_path)
+  settings = dataclasses.replace(SETTINGS, instructions=InstructionsConfig(tasks="scenes"))
+  with pytest.raises(UserError, match="is not finished"):  # CPUs are not checked.
+    reinforce_command.main(settings, workdir, "elsewhere")
+  monkeypatch.setattr(memory, "device_memory", lambda device: 1_000)
+  with pytest.raises(UserError, match=r"^an update on .* take more devices\. --skip_memory_check"):
+    reinforce_command.main(settings, workdir, "elsewhere")
+  with pytest.raises(UserError, match="is not finished"):
+    reinforce_command.main(settings, workdir, "elsewhere", skip_memory_check=True)
 
 
 def test_the_memory_of_a_device_is_what_its_backend_says_else_the_tables():

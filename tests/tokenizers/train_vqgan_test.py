@@ -123,6 +123,7 @@ def test_training_improves_and_leaves_its_files(images, tmp_path):
     "metrics.jsonl",
     "params.safetensors",
     "reconstructions.npz",
+    "training",
   ]
   shown = np.load(tmp_path / "reconstructions.npz")
   np.testing.assert_array_equal(shown["originals"], images[:6])

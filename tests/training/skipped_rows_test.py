@@ -1,5 +1,8 @@
 """Rows that a run leaves out, and what is said of the rows of skipped steps."""
 
+import os
+import signal
+
 from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import INTERRUPTED, UserError
 from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.models import transformer
@@ -54,9 +57,9 @@ def logged(folder):
   return read_json_lines(folder / "metrics" / "metrics.jsonl")
 
 
-def params_of(folder):
+def params_of(folder, step=None):
   with jax.set_mesh(mesh_of(1, 1, 1)):
-    return checkpoint.load_params(folder, MODEL)[0]
+    return checkpoint.load_params(folder, MODEL, step)[0]
 
 
 def skipped_steps(folder):
@@ -148,6 +151,55 @@ def test_too_many_skipped_steps_stop_the_run_and_it_goes_on_without_their_rows(l
   assert event == {"step": 4, "event": "left_out", **back.as_json}
   resumed = [line for line in logged(folder) if line.get("event") == "resumed"]
   assert all(line["replayed"] == line["identical"] for line in resumed)
+
+
+def sealed(folder):
+  return sorted(int(x.stem) for x in (folder / f"{checkpoint.FOLDER}.digests").glob("*.json"))
+
+
+def stop_after(loader, folder, step, **options):
+  """Sends SIGTERM after a step, so that the run notices it after the next one."""
+
+  def grid(_, at):
+    if at == step:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with pytest.raises(SystemExit) as end:
+    run(folder, loader, sample_grid=grid, sample_every=1, **options)
+  assert end.value.code == INTERRUPTED
+
+
+def test_signals_while_steps_are_skipped_keep_the_checkpoint_from_before(loader, tmp_path, capsys):
+  """Steps 6 to 9 read rows 40 to 71, a bad one each; step 5 is the first after checkpoint 4."""
+  loader.bad = range(40, 72, 8)
+  whole, folder = tmp_path / "whole", tmp_path / "run"
+  run(whole, loader)
+  assert skipped_steps(whole) == [6, 7, 8, 9]
+  assert sealed(whole) == [4, 12]  # Not 8.
+  stop_after(loader, folder, 5)
+  assert f"stopped at step 6 of 12; saved in {folder}: the same" in capsys.readouterr().out
+  assert sealed(folder) == [4, 6]
+  of_step_6 = params_of(folder)
+  stop_after(loader, folder, 7)  # Nothing was learned since step 6.
+  assert "stopped at step 8 of 12; all steps since 6 were skipped, so" in capsys.readouterr().out
+  assert sealed(folder) == [4, 6]
+  without = tmp_path / "without"
+  run(without, loader, skipped=(range(40, 72),), checkpoint_every=5, keep_checkpoints=3)
+  assert_equal(of_step_6, params_of(without, 5))
+  run(folder, loader)
+  assert losses(folder) == losses(whole)
+  assert_equal(params_of(folder), params_of(whole))
+
+
+def test_the_last_step_is_saved_though_it_is_skipped(loader, tmp_path):
+  """Step 12 reads rows 88 to 95, one of them bad; the state is that of step 11."""
+  loader.bad = range(90, 91)
+  assert run(tmp_path, loader)["steps"] == STEPS
+  assert skipped_steps(tmp_path) == [12]
+  assert sealed(tmp_path) == [8, 12]
+  without = tmp_path / "without"
+  run(without, loader, skipped=(range(88, 96),), checkpoint_every=11)
+  assert_equal(params_of(tmp_path), params_of(without, 11))
 
 
 def test_a_checkpoint_to_go_back_to_must_exist(loader, tmp_path):

@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import INTERRUPTED, UserError
 from cm3leon_jax.io import read_json_lines, write_json
 from cm3leon_jax.training import lease, small_trainer
 from tests.models.tiny import mesh_of
@@ -88,6 +90,32 @@ def test_a_killed_training_continues_bit_for_bit(tmp_path, whole):
   small_trainer.delete_checkpoints(tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
   assert (train(tmp_path / "other", seed=1) != whole).any()
+
+
+def test_a_training_that_ended_and_was_stopped_before_its_stage_takes_no_step(tmp_path, whole):
+  train(tmp_path)
+  rest = Examples()
+  np.testing.assert_array_equal(train(tmp_path, examples=rest), whole)
+  assert rest.rows == []
+
+
+def test_a_signal_saves_and_the_same_call_continues_bit_for_bit(tmp_path, whole, capsys):
+  class Stopped(Examples):
+    def __getitem__(self, rows):
+      if len(self.rows) == 6:
+        os.kill(os.getpid(), signal.SIGTERM)
+      return super().__getitem__(rows)
+
+  examples = Stopped()
+  with pytest.raises(SystemExit) as end:
+    train(tmp_path, examples=examples)
+  assert (end.value.code, len(examples.rows)) == (INTERRUPTED, 7)
+  sentence = f"stopped at step 7 of 12; saved in {tmp_path}: the same command continues.\n"
+  assert sentence in capsys.readouterr().out
+  assert not (tmp_path / lease.NAME).exists()
+  rest = Examples()
+  np.testing.assert_array_equal(train(tmp_path, examples=rest), whole)
+  assert len(rest.rows) == 5
 
 
 def test_a_folder_in_which_another_job_trains_is_refused(tmp_path, monkeypatch):
