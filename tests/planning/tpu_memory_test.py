@@ -1,4 +1,4 @@
-"""Memory of the 7B's train step on slices of each chip, by the TPU compiler."""
+"""Memory of the 7B's train step, and of learning from rewards, by the TPU compiler."""
 
 import pytest
 
@@ -28,3 +28,13 @@ def test_memory_of_the_7b_step(tmp_path, topology, mesh, batch, policy, most):
   assert report["sum_gib"] <= most
   collectives = report["collectives"]
   assert collectives["all-reduce"]["bytes"] < 0.05 * collectives["reduce-scatter"]["bytes"]
+
+
+def test_memory_of_learning_from_rewards(tmp_path):
+  """The 7B draws an image for a prompt on every device of v5p-256, and learns from all of them."""
+  flags = ["--config=ml_configs/sft_7b.py", "--topology=v5p-256", "--config.mesh.fsdp=16"]
+  flags += ["--config.mesh.fsdp_inner=8", "--batch_per_device=1", "--decode_batch=128"]
+  update = aot_compile(tmp_path, *flags, "--program=reinforce")["reinforce"]
+  assert update["tokens"] == 2 * 128 * 1_151
+  assert update["sum_gib"] <= 4.0
+  assert aot_compile(tmp_path, *flags, "--program=decode")["decode"]["sum_gib"] <= 95.73
