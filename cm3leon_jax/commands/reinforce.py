@@ -91,6 +91,11 @@ def main(settings, workdir, init_from: str = "", allow_changed: Sequence[str] = 
   settings = dataclasses.replace(settings, train=one_pass)
   if not settings.instructions.any:
     raise UserError("config.instructions has no tasks, whose records are the prompts: name some.")
+  if settings.train.replay_every:
+    raise UserError(
+      f"config.train.replay_every is {settings.train.replay_every}; launch.reinforce checks no "
+      "steps: it must be 0."
+    )
   if not init_from and not (workdir / "train" / "config.json").exists():
     raise UserError("name the run that learns from rewards: --init_from=workdir/scenes_instruct")
   more = {"reinforce": dataclasses.asdict(settings.reinforce)}
