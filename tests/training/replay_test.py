@@ -10,7 +10,6 @@ import pytest
 
 from benchmarks import faults_replay
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.training import replay
 from cm3leon_jax.training.assignment import Assignment, assignments, moved, moved_back
@@ -23,9 +22,8 @@ from cm3leon_jax.training.fingerprint import (
 )
 from cm3leon_jax.training.replay import Replay, judge, replaying
 from cm3leon_jax.training.train import TrainConfig
-from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.models.tiny import mesh_of
-from tests.training import train_test
+from tests.training import runs
 
 
 def tree_on(mesh):
@@ -233,19 +231,12 @@ def test_a_changed_state_starts_again_unless_a_checkpoint_may_hold_it():
   assert error.value.exit_code == 2
 
 
-@pytest.fixture(scope="module")
-def loader(tmp_path_factory):
-  return RowLoader(make_plan(make_sources(tmp_path_factory.mktemp("stores"))), VOCAB)
-
-
-def test_a_run_with_checked_steps_learns_the_same(loader, tmp_path, capsys):
+def test_a_run_with_checked_steps_learns_the_same(whole, loader, tmp_path, capsys):
   """Bit for bit on the CPU, here on its only device, which is said."""
-  train_test.run(tmp_path / "plain", loader)
-  assert "only device" not in capsys.readouterr().out
-  train_test.run(tmp_path / "checked", loader, replay_every=5)
+  runs.run(tmp_path, loader, replay_every=5)
   assert capsys.readouterr().out.count("steps are checked on the only device") == 1
-  assert train_test.losses(tmp_path / "checked") == train_test.losses(tmp_path / "plain")
-  lines = read_json_lines(epath.Path(tmp_path / "checked" / "metrics" / "metrics.jsonl"))
+  assert runs.losses(tmp_path) == runs.losses(whole[0])
+  lines = read_json_lines(epath.Path(tmp_path) / "metrics" / "metrics.jsonl")
   checked = {line["step"]: line["replay_faults"] for line in lines if "replay_faults" in line}
   assert checked == {5: 0, 10: 0}
 
