@@ -4,9 +4,10 @@
   python -m benchmarks.faults --part=kill --count=25
 
 Parts: `kill` (SIGKILL at random moments), `damage` (checkpoints damaged, in process), `command`
-(the same before launch.train, and full disks), `elastic` (a changing number of processes). What is
-done is kept in the workdir, so that each part can be stopped and continued. Writes results.json and
-table.md there; exit code 1 if a run lost anything or a fault had no message. docs/reliability.md.
+(the same before launch.train, and full disks), `elastic` (a changing number of processes), `replay`
+(bits that flip on a device). What is done is kept in the workdir, so that each part can be stopped
+and continued. Writes results.json and table.md there; exit code 1 if a run lost anything or a fault
+had no message. docs/reliability.md.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +18,14 @@ import time
 
 from absl import app, flags
 
-from benchmarks import faults_command, faults_damage, faults_elastic, faults_kill, faults_table
+from benchmarks import (
+  faults_command,
+  faults_damage,
+  faults_elastic,
+  faults_kill,
+  faults_replay,
+  faults_table,
+)
 from cm3leon_jax.io import read_json, write_json
 
 
@@ -45,6 +53,7 @@ PARTS = {
   "elastic": Part(
     20, faults_elastic.measure, faults_elastic.summarize, faults_table.elastic_failures
   ),
+  "replay": Part(100, faults_replay.measure, faults_replay.summarize, faults_table.replay_failures),
 }
 
 

@@ -47,6 +47,20 @@ def elastic_failures(summary: dict) -> list[str]:
   return found
 
 
+def replay_failures(summary: dict) -> list[str]:
+  """Says what a summary of `faults_replay` has that must not be."""
+  found = []
+  for kind, numbers in summary["kinds"].items():
+    for name in ("found", "named"):
+      if numbers[name] < numbers["flips"]:
+        found.append(f"{kind}: {numbers['flips'] - numbers[name]} flips not {name}")
+    if numbers["wrong"]:
+      found.append(f"{kind}: {numbers['wrong']} runs went on with another state")
+  if summary["alarms"]:
+    found.append(f"{summary['alarms']} of {summary['clean']} steps without a flip: a false alarm")
+  return found
+
+
 def _seconds(spread: dict) -> str:
   if not spread:
     return NONE
@@ -89,6 +103,18 @@ def _elastic_rows(summary: dict) -> list[tuple]:
   return result
 
 
+def _replay_rows(summary: dict) -> list[tuple]:
+  rows = []
+  for kind, numbers in summary["kinds"].items():
+    flips, found = numbers["flips"], f"{numbers['found']} found, {numbers['named']} named"
+    parts = [f"{numbers[name]} {name}" for name in ("recovered", "stopped", "wrong")]
+    ended = ", ".join(part for part in parts if not part.startswith("0 "))
+    lost = "those since the checkpoint" if numbers["stopped"] else "0"
+    rows.append((f"bit flip in {kind}, `replay_every`", f"{flips}", found, ended, lost, "0", NONE))
+  clean = f"checked steps without a flip: {summary['alarms']} false alarms"
+  return [*rows, (clean, f"{summary['clean']}", NONE, NONE, "0", "0", NONE)]
+
+
 def markdown(numbers: dict) -> str:
   """Returns the table of results.json, and the moments of the kills."""
   header = (
@@ -104,6 +130,8 @@ def markdown(numbers: dict) -> str:
     rows += _damage_rows(numbers["command"], ", `launch.train`")
   if "elastic" in numbers:
     rows += _elastic_rows(numbers["elastic"])
+  if "replay" in numbers:
+    rows += _replay_rows(numbers["replay"])
   lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
   lines += [f"| {' | '.join(row)} |" for row in rows]
   if "kill" in numbers:

@@ -1,12 +1,18 @@
-r"""Measures what a save costs the step loop, at the size of the demo.
+r"""Measures what a save, or a checked step, costs the step loop, at the size of the demo.
 
   python -m benchmarks.save_cost
+  python -m benchmarks.save_cost --replay_every=200
 
 Blocks of `--block` steps on random tokens alternate: each second one begins with a save. The cost
 is the time that the save stops the loop, and what steps take longer than others until the
 checkpoint is sealed, as a share of the steps from one checkpoint of the config to the next.
+
+With `--replay_every` the last step of each block is checked (`train.replay_every`). The cost is
+what this step and the one before, which leaves its fingerprint, take longer than two others, as a
+share of so many steps.
 """
 
+import dataclasses
 import functools
 import pathlib
 import tempfile
@@ -21,11 +27,13 @@ from cm3leon_jax.data.pipeline import rows_of_samples
 from cm3leon_jax.mesh import MeshConfig, create_mesh, shard
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.training.checkpoint import Checkpoints
+from cm3leon_jax.training.replay import Replay
 from cm3leon_jax.training.train import compile_steps
 
 _VARIANT = flags.DEFINE_string("variant", "15", "Variant of the config `scenes`: 15, long.")
 _BLOCK = flags.DEFINE_integer("block", 20, "Steps of a block.", lower_bound=2)
 _BLOCKS = flags.DEFINE_integer("blocks", 8, "Number of blocks with a save.", lower_bound=1)
+_REPLAY = flags.DEFINE_integer("replay_every", 0, "Measure checked steps, at so many steps.", 0)
 
 
 def make_batch(settings: Settings):
@@ -71,6 +79,43 @@ def measure(settings: Settings, every: int, blocks: int, folder: pathlib.Path) -
   return results[1:]
 
 
+def measure_replay(settings: Settings, every: int, blocks: int) -> tuple[list, list, list]:
+  """Runs blocks of steps that end with a checked one.
+
+  Returns:
+    Seconds of ordinary steps, of those before a checked one, and of checked ones.
+  """
+  steps = compile_steps(settings.model, settings.optimizer, settings.train, settings.vocab, 0)
+  config = dataclasses.replace(settings.train, replay_every=every)
+  take_step = Replay(steps, config, 0, jax.sharding.get_mesh())
+  batch, state = make_batch(settings), steps.init()
+  found: tuple[list, list, list] = ([], [], [])
+  for i in range((blocks + 1) * every):
+    start = time.perf_counter()
+    state, metrics = take_step(state, batch)
+    jax.block_until_ready(metrics)
+    if i >= every:  # The first block compiles.
+      found[max(0, i % every - every + 3)].append(time.perf_counter() - start)
+  if take_step.faults:
+    raise RuntimeError("; ".join(take_step.faults))
+  return found
+
+
+def print_replay(found: tuple[list, list, list], every: int) -> None:
+  """Prints the cost of a checked step in `every` steps."""
+  alone, before, checked = found
+  step = np.median(alone)
+  print(f"ordinary steps: {spread(alone)}, {len(alone)} steps")
+  print(
+    f"the step before: {spread(before)}; checked steps: {spread(checked)}, {len(checked)} steps"
+  )
+  costs = sorted(100 * (a + b - 2 * step) / (every * step) for a, b in zip(before, checked))
+  print(
+    f"a checked step every {every} steps costs {np.median(costs):.2f}% of their time "
+    f"({costs[0]:.2f} to {costs[-1]:.2f})"
+  )
+
+
 def spread(values: list[float]) -> str:
   """Formats median and 10th to 90th percentile of seconds."""
   low, middle, high = 1e3 * np.percentile(values, [10, 50, 90]) if values else [0, 0, 0]
@@ -80,6 +125,10 @@ def spread(values: list[float]) -> str:
 def main(_) -> None:
   settings = settings_from_config(scenes.get_config(_VARIANT.value))
   logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it writes.
+  if _REPLAY.value:
+    with jax.set_mesh(create_mesh(MeshConfig())):
+      print_replay(measure_replay(settings, _BLOCK.value, _BLOCKS.value), _REPLAY.value)
+    return
   with jax.set_mesh(create_mesh(MeshConfig())), tempfile.TemporaryDirectory() as folder:
     results = measure(settings, _BLOCK.value, _BLOCKS.value, pathlib.Path(folder))
   without, saved = results[::2], results[1::2]

@@ -77,9 +77,14 @@ def _scores(settings, workdir, objective, reference, prompts) -> tuple[dict, dic
 
 
 def _check(settings, workdir, init_from: str) -> None:
-  """Raises UserError if there is nothing to learn, or no run that learns."""
+  """Raises UserError if there is nothing to learn, no run that learns, or a step to check."""
   if not settings.instructions.any:
     raise UserError("config.instructions has no tasks, whose records are the prompts: name some.")
+  if settings.train.replay_every:
+    raise UserError(
+      f"config.train.replay_every is {settings.train.replay_every}; launch.reinforce checks no "
+      "steps: it must be 0."
+    )
   if not init_from and not (workdir / "train" / "config.json").exists():
     raise UserError("name the run that learns from rewards: --init_from=workdir/scenes_instruct")
 

@@ -44,8 +44,9 @@ class Memory:
 
   Attributes:
     rows: R; no bytes.
-    state: parameters, the optimizer's moments and the average of the parameters; of
-      `launch.reinforce` also the starting model, in the compute dtype.
+    state: parameters, the optimizer's moments and the average of the parameters; twice, if steps
+      are checked (`train.replay_every`); of `launch.reinforce` also the starting model, in the
+      compute dtype.
     batch: rows of a whole step.
     accumulation: sum of the gradients of several passes.
     kept: values that the layers keep for the backward pass.
@@ -103,10 +104,11 @@ def estimate(settings, shape: Mapping[str, int], platform: str = "tpu") -> Memor
   overlapped = (4 + b) * model.vocab_size / tensor * D if shape["data"] > 1 else 0
   accumulated = train.gradient_accumulation_steps > 1
   fields = 6 if settings.instructions.any else 5
+  states = 2 if train.replay_every else 1
   return Memory(
     rows=R,
-    state=params * 4 + _optimizer_bytes(settings.optimizer, params, matrices),
-    batch=4 * fields * L * train.global_batch_size / batch_shards,
+    state=states * (params * 4 + _optimizer_bytes(settings.optimizer, params, matrices)),
+    batch=states * 4 * fields * L * train.global_batch_size / batch_shards,
     accumulation=4 * params * accumulated,
     kept=kept,
     working=max(phases) - kept + overlapped,

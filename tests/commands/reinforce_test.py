@@ -14,6 +14,7 @@ from cm3leon_jax.export import weights
 from cm3leon_jax.io import read_json, read_json_lines
 from cm3leon_jax.reinforcement import rewards
 from cm3leon_jax.training.policy import ReinforceConfig
+from cm3leon_jax.training.train import TrainConfig
 from tests.commands.instructions_test import copy, one_mesh, settings_of
 from tests.generation.run import save_run
 
@@ -114,6 +115,7 @@ def test_clip_scores_captions(source, prepared, tmp_path):
   [
     ({}, "name the run that learns from rewards: --init_from="),
     ({"instructions": InstructionsConfig()}, r"config\.instructions has no tasks"),
+    ({"train": TrainConfig(replay_every=2)}, r"config\.train\.replay_every is 2; .* must be 0"),
   ],
 )
 def test_a_run_without_a_start_or_tasks_is_refused(prepared, tmp_path, changes, message):

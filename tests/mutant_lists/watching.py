@@ -1,8 +1,9 @@
-"""Mutants of what watches a run: the hang watch, boards, the metrics for Prometheus."""
+"""Mutants of what watches a run: hang watch, boards, metrics for Prometheus, checked steps."""
 
 from tests.mutant_lists.mutant import mutants_of
 
 WATCH, WATCH_TEST = "cm3leon_jax/training/hang_watch.py", "tests/training/hang_watch_test.py"
+REPLAY_TEST = "tests/training/replay_test.py"
 
 WATCHING = (
   *mutants_of(
@@ -53,5 +54,30 @@ WATCHING = (
     "tests/training/prometheus_test.py",
     ("an_evaluation_is_a_step", '    if "loss" in values:\n', "    if values:\n"),
     ("everything_is_served", '!= "/metrics"', '== "/never"'),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/fingerprint.py",
+    f"{REPLAY_TEST}::test_a_digest_by_hand",
+    ("a_digest_loses_the_first_word", "(hashed | 1)", "hashed"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/fingerprint.py",
+    f"{REPLAY_TEST}::test_a_tolerance_lets_rounding_pass_and_nothing_that_is_not_finite",
+    ("an_infinite_norm_hides_an_error", "np.minimum(a.norm", "np.maximum(a.norm"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/assignment.py",
+    f"{REPLAY_TEST}::test_moved_arrays_are_the_same_on_other_devices",
+    ("arrays_move_the_other_way", "(i + assignment.shift) % size", "(i - assignment.shift) % size"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/replay.py",
+    f"{REPLAY_TEST}::test_a_flip_is_found_and_its_device_named",
+    ("the_runs_own_state_counts", "return 2 if self.wrong == (0,) else 0", "return 0"),
+    (
+      "a_state_may_change",
+      'before.digest != prints["read"].digest',
+      "before.digest != before.digest",
+    ),
   ),
 )

@@ -125,6 +125,14 @@ def test_more_rows_kept_values_and_passes_take_more():
   assert total(mesh=(16, 16, 1, 1), batch=1_024) > total(batch=1_024)
 
 
+def test_checked_steps_hold_state_and_batch_twice():
+  settings = settings_of("cm3leon_7b", (1, 16, 1, 16), 4, "full")
+  checking = dataclasses.replace(settings.train, replay_every=200)
+  once, twice = estimated(settings), estimated(dataclasses.replace(settings, train=checking))
+  assert (twice.state, twice.batch) == (2 * once.state, 2 * once.batch)
+  assert twice.total == pytest.approx(once.total + once.state + once.batch)
+
+
 def test_a_step_that_does_not_fit_names_the_flags_that_fit():
   settings = settings_of("cm3leon_7b", (1, 16, 1, 16), 32, "save_attention")
   shape, limit = settings.mesh.over(256), int(CHIPS["v5e"].hbm * GIB)

@@ -1,0 +1,286 @@
+"""Part `replay` of `benchmarks.faults`: bits that flip in a training with `train.replay_every`.
+
+One bit flips: in a parameter or a moment of the optimizer on one device, after a step has left the
+state and before a checked step reads it; or in a gradient or an update of one device while one of
+the computations of a checked step runs. Leaf, device, element, bit and computation are random. It
+must be found, and the sentence name this device and no other. Steps without a flip must find none.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import pathlib
+import re
+
+import numpy as np
+
+from benchmarks import faults_run
+from cm3leon_jax.io import read_json_lines
+
+KINDS = ("parameters", "moments", "gradients", "updates")
+# Sizes of data, fsdp and tensor of 8 devices; passes of a step.
+MESHES = (((2, 2, 2), 2), ((1, 8, 1), 1), ((8, 1, 1), 1))
+DEVICES = 8
+CLEAN = 40  # Checked steps of a mesh in which no bit flips.
+NONE = (-1, 0, 0)  # Of no array a bit flips.
+
+
+def flipped(tree, fault):
+  """Flips a bit under jit.
+
+  Args:
+    tree: of fp32 arrays.
+    fault: int32 [4], which device of the mesh, array, element of what the device holds of it (the
+      remainder by its size), bit. Array -1: nothing flips.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  from cm3leon_jax.mesh import AXES
+
+  leaves, structure = jax.tree.flatten(tree)
+  specs = [jax.typeof(x).sharding.spec for x in leaves]
+
+  def on_device(leaves, fault):
+    here = jax.lax.axis_index(AXES) == fault[0]
+    found = []
+    for i, x in enumerate(leaves):
+      words = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
+      at = (jnp.arange(x.size) == fault[2] % x.size) & here & (fault[1] == i)
+      words ^= at.astype(jnp.uint32) << fault[3].astype(jnp.uint32)
+      found.append(jax.lax.bitcast_convert_type(words.reshape(x.shape), x.dtype))
+    return found
+
+  found = jax.shard_map(on_device, in_specs=(specs, jax.P(None)), out_specs=specs, check_vma=False)(
+    leaves, fault
+  )
+  return jax.tree.unflatten(structure, found)
+
+
+def flip_on_device(x, device, element: int, bit: int):
+  """Returns an array of which one device holds a flipped bit, if need be in one replica of many."""
+  import jax
+
+  held = []
+  for shard in x.addressable_shards:
+    if shard.device == device:
+      words = np.array(shard.data).view(np.uint32)
+      words.reshape(-1)[element % words.size] ^= np.uint32(1 << bit)
+      held.append(jax.device_put(words.view(x.dtype), device))
+    else:
+      held.append(shard.data)
+  return jax.make_array_from_single_device_arrays(x.shape, x.sharding, held)
+
+
+class Trainer:
+  """A tiny training on 8 devices of this process, in which bits flip."""
+
+  def __init__(self, shape: tuple[int, int, int], passes: int):
+    """Prepares its steps.
+
+    Args:
+      shape: sizes of data, fsdp and tensor.
+      passes: of a step.
+    """
+    import jax
+
+    from cm3leon_jax.training.optimizer import OptimizerConfig
+    from cm3leon_jax.training.train import TrainConfig, compile_steps
+    from tests.data.stores import VOCAB
+    from tests.models import tiny
+
+    self.mesh = tiny.mesh_of(*shape)
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, ema_decay=0.9)
+    self._config = TrainConfig(
+      steps=10_000, global_batch_size=8, gradient_accumulation_steps=passes, replay_every=2
+    )
+    with jax.set_mesh(self.mesh):
+      steps = compile_steps(tiny.CONFIG, optimizer, self._config, VOCAB, 0)
+      self._steps = dataclasses.replace(steps, checked=self._checked)
+      self._state = steps.init()
+    sections = (tiny.CONFIG, optimizer, self._config, VOCAB)
+    self._jitted = jax.jit(functools.partial(_faulty_step, *sections), donate_argnums=0)
+    self._flips: list[tuple] = []
+
+  def _checked(self, state, batch, num_sources=0):
+    """Takes the checked step of one computation, in which the next of the flips may happen."""
+    import jax
+
+    del num_sources
+    mesh = jax.sharding.get_mesh()
+    device, *numbers = self._flips.pop(0) if self._flips else (None, NONE, NONE)
+    place = 0 if device is None else mesh.devices.flatten().tolist().index(device)
+    faults = [np.int32([place, *n]) for n in numbers]
+    replicated = jax.sharding.NamedSharding(mesh, jax.P(None))
+    return self._jitted(state, batch, *jax.device_put(faults, replicated))
+
+  def _batch(self, seed: int) -> dict:
+    import jax
+
+    from cm3leon_jax.mesh import spec
+    from tests.training.state_test import make_batch
+
+    sharding = jax.sharding.NamedSharding(self.mesh, spec("batch", "length"))
+    return {
+      name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+      for name, x in make_batch(seed).items()
+    }
+
+  def trial(self, kind: str, rng: np.random.Generator, replay_tolerance: float = 0.0) -> dict:
+    """Takes two steps, of which the second is checked, and flips a bit; "none": no bit.
+
+    Returns:
+      "kind", "where": what was flipped; "found"; "named": whether the sentence names the device and
+      no other; "recovered": whether the state after the second step is that of a run without a
+      flip, bit for bit, None if the run stopped; "sentence": what is printed.
+    """
+    import jax
+
+    from cm3leon_jax.config import UserError
+    from cm3leon_jax.training.replay import Replay
+
+    device = self.mesh.devices.flat[rng.integers(self.mesh.size)]
+    element, bit = int(rng.integers(2**31)), int(rng.integers(32))
+    config = dataclasses.replace(self._config, replay_tolerance=replay_tolerance)
+    with jax.set_mesh(self.mesh), contextlib.redirect_stdout(io.StringIO()):
+      batches = [self._batch(int(rng.integers(1_000))) for _ in range(2)]
+      expected = self._run(self._state, batches)
+      replay = Replay(self._steps, config, 0, self.mesh)
+      state, _ = replay(_copy(self._state), batches[0])
+      where, state = self._inject(kind, state, device, element, bit, rng)
+      try:
+        found, _ = replay(state, batches[1])
+        recovered = _same(found, expected)
+      except UserError:
+        recovered = None
+      finally:
+        self._flips.clear()
+    sentence = "; ".join(replay.faults)
+    devices = re.findall(r"device (\d+) \([^)]*\) of process (\d+)", sentence)
+    return {
+      "kind": kind,
+      "where": where,
+      "found": bool(replay.faults),
+      "named": devices == [(f"{device.id}", f"{device.process_index}")],
+      "recovered": recovered,
+      "sentence": sentence,
+    }
+
+  def _inject(self, kind: str, state, device, element: int, bit: int, rng):
+    """Flips a bit of the state now, or arranges that one flips in the next step."""
+    import jax
+
+    from cm3leon_jax.training.fingerprint import names_of
+
+    if kind in ("parameters", "moments"):
+      names, (leaves, structure) = names_of(state), jax.tree.flatten(state)
+      belongs = {"parameters": r"^params", "moments": r"\.(mu|nu)\."}[kind]
+      of_kind = [i for i, name in enumerate(names) if re.search(belongs, name)]
+      i = of_kind[rng.integers(len(of_kind))]
+      leaves[i] = flip_on_device(leaves[i], device, element, bit)
+      return f"{names[i]}, device {device.id}, bit {bit}", jax.tree.unflatten(structure, leaves)
+    if kind == "none":
+      return "", state
+    names = names_of(state.params)
+    i, computation = int(rng.integers(len(names))), int(rng.integers(2))
+    flip = (i, element, bit)
+    flips = (flip, NONE) if kind == "gradients" else (NONE, flip)
+    self._flips = [(device, NONE, NONE)] * computation + [(device, *flips)]
+    return f"{names[i]}, device {device.id}, bit {bit}, computation {computation}", state
+
+  def _run(self, state, batches: list):
+    """Returns the state after two steps without flips, the second by the program of a check."""
+    state, _ = self._steps.train(_copy(state), batches[0])
+    return self._checked(state, batches[1])[0]
+
+
+def _faulty_step(model, optimizer_config, config, vocab, state, batch, gradients, updates):
+  """A checked step in which a bit of the gradients flips before anything reads them, or of the
+  updates after the optimizer has made them; see `flipped`."""
+  import optax
+
+  from cm3leon_jax.training.optimizer import create_optimizer
+  from cm3leon_jax.training.replay import checked_step
+  from cm3leon_jax.training.state import train_step
+
+  optimizer = create_optimizer(optimizer_config, config.steps)
+
+  def flip_updates(found, opt_state, params):
+    found, opt_state = optimizer.update(found, opt_state, params)
+    return flipped(found, updates), opt_state
+
+  def make_step(watched):
+    def flip_gradients(found, opt_state, params):
+      return watched.update(flipped(found, gradients), opt_state, params)
+
+    faulty = optax.GradientTransformation(watched.init, flip_gradients)
+    passes, decay = config.gradient_accumulation_steps, optimizer_config.ema_decay
+    step = functools.partial(train_step, model, faulty, vocab.text_size, passes)
+    return functools.partial(step, ema_decay=decay)
+
+  return checked_step(make_step, optax.GradientTransformation(optimizer.init, flip_updates))(
+    state, batch
+  )
+
+
+def _copy(tree):
+  import jax
+
+  return jax.tree.map(lambda x: x.copy(), tree)
+
+
+def _same(a, b) -> bool:
+  """Compares what the devices of this process hold of two trees, bit for bit."""
+  import jax
+
+  def content(tree) -> list[bytes]:
+    shards = [s for x in jax.tree.leaves(tree) for s in x.addressable_shards]
+    return [np.asarray(s.data).tobytes() for s in sorted(shards, key=lambda s: s.device.id)]
+
+  return content(a) == content(b)
+
+
+def trials(root: pathlib.Path, seed: int, number: int, count: int) -> None:
+  """Appends the results of `count` trials on a mesh, in which no bit flips at first, to its log."""
+  log = root / f"mesh_{number}.jsonl"
+  trainer = Trainer(*MESHES[number])
+  with log.open("a") as file:
+    for i in range(len(read_json_lines(log)), CLEAN + count):
+      rng = np.random.default_rng([seed, number, i])
+      kind = "none" if i < CLEAN else KINDS[(i - CLEAN) % len(KINDS)]
+      file.write(json.dumps(trainer.trial(kind, rng)) + "\n")
+      file.flush()
+
+
+def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
+  """Yields the results of `count` flips, and of steps without one, mesh by mesh."""
+  root = root / "replay"
+  for number, share in enumerate(np.array_split(np.arange(count), len(MESHES))):
+    log, asked = root / f"mesh_{number}.jsonl", CLEAN + len(share)
+    if len(read_json_lines(log)) < asked:
+      arguments = (root, seed, number, len(share))
+      faults_run.finish(faults_run.Process.function(root, trials, *arguments, devices=DEVICES))
+    yield from read_json_lines(log)[:asked]
+
+
+def summarize(results: list[dict]) -> dict:
+  """Counts what was found, by kind."""
+  kinds = {}
+  for kind in KINDS:
+    of_kind = [result for result in results if result["kind"] == kind]
+    ended = [result["recovered"] for result in of_kind]
+    kinds[kind] = {
+      "flips": len(of_kind),
+      "found": sum(result["found"] for result in of_kind),
+      "named": sum(result["named"] for result in of_kind),
+      "recovered": ended.count(True),
+      "stopped": ended.count(None),
+      "wrong": ended.count(False),
+    }
+  clean = [result for result in results if result["kind"] == "none"]
+  alarms = sum(result["found"] or not result["recovered"] for result in clean)
+  return {"flips": sum(k["flips"] for k in kinds.values()), "kinds": kinds,
+          "clean": len(clean), "alarms": alarms}  # fmt: skip

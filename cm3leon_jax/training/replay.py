@@ -1,0 +1,313 @@
+"""Silent corruption: some steps are computed again on other devices, and the results compared.
+
+A step that is checked is computed twice, the second time with every shard on another device. If
+the fingerprints of what the two read, of their gradients, or of the states that they leave differ,
+a third computation on yet other devices decides. Also the state that the step before has left must
+be, bit for bit, the one that a checked step reads.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import socket
+from typing import TYPE_CHECKING
+
+import jax
+from jax.sharding import Mesh
+import numpy as np
+import optax
+
+from cm3leon_jax import distributed
+from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.training.assignment import assignments, moved, moved_back
+from cm3leon_jax.training.fingerprint import (
+  Fingerprint,
+  equal,
+  fingerprint,
+  fingerprint_of,
+  names_of,
+)
+
+if TYPE_CHECKING:
+  from cm3leon_jax.training.train import Steps, TrainConfig
+
+# What is compared, in the order in which an error spreads.
+STAGES = {
+  "read": "the state that it reads",
+  "gradients": "gradients",
+  "updates": "updates",
+  "left": "the new state",
+}
+MOST = 2  # Faults that a start finds before it stops: sound devices make none in their lives.
+Fingerprints = dict[str, Fingerprint]
+
+
+def checked_step(
+  make_step: Callable[[optax.GradientTransformation], Callable],
+  optimizer: optax.GradientTransformation,
+) -> Callable:
+  """Makes a train step that also returns the fingerprints of `STAGES`.
+
+  Args:
+    make_step: optimizer -> step, (state, batch, num_sources) -> (state, metrics).
+    optimizer: of the run.
+
+  Returns:
+    (state, batch, num_sources) -> (state, metrics, fingerprints).
+  """
+
+  def step(state, batch, num_sources=0):
+    found = {"read": fingerprint(state)}
+
+    def update(gradients, opt_state, params):
+      found["gradients"] = fingerprint(gradients)  # Before the clipping, which spreads an error.
+      updates, opt_state = optimizer.update(gradients, opt_state, params)
+      found["updates"] = fingerprint(updates)
+      return updates, opt_state
+
+    watched = optax.GradientTransformation(optimizer.init, update)
+    state, metrics = make_step(watched)(state, batch, num_sources=num_sources)
+    return state, metrics, {**found, "left": fingerprint(state)}
+
+  return step
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """What three computations of a step say about each other.
+
+  Attributes:
+    wrong: numbers of those that the two others contradict somewhere, while they agree.
+    undecided: whether somewhere no two agree.
+    stage: the first of `STAGES` in which they differ.
+    arrays: numbers of the arrays that differ there.
+    devices: that held what was outvoted there.
+  """
+
+  wrong: tuple[int, ...]
+  undecided: bool
+  stage: str
+  arrays: tuple[int, ...]
+  devices: tuple[jax.Device, ...]
+
+  @property
+  def majority(self) -> int | None:
+    """Number of a computation whose state can be trusted; None if there is none."""
+    if self.undecided or len(self.wrong) != 1:
+      return None
+    return 2 if self.wrong == (0,) else 0
+
+
+def judge(
+  computations: Sequence[Fingerprints], meshes: Sequence[Mesh], tolerance: float = 0.0
+) -> Verdict:
+  """Compares three computations, of which two differ, shard by shard.
+
+    digests of an array on 3 devices, which are rolled by 0, 1 and 2 places:
+      [7 8 9], [7 8 9], [7 5 9]: the third is wrong in shard 1, then on device 1 + 2 = 0
+
+  Args:
+    computations: fingerprints by stage, as numpy arrays.
+    meshes: on which they were computed.
+    tolerance: see `fingerprint.equal`.
+  """
+  wrong: set[int] = set()
+  undecided = False
+  first: tuple[str, tuple[int, ...], tuple[jax.Device, ...]] | None = None
+  for stage in STAGES:
+    a, b, c = computations
+    ab, ac, bc = (_agree(stage, *pair, tolerance) for pair in ((a, b), (a, c), (b, c)))
+    outvoted = (bc & ~(ab & ac), ac & ~(ab & bc), ab & ~(ac & bc))
+    wrong |= {i for i, places in enumerate(outvoted) if places.any()}
+    undecided |= bool((~ab & ~ac & ~bc).any())
+    differ = ~(ab & ac & bc)
+    if first is None and differ.any():
+      devices: dict[jax.Device, None] = {}
+      for mesh, places in zip(meshes, outvoted, strict=True):
+        devices |= dict.fromkeys(mesh.devices.flat[i] for i in np.flatnonzero(places.any(1)))
+      first = stage, tuple(np.flatnonzero(differ.any(0)).tolist()), tuple(devices)
+  return Verdict(tuple(sorted(wrong)), undecided, *(first or ("left", (), ())))
+
+
+class Replay:
+  """The step function of a run in which some steps are checked.
+
+  Attributes:
+    faults: descriptions of those that were found.
+  """
+
+  def __init__(self, steps: "Steps", config: "TrainConfig", step: int, mesh: Mesh):
+    """Prepares it.
+
+    Args:
+      steps: the run's.
+      config: of the run: replay_every, replay_tolerance, checkpoint_every.
+      step: that the run continues after.
+      mesh: of the run.
+    """
+    self._usual, self._checked, self._config, self._step = steps.train, steps.checked, config, step
+    self._assignments = assignments(mesh)
+    self._meshes = (mesh, *(a.mesh(mesh) for a in self._assignments))
+    self._left: Fingerprint | None = None  # Of the newest state, if the next step is checked.
+    self.faults: list[str] = []
+    if mesh.size == 1:
+      distributed.print_once(
+        "train: steps are checked on the only device (train.replay_every): an error that it makes "
+        "each time is not noticed."
+      )
+
+  def __call__(self, state, batch, num_sources: int = 0):
+    """Takes a step, see `state.train_step`; of a checked one also returns replay_faults.
+
+    Raises:
+      TryAgain: the state has changed since the step before.
+      UserError: the same, and a checkpoint may hold it; no two of three computations agree; or it
+        is the `MOST`th fault.
+    """
+    self._step += 1
+    if self._is_checked(self._step):
+      return self._check(state, batch, num_sources)
+    state, metrics = self._usual(state, batch, num_sources=num_sources)
+    self._left = fingerprint_of(state) if self._is_checked(self._step + 1) else None
+    return state, metrics
+
+  def _is_checked(self, step: int) -> bool:
+    return step % self._config.replay_every == 0
+
+  def _check(self, state, batch, num_sources: int):
+    """Computes a step twice, and a third time if that differs; never holds a third state."""
+    # The second computation comes first: the state is still there for the third one.
+    again = self._compute(1, *self._move(1, state, batch), num_sources)[2]
+    spare = self._move(2, state, batch)
+    before, self._left = jax.device_get(self._left), None
+    new, metrics, prints = self._compute(0, state, batch, num_sources)
+    changed = np.zeros_like(prints["read"].digest, bool)
+    if before is not None:
+      changed = before.digest != prints["read"].digest
+    tolerance = self._config.replay_tolerance
+    same = all(_agree(stage, prints, again, tolerance).all() for stage in STAGES)
+    # All processes decide the same, whatever one of them has read.
+    findings = distributed.gather([bool(changed.any()), not same])
+    if any(found for found, _ in findings):
+      self._raise_changed(changed, names_of(new))
+    if any(found for _, found in findings):
+      new, metrics, prints = self._decide((new, metrics, prints), again, spare, num_sources)
+    if self._is_checked(self._step + 1):
+      self._left = prints["left"]
+    return new, {**metrics, "replay_faults": len(self.faults)}
+
+  def _move(self, number: int, state, batch):
+    """Copies the inputs of a step to the devices of a computation."""
+    place = self._assignments[number - 1]
+    return moved((state, batch), self._meshes[0], self._meshes[number], place)
+
+  def _compute(self, number: int, state, batch, num_sources: int):
+    """Computes a checked step, which donates `state`, and waits for its fingerprints."""
+    with jax.set_mesh(self._meshes[number]):
+      state, metrics, prints = self._checked(state, batch, num_sources=num_sources)
+      return state, metrics, jax.device_get(prints)
+
+  def _decide(self, first, again: Fingerprints, spare, num_sources: int):
+    """Computes the step a third time.
+
+    Args:
+      first: state, metrics and fingerprints of the first computation.
+      again: fingerprints of the second one.
+      spare: inputs of the third one.
+      num_sources: of the step.
+
+    Returns:
+      State, metrics and fingerprints of a computation that another one confirms.
+    """
+    third = self._compute(2, *spare, num_sources)
+    prints = (first[2], again, third[2])
+    verdict = judge(prints, self._meshes, self._config.replay_tolerance)
+    of_params = verdict.stage in ("gradients", "updates")
+    names = names_of(first[0].params if of_params else first[0])
+    self._report(verdict, names)
+    if verdict.majority == 0:
+      return first
+    state = moved_back(third[0], self._meshes[2], self._meshes[0], self._assignments[1])
+    return state, *third[1:]
+
+  def _report(self, verdict: Verdict, names: list[str]) -> None:
+    """Prints what was found. Raises UserError if the run cannot go on."""
+    what = f"{STAGES[verdict.stage]} ({_listed([names[i] for i in verdict.arrays])})"
+    where = "the device cannot be told, because the error had spread to several shards"
+    if len(verdict.devices) == 1:
+      where = f"the error was made on {_described(verdict.devices)[0]}"
+    elif not verdict.devices:
+      where = "no device can be told"
+    if verdict.majority is None:
+      self.faults.append(
+        f"step {self._step}: no two of three computations agree about {what}, and {where}"
+      )
+      raise UserError(
+        f"{self.faults[-1]}. Either a device is broken: leave out its host, and the same command "
+        "continues from the newest checkpoint. Or these devices round differently in another "
+        "place: set train.replay_tolerance, or train.replay_every=0."
+      )
+    self.faults.append(
+      f"step {self._step}: one of three computations was wrong, in {what}; {where}"
+    )
+    if len(self.faults) >= MOST:
+      raise UserError(
+        f"{'; '.join(self.faults)}. Sound devices make no such errors: leave out the host, and the "
+        "same command continues from the newest checkpoint."
+      )
+    distributed.print_once(
+      f"train: warning: {self.faults[-1]}. The run continues with what the two others computed; "
+      "it stops at the next fault."
+    )
+
+  def _raise_changed(self, changed: np.ndarray, names: list[str]) -> None:
+    """Raises the error about a state that has changed between two steps."""
+    mesh, before = self._meshes[0], self._step - 1
+    arrays = _listed([names[i] for i in np.flatnonzero(changed.any(0))])
+    devices = _described([mesh.devices.flat[i] for i in np.flatnonzero(changed.any(1))])
+    self.faults.append(
+      f"the state that step {before} left is not the one that step {self._step} reads: {arrays} "
+      f"has changed on {_listed(devices)}"
+    )
+    if before % self._config.checkpoint_every == 0:
+      raise UserError(
+        f"{self.faults[-1]}. Checkpoint {before} may hold the error: go back to one before it "
+        "(`python -m launch.checkpoints rollback`), and leave out that host if it happens again."
+      )
+    raise TryAgain(
+      f"{self.faults[-1]}. The same command continues from the newest checkpoint; leave out that "
+      "host if it happens again."
+    )
+
+
+def replaying(steps: "Steps", config: "TrainConfig", step: int) -> "Steps":
+  """Returns the steps of a run, on the current mesh, that checks as `config.replay_every` says.
+
+  Args:
+    steps: of the run.
+    config: of the run.
+    step: that it continues after.
+  """
+  if not config.replay_every:
+    return steps
+  return dataclasses.replace(steps, train=Replay(steps, config, step, jax.sharding.get_mesh()))
+
+
+def _agree(stage: str, a: Fingerprints, b: Fingerprints, tolerance: float) -> np.ndarray:
+  """Compares a stage of two computations, [D, N]; what they read is the same in all bits."""
+  return equal(a[stage], b[stage], 0.0 if stage == "read" else tolerance)
+
+
+def _listed(names: Sequence[str]) -> str:
+  """Formats names: "a, b, c and 4 others"; "none" of none."""
+  more = len(names) - 3
+  others = f" and {more} other{'s' if more > 1 else ''}" if more > 0 else ""
+  return f"{', '.join(names[:3])}{others}" or "none"
+
+
+def _described(devices: Sequence[jax.Device]) -> list[str]:
+  """Describes devices with their processes and hosts. All processes must call it."""
+  hosts = distributed.gather(socket.gethostname())
+  return [
+    f"device {d.id} ({d.device_kind}) of process {d.process_index} on {hosts[d.process_index]}"
+    for d in devices
+  ]

@@ -1,0 +1,60 @@
+"""Bits that flip on a device of one of two processes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import faults_replay, faults_run, faults_table
+from benchmarks.faults_elastic import free_port
+from benchmarks.faults_replay import KINDS
+
+
+def trials_of_process(out, address, process):
+  """Makes trials as one of two processes, all with the same flips."""
+  from cm3leon_jax import distributed
+
+  distributed.initialize(address, 2, process, 120)
+  trainer = faults_replay.Trainer((1, 2, 2), 1)
+  kinds = ["none", *KINDS, *KINDS]
+  results = [trainer.trial(kind, np.random.default_rng([3, i])) for i, kind in enumerate(kinds)]
+  out.write_text(json.dumps(results))
+
+
+@pytest.mark.slow
+def test_a_flip_in_one_of_two_processes_is_named_by_both(tmp_path):
+  address, processes = f"localhost:{free_port()}", []
+  for i in range(2):
+    arguments = (trials_of_process, tmp_path / f"{i}.json", address, i)
+    processes.append(faults_run.Process.function(tmp_path / f"process_{i}", *arguments, devices=2))
+  for process in processes:
+    faults_run.finish(process)
+  results = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
+  assert results[0] == results[1]
+  summary = faults_replay.summarize(results[0])
+  assert faults_table.replay_failures(summary) == []
+  assert (summary["flips"], summary["clean"]) == (8, 1)
+  named = " ".join(result["sentence"] for result in results[0])
+  assert "of process 0 on" in named
+  assert "of process 1 on" in named
+
+
+def result(kind, found=True, named=True, recovered=True):
+  return {"kind": kind, "found": found, "named": named, "recovered": recovered}
+
+
+def test_a_flip_that_is_not_found_or_a_false_alarm_fails():
+  fine = [result(kind) for kind in KINDS] + [result("none", False, False)]
+  summary = faults_replay.summarize(fine)
+  assert faults_table.replay_failures(summary) == []
+  assert faults_table.markdown({"replay": summary}).splitlines()[2] == (
+    "| bit flip in parameters, `replay_every` | 1 | 1 found, 1 named | 1 recovered | 0 | 0 | - |"
+  )
+  for wrong in (
+    result("updates", found=False, named=False, recovered=False),
+    result("moments", named=False),
+    result("gradients", recovered=False),
+    result("none", found=True),
+    result("none", found=False, recovered=False),
+  ):
+    assert faults_table.replay_failures(faults_replay.summarize([*fine, wrong]))

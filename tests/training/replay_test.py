@@ -1,0 +1,246 @@
+"""Bits that flip on a device are found, and the device named; without one there is no alarm."""
+
+import types
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import faults_replay
+from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.training import replay
+from cm3leon_jax.training.assignment import Assignment, assignments, moved, moved_back
+from cm3leon_jax.training.fingerprint import (
+  Fingerprint,
+  equal,
+  fingerprint,
+  fingerprint_of,
+  names_of,
+)
+from cm3leon_jax.training.replay import Replay, judge, replaying
+from cm3leon_jax.training.train import TrainConfig
+from tests.models.tiny import mesh_of
+from tests.training import runs
+
+
+def tree_on(mesh):
+  """Arrays of several dtypes, split, partly split and whole."""
+  rng = np.random.default_rng(0)
+  host = {
+    "split": (rng.normal(size=(8, 6)).astype(np.float32), jax.P(("tensor", "fsdp"), None)),
+    "half": (rng.normal(size=(4, 6)).astype(jnp.bfloat16), jax.P("fsdp", None)),
+    "whole": (np.int32([7, -8]), jax.P(None)),
+    "flag": (np.bool_(True), jax.P()),
+  }
+  return {
+    name: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+    for name, (x, spec) in host.items()
+  }
+
+
+def flipped(x, place: int, rng):
+  """Flips a random bit of what one device, by its place in the mesh, holds of an array."""
+  device, held = x.sharding.mesh.devices.flat[place], []
+  for shard in x.addressable_shards:
+    data = np.array(shard.data)
+    if shard.device == device:
+      content = bytearray(data.tobytes())
+      bit = 0 if data.dtype == bool else rng.integers(8)
+      content[rng.integers(len(content))] ^= 1 << int(bit)
+      data = np.frombuffer(bytes(content), data.dtype).reshape(data.shape)
+    held.append(jax.device_put(data, shard.device))
+  return jax.make_array_from_single_device_arrays(x.shape, x.sharding, held)
+
+
+def test_a_flipped_bit_changes_one_number_of_a_digest():
+  """Of any array, on any device, replicas included; and equal arrays have equal digests."""
+  mesh, rng = mesh_of(2, 2, 2), np.random.default_rng(1)
+  with jax.set_mesh(mesh):
+    tree = tree_on(mesh)
+    first = jax.device_get(fingerprint_of(tree))
+    assert names_of(tree) == ["flag", "half", "split", "whole"]
+    for name in tree:
+      for place in range(mesh.size):
+        with np.errstate(all="ignore"):
+          other = {**tree, name: flipped(tree[name], place, rng)}
+        found = equal(first, jax.device_get(fingerprint_of(other)))
+        expected = np.ones((8, 4), bool)
+        expected[place, names_of(tree).index(name)] = False
+        np.testing.assert_array_equal(found, expected)
+    assert equal(first, jax.device_get(fingerprint_of(tree))).all()
+
+
+def test_a_digest_by_hand():
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    x = jax.device_put(np.float32([[0.0, 1.0], [2.0, -3.0]]), jax.P(None, None))
+    found = jax.device_get(jax.jit(fingerprint)(x))
+  weights = [(i * 0x9E3779B1) % 2**32 for i in range(4)]
+  words = [0, 0x3F800000, 0x40000000, 0xC0400000]
+  signs = [1 if w >> 31 else -1 for w in weights]
+  assert found.digest.tolist() == [[sum(w * (v | 1) for w, v in zip(words, weights)) % 2**32]]
+  assert found.projection.tolist() == [[sum(s * v for s, v in zip(signs, (0, 1, 2, -3)))]]
+  assert found.norm[0, 0] == pytest.approx(14**0.5)
+
+
+def test_a_tolerance_lets_rounding_pass_and_nothing_that_is_not_finite():
+  def of(projection, norm, digest=1):
+    return Fingerprint(
+      *(np.array([[x]], t) for x, t in ((digest, "u4"), (projection, "f4"), (norm, "f4")))
+    )
+
+  sound = of(5.0, 100.0)
+  assert equal(sound, of(5.05, 100.0, 2), 1e-3).all()
+  assert not equal(sound, of(5.05, 100.0, 2)).any()
+  assert not equal(sound, of(5.2, 100.0, 2), 1e-3).any()
+  for projection, norm in ((1e38, np.inf), (np.nan, np.nan), (np.inf, np.inf)):
+    assert not equal(sound, of(projection, norm, 2), 1e-3).any()
+    assert not equal(of(projection, norm, 2), sound, 1e-3).any()
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (4, 1, 1), (1, 1, 1)])
+def test_moved_arrays_are_the_same_on_other_devices(shape):
+  mesh = mesh_of(*shape)
+  tree = tree_on(mesh)
+  for assignment in assignments(mesh):
+    target = assignment.mesh(mesh)
+    there = moved(tree, mesh, target, assignment)
+    back = moved_back(there, target, mesh, assignment)
+    for x, y, z in zip(*map(jax.tree.leaves, (tree, there, back)), strict=True):
+      assert y.sharding == jax.sharding.NamedSharding(target, x.sharding.spec)
+      assert z.sharding == x.sharding
+      np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+      np.testing.assert_array_equal(np.asarray(x), np.asarray(z))
+      buffers = [{s.data.unsafe_buffer_pointer() for s in a.addressable_shards} for a in (x, y)]
+      assert not buffers[0] & buffers[1]  # A copy: the two are donated one after the other.
+
+
+def test_three_assignments_have_every_shard_on_three_devices():
+  for shape in ((1, 8, 1), (2, 2, 2), (8, 1, 1), (1, 1, 4), (1, 2, 2, 2), (1, 3, 1)):
+    mesh = mesh_of(*shape)
+    meshes = [mesh, *(a.mesh(mesh) for a in assignments(mesh))]
+    for devices in zip(*(m.devices.flat for m in meshes)):
+      assert len(set(devices)) == 3
+  pair = mesh_of(1, 2, 1)
+  assert assignments(pair) == (Assignment("fsdp", 1), Assignment())
+
+
+def test_two_of_three_name_the_device_of_the_third():
+  """The literals of the docstring; and three that differ name none."""
+  mesh = mesh_of(1, 3, 1)
+  meshes = [mesh, *(a.mesh(mesh) for a in assignments(mesh))]
+  assert meshes[2].devices.flatten().tolist() == [mesh.devices.flat[i] for i in (2, 0, 1)]
+
+  def of(*digests, **others):
+    def numbers(x):
+      zeros = np.zeros((3, 1), np.float32)
+      return Fingerprint(np.uint32(x)[:, None], zeros, zeros)
+
+    stages = {stage: numbers([7, 8, 9]) for stage in replay.STAGES}
+    return {**stages, "gradients": numbers(digests), **{k: numbers(x) for k, x in others.items()}}
+
+  fine, third = of(7, 8, 9), of(7, 5, 9, left=[1, 2, 3])
+  found = judge((fine, fine, third), meshes)
+  assert (found.wrong, found.undecided, found.stage, found.arrays) == (
+    (2,),
+    False,
+    "gradients",
+    (0,),
+  )
+  assert found.devices == (mesh.devices.flat[0],)
+  assert found.majority == 0
+  assert judge((third, fine, fine), meshes).majority == 2
+  assert judge((third, fine, fine), meshes).devices == (mesh.devices.flat[1],)
+  spread = judge((fine, of(1, 2, 3), fine), meshes)
+  assert (spread.majority, len(spread.devices)) == (0, 3)
+  none = judge((fine, third, of(7, 6, 9)), meshes)
+  assert (none.majority, none.undecided, none.devices) == (None, True, ())
+  # A device that is always wrong: another shard is wrong in each computation.
+  broken = judge((of(5, 8, 9), of(7, 8, 4), of(7, 3, 9)), meshes)
+  assert broken.devices == (mesh.devices.flat[0],)
+  assert (broken.wrong, broken.majority) == ((0, 1, 2), None)
+  assert judge((fine, fine, fine), meshes).wrong == ()
+
+
+@pytest.fixture(scope="module")
+def trainer():
+  return faults_replay.Trainer((1, 2, 2), 1)
+
+
+@pytest.mark.parametrize("kind", faults_replay.KINDS)
+def test_a_flip_is_found_and_its_device_named(trainer, kind):
+  for seed in range(3):
+    found = trainer.trial(kind, np.random.default_rng([5, seed]))
+    assert (found["found"], found["named"]) == (True, True), found
+    assert found["recovered"] is (None if kind in ("parameters", "moments") else True)
+
+
+def test_no_flip_is_no_alarm(trainer):
+  found = trainer.trial("none", np.random.default_rng(5))
+  assert (found["found"], found["recovered"]) == (False, True)
+
+
+def test_a_flip_that_is_not_compared_is_not_found(trainer, monkeypatch):
+  """The negative control: without the comparison a run goes on with another state."""
+  monkeypatch.setattr(replay, "equal", lambda a, b, tolerance=0.0: np.ones_like(a.digest, bool))
+  found = [trainer.trial("gradients", np.random.default_rng([5, seed])) for seed in range(6)]
+  assert not any(result["found"] for result in found)
+  assert any(not result["recovered"] for result in found)
+
+
+def test_flips_above_a_tolerance_are_found(trainer):
+  """Bit 30 of a number below 2 makes it huge; bit 0 is rounding."""
+  for bit, is_found in ((30, True), (0, False)):
+    rng = types.SimpleNamespace(integers=lambda n, bit=bit: bit if n == 32 else n // 3)
+    found = trainer.trial("gradients", rng, replay_tolerance=1e-3)
+    assert found["found"] is is_found, found
+
+
+def wrong_replay(step=0, **fields):
+  """A Replay whose computations are told what they find; 4 devices."""
+  mesh = mesh_of(1, 4, 1)
+  config = TrainConfig(**{"replay_every": 2, "checkpoint_every": 500, **fields})
+  steps = types.SimpleNamespace(train=None, checked=None)
+  return Replay(steps, config, step, mesh)
+
+
+def test_the_second_fault_of_a_start_stops_it(capsys):
+  found = wrong_replay()
+  device = jax.devices()[2]
+  one = replay.Verdict((1,), False, "gradients", (0,), (device,))
+  found._report(one, ["embed"])
+  printed = capsys.readouterr().out
+  assert printed.startswith("train: warning: step 0: one of three computations was wrong, in gradi")
+  assert f"(embed); the error was made on device {device.id} (cpu) of process 0 on" in printed
+  with pytest.raises(UserError, match=r"step 0: .*; step 0: .* leave out the host") as error:
+    found._report(one, ["embed"])
+  assert error.value.exit_code == 2
+
+
+def test_a_changed_state_starts_again_unless_a_checkpoint_may_hold_it():
+  changed = np.zeros((4, 2), bool)
+  changed[3, 1] = True
+  with pytest.raises(
+    TryAgain, match=r"step 1 left .* step 2 reads: b has changed on device 3 \(cpu"
+  ):
+    wrong_replay(2)._raise_changed(changed, ["a", "b"])
+  with pytest.raises(UserError, match="Checkpoint 1 may hold the error") as error:
+    wrong_replay(2, checkpoint_every=1)._raise_changed(changed, ["a", "b"])
+  assert error.value.exit_code == 2
+
+
+def test_a_run_with_checked_steps_learns_the_same(whole, loader, tmp_path, capsys):
+  """Bit for bit on the CPU, here on its only device, which is said."""
+  runs.run(tmp_path, loader, replay_every=5)
+  assert capsys.readouterr().out.count("steps are checked on the only device") == 1
+  assert runs.losses(tmp_path) == runs.losses(whole[0])
+  lines = read_json_lines(epath.Path(tmp_path) / "metrics" / "metrics.jsonl")
+  checked = {line["step"]: line["replay_faults"] for line in lines if "replay_faults" in line}
+  assert checked == {5: 0, 10: 0}
+
+
+def test_without_replay_the_steps_are_those_of_before():
+  steps = types.SimpleNamespace()
+  assert replaying(steps, TrainConfig(), 0) is steps
