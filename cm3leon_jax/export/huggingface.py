@@ -253,7 +253,7 @@ def export(
   host = jax.tree.map(lambda x: np.asarray(x, np.float32), jax.device_get(params))
   tensors = opt_tensors(host) if config.family == "opt" else qwen3_tensors(host)
   tensors = {name: x.astype(dtype) for name, x in tensors.items()}
-  with replacing(folder / WEIGHTS, durable=True) as file:
+  with replacing(folder / WEIGHTS) as file:
     file.write(safetensors_numpy.save(tensors, {"format": "pt"}))
   return {
     "architecture": described["architectures"][0],
