@@ -59,7 +59,7 @@ class Lease:
       return
     self._stop.set()
     self._thread.join()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(Exception):  # Of a bucket, of any kind: the first error counts.
       if self._read().get("token") == self._token:
         self._path.unlink(missing_ok=True)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import pytest
 
@@ -164,6 +165,16 @@ def test_the_lease_of_another_job_is_not_given_back(tmp_path, monkeypatch):
   with Lease(tmp_path):
     hold(tmp_path)
   assert json.loads((tmp_path / lease.NAME).read_text())["token"] == "other"
+
+
+def test_a_lease_that_cannot_be_given_back_buries_no_error(tmp_path, monkeypatch):
+  def run():
+    with Lease(tmp_path):
+      monkeypatch.setattr(lease, "read_json", mock.Mock(side_effect=RuntimeError("status 503")))
+      raise ZeroDivisionError
+
+  with pytest.raises(ZeroDivisionError):
+    run()
 
 
 def test_a_job_stops_when_another_one_has_taken_its_lease(tmp_path):
