@@ -4,12 +4,14 @@ A command that refuses its flags spends nearly all of its time on imports.
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import os
 import pathlib
 import runpy
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,7 @@ class Server:
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
+      start_new_session=True,  # So that what it forked ends with it.
     )
     atexit.register(self.close)
 
@@ -43,8 +46,10 @@ class Server:
     return int(self._process.stdout.readline())
 
   def close(self) -> None:
-    """Ends the process."""
-    self._process.kill()
+    """Ends the process and what it forked; the next command starts another."""
+    server.cache_clear()
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(self._process.pid, signal.SIGKILL)
     self._process.communicate()
 
 

@@ -200,7 +200,8 @@ def _top_k(x: Float[Array, "B V"], k: int) -> tuple[Float[Array, "B k"], Int32[A
   """Finds the k largest of each row where the row is: XLA:TPU would gather all rows first."""
   sharding, largest = jax.typeof(x).sharding, functools.partial(jax.lax.top_k, k=k)
   if not sharding.mesh.empty:
-    largest = jax.shard_map(largest, in_specs=sharding.spec, out_specs=sharding.spec)
+    whole_rows = jax.P(sharding.spec[0], None)
+    largest = jax.shard_map(largest, in_specs=whole_rows, out_specs=whole_rows)
   values, ids = largest(x)
   return values, ids
 

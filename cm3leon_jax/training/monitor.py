@@ -86,7 +86,7 @@ def heldout_lines(step: int, steps: int, losses: dict[str, float], share: float)
   Args:
     step: its number.
     steps: number of steps of the run.
-    losses: result of `train.evaluate`.
+    losses: result of `heldout.evaluate`.
     share: goodput.
   """
   modalities, sources = split_by_source(losses)
@@ -105,7 +105,7 @@ def change_line(before: dict[str, float], after: dict[str, float]) -> str:
     train: held-out loss before -> after: count 5.310 -> 0.031, pairs 1.871 -> 1.946 nats per target
 
   Args:
-    before: result of `train.evaluate` at step 0.
+    before: result of `heldout.evaluate` at step 0.
     after: at the last step.
   """
   pairs = [split_by_source(losses) for losses in (before, after)]
@@ -232,7 +232,7 @@ class Monitor:
         board.flush()
 
   def heldout(self, step: int, losses: dict[str, float]) -> None:
-    """Logs the held-out losses of `step`, see `train.evaluate`."""
+    """Logs the held-out losses of `step`, see `heldout.evaluate`."""
     self._write(step, losses)
     share = goodput(self._watch.seconds())
     for line in heldout_lines(step, self._config.steps, losses, share):

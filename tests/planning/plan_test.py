@@ -187,7 +187,8 @@ def test_the_command_prints_a_plan_and_writes_the_files_of_every_launcher(tmp_pa
   pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
   assert pod["containers"][0]["args"] == [
     "--distributed", "--config=ml_configs/cm3leon_350m.py:paper", "--config.seed=3",
-    "--config.train.wandb=cats", "--workdir=gs://bucket/350m", *numbers["flags"], "--init_from=gs://bucket/old",
+    "--config.train.wandb=cats", "--workdir=gs://bucket/350m", *numbers["flags"],
+    "--init_from=gs://bucket/old",
   ]  # fmt: skip
 
 

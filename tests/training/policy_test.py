@@ -131,7 +131,7 @@ def naive_loss(params, model, rollout, reference, kl_weight, temperature):
   return -values.mean() + kl_weight * kl
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 8, 1)])
 def test_a_step_follows_the_gradient_of_its_definition(shape):
   model, kl_weight, temperature = model_config("modern"), 0.3, 0.7
   values = np.float32([1, -1, 0.5, -0.5, 0, 0, -2, 2])
