@@ -8,6 +8,7 @@ from collections.abc import Callable
 import contextlib
 import email
 import email.policy
+import functools
 import http.server
 import json
 import re
@@ -34,7 +35,7 @@ class Server:
     self.uploads: dict[str, tuple[str, str, bytearray]] = {}
     self.lock = threading.Lock()
     self._generation = 0
-    self._http = http.server.ThreadingHTTPServer(("localhost", 0), _handler(self))
+    self._http = http.server.ThreadingHTTPServer(("localhost", 0), functools.partial(Handler, self))
     self.url = f"http://localhost:{self._http.server_address[1]}"
     threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
@@ -109,147 +110,150 @@ class Server:
     return {"kind": "storage#objects", "items": items, "prefixes": sorted(prefixes)}
 
 
-def _handler(server: Server) -> type[http.server.BaseHTTPRequestHandler]:
-  class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Handler(http.server.BaseHTTPRequestHandler):
+  """Answers one connection, by the buckets of a `Server`."""
 
-    def log_message(self, *_):
-      pass
+  protocol_version = "HTTP/1.1"
 
-    def answer(self, status: int, content=b"", **headers) -> None:
-      if isinstance(content, dict):
-        content = json.dumps(content).encode()
-        headers["Content-Type"] = "application/json"
-      self.send_response(status)
-      for name, value in headers.items():
-        self.send_header(name.replace("_", "-"), value)
-      self.send_header("Content-Length", str(len(content)))
-      self.end_headers()
-      if self.command != "HEAD":
-        self.wfile.write(content)
+  def __init__(self, buckets: Server, *connection):
+    self.buckets = buckets  # Before the connection is handled, which is in `super().__init__`.
+    super().__init__(*connection)
 
-    def refuse(self, status: int) -> None:
-      self.answer(status, {"error": {"code": status, "message": f"status {status}"}})
+  def log_message(self, *_):
+    pass
 
-    def body(self) -> bytes:
-      if self.headers.get("Transfer-Encoding") != "chunked":
-        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-      parts = []
-      while size := int(self.rfile.readline().split(b";")[0], 16):
-        parts.append(self.rfile.read(size))
-        self.rfile.readline()
+  def answer(self, status: int, content=b"", **headers) -> None:
+    if isinstance(content, dict):
+      content = json.dumps(content).encode()
+      headers["Content-Type"] = "application/json"
+    self.send_response(status)
+    for name, value in headers.items():
+      self.send_header(name.replace("_", "-"), value)
+    self.send_header("Content-Length", str(len(content)))
+    self.end_headers()
+    if self.command != "HEAD":
+      self.wfile.write(content)
+
+  def refuse(self, status: int) -> None:
+    self.answer(status, {"error": {"code": status, "message": f"status {status}"}})
+
+  def body(self) -> bytes:
+    if self.headers.get("Transfer-Encoding") != "chunked":
+      return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+    parts = []
+    while size := int(self.rfile.readline().split(b";")[0], 16):
+      parts.append(self.rfile.read(size))
       self.rfile.readline()
-      return b"".join(parts)
+    self.rfile.readline()
+    return b"".join(parts)
 
-    def handle_any(self) -> None:
-      server.requests.append((self.command, self.path))
-      body = self.body()
-      if status := server.fault(self.command, self.path):
-        self.refuse(status)
-        return
-      url = urlsplit(self.path)
-      query = {name: values[-1] for name, values in parse_qs(url.query).items()}
-      if url.path.startswith("/upload/") or url.path.startswith("/resumable/upload/"):
-        self.upload(unquote(url.path), query, body)
-      elif found := OBJECT.match(url.path):
-        self.object(found[1], found[2], query)
-      elif (found := re.match(r"^/storage/v1/b/([^/]+)/o/?$", url.path)) and server.has(found[1]):
-        self.answer(200, server.list(found[1], query))
-      elif (found := re.match(r"^/storage/v1/b/([^/]+)$", url.path)) and server.has(found[1]):
-        self.answer(200, {"kind": "storage#bucket", "id": found[1], "name": found[1]})
-      elif found := re.match(r"^/([^/]+)/(.+)$", url.path):  # XML API, by the C++ client.
-        self.object(found[1], found[2], {**query, "alt": "media"})
-      else:
-        self.refuse(404)
+  def handle_any(self) -> None:
+    self.buckets.requests.append((self.command, self.path))
+    body = self.body()
+    if status := self.buckets.fault(self.command, self.path):
+      self.refuse(status)
+      return
+    url, has = urlsplit(self.path), self.buckets.has
+    query = {name: values[-1] for name, values in parse_qs(url.query).items()}
+    if url.path.startswith("/upload/") or url.path.startswith("/resumable/upload/"):
+      self.upload(unquote(url.path), query, body)
+    elif found := OBJECT.match(url.path):
+      self.object(found[1], found[2], query)
+    elif (found := re.match(r"^/storage/v1/b/([^/]+)/o/?$", url.path)) and has(found[1]):
+      self.answer(200, self.buckets.list(found[1], query))
+    elif (found := re.match(r"^/storage/v1/b/([^/]+)$", url.path)) and has(found[1]):
+      self.answer(200, {"kind": "storage#bucket", "id": found[1], "name": found[1]})
+    elif found := re.match(r"^/([^/]+)/(.+)$", url.path):  # XML API, by the C++ client.
+      self.object(found[1], found[2], {**query, "alt": "media"})
+    else:
+      self.refuse(404)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
+  do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
 
-    def object(self, bucket: str, name: str, query: dict[str, str]) -> None:
-      name, action, target = re.match(r"(.*?)(?:/(rewriteTo|copyTo|moveTo)/(.*))?$", name).groups()
-      name = unquote(name)
-      if (bucket, name) not in server.objects:
-        self.refuse(404)
-        return
-      content, generation = server.objects[bucket, name]
-      unless = query.get("ifGenerationNotMatch")
-      if action:
-        to = target.removeprefix("b/").partition("/")[0] if action != "moveTo" else bucket
-        key = unquote(target.partition("o/")[2])
-        about = server.put(to, key, content, query.get("ifGenerationMatch"))
-        if action == "moveTo":
-          del server.objects[bucket, name]
-        self.answer(200, {"done": True, "resource": about, **about})
-      elif self.command == "DELETE":
-        with server.lock:
-          server.objects.pop((bucket, name), None)
-        self.answer(204)
-      elif unless is not None and int(unless) == generation:
-        self.answer(304)
-      elif query.get("alt") == "media":
-        self.read(content, generation)
-      else:
-        self.answer(200, server.about(bucket, name))
+  def object(self, bucket: str, name: str, query: dict[str, str]) -> None:
+    name, action, target = re.match(r"(.*?)(?:/(rewriteTo|copyTo|moveTo)/(.*))?$", name).groups()
+    name = unquote(name)
+    if (bucket, name) not in self.buckets.objects:
+      self.refuse(404)
+      return
+    content, generation = self.buckets.objects[bucket, name]
+    unless = query.get("ifGenerationNotMatch")
+    if action:
+      to = target.removeprefix("b/").partition("/")[0] if action != "moveTo" else bucket
+      key = unquote(target.partition("o/")[2])
+      about = self.buckets.put(to, key, content, query.get("ifGenerationMatch"))
+      if action == "moveTo":
+        del self.buckets.objects[bucket, name]
+      self.answer(200, {"done": True, "resource": about, **about})
+    elif self.command == "DELETE":
+      with self.buckets.lock:
+        self.buckets.objects.pop((bucket, name), None)
+      self.answer(204)
+    elif unless is not None and int(unless) == generation:
+      self.answer(304)
+    elif query.get("alt") == "media":
+      self.read(content, generation)
+    else:
+      self.answer(200, self.buckets.about(bucket, name))
 
-    def read(self, content: bytes, generation: int) -> None:
-      about = {"x_goog_generation": str(generation), "x_goog_stored_content_length": len(content)}
-      about["Content_Type"] = "application/octet-stream"
-      found = re.match(r"bytes=(\d*)-(\d*)$", self.headers.get("Range", ""))
-      if not found:
-        self.answer(200, content, **about)
-        return
-      size = len(content)
-      first = int(found[1]) if found[1] else max(0, size - int(found[2]))
-      last = min(int(found[2]), size - 1) if found[1] and found[2] else size - 1
-      if first >= size:
-        self.answer(416, **about)
-        return
-      part = content[first : last + 1]
-      self.answer(206, part, Content_Range=f"bytes {first}-{last}/{size}", **about)
+  def read(self, content: bytes, generation: int) -> None:
+    about = {"x_goog_generation": str(generation), "x_goog_stored_content_length": len(content)}
+    about["Content_Type"] = "application/octet-stream"
+    found = re.match(r"bytes=(\d*)-(\d*)$", self.headers.get("Range", ""))
+    if not found:
+      self.answer(200, content, **about)
+      return
+    size = len(content)
+    first = int(found[1]) if found[1] else max(0, size - int(found[2]))
+    last = min(int(found[2]), size - 1) if found[1] and found[2] else size - 1
+    if first >= size:
+      self.answer(416, **about)
+      return
+    part = content[first : last + 1]
+    self.answer(206, part, Content_Range=f"bytes {first}-{last}/{size}", **about)
 
-    def upload(self, path: str, query: dict[str, str], body: bytes) -> None:
-      bucket = re.search(r"/b/([^/]+)/o", path)[1]
-      name, match = query.get("name"), query.get("ifGenerationMatch")
-      if "upload_id" in query:
-        self.continue_upload(query["upload_id"], body)
-        return
-      if query["uploadType"] == "resumable":
-        name = name or json.loads(body)["name"]
-        key = str(len(server.uploads))
-        server.uploads[key] = (bucket, name, bytearray())
-        self.answer(200, Location=f"{server.url}{path}?uploadType=resumable&upload_id={key}")
-        return
-      if query["uploadType"] == "multipart":
-        about, body = self.parts(body)
-        name = name or about["name"]
-      stored = server.put(bucket, name, body, match)
-      if stored is None:
-        self.refuse(412)
-      else:
-        self.answer(200, stored)
+  def upload(self, path: str, query: dict[str, str], body: bytes) -> None:
+    bucket = re.search(r"/b/([^/]+)/o", path)[1]
+    name, match = query.get("name"), query.get("ifGenerationMatch")
+    if "upload_id" in query:
+      self.continue_upload(query["upload_id"], body)
+      return
+    if query["uploadType"] == "resumable":
+      name = name or json.loads(body)["name"]
+      key = str(len(self.buckets.uploads))
+      self.buckets.uploads[key] = (bucket, name, bytearray())
+      self.answer(200, Location=f"{self.buckets.url}{path}?uploadType=resumable&upload_id={key}")
+      return
+    if query["uploadType"] == "multipart":
+      about, body = self.parts(body)
+      name = name or about["name"]
+    stored = self.buckets.put(bucket, name, body, match)
+    if stored is None:
+      self.refuse(412)
+    else:
+      self.answer(200, stored)
 
-    def parts(self, body: bytes) -> tuple[dict, bytes]:
-      boundary = email.message_from_string(
-        f"Content-Type: {self.headers['Content-Type']}\n\n", policy=email.policy.HTTP
-      )["Content-Type"].params["boundary"]
-      first, second = body.split(f"--{boundary}".encode())[1:3]
-      blank = re.compile(rb"\r?\n\r?\n")
-      content = blank.split(second, 1)[1]
-      return json.loads(blank.split(first, 1)[1]), re.sub(rb"\r?\n$", b"", content)
+  def parts(self, body: bytes) -> tuple[dict, bytes]:
+    boundary = email.message_from_string(
+      f"Content-Type: {self.headers['Content-Type']}\n\n", policy=email.policy.HTTP
+    )["Content-Type"].params["boundary"]
+    first, second = body.split(f"--{boundary}".encode())[1:3]
+    blank = re.compile(rb"\r?\n\r?\n")
+    content = blank.split(second, 1)[1]
+    return json.loads(blank.split(first, 1)[1]), re.sub(rb"\r?\n$", b"", content)
 
-    def continue_upload(self, key: str, body: bytes) -> None:
-      bucket, name, content = server.uploads[key]
-      content += body
-      total = self.headers.get("Content-Range", f"bytes */{len(content)}").rpartition("/")[2]
-      if total != "*" and int(total) == len(content):
-        self.answer(200, server.put(bucket, name, bytes(content), None))
-      else:
-        self.answer(308, **({"Range": f"bytes=0-{len(content) - 1}"} if content else {}))
+  def continue_upload(self, key: str, body: bytes) -> None:
+    bucket, name, content = self.buckets.uploads[key]
+    content += body
+    total = self.headers.get("Content-Range", f"bytes */{len(content)}").rpartition("/")[2]
+    if total != "*" and int(total) == len(content):
+      self.answer(200, self.buckets.put(bucket, name, bytes(content), None))
+    else:
+      self.answer(308, **({"Range": f"bytes=0-{len(content) - 1}"} if content else {}))
 
-    def handle(self):
-      with contextlib.suppress(ConnectionError):  # A client may give up.
-        super().handle()
-
-  return Handler
+  def handle(self):
+    with contextlib.suppress(ConnectionError):  # A client may give up.
+      super().handle()
 
 
 if __name__ == "__main__":

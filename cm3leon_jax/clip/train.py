@@ -2,6 +2,7 @@
 
 # B batch, L length, E embedding, H height, W width, n pairs.
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 import time
@@ -153,7 +154,12 @@ def train_step(config: CLIPConfig, text_size: int, state: dict, batch, key) -> t
 
 
 def train(
-  config: CLIPConfig, text_size: int, data: ClipData, folder: epath.PathLike, seed: int
+  config: CLIPConfig,
+  text_size: int,
+  data: ClipData,
+  folder: epath.PathLike,
+  seed: int,
+  inputs: Mapping[str, str],
 ) -> CLIP:
   """Trains all steps, or the remaining ones of a killed run; see `small_trainer.train`."""
 
@@ -165,7 +171,7 @@ def train(
     key = jax.random.fold_in(jax.random.key(seed), i)
     return train_step(config, text_size, state, batch, key)
 
-  about = {"text_size": text_size}
+  about = {"text_size": text_size, "inputs": inputs}
   state = small_trainer.train("clip", config, about, seed, data, folder, init, step)
   return CLIP(config, text_size, jax.device_put(state["params"]))
 
@@ -217,10 +223,19 @@ def check_recall(found: dict[str, float | int]) -> None:
     )
 
 
-def train_clip(config: CLIPConfig, encode, text_size: int, raw_folder, folder, seed: int) -> dict:
+def train_clip(
+  config: CLIPConfig,
+  encode,
+  text_size: int,
+  raw_folder: epath.PathLike,
+  folder: epath.PathLike,
+  seed: int,
+  inputs: Mapping[str, str],
+) -> dict:
   """Runs the stage on the current mesh: trains, writes the CLIP, measures its recall.
 
-  The checkpoints stay: the caller deletes them when the stage is finished.
+  The checkpoints stay, unless the CLIP is refused: the caller deletes them when the stage is
+  finished.
 
   Args:
     config: sizes and recipe.
@@ -229,6 +244,7 @@ def train_clip(config: CLIPConfig, encode, text_size: int, raw_folder, folder, s
     raw_folder: see `ingest.prepare`.
     folder: gets the CLIP and its metrics.
     seed: of initialization, order and augmentation.
+    inputs: ids of the stages that it reads, see `stages.inputs`.
 
   Returns:
     Steps, pairs, seconds, and recall among at most 4,096 evenly spaced held-out pairs.
@@ -238,7 +254,7 @@ def train_clip(config: CLIPConfig, encode, text_size: int, raw_folder, folder, s
   """
   start = time.time()
   data = open_data(raw_folder, "train", encode, config)
-  trained = train(config, text_size, data, folder, seed)
+  trained = train(config, text_size, data, folder, seed, inputs)
   trained.save(folder)
   summary = {"steps": config.steps, "pairs": len(data), "seconds": round(time.time() - start, 1)}
   heldout = raw_pairs.read_pairs(raw_folder, "heldout")
@@ -248,7 +264,8 @@ def train_clip(config: CLIPConfig, encode, text_size: int, raw_folder, folder, s
     captions = [pair.caption for pair in heldout]
     texts = trained.embed_texts([encode(caption) for caption in captions])
     summary.update(text_to_image_recall(texts, trained.embed_images(images), captions))
-    check_recall(summary)
+    with small_trainer.deleted_if_refused(folder):
+      check_recall(summary)
     print(
       f"clip: held-out text-to-image recall@1 {summary['recall@1']:.3f} "
       f"(chance {summary['chance@1']:.3f}), recall@5 {summary['recall@5']:.3f} "

@@ -10,6 +10,8 @@ and for --init_from of launch.train. With --base=OTHER it has the decoder alone:
 and bank are those of another bundle, which `launch.copy_tokenizers` copied from.
 """
 
+import errno
+
 from absl import flags
 
 from cm3leon_jax import stages
@@ -18,6 +20,8 @@ from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.io import write_json
 
 SAMPLES = 4
+# Of a disk that is full or fails. Transformers, too, raises OSError, if it cannot load a model.
+NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _BUNDLE = flags.DEFINE_string(
   "bundle",
   "",
@@ -51,10 +55,12 @@ def main(settings, workdir, bundle_folder: str = "", base: str = "") -> None:
     _export(settings, workdir)
     if bundle_folder:
       _write_bundle(settings, workdir, bundle_folder, base)
-  except OSError as error:  # A full disk, a bucket that is away.
+  except OSError as error:
+    if error.errno not in NOT_WRITTEN:
+      raise
     raise TryAgain(
-      f"the export could not be written ({error}): it does not count; make room, and run the same "
-      "command again."
+      f"the export could not be written ({error}): it does not count; make room, or mend the disk, "
+      "and run the same command again."
     ) from error
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import functools
+from typing import TYPE_CHECKING
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common, run_start, training_rows
@@ -23,6 +24,9 @@ from cm3leon_jax.commands.allow_changed_flag import ALLOW_CHANGED
 from cm3leon_jax.commands.init_from_flag import INIT_FROM
 from cm3leon_jax.commands.skip_memory_check_flag import SKIP_MEMORY_CHECK
 from cm3leon_jax.config import UserError
+
+if TYPE_CHECKING:
+  from cm3leon_jax.export.weights import Weights
 
 
 def _objective(settings, workdir, reference):
@@ -89,6 +93,19 @@ def _check(settings, workdir, init_from: str) -> None:
     raise UserError("name the run that learns from rewards: --init_from=workdir/scenes_instruct")
 
 
+def _begin(settings, workdir, init_from: str, allowed: Sequence[str]) -> tuple[dict, Weights]:
+  """Returns what the run depends on and the parameters that it starts from, see `run_start.begin`.
+
+  Raises:
+    UserError: it is another run, or one that starts from random parameters.
+  """
+  more = {"reinforce": dataclasses.asdict(settings.reinforce)}
+  config, start = run_start.begin(settings, workdir, init_from, more, allowed)
+  if start is None:
+    raise UserError(f"{workdir / 'train'} is a run from random parameters: use another --workdir.")
+  return config, start
+
+
 def main(
   settings,
   workdir,
@@ -114,10 +131,7 @@ def main(
   mesh = common.make_mesh(settings)  # An unfit mesh is found before a stage is read.
   if not skip_memory_check:
     memory.check_devices(settings, mesh, memory.check_update)
-  more = {"reinforce": dataclasses.asdict(settings.reinforce)}
-  config, start = run_start.begin(settings, workdir, init_from, more, allow_changed)
-  if start is None:
-    raise UserError(f"{workdir / 'train'} is a run from random parameters: use another --workdir.")
+  config, start = _begin(settings, workdir, init_from, allow_changed)
   folder = workdir / "train"
   redo = run_start.goes_on(folder, config, settings.train.steps, bool(allow_changed))
   stage = stages.once(

@@ -18,8 +18,17 @@ def main(settings, workdir):
     if summary is not None:
       encode = TextTokenizer(workdir / "text_tokenizer", settings.vocab).encode
       text_size = settings.vocab.text_size
-      paths = workdir / "raw", workdir / "clip"
-      summary.update(train_clip.train_clip(settings.clip, encode, text_size, *paths, settings.seed))
+      summary.update(
+        train_clip.train_clip(
+          settings.clip,
+          encode,
+          text_size,
+          workdir / "raw",
+          workdir / "clip",
+          settings.seed,
+          stages.inputs(settings, workdir, "clip"),
+        )
+      )
   small_trainer.delete_checkpoints(workdir / "clip")
 
 

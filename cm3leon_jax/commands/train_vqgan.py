@@ -44,7 +44,12 @@ def main(settings, workdir):
       ]
       summary.update(
         train_vqgan.train_vqgan(
-          settings.vqgan, settings.vocab.image_size, settings.seed, *images, workdir / "vqgan"
+          settings.vqgan,
+          settings.vocab.image_size,
+          settings.seed,
+          *images,
+          workdir / "vqgan",
+          stages.inputs(settings, workdir, "vqgan"),
         )
       )
       tokenizer = vqgan.ImageTokenizer.load(workdir / "vqgan")

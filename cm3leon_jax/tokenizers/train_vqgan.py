@@ -2,6 +2,7 @@
 
 # B batch, H height, W width, h and w of the code grid, E code width, K codes, n images.
 
+from collections.abc import Mapping
 import functools
 import math
 import time
@@ -191,7 +192,12 @@ def restart_dead_codes(state: dict, images, config: VQGANConfig, key) -> dict:
 
 
 def train(
-  config: VQGANConfig, num_codes: int, seed: int, images, folder: epath.PathLike
+  config: VQGANConfig,
+  num_codes: int,
+  seed: int,
+  images,
+  folder: epath.PathLike,
+  inputs: Mapping[str, str],
 ) -> ImageTokenizer:
   """Trains all steps, or the remaining ones of a killed run; see `small_trainer.train`.
 
@@ -201,6 +207,7 @@ def train(
     seed: of parameters, order of the images and restarts.
     images: uint8 [n, H, W, 3], or an object with the same indexing, e.g. `raw_pairs.ImageFiles`.
     folder: gets metrics and checkpoints.
+    inputs: ids of the stages that the images come from, see `stages.inputs`.
   """
 
   def step(state, batch, i):
@@ -214,7 +221,7 @@ def train(
     return state, metrics
 
   init = functools.partial(init_state, config, num_codes, seed)
-  about = {"num_codes": num_codes}
+  about = {"num_codes": num_codes, "inputs": inputs}
   state = small_trainer.train("vqgan", config, about, seed, images, folder, init, step)
   return ImageTokenizer(config, num_codes, jax.device_put(state["params"]))
 
@@ -289,19 +296,27 @@ def _evenly_spaced(length: int, count: int) -> np.ndarray:
 
 
 def train_vqgan(
-  config: VQGANConfig, num_codes: int, seed: int, images, heldout_images, folder: epath.PathLike
+  config: VQGANConfig,
+  num_codes: int,
+  seed: int,
+  images,
+  heldout_images,
+  folder: epath.PathLike,
+  inputs: Mapping[str, str],
 ) -> dict:
   """Runs the stage on the current mesh: trains, writes the tokenizer, returns its measures.
 
-  The checkpoints stay: the caller deletes them when the stage is finished.
+  The checkpoints stay, unless the tokenizer is refused: the caller deletes them when the stage is
+  finished. For the arguments, see `train`.
 
   Raises:
     UserError: the training diverged, or the tokenizer is of no use (`check_learned`).
   """
   start = time.time()
-  tokenizer = train(config, num_codes, seed, images, folder)
+  tokenizer = train(config, num_codes, seed, images, folder, inputs)
   seconds = time.time() - start
   tokenizer.save(folder)
   measures = evaluate(tokenizer, heldout_images, images, folder)
-  check_learned(measures)
+  with small_trainer.deleted_if_refused(folder):
+    check_learned(measures)
   return {**measures, "steps": config.steps, "seconds": round(seconds, 1)}

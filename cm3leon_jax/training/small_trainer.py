@@ -6,7 +6,7 @@ models import this module; it imports neither of them, nor data.
 
 # n examples, B batch.
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import functools
@@ -32,6 +32,7 @@ from cm3leon_jax.training.preemption import StopSignal, check_end
 
 FOLDER = "training"
 LOG_EVERY = 10
+OF_DATA = ("inputs", "examples:")  # Fields of the identity of a training.
 
 
 def train(
@@ -47,12 +48,13 @@ def train(
   """Trains to `config.steps` on the current mesh, from the newest checkpoint of a killed training.
 
   A step depends on its number, the seed and the state alone, so a continued training ends bit for
-  bit where it would have ended.
+  bit where it would have ended. With other steps or other data it starts again.
 
   Args:
     name: section of the config, for messages.
     config: its dataclass, with steps, batch_size and checkpoint_every.
-    about: what the result depends on beside config, seed and number of examples.
+    about: what the result depends on beside config, seed and number of examples; under "inputs" the
+      ids of the stages that the examples come from, see `stages.inputs`.
     seed: of the order of the examples.
     examples: data in memory or on disk: len(examples) is n, and examples[rows], rows
       int64 [B], a tree of host arrays [B, ...].
@@ -175,15 +177,13 @@ def _restore(name: str, checkpoints: Checkpoints, init) -> tuple[dict, int]:
 
 
 def _open_checkpoints(name: str, identity: dict, folder: epath.Path, lease: Lease) -> Checkpoints:
-  """Opens the checkpoints of the same training; those of another length are deleted."""
+  """Opens the checkpoints of the same training; those of other steps or data are deleted."""
   path = folder / "config.json"
   if path.exists():
     stored = read_json(path, {})
     changed = differences(stored, plain(identity))
-    if changed and all(change.startswith(f"{name}.steps:") for change in changed):
-      print(
-        f"{name}: starts again, as the learning rate follows the steps ({changed[0]}).", flush=True
-      )
+    if changed and all(change.startswith((f"{name}.steps:", *OF_DATA)) for change in changed):
+      print(f"{name}: starts again, with other steps or data ({'; '.join(changed)}).", flush=True)
       folder.rmtree()
     else:
       check_same_config(folder, stored, identity)
@@ -199,6 +199,19 @@ def delete_checkpoints(folder: epath.PathLike) -> None:
   training = epath.Path(folder) / FOLDER
   if training.exists():
     training.rmtree()
+
+
+@contextlib.contextmanager
+def deleted_if_refused(folder: epath.PathLike) -> Iterator[None]:
+  """Deletes the checkpoints in `folder` if the body refuses the trained model: it raises UserError.
+
+  The same command with another config would find the training of the first one.
+  """
+  try:
+    yield
+  except UserError:
+    delete_checkpoints(folder)
+    raise
 
 
 def batch_rows(step: int, num_examples: int, batch_size: int, seed: int) -> np.ndarray:

@@ -34,7 +34,7 @@ def some_data(n=10, seed=0):
 
 def train(config, data, folder, seed, devices=1):
   with jax.set_mesh(mesh_of(1, devices, 1)):
-    return train_clip.train(config, TEXT_SIZE, data, folder, seed)
+    return train_clip.train(config, TEXT_SIZE, data, folder, seed, {})
 
 
 def oracle_loss(images, texts, scale, concepts):
@@ -175,19 +175,42 @@ def test_a_clip_that_diverged_is_no_stage(tmp_path):
   assert not (tmp_path / stages.DONE).exists()
 
 
-def test_the_stage_leaves_a_loadable_clip_and_numbers(tmp_path):
-  splits = ["heldout" if i % 4 == 3 else "train" for i in range(12)]
+def write_pairs(folder, splits, images, num_shards):
   pairs = [
     {"key": f"k{i}", "caption": chr(97 + i) * 3, "concept": f"c{i}", "split": split}
     for i, split in enumerate(splits)
   ]
-  write_raw(tmp_path / "raw", pairs, some_data(12).images, num_shards=3)
+  write_raw(folder, pairs, images, num_shards=num_shards)
 
-  def encode(text):
-    return np.array([ord(c) % 40 + 5 for c in text], np.int32)
 
+def encode(text):
+  return np.array([ord(c) % 40 + 5 for c in text], np.int32)
+
+
+def run_stage(root, config=TINY):
   with jax.set_mesh(mesh_of(1, 8, 1)):
-    summary = train_clip.train_clip(TINY, encode, TEXT_SIZE, tmp_path / "raw", tmp_path / "clip", 0)
+    return train_clip.train_clip(config, encode, TEXT_SIZE, root / "raw", root / "clip", 0, {})
+
+
+def test_a_clip_that_is_refused_is_trained_again_with_another_rate(tmp_path):
+  """All held-out images are alike, so that no rate finds any."""
+  images = some_data(16).images
+  images[9:] = images[9]
+  write_pairs(tmp_path / "raw", ["train"] * 9 + ["heldout"] * 7, images, num_shards=1)
+  losses = set()
+  for config in (TINY, dataclasses.replace(TINY, learning_rate=2 * TINY.learning_rate)):
+    with pytest.raises(UserError, match=r"no better than chance.*another config\.clip\.learning_"):
+      run_stage(tmp_path, config)
+    [line] = read_json_lines(tmp_path / "clip" / "metrics.jsonl")
+    assert line["step"] == TINY.steps
+    losses.add(line["loss"])
+  assert len(losses) == 2
+
+
+def test_the_stage_leaves_a_loadable_clip_and_numbers(tmp_path):
+  splits = ["heldout" if i % 4 == 3 else "train" for i in range(12)]
+  write_pairs(tmp_path / "raw", splits, some_data(12).images, num_shards=3)
+  summary = run_stage(tmp_path)
   assert (summary["pairs"], summary["candidates"], summary["steps"]) == (9, 3, 6)
   names = sorted(path.name for path in (tmp_path / "clip").iterdir())
   assert names == ["config.json", "metrics.jsonl", "params.safetensors", "training"]

@@ -1,8 +1,11 @@
+import concurrent.futures
 import itertools
+import multiprocessing
 import os
 import resource
 import shutil
 import sys
+from unittest import mock
 
 from etils import epath
 import numpy as np
@@ -27,7 +30,7 @@ class Kill:
 
   def __init__(self):
     self.folder, self.left = "", -1
-    sys.addaudithook(self._hear)  # For good; it does nothing while `folder` is empty.
+    sys.addaudithook(self._hear)  # For good: of a process that ends with the test.
 
   def _hear(self, event, args):
     if not self.folder or event not in ("open", "os.rename", "os.remove"):
@@ -39,11 +42,6 @@ class Kill:
     if self.left < 0:
       self.folder = ""
       raise Killed
-
-
-@pytest.fixture(scope="module")
-def kill():
-  return Kill()
 
 
 def contents(folder):
@@ -83,12 +81,10 @@ def test_the_average_is_exported_and_a_bundle_knows_its_cost(tmp_path):
   assert bundle.about(tmp_path / "bundle")["cost"] == cost
 
 
-def test_an_export_that_is_killed_at_any_write_is_whole_or_counts_as_none(
-  exported_before, tmp_path, kill, monkeypatch
-):
-  """The earlier one is replaced; the next start of the command completes it."""
-  monkeypatch.setattr(huggingface, "can_compare", lambda: False)
-  whole, work = tmp_path / "whole", tmp_path / "work"
+@mock.patch.object(huggingface, "can_compare", new=mock.Mock(return_value=False))
+def kill_at_any_write(exported_before, tmp_path):
+  """Returns which states kills leave: has weights, is finished, step of the bundle."""
+  kill, whole, work = Kill(), tmp_path / "whole", tmp_path / "work"
   shutil.copytree(exported_before, whole)
   export.main(SETTINGS, epath.Path(whole), str(whole / "bundle"))
   old, new = contents(exported_before / "export"), contents(whole / "export")
@@ -117,9 +113,6 @@ def test_an_export_that_is_killed_at_any_write_is_whole_or_counts_as_none(
     if bundle.is_bundle(work / "bundle"):
       _, step = bundle.read(work / "bundle")
     states.add((weights is not None, counts, step))
-  assert states == {
-    (True, False, 3), (False, False, 3), (True, True, 3), (True, True, 0)
-  }  # fmt: skip
   kill.left, kill.folder = left // 3, str(work)
   shutil.rmtree(work / "export")
   with pytest.raises(Killed):
@@ -128,6 +121,18 @@ def test_an_export_that_is_killed_at_any_write_is_whole_or_counts_as_none(
   assert {name: x for name, x in contents(work / "export").items() if name != stages.DONE} == {
     name: x for name, x in new.items() if name != stages.DONE
   }
+  return states
+
+
+def test_an_export_that_is_killed_at_any_write_is_whole_or_counts_as_none(
+  exported_before, tmp_path
+):
+  """The earlier one is replaced; the next start of the command completes it."""
+  with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    states = pool.submit(kill_at_any_write, exported_before, tmp_path).result(timeout=600)
+  assert states == {
+    (True, False, 3), (False, False, 3), (True, True, 3), (True, True, 0)
+  }  # fmt: skip
 
 
 def test_an_export_on_a_full_disk_is_one_sentence_and_counts_as_none(exported_before, monkeypatch):
@@ -145,3 +150,9 @@ def test_an_export_on_a_full_disk_is_one_sentence_and_counts_as_none(exported_be
   assert bundle.read(epath.Path(target))[1] == 3  # It was not begun.
   export.main(SETTINGS, exported_before, target)
   assert bundle.read(epath.Path(target))[1] == 7
+
+
+def test_a_file_that_cannot_be_read_is_no_matter_of_room(exported_before):
+  (exported_before / "text_tokenizer" / "tokenizer.json").unlink()
+  with pytest.raises(FileNotFoundError, match=r"text_tokenizer/tokenizer\.json"):
+    export.main(SETTINGS, exported_before)

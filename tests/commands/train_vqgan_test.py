@@ -1,16 +1,24 @@
-"""Tests what launch.train_vqgan prints of scenes."""
+"""Tests launch.train_vqgan: what it prints of scenes, and which training it continues."""
 
 import dataclasses
+import shutil
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 
+from cm3leon_jax import stages
+from cm3leon_jax.commands import train_vqgan as command
 from cm3leon_jax.commands.train_vqgan import _judge_scenes
 from cm3leon_jax.data import ingest
 from cm3leon_jax.data.scene_world import ScenesConfig
+from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.shards import Runner
-from cm3leon_jax.tokenizers import vqgan
+from cm3leon_jax.tokenizers import train_vqgan, vqgan
+from tests.data.raw import write_raw
+from tests.generation.run import make_config
 from tests.tokenizers.vqgan_test import LOCAL
 
 
@@ -48,3 +56,39 @@ def test_pairs_without_facts_are_not_judged(tmp_path):
   raw = ingest.RawConfig(source=str(tmp_path / "in"))
   ingest.prepare(raw, ingest.parts_of(raw), tmp_path / "raw", Runner())
   assert _judge_scenes(tmp_path, None) == {}
+
+
+def write_images(root, seed):
+  """Makes raw/ of twelve images of one color each, as `launch.prepare_data` does."""
+  colors = np.random.default_rng(seed).integers(0, 256, (12, 1, 1, 3))
+  images = np.broadcast_to(colors, (12, 8, 8, 3)).astype(np.uint8)
+  pairs = [
+    {"key": f"k{seed}{i}", "caption": "a color", "split": "heldout" if i > 7 else "train"}
+    for i in range(12)
+  ]
+  write_raw(root / "raw", pairs, images)
+  described = stages.describe_files(root / "raw", stages.STAGES["raw"].files)
+  write_json(root / "raw" / stages.DONE, {"id": stages.id_of(described), "files": described})
+
+
+class Killed(Exception):
+  """Stands for a kill."""
+
+
+def test_a_training_that_ended_on_other_images_does_not_count(tmp_path, monkeypatch):
+  """It is killed when it evaluates; raw/ is made again, with as many pairs."""
+  config = make_config()
+  config.vqgan.update({"steps": 60, "batch_size": 8, "learning_rate": 3e-3, "restart_every": 0})
+  settings = settings_from_config(config)
+  write_images(tmp_path / "killed", 0)
+  with monkeypatch.context() as patch:
+    patch.setattr(train_vqgan, "evaluate", mock.Mock(side_effect=Killed))
+    with pytest.raises(Killed):
+      command.main(settings, tmp_path / "killed")
+  shutil.rmtree(tmp_path / "killed" / "raw")
+  for name in ("killed", "other"):
+    write_images(tmp_path / name, 1)
+    command.main(settings, tmp_path / name)
+  killed, other = (tmp_path / name / "vqgan" for name in ("killed", "other"))
+  assert read_json(killed / stages.DONE)["id"] == read_json(other / stages.DONE)["id"]
+  assert not (killed / "training").exists()

@@ -80,7 +80,7 @@ class KilledAfter:
 
 def train(images, folder, seed=0, devices=8):
   with jax.set_mesh(mesh_of(1, devices, 1)):
-    return train_vqgan.train(CONFIG, NUM_CODES, seed, images, folder)
+    return train_vqgan.train(CONFIG, NUM_CODES, seed, images, folder, {})
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_training_improves_and_leaves_its_files(images, tmp_path):
   before = ImageTokenizer(config, NUM_CODES, train_vqgan.init_state(config, NUM_CODES, 0)["params"])
   untrained = train_vqgan.evaluate(before, images, images, tmp_path)
   with jax.set_mesh(mesh_of(1, 8, 1)):
-    summary = train_vqgan.train_vqgan(config, NUM_CODES, 0, images, images[:6], tmp_path)
+    summary = train_vqgan.train_vqgan(config, NUM_CODES, 0, images, images[:6], tmp_path, {})
   assert summary["psnr_db"] > untrained["psnr_db"] + 4
   assert sorted(p.name for p in tmp_path.iterdir()) == [
     "config.json",
@@ -152,8 +152,18 @@ def test_a_tokenizer_that_diverged_or_learned_nothing_is_no_stage(
     pytest.raises(UserError, match=sentence),
     stages.once(tmp_path, {}) as summary,
   ):
-    summary.update(train_vqgan.train_vqgan(config, NUM_CODES, 0, images, images, tmp_path))
+    summary.update(train_vqgan.train_vqgan(config, NUM_CODES, 0, images, images, tmp_path, {}))
   assert not (tmp_path / stages.DONE).exists()
+
+
+def test_a_tokenizer_that_is_refused_is_trained_again_with_another_rate(images, whole, tmp_path):
+  config = dataclasses.replace(CONFIG, learning_rate=1e-9)
+  with (
+    jax.set_mesh(mesh_of(1, 8, 1)),
+    pytest.raises(UserError, match=r"or with another config\.vqgan\.learning_rate"),
+  ):
+    train_vqgan.train_vqgan(config, NUM_CODES, 0, images, images, tmp_path, {})
+  _assert_same(train(images, tmp_path).params, whole[0])
 
 
 def test_measures_that_are_no_better_than_one_color(images, tmp_path):

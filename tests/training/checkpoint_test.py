@@ -11,35 +11,10 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.training import checkpoint, recovery, sealing
-from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training import checkpoint, recovery
 from cm3leon_jax.training.state import init_state
 from tests.models.tiny import CONFIG, mesh_of
-
-OPTIMIZER = create_optimizer(OptimizerConfig(), 10)
-INIT = jax.jit(lambda key: init_state(CONFIG, OPTIMIZER, key))
-
-
-def fresh(seed):
-  return INIT(jax.random.key(seed))
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-  """Two checkpoints made on a (1, 1, 1) mesh, of the states of seeds 1 and 2."""
-  folder = tmp_path_factory.mktemp("original")
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    checkpoints = checkpoint.Checkpoints(folder, keep=2)
-    for step in (1, 2):
-      checkpoints.save(fresh(step), step, next_row=8 * step)
-    checkpoints.close()
-  return folder
-
-
-@pytest.fixture
-def saved(original, tmp_path):
-  """A copy of them, for the test to damage."""
-  return shutil.copytree(original, tmp_path / "saved")
+from tests.training.saved import OPTIMIZER, flip, fresh, largest_file, on_disk
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 4, 2)])
@@ -139,110 +114,6 @@ def test_a_damaged_file_is_refused_with_what_to_do(saved, damaged, removed, reme
       checkpoints.check(damaged)
 
 
-def test_a_save_that_was_not_finished_is_deleted_with_a_warning(saved, capsys):
-  (saved / "checkpoints.digests" / "2.json").unlink()
-  checkpoints = checkpoint.Checkpoints(saved, keep=2)
-  assert recovery.newest_whole(checkpoints) == 1
-  recovery.discard_unsealed(checkpoints)
-  checkpoints.close()
-  assert [p.name for p in (saved / "checkpoints").iterdir()] == ["1"]
-  assert "warning: checkpoint 2 in" in capsys.readouterr().out
-
-
-def test_a_newer_checkpoint_that_is_gone_is_named(saved, capsys):
-  shutil.rmtree(saved / "checkpoints" / "2")
-  checkpoints = checkpoint.Checkpoints(saved, keep=2)
-  assert recovery.newest_whole(checkpoints) == 1
-  checkpoints.close()
-  assert "warning: checkpoint 2 is gone from" in capsys.readouterr().out
-
-
-def test_a_first_save_that_was_killed_before_its_digests_gets_them(saved, capsys):
-  expected = (saved / "checkpoints.digests" / "1.json").read_bytes()
-  shutil.rmtree(saved / "checkpoints" / "2")
-  for path in (saved / "checkpoints.digests").iterdir():
-    path.unlink()
-  # Of a process that this job does not have.
-  (saved / "checkpoints.digests" / "1.part1").write_text('{"other": "digest"}')
-  checkpoints = checkpoint.Checkpoints(saved, keep=2)
-  recovery.discard_unsealed(checkpoints)
-  assert recovery.newest_whole(checkpoints) == 1
-  checkpoints.close()
-  assert [path.name for path in (saved / "checkpoints.digests").iterdir()] == ["1.json"]
-  assert (saved / "checkpoints.digests" / "1.json").read_bytes() == expected
-  assert "warning: checkpoint 1 in" in capsys.readouterr().out
-
-
-def largest_file(folder):
-  return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-
-
-def flip(path):
-  content = bytearray(path.read_bytes())
-  content[len(content) // 2] ^= 1
-  path.write_bytes(content)
-
-
-@pytest.mark.parametrize("digests", [None, b"", b"{}", b"[]", b"\x00\xff", b'{"a": 1}'])
-def test_a_run_goes_back_to_the_newest_whole_checkpoint(saved, capsys, digests):
-  """None: a file of the checkpoint is damaged; else its digests are."""
-  if digests is None:
-    flip(largest_file(saved / "checkpoints" / "2"))
-  else:
-    (saved / "checkpoints.digests" / "2.json").write_bytes(digests)
-  checkpoints = checkpoint.Checkpoints(saved, keep=2)
-  assert checkpoints.newest() == 2
-  assert recovery.newest_whole(checkpoints) == 1
-  [warning] = capsys.readouterr().out.splitlines()
-  assert "is damaged" in warning
-  assert warning.endswith("; the run goes back to checkpoint 1.")
-  assert [p.name for p in (saved / "checkpoints").iterdir()] == ["1"]
-  assert [p.name for p in (saved / "checkpoints.digests").iterdir()] == ["1.json"]
-  with jax.set_mesh(mesh_of(1, 1, 1)):
-    checkpoints.save(fresh(3), 2, next_row=99)  # It is written again.
-    checkpoints.wait()
-  assert recovery.newest_whole(checkpoints) == 2
-  checkpoints.close()
-
-
-def test_a_step_to_go_back_to_leaves_no_digests_after_it(saved):
-  """Neither of a checkpoint that is deleted nor of one that is gone."""
-  shutil.copy(saved / "checkpoints.digests" / "2.json", saved / "checkpoints.digests" / "3.json")
-  with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
-    recovery.go_back(checkpoints, 1)
-  assert on_disk(saved) == [[1], [1]]
-
-
-def test_a_step_to_go_back_to_must_be_sealed(saved):
-  (saved / "checkpoints.digests" / "1.json").unlink()
-  with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
-    for step, state in ((1, "1 is there but not sealed; "), (9, "")):
-      with pytest.raises(UserError, match=f"no sealed checkpoint of step {step}: {state}it has 2"):
-        recovery.go_back(checkpoints, step)
-  assert on_disk(saved) == [[1, 2], [2]]
-
-
-def test_damaged_checkpoints_alone_are_refused_and_kept(saved):
-  for step in ("1", "2"):
-    flip(largest_file(saved / "checkpoints" / step))
-  checkpoints = checkpoint.Checkpoints(saved, keep=2)
-  with pytest.raises(
-    UserError, match=r"^no checkpoint in .* is whole \(.*2.* is damaged.*1.* is dam"
-  ):
-    recovery.newest_whole(checkpoints)
-  assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == ["1", "2"]
-  checkpoints.close()
-
-
-def test_checkpoints_without_digests_are_kept_and_refused(saved):
-  shutil.rmtree(saved / "checkpoints.digests")
-  checkpoints = checkpoint.Checkpoints(saved, keep=2)
-  with pytest.raises(UserError, match="no digests of them"):
-    recovery.discard_unsealed(checkpoints)
-  assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == ["1", "2"]
-  checkpoints.close()
-
-
 def test_digests_of_a_deleted_checkpoint_do_not_count_for_the_next_of_its_step(saved):
   shutil.rmtree(saved / "checkpoints" / "2")
   with jax.set_mesh(mesh_of(1, 1, 1)):
@@ -256,14 +127,6 @@ def test_digests_of_a_deleted_checkpoint_do_not_count_for_the_next_of_its_step(s
 
 def small(step):
   return {"w": np.full(4, step, np.float32)}
-
-
-def on_disk(folder):
-  """Steps that are on the disk, and those that have digests."""
-  return [
-    sorted(int(path.stem) for path in (folder / name).iterdir())
-    for name in ("checkpoints", "checkpoints.digests")
-  ]
 
 
 def test_checkpoints_are_kept_for_three_reasons_also_by_the_next_start(tmp_path):
@@ -376,21 +239,6 @@ def test_a_bucket_that_fails_ends_the_run_with_the_checkpoint_that_is_whole(tmp_
     run()
   assert str(caught.value) == sentence
   assert checkpoint.newest_step(tmp_path) == saves
-
-
-def test_a_checkpoint_in_a_bucket_that_does_not_answer_is_no_damaged_one(saved, monkeypatch):
-  """Damaged checkpoints are deleted; the errors of gcsfs are OSErrors, as those of a disk are."""
-  aiohttp = pytest.importorskip("aiohttp")
-  checkpoints = checkpoint.Checkpoints(saved, 2)
-  steps = checkpoints.sealed()
-  monkeypatch.setattr(sealing, "digest", mock.Mock(side_effect=aiohttp.SocketTimeoutError("gone")))
-  with pytest.raises(aiohttp.SocketTimeoutError):
-    recovery.newest_whole(checkpoints)
-  assert checkpoints.sealed() == steps != []
-  monkeypatch.setattr(sealing, "digest", mock.Mock(side_effect=OSError("of a disk")))
-  with pytest.raises(UserError, match="is whole"):
-    recovery.newest_whole(checkpoints)
-  checkpoints.close()
 
 
 def test_a_job_that_lost_its_lease_neither_saves_nor_seals(tmp_path):

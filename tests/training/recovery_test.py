@@ -1,10 +1,19 @@
-"""Two processes of a run decide the same about its checkpoints."""
+"""Which checkpoint a run goes back to; two processes of a run decide the same."""
 
 import os
+import shutil
 import subprocess
 import sys
+from unittest import mock
 
+import jax
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.training import checkpoint, recovery, sealing
 from tests.distributed_test import free_port
+from tests.models.tiny import mesh_of
+from tests.training.saved import flip, fresh, largest_file, on_disk
 
 # Saves steps 1 to 5, damages 5, unseals 4, leaves digests of 7, and goes back to what is whole,
 # then to step 2.
@@ -60,3 +69,112 @@ def test_two_processes_go_back_together(tmp_path):
   assert len(second) == 1
   names = {path.name for path in (tmp_path / "checkpoints.digests").iterdir()}
   assert names == {"1.json", "2.json"}
+
+
+def test_a_save_that_was_not_finished_is_deleted_with_a_warning(saved, capsys):
+  (saved / "checkpoints.digests" / "2.json").unlink()
+  checkpoints = checkpoint.Checkpoints(saved, keep=2)
+  assert recovery.newest_whole(checkpoints) == 1
+  recovery.discard_unsealed(checkpoints)
+  checkpoints.close()
+  assert [p.name for p in (saved / "checkpoints").iterdir()] == ["1"]
+  assert "warning: checkpoint 2 in" in capsys.readouterr().out
+
+
+def test_a_newer_checkpoint_that_is_gone_is_named(saved, capsys):
+  shutil.rmtree(saved / "checkpoints" / "2")
+  checkpoints = checkpoint.Checkpoints(saved, keep=2)
+  assert recovery.newest_whole(checkpoints) == 1
+  checkpoints.close()
+  assert "warning: checkpoint 2 is gone from" in capsys.readouterr().out
+
+
+def test_a_first_save_that_was_killed_before_its_digests_gets_them(saved, capsys):
+  expected = (saved / "checkpoints.digests" / "1.json").read_bytes()
+  shutil.rmtree(saved / "checkpoints" / "2")
+  for path in (saved / "checkpoints.digests").iterdir():
+    path.unlink()
+  # Of a process that this job does not have.
+  (saved / "checkpoints.digests" / "1.part1").write_text('{"other": "digest"}')
+  checkpoints = checkpoint.Checkpoints(saved, keep=2)
+  recovery.discard_unsealed(checkpoints)
+  assert recovery.newest_whole(checkpoints) == 1
+  checkpoints.close()
+  assert [path.name for path in (saved / "checkpoints.digests").iterdir()] == ["1.json"]
+  assert (saved / "checkpoints.digests" / "1.json").read_bytes() == expected
+  assert "warning: checkpoint 1 in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("digests", [None, b"", b"{}", b"[]", b"\x00\xff", b'{"a": 1}'])
+def test_a_run_goes_back_to_the_newest_whole_checkpoint(saved, capsys, digests):
+  """None: a file of the checkpoint is damaged; else its digests are."""
+  if digests is None:
+    flip(largest_file(saved / "checkpoints" / "2"))
+  else:
+    (saved / "checkpoints.digests" / "2.json").write_bytes(digests)
+  checkpoints = checkpoint.Checkpoints(saved, keep=2)
+  assert checkpoints.newest() == 2
+  assert recovery.newest_whole(checkpoints) == 1
+  [warning] = capsys.readouterr().out.splitlines()
+  assert "is damaged" in warning
+  assert warning.endswith("; the run goes back to checkpoint 1.")
+  assert [p.name for p in (saved / "checkpoints").iterdir()] == ["1"]
+  assert [p.name for p in (saved / "checkpoints.digests").iterdir()] == ["1.json"]
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    checkpoints.save(fresh(3), 2, next_row=99)  # It is written again.
+    checkpoints.wait()
+  assert recovery.newest_whole(checkpoints) == 2
+  checkpoints.close()
+
+
+def test_a_step_to_go_back_to_leaves_no_digests_after_it(saved):
+  """Neither of a checkpoint that is deleted nor of one that is gone."""
+  shutil.copy(saved / "checkpoints.digests" / "2.json", saved / "checkpoints.digests" / "3.json")
+  with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
+    recovery.go_back(checkpoints, 1)
+  assert on_disk(saved) == [[1], [1]]
+
+
+def test_a_step_to_go_back_to_must_be_sealed(saved):
+  (saved / "checkpoints.digests" / "1.json").unlink()
+  with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
+    for step, state in ((1, "1 is there but not sealed; "), (9, "")):
+      with pytest.raises(UserError, match=f"no sealed checkpoint of step {step}: {state}it has 2"):
+        recovery.go_back(checkpoints, step)
+  assert on_disk(saved) == [[1, 2], [2]]
+
+
+def test_damaged_checkpoints_alone_are_refused_and_kept(saved):
+  for step in ("1", "2"):
+    flip(largest_file(saved / "checkpoints" / step))
+  checkpoints = checkpoint.Checkpoints(saved, keep=2)
+  with pytest.raises(
+    UserError, match=r"^no checkpoint in .* is whole \(.*2.* is damaged.*1.* is dam"
+  ):
+    recovery.newest_whole(checkpoints)
+  assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == ["1", "2"]
+  checkpoints.close()
+
+
+def test_checkpoints_without_digests_are_kept_and_refused(saved):
+  shutil.rmtree(saved / "checkpoints.digests")
+  checkpoints = checkpoint.Checkpoints(saved, keep=2)
+  with pytest.raises(UserError, match="no digests of them"):
+    recovery.discard_unsealed(checkpoints)
+  assert sorted(p.name for p in (saved / "checkpoints").iterdir()) == ["1", "2"]
+  checkpoints.close()
+
+
+def test_a_checkpoint_in_a_bucket_that_does_not_answer_is_no_damaged_one(saved, monkeypatch):
+  """Damaged checkpoints are deleted; the errors of gcsfs are OSErrors, as those of a disk are."""
+  aiohttp = pytest.importorskip("aiohttp")
+  checkpoints = checkpoint.Checkpoints(saved, 2)
+  steps = checkpoints.sealed()
+  monkeypatch.setattr(sealing, "digest", mock.Mock(side_effect=aiohttp.SocketTimeoutError("gone")))
+  with pytest.raises(aiohttp.SocketTimeoutError):
+    recovery.newest_whole(checkpoints)
+  assert checkpoints.sealed() == steps != []
+  monkeypatch.setattr(sealing, "digest", mock.Mock(side_effect=OSError("of a disk")))
+  with pytest.raises(UserError, match="is whole"):
+    recovery.newest_whole(checkpoints)
+  checkpoints.close()

@@ -33,6 +33,7 @@ class Examples:
   """20 examples; the read after `reads_left` others dies. Remembers the rows that were read."""
 
   reads_left: int = 1_000
+  seed: int = 0
   rows: list = dataclasses.field(default_factory=list)
 
   def __len__(self):
@@ -43,7 +44,7 @@ class Examples:
     if self.reads_left < 0:
       raise Killed
     self.rows.append(rows)
-    x = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    x = np.random.default_rng(self.seed).normal(size=(20, 3)).astype(np.float32)
     return x[rows], x[rows] @ np.float32([1, -2, 3])
 
 
@@ -55,7 +56,9 @@ def update(state, batch, learning_rate, i):
   return {"w": state["w"] - learning_rate * gradient + noise}, {"loss": loss}
 
 
-def train(folder, config=Config(), examples=None, seed=0, devices=(1, 1, 1), shapes=None):
+def train(
+  folder, config=Config(), examples=None, seed=0, devices=(1, 1, 1), shapes=None, inputs="raw"
+):
   def step(state, batch, i):
     if shapes is not None:
       shapes.append([x.sharding.shard_shape(x.shape) for x in batch])
@@ -64,9 +67,9 @@ def train(folder, config=Config(), examples=None, seed=0, devices=(1, 1, 1), sha
   def init():
     return {"w": jnp.zeros(3)}
 
-  examples = examples or Examples()
+  examples, about = examples or Examples(), {"inputs": {"raw": inputs}}
   with jax.set_mesh(mesh_of(*devices)):
-    return small_trainer.train("clip", config, {}, seed, examples, folder, init, step)["w"]
+    return small_trainer.train("clip", config, about, seed, examples, folder, init, step)["w"]
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +166,29 @@ def test_another_training_is_refused_and_another_length_starts_anew(tmp_path, ca
   train(tmp_path, dataclasses.replace(Config(), steps=13), longer)
   assert len(longer.rows) == 13
   assert "starts again" in capsys.readouterr().out
+
+
+def test_other_data_of_equal_length_starts_anew(tmp_path, whole, capsys):
+  train(tmp_path)
+  other = Examples(seed=1)
+  found = train(tmp_path, examples=other, inputs="made again")
+  assert len(other.rows) == 12
+  expected = train(tmp_path / "other", examples=Examples(seed=1))
+  np.testing.assert_array_equal(found, expected)
+  assert (found != whole).any()
+  assert "clip: starts again, with other steps or data (inputs.raw: raw" in capsys.readouterr().out
+  with pytest.raises(UserError, match=r"inputs\.raw: made again -> raw; seed: 0 -> 1"):
+    train(tmp_path, seed=1)
+
+
+def test_checkpoints_of_a_model_that_is_refused_are_deleted(tmp_path):
+  train(tmp_path)
+  with pytest.raises(Killed), small_trainer.deleted_if_refused(tmp_path):
+    raise Killed
+  assert (tmp_path / small_trainer.FOLDER).exists()
+  with pytest.raises(UserError, match="of no use"), small_trainer.deleted_if_refused(tmp_path):
+    raise UserError("of no use")
+  assert not (tmp_path / small_trainer.FOLDER).exists()
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, whole):
