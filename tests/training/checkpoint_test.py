@@ -393,6 +393,25 @@ def test_a_checkpoint_in_a_bucket_that_does_not_answer_is_no_damaged_one(saved, 
   checkpoints.close()
 
 
+def test_digests_in_a_bucket_that_does_not_answer_are_not_damaged(saved, monkeypatch):
+  """As gcsfs raises an error whose text has the word "invalid"."""
+  read = checkpoint.epath.Path("/").__class__.read_text
+
+  def read_text(path, *args, **options):
+    if path.name == "2.json":
+      raise ValueError("Bad Request: b/bucket/o\ninvalid token, try again")
+    return read(path, *args, **options)
+
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    checkpoints = checkpoint.Checkpoints(saved, keep=2)
+    monkeypatch.setattr(type(saved), "read_text", read_text)
+    monkeypatch.setattr(checkpoint.epath.Path("/").__class__, "read_text", read_text)
+    reason = r"a bucket did not answer, .*\(ValueError: Bad Request: b/bucket/o invalid token"
+    with pytest.raises(TryAgain, match=reason), checkpoints:
+      recovery.newest_whole(checkpoints)
+  assert (saved / "checkpoints" / "2").exists()
+
+
 def test_a_job_that_lost_its_lease_neither_saves_nor_seals(tmp_path):
   lost = UserError("another job took the lease")
   check = mock.Mock(side_effect=[None, lost, lost])  # Before a save, before it is sealed, ...
