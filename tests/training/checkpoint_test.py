@@ -6,6 +6,7 @@ import threading
 import time
 from unittest import mock
 
+from etils import epath
 import jax
 import numpy as np
 import pytest
@@ -395,7 +396,8 @@ def test_a_checkpoint_in_a_bucket_that_does_not_answer_is_no_damaged_one(saved, 
 
 def test_digests_in_a_bucket_that_does_not_answer_are_not_damaged(saved, monkeypatch):
   """As gcsfs raises an error whose text has the word "invalid"."""
-  read = checkpoint.epath.Path("/").__class__.read_text
+  path_type = type(epath.Path(saved))
+  read = path_type.read_text
 
   def read_text(path, *args, **options):
     if path.name == "2.json":
@@ -404,8 +406,7 @@ def test_digests_in_a_bucket_that_does_not_answer_are_not_damaged(saved, monkeyp
 
   with jax.set_mesh(mesh_of(1, 1, 1)):
     checkpoints = checkpoint.Checkpoints(saved, keep=2)
-    monkeypatch.setattr(type(saved), "read_text", read_text)
-    monkeypatch.setattr(checkpoint.epath.Path("/").__class__, "read_text", read_text)
+    monkeypatch.setattr(path_type, "read_text", read_text)
     reason = r"a bucket did not answer, .*\(ValueError: Bad Request: b/bucket/o invalid token"
     with pytest.raises(TryAgain, match=reason), checkpoints:
       recovery.newest_whole(checkpoints)
