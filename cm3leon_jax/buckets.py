@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import re
+import traceback
 
 from cm3leon_jax.config import UserError
 
@@ -11,10 +12,15 @@ CONNECT_SECONDS = 30
 # Without a byte from the server for so long, a request fails, and is tried again.
 IDLE_SECONDS = 60
 # Modules whose errors are those of requests, by gcsfs and, for tensorboardX, google-cloud-storage.
-CLIENTS = ("aiohttp.", "gcsfs.", "google.api_core.", "google.auth.", "google.cloud.", "requests.")
-# TensorStore and ArrayRecord, in C++, raise errors of Python's own types, as gcsfs does for a 403.
+CLIENTS = ("aiohttp.", "gcsfs.", "google.api_core.", "google.auth.", "google.cloud.")
+# These two also raise errors of Requests, which other libraries use for their own downloads.
+CALLERS = ("gcsfs.", "google.")
+# TensorStore and ArrayRecord, in C++, raise errors of Python's own types, as gcsfs does for some.
 GIVEN_UP = re.compile(r"retry attempts failed|Retry policy exhausted|CURL error")
-FORBIDDEN = re.compile(r"^Forbidden: |PERMISSION_DENIED|UNAUTHENTICATED|\b40[13]\b")
+REFUSED = re.compile(
+  r"^Forbidden: |PERMISSION_DENIED|UNAUTHENTICATED|\b(?:status|code|message of):? 40[13]\b"
+)
+ANSWERED = re.compile(rf"^Bad Request: |{REFUSED.pattern}")
 S3 = re.compile(r"s3[an]?://", re.IGNORECASE)
 
 
@@ -54,17 +60,44 @@ def failure(error: BaseException | None) -> str:
   failure(HttpError("status 503"))
   "a bucket did not answer, or with errors, until the last try (HttpError: status 503)"
   """
+  if (found := _find(error)) is None:
+    return ""
+  what = "did not answer, or with errors, until the last try"
+  if refuses(found):
+    what = "may not be read or written by this account"
+  return f"a bucket {what} ({type(found).__name__}: {_text(found)[:200] or 'no text'})"
+
+
+def refuses(error: BaseException | None) -> bool:
+  """Returns whether an access to a bucket failed for want of rights, which no new try mends."""
+  if (found := _find(error)) is None:
+    return False
+  code = getattr(found, "code", None) or getattr(found, "status", None)  # gcsfs, Google; aiohttp.
+  no_account = type(found).__name__ == "DefaultCredentialsError"  # Of google.auth.
+  return no_account or str(code) in ("401", "403") or bool(REFUSED.search(_text(found)))
+
+
+def _find(error: BaseException | None) -> BaseException | None:
+  """Returns the error of an access to a bucket that led to `error`; None if there is none."""
   while error is not None:
-    text = " ".join(str(error).split())
-    client = f"{type(error).__module__}.".startswith(CLIENTS)
-    given_up = GIVEN_UP.search(text)
-    if client or given_up or (type(error) in (OSError, ValueError) and FORBIDDEN.match(text)):
-      what = "did not answer, or with errors, until the last try"
-      if FORBIDDEN.search(text):
-        what = "may not be read or written by this account"
-      return f"a bucket {what} ({type(error).__name__}: {text[:200] or 'no text'})"
+    text, module = _text(error), f"{type(error).__module__}."
+    if module.startswith(CLIENTS) or (module.startswith("requests.") and _is_of_caller(error)):
+      return error
+    if GIVEN_UP.search(text) or (type(error) in (OSError, ValueError) and ANSWERED.match(text)):
+      return error
     error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-  return ""
+  return None
+
+
+def _is_of_caller(error: BaseException) -> bool:
+  """Returns whether an error of Requests passed through one of CALLERS, or names Google's host."""
+  frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+  names = [f"{frame.f_globals.get('__name__', '')}." for frame in frames]
+  return any(name.startswith(CALLERS) for name in names) or ".googleapis.com" in str(error)
+
+
+def _text(error: BaseException) -> str:
+  return " ".join(str(error).split())
 
 
 def check_path(path: str, name: str = "") -> None:

@@ -25,9 +25,14 @@ SHUTDOWN_SECONDS = 60
 # A process that a signal asked to stop waits as long for an exchange with the others, to end with
 # them: less than the 30 s after which most schedulers kill it.
 TOGETHER_SECONDS = 20
+# Process 0 waits so much longer: when it exits, JAX's service ends, and the others with code 134.
+FIRST_WAITS_SECONDS = 5
 
-# Exit codes of the signals that this process got outside of the training steps.
+# Exit codes of the signals that this process got outside of the training steps, and what ends the
+# process some time after each. A handler notes the first; a thread starts the second, because no
+# handler runs while the process waits in native code.
 _asked: list[int] = []
+_exits: list[threading.Timer] = []
 
 
 def initialize(
@@ -139,6 +144,7 @@ def stop_together() -> None:
   A process that exits alone ends the others with an error. So all exit at the next `gather`, with
   the same code. If there is none in TOGETHER_SECONDS, or at a second Ctrl-C, this process exits
   alone: one that waits for a late process, in native code, runs no handler, but its threads run.
+  A signal that `asked_to_stop` returned is the caller's.
   """
   reading, writing = os.pipe()
   os.set_blocking(writing, False)
@@ -146,7 +152,8 @@ def stop_together() -> None:
   for number in (signal.SIGTERM, signal.SIGINT):
     if signal.getsignal(number) is not signal.SIG_IGN:  # As in the background of a script.
       signal.signal(number, _note)
-  threading.Thread(target=_exit_alone, args=(reading,), name="signals", daemon=True).start()
+  seconds = TOGETHER_SECONDS + FIRST_WAITS_SECONDS * is_first()
+  threading.Thread(target=_hear, args=(reading, seconds), name="signals", daemon=True).start()
 
 
 def _note(number: int, _) -> None:
@@ -159,15 +166,21 @@ def _code(number: int) -> int:
   return CTRL_C if number == signal.SIGINT else INTERRUPTED
 
 
-def _exit_alone(reading: int) -> None:
-  """Exits some time after a signal, in a thread, if the process is not in its steps then."""
+def _hear(reading: int, seconds: float) -> None:
+  """Lets each signal outside of the steps end the process after `seconds`; runs in a thread."""
   while True:
     number = os.read(reading, 1)[0]
     if signal.getsignal(number) is _note:
-      time.sleep(TOGETHER_SECONDS)
-      if signal.getsignal(number) is _note:
-        _tell()
-        os._exit(_code(number))
+      timer = threading.Timer(seconds, _exit_alone, [number])
+      timer.daemon = True
+      _exits.append(timer)
+      timer.start()
+
+
+def _exit_alone(number: int) -> None:
+  if signal.getsignal(number) is _note:
+    _tell()
+    os._exit(_code(number))
 
 
 def _tell() -> None:
@@ -179,6 +192,8 @@ def asked_to_stop() -> int:
   """Returns the exit code that a signal has asked for, or 0, and forgets it."""
   code = min(_asked, default=0)  # Of SIGTERM, if it was among several.
   _asked.clear()
+  while _exits:
+    _exits.pop().cancel()
   return code
 
 

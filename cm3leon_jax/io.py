@@ -101,6 +101,7 @@ def read_json(path: epath.PathLike, fields: Fields | None = None):
 
   Raises:
     UserError: it is absent or damaged, or lacks a field.
+    ValueError: a bucket did not answer as it should, see `buckets.failure`.
   """
   path = epath.Path(path)
   if not path.exists():
@@ -108,6 +109,8 @@ def read_json(path: epath.PathLike, fields: Fields | None = None):
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
   except (ValueError, RecursionError) as error:  # ValueError: also of bytes that are no UTF-8.
+    if buckets.failure(error):  # The content is not known, so it does not count as damaged.
+      raise
     raise UserError(
       f"{path} is not valid JSON ({error}): delete it and run its stage again."
     ) from error

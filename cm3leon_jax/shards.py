@@ -121,7 +121,7 @@ class _Worker:
 
     Returns:
       {"shard": name, "summary": JSON, "error": "", "again": False}, or the message of a UserError
-      as "error"; "again" says whether a bucket failed.
+      as "error"; "again" says whether the same command may succeed later.
     """
     name = row["shard"]
     try:
@@ -134,13 +134,15 @@ class _Worker:
       reason = buckets.failure(error)
       if not reason and not isinstance(error, UserError):
         raise
-      return {"shard": name, "summary": "", "error": reason or str(error), "again": bool(reason)}
+      again = isinstance(error, TryAgain) or bool(reason and not buckets.refuses(error))
+      message = f"{reason}{': the same command continues.' * again}" if reason else str(error)
+      return {"shard": name, "summary": "", "error": message, "again": again}
     return {"shard": name, "summary": json.dumps(summary), "error": "", "again": False}
 
 
 def _result(row: dict) -> tuple[str, dict]:
   if row["again"]:
-    raise TryAgain(f"shard {row['shard']}: {row['error']}: the same command continues.")
+    raise TryAgain(f"shard {row['shard']}: {row['error']}")
   if row["error"]:
     raise UserError(row["error"])
   return row["shard"], json.loads(row["summary"])

@@ -141,6 +141,7 @@ def test_the_errors_of_the_clients_are_known():
     (OSError("Forbidden: b/bucket/o\nno"), f"{forbidden} (OSError: Forbidden: b/bucket/o no)"),
     (aiohttp.SocketTimeoutError(), f"{gone} (SocketTimeoutError: no text)"),
     (exceptions.RetryError("Timeout of 120.0s", None), f"{gone} (RetryError: Timeout of 120.0s, "),
+    (ValueError("Bad Request: b/o\ninvalid"), f"{gone} (ValueError: Bad Request: b/o invalid)"),
     (exhausted, f"{gone} (RuntimeError: Retry policy exhausted, with a last message of 503)"),
   ):
     assert buckets.failure(error).startswith(reason)
@@ -150,9 +151,49 @@ def test_the_errors_of_the_clients_are_known():
   for error in (
     FileNotFoundError("gs://bucket/file"),
     PermissionError(13, "Permission denied"),
+    ValueError("it is a Bad Request: no"),
     None,
   ):
     assert not buckets.failure(error)
+
+
+def test_an_error_that_no_new_try_mends_is_known():
+  retry, auth = pytest.importorskip("gcsfs.retry"), pytest.importorskip("google.auth.exceptions")
+  exceptions = pytest.importorskip("google.api_core.exceptions")
+  for error, refused in (
+    (retry.HttpError({"code": 401, "message": "Anonymous caller"}), True),
+    (retry.HttpError({"code": 503, "message": "object 403 of 500"}), False),
+    (exceptions.Forbidden("no"), True),
+    (exceptions.ServiceUnavailable("no"), False),
+    (OSError("Forbidden: b/bucket/o\nno"), True),
+    (ValueError("Bad Request: b/bucket/o\ninvalid"), False),
+    (ValueError("PERMISSION_DENIED: All retry attempts failed"), True),
+    (RuntimeError("Retry policy exhausted, with a last message of 503"), False),
+    (auth.DefaultCredentialsError("no credentials"), True),
+    (auth.TransportError("no route"), False),
+    (PermissionError(13, "Permission denied"), False),
+  ):
+    assert buckets.refuses(error) == refused, error
+    outer = UserError("The file is damaged.")
+    outer.__cause__ = error
+    assert buckets.refuses(outer) == refused, error
+
+
+def test_a_download_that_fails_is_no_bucket_unless_a_client_of_buckets_made_it():
+  requests, retry = pytest.importorskip("requests"), pytest.importorskip("gcsfs.retry")
+
+  def raised(function, *args):
+    with pytest.raises(requests.exceptions.RequestException) as caught:
+      function(*args)
+    return caught.value
+
+  host = "HTTPSConnectionPool(host='{}', port=443): Max retries exceeded"
+  own = raised(requests.get, "http://localhost:1/weights")
+  assert buckets.failure(own) == ""
+  assert buckets.failure(requests.ConnectionError(host.format("huggingface.co"))) == ""
+  google = requests.ConnectionError(host.format("storage.googleapis.com"))
+  for error in (google, raised(retry.validate_response, 502, b"", "b/bucket/o")):
+    assert buckets.failure(error).startswith("a bucket did not answer, or with errors, until the")
 
 
 FILES_BELOW = """
@@ -180,24 +221,39 @@ from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 def main(workdir):
   try:
-    raise gcsfs.retry.HttpError({"code": 503, "message": "status 503"})
+    raise gcsfs.retry.HttpError({"code": STATUS, "message": "status STATUS"})
   except Exception as error:
     raise KIND("it is damaged") from error
 common.run(main, config=False)
 """
 
 
-@pytest.mark.parametrize("kind", ["UserError", "OSError"])
-def test_a_command_ends_with_one_sentence_and_is_started_again(server, kind):
+GONE = "did not answer, or with errors, until the last try", "the same command continues."
+REFUSED = (
+  "may not be read or written by this account",
+  "give it the right to, or use an account that has it.",
+)
+
+
+@pytest.mark.parametrize(
+  ("kind", "status", "exit_code", "sentence"),
+  [
+    ("UserError", 503, TryAgain.exit_code, GONE),
+    ("OSError", 503, TryAgain.exit_code, GONE),
+    ("OSError", 401, UserError.exit_code, REFUSED),
+  ],
+)
+def test_a_command_ends_with_one_sentence_and_is_started_again_if_that_may_help(
+  server, kind, status, exit_code, sentence
+):
   pytest.importorskip("gcsfs")
-  code = COMMAND.replace("KIND", kind)
+  code = COMMAND.replace("KIND", kind).replace("STATUS", str(status))
   job = run(server, f"sys.argv.append('--workdir=gs://bucket/run')\n{code}")
   _, errors = job.communicate(timeout=300)
-  assert job.returncode == TryAgain.exit_code
-  assert errors == (
-    "error: gs://bucket: a bucket did not answer, or with errors, until the last try "
-    "(HttpError: status 503, 503): the same command continues.\n"
-  )
+  assert job.returncode == exit_code
+  what, remedy = sentence
+  reason = f"a bucket {what} (HttpError: status {status}, {status})"
+  assert errors == f"error: gs://bucket: {reason}: {remedy}\n"
 
 
 @pytest.mark.slow

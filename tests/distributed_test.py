@@ -1,12 +1,14 @@
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
 from cm3leon_jax import distributed
-from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.config import INTERRUPTED, STOPPED_EARLY, TryAgain, UserError
 
 PROCESS = """
 import sys
@@ -143,3 +145,66 @@ def test_a_missing_cluster_is_a_user_error():
   )
   reason = "--distributed found no cluster that it knows (coordinator_address should be defined.)"
   assert f"UserError: {reason}" in result.stderr
+
+
+# As of a process that waits in native code, its handlers of signals run after that.
+WAITS = """
+import signal, sys, time
+from cm3leon_jax import distributed
+distributed.TOGETHER_SECONDS = 4
+distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), 60)
+distributed.gather(None)
+distributed.stop_together()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+open(sys.argv[3], "w").close()
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_are_asked_to_stop_while_they_wait_all_end_with_its_code(tmp_path):
+  """Process 0, with which JAX's service ends, is asked first, and ends last."""
+  address, jobs, ready = f"localhost:{free_port()}", [], [tmp_path / "0", tmp_path / "1"]
+  for i in range(2):
+    command = [sys.executable, "-c", WAITS, address, str(i), str(ready[i])]
+    jobs.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+  try:
+    while not all(path.exists() for path in ready):
+      assert all(job.poll() is None for job in jobs)
+      time.sleep(0.05)
+    for job in jobs:
+      job.send_signal(signal.SIGTERM)
+      time.sleep(1.5)
+    found = [job.communicate(timeout=60) for job in jobs]
+  finally:
+    for job in jobs:
+      job.kill()
+  assert [job.returncode for job in jobs] == [INTERRUPTED] * 2, found
+
+
+# A signal just before the steps, which stop; the process then lives longer than it would wait.
+TAKEN_OVER = """
+import signal, sys, time
+import jax
+from cm3leon_jax import distributed
+from cm3leon_jax.training.preemption import StopSignal
+distributed.TOGETHER_SECONDS, distributed.FIRST_WAITS_SECONDS = 2, 0
+distributed.stop_together()
+signal.raise_signal(signal.SIGTERM)
+time.sleep(1)
+with StopSignal(jax.make_mesh((1,), ("data",))) as stop:
+  print("stopping", stop.stopping(), flush=True)
+time.sleep(3)
+print("ended", flush=True)
+signal.raise_signal(signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+def test_a_signal_that_the_steps_took_over_ends_no_process_after_them():
+  result = subprocess.run(
+    [sys.executable, "-c", TAKEN_OVER], capture_output=True, text=True, timeout=60, check=False
+  )
+  lines = [f"stopping {INTERRUPTED}", "ended", STOPPED_EARLY]
+  assert result.stdout.splitlines() == lines, result.stderr
+  assert result.returncode == INTERRUPTED

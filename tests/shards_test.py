@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.shards import Runner, forget, run_shards
 
 NAMES = {f"{i:02d}": {"digest": i} for i in range(12)}
@@ -17,6 +17,7 @@ class Copy:
 
   folder: str
   wrong: str = ""
+  error: type[Exception] = UserError
   kill_once: str = ""
 
   def open(self):
@@ -26,7 +27,7 @@ class Copy:
 
     def do(name):
       if name == self.wrong:
-        raise UserError(f"shard {name} is wrong.")
+        raise self.error(f"shard {name} is wrong.")
       with (folder / "log").open("a") as file:
         file.write(f"{name}\n")
       if name == self.kill_once and not (folder / "killed").exists():
@@ -82,6 +83,11 @@ def test_what_was_done_before_a_mistake_stays_done(tmp_path):
   assert log(tmp_path) == [f"{i:02d}" for i in range(5)]
   run(tmp_path)
   assert log(tmp_path) == list(NAMES)
+
+
+def test_what_may_succeed_later_stays_so(tmp_path):
+  with pytest.raises(TryAgain, match=r"^shard 05: shard 05 is wrong\.$"):
+    run(tmp_path, Copy(str(tmp_path), wrong="05", error=TryAgain))
 
 
 def test_a_runner_is_checked():

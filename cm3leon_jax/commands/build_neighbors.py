@@ -14,7 +14,7 @@ from cm3leon_jax.commands import common, sharded
 def main(settings, workdir):
   from cm3leon_jax.retrieval import bank, neighbors
 
-  with stages.stage(workdir, "neighbors", settings) as summary:
+  with sharded.stage(workdir, "neighbors", settings) as (summary, runner):
     if summary is not None:
       load_clip = functools.partial(
         bank.load_clip, settings.retrieval.clip, str(workdir), settings.vocab
@@ -30,8 +30,7 @@ def main(settings, workdir):
       width = bank.embedding_width(settings.retrieval.clip, workdir)
       own = stages.ids(settings, workdir, stages.own_clip(settings))
       clip = {"clip": settings.retrieval.clip, **own}
-      with sharded.runner(workdir / "neighbors") as runner:
-        summary.update(neighbors.build_neighbors(settings.retrieval, job, width, clip, runner))
+      summary.update(neighbors.build_neighbors(settings.retrieval, job, width, clip, runner))
 
 
 if __name__ == "__main__":

@@ -289,6 +289,8 @@ def _reporting() -> Iterator[None]:
     _fail(f"a path of the config is in a bucket, which {_NEEDS_GCSFS}")
   except Exception as error:
     if reason := buckets.failure(error):  # A UserError may have taken it for damage.
+      if buckets.refuses(error):
+        _fail(f"{_where()}: {reason}: give it the right to, or use an account that has it.")
       _fail(f"{_where()}: {reason}: the same command continues.", TryAgain.exit_code)
     if not isinstance(error, UserError):
       raise
@@ -306,7 +308,7 @@ def run(
   """Runs a command as an absl app; a UserError becomes one sentence on stderr and exit code 2.
 
   A bucket that cannot be reached becomes one, too, and an exit code with which launchers start the
-  command again.
+  command again; they do not if the bucket refuses the account.
 
   Args:
     main: called as `main(settings, workdir)`, or as `main(settings)` without a workdir.

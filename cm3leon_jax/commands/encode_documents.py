@@ -34,7 +34,7 @@ def main(settings, workdir):
   if _VALIDATE.value:
     validate(settings, workdir)
     return
-  with stages.stage(workdir, "documents", settings) as summary:
+  with sharded.stage(workdir, "documents", settings) as (summary, runner):
     if summary is not None:
       job = encode.EncodeJob(
         str(workdir / "raw"),
@@ -47,8 +47,7 @@ def main(settings, workdir):
       )
       # Without the id of raw: shards identify their records by digest.
       tokenizers = stages.ids(settings, workdir, stages.TOKENIZERS)
-      with sharded.runner(workdir / "documents") as runner:
-        summary.update(encode.encode_documents(job, tokenizers, runner))
+      summary.update(encode.encode_documents(job, tokenizers, runner))
       for split, numbers in summary.items():
         shown = ", ".join(f"{name} {value:.6g}" for name, value in numbers.items())
         print(f"encode_documents {split}: {shown}")

@@ -29,7 +29,7 @@ def main(settings, workdir) -> None:
       )
   tasks = load_tasks(settings.instructions)
   more = {"tasks": instruction_sources.digest_of(tasks)}
-  with stages.stage(workdir, "instructions", settings, more) as summary:
+  with sharded.stage(workdir, "instructions", settings, more) as (summary, runner):
     if summary is None:
       return
     job = instruction_sources.InstructionJob(
@@ -42,8 +42,7 @@ def main(settings, workdir) -> None:
       settings.raw.num_threads,
     )
     tokenizers = stages.ids(settings, workdir, stages.TOKENIZERS)
-    with sharded.runner(workdir / "instructions") as runner:
-      summary.update(instruction_sources.encode_tasks(job, tokenizers, runner))
+    summary.update(instruction_sources.encode_tasks(job, tokenizers, runner))
     for name, numbers in summary.items():
       shown = ", ".join(f"{value:,} {field}" for field, value in numbers.items())
       print(f"encode_instructions {name}: {shown}")

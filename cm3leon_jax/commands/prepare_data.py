@@ -86,11 +86,10 @@ def main(settings, workdir):
   parts = ingest.parts_of(settings.raw, settings.scenes)
   # New or changed files make the stage run again, only for their shards.
   files = sources.digest_of(parts)
-  with stages.stage(workdir, "raw", settings, {"files": files}) as summary:
+  with sharded.stage(workdir, "raw", settings, {"files": files}) as (summary, runner):
     if summary is not None:
       folder = workdir / "raw"
-      with sharded.runner(folder) as runner:
-        summary.update(ingest.prepare(settings.raw, parts, folder, runner, settings.scenes))
+      summary.update(ingest.prepare(settings.raw, parts, folder, runner, settings.scenes))
       print("prepare_data:", ", ".join(f"{name} {value}" for name, value in summary.items()))
 
 

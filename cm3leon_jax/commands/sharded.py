@@ -1,12 +1,12 @@
 """Defines the flags of commands that process shards in parallel."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 
 from absl import flags
 from etils import epath
 
-from cm3leon_jax import shards
+from cm3leon_jax import shards, stages
 from cm3leon_jax.config import UserError
 
 _RUNNER = flags.DEFINE_enum(
@@ -22,18 +22,30 @@ _CPUS = flags.DEFINE_float("ray_worker_cpus", 1.0, "CPUs that Ray reserves for a
 
 
 @contextlib.contextmanager
-def runner(folder: epath.Path) -> Iterator[shards.Runner]:
-  """Yields the runner that the flags select, while this job holds the lease on a stage's folder.
+def stage(
+  workdir: epath.Path, name: str, settings, more_inputs: Mapping[str, str] | None = None
+) -> Iterator[tuple[dict | None, shards.Runner]]:
+  """Runs the body as `stages.stage`, while this job holds the lease on the stage's folder.
+
+    with sharded.stage(workdir, "raw", settings) as (summary, runner):
+      if summary is not None:
+        summary.update(...)
+
+  Yields:
+    The summary, None if the stage is finished, and the runner that the flags select.
 
   Raises:
-    UserError: a flag is out of range; another job works in the folder, or has taken the lease.
+    UserError: as `stages.stage`; a flag is out of range; another job works in the folder, or has
+      taken the lease.
   """
   from cm3leon_jax.training.lease import Lease  # Here: it imports JAX.
 
   try:
-    selected = shards.Runner(_RUNNER.value, _ADDRESS.value, _WORKERS.value, _CPUS.value)
+    runner = shards.Runner(_RUNNER.value, _ADDRESS.value, _WORKERS.value, _CPUS.value)
   except ValueError as error:
     raise UserError(str(error)) from error
-  with Lease(folder) as lease:
-    yield selected
+  body = stages.stage(workdir, name, settings, more_inputs)
+  # The lease first: the stage deletes and writes files of the folder.
+  with Lease(workdir / name) as lease, body as summary:
+    yield summary, runner
     lease.check()

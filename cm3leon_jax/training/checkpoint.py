@@ -169,11 +169,12 @@ class Checkpoints:
       try:
         work(save)
         outcome.set_result(None)
+      except UserError as error:
+        return outcome.set_exception(error)
       except Exception as error:  # Of Orbax, TensorStore, a disk or a bucket.
-        failure = error if isinstance(error, UserError) else self._failure(save.step, error)
-        failure.__cause__ = error if failure is not error else error.__cause__
-        outcome.set_exception(failure)
-        return
+        failure = self._failure(save.step, error)
+        failure.__cause__ = error
+        return outcome.set_exception(failure)
 
   def _digest_share(self, save: sealing.Save) -> None:
     """Waits until Orbax has written a checkpoint; writes digests of this process's share of it."""
@@ -285,7 +286,6 @@ class Checkpoints:
 
   def damage(self, step: int) -> str | None:
     """Says which file of a checkpoint differs from what was written; None: all are as written."""
-    folder, damage = self.folder / str(step), None
     with distributed.together():
       try:
         expected = read_json(self._digest_path(step))
@@ -294,7 +294,7 @@ class Checkpoints:
       if not isinstance(expected, dict) or not expected:
         damage = f"{self._digest_path(step)} is damaged: it has no digests"
       else:
-        damage = sealing.damage(folder, expected)
+        damage = sealing.damage(self.folder / str(step), expected)
     return next(filter(None, distributed.gather(damage)), None)
 
   def digest(self, step: int) -> str | None:

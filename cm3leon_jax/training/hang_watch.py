@@ -30,6 +30,9 @@ COMPILED = 3  # When this step begins, the first one has ended, and its program 
 POLL_SECONDS = 5.0
 FILE_SECONDS = 20.0  # To write or read the reports: a bucket may be what hangs.
 READERS = 32  # Reports that are read at once.
+# So long a process that has given up waits for the others to do so, which end with an error of
+# their own when it is gone; the first process, with which JAX's service ends, twice as long.
+LINGER_SECONDS = 10.0
 # The order in which a process passes them, from the dispatch of a step on.
 ORDER = ("restore", "step", "evaluate", "save", "sample", "profile", "data")
 
@@ -237,6 +240,8 @@ class HangWatch:
     lines.append(f"error: the job ends with exit code {HUNG}: the same command continues it.")
     print("\n".join(lines), file=sys.stderr, flush=True)
     sys.stdout.flush()
+    if jax.process_count() > 1:  # Unless the loop ends, because others are gone.
+      self._stop.wait(LINGER_SECONDS * (2 if mine["process"] == 0 else 1))
     self._end(HUNG)
 
   def _compare(self, mine: dict) -> list[str]:

@@ -10,7 +10,7 @@ import time
 
 from etils import epath
 
-from cm3leon_jax import distributed
+from cm3leon_jax import buckets, distributed
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.io import read_json, write_json
 
@@ -41,24 +41,33 @@ class Lease:
     """Takes the lease.
 
     Raises:
-      UserError: another job holds it.
+      UserError: another job holds it, or this account may not write to the bucket.
       TryAgain: the file cannot be read or written.
     """
-    with distributed.together():
-      if distributed.is_first():
-        try:
-          self._take()
-        except OSError as error:
-          raise TryAgain(f"{self._path} cannot be read or written ({error}).") from error
-        self._thread.start()
+    try:
+      with distributed.together():
+        if distributed.is_first():
+          self._start()
+    except BaseException:  # Also the exit of a job that was asked to stop.
+      self.__exit__()
+      raise
     return self
+
+  def _start(self) -> None:
+    try:
+      self._take()
+    except OSError as error:
+      kind = UserError if buckets.refuses(error) else TryAgain
+      raise kind(f"{self._path} cannot be read or written ({error}).") from error
+    self._thread.start()
 
   def __exit__(self, *_):
     """Gives the lease back."""
-    if not self._thread.is_alive():
+    if not self._beats:  # This process has not written it.
       return
     self._stop.set()
-    self._thread.join()
+    if self._thread.is_alive():
+      self._thread.join()
     with contextlib.suppress(Exception):  # Of a bucket, of any kind: the first error counts.
       if self._read().get("token") == self._token:
         self._path.unlink(missing_ok=True)

@@ -5,9 +5,17 @@ import pathlib
 import subprocess
 import sys
 
+from absl import flags
+from etils import epath
 import pytest
 
+from cm3leon_jax import stages
+from cm3leon_jax.commands import config_file, sharded
+from cm3leon_jax.config import UserError
 from cm3leon_jax.io import write_json
+from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.training import lease
+from tests.launched import launch
 
 ROOT = pathlib.Path(__file__).parents[2]
 HOLD = """
@@ -20,21 +28,38 @@ with lease.Lease(sys.argv[1]):
 """
 
 
+def settings_of(config):
+  return settings_from_config(config_file.Parser().parse(config))
+
+
 @pytest.mark.parametrize(
-  ("name", "folder"), [("prepare_data", "raw"), ("encode_documents", "documents")]
+  ("name", "folder", "config", "more"),
+  [
+    ("prepare_data", "raw", "scenes", {"files": "before"}),
+    ("encode_documents", "documents", "scenes", {}),
+    ("build_neighbors", "neighbors", "scenes", {}),
+    ("encode_instructions", "instructions", "scenes_instruct", {"tasks": "before"}),
+  ],
 )
-def test_a_second_job_of_a_stage_is_refused_and_leaves_its_folder_as_it_is(tmp_path, name, folder):
-  for stage in {"raw", "text_tokenizer", "vqgan"} - {folder}:
-    write_json(tmp_path / stage / "done.json", {"id": stage})
+def test_a_second_job_of_a_stage_is_refused_and_leaves_its_folder_as_it_is(
+  tmp_path, name, folder, config, more
+):
+  """Also the done.json of the stage, whose inputs have changed since."""
+  read = {"raw", "text_tokenizer", "vqgan", "clip"} - {folder}
+  for stage in read:
+    write_json(tmp_path / stage / stages.DONE, {"id": "before"})
+  result = {"config": stages.run_config(settings_of(config), tmp_path, folder, more), "id": "a"}
+  done = tmp_path / folder / stages.DONE
+  write_json(done, result)
+  before = done.read_bytes()
+  for stage in read:
+    write_json(tmp_path / stage / stages.DONE, {"id": "after"})
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}
   hold = [sys.executable, "-c", HOLD, tmp_path / folder]
   with subprocess.Popen(hold, env=environment, stdout=subprocess.PIPE) as other:
     try:
       assert other.stdout.readline() == b"held\n"
-      result = subprocess.run(
-        [sys.executable, "-m", f"launch.{name}", "--config=scenes", f"--workdir={tmp_path}"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False,
-      )  # fmt: skip
+      result = launch(name, f"--config={config}", f"--workdir={tmp_path}", timeout=100)
     finally:
       other.kill()
   assert result.returncode == 2, result.stderr
@@ -43,4 +68,40 @@ def test_a_second_job_of_a_stage_is_refused_and_leaves_its_folder_as_it_is(tmp_p
     f" works in {tmp_path / folder}: use another --workdir, or stop that job.\n"
   )
   left = {path.name.removesuffix(".partial") for path in (tmp_path / folder).iterdir()}
-  assert left == {"lease.json"}
+  assert left == {lease.NAME, stages.DONE}
+  assert done.read_bytes() == before
+
+
+@pytest.fixture
+def parsed():
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+
+
+def test_the_lease_is_given_back_after_the_stage_is_finished(tmp_path, parsed, monkeypatch):
+  write, events = stages.write_json, []
+  folder = epath.Path(tmp_path / "raw")
+
+  def recorded(path, value):
+    events.append((path.name, (folder / lease.NAME).exists()))
+    write(path, value)
+
+  monkeypatch.setattr(stages, "write_json", recorded)
+  settings = settings_of("scenes")
+  with sharded.stage(folder.parent, "raw", settings) as (summary, runner):
+    assert (summary, runner.kind) == ({}, "local")
+  assert events == [(stages.DONE, True)]
+  assert not (folder / lease.NAME).exists()
+  with sharded.stage(folder.parent, "raw", settings) as (summary, _):
+    assert summary is None
+  assert not (folder / lease.NAME).exists()
+
+
+def test_a_job_that_lost_its_lease_finishes_no_stage(tmp_path, parsed):
+  folder = epath.Path(tmp_path / "raw")
+  with (
+    pytest.raises(UserError, match=r"^process 7 on elsewhere took "),
+    sharded.stage(folder.parent, "raw", settings_of("scenes")),
+  ):
+    write_json(folder / lease.NAME, {"token": "other", "host": "elsewhere", "pid": 7})
+  assert not (folder / stages.DONE).exists()

@@ -234,6 +234,14 @@ def test_tpu_vm_watch_ends_if_somebody_deletes_the_request(recorders, tmp_path):
   assert asked(recorders) == ["delete", "create"]
 
 
+def test_tpu_vm_watch_waits_for_a_request_that_is_listed_without_a_state(recorders, tmp_path):
+  states = ["", "ACTIVE", "", "ACTIVE"]
+  result = watched(recorders, tmp_path, states, ["active", "inactive"])
+  assert result.returncode == 0, result.stderr
+  assert "training has ended" in result.stdout
+  assert asked(recorders) == []
+
+
 def test_tpu_vm_watch_asks_again_if_the_new_request_failed(recorders, tmp_path):
   result = watched(recorders, tmp_path, ["SUSPENDED"] + ["GONE"] * 3, created=[1, 1, 0])
   assert result.returncode == MISTAKE  # The third was made, so the last is another's deletion.

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 from etils import epath
 import jax
@@ -162,6 +163,7 @@ def test_the_process_that_has_not_arrived_is_named():
 def two(monkeypatch):
   """Lets the watch of this process take itself for one of two; returns what sets which."""
   monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(hang_watch, "LINGER_SECONDS", 0.0)
   return lambda i: monkeypatch.setattr(jax, "process_index", lambda: i)
 
 
@@ -176,6 +178,20 @@ def test_processes_write_where_they_stand_only_while_nothing_goes_on(loop, two, 
   assert "in test_processes_write_where_they_stand" in found["stacks"]
   loop.steps(1)
   assert not path.exists()
+
+
+@pytest.mark.parametrize(("process", "seconds"), [(0, 0.6), (1, 0.3)])
+def test_the_late_one_ends_after_the_others_have_given_up_and_the_first_last(
+  loop, two, monkeypatch, process, seconds
+):
+  """A process that ends earlier ends the others with an error, before they say who was late."""
+  two(process)
+  monkeypatch.setattr(hang_watch, "LINGER_SECONDS", 0.3)
+  loop.steps(4)
+  begin = time.monotonic()
+  loop.steps(1, MINUTE + 1)
+  assert loop.ended == [HUNG]
+  assert time.monotonic() - begin >= seconds
 
 
 @pytest.mark.parametrize(

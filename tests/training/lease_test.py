@@ -55,6 +55,43 @@ def test_a_lease_lives_as_long_as_its_job(tmp_path):
   assert not path.exists()
 
 
+@pytest.mark.parametrize("error", [SystemExit(75), TryAgain("process 1 failed")])
+def test_a_job_that_ends_while_it_starts_gives_its_lease_back(tmp_path, monkeypatch, error):
+  """At the end of the start, the processes of a job exchange whether one was asked to stop."""
+  held = []
+
+  def gather(_):
+    held.append((tmp_path / lease.NAME).exists())
+    raise error
+
+  monkeypatch.setattr(lease.distributed, "gather", gather)
+  taken = Lease(tmp_path)
+  with pytest.raises(type(error)), taken:
+    pass
+  assert held == [True]
+  assert not taken._thread.is_alive()
+  assert not (tmp_path / lease.NAME).exists()
+
+
+def test_a_job_that_ends_before_it_looked_whose_its_lease_is_gives_it_back(tmp_path, monkeypatch):
+  monkeypatch.setattr(lease, "SETTLE_SECONDS", -1)  # Which `sleep` refuses.
+  with pytest.raises(ValueError, match="non-negative"), Lease(tmp_path):
+    pass
+  assert not (tmp_path / lease.NAME).exists()
+
+
+@pytest.mark.parametrize(
+  ("text", "kind"), [("Forbidden: b/o\nno", UserError), ("Input/output error", TryAgain)]
+)
+def test_a_folder_that_cannot_be_written_is_tried_again_unless_it_is_forbidden(
+  tmp_path, monkeypatch, text, kind
+):
+  monkeypatch.setattr(lease, "write_json", mock.Mock(side_effect=OSError(text)))
+  with pytest.raises(UserError) as caught, Lease(tmp_path):
+    pass
+  assert type(caught.value) is kind
+
+
 def test_a_folder_in_which_another_job_trains_is_refused(tmp_path):
   stop = threading.Event()
 

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from unittest import mock
 
+from etils import epath
 import jax
 import pytest
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.training import checkpoint, recovery, sealing
 from tests.distributed_test import free_port
 from tests.models.tiny import mesh_of
@@ -178,3 +179,22 @@ def test_a_checkpoint_in_a_bucket_that_does_not_answer_is_no_damaged_one(saved, 
   with pytest.raises(UserError, match="is whole"):
     recovery.newest_whole(checkpoints)
   checkpoints.close()
+
+
+def test_digests_in_a_bucket_that_does_not_answer_are_not_damaged(saved, monkeypatch):
+  """As gcsfs raises an error whose text has the word "invalid"."""
+  path_type = type(epath.Path(saved))
+  read = path_type.read_text
+
+  def read_text(path, *args, **options):
+    if path.name == "2.json":
+      raise ValueError("Bad Request: b/bucket/o\ninvalid token, try again")
+    return read(path, *args, **options)
+
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    checkpoints = checkpoint.Checkpoints(saved, keep=2)
+    monkeypatch.setattr(path_type, "read_text", read_text)
+    reason = r"a bucket did not answer, .*\(ValueError: Bad Request: b/bucket/o invalid token"
+    with pytest.raises(TryAgain, match=reason), checkpoints:
+      recovery.newest_whole(checkpoints)
+  assert (saved / "checkpoints" / "2").exists()
