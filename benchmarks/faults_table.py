@@ -79,6 +79,17 @@ def _kill_rows(summary: dict) -> list[tuple]:
   return [("SIGKILL", count, NONE, equal, lost, "0" if not summary["differing"] else "?", seconds)]
 
 
+def _joined(rows: list[tuple], where: str) -> list[tuple]:
+  """Joins rows that differ only in the name of the fault; says where they were caused."""
+  names: dict[tuple, list[str]] = {}
+  for name, *numbers in rows:
+    names.setdefault(tuple(numbers), []).append(name)
+  return [
+    (where + ", ".join(found), f"{count} each" if len(found) > 1 else count, *numbers)
+    for (count, *numbers), found in names.items()
+  ]
+
+
 def _damage_rows(summary: dict, where: str) -> list[tuple]:
   rows, seconds = [], _seconds(summary.get("seconds_to_resume", {}))
   for kind, numbers in summary["kinds"].items():
@@ -86,10 +97,10 @@ def _damage_rows(summary: dict, where: str) -> list[tuple]:
     recovered = ", ".join(part for part in parts if not part.startswith("0 "))
     named = f"{numbers['named']} of {numbers['of']}" if numbers["of"] else NONE
     rows.append(
-      (f"{kind}{where}", f"{numbers['faults']}", named, recovered, f"{numbers['steps_lost']}",
+      (kind, f"{numbers['faults']}", named, recovered, f"{numbers['steps_lost']}",
        "0" if not numbers["wrong"] else "?", seconds if numbers["went back"] else NONE)
     )  # fmt: skip
-  return rows
+  return _joined(rows, where)
 
 
 def _elastic_rows(summary: dict) -> list[tuple]:
@@ -110,9 +121,12 @@ def _replay_rows(summary: dict) -> list[tuple]:
     parts = [f"{numbers[name]} {name}" for name in ("recovered", "stopped", "wrong")]
     ended = ", ".join(part for part in parts if not part.startswith("0 "))
     lost = "those since the checkpoint" if numbers["stopped"] else "0"
-    rows.append((f"bit flip in {kind}, `replay_every`", f"{flips}", found, ended, lost, "0", NONE))
+    rows.append((kind, f"{flips}", found, ended, lost, "0", NONE))
   clean = f"checked steps without a flip: {summary['alarms']} false alarms"
-  return [*rows, (clean, f"{summary['clean']}", NONE, NONE, "0", "0", NONE)]
+  return [
+    *_joined(rows, "`replay_every`: bit flip in "),
+    (clean, f"{summary['clean']}", NONE, NONE, "0", "0", NONE),
+  ]
 
 
 def markdown(numbers: dict) -> str:
@@ -127,7 +141,7 @@ def markdown(numbers: dict) -> str:
   if "damage" in numbers:
     rows += _damage_rows(numbers["damage"], "")
   if "command" in numbers:
-    rows += _damage_rows(numbers["command"], ", `launch.train`")
+    rows += _damage_rows(numbers["command"], "`launch.train`: ")
   if "elastic" in numbers:
     rows += _elastic_rows(numbers["elastic"])
   if "replay" in numbers:

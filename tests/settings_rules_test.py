@@ -82,6 +82,11 @@ from tests.settings_test import settings_with
       "1, or set rows_per_device = 0.",
     ),
     (
+      {"train__replay_tolerance": 0.01},
+      "config.train: replay_tolerance is 0.01, and replay_every = 0 computes no step twice: set "
+      "replay_every, or replay_tolerance = 0.",
+    ),
+    (
       {"model__vocab_size": 1_000},
       "config: model.vocab_size is 1000; it must be vocab.size = 64512.",
     ),

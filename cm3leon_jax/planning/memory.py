@@ -244,8 +244,24 @@ def device_memory(device: jax.Device) -> int | None:
 def smaller(settings, shape: Mapping[str, int], platform: str = "tpu") -> Iterator[tuple]:
   """Yields settings of the same step that take less memory, and the flags that select them.
 
-  First fewer rows at once, then the policy that keeps nothing, with the most rows first.
+  First the same rows without checked steps (`train.replay_every`), then fewer rows at once, then
+  the policy that keeps nothing, with the most rows first, and then these without checked steps.
   """
+  if not settings.train.replay_every:
+    yield from _fewer_rows(settings, shape, platform)
+    return
+  train = dataclasses.replace(settings.train, replay_every=0, replay_tolerance=0.0)
+  unchecked, flags = dataclasses.replace(settings, train=train), "--config.train.replay_every=0"
+  if settings.train.replay_tolerance:
+    flags += " --config.train.replay_tolerance=0"
+  yield unchecked, flags
+  yield from _fewer_rows(settings, shape, platform)
+  for other, more in _fewer_rows(unchecked, shape, platform):
+    yield other, f"{flags} {more}"
+
+
+def _fewer_rows(settings, shape: Mapping[str, int], platform: str) -> Iterator[tuple]:
+  """Yields settings with fewer rows at once, and then with the policy that keeps nothing."""
   shards = math.prod(shape[axis] for axis in RULES["batch"])
   now = estimate(settings, shape, platform).rows
   rows = settings.train.global_batch_size // shards

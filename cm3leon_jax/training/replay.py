@@ -78,21 +78,24 @@ class Verdict:
   Attributes:
     wrong: numbers of those that the two others contradict somewhere, while they agree.
     undecided: whether somewhere no two agree.
+    unconfirmed: whether the two that agree ran on the same assignment of several devices: an error
+      that a device repeats is in both.
     stage: the first of `STAGES` in which they differ.
     arrays: numbers of the arrays that differ there.
-    devices: that held what was outvoted there.
+    devices: ids of those that held what two computations on other devices outvoted there.
   """
 
   wrong: tuple[int, ...]
   undecided: bool
+  unconfirmed: bool
   stage: str
   arrays: tuple[int, ...]
-  devices: tuple[jax.Device, ...]
+  devices: tuple[int, ...]
 
   @property
   def majority(self) -> int | None:
     """Number of a computation whose state can be trusted; None if there is none."""
-    if self.undecided or len(self.wrong) != 1:
+    if self.undecided or self.unconfirmed or len(self.wrong) != 1:
       return None
     return 2 if self.wrong == (0,) else 0
 
@@ -104,6 +107,8 @@ def judge(
 
     digests of an array on 3 devices, which are rolled by 0, 1 and 2 places:
       [7 8 9], [7 8 9], [7 5 9]: the third is wrong in shard 1, then on device 1 + 2 = 0
+    on 2 devices, which are rolled by 0, 1 and 0 places:
+      [5 8], [7 4], [5 8]: not confirmed; device 0 is always wrong here
 
   Args:
     computations: fingerprints by stage, as numpy arrays.
@@ -111,8 +116,8 @@ def judge(
     tolerance: see `fingerprint.equal`.
   """
   wrong: set[int] = set()
-  undecided = False
-  first: tuple[str, tuple[int, ...], tuple[jax.Device, ...]] | None = None
+  undecided, repeats = False, meshes[0] == meshes[2] and meshes[0].size > 1
+  first: tuple[str, tuple[int, ...], tuple[int, ...]] | None = None
   for stage in STAGES:
     a, b, c = computations
     ab, ac, bc = (_agree(stage, *pair, tolerance) for pair in ((a, b), (a, c), (b, c)))
@@ -121,11 +126,13 @@ def judge(
     undecided |= bool((~ab & ~ac & ~bc).any())
     differ = ~(ab & ac & bc)
     if first is None and differ.any():
-      devices: dict[jax.Device, None] = {}
-      for mesh, places in zip(meshes, outvoted, strict=True):
-        devices |= dict.fromkeys(mesh.devices.flat[i] for i in np.flatnonzero(places.any(1)))
+      devices: dict[int, None] = {}
+      for number, mesh in enumerate(meshes):
+        places = outvoted[number] & ~(repeats and number == 1)
+        devices |= dict.fromkeys(mesh.devices.flat[i].id for i in np.flatnonzero(places.any(1)))
       first = stage, tuple(np.flatnonzero(differ.any(0)).tolist()), tuple(devices)
-  return Verdict(tuple(sorted(wrong)), undecided, *(first or ("left", (), ())))
+  unconfirmed = repeats and wrong == {1} and not undecided
+  return Verdict(tuple(sorted(wrong)), undecided, unconfirmed, *(first or ("left", (), ())))
 
 
 class Replay:
@@ -136,7 +143,7 @@ class Replay:
   """
 
   def __init__(self, steps: "Steps", config: "TrainConfig", step: int, mesh: Mesh):
-    """Prepares it.
+    """Prepares it. All processes must call it.
 
     Args:
       steps: the run's.
@@ -147,6 +154,7 @@ class Replay:
     self._usual, self._checked, self._config, self._step = steps.train, steps.checked, config, step
     self._assignments = assignments(mesh)
     self._meshes = (mesh, *(a.mesh(mesh) for a in self._assignments))
+    self._hosts = distributed.gather(socket.gethostname())
     self._left: Fingerprint | None = None  # Of the newest state, if the next step is checked.
     self.faults: list[str] = []
     if mesh.size == 1:
@@ -220,12 +228,14 @@ class Replay:
     """
     third = self._compute(2, *spare, num_sources)
     prints = (first[2], again, third[2])
-    verdict = judge(prints, self._meshes, self._config.replay_tolerance)
+    verdict = _agreed(judge(prints, self._meshes, self._config.replay_tolerance))
     of_params = verdict.stage in ("gradients", "updates")
     names = names_of(first[0].params if of_params else first[0])
     self._report(verdict, names)
     if verdict.majority == 0:
       return first
+    for x in jax.tree.leaves(first[0]):
+      x.delete()  # The copy of the right state takes its place.
     state = moved_back(third[0], self._meshes[2], self._meshes[0], self._assignments[1])
     return state, *third[1:]
 
@@ -234,13 +244,17 @@ class Replay:
     what = f"{STAGES[verdict.stage]} ({_listed([names[i] for i in verdict.arrays])})"
     where = "the device cannot be told, because the error had spread to several shards"
     if len(verdict.devices) == 1:
-      where = f"the error was made on {_described(verdict.devices)[0]}"
+      where = f"the error was made on {self._described(verdict.devices)[0]}"
     elif not verdict.devices:
       where = "no device can be told"
     if verdict.majority is None:
-      self.faults.append(
-        f"step {self._step}: no two of three computations agree about {what}, and {where}"
-      )
+      agree = f"no two of three computations agree about {what}, and {where}"
+      if verdict.unconfirmed:
+        agree = (
+          f"two of three computations agree about {what}, but they ran on the same assignment of "
+          f"the devices, where an error may repeat, and {where}"
+        )
+      self.faults.append(f"step {self._step}: {agree}")
       raise UserError(
         f"{self.faults[-1]}. Either a device is broken: leave out its host, and the same command "
         "continues from the newest checkpoint. Or these devices round differently in another "
@@ -263,7 +277,7 @@ class Replay:
     """Raises the error about a state that has changed between two steps."""
     mesh, before = self._meshes[0], self._step - 1
     arrays = _listed([names[i] for i in np.flatnonzero(changed.any(0))])
-    devices = _described([mesh.devices.flat[i] for i in np.flatnonzero(changed.any(1))])
+    devices = self._described([mesh.devices.flat[i].id for i in np.flatnonzero(changed.any(1))])
     self.faults.append(
       f"the state that step {before} left is not the one that step {self._step} reads: {arrays} "
       f"has changed on {_listed(devices)}"
@@ -277,6 +291,15 @@ class Replay:
       f"{self.faults[-1]}. The same command continues from the newest checkpoint; leave out that "
       "host if it happens again."
     )
+
+  def _described(self, ids: Sequence[int]) -> list[str]:
+    """Describes devices with their processes and hosts."""
+    devices = {d.id: d for d in self._meshes[0].devices.flat}
+    return [
+      f"device {i} ({devices[i].device_kind}) of process {devices[i].process_index} on "
+      f"{self._hosts[devices[i].process_index]}"
+      for i in ids
+    ]
 
 
 def replaying(steps: "Steps", config: "TrainConfig", step: int) -> "Steps":
@@ -292,6 +315,16 @@ def replaying(steps: "Steps", config: "TrainConfig", step: int) -> "Steps":
   return dataclasses.replace(steps, train=Replay(steps, config, step, jax.sharding.get_mesh()))
 
 
+def _agreed(verdict: Verdict) -> Verdict:
+  """Returns the verdict of the first process that found a difference; all must call it.
+
+  Each process reads its own replica of the fingerprints, and one replica may be damaged.
+  """
+  found = distributed.gather(dataclasses.asdict(verdict))
+  fields = next((f for f in found if f["wrong"] or f["undecided"]), found[0])
+  return Verdict(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
 def _agree(stage: str, a: Fingerprints, b: Fingerprints, tolerance: float) -> np.ndarray:
   """Compares a stage of two computations, [D, N]; what they read is the same in all bits."""
   return equal(a[stage], b[stage], 0.0 if stage == "read" else tolerance)
@@ -302,12 +335,3 @@ def _listed(names: Sequence[str]) -> str:
   more = len(names) - 3
   others = f" and {more} other{'s' if more > 1 else ''}" if more > 0 else ""
   return f"{', '.join(names[:3])}{others}" or "none"
-
-
-def _described(devices: Sequence[jax.Device]) -> list[str]:
-  """Describes devices with their processes and hosts. All processes must call it."""
-  hosts = distributed.gather(socket.gethostname())
-  return [
-    f"device {d.id} ({d.device_kind}) of process {d.process_index} on {hosts[d.process_index]}"
-    for d in devices
-  ]

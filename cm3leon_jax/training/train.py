@@ -93,11 +93,12 @@ class TrainConfig:
   because of `optimizer.skip_above`; one more stops the run."""
   replay_every: NonNegativeInt = 0
   """Number of steps between two that are computed again on other devices, to notice silent errors
-  of the hardware; they take twice the state's memory; 0: none. With N >= 200 the cost is below 2%.
-  """
+  of the hardware; they take twice the state's memory; 0: none. 200 took 0.7% of the time of the
+  steps on one CPU device, where nothing crosses a network, without compiling."""
   replay_tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
   """Difference between two computations of a step that is no error, as a share of the norm of an
-  array's shard, e.g. 1e-2 where sums round differently each time; 0: all bits must be equal."""
+  array's shard, e.g. 1e-2 where sums round differently each time; 0: all bits must be equal.
+  Needs `replay_every`."""
   histogram_every: NonNegativeInt = 0
   """Number of steps between TensorBoard's histograms of the parameters; 0: none."""
   peak_flops: NonNegativeFloat = 0.0
@@ -123,6 +124,11 @@ class TrainConfig:
       raise ValueError(
         f"rows_per_device = {self.rows_per_device} sets gradient_accumulation_steps, which is "
         f"{self.gradient_accumulation_steps}: leave it at 1, or set rows_per_device = 0."
+      )
+    if self.replay_tolerance and not self.replay_every:
+      raise ValueError(
+        f"replay_tolerance is {self.replay_tolerance:g}, and replay_every = 0 computes no step "
+        "twice: set replay_every, or replay_tolerance = 0."
       )
 
   @property

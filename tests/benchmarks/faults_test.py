@@ -223,3 +223,13 @@ def test_the_table_says_which_part_of_a_part_was_run():
   assert faults_table.markdown(numbers).splitlines()[2] == (
     "| SIGKILL | 3 of 200 | - | 1 of 1 runs | 5 logged, computed again | 0 | 1.5 (1.5 to 1.5) |"
   )
+
+
+def test_rows_of_the_table_that_differ_only_in_the_fault_are_one():
+  fine = {"kind": "bit flip", "outcome": "went back", "named": True, "steps_lost": 10}
+  results = [fine, {**fine, "kind": "truncation"}, {**fine, "kind": "all gone", "steps_lost": 20}]
+  command = {**faults_damage.summarize([{}, *results]), "seconds_to_resume": {}}
+  assert faults_table.markdown({"command": command}).splitlines()[2:] == [
+    "| `launch.train`: bit flip, truncation | 1 each | 1 of 1 | 1 went back | 10 | 0 | - |",
+    "| `launch.train`: all gone | 1 | 1 of 1 | 1 went back | 20 | 0 | - |",
+  ]

@@ -80,4 +80,23 @@ WATCHING = (
       "before.digest != before.digest",
     ),
   ),
+  *mutants_of(
+    "cm3leon_jax/training/replay.py",
+    f"{REPLAY_TEST}::test_on_two_devices_an_error_that_repeats_is_no_majority",
+    ("an_error_confirms_itself", "self.undecided or self.unconfirmed", "self.undecided"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/replay.py",
+    f"{REPLAY_TEST}::test_a_wrong_state_is_gone_when_the_right_one_is_copied",
+    ("a_third_state_is_held", "x.delete()  #", "pass  #"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/replay.py",
+    f"{REPLAY_TEST}::test_all_processes_follow_the_first_one_that_found_a_difference",
+    (
+      "each_process_decides_alone",
+      "distributed.gather(dataclasses.asdict(verdict))",
+      "[dataclasses.asdict(verdict)]",
+    ),
+  ),
 )

@@ -1,5 +1,7 @@
 """Bits that flip on a device are found, and the device named; without one there is no alarm."""
 
+import dataclasses
+import json
 import types
 
 from etils import epath
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import faults_replay
+from cm3leon_jax import distributed
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.training import replay
@@ -127,41 +130,62 @@ def test_three_assignments_have_every_shard_on_three_devices():
   assert assignments(pair) == (Assignment("fsdp", 1), Assignment())
 
 
+def numbers_of(*digests: int) -> Fingerprint:
+  """A fingerprint of one array, of which each device holds a shard."""
+  zeros = np.zeros((len(digests), 1), np.float32)
+  return Fingerprint(np.uint32(digests)[:, None], zeros, zeros)
+
+
+def meshes_of(devices: int) -> list[jax.sharding.Mesh]:
+  """Meshes of the three computations on so many devices."""
+  mesh = mesh_of(1, devices, 1)
+  return [mesh, *(a.mesh(mesh) for a in assignments(mesh))]
+
+
 def test_two_of_three_name_the_device_of_the_third():
   """The literals of the docstring; and three that differ name none."""
-  mesh = mesh_of(1, 3, 1)
-  meshes = [mesh, *(a.mesh(mesh) for a in assignments(mesh))]
+  meshes = meshes_of(3)
+  mesh = meshes[0]
   assert meshes[2].devices.flatten().tolist() == [mesh.devices.flat[i] for i in (2, 0, 1)]
 
   def of(*digests, **others):
-    def numbers(x):
-      zeros = np.zeros((3, 1), np.float32)
-      return Fingerprint(np.uint32(x)[:, None], zeros, zeros)
-
-    stages = {stage: numbers([7, 8, 9]) for stage in replay.STAGES}
-    return {**stages, "gradients": numbers(digests), **{k: numbers(x) for k, x in others.items()}}
+    stages = {stage: numbers_of(7, 8, 9) for stage in replay.STAGES}
+    others = {stage: numbers_of(*x) for stage, x in others.items()}
+    return {**stages, "gradients": numbers_of(*digests), **others}
 
   fine, third = of(7, 8, 9), of(7, 5, 9, left=[1, 2, 3])
   found = judge((fine, fine, third), meshes)
-  assert (found.wrong, found.undecided, found.stage, found.arrays) == (
-    (2,),
-    False,
-    "gradients",
-    (0,),
-  )
-  assert found.devices == (mesh.devices.flat[0],)
+  device = mesh.devices.flat[0].id
+  assert found == replay.Verdict((2,), False, False, "gradients", (0,), (device,))
   assert found.majority == 0
   assert judge((third, fine, fine), meshes).majority == 2
-  assert judge((third, fine, fine), meshes).devices == (mesh.devices.flat[1],)
+  assert judge((third, fine, fine), meshes).devices == (mesh.devices.flat[1].id,)
   spread = judge((fine, of(1, 2, 3), fine), meshes)
   assert (spread.majority, len(spread.devices)) == (0, 3)
   none = judge((fine, third, of(7, 6, 9)), meshes)
   assert (none.majority, none.undecided, none.devices) == (None, True, ())
   # A device that is always wrong: another shard is wrong in each computation.
   broken = judge((of(5, 8, 9), of(7, 8, 4), of(7, 3, 9)), meshes)
-  assert broken.devices == (mesh.devices.flat[0],)
+  assert broken.devices == (device,)
   assert (broken.wrong, broken.majority) == ((0, 1, 2), None)
   assert judge((fine, fine, fine), meshes).wrong == ()
+
+
+def test_on_two_devices_an_error_that_repeats_is_no_majority():
+  """Device 0 is always wrong, in shard 0, shard 1 and shard 0: two computations agree on it."""
+  wrong, other = ({stage: numbers_of(*x) for stage in replay.STAGES} for x in ((5, 8), (7, 4)))
+  found = judge((wrong, other, wrong), meshes_of(2))
+  assert found == replay.Verdict((1,), False, True, "read", (0,), ())
+  assert found.majority is None
+  mixed = judge(({**wrong, "left": numbers_of(1, 2)}, other, wrong), meshes_of(2))
+  assert (mixed.majority, mixed.undecided, mixed.unconfirmed, mixed.devices) == (
+    None, True, False, (),
+  )  # fmt: skip
+  # Two that agree on other devices are believed; a single device is all that there is.
+  assert judge((wrong, other, other), meshes_of(2)).majority == 2
+  assert judge((wrong, wrong, other), meshes_of(2)).majority == 0
+  alone = [{stage: numbers_of(x) for stage in replay.STAGES} for x in (5, 7, 5)]
+  assert judge(alone, meshes_of(1)).majority == 0
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +204,29 @@ def test_a_flip_is_found_and_its_device_named(trainer, kind):
 def test_no_flip_is_no_alarm(trainer):
   found = trainer.trial("none", np.random.default_rng(5))
   assert (found["found"], found["recovered"]) == (False, True)
+
+
+def test_a_wrong_state_is_gone_when_the_right_one_is_copied(trainer, monkeypatch):
+  """No third state is held, in any of the two computations the bit flips."""
+  states, gone = [], []
+
+  def recorded(*args, **kwargs):
+    found = trainer._checked(*args, **kwargs)
+    states.append(found[0])
+    return found
+
+  def copied(tree, *args):
+    gone.append([x.is_deleted() for x in jax.tree.leaves(states[1])])
+    return moved_back(tree, *args)
+
+  monkeypatch.setattr(trainer, "_steps", dataclasses.replace(trainer._steps, checked=recorded))
+  monkeypatch.setattr(replay, "moved_back", copied)
+  for seed in range(4):
+    states.clear()
+    found = trainer.trial("gradients", np.random.default_rng([5, seed]))
+    assert (len(states), found["recovered"]) == (3, True)
+  assert 0 < len(gone) < 4  # Only if the first computation, which runs second, was wrong.
+  assert all(all(deleted) for deleted in gone)
 
 
 def test_a_flip_that_is_not_compared_is_not_found(trainer, monkeypatch):
@@ -209,7 +256,7 @@ def wrong_replay(step=0, **fields):
 def test_the_second_fault_of_a_start_stops_it(capsys):
   found = wrong_replay()
   device = jax.devices()[2]
-  one = replay.Verdict((1,), False, "gradients", (0,), (device,))
+  one = replay.Verdict((1,), False, False, "gradients", (0,), (device.id,))
   found._report(one, ["embed"])
   printed = capsys.readouterr().out
   assert printed.startswith("train: warning: step 0: one of three computations was wrong, in gradi")
@@ -217,6 +264,24 @@ def test_the_second_fault_of_a_start_stops_it(capsys):
   with pytest.raises(UserError, match=r"step 0: .*; step 0: .* leave out the host") as error:
     found._report(one, ["embed"])
   assert error.value.exit_code == 2
+
+
+def test_two_that_agree_on_the_same_devices_stop_the_run():
+  one = replay.Verdict((1,), False, True, "gradients", (0,), ())
+  same = r"^step 0: two of three .* \(embed\), but they ran on the same .* no device can be told"
+  with pytest.raises(UserError, match=same) as error:
+    wrong_replay()._report(one, ["embed"])
+  assert error.value.exit_code == 2
+
+
+def test_all_processes_follow_the_first_one_that_found_a_difference(monkeypatch):
+  """Through JSON, as processes exchange it; another process read other fingerprints."""
+  nothing = replay.Verdict((), False, False, "left", (), ())
+  one, other = (replay.Verdict((i,), False, False, "gradients", (0, 3), (i,)) for i in (1, 0))
+  for verdicts, expected in (((one, other), one), ((nothing, other), other)):
+    found = json.loads(json.dumps([dataclasses.asdict(v) for v in verdicts]))
+    monkeypatch.setattr(distributed, "gather", lambda value, found=found: found)
+    assert [replay._agreed(v) for v in verdicts] == [expected, expected]
 
 
 def test_a_changed_state_starts_again_unless_a_checkpoint_may_hold_it():
