@@ -161,7 +161,7 @@ def main(
     )
     summary.update(result, machine=run_start.machine())
     if before := result.get("heldout_before"):
-      distributed.print_once(change_line(before, {name: result[name] for name in before}))
+      distributed.print_once(change_line(before, result))
     scores = _scores(settings, workdir, objective, reference, prompts)
     summary["scores_before"], summary["scores"] = scores
 

@@ -161,7 +161,7 @@ def _print_losses(result: dict) -> None:
   shown = [f"{name} {loss:.3f} nats per {units[name]}" for name, loss in losses.items() if loss]
   distributed.print_once(f"train: {result['steps']} steps, held-out loss: {', '.join(shown)}.")
   if before := result.get("heldout_before"):
-    distributed.print_once(change_line(before, {name: result[name] for name in before}))
+    distributed.print_once(change_line(before, result))
 
 
 def _main(settings, workdir) -> None:

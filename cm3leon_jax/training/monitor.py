@@ -99,17 +99,20 @@ def heldout_lines(step: int, steps: int, losses: dict[str, float], share: float)
   return [*lines, f"{at} by source: {shown[1]}"] if sources else lines
 
 
-def change_line(before: dict[str, float], after: dict[str, float]) -> str:
+def change_line(before: dict[str, float], after: dict) -> str:
   """Formats what a tuning changed: the losses of sources, or, of rows without marks, by modality.
 
     train: held-out loss before -> after: count 5.310 -> 0.031, pairs 1.871 -> 1.946 nats per target
 
   Args:
     before: result of `heldout.evaluate` at step 0.
-    after: at the last step.
+    after: at the last step, among other numbers of the run. A source that it lacks, because fewer
+      rows were evaluated, is left out.
   """
+  after = {name: after[name] for name in before if name in after}
   pairs = [split_by_source(losses) for losses in (before, after)]
-  first, last = (sources or modalities for modalities, sources in pairs)
+  by_source = all(sources for _, sources in pairs)
+  first, last = (sources if by_source else modalities for modalities, sources in pairs)
   shown = [f"{name} {first[name]:.3f} -> {last[name]:.3f}" for name in first if name in last]
   return f"train: held-out loss before -> after: {', '.join(shown)} nats per target"
 

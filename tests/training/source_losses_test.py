@@ -292,3 +292,10 @@ def test_the_line_of_before_and_after():
     "train: held-out loss before -> after: count 5.000 -> 0.500, pairs 1.000 -> 1.250 "
     "nats per target"
   )
+  # Fewer rows, in which a source is missing, then both; and other numbers of a run.
+  del after["heldout_loss/count"]
+  assert change_line(before, {**after, "steps": 3, "heldout_before": before}) == (
+    "train: held-out loss before -> after: pairs 1.000 -> 1.250 nats per target"
+  )
+  del after["heldout_loss/pairs"]
+  assert "after: loss 3.000 -> 1.500, image" in change_line(before, after)
