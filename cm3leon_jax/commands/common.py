@@ -346,4 +346,9 @@ def run(
   try:
     app.run(checked, flags_parser=parse)
   except KeyboardInterrupt:
-    _fail("interrupted by Ctrl-C; finished stages and checkpoints are kept.", CTRL_C)
+    print(
+      "error: interrupted by Ctrl-C; finished stages and checkpoints are kept.", file=sys.stderr
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(CTRL_C)  # XLA may still compute; while Python ends, its threads would crash.
