@@ -244,18 +244,16 @@ def device_memory(device: jax.Device) -> int | None:
 def smaller(settings, shape: Mapping[str, int], platform: str = "tpu") -> Iterator[tuple]:
   """Yields settings of the same step that take less memory, and the flags that select them.
 
-  First the same rows without checked steps (`train.replay_every`), then fewer rows at once, then
-  the policy that keeps nothing, with the most rows first, and then these without checked steps.
+  First fewer rows at once, then the policy that keeps nothing, with the most rows first, and at
+  last the same without checked steps (`train.replay_every`), which the user has asked for.
   """
+  yield from _fewer_rows(settings, shape, platform)
   if not settings.train.replay_every:
-    yield from _fewer_rows(settings, shape, platform)
     return
   train = dataclasses.replace(settings.train, replay_every=0, replay_tolerance=0.0)
   unchecked, flags = dataclasses.replace(settings, train=train), "--config.train.replay_every=0"
   if settings.train.replay_tolerance:
     flags += " --config.train.replay_tolerance=0"
-  yield unchecked, flags
-  yield from _fewer_rows(settings, shape, platform)
   for other, more in _fewer_rows(unchecked, shape, platform):
     yield other, f"{flags} {more}"
 
