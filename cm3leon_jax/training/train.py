@@ -257,7 +257,7 @@ def _begin(
   Returns:
     (the function (state, batch) -> (state, metrics), batches).
   """
-  steps = replaying(steps, config, int(state.step))
+  steps = replaying(steps, config, state)
   take_step, data = objective.begin(steps, next_row, config.global_batch_size, sharding)
   take_step, data = hang.follow(lease.guard(take_step), data, int(state.step) + 1)
   return NewestState(take_step, int(state.step), next_row), data
