@@ -81,8 +81,9 @@ class Device:
     self._free = max(self.now, self._free) + seconds
     return {name: Metric(self, value, self._free) for name, value in VALUES.items()}
 
-  def wait(self) -> None:
-    self.now = max(self.now, self._free)
+  def wait(self, left: float = 0.0) -> None:
+    """Waits until so much of the work that was started is left."""
+    self.now = max(self.now, self._free - left)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +114,8 @@ def test_rates_are_those_of_the_wall_time_although_checked_steps_block(tmp_path,
     for step in range(1, 13):
       with monitor.traced(step):
         metrics = device.start(2.5 if step % 3 == 0 else 1.0)
-        if step % 3:
-          device.now += 0.5 if step % 3 == 2 else 0.0
-        else:
-          device.wait()
+        if step % 3 != 1:
+          device.wait(left=0.5 if step % 3 == 2 else 0.0)
       monitor.step(step, metrics)
     monitor.flush()
   lines = read_json_lines(tmp_path / "metrics.jsonl")[1:12]
