@@ -163,12 +163,6 @@ class Replay:
     self._hosts = distributed.gather(socket.gethostname())
     self._left: Fingerprint | None = None  # Of the newest state, if the next step is checked.
     self.faults: list[str] = []
-    where = "other devices (train.replay_every)"
-    if mesh.size == 1:
-      where = (
-        "the only device (train.replay_every): what it computes wrongly each time stays unseen"
-      )
-    distributed.print_once(f"train: one step in {config.replay_every:,} is checked on {where}.")
 
   def __call__(self, state, batch, num_sources: int = 0):
     """Takes a step, see `state.train_step`; of a checked one also returns replay_faults.
@@ -315,7 +309,12 @@ def replaying(steps: "Steps", config: "TrainConfig", state) -> "Steps":
     return steps
   # Compiled now: later the devices would work meanwhile, and their time would count as compiling.
   jax.block_until_ready(fingerprint_of(state))
-  replay = Replay(steps, config, int(state.step), jax.sharding.get_mesh())
+  mesh = jax.sharding.get_mesh()
+  replay = Replay(steps, config, int(state.step), mesh)
+  where = "other devices (train.replay_every)"
+  if mesh.size == 1:
+    where = "the only device (train.replay_every): what it computes wrongly each time stays unseen"
+  distributed.print_once(f"train: one step in {config.replay_every:,} is checked on {where}.")
   return dataclasses.replace(steps, train=replay)
 
 

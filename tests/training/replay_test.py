@@ -253,8 +253,9 @@ def wrong_replay(step=0, **fields):
   return Replay(steps, config, step, mesh)
 
 
-def test_a_start_says_once_where_steps_are_checked(capsys):
-  wrong_replay(replay_every=1_000)
+def test_a_start_says_once_where_steps_are_checked(trainer, capsys):
+  with jax.set_mesh(trainer.mesh):
+    replaying(trainer._steps, TrainConfig(replay_every=1_000), trainer._state)
   assert capsys.readouterr().out == (
     "train: one step in 1,000 is checked on other devices (train.replay_every).\n"
   )
