@@ -2,6 +2,8 @@
 
 # K layers, D width, F feed-forward, V vocabulary, L length of a row.
 
+import dataclasses
+
 import jax
 
 from cm3leon_jax.models.config import ModelConfig
@@ -98,3 +100,32 @@ def utilization(flops_per_second: float, devices: int, peak: float | None) -> fl
 def mesh_peak(given: float = 0.0) -> float | None:
   """Returns `given` if it is positive, else `device_peak` of the devices of the current mesh."""
   return given or device_peak(jax.sharding.get_mesh().devices.flat[0].device_kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+  """Constants that turn the seconds of a step into rates.
+
+  Attributes:
+    flops: model FLOPs of a step, see `model_flops`.
+    devices: number of devices of the mesh.
+    peak: FLOP/s of one device, or None.
+  """
+
+  flops: float
+  devices: int
+  peak: float | None
+
+  def of(self, weight: float, seconds: float, steps: int = 1) -> dict[str, float]:
+    """Returns tokens_per_second of `weight` targets on all devices, and mfu if a peak is known.
+
+    Args:
+      weight: sum of the loss weights of the steps.
+      seconds: that the steps took together.
+      steps: number of steps.
+    """
+    mfu = utilization(steps * self.flops / seconds, self.devices, self.peak)
+    return {
+      "tokens_per_second": round(weight / seconds, 1),
+      **({} if mfu is None else {"mfu": round(mfu, 4)}),
+    }

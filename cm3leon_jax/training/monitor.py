@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import contextlib
-import dataclasses
 import datetime
 import time
 
@@ -18,32 +17,10 @@ from cm3leon_jax.training.loss import SOURCE_SUMS, source_losses
 from cm3leon_jax.training.metrics import MetricsLog
 from cm3leon_jax.training.numerics import SkipCounter, finite_values
 from cm3leon_jax.training.profile import Profiler
+from cm3leon_jax.training.replay import is_checked
 from cm3leon_jax.training.tensorboard import named_histograms
 
 IDLE_SECONDS = 5e-3  # If metrics come within this time, the device was idle.
-
-
-@dataclasses.dataclass(frozen=True)
-class Rates:
-  """Constants that turn the seconds of a step into rates.
-
-  Attributes:
-    flops: model FLOPs of a step, see `flops.model_flops`.
-    devices: number of devices of the mesh.
-    peak: FLOP/s of one device, or None.
-  """
-
-  flops: float
-  devices: int
-  peak: float | None
-
-  def of(self, weight: float, seconds: float) -> dict[str, float]:
-    """Returns tokens_per_second of `weight` targets on all devices, and mfu if a peak is known."""
-    mfu = flops.utilization(self.flops / seconds, self.devices, self.peak)
-    return {
-      "tokens_per_second": round(weight / seconds, 1),
-      **({} if mfu is None else {"mfu": round(mfu, 4)}),
-    }
 
 
 def step_line(step: int, steps: int, values: dict, devices: int, left: float | None) -> str:
@@ -58,7 +35,7 @@ def step_line(step: int, steps: int, values: dict, devices: int, left: float | N
   Args:
     step: its number.
     steps: number of steps of the run.
-    values: of the step's line in metrics.jsonl.
+    values: of the step's line in metrics.jsonl; the rates are of all steps since the line before.
     devices: number of devices of the mesh.
     left: seconds to the end of the run.
   """
@@ -147,7 +124,7 @@ class Monitor:
   """
 
   def __init__(
-    self, log: MetricsLog, watch: Stopwatch, rates: Rates, schedule: optax.Schedule, config,
+    self, log: MetricsLog, watch: Stopwatch, rates: flops.Rates, schedule: optax.Schedule, config,
     profiler: Profiler, boards: list[Board], sources: Sequence[str] = (),
     skipped: int = 0,
   ):  # fmt: skip
@@ -168,16 +145,20 @@ class Monitor:
     self._sources = sources
     self._log, self._watch, self._rates, self._schedule = log, watch, rates, schedule
     self._config, self._profiler, self._boards = config, profiler, boards
-    self._pending: tuple[int, dict] | None = None
+    # Step, metrics, and the seconds in steps at its end if its call returned after that.
+    self._pending: tuple[int, dict, float | None] | None = None
     # Seconds by phase in which the last step may have been running.
     self._overlapped: dict[str, float] = {}
-    self._logged: float | None = None  # Seconds in steps up to the last logged one.
+    self._ended = 0.0  # Seconds in steps up to the end of the last logged one.
+    # Weight, seconds and number of the steps with a rate since the last printed line.
+    self._unprinted = (0.0, 0.0, 0)
     # First step that this start logged, and seconds of the loop until then.
     self._begin: tuple[int, float] | None = None
     self._phases = contextlib.ExitStack()
 
   def __enter__(self):
     self._phases.enter_context(self._watch.phase("step"))
+    self._ended = self._in_steps()
     return self
 
   def __exit__(self, error, *_):
@@ -206,13 +187,20 @@ class Monitor:
       self._count_overlapped()
 
   def traced(self, step: int):
-    """Returns the context in which `step` is dispatched."""
+    """Returns the context in which `step` is dispatched.
+
+    A checked step returns when it is done, and the one before may wait for its fingerprint. So both
+    start after the step before them is logged: measured afterwards, it would have their time, too.
+    """
+    if is_checked(self._config, step) or is_checked(self._config, step + 1):
+      self.flush()
     return self._profiler.step(step, self.flush)
 
   def step(self, step: int, metrics: dict) -> None:
     """Keeps the metrics of `step` and logs those of the previous step."""
-    self.flush()
-    self._pending = (step, metrics)
+    ended = self._in_steps() if _is_done(metrics) else None
+    self._flush(halved=ended is not None)
+    self._pending = (step, metrics, ended)
     if self._profiler.ends_with(step):
       self.flush()
       with self._watch.phase("profile"):
@@ -271,9 +259,13 @@ class Monitor:
     Raises:
       TooManySkippedError: see `SkipCounter`.
     """
+    self._flush()
+
+  def _flush(self, halved: bool = False) -> None:
+    """Does what `flush` does; see `_add_rates`."""
     if self._pending is None:
       return
-    (step, metrics), self._pending = self._pending, None
+    (step, metrics, ended), self._pending = self._pending, None
     start = time.perf_counter()
     found = jax.device_get(metrics)
     values = {name: float(x) for name, x in found.items() if name not in SOURCE_SUMS}
@@ -281,29 +273,46 @@ class Monitor:
     if time.perf_counter() - start < IDLE_SECONDS:
       self._count_overlapped()
     self._overlapped.clear()
-    left = self._add_rates(step, values)
+    left = self._add_rates(step, values, ended, halved)
     # The schedule counts the steps that were taken.
     values["learning_rate"] = float(self._schedule(step - 1 - self._skips.total))
     self._write(step, {**values, "time": round(time.time(), 3)})
     shown = step % self._config.log_every == 0 or values.get("skipped")
     if shown or step in (self._begin[0], self._config.steps):
+      if self._unprinted[2]:
+        values |= self._rates.of(*self._unprinted)
+      self._unprinted = (0.0, 0.0, 0)
       self._print(step_line(step, self._config.steps, values, self._rates.devices, left))
     self._skips.add(step, values)
 
-  def _add_rates(self, step: int, values: dict) -> float | None:
+  def _add_rates(self, step: int, values: dict, ended: float | None, halved: bool) -> float | None:
     """Adds the rates of a step to `values` and returns the seconds to the end of the run.
 
     The first step of a start has no rates, and returns None.
+
+    Args:
+      step: its number.
+      values: of its line.
+      ended: seconds in steps at its end; None: it ended now.
+      halved: whether, if `ended` is None, the next step has ended too: each has half of the time.
     """
-    seconds = self._watch.seconds()
-    in_steps = seconds["step"] + seconds["data"]
-    loop = sum(seconds.values()) - seconds["compile"] - seconds["restore"]
-    before, self._logged = self._logged, in_steps
-    if before is None:
+    if ended is None:
+      ended = (self._ended + self._in_steps()) / 2 if halved else self._in_steps()
+    taken, self._ended = max(ended - self._ended, 1e-9), ended
+    phases = self._watch.seconds()
+    loop = sum(phases.values()) - phases["compile"] - phases["restore"]
+    if self._begin is None:
       self._begin = (step, loop)
       return None
-    values |= self._rates.of(values["weight"], max(in_steps - before, 1e-9))
+    values |= self._rates.of(values["weight"], taken)
+    weight, seconds, steps = self._unprinted
+    self._unprinted = (weight + values["weight"], seconds + taken, steps + 1)
     return (loop - self._begin[1]) / (step - self._begin[0]) * (self._config.steps - step)
+
+  def _in_steps(self) -> float:
+    """Returns the seconds in steps, with the waits for data."""
+    phases = self._watch.seconds()
+    return phases["step"] + phases["data"]
 
   def _count_overlapped(self) -> None:
     for name, seconds in self._overlapped.items():
@@ -319,6 +328,11 @@ class Monitor:
   def _print(self, text: str) -> None:
     if self._log.enabled:
       print(text, flush=True)
+
+
+def _is_done(metrics: dict) -> bool:
+  """Returns whether the step has ended that returned these metrics."""
+  return all(x.is_ready() for x in metrics.values() if hasattr(x, "is_ready"))
 
 
 def open_monitor(
@@ -343,7 +357,7 @@ def open_monitor(
   skipped = sum(int(x.get("skipped", 0)) for x in log.before if x["step"] <= (newest or 0))
   devices = jax.sharding.get_mesh().devices
   tokens = config.global_batch_size * sequence_length
-  rates = Rates(
+  rates = flops.Rates(
     flops.model_flops(model, tokens, sequence_length),
     devices.size,
     flops.mesh_peak(config.peak_flops),

@@ -39,6 +39,12 @@ STAGES = {
 }
 MOST = 2  # Faults that a start finds before it stops: sound devices make none in their lives.
 Fingerprints = dict[str, Fingerprint]
+CONTINUE = "The same command continues from the newest checkpoint."
+# What to do about a device, see docs/reliability.md.
+REPLACE = (
+  "report the device to its provider and run without its node (SLURM: --exclude=NODE; GKE: kubectl "
+  "cordon NODE; a TPU slice: delete it and request another)"
+)
 
 
 def checked_step(
@@ -157,11 +163,6 @@ class Replay:
     self._hosts = distributed.gather(socket.gethostname())
     self._left: Fingerprint | None = None  # Of the newest state, if the next step is checked.
     self.faults: list[str] = []
-    if mesh.size == 1:
-      distributed.print_once(
-        "train: steps are checked on the only device (train.replay_every): an error that it makes "
-        "each time is not noticed."
-      )
 
   def __call__(self, state, batch, num_sources: int = 0):
     """Takes a step, see `state.train_step`; of a checked one also returns replay_faults.
@@ -172,14 +173,11 @@ class Replay:
         is the `MOST`th fault.
     """
     self._step += 1
-    if self._is_checked(self._step):
+    if is_checked(self._config, self._step):
       return self._check(state, batch, num_sources)
     state, metrics = self._usual(state, batch, num_sources=num_sources)
-    self._left = fingerprint_of(state) if self._is_checked(self._step + 1) else None
+    self._left = fingerprint_of(state) if is_checked(self._config, self._step + 1) else None
     return state, metrics
-
-  def _is_checked(self, step: int) -> bool:
-    return step % self._config.replay_every == 0
 
   def _check(self, state, batch, num_sources: int):
     """Computes a step twice, and a third time if that differs; never holds a third state."""
@@ -199,7 +197,7 @@ class Replay:
       self._raise_changed(changed, names_of(new))
     if any(found for _, found in findings):
       new, metrics, prints = self._decide((new, metrics, prints), again, spare, num_sources)
-    if self._is_checked(self._step + 1):
+    if is_checked(self._config, self._step + 1):
       self._left = prints["left"]
     return new, {**metrics, "replay_faults": len(self.faults)}
 
@@ -256,17 +254,16 @@ class Replay:
         )
       self.faults.append(f"step {self._step}: {agree}")
       raise UserError(
-        f"{self.faults[-1]}. Either a device is broken: leave out its host, and the same command "
-        "continues from the newest checkpoint. Or these devices round differently in another "
-        "place: set train.replay_tolerance, or train.replay_every=0."
+        f"{self.faults[-1]}. Either these devices round differently in another place: set "
+        "train.replay_tolerance=1e-2, or train.replay_every=0. Or a device is broken: "
+        f"{REPLACE}. {CONTINUE}"
       )
     self.faults.append(
       f"step {self._step}: one of three computations was wrong, in {what}; {where}"
     )
     if len(self.faults) >= MOST:
       raise UserError(
-        f"{'; '.join(self.faults)}. Sound devices make no such errors: leave out the host, and the "
-        "same command continues from the newest checkpoint."
+        f"{'; '.join(self.faults)}. Sound devices make no such errors: {REPLACE}. {CONTINUE}"
       )
     distributed.print_once(
       f"train: warning: {self.faults[-1]}. The run continues with what the two others computed; "
@@ -285,12 +282,10 @@ class Replay:
     if before % self._config.checkpoint_every == 0:
       raise UserError(
         f"{self.faults[-1]}. Checkpoint {before} may hold the error: go back to one before it "
-        "(`python -m launch.checkpoints rollback`), and leave out that host if it happens again."
+        "(`python -m launch.checkpoints rollback --workdir=WORKDIR --step=STEP`), then give the "
+        f"same command. If it happens again, {REPLACE}."
       )
-    raise TryAgain(
-      f"{self.faults[-1]}. The same command continues from the newest checkpoint; leave out that "
-      "host if it happens again."
-    )
+    raise TryAgain(f"{self.faults[-1]}. {CONTINUE} If it happens again, {REPLACE}.")
 
   def _described(self, ids: Sequence[int]) -> list[str]:
     """Describes devices with their processes and hosts."""
@@ -302,17 +297,30 @@ class Replay:
     ]
 
 
-def replaying(steps: "Steps", config: "TrainConfig", step: int) -> "Steps":
+def replaying(steps: "Steps", config: "TrainConfig", state) -> "Steps":
   """Returns the steps of a run, on the current mesh, that checks as `config.replay_every` says.
 
   Args:
     steps: of the run.
     config: of the run.
-    step: that it continues after.
+    state: that it continues from.
   """
   if not config.replay_every:
     return steps
-  return dataclasses.replace(steps, train=Replay(steps, config, step, jax.sharding.get_mesh()))
+  # Compiled now: later the devices would work meanwhile, and their time would count as compiling.
+  jax.block_until_ready(fingerprint_of(state))
+  mesh = jax.sharding.get_mesh()
+  replay = Replay(steps, config, int(state.step), mesh)
+  where = "other devices (train.replay_every)"
+  if mesh.size == 1:
+    where = "the only device (train.replay_every): what it computes wrongly each time stays unseen"
+  distributed.print_once(f"train: one step in {config.replay_every:,} is checked on {where}.")
+  return dataclasses.replace(steps, train=replay)
+
+
+def is_checked(config: "TrainConfig", step: int) -> bool:
+  """Returns whether a step is checked; the call of such a step returns when it is done."""
+  return bool(config.replay_every) and step % config.replay_every == 0
 
 
 def _agreed(verdict: Verdict) -> Verdict:

@@ -94,7 +94,7 @@ class TrainConfig:
   replay_every: NonNegativeInt = 0
   """Number of steps between two that are computed again on other devices, to notice silent errors
   of the hardware; they take twice the state's memory; 0: none. 200 took 0.7% of the time of the
-  steps on one CPU device, where nothing crosses a network, without compiling."""
+  steps on one CPU device, without network; each start also compiles two more programs."""
   replay_tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
   """Difference between two computations of a step that is no error, as a share of the norm of an
   array's shard, e.g. 1e-2 where sums round differently each time; 0: all bits must be equal.
@@ -257,7 +257,7 @@ def _begin(
   Returns:
     (the function (state, batch) -> (state, metrics), batches).
   """
-  steps = replaying(steps, config, int(state.step))
+  steps = replaying(steps, config, state)
   take_step, data = objective.begin(steps, next_row, config.global_batch_size, sharding)
   take_step, data = hang.follow(lease.guard(take_step), data, int(state.step) + 1)
   return NewestState(take_step, int(state.step), next_row), data

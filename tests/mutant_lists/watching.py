@@ -50,6 +50,18 @@ WATCHING = (
     ("a_board_ends_the_run", "except Exception as error:", "except ImportError as error:"),
   ),
   *mutants_of(
+    "cm3leon_jax/training/monitor.py",
+    "tests/training/monitor_test.py",
+    (
+      "a_step_has_the_time_of_the_checked_one",
+      "if is_checked(self._config, step) or",
+      "if",
+    ),
+    ("a_fingerprint_has_the_time_of_a_step", " or is_checked(self._config, step + 1)", ""),
+    ("a_step_that_blocks_takes_no_time", "halved=ended is not None", "halved=False"),
+    ("a_printed_rate_is_that_of_one_step", "      if self._unprinted[2]:", "      if False:"),
+  ),
+  *mutants_of(
     "cm3leon_jax/training/prometheus.py",
     "tests/training/prometheus_test.py",
     ("an_evaluation_is_a_step", '    if "loss" in values:\n', "    if values:\n"),

@@ -4,12 +4,14 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.training.flops import Rates
 from cm3leon_jax.training.goodput import Stopwatch
 from cm3leon_jax.training.metrics import MetricsLog
-from cm3leon_jax.training.monitor import Monitor, Rates, step_line
+from cm3leon_jax.training.monitor import Monitor, step_line
 from cm3leon_jax.training.numerics import TooManySkippedError
 from cm3leon_jax.training.profile import Profiler
 from cm3leon_jax.training.train import TrainConfig
@@ -24,11 +26,13 @@ VALUES = {
 RATES = Rates(flops=2e12, devices=2, peak=None)
 
 
-def make_monitor(folder, rates=RATES, enabled=True, resumed_at=None, **fields):
+def make_monitor(
+  folder, rates=RATES, enabled=True, resumed_at=None, clock=time.perf_counter, **fields
+):
   log = MetricsLog(folder, resumed_at, enabled)
   config = TrainConfig(**{"steps": 6, **fields})
   return Monitor(
-    log, Stopwatch(), rates, lambda step: 1e-3 * step, config, Profiler(folder, range(0)), []
+    log, Stopwatch(clock), rates, lambda step: 1e-3 * step, config, Profiler(folder, range(0)), []
   )
 
 
@@ -61,6 +65,87 @@ def test_rates_by_hand():
     "mfu": 0.2,
   }
   assert RATES.of(weight=1_000.0, seconds=0.5) == {"tokens_per_second": 2_000.0}
+
+
+class Device:
+  """A device that computes while the host goes on, and the clock of both; seconds."""
+
+  def __init__(self):
+    self.now = self._free = 0.0
+
+  def clock(self) -> float:
+    return self.now
+
+  def start(self, seconds: float) -> dict:
+    """Starts a step and returns its metrics, which are there when it is done."""
+    self._free = max(self.now, self._free) + seconds
+    return {name: Metric(self, value, self._free) for name, value in VALUES.items()}
+
+  def wait(self, left: float = 0.0) -> None:
+    """Waits until so much of the work that was started is left."""
+    self.now = max(self.now, self._free - left)
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """A number that is there at a time; who reads it waits, as for a jax.Array."""
+
+  device: Device
+  value: float
+  done: float
+
+  def is_ready(self) -> bool:
+    return self.device.now >= self.done
+
+  def __array__(self):
+    self.device.now = max(self.device.now, self.done)
+    return np.float32(self.value)
+
+
+def test_rates_are_those_of_the_wall_time_although_checked_steps_block(tmp_path, capsys):
+  """Steps of 1 s; every 3rd is checked, takes 2.5 s, and returns when it is done.
+
+  The call of the step before a checked one waits for half of it.
+  """
+  device, rates = Device(), dataclasses.replace(RATES, peak=1e13)
+  fields = {"steps": 12, "log_every": 6, "replay_every": 3}
+  monitor = make_monitor(tmp_path, rates, clock=device.clock, **fields)
+  with monitor:
+    for step in range(1, 13):
+      with monitor.traced(step):
+        metrics = device.start(2.5 if step % 3 == 0 else 1.0)
+        if step % 3 != 1:
+          device.wait(left=0.5 if step % 3 == 2 else 0.0)
+      monitor.step(step, metrics)
+    monitor.flush()
+  lines = read_json_lines(tmp_path / "metrics.jsonl")[1:12]
+  usual, checked = (1_000.0, 0.1), (400.0, 0.04)
+  assert [(line["tokens_per_second"], line["mfu"]) for line in lines] == [
+    checked if line["step"] % 3 == 0 else usual for line in lines
+  ]
+  printed = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step ")]
+  assert [x.split(" | ", 4)[-1] for x in printed] == [
+    "- tokens/s/device | MFU - | - left",
+    "312 tokens/s/device | MFU 6.2% | 0:00:10 left",  # Steps 2 to 6: 5 in 8 s, on 2 devices.
+    "333 tokens/s/device | MFU 6.7% | 0:00:00 left",  # Steps 7 to 12: 6 in 9 s.
+  ]
+
+
+@pytest.mark.parametrize("blocks", [(), (3, 6), (3, 4), (1, 2), range(1, 9)])
+def test_rates_add_up_to_the_wall_time_whichever_steps_block(tmp_path, blocks):
+  """Also if it is not known before that a step returns when it is done; each takes 1 s."""
+  device = Device()
+  monitor = make_monitor(tmp_path, clock=device.clock, steps=8)
+  with monitor:
+    for step in range(1, 9):
+      with monitor.traced(step):
+        metrics = device.start(1.0)
+        if step in blocks:
+          device.wait()
+      monitor.step(step, metrics)
+    monitor.flush()
+  lines = read_json_lines(tmp_path / "metrics.jsonl")[1:8]
+  assert [line["tokens_per_second"] for line in lines] == [1_000.0] * 7
 
 
 @pytest.mark.parametrize(

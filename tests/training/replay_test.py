@@ -253,6 +253,14 @@ def wrong_replay(step=0, **fields):
   return Replay(steps, config, step, mesh)
 
 
+def test_a_start_says_once_where_steps_are_checked(trainer, capsys):
+  with jax.set_mesh(trainer.mesh):
+    replaying(trainer._steps, TrainConfig(replay_every=1_000), trainer._state)
+  assert capsys.readouterr().out == (
+    "train: one step in 1,000 is checked on other devices (train.replay_every).\n"
+  )
+
+
 def test_the_second_fault_of_a_start_stops_it(capsys):
   found = wrong_replay()
   device = jax.devices()[2]
@@ -261,7 +269,9 @@ def test_the_second_fault_of_a_start_stops_it(capsys):
   printed = capsys.readouterr().out
   assert printed.startswith("train: warning: step 0: one of three computations was wrong, in gradi")
   assert f"(embed); the error was made on device {device.id} (cpu) of process 0 on" in printed
-  with pytest.raises(UserError, match=r"step 0: .*; step 0: .* leave out the host") as error:
+  with pytest.raises(
+    UserError, match=r"step 0: .*; step 0: .* report the device .*--excl"
+  ) as error:
     found._report(one, ["embed"])
   assert error.value.exit_code == 2
 
@@ -299,7 +309,7 @@ def test_a_changed_state_starts_again_unless_a_checkpoint_may_hold_it():
 def test_a_run_with_checked_steps_learns_the_same(whole, loader, tmp_path, capsys):
   """Bit for bit on the CPU, here on its only device, which is said."""
   runs.run(tmp_path, loader, replay_every=5)
-  assert capsys.readouterr().out.count("steps are checked on the only device") == 1
+  assert capsys.readouterr().out.count("one step in 5 is checked on the only device") == 1
   assert runs.losses(tmp_path) == runs.losses(whole[0])
   lines = read_json_lines(epath.Path(tmp_path) / "metrics" / "metrics.jsonl")
   checked = {line["step"]: line["replay_faults"] for line in lines if "replay_faults" in line}
@@ -308,4 +318,4 @@ def test_a_run_with_checked_steps_learns_the_same(whole, loader, tmp_path, capsy
 
 def test_without_replay_the_steps_are_those_of_before():
   steps = types.SimpleNamespace()
-  assert replaying(steps, TrainConfig(), 0) is steps
+  assert replaying(steps, TrainConfig(), None) is steps
