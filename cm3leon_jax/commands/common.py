@@ -60,7 +60,7 @@ _TIMEOUT = flags.DEFINE_integer(
 )
 
 
-_NEEDS_GCSFS = "needs gcsfs: pip install 'cm3leon_jax[data]'."
+_NEEDS_GCSFS = "needs gcsfs: pip install -e '.[data]'."
 NAME_A_CONFIG = "name a config: --config=ml_configs/scenes.py"
 
 

@@ -2,10 +2,11 @@ r"""Plans a pod job before it is paid for: memory, days, checkpoints; writes fil
 
   python -m launch.plan --config=ml_configs/cm3leon_7b.py --topology=v5e-256
   python -m launch.plan --config=ml_configs/cm3leon_7b.py --topology=v5e-256 --slices=2 \
-    --workdir=gs://my-bucket/7b --out=plan --name=cm3leon-7b \
+    --workdir=gs://my-bucket/7b --out=plan/two_v5e --name=cm3leon-7b \
     --image=us-docker.pkg.dev/my-project/my-repository/cm3leon:tpu
   python -m launch.plan --config=ml_configs/cm3leon_7b.py --topology=h100-64 \
-    --workdir=/scratch/7b --out=plan --image=us-docker.pkg.dev#my-project/my-repository/cm3leon:gpu
+    --workdir=/scratch/7b --out=plan/h100 \
+    --image=us-docker.pkg.dev#my-project/my-repository/cm3leon:gpu
 
 With --out it writes, for TPUs, gke_jobset.yaml, xpk.sh, tpu_vm.sh and skypilot.yaml; for GPUs,
 slurm.sbatch and, if the workdir is in a bucket, skypilot.yaml; and plan.json. Files of an earlier

@@ -256,8 +256,7 @@ CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  
     (
       ["--config=openmoji", "--workdir=gs://bucket/run"],
       "",
-      "--workdir=gs://bucket/run is in a bucket, which needs gcsfs: pip install "
-      "'cm3leon_jax[data]'.\n",
+      "--workdir=gs://bucket/run is in a bucket, which needs gcsfs: pip install -e '.[data]'.\n",
     ),
   ],
 )
@@ -276,7 +275,7 @@ def test_a_bucket_as_source_needs_its_extra(tmp_path):
   assert result.returncode == 2
   assert result.stderr == (
     "error: config.raw.source: gs://bucket/pairs cannot be opened: Please install gcsfs "
-    "to access Google Storage (buckets need pip install 'cm3leon_jax[data]').\n"
+    "to access Google Storage (buckets need pip install -e '.[data]').\n"
   )
 
 
