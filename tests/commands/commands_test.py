@@ -167,7 +167,20 @@ def test_jax_looks_for_accelerators_if_the_machine_has_device_files(
     ),
     (
       ["--config.train.stepz=1"],
-      "error: a --config.SECTION.FIELD flag names an unknown field: 'stepz' Did you mean \"steps\"",
+      "error: --config.train.stepz: the config has no such field; did you mean "
+      "--config.train.steps?",
+    ),
+    (
+      ["--config.seed=1", "--config.steps=1"],
+      "error: --config.steps: the config has no such field; did you mean --config.train.steps or ",
+    ),
+    (
+      ["--config.foo=1"],
+      "error: --config.foo: the config has no such field; --print_config, with the other flags, ",
+    ),
+    (
+      ["--config.train.steps.x=1"],
+      "error: --config.train.steps.x: the config has no such field; did you mean ",
     ),
     (
       ["--config.train.steps=abc"],
