@@ -95,6 +95,7 @@ def unknown_field(config: ml_collections.ConfigDict, arguments: list[str]) -> st
   wrong = next((match[1] for match in given if match and match[1] not in known), "SECTION.FIELD")
   leaf = wrong.rpartition(".")[2]
   near = [name for name in known if name.rpartition(".")[2] == leaf]
+  near.sort(key=lambda name: not name.startswith("train."))
   near = near or difflib.get_close_matches(wrong, known, 3, cutoff=0.75)
   hint = (
     f"did you mean --config.{' or --config.'.join(near)}?"
