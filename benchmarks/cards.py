@@ -135,7 +135,12 @@ def write(size: str, cards: dict[str, dict]) -> None:
 HEADER = """# cm3leon_{size} on a slice
 What the programs of the shipped config take of one device, as the TPU compiler plans them. None of
 them has run. `python -m benchmarks.cards` makes the cards that are missing and writes this page;
-[scaling.md](../scaling.md) explains the numbers.
+[scaling.md](../scaling.md) explains the numbers. v5p-256 has 128 chips: of v5p the number counts
+cores, two a chip. v5e-256 and v6e-256 have 256.
+
+The number in bold must be less than the memory of a device, which follows `of`. A
+second number must fit, too: evaluation with the rest of the state beside it, or the prefill that
+comes before decoding.
 
 - **train**: a step of the config's batch, in as many passes as `train.rows_per_device` asks for.
   Memory is arguments (parameters, moments, rows) + temporaries.

@@ -21,6 +21,8 @@ REFUSED = re.compile(
   r"^Forbidden: |PERMISSION_DENIED|UNAUTHENTICATED|\b(?:status|code|message of):? 40[13]\b"
 )
 ANSWERED = re.compile(rf"^Bad Request: |{REFUSED.pattern}")
+# aiohttp, which gcsfs uses; TensorStore; Requests.
+UNRESOLVED = re.compile(r"^ClientConnectorDNSError: |Could not resolve host|NameResolutionError")
 S3 = re.compile(r"s3[an]?://", re.IGNORECASE)
 
 
@@ -58,12 +60,14 @@ def failure(error: BaseException | None) -> str:
   """Says why an access to a bucket failed, if `error` comes of that; "" if it does not.
 
   failure(HttpError("status 503"))
-  "a bucket did not answer, or with errors, until the last try (HttpError: status 503)"
+  "a bucket did not answer, or answered with errors, until the last try (HttpError: status 503)"
   """
   if (found := _find(error)) is None:
     return ""
-  what = "did not answer, or with errors, until the last try"
-  if refuses(found):
+  what = "did not answer, or answered with errors, until the last try"
+  if UNRESOLVED.search(f"{type(found).__name__}: {_text(found)}"):
+    what = "was not reached: there is no network, or the host has a wrong name"
+  elif refuses(found):
     what = "may not be read or written by this account"
   return f"a bucket {what} ({type(found).__name__}: {_text(found)[:200] or 'no text'})"
 

@@ -33,7 +33,7 @@ def open_filesystem(path: epath.PathLike):
     return fsspec.core.url_to_fs(path)
   except (ImportError, ValueError) as error:
     raise UserError(
-      f"{path} cannot be opened: {error} (buckets need pip install 'cm3leon_jax[data]')."
+      f"{path} cannot be opened: {error} (buckets need pip install -e '.[data]')."
     ) from error
 
 

@@ -71,8 +71,16 @@ class MeshConfig:
     known = math.prod(n for n in shape if n != -1)
     if -1 in shape and devices % known == 0:
       shape[shape.index(-1)] = devices // known
-    if math.prod(shape) != devices:
-      raise ValueError(f"{_shown(shape)} does not use {devices} devices exactly.")
+    elif -1 in shape:
+      raise ValueError(
+        f"{_shown(shape)}; -1 stands for the remaining devices, so the product of the others must "
+        f"divide {devices}, the number of devices; it is {known}."
+      )
+    elif known != devices:
+      raise ValueError(
+        f"{_shown(shape)}; their product must be {devices}, the number of devices, and is {known}; "
+        "an axis of -1 takes the remaining devices."
+      )
     return dict(zip(AXES, shape, strict=True))
 
 

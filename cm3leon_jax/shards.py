@@ -158,7 +158,7 @@ def _ray(job: Job, folder: epath.Path, rows: list[dict], runner: Runner) -> Resu
   try:
     import ray
   except ImportError as error:
-    raise UserError(f"--runner=ray needs Ray ({error}): pip install 'cm3leon_jax[ray]'.") from error
+    raise UserError(f"--runner=ray needs Ray ({error}): pip install -e '.[ray]'.") from error
   started = not ray.is_initialized()
   if started:
     _connect(ray, runner)

@@ -115,7 +115,11 @@ except Exception as error:
 @pytest.mark.parametrize(
   ("status", "sentence"),
   [
-    (503, "a bucket did not answer, or with errors, until the last try (ValueError: ABORTED: All "),
+    (
+      503,
+      "a bucket did not answer, or answered with errors, until the last try (ValueError: ABORTED: "
+      "All ",
+    ),
     (403, "a bucket may not be read or written by this account (ValueError: PERMISSION_DENIED: "),
   ],
 )
@@ -125,11 +129,35 @@ def test_what_an_array_in_a_bucket_that_fails_says_is_known(server, status, sent
   assert output.startswith(sentence), output + errors
 
 
+UNKNOWN_HOST = """
+import asyncio
+import aiohttp
+async def ask():
+  async with aiohttp.ClientSession() as session:
+    await session.get("http://bucket.invalid")
+try:
+  asyncio.run(ask())
+except Exception as error:
+  print(buckets.failure(error))
+"""
+
+
+def test_a_host_that_cannot_be_resolved_is_said(server):
+  pytest.importorskip("aiohttp")
+  output, errors = run(server, UNKNOWN_HOST).communicate(timeout=300)
+  assert output.startswith(
+    "a bucket was not reached: there is no network, or the host has a wrong name "
+    "(ClientConnectorDNSError: Cannot connect to host bucket.invalid:80 "
+  ), errors
+  curl = ValueError("UNAVAILABLE: CURL error: Could not resolve host: storage.googleapis.com")
+  assert buckets.failure(curl).startswith("a bucket was not reached: there is no network, or ")
+
+
 def test_the_errors_of_the_clients_are_known():
   """As they were raised by a server that answered with 503, with 403, and not at all."""
   aiohttp, retry = pytest.importorskip("aiohttp"), pytest.importorskip("gcsfs.retry")
   exceptions = pytest.importorskip("google.api_core.exceptions")
-  gone = "a bucket did not answer, or with errors, until the last try"
+  gone = "a bucket did not answer, or answered with errors, until the last try"
   forbidden = "a bucket may not be read or written by this account"
   exhausted = RuntimeError("Retry policy exhausted, with a last message of 503")  # ArrayRecord.
   for error, reason in (
@@ -193,7 +221,7 @@ def test_a_download_that_fails_is_no_bucket_unless_a_client_of_buckets_made_it()
   assert buckets.failure(requests.ConnectionError(host.format("huggingface.co"))) == ""
   google = requests.ConnectionError(host.format("storage.googleapis.com"))
   for error in (google, raised(retry.validate_response, 502, b"", "b/bucket/o")):
-    assert buckets.failure(error).startswith("a bucket did not answer, or with errors, until the")
+    assert buckets.failure(error).startswith("a bucket did not answer, or answered with errors, ")
 
 
 FILES_BELOW = """
@@ -228,7 +256,7 @@ common.run(main, config=False)
 """
 
 
-GONE = "did not answer, or with errors, until the last try", "the same command continues."
+GONE = "did not answer, or answered with errors, until the last try", "the same command continues."
 REFUSED = (
   "may not be read or written by this account",
   "give it the right to, or use an account that has it.",
@@ -265,7 +293,7 @@ def test_a_stage_whose_bucket_is_gone_ends_with_one_sentence(server):
   job = run(server, f"sys.argv += {flags}\n{code}")
   _, errors = job.communicate(timeout=300)
   assert job.returncode == TryAgain.exit_code
-  assert errors.startswith("error: gs://bucket: a bucket did not answer, or with errors, until ")
+  assert errors.startswith("error: gs://bucket: a bucket did not answer, or answered with errors, ")
   assert errors.count("\n") == 1
 
 

@@ -14,9 +14,10 @@ def test_the_remaining_devices_go_to_the_axis_of_minus_one():
   shape = {"data": 1, "fsdp": 64, "fsdp_inner": 1, "tensor": 4}
   assert MeshConfig(fsdp=-1, tensor=4).over(256) == shape
   assert MeshConfig(fsdp=64, tensor=4).over(256) == shape
-  for fsdp in (-1, 8):
-    with pytest.raises(ValueError, match="does not use 10 devices exactly"):
-      MeshConfig(fsdp=fsdp, tensor=4).over(10)
+  with pytest.raises(ValueError, match="the others must divide 10, the number of devices; it is 4"):
+    MeshConfig(fsdp=-1, tensor=4).over(10)
+  with pytest.raises(ValueError, match="must be 10, the number of devices, and is 32; an axis of"):
+    MeshConfig(fsdp=8, tensor=4).over(10)
 
 
 def test_spec_literals():
@@ -34,7 +35,7 @@ def test_rest_of_the_devices():
 
 
 def test_shapes_that_do_not_fit_are_refused():
-  with pytest.raises(ValueError, match="does not use 8 devices exactly"):
+  with pytest.raises(ValueError, match="the others must divide 8, the number of devices; it is 3"):
     create_mesh(MeshConfig(3, -1, 1))
   with pytest.raises(ValueError, match="or one of them -1"):
     MeshConfig(-1, -1, 1)

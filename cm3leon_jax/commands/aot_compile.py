@@ -1,6 +1,6 @@
 r"""Compiles train step, evaluation and decoder for a TPU slice, and prints their memory and FLOPs.
 
-  pip install 'cm3leon_jax[aot]'
+  pip install -e '.[aot]'
   python -m launch.aot_compile --config=ml_configs/cm3leon_7b.py --topology=v5e-256 \
     --config.mesh.fsdp=16 --config.mesh.fsdp_inner=16 --batch_per_device=4
   python -m launch.aot_compile --config=ml_configs/cm3leon_7b.py --topology=v5p-8 --search \

@@ -9,6 +9,7 @@ import difflib
 import functools
 import importlib.util
 import os
+import re
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -39,7 +40,8 @@ _CONFIG = config_flags.DEFINE_config_file(
   f"Config: a Python file, path/own.py, or a name: {', '.join(config_file.SHIPPED)}. "
   "A variant follows a colon: scenes:15.",
 )
-flags.FLAGS["config"].parser = config_file.Parser()
+_PARSER = config_file.Parser()
+flags.FLAGS["config"].parser = _PARSER
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; each stage writes to a folder in it."
 )
@@ -60,7 +62,7 @@ _TIMEOUT = flags.DEFINE_integer(
 )
 
 
-_NEEDS_GCSFS = "needs gcsfs: pip install 'cm3leon_jax[data]'."
+_NEEDS_GCSFS = "needs gcsfs: pip install -e '.[data]'."
 NAME_A_CONFIG = "name a config: --config=ml_configs/scenes.py"
 
 
@@ -213,6 +215,21 @@ def _user_error(error: BaseException | None) -> UserError | None:
   return error
 
 
+def _out_of_range(error: flags.Error) -> str:
+  """Returns the message for a value that absl does not take.
+
+  "flag --keep_last=1: 1 is not integer >= 2"
+  "--keep_last is 1; it must be an integer >= 2."
+  """
+  match = re.fullmatch(
+    r"flag --([\w.]+)=(.*?): .* is not (?:an? )?(.*(?:integer|number).*)", str(error), re.DOTALL
+  )
+  if not match:
+    return str(error)
+  name, value, what = match.groups()
+  return f"--{name} is {value}; it must be {'an' if what.startswith('integer') else 'a'} {what}."
+
+
 def _parse_flags(
   workdir: bool | None, several_processes: bool, config: bool, argv: list[str]
 ) -> list[str]:
@@ -221,17 +238,20 @@ def _parse_flags(
     docstring = sys.modules["__main__"].__doc__ or ""
     print(help_text.page(docstring, workdir is not False, several_processes, config))
     sys.exit(0)
+  if not config:
+    for argument in argv[1:]:
+      if match := re.match(r"--?(?:no)?(config|print_config)(?![\w-])", argument):
+        _fail(f"--{match[1]} is not a flag of this command: --help lists its flags.")
   try:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
     if error.flagname.startswith("config."):
       _fail(f"--{error.flagname} is given, but no config before it: {NAME_A_CONFIG}")
     _fail(_unknown_flag(error.flagname))
-  except (AttributeError, KeyError) as error:
-    text = str(error.args[0]).replace("\\n", " ").replace("\\'", "'").strip("'")
-    _fail(f"a --config.SECTION.FIELD flag names an unknown field: '{text}")
+  except (AttributeError, KeyError):
+    _fail(config_file.unknown_field(_PARSER.config, argv[1:]))
   except flags.Error as error:
-    _fail(str(_user_error(error) or error))
+    _fail(str(_user_error(error) or _out_of_range(error)))
 
 
 def _settings() -> Settings:

@@ -1,7 +1,9 @@
 """Loads the value of --config: a shipped config or a Python file, and a variant after a colon."""
 
+import difflib
 import importlib.util
 import pathlib
+import re
 import traceback
 
 from absl import flags
@@ -70,12 +72,49 @@ def load(value: str) -> ml_collections.ConfigDict:
   return config
 
 
+def _fields(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
+  """Returns the names of all fields of a config, such as train.steps; sections have none."""
+  names = []
+  for key, value in config.items():
+    inner = isinstance(value, ml_collections.ConfigDict)
+    names += _fields(value, f"{prefix}{key}.") if inner else [f"{prefix}{key}"]
+  return names
+
+
+def unknown_field(config: ml_collections.ConfigDict, arguments: list[str]) -> str:
+  """Returns the message for the first flag whose field a config does not have.
+
+  "--config.train.stepz: the config has no such field; did you mean --config.train.steps?"
+
+  Args:
+    config: that --config names.
+    arguments: of the command line.
+  """
+  known = _fields(config)
+  given = [re.match(r"--?(?:no)?config\.([\w.]+)", argument) for argument in arguments]
+  wrong = next((match[1] for match in given if match and match[1] not in known), "SECTION.FIELD")
+  leaf = wrong.rpartition(".")[2]
+  near = [name for name in known if name.rpartition(".")[2] == leaf]
+  near.sort(key=lambda name: not name.startswith("train."))
+  near = near or difflib.get_close_matches(wrong, known, 3, cutoff=0.75)
+  hint = (
+    f"did you mean --config.{' or --config.'.join(near)}?"
+    if near
+    else ("--print_config, with the other flags, lists its fields.")
+  )
+  return f"--config.{wrong}: the config has no such field; {hint}"
+
+
 class Parser(flags.ArgumentParser):
   """Parses --config for `ml_collections.config_flags`, which adds --config.SECTION.FIELD flags."""
 
+  def __init__(self):
+    self.config = ml_collections.ConfigDict()  # That was parsed last.
+
   def parse(self, argument: str) -> ml_collections.ConfigDict:
     """Loads a config (`load`) and locks it, so that flags cannot add fields."""
-    return load(argument).lock()
+    self.config = load(argument).lock()
+    return self.config
 
   def flag_type(self) -> str:
     return "config"

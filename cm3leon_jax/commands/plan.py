@@ -2,10 +2,11 @@ r"""Plans a pod job before it is paid for: memory, days, checkpoints; writes fil
 
   python -m launch.plan --config=ml_configs/cm3leon_7b.py --topology=v5e-256
   python -m launch.plan --config=ml_configs/cm3leon_7b.py --topology=v5e-256 --slices=2 \
-    --workdir=gs://my-bucket/7b --out=plan --name=cm3leon-7b \
+    --workdir=gs://my-bucket/7b --out=plan/two_v5e --name=cm3leon-7b \
     --image=us-docker.pkg.dev/my-project/my-repository/cm3leon:tpu
   python -m launch.plan --config=ml_configs/cm3leon_7b.py --topology=h100-64 \
-    --workdir=/scratch/7b --out=plan --image=us-docker.pkg.dev#my-project/my-repository/cm3leon:gpu
+    --workdir=/scratch/7b --out=plan/h100 \
+    --image=us-docker.pkg.dev#my-project/my-repository/cm3leon:gpu
 
 With --out it writes, for TPUs, gke_jobset.yaml, xpk.sh, tpu_vm.sh and skypilot.yaml; for GPUs,
 slurm.sbatch and, if the workdir is in a bucket, skypilot.yaml; and plan.json. Files of an earlier
@@ -33,9 +34,7 @@ _TOPOLOGY = flags.DEFINE_string(
   **_SHARED,
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "Number of slices of TPUs.", lower_bound=1, **_SHARED)
-_MFU = flags.DEFINE_float(
-  "mfu", 0.4, "Model FLOPs utilization, of which the times follow.", lower_bound=1e-3, upper_bound=1
-)
+_MFU = flags.DEFINE_float("mfu", 0.4, "Model FLOPs utilization, of which the times follow.")
 _SAVE_BANDWIDTH = flags.DEFINE_float(
   "save_bandwidth", 0.25, "GB/s that a host writes to storage.", lower_bound=1e-3
 )
@@ -84,14 +83,23 @@ def _default_name(config: str) -> str:
   return name[:40].strip("-")
 
 
-def _check_flags() -> None:
+def _check_flags(settings) -> None:
   """Raises UserError if flags are missing or contradict each other."""
   if not _TOPOLOGY.value:
     raise UserError("name the hardware: --topology=v5e-256, or h100-64.")
+  if not 1e-3 <= _MFU.value <= 1:
+    raise UserError(
+      f"--mfu is {_MFU.value:g}; it must be a share of the peak, from 0.001 to 1: 0.4 is 40%."
+    )
   if not _OUT.value:
     for flag in _ONLY_FILES:
       if flag.present:
         raise UserError(f"--{flag.name} is of the files that --out writes: give --out=FOLDER.")
+  if _SECRET.value and not settings.train.wandb:
+    raise UserError(
+      "--secret names where WANDB_API_KEY is, and config.train.wandb is empty: give "
+      "--config.train.wandb=PROJECT, or leave out --secret."
+    )
   for value in _TRAIN_FLAGS.value or ():
     if not re.match(r"--\w", value):
       raise UserError(
@@ -104,7 +112,7 @@ def main(settings) -> None:
   from cm3leon_jax.planning import hardware, launchers, plan_folder
   from cm3leon_jax.planning import plan as plan_lib
 
-  _check_flags()
+  _check_flags(settings)
   devices = hardware.load(_TOPOLOGY.value, _SLICES.value)
   given = config_flags(sys.argv[1:])
   name = _NAME.value or _default_name(given[0].partition("=")[2])

@@ -29,7 +29,7 @@ def drawings_of(source: str):
   except ImportError as error:
     raise UserError(
       f"config.raw.source is '{source}', whose drawings are not installed ({error}): "
-      "pip install 'cm3leon_jax[demo]'."
+      "pip install -e '.[demo]'."
     ) from error
 
 

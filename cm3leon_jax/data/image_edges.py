@@ -21,8 +21,7 @@ def load_opencv():
     import cv2
   except ImportError as error:
     raise UserError(
-      f"edges of images need OpenCV, which is not installed ({error}): "
-      "pip install 'cm3leon_jax[demo]'."
+      f"edges of images need OpenCV, which is not installed ({error}): pip install -e '.[demo]'."
     ) from error
   return cv2
 

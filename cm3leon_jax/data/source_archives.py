@@ -110,7 +110,7 @@ def parquet_rows(fs, file: str, images: Callable) -> Iterator[Record | Rejected]
   try:
     from pyarrow import parquet
   except ImportError as error:
-    raise UserError(f"{file} needs pyarrow ({error}): pip install 'cm3leon_jax[data]'.") from error
+    raise UserError(f"{file} needs pyarrow ({error}): pip install -e '.[data]'.") from error
   try:
     with fs.open(file, "rb") as stream:
       # Without these options pyarrow reads a whole group of rows at once.

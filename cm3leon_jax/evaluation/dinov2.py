@@ -44,7 +44,7 @@ class DINOv2:
       import torch
     except ImportError as error:
       raise UserError(
-        "DINOv2 needs torch, which is not installed: run `pip install 'cm3leon_jax[eval]'`."
+        "DINOv2 needs torch, which is not installed: run `pip install -e '.[eval]'`."
       ) from error
     folder = epath.Path(folder)
     for name in (CONFIG, WEIGHTS, PROCESSOR):

@@ -41,7 +41,8 @@ class Plan:
     tokens: that the config trains on.
     tokens_per_step: of all devices.
     mfu: the stated utilization.
-    step_seconds: at that utilization.
+    step_seconds: at that utilization, without checks.
+    replay_every: one in so many steps is computed twice (`train.replay_every`); 0: none.
     checkpoint_bytes: of parameters and optimizer.
     saving_hosts: hosts that write it: those of one replica.
     save_bandwidth: bytes/s of a host.
@@ -61,15 +62,21 @@ class Plan:
   tokens_per_step: int
   mfu: float
   step_seconds: float
+  replay_every: int
   checkpoint_bytes: int
   saving_hosts: int
   save_bandwidth: float
   eval_batches: int
 
   @property
+  def mean_step_seconds(self) -> float:
+    """Seconds of a step on average: a checked one is computed twice."""
+    return self.step_seconds * (1 + (1 / self.replay_every if self.replay_every else 0))
+
+  @property
   def tokens_per_second(self) -> float:
     """Tokens of all devices."""
-    return self.tokens_per_step / self.step_seconds
+    return self.tokens_per_step / self.mean_step_seconds
 
   @property
   def days(self) -> float:
@@ -138,6 +145,7 @@ def make(settings, hardware: Hardware, mfu: float, bandwidth: float) -> Plan:
     tokens_per_step=tokens,
     mfu=mfu,
     step_seconds=model_flops(settings.model, tokens, length) / (peak * mfu),
+    replay_every=train.replay_every,
     checkpoint_bytes=checkpoint,
     saving_hosts=max(1, replica // hardware.per_host),
     save_bandwidth=bandwidth * 1e9,
@@ -257,6 +265,9 @@ def table(plan: Plan, title: str, spot: bool = False) -> str:
   hosts = f"{gb / plan.saving_hosts:.2f} on each of {plan.saving_hosts:,} hosts"
   if plan.saving_hosts == 1:
     hosts = "all on 1 host"
+  checked = ""
+  if plan.replay_every:
+    checked = f"; {plan.mean_step_seconds:,.1f} s on average, checked steps included"
   short = f"; spot machines give about {SPOT_SECONDS} s" if spot else ""
   rows = {
     "mesh": ", ".join(f"{axis} {n}" for axis, n in plan.mesh.items()),
@@ -265,7 +276,7 @@ def table(plan: Plan, title: str, spot: bool = False) -> str:
     "memory of a device": f"about {plan.memory} of {hw.memory:.2f}",
     "model": f"{plan.parameters:,} parameters",
     "a step": f"{plan.tokens_per_step:,} tokens, {plan.step_seconds:,.1f} s at "
-    f"{plan.mfu:.0%} of the peak{source}",
+    f"{plan.mfu:.0%} of the peak{source}{checked}",
     "tokens/s": f"{plan.tokens_per_second:,.0f}, {plan.tokens_per_second / hw.chips:,.0f} a device",
     "the run": f"{plan.tokens:.3g} tokens in {plan.days:,.1f} days, {plan.chip_hours:,.0f} "
     f"{'GPU' if hw.platform == 'gpu' else 'chip'}-hours, without evaluation, saving and restarts",

@@ -100,8 +100,7 @@ def load(name: str, slices: int = 1) -> Topology:
   except Exception as error:  # libtpu raises various types.
     reason = str(error).splitlines()[0][:160]
     raise UserError(
-      f"--topology {full} cannot be loaded: check the shape, and pip install "
-      f"'cm3leon_jax[aot]': {reason}"
+      f"--topology {full} cannot be loaded: check the shape, and pip install -e '.[aot]': {reason}"
     ) from error
   return Topology(
     full, CHIPS[generation], tuple(map(int, shape.split("x"))), slices, tuple(devices)

@@ -79,7 +79,7 @@ def check_installed(config) -> None:
   if spec is None or spec.origin is None:  # Without an origin it is the folder of wandb's logs.
     raise UserError(
       f"config.train.wandb is '{config.wandb}', and the package wandb is missing: pip install "
-      "'cm3leon_jax[monitoring]', or leave out config.train.wandb."
+      "-e '.[monitoring]', or leave out config.train.wandb."
     )
 
 
@@ -94,7 +94,7 @@ def open_boards(folder: epath.Path, config, first_step: int, watch: Stopwatch) -
   """
   path = folder / "config.json"
   settings = read_json(path, {"settings": dict})["settings"] if path.exists() else {}
-  install = "pip install 'cm3leon_jax[monitoring]'"
+  install = "pip install -e '.[monitoring]'"
   boards = []
   if config.wandb:
     boards.append(

@@ -286,7 +286,15 @@ def test_nothing_is_removed_while_a_job_trains(workdir, monkeypatch, action):
     ),
     (
       ["prune", "--keep_last=1"],
-      "flag --keep_last=1: 1 is not integer >= 2",
+      "--keep_last is 1; it must be an integer >= 2.",
+    ),
+    (
+      ["list", "--config=scenes"],
+      "--config is not a flag of this command: --help lists its flags.",
+    ),
+    (
+      ["list", "--noprint_config"],
+      "--print_config is not a flag of this command: --help lists its flags.",
     ),
     (["list"], "{}/train has no checkpoints: --workdir must be the folder of a run."),
     (["prune"], "{}/train has no checkpoints: --workdir must be the folder of a run."),

@@ -167,7 +167,20 @@ def test_jax_looks_for_accelerators_if_the_machine_has_device_files(
     ),
     (
       ["--config.train.stepz=1"],
-      "error: a --config.SECTION.FIELD flag names an unknown field: 'stepz' Did you mean \"steps\"",
+      "error: --config.train.stepz: the config has no such field; did you mean "
+      "--config.train.steps?",
+    ),
+    (
+      ["--config.seed=1", "--config.steps=1"],
+      "error: --config.steps: the config has no such field; did you mean --config.train.steps or ",
+    ),
+    (
+      ["--config.foo=1"],
+      "error: --config.foo: the config has no such field; --print_config, with the other flags, ",
+    ),
+    (
+      ["--config.train.steps.x=1"],
+      "error: --config.train.steps.x: the config has no such field; did you mean ",
     ),
     (
       ["--config.train.steps=abc"],
@@ -256,8 +269,7 @@ CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  
     (
       ["--config=openmoji", "--workdir=gs://bucket/run"],
       "",
-      "--workdir=gs://bucket/run is in a bucket, which needs gcsfs: pip install "
-      "'cm3leon_jax[data]'.\n",
+      "--workdir=gs://bucket/run is in a bucket, which needs gcsfs: pip install -e '.[data]'.\n",
     ),
   ],
 )
@@ -276,7 +288,7 @@ def test_a_bucket_as_source_needs_its_extra(tmp_path):
   assert result.returncode == 2
   assert result.stderr == (
     "error: config.raw.source: gs://bucket/pairs cannot be opened: Please install gcsfs "
-    "to access Google Storage (buckets need pip install 'cm3leon_jax[data]').\n"
+    "to access Google Storage (buckets need pip install -e '.[data]').\n"
   )
 
 

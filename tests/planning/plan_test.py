@@ -77,6 +77,16 @@ def test_the_mesh_follows_the_torus_and_its_flags_select_it(topology, slices, me
   assert make(selected, topology, slices) == dataclasses.replace(made, flags=())
 
 
+def test_checked_steps_count_twice_in_days_and_not_in_the_time_to_stop():
+  plain, checked = make(settings()), make(settings(train={"replay_every": 4}))
+  assert checked.days == pytest.approx(1.25 * plain.days)
+  assert checked.tokens_per_second == pytest.approx(plain.tokens_per_second / 1.25)
+  assert checked.stop_seconds == plain.stop_seconds
+  average = f"; {1.25 * plain.step_seconds:,.1f} s on average, checked steps included\n"
+  assert average in plan.table(checked, "run")
+  assert "on average" not in plan.table(plain, "run")
+
+
 def test_rows_and_passes_are_those_of_the_step():
   made = make(settings())
   shards = math.prod(made.mesh[axis] for axis in ("data", "fsdp", "fsdp_inner"))
@@ -199,10 +209,20 @@ TOPOLOGY = "--topology=v5e-256"
   ("flags", "sentence"),
   [
     ([], "name the hardware: --topology=v5e-256, or h100-64."),
+    ([TOPOLOGY, "--mfu=40"], "--mfu is 40; it must be a share of the peak, from 0.001 to 1: 0.4 "),
+    ([TOPOLOGY, "--mfu=nan"], "--mfu is nan; it must be a share of the peak, from 0.001 to 1"),
     ([TOPOLOGY, "--out=OUT"], "--out needs --workdir=gs://BUCKET/FOLDER: all hosts read and "),
     ([TOPOLOGY, "--image=i"], "--image is of the files that --out writes: give --out=FOLDER."),
     ([TOPOLOGY, "--queue=q"], "--queue is of the files that --out writes: give --out=FOLDER."),
     ([TOPOLOGY, "--secret=s"], "--secret is of the files that --out writes: give --out=FOLDER."),
+    (
+      [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--image=i", "--secret=s"],
+      "--secret names where WANDB_API_KEY is, and config.train.wandb is empty: give --config.tra",
+    ),
+    (
+      [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--secret=s", "--config.train.wandb=cats"],
+      "--secret is of gke_jobset.yaml, which is written only with --image: give --image, or ",
+    ),
     (
       [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--train_flag=init_from=gs://b/old"],
       "--train_flag is 'init_from=gs://b/old'; it must begin with two hyphens: "

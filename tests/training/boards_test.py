@@ -85,7 +85,7 @@ def test_a_board_whose_package_is_missing_is_one_line(
   use(board)
   (line,) = capsys.readouterr().out.splitlines()
   assert line.startswith(f"train: warning: no {name} from here on (ModuleNotFoundError: ")
-  assert "pip install 'cm3leon_jax[monitoring]'" in line
+  assert "pip install -e '.[monitoring]'" in line
 
 
 def test_a_new_run_is_refused_without_the_package_that_it_asks_for(tmp_path, monkeypatch):

@@ -225,8 +225,8 @@ def test_a_bucket_that_fails_ends_the_run_with_the_checkpoint_that_is_whole(tmp_
   gone = RuntimeError("All 32 retry attempts failed: status 503")
   where = f"checkpoint {saves}" if saves else "its newest checkpoint, if it has one"
   sentence = (
-    f"{tmp_path}: a bucket did not answer, or with errors, until the last try (RuntimeError: "
-    f"{gone}): the same command continues from {where}."
+    f"{tmp_path}: a bucket did not answer, or answered with errors, until the last try "
+    f"(RuntimeError: {gone}): the same command continues from {where}."
   )
 
   def run():

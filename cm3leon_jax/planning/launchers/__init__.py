@@ -95,6 +95,7 @@ def check(job: Job) -> None:
       "--secret is of Kubernetes, which only the files for TPUs use: leave it out on GPUs; "
       "WANDB_API_KEY comes from the environment of sbatch, or by sky jobs launch --secret."
     )
+  _check_gke(job)
   where = "gs://BUCKET/FOLDER" + (" or /SHARED/FOLDER" * gpu)
   if not job.workdir:
     raise UserError(f"--out needs --workdir={where}: all hosts read and write one workdir.")
@@ -102,6 +103,21 @@ def check(job: Job) -> None:
     raise UserError(
       f"--workdir is '{job.workdir}'; it must be {where}: all hosts read and write one workdir."
     )
+
+
+def _check_gke(job: Job) -> None:
+  """Raises UserError if a flag that only the files for GKE follow is given, and none is written."""
+  for flag, value in (("queue", job.queue), ("secret", job.secret)):
+    if value and _of_one_host(job.hardware):
+      raise UserError(
+        f"--{flag} is of gke_jobset.yaml, which is not written, because GKE connects only slices "
+        f"of several hosts: leave out --{flag}."
+      )
+    if value and not job.image:
+      raise UserError(
+        f"--{flag} is of gke_jobset.yaml, which is written only with --image: give --image, or "
+        f"leave out --{flag}."
+      )
 
 
 def files(job: Job) -> dict[str, str]:
