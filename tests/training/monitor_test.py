@@ -236,12 +236,15 @@ def test_waiting_for_data_counts_where_the_device_has_nothing_to_do(tmp_path):
 
   monitor, data = make_monitor(tmp_path), slow()
   metrics = jax.block_until_ready({name: jnp.float32(x) for name, x in VALUES.items()})
+  start = time.perf_counter()
   with monitor:
     for step in (1, 2, 3):
       monitor.next_batch(data)
       monitor.step(step, metrics)
     with monitor.phase("evaluate", 3):
       pass
+  seconds = time.perf_counter() - start
   line = read_json_lines(tmp_path / "metrics.jsonl")[-1]
-  assert 0.06 <= line["data_seconds"] < 0.2
-  assert line["step_seconds"] < 0.06
+  # Waits count as such, and no second counts twice.
+  assert line["data_seconds"] >= 0.06
+  assert line["data_seconds"] + line["step_seconds"] <= seconds + 0.01
