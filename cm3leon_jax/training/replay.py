@@ -240,11 +240,11 @@ class Replay:
   def _report(self, verdict: Verdict, names: list[str]) -> None:
     """Prints what was found. Raises UserError if the run cannot go on."""
     what = f"{STAGES[verdict.stage]} ({_listed([names[i] for i in verdict.arrays])})"
-    where = "the device cannot be told, because the error had spread to several shards"
+    where = "which device made the error is unknown, because it had spread to several shards"
     if len(verdict.devices) == 1:
       where = f"the error was made on {self._described(verdict.devices)[0]}"
     elif not verdict.devices:
-      where = "no device can be told"
+      where = "which device made the error is unknown"
     if verdict.majority is None:
       agree = f"no two of three computations agree about {what}, and {where}"
       if verdict.unconfirmed:

@@ -1,10 +1,5 @@
 """Two jobs never work on the same stage of a workdir."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 from absl import flags
 from etils import epath
 import pytest
@@ -15,17 +10,8 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.io import write_json
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training import lease
+from tests.held import held
 from tests.launched import launch
-
-ROOT = pathlib.Path(__file__).parents[2]
-HOLD = """
-import sys, time
-from cm3leon_jax.training import lease
-lease.BEAT_SECONDS = 0.1
-with lease.Lease(sys.argv[1]):
-  print("held", flush=True)
-  time.sleep(120)
-"""
 
 
 def settings_of(config):
@@ -54,14 +40,8 @@ def test_a_second_job_of_a_stage_is_refused_and_leaves_its_folder_as_it_is(
   before = done.read_bytes()
   for stage in read:
     write_json(tmp_path / stage / stages.DONE, {"id": "after"})
-  environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-  hold = [sys.executable, "-c", HOLD, tmp_path / folder]
-  with subprocess.Popen(hold, env=environment, stdout=subprocess.PIPE) as other:
-    try:
-      assert other.stdout.readline() == b"held\n"
-      result = launch(name, f"--config={config}", f"--workdir={tmp_path}", timeout=100)
-    finally:
-      other.kill()
+  with held(tmp_path / folder) as other:
+    result = launch(name, f"--config={config}", f"--workdir={tmp_path}", timeout=100)
   assert result.returncode == 2, result.stderr
   assert result.stderr.startswith(f"error: process {other.pid} on ")
   assert result.stderr.endswith(

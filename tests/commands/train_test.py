@@ -1,8 +1,6 @@
 import dataclasses
 import json
 import pathlib
-import subprocess
-import sys
 
 from etils import epath
 import jax
@@ -20,6 +18,7 @@ from cm3leon_jax.training import checkpoint, skipped_rows
 from cm3leon_jax.training.skipped_rows import GoBack
 from tests.data.stores import VOCAB, make_sources
 from tests.generation.run import make_config, make_run, one_device
+from tests.held import held
 from tests.retrieval.stores import write_neighbors
 
 
@@ -123,26 +122,12 @@ def test_a_workdir_of_another_run_is_refused(workdir):
     train.main(other, workdir)
 
 
-HOLD = """
-import sys, time
-from cm3leon_jax.training import lease
-lease.BEAT_SECONDS = 0.1
-with lease.Lease(sys.argv[1]):
-  print("held", flush=True)
-  time.sleep(60)
-"""
-
-
 def test_a_workdir_in_which_another_job_trains_is_left_as_it_is(workdir):
   folder = pathlib.Path(workdir) / "train"
-  with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE) as other:
-    try:
-      assert other.stdout.readline() == b"held\n"
-      with pytest.raises(UserError, match=r"works in .*: use another --workdir"):
-        train.main(settings_with(steps=2), workdir)
-      assert sorted(path.name for path in folder.iterdir()) == ["lease.json"]
-    finally:
-      other.kill()
+  with held(folder):
+    with pytest.raises(UserError, match=r"works in .*: use another --workdir"):
+      train.main(settings_with(steps=2), workdir)
+    assert sorted(path.name for path in folder.iterdir()) == ["lease.json"]
 
 
 def test_length_and_execution_do_not_make_another_run(workdir):

@@ -278,7 +278,7 @@ def test_the_second_fault_of_a_start_stops_it(capsys):
 
 def test_two_that_agree_on_the_same_devices_stop_the_run():
   one = replay.Verdict((1,), False, True, "gradients", (0,), ())
-  same = r"^step 0: two of three .* \(embed\), but they ran on the same .* no device can be told"
+  same = r"^step 0: two of three .* \(embed\), but they ran on the same .* the error is unknown"
   with pytest.raises(UserError, match=same) as error:
     wrong_replay()._report(one, ["embed"])
   assert error.value.exit_code == 2

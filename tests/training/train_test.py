@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from unittest import mock
 
 import jax
@@ -14,6 +12,7 @@ from cm3leon_jax.training import checkpoint, heldout
 from cm3leon_jax.training.optimizer import OptimizerConfig
 from cm3leon_jax.training.train import TrainConfig
 from tests.data.stores import VOCAB, make_plan, make_sources
+from tests.held import held
 from tests.models.tiny import mesh_of
 from tests.training.runs import (
   MODEL,
@@ -121,25 +120,11 @@ def test_restore_onto_another_mesh(whole, loader, tmp_path):
     assert loss == pytest.approx(expected[step], rel=2e-4)
 
 
-HOLD = """
-import sys, time
-from cm3leon_jax.training import lease
-lease.BEAT_SECONDS = 0.1
-with lease.Lease(sys.argv[1]):
-  print("held", flush=True)
-  time.sleep(60)
-"""
-
-
 def test_a_folder_in_which_another_process_trains_is_refused(whole, loader, tmp_path):
-  with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE) as other:
-    try:
-      assert other.stdout.readline() == b"held\n"
-      with pytest.raises(UserError, match=r"works in .*: use another --workdir"):
-        run(tmp_path, loader)
-      assert not (tmp_path / "metrics").exists()
-    finally:
-      other.kill()
+  with held(tmp_path):
+    with pytest.raises(UserError, match=r"works in .*: use another --workdir"):
+      run(tmp_path, loader)
+    assert not (tmp_path / "metrics").exists()
   run(tmp_path, loader)  # The other one is gone, and is not waited for.
   assert losses(tmp_path) == losses(whole[0])
 
