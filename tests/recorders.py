@@ -32,7 +32,8 @@ class Recorders:
   def add(self, name: str, then: str = "") -> None:
     """Adds a program that records its call and then runs the bash code `then`."""
     program = self._programs / name
-    record = f"printf '%s\\037' '{name}' \"$@\" >>'{self._log}'\nprintf '\\n' >>'{self._log}'"
+    # One write for each call, so that calls side by side do not mix.
+    record = f"call=$(printf '%s\\037' '{name}' \"$@\")\nprintf '%s\\n' \"$call\" >>'{self._log}'"
     program.write_text(f"#!/usr/bin/env bash\n{record}\n{then}\n")
     program.chmod(0o755)
 
