@@ -25,6 +25,7 @@ if TYPE_CHECKING:
   import jax
   import numpy as np
 
+  from cm3leon_jax.decoding.request import Request
   from cm3leon_jax.evaluation.pairs import PairScore
   from cm3leon_jax.generation.pipeline import Pipeline, Sample
   from cm3leon_jax.generation.retrieved import Retrieved
@@ -158,6 +159,26 @@ class CM3Leon:
       return []
     with jax.set_mesh(self.mesh):
       return self.pipeline.generate(tasks, num_samples, rank, show_progress=self.show_progress)
+
+  def requests(self, tasks: Sequence[Task]) -> list[Request]:
+    """Makes the token prompts of tasks, retrieved documents included, for another engine.
+
+    >>> from cm3leon_jax.generation.text_tasks import Caption
+    >>> [request] = model.requests([Caption(image=image)])
+    >>> [prompt] = request.streams  # int32 ids; a guided task has a stream without its prompt, too.
+    >>> int((prompt >= model.pipeline.layout.vocab.text_size).sum())  # Codes of the image.
+    16
+
+    Args:
+      tasks: as of `sample`.
+    """
+    import jax
+
+    from cm3leon_jax.generation.pipeline import check_tasks
+
+    with jax.set_mesh(self.mesh):
+      given = check_tasks(self.pipeline.layout, tasks, self.pipeline.bank)
+      return self.pipeline.requests(tasks, given, self.pipeline.retrieve(tasks))
 
   @overload
   def generate(self, prompt: str, **options: Any) -> list[Sample]: ...

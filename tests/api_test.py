@@ -19,7 +19,8 @@ from cm3leon_jax.data.cm3 import apply_cm3_mask
 from cm3leon_jax.data.documents import Document, DocumentStore, Segment, write_documents
 from cm3leon_jax.data.pipeline import join
 from cm3leon_jax.evaluation import bits
-from cm3leon_jax.generation.image_tasks import Unconditional
+from cm3leon_jax.generation.image_tasks import TextToImage, Unconditional
+from cm3leon_jax.generation.text_tasks import Caption
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.retrieval.neighbors import Retriever
@@ -116,6 +117,16 @@ def test_samples_are_those_of_the_command(model, run, monkeypatch):
     assert [d.key for d in sample.neighbors] == [n["key"] for n in record["neighbors"]]
     np.testing.assert_allclose(sample.log_probs, record["log_probs"], atol=1e-4)
   assert [s.tokens.tolist() for s in samples(6)] != [r["tokens"] for r in records]
+
+
+def test_requests_are_those_that_samples_are_generated_for(model):
+  tasks = [TextToImage(prompt="a red apple", retrieve=1, seed=3), Caption(image=IMAGE)]
+  requests = model.requests(tasks)
+  with jax.set_mesh(model.mesh):
+    results = model.pipeline.generator.generate(requests[:1], [3], sampling=tasks[0].sampling)
+  [[sample]] = model.sample(tasks[:1])
+  np.testing.assert_array_equal(results[0].tokens, sample.tokens)
+  assert [len(request.streams) for request in requests] == [2, 1]
 
 
 def test_a_list_gives_what_single_calls_give(model):
