@@ -30,6 +30,7 @@ from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.training.checkpoint import Checkpoints
+from cm3leon_jax.training.sealing import files_below
 
 _LAYERS = flags.DEFINE_list("layers", ["2", "4"], "Numbers of layers, ascending.")
 _FORMATS = flags.DEFINE_list("formats", ["hf"], "Values of --format.")
@@ -103,11 +104,10 @@ def main(_) -> None:
       for layout, found in peaks.items():
         output = epath.Path(name) / "export"
         gib, seconds = export(run, output, layers, f"--format={layout}", *_FLAGS.value)
-        size = sum(path.stat().length for path in output.glob("**/*") if path.is_file()) / 1e9
+        size = sum((output / name).stat().length for name in files_below(output)) / 1e9
         found.append((layers, gib))
-        print(
-          f"{layout}, {layers} layers: at most {gib:.2f} GiB for {size:.2f} GB, {seconds:.0f} s"
-        )
+        line = f"{layout}, {layers} layers: at most {gib:.2f} GiB for {size:.2f} GB"
+        print(f"{line}, {seconds:.0f} s", flush=True)
         output.rmtree()
       run.rmtree()
   for layout, found in peaks.items():

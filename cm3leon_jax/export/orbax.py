@@ -17,7 +17,7 @@ import tensorstore
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export.formats import Run
-from cm3leon_jax.export.tensor_files import DTYPES
+from cm3leon_jax.export.tensor_files import DTYPES, convert
 from cm3leon_jax.io import absolute, read_json, write_json
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.training import sealing, stored
@@ -59,9 +59,8 @@ def _write_array(folder: epath.Path, params: stored.StoredParams, name: str, dty
     shape=shape,
     chunk_layout=tensorstore.ChunkLayout(chunk_shape=(1, *shape[1:]) if stacked else shape),
   ).result()
-  kind = DTYPES[dtype][1]
   for index in [(i,) for i in range(shape[0])] if stacked else [()]:
-    array[index].write(params.read(name, *index).astype(kind)).result()
+    array[index].write(convert(name, params.read(name, *index), dtype)).result()
 
 
 def _metadata(params: stored.StoredParams) -> dict:
