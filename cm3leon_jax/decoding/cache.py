@@ -119,11 +119,14 @@ def local_rows(
     x: split over the batch.
     index: of the rows of `x`, each in the shard of the row that is made of it.
   """
-  split = jax.typeof(x).sharding.spec
+  sharding = jax.typeof(x).sharding
+  split = sharding.spec
 
   def take(x, index):
-    return x[index % len(x)]
+    return x[index % x.shape[0]]
 
+  if sharding.mesh.empty:  # See `mesh.unsplit`.
+    return take(x, index)
   return jax.shard_map(take, in_specs=(split, spec("batch")), out_specs=split)(
     x, shard(index, "batch")
   )

@@ -68,7 +68,8 @@ def head_ids(vocab: VocabLayout) -> Int32[Array, " V"]:
 
 def head_axis(rows: int) -> str | None:
   """Returns the logical axis of an output table's rows: "vocab" if its devices divide them."""
-  return None if rows % jax.sharding.get_abstract_mesh().shape[RULES["vocab"]] else "vocab"
+  devices = jax.sharding.get_abstract_mesh().shape.get(RULES["vocab"], 1)
+  return None if rows % devices else "vocab"
 
 
 @functools.partial(jax.jit, static_argnames=("config", "vocab", "dtype", "image_head"))
