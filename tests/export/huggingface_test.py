@@ -15,6 +15,7 @@ from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.positions import positions_of
+from cm3leon_jax.training.stored import of_tree
 from cm3leon_jax.vocab import VocabLayout
 from tests.models.tiny import random_params
 
@@ -166,8 +167,12 @@ def test_generation_stops_at_the_end_of_a_document_and_of_an_infill(exported):
 
 
 def test_positions_are_stored_two_rows_later():
-  params = {"positions": np.ones((3, 2)), "embed": np.zeros((4, 2)), "blocks": {"up": []}}
-  rows = huggingface.opt_tensors(params)["model.decoder.embed_positions.weight"]
+  params = {
+    "positions": np.ones((3, 2)),
+    "embed": np.zeros((4, 2)),
+    "blocks": {"up": np.zeros((0, 2, 2))},
+  }
+  rows = huggingface.opt_tensors(of_tree(params))[1].make()
   np.testing.assert_array_equal(rows, [[0, 0], [0, 0], [1, 1], [1, 1], [1, 1]])
 
 
