@@ -1,61 +1,94 @@
 """Exports StableHLO artifacts of `jax.export`: prefill, decode step, guided images, image codes.
 
-A folder that `jax` alone serves, without this package: serve_example.py in it shows how. Weights
-are no part of the artifacts, but arguments of each; they are in safetensors files. Batch, prompt
-slots and number of text tokens are symbolic: one artifact serves all, and is compiled for each. An
-artifact names no devices: it runs on one, or on several that split its batch. The calling
-convention and the digests of all files are in manifest.json, which is written last.
+`jax` alone serves the folder, without this package: serve_example.py in it shows how. The weights
+are no part of the artifacts, but an argument of each; they are in safetensors files. Batch, prompt
+slots and number of text tokens are symbolic: one artifact is compiled for any of them. An artifact
+names no devices: it runs on one, or on several that split its batch. The calling convention and the
+digests of all files are in manifest.json, which comes last.
 """
 
 # b samples, p and u slots of prompts, g tokens to generate, m parts of a plan.
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import functools
 import importlib.resources
+import importlib.util
+from typing import TYPE_CHECKING
 
 from etils import epath
+from flax import traverse_util
 import jax
 import jax.export
+import jax.numpy as jnp
 import numpy as np
-from safetensors import numpy as safetensors
 
 import cm3leon_jax
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import grammar
-from cm3leon_jax.decoding.params import prepare
+from cm3leon_jax.decoding.params import prepare, prepare_layer
+from cm3leon_jax.export import tensor_files
 from cm3leon_jax.export.serving_functions import (
   IMAGE_SETTINGS,
   TEXT_SETTINGS,
   Functions,
+  Named,
   named,
 )
+from cm3leon_jax.export.tensor_files import Tensor
 from cm3leon_jax.io import digest, replacing, write_json
 from cm3leon_jax.mesh import unsplit
-from cm3leon_jax.settings import Settings
+from cm3leon_jax.models.config import DTYPES
 from cm3leon_jax.tokenizers.text import TOKENIZER
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
+if TYPE_CHECKING:
+  from cm3leon_jax.export.formats import Run
+  from cm3leon_jax.settings import Settings
+  from cm3leon_jax.training.stored import StoredParams
+
 MANIFEST = "manifest.json"
-EXAMPLE = "serve_example.py"
+SERVED = ("artifacts.py", "serve_example.py")  # Copied from served/.
 PLATFORMS = ("cpu", "cuda", "tpu")
-SHARD_BYTES = 5_000_000_000
 KINDS = ("DONE", "CODES", "TEXT", "EOSS", "MASK", "END", "DOCUMENT")  # Of parts of a plan.
+BLOCKS = "blocks."
+
+
+def write(folder: epath.PathLike, run: Run) -> dict:
+  """Writes a run for `jax.export`; see `export`. `--dtype` is also what the artifacts compute in.
+
+  Raises:
+    UserError: also if decoders do not compute in `--dtype`.
+  """
+  if run.choice.dtype not in DTYPES:
+    raise UserError(
+      f"--dtype is {run.choice.dtype}, and in the format stablehlo the decoder computes in it, "
+      "too: choose float32 or bfloat16."
+    )
+  model = dataclasses.replace(run.settings.model, dtype=run.choice.dtype)
+  settings = dataclasses.replace(run.settings, model=model)
+  image_tokenizer = ImageTokenizer.load(run.workdir / "vqgan")
+  texts = run.workdir / "text_tokenizer"
+  weight_dtype = run.choice.quantize or "compute"
+  return export(folder, run.params, settings, image_tokenizer, texts, weight_dtype)
 
 
 def export(
   folder: epath.PathLike,
-  params: dict,
+  params: StoredParams,
   settings: Settings,
   image_tokenizer: ImageTokenizer,
   text_tokenizer_folder: epath.PathLike,
   weight_dtype: str = "compute",
 ) -> dict:
-  """Writes the artifacts, their weights, the text tokenizer's file and an example.
+  """Writes the artifacts, their weights, the text tokenizer, a loader and an example.
 
   Args:
     folder: an earlier export in it is replaced, its manifest first.
-    params: of the decoder, on any mesh.
+    params: of the decoder; one layer at a time is read.
     settings: of the run: `model` (its dtype is that of the weights), `vocab`, `sampling`.
     image_tokenizer: of the run.
     text_tokenizer_folder: of the run.
@@ -67,87 +100,129 @@ def export(
   Raises:
     UserError: `flatbuffers`, which `jax.export` needs to write and read artifacts, is missing.
   """
+  if not importlib.util.find_spec("flatbuffers"):
+    raise UserError(
+      "jax.export writes artifacts by the package flatbuffers, which is not installed: "
+      "pip install flatbuffers."
+    )
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / MANIFEST).unlink(missing_ok=True)  # Half an export has none.
-  for file in folder.glob("*.safetensors"):
-    file.unlink()
-  with unsplit(), _no_locations():
-    decoder = prepare(
-      jax.device_get(params), config=settings.model, vocab=settings.vocab, dtype=weight_dtype
-    )
-    weights = {"decoder": decoder, "image_tokenizer": image_tokenizer.params}
-    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
-    functions = Functions(
-      settings.model, settings.vocab, settings.sampling, image_tokenizer, types
-    )
-    exported = {name: _export(*call) for name, *call in calls(functions)}
+  tensor_files.remove(folder)
   artifacts = {}
-  for name, artifact in exported.items():
-    file = folder / f"{name}.stablehlo"
-    with replacing(file) as stream:
-      stream.write(_serialized(artifact))
-    artifacts[name] = _described(artifact, file)
-  files = _write_weights(folder, {name: np.asarray(x) for name, x in named(weights).items()})
-  for name, source in (
-    (TOKENIZER, epath.Path(text_tokenizer_folder) / TOKENIZER),
-    (EXAMPLE, epath.Path(str(importlib.resources.files(__package__))) / EXAMPLE),
+  with unsplit(), _no_locations():
+    types = weight_types(params, settings, image_tokenizer, weight_dtype)
+    functions = Functions(settings.model, settings.vocab, settings.sampling, image_tokenizer, types)
+    for name, function, arguments in calls(functions):
+      exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)
+      artifact = exported(named(types), **arguments)
+      with replacing(folder / f"{name}.stablehlo") as file:
+        file.write(artifact.serialize())
+      artifacts[name] = _described(artifact)
+    tensors = weight_tensors(params, settings, image_tokenizer, weight_dtype)
+    weights = tensor_files.write(folder, tensors)
+  here = epath.Path(str(importlib.resources.files(__package__)))
+  for source in (
+    epath.Path(text_tokenizer_folder) / TOKENIZER,
+    *(here / "served" / x for x in SERVED),
   ):
-    (folder / name).write_text(source.read_text())
-  write_json(
-    folder / MANIFEST,
-    {
-      "cm3leon_jax": cm3leon_jax.__version__,
-      "jax": jax.__version__,
-      "calling_convention": exported["prefill"].calling_convention_version,
-      "platforms": list(PLATFORMS),
-      **_about(settings, image_tokenizer),
-      "weights": {name: _array(x) for name, x in named(types).items()},
-      "artifacts": artifacts,
-      "digests": {name: digest(folder / name) for name in sorted([*files, TOKENIZER])}
-      | {x["file"]: digest(folder / x["file"]) for x in artifacts.values()},
-    },
-  )
-  sizes = {name: artifact["bytes"] for name, artifact in artifacts.items()}
+    (folder / source.name).write_text(source.read_text())
+  files = [*weights, TOKENIZER, *SERVED, *(f"{name}.stablehlo" for name in artifacts)]
+  versions = {"cm3leon_jax": cm3leon_jax.__version__, "jax": jax.__version__}
+  manifest = {
+    **versions,
+    "calling_convention": artifact.calling_convention_version,
+    "platforms": list(PLATFORMS),
+    **_about(settings, image_tokenizer),
+    "artifacts": artifacts,
+    "weights": {name: _array(x) for name, x in named(types).items()},
+    "digests": {name: digest(folder / name) for name in files},
+  }
+  write_json(folder / MANIFEST, manifest)
   return {
-    "parameters": sum(x.size for x in jax.tree.leaves(params)),
-    "bytes": sum((folder / name).stat().length for name in files) + sum(sizes.values()),
-    "artifacts": sizes,
+    "parameters": params.count,
+    "bytes": sum((folder / name).stat().length for name in files),
+    "artifacts": {name: (folder / f"{name}.stablehlo").stat().length for name in artifacts},
   }
 
 
-def calls(functions: Functions) -> Iterator[tuple[str, Callable, dict, dict]]:
-  """Yields name, function, types of the weights and of the arguments of each artifact."""
-  weights, codes = named(functions.weights), functions.image_tokens
-  side = functions.image_tokenizer.config.resolution
+def weight_types(
+  params: StoredParams, settings: Settings, image_tokenizer: ImageTokenizer, weight_dtype: str
+) -> dict:
+  """Returns the types of the weights that artifacts take, a tree."""
+  shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in params.shapes.items()}
+  decoder = jax.eval_shape(
+    functools.partial(prepare, config=settings.model, vocab=settings.vocab, dtype=weight_dtype),
+    traverse_util.unflatten_dict(shapes, sep="."),
+  )
+  # Of an untied output table, decoding reads only the columns in `DecodeParams.head`.
+  model = {name: x for name, x in decoder.model.items() if name != "head"}
+  weights = {"decoder": decoder._replace(model=model), "image_tokenizer": image_tokenizer.params}
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
+
+
+def weight_tensors(
+  params: StoredParams, settings: Settings, image_tokenizer: ImageTokenizer, weight_dtype: str
+) -> list[Tensor]:
+  """Lists the weights of `weight_types`; each is computed when it is written, as by `prepare`."""
+  config, vocab = settings.model, settings.vocab
+  types = weight_types(params, settings, image_tokenizer, weight_dtype)
+  table = "embed" if config.family == "opt" else "head"
+
+  def head() -> np.ndarray:
+    return np.roll(params.read(table), vocab.image_size, axis=0).T
+
+  @functools.lru_cache(maxsize=1)
+  def layer(i: int) -> Named:
+    names = [name for name in params.shapes if name.startswith(BLOCKS)]
+    flat = {name.removeprefix(BLOCKS): params.read(name, i) for name in names}
+    flat = {name: x.astype(jnp.dtype(config.dtype)) for name, x in flat.items()}
+    arrays = jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(flat, sep="."))
+    return named(prepare_layer(arrays, weight_dtype))
+
+  def of_layer(i: int, name: str) -> np.ndarray:
+    return np.asarray(layer(i)[name])
+
+  decoder = {"head": head, "image_head": lambda: head()[:, : vocab.image_size]}
+  for name in named(types["decoder"].model):
+    make = functools.partial(params.read, name)
+    if name.startswith(BLOCKS):
+      number, _, rest = name.removeprefix(BLOCKS).partition(".")
+      make = functools.partial(of_layer, int(number), rest)
+    decoder[f"model.{name}"] = make
+  makers = {f"decoder.{name}": make for name, make in decoder.items()}
+  for name, x in named(image_tokenizer.params).items():
+    makers[f"image_tokenizer.{name}"] = functools.partial(np.asarray, x)
+  return [Tensor(name, x.shape, str(x.dtype), makers[name]) for name, x in named(types).items()]
+
+
+def calls(functions: Functions) -> Iterator[tuple[str, Callable, dict]]:
+  """Yields name, function and types of the arguments after the weights of each artifact."""
+  weights, side = named(functions.weights), functions.image_tokenizer.config.resolution
 
   def ids(*shape):
     return jax.ShapeDtypeStruct(shape, np.int32)
 
-  def settings(b, names):
-    return {
-      name: jax.ShapeDtypeStruct((b,), np.int32 if "top_k" in name else np.float32)
-      for name in names
-    }
-
-  def seeds(b):
-    return jax.ShapeDtypeStruct((b,), np.uint32)
+  def of_samples(b, *names):
+    kinds = {"seeds": np.uint32, "top_k": np.int32, "text_top_k": np.int32}
+    return {name: jax.ShapeDtypeStruct((b,), kinds.get(name, np.float32)) for name in names}
 
   b, p, g, m = jax.export.symbolic_shape("b, p, g, m")
-  arguments = {"prompts": ids(b, p), "plan": ids(b, m, 3), "seeds": seeds(b), "ids": ids(b, g)}
-  yield "prefill", functions.prefill, weights, arguments
+  arguments = {"prompts": ids(b, p), "plan": ids(b, m, 3), "ids": ids(b, g)}
+  arguments |= of_samples(b, "seeds")
+  yield "prefill", functions.prefill, arguments
   loop = functions.state_types(weights, **arguments)
   state = {**named(loop), "plan": arguments["plan"], "seeds": arguments["seeds"]}
-  step = {"state": state, **settings(b, IMAGE_SETTINGS + TEXT_SETTINGS)}
-  yield "decode_step", functions.decode_step(loop), weights, step
+  settings = of_samples(b, *IMAGE_SETTINGS, *TEXT_SETTINGS)
+  yield "decode_step", functions.decode_step(loop), {"state": state, **settings}
   b, p, u = jax.export.symbolic_shape("b, p, u", constraints=["u <= p"])
-  guided = {"prompts": ids(b, p), "unconditional": ids(b, u), "seeds": seeds(b)}
-  guided |= settings(b, ("guidance", *IMAGE_SETTINGS))
-  yield "generate_image", functions.generate_image, weights, guided
+  settings = of_samples(b, "seeds", "guidance", *IMAGE_SETTINGS)
+  prompts = {"prompts": ids(b, p), "unconditional": ids(b, u)}
+  yield "generate_image", functions.generate_image, {**prompts, **settings}
   (b,) = jax.export.symbolic_shape("b")
   images = jax.ShapeDtypeStruct((b, side, side, 3), np.uint8)
-  yield "encode_image", functions.encode_image, weights, {"images": images}
-  yield "decode_image", functions.decode_image, weights, {"tokens": ids(b, codes)}
+  yield "encode_image", functions.encode_image, {"images": images}
+  yield "decode_image", functions.decode_image, {"tokens": ids(b, functions.image_tokens)}
 
 
 @contextlib.contextmanager
@@ -162,48 +237,26 @@ def _no_locations() -> Iterator[None]:
     jax.config.update(name, before)
 
 
-def _export(function: Callable, weights: dict, arguments: dict) -> jax.export.Exported:
-  return jax.export.export(jax.jit(function), platforms=PLATFORMS)(weights, **arguments)
-
-
-def _serialized(artifact: jax.export.Exported) -> bytes:
-  try:
-    return bytes(artifact.serialize())
-  except ImportError as error:
-    raise UserError(
-      "jax.export writes and reads artifacts by the package flatbuffers, which is not installed: "
-      "pip install flatbuffers."
-    ) from error
-
-
 def _array(x) -> dict:
   """Describes an array; a symbolic size is its text, as in ["b", "p + g"]."""
   sizes = [n if isinstance(n, int) else str(n) for n in x.shape]
   return {"dtype": str(x.dtype), "shape": sizes}
 
 
-def _described(artifact: jax.export.Exported, file: epath.Path) -> dict:
+def _described(artifact: jax.export.Exported) -> dict:
   """Describes the arguments after the weights, and the results."""
   _, arguments = jax.tree.unflatten(artifact.in_tree, artifact.in_avals)
   results = jax.tree.unflatten(artifact.out_tree, artifact.out_avals)
-  return {
-    "file": file.name,
-    "bytes": file.stat().length,
-    "arguments": jax.tree.map(_array, arguments),
-    "results": jax.tree.map(_array, results),
-  }
+  return {"arguments": jax.tree.map(_array, arguments), "results": jax.tree.map(_array, results)}
 
 
 def _about(settings: Settings, image_tokenizer: ImageTokenizer) -> dict:
   """Describes what a server needs to make prompts: vocabulary, sizes, defaults of sampling."""
   vocab, sampling = settings.vocab, settings.sampling
+  special = {name: getattr(vocab, name) for name in ("pad", "eos", "unk", "brk", "eoss")}
   names = ("guidance", *IMAGE_SETTINGS, *TEXT_SETTINGS)
   return {
-    "vocab": {
-      **dataclasses.asdict(vocab),
-      **{name: getattr(vocab, name) for name in ("pad", "eos", "unk", "brk", "eoss")},
-      "mask_0": vocab.mask(0),
-    },
+    "vocab": {**dataclasses.asdict(vocab), **special, "mask_0": vocab.mask(0)},
     "plan_kinds": {kind: getattr(grammar, kind) for kind in KINDS},
     "image_tokens": image_tokenizer.config.image_tokens,
     "resolution": image_tokenizer.config.resolution,
@@ -211,18 +264,3 @@ def _about(settings: Settings, image_tokenizer: ImageTokenizer) -> dict:
     "sampling": {name: getattr(sampling, name) for name in names},
     "guidance_schedule": sampling.guidance_schedule,
   }
-
-
-def _write_weights(folder: epath.Path, weights: dict[str, np.ndarray]) -> list[str]:
-  """Writes safetensors files of at most `SHARD_BYTES`; returns their names."""
-  shards: list[dict[str, np.ndarray]] = [{}]
-  for name, x in weights.items():
-    if shards[-1] and sum(y.nbytes for y in shards[-1].values()) + x.nbytes > SHARD_BYTES:
-      shards.append({})
-    shards[-1][name] = x
-  names = []
-  for i, shard in enumerate(shards, 1):
-    names.append(f"model-{i:05d}-of-{len(shards):05d}.safetensors")
-    with replacing(folder / names[-1]) as file:
-      file.write(safetensors.save(shard))
-  return names
