@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from cm3leon_jax.decoding import cache as cache_lib
 from cm3leon_jax.decoding.batch import Control, Padded, Prompts
-from cm3leon_jax.decoding.cache import LayerCache
+from cm3leon_jax.decoding.cache import LayerCache, Size
 from cm3leon_jax.decoding.grammar import Grammar, Plan, State
 from cm3leon_jax.decoding.params import DecodeParams, dequantized, head_axis, head_ids
 from cm3leon_jax.decoding.sampling import Sampler, combine_streams, divergence, sample, select
@@ -140,9 +140,9 @@ def prefill(
   *,
   config: ModelConfig,
   grammar: Grammar,
-  longest: int,
-  room: int,
-  widths: tuple[int, ...],
+  longest: Size,
+  room: Size,
+  widths: tuple[Size, ...],
   cache_dtype: str = "compute",
 ) -> LoopState:
   """Reads the prompts and returns the state before the first step. Needs a mesh.

@@ -1,5 +1,6 @@
 """Checks and loads the artifacts and weights of this folder: by jax and flatbuffers alone."""
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -24,6 +25,7 @@ def read(name):
   return data
 
 
+@functools.cache
 def load(name):
   """Returns an artifact as a compiled function of the weights and of the arrays in the manifest."""
   oldest = export.minimum_supported_calling_convention_version
