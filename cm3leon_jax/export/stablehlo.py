@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import importlib.resources
 import importlib.util
+import os
 from typing import TYPE_CHECKING
 
 from etils import epath
@@ -74,6 +75,40 @@ def write(folder: epath.PathLike, run: Run) -> dict:
   texts = run.workdir / "text_tokenizer"
   weight_dtype = run.choice.quantize or "compute"
   return export(folder, run.params, settings, image_tokenizer, texts, weight_dtype)
+
+
+def write_model(
+  folder: epath.PathLike,
+  source: str | os.PathLike[str],
+  dtype: str = "float32",
+  weight_dtype: str = "compute",
+) -> dict:
+  """Writes the newest checkpoint of a workdir, or a bundle, as `CM3Leon.load` reads it.
+
+  Args:
+    folder: see `export`.
+    source: workdir of a run, or see `bundle.folder_of`, e.g. "scenes".
+    dtype: of the weights and what the artifacts compute in, `float32` or `bfloat16`.
+    weight_dtype: see `export`.
+
+  Returns:
+    See `export`.
+
+  Raises:
+    UserError: nothing was trained there, a file is damaged, or see `export`.
+  """
+  from cm3leon_jax.export import bundle, weights
+  from cm3leon_jax.mesh import MeshConfig, create_mesh
+  from cm3leon_jax.training import stored
+
+  run, settings, load = weights.of_run(source)
+  settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
+  with jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])):
+    params = stored.of_tree(load()[0])
+  stages = bundle.stages_folder(run)
+  image_tokenizer = ImageTokenizer.load(stages / "vqgan")
+  texts = stages / "text_tokenizer"
+  return export(folder, params, settings, image_tokenizer, texts, weight_dtype)
 
 
 def export(
