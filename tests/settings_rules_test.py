@@ -58,6 +58,11 @@ from tests.settings_test import settings_with
       "config.model: width / num_heads = 3 is odd; rotary positions need an even head size.",
     ),
     (
+      {"model__family": "modern", "model__activation": "gelu"},
+      "config.model: activation is 'gelu', and family is 'modern', whose feed-forward layer is "
+      "SwiGLU: leave it empty.",
+    ),
+    (
       {"model__align_images": True},
       "config.model: align_images is set, and family is 'opt'; it must be 'modern', whose "
       "positions are relative.",

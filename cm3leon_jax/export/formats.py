@@ -24,7 +24,7 @@ if TYPE_CHECKING:
   from cm3leon_jax.training.stored import StoredParams
 
 # Name of a format -> module of this package that writes it.
-FORMATS = {"hf": "huggingface", "stablehlo": "stablehlo"}
+FORMATS = {"hf": "huggingface", "gpt2": "gpt2", "stablehlo": "stablehlo"}
 DTYPES = ("float32", "bfloat16", "float16")
 ABOUT = "export.json"  # Marks a folder as an export, and says of what.
 

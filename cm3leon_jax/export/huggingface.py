@@ -45,6 +45,8 @@ QWEN3_NORMS = (
   ("norm2", "post_attention_layernorm"),
 )
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+# config.model.activation -> its name in transformers.
+OPT_ACTIVATIONS = {"": "relu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 OPT_OFFSET = 2  # OPT stores position p in row p + 2 and never reads the rows before.
 
 
@@ -159,6 +161,8 @@ def config_of(described: dict) -> dict[str, dict]:
   Raises:
     KeyError: `hf_config` did not write it.
   """
+  if described["model_type"] not in ("opt", "qwen3"):
+    raise KeyError("model_type 'opt' or 'qwen3'")
   opt = described["model_type"] == "opt"
   model = {
     "family": "opt" if opt else "modern",
@@ -170,9 +174,27 @@ def config_of(described: dict) -> dict[str, dict]:
     "max_positions": described["max_position_embeddings"],
     "align_images": described["cm3leon"].get("align_images", False),
   }
-  if opt:  # A decoder with these norms is not exported.
-    model["query_key_norm"] = False
+  if opt:
+    names = {theirs: ours for ours, theirs in OPT_ACTIVATIONS.items()}
+    model["activation"] = names[described["activation_function"]]
+    model["query_key_norm"] = False  # A decoder with these norms is not exported.
   return {"model": model, "vocab": {name: described["cm3leon"][name] for name in VOCAB_FIELDS}}
+
+
+def ids_config(config: ModelConfig, vocab: VocabLayout) -> dict:
+  """Returns the fields of config.json that say what the ids are; of every model of transformers."""
+  own = {name: getattr(vocab, name) for name in VOCAB_FIELDS}
+  own["align_images"] = config.align_images
+  if config.align_images:
+    own["position_ids"] = POSITION_IDS
+  return {
+    "vocab_size": config.vocab_size,
+    "pad_token_id": vocab.pad,
+    "bos_token_id": vocab.eos,
+    "eos_token_id": vocab.eos,
+    "dtype": "float32",
+    "cm3leon": own,
+  }
 
 
 def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
@@ -180,27 +202,18 @@ def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
 
   `cm3leon.position_ids` says what another engine must do, if its own positions are not enough.
   """
-  own = {name: getattr(vocab, name) for name in VOCAB_FIELDS}
-  own["align_images"] = config.align_images
-  if config.align_images:
-    own["position_ids"] = POSITION_IDS
   common = {
-    "vocab_size": config.vocab_size,
+    **ids_config(config, vocab),
     "hidden_size": config.width,
     "num_hidden_layers": config.num_layers,
     "num_attention_heads": config.num_heads,
     "max_position_embeddings": config.max_positions,
-    "pad_token_id": vocab.pad,
-    "bos_token_id": vocab.eos,
-    "eos_token_id": vocab.eos,
-    "dtype": "float32",
-    "cm3leon": own,
   }
   if config.family == "opt":
     return common | {
       "architectures": ["OPTForCausalLM"],
       "model_type": "opt",
-      "activation_function": "relu",
+      "activation_function": OPT_ACTIVATIONS[config.activation],
       "do_layer_norm_before": True,
       "layer_norm_elementwise_affine": False,
       "enable_bias": False,
