@@ -153,7 +153,7 @@ def test_a_caption_is_encoded_as_in_training(folder, monkeypatch, capsys, run):
     asked.extend(captions)
     return np.zeros((1, 8, 8, 3), np.uint8), None
 
-  example["main"].__globals__.update(draw=draw, describe=lambda *_: [asked[0]])
+  example["main"].__globals__.update(draw=draw, describe=lambda *_, **__: [asked[0]])
   example["main"]("</s> red apple")
   np.testing.assert_array_equal(
     asked[0], TextTokenizer(run / "text_tokenizer", VOCAB).encode("</s> red apple")
@@ -241,6 +241,22 @@ def test_a_missing_flatbuffers_is_named(run, tmp_path, monkeypatch):
   choice = formats.Choice(format="stablehlo")
   with pytest.raises(UserError, match="pip install flatbuffers"):
     stablehlo.write(tmp_path, formats.Run(SETTINGS, run, stored.of_tree({}), choice))
+
+
+@pytest.mark.parametrize("source", ["", "scenes-instruct"])
+def test_a_workdir_or_a_bundle_is_exported_by_name(run, tmp_path, monkeypatch, source):
+  """The tokenizers of scenes-instruct are those of another bundle."""
+  monkeypatch.setattr(stablehlo, "export", lambda *arguments: arguments)
+  written = stablehlo.write_model(tmp_path, source or run, "bfloat16", "int8")
+  folder, params, changed, image_tokenizer, texts, weight_dtype = written
+  assert (folder, weight_dtype, changed.model.dtype) == (tmp_path, "int8", "bfloat16")
+  assert image_tokenizer.num_codes == changed.vocab.image_size
+  assert (texts / "tokenizer.json").exists()
+  assert params.shapes["embed"] == (changed.vocab.size, changed.model.width)
+  if not source:
+    with one_device():
+      average = random_params(SETTINGS.model)
+    np.testing.assert_array_equal(params.read("blocks.up", 0), average["blocks"]["up"][0])
 
 
 def random_tree(config: ModelConfig) -> dict:

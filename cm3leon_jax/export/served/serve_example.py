@@ -51,7 +51,7 @@ def main(caption, seed=0):
   weights = load_weights()
   images, tokens = draw(weights, [[int(i) for i in ids]], [int(seed)])
   png("image.png", images[0])
-  (described,) = describe(weights, tokens, [int(seed)])
+  (described,) = describe(weights, tokens, [int(seed)], text_top_k=1)  # Greedy.
   print("image.png:", tokenizer.decode(described) if tokenizer else described)
 
 
