@@ -144,16 +144,10 @@ def export(
   folder.mkdir(parents=True, exist_ok=True)
   (folder / MANIFEST).unlink(missing_ok=True)  # Half an export has none.
   tensor_files.remove(folder)
-  artifacts = {}
-  with unsplit(), _no_locations():
+  with unsplit():
     types = weight_types(params, settings, image_tokenizer, weight_dtype)
     functions = Functions(settings.model, settings.vocab, settings.sampling, image_tokenizer, types)
-    for name, function, arguments in calls(functions):
-      exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)
-      artifact = exported(named(types), **arguments)
-      with replacing(folder / f"{name}.stablehlo") as file:
-        file.write(artifact.serialize())
-      artifacts[name] = _described(artifact)
+    artifacts = _write_artifacts(folder, functions)
     tensors = weight_tensors(params, settings, image_tokenizer, weight_dtype)
     weights = tensor_files.write(folder, tensors)
   here = epath.Path(str(importlib.resources.files(__package__)))
@@ -163,11 +157,7 @@ def export(
   ):
     (folder / source.name).write_text(source.read_text())
   files = [*weights, TOKENIZER, *SERVED, *(f"{name}.stablehlo" for name in artifacts)]
-  versions = {"cm3leon_jax": cm3leon_jax.__version__, "jax": jax.__version__}
   manifest = {
-    **versions,
-    "calling_convention": artifact.calling_convention_version,
-    "platforms": list(PLATFORMS),
     **_about(settings, image_tokenizer),
     "artifacts": artifacts,
     "weights": {name: _array(x) for name, x in named(types).items()},
@@ -177,8 +167,22 @@ def export(
   return {
     "parameters": params.count,
     "bytes": sum((folder / name).stat().length for name in files),
-    "artifacts": {name: (folder / f"{name}.stablehlo").stat().length for name in artifacts},
+    "artifacts": {name: about["bytes"] for name, about in artifacts.items()},
   }
+
+
+def _write_artifacts(folder: epath.Path, functions: Functions) -> dict[str, dict]:
+  """Writes what `calls` yields; returns the description of each."""
+  artifacts = {}
+  with _no_locations():
+    for name, function, arguments in calls(functions):
+      exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)
+      artifact = exported(named(functions.weights), **arguments)
+      path = folder / f"{name}.stablehlo"
+      with replacing(path) as file:
+        file.write(artifact.serialize())
+      artifacts[name] = {"bytes": path.stat().length, **_described(artifact)}
+  return artifacts
 
 
 def weight_types(
@@ -279,18 +283,25 @@ def _array(x) -> dict:
 
 
 def _described(artifact: jax.export.Exported) -> dict:
-  """Describes the arguments after the weights, and the results."""
+  """Describes calling convention, arguments after the weights, and results."""
   _, arguments = jax.tree.unflatten(artifact.in_tree, artifact.in_avals)
   results = jax.tree.unflatten(artifact.out_tree, artifact.out_avals)
-  return {"arguments": jax.tree.map(_array, arguments), "results": jax.tree.map(_array, results)}
+  return {
+    "calling_convention": artifact.calling_convention_version,
+    "platforms": list(artifact.platforms),
+    "arguments": jax.tree.map(_array, arguments),
+    "results": jax.tree.map(_array, results),
+  }
 
 
 def _about(settings: Settings, image_tokenizer: ImageTokenizer) -> dict:
-  """Describes what a server needs to make prompts: vocabulary, sizes, defaults of sampling."""
+  """Describes versions, and what a server needs to make prompts: vocabulary, sizes, sampling."""
   vocab, sampling = settings.vocab, settings.sampling
   special = {name: getattr(vocab, name) for name in ("pad", "eos", "unk", "brk", "eoss")}
   names = ("guidance", *IMAGE_SETTINGS, *TEXT_SETTINGS)
   return {
+    "cm3leon_jax": cm3leon_jax.__version__,
+    "jax": jax.__version__,
     "vocab": {**dataclasses.asdict(vocab), **special, "mask_0": vocab.mask(0)},
     "plan_kinds": {kind: getattr(grammar, kind) for kind in KINDS},
     "image_tokens": image_tokenizer.config.image_tokens,

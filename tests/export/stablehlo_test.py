@@ -164,8 +164,9 @@ def test_a_caption_is_encoded_as_in_training(folder, monkeypatch, capsys, run):
 
 def test_the_manifest_names_what_a_server_needs_and_no_folder_of_this_machine(folder):
   manifest = json.loads((folder / stablehlo.MANIFEST).read_text())
-  assert manifest["platforms"] == ["cpu", "cuda", "tpu"]
   assert manifest["jax"] == jax.__version__
+  for artifact in manifest["artifacts"].values():
+    assert artifact["platforms"] == ["cpu", "cuda", "tpu"]
   arguments = manifest["artifacts"]["generate_image"]["arguments"]
   assert arguments["prompts"] == {"dtype": "int32", "shape": ["b", "p"]}
   assert arguments["guidance"] == {"dtype": "float32", "shape": ["b"]}
@@ -193,7 +194,9 @@ def load(folder, artifact="decode_image"):
 @pytest.mark.parametrize("version", [8, 99])
 def test_another_calling_convention_is_refused(copied, version):
   path = copied / stablehlo.MANIFEST
-  path.write_text(json.dumps(json.loads(path.read_text()) | {"calling_convention": version}))
+  manifest = json.loads(path.read_text())
+  manifest["artifacts"]["decode_image"]["calling_convention"] = version
+  path.write_text(json.dumps(manifest))
   oldest, newest = (
     getattr(jax.export, f"{end}_supported_calling_convention_version")
     for end in ("minimum", "maximum")
@@ -213,6 +216,13 @@ def test_a_changed_file_is_refused(copied, file):
   with pytest.raises(SystemExit, match=f"^{file} is not the file that was exported"):
     runpy.run_path(str(copied / "artifacts.py"))["read"](file)
   load(copied, "encode_image")
+
+
+def test_a_prompt_that_is_too_long_is_refused(folder):
+  padded = runpy.run_path(str(folder / "artifacts.py"))["padded"]
+  assert padded([[1] * 112, [2]], 16).shape == (2, 128)
+  with pytest.raises(ValueError, match=r"^a prompt has 113 tokens; with the 16 .* at most 128,"):
+    padded([[1] * 113], 16)
 
 
 def test_half_an_export_has_no_manifest(run, folder, tmp_path, monkeypatch):

@@ -30,10 +30,11 @@ def load(name):
   """Returns an artifact as a compiled function of the weights and of the arrays in the manifest."""
   oldest = export.minimum_supported_calling_convention_version
   newest = export.maximum_supported_calling_convention_version
-  if not oldest <= ABOUT["calling_convention"] <= newest:
+  version = ABOUT["artifacts"][name]["calling_convention"]
+  if not oldest <= version <= newest:
     sys.exit(
-      f"{name} has calling convention {ABOUT['calling_convention']}, and jax {jax.__version__} "
-      f"runs {oldest} to {newest}: install jax {ABOUT['jax']}, or export again."
+      f"{name} has calling convention {version}, and jax {jax.__version__} runs {oldest} to "
+      f"{newest}: install jax {ABOUT['jax']}, or export again."
     )
   return jax.jit(export.deserialize(bytearray(read(f"{name}.stablehlo"))).call)
 
@@ -54,9 +55,18 @@ def load_weights():
   return weights
 
 
-def padded(prompts):
-  """Pads prompts on the left to a multiple of 32, so that few programs are compiled."""
-  slots = -(-max(map(len, prompts)) // 32) * 32
+def padded(prompts, following):
+  """Pads prompts on the left to a multiple of 32, so that few programs are compiled.
+
+  Raises ValueError if one is too long for the number of tokens that will follow.
+  """
+  longest = max(map(len, prompts))
+  if longest + following > ABOUT["positions"]:
+    raise ValueError(
+      f"a prompt has {longest} tokens; with the {following} that follow it may have at most "
+      f"{ABOUT['positions']}, the longest sample of training."
+    )
+  slots = -(-longest // 32) * 32
   return np.array([[VOCAB["pad"]] * (slots - len(p)) + list(p) for p in prompts], np.int32)
 
 

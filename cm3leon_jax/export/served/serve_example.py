@@ -10,15 +10,15 @@ import sys
 from artifacts import ABOUT, HERE, VOCAB, load, load_weights, padded, png, settings
 import numpy as np
 
-EOS, BREAK, MASK = VOCAB["eos"], VOCAB["brk"], VOCAB["mask_0"]
+EOS, BREAK, MASK, CODES = VOCAB["eos"], VOCAB["brk"], VOCAB["mask_0"], ABOUT["image_tokens"]
 
 
 def draw(weights, captions, seeds, **given):
   """Returns images, uint8 [b, H, W, 3], and their tokens, [b, I], for the ids of captions."""
   result = load("generate_image")(
     weights,
-    prompts=padded([[EOS, *caption, BREAK] for caption in captions]),
-    unconditional=padded([[EOS, MASK, BREAK]] * len(captions)),
+    prompts=padded([[EOS, *caption, BREAK] for caption in captions], CODES),
+    unconditional=padded([[EOS, MASK, BREAK]] * len(captions), CODES),
     seeds=np.array(seeds, np.uint32),
     **settings("generate_image", len(captions), **given),
   )
@@ -30,7 +30,7 @@ def describe(weights, images, seeds, most=32, **given):
   count, step = len(images), load("decode_step")
   state = load("prefill")(
     weights,
-    prompts=padded([[EOS, MASK, BREAK, *image, EOS, MASK] for image in images]),
+    prompts=padded([[EOS, MASK, BREAK, *image, EOS, MASK] for image in images], most + 1),
     plan=np.tile(np.int32([[ABOUT["plan_kinds"]["TEXT"], most, 0], [0, 0, 0]]), (count, 1, 1)),
     seeds=np.array(seeds, np.uint32),
     ids=np.zeros((count, most + 1), np.int32),
