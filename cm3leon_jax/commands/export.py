@@ -21,6 +21,8 @@ from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.export import formats
 
 SAMPLES = 4
+COMPARED = 500_000_000  # Parameters of the largest decoder that is compared: it is loaded twice.
+UNITS = {"image": "image code", "text": "text token"}
 DEFAULT = formats.Choice()
 # Of a disk that is full or fails. Transformers, too, raises OSError, if it cannot load a model.
 NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -76,6 +78,7 @@ def main(
 ) -> None:
   if base and not bundle_folder:
     raise UserError(f"--base is {base}, and --bundle is not given: it acts on bundles alone.")
+  formats.check(choice, settings)
   try:
     _export(settings, workdir, choice, output)
     if bundle_folder:
@@ -115,44 +118,88 @@ def _write(folder, settings, workdir, choice: formats.Choice) -> tuple[dict, str
   stored = checkpoint.open_params(workdir / "train", average=choice.average)
   run = formats.Run(settings, workdir, stored, choice)
   numbers = {**formats.write(folder, run), "step": stored.step, "compared": False}
-  model = numbers.get("architecture", choice.format)
-  message = f"{model}, {numbers['parameters']:,} parameters"
-  if "architecture" in numbers:
-    compared = _compare(folder, settings, run)
-    numbers |= {"logits": compared, "compared": True} if compared else {}
-    message += f"; {_describe(compared)}"
-  if settings.model.align_images and "architecture" in numbers:
-    message += (
-      "; config.model.align_images is set, so other engines need position_ids after neighbors and "
-      "for several images, see `position_ids` in config.json"
-    )
-  return numbers, message
+  parts = [f"{numbers.get('architecture', choice.format)}, {numbers['parameters']:,} parameters"]
+  transformers = "architecture" in numbers
+  if transformers or choice.format in formats.COMPUTING:
+    checked, sentences = _check(folder, run, transformers)
+    numbers |= checked
+    parts += sentences
+    if transformers and settings.model.align_images:
+      parts.append(
+        "config.model.align_images is set, so other engines need position_ids after neighbors and "
+        "for several images, see `position_ids` in config.json"
+      )
+  return numbers, "; ".join(parts)
 
 
-def _compare(folder, settings, run: formats.Run) -> dict | None:
-  """Compares the logits of an export on held-out documents with those of this project."""
+def _check(folder, run: formats.Run, transformers: bool) -> tuple[dict, list[str]]:
+  """Compares the export with this project's decoder on held-out documents.
+
+  Logits are those of `transformers`, if it reads the export; a rounded decoder has other bits.
+
+  Returns:
+    Numbers for the summary, and sentences that say them.
+  """
+  import jax
+
   from cm3leon_jax.data.documents import DocumentStore
   from cm3leon_jax.data.pipeline import join
-  from cm3leon_jax.export import huggingface
+  from cm3leon_jax.export import huggingface, int8
   from cm3leon_jax.training import checkpoint
 
-  if not huggingface.can_compare():
-    return None
+  settings, choice = run.settings, run.choice
+  rounds = bool(choice.quantize) or choice.dtype != DEFAULT.dtype
+  if not (transformers or rounds):
+    return {}, []
+  compares = transformers and huggingface.can_compare(choice.quantize)
+  if run.params.count > COMPARED:
+    return {}, [f"logits are compared up to {COMPARED:,} parameters only"] * transformers
   heldout = DocumentStore(run.workdir / "documents" / "heldout_pairs", settings.vocab)
-  samples = [join([heldout[i]], settings.vocab) for i in range(min(SAMPLES, len(heldout)))]
-  average = run.choice.average is not False
+  average = choice.average is not False
   train, step = run.workdir / "train", run.params.step
   params, _ = checkpoint.load_params(train, settings.model, step, average)
-  return huggingface.compare_logits(folder, params, settings.model, samples)
+  written = params
+  if rounds:
+    written = int8.rounded(jax.device_get(params), choice.dtype, bool(choice.quantize))
+    written = jax.device_put(written, jax.tree.map(lambda x: x.sharding, params))
+  numbers: dict = {}
+  missing = "torch and transformers are not installed, so its logits were not compared"
+  sentences = [missing] if transformers else []
+  if compares:
+    samples = [join([heldout[i]], settings.vocab) for i in range(min(SAMPLES, len(heldout)))]
+    compared = huggingface.compare_logits(folder, written, settings.model, samples)
+    numbers = {"logits": compared, "compared": True}
+    sentences = [
+      f"logits differ by at most {compared['max_difference']:.1e} "
+      f"(largest: {compared['max_logit']:.1f}) on {compared['tokens']} held-out tokens"
+    ]
+  if rounds and len(heldout):
+    before, after = (_heldout_bits(settings, heldout, tree) for tree in (params, written))
+    numbers["heldout_bits"] = {"before": before, "after": after}
+    effect = [f"{before[m]:.4f} -> {after[m]:.4f} bits per {UNITS[m]}" for m in before]
+    sentences.append(
+      f"{choice.quantize or choice.dtype}: {', '.join(effect)} of held-out documents"
+    )
+  return numbers, sentences
 
 
-def _describe(compared: dict | None) -> str:
-  if compared is None:
-    return "torch and transformers are not installed, so its logits were not compared"
-  return (
-    f"logits differ by at most {compared['max_difference']:.1e} "
-    f"(largest: {compared['max_logit']:.1f}) on {compared['tokens']} held-out tokens"
-  )
+def _heldout_bits(settings, heldout, params) -> dict[str, float]:
+  """Measures the mean bits of the image codes and text tokens of held-out documents, alone."""
+  import numpy as np
+
+  from cm3leon_jax.data.pipeline import join
+  from cm3leon_jax.evaluation import bits
+
+  config = settings.evaluation
+  documents = [heldout[i] for i in range(min(config.num_documents, len(heldout)))]
+  samples = [join([document], settings.vocab) for document in documents]
+  scored = bits.score_samples(params, settings.model, samples, settings.vocab, config.batch_size)
+  masks = [bits.own_targets(s, d, settings.vocab) for s, d in zip(samples, documents)]
+  found = {
+    name: np.concatenate([row[mask[name]] for row, mask in zip(scored, masks)])
+    for name in bits.MODALITIES
+  }
+  return {name: float(values.mean()) for name, values in found.items() if len(values)}
 
 
 def _run(settings, workdir) -> None:

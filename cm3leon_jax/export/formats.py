@@ -1,8 +1,8 @@
 """Formats of `launch.export`: a table, and how a folder of one is written.
 
-A format is a module of this package with `write(folder, run) -> numbers`. It writes the weights
-last, so that half an export has none, and refuses by name what it cannot represent. Other files of
-every export are written before, in `write`.
+A format is a module of this package with two functions. `check(config)` refuses by name what the
+format cannot represent in a decoder. `write(folder, run) -> numbers` writes the weights last, so
+that half an export has none. Other files of every export are written before, in `write`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
   from cm3leon_jax.training.stored import StoredParams
 
 # Name of a format -> module of this package that writes it.
-FORMATS = {"hf": "huggingface", "gpt2": "gpt2", "stablehlo": "stablehlo"}
+FORMATS = {"hf": "huggingface", "gpt2": "gpt2", "orbax": "orbax", "stablehlo": "stablehlo"}
+QUANTIZED = ("hf", "stablehlo")  # Formats with int8 weights.
+COMPUTING = ("stablehlo",)  # Formats whose programs compute in the dtype of the weights.
 DTYPES = ("float32", "bfloat16", "float16")
 ABOUT = "export.json"  # Marks a folder as an export, and says of what.
 
@@ -63,6 +65,25 @@ class Run:
   choice: Choice
 
 
+def check(choice: Choice, settings: Settings) -> None:
+  """Raises UserError, before anything is written, if a format cannot represent the choice."""
+  if choice.quantize and choice.format not in QUANTIZED:
+    raise UserError(
+      f"--quantize={choice.quantize} is given, and --format={choice.format} has no such weights: "
+      f"use --format={' or '.join(QUANTIZED)}, or leave --quantize out."
+    )
+  if choice.format in COMPUTING and choice.dtype == "float16":
+    raise UserError(
+      f"--dtype is float16, and with --format={choice.format} the decoder computes in it, too: "
+      "choose float32 or bfloat16."
+    )
+  _module(choice).check(settings.model)
+
+
+def _module(choice: Choice):
+  return importlib.import_module(f"cm3leon_jax.export.{FORMATS[choice.format]}")
+
+
 def write(folder: epath.PathLike, run: Run) -> dict:
   """Writes an export to an empty folder; its weights come last.
 
@@ -74,7 +95,7 @@ def write(folder: epath.PathLike, run: Run) -> dict:
     Numbers for a summary, among them "parameters" and "bytes".
 
   Raises:
-    UserError: the format cannot represent the decoder.
+    UserError: see `check`.
   """
   from cm3leon_jax.data import raw_pairs
 
@@ -86,8 +107,7 @@ def write(folder: epath.PathLike, run: Run) -> dict:
   write_json(folder / "training_data.json", origins)  # Sources and licenses of the training data.
   about = {**dataclasses.asdict(run.choice), "average": run.params.averaged}
   write_json(folder / ABOUT, {**about, "step": run.params.step})
-  module = importlib.import_module(f"cm3leon_jax.export.{FORMATS[run.choice.format]}")
-  return module.write(folder, run)
+  return _module(run.choice).write(folder, run)
 
 
 def clear(folder: epath.PathLike) -> None:

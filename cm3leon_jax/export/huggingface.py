@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import tensor_files
+from cm3leon_jax.export import int8, tensor_files
 from cm3leon_jax.export.formats import Run
 from cm3leon_jax.export.tensor_files import Tensor
 from cm3leon_jax.io import read_json, write_json
@@ -240,27 +240,32 @@ def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
   }
 
 
-def write(folder: epath.PathLike, run: Run) -> dict:
-  """Writes a run for `transformers.AutoModelForCausalLM` and `AutoTokenizer`; see `export`."""
-  settings, choice = run.settings, run.choice
-  described = hf_config(settings.model, settings.vocab)
-  tensors = tensors_of(run.params, settings.model, choice.dtype)
-  return write_model(
-    folder, described, tensors, settings.vocab, run.workdir / "text_tokenizer", choice.dtype
-  )
-
-
-def tensors_of(params: StoredParams, config: ModelConfig, dtype: str = "float32") -> list[Tensor]:
-  """Lists the tensors of the Hugging Face model.
-
-  Raises:
-    UserError: it lacks a part of the decoder.
-  """
+def check(config: ModelConfig) -> None:
+  """Raises UserError if the Hugging Face model lacks a part of the decoder."""
   if config.family == "opt" and config.query_key_norm:
     raise UserError(
       "config.model.query_key_norm is set: OPTForCausalLM has no such norm, so this decoder cannot "
       "be exported in the format hf."
     )
+
+
+def write(folder: epath.PathLike, run: Run) -> dict:
+  """Writes a run for `transformers.AutoModelForCausalLM` and `AutoTokenizer`; see `export`."""
+  settings, choice = run.settings, run.choice
+  described = hf_config(settings.model, settings.vocab)
+  tensors = tensors_of(run.params, settings.model, choice.dtype)
+  count = sum(tensor.size for tensor in tensors)
+  if choice.quantize:
+    described["quantization_config"] = int8.CONFIG
+    tensors = int8.quantized(tensors)
+  tokenizer = run.workdir / "text_tokenizer"
+  numbers = write_model(folder, described, tensors, settings.vocab, tokenizer, choice.dtype)
+  return {**numbers, "parameters": count}
+
+
+def tensors_of(params: StoredParams, config: ModelConfig, dtype: str = "float32") -> list[Tensor]:
+  """Lists the tensors of the Hugging Face model; raises UserError, see `check`."""
+  check(config)
   return (opt_tensors if config.family == "opt" else qwen3_tensors)(params, dtype)
 
 
@@ -302,8 +307,9 @@ def write_model(
   vocab: VocabLayout,
   tokenizer_folder: epath.PathLike | None,
   dtype: str,
+  shard_bytes: int = tensor_files.SHARD_BYTES,
 ) -> dict:
-  """Writes the files of a model of `transformers`; arguments and result are those of `export`.
+  """Writes the files of a model of `transformers`; the result is that of `export`.
 
   Args:
     folder: see `export`.
@@ -312,6 +318,7 @@ def write_model(
     vocab: see `export`.
     tokenizer_folder: see `export`.
     dtype: that config.json names.
+    shard_bytes: see `tensor_files.write`.
   """
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -325,7 +332,7 @@ def write_model(
   if tokenizer_folder is not None:
     for name in TOKENIZER:
       (folder / name).write_text((epath.Path(tokenizer_folder) / name).read_text())
-  files = tensor_files.write(folder, tensors)
+  files = tensor_files.write(folder, tensors, shard_bytes)
   return {
     "architecture": described["architectures"][0],
     "parameters": sum(tensor.size for tensor in tensors),
@@ -333,9 +340,10 @@ def write_model(
   }
 
 
-def can_compare() -> bool:
-  """Returns whether torch and transformers are installed (the `[dev]` extra)."""
-  return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+def can_compare(quantized: str = "") -> bool:
+  """Returns whether what loads an export, also a quantized one, is installed (extra `[dev]`)."""
+  more = ("compressed_tensors",) if quantized else ()
+  return all(importlib.util.find_spec(name) for name in ("torch", "transformers", *more))
 
 
 @functools.partial(jax.jit, static_argnums=0)

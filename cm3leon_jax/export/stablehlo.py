@@ -42,7 +42,7 @@ from cm3leon_jax.export.serving_functions import (
 from cm3leon_jax.export.tensor_files import Tensor
 from cm3leon_jax.io import digest, replacing, write_json
 from cm3leon_jax.mesh import unsplit
-from cm3leon_jax.models.config import DTYPES
+from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.tokenizers.text import TOKENIZER
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
@@ -58,17 +58,17 @@ KINDS = ("DONE", "CODES", "TEXT", "EOSS", "MASK", "END", "DOCUMENT")  # Of parts
 BLOCKS = "blocks."
 
 
-def write(folder: epath.PathLike, run: Run) -> dict:
-  """Writes a run for `jax.export`; see `export`. `--dtype` is also what the artifacts compute in.
-
-  Raises:
-    UserError: also if decoders do not compute in `--dtype`.
-  """
-  if run.choice.dtype not in DTYPES:
+def check(config: ModelConfig) -> None:
+  """Raises UserError if `flatbuffers`, by which `jax.export` writes artifacts, is not installed."""
+  if not importlib.util.find_spec("flatbuffers"):
     raise UserError(
-      f"--dtype is {run.choice.dtype}, and in the format stablehlo the decoder computes in it, "
-      "too: choose float32 or bfloat16."
+      "jax.export writes artifacts by the package flatbuffers, which is not installed: "
+      "pip install flatbuffers."
     )
+
+
+def write(folder: epath.PathLike, run: Run) -> dict:
+  """Writes a run for `jax.export`; see `export`. Artifacts compute in the dtype of the weights."""
   model = dataclasses.replace(run.settings.model, dtype=run.choice.dtype)
   settings = dataclasses.replace(run.settings, model=model)
   image_tokenizer = ImageTokenizer.load(run.workdir / "vqgan")
@@ -95,13 +95,14 @@ def write_model(
     See `export`.
 
   Raises:
-    UserError: nothing was trained there, a file is damaged, or see `export`.
+    UserError: nothing was trained there, a file is damaged, or see `check`.
   """
   from cm3leon_jax.export import bundle, weights
   from cm3leon_jax.mesh import MeshConfig, create_mesh
   from cm3leon_jax.training import stored
 
   run, settings, load = weights.of_run(source)
+  check(settings.model)
   settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
   with jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])):
     params = stored.of_tree(load()[0])
@@ -131,15 +132,7 @@ def export(
 
   Returns:
     {"parameters", "bytes", "artifacts": bytes of each}.
-
-  Raises:
-    UserError: `flatbuffers`, which `jax.export` needs to write and read artifacts, is missing.
   """
-  if not importlib.util.find_spec("flatbuffers"):
-    raise UserError(
-      "jax.export writes artifacts by the package flatbuffers, which is not installed: "
-      "pip install flatbuffers."
-    )
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / MANIFEST).unlink(missing_ok=True)  # Half an export has none.

@@ -14,7 +14,7 @@ from safetensors import numpy as safetensors
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.distributed import print_once
-from cm3leon_jax.export import bundle, huggingface
+from cm3leon_jax.export import bundle, huggingface, orbax
 from cm3leon_jax.io import digest, plain, read_json
 from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models import transformer
@@ -95,6 +95,9 @@ def find(settings, source: str, step: int | None = None) -> Weights:
   expected = plain(stages.identity(settings, "train"))
   if run.exists():
     described = read_json(run, {"run": dict})["run"]
+    expected = {part: expected[part] for part in ("model", "vocab")}
+  elif orbax.exists(folder):
+    described, exported = read_json(folder / "config.json", {"model": dict}), folder / orbax.DIGESTS
     expected = {part: expected[part] for part in ("model", "vocab")}
   elif exported.exists():
     described = _exported_config(folder)
@@ -194,6 +197,8 @@ def load(weights: Weights, settings) -> dict:
   folder = bundle.folder_of(weights.source)
   if weights.step is not None:
     return checkpoint.load_params(folder / "train", settings.model, weights.step)[0]
+  if orbax.exists(folder):
+    return orbax.load(folder, _types(settings.model))
   return _load_exported(folder / huggingface.WEIGHTS, settings.model)
 
 
@@ -203,14 +208,19 @@ def start_of(workdir: epath.PathLike) -> Weights | None:
   return Weights(**run["init_from"]) if run.get("init_from") else None
 
 
+def _types(config: ModelConfig) -> dict:
+  """Returns the types of parameters on the current mesh."""
+  types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+  return abstract(types, jax.sharding.get_mesh())
+
+
 def _load_exported(path: epath.Path, config: ModelConfig) -> dict:
   """Reads an exported file. Every process reads all of it, and keeps what its devices hold."""
   try:
     params = huggingface.params_of(safetensors.load(path.read_bytes()), config)
   except (SafetensorError, KeyError, ValueError) as error:
     raise UserError(f"{path} is damaged ({error}): run `python -m launch.export` again.") from error
-  types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
-  types = abstract(types, jax.sharding.get_mesh())
+  types = _types(config)
   found, expected = (
     {name: x.shape for name, x in traverse_util.flatten_dict(tree, sep=".").items()}
     for tree in (params, types)

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import absolute, read_json
+from cm3leon_jax.io import absolute
 
 STACKED = "blocks"  # Parameters of all layers, on a leading axis.
 
@@ -93,6 +93,17 @@ def restore_args(folder: epath.PathLike, types: dict, average: bool | None) -> t
   return name, args
 
 
+def array_spec(folder: epath.Path, name: str) -> dict:
+  """Returns TensorStore's description of an array in a folder that is laid out as Orbax does it.
+
+  Args:
+    folder: with the arrays, an absolute path.
+    name: of the array, its keys joined by dots.
+  """
+  url = os.fspath(folder) if "://" in os.fspath(folder) else f"file://{folder}"
+  return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"{url}/", "path": f"{name}/"}}
+
+
 def open_state(folder: epath.PathLike, average: bool | None) -> StoredParams:
   """Opens the parameters of a state that Orbax has written.
 
@@ -105,14 +116,10 @@ def open_state(folder: epath.PathLike, average: bool | None) -> StoredParams:
   """
   folder = absolute(folder)
   tree, arrays = choose(folder, average)
-  url = os.fspath(folder) if "://" in os.fspath(folder) else f"file://{folder}"
-  driver = "zarr3" if read_json(folder / "_METADATA", {}).get("use_zarr3") else "zarr"
-  context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
 
   def read(name: str, *index: int) -> np.ndarray:
-    kvstore = {"driver": "ocdbt", "base": f"{url}/", "path": f"{tree}.{name}/"}
-    spec = {"driver": driver, "kvstore": kvstore}
-    array = tensorstore.open(spec, open=True, read=True, context=context).result()
+    spec = array_spec(folder, f"{tree}.{name}")
+    array = tensorstore.open(spec, open=True, read=True).result()
     return np.asarray(array[index].read().result(), np.float32)
 
   flat = traverse_util.flatten_dict(arrays, sep=".")

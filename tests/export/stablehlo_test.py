@@ -239,18 +239,17 @@ def test_half_an_export_has_no_manifest(run, folder, tmp_path, monkeypatch):
   assert not (target / stablehlo.MANIFEST).exists()
 
 
-def test_a_dtype_that_no_decoder_computes_in_is_refused(run, tmp_path):
-  params = stored.of_tree({})
+def test_a_dtype_that_no_decoder_computes_in_is_refused():
   choice = formats.Choice(format="stablehlo", dtype="float16")
   with pytest.raises(UserError, match=r"^--dtype is float16, .* choose float32 or bfloat16\.$"):
-    stablehlo.write(tmp_path, formats.Run(SETTINGS, run, params, choice))
+    formats.check(choice, SETTINGS)
+  formats.check(dataclasses.replace(choice, dtype="bfloat16", quantize="int8"), SETTINGS)
 
 
-def test_a_missing_flatbuffers_is_named(run, tmp_path, monkeypatch):
+def test_a_missing_flatbuffers_is_named(monkeypatch):
   monkeypatch.setattr(stablehlo.importlib.util, "find_spec", lambda name: None)
-  choice = formats.Choice(format="stablehlo")
   with pytest.raises(UserError, match="pip install flatbuffers"):
-    stablehlo.write(tmp_path, formats.Run(SETTINGS, run, stored.of_tree({}), choice))
+    formats.check(formats.Choice(format="stablehlo"), SETTINGS)
 
 
 @pytest.mark.parametrize("source", ["", "scenes-instruct"])
