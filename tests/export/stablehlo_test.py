@@ -299,6 +299,7 @@ def test_weights_are_those_that_the_generator_prepares(run, fields, weight_dtype
   for tensor in tensors:
     found, wanted = tensor.make(), np.asarray(expected[tensor.name])
     assert (tensor.shape, tensor.dtype) == (wanted.shape, str(wanted.dtype))
+    assert tensor.bytes == wanted.nbytes
     np.testing.assert_array_equal(found.astype(wanted.dtype), wanted)
 
 
