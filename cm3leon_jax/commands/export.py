@@ -39,8 +39,8 @@ _QUANTIZE = flags.DEFINE_enum(
 _MERGE_EMA = flags.DEFINE_bool(
   "merge_ema",
   None,
-  "Write the moving average of the parameters, or with --nomerge_ema the last ones; default: the "
-  "average, if the run keeps one (optimizer.ema_decay).",
+  "Write the moving average of the parameters, or with --merge_ema=False the last ones; default: "
+  "the average, if the run keeps one (optimizer.ema_decay).",
 )
 _BUNDLE = flags.DEFINE_string(
   "bundle",

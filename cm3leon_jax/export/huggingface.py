@@ -279,8 +279,7 @@ def export(
 ) -> dict:
   """Writes files for `transformers.AutoModelForCausalLM` and `AutoTokenizer`, without torch.
 
-  The weights are written last; those of an earlier export are deleted first, so that half an export
-  has none.
+  The weights are written last; those of an earlier export are deleted first: half of one has none.
 
   Args:
     folder: gets model.safetensors, config.json, generation_config.json and the tokenizer's files.
