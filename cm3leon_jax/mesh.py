@@ -1,5 +1,8 @@
 """The device mesh, and the one table of the mesh axes that a logical axis is split over."""
 
+from collections.abc import Iterator
+import contextlib
+import contextvars
 import math
 from typing import Annotated
 
@@ -117,18 +120,37 @@ def create_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
   return jax.sharding.Mesh(split, AXES, types)
 
 
-def spec(*axes: str | None) -> P:
+_unsplit = contextvars.ContextVar("unsplit", default=False)
+
+
+@contextlib.contextmanager
+def unsplit() -> Iterator[None]:
+  """Sets no mesh, and within it nothing is split: programs that are traced name no sharding.
+
+  `spec` is then None, and `shard` and `gathered` return what they get. Even on a mesh of one device
+  a program has a constraint after almost every operation; an exported one must have none, so that
+  its symbolic shapes can be refined, and that it runs on any devices.
+  """
+  token = _unsplit.set(True)
+  try:
+    with jax.set_mesh(None):
+      yield
+  finally:
+    _unsplit.reset(token)
+
+
+def spec(*axes: str | None) -> P | None:
   """Returns the PartitionSpec of an array with the logical `axes`; None is not split.
 
   >>> spec("vocab_stored", None)
   PartitionSpec(('tensor', 'fsdp', 'fsdp_inner'), None)
   """
-  return P(*(RULES[a] if a else None for a in axes))
+  return None if _unsplit.get() else P(*(RULES[a] if a else None for a in axes))
 
 
 def shard(x, *axes: str | None):
   """Splits `x` by its logical `axes`; moves data if necessary. Needs a mesh (`jax.set_mesh`)."""
-  return jax.sharding.reshard(x, spec(*axes))
+  return x if _unsplit.get() else jax.sharding.reshard(x, spec(*axes))
 
 
 def gathered(w):
@@ -144,6 +166,8 @@ def gathered(w):
   Returns:
     `w`, split over `tensor` alone.
   """
+  if _unsplit.get():
+    return w
   split = [
     (axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in jax.typeof(w).sharding.spec
   ]

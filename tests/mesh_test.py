@@ -7,7 +7,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 import pytest
 
-from cm3leon_jax.mesh import RULES, MeshConfig, create_mesh, spec
+from cm3leon_jax.mesh import RULES, MeshConfig, create_mesh, gathered, shard, spec, unsplit
 
 
 def test_the_remaining_devices_go_to_the_axis_of_minus_one():
@@ -23,6 +23,22 @@ def test_the_remaining_devices_go_to_the_axis_of_minus_one():
 def test_spec_literals():
   assert spec("vocab_stored", None) == P(("tensor", "fsdp", "fsdp_inner"), None)
   assert spec("batch", "length", "vocab") == P(("data", "fsdp", "fsdp_inner"), None, "tensor")
+
+
+def test_a_program_that_is_traced_unsplit_names_no_sharding():
+  def function(x):
+    return gathered(shard(2 * x, "batch", None))
+
+  with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
+    on_mesh = jax.jit(function).lower(jax.numpy.ones((2, 2))).as_text()
+    with unsplit():
+      assert spec("batch") is None
+      assert jax.sharding.get_abstract_mesh().empty
+      text = jax.jit(function).lower(jax.numpy.ones((2, 2))).as_text()
+    assert spec("batch") == P(("data", "fsdp", "fsdp_inner"))
+    assert jax.sharding.get_abstract_mesh().shape["data"] == 1
+  assert "sdy" in on_mesh
+  assert "sdy" not in text
 
 
 def test_rest_of_the_devices():

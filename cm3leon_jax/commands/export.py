@@ -119,11 +119,12 @@ def _write(folder, settings, workdir, choice: formats.Choice) -> tuple[dict, str
   run = formats.Run(settings, workdir, stored, choice)
   numbers = {**formats.write(folder, run), "step": stored.step, "compared": False}
   parts = [f"{numbers.get('architecture', choice.format)}, {numbers['parameters']:,} parameters"]
-  if "architecture" in numbers:
-    checked, sentences = _check(folder, run)
+  transformers = "architecture" in numbers
+  if transformers or choice.format in formats.COMPUTING:
+    checked, sentences = _check(folder, run, transformers)
     numbers |= checked
     parts += sentences
-    if settings.model.align_images:
+    if transformers and settings.model.align_images:
       parts.append(
         "config.model.align_images is set, so other engines need position_ids after neighbors and "
         "for several images, see `position_ids` in config.json"
@@ -131,8 +132,10 @@ def _write(folder, settings, workdir, choice: formats.Choice) -> tuple[dict, str
   return numbers, "; ".join(parts)
 
 
-def _check(folder, run: formats.Run) -> tuple[dict, list[str]]:
+def _check(folder, run: formats.Run, transformers: bool) -> tuple[dict, list[str]]:
   """Compares the export with this project's decoder on held-out documents.
+
+  Logits are those of `transformers`, if it reads the export; a rounded decoder has other bits.
 
   Returns:
     Numbers for the summary, and sentences that say them.
@@ -146,9 +149,11 @@ def _check(folder, run: formats.Run) -> tuple[dict, list[str]]:
 
   settings, choice = run.settings, run.choice
   rounds = bool(choice.quantize) or choice.dtype != DEFAULT.dtype
-  compares = huggingface.can_compare(choice.quantize)
+  if not (transformers or rounds):
+    return {}, []
+  compares = transformers and huggingface.can_compare(choice.quantize)
   if run.params.count > COMPARED:
-    return {}, [f"logits are compared up to {COMPARED:,} parameters only"]
+    return {}, [f"logits are compared up to {COMPARED:,} parameters only"] * transformers
   heldout = DocumentStore(run.workdir / "documents" / "heldout_pairs", settings.vocab)
   average = choice.average is not False
   train, step = run.workdir / "train", run.params.step
@@ -158,7 +163,8 @@ def _check(folder, run: formats.Run) -> tuple[dict, list[str]]:
     written = int8.rounded(jax.device_get(params), choice.dtype, bool(choice.quantize))
     written = jax.device_put(written, jax.tree.map(lambda x: x.sharding, params))
   numbers: dict = {}
-  sentences = ["torch and transformers are not installed, so its logits were not compared"]
+  missing = "torch and transformers are not installed, so its logits were not compared"
+  sentences = [missing] if transformers else []
   if compares:
     samples = [join([heldout[i]], settings.vocab) for i in range(min(SAMPLES, len(heldout)))]
     compared = huggingface.compare_logits(folder, written, settings.model, samples)

@@ -2,7 +2,7 @@
 
 # K layers, R rows (streams x prompts), N heads, T slots, L new tokens, H head size.
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from cm3leon_jax.models.config import ModelConfig
 
 DTYPES = ("compute", "int8")
 AXES = ("batch", "heads", "length", "head_dim")
+Size: TypeAlias = Any  # An int, or a symbolic size of `jax.export`.
 
 
 class LayerCache(NamedTuple):
@@ -82,7 +83,7 @@ class LayerCache(NamedTuple):
 
 
 def empty(
-  config: ModelConfig, rows: int, slots: int, dtype: str = "compute"
+  config: ModelConfig, rows: Size, slots: Size, dtype: str = "compute"
 ) -> tuple[LayerCache, ...]:
   """Makes empty caches of all K layers in `dtype`, one of `DTYPES`."""
 
@@ -100,7 +101,7 @@ def empty(
 
 
 def rows(
-  cache: tuple[LayerCache, ...], index: Int32[Array, " rows"], kept: int, slots: int
+  cache: tuple[LayerCache, ...], index: Int32[Array, " rows"], kept: Size, slots: Size
 ) -> tuple[LayerCache, ...]:
   """Gathers cache rows as `local_rows`, each with its last `kept` slots, and pads to `slots`."""
 
@@ -119,17 +120,20 @@ def local_rows(
     x: split over the batch.
     index: of the rows of `x`, each in the shard of the row that is made of it.
   """
-  split = jax.typeof(x).sharding.spec
+  sharding = jax.typeof(x).sharding
+  split = sharding.spec
 
   def take(x, index):
-    return x[index % len(x)]
+    return x[index % x.shape[0]]
 
+  if sharding.mesh.empty:  # See `mesh.unsplit`.
+    return take(x, index)
   return jax.shard_map(take, in_specs=(split, spec("batch")), out_specs=split)(
     x, shard(index, "batch")
   )
 
 
-def grown(cache: tuple[LayerCache, ...], by: int) -> tuple[LayerCache, ...]:
+def grown(cache: tuple[LayerCache, ...], by: Size) -> tuple[LayerCache, ...]:
   """Adds `by` empty slots at the end."""
   return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, by), (0, 0))), cache)
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 
 from cm3leon_jax.decoding import cache as cache_lib
 from cm3leon_jax.decoding.batch import Control, Padded, Prompts
-from cm3leon_jax.decoding.cache import LayerCache
+from cm3leon_jax.decoding.cache import LayerCache, Size
 from cm3leon_jax.decoding.grammar import Grammar, Plan, State
 from cm3leon_jax.decoding.params import DecodeParams, dequantized, head_axis, head_ids
 from cm3leon_jax.decoding.sampling import Sampler, combine_streams, divergence, sample, select
@@ -140,9 +140,9 @@ def prefill(
   *,
   config: ModelConfig,
   grammar: Grammar,
-  longest: int,
-  room: int,
-  widths: tuple[int, ...],
+  longest: Size,
+  room: Size,
+  widths: tuple[Size, ...],
   cache_dtype: str = "compute",
 ) -> LoopState:
   """Reads the prompts and returns the state before the first step. Needs a mesh.
@@ -167,7 +167,7 @@ def prefill(
       jnp.pad(cache_lib.local_rows(seen, unique[:, s])[:, -width:], ((0, 0), (0, room)))
     )
   plan = shard(plan, "batch", None, None)
-  shape, split = (len(plan), longest), spec("batch", None)
+  shape, split = (plan.shape[0], longest), spec("batch", None)
   return LoopState(
     tokens=shard(prompts.last, "batch"),
     positions=shard(prompts.last_positions, "batch"),
@@ -257,7 +257,7 @@ def _sample_ids(
     # Of columns that stay split. Those of image codes are first; the others have no probability.
     is_code = shard(jnp.arange(head.shape[1]) < grammar.vocab.image_size, head_axis(head.shape[1]))
     of_codes = [jnp.where(is_code, x, NEVER) for x in logits[1:]]
-    apart = divergence(*of_codes) if streams > 1 else jnp.zeros(len(keys), jnp.float32)
+    apart = divergence(*of_codes) if streams > 1 else jnp.zeros(keys.shape[0], jnp.float32)
     logits = [shard(x, "batch", None) for x in logits]
     if legal is not None:
       logits = [jnp.where(legal, x, -jnp.inf) for x in logits]
@@ -307,7 +307,7 @@ def decode_step(
   streams = control.guidance.shape[2]
 
   def to_rows(x):
-    rows = len(loop.tokens)
+    rows = loop.tokens.shape[0]
     return jnp.repeat(x, streams, total_repeat_length=rows, out_sharding=spec("batch"))
 
   def put(into, x):

@@ -68,7 +68,19 @@ def head_ids(vocab: VocabLayout) -> Int32[Array, " V"]:
 
 def head_axis(rows: int) -> str | None:
   """Returns the logical axis of an output table's rows: "vocab" if its devices divide them."""
-  return None if rows % jax.sharding.get_abstract_mesh().shape[RULES["vocab"]] else "vocab"
+  devices = jax.sharding.get_abstract_mesh().shape.get(RULES["vocab"], 1)
+  return None if rows % devices else "vocab"
+
+
+def _at(tree, i: int):
+  return jax.tree.map(lambda x: x[i], tree)
+
+
+def prepare_layer(layer: dict, dtype: str = "compute") -> dict:
+  """Prepares one layer's parameters in the compute dtype, see `prepare`."""
+  if dtype == "int8":
+    layer = {name: quantized(w, SUMMED[name]) if name in SUMMED else w for name, w in layer.items()}
+  return {**layer, "qkv": tuple(_at(layer["qkv"], i) for i in range(3))}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "vocab", "dtype", "image_head"))
@@ -93,21 +105,13 @@ def prepare(
   def columns(rows):
     return shard(rows.T, None, head_axis(len(rows)))
 
-  def at(tree, i: int):
-    return jax.tree.map(lambda x: x[i], tree)
-
   params = jax.tree.map(lambda x: x.astype(jnp.dtype(config.dtype)), params)
   table = transformer.bind(config, params).output_table()
   images_first = jnp.roll(shard(table, None, None), vocab.image_size, axis=0)
-  layers = [at(params["blocks"], i) for i in range(config.num_layers)]
-  if dtype == "int8":
-    layers = [
-      {name: quantized(w, SUMMED[name]) if name in SUMMED else w for name, w in layer.items()}
-      for layer in layers
-    ]
-  blocks = [{**layer, "qkv": tuple(at(layer["qkv"], i) for i in range(3))} for layer in layers]
+  layers = [_at(params["blocks"], i) for i in range(config.num_layers)]
+  blocks = tuple(prepare_layer(layer, dtype) for layer in layers)
   return DecodeParams(
-    {**params, "blocks": tuple(blocks)},
+    {**params, "blocks": blocks},
     columns(images_first[: vocab.image_size]) if image_head else None,
     columns(images_first),
   )

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
   from cm3leon_jax.training.stored import StoredParams
 
 # Name of a format -> module of this package that writes it.
-FORMATS = {"hf": "huggingface", "gpt2": "gpt2", "orbax": "orbax"}
-QUANTIZED = ("hf",)  # Formats with int8 weights.
+FORMATS = {"hf": "huggingface", "gpt2": "gpt2", "orbax": "orbax", "stablehlo": "stablehlo"}
+QUANTIZED = ("hf", "stablehlo")  # Formats with int8 weights.
+COMPUTING = ("stablehlo",)  # Formats whose programs compute in the dtype of the weights.
 DTYPES = ("float32", "bfloat16", "float16")
 ABOUT = "export.json"  # Marks a folder as an export, and says of what.
 
@@ -70,6 +71,11 @@ def check(choice: Choice, settings: Settings) -> None:
     raise UserError(
       f"--quantize={choice.quantize} is given, and --format={choice.format} has no such weights: "
       f"use --format={' or '.join(QUANTIZED)}, or leave --quantize out."
+    )
+  if choice.format in COMPUTING and choice.dtype == "float16":
+    raise UserError(
+      f"--dtype is float16, and with --format={choice.format} the decoder computes in it, too: "
+      "choose float32 or bfloat16."
     )
   _module(choice).check(settings.model)
 

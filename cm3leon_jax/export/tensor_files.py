@@ -26,6 +26,7 @@ DTYPES: dict[str, tuple[str, np.dtype]] = {
   "float32": ("F32", np.dtype(np.float32)),
   "float16": ("F16", np.dtype(np.float16)),
   "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
+  "int8": ("I8", np.dtype(np.int8)),
   "int32": ("I32", np.dtype(np.int32)),
   "int64": ("I64", np.dtype(np.int64)),
 }

@@ -79,7 +79,7 @@ DECODING = (
     "cm3leon_jax/decoding/cache.py",
     "tests/decoding/cache_test.py",
     ("cache_keeps_the_padding", "x[:, :, x.shape[2] - kept :]", "x[:, :, :kept]"),
-    ("rows_of_another_shard", "index % len(x)", "index // len(x)"),
+    ("rows_of_another_shard", "index % x.shape[0]", "index // len(x)"),
   ),
   *mutants_of(
     "cm3leon_jax/decoding/speculative.py",

@@ -1,0 +1,240 @@
+"""The functions that a StableHLO export holds, of flat dicts of arrays, without a mesh.
+
+They wrap the decoding loop and the image tokenizer: a server needs no class of this package. Ids of
+image codes are token ids; prompts are padded with `<pad>` on the left.
+"""
+
+# b samples, p and u slots of prompts, g tokens to generate, m parts of a plan, I tokens of an
+# image, S guidance streams, L tokens of a row.
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+import numpy as np
+
+from cm3leon_jax.decoding import compile as compile_lib
+from cm3leon_jax.decoding import loop as loop_lib
+from cm3leon_jax.decoding.batch import BUCKET, Control, Padded, Prompts
+from cm3leon_jax.decoding.grammar import CODES, Grammar, Part, plan_array
+from cm3leon_jax.decoding.loop import LoopState
+from cm3leon_jax.decoding.params import DecodeParams
+from cm3leon_jax.decoding.sampling import Sampler, SamplingConfig, SamplingValues, scheduled
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.tokenizers import vqgan
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.vocab import VocabLayout
+
+Named = dict[str, Any]  # Arrays or their types by dotted names.
+IMAGE_SETTINGS = ("temperature", "top_k", "top_p")
+TEXT_SETTINGS = ("text_temperature", "text_top_k", "text_top_p")
+
+
+def named(tree) -> Named:
+  """Returns the leaves of a tree by their dotted paths."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+
+
+def filled(types, arrays: Mapping[str, Any]):
+  """Returns the tree of `types` with the arrays that `named` gave their places."""
+  return jax.tree.unflatten(jax.tree.structure(types), [arrays[name] for name in named(types)])
+
+
+def aligned_positions(
+  tokens: Int32[Array, "b L"], vocab: VocabLayout, align_images: bool
+) -> Int32[Array, "b L"]:
+  """Computes `positions.positions_of` of left-padded rows; 0 at padding."""
+  length = tokens.shape[1]
+  valid = tokens != vocab.pad
+  at = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], tokens.shape)
+  first = length - valid.sum(axis=1, keepdims=True, dtype=jnp.int32)
+  if not align_images:
+    return jnp.where(valid, at - first, 0)
+
+  def latest(marked):  # Index of the last marked token up to each token; -1: none.
+    return jax.lax.cummax(jnp.where(marked, at, -1), axis=1)
+
+  def following(marked):  # Index of the first marked token from each token on; L: none.
+    return jax.lax.cummin(jnp.where(marked, at, length), axis=1, reverse=True)
+
+  def take(x, index):
+    return jax.vmap(lambda row, i: row[i])(x, jnp.clip(index, 0, length - 1))
+
+  is_image, is_break = vocab.is_image(tokens), tokens == vocab.brk
+  ends = jnp.pad(is_image, ((0, 0), (1, 0)))[:, :-1] & is_break  # <break> after a code.
+  begins = jnp.pad(ends, ((0, 0), (1, 0)))[:, :-1] | (at == first)
+  next_begin = jnp.pad(following(begins), ((0, 0), (0, 1)), constant_values=length)[:, 1:]
+  code = following(is_image)
+  separator = take(latest(is_break | (tokens == vocab.eos)), code)
+  anchors = jnp.where(code < next_begin, jnp.maximum(at, separator + 1), at)
+  # A unit without image codes counts on from the unit before it.
+  of_unit = latest(begins & ((code < next_begin) | (at == first)))
+  return jnp.where(valid, at - take(anchors, of_unit), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Functions:
+  """What a server calls, for one decoder and image tokenizer.
+
+  Every method takes `weights`, the arrays of `named({"decoder": ..., "image_tokenizer": ...})`, and
+  keyword arguments; those that return a dict name its arrays.
+
+  Attributes:
+    model: the decoder.
+    vocab: meaning of its ids.
+    sampling: `guidance_schedule`, and the largest numbers of candidates, `top_k` and `text_top_k`.
+    image_tokenizer: config and number of codes; its parameters are not read.
+    weights: types of the weights, a tree.
+  """
+
+  model: ModelConfig
+  vocab: VocabLayout
+  sampling: SamplingConfig
+  image_tokenizer: ImageTokenizer
+  weights: dict
+
+  @property
+  def image_tokens(self) -> int:
+    """I."""
+    return self.image_tokenizer.config.image_tokens
+
+  @property
+  def _of_step(self) -> dict:
+    sampler = Sampler.of(dataclasses.replace(self.sampling, method="top_p"))
+    grammar = Grammar(self.vocab, self.image_tokens)
+    return {"config": self.model, "grammar": grammar, "sampler": sampler}
+
+  def _decoder(self, weights: Named) -> DecodeParams:
+    return filled(self.weights, weights)["decoder"]
+
+  def _control(self, plan, seeds, guidance, settings: Named) -> Control:
+    values = {**self.sampling.values._asdict(), **settings}
+    off = jnp.zeros_like(seeds, bool)
+    return Control(plan, guidance, seeds, off, SamplingValues(**values))
+
+  def _prefill(self, weights: Named, streams, plan, longest, room) -> LoopState:
+    """Reads the prompts of S streams, the longest first; see `loop.prefill`."""
+    slots = [x.shape[1] for x in streams]
+    wide = [jnp.pad(x, ((0, 0), (slots[0] - x.shape[1], 0))) for x in streams]  # <pad> is 0.
+    rows = jnp.reshape(jnp.stack(wide, axis=1), (-1, slots[0]))
+    # What comes next has a position of its own: the first code of an image, if the plan has one.
+    codes = jnp.repeat((plan[:, :, 0] == CODES).any(axis=1), len(streams))
+    after = jnp.where(codes, self.vocab.text_size, self.vocab.unk).astype(jnp.int32)
+    positions = aligned_positions(
+      jnp.concatenate([rows, after[:, None]], axis=1), self.vocab, self.model.align_images
+    )
+    # The last token of a prompt is read by the first step. A slot stays empty in its place.
+    before = ((0, 0), (1, 0))
+    read = jnp.pad(rows[:, :-1], before)
+    prompts = Prompts(
+      prefixes=None,
+      rests=Padded(read, read != self.vocab.pad, jnp.pad(positions[:, :-2], before)),
+      prefix_of=jnp.zeros_like(rows[:, 0]),
+      row=jnp.arange(rows.shape[0], dtype=jnp.int32),
+      last=rows[:, -1],
+      last_positions=positions[:, -2],
+      next_positions=positions[:, -1],
+    )
+    static = {k: v for k, v in self._of_step.items() if k != "sampler"}
+    return loop_lib.prefill(
+      self._decoder(weights).model,
+      prompts,
+      plan,
+      longest=longest,
+      room=room,
+      widths=tuple(slots),
+      **static,
+    )
+
+  def prefill(self, weights: Named, *, prompts, plan, seeds, ids) -> Named:
+    """Reads prompts of one stream. Returns the state for `decode_step`.
+
+    Args:
+      weights: see the class.
+      prompts: int32 [b, p], padded on the left.
+      plan: int32 [b, m, 3], what may follow, see `grammar.plan_array`.
+      seeds: uint32 [b].
+      ids: int32 [b, g], not read: g tokens at most are generated.
+    """
+    longest = ids.shape[1]
+    state = self._prefill(weights, [prompts], plan, longest, longest)
+    return {**named(state), "plan": plan, "seeds": seeds}
+
+  def state_types(self, weights: Named, **arguments) -> LoopState:
+    """Returns the types of the loop's state for the arguments of `prefill`."""
+    longest = arguments["ids"].shape[1]
+    return jax.eval_shape(
+      lambda weights, prompts, plan: self._prefill(weights, [prompts], plan, longest, longest),
+      weights,
+      arguments["prompts"],
+      arguments["plan"],
+    )
+
+  def decode_step(self, types: LoopState) -> Callable[..., Named]:
+    """Returns the function that samples one more token of each sample.
+
+    Args:
+      types: of `state_types`.
+    """
+
+    def decode_step(weights: Named, *, state: Named, **settings) -> Named:
+      plan, seeds = state["plan"], state["seeds"]
+      loop = filled(types, state)
+      guidance = jnp.ones((seeds.shape[0], self.image_tokens + 1, 1), jnp.float32)
+      control = self._control(plan, seeds, guidance, settings)
+      keys = jax.vmap(jax.random.key)(seeds)
+      loop = loop_lib.decode_step(self._decoder(weights), control, keys, loop, **self._of_step)
+      return {**named(loop), "plan": plan, "seeds": seeds}
+
+    return decode_step
+
+  def generate_image(
+    self, weights: Named, *, prompts, unconditional, seeds, guidance, **settings
+  ) -> Named:
+    """Generates a guided image after each prompt, and decodes it.
+
+    Args:
+      weights: see the class.
+      prompts: int32 [b, p], padded on the left.
+      unconditional: int32 [b, u], u <= p, padded on the left: what guidance leads away from.
+      seeds: uint32 [b].
+      guidance: fp32 [b], alpha.
+      **settings: `IMAGE_SETTINGS`, [b] each.
+
+    Returns:
+      images, uint8 [b, H, W, 3]; tokens, int32 [b, I]; log_probs, fp32 [b, I], under the guided
+      distribution before temperature and filters.
+    """
+    codes, count = self.image_tokens, prompts.shape[0]
+    plan = jnp.broadcast_to(plan_array([[Part(CODES, codes)]]), (count, 2, 3))
+    share = scheduled(2.0, self.sampling.guidance_schedule, codes) - 1
+    share = jnp.asarray(np.append(share, share[-1:])[None], jnp.float32)
+    alpha = guidance[:, None] * share + (1 - share)
+    weights_of_streams = jnp.stack([alpha, 1 - alpha], axis=2)
+    control = self._control(plan, seeds, weights_of_streams, settings)
+    rooms = compile_lib.cache_rooms(BUCKET, codes)
+    loop = self._prefill(weights, [prompts, unconditional], plan, codes, rooms[0])
+    decoder = self._decoder(weights)
+    for room, larger in itertools.zip_longest(rooms, rooms[1:]):
+      loop = loop_lib.decode_steps(decoder, control, loop, steps=codes, **self._of_step)
+      if larger:
+        loop = loop_lib.grow(loop, by=larger - room)
+    images = self.decode_image(weights, tokens=loop.ids)
+    return {"images": images, "tokens": loop.ids, "log_probs": loop.log_probs}
+
+  def encode_image(self, weights: Named, *, images):
+    """Encodes images, uint8 [b, H, W, 3], to tokens, int32 [b, I]."""
+    tokenizer, params = self.image_tokenizer, filled(self.weights, weights)["image_tokenizer"]
+    codes = vqgan.encode(tokenizer.config, tokenizer.num_codes, params, images)
+    return codes + self.vocab.text_size
+
+  def decode_image(self, weights: Named, *, tokens):
+    """Decodes tokens, int32 [b, I], to images, uint8 [b, H, W, 3]."""
+    tokenizer, params = self.image_tokenizer, filled(self.weights, weights)["image_tokenizer"]
+    codes = tokens - self.vocab.text_size
+    return vqgan.decode(tokenizer.config, tokenizer.num_codes, params, codes)

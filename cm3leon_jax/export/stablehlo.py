@@ -1,0 +1,305 @@
+"""Exports StableHLO artifacts of `jax.export`: prefill, decode step, guided images, image codes.
+
+`jax` alone serves the folder, without this package: serve_example.py in it shows how. The weights
+are no part of the artifacts, but an argument of each; they are in safetensors files. Batch, prompt
+slots and number of text tokens are symbolic: one artifact is compiled for any of them. An artifact
+names no devices: it runs on one, or on several that split its batch. The calling convention and the
+digests of all files are in manifest.json, which comes last.
+"""
+
+# b samples, p and u slots of prompts, g tokens to generate, m parts of a plan.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import contextlib
+import dataclasses
+import functools
+import importlib.resources
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+from etils import epath
+from flax import traverse_util
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+import cm3leon_jax
+from cm3leon_jax.config import UserError
+from cm3leon_jax.decoding import grammar
+from cm3leon_jax.decoding.params import prepare, prepare_layer
+from cm3leon_jax.export import tensor_files
+from cm3leon_jax.export.serving_functions import (
+  IMAGE_SETTINGS,
+  TEXT_SETTINGS,
+  Functions,
+  Named,
+  named,
+)
+from cm3leon_jax.export.tensor_files import Tensor
+from cm3leon_jax.io import digest, replacing, write_json
+from cm3leon_jax.mesh import unsplit
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.tokenizers.text import TOKENIZER
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+
+if TYPE_CHECKING:
+  from cm3leon_jax.export.formats import Run
+  from cm3leon_jax.settings import Settings
+  from cm3leon_jax.training.stored import StoredParams
+
+MANIFEST = "manifest.json"
+SERVED = ("artifacts.py", "serve_example.py")  # Copied from served/.
+PLATFORMS = ("cpu", "cuda", "tpu")
+KINDS = ("DONE", "CODES", "TEXT", "EOSS", "MASK", "END", "DOCUMENT")  # Of parts of a plan.
+BLOCKS = "blocks."
+
+
+def check(config: ModelConfig) -> None:
+  """Raises UserError if `flatbuffers`, by which `jax.export` writes artifacts, is not installed."""
+  if not importlib.util.find_spec("flatbuffers"):
+    raise UserError(
+      "jax.export writes artifacts by the package flatbuffers, which is not installed: "
+      "pip install flatbuffers."
+    )
+
+
+def write(folder: epath.PathLike, run: Run) -> dict:
+  """Writes a run for `jax.export`; see `export`. Artifacts compute in the dtype of the weights."""
+  model = dataclasses.replace(run.settings.model, dtype=run.choice.dtype)
+  settings = dataclasses.replace(run.settings, model=model)
+  image_tokenizer = ImageTokenizer.load(run.workdir / "vqgan")
+  texts = run.workdir / "text_tokenizer"
+  weight_dtype = run.choice.quantize or "compute"
+  return export(folder, run.params, settings, image_tokenizer, texts, weight_dtype)
+
+
+def write_model(
+  folder: epath.PathLike,
+  source: str | os.PathLike[str],
+  dtype: str = "float32",
+  weight_dtype: str = "compute",
+) -> dict:
+  """Writes the newest checkpoint of a workdir, or a bundle, as `CM3Leon.load` reads it.
+
+  Args:
+    folder: see `export`.
+    source: workdir of a run, or see `bundle.folder_of`, e.g. "scenes".
+    dtype: of the weights and what the artifacts compute in, `float32` or `bfloat16`.
+    weight_dtype: see `export`.
+
+  Returns:
+    See `export`.
+
+  Raises:
+    UserError: nothing was trained there, a file is damaged, or see `check`.
+  """
+  from cm3leon_jax.export import bundle, weights
+  from cm3leon_jax.mesh import MeshConfig, create_mesh
+  from cm3leon_jax.training import stored
+
+  run, settings, load = weights.of_run(source)
+  check(settings.model)
+  settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
+  with jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])):
+    params = stored.of_tree(load()[0])
+  stages = bundle.stages_folder(run)
+  image_tokenizer = ImageTokenizer.load(stages / "vqgan")
+  texts = stages / "text_tokenizer"
+  return export(folder, params, settings, image_tokenizer, texts, weight_dtype)
+
+
+def export(
+  folder: epath.PathLike,
+  params: StoredParams,
+  settings: Settings,
+  image_tokenizer: ImageTokenizer,
+  text_tokenizer_folder: epath.PathLike,
+  weight_dtype: str = "compute",
+) -> dict:
+  """Writes the artifacts, their weights, the text tokenizer, a loader and an example.
+
+  Args:
+    folder: an earlier export in it is replaced, its manifest first.
+    params: of the decoder; one layer at a time is read.
+    settings: of the run: `model` (its dtype is that of the weights), `vocab`, `sampling`.
+    image_tokenizer: of the run.
+    text_tokenizer_folder: of the run.
+    weight_dtype: `compute`, or `int8` for the products of the decoder's blocks.
+
+  Returns:
+    {"parameters", "bytes", "artifacts": bytes of each}.
+  """
+  folder = epath.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / MANIFEST).unlink(missing_ok=True)  # Half an export has none.
+  tensor_files.remove(folder)
+  with unsplit():
+    types = weight_types(params, settings, image_tokenizer, weight_dtype)
+    functions = Functions(settings.model, settings.vocab, settings.sampling, image_tokenizer, types)
+    artifacts = _write_artifacts(folder, functions)
+    tensors = weight_tensors(params, settings, image_tokenizer, weight_dtype)
+    weights = tensor_files.write(folder, tensors)
+  here = epath.Path(str(importlib.resources.files(__package__)))
+  for source in (
+    epath.Path(text_tokenizer_folder) / TOKENIZER,
+    *(here / "served" / x for x in SERVED),
+  ):
+    (folder / source.name).write_text(source.read_text())
+  files = [*weights, TOKENIZER, *SERVED, *(f"{name}.stablehlo" for name in artifacts)]
+  manifest = {
+    **_about(settings, image_tokenizer),
+    "artifacts": artifacts,
+    "weights": {name: _array(x) for name, x in named(types).items()},
+    "digests": {name: digest(folder / name) for name in files},
+  }
+  write_json(folder / MANIFEST, manifest)
+  return {
+    "parameters": params.count,
+    "bytes": sum((folder / name).stat().length for name in files),
+    "artifacts": {name: about["bytes"] for name, about in artifacts.items()},
+  }
+
+
+def _write_artifacts(folder: epath.Path, functions: Functions) -> dict[str, dict]:
+  """Writes what `calls` yields; returns the description of each."""
+  artifacts = {}
+  with _no_locations():
+    for name, function, arguments in calls(functions):
+      exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)
+      artifact = exported(named(functions.weights), **arguments)
+      path = folder / f"{name}.stablehlo"
+      with replacing(path) as file:
+        file.write(artifact.serialize())
+      artifacts[name] = {"bytes": path.stat().length, **_described(artifact)}
+  return artifacts
+
+
+def weight_types(
+  params: StoredParams, settings: Settings, image_tokenizer: ImageTokenizer, weight_dtype: str
+) -> dict:
+  """Returns the types of the weights that artifacts take, a tree."""
+  shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in params.shapes.items()}
+  decoder = jax.eval_shape(
+    functools.partial(prepare, config=settings.model, vocab=settings.vocab, dtype=weight_dtype),
+    traverse_util.unflatten_dict(shapes, sep="."),
+  )
+  # Of an untied output table, decoding reads only the columns in `DecodeParams.head`.
+  model = {name: x for name, x in decoder.model.items() if name != "head"}
+  weights = {"decoder": decoder._replace(model=model), "image_tokenizer": image_tokenizer.params}
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
+
+
+def weight_tensors(
+  params: StoredParams, settings: Settings, image_tokenizer: ImageTokenizer, weight_dtype: str
+) -> list[Tensor]:
+  """Lists the weights of `weight_types`; each is computed when it is written, as by `prepare`."""
+  config, vocab = settings.model, settings.vocab
+  types = weight_types(params, settings, image_tokenizer, weight_dtype)
+  table = "embed" if config.family == "opt" else "head"
+
+  def head() -> np.ndarray:
+    return np.roll(params.read(table), vocab.image_size, axis=0).T
+
+  @functools.lru_cache(maxsize=1)
+  def layer(i: int) -> Named:
+    names = [name for name in params.shapes if name.startswith(BLOCKS)]
+    flat = {name.removeprefix(BLOCKS): params.read(name, i) for name in names}
+    flat = {name: x.astype(jnp.dtype(config.dtype)) for name, x in flat.items()}
+    arrays = jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(flat, sep="."))
+    return named(prepare_layer(arrays, weight_dtype))
+
+  def of_layer(i: int, name: str) -> np.ndarray:
+    return np.asarray(layer(i)[name])
+
+  decoder = {"head": head, "image_head": lambda: head()[:, : vocab.image_size]}
+  for name in named(types["decoder"].model):
+    make = functools.partial(params.read, name)
+    if name.startswith(BLOCKS):
+      number, _, rest = name.removeprefix(BLOCKS).partition(".")
+      make = functools.partial(of_layer, int(number), rest)
+    decoder[f"model.{name}"] = make
+  makers = {f"decoder.{name}": make for name, make in decoder.items()}
+  for name, x in named(image_tokenizer.params).items():
+    makers[f"image_tokenizer.{name}"] = functools.partial(np.asarray, x)
+  return [Tensor(name, x.shape, str(x.dtype), makers[name]) for name, x in named(types).items()]
+
+
+def calls(functions: Functions) -> Iterator[tuple[str, Callable, dict]]:
+  """Yields name, function and types of the arguments after the weights of each artifact."""
+  weights, side = named(functions.weights), functions.image_tokenizer.config.resolution
+
+  def ids(*shape):
+    return jax.ShapeDtypeStruct(shape, np.int32)
+
+  def of_samples(b, *names):
+    kinds = {"seeds": np.uint32, "top_k": np.int32, "text_top_k": np.int32}
+    return {name: jax.ShapeDtypeStruct((b,), kinds.get(name, np.float32)) for name in names}
+
+  b, p, g, m = jax.export.symbolic_shape("b, p, g, m")
+  arguments = {"prompts": ids(b, p), "plan": ids(b, m, 3), "ids": ids(b, g)}
+  arguments |= of_samples(b, "seeds")
+  yield "prefill", functions.prefill, arguments
+  loop = functions.state_types(weights, **arguments)
+  state = {**named(loop), "plan": arguments["plan"], "seeds": arguments["seeds"]}
+  settings = of_samples(b, *IMAGE_SETTINGS, *TEXT_SETTINGS)
+  yield "decode_step", functions.decode_step(loop), {"state": state, **settings}
+  b, p, u = jax.export.symbolic_shape("b, p, u", constraints=["u <= p"])
+  settings = of_samples(b, "seeds", "guidance", *IMAGE_SETTINGS)
+  prompts = {"prompts": ids(b, p), "unconditional": ids(b, u)}
+  yield "generate_image", functions.generate_image, {**prompts, **settings}
+  (b,) = jax.export.symbolic_shape("b")
+  images = jax.ShapeDtypeStruct((b, side, side, 3), np.uint8)
+  yield "encode_image", functions.encode_image, {"images": images}
+  yield "decode_image", functions.decode_image, {"tokens": ids(b, functions.image_tokens)}
+
+
+@contextlib.contextmanager
+def _no_locations() -> Iterator[None]:
+  """Keeps the paths of this machine's source files out of the artifacts."""
+  name = "jax_traceback_in_locations_limit"
+  before = getattr(jax.config, name)
+  jax.config.update(name, 0)
+  try:
+    yield
+  finally:
+    jax.config.update(name, before)
+
+
+def _array(x) -> dict:
+  """Describes an array; a symbolic size is its text, as in ["b", "p + g"]."""
+  sizes = [n if isinstance(n, int) else str(n) for n in x.shape]
+  return {"dtype": str(x.dtype), "shape": sizes}
+
+
+def _described(artifact: jax.export.Exported) -> dict:
+  """Describes calling convention, arguments after the weights, and results."""
+  _, arguments = jax.tree.unflatten(artifact.in_tree, artifact.in_avals)
+  results = jax.tree.unflatten(artifact.out_tree, artifact.out_avals)
+  return {
+    "calling_convention": artifact.calling_convention_version,
+    "platforms": list(artifact.platforms),
+    "arguments": jax.tree.map(_array, arguments),
+    "results": jax.tree.map(_array, results),
+  }
+
+
+def _about(settings: Settings, image_tokenizer: ImageTokenizer) -> dict:
+  """Describes versions, and what a server needs to make prompts: vocabulary, sizes, sampling."""
+  vocab, sampling = settings.vocab, settings.sampling
+  special = {name: getattr(vocab, name) for name in ("pad", "eos", "unk", "brk", "eoss")}
+  names = ("guidance", *IMAGE_SETTINGS, *TEXT_SETTINGS)
+  return {
+    "cm3leon_jax": cm3leon_jax.__version__,
+    "jax": jax.__version__,
+    "vocab": {**dataclasses.asdict(vocab), **special, "mask_0": vocab.mask(0)},
+    "plan_kinds": {kind: getattr(grammar, kind) for kind in KINDS},
+    "image_tokens": image_tokenizer.config.image_tokens,
+    "resolution": image_tokenizer.config.resolution,
+    "positions": settings.data.sequence_length,
+    "sampling": {name: getattr(sampling, name) for name in names},
+    "guidance_schedule": sampling.guidance_schedule,
+  }

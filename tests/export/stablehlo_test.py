@@ -1,0 +1,438 @@
+"""Tests of the StableHLO export: what a folder serves by jax alone equals what `Generator` does."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import runpy
+import shutil
+import subprocess
+import sys
+
+from hypothesis import example, given, settings
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax.commands import export
+from cm3leon_jax.config import UserError
+from cm3leon_jax.decoding import request
+from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
+from cm3leon_jax.decoding.params import prepare
+from cm3leon_jax.decoding.request import Hole
+from cm3leon_jax.export import formats, stablehlo
+from cm3leon_jax.export.serving_functions import Functions, aligned_positions, named
+from cm3leon_jax.mesh import unsplit
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.positions import positions_of
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.training import stored
+from tests.data.stores import VOCAB
+from tests.generation.run import SETTINGS, one_device
+from tests.models.tiny import random_params
+
+CAPTIONS = [[100, 101, 102], [200], [300, 301, 302, 303, 304, 305]]
+SEEDS = [3, 4, 5]
+MOST = 7  # Tokens of a description.
+PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "opt_einsum", "flatbuffers")
+ALONE = """
+import sys
+
+sys.path[:0] = [".", sys.argv[1]]
+import numpy as np
+import serve_example
+from artifacts import load, load_weights
+
+weights, captions, seeds = load_weights(), eval(sys.argv[2]), eval(sys.argv[3])
+images, tokens = serve_example.draw(weights, captions, seeds)
+alone = serve_example.draw(weights, captions[1:2], seeds[1:2])
+unlike = serve_example.draw(weights, captions, seeds, guidance=[0.0, 1.0, 3.0])[1]
+described = serve_example.describe(weights, tokens, seeds, most=int(sys.argv[4]))
+codes = load("encode_image")(weights, images=images)
+decoded = load("decode_image")(weights, tokens=codes)
+np.savez("served.npz", images=images, tokens=tokens, image=alone[0], token=alone[1], unlike=unlike,
+         described=np.array([row + [0] * 9 for row in described])[:, :9], codes=codes,
+         decoded=decoded)
+serve_example.main(" ".join(map(str, captions[0])), seeds[0])
+try:
+  import cm3leon_jax
+except ModuleNotFoundError as error:
+  print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(run, tmp_path_factory):
+  """The folder that the command writes for a run, copied elsewhere."""
+  output = tmp_path_factory.mktemp("exported") / "output"
+  export.main(SETTINGS, run, choice=formats.Choice(format="stablehlo"), output=str(output))
+  return shutil.copytree(output, tmp_path_factory.mktemp("copied") / "served")
+
+
+@pytest.fixture(scope="module")
+def served(folder, tmp_path_factory):
+  """Results and printed lines of an isolated process that has jax, what it needs, nothing else."""
+  site = tmp_path_factory.mktemp("site")
+  for name in PACKAGES:
+    package = pathlib.Path(importlib.util.find_spec(name).origin).parent
+    (site / name).symlink_to(package)
+  arguments = [str(site), repr(CAPTIONS), repr(SEEDS), str(MOST)]
+  environment = {k: v for k, v in os.environ.items() if not k.startswith("XLA_FLAGS")}
+  process = subprocess.run(
+    [sys.executable, "-I", "-S", "-c", ALONE, *arguments],
+    cwd=folder, capture_output=True, text=True, env=environment, check=False,
+  )  # fmt: skip
+  assert process.returncode == 0, process.stderr[-3000:]
+  with np.load(pathlib.Path(folder) / "served.npz") as results:
+    return dict(results), process.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def generated(run):
+  """Results of `Generator` for the same requests: images, tokens, ids of their descriptions."""
+  image = [request.text_to_image(VOCAB, 16, caption) for caption in CAPTIONS]
+  with one_device():
+    generator = Generator(random_params(SETTINGS.model), GeneratorConfig.of(SETTINGS))
+    tokens = np.stack([r.tokens[:16] for r in generator.generate(image, SEEDS)])
+    holes = [request.infill(VOCAB, 16, [(Hole(most_text=MOST),), (ids,)]) for ids in tokens]
+    described = [r.tokens for r in generator.generate(holes, SEEDS)]
+  images = ImageTokenizer.load(run / "vqgan").decode(VOCAB.image_codes(tokens))
+  return images, tokens, described
+
+
+def test_images_and_texts_served_by_jax_alone_are_those_of_the_generator(served, generated):
+  results, printed = served
+  images, tokens, described = generated
+  np.testing.assert_array_equal(results["tokens"], tokens)
+  np.testing.assert_array_equal(results["images"], images)
+  for row, expected in zip(results["described"], described, strict=True):
+    np.testing.assert_array_equal(row[row > 0], expected[expected != VOCAB.eoss])
+  assert printed[-1] == "No module named 'cm3leon_jax'"
+
+
+def test_one_artifact_serves_any_batch(served, generated):
+  results, _ = served
+  np.testing.assert_array_equal(results["token"], generated[1][1:2])
+  np.testing.assert_array_equal(results["image"], generated[0][1:2])
+
+
+def test_settings_are_those_of_each_sample(served):
+  """Guidance 3 is the default of the run."""
+  results, _ = served
+  same = (results["unlike"] == results["tokens"]).all(axis=1)
+  assert same.tolist() == [False, False, True]
+
+
+def test_images_become_tokens_and_images_again(served, run):
+  results, _ = served
+  tokenizer = ImageTokenizer.load(run / "vqgan")
+  codes = tokenizer.encode(results["images"])
+  np.testing.assert_array_equal(results["codes"], VOCAB.image_ids(codes))
+  np.testing.assert_array_equal(results["decoded"], tokenizer.decode(codes))
+
+
+def test_the_example_writes_the_image_and_prints_its_description(served, folder):
+  results, printed = served
+  np.testing.assert_array_equal(Image.open(folder / "image.png"), results["images"][0])
+  assert printed[0].startswith("image.png: [")
+
+
+def test_a_caption_is_encoded_as_in_training(folder, monkeypatch, capsys, run):
+  from cm3leon_jax.tokenizers.text import TextTokenizer
+
+  monkeypatch.chdir(folder)
+  monkeypatch.syspath_prepend(str(folder))
+  example = runpy.run_path(str(folder / "serve_example.py"))
+  asked = []
+
+  def draw(weights, captions, seeds):
+    asked.extend(captions)
+    return np.zeros((1, 8, 8, 3), np.uint8), None
+
+  example["main"].__globals__.update(draw=draw, describe=lambda *_, **__: [asked[0]])
+  example["main"]("</s> red apple")
+  np.testing.assert_array_equal(
+    asked[0], TextTokenizer(run / "text_tokenizer", VOCAB).encode("</s> red apple")
+  )
+  assert capsys.readouterr().out == "image.png: </s> red apple\n"
+  sys.modules.pop("artifacts")
+
+
+def test_the_manifest_names_what_a_server_needs_and_no_folder_of_this_machine(folder):
+  manifest = json.loads((folder / stablehlo.MANIFEST).read_text())
+  assert manifest["jax"] == jax.__version__
+  for artifact in manifest["artifacts"].values():
+    assert artifact["platforms"] == ["cpu", "cuda", "tpu"]
+  arguments = manifest["artifacts"]["generate_image"]["arguments"]
+  assert arguments["prompts"] == {"dtype": "int32", "shape": ["b", "p"]}
+  assert arguments["guidance"] == {"dtype": "float32", "shape": ["b"]}
+  results = manifest["artifacts"]["generate_image"]["results"]
+  assert results["images"] == {"dtype": "uint8", "shape": ["b", 8, 8, 3]}
+  step = manifest["artifacts"]["decode_step"]
+  assert step["results"] == step["arguments"]["state"]
+  assert step["results"]["cache.0.0.keys"]["shape"] == ["b", 8, "p + g", 4]
+  assert manifest["vocab"]["image_size"] == 64
+  assert manifest["sampling"]["guidance"] == SETTINGS.sampling.guidance
+  for artifact in folder.glob("*.stablehlo"):
+    for part in (b".py", str(pathlib.Path(stablehlo.__file__).parent).encode()):
+      assert part not in artifact.read_bytes()
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+  return shutil.copytree(folder, tmp_path / "copied")
+
+
+def load(folder, artifact="decode_image"):
+  return runpy.run_path(str(folder / "artifacts.py"))["load"](artifact)
+
+
+@pytest.mark.parametrize("version", [8, 99])
+def test_another_calling_convention_is_refused(copied, version):
+  path = copied / stablehlo.MANIFEST
+  manifest = json.loads(path.read_text())
+  manifest["artifacts"]["decode_image"]["calling_convention"] = version
+  path.write_text(json.dumps(manifest))
+  oldest, newest = (
+    getattr(jax.export, f"{end}_supported_calling_convention_version")
+    for end in ("minimum", "maximum")
+  )
+  message = (
+    rf"^decode_image has calling convention {version}, and jax \S+ runs {oldest} to {newest}"
+  )
+  with pytest.raises(SystemExit, match=message):
+    load(copied)
+
+
+@pytest.mark.parametrize("file", ["decode_image.stablehlo", "model.safetensors"])
+def test_a_changed_file_is_refused(copied, file):
+  data = bytearray((copied / file).read_bytes())
+  data[-1] ^= 1
+  (copied / file).write_bytes(data)
+  with pytest.raises(SystemExit, match=f"^{file} is not the file that was exported"):
+    runpy.run_path(str(copied / "artifacts.py"))["read"](file)
+  load(copied, "encode_image")
+
+
+def test_a_prompt_that_is_too_long_is_refused(folder):
+  padded = runpy.run_path(str(folder / "artifacts.py"))["padded"]
+  assert padded([[1] * 112, [2]], 16).shape == (2, 128)
+  with pytest.raises(ValueError, match=r"^a prompt has 113 tokens; with the 16 .* at most 128,"):
+    padded([[1] * 113], 16)
+
+
+def test_half_an_export_has_no_manifest(run, folder, tmp_path, monkeypatch):
+  target = shutil.copytree(folder, tmp_path / "target")
+
+  def fail(*_, **__):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(stablehlo.jax.export, "export", fail)
+  choice = formats.Choice(format="stablehlo")
+  params = stored.of_tree(random_tree(SETTINGS.model))
+  with pytest.raises(KeyboardInterrupt):
+    stablehlo.write(target, formats.Run(SETTINGS, run, params, choice))
+  assert not (target / stablehlo.MANIFEST).exists()
+
+
+def test_a_dtype_that_no_decoder_computes_in_is_refused():
+  choice = formats.Choice(format="stablehlo", dtype="float16")
+  with pytest.raises(UserError, match=r"^--dtype is float16, .* choose float32 or bfloat16\.$"):
+    formats.check(choice, SETTINGS)
+  formats.check(dataclasses.replace(choice, dtype="bfloat16", quantize="int8"), SETTINGS)
+
+
+def test_a_missing_flatbuffers_is_named(monkeypatch):
+  monkeypatch.setattr(stablehlo.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(UserError, match="pip install flatbuffers"):
+    formats.check(formats.Choice(format="stablehlo"), SETTINGS)
+
+
+@pytest.mark.parametrize("source", ["", "scenes-instruct"])
+def test_a_workdir_or_a_bundle_is_exported_by_name(run, tmp_path, monkeypatch, source):
+  """The tokenizers of scenes-instruct are those of another bundle."""
+  monkeypatch.setattr(stablehlo, "export", lambda *arguments: arguments)
+  written = stablehlo.write_model(tmp_path, source or run, "bfloat16", "int8")
+  folder, params, changed, image_tokenizer, texts, weight_dtype = written
+  assert (folder, weight_dtype, changed.model.dtype) == (tmp_path, "int8", "bfloat16")
+  assert image_tokenizer.num_codes == changed.vocab.image_size
+  assert (texts / "tokenizer.json").exists()
+  assert params.shapes["embed"] == (changed.vocab.size, changed.model.width)
+  if not source:
+    with one_device():
+      average = random_params(SETTINGS.model)
+    np.testing.assert_array_equal(params.read("blocks.up", 0), average["blocks"]["up"][0])
+
+
+def random_tree(config: ModelConfig) -> dict:
+  with one_device():
+    return jax.device_get(random_params(config, seed=2))
+
+
+MODERN = {"family": "modern", "align_images": True}
+
+
+@pytest.mark.parametrize(
+  ("fields", "weight_dtype"),
+  [
+    ({}, "compute"),
+    ({"query_key_norm": True}, "int8"),
+    (MODERN, "compute"),
+    (MODERN | {"dtype": "bfloat16"}, "int8"),
+  ],
+)
+def test_weights_are_those_that_the_generator_prepares(run, fields, weight_dtype):
+  model = dataclasses.replace(SETTINGS.model, num_layers=2, **fields)
+  changed = dataclasses.replace(SETTINGS, model=model)
+  tree, tokenizer = random_tree(model), ImageTokenizer.load(run / "vqgan")
+  with one_device():
+    prepared = prepare(tree, config=model, vocab=VOCAB, dtype=weight_dtype)
+  prepared.model.pop("head", None)
+  expected = named({"decoder": prepared, "image_tokenizer": tokenizer.params})
+  with unsplit():
+    tensors = stablehlo.weight_tensors(stored.of_tree(tree), changed, tokenizer, weight_dtype)
+  assert [x.name for x in tensors] == list(expected)
+  for tensor in tensors:
+    found, wanted = tensor.make(), np.asarray(expected[tensor.name])
+    assert (tensor.shape, tensor.dtype) == (wanted.shape, str(wanted.dtype))
+    assert tensor.bytes == wanted.nbytes
+    np.testing.assert_array_equal(found.astype(wanted.dtype), wanted)
+
+
+def test_aligned_int8_decoders_with_neighbors_draw_as_the_generator(run):
+  """The functions as they are traced; prompts with images have positions of their own."""
+  sampling = dataclasses.replace(SETTINGS.sampling, guidance_schedule="linear")
+  model = dataclasses.replace(SETTINGS.model, **MODERN)
+  changed = dataclasses.replace(SETTINGS, model=model, sampling=sampling)
+  tokenizer, tree = ImageTokenizer.load(run / "vqgan"), random_tree(model)
+  neighbor = ([90, 91], VOCAB.image_ids(np.arange(16)))
+  requests = [request.text_to_image(VOCAB, 16, [80], [neighbor], keep_neighbors=True)]
+  with one_device():
+    config = GeneratorConfig.of(changed, weight_dtype="int8")
+    (result,) = Generator(tree, config).generate(requests, [9])
+  with unsplit():
+    arguments = (stored.of_tree(tree), changed, tokenizer, "int8")
+    types = stablehlo.weight_types(*arguments)
+    functions = Functions(model, VOCAB, sampling, tokenizer, types)
+    weights = {x.name: jnp.asarray(x.make(), x.dtype) for x in stablehlo.weight_tensors(*arguments)}
+    prompts, unconditional = (
+      np.pad(stream, (32 - len(stream), 0)).astype(np.int32)[None] for stream in requests[0].streams
+    )
+    drawn = jax.jit(functions.generate_image)(
+      weights,
+      prompts=prompts,
+      unconditional=unconditional,
+      seeds=np.uint32([9]),
+      guidance=np.float32([sampling.guidance]),
+      temperature=np.float32([sampling.temperature]),
+      top_k=np.int32([sampling.top_k]),
+      top_p=np.float32([sampling.top_p]),
+    )
+  np.testing.assert_array_equal(drawn["tokens"][0], result.tokens[:16])
+  np.testing.assert_allclose(drawn["log_probs"][0], result.log_probs[:16], atol=1e-4)
+
+
+@jax.jit
+def both_positions(tokens):
+  return [aligned_positions(tokens, VOCAB, align) for align in (False, True)]
+
+
+SYMBOLS = [VOCAB.eos, VOCAB.brk, VOCAB.mask(0), 99, int(VOCAB.image_ids(7))]
+
+
+@given(
+  st.lists(st.lists(st.sampled_from(SYMBOLS), min_size=1, max_size=24), min_size=4, max_size=4)
+)
+@example([[1, 99, 3, 519, 519, 3, 99, 3, 519, 519, 1], [99], [519, 3, 519], [519, 3, 3, 99, 519]])
+@settings(max_examples=200)
+def test_positions_are_those_of_training(rows):
+  padded = np.stack([np.pad(row, (24 - len(row), 0)) for row in rows]).astype(np.int32)
+  for align, found in zip((False, True), both_positions(padded)):
+    for row, positions in zip(rows, np.asarray(found), strict=True):
+      expected = positions_of(row, VOCAB, align)
+      np.testing.assert_array_equal(positions, np.pad(expected, (24 - len(row), 0)))
+
+
+def test_several_devices_split_the_batch_of_one_artifact(folder, monkeypatch):
+  loader = runpy.run_path(str(folder / "artifacts.py"))
+  mesh = jax.make_mesh((8,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
+  decode, weights = loader["load"]("decode_image"), loader["load_weights"]()
+  tokens = VOCAB.image_ids(np.random.default_rng(0).integers(0, 64, (16, 16)))
+  rows = jax.P("b")
+  split = jax.shard_map(
+    lambda weights, tokens: decode(weights, tokens=tokens),
+    mesh=mesh,
+    in_specs=(jax.P(), rows),
+    out_specs=rows,
+    check_vma=False,
+  )
+  found = jax.jit(split)(weights, tokens)
+  assert len(found.sharding.device_set) == 8
+  np.testing.assert_array_equal(found, decode(weights, tokens=tokens))
+
+
+# Compiles by libtpu, which a process cannot unload: generate_image on a device of v5e-8, and split
+# over all eight, by shard_map and by the compiler; the other artifacts on one device.
+FOR_TPU = """
+import collections, json, re, sys
+from cm3leon_jax.planning import topology
+topology.prepare()
+import jax, numpy as np
+
+sys.path.insert(0, sys.argv[1])
+from artifacts import ABOUT, load
+
+def count(compiled):
+  text = compiled.as_text()
+  return len(re.findall(r" (?:all-\\w+|collective-\\w+|reduce-scatter)(?:-start)?\\(", text))
+
+devices = topology.load("v5e-8").devices
+sizes = {"b": 8, "p": 32, "u": 32, "g": 8, "m": 2, "p + g": 40}
+found = {}
+for chips in (1, 8):
+  types = (jax.sharding.AxisType.Auto,)
+  mesh = jax.sharding.Mesh(np.array(devices[:chips]), ("b",), axis_types=types)
+
+  def typed(about, split):
+    spec = [("b" if split and n == "b" else None) for n in about["shape"]]
+    shape = [sizes.get(n, n) for n in about["shape"]]
+    sharding = jax.NamedSharding(mesh, jax.P(*spec))
+    return jax.ShapeDtypeStruct(shape, np.dtype(about["dtype"]), sharding=sharding)
+
+  def is_array(x):
+    return "dtype" in x
+
+  weights = {k: typed(x, False) for k, x in ABOUT["weights"].items()}
+  for name in ABOUT["artifacts"] if chips == 1 else ["generate_image"]:
+    about = ABOUT["artifacts"][name]["arguments"]
+    arguments = jax.tree.map(lambda x: typed(x, True), about, is_leaf=is_array)
+    call = load(name)
+    found[f"{name} {chips}"] = count(call.lower(weights, **arguments).compile())
+    if chips == 8:
+      split = jax.shard_map(lambda weights, arguments: call(weights, **arguments), mesh=mesh,
+                            in_specs=(jax.P(), jax.P("b")), out_specs=jax.P("b"), check_vma=False)
+      found["shard_map"] = count(jax.jit(split).lower(weights, arguments).compile())
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_backend
+def test_the_artifacts_compile_for_a_tpu_and_split_over_eight(folder):
+  pytest.importorskip("libtpu")
+  process = subprocess.run(
+    [sys.executable, "-c", FOR_TPU, str(folder)], capture_output=True, text=True, check=False
+  )
+  assert process.returncode == 0, process.stderr[-3000:]
+  collectives = json.loads(process.stdout.splitlines()[-1])
+  assert set(collectives) == {
+    *(f"{name} 1" for name in json.loads((folder / stablehlo.MANIFEST).read_text())["artifacts"]),
+    "generate_image 8",
+    "shard_map",
+  }
+  assert collectives.pop("generate_image 8") > 0
+  assert set(collectives.values()) == {0}

@@ -1,0 +1,64 @@
+"""Mutants of the exports."""
+
+from tests.mutant_lists.mutant import mutants_of
+
+STABLEHLO = "tests/export/stablehlo_test.py"
+EXPORT = (
+  *mutants_of(
+    "cm3leon_jax/export/stablehlo.py",
+    STABLEHLO,
+    (
+      "stablehlo_half_with_a_manifest",
+      "(folder / MANIFEST).unlink(missing_ok=True)",
+      "(folder / MANIFEST).exists()",
+    ),
+    ("stablehlo_names_folders", "jax.config.update(name, 0)", "jax.config.update(name, 100)"),
+    (
+      "stablehlo_head_with_text_first",
+      "np.roll(params.read(table), vocab.image_size, axis=0).T",
+      "params.read(table).T",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/export/serving_functions.py",
+    f"{STABLEHLO}::test_aligned_int8_decoders_with_neighbors_draw_as_the_generator",
+    ("stablehlo_guided_by_itself", "[prompts, unconditional], plan", "[prompts, prompts], plan"),
+    (
+      "stablehlo_image_after_text",
+      "jnp.where(codes, self.vocab.text_size, self.vocab.unk)",
+      "jnp.where(codes, self.vocab.unk, self.vocab.unk)",
+    ),
+    (
+      "stablehlo_constant_guidance",
+      "guidance[:, None] * share + (1 - share)",
+      "guidance[:, None] + 0 * share",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/export/serving_functions.py",
+    f"{STABLEHLO}::test_positions_are_those_of_training",
+    ("stablehlo_padding_counts", "jnp.where(valid, at - first, 0)", "jnp.where(valid, at, 0)"),
+    (
+      "stablehlo_text_starts_anew",
+      "begins & ((code < next_begin) | (at == first))",
+      "begins",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/export/served/artifacts.py",
+    STABLEHLO,
+    (
+      "stablehlo_changed_files_are_read",
+      'if hashlib.sha256(data).hexdigest() != ABOUT["digests"][name]:',
+      "if not data:",
+    ),
+    ("stablehlo_old_conventions", "if not oldest <= version", "if not 0 <= version"),
+    ("stablehlo_new_conventions", "version <= newest:", "version <= 99:"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/export/served/serve_example.py",
+    STABLEHLO,
+    ("stablehlo_captions_with_special_tokens", "special_tokens = True", "special_tokens = False"),
+    ("stablehlo_text_without_image", "BREAK, *image, EOS", "BREAK, EOS"),
+  ),
+)
