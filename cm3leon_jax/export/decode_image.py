@@ -7,8 +7,8 @@ codes.json has the codes of one image, a list of integers row by row, or a list 
 --ids it has token ids of the language model instead, prompts and texts among them: every run of ids
 of image codes is an image. Of several images the files are image_0.png, image_1.png, ...
 
-As a module: `decode(codes)` returns uint8 [B, H, W, 3]; `codes_of(ids)` finds the codes in ids.
-The files config.json and params.safetensors are read from the folder of this script.
+As a module: `decode(codes)` returns uint8 [B, H, W, 3], `codes_of(ids)` finds the codes in ids, and
+`encode(images)` returns the codes of images, for prompts that have an image in them. The files config.json and params.safetensors are read from the folder of this script.
 """
 
 # B images, H height, W width, C channels, E code width, K codes, T codes of an image.
@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 FORMAT = "cm3leon_jax.vqgan"  # The network that `decode_pixels` computes.
+NETWORK = ("stem", "downsample", "encoder_blocks", "decoder_blocks", "local_codes")
 DTYPES = {"F32": "<f4", "F16": "<f2"}
 ROWS = 16  # Of an image, convolved at a time: more take more memory.
 
@@ -33,9 +34,8 @@ class Tokenizer(NamedTuple):
   """A stored image tokenizer.
 
   Attributes:
-    config: "side" in codes, "stem", "downsample", "decoder_blocks", "local_codes", "num_codes",
-      "token_offset".
-    tensors: name -> fp32, those of the decoder and the codebook.
+    config: fields of `NETWORK`, "side" in codes, "num_codes" and "token_offset".
+    tensors: name -> fp32.
   """
 
   config: dict
@@ -69,11 +69,10 @@ def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 def tokenizer_of(config: dict, tensors: dict[str, np.ndarray]) -> Tokenizer:
   """Makes a tokenizer of the content of config.json and params.safetensors."""
   network = config["vqgan"]
-  about = {name: network[name] for name in ("stem", "downsample", "local_codes")}
-  about["decoder_blocks"] = network["decoder_blocks"]
+  about = {name: network[name] for name in NETWORK}
   about["side"] = network["resolution"] // network["downsample"]
   about |= {name: config[name] for name in ("num_codes", "token_offset")}
-  return Tokenizer(about, {n: x for n, x in tensors.items() if not n.startswith("encoder.")})
+  return Tokenizer(about, tensors)
 
 
 @functools.lru_cache(2)
@@ -98,17 +97,20 @@ def load(folder: str | os.PathLike[str] | None = None) -> Tokenizer:
   )
 
 
-def convolve(x, kernel, bias):
-  """Convolves [H, W, C] with an odd square kernel [k, k, C, D], zeros around it: [H, W, D]."""
-  height, width, _ = x.shape
-  size = len(kernel)
-  x = np.pad(x, ((size // 2, size // 2), (size // 2, size // 2), (0, 0)))
-  result = np.empty((height, width, kernel.shape[-1]), np.float32)
+def convolve(x, kernel, bias, stride: int = 1):
+  """Convolves [H, W, C] with a square kernel [k, k, C, D], zeros around it.
+
+  Returns:
+    [H / stride, W / stride, D].
+  """
+  size, around = len(kernel), len(kernel) - stride
+  x = np.pad(x, ((around // 2, around - around // 2),) * 2 + ((0, 0),))
+  windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), (0, 1))[::stride, ::stride]
   matrix = kernel.transpose(2, 0, 1, 3).reshape(-1, kernel.shape[-1])
-  for start in range(0, height, ROWS):
-    rows = x[start : start + ROWS + size - 1]
-    windows = np.lib.stride_tricks.sliding_window_view(rows, (size, size), (0, 1))
-    result[start : start + ROWS] = windows.reshape(*windows.shape[:2], -1) @ matrix
+  result = np.empty((*windows.shape[:2], kernel.shape[-1]), np.float32)
+  for start in range(0, len(windows), ROWS):
+    rows = windows[start : start + ROWS]
+    result[start : start + ROWS] = rows.reshape(*rows.shape[:2], -1) @ matrix
   return result + bias
 
 
@@ -124,6 +126,18 @@ def silu(x):
   return x / (1 + np.exp(np.minimum(-x, 80)))
 
 
+def unit(x):
+  """Scales vectors along the last axis to norm 1."""
+  return x / np.sqrt(np.sum(x * x, -1, keepdims=True) + np.float32(1e-12))
+
+
+def space_to_depth(x, factor: int):
+  """Folds squares of pixels into channels: [factor H, factor W, C] -> [H, W, factor^2 C]."""
+  height, width, channels = x.shape
+  x = x.reshape(height // factor, factor, width // factor, factor, channels)
+  return x.transpose(0, 2, 1, 3, 4).reshape(height // factor, width // factor, -1)
+
+
 def depth_to_space(x, factor: int):
   """Unfolds channels to squares of pixels: [H, W, factor^2 C] -> [factor H, factor W, C]."""
   height, width, channels = x.shape
@@ -131,28 +145,55 @@ def depth_to_space(x, factor: int):
   return x.transpose(0, 2, 1, 3, 4).reshape(height * factor, width * factor, -1)
 
 
+def conv(tokenizer: Tokenizer, name: str, x, stride: int = 1):
+  """Applies the convolution of this name."""
+  tensors = tokenizer.tensors
+  return convolve(x, tensors[f"{name}.kernel"], tensors[f"{name}.bias"], stride)
+
+
+def blocks(tokenizer: Tokenizer, name: str, count: int, x):
+  """Applies `count` residual blocks of two convolutions each."""
+  local = tokenizer.config["local_codes"]
+  for block in (f"{name}.{i}" for i in range(count)):
+    inner = conv(tokenizer, f"{block}.conv1", silu(normalize(x, local)))
+    x = x + conv(tokenizer, f"{block}.conv2", silu(normalize(inner, local)))
+  return x
+
+
 def decode_pixels(tokenizer: Tokenizer, codes):
   """Decodes the codes of one image, int [T], to fp32 [H, W, 3], about in [-1, 1].
 
   The decoder of a VQGAN (Esser et al. 2021) with codes of norm 1.
   """
-  config, tensors = tokenizer
-
-  def conv(x, name: str):
-    return convolve(x, tensors[f"decoder.{name}.kernel"], tensors[f"decoder.{name}.bias"])
-
-  local = config["local_codes"]
-  table = tensors["codebook.table"][codes]
-  table = table / np.sqrt(np.sum(table * table, -1, keepdims=True) + np.float32(1e-12))
-  x = conv(table.reshape(config["side"], config["side"], -1), "conv_in")
-  for level, blocks in enumerate(config["decoder_blocks"][::-1]):
+  config = tokenizer.config
+  x = unit(tokenizer.tensors["codebook.table"][codes]).reshape(config["side"], config["side"], -1)
+  x = conv(tokenizer, "decoder.conv_in", x)
+  for level, count in enumerate(config["decoder_blocks"][::-1]):
     if level:
-      x = depth_to_space(conv(silu(x), f"ups.{level - 1}"), 2)
-    for block in range(blocks):
-      name = f"levels.{level}.{block}"
-      inner = conv(silu(normalize(x, local)), f"{name}.conv1")
-      x = x + conv(silu(normalize(inner, local)), f"{name}.conv2")
-  return depth_to_space(conv(silu(normalize(x, local)), "conv_out"), config["stem"])
+      x = depth_to_space(conv(tokenizer, f"decoder.ups.{level - 1}", silu(x)), 2)
+    x = blocks(tokenizer, f"decoder.levels.{level}", count, x)
+  x = conv(tokenizer, "decoder.conv_out", silu(normalize(x, config["local_codes"])))
+  return depth_to_space(x, config["stem"])
+
+
+def products(tokenizer: Tokenizer, pixels):
+  """Computes the inner products of an image with all codes, of which the largest is chosen.
+
+  Args:
+    tokenizer: of the image.
+    pixels: fp32 [H, W, 3] in [-1, 1].
+
+  Returns:
+    [T, K].
+  """
+  config = tokenizer.config
+  x = conv(tokenizer, "encoder.conv_in", space_to_depth(pixels, config["stem"]))
+  for level, count in enumerate(config["encoder_blocks"]):
+    if level:
+      x = conv(tokenizer, f"encoder.downs.{level - 1}", silu(x), stride=2)
+    x = blocks(tokenizer, f"encoder.levels.{level}", count, x)
+  x = conv(tokenizer, "encoder.conv_out", normalize(x, config["local_codes"]))
+  return unit(x).reshape(-1, x.shape[-1]) @ unit(tokenizer.tensors["codebook.table"]).T
 
 
 def to_uint8(pixels) -> np.ndarray:
@@ -192,6 +233,29 @@ def decode(codes, folder: str | os.PathLike[str] | None = None) -> np.ndarray:
   for i, row in enumerate(codes):
     images[i] = to_uint8(decode_pixels(tokenizer, row))
   return images
+
+
+def encode(images, folder: str | os.PathLike[str] | None = None) -> np.ndarray:
+  """Encodes images to codes, int64 [B, T], row by row of the image.
+
+  Args:
+    images: uint8 [B, H, W, 3] of the size that the tokenizer was trained for.
+    folder: as in `decode`.
+
+  Raises:
+    ValueError: shape or dtype differ.
+  """
+  tokenizer = load(folder)
+  side = tokenizer.config["side"] * tokenizer.config["downsample"]
+  images = np.asarray(images)
+  if images.shape[1:] != (side, side, 3) or images.dtype != np.uint8:
+    raise ValueError(
+      f"images are {images.dtype} {images.shape}; they must be uint8 [B, {side}, {side}, 3]."
+    )
+  codes = np.empty((len(images), tokenizer.config["side"] ** 2), np.int64)
+  for i, image in enumerate(images):
+    codes[i] = products(tokenizer, image.astype(np.float32) / 127.5 - 1).argmax(-1)
+  return codes
 
 
 def codes_of(ids: Sequence[int], folder: str | os.PathLike[str] | None = None) -> np.ndarray:

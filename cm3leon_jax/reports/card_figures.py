@@ -12,6 +12,7 @@ from cm3leon_jax.evaluation.protocols.results import RESULTS, number
 from cm3leon_jax.io import read_json
 from cm3leon_jax.reports import instruction_section
 from cm3leon_jax.reports import summary as summary_lib
+from cm3leon_jax.settings import Settings
 
 EVALUATIONS = "evaluations"
 LOSSES = {
@@ -19,8 +20,7 @@ LOSSES = {
   "heldout_image_loss": "Held-out loss, image codes (nats per code)",
   "heldout_text_loss": "Held-out loss, text (nats per token)",
 }
-# What a stage measures, for a reader who knows only the card.
-STAGES = ("vqgan", "train", "evaluation")
+TITLES = {"vqgan": "Image tokenizer", "train": "Held-out loss", "evaluation": "Held-out documents"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +53,12 @@ class Figures:
   missing: tuple[str, ...]
 
 
-def collect(workdir: epath.PathLike, step: int, summary: dict) -> Figures:
+def collect(workdir: epath.PathLike, settings: Settings, step: int, summary: dict) -> Figures:
   """Collects the figures that a workdir has of the parameters of a step.
 
   Args:
     workdir: of the run.
+    settings: of its training.
     step: of the parameters.
     summary: result of `summary.collect`.
 
@@ -66,8 +67,8 @@ def collect(workdir: epath.PathLike, step: int, summary: dict) -> Figures:
   """
   workdir = epath.Path(workdir)
   tables, missing = [], []
-  for name in STAGES:
-    if table := _stage_table(workdir, name, summary):
+  for name in TITLES:
+    if table := _stage_table(workdir, settings, name, summary):
       if name == "evaluation" and not _is_of(workdir, name, step):
         missing.append("`launch.evaluate`: its figures are of another training, and left out.")
       else:
@@ -82,7 +83,7 @@ def collect(workdir: epath.PathLike, step: int, summary: dict) -> Figures:
     else:
       missing.append("`launch.grade_instructions`: of another training, and left out.")
   elif (workdir / "instructions").exists():
-    missing.append("`launch.grade_instructions` (answers to instructions): not evaluated.")
+    missing.append("`launch.grade_instructions` (answers to instructions).")
   protocols, others = _protocols(workdir, step)
   tables += protocols
   if others:
@@ -90,7 +91,7 @@ def collect(workdir: epath.PathLike, step: int, summary: dict) -> Figures:
   if not protocols:
     missing.append(
       "The field's metrics (FID, CMMD, CLIP score, CIDEr, VQA accuracy; "
-      "`launch.evaluate --protocol`): not evaluated."
+      "`launch.evaluate --protocol`)."
     )
   return Figures(tuple(tables), tuple(missing))
 
@@ -112,7 +113,7 @@ def interval(value: float, found: dict) -> str:
   return f"{text} [{number(found['low'])}, {number(found['high'])}]"
 
 
-def _stage_table(workdir: epath.Path, name: str, summary: dict) -> Table | None:
+def _stage_table(workdir: epath.Path, settings: Settings, name: str, summary: dict) -> Table | None:
   """Returns the figures of a stage, or None."""
   rows = []
   for line in summary["headlines"]:
@@ -124,11 +125,11 @@ def _stage_table(workdir: epath.Path, name: str, summary: dict) -> Table | None:
     rows += [(title, number(of[key])) for key, title in LOSSES.items() if key in of]
   if not rows:
     return None
-  title = {"vqgan": "Image tokenizer", "train": "Held-out loss", "evaluation": "Held-out documents"}
-  return Table(title[name], _how(workdir, name, summary), ("measure", "value"), tuple(rows))
+  how = _how(workdir, settings, name, summary)
+  return Table(TITLES[name], how, ("measure", "value"), tuple(rows))
 
 
-def _how(workdir: epath.Path, name: str, summary: dict) -> str:
+def _how(workdir: epath.Path, settings: Settings, name: str, summary: dict) -> str:
   """Says how a stage measured its figures."""
   if name == "vqgan":
     return (
@@ -137,8 +138,8 @@ def _how(workdir: epath.Path, name: str, summary: dict) -> str:
     )
   if name == "train":
     return (
-      "`launch.train`, at its end: rows of held-out documents, each after the neighbors that its "
-      "caption finds; the targets of the document alone."
+      f"`launch.train`, at its end: {settings.train.eval_batches} batches of held-out documents, "
+      "each after the neighbors that its caption finds; the targets of the document alone."
     )
   config = read_json(workdir / name / stages.DONE, {"config": dict})["config"]
   found, fields = summary[name], config.get("evaluation", {})

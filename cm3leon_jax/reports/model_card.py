@@ -26,30 +26,11 @@ CARD = "README.md"
 TEMPLATE = "model_card.md.jinja"
 MOST_ORIGINS = 20
 # Licenses of data that the hub knows, by their SPDX names in lower case; there they mean the same.
-HUB_LICENSES = frozenset(
-  [
-    "apache-2.0",
-    "bsd-2-clause",
-    "bsd-3-clause",
-    "cc",
-    "cc0-1.0",
-    "cc-by-2.0",
-    "cc-by-3.0",
-    "cc-by-4.0",
-    "cc-by-sa-3.0",
-    "cc-by-sa-4.0",
-    "cc-by-nc-2.0",
-    "cc-by-nc-3.0",
-    "cc-by-nc-4.0",
-    "cc-by-nd-4.0",
-    "cc-by-nc-nd-4.0",
-    "cc-by-nc-sa-4.0",
-    "gpl-3.0",
-    "mit",
-    "odc-by",
-    "odbl",
-    "unlicense",
-  ]
+HUB_LICENSES = (
+  *("apache-2.0", "bsd-2-clause", "bsd-3-clause", "mit", "gpl-3.0", "unlicense", "cc0-1.0"),
+  *("cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nd-4.0"),
+  *("cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0"),
+  *("odc-by", "odbl"),
 )
 CAPTIONS = {
   builtin_sources.SCENES: "a green bell to the left of a blue key",
@@ -116,7 +97,7 @@ def render(
       cost=summary_lib.cost(summary),
       step=step,
       pairs=summary.get("raw", {}).get("train_pairs"),
-      figures=card_figures.collect(workdir, step, summary),
+      figures=card_figures.collect(workdir, trained, step, summary),
     )
   )
 
