@@ -1,4 +1,4 @@
-"""Decodes image codes to PNG images with numpy and Pillow: neither JAX nor cm3leon_jax is needed.
+"""Decodes image codes to images with numpy and Pillow: neither JAX nor cm3leon_jax is needed.
 
   python decode_image.py codes.json image.png
   python decode_image.py --ids generated.json image.png
@@ -8,7 +8,8 @@ codes.json has the codes of one image, a list of integers row by row, or a list 
 of image codes is an image. Of several images the files are image_0.png, image_1.png, ...
 
 As a module: `decode(codes)` returns uint8 [B, H, W, 3], `codes_of(ids)` finds the codes in ids, and
-`encode(images)` returns the codes of images, for prompts that have an image in them. The files config.json and params.safetensors are read from the folder of this script.
+`encode(images)` returns the codes of images, for prompts that have an image in them. The files
+config.json and params.safetensors are read from the folder of this script.
 """
 
 # B images, H height, W width, C channels, E code width, K codes, T codes of an image.

@@ -43,8 +43,8 @@ def random_tokenizer(fields: dict) -> ImageTokenizer:
   rng = np.random.default_rng(0)
 
   def make(x):
-    fan_in = int(np.prod(x.shape[:-1])) if len(x.shape) == 4 else 1 if len(x.shape) == 2 else 100
-    return rng.normal(0, fan_in**-0.5, x.shape).astype(np.float32)
+    std = {1: 0.1, 2: 1.0, 4: int(np.prod(x.shape[:-1])) ** -0.5}[len(x.shape)]
+    return rng.normal(0, std, x.shape).astype(np.float32)
 
   return ImageTokenizer(config, K, jax.tree.map(make, params), batch_size=3)
 
