@@ -115,11 +115,14 @@ def interval(value: float, found: dict) -> str:
 
 def _stage_table(workdir: epath.Path, settings: Settings, name: str, summary: dict) -> Table | None:
   """Returns the figures of a stage, or None."""
+  paths = {line.title: line.path for line in summary_lib.headlines(summary)}
   rows = []
   for line in summary["headlines"]:
-    headline = next(h for h in summary_lib.headlines(summary) if h.title == line["title"])
-    if headline.path.partition(".")[0] == name and line["value"] is not None:
-      rows.append((line["title"], interval(line["value"], line["interval"] or {})))
+    if paths[line["title"]].partition(".")[0] != name or line["value"] is None:
+      continue
+    row = (line["title"], interval(line["value"], line["interval"] or {}))
+    if row not in rows:  # One figure may have several targets.
+      rows.append(row)
   if name == "train":
     of = summary.get("train", {})
     rows += [(title, number(of[key])) for key, title in LOSSES.items() if key in of]

@@ -15,6 +15,7 @@ import yaml
 import cm3leon_jax
 from cm3leon_jax import settings as settings_lib
 from cm3leon_jax.data import builtin_sources, raw_pairs
+from cm3leon_jax.data.origins import most_common
 from cm3leon_jax.generation.text_tasks import QUESTION
 from cm3leon_jax.io import read_json, replacing
 from cm3leon_jax.reports import card_figures
@@ -41,14 +42,14 @@ CAPTIONS = {
 def write(
   folder: epath.PathLike, workdir: epath.PathLike, settings: Settings, step: int, exported: dict
 ) -> None:
-  """Writes README.md into the folder of an export.
+  """Writes README.md into the folder of an export, after its other files, which it describes.
 
   Args:
-    folder: of the export; config.json and image_tokenizer/config.json are there already.
+    folder: of the export.
     workdir: of the run.
-    settings: of the run.
+    settings: of the export; its model and vocab are those of the run.
     step: of the exported parameters.
-    exported: {"architecture", "parameters", "bytes"} of the decoder.
+    exported: "parameters", the number of the decoder's, and "bytes" of its files, if known.
 
   Raises:
     UserError: a file of the workdir is absent or damaged.
@@ -62,60 +63,59 @@ def render(
 ) -> str:
   """Returns the card, see `write`."""
   summary = summary_lib.collect(workdir)
-  described = read_json(folder / "config.json", {"cm3leon": dict})
-  tokenizer = read_json(folder / "image_tokenizer" / "config.json", {"vqgan": dict})["vqgan"]
+  described = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+  architecture = (described.get("architectures") or [""])[0]
   trained = settings_lib.settings_of_run(workdir)
   data, bases = training_data(workdir)
   licenses = {origin["license"] for origin in data}
   if not data or not all(base["known"] for base in bases):
     licenses.add("")
-  licenses = sorted(licenses)
-  return (
-    _environment()
-    .get_template(TEMPLATE)
-    .render(
-      front_matter=front_matter(licenses),
-      version=cm3leon_jax.__version__,
-      exported=exported,
-      model=settings.model,
-      dtype=described.get("dtype", "float32"),
-      position_ids=described["cm3leon"].get("position_ids"),
-      vocab=settings.vocab,
-      side=tokenizer["resolution"],
-      codes=(tokenizer["resolution"] // tokenizer["downsample"]) ** 2,
-      vqgan=tokenizer,
-      sampling=trained.sampling,
-      caption=CAPTIONS.get(trained.raw.source, "a photo of a dog"),
-      question=QUESTION.replace("{}", "..."),
-      trained=trained,
-      changed=[line for line in settings_lib.describe(trained) if "# default:" in line],
-      tasks=sorted(tuned_tasks(summary)),
-      data=data[:MOST_ORIGINS],
-      more_data=len(data) - len(data[:MOST_ORIGINS]),
-      bases=bases,
-      licenses=licenses,
-      cost=summary_lib.cost(summary),
-      step=step,
-      pairs=summary.get("raw", {}).get("train_pairs"),
-      figures=card_figures.collect(workdir, trained, step, summary),
-    )
-  )
+  fields = {
+    "front_matter": front_matter(sorted(licenses), architecture),
+    "version": cm3leon_jax.__version__,
+    "exported": exported,
+    "architecture": architecture,
+    "dtype": described.get("dtype", "float32"),
+    "position_ids": described.get("cm3leon", {}).get("position_ids"),
+    "has_script": (folder / "image_tokenizer" / "decode_image.py").exists(),
+    "model": settings.model,
+    "vocab": settings.vocab,
+    "side": trained.vqgan.resolution,
+    "codes": trained.vqgan.image_tokens,
+    "trained": trained,
+    "caption": CAPTIONS.get(trained.raw.source, "a photo of a dog"),
+    "question": QUESTION.replace("{}", "..."),
+    "changed": [line for line in settings_lib.describe(trained) if "# default:" in line],
+    "tasks": sorted(tuned_tasks(summary)),
+    "data": data[:MOST_ORIGINS],
+    "more_data": len(data) - len(data[:MOST_ORIGINS]),
+    "bases": bases,
+    "licenses": sorted(licenses),
+    "cost": summary_lib.cost(summary),
+    "step": step,
+    "pairs": summary.get("raw", {}).get("train_pairs"),
+    "figures": card_figures.collect(workdir, trained, step, summary),
+  }
+  return _environment().get_template(TEMPLATE).render(fields)
 
 
-def front_matter(licenses: list[str]) -> str:
+def front_matter(licenses: list[str], architecture: str) -> str:
   """Returns the metadata that the hub reads, as YAML.
 
   The license is that of the data if all have the same one and the hub knows it, else "other".
 
   Args:
     licenses: of all training data; "" for an unknown one.
+    architecture: class of `transformers` that loads the decoder; "" if none does.
   """
   only = licenses[0].lower() if len(licenses) == 1 else ""
   fields: dict = {"license": only}
   if only not in HUB_LICENSES:
     fields = {"license": "other", "license_name": "see-license-below", "license_link": CARD}
   tags = ["cm3leon", "cm3leon_jax", "multimodal", "text-to-image", "image-to-text", "retrieval"]
-  fields |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+  if architecture:
+    fields |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+  fields["tags"] = tags
   return yaml.safe_dump(fields, sort_keys=False).rstrip()
 
 
@@ -142,7 +142,7 @@ def training_data(workdir: epath.Path) -> tuple[list[dict], list[dict]]:
 def _origins(folder: epath.Path) -> list[dict] | None:
   """Returns the origins that a workdir or an export has; None if they are not known."""
   if (folder / "raw" / raw_pairs.INDEX).exists():
-    return raw_pairs.read_index(folder / "raw")["origins"]
+    return most_common(raw_pairs.read_index(folder / "raw")["origins"])
   if (folder / "training_data.json").exists():
     return read_json(folder / "training_data.json")
   return None
@@ -157,10 +157,11 @@ def tuned_tasks(summary: dict) -> list[str]:
 def cell(text: str) -> str:
   """Makes a stranger's text harmless in Markdown: as code if it holds more than plain characters.
 
-  cell("Jane, 2020") = "Jane, 2020", cell("[a](b)|<c>") = "`[a](b)\\|<c>`"
+  cell("Jane, 2020") = "Jane, 2020", cell("1.5 [1, 2]") = "1.5 [1, 2]",
+  cell("[a](b)|<c>") = "`[a](b)\\|<c>`"
   """
   text = " ".join(inert(str(text)).split())
-  if re.fullmatch(r"[\w\s.,:;/()+-]*", text):
+  if re.fullmatch(r"[\w\s.,:;/()+%-]*( \[[\d.,e+ -]+\])?", text):
     return text
   return f"`{text.replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 

@@ -198,7 +198,7 @@ def test_figures_stand_with_their_protocol(measured):
   assert "| PSNR of reconstructions, held-out concepts (dB) | 23.5 |" in card
   assert "bits of 3 held-out pairs" in card
   assert "| Bits per image code, true neighbors | 3.39 [3.19, 3.59] |" in card
-  assert "### images for my captions" in card
+  assert "### Images for my captions" in card
   how = (
     "Protocol `mine/images`, 1,200 examples, seed 3, features by inception_tf1, cm3leon_jax 0.0.9,"
   )
@@ -215,7 +215,7 @@ def test_figures_of_other_parameters_are_left_out_and_named(measured):
   for change in ({"step": STEP - 1}, {"inputs": {"train": "t"}}, {"parameters": "before"}):
     write_json(folder / "results.json", result | change)
     card = write_card(root)
-    assert "### images for my captions" not in card
+    assert "### Images for my captions" not in card
     assert "- 1 results of `launch.evaluate --protocol` are of other parameters." in card
   for change in ({"inputs": {"train": "another"}}, {"summary": {"step": STEP - 1}}):
     evaluated = {"step": STEP, "documents": 3, "image": MODALITY, "text": MODALITY}
@@ -280,6 +280,8 @@ def test_data_of_the_run_and_of_its_base_are_listed(measured):
   ("text", "expected"),
   [
     ("Jane Doe, 2020", "Jane Doe, 2020"),
+    ("72.5% [62.0, 1e+02]", "72.5% [62.0, 1e+02]"),
+    ("a [1, 2](b)", "`a [1, 2](b)`"),
     ("https://a.org/b_c (d)", "https://a.org/b_c (d)"),
     ("[a](http://b)|<img src=x>`c`", "`[a](http://b)\\|<img src=x>'c'`"),
     ("two\nlines\x1b[2J", "`two lines⟨U+001B⟩[2J`"),
@@ -290,7 +292,23 @@ def test_texts_of_strangers_are_harmless(text, expected):
   assert model_card.cell(text) == expected
 
 
-def test_an_export_without_its_image_tokenizer_is_refused(measured):
+def test_a_card_names_only_what_the_folder_has(measured):
+  """Of another format: no snippet for `transformers`, no script."""
   root, _ = measured
-  with pytest.raises(UserError, match=r"image_tokenizer/config\.json does not exist"):
-    model_card.write(root / "export", root, SETTINGS, STEP, {"architecture": "a", "parameters": 1})
+  for name, absent in (("image_tokenizer", "decode_image"), ("config.json", "transformers")):
+    path = root / "export" / name
+    path.rmtree() if path.is_dir() else path.unlink()
+    model_card.write(root / "export", root, SETTINGS, STEP, {"parameters": 1234})
+    card = (root / "export" / "README.md").read_text()
+    uses = card.partition("## Limits")[0]
+    assert absent not in uses
+    assert "# CM3Leon, 1,234 parameters, images of 8 x 8 pixels" in card
+  assert "library_name" not in card
+  assert snippets(card) == []
+
+
+def test_a_run_without_settings_is_refused(measured):
+  root, _ = measured
+  write_json(root / "train" / "config.json", {"run": {}})
+  with pytest.raises(UserError, match="was written by an older version and has no settings"):
+    model_card.write(root / "export", root, SETTINGS, STEP, {"parameters": 1})
