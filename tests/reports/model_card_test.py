@@ -295,6 +295,7 @@ def test_texts_of_strangers_are_harmless(text, expected):
 def test_a_card_names_only_what_the_folder_has(measured):
   """Of another format: no snippet for `transformers`, no script."""
   root, _ = measured
+  assert "decode_image" in write_card(root)
   for name, absent in (("image_tokenizer", "decode_image"), ("config.json", "transformers")):
     path = root / "export" / name
     path.rmtree() if path.is_dir() else path.unlink()
