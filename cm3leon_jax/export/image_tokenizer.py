@@ -21,7 +21,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.export import decode_image
 from cm3leon_jax.io import replacing, write_json
 from cm3leon_jax.settings import Settings
-from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer
+from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer, VQGANConfig
 
 FOLDER = "image_tokenizer"
 SCRIPT = "decode_image.py"
@@ -80,6 +80,8 @@ def difference(tokenizer: ImageTokenizer, described: dict) -> str:
     tokenizer: of the run.
     described: content of config.json, see the module.
   """
+  if not isinstance(tokenizer.config, VQGANConfig):
+    return f"it has another structure, {tokenizer.config!r:.200}"
   flat = traverse_util.flatten_dict(jax.device_get(tokenizer.params), sep=".")
   codes = np.random.default_rng(0).integers(tokenizer.num_codes, size=tokenizer.config.image_tokens)
   try:

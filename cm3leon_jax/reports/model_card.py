@@ -49,7 +49,10 @@ def write(
     workdir: of the run.
     settings: of the export; its model and vocab are those of the run.
     step: of the exported parameters.
-    exported: "parameters", the number of the decoder's, and "bytes" of its files, if known.
+    exported: numbers of the export: "parameters" of the decoder; and if known, "bytes" of its
+      files; "image_tokenizer", what `export.image_tokenizer.write` returned; "average": False if
+      the last parameters were exported and not their average; "heldout_bits", {"before", "after"}
+      rounding.
 
   Raises:
     UserError: a file of the workdir is absent or damaged.
@@ -66,6 +69,8 @@ def render(
   described = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
   architecture = (described.get("architectures") or [""])[0]
   trained = settings_lib.settings_of_run(workdir)
+  sizes = {"resolution": trained.vqgan.resolution, "image_tokens": trained.vqgan.image_tokens}
+  sizes |= exported.get("image_tokenizer", {})
   data, bases = training_data(workdir)
   licenses = {origin["license"] for origin in data}
   if not data or not all(base["known"] for base in bases):
@@ -80,8 +85,8 @@ def render(
     "has_script": (folder / "image_tokenizer" / "decode_image.py").exists(),
     "model": settings.model,
     "vocab": settings.vocab,
-    "side": trained.vqgan.resolution,
-    "codes": trained.vqgan.image_tokens,
+    "side": sizes["resolution"],
+    "codes": sizes["image_tokens"],
     "trained": trained,
     "caption": CAPTIONS.get(trained.raw.source, "a photo of a dog"),
     "question": QUESTION.replace("{}", "..."),

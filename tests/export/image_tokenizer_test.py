@@ -1,6 +1,8 @@
 """Tests of the image tokenizer of an export: whole, read back, refused if it is unknown."""
 
+import dataclasses
 import importlib.resources
+import re
 
 from etils import epath
 import jax
@@ -66,6 +68,16 @@ def test_a_network_that_the_script_does_not_compute_is_refused(workdir, tmp_path
   with pytest.raises(UserError, match=r"decode_image\.py does not compute its network \(images d"):
     image_tokenizer.write(tmp_path, workdir, SETTINGS)
   assert not (tmp_path / "image_tokenizer").exists()
+
+
+def test_another_structure_is_named(workdir):
+  @dataclasses.dataclass(frozen=True)
+  class Other:
+    family: str = "f16"
+
+  tokenizer = dataclasses.replace(ImageTokenizer.load(workdir / "vqgan"), config=Other())
+  wrong = image_tokenizer.difference(tokenizer, {})
+  assert re.fullmatch(r"it has another structure, .*Other\(family='f16'\)", wrong)
 
 
 def test_a_tensor_that_is_absent_is_named(workdir):

@@ -209,6 +209,25 @@ def test_figures_stand_with_their_protocol(measured):
   assert "### Not evaluated\n- Safety" in card
 
 
+def test_a_card_says_that_weights_were_rounded_or_no_average(measured):
+  root, _ = measured
+  numbers = {"parameters": 9, "image_tokenizer": {"resolution": 256, "image_tokens": 1024}}
+  for more, expected in (
+    ({}, "All figures are of the parameters exported here.\n"),
+    ({"average": False}, "the last parameters, which are exported here, were not measured.\n"),
+    (
+      {"heldout_bits": {"before": {"image": 1.5}, "after": {"image": 1.625}}},
+      "before they were rounded.\nRounding changes the bits of held-out documents: image 1.5000 "
+      "before, 1.6250 after.\n",
+    ),
+  ):
+    model_card.write(root / "export", root, SETTINGS, STEP, numbers | more)
+    card = (root / "export" / "README.md").read_text()
+    assert expected in card
+    assert "images of 256 x 256 pixels" in card
+    assert "256 x 256 pixels as 1,024 codes" in card
+
+
 def test_figures_of_other_parameters_are_left_out_and_named(measured):
   root, result = measured
   folder = root / "evaluations" / "mine-images-1"
