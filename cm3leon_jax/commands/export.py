@@ -112,7 +112,8 @@ def _export(settings, workdir, choice: formats.Choice, output: str) -> None:
 
 
 def _write(folder, settings, workdir, choice: formats.Choice) -> tuple[dict, str]:
-  """Writes an export; returns its numbers and what a user reads of it."""
+  """Writes an export and its model card; returns its numbers and what a user reads of it."""
+  from cm3leon_jax.reports import model_card
   from cm3leon_jax.training import checkpoint
 
   stored = checkpoint.open_params(workdir / "train", average=choice.average)
@@ -129,6 +130,8 @@ def _write(folder, settings, workdir, choice: formats.Choice) -> tuple[dict, str
         "config.model.align_images is set, so other engines need position_ids after neighbors and "
         "for several images, see `position_ids` in config.json"
       )
+  averaged = {} if choice.average is not False else {"average": False}
+  model_card.write(folder, workdir, settings, stored.step, {**numbers, **averaged})
   return numbers, "; ".join(parts)
 
 

@@ -98,6 +98,7 @@ def write(folder: epath.PathLike, run: Run) -> dict:
     UserError: see `check`.
   """
   from cm3leon_jax.data import raw_pairs
+  from cm3leon_jax.export import image_tokenizer
 
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +108,8 @@ def write(folder: epath.PathLike, run: Run) -> dict:
   write_json(folder / "training_data.json", origins)  # Sources and licenses of the training data.
   about = {**dataclasses.asdict(run.choice), "average": run.params.averaged}
   write_json(folder / ABOUT, {**about, "step": run.params.step})
-  return _module(run.choice).write(folder, run)
+  numbers = image_tokenizer.write(folder, run.workdir, run.settings)
+  return {**numbers, **_module(run.choice).write(folder, run)}
 
 
 def clear(folder: epath.PathLike) -> None:

@@ -279,4 +279,22 @@ EVALUATION = (
     ("any_type_of_seed", "if not isinstance(value, int | np.integer) or", "if value == 0 and"),
     ("halves_of_pairs_accepted", 'if any("\\ud800" <= c', 'if all("\\ud800" <= c'),
   ),
+  *mutants_of(
+    "cm3leon_jax/export/decode_image.py",
+    "tests/export/decode_image_test.py",
+    ("half_an_image_decoded", "if stop - start != count:", "if stop - start > count:"),
+    ("padding_of_numpy_convolutions", "(around // 2, around - around // 2)", "(0, around)"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/export/image_tokenizer.py",
+    "tests/export/image_tokenizer_test.py",
+    ("unknown_network_exported", 'if apart > 1 else ""', 'if apart > 255 else ""'),
+    ("half_a_tokenizer_is_one", "(target / CONFIG).unlink(missing_ok=True)", "pass"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/reports/card_figures.py",
+    "tests/reports/model_card_test.py::test_figures_of_other_parameters_are_left_out_and_named",
+    ("figures_of_another_step", ' and done["summary"].get("step", step) == step', ""),
+    ("figures_before_tuning", ' or "parameters" in result:', ":"),
+  ),
 )

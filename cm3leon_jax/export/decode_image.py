@@ -1,0 +1,345 @@
+"""Decodes image codes to images with numpy and Pillow: neither JAX nor cm3leon_jax is needed.
+
+  python decode_image.py codes.json image.png
+  python decode_image.py --ids generated.json image.png
+
+codes.json has the codes of one image, a list of integers row by row, or a list of such lists. With
+--ids it has token ids of the language model instead, prompts and texts among them: every run of ids
+of image codes is an image. Of several images the files are image_0.png, image_1.png, ...
+
+As a module: `decode(codes)` returns uint8 [B, H, W, 3], `codes_of(ids)` finds the codes in ids, and
+`encode(images)` returns the codes of images, for prompts that have an image in them. The files
+config.json and params.safetensors are read from the folder of this script.
+"""
+
+# B images, H height, W width, C channels, E code width, K codes, T codes of an image.
+
+import argparse
+from collections.abc import Sequence
+import functools
+import json
+import os
+import pathlib
+import struct
+from typing import NamedTuple
+
+import numpy as np
+
+FORMAT = "cm3leon_jax.vqgan"  # The network that `decode_pixels` computes.
+NETWORK = ("stem", "downsample", "encoder_blocks", "decoder_blocks", "local_codes")
+DTYPES = {"F32": "<f4", "F16": "<f2"}
+ROWS = 16  # Of an image, convolved at a time: more take more memory.
+
+
+class Tokenizer(NamedTuple):
+  """A stored image tokenizer.
+
+  Attributes:
+    config: fields of `NETWORK`, "side" in codes, "num_codes" and "token_offset".
+    tensors: name -> fp32.
+  """
+
+  config: dict
+  tensors: dict[str, np.ndarray]
+
+
+def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads a safetensors file: 8 bytes with the length of a JSON header, the header, the tensors.
+
+  Raises:
+    ValueError: it is damaged, or a tensor has a type other than those of `DTYPES`.
+  """
+  data = path.read_bytes()
+  try:
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    tensors = {}
+    for name, about in header.items():
+      if name == "__metadata__":
+        continue
+      if about["dtype"] not in DTYPES:
+        raise ValueError(f"tensor '{name}' is {about['dtype']}, not one of {', '.join(DTYPES)}")
+      start, stop = about["data_offsets"]
+      flat = np.frombuffer(data[8 + length + start : 8 + length + stop], DTYPES[about["dtype"]])
+      tensors[name] = flat.reshape(about["shape"]).astype(np.float32)
+  except (struct.error, KeyError, TypeError, AttributeError, ValueError) as error:
+    raise ValueError(f"{path} cannot be read ({error}): get the file again.") from error
+  return tensors
+
+
+def tokenizer_of(config: dict, tensors: dict[str, np.ndarray]) -> Tokenizer:
+  """Makes a tokenizer of the content of config.json and params.safetensors."""
+  network = config["vqgan"]
+  about = {name: network[name] for name in NETWORK}
+  about["side"] = network["resolution"] // network["downsample"]
+  about |= {name: config[name] for name in ("num_codes", "token_offset")}
+  return Tokenizer(about, tensors)
+
+
+@functools.lru_cache(2)
+def load(folder: str | os.PathLike[str] | None = None) -> Tokenizer:
+  """Reads the tokenizer in a folder, by default that of this script.
+
+  Raises:
+    FileNotFoundError: a file is absent.
+    ValueError: a file is damaged, or of another network than this script computes.
+  """
+  path = pathlib.Path(__file__).resolve().parent if folder is None else pathlib.Path(folder)
+  try:
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    found = config["format"]
+    if found == FORMAT:
+      return tokenizer_of(config, read_safetensors(path / "params.safetensors"))
+  except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    raise ValueError(f"{path / 'config.json'} is damaged ({error!r}): get it again.") from error
+  raise ValueError(
+    f"{path / 'config.json'} has the format {found!r}, and this script decodes {FORMAT!r}: use the "
+    "script that came with the file."
+  )
+
+
+def convolve(x, kernel, bias, stride: int = 1):
+  """Convolves [H, W, C] with a square kernel [k, k, C, D], zeros around it.
+
+  Returns:
+    [H / stride, W / stride, D].
+  """
+  size, around = len(kernel), len(kernel) - stride
+  x = np.pad(x, ((around // 2, around - around // 2),) * 2 + ((0, 0),))
+  windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), (0, 1))[::stride, ::stride]
+  matrix = kernel.transpose(2, 0, 1, 3).reshape(-1, kernel.shape[-1])
+  result = np.empty((*windows.shape[:2], kernel.shape[-1]), np.float32)
+  for start in range(0, len(windows), ROWS):
+    rows = windows[start : start + ROWS]
+    result[start : start + ROWS] = rows.reshape(*rows.shape[:2], -1) @ matrix
+  return result + bias
+
+
+def normalize(x, local: bool):
+  """Shifts and scales [H, W, C] to mean 0 and variance 1: all of it, or each place over C."""
+  axes = 2 if local else (0, 1, 2)
+  x = x - x.mean(axes, keepdims=True)
+  return x / np.sqrt(np.mean(x * x, axes, keepdims=True) + np.float32(1e-5))
+
+
+def silu(x):
+  """Computes x times its logistic function."""
+  return x / (1 + np.exp(np.minimum(-x, 80)))
+
+
+def unit(x):
+  """Scales vectors along the last axis to norm 1."""
+  return x / np.sqrt(np.sum(x * x, -1, keepdims=True) + np.float32(1e-12))
+
+
+def space_to_depth(x, factor: int):
+  """Folds squares of pixels into channels: [factor H, factor W, C] -> [H, W, factor^2 C]."""
+  height, width, channels = x.shape
+  x = x.reshape(height // factor, factor, width // factor, factor, channels)
+  return x.transpose(0, 2, 1, 3, 4).reshape(height // factor, width // factor, -1)
+
+
+def depth_to_space(x, factor: int):
+  """Unfolds channels to squares of pixels: [H, W, factor^2 C] -> [factor H, factor W, C]."""
+  height, width, channels = x.shape
+  x = x.reshape(height, width, factor, factor, channels // factor**2)
+  return x.transpose(0, 2, 1, 3, 4).reshape(height * factor, width * factor, -1)
+
+
+def conv(tokenizer: Tokenizer, name: str, x, stride: int = 1):
+  """Applies the convolution of this name."""
+  tensors = tokenizer.tensors
+  return convolve(x, tensors[f"{name}.kernel"], tensors[f"{name}.bias"], stride)
+
+
+def blocks(tokenizer: Tokenizer, name: str, count: int, x):
+  """Applies `count` residual blocks of two convolutions each."""
+  local = tokenizer.config["local_codes"]
+  for block in (f"{name}.{i}" for i in range(count)):
+    inner = conv(tokenizer, f"{block}.conv1", silu(normalize(x, local)))
+    x = x + conv(tokenizer, f"{block}.conv2", silu(normalize(inner, local)))
+  return x
+
+
+def decode_pixels(tokenizer: Tokenizer, codes):
+  """Decodes the codes of one image, int [T], to fp32 [H, W, 3], about in [-1, 1].
+
+  The decoder of a VQGAN (Esser et al. 2021) with codes of norm 1.
+  """
+  config = tokenizer.config
+  x = unit(tokenizer.tensors["codebook.table"][codes]).reshape(config["side"], config["side"], -1)
+  x = conv(tokenizer, "decoder.conv_in", x)
+  for level, count in enumerate(config["decoder_blocks"][::-1]):
+    if level:
+      x = depth_to_space(conv(tokenizer, f"decoder.ups.{level - 1}", silu(x)), 2)
+    x = blocks(tokenizer, f"decoder.levels.{level}", count, x)
+  x = conv(tokenizer, "decoder.conv_out", silu(normalize(x, config["local_codes"])))
+  return depth_to_space(x, config["stem"])
+
+
+def products(tokenizer: Tokenizer, pixels):
+  """Computes the inner products of an image with all codes, of which the largest is chosen.
+
+  Args:
+    tokenizer: of the image.
+    pixels: fp32 [H, W, 3] in [-1, 1].
+
+  Returns:
+    [T, K].
+  """
+  config = tokenizer.config
+  x = conv(tokenizer, "encoder.conv_in", space_to_depth(pixels, config["stem"]))
+  for level, count in enumerate(config["encoder_blocks"]):
+    if level:
+      x = conv(tokenizer, f"encoder.downs.{level - 1}", silu(x), stride=2)
+    x = blocks(tokenizer, f"encoder.levels.{level}", count, x)
+  x = conv(tokenizer, "encoder.conv_out", normalize(x, config["local_codes"]))
+  return unit(x).reshape(-1, x.shape[-1]) @ unit(tokenizer.tensors["codebook.table"]).T
+
+
+def to_uint8(pixels) -> np.ndarray:
+  """Converts pixels in [-1, 1] to uint8, rounded and clipped."""
+  return np.clip(np.round((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def decode(codes, folder: str | os.PathLike[str] | None = None) -> np.ndarray:
+  """Decodes codes to images.
+
+  Args:
+    codes: integers [B, T] in [0, K), row by row of the image.
+    folder: of config.json and params.safetensors, by default that of this script.
+
+  Returns:
+    uint8 [B, H, W, 3].
+
+  Raises:
+    ValueError: the shape differs, or a code lies outside [0, K).
+  """
+  tokenizer = load(folder)
+  count, num_codes = tokenizer.config["side"] ** 2, tokenizer.config["num_codes"]
+  codes = np.asarray(codes)
+  if codes.ndim != 2 or codes.shape[1] != count or codes.dtype.kind not in "iu":
+    raise ValueError(
+      f"codes are {codes.dtype} {codes.shape}; they must be integers [B, {count}], {count} codes "
+      "for each image."
+    )
+  if codes.size and not (codes.min() >= 0 and codes.max() < num_codes):
+    offset = tokenizer.config["token_offset"]
+    raise ValueError(
+      f"codes range over [{codes.min()}, {codes.max()}]; the codebook has [0, {num_codes}). Token "
+      f"ids of the language model are {offset} larger: `--ids`, or `codes_of`, takes these."
+    )
+  side = tokenizer.config["side"] * tokenizer.config["downsample"]
+  images = np.empty((len(codes), side, side, 3), np.uint8)
+  for i, row in enumerate(codes):
+    images[i] = to_uint8(decode_pixels(tokenizer, row))
+  return images
+
+
+def encode(images, folder: str | os.PathLike[str] | None = None) -> np.ndarray:
+  """Encodes images to codes, int64 [B, T], row by row of the image.
+
+  Args:
+    images: uint8 [B, H, W, 3] of the size that the tokenizer was trained for.
+    folder: as in `decode`.
+
+  Raises:
+    ValueError: shape or dtype differ.
+  """
+  tokenizer = load(folder)
+  side = tokenizer.config["side"] * tokenizer.config["downsample"]
+  images = np.asarray(images)
+  if images.shape[1:] != (side, side, 3) or images.dtype != np.uint8:
+    raise ValueError(
+      f"images are {images.dtype} {images.shape}; they must be uint8 [B, {side}, {side}, 3]."
+    )
+  codes = np.empty((len(images), tokenizer.config["side"] ** 2), np.int64)
+  for i, image in enumerate(images):
+    codes[i] = products(tokenizer, image.astype(np.float32) / 127.5 - 1).argmax(-1)
+  return codes
+
+
+def codes_of(ids: Sequence[int], folder: str | os.PathLike[str] | None = None) -> np.ndarray:
+  """Finds the images in token ids of the language model.
+
+  With offset 512, 4 codes an image:
+    [1, 300, 3, 512, 514, 513, 515, 1] -> [[0, 2, 1, 3]]
+
+  Args:
+    ids: a sequence: prompt, texts and codes.
+    folder: as in `decode`.
+
+  Returns:
+    Codes, int64 [B, T].
+
+  Raises:
+    ValueError: there is no image, or one of another length than T.
+  """
+  config = load(folder).config
+  offset, count = config["token_offset"], config["side"] ** 2
+  ids = np.asarray(ids)
+  if ids.ndim != 1 or ids.dtype.kind not in "iu":
+    raise ValueError(f"ids are {ids.dtype} {ids.shape}; they must be a list of integers.")
+  is_code = (ids >= offset) & (ids < offset + config["num_codes"])
+  edges = np.flatnonzero(np.diff(is_code, prepend=False, append=False)).reshape(-1, 2)
+  if not len(edges):
+    raise ValueError(
+      f"none of the {len(ids)} ids is an image code; these are "
+      f"[{offset}, {offset + config['num_codes']})."
+    )
+  for start, stop in edges:
+    if stop - start != count:
+      raise ValueError(
+        f"the ids at [{start}, {stop}) are {stop - start} image codes in a row; an image has "
+        f"{count}."
+      )
+  return np.array([ids[start:stop] for start, stop in edges]) - offset
+
+
+def read_rows(path: pathlib.Path) -> list[list[int]]:
+  """Reads a JSON file: a list of integers, or a list of such lists.
+
+  Raises:
+    ValueError: it holds something else.
+  """
+  try:
+    values = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is not valid JSON ({error}).") from error
+  rows = values if isinstance(values, list) and values and isinstance(values[0], list) else [values]
+  if not all(isinstance(row, list) and row and all(type(x) is int for x in row) for row in rows):
+    raise ValueError(f"{path} must hold a list of integers, or a list of such lists.")
+  return rows
+
+
+def run(source: pathlib.Path, target: pathlib.Path, are_ids: bool) -> None:
+  """Writes the images of a file and prints their names; raises as `decode` and `codes_of`."""
+  from PIL import Image
+
+  rows = read_rows(source)
+  codes = [row for ids in rows for row in codes_of(ids)] if are_ids else rows
+  lengths = sorted({len(row) for row in codes})
+  if len(lengths) > 1:
+    raise ValueError(f"{source} has lists of {lengths[0]} and {lengths[-1]} codes.")
+  images = decode(np.array(codes))
+  for i, image in enumerate(images):
+    name = target.name if len(images) == 1 else f"{target.stem}_{i}{target.suffix}"
+    Image.fromarray(image).save(target.with_name(name))
+    print(target.with_name(name))
+
+
+def main() -> None:
+  """Runs the command; a mistake is one sentence and the exit code 2."""
+  parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+  parser.add_argument("codes", type=pathlib.Path, help="JSON file: codes, or lists of codes")
+  parser.add_argument("image", type=pathlib.Path, help="image file to write")
+  parser.add_argument("--ids", action="store_true", help="the file has token ids, not codes")
+  flags = parser.parse_args()
+  try:
+    run(flags.codes, flags.image, flags.ids)
+  except (OSError, ValueError) as error:
+    parser.error(str(error))
+
+
+if __name__ == "__main__":
+  main()

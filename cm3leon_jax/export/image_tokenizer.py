@@ -1,0 +1,96 @@
+"""Writes the image tokenizer of an export: weights, config, and a decoder that needs numpy alone.
+
+DIR/image_tokenizer/ has params.safetensors and config.json of the run's vqgan/, which
+`ImageTokenizer.load` reads, and decode_image.py, which decodes codes without this package. Of
+config.json it reads `vqgan`, `num_codes` and `token_offset`: code c is the token token_offset + c
+of the language model.
+"""
+
+# K codes, T codes of an image.
+
+import dataclasses
+import importlib.resources
+import shutil
+
+from etils import epath
+from flax import traverse_util
+import jax
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.export import decode_image
+from cm3leon_jax.io import replacing, write_json
+from cm3leon_jax.settings import Settings
+from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer, VQGANConfig
+
+FOLDER = "image_tokenizer"
+SCRIPT = "decode_image.py"
+
+
+def write(folder: epath.PathLike, workdir: epath.PathLike, settings: Settings) -> dict:
+  """Writes `FOLDER` into the folder of an export; config.json comes last.
+
+  Args:
+    folder: of the export.
+    workdir: of the run, whose vqgan/ is copied byte for byte.
+    settings: of the run.
+
+  Returns:
+    {"image_tokenizer": {"resolution" in pixels, "image_tokens", "num_codes", "bytes"}}.
+
+  Raises:
+    UserError: the stage `train_vqgan` has not run or its files are damaged, or decode_image.py
+      does not compute its network.
+  """
+  source, target = epath.Path(workdir) / "vqgan", epath.Path(folder) / FOLDER
+  tokenizer = ImageTokenizer.load(source)
+  described = {
+    "format": decode_image.FORMAT,
+    "vqgan": dataclasses.asdict(tokenizer.config),
+    "num_codes": tokenizer.num_codes,
+    "token_offset": settings.vocab.text_size,
+  }
+  if wrong := difference(tokenizer, described):
+    raise UserError(
+      f"the image tokenizer in {source} cannot be exported: {SCRIPT} does not compute its network "
+      f"({wrong})."
+    )
+  target.mkdir(parents=True, exist_ok=True)
+  (target / CONFIG).unlink(missing_ok=True)  # Half a tokenizer has none.
+  with replacing(target / PARAMS) as file, (source / PARAMS).open("rb") as given:
+    shutil.copyfileobj(given, file)
+  with replacing(target / SCRIPT, "w") as file:
+    file.write(importlib.resources.files(__package__).joinpath(SCRIPT).read_text(encoding="utf-8"))
+  write_json(target / CONFIG, described)
+  about = {
+    "resolution": tokenizer.config.resolution,
+    "image_tokens": tokenizer.config.image_tokens,
+    "num_codes": tokenizer.num_codes,
+    "bytes": (target / PARAMS).stat().length,
+  }
+  return {FOLDER: about}
+
+
+def difference(tokenizer: ImageTokenizer, described: dict) -> str:
+  """Says how the numpy decoder differs from a tokenizer; "" if it does not.
+
+  Both decode one image of random codes. Rounding may move a pixel by one level of 255.
+
+  Args:
+    tokenizer: of the run.
+    described: content of config.json, see the module.
+  """
+  if not isinstance(tokenizer.config, VQGANConfig):
+    return f"it has another structure, {tokenizer.config!r:.200}"
+  flat = traverse_util.flatten_dict(jax.device_get(tokenizer.params), sep=".")
+  codes = np.random.default_rng(0).integers(tokenizer.num_codes, size=tokenizer.config.image_tokens)
+  try:
+    pixels = decode_image.decode_pixels(decode_image.tokenizer_of(described, flat), codes)
+  except KeyError as error:
+    return f"it has no {error}"
+  except ValueError as error:
+    return str(error)
+  with jax.default_matmul_precision("highest"):
+    expected = dataclasses.replace(tokenizer, batch_size=1).decode(codes[None])[0]
+  apart = int(np.abs(decode_image.to_uint8(pixels).astype(int) - expected).max())
+  return f"images differ by {apart} levels of 255" if apart > 1 else ""

@@ -1,0 +1,222 @@
+"""Collects what was measured of a trained model, each figure with the way it was measured."""
+
+from collections.abc import Iterator
+import dataclasses
+
+from etils import epath
+
+from cm3leon_jax import stages
+from cm3leon_jax.evaluation import scene_table
+from cm3leon_jax.evaluation.protocols.metrics import METRICS
+from cm3leon_jax.evaluation.protocols.results import RESULTS, number
+from cm3leon_jax.io import read_json
+from cm3leon_jax.reports import instruction_section
+from cm3leon_jax.reports import summary as summary_lib
+from cm3leon_jax.settings import Settings
+
+EVALUATIONS = "evaluations"
+LOSSES = {
+  "heldout_loss": "Held-out loss (nats per target)",
+  "heldout_image_loss": "Held-out loss, image codes (nats per code)",
+  "heldout_text_loss": "Held-out loss, text (nats per token)",
+}
+TITLES = {"vqgan": "Image tokenizer", "train": "Held-out loss", "evaluation": "Held-out documents"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """Figures that were measured in one way.
+
+  Attributes:
+    title: of the table.
+    how: the protocol: command, data, number of examples, settings.
+    columns: titles.
+    rows: texts, one for each column.
+  """
+
+  title: str
+  how: str
+  columns: tuple[str, ...]
+  rows: tuple[tuple[str, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+  """All figures of a trained model.
+
+  Attributes:
+    tables: with at least one row each.
+    missing: sentences about what was not measured, or of other parameters.
+  """
+
+  tables: tuple[Table, ...]
+  missing: tuple[str, ...]
+
+
+def collect(workdir: epath.PathLike, settings: Settings, step: int, summary: dict) -> Figures:
+  """Collects the figures that a workdir has of the parameters of a step.
+
+  Args:
+    workdir: of the run.
+    settings: of its training.
+    step: of the parameters.
+    summary: result of `summary.collect`.
+
+  Raises:
+    UserError: a file is damaged.
+  """
+  workdir = epath.Path(workdir)
+  tables, missing = [], []
+  for name in TITLES:
+    if table := _stage_table(workdir, settings, name, summary):
+      if name == "evaluation" and not _is_of(workdir, name, step):
+        missing.append("`launch.evaluate`: its figures are of another training, and left out.")
+      else:
+        tables.append(table)
+    elif name == "evaluation":
+      missing.append(
+        "`launch.evaluate` (bits of held-out documents, judged images): not evaluated."
+      )
+  if (workdir / "grades" / stages.DONE).exists():
+    if _is_of(workdir, "grades", step):
+      tables.append(_grades(workdir))
+    else:
+      missing.append("`launch.grade_instructions`: of another training, and left out.")
+  elif (workdir / "instructions").exists():
+    missing.append("`launch.grade_instructions` (answers to instructions).")
+  protocols, others = _protocols(workdir, step)
+  tables += protocols
+  if others:
+    missing.append(f"{others} results of `launch.evaluate --protocol` are of other parameters.")
+  if not protocols:
+    missing.append(
+      "The field's metrics (FID, CMMD, CLIP score, CIDEr, VQA accuracy; "
+      "`launch.evaluate --protocol`)."
+    )
+  return Figures(tuple(tables), tuple(missing))
+
+
+def _is_of(workdir: epath.Path, name: str, step: int) -> bool:
+  """Returns whether a stage measured the training that is in the workdir, at this step."""
+  done = read_json(workdir / name / stages.DONE, {"config": dict, "summary": dict})
+  read = done["config"].get("inputs", {}).get("train")
+  return (
+    read == stages.require(workdir, "train")["id"] and done["summary"].get("step", step) == step
+  )
+
+
+def interval(value: float, found: dict) -> str:
+  """Formats a figure with its 95% interval: "1.02 [0.97, 1.08]"."""
+  text = number(value)
+  if found.get("low") is None:
+    return text
+  return f"{text} [{number(found['low'])}, {number(found['high'])}]"
+
+
+def _stage_table(workdir: epath.Path, settings: Settings, name: str, summary: dict) -> Table | None:
+  """Returns the figures of a stage, or None."""
+  paths = {line.title: line.path for line in summary_lib.headlines(summary)}
+  rows = []
+  for line in summary["headlines"]:
+    if paths[line["title"]].partition(".")[0] != name or line["value"] is None:
+      continue
+    row = (line["title"], interval(line["value"], line["interval"] or {}))
+    if row not in rows:  # One figure may have several targets.
+      rows.append(row)
+  if name == "train":
+    of = summary.get("train", {})
+    rows += [(title, number(of[key])) for key, title in LOSSES.items() if key in of]
+  if not rows:
+    return None
+  how = _how(workdir, settings, name, summary)
+  return Table(TITLES[name], how, ("measure", "value"), tuple(rows))
+
+
+def _how(workdir: epath.Path, settings: Settings, name: str, summary: dict) -> str:
+  """Says how a stage measured its figures."""
+  if name == "vqgan":
+    return (
+      "`launch.train_vqgan`: images of held-out pairs, encoded and decoded, less near duplicates "
+      "of training images."
+    )
+  if name == "train":
+    return (
+      f"`launch.train`, at its end: {settings.train.eval_batches} batches of held-out documents, "
+      "each after the neighbors that its caption finds; the targets of the document alone."
+    )
+  config = read_json(workdir / name / stages.DONE, {"config": dict})["config"]
+  found, fields = summary[name], config.get("evaluation", {})
+  texts = [
+    f"`launch.evaluate`, seed {config.get('seed')}: bits of {found.get('documents')} held-out "
+    "pairs, whose captions retrieve the neighbors."
+  ]
+  if "scenes" in found:
+    weights = ", ".join(f"{x:g}" for x in fields.get("scene_guidance", ()))
+    texts.append(
+      f"Images for {fields.get('scenes')} held-out captions, drawn at guidance {weights}, judged "
+      f"exactly; neighbors before a caption: {fields.get('scene_neighbors')}; figures are of the "
+      f"best weight, {found['scenes'].get('best', {}).get('title', 'of those')}."
+    )
+  return " ".join(texts)
+
+
+def _grades(workdir: epath.Path) -> Table:
+  """Returns the shares of right answers to held-out instructions."""
+  found = instruction_section.read(workdir, lambda path: None)
+  config = read_json(workdir / "grades" / stages.DONE, {"config": dict})["config"]
+  rows = [
+    (row["label"], f"{row['answers']:,}", *map(scene_table.share, row["cells"]))
+    for row in found["rows"]
+  ]
+  for kind, shares in found["means"].items():
+    cells = (f"{shares[title]:.1%}" if title in shares else "-" for title in found["titles"])
+    rows.append((f"mean of {kind}", "", *cells))
+  how = (
+    f"`launch.grade_instructions`, seed {config.get('seed')}: answers to held-out instructions, "
+    "judged exactly. Before: of the parameters that the tuning began from; majority: the most "
+    "frequent answer; copy: the given image; tokenizer: the true image, encoded and decoded. "
+    "Kept: all that the instruction does not touch is as it was."
+  )
+  return Table("Instructions", how, ("task", "answers", *found["titles"]), tuple(rows))
+
+
+def _protocols(workdir: epath.Path, step: int) -> tuple[list[Table], int]:
+  """Returns the tables of protocols, and the number of results of other parameters."""
+  tables, others = [], 0
+  for result in _results(workdir):
+    same = result["inputs"].get("train") == stages.require(workdir, "train")["id"]
+    if not same or result["step"] != step or "parameters" in result:
+      others += 1
+      continue
+    metrics = result["metrics"]
+    titles = [METRICS[name].title if name in METRICS else name for name in metrics]
+    rows = []
+    for name, column in result["columns"].items():
+      cells = [column["metrics"].get(metric) for metric in metrics]
+      shown = ("-" if x is None or x["value"] is None else interval(x["value"], x) for x in cells)
+      rows.append((name, *shown))
+    tables.append(
+      Table(result["title"], _how_by_protocol(result), ("column", *titles), tuple(rows))
+    )
+  return tables, others
+
+
+def _how_by_protocol(result: dict) -> str:
+  """Says by which protocol, on how many examples and by which code results were measured."""
+  parts = [f"Protocol `{result['name']}`, {result['examples']:,} examples, seed {result['seed']}"]
+  if result.get("extractor"):
+    parts.append(f"features by {result['extractor']['name']}")
+  if result.get("scorer"):
+    parts.append(f"CLIP scores by the CLIP {result['scorer']['tensors'][:12]}")
+  parts.append(f"cm3leon_jax {result['version']}")
+  if result.get("git"):
+    parts.append(f"commit {result['git'][:12]}")
+  return f"{', '.join(parts)}, on {result['device']}."
+
+
+def _results(workdir: epath.Path) -> Iterator[dict]:
+  """Reads the results of all protocols, by their names."""
+  fields = {"name": str, "inputs": dict, "step": int, "columns": dict, "metrics": list}
+  fields |= {"title": str, "examples": int, "seed": int, "version": str, "device": str}
+  for path in sorted((workdir / EVALUATIONS).glob(f"*/{RESULTS}")):
+    yield read_json(path, fields)

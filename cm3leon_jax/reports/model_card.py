@@ -1,0 +1,186 @@
+"""Writes the model card of an export: README.md, as the Hugging Face Hub reads it.
+
+Its figures are those that the workdir has, each with the way it was measured; what was not measured
+is named. The snippets run in the folder of the export.
+"""
+
+import importlib.resources
+import json
+import re
+
+from etils import epath
+import jinja2
+import yaml
+
+import cm3leon_jax
+from cm3leon_jax import settings as settings_lib
+from cm3leon_jax.data import builtin_sources, raw_pairs
+from cm3leon_jax.data.origins import most_common
+from cm3leon_jax.generation.text_tasks import QUESTION
+from cm3leon_jax.io import read_json, replacing
+from cm3leon_jax.reports import card_figures
+from cm3leon_jax.reports import summary as summary_lib
+from cm3leon_jax.reports.report import clock, inert
+from cm3leon_jax.settings import Settings
+
+CARD = "README.md"
+TEMPLATE = "model_card.md.jinja"
+MOST_ORIGINS = 20
+# Licenses of data that the hub knows, by their SPDX names in lower case; there they mean the same.
+HUB_LICENSES = (
+  *("apache-2.0", "bsd-2-clause", "bsd-3-clause", "mit", "gpl-3.0", "unlicense", "cc0-1.0"),
+  *("cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nd-4.0"),
+  *("cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0"),
+  *("odc-by", "odbl"),
+)
+CAPTIONS = {
+  builtin_sources.SCENES: "a green bell to the left of a blue key",
+  builtin_sources.OPENMOJI: "red apple",
+}
+
+
+def write(
+  folder: epath.PathLike, workdir: epath.PathLike, settings: Settings, step: int, exported: dict
+) -> None:
+  """Writes README.md into the folder of an export, after its other files, which it describes.
+
+  Args:
+    folder: of the export.
+    workdir: of the run.
+    settings: of the export; its model and vocab are those of the run.
+    step: of the exported parameters.
+    exported: numbers of the export: "parameters" of the decoder; and if known, "bytes" of its
+      files; "image_tokenizer", what `export.image_tokenizer.write` returned; "average": False if
+      the last parameters were exported and not their average; "heldout_bits", {"before", "after"}
+      rounding.
+
+  Raises:
+    UserError: a file of the workdir is absent or damaged.
+  """
+  with replacing(epath.Path(folder) / CARD, "w") as file:
+    file.write(render(epath.Path(folder), epath.Path(workdir), settings, step, exported))
+
+
+def render(
+  folder: epath.Path, workdir: epath.Path, settings: Settings, step: int, exported: dict
+) -> str:
+  """Returns the card, see `write`."""
+  summary = summary_lib.collect(workdir)
+  described = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+  architecture = (described.get("architectures") or [""])[0]
+  trained = settings_lib.settings_of_run(workdir)
+  sizes = {"resolution": trained.vqgan.resolution, "image_tokens": trained.vqgan.image_tokens}
+  sizes |= exported.get("image_tokenizer", {})
+  data, bases = training_data(workdir)
+  licenses = {origin["license"] for origin in data}
+  if not data or not all(base["known"] for base in bases):
+    licenses.add("")
+  fields = {
+    "front_matter": front_matter(sorted(licenses), architecture),
+    "version": cm3leon_jax.__version__,
+    "exported": exported,
+    "architecture": architecture,
+    "dtype": described.get("dtype", "float32"),
+    "position_ids": described.get("cm3leon", {}).get("position_ids"),
+    "has_script": (folder / "image_tokenizer" / "decode_image.py").exists(),
+    "model": settings.model,
+    "vocab": settings.vocab,
+    "side": sizes["resolution"],
+    "codes": sizes["image_tokens"],
+    "trained": trained,
+    "caption": CAPTIONS.get(trained.raw.source, "a photo of a dog"),
+    "question": QUESTION.replace("{}", "..."),
+    "changed": [line for line in settings_lib.describe(trained) if "# default:" in line],
+    "tasks": sorted(tuned_tasks(summary)),
+    "data": data[:MOST_ORIGINS],
+    "more_data": len(data) - len(data[:MOST_ORIGINS]),
+    "bases": bases,
+    "licenses": sorted(licenses),
+    "cost": summary_lib.cost(summary),
+    "step": step,
+    "pairs": summary.get("raw", {}).get("train_pairs"),
+    "figures": card_figures.collect(workdir, trained, step, summary),
+  }
+  return _environment().get_template(TEMPLATE).render(fields)
+
+
+def front_matter(licenses: list[str], architecture: str) -> str:
+  """Returns the metadata that the hub reads, as YAML.
+
+  The license is that of the data if all have the same one and the hub knows it, else "other".
+
+  Args:
+    licenses: of all training data; "" for an unknown one.
+    architecture: class of `transformers` that loads the decoder; "" if none does.
+  """
+  only = licenses[0].lower() if len(licenses) == 1 else ""
+  fields: dict = {"license": only}
+  if only not in HUB_LICENSES:
+    fields = {"license": "other", "license_name": "see-license-below", "license_link": CARD}
+  tags = ["cm3leon", "cm3leon_jax", "multimodal", "text-to-image", "image-to-text", "retrieval"]
+  if architecture:
+    fields |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+  fields["tags"] = tags
+  return yaml.safe_dump(fields, sort_keys=False).rstrip()
+
+
+def training_data(workdir: epath.Path) -> tuple[list[dict], list[dict]]:
+  """Returns the origins of the training data of a run and of the runs that it began from.
+
+  Returns:
+    Origins, {"run", "kind", "source", "license", "attribution", "records"} each; and the models
+    that the parameters began from, {"name", "known": whether their origins are} each.
+  """
+  data, bases, folder, seen = [], [], workdir, set()
+  while str(folder) not in seen:
+    seen.add(str(folder))
+    found = _origins(folder)
+    if folder != workdir:
+      bases.append({"name": folder.name, "known": found is not None})
+    data += [{"run": folder.name, **origin} for origin in found or ()]
+    path = folder / "train" / "config.json"
+    run = read_json(path, {"run": dict})["run"] if path.exists() else {}
+    folder = epath.Path((run.get("init_from") or {"source": folder})["source"])
+  return data, bases
+
+
+def _origins(folder: epath.Path) -> list[dict] | None:
+  """Returns the origins that a workdir or an export has; None if they are not known."""
+  if (folder / "raw" / raw_pairs.INDEX).exists():
+    return most_common(raw_pairs.read_index(folder / "raw")["origins"])
+  if (folder / "training_data.json").exists():
+    return read_json(folder / "training_data.json")
+  return None
+
+
+def tuned_tasks(summary: dict) -> list[str]:
+  """Returns the names of the tasks of instruction tuning; [] if there was none."""
+  names = summary.get("instructions", {})
+  return [name.removeprefix("train_") for name in names if name.startswith("train_")]
+
+
+def cell(text: str) -> str:
+  """Makes a stranger's text harmless in Markdown: as code if it holds more than plain characters.
+
+  cell("Jane, 2020") = "Jane, 2020", cell("1.5 [1, 2]") = "1.5 [1, 2]",
+  cell("[a](b)|<c>") = "`[a](b)\\|<c>`"
+  """
+  text = " ".join(inert(str(text)).split())
+  if re.fullmatch(r"[\w\s.,:;/()+%-]*( \[[\d.,e+ -]+\])?", text):
+    return text
+  return f"`{text.replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+
+
+def _environment() -> jinja2.Environment:
+  folder = importlib.resources.files(__package__)
+  environment = jinja2.Environment(
+    loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+    autoescape=False,
+  )
+  environment.filters |= {"cell": cell, "clock": clock, "quoted": json.dumps}
+  environment.filters["count"] = lambda x: f"{x:,}"
+  return environment

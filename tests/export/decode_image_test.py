@@ -1,0 +1,255 @@
+"""Tests that the numpy decoder of an export decodes as the image tokenizer does."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+from safetensors import numpy as safetensors
+
+from cm3leon_jax.export import decode_image, image_tokenizer
+from cm3leon_jax.tokenizers import vqgan
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
+from tests.generation.run import SETTINGS
+
+K = 24
+TOLERANCE = 1e-4  # Of pixels in [-1, 1], fp32.
+PLAIN = {"resolution": 16, "downsample": 4, "width": 8, "code_dim": 4, "multipliers": (1, 2)}
+PLAIN |= {"encoder_blocks": (0, 0), "decoder_blocks": (0, 1)}
+VARIANTS = {
+  "plain": PLAIN,
+  "blocks of each level": PLAIN | {"decoder_blocks": (2, 1)},
+  "stem of one pixel, three levels": PLAIN
+  | {"stem": 1, "multipliers": (1, 2, 3), "encoder_blocks": (0,) * 3, "decoder_blocks": (1, 0, 1)},
+  "one level": PLAIN
+  | {"stem": 4, "multipliers": (1,), "encoder_blocks": (0,), "decoder_blocks": (2,)},
+  "local codes": PLAIN
+  | {"stem": 4, "multipliers": (1,), "encoder_blocks": (1,), "decoder_blocks": (2,)}
+  | {"local_codes": True},
+  # More rows than `decode_image.ROWS`.
+  "large": PLAIN | {"resolution": 48, "downsample": 2, "stem": 2, "multipliers": (1,)}
+  | {"encoder_blocks": (0,), "decoder_blocks": (1,)},
+}  # fmt: skip
+
+
+def random_tokenizer(fields: dict) -> ImageTokenizer:
+  """A tokenizer whose biases are not zero."""
+  config = VQGANConfig(**fields, adversarial_weight=0.0)
+  params = jax.eval_shape(lambda: vqgan.init_params(config, K, jax.random.key(0)))
+  rng = np.random.default_rng(0)
+
+  def make(x):
+    std = {1: 0.1, 2: 1.0, 4: int(np.prod(x.shape[:-1])) ** -0.5}[len(x.shape)]
+    return rng.normal(0, std, x.shape).astype(np.float32)
+
+  return ImageTokenizer(config, K, jax.tree.map(make, params), batch_size=3)
+
+
+def pixels_of(tokenizer: ImageTokenizer, codes):
+  """Decodes to fp32 pixels with JAX."""
+  side = tokenizer.config.resolution // tokenizer.config.downsample
+
+  @jax.jit
+  def run(params, codes):
+    model = vqgan.bind(tokenizer.config, K, params)
+    return model.decoder(model.codebook(codes.reshape(-1, side, side)))
+
+  return np.asarray(run(tokenizer.params, codes))
+
+
+def save(tokenizer: ImageTokenizer, folder):
+  """Writes a vqgan/ and the image tokenizer of an export; returns the folder of the latter."""
+  tokenizer.save(folder / "run" / "vqgan")
+  image_tokenizer.write(folder / "export", folder / "run", SETTINGS)
+  return folder / "export" / image_tokenizer.FOLDER
+
+
+@pytest.fixture(params=VARIANTS, scope="module")
+def variant(request, tmp_path_factory):
+  """Tokenizer, its exported folder, codes of three images, and their pixels by JAX."""
+  tokenizer = random_tokenizer(VARIANTS[request.param])
+  codes = np.random.default_rng(1).integers(0, K, (3, tokenizer.config.image_tokens))
+  folder = save(tokenizer, tmp_path_factory.mktemp("variant"))
+  return tokenizer, folder, codes, pixels_of(tokenizer, codes)
+
+
+def test_pixels_are_those_of_the_image_tokenizer(variant):
+  tokenizer, folder, codes, expected = variant
+  pixels = np.array([decode_image.decode_pixels(decode_image.load(folder), row) for row in codes])
+  assert expected.std() > 0.2
+  assert np.abs(pixels - expected).max() < TOLERANCE
+  images = decode_image.decode(codes, folder)
+  assert images.dtype == np.uint8
+  levels = (expected + 1) * 127.5
+  tie = np.abs(levels - np.floor(levels) - 0.5) < 127.5 * TOLERANCE
+  assert tie.mean() < 0.1
+  np.testing.assert_array_equal(images[~tie], tokenizer.decode(codes)[~tie])
+
+
+def test_every_tensor_is_read_and_normalization_counts(variant):
+  """Negative control: another tensor, or another normalization, gives other pixels."""
+  _, folder, codes, expected = variant
+  config, tensors = decode_image.load(folder)
+  for name, tensor in tensors.items():
+    if name.startswith("encoder."):
+      continue
+    changed = tensors | {name: tensor + 0.1 * np.sign(tensor)}
+    pixels = decode_image.decode_pixels(decode_image.Tokenizer(config, changed), codes[0])
+    assert np.abs(pixels - expected[0]).max() > 100 * TOLERANCE, name
+  other = config | {"local_codes": not config["local_codes"]}
+  pixels = decode_image.decode_pixels(decode_image.Tokenizer(other, tensors), codes[0])
+  assert np.abs(pixels - expected[0]).max() > 100 * TOLERANCE
+
+
+def test_images_are_encoded_as_by_the_image_tokenizer(variant):
+  tokenizer, folder, _, _ = variant
+  side = tokenizer.config.resolution
+  images = np.random.default_rng(3).integers(0, 256, (3, side, side, 3)).astype(np.uint8)
+  codes, expected = decode_image.encode(images, folder), tokenizer.encode(images)
+  assert len(np.unique(expected)) > 4
+  for image, found, right in zip(images, codes, expected):
+    near = decode_image.products(decode_image.load(folder), image.astype(np.float32) / 127.5 - 1)
+    places = np.arange(len(right))
+    tie = near[places, found] - near[places, right] < 1e-5  # Of two codes either is the nearest.
+    np.testing.assert_array_equal(found[~tie], right[~tie])
+    assert (found == right).mean() > 0.9
+  with pytest.raises(ValueError, match=rf"uint8 \(3, {side}, {side - 1}, 3\); they must be uint8"):
+    decode_image.encode(images[:, :, 1:], folder)
+
+
+def test_an_image_does_not_depend_on_the_others(variant):
+  _, folder, codes, _ = variant
+  whole = decode_image.decode(codes, folder)
+  np.testing.assert_array_equal(decode_image.decode(codes[1:2], folder), whole[1:2])
+  assert decode_image.decode(codes[:0], folder).shape == (0, *whole.shape[1:])
+
+
+def test_weights_in_half_precision_are_read(tmp_path):
+  tokenizer = random_tokenizer(PLAIN)
+  folder = save(tokenizer, tmp_path)
+  path = folder / "params.safetensors"
+  halved = {name: x.astype(np.float16) for name, x in safetensors.load_file(path).items()}
+  safetensors.save_file(halved, path, {"format": "np"})
+  codes = np.arange(16)[None]
+  rounded = jax.tree.map(lambda x: x.astype(np.float16).astype(np.float32), tokenizer.params)
+  expected = pixels_of(dataclasses.replace(tokenizer, params=rounded), codes)
+  found = decode_image.decode_pixels(decode_image.load(folder), codes[0])
+  assert np.abs(found - expected[0]).max() < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return save(random_tokenizer(PLAIN), tmp_path_factory.mktemp("plain"))
+
+
+def test_codes_are_found_in_ids(folder):
+  offset = SETTINGS.vocab.text_size
+  first, second = np.arange(16), np.arange(16)[::-1]
+  ids = [1, 9, 3, *(first + offset), 3, *(second + offset), 1]
+  np.testing.assert_array_equal(decode_image.codes_of(ids, folder), [first, second])
+  with pytest.raises(ValueError, match=r"ids at \[3, 18\) are 15 image codes in a row; an image h"):
+    decode_image.codes_of([*ids[:18], *ids[19:]], folder)
+  with pytest.raises(ValueError, match=rf"none of the 3 ids .* \[{offset}, {offset + K}\)"):
+    decode_image.codes_of([1, 9, 3], folder)
+  with pytest.raises(ValueError, match="must be a list of integers"):
+    decode_image.codes_of([ids], folder)
+
+
+@pytest.mark.parametrize(
+  ("codes", "message"),
+  [
+    (np.zeros((1, 15), int), r"codes are int64 \(1, 15\); they must be integers \[B, 16\]"),
+    (np.zeros(16, int), r"codes are int64 \(16,\)"),
+    (np.zeros((1, 16)), r"codes are float64 \(1, 16\)"),
+    (np.full((1, 16), K), rf"range over \[{K}, {K}\]; the codebook has \[0, {K}\)\. Token ids"),
+    (np.full((1, 16), -1), r"range over \[-1, -1\]"),
+  ],
+)
+def test_other_codes_are_refused(folder, codes, message):
+  with pytest.raises(ValueError, match=message):
+    decode_image.decode(codes, folder)
+
+
+def run_script(folder, *arguments):
+  """Runs the script as its users do, without what they may not have."""
+  absent = "jax", "flax", "cm3leon_jax", "safetensors", "torch"
+  code = f"import runpy, sys; sys.modules.update(dict.fromkeys({absent})); del sys.argv[0]; "
+  code += "sys.path.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+  command = [sys.executable, "-c", code, str(folder / "decode_image.py"), *map(str, arguments)]
+  return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_script_writes_images_without_this_package(folder, tmp_path):
+  codes = np.random.default_rng(2).integers(0, K, (2, 16))
+  expected = decode_image.decode(codes, folder)
+  source, target = tmp_path / "codes.json", tmp_path / "image.png"
+  source.write_text(json.dumps(codes[0].tolist()))
+  done = run_script(folder, source, target)
+  assert (done.returncode, done.stdout, done.stderr) == (0, f"{target}\n", "")
+  np.testing.assert_array_equal(np.asarray(Image.open(target)), expected[0])
+  ids = [1, *(codes[0] + SETTINGS.vocab.text_size).tolist(), 3]
+  ids += [*(codes[1] + SETTINGS.vocab.text_size).tolist(), 1]
+  source.write_text(json.dumps(ids))
+  done = run_script(folder, "--ids", source, target)
+  names = [tmp_path / "image_0.png", tmp_path / "image_1.png"]
+  assert done.stdout.split() == list(map(str, names))
+  for name, image in zip(names, expected):
+    np.testing.assert_array_equal(np.asarray(Image.open(name)), image)
+
+
+@pytest.mark.parametrize(
+  ("content", "target", "message"),
+  [
+    ("[1, 2", "a.png", "codes.json is not valid JSON"),
+    ('{"codes": [1]}', "a.png", "codes.json must hold a list of integers, or a list of such lists"),
+    ("[]", "a.png", "must hold a list of integers"),
+    ("[[1, true]]", "a.png", "must hold a list of integers"),
+    ("[[1], [1, 2]]", "a.png", "codes.json has lists of 1 and 2 codes"),
+    ("[1, 2]", "a.png", "codes are int64 (1, 2); they must be integers [B, 16]"),
+    (json.dumps([0] * 16), "a.pong", "unknown file extension: .pong"),
+    (None, "a.png", "No such file or directory"),
+  ],
+)
+def test_a_mistake_is_one_sentence(folder, tmp_path, monkeypatch, capsys, content, target, message):
+  """In this process, which has all imports."""
+  source = tmp_path / "codes.json"
+  if content is not None:
+    source.write_text(content)
+  monkeypatch.setattr(decode_image, "__file__", str(folder / "decode_image.py"))
+  decode_image.load.cache_clear()
+  monkeypatch.setattr(sys, "argv", ["decode_image.py", str(source), str(tmp_path / target)])
+  with pytest.raises(SystemExit) as stopped:
+    decode_image.main()
+  decode_image.load.cache_clear()
+  assert stopped.value.code == 2
+  assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_damaged_files_are_refused(folder, tmp_path):
+  for name in ("config.json", "params.safetensors"):
+    (tmp_path / name).write_bytes((folder / name).read_bytes())
+  path = tmp_path / "params.safetensors"
+  whole = path.read_bytes()
+  for data, message in (
+    (whole[:-9], "cannot be read"),
+    (whole[:5], "cannot be read"),
+    (whole.replace(b'"F32"', b'"I32"'), "is I32, not one of F32, F16"),
+  ):
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+      decode_image.load(tmp_path)
+  path.write_bytes(whole)
+  assert decode_image.load(tmp_path)
+  decode_image.load.cache_clear()
+  for content, message in (
+    ('{"format": "diffusers"}', "has the format 'diffusers', and this script decodes"),
+    ('{"vqgan": {}}', r"is damaged \(KeyError\('format'\)\)"),
+    ("[", "is damaged"),
+  ):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+      decode_image.load(tmp_path)

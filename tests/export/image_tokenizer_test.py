@@ -1,0 +1,96 @@
+"""Tests of the image tokenizer of an export: whole, read back, refused if it is unknown."""
+
+import dataclasses
+import importlib.resources
+import re
+
+from etils import epath
+import jax
+import numpy as np
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.export import decode_image, image_tokenizer
+from cm3leon_jax.io import read_json
+from cm3leon_jax.tokenizers import vqgan
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from tests.generation.run import SETTINGS
+
+K = SETTINGS.vocab.image_size
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  root = epath.Path(tmp_path_factory.mktemp("run"))
+  params = vqgan.init_params(SETTINGS.vqgan, K, jax.random.key(0))
+  ImageTokenizer(SETTINGS.vqgan, K, params, batch_size=2).save(root / "vqgan")
+  return root
+
+
+def test_the_folder_has_weights_config_and_script(workdir, tmp_path):
+  about = image_tokenizer.write(tmp_path, workdir, SETTINGS)
+  folder = epath.Path(tmp_path) / "image_tokenizer"
+  names = {"config.json", "decode_image.py", "params.safetensors"}
+  assert {path.name for path in folder.iterdir()} == names
+  source = importlib.resources.files("cm3leon_jax.export").joinpath("decode_image.py")
+  assert (folder / "decode_image.py").read_text() == source.read_text()
+  weights = (folder / "params.safetensors").read_bytes()
+  assert weights == (workdir / "vqgan" / "params.safetensors").read_bytes()
+  described = read_json(folder / "config.json")
+  assert described["token_offset"] == SETTINGS.vocab.text_size
+  sizes = {"resolution": 8, "image_tokens": 16, "num_codes": K, "bytes": len(weights)}
+  assert about == {"image_tokenizer": sizes}
+
+
+def test_this_package_reads_it_and_encodes_with_it(workdir, tmp_path):
+  image_tokenizer.write(tmp_path, workdir, SETTINGS)
+  images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
+  found = ImageTokenizer.load(tmp_path / "image_tokenizer").encode(images)
+  np.testing.assert_array_equal(found, ImageTokenizer.load(workdir / "vqgan").encode(images))
+
+
+def test_an_export_that_ends_early_leaves_no_config(workdir, tmp_path, monkeypatch):
+  image_tokenizer.write(tmp_path, workdir, SETTINGS)
+
+  def fail(*_):
+    raise OSError("no space left")
+
+  monkeypatch.setattr(image_tokenizer.shutil, "copyfileobj", fail)
+  with pytest.raises(OSError, match="no space left"):
+    image_tokenizer.write(tmp_path, workdir, SETTINGS)
+  assert not (tmp_path / "image_tokenizer" / "config.json").exists()
+  with pytest.raises(FileNotFoundError):
+    decode_image.load.__wrapped__(tmp_path / "image_tokenizer")
+
+
+def test_a_network_that_the_script_does_not_compute_is_refused(workdir, tmp_path, monkeypatch):
+  monkeypatch.setattr(decode_image, "silu", lambda x: np.maximum(x, 0))
+  with pytest.raises(UserError, match=r"decode_image\.py does not compute its network \(images d"):
+    image_tokenizer.write(tmp_path, workdir, SETTINGS)
+  assert not (tmp_path / "image_tokenizer").exists()
+
+
+def test_another_structure_is_named(workdir):
+  @dataclasses.dataclass(frozen=True)
+  class Other:
+    family: str = "f16"
+
+  tokenizer = dataclasses.replace(ImageTokenizer.load(workdir / "vqgan"), config=Other())
+  wrong = image_tokenizer.difference(tokenizer, {})
+  assert re.fullmatch(r"it has another structure, .*Other\(family='f16'\)", wrong)
+
+
+def test_a_tensor_that_is_absent_is_named(workdir):
+  tokenizer = ImageTokenizer.load(workdir / "vqgan")
+  described = {"vqgan": {"resolution": 8}, "num_codes": K, "token_offset": 0}
+  assert image_tokenizer.difference(tokenizer, described) == "it has no 'stem'"
+  described["vqgan"] = read_json(workdir / "vqgan" / "config.json")["vqgan"]
+  assert image_tokenizer.difference(tokenizer, described) == ""
+  described["vqgan"]["decoder_blocks"] = [1]
+  wrong = image_tokenizer.difference(tokenizer, described)
+  assert wrong == "it has no 'decoder.levels.0.0.conv1.kernel'"
+
+
+def test_a_run_without_image_tokenizer_is_refused(tmp_path):
+  with pytest.raises(UserError, match="vqgan"):
+    image_tokenizer.write(tmp_path, tmp_path, SETTINGS)

@@ -1,0 +1,334 @@
+"""Tests of the model card: its snippets run, and its figures are those of the run."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+from etils import epath
+import huggingface_hub
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax import CM3Leon, settings, stages
+from cm3leon_jax.commands import export
+from cm3leon_jax.config import UserError
+from cm3leon_jax.export import image_tokenizer
+from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.reports import model_card
+from cm3leon_jax.tokenizers.text import TextTokenizer
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from tests.data.raw import write_raw
+from tests.generation.run import SETTINGS, one_device, save_run
+from tests.reports.run_files import MODALITY, make_image
+
+STEP = 7  # Of `save_run`.
+ALIGNED = dataclasses.replace(
+  SETTINGS, model=dataclasses.replace(SETTINGS.model, family="modern", align_images=True)
+)
+
+
+def write_card(run, config=SETTINGS, step=STEP) -> str:
+  """Writes the contents of the export beside the decoder; returns the card."""
+  folder, numbers = run / "export", read_json(run / "export" / stages.DONE)["summary"]
+  image_tokenizer.write(folder, run, config)
+  model_card.write(folder, run, config, step, numbers)
+  return (folder / "README.md").read_text()
+
+
+@pytest.fixture(scope="module", params=["opt", "modern"])
+def run(request, tmp_path_factory):
+  """A run with its export: of the family opt, or modern with positions counted from images."""
+  pytest.importorskip("torch")
+  root = epath.Path(tmp_path_factory.mktemp("run"))
+  config = SETTINGS if request.param == "opt" else ALIGNED
+  save_run(root, config)
+  export.main(config, root)
+  write_card(root, config)
+  return root
+
+
+@pytest.fixture
+def folder(run, monkeypatch):
+  """The folder of the export, in which the process then is."""
+  monkeypatch.chdir(run / "export")
+  monkeypatch.setattr(sys, "path", list(sys.path))
+  monkeypatch.setenv("PATH", f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+  yield pathlib.Path(run / "export")
+  sys.modules.pop("decode_image", None)
+
+
+def snippets(card: str) -> list[tuple[str, str]]:
+  return re.findall(r"^```(python|bash)\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
+
+
+def execute(found: list[tuple[str, str]]) -> dict:
+  """Runs snippets in their order as a reader does; returns the names of those in Python."""
+  names: dict = {}
+  for language, text in found:
+    if language == "bash":
+      subprocess.run(["bash", "-e", "-c", text], check=True, capture_output=True)
+    else:
+      exec(compile(text, "README.md", "exec"), names)
+  return names
+
+
+def test_all_snippets_run_in_the_folder_of_the_export(run, folder, capsys):
+  found = snippets((folder / "README.md").read_text())
+  assert [language for language, _ in found] == ["python", "bash", "python", "python"]
+  names = execute(found)
+  vocab = SETTINGS.vocab
+  ids = json.loads((folder / "ids.json").read_text())
+  words = TextTokenizer(run / "text_tokenizer", vocab).encode(names["caption"])
+  assert ids[:-16] == [vocab.eos, *words, vocab.brk]
+  codes = np.array(ids[-16:]) - vocab.text_size
+  expected = ImageTokenizer.load(run / "vqgan").decode(codes[None])
+  image = np.asarray(Image.open(folder / "image.png"))
+  assert image.shape == (8, 8, 3)
+  np.testing.assert_array_equal(names["images"], image[None])
+  assert np.abs(image.astype(int) - expected[0]).max() <= 1
+  assert len(names["text"]) > 0
+  assert not vocab.is_image(names["text"].numpy()).any()
+  assert capsys.readouterr().out.endswith("\n")
+
+
+def test_a_special_token_typed_in_a_caption_stays_text(folder):
+  [(_, text), *_] = snippets((folder / "README.md").read_text())
+  caption = re.search(r'caption = "(.*)"', text)[0]
+  names = execute([("python", text.replace(caption, 'caption = "a </s> b"'))])
+  assert (names["prompt"][0] == SETTINGS.vocab.eos).sum() == 1
+
+
+def test_greedy_guided_codes_are_those_of_this_project(run, folder):
+  """The snippet with `do_sample=False`, against `CM3Leon.generate`; and not without guidance."""
+  [(_, text), *_] = snippets((folder / "README.md").read_text())
+  greedy = text.replace("do_sample=True", "do_sample=False")
+  assert f"guidance_scale={SETTINGS.sampling.guidance}" in greedy
+  names = execute([("python", greedy)])
+  with one_device() as mesh:
+    model = CM3Leon.load(run, mesh=mesh)
+  [sample] = model.generate(names["caption"], retrieve=0, top_k=1)
+  found = names["ids"][0, -16:].numpy() - SETTINGS.vocab.text_size
+  np.testing.assert_array_equal(found, SETTINGS.vocab.image_codes(sample.tokens[:16]))
+  without = execute([("python", re.sub("guidance_scale=.*", "guidance_scale=1.0,", greedy))])
+  assert (without["ids"] != names["ids"]).any()
+
+
+def test_the_header_is_what_the_hub_reads(run):
+  card = huggingface_hub.ModelCard.load(run / "export" / "README.md")
+  fields = card.data.to_dict()
+  assert fields["license"] == "other"  # Of no known data.
+  assert (fields["library_name"], fields["pipeline_tag"]) == ("transformers", "text-generation")
+  assert {"cm3leon", "text-to-image"} <= set(fields["tags"])
+  vocab = SETTINGS.vocab
+  assert (
+    f"| {vocab.text_size:,} to {vocab.size - 1:,} | image codes 0 to {vocab.image_size - 1}"
+    in card.text
+  )
+  assert (
+    f"| 5 to {vocab.num_special - 1} | `<mask:0>` to `<mask:{vocab.num_special - 6}>`" in card.text
+  )
+  aligned = settings.settings_of_run(run).model.align_images
+  assert ("**Positions.** This decoder counts positions from the images" in card.text) == aligned
+
+
+def test_what_was_not_measured_is_said_and_no_figure_is_invented(run):
+  card = (run / "export" / "README.md").read_text()
+  missing = card.partition("### Not evaluated")[2]
+  assert "launch.evaluate` (bits of held-out" in missing
+  assert "FID, CMMD, CLIP score" in missing
+  assert "### Held-out" not in card
+  assert "grade_instructions" not in card
+  assert "its cost is not recorded" not in card
+  assert "No license of the model is named" in card
+
+
+@pytest.fixture
+def measured(run, tmp_path):
+  """A copy of what the card reads of a run, with data, figures and a base."""
+  root = epath.Path(tmp_path / "copy")
+  for name in ("export", "vqgan", "train"):
+    (root / name).mkdir(parents=True)
+    for path in (run / name).iterdir():
+      if path.is_file():
+        path.copy(root / name / path.name)
+  about = {"source": "drawings", "license": "CC-BY-SA-4.0", "attribution": "A. Painter | B"}
+  pairs = [{"key": f"k{i}", "caption": "a", "split": "train", **about} for i in range(3)]
+  write_raw(root / "raw", pairs, [make_image(None, i) for i in range(3)])
+  losses = {"heldout_loss": 2.5, "heldout_image_loss": 3.25, "heldout_text_loss": 1.125}
+  done(root, "train", {"steps": STEP, "machine": "2 CPU cores", **losses}, id="train", seconds=75.0)
+  done(root, "vqgan", {"psnr_db": 23.5}, id="vqgan")
+  evaluated = {"step": STEP, "documents": 3, "image": MODALITY, "text": MODALITY}
+  done(root, "evaluation", evaluated, inputs={"train": "train"})
+  metric = {"value": 0.31, "low": 0.25, "high": 0.375, "groups": 9, "effective_groups": 9.0}
+  result = {
+    "name": "mine/images",
+    "title": "images for my captions",
+    "inputs": {"train": "train"},
+    "step": STEP,
+    "examples": 1200,
+    "seed": 3,
+    "metrics": ["clip_score", "judged"],
+    "columns": {"guidance 3": {"metrics": {"clip_score": metric}}},
+    "extractor": {"name": "inception_tf1"},
+    "scorer": None,
+    "git": "0123456789abcdef",
+    "version": "0.0.9",
+    "device": "TPU v5e",
+  }
+  write_json(root / "evaluations" / "mine-images-1" / "results.json", result)
+  return root, result
+
+
+def done(root, name, summary, id="x", inputs=None, seconds=1.0):
+  config = {"inputs": inputs or {}, "seed": 0}
+  content = {"id": id, "config": config, "summary": summary, "seconds": seconds}
+  write_json(root / name / stages.DONE, content)
+
+
+def test_figures_stand_with_their_protocol(measured):
+  root, _ = measured
+  card = write_card(root)
+  assert "| Held-out loss, image codes (nats per code) | 3.25 |" in card
+  assert "4 batches of held-out documents" in card
+  assert "| PSNR of reconstructions, held-out concepts (dB) | 23.5 |" in card
+  assert "bits of 3 held-out pairs" in card
+  assert "| Bits per image code, true neighbors | 3.39 [3.19, 3.59] |" in card
+  assert "### Images for my captions" in card
+  how = (
+    "Protocol `mine/images`, 1,200 examples, seed 3, features by inception_tf1, cm3leon_jax 0.0.9,"
+  )
+  assert f"{how} commit 0123456789ab, on TPU v5e." in card
+  assert "| column | CLIP score | wholly right (%) |" in card
+  assert "| guidance 3 | 0.31 [0.25, 0.375] | - |" in card
+  assert "The decoder took 1 min 15 s on 2 CPU cores" in card
+  assert "### Not evaluated\n- Safety" in card
+
+
+def test_a_card_says_that_weights_were_rounded_or_no_average(measured):
+  root, _ = measured
+  numbers = {"parameters": 9, "image_tokenizer": {"resolution": 256, "image_tokens": 1024}}
+  for more, expected in (
+    ({}, "All figures are of the parameters exported here.\n"),
+    ({"average": False}, "the last parameters, which are exported here, were not measured.\n"),
+    (
+      {"heldout_bits": {"before": {"image": 1.5}, "after": {"image": 1.625}}},
+      "before they were rounded.\nRounding changes the bits of held-out documents: image 1.5000 "
+      "before, 1.6250 after.\n",
+    ),
+  ):
+    model_card.write(root / "export", root, SETTINGS, STEP, numbers | more)
+    card = (root / "export" / "README.md").read_text()
+    assert expected in card
+    assert "images of 256 x 256 pixels" in card
+    assert "256 x 256 pixels as 1,024 codes" in card
+
+
+def test_figures_of_other_parameters_are_left_out_and_named(measured):
+  root, result = measured
+  folder = root / "evaluations" / "mine-images-1"
+  for change in ({"step": STEP - 1}, {"inputs": {"train": "t"}}, {"parameters": "before"}):
+    write_json(folder / "results.json", result | change)
+    card = write_card(root)
+    assert "### Images for my captions" not in card
+    assert "- 1 results of `launch.evaluate --protocol` are of other parameters." in card
+  for change in ({"inputs": {"train": "another"}}, {"summary": {"step": STEP - 1}}):
+    evaluated = {"step": STEP, "documents": 3, "image": MODALITY, "text": MODALITY}
+    evaluated |= change.get("summary", {})
+    done(root, "evaluation", evaluated, inputs=change.get("inputs", {"train": "train"}))
+    card = write_card(root)
+    assert "Bits per image code" not in card
+    assert "- `launch.evaluate`: its figures are of another training, and left out." in card
+
+
+def test_grades_of_instructions_are_a_table(measured):
+  root, _ = measured
+  share = {"share": 0.75, "low": 0.5, "high": 1.0, "groups": 8, "effective_groups": 8.0}
+  column = {"answers": 8, "right": share}
+  grades = {
+    "tasks": {"color": {"after": column, "before": column}},
+    "gains": {"color": share},
+    "means": {"questions": {"after": 0.75}},
+    "examples": {},
+  }
+  write_json(root / "grades" / "grades.json", grades)
+  done(root, "grades", grades, inputs={"train": "train"})
+  done(root, "instructions", {"train_color": {"documents": 9}, "heldout_color": {"documents": 8}})
+  card = write_card(root)
+  assert "| task | answers | before | after |" in card
+  assert "| color | 8 | 75.0% [50.0, 100.0] | 75.0% [50.0, 100.0] |" in card
+  assert "| mean of questions |  | - | 75.0% |" in card
+  assert "it was tuned on instructions (color)" in card
+  done(root, "grades", grades, inputs={"train": "another"})
+  assert "- `launch.grade_instructions`: of another training, and left out." in write_card(root)
+
+
+def test_data_of_the_run_and_of_its_base_are_listed(measured):
+  root, _ = measured
+  row = "| copy | pairs | drawings | CC-BY-SA-4.0 | `A. Painter \\| B` | 3 |"
+  card = write_card(root)
+  assert row in card
+  assert "\nlicense: cc-by-sa-4.0\n" in card
+  assert "All recorded training data are under CC-BY-SA-4.0" in card
+  base = root.parent / "base"
+  origin = {"kind": "texts", "source": "s", "license": "MIT", "attribution": "a", "records": 1000}
+  write_json(base / "training_data.json", [origin])
+  stored = read_json(root / "train" / "config.json")
+  start = {"source": str(base), "step": None, "digest": "0"}
+  write_json(
+    root / "train" / "config.json", {**stored, "run": {**stored["run"], "init_from": start}}
+  )
+  card = write_card(root)
+  assert row in card
+  assert "| base | texts | s | MIT | a | 1,000 |" in card
+  assert "The parameters began from `base`.\n" in card
+  assert "\nlicense: other\n" in card
+  assert "Training data are under CC-BY-SA-4.0, MIT. No license of the model is named" in card
+  assert str(root.parent) not in card.partition("## Training\n")[0]
+  (base / "training_data.json").unlink()
+  card = write_card(root)
+  assert "began from `base`, whose training data are not recorded here: see its own card." in card
+  assert "under CC-BY-SA-4.0, and others that are not recorded here." in card
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("Jane Doe, 2020", "Jane Doe, 2020"),
+    ("72.5% [62.0, 1e+02]", "72.5% [62.0, 1e+02]"),
+    ("a [1, 2](b)", "`a [1, 2](b)`"),
+    ("https://a.org/b_c (d)", "https://a.org/b_c (d)"),
+    ("[a](http://b)|<img src=x>`c`", "`[a](http://b)\\|<img src=x>'c'`"),
+    ("two\nlines\x1b[2J", "`two lines⟨U+001B⟩[2J`"),
+    ("", ""),
+  ],
+)
+def test_texts_of_strangers_are_harmless(text, expected):
+  assert model_card.cell(text) == expected
+
+
+def test_a_card_names_only_what_the_folder_has(measured):
+  """Of another format: no snippet for `transformers`, no script."""
+  root, _ = measured
+  assert "decode_image" in write_card(root)
+  for name, absent in (("image_tokenizer", "decode_image"), ("config.json", "transformers")):
+    path = root / "export" / name
+    path.rmtree() if path.is_dir() else path.unlink()
+    model_card.write(root / "export", root, SETTINGS, STEP, {"parameters": 1234})
+    card = (root / "export" / "README.md").read_text()
+    uses = card.partition("## Limits")[0]
+    assert absent not in uses
+    assert "# CM3Leon, 1,234 parameters, images of 8 x 8 pixels" in card
+  assert "library_name" not in card
+  assert snippets(card) == []
+
+
+def test_a_run_without_settings_is_refused(measured):
+  root, _ = measured
+  write_json(root / "train" / "config.json", {"run": {}})
+  with pytest.raises(UserError, match="was written by an older version and has no settings"):
+    model_card.write(root / "export", root, SETTINGS, STEP, {"parameters": 1})
