@@ -45,6 +45,7 @@ def gpt2_config(config: ModelConfig, vocab: VocabLayout) -> dict:
     "architectures": ["GPT2LMHeadModel"],
     "model_type": "gpt2",
     "n_positions": config.max_positions,
+    "n_ctx": config.max_positions,  # Read by the converter of llama.cpp.
     "n_embd": config.width,
     "n_layer": config.num_layers,
     "n_head": config.num_heads,
