@@ -149,9 +149,14 @@ class Chameleon:
     return self.decoder(self.model.post_quant_conv(z)).permute(0, 2, 3, 1)
 
 
+def build(config: PublishedConfig, num_codes: int):
+  """Returns the oracle of a config as torch initializes it."""
+  return (Amused if config.family == "amused" else Chameleon)(config, num_codes)
+
+
 def make(config: PublishedConfig, num_codes: int, seed: int = 0):
   """Returns the oracle of a config with random weights."""
-  oracle = (Amused if config.family == "amused" else Chameleon)(config, num_codes)
+  oracle = build(config, num_codes)
   for i, module in enumerate(oracle.modules):
     randomize(module, seed + i)
   if isinstance(oracle, Chameleon) and not config.level_attention:
