@@ -24,7 +24,10 @@ def small(family: str, **fields) -> PublishedConfig:
 
 
 def randomize(model, seed: int) -> None:
-  """Draws all parameters so that no layer is the identity and no layer's output is tiny."""
+  """Draws all parameters so that no layer is the identity and no layer's output is tiny.
+
+  Only that of the first layers is: the variance is then about as large as the epsilon of the norms.
+  """
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
     for name, value in model.named_parameters():
@@ -36,10 +39,14 @@ def randomize(model, seed: int) -> None:
         value.normal_(0, 0.3, generator=generator).add_(
           float("norm" in name and name.endswith("weight"))
         )
+      if "conv_in." in name:
+        value.mul_(1e-3)
 
 
 class Amused:
   """`diffusers.VQModel`, both ways."""
+
+  lowest = 0  # The pipelines of aMUSEd do not shift pixels.
 
   def __init__(self, config: PublishedConfig, num_codes: int):
     import diffusers
@@ -81,6 +88,8 @@ class Amused:
 
 class Chameleon:
   """ChameleonVQVAE and the decoder of JanusVQVAE; with `gumbel`, taming's quantizer."""
+
+  lowest = -1
 
   def __init__(self, config: PublishedConfig, num_codes: int):
     import transformers

@@ -33,7 +33,7 @@ def num_different(config, num_codes, params, oracle, images) -> int:
   """Compares codes with the oracle; counts those that are no ties."""
   codes = np.asarray(published.encode(config, num_codes, params, images))
   with torch.no_grad():
-    pixels = published_oracles.to_pixels(images, FAMILIES[config.family].lowest_pixel)
+    pixels = published_oracles.to_pixels(images, oracle.lowest)
     expected, distances = oracle.encode(pixels).numpy(), oracle.distances(pixels).numpy()
   assert codes.shape == expected.shape
   assert codes.dtype == np.int32
@@ -99,7 +99,7 @@ def test_a_tokenizer_is_saved_whole_and_runs_in_batches(family, tmp_path):
   decoded = tokenizer.decode(codes)
   with torch.no_grad():
     pixels = oracle.decode(torch.tensor(codes).long().reshape(3, 8, 8)).numpy()
-  expected = np.clip((pixels - config.lowest_pixel) * 255 / (1 - config.lowest_pixel), 0, 255)
+  expected = np.clip((pixels - oracle.lowest) * 255 / (1 - oracle.lowest), 0, 255)
   assert (decoded.shape, decoded.dtype) == (images.shape, np.uint8)
   assert np.abs(decoded - expected).max() < 0.5 + 0.01
   with pytest.raises(ValueError, match=r"must be uint8 \[B, 16, 16, 3\]"):
