@@ -244,8 +244,12 @@ def check_files(path: epath.PathLike) -> None:
 
 def again(folder: epath.Path, damaged: epath.PathLike) -> str:
   """Says how to replace a damaged file of the stage in `folder`."""
-  stage = STAGES.get(folder.name)
-  command = f"`python -m launch.{stage.command}`" if stage else "its stage"
+  done, command = folder / DONE, "its stage"
+  config = read_json(done, {}).get("config") if done.exists() else None
+  if stage := STAGES.get(folder.name):
+    # A tokenizer may be imported instead of trained.
+    name = config.get("command", stage.command) if isinstance(config, dict) else stage.command
+    command = f"`python -m launch.{name}`"
   return f"restore it, or delete {damaged} and {folder / DONE} and run {command} again"
 
 

@@ -5,6 +5,7 @@ COMMANDS = (
   "prepare_data",
   "train_text_tokenizer",
   "train_vqgan",
+  "import_vqgan",
   "copy_tokenizers",
   "encode_documents",
   "encode_instructions",

@@ -56,14 +56,13 @@ def _initial_params(settings: Settings, workdir, start: Weights | None):
 
   from cm3leon_jax.export import weights
   from cm3leon_jax.models.start import params_from_codebook
-  from cm3leon_jax.tokenizers import vqgan
+  from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
   if start is not None:
     return functools.partial(weights.load, start, settings)
   if not settings.model.codebook_start:
     return None
-  table = vqgan.ImageTokenizer.load(workdir / "vqgan").params["codebook"]["table"]
-  codebook = jax.device_get(vqgan.l2_normalize(table))
+  codebook = ImageTokenizer.load(workdir / "vqgan").codebook()
   key = jax.random.key(settings.seed)
   return functools.partial(
     params_from_codebook, settings.model, settings.vocab.text_size, codebook, key

@@ -9,6 +9,7 @@ expected to exceed the latter.
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
+from cm3leon_jax.config import UserError
 
 
 def _judge_scenes(workdir, tokenizer, style="filled") -> dict:
@@ -31,11 +32,35 @@ def _judge_scenes(workdir, tokenizer, style="filled") -> dict:
   }
 
 
+def _is_imported(folder) -> bool:
+  """Returns whether the folder holds a tokenizer of `launch.import_vqgan`, and prints it.
+
+  Raises:
+    UserError: the import did not finish.
+  """
+  from cm3leon_jax.io import read_json
+  from cm3leon_jax.tokenizers import published, vqgan
+
+  path = folder / vqgan.CONFIG
+  if not path.exists() or published.SECTION not in (stored := read_json(path, {})):
+    return False
+  if not (folder / stages.DONE).exists():
+    raise UserError(
+      f"{folder} holds an image tokenizer whose import did not finish: run "
+      "`python -m launch.import_vqgan` again, or delete that folder to train one."
+    )
+  family = stored[published.SECTION].get("family")
+  print(f"{folder}: the image tokenizer is there, imported ({family}): nothing is trained.")
+  return True
+
+
 def main(settings, workdir):
   from cm3leon_jax.data import raw_pairs
   from cm3leon_jax.tokenizers import train_vqgan, vqgan
   from cm3leon_jax.training import small_trainer
 
+  if _is_imported(workdir / "vqgan"):
+    return
   with common.use_mesh(settings), stages.stage(workdir, "vqgan", settings) as summary:
     if summary is not None:
       images = [

@@ -356,7 +356,7 @@ class Pipeline:
       tasks[i].from_ids(self.layout, requests[i], result.tokens) for i, result in zip(places, batch)
     ]
     codes = [s for segments, _ in answers for s in segments if not isinstance(s, str)]
-    size = self.generator.config.batch_size
+    size = min(self.generator.config.batch_size, self.image_tokenizer.batch_size)
     tokenizer = dataclasses.replace(self.image_tokenizer, batch_size=size)
     images = iter(tokenizer.decode(np.stack(codes)) if codes else ())
     samples = [

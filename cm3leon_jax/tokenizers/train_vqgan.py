@@ -127,7 +127,7 @@ def init_state(config: VQGANConfig, num_codes: int, seed: int) -> dict:
     "usage": jnp.zeros(num_codes, jnp.int32),
   }
   if config.adversarial_weight:
-    state["discriminator"] = vqgan.random_params(_discriminator(config)[1], discriminator_key)
+    state["discriminator"] = parameters.random(_discriminator(config)[1], discriminator_key)
     state["discriminator_opt_state"] = discriminator_optimizer(config).init(state["discriminator"])
   return state
 

@@ -14,7 +14,7 @@ import math
 from typing import Annotated
 
 from etils import epath
-from flax import nnx, traverse_util
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +24,7 @@ import pydantic.dataclasses
 from cm3leon_jax import parameters, stages
 from cm3leon_jax.config import STRICT, build
 from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.tokenizers import published
 
 PARAMS = "params.safetensors"
 CONFIG = "config.json"
@@ -264,26 +265,7 @@ class VQGAN(nnx.Module):
 
 def init_params(config: VQGANConfig, num_codes: int, key) -> dict:
   """Initializes fp32 parameters as a pure dict."""
-  return random_params(_structure(config, num_codes)[1], key)
-
-
-def random_params(state, key) -> dict:
-  """Initializes the parameters of a module from its abstract state, as a pure dict.
-
-  Kernels are normal with variance 1 / fan-in, biases 0, codes standard normal.
-  """
-  flat = traverse_util.flatten_dict(parameters.to_dict(state))
-  shapes = {path: x.shape for path, x in flat.items()}
-  ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
-  # One call for all parameters: each takes XLA almost a second to compile on a CPU.
-  pieces = jnp.split(jax.random.normal(key, (ends[-1],), jnp.float32), ends[:-1])
-  std = {1: lambda shape: 0.0, 2: lambda shape: 1.0, 4: lambda shape: math.prod(shape[:-1]) ** -0.5}
-  return traverse_util.unflatten_dict(
-    {
-      path: std[len(shape)](shape) * x.reshape(shape)
-      for (path, shape), x in zip(shapes.items(), pieces)
-    }
-  )
+  return parameters.random(_structure(config, num_codes)[1], key)
 
 
 @functools.cache
@@ -307,8 +289,10 @@ def to_uint8(pixels):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def encode(config: VQGANConfig, num_codes: int, params: dict, images):
+def encode(config: VQGANConfig | published.PublishedConfig, num_codes: int, params: dict, images):
   """Encodes images, uint8 [B, H, W, 3], to codes, int32 [B, T], in raster order."""
+  if isinstance(config, published.PublishedConfig):
+    return published.encode(config, num_codes, params, images).reshape(images.shape[0], -1)
   model = bind(config, num_codes, params)
   return model.codebook.nearest(l2_normalize(model.encoder(to_float(images)))).reshape(
     images.shape[0], -1
@@ -316,11 +300,14 @@ def encode(config: VQGANConfig, num_codes: int, params: dict, images):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def decode(config: VQGANConfig, num_codes: int, params: dict, codes):
+def decode(config: VQGANConfig | published.PublishedConfig, num_codes: int, params: dict, codes):
   """Decodes codes, int32 [B, T], in raster order, to images, uint8 [B, H, W, 3]."""
-  model = bind(config, num_codes, params)
   side = config.resolution // config.downsample
-  return to_uint8(model.decoder(model.codebook(codes.reshape(-1, side, side))))
+  codes = codes.reshape(-1, side, side)
+  if isinstance(config, published.PublishedConfig):
+    return published.decode(config, num_codes, params, codes)
+  model = bind(config, num_codes, params)
+  return to_uint8(model.decoder(model.codebook(codes)))
 
 
 def in_batches(function, array: np.ndarray, size: int) -> np.ndarray:
@@ -335,7 +322,7 @@ def in_batches(function, array: np.ndarray, size: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class ImageTokenizer:
-  """A trained VQGAN that converts images to codes and back.
+  """A trained VQGAN, or a published one, that converts images to codes and back.
 
   Attributes:
     config: sizes of the network.
@@ -344,7 +331,7 @@ class ImageTokenizer:
     batch_size: number of rows that go through the network at a time.
   """
 
-  config: VQGANConfig
+  config: VQGANConfig | published.PublishedConfig
   num_codes: int
   params: dict
   batch_size: int = 64
@@ -354,6 +341,12 @@ class ImageTokenizer:
     """Reads what `save` wrote; raises UserError if a file is absent, damaged or does not fit."""
     folder = epath.Path(folder)
     stages.check_files(folder)
+    stored = read_json(folder / CONFIG, {"num_codes": int})
+    if published.SECTION in stored:
+      config = build(published.PublishedConfig, stored[published.SECTION], published.SECTION)
+      expected = parameters.to_dict(published.structure(config, stored["num_codes"])[1])
+      params = parameters.load(folder / PARAMS, expected, "import_vqgan")
+      return cls(config, stored["num_codes"], params, config.batch_size)
     stored = read_json(folder / CONFIG, {"vqgan": dict, "num_codes": int})
     config = build(VQGANConfig, stored["vqgan"], "vqgan")
     expected = jax.eval_shape(lambda: init_params(config, stored["num_codes"], jax.random.key(0)))
@@ -363,9 +356,16 @@ class ImageTokenizer:
   def save(self, folder: epath.PathLike) -> None:
     """Writes params.safetensors and config.json, each atomically."""
     folder = epath.Path(folder)
-    about = {"vqgan": dataclasses.asdict(self.config), "num_codes": self.num_codes}
+    section = published.SECTION if isinstance(self.config, published.PublishedConfig) else "vqgan"
+    about = {section: dataclasses.asdict(self.config), "num_codes": self.num_codes}
     write_json(folder / CONFIG, about)
     parameters.save(folder / PARAMS, self.params)
+
+  def codebook(self) -> np.ndarray:
+    """Returns the codes as the decoder reads them, fp32 [K, E]."""
+    if isinstance(self.config, published.PublishedConfig):
+      return published.codebook(self.config, self.params)
+    return jax.device_get(l2_normalize(self.params["codebook"]["table"]))
 
   def encode(self, images: np.ndarray) -> np.ndarray:
     """Encodes images, uint8 [B, H, W, 3], to codes, int32 [B, T], row by row of the image.

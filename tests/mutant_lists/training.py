@@ -18,9 +18,47 @@ VQGAN = "cm3leon_jax/tokenizers/train_vqgan.py"
 POLICY, POLICY_TEST = "cm3leon_jax/training/policy.py", "tests/training/policy_test.py"
 VQGAN_TEST = "tests/tokenizers/train_vqgan_test.py"
 
+PUBLISHED = "cm3leon_jax/tokenizers/published.py"
+PUBLISHED_TEST = "tests/tokenizers/published_test.py"
+PUBLISHED_FILES = "cm3leon_jax/tokenizers/published_files.py"
+PUBLISHED_FILES_TEST = "tests/tokenizers/published_files_test.py"
 NETWORK, NETWORK_TEST = "cm3leon_jax/tokenizers/vqgan.py", "tests/tokenizers/vqgan_test.py"
 
 TRAINING = (
+  *mutants_of(
+    PUBLISHED,
+    f"{PUBLISHED_TEST}::test_codes_and_pixels_equal_torch",
+    ("epsilon_of_flax", "epsilon=1e-6", "epsilon=1e-5"),
+    ("pixels_of_amused_below_0", "lowest_pixel=0,", "lowest_pixel=-1,"),
+    ("stride_from_the_other_side", "padding=((0, 1), (0, 1))", "padding=((1, 0), (1, 0))"),
+    ("codes_by_inner_product", "return 2 * jnp.matmul(z,", "return jnp.matmul(z,"),
+    (
+      "attention_on_every_level",
+      "Level(a, b, config.blocks, config.level_attention and i == last,",
+      "Level(a, b, config.blocks, config.level_attention,",
+    ),
+  ),
+  *mutants_of(
+    PUBLISHED_FILES,
+    f"{PUBLISHED_FILES_TEST}::test_a_pickle_is_never_opened",
+    ("a_pickle_by_another_name_is_read", "or not is_pickle", "or True"),
+  ),
+  *mutants_of(
+    PUBLISHED_FILES,
+    f"{PUBLISHED_FILES_TEST}::test_the_grid_and_the_codebook_must_be_those_of_the_config",
+    ("other_squares_of_pixels", "vqgan.downsample != config.downsample or ", ""),
+    ("another_codebook", "if tokenizer.num_codes != num_codes:", "if False:"),
+  ),
+  *mutants_of(
+    PUBLISHED_FILES,
+    f"{PUBLISHED_TEST}::test_published_names_literals",
+    ("levels_of_diffusers_from_the_top", "{last - int(m[1])}", "{int(m[1])}"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/commands/train_vqgan.py",
+    "tests/commands/import_vqgan_test.py::test_a_tokenizer_is_imported_once",
+    ("an_imported_tokenizer_is_trained", 'if _is_imported(workdir / "vqgan"):', "if False:"),
+  ),
   *mutants_of(
     NETWORK,
     f"{NETWORK_TEST}::test_a_local_code_depends_on_its_own_square_alone",

@@ -1,0 +1,83 @@
+"""Imports a published image tokenizer, in place of `launch.train_vqgan`.
+
+  python -m launch.import_vqgan --config=ml_configs/cm3leon_350m.py --workdir=workdir/run \\
+    --source=amused-256 --family=amused
+
+--source is a .safetensors file or a folder with one; a pickle is not read. docs/image_tokenizers.md
+says which weights fit, how to convert them, and which config each of them takes:
+amused 256 codes of 256x256 pixels, taming_gumbel_f8 1,024 of 256x256, chameleon 1,024 of 512x512.
+"""
+
+from absl import flags
+
+from cm3leon_jax import stages
+from cm3leon_jax.commands import common
+from cm3leon_jax.config import UserError
+
+FAMILIES = ("amused", "taming_gumbel_f8", "chameleon")
+_SOURCE = flags.DEFINE_string("source", "", "File or folder with the weights, as safetensors.")
+_FAMILY = flags.DEFINE_enum("family", None, FAMILIES, "Network that the weights are of.")
+
+
+def _check_flags(source: str, family: str | None) -> None:
+  if not source:
+    raise UserError("name the file or folder with the weights: --source=amused-256")
+  if family is None:
+    raise UserError(f"name the network of the weights: --family={'|'.join(FAMILIES)}")
+
+
+def _check_folder(folder) -> None:
+  """Raises UserError if a VQGAN was trained in the folder, or its training has begun."""
+  from cm3leon_jax.io import read_json
+  from cm3leon_jax.tokenizers import published, vqgan
+  from cm3leon_jax.training import small_trainer
+
+  config = folder / vqgan.CONFIG
+  trained = config.exists() and published.SECTION not in read_json(config, {})
+  if trained or (folder / small_trainer.FOLDER).exists():
+    raise UserError(
+      f"{folder} holds a VQGAN of launch.train_vqgan: use another --workdir, or delete that folder."
+    )
+
+
+def main(settings, workdir, source: str, family: str | None) -> None:
+  from cm3leon_jax.io import digest
+  from cm3leon_jax.tokenizers import published_files
+
+  _check_flags(source, family)
+  folder = workdir / "vqgan"
+  _check_folder(folder)
+  found = published_files.read(source, family)
+  tokenizer = published_files.fit(found.tokenizer, settings.vocab.image_size, settings.vqgan)
+  digests = [digest(path) for path in found.files]
+  left = f", without {found.num_left} tensors of other networks" if found.num_left else ""
+  print(
+    f"import_vqgan: {family}, {found.num_parameters:,} parameters in {found.num_tensors} tensors"
+    f"{left}.",
+    flush=True,
+  )
+  for path, sha256 in zip(found.files, digests):
+    print(f"import_vqgan: read {path}, SHA-256 {sha256}.", flush=True)
+  config = {
+    "command": "import_vqgan",
+    "family": family,
+    "sha256": digests,
+    "vqgan": {"resolution": settings.vqgan.resolution, "downsample": settings.vqgan.downsample},
+    "vocab": {"image_size": settings.vocab.image_size},
+  }
+  with stages.once(folder, config, files=stages.STAGES["vqgan"].files) as summary:
+    if summary is None:
+      return
+    tokenizer.save(folder)
+    sizes, side = tokenizer.config, settings.vqgan.resolution // settings.vqgan.downsample
+    summary.update(family=family, parameters=found.num_parameters, code_dim=sizes.code_dim)
+    print(
+      f"import_vqgan: {sizes.resolution}x{sizes.resolution} pixels are {side}x{side} = "
+      f"{sizes.image_tokens:,} of {tokenizer.num_codes:,} codes, each of width {sizes.code_dim}; "
+      f"in {folder}.",
+      flush=True,
+    )
+
+
+if __name__ == "__main__":
+  common.run(lambda settings, workdir: main(settings, workdir, _SOURCE.value, _FAMILY.value))

@@ -1,0 +1,325 @@
+"""Published image tokenizers with 8,192 codes: one convolutional VQGAN in three variants.
+
+aMUSEd / open-MUSE f16 (Patil et al. 2024, arXiv 2401.01808), taming's Gumbel f8 (Esser et al. 2021,
+arXiv 2012.09841) and Chameleon's (Chameleon Team 2024, arXiv 2405.09818). Modules and parameters
+have the names of taming's state dict.
+"""
+
+# B batch, H height, W width, C channels, Z latent channels, E code width, K codes,
+# h = H / downsample, w = W / downsample.
+
+import functools
+import itertools
+from typing import Annotated, Literal
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import Field, PositiveInt
+import pydantic.dataclasses
+
+from cm3leon_jax import parameters
+from cm3leon_jax.config import STRICT
+
+SECTION = "published"  # Of the file config.json that holds a PublishedConfig.
+Family = Literal["amused", "taming_gumbel_f8", "chameleon"]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class PublishedConfig:
+  """Sizes of a published tokenizer and what its variant of the network has."""
+
+  family: Family
+  """Key of `FAMILIES`."""
+  resolution: PositiveInt
+  """Side of the images in pixels; a multiple of `downsample`."""
+  widths: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)]
+  """Number of channels of each level, from the resolution of pixels down to that of codes."""
+  latent_channels: PositiveInt
+  """Z."""
+  code_dim: PositiveInt
+  """E."""
+  blocks: PositiveInt = 2
+  """Number of residual blocks of each level of the encoder; the decoder has one more."""
+  groups: PositiveInt = 32
+  """Number of groups of channels that are normalized apart; it divides the widths."""
+  level_attention: bool = False
+  """Whether attention follows each residual block of the lowest level."""
+  middle_attention: bool = False
+  """Whether attention stands between the two residual blocks of the lowest resolution."""
+  gumbel: bool = False
+  """Whether a code is the largest of K logits (Gumbel softmax without its noise) instead of the
+  nearest one."""
+  lowest_pixel: Annotated[int, Field(ge=-1, le=0)] = -1
+  """Value of black: the network reads and writes pixels in [-1, 1] or [0, 1]."""
+
+  def __post_init__(self):
+    if wrong := [width for width in self.widths if width % self.groups]:
+      raise ValueError(
+        f"groups is {self.groups}; it must divide the widths, and {wrong[0]} is one."
+      )
+    if self.resolution % self.downsample:
+      raise ValueError(
+        f"resolution is {self.resolution}; it must be a multiple of {self.downsample} for "
+        f"{len(self.widths)} widths."
+      )
+
+  @property
+  def downsample(self) -> int:
+    return 2 ** (len(self.widths) - 1)
+
+  @property
+  def image_tokens(self) -> int:
+    return (self.resolution // self.downsample) ** 2
+
+  @property
+  def batch_size(self) -> int:
+    """Images that go through the network at a time: one layer of 256 pixels has 32 MiB and more."""
+    return max(1, 2**20 // self.resolution**2)
+
+
+FAMILIES = {
+  "amused": PublishedConfig(
+    family="amused",
+    resolution=256,
+    widths=(128, 256, 256, 512, 768),
+    latent_channels=64,
+    code_dim=64,
+    lowest_pixel=0,
+  ),
+  "taming_gumbel_f8": PublishedConfig(
+    family="taming_gumbel_f8",
+    resolution=256,
+    widths=(128, 128, 256, 512),
+    latent_channels=256,
+    code_dim=256,
+    level_attention=True,
+    middle_attention=True,
+    gumbel=True,
+  ),
+  "chameleon": PublishedConfig(
+    family="chameleon",
+    resolution=512,
+    widths=(128, 128, 256, 256, 512),
+    latent_channels=256,
+    code_dim=256,
+    middle_attention=True,
+  ),
+}
+
+
+def conv(inputs: int, outputs: int, size: int, rngs: nnx.Rngs) -> nnx.Conv:
+  """Makes a square convolution that keeps the resolution."""
+  return nnx.Conv(inputs, outputs, (size, size), rngs=rngs)
+
+
+def norm(width: int, groups: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
+  """Makes a normalization of groups of channels, each over [H, W]."""
+  # The fast variance, a difference of squares, loses digits of channels with a large mean.
+  return nnx.GroupNorm(width, num_groups=groups, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
+
+
+class ResidualBlock(nnx.Module):
+  """Residual block of two convolutions; a third one carries x over if the width changes."""
+
+  def __init__(self, inputs: int, outputs: int, groups: int, rngs: nnx.Rngs):
+    self.norm1, self.conv1 = norm(inputs, groups, rngs), conv(inputs, outputs, 3, rngs)
+    self.norm2, self.conv2 = norm(outputs, groups, rngs), conv(outputs, outputs, 3, rngs)
+    self.nin_shortcut = None if inputs == outputs else conv(inputs, outputs, 1, rngs)
+
+  def __call__(self, x):
+    h = self.conv1(nnx.silu(self.norm1(x)))
+    h = self.conv2(nnx.silu(self.norm2(h)))
+    return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class Attention(nnx.Module):
+  """Attention of one head over all places of an image, with a residual connection."""
+
+  def __init__(self, width: int, groups: int, rngs: nnx.Rngs):
+    self.norm = norm(width, groups, rngs)
+    self.q, self.k, self.v = (conv(width, width, 1, rngs) for _ in range(3))
+    self.proj_out = conv(width, width, 1, rngs)
+
+  def __call__(self, x):
+    B, H, W, C = x.shape
+    y = self.norm(x)
+    qkv = (layer(y).reshape(B, H * W, 1, C) for layer in (self.q, self.k, self.v))
+    return x + self.proj_out(jax.nn.dot_product_attention(*qkv).reshape(x.shape))
+
+
+class Downsample(nnx.Module):
+  """Halves the resolution by a convolution that sees one more pixel to the right and below."""
+
+  def __init__(self, width: int, rngs: nnx.Rngs):
+    self.conv = nnx.Conv(width, width, (3, 3), strides=(2, 2), padding=((0, 1), (0, 1)), rngs=rngs)
+
+  def __call__(self, x):
+    return self.conv(x)
+
+
+class Upsample(nnx.Module):
+  """Doubles the resolution: repeats pixels, then applies a convolution."""
+
+  def __init__(self, width: int, rngs: nnx.Rngs):
+    self.conv = conv(width, width, 3, rngs)
+
+  def __call__(self, x):
+    return self.conv(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2))
+
+
+class Level(nnx.Module):
+  """Residual blocks of one resolution, each followed by attention if there is any."""
+
+  def __init__(
+    self, inputs: int, outputs: int, blocks: int, attention: bool, groups: int, rngs: nnx.Rngs
+  ):
+    self.block = nnx.List(
+      ResidualBlock(outputs if i else inputs, outputs, groups, rngs) for i in range(blocks)
+    )
+    self.attn = nnx.List(Attention(outputs, groups, rngs) for _ in range(blocks * attention))
+
+  def __call__(self, x):
+    for i, block in enumerate(self.block):
+      x = block(x)
+      if self.attn:
+        x = self.attn[i](x)
+    return x
+
+
+class Middle(nnx.Module):
+  """The layers at the lowest resolution, of the encoder's end and the decoder's beginning."""
+
+  def __init__(self, config: PublishedConfig, rngs: nnx.Rngs):
+    width, groups = config.widths[-1], config.groups
+    self.block_1 = ResidualBlock(width, width, groups, rngs)
+    self.attn_1 = Attention(width, groups, rngs) if config.middle_attention else None
+    self.block_2 = ResidualBlock(width, width, groups, rngs)
+
+  def __call__(self, x):
+    x = self.block_1(x)
+    return self.block_2(x if self.attn_1 is None else self.attn_1(x))
+
+
+class Encoder(nnx.Module):
+  """Encodes pixels: [B, H, W, 3] -> [B, h, w, Z]."""
+
+  def __init__(self, config: PublishedConfig, rngs: nnx.Rngs):
+    widths, last = config.widths, len(config.widths) - 1
+    self.conv_in = conv(3, widths[0], 3, rngs)
+    self.down = nnx.List(
+      Level(a, b, config.blocks, config.level_attention and i == last, config.groups, rngs)
+      for i, (a, b) in enumerate(itertools.pairwise((widths[0], *widths)))
+    )
+    for level, width in zip(self.down, widths[:-1]):
+      level.downsample = Downsample(width, rngs)
+    self.mid = Middle(config, rngs)
+    self.norm_out = norm(widths[-1], config.groups, rngs)
+    self.conv_out = conv(widths[-1], config.latent_channels, 3, rngs)
+
+  def __call__(self, x):
+    x = self.conv_in(x)
+    for i, level in enumerate(self.down):
+      x = level(x)
+      if i < len(self.down) - 1:
+        x = level.downsample(x)
+    return self.conv_out(nnx.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nnx.Module):
+  """Decodes [B, h, w, Z] to pixels [B, H, W, 3], not clipped."""
+
+  def __init__(self, config: PublishedConfig, rngs: nnx.Rngs):
+    widths, last = config.widths, len(config.widths) - 1
+    self.conv_in = conv(config.latent_channels, widths[-1], 3, rngs)
+    self.mid = Middle(config, rngs)
+    self.up = nnx.List(  # In the order of `widths`; the last one comes first.
+      Level(b, a, config.blocks + 1, config.level_attention and i == last, config.groups, rngs)
+      for i, (a, b) in enumerate(itertools.pairwise((*widths, widths[-1])))
+    )
+    for level, width in zip(self.up[1:], widths[1:]):
+      level.upsample = Upsample(width, rngs)
+    self.norm_out = norm(widths[0], config.groups, rngs)
+    self.conv_out = conv(widths[0], 3, 3, rngs)
+
+  def __call__(self, z):
+    x = self.mid(self.conv_in(z))
+    for i in reversed(range(len(self.up))):
+      x = self.up[i](x)
+      if i:
+        x = self.up[i].upsample(x)
+    return self.conv_out(nnx.silu(self.norm_out(x)))
+
+
+class Codebook(nnx.Module):
+  """K codes, chosen by distance or by logits."""
+
+  def __init__(self, config: PublishedConfig, num_codes: int, rngs: nnx.Rngs):
+    self.gumbel = config.gumbel
+    table = nnx.Embed(num_codes, config.code_dim, rngs=rngs)
+    if self.gumbel:
+      self.proj, self.embed = conv(config.code_dim, num_codes, 1, rngs), table
+    else:
+      self.embedding = table
+
+  @property
+  def table(self):
+    """The codes, [K, E]."""
+    return (self.embed if self.gumbel else self.embedding).embedding[...]
+
+  def scores(self, z):
+    """Scores all codes: [..., E] -> [..., K]; the largest score is that of the code of z."""
+    if self.gumbel:
+      return self.proj(z)
+    # The distance, squared and negated, without the term that all codes share.
+    squares = jnp.sum(self.table**2, -1).reshape((1,) * (z.ndim - 1) + (-1,))
+    return 2 * jnp.matmul(z, self.table.T) - squares
+
+
+class PublishedVQGAN(nnx.Module):
+  """Encoder, codebook and decoder, with a convolution of size 1 on either side of the codes."""
+
+  def __init__(self, config: PublishedConfig, num_codes: int, rngs: nnx.Rngs):
+    self.encoder, self.decoder = Encoder(config, rngs), Decoder(config, rngs)
+    self.quantize = Codebook(config, num_codes, rngs)
+    self.quant_conv = conv(config.latent_channels, config.code_dim, 1, rngs)
+    self.post_quant_conv = conv(config.code_dim, config.latent_channels, 1, rngs)
+
+
+@functools.cache
+def structure(config: PublishedConfig, num_codes: int):
+  """Returns graph and abstract state of the module, see `parameters.structure`."""
+  return parameters.structure(lambda: PublishedVQGAN(config, num_codes, nnx.Rngs(params=0)))
+
+
+def codebook(config: PublishedConfig, params: dict) -> np.ndarray:
+  """Returns the codes, fp32 [K, E]."""
+  table = params["quantize"]["embed" if config.gumbel else "embedding"]["embedding"]
+  return np.asarray(jax.device_get(table))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def encode(config: PublishedConfig, num_codes: int, params: dict, images):
+  """Encodes images, uint8 [B, H, W, 3], to codes, int32 [B, h, w].
+
+  H and W are any multiples of `config.downsample`.
+  """
+  with jax.default_matmul_precision("highest"):
+    model, low = parameters.fill(*structure(config, num_codes), params), config.lowest_pixel
+    z = model.quant_conv(model.encoder(images.astype(jnp.float32) / (255 / (1 - low)) + low))
+    return jnp.argmax(model.quantize.scores(z), -1).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def decode_pixels(config: PublishedConfig, num_codes: int, params: dict, codes):
+  """Decodes codes, int32 [B, h, w], to fp32 [B, H, W, 3], from `lowest_pixel` to 1 if clipped."""
+  with jax.default_matmul_precision("highest"):
+    model = parameters.fill(*structure(config, num_codes), params)
+    return model.decoder(model.post_quant_conv(model.quantize.table[codes]))
+
+
+def decode(config: PublishedConfig, num_codes: int, params: dict, codes):
+  """Decodes codes, int32 [B, h, w], to images, uint8 [B, H, W, 3]."""
+  low, pixels = config.lowest_pixel, decode_pixels(config, num_codes, params, codes)
+  return jnp.clip(jnp.round((pixels - low) * (255 / (1 - low))), 0, 255).astype(jnp.uint8)

@@ -1,0 +1,358 @@
+"""Files of published image tokenizers: read from safetensors, and written as diffusers reads them.
+
+A pickle is never opened: it can run any code.
+"""
+
+from collections.abc import Collection
+import dataclasses
+import functools
+import os
+import re
+
+from etils import epath
+from flax import traverse_util
+import jax
+import numpy as np
+import safetensors
+from safetensors import numpy as safetensors_numpy
+
+from cm3leon_jax import parameters
+from cm3leon_jax.config import UserError, build, short
+from cm3leon_jax.io import read_json, replacing, write_json
+from cm3leon_jax.tokenizers import published
+from cm3leon_jax.tokenizers.published import FAMILIES, Family, PublishedConfig
+from cm3leon_jax.tokenizers.vqgan import CONFIG, ImageTokenizer, VQGANConfig
+
+DIFFUSERS = "diffusion_pytorch_model.safetensors"
+TRANSFORMERS = "model.safetensors"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+PREFIXES = ("model.vqmodel.", "vqmodel.")  # Of the tokenizer in a whole Chameleon.
+LEFT = "loss."  # Networks that only training needs.
+# Sides of images in pixels that the weights of a family are published for.
+RESOLUTIONS = {"amused": (256, 512), "taming_gumbel_f8": (256,), "chameleon": (512,)}
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+# Our names -> those of `diffusers.VQModel`.
+RENAMES = (
+  (r"encoder\.down\.", "encoder.down_blocks."),
+  (r"\.block\.", ".resnets."),
+  (r"\.(down|up)sample\.", r".\1samplers.0."),
+  (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+  (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+  (r"\.norm_out\.", ".conv_norm_out."),
+  (r"\.nin_shortcut\.", ".conv_shortcut."),
+)
+# Fields of diffusers' config.json that must have one value, and their defaults there.
+FIXED = {
+  "_class_name": ("VQModel", "VQModel"),
+  "act_fn": ("silu", "silu"),
+  "in_channels": (3, 3),
+  "out_channels": (3, 3),
+  "norm_type": ("group", "group"),
+  "mid_block_add_attention": (False, True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+  """What `read` found.
+
+  Attributes:
+    tokenizer: at the first of the resolutions of its family.
+    files: that hold its tensors.
+    num_parameters: numbers in them.
+    num_tensors: tensors of the tokenizer.
+    num_left: tensors in the files that are not the tokenizer's.
+  """
+
+  tokenizer: ImageTokenizer
+  files: tuple[epath.Path, ...]
+  num_parameters: int
+  num_tensors: int
+  num_left: int
+
+
+def published_name(name: str, config: PublishedConfig) -> str:
+  """Returns the name of a parameter in the files of its family.
+
+  With five levels, decoder.up.0.block.1.conv1.kernel is decoder.up_blocks.4.resnets.1.conv1.weight
+  in files of `amused`, and decoder.up.0.block.1.conv1.weight in those of other families.
+  """
+  layer, _, leaf = name.rpartition(".")
+  name = f"{layer}.{LEAVES.get(leaf, leaf)}"
+  if config.family != "amused":
+    return name
+  last = len(config.widths) - 1  # The decoder's levels are counted from the lowest one.
+  name = re.sub(r"decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{last - int(m[1])}", name)
+  for ours, theirs in RENAMES:
+    name = re.sub(ours, theirs, name)
+  return name
+
+
+@functools.cache
+def _shapes(config: PublishedConfig, num_codes: int) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of all parameters by our names."""
+  state = parameters.to_dict(published.structure(config, num_codes)[1])
+  return {k: x.shape for k, x in traverse_util.flatten_dict(state, sep=".").items()}
+
+
+def tensor_shapes(config: PublishedConfig, num_codes: int) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of all tensors by their published names; kernels are [out, in, h, w]."""
+  return {
+    published_name(name, config): (*shape[:1:-1], *shape[:2]) if len(shape) == 4 else shape
+    for name, shape in _shapes(config, num_codes).items()
+  }
+
+
+def to_tensors(tokenizer: ImageTokenizer) -> dict[str, np.ndarray]:
+  """Returns the parameters of a published tokenizer under their published names."""
+  flat = traverse_util.flatten_dict(jax.device_get(tokenizer.params), sep=".")
+  return {
+    published_name(name, tokenizer.config): np.ascontiguousarray(
+      x.transpose(3, 2, 0, 1) if x.ndim == 4 else x
+    )
+    for name, x in flat.items()
+  }
+
+
+def from_tensors(tensors: dict[str, np.ndarray], config: PublishedConfig, num_codes: int) -> dict:
+  """Inverts `to_tensors`: returns fp32 parameters as a pure dict."""
+  flat = {}
+  for name, shape in _shapes(config, num_codes).items():
+    x = np.asarray(tensors[published_name(name, config)], np.float32)
+    flat[name] = np.ascontiguousarray(x.transpose(2, 3, 1, 0) if len(shape) == 4 else x)
+  return traverse_util.unflatten_dict(flat, sep=".")
+
+
+def _refuse_pickle(path: epath.Path) -> None:
+  """Raises UserError, with the way to convert it, if a file is a pickle by its name or content."""
+  with path.open("rb") as file:
+    start = file.read(4)
+  is_pickle = start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05")
+  if path.suffix not in PICKLES and (path.suffix == ".safetensors" or not is_pickle):
+    return
+  raise UserError(
+    f"{path} is a pickle, which may run any code when it is read, so it is not read here. Convert "
+    "it in another environment, one without secrets: "
+    f"t = torch.load('{path.name}', map_location='cpu', weights_only=True); "
+    "t = t.get('state_dict', t); safetensors.torch.save_file({k: v.contiguous() for k, v in "
+    f"t.items()}}, '{path.stem}.safetensors'). Then --source is {path.stem}.safetensors."
+  )
+
+
+def find_files(source: epath.PathLike) -> list[epath.Path]:
+  """Finds the safetensors files that `source` names.
+
+  Args:
+    source: such a file; or a folder that holds one, the files of an index, or, as aMUSEd does, a
+      folder vqvae/ with one.
+
+  Raises:
+    UserError: there is no such file, or several, or only a pickle.
+  """
+  path = epath.Path(source)
+  if "://" in os.fspath(source) or not path.exists():
+    raise UserError(f"--source is {source}; it must be a file or folder on this machine.")
+  if not path.is_dir():
+    _refuse_pickle(path)
+    return [path]
+  folder = path / "vqvae" if (path / "vqvae").is_dir() else path
+  for name in (DIFFUSERS, TRANSFORMERS):
+    if (folder / name).exists():
+      return [folder / name]
+  if (index := folder / f"{TRANSFORMERS}.index.json").exists():
+    names = sorted(set(map(str, read_json(index, {"weight_map": dict})["weight_map"].values())))
+    if absent := [name for name in names if not (folder / name).exists()]:
+      raise UserError(f"{folder / absent[0]} does not exist, but {index} names it: get it, too.")
+    return [folder / name for name in names]
+  found = sorted(folder.glob("*.safetensors"))
+  if len(found) > 1:
+    raise UserError(
+      f"{folder} holds {', '.join(x.name for x in found[:4])}: name one: --source={found[0]}"
+    )
+  for other in sorted(folder.iterdir()) if not found else ():
+    if other.suffix in PICKLES:
+      _refuse_pickle(other)
+  if not found:
+    raise UserError(
+      f"{folder} holds no .safetensors file: name the folder or file with the weights."
+    )
+  return found
+
+
+def diffusers_config(path: epath.Path) -> PublishedConfig:
+  """Reads the sizes of an aMUSEd tokenizer from diffusers' config.json; absent: the published ones.
+
+  Raises:
+    UserError: the file is damaged, or of another network.
+  """
+  if not path.exists():
+    return FAMILIES["amused"]
+  stored = read_json(path, {})
+  for name, (value, default) in FIXED.items():
+    if (found := stored.get(name, default)) != value:
+      raise UserError(
+        f"{path}: {name} is {short(found)}; for --family=amused it must be {value!r}."
+      )
+  sizes = {
+    "widths": stored.get("block_out_channels"),
+    "blocks": stored.get("layers_per_block"),
+    "latent_channels": stored.get("latent_channels"),
+    "code_dim": stored.get("vq_embed_dim") or stored.get("latent_channels"),
+    "groups": stored.get("norm_num_groups", 32),
+  }
+  try:
+    return build(PublishedConfig, dataclasses.asdict(FAMILIES["amused"]) | sizes)
+  except UserError as error:
+    raise UserError(f"{path} does not describe a VQModel that is read here ({error})") from error
+
+
+def _index(files: Collection[epath.Path]) -> dict[str, tuple[epath.Path, tuple[int, ...]]]:
+  """Returns file and shape of every tensor by its name, from the headers of files."""
+  found = {}
+  for path in files:
+    try:
+      with safetensors.safe_open(os.fspath(path), framework="np") as file:
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+          found[name] = path, tuple(file.get_slice(name).get_shape())
+    except (safetensors.SafetensorError, OSError) as error:
+      raise UserError(f"{path} is not a whole safetensors file ({error}): get it again.") from error
+  return found
+
+
+def _check(found: dict, config: PublishedConfig, num_codes: int, source) -> None:
+  """Raises UserError, with the name, if a tensor is missing, surplus or of another shape."""
+  expected = tensor_shapes(config, num_codes)
+  if missing := [name for name in expected if name not in found]:
+    others = [f for f in FAMILIES if f != config.family and _has_names(found, f)]
+    if others:
+      hint = f"its tensors are those of --family={others[0]}."
+    elif not any(name.startswith("decoder.") for name in found):
+      hint = (
+        "it holds no decoder, as Chameleon in transformers: take the tokenizer's own file of the "
+        "release, vqgan.ckpt, as safetensors."
+      )
+    else:
+      hint = "name the weights of that tokenizer, or another --family."
+    raise UserError(
+      f"{source} has no tensor '{missing[0]}' ({len(missing)} of the {len(expected)} of "
+      f"--family={config.family} are missing): {hint}"
+    )
+  if surplus := sorted(set(found) - set(expected)):
+    raise UserError(
+      f"{source} has {len(surplus)} tensors that --family={config.family} has not, "
+      f"'{surplus[0]}' among them: name the weights of that tokenizer alone, or another --family."
+    )
+  for name, shape in expected.items():
+    if found[name][1] != shape:
+      raise UserError(
+        f"{source}: tensor '{name}' is {list(found[name][1])}; for --family={config.family} it "
+        f"must be {list(shape)}."
+      )
+
+
+def _has_names(found: Collection[str], family: Family) -> bool:
+  return set(tensor_shapes(FAMILIES[family], 8_192)) <= set(found)
+
+
+def read(source: epath.PathLike, family: Family) -> Read:
+  """Reads a published tokenizer, of any floating type, as fp32.
+
+  Args:
+    source: see `find_files`; config.json beside files of diffusers gives the sizes.
+    family: key of `FAMILIES`.
+
+  Raises:
+    UserError: a file is absent, damaged or a pickle; or a tensor is missing, surplus, of another
+      shape, or not finite.
+  """
+  files = find_files(source)
+  config = FAMILIES[family]
+  if family == "amused":
+    config = diffusers_config(files[0].parent / CONFIG)
+  every = _index(files)
+  prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in every)), "")
+  found = {
+    name.removeprefix(prefix): value
+    for name, value in every.items()
+    if name.startswith(prefix) and not name.startswith(prefix + LEFT)
+  }
+  table = "quantize.embed.weight" if config.gumbel else "quantize.embedding.weight"
+  num_codes = (*found.get(table, (None, ()))[1], 0)[0] or 8_192
+  _check(found, config, num_codes, source)
+  tensors: dict[str, np.ndarray] = {}
+  holders = sorted({path for path, _ in found.values()})
+  for path in holders:
+    with safetensors.safe_open(os.fspath(path), framework="np") as file:
+      tensors |= {
+        name: np.asarray(file.get_tensor(prefix + name), np.float32)
+        for name, (holder, _) in found.items()
+        if holder == path
+      }
+  if bad := parameters.not_finite(tensors):
+    raise UserError(f"{source}: tensor '{bad}' has values that are not finite.")
+  params = from_tensors(tensors, config, num_codes)
+  sizes = sum(x.size for x in tensors.values()), len(tensors), len(every) - len(found)
+  return Read(ImageTokenizer(config, num_codes, params), tuple(holders), *sizes)
+
+
+def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageTokenizer:
+  """Returns a published tokenizer at the resolution of a config.
+
+  Args:
+    tokenizer: of `read`.
+    num_codes: of the config, `vocab.image_size`.
+    vqgan: of the config; only resolution and downsample count.
+
+  Raises:
+    UserError: the codebook or the grid of codes is not that of the config.
+  """
+  config, sides = tokenizer.config, RESOLUTIONS[tokenizer.config.family]
+  if tokenizer.num_codes != num_codes:
+    raise UserError(
+      f"config.vocab.image_size is {num_codes}; the codebook has {tokenizer.num_codes} codes: set "
+      f"config.vocab.image_size={tokenizer.num_codes}, and config.model.vocab_size to the new size "
+      "of the vocabulary."
+    )
+  if vqgan.downsample != config.downsample or vqgan.resolution not in sides:
+    grids = " or ".join(f"{(s // config.downsample) ** 2:,} codes of {s}x{s} pixels" for s in sides)
+    raise UserError(
+      f"config.vqgan.resolution is {vqgan.resolution} and config.vqgan.downsample "
+      f"{vqgan.downsample}, {vqgan.image_tokens:,} codes per image; --family={config.family} makes "
+      f"{grids}: set config.vqgan.resolution={sides[0]}, config.vqgan.downsample="
+      f"{config.downsample}."
+    )
+  config = dataclasses.replace(config, resolution=vqgan.resolution)
+  return dataclasses.replace(tokenizer, config=config)
+
+
+def save_diffusers(folder: epath.PathLike, tokenizer: ImageTokenizer) -> None:
+  """Writes an aMUSEd tokenizer so that `diffusers.VQModel.from_pretrained` reads it.
+
+  config.json comes last: without it, diffusers loads nothing. The network reads and writes pixels
+  in [0, 1].
+
+  Raises:
+    UserError: diffusers has no layout for the tokenizer.
+  """
+  config = tokenizer.config
+  if not isinstance(config, PublishedConfig) or config.family != "amused":
+    name = getattr(config, "family", "trained by launch.train_vqgan")
+    raise UserError(f"the image tokenizer is {name}; diffusers.VQModel holds only --family=amused.")
+  folder, levels = epath.Path(folder), len(config.widths)
+  (folder / CONFIG).unlink(missing_ok=True)
+  with replacing(folder / DIFFUSERS) as file:
+    file.write(safetensors_numpy.save(to_tensors(tokenizer), metadata={"format": "pt"}))
+  sizes = {
+    "block_out_channels": config.widths,
+    "layers_per_block": config.blocks,
+    "latent_channels": config.latent_channels,
+    "vq_embed_dim": config.code_dim,
+    "norm_num_groups": config.groups,
+    "num_vq_embeddings": tokenizer.num_codes,
+    "sample_size": config.resolution,
+    "down_block_types": ["DownEncoderBlock2D"] * levels,
+    "up_block_types": ["UpDecoderBlock2D"] * levels,
+    "lookup_from_codebook": True,
+    "force_upcast": True,
+  }
+  write_json(folder / CONFIG, {name: value for name, (value, _) in FIXED.items()} | sizes)

@@ -1,0 +1,233 @@
+"""Tests launch.import_vqgan: what it prints, leaves and refuses, and a run on what it imports."""
+
+import dataclasses
+
+from absl import flags
+from absl.testing import flagsaver
+from etils import epath
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax import stages
+from cm3leon_jax.clip import model as clip_lib
+from cm3leon_jax.commands import (
+  common,
+  encode_documents,
+  generate,
+  import_vqgan,
+  train,
+  train_vqgan,
+)
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.io import digest, read_json, read_json_lines, write_json
+from cm3leon_jax.mesh import MeshConfig, create_mesh
+from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.tokenizers import published, published_files, text
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from tests.data.raw import write_raw
+from tests.data.stores import VOCAB
+from tests.generation.run import make_config
+from tests.launched import launch
+from tests.retrieval.stores import write_neighbors
+
+NAME = published_files.DIFFUSERS
+FAMILY = dataclasses.replace(
+  published.FAMILIES["amused"],
+  widths=(8,) * 5,
+  latent_channels=4,
+  code_dim=4,
+  groups=4,
+  blocks=1,
+)
+
+
+def make_settings(**vqgan):
+  """Returns settings of f16 at 256 pixels, with a tiny decoder."""
+  config = make_config(320)
+  config.vqgan.update({"resolution": 256, "downsample": 16, "stem": 16, **vqgan})
+  config.data.update({"num_neighbors": 0, "text_share": 0.0, "pack_window": 16})
+  config.clip.update({"resolution": 256, "patch": 128})
+  config.mesh.update({"data": 1, "fsdp": 1, "tensor": 1})
+  config.train.update({"steps": 1, "global_batch_size": 2, "eval_every": 1, "eval_batches": 1})
+  config.train.update({"tensorboard": False, "checkpoint_every": 1})
+  config.optimizer.update({"warmup_steps": 1})
+  return settings_from_config(config)
+
+
+SETTINGS = make_settings()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  """A folder of random weights as diffusers writes it, and the tokenizer in it."""
+  folder = tmp_path_factory.mktemp("source")
+  rng, tensors = np.random.default_rng(0), {}
+  for name, shape in published_files.tensor_shapes(FAMILY, VOCAB.image_size).items():
+    scale = np.prod(shape[1:]) ** -0.5 if len(shape) == 4 else 1 if len(shape) == 2 else 0.3
+    around = float("norm" in name and name.endswith("weight"))
+    tensors[name] = rng.normal(around, scale, shape).astype(np.float32)
+  params = published_files.from_tensors(tensors, FAMILY, VOCAB.image_size)
+  tokenizer = ImageTokenizer(FAMILY, VOCAB.image_size, params, 4)
+  published_files.save_diffusers(folder, tokenizer)
+  return folder, tokenizer
+
+
+def test_a_tokenizer_is_imported_once(source, tmp_path, capsys):
+  folder, tokenizer = source
+  import_vqgan.main(SETTINGS, tmp_path, str(folder), "amused")
+  numbers = sum(x.size for x in jax.tree.leaves(tokenizer.params))
+  tensors = len(published_files.tensor_shapes(FAMILY, VOCAB.image_size))
+  assert capsys.readouterr().out.splitlines() == [
+    f"import_vqgan: amused, {numbers:,} parameters in {tensors} tensors.",
+    f"import_vqgan: read {folder / NAME}, SHA-256 {digest(folder / NAME)}.",
+    "import_vqgan: 256x256 pixels are 16x16 = 256 of 64 codes, each of width 4; in "
+    f"{tmp_path / 'vqgan'}.",
+  ]
+  loaded = ImageTokenizer.load(tmp_path / "vqgan")
+  assert (loaded.config, loaded.batch_size) == (FAMILY, 16)
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, tokenizer.params)
+  before = read_json(tmp_path / "vqgan" / stages.DONE)
+  assert stages.ids(SETTINGS, tmp_path, ["vqgan"]) == {"vqgan": before["id"]}
+  import_vqgan.main(SETTINGS, tmp_path, str(folder / NAME), "amused")
+  assert "vqgan: finished already, skipped." in capsys.readouterr().out
+  assert read_json(tmp_path / "vqgan" / stages.DONE) == before
+  train_vqgan.main(SETTINGS, tmp_path)  # There is no raw/ to train it on.
+  printed = f"{tmp_path / 'vqgan'}: the image tokenizer is there, imported (amused): nothing is tr"
+  assert capsys.readouterr().out.startswith(printed)
+
+
+def test_another_tokenizer_is_not_overwritten(source, tmp_path):
+  folder, tokenizer = source
+  import_vqgan.main(SETTINGS, tmp_path, str(folder), "amused")
+  other = dataclasses.replace(tokenizer, params=jax.tree.map(lambda x: 2 * x, tokenizer.params))
+  published_files.save_diffusers(tmp_path / "other", other)
+  with pytest.raises(UserError, match=r"vqgan holds the run of another config \(sha256: "):
+    import_vqgan.main(SETTINGS, tmp_path, str(tmp_path / "other"), "amused")
+  with pytest.raises(UserError, match=r"vqgan\.resolution: 256 -> 512"):
+    import_vqgan.main(make_settings(resolution=512), tmp_path, str(folder), "amused")
+  for name in ("config.json", "training/1/file"):
+    path = tmp_path / name.partition(".")[0] / "vqgan" / name
+    path.parent.mkdir(parents=True)
+    path.write_text('{"vqgan": {}, "num_codes": 64}')
+    with pytest.raises(UserError, match=r"vqgan holds a VQGAN of launch\.train_vqgan: use another"):
+      import_vqgan.main(SETTINGS, tmp_path / name.partition(".")[0], str(folder), "amused")
+
+
+def test_a_damaged_or_unfinished_import_says_to_import_again(source, tmp_path):
+  import_vqgan.main(SETTINGS, tmp_path, str(source[0]), "amused")
+  path = tmp_path / "vqgan" / "params.safetensors"
+  path.write_bytes(path.read_bytes()[:-1])
+  with pytest.raises(UserError, match=r"run `python -m launch\.import_vqgan` again"):
+    ImageTokenizer.load(tmp_path / "vqgan")
+  (tmp_path / "vqgan" / stages.DONE).unlink()
+  with pytest.raises(
+    UserError, match=r"whose import did not finish: run `python -m launch\.import_vqgan` again"
+  ):
+    train_vqgan.main(SETTINGS, tmp_path)
+  import_vqgan.main(SETTINGS, tmp_path, str(source[0]), "amused")
+  ImageTokenizer.load(tmp_path / "vqgan")
+
+
+@pytest.mark.parametrize(
+  ("argv", "message"),
+  [
+    (["--family=amused"], "error: name the file or folder with the weights: --source=amused-256"),
+    (["--source=a"], "error: name the network of the weights: --family=amused|taming_gumbel_f8|ch"),
+    (["--source=a", "--family=amused"], "error: --source is a; it must be a file or folder on"),
+    (["--source=last.ckpt", "--family=chameleon"], "error: last.ckpt is a pickle, which may run"),
+    (["--source=FOLDER", "--family=amused"], "error: config.vocab.image_size is 8192; the codebo"),
+  ],
+)
+def test_a_mistake_is_one_sentence(source, tmp_path, argv, message):
+  (tmp_path / "last.ckpt").write_bytes(b"")
+  config = "--config=cm3leon_350m"
+  argv = [argument.replace("FOLDER", str(source[0])) for argument in argv]
+  result = launch("import_vqgan", config, f"--workdir={tmp_path}/run", *argv, cwd=tmp_path)
+  assert (result.returncode, result.stdout) == (2, "")
+  assert result.stderr.startswith(message)
+  assert result.stderr.count("\n") == 1
+  assert not (tmp_path / "run").exists()
+
+
+def test_the_flag_has_all_families():
+  assert tuple(published.FAMILIES) == import_vqgan.FAMILIES
+
+
+@pytest.mark.parametrize("family", ["taming_gumbel_f8", "chameleon"])
+def test_the_configs_of_the_page_fit_the_grids(family):
+  """As docs/image_tokenizers.md says: `:paper`, and 512 pixels."""
+  from cm3leon_jax.configs import base
+
+  config = base.get_config("paper" if family == "taming_gumbel_f8" else "")
+  config.vqgan.resolution = published.FAMILIES[family].resolution
+  tokenizer = ImageTokenizer(published.FAMILIES[family], 8_192, {})
+  settings = settings_from_config(config)
+  fitted = published_files.fit(tokenizer, settings.vocab.image_size, settings.vqgan)
+  assert fitted.config == published.FAMILIES[family]
+  assert settings.vqgan.image_tokens == 1_024
+
+
+def write_data(root) -> np.ndarray:
+  """Writes eight pairs of 256 pixels, a text tokenizer and a random CLIP; returns the images."""
+  rng = np.random.default_rng(0)
+  coarse = rng.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)
+  images = np.repeat(np.repeat(coarse, 32, 1), 32, 2)
+  pairs = [
+    {"key": f"k{i}", "caption": f"word{i} word", "split": "heldout" if i > 5 else "train"}
+    for i in range(8)
+  ]
+  write_raw(root / "raw", pairs, images)
+  words = [f"word{i} word{i + 1}" for i in range(400)]  # Enough for the vocabulary.
+  text.train_text_tokenizer(words, VOCAB, text.TextTokenizerConfig(), root / "text_tokenizer")
+  params = clip_lib.init_params(SETTINGS.clip, VOCAB.text_size, jax.random.key(0))
+  clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, params).save(root / "clip")
+  for split, count in (("train", 6), ("heldout", 2)):
+    ids = np.zeros((count, 4), np.int32)
+    write_neighbors(root / "neighbors" / f"{split}_pairs", ids=ids, text_ids=ids)
+  for name in ("raw", "text_tokenizer", "clip", "neighbors"):
+    write_json(root / name / stages.DONE, {"id": name, "config": {}, "summary": {}, "seconds": 1.0})
+  return images
+
+
+@pytest.fixture
+def one_mesh(monkeypatch):
+  mesh = create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+  monkeypatch.setattr(common, "make_mesh", lambda settings: mesh)
+
+
+def test_a_run_on_an_imported_tokenizer(source, tmp_path, one_mesh, capsys):
+  """Import, encode, one step, generate, decode; codes and pixels are those of diffusers."""
+  diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+  model = diffusers.VQModel.from_pretrained(source[0]).eval()
+  root = epath.Path(tmp_path)
+  images = write_data(root)
+  import_vqgan.main(SETTINGS, root, str(source[0]), "amused")
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  encode_documents.main(SETTINGS, root)
+  store = DocumentStore(root / "documents" / "train_pairs", VOCAB)
+  codes = np.stack([VOCAB.image_codes(store[i].segments[1].tokens) for i in range(6)])
+  with torch.no_grad():
+    pixels = torch.tensor(images[:6]).permute(0, 3, 1, 2) / 255
+    expected = model.quantize(model.encode(pixels).latents)[2][2].reshape(6, 256).numpy()
+  assert len(np.unique(expected)) > 5
+  assert (codes == expected).mean() > 0.999
+  train.main(SETTINGS, root)
+  assert stages.require(root, "train", summary=dict)["summary"]["steps"] == 1
+  with flagsaver.flagsaver(prompt=["word1 word"], guidance=["3"], retrieve=["0"], samples=2):
+    generate.main(SETTINGS, root)
+  [folder] = (root / "prompts").iterdir()
+  for line in read_json_lines(folder / "results.jsonl"):
+    tokens = np.array(line["tokens"])
+    made = VOCAB.image_codes(tokens[tokens >= VOCAB.text_size])
+    assert made.shape == (256,)
+    with torch.no_grad():
+      shape = (1, 16, 16, FAMILY.code_dim)
+      decoded = model.decode(torch.tensor(made), force_not_quantize=True, shape=shape).sample
+    image = np.asarray(Image.open(folder / line["file"]))
+    assert image.std() > 5
+    expected = np.clip(decoded[0].permute(1, 2, 0).numpy() * 255, 0, 255)
+    assert np.abs(image - expected).max() < 0.55

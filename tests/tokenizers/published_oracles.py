@@ -1,0 +1,187 @@
+"""Published image tokenizers in torch, with random weights.
+
+aMUSEd is `diffusers.VQModel`. Chameleon is transformers' ChameleonVQVAE, which has no decoder, and
+the decoder of Janus, which is Chameleon's with the levels counted from the lowest one and one more
+attention after each of its blocks. taming's Gumbel f8 has both, the attention included, and takes
+the largest logit of a convolution.
+"""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from cm3leon_jax.tokenizers.published import FAMILIES, PublishedConfig
+
+torch = pytest.importorskip("torch")
+
+
+def small(family: str, **fields) -> PublishedConfig:
+  """Returns a family with fewer levels and channels: one code for 4 x 4 pixels."""
+  values = {"resolution": 32, "widths": (32, 64, 96), "latent_channels": 12, "code_dim": 8}
+  return dataclasses.replace(FAMILIES[family], **values | fields)
+
+
+def randomize(model, seed: int) -> None:
+  """Draws all parameters so that no layer is the identity and no layer's output is tiny.
+
+  Only that of the first layers is: the variance is then about as large as the epsilon of the norms.
+  """
+  generator = torch.Generator().manual_seed(seed)
+  with torch.no_grad():
+    for name, value in model.named_parameters():
+      if value.ndim == 4:
+        value.normal_(0, value[0].numel() ** -0.5, generator=generator)
+      elif value.ndim == 2:
+        value.normal_(0, 1, generator=generator)
+      else:
+        value.normal_(0, 0.3, generator=generator).add_(
+          float("norm" in name and name.endswith("weight"))
+        )
+      if "conv_in." in name:
+        value.mul_(1e-3)
+
+
+class Amused:
+  """`diffusers.VQModel`, both ways."""
+
+  lowest = 0  # The pipelines of aMUSEd do not shift pixels.
+
+  def __init__(self, config: PublishedConfig, num_codes: int):
+    import diffusers
+
+    self.code_dim, levels = config.code_dim, len(config.widths)
+    self.model = diffusers.VQModel(
+      block_out_channels=config.widths,
+      down_block_types=("DownEncoderBlock2D",) * levels,
+      up_block_types=("UpDecoderBlock2D",) * levels,
+      layers_per_block=config.blocks,
+      latent_channels=config.latent_channels,
+      vq_embed_dim=config.code_dim,
+      norm_num_groups=config.groups,
+      num_vq_embeddings=num_codes,
+      mid_block_add_attention=False,
+      lookup_from_codebook=True,
+    ).eval()
+    self.modules = (self.model,)
+
+  def tensors(self):
+    return self.model.state_dict()
+
+  def distances(self, pixels):
+    """[B, H, W, 3] in [0, 1] -> [B, h, w, K]."""
+    z = self.model.encode(pixels.permute(0, 3, 1, 2)).latents.permute(0, 2, 3, 1)
+    return torch.cdist(z.reshape(-1, self.code_dim), self.model.quantize.embedding.weight).reshape(
+      *z.shape[:3], -1
+    )
+
+  def encode(self, pixels):
+    latents = self.model.encode(pixels.permute(0, 3, 1, 2)).latents
+    return self.model.quantize(latents)[2][2].reshape(-1, *latents.shape[2:])
+
+  def decode(self, codes):
+    shape = (*codes.shape, self.code_dim)
+    decoded = self.model.decode(codes.reshape(-1), force_not_quantize=True, shape=shape)
+    return decoded.sample.permute(0, 2, 3, 1)
+
+
+class Chameleon:
+  """ChameleonVQVAE and the decoder of JanusVQVAE; with `gumbel`, taming's quantizer."""
+
+  lowest = -1
+
+  def __init__(self, config: PublishedConfig, num_codes: int):
+    import transformers
+    from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
+
+    self.attention, self.last = config.level_attention, len(config.widths) - 1
+    width = config.widths[0]
+    sizes = {
+      "embed_dim": config.code_dim,
+      "num_embeddings": num_codes,
+      "latent_channels": config.latent_channels,
+      "base_channels": width,
+      "channel_multiplier": tuple(w // width for w in config.widths),
+      "num_res_blocks": config.blocks,
+    }
+    lowest = config.resolution // config.downsample
+    self.model = ChameleonVQVAE(
+      transformers.ChameleonVQVAEConfig(
+        **sizes,
+        resolution=config.resolution,
+        attn_resolutions=[lowest] if self.attention else None,
+      )
+    ).eval()
+    janus = transformers.JanusVQVAE(transformers.JanusVQVAEConfig(**sizes)).eval()
+    self.decoder = janus.decoder
+    self.modules = (self.model, self.decoder)
+    self.gumbel = None
+    if config.gumbel:
+      self.gumbel = torch.nn.Conv2d(config.code_dim, num_codes, 1)
+      self.modules += (self.gumbel,)
+
+  def silence_attention(self):
+    """Takes the attention that Chameleon lacks out of Janus' decoder."""
+    with torch.no_grad():
+      for attention in self.decoder.up[0].attn:
+        attention.proj_out.weight.zero_()
+        attention.proj_out.bias.zero_()
+
+  def tensors(self):
+    tensors = dict(self.model.state_dict())
+    for name, value in self.decoder.state_dict().items():
+      if self.attention or ".attn." not in name:
+        level = re.sub(r"^up\.(\d+)", lambda m: f"up.{self.last - int(m[1])}", name)
+        tensors[f"decoder.{level}"] = value
+    if self.gumbel is not None:
+      tensors["quantize.embed.weight"] = tensors.pop("quantize.embedding.weight")
+      tensors |= {f"quantize.proj.{k}": v for k, v in self.gumbel.state_dict().items()}
+    return tensors
+
+  def distances(self, pixels):
+    """[B, H, W, 3] in [-1, 1] -> [B, h, w, K]; of Gumbel, the negated logits."""
+    z = self.model.quant_conv(self.model.encoder(pixels.permute(0, 3, 1, 2)))
+    if self.gumbel is not None:
+      return -self.gumbel(z).permute(0, 2, 3, 1)
+    z, table = z.permute(0, 2, 3, 1), self.model.quantize.embedding.weight
+    return torch.cdist(z.reshape(-1, z.shape[-1]), table).reshape(*z.shape[:3], -1)
+
+  def encode(self, pixels):
+    if self.gumbel is not None:
+      return self.distances(pixels).argmin(-1)
+    size = [side // 2**self.last for side in pixels.shape[1:3]]
+    return self.model.encode(pixels.permute(0, 3, 1, 2)).image_tokens.reshape(-1, *size)
+
+  def decode(self, codes):
+    z = self.model.quantize.embedding(codes).permute(0, 3, 1, 2)
+    return self.decoder(self.model.post_quant_conv(z)).permute(0, 2, 3, 1)
+
+
+def build(config: PublishedConfig, num_codes: int):
+  """Returns the oracle of a config as torch initializes it."""
+  return (Amused if config.family == "amused" else Chameleon)(config, num_codes)
+
+
+def make(config: PublishedConfig, num_codes: int, seed: int = 0):
+  """Returns the oracle of a config with random weights."""
+  oracle = build(config, num_codes)
+  for i, module in enumerate(oracle.modules):
+    randomize(module, seed + i)
+  if isinstance(oracle, Chameleon) and not config.level_attention:
+    oracle.silence_attention()
+  return oracle
+
+
+def save(path, oracle, prefix: str = "", **more) -> None:
+  """Writes the tensors of an oracle as safetensors, and `more` tensors."""
+  import safetensors.torch
+
+  tensors = {prefix + name: value.contiguous() for name, value in oracle.tensors().items()}
+  safetensors.torch.save_file(tensors | more, path)
+
+
+def to_pixels(images: np.ndarray, lowest: int):
+  """Converts uint8 to a tensor from `lowest` to 1."""
+  pixels = torch.tensor(images).to(torch.float32) / 255
+  return pixels if lowest == 0 else 2 * pixels - 1

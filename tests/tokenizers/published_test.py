@@ -1,0 +1,175 @@
+"""Published image tokenizers give the codes and pixels of their torch implementations."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from cm3leon_jax.tokenizers import published, published_files
+from cm3leon_jax.tokenizers.published import FAMILIES, PublishedConfig
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from tests.tokenizers import published_oracles
+from tests.tokenizers.published_oracles import small
+
+torch = pytest.importorskip("torch")
+
+NUM_CODES = 48
+TIE = 1e-5  # Difference of distances, or logits, at which either of two codes is right.
+TOLERANCE = 1e-4  # Of pixels.
+
+
+def some_images(height: int, width: int, count: int = 2) -> np.ndarray:
+  return np.random.default_rng(1).integers(0, 256, (count, height, width, 3)).astype(np.uint8)
+
+
+def load(config, num_codes, oracle) -> dict:
+  tensors = {name: value.numpy() for name, value in oracle.tensors().items()}
+  return published_files.from_tensors(tensors, config, num_codes)
+
+
+def num_different(config, num_codes, params, oracle, images) -> int:
+  """Compares codes with the oracle; counts those that are no ties."""
+  codes = np.asarray(published.encode(config, num_codes, params, images))
+  with torch.no_grad():
+    pixels = published_oracles.to_pixels(images, oracle.lowest)
+    expected, distances = oracle.encode(pixels).numpy(), oracle.distances(pixels).numpy()
+  assert codes.shape == expected.shape
+  assert codes.dtype == np.int32
+  assert len(np.unique(expected)) > 5  # Not all places have one code.
+  ours, theirs = (np.take_along_axis(distances, x[..., None], -1) for x in (codes, expected))
+  return int(((codes != expected) & (ours - theirs > TIE)[..., 0]).sum())
+
+
+def largest_difference(config, num_codes, params, oracle, codes) -> float:
+  decoded = np.asarray(published.decode_pixels(config, num_codes, params, codes))
+  with torch.no_grad():
+    expected = oracle.decode(torch.tensor(codes)).numpy()
+  assert decoded.shape == expected.shape
+  assert decoded.dtype == np.float32
+  assert expected.std() > 0.1
+  return float(np.abs(decoded - expected).max())
+
+
+def make(config):
+  """Returns an oracle with random weights, and its parameters."""
+  oracle = published_oracles.make(config, NUM_CODES)
+  return oracle, load(config, NUM_CODES, oracle)
+
+
+def swapped(params, side, level, first, second):
+  """Exchanges two layers of the first block of a level."""
+  changed = jax.tree.map(lambda x: x, params)
+  block = changed[side][level]["0"]["block"]["1"]
+  block[first], block[second] = block[second], block[first]
+  return changed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_codes_and_pixels_equal_torch(family):
+  """The images are not square; with two layers exchanged the comparisons fail."""
+  oracle, params = make(config := small(family))
+  images = some_images(24, 32)
+  codes = np.random.default_rng(2).integers(0, NUM_CODES, (2, 6, 8))
+  encoder = swapped(params, "encoder", "down", "conv1", "conv2")
+  decoder = swapped(params, "decoder", "up", "norm1", "norm2")
+  assert num_different(config, NUM_CODES, params, oracle, images) == 0
+  assert num_different(config, NUM_CODES, encoder, oracle, images) > 5
+  assert largest_difference(config, NUM_CODES, params, oracle, codes) < TOLERANCE
+  assert largest_difference(config, NUM_CODES, decoder, oracle, codes) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["amused", "taming_gumbel_f8"])
+def test_a_tokenizer_is_saved_whole_and_runs_in_batches(family, tmp_path):
+  config = small(family, widths=(32, 64), blocks=1, resolution=16)
+  oracle, params = make(config)
+  tokenizer = ImageTokenizer(config, NUM_CODES, params, batch_size=2)
+  tokenizer.save(tmp_path)
+  loaded = ImageTokenizer.load(tmp_path)
+  assert (loaded.config, loaded.num_codes, loaded.batch_size) == (config, NUM_CODES, 4096)
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+  assert tokenizer.codebook().dtype == np.float32
+  name = "quantize.embed.weight" if config.gumbel else "quantize.embedding.weight"
+  np.testing.assert_array_equal(loaded.codebook(), oracle.tensors()[name])
+  images = some_images(16, 16, 3)
+  codes = tokenizer.encode(images)
+  assert codes.shape == (3, config.image_tokens) == (3, 64)
+  np.testing.assert_array_equal(tokenizer.encode(images[:0:-1]), codes[:0:-1])
+  decoded = tokenizer.decode(codes)
+  with torch.no_grad():
+    pixels = oracle.decode(torch.tensor(codes).long().reshape(3, 8, 8)).numpy()
+  expected = np.clip((pixels - oracle.lowest) * 255 / (1 - oracle.lowest), 0, 255)
+  assert (decoded.shape, decoded.dtype) == (images.shape, np.uint8)
+  assert np.abs(decoded - expected).max() < 0.5 + 0.01
+  with pytest.raises(ValueError, match=r"must be uint8 \[B, 16, 16, 3\]"):
+    tokenizer.encode(images[:, :8])
+
+
+# What the publications say: levels, codes per image, code width; and numbers in all tensors.
+PUBLISHED = {
+  "amused": (16, 256, 64, 146_244_675),
+  "taming_gumbel_f8": (8, 1_024, 256, 68_995_971),
+  "chameleon": (16, 1_024, 256, 68_718_467),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_published_tensors_have_the_names_and_shapes_of_torch(family):
+  config = FAMILIES[family]
+  with torch.device("meta"):
+    oracle = published_oracles.build(config, 8_192)
+  found = {name: tuple(value.shape) for name, value in oracle.tensors().items()}
+  assert published_files.tensor_shapes(config, 8_192) == found
+  numbers = sum(math.prod(shape) for shape in found.values())
+  assert (config.downsample, config.image_tokens, config.code_dim, numbers) == PUBLISHED[family]
+
+
+NAMES = {
+  "amused": {
+    "encoder.down_blocks.0.downsamplers.0.conv.weight": (128, 128, 3, 3),
+    "encoder.down_blocks.1.resnets.0.conv_shortcut.weight": (256, 128, 1, 1),
+    "decoder.up_blocks.4.resnets.2.norm2.bias": (128,),
+    "decoder.mid_block.resnets.1.conv1.weight": (768, 768, 3, 3),
+    "quantize.embedding.weight": (8192, 64),
+  },
+  "taming_gumbel_f8": {
+    "encoder.down.3.attn.1.proj_out.weight": (512, 512, 1, 1),
+    "encoder.down.2.block.0.nin_shortcut.weight": (256, 128, 1, 1),
+    "decoder.up.3.attn.2.k.bias": (512,),
+    "decoder.up.1.upsample.conv.weight": (128, 128, 3, 3),
+    "quantize.proj.weight": (8192, 256, 1, 1),
+    "quantize.embed.weight": (8192, 256),
+  },
+  "chameleon": {
+    "encoder.down.4.block.0.nin_shortcut.weight": (512, 256, 1, 1),
+    "decoder.mid.attn_1.norm.weight": (512,),
+    "decoder.up.0.block.2.conv2.weight": (128, 128, 3, 3),
+    "post_quant_conv.weight": (256, 256, 1, 1),
+  },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_names_literals(family):
+  shapes = published_files.tensor_shapes(FAMILIES[family], 8_192)
+  assert {name: shapes.get(name) for name in NAMES[family]} == NAMES[family]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_published_sizes_equal_torch(family, optimized):
+  config = FAMILIES[family]
+  oracle = published_oracles.make(config, 8_192)
+  params = load(config, 8_192, oracle)
+  assert num_different(config, 8_192, params, oracle, some_images(64, 96, 1)) == 0
+  codes = np.random.default_rng(2).integers(0, 8_192, (1, 4, 6))
+  assert largest_difference(config, 8_192, params, oracle, codes) < TOLERANCE
+
+
+def test_impossible_sizes_are_refused():
+  amused = dataclasses.asdict(FAMILIES["amused"])
+  with pytest.raises(ValueError, match="groups is 32; it must divide the widths, and 48 is one"):
+    PublishedConfig(**amused | {"widths": (32, 48)})
+  with pytest.raises(ValueError, match="resolution is 40; it must be a multiple of 16"):
+    PublishedConfig(**amused | {"resolution": 40})
