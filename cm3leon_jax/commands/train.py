@@ -62,8 +62,10 @@ def _initial_params(settings: Settings, workdir, start: Weights | None):
     return functools.partial(weights.load, start, settings)
   if not settings.model.codebook_start:
     return None
-  table = vqgan.ImageTokenizer.load(workdir / "vqgan").params["codebook"]["table"]
-  codebook = jax.device_get(vqgan.l2_normalize(table))
+  tokenizer = vqgan.ImageTokenizer.load(workdir / "vqgan")
+  codebook = jax.device_get(
+    vqgan.code_vectors(tokenizer.config, tokenizer.num_codes, tokenizer.params)
+  )
   key = jax.random.key(settings.seed)
   return functools.partial(
     params_from_codebook, settings.model, settings.vocab.text_size, codebook, key

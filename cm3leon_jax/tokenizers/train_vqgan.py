@@ -17,7 +17,7 @@ import optax
 from cm3leon_jax import parameters
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import replacing
-from cm3leon_jax.tokenizers import vqgan
+from cm3leon_jax.tokenizers import quantizers, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
 from cm3leon_jax.training import small_trainer
 
@@ -69,17 +69,14 @@ def generator_loss(
     x: pixels in [-1, 1], [B, H, W, 3].
 
   Returns:
-    fp32 scalar, (reconstruction [B, H, W, 3], indices int32 [B, h, w]).
+    fp32 scalar, (reconstruction [B, H, W, 3], encodings [B, h, w, E], indices int32 [B, h, w]).
   """
   y, z, q, indices = vqgan.bind(config, num_codes, params)(x)
-  stop, squared = jax.lax.stop_gradient, lambda a: jnp.mean(jnp.sum(a * a, -1))
   loss = config.l2_weight * jnp.mean((y - x) ** 2) + config.l1_weight * jnp.mean(jnp.abs(y - x))
-  loss += config.codebook_weight * squared(q - stop(z)) + config.commitment_weight * squared(
-    z - stop(q)
-  )
+  loss += quantizers.loss(config.quantizer, config.codebook_weight, config.commitment_weight, z, q)
   if discriminator is not None:
     loss -= config.adversarial_weight * judge(config, discriminator, y).mean()
-  return loss, (y, indices)
+  return loss, (y, z, indices)
 
 
 def discriminator_loss(params: dict, config: VQGANConfig, x, y):
@@ -117,7 +114,7 @@ def init_state(config: VQGANConfig, num_codes: int, seed: int) -> dict:
   Returns:
     params and opt_state of the VQGAN; usage, int32 [K], the number of times that each code was used
     since the last restart; with a positive adversarial weight, discriminator and
-    discriminator_opt_state.
+    discriminator_opt_state; averages of the codes of `ema`, see `quantizers.init_averages`.
   """
   key, discriminator_key = jax.random.split(jax.random.key(seed))
   params = vqgan.init_params(config, num_codes, key)
@@ -129,6 +126,8 @@ def init_state(config: VQGANConfig, num_codes: int, seed: int) -> dict:
   if config.adversarial_weight:
     state["discriminator"] = vqgan.random_params(_discriminator(config)[1], discriminator_key)
     state["discriminator_opt_state"] = discriminator_optimizer(config).init(state["discriminator"])
+  if config.quantizer == "ema":
+    state["averages"] = quantizers.init_averages(params["codebook"]["table"])
   return state
 
 
@@ -149,7 +148,7 @@ def train_step(state: dict, images, config: VQGANConfig, adversarial: bool) -> t
   num_codes = state["usage"].shape[0]
   discriminator = state["discriminator"] if adversarial else None
   gradient = jax.value_and_grad(generator_loss, has_aux=True)
-  (loss, (y, indices)), grads = gradient(state["params"], discriminator, config, num_codes, x)
+  (loss, (y, z, indices)), grads = gradient(state["params"], discriminator, config, num_codes, x)
   metrics = {"loss": loss, "mse": jnp.mean((y - x) ** 2)}
   state["params"], state["opt_state"] = _update(tx, grads, state["opt_state"], state["params"])
   if adversarial:
@@ -161,6 +160,10 @@ def train_step(state: dict, images, config: VQGANConfig, adversarial: bool) -> t
     state["discriminator"], state["discriminator_opt_state"] = _update(
       discriminator_optimizer(config), grads, old, discriminator
     )
+  if "averages" in state:
+    state["averages"] = quantizers.update_averages(state["averages"], z, indices)
+    table = quantizers.averaged_table(state["averages"], state["params"]["codebook"]["table"])
+    state["params"] = {**state["params"], "codebook": {"table": table}}
   state["usage"] = state["usage"] + jnp.bincount(indices.ravel(), length=num_codes)
   return state, metrics
 
@@ -182,13 +185,24 @@ def restart_dead_codes(state: dict, images, config: VQGANConfig, key) -> dict:
   """
   table, usage = state["params"]["codebook"]["table"], state["usage"]
   model = vqgan.bind(config, len(usage), state["params"])
-  z = vqgan.l2_normalize(model.encoder(vqgan.to_float(images))).reshape(-1, config.code_dim)
+  z = model.codebook.prepare(model.encoder(vqgan.to_float(images))).reshape(-1, config.code_dim)
   chosen = z[jax.random.randint(key, (len(usage),), 0, len(z))]
-  params = {
-    **state["params"],
-    "codebook": {"table": jnp.where((usage == 0)[:, None], chosen, table)},
-  }
-  return {**state, "params": params, "usage": jnp.zeros_like(usage)}
+  dead = (usage == 0)[:, None]
+  params = {**state["params"], "codebook": {"table": jnp.where(dead, chosen, table)}}
+  state = {**state, "params": params, "usage": jnp.zeros_like(usage)}
+  if "averages" in state:
+    counts, sums = state["averages"]["counts"], state["averages"]["sums"]
+    state["averages"] = {
+      "counts": jnp.where(dead[:, 0], 1.0, counts), "sums": jnp.where(dead, chosen, sums)
+    }  # fmt: skip
+  return state
+
+
+def restarts(config: VQGANConfig, done: int) -> bool:
+  """Returns whether dead codes restart after `done` steps."""
+  if config.quantizer not in quantizers.RESTARTING or not config.restart_every:
+    return False
+  return done < config.restart_until * config.steps and done % config.restart_every == 0
 
 
 def train(
@@ -214,8 +228,7 @@ def train(
     adversarial = config.adversarial_weight > 0 and i >= adversarial_from(config)
     state, metrics = train_step(state, batch, config, adversarial)
     done = i + 1
-    restarts = config.restart_every and done < config.restart_until * config.steps
-    if restarts and done % config.restart_every == 0:
+    if restarts(config, done):
       key = jax.random.fold_in(jax.random.key(seed + 1), done)
       state = restart_dead_codes(state, batch, config, key)
     return state, metrics
