@@ -39,6 +39,11 @@ from tests.settings_test import settings_with
       "config.vqgan: discriminator_layers is 9; 2^layers must be at most resolution = 256.",
     ),
     (
+      {"vqgan__perceptual_weight": 0.5},
+      "config.vqgan: perceptual is '' and perceptual_weight 0.5; both must be given, a file and a "
+      "positive weight, or neither.",
+    ),
+    (
       {"vqgan__quantizer": "fsq", "vqgan__code_dim": 4},
       "config: vqgan.code_dim is 4; for vqgan.quantizer = fsq it must be 5: 8192 codes are "
       "8 x 8 x 8 x 4 x 4 levels.",

@@ -109,14 +109,21 @@ class Decoder(nnx.Module):
     self.conv_out = conv(widths[-1], 3 * config.stem**2, 3, rngs)
 
   def __call__(self, z):
+    return self.last(self.hidden(z))
+
+  def hidden(self, z):
+    """Computes what the last layer receives: [B, H / stem, W / stem, width]."""
     x = self.conv_in(z)
     for i, blocks in enumerate(self.levels):
       if i:
         x = depth_to_space(self.ups[i - 1](nnx.silu(x)), 2)
       for block in blocks:
         x = block(x)
-    x = self.conv_out(nnx.silu(normalize(x, self.local)))
-    return depth_to_space(x, self.stem)
+    return nnx.silu(normalize(x, self.local))
+
+  def last(self, hidden):
+    """Applies the last layer to what `hidden` returns: pixels [B, H, W, 3]."""
+    return depth_to_space(self.conv_out(hidden), self.stem)
 
 
 class VQGAN(nnx.Module):
@@ -137,10 +144,15 @@ class VQGAN(nnx.Module):
       Reconstruction [B, H, W, 3]; encodings z, prepared, and their codes q, both [B, h, w, E];
       indices of the codes, int32 [B, h, w].
     """
+    hidden, *codes = self.hidden(x)
+    return self.decoder.last(hidden), *codes
+
+  def hidden(self, x):
+    """Computes what `__call__` returns, with `Decoder.hidden` in place of the reconstruction."""
     z = self.codebook.prepare(self.encoder(x))
     indices = self.codebook.nearest(jax.lax.stop_gradient(z))
     q = self.codebook(indices)
-    return self.decoder(self.codebook.pass_through(z, q)), z, q, indices
+    return self.decoder.hidden(self.codebook.pass_through(z, q)), z, q, indices
 
 
 def init_params(config: VQGANConfig, num_codes: int, key) -> dict:

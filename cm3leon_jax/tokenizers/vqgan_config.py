@@ -8,6 +8,7 @@ import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
 
+SMALLEST_PERCEPTUAL = 16  # Pixels, since the network of `perceptual` halves an image four times.
 Quantizer = Literal["", "ema", "simvq", "fsq", "rotation"]
 
 
@@ -59,12 +60,28 @@ class VQGANConfig:
   """Weight of the absolute error of pixels in [-1, 1]."""
   l2_weight: NonNegativeFloat = 1.0
   """Weight of the squared error of pixels in [-1, 1]."""
+  multiscale_weight: NonNegativeFloat = 0.0
+  """Weight of the absolute error of the means of squares of 2, 4 and 8 pixels; no measure of what
+  people perceive, but with `gradient_weight` the part of it that needs no trained network."""
+  gradient_weight: NonNegativeFloat = 0.0
+  """Weight of the absolute error of differences between neighboring pixels, so that edges stay
+  sharp."""
+  perceptual: str = ""
+  """File of a VGG16, safetensors with torchvision's names (`features.0.weight`), also with the
+  layers of LPIPS (`lin0.model.1.weight`), which then measures the distance of images. None comes
+  with this project."""
+  perceptual_weight: NonNegativeFloat = 0.0
+  """Weight of the distance of images by the network of `perceptual`."""
   codebook_weight: NonNegativeFloat = 1.0
   """Weight of the loss that pulls codes to encodings (van den Oord et al. 2017)."""
   commitment_weight: NonNegativeFloat = 0.25
   """Weight of the loss that pulls encodings to codes (van den Oord et al. 2017)."""
   adversarial_weight: NonNegativeFloat = 0.1
   """Weight of the hinge loss against a patch discriminator; 0: no discriminator."""
+  adversarial_adaptive: bool = False
+  """Whether the weight is multiplied by how many times the reconstruction's gradient of the last
+  layer is larger than the discriminator's (Esser et al. 2021, equation 7); the weight there is
+  0.8 or 1."""
   adversarial_start: Annotated[float, Field(ge=0, le=1)] = 0.1
   """Share of the steps after which the discriminator starts."""
   discriminator_width: PositiveInt = 64
@@ -76,6 +93,9 @@ class VQGANConfig:
   Codes of `simvq` and `fsq` never restart."""
   restart_until: Annotated[float, Field(ge=0, le=1)] = 0.75
   """Share of the steps after which no code restarts, so that the decoder settles."""
+  ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+  """Largest decay of the exponential moving average of the parameters, which is then the trained
+  tokenizer, e.g. 0.999; 0: none. As `optimizer.ema_decay`."""
   checkpoint_every: PositiveInt = 2_000
   """Number of steps between two states that a killed run continues from."""
 
@@ -102,6 +122,17 @@ class VQGANConfig:
       raise ValueError(
         f"discriminator_layers is {self.discriminator_layers}; 2^layers must be at most "
         f"resolution = {self.resolution}."
+      )
+
+    if bool(self.perceptual) != bool(self.perceptual_weight):
+      raise ValueError(
+        f"perceptual is '{self.perceptual}' and perceptual_weight {self.perceptual_weight:g}; "
+        "both must be given, a file and a positive weight, or neither."
+      )
+    if self.perceptual and self.resolution < SMALLEST_PERCEPTUAL:
+      raise ValueError(
+        f"perceptual is given, and resolution is {self.resolution}; "
+        f"it must be at least {SMALLEST_PERCEPTUAL}."
       )
 
   @property

@@ -16,7 +16,8 @@ from cm3leon_jax.tokenizers import quantizers
 
 SMALL = {
   "raw.resolution": 12, "vqgan.resolution": 12, "vqgan.width": 8, "vqgan.encoder_blocks": (0,),
-  "vqgan.decoder_blocks": (0,), "vqgan.batch_size": 8, "train.global_batch_size": 8, "model.num_layers": 1, "model.width": 32,
+  "vqgan.decoder_blocks": (0,), "vqgan.batch_size": 8, "model.num_layers": 1,
+  "model.width": 32, "train.global_batch_size": 8,
   "model.mlp_width": 32, "data.sequence_length": 64, "data.pack_window": 64,
 }  # fmt: skip
 PLAN = {"cpu_seconds": {}, "steps": {**dict.fromkeys(ARMS, 20), "decoder": 30}, "cores": 2}

@@ -14,10 +14,11 @@ SKIPPED_TEST = "tests/training/skipped_rows_test.py"
 SOURCES_TEST = "tests/training/source_losses_test.py"
 CHECKPOINT = "cm3leon_jax/training/checkpoint.py"
 CHECKPOINT_TEST = "tests/training/checkpoint_test.py"
-VQGAN = "cm3leon_jax/tokenizers/train_vqgan.py"
 POLICY, POLICY_TEST = "cm3leon_jax/training/policy.py", "tests/training/policy_test.py"
 VQGAN_TEST = "tests/tokenizers/train_vqgan_test.py"
 
+QUANTIZERS = "cm3leon_jax/tokenizers/quantizers.py"
+QUANTIZERS_TEST = "tests/tokenizers/quantizers_test.py"
 NETWORK, NETWORK_TEST = "cm3leon_jax/tokenizers/vqgan.py", "tests/tokenizers/vqgan_test.py"
 
 TRAINING = (
@@ -265,15 +266,29 @@ TRAINING = (
     ("pruned_to_damage", "if not checkpoints.damage(newest):", "if True:"),
   ),
   *mutants_of(
-    VQGAN,
+    QUANTIZERS,
     f"{VQGAN_TEST}::test_generator_loss_is_the_oracle",
-    ("codebook_gradient_stopped", "squared(q - stop(z))", "squared(stop(q) - stop(z))"),
-    ("commitment_gradient_everywhere", "z - stop(q)", "z - q"),
+    ("codebook_gradient_stopped", "_squared(q - stop(z))", "_squared(stop(q) - stop(z))"),
+    ("commitment_gradient_everywhere", "_squared(z - stop(q))", "_squared(z - q)"),
   ),
   *mutants_of(
-    VQGAN,
+    "cm3leon_jax/tokenizers/losses.py",
     f"{VQGAN_TEST}::test_adversarial_step",
-    ("adversarial_sign", "loss -= config.adversarial_weight", "loss += config.adversarial_weight"),
+    (
+      "adversarial_sign",
+      "loss += config.adversarial_weight * adaptive",
+      "loss -= config.adversarial_weight * adaptive",
+    ),
+  ),
+  *mutants_of(
+    QUANTIZERS,
+    f"{QUANTIZERS_TEST}::test_rotation_is_the_explicit_matrix",
+    ("rotation_straight_through", "2 * along(middle) * middle", "0 * along(middle) * middle"),
+  ),
+  *mutants_of(
+    QUANTIZERS,
+    f"{QUANTIZERS_TEST}::test_the_gradient_of_one_code_of_simvq_moves_all_codes",
+    ("codes_not_frozen", "jax.lax.stop_gradient(self.table[...])", "self.table[...]"),
   ),
   *mutants_of(
     "cm3leon_jax/clip/train.py",
