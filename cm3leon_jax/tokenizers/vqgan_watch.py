@@ -16,8 +16,9 @@ from cm3leon_jax.tokenizers.vqgan_config import VQGANConfig
 
 GRID = "reconstructions.png"
 SHOWN = 8  # Images of the grid.
-# A batch's codes have collapsed if their perplexity is below this share of what is possible.
-COLLAPSED = 0.1
+# A batch's codes have collapsed if no more than this share of what is possible occurs in it.
+# Perplexity is no sign: it is about 10 of 1,024 where most of an image is background.
+COLLAPSED = 0.05
 PATIENCE = 100  # Steps of it before the alarm.
 
 
@@ -41,8 +42,8 @@ class Alarm:
       remedy: how to start again, the end of the line.
     """
     self._config, self._num_codes, self._remedy = config, num_codes, remedy
-    possible = min(num_codes, config.batch_size * config.image_tokens)
-    self._bound = max(2.0, COLLAPSED * possible)
+    self._possible = min(num_codes, config.batch_size * config.image_tokens)
+    self._bound = max(1.0, COLLAPSED * self._possible)
     self._since: int | None = None
     self._rung = False
 
@@ -54,7 +55,7 @@ class Alarm:
       perplexity: of the codes of the batch.
       codes_used: number of different codes of the batch.
     """
-    if perplexity >= min(self._bound, self._num_codes):
+    if codes_used > self._bound or self._possible == 1:
       self._since, self._rung = None, False
       return None
     self._since = step if self._since is None else self._since
@@ -62,9 +63,9 @@ class Alarm:
       return None
     self._rung = True
     return (
-      f"vqgan: step {step}: the codebook has collapsed: the codes of a batch have perplexity "
-      f"{perplexity:.1f} ({codes_used:.0f} of {self._num_codes:,} codes) for {PATIENCE} steps; "
-      f"above {self._bound:.1f} is expected. {self._advice()}; {self._remedy}"
+      f"vqgan: step {step}: the codebook has collapsed: for {PATIENCE} steps batches have had at "
+      f"most {self._bound:.0f} of {self._num_codes:,} codes, now {codes_used:.0f} of perplexity "
+      f"{perplexity:.1f}. {self._advice()}; {self._remedy}"
     )
 
   def _advice(self) -> str:
