@@ -14,6 +14,7 @@ from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.tokenizers import train_vqgan, vqgan_watch
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
 from cm3leon_jax.tokenizers.vqgan_watch import Alarm
+from cm3leon_jax.training import small_trainer
 from cm3leon_jax.training.tensorboard import curves
 from tests.models.tiny import mesh_of
 
@@ -175,6 +176,24 @@ def test_a_killed_training_with_averages_ends_bit_for_bit(images, tmp_path, kind
     jax.tree.map(
       np.testing.assert_array_equal, train(plain, images, tmp_path / "plain").params, whole
     )
+
+
+def test_one_device_and_eight_compute_the_same(images, tmp_path, monkeypatch):
+  """With averages of codes and parameters, an adaptive discriminator and all pixel losses."""
+  monkeypatch.setattr(small_trainer, "LOG_EVERY", 1)
+  config = dataclasses.replace(
+    HEALTHY, quantizer="ema", ema_decay=0.9, steps=5, restart_every=2, adversarial_weight=0.8,
+    adversarial_adaptive=True, adversarial_start=0.2, discriminator_width=4,
+    discriminator_layers=2, multiscale_weight=0.5, gradient_weight=0.5,
+  )  # fmt: skip
+  losses = {}
+  for devices in (1, 8):
+    folder = tmp_path / str(devices)
+    with jax.set_mesh(mesh_of(1, devices, 1)):
+      train_vqgan.train(config, NUM_CODES, 0, images, folder, {})
+    losses[devices] = [line["loss"] for line in read_json_lines(folder / "metrics.jsonl")]
+  np.testing.assert_allclose(losses[1], losses[8], rtol=1e-5, atol=1e-5)
+  assert np.ptp(losses[1]) > 1e-2
 
 
 def test_a_saved_average_loads(images, tmp_path):
