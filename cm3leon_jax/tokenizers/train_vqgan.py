@@ -190,6 +190,7 @@ def train(
   """
   if bool(config.perceptual_weight) != (features is not None):
     raise ValueError("features must be given if, and only if, perceptual_weight is positive.")
+  features = small_trainer.replicated(features)
 
   def step(state, batch, i):
     adversarial = config.adversarial_weight > 0 and i >= adversarial_from(config)

@@ -77,9 +77,7 @@ def train(
   _check_batch(name, config.batch_size, len(examples))
   identity = {name: dataclasses.asdict(config), **about, "seed": seed, "examples": len(examples)}
   del identity[name]["checkpoint_every"]
-  current = jax.sharding.get_mesh()
-  # Automatic axes: the compiler lays out the arrays between the batch and the summed gradient.
-  mesh = Mesh(current.devices, current.axis_names)
+  mesh = _mesh()
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
     lease = stack.enter_context(Lease(folder))
@@ -99,6 +97,20 @@ def train(
     checkpoints.close()
     check_end(done, config.steps, epath.Path(folder), code, saved=done)
     return jax.device_get(state)
+
+
+def _mesh() -> Mesh:
+  """Returns the current mesh with automatic axes.
+
+  The compiler lays out the arrays between the batch and the summed gradient.
+  """
+  current = jax.sharding.get_mesh()
+  return Mesh(current.devices, current.axis_names)
+
+
+def replicated(tree):
+  """Puts a tree of arrays that a step reads beside the state on all devices of the current mesh."""
+  return jax.device_put(tree, NamedSharding(_mesh(), P()))
 
 
 def _run_steps(

@@ -1,5 +1,7 @@
 """The perceptual distance against torch, with random weights of the published layout."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,11 @@ import torch
 
 from cm3leon_jax.commands import train_vqgan as command
 from cm3leon_jax.config import UserError
-from cm3leon_jax.tokenizers import perceptual
+from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.tokenizers import perceptual, train_vqgan, vqgan
+from cm3leon_jax.tokenizers.vqgan import VQGANConfig
+from cm3leon_jax.training import small_trainer
+from tests.models.tiny import mesh_of
 
 
 def tensors_of(calibrated):
@@ -89,6 +95,28 @@ def test_equal_images_have_no_distance_and_finite_gradients(tensors, pair):
   value, gradient = distance(black)
   assert 0 <= float(value) < 1e-10
   assert np.isfinite(gradient).all()
+
+
+def test_a_training_counts_the_distance(tensors, tmp_path, monkeypatch):
+  """The loss of the first step has the distance of the reconstructions more than without."""
+  monkeypatch.setattr(small_trainer, "LOG_EVERY", 1)
+  config = VQGANConfig(
+    resolution=16, downsample=4, stem=4, width=8, multipliers=(1,), encoder_blocks=(0,),
+    decoder_blocks=(0,), code_dim=4, steps=2, batch_size=8, adversarial_weight=0.0,
+    perceptual="vgg.safetensors", perceptual_weight=0.5,
+  )  # fmt: skip
+  images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
+  plain = dataclasses.replace(config, perceptual="", perceptual_weight=0.0)
+  features, first = perceptual.make_params(tensors), {}
+  for name, own, given in (("with", config, features), ("without", plain, None)):
+    with jax.set_mesh(mesh_of(1, 8, 1)):
+      train_vqgan.train(own, 16, 0, images, tmp_path / name, {}, given)
+    first[name] = read_json_lines(tmp_path / name / "metrics.jsonl")[0]["loss"]
+  params, x = train_vqgan.init_state(plain, 16, 0)["params"], vqgan.to_float(images)
+  y = vqgan.bind(plain, 16, params)(x)[0]
+  distance = float(jnp.mean(jax.jit(perceptual.distance)(features, x, y)))
+  assert distance > 0.1
+  assert first["with"] - first["without"] == pytest.approx(0.5 * distance, rel=1e-4)
 
 
 def test_a_file_is_read_without_its_classifier_and_digested(tensors, tmp_path):
