@@ -14,13 +14,16 @@ from cm3leon_jax.io import read_json, write_json
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-def chosen_conditions(argv: Sequence[str], asked: Sequence[str], known: Iterable[str]) -> list[str]:
+def chosen_conditions(
+  argv: Sequence[str], asked: Sequence[str], known: Iterable[str], flag: str = "conditions"
+) -> list[str]:
   """Returns the conditions that are asked for, in the order of the known ones.
 
   Args:
     argv: the command and what is left of its line; only flags are taken.
-    asked: of the flag --conditions.
+    asked: of the flag.
     known: all conditions.
+    flag: its name, for messages.
 
   Raises:
     UserError: an argument that is no flag, or a condition that is not known, or none.
@@ -32,7 +35,7 @@ def chosen_conditions(argv: Sequence[str], asked: Sequence[str], known: Iterable
   known = list(known)
   names = [name for name in known if name in asked]
   if not names or {*asked} - {*names}:
-    raise UserError(f"--conditions is '{','.join(asked)}'; it must name some of {','.join(known)}.")
+    raise UserError(f"--{flag} is '{','.join(asked)}'; it must name some of {','.join(known)}.")
   return names
 
 

@@ -20,6 +20,7 @@ from cm3leon_jax.io import read_json
 from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.retrieval.neighbors import RetrievalConfig
+from cm3leon_jax.tokenizers.quantizers import check_levels
 from cm3leon_jax.tokenizers.text import TextTokenizerConfig
 from cm3leon_jax.tokenizers.vqgan import VQGANConfig
 from cm3leon_jax.training.optimizer import OptimizerConfig
@@ -66,6 +67,8 @@ class Settings:
         f"model.align_images is set, and data.interleaved_share is {self.data.interleaved_share}; "
         "one of them must be 0: positions cannot be counted from an image that comes later."
       )
+    if self.vqgan.quantizer == "fsq":
+      check_levels(self.vocab.image_size, self.vqgan.code_dim)
     for field in ("num_heads", "mlp_width"):
       if self.mesh.tensor > 0 and getattr(self.model, field) % self.mesh.tensor:
         raise ValueError(

@@ -38,6 +38,21 @@ from tests.settings_test import settings_with
       {"vqgan__discriminator_layers": 9},
       "config.vqgan: discriminator_layers is 9; 2^layers must be at most resolution = 256.",
     ),
+    (
+      {"vqgan__perceptual_weight": 0.5},
+      "config.vqgan: perceptual is '' and perceptual_weight 0.5; both must be given, a file and a "
+      "positive weight, or neither.",
+    ),
+    (
+      {"vqgan__quantizer": "fsq", "vqgan__code_dim": 4},
+      "config: vqgan.code_dim is 4; for vqgan.quantizer = fsq it must be 5: 8192 codes are "
+      "8 x 8 x 8 x 4 x 4 levels.",
+    ),
+    (
+      {"vqgan__quantizer": "fsq", "vocab__image_size": 8_191, "model__vocab_size": 64_511},
+      "config: vqgan.quantizer is fsq, and vocab.image_size is 8191; it must be a product of "
+      "levels from 3 to 8, e.g. 8192 = 8 x 8 x 8 x 4 x 4 or 8232 = 7 x 7 x 7 x 6 x 4.",
+    ),
     ({"clip__patch": 48}, "config.clip: patch = 48 does not divide resolution = 256."),
     (
       {"retrieval__max_candidates": 1},

@@ -2,10 +2,14 @@
 
   python -m launch.train_vqgan --config=ml_configs/scenes.py --workdir=workdir/scenes
 
-At SIGTERM and Ctrl-C it saves and stops; the same command continues. For `scenes` it also prints
+At SIGTERM and Ctrl-C it saves and stops; the same command continues. Every saved state writes
+reconstructions.png, held-out images above their reconstructions, which TensorBoard shows, too. If
+the codebook collapses, a line says so and what to do. For `scenes` it also prints
 the share of held-out images that are judged right, as rendered and reconstructed: no decoder can be
 expected to exceed the latter.
 """
+
+import functools
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
@@ -54,6 +58,37 @@ def _is_imported(folder) -> bool:
   return True
 
 
+def _features(path: str) -> tuple[dict | None, dict[str, str]]:
+  """Reads the network of `vqgan.perceptual`; also returns its digest, as an input of the stage.
+
+  Raises:
+    UserError: the file is absent or damaged, or has other tensors; see `evaluation.weights`.
+  """
+  if not path:
+    return None, {}
+  from cm3leon_jax.evaluation import weights
+  from cm3leon_jax.tokenizers import perceptual
+
+  tensors = perceptual.without_classifier(weights.read_tensors(path))
+  shapes = perceptual.tensor_shapes(perceptual.is_calibrated(tensors))
+  weights.check_shapes(path, tensors, shapes, perceptual.NETWORK)
+  return perceptual.make_params(tensors), {"perceptual": weights.digest(tensors)}
+
+
+def _boards(folder, enabled: bool):
+  """Returns a function that opens TensorBoard for a training that starts at a step."""
+
+  def open_boards(first_step: int) -> list:
+    from cm3leon_jax.training.boards import Board
+    from cm3leon_jax.training.tensorboard import FOLDER, TensorBoard
+
+    instead = "pip install -e '.[monitoring]', or set --config.train.tensorboard=False"
+    make = functools.partial(TensorBoard, folder / FOLDER, first_step)
+    return [Board("TensorBoard", make, instead)] if enabled else []
+
+  return open_boards
+
+
 def main(settings, workdir):
   from cm3leon_jax.data import raw_pairs
   from cm3leon_jax.tokenizers import train_vqgan, vqgan
@@ -61,7 +96,9 @@ def main(settings, workdir):
 
   if _is_imported(workdir / "vqgan"):
     return
-  with common.use_mesh(settings), stages.stage(workdir, "vqgan", settings) as summary:
+  features, digests = _features(settings.vqgan.perceptual)
+  stage = stages.stage(workdir, "vqgan", settings, digests)
+  with common.use_mesh(settings), stage as summary:
     if summary is not None:
       images = [
         raw_pairs.open_images(workdir / "raw", split, settings.vqgan.resolution)
@@ -74,7 +111,9 @@ def main(settings, workdir):
           settings.seed,
           *images,
           workdir / "vqgan",
-          stages.inputs(settings, workdir, "vqgan"),
+          {**stages.inputs(settings, workdir, "vqgan"), **digests},
+          features,
+          _boards(workdir / "vqgan", settings.train.tensorboard),
         )
       )
       tokenizer = vqgan.ImageTokenizer.load(workdir / "vqgan")

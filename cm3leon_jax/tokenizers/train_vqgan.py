@@ -1,95 +1,30 @@
-"""Training of the image tokenizer: losses, the step, dead codes and held-out numbers."""
+"""Training of the image tokenizer: the step, dead codes and held-out numbers."""
 
 # B batch, H height, W width, h and w of the code grid, E code width, K codes, n images.
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import math
 import time
 
 from etils import epath
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cm3leon_jax import parameters
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import replacing
-from cm3leon_jax.tokenizers import vqgan
+from cm3leon_jax.tokenizers import discriminator as discriminator_lib
+from cm3leon_jax.tokenizers import losses, quantizers, vqgan, vqgan_watch
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
 from cm3leon_jax.training import small_trainer
+from cm3leon_jax.training.optimizer import update_average
 
 RECONSTRUCTIONS = "reconstructions.npz"
 NUM_RECONSTRUCTIONS = 32
 NUM_TRAIN_MEASURED = 1_024
 MAX_HELDOUT = 4_096
-
-
-class Discriminator(nnx.Module):
-  """Judges patches (Isola et al. 2017): pixels [B, H, W, 3] -> [B, h, w], positive if real."""
-
-  def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
-    widths = [config.discriminator_width * 2**i for i in range(config.discriminator_layers)]
-    self.layers = nnx.List(
-      vqgan.conv(a, b, 4, rngs, stride=2) for a, b in zip([3, *widths], widths)
-    )
-    self.conv_out = vqgan.conv(widths[-1], 1, 3, rngs)
-
-  def __call__(self, x):
-    for i, layer in enumerate(self.layers):
-      x = layer(x)
-      x = nnx.leaky_relu(vqgan.normalize(x) if i else x, 0.2)
-    return self.conv_out(x)[..., 0]
-
-
-@functools.cache
-def _discriminator(config: VQGANConfig):
-  return parameters.structure(lambda: Discriminator(config, nnx.Rngs(params=0)))
-
-
-def judge(config: VQGANConfig, params: dict, x):
-  """Applies the discriminator to pixels: [B, H, W, 3] -> [B, h, w] of its last layer."""
-  return parameters.fill(*_discriminator(config), params)(x)
-
-
-def generator_loss(
-  params: dict, discriminator: dict | None, config: VQGANConfig, num_codes: int, x
-):
-  """Computes the loss of the VQGAN: reconstruction, codebook and commitment loss.
-
-  A discriminator adds its mean judgement of the reconstructions, negated.
-
-  Args:
-    params: parameters of the VQGAN.
-    discriminator: parameters of the discriminator, or None.
-    config: holds the weights.
-    num_codes: K.
-    x: pixels in [-1, 1], [B, H, W, 3].
-
-  Returns:
-    fp32 scalar, (reconstruction [B, H, W, 3], indices int32 [B, h, w]).
-  """
-  y, z, q, indices = vqgan.bind(config, num_codes, params)(x)
-  stop, squared = jax.lax.stop_gradient, lambda a: jnp.mean(jnp.sum(a * a, -1))
-  loss = config.l2_weight * jnp.mean((y - x) ** 2) + config.l1_weight * jnp.mean(jnp.abs(y - x))
-  loss += config.codebook_weight * squared(q - stop(z)) + config.commitment_weight * squared(
-    z - stop(q)
-  )
-  if discriminator is not None:
-    loss -= config.adversarial_weight * judge(config, discriminator, y).mean()
-  return loss, (y, indices)
-
-
-def discriminator_loss(params: dict, config: VQGANConfig, x, y):
-  """Computes the hinge loss of judgements of images x and reconstructions y, [B, H, W, 3].
-
-  Judgements of x above 1, and of y below -1, cost nothing.
-  """
-  return jnp.mean(nnx.relu(1 - judge(config, params, x))) + jnp.mean(
-    nnx.relu(1 + judge(config, params, y))
-  )
 
 
 def adversarial_from(config: VQGANConfig) -> int:
@@ -117,7 +52,8 @@ def init_state(config: VQGANConfig, num_codes: int, seed: int) -> dict:
   Returns:
     params and opt_state of the VQGAN; usage, int32 [K], the number of times that each code was used
     since the last restart; with a positive adversarial weight, discriminator and
-    discriminator_opt_state.
+    discriminator_opt_state; averages of the codes of `ema`, see `quantizers.init_averages`; with a
+    positive `ema_decay`, ema, the average of params, and ema_steps, int32, the steps in it.
   """
   key, discriminator_key = jax.random.split(jax.random.key(seed))
   params = vqgan.init_params(config, num_codes, key)
@@ -127,13 +63,19 @@ def init_state(config: VQGANConfig, num_codes: int, seed: int) -> dict:
     "usage": jnp.zeros(num_codes, jnp.int32),
   }
   if config.adversarial_weight:
-    state["discriminator"] = parameters.random(_discriminator(config)[1], discriminator_key)
+    state["discriminator"] = discriminator_lib.init_params(config, discriminator_key)
     state["discriminator_opt_state"] = discriminator_optimizer(config).init(state["discriminator"])
+  if config.quantizer == "ema":
+    state["averages"] = quantizers.init_averages(params["codebook"]["table"])
+  if config.ema_decay:
+    state |= {"ema": jax.tree.map(jnp.copy, params), "ema_steps": jnp.zeros((), jnp.int32)}
   return state
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
-def train_step(state: dict, images, config: VQGANConfig, adversarial: bool) -> tuple[dict, dict]:
+def train_step(
+  state: dict, images, config: VQGANConfig, adversarial: bool, features: dict | None = None
+) -> tuple[dict, dict]:
   """Takes one step of the VQGAN and, if `adversarial`, of the discriminator on the same images.
 
   Args:
@@ -141,28 +83,44 @@ def train_step(state: dict, images, config: VQGANConfig, adversarial: bool) -> t
     images: uint8 [B, H, W, 3].
     config: of the VQGAN.
     adversarial: whether the discriminator takes part.
+    features: of `perceptual.make_params`, if the config has a weight for them.
 
   Returns:
-    The new state; metrics: loss and mse (of pixels in [-1, 1]), discriminator_loss if adversarial.
+    The new state; metrics: loss and mse (of pixels in [-1, 1]), perplexity and codes_used of the
+    batch, discriminator_loss if adversarial, adversarial_weight if that is adaptive, too.
   """
   state, x, tx = dict(state), vqgan.to_float(images), optimizer(config, config.steps)
   num_codes = state["usage"].shape[0]
   discriminator = state["discriminator"] if adversarial else None
-  gradient = jax.value_and_grad(generator_loss, has_aux=True)
-  (loss, (y, indices)), grads = gradient(state["params"], discriminator, config, num_codes, x)
+  gradient = jax.value_and_grad(losses.generator_loss, has_aux=True)
+  (loss, made), grads = gradient(state["params"], discriminator, config, num_codes, x, features)
+  y, z, indices, adaptive = made
   metrics = {"loss": loss, "mse": jnp.mean((y - x) ** 2)}
   state["params"], state["opt_state"] = _update(tx, grads, state["opt_state"], state["params"])
   if adversarial:
-    loss, grads = jax.value_and_grad(discriminator_loss)(
+    loss, grads = jax.value_and_grad(discriminator_lib.hinge_loss)(
       discriminator, config, x, jax.lax.stop_gradient(y)
     )
     metrics["discriminator_loss"] = loss
+    if config.adversarial_adaptive:
+      metrics["adversarial_weight"] = config.adversarial_weight * adaptive
     old = state["discriminator_opt_state"]
     state["discriminator"], state["discriminator_opt_state"] = _update(
       discriminator_optimizer(config), grads, old, discriminator
     )
-  state["usage"] = state["usage"] + jnp.bincount(indices.ravel(), length=num_codes)
-  return state, metrics
+  if "averages" in state:
+    state["averages"] = quantizers.update_averages(state["averages"], z, indices)
+    table = quantizers.averaged_table(state["averages"], state["params"]["codebook"]["table"])
+    state["params"] = {**state["params"], "codebook": {"table": table}}
+  if "ema" in state:
+    average, steps = state["ema"], state["ema_steps"]
+    state["ema"] = update_average(average, state["params"], config.ema_decay, steps)
+    state["ema_steps"] = steps + 1
+  counts = jnp.bincount(indices.ravel(), length=num_codes)
+  state["usage"] = state["usage"] + counts
+  shares = counts / indices.size
+  entropy = -jnp.sum(shares * jnp.log(jnp.where(counts > 0, shares, 1)))
+  return state, {**metrics, "perplexity": jnp.exp(entropy), "codes_used": jnp.sum(counts > 0)}
 
 
 def _update(tx, grads, opt_state, params):
@@ -182,13 +140,27 @@ def restart_dead_codes(state: dict, images, config: VQGANConfig, key) -> dict:
   """
   table, usage = state["params"]["codebook"]["table"], state["usage"]
   model = vqgan.bind(config, len(usage), state["params"])
-  z = vqgan.l2_normalize(model.encoder(vqgan.to_float(images))).reshape(-1, config.code_dim)
+  z = model.codebook.prepare(model.encoder(vqgan.to_float(images))).reshape(-1, config.code_dim)
   chosen = z[jax.random.randint(key, (len(usage),), 0, len(z))]
-  params = {
-    **state["params"],
-    "codebook": {"table": jnp.where((usage == 0)[:, None], chosen, table)},
-  }
-  return {**state, "params": params, "usage": jnp.zeros_like(usage)}
+  dead = (usage == 0)[:, None]
+  params = {**state["params"], "codebook": {"table": jnp.where(dead, chosen, table)}}
+  state = {**state, "params": params, "usage": jnp.zeros_like(usage)}
+  if "ema" in state:  # Else the average would return there from the place of a dead code.
+    table = jnp.where(dead, chosen, state["ema"]["codebook"]["table"])
+    state["ema"] = {**state["ema"], "codebook": {"table": table}}
+  if "averages" in state:
+    counts, sums = state["averages"]["counts"], state["averages"]["sums"]
+    state["averages"] = {
+      "counts": jnp.where(dead[:, 0], 1.0, counts), "sums": jnp.where(dead, chosen, sums)
+    }  # fmt: skip
+  return state
+
+
+def restarts(config: VQGANConfig, done: int) -> bool:
+  """Returns whether dead codes restart after `done` steps."""
+  if config.quantizer not in quantizers.RESTARTING or not config.restart_every:
+    return False
+  return done < config.restart_until * config.steps and done % config.restart_every == 0
 
 
 def train(
@@ -198,6 +170,9 @@ def train(
   images,
   folder: epath.PathLike,
   inputs: Mapping[str, str],
+  features: dict | None = None,
+  shown: np.ndarray | None = None,
+  open_boards: Callable[[int], Sequence] = lambda first_step: (),
 ) -> ImageTokenizer:
   """Trains all steps, or the remaining ones of a killed run; see `small_trainer.train`.
 
@@ -207,23 +182,41 @@ def train(
     seed: of parameters, order of the images and restarts.
     images: uint8 [n, H, W, 3], or an object with the same indexing, e.g. `raw_pairs.ImageFiles`.
     folder: gets metrics and checkpoints.
-    inputs: ids of the stages that the images come from, see `stages.inputs`.
+    inputs: ids of the stages that the images come from, see `stages.inputs`, and the digest of the
+      file of `features`.
+    features: of `perceptual.make_params`, if the config has a weight for them.
+    shown: held-out images that are shown with their reconstructions, uint8 [n, H, W, 3].
+    open_boards: first step -> boards, see `training.boards.Board`.
   """
+  if bool(config.perceptual_weight) != (features is not None):
+    raise ValueError("features must be given if, and only if, perceptual_weight is positive.")
+  features = small_trainer.replicated(features)
 
   def step(state, batch, i):
     adversarial = config.adversarial_weight > 0 and i >= adversarial_from(config)
-    state, metrics = train_step(state, batch, config, adversarial)
+    state, metrics = train_step(state, batch, config, adversarial, features)
     done = i + 1
-    restarts = config.restart_every and done < config.restart_until * config.steps
-    if restarts and done % config.restart_every == 0:
+    if restarts(config, done):
       key = jax.random.fold_in(jax.random.key(seed + 1), done)
       state = restart_dead_codes(state, batch, config, key)
     return state, metrics
 
+  def reconstruct(state, some):
+    tokenizer = trained(config, num_codes, state)
+    return tokenizer.decode(tokenizer.encode(some))
+
   init = functools.partial(init_state, config, num_codes, seed)
   about = {"num_codes": num_codes, "inputs": inputs}
-  state = small_trainer.train("vqgan", config, about, seed, images, folder, init, step)
-  return ImageTokenizer(config, num_codes, jax.device_put(state["params"]))
+  remedy = f"delete {epath.Path(folder) / small_trainer.FOLDER} to start again."
+  alarm = vqgan_watch.Alarm(config, num_codes, remedy)
+  watch = vqgan_watch.Watch(alarm, folder, open_boards, reconstruct, shown)
+  state = small_trainer.train("vqgan", config, about, seed, images, folder, init, step, watch)
+  return trained(config, num_codes, state)
+
+
+def trained(config: VQGANConfig, num_codes: int, state: dict) -> ImageTokenizer:
+  """Returns the tokenizer of a state: the average of the parameters, if it has one."""
+  return ImageTokenizer(config, num_codes, jax.device_put(state.get("ema", state["params"])))
 
 
 def mean_squared_errors(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
@@ -303,6 +296,8 @@ def train_vqgan(
   heldout_images,
   folder: epath.PathLike,
   inputs: Mapping[str, str],
+  features: dict | None = None,
+  open_boards: Callable[[int], Sequence] = lambda first_step: (),
 ) -> dict:
   """Runs the stage on the current mesh: trains, writes the tokenizer, returns its measures.
 
@@ -313,7 +308,8 @@ def train_vqgan(
     UserError: the training diverged, or the tokenizer is of no use (`check_learned`).
   """
   start = time.time()
-  tokenizer = train(config, num_codes, seed, images, folder, inputs)
+  shown = heldout_images[_evenly_spaced(len(heldout_images), vqgan_watch.SHOWN)]
+  tokenizer = train(config, num_codes, seed, images, folder, inputs, features, shown, open_boards)
   seconds = time.time() - start
   tokenizer.save(folder)
   measures = evaluate(tokenizer, heldout_images, images, folder)

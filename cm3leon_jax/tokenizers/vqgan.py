@@ -1,7 +1,7 @@
 """The image tokenizer: a convolutional VQGAN (Esser et al. 2021, arXiv 2012.09841).
 
-Codes are l2-normalized (ViT-VQGAN, Yu et al. 2022). NNX modules define the network; JAX transforms
-act on a pure dict of their parameters.
+`quantizers` turns encodings into codes. NNX modules define the network; JAX transforms act on a
+pure dict of their parameters.
 """
 
 # B batch, H height, W width, C channels, E code width, K codes, h = H / downsample,
@@ -10,121 +10,21 @@ act on a pure dict of their parameters.
 import dataclasses
 import functools
 import itertools
-import math
-from typing import Annotated
 
 from etils import epath
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-import pydantic.dataclasses
 
 from cm3leon_jax import parameters, stages
-from cm3leon_jax.config import STRICT, build
+from cm3leon_jax.config import build
 from cm3leon_jax.io import read_json, write_json
-from cm3leon_jax.tokenizers import published
+from cm3leon_jax.tokenizers import published, quantizers
+from cm3leon_jax.tokenizers.vqgan_config import VQGANConfig
 
 PARAMS = "params.safetensors"
 CONFIG = "config.json"
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class VQGANConfig:
-  """Sizes of the image tokenizer and its training.
-
-  The network halves the resolution from `resolution / stem` to `resolution / downsample`, one
-  level for each; level i has `width * multipliers[i]` channels, `encoder_blocks[i]` residual blocks
-  on the way down and `decoder_blocks[i]` on the way up. The defaults turn 256x256 pixels into 32x32
-  codes, as CM3Leon does (section 2.1).
-  """
-
-  resolution: PositiveInt = 256
-  """Side of the images in pixels; a multiple of `downsample`."""
-  downsample: PositiveInt = 8
-  """Side in pixels of the square that one code stands for; `stem` times a power of two."""
-  stem: PositiveInt = 2
-  """Side of the squares of pixels that become channels before the first convolution, and pixels
-  again after the last."""
-  width: PositiveInt = 128
-  """Number of channels, before `multipliers`."""
-  multipliers: tuple[PositiveInt, ...] = (1, 2, 4)
-  """Factors of `width`, one per level."""
-  encoder_blocks: tuple[NonNegativeInt, ...] = (2, 2, 2)
-  """Numbers of residual blocks of the encoder, one per level."""
-  decoder_blocks: tuple[NonNegativeInt, ...] = (3, 3, 3)
-  """Numbers of residual blocks of the decoder, one per level."""
-  local_codes: bool = False
-  """Whether a code depends on its own square of pixels alone: the encoder's convolutions are 1 x 1,
-  and values are normalized over the channels of a place instead of over the image. Needs `stem` =
-  `downsample`. A drawing then has the same codes wherever it stands, in any company."""
-  code_dim: PositiveInt = 32
-  """Width of a code."""
-  steps: PositiveInt = 500_000
-  """Number of training steps, over which the learning rate follows one cosine to 0."""
-  batch_size: PositiveInt = 256
-  """Images per step."""
-  learning_rate: PositiveFloat = 2e-4
-  """Learning rate at the end of the warm-up."""
-  warmup_steps: NonNegativeInt = 1_000
-  """Number of steps of linear warm-up."""
-  l1_weight: NonNegativeFloat = 0.5
-  """Weight of the absolute error of pixels in [-1, 1]."""
-  l2_weight: NonNegativeFloat = 1.0
-  """Weight of the squared error of pixels in [-1, 1]."""
-  codebook_weight: NonNegativeFloat = 1.0
-  """Weight of the loss that pulls codes to encodings (van den Oord et al. 2017)."""
-  commitment_weight: NonNegativeFloat = 0.25
-  """Weight of the loss that pulls encodings to codes (van den Oord et al. 2017)."""
-  adversarial_weight: NonNegativeFloat = 0.1
-  """Weight of the hinge loss against a patch discriminator; 0: no discriminator."""
-  adversarial_start: Annotated[float, Field(ge=0, le=1)] = 0.1
-  """Share of the steps after which the discriminator starts."""
-  discriminator_width: PositiveInt = 64
-  """Number of channels of the discriminator's first layer."""
-  discriminator_layers: Annotated[int, Field(gt=0, le=16)] = 3
-  """Number of the discriminator's layers with stride 2; 2^layers is at most `resolution`."""
-  restart_every: NonNegativeInt = 100
-  """Number of steps within which a code must be used, else it restarts at an encoding; 0:
-  never."""
-  restart_until: Annotated[float, Field(ge=0, le=1)] = 0.75
-  """Share of the steps after which no code restarts, so that the decoder settles."""
-  checkpoint_every: PositiveInt = 2_000
-  """Number of steps between two states that a killed run continues from."""
-
-  def __post_init__(self):
-    if self.downsample % self.stem or not math.log2(self.downsample // self.stem).is_integer():
-      raise ValueError(
-        f"downsample is {self.downsample}; it must be stem = {self.stem} times a power of two."
-      )
-    if self.local_codes and self.stem != self.downsample:
-      raise ValueError(
-        f"local_codes is set, and stem is {self.stem}; it must be downsample = {self.downsample}."
-      )
-    if self.resolution % self.downsample:
-      raise ValueError(
-        f"resolution is {self.resolution}; it must be a multiple of downsample = {self.downsample}."
-      )
-    for name in ("multipliers", "encoder_blocks", "decoder_blocks"):
-      if len(values := getattr(self, name)) != self.num_levels:
-        raise ValueError(
-          f"{name} is {values}; it must hold {self.num_levels} integers, one per halving from "
-          f"stem = {self.stem} to downsample = {self.downsample}."
-        )
-    if self.adversarial_weight and 2**self.discriminator_layers > self.resolution:
-      raise ValueError(
-        f"discriminator_layers is {self.discriminator_layers}; 2^layers must be at most "
-        f"resolution = {self.resolution}."
-      )
-
-  @property
-  def num_levels(self) -> int:
-    return int(math.log2(self.downsample // self.stem)) + 1
-
-  @property
-  def image_tokens(self) -> int:
-    return (self.resolution // self.downsample) ** 2
 
 
 def space_to_depth(x, factor: int):
@@ -142,11 +42,6 @@ def depth_to_space(x, factor: int):
   b, h, w, c = x.shape
   x = x.reshape(b, h, w, factor, factor, c // factor**2)
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, c // factor**2)
-
-
-def l2_normalize(x):
-  """Scales vectors along the last axis to norm 1."""
-  return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-12)
 
 
 def normalize(x, local: bool = False):
@@ -213,30 +108,21 @@ class Decoder(nnx.Module):
     self.conv_out = conv(widths[-1], 3 * config.stem**2, 3, rngs)
 
   def __call__(self, z):
+    return self.last(self.hidden(z))
+
+  def hidden(self, z):
+    """Computes what the last layer receives: [B, H / stem, W / stem, width]."""
     x = self.conv_in(z)
     for i, blocks in enumerate(self.levels):
       if i:
         x = depth_to_space(self.ups[i - 1](nnx.silu(x)), 2)
       for block in blocks:
         x = block(x)
-    x = self.conv_out(nnx.silu(normalize(x, self.local)))
-    return depth_to_space(x, self.stem)
+    return nnx.silu(normalize(x, self.local))
 
-
-class Codebook(nnx.Module):
-  """K codes of norm 1; the nearest code is that of the largest inner product."""
-
-  def __init__(self, num_codes: int, code_dim: int, rngs: nnx.Rngs):
-    self.table = nnx.Param(jax.random.normal(rngs.params(), (num_codes, code_dim), jnp.float32))
-
-  def nearest(self, z):
-    """Finds the nearest code of vectors of norm 1: [..., E] -> int32 [...]."""
-    products = jnp.matmul(z, l2_normalize(self.table[...]).T, precision=jax.lax.Precision.HIGHEST)
-    return jnp.argmax(products, -1).astype(jnp.int32)
-
-  def __call__(self, indices):
-    """Looks up codes: int32 [...] -> [..., E] of norm 1."""
-    return l2_normalize(self.table[...])[indices]
+  def last(self, hidden):
+    """Applies the last layer to what `hidden` returns: pixels [B, H, W, 3]."""
+    return depth_to_space(self.conv_out(hidden), self.stem)
 
 
 class VQGAN(nnx.Module):
@@ -244,28 +130,36 @@ class VQGAN(nnx.Module):
 
   def __init__(self, config: VQGANConfig, num_codes: int, rngs: nnx.Rngs):
     self.encoder = Encoder(config, rngs)
-    self.codebook = Codebook(num_codes, config.code_dim, rngs)
+    self.codebook = quantizers.make(config.quantizer, num_codes, config.code_dim, rngs)
     self.decoder = Decoder(config, rngs)
 
   def __call__(self, x):
-    """Reconstructs pixels. The gradient of the codes goes straight through to the encodings.
+    """Reconstructs pixels. The gradient of the codes goes through to the encodings.
 
     Args:
       x: [B, H, W, 3] in [-1, 1].
 
     Returns:
-      Reconstruction [B, H, W, 3]; encodings z and their codes q, both [B, h, w, E] of norm 1;
+      Reconstruction [B, H, W, 3]; encodings z, prepared, and their codes q, both [B, h, w, E];
       indices of the codes, int32 [B, h, w].
     """
-    z = l2_normalize(self.encoder(x))
+    hidden, *codes = self.hidden(x)
+    return self.decoder.last(hidden), *codes
+
+  def hidden(self, x):
+    """Computes what `__call__` returns, with `Decoder.hidden` in place of the reconstruction."""
+    z = self.codebook.prepare(self.encoder(x))
     indices = self.codebook.nearest(jax.lax.stop_gradient(z))
     q = self.codebook(indices)
-    return self.decoder(z + jax.lax.stop_gradient(q - z)), z, q, indices
+    return self.decoder.hidden(self.codebook.pass_through(z, q)), z, q, indices
 
 
 def init_params(config: VQGANConfig, num_codes: int, key) -> dict:
   """Initializes fp32 parameters as a pure dict."""
-  return parameters.random(_structure(config, num_codes)[1], key)
+  params = parameters.random(_structure(config, num_codes)[1], key)
+  if "projection" in params.get("codebook", {}):
+    params["codebook"]["projection"] = jnp.eye(config.code_dim)
+  return params
 
 
 @functools.cache
@@ -294,9 +188,8 @@ def encode(config: VQGANConfig | published.PublishedConfig, num_codes: int, para
   if isinstance(config, published.PublishedConfig):
     return published.encode(config, num_codes, params, images).reshape(images.shape[0], -1)
   model = bind(config, num_codes, params)
-  return model.codebook.nearest(l2_normalize(model.encoder(to_float(images)))).reshape(
-    images.shape[0], -1
-  )
+  z = model.codebook.prepare(model.encoder(to_float(images)))
+  return model.codebook.nearest(z).reshape(images.shape[0], -1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -308,6 +201,12 @@ def decode(config: VQGANConfig | published.PublishedConfig, num_codes: int, para
     return published.decode(config, num_codes, params, codes)
   model = bind(config, num_codes, params)
   return to_uint8(model.decoder(model.codebook(codes)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def code_vectors(config: VQGANConfig, num_codes: int, params: dict):
+  """Returns the vectors of all codes as the decoder receives them, fp32 [K, E]."""
+  return bind(config, num_codes, params).codebook(jnp.arange(num_codes))
 
 
 def in_batches(function, array: np.ndarray, size: int) -> np.ndarray:
@@ -365,7 +264,7 @@ class ImageTokenizer:
     """Returns the codes as the decoder reads them, fp32 [K, E]."""
     if isinstance(self.config, published.PublishedConfig):
       return published.codebook(self.config, self.params)
-    return jax.device_get(l2_normalize(self.params["codebook"]["table"]))
+    return jax.device_get(code_vectors(self.config, self.num_codes, self.params))
 
   def encode(self, images: np.ndarray) -> np.ndarray:
     """Encodes images, uint8 [B, H, W, 3], to codes, int32 [B, T], row by row of the image.

@@ -44,6 +44,7 @@ def train(
   folder: epath.PathLike,
   init: Callable[[], dict],
   step: Callable[[dict, Any, int], tuple[dict, dict]],
+  watch: Any = None,
 ) -> dict:
   """Trains to `config.steps` on the current mesh, from the newest checkpoint of a killed training.
 
@@ -61,6 +62,8 @@ def train(
     folder: gets metrics.jsonl and, until `delete_checkpoints`, checkpoints.
     init: () -> state, a tree of arrays.
     step: (state, batch, i) -> state, metrics (scalars). Takes step i, from 0 on; may donate state.
+    watch: shows the training: log(steps, values) after a line of metrics.jsonl, save(steps, state)
+      after a checkpoint, and close(); see `tokenizers.vqgan_watch.Watch`.
 
   Returns:
     The last state, on the host. At SIGTERM and Ctrl-C it saves and exits with the code of
@@ -74,9 +77,7 @@ def train(
   _check_batch(name, config.batch_size, len(examples))
   identity = {name: dataclasses.asdict(config), **about, "seed": seed, "examples": len(examples)}
   del identity[name]["checkpoint_every"]
-  current = jax.sharding.get_mesh()
-  # Automatic axes: the compiler lays out the arrays between the batch and the summed gradient.
-  mesh = Mesh(current.devices, current.axis_names)
+  mesh = _mesh()
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
     lease = stack.enter_context(Lease(folder))
@@ -86,9 +87,11 @@ def train(
     state, first = _restore(name, checkpoints, init)
     log = MetricsLog(folder, resumed_at=first or None)
     stop = stack.enter_context(StopSignal(mesh))
+    if watch is not None:
+      stack.callback(watch.close)
     state, done, code = _run_steps(
       name, config, seed, examples, state, first, lease.guard(step), checkpoints, log, stop,
-      _remedy(name, folder),
+      _remedy(name, folder), watch,
     )  # fmt: skip
     log.flush()
     checkpoints.close()
@@ -96,9 +99,23 @@ def train(
     return jax.device_get(state)
 
 
+def _mesh() -> Mesh:
+  """Returns the current mesh with automatic axes.
+
+  The compiler lays out the arrays between the batch and the summed gradient.
+  """
+  current = jax.sharding.get_mesh()
+  return Mesh(current.devices, current.axis_names)
+
+
+def replicated(tree):
+  """Puts a tree of arrays that a step reads beside the state on all devices of the current mesh."""
+  return jax.device_put(tree, NamedSharding(_mesh(), P()))
+
+
 def _run_steps(
   name: str, config, seed: int, examples, state: dict, first: int, step: Callable,
-  checkpoints: Checkpoints, log: MetricsLog, stop: StopSignal, remedy: str,
+  checkpoints: Checkpoints, log: MetricsLog, stop: StopSignal, remedy: str, watch: Any,
 ) -> tuple[dict, int, int | None]:  # fmt: skip
   """Trains to `config.steps`; saves then, every so often, and at SIGTERM and Ctrl-C, which end it.
 
@@ -114,6 +131,7 @@ def _run_steps(
     log: of the training.
     stop: set at SIGTERM and Ctrl-C.
     remedy: what the user can do if numbers are not finite.
+    watch: see `train`.
 
   Returns:
     The state, the number of steps that made it, and the exit code of a training that was asked to
@@ -131,12 +149,16 @@ def _run_steps(
       values = {key: float(value) for key, value in metrics.items()}
       _check_values(f"{name}: step {done}", values, remedy)
       log.write(done, values)
+      if watch is not None:
+        watch.log(done, values)
       bar.set_postfix({key: f"{x:.3f}" for key, x in values.items()}, refresh=False)
     # Also at the end: until the stage is finished, it may be stopped, too.
     if done % config.checkpoint_every == 0 or last or code is not None:
       what = "the model" if last else f"checkpoint {done}"
       check_finite(state, f"{name}: {what}", remedy)
       checkpoints.save(state, done, next_row=done * config.batch_size)
+      if watch is not None and code is None:
+        watch.save(done, state)
     checkpoints.check_save()
     if code is not None:
       break

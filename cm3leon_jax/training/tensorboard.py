@@ -21,6 +21,11 @@ SCALARS = (
   "tokens_per_second",
   "mfu",
   "goodput",
+  "mse",
+  "perplexity",
+  "codes_used",
+  "discriminator_loss",
+  "adversarial_weight",
 )
 
 

@@ -14,7 +14,6 @@ SKIPPED_TEST = "tests/training/skipped_rows_test.py"
 SOURCES_TEST = "tests/training/source_losses_test.py"
 CHECKPOINT = "cm3leon_jax/training/checkpoint.py"
 CHECKPOINT_TEST = "tests/training/checkpoint_test.py"
-VQGAN = "cm3leon_jax/tokenizers/train_vqgan.py"
 POLICY, POLICY_TEST = "cm3leon_jax/training/policy.py", "tests/training/policy_test.py"
 VQGAN_TEST = "tests/tokenizers/train_vqgan_test.py"
 
@@ -22,6 +21,10 @@ PUBLISHED = "cm3leon_jax/tokenizers/published.py"
 PUBLISHED_TEST = "tests/tokenizers/published_test.py"
 PUBLISHED_FILES = "cm3leon_jax/tokenizers/published_files.py"
 PUBLISHED_FILES_TEST = "tests/tokenizers/published_files_test.py"
+QUANTIZERS = "cm3leon_jax/tokenizers/quantizers.py"
+QUANTIZERS_TEST = "tests/tokenizers/quantizers_test.py"
+WATCH_TEST = "tests/tokenizers/vqgan_watch_test.py"
+LOSSES_TEST = "tests/tokenizers/losses_test.py"
 NETWORK, NETWORK_TEST = "cm3leon_jax/tokenizers/vqgan.py", "tests/tokenizers/vqgan_test.py"
 
 TRAINING = (
@@ -303,15 +306,63 @@ TRAINING = (
     ("pruned_to_damage", "if not checkpoints.damage(newest):", "if True:"),
   ),
   *mutants_of(
-    VQGAN,
+    QUANTIZERS,
     f"{VQGAN_TEST}::test_generator_loss_is_the_oracle",
-    ("codebook_gradient_stopped", "squared(q - stop(z))", "squared(stop(q) - stop(z))"),
-    ("commitment_gradient_everywhere", "z - stop(q)", "z - q"),
+    ("codebook_gradient_stopped", "_squared(q - stop(z))", "_squared(stop(q) - stop(z))"),
+    ("commitment_gradient_everywhere", "_squared(z - stop(q))", "_squared(z - q)"),
   ),
   *mutants_of(
-    VQGAN,
+    "cm3leon_jax/tokenizers/losses.py",
     f"{VQGAN_TEST}::test_adversarial_step",
-    ("adversarial_sign", "loss -= config.adversarial_weight", "loss += config.adversarial_weight"),
+    (
+      "adversarial_sign",
+      "loss += config.adversarial_weight * adaptive",
+      "loss -= config.adversarial_weight * adaptive",
+    ),
+  ),
+  *mutants_of(
+    QUANTIZERS,
+    f"{QUANTIZERS_TEST}::test_rotation_is_the_explicit_matrix",
+    ("rotation_straight_through", "2 * along(middle) * middle", "0 * along(middle) * middle"),
+  ),
+  *mutants_of(
+    QUANTIZERS,
+    f"{QUANTIZERS_TEST}::test_the_gradient_of_one_code_of_simvq_moves_all_codes",
+    ("codes_not_frozen", "jax.lax.stop_gradient(self.table[...])", "self.table[...]"),
+  ),
+  *mutants_of(
+    QUANTIZERS,
+    f"{QUANTIZERS_TEST}::test_the_average_of_codes_in_literals",
+    ("average_of_another_decay", "(1 - decay) * x, averages", "decay * x, averages"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/tokenizers/vqgan_watch.py",
+    f"{WATCH_TEST}::test_alarm_in_literals",
+    ("alarm_rings_always", "if self._rung or step", "if step"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/tokenizers/train_vqgan.py",
+    f"{WATCH_TEST}::test_the_tokenizer_is_the_average_of_the_parameters",
+    ("last_parameters_saved", 'state.get("ema", state["params"])', 'state["params"]'),
+  ),
+  *mutants_of(
+    "cm3leon_jax/tokenizers/losses.py",
+    f"{LOSSES_TEST}::test_multiscale_loss_literals",
+    (
+      "pixels_left_out",
+      "error.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))",
+      "error[:, ::2, ::2]",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/tokenizers/discriminator.py",
+    f"{LOSSES_TEST}::test_the_adaptive_weight_is_the_ratio_of_the_last_layers_gradients",
+    ("ratio_without_its_divisor", " / (norm(adversarial_loss) + 1e-4)", ""),
+  ),
+  *mutants_of(
+    "cm3leon_jax/tokenizers/perceptual.py",
+    "tests/tokenizers/perceptual_test.py::test_the_distance_is_that_of_torch",
+    ("features_not_normalized", "(_unit(features) for features in pair)", "pair"),
   ),
   *mutants_of(
     "cm3leon_jax/clip/train.py",

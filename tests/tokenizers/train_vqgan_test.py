@@ -11,9 +11,11 @@ import pytest
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.configs import openmoji, scenes
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.io import read_json_lines
-from cm3leon_jax.tokenizers import train_vqgan, vqgan
+from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.tokenizers import discriminator, losses, quantizers, train_vqgan, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
 from cm3leon_jax.training import small_trainer
 from tests.models.tiny import mesh_of
@@ -123,6 +125,7 @@ def test_training_improves_and_leaves_its_files(images, tmp_path):
     "metrics.jsonl",
     "params.safetensors",
     "reconstructions.npz",
+    "reconstructions.png",
     "training",
   ]
   shown = np.load(tmp_path / "reconstructions.npz")
@@ -191,7 +194,7 @@ def test_only_dead_codes_restart_and_at_encodings(images):
     jax.tree.map(np.asarray, state["params"]["encoder"]),
   )
   model = vqgan.bind(CONFIG, NUM_CODES, jax.tree.map(jnp.copy, state["params"]))
-  z = np.asarray(vqgan.l2_normalize(model.encoder(vqgan.to_float(images)))).reshape(-1, 4)
+  z = np.asarray(quantizers.l2_normalize(model.encoder(vqgan.to_float(images)))).reshape(-1, 4)
   state = train_vqgan.restart_dead_codes(state, images, CONFIG, jax.random.key(3))
   new = np.asarray(state["params"]["codebook"]["table"])
   np.testing.assert_array_equal(new[usage > 0], old[usage > 0])
@@ -207,14 +210,14 @@ def test_usage_counts_every_code(images):
     train_vqgan.init_state(CONFIG, NUM_CODES, 0), images[:8], CONFIG, False
   )
   assert int(state["usage"].sum()) == 8 * CONFIG.image_tokens
-  assert set(metrics) == {"loss", "mse"}
+  assert set(metrics) == {"loss", "mse", "perplexity", "codes_used"}
 
 
 def test_discriminator_learns_to_tell_apart(images):
   """Against fixed reconstructions its hinge loss falls from 2 (no idea) towards 0."""
   params, x = _discriminator(0), vqgan.to_float(images)
   y = x + 0.5 * jax.random.normal(jax.random.key(0), x.shape)
-  step = jax.jit(jax.value_and_grad(lambda p: train_vqgan.discriminator_loss(p, CONFIG, x, y)))
+  step = jax.jit(jax.value_and_grad(lambda p: discriminator.hinge_loss(p, CONFIG, x, y)))
   start = step(params)[0]
   for _ in range(200):
     params = jax.tree.map(lambda p, g: p - 0.03 * g, params, step(params)[1])
@@ -230,7 +233,7 @@ def test_generator_loss_is_the_oracle(images):
   @functools.partial(jax.jit, static_argnums=1)
   def gradients(params, config):
     def loss(p):
-      return train_vqgan.generator_loss(p, None, config, NUM_CODES, x)
+      return losses.generator_loss(p, None, config, NUM_CODES, x)
 
     return *jax.value_and_grad(loss, has_aux=True)(params), vqgan.bind(config, NUM_CODES, params)(x)
 
@@ -240,11 +243,11 @@ def test_generator_loss_is_the_oracle(images):
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
   def codebook_loss(table):
-    return 0.7 * jnp.mean(jnp.sum((vqgan.l2_normalize(table)[indices] - z) ** 2, -1))
+    return 0.7 * jnp.mean(jnp.sum((quantizers.l2_normalize(table)[indices] - z) ** 2, -1))
 
   def commitment_loss(encoder):
     model = vqgan.bind(CONFIG, NUM_CODES, {**params, "encoder": encoder})
-    return 0.3 * jnp.mean(jnp.sum((vqgan.l2_normalize(model.encoder(x)) - q) ** 2, -1))
+    return 0.3 * jnp.mean(jnp.sum((quantizers.l2_normalize(model.encoder(x)) - q) ** 2, -1))
 
   _, found, _ = gradients(params, dataclasses.replace(config, l1_weight=0.0, l2_weight=0.0))
   table = jax.grad(codebook_loss)(params["codebook"]["table"])
@@ -285,7 +288,7 @@ def test_hinge_loss_literals():
   for judgement, loss in ((0.0, 2.0), (0.5, 2.0), (3.0, 4.0)):
     params = jax.tree.map(jnp.zeros_like, _discriminator(0))
     params["conv_out"]["bias"] = jnp.full((1,), judgement)
-    assert float(train_vqgan.discriminator_loss(params, CONFIG, x, x)) == pytest.approx(loss)
+    assert float(discriminator.hinge_loss(params, CONFIG, x, x)) == pytest.approx(loss)
 
 
 def test_adversarial_step(images):
@@ -293,7 +296,7 @@ def test_adversarial_step(images):
   state = functools.partial(train_vqgan.init_state, CONFIG, NUM_CODES, 0)
   with_it, metrics = train_vqgan.train_step(state(), images[:8], CONFIG, True)
   without, _ = train_vqgan.train_step(state(), images[:8], CONFIG, False)
-  assert set(metrics) == {"loss", "mse", "discriminator_loss"}
+  assert set(metrics) == {"loss", "mse", "perplexity", "codes_used", "discriminator_loss"}
   _assert_same(without["discriminator"], state()["discriminator"])
   with pytest.raises(AssertionError):
     _assert_same(with_it["discriminator"], state()["discriminator"])
@@ -302,10 +305,10 @@ def test_adversarial_step(images):
   params, x = state()["params"], vqgan.to_float(images)
 
   def loss(discriminator):
-    return train_vqgan.generator_loss(params, discriminator, CONFIG, NUM_CODES, x)
+    return losses.generator_loss(params, discriminator, CONFIG, NUM_CODES, x)
 
-  alone, (y, _) = loss(None)
-  judged = train_vqgan.judge(CONFIG, _discriminator(5), y).mean()
+  alone, (y, *_) = loss(None)
+  judged = discriminator.judge(CONFIG, _discriminator(5), y).mean()
   assert abs(float(judged)) > 1e-3
   np.testing.assert_allclose(
     loss(_discriminator(5))[0], alone - CONFIG.adversarial_weight * judged, rtol=1e-5
@@ -327,3 +330,24 @@ def test_image_files_read_like_an_array(images, tmp_path, monkeypatch):
   np.testing.assert_array_equal(raw_pairs.in_memory(files), images[:4])
   monkeypatch.setattr(raw_pairs, "IN_MEMORY_BYTES", 4 * 8 * 8 * 3 - 1)
   assert raw_pairs.in_memory(files) is files
+
+
+@pytest.mark.parametrize(
+  ("module", "losses_before"),
+  [
+    (scenes, [1.2572450637817383, 1.2572450637817383, 1.2333496809005737]),
+    (openmoji, [1.4126057624816895, 1.4126057624816895, 1.3514516353607178]),
+  ],
+)
+def test_the_shipped_configs_train_as_before_the_choice_of_a_quantizer(module, losses_before):
+  """Losses of the first steps, noted when the nearest code was the only quantizer."""
+  settings = settings_from_config(module.get_config())
+  config = settings.vqgan
+  shape = (config.batch_size, config.resolution, config.resolution, 3)
+  x = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+  x[:, 10:30, 10:30] //= 3
+  state, found = train_vqgan.init_state(config, settings.vocab.image_size, 0), []
+  for _ in losses_before:
+    state, metrics = train_vqgan.train_step(state, x, config, False)
+    found.append(float(metrics["loss"]))
+  np.testing.assert_allclose(found, losses_before, rtol=1e-5)

@@ -11,7 +11,7 @@ import pytest
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.tokenizers import vqgan
+from cm3leon_jax.tokenizers import quantizers, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
 
 CONFIG = VQGANConfig(
@@ -84,7 +84,7 @@ def test_a_local_code_depends_on_its_own_square_alone(config, own_alone, images)
 @settings(max_examples=10, deadline=None)
 def test_nearest_code_is_nearest(seed):
   rng = np.random.default_rng(seed)
-  z = np.asarray(vqgan.l2_normalize(jnp.asarray(rng.normal(size=(50, 4)), jnp.float32)))
+  z = np.asarray(quantizers.l2_normalize(jnp.asarray(rng.normal(size=(50, 4)), jnp.float32)))
   codebook = vqgan.bind(
     CONFIG, NUM_CODES, _params_with_table(rng.normal(size=(NUM_CODES, 4)))
   ).codebook

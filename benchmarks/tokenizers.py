@@ -1,0 +1,328 @@
+"""Compares quantizers of the image tokenizer at equal time, by PSNR, perplexity and bits per pixel.
+
+  python -m benchmarks.tokenizers --workdir=workdir/tokenizers --source=scenes
+
+Trains an image tokenizer with each quantizer and seed, encodes the images, and trains the same
+small decoder on the codes of each. Prepares data, text tokenizer and CLIP once. Writes results.json
+and table.md after every run. Finished parts are skipped and a training continues from its last
+checkpoint, so it can be stopped or killed at any time. Method: docs/tokenizers.md.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import pathlib
+import sys
+import time
+
+from absl import app, flags, logging
+import jax
+import numpy as np
+
+from benchmarks import experiment as experiment_lib
+from benchmarks import tokenizers_table as table
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.configs import openmoji, scenes
+from cm3leon_jax.data import pipeline
+from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.evaluation import bits
+from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.mesh import create_mesh, shard
+from cm3leon_jax.settings import Settings, settings_from_config
+from cm3leon_jax.tokenizers import quantizers, train_vqgan
+from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training.optimizer import create_optimizer
+from cm3leon_jax.training.state import init_state, train_step
+
+ARMS = {
+  "restarts": "nearest code, dead codes restart",
+  "ema": "EMA codebook, dead codes restart",
+  "simvq": "SimVQ",
+  "fsq": "FSQ",
+  "rotation": "rotation trick, dead codes restart",
+}
+SOURCES = {"scenes": scenes.get_config, "openmoji": openmoji.get_config}
+SHARED = ("raw", "text_tokenizer", "clip", "neighbors")
+CORES = 2  # A minute is 60 seconds of CPU time of each.
+ROUNDS, STEPS = 7, 6  # Of the timing: the arms take turns.
+SCORED = 400  # Held-out images whose bits are measured, at most.
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """Place and extent of the comparison.
+
+  Attributes:
+    workdir: folder of all sources.
+    source: of `SOURCES`.
+    codes: size of the codebook; 0: that of the config.
+    minutes: of the training of a tokenizer.
+    decoder_minutes: of the training of a decoder; 0: none is trained.
+    given: fields of the config that the user changes.
+  """
+
+  workdir: pathlib.Path
+  source: str
+  codes: int
+  minutes: float
+  decoder_minutes: float
+  given: dict
+
+  @property
+  def shared(self) -> pathlib.Path:
+    """Folder of the stages that all runs have in common."""
+    return self.workdir / f"{self.source}_{self._config().vocab.image_size}" / "shared"
+
+  @property
+  def folder(self) -> pathlib.Path:
+    """Folder of the runs of these minutes."""
+    return self.shared.parent / f"minutes_{self.minutes:g}_{self.decoder_minutes:g}"
+
+  def _config(self):
+    config = SOURCES[self.source]()
+    if self.codes:
+      config.vocab.image_size = self.codes
+    config.update_from_flattened_dict(self.given)
+    return config
+
+  def overrides(self, arm: str = "", seed: int = 0, steps: dict | None = None) -> dict:
+    """Returns the fields of the config that differ from those of the source.
+
+    Args:
+      arm: of `ARMS`; empty: of the shared stages.
+      seed: of a run.
+      steps: of the trainings, by the name of their stage.
+    """
+    vocab, never = self._config().vocab, 1_000_000
+    fields = {
+      "vocab.image_size": vocab.image_size,
+      "model.vocab_size": vocab.text_size + vocab.image_size,
+      "data.num_neighbors": 0,
+      "data.text_share": 0.0,
+      "train.eval_every": never,
+      "train.sample_every": never,
+      "train.checkpoint_every": 100,
+      **self.given,
+      "seed": seed,
+    }
+    if arm not in ("", "restarts"):
+      fields["vqgan.quantizer"] = arm
+    if arm == "fsq":
+      fields["vqgan.code_dim"] = max(1, len(quantizers.levels_of(vocab.image_size)))
+    return fields | {f"{stage}.steps": count for stage, count in (steps or {}).items()}
+
+  def settings(self, overrides: dict) -> Settings:
+    """Returns the checked config."""
+    config = SOURCES[self.source]()
+    config.update_from_flattened_dict(overrides)
+    return settings_from_config(config)
+
+  def command(self, name: str, workdir: pathlib.Path, overrides: dict) -> None:
+    """Runs a stage, see `experiment.run_stage`."""
+    experiment_lib.run_stage(name, f"ml_configs/{self.source}.py", workdir, overrides)
+
+
+def tokenizer_steps(settings: Settings) -> Callable[[int], None]:
+  """Returns a function that takes a number of training steps of the image tokenizer."""
+  config = settings.vqgan
+  shape = (config.batch_size, config.resolution, config.resolution, 3)
+  images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+  state = train_vqgan.init_state(config, settings.vocab.image_size, 0)
+
+  def take(count: int) -> None:
+    nonlocal state
+    for _ in range(count):
+      state, _ = train_vqgan.train_step(state, images, config, config.adversarial_weight > 0)
+    jax.block_until_ready(state)
+
+  return take
+
+
+def decoder_steps(settings: Settings) -> Callable[[int], None]:
+  """Returns a function that takes a number of training steps of the decoder."""
+  model, vocab, length = settings.model, settings.vocab, settings.data.sequence_length
+  optimizer = create_optimizer(settings.optimizer, settings.train.steps)
+  rng, rows = np.random.default_rng(0), settings.train.global_batch_size
+  samples = [
+    rng.integers(vocab.num_special, vocab.size, length + 1).astype(np.int32) for _ in range(rows)
+  ]
+  arrays = pipeline.rows_of_samples(samples, length, vocab, model.align_images)
+  batch = {name: shard(array, "batch", "length") for name, array in arrays.items()}
+  decay = settings.optimizer.ema_decay
+  step = jax.jit(
+    functools.partial(train_step, model, optimizer, vocab.text_size, 1, ema_decay=decay),
+    donate_argnums=0,
+  )
+  state = jax.jit(functools.partial(init_state, model, optimizer, averaged=decay > 0))(
+    jax.random.key(0)
+  )
+
+  def take(count: int) -> None:
+    nonlocal state
+    for _ in range(count):
+      state, _ = step(state, batch)
+    jax.block_until_ready(state)
+
+  return take
+
+
+def cpu_seconds(runners: dict[str, Callable[[int], None]], rounds: int, steps: int) -> dict:
+  """Measures the CPU seconds of a step of each runner; they take turns, the median round counts.
+
+  CPU time counts and not the clock, since other work on the machine stretches the latter.
+  """
+  for take in runners.values():
+    take(2)  # Compiles.
+  found: dict[str, list[float]] = {name: [] for name in runners}
+  for _ in range(rounds):
+    for name, take in runners.items():
+      start = time.process_time()
+      take(steps)
+      found[name].append((time.process_time() - start) / steps)
+  return {name: float(np.median(values)) for name, values in found.items()}
+
+
+def plan_steps(experiment: Experiment) -> dict:
+  """Returns the steps that take the minutes, measured once for all arms and kept in steps.json.
+
+  Returns:
+    `cpu_seconds` of a step and `steps`, by arm; "decoder" stands for that of all.
+  """
+  path = experiment.folder / "steps.json"
+  if path.exists():
+    return read_json(path, {"cpu_seconds": dict, "steps": dict})
+  print("tokenizers: measures the CPU time of a step of every arm.", flush=True)
+  settings = {arm: experiment.settings(experiment.overrides(arm)) for arm in ARMS}
+  with jax.set_mesh(create_mesh(settings["restarts"].mesh)):
+    runners = {arm: tokenizer_steps(settings[arm]) for arm in ARMS}
+    seconds = cpu_seconds(runners, ROUNDS, STEPS)
+    del runners
+    if experiment.decoder_minutes:
+      seconds |= cpu_seconds({"decoder": decoder_steps(settings["restarts"])}, ROUNDS, STEPS)
+  minutes = dict.fromkeys(ARMS, experiment.minutes) | {"decoder": experiment.decoder_minutes}
+  steps = {name: max(10, round(60 * CORES * minutes[name] / one)) for name, one in seconds.items()}
+  plan = {"cpu_seconds": seconds, "steps": steps, "cores": CORES}
+  write_json(path, plan)
+  return plan
+
+
+def bits_per_pixel(settings: Settings, run: pathlib.Path) -> float:
+  """Computes the bits of the codes of held-out images after their captions, over their pixels."""
+  store = DocumentStore(run / "documents" / "heldout_pairs", settings.vocab)
+  rows = np.unique(np.linspace(0, len(store) - 1, SCORED).astype(int))
+  documents = [store[int(i)] for i in rows]
+  samples = [pipeline.join([document], settings.vocab) for document in documents]
+  masks = [bits.own_targets(s, d, settings.vocab)["image"] for s, d in zip(samples, documents)]
+  with jax.set_mesh(create_mesh(settings.mesh)):
+    params, _ = checkpoint.load_params(run / "train", settings.model)
+    size = settings.evaluation.batch_size
+    scored = bits.score_samples(params, settings.model, samples, settings.vocab, size)
+  total = sum(float(values[mask].sum()) for values, mask in zip(scored, masks))
+  return total / (len(samples) * settings.vqgan.resolution**2)
+
+
+def measure(experiment: Experiment, settings: Settings, run: pathlib.Path) -> dict:
+  """Returns what is measured of a run whose trainings are finished."""
+  summary = stages.require(run, "vqgan", summary=dict)["summary"]
+  names = ("psnr_db", "codebook_perplexity", "codes_used")
+  names += tuple(f"train_{name}" for name in names[1:])
+  result = {name: summary[name] for name in names}
+  result |= {k: v for k, v in summary.items() if k == "reconstructed_scenes_right"}
+  result |= {"codes": settings.vocab.image_size, "steps": settings.vqgan.steps}
+  if experiment.decoder_minutes:
+    result["bits_per_pixel"] = bits_per_pixel(settings, run)
+    result["decoder_steps"] = settings.train.steps
+  return result
+
+
+def run_one(experiment: Experiment, arm: str, seed: int, steps: dict[str, int]) -> dict:
+  """Trains and measures one arm with one seed, or reads its results."""
+  run = experiment.folder / "runs" / f"{arm}_seed_{seed}"
+  if (run / "measured" / stages.DONE).exists():
+    return read_json(run / "measured" / "measured.json", {"arm": str, "seed": int})
+  counts = {"vqgan": steps[arm]}
+  names = ["vqgan"]
+  if experiment.decoder_minutes:
+    counts["train"] = steps["decoder"]
+    names += ["documents", "train"]
+  overrides = experiment.overrides(arm, seed, counts)
+  settings = experiment.settings(overrides)
+  experiment_lib.link_stages(experiment.shared, run, SHARED)
+  for name in names:
+    experiment.command(stages.STAGES[name].command, run, overrides)
+  ids = {name: stages.require(run, name)["id"] for name in names}
+  with stages.once(run / "measured", {"inputs": ids}) as summary:
+    if summary is not None:
+      result = {"arm": arm, "seed": seed, **measure(experiment, settings, run)}
+      write_json(run / "measured" / "measured.json", result)
+  return read_json(run / "measured" / "measured.json", {"arm": str, "seed": int})
+
+
+def run_all(experiment: Experiment, arms: list[str], num_seeds: int) -> dict:
+  """Prepares the data, runs all arms and seeds, and writes the results after each run."""
+  # Before hours of other arms: FSQ does not take every number of codes.
+  settings = {arm: experiment.settings(experiment.overrides(arm)) for arm in ARMS}
+  for name in SHARED:
+    command = stages.STAGES[name].command
+    experiment.command(command, experiment.shared, experiment.overrides())
+  plan, runs, result = plan_steps(experiment), [], {}
+  planned = [(seed, arm) for seed in range(num_seeds) for arm in arms]
+  about = {
+    "source": experiment.source,
+    "codes": settings["restarts"].vocab.image_size,
+    "image_tokens": settings["restarts"].vqgan.image_tokens,
+    "minutes": experiment.minutes,
+    "decoder_minutes": experiment.decoder_minutes,
+    **plan,
+  }
+  for number, (seed, arm) in enumerate(planned, 1):
+    print(
+      f"\n[{number}/{len(planned)}] {ARMS[arm]}, seed {seed}: {plan['steps'][arm]:,} steps",
+      flush=True,
+    )
+    start = time.time()
+    runs.append(run_one(experiment, arm, seed, plan["steps"]))
+    shown = ", ".join(f"{k} {v:.4g}" for k, v in runs[-1].items() if isinstance(v, float))
+    print(f"[{number}/{len(planned)}] {shown}; {time.time() - start:.0f} s.", flush=True)
+    result = table.summarize(about, runs, ARMS)
+    experiment_lib.write_results(experiment.folder, result, table.markdown(result))
+  return result
+
+
+def main(argv) -> None:
+  args = flags.FLAGS
+  logging.set_verbosity(logging.WARNING)
+  try:
+    arms = experiment_lib.chosen_conditions(argv, args.arms, ARMS, "arms")
+    decoder = args.minutes if args.decoder_minutes is None else args.decoder_minutes
+    workdir = pathlib.Path(args.workdir).resolve()
+    experiment = Experiment(workdir, args.source, args.codes, args.minutes, decoder, {})
+    result = run_all(experiment, arms, args.seeds)
+    if args.docs:
+      table.write_page(pathlib.Path(args.docs), result)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  print(
+    f"\n{table.markdown(result)}\ntokenizers: results.json and table.md are in {experiment.folder}."
+  )
+
+
+if __name__ == "__main__":  # Flags here: a test that imports this module defines none.
+  flags.DEFINE_string(
+    "workdir", "workdir/tokenizers", "Folder of all runs; an existing one continues."
+  )
+  flags.DEFINE_enum("source", "scenes", list(SOURCES), "Config and images.")
+  flags.DEFINE_list("arms", list(ARMS), "Quantizers to compare.")
+  flags.DEFINE_integer("seeds", 3, "Number of seeds of every arm.", lower_bound=1)
+  flags.DEFINE_float("minutes", 4, "Training time of a tokenizer on two cores.", lower_bound=1e-3)
+  flags.DEFINE_float(
+    "decoder_minutes",
+    None,
+    "Training time of a decoder on two cores; default: --minutes; 0: none is trained.",
+    lower_bound=0,
+  )
+  flags.DEFINE_integer("codes", 0, "Size of the codebook; 0: that of the config.", lower_bound=0)
+  flags.DEFINE_string("docs", "", "Page whose table of this source is replaced at the end.")
+  app.run(main)

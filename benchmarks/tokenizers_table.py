@@ -1,0 +1,127 @@
+"""Summarizes the runs of `benchmarks.tokenizers`: means, spreads, differences, and a table."""
+
+import pathlib
+
+import numpy as np
+
+from benchmarks.ablation_table import student_interval
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import replacing
+
+BASE = "restarts"
+# Measure -> title and format. More is better, but for bits.
+MEASURES = {
+  "psnr_db": ("PSNR (dB)", "{:.2f}"),
+  "reconstructed_scenes_right": ("reconstructions right", "{:.1%}"),
+  "codebook_perplexity": ("perplexity", "{:.0f}"),
+  "used": ("codes used", "{:.1%}"),
+  "bits_per_pixel": ("bits per pixel", "{:.4f}"),
+}
+COMPARED = ("psnr_db", "bits_per_pixel")
+
+
+def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
+  """Computes all numbers of the table.
+
+  Args:
+    about: `source`, `codes`, `image_tokens`, `minutes`, `decoder_minutes`, and `steps` and
+      `cpu_seconds` by arm.
+    runs: what `tokenizers.run_one` returns.
+    labels: arm -> its name in the table.
+
+  Returns:
+    `about`, `runs` and by arm: `mean`, `lowest` and `highest` of each measure over the seeds, and
+    `difference` to `BASE`: mean over the common seeds and 95% interval by Student's t. `used` is
+    the share of all codes in 1,024 training images.
+  """
+  runs = [{**run, "used": run["train_codes_used"] / run["codes"]} for run in runs]
+  of = {arm: {r["seed"]: r for r in runs if r["arm"] == arm} for arm in labels}
+  arms = {}
+  for arm, by_seed in of.items():
+    if by_seed:
+      names = [name for name in MEASURES if name in next(iter(by_seed.values()))]
+      values = {name: [run[name] for run in by_seed.values()] for name in names}
+      arms[arm] = {
+        "label": labels[arm],
+        "seeds": sorted(by_seed),
+        "measures": {
+          name: {"mean": float(np.mean(v)), "lowest": min(v), "highest": max(v)}
+          for name, v in values.items()
+        },
+        "difference": {
+          name: _difference(by_seed, of[BASE], name)
+          for name in names
+          if name in COMPARED and arm != BASE and by_seed.keys() & of[BASE].keys()
+        },
+      }
+  return {**about, "runs": runs, "arms": arms}
+
+
+def _difference(own: dict, base: dict, name: str) -> dict:
+  values = [own[seed][name] - base[seed][name] for seed in sorted(own.keys() & base.keys())]
+  return {"mean": float(np.mean(values)), "interval": student_interval(values)}
+
+
+def _level(level: dict, text: str) -> str:
+  """Formats a mean, and the lowest and highest of the seeds unless they are equal as shown."""
+  mean, low, high = (text.format(level[key]) for key in ("mean", "lowest", "highest"))
+  return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def _gap(difference: dict | None, text: str) -> str:
+  """Formats a difference, and its interval if there are several seeds."""
+  if difference is None:
+    return "-"
+  sign = text.replace(":", ":+")
+  shown = sign.format(difference["mean"])
+  if difference["interval"] is not None:
+    shown += f" [{', '.join(sign.format(x) for x in difference['interval'])}]"
+  return shown
+
+
+def markdown(result: dict) -> str:
+  """Returns the result of `summarize` as a table, a row an arm."""
+  arms = result["arms"]
+  names = [name for name in MEASURES if any(name in arm["measures"] for arm in arms.values())]
+  gaps = [name for name in COMPARED if name in names]
+  titles = ["quantizer", "steps", *(MEASURES[name][0] for name in names)]
+  titles += [f"{MEASURES[name][0]}, minus the first" for name in gaps]
+  lines = [_row(titles), _row(["---"] * len(titles))]
+  for key, arm in arms.items():
+    cells = [arm["label"], f"{result['steps'][key]:,}"]
+    cells += [_level(arm["measures"][name], MEASURES[name][1]) for name in names]
+    cells += [_gap(arm["difference"].get(name), MEASURES[name][1]) for name in gaps]
+    lines.append(_row(cells))
+  seeds = max(len(arm["seeds"]) for arm in arms.values())
+  decoder = result["steps"].get("decoder")
+  trained = (
+    f", decoder {result['decoder_minutes']:g} minutes ({decoder:,} steps)" if decoder else ""
+  )
+  about = (
+    f"`{result['source']}`, {result['codes']:,} codes, {result['image_tokens']} of them an image; "
+    f"tokenizer {result['minutes']:g} minutes on {result['cores']} cores{trained}; "
+    f"{seeds} {'seed' if seeds == 1 else 'seeds'}: mean (lowest to highest), differences with 95% "
+    "intervals by Student's t."
+  )
+  return "\n".join([*lines, "", about, ""])
+
+
+def _row(cells) -> str:
+  return f"| {' | '.join(cells)} |"
+
+
+def write_page(path: pathlib.Path, result: dict) -> None:
+  """Replaces the table of the result's source and codes in a page, between its two markers.
+
+  Raises:
+    UserError: the page lacks a marker.
+  """
+  start = f"<!-- benchmarks.tokenizers {result['source']} {result['codes']} writes what follows -->"
+  end = "<!-- to here -->"
+  page = path.read_text(encoding="utf-8")
+  before, found, rest = page.partition(start)
+  _, closed, after = rest.partition(end)
+  if not found or not closed:
+    raise UserError(f"{path} must have the lines '{start}' and '{end}'.")
+  with replacing(path, "w") as file:
+    file.write(f"{before}{start}\n\n{markdown(result)}\n{end}{after}")

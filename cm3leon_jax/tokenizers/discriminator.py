@@ -1,0 +1,83 @@
+"""The patch discriminator of the image tokenizer, its loss and its weight."""
+
+# B batch, H height, W width, h and w of the judgements.
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from cm3leon_jax import parameters
+from cm3leon_jax.tokenizers import vqgan
+from cm3leon_jax.tokenizers.vqgan_config import VQGANConfig
+
+MAX_ADAPTIVE = 1e4  # Largest ratio of the two norms (Esser et al. 2021, published code).
+
+
+class Discriminator(nnx.Module):
+  """Judges patches (Isola et al. 2017): pixels [B, H, W, 3] -> [B, h, w], positive if real."""
+
+  def __init__(self, config: VQGANConfig, rngs: nnx.Rngs):
+    widths = [config.discriminator_width * 2**i for i in range(config.discriminator_layers)]
+    self.layers = nnx.List(
+      vqgan.conv(a, b, 4, rngs, stride=2) for a, b in zip([3, *widths], widths)
+    )
+    self.conv_out = vqgan.conv(widths[-1], 1, 3, rngs)
+
+  def __call__(self, x):
+    for i, layer in enumerate(self.layers):
+      x = layer(x)
+      x = nnx.leaky_relu(vqgan.normalize(x) if i else x, 0.2)
+    return self.conv_out(x)[..., 0]
+
+
+@functools.cache
+def _structure(config: VQGANConfig):
+  return parameters.structure(lambda: Discriminator(config, nnx.Rngs(params=0)))
+
+
+def init_params(config: VQGANConfig, key) -> dict:
+  """Initializes fp32 parameters as a pure dict."""
+  return parameters.random(_structure(config)[1], key)
+
+
+def judge(config: VQGANConfig, params: dict, x):
+  """Applies the discriminator to pixels: [B, H, W, 3] -> [B, h, w] of its last layer."""
+  return parameters.fill(*_structure(config), params)(x)
+
+
+def hinge_loss(params: dict, config: VQGANConfig, x, y):
+  """Computes the hinge loss of judgements of images x and reconstructions y, [B, H, W, 3].
+
+  Judgements of x above 1, and of y below -1, cost nothing.
+  """
+  return jnp.mean(nnx.relu(1 - judge(config, params, x))) + jnp.mean(
+    nnx.relu(1 + judge(config, params, y))
+  )
+
+
+def adaptive_weight(last_layer, params, y, reconstruction_loss, adversarial_loss):
+  """Computes how many times the reconstruction's gradient is larger than the adversarial one.
+
+  Both are gradients of the decoder's last layer (Esser et al. 2021, arXiv 2012.09841, equation 7).
+
+  Args:
+    last_layer: params -> pixels [B, H, W, 3].
+    params: of the layer, a tree.
+    y: the pixels that it returns.
+    reconstruction_loss: pixels -> scalar.
+    adversarial_loss: pixels -> scalar.
+
+  Returns:
+    fp32 scalar from 0 to `MAX_ADAPTIVE`; a constant of any gradient.
+  """
+  params, y = jax.lax.stop_gradient((params, y))
+  _, pull = jax.vjp(last_layer, params)
+
+  def norm(loss):
+    (grads,) = pull(jax.grad(loss)(y))
+    return jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
+
+  ratio = norm(reconstruction_loss) / (norm(adversarial_loss) + 1e-4)
+  return jax.lax.stop_gradient(jnp.clip(ratio, 0, MAX_ADAPTIVE))

@@ -1,0 +1,127 @@
+"""Losses of the image tokenizer: pixels, several scales, edges, features, and a discriminator's."""
+
+# B batch, H height, W width, C channels, E code width, h and w of the code grid.
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cm3leon_jax.tokenizers import discriminator as discriminator_lib
+from cm3leon_jax.tokenizers import perceptual, quantizers, vqgan
+from cm3leon_jax.tokenizers.vqgan_config import VQGANConfig
+
+SCALES = 3  # Of the loss at several scales: squares of 2, 4 and 8 pixels.
+
+
+class Outputs(NamedTuple):
+  """What a step needs beside the loss.
+
+  Attributes:
+    reconstruction: [B, H, W, 3].
+    encodings: [B, h, w, E].
+    indices: int32 [B, h, w].
+    adaptive: ratio that the adversarial weight was multiplied by; 1 if it is not adaptive.
+  """
+
+  reconstruction: jax.Array
+  encodings: jax.Array
+  indices: jax.Array
+  adaptive: jax.Array
+
+
+def multiscale_loss(x, y):
+  """Computes the mean absolute error of the means of squares of 2, 4 and 8 pixels.
+
+  Scales whose squares do not divide the image are left out.
+
+  Args:
+    x: [B, H, W, C].
+    y: [B, H, W, C].
+  """
+  error, losses = y - x, []
+  for _ in range(SCALES):
+    if error.shape[1] % 2 or error.shape[2] % 2:
+      break
+    b, h, w, c = error.shape
+    error = error.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+    losses.append(jnp.mean(jnp.abs(error)))
+  return sum(losses) / max(len(losses), 1)
+
+
+def gradient_loss(x, y):
+  """Computes the mean absolute error of differences of neighboring pixels, down and to the right.
+
+  Args:
+    x: [B, H, W, C].
+    y: [B, H, W, C].
+  """
+  error = y - x
+  return (
+    jnp.mean(jnp.abs(jnp.diff(error, axis=1))) + jnp.mean(jnp.abs(jnp.diff(error, axis=2)))
+  ) / 2
+
+
+def reconstruction_loss(config: VQGANConfig, x, y, features: dict | None = None):
+  """Computes the weighted sum of all losses of reconstructions y of x, pixels in [-1, 1].
+
+  Args:
+    config: holds the weights.
+    x: [B, H, W, 3].
+    y: [B, H, W, 3].
+    features: of `perceptual.make_params`; needed if `perceptual_weight` is positive.
+  """
+  loss = config.l2_weight * jnp.mean((y - x) ** 2) + config.l1_weight * jnp.mean(jnp.abs(y - x))
+  if config.multiscale_weight:
+    loss += config.multiscale_weight * multiscale_loss(x, y)
+  if config.gradient_weight:
+    loss += config.gradient_weight * gradient_loss(x, y)
+  if config.perceptual_weight:
+    loss += config.perceptual_weight * jnp.mean(perceptual.distance(features, x, y))
+  return loss
+
+
+def generator_loss(
+  params: dict,
+  discriminator: dict | None,
+  config: VQGANConfig,
+  num_codes: int,
+  x,
+  features: dict | None = None,
+):
+  """Computes the loss of the VQGAN: reconstruction, codebook and commitment loss.
+
+  A discriminator adds its mean judgement of the reconstructions, negated.
+
+  Args:
+    params: parameters of the VQGAN.
+    discriminator: parameters of the discriminator, or None.
+    config: holds the weights.
+    num_codes: K.
+    x: pixels in [-1, 1], [B, H, W, 3].
+    features: see `reconstruction_loss`.
+
+  Returns:
+    fp32 scalar, `Outputs`.
+  """
+  hidden, z, q, indices = vqgan.bind(config, num_codes, params).hidden(x)
+
+  def last_layer(layer):
+    decoder = {**params["decoder"], "conv_out": layer}
+    return vqgan.bind(config, num_codes, {**params, "decoder": decoder}).decoder.last(hidden)
+
+  def rebuilt(y):
+    return reconstruction_loss(config, x, y, features)
+
+  def not_convincing(y):
+    return -discriminator_lib.judge(config, discriminator, y).mean()
+
+  y = last_layer(params["decoder"]["conv_out"])
+  loss, adaptive = rebuilt(y), jnp.ones(())
+  loss += quantizers.loss(config.quantizer, config.codebook_weight, config.commitment_weight, z, q)
+  if discriminator is not None:
+    if config.adversarial_adaptive:
+      layer = params["decoder"]["conv_out"]
+      adaptive = discriminator_lib.adaptive_weight(last_layer, layer, y, rebuilt, not_convincing)
+    loss += config.adversarial_weight * adaptive * not_convincing(y)
+  return loss, Outputs(y, z, indices, adaptive)

@@ -1,0 +1,116 @@
+"""Distance of images by the features of VGG16 (LPIPS, Zhang et al. 2018, arXiv 1801.03924).
+
+No package that this project uses ships the weights: a user names a file of them.
+"""
+
+# B batch, H height, W width, C channels of a layer.
+
+from collections.abc import Mapping
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+NETWORK = "VGG16 with the tensor names of torchvision"
+# Index in `features` -> channels in and out, by stage; a stage is followed by a pool, and the
+# distance compares what each of the five returns.
+STAGES = (
+  {0: (3, 64), 2: (64, 64)},
+  {5: (64, 128), 7: (128, 128)},
+  {10: (128, 256), 12: (256, 256), 14: (256, 256)},
+  {17: (256, 512), 19: (512, 512), 21: (512, 512)},
+  {24: (512, 512), 26: (512, 512), 28: (512, 512)},
+)
+# Means and standard deviations of ImageNet's colors, for pixels in [-1, 1], as LPIPS rounds them.
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+
+
+def tensor_shapes(calibrated: bool) -> dict[str, tuple[int, ...]]:
+  """Returns name -> shape of all tensors; `calibrated`: with the five learned layers of LPIPS."""
+  shapes: dict[str, tuple[int, ...]] = {}
+  for number, stage in enumerate(STAGES):
+    for i, (inputs, outputs) in stage.items():
+      shapes[f"features.{i}.weight"] = (outputs, inputs, 3, 3)
+      shapes[f"features.{i}.bias"] = (outputs,)
+    if calibrated:
+      shapes[_calibration(number)] = (1, outputs, 1, 1)
+  return shapes
+
+
+def _calibration(number: int) -> str:
+  return f"lin{number}.model.1.weight"
+
+
+def without_classifier(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Leaves out the tensors of the classifier, which a file of torchvision has, too."""
+  return {name: x for name, x in tensors.items() if not name.startswith("classifier.")}
+
+
+def is_calibrated(tensors: Mapping[str, np.ndarray]) -> bool:
+  """Returns whether a file has any of the learned layers of LPIPS."""
+  return any(_calibration(number) in tensors for number in range(len(STAGES)))
+
+
+def make_params(tensors: Mapping[str, np.ndarray]) -> dict:
+  """Lays out the tensors of `tensor_shapes` for `distance`.
+
+  Returns:
+    kernels HWIO and biases by layer; `calibration`, [C] by stage, if the file has it.
+  """
+  params: dict = {}
+  for stage in STAGES:
+    for i in stage:
+      kernel = np.transpose(tensors[f"features.{i}.weight"], (2, 3, 1, 0))
+      params[str(i)] = {"kernel": kernel, "bias": tensors[f"features.{i}.bias"]}
+  if is_calibrated(tensors):
+    found = [tensors[_calibration(n)].reshape(-1) for n in range(len(STAGES))]
+    params["calibration"] = {str(n): x for n, x in enumerate(found)}
+  return params
+
+
+def activations(params: dict, x) -> list:
+  """Computes what the five stages return, before their pools: pixels [B, H, W, 3] in [-1, 1]."""
+  shift, scale = (jnp.array(v, jnp.float32).reshape(1, 1, 1, 3) for v in (SHIFT, SCALE))
+  x, found = (x - shift) / scale, []
+  for number, stage in enumerate(STAGES):
+    if number:
+      x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    for i in stage:
+      layer = params[str(i)]
+      x = lax.conv_general_dilated(
+        x, layer["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+      )
+      x = jax.nn.relu(x + layer["bias"].reshape(1, 1, 1, -1))
+    found.append(x)
+  return found
+
+
+def distance(params: dict, x, y):
+  """Computes the sum over stages of the mean squared distance of normalized features.
+
+  With the learned layers of LPIPS it is LPIPS itself; without, all channels count equally.
+
+  Args:
+    params: of `make_params`.
+    x: [B, H, W, 3] in [-1, 1].
+    y: [B, H, W, 3] in [-1, 1].
+
+  Returns:
+    fp32 [B].
+  """
+  total = jnp.zeros(len(x), jnp.float32)
+  for number, pair in enumerate(zip(activations(params, x), activations(params, y))):
+    a, b = (_unit(features) for features in pair)
+    squared = (a - b) ** 2
+    if "calibration" in params:
+      squared = squared * params["calibration"][str(number)].reshape(1, 1, 1, -1)
+    total += squared.sum(-1).mean((1, 2))
+  return total
+
+
+def _unit(features):
+  """Scales the channels of every place to norm 1; the gradient of no features is 0."""
+  squares = jnp.sum(features * features, -1, keepdims=True)
+  norms = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+  return features / (norms + 1e-10)

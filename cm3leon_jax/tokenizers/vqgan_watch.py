@@ -1,0 +1,133 @@
+"""Watches the training of the image tokenizer: an alarm at a collapse, curves and grids."""
+
+# B batch, T codes of an image, K codes.
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import io
+
+from etils import epath
+import numpy as np
+from PIL import Image
+
+from cm3leon_jax.io import replacing
+from cm3leon_jax.tokenizers.quantizers import RESTARTING
+from cm3leon_jax.tokenizers.vqgan_config import VQGANConfig
+
+GRID = "reconstructions.png"
+SHOWN = 8  # Images of the grid.
+# A batch's codes have collapsed if no more than this share of what is possible occurs in it.
+# Perplexity is no sign: it is about 10 of 1,024 where most of an image is background.
+COLLAPSED = 0.05
+PATIENCE = 100  # Steps of it before the alarm.
+
+
+def grid(images: np.ndarray, reconstructions: np.ndarray) -> Image.Image:
+  """Lays out images above their reconstructions, uint8 [n, H, W, 3]; small ones are enlarged."""
+  rows = [np.concatenate(list(row), axis=1) for row in (images, reconstructions)]
+  sheet = Image.fromarray(np.concatenate(rows, axis=0))
+  scale = max(1, 128 // images.shape[1])
+  return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
+
+
+class Alarm:
+  """Prints a line when the codebook has collapsed for `PATIENCE` steps, and again if it recurs."""
+
+  def __init__(self, config: VQGANConfig, num_codes: int, remedy: str):
+    """Watches a training.
+
+    Args:
+      config: of the VQGAN.
+      num_codes: K.
+      remedy: how to start again, the end of the line.
+    """
+    self._config, self._num_codes, self._remedy = config, num_codes, remedy
+    self._possible = min(num_codes, config.batch_size * config.image_tokens)
+    self._bound = max(1.0, COLLAPSED * self._possible)
+    self._since: int | None = None
+    self._rung = False
+
+  def check(self, step: int, perplexity: float, codes_used: float) -> str | None:
+    """Returns the alarm, if it is due.
+
+    Args:
+      step: whose batch is described.
+      perplexity: of the codes of the batch.
+      codes_used: number of different codes of the batch.
+    """
+    if codes_used > self._bound or self._possible == 1:
+      self._since, self._rung = None, False
+      return None
+    self._since = step if self._since is None else self._since
+    if self._rung or step - self._since < PATIENCE:
+      return None
+    self._rung = True
+    return (
+      f"vqgan: step {step}: the codebook has collapsed: for {PATIENCE} steps batches have had at "
+      f"most {self._bound:.0f} of {self._num_codes:,} codes, now {codes_used:.0f} of perplexity "
+      f"{perplexity:.1f}. {self._advice()}; {self._remedy}"
+    )
+
+  def _advice(self) -> str:
+    config, advice = self._config, []
+    restarting = config.quantizer in RESTARTING
+    if restarting and not config.restart_every:
+      advice.append("set config.vqgan.restart_every to 100 (it is 0)")
+    if config.quantizer != "fsq" and config.commitment_weight > 0.25:
+      advice.append(f"lower config.vqgan.commitment_weight to 0.25 ({config.commitment_weight:g})")
+    if not advice:
+      advice.append(f"lower config.vqgan.learning_rate (it is {config.learning_rate:g})")
+    if restarting:
+      advice.append("or set config.vqgan.quantizer to simvq")
+    text = ", ".join(advice)
+    return text[0].upper() + text[1:]
+
+
+@dataclasses.dataclass
+class Watch:
+  """Shows a training while it goes on.
+
+  Attributes:
+    alarm: at a collapse.
+    folder: gets the grid.
+    open_boards: first step -> boards, see `training.boards.Board`; opened at the first values.
+    reconstruct: (state, images) -> their reconstructions.
+    images: held-out images of the grid, uint8 [n, H, W, 3], or None.
+    boards: that are open, or None.
+  """
+
+  alarm: Alarm
+  folder: epath.PathLike
+  open_boards: Callable[[int], Sequence]
+  reconstruct: Callable[[dict, np.ndarray], np.ndarray]
+  images: np.ndarray | None = None
+  boards: Sequence | None = None
+
+  def log(self, step: int, values: dict[str, float]) -> None:
+    """Shows the metrics of a step."""
+    for board in self._boards(step):
+      board.scalars(step, values)
+    if line := self.alarm.check(step, values["perplexity"], values["codes_used"]):
+      print(line, flush=True)
+
+  def save(self, step: int, state: dict) -> None:
+    """Writes the grid of a state that is saved, in place of the last one."""
+    if self.images is None:
+      return
+    sheet, buffer = grid(self.images, self.reconstruct(state, self.images)), io.BytesIO()
+    sheet.save(buffer, "PNG")
+    with replacing(epath.Path(self.folder) / GRID) as file:
+      file.write(buffer.getvalue())
+    for board in self._boards(step):
+      board.samples(step, sheet)
+      board.flush()
+
+  def close(self) -> None:
+    """Closes the boards."""
+    for board in self.boards or ():
+      board.close()
+
+  def _boards(self, step: int) -> Sequence:
+    if self.boards is None:
+      self.boards = self.open_boards(step)
+    return self.boards

@@ -1,0 +1,177 @@
+"""The comparison of quantizers: its plan, its resumption, its table; and, slow, a whole one."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+
+from benchmarks import experiment as experiment_lib
+from benchmarks import tokenizers, tokenizers_table
+from benchmarks.tokenizers import ARMS, Experiment
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.tokenizers import quantizers
+
+SMALL = {
+  "raw.resolution": 12, "vqgan.resolution": 12, "vqgan.width": 8, "vqgan.encoder_blocks": (0,),
+  "vqgan.decoder_blocks": (0,), "vqgan.batch_size": 8, "model.num_layers": 1,
+  "model.width": 32, "train.global_batch_size": 8,
+  "model.mlp_width": 32, "data.sequence_length": 64, "data.pack_window": 64,
+}  # fmt: skip
+PLAN = {"cpu_seconds": {}, "steps": {**dict.fromkeys(ARMS, 20), "decoder": 30}, "cores": 2}
+
+
+@pytest.fixture
+def small(tmp_path):
+  return Experiment(tmp_path, "scenes", 64, 0.01, 0.02, SMALL)
+
+
+def test_arms_differ_in_the_quantizer_alone(small):
+  settings = {arm: small.settings(small.overrides(arm, seed=2)) for arm in ARMS}
+  assert {arm: s.vqgan.quantizer for arm, s in settings.items()} == {
+    "restarts": "", "ema": "ema", "simvq": "simvq", "fsq": "fsq", "rotation": "rotation",
+  }  # fmt: skip
+  base = settings["restarts"]
+  for arm, own in settings.items():
+    assert own.vqgan.code_dim == (2 if arm == "fsq" else 8)  # 8 x 8 levels.
+    same = dataclasses.replace(own.vqgan, quantizer="", code_dim=8)
+    assert dataclasses.replace(own, vqgan=same) == base
+  assert (base.seed, base.vocab.image_size, base.data.num_neighbors) == (2, 64, 0)
+
+
+def test_steps_take_the_minutes_and_are_measured_once(small, monkeypatch):
+  monkeypatch.setattr(tokenizers, "ROUNDS", 2)
+  plan = tokenizers.plan_steps(small)
+  assert plan["cpu_seconds"].keys() == plan["steps"].keys() == {*ARMS, "decoder"}
+  for name, steps in plan["steps"].items():
+    minutes = small.decoder_minutes if name == "decoder" else small.minutes
+    assert steps * plan["cpu_seconds"][name] == pytest.approx(120 * minutes, rel=0.1) or steps == 10
+  monkeypatch.setattr(tokenizers, "cpu_seconds", None)  # A second measurement would fail.
+  assert tokenizers.plan_steps(small) == plan
+  assert "decoder" in plan["steps"]
+
+
+def test_cpu_seconds_are_those_of_the_work():
+  def work(count):
+    for _ in range(count):
+      np.sort(np.arange(200_000)[::-1] % 9_973)
+
+  found = tokenizers.cpu_seconds({"one": work, "four": lambda n: work(4 * n)}, rounds=9, steps=3)
+  assert 2 < found["four"] / found["one"] < 8
+
+
+@pytest.fixture
+def ran(monkeypatch):
+  """Replaces the commands by the files that they leave; returns what was called."""
+  calls = []
+
+  def run_stage(name, config, workdir, overrides):
+    stage = next(key for key, value in stages.STAGES.items() if value.command == name)
+    folder = pathlib.Path(workdir)
+    with stages.once(folder / stage, {"overrides": overrides}) as summary:
+      if summary is not None:
+        calls.append((folder.name, stage))
+        if len(calls) == 12:
+          raise KeyboardInterrupt  # As a user's Ctrl-C, in the middle of a run.
+        summary.update(psnr_db=20.0 + overrides["seed"], codebook_perplexity=30.0, codes_used=40)
+        summary.update(train_codebook_perplexity=31.0, train_codes_used=48)
+
+  monkeypatch.setattr(experiment_lib, "run_stage", run_stage)
+  monkeypatch.setattr(tokenizers, "bits_per_pixel", lambda settings, run: 0.25)
+  return calls
+
+
+def test_a_stopped_comparison_goes_on_where_it_was(small, ran):
+  write_json(small.folder / "steps.json", PLAN)
+  with pytest.raises(KeyboardInterrupt):
+    tokenizers.run_all(small, ["restarts", "simvq"], 2)
+  before = list(ran)
+  assert before[:4] == [("shared", name) for name in tokenizers.SHARED]
+  assert before[4:7] == [("restarts_seed_0", name) for name in ("vqgan", "documents", "train")]
+  result = tokenizers.run_all(small, ["restarts", "simvq"], 2)
+  assert before[11] == ("restarts_seed_1", "documents")
+  assert ran[12:] == [
+    ("restarts_seed_1", "documents"), ("restarts_seed_1", "train"),
+    ("simvq_seed_1", "vqgan"), ("simvq_seed_1", "documents"), ("simvq_seed_1", "train"),
+  ]  # fmt: skip
+  assert [(r["seed"], r["arm"]) for r in result["runs"]] == [
+    (0, "restarts"), (0, "simvq"), (1, "restarts"), (1, "simvq"),
+  ]  # fmt: skip
+  assert (
+    read_json(small.folder / "results.json")["arms"]
+    == read_json(small.folder / "results.json")["arms"]
+  )
+  assert (small.folder / "table.md").read_text() == tokenizers_table.markdown(result)
+  assert result["arms"]["restarts"]["measures"]["psnr_db"] == {
+    "mean": 20.5, "lowest": 20.0, "highest": 21.0,
+  }  # fmt: skip
+  again = len(ran)
+  tokenizers.run_all(small, ["restarts", "simvq"], 2)
+  assert len(ran) == again
+
+
+def run_of(arm, seed, psnr, bits):
+  return {
+    "arm": arm, "seed": seed, "psnr_db": psnr, "codebook_perplexity": 100.0, "codes": 512,
+    "codes_used": 300, "train_codes_used": 384, "bits_per_pixel": bits,
+  }  # fmt: skip
+
+
+def summary():
+  values = {"restarts": ((20, 0.5), (22, 0.6)), "fsq": ((21, 0.4), (24, 0.4))}
+  runs = [run_of(arm, i, *x) for arm, pairs in values.items() for i, x in enumerate(pairs)]
+  about = {"source": "scenes", "codes": 512, "image_tokens": 64, "minutes": 4.0, **PLAN}
+  return tokenizers_table.summarize({**about, "decoder_minutes": 4.0}, runs, ARMS)
+
+
+def test_the_table_in_literals():
+  """Differences of +1 and +2 dB: 1.5 -+ 12.706 x 0.5."""
+  result = summary()
+  assert result["arms"].keys() == {"restarts", "fsq"}
+  gap = result["arms"]["fsq"]["difference"]["psnr_db"]
+  assert gap["mean"] == 1.5
+  np.testing.assert_allclose(gap["interval"], (1.5 - 6.353, 1.5 + 6.353), atol=1e-3)
+  lines = tokenizers_table.markdown(result).splitlines()
+  assert lines[0].count("|") == lines[2].count("|") == 9
+  assert "| 21.00 (20.00 to 22.00) | 100 | 75.0% | 0.5500 (0.5000 to 0.6000) | - | - |" in lines[2]
+  assert lines[3].startswith("| FSQ | 20 | 22.50 (21.00 to 24.00) | 100 | 75.0% | 0.4000 | +1.50 [")
+
+
+def test_the_page_is_written_between_its_markers(tmp_path):
+  page, result = tmp_path / "page.md", summary()
+  start, end = "<!-- benchmarks.tokenizers scenes 512 writes what follows -->", "<!-- to here -->"
+  page.write_text(f"before\n{start}\nold\n{end}\nafter\n")
+  for _ in range(2):
+    tokenizers_table.write_page(page, result)
+    text = f"before\n{start}\n\n{tokenizers_table.markdown(result)}\n{end}\nafter\n"
+    assert page.read_text() == text
+  page.write_text("without markers")
+  with pytest.raises(UserError, match=r"page\.md must have the lines '<!-- benchmarks.*'"):
+    tokenizers_table.write_page(page, result)
+
+
+def test_a_number_of_codes_that_fsq_cannot_have_is_refused_at_once(tmp_path):
+  with pytest.raises(UserError, match=r"image_size is 1021; it must be a product of levels"):
+    tokenizers.run_all(Experiment(tmp_path, "scenes", 1_021, 1, 1, {}), ["restarts"], 1)
+  assert quantizers.levels_of(1_024)
+
+
+@pytest.mark.slow
+def test_a_whole_comparison(tmp_path):
+  """Two arms, with the real commands; the second call trains nothing."""
+  given = {
+    "scenes.train": 300, "scenes.heldout": 70, "scenes.rare_objects": 20, "scenes.bank": 40,
+    "clip.steps": 60, "train.checkpoint_every": 20,
+  }  # fmt: skip
+  experiment = Experiment(tmp_path, "scenes", 64, 0.02, 0.02, given)
+  result = tokenizers.run_all(experiment, ["restarts", "fsq"], 1)
+  for arm in ("restarts", "fsq"):
+    measures = result["arms"][arm]["measures"]
+    assert 0 < measures["bits_per_pixel"]["mean"] < 6 * 64 / 48**2 * 2
+    assert 0 < measures["used"]["mean"] <= 1
+  files = {p: p.stat().st_mtime_ns for p in experiment.folder.glob("runs/*/*/done.json")}
+  assert len(files) == 2 * 4 + 2 * len(tokenizers.SHARED)
+  assert tokenizers.run_all(experiment, ["restarts", "fsq"], 1)["runs"] == result["runs"]
+  assert {p: p.stat().st_mtime_ns for p in files} == files

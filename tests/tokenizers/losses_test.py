@@ -1,0 +1,119 @@
+"""Losses of the image tokenizer against literals and oracles."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm3leon_jax.tokenizers import discriminator, losses, train_vqgan, vqgan
+from cm3leon_jax.tokenizers.vqgan import VQGANConfig
+
+CONFIG = VQGANConfig(
+  resolution=8,
+  downsample=4,
+  stem=4,
+  width=8,
+  multipliers=(1,),
+  encoder_blocks=(0,),
+  decoder_blocks=(0,),
+  code_dim=4,
+  steps=12,
+  batch_size=4,
+  warmup_steps=0,
+  adversarial_weight=0.8,
+  adversarial_adaptive=True,
+  adversarial_start=0.5,
+  discriminator_width=4,
+  discriminator_layers=2,
+)
+NUM_CODES = 16
+
+
+@pytest.fixture(scope="module")
+def images():
+  return np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+
+
+def test_multiscale_loss_literals():
+  """A checkerboard of -1 and 1 has no error at any coarser scale; a constant has it at all."""
+  x = jnp.zeros((1, 8, 8, 1))
+  checkerboard = (jnp.indices((8, 8)).sum(0) % 2 * 2.0 - 1)[None, :, :, None]
+  assert float(losses.multiscale_loss(x, checkerboard)) == 0
+  assert float(losses.multiscale_loss(x, x + 0.5)) == pytest.approx(0.5)
+  stripes = jnp.repeat(jnp.array([1.0, -1.0, 1.0, -1.0]), 2).reshape(1, 8, 1, 1)
+  stripes = jnp.broadcast_to(stripes, x.shape)
+  assert float(losses.multiscale_loss(x, stripes)) == pytest.approx(1 / 3)  # At 2 pixels alone.
+  odd = jnp.ones((1, 6, 6, 1))
+  assert float(losses.multiscale_loss(0 * odd, odd)) == pytest.approx(1)  # 3 x 3 is not halved.
+
+
+def test_gradient_loss_literals():
+  """A constant error costs nothing; a ramp of 2 a row costs (2 + 0) / 2."""
+  x = jnp.zeros((1, 8, 8, 3))
+  assert float(losses.gradient_loss(x, x + 0.7)) == 0
+  ramp = jnp.broadcast_to(2.0 * jnp.arange(8).reshape(1, 8, 1, 1), x.shape)
+  assert float(losses.gradient_loss(x, ramp)) == pytest.approx(1)
+
+
+def test_weights_of_the_pixel_losses_count(images):
+  x = vqgan.to_float(images)
+  y = 0.5 * x[::-1]
+  config = dataclasses.replace(CONFIG, multiscale_weight=2.0, gradient_weight=3.0)
+  plain = losses.reconstruction_loss(CONFIG, x, y)
+  expected = plain + 2 * losses.multiscale_loss(x, y) + 3 * losses.gradient_loss(x, y)
+  np.testing.assert_allclose(losses.reconstruction_loss(config, x, y), expected, rtol=1e-6)
+  assert expected > 1.1 * plain
+
+
+def test_the_adaptive_weight_is_the_ratio_of_the_last_layers_gradients(images):
+  """The oracle differentiates the whole losses; the clip and a clear judge are literals."""
+  params = train_vqgan.init_state(CONFIG, NUM_CODES, 0)["params"]
+  judge, x = train_vqgan.init_state(CONFIG, NUM_CODES, 0)["discriminator"], vqgan.to_float(images)
+
+  def gradient(loss):
+    grads = jax.jit(jax.grad(lambda p: loss(vqgan.bind(CONFIG, NUM_CODES, p)(x)[0])))(params)
+    leaves = jax.tree.leaves(grads["decoder"]["conv_out"])
+    return np.sqrt(sum(np.square(np.float64(g)).sum() for g in leaves))
+
+  rebuilt = gradient(lambda y: losses.reconstruction_loss(CONFIG, x, y))
+  convincing = gradient(lambda y: -discriminator.judge(CONFIG, judge, y).mean())
+  assert abs(rebuilt / convincing - 1) > 0.2
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def adaptive(config, judge):
+    return losses.generator_loss(params, judge, config, NUM_CODES, x)[1].adaptive
+
+  found = adaptive(CONFIG, judge)
+  np.testing.assert_allclose(found, rebuilt / (convincing + 1e-4), rtol=1e-4)
+  deaf = jax.tree.map(jnp.zeros_like, judge)  # Its gradient is 0.
+  np.testing.assert_allclose(adaptive(CONFIG, deaf), min(1e4, rebuilt / 1e-4), rtol=1e-4)
+  assert adaptive(dataclasses.replace(CONFIG, adversarial_adaptive=False), judge) == 1
+
+
+def test_the_weight_is_a_constant_of_the_gradient_and_is_shown(images):
+  """Gradients are those of a fixed weight of the same size."""
+  state, x = train_vqgan.init_state(CONFIG, NUM_CODES, 0), vqgan.to_float(images)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def grads(config):
+    def loss(params):
+      return losses.generator_loss(params, state["discriminator"], config, NUM_CODES, x)
+
+    return jax.grad(loss, has_aux=True)(state["params"])
+
+  found, outputs = grads(CONFIG)
+  weight = 0.8 * float(outputs.adaptive)
+  fixed = dataclasses.replace(CONFIG, adversarial_adaptive=False, adversarial_weight=weight)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), found, grads(fixed)[0]
+  )
+  _, metrics = train_vqgan.train_step(state, images, CONFIG, True)
+  assert float(metrics["adversarial_weight"]) == pytest.approx(weight, rel=1e-4)
+
+
+def test_the_discriminator_starts_late():
+  assert train_vqgan.adversarial_from(CONFIG) == 6
+  assert train_vqgan.adversarial_from(dataclasses.replace(CONFIG, adversarial_start=0.0)) == 0

@@ -1,0 +1,142 @@
+"""The perceptual distance against torch, with random weights of the published layout."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+import torch
+
+from cm3leon_jax.commands import train_vqgan as command
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.tokenizers import perceptual, train_vqgan, vqgan
+from cm3leon_jax.tokenizers.vqgan import VQGANConfig
+from cm3leon_jax.training import small_trainer
+from tests.models.tiny import mesh_of
+
+
+def tensors_of(calibrated):
+  """Random weights whose features keep their scale; those of LPIPS are not negative."""
+  rng, found = np.random.default_rng(0), {}
+  for name, shape in perceptual.tensor_shapes(calibrated).items():
+    scale = np.sqrt(2 / np.prod(shape[1:])) if len(shape) == 4 else 0.1
+    found[name] = (scale * rng.normal(size=shape)).astype(np.float32)
+    if name.startswith("lin"):
+      found[name] = np.abs(found[name])
+  return found
+
+
+@pytest.fixture(scope="module")
+def tensors():
+  return tensors_of(calibrated=True)
+
+
+@pytest.fixture(scope="module")
+def pair():
+  rng = np.random.default_rng(1)
+  return rng.uniform(-1, 1, (2, 2, 32, 32, 3)).astype(np.float32)
+
+
+def oracle(tensors, x, y):
+  """LPIPS as its package computes it: layers by torch, torchvision's order of VGG16."""
+  plan = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512]
+  layers, inputs = [], 3
+  for width in plan:
+    if width == "M":
+      layers.append(torch.nn.MaxPool2d(2, 2))
+    else:
+      layers += [torch.nn.Conv2d(inputs, width, 3, padding=1), torch.nn.ReLU()]
+      inputs = width
+  net = torch.nn.Module()
+  net.features = torch.nn.Sequential(*layers)
+  own = {k: torch.tensor(v) for k, v in tensors.items() if k.startswith("features")}
+  net.load_state_dict(own)
+  shift = torch.tensor([-0.030, -0.088, -0.188]).reshape(1, 3, 1, 1)
+  scale = torch.tensor([0.458, 0.448, 0.450]).reshape(1, 3, 1, 1)
+
+  def features(image):
+    h, found = (torch.tensor(image).permute(0, 3, 1, 2) - shift) / scale, []
+    for i, layer in enumerate(net.features):
+      h = layer(h)
+      if i in (3, 8, 15, 22, 29):
+        found.append(h / (h.pow(2).sum(1, keepdim=True).sqrt() + 1e-10))
+    return found
+
+  total = 0
+  with torch.no_grad():
+    for n, (a, b) in enumerate(zip(features(x), features(y))):
+      squared = (a - b) ** 2
+      name = f"lin{n}.model.1.weight"
+      if name in tensors:
+        squared = torch.nn.functional.conv2d(squared, torch.tensor(tensors[name]))
+      total = total + squared.sum(1).mean((1, 2))
+  return total.numpy()
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_the_distance_is_that_of_torch(tensors, pair, calibrated):
+  own = {k: v for k, v in tensors.items() if calibrated or not k.startswith("lin")}
+  found = jax.jit(perceptual.distance)(perceptual.make_params(own), *pair)
+  expected = oracle(own, *pair)
+  assert expected.min() > 0.1
+  np.testing.assert_allclose(found, expected, rtol=1e-4)
+  # The oracle tells a wrong weight apart.
+  wrong = {**own, "features.28.bias": own["features.28.bias"] + 0.5}
+  assert np.abs(oracle(wrong, *pair) / expected - 1).min() > 1e-3
+
+
+def test_equal_images_have_no_distance_and_finite_gradients(tensors, pair):
+  params = perceptual.make_params(tensors)
+  black = jnp.full((1, 16, 16, 3), -1.0)
+  distance = jax.jit(jax.value_and_grad(lambda y: perceptual.distance(params, black, y).sum()))
+  value, gradient = distance(black)
+  assert 0 <= float(value) < 1e-10
+  assert np.isfinite(gradient).all()
+
+
+def test_a_training_counts_the_distance(tensors, tmp_path, monkeypatch):
+  """The loss of the first step has the distance of the reconstructions more than without."""
+  monkeypatch.setattr(small_trainer, "LOG_EVERY", 1)
+  config = VQGANConfig(
+    resolution=16, downsample=4, stem=4, width=8, multipliers=(1,), encoder_blocks=(0,),
+    decoder_blocks=(0,), code_dim=4, steps=2, batch_size=8, adversarial_weight=0.0,
+    perceptual="vgg.safetensors", perceptual_weight=0.5,
+  )  # fmt: skip
+  images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
+  plain = dataclasses.replace(config, perceptual="", perceptual_weight=0.0)
+  features, first = perceptual.make_params(tensors), {}
+  for name, own, given in (("with", config, features), ("without", plain, None)):
+    with jax.set_mesh(mesh_of(1, 8, 1)):
+      train_vqgan.train(own, 16, 0, images, tmp_path / name, {}, given)
+    first[name] = read_json_lines(tmp_path / name / "metrics.jsonl")[0]["loss"]
+  params, x = train_vqgan.init_state(plain, 16, 0)["params"], vqgan.to_float(images)
+  y = vqgan.bind(plain, 16, params)(x)[0]
+  distance = float(jnp.mean(jax.jit(perceptual.distance)(features, x, y)))
+  assert distance > 0.1
+  assert first["with"] - first["without"] == pytest.approx(0.5 * distance, rel=1e-4)
+
+
+def test_a_file_is_read_without_its_classifier_and_digested(tensors, tmp_path):
+  classifier = {"classifier.0.bias": np.zeros(3, np.float32)}
+  save_file({**tensors, **classifier}, tmp_path / "vgg.safetensors")
+  features, digests = command._features(str(tmp_path / "vgg.safetensors"))
+  assert features["0"]["kernel"].shape == (3, 3, 3, 64)
+  assert features["calibration"]["4"].shape == (512,)
+  assert len(digests["perceptual"]) == 64
+  assert command._features("") == (None, {})
+
+
+def test_a_file_of_another_network_is_refused(tensors, tmp_path):
+  path = tmp_path / "other.safetensors"
+  some = {k: v for k, v in tensors.items() if k != "lin3.model.1.weight"}
+  save_file(some, path)
+  with pytest.raises(UserError, match=r"no tensor 'lin3\.model\.1\.weight'; VGG16 with the"):
+    command._features(str(path))
+  save_file({"conv.weight": np.zeros((1,), np.float32)}, path)
+  with pytest.raises(UserError, match=r"no tensor 'features\.0\.weight'; VGG16 with the"):
+    command._features(str(path))
+  with pytest.raises(UserError, match="is not a file; it must be a safetensors file"):
+    command._features(str(tmp_path / "absent"))

@@ -1,0 +1,215 @@
+"""The alarm at a collapse, the grid, the average of parameters: in real trainings."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.tokenizers import train_vqgan, vqgan_watch
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
+from cm3leon_jax.tokenizers.vqgan_watch import Alarm
+from cm3leon_jax.training import small_trainer
+from cm3leon_jax.training.tensorboard import curves
+from tests.models.tiny import mesh_of
+
+HEALTHY = VQGANConfig(
+  resolution=16,
+  downsample=4,
+  stem=4,
+  width=8,
+  multipliers=(1,),
+  encoder_blocks=(0,),
+  decoder_blocks=(0,),
+  code_dim=8,
+  steps=180,
+  batch_size=64,
+  learning_rate=3e-3,
+  warmup_steps=0,
+  adversarial_weight=0.0,
+  restart_every=20,
+  checkpoint_every=1_000,
+)
+COLLAPSING = dataclasses.replace(
+  HEALTHY, restart_every=0, commitment_weight=100.0, learning_rate=0.1
+)
+NUM_CODES = 1_024
+
+
+@pytest.fixture(scope="module")
+def images():
+  """Squares of 4 x 4 pixels of random colors."""
+  squares = np.random.default_rng(0).integers(0, 256, (128, 4, 4, 3))
+  return np.repeat(np.repeat(squares, 4, 1), 4, 2).astype(np.uint8)
+
+
+def train(config, images, folder, **options):
+  with jax.set_mesh(mesh_of(1, 8, 1)):
+    return train_vqgan.train(config, NUM_CODES, 0, images, folder, {}, **options)
+
+
+class Recorder:
+  """A board that keeps what it is shown."""
+
+  def __init__(self):
+    self.lines, self.sheets, self.closed = {}, {}, False
+
+  def scalars(self, step, values):
+    self.lines[step] = values
+
+  def samples(self, step, sheet):
+    self.sheets[step] = sheet
+
+  def flush(self):
+    pass
+
+  def close(self):
+    self.closed = True
+
+
+def test_a_collapse_is_named_with_its_remedy_within_200_steps(images, tmp_path, capsys):
+  train(COLLAPSING, images, tmp_path)
+  out = capsys.readouterr().out
+  (line,) = [line for line in out.splitlines() if "collapsed" in line]
+  step = int(re.match(r"vqgan: step (\d+): the codebook has collapsed", line)[1])
+  low = [x["step"] for x in read_json_lines(tmp_path / "metrics.jsonl") if x["perplexity"] < 25.6]
+  assert low[0] < step <= low[0] + 100 <= 180
+  assert "for 100 steps batches have had at most 51 of 1,024 codes, now " in line
+  assert "Set config.vqgan.restart_every to 100 (it is 0), lower config.vqgan.commitment" in line
+  assert line.endswith(f"delete {tmp_path / 'training'} to start again.")
+
+
+def test_a_healthy_training_raises_no_alarm_and_shows_its_grids(images, tmp_path, capsys):
+  board = Recorder()
+  config = dataclasses.replace(HEALTHY, checkpoint_every=90)
+  tokenizer = train(
+    config, images, tmp_path, shown=images[:3], open_boards=lambda first_step: [board]
+  )
+  assert "collapsed" not in capsys.readouterr().out
+  assert list(board.lines) == list(range(10, 190, 10))
+  assert {"train/perplexity", "train/codes_used", "train/mse"} <= curves(board.lines[180]).keys()
+  assert list(board.sheets) == [90, 180]
+  assert board.closed
+  sheet = np.asarray(Image.open(tmp_path / vqgan_watch.GRID))
+  np.testing.assert_array_equal(sheet, np.asarray(board.sheets[180]))
+  small = sheet[::8, ::8]  # Enlarged to 128 pixels.
+  decoded = tokenizer.decode(tokenizer.encode(images[:3]))
+  rows = [np.concatenate(list(x), axis=1) for x in (images[:3], decoded)]
+  np.testing.assert_array_equal(small, np.concatenate(rows))
+
+
+def test_alarm_in_literals():
+  """A batch has 1,024 codes; the bound is 51.2. Perplexity alone is no sign."""
+  alarm = Alarm(dataclasses.replace(HEALTHY, quantizer="fsq"), NUM_CODES, "delete it.")
+  assert [alarm.check(step, 20.0, 51) is None for step in (10, 50, 100)] == [True] * 3
+  line = alarm.check(110, 20.0, 51)
+  assert line.endswith("Lower config.vqgan.learning_rate (it is 0.003); delete it.")
+  assert alarm.check(120, 20.0, 51) is None  # Once is enough.
+  assert alarm.check(130, 1.1, 52) is None
+  assert [alarm.check(step, 20.0, 51) is None for step in (140, 230, 240)] == [True, True, False]
+
+
+def test_few_codes_are_no_collapse_but_one_of_several_is():
+  for num_codes, used, rings in ((2, 2, False), (2, 1, True), (1, 1, False)):
+    alarm = Alarm(HEALTHY, num_codes, "delete it.")
+    assert alarm.check(10, used, used) is None
+    assert bool(alarm.check(500, used, used)) == rings
+
+
+def test_the_tokenizer_is_the_average_of_the_parameters(images):
+  """Decays are min(0.5, (1 + t) / (10 + t)): 0.1, 2 / 11, 0.25."""
+  config = dataclasses.replace(HEALTHY, ema_decay=0.5)
+  state = train_vqgan.init_state(config, NUM_CODES, 0)
+  expected = np.asarray(state["params"]["encoder"]["conv_out"]["kernel"])
+  for decay in (0.1, 2 / 11, 0.25):
+    state, _ = train_vqgan.train_step(state, images[:64], config, False)
+    kernel = np.asarray(state["params"]["encoder"]["conv_out"]["kernel"])
+    expected = decay * expected + (1 - decay) * kernel
+  tokenizer = train_vqgan.trained(config, NUM_CODES, state)
+  found = tokenizer.params["encoder"]["conv_out"]["kernel"]
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+  assert np.abs(found - kernel).max() > 1e-4
+
+
+def test_a_restarted_code_restarts_in_the_average(images):
+  config = dataclasses.replace(HEALTHY, ema_decay=0.99)
+  state = train_vqgan.init_state(config, NUM_CODES, 0)
+  state = train_vqgan.restart_dead_codes(state, images[:64], config, jax.random.key(0))
+  params, average = state["params"]["codebook"], state["ema"]["codebook"]
+  np.testing.assert_array_equal(params["table"], average["table"])  # All were dead.
+
+
+class Killed(Exception):
+  """Stands for a kill in the middle of training."""
+
+
+@pytest.mark.parametrize("kind", ["", "ema"])
+def test_a_killed_training_with_averages_ends_bit_for_bit(images, tmp_path, kind):
+  config = dataclasses.replace(
+    HEALTHY, quantizer=kind, ema_decay=0.9, steps=6, checkpoint_every=2, restart_every=3
+  )
+  whole = train(config, images, tmp_path / "whole").params
+
+  class Dying:
+    reads = 0
+
+    def __len__(self):
+      return len(images)
+
+    def __getitem__(self, rows):
+      self.reads += 1
+      if self.reads > 5:
+        raise Killed
+      return images[rows]
+
+  with pytest.raises(Killed):
+    train(config, Dying(), tmp_path / "killed")
+  continued = train(config, images, tmp_path / "killed").params
+  jax.tree.map(np.testing.assert_array_equal, continued, whole)
+  plain = dataclasses.replace(config, ema_decay=0.0)
+  with pytest.raises(AssertionError):
+    jax.tree.map(
+      np.testing.assert_array_equal, train(plain, images, tmp_path / "plain").params, whole
+    )
+
+
+def test_one_device_and_eight_compute_the_same(images, tmp_path, monkeypatch):
+  """With averages of codes and parameters, an adaptive discriminator and all pixel losses."""
+  monkeypatch.setattr(small_trainer, "LOG_EVERY", 1)
+  config = dataclasses.replace(
+    HEALTHY, quantizer="ema", ema_decay=0.9, steps=5, restart_every=2, adversarial_weight=0.8,
+    adversarial_adaptive=True, adversarial_start=0.2, discriminator_width=4,
+    discriminator_layers=2, multiscale_weight=0.5, gradient_weight=0.5,
+  )  # fmt: skip
+  losses = {}
+  for devices in (1, 8):
+    folder = tmp_path / str(devices)
+    with jax.set_mesh(mesh_of(1, devices, 1)):
+      train_vqgan.train(config, NUM_CODES, 0, images, folder, {})
+    losses[devices] = [line["loss"] for line in read_json_lines(folder / "metrics.jsonl")]
+  np.testing.assert_allclose(losses[1], losses[8], rtol=1e-5, atol=1e-5)
+  assert np.ptp(losses[1]) > 1e-2
+
+
+def test_a_saved_average_loads(images, tmp_path):
+  config = dataclasses.replace(HEALTHY, ema_decay=0.9, quantizer="ema")
+  state, _ = train_vqgan.train_step(
+    train_vqgan.init_state(config, NUM_CODES, 0), images[:64], config, False
+  )
+  tokenizer = train_vqgan.trained(config, NUM_CODES, state)
+  tokenizer.save(tmp_path)
+  loaded = ImageTokenizer.load(tmp_path)
+  np.testing.assert_array_equal(loaded.encode(images), tokenizer.encode(images))
+
+
+def test_features_must_fit_the_config(images, tmp_path):
+  with pytest.raises(ValueError, match="if, and only if, perceptual_weight is positive"):
+    train(HEALTHY, images, tmp_path, features={"0": jnp.zeros(1)})
+  with pytest.raises(ValueError, match="both must be given, a file and a positive weight"):
+    dataclasses.replace(HEALTHY, perceptual_weight=1.0)
+  assert issubclass(UserError, ValueError)
