@@ -23,6 +23,7 @@ from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.sampling import Sampler, SamplingConfig, SamplingValues, contrastive_rows
 from cm3leon_jax.mesh import batch_shards
 
+SHORT = 8  # Slots for the unconditional prompt, of which prefill reads two tokens.
 FIXED = (grammar.CODES, grammar.EOSS, grammar.MASK, grammar.END)  # Parts whose length is known.
 
 
@@ -386,7 +387,11 @@ def kind_of(request: Request, sampling: SamplingConfig, generator: Generator) ->
     own.contrastive_k if len(request.streams) > 1 else 0,
   )
   most = batch_lib.bucket_slots(config.positions)
-  widths = tuple(min(width_bucket(len(prompt) - 1), most) for prompt in request.streams)
+  # The unconditional prompt is short always, the first of any length: few kinds of both.
+  smallest = [batch_lib.BUCKET, *[SHORT] * (len(request.streams) - 1)]
+  widths = tuple(
+    min(width_bucket(len(prompt) - 1, n), most) for prompt, n in zip(request.streams, smallest)
+  )
   longest = grammar.longest(request.plan)
   room = min(room_bucket(longest, config.image_tokens + 1), config.positions)
   static = Static(
@@ -401,13 +406,15 @@ def kind_of(request: Request, sampling: SamplingConfig, generator: Generator) ->
   return Kind(static, max(4, 1 << len(request.plan).bit_length()))
 
 
-def width_bucket(length: int) -> int:
-  """Returns the number of slots for a prompt: BUCKET times 1, 2, 3, 4, 6, 8, 12, 16, ...
+def width_bucket(length: int, smallest: int = batch_lib.BUCKET) -> int:
+  """Returns the number of slots for a prompt: `smallest`, or BUCKET times 1, 2, 3, 4, 6, 8, 12, ...
 
   >>> [width_bucket(n) for n in (0, 32, 33, 65, 129, 200, 257)]
   [32, 32, 64, 96, 192, 256, 384]
   """
-  units = -(-max(length, 1) // batch_lib.BUCKET)
+  if length <= smallest:
+    return smallest
+  units = -(-length // batch_lib.BUCKET)
   power = 1 << (units - 1).bit_length()
   return batch_lib.BUCKET * (power * 3 // 4 if units <= power * 3 // 4 else power)
 
