@@ -65,12 +65,16 @@ def run_lane(
     i = next(numbers) % len(requests)
     places[engine.add(requests[i], i)] = i
 
+  def has_room() -> bool:
+    # In a queue, a request that has no room holds up those behind it.
+    return engine.has_room(requests[len(places) % len(requests)])
+
   for _ in range(engine.slots if apart else 0):
     add()
     engine.step()
   start = clocks()
   while count < len(requests):
-    while engine.has_room(requests[0]):
+    while has_room():
       add()
     for update in engine.step():
       if update.over:

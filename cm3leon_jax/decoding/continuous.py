@@ -309,7 +309,7 @@ class ContinuousGenerator:
     kind = kind_of(request, sampling, self.generator)
     if not self._opens(kind):
       raise NoRoom("the lane of this request is full: try again after a step.")
-    lane = self._lane(kind) or self._new_lane(kind)
+    lane = self._open_lane(kind) or self._new_lane(kind)
     ticket = next(self._tickets)
     none = np.zeros(0, np.int32), np.zeros(0, np.float32)
     self._places[ticket] = lane, lane.add(_Sample(ticket, request, seed, sampling, *none))
@@ -361,14 +361,20 @@ class ContinuousGenerator:
         del self._places[update.ticket]
     return updates
 
-  def _lane(self, kind: Kind) -> _Lane | None:
-    return next((lane for lane in self._lanes if lane.kind == kind), None)
+  def _open_lane(self, kind: Kind) -> _Lane | None:
+    """Returns a lane with a free row: one of this kind, or the smallest busy one that fits."""
+    fits = [x for x in self._lanes if x.has_room and kind.fits(x.kind)]
+    fits = [x for x in fits if x.busy or x.kind == kind]
+    return min(fits, key=lambda lane: lane.kind.slots, default=None)
 
   def _opens(self, kind: Kind) -> bool:
     """Returns whether a lane has a free row, or could be made."""
-    if lane := self._lane(kind):
+    for lane in self._lanes:
       lane.draining &= lane.busy
-      return lane.has_room
+    if self._open_lane(kind):
+      return True
+    if any(lane.kind == kind for lane in self._lanes):
+      return False
     if len(self._lanes) < self.limit or not all(lane.busy for lane in self._lanes):
       return True
     # Else lanes that are refilled without end would keep this kind from ever having one.

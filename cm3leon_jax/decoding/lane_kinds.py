@@ -26,6 +26,24 @@ class Kind(NamedTuple):
   static: Static
   parts: int
 
+  @property
+  def slots(self) -> int:
+    """Number of cache slots of a row, over all streams."""
+    return sum(width + self.static.longest for width in self.static.widths)
+
+  def fits(self, lane: "Kind") -> bool:
+    """Returns whether a request of this kind may join a lane of another, of at most 3 x its slots.
+
+    Attention reads all slots of a lane, but a step of two lanes takes longer than one of both.
+    """
+    sizes = ("widths", "longest", "rooms")
+    own = self.static._replace(**{name: getattr(lane.static, name) for name in sizes})
+    if own != lane.static or len(self.static.widths) != len(lane.static.widths):
+      return False
+    larger = [b >= a for a, b in zip(self.static.widths, lane.static.widths)]
+    larger += [lane.static.longest >= self.static.longest, lane.parts >= self.parts]
+    return all(larger) and lane.slots <= 3 * self.slots
+
 
 def kind_of(request: Request, sampling: SamplingConfig, generator: Generator) -> Kind:
   """Returns what a request must have in common with a lane; lengths are rounded up."""

@@ -199,6 +199,27 @@ def test_an_idle_lane_makes_room_for_another(generator, cases):
     check(samples[-1], case)
 
 
+def test_a_short_request_joins_a_busy_lane_of_longer_ones(generator, cases):
+  short = [case for case in cases if len(case[0].streams) == 1][:3]
+  [long] = cases_of(
+    generator, [[request_lib.document(VOCAB, IMAGE, [np.arange(20, 60)], 7)]], SAMPLINGS[:1]
+  )
+  engine = ContinuousGenerator(generator, slots=2, chunk=3)
+  tickets = {engine.add(*case[:3]): case for case in (long, *short)}
+  # Two in the long one's lane; the others, for which it has no row, in one of their own.
+  assert [lane.kind.static.widths for lane in engine._lanes] == [(64,), (32,)]
+  while engine.busy:
+    for update in engine.step():
+      check(update, tickets[update.ticket])
+  # An idle lane is not joined, and a long request does not fit a short one.
+  assert engine.has_room(long[0], long[2])
+  tickets = {engine.add(*case[:3]): case for case in (*short[:2], long)}
+  assert [sum(map(bool, lane.rows)) for lane in engine._lanes] in ([1, 2], [2, 1])
+  engine = ContinuousGenerator(generator, slots=2, chunk=3)
+  tickets = {engine.add(*case[:3]): case for case in (*short[:1], long)}
+  assert [lane.kind.static.widths for lane in engine._lanes] == [(32,), (64,)]
+
+
 def test_lanes_take_turns_and_are_bounded(generator, cases):
   """A kind of request that finds all lanes busy gets one, though others refill them for ever."""
   engine = ContinuousGenerator(generator, slots=2, chunk=3, lanes=2)
