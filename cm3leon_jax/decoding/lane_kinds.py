@@ -34,7 +34,7 @@ class Kind(NamedTuple):
   def fits(self, lane: "Kind") -> bool:
     """Returns whether a request of this kind may join a lane of another, of at most 3 x its slots.
 
-    Attention reads all slots of a lane, but a step of two lanes takes longer than one of both.
+    Attention reads all slots of a lane, but a step of each lane reads all weights.
     """
     sizes = ("widths", "longest", "rooms")
     own = self.static._replace(**{name: getattr(lane.static, name) for name in sizes})
