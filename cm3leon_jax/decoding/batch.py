@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Bool, Float32, Int32, UInt32
+from jaxtyping import Bool, Float32, Int, Int32, UInt32
 import numpy as np
 
 from cm3leon_jax.decoding import grammar
@@ -174,9 +174,22 @@ def prompt_positions(
   return np.append(positions, positions[-1] + 1)
 
 
-def pad_left(prompts: Sequence[Tokens], pad: int) -> Padded:
-  """Pads prompts of unequal length on the left; P is a multiple of BUCKET."""
-  slots = max(1, -(-max(len(p) for p in prompts) // BUCKET)) * BUCKET
+def bucket_slots(length: int) -> int:
+  """Returns the smallest positive multiple of BUCKET that is no less than `length`."""
+  return max(1, -(-length // BUCKET)) * BUCKET
+
+
+def prompt_tokens(prompt: Int[np.ndarray, " T"], positions: Int[np.ndarray, " T+1"]) -> Tokens:
+  """Returns ids and positions of the tokens that prefill reads: all of a prompt but its last."""
+  return np.stack([prompt[:-1], positions[:-2]], axis=1).astype(np.int32)
+
+
+def pad_left(prompts: Sequence[Tokens], pad: int, slots: int = 0) -> Padded:
+  """Pads prompts of unequal length on the left, to P = `slots`.
+
+  Default: P is the multiple of BUCKET that the longest needs.
+  """
+  slots = slots or bucket_slots(max(len(p) for p in prompts))
   shape = (len(prompts), slots)
   ids, valid = np.full(shape, pad, np.int32), np.zeros(shape, bool)
   positions = np.zeros(shape, np.int32)
@@ -227,7 +240,7 @@ def prompt_arrays(
     pad: id of padding.
     shards: number of devices that a batch is split over; R must divide by it.
   """
-  read = [np.stack([p[:-1], at[:-2]], axis=1).astype(np.int32) for p, at in zip(rows, positions)]
+  read = [prompt_tokens(p, at) for p, at in zip(rows, positions)]
   size = len(read) // shards
   row, prompts = _unique_of_shards([read[i : i + size] for i in range(0, len(read), size)])
   lengths = [shared_prefixes(of_shard) for of_shard in prompts]

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import jax
 from jax.experimental.layout import Format, Layout
+import numpy as np
 
+from cm3leon_jax.decoding import lane as lane_lib
 from cm3leon_jax.decoding import loop as loop_lib
 from cm3leon_jax.decoding import speculative
 from cm3leon_jax.decoding.batch import Batch
@@ -82,6 +84,16 @@ def prefill_function(static: Static) -> Callable:
 def lower_steps(mesh: jax.sharding.Mesh, params, control, loop, static: Static):
   """Lowers `loop.decode_steps` for arguments of these types, all `abstract`.
 
+  Returns:
+    jax.stages.Lowered.
+  """
+  steps = functools.partial(loop_lib.decode_steps, steps=CHUNK, **static.of_step)
+  return _lower_loop(mesh, steps, params, control, loop)
+
+
+def _lower_loop(mesh: jax.sharding.Mesh, function: Callable, params, control, state, *others):
+  """Lowers a function of (params, control, state, *others) that returns the state after steps.
+
   The compiler chooses the memory layout of the state: with the default layout XLA:TPU copies the
   whole cache to the layout that its loop prefers, and back, in every call.
 
@@ -92,16 +104,15 @@ def lower_steps(mesh: jax.sharding.Mesh, params, control, loop, static: Static):
   def shardings(tree):
     return jax.tree.map(lambda x: x.sharding, tree)
 
-  auto = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), loop)
-  steps = functools.partial(loop_lib.decode_steps, steps=CHUNK, **static.of_step)
+  auto = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), state)
   jitted = jax.jit(
-    steps,
-    in_shardings=(shardings(params), shardings(control), auto),
+    function,
+    in_shardings=(shardings(params), shardings(control), auto, *map(shardings, others)),
     out_shardings=auto,
     donate_argnums=2,
     compiler_options=compiler_options(mesh, DECODE_OPTIONS),
   )
-  return jitted.lower(params, control, loop)
+  return jitted.lower(params, control, state, *others)
 
 
 def jit_before(function: Callable, program: jax.stages.Compiled):
@@ -185,6 +196,48 @@ class Programs:
 
     jitted = self._once(("image", codes, static), (params, control, loop), make)
     return jitted(params, control, loop)
+
+  def empty_lane(self, params, control, static: Static, chunk: int, least: int):
+    """Runs `lane.empty` for the rows of `control`; see `lane.steps` for `least`.
+
+    Returns:
+      (state, the program that makes its next steps).
+    """
+    function = functools.partial(
+      lane_lib.empty,
+      config=static.model,
+      grammar=static.grammar,
+      rows=len(control.seeds),
+      widths=static.widths,
+      room=static.longest,
+      steps=chunk,
+      cache_dtype=static.cache_dtype,
+    )
+
+    def make():
+      state, limit = jax.eval_shape(function), np.int32(0)
+      types = [abstract(x, self.mesh) for x in (params, control, state, limit)]
+      steps = functools.partial(lane_lib.steps, least=least, **static.of_step)
+      program = _lower_loop(self.mesh, steps, *types).compile()
+      return jit_before(function, program), program
+
+    jitted, program = self._once(("lane", static, chunk, least), (params, control), make)
+    return jitted(), program
+
+  def join(self, lane, arrivals, params, program, static: Static):
+    """Runs `lane.join`, which donates the state. Returns the state for `program`."""
+
+    def make():
+      function = functools.partial(
+        lane_lib.join,
+        config=static.model,
+        grammar=static.grammar,
+        cache_dtype=static.cache_dtype,
+      )
+      return jax.jit(function, donate_argnums=1, out_shardings=program.input_formats[0][2])
+
+    jitted = self._once(("join", static), (params.model, lane, arrivals), make)
+    return jitted(params.model, lane, arrivals)
 
   def _run_before(self, function: Callable, arguments, name, params, control, static: Static):
     """Runs a function that returns a state, in the layout that the next steps want."""

@@ -217,7 +217,7 @@ class Generator:
         "for each."
       )
     for request in requests:
-      self._check(request)
+      self.check(request)
     sampling = sampling or self.config.sampling
     # Without a stream to contrast with, a sample uses top_p.
     contrastive = contrastive_rows(sampling.method, seeds, samples) & np.array(
@@ -249,7 +249,8 @@ class Generator:
           for row, (x, n) in enumerate(zip(batch, lengths))
         ]
 
-  def _check(self, request: Request) -> None:
+  def check(self, request: Request) -> None:
+    """Raises UserError if a request takes more positions than were trained."""
     longest, positions = grammar.longest(request.plan), self.config.positions
     if request.positions > positions:
       raise UserError(

@@ -87,7 +87,7 @@ def extend(
   return bound.final_norm(x)
 
 
-def _read(config, model, tokens: Padded, cache, seen, slot: int):
+def read_padded(config, model, tokens: Padded, cache, seen, slot: int):
   """Reads left-padded tokens [U, L] into slots [slot, slot + L); returns (cache, seen)."""
   length = tokens.ids.shape[1]
   seen = jnp.concatenate([seen[:, :slot], tokens.valid, seen[:, slot + length :]], axis=1)
@@ -127,10 +127,10 @@ def read_prompts(
     shared = Padded(*(shard(x, "batch", None) for x in prompts.prefixes))
     start, seen = shared.ids.shape[1], jnp.zeros_like(shared.valid)
     cache = cache_lib.empty(config, *shared.ids.shape, cache_dtype)
-    cache, seen = _read(config, model, shared, cache, seen, 0)
+    cache, seen = read_padded(config, model, shared, cache, seen, 0)
     cache = cache_lib.rows(cache, prompts.prefix_of, start, start + length)
     seen = jnp.pad(cache_lib.local_rows(seen, prompts.prefix_of), ((0, 0), (0, length)))
-  return _read(config, model, rests, cache, seen, start)
+  return read_padded(config, model, rests, cache, seen, start)
 
 
 def prefill(
@@ -292,6 +292,7 @@ def decode_step(
   config: ModelConfig,
   grammar: Grammar,
   sampler: Sampler,
+  counts: Int32[Array, " B"] | None = None,
 ) -> LoopState:
   """Reads the last token of every row and samples the next token of every sample.
 
@@ -303,6 +304,7 @@ def decode_step(
     config: of the model.
     grammar: of the plans.
     sampler: compiled settings of sampling.
+    counts: number of tokens that each sample has so far; default: `loop.count` for all.
   """
   streams = control.guidance.shape[2]
 
@@ -316,7 +318,10 @@ def decode_step(
 
   hidden, cache, seen = _read_last(config, params.model, loop)
   active = grammar.active(control.plan, loop.state)
-  now = jax.vmap(jax.random.fold_in, (0, None))(keys, loop.count)
+  if counts is None:
+    now = jax.vmap(jax.random.fold_in, (0, None))(keys, loop.count)
+  else:
+    now = jax.vmap(jax.random.fold_in)(keys, counts)
   ids, log_probs, apart = _sample_ids(params, control, loop.state, hidden, now, grammar, sampler)
   ids, log_probs = jnp.where(active, ids, grammar.vocab.pad), jnp.where(active, log_probs, 0)
   state = grammar.advance(control.plan, loop.state, ids)
@@ -339,8 +344,12 @@ def decode_step(
 
 
 def split_control(control: Control) -> Control:
-  """Splits the arrays of `control` over the batch."""
-  return Control(*(shard(x, *["batch"] + [None] * (x.ndim - 1)) for x in control[:4]), control[4])
+  """Splits the arrays of `control` over the batch; settings of all samples stay whole."""
+
+  def split(x):
+    return shard(x, "batch", *[None] * (x.ndim - 1)) if x.ndim else x
+
+  return jax.tree.map(split, control)
 
 
 def decode_steps(

@@ -23,17 +23,20 @@ SCHEDULES = get_args(Schedule)
 
 
 class SamplingValues(NamedTuple):
-  """Numbers of a SamplingConfig that are traced: other values do not compile again."""
+  """Numbers of a SamplingConfig that are traced: other values do not compile again.
 
-  temperature: Float32[np.ndarray, ""]
-  top_k: Int32[np.ndarray, ""]
-  top_p: Float32[np.ndarray, ""]
-  text_temperature: Float32[np.ndarray, ""]
-  text_top_k: Int32[np.ndarray, ""]
-  text_top_p: Float32[np.ndarray, ""]
-  contrastive_temperature: Float32[np.ndarray, ""]
-  contrastive_alpha: Float32[np.ndarray, ""]
-  amateur_temperature: Float32[np.ndarray, ""]
+  They are those of all rows, or arrays with one number for each row.
+  """
+
+  temperature: Float32[np.ndarray, " *B"]
+  top_k: Int32[np.ndarray, " *B"]
+  top_p: Float32[np.ndarray, " *B"]
+  text_temperature: Float32[np.ndarray, " *B"]
+  text_top_k: Int32[np.ndarray, " *B"]
+  text_top_p: Float32[np.ndarray, " *B"]
+  contrastive_temperature: Float32[np.ndarray, " *B"]
+  contrastive_alpha: Float32[np.ndarray, " *B"]
+  amateur_temperature: Float32[np.ndarray, " *B"]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)

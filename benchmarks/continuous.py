@@ -1,0 +1,133 @@
+"""Measures continuous batching against batches that start together, on a bundled model, in turns.
+
+  OMP_WAIT_POLICY=passive python -m benchmarks.continuous
+
+Images of `scenes`, without and with retrieved documents, 8 at once. In step: all rows of the lane
+are refilled at once, as in a batch. Out of step: a sample ends and the next joins every few steps.
+"""
+
+from collections.abc import Callable
+import itertools
+import time
+
+from absl import app, flags
+import jax
+import numpy as np
+
+from cm3leon_jax import CM3Leon
+from cm3leon_jax.data import scene_world
+from cm3leon_jax.decoding.continuous import ContinuousGenerator
+from cm3leon_jax.decoding.request import Request
+from cm3leon_jax.generation.image_tasks import TextToImage
+
+_MODEL = flags.DEFINE_string("model", "scenes", "Bundled model, or folder of a run.")
+_SLOTS = flags.DEFINE_integer("slots", 8, "Samples at once.", lower_bound=1)
+_CHUNK = flags.DEFINE_integer("chunk", 16, "Steps of a chunk.", lower_bound=1)
+_IMAGES = flags.DEFINE_integer("images", 48, "Images of a timed run.", lower_bound=1)
+_RUNS = flags.DEFINE_integer("runs", 7, "Timed runs of each, after one that compiles.", 1)
+_RETRIEVE = flags.DEFINE_list("retrieve", ["0", "2"], "Numbers of retrieved documents.")
+
+
+def requests_of(model: CM3Leon, count: int, retrieve: int) -> list[Request]:
+  """Returns requests of rare objects, which the bank has."""
+  names = sorted(scene_world.RARE)
+  tasks = [TextToImage(f"a green {names[i % len(names)]}", retrieve=retrieve) for i in range(count)]
+  pipeline = model.pipeline
+  with jax.set_mesh(model.mesh):
+    return pipeline.requests(tasks, {}, pipeline.retrieve(tasks))
+
+
+def clocks() -> np.ndarray:
+  """Returns seconds on the wall, and of the processors for this process."""
+  return np.array([time.perf_counter(), time.process_time()])
+
+
+def run_lane(
+  engine: ContinuousGenerator,
+  requests: list[Request],
+  apart: bool,
+  over: Callable[[int, np.ndarray], None],
+) -> np.ndarray:
+  """Generates as many images as there are requests, from a queue that never ends.
+
+  Args:
+    engine: its lane has no samples before and after.
+    requests: their seeds are their indices.
+    apart: rows are filled one by one, a chunk apart, before the clocks start.
+    over: called with the index of a request and its tokens.
+
+  Returns:
+    Seconds of both clocks.
+  """
+  numbers, places, count = itertools.count(), {}, 0
+
+  def add():
+    i = next(numbers) % len(requests)
+    places[engine.add(requests[i], i)] = i
+
+  def has_room() -> bool:
+    # In a queue, a request that has no room holds up those behind it.
+    return engine.has_room(requests[len(places) % len(requests)])
+
+  for _ in range(engine.slots if apart else 0):
+    add()
+    engine.step()
+  start = clocks()
+  while count < len(requests):
+    while has_room():
+      add()
+    for update in engine.step():
+      if update.over:
+        count += 1
+        over(places[update.ticket], update.tokens)
+  seconds = (clocks() - start) * len(requests) / count
+  for ticket in places:
+    engine.remove(ticket)
+  return seconds
+
+
+def measure(model: CM3Leon, requests: list[Request]) -> str:
+  """Returns a row of the table."""
+  generator, count = model.pipeline.generator, len(requests)
+  tokens = model.pipeline.settings.vqgan.image_tokens + 1
+  in_step = ContinuousGenerator(generator, _SLOTS.value, _CHUNK.value)
+  # A sample ends, and another joins, after each chunk.
+  out_of_step = ContinuousGenerator(generator, _SLOTS.value, max(1, tokens // _SLOTS.value))
+  seconds, others = [], []
+  for _ in range(_RUNS.value + 1):
+    start = clocks()
+    with jax.set_mesh(model.mesh):
+      expected = [x.tokens for x in generator.generate(requests, range(count))]
+    seconds.append([clocks() - start])
+
+    def over(i, tokens, expected=expected):
+      others.append(not np.array_equal(tokens, expected[i]))
+
+    for engine in (in_step, out_of_step):
+      seconds[-1].append(run_lane(engine, requests, engine is out_of_step, over))
+  seconds = np.array(seconds[1:])  # The first run compiles.
+  cells = []
+  for i, wall in enumerate(seconds[:, :, 0].T):
+    rates, ratios = count / wall, np.median(seconds[:, 0] / seconds[:, i], axis=0)
+    cells.append(f"{np.median(rates):.1f} ({rates.min():.1f} to {rates.max():.1f})")
+    if i:
+      cells.append(f"{ratios[0]:.2f}, {ratios[1]:.2f}")
+  longest = max(len(s) for r in requests for s in r.streams)
+  return f"| {longest} | {' | '.join(cells)} | {sum(others)} of {len(others)} |"
+
+
+def main(_) -> None:
+  model = CM3Leon.load(_MODEL.value, batch_size=_SLOTS.value)
+  print("Images/s of `generate` and of a lane whose queue is never empty, medians (range); medians")
+  print("of the ratio to `generate` in the same turn, on the wall and in processor time.")
+  print(
+    "| documents | prompt tokens | `generate` | in step | ratio | out of step | ratio | differ |"
+  )
+  print("|---|---|---|---|---|---|---|---|")
+  for retrieve in map(int, _RETRIEVE.value):
+    row = measure(model, requests_of(model, _IMAGES.value, retrieve))
+    print(f"| {retrieve} {row}", flush=True)
+
+
+if __name__ == "__main__":
+  app.run(main)
