@@ -18,6 +18,7 @@ COMMANDS = (
   "grade_instructions",
   "score",
   "export",
+  "serve",
   "reinforce",
   "report",
   "plan",
