@@ -31,7 +31,7 @@ class NoRoom(Exception):
 
 
 class StepFailed(Exception):
-  """A chunk failed, e.g. for want of memory. Its lane is gone, and with it the samples `tickets`."""
+  """A chunk failed, e.g. for want of memory; its lane and the samples `tickets` are lost."""
 
   def __init__(self, tickets: Sequence[int]):
     super().__init__(f"a chunk of {len(tickets)} samples failed; they must be added again.")
@@ -119,7 +119,7 @@ class _Lane:
     return not self.draining and not all(self.rows)
 
   def add(self, sample: _Sample) -> int:
-    """Takes a free row, which it returns, in the shard of the batch that has the fewest samples to read."""
+    """Takes a free row in the shard of the batch with the fewest samples to read; returns it."""
     size = len(self.rows) // self.shards
     free = [row for row, taken in enumerate(self.rows) if taken is None]
     row = min(free, key=lambda row: sum(x // size == row // size for x in self.arriving))

@@ -1,0 +1,269 @@
+"""A sample is that of `Generator.generate`, whatever joins or leaves beside it."""
+
+import copy
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.decoding import lane as lane_lib
+from cm3leon_jax.decoding import request as request_lib
+from cm3leon_jax.decoding.compile import Programs
+from cm3leon_jax.decoding.continuous import (
+  ContinuousGenerator,
+  NoRoom,
+  StepFailed,
+  room_bucket,
+  width_bucket,
+)
+from tests.decoding.generator_test import edits
+from tests.decoding.small import (
+  IMAGE,
+  MIXTURE,
+  POSITIONS,
+  SEEDS,
+  VOCAB,
+  A,
+  guided_requests,
+  on_mesh,
+  plain_requests,
+  small_generator,
+)
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+# Guided rows (even seeds) and contrastive ones of one lane, with numbers of their own.
+SAMPLINGS = [
+  MIXTURE,
+  dataclasses.replace(MIXTURE, temperature=0.7, top_p=0.5, guidance=5.0, contrastive_alpha=0.1),
+  dataclasses.replace(MIXTURE, top_k=5, text_top_k=7, text_temperature=3.0, edit_guidance=2.0),
+]
+
+# Of log_probs, by the number of streams: guidance weighs logits by 3 and -2, or by 7.5 and -6.
+ROUNDING = {1: 1e-5, 2: 3e-5, 3: 1e-4}
+
+
+def cases_of(generator, kinds, samplings=SAMPLINGS):
+  """(request, seed, sampling, expected result) of lists of requests, which share their batches."""
+  cases = []
+  for requests, (i, sampling) in itertools.product(kinds, enumerate(samplings)):
+    seeds = [seed + 20 * i for seed in SEEDS[: len(requests)]]
+    results = generator.generate(requests, seeds, sampling=sampling)
+    cases += zip(requests, seeds, itertools.repeat(sampling), results)
+  return cases
+
+
+@pytest.fixture(scope="module")
+def cases(generator):
+  """Samples of one, two and three streams: three lanes."""
+  with on_mesh():
+    return cases_of(generator, [plain_requests(), guided_requests(), edits()])
+
+
+def is_case(update, case) -> bool:
+  """Whether an update has the first tokens of the expected result, all of them if it is over."""
+  expected, count = case[3], len(update.tokens)
+  return np.array_equal(update.tokens, expected.tokens[: None if update.over else count])
+
+
+def check(update, case):
+  assert is_case(update, case)
+  expected = case[3]
+  known = expected.log_probs[: len(update.tokens)]
+  np.testing.assert_allclose(update.log_probs, known, atol=ROUNDING[len(case[0].streams)])
+  assert update.over == (len(update.tokens) == len(expected.tokens))
+  if update.over and expected.divergence is not None:
+    np.testing.assert_allclose(update.divergence, expected.divergence, rtol=1e-4)
+
+
+def run(engine, cases, rng, removed=0.1, check=check):
+  """Adds cases at random chunks, removes some, steps until all are over; returns their number."""
+  waiting, running, over = [cases[i] for i in rng.permutation(len(cases))], {}, 0
+  while waiting or engine.busy:
+    for case in [c for c in waiting if rng.random() < 0.4 and engine.has_room(c[0], c[2])]:
+      if engine.has_room(case[0], case[2]):
+        running[engine.add(*case[:3])] = case
+        waiting = [c for c in waiting if c is not case]
+    for ticket in [t for t in running if rng.random() < removed]:
+      engine.remove(ticket)
+      del running[ticket]
+    for update in engine.step():
+      check(update, running[update.ticket])
+      if update.over:
+        del running[update.ticket]
+        over += 1
+  assert not running
+  return over
+
+
+def test_any_schedule_gives_the_samples_of_generate(generator, cases):
+  engine = ContinuousGenerator(generator, slots=2, chunk=3)
+  over = [run(engine, cases, np.random.default_rng(seed)) for seed in range(8)]
+  assert all(len(cases) / 3 < n < len(cases) for n in over)  # Some were removed.
+  assert run(engine, cases, np.random.default_rng(8), removed=0) == len(cases)
+  # The rings of a lane turned more than once: every slot was the next one.
+  assert len(engine._lanes) == 3
+
+
+def count_of_the_lane(monkeypatch):
+  plain = lane_lib.decode_step
+
+  def step(*args, counts, **static):
+    return plain(*args, counts=jnp.full_like(counts, counts[0]), **static)
+
+  monkeypatch.setattr(lane_lib, "decode_step", step)
+
+
+def prompts_one_slot_late(monkeypatch):
+  plain = lane_lib._read_stream
+
+  def read(config, model, prompts, end, *args):
+    return plain(config, model, prompts, end + 1, *args)
+
+  monkeypatch.setattr(lane_lib, "_read_stream", read)
+
+
+def seeds_of_other_rows(monkeypatch):
+  plain = lane_lib.steps
+
+  def steps(params, control, *args, **static):
+    return plain(params, control._replace(seeds=control.seeds[::-1]), *args, **static)
+
+  monkeypatch.setattr(lane_lib, "steps", steps)
+
+
+def slots_of_the_last_sample(monkeypatch):
+  """A row still sees the slots that others or its last sample wrote."""
+  plain = lane_lib._put
+
+  def put(into, x, rows):
+    return plain(into, x | into[: len(x)] if x.dtype == bool else x, rows)
+
+  monkeypatch.setattr(lane_lib, "_put", put)
+
+
+@pytest.mark.parametrize(
+  "damage",
+  [count_of_the_lane, prompts_one_slot_late, seeds_of_other_rows, slots_of_the_last_sample],
+)
+def test_a_broken_lane_is_found(generator, cases, monkeypatch, damage):
+  """Control: with each part broken, samples differ."""
+  damage(monkeypatch)
+  broken = copy.copy(generator)
+  broken.programs = Programs(generator.programs.mesh)
+  plain, same = [case for case in cases if len(case[0].streams) == 1], []
+  run(
+    ContinuousGenerator(broken, slots=2, chunk=3),
+    plain,
+    np.random.default_rng(0),
+    check=lambda update, case: same.append(is_case(update, case)),
+  )
+  assert not all(same)
+
+
+def test_a_removed_sample_frees_its_row_at_once(generator, cases):
+  engine = ContinuousGenerator(generator, slots=2, chunk=3)
+  one, two, three, four, *_ = (case for case in cases if len(case[0].streams) == 2)
+  first, second = engine.add(*one[:3]), engine.add(*two[:3])
+  assert not engine.has_room(three[0], three[2])
+  with pytest.raises(NoRoom, match="try again"):
+    engine.add(*three[:3])
+  assert {u.ticket for u in engine.step()} == {first, second}
+  engine.remove(first)
+  engine.remove(first)  # It is gone already.
+  third = engine.add(*three[:3])
+  updates = engine.step()
+  assert {u.ticket for u in updates} == {second, third}
+  engine.remove(third)
+  fourth = engine.add(*four[:3])
+  engine.remove(fourth)  # It never began.
+  while engine.busy:
+    updates = engine.step()
+    assert [u.ticket for u in updates] == [second]
+    check(updates[0], two)
+  assert engine.step() == []
+
+
+def test_lanes_take_turns_and_are_bounded(generator, cases):
+  """A kind of request that finds all lanes busy gets one, though others refill them for ever."""
+  engine = ContinuousGenerator(generator, slots=2, chunk=3, lanes=2)
+  of = {s: [case for case in cases if len(case[0].streams) == s] for s in (1, 2, 3)}
+  other, tickets, chunks = of[3][0], {}, []
+  while not chunks or not engine.has_room(other[0], other[2]):
+    for s in (1, 2):
+      while engine.has_room(of[s][0][0], of[s][0][2]):
+        tickets[engine.add(*of[s][0][:3])] = s
+    chunks.append({tickets[update.ticket] for update in engine.step()})
+  assert chunks[:3] == [{1}, {2}, {1}]
+  assert len(chunks) < 20
+  ticket = engine.add(*other[:3])
+  assert len(engine._lanes) == 2
+  while ticket in engine._places:
+    for update in engine.step():
+      if update.ticket == ticket:
+        check(update, other)
+
+
+def test_a_chunk_that_fails_loses_its_lane_alone(generator, cases):
+  engine = ContinuousGenerator(generator, slots=2, chunk=3)
+  of = {s: next(case for case in cases if len(case[0].streams) == s) for s in (1, 2)}
+  lost, kept = (engine.add(*of[s][:3]) for s in (1, 2))
+  engine.step()
+  jax.tree.map(lambda x: x.delete(), engine._places[lost][0].state)
+  engine.step()
+  with pytest.raises(StepFailed, match="1 samples failed") as error:
+    engine.step()
+  assert error.value.tickets == [lost]
+  again = engine.add(*of[1][:3])
+  over = set()
+  while engine.busy:
+    for update in engine.step():
+      check(update, of[2 if update.ticket == kept else 1])
+      over |= {update.ticket} if update.over else set()
+  assert over == {kept, again}
+
+
+def test_more_candidates_than_the_configs_sort_all(plain_generator):
+  cases = cases_of(plain_generator, [plain_requests()], [dataclasses.replace(MIXTURE, top_k=40)])
+  engine = ContinuousGenerator(plain_generator, slots=4, chunk=2)
+  of = {engine.add(*case[:3]): case for case in cases}
+  assert [lane.kind.static.sampler for lane in engine._lanes] == [(0, 0, 0)]
+  while engine.busy:
+    for update in engine.step():
+      check(update, of[update.ticket])
+
+
+def test_rows_on_several_devices(generator, cases):
+  with on_mesh(2, 1, 2):
+    split = small_generator(sampling=MIXTURE)
+    with pytest.raises(UserError, match="slots is 3; it must be a multiple of 2"):
+      ContinuousGenerator(split, slots=3)
+    engine = ContinuousGenerator(split, slots=4, chunk=3)
+  guided = [case for case in cases if len(case[0].streams) == 2]
+  assert run(engine, guided, np.random.default_rng(0), removed=0) == len(guided)
+
+
+def test_bad_calls(generator):
+  for fields in ({"slots": 0}, {"chunk": 0}, {"lanes": 0}):
+    with pytest.raises(UserError, match=f"{next(iter(fields))} is 0; it must be positive"):
+      ContinuousGenerator(generator, **fields)
+  drafting = copy.copy(generator)
+  drafting.config = dataclasses.replace(generator.config, draft_window=4)
+  with pytest.raises(UserError, match="draft_window is 4"):
+    ContinuousGenerator(drafting)
+  long = request_lib.text_to_image(VOCAB, IMAGE, np.full(POSITIONS - 2, A[0]))
+  engine = ContinuousGenerator(generator)
+  with pytest.raises(UserError, match=f"has {POSITIONS} tokens"):
+    engine.add(long, 0)
+  assert not engine.busy
+
+
+def test_buckets():
+  assert [width_bucket(n) for n in (0, 32, 33, 65, 129, 200, 257)] == [
+    32, 32, 64, 96, 192, 256, 384,
+  ]  # fmt: skip
+  assert [room_bucket(n, 65) for n in (1, 33, 34, 65, 66, 131)] == [33, 33, 65, 65, 130, 260]
