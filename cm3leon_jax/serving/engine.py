@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 import logging
 import math
@@ -186,9 +187,11 @@ class Engine:
       self._changed.notify()
 
   def cancel(self, job: Job) -> None:
-    """Drops a job at the next chunk; its slots are free then."""
+    """Drops a job: from the queue at once, from its slots at the next chunk."""
     with self._changed:
       job.cancelled = True
+      with contextlib.suppress(ValueError):
+        self._incoming.remove(job)
       self._changed.notify()
 
   @property

@@ -50,9 +50,10 @@ def image(
   if isinstance(task, InfillImage) and given is not None:
     left, top, right, bottom = whole_codes(task.box, layout.resolution, side)
     places = np.arange(side * side).reshape(side, side)[top:bottom, left:right].ravel()
-    whole = given.copy()
-    whole[places[: len(codes)]] = codes
-    return len(codes) // (right - left), whole
+    rows, whole = len(codes) // (right - left), given.copy()
+    done = rows * (right - left)
+    whole[places[:done]] = codes[:done]
+    return rows, whole
   rows = len(codes) // side
   if not rows:
     return 0, np.zeros(side * side, np.int32)
@@ -89,19 +90,25 @@ def text(layout: PromptLayout, tokens: np.ndarray) -> str:
 
 
 def usual_tasks(pipeline: Pipeline) -> list[Task]:
-  """Returns a task of each kind, whose programs are compiled before the first request."""
+  """Returns tasks of the usual kinds and lengths of prompts.
+
+  Their programs are compiled before the first request; another length compiles when it comes.
+  """
   layout, sampling = pipeline.layout, pipeline.settings.sampling
   blank = np.full((layout.resolution, layout.resolution, 3), 128, np.uint8)
-  retrieve = pipeline.usual_retrieve
+  caption, retrieve = "a red apple", pipeline.usual_retrieve
   box = (0, 0, layout.resolution // 2, layout.resolution // 2)
   tasks = [
-    TextToImage("a red apple", retrieve=retrieve),
+    TextToImage(caption, retrieve=0),
     Caption(image=blank),
     Question(image=blank, prompt="What color is the apple?"),
     Edit(image=blank, prompt="make it blue"),
-    InfillImage(image=blank, box=box, prompt="a red apple"),
-    InfillImage(image=blank, box=box),
+    InfillImage(image=blank, box=box, prompt=caption),
   ]
+  if retrieve:
+    # The caption of a document finds that document, whatever else has too little in common.
+    known = layout.decode(pipeline.documents[0].segments[0].tokens)
+    tasks.insert(0, TextToImage(known, retrieve=retrieve))
   return [dataclasses.replace(task, sampling=sampling) for task in tasks]
 
 

@@ -57,6 +57,7 @@ def serve(
       access_log=False,
       server_header=False,
       lifespan="off",
+      ws="none",
       backlog=BACKLOG,
       timeout_keep_alive=30,
       timeout_graceful_shutdown=stop_seconds,

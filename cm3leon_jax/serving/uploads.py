@@ -40,6 +40,9 @@ def _check_pixels(data: bytes, most_pixels: int, param: str) -> tuple[int, int]:
   try:
     with Image.open(io.BytesIO(data), formats=raw_pairs.FORMATS) as opened:
       width, height = opened.size
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    message = f"{param} has far too many pixels; it may have {most_pixels:,}."
+    raise ApiError(413, message, param, "image_too_large") from error
   except Exception as error:  # Decoders raise errors of any kind at damaged files.
     raise refusal(
       f"{param} cannot be read; it must be a PNG, JPEG, WebP, GIF or AVIF file.", param

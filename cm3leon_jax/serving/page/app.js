@@ -70,6 +70,7 @@ async function run(work) {
   state.running = control;
   complain("");
   $("stop").hidden = false;
+  $("results").scrollIntoView({ block: "nearest" });
   try {
     await work(control.signal);
   } catch (error) {
@@ -109,7 +110,7 @@ function finish(cell, event, index) {
   cell.image.alt = cell.alt;
   cell.image.className = "";
   cell.bar.remove();
-  const score = event.clip_score == null ? "" : `, CLIP ${event.clip_score.toFixed(2)}`;
+  const score = event.clip_score == null ? "" : `\nCLIP ${event.clip_score.toFixed(2)}`;
   cell.label.textContent = `seed ${event.seed}${score}`;
   const use = element("button", { type: "button", textContent: "Use" });
   use.setAttribute("aria-label", `Use sample ${index + 1} as your image`);
