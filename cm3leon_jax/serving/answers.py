@@ -9,8 +9,8 @@ import uuid
 
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.generation.text_tasks import TEXT_LENGTH
-from cm3leon_jax.serving.engine import Event, Failed, Finished, Neighbor, Progress, Started
 from cm3leon_jax.serving.errors import ApiError
+from cm3leon_jax.serving.jobs import Event, Failed, Finished, Neighbor, Progress, Started
 from cm3leon_jax.serving.uploads import png
 
 

@@ -1,7 +1,7 @@
 """The HTTP application: routes in the shape of the OpenAI API, health, metrics, and one page."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 import contextlib
 import importlib.resources
 import re
@@ -13,18 +13,20 @@ from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.generation import calls
 from cm3leon_jax.generation.tasks import BREAK, MASK, Task
 from cm3leon_jax.serving import partial, schemas, uploads
-from cm3leon_jax.serving.answers import ChatAnswer, ImageAnswer, error_event, failure
-from cm3leon_jax.serving.engine import Engine, Event, Finished, Job
+from cm3leon_jax.serving.answers import ChatAnswer, ImageAnswer, failure
+from cm3leon_jax.serving.engine import Engine
 from cm3leon_jax.serving.errors import ApiError, refusal
+from cm3leon_jax.serving.jobs import Event, Finished, Job
 from cm3leon_jax.serving.limits import Guard, Limits
 from cm3leon_jax.serving.metrics import CONTENT_TYPE, Metrics
+from cm3leon_jax.serving.streams import EventStream, unless_gone
 
 T = TypeVar("T")
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
@@ -35,7 +37,6 @@ PAGE = {
   "app.js": ("app.js", "text/javascript"),
   "canvas.js": ("canvas.js", "text/javascript"),
 }
-QUIET_SECONDS = 10.0  # Then a stream says that it is alive; a client that left is noticed.
 
 
 class Server:
@@ -174,10 +175,10 @@ class Server:
     events = self._events(task, body.n, body.stream)
     if not body.stream:
       async with contextlib.aclosing(events):
-        found = await _unless_gone(request, answer.whole(events))
+        found = await unless_gone(request, answer.whole(events))
       return Response(status_code=499) if found is None else JSONResponse(found)
     # Errors before the first event have a status of their own.
-    first = await _unless_gone(request, anext(events))
+    first = await unless_gone(request, anext(events))
     if first is None:
       await events.aclose()
       return Response(status_code=499)
@@ -285,73 +286,6 @@ class Server:
 
   async def _metrics(self, _: Request) -> Response:
     return Response(self.metrics.text(), media_type=CONTENT_TYPE)
-
-
-class EventStream(StreamingResponse):
-  """Server-sent events of a job; it is cancelled when the client leaves."""
-
-  def __init__(
-    self,
-    write: Callable[[AsyncIterator[Event]], AsyncIterator[str]],
-    first: Event,
-    events: AsyncIterator[Event],
-  ):
-    self._write, self._first, self._events = write, first, events
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    super().__init__(self._texts(), media_type="text/event-stream", headers=headers)
-
-  async def __call__(self, scope, receive, send):
-    try:
-      await super().__call__(scope, receive, send)
-    finally:
-      await self.body_iterator.aclose()
-      await self._events.aclose()
-
-  async def _replayed(self) -> AsyncIterator[Event]:
-    yield self._first
-    async for event in self._events:
-      yield event
-
-  async def _texts(self) -> AsyncIterator[str]:
-    texts = self._write(self._replayed())
-    waiting = None
-    try:
-      while True:
-        waiting = waiting or asyncio.ensure_future(anext(texts))
-        done, _ = await asyncio.wait({waiting}, timeout=QUIET_SECONDS)
-        if not done:
-          yield ": working\n\n"
-          continue
-        text, waiting = waiting.result(), None
-        yield text
-    except StopAsyncIteration:
-      pass
-    except ApiError as error:
-      yield error_event(error)
-    finally:
-      if waiting is not None:
-        waiting.cancel()
-        with contextlib.suppress(BaseException):
-          await waiting
-      await texts.aclose()
-
-
-async def _unless_gone(request: Request, coroutine: Awaitable[T]) -> T | None:
-  """Awaits a result; None if the client has left before. The body must have been read."""
-  task = asyncio.ensure_future(coroutine)
-  gone = asyncio.ensure_future(_wait_until_gone(request))
-  try:
-    await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-    return task.result() if task.done() else None
-  finally:
-    for future in (task, gone):
-      future.cancel()
-    await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _wait_until_gone(request: Request) -> None:
-  while (await request.receive())["type"] != "http.disconnect":
-    pass
 
 
 def _content(messages: list[schemas.Message]) -> tuple[str, bytes | None]:

@@ -1,7 +1,7 @@
 """The one thread that computes: jobs in, events out; a job joins the others at the next chunk."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import logging
@@ -16,101 +16,15 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import Document
 from cm3leon_jax.decoding.continuous import ContinuousGenerator, StepFailed, Update
 from cm3leon_jax.decoding.generator import Result, sample_seed
-from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation import pipeline as pipeline_lib
 from cm3leon_jax.generation.given_images import given_key
 from cm3leon_jax.generation.pipeline import Pipeline, Sample
-from cm3leon_jax.generation.tasks import Task, has_image
+from cm3leon_jax.generation.tasks import has_image
 from cm3leon_jax.serving import partial
 from cm3leon_jax.serving.errors import ApiError
+from cm3leon_jax.serving.jobs import Failed, Finished, Job, Neighbor, OpenJob, Progress, Started
 
 _LOG = logging.getLogger("cm3leon_jax.serving")
-
-
-@dataclasses.dataclass(frozen=True)
-class Neighbor:
-  """A retrieved document: its caption, its image [H, W, 3] uint8, where it is from."""
-
-  key: str
-  caption: str
-  image: np.ndarray
-  source: str
-  license: str
-  attribution: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Started:
-  """The job is prepared: what was retrieved, and the number of tokens of its prompt."""
-
-  neighbors: tuple[Neighbor, ...]
-  text_tokens: int
-  image_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-  """A sample so far: the rows of its image that are complete, or its text."""
-
-  index: int
-  rows: int = 0
-  image: np.ndarray | None = None
-  text: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Finished:
-  """A sample is complete. Events of its job end when all samples are."""
-
-  sample: Sample
-
-
-@dataclasses.dataclass(frozen=True)
-class Failed:
-  """The job has failed; no event follows."""
-
-  error: ApiError
-
-
-Event = Started | Progress | Finished | Failed
-
-
-@dataclasses.dataclass(eq=False)
-class Job:
-  """What a request asks for.
-
-  Attributes:
-    task: validated.
-    num_samples: of the task.
-    deliver: is called with each event, in the thread of the engine.
-    shows_progress: wants `Progress`.
-    cancelled: nobody waits for it any more.
-  """
-
-  task: Task
-  num_samples: int
-  deliver: Callable[[Event], None]
-  shows_progress: bool = False
-  cancelled: bool = False
-
-
-@dataclasses.dataclass(eq=False)
-class _Open:
-  """A job that is prepared: what its samples are made of, and how many of them have begun."""
-
-  job: Job
-  request: Request
-  given: dict
-  codes: np.ndarray | None
-  neighbors: tuple[Document, ...]
-  begun: int = 0
-  finished: int = 0
-  rows: dict[int, int] = dataclasses.field(default_factory=dict)
-  failed: bool = False
-
-  @property
-  def waits(self) -> bool:
-    return self.begun < self.job.num_samples
 
 
 class Engine:
@@ -139,8 +53,10 @@ class Engine:
     self._tokenizer = dataclasses.replace(pipeline.image_tokenizer, batch_size=1)
     self._changed = threading.Condition()
     self._incoming: deque[Job] = deque()
-    self._open: deque[_Open] = deque()
-    self._running: dict[int, tuple[_Open, int]] = {}  # By ticket: a job and the number of a sample.
+    self._open: deque[OpenJob] = deque()
+    self._running: dict[
+      int, tuple[OpenJob, int]
+    ] = {}  # By ticket: a job and the number of a sample.
     self._closing = False
     self._ready = threading.Event()
     self.failure: BaseException | None = None
@@ -290,7 +206,7 @@ class Engine:
     except Exception:
       _LOG.exception("a request could not be prepared")
       return job.deliver(Failed(_internal()))
-    self._open.append(_Open(job, request, given, codes, neighbors))
+    self._open.append(OpenJob(job, request, given, codes, neighbors))
     job.deliver(started)
 
   def _described(self, neighbors: Sequence[Document]) -> tuple[Neighbor, ...]:
@@ -354,7 +270,7 @@ class Engine:
           if opened.waits and not opened.failed:
             self._open.append(opened)
 
-  def _begin(self, opened: _Open) -> bool:
+  def _begin(self, opened: OpenJob) -> bool:
     job, index = opened.job, opened.begun
     try:
       seed = sample_seed(job.task.seed, index)
@@ -370,7 +286,7 @@ class Engine:
     self._running[ticket] = (opened, index)
     return True
 
-  def _fail(self, opened: _Open, error: ApiError) -> None:
+  def _fail(self, opened: OpenJob, error: ApiError) -> None:
     if not opened.failed:
       opened.failed = True
       opened.job.deliver(Failed(error))
@@ -402,7 +318,7 @@ class Engine:
       _LOG.exception("a sample could not be shown")
       self._fail(opened, _internal())
 
-  def _sample(self, opened: _Open, index: int, update: Update) -> Sample:
+  def _sample(self, opened: OpenJob, index: int, update: Update) -> Sample:
     task = opened.job.task
     result = Result(
       *(0, index, sample_seed(task.seed, index)),
@@ -413,7 +329,7 @@ class Engine:
     )
     return sample
 
-  def _show(self, opened: _Open, index: int, tokens: np.ndarray) -> None:
+  def _show(self, opened: OpenJob, index: int, tokens: np.ndarray) -> None:
     """Delivers the rows or the text that are new."""
     task, layout = opened.job.task, self.pipeline.layout
     if not partial.makes_image(task):

@@ -12,8 +12,8 @@ import pytest
 
 from cm3leon_jax.decoding.continuous import StepFailed
 from cm3leon_jax.generation.image_tasks import TextToImage
-from cm3leon_jax.serving.engine import Failed, Finished, Job
 from cm3leon_jax.serving.errors import ApiError
+from cm3leon_jax.serving.jobs import Failed, Finished, Job
 from tests.serving.conftest import LIMITS
 from tests.serving.live import Live, error
 
