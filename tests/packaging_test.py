@@ -16,7 +16,9 @@ import cm3leon_jax
 ROOT = pathlib.Path(__file__).parents[1]
 METADATA = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = runpy.run_path(str(ROOT / ".ci" / "extras.py"))
-PROMISED = ("tpu", "cuda12", "cuda13", "data", "ray", "monitoring", "eval", "aot", "demo", "dev")
+PROMISED = (
+  *("tpu", "cuda12", "cuda13", "data", "ray", "monitoring", "serve", "eval", "aot", "demo", "dev"),
+)
 
 
 def build(source, target) -> pathlib.Path:

@@ -226,9 +226,8 @@ class Engine:
 
   def _public(self, message: str) -> str:
     """Returns a message without the server's folders."""
-    for path in (self.pipeline.bank, self.pipeline.bank and f"{self.pipeline.bank}/documents"):
-      message = message.replace(str(path), "the bank") if path else message
-    return message
+    path = self.pipeline.bank
+    return message if path is None else message.replace(str(path), "the bank")
 
   def _compute(self) -> None:
     """Drops what is cancelled, gives free slots to samples, decodes a chunk and delivers it."""

@@ -1,6 +1,7 @@
 """Queue, time-outs, clients that leave, faults: what happens to one request, and to the others."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import logging
@@ -10,10 +11,13 @@ import time
 
 import pytest
 
+from cm3leon_jax.data.documents import write_documents
 from cm3leon_jax.decoding.continuous import StepFailed
 from cm3leon_jax.generation.image_tasks import TextToImage
+from cm3leon_jax.serving.engine import Engine
 from cm3leon_jax.serving.errors import ApiError
 from cm3leon_jax.serving.jobs import Failed, Finished, Job
+from tests.data.stores import VOCAB
 from tests.serving.conftest import LIMITS
 from tests.serving.live import Live, error
 
@@ -182,3 +186,15 @@ def test_an_engine_that_closes_answers_what_waits(idle):
   assert events[0].error.status == 503
   with pytest.raises(ApiError, match="the server is stopping"):
     idle.submit(waiting)
+
+
+def test_a_refusal_names_no_folder_of_the_server(model, tmp_path):
+  write_documents(tmp_path / "documents" / "train_pairs", (), VOCAB)
+  pipeline = copy.copy(model.pipeline)
+  pipeline.bank = tmp_path
+  asked, events, ended = job(TextToImage("a", retrieve=1))
+  Engine(pipeline, model.mesh)._prepare(asked)
+  assert ended.is_set()
+  assert events[0].error.message == (
+    "retrieve is 1, and the bank/documents holds no documents: set retrieve to 0."
+  )

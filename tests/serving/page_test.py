@@ -3,6 +3,7 @@
 import itertools
 import re
 
+import jax
 from playwright.sync_api import Page, expect, sync_playwright
 import pytest
 
@@ -28,13 +29,15 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def bundled():
-  """An engine of the bundled model."""
+  """An engine of the bundled model, of programs that XLA optimizes."""
+  jax.config.update("jax_disable_most_optimizations", False)
   model = CM3Leon.load("scenes-instruct", batch_size=8)
   engine = Engine(model.pipeline, model.mesh, slots=8, chunk=8)
   engine.start()
   assert engine.wait_until_ready()
   yield engine
   assert engine.close(60)
+  jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")
