@@ -47,6 +47,9 @@ class Engine:
       slots: samples of one shape that are decoded at once.
       chunk: tokens of each sample between two deliveries.
       queue_limit: largest number of jobs that wait for a slot.
+
+    Raises:
+      UserError: `slots` does not divide by the devices that share a batch.
     """
     self.pipeline, self.slots, self.queue_limit = pipeline, slots, queue_limit
     self._mesh, self._chunk = mesh, chunk
@@ -57,6 +60,7 @@ class Engine:
     self._running: dict[
       int, tuple[OpenJob, int]
     ] = {}  # By ticket: a job and the number of a sample.
+    self._generator = self._fresh()
     self._closing = False
     self._ready = threading.Event()
     self.failure: BaseException | None = None
@@ -138,7 +142,6 @@ class Engine:
   def _run(self) -> None:
     try:
       with jax.set_mesh(self._mesh):
-        self._generator = self._fresh()
         self._warm_up()
         self._ready.set()
         while self._turn():

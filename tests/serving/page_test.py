@@ -8,6 +8,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 import pytest
 
 from cm3leon_jax import CM3Leon
+from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.serving.engine import Engine
 from cm3leon_jax.serving.limits import Limits
 from tests.serving.live import Live, image, png
@@ -31,7 +32,8 @@ pytestmark = pytest.mark.slow
 def bundled():
   """An engine of the bundled model, of programs that XLA optimizes."""
   jax.config.update("jax_disable_most_optimizations", False)
-  model = CM3Leon.load("scenes-instruct", batch_size=8)
+  mesh = create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+  model = CM3Leon.load("scenes-instruct", batch_size=8, mesh=mesh)
   engine = Engine(model.pipeline, model.mesh, slots=8, chunk=8)
   engine.start()
   assert engine.wait_until_ready()
@@ -69,7 +71,8 @@ def page(served, browser, request):
   page.goto(served.url)
   expect(page.locator("#model")).to_have_text("scenes-instruct, 48 × 48 pixels")
   yield page
-  assert messages == []
+  refused = "the server responded with a status of 400"  # Which Chromium notes by itself.
+  assert [message for message in messages if refused not in message] == []
   context.close()
 
 
