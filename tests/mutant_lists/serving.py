@@ -5,7 +5,6 @@ from tests.mutant_lists.mutant import mutants_of
 ENGINE = "tests/serving/engine_test.py"
 APP = "tests/serving/app_test.py"
 REFUSALS = "tests/serving/refusals_test.py"
-LEAVES = f"{ENGINE}::test_a_client_that_leaves_in_the_middle_of_a_stream_frees_its_slots"
 
 SERVING = (
   *mutants_of(
@@ -32,11 +31,6 @@ SERVING = (
       "seed = sample_seed(job.task.seed, index)",
       "seed = sample_seed(job.task.seed, 0)",
     ),
-  ),
-  *mutants_of(
-    "cm3leon_jax/serving/streams.py",
-    LEAVES,
-    ("stream_never_cancels", "await self._events.aclose()", "pass"),
   ),
   *mutants_of(
     "cm3leon_jax/serving/streams.py",

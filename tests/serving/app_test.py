@@ -84,22 +84,22 @@ def test_a_box_and_a_mask_are_filled_in(live, model):
 
 
 def test_a_box_fills_row_by_row_within_the_given_image(live, model):
-  found = events(live.edit(png(IMAGE), box="2,0,6,8", seed="3", stream="true"))
+  found = events(live.edit(png(IMAGE), box="2,0,8,8", seed="3", stream="true"))
   *partial, last = found
   assert [(event["type"], event["rows"]) for event in partial] == [
     ("image_edit.partial_image", rows) for rows in (1, 2, 3)
   ]
   assert last["type"] == "image_edit.completed"
-  expected = model.infill(IMAGE, (2, 0, 6, 8), seed=3)
+  expected = model.infill(IMAGE, (2, 0, 8, 8), seed=3)
   np.testing.assert_array_equal(pixels(last["b64_json"]), expected)
   tokenizer = model.pipeline.image_tokenizer
   sampling = model.pipeline.settings.sampling
-  task = InfillImage(image=IMAGE, box=(2, 0, 6, 8), seed=3, sampling=sampling)
+  task = InfillImage(image=IMAGE, box=(2, 0, 8, 8), seed=3, sampling=sampling)
   [[sample]] = model.sample([task])
   codes = tokenizer.encode(np.asarray(IMAGE)[None])
   assert codes[0, :4].tolist() != sample.codes[0][:4].tolist()
   for row, event in enumerate(partial):
-    codes[0, 4 * row + 1 : 4 * row + 3] = sample.codes[0][4 * row + 1 : 4 * row + 3]
+    codes[0, 4 * row + 1 : 4 * row + 4] = sample.codes[0][4 * row + 1 : 4 * row + 4]
     np.testing.assert_array_equal(pixels(event["b64_json"]), tokenizer.decode(codes)[0])
 
 
