@@ -6,6 +6,8 @@ Images of `scenes`, without and with retrieved documents, 8 at once. In step: al
 are refilled at once, as in a batch. Out of step: a sample ends and the next joins every few steps.
 """
 
+from collections.abc import Callable
+import itertools
 import time
 
 from absl import app, flags
@@ -35,62 +37,96 @@ def requests_of(model: CM3Leon, count: int, retrieve: int) -> list[Request]:
     return pipeline.requests(tasks, {}, pipeline.retrieve(tasks))
 
 
-def run_lane(engine: ContinuousGenerator, requests: list[Request], apart: bool) -> list[np.ndarray]:
-  """Generates for a full queue; `apart`: rows are filled one at a time at first."""
-  waiting, images, places = list(enumerate(requests)), {}, {}
-  joined = 0
-  while waiting or engine.busy:
-    while waiting and engine.has_room(waiting[0][1]):
-      i, request = waiting.pop(0)
-      places[engine.add(request, i)] = i
-      joined += 1
-      if apart and joined < engine.slots:
-        break
+def clocks() -> np.ndarray:
+  """Returns seconds on the wall, and of the processors for this process."""
+  return np.array([time.perf_counter(), time.process_time()])
+
+
+def run_lane(
+  engine: ContinuousGenerator,
+  requests: list[Request],
+  apart: bool,
+  over: Callable[[int, np.ndarray], None],
+) -> np.ndarray:
+  """Generates as many images as there are requests, from a queue that never ends.
+
+  Args:
+    engine: its lane has no samples before and after.
+    requests: their seeds are their indices.
+    apart: rows are filled one by one, a chunk apart, before the clocks start.
+    over: called with the index of a request and its tokens.
+
+  Returns:
+    Seconds of both clocks.
+  """
+  numbers, places, count = itertools.count(), {}, 0
+
+  def add():
+    i = next(numbers) % len(requests)
+    places[engine.add(requests[i], i)] = i
+
+  def has_room() -> bool:
+    # In a queue, a request that has no room holds up those behind it.
+    return engine.has_room(requests[len(places) % len(requests)])
+
+  for _ in range(engine.slots if apart else 0):
+    add()
+    engine.step()
+  start = clocks()
+  while count < len(requests):
+    while has_room():
+      add()
     for update in engine.step():
       if update.over:
-        images[places[update.ticket]] = update.tokens
-  return [images[i] for i in range(len(requests))]
+        count += 1
+        over(places[update.ticket], update.tokens)
+  seconds = (clocks() - start) * len(requests) / count
+  for ticket in places:
+    engine.remove(ticket)
+  return seconds
 
 
-def ways_of(model: CM3Leon, requests: list[Request]) -> dict:
-  """Returns functions that generate the tokens of all requests."""
-  generator = model.pipeline.generator
-  engine = ContinuousGenerator(generator, _SLOTS.value, _CHUNK.value)
-
-  def offline():
+def measure(model: CM3Leon, requests: list[Request]) -> str:
+  """Returns a row of the table."""
+  generator, count = model.pipeline.generator, len(requests)
+  tokens = model.pipeline.settings.vqgan.image_tokens + 1
+  in_step = ContinuousGenerator(generator, _SLOTS.value, _CHUNK.value)
+  # A sample ends, and another joins, after each chunk.
+  out_of_step = ContinuousGenerator(generator, _SLOTS.value, max(1, tokens // _SLOTS.value))
+  seconds, others = [], []
+  for _ in range(_RUNS.value + 1):
+    start = clocks()
     with jax.set_mesh(model.mesh):
-      return [x.tokens for x in generator.generate(requests, range(len(requests)))]
+      expected = [x.tokens for x in generator.generate(requests, range(count))]
+    seconds.append([clocks() - start])
 
-  return {
-    "offline": offline,
-    "in step": lambda: run_lane(engine, requests, apart=False),
-    "out of step": lambda: run_lane(engine, requests, apart=True),
-  }
+    def over(i, tokens, expected=expected):
+      others.append(not np.array_equal(tokens, expected[i]))
+
+    for engine in (in_step, out_of_step):
+      seconds[-1].append(run_lane(engine, requests, engine is out_of_step, over))
+  seconds = np.array(seconds[1:])  # The first run compiles.
+  cells = []
+  for i, wall in enumerate(seconds[:, :, 0].T):
+    rates, ratios = count / wall, np.median(seconds[:, 0] / seconds[:, i], axis=0)
+    cells.append(f"{np.median(rates):.1f} ({rates.min():.1f} to {rates.max():.1f})")
+    if i:
+      cells.append(f"{ratios[0]:.2f}, {ratios[1]:.2f}")
+  longest = max(len(s) for r in requests for s in r.streams)
+  return f"| {longest} | {' | '.join(cells)} | {sum(others)} of {len(others)} |"
 
 
 def main(_) -> None:
-  model, count = CM3Leon.load(_MODEL.value, batch_size=_SLOTS.value), _IMAGES.value
-  print("| documents | prompt tokens | offline images/s | in step | out of step |")
-  print("|---|---|---|---|---|")
+  model = CM3Leon.load(_MODEL.value, batch_size=_SLOTS.value)
+  print("Images/s of `generate` and of a lane whose queue is never empty, medians (range); medians")
+  print("of the ratio to `generate` in the same turn, on the wall and in processor time.")
+  print(
+    "| documents | prompt tokens | `generate` | in step | ratio | out of step | ratio | differ |"
+  )
+  print("|---|---|---|---|---|---|---|---|")
   for retrieve in map(int, _RETRIEVE.value):
-    requests = requests_of(model, count, retrieve)
-    ways = ways_of(model, requests)
-    made, rates = {name: run() for name, run in ways.items()}, {name: [] for name in ways}
-    for name in ways:
-      same = sum(map(np.array_equal, made["offline"], made[name]))
-      if same < count:
-        print(f"{name}: {same} of {count} images are those of offline.")
-    for _ in range(_RUNS.value):
-      for name, run in ways.items():
-        start = time.perf_counter()
-        run()
-        rates[name].append(count / (time.perf_counter() - start))
-    longest, base = max(len(s) for r in requests for s in r.streams), np.array(rates["offline"])
-    cells = [f"{np.median(base):.1f} ({base.min():.1f} to {base.max():.1f})"]
-    for name in list(ways)[1:]:
-      ratio = np.median(np.array(rates[name]) / base)
-      cells.append(f"{np.median(rates[name]):.1f}, {ratio:.2f} of offline")
-    print(f"| {retrieve} | {longest} | {' | '.join(cells)} |", flush=True)
+    row = measure(model, requests_of(model, _IMAGES.value, retrieve))
+    print(f"| {retrieve} {row}", flush=True)
 
 
 if __name__ == "__main__":

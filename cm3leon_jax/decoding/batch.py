@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Bool, Float32, Int32, UInt32
+from jaxtyping import Bool, Float32, Int, Int32, UInt32
 import numpy as np
 
 from cm3leon_jax.decoding import grammar
@@ -179,7 +179,7 @@ def bucket_slots(length: int) -> int:
   return max(1, -(-length // BUCKET)) * BUCKET
 
 
-def prompt_tokens(prompt: Int32[np.ndarray, " T"], positions: Int32[np.ndarray, " T+1"]) -> Tokens:
+def prompt_tokens(prompt: Int[np.ndarray, " T"], positions: Int[np.ndarray, " T+1"]) -> Tokens:
   """Returns ids and positions of the tokens that prefill reads: all of a prompt but its last."""
   return np.stack([prompt[:-1], positions[:-2]], axis=1).astype(np.int32)
 

@@ -5,7 +5,6 @@
 from collections.abc import Sequence
 import dataclasses
 import itertools
-from typing import NamedTuple
 
 import jax
 from jaxtyping import Float32, Int32
@@ -15,12 +14,11 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import batch as batch_lib
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.batch import Control
-from cm3leon_jax.decoding.compile import Static
 from cm3leon_jax.decoding.generator import Generator
-from cm3leon_jax.decoding.grammar import Grammar
 from cm3leon_jax.decoding.lane import Arrivals
+from cm3leon_jax.decoding.lane_kinds import Kind, kind_of
 from cm3leon_jax.decoding.request import Request
-from cm3leon_jax.decoding.sampling import Sampler, SamplingConfig, SamplingValues, contrastive_rows
+from cm3leon_jax.decoding.sampling import SamplingConfig, SamplingValues, contrastive_rows
 from cm3leon_jax.mesh import batch_shards
 
 FIXED = (grammar.CODES, grammar.EOSS, grammar.MASK, grammar.END)  # Parts whose length is known.
@@ -57,18 +55,6 @@ class Update:
   over: bool
   divergence: float | None
   steps: int
-
-
-class Kind(NamedTuple):
-  """What requests of one lane have in common.
-
-  Attributes:
-    static: of the programs; `longest` and `widths` are those of buckets.
-    parts: M.
-  """
-
-  static: Static
-  parts: int
 
 
 @dataclasses.dataclass(eq=False)
@@ -293,8 +279,12 @@ class ContinuousGenerator:
     return any(lane.busy for lane in self._lanes)
 
   def has_room(self, request: Request, sampling: SamplingConfig | None = None) -> bool:
-    """Returns whether `add` would take a request; a lane may be kept from others for its kind."""
-    return self._lane(request, sampling or self.generator.config.sampling) is not None
+    """Returns whether `add` would take a request.
+
+    If all lanes are busy with other kinds of requests, one of them takes no more from now on, so
+    that there will be room.
+    """
+    return self._opens(kind_of(request, sampling or self.generator.config.sampling, self.generator))
 
   def add(self, request: Request, seed: int, sampling: SamplingConfig | None = None) -> int:
     """Takes a request; the next step of its lane reads its prompts.
@@ -309,20 +299,37 @@ class ContinuousGenerator:
       Ticket of its updates.
 
     Raises:
-      UserError: it takes more positions than were trained.
+      UserError: it takes more positions than were trained, or a wrong seed.
       NoRoom: see there.
     """
     self.generator.check(request)
+    if not 0 <= seed < 2**32:
+      raise UserError(f"the seed is {seed}; it must be at least 0 and less than 2^32.")
     sampling = sampling or self.generator.config.sampling
-    lane = self._lane(request, sampling)
-    if lane is None:
+    kind = kind_of(request, sampling, self.generator)
+    if not self._opens(kind):
       raise NoRoom("the lane of this request is full: try again after a step.")
-    if lane not in self._lanes:
-      self._lanes.append(lane)
+    lane = self._open_lane(kind) or self._new_lane(kind)
     ticket = next(self._tickets)
     none = np.zeros(0, np.int32), np.zeros(0, np.float32)
     self._places[ticket] = lane, lane.add(_Sample(ticket, request, seed, sampling, *none))
     return ticket
+
+  def warm(self, request: Request, sampling: SamplingConfig | None = None) -> None:
+    """Compiles all programs of a request's lane, so that no sample waits for them later.
+
+    Raises:
+      ValueError: a sample is under way.
+      UserError, StepFailed: as `add` and `step`.
+    """
+    if self.busy:
+      raise ValueError("warm is called while samples are under way; call it before them.")
+    most = self.slots // self.shards
+    for of_shard in sorted({min(1 << i, most) for i in range(most.bit_length() + 1)}):
+      tickets = [self.add(request, 0, sampling) for _ in range(of_shard * self.shards)]
+      self.step()
+      for ticket in tickets:
+        self.remove(ticket)
 
   def remove(self, ticket: int) -> None:
     """Ends a sample; its row is free at once. A ticket that is over or unknown is ignored."""
@@ -354,77 +361,30 @@ class ContinuousGenerator:
         del self._places[update.ticket]
     return updates
 
-  def _lane(self, request: Request, sampling: SamplingConfig) -> _Lane | None:
-    """Returns the lane that a request may join, which may be new, or None."""
-    kind = kind_of(request, sampling, self.generator)
-    lane = next((lane for lane in self._lanes if lane.kind == kind), None)
-    if lane is not None:
+  def _open_lane(self, kind: Kind) -> _Lane | None:
+    """Returns a lane with a free row: one of this kind, or the smallest busy one that fits."""
+    fits = [x for x in self._lanes if x.has_room and kind.fits(x.kind)]
+    fits = [x for x in fits if x.busy or x.kind == kind]
+    return min(fits, key=lambda lane: lane.kind.slots, default=None)
+
+  def _opens(self, kind: Kind) -> bool:
+    """Returns whether a lane has a free row, or could be made."""
+    for lane in self._lanes:
       lane.draining &= lane.busy
-      return lane if lane.has_room else None
+    if self._open_lane(kind):
+      return True
+    if any(lane.kind == kind for lane in self._lanes):
+      return False
+    if len(self._lanes) < self.limit or not all(lane.busy for lane in self._lanes):
+      return True
+    # Else lanes that are refilled without end would keep this kind from ever having one.
+    if not any(lane.draining for lane in self._lanes):
+      max(self._lanes, key=lambda lane: lane.rows.count(None)).draining = True
+    return False
+
+  def _new_lane(self, kind: Kind) -> _Lane:
+    """Makes a lane, in place of the one that was idle for longest if there are too many."""
     if len(self._lanes) >= self.limit:
-      idle = [lane for lane in self._lanes if not lane.busy]
-      if not idle:
-        # Else a lane that is refilled without end would keep others from ever having one.
-        if not any(lane.draining for lane in self._lanes):
-          max(self._lanes, key=lambda lane: lane.rows.count(None)).draining = True
-        return None
-      self._lanes.remove(idle[0])
-    return _Lane(kind, self.generator, self.slots, self.chunk, self.shards)
-
-
-def kind_of(request: Request, sampling: SamplingConfig, generator: Generator) -> Kind:
-  """Returns what a request must have in common with a lane; lengths are rounded up."""
-  config, usual = generator.config, Sampler.of(generator.config.sampling)
-  own = Sampler.of(sampling)
-
-  def candidates(own: int, usual: int) -> int:
-    return usual if 0 < own <= usual else 0
-
-  sampler = Sampler(
-    candidates(own.of_codes, usual.of_codes),
-    candidates(own.of_all, usual.of_all),
-    own.contrastive_k if len(request.streams) > 1 else 0,
-  )
-  most = batch_lib.bucket_slots(config.positions)
-  widths = tuple(min(width_bucket(len(prompt) - 1), most) for prompt in request.streams)
-  longest = grammar.longest(request.plan)
-  room = min(room_bucket(longest, config.image_tokens + 1), config.positions)
-  static = Static(
-    config.model,
-    Grammar(config.vocab, config.image_tokens),
-    sampler,
-    config.cache_dtype,
-    widths,
-    room,
-    (room,),
-  )
-  return Kind(static, max(4, 1 << len(request.plan).bit_length()))
-
-
-def width_bucket(length: int) -> int:
-  """Returns the number of slots for a prompt: BUCKET times 1, 2, 3, 4, 6, 8, 12, 16, ...
-
-  >>> [width_bucket(n) for n in (0, 32, 33, 65, 129, 200, 257)]
-  [32, 32, 64, 96, 192, 256, 384]
-  """
-  units = -(-max(length, 1) // batch_lib.BUCKET)
-  power = 1 << (units - 1).bit_length()
-  return batch_lib.BUCKET * (power * 3 // 4 if units <= power * 3 // 4 else power)
-
-
-def room_bucket(length: int, image: int) -> int:
-  """Returns the number of slots for the tokens of a sample: those of an image, halved or doubled.
-
-  >>> [room_bucket(n, 65) for n in (1, 33, 34, 65, 66, 131)]
-  [33, 33, 65, 65, 130, 260]
-
-  Args:
-    length: largest number of tokens.
-    image: number of tokens of an image and its end.
-  """
-  room = image
-  while room < length:
-    room *= 2
-  while (half := -(-room // 2)) >= max(length, batch_lib.BUCKET):
-    room = half
-  return room
+      self._lanes.remove(next(lane for lane in self._lanes if not lane.busy))
+    self._lanes.append(_Lane(kind, self.generator, self.slots, self.chunk, self.shards))
+    return self._lanes[-1]

@@ -167,6 +167,9 @@ class Engine:
     for task in partial.usual_tasks(self.pipeline):
       job = Job(task, 1, lambda event: None, shows_progress=True)
       self._prepare(job)
+      if not self._open:
+        raise RuntimeError(f"the task {task.name} cannot be prepared.")
+      self._generator.warm(self._open[0].request, task.sampling)
       while self._open or self._running:
         self._compute()
     self.samples = self.tokens = 0

@@ -17,9 +17,8 @@ from cm3leon_jax.decoding.continuous import (
   ContinuousGenerator,
   NoRoom,
   StepFailed,
-  room_bucket,
-  width_bucket,
 )
+from cm3leon_jax.decoding.lane_kinds import room_bucket, width_bucket
 from tests.decoding.generator_test import edits
 from tests.decoding.small import (
   IMAGE,
@@ -102,9 +101,9 @@ def run(engine, cases, rng, removed=0.1, check=check):
 
 def test_any_schedule_gives_the_samples_of_generate(generator, cases):
   engine = ContinuousGenerator(generator, slots=2, chunk=3)
-  over = [run(engine, cases, np.random.default_rng(seed)) for seed in range(8)]
+  over = [run(engine, cases, np.random.default_rng(seed)) for seed in range(5)]
   assert all(len(cases) / 3 < n < len(cases) for n in over)  # Some were removed.
-  assert run(engine, cases, np.random.default_rng(8), removed=0) == len(cases)
+  assert run(engine, cases, np.random.default_rng(5), removed=0) == len(cases)
   # The rings of a lane turned more than once: every slot was the next one.
   assert len(engine._lanes) == 3
 
@@ -188,6 +187,39 @@ def test_a_removed_sample_frees_its_row_at_once(generator, cases):
   assert engine.step() == []
 
 
+def test_an_idle_lane_makes_room_for_another(generator, cases):
+  engine, samples = ContinuousGenerator(generator, slots=2, chunk=3, lanes=1), []
+  for streams in (1, 2, 1):
+    case = next(case for case in cases if len(case[0].streams) == streams)
+    assert engine.has_room(case[0], case[2])
+    engine.add(*case[:3])
+    assert len(engine._lanes) == 1
+    while engine.busy:
+      samples += [update for update in engine.step() if update.over]
+    check(samples[-1], case)
+
+
+def test_a_short_request_joins_a_busy_lane_of_longer_ones(generator, cases):
+  short = [case for case in cases if len(case[0].streams) == 1][:3]
+  [long] = cases_of(
+    generator, [[request_lib.document(VOCAB, IMAGE, [np.arange(20, 60)], 7)]], SAMPLINGS[:1]
+  )
+  engine = ContinuousGenerator(generator, slots=2, chunk=3)
+  tickets = {engine.add(*case[:3]): case for case in (long, *short)}
+  # Two in the long one's lane; the others, for which it has no row, in one of their own.
+  assert [lane.kind.static.widths for lane in engine._lanes] == [(64,), (32,)]
+  while engine.busy:
+    for update in engine.step():
+      check(update, tickets[update.ticket])
+  # An idle lane is not joined, and a long request does not fit a short one.
+  assert engine.has_room(long[0], long[2])
+  tickets = {engine.add(*case[:3]): case for case in (*short[:2], long)}
+  assert [sum(map(bool, lane.rows)) for lane in engine._lanes] in ([1, 2], [2, 1])
+  engine = ContinuousGenerator(generator, slots=2, chunk=3)
+  tickets = {engine.add(*case[:3]): case for case in (*short[:1], long)}
+  assert [lane.kind.static.widths for lane in engine._lanes] == [(32,), (64,)]
+
+
 def test_lanes_take_turns_and_are_bounded(generator, cases):
   """A kind of request that finds all lanes busy gets one, though others refill them for ever."""
   engine = ContinuousGenerator(generator, slots=2, chunk=3, lanes=2)
@@ -247,6 +279,21 @@ def test_rows_on_several_devices(generator, cases):
   assert run(engine, guided, np.random.default_rng(0), removed=0) == len(guided)
 
 
+def test_a_warm_lane_compiles_nothing(generator, cases, caplog):
+  plain = [case for case in cases if len(case[0].streams) == 1]
+  engine = ContinuousGenerator(generator, slots=3, chunk=3)
+  with jax.log_compiles():
+    engine.warm(plain[0][0])
+    assert "Compiling jit" in caplog.text
+    caplog.clear()
+    assert not engine.busy
+    assert run(engine, plain, np.random.default_rng(0), removed=0) == len(plain)
+    assert "Compiling jit" not in caplog.text
+  engine.add(*plain[0][:3])
+  with pytest.raises(ValueError, match="under way"):
+    engine.warm(plain[0][0])
+
+
 def test_bad_calls(generator):
   for fields in ({"slots": 0}, {"chunk": 0}, {"lanes": 0}):
     with pytest.raises(UserError, match=f"{next(iter(fields))} is 0; it must be positive"):
@@ -259,10 +306,14 @@ def test_bad_calls(generator):
   engine = ContinuousGenerator(generator)
   with pytest.raises(UserError, match=f"has {POSITIONS} tokens"):
     engine.add(long, 0)
+  for seed in (-1, 2**32):
+    with pytest.raises(UserError, match=f"the seed is {seed}"):
+      engine.add(guided_requests()[0], seed)
   assert not engine.busy
 
 
 def test_buckets():
+  assert (width_bucket(2, 8), width_bucket(9, 8)) == (8, 32)
   assert [width_bucket(n) for n in (0, 32, 33, 65, 129, 200, 257)] == [
     32, 32, 64, 96, 192, 256, 384,
   ]  # fmt: skip
