@@ -14,6 +14,7 @@ import base64
 import contextlib
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -167,6 +168,7 @@ async def killed(url: str) -> dict:
 
 
 def main(_) -> None:
+  logging.getLogger("httpx").setLevel(logging.WARNING)
   rate, png = offline()
   results = {"offline": {"images_per_second": rate}}
   with server(_SLOTS.value) as (process, url):
