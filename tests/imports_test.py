@@ -27,6 +27,7 @@ MAY_IMPORT = {
   "reports": BASE | CORE | {"settings", "evaluation"},
   "export": BASE | CORE | {"settings"},
   "planning": BASE | CORE,
+  "serving": BASE | CORE,
 }
 # Modules beside the small networks that they train; only commands import them.
 TRAINERS = ("tokenizers/train_vqgan.py", "clip/train.py")

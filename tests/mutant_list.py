@@ -5,7 +5,8 @@ from tests.mutant_lists.decoding import DECODING
 from tests.mutant_lists.evaluation import EVALUATION
 from tests.mutant_lists.export import EXPORT
 from tests.mutant_lists.retrieval import RETRIEVAL
+from tests.mutant_lists.serving import SERVING
 from tests.mutant_lists.training import TRAINING
 from tests.mutant_lists.watching import WATCHING
 
-MUTANTS = DATA + RETRIEVAL + TRAINING + DECODING + EVALUATION + EXPORT + WATCHING
+MUTANTS = DATA + RETRIEVAL + TRAINING + DECODING + EVALUATION + EXPORT + WATCHING + SERVING

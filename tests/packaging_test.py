@@ -16,7 +16,9 @@ import cm3leon_jax
 ROOT = pathlib.Path(__file__).parents[1]
 METADATA = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = runpy.run_path(str(ROOT / ".ci" / "extras.py"))
-PROMISED = ("tpu", "cuda12", "cuda13", "data", "ray", "monitoring", "eval", "aot", "demo", "dev")
+PROMISED = (
+  *("tpu", "cuda12", "cuda13", "data", "ray", "monitoring", "serve", "eval", "aot", "demo", "dev"),
+)
 
 
 def build(source, target) -> pathlib.Path:
@@ -51,7 +53,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel):
   assert top == {"cm3leon_jax", f"cm3leon_jax-{cm3leon_jax.__version__}.dist-info"}
   expected = {
     str(path.relative_to(ROOT))
-    for pattern in ("*.py", "*.jinja", "*.yaml", "py.typed", "assets/**/*")
+    for pattern in ("*.py", "*.jinja", "*.yaml", "py.typed", "assets/**/*", "page/*")
     for path in (ROOT / "cm3leon_jax").rglob(pattern)
     if path.is_file()
   }

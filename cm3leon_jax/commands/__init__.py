@@ -19,6 +19,7 @@ COMMANDS = (
   "grade_instructions",
   "score",
   "export",
+  "serve",
   "reinforce",
   "report",
   "plan",

@@ -251,7 +251,7 @@ class Pipeline:
           show_steps,
         ):
           places = [members[result.request] for result in batch]
-          made = self._samples(places, batch, tasks, requests, given, neighbors)
+          made = self.samples(places, batch, tasks, requests, given, neighbors)
           samples |= {(i, sample.index): sample for i, sample in zip(places, made)}
           if on_batch is not None:
             on_batch(made)
@@ -348,10 +348,19 @@ class Pipeline:
       for task, found in zip(tasks, neighbors)
     ]
 
-  def _samples(
+  def samples(
     self, places: Sequence[int], batch: Sequence[Result], tasks, requests, given: dict, neighbors
   ) -> list[Sample]:
-    """Generates the samples of a batch; `places` are the indices of their tasks."""
+    """Makes the samples of generated ids: decodes their images and texts, and scores them.
+
+    Args:
+      places: index of the task of each result.
+      batch: results of the generator.
+      tasks: of any kinds.
+      requests: of each task.
+      given: result of `check_tasks`.
+      neighbors: of each task, best first.
+    """
     answers = [
       tasks[i].from_ids(self.layout, requests[i], result.tokens) for i, result in zip(places, batch)
     ]

@@ -64,8 +64,9 @@ def test_help_shows_an_example_and_the_commands_own_flags_without_importing_jax(
   text = (help_pages / name).read_text()
   *page, imported = text.splitlines()
   assert (imported, (help_pages / f"{name}.errors").read_text()) == ("0 []", "")
-  takes_config = name != "checkpoints"
-  first = "--config=" if takes_config else "list --workdir="
+  takes_config = name not in ("checkpoints", "serve")
+  without = {"checkpoints": "list --workdir=", "serve": "--workdir="}
+  first = "--config=" if takes_config else without[name]
   assert f"python -m launch.{name} {first}" in text
   assert [f"  {flag}" in page for flag in ALWAYS] == [takes_config] * len(ALWAYS)
   assert ("  --workdir=VALUE" in page) == (name != "aot_compile")

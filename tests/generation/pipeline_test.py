@@ -257,7 +257,7 @@ def test_a_document_has_its_images_in_order(pipeline):
   brk = [VOCAB.brk]
   ids = np.concatenate([brk, first, brk, text, brk, second, [VOCAB.eos]]).astype(np.int32)
   result = Result(0, 0, 0, ids, np.zeros(len(ids), np.float32), False)
-  (sample,) = pipeline._samples([0], [result], [task], [request], {}, [()])
+  (sample,) = pipeline.samples([0], [result], [task], [request], {}, [()])
   assert [s if isinstance(s, str) else None for s in sample.segments] == [
     "red apple",
     None,

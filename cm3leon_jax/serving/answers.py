@@ -1,0 +1,234 @@
+"""Answers of the API: the events of a job as JSON, or as server-sent events."""
+
+from collections.abc import AsyncIterator
+import dataclasses
+import json
+import time
+from typing import Any
+import uuid
+
+from cm3leon_jax.generation.tasks import Task
+from cm3leon_jax.generation.text_tasks import TEXT_LENGTH
+from cm3leon_jax.serving.errors import ApiError
+from cm3leon_jax.serving.jobs import Event, Failed, Finished, Neighbor, Progress, Started
+from cm3leon_jax.serving.uploads import png
+
+
+@dataclasses.dataclass
+class Seen:
+  """What the events of a job have said so far."""
+
+  started: Started = Started((), 0, 0)  # noqa: RUF009 (frozen)
+  tokens: int = 0
+
+  def take(self, event: Event) -> Event:
+    """Notes an event."""
+    if isinstance(event, Started):
+      self.started = event
+    elif isinstance(event, Finished):
+      self.tokens += len(event.sample.tokens)
+    return event
+
+
+def neighbors(found: tuple[Neighbor, ...]) -> list[dict[str, str]]:
+  """Describes retrieved documents, with their images and their origins."""
+  names = ("key", "caption", "source", "license", "attribution")
+  return [{**{n: getattr(d, n) for n in names}, "b64_json": png(d.image)} for d in found]
+
+
+def server_event(data: dict | str, name: str = "") -> str:
+  """Formats a server-sent event."""
+  text = data if isinstance(data, str) else json.dumps(data)
+  return f"{f'event: {name}{chr(10)}' if name else ''}data: {text}\n\n"
+
+
+def error_event(error: ApiError) -> str:
+  """Formats the event that ends a stream in which something has failed."""
+  return server_event(error.body(), "error")
+
+
+@dataclasses.dataclass
+class ImageAnswer:
+  """Answers of a request for images.
+
+  Attributes:
+    task: of the request.
+    resolution: side of the images in pixels.
+    total_rows: rows of codes that are generated.
+    prefix: of the types of events, image_generation or image_edit.
+    partial_images: largest number of partial images of each sample; None: one for each row.
+  """
+
+  task: Task
+  resolution: int
+  total_rows: int
+  prefix: str = "image_generation"
+  partial_images: int | None = None
+
+  def __post_init__(self):
+    self._created, self._seen = int(time.time()), Seen()
+    self._shown: dict[int, list[int]] = {}
+
+  def _about(self) -> dict[str, Any]:
+    size = f"{self.resolution}x{self.resolution}"
+    return {"background": "opaque", "output_format": "png", "quality": "high", "size": size}
+
+  def _usage(self, tokens: int) -> dict[str, Any]:
+    started = self._seen.started
+    prompt = started.text_tokens + started.image_tokens
+    return {
+      "input_tokens": prompt,
+      "input_tokens_details": {
+        "image_tokens": started.image_tokens,
+        "text_tokens": started.text_tokens,
+      },
+      "output_tokens": tokens,
+      "total_tokens": prompt + tokens,
+    }
+
+  async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
+    """Returns the answer when all samples are complete."""
+    samples = []
+    async for event in events:
+      if isinstance(self._seen.take(event), Finished):
+        samples.append(event.sample)
+    samples.sort(key=lambda sample: sample.index)
+    return {
+      "created": self._created,
+      "data": [
+        {"b64_json": png(s.segments[0]), "seed": s.seed, "clip_score": s.clip_score}
+        for s in samples
+      ],
+      **self._about(),
+      "usage": self._usage(self._seen.tokens),
+      "neighbors": neighbors(self._seen.started.neighbors),
+    }
+
+  async def stream(self, events: AsyncIterator[Event]) -> AsyncIterator[str]:
+    """Yields an event for each partial image, and one for each complete image."""
+    async for event in events:
+      self._seen.take(event)
+      if isinstance(event, Progress) and self._is_due(event):
+        shown = self._shown.setdefault(event.index, [])
+        data = {"partial_image_index": len(shown), "rows": event.rows, "of_rows": self.total_rows}
+        if not shown:
+          data["neighbors"] = neighbors(self._seen.started.neighbors)
+        shown.append(event.rows)
+        yield self._event("partial_image", event.image, event.index, data)
+      elif isinstance(event, Finished):
+        sample = event.sample
+        data = {
+          "usage": self._usage(len(sample.tokens)),
+          "seed": sample.seed,
+          "clip_score": sample.clip_score,
+          "neighbors": neighbors(self._seen.started.neighbors),
+        }
+        yield self._event("completed", sample.segments[0], sample.index, data)
+
+  def _is_due(self, event: Progress) -> bool:
+    """Returns whether rows are shown: evenly spread if fewer partial images are wanted."""
+    if event.rows >= self.total_rows:
+      return False  # The complete image follows.
+    if self.partial_images is None:
+      return True
+    shown = self._shown.get(event.index, [])
+    next_rows = (len(shown) + 1) * self.total_rows / (self.partial_images + 1)
+    return len(shown) < self.partial_images and event.rows >= next_rows
+
+  def _event(self, kind: str, image, index: int, data: dict[str, Any]) -> str:
+    name = f"{self.prefix}.{kind}"
+    shared = {"type": name, "created_at": self._created, "index": index, **self._about()}
+    return server_event({**shared, "b64_json": png(image), **data}, name)
+
+
+@dataclasses.dataclass
+class ChatAnswer:
+  """Answers of a request for texts.
+
+  Attributes:
+    task: of the request.
+    model: its name.
+    num_samples: of the request.
+    include_usage: a last chunk counts tokens.
+  """
+
+  task: Task
+  model: str
+  num_samples: int
+  include_usage: bool = False
+
+  def __post_init__(self):
+    self._created, self._seen = int(time.time()), Seen()
+    self._id = f"chatcmpl-{uuid.uuid4().hex}"
+
+  def _usage(self) -> dict[str, int]:
+    started = self._seen.started
+    prompt = started.text_tokens + started.image_tokens
+    tokens = self._seen.tokens
+    return {
+      "prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens
+    }  # fmt: skip
+
+  def _reason(self, sample) -> str:
+    """Returns whether a text has ended by itself, or at its largest length."""
+    longest = self.task.length or TEXT_LENGTH
+    return "length" if len(sample.tokens) > longest else "stop"
+
+  async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
+    """Returns the answer when all samples are complete."""
+    choices = []
+    async for event in events:
+      if isinstance(self._seen.take(event), Finished):
+        sample = event.sample
+        message = {"role": "assistant", "content": sample.text, "refusal": None}
+        reason = self._reason(sample)
+        choices.append(
+          {"index": sample.index, "message": message, "logprobs": None, "finish_reason": reason}
+        )
+    return {
+      "id": self._id,
+      "object": "chat.completion",
+      "created": self._created,
+      "model": self.model,
+      "choices": sorted(choices, key=lambda choice: choice["index"]),
+      "usage": self._usage(),
+      "neighbors": neighbors(self._seen.started.neighbors),
+    }
+
+  async def stream(self, events: AsyncIterator[Event]) -> AsyncIterator[str]:
+    """Yields a chunk for each new piece of a text; the texts joined are those of `whole`."""
+    sent: dict[int, str] = {}
+    async for event in events:
+      self._seen.take(event)
+      if isinstance(event, Started):
+        for index in range(self.num_samples):
+          yield self._chunk(index, {"role": "assistant", "content": ""})
+      elif isinstance(event, Progress):
+        before = sent.setdefault(event.index, "")
+        if event.text.startswith(before) and event.text != before:
+          sent[event.index] = event.text
+          yield self._chunk(event.index, {"content": event.text[len(before) :]})
+      elif isinstance(event, Finished):
+        sample = event.sample
+        before = sent.get(sample.index, "")
+        if sample.text != before:
+          yield self._chunk(sample.index, {"content": sample.text.removeprefix(before)})
+        yield self._chunk(sample.index, {}, self._reason(sample))
+    if self.include_usage:
+      yield server_event({**self._head(), "choices": [], "usage": self._usage()})
+    yield server_event("[DONE]")
+
+  def _head(self) -> dict[str, Any]:
+    return {
+      "id": self._id, "object": "chat.completion.chunk", "created": self._created,
+      "model": self.model,
+    }  # fmt: skip
+
+  def _chunk(self, index: int, delta: dict[str, str], reason: str | None = None) -> str:
+    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+    return server_event({**self._head(), "choices": [choice]})
+
+
+def failure(event: Event) -> ApiError | None:
+  """Returns the error of an event, if it is one."""
+  return event.error if isinstance(event, Failed) else None

@@ -1,0 +1,349 @@
+"""The HTTP application: routes in the shape of the OpenAI API, health, metrics, and one page."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+import contextlib
+import importlib.resources
+import re
+import secrets
+import time
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.generation import calls
+from cm3leon_jax.generation.tasks import BREAK, MASK, Task
+from cm3leon_jax.serving import partial, schemas, uploads
+from cm3leon_jax.serving.answers import ChatAnswer, ImageAnswer, failure
+from cm3leon_jax.serving.engine import Engine
+from cm3leon_jax.serving.errors import ApiError, refusal
+from cm3leon_jax.serving.jobs import Event, Finished, Job
+from cm3leon_jax.serving.limits import Guard, Limits
+from cm3leon_jax.serving.metrics import CONTENT_TYPE, Metrics
+from cm3leon_jax.serving.streams import EventStream, unless_gone
+
+T = TypeVar("T")
+GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
+CHAT, MODELS = "/v1/chat/completions", "/v1/models"
+PAGE = {
+  "": ("index.html", "text/html"),
+  "app.css": ("app.css", "text/css"),
+  "app.js": ("app.js", "text/javascript"),
+  "canvas.js": ("canvas.js", "text/javascript"),
+}
+
+
+class Server:
+  """Answers the requests of one model."""
+
+  def __init__(self, engine: Engine, name: str, limits: Limits):
+    """Prepares the routes.
+
+    Args:
+      engine: of the model.
+      name: of the model, for clients.
+      limits: of requests.
+    """
+    self.engine, self.name, self.limits = engine, name, limits
+    self.metrics = Metrics(engine)
+    self._layout = engine.pipeline.layout
+    self._started = int(time.time())
+
+  def app(self, local: bool) -> Guard:
+    """Returns the application; `local`: it is bound to a loopback address."""
+    routes = [
+      Route(GENERATIONS, self._generations, methods=["POST"]),
+      Route(EDITS, self._edits, methods=["POST"]),
+      Route(CHAT, self._chat, methods=["POST"]),
+      Route(MODELS, self._models),
+      Route(MODELS + "/{name}", self._model),
+      Route("/healthz", self._health),
+      Route("/readyz", self._ready),
+      Route("/metrics", self._metrics),
+      *(Route(f"/{name}", _page) for name in PAGE),
+    ]
+    handlers: Any = {ApiError: _api_error, HTTPException: _http_error, Exception: _unknown_error}
+    handlers[ClientDisconnect] = _nobody
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    endpoints = [route.path for route in routes]
+    return Guard(app, self.limits, self.metrics, endpoints, local)
+
+  async def _generations(self, request: Request) -> Response:
+    body = schemas.read(schemas.Generation, await self._json(request))
+    self._check(body)
+    retrieve = body.retrieve
+    if retrieve is None:
+      retrieve = self.engine.pipeline.usual_retrieve
+    task = self._task("text_to_image", body, {"prompt": body.prompt}, retrieve=retrieve)
+    return await self._images(request, body, task, "image_generation")
+
+  async def _edits(self, request: Request) -> Response:
+    fields, files = await self._form(request)
+    body = schemas.read(schemas.Edit, fields, strict=False)
+    self._check(body)
+    if "image" not in files:
+      raise ApiError(400, "image is needed: send a file.", "image", "missing_required_parameter")
+    resolution, pixels = self._layout.resolution, self.limits.most_pixels
+    image = await asyncio.to_thread(uploads.decode, files["image"], resolution, pixels)
+    box = tuple(int(x) for x in body.box.split(",")) if body.box else ()
+    if "mask" in files:
+      if box:
+        raise refusal("mask and box are given: give one of them.", "mask")
+      box = await asyncio.to_thread(
+        uploads.box_of_mask, files["mask"], files["image"], resolution, pixels
+      )
+    inputs: dict[str, Any] = {"image": image, "prompt": body.prompt}
+    if box:
+      box = partial.whole_box(self._layout, box)
+      task = self._task("infill_image", body, {**inputs, "box": box}, retrieve=body.retrieve or 0)
+    else:
+      if body.retrieve:
+        raise refusal("an edit retrieves no documents: leave retrieve out.", "retrieve")
+      task = self._task("edit", body, inputs)
+    return await self._images(request, body, task, "image_edit")
+
+  async def _chat(self, request: Request) -> Response:
+    body = schemas.read(schemas.Chat, await self._json(request))
+    self._check(body)
+    text, data = _content(body.messages)
+    resolution, pixels = self._layout.resolution, self.limits.most_pixels
+    fields = {"retrieve": body.retrieve or 0}
+    if length := body.max_completion_tokens or body.max_tokens:
+      fields["length"] = min(length, self._longest(text))
+    inputs: dict[str, Any] = {}
+    if data is not None:
+      image = await asyncio.to_thread(uploads.decode, data, resolution, pixels, "messages")
+      inputs["image"] = image
+    if text:
+      inputs["prompt"] = text
+    kind = "infill_text" if MASK in text else "question" if text else "caption"
+    task = self._task(kind, body, inputs, **fields)
+    usage = body.stream_options.include_usage
+    answer = ChatAnswer(task, self.name, body.n, usage)
+    return await self._answer(request, body, task, answer)
+
+  def _longest(self, text: str) -> int:
+    """Returns the largest number of tokens of an answer for which there is room."""
+    taken = self._layout.image_tokens + len(self._layout.encode(text)) + 32
+    return max(self._layout.positions - taken, 1)
+
+  def _task(self, kind: str, body: schemas.Body, inputs: dict, **fields: int) -> Task:
+    """Makes a task. Raises ApiError where `CM3Leon` raises UserError."""
+    seed = secrets.randbelow(2**31) if body.seed is None else body.seed
+    try:
+      defaults = self.engine.pipeline.settings.sampling
+      _, [task] = calls.tasks(kind, defaults, seed, body.sampling(), inputs, **fields)
+      return task
+    except UserError as error:
+      raise refusal(str(error).removeprefix("sampling.")) from error
+
+  def _check(self, body: schemas.Body) -> None:
+    """Raises ApiError at another model, too many samples, or another size."""
+    if body.model not in (None, "", self.name):
+      raise ApiError(
+        404,
+        f"this server has the model '{self.name}' only: name it, or none.",
+        "model",
+        "model_not_found",
+      )
+    if body.n > self.limits.most_samples:
+      raise refusal(f"n is {body.n}; it must be at most {self.limits.most_samples}.", "n")
+    side = self._layout.resolution
+    if isinstance(body, schemas.ImageBody) and body.size not in ("auto", f"{side}x{side}"):
+      raise refusal(f"size must be auto or {side}x{side}, which this model draws.", "size")
+
+  async def _images(
+    self, request: Request, body: schemas.ImageBody, task: Task, prefix: str
+  ) -> Response:
+    try:
+      rows = partial.total_rows(task, self._layout)
+    except UserError as error:
+      raise refusal(str(error), "box") from error
+    answer = ImageAnswer(task, self._layout.resolution, rows, prefix, body.partial_images)
+    return await self._answer(request, body, task, answer)
+
+  async def _answer(
+    self, request: Request, body: schemas.Body, task: Task, answer: ImageAnswer | ChatAnswer
+  ) -> Response:
+    """Gives the task to the engine; answers when it is done, or with a stream of events."""
+    events = self._events(task, body.n, body.stream)
+    if not body.stream:
+      async with contextlib.aclosing(events):
+        found = await unless_gone(request, answer.whole(events))
+      return Response(status_code=499) if found is None else JSONResponse(found)
+    # Errors before the first event have a status of their own.
+    first = await unless_gone(request, anext(events))
+    if first is None:
+      await events.aclose()
+      return Response(status_code=499)
+    return EventStream(answer.stream, first, events)
+
+  async def _events(self, task: Task, count: int, stream: bool) -> AsyncIterator[Event]:
+    """Yields the events of a job. Whoever closes it cancels the job.
+
+    Raises:
+      ApiError: the job failed, or took too long.
+    """
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+
+    def deliver(event: Event) -> None:
+      with contextlib.suppress(RuntimeError):  # The loop has ended: nobody waits.
+        loop.call_soon_threadsafe(queue.put_nowait, event)
+
+    job = Job(task, count, deliver, stream)
+    self.engine.submit(job)
+    try:
+      ends, remaining = loop.time() + self.limits.seconds, count
+      while remaining:
+        try:
+          event = await asyncio.wait_for(queue.get(), ends - loop.time())
+        except TimeoutError as error:
+          seconds = f"{self.limits.seconds:g}"
+          message = f"the answer took more than {seconds} s: ask for fewer samples, or try later."
+          raise ApiError(504, message, code="timeout") from error
+        if (wrong := failure(event)) is not None:
+          raise wrong
+        remaining -= isinstance(event, Finished)
+        yield event
+    finally:
+      self.engine.cancel(job)
+
+  async def _read(self, coroutine: Awaitable[T]) -> T:
+    """Awaits a body. Raises ApiError if the client sends it too slowly."""
+    try:
+      return await asyncio.wait_for(coroutine, self.limits.body_seconds)
+    except TimeoutError as error:
+      seconds = f"{self.limits.body_seconds:g}"
+      raise ApiError(408, f"the body took more than {seconds} s.", code="body_timeout") from error
+
+  async def _json(self, request: Request) -> dict:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+      raise ApiError(415, "the body must be JSON: send Content-Type: application/json.")
+    return schemas.read_json(await self._read(request.body()))
+
+  async def _form(self, request: Request) -> tuple[dict[str, str], dict[str, bytes]]:
+    """Reads the fields and the files of a form."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "multipart/form-data":
+      raise ApiError(415, "the body must be a form: send Content-Type: multipart/form-data.")
+    form = await self._read(request.form(max_files=4, max_fields=40, max_part_size=2**16))
+    fields, files = {}, {}
+    async with contextlib.AsyncExitStack() as stack:
+      stack.push_async_callback(form.close)
+      for key, value in form.multi_items():
+        name = key.removesuffix("[]")
+        if name in (*fields, *files):
+          raise refusal(f"{name} is given twice; this model takes one.", name)
+        if not isinstance(value, UploadFile):
+          fields[name] = value
+        elif name in ("image", "mask"):
+          files[name] = await value.read()
+        else:
+          raise refusal(f"there is no file '{name[:80]}' here: the files are image and mask.")
+    return fields, files
+
+  async def _models(self, _: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [self._described()]})
+
+  async def _model(self, request: Request) -> Response:
+    if request.path_params["name"] != self.name:
+      message = f"this server has the model '{self.name}' only."
+      raise ApiError(404, message, "model", "model_not_found")
+    return JSONResponse(self._described())
+
+  def _described(self) -> dict[str, Any]:
+    pipeline = self.engine.pipeline
+    sampling, layout = pipeline.settings.sampling, self._layout
+    names = ("guidance", "temperature", "top_p", "top_k", "image_guidance", "edit_guidance")
+    return {
+      "id": self.name,
+      "object": "model",
+      "created": self._started,
+      "owned_by": "cm3leon_jax",
+      "resolution": layout.resolution,
+      "rows": layout.side,
+      "most_samples": self.limits.most_samples,
+      "retrieve": pipeline.usual_retrieve,
+      "most_retrieve": min(2 * pipeline.usual_retrieve, pipeline.settings.retrieval.max_candidates),
+      "sampling": {name: getattr(sampling, name) for name in names},
+    }
+
+  async def _health(self, _: Request) -> Response:
+    if self.engine.failure is not None:
+      return PlainTextResponse("failed\n", 500)
+    return PlainTextResponse("ok\n")
+
+  async def _ready(self, _: Request) -> Response:
+    ready = self.engine.is_ready
+    return PlainTextResponse("ready\n" if ready else "compiling\n", 200 if ready else 503)
+
+  async def _metrics(self, _: Request) -> Response:
+    return Response(self.metrics.text(), media_type=CONTENT_TYPE)
+
+
+def _content(messages: list[schemas.Message]) -> tuple[str, bytes | None]:
+  """Returns text and image of the one message that the model answers. Raises ApiError."""
+  if len(messages) != 1 or messages[0].role != "user":
+    raise refusal(
+      f"messages has {len(messages)} messages; this model answers one message with the role user: "
+      "an image, and a question about it.",
+      "messages",
+    )
+  content = messages[0].content
+  parts = [schemas.Part(type="text", text=content)] if isinstance(content, str) else content
+  text = " ".join(p.text.strip() for p in parts if p.type == "text" and p.text)
+  images = [p.image_url for p in parts if p.type == "image_url"]
+  if len(images) > 1 or None in images:
+    raise refusal("messages must hold at most one image, in image_url.url.", "messages")
+  if not images and MASK not in text:
+    raise refusal(
+      f"the message has no image: add one for a caption or an answer, or write {MASK} where a text "
+      "is to be filled in; this model does not chat.",
+      "messages",
+    )
+  if BREAK in text and MASK not in text:
+    raise refusal(f"the message has a {BREAK}, which only a text with {MASK} takes.", "messages")
+  image = uploads.from_data_url(images[0].url, "image_url.url") if images else None
+  return text, image
+
+
+async def _page(request: Request) -> Response:
+  """Serves a file of the page: one of PAGE, never a path that a client names."""
+  name, kind = PAGE[request.url.path.strip("/")]
+  folder = importlib.resources.files("cm3leon_jax.serving") / "page"
+  headers = {"Cache-Control": "no-cache"}
+  return Response((folder / name).read_bytes(), media_type=kind, headers=headers)
+
+
+async def _api_error(_: Request, error: Exception) -> Response:
+  assert isinstance(error, ApiError)
+  return JSONResponse(error.body(), error.status, error.headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+  """Errors of Starlette: no such path, another method, a damaged form."""
+  assert isinstance(error, HTTPException)
+  sentences = {
+    404: "there is nothing at this path: docs/serving.md lists the paths.",
+    405: f"{request.method[:16]} is not allowed here.",
+  }
+  detail = re.sub(r"\s+", " ", str(error.detail))[:200]
+  own = ApiError(error.status_code, sentences.get(error.status_code, detail))
+  return JSONResponse(own.body(), error.status_code, dict(error.headers or {}))
+
+
+async def _unknown_error(_: Request, error: Exception) -> Response:
+  """Starlette raises the error again after this answer, so that uvicorn logs it."""
+  own = ApiError(500, "the server has failed at this request; its log has the reason.")
+  return JSONResponse(own.body(), 500)
+
+
+async def _nobody(_: Request, error: Exception) -> Response:
+  return Response(status_code=499)  # The client left while it sent its body.

@@ -1,0 +1,355 @@
+"""The one thread that computes: jobs in, events out; a job joins the others at the next chunk."""
+
+from collections import deque
+from collections.abc import Sequence
+import contextlib
+import dataclasses
+import logging
+import math
+import threading
+import time
+
+import jax
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.documents import Document
+from cm3leon_jax.decoding.continuous import ContinuousGenerator, StepFailed, Update
+from cm3leon_jax.decoding.generator import Result, sample_seed
+from cm3leon_jax.generation import pipeline as pipeline_lib
+from cm3leon_jax.generation.given_images import given_key
+from cm3leon_jax.generation.pipeline import Pipeline, Sample
+from cm3leon_jax.generation.tasks import has_image
+from cm3leon_jax.serving import partial
+from cm3leon_jax.serving.errors import ApiError
+from cm3leon_jax.serving.jobs import Failed, Finished, Job, Neighbor, OpenJob, Progress, Started
+
+_LOG = logging.getLogger("cm3leon_jax.serving")
+
+
+class Engine:
+  """Owns JAX: one thread prepares jobs, decodes them chunk by chunk, and delivers their events."""
+
+  def __init__(
+    self,
+    pipeline: Pipeline,
+    mesh: jax.sharding.Mesh,
+    *,
+    slots: int = 8,
+    chunk: int = 16,
+    queue_limit: int = 64,
+  ):
+    """Prepares an engine; `start` begins.
+
+    Args:
+      pipeline: of the run.
+      mesh: that it was loaded on.
+      slots: samples of one shape that are decoded at once.
+      chunk: tokens of each sample between two deliveries.
+      queue_limit: largest number of jobs that wait for a slot.
+
+    Raises:
+      UserError: `slots` does not divide by the devices that share a batch.
+    """
+    self.pipeline, self.slots, self.queue_limit = pipeline, slots, queue_limit
+    self._mesh, self._chunk = mesh, chunk
+    self._tokenizer = dataclasses.replace(pipeline.image_tokenizer, batch_size=1)
+    self._changed = threading.Condition()
+    self._incoming: deque[Job] = deque()
+    self._open: deque[OpenJob] = deque()
+    self._running: dict[
+      int, tuple[OpenJob, int]
+    ] = {}  # By ticket: a job and the number of a sample.
+    self._generator = self._fresh()
+    self._closing = False
+    self._ready = threading.Event()
+    self.failure: BaseException | None = None
+    self.samples = self.tokens = 0
+    self._busy_seconds = 0.0
+    self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+  def start(self) -> None:
+    """Starts the thread: it compiles the usual programs, then `is_ready`."""
+    self._thread.start()
+
+  def close(self, seconds: float = 10) -> bool:
+    """Ends the thread after its chunk; returns whether it has ended within so many seconds."""
+    with self._changed:
+      self._closing = True
+      self._changed.notify()
+    self._thread.join(seconds)
+    return not self._thread.is_alive()
+
+  @property
+  def is_ready(self) -> bool:
+    """Whether the usual programs are compiled, and the engine goes on."""
+    return self._ready.is_set() and not self._closing
+
+  def wait_until_ready(self) -> bool:
+    """Waits for the usual programs; returns False if the engine has ended instead."""
+    self._ready.wait()
+    return self.is_ready
+
+  def submit(self, job: Job) -> None:
+    """Queues a job. Raises ApiError 429 if too many wait, 503 if the engine has ended."""
+    with self._changed:
+      if self._closing or self.failure is not None:
+        raise ApiError(503, "the server is stopping.", code="stopping")
+      if self.waiting >= self.queue_limit:
+        seconds = self._seconds_to_wait()
+        raise ApiError(
+          429,
+          f"{self.queue_limit} requests wait already: try again in {seconds} s.",
+          code="queue_full",
+          headers={"Retry-After": str(seconds)},
+        )
+      self._incoming.append(job)
+      self._changed.notify()
+
+  def cancel(self, job: Job) -> None:
+    """Drops a job: from the queue at once, from its slots at the next chunk."""
+    with self._changed:
+      job.cancelled = True
+      with contextlib.suppress(ValueError):
+        self._incoming.remove(job)
+      self._changed.notify()
+
+  @property
+  def waiting(self) -> int:
+    """Number of jobs of which no sample has begun."""
+    return len(self._incoming) + sum(not o.begun for o in list(self._open))
+
+  @property
+  def active(self) -> int:
+    """Number of jobs that are not answered yet."""
+    return len(self._incoming) + len({id(o) for o in list(self._open)} | self._running_jobs())
+
+  @property
+  def running(self) -> int:
+    """Number of samples that have a slot."""
+    return len(self._running)
+
+  def _running_jobs(self) -> set[int]:
+    return {id(o) for o, _ in list(self._running.values())}
+
+  def _seconds_to_wait(self) -> int:
+    """Estimates from the measured rate when a slot of the queue is free."""
+    each = self._busy_seconds / self.samples if self.samples else 1.0
+    samples = sum(j.num_samples for j in self._incoming)
+    samples += sum(o.job.num_samples - o.finished for o in list(self._open))
+    return min(max(math.ceil(each * samples / max(self.queue_limit, 1)), 1), 600)
+
+  def _run(self) -> None:
+    try:
+      with jax.set_mesh(self._mesh):
+        self._warm_up()
+        self._ready.set()
+        while self._turn():
+          pass
+    except BaseException as error:
+      _LOG.exception("the engine has ended")
+      self.failure = error
+    finally:
+      with self._changed:
+        self._closing = True
+        self._ready.set()
+        jobs = [*self._incoming, *(o.job for o in self._open)]
+        jobs += [o.job for o, _ in self._running.values()]
+        self._incoming.clear()
+      for job in dict.fromkeys(jobs):
+        job.deliver(Failed(ApiError(503, "the server is stopping.", code="stopping")))
+
+  def _fresh(self) -> ContinuousGenerator:
+    return ContinuousGenerator(self.pipeline.generator, slots=self.slots, chunk=self._chunk)
+
+  def _warm_up(self) -> None:
+    """Compiles what nearly every request needs: the usual shapes of each kind of task."""
+    for task in partial.usual_tasks(self.pipeline):
+      job = Job(task, 1, lambda event: None, shows_progress=True)
+      self._prepare(job)
+      if not self._open:
+        raise RuntimeError(f"the task {task.name} cannot be prepared.")
+      self._generator.warm(self._open[0].request, task.sampling)
+      while self._open or self._running:
+        self._compute()
+    self.samples = self.tokens = 0
+    self._busy_seconds = 0.0
+
+  def _turn(self) -> bool:
+    """Waits for work and does one chunk of it; returns whether the engine goes on."""
+    with self._changed:
+      self._changed.wait_for(lambda: self._closing or self._incoming or self._open or self._running)
+      if self._closing:
+        return False
+      room = max(self.slots - sum(o.waits for o in self._open), 1)
+      taken = [self._incoming.popleft() for _ in range(min(room, len(self._incoming)))]
+    for job in taken:
+      if not job.cancelled:
+        self._prepare(job)
+    began = time.monotonic()
+    try:
+      self._compute()
+    except Exception:
+      _LOG.exception("decoding has failed")
+      self._fail_running()
+    self._busy_seconds += time.monotonic() - began
+    return True
+
+  def _prepare(self, job: Job) -> None:
+    """Retrieves, encodes the given image, and makes the request; delivers `Started`."""
+    try:
+      pipeline, task = self.pipeline, job.task
+      given = pipeline_lib.check_tasks(pipeline.layout, [task], pipeline.bank)
+      [neighbors] = pipeline.retrieve([task])
+      codes = None
+      if has_image(task):
+        codes = self._tokenizer.encode(given[given_key(task)][None])[0]
+      request = task.to_request(pipeline.layout, codes, neighbors)
+      is_image = pipeline.layout.vocab.is_image(request.streams[0])
+      started = Started(self._described(neighbors), int((~is_image).sum()), int(is_image.sum()))
+    except UserError as error:
+      return job.deliver(Failed(ApiError(400, self._public(str(error)), code="invalid_value")))
+    except Exception:
+      _LOG.exception("a request could not be prepared")
+      return job.deliver(Failed(_internal()))
+    self._open.append(OpenJob(job, request, given, codes, neighbors))
+    job.deliver(started)
+
+  def _described(self, neighbors: Sequence[Document]) -> tuple[Neighbor, ...]:
+    layout = self.pipeline.layout
+    found = []
+    for document in neighbors:
+      codes = layout.vocab.image_codes(document.segments[1].tokens)
+      found.append(
+        Neighbor(
+          document.key,
+          layout.decode(document.segments[0].tokens),
+          self._tokenizer.decode(codes[None])[0],
+          *(document.source, document.license, document.attribution),
+        )
+      )
+    return tuple(found)
+
+  def _public(self, message: str) -> str:
+    """Returns a message without the server's folders."""
+    path = self.pipeline.bank
+    return message if path is None else message.replace(str(path), "the bank")
+
+  def _compute(self) -> None:
+    """Drops what is cancelled, gives free slots to samples, decodes a chunk and delivers it."""
+    self._drop()
+    self._fill()
+    try:
+      updates = self._generator.step()
+    except StepFailed as error:
+      _LOG.exception("a chunk has failed")
+      for ticket in error.tickets:
+        opened, _ = self._running.pop(ticket)
+        self._fail(opened, _internal())
+      self._drop()
+      return
+    for update in updates:
+      self._deliver(update)
+
+  def _drop(self) -> None:
+    for ticket, (opened, _) in list(self._running.items()):
+      if opened.job.cancelled or opened.failed:
+        self._generator.remove(ticket)
+        del self._running[ticket]
+    for opened in list(self._open):
+      if opened.job.cancelled or opened.failed:
+        self._open.remove(opened)
+
+  def _fill(self) -> None:
+    """Begins samples while there is room: one of each job in turn, so that none waits for another.
+
+    A job whose shape has no room lets those after it pass.
+    """
+    progressed = True
+    while progressed:
+      progressed = False
+      for opened in list(self._open):
+        if self._generator.has_room(opened.request, opened.job.task.sampling):
+          progressed = self._begin(opened) or progressed
+          self._open.remove(opened)
+          if opened.waits and not opened.failed:
+            self._open.append(opened)
+
+  def _begin(self, opened: OpenJob) -> bool:
+    job, index = opened.job, opened.begun
+    try:
+      seed = sample_seed(job.task.seed, index)
+      ticket = self._generator.add(opened.request, seed, job.task.sampling)
+    except UserError as error:
+      self._fail(opened, ApiError(400, self._public(str(error)), code="invalid_value"))
+      return False
+    except Exception:
+      _LOG.exception("a sample could not begin")
+      self._fail(opened, _internal())
+      return False
+    opened.begun += 1
+    self._running[ticket] = (opened, index)
+    return True
+
+  def _fail(self, opened: OpenJob, error: ApiError) -> None:
+    if not opened.failed:
+      opened.failed = True
+      opened.job.deliver(Failed(error))
+
+  def _fail_running(self) -> None:
+    """Fails the jobs that were decoded when something went wrong; the others go on."""
+    for opened, _ in self._running.values():
+      self._fail(opened, _internal())
+    self._running.clear()
+    self._open = deque(o for o in self._open if not o.failed)
+    self._generator = self._fresh()
+
+  def _deliver(self, update: Update) -> None:
+    opened, index = self._running[update.ticket]
+    job = opened.job
+    if update.over:
+      del self._running[update.ticket]
+      opened.finished += 1
+      self.samples += 1
+      self.tokens += len(update.tokens)
+    if job.cancelled or opened.failed:
+      return
+    try:
+      if update.over:
+        job.deliver(Finished(self._sample(opened, index, update)))
+      elif job.shows_progress:
+        self._show(opened, index, update.tokens)
+    except Exception:
+      _LOG.exception("a sample could not be shown")
+      self._fail(opened, _internal())
+
+  def _sample(self, opened: OpenJob, index: int, update: Update) -> Sample:
+    task = opened.job.task
+    result = Result(
+      *(0, index, sample_seed(task.seed, index)),
+      *(update.tokens, update.log_probs, False, update.divergence),
+    )
+    [sample] = self.pipeline.samples(
+      [0], [result], [task], [opened.request], opened.given, [opened.neighbors]
+    )
+    return sample
+
+  def _show(self, opened: OpenJob, index: int, tokens: np.ndarray) -> None:
+    """Delivers the rows or the text that are new."""
+    task, layout = opened.job.task, self.pipeline.layout
+    if not partial.makes_image(task):
+      opened.job.deliver(Progress(index, text=partial.text(layout, tokens)))
+      return
+    rows, codes = partial.image(task, layout, tokens, opened.codes)
+    if rows <= opened.rows.get(index, 0):
+      return
+    opened.rows[index] = rows
+    image = self._tokenizer.decode(codes[None])[0]
+    image = partial.without_rows_to_come(task, layout, image, rows)
+    opened.job.deliver(Progress(index, rows, image))
+
+
+def _internal() -> ApiError:
+  return ApiError(
+    500, "the server has failed at this request; its log has the reason.", code="internal"
+  )

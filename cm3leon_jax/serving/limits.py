@@ -1,0 +1,154 @@
+"""What a request must satisfy before it is read: host, origin, token, size."""
+
+from collections.abc import Iterable, Mapping
+import dataclasses
+import hmac
+import ipaddress
+import json
+import time
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cm3leon_jax.serving.errors import ApiError
+from cm3leon_jax.serving.metrics import Metrics
+
+# The page has no script, style or image of another place, and nobody may frame it.
+HEADERS = {
+  "Content-Security-Policy": (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+  ),
+  "Cross-Origin-Opener-Policy": "same-origin",
+  "Cross-Origin-Resource-Policy": "same-origin",
+  "Referrer-Policy": "no-referrer",
+  "X-Content-Type-Options": "nosniff",
+  "X-Frame-Options": "DENY",
+}
+CLIENT_LEFT = 499  # In the metrics; nobody gets it.
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """Limits of requests.
+
+  Attributes:
+    most_samples: largest n.
+    most_bytes: of a body.
+    most_pixels: of an image.
+    seconds: from a request to its answer.
+    body_seconds: for the client to send its body.
+    token: that requests must bear, or empty.
+  """
+
+  most_samples: int = 8
+  most_bytes: int = 16 * 2**20
+  most_pixels: int = 2**24
+  seconds: float = 120.0
+  body_seconds: float = 30.0
+  token: str = ""
+
+
+def is_loopback(host: str) -> bool:
+  """Returns whether only this machine reaches an address."""
+  try:
+    return ipaddress.ip_address(host).is_loopback
+  except ValueError:
+    return host == "localhost"
+
+
+class Guard:
+  """Refuses requests by their headers, limits their bodies, and counts them."""
+
+  def __init__(
+    self, app: ASGIApp, limits: Limits, metrics: Metrics, endpoints: Iterable[str], local: bool
+  ):
+    """Wraps an application.
+
+    Args:
+      app: the application.
+      limits: of requests.
+      metrics: counts them.
+      endpoints: paths that are counted under their own names.
+      local: the server is bound to a loopback address, so requests must name one, too: else a
+        stranger's page whose name is made to point here could read the answers.
+    """
+    self._app, self._limits, self._metrics = app, limits, metrics
+    self._endpoints, self._local = frozenset(endpoints), local
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] != "http":  # Nothing listens to WebSockets.
+      return await self._app(scope, receive, send)
+    began, status, received = time.monotonic(), CLIENT_LEFT, 0
+
+    async def limited() -> Message:
+      nonlocal received
+      message = await receive()
+      received += len(message.get("body", b""))
+      if received > self._limits.most_bytes:
+        raise self._too_large()
+      return message
+
+    async def answered(message: Message) -> None:
+      nonlocal status
+      if message["type"] == "http.response.start":
+        status = message["status"]
+        own = {name.lower() for name, _ in message.get("headers", ())}
+        more = [(k.lower().encode(), v.encode()) for k, v in HEADERS.items()]
+        kept = [(name, value) for name, value in more if name not in own]
+        message = {**message, "headers": [*message.get("headers", ()), *kept]}
+      await send(message)
+
+    headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+    try:
+      try:
+        self._check(scope["path"], headers)
+      except ApiError as error:
+        return await refuse(error, answered)
+      await self._app(scope, limited, answered)
+    finally:
+      path = scope["path"]
+      endpoint = path if path in self._endpoints else "other"
+      self._metrics.count(endpoint, status, time.monotonic() - began)
+
+  def _check(self, path: str, headers: Mapping[str, str]) -> None:
+    """Raises ApiError if the headers of a request are not as they must be."""
+    host = headers.get("host", "")
+    try:
+      name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+      name = ""
+    if self._local and not is_loopback(name):
+      raise ApiError(403, "this server answers to localhost and 127.0.0.1 only.", code="wrong_host")
+    if (origin := headers.get("origin")) is not None and origin.partition("://")[2] != host:
+      raise ApiError(403, "pages of other sites may not use this server.", code="wrong_origin")
+    if self._limits.token and (path.startswith("/v1/") or path == "/metrics"):
+      kind, _, given = headers.get("authorization", "").partition(" ")
+      right = hmac.compare_digest(given.strip().encode(), self._limits.token.encode())
+      if kind.lower() != "bearer" or not right:
+        raise ApiError(
+          401,
+          "the token is absent or wrong: send the header Authorization: Bearer TOKEN.",
+          code="invalid_api_key",
+          headers={"WWW-Authenticate": "Bearer"},
+        )
+    length = headers.get("content-length", "0")
+    if length.isdecimal() and (len(length) > 18 or int(length) > self._limits.most_bytes):
+      raise self._too_large()
+
+  def _too_large(self) -> ApiError:
+    return ApiError(
+      413,
+      f"the body is larger than {self._limits.most_bytes:,} bytes: send a smaller image.",
+      code="body_too_large",
+    )
+
+
+async def refuse(error: ApiError, send: Send) -> None:
+  """Answers with an error."""
+  body = json.dumps(error.body()).encode()
+  headers = {"content-type": "application/json", "content-length": str(len(body))}
+  headers |= {name.lower(): value for name, value in error.headers.items()}
+  pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+  await send({"type": "http.response.start", "status": error.status, "headers": pairs})
+  await send({"type": "http.response.body", "body": body})

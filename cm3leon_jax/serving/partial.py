@@ -1,0 +1,121 @@
+"""What can be shown of a sample while it is generated: rows of its image, or the text so far."""
+
+# I tokens of an image, G tokens so far, H height, W width.
+
+import dataclasses
+
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.generation.image_tasks import (
+  Edit,
+  ImageTask,
+  InfillImage,
+  TextToImage,
+  whole_codes,
+)
+from cm3leon_jax.generation.pipeline import Pipeline
+from cm3leon_jax.generation.tasks import PromptLayout, Task
+from cm3leon_jax.generation.text_tasks import Caption, Question
+from cm3leon_jax.serving.errors import refusal
+
+TO_COME = 160  # Gray of the rows that are not generated yet.
+
+
+def makes_image(task: Task) -> bool:
+  """Returns whether the answer of a task is an image."""
+  return isinstance(task, ImageTask)
+
+
+def image(
+  task: Task, layout: PromptLayout, tokens: np.ndarray, given: np.ndarray | None
+) -> tuple[int, np.ndarray]:
+  """Returns the codes of an image of which [G] tokens are generated.
+
+    side 4, tokens 5 6 7 8 9 9: 1 complete row, codes 5 6 7 8, then 5 6 7 8 in each other row
+
+  The decoder is not causal: a complete row still changes a little as the rows below it come.
+
+  Args:
+    task: of an image.
+    layout: of the run.
+    tokens: so far.
+    given: [I] codes of the given image, around the box of an infill.
+
+  Returns:
+    (number of complete rows, or of complete rows of the box; [I] codes, the rows to come filled).
+  """
+  codes = layout.vocab.image_codes(tokens[layout.vocab.is_image(tokens)])
+  side = layout.side
+  if isinstance(task, InfillImage) and given is not None:
+    left, top, right, bottom = whole_codes(task.box, layout.resolution, side)
+    places = np.arange(side * side).reshape(side, side)[top:bottom, left:right].ravel()
+    rows, whole = len(codes) // (right - left), given.copy()
+    done = rows * (right - left)
+    whole[places[:done]] = codes[:done]
+    return rows, whole
+  rows = len(codes) // side
+  if not rows:
+    return 0, np.zeros(side * side, np.int32)
+  complete = codes[: rows * side].reshape(rows, side)
+  below = np.repeat(complete[-1:], side - rows, axis=0)
+  return rows, np.concatenate([complete, below]).ravel()
+
+
+def without_rows_to_come(
+  task: Task, layout: PromptLayout, pixels: np.ndarray, rows: int
+) -> np.ndarray:
+  """Returns [H, W, 3] pixels with gray where no code is generated yet; an infill is whole."""
+  if isinstance(task, InfillImage):
+    return pixels
+  shown = pixels.copy()
+  shown[rows * (layout.resolution // layout.side) :] = TO_COME
+  return shown
+
+
+def total_rows(task: Task, layout: PromptLayout) -> int:
+  """Returns the number of rows of codes that a task generates."""
+  if isinstance(task, InfillImage):
+    _, top, _, bottom = whole_codes(task.box, layout.resolution, layout.side)
+    return bottom - top
+  return layout.side
+
+
+def text(layout: PromptLayout, tokens: np.ndarray) -> str:
+  """Returns the text of the first hole so far, without a character that is cut in two."""
+  vocab = layout.vocab
+  ends = np.flatnonzero(tokens < vocab.num_special)
+  first = tokens[: ends[0]] if len(ends) else tokens
+  return layout.decode(first).strip().rstrip("\ufffd")
+
+
+def usual_tasks(pipeline: Pipeline) -> list[Task]:
+  """Returns tasks of the usual kinds and lengths of prompts.
+
+  Their programs are compiled before the first request; another length compiles when it comes.
+  """
+  layout, sampling = pipeline.layout, pipeline.settings.sampling
+  blank = np.full((layout.resolution, layout.resolution, 3), 128, np.uint8)
+  caption, retrieve = "a red apple", pipeline.usual_retrieve
+  box = (0, 0, layout.resolution // 2, layout.resolution // 2)
+  tasks = [
+    TextToImage(caption, retrieve=0),
+    Caption(image=blank),
+    Question(image=blank, prompt="What color is the apple?"),
+    Edit(image=blank, prompt="make it blue"),
+    InfillImage(image=blank, box=box, prompt=caption),
+  ]
+  if retrieve:
+    # The caption of a document finds that document, whatever else has too little in common.
+    known = layout.decode(pipeline.documents[0].segments[0].tokens)
+    tasks.insert(0, TextToImage(known, retrieve=retrieve))
+  return [dataclasses.replace(task, sampling=sampling) for task in tasks]
+
+
+def whole_box(layout: PromptLayout, box: tuple[int, ...]) -> tuple[int, ...]:
+  """Rounds a box of pixels out to whole codes, in pixels. Raises ApiError as `whole_codes`."""
+  try:
+    codes = whole_codes(box, layout.resolution, layout.side)
+  except UserError as error:
+    raise refusal(str(error), "box") from error
+  return tuple(layout.resolution // layout.side * x for x in codes)

@@ -1,0 +1,212 @@
+"""Bodies of requests: their fields, types and ranges; whatever else is refused in one sentence."""
+
+from collections.abc import Mapping
+import difflib
+import json
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import pydantic
+from pydantic import Field
+
+from cm3leon_jax.config import short
+from cm3leon_jax.decoding.sampling import Schedule
+from cm3leon_jax.serving.errors import ApiError, refusal
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
+Count = Annotated[int, Field(ge=0, le=2**20)]
+# The fields of a form are texts; so are the values of these, of which none means a number.
+NO_MEANING = ("user", "safety_identifier", "metadata", "store", "service_tier")
+
+
+class Body(pydantic.BaseModel):
+  """Fields that all requests have.
+
+  Attributes:
+    ignored: fields of the OpenAI API that change nothing here.
+    model: name of the model that is served, or nothing.
+    n: number of samples.
+    seed: of the first sample; without it, the server takes any.
+    stream: answers by server-sent events.
+    retrieve: number of retrieved documents.
+  """
+
+  model_config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+  ignored: ClassVar[tuple[str, ...]] = NO_MEANING
+
+  model: str | None = None
+  n: Annotated[int, Field(ge=1)] = 1
+  seed: Seed | None = None
+  stream: bool = False
+  retrieve: Annotated[int, Field(ge=0, le=1_000)] | None = None
+  temperature: Annotated[float, Field(ge=0, le=1e6)] | None = None
+  top_k: Count | None = None
+  top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+
+
+class ImageBody(Body):
+  """Fields of requests whose answer is an image."""
+
+  ignored: ClassVar[tuple[str, ...]] = (
+    *NO_MEANING,
+    *("quality", "style", "moderation", "input_fidelity", "output_compression"),
+  )
+
+  prompt: str = ""
+  size: str = "auto"
+  response_format: Literal["b64_json"] = "b64_json"
+  output_format: Literal["png"] = "png"
+  background: Literal["auto", "opaque"] = "auto"
+  partial_images: Annotated[int, Field(ge=0, le=1_000)] | None = None
+  guidance: Weight | None = None
+  guidance_schedule: Schedule | None = None
+
+  def sampling(self) -> dict[str, Any]:
+    """Returns the settings of sampling that are given."""
+    names = ("guidance", "guidance_schedule", "temperature", "top_k", "top_p")
+    return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+class Generation(ImageBody):
+  """Body of POST /v1/images/generations."""
+
+  prompt: str
+
+
+class Edit(ImageBody):
+  """Fields of the form of POST /v1/images/edits, beside its files.
+
+  Attributes:
+    box: left,top,right,bottom in pixels of the model's resolution: fills in this box.
+  """
+
+  box: Annotated[str, Field(pattern=r"^\s*\d{1,6}\s*(,\s*\d{1,6}\s*){3}$")] | None = None
+  image_guidance: Weight | None = None
+  edit_guidance: Weight | None = None
+
+  def sampling(self):
+    names = ("image_guidance", "edit_guidance")
+    given = {name: value for name in names if (value := getattr(self, name)) is not None}
+    return super().sampling() | given
+
+
+class ImageUrl(pydantic.BaseModel):
+  """Value of a part of type image_url."""
+
+  model_config = pydantic.ConfigDict(extra="forbid")
+  url: str
+  detail: str = "auto"
+
+
+class Part(pydantic.BaseModel):
+  """A text or an image of a message."""
+
+  model_config = pydantic.ConfigDict(extra="forbid")
+  type: Literal["text", "image_url"]
+  text: str | None = None
+  image_url: ImageUrl | None = None
+
+
+class Message(pydantic.BaseModel):
+  """A message of a user."""
+
+  model_config = pydantic.ConfigDict(extra="forbid")
+  role: str
+  content: str | list[Part]
+  name: str | None = None
+
+
+class StreamOptions(pydantic.BaseModel):
+  """Options of a streamed chat."""
+
+  model_config = pydantic.ConfigDict(extra="forbid")
+  include_usage: bool = False
+  include_obfuscation: bool = False
+
+
+class Chat(Body):
+  """Body of POST /v1/chat/completions."""
+
+  messages: list[Message]
+  stream_options: StreamOptions = StreamOptions()
+  max_tokens: Annotated[int, Field(ge=1, le=2**20)] | None = None
+  max_completion_tokens: Annotated[int, Field(ge=1, le=2**20)] | None = None
+  frequency_penalty: Annotated[float, Field(ge=0, le=0)] = 0
+  presence_penalty: Annotated[float, Field(ge=0, le=0)] = 0
+
+  def sampling(self) -> dict[str, Any]:
+    """Returns the settings of sampling that are given; temperature 0 is greedy, as elsewhere."""
+    given = {"text_temperature": self.temperature, "text_top_k": self.top_k}
+    if self.temperature == 0:
+      given = {"text_top_k": 1}
+    given["text_top_p"] = self.top_p
+    return {name: value for name, value in given.items() if value is not None}
+
+
+B = TypeVar("B", bound=Body)
+
+
+def read_json(text: bytes) -> dict:
+  """Reads a JSON object. Raises ApiError at anything else."""
+
+  def refuse(constant: str):
+    raise ValueError(f"{constant} is no number of JSON")
+
+  try:
+    found = json.loads(text, parse_constant=refuse)
+  except (ValueError, RecursionError) as error:
+    reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+    raise ApiError(400, f"the body is no JSON ({short(reason)}): send a JSON object.") from error
+  if not isinstance(found, dict):
+    raise ApiError(400, f"the body is a JSON {type(found).__name__}; it must be an object.")
+  return found
+
+
+def read(cls: type[B], values: Mapping[str, Any], strict: bool = True) -> B:
+  """Makes the body of a request; null stands for a field that is not given.
+
+  Args:
+    cls: of the body.
+    values: by the names of their fields.
+    strict: of JSON; False: of a form, whose values are texts.
+
+  Raises:
+    ApiError: an unknown field, an absent one, or a wrong value.
+  """
+  given = {k: v for k, v in values.items() if v is not None and k not in cls.ignored}
+  try:
+    return cls.model_validate(given, strict=strict)
+  except (pydantic.ValidationError, RecursionError) as error:
+    if isinstance(error, RecursionError):
+      raise ApiError(400, "the body is nested too deeply.") from error
+    # Unknown fields first: a misspelled field says more than that the right one is absent.
+    found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
+    raise _refusal(dict(found), cls) from error
+
+
+def _refusal(error: dict, cls: type[Body]) -> ApiError:
+  """Turns an error of pydantic into one sentence."""
+  field = ".".join(map(str, error["loc"]))
+  short_field = short(field).strip("'\"")
+  if error["type"] == "extra_forbidden":
+    name, names = short_field, list(cls.model_fields)
+    close = difflib.get_close_matches(name, names, 1)
+    hint = f"did you mean '{close[0]}'?" if close else f"the fields are {', '.join(names)}."
+    return ApiError(400, f"there is no field '{name}' here: {hint}", name, "unknown_parameter")
+  if error["type"] == "missing":
+    message = f"{short_field} is needed, and not given."
+    return ApiError(400, message, short_field, "missing_required_parameter")
+  if error["loc"] == ("response_format",):
+    return refusal(
+      f"response_format is {short(error['input'])}; images are returned as b64_json only: the "
+      "server keeps no files that a url could name.",
+      field,
+    )
+  _, should, rule = error["msg"].partition(" should ")
+  rule = rule if should else f"satisfy: {error['msg']}"
+  for long, brief in (
+    ("greater than or equal to", "at least"),
+    ("less than or equal to", "at most"),
+  ):
+    rule = rule.replace(long, brief)
+  return refusal(f"{short_field} is {short(error['input'])}; it must {rule}.", short_field)

@@ -1,0 +1,83 @@
+"""Streams of server-sent events, and clients that leave before their answer."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+import contextlib
+from typing import TypeVar
+
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+
+from cm3leon_jax.serving.answers import error_event
+from cm3leon_jax.serving.errors import ApiError
+from cm3leon_jax.serving.jobs import Event
+
+T = TypeVar("T")
+QUIET_SECONDS = 10.0  # Then a stream says that it is alive, so that no proxy closes it.
+
+
+class EventStream(StreamingResponse):
+  """Server-sent events of a job; it is cancelled when the client leaves."""
+
+  def __init__(
+    self,
+    write: Callable[[AsyncIterator[Event]], AsyncIterator[str]],
+    first: Event,
+    events: AsyncIterator[Event],
+  ):
+    self._write, self._first, self._events = write, first, events
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    super().__init__(self._texts(), media_type="text/event-stream", headers=headers)
+
+  async def __call__(self, scope, receive, send):
+    try:
+      await super().__call__(scope, receive, send)
+    finally:
+      await self.body_iterator.aclose()
+      await self._events.aclose()
+
+  async def _replayed(self) -> AsyncIterator[Event]:
+    yield self._first
+    async for event in self._events:
+      yield event
+
+  async def _texts(self) -> AsyncIterator[str]:
+    texts = self._write(self._replayed())
+    waiting = None
+    try:
+      while True:
+        waiting = waiting or asyncio.ensure_future(anext(texts))
+        done, _ = await asyncio.wait({waiting}, timeout=QUIET_SECONDS)
+        if not done:
+          yield ": working\n\n"
+          continue
+        text, waiting = waiting.result(), None
+        yield text
+    except StopAsyncIteration:
+      pass
+    except ApiError as error:
+      yield error_event(error)
+    finally:
+      if waiting is not None:
+        waiting.cancel()
+        with contextlib.suppress(BaseException):
+          await waiting
+      await texts.aclose()
+
+
+async def unless_gone(request: Request, coroutine: Awaitable[T]) -> T | None:
+  """Awaits a result; None if the client has left before. The body must have been read."""
+  task = asyncio.ensure_future(coroutine)
+  gone = asyncio.ensure_future(_wait_until_gone(request))
+  try:
+    await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+    return task.result() if task.done() else None
+  finally:
+    for future in (task, gone):
+      future.cancel()
+    await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _wait_until_gone(request: Request) -> None:
+  while (await request.receive())["type"] != "http.disconnect":
+    pass

@@ -1,0 +1,122 @@
+"""Images that clients send: their size is limited before they are decoded; none is fetched."""
+
+# H height, W width.
+
+import base64
+import binascii
+import io
+import re
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.serving.errors import ApiError, refusal
+
+_DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,32};base64,", re.IGNORECASE)
+
+
+def from_data_url(url: str, param: str) -> bytes:
+  """Returns the bytes of an image in a data: URL. Raises ApiError at any other URL."""
+  scheme = url.partition(":")[0][:12].lower()
+  if scheme in ("http", "https", "file", "ftp"):
+    raise refusal(
+      f"{param} begins with {scheme}:, and the server fetches nothing: send the image itself as "
+      "data:image/png;base64,...",
+      param,
+    )
+  match = _DATA_URL.match(url)
+  if match is None:
+    raise refusal(f"{param} must be data:image/png;base64,... with the bytes of an image.", param)
+  try:
+    return base64.b64decode(url[match.end() :], validate=True)
+  except (binascii.Error, ValueError) as error:
+    raise refusal(f"{param} is no valid base64.", param) from error
+
+
+def _check_pixels(data: bytes, most_pixels: int, param: str) -> tuple[int, int]:
+  """Returns width and height of an image from its header; raises ApiError if it has too many."""
+  try:
+    with Image.open(io.BytesIO(data), formats=raw_pairs.FORMATS) as opened:
+      width, height = opened.size
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    message = f"{param} has far too many pixels; it may have {most_pixels:,}."
+    raise ApiError(413, message, param, "image_too_large") from error
+  except Exception as error:  # Decoders raise errors of any kind at damaged files.
+    raise refusal(
+      f"{param} cannot be read; it must be a PNG, JPEG, WebP, GIF or AVIF file.", param
+    ) from error
+  if width * height > most_pixels:
+    raise ApiError(
+      413,
+      f"{param} has {width * height:,} pixels ({width} x {height}); it may have {most_pixels:,}.",
+      param,
+      "image_too_large",
+    )
+  return width, height
+
+
+def decode(data: bytes, resolution: int, most_pixels: int, param: str = "image") -> np.ndarray:
+  """Decodes an image: [resolution, resolution, 3] uint8, its centered square.
+
+  Raises:
+    ApiError: no image, too many pixels, or a damaged file.
+  """
+  _check_pixels(data, most_pixels, param)
+  try:
+    return raw_pairs.load_image(data, resolution)
+  except UserError as error:
+    raise refusal(
+      f"{param} is damaged; it must be a PNG, JPEG, WebP, GIF or AVIF file.", param
+    ) from error
+
+
+def box_of_mask(
+  mask: bytes, image: bytes, resolution: int, most_pixels: int
+) -> tuple[int, int, int, int]:
+  """Returns the box around the fully transparent pixels of a mask, after the image's cut.
+
+    a mask of 4 x 4 pixels, transparent at rows 2 and 3 of column 0, resolution 8: (0, 4, 2, 8)
+
+  Args:
+    mask: a PNG file with an alpha channel, as large as the image.
+    image: the image that it belongs to.
+    resolution: side of the model's images.
+    most_pixels: of a file.
+
+  Raises:
+    ApiError: no PNG, another size, no alpha channel, or nothing transparent.
+  """
+  sizes = [
+    _check_pixels(data, most_pixels, name) for data, name in ((image, "image"), (mask, "mask"))
+  ]
+  if sizes[0] != sizes[1]:
+    (w, h), (mw, mh) = sizes
+    raise refusal(f"mask has {mw} x {mh} pixels; it must have {w} x {h}, as the image has.", "mask")
+  try:
+    with Image.open(io.BytesIO(mask), formats=("PNG",)) as opened:
+      has_alpha = opened.has_transparency_data
+      alpha = opened.convert("RGBA").getchannel("A")
+  except Exception as error:
+    raise refusal(
+      "mask cannot be read; it must be a PNG file with transparency.", "mask"
+    ) from error
+  hole = alpha.point(lambda value: 255 if value == 0 else 0)
+  if has_alpha and (found := _cut(hole, resolution).getbbox()) is not None:
+    return found
+  raise refusal(
+    "mask has no fully transparent pixel: make what is to be filled in transparent.", "mask"
+  )
+
+
+def _cut(mask: Image.Image, resolution: int) -> Image.Image:
+  """Cuts a mask as `raw_pairs.load_image` cuts its image; pixels stay black or white."""
+  return ImageOps.fit(mask, (resolution, resolution), Image.Resampling.NEAREST)
+
+
+def png(image: np.ndarray) -> str:
+  """Returns [H, W, 3] uint8 as the base64 text of a PNG file."""
+  buffer = io.BytesIO()
+  Image.fromarray(image).save(buffer, "PNG")
+  return base64.b64encode(buffer.getvalue()).decode()

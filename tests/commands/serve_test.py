@@ -1,0 +1,127 @@
+"""The command that serves: what it refuses, what it prints, how it stops."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+
+from etils import epath
+import pytest
+
+from tests.generation.run import save_run
+from tests.launched import ROOT, launch
+
+
+@pytest.mark.parametrize(
+  ("flags", "environment", "sentence"),
+  [
+    ([], {}, "error: name the folder of the run: --workdir=workdir"),
+    (
+      ["--workdir=nowhere"],
+      {},
+      "error: nowhere/train/config.json does not exist: name the workdir",
+    ),
+    (
+      ["--workdir=a", "--host=example.org"],
+      {},
+      "error: --host is example.org; it must be an addre",
+    ),
+    (["--workdir=a", "--token_file=no"], {}, "error: --token_file=no cannot be read: name a file"),
+    (
+      ["--workdir=a"],
+      {"CM3LEON_TOKEN": "short"},
+      "error: CM3LEON_TOKEN must hold a token of at le",
+    ),
+    (["--workdir=a", "--slots=0"], {}, "error: --slots is 0; it must be"),
+    (["--workdir=a", "--config=scenes"], {}, "error: --config is not a flag of this command"),
+  ],
+)
+def test_wrong_flags_are_refused_in_one_sentence(flags, environment, sentence):
+  result = launch("serve", *flags, **environment)
+  assert (result.returncode, result.stdout) == (2, "")
+  assert result.stderr.startswith(sentence)
+  assert result.stderr.count("\n") == 1
+
+
+def test_a_missing_package_is_named():
+  result = launch("serve", "--workdir=scenes", missing=["uvicorn"])
+  assert (result.returncode, result.stderr) == (
+    2,
+    "error: launch.serve needs uvicorn: pip install -e '.[serve]'.\n",
+  )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  root = epath.Path(tmp_path_factory.mktemp("tiny"))
+  save_run(root)
+  return root
+
+
+def test_a_port_that_is_taken_is_named(run):
+  with socket.create_server(("127.0.0.1", 0)) as taken:
+    port = taken.getsockname()[1]
+    result = launch("serve", f"--workdir={run}", f"--port={port}")
+  assert result.returncode == 2, result.stderr
+  assert f"error: --host=127.0.0.1 --port={port} cannot be opened (Address already in use)" in (
+    result.stderr
+  )
+
+
+@pytest.fixture
+def served(run, tmp_path):
+  """A server as a user starts it: its process and its address."""
+  environment = {**os.environ, "PYTHONPATH": str(ROOT), "CM3LEON_TOKEN": "correct-horse"}
+  environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+  with open(tmp_path / "stderr", "w") as errors:
+    process = subprocess.Popen(
+      [sys.executable, "-m", "launch.serve", f"--workdir={run}", "--port=0", "--chunk=1"],
+      cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True,
+    )  # fmt: skip
+    line = process.stdout.readline()
+    name = pathlib.Path(run).name
+    assert line.startswith(f"serving {name} at http://127.0.0.1:"), (
+      tmp_path / "stderr"
+    ).read_text()
+    yield process, line.split()[-1]
+    process.kill()
+    process.communicate()
+
+
+def ask(url: str, **body):
+  headers = {"Content-Type": "application/json", "Authorization": "Bearer correct-horse"}
+  data = json.dumps({"prompt": "a red apple", "n": 8, "stream": True, **body}).encode()
+  request = urllib.request.Request(f"{url}v1/images/generations", data, headers)
+  return urllib.request.urlopen(request, timeout=120)
+
+
+def test_sigterm_lets_requests_end_and_takes_no_more(served):
+  process, url = served
+  with pytest.raises(urllib.error.HTTPError, match="401"):
+    urllib.request.urlopen(f"{url}v1/models", timeout=60)
+  with ask(url) as answer:
+    first = answer.readline()
+    assert first == b"event: image_generation.partial_image\n"
+    process.send_signal(signal.SIGTERM)
+    refused = threading.Event()
+
+    def knock():
+      while not refused.is_set():
+        try:
+          socket.create_connection(("127.0.0.1", int(url.split(":")[2][:-1])), timeout=5).close()
+        except OSError:
+          refused.set()
+
+    thread = threading.Thread(target=knock)
+    thread.start()
+    text = answer.read().decode()
+    thread.join(60)
+  assert text.count("event: image_generation.completed") == 8
+  assert process.wait(60) == 0
+  assert process.stdout.read() == "stopped.\n"
+  assert refused.is_set()

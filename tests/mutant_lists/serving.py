@@ -1,0 +1,69 @@
+"""Mutants of the HTTP server: batches, clients that leave, limits, what is shown."""
+
+from tests.mutant_lists.mutant import mutants_of
+
+ENGINE = "tests/serving/engine_test.py"
+APP = "tests/serving/app_test.py"
+REFUSALS = "tests/serving/refusals_test.py"
+
+SERVING = (
+  *mutants_of(
+    "cm3leon_jax/serving/engine.py",
+    ENGINE,
+    (
+      "who_left_keeps_slots",
+      "if opened.job.cancelled or opened.failed:\n        self._generator.remove(ticket)",
+      "if opened.failed:\n        self._generator.remove(ticket)",
+    ),
+    (
+      "queue_one_more",
+      "if self.waiting >= self.queue_limit:",
+      "if self.waiting > self.queue_limit:",
+    ),
+    ("one_job_first", "self._open.append(opened)", "self._open.appendleft(opened)"),
+    ("folders_in_answers", 'message.replace(str(path), "the bank")', "message"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/serving/engine.py",
+    f"{APP}::test_images_are_those_of_the_python_call",
+    (
+      "samples_of_one_seed",
+      "seed = sample_seed(job.task.seed, index)",
+      "seed = sample_seed(job.task.seed, 0)",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/serving/streams.py",
+    f"{ENGINE}::test_a_client_that_leaves_before_its_answer_frees_its_slots",
+    ("nobody_looks_who_left", "await asyncio.wait({task, gone}", "await asyncio.wait({task}"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/serving/limits.py",
+    REFUSALS,
+    ("any_host", "not is_loopback(name):", "not name:"),
+    ("any_origin", 'origin.partition("://")[2] != host', "origin == host"),
+    ("any_token", 'if kind.lower() != "bearer" or not right:', 'if kind.lower() != "bearer":'),
+    ("bodies_without_end", "if received > self._limits.most_bytes:", "if received < 0:"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/serving/uploads.py",
+    REFUSALS,
+    ("only_width_counts", "if width * height > most_pixels:", "if width > most_pixels:"),
+    ("addresses_are_data", "_DATA_URL.match(url)", '_DATA_URL.match(url) or re.match("", url)'),
+  ),
+  *mutants_of(
+    "cm3leon_jax/serving/schemas.py",
+    REFUSALS,
+    ("nan_is_a_number", "json.loads(text, parse_constant=refuse)", "json.loads(text)"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/serving/partial.py",
+    f"{APP}::test_a_box_fills_row_by_row_within_the_given_image",
+    ("half_a_row_is_shown", "done = rows * (right - left)", "done = len(codes)"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/serving/answers.py",
+    f"{APP}::test_rows_stream_before_the_image",
+    ("first_rows_only", " and event.rows >= next_rows", ""),
+  ),
+)

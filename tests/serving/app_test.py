@@ -1,0 +1,202 @@
+"""Answers of the server are those of `CM3Leon`, whoever else asks at the same time."""
+
+from concurrent import futures
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax.generation.image_tasks import InfillImage
+from cm3leon_jax.generation.text_tasks import InfillText
+from tests.serving.live import about, error, events, image, pixels, png
+
+IMAGE = image(0)
+CAPTION = "a red apple"
+
+
+def test_images_are_those_of_the_python_call(live, model):
+  settings = {"guidance": 2.0, "top_p": 0.8, "top_k": 5, "temperature": 0.7}
+  answer = live.generate(prompt=CAPTION, n=2, seed=5, retrieve=2, **settings)
+  assert answer.status_code == 200, answer.text
+  found = answer.json()
+  expected = model.generate(CAPTION, num_samples=2, seed=5, retrieve=2, **settings)
+  for data, sample in zip(found["data"], expected, strict=True):
+    np.testing.assert_array_equal(pixels(data["b64_json"]), sample.image)
+    assert (data["seed"], data["clip_score"]) == (sample.seed, pytest.approx(sample.clip_score))
+  documents = model.retrieve(CAPTION, k=2)
+  for shown, document in zip(found["neighbors"], documents, strict=True):
+    for name in ("key", "caption", "source", "license", "attribution"):
+      assert shown[name] == getattr(document, name)
+    np.testing.assert_array_equal(pixels(shown["b64_json"]), document.image)
+  [prompt] = {len(sample.tokens) for sample in expected}
+  assert found["usage"]["output_tokens"] == 2 * prompt
+  assert found["usage"]["input_tokens_details"]["image_tokens"] == 2 * 16
+  other = live.generate(prompt=CAPTION, n=2, seed=6, retrieve=2, **settings).json()
+  assert other["data"][0]["b64_json"] != found["data"][0]["b64_json"]
+
+
+def test_rows_stream_before_the_image(live):
+  body = {"prompt": CAPTION, "seed": 5, "n": 2}
+  whole = live.generate(**body).json()
+  found = events(live.generate(**body, stream=True))
+  for index in (0, 1):
+    *partial, last = [event for event in found if event["index"] == index]
+    assert [event["type"] for event in partial] == ["image_generation.partial_image"] * 3
+    assert [event["partial_image_index"] for event in partial] == [0, 1, 2]
+    assert [(event["rows"], event["of_rows"]) for event in partial] == [(1, 4), (2, 4), (3, 4)]
+    for event in partial:
+      shown = pixels(event["b64_json"])
+      assert (shown[event["rows"] * 2 :] == 160).all()
+      assert (shown[: event["rows"] * 2] != 160).any()
+    assert last["type"] == "image_generation.completed"
+    assert last["b64_json"] == whole["data"][index]["b64_json"]
+    assert last["neighbors"] == whole["neighbors"] == partial[0]["neighbors"]
+  one = events(live.generate(**body, stream=True, partial_images=1))
+  assert sorted((event["index"], event.get("rows")) for event in one if "rows" in event) == [
+    (0, 2),
+    (1, 2),
+  ]
+  none = events(live.generate(**body, stream=True, partial_images=0))
+  assert [event["type"] for event in none] == ["image_generation.completed"] * 2
+
+
+def test_an_edit_follows_an_instruction(live, model):
+  found = live.edit(png(IMAGE), prompt="make it blue", seed="3", edit_guidance="2").json()
+  [data] = found["data"]
+  expected = model.edit(IMAGE, "make it blue", seed=3, edit_guidance=2.0)
+  np.testing.assert_array_equal(pixels(data["b64_json"]), expected)
+  assert data["clip_score"] is None
+
+
+def test_a_box_and_a_mask_are_filled_in(live, model):
+  box, other = (2, 2, 6, 6), (0, 4, 8, 8)
+  for prompt in ("", CAPTION):
+    found = live.edit(png(IMAGE), box="3,2,6,5", prompt=prompt, seed="3").json()
+    expected = model.infill(IMAGE, box, prompt, seed=3)
+    np.testing.assert_array_equal(pixels(found["data"][0]["b64_json"]), expected)
+  assert (np.asarray(model.infill(IMAGE, other, seed=3)) != np.asarray(expected)).any()
+  # Of an image of 24 x 16, the centered square begins at column 4.
+  wide, mask = image(1, (24, 16)), Image.new("RGBA", (24, 16), "black")
+  mask.paste((0, 0, 0, 0), (8, 4, 16, 12))
+  found = live.edit(png(wide), png(mask), seed="3").json()
+  expected = model.infill(wide, box, seed=3)
+  np.testing.assert_array_equal(pixels(found["data"][0]["b64_json"]), expected)
+
+
+def test_a_box_fills_row_by_row_within_the_given_image(live, model):
+  found = events(live.edit(png(IMAGE), box="2,0,8,8", seed="3", stream="true"))
+  *partial, last = found
+  assert [(event["type"], event["rows"]) for event in partial] == [
+    ("image_edit.partial_image", rows) for rows in (1, 2, 3)
+  ]
+  assert last["type"] == "image_edit.completed"
+  expected = model.infill(IMAGE, (2, 0, 8, 8), seed=3)
+  np.testing.assert_array_equal(pixels(last["b64_json"]), expected)
+  tokenizer = model.pipeline.image_tokenizer
+  sampling = model.pipeline.settings.sampling
+  task = InfillImage(image=IMAGE, box=(2, 0, 8, 8), seed=3, sampling=sampling)
+  [[sample]] = model.sample([task])
+  codes = tokenizer.encode(np.asarray(IMAGE)[None])
+  assert codes[0, :4].tolist() != sample.codes[0][:4].tolist()
+  for row, event in enumerate(partial):
+    codes[0, 4 * row + 1 : 4 * row + 4] = sample.codes[0][4 * row + 1 : 4 * row + 4]
+    np.testing.assert_array_equal(pixels(event["b64_json"]), tokenizer.decode(codes)[0])
+
+
+def test_captions_and_answers_are_those_of_the_python_calls(live, model):
+  found = live.chat(about(IMAGE), seed=4, max_tokens=8).json()
+  assert found["choices"][0]["message"]["content"] == model.caption(IMAGE, length=8, seed=4)
+  found = live.chat(about(IMAGE, "What is it?"), seed=4, max_completion_tokens=9, n=2).json()
+  texts = [choice["message"]["content"] for choice in found["choices"]]
+  assert texts[0] == model.answer(IMAGE, "What is it?", length=9, seed=4)
+  assert found["usage"]["prompt_tokens"] > 16
+  greedy = live.chat(about(IMAGE), temperature=0, max_tokens=8).json()["choices"][0]
+  assert greedy["message"]["content"] == model.caption(IMAGE, length=8, text_top_k=1)
+  assert greedy["finish_reason"] in ("stop", "length")
+  most = live.chat(about(IMAGE), seed=4, max_tokens=100_000)  # As clients of chats send it.
+  assert most.status_code == 200, most.text
+
+
+def test_a_text_streams_in_pieces_that_make_the_whole(live):
+  body = {"seed": 4, "max_tokens": 12, "n": 2}
+  whole = live.chat(about(IMAGE, "What is it?"), **body).json()
+  stream = live.chat(
+    about(IMAGE, "What is it?"), stream=True, stream_options={"include_usage": True}, **body
+  )
+  *chunks, usage = events(stream)
+  assert stream.text.endswith("data: [DONE]\n\n")
+  assert usage["usage"] == whole["usage"]
+  for choice in whole["choices"]:
+    own = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == choice["index"]]
+    assert own[0]["delta"]["role"] == "assistant"
+    text = "".join(c["delta"].get("content", "") for c in own)
+    assert text == choice["message"]["content"]
+    assert len(own) > 4  # More than one piece of text.
+    assert own[-1]["finish_reason"] == choice["finish_reason"]
+
+
+def test_masks_in_a_text_are_filled_in(live, model):
+  found = live.chat("a <mask> apple", seed=2, max_tokens=4).json()
+  sampling = model.pipeline.settings.sampling
+  [[sample]] = model.sample([InfillText("a <mask> apple", length=4, seed=2, sampling=sampling)])
+  assert found["choices"][0]["message"]["content"] == sample.text
+  status, sentence = error(live.chat("tell me a joke"))
+  assert (status, sentence[:24]) == (400, "the message has no image")
+
+
+def test_many_mixed_requests_get_what_each_gets_alone(live, model):
+  def image_of(seed):
+    data = live.generate(prompt=f"apple {seed}", seed=seed, retrieve=seed % 3).json()["data"]
+    return pixels(data[0]["b64_json"])
+
+  def edit_of(seed):
+    data = live.edit(png(image(seed)), prompt="make it new", seed=str(seed)).json()["data"]
+    return pixels(data[0]["b64_json"])
+
+  def caption_of(seed):
+    return live.chat(about(image(seed)), seed=seed, max_tokens=8).json()["choices"][0]["message"]
+
+  kinds = [image_of, edit_of, caption_of] * 8
+  with futures.ThreadPoolExecutor(24) as pool:
+    found = list(pool.map(lambda job: job[1](job[0]), enumerate(kinds)))
+  for seed in (0, 9, 21):
+    expected = model.generate(f"apple {seed}", seed=seed, retrieve=seed % 3)[0].image
+    np.testing.assert_array_equal(found[seed], expected)
+  np.testing.assert_array_equal(found[13], model.edit(image(13), "make it new", seed=13))
+  assert found[23]["content"] == model.caption(image(23), length=8, seed=23)
+  live.wait_for("requests_active", 0)
+
+
+def test_the_model_is_described(live):
+  [found] = live.http.get("/v1/models").json()["data"]
+  assert (found["id"], found["resolution"], found["rows"]) == ("tiny", 8, 4)
+  assert live.http.get("/v1/models/tiny").json() == found
+  assert error(live.http.get("/v1/models/gpt-9"))[0] == 404
+
+
+def test_health_readiness_and_metrics(live):
+  assert live.http.get("/healthz").text == "ok\n"
+  assert live.http.get("/readyz").text == "ready\n"
+  before = live.gauge("samples_total")
+  live.generate(prompt=CAPTION, n=3, seed=0)
+  live.generate(prompt="")
+  assert live.gauge("samples_total") == before + 3
+  text = live.http.get("/metrics")
+  assert text.headers["content-type"].startswith("text/plain; version=0.0.4")
+  for line in text.text.splitlines():
+    assert line.startswith("# ") or len(line.rsplit(" ", 1)) == 2
+  endpoint = '{endpoint="/v1/images/generations",status="400"}'
+  assert f"cm3leon_serve_requests_total{endpoint} " in text.text
+  assert "cm3leon_serve_ready 1" in text.text
+
+
+def test_the_page_and_its_files_come_from_the_package_alone(live):
+  page = live.http.get("/")
+  assert page.headers["content-type"].startswith("text/html")
+  for name in ("app.css", "app.js", "canvas.js"):
+    found = live.http.get(f"/{name}")
+    assert found.status_code == 200
+    assert "://" not in found.text
+  assert "://" not in page.text
+  for path in ("/nothing", "/app.py", "/..%2fengine.py", "/page/index.html"):
+    assert live.http.get(path).status_code == 404

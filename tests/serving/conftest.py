@@ -1,0 +1,51 @@
+"""A tiny run, behind a server of this process."""
+
+from etils import epath
+import jax
+import pytest
+
+from cm3leon_jax import CM3Leon
+from cm3leon_jax.mesh import MeshConfig, create_mesh
+from cm3leon_jax.serving.engine import Engine
+from cm3leon_jax.serving.limits import Limits
+from tests.generation.run import save_run
+from tests.serving.live import Live
+
+LIMITS = Limits(most_samples=8, most_bytes=150_000, most_pixels=64 * 64, seconds=120.0)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+  """The workdir of a finished run."""
+  root = epath.Path(tmp_path_factory.mktemp("served"))
+  save_run(root)
+  return root
+
+
+@pytest.fixture(scope="session")
+def model(run):
+  mesh = create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+  return CM3Leon.load(run, mesh=mesh)
+
+
+@pytest.fixture(scope="session")
+def engine(model):
+  """An engine that is ready."""
+  engine = Engine(model.pipeline, model.mesh, slots=4, chunk=4, queue_limit=64)
+  engine.start()
+  assert engine.wait_until_ready()
+  yield engine
+  assert engine.close(seconds=60)
+
+
+@pytest.fixture(scope="session")
+def live(engine, run):
+  """A server on a free port, whose answers never name the run's folder."""
+  with Live(engine, LIMITS, secret=str(run)) as live:
+    yield live
+
+
+@pytest.fixture
+def idle(model):
+  """An engine that never starts: its jobs wait."""
+  return Engine(model.pipeline, model.mesh, slots=4, chunk=4, queue_limit=2)

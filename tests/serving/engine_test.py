@@ -1,0 +1,211 @@
+"""Queue, time-outs, clients that leave, faults: what happens to one request, and to the others."""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import logging
+import socket
+import threading
+import time
+
+import pytest
+
+from cm3leon_jax.data.documents import write_documents
+from cm3leon_jax.decoding.continuous import StepFailed
+from cm3leon_jax.generation.image_tasks import TextToImage
+from cm3leon_jax.serving.engine import Engine
+from cm3leon_jax.serving.errors import ApiError
+from cm3leon_jax.serving.jobs import Failed, Finished, Job
+from tests.data.stores import VOCAB
+from tests.serving.conftest import LIMITS
+from tests.serving.live import Live, error
+
+BODY = {"prompt": "a red apple", "seed": 1, "retrieve": 0}
+
+
+@pytest.fixture
+def slow(engine, monkeypatch):
+  """Each chunk of the engine takes longer: 0.3 s."""
+  step = engine._generator.step
+
+  def slowly():
+    time.sleep(0.3)
+    return step()
+
+  monkeypatch.setattr(engine._generator, "step", slowly)
+
+
+def send(live, body: dict, path: str = "/v1/images/generations") -> socket.socket:
+  """Sends a request on a connection of its own, which the caller closes."""
+  text = json.dumps(body)
+  opened = socket.create_connection(("127.0.0.1", live.port), timeout=60)
+  opened.sendall(
+    f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    f"Content-Length: {len(text)}\r\n\r\n{text}".encode()
+  )
+  return opened
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_stream_frees_its_slots(live, slow, engine):
+  before = live.gauge("samples_total")
+  opened = send(live, {**BODY, "n": 8, "stream": True})
+  received = b""
+  while b"partial_image" not in received:
+    received += opened.recv(4096)
+  assert live.gauge("requests_active") == 1
+  assert live.gauge("samples_running") == engine.slots
+  opened.close()
+  live.wait_for("requests_active", 0, seconds=5)
+  assert live.gauge("samples_running") == 0
+  assert live.gauge("samples_total") == before  # None was decoded to its end.
+  assert live.generate(**BODY).status_code == 200
+
+
+def test_a_client_that_leaves_before_its_answer_frees_its_slots(live, slow):
+  before = live.gauge("samples_total")
+  opened = send(live, {**BODY, "n": 8})
+  live.wait_for("requests_active", 1)
+  opened.close()
+  live.wait_for("requests_active", 0, seconds=5)
+  assert live.gauge("samples_total") < before + 8
+  counted = '{endpoint="/v1/images/generations",status="499"} '
+  assert counted in live.http.get("/metrics").text
+
+
+def test_a_short_request_does_not_wait_for_a_long_one(live, slow):
+  with contextlib.closing(send(live, {**BODY, "n": 8, "seed": 3})) as long:
+    live.wait_for("samples_running", 4)
+    assert live.generate(**BODY).status_code == 200
+    assert live.gauge("requests_active") == 1
+    assert long.recv(64).startswith(b"HTTP/1.1 200")
+
+
+def test_too_many_waiting_requests_are_refused_with_a_time_to_come_again(idle, run):
+  with Live(idle, dataclasses.replace(LIMITS, seconds=3), secret=str(run)) as live:
+    assert live.http.get("/readyz").status_code == 503
+    assert live.http.get("/healthz").status_code == 200
+    with contextlib.ExitStack() as stack:
+      for _ in range(2):
+        stack.enter_context(contextlib.closing(send(live, BODY)))
+      live.wait_for("requests_waiting", 2)
+      answer = live.generate(**BODY)
+      status, sentence = error(answer)
+      assert (status, sentence[:24]) == (429, "2 requests wait already:")
+      assert 1 <= int(answer.headers["retry-after"]) <= 600
+      assert answer.json()["error"]["type"] == "rate_limit_error"
+    live.wait_for("requests_waiting", 0)
+
+
+def test_a_request_that_takes_too_long_is_answered_and_dropped(live, slow, engine, run):
+  with Live(engine, dataclasses.replace(LIMITS, seconds=0.4), secret=str(run)) as hasty:
+    answer = hasty.generate(**BODY, n=8)
+    assert error(answer) == (
+      504,
+      "the answer took more than 0.4 s: ask for fewer samples, or try later.",
+    )
+    hasty.wait_for("requests_active", 0, seconds=5)
+    stream = hasty.generate(**BODY, n=8, stream=True)
+    assert stream.status_code == 200
+    *_, last = stream.text.strip().split("\n\n")
+    assert last.startswith('event: error\ndata: {"error": {"message": "the answer took more')
+    hasty.wait_for("samples_running", 0, seconds=5)
+
+
+def test_a_failed_chunk_fails_its_requests_and_no_others(live, engine, monkeypatch, caplog):
+  generator, step = engine._generator, engine._generator.step
+
+  def broken():
+    monkeypatch.setattr(generator, "step", step)
+    tickets = list(engine._running)
+    for ticket in tickets:
+      generator.remove(ticket)
+    raise StepFailed(tickets) from RuntimeError("out of memory at /a/path/of/the/server")
+
+  monkeypatch.setattr(generator, "step", broken)
+  with caplog.at_level(logging.ERROR):
+    status, sentence = error(live.generate(**BODY))
+  assert (status, sentence) == (
+    500,
+    "the server has failed at this request; its log has the reason.",
+  )
+  assert "out of memory" in caplog.text
+  assert live.generate(**BODY).status_code == 200
+
+
+@pytest.mark.parametrize("where", ["_prepare", "_sample"])
+def test_an_error_in_the_engine_is_logged_and_the_server_lives_on(
+  live, engine, monkeypatch, caplog, where
+):
+  name = {"_prepare": "_described", "_sample": "_sample"}[where]
+
+  def broken(*_):
+    raise RuntimeError("broken at /a/path/of/the/server")
+
+  monkeypatch.setattr(engine, name, broken)
+  with caplog.at_level(logging.ERROR):
+    assert error(live.generate(**BODY))[0] == 500
+  assert "broken at" in caplog.text
+  monkeypatch.undo()
+  assert live.generate(**BODY).status_code == 200
+
+
+def job(task, count=1):
+  """A job, its events, and what is set at its end."""
+  events, ended = [], threading.Event()
+
+  def deliver(event):
+    events.append(event)
+    over = sum(isinstance(e, Finished) for e in events) == count
+    if over or isinstance(event, Failed):
+      ended.set()
+
+  return Job(task, count, deliver), events, ended
+
+
+def test_samples_of_jobs_take_turns(engine):
+  """Four jobs of four samples take all slots; the one sample of a fifth has the next."""
+  sampling = engine.pipeline.settings.sampling
+  task = TextToImage("a red apple", retrieve=0, sampling=sampling)
+  large = [job(dataclasses.replace(task, seed=seed), 4) for seed in range(4)]
+  one, _, one_ended = job(task)
+  still = []
+  deliver = one.deliver
+
+  def ends(event):
+    deliver(event)
+    if isinstance(event, Finished):
+      still.append([ended.is_set() for _, _, ended in large])
+
+  one.deliver = ends
+  with engine._changed:  # All come at once.
+    for asked, _, _ in large:
+      engine.submit(asked)
+    engine.submit(one)
+  assert one_ended.wait(60)
+  assert all(ended.wait(60) for _, _, ended in large)
+  assert still == [[False] * 4]
+
+
+def test_an_engine_that_closes_answers_what_waits(idle):
+  sampling = idle.pipeline.settings.sampling
+  waiting, events, ended = job(TextToImage("a", retrieve=0, sampling=sampling))
+  idle.submit(waiting)
+  idle._closing = True
+  idle._run()
+  assert ended.is_set()
+  assert events[0].error.status == 503
+  with pytest.raises(ApiError, match="the server is stopping"):
+    idle.submit(waiting)
+
+
+def test_a_refusal_names_no_folder_of_the_server(model, tmp_path):
+  write_documents(tmp_path / "documents" / "train_pairs", (), VOCAB)
+  pipeline = copy.copy(model.pipeline)
+  pipeline.bank = tmp_path
+  asked, events, ended = job(TextToImage("a", retrieve=1))
+  Engine(pipeline, model.mesh)._prepare(asked)
+  assert ended.is_set()
+  assert events[0].error.message == (
+    "retrieve is 1, and the bank/documents holds no documents: set retrieve to 0."
+  )

@@ -1,0 +1,126 @@
+"""Serves an engine in a thread of the tests, and checks what every answer must satisfy."""
+
+import base64
+import io
+import json
+import threading
+import time
+
+import httpx
+import numpy as np
+from PIL import Image
+import uvicorn
+
+from cm3leon_jax.serving.app import Server
+from cm3leon_jax.serving.engine import Engine
+from cm3leon_jax.serving.limits import HEADERS, Limits
+from cm3leon_jax.serving.server import listen
+
+
+class Live:
+  """A server on a free port of 127.0.0.1.
+
+  Attributes:
+    url: its address, without a slash at the end.
+    http: a client.
+  """
+
+  def __init__(
+    self, engine: Engine, limits: Limits, name: str = "tiny", secret: str = "/assets/models"
+  ):
+    self._app = Server(engine, name, limits).app(local=True)
+    self._secret = secret
+
+  def __enter__(self) -> "Live":
+    opened = listen("127.0.0.1", 0)
+    self.port = opened.getsockname()[1]
+    self.url = f"http://127.0.0.1:{self.port}"
+    config = uvicorn.Config(self._app, log_level="critical", lifespan="off", ws="none")
+    self._server = uvicorn.Server(config)
+    self._thread = threading.Thread(target=self._server.run, args=([opened],))
+    self._thread.start()
+    hooks = {"response": [self._check]}
+    self.http = httpx.Client(base_url=self.url, timeout=120, event_hooks=hooks)
+    while not self._server.started:
+      time.sleep(0.01)
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.http.close()
+    self._server.should_exit = True
+    self._thread.join(60)
+    assert not self._thread.is_alive()
+
+  def _check(self, answer: httpx.Response) -> None:
+    answer.read()
+    assert self._secret not in answer.text
+    assert "Traceback" not in answer.text
+    assert not [name for name in HEADERS if name not in answer.headers]
+    assert "access-control-allow-origin" not in answer.headers
+    if answer.status_code >= 400 and answer.headers["content-type"] == "application/json":
+      assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+
+  def generate(self, **body) -> httpx.Response:
+    return self.http.post("/v1/images/generations", json=body)
+
+  def edit(self, image: bytes, mask: bytes | None = None, **fields) -> httpx.Response:
+    files = {"image": ("a.png", image, "image/png")}
+    if mask is not None:
+      files["mask"] = ("m.png", mask, "image/png")
+    return self.http.post("/v1/images/edits", files=files, data=fields)
+
+  def chat(self, content, **body) -> httpx.Response:
+    messages = [{"role": "user", "content": content}]
+    return self.http.post("/v1/chat/completions", json={"messages": messages, **body})
+
+  def gauge(self, name: str) -> float:
+    """The value of a metric without labels."""
+    lines = self.http.get("/metrics").text.splitlines()
+    [line] = [line for line in lines if line.startswith(f"cm3leon_serve_{name} ")]
+    return float(line.split()[1])
+
+  def wait_for(self, name: str, value: float, seconds: float = 30) -> None:
+    """Waits until a metric has a value."""
+    ends = time.monotonic() + seconds
+    while (found := self.gauge(name)) != value:
+      assert time.monotonic() < ends, f"{name} is {found}, not {value}, after {seconds} s"
+      time.sleep(0.02)
+
+
+def error(answer: httpx.Response) -> tuple[int, str]:
+  """Status and sentence of a refusal."""
+  return answer.status_code, answer.json()["error"]["message"]
+
+
+def events(answer: httpx.Response) -> list[dict]:
+  """The data of server-sent events."""
+  lines = [line for line in answer.text.splitlines() if line.startswith("data: {")]
+  return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def pixels(base64_png: str) -> np.ndarray:
+  with Image.open(io.BytesIO(base64.b64decode(base64_png))) as image:
+    assert image.format == "PNG"
+    return np.asarray(image.convert("RGB"))
+
+
+def image(seed: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
+  """An image of noise."""
+  shape = (size[1], size[0], 3)
+  return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
+
+
+def png(image: Image.Image) -> bytes:
+  buffer = io.BytesIO()
+  image.save(buffer, "PNG")
+  return buffer.getvalue()
+
+
+def data_url(image: Image.Image) -> str:
+  return f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"
+
+
+def about(image: Image.Image, text: str = "") -> list[dict]:
+  """The content of a message: an image, and a text about it."""
+  parts = [{"type": "image_url", "image_url": {"url": data_url(image)}}]
+  return parts + ([{"type": "text", "text": text}] if text else [])

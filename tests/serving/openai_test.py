@@ -1,0 +1,71 @@
+"""The official client of OpenAI works against the server."""
+
+import io
+
+import numpy as np
+import openai
+import pytest
+
+from tests.serving.live import about, image, pixels, png
+
+
+@pytest.fixture(scope="module")
+def client(live):
+  with openai.OpenAI(base_url=f"{live.url}/v1", api_key="unused", max_retries=0) as client:
+    yield client
+
+
+def test_generations(client, model):
+  found = client.images.generate(
+    model="tiny", prompt="a red apple", n=2, size="8x8", extra_body={"seed": 1, "guidance": 2.0}
+  )
+  expected = model.generate("a red apple", num_samples=2, seed=1, guidance=2.0)
+  for data, sample in zip(found.data, expected, strict=True):
+    np.testing.assert_array_equal(pixels(data.b64_json), sample.image)
+  assert found.usage.total_tokens == found.usage.input_tokens + found.usage.output_tokens
+
+
+def test_a_stream_of_images(client, model):
+  stream = client.images.generate(
+    model="tiny", prompt="a red apple", stream=True, partial_images=3, extra_body={"seed": 1}
+  )
+  *partial, last = list(stream)
+  assert [event.type for event in partial] == ["image_generation.partial_image"] * 3
+  assert isinstance(last, openai.types.ImageGenCompletedEvent)
+  np.testing.assert_array_equal(
+    pixels(last.b64_json), model.generate("a red apple", seed=1)[0].image
+  )
+
+
+def test_edits(client, model):
+  file = io.BytesIO(png(image(2)))
+  file.name = "a.png"
+  found = client.images.edit(
+    model="tiny", image=[file], prompt="make it blue", extra_body={"seed": 1}
+  )
+  expected = model.edit(image(2), "make it blue", seed=1)
+  np.testing.assert_array_equal(pixels(found.data[0].b64_json), expected)
+  file.seek(0)
+  *_, last = client.images.edit(
+    model="tiny", image=file, prompt="make it blue", stream=True, extra_body={"seed": 1}
+  )
+  assert isinstance(last, openai.types.ImageEditCompletedEvent)
+  np.testing.assert_array_equal(pixels(last.b64_json), expected)
+
+
+def test_chat(client, model):
+  messages = [{"role": "user", "content": about(image(2), "What is it?")}]
+  options = {"model": "tiny", "messages": messages, "seed": 1, "max_tokens": 8}
+  expected = model.answer(image(2), "What is it?", length=8, seed=1)
+  found = client.chat.completions.create(**options)
+  assert found.choices[0].message.content == expected
+  chunks = client.chat.completions.create(**options, stream=True)
+  assert "".join(c.choices[0].delta.content or "" for c in chunks) == expected
+
+
+def test_models_and_errors(client):
+  assert [m.id for m in client.models.list()] == ["tiny"]
+  with pytest.raises(openai.NotFoundError, match="this server has the model 'tiny' only"):
+    client.images.generate(model="gpt-image-2", prompt="a")
+  with pytest.raises(openai.BadRequestError, match="response_format is 'url'; images are"):
+    client.images.generate(model="tiny", prompt="a", response_format="url")

@@ -1,0 +1,255 @@
+"""Wrong requests are refused with one sentence; hostile ones cost nothing."""
+
+import dataclasses
+import io
+import json
+import socket
+import struct
+import zlib
+
+from PIL import Image
+import pytest
+
+from tests.serving.conftest import LIMITS
+from tests.serving.live import Live, about, error, image, png
+
+IMAGE = image(0)
+GENERATIONS = [
+  ({}, "prompt is needed, and not given."),
+  ({"prompt": None}, "prompt is needed, and not given."),
+  ({"prompt": " "}, "task text_to_image needs a prompt, and none is given."),
+  ({"prompt": 5}, "prompt is 5; it must be a valid string."),
+  ({"prompt": "a", "guidence": 2}, "there is no field 'guidence' here: did you mean 'guidance'?"),
+  ({"prompt": "a", "n": 0}, "n is 0; it must be at least 1."),
+  ({"prompt": "a", "n": 9}, "n is 9; it must be at most 8."),
+  ({"prompt": "a", "n": "2"}, "n is '2'; it must be a valid integer."),
+  ({"prompt": "a", "n": True}, "n is True; it must be a valid integer."),
+  ({"prompt": "a", "n": 10**60}, "n is 1000"),
+  ({"prompt": "a", "seed": -1}, "seed is -1; it must be at least 0."),
+  ({"prompt": "a", "size": "1024x1024"}, "size must be auto or 8x8, which this model draws."),
+  ({"prompt": "a", "response_format": "url"}, "response_format is 'url'; images are returned as"),
+  ({"prompt": "a", "output_format": "webp"}, "output_format is 'webp'; it must be 'png'."),
+  ({"prompt": "a", "background": "transparent"}, "background is 'transparent'; it must be 'auto'"),
+  ({"prompt": "a", "temperature": 0}, "temperature is 0.0; it must be greater than 0"),
+  ({"prompt": "a", "temperature": 1e-30}, "temperature is 1e-30; it must be 0, or of a size"),
+  ({"prompt": "a", "top_p": 1.5}, "top_p is 1.5; it must be at most 1."),
+  ({"prompt": "a", "guidance_schedule": "x"}, "guidance_schedule is 'x'; it must be 'constant'"),
+  ({"prompt": "a", "retrieve": 65}, "65 documents are asked for; at most"),
+  (
+    {"prompt": "car " * 200},
+    "the prompt has 203 tokens and up to 17 follow; the model was trained",
+  ),
+  ({"prompt": "a <mask>"}, "the prompt 'a <mask>' has a <mask>, which only task infill_text takes"),
+]
+
+
+@pytest.mark.parametrize(("body", "sentence"), GENERATIONS)
+def test_wrong_fields_of_generations(live, body, sentence):
+  status, found = error(live.generate(**body))
+  assert (status, found[: len(sentence)]) == (400, sentence)
+  assert error(live.generate(**body, stream=True)) == (400, found)
+
+
+def test_fields_without_a_meaning_here_are_taken(live):
+  body = {"prompt": "a", "user": "u", "quality": "hd", "style": "vivid", "moderation": "low"}
+  assert live.generate(**body, seed=1).status_code == 200
+
+
+BODIES = [
+  (b"", "the body is no JSON"),
+  (b"{", "the body is no JSON"),
+  (b"[]", "the body is a JSON list; it must be an object."),
+  (b'{"prompt": "a", "guidance": NaN}', "the body is no JSON ('NaN is no number of JSON')"),
+  (b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}", "the body is no JSON"),
+  (b'{"prompt": "a", "guidance": 1e999}', "guidance is inf; it must"),
+  (b"[" * 100_000, "the body is no JSON ('it is nested too deeply')"),
+  (b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "the body is no JSON"),
+  (b'{"prompt": "\\ud800"}', "the prompt '\\ud800' holds half of a surrogate pair"),
+  ('{"prompt": "é"}'.encode("latin-1"), "the body is no JSON"),
+]
+
+
+@pytest.mark.parametrize(("body", "sentence"), BODIES)
+def test_damaged_bodies(live, body, sentence):
+  headers = {"Content-Type": "application/json"}
+  answer = live.http.post("/v1/images/generations", content=body, headers=headers)
+  status, found = error(answer)
+  assert (status, found[: len(sentence)]) == (400, sentence)
+  assert "\n" not in found
+
+
+def test_other_types_of_bodies_methods_and_paths(live):
+  answer = live.http.post("/v1/images/generations", content=b'{"prompt": "a"}')
+  assert error(answer) == (415, "the body must be JSON: send Content-Type: application/json.")
+  assert error(live.http.post("/v1/images/edits", json={}))[0] == 415
+  assert error(live.http.get("/v1/images/generations"))[0] == 405
+  assert error(live.http.get("/v1/nothing"))[0] == 404
+  headers = {"Content-Type": "multipart/form-data; boundary=x"}
+  answer = live.http.post("/v1/images/edits", content=b"--x\r\nbroken", headers=headers)
+  assert error(answer)[0] == 400
+
+
+def bomb() -> bytes:
+  """A PNG file of a few bytes that says it has 20,000 x 20,000 pixels."""
+
+  def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+  header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+  return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
+
+
+TRUNCATED = png(IMAGE)[:-40]
+FORMS = [
+  ((bomb(), None, {"prompt": "a"}), 413, "image has far too many pixels; it may have 4,096."),
+  ((png(image(0, (65, 64))), None, {"prompt": "a"}), 413, "image has 4,160 pixels (65 x 64); it"),
+  ((TRUNCATED, None, {"prompt": "a"}), 400, "image is damaged; it must be a PNG, JPEG, WebP, GIF"),
+  ((b"%!PS-Adobe", None, {"prompt": "a"}), 400, "image cannot be read; it must be a PNG, JPEG,"),
+  ((png(IMAGE), None, {}), 400, "task edit needs a prompt, and none is given."),
+  ((png(IMAGE), None, {"box": "0,0,9,2"}), 400, "box is 0,0,9,2; it must lie within the image, 8"),
+  ((png(IMAGE), None, {"box": "4,0,4,2"}), 400, "box is 4,0,4,2, which is empty: left must be le"),
+  ((png(IMAGE), None, {"box": "1,2,3"}), 400, "box is '1,2,3'; it must match pattern"),
+  ((png(IMAGE), png(IMAGE), {}), 400, "mask has no fully transparent pixel: make what is to be"),
+  ((png(IMAGE), bomb(), {}), 413, "mask has far too many pixels"),
+  ((png(IMAGE), png(image(1, (4, 4))), {}), 400, "mask has 4 x 4 pixels; it must have 8 x 8, as"),
+  ((png(IMAGE), png(IMAGE), {"box": "0,0,2,2"}), 400, "mask and box are given: give one of them."),
+  ((png(IMAGE), None, {"prompt": "a", "retrieve": "1"}), 400, "an edit retrieves no documents: le"),
+  ((png(IMAGE), None, {"prompt": "a", "guidance": "2"}), 400, "task edit reads no setting 'guidan"),
+  ((png(IMAGE), None, {"prompt": "a", "n": "x"}), 400, "n is 'x'; it must be a valid integer"),
+]
+
+
+@pytest.mark.parametrize(("form", "status", "sentence"), FORMS)
+def test_wrong_forms_of_edits(live, form, status, sentence):
+  data, mask, fields = form
+  found = error(live.edit(data, mask, **fields))
+  assert (found[0], found[1][: len(sentence)]) == (status, sentence)
+
+
+def test_a_form_without_an_image_or_with_other_files(live):
+  answer = live.http.post("/v1/images/edits", files={"prompt": (None, "a")})
+  assert error(answer) == (400, "image is needed: send a file.")
+  files = [("image", ("a.png", png(IMAGE))), ("image[]", ("b.png", png(IMAGE)))]
+  answer = live.http.post("/v1/images/edits", files=files)
+  assert error(answer) == (400, "image is given twice; this model takes one.")
+  answer = live.http.post("/v1/images/edits", files={"script": ("a.png", png(IMAGE))})
+  assert error(answer)[1].startswith("there is no file 'script' here")
+
+
+def url(value: str) -> list[dict]:
+  return [{"type": "image_url", "image_url": {"url": value}}]
+
+
+CHATS = [
+  (url("http://169.254.169.254/a.png"), "image_url.url begins with http:, and the server fetches"),
+  (url("file:///etc/passwd"), "image_url.url begins with file:, and the server fetches nothing"),
+  (url("data:text/html;base64,aaaa"), "image_url.url must be data:image/png;base64,... with the"),
+  (url("data:image/png;base64,!!!!"), "image_url.url is no valid base64."),
+  (url("data:image/png;base64,aaaa"), "messages cannot be read; it must be a PNG, JPEG, WebP"),
+  (about(IMAGE) + about(IMAGE), "messages must hold at most one image"),
+  ("hello", "the message has no image: add one for a caption or an answer, or write <mask>"),
+  ([{"type": "audio"}], "messages.0.content"),
+  (about(IMAGE, "What? <break> x"), "the message has a <break>, which only a text with <mask>"),
+]
+
+
+@pytest.mark.parametrize(("content", "sentence"), CHATS)
+def test_wrong_chats(live, content, sentence):
+  status, found = error(live.chat(content))
+  assert (status, found[: len(sentence)]) == (400, sentence)
+
+
+def test_a_chat_has_one_message_of_a_user(live):
+  for messages in (
+    [],
+    [{"role": "system", "content": "a"}],
+    [{"role": "user", "content": "a"}] * 2,
+  ):
+    status, found = error(live.http.post("/v1/chat/completions", json={"messages": messages}))
+    assert (status, found[:14]) == (400, f"messages has {len(messages)}"[:14])
+  status, found = error(live.chat(about(IMAGE), tools=[]))
+  assert (status, found[:29]) == (400, "there is no field 'tools' her")
+
+
+def test_a_body_that_is_too_large_is_not_read(live):
+  status, found = error(live.generate(prompt="a" * LIMITS.most_bytes))
+  assert (status, found) == (413, "the body is larger than 150,000 bytes: send a smaller image.")
+
+  def pieces():
+    for _ in range(400):
+      yield b" " * 1000
+
+  headers = {"Content-Type": "application/json"}
+  answer = live.http.post("/v1/images/generations", content=pieces(), headers=headers)
+  assert error(answer) == (413, found)
+
+
+def raw(live, text: str) -> str:
+  """Sends the bytes of a request; returns the answer's first line."""
+  with socket.create_connection(("127.0.0.1", live.port), timeout=30) as opened:
+    opened.sendall(text.replace("\n", "\r\n").encode())
+    return opened.recv(4096).decode().splitlines()[0]
+
+
+@pytest.mark.parametrize(
+  ("host", "status"),
+  [
+    ("localhost", 200),
+    ("127.0.0.1:8000", 200),
+    ("[::1]:8000", 200),
+    ("evil.example", 403),
+    ("localhost.evil.example:8000", 403),
+    ("127.0.0.1@evil.example", 403),
+    ("[::1", 403),
+    ("", 403),
+  ],
+)
+def test_a_local_server_answers_to_names_of_this_machine_only(live, host, status):
+  """Else a page whose name is changed to 127.0.0.1 could read what the server answers."""
+  line = raw(live, f"GET /v1/models HTTP/1.1\nHost: {host}\nConnection: close\n\n")
+  assert line.split()[1] == str(status)
+
+
+def test_pages_of_other_origins_are_refused(live):
+  for origin, status in ((live.url, 200), ("https://evil.example", 403), ("null", 403)):
+    body = {"prompt": "a", "seed": 0}
+    answer = live.http.post("/v1/images/generations", json=body, headers={"Origin": origin})
+    assert answer.status_code == status
+
+
+def test_a_token_must_be_right(engine):
+  with Live(engine, dataclasses.replace(LIMITS, token="correct-horse")) as locked:
+    for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "correct-horse"}):
+      for path in ("/v1/models", "/metrics"):
+        answer = locked.http.get(path, headers=header)
+        assert error(answer)[0] == 401
+        assert answer.headers["www-authenticate"] == "Bearer"
+    for path in ("/", "/app.js", "/healthz", "/readyz"):
+      assert locked.http.get(path).status_code == 200
+    right = {"Authorization": "Bearer correct-horse"}
+    assert locked.http.get("/v1/models", headers=right).status_code == 200
+    odd = {"Authorization": b"Bearer \xff\xfe"}
+    assert locked.http.get("/v1/models", headers=odd).status_code == 401
+
+
+def test_no_image_is_opened_that_pillow_would_start_a_program_for(live):
+  eps = Image.new("RGB", (8, 8))
+
+  buffer = io.BytesIO()
+  eps.save(buffer, "EPS")
+  status, found = error(live.edit(buffer.getvalue(), prompt="a"))
+  assert (status, found[:21]) == (400, "image cannot be read;")
+
+
+def test_errors_are_json_of_one_shape(live):
+  body = live.generate(prompt="a", n=0).json()
+  assert json.dumps(body) == json.dumps(
+    {
+      "error": {
+        "message": "n is 0; it must be at least 1.",
+        "type": "invalid_request_error",
+        "param": "n",
+        "code": "invalid_value",
+      }
+    }
+  )
