@@ -23,7 +23,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json, replacing, write_json
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
-from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.models.config import ROPE_BASE, ModelConfig
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.vocab import VocabLayout
 
@@ -84,11 +84,11 @@ def qwen3_tensors(params: dict) -> dict[str, np.ndarray]:
 
 def _attention(prefix: str, blocks: dict, i: int, out_name: str) -> dict[str, np.ndarray]:
   width = blocks["qkv"].shape[2]
-  qkv = blocks["qkv"][i].reshape(3, width, width)
+  qkv = blocks["qkv"][i].reshape(3, width, -1)
   names = [f"{prefix}.{name}_proj.weight" for name in "qkv"]
   return {
     **{name: w.T for name, w in zip(names, qkv)},
-    f"{prefix}.{out_name}.weight": blocks["out"][i].reshape(width, width).T,
+    f"{prefix}.{out_name}.weight": blocks["out"][i].reshape(-1, width).T,
   }
 
 
@@ -148,8 +148,12 @@ def config_of(described: dict) -> dict[str, dict]:
     "max_positions": described["max_position_embeddings"],
     "align_images": described["cm3leon"].get("align_images", False),
   }
-  if opt:  # A decoder with these norms is not exported.
-    model["query_key_norm"] = False
+  if opt:  # A decoder with these norms or another head size is not exported.
+    model |= {"query_key_norm": False, "head_size": 0}
+  else:
+    size, base = described["head_dim"], float(described["rope_theta"])
+    usual = size * model["num_heads"] == model["width"]
+    model |= {"head_size": 0 if usual else size, "rope_base": 0.0 if base == ROPE_BASE else base}
   return {"model": model, "vocab": {name: described["cm3leon"][name] for name in VOCAB_FIELDS}}
 
 
@@ -197,8 +201,8 @@ def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
     "num_key_value_heads": config.num_heads,
     "head_dim": config.head_dim,
     "rms_norm_eps": 1e-6,
-    "rope_theta": float(transformer.ROPE_BASE),
-    "rope_parameters": {"rope_type": "default", "rope_theta": float(transformer.ROPE_BASE)},
+    "rope_theta": config.rotary_base,
+    "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
     "attention_bias": False,
     "attention_dropout": 0.0,
     "tie_word_embeddings": False,
@@ -236,6 +240,11 @@ def export(
     raise UserError(
       "config.model.query_key_norm is set: OPTForCausalLM has no such norm, so this decoder cannot "
       "be exported."
+    )
+  if config.family == "opt" and config.head_dim * config.num_heads != config.width:
+    raise UserError(
+      f"config.model.head_size is {config.head_size}: OPTForCausalLM has heads of width / num_heads "
+      f"= {config.width} / {config.num_heads} alone, so this decoder cannot be exported."
     )
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
 TOLERANCE = 2e-5  # fp32, logits of size 10.
 
 
-def config(family):
+def config(family, **fields):
   return ModelConfig(
     family=family,
     vocab_size=320,
@@ -32,6 +32,7 @@ def config(family):
     mlp_width=96,
     max_positions=40,
     dtype="float32",
+    **fields,
   )
 
 
@@ -41,10 +42,11 @@ def samples():
   return [*random, np.array([0, 0, 5, 319], np.int32)]
 
 
-@pytest.fixture(params=["opt", "modern"])
+@pytest.fixture(params=["opt", "modern", "modern as Qwen3-0.6B"])
 def exported(request, tmp_path):
   with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
-    model_config = config(request.param)
+    published = {"head_size": 24, "rope_base": 1e6} if request.param.endswith("B") else {}
+    model_config = config(request.param.split()[0], **published)
     params = random_params(model_config)
     summary = huggingface.export(tmp_path, params, model_config, VOCAB, None)
     yield tmp_path, params, model_config, summary
@@ -115,6 +117,7 @@ def test_parameters_and_config_are_read_back(exported):
     "width",
     "mlp_width",
     "num_heads",
+    "head_size",
   }
 
 
@@ -183,6 +186,13 @@ def test_sharded_params_export_the_same(tmp_path):
   one, eight = files
   assert one.keys() == eight.keys()
   assert all(jnp.allclose(one[k], eight[k], atol=1e-6) for k in one)
+
+
+def test_head_sizes_of_opt_cannot_be_exported(tmp_path):
+  with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
+    model_config = config("opt", head_size=24)
+    with pytest.raises(UserError, match=r"model\.head_size is 24: OPTForCausalLM has heads of wid"):
+      huggingface.export(tmp_path, random_params(model_config), model_config, VOCAB, None)
 
 
 def test_query_key_norm_of_opt_cannot_be_exported(tmp_path):
