@@ -63,7 +63,8 @@ from tests.settings_test import settings_with
     ),
     (
       {"model__rope_base": 1e6},
-      "config.model: rope_base is 1000000.0, and family is 'opt'; only 'modern' has rotary positions.",
+      "config.model: rope_base is 1000000.0, and family is 'opt'; only 'modern' has rotary "
+      "positions.",
     ),
     (
       {"model__align_images": True},

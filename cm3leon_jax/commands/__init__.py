@@ -6,6 +6,7 @@ COMMANDS = (
   "train_text_tokenizer",
   "train_vqgan",
   "copy_tokenizers",
+  "import_weights",
   "encode_documents",
   "encode_instructions",
   "train_clip",

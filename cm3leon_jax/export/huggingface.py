@@ -243,8 +243,8 @@ def export(
     )
   if config.family == "opt" and config.head_dim * config.num_heads != config.width:
     raise UserError(
-      f"config.model.head_size is {config.head_size}: OPTForCausalLM has heads of width / num_heads "
-      f"= {config.width} / {config.num_heads} alone, so this decoder cannot be exported."
+      f"config.model.head_size is {config.head_size}: the heads of OPTForCausalLM have the size "
+      f"width / num_heads = {config.width} / {config.num_heads}: this decoder cannot be exported."
     )
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)

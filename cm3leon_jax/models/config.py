@@ -89,9 +89,7 @@ class ModelConfig:
       raise ValueError(f"num_heads = {self.num_heads} does not divide width = {self.width}.")
     if self.family == "modern" and self.head_dim % 2:
       what = "head_size" if self.head_size else "width / num_heads"
-      raise ValueError(
-        f"{what} = {self.head_dim} is odd; rotary positions need an even head size."
-      )
+      raise ValueError(f"{what} = {self.head_dim} is odd; rotary positions need an even head size.")
     if self.rope_base and self.family != "modern":
       raise ValueError(
         f"rope_base is {self.rope_base}, and family is '{self.family}'; only 'modern' has rotary "

@@ -191,7 +191,7 @@ def test_sharded_params_export_the_same(tmp_path):
 def test_head_sizes_of_opt_cannot_be_exported(tmp_path):
   with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
     model_config = config("opt", head_size=24)
-    with pytest.raises(UserError, match=r"model\.head_size is 24: OPTForCausalLM has heads of wid"):
+    with pytest.raises(UserError, match=r"model\.head_size is 24: the heads of OPTForCausalLM"):
       huggingface.export(tmp_path, random_params(model_config), model_config, VOCAB, None)
 
 

@@ -1,0 +1,139 @@
+"""Safetensors files of a model, written tensor by tensor: no file is ever whole in memory.
+
+The format (https://github.com/huggingface/safetensors): 8 bytes with the size of the header, little
+endian; the header, JSON with dtype, shape and place of every tensor; their bytes in that order.
+Several files have an index, `model.safetensors.index.json`, as `transformers` writes it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+import json
+import math
+
+from etils import epath
+import ml_dtypes
+import numpy as np
+
+from cm3leon_jax.io import replacing, write_json
+
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+SHARD_BYTES = 5_000_000_000
+# Name of a dtype -> its name in the format, its numpy dtype.
+DTYPES: dict[str, tuple[str, np.dtype]] = {
+  "float64": ("F64", np.dtype(np.float64)),
+  "float32": ("F32", np.dtype(np.float32)),
+  "float16": ("F16", np.dtype(np.float16)),
+  "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
+  "int8": ("I8", np.dtype(np.int8)),
+  "int64": ("I64", np.dtype(np.int64)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """A tensor that is computed when it is written.
+
+  Attributes:
+    name: in the file.
+    shape: of the result of `make`.
+    dtype: in the file, a key of `DTYPES`; `make` may return another one.
+    make: reads and converts it.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  dtype: str
+  make: Callable[[], np.ndarray]
+
+  @property
+  def size(self) -> int:
+    """Number of elements."""
+    return math.prod(self.shape)
+
+  @property
+  def bytes(self) -> int:
+    """Bytes in the file."""
+    return self.size * DTYPES[self.dtype][1].itemsize
+
+
+def remove(folder: epath.PathLike) -> None:
+  """Removes the weights of an earlier export: what names them first, so that half of them is none.
+
+  Raises nothing if there are none.
+  """
+  folder = epath.Path(folder)
+  (folder / INDEX).unlink(missing_ok=True)
+  (folder / WEIGHTS).unlink(missing_ok=True)
+  for path in sorted(folder.glob("model-*-of-*.safetensors")):
+    path.unlink()
+
+
+def write(
+  folder: epath.PathLike, tensors: Sequence[Tensor], shard_bytes: int = SHARD_BYTES
+) -> list[str]:
+  """Writes tensors to one file, or to several with an index, which comes last.
+
+  Args:
+    folder: gets `WEIGHTS`, or `INDEX` and the files that it names.
+    tensors: in the order in which they are made and written.
+    shard_bytes: bytes of the tensors of a file; a larger tensor has a file of its own.
+
+  Returns:
+    Names of the files.
+  """
+  folder = epath.Path(folder)
+  shards = _split(tensors, shard_bytes)
+  if len(shards) == 1:
+    _write_file(folder / WEIGHTS, tensors)
+    return [WEIGHTS]
+  places = {}
+  for i, shard in enumerate(shards, 1):
+    name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+    _write_file(folder / name, shard)
+    places |= {tensor.name: name for tensor in shard}
+  total = {"total_size": sum(tensor.bytes for tensor in tensors)}
+  write_json(folder / INDEX, {"metadata": total, "weight_map": places})
+  return [*dict.fromkeys(places.values()), INDEX]
+
+
+def _split(tensors: Iterable[Tensor], shard_bytes: int) -> list[list[Tensor]]:
+  """Splits tensors, in their order, into runs of at most `shard_bytes`."""
+  shards: list[list[Tensor]] = [[]]
+  filled = 0
+  for tensor in tensors:
+    if shards[-1] and filled + tensor.bytes > shard_bytes:
+      shards.append([])
+      filled = 0
+    shards[-1].append(tensor)
+    filled += tensor.bytes
+  return shards
+
+
+def header(tensors: Iterable[Tensor]) -> bytes:
+  """Returns the size of the header and the header of a file with these tensors."""
+  described: dict[str, Mapping] = {"__metadata__": {"format": "pt"}}
+  start = 0
+  for tensor in tensors:
+    kind = DTYPES[tensor.dtype][0]
+    places = [start, start + tensor.bytes]
+    described[tensor.name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": places}
+    start += tensor.bytes
+  text = json.dumps(described, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)  # The tensors begin at a multiple of 8 bytes.
+  return len(text).to_bytes(8, "little") + text
+
+
+def _write_file(path: epath.Path, tensors: Sequence[Tensor]) -> None:
+  with replacing(path) as file:
+    file.write(header(tensors))
+    for tensor in tensors:
+      # One at a time: the one before is freed before the next one is made.
+      file.write(_bytes(tensor))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+  made = np.ascontiguousarray(tensor.make(), DTYPES[tensor.dtype][1])
+  if made.shape != tensor.shape:
+    raise ValueError(f"tensor {tensor.name} has shape {made.shape} instead of {tensor.shape}.")
+  return made.reshape(-1).view(np.uint8).data
