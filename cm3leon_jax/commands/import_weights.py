@@ -28,7 +28,7 @@ def main(settings, workdir, source: str) -> None:
     print(f"import_weights: {line}", flush=True)
   print(
     f"import_weights: the next stages, and `launch.train` with this --workdir, begin with it and "
-    f"need {importer.flags(found.fields)}.",
+    f"need {importer.flags(found.fields)}",
     flush=True,
   )
 

@@ -152,17 +152,18 @@ def _write_tokenizer(
 ) -> list[str]:
   """Writes the text tokenizer of a workdir, or checks that it is that of the checkpoint."""
   source, folder = found.source, workdir / TEXT
-  if source.is_own and digests["tokenizer"] is None:
+  if source.is_own and not digests["tokenizer"]:
     return [f"{source.folder} has no tokenizer: that of {workdir} must be the one of its training."]
   done = folder / stages.DONE
-  if source.is_own and digest(folder / TOKENIZER) == digests["tokenizer"] and done.exists():
+  same = digest(folder / TOKENIZER) == digest(source.folder / TOKENIZER)
+  if source.is_own and same and done.exists():
     return []
   if done.exists() and not was_imported(folder):
     raise UserError(
       f"{folder} was trained, and its ids are not those of {source.folder}: use another --workdir, "
       "or delete that folder."
     )
-  config = stages.identity(settings, TEXT) | {"inputs": {IMPORTED: str(digests["tokenizer"])}}
+  config = stages.identity(settings, TEXT) | {"inputs": {IMPORTED: digests["tokenizer"]}}
   notes: list[str] = []
   with stages.once(folder, config, files=stages.STAGES[TEXT].files) as summary:
     if summary is not None:

@@ -12,6 +12,7 @@ from cm3leon_jax.export import stored_tensors
 from cm3leon_jax.export.stored_tensors import StoredTensors
 from cm3leon_jax.export.tensor_files import INDEX, WEIGHTS
 from cm3leon_jax.io import digest, read_json
+from cm3leon_jax.tokenizers.text import TOKENIZER
 
 CONFIG = "config.json"
 OWN = "cm3leon"  # Field of config.json that `launch.export` writes.
@@ -84,13 +85,14 @@ class Source:
         f"{CONFIG} names, so it would be lost."
       )
 
-  def digests(self) -> dict[str, str | None]:
-    """Returns the SHA-256 of what is imported."""
-    return {
+  def digests(self) -> dict[str, str]:
+    """Returns the first 16 digits of the SHA-256 of what is imported; "": it is absent."""
+    found = {
       "weights": stored_tensors.digest_of(self.folder),
       "config": digest(self.folder / CONFIG),
-      "tokenizer": digest(self.folder / "tokenizer.json"),
+      "tokenizer": digest(self.folder / TOKENIZER),
     }
+    return {name: (sha256 or "")[:16] for name, sha256 in found.items()}
 
 
 def open_source(source: str) -> Source:
