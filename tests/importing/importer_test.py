@@ -55,7 +55,7 @@ def losses_of_original(model) -> np.ndarray:
 
   ids = torch.from_numpy(SAMPLES).long()
   with torch.no_grad():
-    logits = model.float()(input_ids=ids).logits[:, :-1]
+    logits = model(input_ids=ids).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none").numpy()
   assert losses.std() > 1
   return losses

@@ -61,13 +61,14 @@ def randomize(model, seed: int = 0) -> None:
 
 
 def _save(model, folder: pathlib.Path, **options):
-  with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-    model.save_pretrained(folder, **options)  # It shows a progress bar.
-  return model.eval()
+  """Writes a model and reads it again: `to(float16)` has rounded its rotary frequencies, too."""
+  with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # Progress bars.
+    model.save_pretrained(folder, **options)
+    return type(model).from_pretrained(folder, dtype="float32").eval()
 
 
 def save_qwen3(folder: pathlib.Path, dtype="float32", shards: str = "50GB", **fields):
-  """Writes a Qwen3ForCausalLM and its tokenizer; returns the model, with what the file holds."""
+  """Writes a Qwen3ForCausalLM and its tokenizer; returns the model as transformers reads it."""
   import torch
   import transformers
 
