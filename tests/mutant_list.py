@@ -3,8 +3,9 @@
 from tests.mutant_lists.data import DATA
 from tests.mutant_lists.decoding import DECODING
 from tests.mutant_lists.evaluation import EVALUATION
+from tests.mutant_lists.importing import IMPORTING
 from tests.mutant_lists.retrieval import RETRIEVAL
 from tests.mutant_lists.training import TRAINING
 from tests.mutant_lists.watching import WATCHING
 
-MUTANTS = DATA + RETRIEVAL + TRAINING + DECODING + EVALUATION + WATCHING
+MUTANTS = DATA + RETRIEVAL + TRAINING + DECODING + EVALUATION + WATCHING + IMPORTING

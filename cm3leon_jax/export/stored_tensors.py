@@ -7,15 +7,14 @@ import os
 
 from etils import epath
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors import numpy as safetensors
+from safetensors import SafetensorError, deserialize, safe_open
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export.tensor_files import INDEX, WEIGHTS
+from cm3leon_jax.export.tensor_files import DTYPES, INDEX, WEIGHTS
 from cm3leon_jax.io import digest, read_json
 from cm3leon_jax.stages import id_of
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {name: dtype for name, dtype in DTYPES.values() if not name.startswith("I")}
 
 
 def are_in(folder: epath.PathLike) -> bool:
@@ -127,18 +126,19 @@ class StoredTensors:
 class _InMemory:
   """A tensor of a file in a bucket, with the interface of a slice of `safe_open`."""
 
-  def __init__(self, array: np.ndarray):
-    self._array = array
+  def __init__(self, about: dict):
+    """Takes dtype, shape and bytes."""
+    self._about = about
 
   def get_shape(self) -> list[int]:
-    return list(self._array.shape)
+    return list(self._about["shape"])
 
   def get_dtype(self) -> str:
-    kinds = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-    return kinds.get(str(self._array.dtype), str(self._array.dtype))
+    return self._about["dtype"]
 
   def __getitem__(self, index) -> np.ndarray:
-    return self._array[index]
+    flat = np.frombuffer(self._about["data"], FLOATS[self.get_dtype()])
+    return flat.reshape(self.get_shape())[index]
 
 
 def _open(path: epath.Path) -> Mapping[str, Callable]:
@@ -147,8 +147,8 @@ def _open(path: epath.Path) -> Mapping[str, Callable]:
     raise UserError(f"{path} does not exist, but the index beside it names it.")
   try:
     if "://" in os.fspath(path):  # A file in a bucket has no pages to map.
-      loaded = safetensors.load(path.read_bytes())
-      return {name: functools.partial(_InMemory, x) for name, x in loaded.items()}
+      found = deserialize(path.read_bytes())
+      return {name: functools.partial(_InMemory, about) for name, about in found}
     file = safe_open(os.fspath(path), framework="np")
     names = file.keys()
     return {name: functools.partial(file.get_slice, name) for name in names}

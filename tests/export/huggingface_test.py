@@ -29,10 +29,9 @@ def config(family, **fields):
     num_layers=3,
     width=48,
     num_heads=4,
-    mlp_width=96,
     max_positions=40,
     dtype="float32",
-    **fields,
+    **{"mlp_width": 96, **fields},
   )
 
 
