@@ -67,6 +67,11 @@ from tests.settings_test import settings_with
       "positions.",
     ),
     (
+      {"model__family": "modern", "model__activation": "gelu"},
+      "config.model: activation is 'gelu', and family is 'modern', whose feed-forward layer is "
+      "SwiGLU: leave it empty.",
+    ),
+    (
       {"model__align_images": True},
       "config.model: align_images is set, and family is 'opt'; it must be 'modern', whose "
       "positions are relative.",

@@ -170,6 +170,7 @@ REFUSED = [
   ("model", "mlp_width", 0, POSITIVE),
   ("model", "max_positions", 0, POSITIVE),
   ("model", "align_images", 1, "a valid boolean"),
+  ("model", "activation", "silu", "'', 'gelu_tanh' or 'gelu'"),
   ("model", "init_std", 0.0, POSITIVE),
   ("model", "embed_std", 0.0, POSITIVE),
   ("model", "codebook_start", -0.1, NOT_NEGATIVE),

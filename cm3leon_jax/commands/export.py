@@ -1,10 +1,11 @@
-"""Writes the newest checkpoint in the Hugging Face layout to export/.
+"""Writes the newest checkpoint for other programs, to export/ or to --output.
 
   python -m launch.export --config=ml_configs/scenes.py --workdir=workdir/scenes
+  python -m launch.export --config=... --workdir=... --format=gpt2 --output=gpt2 --dtype=float16
 
-transformers.AutoModelForCausalLM.from_pretrained("workdir/scenes/export") loads it. If torch is
-installed, the logits of the exported model on held-out documents are compared with those of this
-project.
+Without --format, transformers.AutoModelForCausalLM.from_pretrained("workdir/scenes/export") loads
+it; docs/export.md has the formats. If torch is installed, the logits of the exported model on
+held-out documents are compared with those of this project.
 --bundle=DIR also writes decoder, tokenizers and CLIP in float16 to one folder, for CM3Leon.load
 and for --init_from of launch.train. With --base=OTHER it has the decoder alone: tokenizers, CLIP
 and bank are those of another bundle, which `launch.copy_tokenizers` copied from.
@@ -17,11 +18,29 @@ from absl import flags
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.io import write_json
+from cm3leon_jax.export import formats
 
 SAMPLES = 4
+COMPARED = 500_000_000  # Parameters of the largest decoder that is compared: it is loaded twice.
+DEFAULT = formats.Choice()
 # Of a disk that is full or fails. Transformers, too, raises OSError, if it cannot load a model.
 NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_FORMAT = flags.DEFINE_enum(
+  "format", DEFAULT.format, list(formats.FORMATS), "Layout of the export."
+)
+_OUTPUT = flags.DEFINE_string(
+  "output", "", "Folder of the export; default: export/ in the workdir, as a stage."
+)
+_DTYPE = flags.DEFINE_enum("dtype", DEFAULT.dtype, list(formats.DTYPES), "Dtype of the weights.")
+_QUANTIZE = flags.DEFINE_enum(
+  "quantize", None, ["int8"], "Matrices of the layers as int8, with a scale per output channel."
+)
+_MERGE_EMA = flags.DEFINE_bool(
+  "merge_ema",
+  None,
+  "Write the moving average of the parameters, or with --nomerge_ema the last ones; default: the "
+  "average, if the run keeps one (optimizer.ema_decay).",
+)
 _BUNDLE = flags.DEFINE_string(
   "bundle",
   "",
@@ -48,11 +67,19 @@ def _write_bundle(settings, workdir, folder: str, base: str) -> None:
   print(f"export: bundle of step {step}, {numbers['bytes'] / 1e6:.1f} MB, in {folder}.", flush=True)
 
 
-def main(settings, workdir, bundle_folder: str = "", base: str = "") -> None:
+def main(
+  settings,
+  workdir,
+  bundle_folder: str = "",
+  base: str = "",
+  choice: formats.Choice = DEFAULT,
+  output: str = "",
+) -> None:
   if base and not bundle_folder:
     raise UserError(f"--base is {base}, and --bundle is not given: it acts on bundles alone.")
+  formats.check(choice, settings)
   try:
-    _export(settings, workdir)
+    _export(settings, workdir, choice, output)
     if bundle_folder:
       _write_bundle(settings, workdir, bundle_folder, base)
   except OSError as error:
@@ -64,45 +91,114 @@ def main(settings, workdir, bundle_folder: str = "", base: str = "") -> None:
     ) from error
 
 
-def _export(settings, workdir) -> None:
-  from cm3leon_jax.data import raw_pairs
-  from cm3leon_jax.data.documents import DocumentStore
-  from cm3leon_jax.data.pipeline import join
-  from cm3leon_jax.export import huggingface
-  from cm3leon_jax.training import checkpoint
-
-  folder = workdir / "export"
-  with stages.stage(workdir, "export", settings) as summary, common.use_mesh(settings):
+def _export(settings, workdir, choice: formats.Choice, output: str) -> None:
+  if output:
+    stages.inputs(settings, workdir, "export")
+    with formats.replacing(output) as folder, common.use_mesh(settings):
+      message = _write(folder, settings, workdir, choice)[1]
+    print(f"export: {message}, in {output}.", flush=True)
+    return
+  asked = {k: str(v) for k, v in vars(choice).items() if v != getattr(DEFAULT, k)}
+  stage = stages.stage(workdir, "export", settings, asked)
+  with stage as summary, common.use_mesh(settings):
     if summary is None:
       return
-    raw, origins = workdir / "raw", []
-    if (raw / raw_pairs.INDEX).exists():
-      origins = raw_pairs.read_index(raw)["origins"]
-    write_json(folder / "training_data.json", origins)  # Sources and licenses of the training data.
-    params, step = checkpoint.load_params(workdir / "train", settings.model)
-    tokenizer = workdir / "text_tokenizer"
-    numbers = huggingface.export(folder, params, settings.model, settings.vocab, tokenizer)
-    summary.update(numbers, step=step)
-    comparison = "torch and transformers are not installed, so its logits were not compared"
-    if huggingface.can_compare():
-      heldout = DocumentStore(workdir / "documents" / "heldout_pairs", settings.vocab)
-      samples = [join([heldout[i]], settings.vocab) for i in range(min(SAMPLES, len(heldout)))]
-      compared = huggingface.compare_logits(folder, params, settings.model, samples)
-      summary.update(logits=compared)
-      comparison = (
-        f"logits differ by at most {compared['max_difference']:.1e} "
-        f"(largest: {compared['max_logit']:.1f}) on {compared['tokens']} held-out tokens"
-      )
-    summary.update(compared="logits" in summary)
-    model = f"{summary['architecture']}, {summary['parameters']:,} parameters"
-    print(f"export: {model}, in {folder}; {comparison}.", flush=True)
+    folder = workdir / "export"
+    formats.clear(folder)
+    numbers, message = _write(folder, settings, workdir, choice)
+    summary.update(numbers)
+    print(f"export: {message}, in {folder}.", flush=True)
+
+
+def _write(folder, settings, workdir, choice: formats.Choice) -> tuple[dict, str]:
+  """Writes an export; returns its numbers and what a user reads of it."""
+  from cm3leon_jax.training import checkpoint
+
+  stored = checkpoint.open_params(workdir / "train", average=choice.average)
+  run = formats.Run(settings, workdir, stored, choice)
+  numbers = {**formats.write(folder, run), "step": stored.step, "compared": False}
+  parts = [f"{numbers.get('architecture', choice.format)}, {numbers['parameters']:,} parameters"]
+  if "architecture" in numbers:
+    checked, sentences = _check(folder, run)
+    numbers |= checked
+    parts += sentences
     if settings.model.align_images:
-      print(
-        "export: config.model.align_images is set: other engines need position_ids after neighbors "
-        "and for several images, see `position_ids` in config.json.",
-        flush=True,
+      parts.append(
+        "config.model.align_images is set, so other engines need position_ids after neighbors and "
+        "for several images, see `position_ids` in config.json"
       )
+  return numbers, "; ".join(parts)
+
+
+def _check(folder, run: formats.Run) -> tuple[dict, list[str]]:
+  """Compares the export with this project's decoder on held-out documents.
+
+  Returns:
+    Numbers for the summary, and sentences that say them.
+  """
+  import jax
+
+  from cm3leon_jax.data.documents import DocumentStore
+  from cm3leon_jax.data.pipeline import join
+  from cm3leon_jax.export import huggingface, int8
+  from cm3leon_jax.training import checkpoint
+
+  settings, choice = run.settings, run.choice
+  rounds = bool(choice.quantize) or choice.dtype != DEFAULT.dtype
+  compares = huggingface.can_compare(choice.quantize)
+  if run.params.count > COMPARED:
+    return {}, [f"logits are compared up to {COMPARED:,} parameters only"]
+  heldout = DocumentStore(run.workdir / "documents" / "heldout_pairs", settings.vocab)
+  average = choice.average is not False
+  train, step = run.workdir / "train", run.params.step
+  params, _ = checkpoint.load_params(train, settings.model, step, average)
+  written = params
+  if rounds:
+    written = int8.rounded(jax.device_get(params), choice.dtype, bool(choice.quantize))
+    written = jax.device_put(written, jax.tree.map(lambda x: x.sharding, params))
+  numbers: dict = {}
+  sentences = ["torch and transformers are not installed, so its logits were not compared"]
+  if compares:
+    samples = [join([heldout[i]], settings.vocab) for i in range(min(SAMPLES, len(heldout)))]
+    compared = huggingface.compare_logits(folder, written, settings.model, samples)
+    numbers = {"logits": compared, "compared": True}
+    sentences = [
+      f"logits differ by at most {compared['max_difference']:.1e} "
+      f"(largest: {compared['max_logit']:.1f}) on {compared['tokens']} held-out tokens"
+    ]
+  if rounds and len(heldout):
+    before, after = (_heldout_bits(settings, heldout, tree) for tree in (params, written))
+    numbers["heldout_bits"] = {"before": before, "after": after}
+    effect = [f"{before[m]:.4f} -> {after[m]:.4f} bits per {m} token" for m in before]
+    sentences.append(
+      f"{choice.quantize or choice.dtype}: {', '.join(effect)} of held-out documents"
+    )
+  return numbers, sentences
+
+
+def _heldout_bits(settings, heldout, params) -> dict[str, float]:
+  """Measures the mean bits of the image codes and text tokens of held-out documents, alone."""
+  import numpy as np
+
+  from cm3leon_jax.data.pipeline import join
+  from cm3leon_jax.evaluation import bits
+
+  config = settings.evaluation
+  documents = [heldout[i] for i in range(min(config.num_documents, len(heldout)))]
+  samples = [join([document], settings.vocab) for document in documents]
+  scored = bits.score_samples(params, settings.model, samples, settings.vocab, config.batch_size)
+  masks = [bits.own_targets(s, d, settings.vocab) for s, d in zip(samples, documents)]
+  found = {
+    name: np.concatenate([row[mask[name]] for row, mask in zip(scored, masks)])
+    for name in bits.MODALITIES
+  }
+  return {name: float(values.mean()) for name, values in found.items() if len(values)}
+
+
+def _run(settings, workdir) -> None:
+  choice = formats.Choice(_FORMAT.value, _DTYPE.value, _QUANTIZE.value or "", _MERGE_EMA.value)
+  main(settings, workdir, _BUNDLE.value, _BASE.value, choice, _OUTPUT.value)
 
 
 if __name__ == "__main__":
-  common.run(lambda settings, workdir: main(settings, workdir, _BUNDLE.value, _BASE.value))
+  common.run(_run)

@@ -11,23 +11,26 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import importlib.util
-from typing import Literal
+import math
 
 from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import numpy as safetensors_numpy
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json, replacing, write_json
+from cm3leon_jax.export import int8, tensor_files
+from cm3leon_jax.export.formats import Run
+from cm3leon_jax.export.tensor_files import Tensor
+from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ROPE_BASE, ModelConfig
 from cm3leon_jax.positions import positions_of
+from cm3leon_jax.training.stored import StoredParams, of_tree
 from cm3leon_jax.vocab import VocabLayout
 
-WEIGHTS = "model.safetensors"
+WEIGHTS = tensor_files.WEIGHTS
 VOCAB_FIELDS = ("num_special", "text_size", "image_size")
 POSITION_IDS = (
   "This decoder counts positions from the images (align_images). A sample with one image at most "
@@ -35,100 +38,90 @@ POSITION_IDS = (
   "result of cm3leon_jax.positions.positions_of(tokens, vocab, align_images=True): the first code "
   "of every image has position 0, the tokens before it count backwards. A constant may be added."
 )
+QWEN3_NORMS = (
+  ("q_norm", "self_attn.q_norm"),
+  ("k_norm", "self_attn.k_norm"),
+  ("norm1", "input_layernorm"),
+  ("norm2", "post_attention_layernorm"),
+)
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+# config.model.activation -> its name in transformers.
+OPT_ACTIVATIONS = {"": "relu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 OPT_OFFSET = 2  # OPT stores position p in row p + 2 and never reads the rows before.
 
 
-def opt_tensors(params: dict) -> dict[str, np.ndarray]:
-  """Converts parameters of the `opt` family to OPTForCausalLM's names, weights [out, in] fp32.
+def opt_tensors(params: StoredParams, dtype: str = "float32") -> list[Tensor]:
+  """Lists the tensors of OPTForCausalLM, weights [out, in]; the head is tied to the embeddings."""
+  table = params.shapes["positions"]
 
-  The head is tied to the embedding table.
-  """
-  positions = params["positions"]
-  tensors = {
-    "model.decoder.embed_tokens.weight": params["embed"],
-    "model.decoder.embed_positions.weight": np.pad(positions, ((OPT_OFFSET, 0), (0, 0))),
-  }
-  blocks = params["blocks"]
-  for i in range(len(blocks["up"])):
+  def positions():
+    return np.pad(params.read("positions"), ((OPT_OFFSET, 0), (0, 0)))
+
+  tensors = [
+    as_stored("model.decoder.embed_tokens.weight", params, "embed", dtype=dtype),
+    Tensor(
+      "model.decoder.embed_positions.weight", (table[0] + OPT_OFFSET, table[1]), dtype, positions
+    ),
+  ]
+  for i in range(params.shapes["blocks.up"][0]):
     layer = f"model.decoder.layers.{i}"
-    tensors |= _attention(f"{layer}.self_attn", blocks, i, "out_proj")
-    tensors |= {
-      f"{layer}.fc1.weight": blocks["up"][i].T,
-      f"{layer}.fc2.weight": blocks["down"][i].T,
-    }
-  return {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    tensors += _attention(f"{layer}.self_attn", params, i, "out_proj", dtype)
+    tensors += [
+      transposed(f"{layer}.fc1.weight", params, "blocks.up", i, dtype=dtype),
+      transposed(f"{layer}.fc2.weight", params, "blocks.down", i, dtype=dtype),
+    ]
+  return tensors
 
 
-def qwen3_tensors(params: dict) -> dict[str, np.ndarray]:
-  """Converts parameters of the `modern` family to Qwen3ForCausalLM's names, [out, in] fp32."""
-  tensors = {
-    "model.embed_tokens.weight": params["embed"],
-    "model.norm.weight": params["final_norm"]["scale"],
-    "lm_head.weight": params["head"],
-  }
-  blocks = params["blocks"]
-  for i in range(len(blocks["up"])):
+def qwen3_tensors(params: StoredParams, dtype: str = "float32") -> list[Tensor]:
+  """Lists the tensors of Qwen3ForCausalLM, weights [out, in]."""
+  tensors = [
+    as_stored("model.embed_tokens.weight", params, "embed", dtype=dtype),
+    as_stored("model.norm.weight", params, "final_norm.scale", dtype=dtype),
+    as_stored("lm_head.weight", params, "head", dtype=dtype),
+  ]
+  for i in range(params.shapes["blocks.up"][0]):
     layer = f"model.layers.{i}"
-    tensors |= _attention(f"{layer}.self_attn", blocks, i, "o_proj")
-    tensors |= {
-      f"{layer}.self_attn.q_norm.weight": blocks["q_norm"]["scale"][i],
-      f"{layer}.self_attn.k_norm.weight": blocks["k_norm"]["scale"][i],
-      f"{layer}.input_layernorm.weight": blocks["norm1"]["scale"][i],
-      f"{layer}.post_attention_layernorm.weight": blocks["norm2"]["scale"][i],
-      f"{layer}.mlp.gate_proj.weight": blocks["gate"][i].T,
-      f"{layer}.mlp.up_proj.weight": blocks["up"][i].T,
-      f"{layer}.mlp.down_proj.weight": blocks["down"][i].T,
-    }
-  return {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    tensors += _attention(f"{layer}.self_attn", params, i, "o_proj", dtype)
+    tensors += [
+      as_stored(f"{layer}.{theirs}.weight", params, f"blocks.{ours}.scale", i, dtype=dtype)
+      for ours, theirs in QWEN3_NORMS
+    ]
+    tensors += [
+      transposed(f"{layer}.mlp.{name}_proj.weight", params, f"blocks.{name}", i, dtype=dtype)
+      for name in ("gate", "up", "down")
+    ]
+  return tensors
 
 
-def _attention(prefix: str, blocks: dict, i: int, out_name: str) -> dict[str, np.ndarray]:
-  width = blocks["qkv"].shape[2]
-  qkv = blocks["qkv"][i].reshape(3, width, -1)
-  names = [f"{prefix}.{name}_proj.weight" for name in "qkv"]
-  return {
-    **{name: w.T for name, w in zip(names, qkv)},
-    f"{prefix}.{out_name}.weight": blocks["out"][i].reshape(-1, width).T,
-  }
+def as_stored(name: str, params: StoredParams, source: str, *index: int, dtype: str) -> Tensor:
+  """Returns a tensor that is a stored array, or its part at an index."""
+  shape = params.shapes[source][len(index) :]
+  return Tensor(name, shape, dtype, functools.partial(params.read, source, *index))
 
 
-def params_of(tensors: dict[str, np.ndarray], config: ModelConfig) -> dict:
-  """Converts what `opt_tensors` or `qwen3_tensors` returned back to parameters, fp32.
+def transposed(
+  name: str, params: StoredParams, source: str, *index: int, dtype: str, axes_in: int = 1
+) -> Tensor:
+  """Returns a stored matrix as [out, in]; its first `axes_in` axes are the input."""
+  shape = params.shapes[source][len(index) :]
+  rows, columns = math.prod(shape[:axes_in]), math.prod(shape[axes_in:])
 
-  Raises:
-    KeyError: a tensor is missing.
-  """
-  K, D, N, H = config.num_layers, config.width, config.num_heads, config.head_dim
-  opt = config.family == "opt"
-  prefix = "model.decoder" if opt else "model"
+  def make():
+    return params.read(source, *index).reshape(rows, columns).T
 
-  def layers(name):
-    return np.stack([tensors[f"{prefix}.layers.{i}.{name}.weight"] for i in range(K)])
+  return Tensor(name, (columns, rows), dtype, make)
 
-  def transposed(name):
-    return layers(name).swapaxes(1, 2)
 
-  qkv = [transposed(f"self_attn.{name}_proj").reshape(K, D, N, H) for name in "qkv"]
-  out = transposed(f"self_attn.{'out' if opt else 'o'}_proj").reshape(K, N, H, D)
-  blocks = {"qkv": np.stack(qkv, axis=1), "out": out}
-  params = {"embed": tensors[f"{prefix}.embed_tokens.weight"], "blocks": blocks}
-  if opt:
-    blocks |= {"up": transposed("fc1"), "down": transposed("fc2")}
-    params["positions"] = tensors[f"{prefix}.embed_positions.weight"][OPT_OFFSET:]
-  else:
-    blocks |= {name: transposed(f"mlp.{name}_proj") for name in ("gate", "up", "down")}
-    blocks |= {
-      ours: {"scale": layers(theirs)}
-      for ours, theirs in (
-        ("q_norm", "self_attn.q_norm"),
-        ("k_norm", "self_attn.k_norm"),
-        ("norm1", "input_layernorm"),
-        ("norm2", "post_attention_layernorm"),
-      )
-    }
-    params["head"] = tensors["lm_head.weight"]
-    params["final_norm"] = {"scale": tensors["model.norm.weight"]}
-  return jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+def _attention(
+  prefix: str, params: StoredParams, i: int, out_name: str, dtype: str
+) -> list[Tensor]:
+  tensors = [
+    transposed(f"{prefix}.{name}_proj.weight", params, "blocks.qkv", i, j, dtype=dtype)
+    for j, name in enumerate("qkv")
+  ]
+  out = f"{prefix}.{out_name}.weight"
+  return [*tensors, transposed(out, params, "blocks.out", i, dtype=dtype, axes_in=2)]
 
 
 def config_of(described: dict) -> dict[str, dict]:
@@ -137,6 +130,8 @@ def config_of(described: dict) -> dict[str, dict]:
   Raises:
     KeyError: `hf_config` did not write it.
   """
+  if described["model_type"] not in ("opt", "qwen3"):
+    raise KeyError("model_type 'opt' or 'qwen3'")
   opt = described["model_type"] == "opt"
   model = {
     "family": "opt" if opt else "modern",
@@ -148,7 +143,9 @@ def config_of(described: dict) -> dict[str, dict]:
     "max_positions": described["max_position_embeddings"],
     "align_images": described["cm3leon"].get("align_images", False),
   }
-  if opt:  # A decoder with these norms or another head size is not exported.
+  if opt:  # A decoder with query-key norms or another head size is not exported.
+    names = {theirs: ours for ours, theirs in OPT_ACTIVATIONS.items()}
+    model["activation"] = names[described["activation_function"]]
     model |= {"query_key_norm": False, "head_size": 0}
   else:
     size, base = described["head_dim"], float(described["rope_theta"])
@@ -157,32 +154,39 @@ def config_of(described: dict) -> dict[str, dict]:
   return {"model": model, "vocab": {name: described["cm3leon"][name] for name in VOCAB_FIELDS}}
 
 
-def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
-  """Returns the content of config.json. Image code c is token id `cm3leon.text_size` + c.
-
-  `cm3leon.position_ids` says what another engine must do, if its own positions are not enough.
-  """
+def ids_config(config: ModelConfig, vocab: VocabLayout) -> dict:
+  """Returns the fields of config.json that say what the ids are; of every model of transformers."""
   own = {name: getattr(vocab, name) for name in VOCAB_FIELDS}
   own["align_images"] = config.align_images
   if config.align_images:
     own["position_ids"] = POSITION_IDS
-  common = {
+  return {
     "vocab_size": config.vocab_size,
-    "hidden_size": config.width,
-    "num_hidden_layers": config.num_layers,
-    "num_attention_heads": config.num_heads,
-    "max_position_embeddings": config.max_positions,
     "pad_token_id": vocab.pad,
     "bos_token_id": vocab.eos,
     "eos_token_id": vocab.eos,
     "dtype": "float32",
     "cm3leon": own,
   }
+
+
+def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
+  """Returns the content of config.json. Image code c is token id `cm3leon.text_size` + c.
+
+  `cm3leon.position_ids` says what another engine must do, if its own positions are not enough.
+  """
+  common = {
+    **ids_config(config, vocab),
+    "hidden_size": config.width,
+    "num_hidden_layers": config.num_layers,
+    "num_attention_heads": config.num_heads,
+    "max_position_embeddings": config.max_positions,
+  }
   if config.family == "opt":
     return common | {
       "architectures": ["OPTForCausalLM"],
       "model_type": "opt",
-      "activation_function": "relu",
+      "activation_function": OPT_ACTIVATIONS[config.activation],
       "do_layer_norm_before": True,
       "layer_norm_elementwise_affine": False,
       "enable_bias": False,
@@ -209,13 +213,47 @@ def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
   }
 
 
+def check(config: ModelConfig) -> None:
+  """Raises UserError if the Hugging Face model lacks a part of the decoder."""
+  if config.family == "opt" and config.query_key_norm:
+    raise UserError(
+      "config.model.query_key_norm is set: OPTForCausalLM has no such norm, so this decoder cannot "
+      "be exported in the format hf."
+    )
+  if config.family == "opt" and config.head_dim * config.num_heads != config.width:
+    raise UserError(
+      f"config.model.head_size is {config.head_size}: the heads of OPTForCausalLM have the size "
+      f"width / num_heads = {config.width} / {config.num_heads}: this decoder cannot be exported."
+    )
+
+
+def write(folder: epath.PathLike, run: Run) -> dict:
+  """Writes a run for `transformers.AutoModelForCausalLM` and `AutoTokenizer`; see `export`."""
+  settings, choice = run.settings, run.choice
+  described = hf_config(settings.model, settings.vocab)
+  tensors = tensors_of(run.params, settings.model, choice.dtype)
+  count = sum(tensor.size for tensor in tensors)
+  if choice.quantize:
+    described["quantization_config"] = int8.CONFIG
+    tensors = int8.quantized(tensors)
+  tokenizer = run.workdir / "text_tokenizer"
+  numbers = write_model(folder, described, tensors, settings.vocab, tokenizer, choice.dtype)
+  return {**numbers, "parameters": count}
+
+
+def tensors_of(params: StoredParams, config: ModelConfig, dtype: str = "float32") -> list[Tensor]:
+  """Lists the tensors of the Hugging Face model; raises UserError, see `check`."""
+  check(config)
+  return (opt_tensors if config.family == "opt" else qwen3_tensors)(params, dtype)
+
+
 def export(
   folder: epath.PathLike,
   params: dict,
   config: ModelConfig,
   vocab: VocabLayout,
   tokenizer_folder: epath.PathLike | None,
-  dtype: Literal["float32", "float16"] = "float32",
+  dtype: str = "float32",
 ) -> dict:
   """Writes files for `transformers.AutoModelForCausalLM` and `AutoTokenizer`, without torch.
 
@@ -228,7 +266,7 @@ def export(
     config: configuration of the decoder.
     vocab: layout of the token ids.
     tokenizer_folder: folder of the text tokenizer; None leaves it out.
-    dtype: of the weights in the file.
+    dtype: of the weights in the file, a key of `tensor_files.DTYPES`.
 
   Returns:
     {"architecture", "parameters", "bytes"}.
@@ -236,44 +274,52 @@ def export(
   Raises:
     UserError: the Hugging Face model lacks a part of the decoder.
   """
-  if config.family == "opt" and config.query_key_norm:
-    raise UserError(
-      "config.model.query_key_norm is set: OPTForCausalLM has no such norm, so this decoder cannot "
-      "be exported."
-    )
-  if config.family == "opt" and config.head_dim * config.num_heads != config.width:
-    raise UserError(
-      f"config.model.head_size is {config.head_size}: the heads of OPTForCausalLM have the size "
-      f"width / num_heads = {config.width} / {config.num_heads}: this decoder cannot be exported."
-    )
+  tensors = tensors_of(of_tree(params), config, dtype)
+  return write_model(folder, hf_config(config, vocab), tensors, vocab, tokenizer_folder, dtype)
+
+
+def write_model(
+  folder: epath.PathLike,
+  described: dict,
+  tensors: Sequence[Tensor],
+  vocab: VocabLayout,
+  tokenizer_folder: epath.PathLike | None,
+  dtype: str,
+) -> dict:
+  """Writes the files of a model of `transformers`; arguments and result are those of `export`.
+
+  Args:
+    folder: see `export`.
+    described: content of config.json, without the dtype.
+    tensors: of the model.
+    vocab: see `export`.
+    tokenizer_folder: see `export`.
+    dtype: that config.json names.
+  """
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / WEIGHTS).unlink(missing_ok=True)
-  described = {**hf_config(config, vocab), "dtype": dtype}
-  write_json(folder / "config.json", described)
+  tensor_files.remove(folder)
+  write_json(folder / "config.json", {**described, "dtype": dtype})
   # A document ends with </s>, an infill (a caption, an answer) with <eoss>. config.json can name
   # only one of them, so this file must not be marked as derived from it ("_from_model_config").
   ids = {"pad_token_id": vocab.pad, "bos_token_id": vocab.eos}
   ids["eos_token_id"] = [vocab.eos, vocab.eoss]
   write_json(folder / "generation_config.json", ids)
   if tokenizer_folder is not None:
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+    for name in TOKENIZER:
       (folder / name).write_text((epath.Path(tokenizer_folder) / name).read_text())
-  host = jax.tree.map(lambda x: np.asarray(x, np.float32), jax.device_get(params))
-  tensors = opt_tensors(host) if config.family == "opt" else qwen3_tensors(host)
-  tensors = {name: x.astype(dtype) for name, x in tensors.items()}
-  with replacing(folder / WEIGHTS) as file:
-    file.write(safetensors_numpy.save(tensors, {"format": "pt"}))
+  files = tensor_files.write(folder, tensors)
   return {
     "architecture": described["architectures"][0],
-    "parameters": sum(x.size for x in tensors.values()),
-    "bytes": (folder / WEIGHTS).stat().length,
+    "parameters": sum(tensor.size for tensor in tensors),
+    "bytes": sum((folder / name).stat().length for name in files),
   }
 
 
-def can_compare() -> bool:
-  """Returns whether torch and transformers are installed (the `[dev]` extra)."""
-  return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+def can_compare(quantized: str = "") -> bool:
+  """Returns whether what loads an export, also a quantized one, is installed (extra `[dev]`)."""
+  more = ("compressed_tensors",) if quantized else ()
+  return all(importlib.util.find_spec(name) for name in ("torch", "transformers", *more))
 
 
 @functools.partial(jax.jit, static_argnums=0)

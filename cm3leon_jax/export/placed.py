@@ -60,6 +60,12 @@ def check_shapes(tensors: StoredTensors, config: ModelConfig) -> None:
       )
 
 
+def types_of(config: ModelConfig) -> dict:
+  """Returns the types of parameters on the current mesh."""
+  types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+  return abstract(types, jax.sharding.get_mesh())
+
+
 def load(tensors: StoredTensors, config: ModelConfig) -> dict:
   """Reads parameters onto the current mesh, fp32.
 
@@ -68,8 +74,7 @@ def load(tensors: StoredTensors, config: ModelConfig) -> dict:
       finite.
   """
   check_shapes(tensors, config)
-  types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
-  types = traverse_util.flatten_dict(abstract(types, jax.sharding.get_mesh()), sep=".")
+  types = traverse_util.flatten_dict(types_of(config), sep=".")
   params = {}
   for name, kind in types.items():
     read = functools.partial(_read, tensors, config, name)

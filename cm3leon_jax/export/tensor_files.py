@@ -14,6 +14,7 @@ from etils import epath
 import ml_dtypes
 import numpy as np
 
+from cm3leon_jax.config import UserError
 from cm3leon_jax.io import replacing, write_json
 
 WEIGHTS = "model.safetensors"
@@ -25,7 +26,7 @@ DTYPES: dict[str, tuple[str, np.dtype]] = {
   "float32": ("F32", np.dtype(np.float32)),
   "float16": ("F16", np.dtype(np.float16)),
   "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
-  "int8": ("I8", np.dtype(np.int8)),
+  "int32": ("I32", np.dtype(np.int32)),
   "int64": ("I64", np.dtype(np.int64)),
 }
 
@@ -132,8 +133,24 @@ def _write_file(path: epath.Path, tensors: Sequence[Tensor]) -> None:
       file.write(_bytes(tensor))
 
 
+def convert(name: str, made: np.ndarray, dtype: str) -> np.ndarray:
+  """Converts an array to a dtype of `DTYPES`.
+
+  Raises:
+    UserError: it has NaN, or a number that is infinite in this dtype.
+  """
+  with np.errstate(over="ignore"):
+    converted = np.ascontiguousarray(made, DTYPES[dtype][1])
+  if not np.isfinite(converted).all():
+    raise UserError(
+      f"{name} has values that are not finite in {dtype}, so it cannot be exported: use "
+      "--dtype=float32, or another checkpoint if they are not finite there."
+    )
+  return converted
+
+
 def _bytes(tensor: Tensor) -> memoryview:
-  made = np.ascontiguousarray(tensor.make(), DTYPES[tensor.dtype][1])
+  made = convert(tensor.name, tensor.make(), tensor.dtype)
   if made.shape != tensor.shape:
     raise ValueError(f"tensor {tensor.name} has shape {made.shape} instead of {tensor.shape}.")
   return made.reshape(-1).view(np.uint8).data

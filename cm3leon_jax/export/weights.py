@@ -9,7 +9,7 @@ from etils import epath
 from cm3leon_jax import distributed, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.distributed import print_once
-from cm3leon_jax.export import bundle, huggingface, placed, stored_tensors
+from cm3leon_jax.export import bundle, huggingface, orbax, placed, stored_tensors
 from cm3leon_jax.export.stored_tensors import StoredTensors
 from cm3leon_jax.io import digest, plain, read_json
 from cm3leon_jax.models.config import ModelConfig
@@ -109,6 +109,9 @@ def find(settings, source: str, step: int | None = None) -> Weights:
   if run.exists():
     described = read_json(run, {"run": dict})["run"]
     expected = {part: expected[part] for part in ("model", "vocab")}
+  elif orbax.exists(folder):
+    described = read_json(folder / "config.json", {"model": dict})
+    expected = {part: expected[part] for part in ("model", "vocab")}
   elif stored_tensors.are_in(folder):
     described = _exported_config(folder)
     expected = {part: {k: expected[part][k] for k in described[part]} for part in described}
@@ -126,6 +129,8 @@ def find(settings, source: str, step: int | None = None) -> Weights:
     )
   if run.exists():
     return Weights(source, *checkpoint.identify(folder / "train", step))
+  if orbax.exists(folder):
+    return Weights(source, None, digest(folder / orbax.DIGESTS))
   return Weights(source, None, stored_tensors.digest_of(folder))
 
 
@@ -206,6 +211,8 @@ def load(weights: Weights, settings) -> dict:
   folder = bundle.folder_of(weights.source)
   if weights.step is not None:
     return checkpoint.load_params(folder / "train", settings.model, weights.step)[0]
+  if orbax.exists(folder):
+    return orbax.load(folder, placed.types_of(settings.model))
   return _load_exported(folder, settings.model)
 
 

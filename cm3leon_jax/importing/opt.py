@@ -7,7 +7,7 @@ import functools
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export.huggingface import OPT_OFFSET
+from cm3leon_jax.export.huggingface import OPT_ACTIVATIONS, OPT_OFFSET
 from cm3leon_jax.export.tensor_files import Tensor
 from cm3leon_jax.importing.source import CONFIG, Source
 from cm3leon_jax.importing.tables import Tables
@@ -15,7 +15,7 @@ from cm3leon_jax.importing.tables import Tables
 ALLOWED = {
   "do_layer_norm_before": (True, None),
   "_remove_final_layer_norm": (False, None),
-  "activation_function": ("relu", None),
+  "activation_function": (*OPT_ACTIVATIONS.values(), None),
   "tie_word_embeddings": (True, None),
 }
 EMBED, POSITIONS = "model.decoder.embed_tokens.weight", "model.decoder.embed_positions.weight"
@@ -45,8 +45,10 @@ def model_fields(source: Source) -> dict:
       f"{source.folder / CONFIG}: word_embed_proj_dim is {projected}, and hidden_size {width}; the "
       "family `opt` has no projection between its tables and its layers, so they must be equal."
     )
+  names = {theirs: ours for ours, theirs in OPT_ACTIVATIONS.items()}
   return {
     "family": "opt",
+    "activation": names[source.described.get("activation_function") or "relu"],
     "num_layers": source.size("num_hidden_layers", 12),
     "width": width,
     "num_heads": source.size("num_attention_heads", 12),

@@ -11,6 +11,7 @@ Family = Literal["opt", "modern"]
 Dtype = Literal["float32", "bfloat16", "float64"]
 RematPolicy = Literal["none", "minimal", "save_qkv", "save_attention", "offload", "full"]
 Attention = Literal["auto", "plain", "splash", "triton"]
+Activation = Literal["", "gelu_tanh", "gelu"]
 DTYPES = get_args(Dtype)
 REMAT_POLICIES = get_args(RematPolicy)
 ATTENTIONS = get_args(Attention)
@@ -51,6 +52,10 @@ class ModelConfig:
   positions are relative; samples with one image have the same logits as without. Not for
   interleaved documents: how long the text before the next image will be is not known while it is
   generated."""
+  activation: Activation = ""
+  """Activation of the feed-forward layer of `opt` in place of the paper's ReLU: `gelu`, with the
+  error function; `gelu_tanh`, its approximation by tanh, the one of GPT-2, and so of llama.cpp
+  (`launch.export --format=gpt2`). Empty: ReLU, and in `modern` always SwiGLU."""
   query_key_norm: bool = False
   """Whether the queries and keys of every head pass an RMSNorm, for stability; with `modern` they
   always do."""
@@ -94,6 +99,11 @@ class ModelConfig:
       raise ValueError(
         f"rope_base is {self.rope_base}, and family is '{self.family}'; only 'modern' has rotary "
         "positions."
+      )
+    if self.activation and self.family == "modern":
+      raise ValueError(
+        f"activation is '{self.activation}', and family is 'modern', whose feed-forward layer is "
+        "SwiGLU: leave it empty."
       )
     if self.align_images and self.family != "modern":
       raise ValueError(

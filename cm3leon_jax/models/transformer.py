@@ -18,6 +18,12 @@ from cm3leon_jax.models.config import ROPE_BASE, ModelConfig
 
 POSITION_RATIO = 1 / 30  # Positions start at this share of init_std: 0.0002 (CM3Leon, section 2.3).
 LOOKED_UP = ("embed", "positions")  # Tables of `look_up`.
+# Of the feed-forward layer of `opt`.
+ACTIVATIONS: dict[str, Callable] = {
+  "": jax.nn.relu,
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 Ids, Stream = Int32[Array, "B L"], Float[Array, "B L D"]
 Vectors = Float[Array, "*batch D"]
 
@@ -60,11 +66,11 @@ def rotate(
   x: Float[Array, "B L N H"], positions: Ids, base: float = ROPE_BASE
 ) -> Float[Array, "B L N H"]:
   """Applies rotary positions (Su et al. 2021, RoFormer); pairs are x[i] and x[i + H / 2]."""
-  half = x.shape[-1] // 2
-  frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = positions[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
+  half, wide = x.shape[-1] // 2, attention.wide(x.dtype)
+  frequencies = base ** (-jnp.arange(half, dtype=wide) / half)
+  angles = positions[..., None, None].astype(wide) * frequencies[None, None, None]
   sin, cos = jnp.sin(angles), jnp.cos(angles)
-  a, b = (part.astype(attention.wide(x.dtype)) for part in (x[..., :half], x[..., half:]))
+  a, b = (part.astype(wide) for part in (x[..., :half], x[..., half:]))
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
@@ -130,7 +136,7 @@ def apply_block(
     gate = checkpoint_name(product("BLD,DF->BLF", h, params["gate"], mlp), "mlp")
     up = up * jax.nn.silu(gate)
   else:
-    up = jax.nn.relu(up)
+    up = ACTIVATIONS[config.activation](up)
   return x + product("BLF,FD->BLD", up, params["down"], act)
 
 

@@ -15,7 +15,7 @@ from cm3leon_jax.io import absolute, digest, read_json, write_json
 from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training import sealing
+from cm3leon_jax.training import sealing, stored
 from cm3leon_jax.training.retention import METRIC, policy, score
 
 FOLDER = "checkpoints"
@@ -129,7 +129,8 @@ class Checkpoints:
     if distributed.is_first():
       self._remove_digests(lambda s: s == step)
     args = ocp.args.Composite(
-      state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"next_row": next_row})
+      state=ocp.args.StandardSave(state, stored.save_args(state)),
+      data=ocp.args.JsonSave({"next_row": next_row}),
     )
     metrics = {METRIC: heldout_loss} if self._scores else None
     try:
@@ -251,20 +252,10 @@ class Checkpoints:
   def restore_params(self, config: ModelConfig, step: int, average: bool = True) -> dict:
     """Restores only the parameters, onto the current mesh; see `load_params`."""
     self.check(step)
-    params = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
-    stored = ocp.StandardCheckpointHandler().metadata(self.folder / str(step) / "state")
-    if not average and not stored.get("ema"):
-      raise UserError(
-        f"checkpoint {step} in {self.folder.parent} has no average of the parameters "
-        "(config.optimizer.ema_decay), so its last parameters are the only ones."
-      )
-    name = "ema" if average and stored.get("ema") else "params"
-    item = {name: abstract(params, jax.sharding.get_mesh())}
-    args = ocp.args.PyTreeRestore(
-      item=item,
-      restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-      partial_restore=True,
-    )
+    types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+    types = abstract(types, jax.sharding.get_mesh())
+    state = self.folder / str(step) / "state"
+    name, args = stored.restore_args(state, types, None if average else False)
     return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"][name]
 
   def check(self, step: int) -> None:
@@ -362,11 +353,18 @@ def load_params(
   return params, step
 
 
-def identify(folder: epath.PathLike, step: int | None = None) -> tuple[int, str | None]:
-  """Returns the step of a run's checkpoint and the SHA-256 of the digests of its files.
+def open_params(
+  folder: epath.PathLike, step: int | None = None, average: bool | None = None
+) -> stored.StoredParams:
+  """Opens the parameters of a run's checkpoint, to read them in slices; see `stored.open_state`."""
+  checkpoints, step = _open(folder, step)
+  checkpoints.check(step)
+  checkpoints.close()
+  return stored.open_state(checkpoints.folder / str(step) / "state", average)
 
-  Arguments and errors are those of `load_params`.
-  """
+
+def identify(folder: epath.PathLike, step: int | None = None) -> tuple[int, str | None]:
+  """Returns step and SHA-256 of the digests of a run's checkpoint; see `load_params`."""
   checkpoints, step = _open(folder, step)
   checkpoints.close()
   return step, checkpoints.digest(step)

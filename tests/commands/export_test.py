@@ -1,7 +1,9 @@
 import concurrent.futures
+import dataclasses
 import itertools
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import sys
@@ -14,9 +16,10 @@ from safetensors import numpy as safetensors
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import export
-from cm3leon_jax.config import TryAgain
-from cm3leon_jax.export import bundle, huggingface
-from cm3leon_jax.io import write_json
+from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.export import bundle, formats, huggingface
+from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.training.stored import of_tree
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.models.tiny import random_params
 
@@ -72,13 +75,127 @@ def test_the_average_is_exported_and_a_bundle_knows_its_cost(tmp_path):
   with one_device():
     average = random_params(SETTINGS.model)
   found = safetensors.load_file(tmp_path / "export" / huggingface.WEIGHTS)
-  expected = huggingface.opt_tensors(average)
+  expected = {t.name: t.make() for t in huggingface.opt_tensors(of_tree(average))}
   assert found.keys() == expected.keys()
   for name, tensor in expected.items():
     np.testing.assert_array_equal(found[name], tensor)
   # Each stage of `save_run` took a second.
   cost = {"train_seconds": 1.0, "other_seconds": 5.0, "machine": None}
   assert bundle.about(tmp_path / "bundle")["cost"] == cost
+
+
+def with_model(settings, **fields):
+  return dataclasses.replace(settings, model=dataclasses.replace(settings.model, **fields))
+
+
+@pytest.fixture(scope="module")
+def gelu(tmp_path_factory):
+  """Settings and workdir of a run of a decoder with the activation of GPT-2."""
+  settings = with_model(SETTINGS, activation="gelu_tanh")
+  root = epath.Path(tmp_path_factory.mktemp("gelu"))
+  save_run(root, settings)
+  return settings, root
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["hf", "gpt2"])
+def test_an_export_in_any_dtype_has_the_logits_of_its_rounded_parameters(
+  gelu, tmp_path, capsys, layout, dtype
+):
+  pytest.importorskip("torch")
+  settings, root = gelu
+  output = tmp_path / "out"
+  choice = formats.Choice(layout, dtype)
+  export.main(settings, root, choice=choice, output=str(output))
+  message = capsys.readouterr().out
+  assert f"export: {'GPT2LMHeadModel' if layout == 'gpt2' else 'OPTForCausalLM'}, " in message
+  assert float(re.search(r"differ by at most (\S+)", message)[1]) < 1e-4
+  assert ("bits per image token" in message) == (dtype != "float32")
+  described = read_json(output / "export.json")
+  assert described == {**vars(choice), "average": True, "step": 7}
+  assert read_json(output / "config.json")["dtype"] == dtype
+  assert not (root / "export").exists()
+
+
+def test_int8_prints_its_effect_on_heldout_bits(gelu, tmp_path, capsys):
+  pytest.importorskip("compressed_tensors")
+  settings, root = gelu
+  choice = formats.Choice(quantize="int8")
+  export.main(settings, root, choice=choice, output=str(tmp_path / "out"))
+  message = capsys.readouterr().out
+  before, after = map(
+    float, re.search(r"int8: (\S+) -> (\S+) bits per image token", message).groups()
+  )
+  assert before != after
+  assert abs(before - after) < 0.1 * before
+  assert float(re.search(r"differ by at most (\S+)", message)[1]) < 1e-4
+
+
+def test_the_stage_is_made_again_in_another_format_and_skipped_in_the_same(gelu, capsys):
+  settings, root = gelu
+  orbax = formats.Choice("orbax")
+  for choice, expected in ((orbax, "orbax, "), (orbax, "skipped"), (formats.Choice(), "OPTFor")):
+    export.main(settings, root, choice=choice)
+    assert expected in capsys.readouterr().out
+  assert (root / "export" / huggingface.WEIGHTS).exists()
+  assert not (root / "export" / "params").exists()
+  shutil.rmtree(root / "export")
+
+
+def test_the_last_parameters_are_written_if_they_are_asked_for(gelu, tmp_path):
+  """They are NaN, see `save_run`, and NaN is refused."""
+  settings, root = gelu
+  choice, output = formats.Choice(average=False), str(tmp_path / "out")
+  with pytest.raises(UserError, match=r"embed_tokens\.weight has values that are not finite"):
+    export.main(settings, root, choice=choice, output=output)
+  assert not (tmp_path / "out").exists()
+
+
+def test_what_a_format_lacks_is_refused_by_name_and_an_earlier_export_stays(exported_before):
+  before = contents(exported_before / "export")
+  for settings, choice, message in (
+    (
+      SETTINGS,
+      formats.Choice("gpt2"),
+      r"model\.activation is '' \(ReLU\), and --format=gpt2 needs",
+    ),
+    (with_model(SETTINGS, family="modern"), formats.Choice("gpt2"), "GPT-2 has no rotary"),
+    (
+      with_model(SETTINGS, activation="gelu_tanh", query_key_norm=True),
+      formats.Choice("gpt2"),
+      "GPT2LMHeadModel has no such norm",
+    ),
+    (
+      with_model(SETTINGS, query_key_norm=True),
+      formats.Choice(),
+      "OPTForCausalLM has no such norm",
+    ),
+    (SETTINGS, formats.Choice("orbax", quantize="int8"), "--format=orbax has no such weights"),
+  ):
+    with pytest.raises(UserError, match=message):
+      export.main(settings, exported_before, choice=choice)
+  assert contents(exported_before / "export") == before
+
+
+def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypatch):
+  settings, root = gelu
+  orbax, output = formats.Choice("orbax"), tmp_path / "out"
+  output.mkdir()  # Empty.
+  export.main(settings, root, choice=orbax, output=str(output))
+  before = contents(output)
+  with monkeypatch.context() as patch:
+    patch.setattr(formats, "write", mock.Mock(side_effect=Killed))
+    with pytest.raises(Killed):
+      export.main(settings, root, choice=orbax, output=str(output))
+  assert contents(output) == before
+  export.main(settings, root, choice=formats.Choice("orbax", "float16"), output=str(output))
+  assert contents(output) != before
+  assert [path.name for path in tmp_path.iterdir()] == ["out"]
+  (output / formats.ABOUT).unlink()
+  with pytest.raises(UserError, match=r"which is there and not a folder that launch\.export wrote"):
+    export.main(settings, root, choice=orbax, output=str(output))
+  with pytest.raises(UserError, match="in a bucket: name a folder of this machine"):
+    export.main(settings, root, choice=orbax, output="gs://bucket/out")
 
 
 @mock.patch.object(huggingface, "can_compare", new=mock.Mock(return_value=False))
@@ -136,7 +253,7 @@ def test_an_export_that_is_killed_at_any_write_is_whole_or_counts_as_none(
 
 
 def test_an_export_on_a_full_disk_is_one_sentence_and_counts_as_none(exported_before, monkeypatch):
-  monkeypatch.setattr(huggingface, "can_compare", lambda: False)
+  monkeypatch.setattr(huggingface, "can_compare", lambda quantized: False)
   target = str(exported_before / "bundle")
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))

@@ -9,12 +9,14 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import huggingface
+from cm3leon_jax.export import huggingface, placed
+from cm3leon_jax.export.stored_tensors import StoredTensors
 from cm3leon_jax.io import read_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.positions import positions_of
+from cm3leon_jax.training.stored import of_tree
 from cm3leon_jax.vocab import VocabLayout
 from tests.models.tiny import random_params
 
@@ -101,8 +103,7 @@ def test_aligned_positions_are_recorded_and_those_of_transformers(tmp_path):
 
 def test_parameters_and_config_are_read_back(exported):
   folder, params, model_config, _ = exported
-  tensors = safetensors_numpy.load_file(folder / huggingface.WEIGHTS)
-  found = huggingface.params_of(tensors, model_config)
+  found = placed.load(StoredTensors(folder), model_config)
   jax.tree.map(np.testing.assert_array_equal, found, jax.device_get(params))
   described = huggingface.config_of(read_json(folder / "config.json"))
   assert described["vocab"] == dataclasses.asdict(VOCAB)
@@ -168,8 +169,12 @@ def test_generation_stops_at_the_end_of_a_document_and_of_an_infill(exported):
 
 
 def test_positions_are_stored_two_rows_later():
-  params = {"positions": np.ones((3, 2)), "embed": np.zeros((4, 2)), "blocks": {"up": []}}
-  rows = huggingface.opt_tensors(params)["model.decoder.embed_positions.weight"]
+  params = {
+    "positions": np.ones((3, 2)),
+    "embed": np.zeros((4, 2)),
+    "blocks": {"up": np.zeros((0, 2, 2))},
+  }
+  rows = huggingface.opt_tensors(of_tree(params))[1].make()
   np.testing.assert_array_equal(rows, [[0, 0], [0, 0], [1, 1], [1, 1], [1, 1]])
 
 

@@ -64,7 +64,7 @@ def a_bias(value: float, place: int = 3) -> np.ndarray:
     ),
     ({"do_layer_norm_before": False}, {}, "do_layer_norm_before is False; only True can be"),
     ({"word_embed_proj_dim": 16}, {}, "word_embed_proj_dim is 16, and hidden_size 32; the family"),
-    ({"activation_function": "gelu"}, {}, "activation_function is 'gelu'; only 'relu' can be"),
+    ({"activation_function": "silu"}, {}, "activation_function is 'silu'; only 'relu' or 'gelu'"),
     ({"tie_word_embeddings": False}, {}, "tie_word_embeddings is False; only True can be"),
     ({}, {"lm_head.weight": np.ones((480, 32), np.float32)}, "the family `opt` has one table for"),
     (

@@ -1,0 +1,118 @@
+"""Measures the largest memory of launch.export with the layers of CM3Leon-7B, at few layers.
+
+  python -m benchmarks.export_memory
+  python -m benchmarks.export_memory --layers=2,4 --formats=hf,orbax --folder=/scratch
+
+For each number of layers a run with a checkpoint of random parameters is written to a temporary
+folder (4 layers: 4 GB, and as much for the export), and `launch.export` exports it in a process of
+its own. If memory does not grow with layers, that is the memory at 32 layers, too; what it does
+grow is added for each further layer.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+from absl import app, flags, logging
+from etils import epath
+import jax
+import numpy as np
+
+from cm3leon_jax import stages
+from cm3leon_jax.configs import cm3leon_7b
+from cm3leon_jax.export import bundle
+from cm3leon_jax.io import write_json
+from cm3leon_jax.mesh import MeshConfig, create_mesh
+from cm3leon_jax.models import transformer
+from cm3leon_jax.settings import Settings, settings_from_config
+from cm3leon_jax.training.checkpoint import Checkpoints
+from cm3leon_jax.training.sealing import files_below
+
+_LAYERS = flags.DEFINE_list("layers", ["2", "4"], "Numbers of layers, ascending.")
+_FORMATS = flags.DEFINE_list("formats", ["hf"], "Values of --format.")
+_FLAGS = flags.DEFINE_list(
+  "export_flags", [], "More flags of launch.export, e.g. --dtype=bfloat16."
+)
+_FOLDER = flags.DEFINE_string("folder", None, "Folder for the temporary files.")
+ALL_LAYERS = 32
+
+
+def settings_of(layers: int) -> Settings:
+  """Settings of CM3Leon-7B with fewer layers."""
+  config = cm3leon_7b.get_config()
+  config.model.num_layers = layers
+  return settings_from_config(config)
+
+
+def make_run(folder: epath.Path, settings: Settings) -> None:
+  """Writes the folders of a run that launch.export reads."""
+  tokenizer = bundle.folder_of("scenes") / "text_tokenizer"
+  (folder / "text_tokenizer").mkdir(parents=True)
+  for name in bundle.TEXT_TOKENIZER:
+    (tokenizer / name).copy(folder / "text_tokenizer" / name)
+  rng = np.random.default_rng(0)
+  with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
+    types = jax.eval_shape(lambda: transformer.init_params(settings.model, jax.random.key(0)))
+  # Random: zeros would be compressed to nothing.
+  params = jax.tree.map(lambda x: rng.random(x.shape, np.float32), types)
+  with Checkpoints(folder / "train", keep=2) as checkpoints:
+    checkpoints.save({"params": params}, 1, next_row=0)
+  stored = {"run": stages.identity(settings, "train"), "settings": dataclasses.asdict(settings)}
+  write_json(folder / "train" / "config.json", stored)
+  for name in ("text_tokenizer", "train"):
+    write_json(folder / name / stages.DONE, {"id": name})
+
+
+def export(
+  run: epath.Path, output: epath.Path, layers: int, *arguments: str
+) -> tuple[float, float]:
+  """Runs launch.export; returns the largest memory of its process in GiB, and its seconds."""
+  command = [sys.executable, "-m", "launch.export", "--config=cm3leon_7b"]
+  command += [f"--config.model.num_layers={layers}", f"--workdir={run}", f"--output={output}"]
+  command += arguments
+  start = time.time()
+  child = subprocess.Popen(command)
+  _, status, usage = os.wait4(child.pid, 0)
+  child.returncode = os.waitstatus_to_exitcode(status)
+  if child.returncode:
+    raise subprocess.CalledProcessError(child.returncode, command)
+  return usage.ru_maxrss / 2**20, time.time() - start
+
+
+def at_all_layers(peaks: Sequence[tuple[int, float]]) -> float:
+  """Returns the peak at all layers from (layers, peak) at fewer, ascending.
+
+  at_all_layers([(2, 3.0), (4, 3.1)])  # 0.05 GiB a layer
+  4.5
+  """
+  (few, low), (more, high) = peaks[0], peaks[-1]
+  growth = max(high - low, 0) / (more - few) if more > few else 0.0
+  return high + growth * (ALL_LAYERS - more)
+
+
+def main(_) -> None:
+  logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it writes.
+  peaks: dict[str, list[tuple[int, float]]] = {name: [] for name in _FORMATS.value}
+  with tempfile.TemporaryDirectory(dir=_FOLDER.value) as name:
+    for layers in map(int, _LAYERS.value):
+      run = epath.Path(name) / f"run{layers}"
+      make_run(run, settings_of(layers))
+      for layout, found in peaks.items():
+        output = epath.Path(name) / "export"
+        gib, seconds = export(run, output, layers, f"--format={layout}", *_FLAGS.value)
+        size = sum((output / name).stat().length for name in files_below(output)) / 1e9
+        found.append((layers, gib))
+        line = f"{layout}, {layers} layers: at most {gib:.2f} GiB for {size:.2f} GB"
+        print(f"{line}, {seconds:.0f} s", flush=True)
+        output.rmtree()
+      run.rmtree()
+  for layout, found in peaks.items():
+    print(f"{layout}, {ALL_LAYERS} layers: {at_all_layers(found):.2f} GiB", flush=True)
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,153 @@
+"""Formats of `launch.export`: a table, and how a folder of one is written.
+
+A format is a module of this package with two functions. `check(config)` refuses by name what the
+format cannot represent in a decoder. `write(folder, run) -> numbers` writes the weights last, so
+that half an export has none. Other files of every export are written before, in `write`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import importlib
+import os
+from typing import TYPE_CHECKING
+
+from etils import epath
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import absolute, write_json
+
+if TYPE_CHECKING:
+  from cm3leon_jax.settings import Settings
+  from cm3leon_jax.training.stored import StoredParams
+
+# Name of a format -> module of this package that writes it.
+FORMATS = {"hf": "huggingface", "gpt2": "gpt2", "orbax": "orbax"}
+QUANTIZED = ("hf",)  # Formats with int8 weights.
+DTYPES = ("float32", "bfloat16", "float16")
+ABOUT = "export.json"  # Marks a folder as an export, and says of what.
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """What a user asks for.
+
+  Attributes:
+    format: a key of `FORMATS`.
+    dtype: of the weights, of `DTYPES`.
+    quantize: "int8" or "".
+    average: whether to write the moving average; None: if the run keeps one.
+  """
+
+  format: str = "hf"
+  dtype: str = "float32"
+  quantize: str = ""
+  average: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A trained run, as formats read it.
+
+  Attributes:
+    settings: of the run.
+    workdir: of the run; its tokenizers are read.
+    params: of the decoder, read from disk when they are needed.
+    choice: what the user asks for.
+  """
+
+  settings: Settings
+  workdir: epath.Path
+  params: StoredParams
+  choice: Choice
+
+
+def check(choice: Choice, settings: Settings) -> None:
+  """Raises UserError, before anything is written, if a format cannot represent the choice."""
+  if choice.quantize and choice.format not in QUANTIZED:
+    raise UserError(
+      f"--quantize={choice.quantize} is given, and --format={choice.format} has no such weights: "
+      f"use --format={' or '.join(QUANTIZED)}, or leave --quantize out."
+    )
+  _module(choice).check(settings.model)
+
+
+def _module(choice: Choice):
+  return importlib.import_module(f"cm3leon_jax.export.{FORMATS[choice.format]}")
+
+
+def write(folder: epath.PathLike, run: Run) -> dict:
+  """Writes an export to an empty folder; its weights come last.
+
+  Args:
+    folder: made if absent.
+    run: of which the decoder is written.
+
+  Returns:
+    Numbers for a summary, among them "parameters" and "bytes".
+
+  Raises:
+    UserError: see `check`.
+  """
+  from cm3leon_jax.data import raw_pairs
+
+  folder = epath.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  raw, origins = run.workdir / "raw", []
+  if (raw / raw_pairs.INDEX).exists():
+    origins = raw_pairs.read_index(raw)["origins"]
+  write_json(folder / "training_data.json", origins)  # Sources and licenses of the training data.
+  about = {**dataclasses.asdict(run.choice), "average": run.params.averaged}
+  write_json(folder / ABOUT, {**about, "step": run.params.step})
+  return _module(run.choice).write(folder, run)
+
+
+def clear(folder: epath.PathLike) -> None:
+  """Removes an earlier export from the folder of a stage, its weights first."""
+  from cm3leon_jax.export import tensor_files
+
+  folder = epath.Path(folder)
+  if folder.exists():
+    tensor_files.remove(folder)
+    folder.rmtree()
+  folder.mkdir(parents=True)
+
+
+@contextlib.contextmanager
+def replacing(folder: epath.PathLike) -> Iterator[epath.Path]:
+  """Yields a folder beside `folder`, which takes its place at the end of the body.
+
+  Raises:
+    UserError: `folder` is in a bucket, where a folder cannot be renamed, or is there and no export.
+  """
+  if "://" in os.fspath(folder):
+    raise UserError(
+      f"--output is {folder}, in a bucket: name a folder of this machine, and copy it then; or "
+      "leave --output out, and the export is in the workdir."
+    )
+  folder = absolute(folder)
+  if folder.exists() and not is_replaceable(folder):
+    raise UserError(
+      f"--output is {folder}, which is there and not a folder that launch.export wrote: name "
+      "another one."
+    )
+  partial, old = (folder.parent / f"{folder.name}.{suffix}" for suffix in ("partial", "old"))
+  for path in (partial, old):
+    if path.exists():
+      path.rmtree()
+  partial.mkdir(parents=True)
+  yield partial
+  if folder.exists():
+    folder.rename(old)
+  partial.rename(folder)
+  if old.exists():
+    old.rmtree()
+
+
+def is_replaceable(folder: epath.Path) -> bool:
+  """Returns whether a folder is empty or an export."""
+  if not folder.is_dir():
+    return False
+  return (folder / ABOUT).exists() or not any(folder.iterdir())

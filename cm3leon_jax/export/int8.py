@@ -1,0 +1,128 @@
+"""Weights of layers as int8 with a scale per output channel, as `compressed-tensors` stores them.
+
+Weight-only quantization (W8A16): engines multiply by weight = int8 x scale. Four int8 numbers plus
+128 are packed into one int32, lowest byte first (format `pack-quantized`): vLLM and transformers
+read weights alone in that layout. Embeddings, head, norms and positions keep their dtype.
+"""
+
+from collections.abc import Sequence
+import functools
+import math
+
+from flax import traverse_util
+import numpy as np
+
+from cm3leon_jax.export.tensor_files import DTYPES, Tensor
+
+PACKED = 4  # int8 numbers of an int32.
+MAXIMUM = 127
+MATRICES = ("qkv", "out", "up", "down", "gate")  # Of `blocks`.
+CONFIG = {
+  "quant_method": "compressed-tensors",
+  "format": "pack-quantized",
+  "quantization_status": "compressed",
+  "config_groups": {
+    "group_0": {
+      "targets": ["Linear"],
+      "weights": {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel",
+        "dynamic": False,
+      },
+    }
+  },
+  "ignore": ["lm_head"],
+}
+
+
+def quantize(weight: np.ndarray, dtype: str = "float32") -> tuple[np.ndarray, np.ndarray]:
+  """Rounds a matrix [out, in] to int8 x scale, the scale [out, 1] in `dtype`.
+
+  The largest number of a row becomes 127: an element is off by at most scale / 2, and where the
+  scale is rounded to 16 bits, by at most 127 x its rounding more.
+
+    quantize([[1.0, -2.54], [0.0, 0.0]])
+    int8 [[50, -127], [0, 0]], scale [[0.02], [1.0]]
+  """
+  largest = np.abs(weight).max(axis=1, keepdims=True)
+  scale = np.where(largest > 0, largest / MAXIMUM, 1).astype(DTYPES[dtype][1])
+  rounded = np.rint(weight / scale.astype(np.float32))
+  return np.clip(rounded, -MAXIMUM, MAXIMUM).astype(np.int8), scale
+
+
+def pack(values: np.ndarray) -> np.ndarray:
+  """Packs int8 [out, in] into int32 [out, ceil(in / 4)].
+
+  pack([[-128, -127, 0, 1]])
+  [[0x81800100]], as an int32: -2122317568
+  """
+  shifted = (values.astype(np.int16) + 128).astype(np.uint8)
+  padded = np.pad(shifted, ((0, 0), (0, -values.shape[1] % PACKED)))
+  return np.ascontiguousarray(padded).view("<i4")
+
+
+def quantized(tensors: Sequence[Tensor]) -> list[Tensor]:
+  """Replaces each matrix of a layer by its packed int8 numbers, its scales and its shape.
+
+  Args:
+    tensors: of a model of transformers; matrices are [out, in] and end with `.weight`.
+  """
+  result: list[Tensor] = []
+  for tensor in tensors:
+    if ".layers." not in tensor.name or len(tensor.shape) != 2:
+      result.append(tensor)
+      continue
+    rows, columns = tensor.shape
+    made = functools.partial(_made, {}, tensor)
+    result += [
+      Tensor(f"{tensor.name}_scale", (rows, 1), tensor.dtype, functools.partial(made, "scale")),
+      Tensor(
+        f"{tensor.name}_packed",
+        (rows, math.ceil(columns / PACKED)),
+        "int32",
+        functools.partial(made, "packed"),
+      ),
+      Tensor(f"{tensor.name}_shape", (2,), "int64", functools.partial(np.array, (rows, columns))),
+    ]
+  return result
+
+
+def _made(kept: dict, tensor: Tensor, part: str) -> np.ndarray:
+  """Quantizes a matrix when its first part is written, and forgets it after the second."""
+  if not kept:
+    values, kept["scale"] = quantize(np.asarray(tensor.make(), np.float32), tensor.dtype)
+    kept["packed"] = pack(values)
+  return kept.pop(part)
+
+
+def rounded(params: dict, dtype: str, quantize_layers: bool) -> dict:
+  """Returns parameters, fp32 in the host's memory, as an export in `dtype` has them.
+
+  Args:
+    params: a tree of arrays.
+    dtype: of the export.
+    quantize_layers: whether it has the matrices of the layers as int8.
+  """
+  flat = traverse_util.flatten_dict(params)
+  kind = DTYPES[dtype][1]
+  result = {}
+  for path, x in flat.items():
+    x = np.asarray(x, np.float32)
+    if quantize_layers and path[0] == "blocks" and path[1] in MATRICES:
+      result[path] = _dequantized(path[1], x, dtype)
+    else:
+      result[path] = x.astype(kind).astype(np.float32)
+  return traverse_util.unflatten_dict(result)
+
+
+def _dequantized(name: str, x: np.ndarray, dtype: str) -> np.ndarray:
+  """Rounds the matrices of all layers; their outputs are the last axes, see `Block`."""
+  inputs = {"qkv": x.shape[2], "out": x.shape[1] * x.shape[2]}.get(name, x.shape[1])
+  matrices = x.reshape(-1, inputs, x.size // (x.shape[0] * inputs * (3 if name == "qkv" else 1)))
+  result = np.empty_like(matrices)
+  for i, matrix in enumerate(matrices):
+    values, scale = quantize(matrix.T, dtype)
+    result[i] = (values * scale.astype(np.float32)).T
+  return result.reshape(x.shape)

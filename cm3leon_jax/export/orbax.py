@@ -1,0 +1,99 @@
+"""The format `orbax`: the parameters alone, as a checkpoint that Orbax restores by itself.
+
+  orbax.checkpoint.StandardCheckpointer().restore("/absolute/path/export/params")
+
+returns a nested dict of numpy arrays; with a tree of `jax.ShapeDtypeStruct` as the second argument,
+JAX arrays on any mesh. `launch.train --init_from=FOLDER` starts a run from it. Orbax would need all
+parameters in memory to write them, so TensorStore writes the arrays, layer by layer, in Orbax's
+layout: an OCDBT database of Zarr arrays, and `_METADATA` with the tree.
+"""
+
+import os
+
+from etils import epath
+import orbax.checkpoint as ocp
+import tensorstore
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.export.formats import Run
+from cm3leon_jax.export.tensor_files import DTYPES, convert
+from cm3leon_jax.io import absolute, read_json, write_json
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.training import sealing, stored
+
+FOLDER = "params"
+DIGESTS = "digests.json"  # Written last: without it there is no checkpoint.
+
+
+def check(config: ModelConfig) -> None:
+  """Returns: every decoder can be written."""
+
+
+def write(folder: epath.PathLike, run: Run) -> dict:
+  """Writes params/, config.json (model and vocab of the run), and digests.json."""
+  folder, params = absolute(folder), run.params
+  identity = stages.identity(run.settings, "train")
+  write_json(folder / "config.json", {part: identity[part] for part in ("model", "vocab")})
+  for name in params.shapes:
+    _write_array(folder / FOLDER, params, name, run.choice.dtype)
+  write_json(folder / FOLDER / "_METADATA", _metadata(params))
+  write_json(folder / DIGESTS, sealing.digests(folder / FOLDER))
+  size = params.count * DTYPES[run.choice.dtype][1].itemsize
+  return {"parameters": params.count, "bytes": size}
+
+
+def _write_array(folder: epath.Path, params: stored.StoredParams, name: str, dtype: str) -> None:
+  """Writes an array, stacked layers one by one, each in a chunk of its own."""
+  shape = params.shapes[name]
+  stacked = name.startswith(f"{stored.STACKED}.")
+  spec = {
+    **stored.array_spec(folder, name),
+    "metadata": {"compressor": {"id": "zstd", "level": 1}},
+    "store_data_equal_to_fill_value": True,
+  }
+  array = tensorstore.open(
+    spec,
+    create=True,
+    dtype=dtype,
+    shape=shape,
+    chunk_layout=tensorstore.ChunkLayout(chunk_shape=(1, *shape[1:]) if stacked else shape),
+  ).result()
+  for index in [(i,) for i in range(shape[0])] if stacked else [()]:
+    array[index].write(convert(name, params.read(name, *index), dtype)).result()
+
+
+def _metadata(params: stored.StoredParams) -> dict:
+  """Returns the content of `_METADATA`: the path of every array; 2 is a key of a dict."""
+  tree = {}
+  for name in params.shapes:
+    keys = name.split(".")
+    tree[str(tuple(keys))] = {
+      "key_metadata": [{"key": key, "key_type": 2} for key in keys],
+      "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
+    }
+  about = {"use_ocdbt": True, "use_zarr3": False, "store_array_data_equal_to_fill_value": True}
+  return {"tree_metadata": tree, **about, "custom_metadata": None}
+
+
+def exists(folder: epath.PathLike) -> bool:
+  """Returns whether a folder is an export of this format, written to its end."""
+  return (epath.Path(folder) / DIGESTS).exists()
+
+
+def load(folder: epath.PathLike, types: dict) -> dict:
+  """Restores the parameters of an export.
+
+  Args:
+    folder: of the export.
+    types: of the parameters, with shardings.
+
+  Raises:
+    UserError: a file is damaged.
+  """
+  folder = absolute(folder)
+  digests = read_json(folder / DIGESTS, {})
+  if damage := sealing.damage(folder / FOLDER, digests):
+    raise UserError(f"{damage}: run `python -m launch.export` again.")
+  with ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.restore(os.fspath(folder / FOLDER), types)

@@ -1,0 +1,66 @@
+"""Tests of the format `orbax`: restored by Orbax alone, and by a run that starts from it."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.export import formats, orbax, weights
+from cm3leon_jax.training import stored
+from tests.generation.run import SETTINGS, one_device
+from tests.models.tiny import mesh_of, random_params
+
+
+@pytest.fixture(params=["opt", "modern"])
+def exported(request, tmp_path):
+  model = dataclasses.replace(SETTINGS.model, family=request.param, num_layers=3)
+  settings = dataclasses.replace(SETTINGS, model=model)
+  with one_device():
+    params = jax.device_get(random_params(model))
+  choice = formats.Choice(format="orbax")
+  run = formats.Run(settings, tmp_path, stored.of_tree(params), choice)
+  numbers = orbax.write(tmp_path / "out", run)
+  assert numbers["parameters"] == sum(x.size for x in jax.tree.leaves(params))
+  return settings, params, tmp_path / "out", run
+
+
+def test_orbax_alone_restores_it(exported):
+  _, params, folder, _ = exported
+  with ocp.StandardCheckpointer() as checkpointer:
+    found = checkpointer.restore(str(folder / "params"))
+  jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
+def test_a_run_starts_from_it_on_any_mesh(exported):
+  settings, params, folder, _ = exported
+  start = weights.find(settings, str(folder))
+  assert start.step is None
+  with jax.set_mesh(mesh_of(2, 2, 2)):
+    found, split = weights.load(start, settings), random_params(settings.model)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), params)
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(split)):
+    assert (x.sharding, x.dtype) == (y.sharding, y.dtype)
+  other = dataclasses.replace(settings.model, mlp_width=64)
+  with pytest.raises(UserError, match=r"model\.mlp_width: 32 -> 64"):
+    weights.find(dataclasses.replace(settings, model=other), str(folder))
+
+
+@pytest.mark.parametrize("exported", ["opt"], indirect=True)
+def test_another_dtype_is_rounded_and_damage_is_found(exported):
+  settings, params, folder, run = exported
+  narrow = dataclasses.replace(run.choice, dtype="bfloat16")
+  rounded = folder.parent / "rounded"
+  orbax.write(rounded, dataclasses.replace(run, choice=narrow))
+  with one_device():
+    found = weights.load(weights.find(settings, str(rounded)), settings)
+  expected = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), params)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
+  data = max((folder / "params" / "d").iterdir(), key=lambda path: path.stat().st_size)
+  content = bytearray(data.read_bytes())
+  content[len(content) // 2] ^= 1
+  data.write_bytes(bytes(content))
+  with one_device(), pytest.raises(UserError, match=f"{data.name} is damaged"):
+    weights.load(weights.find(settings, str(folder)), settings)

@@ -1,0 +1,287 @@
+"""Tests that exported decoders have the logits of this project in transformers, in fp32 and fp64.
+
+The weights are random and not small: logits have a standard deviation of at least 1. The vocabulary
+has the real sizes, so that ids of image codes are above 56,320.
+"""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors_numpy
+
+from cm3leon_jax.export import gpt2, huggingface
+from cm3leon_jax.mesh import shard
+from cm3leon_jax.models import transformer
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.training import stored
+from cm3leon_jax.vocab import VocabLayout
+from tests.generation.run import one_device
+from tests.models.tiny import model_logits, random_params
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+VOCAB = VocabLayout()
+LENGTH, PADDED, GENERATED = 24, 7, 256
+FP32, FP64 = 1e-4, 1e-10  # Largest difference of two logits.
+CONFIG = ModelConfig(
+  vocab_size=VOCAB.size,
+  num_layers=2,
+  width=32,
+  num_heads=4,
+  mlp_width=64,
+  max_positions=320,
+  attention="plain",
+  remat_policy="none",
+)
+MODELS = {
+  "opt": ("hf", dataclasses.replace(CONFIG)),
+  "opt-gelu": ("hf", dataclasses.replace(CONFIG, activation="gelu")),
+  "opt-gelu_tanh": ("hf", dataclasses.replace(CONFIG, activation="gelu_tanh")),
+  "modern": ("hf", dataclasses.replace(CONFIG, family="modern")),
+  "gpt2": ("gpt2", dataclasses.replace(CONFIG, activation="gelu_tanh")),
+}
+
+
+def rows():
+  """Ids, positions and attention mask [3, LENGTH]; the second row is padded on the left."""
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, VOCAB.size, (3, LENGTH)).astype(np.int32)
+  tokens[:, ::3] = VOCAB.image_ids(rng.integers(0, VOCAB.image_size, tokens[:, ::3].shape))
+  tokens[2, -1] = VOCAB.size - 1
+  mask = np.ones_like(tokens)
+  mask[1, :PADDED] = 0
+  tokens[1, :PADDED] = VOCAB.pad
+  positions = np.maximum(np.cumsum(mask, 1) - 1, 0).astype(np.int32)
+  return tokens, positions, mask
+
+
+def write(folder, layout, config, params, dtype="float32"):
+  """Writes an export; returns its tensors."""
+  source = stored.of_tree(params)
+  if layout == "gpt2":
+    described, tensors = gpt2.gpt2_config(config, VOCAB), gpt2.gpt2_tensors(source, dtype)
+  else:
+    described = huggingface.hf_config(config, VOCAB)
+    tensors = huggingface.tensors_of(source, config, dtype)
+  huggingface.write_model(folder, described, tensors, VOCAB, None, dtype)
+
+
+class Rotary(torch.nn.Module):
+  """Rotary positions of transformers, but in fp64; those of Qwen3 are always fp32."""
+
+  def __init__(self, head_dim, base):
+    super().__init__()
+    self.frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+
+  def forward(self, _, position_ids):
+    angles = position_ids[..., None] * self.frequencies
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos(), angles.sin()
+
+
+def use_fp64_throughout(model):
+  """Replaces the two parts of Qwen3 that compute in fp32 whatever the dtype of the model is."""
+  config = model.config
+  model.model.rotary_emb = Rotary(config.head_dim, config.rope_parameters["rope_theta"])
+  for module in list(model.modules()):
+    for name, norm in list(module.named_children()):
+      if type(norm).__name__ == "Qwen3RMSNorm":
+        wide = torch.nn.RMSNorm(norm.weight.shape, norm.variance_epsilon)
+        wide.weight = norm.weight
+        setattr(module, name, wide)
+
+
+def load(folder, dtype):
+  model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype).eval()
+  assert model.dtype == dtype
+  if dtype == torch.float64 and model.config.model_type == "qwen3":
+    use_fp64_throughout(model)
+  return model
+
+
+def theirs(folder, dtype=torch.float32, change=lambda model: None):
+  """Logits of transformers [3, LENGTH, V]; OPT gets its positions from the mask alone."""
+  tokens, positions, mask = (torch.from_numpy(x).long() for x in rows())
+  model = load(folder, dtype)
+  change(model)
+  more = {} if model.config.model_type == "opt" else {"position_ids": positions}
+  with torch.no_grad():
+    return model(tokens, attention_mask=mask, **more).logits.numpy()
+
+
+def difference(a, b):
+  """Largest difference of logits where there is a token."""
+  return np.abs(a - b)[rows()[2] == 1].max()
+
+
+def ours(config, params):
+  with one_device():
+    return np.asarray(model_logits(config, params, *rows()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+  """Several threads wait for each other longer than they work."""
+  threads = torch.get_num_threads()
+  torch.set_num_threads(1)
+  yield
+  torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  """Name of a model -> its config, parameters, folder of its export, logits of this project."""
+  cache = {}
+
+  def make(name):
+    if name not in cache:
+      layout, config = MODELS[name]
+      config = dataclasses.replace(config, dtype="float32")
+      with one_device():
+        params = jax.device_get(random_params(config))
+      folder = tmp_path_factory.mktemp(name)
+      write(folder, layout, config, params)
+      cache[name] = config, params, folder, ours(config, params)
+    return cache[name]
+
+  return make
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fp32_logits_of_transformers_differ_by_less_than_1e_4(made, name):
+  _, _, folder, logits = made(name)
+  assert logits.std() >= 1
+  assert (rows()[0] > VOCAB.text_size).any()
+  assert difference(theirs(folder), logits) < FP32
+
+
+@pytest.mark.parametrize("name", ["opt", "modern", "gpt2"])
+def test_fp64_logits_of_transformers_differ_by_less_than_1e_10(made, name):
+  config, params, folder, _ = made(name)
+  with jax.enable_x64(True):
+    logits = ours(
+      dataclasses.replace(config, dtype="float64"),
+      jax.tree.map(lambda x: np.asarray(x, np.float64), params),
+    )
+    assert logits.dtype == np.float64
+  assert difference(theirs(folder, torch.float64), logits) < FP64
+
+
+def set_eps(model):
+  norms = [m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
+  assert norms
+  for norm in norms:
+    norm.eps = 1e-6
+
+
+def no_offset(tensors):
+  tensors["model.decoder.embed_positions.weight"] = np.roll(
+    tensors["model.decoder.embed_positions.weight"], -huggingface.OPT_OFFSET, axis=0
+  )
+
+
+def swap(names):
+  def change(tensors):
+    q, k = names
+    tensors[q], tensors[k] = tensors[k], tensors[q]
+
+  return change
+
+
+def swap_in_gpt2(tensors):
+  name = "transformer.h.1.attn.c_attn.weight"
+  q, k, v = np.split(tensors[name], 3, axis=1)
+  tensors[name] = np.concatenate([k, q, v], axis=1)
+
+
+def transpose(name):
+  def change(tensors):
+    tensors[name] = np.ascontiguousarray(tensors[name].T)
+
+  return change
+
+
+OPT, QWEN3 = "model.decoder.layers.1.self_attn", "model.layers.1.self_attn"
+# Model, what is wrong, change of its tensors, of its config.json, of the model in transformers.
+WRONG = [
+  ("opt", "eps", None, {}, set_eps),
+  ("opt", "activation", None, {"activation_function": "gelu"}, None),
+  ("opt-gelu", "activation", None, {"activation_function": "gelu_pytorch_tanh"}, None),
+  ("opt", "offset", no_offset, {}, None),
+  ("opt", "q and k", swap([f"{OPT}.q_proj.weight", f"{OPT}.k_proj.weight"]), {}, None),
+  ("opt", "transposed", transpose(f"{OPT}.out_proj.weight"), {}, None),
+  ("modern", "eps", None, {"rms_norm_eps": 1e-5}, None),
+  ("modern", "activation", None, {"hidden_act": "gelu"}, None),
+  ("modern", "q and k", swap([f"{QWEN3}.q_norm.weight", f"{QWEN3}.k_norm.weight"]), {}, None),
+  ("modern", "transposed", transpose(f"{QWEN3}.o_proj.weight"), {}, None),
+  ("gpt2", "eps", None, {"layer_norm_epsilon": 1e-6}, None),
+  ("gpt2", "activation", None, {"activation_function": "gelu"}, None),
+  ("gpt2", "q and k", swap_in_gpt2, {}, None),
+  ("gpt2", "transposed", transpose("transformer.h.1.attn.c_proj.weight"), {}, None),
+]
+
+
+@pytest.mark.parametrize(
+  ("name", "wrong", "tensors", "config", "model"), WRONG, ids=lambda x: x if type(x) is str else ""
+)
+def test_the_comparison_finds_a_wrong_model(made, tmp_path, name, wrong, tensors, config, model):
+  """Negative controls: each of them fails the comparison in fp32."""
+  _, _, folder, logits = made(name)
+  copy = tmp_path / "copy"
+  shutil.copytree(folder, copy)
+  if tensors:
+    loaded = safetensors_numpy.load_file(copy / huggingface.WEIGHTS)
+    tensors(loaded)
+    safetensors_numpy.save_file(loaded, copy / huggingface.WEIGHTS, {"format": "pt"})
+  described = json.loads((copy / "config.json").read_text())
+  assert described.keys() >= config.keys()
+  (copy / "config.json").write_text(json.dumps(described | config))
+  found = theirs(copy, change=model or (lambda _: None))
+  assert difference(found, logits) > FP32, wrong
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def greedy(config, params, tokens, positions, mask):
+  """Tokens [3, LENGTH + GENERATED]: each new one has the largest logit after all before it."""
+  model = transformer.bind(config, params)
+
+  def step(i, tokens):
+    hidden = model(tokens, positions, mask)
+    logits = transformer.logits(hidden[:, i - 1, None], model.output_table())
+    new = jnp.argmax(logits, -1).astype(jnp.int32)
+    return jnp.where(jnp.arange(tokens.shape[1])[None] == i, new, tokens)
+
+  tokens = shard(tokens, "batch", "length")
+  return jax.lax.fori_loop(LENGTH, LENGTH + GENERATED, step, tokens)
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("opt", "gpt2")]
+
+
+@pytest.mark.parametrize("name", ["modern", *SLOW])
+def test_256_greedy_tokens_are_those_of_transformers(made, name):
+  config, params, folder, _ = made(name)
+  tokens, _, mask = rows()
+  model = load(folder, torch.float64)
+  model.generation_config.eos_token_id = None  # To the end, whatever the tokens are.
+  found = model.generate(
+    torch.from_numpy(tokens).long(),
+    attention_mask=torch.from_numpy(mask).long(),
+    do_sample=False,
+    max_new_tokens=GENERATED,
+  ).numpy()
+  tokens, mask = (np.pad(x, ((0, 0), (0, GENERATED)), constant_values=1) for x in (tokens, mask))
+  positions = np.maximum(np.cumsum(mask, 1) - 1, 0).astype(np.int32)
+  with jax.enable_x64(True), one_device():
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    config = dataclasses.replace(config, dtype="float64")
+    expected = np.asarray(greedy(config, wide, tokens, positions, mask))
+  np.testing.assert_array_equal(found, expected)
+  assert min(len(set(row[LENGTH:].tolist())) for row in found) > 5
