@@ -127,6 +127,15 @@ def test_a_qwen3_that_is_not_ours_is_refused(config, tensors, reason, qwen3_fold
   assert reason in refusal(settings_for(QWEN3), source)
 
 
+def test_a_base_of_rope_outside_of_rope_parameters_is_read(qwen3_folder, tmp_path):
+  """As in the files that earlier versions of transformers wrote."""
+  fields = {"rope_parameters": None, "rope_scaling": None, "rope_theta": 1_000_000}
+  source = altered(qwen3_folder, tmp_path / "source", fields)
+  assert importer.plan(settings_for(QWEN3), str(source)).fields["model"]["rope_base"] == 1e6
+  source = altered(qwen3_folder, tmp_path / "other", fields | {"rope_theta": None})
+  assert refusal(settings_for(QWEN3), source).endswith("needs --config.model.rope_base=0.0")
+
+
 @pytest.mark.parametrize("x", [np.full((32, 64), np.nan, np.float32), np.ones((32, 64), np.int8)])
 def test_values_that_are_no_numbers_are_refused_and_leave_no_weights(x, qwen3_folder, tmp_path):
   name = "model.layers.1.mlp.down_proj.weight"
