@@ -22,6 +22,7 @@ from cm3leon_jax.export import formats
 
 SAMPLES = 4
 COMPARED = 500_000_000  # Parameters of the largest decoder that is compared: it is loaded twice.
+UNITS = {"image": "image code", "text": "text token"}
 DEFAULT = formats.Choice()
 # Of a disk that is full or fails. Transformers, too, raises OSError, if it cannot load a model.
 NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -38,8 +39,8 @@ _QUANTIZE = flags.DEFINE_enum(
 _MERGE_EMA = flags.DEFINE_bool(
   "merge_ema",
   None,
-  "Write the moving average of the parameters, or with --nomerge_ema the last ones; default: the "
-  "average, if the run keeps one (optimizer.ema_decay).",
+  "Write the moving average of the parameters, or with --merge_ema=False the last ones; default: "
+  "the average, if the run keeps one (optimizer.ema_decay).",
 )
 _BUNDLE = flags.DEFINE_string(
   "bundle",
@@ -169,7 +170,7 @@ def _check(folder, run: formats.Run) -> tuple[dict, list[str]]:
   if rounds and len(heldout):
     before, after = (_heldout_bits(settings, heldout, tree) for tree in (params, written))
     numbers["heldout_bits"] = {"before": before, "after": after}
-    effect = [f"{before[m]:.4f} -> {after[m]:.4f} bits per {m} token" for m in before]
+    effect = [f"{before[m]:.4f} -> {after[m]:.4f} bits per {UNITS[m]}" for m in before]
     sentences.append(
       f"{choice.quantize or choice.dtype}: {', '.join(effect)} of held-out documents"
     )

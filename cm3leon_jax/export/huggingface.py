@@ -257,8 +257,7 @@ def export(
 ) -> dict:
   """Writes files for `transformers.AutoModelForCausalLM` and `AutoTokenizer`, without torch.
 
-  The weights are written last; those of an earlier export are deleted first, so that half an export
-  has none.
+  The weights are written last; those of an earlier export are deleted first: half of one has none.
 
   Args:
     folder: gets model.safetensors, config.json, generation_config.json and the tokenizer's files.
@@ -285,8 +284,9 @@ def write_model(
   vocab: VocabLayout,
   tokenizer_folder: epath.PathLike | None,
   dtype: str,
+  shard_bytes: int = tensor_files.SHARD_BYTES,
 ) -> dict:
-  """Writes the files of a model of `transformers`; arguments and result are those of `export`.
+  """Writes the files of a model of `transformers`; the result is that of `export`.
 
   Args:
     folder: see `export`.
@@ -295,6 +295,7 @@ def write_model(
     vocab: see `export`.
     tokenizer_folder: see `export`.
     dtype: that config.json names.
+    shard_bytes: see `tensor_files.write`.
   """
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -308,7 +309,7 @@ def write_model(
   if tokenizer_folder is not None:
     for name in TOKENIZER:
       (folder / name).write_text((epath.Path(tokenizer_folder) / name).read_text())
-  files = tensor_files.write(folder, tensors)
+  files = tensor_files.write(folder, tensors, shard_bytes)
   return {
     "architecture": described["architectures"][0],
     "parameters": sum(tensor.size for tensor in tensors),

@@ -110,7 +110,7 @@ def test_an_export_in_any_dtype_has_the_logits_of_its_rounded_parameters(
   message = capsys.readouterr().out
   assert f"export: {'GPT2LMHeadModel' if layout == 'gpt2' else 'OPTForCausalLM'}, " in message
   assert float(re.search(r"differ by at most (\S+)", message)[1]) < 1e-4
-  assert ("bits per image token" in message) == (dtype != "float32")
+  assert ("bits per image code" in message) == (dtype != "float32")
   described = read_json(output / "export.json")
   assert described == {**vars(choice), "average": True, "step": 7}
   assert read_json(output / "config.json")["dtype"] == dtype
@@ -124,7 +124,7 @@ def test_int8_prints_its_effect_on_heldout_bits(gelu, tmp_path, capsys):
   export.main(settings, root, choice=choice, output=str(tmp_path / "out"))
   message = capsys.readouterr().out
   before, after = map(
-    float, re.search(r"int8: (\S+) -> (\S+) bits per image token", message).groups()
+    float, re.search(r"int8: (\S+) -> (\S+) bits per image code", message).groups()
   )
   assert before != after
   assert abs(before - after) < 0.1 * before

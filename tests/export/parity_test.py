@@ -19,10 +19,10 @@ from cm3leon_jax.export import gpt2, huggingface
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training import stored
+from cm3leon_jax.training import checkpoint, stored
 from cm3leon_jax.vocab import VocabLayout
 from tests.generation.run import one_device
-from tests.models.tiny import model_logits, random_params
+from tests.models.tiny import mesh_of, model_logits, random_params
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -62,15 +62,17 @@ def rows():
   return tokens, positions, mask
 
 
-def write(folder, layout, config, params, dtype="float32"):
-  """Writes an export; returns its tensors."""
-  source = stored.of_tree(params)
+def tensors_of(layout, config, source):
   if layout == "gpt2":
-    described, tensors = gpt2.gpt2_config(config, VOCAB), gpt2.gpt2_tensors(source, dtype)
-  else:
-    described = huggingface.hf_config(config, VOCAB)
-    tensors = huggingface.tensors_of(source, config, dtype)
-  huggingface.write_model(folder, described, tensors, VOCAB, None, dtype)
+    return gpt2.gpt2_tensors(source)
+  return huggingface.tensors_of(source, config)
+
+
+def write(folder, layout, config, params):
+  """Writes an export."""
+  described = (gpt2.gpt2_config if layout == "gpt2" else huggingface.hf_config)(config, VOCAB)
+  tensors = tensors_of(layout, config, stored.of_tree(params))
+  huggingface.write_model(folder, described, tensors, VOCAB, None, "float32")
 
 
 class Rotary(torch.nn.Module):
@@ -285,3 +287,46 @@ def test_256_greedy_tokens_are_those_of_transformers(made, name):
     expected = np.asarray(greedy(config, wide, tokens, positions, mask))
   np.testing.assert_array_equal(found, expected)
   assert min(len(set(row[LENGTH:].tolist())) for row in found) > 5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_restored_checkpoint_exports_the_bytes_of_the_live_state(tmp_path, name):
+  """Live on 8 devices; read from the disk without any mesh, into several files as well."""
+  layout, config = MODELS[name]
+  config = dataclasses.replace(config, vocab_size=96, max_positions=32, num_layers=3)
+  with jax.set_mesh(mesh_of(2, 2, 2)):
+    params = random_params(config)
+    with checkpoint.Checkpoints(tmp_path / "train", keep=2) as checkpoints:
+      checkpoints.save({"step": np.int32(5), "params": params, "ema": None}, 5, next_row=0)
+    live = stored.of_tree(params)
+  restored = checkpoint.open_params(tmp_path / "train")
+  files = []
+  for source, size in ((live, 10**9), (restored, 10**9), (restored, 20_000)):
+    folder = tmp_path / f"{len(files)}"
+    tensors = tensors_of(layout, config, source)
+    huggingface.write_model(folder, {"architectures": [""]}, tensors, VOCAB, None, "float32", size)
+    files.append({path.name: path.read_bytes() for path in folder.iterdir()})
+  assert files[0] == files[1]
+  assert sum(file.startswith("model-") for file in files[2]) > 2
+  whole, split = (
+    {
+      k: x
+      for path in (tmp_path / i).glob("*.safetensors")
+      for k, x in safetensors_numpy.load_file(path).items()
+    }
+    for i in "12"
+  )
+  assert whole.keys() == split.keys()
+  for key, x in whole.items():
+    np.testing.assert_array_equal(x, split[key])
+
+
+@pytest.mark.parametrize("name", ["opt", "modern", "gpt2"])
+def test_transformers_reads_several_files_as_one(made, tmp_path, name):
+  config, params, folder, _ = made(name)
+  layout = MODELS[name][0]
+  described = json.loads((folder / "config.json").read_text())
+  tensors = tensors_of(layout, config, stored.of_tree(params))
+  huggingface.write_model(tmp_path, described, tensors, VOCAB, None, "float32", 300_000)
+  assert not (tmp_path / huggingface.WEIGHTS).exists()
+  np.testing.assert_array_equal(theirs(tmp_path), theirs(folder))
