@@ -200,9 +200,9 @@ TRAINING = (
     ("average_without_warm_up", "jnp.maximum(1 - decay, 9 / (10 + step))", "1 - decay"),
   ),
   *mutants_of(
-    CHECKPOINT,
+    "cm3leon_jax/training/stored.py",
     f"{CHECKPOINT_TEST}::test_parameters_alone_are_the_average_of_a_run_that_has_one",
-    ("average_not_read", '"ema" if average and stored', '"params" if average and stored'),
+    ("average_not_read", '"ema" if described', '"params" if described'),
   ),
   *mutants_of(
     "cm3leon_jax/export/weights.py",
