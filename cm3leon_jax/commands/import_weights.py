@@ -1,7 +1,7 @@
 """Imports trained weights from a local folder, so that a run starts from them.
 
-  python -m launch.import_weights --source=DIR --config=ml_configs/cm3leon_350m.py \\
-    --workdir=runs/from_text
+  python -m launch.import_weights --config=ml_configs/cm3leon_350m.py --workdir=runs/from_text \\
+    --source=DIR
 
 DIR holds safetensors, config.json and tokenizer.json: what launch.export wrote, or a text model,
 Qwen3ForCausalLM or OPTForCausalLM without biases. What cannot be imported exactly is refused with

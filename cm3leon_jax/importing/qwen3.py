@@ -8,7 +8,7 @@ import functools
 from jaxtyping import Float
 import numpy as np
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, short
 from cm3leon_jax.export.tensor_files import Tensor
 from cm3leon_jax.importing.source import CONFIG, Source
 from cm3leon_jax.importing.tables import Tables
@@ -30,11 +30,10 @@ def model_fields(source: Source) -> dict:
     UserError: its decoder is not that of the family.
   """
   source.require(ALLOWED)
-  described = source.described
   path = source.folder / CONFIG
-  if any(kind != "full_attention" for kind in described.get("layer_types") or ()):
+  if any(kind != "full_attention" for kind in source.part("layer_types", list)):
     raise UserError(f"{path}: layer_types names other attention than 'full_attention'.")
-  rope = {**(described.get("rope_scaling") or {}), **(described.get("rope_parameters") or {})}
+  rope = {**source.part("rope_scaling", dict), **source.part("rope_parameters", dict)}
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
     raise UserError(
@@ -48,14 +47,16 @@ def model_fields(source: Source) -> dict:
     raise UserError(
       f"{path}: num_key_value_heads = {groups} does not divide num_attention_heads = {heads}."
     )
-  base = float(rope.get("rope_theta") or described.get("rope_theta") or ROPE_BASE)
+  base = rope.get("rope_theta") or source.described.get("rope_theta") or ROPE_BASE
+  if not isinstance(base, int | float) or isinstance(base, bool) or base <= 0:
+    raise UserError(f"{path}: rope_theta is {short(base)}; it must be a positive number.")
   return {
     "family": "modern",
     "num_layers": source.size("num_hidden_layers", 32),
     "width": width,
     "num_heads": heads,
     "head_size": 0 if heads * size == width else size,
-    "rope_base": 0.0 if base == ROPE_BASE else base,
+    "rope_base": 0.0 if base == ROPE_BASE else float(base),
     "mlp_width": source.size("intermediate_size", 22_016),
   }
 

@@ -11,7 +11,7 @@ from cm3leon_jax.config import UserError, short
 from cm3leon_jax.export import stored_tensors
 from cm3leon_jax.export.stored_tensors import StoredTensors
 from cm3leon_jax.export.tensor_files import INDEX, WEIGHTS
-from cm3leon_jax.io import digest, read_json
+from cm3leon_jax.io import NAMES, digest, read_json
 from cm3leon_jax.tokenizers.text import TOKENIZER
 
 CONFIG = "config.json"
@@ -56,6 +56,17 @@ class Source:
         f"{self.folder / CONFIG}: {name} is {short(value)}; it must be a positive whole number."
       )
     return value
+
+  def part(self, name: str, kind: type):
+    """Returns an object or a list of config.json, empty if it is absent. Raises UserError."""
+    found = self.described.get(name)
+    if found is None:
+      return kind()
+    if not isinstance(found, kind):
+      raise UserError(
+        f"{self.folder / CONFIG}: {name} is {short(found)}; it must be of type {NAMES[kind]}."
+      )
+    return found
 
   def check_zero(self, name: str, reason: str) -> None:
     """Raises UserError, with its largest value, unless all numbers of a tensor are 0."""
@@ -107,15 +118,6 @@ def open_source(source: str) -> Source:
       f"--source is {source}; it must be a folder on this machine with {CONFIG} and {WEIGHTS}, as "
       "`launch.export` or transformers' save_pretrained writes it: nothing is downloaded."
     )
-  if not stored_tensors.are_in(folder):
-    pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
-    if pickles:
-      raise UserError(
-        f"{folder} has its weights as pickles ({pickles[0]}), which may run any code when they are "
-        "read: convert them on a machine that you can lose, by transformers: "
-        "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OTHER)` writes safetensors."
-      )
-    raise UserError(f"{folder} has no weights; it must hold {WEIGHTS}, or {INDEX} and its files.")
   described = read_json(folder / CONFIG, {"model_type": str})
   if described["model_type"] not in ("opt", "qwen3"):
     raise UserError(
@@ -127,4 +129,13 @@ def open_source(source: str) -> Source:
       f"{folder / CONFIG} has a quantization_config; the weights must be float32, float16 or "
       "bfloat16: take the checkpoint that was quantized."
     )
+  if not stored_tensors.are_in(folder):
+    pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
+    if pickles:
+      raise UserError(
+        f"{folder} has its weights as pickles ({pickles[0]}), which may run any code when they are "
+        "read: convert them on a machine that you can lose, by transformers: "
+        "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OTHER)` writes safetensors."
+      )
+    raise UserError(f"{folder} has no weights; it must hold {WEIGHTS}, or {INDEX} and its files.")
   return Source(folder, described, StoredTensors(folder))

@@ -40,12 +40,12 @@ def read_tokenizer(folder: epath.PathLike, rows: int) -> Mapping[str, Any]:
       "`AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`."
     )
   described = read_json(path, {"model": dict, "added_tokens": list})
-  if wrong := _unlike(described):
-    raise UserError(f"{path}: {wrong}; only byte-level BPE, as of OPT and Qwen3, can be imported.")
   try:
-    largest = max(tokens_of(described))
+    wrong, largest = _unlike(described), max(tokens_of(described), default=0)
   except (KeyError, TypeError, AttributeError, ValueError) as error:
     raise UserError(f"{path} is damaged ({error}): copy it again.") from error
+  if wrong:
+    raise UserError(f"{path}: {wrong}; only byte-level BPE, as of OPT and Qwen3, can be imported.")
   if largest >= rows:
     raise UserError(
       f"{path} has the token id {largest}, and the model's table of tokens {rows} rows: they are "
@@ -57,7 +57,7 @@ def read_tokenizer(folder: epath.PathLike, rows: int) -> Mapping[str, Any]:
 def _unlike(described: Mapping[str, Any]) -> str:
   """Says what keeps a tokenizer from being byte-level BPE that `rewrite` keeps; "": nothing."""
   model = described["model"]
-  if model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
+  if model.get("type", "BPE") != "BPE":
     return f"its model is {model.get('type')}"
   for name in ("byte_fallback", "ignore_merges", "dropout"):
     if model.get(name):

@@ -98,6 +98,9 @@ def test_biases_of_0_are_imported(opt_folder, tmp_path):
       "its rotary positions are of the type 'yarn'; only plain ones",
     ),
     ({"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": None}, {}, "'linear'"),
+    ({"layer_types": 3}, {}, "layer_types is 3; it must be of type list."),
+    ({"rope_parameters": "x"}, {}, "rope_parameters is 'x'; it must be of type object."),
+    ({"rope_parameters": {"rope_theta": "x"}}, {}, "rope_theta is 'x'; it must be a positive num"),
     ({"num_key_value_heads": 3}, {}, "num_key_value_heads = 3 does not divide num_attention_heads"),
     ({"num_attention_heads": 4.5}, {}, "num_attention_heads is 4.5; it must be a positive whole"),
     (

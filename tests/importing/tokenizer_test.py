@@ -92,6 +92,12 @@ def test_transformers_loads_it(rewritten, tokenizer):
     ({"normalizer": {"type": "Lowercase"}}, "it changes texts by the normalizer Lowercase; only"),
     ({"added_tokens": [{"id": 480, "content": "<a>"}]}, "has the token id 480, and the model's"),
     ({"added_tokens": [{}]}, "is damaged ('id'): copy it again."),
+    ({"added_tokens": [3]}, "is damaged ('int' object is not subscriptable): copy it again."),
+    ({"decoder": 3}, "is damaged ('int' object has no attribute 'get'): copy it again."),
+    ({"decoder": {"type": "Sequence", "decoders": 3}}, "is damaged ("),
+    ({"model": {"vocab": 3}}, "is damaged ("),
+    ({"model": {"vocab": {"a": None}}}, "is damaged ("),
+    ({"model": 3}, "its field 'model' must be of type object, and is 3"),
     ({"added_tokens": [{"id": 470, "content": "!"}]}, "has two tokens of one name or id: 511 of"),
     ({"model": {"merges": [["q", "zz"]]}}, "cannot be read"),
   ],
@@ -101,7 +107,7 @@ def test_other_tokenizers_are_refused(change, reason, tmp_path):
   path = tmp_path / "tokenizer.json"
   described = json.loads(path.read_text())
   for name, value in change.items():
-    described[name] = {**described[name], **value} if name == "model" else value
+    described[name] = described[name] | value if name == "model" and value != 3 else value
   path.write_text(json.dumps(described))
   with pytest.raises(UserError) as error:
     rewrite(read_tokenizer(tmp_path, published.ROWS), published.ROWS, VOCAB)
