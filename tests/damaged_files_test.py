@@ -24,6 +24,9 @@ from cm3leon_jax.data.plan_starts import Start, WindowStarts
 from cm3leon_jax.evaluation import weights as published
 from cm3leon_jax.evaluation.protocols import compare
 from cm3leon_jax.export import bundle, weights
+from cm3leon_jax.export.stored_tensors import StoredTensors
+from cm3leon_jax.importing.source import open_source
+from cm3leon_jax.importing.tokenizer import read_tokenizer
 from cm3leon_jax.io import read_json, read_json_lines, write_json
 from cm3leon_jax.reports import instruction_section, summary
 from cm3leon_jax.retrieval import bank, lexical
@@ -86,6 +89,9 @@ READERS = {
   "bundle/bundle.json": lambda root: bundle.read(root / "bundle"),
   f"bank/{lexical.FILE}": lambda root: lexical.load(root / "bank", 0.5, 8),
   "grades/grades.json": lambda root: instruction_section.read(root, str),
+  "source/config.json": lambda root: open_source(str(root / "source")),
+  "several/model.safetensors.index.json": lambda root: StoredTensors(root / "several"),
+  "text/tokenizer.json": lambda root: read_tokenizer(root / "text", 9),
   "one/results.json": lambda root: compare.compare(root / "one", root / "one"),
   "done/a.json": lambda root: run_shards(root / "done"),
 }

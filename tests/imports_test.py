@@ -26,6 +26,7 @@ MAY_IMPORT = {
   "reinforcement": BASE | CORE | {"evaluation"},
   "reports": BASE | CORE | {"settings", "evaluation"},
   "export": BASE | CORE | {"settings"},
+  "importing": BASE | CORE | {"settings", "export"},
   "planning": BASE | CORE,
   "serving": BASE | CORE,
 }

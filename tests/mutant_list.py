@@ -4,9 +4,12 @@ from tests.mutant_lists.data import DATA
 from tests.mutant_lists.decoding import DECODING
 from tests.mutant_lists.evaluation import EVALUATION
 from tests.mutant_lists.export import EXPORT
+from tests.mutant_lists.importing import IMPORTING
 from tests.mutant_lists.retrieval import RETRIEVAL
 from tests.mutant_lists.serving import SERVING
 from tests.mutant_lists.training import TRAINING
 from tests.mutant_lists.watching import WATCHING
 
-MUTANTS = DATA + RETRIEVAL + TRAINING + DECODING + EVALUATION + EXPORT + WATCHING + SERVING
+MUTANTS = (
+  DATA + RETRIEVAL + TRAINING + DECODING + EVALUATION + EXPORT + IMPORTING + WATCHING + SERVING
+)

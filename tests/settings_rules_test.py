@@ -73,6 +73,15 @@ from tests.settings_test import settings_with
       "config.model: width / num_heads = 3 is odd; rotary positions need an even head size.",
     ),
     (
+      {"model__family": "modern", "model__head_size": 65},
+      "config.model: head_size = 65 is odd; rotary positions need an even head size.",
+    ),
+    (
+      {"model__rope_base": 1e6},
+      "config.model: rope_base is 1000000.0, and family is 'opt'; only 'modern' has rotary "
+      "positions.",
+    ),
+    (
       {"model__family": "modern", "model__activation": "gelu"},
       "config.model: activation is 'gelu', and family is 'modern', whose feed-forward layer is "
       "SwiGLU: leave it empty.",

@@ -172,6 +172,8 @@ REFUSED = [
   ("model", "num_layers", 0, POSITIVE),
   ("model", "width", 0, POSITIVE),
   ("model", "num_heads", 0, POSITIVE),
+  ("model", "head_size", -1, NOT_NEGATIVE),
+  ("model", "rope_base", -1.0, NOT_NEGATIVE),
   ("model", "mlp_width", 0, POSITIVE),
   ("model", "max_positions", 0, POSITIVE),
   ("model", "align_images", 1, "a valid boolean"),

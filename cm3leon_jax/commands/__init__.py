@@ -7,6 +7,7 @@ COMMANDS = (
   "train_vqgan",
   "import_vqgan",
   "copy_tokenizers",
+  "import_weights",
   "encode_documents",
   "encode_instructions",
   "train_clip",

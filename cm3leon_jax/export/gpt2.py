@@ -31,6 +31,11 @@ def check(config: ModelConfig) -> None:
       "config.model.query_key_norm is set: GPT2LMHeadModel has no such norm, so this decoder "
       "cannot be exported in the format gpt2."
     )
+  if config.head_dim * config.num_heads != config.width:
+    raise UserError(
+      f"config.model.head_size is {config.head_size}: the heads of GPT2LMHeadModel have the size "
+      f"width / num_heads = {config.width} / {config.num_heads}: this decoder cannot be exported."
+    )
   if config.activation != "gelu_tanh":
     raise UserError(
       f"config.model.activation is '{config.activation}'{'' if config.activation else ' (ReLU)'}, "

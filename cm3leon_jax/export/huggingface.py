@@ -25,7 +25,7 @@ from cm3leon_jax.export.tensor_files import Tensor
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
-from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.models.config import ROPE_BASE, ModelConfig
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.training.stored import StoredParams, of_tree
 from cm3leon_jax.vocab import VocabLayout
@@ -124,37 +124,6 @@ def _attention(
   return [*tensors, transposed(out, params, "blocks.out", i, dtype=dtype, axes_in=2)]
 
 
-def params_of(tensors: dict[str, np.ndarray], config: ModelConfig) -> dict:
-  """Converts what `opt_tensors` or `qwen3_tensors` returned back to parameters, fp32.
-
-  Raises:
-    KeyError: a tensor is missing.
-  """
-  K, D, N, H = config.num_layers, config.width, config.num_heads, config.head_dim
-  opt = config.family == "opt"
-  prefix = "model.decoder" if opt else "model"
-
-  def layers(name):
-    return np.stack([tensors[f"{prefix}.layers.{i}.{name}.weight"] for i in range(K)])
-
-  def transposed(name):
-    return layers(name).swapaxes(1, 2)
-
-  qkv = [transposed(f"self_attn.{name}_proj").reshape(K, D, N, H) for name in "qkv"]
-  out = transposed(f"self_attn.{'out' if opt else 'o'}_proj").reshape(K, N, H, D)
-  blocks = {"qkv": np.stack(qkv, axis=1), "out": out}
-  params = {"embed": tensors[f"{prefix}.embed_tokens.weight"], "blocks": blocks}
-  if opt:
-    blocks |= {"up": transposed("fc1"), "down": transposed("fc2")}
-    params["positions"] = tensors[f"{prefix}.embed_positions.weight"][OPT_OFFSET:]
-  else:
-    blocks |= {name: transposed(f"mlp.{name}_proj") for name in ("gate", "up", "down")}
-    blocks |= {ours: {"scale": layers(theirs)} for ours, theirs in QWEN3_NORMS}
-    params["head"] = tensors["lm_head.weight"]
-    params["final_norm"] = {"scale": tensors["model.norm.weight"]}
-  return jax.tree.map(lambda x: np.asarray(x, np.float32), params)
-
-
 def config_of(described: dict) -> dict[str, dict]:
   """Returns the fields of the sections `model` and `vocab` that `hf_config` described.
 
@@ -174,10 +143,14 @@ def config_of(described: dict) -> dict[str, dict]:
     "max_positions": described["max_position_embeddings"],
     "align_images": described["cm3leon"].get("align_images", False),
   }
-  if opt:
+  if opt:  # A decoder with query-key norms or another head size is not exported.
     names = {theirs: ours for ours, theirs in OPT_ACTIVATIONS.items()}
     model["activation"] = names[described["activation_function"]]
-    model["query_key_norm"] = False  # A decoder with these norms is not exported.
+    model |= {"query_key_norm": False, "head_size": 0}
+  else:
+    size, base = described["head_dim"], float(described["rope_theta"])
+    usual = size * model["num_heads"] == model["width"]
+    model |= {"head_size": 0 if usual else size, "rope_base": 0.0 if base == ROPE_BASE else base}
   return {"model": model, "vocab": {name: described["cm3leon"][name] for name in VOCAB_FIELDS}}
 
 
@@ -232,8 +205,8 @@ def hf_config(config: ModelConfig, vocab: VocabLayout) -> dict:
     "num_key_value_heads": config.num_heads,
     "head_dim": config.head_dim,
     "rms_norm_eps": 1e-6,
-    "rope_theta": float(transformer.ROPE_BASE),
-    "rope_parameters": {"rope_type": "default", "rope_theta": float(transformer.ROPE_BASE)},
+    "rope_theta": config.rotary_base,
+    "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
     "attention_bias": False,
     "attention_dropout": 0.0,
     "tie_word_embeddings": False,
@@ -246,6 +219,11 @@ def check(config: ModelConfig) -> None:
     raise UserError(
       "config.model.query_key_norm is set: OPTForCausalLM has no such norm, so this decoder cannot "
       "be exported in the format hf."
+    )
+  if config.family == "opt" and config.head_dim * config.num_heads != config.width:
+    raise UserError(
+      f"config.model.head_size is {config.head_size}: the heads of OPTForCausalLM have the size "
+      f"width / num_heads = {config.width} / {config.num_heads}: this decoder cannot be exported."
     )
 
 

@@ -5,23 +5,18 @@ import dataclasses
 import os
 
 from etils import epath
-from flax import traverse_util
-import jax
-import numpy as np
-from safetensors import SafetensorError
-from safetensors import numpy as safetensors
 
-from cm3leon_jax import stages
+from cm3leon_jax import distributed, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.distributed import print_once
-from cm3leon_jax.export import bundle, huggingface, orbax
+from cm3leon_jax.export import bundle, huggingface, orbax, placed, stored_tensors
+from cm3leon_jax.export.stored_tensors import StoredTensors
 from cm3leon_jax.io import digest, plain, read_json
-from cm3leon_jax.mesh import abstract
-from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.parameters import not_finite
 from cm3leon_jax.settings import Settings, settings_of_run
 from cm3leon_jax.training import checkpoint
+
+INIT = "init"  # Folder of a workdir with the parameters that `launch.import_weights` wrote.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +26,7 @@ class Weights:
   Attributes:
     source: what the user named, see `bundle.folder_of`.
     step: of the checkpoint; None for an exported model.
-    digest: SHA-256 of the exported file, or of the digests of the checkpoint's files.
+    digest: SHA-256 of the exported file, or of the digests of several ones or of the checkpoint's.
   """
 
   source: str
@@ -49,13 +44,14 @@ def start_of_run(
   Args:
     settings: of the run.
     workdir: of the run.
-    source: what --init_from names, or empty.
+    source: what --init_from names, or empty: what was imported into the workdir, if anything.
     stored: what the run's config.json has under "run"; None if the run has not begun.
 
   Raises:
     UserError: the run began from something else, or see `find`.
   """
   if stored is None:
+    source = source or _imported(epath.Path(workdir))
     if not source:
       return None
     found = find(settings, source)
@@ -77,6 +73,23 @@ def start_of_run(
   return Weights(**recorded) if recorded else None
 
 
+def _imported(workdir: epath.Path) -> str:
+  """Returns the folder of a workdir's imported parameters; "": it has none.
+
+  Raises:
+    UserError: they are not finished, so that the run would begin from random ones.
+  """
+  folder = workdir / INIT
+  if not folder.exists():
+    return ""
+  if not (folder / stages.DONE).exists():
+    raise UserError(
+      f"{folder} is not finished: run `python -m launch.import_weights` again, or delete that "
+      "folder to begin from random parameters."
+    )
+  return os.fspath(folder)
+
+
 def find(settings, source: str, step: int | None = None) -> Weights:
   """Finds trained parameters and compares their config with `settings`.
 
@@ -91,15 +104,15 @@ def find(settings, source: str, step: int | None = None) -> Weights:
   folder = bundle.folder_of(source)
   if bundle.is_bundle(folder):
     bundle.read(folder)  # Checks its files.
-  run, exported = folder / "train" / "config.json", folder / huggingface.WEIGHTS
+  run = folder / "train" / "config.json"
   expected = plain(stages.identity(settings, "train"))
   if run.exists():
     described = read_json(run, {"run": dict})["run"]
     expected = {part: expected[part] for part in ("model", "vocab")}
   elif orbax.exists(folder):
-    described, exported = read_json(folder / "config.json", {"model": dict}), folder / orbax.DIGESTS
+    described = read_json(folder / "config.json", {"model": dict})
     expected = {part: expected[part] for part in ("model", "vocab")}
-  elif exported.exists():
+  elif stored_tensors.are_in(folder):
     described = _exported_config(folder)
     expected = {part: {k: expected[part][k] for k in described[part]} for part in described}
   else:
@@ -116,7 +129,9 @@ def find(settings, source: str, step: int | None = None) -> Weights:
     )
   if run.exists():
     return Weights(source, *checkpoint.identify(folder / "train", step))
-  return Weights(source, None, digest(exported))
+  if orbax.exists(folder):
+    return Weights(source, None, digest(folder / orbax.DIGESTS))
+  return Weights(source, None, stored_tensors.digest_of(folder))
 
 
 def _exported_config(folder: epath.Path) -> dict[str, dict]:
@@ -179,8 +194,7 @@ def of_run(
       lambda: checkpoint.load_params(folder / "train", run.model, step),
     )
   settings, trained = bundle.read(folder)
-  path = folder / huggingface.WEIGHTS
-  return os.fspath(folder), settings, lambda: (_load_exported(path, settings.model), trained)
+  return os.fspath(folder), settings, lambda: (_load_exported(folder, settings.model), trained)
 
 
 def load(weights: Weights, settings) -> dict:
@@ -198,8 +212,8 @@ def load(weights: Weights, settings) -> dict:
   if weights.step is not None:
     return checkpoint.load_params(folder / "train", settings.model, weights.step)[0]
   if orbax.exists(folder):
-    return orbax.load(folder, _types(settings.model))
-  return _load_exported(folder / huggingface.WEIGHTS, settings.model)
+    return orbax.load(folder, placed.types_of(settings.model))
+  return _load_exported(folder, settings.model)
 
 
 def start_of(workdir: epath.PathLike) -> Weights | None:
@@ -208,29 +222,10 @@ def start_of(workdir: epath.PathLike) -> Weights | None:
   return Weights(**run["init_from"]) if run.get("init_from") else None
 
 
-def _types(config: ModelConfig) -> dict:
-  """Returns the types of parameters on the current mesh."""
-  types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
-  return abstract(types, jax.sharding.get_mesh())
-
-
-def _load_exported(path: epath.Path, config: ModelConfig) -> dict:
-  """Reads an exported file. Every process reads all of it, and keeps what its devices hold."""
-  try:
-    params = huggingface.params_of(safetensors.load(path.read_bytes()), config)
-  except (SafetensorError, KeyError, ValueError) as error:
-    raise UserError(f"{path} is damaged ({error}): run `python -m launch.export` again.") from error
-  types = _types(config)
-  found, expected = (
-    {name: x.shape for name, x in traverse_util.flatten_dict(tree, sep=".").items()}
-    for tree in (params, types)
-  )
-  if changed := stages.differences(found, expected):
-    raise UserError(f"{path} does not fit the config beside it ({changed[0]}).")
-  if bad := not_finite(traverse_util.flatten_dict(params, sep=".")):
-    raise UserError(f"{path}: tensor '{bad}' has values that are not finite.")
-
-  def place(x: np.ndarray, kind):
-    return jax.make_array_from_callback(x.shape, kind.sharding, lambda index: x[index])
-
-  return jax.tree.map(place, params, types)
+def _load_exported(folder: epath.Path, config: ModelConfig) -> dict:
+  """Reads exported parameters onto the current mesh. All processes must call it."""
+  with distributed.together():
+    try:
+      return placed.load(StoredTensors(folder), config)
+    except UserError as error:
+      raise UserError(f"{error} Write the folder again: `python -m launch.export`.") from error

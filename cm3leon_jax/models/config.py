@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
@@ -15,6 +15,7 @@ Activation = Literal["", "gelu_tanh", "gelu"]
 DTYPES = get_args(Dtype)
 REMAT_POLICIES = get_args(RematPolicy)
 ATTENTIONS = get_args(Attention)
+ROPE_BASE = 10_000.0
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -35,11 +36,16 @@ class ModelConfig:
   width: PositiveInt = 4_096
   """Width of the activations between layers."""
   num_heads: PositiveInt = 32
-  """Number of attention heads, a divisor of `width`; `modern` needs an even head size."""
+  """Number of attention heads; without `head_size` a divisor of `width`."""
+  head_size: NonNegativeInt = 0
+  """Size of a head; 0: `width` / `num_heads`. `modern` needs an even one. Published models may have
+  another: Qwen3-0.6B has a width of 1,024 and 16 heads of 128."""
   mlp_width: PositiveInt = 16_384
   """Width of the feed-forward layer."""
   max_positions: PositiveInt = 4_096
   """Longest sample that the learned positions cover; at least `data.sequence_length`."""
+  rope_base: NonNegativeFloat = 0.0
+  """Base of the wavelengths of `modern`'s rotary positions; 0: 10,000. Qwen3 has 1,000,000."""
   align_images: bool = False
   """Whether positions are counted from the images: the first code of every image stands at position
   0, so the same place of a neighbor's image is at a constant distance. Only `modern`, whose
@@ -84,11 +90,15 @@ class ModelConfig:
   """Tokens of a row whose logits exist at the same time in the loss."""
 
   def __post_init__(self):
-    if self.width % self.num_heads:
+    if not self.head_size and self.width % self.num_heads:
       raise ValueError(f"num_heads = {self.num_heads} does not divide width = {self.width}.")
     if self.family == "modern" and self.head_dim % 2:
+      what = "head_size" if self.head_size else "width / num_heads"
+      raise ValueError(f"{what} = {self.head_dim} is odd; rotary positions need an even head size.")
+    if self.rope_base and self.family != "modern":
       raise ValueError(
-        f"width / num_heads = {self.head_dim} is odd; rotary positions need an even head size."
+        f"rope_base is {self.rope_base}, and family is '{self.family}'; only 'modern' has rotary "
+        "positions."
       )
     if self.activation and self.family == "modern":
       raise ValueError(
@@ -104,4 +114,9 @@ class ModelConfig:
   @property
   def head_dim(self) -> int:
     """Size of a head."""
-    return self.width // self.num_heads
+    return self.head_size or self.width // self.num_heads
+
+  @property
+  def rotary_base(self) -> float:
+    """Base of the wavelengths of rotary positions."""
+    return self.rope_base or ROPE_BASE

@@ -14,10 +14,9 @@ from jaxtyping import Array, Float, Int32, Key
 from cm3leon_jax import parameters
 from cm3leon_jax.mesh import gathered, spec
 from cm3leon_jax.models import attention
-from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.models.config import ROPE_BASE, ModelConfig
 
 POSITION_RATIO = 1 / 30  # Positions start at this share of init_std: 0.0002 (CM3Leon, section 2.3).
-ROPE_BASE = 10_000.0
 LOOKED_UP = ("embed", "positions")  # Tables of `look_up`.
 # Of the feed-forward layer of `opt`.
 ACTIVATIONS: dict[str, Callable] = {
@@ -63,10 +62,12 @@ def apply_norm(scale: Float[Array, " D"] | None, x: Vectors) -> Vectors:
   )
 
 
-def rotate(x: Float[Array, "B L N H"], positions: Ids) -> Float[Array, "B L N H"]:
+def rotate(
+  x: Float[Array, "B L N H"], positions: Ids, base: float = ROPE_BASE
+) -> Float[Array, "B L N H"]:
   """Applies rotary positions (Su et al. 2021, RoFormer); pairs are x[i] and x[i + H / 2]."""
   half, wide = x.shape[-1] // 2, attention.wide(x.dtype)
-  frequencies = ROPE_BASE ** (-jnp.arange(half, dtype=wide) / half)
+  frequencies = base ** (-jnp.arange(half, dtype=wide) / half)
   angles = positions[..., None, None].astype(wide) * frequencies[None, None, None]
   sin, cos = jnp.sin(angles), jnp.cos(angles)
   a, b = (part.astype(wide) for part in (x[..., :half], x[..., half:]))
@@ -125,7 +126,7 @@ def apply_block(
   if "q_norm" in params:
     q, k = apply_norm(scale("q_norm"), q), apply_norm(scale("k_norm"), k)
   if config.family == "modern":
-    q, k = rotate(q, positions), rotate(k, positions)
+    q, k = (rotate(x, positions, config.rotary_base) for x in (q, k))
   # An einsum sums over letters in their order: H before N would transpose the matrix first.
   x = x + product("BLNh,NhD->BLD", attend(q, k, v), params["out"], act)
   x = checkpoint_name(x, "middle")

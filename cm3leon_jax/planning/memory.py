@@ -167,7 +167,7 @@ def _parameters(model: ModelConfig) -> tuple[int, int, int]:
   """Counts the parameters of layers, tables of tokens, and positions."""
   K, D, F, V = model.num_layers, model.width, model.mlp_width, model.vocab_size
   modern = model.family == "modern"
-  layer = 4 * D * D + (3 * D * F + 2 * D if modern else 2 * D * F)
+  layer = 4 * D * model.num_heads * model.head_dim + (3 * D * F + 2 * D if modern else 2 * D * F)
   if modern or model.query_key_norm:
     layer += 2 * model.head_dim
   if modern:
@@ -191,7 +191,8 @@ def kept_widths(model: ModelConfig, tensor: int = 1, platform: str = "tpu") -> f
     platform: of the devices; to a kernel on a TPU a head takes a multiple of `LANES`.
   """
   H = model.head_dim
-  heads = (-(-H // LANES) * LANES / H if platform == "tpu" else 1) / tensor
+  held = -(-H // LANES) * LANES if platform == "tpu" else H
+  heads = model.num_heads * held / model.width / tensor
   mlp = (2 if model.family == "modern" else 1) * model.mlp_width / model.width / tensor
   widths = {"qkv": 3 * heads, "attention": heads, "middle": 1, "mlp": mlp}
   policy = model.remat_policy
@@ -216,7 +217,8 @@ def _layer(model: ModelConfig, R: int, L: int, tensor: int, platform: str) -> fl
   scores = 0.0
   if platform == "gpu" and model.head_dim & (model.head_dim - 1):
     scores = R * model.num_heads / tensor * L * L / 2 * (8 + b)  # Without a kernel: all weights.
-  return 2 * params * b + R * L * (6 * model.width + products * F) * b + scores
+  widths = 2 * model.width + 4 * model.num_heads * model.head_dim + products * F
+  return 2 * params * b + R * L * widths * b + scores
 
 
 def device_memory(device: jax.Device) -> int | None:

@@ -78,7 +78,8 @@ def meshes(topology: Topology) -> Iterator[MeshConfig]:
 def kept_bytes(model, tokens: int, policy: str) -> int:
   """Computes a lower bound of the bytes on a device that a policy keeps for the backward pass."""
   mlp = (2 if model.family == "modern" else 1) * model.mlp_width / model.width
-  widths = {"qkv": 3, "attention": 1, "middle": 1, "mlp": mlp}
+  heads = model.num_heads * model.head_dim / model.width
+  widths = {"qkv": 3 * heads, "attention": heads, "middle": 1, "mlp": mlp}
   kept = 1 + sum(widths[name] for name in KEPT.get(policy, ()))  # 1: the input of the layer.
   bytes_per_value = 2 if model.dtype == "bfloat16" else 4
   return int(kept * tokens * model.width * model.num_layers * bytes_per_value)

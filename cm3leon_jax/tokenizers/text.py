@@ -12,12 +12,13 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import STRICT, UserError
-from cm3leon_jax.io import write_json
+from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.vocab import VocabLayout
 
 # T tokens of one text.
 
 TOKENIZER = "tokenizer.json"
+IMPORTED = "import_weights"  # Input of a stage whose tokenizer `launch.import_weights` wrote.
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -70,7 +71,7 @@ def train_text_tokenizer(
       f"config.vocab.text_size is {vocab.text_size}: use more text, a smaller text_size or a lower "
       "text_tokenizer.min_frequency."
     )
-  _save(tokenizer, vocab, config, epath.Path(folder))
+  save_tokenizer(tokenizer, vocab, config, folder)
   tokens = sum(len(ids) for ids in TextTokenizer(folder, vocab).encode_batch(texts))
   return {
     "texts": len(texts),
@@ -79,14 +80,14 @@ def train_text_tokenizer(
   }
 
 
-def _save(
+def save_tokenizer(
   tokenizer: tokenizers.Tokenizer,
   vocab: VocabLayout,
   config: TextTokenizerConfig,
-  folder: epath.Path,
+  folder: epath.PathLike,
 ) -> None:
   """Writes the files of `transformers.AutoTokenizer.from_pretrained`, tokenizer.json last."""
-  special = vocab.special_tokens()
+  folder, special = epath.Path(folder), vocab.special_tokens()
   roles = {
     "pad_token": special[vocab.pad],
     "bos_token": special[vocab.eos],
@@ -103,6 +104,15 @@ def _save(
     folder / "tokenizer_config.json", {**about, "clean_up_tokenization_spaces": False, **roles}
   )
   (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+
+
+def was_imported(folder: epath.PathLike) -> bool:
+  """Returns whether the finished stage in `folder` has the tokenizer of imported weights."""
+  done = epath.Path(folder) / stages.DONE
+  if not done.exists():
+    return False
+  inputs = read_json(done, {"config": dict})["config"].get("inputs")
+  return isinstance(inputs, dict) and IMPORTED in inputs
 
 
 class TextTokenizer:

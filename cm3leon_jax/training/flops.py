@@ -1,6 +1,6 @@
 """Model FLOPs of training, peaks of devices, and their ratio: model FLOP utilization (MFU)."""
 
-# K layers, D width, F feed-forward, V vocabulary, L length of a row.
+# K layers, D width, A width of all heads, F feed-forward, V vocabulary, L length of a row.
 
 import dataclasses
 
@@ -49,8 +49,9 @@ def matmul_params(config: ModelConfig) -> int:
   Look-ups of embeddings and positions and scales of norms do not count: they are no products.
   """
   K, D, F = config.num_layers, config.width, config.mlp_width
+  A = config.num_heads * config.head_dim
   mlp = 3 if config.family == "modern" else 2
-  return K * (4 * D * D + mlp * D * F) + config.vocab_size * D
+  return K * (4 * D * A + mlp * D * F) + config.vocab_size * D
 
 
 def model_flops(config: ModelConfig, tokens: int, sequence_length: int) -> float:
@@ -58,10 +59,10 @@ def model_flops(config: ModelConfig, tokens: int, sequence_length: int) -> float
 
   As defined for PaLM (Chowdhery et al. 2022, appendix B), with causal attention counted as causal:
 
-    tokens x (6 x matmul_params + 12 x K x D x L / 2)
+    tokens x (6 x matmul_params + 12 x K x A x L / 2)
 
   A product takes 2 FLOPs a parameter and token in the forward pass and 4 in the backward pass, 6 in
-  sum. Attention multiplies queries by keys and weights by values: 2 x 2 x D FLOPs for every key
+  sum. Attention multiplies queries by keys and weights by values: 2 x 2 x A FLOPs for every key
   that a query sees, times 3 with the backward pass, in each of K layers. In a row of L a query sees
   L / 2 keys on average (PaLM counts all L); borders of the samples in a packed row are ignored.
   Values that the backward pass computes again (`remat_policy`) do not count.
@@ -74,7 +75,8 @@ def model_flops(config: ModelConfig, tokens: int, sequence_length: int) -> float
   Returns:
     FLOPs over all devices.
   """
-  attention = 12 * config.num_layers * config.width * sequence_length / 2
+  A = config.num_heads * config.head_dim
+  attention = 12 * config.num_layers * A * sequence_length / 2
   return float(tokens * (6 * matmul_params(config) + attention))
 
 

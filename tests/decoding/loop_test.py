@@ -68,20 +68,20 @@ def example(align_images=False):
 
 
 @pytest.mark.parametrize(
-  ("family", "shared", "align_images"),
+  ("family", "shared", "align_images", "fields"),
   [
-    ("opt", False, False),
-    ("opt", True, False),
-    ("modern", True, False),
-    ("modern", False, True),
-    ("modern", True, True),
+    ("opt", False, False, {}),
+    ("opt", True, False, {}),
+    ("modern", True, False, {"head_size": 6, "rope_base": 1e6}),
+    ("modern", False, True, {}),
+    ("modern", True, True, {}),
   ],
 )
-def test_cached_equals_uncached(family, shared, align_images, monkeypatch):
+def test_cached_equals_uncached(family, shared, align_images, fields, monkeypatch):
   if shared:
     monkeypatch.setattr(batch, "SHARED", 2)
     monkeypatch.setattr(batch, "BUCKET", 8)
-  config = model_config(family, align_images=align_images)
+  config = model_config(family, align_images=align_images, **fields)
   rows, prompts, ids = example(align_images)
   assert (prompts.prefixes is not None) == shared
   with on_mesh():

@@ -9,7 +9,8 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import huggingface
+from cm3leon_jax.export import huggingface, placed
+from cm3leon_jax.export.stored_tensors import StoredTensors
 from cm3leon_jax.io import read_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
@@ -23,16 +24,16 @@ VOCAB = VocabLayout(num_special=8, text_size=264, image_size=56)
 TOLERANCE = 2e-5  # fp32, logits of size 10.
 
 
-def config(family):
+def config(family, **fields):
   return ModelConfig(
     family=family,
     vocab_size=320,
     num_layers=3,
     width=48,
     num_heads=4,
-    mlp_width=96,
     max_positions=40,
     dtype="float32",
+    **{"mlp_width": 96, **fields},
   )
 
 
@@ -42,10 +43,11 @@ def samples():
   return [*random, np.array([0, 0, 5, 319], np.int32)]
 
 
-@pytest.fixture(params=["opt", "modern"])
+@pytest.fixture(params=["opt", "modern", "modern as Qwen3-0.6B"])
 def exported(request, tmp_path):
   with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
-    model_config = config(request.param)
+    published = {"head_size": 24, "rope_base": 1e6} if request.param.endswith("B") else {}
+    model_config = config(request.param.split()[0], **published)
     params = random_params(model_config)
     summary = huggingface.export(tmp_path, params, model_config, VOCAB, None)
     yield tmp_path, params, model_config, summary
@@ -101,8 +103,7 @@ def test_aligned_positions_are_recorded_and_those_of_transformers(tmp_path):
 
 def test_parameters_and_config_are_read_back(exported):
   folder, params, model_config, _ = exported
-  tensors = safetensors_numpy.load_file(folder / huggingface.WEIGHTS)
-  found = huggingface.params_of(tensors, model_config)
+  found = placed.load(StoredTensors(folder), model_config)
   jax.tree.map(np.testing.assert_array_equal, found, jax.device_get(params))
   described = huggingface.config_of(read_json(folder / "config.json"))
   assert described["vocab"] == dataclasses.asdict(VOCAB)
@@ -116,6 +117,7 @@ def test_parameters_and_config_are_read_back(exported):
     "width",
     "mlp_width",
     "num_heads",
+    "head_size",
   }
 
 
@@ -188,6 +190,13 @@ def test_sharded_params_export_the_same(tmp_path):
   one, eight = files
   assert one.keys() == eight.keys()
   assert all(jnp.allclose(one[k], eight[k], atol=1e-6) for k in one)
+
+
+def test_head_sizes_of_opt_cannot_be_exported(tmp_path):
+  with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
+    model_config = config("opt", head_size=24)
+    with pytest.raises(UserError, match=r"model\.head_size is 24: the heads of OPTForCausalLM"):
+      huggingface.export(tmp_path, random_params(model_config), model_config, VOCAB, None)
 
 
 def test_query_key_norm_of_opt_cannot_be_exported(tmp_path):

@@ -88,13 +88,13 @@ def test_the_estimate_is_near_the_compilers_numbers_of_every_documented_step():
   assert f"off by {median} (median) and at most {most}" in " ".join(PAGE.read_text().split())
 
 
-@pytest.mark.parametrize("family", ["opt", "modern"])
+@pytest.mark.parametrize(("family", "head_size"), [("opt", 0), ("modern", 0), ("modern", 8)])
 @pytest.mark.parametrize(
   "optimizer", [{}, {"ema_decay": 0.9}, {"first_moment_dtype": "bfloat16"}, {"name": "muon"}]
 )
-def test_the_state_has_the_bytes_of_its_arrays(family, optimizer):
+def test_the_state_has_the_bytes_of_its_arrays(family, head_size, optimizer):
   """Arrays of a head or a width are not split; they are few."""
-  model = dataclasses.replace(SETTINGS.model, family=family)
+  model = dataclasses.replace(SETTINGS.model, family=family, head_size=head_size)
   settings = dataclasses.replace(
     SETTINGS, model=model, optimizer=dataclasses.replace(SETTINGS.optimizer, **optimizer),
     train=dataclasses.replace(SETTINGS.train, global_batch_size=8),

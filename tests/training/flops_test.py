@@ -41,15 +41,15 @@ def traced_flops(config, batch, length):
 
 
 @pytest.mark.parametrize("family", ["opt", "modern"])
-@pytest.mark.parametrize("length", [64, 2 * BLOCK])
-def test_model_flops_are_those_of_the_traced_products(family, length):
+@pytest.mark.parametrize(("length", "head_size"), [(64, 0), (2 * BLOCK, 0), (64, 24)])
+def test_model_flops_are_those_of_the_traced_products(family, length, head_size):
   """But for what the definition leaves out: keys beyond the query in a block."""
   config = ModelConfig(
     family=family, vocab_size=96, num_layers=3, width=32, num_heads=4, mlp_width=64,
-    max_positions=length, dtype="float32", remat_policy="none", loss_chunk=32,
+    max_positions=length, dtype="float32", remat_policy="none", loss_chunk=32, head_size=head_size,
   )  # fmt: skip
   tokens = 2 * length
-  beyond = 12 * 3 * 32 * min(BLOCK, length) / 2 * tokens
+  beyond = 12 * 3 * 4 * config.head_dim * min(BLOCK, length) / 2 * tokens
   assert traced_flops(config, 2, length) == flops.model_flops(config, tokens, length) + beyond
 
 

@@ -1,0 +1,37 @@
+"""Imports trained weights from a local folder, so that a run starts from them.
+
+  python -m launch.import_weights --config=ml_configs/cm3leon_350m.py --workdir=runs/from_text \\
+    --source=DIR
+
+DIR holds safetensors, config.json and tokenizer.json: what launch.export wrote, or a text model,
+Qwen3ForCausalLM or OPTForCausalLM without biases. What cannot be imported exactly is refused with
+its reason, and nothing is downloaded. The command writes text_tokenizer/ and init/ in the workdir;
+the stages after it and launch.train then begin with them, on any mesh. Fields of the config that
+the model needs are named with their flags.
+"""
+
+from absl import flags
+
+from cm3leon_jax.commands import common
+from cm3leon_jax.config import UserError
+
+_SOURCE = flags.DEFINE_string("source", "", "Folder of the checkpoint.")
+
+
+def main(settings, workdir, source: str) -> None:
+  from cm3leon_jax.importing import importer
+
+  if not source:
+    raise UserError("name the folder of the checkpoint: --source=DIR.")
+  found = importer.plan(settings, source)
+  for line in importer.write(settings, workdir, found):
+    print(f"import_weights: {line}", flush=True)
+  print(
+    f"import_weights: the next stages, and `launch.train` with this --workdir, begin with it and "
+    f"need {importer.flags(found.fields)}",
+    flush=True,
+  )
+
+
+if __name__ == "__main__":
+  common.run(lambda settings, workdir: main(settings, workdir, _SOURCE.value))

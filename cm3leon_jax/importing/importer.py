@@ -1,0 +1,216 @@
+"""Imports a checkpoint into a workdir: its tokenizer, and parameters that a run starts from."""
+
+from collections.abc import Mapping
+import dataclasses
+from types import ModuleType
+from typing import Any
+
+from etils import epath
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.export import bundle, huggingface, tensor_files, weights
+from cm3leon_jax.export.tensor_files import Tensor
+from cm3leon_jax.importing import opt, qwen3, tokenizer
+from cm3leon_jax.importing.source import CONFIG, Source, open_source
+from cm3leon_jax.importing.tables import Tables
+from cm3leon_jax.io import digest, write_json
+from cm3leon_jax.settings import Settings
+from cm3leon_jax.tokenizers.text import (
+  IMPORTED,
+  TOKENIZER,
+  TextTokenizer,
+  save_tokenizer,
+  was_imported,
+)
+
+FAMILIES: dict[str, ModuleType] = {"opt": opt, "qwen3": qwen3}
+TEXT = "text_tokenizer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+  """What is written for a checkpoint.
+
+  Attributes:
+    source: the checkpoint.
+    fields: of the sections `model` and `vocab` that the config must have.
+    tables: how its tables of tokens grow.
+    tensors: of the imported model.
+  """
+
+  source: Source
+  fields: dict[str, dict[str, Any]]
+  tables: Tables
+  tensors: list[Tensor]
+
+
+def plan(settings: Settings, source: str) -> Import:
+  """Finds what a checkpoint becomes, and compares it with the config. Writes nothing.
+
+  Args:
+    settings: of the run.
+    source: folder of the checkpoint.
+
+  Raises:
+    UserError: it cannot be imported exactly, or the config has another model or vocabulary.
+  """
+  opened = open_source(source)
+  family = FAMILIES[opened.described["model_type"]]
+  fields, rows = family.model_fields(opened), opened.size("vocab_size", 0)
+  if opened.is_own:
+    needed = _own_fields(opened)
+    tables = Tables(settings.vocab, rows, same=True)
+  else:
+    text_size, vocab = settings.vocab.num_special + rows, settings.vocab
+    size = {"vocab_size": text_size + vocab.image_size}
+    needed = {"model": fields | size, "vocab": {"text_size": text_size}}
+    tables = Tables(vocab, rows, _end_of_text(opened, rows))
+  if differing := flags(_differing(settings, needed)):
+    raise UserError(f"{source} has another model than the config, which needs {differing}")
+  return Import(opened, needed, tables, family.tensors(opened, fields, tables))
+
+
+def _own_fields(source: Source) -> dict[str, dict]:
+  """Returns what a model of this project needs; rotary positions have no longest sample."""
+  try:
+    needed = huggingface.config_of(dict(source.described))
+  except (KeyError, TypeError, AttributeError) as error:
+    raise UserError(
+      f"{source.folder / CONFIG} has no field {error}: write it again by `python -m launch.export`."
+    ) from error
+  if needed["model"]["family"] == "modern":
+    del needed["model"]["max_positions"]
+  return needed
+
+
+def _end_of_text(source: Source, rows: int) -> int | None:
+  """Returns the id of a published model's end of text; None: config.json names none."""
+  found = source.described.get("eos_token_id")
+  first = found[0] if isinstance(found, list) and found else found
+  return first if isinstance(first, int) and 0 <= first < rows else None
+
+
+def _differing(settings: Settings, needed: dict[str, dict]) -> dict[str, dict]:
+  """Returns those of the needed fields that the config has not."""
+  return {
+    section: {k: v for k, v in fields.items() if getattr(getattr(settings, section), k) != v}
+    for section, fields in needed.items()
+  }
+
+
+def flags(fields: Mapping[str, Mapping[str, Any]]) -> str:
+  """Returns the flags that set fields of sections.
+
+  flags({"model": {"width": 64}})
+  "--config.model.width=64"
+  """
+  return " ".join(
+    f"--config.{section}.{name}={value}"
+    for section, values in fields.items()
+    for name, value in values.items()
+  )
+
+
+def write(settings: Settings, workdir: epath.PathLike, found: Import) -> list[str]:
+  """Writes the text tokenizer and the folder `init` of a workdir; finished ones stay.
+
+  Args:
+    settings: of the run.
+    workdir: gets both.
+    found: what `plan` returned for `settings`.
+
+  Returns:
+    What was done, a sentence each.
+
+  Raises:
+    UserError: the workdir holds another tokenizer or other imported parameters, or a tensor has
+      values that are not finite.
+  """
+  workdir, digests = epath.Path(workdir), found.source.digests()
+  lines = describe(found)
+  lines += _write_tokenizer(settings, workdir, found, digests)
+  folder = workdir / weights.INIT
+  identity = {name: stages.identity(settings, "train")[name] for name in ("model", "vocab")}
+  files = (CONFIG, tensor_files.INDEX, "*.safetensors")
+  with stages.once(folder, {**identity, "source": digests}, files=files) as summary:
+    if summary is not None:
+      tensor_files.remove(folder)
+      described = huggingface.hf_config(settings.model, settings.vocab)
+      write_json(folder / CONFIG, described)
+      for name in bundle.TEXT_TOKENIZER if (workdir / TEXT / TOKENIZER).exists() else ():
+        (folder / name).write_text((workdir / TEXT / name).read_text())
+      tensor_files.write(folder, found.tensors)
+      parameters = sum(tensor.size for tensor in found.tensors)
+      summary.update(imported_from=str(found.source.folder), parameters=parameters)
+      lines.append(f"{folder}: {parameters:,} parameters in float32.")
+  return lines
+
+
+def _write_tokenizer(
+  settings: Settings, workdir: epath.Path, found: Import, digests: dict
+) -> list[str]:
+  """Writes the text tokenizer of a workdir, or checks that it is that of the checkpoint."""
+  source, folder = found.source, workdir / TEXT
+  if source.is_own and not digests["tokenizer"]:
+    return [f"{source.folder} has no tokenizer: that of {workdir} must be the one of its training."]
+  done = folder / stages.DONE
+  same = digest(folder / TOKENIZER) == digest(source.folder / TOKENIZER)
+  if source.is_own and same and done.exists():
+    return []
+  if done.exists() and not was_imported(folder):
+    raise UserError(
+      f"{folder} was trained, and its ids are not those of {source.folder}: use another --workdir, "
+      "or delete that folder."
+    )
+  config = stages.identity(settings, TEXT) | {"inputs": {IMPORTED: digests["tokenizer"]}}
+  notes: list[str] = []
+  with stages.once(folder, config, files=stages.STAGES[TEXT].files) as summary:
+    if summary is not None:
+      notes = _make_tokenizer(settings, folder, found)
+      summary.update(imported_from=str(source.folder))
+  return [f"{folder}: {'; '.join(notes)}."] if notes else []
+
+
+def _make_tokenizer(settings: Settings, folder: epath.Path, found: Import) -> list[str]:
+  """Writes the files of the text tokenizer; returns what differs from the source's."""
+  source, vocab = found.source.folder, settings.vocab
+  if not found.source.is_own:
+    described = tokenizer.read_tokenizer(source, found.tables.rows)
+    made, notes = tokenizer.rewrite(described, found.tables.rows, vocab)
+    save_tokenizer(made, vocab, settings.text_tokenizer, folder)
+    return notes
+  for name in reversed(bundle.TEXT_TOKENIZER):
+    if not (source / name).exists():
+      raise UserError(f"{source / name} does not exist: write it again by `launch.export`.")
+    (folder / name).write_text((source / name).read_text())
+  TextTokenizer(folder, vocab)  # Checks its ids.
+  return ["as it was exported"]
+
+
+def describe(found: Import) -> list[str]:
+  """Says what a checkpoint is, and what its import changes."""
+  source, tables, model = found.source, found.tables, found.fields["model"]
+  names = source.tensors.names
+  dtypes = sorted({source.tensors.dtype(name) for name in names})
+  heads = f"{model['num_heads']} heads"
+  if model["head_size"]:
+    heads += f" of {model['head_size']}"
+  lines = [
+    f"{source.folder}: {source.described['model_type']}, {model['num_layers']} layers of width "
+    f"{model['width']:,}, {heads}, {source.tensors.count:,} parameters in {', '.join(dtypes)}."
+  ]
+  if source.is_own:
+    return [*lines, "a model of this project: parameters and vocabulary stay as they are."]
+  if source.described["model_type"] == "qwen3":
+    lines += qwen3.notes(source, model)
+  else:
+    lines += opt.notes(source)
+  vocab = tables.vocab
+  start = "" if tables.end is None else f"</s> starts as the source's id {tables.end}, "
+  lines.append(
+    f"tables: the source's ids 0 to {tables.rows - 1:,} become {vocab.num_special} to "
+    f"{vocab.text_size - 1:,}; of {vocab.num_special} special tokens and {vocab.image_size:,} "
+    f"image codes, {start}the others as the mean of the source's {tables.rows:,} rows."
+  )
+  return lines

@@ -1,0 +1,168 @@
+"""Qwen3ForCausalLM as the family `modern`."""
+
+# N heads, G heads of keys and values, H head size, D width, A width of all heads.
+
+from collections.abc import Iterator
+import functools
+
+from jaxtyping import Float
+import numpy as np
+
+from cm3leon_jax.config import UserError, short
+from cm3leon_jax.export.tensor_files import Tensor
+from cm3leon_jax.importing.source import CONFIG, Source
+from cm3leon_jax.importing.tables import Tables
+from cm3leon_jax.models.config import ROPE_BASE
+
+ALLOWED = {
+  "hidden_act": ("silu", None),
+  "rms_norm_eps": (1e-6, None),
+  "use_sliding_window": (False, None),
+}
+HEAD = "lm_head.weight"
+EMBED = "model.embed_tokens.weight"
+
+
+def model_fields(source: Source) -> dict:
+  """Returns the fields of `config.model` that a checkpoint needs.
+
+  Raises:
+    UserError: its decoder is not that of the family.
+  """
+  source.require(ALLOWED)
+  path = source.folder / CONFIG
+  if any(kind != "full_attention" for kind in source.part("layer_types", list)):
+    raise UserError(f"{path}: layer_types names other attention than 'full_attention'.")
+  rope = {**source.part("rope_scaling", dict), **source.part("rope_parameters", dict)}
+  kind = rope.get("rope_type", rope.get("type", "default"))
+  if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+    raise UserError(
+      f"{path}: its rotary positions are of the type '{kind}'; only plain ones, 'default', over "
+      "the whole head can be imported exactly."
+    )
+  width, heads = source.size("hidden_size", 4_096), source.size("num_attention_heads", 32)
+  size = source.size("head_dim", 128)
+  groups = source.size("num_key_value_heads", 32)
+  if heads % groups:
+    raise UserError(
+      f"{path}: num_key_value_heads = {groups} does not divide num_attention_heads = {heads}."
+    )
+  base = rope.get("rope_theta") or source.described.get("rope_theta") or ROPE_BASE
+  if not isinstance(base, int | float) or isinstance(base, bool) or base <= 0:
+    raise UserError(f"{path}: rope_theta is {short(base)}; it must be a positive number.")
+  return {
+    "family": "modern",
+    "num_layers": source.size("num_hidden_layers", 32),
+    "width": width,
+    "num_heads": heads,
+    "head_size": 0 if heads * size == width else size,
+    "rope_base": 0.0 if base == ROPE_BASE else float(base),
+    "mlp_width": source.size("intermediate_size", 22_016),
+  }
+
+
+def repeat_heads(
+  matrix: Float[np.ndarray, "GH D"], groups: int, times: int
+) -> Float[np.ndarray, "A D"]:
+  """Repeats every head of keys or values for the queries that share it: exact.
+
+  groups = 2, times = 2: heads [k0 k1] become [k0 k0 k1 k1]
+  """
+  by_head = matrix.reshape(groups, -1, matrix.shape[1])
+  return np.repeat(by_head, times, axis=0).reshape(-1, matrix.shape[1])
+
+
+def is_tied(source: Source) -> bool:
+  """Returns whether the output table of a checkpoint is its input table."""
+  return bool(source.described.get("tie_word_embeddings", False))
+
+
+def notes(source: Source, fields: dict) -> list[str]:
+  """Says what the import of a checkpoint changes beside its vocabulary."""
+  groups, lines = source.size("num_key_value_heads", 32), []
+  if (times := fields["num_heads"] // groups) > 1:
+    lines.append(
+      f"attention: {groups} heads of keys and values become {fields['num_heads']}, each {times} "
+      "times: exact, with so many times as many parameters for them and numbers in the cache."
+    )
+  if is_tied(source):
+    lines.append(
+      "tables: the source has one; the output table starts as a copy of the input table."
+    )
+  return lines
+
+
+def tensors(source: Source, fields: dict, tables: Tables) -> list[Tensor]:
+  """Returns the tensors of the imported model, in the layout of `launch.export`.
+
+  Raises:
+    UserError: the checkpoint has other tensors, biases that are not 0, or two output tables.
+  """
+  width, heads = fields["width"], fields["num_heads"]
+  groups = source.size("num_key_value_heads", 32)
+  shapes = _layer_shapes(fields, groups)
+  names = {f"model.layers.{i}.{name}" for i in range(fields["num_layers"]) for name in shapes}
+  biases = [name for name in source.tensors.names if f"{name.removesuffix('bias')}weight" in names]
+  for name in biases:
+    source.check_zero(name, "the family `modern` has no biases")
+  source.check_names({*names, *biases, EMBED, HEAD, "model.norm.weight"})
+  if is_tied(source) and HEAD in source.tensors:
+    _check_tied(source)
+  head = EMBED if is_tied(source) else HEAD
+  read = source.tensors.read
+  for name in (EMBED, head):
+    source.check_shape(name, (tables.rows, width))
+  source.check_shape("model.norm.weight", (width,))
+  result = [
+    tables.tensor(EMBED, width, functools.partial(read, EMBED)),
+    Tensor("model.norm.weight", (width,), "float32", functools.partial(read, "model.norm.weight")),
+    tables.tensor(HEAD, width, functools.partial(read, head)),
+  ]
+  for i in range(fields["num_layers"]):
+    result += _layer(source, f"model.layers.{i}", shapes, heads // groups, groups)
+  return result
+
+
+def _layer_shapes(fields: dict, groups: int) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of the source's tensors of a layer."""
+  D, F, N = fields["width"], fields["mlp_width"], fields["num_heads"]
+  H = fields["head_size"] or D // N
+  shapes: dict[str, tuple[int, ...]] = {
+    "self_attn.q_proj": (N * H, D),
+    "self_attn.k_proj": (groups * H, D),
+    "self_attn.v_proj": (groups * H, D),
+    "self_attn.o_proj": (D, N * H),
+    "self_attn.q_norm": (H,),
+    "self_attn.k_norm": (H,),
+    "input_layernorm": (D,),
+    "post_attention_layernorm": (D,),
+    "mlp.gate_proj": (F, D),
+    "mlp.up_proj": (F, D),
+    "mlp.down_proj": (D, F),
+  }
+  return {f"{name}.weight": shape for name, shape in shapes.items()}
+
+
+def _layer(source: Source, layer: str, shapes, times: int, groups: int) -> Iterator[Tensor]:
+  """Yields the tensors of a layer."""
+  for name, shape in shapes.items():
+    source.check_shape(f"{layer}.{name}", shape)
+    read = functools.partial(source.tensors.read, f"{layer}.{name}")
+    if name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight"):
+      repeated = functools.partial(_repeated, read, groups, times)
+      yield Tensor(f"{layer}.{name}", (times * shape[0], shape[1]), "float32", repeated)
+    else:
+      yield Tensor(f"{layer}.{name}", shape, "float32", read)
+
+
+def _repeated(read, groups: int, times: int) -> np.ndarray:
+  return repeat_heads(read(), groups, times)
+
+
+def _check_tied(source: Source) -> None:
+  """Raises UserError if the weights have an output table that config.json does not know."""
+  if not source.are_equal(HEAD, EMBED):
+    raise UserError(
+      f"{source.folder}: tensor '{HEAD}' is not '{EMBED}', but {CONFIG} has tie_word_embeddings: "
+      "set that field to false if the model has two tables."
+    )

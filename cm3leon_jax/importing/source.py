@@ -1,0 +1,141 @@
+"""A checkpoint in the Hugging Face layout, in a local folder: what it is, and its tensors."""
+
+from collections.abc import Collection, Mapping
+import dataclasses
+from typing import Any
+
+from etils import epath
+import numpy as np
+
+from cm3leon_jax.config import UserError, short
+from cm3leon_jax.export import stored_tensors
+from cm3leon_jax.export.stored_tensors import StoredTensors
+from cm3leon_jax.export.tensor_files import INDEX, WEIGHTS
+from cm3leon_jax.io import NAMES, digest, read_json
+from cm3leon_jax.tokenizers.text import TOKENIZER
+
+CONFIG = "config.json"
+OWN = "cm3leon"  # Field of config.json that `launch.export` writes.
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A checkpoint to import.
+
+  Attributes:
+    folder: that holds it.
+    described: content of its config.json.
+    tensors: its weights.
+  """
+
+  folder: epath.Path
+  described: Mapping[str, Any]
+  tensors: StoredTensors
+
+  @property
+  def is_own(self) -> bool:
+    """Whether `launch.export` wrote it: its vocabulary is that of this project."""
+    return OWN in self.described
+
+  def require(self, allowed: Mapping[str, Collection]) -> None:
+    """Raises UserError if a field of config.json has none of its allowed values; None: absent."""
+    for name, values in allowed.items():
+      if (found := self.described.get(name)) not in values:
+        shown = " or ".join(repr(value) for value in values if value is not None)
+        raise UserError(
+          f"{self.folder / CONFIG}: {name} is {short(found)}; only {shown} can be imported exactly."
+        )
+
+  def size(self, name: str, default: int) -> int:
+    """Returns a positive whole number of config.json. Raises UserError if it is none."""
+    found = self.described.get(name)
+    value = default if found is None else found
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+      raise UserError(
+        f"{self.folder / CONFIG}: {name} is {short(value)}; it must be a positive whole number."
+      )
+    return value
+
+  def part(self, name: str, kind: type):
+    """Returns an object or a list of config.json, empty if it is absent. Raises UserError."""
+    found = self.described.get(name)
+    if found is None:
+      return kind()
+    if not isinstance(found, kind):
+      raise UserError(
+        f"{self.folder / CONFIG}: {name} is {short(found)}; it must be of type {NAMES[kind]}."
+      )
+    return found
+
+  def check_zero(self, name: str, reason: str) -> None:
+    """Raises UserError, with its largest value, unless all numbers of a tensor are 0."""
+    if largest := float(np.abs(self.tensors.read(name)).max(initial=0.0)):
+      raise UserError(
+        f"{self.folder}: tensor '{name}' has values up to {largest:.3g}, and {reason}: this "
+        "checkpoint cannot be imported exactly."
+      )
+
+  def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+    """Raises UserError if a tensor has another shape, or there is none."""
+    if (found := self.tensors.shape(name)) != shape:
+      raise UserError(
+        f"{self.folder}: tensor '{name}' is {list(found)}; by {CONFIG} it must be {list(shape)}."
+      )
+
+  def are_equal(self, first: str, second: str) -> bool:
+    """Returns whether two tensors are the same."""
+    return np.array_equal(self.tensors.read(first), self.tensors.read(second))
+
+  def check_names(self, expected: Collection[str]) -> None:
+    """Raises UserError if there is a tensor beside the expected ones."""
+    surplus = [name for name in self.tensors.names if name not in expected]
+    if surplus:
+      raise UserError(
+        f"{self.folder} has the tensor '{surplus[0]}', which is no part of the model that "
+        f"{CONFIG} names, so it would be lost."
+      )
+
+  def digests(self) -> dict[str, str]:
+    """Returns the first 16 digits of the SHA-256 of what is imported; "": it is absent."""
+    found = {
+      "weights": stored_tensors.digest_of(self.folder),
+      "config": digest(self.folder / CONFIG),
+      "tokenizer": digest(self.folder / TOKENIZER),
+    }
+    return {name: (sha256 or "")[:16] for name, sha256 in found.items()}
+
+
+def open_source(source: str) -> Source:
+  """Opens the checkpoint in a folder.
+
+  Raises:
+    UserError: the folder holds none, or none that is read safely or exactly.
+  """
+  folder = epath.Path(source)
+  if not (folder / CONFIG).exists():
+    raise UserError(
+      f"--source is {source}; it must be a folder on this machine with {CONFIG} and {WEIGHTS}, as "
+      "`launch.export` or transformers' save_pretrained writes it: nothing is downloaded."
+    )
+  described = read_json(folder / CONFIG, {"model_type": str})
+  if described["model_type"] not in ("opt", "qwen3"):
+    raise UserError(
+      f"{folder / CONFIG}: model_type is {short(described['model_type'])}; it must be 'opt' or "
+      "'qwen3', whose decoders are those of config.model.family 'opt' and 'modern'."
+    )
+  if described.get("quantization_config"):
+    raise UserError(
+      f"{folder / CONFIG} has a quantization_config; the weights must be float32, float16 or "
+      "bfloat16: take the checkpoint that was quantized."
+    )
+  if not stored_tensors.are_in(folder):
+    pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
+    if pickles:
+      raise UserError(
+        f"{folder} has its weights as pickles ({pickles[0]}), which may run any code when they are "
+        "read: convert them on a machine that you can lose, by transformers: "
+        "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OTHER)` writes safetensors."
+      )
+    raise UserError(f"{folder} has no weights; it must hold {WEIGHTS}, or {INDEX} and its files.")
+  return Source(folder, described, StoredTensors(folder))

@@ -1,0 +1,180 @@
+"""The text tokenizer of a published model, with its ids moved behind the special tokens."""
+
+from collections.abc import Mapping
+import json
+from typing import Any
+
+from etils import epath
+import tokenizers
+from tokenizers import decoders, normalizers, pre_tokenizers
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json
+from cm3leon_jax.tokenizers.text import TOKENIZER
+from cm3leon_jax.vocab import VocabLayout
+
+# Texts that must round trip: spaces, line ends, accents, other scripts, what special tokens look
+# like.
+PROBES = (
+  "a red bell, left of 3 blue keys.",
+  "  two spaces\n\n\tlines \r\n end ",
+  "naïve cafe\u0301 世界 🙂 ﬁ",
+  "</s><break><mask:0><|endoftext|><pad>",
+)
+
+
+def read_tokenizer(folder: epath.PathLike, rows: int) -> Mapping[str, Any]:
+  """Reads tokenizer.json of a published model.
+
+  Args:
+    folder: of the model.
+    rows: of its table of tokens.
+
+  Raises:
+    UserError: it is absent or damaged, no byte-level BPE, or has tokens without a row.
+  """
+  path = epath.Path(folder) / TOKENIZER
+  if not path.exists():
+    raise UserError(
+      f"{path} does not exist; write it by transformers: "
+      "`AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`."
+    )
+  described = read_json(path, {"model": dict, "added_tokens": list})
+  try:
+    wrong, largest = _unlike(described), max(tokens_of(described), default=0)
+  except (KeyError, TypeError, AttributeError, ValueError) as error:
+    raise UserError(f"{path} is damaged ({error}): copy it again.") from error
+  if wrong:
+    raise UserError(f"{path}: {wrong}; only byte-level BPE, as of OPT and Qwen3, can be imported.")
+  if largest >= rows:
+    raise UserError(
+      f"{path} has the token id {largest}, and the model's table of tokens {rows} rows: they are "
+      "of two models."
+    )
+  return described
+
+
+def _unlike(described: Mapping[str, Any]) -> str:
+  """Says what keeps a tokenizer from being byte-level BPE that `rewrite` keeps; "": nothing."""
+  model = described["model"]
+  if model.get("type", "BPE") != "BPE":
+    return f"its model is {model.get('type')}"
+  for name in ("byte_fallback", "ignore_merges", "dropout"):
+    if model.get(name):
+      return f"{name} is set"
+  for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+    if model.get(name):
+      return f"it has a {name}"
+  lost = [c for c in sorted(pre_tokenizers.ByteLevel.alphabet()) if c not in model["vocab"]]
+  if lost:
+    return f"it has no token for the byte '{lost[0]}'"
+  if _types(described.get("decoder")) != ["ByteLevel"]:
+    return f"its decoder is {_types(described.get('decoder')) or 'absent'}"
+  if "ByteLevel" not in _types(described.get("pre_tokenizer")):
+    return "it does not split texts into bytes"
+  others = [kind for kind in _types(described.get("normalizer")) if kind not in ("NFC", "Prepend")]
+  return f"it changes texts by the normalizer {others[0]}" if others else ""
+
+
+def _types(part: Mapping[str, Any] | None) -> list[str]:
+  """Returns the types of a part of a tokenizer, or of the parts of a Sequence."""
+  if part is None:
+    return []
+  if part.get("type") != "Sequence":
+    return [part.get("type", "")]
+  inner = next((part[n] for n in ("normalizers", "pretokenizers", "decoders") if n in part), [])
+  return [kind for one in inner for kind in _types(one)]
+
+
+def tokens_of(described: Mapping[str, Any]) -> dict[int, str]:
+  """Returns the tokens of tokenizer.json by their ids, added ones included."""
+  tokens = {int(i): name for name, i in described["model"]["vocab"].items()}
+  return tokens | {int(token["id"]): token["content"] for token in described["added_tokens"]}
+
+
+def rewrite(
+  described: Mapping[str, Any], rows: int, vocab: VocabLayout
+) -> tuple[tokenizers.Tokenizer, list[str]]:
+  """Makes the text tokenizer of a vocabulary out of a published one.
+
+    source [0: "!", 1: "Ġa", 2: "<|end|>"], four rows
+    result [0: "<pad>", ..., n: "!", n + 1: "Ġa", n + 2: "<|end|>", n + 3: "<unused:3>"], n special
+
+  Merges and the way of splitting texts stay. As in every tokenizer of this project, a space is put
+  before a text, so that its first word is the same token as elsewhere. Tokens that the source has
+  added to its BPE (`<|endoftext|>`, `<think>`) keep their ids, but no text is encoded to them.
+  Names that special tokens of `vocab` have, too, become `<source:NAME>`.
+
+  Args:
+    described: of `read_tokenizer`.
+    rows: of the source's table of tokens; ids without a token are named `<unused:ID>`.
+    vocab: with `text_size` = `num_special` + rows.
+
+  Returns:
+    The tokenizer, and what differs from the source.
+
+  Raises:
+    UserError: the tokenizer does not decode what it encodes.
+  """
+  tokens, special = tokens_of(described), vocab.special_tokens()
+  names = {i: _renamed(name, special) for i, name in tokens.items()}
+  unused = {i: f"<unused:{i}>" for i in range(rows) if i not in names}
+  new = dict(enumerate(special)) | {vocab.num_special + i: s for i, s in (names | unused).items()}
+  added = [vocab.num_special + int(token["id"]) for token in described["added_tokens"]]
+  added = [*range(vocab.num_special), *added, *(vocab.num_special + i for i in unused)]
+  options = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+  split = json.loads(json.dumps(described["pre_tokenizer"]))
+  _add_no_space(split)
+  content = {
+    "version": "1.0",
+    "added_tokens": [
+      {"id": i, "content": new[i], **options, "special": True} for i in sorted(set(added))
+    ],
+    "normalizer": None,
+    "pre_tokenizer": split,
+    "model": {**described["model"], "unk_token": None, "vocab": {s: i for i, s in new.items()}},
+  }
+  try:
+    made = tokenizers.Tokenizer.from_str(json.dumps(content))
+  except Exception as error:  # `tokenizers` raises nothing more precise.
+    raise UserError(f"the source's {TOKENIZER} cannot be read ({error}): copy it again.") from error
+  made.normalizer = normalizers.Prepend(" ")
+  made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", left=1, right=0)])
+  _check(made, vocab)
+  notes = ["a space is put before every text"]
+  if "NFC" in _types(described.get("normalizer")):
+    notes.append("texts are not normalized to NFC, so that they decode to what they were")
+  if plain := [token["content"] for token in described["added_tokens"] if not token.get("special")]:
+    notes.append(f"{len(plain)} added tokens, such as {plain[0]}, are plain text in texts")
+  if unused:
+    notes.append(f"{len(unused)} rows have no token")
+  return made, notes
+
+
+def _renamed(name: str, special: list[str]) -> str:
+  return f"<source:{name}>" if name in special else name
+
+
+def _add_no_space(part: dict) -> None:
+  """Turns off the space that a pre-tokenizer adds; the normalizer adds one."""
+  if part.get("type") == "ByteLevel":
+    part["add_prefix_space"] = False
+  for inner in part.get("pretokenizers", ()):
+    _add_no_space(inner)
+
+
+def _check(made: tokenizers.Tokenizer, vocab: VocabLayout) -> None:
+  """Raises UserError unless ids are those of the vocabulary, and probes decode to themselves."""
+  made.encode_special_tokens = True
+  found = made.get_vocab_size()
+  if found != vocab.text_size:
+    raise UserError(
+      f"the source's {TOKENIZER} has two tokens of one name or id: {found} of {vocab.text_size} "
+      "ids remain."
+    )
+  for text in PROBES:
+    ids = made.encode(text, add_special_tokens=False).ids
+    if made.decode(ids, skip_special_tokens=True) != text or min(ids) < vocab.num_special:
+      raise UserError(
+        f"the source's {TOKENIZER} does not decode {text!r} to what it was: it cannot be imported."
+      )

@@ -1,0 +1,106 @@
+"""Tensors are read in parts, of one file or several, of any float, here or in a bucket."""
+
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.export import huggingface, placed, tensor_files
+from cm3leon_jax.export.stored_tensors import StoredTensors, are_in, digest_of
+from cm3leon_jax.export.tensor_files import Tensor
+from tests.buckets_test import run, server  # noqa: F401
+from tests.export.huggingface_test import VOCAB, config
+from tests.models.tiny import mesh_of, random_params
+
+X = np.arange(24, dtype=np.float32).reshape(6, 4) / 3
+
+
+def write(folder, dtype="float32", shard_bytes=10_000):
+  folder.mkdir(exist_ok=True)
+  tensors = [Tensor(name, X.shape, dtype, lambda: X) for name in ("a", "b", "c")]
+  return tensor_files.write(folder, tensors, shard_bytes)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shard_bytes", [10_000, 10])
+def test_parts_of_tensors_are_read(dtype, shard_bytes, tmp_path):
+  assert len(write(tmp_path, dtype, shard_bytes)) == (1 if shard_bytes > 10 else 4)
+  tensors, expected = StoredTensors(tmp_path), X.astype(tensor_files.DTYPES[dtype][1])
+  assert are_in(tmp_path)
+  assert sorted(tensors.names) == ["a", "b", "c"]
+  assert (tensors.count, tensors.shape("b"), "d" in tensors) == (72, (6, 4), False)
+  for index in ((), (slice(2, 5),), (slice(None), slice(1, 3)), (slice(4, None), slice(0, 1))):
+    found = tensors.read("b", *index)
+    np.testing.assert_array_equal(found, expected[index].astype(found.dtype))
+    assert found.dtype == (np.float64 if dtype == "float64" else np.float32)
+  with pytest.raises(UserError, match="has no tensor 'd', which its config"):
+    tensors.read("d")
+
+
+def test_the_digest_is_that_of_every_file(tmp_path):
+  assert digest_of(tmp_path) is None
+  found = set()
+  for name, size in (("one", 10_000), ("several", 100)):
+    write(tmp_path / name, shard_bytes=size)
+    found.add(digest_of(tmp_path / name))
+  last = sorted((tmp_path / "several").glob("model-*"))[-1]
+  last.write_bytes(last.read_bytes()[:-1] + b"\1")
+  found.add(digest_of(tmp_path / "several"))
+  last.unlink()
+  found.add(digest_of(tmp_path / "several"))
+  assert len(found) == 4
+
+
+def test_a_process_reads_only_what_its_devices_hold(tmp_path, monkeypatch):
+  model = config("modern", head_size=20)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    params = random_params(model)
+    huggingface.export(tmp_path, params, model, VOCAB, None)
+    expected = jax.device_get(params)
+  read, parts = StoredTensors.read, []
+
+  def counted(self, name, *index):
+    x = read(self, name, *index)
+    parts.append((name, x.size))
+    return x
+
+  monkeypatch.setattr(StoredTensors, "read", counted)
+  with jax.set_mesh(mesh_of(1, 4, 2)):
+    found = placed.load(StoredTensors(tmp_path), model)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  of_a_device = {size for name, size in parts if name == "model.layers.1.self_attn.q_proj.weight"}
+  assert of_a_device == {48 * 80 // 8}
+
+
+def test_weights_of_another_config_and_of_no_numbers_are_refused(tmp_path):
+  model = config("opt")
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    huggingface.export(tmp_path, random_params(model), model, VOCAB, None)
+    with pytest.raises(UserError, match=r"fc1\.weight' is \[96, 48\]; by the .* \[32, 48\]\."):
+      placed.load(StoredTensors(tmp_path), config("opt", mlp_width=32))
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.load_file(path)
+    tensors["model.decoder.layers.2.fc2.weight"][3, 5] = np.inf
+    safetensors.save_file(tensors, path)
+    with pytest.raises(UserError, match=r"layers\.2\.fc2\.weight' has values that are not finite"):
+      placed.load(StoredTensors(tmp_path), model)
+
+
+def test_a_model_in_a_bucket_is_read(server, tmp_path):  # noqa: F811
+  write(tmp_path, "bfloat16", shard_bytes=100)
+  for path in tmp_path.iterdir():
+    server.put("bucket", path.name, path.read_bytes(), None)
+  code = """
+import json
+from cm3leon_jax.export.stored_tensors import StoredTensors
+print(json.dumps(StoredTensors("gs://bucket").read("c", slice(1, 3)).tolist()))
+"""
+  process = run(server, code)
+  out, error = process.communicate(timeout=120)
+  assert process.returncode == 0, error
+  expected = X[1:3].astype(ml_dtypes.bfloat16).astype(np.float32)
+  np.testing.assert_array_equal(np.array(json.loads(out), np.float32), expected)

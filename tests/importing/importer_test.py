@@ -1,0 +1,171 @@
+"""Imported models have the loss of the original on the same text ids."""
+
+import dataclasses
+
+from etils import epath
+import jax
+import numpy as np
+import pytest
+from scipy.special import logsumexp
+
+from cm3leon_jax.export import huggingface, placed, weights
+from cm3leon_jax.export.stored_tensors import StoredTensors
+from cm3leon_jax.importing import importer, qwen3
+from cm3leon_jax.importing.tables import extend
+from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.vocab import VocabLayout
+from tests.generation.run import make_config
+from tests.importing import published
+from tests.models.tiny import mesh_of, random_params
+
+TOLERANCE = 1e-4  # Of the loss of a token, in nats; fp32, losses of 7.
+SAMPLES = np.random.default_rng(0).integers(0, published.TOKENS, (2, 24)).astype(np.int32)
+QWEN3 = {"family": "modern", "num_layers": 2, "num_heads": 4, "mlp_width": 64, "head_size": 12}
+QWEN3 |= {"rope_base": 1e6}
+OPT = {"family": "opt", "num_layers": 2, "num_heads": 4, "mlp_width": 64}
+
+
+def settings_for(fields, rows=published.ROWS, num_special=32, image_size=64):
+  """Settings of a tiny run with an imported model."""
+  config = make_config()
+  config.vocab.update({"num_special": num_special, "text_size": num_special + rows})
+  config.vocab.image_size = image_size
+  config.model.update({"vocab_size": num_special + rows + image_size, **fields})
+  return settings_from_config(config)
+
+
+def imported(source, workdir, settings):
+  return importer.write(settings, workdir, importer.plan(settings, str(source)))
+
+
+def losses_of(params, settings) -> np.ndarray:
+  """Losses of SAMPLES among the text ids of the source, in nats, on the current mesh."""
+  vocab, losses = settings.vocab, []
+  model = dataclasses.replace(settings.model, attention="plain")
+  for sample in SAMPLES:
+    tokens, positions = sample + vocab.num_special, np.arange(len(sample), dtype=np.int32)
+    logits = huggingface.causal_logits(model, params, tokens, positions)
+    text = np.asarray(logits)[:-1, vocab.num_special : vocab.text_size].astype(np.float64)
+    losses.append(logsumexp(text, axis=-1) - text[np.arange(len(text)), sample[1:]])
+  return np.stack(losses)
+
+
+def losses_of_original(model) -> np.ndarray:
+  import torch
+
+  ids = torch.from_numpy(SAMPLES).long()
+  with torch.no_grad():
+    logits = model(input_ids=ids).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none").numpy()
+  assert losses.std() > 1
+  return losses
+
+
+def losses_of_import(workdir, settings, change=None) -> np.ndarray:
+  """Losses of what is in `init`, as launch.train reads it, on eight devices."""
+  with jax.set_mesh(mesh_of(2, 2, 2)):
+    params = weights.load(weights.find(settings, str(workdir / "init")), settings)
+    return losses_of(params if change is None else change(params), settings)
+
+
+def difference(a, b) -> float:
+  return float(np.abs(a - b).max())
+
+
+@pytest.mark.parametrize(
+  ("tied", "dtype", "shards"),
+  [(True, "bfloat16", "40KB"), (False, "float32", "50GB"), (False, "float16", "40KB")],
+)
+def test_a_qwen3_has_the_loss_of_the_original(tied, dtype, shards, tmp_path):
+  source, workdir = tmp_path / "source", epath.Path(tmp_path) / "run"
+  model = published.save_qwen3(source, dtype, shards, tie_word_embeddings=tied)
+  assert (source / "model.safetensors").exists() == (shards == "50GB")
+  settings = settings_for(QWEN3)
+  lines = imported(source, workdir, settings)
+  expected = losses_of_original(model)
+  assert difference(losses_of_import(workdir, settings), expected) < TOLERANCE
+  said = " ".join(lines)
+  assert "2 heads of keys and values become 4, each 2 times: exact" in said
+  assert ("starts as a copy of the input table" in said) == tied
+  assert "</s> starts as the source's id 467, the others as the mean" in said
+
+
+def test_other_rotations_and_orders_of_heads_have_another_loss(tmp_path, monkeypatch):
+  """Negative control."""
+  source = tmp_path / "source"
+  expected = losses_of_original(published.save_qwen3(source))
+  settings = settings_for(QWEN3)
+  imported(source, tmp_path / "right", settings)
+  wrong = dataclasses.replace(settings.model, rope_base=0.0)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    params = placed.load(StoredTensors(tmp_path / "right" / "init"), settings.model)
+    other = losses_of(params, dataclasses.replace(settings, model=wrong))
+  assert difference(other, expected) > 1_000 * TOLERANCE
+
+  def tiled(matrix, groups, times):
+    return np.tile(matrix, (times, 1))
+
+  monkeypatch.setattr(qwen3, "repeat_heads", tiled)
+  imported(source, tmp_path / "wrong", settings)
+  assert difference(losses_of_import(tmp_path / "wrong", settings), expected) > 1_000 * TOLERANCE
+
+
+def test_an_opt_without_biases_has_the_loss_of_the_original(tmp_path):
+  source, workdir = tmp_path / "source", tmp_path / "run"
+  expected = losses_of_original(published.save_opt(source))
+  settings = settings_for(OPT)
+  lines = imported(source, workdir, settings)
+  assert difference(losses_of_import(workdir, settings), expected) < TOLERANCE
+  assert "the scales of 4 are folded into the products after them: exact" in " ".join(lines)
+
+  def shifted(params):
+    return {**params, "positions": jax.numpy.roll(params["positions"], 2, axis=0)}
+
+  def square(params):
+    x = params["blocks"]["qkv"]
+    flat = jax.device_get(x).reshape(*x.shape[:3], -1).swapaxes(2, 3).reshape(x.shape)
+    return {**params, "blocks": {**params["blocks"], "qkv": jax.device_put(flat, x.sharding)}}
+
+  for change in (shifted, square):  # Negative controls: no offset, an untransposed matrix.
+    assert difference(losses_of_import(workdir, settings, change), expected) > 1_000 * TOLERANCE
+
+
+def test_scales_of_1_are_imported_bit_for_bit(tmp_path):
+  def ones(state):
+    for name, x in state.items():
+      if "norm" in name and name.endswith("weight"):
+        x.fill_(1)
+
+  model = published.save_opt(tmp_path / "source", ones)
+  lines = imported(tmp_path / "source", tmp_path / "run", settings_for(OPT))
+  found = StoredTensors(tmp_path / "run" / "init")
+  for name, x in model.state_dict().items():
+    if name in found and "embed_tokens" not in name:
+      np.testing.assert_array_equal(found.read(name), x.numpy())
+  assert not any("folded" in line for line in lines)
+
+
+def test_new_rows_are_the_mean_and_the_end_of_text():
+  vocab = VocabLayout(num_special=6, text_size=265, image_size=2)
+  table = np.random.default_rng(0).normal(size=(259, 3)).astype(np.float32)
+  a, mean = table[:1], table.mean(0, dtype=np.float64).astype(np.float32)[None]
+  result = extend(table, vocab, end=0)
+  np.testing.assert_array_equal(result, np.concatenate([mean, a, *[mean] * 4, table, mean, mean]))
+  np.testing.assert_array_equal(extend(table, vocab, end=None)[vocab.eos], mean[0])
+
+
+@pytest.mark.parametrize(("family", "head_size"), [("opt", 0), ("modern", 0), ("modern", 12)])
+def test_an_export_of_this_project_is_imported_bit_for_bit(family, head_size, tmp_path):
+  settings = settings_for({"family": family, "head_size": head_size})
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    params = random_params(settings.model, seed=5)
+    huggingface.export(tmp_path / "export", params, settings.model, settings.vocab, None)
+    expected = jax.device_get(params)
+  lines = imported(tmp_path / "export", tmp_path / "run", settings)
+  assert any("stay as they are" in line for line in lines)
+  with jax.set_mesh(mesh_of(2, 2, 2)):
+    found = weights.find(settings, str(tmp_path / "run" / "init"))
+    params, split = weights.load(found, settings), random_params(settings.model)
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+  for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(split), strict=True):
+    assert x.sharding == y.sharding

@@ -1,0 +1,111 @@
+"""Random models of published layouts, written by transformers, with a tokenizer like theirs."""
+
+import contextlib
+import os
+import pathlib
+import random
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+ROWS = 480  # Of the tables: more than the tokenizer has tokens, as in Qwen3.
+TOKENS = 470
+ADDED = {"<|endoftext|>": True, "<think>": False, "</s>": True}  # Name -> whether it is special.
+# As in Qwen's tokenizer: numbers are split into digits, a mark joins the letters after it.
+SPLIT = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+  r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WORDS = [f"{a} {b} left of {c}" for a in ("red", "blue", "green") for b in ("bell", "key", "hat")
+         for c in ("the tree", "a river", "3 roads", "naïve cafés")]  # fmt: skip
+
+
+def save_tokenizer(
+  folder: pathlib.Path, normalizer=None, gpt2: bool = False
+) -> tokenizers.Tokenizer:
+  """Writes a byte-level BPE of `TOKENS` ids like Qwen's, or like GPT-2's, and returns it."""
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.normalizer = normalizers.NFC() if normalizer is None else normalizer
+  if gpt2:
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  else:
+    split = pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+  tokenizer.decoder = decoders.ByteLevel()
+  rng = random.Random(0)
+  texts = [*WORDS, *("".join(rng.choices("aeiourstnlm", k=7)) for _ in range(400))]
+  trainer = trainers.BpeTrainer(
+    vocab_size=TOKENS - len(ADDED),
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+    min_frequency=1,
+  )
+  tokenizer.train_from_iterator(texts, trainer)
+  for name, special in ADDED.items():
+    tokenizer.add_tokens([tokenizers.AddedToken(name, special=special, normalized=False)])
+  assert tokenizer.get_vocab_size() == TOKENS
+  (folder / "tokenizer.json").write_text(tokenizer.to_str())
+  return tokenizer
+
+
+def randomize(model, seed: int = 0) -> None:
+  """Gives a model random weights whose logits are not tiny; scales of norms are around 1."""
+  import torch
+
+  generator = torch.Generator().manual_seed(seed)
+  with torch.no_grad():
+    for name, x in model.named_parameters():
+      mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+      x.copy_(mean + 0.3 * torch.randn(x.shape, generator=generator))
+
+
+def _save(model, folder: pathlib.Path, **options):
+  """Writes a model and reads it again: `to(float16)` has rounded its rotary frequencies, too."""
+  with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # Progress bars.
+    model.save_pretrained(folder, **options)
+    return type(model).from_pretrained(folder, dtype="float32").eval()
+
+
+def save_qwen3(folder: pathlib.Path, dtype="float32", shards: str = "50GB", **fields):
+  """Writes a Qwen3ForCausalLM and its tokenizer; returns the model as transformers reads it."""
+  import torch
+  import transformers
+
+  folder.mkdir(parents=True, exist_ok=True)
+  fields = {"num_key_value_heads": 2, "head_dim": 12, "tie_word_embeddings": True, **fields}
+  rope = {"rope_type": "default", "rope_theta": 1e6}
+  config = transformers.Qwen3Config(
+    vocab_size=ROWS, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    num_attention_heads=4, max_position_embeddings=256, rope_parameters=rope,
+    eos_token_id=TOKENS - 3, **fields,
+  )  # fmt: skip
+  model = transformers.Qwen3ForCausalLM(config)
+  randomize(model)
+  save_tokenizer(folder)
+  return _save(model.to(getattr(torch, dtype)), folder, max_shard_size=shards)
+
+
+def save_opt(folder: pathlib.Path, change=None, **fields):
+  """Writes an OPTForCausalLM without biases and its tokenizer; `change` gets its state first."""
+  import torch
+  import transformers
+
+  folder.mkdir(parents=True, exist_ok=True)
+  config = transformers.OPTConfig(
+    vocab_size=ROWS, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=128, dropout=0.0, **{"enable_bias": False, **fields},
+  )  # fmt: skip
+  model = transformers.OPTForCausalLM(config)
+  randomize(model)
+  state = model.state_dict()
+  with torch.no_grad():
+    for name, x in state.items():
+      if name.endswith(".bias"):
+        x.zero_()
+      if name == "model.decoder.final_layer_norm.weight":
+        x.fill_(1)
+    if change is not None:
+      change(state)
+  save_tokenizer(folder, gpt2=True)
+  return _save(model, folder)

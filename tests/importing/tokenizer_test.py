@@ -1,0 +1,117 @@
+"""A published tokenizer keeps its tokens, with ids behind the special ones, and round trips."""
+
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.importing.tokenizer import read_tokenizer, rewrite
+from cm3leon_jax.tokenizers.text import TextTokenizer, TextTokenizerConfig, save_tokenizer
+from cm3leon_jax.vocab import VocabLayout
+from tests.importing import published
+
+VOCAB = VocabLayout(num_special=32, text_size=32 + published.ROWS, image_size=16)
+
+
+@pytest.fixture(scope="module", params=["qwen", "gpt2"])
+def rewritten(request, tmp_path_factory):
+  """The source, its folder, the folder of the rewritten tokenizer, and what differs."""
+  source = tmp_path_factory.mktemp("source")
+  original = published.save_tokenizer(source, gpt2=request.param == "gpt2")
+  made, notes = rewrite(read_tokenizer(source, published.ROWS), published.ROWS, VOCAB)
+  folder = tmp_path_factory.mktemp("text_tokenizer")
+  save_tokenizer(made, VOCAB, TextTokenizerConfig(), folder)
+  return original, folder, notes
+
+
+@pytest.fixture(scope="module")
+def tokenizer(rewritten):
+  return TextTokenizer(rewritten[1], VOCAB)
+
+
+@pytest.mark.parametrize(
+  "text", ["a red bell left of 3 roads", "word12's\n\n  naïve cafés!", "Blue,key\t\r\nx 世界 🙂"]
+)
+def test_ids_are_those_of_the_source_after_a_space(rewritten, tokenizer, text):
+  expected = np.array(rewritten[0].encode(" " + text).ids)
+  np.testing.assert_array_equal(tokenizer.encode(text) - VOCAB.num_special, expected)
+  assert len(expected) < len(text.encode())  # Some merges took part.
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_decode_inverts_encode_for_every_text(tokenizer, text):
+  ids = tokenizer.encode(text)
+  assert tokenizer.decode(ids) == text
+  assert ((ids >= VOCAB.num_special) & (ids < VOCAB.text_size)).all()
+
+
+@pytest.mark.parametrize("typed", ["<pad>", "</s>", "<mask:3>", *published.ADDED, "<unused:475>"])
+def test_special_tokens_in_data_are_plain_text(rewritten, tokenizer, typed):
+  ids = tokenizer.encode(f"red {typed} bell{typed}")
+  assert tokenizer.decode(ids) == f"red {typed} bell{typed}"
+  added = VOCAB.num_special + published.TOKENS - len(published.ADDED)
+  assert (ids >= VOCAB.num_special).all()
+  assert (ids < added).all()
+
+
+def test_tokens_keep_their_order_and_names_of_two_are_told_apart(rewritten):
+  original, folder, notes = rewritten
+  found = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+  for i in range(published.TOKENS):
+    name = original.id_to_token(i)
+    name = {"</s>": "<source:</s>>"}.get(name, name)
+    assert found.id_to_token(VOCAB.num_special + i) == name
+  assert found.id_to_token(VOCAB.text_size - 1) == "<unused:479>"
+  assert [found.id_to_token(i) for i in range(32)] == VOCAB.special_tokens()
+  assert any("1 added tokens, such as <think>" in note for note in notes)
+  assert any("10 rows have no token" in note for note in notes)
+
+
+def test_transformers_loads_it(rewritten, tokenizer):
+  auto = transformers.AutoTokenizer.from_pretrained(str(rewritten[1]))
+  ids = auto("a red bell").input_ids
+  assert ids == tokenizer.encode("a red bell").tolist()
+  assert auto.decode(ids) == "a red bell"
+  assert (auto.eos_token_id, auto.pad_token_id, len(auto)) == (1, 0, VOCAB.text_size)
+
+
+@pytest.mark.parametrize(
+  ("change", "reason"),
+  [
+    ({"model": {"type": "WordPiece"}}, "its model is WordPiece; only byte-level BPE"),
+    ({"model": {"byte_fallback": True}}, "byte_fallback is set; only byte-level BPE"),
+    ({"model": {"end_of_word_suffix": "</w>"}}, "it has a end_of_word_suffix; only"),
+    ({"model": {"vocab": {"a": 0}}}, "it has no token for the byte '!'; only byte-level BPE"),
+    ({"decoder": None}, "its decoder is absent; only byte-level BPE"),
+    ({"pre_tokenizer": None}, "it does not split texts into bytes; only byte-level BPE"),
+    ({"normalizer": {"type": "Lowercase"}}, "it changes texts by the normalizer Lowercase; only"),
+    ({"added_tokens": [{"id": 480, "content": "<a>"}]}, "has the token id 480, and the model's"),
+    ({"added_tokens": [{}]}, "is damaged ('id'): copy it again."),
+    ({"added_tokens": [3]}, "is damaged ('int' object is not subscriptable): copy it again."),
+    ({"decoder": 3}, "is damaged ('int' object has no attribute 'get'): copy it again."),
+    ({"decoder": {"type": "Sequence", "decoders": 3}}, "is damaged ("),
+    ({"model": {"vocab": 3}}, "is damaged ("),
+    ({"model": {"vocab": {"a": None}}}, "is damaged ("),
+    ({"model": 3}, "its field 'model' must be of type object, and is 3"),
+    ({"added_tokens": [{"id": 470, "content": "!"}]}, "has two tokens of one name or id: 511 of"),
+    ({"model": {"merges": [["q", "zz"]]}}, "cannot be read"),
+  ],
+)
+def test_other_tokenizers_are_refused(change, reason, tmp_path):
+  published.save_tokenizer(tmp_path)
+  path = tmp_path / "tokenizer.json"
+  described = json.loads(path.read_text())
+  for name, value in change.items():
+    described[name] = described[name] | value if name == "model" and value != 3 else value
+  path.write_text(json.dumps(described))
+  with pytest.raises(UserError) as error:
+    rewrite(read_tokenizer(tmp_path, published.ROWS), published.ROWS, VOCAB)
+  assert reason in str(error.value)
+  path.unlink()
+  with pytest.raises(UserError, match="does not exist; write it by transformers: "):
+    read_tokenizer(tmp_path, published.ROWS)

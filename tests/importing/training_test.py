@@ -1,0 +1,123 @@
+"""From a published text model to train steps: the commands of docs/importing.md on a tiny run."""
+
+import dataclasses
+import shutil
+
+from etils import epath
+import jax
+import numpy as np
+import pytest
+
+from cm3leon_jax import stages
+from cm3leon_jax.commands import import_weights, train, train_text_tokenizer
+from cm3leon_jax.config import UserError
+from cm3leon_jax.export import weights
+from cm3leon_jax.io import read_json
+from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.tokenizers.text import TextTokenizer
+from cm3leon_jax.training import checkpoint
+from tests.importing.importer_test import QWEN3
+from tests.launch import tiny_config
+from tests.launch.stages_before import make_workdir
+from tests.launched import launch
+from tests.models.tiny import mesh_of
+
+STEPS = 2
+
+
+def settings_of_run():
+  config = tiny_config.get_config()
+  config.model.update({**QWEN3, "max_positions": 64})
+  config.mesh.update({"data": 2, "fsdp": 2, "tensor": 2})
+  config.optimizer.update({"ema_decay": 0.0, "learning_rate": 1e-3, "warmup_steps": 0})
+  config.train.update({"steps": STEPS, "eval_every": STEPS, "sample_every": 10})
+  return settings_from_config(config)
+
+
+@pytest.fixture(scope="module")
+def imported(qwen3_folder, tmp_path_factory):
+  """The stages before training, with the tokenizer and the parameters of a Qwen3."""
+  folder = tmp_path_factory.mktemp("run")
+  make_workdir(folder, settings_of_run())
+  shutil.rmtree(folder / "text_tokenizer")
+  import_weights.main(settings_of_run(), epath.Path(folder), str(qwen3_folder))
+  return folder
+
+
+def test_a_run_begins_with_what_was_imported_and_remembers_it(imported, tmp_path, capsys):
+  folder = tmp_path / "run"
+  shutil.copytree(imported, folder, symlinks=True)
+  settings = settings_of_run()
+  train.main(settings, epath.Path(folder))
+  printed = capsys.readouterr().out
+  assert f"train: the run starts from the parameters of {folder / 'init'}." in printed
+  done = read_json(folder / "train" / stages.DONE)
+  assert done["config"]["init_from"]["source"] == str(folder / "init")
+  assert np.isfinite(done["summary"]["heldout_loss"])
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    start = weights.load(weights.find(settings, str(folder / "init")), settings)
+    trained, step = checkpoint.load_params(folder / "train", settings.model)
+  assert step == STEPS
+  for name in ("embed", "head"):
+    before, after = (np.asarray(tree[name]) for tree in (start, trained))
+    assert 0 < np.abs(after - before).max() < 10 * STEPS * 1e-3
+    codes = slice(settings.vocab.text_size, None)  # Equal rows became unequal.
+    assert np.ptp(before[codes], axis=0).max() == 0
+    seen = np.unique(after[codes].round(7), axis=0)
+    assert len(seen) > 60
+  train.main(settings, epath.Path(folder))  # Finished.
+  assert "finished already" in capsys.readouterr().out
+
+
+def test_a_run_does_not_begin_with_half_an_import(imported, tmp_path):
+  folder = tmp_path / "run"
+  shutil.copytree(imported, folder, symlinks=True)
+  (folder / "init" / stages.DONE).unlink()
+  with pytest.raises(
+    UserError, match=r"init is not finished: run `python -m launch\.import_weights`"
+  ):
+    train.main(settings_of_run(), epath.Path(folder))
+  assert not (folder / "train").exists()
+
+
+def test_the_tokenizer_stays_and_is_that_of_the_documents(imported, capsys):
+  settings = settings_of_run()
+  before = read_json(imported / "text_tokenizer" / stages.DONE)
+  train_text_tokenizer.main(settings, imported)
+  assert "was imported, and stays as it is" in capsys.readouterr().out
+  assert read_json(imported / "text_tokenizer" / stages.DONE) == before
+  tokenizer = TextTokenizer(imported / "text_tokenizer", settings.vocab)
+  assert tokenizer.decode(tokenizer.encode("a red bell")) == "a red bell"
+  assert not weights.other_tokenizers(str(imported / "init"), imported)
+
+
+def test_the_command_prints_what_it_did_and_what_the_config_needs(qwen3_folder, tmp_path):
+  flags = [f"--source={qwen3_folder}", "--config=tests/launch/tiny_config.py"]
+  refused = launch("import_weights", *flags, f"--workdir={tmp_path}")
+  assert refused.returncode == 2
+  assert refused.stderr.count("\n") == 1
+  needed = refused.stderr.split("which needs ")[1].split()
+  again = launch("import_weights", *flags, f"--workdir={tmp_path}", *needed)
+  assert again.returncode == 0, again.stderr
+  lines = again.stdout.splitlines()
+  assert lines[0].startswith(
+    f"import_weights: {qwen3_folder}: qwen3, 2 layers of width 32, 4 heads"
+  )
+  assert lines[-1].startswith(
+    "import_weights: the next stages, and `launch.train` with this --work"
+  )
+  assert set(needed) <= set(lines[-1].split())
+  assert (tmp_path / "init" / "model.safetensors").exists()
+  nameless = launch("import_weights", *flags[1:], f"--workdir={tmp_path}")
+  assert nameless.stderr == "error: name the folder of the checkpoint: --source=DIR.\n"
+
+
+def test_a_finished_import_of_this_project_keeps_its_tokenizer(imported, tmp_path):
+  """What was imported is an export, too: it goes from one workdir to another."""
+  settings = settings_of_run()
+  import_weights.main(settings, epath.Path(tmp_path), str(imported / "init"))
+  for name in ("text_tokenizer/tokenizer.json", "init/model.safetensors", "init/config.json"):
+    assert (tmp_path / name).read_bytes() == (imported / name).read_bytes()
+  other = dataclasses.replace(settings, model=dataclasses.replace(settings.model, num_layers=3))
+  with pytest.raises(UserError, match=r"which needs --config\.model\.num_layers=2$"):
+    import_weights.main(other, epath.Path(tmp_path), str(imported / "init"))
