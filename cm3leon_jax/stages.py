@@ -115,7 +115,7 @@ STAGES = {
     ("instructions", "train"),
     ("sampling", "evaluation", "seed"),
   ),
-  "export": Stage("export", "Export", ("text_tokenizer", "train"), ("model",)),
+  "export": Stage("export", "Export", (*TOKENIZERS, "train"), ("model",)),
 }
 
 # Fields that do not count where `same` names their whole section: how, how fast or how long a

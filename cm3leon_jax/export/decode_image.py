@@ -12,7 +12,8 @@ As a module: `decode(codes)` returns uint8 [B, H, W, 3], `codes_of(ids)` finds t
 config.json and params.safetensors are read from the folder of this script.
 """
 
-# B images, H height, W width, C channels, E code width, K codes, T codes of an image.
+# B images, H height, W width, C channels, E code width, K codes, T codes of an image, L levels of a
+# channel of FSQ.
 
 import argparse
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ import numpy as np
 
 FORMAT = "cm3leon_jax.vqgan"  # The network that `decode_pixels` computes.
 NETWORK = ("stem", "downsample", "encoder_blocks", "decoder_blocks", "local_codes")
+CODES = ("num_codes", "token_offset", "levels")  # `levels` of FSQ; of other quantizers empty.
 DTYPES = {"F32": "<f4", "F16": "<f2"}
 ROWS = 16  # Of an image, convolved at a time: more take more memory.
 
@@ -35,7 +37,7 @@ class Tokenizer(NamedTuple):
   """A stored image tokenizer.
 
   Attributes:
-    config: fields of `NETWORK`, "side" in codes, "num_codes" and "token_offset".
+    config: fields of `NETWORK` and `CODES`, and "side" in codes.
     tensors: name -> fp32.
   """
 
@@ -72,7 +74,7 @@ def tokenizer_of(config: dict, tensors: dict[str, np.ndarray]) -> Tokenizer:
   network = config["vqgan"]
   about = {name: network[name] for name in NETWORK}
   about["side"] = network["resolution"] // network["downsample"]
-  about |= {name: config[name] for name in ("num_codes", "token_offset")}
+  about |= {name: config[name] for name in CODES}
   return Tokenizer(about, tensors)
 
 
@@ -161,13 +163,29 @@ def blocks(tokenizer: Tokenizer, name: str, count: int, x):
   return x
 
 
+def code_vectors(tokenizer: Tokenizer):
+  """Returns the vectors of all codes as the decoder receives them, fp32 [K, E].
+
+  Those of FSQ (Mentzer et al. 2023) are all combinations of levels, the first channel's changing
+  fastest; others have norm 1, and those of SimVQ (Zhu et al. 2024) a matrix before that.
+  """
+  if levels := tokenizer.config["levels"]:
+    digits = np.unravel_index(np.arange(tokenizer.config["num_codes"]), levels, order="F")
+    half = np.array(levels) // 2
+    return ((np.stack(digits, -1) - half) / half).astype(np.float32)
+  table = tokenizer.tensors["codebook.table"]
+  if "codebook.projection" in tokenizer.tensors:
+    table = table @ tokenizer.tensors["codebook.projection"]
+  return unit(table)
+
+
 def decode_pixels(tokenizer: Tokenizer, codes):
   """Decodes the codes of one image, int [T], to fp32 [H, W, 3], about in [-1, 1].
 
-  The decoder of a VQGAN (Esser et al. 2021) with codes of norm 1.
+  The decoder of a VQGAN (Esser et al. 2021).
   """
   config = tokenizer.config
-  x = unit(tokenizer.tensors["codebook.table"][codes]).reshape(config["side"], config["side"], -1)
+  x = code_vectors(tokenizer)[codes].reshape(config["side"], config["side"], -1)
   x = conv(tokenizer, "decoder.conv_in", x)
   for level, count in enumerate(config["decoder_blocks"][::-1]):
     if level:
@@ -177,15 +195,22 @@ def decode_pixels(tokenizer: Tokenizer, codes):
   return depth_to_space(x, config["stem"])
 
 
-def products(tokenizer: Tokenizer, pixels):
-  """Computes the inner products of an image with all codes, of which the largest is chosen.
+def squashed(x, levels):
+  """Brings encodings [..., E] into the range of FSQ's codes: channel i in steps of 1 / (L_i // 2)."""
+  levels = np.array(levels)
+  half, offset = (levels - 1) * 1.001 / 2, np.where(levels % 2, 0, 0.5)
+  return ((np.tanh(x + np.arctanh(offset / half)) * half - offset) / (levels // 2)).astype("f4")
+
+
+def scores(tokenizer: Tokenizer, pixels):
+  """Scores all codes for the places of an image; the largest score is that of the nearest code.
 
   Args:
     tokenizer: of the image.
     pixels: fp32 [H, W, 3] in [-1, 1].
 
   Returns:
-    [T, K].
+    [T, K], minus half of the squared distances, up to a constant of each place.
   """
   config = tokenizer.config
   x = conv(tokenizer, "encoder.conv_in", space_to_depth(pixels, config["stem"]))
@@ -194,7 +219,9 @@ def products(tokenizer: Tokenizer, pixels):
       x = conv(tokenizer, f"encoder.downs.{level - 1}", silu(x), stride=2)
     x = blocks(tokenizer, f"encoder.levels.{level}", count, x)
   x = conv(tokenizer, "encoder.conv_out", normalize(x, config["local_codes"]))
-  return unit(x).reshape(-1, x.shape[-1]) @ unit(tokenizer.tensors["codebook.table"]).T
+  z = squashed(x, config["levels"]) if config["levels"] else unit(x)
+  codes = code_vectors(tokenizer)
+  return z.reshape(-1, z.shape[-1]) @ codes.T - np.sum(codes * codes, -1) / 2
 
 
 def to_uint8(pixels) -> np.ndarray:
@@ -255,7 +282,7 @@ def encode(images, folder: str | os.PathLike[str] | None = None) -> np.ndarray:
     )
   codes = np.empty((len(images), tokenizer.config["side"] ** 2), np.int64)
   for i, image in enumerate(images):
-    codes[i] = products(tokenizer, image.astype(np.float32) / 127.5 - 1).argmax(-1)
+    codes[i] = scores(tokenizer, image.astype(np.float32) / 127.5 - 1).argmax(-1)
   return codes
 
 

@@ -1,9 +1,10 @@
-"""Writes the image tokenizer of an export: weights, config, and a decoder that needs numpy alone.
+"""Writes the image tokenizer of an export.
 
-DIR/image_tokenizer/ has params.safetensors and config.json of the run's vqgan/, which
-`ImageTokenizer.load` reads, and decode_image.py, which decodes codes without this package. Of
-config.json it reads `vqgan`, `num_codes` and `token_offset`: code c is the token token_offset + c
-of the language model.
+Of one that `launch.train_vqgan` trained, DIR/image_tokenizer/ has params.safetensors of the run's
+vqgan/; config.json, which has more than the run's, so `ImageTokenizer.load` reads the folder; and
+decode_image.py, which needs numpy alone. Of config.json that script reads `vqgan`, `num_codes`,
+`levels` of FSQ, and `token_offset`: code c is the token token_offset + c of the language model.
+A published tokenizer is written under the names of its release, see `published_files.save`.
 """
 
 # K codes, T codes of an image.
@@ -21,7 +22,9 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.export import decode_image
 from cm3leon_jax.io import replacing, write_json
 from cm3leon_jax.settings import Settings
-from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer, VQGANConfig
+from cm3leon_jax.tokenizers import published_files, quantizers
+from cm3leon_jax.tokenizers.published import PublishedConfig
+from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer
 
 FOLDER = "image_tokenizer"
 SCRIPT = "decode_image.py"
@@ -32,11 +35,12 @@ def write(folder: epath.PathLike, workdir: epath.PathLike, settings: Settings) -
 
   Args:
     folder: of the export.
-    workdir: of the run, whose vqgan/ is copied byte for byte.
+    workdir: of the run, whose vqgan/ is read.
     settings: of the run.
 
   Returns:
-    {"image_tokenizer": {"resolution" in pixels, "image_tokens", "num_codes", "bytes"}}.
+    {"image_tokenizer": {"resolution" in pixels, "image_tokens", "num_codes", "bytes", "family": of
+      a published tokenizer, else "", "code_dim"}}.
 
   Raises:
     UserError: the stage `train_vqgan` has not run or its files are damaged, or decode_image.py
@@ -44,11 +48,33 @@ def write(folder: epath.PathLike, workdir: epath.PathLike, settings: Settings) -
   """
   source, target = epath.Path(workdir) / "vqgan", epath.Path(folder) / FOLDER
   tokenizer = ImageTokenizer.load(source)
+  if isinstance(tokenizer.config, PublishedConfig):
+    family, name = tokenizer.config.family, published_files.save(target, tokenizer)
+  else:
+    family, name = "", PARAMS
+    _write_trained(target, source, tokenizer, settings.vocab.text_size)
+  about = {
+    "resolution": tokenizer.config.resolution,
+    "image_tokens": tokenizer.config.image_tokens,
+    "num_codes": tokenizer.num_codes,
+    "bytes": (target / name).stat().length,
+    "family": family,
+    "code_dim": tokenizer.config.code_dim,
+  }
+  return {FOLDER: about}
+
+
+def _write_trained(
+  target: epath.Path, source: epath.Path, tokenizer: ImageTokenizer, token_offset: int
+) -> None:
+  """Writes a tokenizer that `launch.train_vqgan` trained, its weights byte for byte."""
+  is_fsq = tokenizer.config.quantizer == "fsq"
   described = {
     "format": decode_image.FORMAT,
     "vqgan": dataclasses.asdict(tokenizer.config),
     "num_codes": tokenizer.num_codes,
-    "token_offset": settings.vocab.text_size,
+    "levels": quantizers.levels_of(tokenizer.num_codes) if is_fsq else (),
+    "token_offset": token_offset,
   }
   if wrong := difference(tokenizer, described):
     raise UserError(
@@ -62,13 +88,6 @@ def write(folder: epath.PathLike, workdir: epath.PathLike, settings: Settings) -
   with replacing(target / SCRIPT, "w") as file:
     file.write(importlib.resources.files(__package__).joinpath(SCRIPT).read_text(encoding="utf-8"))
   write_json(target / CONFIG, described)
-  about = {
-    "resolution": tokenizer.config.resolution,
-    "image_tokens": tokenizer.config.image_tokens,
-    "num_codes": tokenizer.num_codes,
-    "bytes": (target / PARAMS).stat().length,
-  }
-  return {FOLDER: about}
 
 
 def difference(tokenizer: ImageTokenizer, described: dict) -> str:
@@ -80,8 +99,6 @@ def difference(tokenizer: ImageTokenizer, described: dict) -> str:
     tokenizer: of the run.
     described: content of config.json, see the module.
   """
-  if not isinstance(tokenizer.config, VQGANConfig):
-    return f"it has another structure, {tokenizer.config!r:.200}"
   flat = traverse_util.flatten_dict(jax.device_get(tokenizer.params), sep=".")
   codes = np.random.default_rng(0).integers(tokenizer.num_codes, size=tokenizer.config.image_tokens)
   try:

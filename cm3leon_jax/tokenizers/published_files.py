@@ -356,3 +356,22 @@ def save_diffusers(folder: epath.PathLike, tokenizer: ImageTokenizer) -> None:
     "force_upcast": True,
   }
   write_json(folder / CONFIG, {name: value for name, (value, _) in FIXED.items()} | sizes)
+
+
+def save(folder: epath.PathLike, tokenizer: ImageTokenizer) -> str:
+  """Writes a published tokenizer under the names of its release, so that `read` reads it.
+
+  One of `amused` is written as `save_diffusers` does. config.json comes last.
+
+  Returns:
+    Name of the file with the tensors.
+  """
+  folder, config = epath.Path(folder), tokenizer.config
+  if config.family == "amused":
+    save_diffusers(folder, tokenizer)
+    return DIFFUSERS
+  (folder / CONFIG).unlink(missing_ok=True)
+  with replacing(folder / TRANSFORMERS) as file:
+    file.write(safetensors_numpy.save(to_tensors(tokenizer), metadata={"format": "pt"}))
+  write_json(folder / CONFIG, dataclasses.asdict(config) | {"num_codes": tokenizer.num_codes})
+  return TRANSFORMERS

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from typing import get_args
 
 import jax
 import numpy as np
@@ -13,10 +14,11 @@ from safetensors import numpy as safetensors
 
 from cm3leon_jax.export import decode_image, image_tokenizer
 from cm3leon_jax.tokenizers import vqgan
-from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.tokenizers.vqgan_config import Quantizer, VQGANConfig
 from tests.generation.run import SETTINGS
 
-K = 24
+K = 30  # Of FSQ 6 x 5 levels, an even and an odd number.
 TOLERANCE = 1e-4  # Of pixels in [-1, 1], fp32.
 PLAIN = {"resolution": 16, "downsample": 4, "width": 8, "code_dim": 4, "multipliers": (1, 2)}
 PLAIN |= {"encoder_blocks": (0, 0), "decoder_blocks": (0, 1)}
@@ -34,6 +36,11 @@ VARIANTS = {
   "large": PLAIN | {"resolution": 48, "downsample": 2, "stem": 2, "multipliers": (1,)}
   | {"encoder_blocks": (0,), "decoder_blocks": (1,)},
 }  # fmt: skip
+VARIANTS |= {
+  f"quantizer {name}": PLAIN | {"quantizer": name, "code_dim": 2 if name == "fsq" else 4}
+  for name in get_args(Quantizer)
+  if name
+}
 
 
 def random_tokenizer(fields: dict) -> ImageTokenizer:
@@ -112,7 +119,7 @@ def test_images_are_encoded_as_by_the_image_tokenizer(variant):
   codes, expected = decode_image.encode(images, folder), tokenizer.encode(images)
   assert len(np.unique(expected)) > 4
   for image, found, right in zip(images, codes, expected):
-    near = decode_image.products(decode_image.load(folder), image.astype(np.float32) / 127.5 - 1)
+    near = decode_image.scores(decode_image.load(folder), image.astype(np.float32) / 127.5 - 1)
     places = np.arange(len(right))
     tie = near[places, found] - near[places, right] < 1e-5  # Of two codes either is the nearest.
     np.testing.assert_array_equal(found[~tie], right[~tie])

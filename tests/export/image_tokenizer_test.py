@@ -2,17 +2,18 @@
 
 import dataclasses
 import importlib.resources
-import re
 
 from etils import epath
 import jax
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors
 
+from cm3leon_jax import parameters
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import decode_image, image_tokenizer
 from cm3leon_jax.io import read_json
-from cm3leon_jax.tokenizers import vqgan
+from cm3leon_jax.tokenizers import published, published_files, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.generation.run import SETTINGS
 
@@ -39,6 +40,7 @@ def test_the_folder_has_weights_config_and_script(workdir, tmp_path):
   described = read_json(folder / "config.json")
   assert described["token_offset"] == SETTINGS.vocab.text_size
   sizes = {"resolution": 8, "image_tokens": 16, "num_codes": K, "bytes": len(weights)}
+  sizes |= {"family": "", "code_dim": 4}
   assert about == {"image_tokenizer": sizes}
 
 
@@ -70,19 +72,33 @@ def test_a_network_that_the_script_does_not_compute_is_refused(workdir, tmp_path
   assert not (tmp_path / "image_tokenizer").exists()
 
 
-def test_another_structure_is_named(workdir):
-  @dataclasses.dataclass(frozen=True)
-  class Other:
-    family: str = "f16"
-
-  tokenizer = dataclasses.replace(ImageTokenizer.load(workdir / "vqgan"), config=Other())
-  wrong = image_tokenizer.difference(tokenizer, {})
-  assert re.fullmatch(r"it has another structure, .*Other\(family='f16'\)", wrong)
+@pytest.mark.parametrize("family", published.FAMILIES)
+def test_a_published_tokenizer_is_written_as_it_was_published(tmp_path, monkeypatch, family):
+  sizes = {"widths": (8, 8), "groups": 2, "latent_channels": 4, "code_dim": 4, "resolution": 256}
+  config = dataclasses.replace(published.FAMILIES[family], **sizes)
+  monkeypatch.setitem(published.FAMILIES, family, config)
+  rng = np.random.default_rng(0)
+  expected = parameters.to_dict(published.structure(config, K)[1])
+  params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), expected)
+  tokenizer = ImageTokenizer(config, K, params)
+  tokenizer.save(tmp_path / "run" / "vqgan")
+  about = image_tokenizer.write(tmp_path / "export", tmp_path / "run", SETTINGS)["image_tokenizer"]
+  assert (about["family"], about["image_tokens"], about["num_codes"]) == (family, 128**2, K)
+  folder = tmp_path / "export" / "image_tokenizer"
+  name = "diffusion_pytorch_model" if family == "amused" else "model"
+  assert {path.name for path in folder.iterdir()} == {"config.json", f"{name}.safetensors"}
+  assert about["bytes"] == (folder / f"{name}.safetensors").stat().st_size
+  found = published_files.read(folder, family).tokenizer
+  assert (found.config, found.num_codes) == (config, K)
+  jax.tree.map(np.testing.assert_array_equal, found.params, params)
+  assert set(published_files.tensor_shapes(config, K)) == set(
+    safetensors.load_file(folder / f"{name}.safetensors")
+  )
 
 
 def test_a_tensor_that_is_absent_is_named(workdir):
   tokenizer = ImageTokenizer.load(workdir / "vqgan")
-  described = {"vqgan": {"resolution": 8}, "num_codes": K, "token_offset": 0}
+  described = {"vqgan": {"resolution": 8}, "num_codes": K, "token_offset": 0, "levels": ()}
   assert image_tokenizer.difference(tokenizer, described) == "it has no 'stem'"
   described["vqgan"] = read_json(workdir / "vqgan" / "config.json")["vqgan"]
   assert image_tokenizer.difference(tokenizer, described) == ""
