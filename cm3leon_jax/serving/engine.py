@@ -248,8 +248,7 @@ class Engine:
         self._fail(opened, _internal())
       self._drop()
       return
-    for update in updates:
-      self._deliver(update)
+    self._deliver(updates)
 
   def _drop(self) -> None:
     for ticket, (opened, _) in list(self._running.items()):
@@ -304,35 +303,58 @@ class Engine:
     self._open = deque(o for o in self._open if not o.failed)
     self._generator = self._fresh()
 
-  def _deliver(self, update: Update) -> None:
-    opened, index = self._running[update.ticket]
-    job = opened.job
-    if update.over:
-      del self._running[update.ticket]
-      opened.finished += 1
-      self.samples += 1
-      self.tokens += len(update.tokens)
-    if job.cancelled or opened.failed:
-      return
-    try:
+  def _deliver(self, updates: Sequence[Update]) -> None:
+    """Delivers what a chunk made; the samples that are over are decoded and scored together."""
+    over = []
+    for update in updates:
+      opened, index = self._running[update.ticket]
       if update.over:
-        job.deliver(Finished(self._sample(opened, index, update)))
-      elif job.shows_progress:
-        self._show(opened, index, update.tokens)
-    except Exception:
-      _LOG.exception("a sample could not be shown")
-      self._fail(opened, _internal())
+        del self._running[update.ticket]
+        opened.finished += 1
+        self.samples += 1
+        self.tokens += len(update.tokens)
+      if opened.job.cancelled or opened.failed:
+        continue
+      if update.over:
+        over.append((opened, index, update))
+      elif opened.job.shows_progress:
+        try:
+          self._show(opened, index, update.tokens)
+        except Exception:
+          _LOG.exception("a part of a sample could not be shown")
+          self._fail(opened, _internal())
+    if over:
+      self._finish(over)
 
-  def _sample(self, opened: OpenJob, index: int, update: Update) -> Sample:
-    task = opened.job.task
-    result = Result(
-      *(0, index, sample_seed(task.seed, index)),
-      *(update.tokens, update.log_probs, False, update.divergence),
+  def _finish(self, over: Sequence[tuple[OpenJob, int, Update]]) -> None:
+    try:
+      for (opened, _, _), sample in zip(over, self._samples(over), strict=True):
+        opened.job.deliver(Finished(sample))
+    except Exception:
+      _LOG.exception("samples could not be made of their tokens")
+      for opened, _, _ in over:
+        self._fail(opened, _internal())
+
+  def _samples(self, over: Sequence[tuple[OpenJob, int, Update]]) -> list[Sample]:
+    opened = [found for found, _, _ in over]
+    results = [
+      Result(
+        *(0, index, sample_seed(found.job.task.seed, index)),
+        *(update.tokens, update.log_probs, False, update.divergence),
+      )
+      for found, index, update in over
+    ]
+    given = {}
+    for found in opened:
+      given |= found.given
+    return self.pipeline.samples(
+      range(len(over)),
+      results,
+      [found.job.task for found in opened],
+      [found.request for found in opened],
+      given,
+      [found.neighbors for found in opened],
     )
-    [sample] = self.pipeline.samples(
-      [0], [result], [task], [opened.request], opened.given, [opened.neighbors]
-    )
-    return sample
 
   def _show(self, opened: OpenJob, index: int, tokens: np.ndarray) -> None:
     """Delivers the rows or the text that are new."""

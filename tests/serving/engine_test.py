@@ -133,11 +133,11 @@ def test_a_failed_chunk_fails_its_requests_and_no_others(live, engine, monkeypat
   assert live.generate(**BODY).status_code == 200
 
 
-@pytest.mark.parametrize("where", ["_prepare", "_sample"])
+@pytest.mark.parametrize("where", ["_prepare", "_finish"])
 def test_an_error_in_the_engine_is_logged_and_the_server_lives_on(
   live, engine, monkeypatch, caplog, where
 ):
-  name = {"_prepare": "_described", "_sample": "_sample"}[where]
+  name = {"_prepare": "_described", "_finish": "_samples"}[where]
 
   def broken(*_):
     raise RuntimeError("broken at /a/path/of/the/server")
@@ -207,5 +207,5 @@ def test_a_refusal_names_no_folder_of_the_server(model, tmp_path):
   Engine(pipeline, model.mesh)._prepare(asked)
   assert ended.is_set()
   assert events[0].error.message == (
-    "retrieve is 1, and the bank/documents holds no documents: set retrieve to 0."
+    "retrieve is 1, and the bank/documents/train_pairs holds no documents: set retrieve to 0."
   )
