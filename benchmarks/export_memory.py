@@ -52,10 +52,10 @@ def settings_of(layers: int) -> Settings:
 
 def make_run(folder: epath.Path, settings: Settings) -> None:
   """Writes the folders of a run that launch.export reads."""
-  tokenizer = bundle.folder_of("scenes") / "text_tokenizer"
-  (folder / "text_tokenizer").mkdir(parents=True)
-  for name in bundle.TEXT_TOKENIZER:
-    (tokenizer / name).copy(folder / "text_tokenizer" / name)
+  for stage in stages.TOKENIZERS:
+    (folder / stage).mkdir(parents=True)
+    for name in bundle.FILES[stage]:
+      (bundle.folder_of("scenes") / stage / name).copy(folder / stage / name)
   rng = np.random.default_rng(0)
   with jax.set_mesh(create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
     types = jax.eval_shape(lambda: transformer.init_params(settings.model, jax.random.key(0)))
@@ -65,7 +65,7 @@ def make_run(folder: epath.Path, settings: Settings) -> None:
     checkpoints.save({"params": params}, 1, next_row=0)
   stored = {"run": stages.identity(settings, "train"), "settings": dataclasses.asdict(settings)}
   write_json(folder / "train" / "config.json", stored)
-  for name in ("text_tokenizer", "train"):
+  for name in (*stages.TOKENIZERS, "train"):
     write_json(folder / name / stages.DONE, {"id": name})
 
 

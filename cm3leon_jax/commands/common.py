@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import importlib.util
 import os
@@ -62,6 +63,8 @@ _TIMEOUT = flags.DEFINE_integer(
 )
 
 
+# Of a disk that is full or fails. Transformers, too, raises OSError, if it cannot load a model.
+NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _NEEDS_GCSFS = "needs gcsfs: pip install -e '.[data]'."
 NAME_A_CONFIG = "name a config: --config=ml_configs/scenes.py"
 
@@ -136,6 +139,24 @@ def keep_compiled(workdir: epath.Path) -> None:
 
   if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+  """Raises `TryAgain` where the body raises OSError since the disk is full or fails.
+
+  Args:
+    what: that is written, and does not count until it is whole: "export".
+  """
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in NOT_WRITTEN:
+      raise
+    raise TryAgain(
+      f"the {what} could not be written ({error}): it does not count; make room, or mend the disk, "
+      "and run the same command again."
+    ) from error
 
 
 def _fail(message: str, code: int = UserError.exit_code) -> None:

@@ -11,21 +11,17 @@ and for --init_from of launch.train. With --base=OTHER it has the decoder alone:
 and bank are those of another bundle, which `launch.copy_tokenizers` copied from.
 """
 
-import errno
-
 from absl import flags
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
-from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.config import UserError
 from cm3leon_jax.export import formats
 
 SAMPLES = 4
 COMPARED = 500_000_000  # Parameters of the largest decoder that is compared: it is loaded twice.
 UNITS = {"image": "image code", "text": "text token"}
 DEFAULT = formats.Choice()
-# Of a disk that is full or fails. Transformers, too, raises OSError, if it cannot load a model.
-NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _FORMAT = flags.DEFINE_enum(
   "format", DEFAULT.format, list(formats.FORMATS), "Layout of the export."
 )
@@ -79,17 +75,10 @@ def main(
   if base and not bundle_folder:
     raise UserError(f"--base is {base}, and --bundle is not given: it acts on bundles alone.")
   formats.check(choice, settings)
-  try:
+  with common.writing("export"):
     _export(settings, workdir, choice, output)
     if bundle_folder:
       _write_bundle(settings, workdir, bundle_folder, base)
-  except OSError as error:
-    if error.errno not in NOT_WRITTEN:
-      raise
-    raise TryAgain(
-      f"the export could not be written ({error}): it does not count; make room, or mend the disk, "
-      "and run the same command again."
-    ) from error
 
 
 def _export(settings, workdir, choice: formats.Choice, output: str) -> None:

@@ -15,7 +15,12 @@ from absl import flags
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 
-_SOURCE = flags.DEFINE_string("source", "", "Folder of the checkpoint.")
+_SOURCE = flags.DEFINE_string(
+  "source",
+  "",
+  "Folder of the checkpoint.",
+  allow_override=True,  # In one process of tests launch.import_vqgan has such a flag, too.
+)
 
 
 def main(settings, workdir, source: str) -> None:
@@ -24,7 +29,9 @@ def main(settings, workdir, source: str) -> None:
   if not source:
     raise UserError("name the folder of the checkpoint: --source=DIR.")
   found = importer.plan(settings, source)
-  for line in importer.write(settings, workdir, found):
+  with common.writing("import"):
+    lines = importer.write(settings, workdir, found)
+  for line in lines:
     print(f"import_weights: {line}", flush=True)
   print(
     f"import_weights: the next stages, and `launch.train` with this --workdir, begin with it and "

@@ -24,15 +24,15 @@ from cm3leon_jax.export import huggingface
 from cm3leon_jax.io import digest, plain, read_json, write_json
 from cm3leon_jax.retrieval.bank import copy_bank
 from cm3leon_jax.settings import Settings, settings_from_stored
+from cm3leon_jax.tokenizers import text
 from cm3leon_jax.tokenizers.vqgan import PARAMS as VQGAN_PARAMS
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 FILE = "bundle.json"
 FIELDS = {"settings": dict, "step": int, "digests": dict}
 INSTALLED = ("scenes", "scenes-instruct")  # Bundles that come with the package.
-TEXT_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 MODEL = ("params.safetensors", "config.json")
-FILES = {"text_tokenizer": TEXT_TOKENIZER, "vqgan": MODEL, "clip": MODEL}  # Of stages.
+FILES = {"text_tokenizer": text.FILES, "vqgan": MODEL, "clip": MODEL}  # Of stages.
 AGAIN = "install cm3leon_jax again, or write the bundle again with `launch.export --bundle`"
 
 
@@ -94,7 +94,7 @@ def write(
   described_base, of_base = _base(base, workdir) if base else (None, settings)
   (folder / FILE).unlink(missing_ok=True)  # Half a bundle is none.
   huggingface.export(folder, params, settings.model, settings.vocab, texts, "float16")
-  names = [huggingface.WEIGHTS, "config.json", "generation_config.json", *TEXT_TOKENIZER]
+  names = [huggingface.WEIGHTS, "config.json", "generation_config.json", *text.FILES]
   for part in (*FILES, "documents", "neighbors"):
     if (folder / part).exists():
       (folder / part).rmtree()  # Of a bundle that was here before.
@@ -136,9 +136,7 @@ def _base(base: str, workdir: epath.Path) -> tuple[dict[str, str], Settings]:
 def _write_stages(folder: epath.Path, workdir: epath.Path) -> list[str]:
   """Writes tokenizers and CLIP of a run; returns the names of all files."""
   (folder / "text_tokenizer").mkdir(parents=True, exist_ok=True)
-  for name in TEXT_TOKENIZER:
-    text = (workdir / "text_tokenizer" / name).read_text()
-    (folder / "text_tokenizer" / name).write_text(text)
+  text.copy_files(workdir / "text_tokenizer", folder / "text_tokenizer")
   for stage, cls, params_file in (
     ("vqgan", ImageTokenizer, VQGAN_PARAMS),
     ("clip", CLIP, CLIP_PARAMS),

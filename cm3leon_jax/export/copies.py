@@ -5,6 +5,7 @@ from etils import epath
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import bundle, huggingface
+from cm3leon_jax.export.formats import ABOUT
 from cm3leon_jax.io import describe, plain, write_json
 from cm3leon_jax.settings import Settings, settings_of_run
 
@@ -28,10 +29,11 @@ def copy_tokenizers(settings: Settings, workdir: epath.PathLike, source: str) ->
   """
   folder, workdir = bundle.folder_of(source), epath.Path(workdir)
   is_bundle = bundle.is_bundle(folder)
-  if not is_bundle and (folder / huggingface.WEIGHTS).exists():
+  if not is_bundle and ((folder / ABOUT).exists() or (folder / huggingface.WEIGHTS).exists()):
     raise UserError(
-      f"--init_from is {source}, an exported decoder without an image tokenizer: name the workdir "
-      "that it was exported from, or a folder that `launch.export --bundle` wrote."
+      f"--init_from is {source}, an export, which has no CLIP, and does not say how its tokenizers "
+      "were trained: name the workdir that it was exported from, or a folder that `launch.export "
+      "--bundle` wrote."
     )
   trained = bundle.read(folder)[0] if is_bundle else settings_of_run(folder)
   folder = bundle.stages_folder(folder)

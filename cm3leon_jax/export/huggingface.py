@@ -27,6 +27,7 @@ from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ROPE_BASE, ModelConfig
 from cm3leon_jax.positions import positions_of
+from cm3leon_jax.tokenizers import text
 from cm3leon_jax.training.stored import StoredParams, of_tree
 from cm3leon_jax.vocab import VocabLayout
 
@@ -44,7 +45,6 @@ QWEN3_NORMS = (
   ("norm1", "input_layernorm"),
   ("norm2", "post_attention_layernorm"),
 )
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # config.model.activation -> its name in transformers.
 OPT_ACTIVATIONS = {"": "relu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 OPT_OFFSET = 2  # OPT stores position p in row p + 2 and never reads the rows before.
@@ -307,8 +307,7 @@ def write_model(
   ids["eos_token_id"] = [vocab.eos, vocab.eoss]
   write_json(folder / "generation_config.json", ids)
   if tokenizer_folder is not None:
-    for name in TOKENIZER:
-      (folder / name).write_text((epath.Path(tokenizer_folder) / name).read_text())
+    text.copy_files(tokenizer_folder, folder)
   files = tensor_files.write(folder, tensors, shard_bytes)
   return {
     "architecture": described["architectures"][0],

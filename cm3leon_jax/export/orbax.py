@@ -20,6 +20,7 @@ from cm3leon_jax.export.formats import Run
 from cm3leon_jax.export.tensor_files import DTYPES, convert
 from cm3leon_jax.io import absolute, read_json, write_json
 from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.tokenizers import text
 from cm3leon_jax.training import sealing, stored
 
 FOLDER = "params"
@@ -31,8 +32,10 @@ def check(config: ModelConfig) -> None:
 
 
 def write(folder: epath.PathLike, run: Run) -> dict:
-  """Writes params/, config.json (model and vocab of the run), and digests.json."""
+  """Writes the text tokenizer, config.json (model and vocab of the run), params/, digests.json."""
   folder, params = absolute(folder), run.params
+  folder.mkdir(parents=True, exist_ok=True)
+  text.copy_files(run.workdir / "text_tokenizer", folder)
   identity = stages.identity(run.settings, "train")
   write_json(folder / "config.json", {part: identity[part] for part in ("model", "vocab")})
   for name in params.shapes:

@@ -104,6 +104,11 @@ def find(settings, source: str, step: int | None = None) -> Weights:
   folder = bundle.folder_of(source)
   if bundle.is_bundle(folder):
     bundle.read(folder)  # Checks its files.
+  if other := _other_format(folder):
+    raise UserError(
+      f"--init_from is {source}, an export {other}, whose numbers are not those that were trained: "
+      "name the workdir that it was exported from, or an export in the format hf or orbax."
+    )
   run = folder / "train" / "config.json"
   expected = plain(stages.identity(settings, "train"))
   if run.exists():
@@ -134,6 +139,17 @@ def find(settings, source: str, step: int | None = None) -> Weights:
   return Weights(source, None, stored_tensors.digest_of(folder))
 
 
+def _other_format(folder: epath.Path) -> str:
+  """Says of which kind an export is that no run starts from; "": the folder is none of them."""
+  if (folder / "manifest.json").exists():
+    return "in the format stablehlo"
+  path = folder / "config.json"
+  described = read_json(path, {}) if path.exists() else {}
+  if described.get("model_type") == "gpt2":
+    return "in the format gpt2"
+  return "with int8 weights" if described.get("quantization_config") else ""
+
+
 def _exported_config(folder: epath.Path) -> dict[str, dict]:
   try:
     return huggingface.config_of(read_json(folder / "config.json", {}))
@@ -148,10 +164,12 @@ def other_tokenizers(source: str, workdir: epath.PathLike) -> list[str]:
   """Returns those of the tokenizers of `source` that are not the tokenizers of a workdir."""
   folder, workdir = bundle.stages_folder(bundle.folder_of(source)), epath.Path(workdir)
   text, image = "text_tokenizer/tokenizer.json", "vqgan/params.safetensors"
+  of_export = "image_tokenizer/params.safetensors"
   pairs = [
     ("text tokenizer", folder / text, workdir / text),
     ("text tokenizer", folder / "tokenizer.json", workdir / text),  # Of an exported model.
     ("image tokenizer", folder / image, workdir / image),
+    ("image tokenizer", folder / of_export, workdir / image),
   ]
   pairs = [(name, digest(theirs), digest(ours)) for name, theirs, ours in pairs]
   return [name for name, theirs, ours in pairs if theirs and ours and theirs != ours]

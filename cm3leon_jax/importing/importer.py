@@ -9,7 +9,7 @@ from etils import epath
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import bundle, huggingface, tensor_files, weights
+from cm3leon_jax.export import huggingface, tensor_files, weights
 from cm3leon_jax.export.tensor_files import Tensor
 from cm3leon_jax.importing import opt, qwen3, tokenizer
 from cm3leon_jax.importing.source import CONFIG, Source, open_source
@@ -20,6 +20,7 @@ from cm3leon_jax.tokenizers.text import (
   IMPORTED,
   TOKENIZER,
   TextTokenizer,
+  copy_files,
   save_tokenizer,
   was_imported,
 )
@@ -138,8 +139,8 @@ def write(settings: Settings, workdir: epath.PathLike, found: Import) -> list[st
       tensor_files.remove(folder)
       described = huggingface.hf_config(settings.model, settings.vocab)
       write_json(folder / CONFIG, described)
-      for name in bundle.TEXT_TOKENIZER if (workdir / TEXT / TOKENIZER).exists() else ():
-        (folder / name).write_text((workdir / TEXT / name).read_text())
+      if (workdir / TEXT / TOKENIZER).exists():
+        copy_files(workdir / TEXT, folder)
       tensor_files.write(folder, found.tensors)
       parameters = sum(tensor.size for tensor in found.tensors)
       summary.update(imported_from=str(found.source.folder), parameters=parameters)
@@ -180,10 +181,7 @@ def _make_tokenizer(settings: Settings, folder: epath.Path, found: Import) -> li
     made, notes = tokenizer.rewrite(described, found.tables.rows, vocab)
     save_tokenizer(made, vocab, settings.text_tokenizer, folder)
     return notes
-  for name in reversed(bundle.TEXT_TOKENIZER):
-    if not (source / name).exists():
-      raise UserError(f"{source / name} does not exist: write it again by `launch.export`.")
-    (folder / name).write_text((source / name).read_text())
+  copy_files(source, folder)
   TextTokenizer(folder, vocab)  # Checks its ids.
   return ["as it was exported"]
 

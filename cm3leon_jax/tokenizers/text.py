@@ -18,6 +18,7 @@ from cm3leon_jax.vocab import VocabLayout
 # T tokens of one text.
 
 TOKENIZER = "tokenizer.json"
+FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
 IMPORTED = "import_weights"  # Input of a stage whose tokenizer `launch.import_weights` wrote.
 
 
@@ -104,6 +105,19 @@ def save_tokenizer(
     folder / "tokenizer_config.json", {**about, "clean_up_tokenization_spaces": False, **roles}
   )
   (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+
+
+def copy_files(source: epath.PathLike, folder: epath.PathLike) -> None:
+  """Copies the files of a tokenizer, tokenizer.json last.
+
+  Raises:
+    UserError: a file is absent.
+  """
+  for name in reversed(FILES):
+    path = epath.Path(source) / name
+    if not path.exists():
+      raise UserError(f"{path} does not exist: write the text tokenizer in that folder again.")
+    (epath.Path(folder) / name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 def was_imported(folder: epath.PathLike) -> bool:

@@ -271,6 +271,10 @@ def test_an_export_on_a_full_disk_is_one_sentence_and_counts_as_none(exported_be
 
 
 def test_a_file_that_cannot_be_read_is_no_matter_of_room(exported_before):
-  (exported_before / "text_tokenizer" / "tokenizer.json").unlink()
-  with pytest.raises(FileNotFoundError, match=r"text_tokenizer/tokenizer\.json"):
+  path = exported_before / "text_tokenizer" / "tokenizer.json"
+  path.unlink()
+  with pytest.raises(UserError, match=r"text_tokenizer/tokenizer\.json does not exist"):
+    export.main(SETTINGS, exported_before)
+  path.mkdir()
+  with pytest.raises(IsADirectoryError, match=r"text_tokenizer/tokenizer\.json"):
     export.main(SETTINGS, exported_before)

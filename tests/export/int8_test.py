@@ -9,6 +9,7 @@ from safetensors import numpy as safetensors_numpy
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import formats, huggingface, int8
+from cm3leon_jax.tokenizers import text
 from cm3leon_jax.training import stored
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import model_logits, random_params
@@ -53,7 +54,7 @@ def test_transformers_multiplies_by_the_rounded_parameters(tmp_path, family):
     params = jax.device_get(random_params(config))
     choice = formats.Choice(quantize="int8")
     (tmp_path / "text_tokenizer").mkdir()
-    for name in huggingface.TOKENIZER:
+    for name in text.FILES:
       (tmp_path / "text_tokenizer" / name).write_text("{}")
     run = formats.Run(settings, tmp_path, stored.of_tree(params), choice)
     numbers = huggingface.write(tmp_path / "out", run)

@@ -9,22 +9,23 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import formats, orbax, weights
+from cm3leon_jax.tokenizers import text
 from cm3leon_jax.training import stored
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of, random_params
 
 
 @pytest.fixture(params=["opt", "modern"])
-def exported(request, tmp_path):
+def exported(request, run, tmp_path):
   model = dataclasses.replace(SETTINGS.model, family=request.param, num_layers=3)
   settings = dataclasses.replace(SETTINGS, model=model)
   with one_device():
     params = jax.device_get(random_params(model))
   choice = formats.Choice(format="orbax")
-  run = formats.Run(settings, tmp_path, stored.of_tree(params), choice)
-  numbers = orbax.write(tmp_path / "out", run)
+  of_run = formats.Run(settings, run, stored.of_tree(params), choice)
+  numbers = orbax.write(tmp_path / "out", of_run)
   assert numbers["parameters"] == sum(x.size for x in jax.tree.leaves(params))
-  return settings, params, tmp_path / "out", run
+  return settings, params, tmp_path / "out", of_run
 
 
 def test_orbax_alone_restores_it(exported):
@@ -34,10 +35,12 @@ def test_orbax_alone_restores_it(exported):
   jax.tree.map(np.testing.assert_array_equal, found, params)
 
 
-def test_a_run_starts_from_it_on_any_mesh(exported):
+def test_a_run_starts_from_it_on_any_mesh(exported, run):
   settings, params, folder, _ = exported
   start = weights.find(settings, str(folder))
   assert start.step is None
+  for name in text.FILES:
+    assert (folder / name).read_text() == (run / "text_tokenizer" / name).read_text()
   with jax.set_mesh(mesh_of(2, 2, 2)):
     found, split = weights.load(start, settings), random_params(settings.model)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), params)

@@ -9,8 +9,9 @@ import pytest
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.export import huggingface, weights
+from cm3leon_jax.export import formats, gpt2, huggingface, weights
 from cm3leon_jax.io import write_json
+from cm3leon_jax.training import stored
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of, random_params
 
@@ -89,6 +90,38 @@ def test_other_folders_and_damaged_files_are_refused(exported, tmp_path):
   write_json(folder / "config.json", {"model_type": "opt", "vocab_size": 9})
   with pytest.raises(UserError, match=r"has no field .*it was not written by `python -m launch\."):
     weights.find(settings, str(folder))
+
+
+@pytest.mark.parametrize(
+  ("choice", "fields", "message"),
+  [
+    ({"format": "gpt2"}, {"activation": "gelu_tanh"}, "an export in the format gpt2"),
+    ({"quantize": "int8"}, {}, "an export with int8 weights"),
+  ],
+)
+def test_an_export_with_other_numbers_is_refused_by_its_name(
+  run, tmp_path, choice, fields, message
+):
+  settings = with_model(**fields)
+  with one_device():
+    params = stored.of_tree(jax.device_get(random_params(settings.model)))
+  about = formats.Run(settings, run, params, formats.Choice(**choice))
+  (gpt2 if choice.get("format") else huggingface).write(tmp_path, about)
+  with pytest.raises(UserError, match=rf"^--init_from is \S+, {message}, .* format hf or orbax\.$"):
+    weights.find(settings, str(tmp_path))
+  for path in tmp_path.iterdir():
+    path.unlink()
+  write_json(tmp_path / "manifest.json", {})
+  with pytest.raises(UserError, match="an export in the format stablehlo, "):
+    weights.find(settings, str(tmp_path))
+
+
+def test_the_image_tokenizer_of_an_export_is_compared(run, tmp_path):
+  shutil.copytree(run / "vqgan", tmp_path / "image_tokenizer")
+  assert weights.other_tokenizers(str(tmp_path), run) == []
+  path = tmp_path / "image_tokenizer" / "params.safetensors"
+  path.write_bytes(path.read_bytes() + b" ")
+  assert weights.other_tokenizers(str(tmp_path), run) == ["image tokenizer"]
 
 
 def test_a_checkpoint_of_the_same_step_that_was_trained_anew_is_refused(run, tmp_path):

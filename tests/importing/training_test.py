@@ -1,6 +1,7 @@
 """From a published text model to train steps: the commands of docs/importing.md on a tiny run."""
 
 import dataclasses
+import resource
 import shutil
 
 from etils import epath
@@ -10,7 +11,7 @@ import pytest
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import import_weights, train, train_text_tokenizer
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.export import weights
 from cm3leon_jax.io import read_json
 from cm3leon_jax.settings import settings_from_config
@@ -78,6 +79,19 @@ def test_a_run_does_not_begin_with_half_an_import(imported, tmp_path):
   ):
     train.main(settings_of_run(), epath.Path(folder))
   assert not (folder / "train").exists()
+
+
+def test_a_full_disk_is_one_sentence_and_the_import_does_not_count(qwen3_folder, tmp_path):
+  settings = settings_of_run()
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+  try:
+    with pytest.raises(TryAgain, match=r"^the import could not be written \(.*File too large"):
+      import_weights.main(settings, epath.Path(tmp_path), str(qwen3_folder))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert not (tmp_path / "init" / "model.safetensors").exists()
+  assert not (tmp_path / "init" / stages.DONE).exists()
 
 
 def test_the_tokenizer_stays_and_is_that_of_the_documents(imported, capsys):
