@@ -76,11 +76,7 @@ STAGES = {
     files=STORE_FILES,
   ),
   "clip": Stage(
-    "train_clip",
-    "CLIP",
-    ("raw", "text_tokenizer"),
-    ("clip", "vocab", "seed"),
-    files=MODEL_FILES,
+    "train_clip", "CLIP", ("raw", "text_tokenizer"), ("clip", "vocab", "seed"), files=MODEL_FILES
   ),
   "neighbors": Stage(
     "build_neighbors",

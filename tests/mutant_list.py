@@ -7,9 +7,19 @@ from tests.mutant_lists.export import EXPORT
 from tests.mutant_lists.importing import IMPORTING
 from tests.mutant_lists.retrieval import RETRIEVAL
 from tests.mutant_lists.serving import SERVING
+from tests.mutant_lists.tokenizers import TOKENIZERS
 from tests.mutant_lists.training import TRAINING
 from tests.mutant_lists.watching import WATCHING
 
 MUTANTS = (
-  DATA + RETRIEVAL + TRAINING + DECODING + EVALUATION + EXPORT + IMPORTING + WATCHING + SERVING
+  DATA
+  + RETRIEVAL
+  + TOKENIZERS
+  + TRAINING
+  + DECODING
+  + EVALUATION
+  + EXPORT
+  + IMPORTING
+  + WATCHING
+  + SERVING
 )

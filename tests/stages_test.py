@@ -337,8 +337,8 @@ def test_a_published_clip_is_read_instead_of_the_runs_own(tmp_path):
 
 
 def test_a_training_of_another_model_is_refused(tmp_path):
-  finish(tmp_path, "text_tokenizer", "train")
-  assert set(stages.inputs(SETTINGS, tmp_path, "export")) == {"text_tokenizer", "train"}
+  finish(tmp_path, "text_tokenizer", "vqgan", "train")
+  assert set(stages.inputs(SETTINGS, tmp_path, "export")) == {"text_tokenizer", "vqgan", "train"}
   stages.inputs(changed("model.attention", "plain"), tmp_path, "export")
   stages.inputs(changed("optimizer.learning_rate", 9.0), tmp_path, "export")
   with pytest.raises(UserError, match=r"another config \(model\.width: 4096 -> 1024\)"):

@@ -196,7 +196,7 @@ def decode_pixels(tokenizer: Tokenizer, codes):
 
 
 def squashed(x, levels):
-  """Brings encodings [..., E] into the range of FSQ's codes: channel i in steps of 1 / (L_i // 2)."""
+  """Brings encodings [..., E] into the range of FSQ's codes, in steps of 1 / (L // 2)."""
   levels = np.array(levels)
   half, offset = (levels - 1) * 1.001 / 2, np.where(levels % 2, 0, 0.5)
   return ((np.tanh(x + np.arctanh(offset / half)) * half - offset) / (levels // 2)).astype("f4")

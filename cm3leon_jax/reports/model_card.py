@@ -6,6 +6,7 @@ is named. The snippets run in the folder of the export.
 
 import importlib.resources
 import json
+import math
 import re
 
 from etils import epath
@@ -16,6 +17,7 @@ import cm3leon_jax
 from cm3leon_jax import settings as settings_lib
 from cm3leon_jax.data import builtin_sources, raw_pairs
 from cm3leon_jax.data.origins import most_common
+from cm3leon_jax.export.formats import ABOUT
 from cm3leon_jax.generation.text_tasks import QUESTION
 from cm3leon_jax.io import read_json, replacing
 from cm3leon_jax.reports import card_figures
@@ -66,11 +68,14 @@ def render(
 ) -> str:
   """Returns the card, see `write`."""
   summary = summary_lib.collect(workdir)
-  described = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+  described, about = (
+    read_json(path) if path.exists() else {} for path in (folder / "config.json", folder / ABOUT)
+  )
+  form, quantized = about.get("format", ""), bool(about.get("quantize"))
   architecture = (described.get("architectures") or [""])[0]
   trained = settings_lib.settings_of_run(workdir)
   sizes = {"resolution": trained.vqgan.resolution, "image_tokens": trained.vqgan.image_tokens}
-  sizes |= exported.get("image_tokenizer", {})
+  sizes |= {"family": "", "code_dim": trained.vqgan.code_dim} | exported.get("image_tokenizer", {})
   data, bases = training_data(workdir)
   licenses = {origin["license"] for origin in data}
   if not data or not all(base["known"] for base in bases):
@@ -80,13 +85,19 @@ def render(
     "version": cm3leon_jax.__version__,
     "exported": exported,
     "architecture": architecture,
-    "dtype": described.get("dtype", "float32"),
+    "dtype": about.get("dtype", "float32"),
+    "format": form,
+    "quantized": quantized,
+    "starts_runs": form in ("hf", "orbax") and not quantized,
     "position_ids": described.get("cm3leon", {}).get("position_ids"),
     "has_script": (folder / "image_tokenizer" / "decode_image.py").exists(),
     "model": settings.model,
     "vocab": settings.vocab,
     "side": sizes["resolution"],
     "codes": sizes["image_tokens"],
+    "grid": math.isqrt(sizes["image_tokens"]),
+    "family": sizes["family"],
+    "code_dim": sizes["code_dim"],
     "trained": trained,
     "caption": CAPTIONS.get(trained.raw.source, "a photo of a dog"),
     "question": QUESTION.replace("{}", "..."),

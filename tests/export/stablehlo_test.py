@@ -6,14 +6,12 @@ import json
 import os
 import pathlib
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 
-from hypothesis import example, given, settings
-import hypothesis.strategies as st
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
@@ -22,25 +20,23 @@ from cm3leon_jax.commands import export
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
-from cm3leon_jax.decoding.params import prepare
 from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.export import formats, stablehlo
-from cm3leon_jax.export.serving_functions import Functions, aligned_positions, named
-from cm3leon_jax.mesh import unsplit
-from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.positions import positions_of
+from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training import stored
+from cm3leon_jax.training import checkpoint
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import random_params
+from tests.reports.snippets import snippets
 
 CAPTIONS = [[100, 101, 102], [200], [300, 301, 302, 303, 304, 305]]
 SEEDS = [3, 4, 5]
 MOST = 7  # Tokens of a description.
 PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "opt_einsum", "flatbuffers")
+PACKAGES += ("tokenizers",)
 ALONE = """
-import sys
+import runpy, sys
 
 sys.path[:0] = [".", sys.argv[1]]
 import numpy as np
@@ -52,12 +48,14 @@ images, tokens = serve_example.draw(weights, captions, seeds)
 alone = serve_example.draw(weights, captions[1:2], seeds[1:2])
 unlike = serve_example.draw(weights, captions, seeds, guidance=[0.0, 1.0, 3.0])[1]
 described = serve_example.describe(weights, tokens, seeds, most=int(sys.argv[4]))
+told = serve_example.draw(weights, [eval(sys.argv[5])], [0])
+text = serve_example.describe(weights, told[1], [0], text_top_k=1)[0]
 codes = load("encode_image")(weights, images=images)
 decoded = load("decode_image")(weights, tokens=codes)
 np.savez("served.npz", images=images, tokens=tokens, image=alone[0], token=alone[1], unlike=unlike,
-         described=np.array([row + [0] * 9 for row in described])[:, :9], codes=codes,
-         decoded=decoded)
-serve_example.main(" ".join(map(str, captions[0])), seeds[0])
+         described=described, codes=codes, decoded=decoded, told=told[0], text=text)
+sys.argv = sys.argv[6:]
+runpy.run_path(sys.argv[0], run_name="__main__")
 try:
   import cm3leon_jax
 except ModuleNotFoundError as error:
@@ -74,13 +72,17 @@ def folder(run, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def served(folder, tmp_path_factory):
+def served(run, folder, tmp_path_factory):
   """Results and printed lines of an isolated process that has jax, what it needs, nothing else."""
   site = tmp_path_factory.mktemp("site")
   for name in PACKAGES:
     package = pathlib.Path(importlib.util.find_spec(name).origin).parent
     (site / name).symlink_to(package)
-  arguments = [str(site), repr(CAPTIONS), repr(SEEDS), str(MOST)]
+  [(_, command)] = snippets((folder / "README.md").read_text())  # The one of the model card.
+  python, *command = shlex.split(command)
+  ids = TextTokenizer(run / "text_tokenizer", VOCAB).encode(command[-1]).tolist()
+  arguments = [str(site), repr(CAPTIONS), repr(SEEDS), str(MOST), repr(ids), *command]
+  assert python == "python"
   environment = {k: v for k, v in os.environ.items() if not k.startswith("XLA_FLAGS")}
   process = subprocess.run(
     [sys.executable, "-I", "-S", "-c", ALONE, *arguments],
@@ -110,7 +112,8 @@ def test_images_and_texts_served_by_jax_alone_are_those_of_the_generator(served,
   np.testing.assert_array_equal(results["tokens"], tokens)
   np.testing.assert_array_equal(results["images"], images)
   for row, expected in zip(results["described"], described, strict=True):
-    np.testing.assert_array_equal(row[row > 0], expected[expected != VOCAB.eoss])
+    np.testing.assert_array_equal(row[: len(expected)], expected)
+    assert not row[len(expected) :].any()
   assert printed[-1] == "No module named 'cm3leon_jax'"
 
 
@@ -135,31 +138,20 @@ def test_images_become_tokens_and_images_again(served, run):
   np.testing.assert_array_equal(results["decoded"], tokenizer.decode(codes))
 
 
-def test_the_example_writes_the_image_and_prints_its_description(served, folder):
+def test_the_command_of_the_card_writes_the_image_and_prints_its_description(served, run, folder):
   results, printed = served
-  np.testing.assert_array_equal(Image.open(folder / "image.png"), results["images"][0])
-  assert printed[0].startswith("image.png: [")
+  np.testing.assert_array_equal(Image.open(folder / "image.png"), results["told"][0])
+  text = TextTokenizer(run / "text_tokenizer", VOCAB).decode(results["text"])
+  assert "\n".join(printed[:-1]) == f"image.png: {text}"
 
 
-def test_a_caption_is_encoded_as_in_training(folder, monkeypatch, capsys, run):
-  from cm3leon_jax.tokenizers.text import TextTokenizer
-
-  monkeypatch.chdir(folder)
-  monkeypatch.syspath_prepend(str(folder))
-  example = runpy.run_path(str(folder / "serve_example.py"))
-  asked = []
-
-  def draw(weights, captions, seeds):
-    asked.extend(captions)
-    return np.zeros((1, 8, 8, 3), np.uint8), None
-
-  example["main"].__globals__.update(draw=draw, describe=lambda *_, **__: [asked[0]])
-  example["main"]("</s> red apple")
-  np.testing.assert_array_equal(
-    asked[0], TextTokenizer(run / "text_tokenizer", VOCAB).encode("</s> red apple")
-  )
-  assert capsys.readouterr().out == "image.png: </s> red apple\n"
-  sys.modules.pop("artifacts")
+def test_a_caption_is_encoded_as_in_training(folder, run):
+  tokenizer = runpy.run_path(str(folder / "artifacts.py"))["load_tokenizer"]()
+  found = tokenizer.encode("</s> red apple", add_special_tokens=False).ids
+  expected = TextTokenizer(run / "text_tokenizer", VOCAB).encode("</s> red apple")
+  np.testing.assert_array_equal(found, expected)
+  assert VOCAB.eos not in found
+  assert tokenizer.decode([*found, VOCAB.eoss, VOCAB.pad]) == "</s> red apple"
 
 
 def test_the_manifest_names_what_a_server_needs_and_no_folder_of_this_machine(folder):
@@ -233,7 +225,7 @@ def test_half_an_export_has_no_manifest(run, folder, tmp_path, monkeypatch):
 
   monkeypatch.setattr(stablehlo.jax.export, "export", fail)
   choice = formats.Choice(format="stablehlo")
-  params = stored.of_tree(random_tree(SETTINGS.model))
+  params = checkpoint.open_params(run / "train")
   with pytest.raises(KeyboardInterrupt):
     stablehlo.write(target, formats.Run(SETTINGS, run, params, choice))
   assert not (target / stablehlo.MANIFEST).exists()
@@ -266,95 +258,6 @@ def test_a_workdir_or_a_bundle_is_exported_by_name(run, tmp_path, monkeypatch, s
     with one_device():
       average = random_params(SETTINGS.model)
     np.testing.assert_array_equal(params.read("blocks.up", 0), average["blocks"]["up"][0])
-
-
-def random_tree(config: ModelConfig) -> dict:
-  with one_device():
-    return jax.device_get(random_params(config, seed=2))
-
-
-MODERN = {"family": "modern", "align_images": True}
-
-
-@pytest.mark.parametrize(
-  ("fields", "weight_dtype"),
-  [
-    ({}, "compute"),
-    ({"query_key_norm": True}, "int8"),
-    (MODERN, "compute"),
-    (MODERN | {"dtype": "bfloat16"}, "int8"),
-  ],
-)
-def test_weights_are_those_that_the_generator_prepares(run, fields, weight_dtype):
-  model = dataclasses.replace(SETTINGS.model, num_layers=2, **fields)
-  changed = dataclasses.replace(SETTINGS, model=model)
-  tree, tokenizer = random_tree(model), ImageTokenizer.load(run / "vqgan")
-  with one_device():
-    prepared = prepare(tree, config=model, vocab=VOCAB, dtype=weight_dtype)
-  prepared.model.pop("head", None)
-  expected = named({"decoder": prepared, "image_tokenizer": tokenizer.params})
-  with unsplit():
-    tensors = stablehlo.weight_tensors(stored.of_tree(tree), changed, tokenizer, weight_dtype)
-  assert [x.name for x in tensors] == list(expected)
-  for tensor in tensors:
-    found, wanted = tensor.make(), np.asarray(expected[tensor.name])
-    assert (tensor.shape, tensor.dtype) == (wanted.shape, str(wanted.dtype))
-    assert tensor.bytes == wanted.nbytes
-    np.testing.assert_array_equal(found.astype(wanted.dtype), wanted)
-
-
-def test_aligned_int8_decoders_with_neighbors_draw_as_the_generator(run):
-  """The functions as they are traced; prompts with images have positions of their own."""
-  sampling = dataclasses.replace(SETTINGS.sampling, guidance_schedule="linear")
-  model = dataclasses.replace(SETTINGS.model, **MODERN)
-  changed = dataclasses.replace(SETTINGS, model=model, sampling=sampling)
-  tokenizer, tree = ImageTokenizer.load(run / "vqgan"), random_tree(model)
-  neighbor = ([90, 91], VOCAB.image_ids(np.arange(16)))
-  requests = [request.text_to_image(VOCAB, 16, [80], [neighbor], keep_neighbors=True)]
-  with one_device():
-    config = GeneratorConfig.of(changed, weight_dtype="int8")
-    (result,) = Generator(tree, config).generate(requests, [9])
-  with unsplit():
-    arguments = (stored.of_tree(tree), changed, tokenizer, "int8")
-    types = stablehlo.weight_types(*arguments)
-    functions = Functions(model, VOCAB, sampling, tokenizer, types)
-    weights = {x.name: jnp.asarray(x.make(), x.dtype) for x in stablehlo.weight_tensors(*arguments)}
-    prompts, unconditional = (
-      np.pad(stream, (32 - len(stream), 0)).astype(np.int32)[None] for stream in requests[0].streams
-    )
-    drawn = jax.jit(functions.generate_image)(
-      weights,
-      prompts=prompts,
-      unconditional=unconditional,
-      seeds=np.uint32([9]),
-      guidance=np.float32([sampling.guidance]),
-      temperature=np.float32([sampling.temperature]),
-      top_k=np.int32([sampling.top_k]),
-      top_p=np.float32([sampling.top_p]),
-    )
-  np.testing.assert_array_equal(drawn["tokens"][0], result.tokens[:16])
-  np.testing.assert_allclose(drawn["log_probs"][0], result.log_probs[:16], atol=1e-4)
-
-
-@jax.jit
-def both_positions(tokens):
-  return [aligned_positions(tokens, VOCAB, align) for align in (False, True)]
-
-
-SYMBOLS = [VOCAB.eos, VOCAB.brk, VOCAB.mask(0), 99, int(VOCAB.image_ids(7))]
-
-
-@given(
-  st.lists(st.lists(st.sampled_from(SYMBOLS), min_size=1, max_size=24), min_size=4, max_size=4)
-)
-@example([[1, 99, 3, 519, 519, 3, 99, 3, 519, 519, 1], [99], [519, 3, 519], [519, 3, 3, 99, 519]])
-@settings(max_examples=200)
-def test_positions_are_those_of_training(rows):
-  padded = np.stack([np.pad(row, (24 - len(row), 0)) for row in rows]).astype(np.int32)
-  for align, found in zip((False, True), both_positions(padded)):
-    for row, positions in zip(rows, np.asarray(found), strict=True):
-      expected = positions_of(row, VOCAB, align)
-      np.testing.assert_array_equal(positions, np.pad(expected, (24 - len(row), 0)))
 
 
 def test_several_devices_split_the_batch_of_one_artifact(folder, monkeypatch):

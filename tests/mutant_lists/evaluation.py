@@ -283,6 +283,9 @@ EVALUATION = (
     "cm3leon_jax/export/decode_image.py",
     "tests/export/decode_image_test.py",
     ("half_an_image_decoded", "if stop - start != count:", "if stop - start > count:"),
+    ("fsq_levels_from_the_last_channel", 'order="F"', 'order="C"'),
+    ("fsq_even_levels_as_odd_ones", "np.where(levels % 2, 0, 0.5)", "np.zeros(len(levels))"),
+    ("numpy_simvq_without_its_matrix", 'if "codebook.projection" in', 'if "projection" in'),
     ("padding_of_numpy_convolutions", "(around // 2, around - around // 2)", "(0, around)"),
   ),
   *mutants_of(

@@ -3,6 +3,7 @@
 from tests.mutant_lists.mutant import mutants_of
 
 STABLEHLO = "tests/export/stablehlo_test.py"
+FUNCTIONS = "tests/export/serving_functions_test.py"
 EXPORT = (
   *mutants_of(
     "cm3leon_jax/export/stablehlo.py",
@@ -21,7 +22,7 @@ EXPORT = (
   ),
   *mutants_of(
     "cm3leon_jax/export/serving_functions.py",
-    f"{STABLEHLO}::test_aligned_int8_decoders_with_neighbors_draw_as_the_generator",
+    f"{FUNCTIONS}::test_aligned_int8_decoders_with_neighbors_draw_as_the_generator",
     ("stablehlo_guided_by_itself", "[prompts, unconditional], plan", "[prompts, prompts], plan"),
     (
       "stablehlo_image_after_text",
@@ -36,7 +37,7 @@ EXPORT = (
   ),
   *mutants_of(
     "cm3leon_jax/export/serving_functions.py",
-    f"{STABLEHLO}::test_positions_are_those_of_training",
+    f"{FUNCTIONS}::test_positions_are_those_of_training",
     ("stablehlo_padding_counts", "jnp.where(valid, at - first, 0)", "jnp.where(valid, at, 0)"),
     (
       "stablehlo_text_starts_anew",
@@ -52,13 +53,13 @@ EXPORT = (
       'if hashlib.sha256(data).hexdigest() != ABOUT["digests"][name]:',
       "if not data:",
     ),
+    ("stablehlo_captions_with_special_tokens", "special_tokens = True", "special_tokens = False"),
     ("stablehlo_old_conventions", "if not oldest <= version", "if not 0 <= version"),
     ("stablehlo_new_conventions", "version <= newest:", "version <= 99:"),
   ),
   *mutants_of(
     "cm3leon_jax/export/served/serve_example.py",
     STABLEHLO,
-    ("stablehlo_captions_with_special_tokens", "special_tokens = True", "special_tokens = False"),
     ("stablehlo_text_without_image", "BREAK, *image, EOS", "BREAK, EOS"),
   ),
 )

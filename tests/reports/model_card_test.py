@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import re
-import subprocess
 import sys
 
 from etils import epath
@@ -25,6 +24,7 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.data.raw import write_raw
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.reports.run_files import MODALITY, make_image
+from tests.reports.snippets import execute, snippets
 
 STEP = 7  # Of `save_run`.
 ALIGNED = dataclasses.replace(
@@ -60,21 +60,6 @@ def folder(run, monkeypatch):
   monkeypatch.setenv("PATH", f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
   yield pathlib.Path(run / "export")
   sys.modules.pop("decode_image", None)
-
-
-def snippets(card: str) -> list[tuple[str, str]]:
-  return re.findall(r"^```(python|bash)\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
-
-
-def execute(found: list[tuple[str, str]]) -> dict:
-  """Runs snippets in their order as a reader does; returns the names of those in Python."""
-  names: dict = {}
-  for language, text in found:
-    if language == "bash":
-      subprocess.run(["bash", "-e", "-c", text], check=True, capture_output=True)
-    else:
-      exec(compile(text, "README.md", "exec"), names)
-  return names
 
 
 def test_all_snippets_run_in_the_folder_of_the_export(run, folder, capsys):

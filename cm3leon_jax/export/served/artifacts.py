@@ -1,4 +1,7 @@
-"""Checks and loads the artifacts and weights of this folder: by jax and flatbuffers alone."""
+"""Checks and loads artifacts, weights and text tokenizer of this folder, by jax and flatbuffers.
+
+Only `load_tokenizer` needs the package tokenizers, too.
+"""
 
 import functools
 import hashlib
@@ -53,6 +56,15 @@ def load_weights():
           array = np.frombuffer(memoryview(data)[begin:end], dtype).reshape(place["shape"])
           weights[name] = jax.device_put(array)
   return weights
+
+
+def load_tokenizer():
+  """Returns the text tokenizer; `decode` leaves out special tokens, which end and pad a text."""
+  from tokenizers import Tokenizer
+
+  tokenizer = Tokenizer.from_str(read("tokenizer.json").decode())
+  tokenizer.encode_special_tokens = True  # "</s>" in a caption is text.
+  return tokenizer
 
 
 def padded(prompts, following):

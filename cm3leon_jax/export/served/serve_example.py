@@ -1,13 +1,12 @@
-"""Draws an image for a caption by jax alone, then describes the image, token by token.
+"""Draws an image for a caption, then describes the image, token by token: by jax alone.
 
-pip install jax flatbuffers  # And tokenizers, for captions that are no ids.
-python serve_example.py "a green bell left of a blue key"
-python serve_example.py "301 77 412" 5  # Ids of the caption's tokens, and a seed.
+pip install jax flatbuffers tokenizers
+python serve_example.py "a green bell left of a blue key" 5  # The number is a seed.
 """
 
 import sys
 
-from artifacts import ABOUT, HERE, VOCAB, load, load_weights, padded, png, settings
+from artifacts import ABOUT, VOCAB, load, load_tokenizer, load_weights, padded, png, settings
 import numpy as np
 
 EOS, BREAK, MASK, CODES = VOCAB["eos"], VOCAB["brk"], VOCAB["mask_0"], ABOUT["image_tokens"]
@@ -26,34 +25,25 @@ def draw(weights, captions, seeds, **given):
 
 
 def describe(weights, images, seeds, most=32, **given):
-  """Returns the ids of a text of at most `most` tokens for the tokens of each image."""
-  count, step = len(images), load("decode_step")
+  """Returns the ids of texts of at most `most` tokens, [b, most + 1], for the tokens of images."""
+  plan = [[ABOUT["plan_kinds"]["TEXT"], most, 0], [0, 0, 0]]
   state = load("prefill")(
     weights,
     prompts=padded([[EOS, MASK, BREAK, *image, EOS, MASK] for image in images], most + 1),
-    plan=np.tile(np.int32([[ABOUT["plan_kinds"]["TEXT"], most, 0], [0, 0, 0]]), (count, 1, 1)),
+    plan=np.array([plan] * len(images), np.int32),
     seeds=np.array(seeds, np.uint32),
-    ids=np.zeros((count, most + 1), np.int32),
+    ids=np.zeros((len(images), most + 1), np.int32),
   )
   while state["going"]:
-    state = step(weights, state=state, **settings("decode_step", count, **given))
-  return [[int(i) for i in row if i not in (VOCAB["pad"], VOCAB["eoss"])] for row in state["ids"]]
-
-
-def main(caption, seed=0):
-  ids, tokenizer = caption.split(), None
-  if not caption.replace(" ", "").isdigit():
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer.from_file(str(HERE / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True  # "</s>" in a caption is text.
-    ids = tokenizer.encode(caption, add_special_tokens=False).ids
-  weights = load_weights()
-  images, tokens = draw(weights, [[int(i) for i in ids]], [int(seed)])
-  png("image.png", images[0])
-  (described,) = describe(weights, tokens, [int(seed)], text_top_k=1)  # Greedy.
-  print("image.png:", tokenizer.decode(described) if tokenizer else described)
+    sampling = settings("decode_step", len(images), **given)
+    state = load("decode_step")(weights, state=state, **sampling)
+  return np.asarray(state["ids"])
 
 
 if __name__ == "__main__":
-  main(*sys.argv[1:])
+  caption, seed = (*sys.argv[1:], 0)[:2]
+  tokenizer, weights, seeds = load_tokenizer(), load_weights(), [int(seed)]
+  ids = tokenizer.encode(caption, add_special_tokens=False).ids
+  images, tokens = draw(weights, [ids], seeds)
+  png("image.png", images[0])
+  print("image.png:", tokenizer.decode(describe(weights, tokens, seeds, text_top_k=1)[0]))

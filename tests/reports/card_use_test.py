@@ -1,0 +1,92 @@
+"""Tests of the section Use in the cards of other formats and image tokenizers: it runs as it is."""
+
+import dataclasses
+
+from etils import epath
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax import parameters
+from cm3leon_jax.export import formats
+from cm3leon_jax.reports import model_card
+from cm3leon_jax.tokenizers import published
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from cm3leon_jax.training import checkpoint, stored
+from tests.generation.run import SETTINGS, save_run
+from tests.reports.snippets import execute, snippets
+
+K, STEP = SETTINGS.vocab.image_size, 7
+TINY = {"widths": (8, 8), "groups": 2, "latent_channels": 4, "code_dim": 4, "resolution": 8}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  root = epath.Path(tmp_path_factory.mktemp("run"))
+  save_run(root)
+  return root
+
+
+def write(run, folder, **choice) -> str:
+  """Writes an export and its card; returns the card."""
+  params = checkpoint.open_params(run / "train")
+  about = formats.Run(SETTINGS, run, params, formats.Choice(**choice))
+  numbers = formats.write(folder, about)
+  model_card.write(folder, run, SETTINGS, STEP, numbers)
+  return (folder / "README.md").read_text()
+
+
+def test_orbax_restores_the_parameters(run, tmp_path, monkeypatch):
+  card = write(run, tmp_path, format="orbax", dtype="bfloat16")
+  monkeypatch.chdir(tmp_path)
+  found = snippets(card)
+  assert [language for language, _ in found] == ["python"]
+  params = execute(found)["params"]
+  expected = stored.tree_of(checkpoint.open_params(run / "train"))
+  rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), expected)
+  jax.tree.map(np.testing.assert_array_equal, params, rounded)
+  assert "stored as bfloat16, " in card
+  assert "`python image_tokenizer/decode_image.py codes.json image.png`" in card
+  assert "as a start for further training" in card
+  assert "transformers" not in card.partition("## Use")[2]
+
+
+@pytest.fixture(params=published.FAMILIES)
+def with_published(request, run, monkeypatch):
+  """The run with a tiny published tokenizer in place of its own."""
+  config = dataclasses.replace(published.FAMILIES[request.param], **TINY)
+  monkeypatch.setitem(published.FAMILIES, request.param, config)
+  rng = np.random.default_rng(0)
+  types = parameters.to_dict(published.structure(config, K)[1])
+  params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), types)
+  tokenizer, before = ImageTokenizer(config, K, params), ImageTokenizer.load(run / "vqgan")
+  tokenizer.save(run / "vqgan")
+  yield tokenizer
+  before.save(run / "vqgan")
+
+
+def test_a_published_tokenizer_decodes_as_the_card_says(with_published, run, tmp_path, monkeypatch):
+  pytest.importorskip("torch")
+  if with_published.config.family == "amused":
+    pytest.importorskip("diffusers")
+  card = write(run, tmp_path)
+  monkeypatch.chdir(tmp_path)
+  names = execute(snippets(card))
+  codes = names["ids"][0, -16:].numpy() - SETTINGS.vocab.text_size
+  [expected] = with_published.decode(codes[None])
+  assert expected.std() > 5
+  found = np.asarray(Image.open(tmp_path / "image.png")).astype(int)
+  assert np.abs(found - expected).max() <= 1
+  assert "decode_image.py" not in card
+
+
+def test_a_published_tokenizer_in_an_export_of_orbax(with_published, run, tmp_path, monkeypatch):
+  if with_published.config.family == "amused":
+    pytest.importorskip("diffusers")
+  card = write(run, tmp_path, format="orbax")
+  monkeypatch.chdir(tmp_path)
+  execute(snippets(card))
+  found = np.asarray(Image.open(tmp_path / "image.png")).astype(int)
+  [expected] = with_published.decode(np.zeros((1, 16), int))
+  assert np.abs(found - expected).max() <= 1
