@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 from PIL import Image
 
 from cm3leon_jax import accelerators, buckets
-from cm3leon_jax.config import UserError
 
 if TYPE_CHECKING:
   import jax
@@ -101,29 +100,9 @@ class CM3Leon:
     accelerators.use_cpu_if_alone()
     buckets.check_path(os.fspath(workdir), "workdir")
     buckets.prepare_access()
-    import jax
+    from cm3leon_jax.generation import loading
 
-    from cm3leon_jax.decoding.generator import GeneratorConfig
-    from cm3leon_jax.export import bundle, weights
-    from cm3leon_jax.generation.pipeline import Pipeline
-    from cm3leon_jax.mesh import MeshConfig, create_mesh
-    from cm3leon_jax.retrieval.bank import load_clip
-
-    workdir, settings, load_params = weights.of_run(workdir)
-    if clip is not None and not settings.retrieval.clip:
-      raise UserError(f"clip is given, and {workdir} has a CLIP of its own: leave it out.")
-    if jax.process_count() > 1:
-      raise UserError(f"{jax.process_count()} processes run here: load a run in a single one.")
-    try:
-      GeneratorConfig.of(settings, **options)
-    except (TypeError, ValueError) as error:
-      raise UserError(f"load has a wrong option: {error}") from error
-    with jax.set_mesh(create_mesh(MeshConfig()) if mesh is None else mesh):
-      params, step = load_params()
-      folder = bundle.stages_folder(workdir)
-      encoder = load_clip(os.fspath(clip or settings.retrieval.clip), folder, settings.vocab)
-      pipeline = Pipeline.load(settings, folder, params, encoder, **options)
-      return cls(workdir, pipeline, jax.sharding.get_mesh(), step, show_progress)
+    return cls(*loading.load(workdir, mesh, clip, options), show_progress)
 
   def sample(
     self, tasks: Sequence[Task], num_samples: int = 1, rank: bool = False
@@ -147,14 +126,7 @@ class CM3Leon:
 
     from cm3leon_jax.generation import calls
 
-    num_samples = calls.whole("num_samples", num_samples, 1)
-    if rank and num_samples == 1:
-      raise UserError(
-        "rank orders the samples of a prompt, and num_samples is 1: set it to 8, say."
-      )
-    for task in tasks if rank else ():
-      if not task.is_scored:
-        raise UserError(f"rank is given, and CLIP cannot score task {task.name} without a caption.")
+    num_samples = calls.check_samples(tasks, num_samples, rank)
     if not tasks:
       return []
     with jax.set_mesh(self.mesh):
@@ -393,13 +365,12 @@ class CM3Leon:
 
     from cm3leon_jax.generation import calls, retrieved
 
-    k, queries = calls.whole("k", k, 1), query if isinstance(query, list) else [query]
-    kinds = [("text", q) if isinstance(q, str) else ("image", calls.image(q)) for q in queries]
-    if not kinds:
+    k, (single, queries) = calls.whole("k", k, 1), calls.queries(query)
+    if not queries:
       return []
     with jax.set_mesh(self.mesh):
-      found = retrieved.search(self.pipeline, kinds, k)
-    return found if isinstance(query, list) else found[0]
+      found = retrieved.search(self.pipeline, queries, k)
+    return found[0] if single else found
 
   @functools.cached_property
   def _trained(self) -> dict[str, Any]:

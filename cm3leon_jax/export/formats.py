@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import absolute, write_json
+from cm3leon_jax.io import absolute, read_json, write_json
 
 if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
@@ -29,6 +29,14 @@ QUANTIZED = ("hf", "stablehlo")  # Formats with int8 weights.
 COMPUTING = ("stablehlo",)  # Formats whose programs compute in the dtype of the weights.
 DTYPES = ("float32", "bfloat16", "float16")
 ABOUT = "export.json"  # Marks a folder as an export, and says of what.
+
+# What `kind_of` returns -> what an export is.
+KINDS = {
+  "stablehlo": "in the format stablehlo",
+  "orbax": "in the format orbax",
+  "gpt2": "in the format gpt2",
+  "int8": "with int8 weights",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +118,19 @@ def write(folder: epath.PathLike, run: Run) -> dict:
   write_json(folder / ABOUT, {**about, "step": run.params.step})
   numbers = image_tokenizer.write(folder, run.workdir, run.settings)
   return {**numbers, **_module(run.choice).write(folder, run)}
+
+
+def kind_of(folder: epath.PathLike) -> str:
+  """Returns the key of `KINDS` of an export, by its files; "": one of `hf`, or another folder."""
+  folder = epath.Path(folder)
+  for kind, name in (("stablehlo", "manifest.json"), ("orbax", "digests.json")):
+    if (folder / name).exists():
+      return kind
+  path = folder / "config.json"
+  described = read_json(path, {}) if path.exists() else {}
+  if described.get("model_type") == "gpt2":
+    return "gpt2"
+  return "int8" if described.get("quantization_config") else ""
 
 
 def clear(folder: epath.PathLike) -> None:

@@ -95,14 +95,14 @@ def write_model(
     See `export`.
 
   Raises:
-    UserError: nothing was trained there, a file is damaged, or see `check`.
+    UserError: nothing was trained there, a file is damaged, or see `formats.check`.
   """
-  from cm3leon_jax.export import bundle, weights
+  from cm3leon_jax.export import bundle, formats, weights
   from cm3leon_jax.mesh import MeshConfig, create_mesh
   from cm3leon_jax.training import stored
 
   run, settings, load = weights.of_run(source)
-  check(settings.model)
+  formats.check(formats.Choice(format="stablehlo", dtype=dtype), settings)
   settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
   with jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])):
     params = stored.of_tree(load()[0])

@@ -9,7 +9,7 @@ from etils import epath
 from cm3leon_jax import distributed, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.distributed import print_once
-from cm3leon_jax.export import bundle, huggingface, orbax, placed, stored_tensors
+from cm3leon_jax.export import bundle, formats, huggingface, orbax, placed, stored_tensors
 from cm3leon_jax.export.stored_tensors import StoredTensors
 from cm3leon_jax.io import digest, plain, read_json
 from cm3leon_jax.models.config import ModelConfig
@@ -104,10 +104,11 @@ def find(settings, source: str, step: int | None = None) -> Weights:
   folder = bundle.folder_of(source)
   if bundle.is_bundle(folder):
     bundle.read(folder)  # Checks its files.
-  if other := _other_format(folder):
+  if (kind := formats.kind_of(folder)) not in ("", "orbax"):
     raise UserError(
-      f"--init_from is {source}, an export {other}, whose numbers are not those that were trained: "
-      "name the workdir that it was exported from, or an export in the format hf or orbax."
+      f"--init_from is {source}, an export {formats.KINDS[kind]}, whose numbers are not those that "
+      "were trained: name the workdir that it was exported from, or an export in the format hf or "
+      "orbax."
     )
   run = folder / "train" / "config.json"
   expected = plain(stages.identity(settings, "train"))
@@ -137,17 +138,6 @@ def find(settings, source: str, step: int | None = None) -> Weights:
   if orbax.exists(folder):
     return Weights(source, None, digest(folder / orbax.DIGESTS))
   return Weights(source, None, stored_tensors.digest_of(folder))
-
-
-def _other_format(folder: epath.Path) -> str:
-  """Says of which kind an export is that no run starts from; "": the folder is none of them."""
-  if (folder / "manifest.json").exists():
-    return "in the format stablehlo"
-  path = folder / "config.json"
-  described = read_json(path, {}) if path.exists() else {}
-  if described.get("model_type") == "gpt2":
-    return "in the format gpt2"
-  return "with int8 weights" if described.get("quantization_config") else ""
 
 
 def _exported_config(folder: epath.Path) -> dict[str, dict]:

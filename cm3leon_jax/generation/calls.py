@@ -1,5 +1,6 @@
 """From the arguments of a Python call to tasks: one input or a list, checked, with its settings."""
 
+from collections.abc import Sequence
 import dataclasses
 import difflib
 import functools
@@ -62,6 +63,33 @@ def boxes(value: Any) -> tuple | list[tuple]:
   if value and isinstance(value[0], list | tuple):
     return [tuple(box) for box in value]
   return tuple(value)
+
+
+def queries(value: Any) -> tuple[bool, list[tuple[str, Any]]]:
+  """Returns whether a query is no list, and the kind, "text" or "image", and value of each query.
+
+  Raises:
+    UserError: a query is neither a text nor an image.
+  """
+  single = not isinstance(value, list)
+  given = [value] if single else value
+  return single, [("text", q) if isinstance(q, str) else ("image", image(q)) for q in given]
+
+
+def check_samples(tasks: Sequence[Task], num_samples: Any, rank: bool) -> int:
+  """Returns the number of samples of each task.
+
+  Raises:
+    UserError: it is no positive whole number; or samples are to be ranked, and there is one only,
+      or CLIP cannot score a task.
+  """
+  count = whole("num_samples", num_samples, 1)
+  if rank and count == 1:
+    raise UserError("rank orders the samples of a prompt, and num_samples is 1: set it to 8, say.")
+  for task in tasks if rank else ():
+    if not task.is_scored:
+      raise UserError(f"rank is given, and CLIP cannot score task {task.name} without a caption.")
+  return count
 
 
 def rows(**inputs: Any) -> tuple[bool, list[dict]]:

@@ -231,10 +231,13 @@ def test_half_an_export_has_no_manifest(run, folder, tmp_path, monkeypatch):
   assert not (target / stablehlo.MANIFEST).exists()
 
 
-def test_a_dtype_that_no_decoder_computes_in_is_refused():
+def test_a_dtype_that_no_decoder_computes_in_is_refused(run, tmp_path):
   choice = formats.Choice(format="stablehlo", dtype="float16")
   with pytest.raises(UserError, match=r"^--dtype is float16, .* choose float32 or bfloat16\.$"):
     formats.check(choice, SETTINGS)
+  with pytest.raises(UserError, match=r"^--dtype is float16, "):
+    stablehlo.write_model(tmp_path / "earlier", run, "float16")
+  assert not (tmp_path / "earlier").exists()
   formats.check(dataclasses.replace(choice, dtype="bfloat16", quantize="int8"), SETTINGS)
 
 

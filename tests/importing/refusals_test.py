@@ -207,3 +207,18 @@ def test_a_workdir_with_another_tokenizer_or_import_is_refused(qwen3_folder, tmp
   other = altered(qwen3_folder, tmp_path / "other", tensors=tensors)
   with pytest.raises(UserError, match=r"init holds the run of another config \(.*source\.weig"):
     imported(other, run, settings)
+
+
+@pytest.mark.parametrize(
+  ("file", "kind", "end"),
+  [
+    ("manifest.json", "stablehlo", "imported."),
+    ("digests.json", "orbax", "imported: `launch.train --init_from` starts from this one."),
+  ],
+)
+def test_an_export_in_another_format_is_refused_by_its_name(tmp_path, file, kind, end):
+  write_json(tmp_path / file, {})
+  with pytest.raises(UserError) as error:
+    open_source(str(tmp_path))
+  start = f"--source is {tmp_path}, an export in the format {kind}; only those in the format hf are"
+  assert str(error.value) == f"{start} {end}"
