@@ -100,7 +100,7 @@ class CM3Leon:
     accelerators.use_cpu_if_alone()
     buckets.check_path(os.fspath(workdir), "workdir")
     buckets.prepare_access()
-    from cm3leon_jax.generation import loading
+    from cm3leon_jax import loading
 
     return cls(*loading.load(workdir, mesh, clip, options), show_progress)
 

@@ -17,7 +17,6 @@ import cm3leon_jax
 from cm3leon_jax import settings as settings_lib
 from cm3leon_jax.data import builtin_sources, raw_pairs
 from cm3leon_jax.data.origins import most_common
-from cm3leon_jax.export.formats import ABOUT
 from cm3leon_jax.generation.text_tasks import QUESTION
 from cm3leon_jax.io import read_json, replacing
 from cm3leon_jax.reports import card_figures
@@ -26,6 +25,7 @@ from cm3leon_jax.reports.report import clock, inert
 from cm3leon_jax.settings import Settings
 
 CARD = "README.md"
+EXPORTED = "export.json"  # `export.formats` writes it: format, dtype, quantization.
 TEMPLATE = "model_card.md.jinja"
 MOST_ORIGINS = 20
 # Licenses of data that the hub knows, by their SPDX names in lower case; there they mean the same.
@@ -69,7 +69,7 @@ def render(
   """Returns the card, see `write`."""
   summary = summary_lib.collect(workdir)
   described, about = (
-    read_json(path) if path.exists() else {} for path in (folder / "config.json", folder / ABOUT)
+    read_json(path) if path.exists() else {} for path in (folder / "config.json", folder / EXPORTED)
   )
   form, quantized = about.get("format", ""), bool(about.get("quantize"))
   architecture = (described.get("architectures") or [""])[0]
