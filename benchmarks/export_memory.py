@@ -66,7 +66,8 @@ def make_run(folder: epath.Path, settings: Settings) -> None:
   stored = {"run": stages.identity(settings, "train"), "settings": dataclasses.asdict(settings)}
   write_json(folder / "train" / "config.json", stored)
   for name in (*stages.TOKENIZERS, "train"):
-    write_json(folder / name / stages.DONE, {"id": name})
+    about = {"id": name, "config": {}, "summary": {}, "seconds": 0.0}
+    write_json(folder / name / stages.DONE, about)
 
 
 def export(

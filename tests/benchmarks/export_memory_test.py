@@ -1,8 +1,12 @@
 """Tests of the benchmark of an export's memory."""
 
+from etils import epath
 import pytest
 
 from benchmarks import export_memory
+from cm3leon_jax.commands import export
+from cm3leon_jax.export import formats
+from tests.generation.run import SETTINGS
 
 
 def test_growth_is_continued_to_all_layers():
@@ -14,3 +18,10 @@ def test_growth_is_continued_to_all_layers():
 def test_settings_are_those_of_seven_billion_but_for_the_layers():
   model = export_memory.settings_of(2).model
   assert (model.num_layers, model.width, model.mlp_width) == (2, 4_096, 16_384)
+
+
+def test_its_run_is_one_that_the_command_exports(tmp_path):
+  export_memory.make_run(epath.Path(tmp_path) / "run", SETTINGS)
+  choice, output = formats.Choice(format="orbax"), str(tmp_path / "output")
+  export.main(SETTINGS, epath.Path(tmp_path) / "run", choice=choice, output=output)
+  assert (tmp_path / "output" / "README.md").exists()
