@@ -87,8 +87,8 @@ class Alarm:
   def _advice(self) -> str:
     config, advice = self._config, []
     restarting = config.quantizer in RESTARTING
-    if restarting and not config.restart_every:
-      advice.append("set config.vqgan.restart_every to 100 (it is 0)")
+    if restarting and not 0 < config.restart_every <= PATIENCE:
+      advice.append(f"set config.vqgan.restart_every to {PATIENCE} (it is {config.restart_every})")
     if config.quantizer != "fsq" and config.commitment_weight > 0.25:
       advice.append(f"lower config.vqgan.commitment_weight to 0.25 ({config.commitment_weight:g})")
     if not advice:

@@ -119,6 +119,24 @@ def test_alarm_in_literals():
   assert [alarm.check(step, 20.0, 51) is None for step in (140, 230, 240)] == [True, True, False]
 
 
+def test_the_remedy_is_what_the_config_lacks():
+  for fields, remedy in (
+    ({"restart_every": 20}, ". Lower config.vqgan.learning_rate (it is 0.003), or set "),
+    ({"restart_every": 300}, ". Set config.vqgan.restart_every to 100 (it is 300), or set "),
+    (
+      {"quantizer": "simvq", "restart_every": 0},
+      ". Lower config.vqgan.learning_rate (it is 0.003); ",
+    ),
+    (
+      {"quantizer": "simvq", "commitment_weight": 1.0},
+      ". Lower config.vqgan.commitment_weight to ",
+    ),
+  ):
+    alarm = Alarm(dataclasses.replace(HEALTHY, **fields), NUM_CODES, "delete it.")
+    assert alarm.check(10, 1.0, 1) is None
+    assert remedy in alarm.check(110, 1.0, 1)
+
+
 def test_few_codes_are_no_collapse_but_one_of_several_is():
   for num_codes, used, rings in ((2, 2, False), (2, 1, True), (1, 1, False)):
     alarm = Alarm(HEALTHY, num_codes, "delete it.")
