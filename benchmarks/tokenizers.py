@@ -5,7 +5,7 @@
 Trains an image tokenizer with each quantizer and seed, encodes the images, and trains the same
 small decoder on the codes of each. Prepares data, text tokenizer and CLIP once. Writes results.json
 and table.md after every run. Finished parts are skipped and a training continues from its last
-checkpoint, so it can be stopped or killed at any time. Method: docs/tokenizers.md.
+checkpoint, so it can be stopped or killed at any time. Method: docs/vqgan.md.
 """
 
 from collections.abc import Callable

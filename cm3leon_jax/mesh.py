@@ -31,6 +31,7 @@ RULES = {
   "vocab": "tensor",  # Of logits, and of the output table while it is used.
   # Of tables as they are stored, on every mesh; with tensor last a gather costs two permutes.
   "vocab_stored": ("tensor", *FSDP),
+  "largest": FSDP,  # Largest axis of an array of a small model, see `small_trainer.layout`.
 }
 
 
@@ -188,7 +189,11 @@ def abstract(tree, mesh: jax.sharding.Mesh):
   """Returns the types and shardings on `mesh` of a tree of arrays, types or host arrays (whole)."""
 
   def place(x):
-    spec = jax.typeof(x).sharding.spec if isinstance(x, jax.Array | jax.ShapeDtypeStruct) else P()
+    spec = P()
+    if isinstance(sharding := getattr(x, "sharding", None), NamedSharding):
+      spec = sharding.spec  # Also over automatic axes, which the type does not name.
+    elif isinstance(x, jax.Array | jax.ShapeDtypeStruct):
+      spec = jax.typeof(x).sharding.spec
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
   return jax.tree.map(place, tree)

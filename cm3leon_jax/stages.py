@@ -240,13 +240,30 @@ def check_files(path: epath.PathLike) -> None:
 
 def again(folder: epath.Path, damaged: epath.PathLike) -> str:
   """Says how to replace a damaged file of the stage in `folder`."""
-  done, command = folder / DONE, "its stage"
-  config = read_json(done, {}).get("config") if done.exists() else None
-  if stage := STAGES.get(folder.name):
-    # A tokenizer may be imported instead of trained.
-    name = config.get("command", stage.command) if isinstance(config, dict) else stage.command
-    command = f"`python -m launch.{name}`"
+  command = f"`python -m launch.{command_of(folder)}`" if folder.name in STAGES else "its stage"
   return f"restore it, or delete {damaged} and {folder / DONE} and run {command} again"
+
+
+def command_of(folder: epath.PathLike) -> str:
+  """Returns the command of the stage in `folder`, or the one that made it in place of that.
+
+  Tokenizers may be imported, and they and CLIP copied, instead of trained.
+  """
+  done, own = epath.Path(folder) / DONE, STAGES[epath.Path(folder).name].command
+  config = read_json(done, {}).get("config") if done.exists() else None
+  return config.get("command", own) if isinstance(config, dict) else own
+
+
+def is_given(workdir: epath.PathLike, name: str) -> bool:
+  """Returns whether another command than that of the stage `name` made it, and prints it.
+
+  Training must not replace it: a decoder may know its ids.
+  """
+  folder = epath.Path(workdir) / name
+  if (command := command_of(folder)) == STAGES[name].command:
+    return False
+  print(f"{folder}: made by launch.{command}, stays as it is; nothing is trained.", flush=True)
+  return True
 
 
 def own_clip(settings) -> tuple[str, ...]:

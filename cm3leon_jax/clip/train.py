@@ -150,7 +150,8 @@ def train_step(config: CLIPConfig, text_size: int, state: dict, batch, key) -> t
   params = state["params"]
   loss, grads = jax.value_and_grad(loss_fn)(params)
   updates, opt_state = make_optimizer(config).update(grads, state["opt_state"], params)
-  return {"params": optax.apply_updates(params, updates), "opt_state": opt_state}, {"loss": loss}
+  state = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
+  return small_trainer.keep_layout(state), {"loss": loss}
 
 
 def train(

@@ -3,8 +3,9 @@
   python -m launch.import_vqgan --config=ml_configs/cm3leon_350m.py --workdir=workdir/run \\
     --source=amused-256 --family=amused
 
---source is a .safetensors file or a folder with one; a pickle is not read. docs/image_tokenizers.md
-says which weights fit, how to convert them, and which config each of them takes:
+--source is a .safetensors file or a folder with one; a pickle is not read.
+docs/published_tokenizers.md says which weights fit, how to convert them, and which config each of
+them takes:
 amused 256 codes of 256x256 pixels, taming_gumbel_f8 1,024 of 256x256, chameleon 1,024 of 512x512.
 """
 
@@ -28,12 +29,10 @@ def _check_flags(source: str, family: str | None) -> None:
 
 def _check_folder(folder) -> None:
   """Raises UserError if a VQGAN was trained in the folder, or its training has begun."""
-  from cm3leon_jax.io import read_json
-  from cm3leon_jax.tokenizers import published, vqgan
+  from cm3leon_jax.tokenizers import vqgan
   from cm3leon_jax.training import small_trainer
 
-  config = folder / vqgan.CONFIG
-  trained = config.exists() and published.SECTION not in read_json(config, {})
+  trained = (folder / vqgan.CONFIG).exists() and not vqgan.is_published(folder)
   if trained or (folder / small_trainer.FOLDER).exists():
     raise UserError(
       f"{folder} holds a VQGAN of launch.train_vqgan: use another --workdir, or delete that folder."

@@ -14,6 +14,8 @@ def main(settings, workdir):
   from cm3leon_jax.tokenizers.text import TextTokenizer
   from cm3leon_jax.training import small_trainer
 
+  if stages.is_given(workdir, "clip"):
+    return
   with common.use_mesh(settings), stages.stage(workdir, "clip", settings) as summary:
     if summary is not None:
       encode = TextTokenizer(workdir / "text_tokenizer", settings.vocab).encode

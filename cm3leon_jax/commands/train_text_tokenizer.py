@@ -11,8 +11,7 @@ def main(settings, workdir):
   from cm3leon_jax.data import raw_pairs
   from cm3leon_jax.tokenizers import text
 
-  if text.was_imported(workdir / "text_tokenizer"):
-    print(f"train_text_tokenizer: {workdir / 'text_tokenizer'} was imported, and stays as it is.")
+  if stages.is_given(workdir, "text_tokenizer"):
     return
   with stages.stage(workdir, "text_tokenizer", settings) as summary:
     if summary is not None:

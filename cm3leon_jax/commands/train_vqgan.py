@@ -4,9 +4,9 @@
 
 At SIGTERM and Ctrl-C it saves and stops; the same command continues. Every saved state writes
 reconstructions.png, held-out images above their reconstructions, which TensorBoard shows, too. If
-the codebook collapses, a line says so and what to do. For `scenes` it also prints
-the share of held-out images that are judged right, as rendered and reconstructed: no decoder can be
-expected to exceed the latter.
+the codebook collapses, it prints a line with the remedy. For `scenes` it also prints the share of
+held-out images that are judged right, as rendered and reconstructed: no decoder can be expected to
+exceed the latter.
 """
 
 import functools
@@ -36,26 +36,15 @@ def _judge_scenes(workdir, tokenizer, style="filled") -> dict:
   }
 
 
-def _is_imported(folder) -> bool:
-  """Returns whether the folder holds a tokenizer of `launch.import_vqgan`, and prints it.
+def _check_import(folder) -> None:
+  """Raises UserError if a published tokenizer is in the folder, and its import did not finish."""
+  from cm3leon_jax.tokenizers import vqgan
 
-  Raises:
-    UserError: the import did not finish.
-  """
-  from cm3leon_jax.io import read_json
-  from cm3leon_jax.tokenizers import published, vqgan
-
-  path = folder / vqgan.CONFIG
-  if not path.exists() or published.SECTION not in (stored := read_json(path, {})):
-    return False
-  if not (folder / stages.DONE).exists():
+  if vqgan.is_published(folder) and not (folder / stages.DONE).exists():
     raise UserError(
       f"{folder} holds an image tokenizer whose import did not finish: run "
       "`python -m launch.import_vqgan` again, or delete that folder to train one."
     )
-  family = stored[published.SECTION].get("family")
-  print(f"{folder}: the image tokenizer is there, imported ({family}): nothing is trained.")
-  return True
 
 
 def _features(path: str) -> tuple[dict | None, dict[str, str]]:
@@ -84,7 +73,7 @@ def _boards(folder, enabled: bool):
 
     instead = "pip install -e '.[monitoring]', or set --config.train.tensorboard=False"
     make = functools.partial(TensorBoard, folder / FOLDER, first_step)
-    return [Board("TensorBoard", make, instead)] if enabled else []
+    return [Board("TensorBoard", make, instead, "train_vqgan")] if enabled else []
 
   return open_boards
 
@@ -94,7 +83,8 @@ def main(settings, workdir):
   from cm3leon_jax.tokenizers import train_vqgan, vqgan
   from cm3leon_jax.training import small_trainer
 
-  if _is_imported(workdir / "vqgan"):
+  _check_import(workdir / "vqgan")
+  if stages.is_given(workdir, "vqgan"):
     return
   features, digests = _features(settings.vqgan.perceptual)
   stage = stages.stage(workdir, "vqgan", settings, digests)

@@ -8,6 +8,7 @@ from cm3leon_jax.export import bundle, huggingface
 from cm3leon_jax.export.formats import ABOUT
 from cm3leon_jax.io import describe, plain, write_json
 from cm3leon_jax.settings import Settings, settings_of_run
+from cm3leon_jax.tokenizers import vqgan
 
 
 def copy_tokenizers(settings: Settings, workdir: epath.PathLike, source: str) -> dict[str, str]:
@@ -40,8 +41,9 @@ def copy_tokenizers(settings: Settings, workdir: epath.PathLike, source: str) ->
   names = [name for name in bundle.FILES if name != "clip" or stages.own_clip(settings)]
   files = {name: _describe(source, folder, name) for name in names}
   digests = {name: stages.id_of(files[name]) for name in names}
+  configs = {name: _config(settings, folder, name) for name in names}
   for name in names:
-    ours, theirs = plain(stages.identity(settings, name)), plain(stages.identity(trained, name))
+    ours, theirs = plain(configs[name]), plain(_config(trained, folder, name))
     # A run may start from one of another seed.
     if changed := stages.differences({**theirs, "seed": 0}, {**ours, "seed": 0}):
       raise UserError(
@@ -63,10 +65,19 @@ def copy_tokenizers(settings: Settings, workdir: epath.PathLike, source: str) ->
     (workdir / name).mkdir(parents=True, exist_ok=True)
     for file in bundle.FILES[name]:
       (workdir / name / file).write_bytes((folder / name / file).read_bytes())
-    config = {**stages.identity(settings, name), "inputs": {"init_from": digests[name]}}
+    config = {"command": "copy_tokenizers", **configs[name]}
+    config["inputs"] = {"init_from": digests[name]}
     about = {"config": config, "summary": {"copied_from": source}, "seconds": 0.0}
     write_json(done, {**about, "id": digests[name], "files": files[name]})
   return result
+
+
+def _config(settings: Settings, source: epath.Path, name: str) -> dict:
+  """Returns the parts of a config that a stage copied from `source` must share with it."""
+  config = stages.identity(settings, name)
+  if name == "vqgan" and vqgan.is_published(source / name):
+    config["vqgan"] = {side: config["vqgan"][side] for side in ("resolution", "downsample")}
+  return config
 
 
 def _describe(source: str, folder: epath.Path, name: str) -> dict[str, dict]:

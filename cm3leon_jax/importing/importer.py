@@ -165,6 +165,7 @@ def _write_tokenizer(
       "or delete that folder."
     )
   config = stages.identity(settings, TEXT) | {"inputs": {IMPORTED: digests["tokenizer"]}}
+  config["command"] = IMPORTED
   notes: list[str] = []
   with stages.once(folder, config, files=stages.STAGES[TEXT].files) as summary:
     if summary is not None:

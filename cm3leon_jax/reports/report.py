@@ -25,6 +25,12 @@ from cm3leon_jax.reports import summary as summary_lib
 MAX_PROMPTS = 16
 MAX_RECONSTRUCTIONS = 16
 MAX_GRIDS = 8
+# What a command needs beside --config and --workdir.
+MORE_FLAGS = {
+  "copy_tokenizers": " --init_from=RUN",
+  "import_vqgan": " --source=WEIGHTS --family=FAMILY",
+  "import_weights": " --source=WEIGHTS",
+}
 
 # Placeholders, which the page replaces with its own colors, light or dark.
 INK, IMAGE, TEXT, FAINT = "#010203", "#040506", "#070809", "#0a0b0c"
@@ -282,6 +288,8 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
     summary=summary,
     cost=summary_lib.cost(summary),
     stages=stages.STAGES,
+    commands={folder: stages.command_of(workdir / folder) for folder in stages.STAGES},
+    more_flags=MORE_FLAGS,
     config_name=config_name,
     date=datetime.date.today().isoformat(),
     loss_svg=loss_figure(metrics),

@@ -1,6 +1,6 @@
 """The patch discriminator of the image tokenizer, its loss and its weight."""
 
-# B batch, H height, W width, h and w of the judgements.
+# B batch, H height, W width, h and w of the judgments.
 
 import functools
 
@@ -48,9 +48,9 @@ def judge(config: VQGANConfig, params: dict, x):
 
 
 def hinge_loss(params: dict, config: VQGANConfig, x, y):
-  """Computes the hinge loss of judgements of images x and reconstructions y, [B, H, W, 3].
+  """Computes the hinge loss of judgments of images x and reconstructions y, [B, H, W, 3].
 
-  Judgements of x above 1, and of y below -1, cost nothing.
+  Judgments of x above 1, and of y below -1, cost nothing.
   """
   return jnp.mean(nnx.relu(1 - judge(config, params, x))) + jnp.mean(
     nnx.relu(1 + judge(config, params, y))

@@ -91,7 +91,7 @@ def generator_loss(
 ):
   """Computes the loss of the VQGAN: reconstruction, codebook and commitment loss.
 
-  A discriminator adds its mean judgement of the reconstructions, negated.
+  A discriminator adds its mean judgment of the reconstructions, negated.
 
   Args:
     params: parameters of the VQGAN.

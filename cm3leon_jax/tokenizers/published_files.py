@@ -292,7 +292,8 @@ def read(source: epath.PathLike, family: Family) -> Read:
     raise UserError(f"{source}: tensor '{bad}' has values that are not finite.")
   params = from_tensors(tensors, config, num_codes)
   sizes = sum(x.size for x in tensors.values()), len(tensors), len(every) - len(found)
-  return Read(ImageTokenizer(config, num_codes, params), tuple(holders), *sizes)
+  tokenizer = ImageTokenizer(config, num_codes, params, config.batch_size)
+  return Read(tokenizer, tuple(holders), *sizes)
 
 
 def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageTokenizer:
@@ -322,7 +323,7 @@ def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageT
       f"{config.downsample}."
     )
   config = dataclasses.replace(config, resolution=vqgan.resolution)
-  return dataclasses.replace(tokenizer, config=config)
+  return dataclasses.replace(tokenizer, config=config, batch_size=config.batch_size)
 
 
 def save_diffusers(folder: epath.PathLike, tokenizer: ImageTokenizer) -> None:

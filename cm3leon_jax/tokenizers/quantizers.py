@@ -17,9 +17,7 @@ import numpy as np
 
 from cm3leon_jax.tokenizers.vqgan_config import Quantizer
 
-LEVELS = range(
-  3, 9
-)  # Of a channel of FSQ; with 2 its code is nearly a bit, beyond 8 one sees rest.
+LEVELS = range(3, 9)  # Numbers of levels that a channel of FSQ may have.
 CODEBOOK_DECAY = 0.99  # Of `ema` (van den Oord et al. 2017, appendix A.1).
 RESTARTING = ("", "ema", "rotation")  # Quantizers whose codes can be put at an encoding.
 

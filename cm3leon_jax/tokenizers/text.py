@@ -12,7 +12,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import STRICT, UserError
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.io import write_json
 from cm3leon_jax.vocab import VocabLayout
 
 # T tokens of one text.
@@ -122,11 +122,7 @@ def copy_files(source: epath.PathLike, folder: epath.PathLike) -> None:
 
 def was_imported(folder: epath.PathLike) -> bool:
   """Returns whether the finished stage in `folder` has the tokenizer of imported weights."""
-  done = epath.Path(folder) / stages.DONE
-  if not done.exists():
-    return False
-  inputs = read_json(done, {"config": dict})["config"].get("inputs")
-  return isinstance(inputs, dict) and IMPORTED in inputs
+  return stages.command_of(folder) == IMPORTED
 
 
 class TextTokenizer:

@@ -120,7 +120,8 @@ def train_step(
   state["usage"] = state["usage"] + counts
   shares = counts / indices.size
   entropy = -jnp.sum(shares * jnp.log(jnp.where(counts > 0, shares, 1)))
-  return state, {**metrics, "perplexity": jnp.exp(entropy), "codes_used": jnp.sum(counts > 0)}
+  metrics |= {"perplexity": jnp.exp(entropy), "codes_used": jnp.sum(counts > 0)}
+  return small_trainer.keep_layout(state), metrics
 
 
 def _update(tx, grads, opt_state, params):
@@ -153,7 +154,7 @@ def restart_dead_codes(state: dict, images, config: VQGANConfig, key) -> dict:
     state["averages"] = {
       "counts": jnp.where(dead[:, 0], 1.0, counts), "sums": jnp.where(dead, chosen, sums)
     }  # fmt: skip
-  return state
+  return small_trainer.keep_layout(state)
 
 
 def restarts(config: VQGANConfig, done: int) -> bool:
@@ -216,7 +217,8 @@ def train(
 
 def trained(config: VQGANConfig, num_codes: int, state: dict) -> ImageTokenizer:
   """Returns the tokenizer of a state: the average of the parameters, if it has one."""
-  return ImageTokenizer(config, num_codes, jax.device_put(state.get("ema", state["params"])))
+  params = jax.device_get(state.get("ema", state["params"]))  # In training they may be split.
+  return ImageTokenizer(config, num_codes, jax.device_put(params))
 
 
 def mean_squared_errors(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:

@@ -219,6 +219,12 @@ def in_batches(function, array: np.ndarray, size: int) -> np.ndarray:
   return np.concatenate(outputs)
 
 
+def is_published(folder: epath.PathLike) -> bool:
+  """Returns whether a folder holds a published tokenizer, and none that was trained here."""
+  path = epath.Path(folder) / CONFIG
+  return path.exists() and published.SECTION in read_json(path, {})
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageTokenizer:
   """A trained VQGAN, or a published one, that converts images to codes and back.

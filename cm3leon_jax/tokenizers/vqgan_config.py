@@ -123,7 +123,6 @@ class VQGANConfig:
         f"discriminator_layers is {self.discriminator_layers}; 2^layers must be at most "
         f"resolution = {self.resolution}."
       )
-
     if bool(self.perceptual) != bool(self.perceptual_weight):
       raise ValueError(
         f"perceptual is '{self.perceptual}' and perceptual_weight {self.perceptual_weight:g}; "

@@ -8,7 +8,7 @@ import io
 
 from etils import epath
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from cm3leon_jax.io import replacing
 from cm3leon_jax.tokenizers.quantizers import RESTARTING
@@ -16,18 +16,34 @@ from cm3leon_jax.tokenizers.vqgan_config import VQGANConfig
 
 GRID = "reconstructions.png"
 SHOWN = 8  # Images of the grid.
+TITLE, GAP = 20, 4  # Pixels of a row's title, and between images.
 # A batch's codes have collapsed if no more than this share of what is possible occurs in it.
 # Perplexity is no sign: it is about 10 of 1,024 where most of an image is background.
 COLLAPSED = 0.05
 PATIENCE = 100  # Steps of it before the alarm.
 
 
-def grid(images: np.ndarray, reconstructions: np.ndarray) -> Image.Image:
-  """Lays out images above their reconstructions, uint8 [n, H, W, 3]; small ones are enlarged."""
-  rows = [np.concatenate(list(row), axis=1) for row in (images, reconstructions)]
-  sheet = Image.fromarray(np.concatenate(rows, axis=0))
+def grid(images: np.ndarray, reconstructions: np.ndarray, step: int) -> Image.Image:
+  """Lays out a row of images above their reconstructions, each row below its title.
+
+  Args:
+    images: uint8 [n, H, W, 3]; small ones are enlarged.
+    reconstructions: uint8 [n, H, W, 3].
+    step: whose reconstructions they are.
+  """
   scale = max(1, 128 // images.shape[1])
-  return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
+  count, height, width = len(images), scale * images.shape[1], scale * images.shape[2]
+  size = GAP + count * (width + GAP), 2 * (TITLE + height + GAP)
+  sheet = Image.new("RGB", size, "lightgray")  # White images must have an edge.
+  draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(TITLE - 8)
+  rows = {"held-out images": images, f"their reconstructions at step {step:,}": reconstructions}
+  for number, (title, row) in enumerate(rows.items()):
+    top = number * (TITLE + height + GAP)
+    draw.text((GAP, top + 2), title, "black", font)
+    for i, pixels in enumerate(row):
+      image = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+      sheet.paste(image, (GAP + i * (width + GAP), top + TITLE))
+  return sheet
 
 
 class Alarm:
@@ -71,8 +87,8 @@ class Alarm:
   def _advice(self) -> str:
     config, advice = self._config, []
     restarting = config.quantizer in RESTARTING
-    if restarting and not config.restart_every:
-      advice.append("set config.vqgan.restart_every to 100 (it is 0)")
+    if restarting and not 0 < config.restart_every <= PATIENCE:
+      advice.append(f"set config.vqgan.restart_every to {PATIENCE} (it is {config.restart_every})")
     if config.quantizer != "fsq" and config.commitment_weight > 0.25:
       advice.append(f"lower config.vqgan.commitment_weight to 0.25 ({config.commitment_weight:g})")
     if not advice:
@@ -114,7 +130,7 @@ class Watch:
     """Writes the grid of a state that is saved, in place of the last one."""
     if self.images is None:
       return
-    sheet, buffer = grid(self.images, self.reconstruct(state, self.images)), io.BytesIO()
+    sheet, buffer = grid(self.images, self.reconstruct(state, self.images), step), io.BytesIO()
     sheet.save(buffer, "PNG")
     with replacing(epath.Path(self.folder) / GRID) as file:
       file.write(buffer.getvalue())

@@ -20,15 +20,16 @@ CLOSE_SECONDS = 120.0  # A server may keep the last points waiting.
 class Board:
   """A board that prints a warning and is off from then on, when it fails."""
 
-  def __init__(self, name: str, make: Callable[[], Any], instead: str):
+  def __init__(self, name: str, make: Callable[[], Any], instead: str, command: str = "train"):
     """Opens a board.
 
     Args:
       name: in the warning.
       make: opens it.
       instead: what to do if that fails.
+      command: that opens it, the begin of the warning.
     """
-    self._name, self._instead = name, instead
+    self._name, self._instead, self._command = name, instead, command
     self._board = self._attempt(make)
 
   def scalars(self, step: int, values: dict) -> None:
@@ -67,7 +68,10 @@ class Board:
 
   def _warn(self, reason: str) -> None:
     reason = " ".join(reason.split())[:300]
-    print(f"train: warning: no {self._name} from here on ({reason}): {self._instead}.", flush=True)
+    print(
+      f"{self._command}: warning: no {self._name} from here on ({reason}): {self._instead}.",
+      flush=True,
+    )
     self._instead = None
 
 

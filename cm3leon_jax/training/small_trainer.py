@@ -1,7 +1,7 @@
 """The resumable loop that trains the small models: the image tokenizer (VQGAN) and CLIP.
 
-Their state fits on every device, so only the batch is split, over the batch axes of the mesh. The
-models import this module; it imports neither of them, nor data.
+The batch is split over the batch axes of the mesh, and large arrays of the state over its fsdp
+axes, see `layout`. The models import this module; it imports neither of them, nor data.
 """
 
 # n examples, B batch.
@@ -10,17 +10,18 @@ from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import functools
+import math
 from typing import Any
 
 from etils import epath
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import plain, read_json, write_json
-from cm3leon_jax.mesh import batch_shards, spec
+from cm3leon_jax.mesh import RULES, batch_shards, spec
 from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.stages import check_same_config, differences
 from cm3leon_jax.training import recovery
@@ -32,6 +33,7 @@ from cm3leon_jax.training.preemption import StopSignal, check_end
 
 FOLDER = "training"
 LOG_EVERY = 10
+SPLIT_FROM = 2**16  # Elements of an array of the state; gathering smaller ones costs more time.
 OF_DATA = ("inputs", "examples:")  # Fields of the identity of a training.
 
 
@@ -61,7 +63,8 @@ def train(
       int64 [B], a tree of host arrays [B, ...].
     folder: gets metrics.jsonl and, until `delete_checkpoints`, checkpoints.
     init: () -> state, a tree of arrays.
-    step: (state, batch, i) -> state, metrics (scalars). Takes step i, from 0 on; may donate state.
+    step: (state, batch, i) -> state, metrics (scalars). Takes step i, from 0 on; may donate state,
+      if its jitted functions end with `keep_layout`.
     watch: shows the training: log(steps, values) after a line of metrics.jsonl, save(steps, state)
       after a checkpoint, and close(); see `tokenizers.vqgan_watch.Watch`.
 
@@ -106,6 +109,40 @@ def _mesh() -> Mesh:
   """
   current = jax.sharding.get_mesh()
   return Mesh(current.devices, current.axis_names)
+
+
+def layout(shape: tuple[int, ...]) -> P:
+  """Returns how an array of the state is split over the fsdp axes of the current mesh.
+
+  An array of `SPLIT_FROM` elements is split along the largest axis that the number of devices
+  divides, the first of equals; smaller ones are replicated. With 4 devices:
+
+  (3, 3, 128, 64) -> P(None, None, ("fsdp", "fsdp_inner"), None)
+  (3, 3, 8, 8) -> P()
+  """
+  sizes = jax.sharding.get_abstract_mesh().shape
+  parts = math.prod(sizes[axis] for axis in RULES["largest"])
+  divisible = [i for i, size in enumerate(shape) if size % parts == 0]
+  if math.prod(shape) < SPLIT_FROM or not divisible:
+    return P()
+  largest = max(divisible, key=lambda i: shape[i])
+  return spec(*("largest" if i == largest else None for i in range(len(shape))))
+
+
+def keep_layout(state):
+  """Makes a jitted function return a state as `train` lays it out, so that it can be donated.
+
+  Outside of `train`, where the mesh has no automatic axes, it returns the state as it is.
+  """
+  if AxisType.Auto not in jax.sharding.get_abstract_mesh().axis_types:
+    return state
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, layout(x.shape)), state)
+
+
+def _shardings(tree):
+  """Returns the NamedShardings of a state of these arrays or types on the current mesh."""
+  mesh = jax.sharding.get_mesh()
+  return jax.tree.map(lambda x: NamedSharding(mesh, layout(x.shape)), tree)
 
 
 def replicated(tree):
@@ -192,9 +229,12 @@ def _restore(name: str, checkpoints: Checkpoints, init) -> tuple[dict, int]:
   """Returns the state of the newest checkpoint, or of `init`, and how many steps made it."""
   newest = recovery.newest_whole(checkpoints)
   if newest is None:
-    return jax.device_put(init(), NamedSharding(jax.sharding.get_mesh(), P())), 0
+    state = init()
+    return jax.device_put(state, _shardings(state)), 0
   print(f"{name}: continues from step {newest}.", flush=True)
-  state, _ = checkpoints.restore(jax.eval_shape(init), newest, checked=True)
+  types = jax.eval_shape(init)
+  types = jax.tree.map(lambda x, s: x.update(sharding=s), types, _shardings(types))
+  state, _ = checkpoints.restore(types, newest, checked=True)
   return state, newest
 
 

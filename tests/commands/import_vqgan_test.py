@@ -18,12 +18,16 @@ from cm3leon_jax.commands import (
   generate,
   import_vqgan,
   train,
+  train_clip,
+  train_text_tokenizer,
   train_vqgan,
 )
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.export import copies
 from cm3leon_jax.io import digest, read_json, read_json_lines, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
+from cm3leon_jax.reports import report
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import published, published_files, text
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
@@ -95,7 +99,9 @@ def test_a_tokenizer_is_imported_once(source, tmp_path, capsys):
   assert "vqgan: finished already, skipped." in capsys.readouterr().out
   assert read_json(tmp_path / "vqgan" / stages.DONE) == before
   train_vqgan.main(SETTINGS, tmp_path)  # There is no raw/ to train it on.
-  printed = f"{tmp_path / 'vqgan'}: the image tokenizer is there, imported (amused): nothing is tr"
+  printed = (
+    f"{tmp_path / 'vqgan'}: made by launch.import_vqgan, stays as it is; nothing is trained."
+  )
   assert capsys.readouterr().out.startswith(printed)
 
 
@@ -114,6 +120,46 @@ def test_another_tokenizer_is_not_overwritten(source, tmp_path):
     path.write_text('{"vqgan": {}, "num_codes": 64}')
     with pytest.raises(UserError, match=r"vqgan holds a VQGAN of launch\.train_vqgan: use another"):
       import_vqgan.main(SETTINGS, tmp_path / name.partition(".")[0], str(folder), "amused")
+
+
+def test_an_imported_tokenizer_is_copied_into_a_tuned_run(source, tmp_path, monkeypatch, capsys):
+  """Its run may have other sizes of a VQGAN, which nothing reads, but no other grid."""
+  run, tuned = tmp_path / "run", tmp_path / "tuned"
+  run.mkdir()
+  write_data(run)
+  import_vqgan.main(SETTINGS, run, str(source[0]), "amused")
+  monkeypatch.setattr(copies, "settings_of_run", lambda folder: SETTINGS)
+  with pytest.raises(
+    UserError, match=r"vqgan was made with another config \(vqgan\.resolution: 256"
+  ):
+    copies.copy_tokenizers(make_settings(resolution=512), tuned, str(run))
+  other = make_settings(code_dim=4 * SETTINGS.vqgan.code_dim)
+  made = copies.copy_tokenizers(other, tuned, str(run))
+  assert made == dict.fromkeys(("text_tokenizer", "vqgan", "clip"), "copied")
+  capsys.readouterr()
+  for command in (train_text_tokenizer, train_vqgan, train_clip):
+    command.main(other, tuned)  # There is no raw/ to train on.
+  lines = capsys.readouterr().out.splitlines()
+  assert lines == [
+    f"{tuned / name}: made by launch.copy_tokenizers, stays as it is; nothing is trained."
+    for name in made
+  ]
+  assert copies.copy_tokenizers(other, tuned, str(run)) == dict.fromkeys(made, "there already")
+  page = report.render(tuned, report.summary_lib.collect(tuned), "sft")
+  assert page.count("<code>launch.copy_tokenizers</code>") == 3
+  assert "launch.train_vqgan" not in page
+  assert "--workdir=DIR --init_from=RUN" in page
+  assert f"Copied from <code>{run}</code>, with its codes" in page
+
+
+def test_the_report_says_what_was_imported(source, tmp_path):
+  import_vqgan.main(SETTINGS, tmp_path, str(source[0]), "amused")
+  page = report.render(tmp_path, report.summary_lib.collect(tmp_path), "cm3leon_350m")
+  numbers = sum(x.size for x in jax.tree.leaves(source[1].params))
+  assert f"Published weights, <code>amused</code>, {numbers:,} parameters: nothing was tra" in page
+  assert "<code>launch.import_vqgan</code>" in page
+  assert "--workdir=DIR --source=WEIGHTS --family=FAMILY" in page
+  assert "launch.train_vqgan" not in page
 
 
 def test_a_damaged_or_unfinished_import_says_to_import_again(source, tmp_path):
@@ -158,7 +204,7 @@ def test_the_flag_has_all_families():
 
 @pytest.mark.parametrize("family", ["taming_gumbel_f8", "chameleon"])
 def test_the_configs_of_the_page_fit_the_grids(family):
-  """As docs/image_tokenizers.md says: `:paper`, and 512 pixels."""
+  """As docs/published_tokenizers.md says: `:paper`, and 512 pixels."""
   from cm3leon_jax.configs import base
 
   config = base.get_config("paper" if family == "taming_gumbel_f8" else "")

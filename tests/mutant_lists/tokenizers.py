@@ -46,7 +46,7 @@ TOKENIZERS = (
   *mutants_of(
     "cm3leon_jax/commands/train_vqgan.py",
     "tests/commands/import_vqgan_test.py::test_a_tokenizer_is_imported_once",
-    ("an_imported_tokenizer_is_trained", 'if _is_imported(workdir / "vqgan"):', "if False:"),
+    ("an_imported_tokenizer_is_trained", 'if stages.is_given(workdir, "vqgan"):', "if False:"),
   ),
   *mutants_of(
     NETWORK,

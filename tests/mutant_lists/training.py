@@ -266,8 +266,29 @@ TRAINING = (
     ("small_trainer_restarts", "range(first, config.steps)", "range(0, config.steps)"),
     (
       "small_state_not_restored",
-      "checkpoints.restore(jax.eval_shape(init), newest, checked=True)",
+      "checkpoints.restore(types, newest, checked=True)",
       "init(), 0",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/small_trainer.py",
+    "tests/training/small_trainer_test.py::test_layout_of_arrays_in_literals",
+    ("small_state_replicated", "< SPLIT_FROM or not divisible", ">= 0"),
+    ("smallest_axis_split", "largest = max(divisible", "largest = min(divisible"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/small_trainer.py",
+    "tests/training/small_trainer_test.py"
+    "::test_large_arrays_of_the_state_are_split_and_continue_on_another_mesh",
+    ("small_state_restored_whole", "x.update(sharding=s), types", "x, types"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/commands/train_text_tokenizer.py",
+    "tests/commands/import_vqgan_test.py::test_an_imported_tokenizer_is_copied_into_a_tuned_run",
+    (
+      "a_copied_tokenizer_is_trained",
+      'if stages.is_given(workdir, "text_tokenizer"):',
+      "if False:",
     ),
   ),
   *mutants_of(

@@ -232,6 +232,7 @@ def test_the_grid_and_the_codebook_must_be_those_of_the_config(tokenizer):
   for resolution in (256, 512):
     fitted = published_files.fit(tokenizer, NUM_CODES, vqgan_config(resolution, 2))
     assert fitted.config == dataclasses.replace(tokenizer.config, resolution=resolution)
+    assert fitted.batch_size == 2**20 // resolution**2
   with pytest.raises(
     UserError,
     match=r"config\.vocab\.image_size is 64; the codebook has 12 codes: set config\.vocab\.image_s",

@@ -285,14 +285,14 @@ def test_the_learning_rate_ends_at_0(images, network, opt_state, steps):
 def test_hinge_loss_literals():
   """With kernels of 0 and a last bias of c, the loss is relu(1 - c) + relu(1 + c)."""
   x = jnp.zeros((1, 8, 8, 3))
-  for judgement, loss in ((0.0, 2.0), (0.5, 2.0), (3.0, 4.0)):
+  for judgment, loss in ((0.0, 2.0), (0.5, 2.0), (3.0, 4.0)):
     params = jax.tree.map(jnp.zeros_like, _discriminator(0))
-    params["conv_out"]["bias"] = jnp.full((1,), judgement)
+    params["conv_out"]["bias"] = jnp.full((1,), judgment)
     assert float(discriminator.hinge_loss(params, CONFIG, x, x)) == pytest.approx(loss)
 
 
 def test_adversarial_step(images):
-  """The discriminator learns, and its judgement times its weight is part of the VQGAN's loss."""
+  """The discriminator learns, and its judgment times its weight is part of the VQGAN's loss."""
   state = functools.partial(train_vqgan.init_state, CONFIG, NUM_CODES, 0)
   with_it, metrics = train_vqgan.train_step(state(), images[:8], CONFIG, True)
   without, _ = train_vqgan.train_step(state(), images[:8], CONFIG, False)

@@ -97,10 +97,15 @@ def test_a_healthy_training_raises_no_alarm_and_shows_its_grids(images, tmp_path
   assert board.closed
   sheet = np.asarray(Image.open(tmp_path / vqgan_watch.GRID))
   np.testing.assert_array_equal(sheet, np.asarray(board.sheets[180]))
-  small = sheet[::8, ::8]  # Enlarged to 128 pixels.
+  assert sheet.shape == (2 * (20 + 128 + 4), 4 + 3 * (128 + 4), 3)  # Titles, images, gaps.
   decoded = tokenizer.decode(tokenizer.encode(images[:3]))
-  rows = [np.concatenate(list(x), axis=1) for x in (images[:3], decoded)]
-  np.testing.assert_array_equal(small, np.concatenate(rows))
+  for i, (image, reconstruction) in enumerate(zip(images, decoded)):
+    column = sheet[:, 4 + i * 132 :][:, :128]
+    np.testing.assert_array_equal(column[20:148:8, ::8], image)  # Enlarged eightfold.
+    np.testing.assert_array_equal(column[172:300:8, ::8], reconstruction)
+  titles = [np.asarray(board.sheets[step])[152:172] for step in (90, 180)]
+  assert (titles[0] != titles[1]).any()
+  assert (titles[0] < 64).any()
 
 
 def test_alarm_in_literals():
@@ -112,6 +117,24 @@ def test_alarm_in_literals():
   assert alarm.check(120, 20.0, 51) is None  # Once is enough.
   assert alarm.check(130, 1.1, 52) is None
   assert [alarm.check(step, 20.0, 51) is None for step in (140, 230, 240)] == [True, True, False]
+
+
+def test_the_remedy_is_what_the_config_lacks():
+  for fields, remedy in (
+    ({"restart_every": 20}, ". Lower config.vqgan.learning_rate (it is 0.003), or set "),
+    ({"restart_every": 300}, ". Set config.vqgan.restart_every to 100 (it is 300), or set "),
+    (
+      {"quantizer": "simvq", "restart_every": 0},
+      ". Lower config.vqgan.learning_rate (it is 0.003); ",
+    ),
+    (
+      {"quantizer": "simvq", "commitment_weight": 1.0},
+      ". Lower config.vqgan.commitment_weight to ",
+    ),
+  ):
+    alarm = Alarm(dataclasses.replace(HEALTHY, **fields), NUM_CODES, "delete it.")
+    assert alarm.check(10, 1.0, 1) is None
+    assert remedy in alarm.check(110, 1.0, 1)
 
 
 def test_few_codes_are_no_collapse_but_one_of_several_is():
@@ -151,8 +174,9 @@ class Killed(Exception):
 @pytest.mark.parametrize("kind", ["", "ema"])
 def test_a_killed_training_with_averages_ends_bit_for_bit(images, tmp_path, kind):
   config = dataclasses.replace(
-    HEALTHY, quantizer=kind, ema_decay=0.9, steps=6, checkpoint_every=2, restart_every=3
-  )
+    HEALTHY, quantizer=kind, ema_decay=0.9, steps=6, checkpoint_every=2, restart_every=3,
+    code_dim=64,  # Then the codebook is split over the devices.
+  )  # fmt: skip
   whole = train(config, images, tmp_path / "whole").params
 
   class Dying:
@@ -178,9 +202,27 @@ def test_a_killed_training_with_averages_ends_bit_for_bit(images, tmp_path, kind
     )
 
 
+def named(tree):
+  """Yields the arrays of a tree with their keys, joined by dots."""
+  for path, x in jax.tree.leaves_with_path(tree):
+    yield jax.tree_util.keystr(path, simple=True, separator="."), x
+
+
 def test_one_device_and_eight_compute_the_same(images, tmp_path, monkeypatch):
-  """With averages of codes and parameters, an adaptive discriminator and all pixel losses."""
+  """With averages of codes and parameters, an adaptive discriminator and all pixel losses.
+
+  Kernels, codebook, their moments and averages are split over the devices. There are few codes:
+  of many, two are equally near to some encoding up to rounding.
+  """
   monkeypatch.setattr(small_trainer, "LOG_EVERY", 1)
+  monkeypatch.setattr(small_trainer, "SPLIT_FROM", 128)
+  states, take = [], train_vqgan.train_step
+
+  def recorded(state, *arguments):
+    states.append({k: x.sharding.shard_shape(x.shape) for k, x in named(state)})
+    return take(state, *arguments)
+
+  monkeypatch.setattr(train_vqgan, "train_step", recorded)
   config = dataclasses.replace(
     HEALTHY, quantizer="ema", ema_decay=0.9, steps=5, restart_every=2, adversarial_weight=0.8,
     adversarial_adaptive=True, adversarial_start=0.2, discriminator_width=4,
@@ -190,8 +232,18 @@ def test_one_device_and_eight_compute_the_same(images, tmp_path, monkeypatch):
   for devices in (1, 8):
     folder = tmp_path / str(devices)
     with jax.set_mesh(mesh_of(1, devices, 1)):
-      train_vqgan.train(config, NUM_CODES, 0, images, folder, {})
+      train_vqgan.train(config, 64, 0, images, folder, {})
     losses[devices] = [line["loss"] for line in read_json_lines(folder / "metrics.jsonl")]
+    table, kernel = (64 // devices, 8), (3, 3, 8, 48 // devices)
+    for state in states:
+      for part in ("params", "ema", "opt_state.0.mu", "opt_state.0.nu"):
+        assert state[f"{part}.codebook.table"] == table
+        assert state[f"{part}.decoder.conv_out.kernel"] == kernel
+      assert state["averages.sums"] == table
+      assert state["discriminator.layers.0.kernel"] == (4, 4, 3, 4)  # 192 numbers; 8 divides none.
+      assert state["discriminator.layers.1.kernel"] == (4, 4, 4, 8 // devices)
+    assert len(states) == 5
+    states.clear()
   np.testing.assert_allclose(losses[1], losses[8], rtol=1e-5, atol=1e-5)
   assert np.ptp(losses[1]) > 1e-2
 

@@ -7,11 +7,13 @@ import signal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
 from cm3leon_jax.config import INTERRUPTED, UserError
 from cm3leon_jax.io import read_json_lines, write_json
+from cm3leon_jax.mesh import FSDP
 from cm3leon_jax.training import lease, small_trainer
 from tests.models.tiny import mesh_of
 
@@ -217,6 +219,74 @@ def test_the_batch_is_split_over_the_mesh(tmp_path, whole, devices):
   np.testing.assert_allclose(found, whole, rtol=1e-5)
   parts = int(np.prod(devices)) // (devices[2])
   assert shapes == [[(8 // parts, 3), (8 // parts,)]] * 12
+
+
+@pytest.mark.parametrize(
+  ("shape", "spec"),
+  [
+    ((3, 3, 128, 64), P(None, None, FSDP, None)),
+    ((256, 256), P(FSDP, None)),  # The first of equals.
+    ((65_538, 8), P(None, FSDP)),  # 4 does not divide the largest.
+    ((8, 8_191), P()),
+    ((65_537,), P()),
+    ((), P()),
+  ],
+)
+def test_layout_of_arrays_in_literals(shape, spec):
+  with jax.set_mesh(mesh_of(2, 2, 1, 2)):
+    assert small_trainer.layout(shape) == spec
+
+
+WIDE = 2**15
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def update_wide(state, batch):
+  x, y = batch
+
+  def loss(state):
+    return jnp.mean((x @ state["table"] @ state["w"] - y) ** 2)
+
+  value, gradient = jax.value_and_grad(loss)(state)
+  state = jax.tree.map(lambda a, g: a - 0.05 * g, state, gradient)
+  return small_trainer.keep_layout(state), {"loss": value}
+
+
+def train_wide(folder, devices, reads_left=1_000):
+  """Returns the state of a linear model with one large array, and how it lay before each step."""
+  layouts = []
+
+  def init():
+    table = jax.random.normal(jax.random.key(0), (3, WIDE)) / WIDE**0.5
+    return {"table": table, "w": table[0]}
+
+  def step(state, batch, i):
+    shapes = {name: x.sharding.shard_shape(x.shape) for name, x in state.items()}
+    layouts.append((shapes["table"], shapes["w"]))
+    return update_wide(state, batch)
+
+  with jax.set_mesh(mesh_of(*devices)):
+    examples = Examples(reads_left)
+    arguments = "clip", Config(), {}, 0, examples, folder, init, step
+    return small_trainer.train(*arguments), layouts
+
+
+def test_large_arrays_of_the_state_are_split_and_continue_on_another_mesh(tmp_path):
+  alone, layouts = train_wide(tmp_path / "alone", (1, 1, 1))
+  assert layouts == [((3, WIDE), (WIDE,))] * 12
+  split, layouts = train_wide(tmp_path / "split", (2, 2, 1, 2))
+  assert layouts == [((3, WIDE // 4), (WIDE,))] * 12
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), alone, split)
+  assert np.abs(alone["w"]).max() > 0.01
+  for devices, parts in (((2, 2, 1, 2), 4), ((1, 8, 1), 8)):
+    folder = tmp_path / f"killed_{parts}"
+    with pytest.raises(Killed):
+      train_wide(folder, (2, 2, 1, 2), reads_left=11)
+    found, layouts = train_wide(folder, devices)
+    assert layouts == [((3, WIDE // parts), (WIDE,))] * 2  # Steps 10 and 11.
+    equal = jax.tree.map(np.array_equal, found, split)
+    assert all(jax.tree.leaves(equal)) or parts == 8
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, split)
 
 
 def test_batches_that_cannot_be_are_refused(tmp_path):
