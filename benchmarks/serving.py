@@ -138,6 +138,7 @@ async def full(url: str, pid: int, numbers: Sequence[int], image: Image.Image, c
 def in_turns(model: CM3Leon, url: str, pid: int, each: int, turns: int, clients: int) -> dict:
   """Compares the server with `generate`, in turns of `each` images."""
   image = model.generate(prompt(0))[0].image
+  offline(model, range(each))  # It compiles.
   seconds, errors, memory = [], [], [resident_mib(pid)]
   for turn in range(turns):
     numbers = range(turn * each, (turn + 1) * each)
@@ -216,7 +217,6 @@ def main(_) -> None:
   logging.getLogger("httpx").setLevel(logging.WARNING)
   model = CM3Leon.load(_WORKDIR.value, batch_size=_SLOTS.value)
   image = model.generate(prompt(0))[0].image
-  offline(model, range(2 * _SLOTS.value))  # It compiles.
   results = {}
   with server(_SLOTS.value) as (pid, url):
     each = max(_REQUESTS.value // _TURNS.value, 1)
