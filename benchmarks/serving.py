@@ -1,16 +1,19 @@
-"""Measures launch.serve under load: images/s, latencies, memory, clients that are killed.
+"""Measures launch.serve under load: images/s, latencies, memory, clients that leave.
 
-  python -m benchmarks.serving --workdir=scenes-instruct --requests=1000
+  OMP_WAIT_POLICY=passive python -m benchmarks.serving --workdir=scenes-instruct --requests=1000
 
-Starts the server as a user does, and asks it over HTTP. `offline` is `CM3Leon.generate` in batches
-of --slots, in this process, before the server starts. `full`: all clients ask for images without a
-pause. `mixed`: images, streams, edits, infills, captions and answers, of Poisson arrivals, once by
-the server and once by a server that takes one request at a time (--slots=1). `killed`: clients that
-leave in the middle of a stream.
+Starts the server as a user does, and sends requests over HTTP. `full`: all clients ask for images
+without a pause, in turns with `CM3Leon.generate` of the same prompts, which retrieves and scores as
+the server does, in batches of --slots in this process. The ratio of a turn is on the wall, and in
+processor time of the two processes, which depends less on what else the machine does. `mixed`:
+images, streams, edits, infills, captions and answers, of Poisson arrivals, by the server and then
+by one that takes one sample at a time (--slots=1). `killed`: clients that leave in the middle of a
+stream. Both processes compute: a GPU needs XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
 
 import asyncio
 import base64
+from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import io
 import json
@@ -25,12 +28,16 @@ import time
 from absl import app, flags
 import httpx
 import numpy as np
+from PIL import Image
+
+from cm3leon_jax import CM3Leon
 
 _WORKDIR = flags.DEFINE_string("workdir", "scenes-instruct", "Run or bundle.")
 _SLOTS = flags.DEFINE_integer("slots", 8, "Samples of one shape at once.", lower_bound=1)
 _CHUNK = flags.DEFINE_integer("chunk", 8, "Tokens between two answers.", lower_bound=1)
 _CLIENTS = flags.DEFINE_integer("clients", 64, "Clients at once.", lower_bound=1)
 _REQUESTS = flags.DEFINE_integer("requests", 1000, "Requests of `full`.", lower_bound=1)
+_TURNS = flags.DEFINE_integer("turns", 5, "Turns of `full` and of `generate`.", lower_bound=1)
 _MIXED = flags.DEFINE_integer("mixed", 200, "Requests of `mixed`.", lower_bound=1)
 _LOAD = flags.DEFINE_float("load", 0.7, "Arrivals of `mixed`, as a share of images/s of `full`.")
 _KILLED = flags.DEFINE_integer("killed", 100, "Clients that leave.", lower_bound=0)
@@ -44,26 +51,24 @@ def prompt(i: int) -> str:
   return f"a {COLORS[i % 4]} {OBJECTS[i % 5]} to the left of a {COLORS[i // 4 % 4]} key"
 
 
-def offline() -> tuple[float, bytes]:
-  """Returns images/s of the Python API in batches of --slots, and an image as a PNG file."""
-  from cm3leon_jax import CM3Leon
+def seconds_of(pid: int) -> np.ndarray:
+  """Returns seconds on the wall, and of the processors for a process."""
+  with open(f"/proc/{pid}/stat") as file:
+    fields = file.read().rpartition(")")[2].split()
+  ticks = int(fields[11]) + int(fields[12])  # utime, stime: proc(5).
+  return np.array([time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK")])
 
-  model, count = CM3Leon.load(_WORKDIR.value, batch_size=_SLOTS.value), 8 * _SLOTS.value
-  prompts = [prompt(i) for i in range(count)]
-  model.generate(prompts)
-  rates = []
-  for _ in range(3):
-    began = time.perf_counter()
-    samples = model.generate(prompts)
-    rates.append(count / (time.perf_counter() - began))
-  buffer = io.BytesIO()
-  samples[0][0].image.save(buffer, "PNG")
-  return float(np.median(rates)), buffer.getvalue()
+
+def offline(model: CM3Leon, numbers: Iterable[int]) -> np.ndarray:
+  """Generates an image for each number; returns seconds of both clocks."""
+  start = seconds_of(os.getpid())
+  model.generate([prompt(i) for i in numbers])
+  return seconds_of(os.getpid()) - start
 
 
 @contextlib.contextmanager
-def server(slots: int):
-  """Starts a server; yields its process and its address."""
+def server(slots: int) -> Iterator[tuple[int, str]]:
+  """Starts a server; yields its process id and its address."""
   command = [sys.executable, "-m", "cm3leon_jax", "serve", "--port=0", f"--slots={slots}"]
   command += [f"--workdir={_WORKDIR.value}", f"--chunk={_CHUNK.value}", "--queue=256"]
   command += ["--request_seconds=600"]
@@ -72,30 +77,34 @@ def server(slots: int):
     line = process.stdout.readline()
     if not line.startswith("serving"):
       raise RuntimeError(f"the server printed {line!r}")
-    yield process, line.split()[-1]
+    yield process.pid, line.split()[-1]
   finally:
     process.terminate()
     process.wait()
 
 
-def resident_mib(process: subprocess.Popen) -> float:
-  with open(f"/proc/{process.pid}/statm") as file:
-    return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+def resident_mib(pid: int) -> int:
+  with open(f"/proc/{pid}/statm") as file:
+    return round(int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
 
 
-async def ask(client: httpx.AsyncClient, kind: str, i: int, png: bytes) -> None:
+async def ask(client: httpx.AsyncClient, kind: str, i: int, image: Image.Image) -> None:
   """Sends a request of a kind and reads its answer. Raises an error if it is refused."""
+  buffer = io.BytesIO()
+  image.save(buffer, "PNG")
+  png, side = buffer.getvalue(), image.width
   url, files = "v1/images/generations", {"image": ("a.png", png, "image/png")}
   if kind in ("image", "stream"):
     body = {"prompt": prompt(i), "seed": i, "stream": kind == "stream"}
     answer = await client.post(url, json=body)
   elif kind in ("edit", "infill"):
     fields = {"prompt": "make the bell red", "seed": str(i)}
-    fields |= {"box": "24,0,48,24", "prompt": ""} if kind == "infill" else {}
+    if kind == "infill":
+      fields |= {"box": f"{side // 2},0,{side},{side // 2}", "prompt": ""}
     answer = await client.post("v1/images/edits", data=fields, files=files)
   else:
-    image = {"url": f"data:image/png;base64,{base64.b64encode(png).decode()}"}
-    content = [{"type": "image_url", "image_url": image}]
+    url = {"url": f"data:image/png;base64,{base64.b64encode(png).decode()}"}
+    content = [{"type": "image_url", "image_url": url}]
     if kind == "answer":
       content.append({"type": "text", "text": "What color is the bell?"})
     body = {"messages": [{"role": "user", "content": content}], "seed": i}
@@ -105,35 +114,65 @@ async def ask(client: httpx.AsyncClient, kind: str, i: int, png: bytes) -> None:
     raise RuntimeError(answer.text[-200:])
 
 
-async def full(url: str, process: subprocess.Popen, png: bytes) -> dict:
-  """All clients ask for images without a pause."""
-  errors, memory, todo = [], [], iter(range(_REQUESTS.value))
+async def full(url: str, pid: int, numbers: Sequence[int], image: Image.Image, clients: int):
+  """All clients ask for images without a pause.
+
+  Returns:
+    (seconds of both clocks, errors).
+  """
+  errors, remaining = [], iter(numbers)
   async with httpx.AsyncClient(base_url=url, timeout=600) as client:
 
     async def one() -> None:
-      for i in todo:
+      for i in remaining:
         try:
-          await ask(client, "image", i, png)
+          await ask(client, "image", i, image)
         except Exception as error:
           errors.append(repr(error))
-        if i % max(_REQUESTS.value // 10, 1) == 0:
-          memory.append(round(resident_mib(process)))
 
-    began = time.perf_counter()
-    await asyncio.gather(*(one() for _ in range(_CLIENTS.value)))
-    rate = _REQUESTS.value / (time.perf_counter() - began)
-  return {"images_per_second": rate, "errors": errors[:3], "resident_mib": memory}
+    start = seconds_of(pid)
+    await asyncio.gather(*(one() for _ in range(clients)))
+    return seconds_of(pid) - start, errors
 
 
-async def mixed(url: str, rate: float, png: bytes) -> dict:
+def in_turns(model: CM3Leon, url: str, pid: int, each: int, turns: int, clients: int) -> dict:
+  """Compares the server with `generate`, in turns of `each` images."""
+  image = model.generate(prompt(0))[0].image
+  offline(model, range(each))  # It compiles.
+  seconds, errors, memory = [], [], [resident_mib(pid)]
+  for turn in range(turns):
+    numbers = range(turn * each, (turn + 1) * each)
+    alone = offline(model, numbers)
+    served, failed = asyncio.run(full(url, pid, numbers, image, clients))
+    seconds.append((alone, served))
+    errors += failed
+    memory.append(resident_mib(pid))
+  seconds = np.array(seconds)
+  ratios = seconds[:, 0] / seconds[:, 1]
+  results = {"errors": len(errors), "first_errors": errors[:3], "resident_mib": memory}
+  for i, clock in enumerate(("wall", "processor")):
+    rates = each / seconds[:, :, i].T
+    results[clock] = {
+      name: [round(float(x), 3) for x in (np.median(values), values.min(), values.max())]
+      for name, values in (
+        ("offline_images_per_second", rates[0]),
+        ("server_images_per_second", rates[1]),
+        ("ratio", ratios[:, i]),
+      )
+    }
+  return results
+
+
+async def mixed(url: str, rate: float, count: int, image: Image.Image) -> dict:
   """Requests of all kinds, of Poisson arrivals."""
-  errors, seconds, draw = [], [], random.Random(0)
-  async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits()) as client:
+  errors, seconds, chance = [], [], random.Random(0)
+  limits = httpx.Limits(max_connections=None)
+  async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
 
     async def one(i: int) -> None:
       began = time.perf_counter()
       try:
-        await ask(client, KINDS[i % len(KINDS)], i, png)
+        await ask(client, KINDS[i % len(KINDS)], i, image)
         seconds.append(time.perf_counter() - began)
       except Exception as error:
         errors.append(repr(error))
@@ -142,44 +181,52 @@ async def mixed(url: str, rate: float, png: bytes) -> dict:
       await one(i)
     seconds.clear()
     tasks = []
-    for i in range(_MIXED.value):
+    for i in range(count):
       tasks.append(asyncio.create_task(one(i)))
-      await asyncio.sleep(draw.expovariate(rate))
+      await asyncio.sleep(chance.expovariate(rate))
     await asyncio.gather(*tasks)
-  p50, p95 = np.percentile(seconds, [50, 95])
-  return {"p50_seconds": p50, "p95_seconds": p95, "errors": errors[:3]}
+  p50, p95 = np.percentile(seconds, [50, 95]) if seconds else (None, None)
+  return {
+    "requests_per_second": rate, "p50_seconds": p50, "p95_seconds": p95, "errors": len(errors),
+    "first_errors": errors[:3],
+  }  # fmt: skip
 
 
-async def killed(url: str) -> dict:
-  """Clients leave after the first event of a stream; returns what the server still holds."""
+async def killed(url: str, count: int) -> dict:
+  """Clients leave after the first bytes of a stream; returns what the server still holds."""
   async with httpx.AsyncClient(base_url=url, timeout=600) as client:
 
-    async def leave(i: int) -> None:
+    async def leave(i: int) -> int:
       body = {"prompt": prompt(i), "n": 4, "stream": True}
       async with client.stream("POST", "v1/images/generations", json=body) as answer:
         async for _ in answer.aiter_bytes():
           break
+        return answer.status_code
 
-    await asyncio.gather(*(leave(i) for i in range(_KILLED.value)))
+    statuses = await asyncio.gather(*(leave(i) for i in range(count)))
     await asyncio.sleep(3)
     text = (await client.get("metrics")).text
   found = dict(re.findall(r"^cm3leon_serve_(requests_active|samples_running) (\S+)", text, re.M))
-  return {name: float(value) for name, value in found.items()}
+  return {
+    "streams_begun": statuses.count(200),
+    **{name: float(value) for name, value in found.items()},
+  }
 
 
 def main(_) -> None:
   logging.getLogger("httpx").setLevel(logging.WARNING)
-  rate, png = offline()
-  results = {"offline": {"images_per_second": rate}}
-  with server(_SLOTS.value) as (process, url):
-    results["full"] = asyncio.run(full(url, process, png))
-    arrivals = _LOAD.value * results["full"]["images_per_second"]
-    results["mixed"] = asyncio.run(mixed(url, arrivals, png))
-    results["killed"] = asyncio.run(killed(url))
-    results["killed"]["resident_mib"] = round(resident_mib(process))
+  model = CM3Leon.load(_WORKDIR.value, batch_size=_SLOTS.value)
+  image = model.generate(prompt(0))[0].image
+  results = {}
+  with server(_SLOTS.value) as (pid, url):
+    each = max(_REQUESTS.value // _TURNS.value, 1)
+    results["full"] = in_turns(model, url, pid, each, _TURNS.value, _CLIENTS.value)
+    rate = _LOAD.value * results["full"]["wall"]["server_images_per_second"][0]
+    results["mixed"] = asyncio.run(mixed(url, rate, _MIXED.value, image))
+    results["killed"] = asyncio.run(killed(url, _KILLED.value))
+    results["killed"]["resident_mib"] = resident_mib(pid)
   with server(1) as (_, url):
-    results["mixed, one at a time"] = asyncio.run(mixed(url, arrivals, png))
-  results["full"]["of_offline"] = results["full"]["images_per_second"] / rate
+    results["mixed, one at a time"] = asyncio.run(mixed(url, rate, _MIXED.value, image))
   print(json.dumps(results, indent=2, default=float))
 
 

@@ -146,10 +146,8 @@ class CM3Leon:
     """
     import jax
 
-    from cm3leon_jax.generation.pipeline import check_tasks
-
     with jax.set_mesh(self.mesh):
-      given = check_tasks(self.pipeline.layout, tasks, self.pipeline.bank)
+      given = self.pipeline.check(tasks)
       return self.pipeline.requests(tasks, given, self.pipeline.retrieve(tasks))
 
   @overload

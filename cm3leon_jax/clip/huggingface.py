@@ -4,6 +4,7 @@
 # the grid of patches, S side of the images in pixels, K layers.
 
 from collections.abc import Sequence
+import copy
 import functools
 
 from etils import epath
@@ -127,6 +128,7 @@ class HFCLIP:
     devices = list(devices or jax.local_devices())
     self.mesh = jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
     self.config, self.tokenizer, self.processor = config, tokenizer, processor
+    self.batch_size = ROWS_PER_DEVICE * len(devices)
     self.params = jax.device_put(params, NamedSharding(self.mesh, P()))
 
   @classmethod
@@ -143,6 +145,12 @@ class HFCLIP:
     processing = read_processing(folder, config)
     params = stack_layers(read_tensors(folder, config), config, jnp.dtype(dtype))
     return cls(config, params, *processing, devices)
+
+  def in_batches(self, size: int) -> "HFCLIP":
+    """Returns this model with batches of `size` rows, if fewer, rounded up for its devices."""
+    found, devices = copy.copy(self), self.mesh.size
+    found.batch_size = min(-(-size // devices) * devices, self.batch_size)
+    return found
 
   def encode(self, caption: str) -> Int32[np.ndarray, " L"]:
     """Encodes a caption, without start and end."""
@@ -174,7 +182,7 @@ class HFCLIP:
 
   def _batched(self, embed, rows: np.ndarray, prepare) -> np.ndarray:
     """Embeds `prepare(rows)` in batches of one shape, the last padded with zeros."""
-    size, sharding = ROWS_PER_DEVICE * self.mesh.size, NamedSharding(self.mesh, P("data"))
+    size, sharding = self.batch_size, NamedSharding(self.mesh, P("data"))
     out = np.zeros((len(rows), self.config.embed_dim), np.float32)
     for start in range(0, len(rows), size):
       batch = prepare(rows[start : start + size])

@@ -4,6 +4,7 @@
 # patches.
 
 from collections.abc import Callable, Sequence
+import copy
 import dataclasses
 import functools
 import itertools
@@ -260,7 +261,13 @@ def _embed_texts(config, text_size, params, tokens):
 
 
 class CLIP:
-  """A trained CLIP. It embeds batches of one shape: a row does not depend on other rows."""
+  """A trained CLIP. It embeds batches of one shape: a row does not depend on other rows.
+
+  Attributes:
+    batch_size: rows of a batch; the last one is padded.
+  """
+
+  batch_size = EMBED_BATCH
 
   def __init__(
     self,
@@ -279,6 +286,12 @@ class CLIP:
   def resolution(self) -> int:
     """Side of the images, in pixels."""
     return self.config.resolution
+
+  def in_batches(self, size: int) -> "CLIP":
+    """Returns this model with batches of at most `size` rows, for callers that have few rows."""
+    found = copy.copy(self)
+    found.batch_size = min(size, self.batch_size)
+    return found
 
   def save(self, folder: epath.PathLike) -> None:
     """Writes params.safetensors and config.json."""
@@ -317,9 +330,9 @@ class CLIP:
 
   def _batched(self, embed, rows: np.ndarray) -> np.ndarray:
     out = np.zeros((len(rows), self.config.embed_dim), np.float32)
-    for start in range(0, len(rows), EMBED_BATCH):
-      batch = rows[start : start + EMBED_BATCH]
-      padded = np.pad(batch, ((0, EMBED_BATCH - len(batch)),) + ((0, 0),) * (rows.ndim - 1))
+    for start in range(0, len(rows), self.batch_size):
+      batch = rows[start : start + self.batch_size]
+      padded = np.pad(batch, ((0, self.batch_size - len(batch)),) + ((0, 0),) * (rows.ndim - 1))
       out[start : start + len(batch)] = np.asarray(
         embed(self.config, self.text_size, self.params, padded)
       )[: len(batch)]

@@ -11,6 +11,7 @@ bundle that is installed. It prints its address when it is ready. docs/serving.m
 import importlib.util
 import ipaddress
 import os
+import sys
 
 from absl import flags
 
@@ -94,8 +95,14 @@ def main(workdir) -> None:
   from cm3leon_jax.api import CM3Leon
   from cm3leon_jax.serving import server
   from cm3leon_jax.serving.engine import Engine
-  from cm3leon_jax.serving.limits import Limits
+  from cm3leon_jax.serving.limits import Limits, is_loopback
 
+  if not token and not is_loopback(_HOST.value):
+    print(
+      f"warning: whoever reaches --host={_HOST.value} may use this server: set {TOKEN} or "
+      "--token_file.",
+      file=sys.stderr,
+    )
   model = CM3Leon.load(
     os.fspath(workdir),
     batch_size=_SLOTS.value,

@@ -357,3 +357,10 @@ def _map_array(path: epath.Path) -> np.ndarray:
     return np.asarray(np.load(path, mmap_mode="r"))  # A plain view: indexing a memmap costs more.
   with path.open("rb") as f:
     return np.load(f)
+
+
+def first_documents(
+  store: Bank | DocumentStore, ids: np.ndarray, count: int
+) -> tuple[Document, ...]:
+  """Returns the documents of the first `count` ids; -1 stands for no document."""
+  return tuple(store[int(i)] for i in ids[ids >= 0][:count])

@@ -127,9 +127,10 @@ class _Lane:
       self.state, self.program = programs.empty_lane(
         params, self._place(), static, self.chunk + self.least, self.least
       )
-    if self.arriving:
-      self.state = programs.join(self.state, self._arrivals(), params, self.program, static)
-      self.arriving, self.placed = [], None
+    for rows in self._groups():
+      self.state = programs.join(self.state, self._arrivals(rows), params, self.program, static)
+      self.placed = None
+    self.arriving = []
     self.state = self.program(params, self._place(), self.state, np.int32(self._limit()))
     return self._updates()
 
@@ -146,17 +147,26 @@ class _Lane:
       self.placed = jax.device_put(self.control, whole)
     return self.placed
 
-  def _arrivals(self) -> Arrivals:
+  def _groups(self) -> list[list[int | None]]:
+    """Divides the arriving rows into groups that join in one call, padded with None.
+
+    A call reads one prompt for each shard of the batch, or prompts for all rows: two programs.
+    """
+    size = len(self.rows) // self.shards
+    by_shard = [[x for x in self.arriving if x // size == i] for i in range(self.shards)]
+    most = max(map(len, by_shard))
+    count = 1 if 2 * most <= size else size
+    return [
+      [row for rows in by_shard for row in [*rows[i : i + count], *[None] * count][:count]]
+      for i in range(0, most, count)
+    ]
+
+  def _arrivals(self, rows: list[int | None]) -> Arrivals:
     """Writes the control of samples that join; returns the arrays of their prompts."""
     config, size = self.generator.config, len(self.rows) // self.shards
-    by_shard: list[list[int]] = [[] for _ in range(self.shards)]
-    for row in self.arriving:
-      by_shard[row // size].append(row)
-    count = min(batch_lib.rounded(max(map(len, by_shard)), 1), size)
-    absent = [None] * count
-    rows = [row for of_shard in by_shard for row in [*of_shard, *absent][:count]]
-    for row in self.arriving:
-      self._write_control(row)
+    for row in rows:
+      if row is not None:
+        self._write_control(row)
     streams = [self._prompts(row) for row in rows]
     tokens, places = zip(*streams)
     widths = self.kind.static.widths
@@ -324,8 +334,7 @@ class ContinuousGenerator:
     """
     if self.busy:
       raise ValueError("warm is called while samples are under way; call it before them.")
-    most = self.slots // self.shards
-    for of_shard in sorted({min(1 << i, most) for i in range(most.bit_length() + 1)}):
+    for of_shard in sorted({1, self.slots // self.shards}):
       tickets = [self.add(request, 0, sampling) for _ in range(of_shard * self.shards)]
       self.step()
       for ticket in tickets:

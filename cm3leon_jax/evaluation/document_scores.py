@@ -17,10 +17,9 @@ from cm3leon_jax import distributed
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.data import pipeline
-from cm3leon_jax.data.documents import Bank, Document, group_id
+from cm3leon_jax.data.documents import Bank, Document, first_documents, group_id
 from cm3leon_jax.evaluation import bits, intervals
 from cm3leon_jax.evaluation.given_documents import Checked, DocumentFile, StoredDocuments
-from cm3leon_jax.generation.pipeline import first_documents
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.io import replacing
 from cm3leon_jax.models.config import ModelConfig

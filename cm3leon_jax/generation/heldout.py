@@ -9,10 +9,10 @@ from PIL import Image
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.documents import Document, DocumentStore
+from cm3leon_jax.data.documents import Document, DocumentStore, first_documents
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.generation.image_tasks import TextToImage
-from cm3leon_jax.generation.pipeline import Pipeline, first_documents, open_bank
+from cm3leon_jax.generation.pipeline import Pipeline, open_bank
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.generation.writer import contact_sheet, save_png
 from cm3leon_jax.retrieval.neighbors import load_neighbors

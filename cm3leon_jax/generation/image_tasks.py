@@ -224,5 +224,17 @@ def whole_codes(box: Sequence, resolution: int, side: int) -> tuple[int, int, in
   return left // pixels, top // pixels, -(-right // pixels), -(-bottom // pixels)
 
 
+def print_rounded_box(box: Sequence, resolution: int, side: int) -> None:
+  """Prints a box of pixels that is not made of whole codes, and what it is rounded out to."""
+  pixels = resolution // side
+  whole = tuple(pixels * x for x in whole_codes(box, resolution, side))
+  if whole != tuple(box):
+    print(
+      f"generate: box {_listed(box)} is rounded out to whole codes of {pixels} pixels: "
+      f"{_listed(whole)}.",
+      flush=True,
+    )
+
+
 def _listed(box: Sequence) -> str:
   return ",".join(map(short, box))

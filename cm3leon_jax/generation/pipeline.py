@@ -13,11 +13,11 @@ from PIL import Image
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP, clip_score
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.documents import Bank, Document, DocumentStore
+from cm3leon_jax.data.documents import Bank, Document, first_documents
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig, Result
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation.given_images import given_key, image_key, load_image, square_image
-from cm3leon_jax.generation.image_tasks import whole_codes
+from cm3leon_jax.generation.image_tasks import print_rounded_box
 from cm3leon_jax.generation.tasks import PromptLayout, Task, has_image
 from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.retrieval.neighbors import Retriever
@@ -81,25 +81,20 @@ class Sample:
     return "\n".join(s for s in self.segments if isinstance(s, str))
 
 
-def first_documents(
-  store: Bank | DocumentStore, ids: np.ndarray, count: int
-) -> tuple[Document, ...]:
-  """Returns the documents of the first `count` ids; -1 stands for no document."""
-  return tuple(store[int(i)] for i in ids[ids >= 0][:count])
-
-
 def open_bank(layout: PromptLayout, bank: epath.PathLike) -> Bank:
   """Opens the documents of a workdir that can be retrieved."""
   return Bank(epath.Path(bank) / "documents", layout.vocab)
 
 
-def check_tasks(layout: PromptLayout, tasks: Sequence[Task], bank: epath.PathLike | None) -> dict:
+def check_tasks(
+  layout: PromptLayout, tasks: Sequence[Task], bank: epath.PathLike | Bank | None
+) -> dict:
   """Checks tasks before any compilation, and loads their images.
 
   Args:
     layout: of the run.
     tasks: of the user.
-    bank: workdir that documents are retrieved from, or None.
+    bank: documents that are retrieved, or their workdir, or None.
 
   Returns:
     `given_key` of each given image -> [H, W, 3] uint8.
@@ -112,35 +107,21 @@ def check_tasks(layout: PromptLayout, tasks: Sequence[Task], bank: epath.PathLik
     task.validate()
     task.to_request(layout)
     if task.box:
-      _print_rounded_box(layout, task)
+      print_rounded_box(task.box, layout.resolution, layout.side)
     if has_image(task) and given_key(task) not in given:
       try:
         given[given_key(task)] = square_image(task, layout.resolution)
       except UserError as error:
         raise task.error(error) from error
-  retrieving = next((task for task in tasks if task.retrieve), None)
-  if retrieving is not None:
+  first = next((task for task in tasks if task.retrieve), None)
+  if first is not None:
     if bank is None:
-      raise retrieving.error(
-        f"retrieve is {retrieving.retrieve}, and there is no bank: set it to 0."
-      )
-    if not len(store := open_bank(layout, bank)):
-      raise retrieving.error(
-        f"retrieve is {retrieving.retrieve}, and {store.folder} holds no documents: set "
-        "retrieve to 0."
+      raise first.error(f"retrieve is {first.retrieve}, and there is no bank: set it to 0.")
+    if not len(store := bank if isinstance(bank, Bank) else open_bank(layout, bank)):
+      raise first.error(
+        f"retrieve is {first.retrieve}, and {store.folder} holds no documents: set retrieve to 0."
       )
   return given
-
-
-def _print_rounded_box(layout: PromptLayout, task: Task) -> None:
-  pixels = layout.resolution // layout.side
-  whole = tuple(pixels * x for x in whole_codes(task.box, layout.resolution, layout.side))
-  if whole != tuple(task.box):
-    box, rounded = (",".join(map(str, x)) for x in (task.box, whole))
-    print(
-      f"generate: box {box} is rounded out to whole codes of {pixels} pixels: {rounded}.",
-      flush=True,
-    )
 
 
 class Pipeline:
@@ -173,9 +154,13 @@ class Pipeline:
       bank: workdir that documents are retrieved from.
       **options: fields of GeneratorConfig.
     """
-    self.settings, self.layout, self.clip, self.bank = settings, layout, clip, bank
+    self.settings, self.layout, self.bank = settings, layout, bank
     self.image_tokenizer = image_tokenizer
     self.generator = Generator(params, GeneratorConfig.of(settings, **options))
+    # Batches of the decoder's size: padding costs as much as rows do, and each shape a compilation.
+    size = self.generator.config.batch_size
+    self.clip = clip and clip.in_batches(size)
+    self._tokenizer = image_tokenizer.in_batches(size)
 
   @classmethod
   def load(cls, settings, workdir, params, clip=None, bank=None, **options) -> "Pipeline":
@@ -189,7 +174,8 @@ class Pipeline:
   @functools.cached_property
   def retriever(self) -> Retriever:
     """Searches the bank."""
-    return Retriever(epath.Path(self.bank) / "neighbors", self.settings.retrieval)
+    folder, size = epath.Path(self.bank) / "neighbors", self.generator.config.batch_size
+    return Retriever(folder, self.settings.retrieval, query_batch=size)
 
   @property
   def usual_retrieve(self) -> int:
@@ -200,6 +186,11 @@ class Pipeline:
   def documents(self) -> Bank:
     """Returns the documents of the bank."""
     return open_bank(self.layout, self.bank)
+
+  def check(self, tasks: Sequence[Task]) -> dict:
+    """Runs `check_tasks`; the bank is opened once."""
+    opened = self.bank is not None and any(task.retrieve for task in tasks)
+    return check_tasks(self.layout, tasks, self.documents if opened else self.bank)
 
   def generate(
     self,
@@ -226,7 +217,7 @@ class Pipeline:
     Raises:
       UserError: see `check_tasks`; or no document was found.
     """
-    given = check_tasks(self.layout, tasks, self.bank) if given is None else given
+    given = self.check(tasks) if given is None else given
     neighbors = self.retrieve(tasks)
     requests = self.requests(tasks, given, neighbors)
     alike = {}  # Tasks whose samples may share a batch.
@@ -340,13 +331,15 @@ class Pipeline:
       given: result of `check_tasks`.
       neighbors: of each task, best first.
     """
-    codes = {}
-    if given:
-      codes = dict(zip(given, self.image_tokenizer.encode(np.stack(list(given.values())))))
+    codes = self.codes(given)
     return [
       task.to_request(self.layout, codes.get(given_key(task)), found)
       for task, found in zip(tasks, neighbors)
     ]
+
+  def codes(self, given: dict) -> dict:
+    """Encodes given images: `given_key` of each -> [I] int32."""
+    return dict(zip(given, self._tokenizer.encode(np.stack(list(given.values()))))) if given else {}
 
   def samples(
     self, places: Sequence[int], batch: Sequence[Result], tasks, requests, given: dict, neighbors
@@ -365,9 +358,7 @@ class Pipeline:
       tasks[i].from_ids(self.layout, requests[i], result.tokens) for i, result in zip(places, batch)
     ]
     codes = [s for segments, _ in answers for s in segments if not isinstance(s, str)]
-    size = min(self.generator.config.batch_size, self.image_tokenizer.batch_size)
-    tokenizer = dataclasses.replace(self.image_tokenizer, batch_size=size)
-    images = iter(tokenizer.decode(np.stack(codes)) if codes else ())
+    images = iter(self._tokenizer.decode(np.stack(codes)) if codes else ())
     samples = [
       Sample(
         task=tasks[i],

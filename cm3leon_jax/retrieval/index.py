@@ -42,12 +42,13 @@ class Index(Protocol):
 
 
 class ExactIndex:
-  """Exact search in JAX, `QUERY_BATCH` queries at a time, the vectors sharded over devices."""
+  """Exact search in JAX, in batches of queries of one shape, the vectors sharded over devices."""
 
   backend = "exact"
 
-  def __init__(self, vectors: np.ndarray, devices=None):
-    """Puts vectors [n, E] on `devices`, by default all."""
+  def __init__(self, vectors: np.ndarray, devices=None, query_batch: int = QUERY_BATCH):
+    """Puts vectors [n, E] on `devices`, by default all; pads queries to `query_batch`."""
+    self._query_batch = query_batch
     devices = jax.devices() if devices is None else devices
     vectors = _matrix(vectors, "vectors")
     self._count, width = vectors.shape
@@ -64,9 +65,9 @@ class ExactIndex:
     queries = _matrix(queries, "queries")
     kept = min(k, self._count)
     ids, scores = [np.zeros((0, kept), np.int32)], [np.zeros((0, kept), np.float32)]
-    for start in range(0, len(queries), QUERY_BATCH):
-      batch = queries[start : start + QUERY_BATCH]
-      padded = np.pad(batch, ((0, QUERY_BATCH - len(batch)), (0, 0)))
+    for start in range(0, len(queries), self._query_batch):
+      batch = queries[start : start + self._query_batch]
+      padded = np.pad(batch, ((0, self._query_batch - len(batch)), (0, 0)))
       with jax.set_mesh(self._mesh):  # The caller may be on the decoder's mesh.
         top_scores, top_ids = self._top_k(kept, self._vectors, padded)
       ids.append(np.asarray(top_ids)[: len(batch)])
@@ -184,7 +185,15 @@ def _leaves(n: int) -> tuple[int, int]:
 class BlockIndex:
   """Searches a bank of any size block by block, with one index in memory, and merges by score."""
 
-  def __init__(self, documents, backend: str, folder: epath.PathLike, rows: int, first: int = 0):
+  def __init__(
+    self,
+    documents,
+    backend: str,
+    folder: epath.PathLike,
+    rows: int,
+    first: int = 0,
+    query_batch: int = QUERY_BATCH,
+  ):
     """Opens the search.
 
     Args:
@@ -193,7 +202,9 @@ class BlockIndex:
       folder: folder of the ScaNN indices, unused by exact search.
       rows: documents per ScaNN index; exact search takes at most `EXACT_ROWS`.
       first: row of `documents` from which on they are searched; ids stay rows of `documents`.
+      query_batch: queries of a batch of exact search; the last one is padded.
     """
+    self._query_batch = query_batch
     self._documents, self.backend, self._folder = documents, backend, epath.Path(folder)
     n, rows = len(documents), rows if backend == "scann" else min(rows, EXACT_ROWS)
     self.blocks = [(start, min(start + rows, n)) for start in range(first, n, rows)]
@@ -214,7 +225,7 @@ class BlockIndex:
   def _open(self, block: int) -> Index:
     start, stop = self.blocks[block]
     if self.backend == "exact":
-      return ExactIndex(self._documents[start:stop])
+      return ExactIndex(self._documents[start:stop], query_batch=self._query_batch)
     return ScannIndex.load(self._block_folder(block), stop - start)
 
   def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -121,14 +121,14 @@ def select_neighbors(
 class Retriever:
   """Searches the bank of a finished stage, for documents or for captions alone."""
 
-  def __init__(self, folder: epath.PathLike, config: RetrievalConfig):
-    """Opens the bank in `folder`; raises UserError if `build_neighbors` has not written it."""
+  def __init__(self, folder: epath.PathLike, config: RetrievalConfig, **options: int):
+    """Opens the bank, with options of `BlockIndex`; raises UserError if there is none."""
     folder = epath.Path(folder)
     self.bank, self.config = Embeddings(folder / "train"), config
     self.first = 0 if config.train_documents else self.bank.first_bank
     backend = index_lib.choose_backend(len(self), config.backend)
     self.index = index_lib.BlockIndex(
-      self.bank.documents, backend, folder / "index", config.index_rows, self.first
+      self.bank.documents, backend, folder / "index", config.index_rows, self.first, **options
     )
     self.lexical = lexical.load(folder, config.lexical_weight, config.lexical_width)
 

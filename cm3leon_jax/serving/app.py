@@ -156,7 +156,7 @@ class Server:
       raise refusal(f"n is {body.n}; it must be at most {self.limits.most_samples}.", "n")
     side = self._layout.resolution
     if isinstance(body, schemas.ImageBody) and body.size not in ("auto", f"{side}x{side}"):
-      raise refusal(f"size must be auto or {side}x{side}, which this model draws.", "size")
+      raise refusal(f"size must be auto or {side}x{side}, which this model generates.", "size")
 
   async def _images(
     self, request: Request, body: schemas.ImageBody, task: Task, prefix: str

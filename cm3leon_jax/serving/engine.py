@@ -1,9 +1,8 @@
 """The one thread that computes: jobs in, events out; a job joins the others at the next chunk."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import contextlib
-import dataclasses
 import logging
 import math
 import threading
@@ -13,18 +12,16 @@ import jax
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.documents import Document
 from cm3leon_jax.decoding.continuous import ContinuousGenerator, StepFailed, Update
 from cm3leon_jax.decoding.generator import Result, sample_seed
-from cm3leon_jax.generation import pipeline as pipeline_lib
-from cm3leon_jax.generation.given_images import given_key
 from cm3leon_jax.generation.pipeline import Pipeline, Sample
-from cm3leon_jax.generation.tasks import has_image
 from cm3leon_jax.serving import partial
 from cm3leon_jax.serving.errors import ApiError
-from cm3leon_jax.serving.jobs import Failed, Finished, Job, Neighbor, OpenJob, Progress, Started
+from cm3leon_jax.serving.jobs import Failed, Finished, Job, OpenJob, Progress
+from cm3leon_jax.serving.opening import open_jobs
 
 _LOG = logging.getLogger("cm3leon_jax.serving")
+_Part = tuple[OpenJob, int, Update]  # A job, the number of a sample of it, and its tokens so far.
 
 
 class Engine:
@@ -46,20 +43,20 @@ class Engine:
       mesh: that it was loaded on.
       slots: samples of one shape that are decoded at once.
       chunk: tokens of each sample between two deliveries.
-      queue_limit: largest number of jobs that wait for a slot.
+      queue_limit: largest number of jobs with a sample that waits for a slot.
 
     Raises:
       UserError: `slots` does not divide by the devices that share a batch.
     """
     self.pipeline, self.slots, self.queue_limit = pipeline, slots, queue_limit
     self._mesh, self._chunk = mesh, chunk
-    self._tokenizer = dataclasses.replace(pipeline.image_tokenizer, batch_size=1)
+    # A stream alone does not pay for padding; several images are decoded together.
+    self._tokenizers = {n: pipeline.image_tokenizer.in_batches(n) for n in (1, slots)}
     self._changed = threading.Condition()
     self._incoming: deque[Job] = deque()
     self._open: deque[OpenJob] = deque()
-    self._running: dict[
-      int, tuple[OpenJob, int]
-    ] = {}  # By ticket: a job and the number of a sample.
+    # By ticket: a job and the number of a sample.
+    self._running: dict[int, tuple[OpenJob, int]] = {}
     self._generator = self._fresh()
     self._closing = False
     self._ready = threading.Event()
@@ -116,8 +113,8 @@ class Engine:
 
   @property
   def waiting(self) -> int:
-    """Number of jobs of which no sample has begun."""
-    return len(self._incoming) + sum(not o.begun for o in list(self._open))
+    """Number of jobs with a sample that has no slot yet."""
+    return len(self._incoming) + sum(o.waits for o in list(self._open))
 
   @property
   def active(self) -> int:
@@ -166,7 +163,7 @@ class Engine:
     """Compiles what nearly every request needs: the usual shapes of each kind of task."""
     for task in partial.usual_tasks(self.pipeline):
       job = Job(task, 1, lambda event: None, shows_progress=True)
-      self._prepare(job)
+      self._prepare([job])
       if not self._open:
         raise RuntimeError(f"the task {task.name} cannot be prepared.")
       self._generator.warm(self._open[0].request, task.sampling)
@@ -183,10 +180,8 @@ class Engine:
         return False
       room = max(self.slots - sum(o.waits for o in self._open), 1)
       taken = [self._incoming.popleft() for _ in range(min(room, len(self._incoming)))]
-    for job in taken:
-      if not job.cancelled:
-        self._prepare(job)
     began = time.monotonic()
+    self._prepare([job for job in taken if not job.cancelled])
     try:
       self._compute()
     except Exception:
@@ -195,40 +190,31 @@ class Engine:
     self._busy_seconds += time.monotonic() - began
     return True
 
-  def _prepare(self, job: Job) -> None:
-    """Retrieves, encodes the given image, and makes the request; delivers `Started`."""
+  def _prepare(self, jobs: Sequence[Job]) -> None:
+    """Opens jobs together and delivers `Started`; one that cannot be opened fails alone."""
+    if not jobs:
+      return
     try:
-      pipeline, task = self.pipeline, job.task
-      given = pipeline_lib.check_tasks(pipeline.layout, [task], pipeline.bank)
-      [neighbors] = pipeline.retrieve([task])
-      codes = None
-      if has_image(task):
-        codes = self._tokenizer.encode(given[given_key(task)][None])[0]
-      request = task.to_request(pipeline.layout, codes, neighbors)
-      is_image = pipeline.layout.vocab.is_image(request.streams[0])
-      started = Started(self._described(neighbors), int((~is_image).sum()), int(is_image.sum()))
-    except UserError as error:
-      return job.deliver(Failed(ApiError(400, self._public(str(error)), code="invalid_value")))
-    except Exception:
-      _LOG.exception("a request could not be prepared")
-      return job.deliver(Failed(_internal()))
-    self._open.append(OpenJob(job, request, given, codes, neighbors))
-    job.deliver(started)
+      opened = open_jobs(self.pipeline, jobs, self._decoded)
+    except Exception as error:
+      if len(jobs) > 1:
+        for job in jobs:
+          self._prepare([job])
+      elif isinstance(error, UserError):
+        message = self._public(str(error))
+        jobs[0].deliver(Failed(ApiError(400, message, code="invalid_value")))
+      else:
+        _LOG.exception("a request could not be prepared")
+        jobs[0].deliver(Failed(_internal()))
+      return
+    for one, started in opened:
+      self._open.append(one)
+      one.job.deliver(started)
 
-  def _described(self, neighbors: Sequence[Document]) -> tuple[Neighbor, ...]:
-    layout = self.pipeline.layout
-    found = []
-    for document in neighbors:
-      codes = layout.vocab.image_codes(document.segments[1].tokens)
-      found.append(
-        Neighbor(
-          document.key,
-          layout.decode(document.segments[0].tokens),
-          self._tokenizer.decode(codes[None])[0],
-          *(document.source, document.license, document.attribution),
-        )
-      )
-    return tuple(found)
+  def _decoded(self, codes: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+    """Decodes the images of [I] codes."""
+    tokenizer = self._tokenizers[1 if len(codes) == 1 else self.slots]
+    return tokenizer.decode(np.stack(codes)) if len(codes) else ()
 
   def _public(self, message: str) -> str:
     """Returns a message without the server's folders."""
@@ -304,8 +290,8 @@ class Engine:
     self._generator = self._fresh()
 
   def _deliver(self, updates: Sequence[Update]) -> None:
-    """Delivers what a chunk made; the samples that are over are decoded and scored together."""
-    over = []
+    """Delivers what a chunk made; images of several samples are decoded and scored together."""
+    over, shown = [], []
     for update in updates:
       opened, index = self._running[update.ticket]
       if update.over:
@@ -318,24 +304,29 @@ class Engine:
       if update.over:
         over.append((opened, index, update))
       elif opened.job.shows_progress:
-        try:
-          self._show(opened, index, update.tokens)
-        except Exception:
-          _LOG.exception("a part of a sample could not be shown")
-          self._fail(opened, _internal())
-    if over:
-      self._finish(over)
+        shown.append((opened, index, update))
+    self._together(self._show, shown)
+    self._together(self._finish, over)
 
-  def _finish(self, over: Sequence[tuple[OpenJob, int, Update]]) -> None:
+  def _together(self, deliver: Callable[[Sequence[_Part]], None], parts: Sequence[_Part]) -> None:
+    """Calls `deliver` with parts of samples; if that fails, with each alone, and fails its job."""
+    if not parts:
+      return
     try:
-      for (opened, _, _), sample in zip(over, self._samples(over), strict=True):
-        opened.job.deliver(Finished(sample))
+      deliver(parts)
     except Exception:
-      _LOG.exception("samples could not be made of their tokens")
-      for opened, _, _ in over:
-        self._fail(opened, _internal())
+      if len(parts) > 1:
+        for part in parts:
+          self._together(deliver, [] if part[0].failed else [part])
+      else:
+        _LOG.exception("a sample could not be made of its tokens")
+        self._fail(parts[0][0], _internal())
 
-  def _samples(self, over: Sequence[tuple[OpenJob, int, Update]]) -> list[Sample]:
+  def _finish(self, over: Sequence[_Part]) -> None:
+    for (opened, _, _), sample in zip(over, self._samples(over), strict=True):
+      opened.job.deliver(Finished(sample))
+
+  def _samples(self, over: Sequence[_Part]) -> list[Sample]:
     opened = [found for found, _, _ in over]
     results = [
       Result(
@@ -356,19 +347,21 @@ class Engine:
       [found.neighbors for found in opened],
     )
 
-  def _show(self, opened: OpenJob, index: int, tokens: np.ndarray) -> None:
-    """Delivers the rows or the text that are new."""
-    task, layout = opened.job.task, self.pipeline.layout
-    if not partial.makes_image(task):
-      opened.job.deliver(Progress(index, text=partial.text(layout, tokens)))
-      return
-    rows, codes = partial.image(task, layout, tokens, opened.codes)
-    if rows <= opened.rows.get(index, 0):
-      return
-    opened.rows[index] = rows
-    image = self._tokenizer.decode(codes[None])[0]
-    image = partial.without_rows_to_come(task, layout, image, rows)
-    opened.job.deliver(Progress(index, rows, image))
+  def _show(self, parts: Sequence[_Part]) -> None:
+    """Delivers the rows or the texts that are new."""
+    layout, images = self.pipeline.layout, []
+    for opened, index, update in parts:
+      if not partial.makes_image(opened.job.task):
+        opened.job.deliver(Progress(index, text=partial.text(layout, update.tokens)))
+        continue
+      rows, codes = partial.image(opened.job.task, layout, update.tokens, opened.codes)
+      if rows > opened.rows.get(index, 0):
+        images.append((opened, index, rows, codes))
+    decoded = self._decoded([codes for *_, codes in images])
+    for (opened, index, rows, _), image in zip(images, decoded, strict=True):
+      opened.rows[index] = rows
+      image = partial.without_rows_to_come(opened.job.task, layout, image, rows)
+      opened.job.deliver(Progress(index, rows, image))
 
 
 def _internal() -> ApiError:

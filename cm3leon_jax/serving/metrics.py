@@ -35,7 +35,7 @@ class Metrics:
     for name, kind, value, meaning in (
       ("ready", "gauge", int(engine.is_ready), "1 when the usual programs are compiled."),
       ("requests_active", "gauge", engine.active, "Requests that are not answered yet."),
-      ("requests_waiting", "gauge", engine.waiting, "Requests of which no sample has begun."),
+      ("requests_waiting", "gauge", engine.waiting, "Requests with a sample that has no slot yet."),
       ("samples_running", "gauge", engine.running, "Samples that have a slot."),
       ("slots", "gauge", engine.slots, "Samples of one shape that can have a slot at once."),
       ("samples_total", "counter", engine.samples, "Samples that were completed."),

@@ -272,6 +272,10 @@ class ImageTokenizer:
       return published.codebook(self.config, self.params)
     return jax.device_get(code_vectors(self.config, self.num_codes, self.params))
 
+  def in_batches(self, size: int) -> "ImageTokenizer":
+    """Returns this tokenizer with batches of at most `size` rows, for callers that have few."""
+    return dataclasses.replace(self, batch_size=min(size, self.batch_size))
+
   def encode(self, images: np.ndarray) -> np.ndarray:
     """Encodes images, uint8 [B, H, W, 3], to codes, int32 [B, T], row by row of the image.
 

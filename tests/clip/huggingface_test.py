@@ -135,6 +135,9 @@ def test_eight_devices_embed_as_one(folder):
   with jax.set_mesh(create_mesh(MeshConfig(2, 2, 2))):  # As in generation.
     np.testing.assert_allclose(eight.embed_images(images), one.embed_images(images), atol=1e-6)
     np.testing.assert_allclose(eight.embed_texts(texts), one.embed_texts(texts), atol=1e-6)
+    few = eight.in_batches(3)
+    assert few.batch_size == 8  # A row for each device.
+    np.testing.assert_allclose(few.embed_texts(texts[:9]), one.embed_texts(texts[:9]), atol=1e-6)
   assert np.abs(np.diff(one.embed_images(images), axis=0)).max(1).min() > 1e-3
 
 

@@ -41,6 +41,10 @@ def test_embeddings_are_unit_norm_and_independent_of_their_batch(kind):
   np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, rtol=1e-5)
   np.testing.assert_allclose(clip.embed_images(images[-1:])[0], embedded[-1], atol=1e-6)
   np.testing.assert_allclose(clip.embed_texts(TEXTS[1:2])[0], texts[1], atol=1e-6)
+  small = clip.in_batches(3)
+  assert (small.batch_size, clip.batch_size) == (3, clip_lib.EMBED_BATCH)
+  np.testing.assert_allclose(small.embed_images(images[:7]), embedded[:7], atol=1e-6)
+  np.testing.assert_allclose(small.embed_texts(TEXTS), texts, atol=1e-6)
   assert np.abs(embedded[0] - embedded[1]).max() > 1e-3
   assert np.abs(texts[0] - texts[1]).max() > 1e-3
 

@@ -66,11 +66,13 @@ def run(tmp_path_factory):
 def test_a_port_that_is_taken_is_named(run):
   with socket.create_server(("127.0.0.1", 0)) as taken:
     port = taken.getsockname()[1]
-    result = launch("serve", f"--workdir={run}", f"--port={port}")
+    result = launch("serve", f"--workdir={run}", "--host=0.0.0.0", f"--port={port}")
   assert result.returncode == 2, result.stderr
-  assert f"error: --host=127.0.0.1 --port={port} cannot be opened (Address already in use)" in (
+  assert f"error: --host=0.0.0.0 --port={port} cannot be opened (Address already in use)" in (
     result.stderr
   )
+  warning = "warning: whoever reaches --host=0.0.0.0 may use this server: set CM3LEON_TOKEN or "
+  assert warning in result.stderr
 
 
 @pytest.fixture

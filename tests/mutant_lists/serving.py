@@ -20,6 +20,12 @@ SERVING = (
       "if self.waiting >= self.queue_limit:",
       "if self.waiting > self.queue_limit:",
     ),
+    (
+      "who_has_begun_waits_no_more",
+      "sum(o.waits for o in list(self._open))",
+      "sum(not o.begun for o in list(self._open))",
+    ),
+    ("one_spoils_all", "      if len(parts) > 1:", "      if len(parts) > 2:"),
     ("one_job_first", "self._open.append(opened)", "self._open.appendleft(opened)"),
     ("folders_in_answers", 'message.replace(str(path), "the bank")', "message"),
   ),

@@ -78,6 +78,8 @@ def test_batches_do_not_matter(clustered):
   np.testing.assert_array_equal(
     ids, np.concatenate([index.ExactIndex(vectors).search(queries, 3)[0]] * 4)
   )
+  few = index.ExactIndex(vectors, query_batch=3).search(queries, 3)[0]
+  np.testing.assert_array_equal(few, ids[: len(queries)])
   assert index.ExactIndex(vectors).search(many[:0], 3)[0].shape == (0, 3)
 
 

@@ -55,6 +55,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_frees_its_slots(live, sl
     received += opened.recv(4096)
   assert live.gauge("requests_active") == 1
   assert live.gauge("samples_running") == engine.slots
+  assert live.gauge("requests_waiting") == 1  # Its other samples have no slot.
   opened.close()
   live.wait_for("requests_active", 0, seconds=5)
   assert live.gauge("samples_running") == 0
@@ -137,7 +138,7 @@ def test_a_failed_chunk_fails_its_requests_and_no_others(live, engine, monkeypat
 def test_an_error_in_the_engine_is_logged_and_the_server_lives_on(
   live, engine, monkeypatch, caplog, where
 ):
-  name = {"_prepare": "_described", "_finish": "_samples"}[where]
+  name = {"_prepare": "_decoded", "_finish": "_samples"}[where]
 
   def broken(*_):
     raise RuntimeError("broken at /a/path/of/the/server")
@@ -187,6 +188,35 @@ def test_samples_of_jobs_take_turns(engine):
   assert still == [[False] * 4]
 
 
+def test_a_job_that_fails_among_others_fails_alone(engine, monkeypatch, caplog):
+  sampling = engine.pipeline.settings.sampling
+  task = TextToImage("a red apple", retrieve=0, sampling=sampling)
+  together, make = [], engine._samples
+
+  def broken(over):
+    together.append(len(over))
+    if any(opened.job is unlucky for opened, _, _ in over):
+      raise RuntimeError("broken")
+    return make(over)
+
+  monkeypatch.setattr(engine, "_samples", broken)
+  long = dataclasses.replace(task, prompt="apple " * 999)
+  lucky, lucky_events, lucky_ended = job(task)
+  unlucky, unlucky_events, unlucky_ended = job(task)
+  refused, refused_events, refused_ended = job(long)
+  with engine._changed:  # All come at once.
+    for one in (unlucky, refused, lucky):
+      engine.submit(one)
+  assert lucky_ended.wait(60)
+  assert unlucky_ended.wait(60)
+  assert refused_ended.wait(60)
+  assert together == [2, 1, 1]
+  assert isinstance(lucky_events[-1], Finished)
+  assert unlucky_events[-1].error.status == 500
+  assert [event.error.status for event in refused_events] == [400]
+  assert "broken" in caplog.text
+
+
 def test_an_engine_that_closes_answers_what_waits(idle):
   sampling = idle.pipeline.settings.sampling
   waiting, events, ended = job(TextToImage("a", retrieve=0, sampling=sampling))
@@ -203,8 +233,9 @@ def test_a_refusal_names_no_folder_of_the_server(model, tmp_path):
   write_documents(tmp_path / "documents" / "train_pairs", (), VOCAB)
   pipeline = copy.copy(model.pipeline)
   pipeline.bank = tmp_path
+  pipeline.__dict__.pop("documents", None)  # It may have been opened.
   asked, events, ended = job(TextToImage("a", retrieve=1))
-  Engine(pipeline, model.mesh)._prepare(asked)
+  Engine(pipeline, model.mesh)._prepare([asked])
   assert ended.is_set()
   assert events[0].error.message == (
     "retrieve is 1, and the bank/documents/train_pairs holds no documents: set retrieve to 0."

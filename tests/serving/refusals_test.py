@@ -26,7 +26,7 @@ GENERATIONS = [
   ({"prompt": "a", "n": True}, "n is True; it must be a valid integer."),
   ({"prompt": "a", "n": 10**60}, "n is 1000"),
   ({"prompt": "a", "seed": -1}, "seed is -1; it must be at least 0."),
-  ({"prompt": "a", "size": "1024x1024"}, "size must be auto or 8x8, which this model draws."),
+  ({"prompt": "a", "size": "1024x1024"}, "size must be auto or 8x8, which this model generates."),
   ({"prompt": "a", "response_format": "url"}, "response_format is 'url'; images are returned as"),
   ({"prompt": "a", "output_format": "webp"}, "output_format is 'webp'; it must be 'png'."),
   ({"prompt": "a", "background": "transparent"}, "background is 'transparent'; it must be 'auto'"),
