@@ -85,8 +85,8 @@ def _export(settings, workdir, choice: formats.Choice, output: str) -> None:
   if output:
     stages.inputs(settings, workdir, "export")
     with formats.replacing(output) as folder, common.use_mesh(settings):
-      message = _write(folder, settings, workdir, choice)[1]
-    print(f"export: {message}, in {output}.", flush=True)
+      message = _write(folder, output, settings, workdir, choice)[1]
+    print(f"export: {message}.", flush=True)
     return
   asked = {k: str(v) for k, v in vars(choice).items() if v != getattr(DEFAULT, k)}
   stage = stages.stage(workdir, "export", settings, asked)
@@ -95,20 +95,21 @@ def _export(settings, workdir, choice: formats.Choice, output: str) -> None:
       return
     folder = workdir / "export"
     formats.clear(folder)
-    numbers, message = _write(folder, settings, workdir, choice)
+    numbers, message = _write(folder, folder, settings, workdir, choice)
     summary.update(numbers)
-    print(f"export: {message}, in {folder}.", flush=True)
+    print(f"export: {message}.", flush=True)
 
 
-def _write(folder, settings, workdir, choice: formats.Choice) -> tuple[dict, str]:
-  """Writes an export and its model card; returns its numbers and what a user reads of it."""
+def _write(folder, place, settings, workdir, choice: formats.Choice) -> tuple[dict, str]:
+  """Writes an export, which will stand at `place`; returns its numbers and what a user reads."""
   from cm3leon_jax.reports import model_card
   from cm3leon_jax.training import checkpoint
 
   stored = checkpoint.open_params(workdir / "train", average=choice.average)
   run = formats.Run(settings, workdir, stored, choice)
   numbers = {**formats.write(folder, run), "step": stored.step, "compared": False}
-  parts = [f"{numbers.get('architecture', choice.format)}, {numbers['parameters']:,} parameters"]
+  written = numbers.get("architecture", choice.format)
+  parts = [f"{written}, {numbers['parameters']:,} parameters, in {place}"]
   transformers = "architecture" in numbers
   if transformers or choice.format in formats.COMPUTING:
     checked, sentences = _check(folder, run, transformers)
@@ -117,7 +118,7 @@ def _write(folder, settings, workdir, choice: formats.Choice) -> tuple[dict, str
     if transformers and settings.model.align_images:
       parts.append(
         "config.model.align_images is set, so other engines need position_ids after neighbors and "
-        "for several images, see `position_ids` in config.json"
+        "for several images, see `cm3leon.position_ids` in config.json"
       )
   averaged = {} if choice.average is not False else {"average": False}
   model_card.write(folder, workdir, settings, stored.step, {**numbers, **averaged})
@@ -155,7 +156,8 @@ def _check(folder, run: formats.Run, transformers: bool) -> tuple[dict, list[str
     written = int8.rounded(jax.device_get(params), choice.dtype, bool(choice.quantize))
     written = jax.device_put(written, jax.tree.map(lambda x: x.sharding, params))
   numbers: dict = {}
-  missing = "torch and transformers are not installed, so its logits were not compared"
+  packages = f"torch{', compressed-tensors' if choice.quantize else ''} and transformers"
+  missing = f"its logits were not compared, which needs {packages}"
   sentences = [missing] if transformers else []
   if compares:
     samples = [join([heldout[i]], settings.vocab) for i in range(min(SAMPLES, len(heldout)))]
@@ -163,7 +165,7 @@ def _check(folder, run: formats.Run, transformers: bool) -> tuple[dict, list[str
     numbers = {"logits": compared, "compared": True}
     sentences = [
       f"logits differ by at most {compared['max_difference']:.1e} "
-      f"(largest: {compared['max_logit']:.1f}) on {compared['tokens']} held-out tokens"
+      f"(the largest is {compared['max_logit']:.1f}) on {compared['tokens']} held-out tokens"
     ]
   if rounds and len(heldout):
     before, after = (_heldout_bits(settings, heldout, tree) for tree in (params, written))
