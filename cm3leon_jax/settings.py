@@ -118,7 +118,8 @@ def settings_of_run(workdir: epath.PathLike) -> Settings:
   path = epath.Path(workdir) / "train" / "config.json"
   if not path.exists():
     raise UserError(
-      f"{path} does not exist: name the workdir of a run, in which `python -m launch.train` began."
+      f"{path} does not exist: name the workdir of a run, in which `python -m launch.train` began, "
+      "or where a bundle is taken, its folder or name."
     )
   stored = read_json(path, {})
   if "settings" not in stored:

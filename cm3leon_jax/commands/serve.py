@@ -2,7 +2,7 @@
 
   python -m launch.serve --workdir=scenes-instruct
   python -m launch.serve --workdir=workdir/scenes --port=8080 --slots=16
-  CM3LEON_TOKEN=secret python -m launch.serve --workdir=scenes --host=0.0.0.0
+  CM3LEON_TOKEN=a-long-secret python -m launch.serve --workdir=scenes --host=0.0.0.0
 
 It needs no config: --workdir is the workdir of a run, the folder of a bundle, or the name of a
 bundle that is installed. It prints its address when it is ready. docs/serving.md has the requests.
@@ -103,6 +103,7 @@ def main(workdir) -> None:
       "--token_file.",
       file=sys.stderr,
     )
+  opened = server.listen(_HOST.value, _PORT.value)
   model = CM3Leon.load(
     os.fspath(workdir),
     batch_size=_SLOTS.value,
@@ -123,8 +124,9 @@ def main(workdir) -> None:
     chunk=_CHUNK.value,
     queue_limit=_QUEUE.value,
   )
+  print("compiling the usual programs: on a CPU this takes minutes.", file=sys.stderr, flush=True)
   name = os.path.basename(os.path.normpath(model.workdir)) or "model"
-  server.serve(engine, name, limits, _HOST.value, _PORT.value, _STOP_SECONDS.value)
+  server.serve(engine, name, limits, _HOST.value, opened, _STOP_SECONDS.value)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ class Server:
       raise refusal(str(error).removeprefix("sampling.")) from error
 
   def _check(self, body: schemas.Body) -> None:
-    """Raises ApiError at another model, too many samples, or another size."""
+    """Raises ApiError at another model or size, or at too many samples or documents."""
     if body.model not in (None, "", self.name):
       raise ApiError(
         404,
@@ -154,9 +154,19 @@ class Server:
       )
     if body.n > self.limits.most_samples:
       raise refusal(f"n is {body.n}; it must be at most {self.limits.most_samples}.", "n")
+    if (body.retrieve or 0) > self._most_retrieve:
+      raise refusal(
+        f"retrieve is {body.retrieve}; it must be at most {self._most_retrieve}.", "retrieve"
+      )
     side = self._layout.resolution
     if isinstance(body, schemas.ImageBody) and body.size not in ("auto", f"{side}x{side}"):
       raise refusal(f"size must be auto or {side}x{side}, which this model generates.", "size")
+
+  @property
+  def _most_retrieve(self) -> int:
+    """Largest number of documents: twice that of training, after which a prompt seldom fits."""
+    pipeline = self.engine.pipeline
+    return min(2 * pipeline.usual_retrieve, pipeline.settings.retrieval.max_candidates)
 
   async def _images(
     self, request: Request, body: schemas.ImageBody, task: Task, prefix: str
@@ -271,7 +281,7 @@ class Server:
       "rows": layout.side,
       "most_samples": self.limits.most_samples,
       "retrieve": pipeline.usual_retrieve,
-      "most_retrieve": min(2 * pipeline.usual_retrieve, pipeline.settings.retrieval.max_candidates),
+      "most_retrieve": self._most_retrieve,
       "sampling": {name: getattr(sampling, name) for name in names},
     }
 

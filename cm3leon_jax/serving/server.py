@@ -38,17 +38,23 @@ def url(host: str, port: int) -> str:
 
 
 def serve(
-  engine: Engine, name: str, limits: Limits, host: str, port: int, stop_seconds: int
+  engine: Engine, name: str, limits: Limits, host: str, opened: socket.socket, stop_seconds: int
 ) -> None:
   """Serves until a signal; requests under way then have `stop_seconds` to end.
 
   Prints one line with the address when the usual programs are compiled.
 
+  Args:
+    engine: not started.
+    name: of the model.
+    limits: of requests.
+    host: address of `opened`.
+    opened: of `listen`.
+    stop_seconds: see above.
+
   Raises:
-    UserError: the port cannot be opened.
     RuntimeError: the engine could not start.
   """
-  opened = listen(host, port)
   app = Server(engine, name, limits).app(is_loopback(host))
   server = uvicorn.Server(
     uvicorn.Config(

@@ -34,7 +34,7 @@ GENERATIONS = [
   ({"prompt": "a", "temperature": 1e-30}, "temperature is 1e-30; it must be 0, or of a size"),
   ({"prompt": "a", "top_p": 1.5}, "top_p is 1.5; it must be at most 1."),
   ({"prompt": "a", "guidance_schedule": "x"}, "guidance_schedule is 'x'; it must be 'constant'"),
-  ({"prompt": "a", "retrieve": 65}, "65 documents are asked for; at most"),
+  ({"prompt": "a", "retrieve": 65}, "retrieve is 65; it must be at most 4."),
   (
     {"prompt": "car " * 200},
     "the prompt has 203 tokens and up to 17 follow; the model was trained",
