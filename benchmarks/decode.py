@@ -96,7 +96,7 @@ def main(_) -> None:
   params = peers_lib.random_params(MODEL)
   prompts, tensors = (
     peers_lib.random_prompts(VOCAB, peers_lib.BATCH, peers_lib.PROMPT),
-    huggingface.opt_tensors(params),
+    peers_lib.opt_arrays(params),
   )
   with (
     jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])),

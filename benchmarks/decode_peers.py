@@ -24,6 +24,7 @@ from cm3leon_jax.export import huggingface
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.training.stored import of_tree
 from cm3leon_jax.vocab import VocabLayout
 
 BATCH, PROMPT, NEW_TOKENS = 4, 32, 256
@@ -53,6 +54,11 @@ def random_params(config: ModelConfig, std: float = 0.02, seed: int = 0) -> dict
   with jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])):
     types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
   return jax.tree.map(lambda x: std * rng.standard_normal(x.shape, np.float32), types)
+
+
+def opt_arrays(params: dict) -> dict[str, np.ndarray]:
+  """Returns the tensors of OPTForCausalLM by name."""
+  return {tensor.name: tensor.make() for tensor in huggingface.opt_tensors(of_tree(params))}
 
 
 class TorchDecoder:
@@ -155,7 +161,7 @@ def torch_loop(
   """Returns a plain loop in torch: static cache, both streams in one batch, prefill in one pass.
 
   Args:
-    tensors: result of `huggingface.opt_tensors`.
+    tensors: result of `opt_arrays`.
     config: config of the model, family `opt`.
     vocab: layout of the ids.
     new_tokens: I, sampled for every prompt; no token ends it.

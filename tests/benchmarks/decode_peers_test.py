@@ -43,7 +43,7 @@ def exported(peers, tmp_path_factory):
   folder = tmp_path_factory.mktemp("exported")
   params = peers.random_params(CONFIG, std=0.2)
   huggingface.export(folder, params, CONFIG, VOCAB, None)
-  return folder, huggingface.opt_tensors(params)
+  return folder, peers.opt_arrays(params)
 
 
 def prompts():

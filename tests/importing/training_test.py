@@ -98,7 +98,7 @@ def test_the_tokenizer_stays_and_is_that_of_the_documents(imported, capsys):
   settings = settings_of_run()
   before = read_json(imported / "text_tokenizer" / stages.DONE)
   train_text_tokenizer.main(settings, imported)
-  assert "was imported, and stays as it is" in capsys.readouterr().out
+  assert "made by launch.import_weights, stays as it is" in capsys.readouterr().out
   assert read_json(imported / "text_tokenizer" / stages.DONE) == before
   tokenizer = TextTokenizer(imported / "text_tokenizer", settings.vocab)
   assert tokenizer.decode(tokenizer.encode("a red bell")) == "a red bell"
