@@ -32,16 +32,6 @@ from PIL import Image
 
 from cm3leon_jax import CM3Leon
 
-_WORKDIR = flags.DEFINE_string("workdir", "scenes-instruct", "Run or bundle.")
-_SLOTS = flags.DEFINE_integer("slots", 8, "Samples of one shape at once.", lower_bound=1)
-_CHUNK = flags.DEFINE_integer("chunk", 8, "Tokens between two answers.", lower_bound=1)
-_CLIENTS = flags.DEFINE_integer("clients", 64, "Clients at once.", lower_bound=1)
-_REQUESTS = flags.DEFINE_integer("requests", 1000, "Requests of `full`.", lower_bound=1)
-_TURNS = flags.DEFINE_integer("turns", 5, "Turns of `full` and of `generate`.", lower_bound=1)
-_MIXED = flags.DEFINE_integer("mixed", 200, "Requests of `mixed`.", lower_bound=1)
-_LOAD = flags.DEFINE_float("load", 0.7, "Arrivals of `mixed`, as a share of images/s of `full`.")
-_KILLED = flags.DEFINE_integer("killed", 100, "Clients that leave.", lower_bound=0)
-
 COLORS = ("red", "green", "blue", "yellow")
 OBJECTS = ("bell", "key", "star", "heart", "anchor")
 KINDS = ("image", "stream", "edit", "infill", "caption", "answer")
@@ -70,7 +60,7 @@ def offline(model: CM3Leon, numbers: Iterable[int]) -> np.ndarray:
 def server(slots: int) -> Iterator[tuple[int, str]]:
   """Starts a server; yields its process id and its address."""
   command = [sys.executable, "-m", "cm3leon_jax", "serve", "--port=0", f"--slots={slots}"]
-  command += [f"--workdir={_WORKDIR.value}", f"--chunk={_CHUNK.value}", "--queue=256"]
+  command += [f"--workdir={flags.FLAGS.workdir}", f"--chunk={flags.FLAGS.chunk}", "--queue=256"]
   command += ["--request_seconds=600"]
   process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
   try:
@@ -215,20 +205,29 @@ async def killed(url: str, count: int) -> dict:
 
 def main(_) -> None:
   logging.getLogger("httpx").setLevel(logging.WARNING)
-  model = CM3Leon.load(_WORKDIR.value, batch_size=_SLOTS.value)
+  model = CM3Leon.load(flags.FLAGS.workdir, batch_size=flags.FLAGS.slots)
   image = model.generate(prompt(0))[0].image
   results = {}
-  with server(_SLOTS.value) as (pid, url):
-    each = max(_REQUESTS.value // _TURNS.value, 1)
-    results["full"] = in_turns(model, url, pid, each, _TURNS.value, _CLIENTS.value)
-    rate = _LOAD.value * results["full"]["wall"]["server_images_per_second"][0]
-    results["mixed"] = asyncio.run(mixed(url, rate, _MIXED.value, image))
-    results["killed"] = asyncio.run(killed(url, _KILLED.value))
+  with server(flags.FLAGS.slots) as (pid, url):
+    each = max(flags.FLAGS.requests // flags.FLAGS.turns, 1)
+    results["full"] = in_turns(model, url, pid, each, flags.FLAGS.turns, flags.FLAGS.clients)
+    rate = flags.FLAGS.load * results["full"]["wall"]["server_images_per_second"][0]
+    results["mixed"] = asyncio.run(mixed(url, rate, flags.FLAGS.mixed, image))
+    results["killed"] = asyncio.run(killed(url, flags.FLAGS.killed))
     results["killed"]["resident_mib"] = resident_mib(pid)
   with server(1) as (_, url):
-    results["mixed, one at a time"] = asyncio.run(mixed(url, rate, _MIXED.value, image))
+    results["mixed, one at a time"] = asyncio.run(mixed(url, rate, flags.FLAGS.mixed, image))
   print(json.dumps(results, indent=2, default=float))
 
 
 if __name__ == "__main__":
+  flags.DEFINE_string("workdir", "scenes-instruct", "Run or bundle.")
+  flags.DEFINE_integer("slots", 8, "Samples of one shape at once.", lower_bound=1)
+  flags.DEFINE_integer("chunk", 8, "Tokens between two answers.", lower_bound=1)
+  flags.DEFINE_integer("clients", 64, "Clients at once.", lower_bound=1)
+  flags.DEFINE_integer("requests", 1000, "Requests of `full`.", lower_bound=1)
+  flags.DEFINE_integer("turns", 5, "Turns of `full` and of `generate`.", lower_bound=1)
+  flags.DEFINE_integer("mixed", 200, "Requests of `mixed`.", lower_bound=1)
+  flags.DEFINE_float("load", 0.7, "Arrivals of `mixed`, as a share of images/s of `full`.")
+  flags.DEFINE_integer("killed", 100, "Clients that leave.", lower_bound=0)
   app.run(main)
