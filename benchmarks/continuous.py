@@ -66,7 +66,7 @@ def run_lane(
     places[engine.add(requests[i], i)] = i
 
   def has_room() -> bool:
-    # In a queue, a request that has no room holds up those behind it.
+    # In a queue, those after a request that has no room wait, too.
     return engine.has_room(requests[len(places) % len(requests)])
 
   for _ in range(engine.slots if apart else 0):

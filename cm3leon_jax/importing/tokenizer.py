@@ -1,4 +1,4 @@
-"""The text tokenizer of a published model, with its ids moved behind the special tokens."""
+"""The text tokenizer of a published model, with its ids after the special tokens."""
 
 from collections.abc import Mapping
 import json

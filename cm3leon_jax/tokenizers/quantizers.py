@@ -87,7 +87,7 @@ class Codebook(nnx.Module):
 class SimVQ(Codebook):
   """A frozen codebook times one learned matrix (Zhu et al. 2024, arXiv 2411.02038).
 
-  Each use of any code moves the matrix and thus all codes, so none is left behind. The product is
+  Each use of any code moves the matrix and thus all codes, so none stays unused. The product is
   scaled to norm 1, as all codes here are; the paper's is not.
   """
 
