@@ -48,14 +48,22 @@ EXPORT = (
   *mutants_of(
     "cm3leon_jax/export/served/artifacts.py",
     STABLEHLO,
+    ("stablehlo_captions_with_special_tokens", "special_tokens = True", "special_tokens = False"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/export/served/artifacts.py",
+    "tests/export/served_test.py",
     (
       "stablehlo_changed_files_are_read",
       'if hashlib.sha256(data).hexdigest() != ABOUT["digests"][name]:',
       "if not data:",
     ),
-    ("stablehlo_captions_with_special_tokens", "special_tokens = True", "special_tokens = False"),
     ("stablehlo_old_conventions", "if not oldest <= version", "if not 0 <= version"),
     ("stablehlo_new_conventions", "version <= newest:", "version <= 99:"),
+    ("stablehlo_programs_unread", "    artifact.mlir_module()", "    artifact.platforms  "),
+    ("stablehlo_any_id", "< i < ids)", "< i < 2 * ids)"),
+    ("stablehlo_ids_by_their_look", "if not flags.ids:", "if not flags.caption[0].isdigit():"),
+    ("stablehlo_refusals_succeed", "sys.exit(2)", "sys.exit(0)"),
   ),
   *mutants_of(
     "cm3leon_jax/export/served/serve_example.py",
