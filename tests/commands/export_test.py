@@ -178,6 +178,26 @@ def test_what_a_format_lacks_is_refused_by_name_and_an_earlier_export_stays(expo
   assert contents(exported_before / "export") == before
 
 
+@pytest.mark.parametrize("output", ["", "out"])
+def test_another_config_or_no_workdir_is_refused_without_advice_to_delete(gelu, tmp_path, output):
+  settings, root = gelu
+  output = output and str(tmp_path / output)
+  before = contents(root / "train")
+  message = (
+    rf"^{root / 'train'} holds the run of another config \(model\.width: 32 -> 64\): give the "
+    r"--config of that run, or another --workdir\.$"
+  )
+  with pytest.raises(UserError, match=message):
+    export.main(with_model(settings, width=64), root, output=output)
+  absent = epath.Path(tmp_path / "absent")
+  message = rf"^there is no folder {absent}: name the folder of a run with --workdir\.$"
+  with pytest.raises(UserError, match=message):
+    export.main(settings, absent, output=output)
+  assert list(tmp_path.iterdir()) == []
+  assert contents(root / "train") == before
+  assert not (root / "export").exists()
+
+
 def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypatch):
   settings, root = gelu
   orbax, output = formats.Choice("orbax"), tmp_path / "out"
