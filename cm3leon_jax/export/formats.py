@@ -105,15 +105,12 @@ def write(folder: epath.PathLike, run: Run) -> dict:
   Raises:
     UserError: see `check`.
   """
-  from cm3leon_jax.data import raw_pairs
-  from cm3leon_jax.export import image_tokenizer
+  from cm3leon_jax.data import training_data
+  from cm3leon_jax.export import bundle, image_tokenizer
 
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  raw, origins = run.workdir / "raw", []
-  if (raw / raw_pairs.INDEX).exists():
-    origins = raw_pairs.read_index(raw)["origins"]
-  write_json(folder / "training_data.json", origins)  # Sources and licenses of the training data.
+  training_data.write(folder, run.workdir, bundle.folder_of)
   about = {**dataclasses.asdict(run.choice), "average": run.params.averaged}
   write_json(folder / ABOUT, {**about, "step": run.params.step})
   numbers = image_tokenizer.write(folder, run.workdir, run.settings)
