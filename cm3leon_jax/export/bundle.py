@@ -16,7 +16,7 @@ from etils import epath
 import jax
 import numpy as np
 
-from cm3leon_jax import parameters
+from cm3leon_jax import parameters, stages
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.clip.model import PARAMS as CLIP_PARAMS
 from cm3leon_jax.config import UserError
@@ -83,8 +83,9 @@ def write(
     {"files", "bytes"} of all files but bundle.json.
 
   Raises:
-    UserError: the run reads a Hugging Face CLIP, a stage has not run, or `base` is no bundle or has
-      other tokenizers or another CLIP.
+    UserError: the run reads a Hugging Face CLIP, a stage has not run, `folder` is that of a run,
+      the Hugging Face model lacks a part of the decoder, or `base` is no bundle or has other
+      tokenizers or another CLIP.
   """
   if settings.retrieval.clip:
     raise UserError(
@@ -92,6 +93,12 @@ def write(
       "`python -m launch.train_clip` trained: leave --bundle out."
     )
   folder, workdir = epath.Path(folder), epath.Path(workdir)
+  if any((folder / stage / stages.DONE).exists() for stage in stages.STAGES):
+    raise UserError(
+      f"--bundle is {folder}, the folder of a run, whose tokenizers it would replace: name another "
+      "folder."
+    )
+  huggingface.check(settings.model)
   texts = workdir / "text_tokenizer"
   described_base, of_base = _base(base, workdir) if base else (None, settings)
   (folder / FILE).unlink(missing_ok=True)  # Half a bundle is none.

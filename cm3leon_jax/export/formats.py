@@ -145,6 +145,9 @@ def clear(folder: epath.PathLike) -> None:
 def replacing(folder: epath.PathLike) -> Iterator[epath.Path]:
   """Yields a folder beside `folder`, which takes its place at the end of the body.
 
+  If the body fails, `folder` is as it was. A process that is killed may leave FOLDER.partial or
+  FOLDER.old; the next export removes the one and puts the other back in its place.
+
   Raises:
     UserError: `folder` is in a bucket, where a folder cannot be renamed, or is there and no export.
   """
@@ -160,11 +163,17 @@ def replacing(folder: epath.PathLike) -> Iterator[epath.Path]:
       "another one."
     )
   partial, old = (folder.parent / f"{folder.name}.{suffix}" for suffix in ("partial", "old"))
+  if old.exists() and not folder.exists():
+    old.rename(folder)
   for path in (partial, old):
     if path.exists():
       path.rmtree()
   partial.mkdir(parents=True)
-  yield partial
+  try:
+    yield partial
+  except BaseException:
+    partial.rmtree()
+    raise
   if folder.exists():
     folder.rename(old)
   partial.rename(folder)

@@ -28,7 +28,7 @@ DIGESTS = "digests.json"  # Written last: without it there is no checkpoint.
 
 
 def check(config: ModelConfig) -> None:
-  """Returns: every decoder can be written."""
+  """Accepts every decoder."""
 
 
 def write(folder: epath.PathLike, run: Run) -> dict:

@@ -209,6 +209,13 @@ def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypat
     with pytest.raises(Killed):
       export.main(settings, root, choice=orbax, output=str(output))
   assert contents(output) == before
+  assert [path.name for path in tmp_path.iterdir()] == ["out"]
+  output.rename(tmp_path / "out.old")  # As an export leaves it that is killed between two renames.
+  with monkeypatch.context() as patch:
+    patch.setattr(formats, "write", mock.Mock(side_effect=Killed))
+    with pytest.raises(Killed):
+      export.main(settings, root, choice=orbax, output=str(output))
+  assert contents(output) == before
   export.main(settings, root, choice=formats.Choice("orbax", "float16"), output=str(output))
   assert contents(output) != before
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -222,7 +229,8 @@ def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypat
 @mock.patch.object(huggingface, "can_compare", new=mock.Mock(return_value=False))
 def kill_at_any_write(exported_before, tmp_path):
   """Returns which states kills leave: has weights, is finished, step of the bundle."""
-  kill, whole, work = Kill(), tmp_path / "whole", tmp_path / "work"
+  # Of one name, which the export records.
+  kill, whole, work = Kill(), tmp_path / "whole" / "run", tmp_path / "work" / "run"
   shutil.copytree(exported_before, whole)
   export.main(SETTINGS, epath.Path(whole), str(whole / "bundle"))
   old, new = contents(exported_before / "export"), contents(whole / "export")
