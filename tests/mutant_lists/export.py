@@ -70,4 +70,36 @@ EXPORT = (
     STABLEHLO,
     ("stablehlo_text_without_image", "BREAK, *image, EOS", "BREAK, EOS"),
   ),
+  *mutants_of(
+    "cm3leon_jax/export/bundle.py",
+    "tests/export/bundle_test.py::test_a_refused_bundle_leaves_what_is_there",
+    ("bundle_over_a_run", "stages.DONE).exists() for", "stages.DONE).is_dir() for"),
+    ("bundle_removed_before_a_refusal", "  huggingface.check(settings.model)\n", ""),
+  ),
+  *mutants_of(
+    "cm3leon_jax/export/orbax.py",
+    "tests/export/orbax_test.py::test_nothing_is_compressed",
+    ("orbax_compressed", '{"compressor": None}', '{"compressor": {"id": "zstd", "level": 1}}'),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/training_data.py",
+    "tests/data/training_data_test.py",
+    ("license_of_a_base_forgotten", 'locate(start["source"])', "folder"),
+    (
+      "known_data_as_unknown",
+      "known = (raw / raw_pairs.INDEX).exists()",
+      "known = raw.exists() and False",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/stages.py",
+    "tests/commands/export_test.py"
+    "::test_another_config_or_no_workdir_is_refused_without_advice_to_delete",
+    (
+      "advice_to_delete_a_run_that_is_read",
+      'remedy="give the --config',
+      'remedy="delete, give the',
+    ),
+    ("a_missing_workdir_is_a_missing_stage", 'if "train" in names and', 'if "" in names and'),
+  ),
 )
