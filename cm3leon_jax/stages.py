@@ -154,14 +154,16 @@ def differences(old: dict, new: dict, where: str = "") -> list[str]:
   return changed
 
 
-def check_same_config(path: epath.PathLike, stored: dict, config: dict) -> None:
-  """Raises UserError, with the fields, if the run in `path` has another config."""
+def check_same_config(
+  path: epath.PathLike,
+  stored: dict,
+  config: dict,
+  remedy: str = "use another --workdir, or delete that folder to start again",
+) -> None:
+  """Raises UserError, with the fields and a remedy, if the run in `path` has another config."""
   changed = differences(stored, plain(config))
   if changed:
-    raise UserError(
-      f"{path} holds the run of another config ({'; '.join(changed[:4])}): "
-      "use another --workdir, or delete that folder to start again."
-    )
+    raise UserError(f"{path} holds the run of another config ({'; '.join(changed[:4])}): {remedy}.")
 
 
 def identity(settings, name: str) -> dict:
@@ -275,14 +277,22 @@ def ids(settings, workdir: epath.PathLike, names: Collection[str]) -> dict[str, 
   """Returns the ids of finished stages.
 
   Raises:
-    UserError: a stage is not finished, or the config has another model than the training.
+    UserError: a stage is not finished, or of a training that is read, the workdir does not exist
+      or the config has another model.
   """
+  if "train" in names and not epath.Path(workdir).exists():
+    raise UserError(f"there is no folder {workdir}: name the folder of a run with --workdir.")
   result = {name: require(workdir, name)["id"] for name in names}
   if "train" in result:
     folder, expected = epath.Path(workdir) / "train", identity(settings, "train")
     stored = read_json(folder / "config.json", {"run": dict})["run"]
     parts = ("vocab", "model")
-    check_same_config(folder, {p: stored.get(p) for p in parts}, {p: expected[p] for p in parts})
+    check_same_config(
+      folder,
+      {p: stored.get(p) for p in parts},
+      {p: expected[p] for p in parts},
+      remedy="give the --config of that run, or another --workdir",
+    )
   return result
 
 

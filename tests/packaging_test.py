@@ -64,6 +64,7 @@ def test_the_installed_console_script_runs_a_shipped_config(wheel, tmp_path):
   site = tmp_path / "site"
   pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
   subprocess.run([*pip, f"--target={site}", str(wheel)], check=True)
+  (tmp_path / "w").mkdir()
   script = next(path for path in (site / "bin").iterdir() if path.name == "cm3leon")
   result = subprocess.run(
     [sys.executable, script, "evaluate", "--config=openmoji:15", "--workdir=w"],

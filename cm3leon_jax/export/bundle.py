@@ -2,8 +2,9 @@
 
 It has the decoder in the Hugging Face layout (`huggingface.export`), vqgan/, clip/,
 text_tokenizer/, all weights in float16 (finer than bfloat16 for numbers of this size, and read by
-numpy), and bundle.json: settings, step, what the training cost, SHA-256 of every file. If the run
-retrieves from the split `bank` alone, it has that bank, too: documents/ and neighbors/.
+numpy), training_data.json (origins of its data), and bundle.json: settings, step, what the
+training cost, SHA-256 of every file. If the run retrieves from the split `bank` alone, it has that
+bank, too: documents/ and neighbors/.
 A bundle on a base has only a decoder; tokenizers, CLIP and bank are those of another bundle.
 """
 
@@ -15,10 +16,11 @@ from etils import epath
 import jax
 import numpy as np
 
-from cm3leon_jax import parameters
+from cm3leon_jax import parameters, stages
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.clip.model import PARAMS as CLIP_PARAMS
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data import training_data
 from cm3leon_jax.data.documents import DocumentStore, write_documents
 from cm3leon_jax.export import huggingface
 from cm3leon_jax.io import digest, plain, read_json, write_json
@@ -81,8 +83,9 @@ def write(
     {"files", "bytes"} of all files but bundle.json.
 
   Raises:
-    UserError: the run reads a Hugging Face CLIP, a stage has not run, or `base` is no bundle or has
-      other tokenizers or another CLIP.
+    UserError: the run reads a Hugging Face CLIP, a stage has not run, `folder` is that of a run,
+      the Hugging Face model lacks a part of the decoder, or `base` is no bundle or has other
+      tokenizers or another CLIP.
   """
   if settings.retrieval.clip:
     raise UserError(
@@ -90,11 +93,19 @@ def write(
       "`python -m launch.train_clip` trained: leave --bundle out."
     )
   folder, workdir = epath.Path(folder), epath.Path(workdir)
+  if any((folder / stage / stages.DONE).exists() for stage in stages.STAGES):
+    raise UserError(
+      f"--bundle is {folder}, the folder of a run, whose tokenizers it would replace: name another "
+      "folder."
+    )
+  huggingface.check(settings.model)
   texts = workdir / "text_tokenizer"
   described_base, of_base = _base(base, workdir) if base else (None, settings)
   (folder / FILE).unlink(missing_ok=True)  # Half a bundle is none.
   huggingface.export(folder, params, settings.model, settings.vocab, texts, "float16")
+  training_data.write(folder, workdir, folder_of)
   names = [huggingface.WEIGHTS, "config.json", "generation_config.json", *text.FILES]
+  names.append(training_data.FILE)
   for part in (*FILES, "documents", "neighbors"):
     if (folder / part).exists():
       (folder / part).rmtree()  # Of a bundle that was here before.

@@ -87,6 +87,9 @@ def load(folder: str | os.PathLike[str] | None = None) -> Tokenizer:
     ValueError: a file is damaged, or of another network than this script computes.
   """
   path = pathlib.Path(__file__).resolve().parent if folder is None else pathlib.Path(folder)
+  for name in ("config.json", "params.safetensors"):
+    if not (path / name).is_file():
+      raise FileNotFoundError(f"{path} has no {name}: copy the whole folder of the export again.")
   try:
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     found = config["format"]
@@ -247,14 +250,14 @@ def decode(codes, folder: str | os.PathLike[str] | None = None) -> np.ndarray:
   codes = np.asarray(codes)
   if codes.ndim != 2 or codes.shape[1] != count or codes.dtype.kind not in "iu":
     raise ValueError(
-      f"codes are {codes.dtype} {codes.shape}; they must be integers [B, {count}], {count} codes "
-      "for each image."
+      f"codes are an array of {codes.dtype} of the shape {codes.shape}; they must be integers of "
+      f"the shape (images, {count})."
     )
-  if codes.size and not (codes.min() >= 0 and codes.max() < num_codes):
-    offset = tokenizer.config["token_offset"]
+  for image, place in np.argwhere((codes < 0) | (codes >= num_codes)):
     raise ValueError(
-      f"codes range over [{codes.min()}, {codes.max()}]; the codebook has [0, {num_codes}). Token "
-      f"ids of the language model are {offset} larger: `--ids`, or `codes_of`, takes these."
+      f"code {place} of image {image} is {codes[image, place]}; codes are 0 to {num_codes - 1} "
+      f"(ids of the language model are {tokenizer.config['token_offset']} larger: `--ids`, or "
+      "`codes_of`, reads them)."
     )
   side = tokenizer.config["side"] * tokenizer.config["downsample"]
   images = np.empty((len(codes), side, side, 3), np.uint8)
@@ -278,7 +281,8 @@ def encode(images, folder: str | os.PathLike[str] | None = None) -> np.ndarray:
   images = np.asarray(images)
   if images.shape[1:] != (side, side, 3) or images.dtype != np.uint8:
     raise ValueError(
-      f"images are {images.dtype} {images.shape}; they must be uint8 [B, {side}, {side}, 3]."
+      f"images are an array of {images.dtype} of the shape {images.shape}; they must be uint8 of "
+      f"the shape (images, {side}, {side}, 3)."
     )
   codes = np.empty((len(images), tokenizer.config["side"] ** 2), np.int64)
   for i, image in enumerate(images):
@@ -306,19 +310,21 @@ def codes_of(ids: Sequence[int], folder: str | os.PathLike[str] | None = None) -
   offset, count = config["token_offset"], config["side"] ** 2
   ids = np.asarray(ids)
   if ids.ndim != 1 or ids.dtype.kind not in "iu":
-    raise ValueError(f"ids are {ids.dtype} {ids.shape}; they must be a list of integers.")
+    raise ValueError(
+      f"ids are an array of {ids.dtype} of the shape {ids.shape}; they must be a list of integers."
+    )
   is_code = (ids >= offset) & (ids < offset + config["num_codes"])
   edges = np.flatnonzero(np.diff(is_code, prepend=False, append=False)).reshape(-1, 2)
   if not len(edges):
     raise ValueError(
-      f"none of the {len(ids)} ids is an image code; these are "
-      f"[{offset}, {offset + config['num_codes']})."
+      f"none of the {len(ids)} ids is an image code; image codes are the ids {offset} to "
+      f"{offset + config['num_codes'] - 1}."
     )
   for start, stop in edges:
     if stop - start != count:
       raise ValueError(
-        f"the ids at [{start}, {stop}) are {stop - start} image codes in a row; an image has "
-        f"{count}."
+        f"ids at places {start} to {stop - 1} are {stop - start} image codes in a row; an image "
+        f"has {count}."
       )
   return np.array([ids[start:stop] for start, stop in edges]) - offset
 
@@ -332,23 +338,40 @@ def read_rows(path: pathlib.Path) -> list[list[int]]:
   try:
     values = json.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
-    raise ValueError(f"{path} is not valid JSON ({error}).") from error
+    raise ValueError(f"it is not valid JSON ({error}).") from error
   rows = values if isinstance(values, list) and values and isinstance(values[0], list) else [values]
   if not all(isinstance(row, list) and row and all(type(x) is int for x in row) for row in rows):
-    raise ValueError(f"{path} must hold a list of integers, or a list of such lists.")
+    raise ValueError("it must hold a list of integers, or a list of such lists.")
   return rows
+
+
+def read_codes(path: pathlib.Path, are_ids: bool) -> np.ndarray:
+  """Reads the codes [B, T] of all images of a file; raises ValueError, see `codes_of`."""
+  rows = read_rows(path)
+  if are_ids:
+    return np.array([codes for row in rows for codes in codes_of(row)])
+  side = load().config["side"]
+  for i, row in enumerate(rows):
+    if len(row) != side**2:
+      raise ValueError(
+        f"image {i} has {len(row)} codes; it must have {side**2}, {side} rows of {side}."
+      )
+  return np.array(rows)
 
 
 def run(source: pathlib.Path, target: pathlib.Path, are_ids: bool) -> None:
   """Writes the images of a file and prints their names; raises as `decode` and `codes_of`."""
-  from PIL import Image
-
-  rows = read_rows(source)
-  codes = [row for ids in rows for row in codes_of(ids)] if are_ids else rows
-  lengths = sorted({len(row) for row in codes})
-  if len(lengths) > 1:
-    raise ValueError(f"{source} has lists of {lengths[0]} and {lengths[-1]} codes.")
-  images = decode(np.array(codes))
+  try:
+    from PIL import Image
+  except ImportError as error:
+    raise ValueError("Pillow, which writes images, is missing: pip install pillow.") from error
+  load()
+  if not source.is_file():
+    raise ValueError(f"there is no file {source}: name a JSON file of codes, or of ids and --ids.")
+  try:
+    images = decode(read_codes(source, are_ids))
+  except ValueError as error:
+    raise ValueError(f"{source}: {error}") from error
   for i, image in enumerate(images):
     name = target.name if len(images) == 1 else f"{target.stem}_{i}{target.suffix}"
     Image.fromarray(image).save(target.with_name(name))

@@ -105,15 +105,12 @@ def write(folder: epath.PathLike, run: Run) -> dict:
   Raises:
     UserError: see `check`.
   """
-  from cm3leon_jax.data import raw_pairs
-  from cm3leon_jax.export import image_tokenizer
+  from cm3leon_jax.data import training_data
+  from cm3leon_jax.export import bundle, image_tokenizer
 
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  raw, origins = run.workdir / "raw", []
-  if (raw / raw_pairs.INDEX).exists():
-    origins = raw_pairs.read_index(raw)["origins"]
-  write_json(folder / "training_data.json", origins)  # Sources and licenses of the training data.
+  training_data.write(folder, run.workdir, bundle.folder_of)
   about = {**dataclasses.asdict(run.choice), "average": run.params.averaged}
   write_json(folder / ABOUT, {**about, "step": run.params.step})
   numbers = image_tokenizer.write(folder, run.workdir, run.settings)
@@ -148,6 +145,9 @@ def clear(folder: epath.PathLike) -> None:
 def replacing(folder: epath.PathLike) -> Iterator[epath.Path]:
   """Yields a folder beside `folder`, which takes its place at the end of the body.
 
+  If the body fails, `folder` is as it was. A process that is killed may leave FOLDER.partial or
+  FOLDER.old; the next export removes the one and puts the other back in its place.
+
   Raises:
     UserError: `folder` is in a bucket, where a folder cannot be renamed, or is there and no export.
   """
@@ -163,11 +163,17 @@ def replacing(folder: epath.PathLike) -> Iterator[epath.Path]:
       "another one."
     )
   partial, old = (folder.parent / f"{folder.name}.{suffix}" for suffix in ("partial", "old"))
+  if old.exists() and not folder.exists():
+    old.rename(folder)
   for path in (partial, old):
     if path.exists():
       path.rmtree()
   partial.mkdir(parents=True)
-  yield partial
+  try:
+    yield partial
+  except BaseException:
+    partial.rmtree()
+    raise
   if folder.exists():
     folder.rename(old)
   partial.rename(folder)

@@ -34,10 +34,13 @@ from cm3leon_jax.vocab import VocabLayout
 WEIGHTS = tensor_files.WEIGHTS
 VOCAB_FIELDS = ("num_special", "text_size", "image_size")
 POSITION_IDS = (
-  "This decoder counts positions from the images (align_images). A sample with one image at most "
-  "needs nothing. After retrieved documents, or with several images, pass as position_ids the "
-  "result of cm3leon_jax.positions.positions_of(tokens, vocab, align_images=True): the first code "
-  "of every image has position 0, the tokens before it count backwards. A constant may be added."
+  "This decoder counts positions from the images. A sample with at most one image needs no "
+  "position_ids. After retrieved documents, or with several images, pass them: split the sample "
+  "after every <break> that follows an image code; in each part, position 0 is the token after the "
+  "last <break> or </s> before the first image code, and the others count from it, down before it "
+  "and up after it; a part without image codes counts on from the part before it. If an engine "
+  "takes no negative positions, add one number to all positions of the sample: attention depends "
+  "on their differences alone."
 )
 QWEN3_NORMS = (
   ("q_norm", "self_attn.q_norm"),

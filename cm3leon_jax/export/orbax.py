@@ -28,7 +28,7 @@ DIGESTS = "digests.json"  # Written last: without it there is no checkpoint.
 
 
 def check(config: ModelConfig) -> None:
-  """Returns: every decoder can be written."""
+  """Accepts every decoder."""
 
 
 def write(folder: epath.PathLike, run: Run) -> dict:
@@ -47,12 +47,16 @@ def write(folder: epath.PathLike, run: Run) -> dict:
 
 
 def _write_array(folder: epath.Path, params: stored.StoredParams, name: str, dtype: str) -> None:
-  """Writes an array, stacked layers one by one, each in a chunk of its own."""
+  """Writes an array, stacked layers one by one, each in a chunk of its own.
+
+  Nothing is compressed: weights hardly shrink, and memory would grow, since every thread that
+  compresses keeps the memory of its largest result.
+  """
   shape = params.shapes[name]
   stacked = name.startswith(f"{stored.STACKED}.")
   spec = {
     **stored.array_spec(folder, name),
-    "metadata": {"compressor": {"id": "zstd", "level": 1}},
+    "metadata": {"compressor": None},
     "store_data_equal_to_fill_value": True,
   }
   array = tensorstore.open(

@@ -8,6 +8,7 @@ import importlib.resources
 import json
 import math
 import re
+import textwrap
 
 from etils import epath
 import jinja2
@@ -15,8 +16,8 @@ import yaml
 
 import cm3leon_jax
 from cm3leon_jax import settings as settings_lib
-from cm3leon_jax.data import builtin_sources, raw_pairs
-from cm3leon_jax.data.origins import most_common
+from cm3leon_jax.data import builtin_sources, training_data
+from cm3leon_jax.data.records import KINDS, SPLITS
 from cm3leon_jax.generation.text_tasks import QUESTION
 from cm3leon_jax.io import read_json, replacing
 from cm3leon_jax.reports import card_figures
@@ -28,6 +29,7 @@ CARD = "README.md"
 EXPORTED = "export.json"  # `export.formats` writes it: format, dtype, quantization.
 TEMPLATE = "model_card.md.jinja"
 MOST_ORIGINS = 20
+COLUMNS = 100  # Of a line of prose.
 # Licenses of data that the hub knows, by their SPDX names in lower case; there they mean the same.
 HUB_LICENSES = (
   *("apache-2.0", "bsd-2-clause", "bsd-3-clause", "mit", "gpl-3.0", "unlicense", "cc0-1.0"),
@@ -35,6 +37,7 @@ HUB_LICENSES = (
   *("cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0"),
   *("odc-by", "odbl"),
 )
+_BLOCKS = re.MULTILINE | re.DOTALL
 CAPTIONS = {
   builtin_sources.SCENES: "a green bell to the left of a blue key",
   builtin_sources.OPENMOJI: "red apple",
@@ -76,9 +79,10 @@ def render(
   trained = settings_lib.settings_of_run(workdir)
   sizes = {"resolution": trained.vqgan.resolution, "image_tokens": trained.vqgan.image_tokens}
   sizes |= {"family": "", "code_dim": trained.vqgan.code_dim} | exported.get("image_tokenizer", {})
-  data, bases = training_data(workdir)
+  learned = training_data.read(folder)
+  data, bases = learned["origins"], learned["runs"][1:]
   licenses = {origin["license"] for origin in data}
-  if not data or not all(base["known"] for base in bases):
+  if not all(run["known"] for run in learned["runs"]):
     licenses.add("")
   fields = {
     "front_matter": front_matter(sorted(licenses), architecture),
@@ -109,10 +113,10 @@ def render(
     "licenses": sorted(licenses),
     "cost": summary_lib.cost(summary),
     "step": step,
-    "pairs": summary.get("raw", {}).get("train_pairs"),
+    "records": records_of_splits(summary.get("raw", {})),
     "figures": card_figures.collect(workdir, trained, step, summary),
   }
-  return _environment().get_template(TEMPLATE).render(fields)
+  return wrapped(_environment().get_template(TEMPLATE).render(fields))
 
 
 def front_matter(licenses: list[str], architecture: str) -> str:
@@ -135,33 +139,23 @@ def front_matter(licenses: list[str], architecture: str) -> str:
   return yaml.safe_dump(fields, sort_keys=False).rstrip()
 
 
-def training_data(workdir: epath.Path) -> tuple[list[dict], list[dict]]:
-  """Returns the origins of the training data of a run and of the runs that it began from.
+def records_of_splits(raw: dict) -> dict[str, int]:
+  """Returns the numbers of records of a stage `raw`: "images", those of train with a caption;
+  "texts", its others; "heldout"; "bank". {} if its summary has none.
 
-  Returns:
-    Origins, {"run", "kind", "source", "license", "attribution", "records"} each; and the models
-    that the parameters began from, {"name", "known": whether their origins are} each.
+  records_of_splits({"train_pairs": 8, "train_texts": 2, "heldout_pairs": 1, "bank_pairs": 3})
+  {"images": 8, "texts": 2, "heldout": 1, "bank": 3}
   """
-  data, bases, folder, seen = [], [], workdir, set()
-  while str(folder) not in seen:
-    seen.add(str(folder))
-    found = _origins(folder)
-    if folder != workdir:
-      bases.append({"name": folder.name, "known": found is not None})
-    data += [{"run": folder.name, **origin} for origin in found or ()]
-    path = folder / "train" / "config.json"
-    run = read_json(path, {"run": dict})["run"] if path.exists() else {}
-    folder = epath.Path((run.get("init_from") or {"source": folder})["source"])
-  return data, bases
-
-
-def _origins(folder: epath.Path) -> list[dict] | None:
-  """Returns the origins that a workdir or an export has; None if they are not known."""
-  if (folder / "raw" / raw_pairs.INDEX).exists():
-    return most_common(raw_pairs.read_index(folder / "raw")["origins"])
-  if (folder / "training_data.json").exists():
-    return read_json(folder / "training_data.json")
-  return None
+  if "train_pairs" not in raw:
+    return {}
+  found = {split: [raw.get(f"{split}_{kind}", 0) for kind in KINDS] for split in SPLITS}
+  images, *others = found["train"]
+  return {
+    "images": images,
+    "texts": sum(others),
+    "heldout": sum(found["heldout"]),
+    "bank": sum(found["bank"]),
+  }
 
 
 def tuned_tasks(summary: dict) -> list[str]:
@@ -180,6 +174,33 @@ def cell(text: str) -> str:
   if re.fullmatch(r"[\w\s.,:;/()+%-]*( \[[\d.,e+ -]+\])?", text):
     return text
   return f"`{text.replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+
+
+def wrapped(page: str) -> str:
+  """Wraps the paragraphs and lists of a Markdown page; code, tables, titles and HTML stay.
+
+  A paragraph stays one line where a wrapped line would begin as a list, a title or a quote does.
+  """
+  parts = re.split(r"(^---\n.*?^---$|^```.*?^```$|^[|#<].*?$|^$)", page, flags=_BLOCKS)
+  return "".join(part if i % 2 else _wrapped(part) for i, part in enumerate(parts))
+
+
+def _wrapped(prose: str) -> str:
+  """Wraps lines of prose: a paragraph, or items of a list."""
+  if not prose.strip():
+    return prose
+  start, end = re.match(r"\n*", prose)[0], re.search(r"\n*$", prose)[0]
+  lines = []
+  for item in re.split(r"\n(?=- )", prose.strip("\n")):
+    text, indent = " ".join(item.split()), "  " if item.startswith("- ") else ""
+    whole = re.sub(r"`[^`]*`", lambda code: code[0].replace(" ", "\0"), text)  # Code stays whole.
+    found = textwrap.wrap(
+      whole, COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    found = [line.replace("\0", " ") for line in found]
+    marked = any(re.match(r"\s*(>|([-+*#=]+|\d+[.)])(\s|$))", line) for line in found[1:])
+    lines += [text] if marked else found
+  return start + "\n".join(lines) + end
 
 
 def _environment() -> jinja2.Environment:

@@ -109,6 +109,7 @@ def test_a_config_by_name_or_by_path_works_in_any_folder(tmp_path):
     "def get_config(seed='3'):\n"
     "  config = base.get_config()\n  config.seed = int(seed)\n  return config\n"
   )
+  (tmp_path / "w").mkdir()
   for config in ("openmoji:2", str(tmp_path / "own.py")):
     result = cm3leon("evaluate", f"--config={config}", "--workdir=w", cwd=tmp_path)
     assert result.returncode == 2

@@ -178,12 +178,39 @@ def test_what_a_format_lacks_is_refused_by_name_and_an_earlier_export_stays(expo
   assert contents(exported_before / "export") == before
 
 
+@pytest.mark.parametrize("output", ["", "out"])
+def test_another_config_or_no_workdir_is_refused_without_advice_to_delete(gelu, tmp_path, output):
+  settings, root = gelu
+  output = output and str(tmp_path / output)
+  before = contents(root / "train")
+  message = (
+    rf"^{root / 'train'} holds the run of another config \(model\.width: 32 -> 64\): give the "
+    r"--config of that run, or another --workdir\.$"
+  )
+  with pytest.raises(UserError, match=message):
+    export.main(with_model(settings, width=64), root, output=output)
+  absent = epath.Path(tmp_path / "absent")
+  message = rf"^there is no folder {absent}: name the folder of a run with --workdir\.$"
+  with pytest.raises(UserError, match=message):
+    export.main(settings, absent, output=output)
+  assert list(tmp_path.iterdir()) == []
+  assert contents(root / "train") == before
+  assert not (root / "export").exists()
+
+
 def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypatch):
   settings, root = gelu
   orbax, output = formats.Choice("orbax"), tmp_path / "out"
   output.mkdir()  # Empty.
   export.main(settings, root, choice=orbax, output=str(output))
   before = contents(output)
+  with monkeypatch.context() as patch:
+    patch.setattr(formats, "write", mock.Mock(side_effect=Killed))
+    with pytest.raises(Killed):
+      export.main(settings, root, choice=orbax, output=str(output))
+  assert contents(output) == before
+  assert [path.name for path in tmp_path.iterdir()] == ["out"]
+  output.rename(tmp_path / "out.old")  # As an export leaves it that is killed between two renames.
   with monkeypatch.context() as patch:
     patch.setattr(formats, "write", mock.Mock(side_effect=Killed))
     with pytest.raises(Killed):
@@ -202,7 +229,8 @@ def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypat
 @mock.patch.object(huggingface, "can_compare", new=mock.Mock(return_value=False))
 def kill_at_any_write(exported_before, tmp_path):
   """Returns which states kills leave: has weights, is finished, step of the bundle."""
-  kill, whole, work = Kill(), tmp_path / "whole", tmp_path / "work"
+  # Of one name, which the export records.
+  kill, whole, work = Kill(), tmp_path / "whole" / "run", tmp_path / "work" / "run"
   shutil.copytree(exported_before, whole)
   export.main(SETTINGS, epath.Path(whole), str(whole / "bundle"))
   old, new = contents(exported_before / "export"), contents(whole / "export")

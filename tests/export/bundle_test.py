@@ -42,6 +42,21 @@ def test_parameters_are_those_of_the_run_rounded_to_float16(run, bundled):
   assert {x.dtype.name for x in jax.tree.leaves(found)} == {"float32"}
 
 
+def test_a_refused_bundle_leaves_what_is_there(run, bundled, tmp_path):
+  workdir, folder = epath.Path(tmp_path / "run"), epath.Path(tmp_path / "bundle")
+  shutil.copytree(run, workdir)
+  shutil.copytree(bundled, folder)
+  before = {path: path.read_bytes() for path in [*files(workdir), *files(folder)]}
+  with one_device():
+    params, step = checkpoint.load_params(run / "train", SETTINGS.model)
+    with pytest.raises(config.UserError, match=r"^--bundle is .*, the folder of a run, whose tok"):
+      bundle.write(workdir, workdir, SETTINGS, params, step)
+    model = dataclasses.replace(SETTINGS.model, query_key_norm=True)
+    with pytest.raises(config.UserError, match="OPTForCausalLM has no such norm"):
+      bundle.write(folder, workdir, dataclasses.replace(SETTINGS, model=model), params, step)
+  assert {path: path.read_bytes() for path in [*files(workdir), *files(folder)]} == before
+
+
 def test_it_generates_without_the_run_and_retrieves_nothing(bundled, tmp_path):
   moved = tmp_path / "moved"
   shutil.copytree(bundled, moved)

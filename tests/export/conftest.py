@@ -1,9 +1,13 @@
 """Makes one tiny run for the tests of a file of this folder."""
 
+import shutil
+
 from etils import epath
 import pytest
 
-from tests.generation.run import save_run
+from cm3leon_jax.commands import export
+from cm3leon_jax.export import formats
+from tests.generation.run import SETTINGS, save_run
 
 
 @pytest.fixture(scope="module")
@@ -12,3 +16,11 @@ def run(tmp_path_factory):
   root = epath.Path(tmp_path_factory.mktemp("run"))
   save_run(root)
   return root
+
+
+@pytest.fixture(scope="module")
+def folder(run, tmp_path_factory):
+  """The folder that the command writes for a run, copied elsewhere."""
+  output = tmp_path_factory.mktemp("exported") / "output"
+  export.main(SETTINGS, run, choice=formats.Choice(format="stablehlo"), output=str(output))
+  return shutil.copytree(output, tmp_path_factory.mktemp("copied") / "served")

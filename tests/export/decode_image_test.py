@@ -124,7 +124,7 @@ def test_images_are_encoded_as_by_the_image_tokenizer(variant):
     tie = near[places, found] - near[places, right] < 1e-5  # Of two codes either is the nearest.
     np.testing.assert_array_equal(found[~tie], right[~tie])
     assert (found == right).mean() > 0.9
-  with pytest.raises(ValueError, match=rf"uint8 \(3, {side}, {side - 1}, 3\); they must be uint8"):
+  with pytest.raises(ValueError, match=r"array of uint8 of the shape \(3, .*\); they must be"):
     decode_image.encode(images[:, :, 1:], folder)
 
 
@@ -158,9 +158,9 @@ def test_codes_are_found_in_ids(folder):
   first, second = np.arange(16), np.arange(16)[::-1]
   ids = [1, 9, 3, *(first + offset), 3, *(second + offset), 1]
   np.testing.assert_array_equal(decode_image.codes_of(ids, folder), [first, second])
-  with pytest.raises(ValueError, match=r"ids at \[3, 18\) are 15 image codes in a row; an image h"):
+  with pytest.raises(ValueError, match=r"ids at places 3 to 17 are 15 image codes in a row; an im"):
     decode_image.codes_of([*ids[:18], *ids[19:]], folder)
-  with pytest.raises(ValueError, match=rf"none of the 3 ids .* \[{offset}, {offset + K}\)"):
+  with pytest.raises(ValueError, match=rf"none of the 3 ids .* {offset} to {offset + K - 1}\.$"):
     decode_image.codes_of([1, 9, 3], folder)
   with pytest.raises(ValueError, match="must be a list of integers"):
     decode_image.codes_of([ids], folder)
@@ -169,11 +169,18 @@ def test_codes_are_found_in_ids(folder):
 @pytest.mark.parametrize(
   ("codes", "message"),
   [
-    (np.zeros((1, 15), int), r"codes are int64 \(1, 15\); they must be integers \[B, 16\]"),
-    (np.zeros(16, int), r"codes are int64 \(16,\)"),
-    (np.zeros((1, 16)), r"codes are float64 \(1, 16\)"),
-    (np.full((1, 16), K), rf"range over \[{K}, {K}\]; the codebook has \[0, {K}\)\. Token ids"),
-    (np.full((1, 16), -1), r"range over \[-1, -1\]"),
+    (
+      np.zeros((1, 15), int),
+      r"codes are an array of int64 of the shape \(1, 15\); they must be integers of the shape "
+      r"\(images, 16\)\.$",
+    ),
+    (np.zeros(16, int), r"int64 of the shape \(16,\); they must be integers of"),
+    (np.zeros((1, 16)), r"float64 of the shape \(1, 16\); they must be integers of"),
+    (
+      np.where(np.arange(32) == 18, K, 0).reshape(2, 16),
+      rf"^code 2 of image 1 is {K}; codes are 0 to {K - 1} \(ids of .* `--ids`, or `codes_of`, r",
+    ),
+    (np.full((1, 16), -1), rf"^code 0 of image 0 is -1; codes are 0 to {K - 1} "),
   ],
 )
 def test_other_codes_are_refused(folder, codes, message):
@@ -211,14 +218,19 @@ def test_the_script_writes_images_without_this_package(folder, tmp_path):
 @pytest.mark.parametrize(
   ("content", "target", "message"),
   [
-    ("[1, 2", "a.png", "codes.json is not valid JSON"),
-    ('{"codes": [1]}', "a.png", "codes.json must hold a list of integers, or a list of such lists"),
+    ("[1, 2", "a.png", "codes.json: it is not valid JSON"),
+    ('{"codes": [1]}', "a.png", "codes.json: it must hold a list of integers, or a list of such"),
     ("[]", "a.png", "must hold a list of integers"),
     ("[[1, true]]", "a.png", "must hold a list of integers"),
-    ("[[1], [1, 2]]", "a.png", "codes.json has lists of 1 and 2 codes"),
-    ("[1, 2]", "a.png", "codes are int64 (1, 2); they must be integers [B, 16]"),
+    (
+      json.dumps([[0] * 16, [1, 2]]),
+      "a.png",
+      "codes.json: image 1 has 2 codes; it must have 16, 4 rows of 4.",
+    ),
+    ("[1, 2]", "a.png", "codes.json: image 0 has 2 codes; it must have 16, 4 rows of 4."),
+    (json.dumps([K] * 16), "a.png", f"codes.json: code 0 of image 0 is {K}; codes are 0 to"),
     (json.dumps([0] * 16), "a.pong", "unknown file extension: .pong"),
-    (None, "a.png", "No such file or directory"),
+    (None, "a.png", "codes.json: name a JSON file of codes, or of ids and --ids."),
   ],
 )
 def test_a_mistake_is_one_sentence(folder, tmp_path, monkeypatch, capsys, content, target, message):
@@ -234,6 +246,23 @@ def test_a_mistake_is_one_sentence(folder, tmp_path, monkeypatch, capsys, conten
   decode_image.load.cache_clear()
   assert stopped.value.code == 2
   assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["config.json", "params.safetensors"])
+def test_a_missing_file_is_named(folder, tmp_path, name):
+  for file in ("config.json", "params.safetensors"):
+    if file != name:
+      (tmp_path / file).write_bytes((folder / file).read_bytes())
+  message = rf"^{tmp_path} has no {name}: copy the whole folder of the export again\.$"
+  with pytest.raises(FileNotFoundError, match=message):
+    decode_image.load(tmp_path)
+
+
+def test_a_missing_pillow_is_named(folder, tmp_path, monkeypatch):
+  monkeypatch.setattr(decode_image, "__file__", str(folder / "decode_image.py"))
+  monkeypatch.setitem(sys.modules, "PIL", None)
+  with pytest.raises(ValueError, match=r"pip install pillow\.$"):
+    decode_image.run(tmp_path / "codes.json", tmp_path / "a.png", are_ids=False)
 
 
 def test_damaged_files_are_refused(folder, tmp_path):

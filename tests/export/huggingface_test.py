@@ -87,7 +87,7 @@ def test_aligned_positions_are_recorded_and_those_of_transformers(tmp_path):
     ]
   described = read_json(tmp_path / "config.json")
   assert described["cm3leon"]["align_images"] is True
-  assert "pass as position_ids" in described["cm3leon"]["position_ids"]
+  assert "position 0 is the token after the last <break>" in described["cm3leon"]["position_ids"]
   assert huggingface.config_of(described)["model"]["align_images"] is True
   assert huggingface.config_of(described)["vocab"] == dataclasses.asdict(VOCAB)
   model = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path), dtype=torch.float32)

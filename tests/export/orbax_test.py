@@ -35,6 +35,15 @@ def test_orbax_alone_restores_it(exported):
   jax.tree.map(np.testing.assert_array_equal, found, params)
 
 
+def test_nothing_is_compressed(exported):
+  """Memory would grow with every thread that compresses."""
+  _, params, folder, run = exported
+  constant = stored.of_tree(jax.tree.map(np.ones_like, params))
+  numbers = orbax.write(folder.parent / "constant", dataclasses.replace(run, params=constant))
+  files = (folder.parent / "constant" / "params" / "d").iterdir()
+  assert sum(path.stat().st_size for path in files) > numbers["bytes"]
+
+
 def test_a_run_starts_from_it_on_any_mesh(exported, run):
   settings, params, folder, _ = exported
   start = weights.find(settings, str(folder))

@@ -48,18 +48,58 @@ EXPORT = (
   *mutants_of(
     "cm3leon_jax/export/served/artifacts.py",
     STABLEHLO,
+    ("stablehlo_captions_with_special_tokens", "special_tokens = True", "special_tokens = False"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/export/served/artifacts.py",
+    "tests/export/served_test.py",
     (
       "stablehlo_changed_files_are_read",
       'if hashlib.sha256(data).hexdigest() != ABOUT["digests"][name]:',
       "if not data:",
     ),
-    ("stablehlo_captions_with_special_tokens", "special_tokens = True", "special_tokens = False"),
     ("stablehlo_old_conventions", "if not oldest <= version", "if not 0 <= version"),
     ("stablehlo_new_conventions", "version <= newest:", "version <= 99:"),
+    ("stablehlo_programs_unread", "    artifact.mlir_module()", "    artifact.platforms  "),
+    ("stablehlo_any_id", "< i < ids)", "< i < 2 * ids)"),
+    ("stablehlo_ids_by_their_look", "if not flags.ids:", "if not flags.caption[0].isdigit():"),
+    ("stablehlo_refusals_succeed", "sys.exit(2)", "sys.exit(0)"),
   ),
   *mutants_of(
     "cm3leon_jax/export/served/serve_example.py",
     STABLEHLO,
     ("stablehlo_text_without_image", "BREAK, *image, EOS", "BREAK, EOS"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/export/bundle.py",
+    "tests/export/bundle_test.py::test_a_refused_bundle_leaves_what_is_there",
+    ("bundle_over_a_run", "stages.DONE).exists() for", "stages.DONE).is_dir() for"),
+    ("bundle_removed_before_a_refusal", "  huggingface.check(settings.model)\n", ""),
+  ),
+  *mutants_of(
+    "cm3leon_jax/export/orbax.py",
+    "tests/export/orbax_test.py::test_nothing_is_compressed",
+    ("orbax_compressed", '{"compressor": None}', '{"compressor": {"id": "zstd", "level": 1}}'),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/training_data.py",
+    "tests/data/training_data_test.py",
+    ("license_of_a_base_forgotten", 'locate(start["source"])', "folder"),
+    (
+      "known_data_as_unknown",
+      "known = (raw / raw_pairs.INDEX).exists()",
+      "known = raw.exists() and False",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/stages.py",
+    "tests/commands/export_test.py"
+    "::test_another_config_or_no_workdir_is_refused_without_advice_to_delete",
+    (
+      "advice_to_delete_a_run_that_is_read",
+      'remedy="give the --config',
+      'remedy="delete, give the',
+    ),
+    ("a_missing_workdir_is_a_missing_stage", 'if "train" in names and', 'if "" in names and'),
   ),
 )

@@ -16,8 +16,10 @@ import pytest
 from cm3leon_jax import CM3Leon, settings, stages
 from cm3leon_jax.commands import export
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data import training_data
 from cm3leon_jax.export import image_tokenizer
 from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.positions import positions_of
 from cm3leon_jax.reports import model_card
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
@@ -36,6 +38,7 @@ def write_card(run, config=SETTINGS, step=STEP) -> str:
   """Writes the contents of the export beside the decoder; returns the card."""
   folder, numbers = run / "export", read_json(run / "export" / stages.DONE)["summary"]
   image_tokenizer.write(folder, run, config)
+  training_data.write(folder, run)
   model_card.write(folder, run, config, step, numbers)
   return (folder / "README.md").read_text()
 
@@ -64,7 +67,9 @@ def folder(run, monkeypatch):
 
 def test_all_snippets_run_in_the_folder_of_the_export(run, folder, capsys):
   found = snippets((folder / "README.md").read_text())
-  assert [language for language, _ in found] == ["python", "bash", "python", "python"]
+  aligned = settings.settings_of_run(run).model.align_images
+  expected = ["python", "bash", "python", "python"] + ["python"] * aligned
+  assert [language for language, _ in found] == expected
   names = execute(found)
   vocab = SETTINGS.vocab
   ids = json.loads((folder / "ids.json").read_text())
@@ -79,6 +84,21 @@ def test_all_snippets_run_in_the_folder_of_the_export(run, folder, capsys):
   assert len(names["text"]) > 0
   assert not vocab.is_image(names["text"].numpy()).any()
   assert capsys.readouterr().out.endswith("\n")
+
+
+def test_the_function_of_positions_needs_nothing_of_this_project(run, folder):
+  card = (folder / "README.md").read_text()
+  if not settings.settings_of_run(run).model.align_images:
+    assert "position_ids" not in card
+    return
+  assert "after every `<break>` that follows" in " ".join(card.split())  # HTML would hide it.
+  *_, snippet = snippets(card)
+  found = execute([snippet])["position_ids"]
+  vocab, rng = SETTINGS.vocab, np.random.default_rng(0)
+  ids = np.array([vocab.eos, vocab.brk, vocab.mask(0), 100, 101, 513, 514, 515])
+  for length in (0, 1, 12, *[40] * 50):
+    sample = rng.choice(ids, length)
+    np.testing.assert_array_equal(found(sample), positions_of(sample, vocab, True))
 
 
 def test_a_special_token_typed_in_a_caption_stays_text(folder):
@@ -187,7 +207,7 @@ def test_figures_stand_with_their_protocol(measured):
   how = (
     "Protocol `mine/images`, 1,200 examples, seed 3, features by inception_tf1, cm3leon_jax 0.0.9,"
   )
-  assert f"{how} commit 0123456789ab, on TPU v5e." in card
+  assert f"{how} commit 0123456789ab, on TPU v5e." in " ".join(card.split())
   assert "| column | CLIP score | wholly right (%) |" in card
   assert "| guidance 3 | 0.31 [0.25, 0.375] | - |" in card
   assert "The decoder took 1 min 15 s on 2 CPU cores" in card
@@ -198,17 +218,17 @@ def test_a_card_says_that_weights_were_rounded_or_no_average(measured):
   root, _ = measured
   numbers = {"parameters": 9, "image_tokenizer": {"resolution": 256, "image_tokens": 1024}}
   for more, expected in (
-    ({}, "All figures are of the parameters exported here.\n"),
-    ({"average": False}, "the last parameters, which are exported here, were not measured.\n"),
+    ({}, "All figures are of the parameters exported here."),
+    ({"average": False}, "the last parameters, which are exported here, were not measured."),
     (
       {"heldout_bits": {"before": {"image": 1.5}, "after": {"image": 1.625}}},
-      "before they were rounded.\nRounding changes the bits of held-out documents: image 1.5000 "
-      "before, 1.6250 after.\n",
+      "before they were rounded. Rounding changes the bits of held-out documents: image 1.5000 "
+      "before, 1.6250 after.",
     ),
   ):
     model_card.write(root / "export", root, SETTINGS, STEP, numbers | more)
     card = (root / "export" / "README.md").read_text()
-    assert expected in card
+    assert expected in " ".join(card.split())
     assert "images of 256 x 256 pixels" in card
     assert "256 x 256 pixels as 1,024 codes" in card
 
@@ -247,9 +267,16 @@ def test_grades_of_instructions_are_a_table(measured):
   assert "| task | answers | before | after |" in card
   assert "| color | 8 | 75.0% [50.0, 100.0] | 75.0% [50.0, 100.0] |" in card
   assert "| mean of questions |  | - | 75.0% |" in card
-  assert "it was tuned on instructions (color)" in card
+  assert "it was tuned on instructions (color)" in " ".join(card.split())
   done(root, "grades", grades, inputs={"train": "another"})
   assert "- `launch.grade_instructions`: of another training, and left out." in write_card(root)
+
+
+def write_base(folder, *origins):
+  """Writes what an export says of the data that it learned from."""
+  runs = [{"name": folder.name, "known": True}]
+  origins = [{"run": folder.name, **origin} for origin in origins]
+  write_json(folder / "training_data.json", {"runs": runs, "origins": origins})
 
 
 def test_data_of_the_run_and_of_its_base_are_listed(measured):
@@ -257,11 +284,21 @@ def test_data_of_the_run_and_of_its_base_are_listed(measured):
   row = "| copy | pairs | drawings | CC-BY-SA-4.0 | `A. Painter \\| B` | 3 |"
   card = write_card(root)
   assert row in card
+  assert "Records are those of all splits" not in card  # The stage left no numbers.
+  numbers = {"train_pairs": 2, "train_texts": 4, "train_interleaved": 1}
+  done(root, "raw", {**numbers, "heldout_pairs": 1, "heldout_texts": 2, "bank_pairs": 8000})
+  card = write_card(root)
+  assert (
+    "Records are those of all splits of a run. Of this one, 2 captioned images and 5 other "
+    "documents were trained on, 3 records are held out for evaluation, and 8,000 are in the bank "
+    "of documents that can be retrieved."
+  ) in " ".join(card.split())
+  assert "what its training data show (2 captioned images), in" in " ".join(card.split())
   assert "\nlicense: cc-by-sa-4.0\n" in card
   assert "All recorded training data are under CC-BY-SA-4.0" in card
   base = root.parent / "base"
   origin = {"kind": "texts", "source": "s", "license": "MIT", "attribution": "a", "records": 1000}
-  write_json(base / "training_data.json", [origin])
+  write_base(base, origin)
   stored = read_json(root / "train" / "config.json")
   start = {"source": str(base), "step": None, "digest": "0"}
   write_json(
@@ -272,8 +309,8 @@ def test_data_of_the_run_and_of_its_base_are_listed(measured):
   assert "| base | texts | s | MIT | a | 1,000 |" in card
   assert "The parameters began from `base`.\n" in card
   assert "\nlicense: other\n" in card
-  assert "Training data are under CC-BY-SA-4.0, MIT. No license of the model is named" in card
   assert str(root.parent) not in card.partition("## Training\n")[0]
+  assert "Training data are under CC-BY-SA-4.0, MIT. No license of the model is named" in card
   (base / "training_data.json").unlink()
   card = write_card(root)
   assert "began from `base`, whose training data are not recorded here: see its own card." in card
@@ -294,6 +331,23 @@ def test_data_of_the_run_and_of_its_base_are_listed(measured):
 )
 def test_texts_of_strangers_are_harmless(text, expected):
   assert model_card.cell(text) == expected
+
+
+def test_prose_is_wrapped_and_the_rest_stays():
+  words = "word " * 30
+  code = f"```\n{words}\n```"
+  page = (
+    f"---\na: {words}\n---\n\n# {words}\nshort\n{words}\n\n- {words}\n- b\n| {words} |\n{code}\n"
+  )
+  line = " ".join(["word"] * 20)
+  assert model_card.wrapped(page) == (
+    f"---\na: {words}\n---\n\n# {words}\nshort {' '.join(['word'] * 19)}\n"
+    f"{' '.join(['word'] * 11)}\n\n- {' '.join(['word'] * 19)}\n  {' '.join(['word'] * 11)}\n- b\n"
+    f"| {words} |\n{code}\n"
+  )
+  assert model_card.wrapped(f"{line[:-4]}`aa b`\n") == f"{line[:-5]}\n`aa b`\n"
+  for mark in ("-", "#", "1."):  # A line that began with it would be no prose.
+    assert model_card.wrapped(f"{line} {mark} a\n") == f"{line} {mark} a\n"
 
 
 def test_a_card_names_only_what_the_folder_has(measured):

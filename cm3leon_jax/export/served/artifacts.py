@@ -1,45 +1,95 @@
 """Checks and loads artifacts, weights and text tokenizer of this folder, by jax and flatbuffers.
 
-Only `load_tokenizer` needs the package tokenizers, too.
+Text needs the package tokenizers, too. Functions raise `Refused` for what does not fit.
 """
 
+import argparse
+from collections.abc import Iterator
+import contextlib
 import functools
 import hashlib
+import importlib
 import json
 import pathlib
 import struct
 import sys
 import zlib
 
-import jax
-from jax import export
-import numpy as np
-
 HERE = pathlib.Path(__file__).resolve().parent
-ABOUT = json.loads((HERE / "manifest.json").read_text())
+SEEDS = 2**32
+
+
+class Refused(Exception):
+  """Says in one sentence what does not fit, and what would."""
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[None]:
+  """Ends the process with one sentence and exit code 2 if the body is refused."""
+  try:
+    yield
+  except (Refused, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _bytes(name):
+  if not (HERE / name).is_file():
+    raise Refused(f"{HERE} has no {name}: copy the whole folder of the export again.")
+  return (HERE / name).read_bytes()
+
+
+def _manifest():
+  try:
+    return json.loads(_bytes("manifest.json"))
+  except ValueError as error:
+    raise Refused(f"{HERE / 'manifest.json'} is damaged ({error}): copy it again.") from error
+
+
+with reporting():
+  ABOUT = _manifest()
+  try:
+    import jax
+    from jax import export
+    import numpy as np
+
+    importlib.import_module("flatbuffers")  # By which jax.export reads artifacts.
+  except ImportError as _error:
+    raise Refused(f"{_error}: pip install jax flatbuffers tokenizers.") from _error
 VOCAB = ABOUT["vocab"]
 
 
 def read(name):
-  """Reads a file; exits if it is not the one that was exported."""
-  data = (HERE / name).read_bytes()
+  """Reads a file; raises Refused if it is not the one that was exported."""
+  data = _bytes(name)
   if hashlib.sha256(data).hexdigest() != ABOUT["digests"][name]:
-    sys.exit(f"{name} is not the file that was exported: copy the folder again.")
+    raise Refused(f"{HERE / name} is not the file that was exported: copy the folder again.")
   return data
 
 
 @functools.cache
 def load(name):
-  """Returns an artifact as a compiled function of the weights and of the arrays in the manifest."""
+  """Returns an artifact as a compiled function of the weights and of the arrays in the manifest.
+
+  Raises Refused if its file is another one, or of a version that the installed jax does not run.
+  """
+  data = read(f"{name}.stablehlo")
   oldest = export.minimum_supported_calling_convention_version
   newest = export.maximum_supported_calling_convention_version
   version = ABOUT["artifacts"][name]["calling_convention"]
+  other = f"install jax {ABOUT['jax']}, or export again."
   if not oldest <= version <= newest:
-    sys.exit(
+    raise Refused(
       f"{name} has calling convention {version}, and jax {jax.__version__} runs {oldest} to "
-      f"{newest}: install jax {ABOUT['jax']}, or export again."
+      f"{newest}: {other}"
     )
-  return jax.jit(export.deserialize(bytearray(read(f"{name}.stablehlo"))).call)
+  try:
+    artifact = export.deserialize(bytearray(data))
+    artifact.mlir_module()  # Reads the program, whose format has versions of its own.
+  except Exception as error:  # Of any kind: the bytes are right, so the version is not.
+    reason = " ".join(str(error).split())
+    raise Refused(f"jax {jax.__version__} cannot read {name} ({reason}): {other}") from error
+  return jax.jit(artifact.call)
 
 
 def load_weights():
@@ -59,9 +109,14 @@ def load_weights():
 
 
 def load_tokenizer():
-  """Returns the text tokenizer; `decode` leaves out special tokens, which end and pad a text."""
-  from tokenizers import Tokenizer
+  """Returns the text tokenizer; `decode` leaves out special tokens, which end and pad a text.
 
+  Raises Refused if the package tokenizers is not installed.
+  """
+  try:
+    from tokenizers import Tokenizer
+  except ImportError as error:
+    raise Refused("text needs tokenizers: pip install tokenizers, or give --ids.") from error
   tokenizer = Tokenizer.from_str(read("tokenizer.json").decode())
   tokenizer.encode_special_tokens = True  # "</s>" in a caption is text.
   return tokenizer
@@ -70,11 +125,15 @@ def load_tokenizer():
 def padded(prompts, following):
   """Pads prompts on the left to a multiple of 32, so that few programs are compiled.
 
-  Raises ValueError if one is too long for the number of tokens that will follow.
+  Raises Refused if an id is outside the vocabulary, or a prompt too long for the number of tokens
+  that will follow.
   """
+  ids = VOCAB["text_size"] + VOCAB["image_size"]
+  for wrong in (i for prompt in prompts for i in prompt if not VOCAB["pad"] < i < ids):
+    raise Refused(f"a prompt has the id {wrong}; ids of tokens are 1 to {ids - 1}.")
   longest = max(map(len, prompts))
   if longest + following > ABOUT["positions"]:
-    raise ValueError(
+    raise Refused(
       f"a prompt has {longest} tokens; with the {following} that follow it may have at most "
       f"{ABOUT['positions']}, the longest sample of training."
     )
@@ -82,10 +141,41 @@ def padded(prompts, following):
   return np.array([[VOCAB["pad"]] * (slots - len(p)) + list(p) for p in prompts], np.int32)
 
 
-def settings(artifact, count, **given):
-  """Returns the artifact's settings of sampling for `count` samples: given, or the model's own."""
-  values, arrays = ABOUT["sampling"] | given, ABOUT["artifacts"][artifact]["arguments"]
-  return {k: np.full(count, v, arrays[k]["dtype"]) for k, v in values.items() if k in arrays}
+def settings(artifact, seeds, **given):
+  """Returns seeds and settings of sampling of an artifact, for each sample: given, or the model's.
+
+  Raises Refused if it has no setting of a given name.
+  """
+  arrays = ABOUT["artifacts"][artifact]["arguments"]
+  values = {name: x for name, x in ABOUT["sampling"].items() if name in arrays}
+  for name in set(given) - set(values):
+    raise Refused(f"{artifact} has no setting {name!r}; it has {', '.join(values)}.")
+  values = {k: np.full(len(seeds), x, arrays[k]["dtype"]) for k, x in (values | given).items()}
+  return values | ({"seeds": np.array(seeds, np.uint32)} if "seeds" in arrays else {})
+
+
+def request(description):
+  """Reads the command line; with a wrong one, the process ends with a sentence and exit code 2.
+
+  Returns:
+    Ids of the caption, the seed, and a function that makes a printable text of generated ids.
+  """
+  parser = argparse.ArgumentParser(description=description)
+  parser.add_argument("caption", help="text; with --ids, ids of tokens: '100 101'")
+  parser.add_argument("--seed", type=int, default=0, help="0 to 2^32 - 1; default 0")
+  parser.add_argument("--ids", action="store_true", help="read and print ids, without tokenizers")
+  flags = parser.parse_args()
+  if not 0 <= flags.seed < SEEDS:
+    parser.error(f"--seed is {flags.seed}; it must be 0 to {SEEDS - 1}.")
+  if not flags.ids:
+    tokenizer = load_tokenizer()
+    ids = tokenizer.encode(flags.caption, add_special_tokens=False).ids
+    return ids, flags.seed, tokenizer.decode
+  try:
+    ids = [int(i) for i in flags.caption.split()]
+  except ValueError:
+    parser.error(f"with --ids the caption is like '100 101', and it is {flags.caption!r}.")
+  return ids, flags.seed, lambda ids: " ".join(map(str, ids))
 
 
 def png(file, image):

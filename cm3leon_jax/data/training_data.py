@@ -1,0 +1,70 @@
+"""Records what a model learned from: the data of its run, and of the runs that it began from."""
+
+from collections.abc import Callable
+
+from etils import epath
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import origins as origins_lib
+from cm3leon_jax.data import raw_pairs
+from cm3leon_jax.io import read_json, write_json
+
+FILE = "training_data.json"  # In an export or a bundle.
+ORIGIN = (*origins_lib.FIELDS, "records")
+
+
+def collect(
+  workdir: epath.PathLike, locate: Callable[[str], epath.PathLike] = epath.Path
+) -> dict[str, list[dict]]:
+  """Collects the origins of all data that the parameters of a run learned from.
+
+  Args:
+    workdir: of the run.
+    locate: returns the folder of what `--init_from` named.
+
+  Returns:
+    "runs": {"name", "known": whether its origins are recorded} of the run, and of those that it
+    began from, the last first; "origins": {"run", "kind", "source", "license", "attribution",
+    "records"} each. Records are those of all splits.
+
+  Raises:
+    UserError: a file is damaged.
+  """
+  runs, origins, folder = [], [], epath.Path(workdir)
+  seen: set[str] = set()
+  while str(folder) not in seen:
+    seen.add(str(folder))
+    path = folder / "train" / "config.json"
+    if (folder / FILE).exists() and not path.exists():  # It has those of its bases, too.
+      before = read(folder)
+      return {"runs": [*runs, *before["runs"]], "origins": [*origins, *before["origins"]]}
+    raw = folder / "raw"
+    known = (raw / raw_pairs.INDEX).exists()
+    runs.append({"name": folder.name, "known": known})
+    if known:
+      found = origins_lib.most_common(raw_pairs.read_index(raw)["origins"])
+      origins += [{"run": folder.name, **origin} for origin in found]
+    run = read_json(path, {"run": dict})["run"] if path.exists() else {}
+    start = run.get("init_from")
+    folder = epath.Path(locate(start["source"])) if start else folder
+  return {"runs": runs, "origins": origins}
+
+
+def read(folder: epath.PathLike) -> dict[str, list[dict]]:
+  """Reads what `write` wrote; raises UserError if it is absent or damaged."""
+  path = epath.Path(folder) / FILE
+  stored = read_json(path, {"runs": list, "origins": list})
+  for name, fields in (("runs", {"name", "known"}), ("origins", {"run", *ORIGIN})):
+    for entry in stored[name]:
+      if not isinstance(entry, dict) or not fields <= set(entry):
+        raise UserError(f"{path} is damaged: an entry of '{name}' must have {sorted(fields)}.")
+  return stored
+
+
+def write(
+  folder: epath.PathLike,
+  workdir: epath.PathLike,
+  locate: Callable[[str], epath.PathLike] = epath.Path,
+) -> None:
+  """Writes what `collect` returns to the folder of an export or bundle."""
+  write_json(epath.Path(folder) / FILE, collect(workdir, locate))

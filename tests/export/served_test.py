@@ -1,0 +1,154 @@
+"""Tests of what a StableHLO export refuses when it is served: one sentence and exit code 2."""
+
+import hashlib
+import json
+import runpy
+import shutil
+import sys
+
+import jax
+import pytest
+
+from cm3leon_jax.export import stablehlo
+from tests.data.stores import VOCAB
+
+
+def test_the_example_is_short(folder):
+  assert len((folder / "serve_example.py").read_text().splitlines()) <= 40
+
+
+def test_a_caption_of_digits_is_text_and_ids_are_asked_for(folder, monkeypatch):
+  loader = runpy.run_path(str(folder / "artifacts.py"))
+  for arguments, expected in (
+    (["100 101"], loader["load_tokenizer"]().encode("100 101", add_special_tokens=False).ids),
+    (["--ids", "100 101"], [100, 101]),
+  ):
+    monkeypatch.setattr(sys, "argv", ["serve_example.py", *arguments])
+    assert loader["request"]("")[0] == expected
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+  return shutil.copytree(folder, tmp_path / "copied", ignore=shutil.ignore_patterns("*.png"))
+
+
+def changed_manifest(folder, change):
+  path = folder / stablehlo.MANIFEST
+  manifest = json.loads(path.read_text())
+  change(manifest)
+  path.write_text(json.dumps(manifest))
+
+
+def refusal(folder, monkeypatch, capsys, *arguments):
+  """Runs the example in this process, checks that it is refused; returns its last line."""
+  monkeypatch.chdir(folder)
+  monkeypatch.setattr(sys, "argv", ["serve_example.py", *arguments])
+  monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+  monkeypatch.delitem(sys.modules, "artifacts", raising=False)
+  with pytest.raises(SystemExit) as stopped:
+    runpy.run_path("serve_example.py", run_name="__main__")
+  sys.modules.pop("artifacts", None)
+  assert stopped.value.code == 2
+  assert not (folder / "image.png").exists()
+  printed = capsys.readouterr()
+  assert not printed.out
+  return printed.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+  ("arguments", "sentence"),
+  [
+    ([], "serve_example.py: error: the following arguments are required: caption"),
+    (["red", "apple"], "serve_example.py: error: unrecognized arguments: apple"),
+    (["red", "--seed=x"], "serve_example.py: error: argument --seed: invalid int value: 'x'"),
+    (["red", "--seed=-1"], "serve_example.py: error: --seed is -1; it must be 0 to 4294967295."),
+    (
+      ["--ids", "100 red"],
+      "serve_example.py: error: with --ids the caption is like '100 101', and it is '100 red'.",
+    ),
+    (["--ids", f"100 {VOCAB.size}"], f"error: a prompt has the id {VOCAB.size}; ids of tokens are "
+     f"1 to {VOCAB.size - 1}."),
+    (["--ids", "100 0"], f"error: a prompt has the id 0; ids of tokens are 1 to {VOCAB.size - 1}."),
+    (["--ids", "100 " * 111], "error: a prompt has 113 tokens; with the 16 that follow it may have "
+     "at most 128, the longest sample of training."),
+  ],
+)  # fmt: skip
+def test_a_wrong_command_line_is_one_sentence(copied, monkeypatch, capsys, arguments, sentence):
+  assert refusal(copied, monkeypatch, capsys, *arguments) == sentence
+
+
+@pytest.mark.parametrize(
+  "file", ["manifest.json", "tokenizer.json", "model.safetensors", "generate_image.stablehlo"]
+)
+def test_a_missing_file_is_named(copied, monkeypatch, capsys, file):
+  (copied / file).unlink()
+  assert refusal(copied, monkeypatch, capsys, "red") == (
+    f"error: {copied} has no {file}: copy the whole folder of the export again."
+  )
+
+
+@pytest.mark.parametrize("file", ["generate_image.stablehlo", "model.safetensors"])
+def test_a_changed_file_is_refused(copied, monkeypatch, capsys, file):
+  data = bytearray((copied / file).read_bytes())
+  data[-1] ^= 1
+  (copied / file).write_bytes(data)
+  assert refusal(copied, monkeypatch, capsys, "red") == (
+    f"error: {copied / file} is not the file that was exported: copy the folder again."
+  )
+
+
+def test_a_damaged_manifest_is_named(copied, monkeypatch, capsys):
+  (copied / stablehlo.MANIFEST).write_text('{"jax": ')
+  found = refusal(copied, monkeypatch, capsys, "red")
+  assert found.startswith(f"error: {copied / stablehlo.MANIFEST} is damaged (Expecting value")
+
+
+@pytest.mark.parametrize("version", [8, 99])
+def test_another_calling_convention_is_refused(copied, monkeypatch, capsys, version):
+  def change(manifest):
+    manifest["artifacts"]["generate_image"]["calling_convention"] = version
+
+  changed_manifest(copied, change)
+  oldest, newest = (
+    getattr(jax.export, f"{end}_supported_calling_convention_version")
+    for end in ("minimum", "maximum")
+  )
+  assert refusal(copied, monkeypatch, capsys, "red") == (
+    f"error: generate_image has calling convention {version}, and jax {jax.__version__} runs "
+    f"{oldest} to {newest}: install jax {jax.__version__}, or export again."
+  )
+
+
+@pytest.mark.parametrize("part", [b"ML\xefR", b"\0\0\0\0"])
+def test_a_program_of_a_version_that_jax_cannot_read_is_refused(copied, monkeypatch, capsys, part):
+  """Of the serialized function, or of the StableHLO in it; its digest is right."""
+  file = "generate_image.stablehlo"
+  data = (copied / file).read_bytes()
+  (copied / file).write_bytes(data.replace(part, b"\xff" * 4))
+
+  def change(manifest):
+    manifest["digests"][file] = hashlib.sha256((copied / file).read_bytes()).hexdigest()
+
+  changed_manifest(copied, change)
+  found = refusal(copied, monkeypatch, capsys, "red")
+  assert found.startswith(f"error: jax {jax.__version__} cannot read generate_image (")
+  assert found.endswith(f"): install jax {jax.__version__}, or export again.")
+
+
+@pytest.mark.parametrize("package", ["jax", "flatbuffers", "tokenizers"])
+def test_a_missing_package_is_named(copied, monkeypatch, capsys, package):
+  monkeypatch.setitem(sys.modules, package, None)
+  found = refusal(copied, monkeypatch, capsys, "red")
+  assert f"{package}" in found.partition(": pip install ")[0]
+  assert ": pip install " in found
+
+
+def test_a_setting_that_an_artifact_lacks_is_refused(folder):
+  loader = runpy.run_path(str(folder / "artifacts.py"))
+  with pytest.raises(loader["Refused"], match=r"^generate_image has no setting 'text_top_k'; it "):
+    loader["settings"]("generate_image", [0], text_top_k=1)
+
+
+def test_prompts_are_padded_to_few_lengths(folder):
+  padded = runpy.run_path(str(folder / "artifacts.py"))["padded"]
+  assert padded([[1] * 112, [2]], 16).shape == (2, 128)
