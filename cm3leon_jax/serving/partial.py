@@ -110,7 +110,7 @@ def usual_tasks(pipeline: Pipeline) -> list[Task]:
     Edit(image=blank, prompt="make it blue"),
     InfillImage(image=blank, box=box, prompt=caption),
   ]
-  if retrieve:
+  if retrieve and len(pipeline.documents):
     # The caption of a document finds that document, whatever else has too little in common.
     known = layout.decode(pipeline.documents[0].segments[0].tokens)
     tasks.insert(0, TextToImage(known, retrieve=retrieve))

@@ -110,14 +110,15 @@ def served(run, tmp_path):
       [sys.executable, "-m", "launch.serve", f"--workdir={run}", "--port=0", "--chunk=1"],
       cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True,
     )  # fmt: skip
-    line = process.stdout.readline()
-    name = pathlib.Path(run).name
-    assert line.startswith(f"serving {name} at http://127.0.0.1:"), (
-      tmp_path / "stderr"
-    ).read_text()
-    yield process, line.split()[-1]
-    process.kill()
-    process.communicate()
+    try:
+      line, name = process.stdout.readline(), pathlib.Path(run).name
+      assert line.startswith(f"serving {name} at http://127.0.0.1:"), (
+        tmp_path / "stderr"
+      ).read_text()
+      yield process, line.split()[-1]
+    finally:
+      process.kill()
+      process.communicate()
 
 
 def ask(url: str, **body):
