@@ -27,7 +27,7 @@ SERVING = (
     ),
     ("one_spoils_all", "      if len(parts) > 1:", "      if len(parts) > 2:"),
     ("one_job_first", "self._open.append(opened)", "self._open.appendleft(opened)"),
-    ("folders_in_answers", 'message.replace(str(path), "the bank")', "message"),
+    ("folders_in_answers", 'message.replace(str(bank), "the bank")', "message"),
   ),
   *mutants_of(
     "cm3leon_jax/serving/engine.py",
