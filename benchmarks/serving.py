@@ -60,7 +60,11 @@ def offline(model: CM3Leon, numbers: Iterable[int]) -> np.ndarray:
 def server(slots: int) -> Iterator[tuple[int, str]]:
   """Starts a server; yields its process id and its address."""
   command = [sys.executable, "-m", "cm3leon_jax", "serve", "--port=0", f"--slots={slots}"]
-  command += [f"--workdir={flags.FLAGS.workdir}", f"--chunk={flags.FLAGS.chunk}", "--queue=256"]
+  command += [
+    f"--workdir={flags.FLAGS.workdir}",
+    f"--chunk={flags.FLAGS.chunk}",
+    "--most_waiting=256",
+  ]
   command += ["--request_seconds=600"]
   process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
   try:

@@ -28,8 +28,8 @@ _SLOTS = flags.DEFINE_integer(
 _CHUNK = flags.DEFINE_integer(
   "chunk", 8, "Tokens of each sample between two answers; then requests join.", lower_bound=1
 )
-_QUEUE = flags.DEFINE_integer(
-  "queue", 64, "Requests that may wait; more are refused with 429.", lower_bound=1
+_MOST_WAITING = flags.DEFINE_integer(
+  "most_waiting", 64, "Requests that may wait; more are refused with 429.", lower_bound=1
 )
 _MOST_SAMPLES = flags.DEFINE_integer(
   "most_samples", 8, "Largest number of samples of a request.", lower_bound=1
@@ -122,7 +122,7 @@ def main(workdir) -> None:
     model.mesh,
     slots=_SLOTS.value,
     chunk=_CHUNK.value,
-    queue_limit=_QUEUE.value,
+    queue_limit=_MOST_WAITING.value,
   )
   print("compiling the usual programs: on a CPU this takes minutes.", file=sys.stderr, flush=True)
   name = os.path.basename(os.path.normpath(model.workdir)) or "model"

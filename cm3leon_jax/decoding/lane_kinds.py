@@ -50,8 +50,8 @@ def kind_of(request: Request, sampling: SamplingConfig, generator: Generator) ->
   config, usual = generator.config, Sampler.of(generator.config.sampling)
   own = Sampler.of(sampling)
 
-  def candidates(own: int, usual: int) -> int:
-    return usual if 0 < own <= usual else 0
+  def candidates(asked: int, compiled: int) -> int:
+    return compiled if 0 < asked <= compiled else 0
 
   sampler = Sampler(
     candidates(own.of_codes, usual.of_codes),

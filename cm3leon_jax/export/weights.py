@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import difflib
 import os
 
 from etils import epath
@@ -195,6 +196,10 @@ def of_run(
   """
   folder = bundle.folder_of(source)
   if not bundle.is_bundle(folder):
+    name = os.fspath(source)
+    close = difflib.get_close_matches(name, bundle.INSTALLED, 1)
+    if close and "/" not in name and not folder.exists():
+      raise UserError(f"{name} is no folder and no bundle: did you mean {close[0]}?")
     run = settings_of_run(folder)
     return (
       os.fspath(folder),

@@ -181,15 +181,18 @@ class Task:
         or contrastive decoding without an unconditional stream.
     """
     image = np.zeros(layout.image_tokens, np.int32) if image is None else image
+    fields = {field.name for field in dataclasses.fields(self)}
     before = [[segment.tokens for segment in document.segments] for document in neighbors]
     try:
       request = self._request(layout, layout.vocab.image_ids(image), before)
       longest = grammar.longest(request.plan)
       if request.positions > layout.positions:
+        hints = ["shorten the prompt"]
+        hints += ["ask for a smaller length"] * ("length" in fields and self.length != 1)
+        hints += ["retrieve fewer documents"] * bool(neighbors)
         raise UserError(
           f"the prompt has {request.positions - longest} tokens and up to {longest} follow; the "
-          f"model was trained on {layout.positions} positions: shorten the prompt, ask for a "
-          "smaller length, or retrieve fewer documents."
+          f"model was trained on {layout.positions} positions: {', or '.join(hints)}."
         )
       makes_images = any(part.kind in (grammar.CODES, grammar.DOCUMENT) for part in request.plan)
       if makes_images and self.sampling.method != "top_p" and len(request.streams) == 1:

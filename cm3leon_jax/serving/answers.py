@@ -7,11 +7,13 @@ import time
 from typing import Any
 import uuid
 
+import numpy as np
+
 from cm3leon_jax.generation.tasks import Task
-from cm3leon_jax.generation.text_tasks import TEXT_LENGTH
 from cm3leon_jax.serving.errors import ApiError
 from cm3leon_jax.serving.jobs import Event, Failed, Finished, Neighbor, Progress, Started
 from cm3leon_jax.serving.uploads import png
+from cm3leon_jax.vocab import VocabLayout
 
 
 @dataclasses.dataclass
@@ -147,12 +149,14 @@ class ChatAnswer:
 
   Attributes:
     task: of the request.
+    vocab: of the run.
     model: its name.
     num_samples: of the request.
     include_usage: a last chunk counts tokens.
   """
 
   task: Task
+  vocab: VocabLayout
   model: str
   num_samples: int
   include_usage: bool = False
@@ -170,9 +174,10 @@ class ChatAnswer:
     }  # fmt: skip
 
   def _reason(self, sample) -> str:
-    """Returns whether a text has ended by itself, or at its largest length."""
-    longest = self.task.length or TEXT_LENGTH
-    return "length" if len(sample.tokens) > longest else "stop"
+    """Returns whether each text has ended by itself, or one at its largest length."""
+    ends = np.flatnonzero(sample.tokens == self.vocab.eoss)
+    lengths = [(text >= self.vocab.num_special).sum() for text in np.split(sample.tokens, ends)]
+    return "length" if max(lengths) >= self.task.length else "stop"
 
   async def whole(self, events: AsyncIterator[Event]) -> dict[str, Any]:
     """Returns the answer when all samples are complete."""

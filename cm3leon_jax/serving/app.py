@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator, Awaitable
 import contextlib
 import importlib.resources
 import re
-import secrets
 import time
 from typing import Any, TypeVar
 
@@ -16,10 +15,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from cm3leon_jax.config import UserError
-from cm3leon_jax.generation import calls
-from cm3leon_jax.generation.tasks import BREAK, MASK, Task
-from cm3leon_jax.serving import partial, schemas, uploads
+from cm3leon_jax.config import short
+from cm3leon_jax.generation.tasks import Task
+from cm3leon_jax.serving import partial, schemas, tasks, uploads
 from cm3leon_jax.serving.answers import ChatAnswer, ImageAnswer, failure
 from cm3leon_jax.serving.engine import Engine
 from cm3leon_jax.serving.errors import ApiError, refusal
@@ -77,10 +75,7 @@ class Server:
   async def _generations(self, request: Request) -> Response:
     body = schemas.read(schemas.Generation, await self._json(request))
     self._check(body)
-    retrieve = body.retrieve
-    if retrieve is None:
-      retrieve = self.engine.pipeline.usual_retrieve
-    task = self._task("text_to_image", body, {"prompt": body.prompt}, retrieve=retrieve)
+    task = await asyncio.to_thread(tasks.generation, self.engine.pipeline, body)
     return await self._images(request, body, task, "image_generation")
 
   async def _edits(self, request: Request) -> Response:
@@ -91,57 +86,27 @@ class Server:
       raise ApiError(400, "image is needed: send a file.", "image", "missing_required_parameter")
     resolution, pixels = self._layout.resolution, self.limits.most_pixels
     image = await asyncio.to_thread(uploads.decode, files["image"], resolution, pixels)
-    box = tuple(int(x) for x in body.box.split(",")) if body.box else ()
+    box = body.box
     if "mask" in files:
       if box:
         raise refusal("mask and box are given: give one of them.", "mask")
       box = await asyncio.to_thread(
         uploads.box_of_mask, files["mask"], files["image"], resolution, pixels
       )
-    inputs: dict[str, Any] = {"image": image, "prompt": body.prompt}
-    if box:
-      box = partial.whole_box(self._layout, box)
-      task = self._task("infill_image", body, {**inputs, "box": box}, retrieve=body.retrieve or 0)
-    else:
-      if body.retrieve:
-        raise refusal("an edit retrieves no documents: leave retrieve out.", "retrieve")
-      task = self._task("edit", body, inputs)
+    task = await asyncio.to_thread(tasks.edit, self.engine.pipeline, body, image, box)
     return await self._images(request, body, task, "image_edit")
 
   async def _chat(self, request: Request) -> Response:
     body = schemas.read(schemas.Chat, await self._json(request))
     self._check(body)
-    text, data = _content(body.messages)
-    resolution, pixels = self._layout.resolution, self.limits.most_pixels
-    fields = {"retrieve": body.retrieve or 0}
-    if length := body.max_completion_tokens or body.max_tokens:
-      fields["length"] = min(length, self._longest(text))
-    inputs: dict[str, Any] = {}
-    if data is not None:
-      image = await asyncio.to_thread(uploads.decode, data, resolution, pixels, "messages")
-      inputs["image"] = image
-    if text:
-      inputs["prompt"] = text
-    kind = "infill_text" if MASK in text else "question" if text else "caption"
-    task = self._task(kind, body, inputs, **fields)
+    text, image = tasks.content(body.messages)
+    if image is not None:
+      limits = self._layout.resolution, self.limits.most_pixels
+      image = await asyncio.to_thread(uploads.decode, image, *limits, "image_url.url")
+    task = await asyncio.to_thread(tasks.chat, self.engine.pipeline, body, text, image)
     usage = body.stream_options.include_usage
-    answer = ChatAnswer(task, self.name, body.n, usage)
+    answer = ChatAnswer(task, self._layout.vocab, self.name, body.n, usage)
     return await self._answer(request, body, task, answer)
-
-  def _longest(self, text: str) -> int:
-    """Returns the largest number of tokens of an answer for which there is room."""
-    taken = self._layout.image_tokens + len(self._layout.encode(text)) + 32
-    return max(self._layout.positions - taken, 1)
-
-  def _task(self, kind: str, body: schemas.Body, inputs: dict, **fields: int) -> Task:
-    """Makes a task. Raises ApiError where `CM3Leon` raises UserError."""
-    seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-    try:
-      defaults = self.engine.pipeline.settings.sampling
-      _, [task] = calls.tasks(kind, defaults, seed, body.sampling(), inputs, **fields)
-      return task
-    except UserError as error:
-      raise refusal(str(error).removeprefix("sampling.")) from error
 
   def _check(self, body: schemas.Body) -> None:
     """Raises ApiError at another model or size, or at too many samples or documents."""
@@ -153,10 +118,11 @@ class Server:
         "model_not_found",
       )
     if body.n > self.limits.most_samples:
-      raise refusal(f"n is {body.n}; it must be at most {self.limits.most_samples}.", "n")
+      raise refusal(f"n is {short(body.n)}; it must be at most {self.limits.most_samples}.", "n")
     if (body.retrieve or 0) > self._most_retrieve:
+      retrieve = short(body.retrieve)
       raise refusal(
-        f"retrieve is {body.retrieve}; it must be at most {self._most_retrieve}.", "retrieve"
+        f"retrieve is {retrieve}; it must be at most {self._most_retrieve}.", "retrieve"
       )
     side = self._layout.resolution
     if isinstance(body, schemas.ImageBody) and body.size not in ("auto", f"{side}x{side}"):
@@ -171,10 +137,7 @@ class Server:
   async def _images(
     self, request: Request, body: schemas.ImageBody, task: Task, prefix: str
   ) -> Response:
-    try:
-      rows = partial.total_rows(task, self._layout)
-    except UserError as error:
-      raise refusal(str(error), "box") from error
+    rows = partial.total_rows(task, self._layout)
     answer = ImageAnswer(task, self._layout.resolution, rows, prefix, body.partial_images)
     return await self._answer(request, body, task, answer)
 
@@ -182,7 +145,7 @@ class Server:
     self, request: Request, body: schemas.Body, task: Task, answer: ImageAnswer | ChatAnswer
   ) -> Response:
     """Gives the task to the engine; answers when it is done, or with a stream of events."""
-    events = self._events(task, body.n, body.stream)
+    events = self._events(task, body)
     if not body.stream:
       async with contextlib.aclosing(events):
         found = await unless_gone(request, answer.whole(events))
@@ -194,7 +157,7 @@ class Server:
       return Response(status_code=499)
     return EventStream(answer.stream, first, events)
 
-  async def _events(self, task: Task, count: int, stream: bool) -> AsyncIterator[Event]:
+  async def _events(self, task: Task, body: schemas.Body) -> AsyncIterator[Event]:
     """Yields the events of a job. Whoever closes it cancels the job.
 
     Raises:
@@ -206,10 +169,10 @@ class Server:
       with contextlib.suppress(RuntimeError):  # The loop has ended: nobody waits.
         loop.call_soon_threadsafe(queue.put_nowait, event)
 
-    job = Job(task, count, deliver, stream)
+    job = Job(task, body.n, deliver, body.stream, body.words)
     self.engine.submit(job)
     try:
-      ends, remaining = loop.time() + self.limits.seconds, count
+      ends, remaining = loop.time() + self.limits.seconds, body.n
       while remaining:
         try:
           event = await asyncio.wait_for(queue.get(), ends - loop.time())
@@ -256,7 +219,8 @@ class Server:
         elif name in ("image", "mask"):
           files[name] = await value.read()
         else:
-          raise refusal(f"there is no file '{name[:80]}' here: the files are image and mask.")
+          message = f"there is no file '{name[:80]}' here: the files are image and mask."
+          raise ApiError(400, message, name[:80], "unknown_parameter")
     return fields, files
 
   async def _models(self, _: Request) -> Response:
@@ -296,32 +260,6 @@ class Server:
 
   async def _metrics(self, _: Request) -> Response:
     return Response(self.metrics.text(), media_type=CONTENT_TYPE)
-
-
-def _content(messages: list[schemas.Message]) -> tuple[str, bytes | None]:
-  """Returns text and image of the one message that the model answers. Raises ApiError."""
-  if len(messages) != 1 or messages[0].role != "user":
-    raise refusal(
-      f"messages has {len(messages)} messages; this model answers one message with the role user: "
-      "an image, and a question about it.",
-      "messages",
-    )
-  content = messages[0].content
-  parts = [schemas.Part(type="text", text=content)] if isinstance(content, str) else content
-  text = " ".join(p.text.strip() for p in parts if p.type == "text" and p.text)
-  images = [p.image_url for p in parts if p.type == "image_url"]
-  if len(images) > 1 or None in images:
-    raise refusal("messages must hold at most one image, in image_url.url.", "messages")
-  if not images and MASK not in text:
-    raise refusal(
-      f"the message has no image: add one for a caption or an answer, or write {MASK} where a text "
-      "is to be filled in; this model does not chat.",
-      "messages",
-    )
-  if BREAK in text and MASK not in text:
-    raise refusal(f"the message has a {BREAK}, which only a text with {MASK} takes.", "messages")
-  image = uploads.from_data_url(images[0].url, "image_url.url") if images else None
-  return text, image
 
 
 async def _page(request: Request) -> Response:

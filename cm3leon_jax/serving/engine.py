@@ -19,6 +19,7 @@ from cm3leon_jax.serving import partial
 from cm3leon_jax.serving.errors import ApiError
 from cm3leon_jax.serving.jobs import Failed, Finished, Job, OpenJob, Progress
 from cm3leon_jax.serving.opening import open_jobs
+from cm3leon_jax.serving.tasks import refused
 
 _LOG = logging.getLogger("cm3leon_jax.serving")
 _Part = tuple[OpenJob, int, Update]  # A job, the number of a sample of it, and its tokens so far.
@@ -201,8 +202,7 @@ class Engine:
         for job in jobs:
           self._prepare([job])
       elif isinstance(error, UserError):
-        message = self._public(str(error))
-        jobs[0].deliver(Failed(ApiError(400, message, code="invalid_value")))
+        jobs[0].deliver(Failed(self._refused(jobs[0], error)))
       else:
         _LOG.exception("a request could not be prepared")
         jobs[0].deliver(Failed(_internal()))
@@ -216,10 +216,11 @@ class Engine:
     tokenizer = self._tokenizers[1 if len(codes) == 1 else self.slots]
     return tokenizer.decode(np.stack(codes)) if len(codes) else ()
 
-  def _public(self, message: str) -> str:
-    """Returns a message without the server's folders."""
-    path = self.pipeline.bank
-    return message if path is None else message.replace(str(path), "the bank")
+  def _refused(self, job: Job, error: UserError) -> ApiError:
+    """Returns the refusal of a job, without the server's folders."""
+    message, bank = str(error), self.pipeline.bank
+    message = message if bank is None else message.replace(str(bank), "the bank")
+    return refused(UserError(message), job.words)
 
   def _compute(self) -> None:
     """Drops what is cancelled, gives free slots to samples, decodes a chunk and delivers it."""
@@ -266,7 +267,7 @@ class Engine:
       seed = sample_seed(job.task.seed, index)
       ticket = self._generator.add(opened.request, seed, job.task.sampling)
     except UserError as error:
-      self._fail(opened, ApiError(400, self._public(str(error)), code="invalid_value"))
+      self._fail(opened, self._refused(job, error))
       return False
     except Exception:
       _LOG.exception("a sample could not begin")
@@ -352,7 +353,9 @@ class Engine:
     layout, images = self.pipeline.layout, []
     for opened, index, update in parts:
       if not partial.makes_image(opened.job.task):
-        opened.job.deliver(Progress(index, text=partial.text(layout, update.tokens)))
+        opened.job.deliver(
+          Progress(index, text=partial.text(opened.job.task, layout, update.tokens))
+        )
         continue
       rows, codes = partial.image(opened.job.task, layout, update.tokens, opened.codes)
       if rows > opened.rows.get(index, 0):

@@ -2,7 +2,7 @@
 
 # H height, W width.
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 
 import numpy as np
@@ -71,6 +71,7 @@ class Job:
     num_samples: of the task.
     deliver: is called with each event, in the thread of the engine.
     shows_progress: wants `Progress`.
+    words: see `tasks.refused`.
     cancelled: nobody waits for it any more.
   """
 
@@ -78,6 +79,7 @@ class Job:
   num_samples: int
   deliver: Callable[[Event], None]
   shows_progress: bool = False
+  words: Mapping[str, str] | None = None
   cancelled: bool = False
 
 

@@ -16,7 +16,7 @@ from cm3leon_jax.generation.image_tasks import (
 )
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import PromptLayout, Task
-from cm3leon_jax.generation.text_tasks import Caption, Question
+from cm3leon_jax.generation.text_tasks import Caption, InfillText, Question
 from cm3leon_jax.serving.errors import refusal
 
 TO_COME = 160  # Gray of the rows that are not generated yet.
@@ -81,8 +81,13 @@ def total_rows(task: Task, layout: PromptLayout) -> int:
   return layout.side
 
 
-def text(layout: PromptLayout, tokens: np.ndarray) -> str:
-  """Returns the text of the first hole so far, without a character that is cut in two."""
+def text(task: Task, layout: PromptLayout, tokens: np.ndarray) -> str:
+  """Returns a text so far, without a character that is cut in two.
+
+  "" of a text with holes, which is put together when all of them are filled.
+  """
+  if isinstance(task, InfillText):
+    return ""
   vocab = layout.vocab
   ends = np.flatnonzero(tokens < vocab.num_special)
   first = tokens[: ends[0]] if len(ends) else tokens
@@ -105,7 +110,7 @@ def usual_tasks(pipeline: Pipeline) -> list[Task]:
     Edit(image=blank, prompt="make it blue"),
     InfillImage(image=blank, box=box, prompt=caption),
   ]
-  if retrieve:
+  if retrieve and len(pipeline.documents):
     # The caption of a document finds that document, whatever else has too little in common.
     known = layout.decode(pipeline.documents[0].segments[0].tokens)
     tasks.insert(0, TextToImage(known, retrieve=retrieve))
@@ -114,6 +119,13 @@ def usual_tasks(pipeline: Pipeline) -> list[Task]:
 
 def whole_box(layout: PromptLayout, box: tuple[int, ...]) -> tuple[int, ...]:
   """Rounds a box of pixels out to whole codes, in pixels. Raises ApiError as `whole_codes`."""
+  side = layout.resolution
+  if min(box) < 0 or max(box) > side:
+    raise refusal(
+      f"box is {','.join(map(str, box))}; it must lie within {side} x {side} pixels, to which the "
+      "centered square of the image is scaled.",
+      "box",
+    )
   try:
     codes = whole_codes(box, layout.resolution, layout.side)
   except UserError as error:

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 import difflib
 import json
+import re
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from cm3leon_jax.config import short
 from cm3leon_jax.decoding.sampling import Schedule
@@ -16,6 +18,14 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
 Count = Annotated[int, Field(ge=0, le=2**20)]
 # The fields of a form are texts; so are the values of these, of which none means a number.
+RULES = {  # By the first word of pydantic's type of an error.
+  "bool": "be true or false",
+  "int": "be a whole number",
+  "float": "be a number",
+  "string": "be a text",
+  "list": "be a list",
+  "model": "be an object",
+}
 NO_MEANING = ("user", "safety_identifier", "metadata", "store", "service_tier")
 
 
@@ -24,6 +34,7 @@ class Body(pydantic.BaseModel):
 
   Attributes:
     ignored: fields of the OpenAI API that change nothing here.
+    words: of tasks, and what stands for them in this body; see `tasks.refused`.
     model: name of the model that is served, or nothing.
     n: number of samples.
     seed: of the first sample; without it, the server takes any.
@@ -33,12 +44,13 @@ class Body(pydantic.BaseModel):
 
   model_config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
   ignored: ClassVar[tuple[str, ...]] = NO_MEANING
+  words: ClassVar[Mapping[str, str]] = {}
 
   model: str | None = None
   n: Annotated[int, Field(ge=1)] = 1
   seed: Seed | None = None
   stream: bool = False
-  retrieve: Annotated[int, Field(ge=0, le=1_000)] | None = None
+  retrieve: Annotated[int, Field(ge=0)] | None = None
   temperature: Annotated[float, Field(ge=0, le=1e6)] | None = None
   top_k: Count | None = None
   top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -73,6 +85,15 @@ class Generation(ImageBody):
   prompt: str
 
 
+def _box(text: str) -> tuple[int, ...]:
+  """Reads the four numbers of a box."""
+  if not re.fullmatch(r"\s*-?\d{1,6}\s*(,\s*-?\d{1,6}\s*){3}", text):
+    raise PydanticCustomError(
+      "box", "Input should be four whole numbers of pixels, left,top,right,bottom: 0,0,24,24"
+    )
+  return tuple(map(int, text.split(",")))
+
+
 class Edit(ImageBody):
   """Fields of the form of POST /v1/images/edits, beside its files.
 
@@ -80,7 +101,7 @@ class Edit(ImageBody):
     box: left,top,right,bottom in pixels of the model's resolution: fills in this box.
   """
 
-  box: Annotated[str, Field(pattern=r"^\s*\d{1,6}\s*(,\s*\d{1,6}\s*){3}$")] | None = None
+  box: Annotated[tuple[int, ...] | None, BeforeValidator(_box)] = None
   image_guidance: Weight | None = None
   edit_guidance: Weight | None = None
 
@@ -107,12 +128,21 @@ class Part(pydantic.BaseModel):
   image_url: ImageUrl | None = None
 
 
+def _parts(value: Any) -> Any:
+  """A text is the only part of its message."""
+  if isinstance(value, str):
+    return [Part(type="text", text=value)]
+  if not isinstance(value, list):
+    raise PydanticCustomError("content", "Input should be a text, or a list of parts")
+  return value
+
+
 class Message(pydantic.BaseModel):
   """A message of a user."""
 
   model_config = pydantic.ConfigDict(extra="forbid")
   role: str
-  content: str | list[Part]
+  content: Annotated[list[Part], BeforeValidator(_parts)]
   name: str | None = None
 
 
@@ -126,6 +156,14 @@ class StreamOptions(pydantic.BaseModel):
 
 class Chat(Body):
   """Body of POST /v1/chat/completions."""
+
+  words: ClassVar[Mapping[str, str]] = {
+    "the prompt": "the message",
+    "a smaller length": "a smaller max_tokens",
+    "text_temperature": "temperature",
+    "text_top_k": "top_k",
+    "text_top_p": "top_p",
+  }
 
   messages: list[Message]
   stream_options: StreamOptions = StreamOptions()
@@ -190,8 +228,11 @@ def _refusal(error: dict, cls: type[Body]) -> ApiError:
   short_field = short(field).strip("'\"")
   if error["type"] == "extra_forbidden":
     name, names = short_field, list(cls.model_fields)
+    if len(error["loc"]) > 1:
+      names = []
     close = difflib.get_close_matches(name, names, 1)
     hint = f"did you mean '{close[0]}'?" if close else f"the fields are {', '.join(names)}."
+    hint = hint if names else "leave it out."
     return ApiError(400, f"there is no field '{name}' here: {hint}", name, "unknown_parameter")
   if error["type"] == "missing":
     message = f"{short_field} is needed, and not given."
@@ -202,6 +243,13 @@ def _refusal(error: dict, cls: type[Body]) -> ApiError:
       "server keeps no files that a url could name.",
       field,
     )
+  return refusal(f"{short_field} is {short(error['input'])}; it must {_rule(error)}.", short_field)
+
+
+def _rule(error: dict) -> str:
+  """Returns what a value must do, of an error of pydantic: "be a whole number"."""
+  if rule := RULES.get(error["type"].partition("_")[0]):
+    return rule
   _, should, rule = error["msg"].partition(" should ")
   rule = rule if should else f"satisfy: {error['msg']}"
   for long, brief in (
@@ -209,4 +257,4 @@ def _refusal(error: dict, cls: type[Body]) -> ApiError:
     ("less than or equal to", "at most"),
   ):
     rule = rule.replace(long, brief)
-  return refusal(f"{short_field} is {short(error['input'])}; it must {rule}.", short_field)
+  return rule

@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 
+from starlette.types import ASGIApp
 import uvicorn
 
 from cm3leon_jax.config import UserError
@@ -14,13 +15,27 @@ from cm3leon_jax.serving.engine import Engine
 from cm3leon_jax.serving.limits import Limits, is_loopback
 
 BACKLOG = 1024
+UNREAD_SECONDS = 30.0
 
 
-def listen(host: str, port: int) -> socket.socket:
-  """Opens the port. Raises UserError if it is taken, or the address is not of this machine."""
+def listen(host: str, port: int, unread_seconds: float = UNREAD_SECONDS) -> socket.socket:
+  """Opens the port.
+
+  Args:
+    host: address.
+    port: 0 takes a free one.
+    unread_seconds: a client that reads nothing of its answer for so long loses its connection, as
+      if it had left; only Linux does so.
+
+  Raises:
+    UserError: the port is taken, or the address is not of this machine.
+  """
   family = socket.AF_INET6 if ":" in host else socket.AF_INET
   opened = socket.socket(family)
   opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+  if hasattr(socket, "TCP_USER_TIMEOUT"):  # Its connections inherit it: tcp(7).
+    milliseconds = int(1000 * unread_seconds)
+    opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
   try:
     opened.bind((host, port))
   except OSError as error:
@@ -35,6 +50,29 @@ def listen(host: str, port: int) -> socket.socket:
 def url(host: str, port: int) -> str:
   """Returns the address of the page."""
   return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+
+
+def configured(app: ASGIApp, connections: int, stop_seconds: int) -> uvicorn.Server:
+  """Returns the server of an application.
+
+  Args:
+    app: the application.
+    connections: largest number of them, idle ones included; others are answered with 503.
+    stop_seconds: for requests under way to end.
+  """
+  config = uvicorn.Config(
+    app,
+    log_level="warning",
+    access_log=False,
+    server_header=False,
+    lifespan="off",
+    ws="none",
+    backlog=BACKLOG,
+    limit_concurrency=connections + 1,  # uvicorn refuses the one that reaches its limit.
+    timeout_keep_alive=30,
+    timeout_graceful_shutdown=stop_seconds,
+  )
+  return uvicorn.Server(config)
 
 
 def serve(
@@ -56,19 +94,7 @@ def serve(
     RuntimeError: the engine could not start.
   """
   app = Server(engine, name, limits).app(is_loopback(host))
-  server = uvicorn.Server(
-    uvicorn.Config(
-      app,
-      log_level="warning",
-      access_log=False,
-      server_header=False,
-      lifespan="off",
-      ws="none",
-      backlog=BACKLOG,
-      timeout_keep_alive=30,
-      timeout_graceful_shutdown=stop_seconds,
-    )
-  )
+  server = configured(app, 4 * engine.queue_limit + 64, stop_seconds)
   address = url(host, opened.getsockname()[1])
   # uvicorn stops at these signals, and then raises them again.
   for number in (signal.SIGTERM, signal.SIGINT):

@@ -35,8 +35,8 @@ def from_data_url(url: str, param: str) -> bytes:
     raise refusal(f"{param} is no valid base64.", param) from error
 
 
-def _check_pixels(data: bytes, most_pixels: int, param: str) -> tuple[int, int]:
-  """Returns width and height of an image from its header; raises ApiError if it has too many."""
+def _check_pixels(data: bytes, most_pixels: int, param: str) -> None:
+  """Reads the header of an image. Raises ApiError if it is none, or has too many pixels."""
   try:
     with Image.open(io.BytesIO(data), formats=raw_pairs.FORMATS) as opened:
       width, height = opened.size
@@ -54,7 +54,6 @@ def _check_pixels(data: bytes, most_pixels: int, param: str) -> tuple[int, int]:
       param,
       "image_too_large",
     )
-  return width, height
 
 
 def decode(data: bytes, resolution: int, most_pixels: int, param: str = "image") -> np.ndarray:
@@ -80,28 +79,31 @@ def box_of_mask(
     a mask of 4 x 4 pixels, transparent at rows 2 and 3 of column 0, resolution 8: (0, 4, 2, 8)
 
   Args:
-    mask: a PNG file with an alpha channel, as large as the image.
-    image: the image that it belongs to.
+    mask: a PNG file with an alpha channel, as large as the image when both are upright.
+    image: the image that it belongs to, which `decode` has read.
     resolution: side of the model's images.
     most_pixels: of a file.
 
   Raises:
     ApiError: no PNG, another size, no alpha channel, or nothing transparent.
   """
-  sizes = [
-    _check_pixels(data, most_pixels, name) for data, name in ((image, "image"), (mask, "mask"))
-  ]
-  if sizes[0] != sizes[1]:
-    (w, h), (mw, mh) = sizes
-    raise refusal(f"mask has {mw} x {mh} pixels; it must have {w} x {h}, as the image has.", "mask")
+  _check_pixels(mask, most_pixels, "mask")
+  with Image.open(io.BytesIO(image), formats=raw_pairs.FORMATS) as opened:
+    width, height = ImageOps.exif_transpose(opened).size
   try:
     with Image.open(io.BytesIO(mask), formats=("PNG",)) as opened:
       has_alpha = opened.has_transparency_data
-      alpha = opened.convert("RGBA").getchannel("A")
+      alpha = ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A")
   except Exception as error:
     raise refusal(
       "mask cannot be read; it must be a PNG file with transparency.", "mask"
     ) from error
+  if alpha.size != (width, height):
+    raise refusal(
+      f"mask has {alpha.width} x {alpha.height} pixels; it must have {width} x {height}, as the "
+      "image has.",
+      "mask",
+    )
   hole = alpha.point(lambda value: 255 if value == 0 else 0)
   if has_alpha and (found := _cut(hole, resolution).getbbox()) is not None:
     return found

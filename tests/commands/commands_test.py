@@ -186,7 +186,7 @@ def test_jax_looks_for_accelerators_if_the_machine_has_device_files(
     ),
     (
       ["--config.train.steps=abc"],
-      "error: flag --config.train.steps=abc: invalid literal for int()",
+      "error: --config.train.steps is abc; it must be an integer.",
     ),
     (
       ["--config=ml_configs/nope.py"],

@@ -37,7 +37,32 @@ from tests.launched import ROOT, launch
       {"CM3LEON_TOKEN": "short"},
       "error: CM3LEON_TOKEN must hold a token of at le",
     ),
-    (["--workdir=a", "--slots=0"], {}, "error: --slots is 0; it must be"),
+    (
+      ["--workdir=scenes-instrct"],
+      {},
+      "error: scenes-instrct is no folder and no bundle: did you mean scenes-instruct?",
+    ),
+    (["--workdir=a", "--slots=0"], {}, "error: --slots is 0; it must be a positive integer."),
+    (
+      ["--workdir=a", "--port=abc"],
+      {},
+      "error: --port is abc; it must be an integer in the range [0, 65535].",
+    ),
+    (
+      ["--workdir=a", "--request_seconds=soon"],
+      {},
+      "error: --request_seconds is soon; it must be a number >= 1.0.",
+    ),
+    (
+      ["--workdir=a", "--weight_dtype=fp4"],
+      {},
+      "error: --weight_dtype is fp4; it must be one of compute, int8.",
+    ),
+    (
+      ["--workdir=a", "--guidance=2"],
+      {},
+      "error: --guidance is not a flag of this command: --help lists its flags.",
+    ),
     (["--workdir=a", "--config=scenes"], {}, "error: --config is not a flag of this command"),
   ],
 )
@@ -85,14 +110,15 @@ def served(run, tmp_path):
       [sys.executable, "-m", "launch.serve", f"--workdir={run}", "--port=0", "--chunk=1"],
       cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True,
     )  # fmt: skip
-    line = process.stdout.readline()
-    name = pathlib.Path(run).name
-    assert line.startswith(f"serving {name} at http://127.0.0.1:"), (
-      tmp_path / "stderr"
-    ).read_text()
-    yield process, line.split()[-1]
-    process.kill()
-    process.communicate()
+    try:
+      line, name = process.stdout.readline(), pathlib.Path(run).name
+      assert line.startswith(f"serving {name} at http://127.0.0.1:"), (
+        tmp_path / "stderr"
+      ).read_text()
+      yield process, line.split()[-1]
+    finally:
+      process.kill()
+      process.communicate()
 
 
 def ask(url: str, **body):

@@ -27,7 +27,7 @@ SERVING = (
     ),
     ("one_spoils_all", "      if len(parts) > 1:", "      if len(parts) > 2:"),
     ("one_job_first", "self._open.append(opened)", "self._open.appendleft(opened)"),
-    ("folders_in_answers", 'message.replace(str(path), "the bank")', "message"),
+    ("folders_in_answers", 'message.replace(str(bank), "the bank")', "message"),
   ),
   *mutants_of(
     "cm3leon_jax/serving/engine.py",
@@ -66,6 +66,21 @@ SERVING = (
     "cm3leon_jax/serving/partial.py",
     f"{APP}::test_a_box_fills_row_by_row_within_the_given_image",
     ("half_a_row_is_shown", "done = rows * (right - left)", "done = len(codes)"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/serving/partial.py",
+    f"{APP}::test_masks_in_a_text_are_filled_in",
+    ("one_hole_is_the_text", "isinstance(task, InfillText)", "isinstance(task, Caption)"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/serving/tasks.py",
+    f"{REFUSALS}::test_wrong_fields_of_chats",
+    ("more_than_there_is_room_for", "(length or 1) > most", "(length or 1) > most + 1"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/serving/server.py",
+    f"{ENGINE}::test_a_client_that_reads_nothing_loses_its_connection",
+    ("who_reads_nothing_stays", "int(1000 * unread_seconds)", "0"),
   ),
   *mutants_of(
     "cm3leon_jax/serving/answers.py",

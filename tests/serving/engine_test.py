@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 
+import httpx
 import pytest
 
 from cm3leon_jax.data.documents import write_documents
@@ -36,12 +37,15 @@ def slow(engine, monkeypatch):
   monkeypatch.setattr(engine._generator, "step", slowly)
 
 
-def send(live, body: dict, path: str = "/v1/images/generations") -> socket.socket:
+def send(live, body: dict, receive_buffer: int = 2**16) -> socket.socket:
   """Sends a request on a connection of its own, which the caller closes."""
   text = json.dumps(body)
-  opened = socket.create_connection(("127.0.0.1", live.port), timeout=60)
+  opened = socket.socket()
+  opened.settimeout(60)
+  opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+  opened.connect(("127.0.0.1", live.port))
   opened.sendall(
-    f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    f"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     f"Content-Length: {len(text)}\r\n\r\n{text}".encode()
   )
   return opened
@@ -72,6 +76,33 @@ def test_a_client_that_leaves_before_its_answer_frees_its_slots(live, slow):
   assert live.gauge("samples_total") < before + 8
   counted = '{endpoint="/v1/images/generations",status="499"} '
   assert counted in live.http.get("/metrics").text
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="an option of Linux")
+def test_a_client_that_reads_nothing_loses_its_connection(engine, monkeypatch):
+  step = engine._generator.step
+  monkeypatch.setattr(engine._generator, "step", lambda: time.sleep(0.6) or step())
+  with Live(engine, LIMITS, unread_seconds=1) as live:
+    before = live.gauge("samples_total")
+    live.opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # The kernel's least.
+    with contextlib.closing(send(live, {**BODY, "n": 8, "stream": True}, receive_buffer=1)):
+      live.wait_for("requests_active", 1)
+      live.wait_for("requests_active", 0)
+    assert live.gauge("samples_total") < before + 8
+    assert live.generate(**BODY).status_code == 200
+
+
+def test_too_many_connections_are_refused(engine):
+  with Live(engine, LIMITS, connections=2) as live, contextlib.ExitStack() as stack:
+    idle = [
+      stack.enter_context(contextlib.closing(socket.create_connection(("127.0.0.1", live.port))))
+      for _ in range(2)
+    ]
+    assert httpx.get(f"{live.url}/healthz").status_code == 503
+    idle[0].close()
+    ends = time.monotonic() + 10
+    while httpx.get(f"{live.url}/healthz").status_code != 200:
+      assert time.monotonic() < ends
 
 
 def test_a_short_request_does_not_wait_for_a_long_one(live, slow):

@@ -9,12 +9,11 @@ import time
 import httpx
 import numpy as np
 from PIL import Image
-import uvicorn
 
 from cm3leon_jax.serving.app import Server
 from cm3leon_jax.serving.engine import Engine
 from cm3leon_jax.serving.limits import HEADERS, Limits
-from cm3leon_jax.serving.server import listen
+from cm3leon_jax.serving.server import configured, listen
 
 
 class Live:
@@ -22,22 +21,29 @@ class Live:
 
   Attributes:
     url: its address, without a slash at the end.
+    opened: its listening socket.
     http: a client.
   """
 
   def __init__(
-    self, engine: Engine, limits: Limits, name: str = "tiny", secret: str = "/assets/models"
+    self,
+    engine: Engine,
+    limits: Limits,
+    name: str = "tiny",
+    secret: str = "/assets/models",
+    connections: int = 64,
+    unread_seconds: float = 30,
   ):
+    self._connections, self._unread_seconds = connections, unread_seconds
     self._app = Server(engine, name, limits).app(local=True)
     self._secret = secret
 
   def __enter__(self) -> "Live":
-    opened = listen("127.0.0.1", 0)
-    self.port = opened.getsockname()[1]
+    self.opened = listen("127.0.0.1", 0, self._unread_seconds)
+    self.port = self.opened.getsockname()[1]
     self.url = f"http://127.0.0.1:{self.port}"
-    config = uvicorn.Config(self._app, log_level="critical", lifespan="off", ws="none")
-    self._server = uvicorn.Server(config)
-    self._thread = threading.Thread(target=self._server.run, args=([opened],))
+    self._server = configured(self._app, self._connections, stop_seconds=60)
+    self._thread = threading.Thread(target=self._server.run, args=([self.opened],))
     self._thread.start()
     hooks = {"response": [self._check]}
     self.http = httpx.Client(base_url=self.url, timeout=120, event_hooks=hooks)

@@ -120,11 +120,12 @@ def test_everything_works_by_the_keyboard_alone(page):
   expect(page.locator("#with-image")).to_be_visible()
   press_until(page, "#caption button", "Shift+Tab")
   page.keyboard.press("Enter")
-  done(page, "^Caption: .*(bell|key)")
+  done(page, "^Done: the caption is “.*(bell|key).*”\\.$")
   press_until(page, "#question")
   page.keyboard.type("What color is the bell?")
   page.keyboard.press("Enter")
-  done(page, "^What color is the bell\\? \\w+")
+  done(page, "^Done: the answer is “\\w+”\\.$")
+  expect(page.locator("#images-title")).to_have_text(f"Images: {PROMPT}")
   press_until(page, "#instruction")
   page.keyboard.type("make the bell red")
   page.keyboard.press("Enter")
@@ -169,7 +170,7 @@ def test_a_box_is_dragged_on_an_image_of_the_user(page):
 def test_a_refusal_is_shown_as_an_alert(page):
   page.fill("#prompt", "a <mask>")
   page.click("#generate button")
-  expect(page.locator("#alert")).to_contain_text("which only task infill_text takes")
+  expect(page.locator("#alert")).to_contain_text("which only a message of /v1/chat")
 
 
 def test_stop_ends_the_request(page, served):

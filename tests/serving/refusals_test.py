@@ -17,13 +17,16 @@ IMAGE = image(0)
 GENERATIONS = [
   ({}, "prompt is needed, and not given."),
   ({"prompt": None}, "prompt is needed, and not given."),
-  ({"prompt": " "}, "task text_to_image needs a prompt, and none is given."),
-  ({"prompt": 5}, "prompt is 5; it must be a valid string."),
+  ({"prompt": " "}, "prompt is needed, and not given: write what the image shows."),
+  ({"prompt": 5}, "prompt is 5; it must be a text."),
   ({"prompt": "a", "guidence": 2}, "there is no field 'guidence' here: did you mean 'guidance'?"),
   ({"prompt": "a", "n": 0}, "n is 0; it must be at least 1."),
   ({"prompt": "a", "n": 9}, "n is 9; it must be at most 8."),
-  ({"prompt": "a", "n": "2"}, "n is '2'; it must be a valid integer."),
-  ({"prompt": "a", "n": True}, "n is True; it must be a valid integer."),
+  ({"prompt": "a", "n": "2"}, "n is '2'; it must be a whole number."),
+  ({"prompt": "a", "n": 1.5}, "n is 1.5; it must be a whole number."),
+  ({"prompt": "a", "n": True}, "n is True; it must be a whole number."),
+  ({"prompt": "a", "stream": 1}, "stream is 1; it must be true or false."),
+  ({"prompt": "a", "top_p": "x"}, "top_p is 'x'; it must be a number."),
   ({"prompt": "a", "n": 10**60}, "n is 1000"),
   ({"prompt": "a", "seed": -1}, "seed is -1; it must be at least 0."),
   ({"prompt": "a", "size": "1024x1024"}, "size must be auto or 8x8, which this model generates."),
@@ -35,19 +38,23 @@ GENERATIONS = [
   ({"prompt": "a", "top_p": 1.5}, "top_p is 1.5; it must be at most 1."),
   ({"prompt": "a", "guidance_schedule": "x"}, "guidance_schedule is 'x'; it must be 'constant'"),
   ({"prompt": "a", "retrieve": 65}, "retrieve is 65; it must be at most 4."),
+  ({"prompt": "a", "retrieve": 10**6}, "retrieve is 1000000; it must be at most 4."),
   (
     {"prompt": "car " * 200},
-    "the prompt has 203 tokens and up to 17 follow; the model was trained",
+    "the prompt has 203 tokens and up to 17 follow; the model was trained on 128 positions: sh",
   ),
-  ({"prompt": "a <mask>"}, "the prompt 'a <mask>' has a <mask>, which only task infill_text takes"),
+  ({"prompt": "a <mask>"}, "prompt has a <mask>, which only a message of /v1/chat/completions tak"),
 ]
 
 
 @pytest.mark.parametrize(("body", "sentence"), GENERATIONS)
 def test_wrong_fields_of_generations(live, body, sentence):
-  status, found = error(live.generate(**body))
+  answer = live.generate(**body)
+  status, found = error(answer)
   assert (status, found[: len(sentence)]) == (400, sentence)
-  assert error(live.generate(**body, stream=True)) == (400, found)
+  [field] = [name for name in (*body, "prompt") if name in found][:1]
+  assert answer.json()["error"]["param"] == field
+  assert error(live.generate(**{"stream": True, **body})) == (400, found)
 
 
 def test_fields_without_a_meaning_here_are_taken(live):
@@ -105,25 +112,50 @@ FORMS = [
   ((png(image(0, (65, 64))), None, {"prompt": "a"}), 413, "image has 4,160 pixels (65 x 64); it"),
   ((TRUNCATED, None, {"prompt": "a"}), 400, "image is damaged; it must be a PNG, JPEG, WebP, GIF"),
   ((b"%!PS-Adobe", None, {"prompt": "a"}), 400, "image cannot be read; it must be a PNG, JPEG,"),
-  ((png(IMAGE), None, {}), 400, "task edit needs a prompt, and none is given."),
-  ((png(IMAGE), None, {"box": "0,0,9,2"}), 400, "box is 0,0,9,2; it must lie within the image, 8"),
+  ((png(IMAGE), None, {}), 400, "prompt is needed, and not given: write how the image is to chan"),
+  ((png(IMAGE), None, {"box": "0,0,9,2"}), 400, "box is 0,0,9,2; it must lie within 8 x 8 pixels"),
+  ((png(IMAGE), None, {"box": "-1,0,2,2"}), 400, "box is -1,0,2,2; it must lie within 8 x 8 pixe"),
   ((png(IMAGE), None, {"box": "4,0,4,2"}), 400, "box is 4,0,4,2, which is empty: left must be le"),
-  ((png(IMAGE), None, {"box": "1,2,3"}), 400, "box is '1,2,3'; it must match pattern"),
+  (
+    (png(IMAGE), None, {"box": "1,2,3"}),
+    400,
+    "box is '1,2,3'; it must be four whole numbers of pi",
+  ),
+  ((png(IMAGE), None, {"box": "abc"}), 400, "box is 'abc'; it must be four whole numbers of pixel"),
   ((png(IMAGE), png(IMAGE), {}), 400, "mask has no fully transparent pixel: make what is to be"),
   ((png(IMAGE), bomb(), {}), 413, "mask has far too many pixels"),
   ((png(IMAGE), png(image(1, (4, 4))), {}), 400, "mask has 4 x 4 pixels; it must have 8 x 8, as"),
   ((png(IMAGE), png(IMAGE), {"box": "0,0,2,2"}), 400, "mask and box are given: give one of them."),
   ((png(IMAGE), None, {"prompt": "a", "retrieve": "1"}), 400, "an edit retrieves no documents: le"),
-  ((png(IMAGE), None, {"prompt": "a", "guidance": "2"}), 400, "task edit reads no setting 'guidan"),
-  ((png(IMAGE), None, {"prompt": "a", "n": "x"}), 400, "n is 'x'; it must be a valid integer"),
+  ((png(IMAGE), None, {"prompt": "a", "guidance": "2"}), 400, "guidance is of infills; an edit by"),
+  (
+    (png(IMAGE), None, {"box": "0,0,2,2", "edit_guidance": "2"}),
+    400,
+    "edit_guidance is of edits by instruction; with mask or box, give guidance.",
+  ),
+  (
+    (png(IMAGE), None, {"box": "0,0,2,2", "guidance": "2"}),
+    400,
+    "guidance is given, and no prompt to guide by: give one, or leave it out.",
+  ),
+  ((png(IMAGE), None, {"prompt": "a <mask>"}), 400, "prompt has a <mask>, which only a message of"),
+  ((png(IMAGE), None, {"prompt": "a", "n": "x"}), 400, "n is 'x'; it must be a whole number."),
+  (
+    (png(IMAGE), None, {"prompt": "a", "stream": "x"}),
+    400,
+    "stream is 'x'; it must be true or fal",
+  ),
 ]
 
 
 @pytest.mark.parametrize(("form", "status", "sentence"), FORMS)
 def test_wrong_forms_of_edits(live, form, status, sentence):
   data, mask, fields = form
-  found = error(live.edit(data, mask, **fields))
+  answer = live.edit(data, mask, **fields)
+  found = error(answer)
   assert (found[0], found[1][: len(sentence)]) == (status, sentence)
+  param = answer.json()["error"]["param"]
+  assert param == ("retrieve" if "retrieves" in sentence else sentence.split()[0])
 
 
 def test_a_form_without_an_image_or_with_other_files(live):
@@ -134,6 +166,7 @@ def test_a_form_without_an_image_or_with_other_files(live):
   assert error(answer) == (400, "image is given twice; this model takes one.")
   answer = live.http.post("/v1/images/edits", files={"script": ("a.png", png(IMAGE))})
   assert error(answer)[1].startswith("there is no file 'script' here")
+  assert answer.json()["error"]["param"] == "script"
 
 
 def url(value: str) -> list[dict]:
@@ -145,18 +178,58 @@ CHATS = [
   (url("file:///etc/passwd"), "image_url.url begins with file:, and the server fetches nothing"),
   (url("data:text/html;base64,aaaa"), "image_url.url must be data:image/png;base64,... with the"),
   (url("data:image/png;base64,!!!!"), "image_url.url is no valid base64."),
-  (url("data:image/png;base64,aaaa"), "messages cannot be read; it must be a PNG, JPEG, WebP"),
+  (url("data:image/png;base64,aaaa"), "image_url.url cannot be read; it must be a PNG, JPEG, We"),
   (about(IMAGE) + about(IMAGE), "messages must hold at most one image"),
   ("hello", "the message has no image: add one for a caption or an answer, or write <mask>"),
-  ([{"type": "audio"}], "messages.0.content"),
+  ([{"type": "audio"}], "messages.0.content.0.type is 'audio'; it must be 'text' or 'image_url'."),
+  ([{"type": "text", "words": "a"}], "there is no field 'messages.0.content.0.words' here: leave"),
+  ([5], "messages.0.content.0 is 5; it must be an object."),
+  (5, "messages.0.content is 5; it must be a text, or a list of parts."),
   (about(IMAGE, "What? <break> x"), "the message has a <break>, which only a text with <mask>"),
 ]
 
 
 @pytest.mark.parametrize(("content", "sentence"), CHATS)
 def test_wrong_chats(live, content, sentence):
-  status, found = error(live.chat(content))
+  answer = live.chat(content)
+  status, found = error(answer)
   assert (status, found[: len(sentence)]) == (400, sentence)
+  param = answer.json()["error"]["param"]
+  assert param.startswith("image_url" if sentence.startswith("image_url") else "messages")
+
+
+CHAT_FIELDS = [
+  ({"max_tokens": 0}, "max_tokens", "max_tokens is 0; it must be at least 1."),
+  (
+    {"max_tokens": 107},
+    "max_tokens",
+    "max_tokens is 107; after this message there is room for 106.",
+  ),
+  (
+    {"max_completion_tokens": 2000, "max_tokens": 4},
+    "max_completion_tokens",
+    "max_completion_tokens is 2000; after this message there is room for 106.",
+  ),
+  ({"temperature": 1e-30}, "temperature", "temperature is 1e-30; it must be 0, or of a size from"),
+]
+
+
+@pytest.mark.parametrize(("body", "field", "sentence"), CHAT_FIELDS)
+def test_wrong_fields_of_chats(live, body, field, sentence):
+  answer = live.chat(about(IMAGE), **body)
+  status, found = error(answer)
+  assert (status, found[: len(sentence)]) == (400, sentence)
+  assert answer.json()["error"]["param"] == field
+
+
+def test_a_message_that_is_too_long_is_refused(live):
+  answer = live.chat(about(IMAGE, "car " * 200), max_tokens=4)
+  assert error(answer) == (
+    400,
+    "the message has 239 tokens and up to 2 follow; the model was trained on 128 positions: "
+    "shorten the message.",
+  )
+  assert answer.json()["error"]["param"] == "messages"
 
 
 def test_a_chat_has_one_message_of_a_user(live):

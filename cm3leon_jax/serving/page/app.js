@@ -91,6 +91,8 @@ async function run(work) {
 
 function cells(count, what) {
   $("grid").replaceChildren();
+  $("images-title").textContent = `Images: ${what}`;
+  $("images-title").hidden = false;
   return Array.from({ length: count }, (_, index) => {
     const image = element("img", { alt: `Sample ${index + 1} of ${count}, in progress: ${what}` });
     image.className = "working";
@@ -221,7 +223,7 @@ function chat(label, text) {
     $("texts").hidden = false;
     $("text-list").prepend(element("dt", { textContent: label }), shown);
     for await (const chunk of events(answer)) shown.textContent += chunk.choices[0]?.delta.content ?? "";
-    say(`${label} ${shown.textContent}`);
+    say(`Done: the ${text ? "answer" : "caption"} is “${shown.textContent}”.`);
   });
 }
 

@@ -1,0 +1,163 @@
+"""From the checked body of a request to its task; what is wrong is said in the body's words."""
+
+# H height, W width.
+
+from collections.abc import Mapping
+import dataclasses
+import re
+import secrets
+from typing import Any
+
+import numpy as np
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.decoding import grammar
+from cm3leon_jax.generation import calls
+from cm3leon_jax.generation.pipeline import Pipeline
+from cm3leon_jax.generation.tasks import BREAK, MASK, Task
+from cm3leon_jax.generation.text_tasks import TEXT_LENGTH
+from cm3leon_jax.serving import partial, schemas, uploads
+from cm3leon_jax.serving.errors import ApiError, refusal
+
+# By the word that a sentence begins with, the field of a body.
+FIELDS = {"message": "messages"} | {
+  name: name for cls in (schemas.Edit, schemas.Chat) for name in cls.model_fields
+}
+
+
+def generation(pipeline: Pipeline, body: schemas.Generation) -> Task:
+  """Makes the task of an image for a prompt. Raises ApiError."""
+  if not body.prompt.strip():
+    raise _absent("prompt", "write what the image shows.")
+  _check_no_mask(body.prompt)
+  retrieve = pipeline.usual_retrieve if body.retrieve is None else body.retrieve
+  return _task(pipeline, "text_to_image", body, {"prompt": body.prompt}, retrieve=retrieve)
+
+
+def edit(
+  pipeline: Pipeline, body: schemas.Edit, image: np.ndarray, box: tuple[int, ...] | None
+) -> Task:
+  """Makes the task of an edit by an instruction, or, with a box, of an infill.
+
+  Args:
+    pipeline: of the run.
+    body: the fields of the form.
+    image: [H, W, 3] uint8, as `uploads.decode` returns it.
+    box: left, top, right, bottom in pixels of the model's resolution; None: an instruction.
+
+  Raises:
+    ApiError: a field is wrong, absent, or of the other kind of edit.
+  """
+  inputs: dict[str, Any] = {"image": image, "prompt": body.prompt}
+  _check_no_mask(body.prompt)
+  given = body.sampling()
+  if box is None:
+    if not body.prompt.strip():
+      raise _absent("prompt", "write how the image is to change, or send mask or box.")
+    if body.retrieve:
+      raise refusal("an edit retrieves no documents: leave retrieve out.", "retrieve")
+    if "guidance" in given:
+      raise refusal(
+        "guidance is of infills; an edit by instruction has image_guidance and edit_guidance.",
+        "guidance",
+      )
+    return _task(pipeline, "edit", body, inputs)
+  for name in ("image_guidance", "edit_guidance"):
+    if name in given:
+      raise refusal(f"{name} is of edits by instruction; with mask or box, give guidance.", name)
+  inputs["box"] = partial.whole_box(pipeline.layout, box)
+  return _task(pipeline, "infill_image", body, inputs, retrieve=body.retrieve or 0)
+
+
+def chat(pipeline: Pipeline, body: schemas.Chat, text: str, image: np.ndarray | None) -> Task:
+  """Makes the task of a message: a caption, an answer, or a text that is filled in.
+
+  Args:
+    pipeline: of the run.
+    body: of the request.
+    text: of `content`.
+    image: [H, W, 3] uint8, as `uploads.decode` returns it, or None.
+
+  Raises:
+    ApiError: a field is wrong, or more tokens are asked for than there is room for.
+  """
+  inputs: dict[str, Any] = {}
+  if image is not None:
+    inputs["image"] = image
+  if text:
+    inputs["prompt"] = text
+  kind = "infill_text" if MASK in text else "question" if text else "caption"
+  task = _task(pipeline, kind, body, inputs, retrieve=body.retrieve or 0, length=1)
+  request = task.to_request(pipeline.layout)
+  holes = sum(part.kind == grammar.TEXT for part in request.plan)
+  most = 1 + (pipeline.layout.positions - request.positions) // holes
+  name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+  length = getattr(body, name)
+  if (length or 1) > most:
+    raise refusal(f"{name} is {length}; after this message there is room for {most}.", name)
+  return dataclasses.replace(task, length=length or min(TEXT_LENGTH, most))
+
+
+def content(messages: list[schemas.Message]) -> tuple[str, bytes | None]:
+  """Returns text and image of the one message that the model answers. Raises ApiError."""
+  if len(messages) != 1 or messages[0].role != "user":
+    raise refusal(
+      f"messages has {len(messages)} messages; this model answers one message with the role user: "
+      "an image, and a question about it.",
+      "messages",
+    )
+  parts = messages[0].content
+  text = " ".join(p.text.strip() for p in parts if p.type == "text" and p.text)
+  images = [p.image_url for p in parts if p.type == "image_url"]
+  if len(images) > 1 or None in images:
+    raise refusal("messages must hold at most one image, in image_url.url.", "messages")
+  if not images and MASK not in text:
+    raise refusal(
+      f"the message has no image: add one for a caption or an answer, or write {MASK} where a text "
+      "is to be filled in; this model does not chat.",
+      "messages",
+    )
+  if BREAK in text and MASK not in text:
+    raise refusal(f"the message has a {BREAK}, which only a text with {MASK} takes.", "messages")
+  return text, uploads.from_data_url(images[0].url, "image_url.url") if images else None
+
+
+def refused(error: UserError, words: Mapping[str, str] | None) -> ApiError:
+  """Returns the refusal of a task's mistake, with the field of the body that is wrong.
+
+    UserError("sampling.text_top_p is 0.0; ...") of a chat: "top_p is 0.0; ...", param "top_p"
+
+  Args:
+    error: of `Task`, or of the engine.
+    words: of the task, and what stands for them in the body.
+  """
+  sentence = str(error).removeprefix("sampling.")
+  for word, own in (words or {}).items():
+    sentence = sentence.replace(word, own)
+  match = re.match(r"(?:the )?(\w+) ", sentence)
+  return refusal(sentence, FIELDS.get(match[1]) if match else None)
+
+
+def _task(pipeline: Pipeline, kind: str, body: schemas.Body, inputs: dict, **fields: int) -> Task:
+  """Makes a task that fits the model. Raises ApiError where `CM3Leon` raises UserError."""
+  seed = secrets.randbelow(2**31) if body.seed is None else body.seed
+  defaults = pipeline.settings.sampling
+  try:
+    _, [task] = calls.tasks(kind, defaults, seed, body.sampling(), inputs, **fields)
+    task.to_request(pipeline.layout)
+    return task
+  except UserError as error:
+    raise refused(error, body.words) from error
+
+
+def _absent(name: str, hint: str) -> ApiError:
+  return ApiError(
+    400, f"{name} is needed, and not given: {hint}", name, "missing_required_parameter"
+  )
+
+
+def _check_no_mask(prompt: str) -> None:
+  if MASK in prompt:
+    raise refusal(
+      f"prompt has a {MASK}, which only a message of /v1/chat/completions takes.", "prompt"
+    )
