@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import experiment as experiment_lib
 from benchmarks import tokenizers_table as table
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import openmoji, scenes
 from cm3leon_jax.data import pipeline
@@ -250,7 +250,7 @@ def run_one(experiment: Experiment, arm: str, seed: int, steps: dict[str, int]) 
   settings = experiment.settings(overrides)
   experiment_lib.link_stages(experiment.shared, run, SHARED)
   for name in names:
-    experiment.command(stages.STAGES[name].command, run, overrides)
+    experiment.command(stage_table.STAGES[name].command, run, overrides)
   ids = {name: stages.require(run, name)["id"] for name in names}
   with stages.once(run / "measured", {"inputs": ids}) as summary:
     if summary is not None:
@@ -264,7 +264,7 @@ def run_all(experiment: Experiment, arms: list[str], num_seeds: int) -> dict:
   # Before hours of other arms: FSQ does not take every number of codes.
   settings = {arm: experiment.settings(experiment.overrides(arm)) for arm in ARMS}
   for name in SHARED:
-    command = stages.STAGES[name].command
+    command = stage_table.STAGES[name].command
     experiment.command(command, experiment.shared, experiment.overrides())
   plan, runs, result = plan_steps(experiment), [], {}
   planned = [(seed, arm) for seed in range(num_seeds) for arm in arms]

@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import huggingface, tensor_files, weights
 from cm3leon_jax.export.tensor_files import Tensor
@@ -132,7 +132,7 @@ def write(settings: Settings, workdir: epath.PathLike, found: Import) -> list[st
   lines = describe(found)
   lines += _write_tokenizer(settings, workdir, found, digests)
   folder = workdir / weights.INIT
-  identity = {name: stages.identity(settings, "train")[name] for name in ("model", "vocab")}
+  identity = {name: stage_table.identity(settings, "train")[name] for name in ("model", "vocab")}
   files = (CONFIG, tensor_files.INDEX, "*.safetensors")
   with stages.once(folder, {**identity, "source": digests}, files=files) as summary:
     if summary is not None:
@@ -164,10 +164,10 @@ def _write_tokenizer(
       f"{folder} was trained, and its ids are not those of {source.folder}: use another --workdir, "
       "or delete that folder."
     )
-  config = stages.identity(settings, TEXT) | {"inputs": {IMPORTED: digests["tokenizer"]}}
+  config = stage_table.identity(settings, TEXT) | {"inputs": {IMPORTED: digests["tokenizer"]}}
   config["command"] = IMPORTED
   notes: list[str] = []
-  with stages.once(folder, config, files=stages.STAGES[TEXT].files) as summary:
+  with stages.once(folder, config, files=stage_table.STAGES[TEXT].files) as summary:
     if summary is not None:
       notes = _make_tokenizer(settings, folder, found)
       summary.update(imported_from=str(source.folder))
