@@ -12,26 +12,19 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.tokenizers import train_vqgan, vqgan_watch
-from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.tokenizers.vqgan_watch import Alarm
 from cm3leon_jax.training import small_trainer
 from cm3leon_jax.training.tensorboard import curves
 from tests.models.tiny import mesh_of
+from tests.tokenizers.tiny import tiny_config
 
-HEALTHY = VQGANConfig(
+HEALTHY = tiny_config(
   resolution=16,
-  downsample=4,
-  stem=4,
-  width=8,
-  multipliers=(1,),
-  encoder_blocks=(0,),
-  decoder_blocks=(0,),
   code_dim=8,
   steps=180,
   batch_size=64,
   learning_rate=3e-3,
-  warmup_steps=0,
-  adversarial_weight=0.0,
   restart_every=20,
   checkpoint_every=1_000,
 )
