@@ -109,6 +109,15 @@ def test_a_stopped_comparison_goes_on_where_it_was(small, ran):
   assert len(ran) == again
 
 
+def test_without_decoders_only_the_images_are_prepared(small, ran):
+  small = dataclasses.replace(small, decoder_minutes=0)
+  write_json(small.folder / "steps.json", PLAN)
+  tokenizers.run_all(small, ["restarts"], 1)
+  assert ran == [("shared", "raw"), ("restarts_seed_0", "vqgan")]
+  run = small.folder / "runs" / "restarts_seed_0"
+  assert sorted(p.name for p in run.iterdir() if p.is_symlink()) == ["raw"]
+
+
 def run_of(arm, seed, psnr, bits):
   return {
     "arm": arm, "seed": seed, "psnr_db": psnr, "codebook_perplexity": 100.0, "codes": 512,
