@@ -1,6 +1,6 @@
 """Imports a checkpoint into a workdir: its tokenizer, and parameters that a run starts from."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import dataclasses
 from types import ModuleType
 from typing import Any
@@ -100,16 +100,21 @@ def _differing(settings: Settings, needed: dict[str, dict]) -> dict[str, dict]:
   }
 
 
-def flags(fields: Mapping[str, Mapping[str, Any]]) -> str:
+def flags(fields: Mapping[str, Mapping[str, Any]], chosen: Collection[str] | None = None) -> str:
   """Returns the flags that set fields of sections.
 
-  flags({"model": {"width": 64}})
-  "--config.model.width=64"
+    flags({"model": {"width": 64, "num_layers": 2}}, chosen=["model.width"])
+    "--config.model.width=64"
+
+  Args:
+    fields: section -> field -> value.
+    chosen: `section.field` of those that count; None: all.
   """
   return " ".join(
     f"--config.{section}.{name}={value}"
     for section, values in fields.items()
     for name, value in values.items()
+    if chosen is None or f"{section}.{name}" in chosen
   )
 
 
