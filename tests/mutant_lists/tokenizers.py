@@ -6,6 +6,7 @@ VQGAN_TEST = "tests/tokenizers/train_vqgan_test.py"
 PUBLISHED = "cm3leon_jax/tokenizers/published.py"
 PUBLISHED_TEST = "tests/tokenizers/published_test.py"
 PUBLISHED_FILES = "cm3leon_jax/tokenizers/published_files.py"
+PUBLISHED_SOURCE = "cm3leon_jax/tokenizers/published_source.py"
 PUBLISHED_FILES_TEST = "tests/tokenizers/published_files_test.py"
 QUANTIZERS = "cm3leon_jax/tokenizers/quantizers.py"
 QUANTIZERS_TEST = "tests/tokenizers/quantizers_test.py"
@@ -28,9 +29,15 @@ TOKENIZERS = (
     ),
   ),
   *mutants_of(
-    PUBLISHED_FILES,
+    PUBLISHED_SOURCE,
     f"{PUBLISHED_FILES_TEST}::test_a_pickle_is_never_opened",
     ("a_pickle_by_another_name_is_read", "or not is_pickle", "or True"),
+  ),
+  *mutants_of(
+    PUBLISHED_SOURCE,
+    f"{PUBLISHED_FILES_TEST}::test_a_folder_of_another_model_is_refused_by_what_it_holds",
+    ("a_decoder_is_searched_for_codes", "if kind is None or any(", "if True or any("),
+    ("a_run_is_searched_for_codes", 'if "vqgan" in stored or', 'if "vqgan" not in stored and'),
   ),
   *mutants_of(
     PUBLISHED_FILES,
