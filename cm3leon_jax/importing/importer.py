@@ -74,12 +74,13 @@ def plan(settings: Settings, source: str) -> Import:
 
 def _own_fields(source: Source) -> dict[str, dict]:
   """Returns what a model of this project needs; rotary positions have no longest sample."""
+  path, remedy = source.folder / CONFIG, "write it again by `python -m launch.export`."
   try:
     needed = huggingface.config_of(dict(source.described))
-  except (KeyError, TypeError, AttributeError) as error:
-    raise UserError(
-      f"{source.folder / CONFIG} has no field {error}: write it again by `python -m launch.export`."
-    ) from error
+  except KeyError as error:
+    raise UserError(f"{path} has no field {error}: {remedy}") from error
+  except (TypeError, ValueError, AttributeError) as error:
+    raise UserError(f"{path} is damaged ({error}): {remedy}") from error
   if needed["model"]["family"] == "modern":
     del needed["model"]["max_positions"]
   return needed

@@ -12,11 +12,11 @@ from cm3leon_jax.export import formats, stored_tensors
 from cm3leon_jax.export.stored_tensors import StoredTensors
 from cm3leon_jax.export.tensor_files import INDEX, WEIGHTS
 from cm3leon_jax.io import NAMES, digest, read_json
+from cm3leon_jax.tokenizers.published_source import PICKLES
 from cm3leon_jax.tokenizers.text import TOKENIZER
 
 CONFIG = "config.json"
 OWN = "cm3leon"  # Field of config.json that `launch.export` writes.
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ def open_source(source: str) -> Source:
       "bfloat16: take the checkpoint that was quantized."
     )
   if not stored_tensors.are_in(folder):
-    pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
+    pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
     if pickles:
       raise UserError(
         f"{folder} has its weights as pickles ({pickles[0]}), which may run any code when they are "

@@ -23,6 +23,7 @@ from cm3leon_jax.tokenizers.vqgan import CONFIG, ImageTokenizer, VQGANConfig
 
 PREFIXES = ("model.vqmodel.", "vqmodel.")  # Of the tokenizer in a whole Chameleon.
 LEFT = "loss."  # Networks that only training needs.
+NUM_CODES = 8_192  # Of the published weights of all families.
 # Sides of images in pixels that the weights of a family are published for.
 RESOLUTIONS = {"amused": (256, 512), "taming_gumbel_f8": (256,), "chameleon": (512,)}
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
@@ -190,7 +191,7 @@ def _check(found: dict, config: PublishedConfig, num_codes: int, source) -> None
 
 
 def _has_names(found: Collection[str], family: Family) -> bool:
-  return set(tensor_shapes(FAMILIES[family], 8_192)) <= set(found)
+  return set(tensor_shapes(FAMILIES[family], NUM_CODES)) <= set(found)
 
 
 def read(source: epath.PathLike, family: Family) -> Read:
@@ -218,7 +219,8 @@ def read(source: epath.PathLike, family: Family) -> Read:
     if name.startswith(prefix) and not name.startswith(prefix + LEFT)
   }
   table = "quantize.embed.weight" if config.gumbel else "quantize.embedding.weight"
-  num_codes = (*found.get(table, (None, ()))[1], 0)[0] or 8_192
+  shape = found[table][1] if table in found else ()
+  num_codes = shape[0] if shape and shape[0] else NUM_CODES
   _check(found, config, num_codes, source)
   tensors: dict[str, np.ndarray] = {}
   holders = sorted({path for path, _ in found.values()})

@@ -169,7 +169,7 @@ def test_a_whole_comparison(tmp_path):
   """Two arms, with the real commands; the second call trains nothing."""
   given = {
     "scenes.train": 300, "scenes.heldout": 70, "scenes.rare_objects": 20, "scenes.bank": 40,
-    "clip.steps": 60, "train.checkpoint_every": 20,
+    "clip.steps": 60, "train.checkpoint_every": 20, "vocab.text_size": 512,
   }  # fmt: skip
   experiment = Experiment(tmp_path, "scenes", 64, 0.02, 0.02, given)
   result = tokenizers.run_all(experiment, ["restarts", "fsq"], 1)

@@ -123,6 +123,11 @@ def test_biases_of_0_are_imported(opt_folder, tmp_path):
       {},
       "has no field 'image_size': write it again by `python -m launch.export`.",
     ),
+    (
+      {"cm3leon": 3, "rope_theta": 1e6},
+      {},
+      "config.json is damaged ('int' object has no attribute 'get'): write it again by",
+    ),
   ],
 )  # fmt: skip
 def test_a_qwen3_that_is_not_ours_is_refused(config, tensors, reason, qwen3_folder, tmp_path):

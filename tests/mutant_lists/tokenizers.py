@@ -120,4 +120,9 @@ TOKENIZERS = (
     "tests/tokenizers/perceptual_test.py::test_the_distance_is_that_of_torch",
     ("features_not_normalized", "(_unit(features) for features in pair)", "pair"),
   ),
+  *mutants_of(
+    "benchmarks/tokenizers.py",
+    "tests/benchmarks/tokenizers_test.py::test_without_decoders_only_the_images_are_prepared",
+    ("clip_for_tokenizers_alone", "return SHARED if self.decoder_minutes else", "return SHARED or"),
+  ),
 )
