@@ -1,7 +1,8 @@
 """Stages of a run: each owns a folder of the workdir and leaves `done.json` in it.
 
 done.json describes the files that other stages open, and the id of a stage is the digest of these
-files: a stage that is run again and writes the same files is the same stage.
+files: a stage that is run again and writes the same files is the same stage. `stage_table` says
+which stages there are, and what each depends on.
 """
 
 from collections.abc import Callable, Collection, Mapping

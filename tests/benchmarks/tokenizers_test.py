@@ -169,9 +169,11 @@ def test_a_whole_comparison(tmp_path):
   """Two arms, with the real commands; the second call trains nothing."""
   given = {
     "scenes.train": 300, "scenes.heldout": 70, "scenes.rare_objects": 20, "scenes.bank": 40,
-    "clip.steps": 60, "train.checkpoint_every": 20, "vocab.text_size": 512,
+    "vocab.text_size": 512, "clip.steps": 20, "clip.batch_size": 32, "vqgan.width": 8,
+    "vqgan.batch_size": 8, "model.num_layers": 1, "model.width": 32, "model.mlp_width": 32,
+    "train.global_batch_size": 8, "train.checkpoint_every": 20,
   }  # fmt: skip
-  experiment = Experiment(tmp_path, "scenes", 64, 0.02, 0.02, given)
+  experiment = Experiment(tmp_path, "scenes", 64, 0.1, 0.02, given)
   result = tokenizers.run_all(experiment, ["restarts", "fsq"], 1)
   for arm in ("restarts", "fsq"):
     measures = result["arms"][arm]["measures"]
