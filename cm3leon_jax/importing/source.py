@@ -124,7 +124,12 @@ def open_source(source: str) -> Source:
       f"--source is {source}; it must be a folder on this machine with {CONFIG} and {WEIGHTS}, as "
       "`launch.export` or transformers' save_pretrained writes it: nothing is downloaded."
     )
-  described = read_json(folder / CONFIG, {"model_type": str})
+  described = read_json(folder / CONFIG, {})
+  if not isinstance(described.get("model_type"), str):
+    raise UserError(
+      f"{folder / CONFIG} has no model_type, so the folder holds no text model of transformers; "
+      "`python -m launch.import_vqgan` imports an image tokenizer."
+    )
   if described["model_type"] not in ("opt", "qwen3"):
     raise UserError(
       f"{folder / CONFIG}: model_type is {short(described['model_type'])}; it must be 'opt' or "
