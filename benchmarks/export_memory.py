@@ -24,7 +24,7 @@ from etils import epath
 import jax
 import numpy as np
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.configs import cm3leon_7b
 from cm3leon_jax.export import bundle
 from cm3leon_jax.io import write_json
@@ -52,7 +52,7 @@ def settings_of(layers: int) -> Settings:
 
 def make_run(folder: epath.Path, settings: Settings) -> None:
   """Writes the folders of a run that launch.export reads."""
-  for stage in stages.TOKENIZERS:
+  for stage in stage_table.TOKENIZERS:
     (folder / stage).mkdir(parents=True)
     for name in bundle.FILES[stage]:
       (bundle.folder_of("scenes") / stage / name).copy(folder / stage / name)
@@ -63,9 +63,12 @@ def make_run(folder: epath.Path, settings: Settings) -> None:
   params = jax.tree.map(lambda x: rng.random(x.shape, np.float32), types)
   with Checkpoints(folder / "train", keep=2) as checkpoints:
     checkpoints.save({"params": params}, 1, next_row=0)
-  stored = {"run": stages.identity(settings, "train"), "settings": dataclasses.asdict(settings)}
+  stored = {
+    "run": stage_table.identity(settings, "train"),
+    "settings": dataclasses.asdict(settings),
+  }
   write_json(folder / "train" / "config.json", stored)
-  for name in (*stages.TOKENIZERS, "train"):
+  for name in (*stage_table.TOKENIZERS, "train"):
     about = {"id": name, "config": {}, "summary": {}, "seconds": 0.0}
     write_json(folder / name / stages.DONE, about)
 

@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks import ablation_table, drawing_styles
 from benchmarks import experiment as experiment_lib
 from benchmarks.ablation_table import Run
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import openmoji
 from cm3leon_jax.data import pipeline
@@ -275,7 +275,7 @@ def ablate(ablation: Ablation, names: list[str], num_seeds: int) -> dict:
   settings = ablation.settings(overrides)
   drawing_styles.make_folder(workdir / "drawings", settings.raw.resolution)
   for name in SHARED:
-    ablation.command(stages.STAGES[name].command, shared, overrides)
+    ablation.command(stage_table.STAGES[name].command, shared, overrides)
   corpus = open_corpus(shared, settings.vocab)
   about = {
     "steps": ablation.steps,

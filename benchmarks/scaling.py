@@ -22,7 +22,7 @@ import jax
 from benchmarks import experiment as experiment_lib
 from benchmarks import scaling_table as table
 from benchmarks import scene_retrieval
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes as config_scenes
 from cm3leon_jax.io import read_json, write_json
@@ -269,7 +269,7 @@ def run_all(scaling: Scaling) -> dict:
   workdir, shared = scaling.workdir, scaling.workdir / "shared"
   fields = scaling.shared_fields()
   for name in scene_retrieval.SHARED:
-    scaling.command(stages.STAGES[name].command, shared, fields)
+    scaling.command(stage_table.STAGES[name].command, shared, fields)
   corpus = scene_retrieval.open_corpus(shared, scaling.settings(fields), SUBSETS)
   about = {
     "subsets": corpus.subsets.tolist(),

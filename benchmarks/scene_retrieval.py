@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks import experiment as experiment_lib
 from benchmarks import scene_retrieval_table as table
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes as config_scenes
 from cm3leon_jax.data import pipeline
@@ -287,7 +287,7 @@ def run_all(experiment: Experiment, conditions: list[str], seeds: list[int]) -> 
   overrides = experiment.overrides()
   settings = experiment.settings(overrides)
   for name in SHARED:
-    experiment.command(stages.STAGES[name].command, shared, overrides)
+    experiment.command(stage_table.STAGES[name].command, shared, overrides)
   corpus = open_corpus(shared, settings)
   places = chosen(corpus, experiment.judged)
   about = {

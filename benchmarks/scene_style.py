@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks import experiment as experiment_lib
 from benchmarks import scene_style_table as table
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import scenes as config_scenes
 from cm3leon_jax.data import scene_world
@@ -223,14 +223,14 @@ def prepare_bank(settings: Settings, run: pathlib.Path, bank: pathlib.Path) -> N
     UserError: `bank` is that of another run.
   """
   bank.mkdir(parents=True, exist_ok=True)
-  for name in (*stages.TOKENIZERS, *stages.own_clip(settings)):
+  for name in (*stage_table.TOKENIZERS, *stage_table.own_clip(settings)):
     if not (bank / name).exists():
       (bank / name).symlink_to(os.path.relpath(run / name, bank))
     if stages.require(bank, name)["id"] != stages.require(run, name)["id"]:
       raise UserError(f"{bank} was made with another {name} than {run}: use another --workdir.")
   overrides = {**overrides_of(settings), "scenes.style": OTHER}
   for name in ("raw", "documents", "neighbors"):
-    command = stages.STAGES[name].command
+    command = stage_table.STAGES[name].command
     experiment_lib.run_stage(command, "ml_configs/scenes.py", bank, overrides)
 
 
@@ -301,7 +301,7 @@ def open_runs(runs: list[pathlib.Path]) -> list[Settings]:
     UserError: they have other tokenizers, another CLIP or another bank than the first.
   """
   read = [settings_of_run(run) for run in runs]
-  names = ("raw", *stages.TOKENIZERS, "documents", "neighbors", *stages.own_clip(read[0]))
+  names = ("raw", *stage_table.TOKENIZERS, "documents", "neighbors", *stage_table.own_clip(read[0]))
   ids = [stages.ids(settings, run, names) for settings, run in zip(read, runs)]
   for run, settings, own in zip(runs, read, ids):
     if settings.raw.source != "scenes" or settings.scenes.style != USUAL:

@@ -3,7 +3,7 @@
   python -m benchmarks.tokenizers --workdir=workdir/tokenizers --source=scenes
 
 Trains an image tokenizer with each quantizer and seed, encodes the images, and trains the same
-small decoder on the codes of each. Prepares data, text tokenizer and CLIP once. Writes results.json
+small decoder on the codes of each. Prepares what all runs read once. Writes results.json
 and table.md after every run. Finished parts are skipped and a training continues from its last
 checkpoint, so it can be stopped or killed at any time. Method: docs/vqgan.md.
 """
@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import experiment as experiment_lib
 from benchmarks import tokenizers_table as table
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import openmoji, scenes
 from cm3leon_jax.data import pipeline
@@ -43,7 +43,7 @@ ARMS = {
   "rotation": "rotation trick, dead codes restart",
 }
 SOURCES = {"scenes": scenes.get_config, "openmoji": openmoji.get_config}
-SHARED = ("raw", "text_tokenizer", "clip", "neighbors")
+SHARED = ("raw", "text_tokenizer", "clip", "neighbors")  # What `vqgan` to `train` read.
 CORES = 2  # A minute is 60 seconds of CPU time of each.
 ROUNDS, STEPS = 7, 6  # Of the timing: the arms take turns.
 SCORED = 400  # Held-out images whose bits are measured, at most.
@@ -73,6 +73,11 @@ class Experiment:
   def shared(self) -> pathlib.Path:
     """Folder of the stages that all runs have in common."""
     return self.workdir / f"{self.source}_{self._config().vocab.image_size}" / "shared"
+
+  @property
+  def shared_stages(self) -> tuple[str, ...]:
+    """Stages that are made once for all runs, in their order."""
+    return SHARED if self.decoder_minutes else stage_table.STAGES["vqgan"].reads
 
   @property
   def folder(self) -> pathlib.Path:
@@ -248,9 +253,9 @@ def run_one(experiment: Experiment, arm: str, seed: int, steps: dict[str, int]) 
     names += ["documents", "train"]
   overrides = experiment.overrides(arm, seed, counts)
   settings = experiment.settings(overrides)
-  experiment_lib.link_stages(experiment.shared, run, SHARED)
+  experiment_lib.link_stages(experiment.shared, run, experiment.shared_stages)
   for name in names:
-    experiment.command(stages.STAGES[name].command, run, overrides)
+    experiment.command(stage_table.STAGES[name].command, run, overrides)
   ids = {name: stages.require(run, name)["id"] for name in names}
   with stages.once(run / "measured", {"inputs": ids}) as summary:
     if summary is not None:
@@ -263,8 +268,8 @@ def run_all(experiment: Experiment, arms: list[str], num_seeds: int) -> dict:
   """Prepares the data, runs all arms and seeds, and writes the results after each run."""
   # Before hours of other arms: FSQ does not take every number of codes.
   settings = {arm: experiment.settings(experiment.overrides(arm)) for arm in ARMS}
-  for name in SHARED:
-    command = stages.STAGES[name].command
+  for name in experiment.shared_stages:
+    command = stage_table.STAGES[name].command
     experiment.command(command, experiment.shared, experiment.overrides())
   plan, runs, result = plan_steps(experiment), [], {}
   planned = [(seed, arm) for seed in range(num_seeds) for arm in arms]

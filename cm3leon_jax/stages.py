@@ -1,12 +1,12 @@
 """Stages of a run: each owns a folder of the workdir and leaves `done.json` in it.
 
 done.json describes the files that other stages open, and the id of a stage is the digest of these
-files: a stage that is run again and writes the same files is the same stage.
+files: a stage that is run again and writes the same files is the same stage. `stage_table` says
+which stages there are, and what each depends on.
 """
 
 from collections.abc import Callable, Collection, Mapping
 import contextlib
-import dataclasses
 import hashlib
 import math
 from numbers import Real
@@ -16,126 +16,9 @@ from etils import epath
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import damage, describe, plain, read_json, sync, write_json
+from cm3leon_jax.stage_table import STAGES, identity, reads_of
 
 DONE = "done.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-  """One stage: a row of `STAGES`.
-
-  Attributes:
-    command: name of the command that runs the stage.
-    title: name in the report.
-    reads: stages whose results it reads; when one of them ran again, so does this stage.
-    same: parts of the config that make two runs the same run: "seed", a section or
-      `section.field`.
-    embeds: whether it embeds with CLIP, and so reads the stages of `own_clip`, too.
-    files: glob patterns of the files in its folder that other stages open, and that done.json
-      describes. Of the many files of shards and arrays, `index.json` files among them have digests.
-    varying: patterns of such files that are others whenever they are made; they do not change the
-      id.
-  """
-
-  command: str
-  title: str
-  reads: tuple[str, ...]
-  same: tuple[str, ...]
-  embeds: bool = False
-  files: tuple[str, ...] = ()
-  varying: tuple[str, ...] = ()
-
-
-MODEL_FILES = ("params.safetensors", "config.json")
-STORE_FILES = ("*/*.npy", "*/index.json")
-TOKENIZERS = ("text_tokenizer", "vqgan")
-RUN = ("vocab", "data", "model", "optimizer", "train.global_batch_size", "seed")
-
-# Folder of the workdir -> stage, in the order in which they run.
-STAGES = {
-  "raw": Stage("prepare_data", "Raw pairs and texts", (), ("raw", "scenes"), files=("index.json",)),
-  "text_tokenizer": Stage(
-    "train_text_tokenizer",
-    "Text tokenizer",
-    ("raw",),
-    ("vocab", "text_tokenizer"),
-    files=("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-  ),
-  "vqgan": Stage(
-    "train_vqgan",
-    "Image tokenizer",
-    ("raw",),
-    ("vqgan", "vocab.image_size", "seed"),
-    files=MODEL_FILES,
-  ),
-  "documents": Stage(
-    "encode_documents",
-    "Documents",
-    ("raw", *TOKENIZERS),
-    ("vocab", "text_tokenizer.max_caption_tokens"),
-    files=STORE_FILES,
-  ),
-  "clip": Stage(
-    "train_clip", "CLIP", ("raw", "text_tokenizer"), ("clip", "vocab", "seed"), files=MODEL_FILES
-  ),
-  "neighbors": Stage(
-    "build_neighbors",
-    "Neighbors",
-    ("raw",),
-    ("retrieval", "seed"),
-    embeds=True,
-    files=("words.json", "*/rows.json", "*/*/index.json"),
-    varying=("index/*/*",),
-  ),
-  "instructions": Stage(
-    "encode_instructions",
-    "Instructions",
-    TOKENIZERS,
-    ("vocab", "instructions.root", "data.sequence_length"),
-    files=STORE_FILES,
-  ),
-  "train": Stage("train", "Decoder", ("documents", "neighbors"), RUN),
-  "samples": Stage(
-    "generate",
-    "Samples",
-    (*TOKENIZERS, "documents", "neighbors", "train"),
-    ("retrieval",),
-    embeds=True,
-  ),
-  "evaluation": Stage(
-    "evaluate", "Evaluation", ("documents", "neighbors", "train"), ("evaluation", "data", "seed")
-  ),
-  "grades": Stage(
-    "grade_instructions",
-    "Grades of instructions",
-    ("instructions", "train"),
-    ("sampling", "evaluation", "seed"),
-  ),
-  "export": Stage("export", "Export", (*TOKENIZERS, "train"), ("model",)),
-}
-
-# Fields that do not count where `same` names their whole section: how, how fast or how long a
-# stage computes, and what only another stage reads.
-FREE = frozenset(
-  {
-    "raw.num_threads",
-    "raw.max_rejected",
-    "scenes.train",  # Other numbers of scenes make more or fewer parts, which the stage reads.
-    "scenes.heldout",
-    "text_tokenizer.max_caption_tokens",
-    "vqgan.steps",
-    "vqgan.checkpoint_every",
-    "clip.steps",
-    "clip.checkpoint_every",
-    "data.read_threads",
-    "data.on_bad_record",
-    "data.max_skipped",
-    "model.remat_policy",
-    "model.attention",
-    "model.unroll_layers",
-    "model.loss_chunk",
-  }
-)
 
 
 def differences(old: dict, new: dict, where: str = "") -> list[str]:
@@ -164,28 +47,6 @@ def check_same_config(
   changed = differences(stored, plain(config))
   if changed:
     raise UserError(f"{path} holds the run of another config ({'; '.join(changed[:4])}): {remedy}.")
-
-
-def identity(settings, name: str) -> dict:
-  """Returns the parts of the config that make two runs of a stage the same run.
-
-  identity(settings, "documents")
-  {"vocab": {"num_special": 256, ...}, "text_tokenizer": {"max_caption_tokens": 512}}
-  """
-  config: dict = {}
-  for part in STAGES[name].same:
-    section, _, field = part.partition(".")
-    value = getattr(settings, section)
-    if field:
-      config.setdefault(section, {})[field] = getattr(value, field)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-      fields = dataclasses.asdict(value).items()
-      config[section] = {k: v for k, v in fields if f"{section}.{k}" not in FREE}
-    else:
-      config[section] = value
-  if name == "train" and settings.instructions.any:
-    config["instructions"] = dataclasses.asdict(settings.instructions)
-  return config
 
 
 def require(workdir: epath.PathLike, name: str, **fields: type) -> dict:
@@ -268,11 +129,6 @@ def is_given(workdir: epath.PathLike, name: str) -> bool:
   return True
 
 
-def own_clip(settings) -> tuple[str, ...]:
-  """Returns the stages of the run's own CLIP; none if the config names a published CLIP."""
-  return () if settings.retrieval.clip else ("text_tokenizer", "clip")
-
-
 def ids(settings, workdir: epath.PathLike, names: Collection[str]) -> dict[str, str]:
   """Returns the ids of finished stages.
 
@@ -298,11 +154,7 @@ def ids(settings, workdir: epath.PathLike, names: Collection[str]) -> dict[str, 
 
 def inputs(settings, workdir: epath.PathLike, name: str) -> dict[str, str]:
   """Returns the ids of all stages that a stage reads. Raises UserError, see `ids`."""
-  own = own_clip(settings) if STAGES[name].embeds else ()
-  reads = STAGES[name].reads
-  if name == "train" and settings.instructions.any:
-    reads = ("instructions", *(reads if settings.instructions.replay_share else ()))
-  return ids(settings, workdir, (*reads, *own))
+  return ids(settings, workdir, reads_of(settings, name))
 
 
 def run_config(
@@ -323,7 +175,7 @@ def stage(
   more_inputs: Mapping[str, str] | None = None,
   **options,
 ):
-  """Runs the body once for the stage `name` of `STAGES`, see `once`.
+  """Runs the body once for the stage `name` of `stage_table.STAGES`, see `once`.
 
     with stages.stage(workdir, "vqgan", settings) as summary:
       if summary is not None:
@@ -366,8 +218,8 @@ def once(
       processes run the body, or none.
     together: makes the context in which the processes of a job read done.json, so that all have
       read it before one deletes it.
-    files: see `Stage`; without such files, every run of the stage has another id.
-    varying: see `Stage`.
+    files: see `stage_table.Stage`; without such files, every run of the stage has another id.
+    varying: see `stage_table.Stage`.
 
   Raises:
     UserError: the folder holds the result of another config, or a file of it is damaged, or the

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.settings import SECTIONS, default_config, settings_from_config
@@ -28,7 +28,7 @@ def finish(workdir, *names):
     with stages.once(workdir / name, {}, redo=True):
       pass
   if "train" in names:
-    run = {"run": stages.identity(SETTINGS, "train")}
+    run = {"run": stage_table.identity(SETTINGS, "train")}
     write_json(workdir / "train" / "config.json", run)
 
 
@@ -83,7 +83,7 @@ def test_redo_runs_again_under_a_new_id(tmp_path):
 
 
 def write_stage(workdir, name="vqgan", content=b"weights"):
-  with stages.once(workdir / name, {}, redo=True, files=stages.STAGES[name].files):
+  with stages.once(workdir / name, {}, redo=True, files=stage_table.STAGES[name].files):
     (workdir / name / "params.safetensors").write_bytes(content)
     (workdir / name / "config.json").write_text("{}")
   return read_json(workdir / name / stages.DONE)
@@ -123,7 +123,7 @@ def test_a_damaged_file_of_a_stage_is_refused_with_what_to_do(tmp_path, content,
   stages.check_files(tmp_path / "vqgan" / "config.json")
   with (
     pytest.raises(UserError, match=wrong),
-    stages.once(tmp_path / "vqgan", {}, files=stages.STAGES["vqgan"].files),
+    stages.once(tmp_path / "vqgan", {}, files=stage_table.STAGES["vqgan"].files),
   ):
     pytest.fail("the body must not run")
 
@@ -203,12 +203,12 @@ def test_of_a_jobs_processes_one_writes_and_all_read_first(tmp_path, capsys):
 
 def test_every_row_of_the_table_names_what_exists():
   fields = {f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
-  order = list(stages.STAGES)
-  for name, stage in stages.STAGES.items():
+  order = list(stage_table.STAGES)
+  for name, stage in stage_table.STAGES.items():
     assert importlib.util.find_spec(f"cm3leon_jax.commands.{stage.command}")
     assert set(stage.same) <= {"seed", *SECTIONS, *fields}
     assert all(order.index(read) < order.index(name) for read in stage.reads)
-  assert fields >= stages.FREE
+  assert fields >= stage_table.FREE
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_every_row_of_the_table_names_what_exists():
   ],
 )
 def test_the_parts_of_the_config_that_a_stage_depends_on(name, parts):
-  identity = stages.identity(SETTINGS, name)
+  identity = stage_table.identity(SETTINGS, name)
   assert set(identity) == set(parts.split())
   for section, values in identity.items():
     if section != "seed":
@@ -236,16 +236,16 @@ def test_the_parts_of_the_config_that_a_stage_depends_on(name, parts):
 
 
 def test_identity_literals():
-  assert stages.identity(SETTINGS, "documents") == {
+  assert stage_table.identity(SETTINGS, "documents") == {
     "vocab": {"num_special": 256, "text_size": 56_320, "image_size": 8_192},
     "text_tokenizer": {"max_caption_tokens": 512},
   }
-  assert stages.identity(SETTINGS, "text_tokenizer")["text_tokenizer"] == {
+  assert stage_table.identity(SETTINGS, "text_tokenizer")["text_tokenizer"] == {
     "min_frequency": 2,
     "model_max_length": 4_096,
   }
-  assert stages.identity(SETTINGS, "vqgan")["vocab"] == {"image_size": 8_192}
-  assert stages.identity(SETTINGS, "train")["train"] == {"global_batch_size": 8_192}
+  assert stage_table.identity(SETTINGS, "vqgan")["vocab"] == {"image_size": 8_192}
+  assert stage_table.identity(SETTINGS, "train")["train"] == {"global_batch_size": 8_192}
 
 
 @pytest.mark.parametrize(
@@ -285,8 +285,8 @@ def test_identity_literals():
   ],
 )
 def test_fields_that_make_another_run(name, part, value, same):
-  identity = stages.identity(SETTINGS, name)
-  assert (stages.identity(changed(part, value), name) == identity) == same
+  identity = stage_table.identity(SETTINGS, name)
+  assert (stage_table.identity(changed(part, value), name) == identity) == same
 
 
 def test_a_stage_runs_again_after_a_stage_that_it_reads(tmp_path):

@@ -287,6 +287,11 @@ def _settings() -> Settings:
   return settings_from_config(_CONFIG.value)
 
 
+def given_fields() -> set[str]:
+  """Returns the fields of the config that flags set, e.g. "model.width"."""
+  return set(config_flags.get_override_values(flags.FLAGS["config"]))
+
+
 def _folder() -> epath.Path:
   """Returns the folder of --workdir.
 

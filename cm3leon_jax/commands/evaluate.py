@@ -24,7 +24,7 @@ import json
 from absl import flags
 from etils import epath
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import common, protocol_flags
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.config import UserError
@@ -246,9 +246,9 @@ def _heldout_prompts(settings, workdir: epath.Path, pipeline) -> tuple[list, lis
 
 def _export_identity(settings, workdir: epath.Path, prompts: list[dict], samples: int) -> dict:
   """Returns what the images of an export depend on."""
-  config, read = settings.evaluation, [*stages.TOKENIZERS, "train"]
+  config, read = settings.evaluation, [*stage_table.TOKENIZERS, "train"]
   if not prompts or config.scene_neighbors:
-    read += ["documents", "neighbors", *stages.own_clip(settings)]
+    read += ["documents", "neighbors", *stage_table.own_clip(settings)]
   return {
     "inputs": stages.ids(settings, workdir, read),
     "sampling": dataclasses.asdict(settings.sampling),

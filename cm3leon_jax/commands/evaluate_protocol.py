@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
-from cm3leon_jax import distributed, stages
+from cm3leon_jax import distributed, stage_table, stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 
@@ -138,7 +138,7 @@ def _stages(settings, protocol: Protocol, needs: set[str], options: Options) -> 
   """Returns the stages of the run that are read."""
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 
-  read, retrieves = [*stages.TOKENIZERS, "train"], any(c.retrieve for c in protocol.columns)
+  read, retrieves = [*stage_table.TOKENIZERS, "train"], any(c.retrieve for c in protocol.columns)
   if retrieves:
     read += ["documents", "neighbors"]
   # Neighbors of held-out pairs are known, others are searched for by CLIP.
@@ -146,7 +146,7 @@ def _stages(settings, protocol: Protocol, needs: set[str], options: Options) -> 
   needs_clip |= any(column.samples > 1 for column in protocol.columns)
   needs_clip |= "embeddings" in needs and options.clip is None
   needs_clip |= "features" in needs and protocol.extractor == "clip" and options.weights is None
-  return [*read, *(stages.own_clip(settings) if needs_clip else [])]
+  return [*read, *(stage_table.own_clip(settings) if needs_clip else [])]
 
 
 def _params(settings, workdir, before: bool) -> tuple[dict, int]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 from etils import epath
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
@@ -186,7 +186,7 @@ def _bank(settings, workdir: epath.Path, heldout: bool) -> epath.Path:
     stages.require(bank, name, config=dict)["config"] for name in ("documents", "neighbors")
   )
   found = {"clip": neighbors["retrieval"]["clip"], **documents["inputs"], **neighbors["inputs"]}
-  read = (*stages.TOKENIZERS, *stages.own_clip(settings))
+  read = (*stage_table.TOKENIZERS, *stage_table.own_clip(settings))
   expected = {"clip": settings.retrieval.clip, **stages.ids(settings, workdir, read)}
   for name, value in expected.items():
     if found[name] != value:
@@ -204,12 +204,12 @@ def _needs_clip(tasks: Sequence[Task]) -> bool:
 def _identity(settings, workdir: epath.Path, bank: epath.Path, tasks, columns, seed: int) -> dict:
   """Returns what the samples depend on; raises UserError if a stage to read is not finished."""
   retrieves = not tasks or any(task.retrieve for task in tasks)
-  read = [*stages.TOKENIZERS, "train", *(["documents"] if retrieves else [])]
-  read += stages.own_clip(settings) if _needs_clip(tasks) else ()
+  read = [*stage_table.TOKENIZERS, "train", *(["documents"] if retrieves else [])]
+  read += stage_table.own_clip(settings) if _needs_clip(tasks) else ()
   inputs = stages.ids(settings, workdir, read)
   inputs |= stages.ids(settings, bank, ["neighbors"]) if retrieves else {}
   same = ("samples", "rank", "keep_neighbors", "weight_dtype", "cache_dtype", "draft_window")
-  config = {"inputs": inputs, **stages.identity(settings, "samples")}
+  config = {"inputs": inputs, **stage_table.identity(settings, "samples")}
   config |= {name: flags.FLAGS[name].value for name in same}
   if tasks:
     return {**config, "tasks": [task.identity() for task in tasks]}

@@ -11,7 +11,7 @@ amused 256 codes of 256x256 pixels, taming_gumbel_f8 1,024 of 256x256, chameleon
 
 from absl import flags
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 
@@ -64,7 +64,7 @@ def main(settings, workdir, source: str, family: str | None) -> None:
     "vqgan": {"resolution": settings.vqgan.resolution, "downsample": settings.vqgan.downsample},
     "vocab": {"image_size": settings.vocab.image_size},
   }
-  with stages.once(folder, config, files=stages.STAGES["vqgan"].files) as summary:
+  with stages.once(folder, config, files=stage_table.STAGES["vqgan"].files) as summary:
     if summary is None:
       return
     tokenizer.save(folder)

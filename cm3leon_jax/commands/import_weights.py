@@ -6,9 +6,11 @@
 DIR holds safetensors, config.json and tokenizer.json: what launch.export wrote, or a text model,
 Qwen3ForCausalLM or OPTForCausalLM without biases. What cannot be imported exactly is refused with
 its reason, and nothing is downloaded. The command writes text_tokenizer/ and init/ in the workdir;
-the stages after it and launch.train then begin with them, on any mesh. Fields of the config that
-the model needs are named with their flags.
+the stages after it and launch.train then begin with them, on any mesh. It names the flags that set
+fields of the config to what the model needs.
 """
+
+from collections.abc import Collection
 
 from absl import flags
 
@@ -23,7 +25,16 @@ _SOURCE = flags.DEFINE_string(
 )
 
 
-def main(settings, workdir, source: str) -> None:
+def main(settings, workdir, source: str, given: Collection[str] = ()) -> None:
+  """Imports the weights and prints what was done.
+
+  Args:
+    settings: of the run.
+    workdir: of the run.
+    source: folder of the checkpoint.
+    given: fields of the config that flags of this command set, e.g. "model.width": the flags that
+      the next commands need, too.
+  """
   from cm3leon_jax.importing import importer
 
   if not source:
@@ -33,12 +44,15 @@ def main(settings, workdir, source: str) -> None:
     lines = importer.write(settings, workdir, found)
   for line in lines:
     print(f"import_weights: {line}", flush=True)
+  needed = importer.flags(found.fields, given)
   print(
-    f"import_weights: the next stages, and `launch.train` with this --workdir, begin with it and "
-    f"need {importer.flags(found.fields)}",
+    "import_weights: the next stages, and `launch.train` with this --workdir, begin with it"
+    + (f" and need {needed}" if needed else "."),
     flush=True,
   )
 
 
 if __name__ == "__main__":
-  common.run(lambda settings, workdir: main(settings, workdir, _SOURCE.value))
+  common.run(
+    lambda settings, workdir: main(settings, workdir, _SOURCE.value, common.given_fields())
+  )

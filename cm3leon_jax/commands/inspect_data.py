@@ -19,7 +19,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 
@@ -42,7 +42,7 @@ _VALIDATE = flags.DEFINE_bool(
 )
 
 DOCUMENTS = ("documents", "neighbors")
-READ = (*stages.TOKENIZERS, *DOCUMENTS)
+READ = (*stage_table.TOKENIZERS, *DOCUMENTS)
 
 
 def write_page(
@@ -69,7 +69,7 @@ def write_page(
   inspect_page.check_writable(out)
   documents = DOCUMENTS if replay_share(settings, split) else ()
   instructions = ("instructions",) if settings.instructions.any else ()
-  for name in (*stages.TOKENIZERS, *instructions, *documents):
+  for name in (*stage_table.TOKENIZERS, *instructions, *documents):
     stages.require(workdir, name)
   loader, scores = open_rows(settings, workdir, split), None
   if documents:
@@ -106,7 +106,7 @@ def validate(settings, workdir) -> None:
 
   documents = DOCUMENTS if replay_share(settings, "train") else ()
   instructions = ("instructions",) if settings.instructions.any else ()
-  for name in (*stages.TOKENIZERS, *instructions, *documents):
+  for name in (*stage_table.TOKENIZERS, *instructions, *documents):
     described = len(stages.require(workdir, name).get("files", {}))
     stages.check_files(workdir / name)
     state = f"{described} files as written" if described else "of an earlier version: no digests"

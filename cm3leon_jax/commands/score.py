@@ -16,7 +16,7 @@ import json
 from absl import flags
 from etils import epath
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
 from cm3leon_jax.config import UserError
@@ -40,7 +40,7 @@ def main(settings, workdir) -> None:
   retrieve = _number_of_neighbors(settings)
   inputs = stages.ids(settings, workdir, _stages_read(settings, retrieve))
   layout, raw = PromptLayout.load(settings, workdir), settings.raw
-  tokenizers = {name: inputs[name] for name in stages.TOKENIZERS}
+  tokenizers = {name: inputs[name] for name in stage_table.TOKENIZERS}
   documents = given_documents.open_documents(
     _DOCUMENTS.value, layout, tokenizers, crop=raw.crop, num_threads=raw.num_threads
   )
@@ -56,7 +56,7 @@ def main(settings, workdir) -> None:
     "inputs": inputs,
     "documents": {"name": path.name, "digest": checked.digest},
     "retrieve": retrieve,
-    "retrieval": stages.identity(settings, "neighbors")["retrieval"] if retrieve else None,
+    "retrieval": stage_table.identity(settings, "neighbors")["retrieval"] if retrieve else None,
     "num_resamples": settings.evaluation.num_resamples,
     "seed": settings.seed,
   }
@@ -89,8 +89,8 @@ def _number_of_neighbors(settings) -> int:
 
 
 def _stages_read(settings, retrieve: int) -> list[str]:
-  retrieval = ["documents", "neighbors", *stages.own_clip(settings)] if retrieve else []
-  return list(dict.fromkeys([*stages.TOKENIZERS, "train", *retrieval]))
+  retrieval = ["documents", "neighbors", *stage_table.own_clip(settings)] if retrieve else []
+  return list(dict.fromkeys([*stage_table.TOKENIZERS, "train", *retrieval]))
 
 
 def _score(settings, workdir: epath.Path, documents, checked, folder, retrieve: int) -> dict:

@@ -14,7 +14,7 @@ from etils import epath
 import orbax.checkpoint as ocp
 import tensorstore
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export.formats import Run
 from cm3leon_jax.export.tensor_files import DTYPES, convert
@@ -36,7 +36,7 @@ def write(folder: epath.PathLike, run: Run) -> dict:
   folder, params = absolute(folder), run.params
   folder.mkdir(parents=True, exist_ok=True)
   text.copy_files(run.workdir / "text_tokenizer", folder)
-  identity = stages.identity(run.settings, "train")
+  identity = stage_table.identity(run.settings, "train")
   write_json(folder / "config.json", {part: identity[part] for part in ("model", "vocab")})
   for name in params.shapes:
     _write_array(folder / FOLDER, params, name, run.choice.dtype)

@@ -7,7 +7,7 @@ import os
 
 from etils import epath
 
-from cm3leon_jax import distributed, stages
+from cm3leon_jax import distributed, stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.distributed import print_once
 from cm3leon_jax.export import bundle, formats, huggingface, orbax, placed, stored_tensors
@@ -112,7 +112,7 @@ def find(settings, source: str, step: int | None = None) -> Weights:
       "orbax."
     )
   run = folder / "train" / "config.json"
-  expected = plain(stages.identity(settings, "train"))
+  expected = plain(stage_table.identity(settings, "train"))
   if run.exists():
     described = read_json(run, {"run": dict})["run"]
     expected = {part: expected[part] for part in ("model", "vocab")}

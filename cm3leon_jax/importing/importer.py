@@ -1,13 +1,13 @@
 """Imports a checkpoint into a workdir: its tokenizer, and parameters that a run starts from."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import dataclasses
 from types import ModuleType
 from typing import Any
 
 from etils import epath
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import huggingface, tensor_files, weights
 from cm3leon_jax.export.tensor_files import Tensor
@@ -74,12 +74,13 @@ def plan(settings: Settings, source: str) -> Import:
 
 def _own_fields(source: Source) -> dict[str, dict]:
   """Returns what a model of this project needs; rotary positions have no longest sample."""
+  path, remedy = source.folder / CONFIG, "write it again by `python -m launch.export`."
   try:
     needed = huggingface.config_of(dict(source.described))
-  except (KeyError, TypeError, AttributeError) as error:
-    raise UserError(
-      f"{source.folder / CONFIG} has no field {error}: write it again by `python -m launch.export`."
-    ) from error
+  except KeyError as error:
+    raise UserError(f"{path} has no field {error}: {remedy}") from error
+  except (TypeError, ValueError, AttributeError) as error:
+    raise UserError(f"{path} is damaged ({error}): {remedy}") from error
   if needed["model"]["family"] == "modern":
     del needed["model"]["max_positions"]
   return needed
@@ -100,16 +101,21 @@ def _differing(settings: Settings, needed: dict[str, dict]) -> dict[str, dict]:
   }
 
 
-def flags(fields: Mapping[str, Mapping[str, Any]]) -> str:
+def flags(fields: Mapping[str, Mapping[str, Any]], chosen: Collection[str] | None = None) -> str:
   """Returns the flags that set fields of sections.
 
-  flags({"model": {"width": 64}})
-  "--config.model.width=64"
+    flags({"model": {"width": 64, "num_layers": 2}}, chosen=["model.width"])
+    "--config.model.width=64"
+
+  Args:
+    fields: section -> field -> value.
+    chosen: `section.field` of those that count; None: all.
   """
   return " ".join(
     f"--config.{section}.{name}={value}"
     for section, values in fields.items()
     for name, value in values.items()
+    if chosen is None or f"{section}.{name}" in chosen
   )
 
 
@@ -132,7 +138,7 @@ def write(settings: Settings, workdir: epath.PathLike, found: Import) -> list[st
   lines = describe(found)
   lines += _write_tokenizer(settings, workdir, found, digests)
   folder = workdir / weights.INIT
-  identity = {name: stages.identity(settings, "train")[name] for name in ("model", "vocab")}
+  identity = {name: stage_table.identity(settings, "train")[name] for name in ("model", "vocab")}
   files = (CONFIG, tensor_files.INDEX, "*.safetensors")
   with stages.once(folder, {**identity, "source": digests}, files=files) as summary:
     if summary is not None:
@@ -164,10 +170,10 @@ def _write_tokenizer(
       f"{folder} was trained, and its ids are not those of {source.folder}: use another --workdir, "
       "or delete that folder."
     )
-  config = stages.identity(settings, TEXT) | {"inputs": {IMPORTED: digests["tokenizer"]}}
+  config = stage_table.identity(settings, TEXT) | {"inputs": {IMPORTED: digests["tokenizer"]}}
   config["command"] = IMPORTED
   notes: list[str] = []
-  with stages.once(folder, config, files=stages.STAGES[TEXT].files) as summary:
+  with stages.once(folder, config, files=stage_table.STAGES[TEXT].files) as summary:
     if summary is not None:
       notes = _make_tokenizer(settings, folder, found)
       summary.update(imported_from=str(source.folder))

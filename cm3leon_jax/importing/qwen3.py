@@ -83,7 +83,7 @@ def notes(source: Source, fields: dict) -> list[str]:
   if (times := fields["num_heads"] // groups) > 1:
     lines.append(
       f"attention: {groups} heads of keys and values become {fields['num_heads']}, each {times} "
-      "times: exact, with so many times as many parameters for them and numbers in the cache."
+      f"times: exact; keys and values take {times} times the parameters and the cache."
     )
   if is_tied(source):
     lines.append(

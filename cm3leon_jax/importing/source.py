@@ -12,11 +12,11 @@ from cm3leon_jax.export import formats, stored_tensors
 from cm3leon_jax.export.stored_tensors import StoredTensors
 from cm3leon_jax.export.tensor_files import INDEX, WEIGHTS
 from cm3leon_jax.io import NAMES, digest, read_json
+from cm3leon_jax.tokenizers.published_source import PICKLES
 from cm3leon_jax.tokenizers.text import TOKENIZER
 
 CONFIG = "config.json"
 OWN = "cm3leon"  # Field of config.json that `launch.export` writes.
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,12 @@ def open_source(source: str) -> Source:
       f"--source is {source}; it must be a folder on this machine with {CONFIG} and {WEIGHTS}, as "
       "`launch.export` or transformers' save_pretrained writes it: nothing is downloaded."
     )
-  described = read_json(folder / CONFIG, {"model_type": str})
+  described = read_json(folder / CONFIG, {})
+  if not isinstance(described.get("model_type"), str):
+    raise UserError(
+      f"{folder / CONFIG} has no model_type, so the folder holds no text model of transformers; "
+      "`python -m launch.import_vqgan` imports an image tokenizer."
+    )
   if described["model_type"] not in ("opt", "qwen3"):
     raise UserError(
       f"{folder / CONFIG}: model_type is {short(described['model_type'])}; it must be 'opt' or "
@@ -136,7 +141,7 @@ def open_source(source: str) -> Source:
       "bfloat16: take the checkpoint that was quantized."
     )
   if not stored_tensors.are_in(folder):
-    pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
+    pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
     if pickles:
       raise UserError(
         f"{folder} has its weights as pickles ({pickles[0]}), which may run any code when they are "

@@ -48,8 +48,8 @@ def extend(
     table = [a b c], num_special = 6, two image codes, end = 2, m = (a + b + c) / 3
     result = [m c m m m m a b c m m]
 
-  Equal rows do not stay equal: the gradient of a row sums over the places where its token stands,
-  or could stand, and these differ from token to token.
+  Equal rows do not stay equal in training: each token stands at other places of the data, so each
+  row has another gradient.
 
   Args:
     table: row i is of the source's id i, which becomes `vocab.num_special` + i.

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import numpy as np
 from PIL import Image
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.records import SPLITS
 from cm3leon_jax.evaluation import scene_table
@@ -287,8 +287,8 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
   return environment.get_template("report.html.jinja").render(
     summary=summary,
     cost=summary_lib.cost(summary),
-    stages=stages.STAGES,
-    commands={folder: stages.command_of(workdir / folder) for folder in stages.STAGES},
+    stages=stage_table.STAGES,
+    commands={folder: stages.command_of(workdir / folder) for folder in stage_table.STAGES},
     more_flags=MORE_FLAGS,
     config_name=config_name,
     date=datetime.date.today().isoformat(),

@@ -6,7 +6,7 @@ import itertools
 from etils import epath
 import numpy as np
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.intervals import describe_groups, mean_interval
 from cm3leon_jax.io import plain, read_json, read_json_lines
@@ -294,7 +294,7 @@ def collect(workdir: epath.PathLike) -> dict:
   if not workdir.exists():
     raise UserError(f"--workdir {workdir} does not exist: name the folder of a run.")
   summary, seconds = {}, {}
-  for folder in stages.STAGES:
+  for folder in stage_table.STAGES:
     if (workdir / folder / stages.DONE).exists():
       done = read_json(workdir / folder / stages.DONE, {"summary": dict, "seconds": float})
       seconds[folder] = done["seconds"]
@@ -319,7 +319,7 @@ def collect(workdir: epath.PathLike) -> dict:
 def expected_stages(workdir: epath.Path) -> list[str]:
   """Returns the stages of a run: without instructions it has fewer."""
   tuned = (workdir / "instructions").exists()
-  return [name for name in stages.STAGES if tuned or name not in ("instructions", "grades")]
+  return [name for name in stage_table.STAGES if tuned or name not in ("instructions", "grades")]
 
 
 def cost(summary: dict) -> dict | None:
@@ -334,7 +334,7 @@ def cost(summary: dict) -> dict | None:
   """
   if "seconds" not in summary.get("train", {}):
     return None
-  folders = list(stages.STAGES)
+  folders = list(stage_table.STAGES)
   before = [
     summary[name]["seconds"] for name in folders[: folders.index("train")] if name in summary
   ]

@@ -12,7 +12,7 @@ from etils import epath
 import numpy as np
 import tensorstore as ts
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json, write_json
 
@@ -138,7 +138,7 @@ class ArrayStore:
     return f"rows of {self.path} cannot be read"
 
   def _again(self) -> str:
-    stage = next((p for p in self.path.parents if p.name in stages.STAGES), self.path.parent)
+    stage = next((p for p in self.path.parents if p.name in stage_table.STAGES), self.path.parent)
     return stages.again(stage, f"the folder {self.path}")
 
   def write(self, start: int, rows: np.ndarray) -> None:

@@ -70,7 +70,7 @@ def adaptive_weight(last_layer, params, y, reconstruction_loss, adversarial_loss
     adversarial_loss: pixels -> scalar.
 
   Returns:
-    fp32 scalar from 0 to `MAX_ADAPTIVE`; a constant of any gradient.
+    fp32 scalar from 0 to `MAX_ADAPTIVE`, through which no gradient flows.
   """
   params, y = jax.lax.stop_gradient((params, y))
   _, pull = jax.vjp(last_layer, params)

@@ -57,7 +57,7 @@ class PublishedConfig:
   def __post_init__(self):
     if wrong := [width for width in self.widths if width % self.groups]:
       raise ValueError(
-        f"groups is {self.groups}; it must divide the widths, and {wrong[0]} is one."
+        f"groups is {self.groups}; it must divide all widths, and one of them is {wrong[0]}."
       )
     if self.resolution % self.downsample:
       raise ValueError(

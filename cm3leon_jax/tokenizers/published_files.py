@@ -1,7 +1,4 @@
-"""Files of published image tokenizers: read from safetensors, and written as diffusers reads them.
-
-A pickle is never opened: it can run any code.
-"""
+"""Reads published image tokenizers from safetensors, and writes them under published names."""
 
 from collections.abc import Collection
 import dataclasses
@@ -19,15 +16,14 @@ from safetensors import numpy as safetensors_numpy
 from cm3leon_jax import parameters
 from cm3leon_jax.config import UserError, build, short
 from cm3leon_jax.io import read_json, replacing, write_json
-from cm3leon_jax.tokenizers import published
+from cm3leon_jax.tokenizers import published, published_source
 from cm3leon_jax.tokenizers.published import FAMILIES, Family, PublishedConfig
+from cm3leon_jax.tokenizers.published_source import DIFFUSERS, TRANSFORMERS
 from cm3leon_jax.tokenizers.vqgan import CONFIG, ImageTokenizer, VQGANConfig
 
-DIFFUSERS = "diffusion_pytorch_model.safetensors"
-TRANSFORMERS = "model.safetensors"
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 PREFIXES = ("model.vqmodel.", "vqmodel.")  # Of the tokenizer in a whole Chameleon.
 LEFT = "loss."  # Networks that only training needs.
+NUM_CODES = 8_192  # Of the published weights of all families.
 # Sides of images in pixels that the weights of a family are published for.
 RESOLUTIONS = {"amused": (256, 512), "taming_gumbel_f8": (256,), "chameleon": (512,)}
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
@@ -123,62 +119,6 @@ def from_tensors(tensors: dict[str, np.ndarray], config: PublishedConfig, num_co
   return traverse_util.unflatten_dict(flat, sep=".")
 
 
-def _refuse_pickle(path: epath.Path) -> None:
-  """Raises UserError, with the way to convert it, if a file is a pickle by its name or content."""
-  with path.open("rb") as file:
-    start = file.read(4)
-  is_pickle = start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05")
-  if path.suffix not in PICKLES and (path.suffix == ".safetensors" or not is_pickle):
-    return
-  raise UserError(
-    f"{path} is a pickle, which may run any code when it is read, so it is not read here. Convert "
-    "it in another environment, one without secrets: "
-    f"t = torch.load('{path.name}', map_location='cpu', weights_only=True); "
-    "t = t.get('state_dict', t); safetensors.torch.save_file({k: v.contiguous() for k, v in "
-    f"t.items()}}, '{path.stem}.safetensors'). Then --source is {path.stem}.safetensors."
-  )
-
-
-def find_files(source: epath.PathLike) -> list[epath.Path]:
-  """Finds the safetensors files that `source` names.
-
-  Args:
-    source: such a file; or a folder that holds one, the files of an index, or, as aMUSEd does, a
-      folder vqvae/ with one.
-
-  Raises:
-    UserError: there is no such file, or several, or only a pickle.
-  """
-  path = epath.Path(source)
-  if "://" in os.fspath(source) or not path.exists():
-    raise UserError(f"--source is {source}; it must be a file or folder on this machine.")
-  if not path.is_dir():
-    _refuse_pickle(path)
-    return [path]
-  folder = path / "vqvae" if (path / "vqvae").is_dir() else path
-  for name in (DIFFUSERS, TRANSFORMERS):
-    if (folder / name).exists():
-      return [folder / name]
-  if (index := folder / f"{TRANSFORMERS}.index.json").exists():
-    names = sorted(set(map(str, read_json(index, {"weight_map": dict})["weight_map"].values())))
-    if absent := [name for name in names if not (folder / name).exists()]:
-      raise UserError(f"{folder / absent[0]} does not exist, but {index} names it: get it, too.")
-    return [folder / name for name in names]
-  found = sorted(folder.glob("*.safetensors"))
-  if len(found) > 1:
-    raise UserError(
-      f"{folder} holds {', '.join(x.name for x in found[:4])}: name one: --source={found[0]}"
-    )
-  for other in sorted(folder.iterdir()) if not found else ():
-    if other.suffix in PICKLES:
-      _refuse_pickle(other)
-  if not found:
-    raise UserError(
-      f"{folder} holds no .safetensors file: name the folder or file with the weights."
-    )
-  return found
-
-
 def diffusers_config(path: epath.Path) -> PublishedConfig:
   """Reads the sizes of an aMUSEd tokenizer from diffusers' config.json; absent: the published ones.
 
@@ -193,6 +133,12 @@ def diffusers_config(path: epath.Path) -> PublishedConfig:
       raise UserError(
         f"{path}: {name} is {short(found)}; for --family=amused it must be {value!r}."
       )
+  needed = ("block_out_channels", "layers_per_block", "latent_channels")
+  if absent := [name for name in needed if stored.get(name) is None]:
+    raise UserError(
+      f"{path} has no field {absent[0]}, which that of a diffusers.VQModel has: take config.json "
+      "from the folder that the weights are published in."
+    )
   sizes = {
     "widths": stored.get("block_out_channels"),
     "blocks": stored.get("layers_per_block"),
@@ -206,21 +152,15 @@ def diffusers_config(path: epath.Path) -> PublishedConfig:
     raise UserError(f"{path} does not describe a VQModel that is read here ({error})") from error
 
 
-def _index(files: Collection[epath.Path]) -> dict[str, tuple[epath.Path, tuple[int, ...]]]:
-  """Returns file and shape of every tensor by its name, from the headers of files."""
-  found = {}
-  for path in files:
-    try:
-      with safetensors.safe_open(os.fspath(path), framework="np") as file:
-        for name in file.keys():  # noqa: SIM118 (no mapping)
-          found[name] = path, tuple(file.get_slice(name).get_shape())
-    except (safetensors.SafetensorError, OSError) as error:
-      raise UserError(f"{path} is not a whole safetensors file ({error}): get it again.") from error
-  return found
-
-
 def _check(found: dict, config: PublishedConfig, num_codes: int, source) -> None:
-  """Raises UserError, with the name, if a tensor is missing, surplus or of another shape."""
+  """Raises UserError, with the name, if a tensor is missing, surplus or of another shape.
+
+  Args:
+    found: as `published_source.read_headers` returns it.
+    config: of the family.
+    num_codes: K.
+    source: for messages.
+  """
   expected = tensor_shapes(config, num_codes)
   if missing := [name for name in expected if name not in found]:
     others = [f for f in FAMILIES if f != config.family and _has_names(found, f)]
@@ -251,25 +191,27 @@ def _check(found: dict, config: PublishedConfig, num_codes: int, source) -> None
 
 
 def _has_names(found: Collection[str], family: Family) -> bool:
-  return set(tensor_shapes(FAMILIES[family], 8_192)) <= set(found)
+  return set(tensor_shapes(FAMILIES[family], NUM_CODES)) <= set(found)
 
 
 def read(source: epath.PathLike, family: Family) -> Read:
   """Reads a published tokenizer, of any floating type, as fp32.
 
   Args:
-    source: see `find_files`; config.json beside files of diffusers gives the sizes.
+    source: see `published_source.find_files`; config.json beside files of diffusers gives the
+      sizes.
     family: key of `FAMILIES`.
 
   Raises:
-    UserError: a file is absent, damaged or a pickle; or a tensor is missing, surplus, of another
-      shape, or not finite.
+    UserError: a file is absent, damaged or a pickle, or of another kind of model; or a tensor is
+      missing, surplus, of another shape, or not finite.
   """
-  files = find_files(source)
+  files = published_source.find_files(source)
+  every = published_source.read_headers(files)
+  published_source.check_kind(files[0].parent, every, source)
   config = FAMILIES[family]
   if family == "amused":
     config = diffusers_config(files[0].parent / CONFIG)
-  every = _index(files)
   prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in every)), "")
   found = {
     name.removeprefix(prefix): value
@@ -277,7 +219,8 @@ def read(source: epath.PathLike, family: Family) -> Read:
     if name.startswith(prefix) and not name.startswith(prefix + LEFT)
   }
   table = "quantize.embed.weight" if config.gumbel else "quantize.embedding.weight"
-  num_codes = (*found.get(table, (None, ()))[1], 0)[0] or 8_192
+  shape = found[table][1] if table in found else ()
+  num_codes = shape[0] if shape and shape[0] else NUM_CODES
   _check(found, config, num_codes, source)
   tensors: dict[str, np.ndarray] = {}
   holders = sorted({path for path, _ in found.values()})

@@ -1,9 +1,9 @@
 """Quantizers of the image tokenizer: encodings become indices of codes, and indices vectors.
 
-All have the same four functions: `prepare` brings encodings into the space of the codes, `nearest`
-finds the index of each, calling looks indices up, and `pass_through` is what the decoder receives
-in training, with a gradient for the encoder. All but `FSQ` have codes of norm 1 (ViT-VQGAN, Yu et
-al. 2022, arXiv 2110.04627).
+All have the same four methods: `prepare` maps encodings to the space of the codes, `nearest` finds
+the index of the nearest code, `__call__` returns the vectors of indices, and `pass_through` returns
+what the decoder receives in training, with a gradient for the encoder. All but `FSQ` have codes of
+norm 1 (ViT-VQGAN, Yu et al. 2022, arXiv 2110.04627).
 """
 
 # N encodings, E code width, K codes, L levels of a channel.
@@ -227,7 +227,14 @@ def _squared(x):
 
 
 def init_averages(table) -> dict:
-  """Returns the averages of `ema` at the start: each code was met once, at its place [K, E]."""
+  """Returns the first averages of `ema`, as if one encoding equal to each code had been seen.
+
+  Args:
+    table: of the codes, [K, E]; not yet scaled to norm 1.
+
+  Returns:
+    counts, fp32 [K], and sums, fp32 [K, E].
+  """
   return {"counts": jnp.ones(len(table), jnp.float32), "sums": l2_normalize(table)}
 
 
@@ -253,6 +260,6 @@ def update_averages(averages: dict, z, indices, decay: float = CODEBOOK_DECAY) -
 
 
 def averaged_table(averages: dict, table):
-  """Returns sums / counts, [K, E]; codes that nearly all was forgotten of keep their place."""
+  """Returns sums / counts, [K, E]; a code whose count has decayed to about 0 keeps its row."""
   counts = averages["counts"][:, None]
   return jnp.where(counts > 1e-20, averages["sums"] / jnp.maximum(counts, 1e-20), table)

@@ -146,7 +146,7 @@ def restart_dead_codes(state: dict, images, config: VQGANConfig, key) -> dict:
   dead = (usage == 0)[:, None]
   params = {**state["params"], "codebook": {"table": jnp.where(dead, chosen, table)}}
   state = {**state, "params": params, "usage": jnp.zeros_like(usage)}
-  if "ema" in state:  # Else the average would return there from the place of a dead code.
+  if "ema" in state:  # Else the average would hold the dead code for many steps.
     table = jnp.where(dead, chosen, state["ema"]["codebook"]["table"])
     state["ema"] = {**state["ema"], "codebook": {"table": table}}
   if "averages" in state:
@@ -188,6 +188,10 @@ def train(
     features: of `perceptual.make_params`, if the config has a weight for them.
     shown: held-out images that are shown with their reconstructions, uint8 [n, H, W, 3].
     open_boards: first step -> boards, see `training.boards.Board`.
+
+  Raises:
+    ValueError: `features` are given without a weight, or are absent with one.
+    UserError: see `small_trainer.train`.
   """
   if bool(config.perceptual_weight) != (features is not None):
     raise ValueError("features must be given if, and only if, perceptual_weight is positive.")
@@ -304,7 +308,7 @@ def train_vqgan(
   """Runs the stage on the current mesh: trains, writes the tokenizer, returns its measures.
 
   The checkpoints stay, unless the tokenizer is refused: the caller deletes them when the stage is
-  finished. For the arguments, see `train`.
+  finished. `heldout_images` are like `images`; for the other arguments, see `train`.
 
   Raises:
     UserError: the training diverged, or the tokenizer is of no use (`check_learned`).

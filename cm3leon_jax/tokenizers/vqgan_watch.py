@@ -90,7 +90,8 @@ class Alarm:
     if restarting and not 0 < config.restart_every <= PATIENCE:
       advice.append(f"set config.vqgan.restart_every to {PATIENCE} (it is {config.restart_every})")
     if config.quantizer != "fsq" and config.commitment_weight > 0.25:
-      advice.append(f"lower config.vqgan.commitment_weight to 0.25 ({config.commitment_weight:g})")
+      weight = f"{config.commitment_weight:g}"
+      advice.append(f"lower config.vqgan.commitment_weight to 0.25 (it is {weight})")
     if not advice:
       advice.append(f"lower config.vqgan.learning_rate (it is {config.learning_rate:g})")
     if restarting:

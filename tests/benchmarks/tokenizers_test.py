@@ -9,7 +9,7 @@ import pytest
 from benchmarks import experiment as experiment_lib
 from benchmarks import tokenizers, tokenizers_table
 from benchmarks.tokenizers import ARMS, Experiment
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import plain, read_json, write_json
 from cm3leon_jax.tokenizers import quantizers
@@ -68,7 +68,7 @@ def ran(monkeypatch):
   calls = []
 
   def run_stage(name, config, workdir, overrides):
-    stage = next(key for key, value in stages.STAGES.items() if value.command == name)
+    stage = next(key for key, value in stage_table.STAGES.items() if value.command == name)
     folder = pathlib.Path(workdir)
     with stages.once(folder / stage, {"overrides": overrides}) as summary:
       if summary is not None:
@@ -107,6 +107,15 @@ def test_a_stopped_comparison_goes_on_where_it_was(small, ran):
   again = len(ran)
   tokenizers.run_all(small, ["restarts", "simvq"], 2)
   assert len(ran) == again
+
+
+def test_without_decoders_only_the_images_are_prepared(small, ran):
+  small = dataclasses.replace(small, decoder_minutes=0)
+  write_json(small.folder / "steps.json", PLAN)
+  tokenizers.run_all(small, ["restarts"], 1)
+  assert ran == [("shared", "raw"), ("restarts_seed_0", "vqgan")]
+  run = small.folder / "runs" / "restarts_seed_0"
+  assert sorted(p.name for p in run.iterdir() if p.is_symlink()) == ["raw"]
 
 
 def run_of(arm, seed, psnr, bits):
@@ -160,9 +169,11 @@ def test_a_whole_comparison(tmp_path):
   """Two arms, with the real commands; the second call trains nothing."""
   given = {
     "scenes.train": 300, "scenes.heldout": 70, "scenes.rare_objects": 20, "scenes.bank": 40,
-    "clip.steps": 60, "train.checkpoint_every": 20,
+    "vocab.text_size": 512, "clip.steps": 20, "clip.batch_size": 32, "vqgan.width": 8,
+    "vqgan.batch_size": 8, "model.num_layers": 1, "model.width": 32, "model.mlp_width": 32,
+    "train.global_batch_size": 8, "train.checkpoint_every": 20,
   }  # fmt: skip
-  experiment = Experiment(tmp_path, "scenes", 64, 0.02, 0.02, given)
+  experiment = Experiment(tmp_path, "scenes", 64, 0.1, 0.02, given)
   result = tokenizers.run_all(experiment, ["restarts", "fsq"], 1)
   for arm in ("restarts", "fsq"):
     measures = result["arms"][arm]["measures"]

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.clip import checkpoint as clip_checkpoint
 from cm3leon_jax.clip import huggingface as hf_clip
 from cm3leon_jax.clip.huggingface import HFCLIP
@@ -212,7 +212,7 @@ def test_the_config_chooses_it(folder, tmp_path):
   config = default_config()
   config.retrieval.clip = str(folder)
   settings = settings_from_config(config)
-  assert stages.own_clip(settings) == ()
+  assert stage_table.own_clip(settings) == ()
   clip = bank.load_clip(settings.retrieval.clip, tmp_path, settings.vocab)
   assert isinstance(clip, HFCLIP)
   assert clip.mesh.size == 8

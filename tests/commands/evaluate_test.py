@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import evaluate
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import base
@@ -65,7 +65,7 @@ def workdir(tmp_path):
     params = jax.tree.map(lambda x: np.nan * x, begun.params)
     checkpoints.save(dataclasses.replace(begun, params=params, ema=begun.params), 7, 0)
     checkpoints.close()
-  write_json(tmp_path / "train" / "config.json", {"run": stages.identity(settings, "train")})
+  write_json(tmp_path / "train" / "config.json", {"run": stage_table.identity(settings, "train")})
   for folder in ("documents", "neighbors", "train"):
     with stages.once(tmp_path / folder, {}):
       pass

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.commands import common, generate
 from cm3leon_jax.config import UserError
@@ -33,7 +33,7 @@ def workdir(tmp_path_factory):
   clip_lib.CLIP(SETTINGS.clip, VOCAB.text_size, params).save(root / "clip")
   for name in ("text_tokenizer", "vqgan", "documents", "neighbors", "clip", "train"):
     write_json(root / name / stages.DONE, {"id": name, "config": {}, "summary": {}, "seconds": 1.0})
-  write_json(root / "train" / "config.json", {"run": stages.identity(SETTINGS, "train")})
+  write_json(root / "train" / "config.json", {"run": stage_table.identity(SETTINGS, "train")})
   return root
 
 

@@ -29,7 +29,7 @@ from cm3leon_jax.io import digest, read_json, read_json_lines, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.reports import report
 from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.tokenizers import published, published_files, text
+from cm3leon_jax.tokenizers import published, published_files, published_source, text
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.data.raw import write_raw
 from tests.data.stores import VOCAB
@@ -37,7 +37,7 @@ from tests.generation.run import make_config
 from tests.launched import launch
 from tests.retrieval.stores import write_neighbors
 
-NAME = published_files.DIFFUSERS
+NAME = published_source.DIFFUSERS
 FAMILY = dataclasses.replace(
   published.FAMILIES["amused"],
   widths=(8,) * 5,

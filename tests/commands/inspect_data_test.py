@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.clip.model import normalize
 from cm3leon_jax.commands import inspect_data, training_rows
 from cm3leon_jax.config import UserError
@@ -65,7 +65,7 @@ def test_the_page_shows_rows_of_instructions(tmp_path, capsys, split, replay_sha
   config.instructions.replay_share = replay_share
   settings, workdir = settings_from_config(config), epath.Path(tmp_path)
   make_workdir(tmp_path, settings)
-  for name in stages.TOKENIZERS:
+  for name in stage_table.TOKENIZERS:
     write_json(workdir / name / stages.DONE, {"id": name, "config": {}, "summary": {}})
   if not replay_share:
     for name in inspect_data.DOCUMENTS:
@@ -93,7 +93,7 @@ def finished(workdir):
     write_json(workdir / "neighbors" / split / "rows.json", {"first_bank": count})
   for name in inspect_data.READ:
     (workdir / name / stages.DONE).unlink()
-    with stages.once(workdir / name, {}, files=stages.STAGES[name].files):
+    with stages.once(workdir / name, {}, files=stage_table.STAGES[name].files):
       pass
   return workdir
 
@@ -196,7 +196,7 @@ def page_of(workdir, numbers, skipped):
 @pytest.mark.parametrize("folder", inspect_data.READ)
 def test_a_missing_stage_is_reported(workdir, folder):
   (workdir / folder / stages.DONE).unlink()
-  command = stages.STAGES[folder].command
+  command = stage_table.STAGES[folder].command
   with pytest.raises(
     UserError, match=rf"{folder} is not finished: run `python -m launch\.{command}`"
   ):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import train_vqgan as command
 from cm3leon_jax.commands.train_vqgan import _judge_scenes
 from cm3leon_jax.data import ingest
@@ -67,7 +67,7 @@ def write_images(root, seed):
     for i in range(12)
   ]
   write_raw(root / "raw", pairs, images)
-  described = stages.describe_files(root / "raw", stages.STAGES["raw"].files)
+  described = stages.describe_files(root / "raw", stage_table.STAGES["raw"].files)
   write_json(root / "raw" / stages.DONE, {"id": stages.id_of(described), "files": described})
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import documents as documents_lib
 from cm3leon_jax.data.documents import (
@@ -184,7 +184,7 @@ def write_stage(root, number=7):
   """A finished stage `documents` with the store `train_pairs` of two shards; its folder."""
   made = [document(f"d{i}", text(*range(8, 9 + i)), image(300 + i)) for i in range(number)]
   folder = root / "documents"
-  with stages.once(folder, {}, files=stages.STAGES["documents"].files):
+  with stages.once(folder, {}, files=stage_table.STAGES["documents"].files):
     for name, part in {"a": made[:3], "b": made[3:]}.items():
       write_shard(folder / "train_pairs", name, part, VOCAB)
     finish_store(folder / "train_pairs", ["a", "b"], VOCAB)

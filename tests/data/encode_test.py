@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import ingest, raw_pairs
 from cm3leon_jax.data.documents import DocumentStore
@@ -148,7 +148,7 @@ def test_a_lost_shard_is_encoded_again_and_the_stage_is_the_same(raw, text_token
     if lost:
       (folder / "train_pairs" / lost).unlink()
       (folder / stages.DONE).unlink()
-    with stages.once(folder, {}, files=stages.STAGES["documents"].files):
+    with stages.once(folder, {}, files=stage_table.STAGES["documents"].files):
       encode(raw, text_tokenizer, folder)
     ids.append(stages.require(tmp_path, "documents")["id"])
     assert validate_store(DocumentStore(folder / "train_pairs", VOCAB))["documents"] == 15

@@ -7,7 +7,7 @@ from etils import epath
 import jax
 import numpy as np
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.data.documents import Segment, write_documents
 from cm3leon_jax.io import write_json
@@ -98,5 +98,8 @@ def save_run(root: epath.Path, settings=SETTINGS) -> None:
     checkpoints.close()
   for name in ("text_tokenizer", "vqgan", "documents", "neighbors", "clip", "train"):
     write_json(root / name / stages.DONE, {"id": name, "config": {}, "summary": {}, "seconds": 1.0})
-  stored = {"run": stages.identity(settings, "train"), "settings": dataclasses.asdict(settings)}
+  stored = {
+    "run": stage_table.identity(settings, "train"),
+    "settings": dataclasses.asdict(settings),
+  }
   write_json(root / "train" / "config.json", stored)

@@ -117,11 +117,17 @@ def test_biases_of_0_are_imported(opt_folder, tmp_path):
     ({}, {"model.norm.weight": None}, "has no tensor 'model.norm.weight'"),
     ({}, {"model.norm.weight": np.ones(31, np.float32)}, "'model.norm.weight' is [31]; by config"),
     ({"model_type": "llama"}, {}, "model_type is 'llama'; it must be 'opt' or 'qwen3'"),
+    ({"model_type": None}, {}, "has no model_type, so the folder holds no text model of transf"),
     ({"quantization_config": {"bits": 4}}, {}, "has a quantization_config; the weights must be"),
     (
       {"cm3leon": {"num_special": 8, "text_size": 9}, "rope_theta": 1e6},
       {},
       "has no field 'image_size': write it again by `python -m launch.export`.",
+    ),
+    (
+      {"cm3leon": 3, "rope_theta": 1e6},
+      {},
+      "config.json is damaged ('int' object has no attribute 'get'): write it again by",
     ),
   ],
 )  # fmt: skip

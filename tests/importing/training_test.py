@@ -120,8 +120,18 @@ def test_the_command_prints_what_it_did_and_what_the_config_needs(qwen3_folder, 
   assert lines[-1].startswith(
     "import_weights: the next stages, and `launch.train` with this --work"
   )
-  assert set(needed) <= set(lines[-1].split())
+  assert lines[-1].endswith(f" begin with it and need {' '.join(needed)}")
   assert (tmp_path / "init" / "model.safetensors").exists()
+  own = tmp_path / "own.py"
+  own.write_text(
+    "from tests.launch import tiny_config\n"
+    "def get_config():\n"
+    "  config = tiny_config.get_config()\n"
+    f"  config.model.update({QWEN3})\n"
+    "  return config\n"
+  )
+  whole = launch("import_weights", flags[0], f"--config={own}", f"--workdir={tmp_path}")
+  assert whole.stdout.splitlines()[-1].endswith(" with this --workdir, begin with it.")
   nameless = launch("import_weights", *flags[1:], f"--workdir={tmp_path}")
   assert nameless.stderr == "error: name the folder of the checkpoint: --source=DIR.\n"
 

@@ -82,4 +82,9 @@ IMPORTING = (
       "  if not folder.exists():\n    raise",
     ),
   ),
+  *mutants_of(
+    "cm3leon_jax/importing/importer.py",
+    f"{TRAINING_TEST}::test_the_command_prints_what_it_did_and_what_the_config_needs",
+    ("flags_that_nobody_gave", "if chosen is None or f", "if True or f"),
+  ),
 )

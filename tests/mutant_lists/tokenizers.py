@@ -6,6 +6,7 @@ VQGAN_TEST = "tests/tokenizers/train_vqgan_test.py"
 PUBLISHED = "cm3leon_jax/tokenizers/published.py"
 PUBLISHED_TEST = "tests/tokenizers/published_test.py"
 PUBLISHED_FILES = "cm3leon_jax/tokenizers/published_files.py"
+PUBLISHED_SOURCE = "cm3leon_jax/tokenizers/published_source.py"
 PUBLISHED_FILES_TEST = "tests/tokenizers/published_files_test.py"
 QUANTIZERS = "cm3leon_jax/tokenizers/quantizers.py"
 QUANTIZERS_TEST = "tests/tokenizers/quantizers_test.py"
@@ -28,9 +29,15 @@ TOKENIZERS = (
     ),
   ),
   *mutants_of(
-    PUBLISHED_FILES,
+    PUBLISHED_SOURCE,
     f"{PUBLISHED_FILES_TEST}::test_a_pickle_is_never_opened",
     ("a_pickle_by_another_name_is_read", "or not is_pickle", "or True"),
+  ),
+  *mutants_of(
+    PUBLISHED_SOURCE,
+    f"{PUBLISHED_FILES_TEST}::test_a_folder_of_another_model_is_refused_by_what_it_holds",
+    ("a_decoder_is_searched_for_codes", "if kind is None or any(", "if True or any("),
+    ("a_run_is_searched_for_codes", 'if "vqgan" in stored or', 'if "vqgan" not in stored and'),
   ),
   *mutants_of(
     PUBLISHED_FILES,
@@ -112,5 +119,10 @@ TOKENIZERS = (
     "cm3leon_jax/tokenizers/perceptual.py",
     "tests/tokenizers/perceptual_test.py::test_the_distance_is_that_of_torch",
     ("features_not_normalized", "(_unit(features) for features in pair)", "pair"),
+  ),
+  *mutants_of(
+    "benchmarks/tokenizers.py",
+    "tests/benchmarks/tokenizers_test.py::test_without_decoders_only_the_images_are_prepared",
+    ("clip_for_tokenizers_alone", "return SHARED if self.decoder_minutes else", "return SHARED or"),
   ),
 )

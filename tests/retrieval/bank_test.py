@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.clip.model import CLIP, CLIPConfig
 from cm3leon_jax.config import UserError
@@ -210,7 +210,7 @@ def test_a_lost_array_is_refused_and_written_again_as_it_was(tmp_path, array):
   out = tmp_path / "neighbors"
 
   def finish():
-    with stages.once(out, {}, files=stages.STAGES["neighbors"].files):
+    with stages.once(out, {}, files=stage_table.STAGES["neighbors"].files):
       build(tmp_path, "neighbors")
     return stages.require(tmp_path, "neighbors")["id"], files_of(out)
 
@@ -240,7 +240,7 @@ def test_a_damaged_index_is_refused_and_built_again_without_another_id(tmp_path)
   pytest.importorskip("scann")
   make_raw(tmp_path / "raw")
   config, out = dataclasses.replace(CONFIG, backend="scann"), tmp_path / "neighbors"
-  table = stages.STAGES["neighbors"]
+  table = stage_table.STAGES["neighbors"]
 
   def finish():
     with stages.once(out, {}, files=table.files, varying=table.varying):

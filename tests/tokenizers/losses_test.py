@@ -9,20 +9,10 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.tokenizers import discriminator, losses, train_vqgan, vqgan
-from cm3leon_jax.tokenizers.vqgan import VQGANConfig
+from tests.tokenizers.tiny import random_images, tiny_config
 
-CONFIG = VQGANConfig(
-  resolution=8,
-  downsample=4,
-  stem=4,
-  width=8,
-  multipliers=(1,),
-  encoder_blocks=(0,),
-  decoder_blocks=(0,),
-  code_dim=4,
+CONFIG = tiny_config(
   steps=12,
-  batch_size=4,
-  warmup_steps=0,
   adversarial_weight=0.8,
   adversarial_adaptive=True,
   adversarial_start=0.5,
@@ -34,7 +24,7 @@ NUM_CODES = 16
 
 @pytest.fixture(scope="module")
 def images():
-  return np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+  return random_images()
 
 
 def test_multiscale_loss_literals():

@@ -13,9 +13,9 @@ from cm3leon_jax.commands import train_vqgan as command
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.tokenizers import perceptual, train_vqgan, vqgan
-from cm3leon_jax.tokenizers.vqgan import VQGANConfig
 from cm3leon_jax.training import small_trainer
 from tests.models.tiny import mesh_of
+from tests.tokenizers.tiny import tiny_config
 
 
 def tensors_of(calibrated):
@@ -100,11 +100,9 @@ def test_equal_images_have_no_distance_and_finite_gradients(tensors, pair):
 def test_a_training_counts_the_distance(tensors, tmp_path, monkeypatch):
   """The loss of the first step has the distance of the reconstructions more than without."""
   monkeypatch.setattr(small_trainer, "LOG_EVERY", 1)
-  config = VQGANConfig(
-    resolution=16, downsample=4, stem=4, width=8, multipliers=(1,), encoder_blocks=(0,),
-    decoder_blocks=(0,), code_dim=4, steps=2, batch_size=8, adversarial_weight=0.0,
-    perceptual="vgg.safetensors", perceptual_weight=0.5,
-  )  # fmt: skip
+  config = tiny_config(
+    resolution=16, steps=2, batch_size=8, perceptual="vgg.safetensors", perceptual_weight=0.5
+  )
   images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
   plain = dataclasses.replace(config, perceptual="", perceptual_weight=0.0)
   features, first = perceptual.make_params(tensors), {}

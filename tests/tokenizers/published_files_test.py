@@ -131,7 +131,7 @@ def test_a_folder_of_amused_and_its_sizes(tmp_path):
     ("act_fn", "relu", "act_fn is 'relu'; for --family=amused it must be 'silu'"),
     ("norm_type", "spatial", "norm_type is 'spatial'"),
     ("mid_block_add_attention", True, "mid_block_add_attention is True"),
-    ("block_out_channels", None, r"config\.json does not describe a VQModel .*widths"),
+    ("block_out_channels", None, r"config\.json has no field block_out_channels, which that of"),
     ("block_out_channels", [6], r"does not describe .*groups is 4; it must divide"),
     ("layers_per_block", "2", r"does not describe .*blocks"),
   ],
@@ -178,6 +178,41 @@ def test_a_chameleon_without_decoder_is_refused_with_where_it_is(tmp_path):
     published_files.read(tmp_path, "chameleon")
 
 
+@pytest.mark.parametrize(
+  ("config", "message"),
+  [
+    (
+      {"model_type": "qwen3"},
+      r"holds no image tokenizer: by .*config\.json it is a model of the type 'qwen3': "
+      r"`python -m launch\.import_weights` imports a decoder; here name the folder or file with",
+    ),
+    (
+      {"model_type": "llama"},
+      r"it is a model of the type 'llama': name the folder or file with the weights of an image t",
+    ),
+    (
+      {"vqgan": {}, "num_codes": 8},
+      r"is the image tokenizer of a run: name the run instead, by `python -m launch\.copy_tokenize",
+    ),
+    ({"published": {}, "num_codes": 8}, r"is the image tokenizer of a run: name the run"),
+  ],
+)
+@pytest.mark.parametrize("family", published.FAMILIES)
+def test_a_folder_of_another_model_is_refused_by_what_it_holds(config, message, family, tmp_path):
+  save_file({"model.norm.weight": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  with pytest.raises(UserError, match=message):
+    published_files.read(tmp_path, family)
+
+
+def test_a_whole_chameleon_is_no_other_model(tmp_path):
+  """Its config.json names the type of its decoder."""
+  tensors = {f"model.vqmodel.{name}": x for name, x in some_tensors("chameleon").items()}
+  save_file(tensors, tmp_path / "model.safetensors")
+  (tmp_path / "config.json").write_text('{"model_type": "chameleon"}')
+  assert published_files.read(tmp_path, "chameleon").num_tensors == len(tensors)
+
+
 class Opened:
   """Tells whether its pickle was opened."""
 
@@ -193,7 +228,8 @@ def test_a_pickle_is_never_opened(tmp_path, name):
   message = (
     rf"{name} is a pickle, which may run any code when it is read, so it is not read here\. "
     rf"Convert it in another environment.*torch\.load\('{name}', map_location='cpu', "
-    r"weights_only=True\).*safetensors\.torch\.save_file\("
+    r"weights_only=True\).*safetensors\.torch\.save_file\(.* If weights_only=True refuses a class, "
+    r"docs/published_tokenizers\.md says how to allow it by torch\.serialization\.safe_globals"
   )
   with pytest.raises(UserError, match=message):
     published_files.read(tmp_path / name, "taming_gumbel_f8")

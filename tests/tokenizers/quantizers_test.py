@@ -9,24 +9,12 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.tokenizers import quantizers, train_vqgan, vqgan
-from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
+from tests.tokenizers.tiny import random_images, tiny_config
 
 # N encodings, E code width, K codes.
 
-CONFIG = VQGANConfig(
-  resolution=8,
-  downsample=4,
-  stem=4,
-  width=8,
-  multipliers=(1,),
-  encoder_blocks=(0,),
-  decoder_blocks=(0,),
-  code_dim=2,
-  steps=10,
-  batch_size=4,
-  warmup_steps=0,
-  adversarial_weight=0.0,
-)
+CONFIG = tiny_config(code_dim=2, steps=10)
 NUM_CODES = 24
 KINDS = ("", "ema", "simvq", "fsq", "rotation")
 
@@ -41,7 +29,7 @@ def make(kind, num_codes=NUM_CODES, code_dim=2):
 
 @pytest.fixture(scope="module")
 def images():
-  return np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+  return random_images()
 
 
 @pytest.mark.parametrize("kind", KINDS)

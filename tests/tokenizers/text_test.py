@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import transformers
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.tokenizers.text import TextTokenizer, TextTokenizerConfig, train_text_tokenizer
 from cm3leon_jax.vocab import VocabLayout
@@ -110,7 +110,7 @@ def test_another_vocabulary_is_refused(folder, tmp_path):
 
 
 def test_the_same_texts_make_the_same_stage_and_a_damaged_file_is_refused(tmp_path):
-  ids, files = [], stages.STAGES["text_tokenizer"].files
+  ids, files = [], stage_table.STAGES["text_tokenizer"].files
   for name in "ab":
     folder = tmp_path / name / "text_tokenizer"
     with stages.once(folder, {}, files=files):

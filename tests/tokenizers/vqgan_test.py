@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cm3leon_jax import stages
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.tokenizers import quantizers, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
@@ -208,7 +208,7 @@ def test_load_names_what_is_wrong(tokenizer, tmp_path):
 
 def test_damaged_parameters_are_refused(tokenizer, tmp_path):
   folder = tmp_path / "vqgan"
-  with stages.once(folder, {}, files=stages.STAGES["vqgan"].files):
+  with stages.once(folder, {}, files=stage_table.STAGES["vqgan"].files):
     tokenizer.save(folder)
   ImageTokenizer.load(folder)
   params = bytearray((folder / "params.safetensors").read_bytes())

@@ -12,26 +12,19 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.tokenizers import train_vqgan, vqgan_watch
-from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
+from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.tokenizers.vqgan_watch import Alarm
 from cm3leon_jax.training import small_trainer
 from cm3leon_jax.training.tensorboard import curves
 from tests.models.tiny import mesh_of
+from tests.tokenizers.tiny import tiny_config
 
-HEALTHY = VQGANConfig(
+HEALTHY = tiny_config(
   resolution=16,
-  downsample=4,
-  stem=4,
-  width=8,
-  multipliers=(1,),
-  encoder_blocks=(0,),
-  decoder_blocks=(0,),
   code_dim=8,
   steps=180,
   batch_size=64,
   learning_rate=3e-3,
-  warmup_steps=0,
-  adversarial_weight=0.0,
   restart_every=20,
   checkpoint_every=1_000,
 )
@@ -80,7 +73,8 @@ def test_a_collapse_is_named_with_its_remedy_within_200_steps(images, tmp_path, 
   low = [x["step"] for x in read_json_lines(tmp_path / "metrics.jsonl") if x["perplexity"] < 25.6]
   assert low[0] < step <= low[0] + 100 <= 180
   assert "for 100 steps batches have had at most 51 of 1,024 codes, now " in line
-  assert "Set config.vqgan.restart_every to 100 (it is 0), lower config.vqgan.commitment" in line
+  assert "Set config.vqgan.restart_every to 100 (it is 0), lower config.vqgan.commit" in line
+  assert "commitment_weight to 0.25 (it is 100), or set config.vqgan.quantizer to simvq; " in line
   assert line.endswith(f"delete {tmp_path / 'training'} to start again.")
 
 

@@ -1,0 +1,116 @@
+"""Finds the weights of a published image tokenizer, as safetensors.
+
+A pickle is never opened: it can run any code.
+"""
+
+from collections.abc import Collection
+import os
+
+from etils import epath
+import safetensors
+
+from cm3leon_jax.config import UserError, short
+from cm3leon_jax.io import read_json
+from cm3leon_jax.tokenizers import published
+from cm3leon_jax.tokenizers.vqgan import CONFIG
+
+DIFFUSERS = "diffusion_pytorch_model.safetensors"
+TRANSFORMERS = "model.safetensors"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+
+def _refuse_pickle(path: epath.Path) -> None:
+  """Raises UserError, with the way to convert it, if a file is a pickle by its name or content."""
+  with path.open("rb") as file:
+    start = file.read(4)
+  is_pickle = start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05")
+  if path.suffix not in PICKLES and (path.suffix == ".safetensors" or not is_pickle):
+    return
+  raise UserError(
+    f"{path} is a pickle, which may run any code when it is read, so it is not read here. Convert "
+    "it in another environment, one without secrets: "
+    f"t = torch.load('{path.name}', map_location='cpu', weights_only=True); "
+    "t = t.get('state_dict', t); safetensors.torch.save_file({k: v.contiguous() for k, v in "
+    f"t.items()}}, '{path.stem}.safetensors'). Then --source is {path.stem}.safetensors. If "
+    "weights_only=True refuses a class, docs/published_tokenizers.md says how to allow it by "
+    "torch.serialization.safe_globals; do not turn weights_only off."
+  )
+
+
+def find_files(source: epath.PathLike) -> list[epath.Path]:
+  """Finds the safetensors files that `source` names.
+
+  Args:
+    source: such a file; or a folder that holds one, the files of an index, or, as aMUSEd does, a
+      folder vqvae/ with one.
+
+  Raises:
+    UserError: there is no such file, or several, or only a pickle.
+  """
+  path = epath.Path(source)
+  if "://" in os.fspath(source) or not path.exists():
+    raise UserError(f"--source is {source}; it must be a file or folder on this machine.")
+  if not path.is_dir():
+    _refuse_pickle(path)
+    return [path]
+  folder = path / "vqvae" if (path / "vqvae").is_dir() else path
+  for name in (DIFFUSERS, TRANSFORMERS):
+    if (folder / name).exists():
+      return [folder / name]
+  if (index := folder / f"{TRANSFORMERS}.index.json").exists():
+    names = sorted(set(map(str, read_json(index, {"weight_map": dict})["weight_map"].values())))
+    if absent := [name for name in names if not (folder / name).exists()]:
+      raise UserError(f"{folder / absent[0]} does not exist, but {index} names it: get it, too.")
+    return [folder / name for name in names]
+  found = sorted(folder.glob("*.safetensors"))
+  if len(found) > 1:
+    raise UserError(
+      f"{folder} holds {', '.join(x.name for x in found[:4])}: name one: --source={found[0]}"
+    )
+  for other in sorted(folder.iterdir()) if not found else ():
+    if other.suffix in PICKLES:
+      _refuse_pickle(other)
+  if not found:
+    raise UserError(
+      f"{folder} holds no .safetensors file: name the folder or file with the weights."
+    )
+  return found
+
+
+def read_headers(files: Collection[epath.Path]) -> dict[str, tuple[epath.Path, tuple[int, ...]]]:
+  """Returns file and shape of every tensor by its name, from the headers of files."""
+  found = {}
+  for path in files:
+    try:
+      with safetensors.safe_open(os.fspath(path), framework="np") as file:
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+          found[name] = path, tuple(file.get_slice(name).get_shape())
+    except (safetensors.SafetensorError, OSError) as error:
+      raise UserError(f"{path} is not a whole safetensors file ({error}): get it again.") from error
+  return found
+
+
+def check_kind(folder: epath.Path, names: Collection[str], source: epath.PathLike) -> None:
+  """Raises UserError, with what would be right, if a folder holds another kind of model.
+
+  Args:
+    folder: whose config.json says what it holds.
+    names: of all tensors that were found.
+    source: for messages.
+  """
+  path = folder / CONFIG
+  stored = read_json(path, {}) if path.exists() else {}
+  if "vqgan" in stored or published.SECTION in stored:
+    raise UserError(
+      f"{source} is the image tokenizer of a run: name the run instead, by "
+      "`python -m launch.copy_tokenizers --init_from=RUN`."
+    )
+  kind = stored.get("model_type")
+  if kind is None or any("quantize." in name for name in names):
+    return
+  right = "name the folder or file with the weights of an image tokenizer."
+  if kind in ("opt", "qwen3"):
+    right = f"`python -m launch.import_weights` imports a decoder; here {right}"
+  raise UserError(
+    f"{source} holds no image tokenizer: by {path} it is a model of the type {short(kind)}: {right}"
+  )
