@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 import contextlib
-import dataclasses
-import difflib
 import errno
 import functools
 import importlib.util
@@ -20,7 +18,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from cm3leon_jax import accelerators, buckets
-from cm3leon_jax.commands import config_file, help_text
+from cm3leon_jax.commands import config_file, flag_errors, help_text
 from cm3leon_jax.config import (
   CTRL_C,
   INTERRUPTED,
@@ -166,23 +164,6 @@ def _fail(message: str, code: int = UserError.exit_code) -> None:
   sys.exit(code)
 
 
-def _unknown_flag(name: str, config: bool) -> str:
-  """Returns the message for an unknown flag; it suggests a flag, or fields of the config."""
-  sections: Mapping[str, type] = {}
-  if config:
-    from cm3leon_jax.settings import SECTIONS as sections  # Here: it imports JAX.
-  fields = [f"{s}.{field.name}" for s, cls in sections.items() for field in dataclasses.fields(cls)]
-  same_name = [field for field in fields if name in (field, field.partition(".")[2])]
-  same_name.sort(key=lambda field: (not field.startswith("train."), field))
-  if same_name:
-    flag = f"--config.{' or --config.'.join(same_name)}"
-    return f"--{name} is not a flag of this command; a field of the config is set by {flag}."
-  known = [flag for flag in flags.FLAGS if config or not flag.startswith("config")]
-  close = difflib.get_close_matches(name, known, 1)
-  hint = f"did you mean --{close[0]}?" if close else "--help lists its flags."
-  return f"--{name} is not a flag of this command: {hint}"
-
-
 def _strings(value, name: str = "") -> Iterator[tuple[str, str]]:
   """Yields the name and the text of every string in nested mappings and lists."""
   if isinstance(value, str):
@@ -234,26 +215,6 @@ def _user_error(error: BaseException | None) -> UserError | None:
   return error
 
 
-def _wrong_value(error: flags.Error) -> str:
-  """Returns the message for a value that absl does not take.
-
-  "flag --keep_last=1: 1 is not integer >= 2"
-  "--keep_last is 1; it must be an integer >= 2."
-  """
-  match = re.match(r"flag --([\w.]+)=(.*?): ", str(error), re.DOTALL)
-  if not match or not isinstance(error, flags.IllegalFlagValueError):
-    return str(error)
-  name, value = match.groups()
-  parser = flags.FLAGS[name].parser
-  what = parser.syntactic_help
-  if isinstance(parser, flags.EnumParser):
-    what = f"one of {', '.join(parser.enum_values)}"
-  elif isinstance(parser, flags.BooleanParser):
-    what = "true or false"
-  article = {"integer": "an ", "number": "a "}.get(what.partition(" ")[0], "")
-  return f"--{name} is {value}; it must be {article}{what}." if what else str(error)
-
-
 def _parse_flags(
   workdir: bool | None, several_processes: bool, config: bool, argv: list[str]
 ) -> list[str]:
@@ -271,11 +232,11 @@ def _parse_flags(
   except flags.UnrecognizedFlagError as error:
     if error.flagname.startswith("config."):
       _fail(f"--{error.flagname} is given, but no config before it: {NAME_A_CONFIG}")
-    _fail(_unknown_flag(error.flagname, config))
+    _fail(flag_errors.unknown(error.flagname, config))
   except (AttributeError, KeyError):
     _fail(config_file.unknown_field(_PARSER.config, argv[1:]))
   except flags.Error as error:
-    _fail(str(_user_error(error) or _wrong_value(error)))
+    _fail(str(_user_error(error) or flag_errors.wrong_value(error)))
 
 
 def _settings() -> Settings:

@@ -1,0 +1,45 @@
+"""Says in one sentence what is wrong with a flag, and what would be right."""
+
+from collections.abc import Mapping
+import dataclasses
+import difflib
+import re
+
+from absl import flags
+
+
+def unknown(name: str, config: bool) -> str:
+  """Returns the message for an unknown flag; it suggests a flag, or fields of the config."""
+  sections: Mapping[str, type] = {}
+  if config:
+    from cm3leon_jax.settings import SECTIONS as sections  # Here: it imports JAX.
+  fields = [f"{s}.{field.name}" for s, cls in sections.items() for field in dataclasses.fields(cls)]
+  same_name = [field for field in fields if name in (field, field.partition(".")[2])]
+  same_name.sort(key=lambda field: (not field.startswith("train."), field))
+  if same_name:
+    flag = f"--config.{' or --config.'.join(same_name)}"
+    return f"--{name} is not a flag of this command; a field of the config is set by {flag}."
+  known = [flag for flag in flags.FLAGS if config or not flag.startswith("config")]
+  close = difflib.get_close_matches(name, known, 1)
+  hint = f"did you mean --{close[0]}?" if close else "--help lists its flags."
+  return f"--{name} is not a flag of this command: {hint}"
+
+
+def wrong_value(error: flags.Error) -> str:
+  """Returns the message for a value that absl does not take.
+
+  "flag --keep_last=1: 1 is not integer >= 2"
+  "--keep_last is 1; it must be an integer >= 2."
+  """
+  match = re.match(r"flag --([\w.]+)=(.*?): ", str(error), re.DOTALL)
+  if not match or not isinstance(error, flags.IllegalFlagValueError):
+    return str(error)
+  name, value = match.groups()
+  parser = flags.FLAGS[name].parser
+  what = parser.syntactic_help
+  if isinstance(parser, flags.EnumParser):
+    what = f"one of {', '.join(parser.enum_values)}"
+  elif isinstance(parser, flags.BooleanParser):
+    what = "true or false"
+  article = {"integer": "an ", "number": "a "}.get(what.partition(" ")[0], "")
+  return f"--{name} is {value}; it must be {article}{what}." if what else str(error)
