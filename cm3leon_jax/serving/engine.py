@@ -12,8 +12,9 @@ import jax
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.decoding.continuous import ContinuousGenerator, StepFailed, Update
+from cm3leon_jax.decoding.continuous import ContinuousGenerator, StepFailed
 from cm3leon_jax.decoding.generator import Result, sample_seed
+from cm3leon_jax.decoding.lane_samples import Update
 from cm3leon_jax.generation.pipeline import Pipeline, Sample
 from cm3leon_jax.serving import partial
 from cm3leon_jax.serving.errors import ApiError
@@ -179,7 +180,8 @@ class Engine:
       self._changed.wait_for(lambda: self._closing or self._incoming or self._open or self._running)
       if self._closing:
         return False
-      room = max(self.slots - sum(o.waits for o in self._open), 1)
+      # A retrieval costs as much for one job as for all slots: the next when fewer jobs are ready.
+      room = self.slots if sum(o.waits for o in self._open) < self.slots else 0
       taken = [self._incoming.popleft() for _ in range(min(room, len(self._incoming)))]
     began = time.monotonic()
     self._prepare([job for job in taken if not job.cancelled])
