@@ -15,6 +15,7 @@ import asyncio
 import base64
 from collections.abc import Iterable, Iterator, Sequence
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -60,12 +61,8 @@ def offline(model: CM3Leon, numbers: Iterable[int]) -> np.ndarray:
 def server(slots: int) -> Iterator[tuple[int, str]]:
   """Starts a server; yields its process id and its address."""
   command = [sys.executable, "-m", "cm3leon_jax", "serve", "--port=0", f"--slots={slots}"]
-  command += [
-    f"--workdir={flags.FLAGS.workdir}",
-    f"--chunk={flags.FLAGS.chunk}",
-    "--most_waiting=256",
-  ]
-  command += ["--request_seconds=600"]
+  command += [f"--workdir={flags.FLAGS.workdir}", f"--chunk={flags.FLAGS.chunk}"]
+  command += ["--most_waiting=256", "--request_seconds=600"]
   process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
   try:
     line = process.stdout.readline()
@@ -82,11 +79,23 @@ def resident_mib(pid: int) -> int:
     return round(int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
 
 
-async def ask(client: httpx.AsyncClient, kind: str, i: int, image: Image.Image) -> None:
-  """Sends a request of a kind and reads its answer. Raises an error if it is refused."""
+@dataclasses.dataclass(frozen=True)
+class Given:
+  """The image that requests send: a PNG file of `side` x `side` pixels."""
+
+  png: bytes
+  side: int
+
+
+def given_image(image: Image.Image) -> Given:
   buffer = io.BytesIO()
   image.save(buffer, "PNG")
-  png, side = buffer.getvalue(), image.width
+  return Given(buffer.getvalue(), image.width)
+
+
+async def ask(client: httpx.AsyncClient, kind: str, i: int, image: Given) -> None:
+  """Sends a request of a kind and reads its answer. Raises an error if it is refused."""
+  png, side = image.png, image.side
   url, files = "v1/images/generations", {"image": ("a.png", png, "image/png")}
   if kind in ("image", "stream"):
     body = {"prompt": prompt(i), "seed": i, "stream": kind == "stream"}
@@ -108,7 +117,7 @@ async def ask(client: httpx.AsyncClient, kind: str, i: int, image: Image.Image) 
     raise RuntimeError(answer.text[-200:])
 
 
-async def full(url: str, pid: int, numbers: Sequence[int], image: Image.Image, clients: int):
+async def full(url: str, pid: int, numbers: Sequence[int], image: Given, clients: int):
   """All clients ask for images without a pause.
 
   Returns:
@@ -131,7 +140,7 @@ async def full(url: str, pid: int, numbers: Sequence[int], image: Image.Image, c
 
 def in_turns(model: CM3Leon, url: str, pid: int, each: int, turns: int, clients: int) -> dict:
   """Compares the server with `generate`, in turns of `each` images."""
-  image = model.generate(prompt(0))[0].image
+  image = given_image(model.generate(prompt(0))[0].image)
   offline(model, range(each))  # It compiles.
   seconds, errors, memory = [], [], [resident_mib(pid)]
   for turn in range(turns):
@@ -157,7 +166,7 @@ def in_turns(model: CM3Leon, url: str, pid: int, each: int, turns: int, clients:
   return results
 
 
-async def mixed(url: str, rate: float, count: int, image: Image.Image) -> dict:
+async def mixed(url: str, rate: float, count: int, image: Given) -> dict:
   """Requests of all kinds, of Poisson arrivals."""
   errors, seconds, chance = [], [], random.Random(0)
   limits = httpx.Limits(max_connections=None)
@@ -210,7 +219,7 @@ async def killed(url: str, count: int) -> dict:
 def main(_) -> None:
   logging.getLogger("httpx").setLevel(logging.WARNING)
   model = CM3Leon.load(flags.FLAGS.workdir, batch_size=flags.FLAGS.slots)
-  image = model.generate(prompt(0))[0].image
+  image = given_image(model.generate(prompt(0))[0].image)
   results = {}
   with server(flags.FLAGS.slots) as (pid, url):
     each = max(flags.FLAGS.requests // flags.FLAGS.turns, 1)

@@ -91,11 +91,13 @@ def lower_steps(mesh: jax.sharding.Mesh, params, control, loop, static: Static):
   return _lower_loop(mesh, steps, params, control, loop)
 
 
-def _lower_loop(mesh: jax.sharding.Mesh, function: Callable, params, control, state, *others):
+def _lower_loop(
+  mesh: jax.sharding.Mesh, function: Callable, params, control, state, *others, formats=None
+):
   """Lowers a function of (params, control, state, *others) that returns the state after steps.
 
-  The compiler chooses the memory layout of the state: with the default layout XLA:TPU copies the
-  whole cache to the layout that its loop prefers, and back, in every call.
+  Without `formats` of the state, the compiler chooses its memory layout: with the default layout
+  XLA:TPU copies the whole cache to the layout that its loop prefers, and back, in every call.
 
   Returns:
     jax.stages.Lowered.
@@ -104,11 +106,12 @@ def _lower_loop(mesh: jax.sharding.Mesh, function: Callable, params, control, st
   def shardings(tree):
     return jax.tree.map(lambda x: x.sharding, tree)
 
-  auto = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), state)
+  if formats is None:
+    formats = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), state)
   jitted = jax.jit(
     function,
-    in_shardings=(shardings(params), shardings(control), auto, *map(shardings, others)),
-    out_shardings=auto,
+    in_shardings=(shardings(params), shardings(control), formats, *map(shardings, others)),
+    out_shardings=formats,
     donate_argnums=2,
     compiler_options=compiler_options(mesh, DECODE_OPTIONS),
   )
@@ -223,6 +226,16 @@ class Programs:
 
     jitted, program = self._once(("lane", static, chunk, least), (params, control), make)
     return jitted(), program
+
+  def lane_steps(self, rows: int, lane, params, control, program, static: Static, least: int):
+    """Returns the steps of the first rows of a lane, whose state is that of `program`."""
+
+    def make():
+      types = [abstract(x, self.mesh) for x in (params, control, lane, np.int32(0))]
+      steps = functools.partial(lane_lib.steps, least=least, rows=rows, **static.of_step)
+      return _lower_loop(self.mesh, steps, *types, formats=program.input_formats[0][2]).compile()
+
+    return self._once(("first rows", rows, static, least), (params, control, lane), make)
 
   def join(self, lane, arrivals, params, program, static: Static):
     """Runs `lane.join`, which donates the state. Returns the state for `program`."""

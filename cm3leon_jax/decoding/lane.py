@@ -186,6 +186,32 @@ def join(
   return LaneState(loop, put(lane.counts, zeros))
 
 
+OF_ALL_ROWS = ("slots", "count", "going")  # Fields of LoopState.
+
+
+def _by_rows(function, lane: LaneState, *others: LaneState) -> LaneState:
+  """Applies a function to the arrays of lanes that have a part for each row; see `OF_ALL_ROWS`."""
+  lanes = (lane, *others)
+  loop = {
+    name: jax.tree.map(function, *(getattr(x.loop, name) for x in lanes))
+    for name in LoopState._fields
+    if name not in OF_ALL_ROWS
+  }
+  counts = function(*(x.counts for x in lanes))
+  return LaneState(lanes[-1].loop._replace(**loop), counts)
+
+
+def _first_rows(lane: LaneState, rows: int) -> LaneState:
+  """Returns a lane of the first rows; the arrays of streams have as many parts for each row."""
+  count = len(lane.counts)
+  return _by_rows(lambda x: x[: rows * (len(x) // count)], lane)
+
+
+def _with_first_rows(lane: LaneState, first: LaneState) -> LaneState:
+  """Puts a lane of first rows back into the lane of all."""
+  return _by_rows(lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, 0, 0), lane, first)
+
+
 def steps(
   params: DecodeParams,
   control: Control,
@@ -196,6 +222,7 @@ def steps(
   config: ModelConfig,
   grammar: Grammar,
   sampler: Sampler,
+  rows: int | None = None,
 ) -> LaneState:
   """Makes the steps of one chunk. Needs a mesh.
 
@@ -208,8 +235,18 @@ def steps(
     config: of the model.
     grammar: of the plans.
     sampler: compiled settings of sampling.
+    rows: only so many first rows are computed; no other may have a sample. Not with a batch that
+      is split over devices. Default: all.
   """
-  control = split_control(control)
+  whole = lane._replace(
+    loop=lane.loop._replace(
+      ids=jnp.full_like(lane.loop.ids, grammar.vocab.pad),
+      log_probs=jnp.zeros_like(lane.loop.log_probs),
+    )
+  )
+  lane, control = whole, split_control(control)
+  if rows is not None:
+    lane, control = _first_rows(whole, rows), Control(*jax.tree.map(lambda x: x[:rows], control))
   keys, plan = jax.vmap(jax.random.key)(control.seeds), control.plan
   slots = jnp.array([seen.shape[1] for seen in lane.loop.seen], jnp.int32)
   began = grammar.active(plan, lane.loop.state)
@@ -230,12 +267,8 @@ def steps(
     loop = loop._replace(slots=loop.slots % slots, going=jnp.any(active) & ~ended)
     return LaneState(loop, lane.counts + 1)
 
-  loop = lane.loop._replace(
-    count=jnp.int32(0),
-    going=jnp.any(began),
-    ids=jnp.full_like(lane.loop.ids, grammar.vocab.pad),
-    log_probs=jnp.zeros_like(lane.loop.log_probs),
-  )
-  return jax.lax.while_loop(
+  loop = lane.loop._replace(count=jnp.int32(0), going=jnp.any(began))
+  lane = jax.lax.while_loop(
     lambda lane: (lane.loop.count < limit) & lane.loop.going, step, LaneState(loop, lane.counts)
   )
+  return lane if rows is None else _with_first_rows(whole, lane)

@@ -79,6 +79,8 @@ class Lane:
     )
     self.placed: Control | None = None  # `control` on the devices, while it is the same.
     self.state = self.program = None
+    # Steps of the first rows alone, for a lane with few samples.
+    self.few, self.program_of_few = slots // 4 if shards == 1 else 0, None
 
   @property
   def busy(self) -> bool:
@@ -115,8 +117,25 @@ class Lane:
       self.state = programs.join(self.state, self._arrivals(rows), params, self.program, static)
       self.placed = None
     self.arriving = []
-    self.state = self.program(params, self._place(), self.state, np.int32(self._limit()))
+    program = self._program()
+    self.state = program(params, self._place(), self.state, np.int32(self._limit()))
     return self._updates()
+
+  def _program(self) -> jax.stages.Compiled:
+    """Returns the steps of all rows, or of the first ones if the samples are in these."""
+    if any(self.rows[self.few :]):
+      return self.program
+    if self.program_of_few is None:
+      self.program_of_few = self.generator.programs.lane_steps(
+        self.few,
+        self.state,
+        self.generator.params,
+        self._place(),
+        self.program,
+        self.kind.static,
+        self.least,
+      )
+    return self.program_of_few
 
   def _limit(self) -> int:
     """Returns the number of steps of the next chunk: it ends where a sample is known to end."""

@@ -164,6 +164,49 @@ def test_a_broken_lane_is_found(generator, cases, monkeypatch, damage):
   assert not all(same)
 
 
+def few_at_once(generator, cases, **options):
+  """Runs the cases of one stream, mostly one or two at once, in a lane of eight rows."""
+  plain = [case for case in cases if len(case[0].streams) == 1]
+  engine, used = ContinuousGenerator(generator, slots=8, chunk=3), []
+  waiting, running, rng = list(plain), {}, np.random.default_rng(0)
+  while waiting or engine.busy:
+    count = 3 if len(waiting) == 3 else int(len(running) < 2 and rng.random() < 0.5)
+    for case in waiting[:count]:
+      running[engine.add(*case[:3])] = case
+    del waiting[:count]
+    for update in engine.step():
+      used.append(engine._lanes[0]._program() is engine._lanes[0].program_of_few)
+      options.get("check", check)(update, running[update.ticket])
+      if update.over:
+        del running[update.ticket]
+  return used
+
+
+def test_few_samples_are_made_by_the_steps_of_the_first_rows(generator, cases):
+  """Samples pass from the steps of the first rows to those of all rows, and back."""
+  used = few_at_once(generator, cases)
+  assert set(used) == {True, False}
+  assert used.index(False) < len(used) - used[::-1].index(True)
+
+
+@pytest.mark.parametrize("lost", ["counts", "cache", "ids"])
+def test_a_part_of_the_first_rows_that_is_lost_is_found(generator, cases, monkeypatch, lost):
+  """Control: of the steps of the first rows, one part is not put back into the lane."""
+  plain, same = lane_lib._with_first_rows, []
+
+  def put(whole, first):
+    if lost == "counts":
+      return plain(whole, first)._replace(counts=whole.counts)
+    made = plain(whole, first)
+    return made._replace(loop=made.loop._replace(**{lost: getattr(whole.loop, lost)}))
+
+  monkeypatch.setattr(lane_lib, "_with_first_rows", put)
+  broken = copy.copy(generator)
+  broken.programs = Programs(generator.programs.mesh)
+  few_at_once(broken, cases, check=lambda update, case: same.append(is_case(update, case)))
+  assert not all(same)
+
+
 def test_a_removed_sample_frees_its_row_at_once(generator, cases):
   engine = ContinuousGenerator(generator, slots=2, chunk=3)
   one, two, three, four, *_ = (case for case in cases if len(case[0].streams) == 2)
