@@ -28,6 +28,9 @@ _SLOTS = flags.DEFINE_integer(
 _CHUNK = flags.DEFINE_integer(
   "chunk", 8, "Tokens of each sample between two answers; then requests join.", lower_bound=1
 )
+_LANES = flags.DEFINE_integer(
+  "lanes", 8, "Shapes that are decoded in turn, each with memory for --slots.", lower_bound=1
+)
 _MOST_WAITING = flags.DEFINE_integer(
   "most_waiting", 64, "Requests that may wait; more are refused with 429.", lower_bound=1
 )
@@ -122,6 +125,7 @@ def main(workdir) -> None:
     model.mesh,
     slots=_SLOTS.value,
     chunk=_CHUNK.value,
+    lanes=_LANES.value,
     queue_limit=_MOST_WAITING.value,
   )
   print("compiling the usual programs: on a CPU this takes minutes.", file=sys.stderr, flush=True)

@@ -36,6 +36,7 @@ class Engine:
     *,
     slots: int = 8,
     chunk: int = 16,
+    lanes: int = 8,
     queue_limit: int = 64,
   ):
     """Prepares an engine; `start` begins.
@@ -45,13 +46,14 @@ class Engine:
       mesh: that it was loaded on.
       slots: samples of one shape that are decoded at once.
       chunk: tokens of each sample between two deliveries.
+      lanes: shapes that are decoded in turn, see `ContinuousGenerator`.
       queue_limit: largest number of jobs with a sample that waits for a slot.
 
     Raises:
       UserError: `slots` does not divide by the devices that share a batch.
     """
     self.pipeline, self.slots, self.queue_limit = pipeline, slots, queue_limit
-    self._mesh, self._chunk = mesh, chunk
+    self._mesh, self._chunk, self._lanes = mesh, chunk, lanes
     # A stream alone does not pay for padding; several images are decoded together.
     self._tokenizers = {n: pipeline.image_tokenizer.in_batches(n) for n in (1, slots)}
     self._changed = threading.Condition()
@@ -159,7 +161,9 @@ class Engine:
         job.deliver(Failed(ApiError(503, "the server is stopping.", code="stopping")))
 
   def _fresh(self) -> ContinuousGenerator:
-    return ContinuousGenerator(self.pipeline.generator, slots=self.slots, chunk=self._chunk)
+    return ContinuousGenerator(
+      self.pipeline.generator, slots=self.slots, chunk=self._chunk, lanes=self._lanes
+    )
 
   def _warm_up(self) -> None:
     """Compiles what nearly every request needs: the usual shapes of each kind of task."""
