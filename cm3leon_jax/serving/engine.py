@@ -185,7 +185,7 @@ class Engine:
       if self._closing:
         return False
       # A retrieval costs as much for one job as for all slots: the next when fewer jobs are ready.
-      room = self.slots if sum(o.waits for o in self._open) < self.slots else 0
+      room = self.slots if sum(o.begun == 0 for o in self._open) < self.slots else 0
       taken = [self._incoming.popleft() for _ in range(min(room, len(self._incoming)))]
     began = time.monotonic()
     self._prepare([job for job in taken if not job.cancelled])

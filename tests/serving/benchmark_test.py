@@ -42,16 +42,18 @@ def test_the_server_and_the_python_call_make_the_same_images_in_turns(live, mode
 
 def test_refused_requests_are_errors(live):
   nowhere = f"{live.url}/nowhere/"
-  _, errors = asyncio.run(serving.full(nowhere, os.getpid(), range(3), image(0), 2))
+  _, errors = asyncio.run(
+    serving.full(nowhere, os.getpid(), range(3), serving.given_image(image(0)), 2)
+  )
   assert len(errors) == 3
   assert "404" in errors[0]
-  found = asyncio.run(serving.mixed(nowhere, 1e3, 3, image(0)))
+  found = asyncio.run(serving.mixed(nowhere, 1e3, 3, serving.given_image(image(0))))
   assert found["errors"] == 3 + len(serving.KINDS)
 
 
 def test_mixed_requests_are_of_all_kinds(live):
   before = answers(live)
-  found = asyncio.run(serving.mixed(live.url, 1e3, 6, image(0)))
+  found = asyncio.run(serving.mixed(live.url, 1e3, 6, serving.given_image(image(0))))
   assert found["errors"] == 0, found["first_errors"]
   assert 0 < found["p50_seconds"] <= found["p95_seconds"]
   # Each kind once to compile, and once in the load.

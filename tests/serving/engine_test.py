@@ -15,6 +15,7 @@ import pytest
 from cm3leon_jax.data.documents import write_documents
 from cm3leon_jax.decoding.continuous import StepFailed
 from cm3leon_jax.generation.image_tasks import TextToImage
+from cm3leon_jax.serving import engine as engine_module
 from cm3leon_jax.serving.engine import Engine
 from cm3leon_jax.serving.errors import ApiError
 from cm3leon_jax.serving.jobs import Failed, Finished, Job
@@ -193,6 +194,24 @@ def job(task, count=1):
       ended.set()
 
   return Job(task, count, deliver), events, ended
+
+
+def test_jobs_that_wait_are_prepared_together(engine, monkeypatch):
+  """As many as there are slots, and not one whenever a slot is free."""
+  sizes, opens = [], engine_module.open_jobs
+
+  def open_jobs(pipeline, jobs, decoded):
+    sizes.append(len(jobs))
+    return opens(pipeline, jobs, decoded)
+
+  monkeypatch.setattr(engine_module, "open_jobs", open_jobs)
+  task = TextToImage("a red apple", retrieve=0, sampling=engine.pipeline.settings.sampling)
+  asked = [job(dataclasses.replace(task, seed=seed)) for seed in range(3 * engine.slots)]
+  with engine._changed:  # All come at once.
+    for one, _, _ in asked:
+      engine.submit(one)
+  assert all(ended.wait(60) for _, _, ended in asked)
+  assert sizes == [engine.slots] * 3
 
 
 def test_samples_of_jobs_take_turns(engine):
