@@ -16,6 +16,7 @@ import sys
 import time
 
 from absl import app, flags, logging
+from etils import epath
 import jax
 import numpy as np
 
@@ -24,7 +25,7 @@ from benchmarks import tokenizers_table as table
 from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import openmoji, scenes
-from cm3leon_jax.data import pipeline
+from cm3leon_jax.data import pipeline, raw_pairs
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.evaluation import bits
 from cm3leon_jax.io import read_json, write_json
@@ -227,6 +228,26 @@ def bits_per_pixel(settings: Settings, run: pathlib.Path) -> float:
   return total / (len(samples) * settings.vqgan.resolution**2)
 
 
+def heldout_images(experiment: Experiment, settings: Settings) -> np.ndarray:
+  """Returns the held-out images of all runs, uint8 [n, H, W, 3]."""
+  raw, resolution = epath.Path(experiment.shared) / "raw", settings.vqgan.resolution
+  images = raw_pairs.open_images(raw, "heldout", resolution)
+  return images[np.arange(len(images))]
+
+
+def commonest_square(images: np.ndarray, side: int) -> float:
+  """Computes the share of the squares that a code stands for which equal the commonest of them.
+
+  Args:
+    images: uint8 [n, H, W, 3].
+    side: of a square, in pixels.
+  """
+  n, height, width, _ = images.shape
+  squares = images.reshape(n, height // side, side, width // side, side, 3).swapaxes(2, 3)
+  _, counts = np.unique(squares.reshape(-1, side * side * 3), axis=0, return_counts=True)
+  return float(counts.max() / counts.sum())
+
+
 def measure(experiment: Experiment, settings: Settings, run: pathlib.Path) -> dict:
   """Returns what is measured of a run whose trainings are finished."""
   summary = stages.require(run, "vqgan", summary=dict)["summary"]
@@ -272,6 +293,7 @@ def run_all(experiment: Experiment, arms: list[str], num_seeds: int) -> dict:
     command = stage_table.STAGES[name].command
     experiment.command(command, experiment.shared, experiment.overrides())
   plan, runs, result = plan_steps(experiment), [], {}
+  heldout = heldout_images(experiment, settings["restarts"])
   planned = [(seed, arm) for seed in range(num_seeds) for arm in arms]
   about = {
     "source": experiment.source,
@@ -279,6 +301,7 @@ def run_all(experiment: Experiment, arms: list[str], num_seeds: int) -> dict:
     "image_tokens": settings["restarts"].vqgan.image_tokens,
     "minutes": experiment.minutes,
     "decoder_minutes": experiment.decoder_minutes,
+    "commonest_square": commonest_square(heldout, settings["restarts"].vqgan.downsample),
     **plan,
   }
   for number, (seed, arm) in enumerate(planned, 1):

@@ -24,8 +24,8 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
   """Computes all numbers of the table.
 
   Args:
-    about: `source`, `codes`, `image_tokens`, `minutes`, `decoder_minutes`, and `steps` and
-      `cpu_seconds` by arm.
+    about: `source`, `codes`, `image_tokens`, `minutes`, `decoder_minutes`, `commonest_square` (its
+      share), and `steps` and `cpu_seconds` by arm.
     runs: what `tokenizers.run_one` returns.
     labels: arm -> its name in the table.
 
@@ -54,7 +54,18 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
           if name in COMPARED and arm != BASE and by_seed.keys() & of[BASE].keys()
         },
       }
-  return {**about, "runs": runs, "arms": arms}
+  bound = perplexity_bound(about["commonest_square"], about["codes"])
+  return {**about, "perplexity_bound": bound, "runs": runs, "arms": arms}
+
+
+def perplexity_bound(share: float, codes: int) -> float:
+  """Returns the largest perplexity of K codes if one of them has a share of all places.
+
+  Then all others are equally frequent: exp(H), H = -p log p - (1 - p) log((1 - p) / (K - 1)).
+  """
+  rest = 1 - share
+  entropy = -share * np.log(share) - (rest * np.log(rest / (codes - 1)) if rest else 0.0)
+  return float(np.exp(entropy))
 
 
 def _difference(own: dict, base: dict, name: str) -> dict:
@@ -101,7 +112,8 @@ def markdown(result: dict) -> str:
     f"`{result['source']}`, {result['codes']:,} codes, {result['image_tokens']} of them an image; "
     f"tokenizer {result['minutes']:g} minutes on {result['cores']} cores{trained}; "
     f"{seeds} {'seed' if seeds == 1 else 'seeds'}: mean (lowest to highest), differences with 95% "
-    "intervals by Student's t."
+    f"intervals by Student's t. {result['commonest_square']:.1%} of the held-out squares are "
+    f"equal; if these have one code, perplexity is at most {result['perplexity_bound']:,.0f}."
   )
   return "\n".join([*lines, "", about, ""])
 

@@ -12,7 +12,7 @@ from benchmarks.tokenizers import ARMS, Experiment
 from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import plain, read_json, write_json
-from cm3leon_jax.tokenizers import quantizers
+from cm3leon_jax.tokenizers import quantizers, train_vqgan
 
 SMALL = {
   "raw.resolution": 12, "vqgan.resolution": 12, "vqgan.width": 8, "vqgan.encoder_blocks": (0,),
@@ -53,6 +53,19 @@ def test_steps_take_the_minutes_and_are_measured_once(small, monkeypatch):
   assert "decoder" in plan["steps"]
 
 
+def test_the_commonest_square_bounds_the_perplexity():
+  images = np.zeros((2, 4, 4, 3), np.uint8)
+  images[0, :2, :2], images[1, 3, 3] = 9, (0, 0, 1)  # Two of eight squares of 2 x 2.
+  assert tokenizers.commonest_square(images, 2) == 6 / 8
+  bound = tokenizers_table.perplexity_bound
+  assert bound(1.0, 8) == 1
+  assert bound(1 / 8, 8) == pytest.approx(8)
+  # 1 bit for whether it is the first of 5, and 2 more bits in half of the cases: 2 bits.
+  assert bound(0.5, 5) == pytest.approx(4)
+  codes = np.repeat(np.arange(5), [4, 1, 1, 1, 1])
+  assert train_vqgan.perplexity(codes, 5) == pytest.approx(4)
+
+
 def test_cpu_seconds_are_those_of_the_work():
   def work(count):
     for _ in range(count):
@@ -80,6 +93,8 @@ def ran(monkeypatch):
 
   monkeypatch.setattr(experiment_lib, "run_stage", run_stage)
   monkeypatch.setattr(tokenizers, "bits_per_pixel", lambda settings, run: 0.25)
+  images = np.zeros((1, 12, 12, 3), np.uint8)
+  monkeypatch.setattr(tokenizers, "heldout_images", lambda experiment, settings: images)
   return calls
 
 
@@ -128,7 +143,14 @@ def run_of(arm, seed, psnr, bits):
 def summary():
   values = {"restarts": ((20, 0.5), (22, 0.6)), "fsq": ((21, 0.4), (24, 0.4))}
   runs = [run_of(arm, i, *x) for arm, pairs in values.items() for i, x in enumerate(pairs)]
-  about = {"source": "scenes", "codes": 512, "image_tokens": 64, "minutes": 4.0, **PLAN}
+  about = {
+    "source": "scenes",
+    "codes": 512,
+    "image_tokens": 64,
+    "minutes": 4.0,
+    "commonest_square": 0.5,
+    **PLAN,
+  }
   return tokenizers_table.summarize({**about, "decoder_minutes": 4.0}, runs, ARMS)
 
 
