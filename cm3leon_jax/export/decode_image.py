@@ -364,7 +364,7 @@ def run(source: pathlib.Path, target: pathlib.Path, are_ids: bool) -> None:
   try:
     from PIL import Image
   except ImportError as error:
-    raise ValueError("Pillow, which writes images, is missing: pip install pillow.") from error
+    raise ValueError("Pillow writes the images, and is missing: `pip install pillow`.") from error
   load()
   if not source.is_file():
     raise ValueError(f"there is no file {source}: name a JSON file of codes, or of ids and --ids.")

@@ -261,7 +261,7 @@ def test_a_missing_file_is_named(folder, tmp_path, name):
 def test_a_missing_pillow_is_named(folder, tmp_path, monkeypatch):
   monkeypatch.setattr(decode_image, "__file__", str(folder / "decode_image.py"))
   monkeypatch.setitem(sys.modules, "PIL", None)
-  with pytest.raises(ValueError, match=r"pip install pillow\.$"):
+  with pytest.raises(ValueError, match=r"`pip install pillow`\.$"):
     decode_image.run(tmp_path / "codes.json", tmp_path / "a.png", are_ids=False)
 
 

@@ -139,8 +139,8 @@ def test_a_program_of_a_version_that_jax_cannot_read_is_refused(copied, monkeypa
 def test_a_missing_package_is_named(copied, monkeypatch, capsys, package):
   monkeypatch.setitem(sys.modules, package, None)
   found = refusal(copied, monkeypatch, capsys, "red")
-  assert f"{package}" in found.partition(": pip install ")[0]
-  assert ": pip install " in found
+  assert f"{package}" in found.partition(": `pip install ")[0]
+  assert ": `pip install " in found
 
 
 def test_a_setting_that_an_artifact_lacks_is_refused(folder):

@@ -55,7 +55,7 @@ with reporting():
 
     importlib.import_module("flatbuffers")  # By which jax.export reads artifacts.
   except ImportError as _error:
-    raise Refused(f"{_error}: pip install jax flatbuffers tokenizers.") from _error
+    raise Refused(f"{_error}: `pip install jax flatbuffers tokenizers`.") from _error
 VOCAB = ABOUT["vocab"]
 
 
@@ -116,7 +116,7 @@ def load_tokenizer():
   try:
     from tokenizers import Tokenizer
   except ImportError as error:
-    raise Refused("text needs tokenizers: pip install tokenizers, or give --ids.") from error
+    raise Refused("text needs tokenizers: `pip install tokenizers`, or give --ids.") from error
   tokenizer = Tokenizer.from_str(read("tokenizer.json").decode())
   tokenizer.encode_special_tokens = True  # "</s>" in a caption is text.
   return tokenizer
