@@ -202,7 +202,7 @@ def _by_rows(function, lane: LaneState, *others: LaneState) -> LaneState:
 
 
 def _first_rows(lane: LaneState, rows: int) -> LaneState:
-  """Returns a lane of the first rows; the arrays of streams have as many parts for each row."""
+  """Returns a lane of the first rows. Arrays [R] of all streams have S entries for each row."""
   count = len(lane.counts)
   return _by_rows(lambda x: x[: rows * (len(x) // count)], lane)
 

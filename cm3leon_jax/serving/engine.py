@@ -184,7 +184,8 @@ class Engine:
       self._changed.wait_for(lambda: self._closing or self._incoming or self._open or self._running)
       if self._closing:
         return False
-      # A retrieval costs as much for one job as for all slots: the next when fewer jobs are ready.
+      # Jobs are prepared in batches of the slots, since one costs a retrieval as much as a batch.
+      # The next batch is due when fewer jobs than slots are prepared and have not begun.
       room = self.slots if sum(o.begun == 0 for o in self._open) < self.slots else 0
       taken = [self._incoming.popleft() for _ in range(min(room, len(self._incoming)))]
     began = time.monotonic()

@@ -82,9 +82,9 @@ def total_rows(task: Task, layout: PromptLayout) -> int:
 
 
 def text(task: Task, layout: PromptLayout, tokens: np.ndarray) -> str:
-  """Returns a text so far, without a character that is cut in two.
+  """Returns a text so far, of ids [G], without a character that is cut in two.
 
-  "" of a text with holes, which is put together when all of them are filled.
+  For a text with holes this is "": it can be put together only when all holes are filled.
   """
   if isinstance(task, InfillText):
     return ""

@@ -17,7 +17,6 @@ from cm3leon_jax.serving.errors import ApiError, refusal
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
 Count = Annotated[int, Field(ge=0, le=2**20)]
-# The fields of a form are texts; so are the values of these, of which none means a number.
 RULES = {  # By the first word of pydantic's type of an error.
   "bool": "be true or false",
   "int": "be a whole number",
@@ -26,6 +25,7 @@ RULES = {  # By the first word of pydantic's type of an error.
   "list": "be a list",
   "model": "be an object",
 }
+# The fields of a form are texts; so are the values of these, of which none means a number.
 NO_MEANING = ("user", "safety_identifier", "metadata", "store", "service_tier")
 
 

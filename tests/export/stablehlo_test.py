@@ -35,27 +35,27 @@ MOST = 7  # Tokens of a description.
 PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "opt_einsum", "flatbuffers")
 PACKAGES += ("tokenizers",)
 ALONE = """
-import runpy, sys
+import json, runpy, sys
 
 sys.path[:0] = [".", sys.argv[1]]
 import numpy as np
 import serve_example
 from artifacts import load, load_weights
 
-weights, captions, seeds = load_weights(), eval(sys.argv[2]), eval(sys.argv[3])
+weights, captions, seeds = load_weights(), json.loads(sys.argv[2]), json.loads(sys.argv[3])
 images, tokens = serve_example.draw(weights, captions, seeds)
 alone = serve_example.draw(weights, captions[1:2], seeds[1:2])
 unlike = serve_example.draw(weights, captions, seeds, guidance=[0.0, 1.0, 3.0])[1]
 described = serve_example.describe(weights, tokens, seeds, most=int(sys.argv[4]))
-told = serve_example.draw(weights, [eval(sys.argv[5])], [0])
-text = serve_example.describe(weights, told[1], [0], text_top_k=1)[0]
+drawn, drawn_tokens = serve_example.draw(weights, [json.loads(sys.argv[5])], [0])
+text = serve_example.describe(weights, drawn_tokens, [0], text_top_k=1)[0]
 codes = load("encode_image")(weights, images=images)
 decoded = load("decode_image")(weights, tokens=codes)
 np.savez("served.npz", images=images, tokens=tokens, image=alone[0], token=alone[1], unlike=unlike,
-         described=described, codes=codes, decoded=decoded, told=told[0], text=text)
+         described=described, codes=codes, decoded=decoded, drawn=drawn, text=text)
 sys.argv, ids = sys.argv[6:], sys.argv[5]
 runpy.run_path(sys.argv[0], run_name="__main__")
-sys.argv[1:] = ["--ids", " ".join(map(str, eval(ids)))]
+sys.argv[1:] = ["--ids", " ".join(map(str, json.loads(ids)))]
 sys.modules["tokenizers"] = None
 runpy.run_path(sys.argv[0], run_name="__main__")
 try:
@@ -75,7 +75,7 @@ def served(run, folder, tmp_path_factory):
   [(_, command)] = snippets((folder / "README.md").read_text())  # The one of the model card.
   python, *command = shlex.split(command)
   ids = TextTokenizer(run / "text_tokenizer", VOCAB).encode(command[-1]).tolist()
-  arguments = [str(site), repr(CAPTIONS), repr(SEEDS), str(MOST), repr(ids), *command]
+  arguments = [str(site), *map(json.dumps, (CAPTIONS, SEEDS, MOST, ids)), *command]
   assert python == "python"
   environment = {k: v for k, v in os.environ.items() if not k.startswith("XLA_FLAGS")}
   process = subprocess.run(
@@ -134,7 +134,7 @@ def test_images_become_tokens_and_images_again(served, run):
 
 def test_the_command_of_the_card_writes_the_image_and_prints_its_description(served, run, folder):
   results, printed = served
-  np.testing.assert_array_equal(Image.open(folder / "image.png"), results["told"][0])
+  np.testing.assert_array_equal(Image.open(folder / "image.png"), results["drawn"][0])
   text = TextTokenizer(run / "text_tokenizer", VOCAB).decode(results["text"])
   *lines, ids, _ = printed
   assert "\n".join(lines) == f"image.png: {text}"
