@@ -89,15 +89,21 @@ def write_json(path: epath.PathLike, value) -> None:
 
 # Fields of a JSON object, and their types; float admits whole numbers.
 Fields = Mapping[str, type]
+GET_AGAIN = "get it again from where it was published"  # Of a file that no stage wrote.
 NAMES = {dict: "object", list: "list", str: "string", int: "whole number", float: "number"}
 
 
-def read_json(path: epath.PathLike, fields: Fields | None = None):
-  """Reads a JSON file of the workdir.
+def read_json(
+  path: epath.PathLike,
+  fields: Fields | None = None,
+  remedy: str = "delete it and run its stage again",
+):
+  """Reads a JSON file.
 
   Args:
     path: of the file.
     fields: that it has, if it is an object; None: it is any value.
+    remedy: what helps if it is damaged; for files that no stage wrote, `GET_AGAIN`.
 
   Raises:
     UserError: it is absent or damaged, or lacks a field.
@@ -111,11 +117,9 @@ def read_json(path: epath.PathLike, fields: Fields | None = None):
   except (ValueError, RecursionError) as error:  # ValueError: also of bytes that are no UTF-8.
     if buckets.failure(error):  # The content is not known, so it does not count as damaged.
       raise
-    raise UserError(
-      f"{path} is not valid JSON ({error}): delete it and run its stage again."
-    ) from error
+    raise UserError(f"{path} is not valid JSON ({error}): {remedy}.") from error
   if lack := _lack(value, fields):
-    raise UserError(f"{path} is damaged: {lack}. Delete it and run its stage again.")
+    raise UserError(f"{path} is damaged: {lack}; {remedy}.")
   return value
 
 

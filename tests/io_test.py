@@ -26,8 +26,10 @@ def test_damaged_or_absent_json_is_refused(tmp_path):
   with pytest.raises(UserError, match="does not exist"):
     read_json(tmp_path / "x.json")
   (tmp_path / "x.json").write_text("{")
-  with pytest.raises(UserError, match="not valid JSON"):
+  with pytest.raises(UserError, match=r"not valid JSON .*: delete it and run its stage again\.$"):
     read_json(tmp_path / "x.json")
+  with pytest.raises(UserError, match=r"not valid JSON .*: get it again from where it was pub"):
+    read_json(tmp_path / "x.json", {}, io.GET_AGAIN)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

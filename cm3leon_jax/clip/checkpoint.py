@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json
+from cm3leon_jax.io import GET_AGAIN, read_json
 from cm3leon_jax.parameters import not_finite
 
 CONFIG = "config.json"
@@ -92,7 +92,7 @@ def read_config(folder: epath.PathLike) -> HFCLIPConfig:
       f"{path} does not exist; the folder must be that of a Hugging Face CLIP, with {CONFIG} and "
       f"{WEIGHTS}."
     )
-  stored = read_json(path, {})
+  stored = read_json(path, {}, GET_AGAIN)
   if stored.get("model_type") != "clip":
     raise UserError(f"{path}: model_type is '{stored.get('model_type')}'; it must be 'clip'.")
   try:
@@ -192,7 +192,9 @@ def read_tensors(folder: epath.PathLike, config: HFCLIPConfig) -> dict[str, np.n
   if (folder / WEIGHTS).exists():
     names = [WEIGHTS]
   elif (folder / INDEX).exists():
-    names = sorted(set(read_json(folder / INDEX, {"weight_map": dict})["weight_map"].values()))
+    names = sorted(
+      set(read_json(folder / INDEX, {"weight_map": dict}, GET_AGAIN)["weight_map"].values())
+    )
   else:
     raise UserError(
       f"{folder / WEIGHTS} does not exist, nor does {INDEX}; other formats are not supported."

@@ -4,12 +4,14 @@ from collections.abc import Callable
 
 from etils import epath
 
+from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import origins as origins_lib
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.io import read_json, write_json
 
-FILE = "training_data.json"  # In an export or a bundle.
+FILE = "training_data.json"  # In an export or a bundle, and in what was imported from one.
+IMPORTED = "imported_from"  # In the summary of what `launch.import_weights` wrote.
 ORIGIN = (*origins_lib.FIELDS, "records")
 
 
@@ -40,7 +42,7 @@ def collect(
       return {"runs": [*runs, *before["runs"]], "origins": [*origins, *before["origins"]]}
     raw = folder / "raw"
     known = (raw / raw_pairs.INDEX).exists()
-    runs.append({"name": folder.name, "known": known})
+    runs.append({"name": _name(folder), "known": known})
     if known:
       found = origins_lib.most_common(raw_pairs.read_index(raw)["origins"])
       origins += [{"run": folder.name, **origin} for origin in found]
@@ -48,6 +50,13 @@ def collect(
     start = run.get("init_from")
     folder = epath.Path(locate(start["source"])) if start else folder
   return {"runs": runs, "origins": origins}
+
+
+def _name(folder: epath.Path) -> str:
+  """Names a run by its folder, and imported weights by the folder that they came from."""
+  done = folder / stages.DONE
+  imported = read_json(done, {"summary": dict})["summary"].get(IMPORTED) if done.exists() else None
+  return epath.Path(imported or folder).name
 
 
 def read(folder: epath.PathLike) -> dict[str, list[dict]]:

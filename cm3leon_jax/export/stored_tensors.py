@@ -11,7 +11,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export.tensor_files import DTYPES, INDEX, WEIGHTS
-from cm3leon_jax.io import digest, read_json
+from cm3leon_jax.io import GET_AGAIN, digest, read_json
 from cm3leon_jax.stages import id_of
 
 FLOATS = {name: dtype for name, dtype in DTYPES.values() if not name.startswith("I")}
@@ -32,7 +32,7 @@ def files_of(folder: epath.PathLike) -> dict[str, str] | None:
   folder = epath.Path(folder)
   if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
     return None
-  places = read_json(folder / INDEX, {"weight_map": dict})["weight_map"]
+  places = read_json(folder / INDEX, {"weight_map": dict}, GET_AGAIN)["weight_map"]
   for file in places.values():
     if not isinstance(file, str) or os.path.basename(file) != file:
       raise UserError(

@@ -9,6 +9,7 @@ from etils import epath
 
 from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data import training_data
 from cm3leon_jax.export import huggingface, tensor_files, weights
 from cm3leon_jax.export.tensor_files import Tensor
 from cm3leon_jax.importing import opt, qwen3, tokenizer
@@ -147,9 +148,11 @@ def write(settings: Settings, workdir: epath.PathLike, found: Import) -> list[st
       write_json(folder / CONFIG, described)
       if (workdir / TEXT / TOKENIZER).exists():
         copy_files(workdir / TEXT, folder)
+      if (found.source.folder / training_data.FILE).exists():
+        write_json(folder / training_data.FILE, training_data.read(found.source.folder))
       tensor_files.write(folder, found.tensors)
       parameters = sum(tensor.size for tensor in found.tensors)
-      summary.update(imported_from=str(found.source.folder), parameters=parameters)
+      summary.update({training_data.IMPORTED: str(found.source.folder), "parameters": parameters})
       lines.append(f"{folder}: {parameters:,} parameters in float32.")
   return lines
 

@@ -47,7 +47,8 @@ def model_fields(source: Source) -> dict:
     raise UserError(
       f"{path}: num_key_value_heads = {groups} does not divide num_attention_heads = {heads}."
     )
-  base = rope.get("rope_theta") or source.described.get("rope_theta") or ROPE_BASE
+  given = (part.get("rope_theta") for part in (rope, source.described))
+  base = next((value for value in given if value is not None), ROPE_BASE)
   if not isinstance(base, int | float) or isinstance(base, bool) or base <= 0:
     raise UserError(f"{path}: rope_theta is {short(base)}; it must be a positive number.")
   return {

@@ -11,7 +11,7 @@ from cm3leon_jax.config import UserError, short
 from cm3leon_jax.export import formats, stored_tensors
 from cm3leon_jax.export.stored_tensors import StoredTensors
 from cm3leon_jax.export.tensor_files import INDEX, WEIGHTS
-from cm3leon_jax.io import NAMES, digest, read_json
+from cm3leon_jax.io import GET_AGAIN, NAMES, digest, read_json
 from cm3leon_jax.tokenizers.published_source import PICKLES
 from cm3leon_jax.tokenizers.text import TOKENIZER
 
@@ -124,7 +124,7 @@ def open_source(source: str) -> Source:
       f"--source is {source}; it must be a folder on this machine with {CONFIG} and {WEIGHTS}, as "
       "`launch.export` or transformers' save_pretrained writes it: nothing is downloaded."
     )
-  described = read_json(folder / CONFIG, {})
+  described = read_json(folder / CONFIG, {}, GET_AGAIN)
   if not isinstance(described.get("model_type"), str):
     raise UserError(
       f"{folder / CONFIG} has no model_type, so the folder holds no text model of transformers; "

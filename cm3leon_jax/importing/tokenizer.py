@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json
+from cm3leon_jax.io import GET_AGAIN, read_json
 from cm3leon_jax.tokenizers.text import TOKENIZER
 from cm3leon_jax.vocab import VocabLayout
 
@@ -39,7 +39,7 @@ def read_tokenizer(folder: epath.PathLike, rows: int) -> Mapping[str, Any]:
       f"{path} does not exist; write it by transformers: "
       "`AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`."
     )
-  described = read_json(path, {"model": dict, "added_tokens": list})
+  described = read_json(path, {"model": dict, "added_tokens": list}, GET_AGAIN)
   try:
     wrong, largest = _unlike(described), max(tokens_of(described), default=0)
   except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -10,7 +10,7 @@ from etils import epath
 import safetensors
 
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.io import read_json
+from cm3leon_jax.io import GET_AGAIN, read_json
 from cm3leon_jax.tokenizers import published
 from cm3leon_jax.tokenizers.vqgan import CONFIG
 
@@ -58,7 +58,9 @@ def find_files(source: epath.PathLike) -> list[epath.Path]:
     if (folder / name).exists():
       return [folder / name]
   if (index := folder / f"{TRANSFORMERS}.index.json").exists():
-    names = sorted(set(map(str, read_json(index, {"weight_map": dict})["weight_map"].values())))
+    names = sorted(
+      set(map(str, read_json(index, {"weight_map": dict}, GET_AGAIN)["weight_map"].values()))
+    )
     if absent := [name for name in names if not (folder / name).exists()]:
       raise UserError(f"{folder / absent[0]} does not exist, but {index} names it: get it, too.")
     return [folder / name for name in names]
@@ -99,7 +101,7 @@ def check_kind(folder: epath.Path, names: Collection[str], source: epath.PathLik
     source: for messages.
   """
   path = folder / CONFIG
-  stored = read_json(path, {}) if path.exists() else {}
+  stored = read_json(path, {}, GET_AGAIN) if path.exists() else {}
   if "vqgan" in stored or published.SECTION in stored:
     raise UserError(
       f"{source} is the image tokenizer of a run: name the run instead, by "

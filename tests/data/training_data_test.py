@@ -3,6 +3,7 @@
 from etils import epath
 import pytest
 
+from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import training_data
 from cm3leon_jax.export import bundle
@@ -46,6 +47,13 @@ def test_a_model_without_a_record_is_named_as_unknown(tmp_path):
   run = make_run(epath.Path(tmp_path / "run"), "MIT", str(tmp_path / "weights"))
   found = training_data.collect(run)
   assert found["runs"] == [{"name": "run", "known": True}, {"name": "weights", "known": False}]
+
+
+def test_imported_weights_have_the_name_of_their_source(tmp_path):
+  init = tmp_path / "run" / "init"
+  write_json(init / stages.DONE, {"summary": {"imported_from": "/data/Qwen3-0.6B"}})
+  run = make_run(epath.Path(tmp_path / "run"), "MIT", str(init))
+  assert training_data.collect(run)["runs"][1] == {"name": "Qwen3-0.6B", "known": False}
 
 
 @pytest.mark.parametrize("name", bundle.INSTALLED)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp
 
+from cm3leon_jax.data import training_data
 from cm3leon_jax.export import huggingface, placed, weights
 from cm3leon_jax.export.stored_tensors import StoredTensors
 from cm3leon_jax.importing import importer, qwen3
 from cm3leon_jax.importing.tables import extend
+from cm3leon_jax.io import write_json
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.vocab import VocabLayout
 from tests.generation.run import make_config
@@ -161,8 +163,11 @@ def test_an_export_of_this_project_is_imported_bit_for_bit(family, head_size, tm
     params = random_params(settings.model, seed=5)
     huggingface.export(tmp_path / "export", params, settings.model, settings.vocab, None)
     expected = jax.device_get(params)
+  learned = {"runs": [{"name": "before", "known": False}], "origins": []}
+  write_json(tmp_path / "export" / training_data.FILE, learned)
   lines = imported(tmp_path / "export", tmp_path / "run", settings)
   assert any("stay as they are" in line for line in lines)
+  assert training_data.collect(tmp_path / "run" / "init") == learned
   with jax.set_mesh(mesh_of(2, 2, 2)):
     found = weights.find(settings, str(tmp_path / "run" / "init"))
     params, split = weights.load(found, settings), random_params(settings.model)

@@ -101,6 +101,7 @@ def test_biases_of_0_are_imported(opt_folder, tmp_path):
     ({"layer_types": 3}, {}, "layer_types is 3; it must be of type list."),
     ({"rope_parameters": "x"}, {}, "rope_parameters is 'x'; it must be of type object."),
     ({"rope_parameters": {"rope_theta": "x"}}, {}, "rope_theta is 'x'; it must be a positive num"),
+    ({"rope_parameters": {"rope_theta": 0}}, {}, "rope_theta is 0; it must be a positive number"),
     ({"num_key_value_heads": 3}, {}, "num_key_value_heads = 3 does not divide num_attention_heads"),
     ({"num_attention_heads": 4.5}, {}, "num_attention_heads is 4.5; it must be a positive whole"),
     (
