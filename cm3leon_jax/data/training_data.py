@@ -40,16 +40,32 @@ def collect(
     if (folder / FILE).exists() and not path.exists():  # It has those of its bases, too.
       before = read(folder)
       return {"runs": [*runs, *before["runs"]], "origins": [*origins, *before["origins"]]}
-    raw = folder / "raw"
-    known = (raw / raw_pairs.INDEX).exists()
-    runs.append({"name": _name(folder), "known": known})
-    if known:
-      found = origins_lib.most_common(raw_pairs.read_index(raw)["origins"])
-      origins += [{"run": folder.name, **origin} for origin in found]
+    found = _raw_origins(folder) + _instruction_origins(folder)
+    runs.append({"name": _name(folder), "known": bool(found)})
+    origins += [{"run": folder.name, **origin} for origin in found]
     run = read_json(path, {"run": dict})["run"] if path.exists() else {}
     start = run.get("init_from")
     folder = epath.Path(locate(start["source"])) if start else folder
   return {"runs": runs, "origins": origins}
+
+
+def _raw_origins(folder: epath.Path) -> list[dict]:
+  raw = folder / "raw"
+  if not (raw / raw_pairs.INDEX).exists():
+    return []
+  return origins_lib.most_common(raw_pairs.read_index(raw)["origins"])
+
+
+def _instruction_origins(folder: epath.Path) -> list[dict]:
+  """Names the folder of instruction files; no file there says their license."""
+  done = folder / "instructions" / stages.DONE
+  stored = read_json(done, {"config": dict, "summary": dict}) if done.exists() else {}
+  root = stored.get("config", {}).get("instructions", {}).get("root")
+  if not root:
+    return []
+  records = sum(x["documents"] for x in stored["summary"].values() if "documents" in x)
+  fields = ("instructions", epath.Path(root).name, "", "")
+  return [{**dict(zip(origins_lib.FIELDS, fields)), "records": records}]
 
 
 def _name(folder: epath.Path) -> str:

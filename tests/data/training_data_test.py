@@ -56,6 +56,16 @@ def test_imported_weights_have_the_name_of_their_source(tmp_path):
   assert training_data.collect(run)["runs"][1] == {"name": "Qwen3-0.6B", "known": False}
 
 
+def test_files_of_instructions_are_named_without_a_license(tmp_path):
+  run = make_run(epath.Path(tmp_path / "run"), "MIT")
+  summary = {"train_vqa": {"documents": 5}, "heldout_vqa": {"documents": 2}, "seconds": {}}
+  for root, expected in (("", []), ("/data/llava/", [("llava", "", 7)])):
+    config = {"instructions": {"root": root}}
+    write_json(run / "instructions" / stages.DONE, {"config": config, "summary": summary})
+    found = training_data.collect(run)["origins"]
+    assert [(x["source"], x["license"], x["records"]) for x in found[1:]] == expected
+
+
 @pytest.mark.parametrize("name", bundle.INSTALLED)
 def test_a_run_that_began_from_an_installed_model_knows_its_data(tmp_path, name):
   run = make_run(epath.Path(tmp_path / "run"), "MIT", name)
