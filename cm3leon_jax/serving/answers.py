@@ -1,5 +1,6 @@
 """Answers of the API: the events of a job as JSON, or as server-sent events."""
 
+import asyncio
 from collections.abc import AsyncIterator
 import dataclasses
 import json
@@ -9,6 +10,7 @@ import uuid
 
 import numpy as np
 
+from cm3leon_jax.generation.pipeline import Sample
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.serving.errors import ApiError
 from cm3leon_jax.serving.jobs import Event, Failed, Finished, Neighbor, Progress, Started
@@ -95,6 +97,10 @@ class ImageAnswer:
       if isinstance(self._seen.take(event), Finished):
         samples.append(event.sample)
     samples.sort(key=lambda sample: sample.index)
+    return await asyncio.to_thread(self._body, samples)
+
+  def _body(self, samples: list[Sample]) -> dict[str, Any]:
+    """Encodes images, so it is called in a thread, as are `_partial` and `_completed`."""
     return {
       "created": self._created,
       "data": [
@@ -111,21 +117,26 @@ class ImageAnswer:
     async for event in events:
       self._seen.take(event)
       if isinstance(event, Progress) and self._is_due(event):
-        shown = self._shown.setdefault(event.index, [])
-        data = {"partial_image_index": len(shown), "rows": event.rows, "of_rows": self.total_rows}
-        if not shown:
-          data["neighbors"] = neighbors(self._seen.started.neighbors)
-        shown.append(event.rows)
-        yield self._event("partial_image", event.image, event.index, data)
+        yield await asyncio.to_thread(self._partial, event)
       elif isinstance(event, Finished):
-        sample = event.sample
-        data = {
-          "usage": self._usage(len(sample.tokens)),
-          "seed": sample.seed,
-          "clip_score": sample.clip_score,
-          "neighbors": neighbors(self._seen.started.neighbors),
-        }
-        yield self._event("completed", sample.segments[0], sample.index, data)
+        yield await asyncio.to_thread(self._completed, event.sample)
+
+  def _partial(self, event: Progress) -> str:
+    shown = self._shown.setdefault(event.index, [])
+    data = {"partial_image_index": len(shown), "rows": event.rows, "of_rows": self.total_rows}
+    if not shown:
+      data["neighbors"] = neighbors(self._seen.started.neighbors)
+    shown.append(event.rows)
+    return self._event("partial_image", event.image, event.index, data)
+
+  def _completed(self, sample: Sample) -> str:
+    data = {
+      "usage": self._usage(len(sample.tokens)),
+      "seed": sample.seed,
+      "clip_score": sample.clip_score,
+      "neighbors": neighbors(self._seen.started.neighbors),
+    }
+    return self._event("completed", sample.segments[0], sample.index, data)
 
   def _is_due(self, event: Progress) -> bool:
     """Returns whether rows are shown: evenly spread if fewer partial images are wanted."""
