@@ -44,6 +44,12 @@ ARMS = {
   "rotation": "rotation trick, dead codes restart",
 }
 SOURCES = {"scenes": scenes.get_config, "openmoji": openmoji.get_config}
+# Those of the demo are for a tenth of these steps.
+TUNED = ("learning_rate", "l1_weight")
+LONGER = {
+  "scenes": {f"vqgan.{name}": scenes.get_config("long").vqgan[name] for name in TUNED},
+  "openmoji": {},
+}
 SHARED = ("raw", "text_tokenizer", "clip", "neighbors")  # What `vqgan` to `train` read.
 CORES = 2  # A minute is 60 seconds of CPU time of each.
 ROUNDS, STEPS = 7, 6  # Of the timing: the arms take turns.
@@ -109,6 +115,7 @@ class Experiment:
       "train.eval_every": never,
       "train.sample_every": never,
       "train.checkpoint_every": 100,
+      **LONGER[self.source],
       **self.given,
       "seed": seed,
     }

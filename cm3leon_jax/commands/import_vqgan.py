@@ -1,9 +1,10 @@
-"""Imports a published image tokenizer, in place of `launch.train_vqgan`.
+"""Imports a published or exported image tokenizer, in place of `launch.train_vqgan`.
 
   python -m launch.import_vqgan --config=ml_configs/cm3leon_350m.py --workdir=workdir/run \\
     --source=amused-256 --family=amused
 
---source is a .safetensors file or a folder with one; a pickle is not read.
+--source is a .safetensors file or a folder with one; a pickle is not read. Of an export of this
+project it is EXPORT/image_tokenizer, without --family if that tokenizer was trained here.
 docs/published_tokenizers.md says which weights fit, how to convert them, and which config each of
 them takes:
 amused 256 codes of 256x256 pixels, taming_gumbel_f8 1,024 of 256x256, chameleon 1,024 of 512x512.
@@ -20,10 +21,10 @@ _SOURCE = flags.DEFINE_string("source", "", "File or folder with the weights, as
 _FAMILY = flags.DEFINE_enum("family", None, FAMILIES, "Network that the weights are of.")
 
 
-def _check_flags(source: str, family: str | None) -> None:
+def _check_flags(source: str, family: str | None, own: bool) -> None:
   if not source:
     raise UserError("name the file or folder with the weights: --source=amused-256")
-  if family is None:
+  if family is None and not own:
     raise UserError(f"name the network of the weights: --family={'|'.join(FAMILIES)}")
 
 
@@ -33,6 +34,7 @@ def _check_folder(folder) -> None:
   from cm3leon_jax.training import small_trainer
 
   trained = (folder / vqgan.CONFIG).exists() and not vqgan.is_published(folder)
+  trained = trained and stages.command_of(folder) != "import_vqgan"
   if trained or (folder / small_trainer.FOLDER).exists():
     raise UserError(
       f"{folder} holds a VQGAN of launch.train_vqgan: use another --workdir, or delete that folder."
@@ -43,15 +45,17 @@ def main(settings, workdir, source: str, family: str | None) -> None:
   from cm3leon_jax.io import digest
   from cm3leon_jax.tokenizers import published_files
 
-  _check_flags(source, family)
+  own = bool(source) and family is None and published_files.is_own(source)
+  _check_flags(source, family, own)
   folder = workdir / "vqgan"
   _check_folder(folder)
-  found = published_files.read(source, family)
+  found = published_files.read_own(source) if own else published_files.read(source, family)
   tokenizer = published_files.fit(found.tokenizer, settings.vocab.image_size, settings.vqgan)
   digests = [digest(path) for path in found.files]
   left = f", without {found.num_left} tensors of other networks" if found.num_left else ""
+  kind = family or "trained by launch.train_vqgan"
   print(
-    f"import_vqgan: {family}, {found.num_parameters:,} parameters in {found.num_tensors} tensors"
+    f"import_vqgan: {kind}, {found.num_parameters:,} parameters in {found.num_tensors} tensors"
     f"{left}.",
     flush=True,
   )
@@ -59,7 +63,7 @@ def main(settings, workdir, source: str, family: str | None) -> None:
     print(f"import_vqgan: read {path}, SHA-256 {sha256}.", flush=True)
   config = {
     "command": "import_vqgan",
-    "family": family,
+    "family": family or "",
     "sha256": digests,
     "vqgan": {"resolution": settings.vqgan.resolution, "downsample": settings.vqgan.downsample},
     "vocab": {"image_size": settings.vocab.image_size},
@@ -69,7 +73,7 @@ def main(settings, workdir, source: str, family: str | None) -> None:
       return
     tokenizer.save(folder)
     sizes, side = tokenizer.config, settings.vqgan.resolution // settings.vqgan.downsample
-    summary.update(family=family, parameters=found.num_parameters, code_dim=sizes.code_dim)
+    summary.update(family=family or "", parameters=found.num_parameters, code_dim=sizes.code_dim)
     print(
       f"import_vqgan: {sizes.resolution}x{sizes.resolution} pixels are {side}x{side} = "
       f"{sizes.image_tokens:,} of {tokenizer.num_codes:,} codes, each of width {sizes.code_dim}; "

@@ -54,7 +54,8 @@ def _set_encoders(config):
   config.vqgan.update({"resolution": 48, "downsample": 6, "stem": 6, "local_codes": True})
   config.vqgan.update({"width": 64, "multipliers": (1,), "encoder_blocks": (1,)})
   config.vqgan.update({"decoder_blocks": (2,), "code_dim": 8, "batch_size": 16})
-  config.vqgan.update({"learning_rate": 5e-3, "warmup_steps": 50, "adversarial_weight": 0.0})
+  config.vqgan.update({"learning_rate": 0.012, "l1_weight": 0.1, "warmup_steps": 50})
+  config.vqgan.update({"adversarial_weight": 0.0})
   config.vqgan.update({"restart_every": 50, "checkpoint_every": 200})
   config.clip.update({"resolution": 48, "image_encoder": "conv", "patch": 4, "image_width": 128})
   config.clip.update({"image_layers": 1, "text_width": 128, "text_layers": 2, "text_length": 24})
@@ -94,6 +95,7 @@ def _set_decoder(config):
 
 def _lengthen(config):
   config.scenes.update({"train": 80_000})
+  config.vqgan.update({"learning_rate": 5e-3, "l1_weight": 0.5})  # As the bundled model's.
   config.model.update({"width": 192, "num_heads": 3, "mlp_width": 448})
   config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100, "ema_decay": 0.998})
   config.evaluation.update({"scenes": 600, "scene_guidance": (1.0, 1.25, 1.5, 2.0)})

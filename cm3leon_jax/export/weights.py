@@ -17,6 +17,8 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.settings import Settings, settings_of_run
 from cm3leon_jax.training import checkpoint
 
+IMAGE_TOKENIZER = "image_tokenizer/params.safetensors"  # Of an exported model.
+IMAGES = "image_tokenizer_sha256"  # In the summary of INIT: of the export that was imported.
 INIT = "init"  # Folder of a workdir with the parameters that `launch.import_weights` wrote.
 
 
@@ -155,14 +157,16 @@ def other_tokenizers(source: str, workdir: epath.PathLike) -> list[str]:
   """Returns those of the tokenizers of `source` that are not the tokenizers of a workdir."""
   folder, workdir = bundle.stages_folder(bundle.folder_of(source)), epath.Path(workdir)
   text, image = "text_tokenizer/tokenizer.json", "vqgan/params.safetensors"
-  of_export = "image_tokenizer/params.safetensors"
   pairs = [
     ("text tokenizer", folder / text, workdir / text),
     ("text tokenizer", folder / "tokenizer.json", workdir / text),  # Of an exported model.
     ("image tokenizer", folder / image, workdir / image),
-    ("image tokenizer", folder / of_export, workdir / image),
+    ("image tokenizer", folder / IMAGE_TOKENIZER, workdir / image),
   ]
   pairs = [(name, digest(theirs), digest(ours)) for name, theirs, ours in pairs]
+  if folder.name == INIT and (done := folder / stages.DONE).exists():
+    recorded = read_json(done, {"summary": dict})["summary"].get(IMAGES)
+    pairs.append(("image tokenizer", recorded, digest(workdir / image)))
   return [name for name, theirs, ours in pairs if theirs and ours and theirs != ours]
 
 

@@ -26,6 +26,7 @@ from cm3leon_jax.tokenizers.text import (
   was_imported,
 )
 
+IMAGE_TOKENIZER = "image_tokenizer"  # Folder of an export.
 FAMILIES: dict[str, ModuleType] = {"opt": opt, "qwen3": qwen3}
 TEXT = "text_tokenizer"
 
@@ -153,6 +154,7 @@ def write(settings: Settings, workdir: epath.PathLike, found: Import) -> list[st
       tensor_files.write(folder, found.tensors)
       parameters = sum(tensor.size for tensor in found.tensors)
       summary.update({training_data.IMPORTED: str(found.source.folder), "parameters": parameters})
+      summary[weights.IMAGES] = digest(found.source.folder / weights.IMAGE_TOKENIZER)
       lines.append(f"{folder}: {parameters:,} parameters in float32.")
   return lines
 
@@ -209,7 +211,13 @@ def describe(found: Import) -> list[str]:
     f"{model['width']:,}, {heads}, {source.tensors.count:,} parameters in {', '.join(dtypes)}."
   ]
   if source.is_own:
-    return [*lines, "a model of this project: parameters and vocabulary stay as they are."]
+    lines.append("a model of this project: parameters and vocabulary stay as they are.")
+    if (images := source.folder / IMAGE_TOKENIZER).exists():
+      lines.append(
+        f"it knows the image codes of {images}: `python -m launch.import_vqgan --source={images}` "
+        "in place of launch.train_vqgan."
+      )
+    return lines
   if source.described["model_type"] == "qwen3":
     lines += qwen3.notes(source, model)
   else:

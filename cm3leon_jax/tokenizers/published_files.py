@@ -19,7 +19,7 @@ from cm3leon_jax.io import GET_AGAIN, read_json, replacing, write_json
 from cm3leon_jax.tokenizers import published, published_source
 from cm3leon_jax.tokenizers.published import FAMILIES, Family, PublishedConfig
 from cm3leon_jax.tokenizers.published_source import DIFFUSERS, TRANSFORMERS
-from cm3leon_jax.tokenizers.vqgan import CONFIG, ImageTokenizer, VQGANConfig
+from cm3leon_jax.tokenizers.vqgan import CONFIG, PARAMS, ImageTokenizer, VQGANConfig
 
 PREFIXES = ("model.vqmodel.", "vqmodel.")  # Of the tokenizer in a whole Chameleon.
 LEFT = "loss."  # Networks that only training needs.
@@ -239,18 +239,34 @@ def read(source: epath.PathLike, family: Family) -> Read:
   return Read(tokenizer, tuple(holders), *sizes)
 
 
+def is_own(source: epath.PathLike) -> bool:
+  """Returns whether a folder is image_tokenizer/ of an export whose tokenizer was trained here."""
+  path = epath.Path(source) / CONFIG
+  return path.exists() and "vqgan" in read_json(path, {}, GET_AGAIN)
+
+
+def read_own(source: epath.PathLike) -> Read:
+  """Reads a tokenizer that `is_own`; raises UserError if a file is absent or damaged."""
+  tokenizer = ImageTokenizer.load(source)
+  arrays = jax.tree.leaves(tokenizer.params)
+  sizes = sum(x.size for x in arrays), len(arrays), 0
+  return Read(tokenizer, (epath.Path(source) / PARAMS,), *sizes)
+
+
 def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageTokenizer:
-  """Returns a published tokenizer at the resolution of a config.
+  """Returns an imported tokenizer at the resolution of a config.
 
   Args:
-    tokenizer: of `read`.
+    tokenizer: of `read` or `read_own`.
     num_codes: of the config, `vocab.image_size`.
     vqgan: of the config; only resolution and downsample count.
 
   Raises:
     UserError: the codebook or the grid of codes is not that of the config.
   """
-  config, sides = tokenizer.config, RESOLUTIONS[tokenizer.config.family]
+  config = tokenizer.config
+  own = isinstance(config, VQGANConfig)
+  sides = (config.resolution,) if own else RESOLUTIONS[config.family]
   if tokenizer.num_codes != num_codes:
     raise UserError(
       f"config.vocab.image_size is {num_codes}; the codebook has {tokenizer.num_codes} codes: set "
@@ -259,12 +275,14 @@ def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageT
     )
   if vqgan.downsample != config.downsample or vqgan.resolution not in sides:
     grids = " or ".join(f"{(s // config.downsample) ** 2:,} codes of {s}x{s} pixels" for s in sides)
+    maker = "the tokenizer" if own else f"--family={config.family}"
     raise UserError(
       f"config.vqgan.resolution is {vqgan.resolution} and config.vqgan.downsample "
-      f"{vqgan.downsample}, {vqgan.image_tokens:,} codes per image; --family={config.family} makes "
-      f"{grids}: set config.vqgan.resolution={sides[0]}, config.vqgan.downsample="
-      f"{config.downsample}."
+      f"{vqgan.downsample}, {vqgan.image_tokens:,} codes per image; {maker} makes {grids}: set "
+      f"config.vqgan.resolution={sides[0]}, config.vqgan.downsample={config.downsample}."
     )
+  if own:
+    return tokenizer
   config = dataclasses.replace(config, resolution=vqgan.resolution)
   return dataclasses.replace(tokenizer, config=config, batch_size=config.batch_size)
 

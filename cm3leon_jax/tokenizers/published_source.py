@@ -104,8 +104,7 @@ def check_kind(folder: epath.Path, names: Collection[str], source: epath.PathLik
   stored = read_json(path, {}, GET_AGAIN) if path.exists() else {}
   if "vqgan" in stored or published.SECTION in stored:
     raise UserError(
-      f"{source} is the image tokenizer of a run: name the run instead, by "
-      "`python -m launch.copy_tokenizers --init_from=RUN`."
+      f"{source} is an image tokenizer of this project: leave --family out, and name its folder."
     )
   kind = stored.get("model_type")
   if kind is None or any("quantize." in name for name in names):

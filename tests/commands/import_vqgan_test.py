@@ -29,13 +29,14 @@ from cm3leon_jax.io import digest, read_json, read_json_lines, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.reports import report
 from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.tokenizers import published, published_files, published_source, text
+from cm3leon_jax.tokenizers import published, published_files, published_source, text, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from tests.data.raw import write_raw
 from tests.data.stores import VOCAB
 from tests.generation.run import make_config
 from tests.launched import launch
 from tests.retrieval.stores import write_neighbors
+from tests.tokenizers.tiny import tiny_config
 
 NAME = published_source.DIFFUSERS
 FAMILY = dataclasses.replace(
@@ -103,6 +104,28 @@ def test_a_tokenizer_is_imported_once(source, tmp_path, capsys):
     f"{tmp_path / 'vqgan'}: made by launch.import_vqgan, stays as it is; nothing is trained."
   )
   assert capsys.readouterr().out.startswith(printed)
+
+
+def test_the_tokenizer_of_an_export_needs_no_family(tmp_path, capsys):
+  config = tiny_config(resolution=256, downsample=16, stem=16)
+  params = vqgan.init_params(config, VOCAB.image_size, jax.random.key(0))
+  folder = tmp_path / "export" / "image_tokenizer"
+  ImageTokenizer(config, VOCAB.image_size, params).save(folder)
+  import_vqgan.main(SETTINGS, tmp_path, str(folder), None)
+  assert ImageTokenizer.load(tmp_path / "vqgan").config == config
+  assert digest(tmp_path / "vqgan" / vqgan.PARAMS) == digest(folder / vqgan.PARAMS)
+  import_vqgan.main(SETTINGS, tmp_path, str(folder), None)
+  train_vqgan.main(SETTINGS, tmp_path)  # There is no raw/ to train it on.
+  printed = capsys.readouterr().out
+  assert "import_vqgan: trained by launch.train_vqgan, " in printed
+  assert "vqgan: finished already, skipped." in printed
+  assert "made by launch.import_vqgan, stays as it is; nothing is trained." in printed
+  page = report.render(tmp_path, report.summary_lib.collect(tmp_path), "cm3leon_350m")
+  assert "The image tokenizer of an export, " in page
+  with pytest.raises(UserError, match=r"the tokenizer makes 256 codes of 256x256 pixels: set "):
+    import_vqgan.main(make_settings(resolution=512), tmp_path / "b", str(folder), None)
+  with pytest.raises(UserError, match=r"is an image tokenizer of this project: leave --family"):
+    import_vqgan.main(SETTINGS, tmp_path / "b", str(folder), "amused")
 
 
 def test_another_tokenizer_is_not_overwritten(source, tmp_path):

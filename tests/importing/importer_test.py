@@ -165,8 +165,17 @@ def test_an_export_of_this_project_is_imported_bit_for_bit(family, head_size, tm
     expected = jax.device_get(params)
   learned = {"runs": [{"name": "before", "known": False}], "origins": []}
   write_json(tmp_path / "export" / training_data.FILE, learned)
+  images = tmp_path / "export" / "image_tokenizer" / "params.safetensors"
+  images.parent.mkdir()
+  images.write_bytes(b"a")
   lines = imported(tmp_path / "export", tmp_path / "run", settings)
   assert any("stay as they are" in line for line in lines)
+  assert any(f"launch.import_vqgan --source={images.parent}` in place" in line for line in lines)
+  init, ours = str(tmp_path / "run" / "init"), tmp_path / "run" / "vqgan" / "params.safetensors"
+  ours.parent.mkdir()
+  for written, others in ((b"a", []), (b"b", ["image tokenizer"])):
+    ours.write_bytes(written)
+    assert weights.other_tokenizers(init, tmp_path / "run") == others
   assert training_data.collect(tmp_path / "run" / "init") == learned
   with jax.set_mesh(mesh_of(2, 2, 2)):
     found = weights.find(settings, str(tmp_path / "run" / "init"))

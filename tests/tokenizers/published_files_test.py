@@ -192,9 +192,9 @@ def test_a_chameleon_without_decoder_is_refused_with_where_it_is(tmp_path):
     ),
     (
       {"vqgan": {}, "num_codes": 8},
-      r"is the image tokenizer of a run: name the run instead, by `python -m launch\.copy_tokenize",
+      r"is an image tokenizer of this project: leave --family out",
     ),
-    ({"published": {}, "num_codes": 8}, r"is the image tokenizer of a run: name the run"),
+    ({"published": {}, "num_codes": 8}, r"is an image tokenizer of this project"),
   ],
 )
 @pytest.mark.parametrize("family", published.FAMILIES)
