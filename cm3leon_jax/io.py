@@ -118,12 +118,12 @@ def read_json(
     if buckets.failure(error):  # The content is not known, so it does not count as damaged.
       raise
     raise UserError(f"{path} is not valid JSON ({error}): {remedy}.") from error
-  if lack := _lack(value, fields):
+  if lack := lacks(value, fields):
     raise UserError(f"{path} is damaged: {lack}; {remedy}.")
   return value
 
 
-def _lack(value, fields: Fields | None) -> str:
+def lacks(value, fields: Fields | None) -> str:
   """Says what keeps a value from being an object with these fields; "" if nothing does."""
   if fields is None:
     return ""
@@ -155,7 +155,7 @@ def read_json_lines(path: epath.PathLike, fields: Fields | None = None) -> list[
       raise UserError(
         f"{path}, line {number} is not valid JSON ({error}): delete this line, or the file."
       ) from error
-    if lack := _lack(value, fields or {}):
+    if lack := lacks(value, fields or {}):
       raise UserError(f"{path}, line {number}: {lack}. Delete this line, or the file.")
     values.append(value)
   return values

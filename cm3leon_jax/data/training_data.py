@@ -8,7 +8,7 @@ from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import origins as origins_lib
 from cm3leon_jax.data import raw_pairs
-from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.io import lacks, read_json, write_json
 
 FILE = "training_data.json"  # In an export or a bundle, and in what was imported from one.
 IMPORTED = "imported_from"  # In the summary of what `launch.import_weights` wrote.
@@ -78,7 +78,13 @@ def _name(folder: epath.Path) -> str:
 def read(folder: epath.PathLike) -> dict[str, list[dict]]:
   """Reads what `write` wrote; raises UserError if it is absent or damaged."""
   path = epath.Path(folder) / FILE
-  stored = read_json(path, {"runs": list, "origins": list})
+  stored = read_json(path)
+  if isinstance(stored, list):  # Of an earlier version.
+    name = epath.Path(folder).name
+    origins = [{"run": name, **origin} for origin in stored if isinstance(origin, dict)]
+    stored = {"runs": [{"name": name, "known": bool(stored)}], "origins": origins}
+  if lack := lacks(stored, {"runs": list, "origins": list}):
+    raise UserError(f"{path} is damaged: {lack}.")
   for name, fields in (("runs", {"name", "known"}), ("origins", {"run", *ORIGIN})):
     for entry in stored[name]:
       if not isinstance(entry, dict) or not fields <= set(entry):

@@ -56,6 +56,15 @@ def test_imported_weights_have_the_name_of_their_source(tmp_path):
   assert training_data.collect(run)["runs"][1] == {"name": "Qwen3-0.6B", "known": False}
 
 
+def test_a_list_of_an_earlier_version_is_read(tmp_path):
+  origin = dict.fromkeys(training_data.ORIGIN, "a")
+  write_json(epath.Path(tmp_path) / "old" / training_data.FILE, [origin])
+  assert training_data.read(tmp_path / "old") == {
+    "runs": [{"name": "old", "known": True}],
+    "origins": [{"run": "old", **origin}],
+  }
+
+
 def test_files_of_instructions_are_named_without_a_license(tmp_path):
   run = make_run(epath.Path(tmp_path / "run"), "MIT")
   summary = {"train_vqa": {"documents": 5}, "heldout_vqa": {"documents": 2}, "seconds": {}}
@@ -78,7 +87,8 @@ def test_a_run_that_began_from_an_installed_model_knows_its_data(tmp_path, name)
 @pytest.mark.parametrize(
   ("stored", "message"),
   [
-    ([], "training_data.json"),
+    (3, "training_data.json"),
+    ([{"license": "MIT"}], "an entry of 'origins' must have"),
     ({"runs": [], "origins": [{"license": "MIT"}]}, "an entry of 'origins' must have"),
     ({"runs": ["a"], "origins": []}, "an entry of 'runs' must have"),
   ],
