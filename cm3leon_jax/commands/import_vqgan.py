@@ -51,6 +51,7 @@ def main(settings, workdir, source: str, family: str | None) -> None:
   _check_folder(folder)
   found = published_files.read_own(source) if own else published_files.read(source, family)
   tokenizer = published_files.fit(found.tokenizer, settings.vocab.image_size, settings.vqgan)
+  family = family or getattr(tokenizer.config, "family", "")  # "": of one that was trained here.
   digests = [digest(path) for path in found.files]
   left = f", without {found.num_left} tensors of other networks" if found.num_left else ""
   kind = family or "trained by launch.train_vqgan"
@@ -63,7 +64,7 @@ def main(settings, workdir, source: str, family: str | None) -> None:
     print(f"import_vqgan: read {path}, SHA-256 {sha256}.", flush=True)
   config = {
     "command": "import_vqgan",
-    "family": family or "",
+    "family": family,
     "sha256": digests,
     "vqgan": {"resolution": settings.vqgan.resolution, "downsample": settings.vqgan.downsample},
     "vocab": {"image_size": settings.vocab.image_size},
@@ -73,7 +74,7 @@ def main(settings, workdir, source: str, family: str | None) -> None:
       return
     tokenizer.save(folder)
     sizes, side = tokenizer.config, settings.vqgan.resolution // settings.vqgan.downsample
-    summary.update(family=family or "", parameters=found.num_parameters, code_dim=sizes.code_dim)
+    summary.update(family=family, parameters=found.num_parameters, code_dim=sizes.code_dim)
     print(
       f"import_vqgan: {sizes.resolution}x{sizes.resolution} pixels are {side}x{side} = "
       f"{sizes.image_tokens:,} of {tokenizer.num_codes:,} codes, each of width {sizes.code_dim}; "

@@ -240,9 +240,10 @@ def read(source: epath.PathLike, family: Family) -> Read:
 
 
 def is_own(source: epath.PathLike) -> bool:
-  """Returns whether a folder is image_tokenizer/ of an export whose tokenizer was trained here."""
+  """Returns whether a folder is image_tokenizer/ of an export, or vqgan/ of a run."""
   path = epath.Path(source) / CONFIG
-  return path.exists() and "vqgan" in read_json(path, {}, GET_AGAIN)
+  stored = read_json(path, {}, GET_AGAIN) if path.exists() else {}
+  return "vqgan" in stored or published.SECTION in stored
 
 
 def read_own(source: epath.PathLike) -> Read:

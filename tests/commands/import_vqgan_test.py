@@ -99,6 +99,8 @@ def test_a_tokenizer_is_imported_once(source, tmp_path, capsys):
   import_vqgan.main(SETTINGS, tmp_path, str(folder / NAME), "amused")
   assert "vqgan: finished already, skipped." in capsys.readouterr().out
   assert read_json(tmp_path / "vqgan" / stages.DONE) == before
+  import_vqgan.main(SETTINGS, tmp_path / "copy", str(tmp_path / "vqgan"), None)
+  assert capsys.readouterr().out.startswith(f"import_vqgan: amused, {numbers:,} parameters in ")
   train_vqgan.main(SETTINGS, tmp_path)  # There is no raw/ to train it on.
   printed = (
     f"{tmp_path / 'vqgan'}: made by launch.import_vqgan, stays as it is; nothing is trained."
@@ -122,6 +124,7 @@ def test_the_tokenizer_of_an_export_needs_no_family(tmp_path, capsys):
   assert "made by launch.import_vqgan, stays as it is; nothing is trained." in printed
   page = report.render(tmp_path, report.summary_lib.collect(tmp_path), "cm3leon_350m")
   assert "The image tokenizer of an export, " in page
+  import_vqgan.main(SETTINGS, tmp_path / "again", str(tmp_path / "vqgan"), None)
   with pytest.raises(UserError, match=r"the tokenizer makes 256 codes of 256x256 pixels: set "):
     import_vqgan.main(make_settings(resolution=512), tmp_path / "b", str(folder), None)
   with pytest.raises(UserError, match=r"is an image tokenizer of this project: leave --family"):
