@@ -85,11 +85,8 @@ EXPORT = (
     "cm3leon_jax/data/training_data.py",
     "tests/data/training_data_test.py",
     ("license_of_a_base_forgotten", 'locate(start["source"])', "folder"),
-    (
-      "known_data_as_unknown",
-      "known = (raw / raw_pairs.INDEX).exists()",
-      "known = raw.exists() and False",
-    ),
+    ("known_data_as_unknown", '"known": bool(found)', '"known": False'),
+    ("files_of_instructions_unnamed", "  if not root:", "  if True:"),
   ),
   *mutants_of(
     "cm3leon_jax/stages.py",

@@ -56,6 +56,16 @@ TOKENIZERS = (
     ("an_imported_tokenizer_is_trained", 'if stages.is_given(workdir, "vqgan"):', "if False:"),
   ),
   *mutants_of(
+    PUBLISHED_FILES,
+    "tests/commands/import_vqgan_test.py::test_the_tokenizer_of_an_export_needs_no_family",
+    ("an_exported_grid_is_any", "(config.resolution,) if own else", "(256, 512) if own else"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/export/weights.py",
+    "tests/importing/importer_test.py::test_an_export_of_this_project_is_imported_bit_for_bit",
+    ("an_imported_export_fits_all_codes", '["summary"].get(IMAGES)', '["summary"].get("")'),
+  ),
+  *mutants_of(
     NETWORK,
     f"{NETWORK_TEST}::test_a_local_code_depends_on_its_own_square_alone",
     ("local_codes_see_the_image", "axes = 3 if local else (1, 2, 3)", "axes = (1, 2, 3)"),
