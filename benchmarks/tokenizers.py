@@ -300,17 +300,19 @@ def run_all(experiment: Experiment, arms: list[str], num_seeds: int) -> dict:
     command = stage_table.STAGES[name].command
     experiment.command(command, experiment.shared, experiment.overrides())
   plan, runs, result = plan_steps(experiment), [], {}
-  heldout = heldout_images(experiment, settings["restarts"])
+  vqgan = settings["restarts"].vqgan
   planned = [(seed, arm) for seed in range(num_seeds) for arm in arms]
   about = {
     "source": experiment.source,
     "codes": settings["restarts"].vocab.image_size,
-    "image_tokens": settings["restarts"].vqgan.image_tokens,
+    "image_tokens": vqgan.image_tokens,
     "minutes": experiment.minutes,
     "decoder_minutes": experiment.decoder_minutes,
-    "commonest_square": commonest_square(heldout, settings["restarts"].vqgan.downsample),
     **plan,
   }
+  if vqgan.local_codes:  # Else equal squares may have many codes.
+    heldout = heldout_images(experiment, settings["restarts"])
+    about["commonest_square"] = commonest_square(heldout, vqgan.downsample)
   for number, (seed, arm) in enumerate(planned, 1):
     print(
       f"\n[{number}/{len(planned)}] {ARMS[arm]}, seed {seed}: {plan['steps'][arm]:,} steps",

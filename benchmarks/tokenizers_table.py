@@ -24,15 +24,15 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
   """Computes all numbers of the table.
 
   Args:
-    about: `source`, `codes`, `image_tokens`, `minutes`, `decoder_minutes`, `commonest_square` (its
-      share), and `steps` and `cpu_seconds` by arm.
+    about: `source`, `codes`, `image_tokens`, `minutes`, `decoder_minutes`, and `steps` and
+      `cpu_seconds` by arm; `commonest_square` (its share) if equal squares have one code.
     runs: what `tokenizers.run_one` returns.
     labels: arm -> its name in the table.
 
   Returns:
-    `about`, `runs` and by arm: `mean`, `lowest` and `highest` of each measure over the seeds, and
-    `difference` to `BASE`: mean over the common seeds and 95% interval by Student's t. `used` is
-    the share of all codes in 1,024 training images.
+    `about`, `runs`, `perplexity_bound` (with a `commonest_square`) and by arm: `mean`, `lowest` and
+    `highest` of each measure over the seeds, and `difference` to `BASE`: mean over the common seeds
+    and 95% interval by Student's t. `used` is the share of all codes in 1,024 training images.
   """
   runs = [{**run, "used": run["train_codes_used"] / run["codes"]} for run in runs]
   of = {arm: {r["seed"]: r for r in runs if r["arm"] == arm} for arm in labels}
@@ -54,8 +54,10 @@ def summarize(about: dict, runs: list[dict], labels: dict[str, str]) -> dict:
           if name in COMPARED and arm != BASE and by_seed.keys() & of[BASE].keys()
         },
       }
-  bound = perplexity_bound(about["commonest_square"], about["codes"])
-  return {**about, "perplexity_bound": bound, "runs": runs, "arms": arms}
+  result = {**about, "runs": runs, "arms": arms}
+  if "commonest_square" in about:
+    result["perplexity_bound"] = perplexity_bound(about["commonest_square"], about["codes"])
+  return result
 
 
 def perplexity_bound(share: float, codes: int) -> float:
@@ -112,9 +114,13 @@ def markdown(result: dict) -> str:
     f"`{result['source']}`, {result['codes']:,} codes, {result['image_tokens']} of them an image; "
     f"tokenizer {result['minutes']:g} minutes on {result['cores']} cores{trained}; "
     f"{seeds} {'seed' if seeds == 1 else 'seeds'}: mean (lowest to highest), differences with 95% "
-    f"intervals by Student's t. {result['commonest_square']:.1%} of the held-out squares are "
-    f"equal; if these have one code, perplexity is at most {result['perplexity_bound']:,.0f}."
+    "intervals by Student's t."
   )
+  if "perplexity_bound" in result:
+    about += (
+      f" {result['commonest_square']:.1%} of the held-out squares are equal and have one code, so "
+      f"perplexity is at most {result['perplexity_bound']:,.1f}."
+    )
   return "\n".join([*lines, "", about, ""])
 
 
