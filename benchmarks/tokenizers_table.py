@@ -1,6 +1,7 @@
 """Summarizes the runs of `benchmarks.tokenizers`: means, spreads, differences, and a table."""
 
 import pathlib
+import textwrap
 
 import numpy as np
 
@@ -121,7 +122,7 @@ def markdown(result: dict) -> str:
       f" {result['commonest_square']:.1%} of the held-out squares are equal and have one code, so "
       f"perplexity is at most {result['perplexity_bound']:,.1f}."
     )
-  return "\n".join([*lines, "", about, ""])
+  return "\n".join([*lines, "", textwrap.fill(about, 128, break_on_hyphens=False), ""])
 
 
 def _row(cells) -> str:
