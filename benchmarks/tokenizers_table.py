@@ -112,8 +112,8 @@ def markdown(result: dict) -> str:
     f", decoder {result['decoder_minutes']:g} minutes ({decoder:,} steps)" if decoder else ""
   )
   about = (
-    f"`{result['source']}`, {result['codes']:,} codes, {result['image_tokens']} of them an image; "
-    f"tokenizer {result['minutes']:g} minutes on {result['cores']} cores{trained}; "
+    f"`{result['source']}`, a codebook of {result['codes']:,}, {result['image_tokens']} codes an "
+    f"image; tokenizer {result['minutes']:g} minutes on {result['cores']} cores{trained}; "
     f"{seeds} {'seed' if seeds == 1 else 'seeds'}: mean (lowest to highest), differences with 95% "
     "intervals by Student's t."
   )

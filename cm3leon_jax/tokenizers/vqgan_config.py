@@ -42,7 +42,7 @@ class VQGANConfig:
   and values are normalized over the channels of a place instead of over the image. Needs `stem` =
   `downsample`. A drawing then has the same codes wherever it stands, in any company."""
   code_dim: PositiveInt = 32
-  """Width of a code; of `fsq` the number of levels."""
+  """Width of a code; of `fsq` the number of channels, each with its levels."""
   quantizer: Quantizer = ""
   """How encodings become codes. Empty: the nearest entry of a learned codebook, straight-through
   gradients. `ema`: entries are moving averages of their encodings. `simvq`: a frozen codebook times
