@@ -111,11 +111,14 @@ def markdown(result: dict) -> str:
   trained = (
     f", decoder {result['decoder_minutes']:g} minutes ({decoder:,} steps)" if decoder else ""
   )
+  spread = (
+    f"{seeds} seeds: mean (lowest to highest), differences with 95% intervals by Student's t."
+  )
+  if seeds == 1:
+    spread = "one seed, so no intervals."
   about = (
     f"`{result['source']}`, a codebook of {result['codes']:,}, {result['image_tokens']} codes an "
-    f"image; tokenizer {result['minutes']:g} minutes on {result['cores']} cores{trained}; "
-    f"{seeds} {'seed' if seeds == 1 else 'seeds'}: mean (lowest to highest), differences with 95% "
-    "intervals by Student's t."
+    f"image; tokenizer {result['minutes']:g} minutes on {result['cores']} cores{trained}; " + spread
   )
   if "perplexity_bound" in result:
     about += (
