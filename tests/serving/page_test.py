@@ -176,7 +176,8 @@ def test_a_refusal_is_shown_as_an_alert(page):
 def test_stop_ends_the_request(page, served):
   page.fill("#samples", "8")
   page.fill("#prompt", PROMPT)
-  page.evaluate("""() => {  // By clicks of the test's process, the request could end before the second.
+  # By clicks of this process, the request could end before the second one.
+  page.evaluate("""() => {
     document.querySelector('#generate button').click();
     setTimeout(() => document.getElementById('stop').click(), 30);
   }""")
