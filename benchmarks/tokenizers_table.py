@@ -111,11 +111,10 @@ def markdown(result: dict) -> str:
   trained = (
     f", decoder {result['decoder_minutes']:g} minutes ({decoder:,} steps)" if decoder else ""
   )
-  spread = (
-    f"{seeds} seeds: mean (lowest to highest), differences with 95% intervals by Student's t."
-  )
-  if seeds == 1:
-    spread = "one seed, so no intervals."
+  spread = "one seed, so no intervals."
+  if seeds > 1:
+    spread = f"{seeds} seeds: mean (lowest to highest), differences with 95% intervals"
+    spread += " by Student's t."
   about = (
     f"`{result['source']}`, a codebook of {result['codes']:,}, {result['image_tokens']} codes an "
     f"image; tokenizer {result['minutes']:g} minutes on {result['cores']} cores{trained}; " + spread

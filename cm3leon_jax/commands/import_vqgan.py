@@ -33,9 +33,10 @@ def _check_folder(folder) -> None:
   from cm3leon_jax.tokenizers import vqgan
   from cm3leon_jax.training import small_trainer
 
-  trained = (folder / vqgan.CONFIG).exists() and not vqgan.is_published(folder)
-  trained = trained and stages.command_of(folder) != "import_vqgan"
-  if trained or (folder / small_trainer.FOLDER).exists():
+  imported = vqgan.is_published(folder) or stages.command_of(folder) == "import_vqgan"
+  if ((folder / vqgan.CONFIG).exists() and not imported) or (
+    folder / small_trainer.FOLDER
+  ).exists():
     raise UserError(
       f"{folder} holds a VQGAN of launch.train_vqgan: use another --workdir, or delete that folder."
     )

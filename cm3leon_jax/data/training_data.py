@@ -50,6 +50,7 @@ def collect(
 
 
 def _raw_origins(folder: epath.Path) -> list[dict]:
+  """Returns the origins of captioned images and texts, the most common first."""
   raw = folder / "raw"
   if not (raw / raw_pairs.INDEX).exists():
     return []

@@ -26,7 +26,6 @@ from cm3leon_jax.tokenizers.text import (
   was_imported,
 )
 
-IMAGE_TOKENIZER = "image_tokenizer"  # Folder of an export.
 FAMILIES: dict[str, ModuleType] = {"opt": opt, "qwen3": qwen3}
 TEXT = "text_tokenizer"
 
@@ -212,7 +211,7 @@ def describe(found: Import) -> list[str]:
   ]
   if source.is_own:
     lines.append("a model of this project: parameters and vocabulary stay as they are.")
-    if (images := source.folder / IMAGE_TOKENIZER).exists():
+    if (images := (source.folder / weights.IMAGE_TOKENIZER).parent).exists():
       lines.append(
         f"it knows the image codes of {images}: `python -m launch.import_vqgan --source={images}` "
         "in place of launch.train_vqgan."
