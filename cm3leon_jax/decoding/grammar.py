@@ -95,8 +95,9 @@ class Grammar:
 
   def start(self, plan: Plan) -> State:
     """Returns the state before the first token."""
-    first = shard(jnp.zeros_like(plan[:, 0, 0]), "batch")
-    return State(first, plan[:, 0, 1], plan[:, 0, 2])
+    # From jax 0.11 on, a slice of one entry has no sharding: that of a batch of one sample.
+    left, place = (shard(plan[:, 0, column], "batch") for column in (1, 2))
+    return State(jnp.zeros_like(left), left, place)
 
   def in_image(self, plan: Plan, state: State) -> Bool[Array, " B"]:
     """Returns in which rows only image codes may come next."""

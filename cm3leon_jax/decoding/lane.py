@@ -201,10 +201,15 @@ def _by_rows(function, lane: LaneState, *others: LaneState) -> LaneState:
   return LaneState(lanes[-1].loop._replace(**loop), counts)
 
 
+def _first(x, count: int):
+  """Returns the first entries of an array, split as it is; see `Grammar.start`."""
+  return jax.sharding.reshard(x[:count], jax.typeof(x).sharding.spec)
+
+
 def _first_rows(lane: LaneState, rows: int) -> LaneState:
   """Returns a lane of the first rows. Arrays [R] of all streams have S entries for each row."""
   count = len(lane.counts)
-  return _by_rows(lambda x: x[: rows * (len(x) // count)], lane)
+  return _by_rows(lambda x: _first(x, rows * (len(x) // count)), lane)
 
 
 def _with_first_rows(lane: LaneState, first: LaneState) -> LaneState:
@@ -246,7 +251,10 @@ def steps(
   )
   lane, control = whole, split_control(control)
   if rows is not None:
-    lane, control = _first_rows(whole, rows), Control(*jax.tree.map(lambda x: x[:rows], control))
+    lane, control = (
+      _first_rows(whole, rows),
+      Control(*jax.tree.map(lambda x: _first(x, rows), control)),
+    )
   keys, plan = jax.vmap(jax.random.key)(control.seeds), control.plan
   slots = jnp.array([seen.shape[1] for seen in lane.loop.seen], jnp.int32)
   began = grammar.active(plan, lane.loop.state)

@@ -215,7 +215,8 @@ def _read_last(config, model, loop: LoopState):
   """Reads the last token of each row; returns (hidden [R, 1, D], cache, seen)."""
 
   def mark(x, slot):
-    return jax.lax.dynamic_update_slice_in_dim(x, jnp.ones_like(x[:, :1]), slot, axis=1)
+    one = jnp.ones((x.shape[0], 1), bool, out_sharding=spec("batch", None))
+    return jax.lax.dynamic_update_slice_in_dim(x, one, slot, axis=1)
 
   def write(cache, s, k, v):
     return cache.write(loop.slots[s], k, v)

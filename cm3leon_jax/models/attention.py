@@ -4,7 +4,6 @@
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.gpu import attention as gpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 import jax.numpy as jnp
@@ -98,6 +97,7 @@ def triton_attention(
 
   L must be a multiple of 128, H a power of two.
   """
+  from jax.experimental.pallas.ops.gpu import attention as gpu  # Here: jax 0.12 warns of it.
 
   def local(q, k, v, segment_ids):
     rows_first = (x.swapaxes(1, 2) for x in (q, k, v))

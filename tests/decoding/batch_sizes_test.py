@@ -1,0 +1,134 @@
+"""Programs of small batches: 1, 2, 3 and 8 samples of every task, on one device and on 8.
+
+They are traced, not run: jax checks the shardings of an explicit mesh while it traces.
+"""
+
+# B samples, S guidance streams, R = B x S rows.
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from cm3leon_jax.decoding import compile as compile_lib
+from cm3leon_jax.decoding import lane, loop, speculative
+from cm3leon_jax.decoding import request as request_lib
+from cm3leon_jax.decoding.lane_kinds import kind_of
+from cm3leon_jax.decoding.lane_samples import Lane, Sample
+from cm3leon_jax.decoding.request import Hole
+from cm3leon_jax.mesh import abstract, batch_shards
+from tests.decoding.small import CODES, IMAGE, MIXTURE, VOCAB, A, B, on_mesh, small_generator
+
+ROWS = {1: 1, 2: 2, 3: 4, 8: 8}  # Samples, or prompts, of a device: rows of its program.
+SIZES = (1, 2, 3, 8)
+MESHES = {"one device": (1, 1, 1), "8 shards of the batch": (1, 8, 1)}
+REQUESTS = {
+  "image": request_lib.text_to_image(VOCAB, IMAGE, A),
+  "image after a neighbor": request_lib.text_to_image(VOCAB, IMAGE, A, [(B, CODES)]),
+  "unconditional": request_lib.unconditional(VOCAB, IMAGE),
+  "edit": request_lib.edit(VOCAB, IMAGE, A, CODES, B),
+  "instruction": request_lib.instruct(VOCAB, IMAGE, [A, CODES, B]),
+  "infill": request_lib.infill(VOCAB, IMAGE, [(A,), (CODES[:3], Hole(codes=2), CODES[5:])]),
+  "caption": request_lib.infill(VOCAB, IMAGE, [(Hole(most_text=6),), (CODES,)]),
+  "answer": request_lib.infill(VOCAB, IMAGE, [(A, Hole(most_text=6)), (CODES,)]),
+  "document": request_lib.document(VOCAB, IMAGE, [A, CODES], 7),
+}
+STREAMS = ("unconditional", "image", "edit")  # Tasks of one, two and three streams.
+
+
+@pytest.fixture(scope="module", params=MESHES.values(), ids=MESHES)
+def generator(request):
+  """A generator on its mesh, which is the current one."""
+  with on_mesh(*request.param):
+    yield small_generator(sampling=MIXTURE)
+
+
+def typed(tree):
+  """Shape, dtype and split of each array, such as "int32[8@(data,fsdp,fsdp_inner),7]"."""
+  return jax.tree.map(lambda x: str(jax.typeof(x)), tree)
+
+
+def types_of(generator, request, size: int, **fields):
+  """Returns (static arguments, types of (params, Prompts, Control)) of a batch of one request."""
+  config = dataclasses.replace(generator.config, **fields)
+  batch, static = config.batch([request] * size, range(size), [False] * size)
+  types = generator.params, batch.prompts, batch.control
+  return static, [abstract(x, jax.sharding.get_mesh()) for x in types]
+
+
+def batches_of(generator, request, **fields):
+  """Yields what `types_of` returns, once for batches of the same shapes."""
+  seen = []
+  for size in SIZES:
+    static, types = types_of(generator, request, size, **fields)
+    # A batch has the rows of its samples, a power of two on each device, and no others; equal
+    # prompts are read once on each device.
+    shards, streams = batch_shards(), len(request.streams)
+    _, prompts, control = types
+    assert control.seeds.shape == (shards * ROWS[-(-size // shards)],)
+    assert prompts.last.shape == (control.seeds.shape[0] * streams,)
+    assert prompts.rests.ids.shape[0] == shards * ROWS[streams]
+    if typed(types) not in seen:
+      seen.append(typed(types))
+      yield static, types
+
+
+def prefilled(static, params, prompts, control):
+  """Types of the state before the first step."""
+  prefill = compile_lib.prefill_function(static)
+  return jax.eval_shape(prefill, params.model, prompts, control.plan)
+
+
+@pytest.mark.parametrize("task", REQUESTS)
+def test_batches_of_any_task(generator, task):
+  for static, (params, prompts, control) in batches_of(generator, REQUESTS[task]):
+    state = prefilled(static, params, prompts, control)
+    steps = functools.partial(loop.decode_steps, steps=2, **static.of_step)
+    assert typed(jax.eval_shape(steps, params, control, state)) == typed(state)
+    jax.eval_shape(loop.results, jax.eval_shape(functools.partial(loop.grow, by=3), state))
+
+
+@pytest.mark.parametrize("task", STREAMS)
+def test_batches_of_drafts(generator, task):
+  sampling = dataclasses.replace(MIXTURE, method="top_p")
+  fields = {"sampling": sampling, "draft_window": 3}
+  for static, (params, prompts, control) in batches_of(generator, REQUESTS[task], **fields):
+    state = prefilled(static, params, prompts, control)
+    draw = functools.partial(speculative.generate_image, codes=IMAGE, window=3, **static.of_step)
+    drafted, _ = jax.eval_shape(draw, params, control, state)
+    assert typed(drafted) == typed(state)
+
+
+@pytest.mark.parametrize("of_shard", [1, 4])
+@pytest.mark.parametrize("task", STREAMS)
+def test_a_lane_of_one_row_and_of_four(generator, task, of_shard):
+  """One sample joins, then all rows do; the steps are of all rows, or of the first one."""
+  kind = kind_of(REQUESTS[task], MIXTURE, generator)
+  slots = of_shard * batch_shards()
+  rows = Lane(kind, generator, slots, chunk=3, shards=batch_shards())
+  empty, none = np.zeros(0, np.int32), np.zeros(0, np.float32)
+  for ticket in range(slots):
+    rows.add(Sample(ticket, REQUESTS[task], ticket, MIXTURE, empty, none))
+  state = jax.eval_shape(
+    functools.partial(
+      lane.empty,
+      config=kind.static.model,
+      grammar=kind.static.grammar,
+      rows=slots,
+      widths=kind.static.widths,
+      room=kind.static.longest,
+      steps=3,
+    )
+  )
+  join = functools.partial(lane.join, config=kind.static.model, grammar=kind.static.grammar)
+  control = abstract(rows.control, jax.sharding.get_mesh())
+  everyone = [*range(slots)]
+  for arriving in ([row if row % of_shard == 0 else None for row in everyone], everyone):
+    arrivals = rows._arrivals(arriving[:: 1 if arriving is everyone else of_shard])
+    assert typed(jax.eval_shape(join, generator.params.model, state, arrivals)) == typed(state)
+  for first in [None, 1] if rows.few else [None]:
+    steps = functools.partial(lane.steps, least=1, rows=first, **kind.static.of_step)
+    after = jax.eval_shape(steps, generator.params, control, state, np.int32(2))
+    assert typed(after) == typed(state)
