@@ -4,7 +4,7 @@
 
 These are the extras, alone and as they are combined, and other packages that follow `pip install`.
 Nothing is installed: uv reads the metadata of wheels, and looks for versions that fit together
-and fit requirements.txt.
+and fit constraints.txt.
 """
 
 from concurrent import futures
@@ -108,7 +108,7 @@ def compile_requirements(source: list[str], python: str, requirements: str = "")
 def resolve(extras: str, python: str) -> tuple[str, float]:
   """Resolves extras with the tested versions; returns as `compile_requirements`."""
   chosen = [f"--extra={extra}" for extra in extras.split(",")]
-  source = ["pyproject.toml", "--constraint=requirements.txt", *chosen]
+  source = ["pyproject.toml", "--constraint=constraints.txt", *chosen]
   return compile_requirements(source, python)
 
 

@@ -6,7 +6,7 @@ if TYPE_CHECKING:
   from cm3leon_jax.api import CM3Leon
   from cm3leon_jax.config import UserError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["CM3Leon", "UserError", "__version__"]
 
 

@@ -32,10 +32,10 @@ find_python() {
 
 fingerprint() {
   (cd "$root" && "$python" -c 'import hashlib, sys; print(hashlib.sha256(b"".join(open(f, "rb").read() for f in sys.argv[1:])).hexdigest())' \
-    pyproject.toml requirements.txt)
+    pyproject.toml requirements.txt constraints.txt)
 }
 
-# make_venv EXTRA: installs the project, unless pyproject.toml and requirements.txt are those of the last installation.
+# make_venv EXTRA: installs the project, unless pyproject.toml and the tested versions are those of the last installation.
 make_venv() {
   local extra=$1 stamp="$venv/installed-$1" base start=$SECONDS
   if ! runs_new_enough "$python"; then
@@ -44,7 +44,7 @@ make_venv() {
   fi
   if [ "$(cat "$stamp" 2>/dev/null)" != "$(fingerprint)" ]; then
     echo "Installing cm3leon_jax[$extra] into $venv; this takes a minute or two, once."
-    (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check -e ".[$extra]" -c requirements.txt) \
+    (cd "$root" && "$python" -m pip install --quiet --disable-pip-version-check -e ".[$extra]" -c constraints.txt) \
       || fail "pip could not install cm3leon_jax[$extra] into $venv: see its message above."
     fingerprint >"$stamp"
     echo "Installed in $((SECONDS - start)) s."

@@ -10,6 +10,7 @@ import tomllib
 import zipfile
 
 import pytest
+import yaml
 
 import cm3leon_jax
 
@@ -78,7 +79,8 @@ def test_the_installed_console_script_runs_a_shipped_config(wheel, tmp_path):
 
 
 def test_the_image_installs_dependencies_without_the_package(tmp_path):
-  for name in ("pyproject.toml", "requirements.txt"):  # As launch/pod/Dockerfile.
+  # As launch/pod/Dockerfile.
+  for name in ("pyproject.toml", "requirements.txt", "constraints.txt"):
     shutil.copy(ROOT / name, tmp_path)
   with zipfile.ZipFile(build(tmp_path, tmp_path / "wheel")) as archive:
     assert all(".dist-info/" in name for name in archive.namelist())
@@ -112,7 +114,7 @@ def test_extras_are_found_in_a_file(text, extras):
   ("text", "packages"),
   [
     ("python3 -m pip install --user --quiet uv\n", {(("uv",), ())}),
-    ("- run: pip install 'mkdocs>=1.6,<2' -c requirements.txt", {(("mkdocs>=1.6,<2",), ())}),
+    ("- run: pip install 'mkdocs>=1.6,<2' -c constraints.txt", {(("mkdocs>=1.6,<2",), ())}),
     ("(`pip install a`), or `pip install b-c` and", {(("a",), ()), (("b-c",), ())}),
     ('python3.12 -m venv m && m/bin/pip install "a==1" \\\n  c', {(("a==1", "c"), ("3.12",))}),
     ("pip install -e '.[demo]' -c r.txt; pip install 'cm3leon_jax[data]'.", set()),
@@ -122,18 +124,55 @@ def test_packages_are_found_in_a_file(text, packages):
   assert EXTRAS["packages_in"](text) == packages
 
 
+def names_of(requirements) -> set[str]:
+  """Names of packages: {"jax"} of ["jax[tpu]>=0.10; python_version < '3.12'"]."""
+  return {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in requirements}
+
+
 def test_the_python_of_the_image_is_one_that_is_resolved():
   text = (ROOT / "launch" / "pod" / "Dockerfile").read_text()
   (python,) = re.findall(r"^FROM python:(3\.\d+)-slim$", text, re.MULTILINE)
   assert python in EXTRAS["PYTHONS"]
-  # The tested versions are those of this Python, in which the tests run in CI.
-  assert f'python-version: "{python}"' in (ROOT / ".github/workflows/test.yml").read_text()
+  # The tests run in CI on this Python, the wheel on each of them.
+  assert f'export PYTHON="${{PYTHON:-python{python}}}"' in (ROOT / ".ci/run").read_text()
+  workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
+  matrix = workflow["jobs"]["wheel"]["strategy"]["matrix"]["python"]
+  assert tuple(matrix) == EXTRAS["PYTHONS"]
+  classifiers = {f"Programming Language :: Python :: {version}" for version in matrix}
+  assert classifiers <= set(METADATA["project"]["classifiers"])
 
 
-def test_every_requirement_has_a_tested_version():
-  constraints = (ROOT / "requirements.txt").read_text()
-  project = METADATA["project"]
-  requirements = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
-  names = [r.split(";")[0].split("[")[0].split(">")[0].strip() for r in requirements]
-  missing = [name for name in names if f"\n{name}==" not in constraints]
-  assert not missing
+def test_requirements_are_those_of_a_run_and_constraints_the_others():
+  texts = [(ROOT / name).read_text() for name in ("requirements.txt", "constraints.txt")]
+  lines = [[line for line in text.splitlines() if line[0] not in "#-"] for text in texts]
+  required, others = map(names_of, lines)
+  own = {re.sub(r"\[.*\]", "", name) for name in names_of(METADATA["project"]["dependencies"])}
+  assert required == own
+  extras = METADATA["project"]["optional-dependencies"]
+  for extra in ("data", "demo", "serve"):
+    assert names_of(extras[extra]) <= others, extra
+  assert "\n-c requirements.txt\n" in texts[1]
+
+
+def test_the_range_of_jax_ends_at_the_tested_versions():
+  (jax,) = (r for r in METADATA["project"]["dependencies"] if r.startswith("jax>"))
+  tested = re.findall(r"^jax==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+  assert jax == f"jax>={tested[0]},<={tested[1]}"
+
+
+def test_the_layout_of_the_project():
+  for name in ("requirements.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"):
+    assert (ROOT / name).is_file(), name
+  for name in ("cm3leon_jax", "launch", "ml_configs", "tests"):
+    assert (ROOT / name / "__init__.py").is_file(), name
+  assert len((ROOT / "setup.py").read_text().splitlines()) < 10
+
+
+def test_the_wheel_is_tried_only_on_a_python_that_is_there():
+  """A Python that is absent is a sentence and a failure, not a skip."""
+  result = subprocess.run(
+    ["bash", ROOT / ".ci" / "wheel.sh", "python3.99"], capture_output=True, text=True, check=False
+  )
+  assert result.returncode == 2
+  assert result.stderr.startswith("error: 'python3.99' does not run")
+  assert "install Python 3.13" in result.stderr
