@@ -22,7 +22,7 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.retrieval.neighbors import RetrievalConfig
 from cm3leon_jax.tokenizers.quantizers import check_levels
 from cm3leon_jax.tokenizers.text import TextTokenizerConfig
-from cm3leon_jax.tokenizers.vqgan import VQGANConfig
+from cm3leon_jax.tokenizers.vqgan_config import VQGANConfig
 from cm3leon_jax.training.optimizer import OptimizerConfig
 from cm3leon_jax.training.policy import ReinforceConfig
 from cm3leon_jax.training.train import TrainConfig

@@ -26,4 +26,4 @@ def main(settings, workdir) -> None:
 
 
 if __name__ == "__main__":
-  common.run(main)
+  common.run(main, begins=True)

@@ -34,11 +34,16 @@ if TYPE_CHECKING:
   from cm3leon_jax.generation.tasks import Task
 
 
-# A literal, for --help imports no JAX.
+# Literals, for flags are checked before JAX is imported.
 DTYPES = ("compute", "int8")
-_TASK = flags.DEFINE_string(
+TASKS = (
+  *("text_to_image", "infill_image", "edit", "instruct", "unconditional"),
+  *("caption", "question", "infill_text", "interleaved"),
+)
+_TASK = flags.DEFINE_enum(
   "task",
   "text_to_image",
+  TASKS,
   "What to do with a prompt or an image, e.g. caption or edit; docs/generating.md has all tasks.",
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A text; may be given several times.")

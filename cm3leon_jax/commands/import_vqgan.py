@@ -85,4 +85,6 @@ def main(settings, workdir, source: str, family: str | None) -> None:
 
 
 if __name__ == "__main__":
-  common.run(lambda settings, workdir: main(settings, workdir, _SOURCE.value, _FAMILY.value))
+  common.run(
+    lambda settings, workdir: main(settings, workdir, _SOURCE.value, _FAMILY.value), begins=True
+  )

@@ -54,5 +54,6 @@ def main(settings, workdir, source: str, given: Collection[str] = ()) -> None:
 
 if __name__ == "__main__":
   common.run(
-    lambda settings, workdir: main(settings, workdir, _SOURCE.value, common.given_fields())
+    lambda settings, workdir: main(settings, workdir, _SOURCE.value, common.given_fields()),
+    begins=True,
   )

@@ -94,4 +94,4 @@ def main(settings, workdir):
 
 
 if __name__ == "__main__":
-  common.run(main)
+  common.run(main, begins=True)

@@ -11,6 +11,7 @@ import pytest
 from cm3leon_jax import accelerators
 from cm3leon_jax.commands import COMMANDS, config_file, generate
 from cm3leon_jax.decoding import cache, params
+from cm3leon_jax.generation import prompt_file
 from tests.launched import cm3leon, launch
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -201,7 +202,10 @@ def test_jax_looks_for_accelerators_if_the_machine_has_device_files(
       ["--num_processes=2"],
       "error: --num_processes without --coordinator_address, --process_id: give all three, or ",
     ),
-    (["surplus"], "error: unexpected argument 'surplus': commands take flags only (--name=value)."),
+    (
+      ["surplus"],
+      "error: unexpected argument 'surplus': commands take flags only (--name=value); ",
+    ),
     (
       [],
       "error: {workdir}/documents is not finished: run `python -m launch.encode_documents` with ",
@@ -276,6 +280,7 @@ CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  
   ],
 )
 def test_a_wrong_config_or_flag_ends_in_one_sentence(tmp_path, flags, config, sentence):
+  (tmp_path / "w").mkdir()
   if config:
     (tmp_path / "own.py").write_text(config)
   result = launch("evaluate", *flags, cwd=tmp_path, missing=["gcsfs"])
@@ -314,13 +319,12 @@ def test_a_command_of_one_process_refuses_several(tmp_path):
 
 
 def test_report_of_an_empty_workdir_is_refused(tmp_path):
-  for folder in (tmp_path, tmp_path / "absent"):
-    result = launch("report", "--config=openmoji", f"--workdir={folder}")
-    assert result.returncode == 2
-    assert result.stderr == (
-      f"error: --workdir {folder} holds no finished stage: run `python -m launch.prepare_data` "
-      "with the same --config and --workdir first.\n"
-    )
+  result = launch("report", "--config=openmoji", f"--workdir={tmp_path}")
+  assert result.returncode == 2
+  assert result.stderr == (
+    f"error: --workdir {tmp_path} holds no finished stage: run `python -m launch.prepare_data` "
+    "with the same --config and --workdir first.\n"
+  )
 
 
 def test_report_lists_what_has_not_run(tmp_path):
@@ -392,5 +396,6 @@ def test_an_old_python_is_refused(tmp_path):
   assert result.stderr == f"error: {message}\n"
 
 
-def test_flags_of_generate_name_the_dtypes_that_there_are():
+def test_flags_of_generate_name_the_dtypes_and_tasks_that_there_are():
+  assert tuple(cls.name for cls in prompt_file.TASKS) == generate.TASKS
   assert cache.DTYPES == params.DTYPES == generate.DTYPES

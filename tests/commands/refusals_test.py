@@ -62,8 +62,9 @@ def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
   ],
 )
 def test_a_mistake_is_found_before_anything_is_written(tmp_path, command, flags, sentence):
+  (tmp_path / "run").mkdir()
   assert refusal(tmp_path, command, *flags, "--workdir=run") == sentence
-  assert not (tmp_path / "run").exists()
+  assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_workdir_on_s3_is_refused(tmp_path):
