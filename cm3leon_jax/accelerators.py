@@ -5,17 +5,15 @@ import importlib.util
 import os
 import sys
 
+from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
 
 # TPU chips; GPUs of NVIDIA, of AMD, and under WSL.
 DEVICE_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
-# Value in JAX_PLATFORMS -> modules of which JAX needs one, and what installs one of them.
+# Value in JAX_PLATFORMS -> modules of which JAX needs one, and extras that install them.
 PLUGINS = {
-  "cuda": (
-    ("jax_cuda12_plugin", "jax_cuda13_plugin"),
-    "pip install 'jax[cuda13]', or 'jax[cuda12]' for an older driver",
-  ),
-  "tpu": (("libtpu",), "pip install 'jax[tpu]'"),
+  "cuda": (("jax_cuda12_plugin", "jax_cuda13_plugin"), ("cuda12", "cuda13")),
+  "tpu": (("libtpu",), ("tpu",)),
 }
 
 
@@ -33,11 +31,11 @@ def check_platforms() -> None:
   """Raises UserError if JAX_PLATFORMS names a platform whose plugin is not installed."""
   value = os.environ.get("JAX_PLATFORMS", "")
   for platform in value.split(","):
-    modules, install = PLUGINS.get(platform.strip(), ((), ""))
+    modules, names = PLUGINS.get(platform.strip(), ((), ()))
     if modules and not any(map(importlib.util.find_spec, modules)):
       raise UserError(
         f"JAX_PLATFORMS is {value}, and JAX's plugin for {platform.strip()} is not installed: "
-        f"{install}, or unset JAX_PLATFORMS."
+        f"{' or '.join(map(extras.install, names))}, or unset JAX_PLATFORMS."
       )
 
 

@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from cm3leon_jax import accelerators, buckets
+from cm3leon_jax import accelerators, buckets, extras
 from cm3leon_jax.commands import arguments, config_file, flag_errors, help_text
 from cm3leon_jax.config import (
   CTRL_C,
@@ -63,8 +63,8 @@ _TIMEOUT = flags.DEFINE_integer(
 
 # Of a disk that is full or fails. Transformers, too, raises OSError, if it cannot load a model.
 NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-_NEEDS_GCSFS = "needs gcsfs: pip install -e '.[data]'."
-NAME_A_CONFIG = "name a config: --config=ml_configs/scenes.py"
+_NEEDS_GCSFS = f"needs gcsfs: {extras.install('data')}."
+NAME_A_CONFIG = "name a config: --config=scenes"
 
 
 def _join_processes(several: bool, saves: bool) -> None:
@@ -85,7 +85,7 @@ def _join_processes(several: bool, saves: bool) -> None:
   if not several:
     raise UserError(
       f"--{given[0]} is given, but this command runs in one process; "
-      "only launch.train, launch.evaluate --protocol and launch.score run in several."
+      "only cm3leon train, cm3leon evaluate --protocol and cm3leon score run in several."
     )
   if _DISTRIBUTED.value and len(given) > 1:
     raise UserError(
@@ -111,8 +111,8 @@ def make_mesh(settings: Settings) -> jax.sharding.Mesh:
 
   if jax.process_count() > 1 and not jax.distributed.is_initialized():
     raise UserError(
-      f"this is one of the {jax.process_count()} hosts of a pod: launch.train, launch.evaluate "
-      "--protocol and launch.score need --distributed, other commands a single host."
+      f"this is one of the {jax.process_count()} hosts of a pod: cm3leon train, cm3leon evaluate "
+      "--protocol and cm3leon score need --distributed, other commands a single host."
     )
   try:
     return create_mesh(settings.mesh)
@@ -159,8 +159,7 @@ def writing(what: str) -> Iterator[None]:
 
 def _fail(message: str, code: int = UserError.exit_code) -> None:
   """Prints one line on stderr and ends the process."""
-  message = " ".join(printable(message).split())
-  print(f"error: {help_text.as_invoked(message)}", file=sys.stderr)
+  print(f"error: {' '.join(printable(message).split())}", file=sys.stderr)
   sys.exit(code)
 
 

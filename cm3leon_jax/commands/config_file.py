@@ -23,12 +23,15 @@ SHIPPED = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("__init__
 def find(name: str) -> pathlib.Path:
   """Returns the file of a config, given by name or path: find("scenes"), find("path/own.py").
 
+  Outside of a checkout "ml_configs/scenes.py", the path in a checkout, is "scenes", too.
+
   Raises:
     UserError: there is no such file and no shipped config of this name.
   """
   path = pathlib.Path(name)
-  if name in SHIPPED and not path.is_file():
-    return FOLDER / f"{name}.py"
+  shipped = path.stem if name == f"ml_configs/{path.stem}.py" else name
+  if shipped in SHIPPED and not path.is_file():
+    return FOLDER / f"{shipped}.py"
   if not path.is_file():
     raise UserError(
       f"--config={name}: there is no such file; name a Python file with a get_config function, or "

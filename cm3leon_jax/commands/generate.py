@@ -1,11 +1,11 @@
 """Generates images and texts: for held-out captions, or for prompts and images of yours.
 
-  python -m launch.generate --config=ml_configs/scenes.py --workdir=workdir/scenes
-  python -m launch.generate --config=ml_configs/scenes.py --workdir=workdir/scenes \\
+  cm3leon generate --config=scenes --workdir=workdir/scenes
+  cm3leon generate --config=scenes --workdir=workdir/scenes \\
     --prompt="a green bell" --guidance=1.5 --retrieve=1
-  python -m launch.generate --config=ml_configs/scenes.py --workdir=workdir/scenes \\
+  cm3leon generate --config=scenes --workdir=workdir/scenes \\
     --task=caption --image=bell.png
-  python -m launch.generate --config=ml_configs/scenes.py --workdir=workdir/scenes \\
+  cm3leon generate --config=scenes --workdir=workdir/scenes \\
     --prompts=my.jsonl --samples=8 --rank
 
 Results of held-out captions go to samples/, results of yours to prompts/NAME-HASH/: a PNG file

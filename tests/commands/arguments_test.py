@@ -75,7 +75,7 @@ MISTAKES = [
 ]
 PLATFORMS = {
   "cuda": "JAX_PLATFORMS is cuda, and JAX's plugin for cuda is not installed: pip install "
-  "'jax[cuda13]', or 'jax[cuda12]' for an older driver, or unset JAX_PLATFORMS.",
+  "'jax[cuda12]' or pip install 'jax[cuda13]', or unset JAX_PLATFORMS.",
   "cpu,tpu": "JAX_PLATFORMS is cpu,tpu, and JAX's plugin for tpu is not installed: pip install "
   "'jax[tpu]', or unset JAX_PLATFORMS.",
 }

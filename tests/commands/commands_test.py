@@ -11,6 +11,7 @@ import pytest
 from cm3leon_jax import accelerators
 from cm3leon_jax.commands import COMMANDS, config_file, generate
 from cm3leon_jax.decoding import cache, params
+from cm3leon_jax.extras import install
 from cm3leon_jax.generation import prompt_file
 from tests.launched import cm3leon, launch
 
@@ -68,7 +69,7 @@ def test_help_shows_an_example_and_the_commands_own_flags_without_importing_jax(
   takes_config = name not in ("checkpoints", "serve")
   without = {"checkpoints": "list --workdir=", "serve": "--workdir="}
   first = "--config=" if takes_config else without[name]
-  assert f"python -m launch.{name} {first}" in text
+  assert f"cm3leon {name} {first}" in text
   assert [f"  {flag}" in page for flag in ALWAYS] == [takes_config] * len(ALWAYS)
   assert ("  --workdir=VALUE" in page) == (name != "aot_compile")
   assert (f"  {PROCESSES}" in page) == (name in ("train", "evaluate", "score"))
@@ -118,6 +119,15 @@ def test_a_config_by_name_or_by_path_works_in_any_folder(tmp_path):
       "error: w/documents is not finished: run `cm3leon encode_documents` with the same --config "
       "and --workdir first.\n"
     )
+  for config in ("ml_configs/scenes.py", "ml_configs/scenes.py:soon"):
+    result = cm3leon("evaluate", f"--config={config}", "--workdir=w", cwd=tmp_path)
+    assert result.returncode == 2
+    assert ("config variant 'soon' of scenes" in result.stderr) == config.endswith("soon")
+    assert ("run `cm3leon encode_documents`" in result.stderr) == config.endswith("py")
+  for config in ("ml_configs/nope.py", "runs/ml_configs/scenes.py:3"):  # Quoted as it was given.
+    result = cm3leon("evaluate", f"--config={config}", "--workdir=w", cwd=tmp_path)
+    name = config.partition(":")[0]
+    assert result.stderr.startswith(f"error: --config={name}: there is no such file; name a ")
   result = cm3leon("evaluate", "--config=own.py:-7", "--workdir=w", cwd=tmp_path)
   assert result.stderr == "error: config.seed is -7; it must be at least 0.\n"
 
@@ -208,7 +218,7 @@ def test_jax_looks_for_accelerators_if_the_machine_has_device_files(
     ),
     (
       [],
-      "error: {workdir}/documents is not finished: run `python -m launch.encode_documents` with ",
+      "error: {workdir}/documents is not finished: run `cm3leon encode_documents` with ",
     ),
   ],
 )
@@ -226,7 +236,7 @@ CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  
 @pytest.mark.parametrize(
   ("flags", "config", "sentence"),
   [
-    (["--workdir=w"], "", "name a config: --config=ml_configs/scenes.py\n"),
+    (["--workdir=w"], "", "name a config: --config=scenes\n"),
     (["--config=openmoji"], "", "name the folder of the run: --workdir=workdir\n"),
     (
       [*EVALUATE, "--steps=5"],
@@ -275,7 +285,7 @@ CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  
     (
       ["--config=openmoji", "--workdir=gs://bucket/run"],
       "",
-      "--workdir=gs://bucket/run is in a bucket, which needs gcsfs: pip install -e '.[data]'.\n",
+      f"--workdir=gs://bucket/run is in a bucket, which needs gcsfs: {install('data')}.\n",
     ),
   ],
 )
@@ -295,7 +305,7 @@ def test_a_bucket_as_source_needs_its_extra(tmp_path):
   assert result.returncode == 2
   assert result.stderr == (
     "error: config.raw.source: gs://bucket/pairs cannot be opened: Please install gcsfs "
-    "to access Google Storage (buckets need pip install -e '.[data]').\n"
+    f"to access Google Storage (buckets need {install('data')}).\n"
   )
 
 
@@ -313,8 +323,8 @@ def test_a_command_of_one_process_refuses_several(tmp_path):
   result = launch("report", "--config=openmoji", f"--workdir={tmp_path}", "--num_processes=2")
   assert result.returncode == 2
   assert result.stderr == (
-    "error: --num_processes is given, but this command runs in one process; only launch.train, "
-    "launch.evaluate --protocol and launch.score run in several.\n"
+    "error: --num_processes is given, but this command runs in one process; only cm3leon train, "
+    "cm3leon evaluate --protocol and cm3leon score run in several.\n"
   )
 
 
@@ -322,7 +332,7 @@ def test_report_of_an_empty_workdir_is_refused(tmp_path):
   result = launch("report", "--config=openmoji", f"--workdir={tmp_path}")
   assert result.returncode == 2
   assert result.stderr == (
-    f"error: --workdir {tmp_path} holds no finished stage: run `python -m launch.prepare_data` "
+    f"error: --workdir {tmp_path} holds no finished stage: run `cm3leon prepare_data` "
     "with the same --config and --workdir first.\n"
   )
 

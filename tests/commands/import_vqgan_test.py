@@ -103,7 +103,7 @@ def test_a_tokenizer_is_imported_once(source, tmp_path, capsys):
   assert capsys.readouterr().out.startswith(f"import_vqgan: amused, {numbers:,} parameters in ")
   train_vqgan.main(SETTINGS, tmp_path)  # There is no raw/ to train it on.
   printed = (
-    f"{tmp_path / 'vqgan'}: made by launch.import_vqgan, stays as it is; nothing is trained."
+    f"{tmp_path / 'vqgan'}: made by cm3leon import_vqgan, stays as it is; nothing is trained."
   )
   assert capsys.readouterr().out.startswith(printed)
 
@@ -119,9 +119,9 @@ def test_the_tokenizer_of_an_export_needs_no_family(tmp_path, capsys):
   import_vqgan.main(SETTINGS, tmp_path, str(folder), None)
   train_vqgan.main(SETTINGS, tmp_path)  # There is no raw/ to train it on.
   printed = capsys.readouterr().out
-  assert "import_vqgan: trained by launch.train_vqgan, " in printed
+  assert "import_vqgan: trained by cm3leon train_vqgan, " in printed
   assert "vqgan: finished already, skipped." in printed
-  assert "made by launch.import_vqgan, stays as it is; nothing is trained." in printed
+  assert "made by cm3leon import_vqgan, stays as it is; nothing is trained." in printed
   page = report.render(tmp_path, report.summary_lib.collect(tmp_path), "cm3leon_350m")
   assert "The image tokenizer of an export, " in page
   import_vqgan.main(SETTINGS, tmp_path / "again", str(tmp_path / "vqgan"), None)
@@ -167,13 +167,13 @@ def test_an_imported_tokenizer_is_copied_into_a_tuned_run(source, tmp_path, monk
     command.main(other, tuned)  # There is no raw/ to train on.
   lines = capsys.readouterr().out.splitlines()
   assert lines == [
-    f"{tuned / name}: made by launch.copy_tokenizers, stays as it is; nothing is trained."
+    f"{tuned / name}: made by cm3leon copy_tokenizers, stays as it is; nothing is trained."
     for name in made
   ]
   assert copies.copy_tokenizers(other, tuned, str(run)) == dict.fromkeys(made, "there already")
   page = report.render(tuned, report.summary_lib.collect(tuned), "sft")
-  assert page.count("<code>launch.copy_tokenizers</code>") == 3
-  assert "launch.train_vqgan" not in page
+  assert page.count("<code>cm3leon copy_tokenizers</code>") == 3
+  assert "cm3leon train_vqgan" not in page
   assert "--workdir=DIR --init_from=RUN" in page
   assert f"Copied from <code>{run}</code>, with its codes" in page
 
@@ -183,9 +183,9 @@ def test_the_report_says_what_was_imported(source, tmp_path):
   page = report.render(tmp_path, report.summary_lib.collect(tmp_path), "cm3leon_350m")
   numbers = sum(x.size for x in jax.tree.leaves(source[1].params))
   assert f"Published weights, <code>amused</code>, {numbers:,} parameters: nothing was tra" in page
-  assert "<code>launch.import_vqgan</code>" in page
+  assert "<code>cm3leon import_vqgan</code>" in page
   assert "--workdir=DIR --source=WEIGHTS --family=FAMILY" in page
-  assert "launch.train_vqgan" not in page
+  assert "cm3leon train_vqgan" not in page
 
 
 def test_a_damaged_or_unfinished_import_says_to_import_again(source, tmp_path):

@@ -13,6 +13,7 @@ import urllib.request
 from etils import epath
 import pytest
 
+from cm3leon_jax.extras import install
 from tests.generation.run import save_run
 from tests.launched import ROOT, launch
 
@@ -81,7 +82,7 @@ def test_a_missing_package_is_named():
   result = launch("serve", "--workdir=scenes", missing=["uvicorn"])
   assert (result.returncode, result.stderr) == (
     2,
-    "error: launch.serve needs uvicorn: pip install -e '.[serve]'.\n",
+    f"error: cm3leon serve needs uvicorn: {install('serve')}.\n",
   )
 
 
