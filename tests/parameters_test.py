@@ -76,5 +76,5 @@ def test_a_file_of_another_model_is_refused(tmp_path, change, sentence):
 
 
 def test_an_absent_file_names_its_command(tmp_path):
-  with pytest.raises(UserError, match=r"run `python -m launch\.train_clip` first\.$"):
+  with pytest.raises(UserError, match=r"run `cm3leon train_clip` first\.$"):
     parameters.load(tmp_path / "a.safetensors", {}, "train_clip")

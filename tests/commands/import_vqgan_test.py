@@ -144,7 +144,7 @@ def test_another_tokenizer_is_not_overwritten(source, tmp_path):
     path = tmp_path / name.partition(".")[0] / "vqgan" / name
     path.parent.mkdir(parents=True)
     path.write_text('{"vqgan": {}, "num_codes": 64}')
-    with pytest.raises(UserError, match=r"vqgan holds a VQGAN of launch\.train_vqgan: use another"):
+    with pytest.raises(UserError, match=r"vqgan holds a VQGAN of cm3leon train_vqgan: use another"):
       import_vqgan.main(SETTINGS, tmp_path / name.partition(".")[0], str(folder), "amused")
 
 
@@ -192,11 +192,11 @@ def test_a_damaged_or_unfinished_import_says_to_import_again(source, tmp_path):
   import_vqgan.main(SETTINGS, tmp_path, str(source[0]), "amused")
   path = tmp_path / "vqgan" / "params.safetensors"
   path.write_bytes(path.read_bytes()[:-1])
-  with pytest.raises(UserError, match=r"run `python -m launch\.import_vqgan` again"):
+  with pytest.raises(UserError, match=r"run `cm3leon import_vqgan` again"):
     ImageTokenizer.load(tmp_path / "vqgan")
   (tmp_path / "vqgan" / stages.DONE).unlink()
   with pytest.raises(
-    UserError, match=r"whose import did not finish: run `python -m launch\.import_vqgan` again"
+    UserError, match=r"whose import did not finish: run `cm3leon import_vqgan` again"
   ):
     train_vqgan.main(SETTINGS, tmp_path)
   import_vqgan.main(SETTINGS, tmp_path, str(source[0]), "amused")

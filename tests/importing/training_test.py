@@ -74,9 +74,7 @@ def test_a_run_does_not_begin_with_half_an_import(imported, tmp_path):
   folder = tmp_path / "run"
   shutil.copytree(imported, folder, symlinks=True)
   (folder / "init" / stages.DONE).unlink()
-  with pytest.raises(
-    UserError, match=r"init is not finished: run `python -m launch\.import_weights`"
-  ):
+  with pytest.raises(UserError, match=r"init is not finished: run `cm3leon import_weights`"):
     train.main(settings_of_run(), epath.Path(folder))
   assert not (folder / "train").exists()
 

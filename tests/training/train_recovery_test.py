@@ -79,7 +79,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(loader, tmp_path)
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path):
-  with pytest.raises(UserError, match=r"run `python -m launch\.train` first"):
+  with pytest.raises(UserError, match=r"run `cm3leon train` first"):
     checkpoint.load_params(tmp_path, MODEL)
 
 
