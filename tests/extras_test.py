@@ -58,7 +58,7 @@ def test_pages_and_docstrings_name_the_versions_of_the_extras():
   assert shown <= known
 
 
-USES = re.compile(r"extras\.install\(\s*\"(\w+)\"\s*\)")
+USES = re.compile(r"extras\.install\(['\"](\w+)['\"]\)")
 ON_AN_INDEX = re.compile(r"pip install (?:-\S+ )*['\"]?cm3leon_jax")
 OF_A_CHECKOUT = re.compile(r"pip install -e")
 # Where a checkout is meant.
