@@ -34,7 +34,7 @@ INSTALLS = re.compile(
 )
 # What stands after `pip install` in the same line, and a requirement in it.
 AFTER_PIP = re.compile(r"pip install ([^`;&|]+)")
-REQUIREMENT = re.compile(r"[a-zA-Z][\w.-]*(?:\[\w+\])?(?:[<>=!~]=?[\w.,<>=!~*]+)?")
+REQUIREMENT = re.compile(r"(?![\w.-]*\.whl)[a-zA-Z][\w.-]*(?:\[\w+\])?(?:[<>=!~]=?[\w.,<>=!~*]+)?")
 CHOICES = re.compile(r'case "\$EXTRA" in ([\w| ]+)\)')
 
 

@@ -115,6 +115,7 @@ def test_extras_are_found_in_a_file(text, extras):
     ("(`pip install a`), or `pip install b-c` and", {(("a",), ()), (("b-c",), ())}),
     ('python3.12 -m venv m && m/bin/pip install "a==1" \\\n  c', {(("a==1", "c"), ("3.12",))}),
     ("pip install -e '.[demo]' -c r.txt", set()),
+    ("pip install cm3leon_jax-0.2.0-py3-none-any.whl", set()),
     ("pip install 'ray[data]>=2.51' a, set B: or", {(("ray[data]>=2.51", "a"), ())}),
   ],
 )  # fmt: skip

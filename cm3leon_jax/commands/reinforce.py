@@ -139,6 +139,7 @@ def main(
   )
   with jax.set_mesh(mesh), Lease(folder) as lease, stage as summary:
     if summary is None:
+      run_start.print_more(folder, "reinforce")
       return
     common.keep_compiled(workdir)
     heldout = training_rows.open_rows(settings, workdir, "heldout")

@@ -126,14 +126,14 @@ def goes_on(folder, config: dict, steps: int, changes: bool = False) -> bool:
   return redo
 
 
-def print_more(folder) -> None:
-  """Prints how a finished run gets more steps."""
+def print_more(folder, command: str = "train") -> None:
+  """Prints how a finished run of a command gets more steps."""
   from cm3leon_jax import distributed
 
   steps = read_json(folder / stages.DONE, {"summary": dict})["summary"].get("steps", 0)
   distributed.print_once(
-    f"train: the run has its {steps} steps; --config.train.steps={2 * steps or 'N'}, with the same "
-    "flags, would continue it."
+    f"{command}: the run has its {steps} steps; --config.train.steps={2 * steps or 'N'}, with the "
+    "same flags, would continue it."
   )
 
 

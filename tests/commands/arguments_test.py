@@ -8,9 +8,8 @@ import sys
 
 import pytest
 
-from cm3leon_jax.commands import arguments, config_file
+from cm3leon_jax.commands import arguments
 from cm3leon_jax.commands.arguments import split
-from cm3leon_jax.settings import default_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 RUN = ["--config=scenes", "--workdir=."]
@@ -133,10 +132,6 @@ def test_a_mistake_is_one_sentence_and_imports_no_jax(number, sentence, ended):
 )  # fmt: skip
 def test_flags_of_the_config_are_separated(given, config, others):
   assert split(given) == (config, others)
-
-
-def test_the_names_of_the_fields_are_those_of_the_classes():
-  assert sorted(config_file.field_names()) == config_file.config_fields(default_config())
 
 
 def test_an_installed_model_and_a_bucket_are_no_absent_folders():

@@ -9,10 +9,8 @@ import sys
 import pytest
 
 from cm3leon_jax import accelerators
-from cm3leon_jax.commands import COMMANDS, config_file, generate
-from cm3leon_jax.decoding import cache, params
+from cm3leon_jax.commands import COMMANDS, config_file
 from cm3leon_jax.extras import install
-from cm3leon_jax.generation import prompt_file
 from tests.launched import cm3leon, launch
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -119,15 +117,6 @@ def test_a_config_by_name_or_by_path_works_in_any_folder(tmp_path):
       "error: w/documents is not finished: run `cm3leon encode_documents` with the same --config "
       "and --workdir first.\n"
     )
-  for config in ("ml_configs/scenes.py", "ml_configs/scenes.py:soon"):
-    result = cm3leon("evaluate", f"--config={config}", "--workdir=w", cwd=tmp_path)
-    assert result.returncode == 2
-    assert ("config variant 'soon' of scenes" in result.stderr) == config.endswith("soon")
-    assert ("run `cm3leon encode_documents`" in result.stderr) == config.endswith("py")
-  for config in ("ml_configs/nope.py", "runs/ml_configs/scenes.py:3"):  # Quoted as it was given.
-    result = cm3leon("evaluate", f"--config={config}", "--workdir=w", cwd=tmp_path)
-    name = config.partition(":")[0]
-    assert result.stderr.startswith(f"error: --config={name}: there is no such file; name a ")
   result = cm3leon("evaluate", "--config=own.py:-7", "--workdir=w", cwd=tmp_path)
   assert result.stderr == "error: config.seed is -7; it must be at least 0.\n"
 
@@ -404,8 +393,3 @@ def test_an_old_python_is_refused(tmp_path):
   assert result.returncode == 2
   message = f"PYTHON is '{old}'; it must be an interpreter of Python 3.11 or newer."
   assert result.stderr == f"error: {message}\n"
-
-
-def test_flags_of_generate_name_the_dtypes_and_tasks_that_there_are():
-  assert tuple(cls.name for cls in prompt_file.TASKS) == generate.TASKS
-  assert cache.DTYPES == params.DTYPES == generate.DTYPES

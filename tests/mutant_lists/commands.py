@@ -33,7 +33,9 @@ COMMANDS = (
     "cm3leon_jax/commands/config_file.py",
     'path.stem if name == f"ml_configs/{path.stem}.py" else name',
     "path.stem",
-    ("tests/commands/commands_test.py::test_a_config_by_name_or_by_path_works_in_any_folder",),
+    (
+      "tests/commands/config_file_test.py::test_the_path_in_a_checkout_is_a_name_where_there_is_none",
+    ),
   ),
   Mutant(
     "every_start_says_that_tensorboard_is_absent",
