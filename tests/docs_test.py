@@ -121,7 +121,7 @@ def test_pages_and_messages_speak_to_those_who_have_a_wheel():
     assert len([line for line in shown if OF_A_CHECKOUT.search(line)]) <= 1, page
   package = ROOT / "cm3leon_jax"
   found = {p for p in SOURCES if p.is_relative_to(package) and OF_A_CHECKOUT.search(SOURCES[p])}
-  ours = {p.relative_to(package).as_posix() for p in found if "planning" not in p.parts}
+  ours = {p.relative_to(package).as_posix() for p in found if "launchers" not in p.parts}
   assert ours == {"commands/__init__.py"}
 
 
