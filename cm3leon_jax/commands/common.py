@@ -232,16 +232,16 @@ def _parse_flags(
     sys.exit(0)
   of_config, _ = arguments.split(argv[1:])
   with _reporting():
-    if not config:
+    if config is False:
       arguments.refuse_config(argv[1:])
-    words = arguments.parse(argv, config)
+    words = arguments.parse(argv, config is not False)
     arguments.check_words(words[1:], actions, argv[1:])
     arguments.check_fields(of_config)
-    named = bool(of_config)
-    if named and not re.match(r"--?config(=|$)", of_config[0]):
+    if of_config and not re.match(r"--?config(=|$)", of_config[0]):
       name = of_config[0].partition("=")[0]
       raise UserError(f"{name} is given, but no config before it: {NAME_A_CONFIG}")
-    if workdir and not _PRINT_CONFIG.value and (named or not config):
+    needs_config = config is True and not of_config  # Which is said first.
+    if workdir and not needs_config and not _PRINT_CONFIG.value:
       arguments.check_workdir(os.fspath(_folder()), begins)
     accelerators.check_platforms()
   try:

@@ -10,6 +10,7 @@ import pytest
 
 from cm3leon_jax.commands import arguments
 from cm3leon_jax.commands.arguments import split
+from tests.commands.commands_test import DEVICES, run
 
 ROOT = pathlib.Path(__file__).parents[2]
 RUN = ["--config=scenes", "--workdir=."]
@@ -132,6 +133,14 @@ def test_a_mistake_is_one_sentence_and_imports_no_jax(number, sentence, ended):
 )  # fmt: skip
 def test_flags_of_the_config_are_separated(given, config, others):
   assert split(given) == (config, others)
+
+
+def test_a_platform_that_jax_cannot_use_is_one_sentence():
+  result = run(sys.executable, "-c", DEVICES, "--config=openmoji", JAX_PLATFORMS="moon")
+  assert (result.returncode, result.stdout) == (2, "")
+  sentence = "error: JAX_PLATFORMS is moon: Unable to initialize backend 'moon': "
+  assert result.stderr.startswith(sentence)
+  assert result.stderr.count("\n") == 1
 
 
 def test_an_installed_model_and_a_bucket_are_no_absent_folders():
