@@ -35,11 +35,10 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def check_fields(config: Iterable[str]) -> None:
   """Raises UserError at a flag --config.SECTION.FIELD of a field that no config has."""
-  known = config_file.field_names()
   for argument in config:
-    match = re.match(r"--?(no)?config\.([\w.]+)", argument)
-    if match and match[2] not in known:
-      raise UserError(config_file.unknown_field(known, [argument]))
+    match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
+    if match and match[1] not in config_file.field_names():
+      raise UserError(config_file.unknown_field(config_file.field_names(), [argument]))
 
 
 def check_words(words: list[str], actions: tuple[str, ...], arguments: list[str]) -> None:

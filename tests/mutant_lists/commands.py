@@ -10,8 +10,8 @@ COMMANDS = (
   Mutant(
     "a_field_that_no_config_has_is_found_with_the_config_only",
     _ARGUMENTS,
-    "if match and match[2] not in known:",
-    "if match and match[2] in ():",
+    "if match and match[1] not in config_file.field_names():",
+    "if match and match[1] in ():",
     (_SENTENCES,),
   ),
   Mutant(
