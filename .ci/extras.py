@@ -30,11 +30,11 @@ FILES = (
 )
 INSTALLS = re.compile(
   r"(?:make_venv|setup\.sh\"?) ([a-z][\w,]*)"
-  r"|(?:\.|cm3leon_jax)\[((?:\$EXTRA|[a-z]\w*)(?:,\w+)*)\]['\"\s]"
+  r"|\.\[((?:\$EXTRA|[a-z]\w*)(?:,\w+)*)\]['\"\s]"
 )
 # What stands after `pip install` in the same line, and a requirement in it.
 AFTER_PIP = re.compile(r"pip install ([^`;&|]+)")
-REQUIREMENT = re.compile(r"(?!cm3leon_jax)[a-zA-Z][\w.-]*(?:[<>=!~]=?[\w.,<>=!~*]+)?")
+REQUIREMENT = re.compile(r"(?![\w.-]*\.whl)[a-zA-Z][\w.-]*(?:\[\w+\])?(?:[<>=!~]=?[\w.,<>=!~*]+)?")
 CHOICES = re.compile(r'case "\$EXTRA" in ([\w| ]+)\)')
 
 
@@ -69,7 +69,9 @@ def packages_in(text: str) -> set[tuple[tuple[str, ...], tuple[str, ...]]]:
   for line in text.replace("\\\n", " ").splitlines():
     pythons = tuple(sorted(set(re.findall(r"python(3\.\d+)", line))))
     for match in AFTER_PIP.finditer(line):
-      words = [word.strip("'\".:,)") for word in match[1].split()]
+      # A comma or a colon ends the list in a sentence.
+      sentence = re.split(r"(?<=\S)[,:](?=\s)", match[1])[0]
+      words = [word.strip("'\".:,)") for word in sentence.split()]
       words = itertools.dropwhile(lambda word: word.startswith("--"), words)
       if names := tuple(itertools.takewhile(REQUIREMENT.fullmatch, words)):
         found.add((names, pythons))

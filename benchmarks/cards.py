@@ -4,7 +4,7 @@ r"""Compiles the config cards: what each size takes of a device on each slice, d
   python -m benchmarks.cards --size=7b --again        # all cards of a size
   python -m benchmarks.cards --card=7b/v5e-256/train --again
 
-A card is a command of `launch.aot_compile` for a shipped config, its numbers, the compiler's
+A card is a command of `cm3leon aot_compile` for a shipped config, its numbers, the compiler's
 version and the date. Each is written when it is done, so a run that was stopped continues. A card
 takes one to several minutes on two CPU cores; no TPU is needed.
 """
@@ -40,7 +40,7 @@ class Slice:
   """Where a card's programs run.
 
   Attributes:
-    topology: of `launch.aot_compile`.
+    topology: of `cm3leon aot_compile`.
     slices: number of slices.
     fsdp: axes fsdp and fsdp_inner of a slice's mesh; they follow the torus.
     tensor: axis of the decoder, whose other devices are replicas.
@@ -76,9 +76,9 @@ class Card:
 
   @property
   def command(self) -> list[str]:
-    """Arguments of `python -m launch.aot_compile`."""
+    """Arguments of `cm3leon aot_compile`."""
     place = SLICES[self.where]
-    command = [f"--config=ml_configs/cm3leon_{self.size}.py", f"--topology={place.topology}"]
+    command = [f"--config=cm3leon_{self.size}", f"--topology={place.topology}"]
     if place.slices > 1:
       command.append(f"--slices={place.slices}")
     if self.program == "decode":
@@ -154,7 +154,7 @@ TABLE = """
 |---|---|---|---|---|---|
 """
 COMMANDS = """
-The commands in this order, each after `python -m launch.aot_compile`:
+The commands in this order, each after `cm3leon aot_compile`:
 ```
 {commands}
 ```

@@ -4,7 +4,7 @@
   python -m benchmarks.faults --part=kill --count=25
 
 Parts: `kill` (SIGKILL at random moments), `damage` (checkpoints damaged, in process), `command`
-(the same before launch.train, and full disks), `elastic` (a changing number of processes), `replay`
+(the same before training, and full disks), `elastic` (a changing number of processes), `replay`
 (bits that flip on a device). What is done is kept in the workdir, so that each part can be stopped
 and continued. Writes results.json and table.md there; exit code 1 if a run lost anything or a fault
 had no message. docs/reliability.md.

@@ -1,4 +1,4 @@
-"""Part `command` of `benchmarks.faults`: `launch.train` after damage to the workdir of its run.
+"""Part `command` of `benchmarks.faults`: `cm3leon train` after damage to the workdir of its run.
 
 The training was killed after its third checkpoint. It must continue to the losses, held-out losses
 and sample grids of a run that was never killed, or refuse with exit code 2 and leave the workdir.

@@ -1,7 +1,7 @@
 """Part `elastic` of `benchmarks.faults`: a run whose number of processes changes.
 
 `loader`: over random schedules of 1 to 4 processes and of their meshes, real processes read the
-rows of a run as `launch.train` does, and train nothing. Every row must be read, and be the row that
+rows of a run as training does, and train nothing. Every row must be read, and be the row that
 one process reads. `train`: the losses of real trainings, stopped and continued by other processes.
 """
 

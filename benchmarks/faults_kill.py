@@ -1,6 +1,6 @@
 """Part `kill` of `benchmarks.faults`: SIGKILL at random moments of a training and what follows it.
 
-A run is `launch.train`, `launch.evaluate` and `launch.export`, with a compilation cache of its own.
+A run is `cm3leon train`, `evaluate` and `export`, with a compilation cache of its own.
 Its processes are killed a few times and started again until the run is done. Then its losses,
 held-out losses, sample grids, evaluation and export must be those of a run that was never killed.
 """
@@ -237,7 +237,7 @@ def summarize(runs: list[dict]) -> dict:
   for kill in kills:
     during = kill["phase"] + (", a save in flight" if kill["saving"] else "")
     if kill["command"] != "train":
-      during = f"launch.{kill['command']}"
+      during = f"cm3leon {kill['command']}"
     phases[during] = phases.get(during, 0) + 1
   resumed = [kill["seconds_to_resume"] for kill in kills if kill["seconds_to_resume"] is not None]
   lost = [max(0, kill["last_step"] - kill["sealed"]) for kill in kills]

@@ -141,7 +141,7 @@ def markdown(numbers: dict) -> str:
   if "damage" in numbers:
     rows += _damage_rows(numbers["damage"], "")
   if "command" in numbers:
-    rows += _damage_rows(numbers["command"], "`launch.train`: ")
+    rows += _damage_rows(numbers["command"], "`cm3leon train`: ")
   if "elastic" in numbers:
     rows += _elastic_rows(numbers["elastic"])
   if "replay" in numbers:

@@ -1,11 +1,20 @@
 """Detection of accelerators without JAX."""
 
 import glob
+import importlib.util
 import os
 import sys
 
+from cm3leon_jax import extras
+from cm3leon_jax.config import UserError
+
 # TPU chips; GPUs of NVIDIA, of AMD, and under WSL.
 DEVICE_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
+# Value in JAX_PLATFORMS -> modules of which JAX needs one, and extras that install them.
+PLUGINS = {
+  "cuda": (("jax_cuda12_plugin", "jax_cuda13_plugin"), ("cuda12", "cuda13")),
+  "tpu": (("libtpu",), ("tpu",)),
+}
 
 
 def use_cpu_if_alone() -> None:
@@ -16,3 +25,20 @@ def use_cpu_if_alone() -> None:
   """
   if sys.platform == "linux" and not any(map(glob.glob, DEVICE_FILES)):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def check_platforms() -> None:
+  """Raises UserError if JAX_PLATFORMS names a platform whose plugin is not installed."""
+  value = os.environ.get("JAX_PLATFORMS", "")
+  for platform in value.split(","):
+    modules, names = PLUGINS.get(platform.strip(), ((), ()))
+    if modules and not any(map(importlib.util.find_spec, modules)):
+      raise UserError(
+        f"JAX_PLATFORMS is {value}, and JAX's plugin for {platform.strip()} is not installed: "
+        f"{' or '.join(map(extras.install, names))}, or unset JAX_PLATFORMS."
+      )
+
+
+def is_absent(error: Exception) -> bool:
+  """Returns whether JAX raised the error because it cannot use a platform of JAX_PLATFORMS."""
+  return isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error)

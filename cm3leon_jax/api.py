@@ -84,8 +84,8 @@ class CM3Leon:
 
     Args:
       workdir: folder of the run, local or in a bucket, whose training may still be going on; a
-        bundle of `launch.export --bundle`; or the name of one that comes with the package, "scenes"
-        or "scenes-instruct".
+        bundle of `cm3leon export --bundle`; or the name of one that comes with the package,
+        "scenes" or "scenes-instruct".
       mesh: of `mesh.create_mesh`; default: parameters and batches are split over all devices.
       clip: folder of the Hugging Face CLIP, if it is not where the run's config has it.
       show_progress: shows a bar while samples are generated.

@@ -10,7 +10,7 @@ import os
 from etils import epath
 import fsspec
 
-from cm3leon_jax import buckets
+from cm3leon_jax import buckets, extras
 from cm3leon_jax.config import UserError, short
 
 
@@ -33,7 +33,7 @@ def open_filesystem(path: epath.PathLike):
     return fsspec.core.url_to_fs(path)
   except (ImportError, ValueError) as error:
     raise UserError(
-      f"{path} cannot be opened: {error} (buckets need pip install -e '.[data]')."
+      f"{path} cannot be opened: {error} (buckets need {extras.install('data')})."
     ) from error
 
 

@@ -83,8 +83,8 @@ def load(path: epath.PathLike, expected: dict, command: str) -> dict:
   """
   path = epath.Path(path)
   if not path.exists():
-    raise UserError(f"{path} does not exist: run `python -m launch.{command}` first.")
-  remedy = f"delete {path.parent} and run `python -m launch.{command}` again"
+    raise UserError(f"{path} does not exist: run `cm3leon {command}` first.")
+  remedy = f"delete {path.parent} and run `cm3leon {command}` again"
   try:
     flat = safetensors.load(path.read_bytes())
   except SafetensorError as error:

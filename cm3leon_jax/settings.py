@@ -22,7 +22,7 @@ from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.retrieval.neighbors import RetrievalConfig
 from cm3leon_jax.tokenizers.quantizers import check_levels
 from cm3leon_jax.tokenizers.text import TextTokenizerConfig
-from cm3leon_jax.tokenizers.vqgan import VQGANConfig
+from cm3leon_jax.tokenizers.vqgan_config import VQGANConfig
 from cm3leon_jax.training.optimizer import OptimizerConfig
 from cm3leon_jax.training.policy import ReinforceConfig
 from cm3leon_jax.training.train import TrainConfig
@@ -110,7 +110,7 @@ def settings_from_config(config) -> Settings:
 
 
 def settings_of_run(workdir: epath.PathLike) -> Settings:
-  """Reads the settings that `launch.train` wrote into train/config.json.
+  """Reads the settings that `cm3leon train` wrote into train/config.json.
 
   Raises:
     UserError: nothing was trained in `workdir`, or by a version that wrote no settings.
@@ -118,13 +118,13 @@ def settings_of_run(workdir: epath.PathLike) -> Settings:
   path = epath.Path(workdir) / "train" / "config.json"
   if not path.exists():
     raise UserError(
-      f"{path} does not exist: name the workdir of a run, in which `python -m launch.train` began, "
+      f"{path} does not exist: name the workdir of a run, in which `cm3leon train` began, "
       "or where a bundle is taken, its folder or name."
     )
   stored = read_json(path, {})
   if "settings" not in stored:
     raise UserError(
-      f"{path} was written by an older version and has no settings: run `python -m launch.train` "
+      f"{path} was written by an older version and has no settings: run `cm3leon train` "
       "with the same --config and --workdir again; a finished training is not repeated."
     )
   return settings_from_stored(read_json(path, {"settings": dict})["settings"])

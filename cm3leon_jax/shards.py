@@ -7,7 +7,7 @@ from typing import Protocol
 
 from etils import epath
 
-from cm3leon_jax import buckets
+from cm3leon_jax import buckets, extras
 from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.io import plain, read_json, write_json
 from cm3leon_jax.progress import progress_bar
@@ -158,7 +158,7 @@ def _ray(job: Job, folder: epath.Path, rows: list[dict], runner: Runner) -> Resu
   try:
     import ray
   except ImportError as error:
-    raise UserError(f"--runner=ray needs Ray ({error}): pip install -e '.[ray]'.") from error
+    raise UserError(f"--runner=ray needs Ray ({error}): {extras.install('ray')}.") from error
   started = not ray.is_initialized()
   if started:
     _connect(ray, runner)

@@ -58,7 +58,7 @@ def require(workdir: epath.PathLike, name: str, **fields: type) -> dict:
   folder = epath.Path(workdir) / name
   if not (folder / DONE).exists():
     raise UserError(
-      f"{folder} is not finished: run `python -m launch.{STAGES[name].command}` "
+      f"{folder} is not finished: run `cm3leon {STAGES[name].command}` "
       "with the same --config and --workdir first."
     )
   return read_json(folder / DONE, {"id": str, **fields})
@@ -103,7 +103,7 @@ def check_files(path: epath.PathLike) -> None:
 
 def again(folder: epath.Path, damaged: epath.PathLike) -> str:
   """Says how to replace a damaged file of the stage in `folder`."""
-  command = f"`python -m launch.{command_of(folder)}`" if folder.name in STAGES else "its stage"
+  command = f"`cm3leon {command_of(folder)}`" if folder.name in STAGES else "its stage"
   return f"restore it, or delete {damaged} and {folder / DONE} and run {command} again"
 
 
@@ -125,7 +125,7 @@ def is_given(workdir: epath.PathLike, name: str) -> bool:
   folder = epath.Path(workdir) / name
   if (command := command_of(folder)) == STAGES[name].command:
     return False
-  print(f"{folder}: made by launch.{command}, stays as it is; nothing is trained.", flush=True)
+  print(f"{folder}: made by cm3leon {command}, stays as it is; nothing is trained.", flush=True)
   return True
 
 

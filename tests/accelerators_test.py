@@ -37,7 +37,7 @@ def test_importing_is_light_and_loading_uses_the_cpu_where_there_is_nothing_else
   )  # fmt: skip
   assert result.stdout.splitlines() == [
     "nowhere/train/config.json does not exist: name the workdir of a run, in which "
-    "`python -m launch.train` began, or where a bundle is taken, its folder or name.",
+    "`cm3leon train` began, or where a bundle is taken, its folder or name.",
     "cpu",
   ]
   with pytest.raises(AttributeError, match="has no attribute 'CM4Leon'"):

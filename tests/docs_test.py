@@ -37,10 +37,10 @@ def flags_in(*files: str) -> set[str]:
 def unknown_names(text: str) -> list[str]:
   """Commands, flags, fields of the config, files and members of modules that do not exist."""
   unknown = []
-  text = text.replace("\\\n", " ").replace("\n$G", "\npython -m launch.generate")
-  text = re.sub(r"(?:bin/|^)cm3leon ([a-z_]+)", r"python -m launch.\1", text, flags=re.M)
-  names = re.findall(r"\blaunch\.([a-z_]+)(?![a-z_]*/)|`cm3leon ([a-z_]+)", text)
-  unknown += [f"command {a or b}" for a, b in names if (a or b) not in (*COMMANDS, "pod")]
+  text = text.replace("\\\n", " ").replace("\n$G", "\ncm3leon generate")
+  text = text.replace("python -m launch.pod", "").replace("python -m launch.", "cm3leon ")
+  names = re.findall(r"\blaunch\.([a-z_]+)(?![a-z_]*/)|\bcm3leon[ \n]([a-z_]+)", text)
+  unknown += [f"command {a or b}" for a, b in names if (a or b) not in COMMANDS]
   shared = (
     "allow_changed_flag",
     "common",
@@ -51,11 +51,13 @@ def unknown_names(text: str) -> list[str]:
     "sharded",
   )
   common = [f"cm3leon_jax/commands/{name}.py" for name in shared]
-  for module, rest in re.findall(r"python -m (launch\.[a-z_]+|benchmarks\.\w+)(.*)", text):
-    folder, name = module.split(".")
-    file = f"cm3leon_jax/commands/{name}.py" if folder == "launch" else f"benchmarks/{name}.py"
+  for module, rest in re.findall(
+    r"\b(cm3leon [a-z_]+|(?<=python -m )benchmarks\.\w+)([^`\n]*)", text
+  ):
+    folder, name = re.split(r"[. ]", module)
+    file = f"cm3leon_jax/commands/{name}.py" if folder == "cm3leon" else f"benchmarks/{name}.py"
     if ROOT / file not in SOURCES:
-      unknown += [module] if name != "pod" else []
+      unknown += [module] if folder == "benchmarks" else []
       continue
     taken = flags_in(file, *common)
     unknown += [f"{module} --{f}" for f in re.findall(r" --(\w+)", rest) if f not in taken]
@@ -107,13 +109,29 @@ def test_what_a_page_names_exists(page):
     assert not [line for line in prose.split("\n") if len(line) > 130]
 
 
+# Commands as they are in a checkout only.
+OF_A_CHECKOUT = re.compile(
+  r"python\s-m\slaunch\.(?!pod)|\blaunch\.[a-z]+(?<!launch\.pod)\b`|=ml_configs/"
+)
+
+
+def test_pages_and_messages_speak_to_those_who_have_a_wheel():
+  for page in (*PAGES, ROOT / "README.md"):
+    shown = [line for line in page.read_text().split("\n") if "benchmarks." not in line]
+    assert len([line for line in shown if OF_A_CHECKOUT.search(line)]) <= 1, page
+  package = ROOT / "cm3leon_jax"
+  found = {p for p in SOURCES if p.is_relative_to(package) and OF_A_CHECKOUT.search(SOURCES[p])}
+  ours = {p.relative_to(package).as_posix() for p in found if "launchers" not in p.parts}
+  assert ours == {"commands/__init__.py"}
+
+
 def test_names_that_do_not_exist_are_found():
   wrong = """`launch.draw` `cm3leon fly` `--no_such_flag` `data/nothing.py` `stages.NOTHING`
 `train.no_field` --config.train.no_field=1
-python -m launch.train --config=c --prompt=x
+cm3leon train --config=c --prompt=x
 python -m benchmarks.nothing"""
   assert unknown_names(wrong) == [
-    "command draw", "command fly", "launch.train --prompt", "benchmarks.nothing",
+    "command draw", "command fly", "cm3leon train --prompt", "benchmarks.nothing",
     "--no_such_flag", "--config.train.no_field", "data/nothing.py", "stages.NOTHING",
     "train.no_field",
   ]  # fmt: skip

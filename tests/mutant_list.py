@@ -1,5 +1,6 @@
 """All mutants that `mutants.py` runs, by subject."""
 
+from tests.mutant_lists.commands import COMMANDS
 from tests.mutant_lists.data import DATA
 from tests.mutant_lists.decoding import DECODING
 from tests.mutant_lists.evaluation import EVALUATION
@@ -22,4 +23,5 @@ MUTANTS = (
   + IMPORTING
   + WATCHING
   + SERVING
+  + COMMANDS
 )

@@ -101,7 +101,6 @@ def test_every_extra_that_a_file_installs_is_resolved_in_ci():
   [
     ("make_venv tpu,data\n", {"tpu,data"}),
     ("pip install -e '.[aot]'\n", {"aot"}),
-    ("pip install 'cm3leon_jax[ray,data]'.", {"ray,data"}),
     ('case "$EXTRA" in a | b) ;;\npip install ".[$EXTRA,data]" -c', {"a,data", "b,data"}),
     ("make_venv() {\n  pip install -e .[$extra]", set()),
   ],
@@ -117,7 +116,9 @@ def test_extras_are_found_in_a_file(text, extras):
     ("- run: pip install 'mkdocs>=1.6,<2' -c constraints.txt", {(("mkdocs>=1.6,<2",), ())}),
     ("(`pip install a`), or `pip install b-c` and", {(("a",), ()), (("b-c",), ())}),
     ('python3.12 -m venv m && m/bin/pip install "a==1" \\\n  c', {(("a==1", "c"), ("3.12",))}),
-    ("pip install -e '.[demo]' -c r.txt; pip install 'cm3leon_jax[data]'.", set()),
+    ("pip install -e '.[demo]' -c r.txt", set()),
+    ("pip install cm3leon_jax-0.2.0-py3-none-any.whl", set()),
+    ("pip install 'ray[data]>=2.51' a, set B: or", {(("ray[data]>=2.51", "a"), ())}),
   ],
 )  # fmt: skip
 def test_packages_are_found_in_a_file(text, packages):

@@ -71,10 +71,10 @@ def test_a_file_of_another_model_is_refused(tmp_path, change, sentence):
   parameters.save(path, change(params_of()))
   with pytest.raises(UserError, match=sentence) as error:
     parameters.load(path, params_of(), "train_clip")
-  remedy = f"delete {path.parent} and run `python -m launch.train_clip` again."
+  remedy = f"delete {path.parent} and run `cm3leon train_clip` again."
   assert str(error.value).endswith(remedy)
 
 
 def test_an_absent_file_names_its_command(tmp_path):
-  with pytest.raises(UserError, match=r"run `python -m launch\.train_clip` first\.$"):
+  with pytest.raises(UserError, match=r"run `cm3leon train_clip` first\.$"):
     parameters.load(tmp_path / "a.safetensors", {}, "train_clip")

@@ -115,7 +115,7 @@ def test_a_damaged_file_of_a_stage_is_refused_with_what_to_do(tmp_path, content,
     path.write_bytes(content)
   message = (
     rf"vqgan/params\.safetensors {wrong}: restore it, or delete .*params\.safetensors and "
-    r".*done\.json and run `python -m launch\.train_vqgan` again\."
+    r".*done\.json and run `cm3leon train_vqgan` again\."
   )
   for named in (path, tmp_path / "vqgan"):
     with pytest.raises(UserError, match=message):
@@ -149,9 +149,7 @@ def test_another_config_is_refused_with_the_fields_that_differ(tmp_path):
 def test_a_stage_that_fails_is_not_finished(tmp_path):
   with pytest.raises(RuntimeError), stages.once(tmp_path / "vqgan", {}):
     raise RuntimeError
-  with pytest.raises(
-    UserError, match=r"vqgan is not finished: run `python -m launch\.train_vqgan`"
-  ):
+  with pytest.raises(UserError, match=r"vqgan is not finished: run `cm3leon train_vqgan`"):
     stages.require(tmp_path, "vqgan")
 
 
@@ -296,7 +294,7 @@ def test_a_stage_runs_again_after_a_stage_that_it_reads(tmp_path):
     with stages.stage(tmp_path, "vqgan", SETTINGS) as summary:
       ran.append(summary is not None)
 
-  with pytest.raises(UserError, match=r"raw is not finished: run `python -m launch\.prepare_data`"):
+  with pytest.raises(UserError, match=r"raw is not finished: run `cm3leon prepare_data`"):
     run()
   finish(tmp_path, "raw")
   run()

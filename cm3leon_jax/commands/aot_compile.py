@@ -1,15 +1,15 @@
 r"""Compiles train step, evaluation and decoder for a TPU slice, and prints their memory and FLOPs.
 
-  pip install -e '.[aot]'
-  python -m launch.aot_compile --config=ml_configs/cm3leon_7b.py --topology=v5e-256 \
+  pip install 'libtpu>=0.0.52,<0.0.53'
+  cm3leon aot_compile --config=cm3leon_7b --topology=v5e-256 \
     --config.mesh.fsdp=16 --config.mesh.fsdp_inner=16 --batch_per_device=4
-  python -m launch.aot_compile --config=ml_configs/cm3leon_7b.py --topology=v5p-8 --search \
+  cm3leon aot_compile --config=cm3leon_7b --topology=v5p-8 --search \
     --json=search.json
-  python -m launch.aot_compile --config=ml_configs/cm3leon_7b.py --topology=v5e-8 \
+  cm3leon aot_compile --config=cm3leon_7b --topology=v5e-8 \
     --config.mesh.tensor=8 --program=decode
 
 No TPU is needed: the real compiler, XLA:TPU, compiles the programs that a pod runs, on any machine
-with Linux on x86-64. An evaluation is the held-out loss of one micro-batch of `launch.train`.
+with Linux on x86-64. An evaluation is the held-out loss of one micro-batch of `cm3leon train`.
 """
 
 import dataclasses
@@ -103,7 +103,7 @@ def _evaluate_report(topology, settings, mesh) -> dict:
 
 
 def _reinforce_report(topology, settings, mesh, prompt: int) -> dict:
-  """Reports the update of `launch.reinforce`; its samples are drawn by the decoder's programs."""
+  """Reports the update of `cm3leon reinforce`; its samples are drawn by the decoder's programs."""
   from cm3leon_jax.planning import programs
   from cm3leon_jax.planning.report import compile_report
 

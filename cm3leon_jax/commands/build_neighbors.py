@@ -1,7 +1,7 @@
 """Embeds the pairs with CLIP and writes the neighbors of every pair.
 
-  python -m launch.build_neighbors --config=ml_configs/scenes.py --workdir=workdir/scenes
-  python -m launch.build_neighbors --config=ml_configs/scenes.py --workdir=workdir/scenes \\
+  cm3leon build_neighbors --config=scenes --workdir=workdir/scenes
+  cm3leon build_neighbors --config=scenes --workdir=workdir/scenes \\
     --runner=ray --ray_address=auto --ray_workers=64
 """
 

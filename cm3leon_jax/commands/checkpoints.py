@@ -1,16 +1,16 @@
 """Lists, verifies and removes the checkpoints of a run; it needs no config.
 
-  python -m launch.checkpoints list --workdir=workdir/scenes
-  python -m launch.checkpoints verify --workdir=workdir/scenes
-  python -m launch.checkpoints prune --workdir=workdir/scenes --keep_last=2 --keep_every=1000
-  python -m launch.checkpoints rollback --workdir=workdir/scenes --step=800 --dry_run
+  cm3leon checkpoints list --workdir=workdir/scenes
+  cm3leon checkpoints verify --workdir=workdir/scenes
+  cm3leon checkpoints prune --workdir=workdir/scenes --keep_last=2 --keep_every=1000
+  cm3leon checkpoints rollback --workdir=workdir/scenes --step=800 --dry_run
 
 list: step, time, size, whether it is sealed, held-out losses. verify: reads all files, and compares
 them with their digests. prune: removes those that no flag keeps; without flags, the run's config
 counts. rollback: removes the checkpoints after --step, and what metrics.jsonl has after it, so that
-launch.train continues from there. prune and rollback do not ask first, and refuse while another job
-trains there; after a job was killed on another host, they wait up to 90 s. --dry_run prints what
-they would remove.
+`cm3leon train` continues from there. prune and rollback do not ask first, and refuse while another
+job trains there; after a job was killed on another host, they wait up to 90 s. --dry_run prints
+what they would remove.
 """
 
 import re

@@ -17,8 +17,8 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from cm3leon_jax import accelerators, buckets
-from cm3leon_jax.commands import config_file, flag_errors, help_text
+from cm3leon_jax import accelerators, buckets, extras
+from cm3leon_jax.commands import arguments, config_file, flag_errors, help_text
 from cm3leon_jax.config import (
   CTRL_C,
   INTERRUPTED,
@@ -63,8 +63,8 @@ _TIMEOUT = flags.DEFINE_integer(
 
 # Of a disk that is full or fails. Transformers, too, raises OSError, if it cannot load a model.
 NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-_NEEDS_GCSFS = "needs gcsfs: pip install -e '.[data]'."
-NAME_A_CONFIG = "name a config: --config=ml_configs/scenes.py"
+_NEEDS_GCSFS = f"needs gcsfs: {extras.install('data')}."
+NAME_A_CONFIG = "name a config: --config=scenes"
 
 
 def _join_processes(several: bool, saves: bool) -> None:
@@ -85,7 +85,7 @@ def _join_processes(several: bool, saves: bool) -> None:
   if not several:
     raise UserError(
       f"--{given[0]} is given, but this command runs in one process; "
-      "only launch.train, launch.evaluate --protocol and launch.score run in several."
+      "only cm3leon train, cm3leon evaluate --protocol and cm3leon score run in several."
     )
   if _DISTRIBUTED.value and len(given) > 1:
     raise UserError(
@@ -111,8 +111,8 @@ def make_mesh(settings: Settings) -> jax.sharding.Mesh:
 
   if jax.process_count() > 1 and not jax.distributed.is_initialized():
     raise UserError(
-      f"this is one of the {jax.process_count()} hosts of a pod: launch.train, launch.evaluate "
-      "--protocol and launch.score need --distributed, other commands a single host."
+      f"this is one of the {jax.process_count()} hosts of a pod: cm3leon train, cm3leon evaluate "
+      "--protocol and cm3leon score need --distributed, other commands a single host."
     )
   try:
     return create_mesh(settings.mesh)
@@ -159,8 +159,7 @@ def writing(what: str) -> Iterator[None]:
 
 def _fail(message: str, code: int = UserError.exit_code) -> None:
   """Prints one line on stderr and ends the process."""
-  message = " ".join(printable(message).split())
-  print(f"error: {help_text.as_invoked(message)}", file=sys.stderr)
+  print(f"error: {' '.join(printable(message).split())}", file=sys.stderr)
   sys.exit(code)
 
 
@@ -216,25 +215,39 @@ def _user_error(error: BaseException | None) -> UserError | None:
 
 
 def _parse_flags(
-  workdir: bool | None, several_processes: bool, config: bool, argv: list[str]
+  workdir: bool | None,
+  begins: bool,
+  several_processes: bool,
+  config: bool,
+  actions: tuple[str, ...],
+  argv: list[str],
 ) -> list[str]:
-  """Parses the flags; prints --help; reports a wrong flag, config or field in one sentence."""
+  """Parses the flags; prints --help; reports a mistake in one sentence.
+
+  The config comes last: it imports JAX, which takes seconds.
+  """
   if help_text.REQUESTS.intersection(argv[1:]):
     docstring = sys.modules["__main__"].__doc__ or ""
     print(help_text.page(docstring, workdir is not False, several_processes, config))
     sys.exit(0)
-  if not config:
-    for argument in argv[1:]:
-      if match := re.match(r"--?(?:no)?(config|print_config)(?![\w-])", argument):
-        _fail(f"--{match[1]} is not a flag of this command: --help lists its flags.")
+  of_config, _ = arguments.split(argv[1:])
+  with _reporting():
+    if config is False:
+      arguments.refuse_config(argv[1:])
+    words = arguments.parse(argv, config is not False)
+    arguments.check_words(words[1:], actions, argv[1:])
+    arguments.check_fields(of_config)
+    if of_config and not re.match(r"--?config(=|$)", of_config[0]):
+      name = of_config[0].partition("=")[0]
+      raise UserError(f"{name} is given, but no config before it: {NAME_A_CONFIG}")
+    needs_config = config is True and not of_config  # Which is said first.
+    if workdir and not needs_config and not _PRINT_CONFIG.value:
+      arguments.check_workdir(os.fspath(_folder()), begins)
+    accelerators.check_platforms()
   try:
-    return flags.FLAGS(argv)
-  except flags.UnrecognizedFlagError as error:
-    if error.flagname.startswith("config."):
-      _fail(f"--{error.flagname} is given, but no config before it: {NAME_A_CONFIG}")
-    _fail(flag_errors.unknown(error.flagname, config))
+    return [*words, *flags.FLAGS([argv[0], *of_config])[1:]]
   except (AttributeError, KeyError):
-    _fail(config_file.unknown_field(_PARSER.config, argv[1:]))
+    _fail(config_file.unknown_field(config_file.config_fields(_PARSER.config), of_config))
   except flags.Error as error:
     _fail(str(_user_error(error) or flag_errors.wrong_value(error)))
 
@@ -264,21 +277,6 @@ def _folder() -> epath.Path:
   return epath.Path(_WORKDIR.value)
 
 
-def _action(actions: tuple[str, ...], arguments: list[str]) -> list[str]:
-  """Returns the word that says what to do, of a command that takes one.
-
-  Raises:
-    UserError: there is no such word, or another argument.
-  """
-  if actions and (not arguments or arguments[0] not in actions):
-    raise UserError(f"the first argument must say what to do: {', '.join(actions)}.")
-  surplus = arguments[1:] if actions else arguments
-  if surplus:
-    only = "only flags after it" if actions else "flags only"
-    raise UserError(f"unexpected argument '{surplus[0]}': commands take {only} (--name=value).")
-  return arguments
-
-
 def _stop_early(number: int, _) -> None:
   """Ends a command that saves, before its loop: there, `StopSignal` takes over."""
   # A handler must not print: it may have interrupted a print.
@@ -302,6 +300,8 @@ def _reporting() -> Iterator[None]:
       if buckets.refuses(error):
         _fail(f"{_where()}: {reason}: give it the right to, or use an account that has it.")
       _fail(f"{_where()}: {reason}: the same command continues.", TryAgain.exit_code)
+    if accelerators.is_absent(error):
+      _fail(f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')}: {error}")
     if not isinstance(error, UserError):
       raise
     _fail(str(error), error.exit_code)
@@ -314,6 +314,7 @@ def run(
   saves: bool = False,
   config: bool = True,
   actions: tuple[str, ...] = (),
+  begins: bool = False,
 ) -> None:
   """Runs a command as an absl app; a UserError becomes one sentence on stderr and exit code 2.
 
@@ -327,32 +328,34 @@ def run(
     saves: whether it has a loop that saves at SIGTERM and Ctrl-C, before which they end it.
     config: whether it takes a config; if not, `main` gets no settings.
     actions: words of which the first argument is one; `main` then gets it first.
+    begins: whether the folder of --workdir may be absent.
   """
 
   def checked(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it writes.
     with _reporting():
-      arguments: list = _action(actions, argv[1:])
+      arguments.check_words(argv[1:], actions, sys.argv[1:])
+      given: list = argv[1:]
       if config:
-        arguments.append(_settings())
+        given.append(_settings())
         if _PRINT_CONFIG.value:
           from cm3leon_jax.settings import describe
 
-          print("\n".join(describe(arguments[-1])))
+          print("\n".join(describe(given[-1])))
           return
       if workdir:
-        arguments.append(_folder())
+        given.append(_folder())
       if workdir is not None:
         _check_buckets()
       buckets.prepare_access()
       _join_processes(several_processes, saves)
-      main(*arguments)
+      main(*given)
 
   for number in (signal.SIGTERM, signal.SIGINT) if saves else ():
     if signal.getsignal(number) is not signal.SIG_IGN:  # As in the background of a script.
       signal.signal(number, _stop_early)
   accelerators.use_cpu_if_alone()
-  parse = functools.partial(_parse_flags, workdir, several_processes, config)
+  parse = functools.partial(_parse_flags, workdir, begins, several_processes, config, actions)
   try:
     app.run(checked, flags_parser=parse)
   except KeyboardInterrupt:

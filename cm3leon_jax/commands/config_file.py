@@ -1,6 +1,9 @@
 """Loads the value of --config: a shipped config or a Python file, and a variant after a colon."""
 
+import ast
+from collections.abc import Sequence
 import difflib
+import functools
 import importlib.util
 import pathlib
 import re
@@ -20,12 +23,15 @@ SHIPPED = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("__init__
 def find(name: str) -> pathlib.Path:
   """Returns the file of a config, given by name or path: find("scenes"), find("path/own.py").
 
+  Outside of a checkout "ml_configs/scenes.py", the path in a checkout, is "scenes", too.
+
   Raises:
     UserError: there is no such file and no shipped config of this name.
   """
   path = pathlib.Path(name)
-  if name in SHIPPED and not path.is_file():
-    return FOLDER / f"{name}.py"
+  shipped = path.stem if name == f"ml_configs/{path.stem}.py" else name
+  if shipped in SHIPPED and not path.is_file():
+    return FOLDER / f"{shipped}.py"
   if not path.is_file():
     raise UserError(
       f"--config={name}: there is no such file; name a Python file with a get_config function, or "
@@ -72,25 +78,57 @@ def load(value: str) -> ml_collections.ConfigDict:
   return config
 
 
-def _fields(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
+def _module(name: str) -> ast.Module:
+  """Parses the file of a module of the package, which is not imported."""
+  path = FOLDER.parents[1] / f"{name.replace('.', '/')}.py"
+  return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _annotated(module: ast.Module, name: str) -> dict[str, ast.expr]:
+  """Returns the annotations of a class in a module: field -> annotation."""
+  (found,) = (n for n in module.body if isinstance(n, ast.ClassDef) and n.name == name)
+  fields = [node for node in found.body if isinstance(node, ast.AnnAssign)]
+  return {f.target.id: f.annotation for f in fields if isinstance(f.target, ast.Name)}
+
+
+@functools.cache
+def field_names() -> tuple[str, ...]:
+  """Returns the names of all fields, such as train.steps, from the sources of their classes.
+
+  The classes import JAX, which takes seconds: too long for a flag that is misspelled.
+  """
+  settings = _module("cm3leon_jax.settings")
+  imports = [node for node in settings.body if isinstance(node, ast.ImportFrom)]
+  modules = {alias.name: node.module for node in imports for alias in node.names}
+  names = []
+  for section, annotation in _annotated(settings, "Settings").items():
+    module = modules.get(ast.unparse(annotation)) or ""
+    if not module.startswith("cm3leon_jax."):
+      names.append(section)
+      continue
+    fields = _annotated(_module(module), ast.unparse(annotation))
+    names += [f"{section}.{field}" for field in fields]
+  return tuple(names)
+
+
+def config_fields(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
   """Returns the names of all fields of a config, such as train.steps; sections have none."""
   names = []
   for key, value in config.items():
     inner = isinstance(value, ml_collections.ConfigDict)
-    names += _fields(value, f"{prefix}{key}.") if inner else [f"{prefix}{key}"]
+    names += config_fields(value, f"{prefix}{key}.") if inner else [f"{prefix}{key}"]
   return names
 
 
-def unknown_field(config: ml_collections.ConfigDict, arguments: list[str]) -> str:
-  """Returns the message for the first flag whose field a config does not have.
+def unknown_field(known: Sequence[str], arguments: list[str]) -> str:
+  """Returns the message for the first flag whose field is not among the known ones.
 
   "--config.train.stepz: the config has no such field; did you mean --config.train.steps?"
 
   Args:
-    config: that --config names.
+    known: names of the fields that there are.
     arguments: of the command line.
   """
-  known = _fields(config)
   given = [re.match(r"--?(?:no)?config\.([\w.]+)", argument) for argument in arguments]
   wrong = next((match[1] for match in given if match and match[1] not in known), "SECTION.FIELD")
   leaf = wrong.rpartition(".")[2]

@@ -1,6 +1,6 @@
 """Copies tokenizers and CLIP of a trained run into the workdir of a run that tunes it.
 
-  python -m launch.copy_tokenizers --config=ml_configs/scenes_instruct.py \\
+  cm3leon copy_tokenizers --config=scenes_instruct \\
     --workdir=workdir/scenes_instruct --init_from=scenes
 
 It is the first command of instruction tuning: the trained decoder knows the ids of these
@@ -26,4 +26,4 @@ def main(settings, workdir) -> None:
 
 
 if __name__ == "__main__":
-  common.run(main)
+  common.run(main, begins=True)

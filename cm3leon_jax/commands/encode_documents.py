@@ -1,7 +1,7 @@
 """Encodes raw pairs, texts and interleaved documents to token ids.
 
-python -m launch.encode_documents --config=ml_configs/scenes.py --workdir=workdir/scenes
-python -m launch.encode_documents --config=ml_configs/scenes.py --workdir=workdir/scenes --validate
+cm3leon encode_documents --config=scenes --workdir=workdir/scenes
+cm3leon encode_documents --config=scenes --workdir=workdir/scenes --validate
 """
 
 import functools

@@ -1,6 +1,6 @@
 """Encodes the records of all tasks of instruction tuning to token ids.
 
-  python -m launch.encode_instructions --config=ml_configs/scenes_instruct.py \\
+  cm3leon encode_instructions --config=scenes_instruct \\
     --workdir=workdir/scenes_instruct
 
 `config.instructions` names the tasks; docs/instructions.md describes them. A record that is wrong
@@ -24,7 +24,7 @@ def main(settings, workdir) -> None:
   for name in stage_table.TOKENIZERS:
     if not (workdir / name / stages.DONE).exists():
       raise UserError(
-        f"{workdir / name} is not finished: run `python -m launch.copy_tokenizers --init_from=RUN` "
+        f"{workdir / name} is not finished: run `cm3leon copy_tokenizers --init_from=RUN` "
         "with the same --config and --workdir first; RUN is the run that is tuned."
       )
   tasks = load_tasks(settings.instructions)

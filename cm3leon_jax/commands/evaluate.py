@@ -1,7 +1,7 @@
 """Measures bits of held-out pairs with and without neighbors; judges or exports generated images.
 
-  python -m launch.evaluate --config=ml_configs/scenes.py --workdir=workdir/scenes
-  python -m launch.evaluate --config=ml_configs/scenes.py --workdir=workdir/scenes \\
+  cm3leon evaluate --config=scenes --workdir=workdir/scenes
+  cm3leon evaluate --config=scenes --workdir=workdir/scenes \\
     --export=geneval --prompts=evaluation_metadata.jsonl
 
 Bits per image code and text token go to evaluation/metrics.json; the caption alone retrieves
@@ -10,7 +10,7 @@ Beside those on the sheet stand images of the bundled model, which holds out the
 --last_params measures the last parameters instead of their average, and writes evaluation_last/.
 An export goes to geneval/NAME-HASH/, for the scripts of GenEval and GenEval 2.
 
-  python -m launch.evaluate --config=ml_configs/scenes.py --workdir=workdir/scenes --protocol=scenes
+  cm3leon evaluate --config=scenes --workdir=workdir/scenes --protocol=scenes
 
 A protocol says what is measured and how; evaluations/NAME-HASH/ gets results.json and report.html.
 docs/evaluation.md and docs/protocols.md explain all of it.
@@ -68,7 +68,7 @@ def main(settings, workdir):
   import jax
 
   if jax.distributed.is_initialized():
-    raise UserError("of launch.evaluate only --protocol runs in several processes: add it.")
+    raise UserError("of cm3leon evaluate only --protocol runs in several processes: add it.")
   if _EXPORT.value is not None:
     if _LAST_PARAMS.value:
       raise UserError("--export generates with the average: leave --last_params out.")

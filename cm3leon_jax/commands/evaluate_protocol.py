@@ -1,4 +1,4 @@
-"""Runs protocols for `launch.evaluate --protocol`, and compares two evaluations."""
+"""Runs protocols for `cm3leon evaluate --protocol`, and compares two evaluations."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
 """Writes the newest checkpoint for other programs, to export/ or to --output.
 
-  python -m launch.export --config=ml_configs/scenes.py --workdir=workdir/scenes
-  python -m launch.export --config=... --workdir=... --format=gpt2 --output=gpt2 --dtype=float16
+  cm3leon export --config=scenes --workdir=workdir/scenes
+  cm3leon export --config=... --workdir=... --format=gpt2 --output=gpt2 --dtype=float16
 
 Without --format, transformers.AutoModelForCausalLM.from_pretrained("workdir/scenes/export") loads
 it; docs/export.md has the formats. If torch is installed, the logits of the exported model on
 held-out documents are compared with those of this project.
 --bundle=DIR also writes decoder, tokenizers and CLIP in float16 to one folder, for CM3Leon.load
-and for --init_from of launch.train. With --base=OTHER it has the decoder alone: tokenizers, CLIP
-and bank are those of another bundle, which `launch.copy_tokenizers` copied from.
+and for --init_from of cm3leon train. With --base=OTHER it has the decoder alone: tokenizers, CLIP
+and bank are those of another bundle, which `cm3leon copy_tokenizers` copied from.
 """
 
 from absl import flags

@@ -1,19 +1,16 @@
 """Says in one sentence what is wrong with a flag, and what would be right."""
 
-from collections.abc import Mapping
-import dataclasses
 import difflib
 import re
 
 from absl import flags
 
+from cm3leon_jax.commands import config_file
+
 
 def unknown(name: str, config: bool) -> str:
   """Returns the message for an unknown flag; it suggests a flag, or fields of the config."""
-  sections: Mapping[str, type] = {}
-  if config:
-    from cm3leon_jax.settings import SECTIONS as sections  # Here: it imports JAX.
-  fields = [f"{s}.{field.name}" for s, cls in sections.items() for field in dataclasses.fields(cls)]
+  fields = config_file.field_names() if config else ()
   same_name = [field for field in fields if name in (field, field.partition(".")[2])]
   same_name.sort(key=lambda field: (not field.startswith("train."), field))
   if same_name:

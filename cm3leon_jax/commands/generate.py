@@ -1,11 +1,11 @@
 """Generates images and texts: for held-out captions, or for prompts and images of yours.
 
-  python -m launch.generate --config=ml_configs/scenes.py --workdir=workdir/scenes
-  python -m launch.generate --config=ml_configs/scenes.py --workdir=workdir/scenes \\
+  cm3leon generate --config=scenes --workdir=workdir/scenes
+  cm3leon generate --config=scenes --workdir=workdir/scenes \\
     --prompt="a green bell" --guidance=1.5 --retrieve=1
-  python -m launch.generate --config=ml_configs/scenes.py --workdir=workdir/scenes \\
+  cm3leon generate --config=scenes --workdir=workdir/scenes \\
     --task=caption --image=bell.png
-  python -m launch.generate --config=ml_configs/scenes.py --workdir=workdir/scenes \\
+  cm3leon generate --config=scenes --workdir=workdir/scenes \\
     --prompts=my.jsonl --samples=8 --rank
 
 Results of held-out captions go to samples/, results of yours to prompts/NAME-HASH/: a PNG file
@@ -34,11 +34,16 @@ if TYPE_CHECKING:
   from cm3leon_jax.generation.tasks import Task
 
 
-# A literal, for --help imports no JAX.
+# Literals, for flags are checked before JAX is imported.
 DTYPES = ("compute", "int8")
-_TASK = flags.DEFINE_string(
+TASKS = (
+  *("text_to_image", "infill_image", "edit", "instruct", "unconditional"),
+  *("caption", "question", "infill_text", "interleaved"),
+)
+_TASK = flags.DEFINE_enum(
   "task",
   "text_to_image",
+  TASKS,
   "What to do with a prompt or an image, e.g. caption or edit; docs/generating.md has all tasks.",
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A text; may be given several times.")

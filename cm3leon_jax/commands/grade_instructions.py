@@ -1,11 +1,11 @@
 """Grades answers to held-out instructions before and after tuning, exactly, by the facts of scenes.
 
-  python -m launch.grade_instructions --config=ml_configs/scenes_instruct.py \\
+  cm3leon grade_instructions --config=scenes_instruct \\
     --workdir=workdir/scenes_instruct
 
 Before is the model that the training started from, asked the same. Beside both stand what needs no
 model: the most frequent answer, the given image unchanged, and the true image as the tokenizer
-reconstructs it. Tasks of other formats have protocols (launch.evaluate --protocol).
+reconstructs it. Tasks of other formats have protocols (cm3leon evaluate --protocol).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _grade(settings, workdir, count: int) -> dict[str, dict[str, list[Answer]]]:
   if not tasks:
     raise UserError(
       "no task of config.instructions has answers that are judged exactly, of scenes/...: evaluate "
-      "the run by a protocol, `python -m launch.evaluate --protocol=cm3leon_table2`."
+      "the run by a protocol, `cm3leon evaluate --protocol=cm3leon_table2`."
     )
   records = {task.name: grades.heldout_records(task, settings, count) for task in tasks}
   retrieve = settings.evaluation.scene_neighbors if (workdir / "neighbors").exists() else 0

@@ -1,6 +1,5 @@
 """Writes the text of --help: the command's docstring with examples, and its flags in groups."""
 
-import re
 import sys
 import textwrap
 
@@ -18,18 +17,6 @@ PROCESSES = (
 FIELDS = """\
   --config.SECTION.FIELD=VALUE
       Sets a field of the config, e.g. --config.train.steps=100; it follows --config."""
-
-
-def as_invoked(text: str) -> str:
-  """Writes commands as the user started this one: `python -m launch.NAME` or `cm3leon NAME`.
-
-  The latter turns "python -m launch.train --config=ml_configs/scenes.py" into
-  "cm3leon train --config=scenes".
-  """
-  if "launch" in sys.modules:
-    return text
-  text = re.sub(r"python -m launch\.(\w+)", r"cm3leon \1", text)
-  return re.sub(r"ml_configs/(\w+)\.py", r"\1", text)
 
 
 def _flag(flag: flags.Flag) -> str:
@@ -74,4 +61,4 @@ def page(docstring: str, workdir: bool, several_processes: bool, config: bool = 
     if members:
       lines = [_flag(flag) for flag in members] + [FIELDS] * (title == "The run" and config)
       parts.append("\n".join([f"{title}:", *lines]))
-  return as_invoked("\n\n".join(parts))
+  return "\n\n".join(parts)

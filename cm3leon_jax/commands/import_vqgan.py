@@ -1,6 +1,6 @@
-"""Imports a published or exported image tokenizer, in place of `launch.train_vqgan`.
+"""Imports a published or exported image tokenizer, in place of `cm3leon train_vqgan`.
 
-  python -m launch.import_vqgan --config=ml_configs/cm3leon_350m.py --workdir=workdir/run \\
+  cm3leon import_vqgan --config=cm3leon_350m --workdir=workdir/run \\
     --source=amused-256 --family=amused
 
 --source is a .safetensors file or a folder with one; a pickle is not read. Of an export of this
@@ -38,7 +38,8 @@ def _check_folder(folder) -> None:
     folder / small_trainer.FOLDER
   ).exists():
     raise UserError(
-      f"{folder} holds a VQGAN of launch.train_vqgan: use another --workdir, or delete that folder."
+      f"{folder} holds a VQGAN of cm3leon train_vqgan: use another --workdir, or delete that "
+      "folder."
     )
 
 
@@ -55,7 +56,7 @@ def main(settings, workdir, source: str, family: str | None) -> None:
   family = family or getattr(tokenizer.config, "family", "")  # "": of one that was trained here.
   digests = [digest(path) for path in found.files]
   left = f", without {found.num_left} tensors of other networks" if found.num_left else ""
-  kind = family or "trained by launch.train_vqgan"
+  kind = family or "trained by cm3leon train_vqgan"
   print(
     f"import_vqgan: {kind}, {found.num_parameters:,} parameters in {found.num_tensors} tensors"
     f"{left}.",
@@ -85,4 +86,6 @@ def main(settings, workdir, source: str, family: str | None) -> None:
 
 
 if __name__ == "__main__":
-  common.run(lambda settings, workdir: main(settings, workdir, _SOURCE.value, _FAMILY.value))
+  common.run(
+    lambda settings, workdir: main(settings, workdir, _SOURCE.value, _FAMILY.value), begins=True
+  )

@@ -1,12 +1,12 @@
 """Imports trained weights from a local folder, so that a run starts from them.
 
-  python -m launch.import_weights --config=ml_configs/cm3leon_350m.py --workdir=runs/from_text \\
+  cm3leon import_weights --config=cm3leon_350m --workdir=runs/from_text \\
     --source=DIR
 
-DIR holds safetensors, config.json and tokenizer.json: what launch.export wrote, or a text model,
+DIR holds safetensors, config.json and tokenizer.json: what cm3leon export wrote, or a text model,
 Qwen3ForCausalLM or OPTForCausalLM without biases. What cannot be imported exactly is refused with
 its reason, and nothing is downloaded. The command writes text_tokenizer/ and init/ in the workdir;
-the stages after it and launch.train then begin with them, on any mesh. It names the flags that set
+the stages after it and cm3leon train then begin with them, on any mesh. It names the flags that set
 fields of the config to what the model needs.
 """
 
@@ -21,7 +21,7 @@ _SOURCE = flags.DEFINE_string(
   "source",
   "",
   "Folder of the checkpoint.",
-  allow_override=True,  # In one process of tests launch.import_vqgan has such a flag, too.
+  allow_override=True,  # In one process of tests cm3leon import_vqgan has such a flag, too.
 )
 
 
@@ -46,7 +46,7 @@ def main(settings, workdir, source: str, given: Collection[str] = ()) -> None:
     print(f"import_weights: {line}", flush=True)
   needed = importer.flags(found.fields, given)
   print(
-    "import_weights: the next stages, and `launch.train` with this --workdir, begin with it"
+    "import_weights: the next stages, and `cm3leon train` with this --workdir, begin with it"
     + (f" and need {needed}" if needed else "."),
     flush=True,
   )
@@ -54,5 +54,6 @@ def main(settings, workdir, source: str, given: Collection[str] = ()) -> None:
 
 if __name__ == "__main__":
   common.run(
-    lambda settings, workdir: main(settings, workdir, _SOURCE.value, common.given_fields())
+    lambda settings, workdir: main(settings, workdir, _SOURCE.value, common.given_fields()),
+    begins=True,
   )

@@ -5,8 +5,8 @@ from absl import flags
 INIT_FROM = flags.DEFINE_string(
   "init_from",
   "",
-  "Trained run that a new run starts from: the workdir of another run, a folder that launch.export "
-  "wrote, or an installed model: scenes, scenes-instruct. launch.train and launch.reinforce start "
-  "from its parameters (the average, if it has one) with a new optimizer; launch.copy_tokenizers "
-  "copies tokenizers and CLIP.",
+  "Trained run that a new run starts from: the workdir of another run, a folder that `cm3leon "
+  "export` wrote, or an installed model: scenes, scenes-instruct. train and reinforce start from "
+  "its parameters (the average, if it has one) with a new optimizer; copy_tokenizers copies "
+  "tokenizers and CLIP.",
 )

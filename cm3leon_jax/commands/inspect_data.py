@@ -1,9 +1,9 @@
 """Writes an HTML page of training rows, or checks all files that training reads.
 
-  python -m launch.inspect_data --config=ml_configs/scenes.py --workdir=workdir/scenes
-  python -m launch.inspect_data --config=ml_configs/scenes.py --workdir=workdir/scenes \\
+  cm3leon inspect_data --config=scenes --workdir=workdir/scenes
+  cm3leon inspect_data --config=scenes --workdir=workdir/scenes \\
     --out=rows.html --first_row=5000 --rows=3
-  python -m launch.inspect_data --config=ml_configs/scenes.py --workdir=workdir/scenes --validate
+  cm3leon inspect_data --config=scenes --workdir=workdir/scenes --validate
 
 The page shows the arrays that the trainer reads; every sample is checked against its documents.
 --validate reads every record and every row instead, and names the first that is wrong.
@@ -38,7 +38,7 @@ _VALIDATE = flags.DEFINE_bool(
   "validate",
   False,
   "Only check all files that training reads; write no page.",
-  allow_override=True,  # In one process of tests launch.encode_documents has such a flag, too.
+  allow_override=True,  # In one process of tests cm3leon encode_documents has such a flag, too.
 )
 
 DOCUMENTS = ("documents", "neighbors")

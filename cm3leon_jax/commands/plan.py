@@ -1,17 +1,17 @@
 r"""Plans a pod job before it is paid for: memory, days, checkpoints; writes files that start it.
 
-  python -m launch.plan --config=ml_configs/cm3leon_7b.py --topology=v5e-256
-  python -m launch.plan --config=ml_configs/cm3leon_7b.py --topology=v5e-256 --slices=2 \
+  cm3leon plan --config=cm3leon_7b --topology=v5e-256
+  cm3leon plan --config=cm3leon_7b --topology=v5e-256 --slices=2 \
     --workdir=gs://my-bucket/7b --out=plan/two_v5e --name=cm3leon-7b \
     --image=us-docker.pkg.dev/my-project/my-repository/cm3leon:tpu
-  python -m launch.plan --config=ml_configs/cm3leon_7b.py --topology=h100-64 \
+  cm3leon plan --config=cm3leon_7b --topology=h100-64 \
     --workdir=/scratch/7b --out=plan/h100 \
     --image=us-docker.pkg.dev#my-project/my-repository/cm3leon:gpu
 
 With --out it writes, for TPUs, gke_jobset.yaml, xpk.sh, tpu_vm.sh and skypilot.yaml; for GPUs,
 slurm.sbatch and, if the workdir is in a bucket, skypilot.yaml; and plan.json. Files of an earlier
 plan in that folder are replaced or removed, unless they were changed since. Nothing is compiled and
-nothing started: memory is an estimate, which `launch.aot_compile` checks with the real compiler.
+nothing started: memory is an estimate, which `cm3leon aot_compile` checks with the real compiler.
 docs/pods.md is the guide.
 """
 
@@ -62,7 +62,7 @@ _MAX_RESTARTS = flags.DEFINE_integer("max_restarts", 20, "Restarts after crashes
 _TRAIN_FLAGS = flags.DEFINE_multi_string(
   "train_flag",
   None,
-  "A further flag of launch.train, e.g. --train_flag=--init_from=gs://bucket/run",
+  "A further flag of cm3leon train, e.g. --train_flag=--init_from=gs://bucket/run",
 )
 _ONLY_FILES = (_IMAGE, _QUEUE, _SECRET, _MAX_RESTARTS, _TRAIN_FLAGS)
 
@@ -78,7 +78,7 @@ def config_flags(arguments: list[str]) -> list[str]:
 
 
 def _default_name(config: str) -> str:
-  """Returns the name of a config as Kubernetes takes it: ml_configs/cm3leon_7b.py:paper."""
+  """Returns the name of a config as Kubernetes takes it: cm3leon_7b:paper."""
   name = re.sub(r"[^a-z0-9]+", "-", re.sub(r"^.*/|\.py\b", "", config).lower())
   return name[:40].strip("-")
 

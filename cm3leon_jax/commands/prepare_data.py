@@ -1,7 +1,7 @@
 """Reads raw pairs, texts and interleaved documents, checks them and writes them in one format.
 
-  python -m launch.prepare_data --config=ml_configs/scenes.py --workdir=workdir/scenes
-  python -m launch.prepare_data --config=ml_configs/scenes.py --workdir=workdir/scenes --check_leaks
+  cm3leon prepare_data --config=scenes --workdir=workdir/scenes
+  cm3leon prepare_data --config=scenes --workdir=workdir/scenes --check_leaks
 
 `--config.raw.source` is "openmoji", "scenes", or your images and texts; docs/data_formats.md has
 their formats.
@@ -94,4 +94,4 @@ def main(settings, workdir):
 
 
 if __name__ == "__main__":
-  common.run(main)
+  common.run(main, begins=True)

@@ -1,12 +1,12 @@
 """Learns from rewards: draws images for prompts, scores them, makes the better ones more likely.
 
-  python -m launch.reinforce --config=ml_configs/scenes_reinforce.py \\
+  cm3leon reinforce --config=scenes_reinforce \\
     --workdir=workdir/reinforced --init_from=workdir/scenes_instruct
 
-launch.copy_tokenizers and launch.encode_instructions come before, with the same flags.
+cm3leon copy_tokenizers and cm3leon encode_instructions come before, with the same flags.
 The prompts are training records of the tasks of config.reinforce; no image that is asked for is
 seen. A judge of scenes, or CLIP, scores the images (GRPO, https://arxiv.org/abs/2402.03300). The
-result is a run like that of launch.train, and the same command continues it. At the end it prints,
+result is a run like that of cm3leon train, and the same command continues it. At the end it prints,
 of the first parameters and of those that learned, the reward of held-out prompts, how much their
 samples differ, and the held-out loss.
 """
@@ -86,7 +86,7 @@ def _check(settings, workdir, init_from: str) -> None:
     raise UserError("config.instructions has no tasks, whose records are the prompts: name some.")
   if settings.train.replay_every:
     raise UserError(
-      f"config.train.replay_every is {settings.train.replay_every}; launch.reinforce checks no "
+      f"config.train.replay_every is {settings.train.replay_every}; cm3leon reinforce checks no "
       "steps: it must be 0."
     )
   if not init_from and not (workdir / "train" / "config.json").exists():
@@ -139,6 +139,7 @@ def main(
   )
   with jax.set_mesh(mesh), Lease(folder) as lease, stage as summary:
     if summary is None:
+      run_start.print_more(folder, "reinforce")
       return
     common.keep_compiled(workdir)
     heldout = training_rows.open_rows(settings, workdir, "heldout")

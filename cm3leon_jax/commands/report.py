@@ -1,6 +1,6 @@
 """Writes summary.json and report.html: the numbers and figures of every finished stage.
 
-python -m launch.report --config=ml_configs/scenes.py --workdir=workdir/scenes
+cm3leon report --config=scenes --workdir=workdir/scenes
 """
 
 from absl import flags
@@ -22,7 +22,7 @@ def _interval(interval: dict | None) -> str:
 def main(settings, workdir):
   if not workdir.exists() or not any(workdir.glob(f"*/{stages.DONE}")):
     raise UserError(
-      f"--workdir {workdir} holds no finished stage: run `python -m launch.prepare_data` with the "
+      f"--workdir {workdir} holds no finished stage: run `cm3leon prepare_data` with the "
       "same --config and --workdir first."
     )
   from cm3leon_jax.reports import report

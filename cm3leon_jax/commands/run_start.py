@@ -126,6 +126,17 @@ def goes_on(folder, config: dict, steps: int, changes: bool = False) -> bool:
   return redo
 
 
+def print_more(folder, command: str = "train") -> None:
+  """Prints how a finished run of a command gets more steps."""
+  from cm3leon_jax import distributed
+
+  steps = read_json(folder / stages.DONE, {"summary": dict})["summary"].get("steps", 0)
+  distributed.print_once(
+    f"{command}: the run has its {steps} steps; --config.train.steps={2 * steps or 'N'}, with the "
+    "same flags, would continue it."
+  )
+
+
 def machine() -> str:
   """Describes what trains: "2 CPU cores", which this process may use, or "8 x TPU v5"."""
   import jax

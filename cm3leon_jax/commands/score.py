@@ -1,8 +1,8 @@
 """Measures the log-probability of each token of documents of yours, by a trained run.
 
-  python -m launch.score --config=ml_configs/scenes.py --workdir=workdir/scenes \\
+  cm3leon score --config=scenes --workdir=workdir/scenes \\
     --documents=my.jsonl
-  python -m launch.score --config=ml_configs/scenes.py --workdir=workdir/scenes \\
+  cm3leon score --config=scenes --workdir=workdir/scenes \\
     --documents=workdir/scenes/documents/heldout_pairs --retrieve=1
 
 A line of a JSONL file is {"text": ...}, {"image": path, "caption": ...} or {"segments": [...]}. The

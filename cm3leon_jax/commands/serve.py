@@ -1,8 +1,8 @@
 """Serves a trained model over HTTP, in the shape of the OpenAI API, with a page to try it.
 
-  python -m launch.serve --workdir=scenes-instruct
-  python -m launch.serve --workdir=workdir/scenes --port=8080 --slots=16
-  CM3LEON_TOKEN=a-long-secret python -m launch.serve --workdir=scenes --host=0.0.0.0
+  cm3leon serve --workdir=scenes-instruct
+  cm3leon serve --workdir=workdir/scenes --port=8080 --slots=16
+  CM3LEON_TOKEN=a-long-secret cm3leon serve --workdir=scenes --host=0.0.0.0
 
 It needs no config: --workdir is the workdir of a run, the folder of a bundle, or the name of a
 bundle that is installed. It prints its address when it is ready. docs/serving.md has the requests.
@@ -15,6 +15,7 @@ import sys
 
 from absl import flags
 
+from cm3leon_jax import extras
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 
@@ -92,7 +93,7 @@ def _check_host(host: str) -> None:
 def main(workdir) -> None:
   for package in NEEDED:
     if importlib.util.find_spec(package) is None:
-      raise UserError(f"launch.serve needs {package}: pip install -e '.[serve]'.")
+      raise UserError(f"cm3leon serve needs {package}: {extras.install('serve')}.")
   _check_host(_HOST.value)
   token = _token()
   from cm3leon_jax.api import CM3Leon

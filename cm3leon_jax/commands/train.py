@@ -1,7 +1,7 @@
 """Trains the decoder; the same command continues a run that was stopped or killed.
 
-  python -m launch.train --config=ml_configs/scenes.py --workdir=workdir/scenes
-  python -m launch.train --config=ml_configs/scenes.py --workdir=new --init_from=workdir/scenes
+  cm3leon train --config=scenes --workdir=workdir/scenes
+  cm3leon train --config=scenes --workdir=new --init_from=workdir/scenes
 
 --init_from starts a new run from trained parameters of the same model and vocab, at step 0. The run
 remembers where it started, and continues without the flag. A run is continued by the config that it
@@ -129,6 +129,7 @@ def main(
   # The lease first: the stage deletes and writes files of the folder.
   with common.use_mesh(settings), nans, Lease(folder) as lease, stage as summary:
     if summary is None:
+      run_start.print_more(folder)
       return
     common.keep_compiled(workdir)
     with distributed.together():

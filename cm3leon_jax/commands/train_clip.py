@@ -1,6 +1,6 @@
 """Trains the CLIP model that picks neighbors and scores samples, on the training pairs.
 
-  python -m launch.train_clip --config=ml_configs/scenes.py --workdir=workdir/scenes
+  cm3leon train_clip --config=scenes --workdir=workdir/scenes
 
 At SIGTERM and Ctrl-C it saves and stops; the same command continues.
 """
@@ -31,6 +31,8 @@ def main(settings, workdir):
           stages.inputs(settings, workdir, "clip"),
         )
       )
+    else:
+      small_trainer.print_other_steps("clip", workdir / "clip", settings.clip.steps)
   small_trainer.delete_checkpoints(workdir / "clip")
 
 

@@ -1,6 +1,6 @@
 """Trains the byte-level BPE text tokenizer on the captions and texts of the training split.
 
-python -m launch.train_text_tokenizer --config=ml_configs/scenes.py --workdir=workdir/scenes
+cm3leon train_text_tokenizer --config=scenes --workdir=workdir/scenes
 """
 
 from cm3leon_jax import stages

@@ -1,6 +1,6 @@
 """Trains the image tokenizer, a VQGAN, on the training images.
 
-  python -m launch.train_vqgan --config=ml_configs/scenes.py --workdir=workdir/scenes
+  cm3leon train_vqgan --config=scenes --workdir=workdir/scenes
 
 At SIGTERM and Ctrl-C it saves and stops; the same command continues. Every other saved state writes
 reconstructions.png, held-out images above their reconstructions, which TensorBoard shows, too. If
@@ -10,6 +10,7 @@ exceed the latter.
 """
 
 import functools
+import importlib.util
 
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
@@ -43,7 +44,7 @@ def _check_import(folder) -> None:
   if vqgan.is_published(folder) and not (folder / stages.DONE).exists():
     raise UserError(
       f"{folder} holds an image tokenizer whose import did not finish: run "
-      "`python -m launch.import_vqgan` again, or delete that folder to train one."
+      "`cm3leon import_vqgan` again, or delete that folder to train one."
     )
 
 
@@ -71,9 +72,11 @@ def _boards(folder, enabled: bool):
     from cm3leon_jax.training.boards import Board
     from cm3leon_jax.training.tensorboard import FOLDER, TensorBoard
 
-    instead = "pip install -e '.[monitoring]', or set --config.train.tensorboard=False"
+    instead = "set --config.train.tensorboard=False"
     make = functools.partial(TensorBoard, folder / FOLDER, first_step)
-    return [Board("TensorBoard", make, instead, "train_vqgan")] if enabled else []
+    # Training the decoder says once that it is missing.
+    shows = enabled and importlib.util.find_spec("tensorboardX")
+    return [Board("TensorBoard", make, instead, "train_vqgan")] if shows else []
 
   return open_boards
 
@@ -109,6 +112,8 @@ def main(settings, workdir):
       tokenizer = vqgan.ImageTokenizer.load(workdir / "vqgan")
       summary.update(_judge_scenes(workdir, tokenizer, settings.scenes.style))
       print("train_vqgan:", ", ".join(f"{k} {v:.4g}" for k, v in summary.items()))
+    else:
+      small_trainer.print_other_steps("vqgan", workdir / "vqgan", settings.vqgan.steps)
   small_trainer.delete_checkpoints(workdir / "vqgan")
 
 

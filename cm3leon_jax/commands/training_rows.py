@@ -98,7 +98,7 @@ def document_sources(settings: Settings, workdir, split: str, share: float) -> l
   if len(ids) != len(pairs):
     raise UserError(
       f"{workdir / 'neighbors'} names neighbors of {len(ids)} documents, {pairs.folder} holds "
-      f"{len(pairs)}: run `python -m launch.build_neighbors` again."
+      f"{len(pairs)}: run `cm3leon build_neighbors` again."
     )
   of_pairs = share * (1 - data.text_share - data.interleaved_share)
   sources = [Source(pairs, of_pairs, ids, bank, name="pairs")]

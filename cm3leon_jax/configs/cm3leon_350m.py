@@ -1,7 +1,7 @@
 """CM3Leon-350M: Table 3 of the paper; heads and feed-forward from OPT's table.
 
-python -m launch.train --config=ml_configs/cm3leon_350m.py --workdir=runs/cm3leon_350m
-python -m launch.train --config=ml_configs/cm3leon_350m.py:paper --workdir=runs/cm3leon_350m_paper
+cm3leon train --config=cm3leon_350m --workdir=runs/cm3leon_350m
+cm3leon train --config=cm3leon_350m:paper --workdir=runs/cm3leon_350m_paper
 """
 
 from cm3leon_jax.configs import base

@@ -1,7 +1,7 @@
 """CM3Leon-760M: Table 3 of the paper; heads and feed-forward from OPT's table.
 
-python -m launch.train --config=ml_configs/cm3leon_760m.py --workdir=runs/cm3leon_760m
-python -m launch.train --config=ml_configs/cm3leon_760m.py:paper --workdir=runs/cm3leon_760m_paper
+cm3leon train --config=cm3leon_760m --workdir=runs/cm3leon_760m
+cm3leon train --config=cm3leon_760m:paper --workdir=runs/cm3leon_760m_paper
 """
 
 from cm3leon_jax.configs import base

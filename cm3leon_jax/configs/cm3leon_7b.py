@@ -1,7 +1,7 @@
 """CM3Leon-7B: Table 3 of the paper; heads and feed-forward from OPT's table.
 
-python -m launch.train --config=ml_configs/cm3leon_7b.py --workdir=runs/cm3leon_7b
-python -m launch.train --config=ml_configs/cm3leon_7b.py:paper --workdir=runs/cm3leon_7b_paper
+cm3leon train --config=cm3leon_7b --workdir=runs/cm3leon_7b
+cm3leon train --config=cm3leon_7b:paper --workdir=runs/cm3leon_7b_paper
 """
 
 from cm3leon_jax.configs import base

@@ -1,7 +1,7 @@
 """Trains every stage on 4,000 captioned drawings of OpenMoji and some text, on two CPU cores.
 
   bash launch/demo.sh --config openmoji
-  python -m launch.train --config=ml_configs/openmoji.py:15 --workdir=workdir/openmoji
+  cm3leon train --config=openmoji:15 --workdir=workdir/openmoji
 
 The variant is the time in minutes that all stages may take on two cores (default 15); it scales
 only the steps of the training stages. `long` trains a larger decoder on the tokenizers, CLIP and

@@ -1,7 +1,7 @@
 """The demo: a small world, learned on two CPU cores in minutes, whose images are graded exactly.
 
   bash launch/demo.sh
-  python -m launch.train --config=ml_configs/scenes.py:15 --workdir=workdir/scenes
+  cm3leon train --config=scenes:15 --workdir=workdir/scenes
 
 The variant is the time in minutes that all stages may take on two cores (default 15); it scales
 only the steps of the training stages. `long` is the recipe of the bundled model: more scenes and a

@@ -1,7 +1,7 @@
 """Instruction tuning of the demo's model: it draws, edits, describes and answers questions.
 
   bash launch/demo_instructions.sh
-  python -m launch.train --config=ml_configs/scenes_instruct.py:15 \\
+  cm3leon train --config=scenes_instruct:15 \\
     --workdir=workdir/scenes_instruct --init_from=scenes
 
 The variant is the time in minutes that all stages may take on two cores (default 15); it scales

@@ -1,9 +1,9 @@
 """Learning from the judge: the tuned model of scenes draws, and what the judge finds right counts.
 
-  python -m launch.reinforce --config=ml_configs/scenes_reinforce.py \\
+  cm3leon reinforce --config=scenes_reinforce \\
     --workdir=workdir/reinforced --init_from=workdir/scenes_instruct
 
-The variant is the time in minutes that `launch.reinforce` may take on two cores (default 30); it
+The variant is the time in minutes that `cm3leon reinforce` may take on two cores (default 30); it
 scales only the steps.
 """
 

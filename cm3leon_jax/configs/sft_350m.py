@@ -1,8 +1,8 @@
 """Instruction tuning of CM3Leon-350M by the paper (section 4, appendix E): 30B tokens, 2M a step.
 
-python -m launch.train --config=ml_configs/sft_350m.py --workdir=runs/sft_350m \\
+cm3leon train --config=sft_350m --workdir=runs/sft_350m \\
   --config.instructions.root=DATA --init_from=runs/cm3leon_350m
-python -m launch.train --config=ml_configs/sft_350m.py:paper --workdir=runs/sft_350m_paper \\
+cm3leon train --config=sft_350m:paper --workdir=runs/sft_350m_paper \\
   --config.instructions.root=DATA --init_from=runs/cm3leon_350m_paper
 
 --init_from names a workdir or an exported model, of the same variant. docs/instructions.md has the

@@ -1,8 +1,8 @@
 """Instruction tuning of CM3Leon-760M by the paper (section 4, appendix E): 30B tokens, 2M a step.
 
-python -m launch.train --config=ml_configs/sft_760m.py --workdir=runs/sft_760m \\
+cm3leon train --config=sft_760m --workdir=runs/sft_760m \\
   --config.instructions.root=DATA --init_from=runs/cm3leon_760m
-python -m launch.train --config=ml_configs/sft_760m.py:paper --workdir=runs/sft_760m_paper \\
+cm3leon train --config=sft_760m:paper --workdir=runs/sft_760m_paper \\
   --config.instructions.root=DATA --init_from=runs/cm3leon_760m_paper
 
 --init_from names a workdir or an exported model, of the same variant. docs/instructions.md has the

@@ -1,8 +1,8 @@
 """Instruction tuning of CM3Leon-7B by the paper (section 4, appendix E): 30B tokens, 2M a step.
 
-python -m launch.train --config=ml_configs/sft_7b.py --workdir=runs/sft_7b \\
+cm3leon train --config=sft_7b --workdir=runs/sft_7b \\
   --config.instructions.root=DATA --init_from=runs/cm3leon_7b
-python -m launch.train --config=ml_configs/sft_7b.py:paper --workdir=runs/sft_7b_paper \\
+cm3leon train --config=sft_7b:paper --workdir=runs/sft_7b_paper \\
   --config.instructions.root=DATA --init_from=runs/cm3leon_7b_paper
 
 --init_from names a workdir or an exported model, of the same variant. docs/instructions.md has the

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import importlib
 
+from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import docstrings
 from cm3leon_jax.data.records import RawPair, RawText
@@ -29,7 +30,7 @@ def drawings_of(source: str):
   except ImportError as error:
     raise UserError(
       f"config.raw.source is '{source}', whose drawings are not installed ({error}): "
-      "pip install -e '.[demo]'."
+      f"{extras.install('demo')}."
     ) from error
 
 

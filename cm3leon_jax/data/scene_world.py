@@ -229,7 +229,7 @@ def split_of_scene(scene: Scene) -> str:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class ScenesConfig:
-  """The scenes that `launch.prepare_data` writes for `config.raw.source = "scenes"`."""
+  """The scenes that `cm3leon prepare_data` writes for `config.raw.source = "scenes"`."""
 
   train: PositiveInt = 20_000
   """Number of training scenes."""

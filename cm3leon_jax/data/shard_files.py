@@ -82,7 +82,7 @@ def encode_again(path: epath.PathLike) -> str:
   folders = [folder for folder in epath.Path(path).parents if folder.name in stage_table.STAGES]
   folder = folders[0] if folders else epath.Path("documents")
   command = stage_table.STAGES[folder.name].command
-  return f"delete the folder {folder} and run `python -m launch.{command}` again"
+  return f"delete the folder {folder} and run `cm3leon {command}` again"
 
 
 def again(folder: epath.Path, damaged: epath.PathLike) -> str:

@@ -9,6 +9,7 @@ import posixpath
 import shutil
 import tarfile
 
+from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.records import (
   ALIASES,
@@ -110,7 +111,7 @@ def parquet_rows(fs, file: str, images: Callable) -> Iterator[Record | Rejected]
   try:
     from pyarrow import parquet
   except ImportError as error:
-    raise UserError(f"{file} needs pyarrow ({error}): pip install -e '.[data]'.") from error
+    raise UserError(f"{file} needs pyarrow ({error}): {extras.install('data')}.") from error
   try:
     with fs.open(file, "rb") as stream:
       # Without these options pyarrow reads a whole group of rows at once.

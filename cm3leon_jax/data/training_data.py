@@ -11,7 +11,7 @@ from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.io import lacks, read_json, write_json
 
 FILE = "training_data.json"  # In an export or a bundle, and in what was imported from one.
-IMPORTED = "imported_from"  # In the summary of what `launch.import_weights` wrote.
+IMPORTED = "imported_from"  # In the summary of what `cm3leon import_weights` wrote.
 ORIGIN = (*origins_lib.FIELDS, "records")
 
 

@@ -26,7 +26,7 @@ ROW_MULTIPLE = 64  # Rows are padded to a multiple of it, so that few shapes com
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class EvaluationConfig:
-  """What `launch.evaluate` measures on held-out documents, after training."""
+  """What `cm3leon evaluate` measures on held-out documents, after training."""
 
   num_documents: Annotated[int, Field(ge=2)] = 200
   """Number of held-out pairs to score, chosen by the seed; all pairs if there are fewer."""

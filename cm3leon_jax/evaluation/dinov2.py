@@ -6,6 +6,7 @@ from etils import epath
 from jaxtyping import Float32, UInt8
 import numpy as np
 
+from cm3leon_jax import extras
 from cm3leon_jax.clip.checkpoint import CONFIG, WEIGHTS, preprocess
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation import weights
@@ -44,7 +45,7 @@ class DINOv2:
       import torch
     except ImportError as error:
       raise UserError(
-        "DINOv2 needs torch, which is not installed: run `pip install -e '.[eval]'`."
+        f"DINOv2 needs torch, which is not installed: {extras.install('eval')}."
       ) from error
     folder = epath.Path(folder)
     for name in (CONFIG, WEIGHTS, PROCESSOR):

@@ -138,7 +138,7 @@ class DocumentFile:
     return hashlib.sha256(content).digest()
 
   def _encode(self, records: list[Record], image_tokenizer: ImageTokenizer) -> list[Document]:
-    """Makes documents of records, as `launch.encode_documents` does."""
+    """Makes documents of records, as `cm3leon encode_documents` does."""
     paths = [self._image_path(image) for record in records for image in images_of(record)]
     codes = iter(())
     if paths:
@@ -159,7 +159,7 @@ class DocumentFile:
 
 @dataclasses.dataclass(frozen=True)
 class StoredDocuments:
-  """Documents of a store that `launch.encode_documents` wrote.
+  """Documents of a store that `cm3leon encode_documents` wrote.
 
   Attributes:
     store: the documents.
@@ -228,7 +228,7 @@ def open_documents(
   if not (path / INDEX).exists() or not done.exists():
     raise UserError(
       f"--documents names the folder {path}, which is no store of a finished "
-      "`python -m launch.encode_documents`: give a JSONL file, or workdir/documents/heldout_pairs, "
+      "`cm3leon encode_documents`: give a JSONL file, or workdir/documents/heldout_pairs, "
       "say."
     )
   made = read_json(done, {"config": dict, "id": str})

@@ -28,8 +28,8 @@ class PairScore:
   vocabulary.
 
   Attributes:
-    text: log p(text), the text first, as `launch.evaluate` measures it (there in bits).
-    image_given_text: log p(image | text), the text first, as `launch.evaluate` measures it.
+    text: log p(text), the text first, as `cm3leon evaluate` measures it (there in bits).
+    image_given_text: log p(image | text), the text first, as `cm3leon evaluate` measures it.
     text_given_image: log p(text | image), the text as the masked span of the document.
     text_tokens: T.
     image_tokens: I.

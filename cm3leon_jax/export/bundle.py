@@ -35,7 +35,7 @@ FIELDS = {"settings": dict, "step": int, "digests": dict}
 INSTALLED = ("scenes", "scenes-instruct")  # Bundles that come with the package.
 MODEL = ("params.safetensors", "config.json")
 FILES = {"text_tokenizer": text.FILES, "vqgan": MODEL, "clip": MODEL}  # Of stages.
-AGAIN = "install cm3leon_jax again, or write the bundle again with `launch.export --bundle`"
+AGAIN = "install cm3leon_jax again, or write the bundle again with `cm3leon export --bundle`"
 
 
 def folder_of(source: str | os.PathLike[str]) -> epath.Path:
@@ -90,7 +90,7 @@ def write(
   if settings.retrieval.clip:
     raise UserError(
       f"config.retrieval.clip is {settings.retrieval.clip}; a bundle holds the CLIP that "
-      "`python -m launch.train_clip` trained: leave --bundle out."
+      "`cm3leon train_clip` trained: leave --bundle out."
     )
   folder, workdir = epath.Path(folder), epath.Path(workdir)
   if any((folder / stage / stages.DONE).exists() for stage in stages.STAGES):
@@ -131,7 +131,7 @@ def _base(base: str, workdir: epath.Path) -> tuple[dict[str, str], Settings]:
   if not is_bundle(folder) or stages_folder(folder) != folder:
     raise UserError(
       f"--base is {base}; it must be a bundle with tokenizers and CLIP of its own: a folder that "
-      f"`python -m launch.export --bundle` wrote without --base, or {INSTALLED[0]}."
+      f"`cm3leon export --bundle` wrote without --base, or {INSTALLED[0]}."
     )
   settings, _ = read(folder)
   for stage, files in FILES.items():
@@ -139,7 +139,7 @@ def _base(base: str, workdir: epath.Path) -> tuple[dict[str, str], Settings]:
       if digest(workdir / stage / file) != digest(folder / stage / file):
         raise UserError(
           f"--base is {base}, whose {stage}/{file} is not that of {workdir}: name the bundle that "
-          "`python -m launch.copy_tokenizers` copied from, or leave --base out."
+          "`cm3leon copy_tokenizers` copied from, or leave --base out."
         )
   return {"name": base, "digest": str(digest(folder / FILE))}, settings
 

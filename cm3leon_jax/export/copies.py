@@ -33,7 +33,7 @@ def copy_tokenizers(settings: Settings, workdir: epath.PathLike, source: str) ->
   if not is_bundle and ((folder / ABOUT).exists() or (folder / huggingface.WEIGHTS).exists()):
     raise UserError(
       f"--init_from is {source}, an export, which has no CLIP, and does not say how its tokenizers "
-      "were trained: name the workdir that it was exported from, or a folder that `launch.export "
+      "were trained: name the workdir that it was exported from, or a folder that `cm3leon export "
       "--bundle` wrote."
     )
   trained = bundle.read(folder)[0] if is_bundle else settings_of_run(folder)
@@ -87,6 +87,6 @@ def _describe(source: str, folder: epath.Path, name: str) -> dict[str, dict]:
     if not (folder / name / file).exists():
       raise UserError(
         f"--init_from is {source}, which has no {name}/{file}: name the workdir of a run, or a "
-        "bundle, written by `python -m launch.export --bundle`."
+        "bundle, written by `cm3leon export --bundle`."
       )
   return {file: describe(folder / name / file) for file in bundle.FILES[name]}

@@ -1,4 +1,4 @@
-"""Formats of `launch.export`: a table, and how a folder of one is written.
+"""Formats of `cm3leon export`: a table, and how a folder of one is written.
 
 A format is a module of this package with two functions. `check(config)` refuses by name what the
 format cannot represent in a decoder. `write(folder, run) -> numbers` writes the weights last, so
@@ -159,7 +159,7 @@ def replacing(folder: epath.PathLike) -> Iterator[epath.Path]:
   folder = absolute(folder)
   if folder.exists() and not is_replaceable(folder):
     raise UserError(
-      f"--output is {folder}, which is there and not a folder that launch.export wrote: name "
+      f"--output is {folder}, which is there and not a folder that cm3leon export wrote: name "
       "another one."
     )
   partial, old = (folder.parent / f"{folder.name}.{suffix}" for suffix in ("partial", "old"))

@@ -1,6 +1,6 @@
 """Writes the image tokenizer of an export.
 
-Of one that `launch.train_vqgan` trained, DIR/image_tokenizer/ has params.safetensors of the run's
+Of one that `cm3leon train_vqgan` trained, DIR/image_tokenizer/ has params.safetensors of the run's
 vqgan/; config.json, which has more than the run's, so `ImageTokenizer.load` reads the folder; and
 decode_image.py, which needs numpy alone. Of config.json that script reads `vqgan`, `num_codes`,
 `levels` of FSQ, and `token_offset`: code c is the token token_offset + c of the language model.
@@ -67,7 +67,7 @@ def write(folder: epath.PathLike, workdir: epath.PathLike, settings: Settings) -
 def _write_trained(
   target: epath.Path, source: epath.Path, tokenizer: ImageTokenizer, token_offset: int
 ) -> None:
-  """Writes a tokenizer that `launch.train_vqgan` trained, its weights byte for byte."""
+  """Writes a tokenizer that `cm3leon train_vqgan` trained, its weights byte for byte."""
   is_fsq = tokenizer.config.quantizer == "fsq"
   described = {
     "format": decode_image.FORMAT,

@@ -3,8 +3,8 @@
   orbax.checkpoint.StandardCheckpointer().restore("/absolute/path/export/params")
 
 returns a nested dict of numpy arrays; with a tree of `jax.ShapeDtypeStruct` as the second argument,
-JAX arrays on any mesh. `launch.train --init_from=FOLDER` starts a run from it. Orbax would need all
-parameters in memory to write them, so TensorStore writes the arrays, layer by layer, in Orbax's
+JAX arrays on any mesh. `cm3leon train --init_from=FOLDER` starts a run from it. Orbax would need
+all parameters in memory to write them, so TensorStore writes the arrays, layer by layer, in Orbax's
 layout: an OCDBT database of Zarr arrays, and `_METADATA` with the tree.
 """
 
@@ -101,6 +101,6 @@ def load(folder: epath.PathLike, types: dict) -> dict:
   folder = absolute(folder)
   digests = read_json(folder / DIGESTS, {})
   if damage := sealing.damage(folder / FOLDER, digests):
-    raise UserError(f"{damage}: run `python -m launch.export` again.")
+    raise UserError(f"{damage}: run `cm3leon export` again.")
   with ocp.StandardCheckpointer() as checkpointer:
     return checkpointer.restore(os.fspath(folder / FOLDER), types)

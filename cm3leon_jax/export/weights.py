@@ -19,7 +19,7 @@ from cm3leon_jax.training import checkpoint
 
 IMAGE_TOKENIZER = "image_tokenizer/params.safetensors"  # Of an exported model.
 IMAGES = "image_tokenizer_sha256"  # In the summary of INIT: of the export that was imported.
-INIT = "init"  # Folder of a workdir with the parameters that `launch.import_weights` wrote.
+INIT = "init"  # Folder of a workdir with the parameters that `cm3leon import_weights` wrote.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _imported(workdir: epath.Path) -> str:
     return ""
   if not (folder / stages.DONE).exists():
     raise UserError(
-      f"{folder} is not finished: run `python -m launch.import_weights` again, or delete that "
+      f"{folder} is not finished: run `cm3leon import_weights` again, or delete that "
       "folder to begin from random parameters."
     )
   return os.fspath(folder)
@@ -127,7 +127,7 @@ def find(settings, source: str, step: int | None = None) -> Weights:
   else:
     raise UserError(
       f"--init_from is {source}; it must be the workdir of a run, with train/config.json, a "
-      f"folder of `python -m launch.export`, with config.json and {huggingface.WEIGHTS}, or the "
+      f"folder of `cm3leon export`, with config.json and {huggingface.WEIGHTS}, or the "
       f"name of a model that is installed: {', '.join(bundle.INSTALLED)}."
     )
   changed = stages.differences({part: described.get(part) for part in expected}, expected)
@@ -149,7 +149,7 @@ def _exported_config(folder: epath.Path) -> dict[str, dict]:
   except (KeyError, TypeError, AttributeError) as error:
     raise UserError(
       f"{folder / 'config.json'} has no field {error}: it was not written by "
-      "`python -m launch.export`, whose models --init_from reads."
+      "`cm3leon export`, whose models --init_from reads."
     ) from error
 
 
@@ -245,4 +245,4 @@ def _load_exported(folder: epath.Path, config: ModelConfig) -> dict:
     try:
       return placed.load(StoredTensors(folder), config)
     except UserError as error:
-      raise UserError(f"{error} Write the folder again: `python -m launch.export`.") from error
+      raise UserError(f"{error} Write the folder again: `cm3leon export`.") from error

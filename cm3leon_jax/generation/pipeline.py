@@ -301,7 +301,7 @@ class Pipeline:
     if (embedded := len(self.retriever.bank)) != (held := len(self.documents)):
       raise UserError(
         f"{self.bank} has embeddings of {embedded} documents in neighbors/, and {held} documents "
-        "in documents/: run `python -m launch.build_neighbors` again for that folder."
+        "in documents/: run `cm3leon build_neighbors` again for that folder."
       )
     ids, scores = self.retriever.retrieve(self._embed(queries), count)
     return [

@@ -75,7 +75,7 @@ def plan(settings: Settings, source: str) -> Import:
 
 def _own_fields(source: Source) -> dict[str, dict]:
   """Returns what a model of this project needs; rotary positions have no longest sample."""
-  path, remedy = source.folder / CONFIG, "write it again by `python -m launch.export`."
+  path, remedy = source.folder / CONFIG, "write it again by `cm3leon export`."
   try:
     needed = huggingface.config_of(dict(source.described))
   except KeyError as error:
@@ -213,8 +213,8 @@ def describe(found: Import) -> list[str]:
     lines.append("a model of this project: parameters and vocabulary stay as they are.")
     if (images := (source.folder / weights.IMAGE_TOKENIZER).parent).exists():
       lines.append(
-        f"it knows the image codes of {images}: `python -m launch.import_vqgan --source={images}` "
-        "in place of launch.train_vqgan."
+        f"it knows the image codes of {images}: `cm3leon import_vqgan --source={images}` "
+        "in place of cm3leon train_vqgan."
       )
     return lines
   if source.described["model_type"] == "qwen3":

@@ -60,7 +60,7 @@ def model_fields(source: Source) -> dict:
 
 
 def tensors(source: Source, fields: dict, tables: Tables) -> list[Tensor]:
-  """Returns the tensors of the imported model, in the layout of `launch.export`.
+  """Returns the tensors of the imported model, in the layout of `cm3leon export`.
 
   The scale of a norm is folded into the products after it.
 

@@ -94,7 +94,7 @@ def notes(source: Source, fields: dict) -> list[str]:
 
 
 def tensors(source: Source, fields: dict, tables: Tables) -> list[Tensor]:
-  """Returns the tensors of the imported model, in the layout of `launch.export`.
+  """Returns the tensors of the imported model, in the layout of `cm3leon export`.
 
   Raises:
     UserError: the checkpoint has other tensors, biases that are not 0, or two output tables.

@@ -16,7 +16,7 @@ from cm3leon_jax.tokenizers.published_source import PICKLES
 from cm3leon_jax.tokenizers.text import TOKENIZER
 
 CONFIG = "config.json"
-OWN = "cm3leon"  # Field of config.json that `launch.export` writes.
+OWN = "cm3leon"  # Field of config.json that `cm3leon export` writes.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Source:
 
   @property
   def is_own(self) -> bool:
-    """Whether `launch.export` wrote it: its vocabulary is that of this project."""
+    """Whether `cm3leon export` wrote it: its vocabulary is that of this project."""
     return OWN in self.described
 
   def require(self, allowed: Mapping[str, Collection]) -> None:
@@ -117,18 +117,18 @@ def open_source(source: str) -> Source:
     raise UserError(
       f"--source is {source}, an export {formats.KINDS[kind]}; only those in the format hf are "
       "imported"
-      + (": `launch.train --init_from` starts from this one." if kind == "orbax" else ".")
+      + (": `cm3leon train --init_from` starts from this one." if kind == "orbax" else ".")
     )
   if not (folder / CONFIG).exists():
     raise UserError(
       f"--source is {source}; it must be a folder on this machine with {CONFIG} and {WEIGHTS}, as "
-      "`launch.export` or transformers' save_pretrained writes it: nothing is downloaded."
+      "`cm3leon export` or transformers' save_pretrained writes it: nothing is downloaded."
     )
   described = read_json(folder / CONFIG, {}, GET_AGAIN)
   if not isinstance(described.get("model_type"), str):
     raise UserError(
       f"{folder / CONFIG} has no model_type, so the folder holds no text model of transformers; "
-      "`python -m launch.import_vqgan` imports an image tokenizer."
+      "`cm3leon import_vqgan` imports an image tokenizer."
     )
   if described["model_type"] not in ("opt", "qwen3"):
     raise UserError(

@@ -1,6 +1,6 @@
 """Estimates the memory of a step on one device, before anything is read or compiled.
 
-The formulas count the large arrays of a train step, or of an update of `launch.reinforce`, as the
+The formulas count the large arrays of a train step, or of an update of `cm3leon reinforce`, as the
 compiler plans them for TPUs; docs/scaling.md says how far they are from its numbers. Optimizer: of
 Muon only the state.
 """
@@ -45,7 +45,7 @@ class Memory:
   Attributes:
     rows: R; no bytes.
     state: parameters, the optimizer's moments and the average of the parameters; twice, if steps
-      are checked (`train.replay_every`); of `launch.reinforce` also the starting model, in the
+      are checked (`train.replay_every`); of `cm3leon reinforce` also the starting model, in the
       compute dtype.
     batch: rows of a whole step.
     accumulation: sum of the gradients of several passes.
@@ -116,7 +116,7 @@ def estimate(settings, shape: Mapping[str, int], platform: str = "tpu") -> Memor
 
 
 def estimate_update(settings, shape: Mapping[str, int], prompt: int = BUCKET) -> Memory:
-  """Estimates the memory that an update of `launch.reinforce` takes on one device.
+  """Estimates the memory that an update of `cm3leon reinforce` takes on one device.
 
   Samples are drawn by other programs, at another time; what they take is not estimated.
 

@@ -15,7 +15,7 @@ from cm3leon_jax.training.flops import device_peak, model_flops
 from cm3leon_jax.training.train import compile_steps
 
 GIB = 2**30
-MFU = 0.4  # Default of `launch.plan`.
+MFU = 0.4  # Default of `cm3leon plan`.
 MFU_SOURCE = (
   "an assumption, between Gopher's 32.5% and PaLM's 46.2%: arXiv 2204.02311, table 3; "
   "docs/monitoring.md defines it"
@@ -31,7 +31,7 @@ class Plan:
   Attributes:
     hardware: that it runs on.
     mesh: size of each axis.
-    flags: of `launch.train`, which select what the config does not say.
+    flags: of `cm3leon train`, which select what the config does not say.
     remat_policy: of the layers.
     rows_per_device: rows that a device takes at once.
     passes: micro-batches of a step.

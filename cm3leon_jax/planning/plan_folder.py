@@ -50,7 +50,7 @@ def check(folder: epath.Path, texts: Mapping[str, str]) -> list[str]:
     same = name in texts and content == texts[name].encode()
     if not same and _digest(content) != written.get(name):
       raise UserError(
-        f"{folder / name} was changed after `launch.plan` wrote it, or is of something else, and "
+        f"{folder / name} was changed after `cm3leon plan` wrote it, or is of something else, and "
         "would be lost: move it away, or give another --out."
       )
   return [name for name in there if name not in texts]

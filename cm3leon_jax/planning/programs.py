@@ -32,7 +32,7 @@ def count_params(settings, mesh: jax.sharding.Mesh) -> int:
 
 
 def train_step(settings, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
-  """Lowers the step that `launch.train` runs on `mesh` with this config.
+  """Lowers the step that `cm3leon train` runs on `mesh` with this config.
 
   Raises:
     UserError: the mesh cannot split the batch.
@@ -44,7 +44,7 @@ def train_step(settings, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
 
 
 def policy_step(settings, mesh: jax.sharding.Mesh, prompt: int) -> jax.stages.Lowered:
-  """Lowers the update of `launch.reinforce` on `mesh`: images for captions, two streams each.
+  """Lowers the update of `cm3leon reinforce` on `mesh`: images for captions, two streams each.
 
   Args:
     settings: settings of the config; `train.global_batch_size` counts samples.
@@ -97,7 +97,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluation(settings, mesh: jax.sharding.Mesh) -> Evaluation:
-  """Lowers the held-out loss that `launch.train` computes on `mesh`; raises as `train_step`."""
+  """Lowers the held-out loss that `cm3leon train` computes on `mesh`; raises as `train_step`."""
   with jax.set_mesh(mesh):
     steps, state = _steps(settings, mesh)
     rows = on_mesh(settings.train, batch_shards()).micro_batch_size

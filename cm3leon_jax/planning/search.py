@@ -55,7 +55,7 @@ class Candidate:
 
   @property
   def flags(self) -> str:
-    """Flags of `launch.train` that select this candidate."""
+    """Flags of `cm3leon train` that select this candidate."""
     parts = [f"--config.mesh.{axis}={n}" for axis, n in dataclasses.asdict(self.mesh).items()]
     parts += [f"--config.train.rows_per_device={self.batch}"]
     return " ".join([*parts, f"--config.model.remat_policy={self.policy}"])

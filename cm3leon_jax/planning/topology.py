@@ -7,6 +7,7 @@ import re
 import jax
 from jax.experimental import topologies
 
+from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
 
 
@@ -100,7 +101,7 @@ def load(name: str, slices: int = 1) -> Topology:
   except Exception as error:  # libtpu raises various types.
     reason = str(error).splitlines()[0][:160]
     raise UserError(
-      f"--topology {full} cannot be loaded: check the shape, and pip install -e '.[aot]': {reason}"
+      f"--topology {full} cannot be loaded: check the shape, and {extras.install('aot')}: {reason}"
     ) from error
   return Topology(
     full, CHIPS[generation], tuple(map(int, shape.split("x"))), slices, tuple(devices)

@@ -1,4 +1,4 @@
-"""Rewards: scores of generated images, which `launch.reinforce` raises."""
+"""Rewards: scores of generated images, which `cm3leon reinforce` raises."""
 
 # B samples.
 

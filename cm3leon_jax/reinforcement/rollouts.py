@@ -1,4 +1,4 @@
-"""The objective of `launch.reinforce`: samples of the policy itself, and their rewards."""
+"""The objective of `cm3leon reinforce`: samples of the policy itself, and their rewards."""
 
 # N prompts, G samples of each, B = N x G, I codes of an image.
 
@@ -131,7 +131,7 @@ class Rollouts:
     if train.global_batch_size % group or train.gradient_accumulation_steps > 1:
       raise UserError(
         f"config.train.global_batch_size is {train.global_batch_size} with "
-        f"{train.gradient_accumulation_steps} accumulation steps; launch.reinforce needs a "
+        f"{train.gradient_accumulation_steps} accumulation steps; cm3leon reinforce needs a "
         f"multiple of config.reinforce.samples = {group}, and 1 accumulation step."
       )
 

@@ -70,28 +70,28 @@ def collect(workdir: epath.PathLike, settings: Settings, step: int, summary: dic
   for name in TITLES:
     if table := _stage_table(workdir, settings, name, summary):
       if name == "evaluation" and not _is_of(workdir, name, step):
-        missing.append("`launch.evaluate`: its figures are of another training, and left out.")
+        missing.append("`cm3leon evaluate`: its figures are of another training, and left out.")
       else:
         tables.append(table)
     elif name == "evaluation":
       missing.append(
-        "`launch.evaluate` (bits of held-out documents, judged images): not evaluated."
+        "`cm3leon evaluate` (bits of held-out documents, judged images): not evaluated."
       )
   if (workdir / "grades" / stages.DONE).exists():
     if _is_of(workdir, "grades", step):
       tables.append(_grades(workdir))
     else:
-      missing.append("`launch.grade_instructions`: of another training, and left out.")
+      missing.append("`cm3leon grade_instructions`: of another training, and left out.")
   elif (workdir / "instructions").exists():
-    missing.append("`launch.grade_instructions` (answers to instructions).")
+    missing.append("`cm3leon grade_instructions` (answers to instructions).")
   protocols, others = _protocols(workdir, step)
   tables += protocols
   if others:
-    missing.append(f"{others} results of `launch.evaluate --protocol` are of other parameters.")
+    missing.append(f"{others} results of `cm3leon evaluate --protocol` are of other parameters.")
   if not protocols:
     missing.append(
       "The field's metrics (FID, CMMD, CLIP score, CIDEr, VQA accuracy; "
-      "`launch.evaluate --protocol`)."
+      "`cm3leon evaluate --protocol`)."
     )
   return Figures(tuple(tables), tuple(missing))
 
@@ -136,18 +136,18 @@ def _how(workdir: epath.Path, settings: Settings, name: str, summary: dict) -> s
   """Says how a stage measured its figures."""
   if name == "vqgan":
     return (
-      "`launch.train_vqgan`: images of held-out pairs, encoded and decoded, less near duplicates "
+      "`cm3leon train_vqgan`: images of held-out pairs, encoded and decoded, less near duplicates "
       "of training images."
     )
   if name == "train":
     return (
-      f"`launch.train`, at its end: {settings.train.eval_batches} batches of held-out documents, "
+      f"`cm3leon train`, at its end: {settings.train.eval_batches} batches of held-out documents, "
       "each after the neighbors that its caption finds; the targets of the document alone."
     )
   config = read_json(workdir / name / stages.DONE, {"config": dict})["config"]
   found, fields = summary[name], config.get("evaluation", {})
   texts = [
-    f"`launch.evaluate`, seed {config.get('seed')}: bits of {found.get('documents')} held-out "
+    f"`cm3leon evaluate`, seed {config.get('seed')}: bits of {found.get('documents')} held-out "
     "pairs, whose captions retrieve the neighbors."
   ]
   if "scenes" in found:
@@ -172,7 +172,7 @@ def _grades(workdir: epath.Path) -> Table:
     cells = (f"{shares[title]:.1%}" if title in shares else "-" for title in found["titles"])
     rows.append((f"mean of {kind}", "", *cells))
   how = (
-    f"`launch.grade_instructions`, seed {config.get('seed')}: answers to held-out instructions, "
+    f"`cm3leon grade_instructions`, seed {config.get('seed')}: answers to held-out instructions, "
     "judged exactly. Before: of the parameters that the tuning began from; majority: the most "
     "frequent answer; copy: the given image; tokenizer: the true image, encoded and decoded. "
     "Kept: all that the instruction does not touch is as it was."

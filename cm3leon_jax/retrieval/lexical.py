@@ -131,7 +131,7 @@ def load(folder: epath.PathLike, weight: float, width: int) -> Lexical:
   if changed := [f"{k} {stored[k]}, not {v}" for k, v in expected.items() if stored[k] != v]:
     raise UserError(
       f"{path} has {'; '.join(changed)}: set config.retrieval.lexical_weight and lexical_width to "
-      f"those of the bank, or delete {folder} and run `python -m launch.build_neighbors`."
+      f"those of the bank, or delete {folder} and run `cm3leon build_neighbors`."
     )
   counts = np.zeros(BUCKETS, np.int64)
   counts[[int(b) for b in stored["counts"]]] = list(stored["counts"].values())

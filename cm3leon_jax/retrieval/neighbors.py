@@ -376,7 +376,7 @@ def load_neighbors(
   """
   path = epath.Path(folder) / name
   if not path.exists():
-    raise UserError(f"{path} does not exist: run `python -m launch.build_neighbors` first.")
+    raise UserError(f"{path} does not exist: run `cm3leon build_neighbors` first.")
   if text_only and not (path / "text_ids").exists():
     raise UserError(f"{path} has no neighbors by caption alone; only held-out pairs have them.")
   store = ArrayStore(path / (f"text_{array}" if text_only else array))
@@ -393,6 +393,6 @@ def check_ids(path: epath.PathLike, ids: np.ndarray, bank: int) -> None:
     row = int(rows[0])
     raise UserError(
       f"{path}, row {row}: neighbor {ids[row, places[0]]} of document {row} is not in the bank, "
-      f"which has {bank} documents: run `python -m launch.build_neighbors` again, on the documents "
+      f"which has {bank} documents: run `cm3leon build_neighbors` again, on the documents "
       "of this bank."
     )

@@ -1,4 +1,4 @@
-"""Checks the files of `launch.build_neighbors` against each other and the documents."""
+"""Checks the files of `cm3leon build_neighbors` against each other and the documents."""
 
 from etils import epath
 import numpy as np
@@ -43,7 +43,7 @@ def validate_neighbors(workdir: epath.PathLike, vocab: VocabLayout) -> dict[str,
         neighbors += int((values >= 0).sum())
       elif not np.isfinite(values).all():
         row = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
-        raise UserError(f"{path}, row {row} is not finite: run `python -m launch.build_neighbors`.")
+        raise UserError(f"{path}, row {row} is not finite: run `cm3leon build_neighbors`.")
     arrays += len(ARRAYS) + len(names)
   return {"documents": bank, "arrays": arrays, "neighbors": neighbors}
 
@@ -53,8 +53,7 @@ def _read(path: epath.Path, rows: int) -> ArrayStore:
   store = ArrayStore(path)
   if len(store) != rows:
     raise UserError(
-      f"{path} has {len(store)} rows for {rows} documents: run `python -m launch.build_neighbors` "
-      "again."
+      f"{path} has {len(store)} rows for {rows} documents: run `cm3leon build_neighbors` again."
     )
   for start in range(0, rows, BLOCK):
     store[start : start + BLOCK]

@@ -299,7 +299,7 @@ def save_diffusers(folder: epath.PathLike, tokenizer: ImageTokenizer) -> None:
   """
   config = tokenizer.config
   if not isinstance(config, PublishedConfig) or config.family != "amused":
-    name = getattr(config, "family", "trained by launch.train_vqgan")
+    name = getattr(config, "family", "trained by cm3leon train_vqgan")
     raise UserError(f"the image tokenizer is {name}; diffusers.VQModel holds only --family=amused.")
   folder, levels = epath.Path(folder), len(config.widths)
   (folder / CONFIG).unlink(missing_ok=True)

@@ -111,7 +111,7 @@ def check_kind(folder: epath.Path, names: Collection[str], source: epath.PathLik
     return
   right = "name the folder or file with the weights of an image tokenizer."
   if kind in ("opt", "qwen3"):
-    right = f"`python -m launch.import_weights` imports a decoder; here {right}"
+    right = f"`cm3leon import_weights` imports a decoder; here {right}"
   raise UserError(
     f"{source} holds no image tokenizer: by {path} it is a model of the type {short(kind)}: {right}"
   )

@@ -19,7 +19,7 @@ from cm3leon_jax.vocab import VocabLayout
 
 TOKENIZER = "tokenizer.json"
 FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
-IMPORTED = "import_weights"  # Input of a stage whose tokenizer `launch.import_weights` wrote.
+IMPORTED = "import_weights"  # Input of a stage whose tokenizer `cm3leon import_weights` wrote.
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -140,8 +140,7 @@ class TextTokenizer:
     path = epath.Path(folder) / TOKENIZER
     if not path.exists():
       raise UserError(
-        f"{path} does not exist: run `python -m launch.train_text_tokenizer` with the same "
-        "--workdir first."
+        f"{path} does not exist: run `cm3leon train_text_tokenizer` with the same --workdir first."
       )
     stages.check_files(path)
     self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from cm3leon_jax import extras
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json
 from cm3leon_jax.training.goodput import Stopwatch
@@ -82,13 +83,15 @@ def check_installed(config) -> None:
   spec = importlib.util.find_spec("wandb")
   if spec is None or spec.origin is None:  # Without an origin it is the folder of wandb's logs.
     raise UserError(
-      f"config.train.wandb is '{config.wandb}', and the package wandb is missing: pip install "
-      "-e '.[monitoring]', or leave out config.train.wandb."
+      f"config.train.wandb is '{config.wandb}', and the package wandb is missing: "
+      f"{extras.install('monitoring')}, or leave out config.train.wandb."
     )
 
 
 def open_boards(folder: epath.Path, config, first_step: int, watch: Stopwatch) -> list[Board]:
   """Opens the boards of a TrainConfig; one that cannot be opened is a printed line.
+
+  That TensorBoard is not installed is printed when the run begins, and not again.
 
   Args:
     folder: of the run; the settings in its config.json are shown, too.
@@ -98,17 +101,24 @@ def open_boards(folder: epath.Path, config, first_step: int, watch: Stopwatch) -
   """
   path = folder / "config.json"
   settings = read_json(path, {"settings": dict})["settings"] if path.exists() else {}
-  install = "pip install -e '.[monitoring]'"
+  install = extras.install("monitoring")
   boards = []
   if config.wandb:
     boards.append(
       Board(
         "Weights & Biases",
         lambda: WandbRun(folder, config.wandb, settings),
-        f"{install} and set WANDB_API_KEY, or leave out config.train.wandb = '{config.wandb}'",
+        f"{install}, set WANDB_API_KEY, or leave out config.train.wandb = '{config.wandb}'",
       )
     )
-  if config.tensorboard:
+  if config.tensorboard and not importlib.util.find_spec("tensorboardX"):
+    if first_step == 0:
+      print(
+        f"train: no TensorBoard, metrics.jsonl has all curves: {install}, or set "
+        "--config.train.tensorboard=False.",
+        flush=True,
+      )
+  elif config.tensorboard:
     boards.append(
       Board(
         "TensorBoard",

@@ -267,9 +267,9 @@ class Checkpoints:
       remedy = f"the newest sealed checkpoint is {later[-1]:,}"
     elif earlier := [s for s in sealed if s < step]:
       remedy = (
-        "to go back to the previous one, run `python -m launch.checkpoints rollback "
+        "to go back to the previous one, run `cm3leon checkpoints rollback "
         f"--workdir={self.folder.parent.parent} --step={earlier[-1]}`, then "
-        "`python -m launch.train`"
+        "`cm3leon train`"
       )
     else:
       remedy = "no other checkpoint is sealed: restore the file from a copy"
@@ -385,12 +385,12 @@ def next_row(folder: epath.PathLike, step: int) -> int:
 def _open(folder: epath.PathLike, step: int | None) -> tuple[Checkpoints, int]:
   """Opens a run's checkpoints; returns them and a step that they have, the newest for None."""
   if not (epath.Path(folder) / FOLDER).exists():
-    raise UserError(f"{folder} has no checkpoint: run `python -m launch.train` first.")
+    raise UserError(f"{folder} has no checkpoint: run `cm3leon train` first.")
   checkpoints = Checkpoints(folder, keep=1_000_000)
   newest = checkpoints.newest()
   if newest is None:
     raise UserError(
-      f"{folder} has no complete checkpoint yet: run `python -m launch.train` until it saves one."
+      f"{folder} has no complete checkpoint yet: run `cm3leon train` until it saves one."
     )
   step = newest if step is None else step
   if not (checkpoints.folder / str(step)).exists():

@@ -124,8 +124,8 @@ class Rows:
       what = "each of them has a finite loss"
     return (
       f"rows {numbers[0]} to {numbers[-1]} were read, and {what}; "
-      f"`python -m launch.inspect_data --skipped` shows the worst of them, and "
-      f"`python -m launch.train --resume_from=STEP --skip_rows={numbers[0]}:{numbers[-1]}` goes on "
+      f"`cm3leon inspect_data --skipped` shows the worst of them, and "
+      f"`cm3leon train --resume_from=STEP --skip_rows={numbers[0]}:{numbers[-1]}` goes on "
       "without them from an earlier checkpoint"
     )
 

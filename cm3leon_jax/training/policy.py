@@ -36,7 +36,7 @@ SMALL = 1e-6  # Standard deviation of rewards below which a group teaches nothin
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class ReinforceConfig:
-  """Learning from rewards of own samples, by `launch.reinforce`."""
+  """Learning from rewards of own samples, by `cm3leon reinforce`."""
 
   tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("draw",)
   """Names of the tasks of `instructions` whose training records are the prompts; their target is

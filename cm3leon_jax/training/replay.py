@@ -282,7 +282,7 @@ class Replay:
     if before % self._config.checkpoint_every == 0:
       raise UserError(
         f"{self.faults[-1]}. Checkpoint {before} may hold the error: go back to one before it "
-        "(`python -m launch.checkpoints rollback --workdir=WORKDIR --step=STEP`), then give the "
+        "(`cm3leon checkpoints rollback --workdir=WORKDIR --step=STEP`), then give the "
         f"same command. If it happens again, {REPLACE}."
       )
     raise TryAgain(f"{self.faults[-1]}. {CONTINUE} If it happens again, {REPLACE}.")

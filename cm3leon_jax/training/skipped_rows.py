@@ -1,4 +1,4 @@
-"""Rows that a run leaves out; rows of steps that were skipped, for `launch.inspect_data`."""
+"""Rows that a run leaves out; rows of steps that were skipped, for `cm3leon inspect_data`."""
 
 # n rows, L slots of a row.
 

@@ -23,7 +23,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.io import plain, read_json, write_json
 from cm3leon_jax.mesh import RULES, batch_shards, spec
 from cm3leon_jax.progress import progress_bar
-from cm3leon_jax.stages import check_same_config, differences
+from cm3leon_jax.stages import DONE, check_same_config, differences
 from cm3leon_jax.training import recovery
 from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.lease import Lease
@@ -254,6 +254,25 @@ def _open_checkpoints(name: str, identity: dict, folder: epath.Path, lease: Leas
   checkpoints = Checkpoints(folder, keep=2, check=lease.check)
   recovery.discard_unsealed(checkpoints)
   return checkpoints
+
+
+def print_other_steps(name: str, folder: epath.PathLike, steps: int) -> None:
+  """Prints what to do if a finished training has other steps than the config.
+
+  Args:
+    name: section of the config.
+    folder: of the stage.
+    steps: of the config.
+  """
+  folder = epath.Path(folder)
+  trained = read_json(folder / DONE, {"summary": dict})["summary"].get("steps", steps)
+  if trained != steps:
+    print(
+      f"train_{name}: it was trained for {trained} steps, and config.{name}.steps is {steps}: a "
+      f"finished training does not continue; delete {folder} to train it anew, and the stages "
+      "after it with it.",
+      flush=True,
+    )
 
 
 def delete_checkpoints(folder: epath.PathLike) -> None:

@@ -125,12 +125,12 @@ def check_verified(folder: epath.Path, found: Sequence[Entry], damages: Mapping[
     remedy = f"The newest, {newest:,}, is whole, and it is the one that counts."
   elif (folder / DONE).exists():
     remedy = (
-      "The run is finished, so launch.train does not go back by itself: run `python -m "
-      f"launch.checkpoints rollback --workdir={folder.parent} --step={max(whole)}`, then "
-      "`python -m launch.train`."
+      "The run is finished, so cm3leon train does not go back by itself: run "
+      f"`cm3leon checkpoints rollback --workdir={folder.parent} --step={max(whole)}`, then "
+      "`cm3leon train`."
     )
   else:
-    remedy = f"launch.train goes back to {max(whole):,} by itself."
+    remedy = f"cm3leon train goes back to {max(whole):,} by itself."
   be, s = "is" if len(damaged) == 1 else "are", "" if len(damages) == 1 else "s"
   raise UserError(
     f"{len(damaged)} of {len(damages)} sealed checkpoint{s} {be} damaged ({'; '.join(damaged)}). "
@@ -148,11 +148,11 @@ def _none_whole(folder: epath.Path) -> str:
 def _not_sealed(folder: epath.Path, steps: Sequence[int]) -> str:
   """Says what to do with a run that has no sealed checkpoint, but perhaps others."""
   if not steps:
-    return f"{folder} has no checkpoint: run `python -m launch.train` until it saves one."
+    return f"{folder} has no checkpoint: run `cm3leon train` until it saves one."
   if len(steps) == 1:
     return (
       f"{folder} has no sealed checkpoint: {steps[0]:,} is there but not sealed. "
-      "`python -m launch.train` seals it."
+      "`cm3leon train` seals it."
     )
   return (
     f"{folder} has no sealed checkpoint: {listed(steps)} are there but not sealed. Restore "
@@ -243,7 +243,7 @@ def rollback(folder: epath.Path, step: int, dry_run: bool = False) -> list[str]:
         (folder / DONE).unlink()  # First: a rollback that is killed leaves an unfinished run.
       sentences.append(
         f"{removed} {folder / DONE}: without it the run is not finished, and generate, evaluate "
-        "and export refuse it until launch.train has reached its last step."
+        "and export refuse it until cm3leon train has reached its last step."
       )
     if not dry_run:
       checkpoints.delete_after(step)
@@ -251,7 +251,7 @@ def rollback(folder: epath.Path, step: int, dry_run: bool = False) -> list[str]:
     if (last := cut_log(folder / "metrics", step, dry_run)) > step:
       lines = f"step {last:,}" if last == step + 1 else f"steps {step + 1:,} to {last:,}"
       sentences.append(f"{removed} {lines} from metrics/{LOG}.")
-  return [*sentences, f"launch.train {continues} from step {step:,}."]
+  return [*sentences, f"cm3leon train {continues} from step {step:,}."]
 
 
 def _heldout_losses(run: epath.Path) -> dict[int, dict[str, float]]:

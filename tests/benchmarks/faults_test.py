@@ -201,7 +201,7 @@ RUN = {"run": 0, "kills": KILLS, "differing": [], "replayed": 6, "replayed_equal
 
 def test_kills_are_counted_by_phase_and_a_difference_fails():
   summary = faults_kill.summarize([{"differing": ["losses"]}, RUN])
-  assert summary["phases"] == {"launch.export": 1, "step": 1, "step, a save in flight": 1}
+  assert summary["phases"] == {"cm3leon export": 1, "step": 1, "step, a save in flight": 1}
   assert summary["steps_lost"] == {"most": 5, "mean": 2.33}
   assert faults_table.kill_failures(summary) == []
   wrong = faults_kill.summarize([{"differing": []}, {**RUN, "differing": ["samples"]}])
@@ -230,6 +230,6 @@ def test_rows_of_the_table_that_differ_only_in_the_fault_are_one():
   results = [fine, {**fine, "kind": "truncation"}, {**fine, "kind": "all gone", "steps_lost": 20}]
   command = {**faults_damage.summarize([{}, *results]), "seconds_to_resume": {}}
   assert faults_table.markdown({"command": command}).splitlines()[2:] == [
-    "| `launch.train`: bit flip, truncation | 1 each | 1 of 1 | 1 went back | 10 | 0 | - |",
-    "| `launch.train`: all gone | 1 | 1 of 1 | 1 went back | 20 | 0 | - |",
+    "| `cm3leon train`: bit flip, truncation | 1 each | 1 of 1 | 1 went back | 10 | 0 | - |",
+    "| `cm3leon train`: all gone | 1 | 1 of 1 | 1 went back | 20 | 0 | - |",
   ]

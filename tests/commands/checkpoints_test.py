@@ -106,14 +106,14 @@ def test_verify_says_what_a_damaged_newest_checkpoint_means(workdir):
   flip(workdir, 8)
   flip(workdir, 4)
   finished = (
-    "The run is finished, so launch.train does not go back by itself: run `python -m "
-    f"launch.checkpoints rollback --workdir={workdir} --step=6`, then `python -m launch.train`."
+    "The run is finished, so cm3leon train does not go back by itself: run "
+    f"`cm3leon checkpoints rollback --workdir={workdir} --step=6`, then `cm3leon train`."
   )
   sentence = verified(workdir)
   assert sentence.startswith("2 of 4 sealed checkpoints are damaged (")
   assert sentence.endswith(f"). {finished}")
   (train / "done.json").unlink()
-  assert verified(workdir).endswith("). launch.train goes back to 6 by itself.")
+  assert verified(workdir).endswith("). cm3leon train goes back to 6 by itself.")
   flip(workdir, 2)
   flip(workdir, 6)
   assert verified(workdir).endswith(
@@ -143,12 +143,12 @@ def test_no_sealed_checkpoint_is_said_by_every_action(workdir):
   assert result.returncode == 2
   assert result.stdout.splitlines()[0] == f"{train}: 1 checkpoint"
   assert result.stderr == (
-    f"error: {train} has no sealed checkpoint: 8 is there but not sealed. `python -m launch.train` "
+    f"error: {train} has no sealed checkpoint: 8 is there but not sealed. `cm3leon train` "
     "seals it.\n"
   )
   shutil.rmtree(train / "checkpoints" / "8")
   assert verified(workdir) == (
-    f"{train} has no checkpoint: run `python -m launch.train` until it saves one."
+    f"{train} has no checkpoint: run `cm3leon train` until it saves one."
   )
 
 
@@ -199,10 +199,10 @@ def test_rollback_removes_what_is_newer_and_says_so(workdir):
   assert (result.returncode, result.stderr) == (0, "")
   assert result.stdout.splitlines() == [
     f"removed {train / 'done.json'}: without it the run is not finished, and generate, evaluate "
-    "and export refuse it until launch.train has reached its last step.",
+    "and export refuse it until cm3leon train has reached its last step.",
     "removed checkpoints 6, 8.",
     "removed steps 5 to 9 from metrics/metrics.jsonl.",
-    "launch.train continues from step 4.",
+    "cm3leon train continues from step 4.",
   ]
   assert would == [
     line.replace("removed", "would remove").replace("continues", "would continue")

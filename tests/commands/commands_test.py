@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from cm3leon_jax import accelerators
-from cm3leon_jax.commands import COMMANDS, config_file, generate
-from cm3leon_jax.decoding import cache, params
+from cm3leon_jax.commands import COMMANDS, config_file
+from cm3leon_jax.extras import install
 from tests.launched import cm3leon, launch
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def test_help_shows_an_example_and_the_commands_own_flags_without_importing_jax(
   takes_config = name not in ("checkpoints", "serve")
   without = {"checkpoints": "list --workdir=", "serve": "--workdir="}
   first = "--config=" if takes_config else without[name]
-  assert f"python -m launch.{name} {first}" in text
+  assert f"cm3leon {name} {first}" in text
   assert [f"  {flag}" in page for flag in ALWAYS] == [takes_config] * len(ALWAYS)
   assert ("  --workdir=VALUE" in page) == (name != "aot_compile")
   assert (f"  {PROCESSES}" in page) == (name in ("train", "evaluate", "score"))
@@ -201,10 +201,13 @@ def test_jax_looks_for_accelerators_if_the_machine_has_device_files(
       ["--num_processes=2"],
       "error: --num_processes without --coordinator_address, --process_id: give all three, or ",
     ),
-    (["surplus"], "error: unexpected argument 'surplus': commands take flags only (--name=value)."),
+    (
+      ["surplus"],
+      "error: unexpected argument 'surplus': commands take flags only (--name=value); ",
+    ),
     (
       [],
-      "error: {workdir}/documents is not finished: run `python -m launch.encode_documents` with ",
+      "error: {workdir}/documents is not finished: run `cm3leon encode_documents` with ",
     ),
   ],
 )
@@ -222,7 +225,7 @@ CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  
 @pytest.mark.parametrize(
   ("flags", "config", "sentence"),
   [
-    (["--workdir=w"], "", "name a config: --config=ml_configs/scenes.py\n"),
+    (["--workdir=w"], "", "name a config: --config=scenes\n"),
     (["--config=openmoji"], "", "name the folder of the run: --workdir=workdir\n"),
     (
       [*EVALUATE, "--steps=5"],
@@ -271,11 +274,12 @@ CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  
     (
       ["--config=openmoji", "--workdir=gs://bucket/run"],
       "",
-      "--workdir=gs://bucket/run is in a bucket, which needs gcsfs: pip install -e '.[data]'.\n",
+      f"--workdir=gs://bucket/run is in a bucket, which needs gcsfs: {install('data')}.\n",
     ),
   ],
 )
 def test_a_wrong_config_or_flag_ends_in_one_sentence(tmp_path, flags, config, sentence):
+  (tmp_path / "w").mkdir()
   if config:
     (tmp_path / "own.py").write_text(config)
   result = launch("evaluate", *flags, cwd=tmp_path, missing=["gcsfs"])
@@ -290,7 +294,7 @@ def test_a_bucket_as_source_needs_its_extra(tmp_path):
   assert result.returncode == 2
   assert result.stderr == (
     "error: config.raw.source: gs://bucket/pairs cannot be opened: Please install gcsfs "
-    "to access Google Storage (buckets need pip install -e '.[data]').\n"
+    f"to access Google Storage (buckets need {install('data')}).\n"
   )
 
 
@@ -308,19 +312,18 @@ def test_a_command_of_one_process_refuses_several(tmp_path):
   result = launch("report", "--config=openmoji", f"--workdir={tmp_path}", "--num_processes=2")
   assert result.returncode == 2
   assert result.stderr == (
-    "error: --num_processes is given, but this command runs in one process; only launch.train, "
-    "launch.evaluate --protocol and launch.score run in several.\n"
+    "error: --num_processes is given, but this command runs in one process; only cm3leon train, "
+    "cm3leon evaluate --protocol and cm3leon score run in several.\n"
   )
 
 
 def test_report_of_an_empty_workdir_is_refused(tmp_path):
-  for folder in (tmp_path, tmp_path / "absent"):
-    result = launch("report", "--config=openmoji", f"--workdir={folder}")
-    assert result.returncode == 2
-    assert result.stderr == (
-      f"error: --workdir {folder} holds no finished stage: run `python -m launch.prepare_data` "
-      "with the same --config and --workdir first.\n"
-    )
+  result = launch("report", "--config=openmoji", f"--workdir={tmp_path}")
+  assert result.returncode == 2
+  assert result.stderr == (
+    f"error: --workdir {tmp_path} holds no finished stage: run `cm3leon prepare_data` "
+    "with the same --config and --workdir first.\n"
+  )
 
 
 def test_report_lists_what_has_not_run(tmp_path):
@@ -390,7 +393,3 @@ def test_an_old_python_is_refused(tmp_path):
   assert result.returncode == 2
   message = f"PYTHON is '{old}'; it must be an interpreter of Python 3.11 or newer."
   assert result.stderr == f"error: {message}\n"
-
-
-def test_flags_of_generate_name_the_dtypes_that_there_are():
-  assert cache.DTYPES == params.DTYPES == generate.DTYPES

@@ -220,7 +220,7 @@ def test_an_output_replaces_an_export_and_nothing_else(gelu, tmp_path, monkeypat
   assert contents(output) != before
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
   (output / formats.ABOUT).unlink()
-  with pytest.raises(UserError, match=r"which is there and not a folder that launch\.export wrote"):
+  with pytest.raises(UserError, match=r"which is there and not a folder that cm3leon export wrote"):
     export.main(settings, root, choice=orbax, output=str(output))
   with pytest.raises(UserError, match="in a bucket: name a folder of this machine"):
     export.main(settings, root, choice=orbax, output="gs://bucket/out")

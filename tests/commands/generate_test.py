@@ -15,6 +15,8 @@ from cm3leon_jax import stage_table, stages
 from cm3leon_jax.clip import model as clip_lib
 from cm3leon_jax.commands import common, generate
 from cm3leon_jax.config import UserError
+from cm3leon_jax.decoding import cache, params
+from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.io import write_json
 from cm3leon_jax.reports import summary
@@ -182,3 +184,8 @@ def test_a_mistake_ends_the_command_before_any_work(run, workdir, values, senten
   with pytest.raises(UserError, match=f"^{sentence}"):
     run(**values)
   assert sorted(workdir.glob("*/*")) == before
+
+
+def test_flags_of_generate_name_the_dtypes_and_tasks_that_there_are():
+  assert tuple(cls.name for cls in prompt_file.TASKS) == generate.TASKS
+  assert cache.DTYPES == params.DTYPES == generate.DTYPES

@@ -103,7 +103,7 @@ def test_a_tokenizer_is_imported_once(source, tmp_path, capsys):
   assert capsys.readouterr().out.startswith(f"import_vqgan: amused, {numbers:,} parameters in ")
   train_vqgan.main(SETTINGS, tmp_path)  # There is no raw/ to train it on.
   printed = (
-    f"{tmp_path / 'vqgan'}: made by launch.import_vqgan, stays as it is; nothing is trained."
+    f"{tmp_path / 'vqgan'}: made by cm3leon import_vqgan, stays as it is; nothing is trained."
   )
   assert capsys.readouterr().out.startswith(printed)
 
@@ -119,9 +119,9 @@ def test_the_tokenizer_of_an_export_needs_no_family(tmp_path, capsys):
   import_vqgan.main(SETTINGS, tmp_path, str(folder), None)
   train_vqgan.main(SETTINGS, tmp_path)  # There is no raw/ to train it on.
   printed = capsys.readouterr().out
-  assert "import_vqgan: trained by launch.train_vqgan, " in printed
+  assert "import_vqgan: trained by cm3leon train_vqgan, " in printed
   assert "vqgan: finished already, skipped." in printed
-  assert "made by launch.import_vqgan, stays as it is; nothing is trained." in printed
+  assert "made by cm3leon import_vqgan, stays as it is; nothing is trained." in printed
   page = report.render(tmp_path, report.summary_lib.collect(tmp_path), "cm3leon_350m")
   assert "The image tokenizer of an export, " in page
   import_vqgan.main(SETTINGS, tmp_path / "again", str(tmp_path / "vqgan"), None)
@@ -144,7 +144,7 @@ def test_another_tokenizer_is_not_overwritten(source, tmp_path):
     path = tmp_path / name.partition(".")[0] / "vqgan" / name
     path.parent.mkdir(parents=True)
     path.write_text('{"vqgan": {}, "num_codes": 64}')
-    with pytest.raises(UserError, match=r"vqgan holds a VQGAN of launch\.train_vqgan: use another"):
+    with pytest.raises(UserError, match=r"vqgan holds a VQGAN of cm3leon train_vqgan: use another"):
       import_vqgan.main(SETTINGS, tmp_path / name.partition(".")[0], str(folder), "amused")
 
 
@@ -167,13 +167,13 @@ def test_an_imported_tokenizer_is_copied_into_a_tuned_run(source, tmp_path, monk
     command.main(other, tuned)  # There is no raw/ to train on.
   lines = capsys.readouterr().out.splitlines()
   assert lines == [
-    f"{tuned / name}: made by launch.copy_tokenizers, stays as it is; nothing is trained."
+    f"{tuned / name}: made by cm3leon copy_tokenizers, stays as it is; nothing is trained."
     for name in made
   ]
   assert copies.copy_tokenizers(other, tuned, str(run)) == dict.fromkeys(made, "there already")
   page = report.render(tuned, report.summary_lib.collect(tuned), "sft")
-  assert page.count("<code>launch.copy_tokenizers</code>") == 3
-  assert "launch.train_vqgan" not in page
+  assert page.count("<code>cm3leon copy_tokenizers</code>") == 3
+  assert "cm3leon train_vqgan" not in page
   assert "--workdir=DIR --init_from=RUN" in page
   assert f"Copied from <code>{run}</code>, with its codes" in page
 
@@ -183,20 +183,20 @@ def test_the_report_says_what_was_imported(source, tmp_path):
   page = report.render(tmp_path, report.summary_lib.collect(tmp_path), "cm3leon_350m")
   numbers = sum(x.size for x in jax.tree.leaves(source[1].params))
   assert f"Published weights, <code>amused</code>, {numbers:,} parameters: nothing was tra" in page
-  assert "<code>launch.import_vqgan</code>" in page
+  assert "<code>cm3leon import_vqgan</code>" in page
   assert "--workdir=DIR --source=WEIGHTS --family=FAMILY" in page
-  assert "launch.train_vqgan" not in page
+  assert "cm3leon train_vqgan" not in page
 
 
 def test_a_damaged_or_unfinished_import_says_to_import_again(source, tmp_path):
   import_vqgan.main(SETTINGS, tmp_path, str(source[0]), "amused")
   path = tmp_path / "vqgan" / "params.safetensors"
   path.write_bytes(path.read_bytes()[:-1])
-  with pytest.raises(UserError, match=r"run `python -m launch\.import_vqgan` again"):
+  with pytest.raises(UserError, match=r"run `cm3leon import_vqgan` again"):
     ImageTokenizer.load(tmp_path / "vqgan")
   (tmp_path / "vqgan" / stages.DONE).unlink()
   with pytest.raises(
-    UserError, match=r"whose import did not finish: run `python -m launch\.import_vqgan` again"
+    UserError, match=r"whose import did not finish: run `cm3leon import_vqgan` again"
   ):
     train_vqgan.main(SETTINGS, tmp_path)
   import_vqgan.main(SETTINGS, tmp_path, str(source[0]), "amused")

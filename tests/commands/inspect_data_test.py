@@ -197,9 +197,7 @@ def page_of(workdir, numbers, skipped):
 def test_a_missing_stage_is_reported(workdir, folder):
   (workdir / folder / stages.DONE).unlink()
   command = stage_table.STAGES[folder].command
-  with pytest.raises(
-    UserError, match=rf"{folder} is not finished: run `python -m launch\.{command}`"
-  ):
+  with pytest.raises(UserError, match=rf"{folder} is not finished: run `cm3leon {command}`"):
     write_page(workdir, workdir / "rows.html")
   assert not (workdir / "rows.html").exists()
 

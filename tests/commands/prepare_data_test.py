@@ -12,7 +12,7 @@ def test_check_leaks_names_the_pairs_and_fails(tmp_path):
   flags = [f"--config.raw.source={source}", "--config.raw.resolution=64", f"--workdir={tmp_path}"]
   unprepared = command(*flags, "--check_leaks")
   assert unprepared.returncode == 2
-  assert "run `python -m launch.prepare_data`" in unprepared.stderr
+  assert "run `cm3leon prepare_data`" in unprepared.stderr
   assert command(*flags).returncode == 0
   checked = command(*flags, "--check_leaks")
   assert checked.returncode == 2

@@ -4,6 +4,7 @@ import pathlib
 
 import pytest
 
+from cm3leon_jax.extras import install
 from cm3leon_jax.io import write_json
 from tests.launched import launch
 
@@ -29,13 +30,13 @@ def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
     (
       "train",
       ["--config=scenes", "--config.train.wandb=cats"],
-      "config.train.wandb is 'cats', and the package wandb is missing: pip install "
-      "-e '.[monitoring]', or leave out config.train.wandb.",
+      "config.train.wandb is 'cats', and the package wandb is missing: "
+      f"{install('monitoring')}, or leave out config.train.wandb.",
     ),
     (
       "train",
       ["--config=scenes", "--init_from=gs://bucket/run"],
-      "--init_from=gs://bucket/run is in a bucket, which needs gcsfs: pip install -e '.[data]'.",
+      f"--init_from=gs://bucket/run is in a bucket, which needs gcsfs: {install('data')}.",
     ),
     (
       "evaluate",
@@ -62,8 +63,9 @@ def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
   ],
 )
 def test_a_mistake_is_found_before_anything_is_written(tmp_path, command, flags, sentence):
+  (tmp_path / "run").mkdir()
   assert refusal(tmp_path, command, *flags, "--workdir=run") == sentence
-  assert not (tmp_path / "run").exists()
+  assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_workdir_on_s3_is_refused(tmp_path):
@@ -76,5 +78,5 @@ def test_a_bucket_of_the_config_needs_its_extra(tmp_path):
   write_json(tmp_path / "run" / "raw" / "done.json", {"id": "1", "summary": {}})
   flags = ["--config=scenes", "--workdir=run", "--config.retrieval.clip=gs://bucket/clip"]
   assert refusal(tmp_path, "build_neighbors", *flags) == (
-    "a path of the config is in a bucket, which needs gcsfs: pip install -e '.[data]'."
+    f"a path of the config is in a bucket, which needs gcsfs: {install('data')}."
   )

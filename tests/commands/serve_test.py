@@ -13,6 +13,7 @@ import urllib.request
 from etils import epath
 import pytest
 
+from cm3leon_jax.extras import install
 from tests.generation.run import save_run
 from tests.launched import ROOT, launch
 
@@ -24,16 +25,20 @@ from tests.launched import ROOT, launch
     (
       ["--workdir=nowhere"],
       {},
-      "error: nowhere/train/config.json does not exist: name the workdir",
+      "error: there is no folder nowhere: name the folder of a run with --workdir; ",
     ),
     (
-      ["--workdir=a", "--host=example.org"],
+      ["--workdir=scenes", "--host=example.org"],
       {},
       "error: --host is example.org; it must be an addre",
     ),
-    (["--workdir=a", "--token_file=no"], {}, "error: --token_file=no cannot be read: name a file"),
     (
-      ["--workdir=a"],
+      ["--workdir=scenes", "--token_file=no"],
+      {},
+      "error: --token_file=no cannot be read: name a file",
+    ),
+    (
+      ["--workdir=scenes"],
       {"CM3LEON_TOKEN": "short"},
       "error: CM3LEON_TOKEN must hold a token of at le",
     ),
@@ -42,28 +47,28 @@ from tests.launched import ROOT, launch
       {},
       "error: scenes-instrct is no folder and no bundle: did you mean scenes-instruct?",
     ),
-    (["--workdir=a", "--slots=0"], {}, "error: --slots is 0; it must be a positive integer."),
+    (["--workdir=scenes", "--slots=0"], {}, "error: --slots is 0; it must be a positive integer."),
     (
-      ["--workdir=a", "--port=abc"],
+      ["--workdir=scenes", "--port=abc"],
       {},
       "error: --port is abc; it must be an integer in the range [0, 65535].",
     ),
     (
-      ["--workdir=a", "--request_seconds=soon"],
+      ["--workdir=scenes", "--request_seconds=soon"],
       {},
       "error: --request_seconds is soon; it must be a number >= 1.0.",
     ),
     (
-      ["--workdir=a", "--weight_dtype=fp4"],
+      ["--workdir=scenes", "--weight_dtype=fp4"],
       {},
       "error: --weight_dtype is fp4; it must be one of compute, int8.",
     ),
     (
-      ["--workdir=a", "--guidance=2"],
+      ["--workdir=scenes", "--guidance=2"],
       {},
       "error: --guidance is not a flag of this command: --help lists its flags.",
     ),
-    (["--workdir=a", "--config=scenes"], {}, "error: --config is not a flag of this command"),
+    (["--workdir=scenes", "--config=scenes"], {}, "error: --config is not a flag of this command"),
   ],
 )
 def test_wrong_flags_are_refused_in_one_sentence(flags, environment, sentence):
@@ -77,7 +82,7 @@ def test_a_missing_package_is_named():
   result = launch("serve", "--workdir=scenes", missing=["uvicorn"])
   assert (result.returncode, result.stderr) == (
     2,
-    "error: launch.serve needs uvicorn: pip install -e '.[serve]'.\n",
+    f"error: cm3leon serve needs uvicorn: {install('serve')}.\n",
   )
 
 

@@ -225,7 +225,10 @@ def test_a_finished_run_goes_back_and_leaves_rows_out_once(root, monkeypatch, ca
   assert "goes back to checkpoint 3, and on without rows 3 to 5" in capsys.readouterr().out
   for again in (back, None):
     train.main(settings, root, back=again)
-    assert "finished already, skipped" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(
+      "train: finished already, skipped.\ntrain: the run has its 4 steps; "
+      "--config.train.steps=8, with the same flags, would continue it.\n"
+    )
     assert losses() == second
   longer = dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=6))
   rows = []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import sys
 from unittest import mock
 
 import jax
@@ -75,7 +76,7 @@ class Killed(Exception):
   """Stands for a kill."""
 
 
-def test_a_training_that_ended_on_other_images_does_not_count(tmp_path, monkeypatch):
+def test_a_training_that_ended_on_other_images_does_not_count(tmp_path, monkeypatch, capsys):
   """It is killed when it evaluates; raw/ is made again, with as many pairs."""
   config = make_config()
   config.vqgan.update({"steps": 60, "batch_size": 8, "learning_rate": 3e-3, "restart_every": 0})
@@ -92,3 +93,20 @@ def test_a_training_that_ended_on_other_images_does_not_count(tmp_path, monkeypa
   killed, other = (tmp_path / name / "vqgan" for name in ("killed", "other"))
   assert read_json(killed / stages.DONE)["id"] == read_json(other / stages.DONE)["id"]
   assert not (killed / "training").exists()
+  capsys.readouterr()
+  more = dataclasses.replace(settings, vqgan=dataclasses.replace(settings.vqgan, steps=90))
+  for given in (settings, more):
+    command.main(given, tmp_path / "other")
+  finished = f"{other}: finished already, skipped.\n"
+  assert capsys.readouterr().out == (
+    f"{finished}{finished}train_vqgan: it was trained for 60 steps, and config.vqgan.steps is 90: "
+    f"a finished training does not continue; delete {other} to train it anew, and the stages after "
+    "it with it.\n"
+  )
+
+
+def test_no_board_is_opened_and_nothing_printed_without_tensorboard(tmp_path, monkeypatch, capsys):
+  assert len(command._boards(tmp_path, True)(0)) == 1
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  assert command._boards(tmp_path, True)(0) == []
+  assert capsys.readouterr().out == ""

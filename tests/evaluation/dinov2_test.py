@@ -149,5 +149,5 @@ def test_load_names_what_does_not_fit(mistake, copy):
 
 def test_without_torch_the_extra_is_named(saved, monkeypatch):
   monkeypatch.setitem(sys.modules, "torch", None)
-  with pytest.raises(UserError, match=r"needs torch.*pip install -e '\.\[eval\]'"):
+  with pytest.raises(UserError, match=r"needs torch.*: pip install 'torch"):
     DINOv2.load(saved[0])

@@ -88,7 +88,7 @@ def test_other_folders_and_damaged_files_are_refused(exported, tmp_path):
   with one_device(), pytest.raises(UserError, match="is damaged"):
     weights.load(weights.find(settings, str(folder)), settings)
   write_json(folder / "config.json", {"model_type": "opt", "vocab_size": 9})
-  with pytest.raises(UserError, match=r"has no field .*it was not written by `python -m launch\."):
+  with pytest.raises(UserError, match=r"has no field .*it was not written by `cm3leon "):
     weights.find(settings, str(folder))
 
 

@@ -123,7 +123,7 @@ def test_biases_of_0_are_imported(opt_folder, tmp_path):
     (
       {"cm3leon": {"num_special": 8, "text_size": 9}, "rope_theta": 1e6},
       {},
-      "has no field 'image_size': write it again by `python -m launch.export`.",
+      "has no field 'image_size': write it again by `cm3leon export`.",
     ),
     (
       {"cm3leon": 3, "rope_theta": 1e6},
@@ -220,7 +220,7 @@ def test_a_workdir_with_another_tokenizer_or_import_is_refused(qwen3_folder, tmp
   ("file", "kind", "end"),
   [
     ("manifest.json", "stablehlo", "imported."),
-    ("digests.json", "orbax", "imported: `launch.train --init_from` starts from this one."),
+    ("digests.json", "orbax", "imported: `cm3leon train --init_from` starts from this one."),
   ],
 )
 def test_an_export_in_another_format_is_refused_by_its_name(tmp_path, file, kind, end):

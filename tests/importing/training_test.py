@@ -74,9 +74,7 @@ def test_a_run_does_not_begin_with_half_an_import(imported, tmp_path):
   folder = tmp_path / "run"
   shutil.copytree(imported, folder, symlinks=True)
   (folder / "init" / stages.DONE).unlink()
-  with pytest.raises(
-    UserError, match=r"init is not finished: run `python -m launch\.import_weights`"
-  ):
+  with pytest.raises(UserError, match=r"init is not finished: run `cm3leon import_weights`"):
     train.main(settings_of_run(), epath.Path(folder))
   assert not (folder / "train").exists()
 
@@ -98,7 +96,7 @@ def test_the_tokenizer_stays_and_is_that_of_the_documents(imported, capsys):
   settings = settings_of_run()
   before = read_json(imported / "text_tokenizer" / stages.DONE)
   train_text_tokenizer.main(settings, imported)
-  assert "made by launch.import_weights, stays as it is" in capsys.readouterr().out
+  assert "made by cm3leon import_weights, stays as it is" in capsys.readouterr().out
   assert read_json(imported / "text_tokenizer" / stages.DONE) == before
   tokenizer = TextTokenizer(imported / "text_tokenizer", settings.vocab)
   assert tokenizer.decode(tokenizer.encode("a red bell")) == "a red bell"
@@ -118,7 +116,7 @@ def test_the_command_prints_what_it_did_and_what_the_config_needs(qwen3_folder, 
     f"import_weights: {qwen3_folder}: qwen3, 2 layers of width 32, 4 heads"
   )
   assert lines[-1].startswith(
-    "import_weights: the next stages, and `launch.train` with this --work"
+    "import_weights: the next stages, and `cm3leon train` with this --work"
   )
   assert lines[-1].endswith(f" begin with it and need {' '.join(needed)}")
   assert (tmp_path / "init" / "model.safetensors").exists()

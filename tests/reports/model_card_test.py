@@ -144,7 +144,7 @@ def test_the_header_is_what_the_hub_reads(run):
 def test_what_was_not_measured_is_said_and_no_figure_is_invented(run):
   card = (run / "export" / "README.md").read_text()
   missing = card.partition("### Not evaluated")[2]
-  assert "launch.evaluate` (bits of held-out" in missing
+  assert "cm3leon evaluate` (bits of held-out" in missing
   assert "FID, CMMD, CLIP score" in missing
   assert "### Held-out" not in card
   assert "grade_instructions" not in card
@@ -240,14 +240,14 @@ def test_figures_of_other_parameters_are_left_out_and_named(measured):
     write_json(folder / "results.json", result | change)
     card = write_card(root)
     assert "### Images for my captions" not in card
-    assert "- 1 results of `launch.evaluate --protocol` are of other parameters." in card
+    assert "- 1 results of `cm3leon evaluate --protocol` are of other parameters." in card
   for change in ({"inputs": {"train": "another"}}, {"summary": {"step": STEP - 1}}):
     evaluated = {"step": STEP, "documents": 3, "image": MODALITY, "text": MODALITY}
     evaluated |= change.get("summary", {})
     done(root, "evaluation", evaluated, inputs=change.get("inputs", {"train": "train"}))
     card = write_card(root)
     assert "Bits per image code" not in card
-    assert "- `launch.evaluate`: its figures are of another training, and left out." in card
+    assert "- `cm3leon evaluate`: its figures are of another training, and left out." in card
 
 
 def test_grades_of_instructions_are_a_table(measured):
@@ -269,7 +269,7 @@ def test_grades_of_instructions_are_a_table(measured):
   assert "| mean of questions |  | - | 75.0% |" in card
   assert "it was tuned on instructions (color)" in " ".join(card.split())
   done(root, "grades", grades, inputs={"train": "another"})
-  assert "- `launch.grade_instructions`: of another training, and left out." in write_card(root)
+  assert "- `cm3leon grade_instructions`: of another training, and left out." in write_card(root)
 
 
 def write_base(folder, *origins):

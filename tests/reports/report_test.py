@@ -69,8 +69,8 @@ def test_page_lists_stages_that_have_not_run(tmp_path, only):
   found = report.write(tmp_path, "ml_configs/openmoji.py")
   assert found["unfinished"] == [folder for folder in NUMBERS if folder not in only]
   html = (tmp_path / "report.html").read_text()
-  assert "<code>launch.evaluate</code> has not finished in this workdir" in html
-  assert ("launch.train_vqgan</code> has not finished" in html) == ("vqgan" not in only)
+  assert "<code>cm3leon evaluate</code> has not finished in this workdir" in html
+  assert ("cm3leon train_vqgan</code> has not finished" in html) == ("vqgan" not in only)
   assert "not run" in html
 
 

@@ -130,7 +130,7 @@ def test_zeros_are_rows_and_a_lost_file_is_an_error(tmp_path, small_files):
   store = ArrayStore(path)
   message = (
     r"rows 8 to 11 of .*ids cannot be read \(.*missing\): restore it, or delete the folder .*ids "
-    r"and .*neighbors/done\.json and run `python -m launch\.build_neighbors` again"
+    r"and .*neighbors/done\.json and run `cm3leon build_neighbors` again"
   )
   for read in (store.read_all, lambda: store[:], lambda: store[np.array([0, 9])]):
     with pytest.raises(UserError, match=message):

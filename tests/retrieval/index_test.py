@@ -99,7 +99,7 @@ def test_scann_agrees_with_exact_search(clustered, tmp_path, monkeypatch):
   loaded_ids, loaded_scores = index.ScannIndex.load("moved", len(vectors)).search(queries, 2)
   np.testing.assert_array_equal(loaded_ids, ids)
   np.testing.assert_array_equal(loaded_scores, scores)
-  with pytest.raises(UserError, match=r"relative holds no index.*launch\.build_neighbors"):
+  with pytest.raises(UserError, match=r"relative holds no index.*cm3leon build_neighbors"):
     index.ScannIndex.load("relative", len(vectors))
 
 

@@ -164,11 +164,9 @@ def test_retrieval_by_caption_is_best_first(tmp_path):
 
 
 def test_absent_neighbors_are_reported(tmp_path):
-  with pytest.raises(UserError, match=r"launch\.build_neighbors|does not exist"):
+  with pytest.raises(UserError, match=r"cm3leon build_neighbors|does not exist"):
     Embeddings(tmp_path / "train")
-  with pytest.raises(
-    UserError, match=r"train_pairs does not exist: run `python -m launch\.build_neighbors`"
-  ):
+  with pytest.raises(UserError, match=r"train_pairs does not exist: run `cm3leon build_neighbors`"):
     neighbors.load_neighbors(tmp_path, "train_pairs")
   ids = np.array([[3, 1, -1, -1]], np.int32)
   write_neighbors(tmp_path / "train_pairs", ids=ids)

@@ -184,7 +184,7 @@ def test_a_chameleon_without_decoder_is_refused_with_where_it_is(tmp_path):
     (
       {"model_type": "qwen3"},
       r"holds no image tokenizer: by .*config\.json it is a model of the type 'qwen3': "
-      r"`python -m launch\.import_weights` imports a decoder; here name the folder or file with",
+      r"`cm3leon import_weights` imports a decoder; here name the folder or file with",
     ),
     (
       {"model_type": "llama"},
@@ -308,7 +308,7 @@ def test_diffusers_reads_what_is_written(tokenizer, tmp_path):
 def test_diffusers_has_no_layout_for_others(tokenizer, tmp_path):
   gumbel = dataclasses.replace(tokenizer, config=published_files.FAMILIES["taming_gumbel_f8"])
   trained = ImageTokenizer(TRAINED, NUM_CODES, {})
-  for other, name in ((gumbel, "taming_gumbel_f8"), (trained, r"trained by launch\.train_vqgan")):
+  for other, name in ((gumbel, "taming_gumbel_f8"), (trained, r"trained by cm3leon train_vqgan")):
     with pytest.raises(UserError, match=rf"tokenizer is {name}; diffusers\.VQModel holds only"):
       published_files.save_diffusers(tmp_path / "out", other)
   assert not (tmp_path / "out").exists()

@@ -105,7 +105,7 @@ def test_another_vocabulary_is_refused(folder, tmp_path):
     TextTokenizer(folder, VocabLayout(num_special=8, text_size=301, image_size=16))
   with pytest.raises(UserError, match="start with the 9 special ones"):
     TextTokenizer(folder, VocabLayout(num_special=9, text_size=300, image_size=16))
-  with pytest.raises(UserError, match=r"launch\.train_text_tokenizer"):
+  with pytest.raises(UserError, match=r"cm3leon train_text_tokenizer"):
     TextTokenizer(tmp_path / "absent", VOCAB)
 
 

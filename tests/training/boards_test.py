@@ -9,6 +9,7 @@ from etils import epath
 import pytest
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.extras import install
 from cm3leon_jax.io import write_json
 from cm3leon_jax.training import boards
 from cm3leon_jax.training.boards import Board, open_boards
@@ -72,22 +73,26 @@ def test_a_board_that_does_not_close_is_left(monkeypatch, capsys):
   assert capsys.readouterr().out.startswith(line)
 
 
-@pytest.mark.parametrize(
-  ("package", "name", "fields"),
-  [
-    ("tensorboardX", "TensorBoard", {}),
-    ("wandb", "Weights & Biases", {"wandb": "cats", "tensorboard": False}),
-  ],
-)
-def test_a_board_whose_package_is_missing_is_one_line(
-  tmp_path, watch, capsys, monkeypatch, package, name, fields
-):
-  monkeypatch.setitem(sys.modules, package, None)
-  [board] = open_boards(epath.Path(tmp_path), TrainConfig(**fields), 1, watch)
+def test_a_board_whose_package_is_missing_is_one_line(tmp_path, watch, capsys, monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  config = TrainConfig(wandb="cats", tensorboard=False)
+  [board] = open_boards(epath.Path(tmp_path), config, 1, watch)
   use(board)
   (line,) = capsys.readouterr().out.splitlines()
-  assert line.startswith(f"train: warning: no {name} from here on (ModuleNotFoundError: ")
-  assert "pip install -e '.[monitoring]'" in line
+  assert line.startswith("train: warning: no Weights & Biases from here on (ModuleNotFoundError: ")
+  assert install("monitoring") in line
+
+
+def test_an_absent_tensorboard_is_a_line_of_a_new_run_only(tmp_path, watch, capsys, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  for first_step in (0, 1):
+    assert open_boards(epath.Path(tmp_path), TrainConfig(), first_step, watch) == []
+  off = TrainConfig(tensorboard=False)
+  assert open_boards(epath.Path(tmp_path), off, 0, watch) == []
+  assert capsys.readouterr().out == (
+    f"train: no TensorBoard, metrics.jsonl has all curves: {install('monitoring')}, or set "
+    "--config.train.tensorboard=False.\n"
+  )
 
 
 def test_a_new_run_is_refused_without_the_package_that_it_asks_for(tmp_path, monkeypatch):

@@ -99,7 +99,7 @@ def test_a_damaged_file_is_refused(saved, damage):
     (
       2,
       None,
-      r"run `python -m launch\.checkpoints rollback --workdir=\S+ --step=1`, then `python",
+      r"run `cm3leon checkpoints rollback --workdir=\S+ --step=1`, then `cm3leon",
     ),
     (1, None, r"; the newest sealed checkpoint is 2\.$"),
     (2, 1, r"; no other checkpoint is sealed: restore the file from a copy\.$"),

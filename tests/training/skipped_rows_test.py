@@ -119,7 +119,7 @@ def test_too_many_skipped_steps_stop_the_run_and_it_goes_on_without_their_rows(l
   loader.bad = range(42, 52, 9)  # 42 and 51.
   message = (
     r"^step 7 is skipped after 1 others in a row \(train\.max_skipped\): its loss is nan, .*: rows "
-    r"40 to 55 were read, and 2 of them have a loss that is not finite; .*launch\.inspect_data "
+    r"40 to 55 were read, and 2 of them have a loss that is not finite; .*cm3leon inspect_data "
     r"--skipped` .* --resume_from=STEP --skip_rows=40:55` goes on"
   )
   with pytest.raises(UserError, match=message):

@@ -19,10 +19,10 @@ def test_a_run_that_is_rolled_back_continues_bit_for_bit(whole, loader, tmp_path
   folder = epath.Path(tmp_path)
   assert upkeep.rollback(folder, 8) == [
     f"removed {folder / 'done.json'}: without it the run is not finished, and generate, evaluate "
-    "and export refuse it until launch.train has reached its last step.",
+    "and export refuse it until cm3leon train has reached its last step.",
     "removed checkpoint 12.",
     "removed steps 9 to 12 from metrics/metrics.jsonl.",
-    "launch.train continues from step 8.",
+    "cm3leon train continues from step 8.",
   ]
   assert sorted(losses(tmp_path)) == list(range(1, 9))
   run(tmp_path, loader)
@@ -79,7 +79,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_again(loader, tmp_path)
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path):
-  with pytest.raises(UserError, match=r"run `python -m launch\.train` first"):
+  with pytest.raises(UserError, match=r"run `cm3leon train` first"):
     checkpoint.load_params(tmp_path, MODEL)
 
 

@@ -1,0 +1,127 @@
+"""Checks of the command line that need neither the config nor JAX, whose imports take seconds."""
+
+from collections.abc import Iterable
+import difflib
+import pathlib
+import re
+
+from absl import flags
+
+import cm3leon_jax
+from cm3leon_jax.commands import config_file, flag_errors
+from cm3leon_jax.config import UserError
+
+MODELS = pathlib.Path(cm3leon_jax.__file__).parent / "assets" / "models"  # Installed bundles.
+
+
+def split(arguments: list[str]) -> tuple[list[str], list[str]]:
+  """Separates the flags of the config from the other arguments.
+
+  split(["--config", "scenes", "--workdir=w", "--config.train.steps=9"])
+  (["--config", "scenes", "--config.train.steps=9"], ["--workdir=w"])
+  """
+  config, others, remaining = [], [], list(arguments)
+  while remaining:
+    argument = remaining.pop(0)
+    match = re.fullmatch(r"--?(?:no)?config(?:\.[^=]*)?(=.*)?", argument, re.DOTALL)
+    if not match:
+      others.append(argument)
+      continue
+    config.append(argument)
+    if match[1] is None and remaining and not remaining[0].startswith("--"):
+      config.append(remaining.pop(0))
+  return config, others
+
+
+def check_fields(config: Iterable[str]) -> None:
+  """Raises UserError at a flag --config.SECTION.FIELD of a field that no config has."""
+  for argument in config:
+    match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
+    if match and match[1] not in config_file.field_names():
+      raise UserError(config_file.unknown_field(config_file.field_names(), [argument]))
+
+
+def check_words(words: list[str], actions: tuple[str, ...], arguments: list[str]) -> None:
+  """Checks the arguments that are no flags.
+
+  Args:
+    words: those arguments.
+    actions: of the command, of which the first one must be; () if it takes flags only.
+    arguments: of the command line, to quote the value that a word was meant to belong to.
+
+  Raises:
+    UserError: there is a word too many, or none that says what to do.
+  """
+  if actions and (not words or words[0] not in actions):
+    raise UserError(f"the first argument must say what to do: {', '.join(actions)}.")
+  if surplus := words[1:] if actions else words:
+    only = "only flags after it" if actions else "flags only"
+    raise UserError(
+      f"unexpected argument '{surplus[0]}': commands take {only} (--name=value)"
+      f"{_quoted(surplus[0], arguments)}."
+    )
+
+
+def _quoted(word: str, arguments: list[str]) -> str:
+  """Returns a hint to quote a value with spaces, if a flag that takes text is before the word.
+
+  _quoted("red", ["--prompt=a", "red", "bell"]) = '; a value with spaces needs quotes: --prompt="a
+  red bell"'
+  """
+  place = arguments.index(word)
+  before = [i for i in range(place) if arguments[i].startswith("-")]
+  if not before:
+    return ""
+  name, _, value = arguments[before[-1]].lstrip("-").partition("=")
+  if name not in flags.FLAGS or flags.FLAGS[name].boolean:
+    return ""
+  words = [value] if value else []
+  for argument in arguments[before[-1] + 1 :]:
+    if argument.startswith("-"):
+      break
+    words.append(argument)
+  return f'; a value with spaces needs quotes: --{name}="{" ".join(words)}"'
+
+
+def refuse_config(arguments: Iterable[str]) -> None:
+  """Raises UserError at a flag of the config."""
+  for argument in arguments:
+    if match := re.match(r"--?(?:no)?(config|print_config)(?![\w-])", argument):
+      raise UserError(f"--{match[1]} is not a flag of this command: --help lists its flags.")
+
+
+def check_workdir(workdir: str, begins: bool) -> None:
+  """Raises UserError if --workdir names neither a folder nor an installed model.
+
+  Args:
+    workdir: its value.
+    begins: whether the command makes the folder.
+  """
+  if begins or "://" in workdir or pathlib.Path(workdir).exists() or (MODELS / workdir).is_dir():
+    return
+  installed = sorted(path.name for path in MODELS.iterdir())
+  if close := difflib.get_close_matches(workdir, installed, 1, cutoff=0.8):
+    raise UserError(f"{workdir} is no folder and no bundle: did you mean {close[0]}?")
+  raise UserError(
+    f"there is no folder {workdir}: name the folder of a run with --workdir; "
+    "`cm3leon prepare_data` begins one."
+  )
+
+
+def parse(argv: list[str], config: bool) -> list[str]:
+  """Parses all flags but those of the config; returns the name of the program and the words.
+
+  Args:
+    argv: of the command line.
+    config: whether the command takes a config.
+
+  Raises:
+    UserError: there is no such flag, or its value is wrong.
+  """
+  _, others = split(argv[1:])
+  try:
+    return flags.FLAGS([argv[0], *others])
+  except flags.UnrecognizedFlagError as error:
+    raise UserError(flag_errors.unknown(error.flagname, config)) from error
+  except flags.Error as error:
+    raise UserError(flag_errors.wrong_value(error)) from error

@@ -1,0 +1,47 @@
+"""Mutants of the command line and of what commands print."""
+
+from tests.mutant_lists.mutant import Mutant
+
+_ARGUMENTS = "cm3leon_jax/commands/arguments.py"
+_ARGUMENTS_TEST = "tests/commands/arguments_test.py"
+_SENTENCES = f"{_ARGUMENTS_TEST}::test_a_mistake_is_one_sentence_and_imports_no_jax"
+
+COMMANDS = (
+  Mutant(
+    "a_field_that_no_config_has_is_found_with_the_config_only",
+    _ARGUMENTS,
+    "if match and match[1] not in config_file.field_names():",
+    "if match and match[1] in ():",
+    (_SENTENCES,),
+  ),
+  Mutant(
+    "a_value_of_the_config_is_taken_for_a_word",
+    _ARGUMENTS,
+    "if match[1] is None and remaining and",
+    "if match[1] and remaining and",
+    (f"{_ARGUMENTS_TEST}::test_flags_of_the_config_are_separated",),
+  ),
+  Mutant(
+    "a_command_that_begins_a_run_needs_its_folder",
+    _ARGUMENTS,
+    'if begins or "://" in workdir',
+    'if "://" in workdir',
+    (f"{_ARGUMENTS_TEST}::test_an_installed_model_and_a_bucket_are_no_absent_folders",),
+  ),
+  Mutant(
+    "any_path_named_like_a_shipped_config_is_that_config",
+    "cm3leon_jax/commands/config_file.py",
+    'path.stem if name == f"ml_configs/{path.stem}.py" else name',
+    "path.stem",
+    (
+      "tests/commands/config_file_test.py::test_the_path_in_a_checkout_is_a_name_where_there_is_none",
+    ),
+  ),
+  Mutant(
+    "every_start_says_that_tensorboard_is_absent",
+    "cm3leon_jax/training/boards.py",
+    "if first_step == 0:",
+    "if first_step >= 0:",
+    ("tests/training/boards_test.py::test_an_absent_tensorboard_is_a_line_of_a_new_run_only",),
+  ),
+)
