@@ -119,7 +119,7 @@ def parts(source: str, kind: str = "auto") -> list[Part]:
       groups = [([f for f in files if _is_in(f, {name})], [name]) for name in folders]
     elif each == "sidecars":
       root = _root(path, found)
-      groups = [(names, [root, *names]) for names in _samples(found, kind == "auto")]
+      groups = [(names, [root, *names]) for names in _samples(found, root, kind == "auto")]
     else:
       groups = [(names, names) for names in _single(each, files, found if len(kinds) > 1 else ())]
     for names, paths in groups:
@@ -138,15 +138,16 @@ def parts(source: str, kind: str = "auto") -> list[Part]:
   return result
 
 
-def _samples(files: Iterable[str], auto: bool) -> Iterator[list[str]]:
+def _samples(files: Iterable[str], root: str, auto: bool) -> Iterator[list[str]]:
   """Groups the images that are not in the folder of a list, with the captions beside them.
 
   Images without a caption are among them, to be rejected, unless a list may name them (`auto`).
+  Groups depend on the paths in `root`, and not on its own.
   """
   folders = _folders(files, IMAGE_LISTS) if auto else set()
   stems = by_stem(f for f in files if not _is_in(f, folders))
   taken = {
-    stem: names
+    stem[len(root) :]: names
     for stem, names in stems.items()
     if (has_image(names) and (not folders or has_caption(names)))
     or any(suffix_of(name) == "caption" for name in names)
@@ -179,7 +180,7 @@ def _folders(files: Iterable[str], lists: Collection[str]) -> set[str]:
 
 def _is_in(file: str, folders: Collection[str]) -> bool:
   """Returns whether a file is in one of the folders, or below it."""
-  while (folder := posixpath.dirname(file)) not in ("", file):
+  while folders and (folder := posixpath.dirname(file)) not in ("", file):
     if folder in folders:
       return True
     file = folder

@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import shutil
 
 import fsspec
 from hypothesis import given
@@ -254,10 +255,13 @@ def test_added_images_cost_only_their_parts(tmp_path, monkeypatch):
     return write_shard(config, folder, *args)
 
   monkeypatch.setattr(ingest, "write_shard", count)
-  write(folder, **{"101_jpg": jpeg(101), "101_txt": "gray 101"})
+  write(folder, **{"061_jpg": jpeg(61), "061_txt": "gray 61"})
   again = prepare(tmp_path / "raw", source=str(folder))
   assert sum(again[f"{split}_pairs"] for split in ("train", "heldout")) == 101
   assert (again["shards"], len(written)) == (first["shards"], 1)
-  write(folder, **{"100_txt": "gray, a hundred"})
+  write(folder, **{"060_txt": "gray, sixty"})
   prepare(tmp_path / "raw", source=str(folder))
   assert len(written) == 2
+  moved = shutil.copytree(folder, tmp_path / "elsewhere" / "in")
+  sizes = [[len(p.files) for p in sources.parts(str(place))] for place in (folder, moved)]
+  assert sizes[0] == sizes[1]
