@@ -210,6 +210,18 @@ def test_links_out_of_the_folder_are_not_read(tmp_path):
   assert reasons(sources.read(part, allow_outside=True)) == ["a", "linked_file"]
 
 
+def test_a_folder_of_links_is_not_read(tmp_path):
+  write(tmp_path, out__a_jpg=jpeg(1), out__a_txt="one", out__pairs_jsonl="{}", in__b_jpg=jpeg(2))
+  for name in ("a.jpg", "a.txt"):
+    (tmp_path / "in" / name).symlink_to(tmp_path / "out" / name)
+  (tmp_path / "in" / "pairs.jsonl").symlink_to(tmp_path / "out" / "pairs.jsonl")
+  assert reasons(read(tmp_path / "in")) == ["linked_file", "missing_caption"]
+  for name in ("a.jpg", "b.jpg", "pairs.jsonl"):
+    (tmp_path / "in" / name).unlink()
+  with pytest.raises(UserError, match="whose files are links, which are not read"):
+    sources.parts(str(tmp_path / "in"))
+
+
 def test_a_long_caption_file_is_rejected(folder, monkeypatch):
   monkeypatch.setattr("cm3leon_jax.data.source_lines.MAX_LINE", 100)
   write(folder, a_jpg=jpeg(1), a_txt="x" * 101, b_jpg=jpeg(2), b_txt="x" * 100)
