@@ -3,8 +3,8 @@
   cm3leon prepare_data --config=scenes --workdir=workdir/scenes
   cm3leon prepare_data --config=scenes --workdir=workdir/scenes --check_leaks
 
-`--config.raw.source` is "openmoji", "scenes", or your images and texts; docs/data_formats.md has
-their formats.
+`--config.raw.source` is the folder of your images and texts, "openmoji" or "scenes";
+docs/data_formats.md has the formats. Only the configs `scenes` and `openmoji` name a source.
 """
 
 from absl import flags
@@ -74,6 +74,26 @@ def check_fact_leaks(workdir) -> None:
     )
 
 
+def conclude(settings, folder, summary: dict) -> None:
+  """Looks for near duplicates, adds their numbers to `summary`, and says what was understood."""
+  from cm3leon_jax.data import builtin_sources, leaks, raw_statistics, raw_writer
+
+  near = None
+  # Their images are near each other by design, and their concepts and splits take care of it.
+  if settings.raw.source not in (builtin_sources.OPENMOJI, builtin_sources.SCENES):
+    near = leaks.near_duplicates(folder, settings.raw.num_threads)
+    summary["compared_images"], summary["near_duplicates"] = near.compared, near.near
+    summary["leaked_heldout_images"] = near.leaked
+  print("prepare_data:", ", ".join(f"{name} {value}" for name, value in summary.items()))
+  listed = (folder / raw_writer.REJECTED).stat().length
+  more = f" ({folder / raw_writer.REJECTED} lists what is left out)" if listed else ""
+  print(f"prepare_data: {raw_statistics.sentence(summary, settings.raw.resolution)}{more}.")
+  if near and near.near:
+    print(f"prepare_data: {printable(str(near))}.")
+  for warning in raw_statistics.warnings(summary):
+    print(f"prepare_data: warning: {warning}")
+
+
 def main(settings, workdir):
   from cm3leon_jax.data import builtin_sources, ingest, sources
 
@@ -90,7 +110,7 @@ def main(settings, workdir):
     if summary is not None:
       folder = workdir / "raw"
       summary.update(ingest.prepare(settings.raw, parts, folder, runner, settings.scenes))
-      print("prepare_data:", ", ".join(f"{name} {value}" for name, value in summary.items()))
+      conclude(settings, folder, summary)
 
 
 if __name__ == "__main__":
