@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -105,6 +106,8 @@ def served(run, tmp_path):
   """A server as a user starts it: its process and its address."""
   environment = {**os.environ, "PYTHONPATH": str(ROOT), "CM3LEON_TOKEN": "correct-horse"}
   environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+  environment["XDG_CACHE_HOME"] = str(tmp_path / "caches")
+  del environment["JAX_COMPILATION_CACHE_DIR"]
   with open(tmp_path / "stderr", "w") as errors:
     process = subprocess.Popen(
       [sys.executable, "-m", "launch.serve", f"--workdir={run}", "--port=0", "--chunk=1"],
@@ -115,7 +118,7 @@ def served(run, tmp_path):
       assert line.startswith(f"serving {name} at http://127.0.0.1:"), (
         tmp_path / "stderr"
       ).read_text()
-      yield process, line.split()[-1]
+      yield process, line.split()[-1], tmp_path
     finally:
       process.kill()
       process.communicate()
@@ -128,8 +131,13 @@ def ask(url: str, **body):
   return urllib.request.urlopen(request, timeout=120)
 
 
-def test_sigterm_lets_requests_end_and_takes_no_more(served):
-  process, url = served
+def test_it_keeps_programs_logs_requests_and_lets_them_end_at_sigterm(served):
+  process, url, folder = served
+  [programs] = (folder / "caches" / "cm3leon_jax" / "programs").iterdir()
+  kept = {path.name for path in programs.glob("*-cache")}
+  # The steps of lanes, which take longest, are compiled ahead of time; the others when they run.
+  names = {re.sub(r"-[0-9a-f]{64}-cache$", "", name) for name in kept}
+  assert {"jit_steps", "jit_join", "jit_empty"} <= names, names
   with pytest.raises(urllib.error.HTTPError, match="401"):
     urllib.request.urlopen(f"{url}v1/models", timeout=60)
   with ask(url) as answer:
@@ -153,3 +161,8 @@ def test_sigterm_lets_requests_end_and_takes_no_more(served):
   assert process.wait(60) == 0
   assert process.stdout.read() == "stopped.\n"
   assert refused.is_set()
+  log = (folder / "stderr").read_text()
+  assert "] GET /v1/models status=401 seconds=0." in log
+  [line] = [line for line in log.splitlines() if "/v1/images/generations" in line]
+  assert re.search(r"\] POST /v1/images/generations status=200 .* images=8 tokens=\d+$", line)
+  assert "apple" not in log
