@@ -30,7 +30,7 @@ _SHARED = {"allow_override": True}
 _TOPOLOGY = flags.DEFINE_string(
   "topology",
   None,
-  "A slice, e.g. v5e-256 or v5p:4x4x8, or GPUs and their number, e.g. h100-64.",
+  "A slice, e.g. v5e-256 (or v5litepod-256) or v5p:4x4x8, or GPUs and their number, e.g. h100-64.",
   **_SHARED,
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "Number of slices of TPUs.", lower_bound=1, **_SHARED)
@@ -57,6 +57,27 @@ _SECRET = flags.DEFINE_string(
   "",
   "Secret of Kubernetes with the key WANDB_API_KEY, which may be absent (default: cm3leon).",
 )
+_ACCOUNT = flags.DEFINE_string(
+  "service_account",
+  "",
+  "Service account: of Kubernetes by its name (GKE), of Google Cloud by its address (TPU VM).",
+)
+_RESERVATION = flags.DEFINE_string("reservation", "", "Name of reserved machines to use.")
+_PRIORITY = flags.DEFINE_string(
+  "priority", "", "PriorityClass (GKE), priority (XPK) or quality of service (SLURM)."
+)
+_CPUS = flags.DEFINE_integer(
+  "cpus",
+  0,
+  "CPUs to ask for on each host (default: half of a TPU machine's, 8 for each GPU).",
+  lower_bound=0,
+)
+_MEMORY = flags.DEFINE_integer(
+  "memory_gib",
+  0,
+  "GiB to ask for on each host (default: half of a TPU machine's, all of a host with GPUs).",
+  lower_bound=0,
+)
 _SPOT = flags.DEFINE_bool("spot", False, "Ask for machines that may be preempted.")
 _MAX_RESTARTS = flags.DEFINE_integer("max_restarts", 20, "Restarts after crashes.", lower_bound=0)
 _TRAIN_FLAGS = flags.DEFINE_multi_string(
@@ -64,7 +85,10 @@ _TRAIN_FLAGS = flags.DEFINE_multi_string(
   None,
   "A further flag of launch.train, e.g. --train_flag=--init_from=gs://bucket/run",
 )
-_ONLY_FILES = (_IMAGE, _QUEUE, _SECRET, _MAX_RESTARTS, _TRAIN_FLAGS)
+_ONLY_FILES = (
+  _IMAGE, _QUEUE, _SECRET, _MAX_RESTARTS, _TRAIN_FLAGS, _ACCOUNT, _RESERVATION, _PRIORITY, _CPUS,
+  _MEMORY,
+)  # fmt: skip
 
 
 def config_flags(arguments: list[str]) -> list[str]:
@@ -120,6 +144,8 @@ def main(settings) -> None:
   job = launchers.Job(
     name=name, hardware=devices, flags=tuple(given), image=_IMAGE.value, queue=_QUEUE.value,
     secret=_SECRET.value, spot=_SPOT.value, max_restarts=_MAX_RESTARTS.value,
+    service_account=_ACCOUNT.value, reservation=_RESERVATION.value, priority=_PRIORITY.value,
+    cpus=_CPUS.value, memory_gib=_MEMORY.value, metrics_port=settings.train.metrics_port,
   )  # fmt: skip
   if _OUT.value:
     launchers.check(job)

@@ -29,6 +29,13 @@ IMAGE = "us-docker.pkg.dev/project/repository/cm3leon:tpu"
     ("v5e-256", {"secret": "own"}, "--secret is of gke_jobset.yaml, which is written only with --"),
     ("v5e-256", {"queue": "tpus"}, "--queue is of gke_jobset.yaml, which is written only with --"),
     ("v5e-256", {"queue": "a b"}, "--queue is 'a b'; it must be a name of an object"),
+    ("v5e-256", {"priority": "High"}, "--priority is 'High'; it must be a name of an object"),
+    ("h100-8", {"priority": "a b"}, "--priority is 'a b'; it must be a name, of letters"),
+    ("v5e-256", {"reservation": "$(id)"}, "--reservation is '$(id)'; it must be a name, of let"),
+    ("v5e-256", {"service_account": "a b"}, "--service_account is 'a b'; it must be a name of an"),
+    ("v5e-256", {"service_account": "a@b c"}, "--service_account is 'a@b c'; it must be a name o"),
+    ("h100-8", {"service_account": "a"}, "--service_account is of GKE and of TPU VMs: leave it "),
+    ("v5e-256", {"reservation": "r", "spot": True}, "--reservation and --spot are given: reserved"),
   ],
 )  # fmt: skip
 def test_what_no_launcher_could_start_is_refused(topology, options, sentence):
@@ -112,6 +119,42 @@ def test_a_config_that_is_not_copied_to_the_hosts_is_named(config, copied):
   file = config.partition(":")[0]
   found = [sentence.partition(": ")[0] for sentence in launchers.remarks(job)]
   assert found == ([] if copied else [f"--config={file}"])
+
+
+def test_a_flag_that_a_file_does_not_follow_is_named():
+  job = launchers.Job(
+    "run", hardware.load("v5e-256"), tuple(FLAGS), IMAGE, service_account="trainer",
+    reservation="july", priority="own", cpus=40,
+  )  # fmt: skip
+  found = {tuple(sentence.split(": ", 2)[:2]) for sentence in launchers.remarks(job)}
+  changes = "{} changes nothing here"
+  assert found == {
+    (name, changes.format(flag))
+    for name, flags in {
+      "xpk.sh": ("--service_account", "--priority", "--cpus"),
+      "tpu_vm.sh": ("--service_account", "--priority", "--cpus"),
+      "skypilot.yaml": ("--service_account", "--reservation", "--priority", "--cpus"),
+    }.items()
+    for flag in flags
+  }
+  account = "trainer@my-project.iam.gserviceaccount.com"
+  cloud = dataclasses.replace(job, service_account=account, priority="high", cpus=0)
+  found = [s.split(":")[0] for s in launchers.remarks(cloud) if "--service_account" in s]
+  assert found == ["gke_jobset.yaml", "xpk.sh", "skypilot.yaml"]
+
+
+@pytest.mark.parametrize(("topology", "slices"), [("v5e-256", 1), ("h100-64", 1)])
+def test_every_file_says_what_it_needs(topology, slices):
+  """Only files that copy a checkout to the hosts may name a part of it."""
+  port = {"metrics_port": 9464, "queue": "q" if topology == "v5e-256" else ""}
+  job = launchers.Job("run", hardware.load(topology, slices), tuple(FLAGS), IMAGE, **port)
+  texts = launchers.files(job)
+  assert len(texts) == (6 if topology == "v5e-256" else 2)
+  for name, text in texts.items():
+    head = [line for line in text.splitlines()[:8] if line.startswith("# Needs: ")]
+    assert len(head) == 1, name
+    of_checkout = re.search(r"launch[./](?!plan)\w|\.venv", text) is not None
+    assert of_checkout == ("a checkout of the repository" in head[0]), name
 
 
 # The folder of --out.

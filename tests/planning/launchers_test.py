@@ -33,7 +33,14 @@ def recorders(tmp_path):
 
 @pytest.mark.parametrize(
   ("topology", "slices", "options"),
-  [("v5e-256", 1, {}), ("v5p-256", 2, {"spot": True}), ("h100-64", 1, {}), ("v6e-8", 1, {})],
+  [
+    ("v5e-256", 1, {}),
+    ("v5p-256", 2, {"spot": True}),
+    ("h100-64", 1, {}),
+    ("v6e-8", 1, {}),
+    ("v5e-256", 2, {"service_account": "a@p.com", "reservation": "r", "priority": "high"}),
+    ("h100-64", 1, {"reservation": "r", "priority": "high", "cpus": 96, "memory_gib": 900}),
+  ],
 )
 def test_written_scripts_are_clean(tmp_path, topology, slices, options):
   folder = write(tmp_path, topology, slices, **options)
@@ -67,7 +74,7 @@ def test_no_file_holds_a_secret_of_the_environment(tmp_path, monkeypatch):
 
 def test_xpk_gets_the_flags_whole(recorders, tmp_path):
   recorders.add("xpk")
-  recorders.add("python")
+  recorders.add("cm3leon")
   script = write(tmp_path, slices=2) / "xpk.sh"
   result = run_script(recorders, script, **XPK)
   assert result.returncode == 0, result.stderr
@@ -84,7 +91,19 @@ def test_xpk_gets_the_flags_whole(recorders, tmp_path):
   assert INTERRUPTED in restarted
   assert MISTAKE not in restarted
   recorders.run("bash", "-c", command)
-  assert recorders.calls("python") == [["-m", "launch.train", "--distributed", *FLAGS]]
+  assert recorders.calls("cm3leon") == [["train", "--distributed", *FLAGS]]
+
+
+def test_xpk_gets_a_reservation_and_a_priority_if_they_are_given(recorders, tmp_path):
+  recorders.add("xpk")
+  calls = []
+  for options in ({}, {"reservation": "july", "priority": "high"}, {"priority": "own"}):
+    run_script(recorders, write(tmp_path, **options) / "xpk.sh", **XPK)
+    calls.append({x for x in recorders.calls("xpk")[-1] if not x.startswith("--command")})
+  plain, given, other = calls
+  assert given - plain == {"--reservation=july", "--priority=high"}
+  assert plain < given
+  assert other == plain
 
 
 @pytest.mark.parametrize("readable", [True, False])
@@ -94,8 +113,9 @@ def test_xpk_reads_the_key_in_the_container(recorders, tmp_path, readable):
   recorders.add("xpk")
   recorders.add(
     "python",
-    f'[ "$2" != launch.pod.secret ] || {answer}\necho "${{WANDB_API_KEY-absent}}" >{found}',
+    f'[ "$2" != cm3leon_jax.planning.secret ] || {answer}',
   )
+  recorders.add("cm3leon", f'echo "${{WANDB_API_KEY-absent}}" >{found}')
   script = write(tmp_path) / "xpk.sh"
   result = run_script(recorders, script, **XPK, WANDB_SECRET=secret, WANDB_API_KEY=KEY)
   assert result.returncode == 0
@@ -103,9 +123,9 @@ def test_xpk_reads_the_key_in_the_container(recorders, tmp_path, readable):
   assert KEY not in " ".join(call)
   command = next(argument for argument in call if argument.startswith("--command="))
   recorders.run("bash", "-c", command.removeprefix("--command="))
-  read, trained = recorders.calls("python")
-  assert read == ["-m", "launch.pod.secret", secret]
-  assert trained == ["-m", "launch.train", "--distributed", *FLAGS]  # With the key or without.
+  assert recorders.calls("python") == [["-m", "cm3leon_jax.planning.secret", secret]]
+  trained = ["train", "--distributed", *FLAGS]  # With the key or without.
+  assert recorders.calls("cm3leon") == [trained]
   assert found.read_text().strip() == (KEY if readable else "absent")
 
 
@@ -125,9 +145,12 @@ def test_slurm_gets_the_flags_whole_and_the_key(recorders, tmp_path):
   assert result.returncode == 0
   assert result.stdout == f"{KEY}\n"
   (call,) = recorders.calls("srun")
-  at = call.index("python")
-  assert call[at:] == ["python", "-m", "launch.train", "--distributed", *FLAGS, "--debug_nans"]
-  assert {"--container-image=registry#image:tag", f"--container-mounts={mounts}"} <= set(call[:at])
+  at = call.index("cm3leon")
+  assert call[at:] == ["cm3leon", "train", "--distributed", *FLAGS, "--debug_nans"]
+  assert {
+    "--container-image=registry#image:tag", f"--container-mounts={mounts}",
+    "--container-workdir=/app",
+  } <= set(call[:at])  # fmt: skip
   assert recorders.calls("scontrol") == []
 
 
@@ -160,9 +183,22 @@ def test_slurm_requeues_an_interrupted_run_but_not_after_a_mistake(
     assert re.fullmatch(rf"\d{{4}}-\d\d-\d\dT[\d:]{{8}} exit code {status}", lines[-1])
 
 
+def sbatch_options(folder) -> dict[str, str]:
+  text = (folder / "slurm.sbatch").read_text()
+  return dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE))
+
+
+def test_slurm_asks_for_what_is_given_and_for_nothing_else(tmp_path):
+  plain = sbatch_options(write(tmp_path, "h100-64"))
+  given = {"reservation": "july", "priority": "normal_QOS", "cpus": 96, "memory_gib": 900}
+  found = sbatch_options(write(tmp_path, "h100-64", **given))
+  new = {"reservation": "july", "qos": "normal_QOS", "cpus-per-task": "12", "mem": "900G"}
+  assert found == {**plain, **new}
+  assert (plain["cpus-per-task"], plain["mem"]) == ("8", "0")
+
+
 def test_slurm_knows_every_option_and_sends_sigterm_before_the_time_limit(tmp_path):
-  text = (write(tmp_path, "h100-64") / "slurm.sbatch").read_text()
-  options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE))
+  options = sbatch_options(write(tmp_path, "h100-64"))
   # Of sbatch's manual.
   assert options.keys() == {
     "job-name", "nodes", "gpus-per-node", "ntasks-per-node", "cpus-per-task", "mem", "exclusive",

@@ -154,6 +154,22 @@ def test_tpu_vm_commands(recorders, tmp_path, arguments, expected):
   assert recorders.calls("gcloud") == [["compute", "tpus", *expected, *end]]
 
 
+def test_tpu_vm_asks_for_a_reservation_and_an_account_if_they_are_given(recorders, tmp_path):
+  recorders.add("gcloud")
+  account = "trainer@my-project.iam.gserviceaccount.com"
+  script = write(tmp_path, reservation="july", service_account=account) / "tpu_vm.sh"
+  assert run_script(recorders, script, "create", **CLUSTER).returncode == 0
+  ((alpha, *call),) = recorders.calls("gcloud")
+  assert [alpha, *call[:4]] == ["alpha", "compute", "tpus", "queued-resources", "create"]
+  assert sorted(call[4:]) == sorted([
+    "run", "--project=project", "--zone=us-west4-a", "--node-id=run", *CREATE,
+    "--reservation=july", f"--service-account={account}",
+  ])  # fmt: skip
+  plain = write(tmp_path, service_account="trainer") / "tpu_vm.sh"  # Of Kubernetes.
+  assert run_script(recorders, plain, "create", **CLUSTER).returncode == 0
+  assert not [x for x in recorders.calls("gcloud")[-1] if "account" in x or "reserv" in x]
+
+
 def test_tpu_vm_asks_for_spot_slices_and_reaches_each(recorders, tmp_path):
   recorders.add("gcloud")
   script = write(tmp_path, "v5p-256", 2, spot=True) / "tpu_vm.sh"
