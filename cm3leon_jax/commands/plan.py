@@ -1,4 +1,4 @@
-r"""Plans a pod job before it is paid for: memory, days, checkpoints; writes files that start it.
+r"""Plans a pod job before it is paid for: memory, days, costs; writes files that start it.
 
   python -m launch.plan --config=ml_configs/cm3leon_7b.py --topology=v5e-256
   python -m launch.plan --config=ml_configs/cm3leon_7b.py --topology=v5e-256 --slices=2 \
@@ -9,10 +9,10 @@ r"""Plans a pod job before it is paid for: memory, days, checkpoints; writes fil
     --image=us-docker.pkg.dev#my-project/my-repository/cm3leon:gpu
 
 With --out it writes, for TPUs, gke_jobset.yaml, xpk.sh, tpu_vm.sh and skypilot.yaml; for GPUs,
-slurm.sbatch and, if the workdir is in a bucket, skypilot.yaml; and plan.json. Files of an earlier
-plan in that folder are replaced or removed, unless they were changed since. Nothing is compiled and
-nothing started: memory is an estimate, which `launch.aot_compile` checks with the real compiler.
-docs/pods.md is the guide.
+slurm.sbatch and, if the workdir is in a bucket, skypilot.yaml; offline_ray.sh, for the stages
+before the training; and plan.json. Files of an earlier plan in that folder are replaced or removed,
+unless they were changed since. Nothing is compiled and nothing started: memory and costs are
+estimates; `launch.aot_compile` checks memory with the real compiler. docs/pods.md is the guide.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import sys
 from absl import flags
 from etils import epath
 
-from cm3leon_jax.commands import common
+from cm3leon_jax.commands import common, help_text
 from cm3leon_jax.config import UserError
 
 # Other commands have flags of these names; tests import all of them into one process.
@@ -35,6 +35,13 @@ _TOPOLOGY = flags.DEFINE_string(
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "Number of slices of TPUs.", lower_bound=1, **_SHARED)
 _MFU = flags.DEFINE_float("mfu", 0.4, "Model FLOPs utilization, of which the times follow.")
+_PAIRS = flags.DEFINE_integer(
+  "pairs",
+  0,
+  "Captioned images of the run, of which the costs of its stages follow (default: as many as a "
+  "single pass of its tokens has).",
+  lower_bound=0,
+)
 _SAVE_BANDWIDTH = flags.DEFINE_float(
   "save_bandwidth", 0.25, "GB/s that a host writes to storage.", lower_bound=1e-3
 )
@@ -133,7 +140,7 @@ def _check_flags(settings) -> None:
 
 
 def main(settings) -> None:
-  from cm3leon_jax.planning import hardware, launchers, plan_folder
+  from cm3leon_jax.planning import hardware, launchers, plan_folder, stage_costs
   from cm3leon_jax.planning import plan as plan_lib
 
   _check_flags(settings)
@@ -150,15 +157,20 @@ def main(settings) -> None:
   if _OUT.value:
     launchers.check(job)
   plan = plan_lib.make(settings, devices, _MFU.value, _SAVE_BANDWIDTH.value)
+  pairs = _PAIRS.value or stage_costs.pairs_of_a_pass(settings)
+  costs = stage_costs.estimate(settings, plan, pairs)
+  costs_table = stage_costs.table(costs, plan, pairs, bool(_PAIRS.value))
+  tables = f"{plan_lib.table(plan, name, _SPOT.value)}\n{help_text.as_invoked(costs_table)}"
   if not _OUT.value:
-    print(plan_lib.table(plan, name, _SPOT.value))
+    print(tables)
     return
   more = (*given, *plan.flags, *(_TRAIN_FLAGS.value or ()))
   job = dataclasses.replace(job, flags=more, grace_seconds=plan.grace_seconds)
   texts, folder = launchers.files(job), epath.Path(_OUT.value)
   plan_folder.check(folder, texts)
-  print(plan_lib.table(plan, name, _SPOT.value), flush=True)
+  print(tables, flush=True)
   numbers = {**dataclasses.asdict(plan), "job": dataclasses.asdict(job)}
+  numbers |= {"pairs": pairs, "stages": [dataclasses.asdict(cost) for cost in costs]}
   removed = plan_folder.write(folder, texts, numbers)
   print(f"written to {_OUT.value}: {', '.join([*texts, plan_folder.NUMBERS])}")
   if removed:

@@ -2,6 +2,8 @@
 
 python -m launch.train --config=ml_configs/cm3leon_7b.py --workdir=runs/cm3leon_7b
 python -m launch.train --config=ml_configs/cm3leon_7b.py:paper --workdir=runs/cm3leon_7b_paper
+
+Its image tokenizer and its CLIP train on one host, unless both are published ones: see base.py.
 """
 
 from cm3leon_jax.configs import base

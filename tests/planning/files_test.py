@@ -47,7 +47,7 @@ def test_what_no_launcher_could_start_is_refused(topology, options, sentence):
 
 def test_a_launcher_that_cannot_run_a_job_is_left_out_with_a_sentence():
   job = launchers.Job("run", hardware.load("v5e-256", 2), tuple(FLAGS))
-  assert list(launchers.files(job)) == ["tpu_vm.sh"]
+  assert list(launchers.files(job)) == ["offline_ray.sh", "tpu_vm.sh"]
   image, several = launchers.remarks(job)
   assert image.startswith("gke_jobset.yaml and xpk.sh need a container image")
   assert several.startswith("skypilot.yaml: SkyPilot does not connect slices")
@@ -62,7 +62,7 @@ def test_gke_does_not_connect_slices_of_one_host():
       UserError, match=f"--{option} is of gke_jobset.yaml, which is not written, "
     ):
       launchers.check(dataclasses.replace(job, **{option: "own"}))
-  assert list(launchers.files(job)) == ["tpu_vm.sh"]
+  assert list(launchers.files(job)) == ["offline_ray.sh", "tpu_vm.sh"]
   assert launchers.remarks(job)[0] == (
     "gke_jobset.yaml and xpk.sh: GKE connects only slices of several hosts."
   )
@@ -74,13 +74,15 @@ def test_gke_does_not_connect_slices_of_one_host():
 def test_machines_that_share_no_folder_get_a_bucket_only():
   shared = ("--config=c", "--workdir=/scratch/7b")
   job = launchers.Job("run", hardware.load("h100-64"), shared)
-  assert list(launchers.files(job)) == []
+  assert list(launchers.files(job)) == ["offline_ray.sh"]
   image, folder = launchers.remarks(job)
   assert image == "slurm.sbatch needs a container image: give --image."
   assert folder == "skypilot.yaml: its machines share no folder; give a gs:// workdir."
-  assert list(launchers.files(dataclasses.replace(job, image=IMAGE))) == ["slurm.sbatch"]
+  assert list(launchers.files(dataclasses.replace(job, image=IMAGE))) == [
+    "offline_ray.sh", "slurm.sbatch"
+  ]  # fmt: skip
   bucket = dataclasses.replace(job, image=IMAGE, flags=tuple(FLAGS))
-  assert list(launchers.files(bucket)) == ["skypilot.yaml", "slurm.sbatch"]
+  assert list(launchers.files(bucket)) == ["offline_ray.sh", "skypilot.yaml", "slurm.sbatch"]
 
 
 def test_slurm_does_not_ask_for_spot_machines_and_says_so():
@@ -94,7 +96,7 @@ def test_slurm_does_not_ask_for_spot_machines_and_says_so():
 def test_every_launcher_says_how_the_key_reaches_the_processes(topology):
   job = launchers.Job("run", hardware.load(topology), tuple(FLAGS), IMAGE)
   sentences = dict(sentence.split(": ", 1) for sentence in launchers.keys(job))
-  assert sorted(sentences) == sorted(launchers.files(job))
+  assert sorted([*sentences, "offline_ray.sh"]) == sorted(launchers.files(job))
   assert all(text.startswith("WANDB_API_KEY comes from ") for text in sentences.values())
   if topology == "v5e-256":
     own = launchers.keys(dataclasses.replace(job, secret="own"))
@@ -149,7 +151,7 @@ def test_every_file_says_what_it_needs(topology, slices):
   port = {"metrics_port": 9464, "queue": "q" if topology == "v5e-256" else ""}
   job = launchers.Job("run", hardware.load(topology, slices), tuple(FLAGS), IMAGE, **port)
   texts = launchers.files(job)
-  assert len(texts) == (6 if topology == "v5e-256" else 2)
+  assert len(texts) == (7 if topology == "v5e-256" else 3)
   for name, text in texts.items():
     head = [line for line in text.splitlines()[:8] if line.startswith("# Needs: ")]
     assert len(head) == 1, name

@@ -186,7 +186,7 @@ def files(job: Job) -> dict[str, str]:
   """
   check(job)
   gpu = job.hardware.platform == "gpu"
-  names = [] if gpu else ["tpu_vm.sh"]
+  names = ["offline_ray.sh"] if gpu else ["offline_ray.sh", "tpu_vm.sh"]
   if job.in_bucket and (gpu or job.hardware.slices == 1):
     names.append("skypilot.yaml")
   if job.image:
@@ -195,7 +195,9 @@ def files(job: Job) -> dict[str, str]:
   values = {"job": job, "hw": job.hardware, "GPU_FRACTION": GPU_FRACTION}
   values |= {"secret": job.secret or KUBERNETES_SECRET}
   values |= {"MISTAKE": MISTAKE, "INTERRUPTED": INTERRUPTED, "TRIES": TRIES}
-  values |= {"XPK_PRIORITIES": XPK_PRIORITIES}
+  values |= {"XPK_PRIORITIES": XPK_PRIORITIES, "upload": job.config.endswith(".py")}
+  # The other flags are of the training alone.
+  values |= {"offline_flags": [f for f in job.flags if re.match(r"--(config|workdir)\b", f)]}
   return {
     name: environment.get_template(f"{name}{SUFFIX}").render(values) for name in sorted(names)
   }
