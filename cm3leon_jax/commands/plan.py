@@ -16,6 +16,7 @@ estimates; `launch.aot_compile` checks memory with the real compiler. docs/pods.
 """
 
 import dataclasses
+import os
 import re
 import sys
 
@@ -92,6 +93,7 @@ _TRAIN_FLAGS = flags.DEFINE_multi_string(
   None,
   "A further flag of launch.train, e.g. --train_flag=--init_from=gs://bucket/run",
 )
+COPYING = ("tpu_vm.sh", "skypilot.yaml")  # They copy a checkout to the hosts.
 _ONLY_FILES = (
   _IMAGE, _QUEUE, _SECRET, _MAX_RESTARTS, _TRAIN_FLAGS, _ACCOUNT, _RESERVATION, _PRIORITY, _CPUS,
   _MEMORY,
@@ -176,6 +178,8 @@ def main(settings) -> None:
   if removed:
     print(f"removed, of the plan before: {', '.join(removed)}")
   keys = launchers.keys(job) if settings.train.wandb else []
+  if copying := [] if os.path.isdir("launch/pod") else [name for name in COPYING if name in texts]:
+    print(f"{' and '.join(copying)}: start it in the root of a checkout of the repository.")
   for sentence in [*launchers.remarks(job), *keys]:
     print(sentence)
 

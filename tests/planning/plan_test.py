@@ -16,6 +16,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.planning import hardware, plan
 from cm3leon_jax.settings import settings_from_config
+from tests.launched import launch
 from tests.recorders import ROOT
 
 
@@ -245,3 +246,11 @@ def test_wrong_flags_are_refused_before_a_number_is_printed(tmp_path, flags, sen
   assert result.stderr.count("\n") == 1
   assert result.stdout == ""
   assert not (tmp_path / "out").exists()
+
+
+def test_files_that_copy_a_checkout_are_named_outside_of_one(tmp_path):
+  flags = ["--config=cm3leon_350m", TOPOLOGY, "--workdir=gs://bucket/350m", "--out=out"]
+  result = launch("plan", *flags, cwd=tmp_path)
+  assert result.returncode == 0, result.stderr
+  sentence = "tpu_vm.sh and skypilot.yaml: start it in the root of a checkout of the repository.\n"
+  assert sentence in result.stdout
