@@ -23,6 +23,7 @@ INDEXED = 1_000_000 / 201  # Vectors.
 SEARCHED, SEARCHED_OF = 1_628, 1_000_000  # Queries of a block of so many vectors.
 SQRT_UNTIL = 144_000_000  # Vectors of a block; up to there a query takes sqrt(vectors) longer.
 PRUNED = 6_900  # Documents.
+MERGED, MERGED_SECONDS = 100_000_000, 91  # Characters that BPE learns from, core-seconds.
 CAPTION_TOKENS = 24
 SOURCE = "two cores of an AMD EPYC machine, docs/benchmarks.md"
 
@@ -82,7 +83,8 @@ def _costs(settings, plan: Plan, pairs: int) -> Iterator[Cost]:
     return amount / rate / 3600
 
   yield Cost("prepare_data", cores(pairs, INGESTED), 0.0, f"{INGESTED} images/s a core")
-  yield Cost("train_text_tokenizer", 0.0, 0.0, "not measured: one host, on a sample of the texts")
+  basis = f"a sample of {MERGED / 1e6:g} million characters, on one host (docs/scaling.md)"
+  yield Cost("train_text_tokenizer", MERGED_SECONDS / 3600, 0.0, basis)
   images = settings.vqgan.steps * settings.vqgan.batch_size
   flops = 3 * (encode + decode)
   basis = f"{images:,} images, 3 x {(encode + decode) / 1e9:.0f} GFLOP, at {share}"
@@ -185,5 +187,6 @@ def table(costs: Sequence[Cost], plan: Plan, pairs: int, given: bool) -> str:
 
 def _hours(core_hours: float, chip_hours: float, unit: str) -> str:
   numbers = ((core_hours, "core-hours"), (chip_hours, unit))
-  found = [f"{hours:,.0f} {name}" for hours, name in numbers if hours]
+  shown = [(f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}", name) for hours, name in numbers]
+  found = [f"{hours} {name}" for hours, name in shown if hours != "0"]
   return f"{' and '.join(found)}: " if found else ""

@@ -30,7 +30,7 @@ PLANNING = (
     "cm3leon_jax/planning/launchers/__init__.py",
     FILES,
     ("spot_and_reserved", "if job.reservation and job.spot:", "if False:"),
-    ("any_reservation", '("reservation", job.reservation), ("priority"', '("priority"'),
+    ("any_reservation", '("reservation", job.reservation),', '("reservation", ""),'),
     ("an_ignored_priority", "priority * (job.priority not in XPK_PRIORITIES)", "''"),
   ),
 )

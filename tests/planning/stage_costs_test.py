@@ -38,6 +38,7 @@ def test_flops_are_those_that_the_page_names(of_7b):
   ("stage", "core_hours", "chip_hours"),
   [
     ("prepare_data", 3_600, 0),
+    ("train_text_tokenizer", 91 / 3600, 0),
     ("encode_documents", 1_100, 190),
     ("build_neighbors", 1_100 + 78 + 67_000 + 56, 115),
   ],
@@ -101,7 +102,7 @@ def test_pairs_are_those_of_a_pass_unless_they_are_given(of_7b):
   assert lines[:3] == [
     "stages, estimates for 1,000 pairs (--pairs)",
     f"  {'a':<22}10 core-hours: x",
-    f"  {'b':<22}1 core-hours and 2,000 chip-hours: y",
+    f"  {'b':<22}1.2 core-hours and 2,000 chip-hours: y",
   ]
   assert lines[3].startswith(f"  {'together':<22}12 core-hours and 2,000 chip-hours: rates of a ")
   assert "(one pass of the run's tokens; --pairs=N" in stage_costs.table(costs, made, 5, False)
