@@ -18,6 +18,7 @@ class Stage:
       describes. Of the many files of shards and arrays, `index.json` files among them have digests.
     varying: patterns of such files that are others whenever they are made; they do not change the
       id.
+    instead: of a stage that trains on one host, what takes its place on a pod.
   """
 
   command: str
@@ -27,6 +28,7 @@ class Stage:
   embeds: bool = False
   files: tuple[str, ...] = ()
   varying: tuple[str, ...] = ()
+  instead: str = ""
 
 
 MODEL_FILES = ("params.safetensors", "config.json")
@@ -50,6 +52,8 @@ STAGES = {
     ("raw",),
     ("vqgan", "vocab.image_size", "seed"),
     files=MODEL_FILES,
+    instead="a published image tokenizer, by `cm3leon import_vqgan --source=FOLDER` "
+    "(docs/published_tokenizers.md)",
   ),
   "documents": Stage(
     "encode_documents",
@@ -59,7 +63,12 @@ STAGES = {
     files=STORE_FILES,
   ),
   "clip": Stage(
-    "train_clip", "CLIP", ("raw", "text_tokenizer"), ("clip", "vocab", "seed"), files=MODEL_FILES
+    "train_clip",
+    "CLIP",
+    ("raw", "text_tokenizer"),
+    ("clip", "vocab", "seed"),
+    files=MODEL_FILES,
+    instead="a published CLIP, by --config.retrieval.clip=FOLDER (docs/scaling.md)",
   ),
   "neighbors": Stage(
     "build_neighbors",

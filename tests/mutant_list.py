@@ -6,6 +6,7 @@ from tests.mutant_lists.decoding import DECODING
 from tests.mutant_lists.evaluation import EVALUATION
 from tests.mutant_lists.export import EXPORT
 from tests.mutant_lists.importing import IMPORTING
+from tests.mutant_lists.planning import PLANNING
 from tests.mutant_lists.retrieval import RETRIEVAL
 from tests.mutant_lists.serving import SERVING
 from tests.mutant_lists.tokenizers import TOKENIZERS
@@ -21,6 +22,7 @@ MUTANTS = (
   + EVALUATION
   + EXPORT
   + IMPORTING
+  + PLANNING
   + WATCHING
   + SERVING
   + COMMANDS

@@ -34,7 +34,8 @@ CONFIG = "config.json"
 class CLIPConfig:
   """Both encoders of CLIP and their training.
 
-  The defaults are ViT-B/32 and its recipe, at this project's 256 pixels instead of 224.
+  The defaults are ViT-B/32 and its recipe, at this project's 256 pixels instead of 224. It trains
+  on one host; a published CLIP (`retrieval.clip`) needs no training.
   """
 
   resolution: PositiveInt = 256

@@ -27,6 +27,7 @@ from cm3leon_jax.config import (
   UserError,
   printable,
 )
+from cm3leon_jax.stage_table import STAGES
 
 if TYPE_CHECKING:
   import jax
@@ -67,12 +68,20 @@ _NEEDS_GCSFS = f"needs gcsfs: {extras.install('data')}."
 NAME_A_CONFIG = "name a config: --config=scenes"
 
 
-def _join_processes(several: bool, saves: bool) -> None:
+def _instead(stage: str) -> str:
+  """Returns the end of a refusal: what takes the place of a stage that trains on one host."""
+  if not stage:
+    return ""
+  return f"; {STAGES[stage].command} trains on one host: on a pod take {STAGES[stage].instead}"
+
+
+def _join_processes(several: bool, saves: bool, stage: str) -> None:
   """Joins the other processes of the job if flags ask for it.
 
   Args:
     several: whether the command may run in several processes.
     saves: whether they are to end together at SIGTERM and Ctrl-C.
+    stage: that the command runs, see `run`.
 
   Raises:
     UserError: the flags contradict each other, or the command runs in one process only.
@@ -85,7 +94,8 @@ def _join_processes(several: bool, saves: bool) -> None:
   if not several:
     raise UserError(
       f"--{given[0]} is given, but this command runs in one process; "
-      "only cm3leon train, cm3leon evaluate --protocol and cm3leon score run in several."
+      "only cm3leon train, cm3leon evaluate --protocol and cm3leon score run in "
+      f"several{_instead(stage)}."
     )
   if _DISTRIBUTED.value and len(given) > 1:
     raise UserError(
@@ -99,8 +109,12 @@ def _join_processes(several: bool, saves: bool) -> None:
     distributed.stop_together()
 
 
-def make_mesh(settings: Settings) -> jax.sharding.Mesh:
+def make_mesh(settings: Settings, stage: str = "") -> jax.sharding.Mesh:
   """Makes the mesh of the config.
+
+  Args:
+    settings: of the config.
+    stage: that the command runs, see `run`.
 
   Raises:
     UserError: the mesh does not fit the devices.
@@ -112,7 +126,8 @@ def make_mesh(settings: Settings) -> jax.sharding.Mesh:
   if jax.process_count() > 1 and not jax.distributed.is_initialized():
     raise UserError(
       f"this is one of the {jax.process_count()} hosts of a pod: cm3leon train, cm3leon evaluate "
-      "--protocol and cm3leon score need --distributed, other commands a single host."
+      "--protocol and cm3leon score need --distributed, other commands a single "
+      f"host{_instead(stage)}."
     )
   try:
     return create_mesh(settings.mesh)
@@ -120,11 +135,11 @@ def make_mesh(settings: Settings) -> jax.sharding.Mesh:
     raise UserError(f"config.mesh: {error}") from error
 
 
-def use_mesh(settings: Settings):
+def use_mesh(settings: Settings, stage: str = ""):
   """Sets the mesh of the config (`jax.set_mesh`); raises as `make_mesh`."""
   import jax
 
-  return jax.set_mesh(make_mesh(settings))
+  return jax.set_mesh(make_mesh(settings, stage))
 
 
 def keep_compiled(workdir: epath.Path) -> None:
@@ -315,6 +330,7 @@ def run(
   config: bool = True,
   actions: tuple[str, ...] = (),
   begins: bool = False,
+  stage: str = "",
 ) -> None:
   """Runs a command as an absl app; a UserError becomes one sentence on stderr and exit code 2.
 
@@ -329,6 +345,7 @@ def run(
     config: whether it takes a config; if not, `main` gets no settings.
     actions: words of which the first argument is one; `main` then gets it first.
     begins: whether the folder of --workdir may be absent.
+    stage: that trains on one host: a refusal of more names what takes its place.
   """
 
   def checked(argv):
@@ -348,7 +365,7 @@ def run(
       if workdir is not None:
         _check_buckets()
       buckets.prepare_access()
-      _join_processes(several_processes, saves)
+      _join_processes(several_processes, saves, stage)
       main(*given)
 
   for number in (signal.SIGTERM, signal.SIGINT) if saves else ():

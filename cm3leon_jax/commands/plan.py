@@ -1,4 +1,4 @@
-r"""Plans a pod job before it is paid for: memory, days, checkpoints; writes files that start it.
+r"""Plans a pod job before it is paid for: memory, days, costs; writes files that start it.
 
   cm3leon plan --config=cm3leon_7b --topology=v5e-256
   cm3leon plan --config=cm3leon_7b --topology=v5e-256 --slices=2 \
@@ -9,20 +9,21 @@ r"""Plans a pod job before it is paid for: memory, days, checkpoints; writes fil
     --image=us-docker.pkg.dev#my-project/my-repository/cm3leon:gpu
 
 With --out it writes, for TPUs, gke_jobset.yaml, xpk.sh, tpu_vm.sh and skypilot.yaml; for GPUs,
-slurm.sbatch and, if the workdir is in a bucket, skypilot.yaml; and plan.json. Files of an earlier
-plan in that folder are replaced or removed, unless they were changed since. Nothing is compiled and
-nothing started: memory is an estimate, which `cm3leon aot_compile` checks with the real compiler.
-docs/pods.md is the guide.
+slurm.sbatch and, if the workdir is in a bucket, skypilot.yaml; offline_ray.sh, for the stages
+before the training; and plan.json. Files of an earlier plan in that folder are replaced or removed,
+unless they were changed since. Nothing is compiled and nothing started: memory and costs are
+estimates; `cm3leon aot_compile` checks memory with the real compiler. docs/pods.md is the guide.
 """
 
 import dataclasses
+import os
 import re
 import sys
 
 from absl import flags
 from etils import epath
 
-from cm3leon_jax.commands import common
+from cm3leon_jax.commands import common, help_text
 from cm3leon_jax.config import UserError
 
 # Other commands have flags of these names; tests import all of them into one process.
@@ -30,11 +31,18 @@ _SHARED = {"allow_override": True}
 _TOPOLOGY = flags.DEFINE_string(
   "topology",
   None,
-  "A slice, e.g. v5e-256 or v5p:4x4x8, or GPUs and their number, e.g. h100-64.",
+  "A slice, e.g. v5e-256 (or v5litepod-256) or v5p:4x4x8, or GPUs and their number, e.g. h100-64.",
   **_SHARED,
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "Number of slices of TPUs.", lower_bound=1, **_SHARED)
 _MFU = flags.DEFINE_float("mfu", 0.4, "Model FLOPs utilization, of which the times follow.")
+_PAIRS = flags.DEFINE_integer(
+  "pairs",
+  0,
+  "Captioned images of the run, of which the costs of its stages follow (default: as many as a "
+  "single pass of its tokens has).",
+  lower_bound=0,
+)
 _SAVE_BANDWIDTH = flags.DEFINE_float(
   "save_bandwidth", 0.25, "GB/s that a host writes to storage.", lower_bound=1e-3
 )
@@ -57,6 +65,27 @@ _SECRET = flags.DEFINE_string(
   "",
   "Secret of Kubernetes with the key WANDB_API_KEY, which may be absent (default: cm3leon).",
 )
+_ACCOUNT = flags.DEFINE_string(
+  "service_account",
+  "",
+  "Service account: of Kubernetes by its name (GKE), of Google Cloud by its address (TPU VM).",
+)
+_RESERVATION = flags.DEFINE_string("reservation", "", "Name of reserved machines to use.")
+_PRIORITY = flags.DEFINE_string(
+  "priority", "", "PriorityClass (GKE), priority (XPK) or quality of service (SLURM)."
+)
+_CPUS = flags.DEFINE_integer(
+  "cpus",
+  0,
+  "CPUs to ask for on each host (default: half of a TPU machine's, 8 for each GPU).",
+  lower_bound=0,
+)
+_MEMORY = flags.DEFINE_integer(
+  "memory_gib",
+  0,
+  "GiB to ask for on each host (default: half of a TPU machine's, all of a host with GPUs).",
+  lower_bound=0,
+)
 _SPOT = flags.DEFINE_bool("spot", False, "Ask for machines that may be preempted.")
 _MAX_RESTARTS = flags.DEFINE_integer("max_restarts", 20, "Restarts after crashes.", lower_bound=0)
 _TRAIN_FLAGS = flags.DEFINE_multi_string(
@@ -64,7 +93,11 @@ _TRAIN_FLAGS = flags.DEFINE_multi_string(
   None,
   "A further flag of cm3leon train, e.g. --train_flag=--init_from=gs://bucket/run",
 )
-_ONLY_FILES = (_IMAGE, _QUEUE, _SECRET, _MAX_RESTARTS, _TRAIN_FLAGS)
+COPYING = ("tpu_vm.sh", "skypilot.yaml")  # They copy a checkout to the hosts.
+_ONLY_FILES = (
+  _IMAGE, _QUEUE, _SECRET, _MAX_RESTARTS, _TRAIN_FLAGS, _ACCOUNT, _RESERVATION, _PRIORITY, _CPUS,
+  _MEMORY,
+)  # fmt: skip
 
 
 def config_flags(arguments: list[str]) -> list[str]:
@@ -109,7 +142,7 @@ def _check_flags(settings) -> None:
 
 
 def main(settings) -> None:
-  from cm3leon_jax.planning import hardware, launchers, plan_folder
+  from cm3leon_jax.planning import hardware, launchers, plan_folder, stage_costs
   from cm3leon_jax.planning import plan as plan_lib
 
   _check_flags(settings)
@@ -120,24 +153,33 @@ def main(settings) -> None:
   job = launchers.Job(
     name=name, hardware=devices, flags=tuple(given), image=_IMAGE.value, queue=_QUEUE.value,
     secret=_SECRET.value, spot=_SPOT.value, max_restarts=_MAX_RESTARTS.value,
+    service_account=_ACCOUNT.value, reservation=_RESERVATION.value, priority=_PRIORITY.value,
+    cpus=_CPUS.value, memory_gib=_MEMORY.value, metrics_port=settings.train.metrics_port,
   )  # fmt: skip
   if _OUT.value:
     launchers.check(job)
   plan = plan_lib.make(settings, devices, _MFU.value, _SAVE_BANDWIDTH.value)
+  pairs = _PAIRS.value or stage_costs.pairs_of_a_pass(settings)
+  costs = stage_costs.estimate(settings, plan, pairs)
+  costs_table = stage_costs.table(costs, plan, pairs, bool(_PAIRS.value))
+  tables = f"{plan_lib.table(plan, name, _SPOT.value)}\n{help_text.as_invoked(costs_table)}"
   if not _OUT.value:
-    print(plan_lib.table(plan, name, _SPOT.value))
+    print(tables)
     return
   more = (*given, *plan.flags, *(_TRAIN_FLAGS.value or ()))
   job = dataclasses.replace(job, flags=more, grace_seconds=plan.grace_seconds)
   texts, folder = launchers.files(job), epath.Path(_OUT.value)
   plan_folder.check(folder, texts)
-  print(plan_lib.table(plan, name, _SPOT.value), flush=True)
+  print(tables, flush=True)
   numbers = {**dataclasses.asdict(plan), "job": dataclasses.asdict(job)}
+  numbers |= {"pairs": pairs, "stages": [dataclasses.asdict(cost) for cost in costs]}
   removed = plan_folder.write(folder, texts, numbers)
   print(f"written to {_OUT.value}: {', '.join([*texts, plan_folder.NUMBERS])}")
   if removed:
     print(f"removed, of the plan before: {', '.join(removed)}")
   keys = launchers.keys(job) if settings.train.wandb else []
+  if copying := [] if os.path.isdir("launch/pod") else [name for name in COPYING if name in texts]:
+    print(f"{' and '.join(copying)}: start it in the root of a checkout of the repository.")
   for sentence in [*launchers.remarks(job), *keys]:
     print(sentence)
 

@@ -55,6 +55,12 @@ _TOKEN_FILE = flags.DEFINE_string(
   None,
   f"File with a token that requests must bear; or set the variable {TOKEN}. Default: none.",
 )
+_CACHE_DIR = flags.DEFINE_string(
+  "cache_dir",
+  None,
+  "Folder that keeps compiled programs for the next start; empty: none. Default: that of "
+  "JAX_COMPILATION_CACHE_DIR, else cm3leon_jax/programs in the user's folder for caches.",
+)
 _WEIGHT_DTYPE = flags.DEFINE_enum(
   "weight_dtype", "compute", ("compute", "int8"), "Dtype of the model's matrices."
 )
@@ -97,7 +103,7 @@ def main(workdir) -> None:
   _check_host(_HOST.value)
   token = _token()
   from cm3leon_jax.api import CM3Leon
-  from cm3leon_jax.serving import server
+  from cm3leon_jax.serving import program_cache, request_log, server
   from cm3leon_jax.serving.engine import Engine
   from cm3leon_jax.serving.limits import Limits, is_loopback
 
@@ -107,6 +113,8 @@ def main(workdir) -> None:
       "--token_file.",
       file=sys.stderr,
     )
+  if warning := program_cache.keep_programs(_CACHE_DIR.value):
+    print(f"warning: {warning}", file=sys.stderr)
   opened = server.listen(_HOST.value, _PORT.value)
   model = CM3Leon.load(
     os.fspath(workdir),
@@ -129,7 +137,12 @@ def main(workdir) -> None:
     lanes=_LANES.value,
     queue_limit=_MOST_WAITING.value,
   )
-  print("compiling the usual programs: on a CPU this takes minutes.", file=sys.stderr, flush=True)
+  print(
+    "compiling the usual programs: on a CPU the first start takes minutes.",
+    file=sys.stderr,
+    flush=True,
+  )
+  request_log.show()
   name = os.path.basename(os.path.normpath(model.workdir)) or "model"
   server.serve(engine, name, limits, _HOST.value, opened, _STOP_SECONDS.value)
 

@@ -16,7 +16,7 @@ def main(settings, workdir):
 
   if stages.is_given(workdir, "clip"):
     return
-  with common.use_mesh(settings), stages.stage(workdir, "clip", settings) as summary:
+  with common.use_mesh(settings, "clip"), stages.stage(workdir, "clip", settings) as summary:
     if summary is not None:
       encode = TextTokenizer(workdir / "text_tokenizer", settings.vocab).encode
       text_size = settings.vocab.text_size
@@ -37,4 +37,4 @@ def main(settings, workdir):
 
 
 if __name__ == "__main__":
-  common.run(main, saves=True)
+  common.run(main, saves=True, stage="clip")

@@ -91,7 +91,7 @@ def main(settings, workdir):
     return
   features, digests = _features(settings.vqgan.perceptual)
   stage = stages.stage(workdir, "vqgan", settings, digests)
-  with common.use_mesh(settings), stage as summary:
+  with common.use_mesh(settings, "vqgan"), stage as summary:
     if summary is not None:
       images = [
         raw_pairs.open_images(workdir / "raw", split, settings.vqgan.resolution)
@@ -118,4 +118,4 @@ def main(settings, workdir):
 
 
 if __name__ == "__main__":
-  common.run(main, saves=True)
+  common.run(main, saves=True, stage="vqgan")

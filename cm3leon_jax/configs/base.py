@@ -1,5 +1,9 @@
 """Shared values of the three CM3Leon sizes: the tutorial's; `:paper` takes the paper's.
 
+The stages `vqgan` and `clip` of these sizes train on one host. `cm3leon plan` says for how long; a
+published image tokenizer (`cm3leon import_vqgan --source=FOLDER`) and a published CLIP
+(`--config.retrieval.clip=FOLDER`) need no training. docs/scaling.md has the steps.
+
 docs/config.md describes every field.
 """
 

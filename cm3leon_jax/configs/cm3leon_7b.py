@@ -2,6 +2,8 @@
 
 cm3leon train --config=cm3leon_7b --workdir=runs/cm3leon_7b
 cm3leon train --config=cm3leon_7b:paper --workdir=runs/cm3leon_7b_paper
+
+Its image tokenizer and its CLIP train on one host, unless both are published ones: see base.py.
 """
 
 from cm3leon_jax.configs import base

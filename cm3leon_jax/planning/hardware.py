@@ -1,11 +1,12 @@
 """Describes the devices of a job by a short name, and what the launchers call them."""
 
+from collections.abc import Mapping
 import dataclasses
 import math
 import re
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.planning.topology import CHIPS, SLICES
+from cm3leon_jax.planning.topology import CHIPS, SLICES, own_name, suggestion
 
 GPUS_PER_HOST = 8
 # Of a GPU's memory: launchers of GPUs set XLA_PYTHON_CLIENT_MEM_FRACTION to it, JAX's default is
@@ -32,6 +33,7 @@ class Tpu:
     accelerator: first part of an accelerator type of Cloud TPU; `units` per chip follow.
     units: in which an accelerator type counts, per chip: v5p counts cores.
     runtime: software version of a TPU VM.
+    machines: chips of a host -> vCPUs and GB of its machine type in GKE.
   """
 
   device_kind: str
@@ -39,13 +41,28 @@ class Tpu:
   accelerator: str
   units: int
   runtime: str
+  machines: Mapping[int, tuple[int, int]]
 
 
-# cloud.google.com/tpu/docs/runtimes and /kubernetes-engine/docs/concepts/tpus have these names.
+# Of cloud.google.com/tpu/docs/runtimes and /kubernetes-engine/docs/concepts/plan-tpus.
 TPUS = {
-  "v5e": Tpu("TPU v5 lite", "tpu-v5-lite-podslice", "v5litepod", 1, "v2-alpha-tpuv5-lite"),
-  "v5p": Tpu("TPU v5p", "tpu-v5p-slice", "v5p", 2, "v2-alpha-tpuv5"),
-  "v6e": Tpu("TPU v6 lite", "tpu-v6e-slice", "v6e", 1, "v2-alpha-tpuv6e"),
+  "v5e": Tpu(
+    "TPU v5 lite",
+    "tpu-v5-lite-podslice",
+    "v5litepod",
+    1,
+    "v2-alpha-tpuv5-lite",
+    {1: (24, 48), 4: (112, 192), 8: (224, 384)},
+  ),
+  "v5p": Tpu("TPU v5p", "tpu-v5p-slice", "v5p", 2, "v2-alpha-tpuv5", {4: (208, 448)}),
+  "v6e": Tpu(
+    "TPU v6 lite",
+    "tpu-v6e-slice",
+    "v6e",
+    1,
+    "v2-alpha-tpuv6e",
+    {1: (44, 176), 4: (180, 720), 8: (180, 1440)},
+  ),
 }
 GPUS = {
   "a100": Gpu("NVIDIA A100-SXM4-80GB", "A100-80GB", 80.0),
@@ -111,6 +128,15 @@ class Hardware:
     """Topology of a slice of TPUs in GKE: 16x16."""
     return "x".join(map(str, self.torus))
 
+  @property
+  def requests(self) -> tuple[int, int]:
+    """CPUs and GiB that a pod on a host of TPUs asks for: half of the machine's.
+
+    The rest is for the system and other pods; no other one gets the chips of the host.
+    """
+    cpus, memory = self.tpu.machines.get(self.per_host, min(self.tpu.machines.values()))
+    return cpus // 2, memory // 2
+
   def __str__(self) -> str:
     several = f"{self.slices} x " if self.platform == "tpu" and self.slices > 1 else ""
     hosts = f"{self.hosts:,} host{'s' * (self.hosts > 1)}"
@@ -122,20 +148,22 @@ def load(name: str, slices: int = 1) -> Hardware:
   """Returns the hardware of a name: of `topology.SLICES`, v5p:4x4x8, or GPUs and their number.
 
   Args:
-    name: v5e-256, v5p:4x4x8, h100-64.
+    name: v5e-256 or v5litepod-256, v5p:4x4x8, h100-64.
     slices: of TPUs.
 
   Raises:
     UserError: there is no such hardware.
   """
+  given, name = name, own_name(name)
   chip, _, size = name.replace("-", ":", 1).partition(":")
   if chip in GPUS:
     return _gpus(name, chip, size, slices)
   shape = SLICES.get(name, size)
   if chip not in TPUS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
     raise UserError(
-      f"--topology is '{name}': give a slice ({', '.join(SLICES)}), a chip and a shape, as in "
-      f"v5p:4x4x8, or GPUs and their number, as in h100-64; GPUs: {', '.join(GPUS)}."
+      f"--topology is '{given}': {suggestion(name, [f'{gpu}-64' for gpu in GPUS])}give a slice "
+      f"({', '.join(SLICES)}), a chip and a shape, as in v5p:4x4x8, or GPUs and their number, as "
+      f"in h100-64; GPUs: {', '.join(GPUS)}."
     )
   torus = tuple(map(int, shape.split("x")))
   chips = math.prod(torus)

@@ -1,6 +1,8 @@
 """Describes TPU topologies that XLA compiles for without a TPU, and their chips."""
 
+from collections.abc import Iterable
 import dataclasses
+import difflib
 import os
 import re
 
@@ -47,6 +49,34 @@ _TORUS_3D = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 25
 _TORUS_3D |= {512: "4x8x8", 1024: "8x8x8"}
 _TORI = {"v5e": _TORUS_2D, "v6e": _TORUS_2D, "v5p": _TORUS_3D}
 SLICES = {f"{chip}-{n}": shape for chip, tori in _TORI.items() for n, shape in tori.items()}
+# Other names of the chips: of accelerator types in Cloud TPU and of JAX's devices.
+ALIASES = {"v5litepod": "v5e", "v5lite": "v5e"}
+
+
+def own_name(name: str) -> str:
+  """Returns our name of a slice that has another one in Cloud TPU.
+
+  >>> own_name("v5litepod-256"), own_name("v5litepod:4x4"), own_name("v5p-8")
+  ('v5e-256', 'v5e:4x4', 'v5p-8')
+  """
+  chip = re.split("[-:]", name, maxsplit=1)[0]
+  return ALIASES.get(chip, chip) + name[len(chip) :]
+
+
+def suggestion(name: str, others: Iterable[str] = ()) -> str:
+  """Returns "did you mean v5e-256? " of the slice whose name or number is nearest, or "".
+
+  Args:
+    name: of no slice.
+    others: further names that could be meant.
+  """
+  chip, _, size = name.rpartition("-")
+  if chip in _TORI and size.isdecimal() and int(size):
+    counts = _TORI[chip]
+    nearest = min(counts, key=lambda n: max(n, int(size)) / min(n, int(size)))
+    return f"did you mean {chip}-{nearest}? "
+  close = difflib.get_close_matches(name, [*SLICES, *others], n=1)
+  return f"did you mean {close[0]}? " if close else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +114,18 @@ def prepare() -> None:
 def load(name: str, slices: int = 1) -> Topology:
   """Returns the topology of a name in `SLICES`, or of a chip and a shape, `v5p:4x4x8`.
 
+  v5litepod-256 is v5e-256.
+
   Raises:
     UserError: there is no such chip or shape, or libtpu is not installed.
   """
+  given, name = name, own_name(name)
   generation, _, shape = name.replace("-", ":", 1).partition(":")
   shape = SLICES.get(name, shape)
   if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
     raise UserError(
-      f"--topology is '{name}': give a slice ({', '.join(SLICES)}) or a chip and a shape, as in "
-      f"v5p:4x4x8; chips: {', '.join(CHIPS)}."
+      f"--topology is '{given}': {suggestion(name)}give a slice ({', '.join(SLICES)}) or a chip "
+      f"and a shape, as in v5p:4x4x8; chips: {', '.join(CHIPS)}."
     )
   full = f"{generation}:{shape}"
   more = {"num_slices": slices} if slices > 1 else {}

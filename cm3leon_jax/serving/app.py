@@ -61,6 +61,7 @@ class Server:
       Route(CHAT, self._chat, methods=["POST"]),
       Route(MODELS, self._models),
       Route(MODELS + "/{name}", self._model),
+      Route("/health", self._health),
       Route("/healthz", self._health),
       Route("/readyz", self._ready),
       Route("/metrics", self._metrics),
@@ -145,7 +146,7 @@ class Server:
     self, request: Request, body: schemas.Body, task: Task, answer: ImageAnswer | ChatAnswer
   ) -> Response:
     """Gives the task to the engine; answers when it is done, or with a stream of events."""
-    events = self._events(task, body)
+    events = self._events(request, task, body)
     if not body.stream:
       async with contextlib.aclosing(events):
         found = await unless_gone(request, answer.whole(events))
@@ -157,7 +158,7 @@ class Server:
       return Response(status_code=499)
     return EventStream(answer.stream, first, events)
 
-  async def _events(self, task: Task, body: schemas.Body) -> AsyncIterator[Event]:
+  async def _events(self, request: Request, task: Task, body: schemas.Body) -> AsyncIterator[Event]:
     """Yields the events of a job. Whoever closes it cancels the job.
 
     Raises:
@@ -183,6 +184,7 @@ class Server:
         if (wrong := failure(event)) is not None:
           raise wrong
         remaining -= isinstance(event, Finished)
+        request.state.made.add(task, event)
         yield event
     finally:
       self.engine.cancel(job)

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cm3leon_jax.serving import request_log
 from cm3leon_jax.serving.errors import ApiError
 from cm3leon_jax.serving.metrics import Metrics
 
@@ -58,7 +59,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-  """Refuses requests by their headers, limits their bodies, and counts them."""
+  """Refuses requests by their headers, limits their bodies, counts and logs them."""
 
   def __init__(
     self, app: ASGIApp, limits: Limits, metrics: Metrics, endpoints: Iterable[str], local: bool
@@ -80,6 +81,8 @@ class Guard:
     if scope["type"] != "http":  # Nothing listens to WebSockets.
       return await self._app(scope, receive, send)
     began, status, received = time.monotonic(), CLIENT_LEFT, 0
+    made = request_log.Made()
+    scope.setdefault("state", {})["made"] = made  # `Request.state.made`.
 
     async def limited() -> Message:
       nonlocal received
@@ -107,9 +110,10 @@ class Guard:
         return await refuse(error, answered)
       await self._app(scope, limited, answered)
     finally:
-      path = scope["path"]
-      endpoint = path if path in self._endpoints else "other"
-      self._metrics.count(endpoint, status, time.monotonic() - began)
+      path, seconds = scope["path"], time.monotonic() - began
+      self._metrics.count(path if path in self._endpoints else "other", status, seconds)
+      request_id = headers.get(request_log.ID_HEADER, "")
+      request_log.log(scope["method"], path, status, seconds, made, request_id)
 
   def _check(self, path: str, headers: Mapping[str, str]) -> None:
     """Raises ApiError if the headers of a request are not as they must be."""

@@ -19,7 +19,8 @@ class VQGANConfig:
   The network halves the resolution from `resolution / stem` to `resolution / downsample`, one
   level for each; level i has `width * multipliers[i]` channels, `encoder_blocks[i]` residual blocks
   on the way down and `decoder_blocks[i]` on the way up. The defaults turn 256x256 pixels into 32x32
-  codes, as CM3Leon does (section 2.1).
+  codes, as CM3Leon does (section 2.1). It trains on one host; a published tokenizer
+  (`cm3leon import_vqgan`) needs no training.
   """
 
   resolution: PositiveInt = 256

@@ -1,7 +1,9 @@
 import jax
 import pytest
 
-from cm3leon_jax.commands import common
+from cm3leon_jax.commands import common, config_file
+from cm3leon_jax.config import UserError
+from cm3leon_jax.settings import settings_from_config
 
 
 @pytest.mark.parametrize(
@@ -21,3 +23,22 @@ def test_compiled_programs_are_kept_in_the_workdir_of_an_accelerator(
     )
   finally:
     jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize(
+  ("stage", "remedy"),
+  [
+    ("", ""),
+    ("vqgan", "; train_vqgan trains on one host: on a pod take a published image tokenizer, by "),
+    ("clip", "; train_clip trains on one host: on a pod take a published CLIP, by --config."),
+  ],
+)
+def test_a_host_of_a_pod_that_trains_alone_is_refused_with_a_remedy(monkeypatch, stage, remedy):
+  monkeypatch.setattr(jax, "process_count", lambda: 4)
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+  settings = settings_from_config(config_file.load("cm3leon_7b"))
+  with pytest.raises(UserError) as error:
+    common.use_mesh(settings, stage)
+  start, _, end = str(error.value).partition("other commands a single host")
+  assert start.startswith("this is one of the 4 hosts of a pod: ")
+  assert end.startswith(remedy or ".")

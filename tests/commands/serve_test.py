@@ -1,8 +1,10 @@
 """The command that serves: what it refuses, what it prints, how it stops."""
 
+import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -105,11 +107,14 @@ def test_a_port_that_is_taken_is_named(run):
   assert warning in result.stderr
 
 
-@pytest.fixture
-def served(run, tmp_path):
+@contextlib.contextmanager
+def started(run, tmp_path):
   """A server as a user starts it: its process and its address."""
   environment = {**os.environ, "PYTHONPATH": str(ROOT), "CM3LEON_TOKEN": "correct-horse"}
   environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+  environment["XDG_CACHE_HOME"] = str(tmp_path / "caches")
+  for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+    del environment[name]
   with open(tmp_path / "stderr", "w") as errors:
     process = subprocess.Popen(
       [sys.executable, "-m", "launch.serve", f"--workdir={run}", "--port=0", "--chunk=1"],
@@ -133,8 +138,29 @@ def ask(url: str, **body):
   return urllib.request.urlopen(request, timeout=120)
 
 
-def test_sigterm_lets_requests_end_and_takes_no_more(served):
-  process, url = served
+def kept(folder) -> set[str]:
+  """Names of the programs that servers keep for the next start."""
+  [programs] = (folder / "caches" / "cm3leon_jax" / "programs").iterdir()
+  return {path.name for path in programs.glob("*-cache")}
+
+
+def test_it_keeps_programs_logs_requests_and_lets_them_end_at_sigterm(run, tmp_path):
+  with started(run, tmp_path) as (process, url):
+    requests_end_at_sigterm(process, url)
+  log = (tmp_path / "stderr").read_text()
+  assert "] GET /v1/models status=401 seconds=0." in log
+  [line] = [line for line in log.splitlines() if "/v1/images/generations" in line]
+  assert re.search(r"\] POST /v1/images/generations status=200 .* images=8 tokens=\d+$", line)
+  assert "apple" not in log
+  programs = kept(tmp_path)
+  # The steps of lanes, which take longest, are compiled ahead of time; the others when they run.
+  names = {re.sub(r"-[0-9a-f]{64}-cache$", "", name) for name in programs}
+  assert {"jit_steps", "jit_join", "jit_empty"} <= names, names
+  with started(run, tmp_path):
+    assert kept(tmp_path) == programs  # A program that is compiled again has another name.
+
+
+def requests_end_at_sigterm(process, url):
   with pytest.raises(urllib.error.HTTPError, match="401"):
     urllib.request.urlopen(f"{url}v1/models", timeout=60)
   with ask(url) as answer:

@@ -5,6 +5,8 @@ from tests.mutant_lists.mutant import mutants_of
 ENGINE = "tests/serving/engine_test.py"
 APP = "tests/serving/app_test.py"
 REFUSALS = "tests/serving/refusals_test.py"
+LOG = "tests/serving/request_log_test.py"
+CACHE = "tests/serving/program_cache_test.py"
 
 SERVING = (
   *mutants_of(
@@ -50,6 +52,23 @@ SERVING = (
     ("any_origin", 'origin.partition("://")[2] != host', "origin == host"),
     ("any_token", 'if kind.lower() != "bearer" or not right:', 'if kind.lower() != "bearer":'),
     ("bodies_without_end", "if received > self._limits.most_bytes:", "if received < 0:"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/serving/request_log.py",
+    f"{LOG}::test_a_line_has_what_a_request_cost",
+    ("a_path_begins_a_line", "quote(path)[:LONGEST_PATH]", "path[:LONGEST_PATH]"),
+    ("any_request_id", r'r"[\w.:/+=-]{1,128}"', '".*"'),
+  ),
+  *mutants_of(
+    "cm3leon_jax/serving/program_cache.py",
+    CACHE,
+    (
+      "small_programs_are_compiled_again",
+      'jax_persistent_cache_min_compile_time_secs", 0.0',
+      'jax_persistent_cache_min_compile_time_secs", 1.0',
+    ),
+    ("one_folder_for_all_machines", "features[2].split()", "features[1].split()"),
+    ("programs_of_others", "mode=0o700", "mode=0o777"),
   ),
   *mutants_of(
     "cm3leon_jax/serving/uploads.py",

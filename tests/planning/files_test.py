@@ -29,6 +29,13 @@ IMAGE = "us-docker.pkg.dev/project/repository/cm3leon:tpu"
     ("v5e-256", {"secret": "own"}, "--secret is of gke_jobset.yaml, which is written only with --"),
     ("v5e-256", {"queue": "tpus"}, "--queue is of gke_jobset.yaml, which is written only with --"),
     ("v5e-256", {"queue": "a b"}, "--queue is 'a b'; it must be a name of an object"),
+    ("v5e-256", {"priority": "High"}, "--priority is 'High'; it must be a name of an object"),
+    ("h100-8", {"priority": "a b"}, "--priority is 'a b'; it must be a name, of letters"),
+    ("v5e-256", {"reservation": "$(id)"}, "--reservation is '$(id)'; it must be a name, of let"),
+    ("v5e-256", {"service_account": "a b"}, "--service_account is 'a b'; it must be a name of an"),
+    ("v5e-256", {"service_account": "a@b c"}, "--service_account is 'a@b c'; it must be a name o"),
+    ("h100-8", {"service_account": "a"}, "--service_account is of GKE and of TPU VMs: leave it "),
+    ("v5e-256", {"reservation": "r", "spot": True}, "--reservation and --spot are given: reserved"),
   ],
 )  # fmt: skip
 def test_what_no_launcher_could_start_is_refused(topology, options, sentence):
@@ -40,7 +47,7 @@ def test_what_no_launcher_could_start_is_refused(topology, options, sentence):
 
 def test_a_launcher_that_cannot_run_a_job_is_left_out_with_a_sentence():
   job = launchers.Job("run", hardware.load("v5e-256", 2), tuple(FLAGS))
-  assert list(launchers.files(job)) == ["tpu_vm.sh"]
+  assert list(launchers.files(job)) == ["offline_ray.sh", "tpu_vm.sh"]
   image, several = launchers.remarks(job)
   assert image.startswith("gke_jobset.yaml and xpk.sh need a container image")
   assert several.startswith("skypilot.yaml: SkyPilot does not connect slices")
@@ -55,7 +62,7 @@ def test_gke_does_not_connect_slices_of_one_host():
       UserError, match=f"--{option} is of gke_jobset.yaml, which is not written, "
     ):
       launchers.check(dataclasses.replace(job, **{option: "own"}))
-  assert list(launchers.files(job)) == ["tpu_vm.sh"]
+  assert list(launchers.files(job)) == ["offline_ray.sh", "tpu_vm.sh"]
   assert launchers.remarks(job)[0] == (
     "gke_jobset.yaml and xpk.sh: GKE connects only slices of several hosts."
   )
@@ -67,13 +74,15 @@ def test_gke_does_not_connect_slices_of_one_host():
 def test_machines_that_share_no_folder_get_a_bucket_only():
   shared = ("--config=c", "--workdir=/scratch/7b")
   job = launchers.Job("run", hardware.load("h100-64"), shared)
-  assert list(launchers.files(job)) == []
+  assert list(launchers.files(job)) == ["offline_ray.sh"]
   image, folder = launchers.remarks(job)
   assert image == "slurm.sbatch needs a container image: give --image."
   assert folder == "skypilot.yaml: its machines share no folder; give a gs:// workdir."
-  assert list(launchers.files(dataclasses.replace(job, image=IMAGE))) == ["slurm.sbatch"]
+  assert list(launchers.files(dataclasses.replace(job, image=IMAGE))) == [
+    "offline_ray.sh", "slurm.sbatch"
+  ]  # fmt: skip
   bucket = dataclasses.replace(job, image=IMAGE, flags=tuple(FLAGS))
-  assert list(launchers.files(bucket)) == ["skypilot.yaml", "slurm.sbatch"]
+  assert list(launchers.files(bucket)) == ["offline_ray.sh", "skypilot.yaml", "slurm.sbatch"]
 
 
 def test_slurm_does_not_ask_for_spot_machines_and_says_so():
@@ -87,7 +96,7 @@ def test_slurm_does_not_ask_for_spot_machines_and_says_so():
 def test_every_launcher_says_how_the_key_reaches_the_processes(topology):
   job = launchers.Job("run", hardware.load(topology), tuple(FLAGS), IMAGE)
   sentences = dict(sentence.split(": ", 1) for sentence in launchers.keys(job))
-  assert sorted(sentences) == sorted(launchers.files(job))
+  assert sorted([*sentences, "offline_ray.sh"]) == sorted(launchers.files(job))
   assert all(text.startswith("WANDB_API_KEY comes from ") for text in sentences.values())
   if topology == "v5e-256":
     own = launchers.keys(dataclasses.replace(job, secret="own"))
@@ -112,6 +121,42 @@ def test_a_config_that_is_not_copied_to_the_hosts_is_named(config, copied):
   file = config.partition(":")[0]
   found = [sentence.partition(": ")[0] for sentence in launchers.remarks(job)]
   assert found == ([] if copied else [f"--config={file}"])
+
+
+def test_a_flag_that_a_file_does_not_follow_is_named():
+  job = launchers.Job(
+    "run", hardware.load("v5e-256"), tuple(FLAGS), IMAGE, service_account="trainer",
+    reservation="july", priority="own", cpus=40,
+  )  # fmt: skip
+  found = {tuple(sentence.split(": ", 2)[:2]) for sentence in launchers.remarks(job)}
+  changes = "{} changes nothing here"
+  assert found == {
+    (name, changes.format(flag))
+    for name, flags in {
+      "xpk.sh": ("--service_account", "--priority", "--cpus"),
+      "tpu_vm.sh": ("--service_account", "--priority", "--cpus"),
+      "skypilot.yaml": ("--service_account", "--reservation", "--priority", "--cpus"),
+    }.items()
+    for flag in flags
+  }
+  account = "trainer@my-project.iam.gserviceaccount.com"
+  cloud = dataclasses.replace(job, service_account=account, priority="high", cpus=0)
+  found = [s.split(":")[0] for s in launchers.remarks(cloud) if "--service_account" in s]
+  assert found == ["gke_jobset.yaml", "xpk.sh", "skypilot.yaml"]
+
+
+@pytest.mark.parametrize(("topology", "slices"), [("v5e-256", 1), ("h100-64", 1)])
+def test_every_file_says_what_it_needs(topology, slices):
+  """Only files that copy a checkout to the hosts may name a part of it."""
+  port = {"metrics_port": 9464, "queue": "q" if topology == "v5e-256" else ""}
+  job = launchers.Job("run", hardware.load(topology, slices), tuple(FLAGS), IMAGE, **port)
+  texts = launchers.files(job)
+  assert len(texts) == (7 if topology == "v5e-256" else 3)
+  for name, text in texts.items():
+    head = [line for line in text.splitlines()[:8] if line.startswith("# Needs: ")]
+    assert len(head) == 1, name
+    of_checkout = re.search(r"launch[./](?!plan)\w|\.venv", text) is not None
+    assert of_checkout == ("a checkout of the repository" in head[0]), name
 
 
 # The folder of --out.

@@ -11,8 +11,12 @@ from cm3leon_jax.planning import hardware
 @pytest.mark.parametrize(
   ("name", "slices", "sentence"),
   [
-    ("v5e-100", 1, "--topology is 'v5e-100': give a slice (v5e-4, "),
-    ("v7x-8", 1, "--topology is 'v7x-8': give a slice"),
+    ("v5e-200", 1, "--topology is 'v5e-200': did you mean v5e-256? give a slice (v5e-4, "),
+    ("v5litepod-100", 1, "--topology is 'v5litepod-100': did you mean v5e-128? give a slice"),
+    ("v5p-9999", 1, "--topology is 'v5p-9999': did you mean v5p-1024? give a slice"),
+    ("v5e256", 1, "--topology is 'v5e256': did you mean v5e-256? give a slice"),
+    ("h10-64", 1, "--topology is 'h10-64': did you mean h100-64? give a slice"),
+    ("tpu", 1, "--topology is 'tpu': give a slice"),
     ("h100-12", 1, "--topology is 'h100-12': the number of GPUs must be at most 8"),
     ("h100-0", 1, "--topology is 'h100-0': the number of GPUs must be at most 8"),
     ("h100-64", 2, "--slices is 2; slices are of TPUs"),
@@ -28,6 +32,8 @@ def test_unknown_hardware_is_refused(name, slices, sentence):
   [
     ("v5e-256", 1, 256, 64, 4, "v5litepod-256"),
     ("v5e-8", 1, 8, 1, 8, "v5litepod-8"),
+    ("v5litepod-256", 1, 256, 64, 4, "v5litepod-256"),
+    ("v5litepod:4x4", 1, 16, 4, 4, "v5litepod-16"),
     ("v5p-8", 1, 4, 1, 4, "v5p-8"),  # v5p counts cores, two a chip.
     ("v5p:2x2x2", 2, 16, 4, 4, "v5p-16"),
     ("v6e-256", 2, 512, 128, 4, "v6e-256"),
@@ -40,3 +46,15 @@ def test_hardware_is_counted(name, slices, chips, hosts, per_host, accelerator):
   assert (found.chips, found.hosts, found.per_host) == (chips, hosts, per_host)
   if accelerator:
     assert found.accelerator == accelerator
+
+
+def test_a_name_of_cloud_tpu_is_ours():
+  assert hardware.load("v5litepod-256") == hardware.load("v5e-256")
+
+
+@pytest.mark.parametrize(
+  ("name", "requests"),
+  [("v5e-256", (56, 96)), ("v5e-8", (112, 192)), ("v6e:1x1", (22, 88)), ("v5p:1x1x1", (104, 224))],
+)
+def test_half_of_a_machine_is_asked_for(name, requests):
+  assert hardware.load(name).requests == requests

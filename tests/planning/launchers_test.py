@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from cm3leon_jax.config import INTERRUPTED
+from cm3leon_jax.planning import hardware, launchers
 from tests.recorders import (
   CLUSTER,
   FLAGS,
@@ -33,7 +34,14 @@ def recorders(tmp_path):
 
 @pytest.mark.parametrize(
   ("topology", "slices", "options"),
-  [("v5e-256", 1, {}), ("v5p-256", 2, {"spot": True}), ("h100-64", 1, {}), ("v6e-8", 1, {})],
+  [
+    ("v5e-256", 1, {}),
+    ("v5p-256", 2, {"spot": True}),
+    ("h100-64", 1, {}),
+    ("v6e-8", 1, {}),
+    ("v5e-256", 2, {"service_account": "a@p.com", "reservation": "r", "priority": "high"}),
+    ("h100-64", 1, {"reservation": "r", "priority": "high", "cpus": 96, "memory_gib": 900}),
+  ],
 )
 def test_written_scripts_are_clean(tmp_path, topology, slices, options):
   folder = write(tmp_path, topology, slices, **options)
@@ -55,9 +63,11 @@ def test_written_scripts_are_clean(tmp_path, topology, slices, options):
 def test_no_file_holds_a_secret_of_the_environment(tmp_path, monkeypatch):
   monkeypatch.setenv("WANDB_API_KEY", KEY)
   for topology, queue in (("v5e-256", "q"), ("h100-64", "")):
-    texts = [path.read_text() for path in write(tmp_path, topology, queue=queue).iterdir()]
+    paths = [*write(tmp_path, topology, queue=queue).iterdir()]
+    texts = [path.read_text() for path in paths]
     assert len(texts) >= 2
-    assert all("WANDB_API_KEY" in text for text in texts if "kind: ResourceFlavor" not in text)
+    training = [path for path in paths if path.name not in ("gke_kueue.yaml", "offline_ray.sh")]
+    assert all("WANDB_API_KEY" in path.read_text() for path in training)
     assert not [text for text in texts if KEY in text]
     assert not [text for text in texts if re.search(r"WANDB_API_KEY[=:] *[\w'\"]{3}", text)]
 
@@ -67,7 +77,7 @@ def test_no_file_holds_a_secret_of_the_environment(tmp_path, monkeypatch):
 
 def test_xpk_gets_the_flags_whole(recorders, tmp_path):
   recorders.add("xpk")
-  recorders.add("python")
+  recorders.add("cm3leon")
   script = write(tmp_path, slices=2) / "xpk.sh"
   result = run_script(recorders, script, **XPK)
   assert result.returncode == 0, result.stderr
@@ -84,7 +94,19 @@ def test_xpk_gets_the_flags_whole(recorders, tmp_path):
   assert INTERRUPTED in restarted
   assert MISTAKE not in restarted
   recorders.run("bash", "-c", command)
-  assert recorders.calls("python") == [["-m", "launch.train", "--distributed", *FLAGS]]
+  assert recorders.calls("cm3leon") == [["train", "--distributed", *FLAGS]]
+
+
+def test_xpk_gets_a_reservation_and_a_priority_if_they_are_given(recorders, tmp_path):
+  recorders.add("xpk")
+  calls = []
+  for options in ({}, {"reservation": "july", "priority": "high"}, {"priority": "own"}):
+    run_script(recorders, write(tmp_path, **options) / "xpk.sh", **XPK)
+    calls.append({x for x in recorders.calls("xpk")[-1] if not x.startswith("--command")})
+  plain, given, other = calls
+  assert given - plain == {"--reservation=july", "--priority=high"}
+  assert plain < given
+  assert other == plain
 
 
 @pytest.mark.parametrize("readable", [True, False])
@@ -94,8 +116,9 @@ def test_xpk_reads_the_key_in_the_container(recorders, tmp_path, readable):
   recorders.add("xpk")
   recorders.add(
     "python",
-    f'[ "$2" != launch.pod.secret ] || {answer}\necho "${{WANDB_API_KEY-absent}}" >{found}',
+    f'[ "$2" != cm3leon_jax.planning.secret ] || {answer}',
   )
+  recorders.add("cm3leon", f'echo "${{WANDB_API_KEY-absent}}" >{found}')
   script = write(tmp_path) / "xpk.sh"
   result = run_script(recorders, script, **XPK, WANDB_SECRET=secret, WANDB_API_KEY=KEY)
   assert result.returncode == 0
@@ -103,9 +126,9 @@ def test_xpk_reads_the_key_in_the_container(recorders, tmp_path, readable):
   assert KEY not in " ".join(call)
   command = next(argument for argument in call if argument.startswith("--command="))
   recorders.run("bash", "-c", command.removeprefix("--command="))
-  read, trained = recorders.calls("python")
-  assert read == ["-m", "launch.pod.secret", secret]
-  assert trained == ["-m", "launch.train", "--distributed", *FLAGS]  # With the key or without.
+  assert recorders.calls("python") == [["-m", "cm3leon_jax.planning.secret", secret]]
+  trained = ["train", "--distributed", *FLAGS]  # With the key or without.
+  assert recorders.calls("cm3leon") == [trained]
   assert found.read_text().strip() == (KEY if readable else "absent")
 
 
@@ -125,9 +148,12 @@ def test_slurm_gets_the_flags_whole_and_the_key(recorders, tmp_path):
   assert result.returncode == 0
   assert result.stdout == f"{KEY}\n"
   (call,) = recorders.calls("srun")
-  at = call.index("python")
-  assert call[at:] == ["python", "-m", "launch.train", "--distributed", *FLAGS, "--debug_nans"]
-  assert {"--container-image=registry#image:tag", f"--container-mounts={mounts}"} <= set(call[:at])
+  at = call.index("cm3leon")
+  assert call[at:] == ["cm3leon", "train", "--distributed", *FLAGS, "--debug_nans"]
+  assert {
+    "--container-image=registry#image:tag", f"--container-mounts={mounts}",
+    "--container-workdir=/app",
+  } <= set(call[:at])  # fmt: skip
   assert recorders.calls("scontrol") == []
 
 
@@ -160,9 +186,22 @@ def test_slurm_requeues_an_interrupted_run_but_not_after_a_mistake(
     assert re.fullmatch(rf"\d{{4}}-\d\d-\d\dT[\d:]{{8}} exit code {status}", lines[-1])
 
 
+def sbatch_options(folder) -> dict[str, str]:
+  text = (folder / "slurm.sbatch").read_text()
+  return dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE))
+
+
+def test_slurm_asks_for_what_is_given_and_for_nothing_else(tmp_path):
+  plain = sbatch_options(write(tmp_path, "h100-64"))
+  given = {"reservation": "july", "priority": "normal_QOS", "cpus": 96, "memory_gib": 900}
+  found = sbatch_options(write(tmp_path, "h100-64", **given))
+  new = {"reservation": "july", "qos": "normal_QOS", "cpus-per-task": "12", "mem": "900G"}
+  assert found == {**plain, **new}
+  assert (plain["cpus-per-task"], plain["mem"]) == ("8", "0")
+
+
 def test_slurm_knows_every_option_and_sends_sigterm_before_the_time_limit(tmp_path):
-  text = (write(tmp_path, "h100-64") / "slurm.sbatch").read_text()
-  options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE))
+  options = sbatch_options(write(tmp_path, "h100-64"))
   # Of sbatch's manual.
   assert options.keys() == {
     "job-name", "nodes", "gpus-per-node", "ntasks-per-node", "cpus-per-task", "mem", "exclusive",
@@ -207,6 +246,55 @@ def test_skypilot_restarts_an_interrupted_run_but_not_after_a_mistake(
   calls = recorders.calls("python")
   joined = ["--coordinator_address=10.0.0.1:8476", "--num_processes=2", "--process_id=1"]
   assert calls == [["-m", "launch.train", *FLAGS, *joined]] * runs
+
+
+# Ray.
+
+RAY = {"RAY_ADDRESS": "http://head:8265", "HOSTS": "3", "HOST_CPUS": "96"}
+OFFLINE = ["prepare_data", "train_text_tokenizer", "encode_documents", "build_neighbors"]
+
+
+def test_ray_gets_the_flags_whole_and_a_worker_for_each_core_or_host(recorders, tmp_path):
+  recorders.add("ray", 'while [ "$1" != -- ]; do shift; done; shift; "$@"')
+  recorders.add("cm3leon")
+  script = write(tmp_path, slices=2) / "offline_ray.sh"
+  result = run_script(recorders, script, **RAY)
+  assert result.returncode == 0, result.stderr
+  assert [call[:3] for call in recorders.calls("ray")] == [["job", "submit", "--working-dir=."]] * 4
+  calls = recorders.calls("cm3leon")
+  assert [call[0] for call in calls] == OFFLINE
+  assert all(call[1 : 1 + len(FLAGS)] == FLAGS for call in calls)
+  cores, none, hosts, last = (call[1 + len(FLAGS) :] for call in calls)
+  ray = ["--runner=ray", "--ray_address=auto"]
+  assert cores == [*ray, "--ray_workers=282", "--ray_worker_cpus=1"]
+  assert hosts == last == [*ray, "--ray_workers=3", "--ray_worker_cpus=94"]
+  assert none == []
+
+
+def test_the_stages_of_ray_are_chosen_by_name_and_end_at_the_first_failure(recorders, tmp_path):
+  recorders.add("ray", 'case "$*" in *encode_documents*) exit 1 ;; esac')
+  script = write(tmp_path) / "offline_ray.sh"
+  chosen = ["train_text_tokenizer", "encode_documents", "build_neighbors"]
+  assert run_script(recorders, script, *chosen, **RAY).returncode == 1
+  assert len(recorders.calls("ray")) == 2
+  result = run_script(recorders, script, "train", **RAY)
+  assert_one_sentence(result, "unexpected stage 'train'; it must be prepare_data, ")
+  for name, value in (("RAY_ADDRESS", ""), ("HOSTS", "many"), ("HOST_CPUS", "0")):
+    result = run_script(recorders, script, **{**RAY, name: value})
+    assert (result.returncode, result.stdout) == (MISTAKE, "")
+    assert result.stderr.startswith(f"error: {name} is ")
+
+
+def test_ray_gets_no_flag_of_the_training_and_uploads_no_shipped_config(recorders, tmp_path):
+  recorders.add("ray")
+  flags = ("--config=cm3leon_7b", "--workdir=gs://b/7b", "--init_from=gs://b/old")
+  job = launchers.Job("run", hardware.load("v5e-256"), flags)
+  script = tmp_path / "offline_ray.sh"
+  script.write_text(launchers.files(job)["offline_ray.sh"])
+  assert run_script(recorders, script, "train_text_tokenizer", **RAY).returncode == 0
+  assert recorders.calls("ray") == [
+    ["job", "submit", "--", "cm3leon", "train_text_tokenizer", *flags[:2]]
+  ]
 
 
 # Mistakes.

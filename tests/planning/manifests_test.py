@@ -116,6 +116,26 @@ class Kueue(Strict):
   spec: Flavor | ClusterQueue | LocalQueue
 
 
+class Endpoint(Strict):
+  port: int | str
+  path: str = "/metrics"
+  interval: str = pydantic.Field(pattern=r"^[0-9]+(ms|s|m|h)$")
+
+
+class Scraped(Strict):
+  selector: client.V1LabelSelector
+  endpoints: list[Endpoint] = pydantic.Field(min_length=1)
+
+
+class PodMonitoring(Strict):
+  """Of monitoring.googleapis.com/v1, GoogleCloudPlatform/prometheus-engine 0.15."""
+
+  apiVersion: str = pydantic.Field(pattern="^monitoring.googleapis.com/v1$")
+  kind: str = pydantic.Field(pattern="^PodMonitoring$")
+  metadata: Metadata
+  spec: Scraped
+
+
 class AcceleratorArgs(Strict):
   runtime_version: str
   tpu_vm: bool = True
@@ -179,16 +199,29 @@ def manifest():
   return yaml.safe_load(written(spot=True, queue="tpus")["gke_jobset.yaml"])
 
 
+ALL = {
+  "queue": "tpus",
+  "service_account": "trainer",
+  "reservation": "yes",  # In YAML 1.1 it would be true without quotes.
+  "priority": "high",
+  "cpus": 40,
+  "memory_gib": 100,
+  "metrics_port": 9464,
+}
 HARDWARE = [("v5e-256", 1), ("v5p-256", 2), ("v6e-8", 1), ("v5p:4x4x8", 1)]
 
 
 @pytest.mark.parametrize(("topology", "slices"), HARDWARE)
-@pytest.mark.parametrize("options", [{}, {"spot": True, "queue": "tpus"}])
+@pytest.mark.parametrize("options", [{}, {"spot": True, "queue": "tpus"}, {"all": True}])
 def test_manifests_are_valid(topology, slices, options):
+  options = ALL if "all" in options else options
   texts = written(topology, slices, AWKWARD, **options)
   validate(yaml.safe_load(texts["gke_jobset.yaml"]))
   assert ("gke_kueue.yaml" in texts) == ("queue" in options)
   validate_queue(yaml.safe_load_all(texts.get("gke_kueue.yaml", "")) if options else [])
+  assert ("gke_monitoring.yaml" in texts) == ("metrics_port" in options)
+  if "metrics_port" in options:
+    PodMonitoring.model_validate(yaml.safe_load(texts["gke_monitoring.yaml"]), **STRICT)
   assert ("skypilot.yaml" in texts) == (slices == 1)
   if slices == 1:
     SkyPilot.model_validate(yaml.safe_load(texts["skypilot.yaml"]), **STRICT)
@@ -294,10 +327,17 @@ def test_the_hardware_and_the_limits_of_a_job_are_in_its_manifests():
   flavor, queue, local = yaml.safe_load_all(texts["gke_kueue.yaml"])
   assert flavor["spec"]["nodeLabels"] == labels
   (flavors,) = queue["spec"]["resourceGroups"][0]["flavors"]
-  assert flavors["resources"] == [{"name": "google.com/tpu", "nominalQuota": 256}]
+  # Of 64 hosts, each half of a ct5p-hightpu-4t.
+  assert flavors["resources"] == [
+    {"name": "google.com/tpu", "nominalQuota": 256},
+    {"name": "cpu", "nominalQuota": 64 * 104},
+    {"name": "memory", "nominalQuota": f"{64 * 224}Gi"},
+  ]
   # A resource that a pod asks for and no group covers would never be admitted.
-  limits = pod(manifest)["containers"][0]["resources"]["limits"]
-  assert list(limits) == queue["spec"]["resourceGroups"][0]["coveredResources"]
+  resources = pod(manifest)["containers"][0]["resources"]
+  assert resources["requests"] == {"cpu": "104", "memory": "224Gi"}
+  asked = {*resources["limits"], *resources["requests"]}
+  assert asked == set(queue["spec"]["resourceGroups"][0]["coveredResources"])
   assert flavors["name"] == flavor["metadata"]["name"]
   assert local["spec"]["clusterQueue"] == queue["metadata"]["name"]
   assert local["metadata"]["name"] == "tpus"
@@ -322,11 +362,50 @@ def test_spot_machines_are_asked_for_only_if_they_are_wanted():
 
 def test_kubernetes_gives_the_flags_unchanged():
   container = pod(yaml.safe_load(written(flags=AWKWARD)["gke_jobset.yaml"]))["containers"][0]
-  assert container["command"] == ["python", "-m", "launch.train"]
+  assert container["command"] == ["cm3leon", "train"]
   assert [arg.replace("$$(", "$(") for arg in container["args"]] == ["--distributed", *AWKWARD]
   assert not any(
     re.search(r"(?<!\$)\$\(", arg) for arg in container["args"]
   )  # What it would take for a variable.
+
+
+def test_the_processes_of_a_pod_share_memory():
+  """A container has 64 MiB of /dev/shm by default."""
+  found = pod(yaml.safe_load(written()["gke_jobset.yaml"]))
+  assert found["volumes"] == [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
+  assert found["containers"][0]["volumeMounts"] == [{"name": "shm", "mountPath": "/dev/shm"}]
+
+
+def test_what_is_not_asked_for_is_not_in_the_manifest():
+  found = pod(yaml.safe_load(written(**ALL)["gke_jobset.yaml"]))
+  labels = found["nodeSelector"]
+  assert (found["serviceAccountName"], found["priorityClassName"]) == ("trainer", "high")
+  assert labels.pop("cloud.google.com/reservation-name") == "yes"
+  requests = {"cpu": "40", "memory": "100Gi"}
+  assert found["containers"][0]["resources"]["requests"] == requests
+  plain = pod(yaml.safe_load(written()["gke_jobset.yaml"]))
+  assert not {"serviceAccountName", "priorityClassName"} & plain.keys()
+  assert plain["nodeSelector"] == labels
+  cloud = written(service_account="a@p.iam.gserviceaccount.com")["gke_jobset.yaml"]
+  assert pod(yaml.safe_load(cloud)) == plain
+
+
+def test_the_metrics_of_process_0_are_scraped_if_it_serves_any():
+  texts = written(metrics_port=9464)
+  manifest = yaml.safe_load(texts["gke_jobset.yaml"])
+  template = job(manifest)["template"]
+  assert template["metadata"]["annotations"] == {
+    "prometheus.io/scrape": "true", "prometheus.io/port": "9464", "prometheus.io/path": "/metrics"
+  }  # fmt: skip
+  port = {"name": "metrics", "containerPort": 9464, "hostPort": 9464}
+  assert template["spec"]["containers"][0]["ports"] == [port]
+  scraped = yaml.safe_load(texts["gke_monitoring.yaml"])
+  assert scraped["spec"]["endpoints"] == [{"port": 9464, "path": "/metrics", "interval": "30s"}]
+  labels = scraped["spec"]["selector"]["matchLabels"]
+  assert labels["jobset.sigs.k8s.io/jobset-name"] == manifest["metadata"]["name"]
+  plain = yaml.safe_load(written()["gke_jobset.yaml"])
+  assert "metadata" not in job(plain)["template"]
+  assert "ports" not in pod(plain)["containers"][0]
 
 
 def jobset_action(manifest, exit_code=None, condition=None):

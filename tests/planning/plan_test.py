@@ -16,6 +16,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.mesh import MeshConfig
 from cm3leon_jax.planning import hardware, plan
 from cm3leon_jax.settings import settings_from_config
+from tests.launched import launch
 from tests.recorders import ROOT
 
 
@@ -182,16 +183,23 @@ def test_the_command_prints_a_plan_and_writes_the_files_of_every_launcher(tmp_pa
   result = run(
     "--config=ml_configs/cm3leon_350m.py:paper", "--config.seed=3", "--topology=v5e-256",
     "--workdir=gs://bucket/350m", f"--out={tmp_path}", "--image=i", "--queue=tpus",
-    "--train_flag=--init_from=gs://bucket/old", "--config.train.wandb=cats",
+    "--train_flag=--init_from=gs://bucket/old", "--config.train.wandb=cats", "--pairs=5000000",
   )  # fmt: skip
   assert result.returncode == 0, result.stderr
   assert "\ngke_jobset.yaml: WANDB_API_KEY comes from a Secret: " in result.stdout
   assert result.stdout.startswith("cm3leon-350m-paper on v5e-256: 256 chips, 64 hosts\n")
   for name in ("mesh", "remat", "rows of a device", "memory of a device", "tokens/s", "the run"):
     assert re.search(rf"^  {name} +\S", result.stdout, re.MULTILINE), name
+  assert "\nstages, estimates for 5,000,000 pairs (--pairs)\n  prepare_data  " in result.stdout
+  assert re.search(r"\n  train_clip .* on one host only, .* or none with a pub", result.stdout)
   numbers = json.loads((tmp_path / "plan.json").read_text())
+  assert numbers["pairs"] == 5_000_000
+  assert {cost["stage"] for cost in numbers["stages"]} >= {"build_neighbors", "train"}
   assert numbers["job"]["grace_seconds"] == 900
-  files = {"gke_jobset.yaml", "gke_kueue.yaml", "xpk.sh", "tpu_vm.sh", "skypilot.yaml", "plan.json"}
+  files = {
+    "gke_jobset.yaml", "gke_kueue.yaml", "xpk.sh", "tpu_vm.sh", "skypilot.yaml", "offline_ray.sh",
+    "plan.json",
+  }  # fmt: skip
   assert {path.name for path in tmp_path.iterdir()} == files
   manifest = yaml.safe_load((tmp_path / "gke_jobset.yaml").read_text())
   pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
@@ -238,3 +246,11 @@ def test_wrong_flags_are_refused_before_a_number_is_printed(tmp_path, flags, sen
   assert result.stderr.count("\n") == 1
   assert result.stdout == ""
   assert not (tmp_path / "out").exists()
+
+
+def test_files_that_copy_a_checkout_are_named_outside_of_one(tmp_path):
+  flags = ["--config=cm3leon_350m", TOPOLOGY, "--workdir=gs://bucket/350m", "--out=out"]
+  result = launch("plan", *flags, cwd=tmp_path)
+  assert result.returncode == 0, result.stderr
+  sentence = "tpu_vm.sh and skypilot.yaml: start it in the root of a checkout of the repository.\n"
+  assert sentence in result.stdout

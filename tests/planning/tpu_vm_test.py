@@ -40,8 +40,8 @@ def one_host(recorders):
   venv = recorders.home / "cm3leon_jax" / ".venv"
   (venv / "bin").mkdir(parents=True)
   (venv / "bin" / "python").symlink_to(sys.executable)
-  files = (ROOT / "pyproject.toml").read_bytes() + (ROOT / "requirements.txt").read_bytes()
-  stamp = hashlib.sha256(files).hexdigest() + "\n"
+  names = ("pyproject.toml", "requirements.txt", "constraints.txt")  # As launch/venv.sh.
+  stamp = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in names)).hexdigest() + "\n"
   (venv / "installed-tpu,data,monitoring").write_text(stamp)
   return venv
 
@@ -152,6 +152,22 @@ def test_tpu_vm_commands(recorders, tmp_path, arguments, expected):
   assert run_script(recorders, script, *arguments, **CLUSTER).returncode == 0
   end = ["--project=project", "--zone=us-west4-a"]
   assert recorders.calls("gcloud") == [["compute", "tpus", *expected, *end]]
+
+
+def test_tpu_vm_asks_for_a_reservation_and_an_account_if_they_are_given(recorders, tmp_path):
+  recorders.add("gcloud")
+  account = "trainer@my-project.iam.gserviceaccount.com"
+  script = write(tmp_path, reservation="july", service_account=account) / "tpu_vm.sh"
+  assert run_script(recorders, script, "create", **CLUSTER).returncode == 0
+  ((alpha, *call),) = recorders.calls("gcloud")
+  assert [alpha, *call[:4]] == ["alpha", "compute", "tpus", "queued-resources", "create"]
+  assert sorted(call[4:]) == sorted([
+    "run", "--project=project", "--zone=us-west4-a", "--node-id=run", *CREATE,
+    "--reservation=july", f"--service-account={account}",
+  ])  # fmt: skip
+  plain = write(tmp_path, service_account="trainer") / "tpu_vm.sh"  # Of Kubernetes.
+  assert run_script(recorders, plain, "create", **CLUSTER).returncode == 0
+  assert not [x for x in recorders.calls("gcloud")[-1] if "account" in x or "reserv" in x]
 
 
 def test_tpu_vm_asks_for_spot_slices_and_reaches_each(recorders, tmp_path):

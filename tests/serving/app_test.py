@@ -179,7 +179,8 @@ def test_the_model_is_described(live):
 
 
 def test_health_readiness_and_metrics(live):
-  assert live.http.get("/healthz").text == "ok\n"
+  for path in ("/health", "/healthz"):
+    assert (live.http.get(path).status_code, live.http.get(path).text) == (200, "ok\n")
   assert live.http.get("/readyz").text == "ready\n"
   before = live.gauge("samples_total")
   live.generate(prompt=CAPTION, n=3, seed=0)

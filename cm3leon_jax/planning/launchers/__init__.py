@@ -31,6 +31,8 @@ KEYS = {
   "slurm.sbatch": "from the environment of sbatch",
   "skypilot.yaml": "from the environment, by its name: sky jobs launch ... --secret WANDB_API_KEY",
 }
+# That XPK takes; they are PriorityClasses of its clusters.
+XPK_PRIORITIES = ("very-low", "low", "medium", "high", "very-high")
 # The folders that the image and tpu_vm.sh take from the repository.
 COPIED = ("cm3leon_jax", "launch", "ml_configs")
 
@@ -42,13 +44,19 @@ class Job:
   Attributes:
     name: of the run, where Kubernetes and others ask for one.
     hardware: that it runs on.
-    flags: of `launch.train`, with --config and --workdir.
+    flags: of `cm3leon train`, with --config and --workdir.
     image: container image; empty: files of launchers that need one are not written.
     queue: LocalQueue of Kueue; empty without Kueue.
     secret: Secret of Kubernetes with the key WANDB_API_KEY, which may be absent; empty: cm3leon.
     spot: whether machines may be preempted at any time, for less money.
     max_restarts: after a crash.
     grace_seconds: time to save after SIGTERM.
+    service_account: of Kubernetes, by its name, or of Google Cloud, by its address; empty: default.
+    reservation: name of reserved machines; empty: none.
+    priority: PriorityClass of Kubernetes, or quality of service of SLURM; empty: default.
+    cpus: that the job asks for on each host; 0: half of a TPU machine's, 8 for each GPU.
+    memory_gib: the same; 0: half of a TPU machine's, all of a host with GPUs.
+    metrics_port: at which process 0 serves metrics; 0: none.
   """
 
   name: str
@@ -60,6 +68,27 @@ class Job:
   spot: bool = False
   max_restarts: int = 20
   grace_seconds: int = 900
+  service_account: str = ""
+  reservation: str = ""
+  priority: str = ""
+  cpus: int = 0
+  memory_gib: int = 0
+  metrics_port: int = 0
+
+  @property
+  def has_cloud_account(self) -> bool:
+    """Whether the service account is one of Google Cloud."""
+    return "@" in self.service_account
+
+  @property
+  def requested_cpus(self) -> int:
+    """CPUs that a pod on a host of TPUs asks for."""
+    return self.cpus or self.hardware.requests[0]
+
+  @property
+  def requested_memory(self) -> int:
+    """GiB that a pod on a host of TPUs asks for."""
+    return self.memory_gib or self.hardware.requests[1]
 
   @property
   def workdir(self) -> str:
@@ -78,16 +107,14 @@ class Job:
 
 
 def check(job: Job) -> None:
-  """Raises UserError if no launcher could start the job, with the flag of `launch.plan`."""
+  """Raises UserError if no launcher could start the job, with the flag of `cm3leon plan`."""
   if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", job.name):
     raise UserError(
       f"--name is '{job.name}'; Kubernetes and the cloud take at most 40 small letters, digits and "
       "hyphens, a letter first and no hyphen last."
     )
-  for flag, value in (("queue", job.queue), ("secret", job.secret)):
-    if value and not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", value):
-      raise UserError(f"--{flag} is '{value}'; it must be a name of an object of Kubernetes.")
   gpu = job.hardware.platform == "gpu"
+  _check_names(job, gpu)
   if job.queue and gpu:
     raise UserError("--queue is of Kueue, which only the files for TPUs use: leave it out on GPUs.")
   if job.secret and gpu:
@@ -103,6 +130,34 @@ def check(job: Job) -> None:
     raise UserError(
       f"--workdir is '{job.workdir}'; it must be {where}: all hosts read and write one workdir."
     )
+
+
+def _check_names(job: Job, gpu: bool) -> None:
+  """Raises UserError if a value is no name, or of machines that the job does not have."""
+  names = {"queue": job.queue, "secret": job.secret}
+  if not gpu:
+    names |= {"priority": job.priority}
+  if not job.has_cloud_account:
+    names |= {"service_account": job.service_account}
+  for flag, value in names.items():
+    if value and not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", value):
+      raise UserError(f"--{flag} is '{value}'; it must be a name of an object of Kubernetes.")
+  for flag, value in (("reservation", job.reservation), ("priority", job.priority)):
+    if value and not re.fullmatch(r"[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?", value, re.ASCII):
+      raise UserError(f"--{flag} is '{value}'; it must be a name, of letters, digits and hyphens.")
+  account = job.service_account
+  if job.has_cloud_account and not re.fullmatch(r"[\w.-]+@[\w.-]+", account, re.ASCII):
+    raise UserError(
+      f"--service_account is '{account}'; it must be a name of Kubernetes, or an address as "
+      "trainer@my-project.iam.gserviceaccount.com."
+    )
+  if account and gpu:
+    raise UserError(
+      "--service_account is of GKE and of TPU VMs: leave it out on GPUs, whose launchers have the "
+      "account of their machines."
+    )
+  if job.reservation and job.spot:
+    raise UserError("--reservation and --spot are given: reserved machines are not spot machines.")
 
 
 def _check_gke(job: Job) -> None:
@@ -131,7 +186,7 @@ def files(job: Job) -> dict[str, str]:
   """
   check(job)
   gpu = job.hardware.platform == "gpu"
-  names = [] if gpu else ["tpu_vm.sh"]
+  names = ["offline_ray.sh"] if gpu else ["offline_ray.sh", "tpu_vm.sh"]
   if job.in_bucket and (gpu or job.hardware.slices == 1):
     names.append("skypilot.yaml")
   if job.image:
@@ -140,6 +195,9 @@ def files(job: Job) -> dict[str, str]:
   values = {"job": job, "hw": job.hardware, "GPU_FRACTION": GPU_FRACTION}
   values |= {"secret": job.secret or KUBERNETES_SECRET}
   values |= {"MISTAKE": MISTAKE, "INTERRUPTED": INTERRUPTED, "TRIES": TRIES}
+  values |= {"XPK_PRIORITIES": XPK_PRIORITIES, "upload": job.config.endswith(".py")}
+  # The other flags are of the training alone.
+  values |= {"offline_flags": [f for f in job.flags if re.match(r"--(config|workdir)\b", f)]}
   return {
     name: environment.get_template(f"{name}{SUFFIX}").render(values) for name in sorted(names)
   }
@@ -151,7 +209,9 @@ def _with_image(job: Job) -> list[str]:
     return ["slurm.sbatch"]
   if _of_one_host(job.hardware):
     return []
-  return ["gke_jobset.yaml", *(["gke_kueue.yaml"] if job.queue else []), "xpk.sh"]
+  names = ["gke_jobset.yaml", "xpk.sh"]
+  names += ["gke_kueue.yaml"] * bool(job.queue)
+  return sorted([*names, *["gke_monitoring.yaml"] * bool(job.metrics_port)])
 
 
 def _of_one_host(hardware: Hardware) -> bool:
@@ -172,7 +232,7 @@ def keys(job: Job) -> list[str]:
 def remarks(job: Job) -> list[str]:
   """Returns a sentence for every launcher of the hardware that `files` leaves out.
 
-  And one for a flag that a written file does not follow.
+  And one for each flag that a written file does not follow.
   """
   sentences, gpu = [], job.hardware.platform == "gpu"
   if _of_one_host(job.hardware):
@@ -192,7 +252,43 @@ def remarks(job: Job) -> list[str]:
       f"--config={job.config}: launch/pod/Dockerfile and tpu_vm.sh copy only {', '.join(COPIED)}; "
       "put the file into ml_configs/, or have it in the image under this name."
     )
-  return sentences
+  return sentences + _not_followed(job)
+
+
+def _not_followed(job: Job) -> list[str]:
+  """Returns a sentence for each file and each flag that the file does not follow."""
+  account = "--service_account" if job.service_account else ""
+  reservation = "--reservation" if job.reservation else ""
+  priority = "--priority" if job.priority else ""
+  machine = "--cpus" if job.cpus else "--memory_gib" if job.memory_gib else ""
+  is_cloud = job.has_cloud_account
+  table = {
+    "gke_jobset.yaml": {account * is_cloud: "give the node pool this account"},
+    "xpk.sh": {
+      account: "XPK has no flag for it",
+      priority * (job.priority not in XPK_PRIORITIES): f"XPK has {', '.join(XPK_PRIORITIES)}",
+      machine: "XPK has no flag for it",
+    },
+    "tpu_vm.sh": {
+      account * (not is_cloud): "give an address of Google Cloud",
+      priority: "a queued resource has none",
+      machine: "a TPU VM is a whole host",
+    },
+    "skypilot.yaml": {
+      account: "~/.sky/config.yaml has gcp.remote_identity",
+      reservation: "~/.sky/config.yaml has gcp.specific_reservations",
+      priority: "it has none",
+      machine: "it chooses the machine",
+    },
+  }
+  written = files(job)
+  return [
+    f"{name}: {flag} changes nothing here: {reason}."
+    for name, row in table.items()
+    if name in written
+    for flag, reason in row.items()
+    if flag
+  ]
 
 
 def _environment() -> jinja2.Environment:

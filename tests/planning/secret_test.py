@@ -8,7 +8,7 @@ import urllib.error
 
 import pytest
 
-from launch.pod import secret
+from cm3leon_jax.planning import secret
 
 NAME = "projects/p/secrets/wandb"
 

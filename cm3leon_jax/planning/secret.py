@@ -1,6 +1,6 @@
 """Prints a secret of Google Cloud's Secret Manager, for launchers without secrets of their own.
 
-  export WANDB_API_KEY="$(python -m launch.pod.secret projects/PROJECT/secrets/NAME)"
+  export WANDB_API_KEY="$(python -m cm3leon_jax.planning.secret projects/PROJECT/secrets/NAME)"
 
 It reads it as the service account of the machine, so it works on machines of Google Cloud only.
 """

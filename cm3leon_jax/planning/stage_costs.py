@@ -1,0 +1,192 @@
+"""Estimates what each stage of a run costs: chip-hours of models, core-hours of data."""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from cm3leon_jax.clip import model as clip_lib
+from cm3leon_jax.planning.hardware import Hardware
+from cm3leon_jax.planning.plan import Plan
+from cm3leon_jax.stage_table import STAGES
+from cm3leon_jax.tokenizers import vqgan
+from cm3leon_jax.training.flops import device_peak
+
+# Of one core and second, unless another unit is named; docs/benchmarks.md (two cores of an AMD EPYC
+# machine) and docs/scaling.md have the measurements.
+INGESTED = 108  # Images.
+READ = 360  # Images.
+ENCODED = 2_600_000  # Tokens of text.
+INDEXED = 1_000_000 / 201  # Vectors.
+SEARCHED, SEARCHED_OF = 1_628, 1_000_000  # Queries of a block of so many vectors.
+SQRT_UNTIL = 144_000_000  # Vectors of a block; up to there a query takes sqrt(vectors) longer.
+PRUNED = 6_900  # Documents.
+MERGED, MERGED_SECONDS = 100_000_000, 91  # Characters that BPE learns from, core-seconds.
+CAPTION_TOKENS = 24
+SOURCE = "two cores of an AMD EPYC machine, docs/benchmarks.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """Costs of a stage.
+
+  Attributes:
+    stage: name of its command.
+    core_hours: of CPUs.
+    chip_hours: of accelerators.
+    basis: what the numbers are computed from.
+  """
+
+  stage: str
+  core_hours: float
+  chip_hours: float
+  basis: str
+
+
+def pairs_of_a_pass(settings) -> int:
+  """Returns how many captioned images the run trains on if it reads each once as a document.
+
+  Each document takes its own tokens and those of `data.num_neighbors` others.
+  """
+  tokens = settings.train.steps * settings.train.global_batch_size * settings.data.sequence_length
+  document = settings.vqgan.image_tokens + CAPTION_TOKENS + 2  # <break> after each part.
+  share = 1 - settings.data.text_share
+  return round(tokens * share / (document * (1 + settings.data.num_neighbors)))
+
+
+def estimate(settings, plan: Plan, pairs: int) -> list[Cost]:
+  """Estimates the stages up to the training, in the order in which they run.
+
+  Args:
+    settings: of the config.
+    plan: of the training, which names the hardware and its utilization.
+    pairs: captioned images of the run.
+  """
+  return list(_costs(settings, plan, pairs))
+
+
+def _costs(settings, plan: Plan, pairs: int) -> Iterator[Cost]:
+  hw, share = plan.hardware, f"{plan.mfu:.0%} of the peak"
+  train = Cost("train", 0.0, plan.chip_hours, f"the plan above, at {share}")
+  if settings.instructions.any:
+    yield train
+    return
+  encode, decode = (image_tokenizer_flops(settings, x) for x in (vqgan.encode, vqgan.decode))
+  image, text = clip_flops(settings)
+
+  def chips(flops: float) -> float:
+    return flops / (device_peak(hw.device_kind) * plan.mfu) / 3600
+
+  def cores(amount: float, rate: float) -> float:
+    return amount / rate / 3600
+
+  yield Cost("prepare_data", cores(pairs, INGESTED), 0.0, f"{INGESTED} images/s a core")
+  basis = f"a sample of {MERGED / 1e6:g} million characters, on one host (docs/scaling.md)"
+  yield Cost("train_text_tokenizer", MERGED_SECONDS / 3600, 0.0, basis)
+  images = settings.vqgan.steps * settings.vqgan.batch_size
+  flops = 3 * (encode + decode)
+  basis = f"{images:,} images, 3 x {(encode + decode) / 1e9:.0f} GFLOP, at {share}"
+  hours = chips(images * flops)
+  yield Cost("train_vqgan", 0.0, hours, basis + _on_one_host(hw, "vqgan", hours))
+  texts = settings.data.text_share * plan.tokens
+  yield Cost(
+    "encode_documents",
+    cores(pairs, READ) + cores(texts, ENCODED),
+    chips(pairs * encode),
+    f"{READ} images/s and {ENCODED / 1e6:g} million tokens of text/s a core; "
+    f"{encode / 1e9:.0f} GFLOP an image, at {share}",
+  )
+  if not settings.retrieval.clip:
+    seen = settings.clip.steps * settings.clip.batch_size
+    basis = f"{seen:,} pairs, 3 x {(image + text) / 1e9:.0f} GFLOP, at {share}"
+    hours = chips(3 * seen * (image + text))
+    yield Cost("train_clip", 0.0, hours, basis + _on_one_host(hw, "clip", hours))
+  yield Cost(
+    "build_neighbors",
+    cores(pairs, READ) + search_hours(pairs, settings.retrieval.index_rows),
+    chips(pairs * (image + 2 * text)),
+    f"ScaNN, {SEARCHED:,} queries/s a core at {SEARCHED_OF / 1e6:g} million vectors, two a pair in "
+    f"each block of {settings.retrieval.index_rows:,}; {(image + 2 * text) / 1e9:.0f} GFLOP a pair",
+  )
+  yield train
+
+
+def _on_one_host(hardware: Hardware, stage: str, hours: float) -> str:
+  """Says how long a stage takes that trains on one host, and what takes its place."""
+  if hardware.hosts == 1:
+    return ""
+  days = hours / hardware.per_host / 24
+  return f"; on one host only, {days:,.1f} days, or none with {STAGES[stage].instead}"
+
+
+def search_hours(pairs: int, block: int) -> float:
+  """Returns the core-hours of building, searching and pruning; docs/scaling.md has the parts."""
+  rows = min(block, pairs)
+  slower = math.sqrt(min(rows, SQRT_UNTIL) / SEARCHED_OF) * max(1.0, rows / SQRT_UNTIL)
+  queries = 2 * pairs * math.ceil(pairs / block)
+  seconds = pairs / INDEXED + queries * slower / SEARCHED + pairs / PRUNED
+  return seconds / 3600
+
+
+def image_tokenizer_flops(settings, function) -> float:
+  """Returns the FLOPs of `vqgan.encode` or `vqgan.decode` for one image, as XLA counts them."""
+  config, codes = settings.vqgan, settings.vocab.image_size
+  params = jax.eval_shape(lambda key: vqgan.init_params(config, codes, key), jax.random.key(0))
+  side = config.resolution
+  argument = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
+  if function is vqgan.decode:
+    argument = jax.ShapeDtypeStruct((1, config.image_tokens), jnp.int32)
+  return _flops(function.lower(config, codes, params, argument))
+
+
+def clip_flops(settings) -> tuple[float, float]:
+  """Returns the FLOPs of embedding an image and a caption by the config's own CLIP."""
+  config, size = settings.clip, settings.vocab.text_size
+  params = jax.eval_shape(lambda key: clip_lib.init_params(config, size, key), jax.random.key(0))
+  side = config.resolution
+  image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
+  text = jax.ShapeDtypeStruct((1, config.text_length), jnp.int32)
+
+  def embed_image(params, x):
+    return clip_lib.bind(config, size, params).embed_images(clip_lib.to_float(x))
+
+  def embed_text(params, x):
+    return clip_lib.bind(config, size, params).embed_texts(x)
+
+  image_flops = _flops(jax.jit(embed_image).lower(params, image))
+  return image_flops, _flops(jax.jit(embed_text).lower(params, text))
+
+
+def _flops(lowered: jax.stages.Lowered) -> float:
+  return float(lowered.cost_analysis()["flops"])
+
+
+def table(costs: Sequence[Cost], plan: Plan, pairs: int, given: bool) -> str:
+  """Formats the costs of all stages, one a line, with what they are computed from.
+
+  Args:
+    costs: of `estimate`.
+    plan: of the training.
+    pairs: captioned images of the run.
+    given: whether the user gave this number.
+  """
+  unit = "GPU-hours" if plan.hardware.platform == "gpu" else "chip-hours"
+  origin = "--pairs" if given else "one pass of the run's tokens; --pairs=N gives another number"
+  lines = [f"stages, estimates for {pairs:,} pairs ({origin})"]
+  for cost in costs:
+    lines.append(f"  {cost.stage:<22}{_hours(cost.core_hours, cost.chip_hours, unit)}{cost.basis}")
+  total = sum(c.core_hours for c in costs), sum(c.chip_hours for c in costs)
+  lines.append(
+    f"  {'together':<22}{_hours(*total, unit)}rates of a core were measured on {SOURCE}; FLOPs are "
+    "XLA's; without samples, evaluation, export and restarts"
+  )
+  return "\n".join(lines)
+
+
+def _hours(core_hours: float, chip_hours: float, unit: str) -> str:
+  numbers = ((core_hours, "core-hours"), (chip_hours, unit))
+  shown = [(f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}", name) for hours, name in numbers]
+  found = [f"{hours} {name}" for hours, name in shown if hours != "0"]
+  return f"{' and '.join(found)}: " if found else ""

@@ -1,0 +1,63 @@
+"""Logs one line a request: what was asked, how it ended and what it cost, never its contents."""
+
+import dataclasses
+import logging
+import re
+from urllib.parse import quote
+
+from cm3leon_jax.generation.tasks import Task
+from cm3leon_jax.serving import partial
+from cm3leon_jax.serving.jobs import Event, Finished
+
+NAME = "cm3leon_jax.serving.requests"
+_LOG = logging.getLogger(NAME)
+PROBES = frozenset({"/health", "/healthz", "/readyz", "/metrics"})  # Logged at the level DEBUG.
+LONGEST_PATH = 100
+ID_HEADER = "x-request-id"
+
+
+@dataclasses.dataclass
+class Made:
+  """Counts what the samples of a request have: images, and tokens of images and texts."""
+
+  images: int = 0
+  tokens: int = 0
+
+  def add(self, task: Task, event: Event) -> None:
+    """Counts a sample that is complete."""
+    if isinstance(event, Finished):
+      self.images += partial.makes_image(task)
+      self.tokens += len(event.sample.tokens)
+
+
+def line(
+  method: str, path: str, status: int, seconds: float, made: Made, request_id: str = ""
+) -> str:
+  r"""Formats a request. What a client chose cannot begin a line of its own.
+
+  >>> line("POST", "/v1/images/generations", 200, 1.5, Made(2, 512), "7f3a")
+  'POST /v1/images/generations status=200 seconds=1.500 images=2 tokens=512 id=7f3a'
+  >>> line("GET", "/a\nb", 404, 0.001, Made(), "two words")
+  'GET /a%0Ab status=404 seconds=0.001'
+  """
+  words = [quote(method, safe="")[:16], quote(path)[:LONGEST_PATH]]
+  words += [f"status={status}", f"seconds={seconds:.3f}"]
+  words += [f"images={made.images}"] * bool(made.images)
+  words += [f"tokens={made.tokens}"] * bool(made.tokens)
+  if re.fullmatch(r"[\w.:/+=-]{1,128}", request_id, re.ASCII):
+    words.append(f"id={request_id}")
+  return " ".join(words)
+
+
+def log(
+  method: str, path: str, status: int, seconds: float, made: Made, request_id: str = ""
+) -> None:
+  """Logs a request that has ended; see `line`."""
+  level = logging.DEBUG if path in PROBES else logging.INFO
+  if _LOG.isEnabledFor(level):
+    _LOG.log(level, "%s", line(method, path, status, seconds, made, request_id))
+
+
+def show() -> None:
+  """Lets the lines appear in the log, which else shows warnings only."""
+  _LOG.setLevel(logging.INFO)

@@ -1,0 +1,115 @@
+"""The costs of the stages are those that docs/scaling.md computes by hand."""
+
+import dataclasses
+
+import pytest
+
+from cm3leon_jax.planning import hardware, plan, stage_costs
+from cm3leon_jax.tokenizers import vqgan
+from tests.planning.plan_test import settings
+
+PAIRS = 1_400_000_000
+
+
+@pytest.fixture(scope="module")
+def of_7b():
+  """Settings of the page's example, and the plan on its chips."""
+  config = settings("cm3leon_7b", retrieval={"index_rows": 100_000_000}, data={"text_share": 0.0})
+  return config, plan.make(config, hardware.load("v5e-256"), 0.4, 0.25)
+
+
+@pytest.fixture(scope="module")
+def costs(of_7b):
+  return {cost.stage: cost for cost in stage_costs.estimate(*of_7b, PAIRS)}
+
+
+def test_flops_are_those_that_the_page_names(of_7b):
+  config, _ = of_7b
+  encode = stage_costs.image_tokenizer_flops(config, vqgan.encode)
+  assert encode == pytest.approx(38e9, rel=0.01)
+  assert stage_costs.image_tokenizer_flops(config, vqgan.decode) > encode
+  image, text = stage_costs.clip_flops(config)
+  assert text == pytest.approx(6.0e9, rel=0.01)
+  # The page has OpenAI's ViT-B/32 at 224 pixels: 50 places, of which 49 are patches; here 65.
+  assert image == pytest.approx(8.6e9 * 65 / 50, rel=0.03)
+
+
+@pytest.mark.parametrize(
+  ("stage", "core_hours", "chip_hours"),
+  [
+    ("prepare_data", 3_600, 0),
+    ("train_text_tokenizer", 91 / 3600, 0),
+    ("encode_documents", 1_100, 190),
+    ("build_neighbors", 1_100 + 78 + 67_000 + 56, 115),
+  ],
+)
+def test_offline_stages_cost_what_the_page_says(costs, stage, core_hours, chip_hours):
+  assert costs[stage].core_hours == pytest.approx(core_hours, rel=0.03)
+  assert costs[stage].chip_hours == pytest.approx(chip_hours, rel=0.03)
+
+
+def test_small_blocks_cost_more_to_search():
+  """docs/scaling.md: 280 blocks of the default size take 299,000 core-hours."""
+  other = 78 + 56
+  small, large = (stage_costs.search_hours(PAIRS, rows) - other for rows in (5_000_000, 10**8))
+  assert (small, large) == (pytest.approx(299_000, rel=0.01), pytest.approx(67_000, rel=0.01))
+  at_a_million = stage_costs.search_hours(10**6, 10**6) * 3600
+  assert at_a_million == pytest.approx(201 + 2e6 / 1_628 + 1e6 / 6_900)
+
+
+def test_text_costs_core_hours(of_7b, costs):
+  config, made = of_7b
+  data = dataclasses.replace(config.data, text_share=0.5)
+  more = stage_costs.estimate(dataclasses.replace(config, data=data), made, PAIRS)
+  [encode] = [cost for cost in more if cost.stage == "encode_documents"]
+  hours = encode.core_hours - costs["encode_documents"].core_hours
+  assert hours == pytest.approx(0.5 * made.tokens / 2.6e6 / 3600)
+
+
+def test_training_costs_what_the_plan_says_and_the_small_trainings_their_steps(of_7b, costs):
+  config, made = of_7b
+  assert list(costs) == [
+    "prepare_data", "train_text_tokenizer", "train_vqgan", "encode_documents", "train_clip",
+    "build_neighbors", "train",
+  ]  # fmt: skip
+  assert costs["train"].chip_hours == made.chip_hours
+  image, text = stage_costs.clip_flops(config)
+  flops = 3 * (image + text) * config.clip.steps * config.clip.batch_size
+  assert costs["train_clip"].chip_hours == pytest.approx(flops / (197e12 * 0.4) / 3600)
+
+
+def test_what_trains_on_one_host_is_named_with_its_remedy(of_7b, costs):
+  config, made = of_7b
+  days = costs["train_clip"].chip_hours / 4 / 24
+  assert f"; on one host only, {days:.1f} days, or none with a published CLIP, by --config." in (
+    costs["train_clip"].basis
+  )
+  assert "launch.import_vqgan --source=FOLDER" in costs["train_vqgan"].basis
+  retrieval = dataclasses.replace(config.retrieval, clip="clip-vit-base-patch32")
+  published = dataclasses.replace(config, retrieval=retrieval)
+  stages = [cost.stage for cost in stage_costs.estimate(published, made, PAIRS)]
+  assert "train_clip" not in stages
+  single = dataclasses.replace(made, hardware=hardware.load("v5e-8"))
+  assert "one host only" not in "".join(c.basis for c in stage_costs.estimate(config, single, 1))
+
+
+def test_pairs_are_those_of_a_pass_unless_they_are_given(of_7b):
+  config, made = of_7b
+  pairs = stage_costs.pairs_of_a_pass(config)
+  assert pairs * 3 * (256 + 24 + 2) == pytest.approx(made.tokens)  # Two neighbors beside each.
+  costs = [stage_costs.Cost("a", 10.4, 0.0, "x"), stage_costs.Cost("b", 1.2, 2_000.0, "y")]
+  lines = stage_costs.table(costs, made, 1_000, True).splitlines()
+  assert lines[:3] == [
+    "stages, estimates for 1,000 pairs (--pairs)",
+    f"  {'a':<22}10 core-hours: x",
+    f"  {'b':<22}1.2 core-hours and 2,000 chip-hours: y",
+  ]
+  assert lines[3].startswith(f"  {'together':<22}12 core-hours and 2,000 chip-hours: rates of a ")
+  assert "(one pass of the run's tokens; --pairs=N" in stage_costs.table(costs, made, 5, False)
+
+
+def test_a_tuning_costs_its_training_alone():
+  config = settings("sft_7b")
+  made = plan.make(config, hardware.load("v5p-256"), 0.4, 0.25)
+  [cost] = stage_costs.estimate(config, made, 1)
+  assert (cost.stage, cost.chip_hours) == ("train", made.chip_hours)
