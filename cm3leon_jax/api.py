@@ -373,9 +373,9 @@ class CM3Leon:
   @functools.cached_property
   def _trained(self) -> dict[str, Any]:
     """Parameters as they were trained, which only `score` reads; read at its first call."""
-    from cm3leon_jax.export import weights
+    from cm3leon_jax.export.trained import open_trained
 
-    return weights.of_run(self.workdir, self.step)[2]()[0]
+    return open_trained(self.workdir).load_params(self.step)[0]
 
   def _tasks(self, name: str, *arguments: Any, **fields: Any) -> Any:
     """Tasks of a call, see `calls.tasks`."""

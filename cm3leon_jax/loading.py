@@ -8,7 +8,7 @@ import jax
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding.generator import GeneratorConfig
-from cm3leon_jax.export import bundle, weights
+from cm3leon_jax.export.trained import open_trained
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.retrieval.bank import load_clip
@@ -34,9 +34,10 @@ def load(
   Raises:
     UserError: nothing was trained there, a file is absent or damaged, or an option is wrong.
   """
-  workdir, settings, load_params = weights.of_run(source)
+  trained = open_trained(source)
+  settings, folder = trained.settings, trained.stages
   if clip is not None and not settings.retrieval.clip:
-    raise UserError(f"clip is given, and {workdir} has a CLIP of its own: leave it out.")
+    raise UserError(f"clip is given, and {trained.folder} has a CLIP of its own: leave it out.")
   if jax.process_count() > 1:
     raise UserError(f"{jax.process_count()} processes run here: load a run in a single one.")
   try:
@@ -44,8 +45,7 @@ def load(
   except (TypeError, ValueError) as error:
     raise UserError(f"load has a wrong option: {error}") from error
   with jax.set_mesh(create_mesh(MeshConfig()) if mesh is None else mesh):
-    params, step = load_params()
-    folder = bundle.stages_folder(workdir)
+    params, step = trained.load_params()
     encoder = load_clip(os.fspath(clip or settings.retrieval.clip), folder, settings.vocab)
     pipeline = Pipeline.load(settings, folder, params, encoder, **options)
-    return workdir, pipeline, jax.sharding.get_mesh(), step
+    return os.fspath(trained.folder), pipeline, jax.sharding.get_mesh(), step

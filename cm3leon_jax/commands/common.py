@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import dataclasses
 import errno
 import functools
 import importlib.util
@@ -216,14 +217,14 @@ def _user_error(error: BaseException | None) -> UserError | None:
 
 
 def _parse_flags(
-  workdir: bool | None, several_processes: bool, config: bool, argv: list[str]
+  workdir: bool | None, several_processes: bool, config: bool | None, argv: list[str]
 ) -> list[str]:
   """Parses the flags; prints --help; reports a wrong flag, config or field in one sentence."""
   if help_text.REQUESTS.intersection(argv[1:]):
     docstring = sys.modules["__main__"].__doc__ or ""
-    print(help_text.page(docstring, workdir is not False, several_processes, config))
+    print(help_text.page(docstring, workdir is not False, several_processes, config is not False))
     sys.exit(0)
-  if not config:
+  if config is False:
     for argument in argv[1:]:
       if match := re.match(r"--?(?:no)?(config|print_config)(?![\w-])", argument):
         _fail(f"--{match[1]} is not a flag of this command: --help lists its flags.")
@@ -232,17 +233,27 @@ def _parse_flags(
   except flags.UnrecognizedFlagError as error:
     if error.flagname.startswith("config."):
       _fail(f"--{error.flagname} is given, but no config before it: {NAME_A_CONFIG}")
-    _fail(flag_errors.unknown(error.flagname, config))
+    _fail(flag_errors.unknown(error.flagname, config is not False))
   except (AttributeError, KeyError):
     _fail(config_file.unknown_field(_PARSER.config, argv[1:]))
   except flags.Error as error:
     _fail(str(_user_error(error) or flag_errors.wrong_value(error)))
 
 
-def _settings() -> Settings:
-  """Returns the settings of --config. Raises UserError if there is no config, or a wrong one."""
+def _settings(optional: bool) -> Settings:
+  """Returns the settings of --config, or if that is optional those of the model in --workdir.
+
+  Raises:
+    UserError: there is no config, or a wrong one, or nothing was trained in --workdir.
+  """
   if _CONFIG.value is None:
-    raise UserError(NAME_A_CONFIG)
+    if not optional:
+      raise UserError(NAME_A_CONFIG)
+    from cm3leon_jax.export.trained import open_trained
+    from cm3leon_jax.mesh import MeshConfig
+
+    stored = open_trained(_folder()).settings
+    return dataclasses.replace(stored, mesh=MeshConfig())  # Of this machine.
   from cm3leon_jax.settings import settings_from_config
 
   return settings_from_config(_CONFIG.value)
@@ -312,7 +323,7 @@ def run(
   workdir: bool | None = True,
   several_processes: bool = False,
   saves: bool = False,
-  config: bool = True,
+  config: bool | None = True,
   actions: tuple[str, ...] = (),
 ) -> None:
   """Runs a command as an absl app; a UserError becomes one sentence on stderr and exit code 2.
@@ -325,7 +336,8 @@ def run(
     workdir: whether the command takes --workdir; None: it may be given, and is not opened.
     several_processes: whether the command may run in several processes.
     saves: whether it has a loop that saves at SIGTERM and Ctrl-C, before which they end it.
-    config: whether it takes a config; if not, `main` gets no settings.
+    config: whether it takes a config; if not, `main` gets no settings. None: it may be given, and
+      without it the settings are those of the run or bundle in --workdir.
     actions: words of which the first argument is one; `main` then gets it first.
   """
 
@@ -333,8 +345,11 @@ def run(
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it writes.
     with _reporting():
       arguments: list = _action(actions, argv[1:])
-      if config:
-        arguments.append(_settings())
+      if workdir is not None:
+        _check_buckets()
+      buckets.prepare_access()
+      if config is not False:
+        arguments.append(_settings(optional=config is None))
         if _PRINT_CONFIG.value:
           from cm3leon_jax.settings import describe
 
@@ -342,9 +357,6 @@ def run(
           return
       if workdir:
         arguments.append(_folder())
-      if workdir is not None:
-        _check_buckets()
-      buckets.prepare_access()
       _join_processes(several_processes, saves)
       main(*arguments)
 

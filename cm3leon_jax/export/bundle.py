@@ -40,9 +40,9 @@ AGAIN = "install cm3leon_jax again, or write the bundle again with `launch.expor
 
 def folder_of(source: str | os.PathLike[str]) -> epath.Path:
   """Returns the folder that `source` names: a path, or the name of an installed bundle."""
-  path = epath.Path(source)
-  if source in INSTALLED and not (is_bundle(path) or (path / "train").exists()):
-    return epath.Path(str(importlib.resources.files("cm3leon_jax"))) / "assets" / "models" / source
+  path, name = epath.Path(source), os.fspath(source)
+  if name in INSTALLED and not (is_bundle(path) or (path / "train").exists()):
+    return epath.Path(str(importlib.resources.files("cm3leon_jax"))) / "assets" / "models" / name
   return path
 
 

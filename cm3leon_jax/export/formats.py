@@ -65,12 +65,14 @@ class Run:
     workdir: of the run; its tokenizers are read.
     params: of the decoder, read from disk when they are needed.
     choice: what the user asks for.
+    learned: folder that knows the data of the training; None: `workdir`.
   """
 
   settings: Settings
   workdir: epath.Path
   params: StoredParams
   choice: Choice
+  learned: epath.Path | None = None
 
 
 def check(choice: Choice, settings: Settings) -> None:
@@ -110,7 +112,7 @@ def write(folder: epath.PathLike, run: Run) -> dict:
 
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  training_data.write(folder, run.workdir, bundle.folder_of)
+  training_data.write(folder, run.learned or run.workdir, bundle.folder_of)
   about = {**dataclasses.asdict(run.choice), "average": run.params.averaged}
   write_json(folder / ABOUT, {**about, "step": run.params.step})
   numbers = image_tokenizer.write(folder, run.workdir, run.settings)
