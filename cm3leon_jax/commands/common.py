@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import dataclasses
 import errno
 import functools
 import importlib.util
@@ -233,7 +234,7 @@ def _parse_flags(
   workdir: bool | None,
   begins: bool,
   several_processes: bool,
-  config: bool,
+  config: bool | None,
   actions: tuple[str, ...],
   argv: list[str],
 ) -> list[str]:
@@ -243,7 +244,7 @@ def _parse_flags(
   """
   if help_text.REQUESTS.intersection(argv[1:]):
     docstring = sys.modules["__main__"].__doc__ or ""
-    print(help_text.page(docstring, workdir is not False, several_processes, config))
+    print(help_text.page(docstring, workdir is not False, several_processes, config is not False))
     sys.exit(0)
   of_config, _ = arguments.split(argv[1:])
   with _reporting():
@@ -267,10 +268,20 @@ def _parse_flags(
     _fail(str(_user_error(error) or flag_errors.wrong_value(error)))
 
 
-def _settings() -> Settings:
-  """Returns the settings of --config. Raises UserError if there is no config, or a wrong one."""
+def _settings(optional: bool) -> Settings:
+  """Returns the settings of --config, or if that is optional those of the model in --workdir.
+
+  Raises:
+    UserError: there is no config, or a wrong one, or nothing was trained in --workdir.
+  """
   if _CONFIG.value is None:
-    raise UserError(NAME_A_CONFIG)
+    if not optional:
+      raise UserError(NAME_A_CONFIG)
+    from cm3leon_jax.export.trained import open_trained
+    from cm3leon_jax.mesh import MeshConfig
+
+    stored = open_trained(_folder()).settings
+    return dataclasses.replace(stored, mesh=MeshConfig())  # Of this machine.
   from cm3leon_jax.settings import settings_from_config
 
   return settings_from_config(_CONFIG.value)
@@ -327,7 +338,7 @@ def run(
   workdir: bool | None = True,
   several_processes: bool = False,
   saves: bool = False,
-  config: bool = True,
+  config: bool | None = True,
   actions: tuple[str, ...] = (),
   begins: bool = False,
   stage: str = "",
@@ -342,7 +353,8 @@ def run(
     workdir: whether the command takes --workdir; None: it may be given, and is not opened.
     several_processes: whether the command may run in several processes.
     saves: whether it has a loop that saves at SIGTERM and Ctrl-C, before which they end it.
-    config: whether it takes a config; if not, `main` gets no settings.
+    config: whether it takes a config; if not, `main` gets no settings. None: it may be given, and
+      without it the settings are those of the run or bundle in --workdir.
     actions: words of which the first argument is one; `main` then gets it first.
     begins: whether the folder of --workdir may be absent.
     stage: that trains on one host: a refusal of more names what takes its place.
@@ -353,8 +365,11 @@ def run(
     with _reporting():
       arguments.check_words(argv[1:], actions, sys.argv[1:])
       given: list = argv[1:]
-      if config:
-        given.append(_settings())
+      if workdir is not None:
+        _check_buckets()
+      buckets.prepare_access()
+      if config is not False:
+        given.append(_settings(optional=config is None))
         if _PRINT_CONFIG.value:
           from cm3leon_jax.settings import describe
 
@@ -362,9 +377,6 @@ def run(
           return
       if workdir:
         given.append(_folder())
-      if workdir is not None:
-        _check_buckets()
-      buckets.prepare_access()
       _join_processes(several_processes, saves, stage)
       main(*given)
 

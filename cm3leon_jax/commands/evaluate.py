@@ -1,7 +1,7 @@
 """Measures bits of held-out pairs with and without neighbors; judges or exports generated images.
 
-  cm3leon evaluate --config=scenes --workdir=workdir/scenes
-  cm3leon evaluate --config=scenes --workdir=workdir/scenes \\
+  cm3leon evaluate --workdir=workdir/scenes
+  cm3leon evaluate --workdir=workdir/scenes \\
     --export=geneval --prompts=evaluation_metadata.jsonl
 
 Bits per image code and text token go to evaluation/metrics.json; the caption alone retrieves
@@ -10,9 +10,13 @@ Beside those on the sheet stand images of the bundled model, which holds out the
 --last_params measures the last parameters instead of their average, and writes evaluation_last/.
 An export goes to geneval/NAME-HASH/, for the scripts of GenEval and GenEval 2.
 
-  cm3leon evaluate --config=scenes --workdir=workdir/scenes --protocol=scenes
+  cm3leon evaluate --workdir=workdir/scenes --protocol=scenes
+  cm3leon evaluate --workdir=scenes --protocol=own.yaml --data=FOLDER
 
 A protocol says what is measured and how; evaluations/NAME-HASH/ gets results.json and report.html.
+It also measures a bundle, a folder or an installed one, which has no held-out documents: the
+protocol reads files (--data), and the folder is made in the current one, or in --out. Without
+--config, the settings are those that the run or bundle stored.
 docs/evaluation.md and docs/protocols.md explain all of it.
 """
 
@@ -25,7 +29,7 @@ from absl import flags
 from etils import epath
 
 from cm3leon_jax import stage_table, stages
-from cm3leon_jax.commands import common, protocol_flags
+from cm3leon_jax.commands import common, out_flag, protocol_flags
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import digest, write_json
@@ -56,6 +60,7 @@ def main(settings, workdir):
     protocol_flags.EXTRACTOR,
     protocol_flags.CLIP,
     protocol_flags.BEFORE,
+    out_flag.OUT,
   ):
     if _is_given(flag) and protocol_flags.PROTOCOL.value is None:
       raise UserError(f"--{flag.name} is given without --protocol: add --protocol=scenes, say.")
@@ -67,6 +72,7 @@ def main(settings, workdir):
     return
   import jax
 
+  _check_run(workdir)
   if jax.distributed.is_initialized():
     raise UserError("of cm3leon evaluate only --protocol runs in several processes: add it.")
   if _EXPORT.value is not None:
@@ -86,6 +92,17 @@ def main(settings, workdir):
   with stages.once(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
       _evaluate(settings, workdir, folder, summary)
+
+
+def _check_run(workdir) -> None:
+  """Raises UserError if `workdir` is that of a bundle."""
+  from cm3leon_jax.export import bundle
+
+  if bundle.is_bundle(bundle.folder_of(workdir)):
+    raise UserError(
+      f"{workdir} is a bundle, which has no held-out documents: name a protocol and its examples, "
+      "--protocol=FILE --data=FOLDER, or in --workdir the workdir of a run."
+    )
 
 
 def _by_protocol(settings, workdir) -> None:
@@ -261,4 +278,4 @@ def _export_identity(settings, workdir: epath.Path, prompts: list[dict], samples
 
 
 if __name__ == "__main__":
-  common.run(main, several_processes=True)
+  common.run(main, several_processes=True, config=None)

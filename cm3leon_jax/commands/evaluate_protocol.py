@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
-from cm3leon_jax import distributed, stage_table, stages
-from cm3leon_jax.commands import common
+from cm3leon_jax import distributed, stage_table
+from cm3leon_jax.commands import common, out_flag
 from cm3leon_jax.config import UserError
 
 if TYPE_CHECKING:
   from cm3leon_jax.evaluation.extractors import Extractor
   from cm3leon_jax.evaluation.protocols.protocol import Protocol
+  from cm3leon_jax.export.trained import Trained
 
 FOLDER = "evaluations"
 # Fields of a protocol that its samples do not depend on.
@@ -45,14 +46,37 @@ class Options:
 
 
 def run_all(settings, workdir, name: str, options: Options) -> None:
-  """Measures a run by all protocols of a file, after all of them were checked."""
+  """Measures a run or bundle by all protocols of a file, after all of them were checked."""
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+  from cm3leon_jax.export.trained import open_trained
 
-  found = [_checked(protocol, options, settings) for protocol in protocol_lib.load(name)]
+  trained = open_trained(workdir, settings)
+  found = [_checked(protocol, options, trained.settings) for protocol in protocol_lib.load(name)]
+  for protocol in found if trained.is_bundle else ():
+    _check_bundle(trained, protocol, options)
   path = epath.Path(name)
   file = path.stem if path.suffix else name.partition("/")[0]
   for protocol in found:
-    run(settings, workdir, file, protocol, options)
+    run(trained, file, protocol, options)
+
+
+def _check_bundle(trained: Trained, protocol: Protocol, options: Options) -> None:
+  """Raises UserError if a protocol asks for what a run alone has."""
+  from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+
+  name = trained.folder.name
+  if protocol.data.format == protocol_lib.HELDOUT:
+    raise UserError(
+      f"{name} is a bundle, which has no held-out documents, and the protocol reads them: name a "
+      "protocol that reads files, with --data=FOLDER, or in --workdir the workdir of a run."
+    )
+  if options.before:
+    raise UserError(f"--before is given, and {name} is a bundle: name the workdir of its run.")
+  if trained.bank is None and any(column.retrieve for column in protocol.columns):
+    raise UserError(
+      f"{name} is a bundle without a bank, and a column of the protocol retrieves documents: set "
+      "retrieve to 0 in a copy of the protocol."
+    )
 
 
 def _checked(protocol: Protocol, options: Options, settings) -> Protocol:
@@ -90,15 +114,14 @@ def _checked(protocol: Protocol, options: Options, settings) -> Protocol:
 
 
 def run(
-  settings, workdir, name: str, protocol: Protocol, options: Options
+  trained: Trained, name: str, protocol: Protocol, options: Options
 ) -> tuple[epath.Path, dict]:
-  """Measures a run by a protocol; writes evaluations/NAME-HASH/.
+  """Measures a run or bundle by a protocol; writes evaluations/NAME-HASH/.
 
   Args:
-    settings: of the run.
-    workdir: of the run.
+    trained: what is measured.
     name: of the file of the protocol, for the folder and the page.
-    protocol: what is measured.
+    protocol: what is measured of it.
     options: of the command line.
 
   Returns:
@@ -111,21 +134,22 @@ def run(
   from cm3leon_jax.evaluation.protocols import run as run_lib
   from cm3leon_jax.reports import evaluation_page
 
+  settings = trained.settings
   protocol = _checked(protocol, options, settings)
   names = tuple(options.metrics or protocol.metrics)
   needs = {need for n in names for need in metrics.METRICS[n].needs}
   extractor = None
   if "features" in needs:
-    extractor = _extractor(protocol, settings, workdir, options.weights)
+    extractor = _extractor(protocol, settings, trained.stages, options.weights)
   read = _stages(settings, protocol, needs, options)
   about = {
     "name": "/".join(filter(None, [name, protocol.name])),
-    "inputs": stages.ids(settings, workdir, read),
+    "inputs": trained.ids(read),
   }
   if options.before:
     about["parameters"] = "before"
   with common.use_mesh(settings):
-    job, step = _make_run(settings, workdir, protocol, names, extractor, options, about)
+    job, step = _make_run(trained, protocol, names, extractor, options, about)
     result = results.write(job, {**about, "step": step}, run_lib.run(job))
     if distributed.is_first():
       evaluation_page.write(job, result)
@@ -149,24 +173,25 @@ def _stages(settings, protocol: Protocol, needs: set[str], options: Options) -> 
   return [*read, *(stage_table.own_clip(settings) if needs_clip else [])]
 
 
-def _params(settings, workdir, before: bool) -> tuple[dict, int]:
+def _params(trained: Trained, before: bool) -> tuple[dict, int]:
   """Loads the parameters of a run and their step, or those that it began from, step 0.
 
   Raises:
     UserError: it began from random ones.
   """
   from cm3leon_jax.export import weights
-  from cm3leon_jax.training import checkpoint
 
   if not before:
-    return checkpoint.load_params(workdir / "train", settings.model)
-  start = weights.start_of(workdir)
+    return trained.load_params()
+  start = weights.start_of(trained.folder)
   if start is None:
-    raise UserError(f"--before is given, and the run in {workdir} began from random parameters.")
-  return weights.load(start, settings), 0
+    raise UserError(
+      f"--before is given, and the run in {trained.folder} began from random parameters."
+    )
+  return weights.load(start, trained.settings), 0
 
 
-def _make_run(settings, workdir, protocol: Protocol, names, extractor, options: Options, about):
+def _make_run(trained: Trained, protocol: Protocol, names, extractor, options: Options, about):
   """Loads what a protocol runs on; returns a `Run` and the step of its parameters."""
   from cm3leon_jax.evaluation import extractors
   from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
@@ -177,16 +202,17 @@ def _make_run(settings, workdir, protocol: Protocol, names, extractor, options: 
   from cm3leon_jax.generation.tasks import slug
   from cm3leon_jax.retrieval.bank import load_clip
 
-  params, step = _params(settings, workdir, options.before)
+  settings, folder = trained.settings, trained.stages
+  params, step = _params(trained, options.before)
   own_clip = None
   if settings.retrieval.clip or "clip" in about["inputs"]:
-    own_clip = load_clip(settings.retrieval.clip, workdir, settings.vocab)
+    own_clip = load_clip(settings.retrieval.clip, folder, settings.vocab)
   scorer = None
   if any("embeddings" in METRICS[name].needs for name in names):
-    scorer = load_clip(options.clip, workdir, settings.vocab) if options.clip else own_clip
+    scorer = load_clip(options.clip, folder, settings.vocab) if options.clip else own_clip
   size = settings.evaluation.batch_size
-  pipeline = Pipeline.load(settings, workdir, params, own_clip, batch_size=size)
-  evaluated = samples.open_evaluated(protocol, pipeline, workdir, options.data)
+  pipeline = Pipeline.load(settings, folder, params, own_clip, batch_size=size)
+  evaluated = samples.open_evaluated(protocol, pipeline, trained.folder, options.data)
   check(names, protocol.task, len(evaluated.examples))
   check_examples(names, evaluated.examples, evaluated.facts)
   sampling = [protocol_lib.sampling_of(c, settings.sampling) for c in protocol.columns]
@@ -204,12 +230,12 @@ def _make_run(settings, workdir, protocol: Protocol, names, extractor, options: 
     "extractor": extractor and extractor.identity,
     "scorer": scorer and extractors.clip_identity(scorer),
   }
-  root, name = epath.Path(workdir) / FOLDER, slug(about["name"])
+  root, name = out_flag.results_folder(trained) / FOLDER, slug(about["name"])
   job = Run(
     protocol=protocol,
     metrics=names,
     pipeline=pipeline,
-    workdir=epath.Path(workdir),
+    workdir=trained.folder,
     folder=root / f"{name}-{protocol_lib.digest(identity)[:8]}",
     samples=root / "samples" / f"{name}-{protocol_lib.digest(of_samples)[:8]}",
     evaluated=evaluated,

@@ -1,22 +1,33 @@
 """Writes the newest checkpoint for other programs, to export/ or to --output.
 
-  cm3leon export --config=scenes --workdir=workdir/scenes
-  cm3leon export --config=... --workdir=... --format=gpt2 --output=gpt2 --dtype=float16
+  cm3leon export --workdir=workdir/scenes
+  cm3leon export --workdir=scenes --output=scenes_int8 --quantize=int8
 
-Without --format, transformers.AutoModelForCausalLM.from_pretrained("workdir/scenes/export") loads
-it; docs/export.md has the formats. If torch is installed, the logits of the exported model on
+--workdir is the workdir of a run, the folder of a bundle, or the name of a bundle that is
+installed; without --config, the settings are those that are stored there. export/ is in the workdir
+of a run, and for a bundle in the current folder. Without --format,
+transformers.AutoModelForCausalLM.from_pretrained("workdir/scenes/export") loads it; docs/export.md
+has the formats. If torch is installed, the logits of the exported model on
 held-out documents are compared with those of this project.
 --bundle=DIR also writes decoder, tokenizers and CLIP in float16 to one folder, for CM3Leon.load
 and for --init_from of cm3leon train. With --base=OTHER it has the decoder alone: tokenizers, CLIP
 and bank are those of another bundle, which `cm3leon copy_tokenizers` copied from.
 """
 
-from absl import flags
+from __future__ import annotations
 
-from cm3leon_jax import stages
+from typing import TYPE_CHECKING
+
+from absl import flags
+from etils import epath
+
+from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import formats
+
+if TYPE_CHECKING:
+  from cm3leon_jax.export.trained import Trained
 
 SAMPLES = 4
 COMPARED = 500_000_000  # Parameters of the largest decoder that is compared: it is loaded twice.
@@ -26,7 +37,10 @@ _FORMAT = flags.DEFINE_enum(
   "format", DEFAULT.format, list(formats.FORMATS), "Layout of the export."
 )
 _OUTPUT = flags.DEFINE_string(
-  "output", "", "Folder of the export; default: export/ in the workdir, as a stage."
+  "output",
+  "",
+  "Folder of the export; default: export/ in the workdir of a run, as a stage, and for a bundle "
+  "export/ in the current folder.",
 )
 _DTYPE = flags.DEFINE_enum("dtype", DEFAULT.dtype, list(formats.DTYPES), "Dtype of the weights.")
 _QUANTIZE = flags.DEFINE_enum(
@@ -50,17 +64,11 @@ _BASE = flags.DEFINE_string(
 )
 
 
-def _write_bundle(settings, workdir, folder: str, base: str) -> None:
-  from cm3leon_jax.export import bundle, weights
-  from cm3leon_jax.reports import summary
-  from cm3leon_jax.training import checkpoint
+def _write_bundle(trained: Trained, folder: str, base: str) -> None:
+  from cm3leon_jax import loading
 
-  cost = summary.cost(summary.collect(workdir))
-  if cost is not None:
-    cost["train_seconds"] += weights.seconds_before(workdir)
-  with common.use_mesh(settings):
-    params, step = checkpoint.load_params(workdir / "train", settings.model)
-    numbers = bundle.write(folder, workdir, settings, params, step, cost, base)
+  with common.use_mesh(trained.settings):
+    step, numbers = loading.write_bundle(trained, folder, base)
   print(f"export: bundle of step {step}, {numbers['bytes'] / 1e6:.1f} MB, in {folder}.", flush=True)
 
 
@@ -74,18 +82,24 @@ def main(
 ) -> None:
   if base and not bundle_folder:
     raise UserError(f"--base is {base}, and --bundle is not given: it acts on bundles alone.")
-  formats.check(choice, settings)
+  from cm3leon_jax.export.trained import open_trained
+
+  trained = open_trained(workdir, settings)
+  if trained.is_bundle and bundle_folder:
+    raise UserError(f"--bundle is given, and {workdir} is a bundle already: copy {trained.folder}.")
+  formats.check(choice, trained.settings)
   with common.writing("export"):
-    _export(settings, workdir, choice, output)
+    _export(trained, choice, output or "export" * trained.is_bundle)
     if bundle_folder:
-      _write_bundle(settings, workdir, bundle_folder, base)
+      _write_bundle(trained, bundle_folder, base)
 
 
-def _export(settings, workdir, choice: formats.Choice, output: str) -> None:
+def _export(trained: Trained, choice: formats.Choice, output: str) -> None:
+  settings, workdir = trained.settings, trained.folder
   if output:
-    stages.inputs(settings, workdir, "export")
+    trained.ids([*stage_table.STAGES["export"].reads])
     with formats.replacing(output) as folder, common.use_mesh(settings):
-      message = _write(folder, output, settings, workdir, choice)[1]
+      message = _write(folder, epath.Path(output), trained, choice)[1]
     print(f"export: {message}.", flush=True)
     return
   asked = {k: str(v) for k, v in vars(choice).items() if v != getattr(DEFAULT, k)}
@@ -95,24 +109,26 @@ def _export(settings, workdir, choice: formats.Choice, output: str) -> None:
       return
     folder = workdir / "export"
     formats.clear(folder)
-    numbers, message = _write(folder, folder, settings, workdir, choice)
+    numbers, message = _write(folder, folder, trained, choice)
     summary.update(numbers)
     print(f"export: {message}.", flush=True)
 
 
-def _write(folder, place, settings, workdir, choice: formats.Choice) -> tuple[dict, str]:
+def _write(
+  folder: epath.Path, place: epath.Path, trained: Trained, choice: formats.Choice
+) -> tuple[dict, str]:
   """Writes an export, which will stand at `place`; returns its numbers and what a user reads."""
+  from cm3leon_jax.export import bundle
   from cm3leon_jax.reports import model_card
-  from cm3leon_jax.training import checkpoint
 
-  stored = checkpoint.open_params(workdir / "train", average=choice.average)
-  run = formats.Run(settings, workdir, stored, choice)
+  settings, stored = trained.settings, trained.open_params(choice.average)
+  run = formats.Run(settings, trained.stages, stored, choice, trained.folder)
   numbers = {**formats.write(folder, run), "step": stored.step, "compared": False}
   written = numbers.get("architecture", choice.format)
   parts = [f"{written}, {numbers['parameters']:,} parameters, in {place}"]
   transformers = "architecture" in numbers
   if transformers or choice.format in formats.COMPUTING:
-    checked, sentences = _check(folder, run, transformers)
+    checked, sentences = _check(folder, run, transformers, trained)
     numbers |= checked
     parts += sentences
     if transformers and settings.model.align_images:
@@ -120,12 +136,15 @@ def _write(folder, place, settings, workdir, choice: formats.Choice) -> tuple[di
         "config.model.align_images is set, so other engines need position_ids after neighbors and "
         "for several images, see `cm3leon.position_ids` in config.json"
       )
-  averaged = {} if choice.average is not False else {"average": False}
-  model_card.write(folder, workdir, settings, stored.step, {**numbers, **averaged})
+  about = {} if choice.average is not False else {"average": False}
+  about |= {"cost": bundle.about(trained.folder)["cost"]} if trained.is_bundle else {}
+  model_card.write(folder, trained.folder, settings, stored.step, {**numbers, **about})
   return numbers, "; ".join(parts)
 
 
-def _check(folder, run: formats.Run, transformers: bool) -> tuple[dict, list[str]]:
+def _check(
+  folder, run: formats.Run, transformers: bool, trained: Trained
+) -> tuple[dict, list[str]]:
   """Compares the export with this project's decoder on held-out documents.
 
   Logits are those of `transformers`, if it reads the export; a rounded decoder has other bits.
@@ -140,6 +159,8 @@ def _check(folder, run: formats.Run, transformers: bool) -> tuple[dict, list[str
   from cm3leon_jax.export import huggingface, int8
   from cm3leon_jax.training import checkpoint
 
+  if trained.is_bundle:
+    return {}, ["its logits were not compared: a bundle has no held-out documents"] * transformers
   settings, choice = run.settings, run.choice
   rounds = bool(choice.quantize) or choice.dtype != DEFAULT.dtype
   if not (transformers or rounds):
@@ -202,4 +223,4 @@ def _run(settings, workdir) -> None:
 
 
 if __name__ == "__main__":
-  common.run(_run)
+  common.run(_run, config=None)

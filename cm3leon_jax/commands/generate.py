@@ -1,15 +1,16 @@
-"""Generates images and texts: for held-out captions, or for prompts and images of yours.
+"""Generates images and texts: for prompts and images of yours, or for held-out captions of a run.
 
-  cm3leon generate --config=scenes --workdir=workdir/scenes
+  cm3leon generate --workdir=scenes --prompt="a red bell"
+  cm3leon generate --workdir=scenes-instruct --task=caption --image=bell.png
+  cm3leon generate --workdir=workdir/scenes --prompts=my.jsonl --samples=8 --rank
   cm3leon generate --config=scenes --workdir=workdir/scenes \\
-    --prompt="a green bell" --guidance=1.5 --retrieve=1
-  cm3leon generate --config=scenes --workdir=workdir/scenes \\
-    --task=caption --image=bell.png
-  cm3leon generate --config=scenes --workdir=workdir/scenes \\
-    --prompts=my.jsonl --samples=8 --rank
+    --prompt="a green bell" --config.sampling.temperature=0.8
 
-Results of held-out captions go to samples/, results of yours to prompts/NAME-HASH/: a PNG file
-for each image, contact_sheet.png, results.jsonl. docs/generating.md shows every task.
+--workdir is the workdir of a run, the folder of a bundle, or the name of a bundle that is
+installed; without --config, the settings are those that are stored there. Results go to
+prompts/NAME-HASH/, those of held-out captions to samples/: a PNG file for each image,
+contact_sheet.png, results.jsonl. These folders are made in the workdir of a run, for a bundle in
+the current folder, or in --out. docs/generating.md shows every task.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from absl import flags
 from etils import epath
 
 from cm3leon_jax import stage_table, stages
-from cm3leon_jax.commands import common
+from cm3leon_jax.commands import common, out_flag
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
 from cm3leon_jax.config import UserError, printable
 
 if TYPE_CHECKING:
+  from cm3leon_jax.export.trained import Trained
   from cm3leon_jax.generation.tasks import Task
 
 
@@ -119,17 +121,18 @@ def _columns(settings, guidance: list, retrieve: list) -> list[tuple]:
   ]
 
 
-def _own_tasks(settings, seed: int) -> list[Task]:
+def _own_tasks(trained: Trained, seed: int) -> list[Task]:
   """Returns the tasks of the flags, [] for held-out captions; raises UserError for wrong flags."""
   from cm3leon_jax.generation import prompt_file
 
+  settings = trained.settings
   fields = {name: flags.FLAGS[name].value for name in ("prompt", "image", "box", "length")}
   given = [name for name, value in fields.items() if value]
   name, path = _TASK.value, PROMPTS.value
   if path is None and not given and name == "text_to_image":
     return []
   cls = prompt_file.task_class(name)
-  retrieve = min(cls.retrieve, settings.data.num_neighbors)
+  retrieve = min(cls.retrieve, settings.data.num_neighbors) if trained.bank else 0
   columns = _columns(settings, [settings.sampling.guidance], [retrieve])
   if len(columns) > 1 and (path is not None or name != "text_to_image"):
     raise UserError(
@@ -177,10 +180,11 @@ def _check_rank(tasks: Sequence[Task]) -> None:
       )
 
 
-def _bank(settings, workdir: epath.Path, heldout: bool) -> epath.Path:
+def _bank(trained: Trained, heldout: bool) -> epath.Path | None:
   """Returns the workdir to retrieve from; raises UserError on other tokenizers or another CLIP."""
+  settings = trained.settings
   if _BANK.value is None:
-    return workdir
+    return trained.bank
   if heldout:
     raise UserError(
       "--bank is given without --prompt; held-out captions use the neighbors of their own run: "
@@ -192,12 +196,12 @@ def _bank(settings, workdir: epath.Path, heldout: bool) -> epath.Path:
   )
   found = {"clip": neighbors["retrieval"]["clip"], **documents["inputs"], **neighbors["inputs"]}
   read = (*stage_table.TOKENIZERS, *stage_table.own_clip(settings))
-  expected = {"clip": settings.retrieval.clip, **stages.ids(settings, workdir, read)}
+  expected = {"clip": settings.retrieval.clip, **trained.ids(read)}
   for name, value in expected.items():
     if found[name] != value:
       raise UserError(
-        f"--bank {bank} was made with another {name} than {workdir}: copy its folder there and "
-        "build the bank again."
+        f"--bank {bank} was made with another {name} than {trained.folder}: copy its folder "
+        "there and build the bank again."
       )
   return bank
 
@@ -206,13 +210,16 @@ def _needs_clip(tasks: Sequence[Task]) -> bool:
   return not tasks or any(task.retrieve or task.is_scored for task in tasks)
 
 
-def _identity(settings, workdir: epath.Path, bank: epath.Path, tasks, columns, seed: int) -> dict:
+def _identity(trained: Trained, bank: epath.Path | None, tasks, columns, seed: int) -> dict:
   """Returns what the samples depend on; raises UserError if a stage to read is not finished."""
+  settings = trained.settings
   retrieves = not tasks or any(task.retrieve for task in tasks)
   read = [*stage_table.TOKENIZERS, "train", *(["documents"] if retrieves else [])]
   read += stage_table.own_clip(settings) if _needs_clip(tasks) else ()
-  inputs = stages.ids(settings, workdir, read)
-  inputs |= stages.ids(settings, bank, ["neighbors"]) if retrieves else {}
+  inputs = trained.ids(read)
+  if retrieves:
+    own, neighbors = bank == trained.bank, ["neighbors"]
+    inputs |= trained.ids(neighbors) if own else stages.ids(settings, bank, neighbors)
   same = ("samples", "rank", "keep_neighbors", "weight_dtype", "cache_dtype", "draft_window")
   config = {"inputs": inputs, **stage_table.identity(settings, "samples")}
   config |= {name: flags.FLAGS[name].value for name in same}
@@ -228,17 +235,17 @@ def _identity(settings, workdir: epath.Path, bank: epath.Path, tasks, columns, s
   }
 
 
-def _folder(workdir: epath.Path, tasks: Sequence[Task], config: dict) -> epath.Path:
+def _folder(root: epath.Path, tasks: Sequence[Task], config: dict) -> epath.Path:
   """Returns the folder of the samples; each set of prompts and settings has its own."""
   from cm3leon_jax.generation.tasks import slug
 
   if not tasks:
-    return workdir / "samples"
+    return root / "samples"
   digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
-  for folder in sorted((workdir / "prompts").glob(f"*-{digest}")):
+  for folder in sorted((root / "prompts").glob(f"*-{digest}")):
     return folder  # The prompt file may have been renamed.
   name = epath.Path(PROMPTS.value).stem if PROMPTS.value else tasks[0].prompt or tasks[0].name
-  return workdir / "prompts" / f"{slug(name)}-{digest}"
+  return root / "prompts" / f"{slug(name)}-{digest}"
 
 
 def _print_results(records: Sequence[dict], scores: Sequence[dict]) -> None:
@@ -264,43 +271,63 @@ def _describe_divergence(mean: float) -> str:
   return f"prompts change the distributions of image codes by {mean:.3g} nats a code (mean KL)."
 
 
+def _check_heldout(trained: Trained, tasks: Sequence[Task]) -> None:
+  if trained.is_bundle and not tasks:
+    raise UserError(
+      f"{trained.folder.name} is a bundle, which has no held-out captions: give a prompt, "
+      '--prompt="a red bell", or in --workdir the workdir of a run.'
+    )
+
+
 def main(settings, workdir) -> None:
+  from cm3leon_jax.export.trained import open_trained
+  from cm3leon_jax.generation.doubts import doubts
   from cm3leon_jax.generation.heldout import heldout_tasks
   from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
   from cm3leon_jax.generation.tasks import PromptLayout
   from cm3leon_jax.generation.writer import Writer
   from cm3leon_jax.reports.summary import clip_scores
   from cm3leon_jax.retrieval.bank import load_clip
-  from cm3leon_jax.training import checkpoint
 
   seed = settings.seed if _SEED.value is None else _SEED.value
   if _DRAFT_WINDOW.value == 1:
     raise UserError("--draft_window is 1; it must be 0, or at least 2.")
-  tasks = _own_tasks(settings, seed)
+  trained = open_trained(workdir, settings)
+  settings = trained.settings
+  tasks = _own_tasks(trained, seed)
+  _check_heldout(trained, tasks)
   usual = [1.0, settings.sampling.guidance], [0, settings.data.num_neighbors]
   columns = [] if tasks else _columns(settings, *usual)
   _check_rank(tasks)
-  bank = _bank(settings, workdir, heldout=not tasks)
-  config = _identity(settings, workdir, bank, tasks, columns, seed)
-  layout = PromptLayout.load(settings, workdir)
+  bank = _bank(trained, heldout=not tasks)
+  config = _identity(trained, bank, tasks, columns, seed)
+  layout = PromptLayout.load(settings, trained.stages)
   given = check_tasks(layout, tasks, bank)
   if given:
     config["images"] = {
       f"{image}, crop {crop}": hashlib.sha256(pixels.tobytes()).hexdigest()
       for (image, crop), pixels in given.items()
     }
-  folder = _folder(workdir, tasks, config)
+  folder = _folder(out_flag.results_folder(trained), tasks, config)
+  for sentence in doubts(tasks, layout, settings.instructions, trained.unseen_tokens()):
+    print(f"generate: warning: {sentence}")
   with stages.once(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
       clip = None
       if _needs_clip(tasks):
-        clip = load_clip(settings.retrieval.clip, workdir, settings.vocab)
-      params, step = checkpoint.load_params(workdir / "train", settings.model)
+        clip = load_clip(settings.retrieval.clip, trained.stages, settings.vocab)
+      params, step = trained.load_params()
       names = ("batch_size", "weight_dtype", "cache_dtype", "draft_window")
       options = {name: flags.FLAGS[name].value for name in names}
-      pipeline = Pipeline.load(settings, workdir, params, clip, bank, **options)
+      pipeline = Pipeline.load(settings, trained.stages, params, clip, bank, **options)
       tasks = tasks or heldout_tasks(
-        layout, workdir, _CAPTIONS.value, seed, columns, _KEEP.value, pipeline.image_tokenizer
+        layout,
+        trained.folder,
+        _CAPTIONS.value,
+        seed,
+        columns,
+        _KEEP.value,
+        pipeline.image_tokenizer,
       )
       writer = Writer(folder, SAMPLES.value)
       samples = pipeline.generate(
@@ -317,4 +344,4 @@ def main(settings, workdir) -> None:
 
 
 if __name__ == "__main__":
-  common.run(main)
+  common.run(main, config=None)

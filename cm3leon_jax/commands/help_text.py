@@ -51,6 +51,7 @@ def page(docstring: str, workdir: bool, several_processes: bool, config: bool = 
     "Start": modules.get("cm3leon_jax.commands.init_from_flag", []),
     "Prompts": modules.get("cm3leon_jax.commands.prompt_flags", []),
     "Protocols": modules.get("cm3leon_jax.commands.protocol_flags", []),
+    "Results": modules.get("cm3leon_jax.commands.out_flag", []),
     "Retrieval": modules.get("cm3leon_jax.commands.retrieve_flag", []),
     "The run": run,
     "Processing of shards": modules.get("cm3leon_jax.commands.sharded", []),

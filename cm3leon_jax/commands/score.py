@@ -1,26 +1,34 @@
 """Measures the log-probability of each token of documents of yours, by a trained run.
 
-  cm3leon score --config=scenes --workdir=workdir/scenes \\
-    --documents=my.jsonl
-  cm3leon score --config=scenes --workdir=workdir/scenes \\
-    --documents=workdir/scenes/documents/heldout_pairs --retrieve=1
+  cm3leon score --workdir=scenes --documents=my.jsonl
+  cm3leon score --workdir=workdir/scenes --retrieve=1 \\
+    --documents=workdir/scenes/documents/heldout_pairs
 
-A line of a JSONL file is {"text": ...}, {"image": path, "caption": ...} or {"segments": [...]}. The
-folder scores/NAME-HASH/ gets scores.jsonl, a line for each document, and summary.json: perplexity
-and bits a token of text and of image codes. docs/evaluation.md explains both.
+--workdir is the workdir of a run, the folder of a bundle, or the name of a bundle that is
+installed; without --config, the settings are those that are stored there. A line of a JSONL file is
+{"text": ...}, {"image": path, "caption": ...} or {"segments": [...]}. The folder scores/NAME-HASH/
+gets scores.jsonl, a line for each document, and summary.json: perplexity and bits a token of text
+and of image codes. It is made in the workdir of a run, for a bundle in the current folder, or in
+--out. docs/evaluation.md explains both.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
+from typing import TYPE_CHECKING
 
 from absl import flags
 from etils import epath
 
 from cm3leon_jax import stage_table, stages
-from cm3leon_jax.commands import common
+from cm3leon_jax.commands import common, out_flag
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json, write_json
+
+if TYPE_CHECKING:
+  from cm3leon_jax.export.trained import Trained
 
 _DOCUMENTS = flags.DEFINE_string(
   "documents",
@@ -33,13 +41,18 @@ _DOCUMENTS = flags.DEFINE_string(
 def main(settings, workdir) -> None:
   from cm3leon_jax import distributed
   from cm3leon_jax.evaluation import document_scores, given_documents
+  from cm3leon_jax.export.trained import open_trained
   from cm3leon_jax.generation.tasks import PromptLayout, slug
 
   if not _DOCUMENTS.value:
     raise UserError("name the documents: --documents=my.jsonl")
+  trained = open_trained(workdir, settings)
+  settings = trained.settings
   retrieve = _number_of_neighbors(settings)
-  inputs = stages.ids(settings, workdir, _stages_read(settings, retrieve))
-  layout, raw = PromptLayout.load(settings, workdir), settings.raw
+  if retrieve and trained.bank is None:
+    raise UserError(f"--retrieve is {retrieve}, and {trained.folder} has no bank: leave it out.")
+  inputs = trained.ids(_stages_read(settings, retrieve))
+  layout, raw = PromptLayout.load(settings, trained.stages), settings.raw
   tokenizers = {name: inputs[name] for name in stage_table.TOKENIZERS}
   documents = given_documents.open_documents(
     _DOCUMENTS.value, layout, tokenizers, crop=raw.crop, num_threads=raw.num_threads
@@ -62,12 +75,12 @@ def main(settings, workdir) -> None:
   }
   distributed.check_same_config(identity)
   digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
-  folder = workdir / "scores" / f"{slug(path.stem)}-{digest}"
+  folder = out_flag.results_folder(trained) / "scores" / f"{slug(path.stem)}-{digest}"
   first = distributed.is_first()
   once = stages.once(folder, identity, writes=first, together=distributed.together)
   with once as summary, common.use_mesh(settings):
     if summary is not None:
-      summary.update(_score(settings, workdir, documents, checked, folder, retrieve))
+      summary.update(_score(trained, documents, checked, folder, retrieve))
       if first:
         write_json(folder / document_scores.SUMMARY, summary)
   if first:
@@ -93,20 +106,20 @@ def _stages_read(settings, retrieve: int) -> list[str]:
   return list(dict.fromkeys([*stage_table.TOKENIZERS, "train", *retrieval]))
 
 
-def _score(settings, workdir: epath.Path, documents, checked, folder, retrieve: int) -> dict:
+def _score(trained: Trained, documents, checked, folder, retrieve: int) -> dict:
   """Scores the documents; returns the numbers of summary.json."""
   from cm3leon_jax.evaluation import bits, document_scores
   from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-  from cm3leon_jax.training import checkpoint
 
+  settings = trained.settings
   config, find = settings.evaluation, document_scores.no_neighbors
   bits.check_batch(config)
   if retrieve:
-    find = _search(settings, workdir, documents.layout, retrieve)
-  params, step = checkpoint.load_params(workdir / "train", settings.model)
+    find = _search(settings, trained.stages, documents.layout, retrieve)
+  params, step = trained.load_params()
   sizes = (documents.layout.positions, config.batch_size)
   scorer = document_scores.Scorer(params, settings.model, settings.vocab, *sizes, find)
-  tokenizer = ImageTokenizer.load(workdir / "vqgan")
+  tokenizer = ImageTokenizer.load(trained.stages / "vqgan")
   resampling = {"num_resamples": config.num_resamples, "seed": settings.seed}
   found = document_scores.run(scorer, documents, checked, tokenizer, folder, **resampling)
   return {"step": step, "retrieve": retrieve, **found}
@@ -125,4 +138,4 @@ def _search(settings, workdir: epath.Path, layout, count: int):
 
 
 if __name__ == "__main__":
-  common.run(main, several_processes=True)
+  common.run(main, several_processes=True, config=None)

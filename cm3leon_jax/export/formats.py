@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import absolute, read_json, write_json
+from cm3leon_jax.io import absolute, plain, read_json, write_json
 
 if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
@@ -65,12 +65,14 @@ class Run:
     workdir: of the run; its tokenizers are read.
     params: of the decoder, read from disk when they are needed.
     choice: what the user asks for.
+    learned: folder that knows the data of the training; None: `workdir`.
   """
 
   settings: Settings
   workdir: epath.Path
   params: StoredParams
   choice: Choice
+  learned: epath.Path | None = None
 
 
 def check(choice: Choice, settings: Settings) -> None:
@@ -110,9 +112,10 @@ def write(folder: epath.PathLike, run: Run) -> dict:
 
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  training_data.write(folder, run.workdir, bundle.folder_of)
+  training_data.write(folder, run.learned or run.workdir, bundle.folder_of)
   about = {**dataclasses.asdict(run.choice), "average": run.params.averaged}
-  write_json(folder / ABOUT, {**about, "step": run.params.step})
+  about |= {"step": run.params.step, "settings": plain(dataclasses.asdict(run.settings))}
+  write_json(folder / ABOUT, about)
   numbers = image_tokenizer.write(folder, run.workdir, run.settings)
   return {**numbers, **_module(run.choice).write(folder, run)}
 

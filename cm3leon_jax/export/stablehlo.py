@@ -97,18 +97,19 @@ def write_model(
   Raises:
     UserError: nothing was trained there, a file is damaged, or see `formats.check`.
   """
-  from cm3leon_jax.export import bundle, formats, weights
+  from cm3leon_jax.export import formats
+  from cm3leon_jax.export.trained import open_trained
   from cm3leon_jax.mesh import MeshConfig, create_mesh
   from cm3leon_jax.training import stored
 
-  run, settings, load = weights.of_run(source)
+  trained = open_trained(source)
+  settings = trained.settings
   formats.check(formats.Choice(format="stablehlo", dtype=dtype), settings)
   settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
   with jax.set_mesh(create_mesh(MeshConfig(), jax.devices()[:1])):
-    params = stored.of_tree(load()[0])
-  stages = bundle.stages_folder(run)
-  image_tokenizer = ImageTokenizer.load(stages / "vqgan")
-  texts = stages / "text_tokenizer"
+    params = stored.of_tree(trained.load_params()[0])
+  image_tokenizer = ImageTokenizer.load(trained.stages / "vqgan")
+  texts = trained.stages / "text_tokenizer"
   return export(folder, params, settings, image_tokenizer, texts, weight_dtype)
 
 

@@ -1,8 +1,6 @@
 """Finds trained parameters that a run starts from: another run's, or an exported model's."""
 
-from collections.abc import Callable
 import dataclasses
-import difflib
 import os
 
 from etils import epath
@@ -14,7 +12,6 @@ from cm3leon_jax.export import bundle, formats, huggingface, orbax, placed, stor
 from cm3leon_jax.export.stored_tensors import StoredTensors
 from cm3leon_jax.io import digest, plain, read_json
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.settings import Settings, settings_of_run
 from cm3leon_jax.training import checkpoint
 
 IMAGE_TOKENIZER = "image_tokenizer/params.safetensors"  # Of an exported model.
@@ -182,38 +179,6 @@ def seconds_before(workdir: epath.PathLike) -> float:
   return read_json(done, {"seconds": float})["seconds"] + seconds_before(folder)
 
 
-def of_run(
-  source: str | os.PathLike[str], step: int | None = None
-) -> tuple[str, Settings, Callable[[], tuple[dict, int]]]:
-  """Opens a run or a bundle, to generate with it.
-
-  Args:
-    source: workdir of a run, or see `bundle.folder_of`.
-    step: of the run's checkpoint; default: the newest.
-
-  Returns:
-    Its folder, its settings, and a function that loads parameters onto the current mesh and returns
-    them and their step.
-
-  Raises:
-    UserError: nothing was trained there, or a file of a bundle is another one.
-  """
-  folder = bundle.folder_of(source)
-  if not bundle.is_bundle(folder):
-    name = os.fspath(source)
-    close = difflib.get_close_matches(name, bundle.INSTALLED, 1)
-    if close and "/" not in name and not folder.exists():
-      raise UserError(f"{name} is no folder and no bundle: did you mean {close[0]}?")
-    run = settings_of_run(folder)
-    return (
-      os.fspath(folder),
-      run,
-      lambda: checkpoint.load_params(folder / "train", run.model, step),
-    )
-  settings, trained = bundle.read(folder)
-  return os.fspath(folder), settings, lambda: (_load_exported(folder, settings.model), trained)
-
-
 def load(weights: Weights, settings) -> dict:
   """Loads parameters onto the current mesh; of a run their average, if it has one.
 
@@ -230,7 +195,7 @@ def load(weights: Weights, settings) -> dict:
     return checkpoint.load_params(folder / "train", settings.model, weights.step)[0]
   if orbax.exists(folder):
     return orbax.load(folder, placed.types_of(settings.model))
-  return _load_exported(folder, settings.model)
+  return load_exported(folder, settings.model)
 
 
 def start_of(workdir: epath.PathLike) -> Weights | None:
@@ -239,8 +204,12 @@ def start_of(workdir: epath.PathLike) -> Weights | None:
   return Weights(**run["init_from"]) if run.get("init_from") else None
 
 
-def _load_exported(folder: epath.Path, config: ModelConfig) -> dict:
-  """Reads exported parameters onto the current mesh. All processes must call it."""
+def load_exported(folder: epath.Path, config: ModelConfig) -> dict:
+  """Reads exported parameters onto the current mesh. All processes must call it.
+
+  Raises:
+    UserError: a file is absent or damaged.
+  """
   with distributed.together():
     try:
       return placed.load(StoredTensors(folder), config)

@@ -51,13 +51,13 @@ def write(
 
   Args:
     folder: of the export.
-    workdir: of the run.
+    workdir: of the run, or the folder of a bundle.
     settings: of the export; its model and vocab are those of the run.
     step: of the exported parameters.
     exported: numbers of the export: "parameters" of the decoder; and if known, "bytes" of its
       files; "image_tokenizer", what `export.image_tokenizer.write` returned; "average": False if
       the last parameters were exported and not their average; "heldout_bits", {"before", "after"}
-      rounding.
+      rounding; "cost" of a bundle, see `export.bundle.about`.
 
   Raises:
     UserError: a file of the workdir is absent or damaged.
@@ -76,7 +76,7 @@ def render(
   )
   form, quantized = about.get("format", ""), bool(about.get("quantize"))
   architecture = (described.get("architectures") or [""])[0]
-  trained = settings_lib.settings_of_run(workdir)
+  trained = settings_lib.settings_of_run(workdir) if "cost" not in exported else settings
   sizes = {"resolution": trained.vqgan.resolution, "image_tokens": trained.vqgan.image_tokens}
   sizes |= {"family": "", "code_dim": trained.vqgan.code_dim} | exported.get("image_tokenizer", {})
   learned = training_data.read(folder)
@@ -111,7 +111,7 @@ def render(
     "more_data": len(data) - len(data[:MOST_ORIGINS]),
     "bases": bases,
     "licenses": sorted(licenses),
-    "cost": summary_lib.cost(summary),
+    "cost": exported.get("cost", summary_lib.cost(summary)),
     "step": step,
     "records": records_of_splits(summary.get("raw", {})),
     "figures": card_figures.collect(workdir, trained, step, summary),

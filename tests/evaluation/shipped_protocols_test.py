@@ -21,6 +21,7 @@ from cm3leon_jax.evaluation import extractors
 from cm3leon_jax.evaluation.inception import Inception
 from cm3leon_jax.evaluation.protocols import compare, run
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+from cm3leon_jax.export.trained import open_trained
 from cm3leon_jax.settings import settings_from_config
 from tests.evaluation.inception_test import random_tensors
 from tests.evaluation.protocol_runs import make_data, make_workdir
@@ -70,12 +71,16 @@ def tiny(protocol):
   )
 
 
+def measure(settings, workdir, *arguments):
+  return evaluate_protocol.run(open_trained(workdir, settings), *arguments)
+
+
 @pytest.mark.parametrize(("name", "protocol"), PROTOCOLS)
 def test_every_protocol_runs_to_its_results(name, protocol, settings, workdir, data, capsys):
   protocol = tiny(protocol)
   heldout = protocol.data.format == protocol_lib.HELDOUT
   options = evaluate_protocol.Options(data=None if heldout else data)
-  folder, result = evaluate_protocol.run(settings, workdir, name, protocol, options)
+  folder, result = measure(settings, workdir, name, protocol, options)
   assert set(result["columns"]) == {column.name for column in protocol.columns}
   for column in result["columns"].values():
     assert set(column["metrics"]) == set(protocol.metrics)
@@ -97,20 +102,20 @@ def test_a_protocol_of_other_images_is_refused(settings, workdir, data):
   with pytest.raises(
     UserError, match="images of 256 x 256 pixels, and those of the run have 8 x 8"
   ):
-    evaluate_protocol.run(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
+    measure(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
 
 
 def test_more_examples_than_there_are_is_refused(settings, workdir, data):
   [protocol] = protocol_lib.load("scenes_decoding")
   protocol = dataclasses.replace(protocol, metrics=("clip_score",))
   with pytest.raises(UserError, match="asks for 240 examples, and the run holds out 5 pairs: set"):
-    evaluate_protocol.run(settings, workdir, "x", protocol, evaluate_protocol.Options())
+    measure(settings, workdir, "x", protocol, evaluate_protocol.Options())
 
 
 def test_inception_needs_its_weights(settings, workdir, data):
   [protocol] = protocol_lib.load("cm3leon_table1")
   with pytest.raises(UserError, match="features of inception: name a safetensors file"):
-    evaluate_protocol.run(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
+    measure(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
 
 
 def test_weights_of_another_network_are_refused_by_their_hash(settings, workdir, data):
@@ -119,7 +124,7 @@ def test_weights_of_another_network_are_refused_by_their_hash(settings, workdir,
   with pytest.raises(
     UserError, match=r"the protocol asks for 000000000000\.\.\.: give the weights"
   ):
-    evaluate_protocol.run(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
+    measure(settings, workdir, "x", protocol, evaluate_protocol.Options(data=data))
 
 
 def test_too_few_examples_for_a_metric_are_refused(settings, workdir, data):
@@ -129,7 +134,7 @@ def test_too_few_examples_for_a_metric_are_refused(settings, workdir, data):
     if examples == 0:  # All there are: 5, but of COCO 3.
       protocol = tiny(protocol_lib.load("tutorial_decoding")[0])
     with pytest.raises(UserError, match="metric 'precision_recall' needs at least 4 samples"):
-      evaluate_protocol.run(settings, workdir, "x", protocol, options)
+      measure(settings, workdir, "x", protocol, options)
 
 
 def test_flags_of_protocols_need_a_protocol(settings, workdir):
@@ -155,7 +160,7 @@ def test_a_flag_without_effect_is_refused(settings, workdir, data):
   ):
     options = evaluate_protocol.Options(examples=4, **fields)
     with pytest.raises(UserError, match=sentence):
-      evaluate_protocol.run(settings, workdir, "x", protocol, options)
+      measure(settings, workdir, "x", protocol, options)
 
 
 def test_other_metrics_are_measured_on_the_same_samples(settings, workdir, data):
@@ -169,10 +174,8 @@ metrics: [cider]
 """,
     "x.yaml",
   )
-  first, _ = evaluate_protocol.run(
-    settings, workdir, "same", protocol, evaluate_protocol.Options(data=data)
-  )
-  second, result = evaluate_protocol.run(
+  first, _ = measure(settings, workdir, "same", protocol, evaluate_protocol.Options(data=data))
+  second, result = measure(
     settings, workdir, "same", protocol, evaluate_protocol.Options(("bleu4",), data=data)
   )
   assert first != second
@@ -216,7 +219,7 @@ def test_distances_are_of_the_features_of_inception(settings, workdir, data, tmp
   protocol = dataclasses.replace(tiny(protocol), extractor=protocol.extractor)
   protocol = dataclasses.replace(protocol, columns=protocol.columns[:1], published=())
   options = evaluate_protocol.Options(data=data, weights=str(path))
-  folder, result = evaluate_protocol.run(settings, workdir, "inception", protocol, options)
+  folder, result = measure(settings, workdir, "inception", protocol, options)
   assert result["extractor"]["name"] == "inception-v3 (torch resize)"
   [stored] = folder.parent.glob("samples/inception-*/features/reference-*/part_00000.npz")
   examples = open_examples("coco_2014", data, "val")

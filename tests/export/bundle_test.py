@@ -11,6 +11,7 @@ import pytest
 from cm3leon_jax import CM3Leon, config
 from cm3leon_jax.data.documents import DocumentStore, write_documents
 from cm3leon_jax.export import bundle, weights
+from cm3leon_jax.export.trained import open_trained
 from cm3leon_jax.io import write_json
 from cm3leon_jax.training import checkpoint
 from tests.generation.run import SETTINGS, one_device
@@ -34,8 +35,8 @@ def files(folder):
 
 def test_parameters_are_those_of_the_run_rounded_to_float16(run, bundled):
   with jax.set_mesh(mesh_of(2, 2, 2)):
-    found, step = weights.of_run(bundled)[2]()
-    expected, _ = weights.of_run(run)[2]()
+    found, step = open_trained(bundled).load_params()
+    expected, _ = open_trained(run).load_params()
   assert step == 7
   expected = jax.tree.map(lambda x: np.asarray(x.astype("float16").astype("float32")), expected)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
@@ -126,7 +127,7 @@ def test_a_bundle_on_a_base_generates_what_a_whole_one_does(tuned, bundled, tmp_
   np.testing.assert_array_equal(sample.tokens, expected.tokens)
   assert sample.clip_score == expected.clip_score
   with one_device():
-    found, step = weights.of_run(based)[2]()
+    found, step = open_trained(based).load_params()
   assert found.keys() == params.keys()
   assert step == 7
   assert weights.other_tokenizers(str(based), tuned) == []

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Installs the wheel into a clean environment and runs there what the README shows, in a folder outside the checkout.
+#   bash .ci/wheel.sh [PYTHON]     (default: python3.13)
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+base="${1:-python3.13}"
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+"$base" --version >/dev/null 2>&1 \
+  || fail "'$base' does not run, and the wheel must be tried on it: install Python 3.13, or name another: bash .ci/wheel.sh PYTHON."
+
+folder="$(mktemp -d)"
+server=""
+end() {
+  [ -z "$server" ] || kill -KILL "$server" 2>/dev/null || true
+  rm -rf "$folder"
+}
+trap end EXIT
+
+# The wheel is built from a copy, so that no earlier build is in it.
+mkdir "$folder/source" "$folder/elsewhere"
+(cd "$root" && git ls-files -z --cached --others --exclude-standard | tar --null --files-from=- --create --file=-) \
+  | tar --extract --directory="$folder/source"
+"$base" -m venv "$folder/venv" || fail "'$base -m venv' failed: install its venv and pip (on Debian: apt-get install python3-venv)."
+unset PYTHONPATH
+export PATH="$folder/venv/bin:$PATH"
+pip=(python -m pip --quiet --disable-pip-version-check)
+"${pip[@]}" wheel --no-deps --wheel-dir="$folder" "$folder/source"
+wheel="$(echo "$folder"/*.whl)"
+"${pip[@]}" install "${wheel}[serve]" -c "$root/requirements.txt"
+cd "$folder/elsewhere"
+python -c 'import sys, jax, cm3leon_jax; print(f"wheel: Python {sys.version.split()[0]}, jax {jax.__version__}, {cm3leon_jax.__file__}")'
+
+echo "wheel: the first snippet of README.md"
+# The quickstart of a reader: the first block of Python.
+awk '/^```python$/ {inside = 1; next} /^```$/ {if (inside) exit} inside' "$root/README.md" >snippet.py
+grep -q 'CM3Leon.load' snippet.py || fail "README.md has no snippet that loads a model."
+{ cat snippet.py; echo 'samples[0].image.save("sample.png")'; } >run.py
+python run.py
+
+echo "wheel: cm3leon generate and caption"
+cm3leon generate --workdir=scenes --prompt="a red bell" --out=drawn
+[ -n "$(find drawn -name '*.png' -print -quit)" ] || fail "cm3leon generate wrote no image."
+cm3leon generate --workdir=scenes-instruct --task=caption --image=sample.png --out=captioned | tee caption.txt
+[ -s caption.txt ] || fail "cm3leon generate --task=caption printed nothing."
+
+echo "wheel: cm3leon serve"
+cm3leon serve --workdir=scenes --port=0 >serve.log 2>&1 &
+server=$!
+for _ in $(seq 300); do
+  grep -q 'http://' serve.log && break
+  kill -0 "$server" 2>/dev/null || break
+  sleep 1
+done
+python - <<'PYTHON' || { cat serve.log && fail "cm3leon serve did not answer."; }
+import base64, io, json, re, urllib.request
+from PIL import Image
+
+address = re.search(r"http://[\w.:]+", open("serve.log").read())[0].rstrip(".")
+body = json.dumps({"prompt": "a green bell", "n": 1, "response_format": "b64_json"}).encode()
+request = urllib.request.Request(f"{address}/v1/images/generations", body, {"Content-Type": "application/json"})
+with urllib.request.urlopen(request, timeout=300) as answer:
+  image = Image.open(io.BytesIO(base64.b64decode(json.load(answer)["data"][0]["b64_json"])))
+print(f"wheel: the server drew an image of {image.width} x {image.height} pixels.")
+PYTHON
+kill -TERM "$server"
+wait "$server" || fail "cm3leon serve ended with exit code $?: $(tail -n 3 serve.log)"
+server=""
+
+echo "wheel: batches of 1, 2, 3 and 8 on this jax"
+"${pip[@]}" install pytest pytest-xdist hypothesis beartype -c "$root/requirements.txt"
+cd "$folder/source"
+python -m pytest -q -p no:cacheprovider tests/decoding/batch_sizes_test.py

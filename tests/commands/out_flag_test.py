@@ -1,0 +1,175 @@
+"""Commands that read a run or a bundle without a config, and where their results go."""
+
+import json
+import pathlib
+
+from absl import flags
+from absl.testing import flagsaver
+from etils import epath
+import numpy as np
+from PIL import Image
+import pytest
+from safetensors.numpy import load_file
+
+from cm3leon_jax import stages
+from cm3leon_jax.commands import common, evaluate, export, generate, score
+from cm3leon_jax.config import UserError
+from cm3leon_jax.export import bundle, formats
+from cm3leon_jax.export.trained import open_trained
+from cm3leon_jax.io import read_json
+from cm3leon_jax.training import checkpoint
+from tests.generation.run import SETTINGS, one_device, save_run
+from tests.launched import cm3leon
+
+PROTOCOL = """
+title: captions
+task: text
+template: "<mask>"
+data: {format: coco_karpathy, split: test, count: 0}
+columns: [{name: greedy, length: 3, sampling: {text_top_k: 1}}]
+metrics: [bleu4]
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  root = epath.Path(tmp_path_factory.mktemp("models") / "run")
+  save_run(root)
+  return root
+
+
+@pytest.fixture(scope="module")
+def bundled(run):
+  """A bundle of `run`, which has no bank."""
+  folder = run.parent / "bundled"
+  with one_device():
+    params, step = checkpoint.load_params(run / "train", SETTINGS.model)
+    bundle.write(folder, run, SETTINGS, params, step)
+  return folder
+
+
+@pytest.fixture
+def documents(tmp_path):
+  path = tmp_path / "my.jsonl"
+  path.write_text('{"text": "red apple"}\n')
+  return path
+
+
+@pytest.fixture
+def protocol(tmp_path):
+  """Flags of a protocol over the captions of two images."""
+  rng, images = np.random.default_rng(0), []
+  for i in range(2):
+    Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / f"{i}.jpg")
+    entry = {"filepath": ".", "filename": f"{i}.jpg", "split": "test", "imgid": i, "cocoid": i}
+    images.append({**entry, "sentences": [{"raw": "red apple"}]})
+  (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images}))
+  (tmp_path / "own.yaml").write_text(PROTOCOL)
+  return {"protocol": str(tmp_path / "own.yaml"), "data": str(tmp_path)}
+
+
+def names(folder):
+  """Returns the files below a folder."""
+  folder = pathlib.Path(folder)
+  return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+  """Runs a command in the folder `here` on what a run or bundle stored, with some flags."""
+  here = tmp_path / "here"
+  here.mkdir()
+  monkeypatch.chdir(here)
+  monkeypatch.setattr(common, "use_mesh", lambda settings: one_device())
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+
+  def run_command(command, folder, *arguments, **values):
+    with flagsaver.flagsaver(**values):
+      command.main(open_trained(folder).settings, folder, *arguments)
+    return here
+
+  return run_command
+
+
+def test_a_bundled_model_draws_without_a_config_into_the_current_folder(tmp_path):
+  installed = bundle.folder_of("scenes")
+  before = names(installed)
+  done = cm3leon("generate", "--workdir=scenes", "--prompt=a red bell", cwd=tmp_path)
+  assert done.returncode == 0, done.stderr
+  (folder,) = (tmp_path / "prompts").glob("a-red-bell-*")
+  assert f"generate: all in {folder.relative_to(tmp_path)}, " in done.stdout
+  (file,) = folder.glob("000_*.png")
+  # A red bell is red: more so than green or blue, where it is not the white of the background.
+  red, green, blue = np.asarray(Image.open(file), float).mean((0, 1))
+  assert red > max(green, blue) + 5
+  assert names(installed) == before
+
+
+def test_a_run_needs_no_config_either_and_keeps_its_results(run, documents, tmp_path):
+  done = cm3leon("score", f"--workdir={run}", f"--documents={documents}", cwd=tmp_path)
+  assert done.returncode == 0, done.stderr
+  (folder,) = run.glob("scores/my-*")
+  assert (folder / stages.DONE).exists()
+  assert names(tmp_path) == {"my.jsonl"}
+
+
+def test_results_of_a_bundle_go_to_the_current_folder_or_to_out(
+  call, bundled, documents, protocol, tmp_path
+):
+  before, there = names(bundled), tmp_path / "there"
+  for pattern, command, values in (
+    ("prompts/red-apple-*/*.png", generate, {"prompt": ["red apple"]}),
+    ("scores/my-*/summary.json", score, {"documents": str(documents)}),
+    ("evaluations/own-*/report.html", evaluate, protocol),
+  ):
+    here = call(command, bundled, **values)
+    assert list(here.glob(pattern))
+    call(command, bundled, **values, out=str(there))
+    assert list(there.glob(pattern))
+  assert names(bundled) == before
+
+
+def test_a_bundle_is_exported_like_its_run(call, bundled, capsys):
+  exported = call(export, bundled) / "export"
+  assert "not compared: a bundle has no held-out documents" in capsys.readouterr().out
+  assert {"README.md", "model.safetensors", "training_data.json"} <= names(exported)
+  assert read_json(exported / "export.json")["step"] == 7
+  assert "its cost is not recorded" in (exported / "README.md").read_text()
+  found, stored = (load_file(folder / "model.safetensors") for folder in (exported, bundled))
+  assert found.keys() == stored.keys()
+  for name, tensor in stored.items():
+    np.testing.assert_array_equal(found[name], tensor.astype(np.float32))
+
+
+MISTAKES = [
+  (generate, {}, "bundled is a bundle, which has no held-out captions: give a prompt"),
+  (evaluate, {}, "is a bundle, which has no held-out documents: name a protocol and its examples"),
+  (evaluate, {"protocol": "{heldout}"}, "which has no held-out documents, and the protocol reads"),
+  (
+    evaluate,
+    {"protocol": "{own}", "data": "{folder}", "before": True},
+    "--before is given, and bundled is a bundle",
+  ),
+  (score, {"documents": "{texts}", "retrieve": ["1"]}, "has no bank: leave it out"),
+  (evaluate, {"out": "x"}, "--out is given without --protocol: add"),
+]
+
+
+@pytest.mark.parametrize(("command", "values", "sentence"), MISTAKES)
+def test_what_a_bundle_lacks_is_one_sentence(
+  call, bundled, documents, protocol, tmp_path, command, values, sentence
+):
+  heldout = tmp_path / "heldout.yaml"
+  heldout.write_text(PROTOCOL.replace("coco_karpathy, split: test", "heldout"))
+  places = {"heldout": heldout, "own": protocol["protocol"], "folder": tmp_path, "texts": documents}
+  values = {k: v.format(**places) if isinstance(v, str) else v for k, v in values.items()}
+  with pytest.raises(UserError, match=sentence):
+    call(command, bundled, **values)
+
+
+def test_a_bundle_is_neither_bundled_again_nor_exported_without_its_average(call, bundled):
+  with pytest.raises(UserError, match="is a bundle already: copy"):
+    call(export, bundled, "b")
+  with pytest.raises(UserError, match="which has its parameters once: leave --merge_ema out"):
+    call(export, bundled, "", "", formats.Choice(average=True))
