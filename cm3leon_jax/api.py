@@ -115,7 +115,7 @@ class CM3Leon:
     return f"CM3Leon({loading.describe(self.workdir, self.pipeline, self.mesh, self.step)})"
 
   def save(self, folder: str | os.PathLike[str]) -> None:
-    """Writes a bundle, which `load` and `launch.serve` take; one that is in `folder` is replaced.
+    """Writes a bundle, which `load` and `cm3leon serve` take; one that is in `folder` is replaced.
 
     >>> model.save(folder)
     >>> CM3Leon.load(folder).step

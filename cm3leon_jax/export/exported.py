@@ -16,7 +16,7 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 
 
 def is_export(source: str | os.PathLike[str]) -> bool:
-  """Returns whether `launch.export` wrote the folder."""
+  """Returns whether `cm3leon export` wrote the folder."""
   folder = bundle.folder_of(source)
   return (folder / formats.ABOUT).exists() and not bundle.is_bundle(folder)
 
@@ -37,7 +37,7 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
   if "settings" not in stored:
     raise UserError(
       f"{folder} was written by an older version and has no settings: run `python -m "
-      "launch.export` again, or load the workdir of its run."
+      "cm3leon export` again, or load the workdir of its run."
     )
   if "vqgan" not in read_json(folder / image_tokenizer.FOLDER / "config.json"):
     raise UserError(
