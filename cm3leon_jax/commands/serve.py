@@ -5,7 +5,8 @@
   CM3LEON_TOKEN=a-long-secret cm3leon serve --workdir=scenes --host=0.0.0.0
 
 It needs no config: --workdir is the workdir of a run, the folder of a bundle, or the name of a
-bundle that is installed. It prints its address when it is ready. docs/serving.md has the requests.
+bundle that is installed. It prints its address when it is ready. Compiled programs are kept for the
+next start (--cache_dir). Each request is a line on stderr. docs/serving.md has the requests.
 """
 
 import importlib.util
