@@ -32,7 +32,8 @@ from cm3leon_jax.data.scene_drawings import ink, render
 from cm3leon_jax.data.scene_world import COMMON, ICONS, PLACES, Placed, Scene, ScenesConfig
 from cm3leon_jax.evaluation import scenes
 from cm3leon_jax.generation.image_tasks import TextToImage
-from cm3leon_jax.generation.pipeline import Pipeline, Sample
+from cm3leon_jax.generation.pipeline import Pipeline
+from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.writer import contact_sheet, save_png
 from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.retrieval.bank import load_clip

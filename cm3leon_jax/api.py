@@ -4,8 +4,8 @@
   model = CM3Leon.load("workdir/scenes")
   model.generate("a green bell")[0].image.save("bell.png")
 
-In the examples below, `workdir` is the folder of a run, `model` is loaded from it, and `image` is a
-PIL image. JAX is imported when a run is loaded.
+In the examples below, `workdir` is the folder of a run, `model` is loaded from it, `image` is a PIL
+image, and `folder` is a path. JAX is imported when a run is loaded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import os
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack, overload
 
 from PIL import Image
 
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
   import jax
   import numpy as np
 
+  from cm3leon_jax import keywords as kw
   from cm3leon_jax.decoding.request import Request
   from cm3leon_jax.evaluation.pairs import PairScore
-  from cm3leon_jax.generation.pipeline import Pipeline, Sample
+  from cm3leon_jax.generation.pipeline import Pipeline
   from cm3leon_jax.generation.retrieved import Retrieved
+  from cm3leon_jax.generation.sample import Sample
   from cm3leon_jax.generation.tasks import Task
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
@@ -71,12 +73,14 @@ class CM3Leon:
     cls,
     workdir: str | os.PathLike[str],
     *,
+    dtype: Any = None,
+    devices: Sequence[jax.Device] | None = None,
     mesh: jax.sharding.Mesh | None = None,
     clip: str | os.PathLike[str] | None = None,
-    show_progress: bool = False,
-    **options: Any,
+    show_progress: bool | None = None,
+    **options: Unpack[kw.LoadOptions],
   ) -> CM3Leon:
-    """Loads the newest checkpoint of a run, or a bundle, onto the devices of this machine.
+    """Loads the newest checkpoint of a run, a bundle or an export, onto this machine's devices.
 
     >>> model = CM3Leon.load(workdir)
     >>> model.step
@@ -84,25 +88,44 @@ class CM3Leon:
 
     Args:
       workdir: folder of the run, local or in a bucket, whose training may still be going on; a
-        bundle of `launch.export --bundle`; or the name of one that comes with the package, "scenes"
-        or "scenes-instruct".
-      mesh: of `mesh.create_mesh`; default: parameters and batches are split over all devices.
+        bundle of `launch.export --bundle` or `save`; the name of one that comes with the package,
+        "scenes" or "scenes-instruct"; or the folder of `launch.export` in the format hf or orbax,
+        which has no CLIP and no bank.
+      dtype: of the computation, `float32` or `bfloat16`; default: the run's.
+      devices: of `jax.devices()`; default: all. Parameters and batches are split over them.
+      mesh: of `mesh.create_mesh`, in place of `devices`, for another split.
       clip: folder of the Hugging Face CLIP, if it is not where the run's config has it.
-      show_progress: shows a bar while samples are generated.
-      **options: `batch_size`, largest number of samples at once (16); `weight_dtype` and
-        `cache_dtype`, `compute` or `int8`; `draft_window`, codes that are drafted and verified at
-        once, at least 2, or 0. See `GeneratorConfig`.
+      show_progress: shows a bar while samples are generated; default: in a terminal or notebook.
+      **options: `batch_size`, most samples at once (16); `weight_dtype` and `cache_dtype`,
+        `compute` or `int8`; `draft_window`, codes that are drafted at once. See `GeneratorConfig`.
 
-    Raises:
-      UserError: nothing was trained in `workdir`, a file is absent or damaged, or an option is
-        wrong.
+    Raises `UserError` if nothing was trained there, a file is damaged, or an option is wrong.
     """
     accelerators.use_cpu_if_alone()
     buckets.check_path(os.fspath(workdir), "workdir")
     buckets.prepare_access()
+    from cm3leon_jax import loading, progress
+
+    shown = progress.is_interactive() if show_progress is None else show_progress
+    return cls(*loading.load(workdir, clip, dtype, devices, mesh, options), shown)
+
+  def __repr__(self) -> str:
     from cm3leon_jax import loading
 
-    return cls(*loading.load(workdir, mesh, clip, options), show_progress)
+    return f"CM3Leon({loading.describe(self.workdir, self.pipeline, self.mesh, self.step)})"
+
+  def save(self, folder: str | os.PathLike[str]) -> None:
+    """Writes a bundle, which `load` and `launch.serve` take; one that is in `folder` is replaced.
+
+    >>> model.save(folder)
+    >>> CM3Leon.load(folder).step
+    7
+
+    It has decoder, tokenizers and CLIP, in float16, and the settings. An export lacks a CLIP.
+    """
+    from cm3leon_jax import loading
+
+    loading.save(self.workdir, self.mesh, self.step, folder)
 
   def sample(
     self, tasks: Sequence[Task], num_samples: int = 1, rank: bool = False
@@ -122,14 +145,12 @@ class CM3Leon:
     Returns:
       `num_samples` samples of each task.
     """
-    import jax
-
     from cm3leon_jax.generation import calls
 
-    num_samples = calls.check_samples(tasks, num_samples, rank)
+    num_samples = calls.check_samples(self.pipeline, tasks, num_samples, rank)
     if not tasks:
       return []
-    with jax.set_mesh(self.mesh):
+    with self._in_mesh():
       return self.pipeline.generate(tasks, num_samples, rank, show_progress=self.show_progress)
 
   def requests(self, tasks: Sequence[Task]) -> list[Request]:
@@ -140,30 +161,21 @@ class CM3Leon:
     >>> [prompt] = request.streams  # int32 ids; a guided task has a stream without its prompt, too.
     >>> int((prompt >= model.pipeline.layout.vocab.text_size).sum())  # Codes of the image.
     16
-
-    Args:
-      tasks: as of `sample`.
     """
-    import jax
-
-    with jax.set_mesh(self.mesh):
+    with self._in_mesh():
       given = self.pipeline.check(tasks)
       return self.pipeline.requests(tasks, given, self.pipeline.retrieve(tasks))
 
   @overload
-  def generate(self, prompt: str, **options: Any) -> list[Sample]: ...
+  def generate(self, prompt: str, **options: Unpack[kw.GenerateOptions]) -> list[Sample]: ...
   @overload
-  def generate(self, prompt: list[str], **options: Any) -> list[list[Sample]]: ...
   def generate(
-    self,
-    prompt: Any,
-    *,
-    num_samples: int = 1,
-    retrieve: int | None = None,
-    seed: int = 0,
-    rank: bool = False,
-    **sampling: Any,
-  ) -> Any:
+    self, prompt: list[str], **options: Unpack[kw.GenerateOptions]
+  ) -> list[list[Sample]]: ...
+  def generate(
+    self, prompt: Any, *, num_samples: int = 1, retrieve: int | None = None, seed: int = 0,
+    rank: bool = False, **sampling: Any,
+  ) -> Any:  # fmt: skip
     """Generates images for a caption.
 
     >>> samples = model.generate("a green bell", num_samples=4, guidance=1.5, retrieve=2, seed=0)
@@ -194,9 +206,9 @@ class CM3Leon:
     return samples[0] if single else samples
 
   @overload
-  def caption(self, image: ImageLike, **options: Any) -> str: ...
+  def caption(self, image: ImageLike, **options: Unpack[kw.TextOptions]) -> str: ...
   @overload
-  def caption(self, image: list[Any], **options: Any) -> list[str]: ...
+  def caption(self, image: list[Any], **options: Unpack[kw.TextOptions]) -> list[str]: ...
   def caption(
     self, image: Any, *, length: int = 64, retrieve: int = 0, seed: int = 0, **sampling: Any
   ) -> Any:
@@ -216,19 +228,15 @@ class CM3Leon:
     return self._first("text", "caption", seed, sampling, inputs, length=length, retrieve=retrieve)
 
   @overload
-  def answer(self, image: ImageLike, question: str, **options: Any) -> str: ...
+  def answer(self, image: ImageLike, question: str, **options: Unpack[kw.TextOptions]) -> str: ...
   @overload
-  def answer(self, image: Any, question: Any, **options: Any) -> str | list[str]: ...
   def answer(
-    self,
-    image: Any,
-    question: Any,
-    *,
-    length: int = 64,
-    retrieve: int = 0,
-    seed: int = 0,
+    self, image: Any, question: Any, **options: Unpack[kw.TextOptions]
+  ) -> str | list[str]: ...
+  def answer(
+    self, image: Any, question: Any, *, length: int = 64, retrieve: int = 0, seed: int = 0,
     **sampling: Any,
-  ) -> Any:
+  ) -> Any:  # fmt: skip
     """Answers a question about an image. Returns a text, or a list of texts.
 
     >>> len(model.answer(image, ["What color is it?", "What is it?"], length=8))
@@ -246,15 +254,9 @@ class CM3Leon:
     return self._first("text", "question", seed, sampling, inputs, length=length, retrieve=retrieve)
 
   def infill(
-    self,
-    image: Any,
-    box: Any,
-    prompt: str | list[str] = "",
-    *,
-    retrieve: int = 0,
-    seed: int = 0,
-    **sampling: Any,
-  ) -> Any:
+    self, image: Any, box: Any, prompt: str | list[str] = "", *, retrieve: int = 0, seed: int = 0,
+    **sampling: Unpack[kw.ImageSampling],
+  ) -> Any:  # fmt: skip
     """Fills in a box of an image. Returns a PIL image, or a list of them.
 
     >>> model.infill(image, box=(2, 2, 6, 6)).size == image.size
@@ -272,7 +274,9 @@ class CM3Leon:
     inputs = {"image": image, "box": box, "prompt": prompt}
     return self._first("image", "infill_image", seed, sampling, inputs, retrieve=retrieve)
 
-  def edit(self, image: Any, instruction: Any, *, seed: int = 0, **sampling: Any) -> Any:
+  def edit(
+    self, image: Any, instruction: Any, *, seed: int = 0, **sampling: Unpack[kw.EditSampling]
+  ) -> Any:
     """Changes an image by an instruction. Returns a PIL image, or a list of them.
 
     >>> model.edit(image, "make it blue").size == image.size
@@ -287,8 +291,9 @@ class CM3Leon:
     return self._first("image", "edit", seed, sampling, {"image": image, "prompt": instruction})
 
   def interleave(
-    self, prompt: Any = "", *, length: int | None = None, seed: int = 0, **sampling: Any
-  ) -> Any:
+    self, prompt: Any = "", *, length: int | None = None, seed: int = 0,
+    **sampling: Unpack[kw.DocumentSampling],
+  ) -> Any:  # fmt: skip
     """Continues a document. Returns its texts and PIL images in order, or a list of such lists.
 
     >>> document = model.interleave("Step 1:", length=40)
@@ -323,8 +328,6 @@ class CM3Leon:
       retrieve: number of documents that are retrieved by the text; those that do not fit are left
         out.
     """
-    import jax
-
     from cm3leon_jax.evaluation import pairs
     from cm3leon_jax.generation import calls
 
@@ -332,7 +335,7 @@ class CM3Leon:
     single, rows = calls.rows(text=text, image=image)
     if not rows:
       return []
-    with jax.set_mesh(self.mesh):
+    with self._in_mesh():
       scores = pairs.score(
         self.pipeline, self._trained, [(row["text"], row["image"]) for row in rows], retrieve
       )
@@ -359,23 +362,26 @@ class CM3Leon:
       list of `Retrieved`, best first: `key`, `caption`, `image`, `similarity`, `source`, `license`,
       `attribution`; for a list of queries, a list of such lists.
     """
-    import jax
-
     from cm3leon_jax.generation import calls, retrieved
 
     k, (single, queries) = calls.whole("k", k, 1), calls.queries(query)
     if not queries:
       return []
-    with jax.set_mesh(self.mesh):
+    with self._in_mesh():
       found = retrieved.search(self.pipeline, queries, k)
     return found[0] if single else found
 
   @functools.cached_property
   def _trained(self) -> dict[str, Any]:
     """Parameters as they were trained, which only `score` reads; read at its first call."""
-    from cm3leon_jax.export.trained import open_trained
+    from cm3leon_jax import loading
 
-    return open_trained(self.workdir).load_params(self.step)[0]
+    return loading.params_of(self.workdir, self.pipeline.settings.model, self.step)
+
+  def _in_mesh(self) -> Any:
+    import jax
+
+    return jax.set_mesh(self.mesh)
 
   def _tasks(self, name: str, *arguments: Any, **fields: Any) -> Any:
     """Tasks of a call, see `calls.tasks`."""

@@ -1,31 +1,45 @@
-"""Loads a run or a bundle onto the devices of this machine, to generate with it."""
+"""Loads a run, a bundle or an export onto the devices of this machine, to generate with it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+import dataclasses
 import os
-from typing import Any
+from typing import Any, get_args
+import warnings
 
+from etils import epath
 import jax
+import numpy as np
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, short
 from cm3leon_jax.decoding.generator import GeneratorConfig
-from cm3leon_jax.export.trained import open_trained
+from cm3leon_jax.export import bundle, exported, weights
+from cm3leon_jax.export.trained import Trained, open_trained
+from cm3leon_jax.generation import calls
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.mesh import MeshConfig, create_mesh
+from cm3leon_jax.models import transformer
+from cm3leon_jax.models.config import Dtype, ModelConfig
+from cm3leon_jax.reports import summary
 from cm3leon_jax.retrieval.bank import load_clip
+from cm3leon_jax.settings import Settings
 
 
 def load(
   source: str | os.PathLike[str],
-  mesh: jax.sharding.Mesh | None,
   clip: str | os.PathLike[str] | None,
+  dtype: Any,
+  devices: Sequence[jax.Device] | None,
+  mesh: jax.sharding.Mesh | None,
   options: Mapping[str, Any],
 ) -> tuple[str, Pipeline, jax.sharding.Mesh, int]:
   """Loads parameters, tokenizers, CLIP and bank; see `CM3Leon.load`.
 
   Args:
-    source: workdir of a run, or see `bundle.folder_of`.
-    mesh: of the parameters; None: split over all devices.
+    source: workdir of a run, folder of an export, or see `bundle.folder_of`.
     clip: folder of the Hugging Face CLIP; None: that of the run's config.
+    dtype: of the computation; None: that of the run's config.
+    devices: that a mesh is made of; None: all.
+    mesh: of the parameters; None: split over `devices`.
     options: of `GeneratorConfig`.
 
   Returns:
@@ -34,18 +48,132 @@ def load(
   Raises:
     UserError: nothing was trained there, a file is absent or damaged, or an option is wrong.
   """
-  trained = open_trained(source)
-  settings, folder = trained.settings, trained.stages
-  if clip is not None and not settings.retrieval.clip:
-    raise UserError(f"clip is given, and {trained.folder} has a CLIP of its own: leave it out.")
   if jax.process_count() > 1:
     raise UserError(f"{jax.process_count()} processes run here: load a run in a single one.")
+  mesh = _mesh(devices, mesh)
+  if exported.is_export(source):
+    return _load_export(epath.Path(source), clip, dtype, mesh, options)
+  trained = open_trained(source)
+  settings = _checked(trained.settings, dtype, options)
+  trained, folder = dataclasses.replace(trained, settings=settings), trained.stages
+  if clip is not None and not settings.retrieval.clip:
+    raise UserError(f"clip is given, and {trained.folder} has a CLIP of its own: leave it out.")
+  with jax.set_mesh(mesh):
+    params, step = trained.load_params()
+    encoder = load_clip(os.fspath(clip or settings.retrieval.clip), folder, settings.vocab)
+    pipeline = Pipeline.load(settings, folder, params, encoder, **options)
+    pipeline.unseen = trained.unseen_tokens()
+    return os.fspath(trained.folder), pipeline, jax.sharding.get_mesh(), step
+
+
+def _load_export(
+  folder: epath.Path, clip: Any, dtype: Any, mesh: jax.sharding.Mesh, options: Mapping[str, Any]
+) -> tuple[str, Pipeline, jax.sharding.Mesh, int]:
+  """Loads an export; a Hugging Face CLIP that is given scores samples."""
+  settings, step = exported.read(folder)
+  settings = _checked(settings, dtype, options)
+  lacks = "no bank, so nothing can be retrieved" if clip else "neither CLIP nor bank: samples have "
+  lacks += "" if clip else "no CLIP score, and nothing can be ranked or retrieved"
+  warnings.warn(f"{folder} is an export, which has {lacks}.", stacklevel=4)
+  with jax.set_mesh(mesh):
+    encoder = load_clip(os.fspath(clip), folder, settings.vocab) if clip else None
+    pipeline = exported.pipeline(folder, settings, encoder, **options)
+    return os.fspath(folder), pipeline, jax.sharding.get_mesh(), step
+
+
+def _mesh(
+  devices: Sequence[jax.Device] | None, mesh: jax.sharding.Mesh | None
+) -> jax.sharding.Mesh:
+  """Returns the mesh to load onto. Raises UserError if `devices` are wrong, or both are given."""
+  if devices is None:
+    return create_mesh(MeshConfig()) if mesh is None else mesh
+  if mesh is not None:
+    raise UserError("mesh and devices are given: leave one out.")
+  if isinstance(devices, str) or not all(isinstance(one, jax.Device) for one in devices):
+    raise UserError(
+      f"devices is {short(devices)}; it must be a list of devices, e.g. jax.devices()[:1]."
+    )
+  if not devices:
+    raise UserError("devices is empty: name at least one, or leave it out to use all.")
+  return create_mesh(MeshConfig(), list(devices))
+
+
+def _checked(settings: Settings, dtype: Any, options: Mapping[str, Any]) -> Settings:
+  """Returns the settings with another dtype, and checks the options.
+
+  Raises:
+    UserError: the dtype or an option is wrong.
+  """
+  for name in options:
+    if hint := calls.foreign(name, ()):
+      raise UserError(f"load has no option '{name}': {hint}")
   try:
     GeneratorConfig.of(settings, **options)
   except (TypeError, ValueError) as error:
     raise UserError(f"load has a wrong option: {error}") from error
-  with jax.set_mesh(create_mesh(MeshConfig()) if mesh is None else mesh):
-    params, step = trained.load_params()
-    encoder = load_clip(os.fspath(clip or settings.retrieval.clip), folder, settings.vocab)
-    pipeline = Pipeline.load(settings, folder, params, encoder, **options)
-    return os.fspath(trained.folder), pipeline, jax.sharding.get_mesh(), step
+  if dtype is None:
+    return settings
+  try:
+    name = np.dtype(dtype).name
+  except TypeError:
+    name = str(dtype).removeprefix("torch.")
+  if name not in get_args(Dtype):
+    raise UserError(f"dtype is {short(name)}; it must be one of {', '.join(get_args(Dtype))}.")
+  return dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=name))
+
+
+def describe(workdir: str, pipeline: Pipeline, mesh: jax.sharding.Mesh, step: int) -> str:
+  """Describes a model in one line, for `repr`."""
+  config, side = pipeline.settings.model, pipeline.layout.resolution
+  with jax.set_mesh(mesh):
+    types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+  kind = mesh.devices.flat[0].device_kind
+  installed = {os.fspath(bundle.folder_of(name)): name for name in bundle.INSTALLED}
+  return (
+    f"{installed.get(workdir, workdir)!r}, step {step}, {transformer.count_params(types):,} "
+    f"parameters, images of {side} x {side}, {config.dtype} on {mesh.size} {kind}"
+  )
+
+
+def params_of(workdir: str, config: ModelConfig, step: int) -> dict:
+  """Loads the parameters of a model again, as they were trained, onto the current mesh."""
+  if exported.is_export(workdir):
+    return exported.load_params(epath.Path(workdir), config)
+  return open_trained(workdir).load_params(step)[0]
+
+
+def write_bundle(
+  trained: Trained, folder: str | os.PathLike[str], base: str = "", *step: int
+) -> tuple[int, dict]:
+  """Writes the bundle of a run, with what it cost. Needs a mesh.
+
+  Args:
+    trained: the run.
+    folder: of the bundle.
+    base: see `bundle.write`.
+    *step: of the run's checkpoint; default: the newest.
+
+  Returns:
+    The step, and the result of `bundle.write`.
+  """
+  workdir = trained.folder
+  cost = summary.cost(summary.collect(workdir))
+  if cost is not None:
+    cost["train_seconds"] += weights.seconds_before(workdir)
+  params, found = trained.load_params(*step)
+  return found, bundle.write(folder, workdir, trained.settings, params, found, cost, base)
+
+
+def save(workdir: str, mesh: jax.sharding.Mesh, step: int, folder: str | os.PathLike[str]) -> None:
+  """Writes the bundle of a run, or copies one; see `CM3Leon.save`."""
+  if exported.is_export(workdir):
+    raise UserError(
+      f"{workdir} is an export, which has no CLIP, and a bundle needs one: load the workdir of its "
+      "run to save it."
+    )
+  trained = open_trained(workdir)
+  if trained.is_bundle:
+    bundle.copy(trained.folder, folder)
+    return
+  with jax.set_mesh(mesh):
+    write_bundle(trained, folder, "", step)

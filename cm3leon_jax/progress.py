@@ -2,7 +2,7 @@
 
 import sys
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 SECONDS = 30  # Between two lines of a log.
 
@@ -23,14 +23,19 @@ class _Lines:
     self._stream.flush()
 
 
+def is_interactive() -> bool:
+  """Returns whether stderr is a terminal or a cell of a notebook."""
+  return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel.")
+
+
 def progress_bar(*args, **options) -> tqdm:
   """Returns a tqdm bar on stderr, with the arguments of tqdm.
 
-  In a terminal it is redrawn every second. Elsewhere (a file, a pipe, the log of a pod) it prints
-  its state as a line at the start, every `SECONDS` and at the end; with leave=False, only if the
-  work takes longer than `SECONDS`.
+  In a terminal or notebook it is redrawn every second. Elsewhere (a file, a pipe, the log of a pod)
+  it prints its state as a line at the start, every `SECONDS` and at the end; with leave=False, only
+  if the work takes longer than `SECONDS`.
   """
-  if sys.stderr.isatty():
+  if is_interactive():
     return tqdm(*args, mininterval=1, **options)
   if not options.get("leave", True):
     options["delay"] = SECONDS  # A bar of a part, which is gone when the part is done.

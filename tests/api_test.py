@@ -4,6 +4,7 @@ import doctest
 import json
 import pathlib
 import re
+import tempfile
 
 from absl import flags
 from absl.testing import flagsaver
@@ -30,6 +31,7 @@ from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.models.tiny import model_logits
 
+pytestmark = pytest.mark.filterwarnings("ignore:this model never learned to edit")
 ROOT = pathlib.Path(__file__).parents[1]
 PUBLIC = {name for name in vars(CM3Leon) if not name.startswith("_")}
 EXAMPLES = {
@@ -76,6 +78,11 @@ def compiled():
 
 def failures(test: doctest.DocTest, **names) -> int:
   """Runs the examples of a docstring; returns how many fail."""
+  with tempfile.TemporaryDirectory() as folder:
+    return _failures(test, folder=f"{folder}/bundle", **names)
+
+
+def _failures(test: doctest.DocTest, **names) -> int:
   test.globs = {"CM3Leon": CM3Leon, "image": IMAGE, **names}
   return doctest.DocTestRunner(verbose=False).run(test, clear_globs=False).failed
 

@@ -19,7 +19,7 @@ def test_the_notebook_is_small_and_its_outputs_are_shown():
   assert all(cell.outputs for cell in code)
   assert not [out for cell in code for out in cell.outputs if out.output_type == "error"]
   sources = "".join(cell.source for cell in code)
-  high = [name for name in EXAMPLES if name not in ("sample", "requests")]  # They take tasks.
+  high = [name for name in EXAMPLES if name not in ("sample", "requests", "save")]
   assert not [name for name in high if f".{name}(" not in sources]
   text = NOTEBOOK.read_text()
   assert len(text) < 200_000

@@ -65,16 +65,10 @@ _BASE = flags.DEFINE_string(
 
 
 def _write_bundle(trained: Trained, folder: str, base: str) -> None:
-  from cm3leon_jax.export import bundle, weights
-  from cm3leon_jax.reports import summary
+  from cm3leon_jax import loading
 
-  settings, workdir = trained.settings, trained.folder
-  cost = summary.cost(summary.collect(workdir))
-  if cost is not None:
-    cost["train_seconds"] += weights.seconds_before(workdir)
-  with common.use_mesh(settings):
-    params, step = trained.load_params()
-    numbers = bundle.write(folder, workdir, settings, params, step, cost, base)
+  with common.use_mesh(trained.settings):
+    step, numbers = loading.write_bundle(trained, folder, base)
   print(f"export: bundle of step {step}, {numbers['bytes'] / 1e6:.1f} MB, in {folder}.", flush=True)
 
 

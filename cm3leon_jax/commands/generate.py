@@ -276,6 +276,7 @@ def _check_heldout(trained: Trained, tasks: Sequence[Task]) -> None:
 
 def main(settings, workdir) -> None:
   from cm3leon_jax.export.trained import open_trained
+  from cm3leon_jax.generation.doubts import doubts
   from cm3leon_jax.generation.heldout import heldout_tasks
   from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
   from cm3leon_jax.generation.tasks import PromptLayout
@@ -303,6 +304,8 @@ def main(settings, workdir) -> None:
       for (image, crop), pixels in given.items()
     }
   folder = _folder(out_flag.results_folder(trained), tasks, config)
+  for sentence in doubts(tasks, layout, settings.instructions, trained.unseen_tokens()):
+    print(f"generate: warning: {sentence}")
   with stages.once(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:
       clip = None

@@ -15,7 +15,8 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.records import Rejected
 from cm3leon_jax.data.source_lines import json_lines
 from cm3leon_jax.generation.image_tasks import TextToImage
-from cm3leon_jax.generation.pipeline import Pipeline, Sample, check_tasks
+from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
+from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.generation.writer import save_png
 from cm3leon_jax.io import open_filesystem, replacing, write_json

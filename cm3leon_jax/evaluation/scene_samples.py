@@ -18,8 +18,9 @@ from cm3leon_jax.evaluation import judge_errors, scene_sheet, scene_table, scene
 from cm3leon_jax.evaluation.scene_sheet import SheetScene
 from cm3leon_jax.evaluation.scene_table import Judged
 from cm3leon_jax.generation.heldout import HeldoutCaption, tasks_of_rows
-from cm3leon_jax.generation.pipeline import Pipeline, Sample
+from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.retrieved import images_of
+from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.writer import save_png
 from cm3leon_jax.io import replacing, write_json
 

@@ -2,9 +2,10 @@
 
 It has the decoder in the Hugging Face layout (`huggingface.export`), vqgan/, clip/,
 text_tokenizer/, all weights in float16 (finer than bfloat16 for numbers of this size, and read by
-numpy), training_data.json (origins of its data), and bundle.json: settings, step, what the
-training cost, SHA-256 of every file. If the run retrieves from the split `bank` alone, it has that
-bank, too: documents/ and neighbors/.
+numpy), training_data.json (origins of its data), unseen_tokens.json (text ids that training never
+met, if that is known), and bundle.json: settings, step, what the training cost, SHA-256 of every
+file. If the run retrieves from the split `bank` alone, it has that bank, too: documents/ and
+neighbors/.
 A bundle on a base has only a decoder; tokenizers, CLIP and bank are those of another bundle.
 """
 
@@ -20,10 +21,10 @@ from cm3leon_jax import parameters, stages
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.clip.model import PARAMS as CLIP_PARAMS
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import training_data
+from cm3leon_jax.data import training_data, unseen_tokens
 from cm3leon_jax.data.documents import DocumentStore, write_documents
 from cm3leon_jax.export import huggingface
-from cm3leon_jax.io import digest, plain, read_json, write_json
+from cm3leon_jax.io import absolute, digest, plain, read_json, write_json
 from cm3leon_jax.retrieval.bank import copy_bank
 from cm3leon_jax.settings import Settings, settings_from_stored
 from cm3leon_jax.tokenizers import text
@@ -89,26 +90,23 @@ def write(
   """
   if settings.retrieval.clip:
     raise UserError(
-      f"config.retrieval.clip is {settings.retrieval.clip}; a bundle holds the CLIP that "
-      "`python -m launch.train_clip` trained: leave --bundle out."
+      f"config.retrieval.clip is {settings.retrieval.clip}, and a bundle holds the CLIP that "
+      "`python -m launch.train_clip` trained: this run has no bundle."
     )
   folder, workdir = epath.Path(folder), epath.Path(workdir)
-  if any((folder / stage / stages.DONE).exists() for stage in stages.STAGES):
-    raise UserError(
-      f"--bundle is {folder}, the folder of a run, whose tokenizers it would replace: name another "
-      "folder."
-    )
+  _check_no_run(folder)
   huggingface.check(settings.model)
   texts = workdir / "text_tokenizer"
   described_base, of_base = _base(base, workdir) if base else (None, settings)
-  (folder / FILE).unlink(missing_ok=True)  # Half a bundle is none.
+  _remove_parts(folder)
   huggingface.export(folder, params, settings.model, settings.vocab, texts, "float16")
   training_data.write(folder, workdir, folder_of)
   names = [huggingface.WEIGHTS, "config.json", "generation_config.json", *text.FILES]
   names.append(training_data.FILE)
-  for part in (*FILES, "documents", "neighbors"):
-    if (folder / part).exists():
-      (folder / part).rmtree()  # Of a bundle that was here before.
+  unseen = unseen_tokens.find(workdir, settings.vocab, folder_of)
+  if unseen is not None:
+    unseen_tokens.write(folder, unseen)
+    names.append(unseen_tokens.FILE)
   if base:
     settings = dataclasses.replace(settings, retrieval=of_base.retrieval)
   else:
@@ -123,6 +121,41 @@ def write(
   }
   write_json(folder / FILE, described)
   return {"files": len(names), "bytes": sum((folder / name).stat().length for name in names)}
+
+
+def copy(folder: epath.PathLike, to: epath.PathLike) -> None:
+  """Copies a bundle to a folder; one that is there is replaced. bundle.json comes last.
+
+  Raises:
+    UserError: `to` is the folder of a run, or of this bundle.
+  """
+  folder, to = epath.Path(folder), epath.Path(to)
+  _check_no_run(to)
+  if absolute(to) == absolute(folder):
+    raise UserError(f"{to} is the bundle itself: name another folder.")
+  _remove_parts(to)
+  more = [name for name in (training_data.FILE, "README.md") if (folder / name).exists()]
+  names = [*read_json(folder / FILE, FIELDS)["digests"], *more]
+  for name in [*dict.fromkeys(names), FILE]:
+    (to / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).copy(to / name, overwrite=True)
+
+
+def _check_no_run(folder: epath.Path) -> None:
+  if any((folder / stage / stages.DONE).exists() for stage in stages.STAGES):
+    raise UserError(
+      f"{folder} is the folder of a run, whose tokenizers a bundle would replace: name another "
+      "folder."
+    )
+
+
+def _remove_parts(folder: epath.Path) -> None:
+  """Removes a bundle that was here before, bundle.json first: half a bundle is none."""
+  for name in (FILE, unseen_tokens.FILE):
+    (folder / name).unlink(missing_ok=True)
+  for part in (*FILES, "documents", "neighbors"):
+    if (folder / part).exists():
+      (folder / part).rmtree()
 
 
 def _base(base: str, workdir: epath.Path) -> tuple[dict[str, str], Settings]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import absolute, read_json, write_json
+from cm3leon_jax.io import absolute, plain, read_json, write_json
 
 if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
@@ -114,7 +114,8 @@ def write(folder: epath.PathLike, run: Run) -> dict:
   folder.mkdir(parents=True, exist_ok=True)
   training_data.write(folder, run.learned or run.workdir, bundle.folder_of)
   about = {**dataclasses.asdict(run.choice), "average": run.params.averaged}
-  write_json(folder / ABOUT, {**about, "step": run.params.step})
+  about |= {"step": run.params.step, "settings": plain(dataclasses.asdict(run.settings))}
+  write_json(folder / ABOUT, about)
   numbers = image_tokenizer.write(folder, run.workdir, run.settings)
   return {**numbers, **_module(run.choice).write(folder, run)}
 

@@ -9,6 +9,7 @@ from etils import epath
 
 from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data import unseen_tokens
 from cm3leon_jax.export import bundle, weights
 from cm3leon_jax.io import digest
 from cm3leon_jax.settings import Settings, settings_of_run
@@ -56,6 +57,10 @@ class Trained:
       return str(digest(self.folder / bundle.FILE))
     patterns = stage_table.STAGES[name].files
     return stages.id_of(stages.describe_files(self.stages / name, patterns))
+
+  def unseen_tokens(self) -> frozenset[int] | None:
+    """Returns the ids of text that training never met; None: it is not known."""
+    return unseen_tokens.find(self.folder, self.settings.vocab, bundle.folder_of)
 
   def load_params(self, *step: int) -> tuple[dict, int]:
     """Loads parameters onto the current mesh; returns them and their step.

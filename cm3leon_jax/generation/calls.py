@@ -7,6 +7,7 @@ import functools
 import operator
 import os
 from typing import Any
+import warnings
 
 import numpy as np
 from PIL import Image
@@ -14,6 +15,8 @@ from PIL import Image
 from cm3leon_jax.config import UserError, build, short
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.generation import prompt_file
+from cm3leon_jax.generation.doubts import doubts
+from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import GUIDANCE, Task
 
 MODES = ("1", "I;16", "L", "LA", "P", "RGB", "RGBA")  # Of PIL images that a PNG file can hold.
@@ -76,19 +79,23 @@ def queries(value: Any) -> tuple[bool, list[tuple[str, Any]]]:
   return single, [("text", q) if isinstance(q, str) else ("image", image(q)) for q in given]
 
 
-def check_samples(tasks: Sequence[Task], num_samples: Any, rank: bool) -> int:
-  """Returns the number of samples of each task.
+def check_samples(pipeline: Pipeline, tasks: Sequence[Task], num_samples: Any, rank: bool) -> int:
+  """Returns the number of samples of each task; warns of what the model never learned.
 
   Raises:
     UserError: it is no positive whole number; or samples are to be ranked, and there is one only,
-      or CLIP cannot score a task.
+      or no CLIP, or CLIP cannot score a task.
   """
   count = whole("num_samples", num_samples, 1)
   if rank and count == 1:
     raise UserError("rank orders the samples of a prompt, and num_samples is 1: set it to 8, say.")
+  if rank and pipeline.clip is None:
+    raise UserError("rank orders samples by their CLIP scores, and this model has no CLIP.")
   for task in tasks if rank else ():
     if not task.is_scored:
       raise UserError(f"rank is given, and CLIP cannot score task {task.name} without a caption.")
+  for sentence in doubts(tasks, pipeline.layout, pipeline.settings.instructions, pipeline.unseen):
+    warnings.warn(sentence, stacklevel=4)
   return count
 
 
@@ -129,6 +136,29 @@ def _checked(name: str, value: Any) -> Any:
   return [check(v) for v in value] if isinstance(value, list) else check(value)
 
 
+def foreign(field: str, taken: Sequence[str]) -> str | None:
+  """Says what this package has in place of a keyword of diffusers or transformers; None: another.
+
+  Args:
+    field: the keyword.
+    taken: settings that the task reads; none of them: a call that generates nothing.
+  """
+  guidance = [name for name in ("guidance", "image_guidance", "edit_guidance") if name in taken]
+  known = {
+    "guidance_scale": f"it is {' and '.join(guidance)} here."
+    if guidance
+    else "guidance is a keyword of generate, and texts have none: leave it out.",
+    "generator": "it is seed here, a whole number: the same seed gives the same result.",
+    "num_images_per_prompt": "it is num_samples here, of generate.",
+    "max_new_tokens": "it is length here, of calls that write texts; an image has all its codes.",
+    "num_inference_steps": "an image takes a step for each of its codes: leave it out.",
+    "dtype": "give it to load: CM3Leon.load(workdir, dtype='bfloat16').",
+    "torch_dtype": "it is dtype here, of load: CM3Leon.load(workdir, dtype='bfloat16').",
+    "device": "it is devices here, of load: CM3Leon.load(workdir, devices=jax.devices()[:1]).",
+  }
+  return known.get(field)
+
+
 def sampling(name: str, defaults: SamplingConfig, given: dict[str, Any]) -> SamplingConfig:
   """The settings of the task `name`: `given`, else `defaults`.
 
@@ -138,6 +168,8 @@ def sampling(name: str, defaults: SamplingConfig, given: dict[str, Any]) -> Samp
   taken = prompt_file.task_class(name).settings
   for field in given:
     if field not in taken:
+      if known := foreign(field, taken):
+        raise UserError(f"task {name} reads no setting '{field}': {known}")
       close = difflib.get_close_matches(field, taken, 1)
       hint = f"did you mean '{close[0]}'?" if close else f"its settings are {', '.join(taken)}."
       raise UserError(f"task {name} reads no setting '{field}': {hint}")

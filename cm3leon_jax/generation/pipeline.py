@@ -8,7 +8,6 @@ import functools
 
 from etils import epath
 import numpy as np
-from PIL import Image
 
 from cm3leon_jax.clip.huggingface import HFCLIP
 from cm3leon_jax.clip.model import CLIP, clip_score
@@ -18,67 +17,11 @@ from cm3leon_jax.decoding.generator import Generator, GeneratorConfig, Result
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.generation.given_images import given_key, image_key, load_image, square_image
 from cm3leon_jax.generation.image_tasks import print_rounded_box
+from cm3leon_jax.generation.sample import Sample, ranked
 from cm3leon_jax.generation.tasks import PromptLayout, Task, has_image
 from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-  """One generated result.
-
-  Attributes:
-    task: the task.
-    index: number of the sample among those of the task, from 0 on.
-    seed: the seed that gives it alone.
-    segments: texts, and [H, W, 3] uint8 images, in their order.
-    codes: [I] int32 codes of each image.
-    filled: the text of each hole.
-    tokens: [G] int32, all generated ids.
-    log_probs: [G] fp32, of each id under the guided distribution, before temperature and filters.
-    contrastive: whether its image codes were sampled by contrastive decoding.
-    neighbors: retrieved documents, best first.
-    given: [H, W, 3] uint8, the image of the task, or the original of a held-out caption, or None.
-    clip_score: cosine of image and caption, or None.
-    rank: its place among the samples of the task by clip_score, from 1 on; None: not ranked.
-    divergence: mean over its image codes of KL(with prompt || without) in nats, or None.
-  """
-
-  task: Task
-  index: int
-  seed: int
-  segments: tuple
-  codes: tuple[np.ndarray, ...]
-  filled: tuple[str, ...]
-  tokens: np.ndarray
-  log_probs: np.ndarray
-  contrastive: bool
-  neighbors: tuple[Document, ...]
-  given: np.ndarray | None = None
-  clip_score: float | None = None
-  rank: int | None = None
-  divergence: float | None = None
-
-  @property
-  def parts(self) -> list[str | Image.Image]:
-    """All texts and images in their order."""
-    return [s if isinstance(s, str) else Image.fromarray(s) for s in self.segments]
-
-  @property
-  def images(self) -> list[Image.Image]:
-    """Returns all images."""
-    return [part for part in self.parts if not isinstance(part, str)]
-
-  @property
-  def image(self) -> Image.Image | None:
-    """Returns the first image, None if there is none."""
-    return next(iter(self.images), None)
-
-  @property
-  def text(self) -> str:
-    """Returns all texts, one per line."""
-    return "\n".join(s for s in self.segments if isinstance(s, str))
 
 
 def open_bank(layout: PromptLayout, bank: epath.PathLike) -> Bank:
@@ -155,6 +98,7 @@ class Pipeline:
       **options: fields of GeneratorConfig.
     """
     self.settings, self.layout, self.bank = settings, layout, bank
+    self.unseen: frozenset[int] | None = None  # Ids of text that training never met, if known.
     self.image_tokenizer = image_tokenizer
     self.generator = Generator(params, GeneratorConfig.of(settings, **options))
     # Batches of the decoder's size: padding costs as much as rows do, and each shape a compilation.
@@ -292,8 +236,10 @@ class Pipeline:
       `retrieval.min_similarity` to the query are skipped.
 
     Raises:
-      UserError: `count` is more than the search looks at.
+      UserError: there is no bank, or `count` is more than the search looks at.
     """
+    if self.bank is None:
+      raise UserError("this model has no bank of documents: nothing can be retrieved.")
     if count > (most := self.settings.retrieval.max_candidates):
       raise UserError(
         f"{count} documents are asked for; at most config.retrieval.max_candidates = {most} can be."
@@ -387,13 +333,3 @@ class Pipeline:
       for i, score in zip(pairs, clip_score(self.clip, np.stack(shown), list(texts))):
         samples[i] = dataclasses.replace(samples[i], clip_score=float(score))
     return samples
-
-
-def ranked(samples: Sequence[Sample]) -> list[Sample]:
-  """Ranks the samples of a task by CLIP score, best first; samples without one come last."""
-
-  def score(sample: Sample) -> float:
-    return -np.inf if sample.clip_score is None else sample.clip_score
-
-  order = sorted(samples, key=score, reverse=True)
-  return [dataclasses.replace(sample, rank=n) for n, sample in enumerate(order, 1)]

@@ -40,7 +40,7 @@ def search(
   Raises:
     UserError: the bank is empty, or `count` is too large.
   """
-  if not len(pipeline.documents):
+  if pipeline.bank is not None and not len(pipeline.documents):
     raise UserError(f"{pipeline.documents.folder} holds no documents to retrieve.")
   nearest = pipeline.search(queries, count)
   images = iter(images_of(pipeline, [document for found, _ in nearest for document in found]))

@@ -12,7 +12,7 @@ from etils import epath
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cm3leon_jax.generation.pipeline import Sample
+from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.io import replacing
 
 SHEET_ROWS = 64  # Few programs open a larger image.

@@ -14,7 +14,7 @@ from cm3leon_jax.data.instruction_tasks import InstructionTask
 from cm3leon_jax.data.scene_world import Style
 from cm3leon_jax.evaluation import scene_answers
 from cm3leon_jax.evaluation.instruction_grades import is_judged
-from cm3leon_jax.generation.pipeline import Sample
+from cm3leon_jax.generation.sample import Sample
 
 # (what was asked, samples) -> scores; higher is better.
 Reward = Callable[[Sequence[Record], Sequence[Sample]], Float32[np.ndarray, " B"]]

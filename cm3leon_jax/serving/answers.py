@@ -10,7 +10,7 @@ import uuid
 
 import numpy as np
 
-from cm3leon_jax.generation.pipeline import Sample
+from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.serving.errors import ApiError
 from cm3leon_jax.serving.jobs import Event, Failed, Finished, Neighbor, Progress, Started

@@ -15,7 +15,8 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding.continuous import ContinuousGenerator, StepFailed
 from cm3leon_jax.decoding.generator import Result, sample_seed
 from cm3leon_jax.decoding.lane_samples import Update
-from cm3leon_jax.generation.pipeline import Pipeline, Sample
+from cm3leon_jax.generation.pipeline import Pipeline
+from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.serving import partial
 from cm3leon_jax.serving.errors import ApiError
 from cm3leon_jax.serving.jobs import Failed, Finished, Job, OpenJob, Progress

@@ -9,7 +9,7 @@ import numpy as np
 
 from cm3leon_jax.data.documents import Document
 from cm3leon_jax.decoding.request import Request
-from cm3leon_jax.generation.pipeline import Sample
+from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.serving.errors import ApiError
 

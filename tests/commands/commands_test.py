@@ -65,8 +65,8 @@ def test_help_shows_an_example_and_the_commands_own_flags_without_importing_jax(
   *page, imported = text.splitlines()
   assert (imported, (help_pages / f"{name}.errors").read_text()) == ("0 []", "")
   takes_config = name not in ("checkpoints", "serve")
-  without = {"checkpoints": "list --workdir=", "serve": "--workdir="}
-  first = "--config=" if takes_config else without[name]
+  without = dict.fromkeys(("serve", "generate", "score", "evaluate", "export"), "--workdir=")
+  first = {**without, "checkpoints": "list --workdir="}.get(name, "--config=")
   assert f"python -m launch.{name} {first}" in text
   assert [f"  {flag}" in page for flag in ALWAYS] == [takes_config] * len(ALWAYS)
   assert ("  --workdir=VALUE" in page) == (name != "aot_compile")
@@ -222,7 +222,11 @@ CONFIG = "from cm3leon_jax.settings import default_config\ndef get_config():\n  
 @pytest.mark.parametrize(
   ("flags", "config", "sentence"),
   [
-    (["--workdir=w"], "", "name a config: --config=ml_configs/scenes.py\n"),
+    (
+      ["--workdir=w"],
+      "",
+      "w/train/config.json does not exist: name the workdir of a run, in which ",
+    ),
     (["--config=openmoji"], "", "name the folder of the run: --workdir=workdir\n"),
     (
       [*EVALUATE, "--steps=5"],
@@ -282,6 +286,12 @@ def test_a_wrong_config_or_flag_ends_in_one_sentence(tmp_path, flags, config, se
   assert result.returncode == 2
   assert result.stderr.startswith(f"error: {sentence}")
   assert result.stderr.count("\n") == 1
+
+
+def test_a_command_that_makes_a_run_needs_a_config(tmp_path):
+  result = launch("train", "--workdir=w", cwd=tmp_path)
+  assert result.returncode == 2
+  assert result.stderr == "error: name a config: --config=ml_configs/scenes.py\n"
 
 
 def test_a_bucket_as_source_needs_its_extra(tmp_path):

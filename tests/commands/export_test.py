@@ -20,6 +20,7 @@ from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.export import bundle, formats, huggingface
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.reports import model_card
+from cm3leon_jax.settings import settings_from_stored
 from cm3leon_jax.training.stored import of_tree
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.models.tiny import random_params
@@ -113,6 +114,7 @@ def test_an_export_in_any_dtype_has_the_logits_of_its_rounded_parameters(
   assert float(re.search(r"differ by at most (\S+)", message)[1]) < 1e-4
   assert ("bits per image code" in message) == (dtype != "float32")
   described = read_json(output / "export.json")
+  assert settings_from_stored(described.pop("settings")) == settings
   assert described == {**vars(choice), "average": True, "step": 7}
   assert read_json(output / "config.json")["dtype"] == dtype
   assert not (root / "export").exists()

@@ -115,6 +115,22 @@ def test_a_file_of_prompts(run, workdir, image_file, tmp_path, capsys):
   assert len(list((workdir / "prompts").glob("renamed-*"))) == 1
 
 
+def test_what_the_model_never_learned_is_said(run, workdir, image_file, capsys):
+  run(task="edit", image=[image_file], prompt=["make it blue"])
+  printed = capsys.readouterr().out
+  assert "generate: warning: this model never learned to edit images by an instruction" in printed
+  assert "was seen in training" not in printed
+  texts = workdir / "documents" / "train_texts"  # The store that has every token.
+  texts.rename(workdir / "texts")
+  try:
+    run(task="unconditional", retrieve=["0"])
+    run(prompt=["red car"], retrieve=["0"])
+  finally:
+    (workdir / "texts").rename(texts)
+  printed = capsys.readouterr().out
+  assert printed.count("generate: warning: no token of the prompt 'red car' was seen in train") == 1
+
+
 MISTAKES = [
   ({"task": "paint"}, "task is 'paint'; it must be one of text_to_image, "),
   ({"task": "caption"}, "task caption needs an image, and none is given."),

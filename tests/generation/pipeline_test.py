@@ -14,7 +14,8 @@ from cm3leon_jax.decoding.generator import Result, sample_seed
 from cm3leon_jax.generation import pipeline as pipeline_lib
 from cm3leon_jax.generation.heldout import heldout_tasks
 from cm3leon_jax.generation.image_tasks import Edit, InfillImage, TextToImage
-from cm3leon_jax.generation.pipeline import Pipeline, Sample, check_tasks
+from cm3leon_jax.generation.pipeline import Pipeline, check_tasks
+from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.text_tasks import Caption, Interleaved
 from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob

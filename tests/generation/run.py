@@ -61,6 +61,10 @@ def make_run(root: epath.Path) -> None:
   encode = text.TextTokenizer(root / "text_tokenizer", VOCAB).encode
   bank = make_sources(root / "made", num_pairs=12)[0].store
   write_documents(root / "documents" / "train_pairs", [bank[i] for i in range(12)], VOCAB)
+  # Training met every token of a text.
+  every = Segment(False, np.arange(VOCAB.num_special, VOCAB.text_size, dtype=np.int32))
+  texts = [dataclasses.replace(bank[0], key="t", segments=(every,))]
+  write_documents(root / "documents" / "train_texts", texts, VOCAB)
   heldout = []
   for i, caption in enumerate(CAPTIONS):
     segments = (Segment(False, encode(caption)), bank[i].segments[1])

@@ -10,8 +10,9 @@ import pytest
 from cm3leon_jax.decoding.sampling import SamplingConfig
 from cm3leon_jax.generation.heldout import heldout_tasks
 from cm3leon_jax.generation.image_tasks import TextToImage
-from cm3leon_jax.generation.pipeline import Pipeline, Sample
+from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.prompt_file import TASKS, make_task
+from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.text_tasks import Interleaved
 from cm3leon_jax.generation.writer import Writer, record
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer

@@ -25,7 +25,8 @@ from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols.protocol import Protocol
 from cm3leon_jax.generation.heldout import tasks_of_rows
 from cm3leon_jax.generation.image_tasks import TextToImage
-from cm3leon_jax.generation.pipeline import Pipeline, Sample
+from cm3leon_jax.generation.pipeline import Pipeline
+from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.generation.text_tasks import InfillText
 from cm3leon_jax.io import read_json_lines, replacing

@@ -1,0 +1,69 @@
+"""Finds the text tokens that a model never met in training: what they ask for means nothing to it.
+
+A run knows them from its document stores; a bundle has them in a file.
+"""
+
+from collections.abc import Callable
+
+from etils import epath
+import numpy as np
+
+from cm3leon_jax import stages
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.vocab import VocabLayout
+
+FILE = "unseen_tokens.json"  # In a bundle.
+READ = ("train_", "bank_")  # Begin the names of the stores that training reads.
+
+
+def find(
+  workdir: epath.PathLike,
+  vocab: VocabLayout,
+  locate: Callable[[str], epath.PathLike] = epath.Path,
+) -> frozenset[int] | None:
+  """Returns the ids of text that neither a run nor those that it began from met in training.
+
+  Args:
+    workdir: of a run, or the folder of a bundle.
+    vocab: of the run.
+    locate: returns the folder of what `--init_from` named.
+
+  Returns:
+    Ids in [vocab.num_special, vocab.text_size); None if they are not known.
+
+  Raises:
+    UserError: a file is damaged.
+  """
+  folder = epath.Path(workdir)
+  if (folder / FILE).exists():
+    return frozenset(read_json(folder / FILE, {"ids": list})["ids"])
+  path = folder / "train" / "config.json"
+  names = [folder / part for part in ("documents", "instructions")]
+  stores = [x for name in names if name.exists() for x in name.iterdir() if x.name.startswith(READ)]
+  if not stores or not path.exists():
+    return None
+  counts = np.zeros(vocab.size, np.int64)
+  for store in stores:
+    counts += _counts(store / "token_counts.npy", vocab.size)
+  texts = counts[vocab.num_special : vocab.text_size]
+  found = frozenset(int(i) + vocab.num_special for i in np.flatnonzero(texts == 0))
+  start = read_json(path, {"run": dict})["run"].get("init_from")
+  before = find(locate(start["source"]), vocab, locate) if start else found
+  return None if before is None else found & before
+
+
+def _counts(path: epath.Path, size: int) -> np.ndarray:
+  """Returns how often a store has each id; the rest of the store stays closed."""
+  stages.check_files(path)
+  try:
+    with path.open("rb") as file:
+      return np.broadcast_to(np.load(file), (size,))
+  except (ValueError, OSError, EOFError) as error:
+    where = stages.again(path.parents[1], path)
+    raise UserError(f"{path} cannot be read ({error}): {where}.") from error
+
+
+def write(folder: epath.PathLike, ids: frozenset[int]) -> None:
+  """Writes what `find` returned to the folder of a bundle."""
+  write_json(epath.Path(folder) / FILE, {"ids": sorted(ids)})

@@ -1,0 +1,51 @@
+"""Names what a model cannot have learned of a task: its images or texts will be noise."""
+
+from collections.abc import Sequence
+import re
+
+from cm3leon_jax.config import UserError, short
+from cm3leon_jax.data.instruction_config import InstructionsConfig, load_tasks
+from cm3leon_jax.generation.image_tasks import EDIT, Edit
+from cm3leon_jax.generation.tasks import PromptLayout, Task
+
+MARKS = re.compile(r"<(mask|image|break)>")
+
+
+def doubts(
+  tasks: Sequence[Task],
+  layout: PromptLayout,
+  instructions: InstructionsConfig,
+  unseen: frozenset[int] | None,
+) -> list[str]:
+  """Returns a sentence for each thing that the model was never shown.
+
+  Args:
+    tasks: of the user.
+    layout: of the run.
+    instructions: of the run.
+    unseen: ids that were not met in training, see `unseen_tokens.find`; None: not known.
+  """
+  found = []
+  if any(isinstance(task, Edit) for task in tasks) and not _learned_edits(instructions):
+    found.append(
+      "this model never learned to edit images by an instruction, so the result will hardly follow "
+      "it: take one that was tuned on edits, e.g. scenes-instruct."
+    )
+  for prompt in dict.fromkeys(task.prompt for task in tasks) if unseen else ():
+    ids = [int(i) for i in layout.encode(MARKS.sub(" ", prompt))]
+    ids = [i for i in ids if layout.decode([i]).strip()]  # A space says nothing.
+    if ids and unseen.issuperset(ids):
+      found.append(
+        f"no token of the prompt {short(prompt)} was seen in training, so it says nothing to this "
+        "model: write it in the language and the letters of its training texts."
+      )
+  return found
+
+
+def _learned_edits(config: InstructionsConfig) -> bool:
+  """Returns whether a task of the training edits images, or the file of its tasks is gone."""
+  try:
+    tasks = load_tasks(config)
+  except UserError:
+    return True
+  return any(template.startswith(EDIT) for task in tasks for template in task.templates)

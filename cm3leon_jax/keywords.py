@@ -1,0 +1,73 @@
+"""Types of the keywords of the calls of `CM3Leon`, by which a type checker finds a wrong one."""
+
+from typing import Literal, TypedDict
+
+
+class TextSampling(TypedDict, total=False):
+  """Fields of `config.sampling` that calls read which write a text."""
+
+  text_temperature: float
+  text_top_k: int
+  text_top_p: float
+
+
+class TopP(TypedDict, total=False):
+  """Fields of top-p sampling of image codes."""
+
+  temperature: float
+  top_k: int
+  top_p: float
+
+
+class ImageCodes(TopP, total=False):
+  """Fields of all samplers of image codes."""
+
+  method: Literal["top_p", "contrastive", "mixture"]
+  contrastive_k: int
+  contrastive_alpha: float
+  contrastive_temperature: float
+  amateur_temperature: float
+  guidance_schedule: Literal["constant", "linear", "cosine"]
+
+
+class ImageSampling(ImageCodes, total=False):
+  """Fields that `generate` and `infill` read."""
+
+  guidance: float
+
+
+class EditSampling(ImageCodes, total=False):
+  """Fields that `edit` reads."""
+
+  image_guidance: float
+  edit_guidance: float
+
+
+class DocumentSampling(TopP, TextSampling, total=False):
+  """Fields that `interleave` reads."""
+
+
+class GenerateOptions(ImageSampling, total=False):
+  """Keywords of `generate`."""
+
+  num_samples: int
+  retrieve: int | None
+  seed: int
+  rank: bool
+
+
+class TextOptions(TextSampling, total=False):
+  """Keywords of `caption` and `answer`."""
+
+  length: int
+  retrieve: int
+  seed: int
+
+
+class LoadOptions(TypedDict, total=False):
+  """Fields of `GeneratorConfig` that `load` takes."""
+
+  batch_size: int
+  weight_dtype: Literal["compute", "int8"]
+  cache_dtype: Literal["compute", "int8"]
+  draft_window: int

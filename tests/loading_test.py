@@ -1,0 +1,147 @@
+"""Loads runs, bundles and exports: dtype, devices, saving, and what an export lacks."""
+
+import os
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax import CM3Leon, UserError, progress
+from cm3leon_jax.commands import export
+from cm3leon_jax.export import bundle, formats
+from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.mesh import MeshConfig, create_mesh
+from tests.export.conftest import run  # noqa: F401
+from tests.generation.run import SETTINGS
+
+PROMPT = "red apple"
+WRITTEN = {"hf": formats.Choice(), "orbax": formats.Choice("orbax")}
+
+
+@pytest.fixture(scope="module")
+def model(run):  # noqa: F811
+  return CM3Leon.load(run, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def exports(run, tmp_path_factory):  # noqa: F811
+  """Exports of the run in the formats that load."""
+  root = tmp_path_factory.mktemp("exports")
+  for name, choice in WRITTEN.items():
+    export.main(SETTINGS, run, choice=choice, output=str(root / name))
+  return root
+
+
+def tokens(model, **options):
+  return model.generate(PROMPT, retrieve=0, **options)[0].tokens.tolist()
+
+
+def test_devices_and_dtype_are_those_that_are_asked_for(run, model):  # noqa: F811
+  assert [d.id for d in model.mesh.devices.flat] == [jax.devices()[0].id]
+  narrow = CM3Leon.load(run, devices=jax.devices()[2:4], dtype="bfloat16")
+  assert {d.id for d in narrow.mesh.devices.flat} == {d.id for d in jax.devices()[2:4]}
+  assert model.pipeline.settings.model.dtype == "float32"
+  assert narrow.pipeline.settings.model.dtype == "bfloat16"
+  assert str(narrow.pipeline.generator.params.head.dtype) == "bfloat16"
+  assert CM3Leon.load(run, dtype=jax.numpy.bfloat16).pipeline.settings.model.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+  ("options", "sentence"),
+  [
+    ({"dtype": "float16"}, r"dtype is 'float16'; it must be one of float32, bfloat16, float64\."),
+    ({"dtype": 3}, "dtype is '3'; it must be one of"),
+    ({"devices": "cpu"}, r"devices is 'cpu'; it must be a list of devices, e\.g\. jax\.devices"),
+    ({"devices": []}, "devices is empty: name at least one"),
+    ({"devices": [0]}, r"devices is \[0\]; it must be a list of devices"),
+    ({"device": "cpu"}, "load has no option 'device': it is devices here"),
+    ({"torch_dtype": "float32"}, "load has no option 'torch_dtype': it is dtype here"),
+    ({"guidance_scale": 3}, "load has no option 'guidance_scale': guidance is a keyword of gene"),
+  ],
+)
+def test_a_wrong_option_is_one_sentence(run, options, sentence):  # noqa: F811
+  with pytest.raises(UserError, match=f"^{sentence}"):
+    CM3Leon.load(run, **options)
+
+
+def test_an_edit_by_a_model_that_never_learned_edits_warns(model):
+  image = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+  with pytest.warns(UserWarning, match="^this model never learned to edit images by an instru"):
+    model.edit(image, "make it blue")
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_shows_by_default_where_somebody_looks(run, monkeypatch, shown):  # noqa: F811
+  monkeypatch.setattr(progress, "is_interactive", lambda: shown)
+  devices = jax.devices()[:1]
+  assert CM3Leon.load(run, devices=devices).show_progress is shown
+  assert CM3Leon.load(run, devices=devices, show_progress=not shown).show_progress is not shown
+
+
+def test_a_mesh_and_devices_exclude_each_other(run):  # noqa: F811
+  mesh = create_mesh(MeshConfig(), jax.devices()[:1])
+  with pytest.raises(UserError, match="mesh and devices are given: leave one out"):
+    CM3Leon.load(run, mesh=mesh, devices=jax.devices()[:1])
+
+
+def test_a_model_is_described_in_one_line(run, model):  # noqa: F811
+  text = repr(model)
+  assert text.startswith(f"CM3Leon({str(run)!r}, step 7, ")
+  assert text.endswith(" parameters, images of 8 x 8, float32 on 1 cpu)")
+  assert "\n" not in text
+  bundled = CM3Leon(os.fspath(bundle.folder_of("scenes")), model.pipeline, model.mesh, 7)
+  assert repr(bundled).startswith("CM3Leon('scenes', step 7, ")
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_an_export_generates_what_its_run_does(model, exports, name):
+  with pytest.warns(UserWarning, match="is an export, which has neither CLIP nor bank: samples"):
+    loaded = CM3Leon.load(exports / name, devices=jax.devices()[:1])
+  assert loaded.step == 7
+  assert tokens(loaded, seed=3) == tokens(model, seed=3)
+  [sample] = loaded.generate(PROMPT)
+  assert (sample.clip_score, sample.neighbors) == (None, ())
+  image = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+  assert loaded.score(PROMPT, image).text == pytest.approx(
+    model.score(PROMPT, image).text, rel=1e-5
+  )
+  for call, sentence in (
+    (lambda: loaded.generate(PROMPT, num_samples=2, rank=True), "this model has no CLIP"),
+    (lambda: loaded.generate(PROMPT, retrieve=1), "there is no bank: set it to 0"),
+    (lambda: loaded.retrieve(PROMPT), "this model has no bank of documents"),
+    (lambda: loaded.score(PROMPT, image, retrieve=1), "no bank"),
+    (lambda: loaded.save(exports / "saved"), "is an export, which has no CLIP, and a bundle needs"),
+  ):
+    with pytest.raises(UserError, match=sentence):
+      call()
+
+
+def test_exports_for_other_programs_and_of_earlier_versions_are_refused(run, exports, tmp_path):  # noqa: F811
+  other = tmp_path / "int8"
+  export.main(SETTINGS, run, choice=formats.Choice(quantize="int8"), output=str(other))
+  with pytest.raises(UserError, match="int8 is an export with int8 weights, for other programs"):
+    CM3Leon.load(other)
+  about = exports / "orbax" / formats.ABOUT
+  stored = read_json(about)
+  try:
+    write_json(about, {k: v for k, v in stored.items() if k != "settings"})
+    with pytest.raises(UserError, match="was written by an older version and has no settings"):
+      CM3Leon.load(exports / "orbax")
+  finally:
+    write_json(about, stored)
+
+
+def test_a_saved_model_is_a_bundle_that_generates_alike_and_is_saved_again(model, run, tmp_path):  # noqa: F811
+  model.save(tmp_path / "a")
+  saved = CM3Leon.load(tmp_path / "a", devices=jax.devices()[:1])
+  assert bundle.about(tmp_path / "a")["cost"]["train_seconds"] == 1.0
+  saved.save(tmp_path / "b")
+  again = CM3Leon.load(tmp_path / "b", devices=jax.devices()[:1])
+  assert tokens(again) == tokens(saved)
+  assert saved.step == again.step == 7
+  with pytest.raises(UserError, match="a is the bundle itself: name another folder"):
+    saved.save(tmp_path / "a")
+  for one in (model, saved):
+    with pytest.raises(UserError, match="is the folder of a run, whose tokenizers a bundle would"):
+      one.save(run)
