@@ -172,7 +172,10 @@ class CM3Leon:
   def generate(
     self, prompt: list[str], **options: Unpack[kw.GenerateOptions]
   ) -> list[list[Sample]]: ...
-  def generate(self, prompt, *, num_samples=1, retrieve=None, seed=0, rank=False, **sampling):
+  def generate(
+    self, prompt: Any, *, num_samples: int = 1, retrieve: int | None = None, seed: int = 0,
+    rank: bool = False, **sampling: Any,
+  ) -> Any:  # fmt: skip
     """Generates images for a caption.
 
     >>> samples = model.generate("a green bell", num_samples=4, guidance=1.5, retrieve=2, seed=0)
@@ -206,7 +209,9 @@ class CM3Leon:
   def caption(self, image: ImageLike, **options: Unpack[kw.TextOptions]) -> str: ...
   @overload
   def caption(self, image: list[Any], **options: Unpack[kw.TextOptions]) -> list[str]: ...
-  def caption(self, image, *, length=64, retrieve=0, seed=0, **sampling):
+  def caption(
+    self, image: Any, *, length: int = 64, retrieve: int = 0, seed: int = 0, **sampling: Any
+  ) -> Any:
     """Describes an image. Returns a text, or a list of texts.
 
     >>> isinstance(model.caption(image, length=8), str)
@@ -228,7 +233,10 @@ class CM3Leon:
   def answer(
     self, image: Any, question: Any, **options: Unpack[kw.TextOptions]
   ) -> str | list[str]: ...
-  def answer(self, image, question, *, length=64, retrieve=0, seed=0, **sampling):
+  def answer(
+    self, image: Any, question: Any, *, length: int = 64, retrieve: int = 0, seed: int = 0,
+    **sampling: Any,
+  ) -> Any:  # fmt: skip
     """Answers a question about an image. Returns a text, or a list of texts.
 
     >>> len(model.answer(image, ["What color is it?", "What is it?"], length=8))
@@ -246,15 +254,9 @@ class CM3Leon:
     return self._first("text", "question", seed, sampling, inputs, length=length, retrieve=retrieve)
 
   def infill(
-    self,
-    image: Any,
-    box: Any,
-    prompt: str | list[str] = "",
-    *,
-    retrieve: int = 0,
-    seed: int = 0,
+    self, image: Any, box: Any, prompt: str | list[str] = "", *, retrieve: int = 0, seed: int = 0,
     **sampling: Unpack[kw.ImageSampling],
-  ) -> Any:
+  ) -> Any:  # fmt: skip
     """Fills in a box of an image. Returns a PIL image, or a list of them.
 
     >>> model.infill(image, box=(2, 2, 6, 6)).size == image.size
@@ -289,13 +291,9 @@ class CM3Leon:
     return self._first("image", "edit", seed, sampling, {"image": image, "prompt": instruction})
 
   def interleave(
-    self,
-    prompt: Any = "",
-    *,
-    length: int | None = None,
-    seed: int = 0,
+    self, prompt: Any = "", *, length: int | None = None, seed: int = 0,
     **sampling: Unpack[kw.DocumentSampling],
-  ) -> Any:
+  ) -> Any:  # fmt: skip
     """Continues a document. Returns its texts and PIL images in order, or a list of such lists.
 
     >>> document = model.interleave("Step 1:", length=40)

@@ -128,9 +128,10 @@ def describe(workdir: str, pipeline: Pipeline, mesh: jax.sharding.Mesh, step: in
   with jax.set_mesh(mesh):
     types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
   kind = mesh.devices.flat[0].device_kind
+  installed = {os.fspath(bundle.folder_of(name)): name for name in bundle.INSTALLED}
   return (
-    f"{workdir!r}, step {step}, {transformer.count_params(types):,} parameters, images of {side} x "
-    f"{side}, {config.dtype} on {mesh.size} {kind}"
+    f"{installed.get(workdir, workdir)!r}, step {step}, {transformer.count_params(types):,} "
+    f"parameters, images of {side} x {side}, {config.dtype} on {mesh.size} {kind}"
   )
 
 

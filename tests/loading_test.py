@@ -1,11 +1,13 @@
 """Loads runs, bundles and exports: dtype, devices, saving, and what an export lacks."""
 
+import os
+
 import jax
 import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax import CM3Leon, UserError
+from cm3leon_jax import CM3Leon, UserError, progress
 from cm3leon_jax.commands import export
 from cm3leon_jax.export import bundle, formats
 from cm3leon_jax.io import read_json, write_json
@@ -69,6 +71,14 @@ def test_an_edit_by_a_model_that_never_learned_edits_warns(model):
     model.edit(image, "make it blue")
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_shows_by_default_where_somebody_looks(run, monkeypatch, shown):  # noqa: F811
+  monkeypatch.setattr(progress, "is_interactive", lambda: shown)
+  devices = jax.devices()[:1]
+  assert CM3Leon.load(run, devices=devices).show_progress is shown
+  assert CM3Leon.load(run, devices=devices, show_progress=not shown).show_progress is not shown
+
+
 def test_a_mesh_and_devices_exclude_each_other(run):  # noqa: F811
   mesh = create_mesh(MeshConfig(), jax.devices()[:1])
   with pytest.raises(UserError, match="mesh and devices are given: leave one out"):
@@ -80,6 +90,8 @@ def test_a_model_is_described_in_one_line(run, model):  # noqa: F811
   assert text.startswith(f"CM3Leon({str(run)!r}, step 7, ")
   assert text.endswith(" parameters, images of 8 x 8, float32 on 1 cpu)")
   assert "\n" not in text
+  bundled = CM3Leon(os.fspath(bundle.folder_of("scenes")), model.pipeline, model.mesh, 7)
+  assert repr(bundled).startswith("CM3Leon('scenes', step 7, ")
 
 
 @pytest.mark.parametrize("name", WRITTEN)

@@ -1,11 +1,16 @@
 """Progress of long work in a log and in a terminal, as a user's process prints it."""
 
+import io
 import os
 import pathlib
 import pty
 import subprocess
 import sys
 import termios
+
+import tqdm.auto
+
+from cm3leon_jax import progress
 
 ROOT = pathlib.Path(__file__).parents[1]
 WORK = """
@@ -42,6 +47,14 @@ def test_a_part_that_is_done_soon_leaves_no_line(tmp_path):
     [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
   )
   assert result.stderr == "done\n"
+
+
+def test_a_cell_of_a_notebook_has_a_bar_and_a_pipe_has_none(monkeypatch):
+  cell = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})
+  for stream, expected in ((cell(), True), (io.StringIO(), False)):
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert progress.is_interactive() is expected
+  assert progress.tqdm is tqdm.auto.tqdm  # In a notebook a widget.
 
 
 def test_a_terminal_has_a_bar_in_one_line():
