@@ -67,7 +67,7 @@ def test_help_shows_an_example_and_the_commands_own_flags_without_importing_jax(
   takes_config = name not in ("checkpoints", "serve")
   without = dict.fromkeys(("serve", "generate", "score", "evaluate", "export"), "--workdir=")
   first = {**without, "checkpoints": "list --workdir="}.get(name, "--config=")
-  assert f"python -m launch.{name} {first}" in text
+  assert f"cm3leon {name} {first}" in text
   assert [f"  {flag}" in page for flag in ALWAYS] == [takes_config] * len(ALWAYS)
   assert ("  --workdir=VALUE" in page) == (name != "aot_compile")
   assert (f"  {PROCESSES}" in page) == (name in ("train", "evaluate", "score"))
