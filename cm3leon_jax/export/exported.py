@@ -36,8 +36,8 @@ def read(folder: epath.Path) -> tuple[Settings, int]:
   stored = read_json(folder / formats.ABOUT, {"step": int})
   if "settings" not in stored:
     raise UserError(
-      f"{folder} was written by an older version and has no settings: run `python -m "
-      "cm3leon export` again, or load the workdir of its run."
+      f"{folder} was written by an older version and has no settings: run "
+      "`cm3leon export` again, or load the workdir of its run."
     )
   if "vqgan" not in read_json(folder / image_tokenizer.FOLDER / "config.json"):
     raise UserError(
