@@ -38,7 +38,7 @@ REFUSED = [
   ("vocab", "text_size", 0, POSITIVE),
   ("vocab", "image_size", 0, POSITIVE),
   ("raw", "source", "", "have at least 1 character"),
-  ("raw", "format", "zip", "'auto', 'folder', 'webdataset', 'parquet' or 'text'"),
+  ("raw", "format", "zip", "'auto', 'folder', 'sidecars', 'webdataset', 'parquet' or 'text'"),
   ("raw", "licenses", (3,), "a valid string"),
   ("raw", "max_caption_characters", 0, POSITIVE),
   ("raw", "max_rejected", -0.1, NOT_NEGATIVE),

@@ -31,6 +31,7 @@ from cm3leon_jax.data.builtin_sources import (
 from cm3leon_jax.data.raw_pairs import INDEX, SCHEMA_VERSION, Crop, kind_of, load_image
 from cm3leon_jax.data.records import (
   KINDS,
+  NOTES,
   SPLITS,
   RawPair,
   Record,
@@ -335,7 +336,7 @@ class _Writer:
     if item is None:
       return
     if isinstance(item, Rejected):  # Names and messages may hold what is no Unicode.
-      self._first = self._first or item.message
+      self._first = self._first or (item.message if item.reason not in NOTES else "")
       self._reasons[item.reason] += 1
       self._files[REJECTED].write(json.dumps(dataclasses.asdict(item)) + "\n")
       return
@@ -356,7 +357,8 @@ class _Writer:
     counts |= {f"{split}_concepts": len(names) for split, names in self._concepts.items()}
     if self.config.licenses:
       more = {**more, "other_licenses": self._other_licenses}
-    more = more | {f"rejected_{reason}": n for reason, n in self._reasons.items()}
+    for reason, n in self._reasons.items():
+      more = more | {reason if reason in NOTES else f"rejected_{reason}": n}
     listed = origins.most_common(
       {**dict(zip(origins.FIELDS, origin)), "records": n} for origin, n in self._origins.items()
     )

@@ -108,6 +108,10 @@ def batches(items: Iterable, count: int, size: int) -> Iterator[list]:
     yield batch
 
 
+# Reasons to leave out a second caption or image of a record that is taken.
+NOTES = ("conflicting_captions", "image_of_same_name")
+
+
 @dataclasses.dataclass(frozen=True)
 class Rejected:
   """A rejected record: its file and key, a word for the reason, and a sentence for the user."""

@@ -5,7 +5,7 @@ import collections
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data.records import KINDS, SPLITS
+from cm3leon_jax.data.records import KINDS, NOTES, SPLITS
 
 CHECK_FROM = 10_000  # Records after which too many rejected ones stop the command early.
 
@@ -19,10 +19,11 @@ class Rejections:
 
   def add(self, summary: dict) -> None:
     """Adds the counts of a shard."""
-    self._reasons.update(summary["rejected"])
+    wrong = {reason: n for reason, n in summary["rejected"].items() if reason not in NOTES}
+    self._reasons.update(wrong)
     counts = summary["counts"]
     self._seen += sum(counts.get(f"{split}_{kind}", 0) for split in SPLITS for kind in KINDS)
-    self._seen += sum(summary["rejected"].values())
+    self._seen += sum(wrong.values())
     self._first = self._first or summary["first"]
     if self._seen >= CHECK_FROM:
       self.check()

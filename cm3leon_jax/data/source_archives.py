@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 import dataclasses
 import io
 import itertools
-import json
 import posixpath
 import shutil
 import tarfile
@@ -20,9 +19,8 @@ from cm3leon_jax.data.records import (
   key_of,
   renamed,
 )
+from cm3leon_jax.data.source_samples import SAMPLE_SUFFIXES, sample_records
 
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "avif")
-SAMPLE_SUFFIXES = (*IMAGE_SUFFIXES, "txt", "json")  # Other members of a tar are not read.
 MAX_MEMBER = 2**26  # Bytes of a file in a tar.
 MAX_HEADER = 2**20  # Bytes of a header in a tar.
 MAX_GROUP = 2**30  # Bytes of a group of rows in Parquet, of the columns that are read.
@@ -46,7 +44,7 @@ class _Bounded:
 
 
 def tar_samples(fs, file: str, images: Callable) -> Iterator[Record | Rejected]:
-  """Yields the samples of a tar by img2dataset: an image, .txt and .json of one stem."""
+  """Yields the samples of a tar by img2dataset: an image and its captions, of one stem."""
   del images  # They are in the tar.
   try:
     # "r:": a compressed tar could be a thousand times as large as its file.
@@ -78,31 +76,8 @@ def tar_samples(fs, file: str, images: Callable) -> Iterator[Record | Rejected]:
 
 
 def _sample(file: str, stem: str, sample: dict[str, bytes]) -> Iterator[Record | Rejected]:
-  if not sample:
-    return
-  where = f"{file}, sample '{stem}'"
-  try:
-    about = json.loads(sample.get("json", b"{}"))
-    about = about if isinstance(about, dict) else {}
-    caption = sample["txt"].decode("utf-8") if "txt" in sample else None
-  except (ValueError, RecursionError) as error:
-    message = f"{where}: its text is not readable ({error}); it must be UTF-8 and JSON."
-    yield Rejected(file, stem, "malformed_record", message)
-    return
-  values = {k: v if k == "facts" else str(v) for k, v in renamed(about).items() if v is not None}
-  values = {"source": file, **values, "key": stem}
-  values.pop("image", None)
-  if caption is not None:
-    values["caption"] = caption
-  image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-  if image is not None:
-    yield checked_record(RawPair, {**values, "image": image}, file, where)
-  elif "caption" in values:
-    message = f"{where} has no image; it must have one of .{', .'.join(IMAGE_SUFFIXES)}."
-    yield Rejected(file, stem, "missing_image", message)
-  else:
-    message = f"{where} has no image and no caption, but {', '.join(sample)}."
-    yield Rejected(file, stem, "malformed_record", message)
+  if sample:
+    yield from sample_records(file, f"{file}, sample '{stem}'", stem, sample, source=file)
 
 
 def parquet_rows(fs, file: str, images: Callable) -> Iterator[Record | Rejected]:

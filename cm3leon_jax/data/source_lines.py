@@ -1,6 +1,5 @@
 """Reads lines of JSON, rows of CSV and texts of a source, of bounded length."""
 
-import codecs
 from collections.abc import Iterator
 import csv
 import io
@@ -62,15 +61,14 @@ def json_lines(fs, file: str, fields: list[str]) -> Iterator[tuple[str, dict | R
       try:
         if isinstance(line, RecordError):
           raise line
-        text = _decode(line.removeprefix(codecs.BOM_UTF8), where)
-        yield where, parse_json(text, where, fields)
+        yield where, parse_json(_decode(line, where), where, fields)
       except RecordError as error:
         yield where, Rejected(file, "", error.reason, str(error))
 
 
 def _decode(data: bytes, where: str) -> str:
   try:
-    return data.decode("utf-8")
+    return data.decode("utf-8-sig")
   except UnicodeDecodeError as error:
     raise RecordError(
       "malformed_record", f"{where} is not UTF-8 ({error}); save it as UTF-8."
@@ -116,11 +114,16 @@ def csv_rows(fs, file: str) -> Iterator[tuple[str, dict | Rejected]]:
       yield where, Rejected(file, "", "unreadable_file", message)
 
 
-def whole_text(fs, file: str) -> str:
-  """Reads a text file; raises RecordError if it is not UTF-8, or has more than MAX_LINE bytes."""
+def whole_file(fs, file: str) -> bytes:
+  """Reads a file; raises RecordError if it has more than MAX_LINE bytes."""
   with fs.open(file, "rb") as stream:
     data = stream.read(MAX_LINE + 1)
   if len(data) > MAX_LINE:
     message = f"{file} has more than {MAX_LINE:,} bytes: split it, or give it as JSON lines."
     raise RecordError("malformed_record", message)
-  return _decode(data, file)
+  return data
+
+
+def whole_text(fs, file: str) -> str:
+  """Reads a text file; raises RecordError as `whole_file`, or if it is not UTF-8."""
+  return _decode(whole_file(fs, file), file)

@@ -1,16 +1,16 @@
-"""Reads captioned folders, WebDataset tars, Parquet, JSONL and plain text as raw records.
+"""Reads folders of images, WebDataset tars, Parquet, JSONL and plain text as raw records.
 
 A source is split into parts, each of which becomes a raw shard. Paths are local or in a bucket
 (`gs://`), through fsspec; a glob pattern names many files.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 import dataclasses
 import functools
 import hashlib
 import os
 import posixpath
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.records import (
@@ -29,19 +29,38 @@ from cm3leon_jax.data.records import (
 )
 from cm3leon_jax.data.source_archives import parquet_rows, tar_samples
 from cm3leon_jax.data.source_lines import csv_rows, json_lines, whole_text
+from cm3leon_jax.data.source_samples import (
+  by_stem,
+  folder_samples,
+  grouped,
+  has_caption,
+  has_image,
+  suffix_of,
+)
 from cm3leon_jax.io import open_filesystem
 
-Format = Literal["auto", "folder", "webdataset", "parquet", "text"]
+Format = Literal["auto", "folder", "sidecars", "webdataset", "parquet", "text"]
 PAIR_FILES = ("pairs.jsonl", "captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
 TEXTS = "texts.jsonl"
 INTERLEAVED = "interleaved.jsonl"
 SUFFIXES = {"webdataset": (".tar",), "parquet": (".parquet",), "text": (".jsonl", ".txt")}
 LISTS = (*PAIR_FILES, TEXTS, INTERLEAVED)
+IMAGE_LISTS = (*PAIR_FILES, INTERLEAVED)
+NO_TEXTS = (*LISTS, "rejected.jsonl")  # Of a shard, which is a source, too.
 TEXT_FILES = 1_000  # Number of .txt files of one part.
 
 
 # What file systems say of a file's content: checksums of buckets, the time of local files.
 STAMPS = ("md5Hash", "ETag", "etag", "mtime")
+WILDCARDS = "*?["
+
+
+class _File(NamedTuple):
+  """What a file system says of a file; `stamp` is its checksum or time."""
+
+  size: int
+  stamp: str
+  is_link: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +69,8 @@ class Part:
 
   Attributes:
     kind: a `Format` other than `auto`.
-    files: one file; for `text` possibly many .txt files, for `folder` the folder.
+    files: one file; for `text` possibly many .txt files, for `folder` the folder; for `sidecars`
+      the folder of the source, and the images and captions of the part.
     bytes: size of the files.
     modified: digest of when the files were modified, or of the checksums that a bucket has; it
       shows changes, too. A file of the same size and time counts as the same. Empty for built-in
@@ -77,7 +97,8 @@ def digest_of(parts: list[Part]) -> str:
 def parts(source: str, kind: str = "auto") -> list[Part]:
   """Splits `source` into parts, in a fixed order.
 
-  A part is a tar, Parquet or JSONL file, a captioned folder, or up to 1,000 .txt files.
+  A part is a tar, Parquet or JSONL file, a folder with a list of captions, up to 1,000 .txt files,
+  or about 1,000 images with their captions beside them.
 
   Args:
     source: a folder, a file or a glob pattern, local or `gs://`.
@@ -87,30 +108,89 @@ def parts(source: str, kind: str = "auto") -> list[Part]:
     UserError: the source has no files, or none of a known format.
   """
   fs, path = _filesystem(source)
-  files = _files(fs, path, source)
-  if kind == "auto":
-    kind = _detect(files, source)
+  found = _files(fs, path, source)
+  kinds = [kind] if kind != "auto" else _detect(found, source)
+  # Links are files of `sidecars` alone, whose reader refuses those that lead out of the folder.
+  files = {name: about for name, about in found.items() if not about.is_link}
+  result = []
+  for each in kinds:
+    if each == "folder":
+      folders = sorted(_folders(files, LISTS))
+      groups = [([f for f in files if _is_in(f, {name})], [name]) for name in folders]
+    elif each == "sidecars":
+      root = _root(path, found)
+      groups = [(names, [root, *names]) for names in _samples(found, kind == "auto")]
+    else:
+      groups = [(names, names) for names in _single(each, files, found if len(kinds) > 1 else ())]
+    for names, paths in groups:
+      stamps = "\n".join(found[name].stamp for name in names)
+      modified = hashlib.sha256(stamps.encode()).hexdigest()[:16]
+      urls = tuple(_url(fs, p) for p in paths)
+      result.append(Part(each, urls, sum(found[name].size for name in names), modified))
+  if not result:
+    what = {
+      "folder": f"a folder without {', '.join(LISTS)}",
+      "sidecars": "which holds no image; format is 'sidecars'",
+    }
+    suffixes = " or ".join(SUFFIXES.get(kind, ()))
+    refusal = what.get(kind, f"which holds no {suffixes} file; format is '{kind}'")
+    raise UserError(f"config.raw.source is '{source}', {refusal}.")
+  return result
 
-  def part(names: list[str], paths: list[str]) -> Part:
-    sizes, stamps = zip(*(files[name] for name in names))
-    modified = hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
-    return Part(kind, tuple(_url(fs, p) for p in paths), sum(sizes), modified)
 
-  if kind == "folder":
-    names = {posixpath.dirname(name) for name in files if posixpath.basename(name) in LISTS}
-    if not names:
-      raise UserError(f"config.raw.source is '{source}', a folder without {', '.join(LISTS)}.")
-    return [part([f for f in files if f.startswith(name + "/")], [name]) for name in sorted(names)]
-  names = [name for name in files if name.endswith(SUFFIXES[kind])]
-  if not names:
-    suffixes = " or ".join(SUFFIXES[kind])
-    raise UserError(
-      f"config.raw.source is '{source}', which holds no {suffixes} file; format is '{kind}'."
-    )
-  texts = [name for name in names if name.endswith(".txt")]
+def _samples(files: Iterable[str], auto: bool) -> Iterator[list[str]]:
+  """Groups the images that are not in the folder of a list, with the captions beside them.
+
+  Images without a caption are among them, to be rejected, unless a list may name them (`auto`).
+  """
+  folders = _folders(files, IMAGE_LISTS) if auto else set()
+  stems = by_stem(f for f in files if not _is_in(f, folders))
+  taken = {
+    stem: names
+    for stem, names in stems.items()
+    if (has_image(names) and (not folders or has_caption(names)))
+    or any(suffix_of(name) == "caption" for name in names)
+  }
+  for group in grouped(taken):
+    yield [name for stem in group for name in taken[stem]]
+
+
+def _single(kind: str, files: Iterable[str], beside: Collection[str]) -> list[list[str]]:
+  """Groups files that stand alone; captions and lists among the files `beside` them do not."""
+  names = [name for name in files if name.lower().endswith(SUFFIXES[kind])]
+  if beside:
+    stems, folders = by_stem(beside), _folders(beside, LISTS)
+    names = [
+      name
+      for name in names
+      if posixpath.basename(name) not in NO_TEXTS
+      and not has_image(stems.get(name.rpartition(".")[0], ()))
+      and (suffix_of(name) == "txt" or not _is_in(name, folders))
+    ]
+  texts = [name for name in names if suffix_of(name) == "txt"]
   groups = [texts[i : i + TEXT_FILES] for i in range(0, len(texts), TEXT_FILES)]
-  groups += [[name] for name in names if not name.endswith(".txt")]
-  return [part(group, group) for group in groups]
+  return groups + [[name] for name in names if suffix_of(name) != "txt"]
+
+
+def _folders(files: Iterable[str], lists: Collection[str]) -> set[str]:
+  """Returns the folders that hold one of the lists."""
+  return {posixpath.dirname(name) for name in files if posixpath.basename(name) in lists}
+
+
+def _is_in(file: str, folders: Collection[str]) -> bool:
+  """Returns whether a file is in one of the folders, or below it."""
+  while (folder := posixpath.dirname(file)) not in ("", file):
+    if folder in folders:
+      return True
+    file = folder
+  return False
+
+
+def _root(path: str, files: Collection[str]) -> str:
+  """Returns the folder of a source: of a pattern, what stands before its first wildcard."""
+  if any(c in path for c in WILDCARDS):
+    return posixpath.dirname(path[: min(path.index(c) for c in WILDCARDS if c in path)])
+  return posixpath.dirname(path) if path in files else path
 
 
 def read(part: Part, allow_outside: bool = False) -> Iterator[Record | Rejected]:
@@ -121,6 +201,11 @@ def read(part: Part, allow_outside: bool = False) -> Iterator[Record | Rejected]
     allow_outside: whether records may name images that are not in the folder of their file.
   """
   readers = {"folder": _folder, "webdataset": tar_samples, "parquet": parquet_rows, "text": _text}
+  if part.kind == "sidecars":
+    fs, root = _filesystem(part.files[0])
+    files = [_filesystem(file)[1] for file in part.files[1:]]
+    yield from folder_samples(fs, root, files, functools.partial(_with_images, fs, allow_outside))
+    return
   for file in part.files:
     fs, path = _filesystem(file)
     yield from readers[part.kind](fs, path, functools.partial(_with_images, fs, allow_outside))
@@ -133,37 +218,48 @@ def _filesystem(source: str):
     raise UserError(f"config.raw.source: {error}") from error
 
 
-def _files(fs, path: str, source: str) -> dict[str, tuple[int, str]]:
-  """Lists the files at `path`, in the order of their names: size, and checksum or time."""
-  entries = {}
-  if any(c in path for c in "*?["):
-    entries = fs.glob(path, detail=True)
+def _files(fs, path: str, source: str) -> dict[str, _File]:
+  """Lists the files at `path`, in the order of their names, but for hidden ones in a folder."""
+  entries, hidden = {}, len(path)
+  if any(c in path for c in WILDCARDS):
+    entries, hidden = fs.glob(path, detail=True), None
   elif fs.exists(path):
     entries = fs.find(path, detail=True)
   files = {
-    name: (int(about.get("size") or 0), next((str(about[s]) for s in STAMPS if s in about), ""))
+    name: _File(
+      int(about.get("size") or 0),
+      next((str(about[s]) for s in STAMPS if s in about), ""),
+      bool(about.get("islink")),
+    )
     for name, about in sorted(entries.items())
-    if about["type"] == "file"
+    if about["type"] == "file" or about.get("islink")
+    if hidden is None or "/." not in name[hidden:]
   }
   if not files:
     raise UserError(
       f"config.raw.source is '{source}', which has no files; it must be 'openmoji' or 'scenes', or "
-      "a folder, a file or a glob pattern of WebDataset tars, Parquet, JSONL or text, or a folder "
-      f"with {PAIR_FILES[0]}."
+      "a folder, a file or a glob pattern of images with captions beside them (x.jpg, x.txt), "
+      f"WebDataset tars, Parquet, JSONL or text, or a folder with {PAIR_FILES[0]}."
     )
   return files
 
 
-def _detect(files: dict[str, int], source: str) -> str:
-  if len(files) > 1 and any(posixpath.basename(file) in LISTS for file in files):
-    return "folder"
+def _detect(files: Collection[str], source: str) -> list[str]:
+  """Returns the formats of a source in the order of their parts."""
+  lists = len(files) > 1 and any(posixpath.basename(file) in LISTS for file in files)
+  images = [names for names in by_stem(files).values() if has_image(names)]
+  if lists:
+    return ["folder", "sidecars", "text"]
+  if any(has_caption(names) for names in images):
+    return ["sidecars", "text", "webdataset"]
   for kind, suffixes in SUFFIXES.items():
-    if any(file.endswith(suffixes) for file in files):
-      return kind
+    if any(file.lower().endswith(suffixes) for file in files):
+      return ["sidecars", kind] if images and kind == "text" else [kind]
   first = posixpath.basename(next(iter(files)))
   raise UserError(
     f"config.raw.source is '{source}', whose files are of no known kind ({first}, ...); a folder "
-    f"of images must hold their captions in {PAIR_FILES[0]}."
+    "of images must hold the caption of x.jpg in x.txt, x.caption or x.json beside it, or all "
+    f"captions in {PAIR_FILES[0]}."
   )
 
 
@@ -172,8 +268,11 @@ def _url(fs, path: str) -> str:
 
 
 def _folder(fs, path: str, images: Callable) -> Iterator[Record | Rejected]:
-  """Yields images with captions in a JSONL or CSV file, then texts.jsonl, interleaved.jsonl."""
-  known = set(fs.find(path))
+  """Yields images with captions in a JSONL or CSV file, then texts.jsonl, interleaved.jsonl.
+
+  Then come the images that no list names and that have a caption beside them.
+  """
+  known, named = set(fs.find(path)), set()
   listed = [name for name in LISTS if posixpath.join(path, name) in known]
   for name in listed:
     if not _is_regular(fs, file := posixpath.join(path, name)):
@@ -190,6 +289,7 @@ def _folder(fs, path: str, images: Callable) -> Iterator[Record | Rejected]:
         yield values
         continue
       values = renamed(values)
+      named.add(_joined(path, values.get("image")))
       if captions != PAIR_FILES[0]:
         values["key"] = key_of(values, values.get("image"))
       yield images(checked_record(RawPair, values, file, where), path, where, known)
@@ -198,7 +298,24 @@ def _folder(fs, path: str, images: Callable) -> Iterator[Record | Rejected]:
       file = posixpath.join(path, name)
       for where, values in json_lines(fs, file, required_fields(cls)):
         item = values if isinstance(values, Rejected) else checked_record(cls, values, file, where)
+        if isinstance(item, Record):
+          named.update(_joined(path, image) for image in images_of(item))
         yield images(item, path, where, known)
+  if any(name in IMAGE_LISTS for name in listed):
+    yield from folder_samples(fs, path, _unnamed(path, known, named), images)
+
+
+def _joined(folder: str, image) -> str:
+  """Returns the full path of an image that a list in `folder` names; of no path ""."""
+  return posixpath.normpath(posixpath.join(folder, image)) if isinstance(image, str) else ""
+
+
+def _unnamed(path: str, known: Collection[str], named: Collection[str]) -> list[str]:
+  """Lists images that no list names, with captions; folders with lists of their own have theirs."""
+  inner = _folders(known, IMAGE_LISTS) - {path}
+  stems = by_stem(f for f in sorted(known) if not _is_in(f, inner))
+  samples = (names for names in stems.values() if has_image(names) and has_caption(names))
+  return [name for names in samples if named.isdisjoint(names) for name in names]
 
 
 def _is_regular(fs, path: str) -> bool:
@@ -228,7 +345,7 @@ def _with_images(
   full = []
   for name in images_of(item):
     if isinstance(name, str):
-      path = name if posixpath.isabs(name) else posixpath.normpath(posixpath.join(folder, name))
+      path = name if posixpath.isabs(name) else _joined(folder, name)
       if not allow_outside and not _is_inside(fs, path, folder):
         message = (
           f"{where}, key '{item.key}': image '{name}' is not in {folder}; "
@@ -258,7 +375,7 @@ def _is_inside(fs, path: str, folder: str) -> bool:
 def _text(fs, file: str, images: Callable) -> Iterator[Record | Rejected]:
   """Yields a .txt file as a text, or lines of a .jsonl file: texts, or documents of `segments`."""
   name = posixpath.basename(file)
-  if file.endswith(".txt"):
+  if suffix_of(file) == "txt":
     try:
       text = whole_text(fs, file)
     except RecordError as error:

@@ -91,7 +91,7 @@ def test_webdataset_rejects_by_reason(tmp_path):
   expected = [
     "",
     "missing_image",
-    "malformed_record",
+    "missing_caption",
     "empty_caption",
     *["malformed_record"] * 3,
     "",
@@ -179,7 +179,7 @@ def test_absent_and_unknown_sources_are_refused(tmp_path):
   (tmp_path / "a.jpg").write_bytes(jpeg(0))
   with pytest.raises(
     UserError,
-    match=r"of no known kind \(a\.jpg, \.\.\.\); a folder of images must hold their captions in",
+    match=r"of no known kind \(a\.jpg, \.\.\.\); a folder of images must hold the caption of x",
   ):
     list(read(str(tmp_path)))
   with pytest.raises(UserError, match=r"which holds no \.tar file; format is 'webdataset'"):

@@ -251,6 +251,14 @@ DATA = (
     ("whole_groups_read", "pre_buffer=False, buffer_size=PARQUET_BUFFER", "pre_buffer=True"),
   ),
   *mutants_of(
+    "cm3leon_jax/data/source_samples.py",
+    "tests/data/source_samples_test.py",
+    ("json_before_txt", '("txt", "caption", "json")', '("json", "caption", "txt")'),
+    ("blank_captions_taken", "or text.strip()]", "or True]"),
+    ("links_of_captions_followed", "and os.path.islink(name)", "and False"),
+    ("parts_of_equal_size", "if group and (first or", "if group and ("),
+  ),
+  *mutants_of(
     "cm3leon_jax/data/source_lines.py",
     "tests/data/archive_bounds_test.py",
     ("rows_of_csv_unbounded", "if self.used > MAX_ROW:", "if self.used < 0:"),
