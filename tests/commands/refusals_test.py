@@ -51,6 +51,12 @@ def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
     ),
     (
       "prepare_data",
+      ["--config=cm3leon_7b"],
+      "config.raw.source is not set: give --config.raw.source=FOLDER, a folder of images with "
+      "captions beside them (x.jpg, x.txt), tars, Parquet or JSONL, local or gs://, or 'scenes'.",
+    ),
+    (
+      "prepare_data",
       ["--config=scenes", "--config.vqgan.resolution=50"],
       "config.vqgan: resolution is 50; it must be a multiple of downsample = 6.",
     ),

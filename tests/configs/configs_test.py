@@ -52,6 +52,17 @@ def test_real_sizes_are_the_tutorials_and_the_papers(size, layers, width, heads,
   assert paper.train.steps == steps
 
 
+def test_only_the_demos_name_a_source():
+  """A run of a real size must not train on drawings because nobody named its data."""
+  sources = {
+    module.__name__.rpartition(".")[2]: module.get_config().raw.source
+    for module in (*SIZES.values(), *TUNED.values(), openmoji, scenes, scenes_instruct)
+  }
+  named = {name: source for name, source in sources.items() if source}
+  assert named == {"openmoji": "openmoji", "scenes": "scenes", "scenes_instruct": "scenes"}
+  assert default_config().raw.source == ""
+
+
 @pytest.mark.parametrize("variant", ["", "paper"])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_tuning_is_the_papers_of_the_same_model_and_tokens(size, variant):

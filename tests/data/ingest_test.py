@@ -187,7 +187,7 @@ def test_licenses_that_no_record_has_are_reported(source, tmp_path):
   with pytest.raises(UserError, match=sentence):
     prepare(source, tmp_path, licenses=("CC0-1.0",), default_license="secret")
   with pytest.raises(UserError, match=r"drawings of OpenMoji are under CC-BY-SA-4\.0: add it"):
-    ingest.parts_of(RawConfig(licenses=("CC0-1.0",)))
+    ingest.parts_of(RawConfig(source="openmoji", licenses=("CC0-1.0",)))
 
 
 def test_origins_are_counted(source, tmp_path, monkeypatch):
