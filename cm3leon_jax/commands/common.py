@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from cm3leon_jax import accelerators, buckets
+from cm3leon_jax import accelerators, buckets, from_data
 from cm3leon_jax.commands import config_file, flag_errors, help_text
 from cm3leon_jax.config import (
   CTRL_C,
@@ -239,13 +239,26 @@ def _parse_flags(
     _fail(str(_user_error(error) or flag_errors.wrong_value(error)))
 
 
-def _settings() -> Settings:
-  """Returns the settings of --config. Raises UserError if there is no config, or a wrong one."""
+def completed(workdir: str | epath.Path | None, prepares: bool = False) -> Settings:
+  """Returns the settings of --config, and of the data in `workdir`, from which some may follow.
+
+  Args:
+    workdir: of the run.
+    prepares: see `from_data.complete`.
+
+  Raises:
+    UserError: there is no config, a wrong one, or the data that it follows is not prepared.
+  """
   if _CONFIG.value is None:
     raise UserError(NAME_A_CONFIG)
   from cm3leon_jax.settings import settings_from_config
 
-  return settings_from_config(_CONFIG.value)
+  return settings_from_config(from_data.complete(_CONFIG.value, workdir, prepares))
+
+
+def follows_data() -> bool:
+  """Returns whether fields of --config follow from the data."""
+  return bool(from_data.missing(_CONFIG.value))
 
 
 def given_fields() -> set[str]:
@@ -314,6 +327,7 @@ def run(
   saves: bool = False,
   config: bool = True,
   actions: tuple[str, ...] = (),
+  prepares: bool = False,
 ) -> None:
   """Runs a command as an absl app; a UserError becomes one sentence on stderr and exit code 2.
 
@@ -327,6 +341,7 @@ def run(
     saves: whether it has a loop that saves at SIGTERM and Ctrl-C, before which they end it.
     config: whether it takes a config; if not, `main` gets no settings.
     actions: words of which the first argument is one; `main` then gets it first.
+    prepares: whether it runs before the data is prepared, from which fields may follow.
   """
 
   def checked(argv):
@@ -334,7 +349,7 @@ def run(
     with _reporting():
       arguments: list = _action(actions, argv[1:])
       if config:
-        arguments.append(_settings())
+        arguments.append(completed(_WORKDIR.value, prepares))
         if _PRINT_CONFIG.value:
           from cm3leon_jax.settings import describe
 

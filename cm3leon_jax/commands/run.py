@@ -133,4 +133,4 @@ def _recorded(workdir, folder: str) -> float:
 
 
 if __name__ == "__main__":
-  common.run(lambda *given: main(*given, INIT_FROM.value, RECORDS.value))
+  common.run(lambda *given: main(*given, INIT_FROM.value, RECORDS.value), prepares=True)
