@@ -101,6 +101,27 @@ def check_enough(settings, summary: dict) -> None:
         )
 
 
+def conclude(settings, folder, summary: dict) -> None:
+  """Looks for near duplicates, adds their numbers to `summary`, and says what was understood."""
+  from cm3leon_jax.data import leaks, raw_statistics, raw_writer
+  from cm3leon_jax.data.builtin_sources import OPENMOJI, SCENES
+
+  near = None
+  # Their images are near each other by design, and their concepts and splits take care of it.
+  if settings.raw.source not in (OPENMOJI, SCENES):
+    near = leaks.near_duplicates(folder, settings.raw.num_threads)
+    summary["compared_images"], summary["near_duplicates"] = near.compared, near.near
+    summary["leaked_heldout_images"] = near.leaked
+  print("prepare_data:", ", ".join(f"{name} {value}" for name, value in summary.items()))
+  listed = (folder / raw_writer.REJECTED).stat().length
+  more = f" ({folder / raw_writer.REJECTED} lists what is left out)" if listed else ""
+  print(f"prepare_data: {raw_statistics.sentence(summary, settings.raw.resolution)}{more}.")
+  if near and near.near:
+    print(f"prepare_data: {printable(str(near))}.")
+  for warning in raw_statistics.warnings(summary):
+    print(f"prepare_data: warning: {warning}")
+
+
 def _prepare(settings, parts, folder, runner, counts: bool) -> dict:
   """Returns the summary of the stage; with `counts`, also what fields of a config follow from."""
   from cm3leon_jax.data import counting, ingest
@@ -109,10 +130,10 @@ def _prepare(settings, parts, folder, runner, counts: bool) -> dict:
   if not raw.resolution:
     raw = dataclasses.replace(raw, resolution=counting.resolution_of(parts, raw.allow_outside))
   summary = ingest.prepare(raw, parts, folder, runner, settings.scenes)
-  print("prepare_data:", ", ".join(f"{name} {value}" for name, value in summary.items()))
+  conclude(dataclasses.replace(settings, raw=raw), folder, summary)
   if counts:
     made = counting.counts_of(
-      folder, raw.resolution, settings.vocab.num_special, settings.text_tokenizer
+      folder, summary, raw.resolution, settings.vocab.num_special, settings.text_tokenizer
     )
     summary[from_data.COUNTS] = dataclasses.asdict(made)
     found = from_data.values(made, settings.train.minutes)

@@ -1,6 +1,6 @@
 """Measures a source and prepared data, for the fields of a config that follow from them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 import itertools
 import statistics
 
@@ -44,27 +44,32 @@ def _side(pair: RawPair) -> Iterator[int]:
 
 
 def counts_of(
-  folder: epath.PathLike, resolution: int, num_special: int, config: TextTokenizerConfig
+  folder: epath.PathLike,
+  summary: Mapping,
+  resolution: int,
+  num_special: int,
+  config: TextTokenizerConfig,
 ) -> Counts:
-  """Counts the records of a raw folder, and the tokens that its texts support.
+  """Counts the tokens that the texts of a raw folder support, and takes the other counts over.
 
   Args:
     folder: that `ingest.prepare` wrote.
+    summary: that it returned.
     resolution: side of its images.
     num_special: number of special tokens of the vocabulary.
     config: of the text tokenizer.
   """
   largest = VocabLayout(num_special=num_special, text_size=MOST_TEXT_TOKENS)
-  captions = [pair.caption for pair in raw_pairs.read_pairs(folder, "train")]
-  texts = [record.text for record in raw_pairs.read_texts(folder, "train")]
+  captions = (pair.caption for pair in raw_pairs.read_pairs(folder, "train"))
+  texts = (record.text for record in raw_pairs.read_texts(folder, "train"))
   return Counts(
     resolution=resolution,
-    pairs=len(captions),
-    texts=len(texts),
-    heldout_texts=len(raw_pairs.read_texts(folder, "heldout")),
-    caption_characters=sum(map(len, captions)),
-    text_characters=sum(map(len, texts)),
-    text_tokens=supported_tokens(_first(captions + texts), largest, config),
+    pairs=summary["train_pairs"],
+    texts=summary["train_texts"],
+    heldout_texts=summary["heldout_texts"],
+    caption_characters=summary["train_caption_characters"],
+    text_characters=summary["train_text_characters"],
+    text_tokens=supported_tokens(_first(itertools.chain(captions, texts)), largest, config),
   )
 
 

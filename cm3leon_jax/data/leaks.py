@@ -1,4 +1,4 @@
-"""Checks a split: which held-out images of a raw folder are near duplicates of training images."""
+"""Finds near duplicates in a raw folder, and those that stand in both splits."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -15,6 +15,8 @@ from cm3leon_jax.progress import progress_bar
 
 BATCH = 1_024  # Images that are read together.
 SHOWN = 20  # Pairs that are kept, the nearest.
+MOST = 4_096  # Images that `near_duplicates` compares with each other.
+NAMED = 3  # Pairs that it names.
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -97,18 +99,78 @@ def check(
   return Report(len(heldout), train, pairs, int(leaked.sum()), nearest)
 
 
+@dataclasses.dataclass(frozen=True)
+class NearDuplicates:
+  """Near duplicates among images of different concepts.
+
+  Attributes:
+    compared: number of images.
+    near: number of those that are near another one.
+    leaked: number of held-out ones that are near one of training.
+    pairs: keys of at most NAMED near pairs, a held-out and a training image first.
+  """
+
+  compared: int
+  near: int
+  leaked: int
+  pairs: list[tuple[str, str]]
+
+  def __str__(self) -> str:
+    named = ", ".join(f"'{a}' and '{b}'" for a, b in self.pairs)
+    more = ", ..." if 2 * len(self.pairs) < self.near else ""
+    said = f"{self.near} of {self.compared} images are near duplicates of others: {named}{more}"
+    if self.leaked:
+      verb = "images have" if self.leaked > 1 else "image has"
+      said += (
+        f"; {self.leaked} held-out {verb} one in training: give both the same `concept`, or remove "
+        "one (--check_leaks lists them)"
+      )
+    return said
+
+
+def near_duplicates(folder: epath.PathLike, num_threads: int) -> NearDuplicates:
+  """Compares images of a raw folder with each other: at most MOST, a quarter of them held out.
+
+  The cost is bounded: it reads MOST small images, whatever the size of the folder.
+  """
+  images = _first_images(folder, "heldout", MOST // 4)
+  heldout = len(images)
+  images += _first_images(folder, "train", MOST - heldout)
+  prints = duplicates.fingerprints((image for *_, image in images), _load, num_threads)
+  number = {concept: i for i, concept in enumerate({concept for _, concept, _ in images})}
+  concepts = np.array([number[concept] for _, concept, _ in images], int)
+  pairs = np.stack(duplicates.near_pairs(prints)) if images else np.zeros((2, 0), int)
+  pairs = pairs[:, (pairs[0] < pairs[1]) & (concepts[pairs[0]] != concepts[pairs[1]])]
+  is_leak = (pairs[0] < heldout) & (pairs[1] >= heldout)
+  first = pairs[:, np.argsort(~is_leak, kind="stable")[:NAMED]]
+  named = [(images[i][0], images[j][0]) for i, j in first.T]
+  leaked = len(np.unique(pairs[0, is_leak]))
+  return NearDuplicates(len(images), len(np.unique(pairs)), leaked, named)
+
+
+def _first_images(folder: epath.PathLike, split: str, count: int) -> list[tuple[str, str, str]]:
+  """Returns key, concept and path, see `_images`, of the first images of a split."""
+  names = raw_pairs.shards(folder)
+  images = itertools.chain.from_iterable(_images(folder, name, split) for name in names)
+  return list(itertools.islice(images, count))
+
+
+def _images(folder: epath.PathLike, name: str, split: str) -> Iterator[tuple[str, str, str]]:
+  """Yields key and concept of the record, and path, of the images of a split in a shard."""
+  for cls in (RawPair, RawInterleaved):
+    for record in raw_pairs.read_shard(folder, name, cls, split):
+      concept = getattr(record, "concept", "") or record.group or record.key
+      for image in images_of(record):
+        yield record.key, concept, image
+
+
 def _read(
   folder: epath.PathLike, split: str, num_threads: int
 ) -> Iterator[tuple[list[str], Fingerprints]]:
   """Reads the images of a split, up to BATCH at a time: keys of their records, and fingerprints."""
   with progress_bar(desc=f"{split} images", unit="image") as bar:
     for name in raw_pairs.shards(folder):
-      images = (
-        (record.key, image)
-        for cls in (RawPair, RawInterleaved)
-        for record in raw_pairs.read_shard(folder, name, cls, split)
-        for image in images_of(record)
-      )
+      images = ((key, image) for key, _, image in _images(folder, name, split))
       while batch := list(itertools.islice(images, BATCH)):
         keys, paths = zip(*batch)
         yield list(keys), duplicates.fingerprints(paths, _load, num_threads)

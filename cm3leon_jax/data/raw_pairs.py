@@ -11,7 +11,7 @@ import typing
 
 from etils import epath
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
@@ -125,6 +125,13 @@ def _read(path: epath.Path, cls) -> Iterator:
 def load_image(
   image: str | bytes | epath.Path, resolution: int | None, crop: str = "center"
 ) -> np.ndarray:
+  """Reads an image: [H, W, 3] uint8; arguments and errors as of `load_with_size`."""
+  return load_with_size(image, resolution, crop)[0]
+
+
+def load_with_size(
+  image: str | bytes | epath.Path, resolution: int | None, crop: str = "center"
+) -> tuple[np.ndarray, tuple[int, int]]:
   """Reads an image, upright, on white where transparent, scaled and made square by `crop`.
 
   Of an animation it reads the first picture. Images may come from strangers, so their bytes and
@@ -136,7 +143,7 @@ def load_image(
     crop: "center" or "pad", see `RawConfig.crop`.
 
   Returns:
-    [H, W, 3] uint8.
+    [H, W, 3] uint8, and width and height of the file's image, upright.
 
   Raises:
     UserError: the file is absent, no regular file, larger than MAX_BYTES, has more than MAX_PIXELS,
@@ -149,12 +156,15 @@ def load_image(
       if pixels > MAX_PIXELS:
         raise UserError(f"image {name} has {pixels:,} pixels; it may have {MAX_PIXELS:,}.")
       with _ONE_LARGE_IMAGE if pixels > LARGE else contextlib.nullcontext():
-        return _square(ImageOps.exif_transpose(opened).convert("RGBA"), resolution, crop)
+        upright = ImageOps.exif_transpose(opened).convert("RGBA")
+        return _square(upright, resolution, crop), upright.size
   except UserError:
     raise
   except Exception as error:  # Decoders raise errors of any kind at damaged files.
+    unknown = isinstance(error, UnidentifiedImageError)  # Its text has an address in memory.
+    why = "its content is of no such format" if unknown else error
     raise UserError(
-      f"image {name} cannot be read ({error}); it must be a PNG, JPEG, WebP, GIF or AVIF file."
+      f"image {name} cannot be read ({why}); it must be a PNG, JPEG, WebP, GIF or AVIF file."
     ) from error
 
 

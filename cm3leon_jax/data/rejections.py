@@ -35,6 +35,7 @@ class Rejections:
       counts = ", ".join(f"{reason} {count}" for reason, count in self._reasons.most_common())
       raise UserError(
         f"{rejected} of {self._seen} records are wrong ({counts}), more than "
-        f"config.raw.max_rejected = {self._most:.1%}; {self._path} lists them. "
+        f"config.raw.max_rejected = {self._most:.1%}; {self._path} lists them: "
+        "mend them, or raise max_rejected. "
         f"The first: {self._first}"
       )

@@ -129,10 +129,9 @@ def sample_records(
     source: where the pair comes from, if its .json does not say it.
   """
   try:
-    about, captions = _captions(sample)
-  except (ValueError, RecursionError) as error:
-    message = f"{where}: its text is not readable ({error}); it must be UTF-8 and JSON."
-    yield Rejected(file, key, "malformed_record", message)
+    about, captions = _captions(where, sample)
+  except RecordError as error:
+    yield Rejected(file, key, error.reason, str(error))
     return
   values = {k: v if k in ("caption", "facts") else str(v) for k, v in about.items()}
   values = {"source": source, **values, "key": key}
@@ -159,15 +158,27 @@ def sample_records(
     yield from _left_out(file, where, key, captions, found, images)
 
 
-def _captions(sample: Mapping[str, bytes | str]) -> tuple[dict, dict]:
-  """Returns the fields of the .json, and suffix -> caption in the order of preference."""
+def _captions(where: str, sample: Mapping[str, bytes | str]) -> tuple[dict, dict]:
+  """Returns the fields of the .json, and suffix -> caption in the order of preference.
+
+  Raises:
+    RecordError: a file is no UTF-8, or the .json no JSON.
+  """
   about, captions = {}, {}
   for preferred in CAPTION_SUFFIXES:
     for suffix in [s for s in sample if s.lower() == preferred]:
+      try:
+        text = sample[suffix].decode("utf-8-sig")
+        fields = json.loads(text) if preferred == "json" else None
+      except UnicodeDecodeError as error:
+        message = f"{where}: its .{suffix} is not UTF-8 ({error}); save it as UTF-8."
+        raise RecordError("malformed_record", message) from error
+      except (ValueError, RecursionError) as error:
+        message = f"{where}: its .{suffix} is not valid JSON ({error})."
+        raise RecordError("malformed_record", message) from error
       if preferred != "json":
-        captions[suffix] = sample[suffix].decode("utf-8-sig")
+        captions[suffix] = text
         continue
-      fields = json.loads(sample[suffix])
       about = renamed(fields) if isinstance(fields, dict) else {}
       about = {name: value for name, value in about.items() if value is not None}
       if "caption" in about:

@@ -3,7 +3,7 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.data import counting, ingest, sources
-from cm3leon_jax.data.ingest import RawConfig
+from cm3leon_jax.data.raw_writer import RawConfig
 from cm3leon_jax.from_data import Counts
 from cm3leon_jax.shards import Runner
 from cm3leon_jax.tokenizers.text import TextTokenizerConfig
@@ -49,8 +49,9 @@ def test_records_characters_and_tokens_are_counted(tmp_path):
   source = folder_of(tmp_path / "source", [(40, 40)] * 12, texts=5)
   config = RawConfig(source=str(source), resolution=32, heldout_fraction=0.0)
   folder = tmp_path / "raw"
-  ingest.prepare(config, ingest.parts_of(config), folder, Runner("local", "", 1, 1.0))
-  made = counting.counts_of(folder, 32, 32, TextTokenizerConfig())
+  runner = Runner("local", "", 1, 1.0)
+  summary = ingest.prepare(config, ingest.parts_of(config), folder, runner)
+  made = counting.counts_of(folder, summary, 32, 32, TextTokenizerConfig())
   captions = sum(len(f"image {i % 3} of noise") for i in range(12))
   texts = 5 * len(("noise has no meaning " * 3).strip())
   tokens = made.text_tokens

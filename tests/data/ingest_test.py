@@ -9,6 +9,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data import ingest, raw_pairs, sources
 from cm3leon_jax.data import origins as origins_lib
+from cm3leon_jax.data.builtin_sources import split_of
 from cm3leon_jax.data.ingest import RawConfig
 from cm3leon_jax.data.records import SPLITS, RawInterleaved
 from cm3leon_jax.shards import Runner
@@ -92,7 +93,8 @@ def test_a_concept_lies_in_one_split(source, tmp_path):
 def test_what_is_prepared_can_be_prepared_again(source, tmp_path):
   first, out = prepare(source, tmp_path)
   again, second = prepare(out, tmp_path / "again")
-  assert again == first
+  scaled = {"smallest_image": [8, 8], "largest_image": [8, 8]}
+  assert again == {**first, **scaled}
   for name in ("pairs.jsonl", "texts.jsonl"):
     assert (second / "000000" / name).read_text() == (out / "000000" / name).read_text()
 
@@ -246,7 +248,8 @@ def test_interleaved_documents_keep_their_order(source, tmp_path):
   ]
   assert colors == [list(BLUE), list(RED)]
   again, _ = prepare(out, tmp_path / "again")
-  assert again == summary
+  scaled = {"smallest_image": [8, 8], "largest_image": [8, 8]}
+  assert again == {**summary, **scaled}
 
 
 @pytest.mark.parametrize(
@@ -286,13 +289,13 @@ def test_every_file_is_a_shard_and_new_files_add_shards(tmp_path, monkeypatch):
     "b 2",
   ]
   written = []
-  write = ingest._write
+  write = ingest.write_shard
 
   def count(config, folder, *args):
     written.append(folder.name)
     return write(config, folder, *args)
 
-  monkeypatch.setattr(ingest, "_write", count)
+  monkeypatch.setattr(ingest, "write_shard", count)
   before = raw_pairs.shards(out)
   write_text_files(tmp_path / "in", "c")
   assert prepare(tmp_path / "in", tmp_path)[0]["train_texts"] == 9
@@ -380,8 +383,8 @@ def test_wrong_sources_are_refused(source, tmp_path):
 
 def test_splits_are_a_stable_share():
   names = [f"concept {i}" for i in range(4_000)]
-  few = {n for n in names if ingest.split_of(n, 0.05) == "heldout"}
-  more = {n for n in names if ingest.split_of(n, 0.1) == "heldout"}
+  few = {n for n in names if split_of(n, 0.05) == "heldout"}
+  more = {n for n in names if split_of(n, 0.1) == "heldout"}
   assert 150 < len(few) < 250
   assert few < more
-  assert not any(ingest.split_of(n, 0.0) == "heldout" for n in names)
+  assert not any(split_of(n, 0.0) == "heldout" for n in names)

@@ -158,3 +158,45 @@ def test_no_heldout_drawing_of_any_style_is_near_a_training_drawing(tmp_path):
   report = leaks.check(prepare(tmp_path / "drawings", tmp_path / "raw"), 2)
   assert (report.pairs, report.leaked) == (0, 0)
   assert report.heldout == sum(pair["split"] == "heldout" for pair in pairs) > 250
+
+
+def test_near_duplicates_are_named_those_of_both_splits_first(tmp_path):
+  images = photos("train", [1, 2, 3, 4]) | photos("heldout", [3, 9])
+  images["copy1"] = images["copy2"] = images["train1"]
+  source = write_source(tmp_path / "in", images)
+  folder = prepare(source, tmp_path / "raw")
+  found = leaks.near_duplicates(folder, 2)
+  assert (found.compared, found.near, found.leaked) == (8, 5, 1)
+  assert found.pairs[0] == ("heldout3", "train3")
+  assert {key for pair in found.pairs for key in pair} >= {"copy1", "train1"}
+  assert str(found).startswith(
+    "5 of 8 images are near duplicates of others: 'heldout3' and 'train3', "
+  )
+  assert "; 1 held-out image has one in training: give both the same `concept`" in str(found)
+
+
+def test_images_of_one_concept_are_no_near_duplicates(tmp_path):
+  source = write_source(tmp_path / "in", photos("train", [1, 2]) | photos("heldout", [9]))
+  lines = [json.loads(line) for line in (source / "pairs.jsonl").read_text().splitlines()]
+  lines += [{**lines[0], "key": "again", "concept": "one"}]
+  lines[0]["concept"] = "one"
+  (source / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  found = leaks.near_duplicates(prepare(source, tmp_path / "raw"), 2)
+  assert (found.compared, found.near, found.leaked, found.pairs) == (4, 0, 0, [])
+
+
+def test_near_duplicates_are_looked_for_among_a_bounded_number_of_images(tmp_path, monkeypatch):
+  monkeypatch.setattr(leaks, "MOST", 8)
+  images = photos("train", range(20)) | photos("heldout", range(50, 55))
+  folder = prepare(write_source(tmp_path / "in", images), tmp_path / "raw")
+  read = []
+  load = leaks._load
+  monkeypatch.setattr(leaks, "_load", lambda path: read.append(path) or load(path))
+  assert leaks.near_duplicates(folder, 2).compared == len(read) == 8
+
+
+def test_a_folder_of_texts_has_no_near_duplicates(tmp_path):
+  (tmp_path / "in").mkdir()
+  (tmp_path / "in" / "a.txt").write_text("A text.")
+  found = leaks.near_duplicates(prepare(tmp_path / "in", tmp_path / "raw"), 2)
+  assert (found.compared, found.near) == (0, 0)

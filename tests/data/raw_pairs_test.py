@@ -35,6 +35,26 @@ def test_load_image_names_a_broken_file(tmp_path):
     raw_pairs.load_image(tmp_path / "half.png", 8)
 
 
+def test_the_content_decides_the_format_and_not_the_suffix(tmp_path):
+  (tmp_path / "a.jpg").write_bytes(png(RED))
+  assert (raw_pairs.load_image(tmp_path / "a.jpg", 4) == np.array(RED)).all()
+  (tmp_path / "b.jpg").write_bytes(b"no image")
+  with pytest.raises(UserError) as error:
+    raw_pairs.load_image(tmp_path / "b.jpg", 4)
+  assert str(error.value) == (
+    f"image {tmp_path}/b.jpg cannot be read (its content is of no such format); it must be a PNG, "
+    "JPEG, WebP, GIF or AVIF file."
+  )
+
+
+def test_load_with_size_returns_the_size_of_the_upright_image():
+  buffer, exif = io.BytesIO(), Image.Exif()
+  exif[0x0112] = 6  # Turned by 90 degrees.
+  Image.new("RGB", (30, 20)).save(buffer, "jpeg", exif=exif)
+  pixels, size = raw_pairs.load_with_size(buffer.getvalue(), 8)
+  assert (pixels.shape, size) == ((8, 8, 3), (20, 30))
+
+
 def test_load_images_keeps_the_order(tmp_path):
   for i in range(9):
     (tmp_path / f"{i}.png").write_bytes(png((i, 0, 0)))

@@ -20,8 +20,8 @@ def test_the_share_is_that_of_all_shards(tmp_path):
     rejections.check()
   assert str(error.value) == (
     "4 of 22 records are wrong (no_caption 3, missing_image 1), more than "
-    f"config.raw.max_rejected = 10.0%; {tmp_path}/rejected.jsonl lists them. The first: the first "
-    "of 2"
+    f"config.raw.max_rejected = 10.0%; {tmp_path}/rejected.jsonl lists them: mend them, or raise "
+    "max_rejected. The first: the first of 2"
   )
 
 
@@ -30,6 +30,15 @@ def test_a_long_source_stops_at_the_shard_after_which_too_many_are_wrong(tmp_pat
   rejections.add(shard(0, no_caption=CHECK_FROM - 1))  # It may yet get better.
   with pytest.raises(UserError, match=f"^{CHECK_FROM - 1} of {CHECK_FROM} records are wrong"):
     rejections.add(shard(1))
+
+
+def test_what_is_left_out_of_a_record_that_is_taken_is_not_wrong(tmp_path):
+  rejections = Rejections(0.0, tmp_path / "rejected.jsonl")
+  rejections.add(shard(2, conflicting_captions=2, image_of_same_name=1))
+  rejections.check()
+  rejections.add(shard(0, missing_caption=1))
+  with pytest.raises(UserError, match=r"^1 of 3 records are wrong \(missing_caption 1\), "):
+    rejections.check()
 
 
 def test_nothing_is_wrong_with_an_empty_source(tmp_path):

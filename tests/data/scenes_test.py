@@ -112,13 +112,13 @@ def test_other_numbers_of_scenes_write_only_other_shards(tmp_path, monkeypatch):
   prepare(config, tmp_path)
   before = raw_pairs.shards(tmp_path)
   written = []
-  write = ingest._write
+  write = ingest.write_shard
 
   def count(config, folder, *args, **kwargs):
     written.append(folder.name)
     return write(config, folder, *args, **kwargs)
 
-  monkeypatch.setattr(ingest, "_write", count)
+  monkeypatch.setattr(ingest, "write_shard", count)
   config = dataclasses.replace(config, train=60)
   assert prepare(config, tmp_path)["train_pairs"] == 60
   assert written == ["000002", "000003"]  # The held-out shard has moved by one.

@@ -247,13 +247,13 @@ def test_added_images_cost_only_their_parts(tmp_path, monkeypatch):
     write(folder, **{f"{i:03d}_jpg": jpeg(i), f"{i:03d}_txt": f"gray {i}"})
   first = prepare(tmp_path / "raw", source=str(folder))
   assert first["shards"] > 5
-  written, write_shard = [], ingest._write
+  written, write_shard = [], ingest.write_shard
 
   def count(config, folder, *args):
     written.append(folder.name)
     return write_shard(config, folder, *args)
 
-  monkeypatch.setattr(ingest, "_write", count)
+  monkeypatch.setattr(ingest, "write_shard", count)
   write(folder, **{"101_jpg": jpeg(101), "101_txt": "gray 101"})
   again = prepare(tmp_path / "raw", source=str(folder))
   assert sum(again[f"{split}_pairs"] for split in ("train", "heldout")) == 101
