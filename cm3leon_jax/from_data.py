@@ -19,8 +19,9 @@ MOST_TEXT_SHARE = 0.15
 FIXED_SECONDS = 200  # Of the stages of a run apart from steps, on two cores.
 SECONDS_PER_PAIR = 0.02
 # Share of the remaining time, and seconds of a step at `RESOLUTION`, on two cores.
-TRAININGS = {"vqgan": (0.17, 0.05), "clip": (0.04, 0.15), "train": (0.75, 0.18)}
+TRAININGS = {"vqgan": (0.12, 0.03), "clip": (0.04, 0.25), "train": (0.8, 0.18)}
 RESOLUTION = 48
+PATCH = 6  # Side of a code in pixels.
 LEAST_STEPS = {"vqgan": 300, "clip": 30, "train": 100}
 MOST_STEPS = {"vqgan": 6_000, "clip": 400, "train": 20_000}
 OTHERS = ("model.vocab_size",)  # Fields that follow from other fields.
@@ -92,7 +93,7 @@ def _text_share(counts: Counts) -> float:
   """Returns the share of texts among the tokens, at most `MOST_TEXT_SHARE`; 0.0 without texts."""
   if not counts.texts or not counts.heldout_texts:
     return 0.0
-  codes = (counts.resolution // 4) ** 2
+  codes = (counts.resolution // PATCH) ** 2
   texts = counts.text_characters / CHARACTERS
   pairs = counts.pairs * codes + counts.caption_characters / CHARACTERS
   return min(MOST_TEXT_SHARE, round(texts / (texts + pairs), 2))

@@ -14,7 +14,7 @@ from cm3leon_jax.from_data import MOST_TEXT_TOKENS, Counts
 from cm3leon_jax.tokenizers.text import TextTokenizerConfig, supported_tokens
 from cm3leon_jax.vocab import VocabLayout
 
-SIDES = (32, 48)  # Of the images of a decoder of minutes.
+SIDES = (24, 48)  # Of the images of a decoder of minutes.
 IMAGES = 200  # That are opened to choose one.
 CHARACTERS = 2**24  # Of captions and texts that are read to count tokens.
 

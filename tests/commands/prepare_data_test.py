@@ -81,12 +81,12 @@ def test_what_follows_from_the_data_is_counted_printed_and_used_by_later_stages(
   flags = [f"--workdir={tmp_path / 'run'}", f"--config.raw.source={source}"]
   prepared = command(*flags, "--config.raw.heldout_fraction=0.3", config="own")
   assert prepared.returncode == 0, prepared.stderr
-  assert "vqgan.resolution 32, clip.resolution 32" in prepared.stdout
+  assert "vqgan.resolution 24, clip.resolution 24" in prepared.stdout
   summary = json.loads((tmp_path / "run" / "raw" / "done.json").read_text())["summary"]
   counts = summary[from_data.COUNTS]
-  assert (counts["resolution"], counts["pairs"]) == (32, summary["train_pairs"])
+  assert (counts["resolution"], counts["pairs"]) == (24, summary["train_pairs"])
   with Image.open(next((tmp_path / "run" / "raw").glob("*/images/*.png"))) as image:
-    assert image.size == (32, 32)
+    assert image.size == (24, 24)
   trained = launch("train_text_tokenizer", "--config=own", flags[0])
   assert trained.returncode == 0, trained.stderr
   tokenizer = json.loads((tmp_path / "run" / "text_tokenizer" / "tokenizer.json").read_text())

@@ -26,9 +26,9 @@ def folder_of(path, sides, texts=0):
   [
     ([(256, 256)] * 3, 48),
     ([(48, 200)] * 3, 48),
-    ([(47, 200)] * 3, 32),
-    ([(16, 16)] * 3, 32),
-    ([(32, 32)] * 2 + [(640, 480)], 32),
+    ([(47, 200)] * 3, 24),
+    ([(16, 16)] * 3, 24),
+    ([(32, 32)] * 2 + [(640, 480)], 24),
     ([(32, 32)] + [(640, 480)] * 2, 48),
   ],
 )
@@ -40,7 +40,7 @@ def test_the_resolution_is_one_that_most_images_reach(tmp_path, sides, side):
 def test_broken_images_do_not_count_for_the_resolution(tmp_path):
   source = folder_of(tmp_path / "source", [(32, 32)] * 2)
   (source / "0.png").write_bytes(b"no image")
-  assert counting.resolution_of(sources.parts(str(source))) == 32
+  assert counting.resolution_of(sources.parts(str(source))) == 24
   (source / "1.png").write_bytes(b"")
   assert counting.resolution_of(sources.parts(str(source))) == 48
 
