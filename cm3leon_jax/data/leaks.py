@@ -117,8 +117,9 @@ class NearDuplicates:
 
   def __str__(self) -> str:
     named = ", ".join(f"'{a}' and '{b}'" for a, b in self.pairs)
-    more = ", ..." if 2 * len(self.pairs) < self.near else ""
-    said = f"{self.near} of {self.compared} images are near duplicates of others: {named}{more}"
+    more = ", and more" if 2 * len(self.pairs) < self.near else ""
+    of = f"{self.near} of {self.compared:,} compared images"
+    said = f"{of} are near duplicates of others: {named}{more}"
     if self.leaked:
       verb = "images have" if self.leaked > 1 else "image has"
       said += (

@@ -30,6 +30,7 @@ GROUP = 1_000  # Mean number of samples of one part; the most are 4 times as man
 THREADS = 8  # Samples of which files are read at the same time.
 
 _IMAGES = (*IMAGE_SUFFIXES, *OTHER_IMAGES)
+_SUFFIXES = frozenset((*_IMAGES, *CAPTION_SUFFIXES))
 
 
 def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
@@ -40,14 +41,15 @@ def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
   """
   stems: dict[str, list[str]] = {}
   for name in names:
-    if suffix_of(name) in (*_IMAGES, *CAPTION_SUFFIXES):
+    if suffix_of(name) in _SUFFIXES:
       stems.setdefault(name.rpartition(".")[0], []).append(name)
   return stems
 
 
 def suffix_of(name: str) -> str:
   """Returns the suffix of a file in lower case: suffix_of("a/x.JPG") = "jpg"; else ""."""
-  return posixpath.basename(name).rpartition(".")[2].lower() if "." in name else ""
+  before, _, suffix = name.rpartition(".")
+  return suffix.lower() if before and "/" not in suffix else ""
 
 
 def has_image(names: Iterable[str]) -> bool:

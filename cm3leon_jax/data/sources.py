@@ -109,17 +109,18 @@ def parts(source: str, kind: str = "auto") -> list[Part]:
   """
   fs, path = _filesystem(source)
   found = _files(fs, path, source)
-  kinds = [kind] if kind != "auto" else _detect(found, source)
   # Links are files of `sidecars` alone, whose reader refuses those that lead out of the folder.
-  files = {name: about for name, about in found.items() if not about.is_link}
+  files = [name for name, about in found.items() if not about.is_link]
+  kinds = [kind] if kind != "auto" else _detect(found, files, source)
   result = []
   for each in kinds:
     if each == "folder":
-      folders = sorted(_folders(files, LISTS))
-      groups = [([f for f in files if _is_in(f, {name})], [name]) for name in folders]
+      named = sorted(_folders(files, LISTS))
+      groups = [([f for f in files if _is_in(f, {name})], [name]) for name in named]
     elif each == "sidecars":
       root = _root(path, found)
-      groups = [(names, [root, *names]) for names in _samples(found, kind == "auto")]
+      folders = _folders(files, IMAGE_LISTS) if kind == "auto" else set()
+      groups = [(names, [root, *names]) for names in _samples(found, root, folders)]
     else:
       groups = [(names, names) for names in _single(each, files, found if len(kinds) > 1 else ())]
     for names, paths in groups:
@@ -129,6 +130,7 @@ def parts(source: str, kind: str = "auto") -> list[Part]:
       result.append(Part(each, urls, sum(found[name].size for name in names), modified))
   if not result:
     what = {
+      "auto": "whose files are links, which are not read: put the files themselves there",
       "folder": f"a folder without {', '.join(LISTS)}",
       "sidecars": "which holds no image; format is 'sidecars'",
     }
@@ -138,15 +140,15 @@ def parts(source: str, kind: str = "auto") -> list[Part]:
   return result
 
 
-def _samples(files: Iterable[str], auto: bool) -> Iterator[list[str]]:
-  """Groups the images that are not in the folder of a list, with the captions beside them.
+def _samples(files: Iterable[str], root: str, folders: Collection[str]) -> Iterator[list[str]]:
+  """Groups the images that are not in the `folders` of lists, with the captions beside them.
 
-  Images without a caption are among them, to be rejected, unless a list may name them (`auto`).
+  Images without a caption are among them, to be rejected, unless a list may name them. Groups
+  depend on the paths in `root`, and not on its own.
   """
-  folders = _folders(files, IMAGE_LISTS) if auto else set()
   stems = by_stem(f for f in files if not _is_in(f, folders))
   taken = {
-    stem: names
+    stem[len(root) :]: names
     for stem, names in stems.items()
     if (has_image(names) and (not folders or has_caption(names)))
     or any(suffix_of(name) == "caption" for name in names)
@@ -179,7 +181,7 @@ def _folders(files: Iterable[str], lists: Collection[str]) -> set[str]:
 
 def _is_in(file: str, folders: Collection[str]) -> bool:
   """Returns whether a file is in one of the folders, or below it."""
-  while (folder := posixpath.dirname(file)) not in ("", file):
+  while folders and (folder := posixpath.dirname(file)) not in ("", file):
     if folder in folders:
       return True
     file = folder
@@ -244,18 +246,18 @@ def _files(fs, path: str, source: str) -> dict[str, _File]:
   return files
 
 
-def _detect(files: Collection[str], source: str) -> list[str]:
-  """Returns the formats of a source in the order of their parts."""
-  lists = len(files) > 1 and any(posixpath.basename(file) in LISTS for file in files)
-  images = [names for names in by_stem(files).values() if has_image(names)]
+def _detect(found: Collection[str], files: Collection[str], source: str) -> list[str]:
+  """Returns the formats of a source in the order of their parts; `files`: without the links."""
+  lists = len(found) > 1 and any(posixpath.basename(file) in LISTS for file in files)
+  images = [names for names in by_stem(found).values() if has_image(names)]
   if lists:
     return ["folder", "sidecars", "text"]
   if any(has_caption(names) for names in images):
     return ["sidecars", "text", "webdataset"]
   for kind, suffixes in SUFFIXES.items():
-    if any(file.lower().endswith(suffixes) for file in files):
+    if any(file.lower().endswith(suffixes) for file in found):
       return ["sidecars", kind] if images and kind == "text" else [kind]
-  first = posixpath.basename(next(iter(files)))
+  first = posixpath.basename(next(iter(found)))
   raise UserError(
     f"config.raw.source is '{source}', whose files are of no known kind ({first}, ...); a folder "
     "of images must hold the caption of x.jpg in x.txt, x.caption or x.json beside it, or all "

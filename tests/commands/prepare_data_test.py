@@ -172,7 +172,7 @@ def test_the_end_says_what_was_understood(tmp_path):
     f"prepare_data: {train} pairs for training, {heldout} held out; images of 64 x 64 become "
     "32 x 32; captions of 2 to 4 words; 1 record set aside: 1 image without a caption ("
   ) in prepared.stdout
-  near = "2 of 30 images are near duplicates of others: 'train3' and 'other3'; 1 held-out image has"
+  near = "2 of 30 compared images are near duplicates of others: 'train3' and 'other3'; 1 held-out"
   assert near in prepared.stdout
   assert done["leaked_heldout_images"] == 1
   assert "warning" not in prepared.stdout

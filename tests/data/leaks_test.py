@@ -170,7 +170,7 @@ def test_near_duplicates_are_named_those_of_both_splits_first(tmp_path):
   assert found.pairs[0] == ("heldout3", "train3")
   assert {key for pair in found.pairs for key in pair} >= {"copy1", "train1"}
   assert str(found).startswith(
-    "5 of 8 images are near duplicates of others: 'heldout3' and 'train3', "
+    "5 of 8 compared images are near duplicates of others: 'heldout3' and 'train3', "
   )
   assert "; 1 held-out image has one in training: give both the same `concept`" in str(found)
 

@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import shutil
 
 import fsspec
 from hypothesis import given
@@ -209,6 +210,18 @@ def test_links_out_of_the_folder_are_not_read(tmp_path):
   assert reasons(sources.read(part, allow_outside=True)) == ["a", "linked_file"]
 
 
+def test_a_folder_of_links_is_not_read(tmp_path):
+  write(tmp_path, out__a_jpg=jpeg(1), out__a_txt="one", out__pairs_jsonl="{}", in__b_jpg=jpeg(2))
+  for name in ("a.jpg", "a.txt"):
+    (tmp_path / "in" / name).symlink_to(tmp_path / "out" / name)
+  (tmp_path / "in" / "pairs.jsonl").symlink_to(tmp_path / "out" / "pairs.jsonl")
+  assert reasons(read(tmp_path / "in")) == ["linked_file", "missing_caption"]
+  for name in ("a.jpg", "b.jpg", "pairs.jsonl"):
+    (tmp_path / "in" / name).unlink()
+  with pytest.raises(UserError, match="whose files are links, which are not read"):
+    sources.parts(str(tmp_path / "in"))
+
+
 def test_a_long_caption_file_is_rejected(folder, monkeypatch):
   monkeypatch.setattr("cm3leon_jax.data.source_lines.MAX_LINE", 100)
   write(folder, a_jpg=jpeg(1), a_txt="x" * 101, b_jpg=jpeg(2), b_txt="x" * 100)
@@ -254,10 +267,13 @@ def test_added_images_cost_only_their_parts(tmp_path, monkeypatch):
     return write_shard(config, folder, *args)
 
   monkeypatch.setattr(ingest, "write_shard", count)
-  write(folder, **{"101_jpg": jpeg(101), "101_txt": "gray 101"})
+  write(folder, **{"061_jpg": jpeg(61), "061_txt": "gray 61"})
   again = prepare(tmp_path / "raw", source=str(folder))
   assert sum(again[f"{split}_pairs"] for split in ("train", "heldout")) == 101
   assert (again["shards"], len(written)) == (first["shards"], 1)
-  write(folder, **{"100_txt": "gray, a hundred"})
+  write(folder, **{"060_txt": "gray, sixty"})
   prepare(tmp_path / "raw", source=str(folder))
   assert len(written) == 2
+  moved = shutil.copytree(folder, tmp_path / "elsewhere" / "in")
+  sizes = [[len(p.files) for p in sources.parts(str(place))] for place in (folder, moved)]
+  assert sizes[0] == sizes[1]

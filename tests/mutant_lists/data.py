@@ -251,6 +251,18 @@ DATA = (
     ("whole_groups_read", "pre_buffer=False, buffer_size=PARQUET_BUFFER", "pre_buffer=True"),
   ),
   *mutants_of(
+    "cm3leon_jax/data/raw_statistics.py",
+    "tests/data/raw_statistics_test.py",
+    ("no_words_are_the_fewest", 'if f["fewest_caption_words"]]', "]"),
+    ("heldout_characters_count", 'record.split == "train"', 'record.split != "bank"'),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/leaks.py",
+    "tests/data/leaks_test.py",
+    ("copies_of_one_concept_count", " & (concepts[pairs[0]] != concepts[pairs[1]])", ""),
+    ("all_images_compared", '"train", MOST - heldout', '"train", 10**9'),
+  ),
+  *mutants_of(
     "cm3leon_jax/data/source_samples.py",
     "tests/data/source_samples_test.py",
     ("json_before_txt", '("txt", "caption", "json")', '("json", "caption", "txt")'),
