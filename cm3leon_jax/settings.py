@@ -55,7 +55,8 @@ class Settings:
   def __post_init__(self):
     if self.model.vocab_size != self.vocab.size:
       raise ValueError(
-        f"model.vocab_size is {self.model.vocab_size}; it must be vocab.size = {self.vocab.size}."
+        f"model.vocab_size is {self.model.vocab_size}; it must be vocab.size = {self.vocab.size}: "
+        "leave it out."
       )
     if self.model.max_positions < self.data.sequence_length:
       raise ValueError(
@@ -83,11 +84,16 @@ SECTIONS: dict[str, Any] = {
 
 
 def default_config() -> ml_collections.ConfigDict:
-  """Returns all sections and fields with their defaults, so that flags can override only these."""
+  """Returns all sections and fields with their defaults, so that flags can override only these.
+
+  `model.vocab_size` is None: it follows from `vocab`.
+  """
   sections = {
     name: {f.name: f.default for f in dataclasses.fields(cls)} for name, cls in SECTIONS.items()
   }
-  return ml_collections.ConfigDict({"seed": 0, **sections})
+  config = ml_collections.ConfigDict({"seed": 0, **sections})
+  config.model.vocab_size = ml_collections.config_dict.placeholder(int)
+  return config
 
 
 def settings_from_config(config) -> Settings:
@@ -105,7 +111,12 @@ def settings_from_config(config) -> Settings:
       f"config has no section '{missing[0]}': "
       "begin with cm3leon_jax.configs.base.get_config(), which has them all."
     )
-  sections = {name: build(cls, config[name], name) for name, cls in SECTIONS.items()}
+  vocab = build(VocabLayout, config["vocab"], "vocab")
+  model = dict(config["model"])
+  if model.get("vocab_size") is None:
+    model["vocab_size"] = vocab.size
+  values = {**dict(config), "model": model}
+  sections = {name: build(cls, values[name], name) for name, cls in SECTIONS.items()}
   return build(Settings, {"seed": config["seed"], **sections})
 
 

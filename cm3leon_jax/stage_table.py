@@ -163,3 +163,22 @@ def reads_of(settings, name: str) -> tuple[str, ...]:
   if name == "train" and settings.instructions.any:
     reads = ("instructions", *(reads if settings.instructions.replay_share else ()))
   return (*reads, *(own_clip(settings) if STAGES[name].embeds else ()))
+
+
+def order(settings, given: bool) -> list[str]:
+  """Returns the stages of a whole run under this config, in the order in which they run.
+
+  Args:
+    settings: the run's config.
+    given: whether tokenizers and CLIP are copies of another run's, which no stage makes.
+  """
+  ends = ("grades",) if settings.instructions.any else ("samples", "evaluation", "export")
+  copied = (*TOKENIZERS, "clip") if given else ()
+  needed: set[str] = set()
+  waiting = list(ends)
+  while waiting:
+    name = waiting.pop()
+    if name not in needed and name not in copied:
+      needed.add(name)
+      waiting += reads_of(settings, name)
+  return [name for name in STAGES if name in needed]

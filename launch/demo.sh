@@ -6,9 +6,6 @@ set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
-# The train step of this small decoder takes 20 to 25% less time if malloc asks Linux for huge pages; other systems ignore this.
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
-
 usage="usage: bash launch/demo.sh [--config scenes|openmoji] [--workdir DIR] [--minutes N]"
 config=scenes
 workdir=""
@@ -38,14 +35,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 case "$config" in
-  scenes)
-    pairs="scenes of colored icons, drawn and captioned"
-    evaluation="bits of held-out documents, samples judged"
-    ;;
-  openmoji)
-    pairs="OpenMoji, rendered and captioned"
-    evaluation="bits of held-out documents"
-    ;;
+  scenes | openmoji) ;;
   *) fail "--config is '$config'; it must be scenes or openmoji; $usage" ;;
 esac
 [[ $minutes =~ ^[1-9][0-9]*$ ]] || fail "--minutes is '$minutes'; it must be a positive whole number; $usage"
@@ -56,20 +46,11 @@ workdir="$(cd "$workdir" && pwd)"
 make_venv demo
 cd "$root"
 config_file="ml_configs/$config.py:$minutes"
-stages=10
-number=0
+
+command=(-m launch.run --config="$config_file" --workdir="$workdir")
 
 run() {
-  "$python" -m "launch.$1" --config="$config_file" --workdir="$workdir"
-}
-
-# stage TITLE COMMAND [FUNCTION]: prints the line of the stage, runs its command (or FUNCTION), prints its time.
-stage() {
-  local title=$1 command=$2 start=$SECONDS
-  number=$((number + 1))
-  printf '\n[%d/%d] %s (launch.%s)\n' "$number" "$stages" "$title" "$command"
-  "${3:-run}" "$command"
-  printf '[%d/%d] %s: %d s\n' "$number" "$stages" "$title" $((SECONDS - start))
+  "$python" "${command[@]}"
 }
 
 # Prints the last step that the trainer has logged; 0 before the first.
@@ -95,37 +76,42 @@ total_steps() {
   "$python" -c 'import sys; from cm3leon_jax.commands import config_file; print(config_file.load(sys.argv[1]).train.steps)' "$config_file"
 }
 
-# Trains in two runs. The first is killed without warning, some steps after a checkpoint in the middle of the remaining
-# steps. The second continues from that checkpoint and repeats these steps, with the same losses bit for bit.
-train_with_restart() {
+# Runs all stages, and kills the trainer once without warning, some steps after a checkpoint in the middle of its remaining
+# steps. The second run continues from that checkpoint and repeats these steps, with the same losses bit for bit.
+run_with_restart() {
   local total first half saved status=0
   total="$(total_steps)"
   first="$(logged_step)"
   if [ $((total - first)) -lt 10 ]; then
-    run train
+    run
     return
   fi
   half=$((first + (total - first) / 2))
-  (exec "$python" -m launch.train --config="$config_file" --workdir="$workdir") & # exec: signals reach the trainer itself.
-  trainer=$!
-  trap 'kill -TERM "$trainer" 2>/dev/null || true; wait "$trainer" || true; exit 130' INT TERM
-  while kill -0 "$trainer" 2>/dev/null; do
+  (exec "$python" "${command[@]}") & # exec: signals reach the run itself.
+  runner=$!
+  trap 'kill -TERM "$runner" 2>/dev/null || true; wait "$runner" || true; exit 130' INT TERM
+  while kill -0 "$runner" 2>/dev/null; do
     saved="$(saved_step)"
     if [ "$saved" -ge "$half" ] && [ "$(logged_step)" -ge $((saved + 3)) ]; then
       echo "demo: kills the trainer once, to show that it continues."
-      kill -KILL "$trainer" 2>/dev/null || true
+      kill -KILL "$(trainer)" 2>/dev/null || true
       break
     fi
     sleep 0.5
   done
-  wait "$trainer" 2>/dev/null || status=$?
+  wait "$runner" || status=$?
   trap - INT TERM
   case "$status" in
-    0) return ;; # It finished before the kill.
-    137) run train ;;
+    0) return ;; # The training finished before the kill.
+    137) run ;;
     *) exit "$status" ;;
   esac
   check_log || fail "$workdir/train/metrics/metrics.jsonl: the training did not continue exactly from its checkpoint."
+}
+
+# Prints the process that holds the lease of the training.
+trainer() {
+  "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["pid"])' "$workdir/train/lease.json"
 }
 
 check_log() {
@@ -140,17 +126,5 @@ sys.exit(not (log["every_step_logged_once"] and last["identical"] == last["repla
 ' "$workdir/train/metrics/metrics.jsonl"
 }
 
-stage "Raw pairs: $pairs" prepare_data
-stage "Text tokenizer: byte-level BPE" train_text_tokenizer
-stage "Image tokenizer: VQGAN" train_vqgan
-stage "Documents: images to codes, text to ids" encode_documents
-stage "CLIP" train_clip
-stage "Neighbors of every document" build_neighbors
-stage "Decoder: retrieval-augmented CM3 training" train train_with_restart
-stage "Images for held-out captions" generate
-stage "Evaluation: $evaluation" evaluate
-stage "Export to the Hugging Face layout" export
-
-echo
-run report
+run_with_restart
 printf 'The demo took %d min %d s, installation included.\n' $((SECONDS / 60)) $((SECONDS % 60))

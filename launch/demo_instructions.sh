@@ -6,9 +6,6 @@ set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
-# The train step of this small decoder takes 20 to 25% less time if malloc asks Linux for huge pages; other systems ignore this.
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
-
 usage="usage: bash launch/demo_instructions.sh [--workdir DIR] [--minutes N]"
 workdir="$root/workdir/scenes_instruct"
 minutes=15
@@ -43,25 +40,6 @@ make_venv demo
 cd "$root"
 records=100
 [ "$minutes" -ge 5 ] || records=20
-stages=8
-number=0
-
-# stage TITLE COMMAND [FLAGS]: prints the line of the stage, runs its command, prints its time.
-stage() {
-  local title=$1 command=$2 start=$SECONDS
-  shift 2
-  number=$((number + 1))
-  printf '\n[%d/%d] %s (launch.%s)\n' "$number" "$stages" "$title" "$command"
-  "$python" -m "launch.$command" --config="ml_configs/scenes_instruct.py:$minutes" --workdir="$workdir" "$@"
-  printf '[%d/%d] %s: %d s\n' "$number" "$stages" "$title" $((SECONDS - start))
-}
-
-stage "Tokenizers and CLIP of the bundled model" copy_tokenizers --init_from=scenes
-stage "Raw pairs, some of which are replayed: scenes, drawn and captioned" prepare_data
-stage "Documents: images to codes, text to ids" encode_documents
-stage "Neighbors of every document" build_neighbors
-stage "Instructions: tasks over scenes" encode_instructions
-stage "Tuning the decoder" train --init_from=scenes
-stage "Grades: answers to held-out instructions, before and after" grade_instructions --records="$records"
-stage "Report" report
+"$python" -m launch.run --config="ml_configs/scenes_instruct.py:$minutes" --workdir="$workdir" --init_from=scenes \
+  --records="$records"
 printf 'The demo took %d min %d s, installation included.\n' $((SECONDS / 60)) $((SECONDS % 60))

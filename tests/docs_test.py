@@ -47,6 +47,7 @@ def unknown_names(text: str) -> list[str]:
     "init_from_flag",
     "prompt_flags",
     "protocol_flags",
+    "records_flag",
     "retrieve_flag",
     "sharded",
   )

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "cm3leon_jax"
 BASE = {
   "vocab", "mesh", "config", "io", "parameters", "distributed", "stages", "stage_table",
-  "shards", "xla_options", "positions", "buckets", "progress", "extras",
+  "shards", "xla_options", "positions", "buckets", "progress", "extras", "from_data",
 }  # fmt: skip
 CORE = {"tokenizers", "data", "clip", "retrieval", "models", "training", "decoding", "generation"}
 # Package -> packages and modules of cm3leon_jax that it may import, beside itself.

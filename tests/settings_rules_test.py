@@ -117,7 +117,7 @@ from tests.settings_test import settings_with
     ),
     (
       {"model__vocab_size": 1_000},
-      "config: model.vocab_size is 1000; it must be vocab.size = 64512.",
+      "config: model.vocab_size is 1000; it must be vocab.size = 64512: leave it out.",
     ),
     (
       {"data__sequence_length": 8_192},

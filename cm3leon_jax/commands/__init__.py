@@ -2,6 +2,7 @@
 
 # In the order of a run.
 COMMANDS = (
+  "run",
   "prepare_data",
   "train_text_tokenizer",
   "train_vqgan",

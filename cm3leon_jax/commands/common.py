@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import errno
 import functools
-import importlib.util
 import os
 import re
 import signal
@@ -18,8 +17,8 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from cm3leon_jax import accelerators, buckets, extras
-from cm3leon_jax.commands import arguments, config_file, flag_errors, help_text
+from cm3leon_jax import accelerators, buckets, from_data
+from cm3leon_jax.commands import arguments, bucket_paths, config_file, flag_errors, help_text
 from cm3leon_jax.config import (
   CTRL_C,
   INTERRUPTED,
@@ -65,7 +64,6 @@ _TIMEOUT = flags.DEFINE_integer(
 
 # Of a disk that is full or fails. Transformers, too, raises OSError, if it cannot load a model.
 NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-_NEEDS_GCSFS = f"needs gcsfs: {extras.install('data')}."
 NAME_A_CONFIG = "name a config: --config=scenes"
 
 
@@ -179,50 +177,6 @@ def _fail(message: str, code: int = UserError.exit_code) -> None:
   sys.exit(code)
 
 
-def _strings(value, name: str = "") -> Iterator[tuple[str, str]]:
-  """Yields the name and the text of every string in nested mappings and lists."""
-  if isinstance(value, str):
-    yield name.removesuffix("."), value
-  elif isinstance(value, Mapping):
-    for key, inner in value.items():
-      yield from _strings(inner, f"{name}{key}.")
-  elif isinstance(value, list | tuple):
-    for inner in value:
-      yield from _strings(inner, name)
-
-
-def _texts() -> list[tuple[str, str]]:
-  """Returns the names and texts of all flags and fields of the config that are texts."""
-  values = flags.FLAGS.flag_values_dict().items()
-  given = {f"--{k}": v for k, v in values if k.partition(".")[0] != "config"}
-  fields = _CONFIG.value.to_dict() if _CONFIG.value else {}
-  return [*_strings(given), *_strings(fields, "config.")]
-
-
-def _check_buckets() -> None:
-  """Checks the buckets that the flags and the config name.
-
-  That gcsfs is missing matters only to the stage that reads a field: training needs no
-  `raw.source`.
-
-  Raises:
-    UserError: one is on S3; or a flag names one, and the package that reads buckets is missing.
-  """
-  for name, text in _texts():
-    buckets.check_path(text, name)
-  if importlib.util.find_spec("gcsfs"):
-    return
-  for name, text in _texts():
-    if name.startswith("-") and text.startswith("gs://"):
-      raise UserError(f"{name}={text} is in a bucket, which {_NEEDS_GCSFS}")
-
-
-def _where() -> str:
-  """Names the buckets of the flags and the config."""
-  found = {"/".join(text.split("/")[:3]) for _, text in _texts() if text.startswith("gs://")}
-  return ", ".join(sorted(found)) or "a path in the data"
-
-
 def _user_error(error: BaseException | None) -> UserError | None:
   """Returns the UserError that absl caught and raised again as an error of its own."""
   while error is not None and not isinstance(error, UserError):
@@ -268,11 +222,11 @@ def _parse_flags(
     _fail(str(_user_error(error) or flag_errors.wrong_value(error)))
 
 
-def _settings(optional: bool) -> Settings:
+def _settings(optional: bool, prepares: bool) -> Settings:
   """Returns the settings of --config, or if that is optional those of the model in --workdir.
 
   Raises:
-    UserError: there is no config, or a wrong one, or nothing was trained in --workdir.
+    UserError: there is no config, or nothing was trained in --workdir; see `completed`.
   """
   if _CONFIG.value is None:
     if not optional:
@@ -282,9 +236,23 @@ def _settings(optional: bool) -> Settings:
 
     stored = open_trained(_folder()).settings
     return dataclasses.replace(stored, mesh=MeshConfig())  # Of this machine.
+  return completed(_WORKDIR.value, prepares)
+
+
+def completed(workdir: str | epath.Path | None, prepares: bool = False) -> Settings:
+  """Returns the settings of --config, and of the data in `workdir`, from which some may follow.
+
+  Raises:
+    UserError: the config is wrong, or the data that it follows is not prepared.
+  """
   from cm3leon_jax.settings import settings_from_config
 
-  return settings_from_config(_CONFIG.value)
+  return settings_from_config(from_data.complete(_CONFIG.value, workdir, prepares))
+
+
+def follows_data() -> bool:
+  """Returns whether fields of --config follow from the data."""
+  return bool(from_data.missing(_CONFIG.value))
 
 
 def given_fields() -> set[str]:
@@ -320,12 +288,14 @@ def _reporting() -> Iterator[None]:
   except ImportError as error:
     if "gcsfs" not in str(error):
       raise
-    _fail(f"a path of the config is in a bucket, which {_NEEDS_GCSFS}")
+    _fail(f"a path of the config is in a bucket, which {bucket_paths.NEEDS_GCSFS}")
   except Exception as error:
     if reason := buckets.failure(error):  # A UserError may have taken it for damage.
       if buckets.refuses(error):
-        _fail(f"{_where()}: {reason}: give it the right to, or use an account that has it.")
-      _fail(f"{_where()}: {reason}: the same command continues.", TryAgain.exit_code)
+        _fail(
+          f"{bucket_paths.where()}: {reason}: give it the right to, or use an account that has it."
+        )
+      _fail(f"{bucket_paths.where()}: {reason}: the same command continues.", TryAgain.exit_code)
     if accelerators.is_absent(error):
       _fail(f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')}: {error}")
     if not isinstance(error, UserError):
@@ -342,6 +312,7 @@ def run(
   actions: tuple[str, ...] = (),
   begins: bool = False,
   stage: str = "",
+  prepares: bool = False,
 ) -> None:
   """Runs a command as an absl app; a UserError becomes one sentence on stderr and exit code 2.
 
@@ -358,6 +329,7 @@ def run(
     actions: words of which the first argument is one; `main` then gets it first.
     begins: whether the folder of --workdir may be absent.
     stage: that trains on one host: a refusal of more names what takes its place.
+    prepares: whether it runs before the data is prepared, from which fields may follow; it begins.
   """
 
   def checked(argv):
@@ -366,10 +338,10 @@ def run(
       arguments.check_words(argv[1:], actions, sys.argv[1:])
       given: list = argv[1:]
       if workdir is not None:
-        _check_buckets()
+        bucket_paths.check()
       buckets.prepare_access()
       if config is not False:
-        given.append(_settings(optional=config is None))
+        given.append(_settings(config is None, prepares))
         if _PRINT_CONFIG.value:
           from cm3leon_jax.settings import describe
 
@@ -384,7 +356,9 @@ def run(
     if signal.getsignal(number) is not signal.SIG_IGN:  # As in the background of a script.
       signal.signal(number, _stop_early)
   accelerators.use_cpu_if_alone()
-  parse = functools.partial(_parse_flags, workdir, begins, several_processes, config, actions)
+  parse = functools.partial(
+    _parse_flags, workdir, begins or prepares, several_processes, config, actions
+  )
   try:
     app.run(checked, flags_parser=parse)
   except KeyboardInterrupt:

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from absl import flags
-
 from cm3leon_jax import stages
 from cm3leon_jax.commands import common
+from cm3leon_jax.commands.records_flag import RECORDS
 from cm3leon_jax.config import UserError
 
 if TYPE_CHECKING:
   from cm3leon_jax.evaluation.instruction_grades import Answer
-
-_RECORDS = flags.DEFINE_integer("records", 100, "Held-out records of each task.", lower_bound=2)
 
 
 def _models(settings, workdir):
@@ -82,4 +79,4 @@ def main(settings, workdir, count: int) -> None:
 
 
 if __name__ == "__main__":
-  common.run(lambda settings, workdir: main(settings, workdir, _RECORDS.value))
+  common.run(lambda settings, workdir: main(settings, workdir, RECORDS.value))

@@ -49,6 +49,7 @@ def page(docstring: str, workdir: bool, several_processes: bool, config: bool = 
   groups = {
     "Flags of this command": modules.get(sys.argv[0], []),
     "Start": modules.get("cm3leon_jax.commands.init_from_flag", []),
+    "Grades": modules.get("cm3leon_jax.commands.records_flag", []),
     "Prompts": modules.get("cm3leon_jax.commands.prompt_flags", []),
     "Protocols": modules.get("cm3leon_jax.commands.protocol_flags", []),
     "Results": modules.get("cm3leon_jax.commands.out_flag", []),

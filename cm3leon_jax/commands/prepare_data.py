@@ -7,9 +7,11 @@
 docs/data_formats.md has the formats. Only the configs `scenes` and `openmoji` name a source.
 """
 
+import dataclasses
+
 from absl import flags
 
-from cm3leon_jax import stages
+from cm3leon_jax import from_data, stages
 from cm3leon_jax.commands import common, sharded
 from cm3leon_jax.config import UserError, printable
 
@@ -74,13 +76,39 @@ def check_fact_leaks(workdir) -> None:
     )
 
 
+def check_enough(settings, summary: dict) -> None:
+  """Refuses data that a later stage of the config would refuse.
+
+  Raises:
+    UserError: no pair is held out, or there is none of a kind that `config.data` gives a share.
+  """
+  data = settings.data
+  if settings.instructions.any:
+    return
+  if not summary.get("heldout_pairs") and data.text_share + data.interleaved_share < 1:
+    raise UserError(
+      f"the source has {summary.get('train_pairs', 0)} pairs, of which none is held out: image "
+      "tokenizer and evaluation need some: add pairs, or raise config.raw.heldout_fraction = "
+      f"{settings.raw.heldout_fraction}."
+    )
+  for kind, share in (("text", data.text_share), ("interleaved", data.interleaved_share)):
+    counted, records = ("texts",) * 2 if kind == "text" else (kind, f"{kind} documents")
+    for split, name in (("train", "training"), ("heldout", "held-out")):
+      if share and not summary.get(f"{split}_{counted}"):
+        raise UserError(
+          f"config.data.{kind}_share is {share}, and the source has no {name} {records}: add some, "
+          f"or give --config.data.{kind}_share=0.0; the data is prepared."
+        )
+
+
 def conclude(settings, folder, summary: dict) -> None:
   """Looks for near duplicates, adds their numbers to `summary`, and says what was understood."""
-  from cm3leon_jax.data import builtin_sources, leaks, raw_statistics, raw_writer
+  from cm3leon_jax.data import leaks, raw_statistics, raw_writer
+  from cm3leon_jax.data.builtin_sources import OPENMOJI, SCENES
 
   near = None
   # Their images are near each other by design, and their concepts and splits take care of it.
-  if settings.raw.source not in (builtin_sources.OPENMOJI, builtin_sources.SCENES):
+  if settings.raw.source not in (OPENMOJI, SCENES):
     near = leaks.near_duplicates(folder, settings.raw.num_threads)
     summary["compared_images"], summary["near_duplicates"] = near.compared, near.near
     summary["leaked_heldout_images"] = near.leaked
@@ -94,24 +122,50 @@ def conclude(settings, folder, summary: dict) -> None:
     print(f"prepare_data: warning: {warning}")
 
 
-def main(settings, workdir):
-  from cm3leon_jax.data import builtin_sources, ingest, sources
+def _prepare(settings, parts, folder, runner, counts: bool) -> dict:
+  """Returns the summary of the stage; with `counts`, also what fields of a config follow from."""
+  from cm3leon_jax.data import counting, ingest
+
+  raw = settings.raw
+  if not raw.resolution:
+    raw = dataclasses.replace(raw, resolution=counting.resolution_of(parts, raw.allow_outside))
+  summary = ingest.prepare(raw, parts, folder, runner, settings.scenes)
+  conclude(dataclasses.replace(settings, raw=raw), folder, summary)
+  if counts:
+    made = counting.counts_of(
+      folder, summary, raw.resolution, settings.vocab.num_special, settings.text_tokenizer
+    )
+    summary[from_data.COUNTS] = dataclasses.asdict(made)
+    found = from_data.values(made, settings.train.minutes)
+    print("prepare_data: from the data follow", ", ".join(f"{k} {v}" for k, v in found.items()))
+  return summary
+
+
+def main(settings, workdir, counts: bool = False):
+  from cm3leon_jax.data import ingest, sources
+  from cm3leon_jax.data.builtin_sources import OPENMOJI, SCENES
 
   if _CHECK_LEAKS.value:
-    if settings.raw.source == builtin_sources.SCENES:
+    if settings.raw.source == SCENES:
       check_fact_leaks(workdir)
     else:
       check_leaks(settings, workdir)
     return
+  if not settings.raw.resolution and settings.raw.source in (SCENES, OPENMOJI):
+    raise UserError(
+      f"config.raw.resolution is 0; the source '{settings.raw.source}' needs one: give "
+      "--config.raw.resolution=48, or a folder of images as config.raw.source."
+    )
   parts = ingest.parts_of(settings.raw, settings.scenes)
   # New or changed files make the stage run again, only for their shards.
   files = sources.digest_of(parts)
   with sharded.stage(workdir, "raw", settings, {"files": files}) as (summary, runner):
     if summary is not None:
-      folder = workdir / "raw"
-      summary.update(ingest.prepare(settings.raw, parts, folder, runner, settings.scenes))
-      conclude(settings, folder, summary)
+      summary.update(_prepare(settings, parts, workdir / "raw", runner, counts))
+  if counts:  # Now the config has all its values.
+    settings = common.completed(workdir)
+  check_enough(settings, stages.require(workdir, "raw", summary=dict)["summary"])
 
 
 if __name__ == "__main__":
-  common.run(main, begins=True)
+  common.run(lambda *given: main(*given, counts=common.follows_data()), prepares=True)

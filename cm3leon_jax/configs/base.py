@@ -27,7 +27,7 @@ def get_config(
   """
   config = default_config()
   config.vocab.update({"num_special": 256, "text_size": 56_320, "image_size": 8_192})
-  config.model.update({"vocab_size": 64_512, "max_positions": 4_096})
+  config.model.max_positions = 4_096
   # 256 codes per image.
   config.vqgan.update({"resolution": 256, "downsample": 16, "multipliers": (1, 1, 2, 4)})
   config.vqgan.update({"encoder_blocks": (2, 2, 2, 2), "decoder_blocks": (3, 3, 3, 3)})

@@ -47,9 +47,7 @@ def get_config(variant: str = "15"):
   # Similarities of a small CLIP are high: 0.9 rejects 9 of 10 neighbors.
   config.retrieval.update({"max_similarity": 0.97})
   config.data.update({"sequence_length": 1_024, "text_share": 0.15, "pack_window": 1_024})
-  config.model.update(
-    {"family": "modern", "vocab_size": 2_560, "num_layers": 4, "width": 128, "num_heads": 2}
-  )
+  config.model.update({"family": "modern", "num_layers": 4, "width": 128, "num_heads": 2})
   config.model.update(
     {"mlp_width": 384, "max_positions": 1_024, "init_std": 0.034, "embed_std": 0.25}
   )

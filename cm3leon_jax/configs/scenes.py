@@ -76,7 +76,7 @@ def _set_decoder(config):
   config.data.update({"neighbor_loss_weight": 0.1, "code_dropout": 0.6})
   # In minutes, captions are learned before infilling.
   config.data.update({"mean_spans": 0.3})
-  config.model.update({"family": "modern", "vocab_size": 2_048, "num_layers": 4, "width": 128})
+  config.model.update({"family": "modern", "num_layers": 4, "width": 128})
   config.model.update({"num_heads": 2, "mlp_width": 352, "max_positions": 512})
   config.model.update({"init_std": 0.034, "embed_std": 0.25})
   config.model.update({"dtype": "float32", "remat_policy": "none", "loss_chunk": 512})

@@ -63,8 +63,9 @@ class RawConfig:
   max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
   """Share of the records that may be rejected; with more the command stops. It is checked after
   every shard, once 10,000 records were read, and at the end."""
-  resolution: PositiveInt = 256
-  """Side of the square images in pixels; other images are scaled to it."""
+  resolution: NonNegativeInt = 256
+  """Side of the square images in pixels; other images are scaled to it. 0: 48, or 24 if most
+  images of the source are smaller."""
   crop: Crop = "center"
   """Treatment of images that are not square: `center` cuts them to a centered square, `pad` fills
   the missing parts with white."""

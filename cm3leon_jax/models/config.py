@@ -30,7 +30,7 @@ class ModelConfig:
   no biases, tied embeddings. `modern`: RMSNorm, RoPE, SwiGLU, query-key norm, untied
   embeddings."""
   vocab_size: PositiveInt = 64_512
-  """Number of text and image ids together: the size of `vocab`."""
+  """Number of text and image ids together. It follows from `vocab`: a config leaves it out."""
   num_layers: PositiveInt = 32
   """Number of layers."""
   width: PositiveInt = 4_096

@@ -9,7 +9,9 @@ import numpy as np
 from cm3leon_jax import stage_table, stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.intervals import describe_groups, mean_interval
-from cm3leon_jax.io import plain, read_json, read_json_lines
+from cm3leon_jax.io import lacks, plain, read_json, read_json_lines
+
+JUDGED = "judged"  # File of the workdir and section of the summary.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,13 @@ HEADLINES = (
   Headline(
     "Bits per text token, true neighbors", "evaluation.text.true.bits", "<",
     "evaluation.text.unigram", "unigram model"),
+  *_NEIGHBORS,
+)
+# Of runs whose config follows from their data, as `own`.
+OWN_HEADLINES = (
+  Headline(
+    "PSNR of reconstructions, held-out images (dB)", "vqgan.psnr_db", ">=", 20.0),
+  *_RETRIEVAL,
   *_NEIGHBORS,
 )
 # Of runs with judged scenes. Shares of samples are those at the best guidance weight.
@@ -156,11 +165,18 @@ def judge(summary: dict, headline: Headline) -> dict:
 
 def headlines(summary: dict) -> list[Headline]:
   """Returns the headlines of a run: by what was judged, scenes or answers to instructions."""
+  figures = summary.get(JUDGED, {}).items()
+  own = [Headline(f["title"], f"{JUDGED}.{i}.value", ">=", f["target"]) for i, f in figures]
+  return own + _of_stages(summary)
+
+
+def _of_stages(summary: dict) -> list[Headline]:
+  """Returns the headlines of what the stages measured."""
   if "grades" in summary and "evaluation" not in summary:
     return list(TUNED_HEADLINES)
   scenes = lookup(summary, "evaluation.scenes")
   if scenes is None and lookup(summary, "vqgan.reconstructed_scenes_right") is None:
-    return list(HEADLINES)
+    return list(HEADLINES if lookup(summary, "raw.counts") is None else OWN_HEADLINES)
   compared = scenes is None or "gain" in scenes  # A run may sample one guidance weight only.
   return [line for line in SCENE_HEADLINES if compared or ".gain." not in line.path]
 
@@ -310,10 +326,28 @@ def collect(workdir: epath.PathLike) -> dict:
   scores = clip_scores(read_results(workdir))
   if scores:
     summary.setdefault("samples", {})["clip_score"] = scores
+  if found := judged(workdir):
+    summary[JUDGED] = found
   summary["total_seconds"] = round(sum(seconds.values()), 1)
   summary["unfinished"] = [folder for folder in expected_stages(workdir) if folder not in seconds]
   summary["headlines"] = [judge(summary, headline) for headline in headlines(summary)]
   return plain(summary)
+
+
+def judged(workdir: epath.Path) -> dict[str, dict]:
+  """Reads judged.json, which a judge that is no stage wrote: figures by their number, "0", ...
+
+  Raises:
+    UserError: the file is damaged, or a figure lacks its title, value or target.
+  """
+  path, fields = workdir / f"{JUDGED}.json", {"title": str, "value": float, "target": float}
+  if not path.exists():
+    return {}
+  figures = read_json(path, {"figures": list}, "write it again")["figures"]
+  for figure in figures:
+    if lack := lacks(figure, fields):
+      raise UserError(f"{path}, a figure: {lack}; write the file again.")
+  return {str(number): figure for number, figure in enumerate(figures)}
 
 
 def expected_stages(workdir: epath.Path) -> list[str]:

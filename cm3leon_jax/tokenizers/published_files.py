@@ -271,8 +271,7 @@ def fit(tokenizer: ImageTokenizer, num_codes: int, vqgan: VQGANConfig) -> ImageT
   if tokenizer.num_codes != num_codes:
     raise UserError(
       f"config.vocab.image_size is {num_codes}; the codebook has {tokenizer.num_codes} codes: set "
-      f"config.vocab.image_size={tokenizer.num_codes}, and config.model.vocab_size to the new size "
-      "of the vocabulary."
+      f"config.vocab.image_size={tokenizer.num_codes}."
     )
   if vqgan.downsample != config.downsample or vqgan.resolution not in sides:
     grids = " or ".join(f"{(s // config.downsample) ** 2:,} codes of {s}x{s} pixels" for s in sides)

@@ -51,20 +51,7 @@ def train_text_tokenizer(
     UserError: the texts are too few for `vocab.text_size` ids.
   """
   texts = list(texts)
-  tokenizer = tokenizers.Tokenizer(models.BPE())
-  tokenizer.normalizer = normalizers.Prepend(" ")
-  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.decoder = decoders.Sequence(
-    [decoders.ByteLevel(), decoders.Strip(" ", left=1, right=0)]
-  )
-  trainer = trainers.BpeTrainer(
-    vocab_size=vocab.text_size,
-    min_frequency=config.min_frequency,
-    special_tokens=vocab.special_tokens(),
-    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    show_progress=False,
-  )
-  tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+  tokenizer = _trained(texts, vocab, config)
   characters, size = sum(map(len, texts)), tokenizer.get_vocab_size()
   if size != vocab.text_size:
     raise UserError(
@@ -79,6 +66,32 @@ def train_text_tokenizer(
     "characters": characters,
     "characters_per_token": characters / tokens,
   }
+
+
+def supported_tokens(texts: Iterable[str], vocab: VocabLayout, config: TextTokenizerConfig) -> int:
+  """Returns the largest text_size, at most `vocab.text_size`, for which the texts are enough."""
+  return _trained(list(texts), vocab, config).get_vocab_size()
+
+
+def _trained(
+  texts: list[str], vocab: VocabLayout, config: TextTokenizerConfig
+) -> tokenizers.Tokenizer:
+  """Trains BPE of `vocab.text_size` ids, or of fewer if the texts have no more merges."""
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.normalizer = normalizers.Prepend(" ")
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.Sequence(
+    [decoders.ByteLevel(), decoders.Strip(" ", left=1, right=0)]
+  )
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab.text_size,
+    min_frequency=config.min_frequency,
+    special_tokens=vocab.special_tokens(),
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+  return tokenizer
 
 
 def save_tokenizer(

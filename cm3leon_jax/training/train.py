@@ -50,11 +50,12 @@ class TrainConfig:
 
   steps: PositiveInt = 41_723
   """Number of training steps."""
+  minutes: NonNegativeFloat = 0.0
+  """Minutes of all stages on two CPU cores, from which steps that are None follow, as in `own`."""
   global_batch_size: PositiveInt = 8_192
   """Rows of a step, over all devices (paper: 8M tokens, about 2,048 rows)."""
   gradient_accumulation_steps: PositiveInt = 1
-  """Number of micro-batches that a batch is split into, computed one after the other; a divisor
-  of `global_batch_size`."""
+  """Number of micro-batches of a step, one after the other; a divisor of `global_batch_size`."""
   rows_per_device: NonNegativeInt = 0
   """Rows that a device takes at once; the mesh then sets the number of micro-batches, so that one
   config runs on any slice. 0: `gradient_accumulation_steps` counts."""
@@ -65,8 +66,7 @@ class TrainConfig:
   checkpoint_every: PositiveInt = 500
   """Number of steps between two checkpoints."""
   keep_checkpoints: Annotated[int, Field(ge=2)] = 2
-  """Number of newest checkpoints that are kept; at least 2, because the previous checkpoint is
-  needed until the next one is complete."""
+  """Number of newest checkpoints that are kept; at least 2, as the last save may not be whole."""
   keep_every: NonNegativeInt = 0
   """Checkpoints of multiples of so many steps are kept, too; 0: none. A multiple of
   `checkpoint_every`."""

@@ -1,13 +1,105 @@
 import json
 
 from PIL import Image
+import pytest
 
+from cm3leon_jax import from_data
+from cm3leon_jax.commands import prepare_data
+from cm3leon_jax.config import UserError
+from cm3leon_jax.settings import default_config, settings_from_config
 from tests.data.leaks_test import photos, write_source
 from tests.launched import launch
 
 
-def command(*flags):
-  return launch("prepare_data", "--config=ml_configs/base.py", *flags)
+def command(*flags, config="ml_configs/base.py"):
+  pairs_only = "--config.data.text_share=0.0"
+  return launch("prepare_data", f"--config={config}", pairs_only, *flags)
+
+
+def refusal(summary, tasks="", **data):
+  """The sentence by which data of these numbers is refused, "" if it is enough."""
+  config = default_config()
+  config.data.update(data)
+  config.instructions.tasks = tasks
+  try:
+    prepare_data.check_enough(settings_from_config(config), summary)
+  except UserError as error:
+    return str(error)
+  return ""
+
+
+PAIRS = {"train_pairs": 9, "heldout_pairs": 2}
+TEXTS = {"train_texts": 5, "heldout_texts": 1}
+
+
+def test_data_that_the_config_needs_is_enough():
+  assert refusal(PAIRS, text_share=0.0) == ""
+  assert refusal(PAIRS | TEXTS, text_share=0.3) == ""
+  assert refusal(TEXTS, text_share=1.0) == ""
+  assert refusal({}, tasks="scenes") == ""  # A tuning may replay nothing.
+
+
+@pytest.mark.parametrize(
+  ("summary", "data", "sentence"),
+  [
+    (
+      {"train_pairs": 5, "heldout_pairs": 0},
+      {"text_share": 0.0},
+      "the source has 5 pairs, of which none is held out: image tokenizer and evaluation need "
+      "some: add pairs, or raise config.raw.heldout_fraction = 0.05.",
+    ),
+    (
+      PAIRS,
+      {"text_share": 0.3},
+      "config.data.text_share is 0.3, and the source has no training texts: add some, or give "
+      "--config.data.text_share=0.0; the data is prepared.",
+    ),
+    (
+      PAIRS | {"train_texts": 5, "heldout_texts": 0},
+      {"text_share": 0.3},
+      "config.data.text_share is 0.3, and the source has no held-out texts: add some, or give "
+      "--config.data.text_share=0.0; the data is prepared.",
+    ),
+    (
+      PAIRS,
+      {"text_share": 0.0, "interleaved_share": 0.2},
+      "config.data.interleaved_share is 0.2, and the source has no training interleaved "
+      "documents: add some, or give --config.data.interleaved_share=0.0; the data is prepared.",
+    ),
+  ],
+)
+def test_data_that_a_later_stage_would_refuse_is_refused(summary, data, sentence):
+  assert refusal(summary, **data) == sentence
+
+
+def test_what_follows_from_the_data_is_counted_printed_and_used_by_later_stages(tmp_path):
+  source = tmp_path / "images"
+  source.mkdir()
+  for i in range(30):
+    Image.new("RGB", (40, 60), (8 * i, 100, 100)).save(source / f"{i}.png")
+    (source / f"{i}.txt").write_text(f"a plain wall number {i}")
+  flags = [f"--workdir={tmp_path / 'run'}", f"--config.raw.source={source}"]
+  prepared = command(*flags, "--config.raw.heldout_fraction=0.3", config="own")
+  assert prepared.returncode == 0, prepared.stderr
+  assert "vqgan.resolution 24, clip.resolution 24" in prepared.stdout
+  summary = json.loads((tmp_path / "run" / "raw" / "done.json").read_text())["summary"]
+  counts = summary[from_data.COUNTS]
+  assert (counts["resolution"], counts["pairs"]) == (24, summary["train_pairs"])
+  with Image.open(next((tmp_path / "run" / "raw").glob("*/images/*.png"))) as image:
+    assert image.size == (24, 24)
+  trained = launch("train_text_tokenizer", "--config=own", flags[0])
+  assert trained.returncode == 0, trained.stderr
+  tokenizer = json.loads((tmp_path / "run" / "text_tokenizer" / "tokenizer.json").read_text())
+  assert len(tokenizer["model"]["vocab"]) == counts["text_tokens"]
+  early = launch("train_text_tokenizer", "--config=own", f"--workdir={tmp_path / 'other'}")
+  assert early.returncode == 2
+  assert "follows from the data: run `python -m launch.prepare_data`" in early.stderr
+
+
+def test_a_source_without_files_needs_a_resolution():
+  result = launch("prepare_data", "--config=own", "--config.raw.source=scenes", "--workdir=w")
+  assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+  assert "config.raw.resolution is 0; the source 'scenes' needs one" in result.stderr
 
 
 def test_check_leaks_names_the_pairs_and_fails(tmp_path):
@@ -86,10 +178,11 @@ def test_the_end_says_what_was_understood(tmp_path):
   assert "warning" not in prepared.stdout
 
 
-def test_texts_without_pairs_are_warned_of(tmp_path):
+def test_texts_without_pairs_are_warned_of_and_refused(tmp_path):
   (tmp_path / "in").mkdir()
   (tmp_path / "in" / "a.txt").write_text("A text.")
   prepared = command(f"--config.raw.source={tmp_path / 'in'}", f"--workdir={tmp_path}")
-  assert prepared.returncode == 0, prepared.stderr
+  assert prepared.returncode == 2
   assert "0 pairs for training, 0 held out; 1 text for training" in prepared.stdout
   assert "warning: 0 pairs, so no image has a caption" in prepared.stdout
+  assert "error: the source has 0 pairs, of which none is held out: " in prepared.stderr

@@ -3,6 +3,7 @@ import dataclasses
 
 import pytest
 
+from cm3leon_jax import from_data
 from cm3leon_jax.commands import config_file
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import (
@@ -10,6 +11,7 @@ from cm3leon_jax.configs import (
   cm3leon_350m,
   cm3leon_760m,
   openmoji,
+  own,
   scenes,
   scenes_instruct,
   sft_7b,
@@ -176,3 +178,12 @@ def test_an_unknown_section_is_refused():
   config.moddel = {}
   with pytest.raises(UserError, match="config has no section 'moddel'"):
     settings_from_config(config)
+
+
+def test_the_config_for_own_images_leaves_to_the_data_what_follows_from_it():
+  config = own.get_config()
+  assert set(from_data.missing(config)) == {name for names in own.FOLLOW.values() for name in names}
+  assert config.model.vocab_size is None
+  assert (own.get_config("30").train.minutes, config.train.minutes) == (30.0, 15.0)
+  with pytest.raises(UserError, match=r"of own\.py must be a positive number of minutes\."):
+    own.get_config("soon")

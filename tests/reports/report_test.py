@@ -48,6 +48,12 @@ def test_headlines_show_which_targets_are_met(run):
   assert "● met" in run[2]
 
 
+def test_the_first_line_names_the_targets_that_are_not_met(run):
+  first = run[2].partition("<h1>Run report</h1>")[2].partition("A run of")[0]
+  assert "Targets that are not met: Codebook perplexity, held-out concepts: " in first
+  assert "PSNR" not in first
+
+
 def test_page_escapes_captions_and_reports_the_restart(run):
   assert "“disc &lt;6&gt; &amp; more”" in run[2]
   assert "The trainer stopped after step 30 and continued with step 31" in run[2]

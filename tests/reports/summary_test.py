@@ -1,5 +1,10 @@
+import re
+
+from etils import epath
 import pytest
 
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import write_json
 from cm3leon_jax.reports import summary
 
 
@@ -12,6 +17,7 @@ from cm3leon_jax.reports import summary
     ({"evaluation": {"scenes": {"gain": {}}}}, summary.SCENE_HEADLINES),
     ({"evaluation": {"scenes": {"gain": {}}}, "grades": {}}, summary.SCENE_HEADLINES),
     ({"grades": {"tasks": {}}}, summary.TUNED_HEADLINES),
+    ({"raw": {"counts": {}}, "evaluation": {}}, summary.OWN_HEADLINES),
   ],
 )
 def test_headlines_are_chosen_by_what_was_judged(found, expected):
@@ -47,3 +53,24 @@ def test_a_share_of_one_scene_has_no_interval():
   )
   assert judged["interval"] is None
   assert judged["met"] is True
+
+
+def test_figures_of_another_judge_are_the_first_headlines(tmp_path):
+  figures = [
+    {"title": "Colors shown", "value": 0.5, "target": 0.6},
+    {"title": "Shapes shown", "value": 1, "target": 0.4},
+  ]
+  write_json(tmp_path / "judged.json", {"figures": figures})
+  lines = summary.collect(tmp_path)["headlines"]
+  assert [(line["title"], line["value"], line["met"]) for line in lines[:2]] == [
+    ("Colors shown", 0.5, False),
+    ("Shapes shown", 1, True),
+  ]
+  assert [line["title"] for line in lines[2:]] == [line.title for line in summary.HEADLINES]
+
+
+def test_a_damaged_figure_of_another_judge_is_named(tmp_path):
+  write_json(tmp_path / "judged.json", {"figures": [{"title": "Colors shown", "value": "half"}]})
+  sentence = "judged.json, a figure: its field 'value' must be of type number, and is 'half'"
+  with pytest.raises(UserError, match=re.escape(sentence)):
+    summary.judged(epath.Path(tmp_path))

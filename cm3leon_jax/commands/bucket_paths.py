@@ -1,0 +1,55 @@
+"""Checks the buckets that the flags and the config of a command name."""
+
+from collections.abc import Iterator, Mapping
+import importlib.util
+
+from absl import flags
+
+from cm3leon_jax import buckets, extras
+from cm3leon_jax.config import UserError
+
+NEEDS_GCSFS = f"needs gcsfs: {extras.install('data')}."
+
+
+def _strings(value, name: str = "") -> Iterator[tuple[str, str]]:
+  """Yields the name and the text of every string in nested mappings and lists."""
+  if isinstance(value, str):
+    yield name.removesuffix("."), value
+  elif isinstance(value, Mapping):
+    for key, inner in value.items():
+      yield from _strings(inner, f"{name}{key}.")
+  elif isinstance(value, list | tuple):
+    for inner in value:
+      yield from _strings(inner, name)
+
+
+def _texts() -> list[tuple[str, str]]:
+  """Returns the names and texts of all flags and fields of the config that are texts."""
+  values = flags.FLAGS.flag_values_dict()
+  given = {f"--{k}": v for k, v in values.items() if k.partition(".")[0] != "config"}
+  fields = values["config"].to_dict() if values.get("config") else {}
+  return [*_strings(given), *_strings(fields, "config.")]
+
+
+def check() -> None:
+  """Checks the buckets that the flags and the config name.
+
+  That gcsfs is missing matters only to the stage that reads a field: training needs no
+  `raw.source`.
+
+  Raises:
+    UserError: one is on S3; or a flag names one, and the package that reads buckets is missing.
+  """
+  for name, text in _texts():
+    buckets.check_path(text, name)
+  if importlib.util.find_spec("gcsfs"):
+    return
+  for name, text in _texts():
+    if name.startswith("-") and text.startswith("gs://"):
+      raise UserError(f"{name}={text} is in a bucket, which {NEEDS_GCSFS}")
+
+
+def where() -> str:
+  """Names the buckets of the flags and the config."""
+  found = {"/".join(text.split("/")[:3]) for _, text in _texts() if text.startswith("gs://")}
+  return ", ".join(sorted(found)) or "a path in the data"

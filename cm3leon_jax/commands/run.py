@@ -1,0 +1,136 @@
+"""Runs all stages of a config in order and writes the report; the same command continues.
+
+  cm3leon run --config=scenes --workdir=workdir/scenes
+  cm3leon run --config=scenes_instruct --workdir=workdir/tuned \\
+    --init_from=scenes
+
+A finished stage is skipped, and one that was stopped or killed continues. Each stage is a process
+of its own and prints one line when it ends; logs/NAME.log in the workdir has all that it printed.
+With --init_from, tokenizers and CLIP are copied from that run, and the decoder starts from it.
+"""
+
+import re
+import sys
+import time
+
+from cm3leon_jax import stage_table, stages
+from cm3leon_jax.commands import common
+from cm3leon_jax.commands.init_from_flag import INIT_FROM
+from cm3leon_jax.commands.records_flag import RECORDS
+from cm3leon_jax.commands.stage_process import StageProcesses, width
+from cm3leon_jax.io import read_json
+
+OWN_FLAGS = (INIT_FROM.name, RECORDS.name)  # Not every stage takes them.
+STARTED = ("copy_tokenizers", "train")  # Commands that take --init_from.
+# Share of the time of a run that a stage takes, in the configs of minutes; others take 1%.
+SHARES = {"train_vqgan": 0.2, "train_clip": 0.06, "build_neighbors": 0.03, "train": 0.5}
+SHARES |= {"generate": 0.03, "evaluate": 0.08, "grade_instructions": 0.2}
+PROGRESS = re.compile(r"\d%\|")  # In a line of a bar.
+LEAST_KNOWN = 0.1  # Share of the run from which on the time left is estimated.
+
+
+def commands(settings, given: bool) -> dict[str, str]:
+  """Returns the commands of a whole run, in order, and the folders that they own ("": none).
+
+  Args:
+    settings: the run's config.
+    given: whether the run starts from another, of which it has tokenizers and CLIP.
+  """
+  names = stage_table.order(settings, given)
+  if "grades" in names and not _are_judged(settings):
+    names.remove("grades")
+  copied = {"copy_tokenizers": ""} if given else {}
+  return {**copied, **{stage_table.STAGES[n].command: n for n in names}, "report": ""}
+
+
+def _are_judged(settings) -> bool:
+  """Returns whether a task of the instructions has answers that are judged exactly."""
+  from cm3leon_jax.data.instruction_config import load_tasks
+  from cm3leon_jax.evaluation.instruction_grades import is_judged
+
+  return any(map(is_judged, load_tasks(settings.instructions)))
+
+
+def passed_on(argv: list[str]) -> list[str]:
+  """Leaves out the flags that not every stage takes.
+
+  passed_on(["--config=c", "--init_from=scenes", "--records", "9", "--workdir=w"]) = ["--config=c",
+  "--workdir=w"]
+  """
+  kept, rest = [], list(argv)
+  while rest:
+    argument = rest.pop(0)
+    name, is_whole, _ = argument.lstrip("-").partition("=")
+    if name not in OWN_FLAGS:
+      kept.append(argument)
+    elif not is_whole:
+      rest.pop(0)
+  return kept
+
+
+def seconds_left(seconds: dict[str, float], remaining: list[str]) -> float | None:
+  """Estimates the time of the remaining commands by that of the others; None: too early.
+
+  seconds_left({"train_vqgan": 200.0}, ["train"]) = 500.0, as `SHARES` has 0.2 and 0.5
+  """
+  known, ahead = (sum(SHARES.get(n, 0.01) for n in names) for names in (seconds, remaining))
+  if known < LEAST_KNOWN * (known + ahead):
+    return None
+  return sum(seconds.values()) * ahead / known
+
+
+def _duration(seconds: float) -> str:
+  return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+class _Lines:
+  """Prints what a user wants to read of the lines of a stage; redraws the others in a terminal."""
+
+  def __init__(self, head: str, command: str):
+    self._head = f"{head} {command}: "
+    self._whole = command in ("prepare_data", "report")
+    self._draws = sys.stdout.isatty()
+
+  def show(self, line: str) -> None:
+    """Prints a warning, and what data and report say; draws another line over the one before."""
+    said = self._whole and not PROGRESS.search(line)
+    if said or line.lower().startswith("warning"):
+      self.clear()
+      print(f"  {line}", flush=True)
+    elif self._draws:
+      sys.stdout.write(f"\r\x1b[2K{(self._head + line)[: width() - 1]}")
+      sys.stdout.flush()
+
+  def clear(self) -> None:
+    """Removes the line that is drawn."""
+    if self._draws:
+      sys.stdout.write("\r\x1b[2K")
+
+
+def main(settings, workdir, init_from: str, records: int) -> None:
+  names = commands(settings, bool(init_from))
+  order, given = list(names), passed_on(sys.argv[1:])
+  more = {name: [f"--init_from={init_from}"] for name in STARTED if init_from}
+  more["grade_instructions"] = [f"--records={records}"]
+  processes, seconds = StageProcesses(workdir / "logs"), {}
+  for number, name in enumerate(order, 1):
+    start, lines = time.monotonic(), _Lines(f"[{number}/{len(order)}]", name)
+    try:
+      processes.run(name, [*given, *more.get(name, [])], lines.show)
+    finally:
+      lines.clear()
+    took = time.monotonic() - start
+    seconds[name] = max(took, _recorded(workdir, names[name]))
+    left = seconds_left(seconds, order[number:])
+    estimate = f", about {_duration(left)} left" if left and order[number:] else ""
+    print(f"[{number}/{len(order)}] {name}: {took:.0f} s{estimate}", flush=True)
+
+
+def _recorded(workdir, folder: str) -> float:
+  """Returns the seconds that a stage took when it was made; 0.0 if it has no folder."""
+  done = workdir / folder / stages.DONE
+  return float(read_json(done, {}).get("seconds", 0.0)) if folder and done.exists() else 0.0
+
+
+if __name__ == "__main__":
+  common.run(lambda *given: main(*given, INIT_FROM.value, RECORDS.value), prepares=True)

@@ -1,0 +1,143 @@
+"""Fields of a config that are None until the data is prepared, and follow from what was counted.
+
+`cm3leon prepare_data` counts, and done.json of `raw/` keeps the counts. Every later stage computes
+the fields from them, so all stages of a run see the same values.
+"""
+
+import dataclasses
+
+from etils import epath
+import ml_collections
+
+from cm3leon_jax.config import UserError, build
+from cm3leon_jax.io import read_json
+
+COUNTS = "counts"  # Key of the summary of raw/done.json.
+CHARACTERS = 4  # Of a token, about.
+MOST_TEXT_TOKENS = 2_048  # Of a vocabulary; a decoder of minutes learns no more.
+MOST_TEXT_SHARE = 0.15
+FIXED_SECONDS = 200  # Of the stages of a run apart from steps, on two cores.
+SECONDS_PER_PAIR = 0.02
+# Share of the remaining time, and seconds of a step at `RESOLUTION`, on two cores.
+TRAININGS = {"vqgan": (0.12, 0.03), "clip": (0.04, 0.25), "train": (0.8, 0.18)}
+RESOLUTION = 48
+PATCH = 6  # Side of a code in pixels.
+LEAST_STEPS = {"vqgan": 300, "clip": 30, "train": 100}
+MOST_STEPS = {"vqgan": 6_000, "clip": 400, "train": 20_000}
+OTHERS = ("model.vocab_size",)  # Fields that follow from other fields.
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+  """What `cm3leon prepare_data` counts in the training split, apart from `heldout_texts`.
+
+  Attributes:
+    resolution: side of the prepared images.
+    pairs, texts, heldout_texts: numbers of records.
+    caption_characters, text_characters: their lengths together.
+    text_tokens: largest `vocab.text_size` that the captions and texts support.
+  """
+
+  resolution: int
+  pairs: int
+  texts: int
+  heldout_texts: int
+  caption_characters: int
+  text_characters: int
+  text_tokens: int
+
+
+UNKNOWN = Counts(
+  RESOLUTION, 1_000, 0, 0, 50_000, 0, MOST_TEXT_TOKENS
+)  # Where no stage reads the values.
+
+
+def missing(config: ml_collections.ConfigDict) -> list[str]:
+  """Returns the fields that are None, and follow from the data: ["vocab.text_size", ...]."""
+  names = [
+    f"{section}.{field}"
+    for section, fields in config.items()
+    if isinstance(fields, ml_collections.ConfigDict)
+    for field, value in fields.items()
+    if value is None
+  ]
+  return [name for name in names if name not in OTHERS]
+
+
+def values(counts: Counts, minutes: float) -> dict[str, int | float]:
+  """Computes all fields that can follow from the data.
+
+  values(Counts(48, 264, 0, 0, 7_360, 0, 358), 15.0)
+  {"vocab.text_size": 358, "data.text_share": 0.0, "vqgan.resolution": 48, ...}
+
+  Args:
+    counts: of the prepared data.
+    minutes: that all stages of the run may take on two cores, `train.minutes`.
+  """
+  size = min(counts.text_tokens, MOST_TEXT_TOKENS)
+  result: dict[str, int | float] = {"vocab.text_size": size, "data.text_share": _text_share(counts)}
+  result |= {"vqgan.resolution": counts.resolution, "clip.resolution": counts.resolution}
+  pairs = max(1, counts.pairs)
+  result |= {"vqgan.batch_size": min(16, pairs), "clip.batch_size": min(128, pairs)}
+  seconds = max(0.0, 60 * minutes - FIXED_SECONDS - SECONDS_PER_PAIR * counts.pairs)
+  for section, (share, step) in TRAININGS.items():
+    pixels = 1.0 if section == "train" else (counts.resolution / RESOLUTION) ** 2  # Rows are equal.
+    steps = share * seconds / (step * pixels)
+    result[f"{section}.steps"] = max(LEAST_STEPS[section], min(MOST_STEPS[section], round(steps)))
+  steps = int(result["train.steps"])
+  result |= {"train.checkpoint_every": min(400, max(5, steps // 12))}
+  return result | {"train.eval_every": max(5, steps // 8), "train.sample_every": max(5, steps // 3)}
+
+
+def _text_share(counts: Counts) -> float:
+  """Returns the share of texts among the tokens, at most `MOST_TEXT_SHARE`; 0.0 without texts."""
+  if not counts.texts or not counts.heldout_texts:
+    return 0.0
+  codes = (counts.resolution // PATCH) ** 2
+  texts = counts.text_characters / CHARACTERS
+  pairs = counts.pairs * codes + counts.caption_characters / CHARACTERS
+  return min(MOST_TEXT_SHARE, round(texts / (texts + pairs), 2))
+
+
+def complete(
+  config: ml_collections.ConfigDict, workdir: epath.PathLike | None, prepares: bool = False
+) -> ml_collections.ConfigDict:
+  """Returns a config whose fields that are None have the values that follow from the data.
+
+  Args:
+    config: of a run; fields that are not None stay.
+    workdir: of the run.
+    prepares: whether the command prepares the data. It reads none of these fields, and gets values
+      of no meaning as long as the data is not prepared.
+
+  Raises:
+    UserError: the data is not prepared, or not for such a config, or a field of another name is
+      None.
+  """
+  if not (names := missing(config)):
+    return config
+  found = values(_counts(workdir, names, prepares), config.train.minutes)
+  if wrong := [name for name in names if name not in found]:
+    raise UserError(f"config.{wrong[0]} is None; only {', '.join(found)} follow from the data.")
+  made = ml_collections.ConfigDict(config.to_dict())
+  made.update_from_flattened_dict({name: found[name] for name in names})
+  return made
+
+
+def _counts(workdir: epath.PathLike | None, names: list[str], prepares: bool) -> Counts:
+  """Reads the counts of the prepared data. Raises UserError, see `complete`."""
+  path = epath.Path(workdir or ".") / "raw" / "done.json"
+  if workdir is not None and path.exists():
+    summary = read_json(path, {"summary": dict})["summary"]
+    if COUNTS in summary:
+      return build(Counts, summary[COUNTS], COUNTS)
+    raise UserError(
+      f"{path} has no counts, from which config.{names[0]} follows: it was prepared with another "
+      "--config: use another --workdir, or delete that folder and prepare it again."
+    )
+  if prepares:
+    return UNKNOWN
+  raise UserError(
+    f"config.{names[0]} follows from the data: run `cm3leon prepare_data` with the same "
+    "--config and --workdir first."
+  )

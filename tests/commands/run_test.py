@@ -1,0 +1,111 @@
+import sys
+
+from etils import epath
+import pytest
+
+from cm3leon_jax import stages
+from cm3leon_jax.commands import config_file, run, stage_process
+from cm3leon_jax.io import write_json
+from cm3leon_jax.settings import settings_from_config
+
+DEMO = [
+  "prepare_data", "train_text_tokenizer", "train_vqgan", "encode_documents", "train_clip",
+  "build_neighbors", "train", "generate", "evaluate", "export", "report",
+]  # fmt: skip
+TUNING = [
+  "copy_tokenizers", "prepare_data", "encode_documents", "build_neighbors", "encode_instructions",
+  "train", "grade_instructions", "report",
+]  # fmt: skip
+
+
+def settings_of(name, **fields):
+  config = config_file.load(name)
+  config.update_from_flattened_dict(fields)
+  return settings_from_config(config)
+
+
+def test_a_run_has_the_stages_of_the_demo_in_order():
+  assert list(run.commands(settings_of("scenes"), given=False)) == DEMO
+  assert list(run.commands(settings_of("openmoji"), given=False)) == DEMO
+
+
+def test_a_run_that_tunes_starts_from_the_tokenizers_of_another():
+  assert list(run.commands(settings_of("scenes_instruct"), given=True)) == TUNING
+  without = settings_of("scenes_instruct", **{"instructions.replay_share": 0.0})
+  raw = ("prepare_data", "encode_documents", "build_neighbors")
+  assert list(run.commands(without, given=True)) == [n for n in TUNING if n not in raw]
+
+
+def test_a_run_trains_no_clip_if_it_has_a_published_one():
+  published = settings_of("scenes", **{"retrieval.clip": "openai/clip-vit-base-patch32"})
+  assert list(run.commands(published, given=False)) == [n for n in DEMO if n != "train_clip"]
+
+
+def test_only_tasks_that_are_judged_are_graded():
+  names = list(run.commands(settings_of("sft_350m"), given=True))
+  assert "encode_instructions" in names
+  assert "grade_instructions" not in names
+
+
+def test_flags_that_not_every_stage_takes_are_left_out():
+  given = ["--config=c", "--init_from=scenes", "--records", "9", "--config.train.steps=3"]
+  assert run.passed_on(given) == ["--config=c", "--config.train.steps=3"]
+  assert run.passed_on(["--config", "c", "--workdir", "w"]) == ["--config", "c", "--workdir", "w"]
+
+
+def test_the_time_left_follows_from_the_stages_that_ended():
+  assert run.seconds_left({"train_vqgan": 200.0}, ["train"]) == pytest.approx(500)
+  assert run.seconds_left({"prepare_data": 5.0}, ["train_vqgan", "train"]) is None
+  assert run.seconds_left({"train": 500.0}, []) == 0
+
+
+@pytest.fixture
+def started(monkeypatch):
+  """Lists the commands that a run starts, which print two lines and take no time."""
+  calls = []
+
+  def start(self, command, flags, show):
+    calls.append((command, flags))
+    show(f"{command}: 3 pairs")
+    show("Warning: one is odd")
+    show("50%|##   | 1/2 [00:01<00:01, 1.0s/it]")
+
+  monkeypatch.setattr(stage_process.StageProcesses, "run", start)
+  monkeypatch.setattr(stage_process.StageProcesses, "__init__", lambda self, logs: None)
+  return calls
+
+
+def test_each_stage_prints_one_line_and_data_and_report_say_what_they_found(
+  started, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(sys, "argv", ["run", "--config=scenes", "--workdir=w", "--records=9"])
+  run.main(settings_of("scenes"), epath.Path(tmp_path), "", 100)
+  assert [command for command, _ in started] == DEMO
+  assert all(flags == ["--config=scenes", "--workdir=w"] for _, flags in started)
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[:3] == [
+    "  prepare_data: 3 pairs", "  Warning: one is odd", "[1/11] prepare_data: 0 s"
+  ]  # fmt: skip
+  assert len([line for line in lines if line.startswith("[")]) == 11
+  said = [line for line in lines if "3 pairs" in line]
+  assert said == ["  prepare_data: 3 pairs", "  report: 3 pairs"]
+  assert lines.count("  Warning: one is odd") == 11
+  assert lines[-1] == "[11/11] report: 0 s"
+
+
+def test_a_run_that_tunes_names_its_start_to_two_stages(started, tmp_path, monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["run", "--config=c", "--init_from=scenes"])
+  run.main(settings_of("scenes_instruct"), epath.Path(tmp_path), "scenes", 9)
+  extra = {command: flags[1:] for command, flags in started if flags[1:]}
+  start = ["--init_from=scenes"]
+  assert extra == {"copy_tokenizers": start, "train": start, "grade_instructions": ["--records=9"]}
+
+
+def test_skipped_stages_count_with_the_time_that_they_took(started, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["run"])
+  for name, seconds in (("raw", 10.0), ("vqgan", 6_000.0)):
+    (tmp_path / name).mkdir()
+    write_json(tmp_path / name / stages.DONE, {"seconds": seconds})
+  run.main(settings_of("scenes"), epath.Path(tmp_path), "", 100)
+  lines = [line for line in capsys.readouterr().out.splitlines() if "train_vqgan: " in line]
+  assert lines == ["[3/11] train_vqgan: 0 s, about 332 min left"]

@@ -1,0 +1,130 @@
+import dataclasses
+
+import ml_collections
+from ml_collections import config_dict
+import pytest
+
+from cm3leon_jax import from_data
+from cm3leon_jax.config import UserError
+from cm3leon_jax.configs import own
+from cm3leon_jax.from_data import Counts
+from cm3leon_jax.io import write_json
+from cm3leon_jax.settings import default_config, settings_from_config
+
+COUNTS = Counts(48, 264, 0, 0, 7_360, 0, 358)
+
+
+def config_without(*names, minutes=15.0):
+  """The default config, in which these fields follow from the data."""
+  config = default_config()
+  config.train.minutes = minutes
+  for name in names:
+    section, field = name.split(".")
+    kind = type(config[section][field])
+    del config[section][field]
+    config[section][field] = config_dict.placeholder(kind)
+  return config
+
+
+def prepared(workdir, counts=COUNTS):
+  (workdir / "raw").mkdir()
+  about = {"summary": {from_data.COUNTS: dataclasses.asdict(counts)}}
+  write_json(workdir / "raw" / "done.json", about)
+
+
+def test_all_fields_follow_from_the_counts_of_300_images():
+  assert from_data.values(COUNTS, 15.0) == {
+    "vocab.text_size": 358,
+    "data.text_share": 0.0,
+    "vqgan.resolution": 48,
+    "clip.resolution": 48,
+    "vqgan.batch_size": 16,
+    "clip.batch_size": 128,
+    "vqgan.steps": 2_779,
+    "clip.steps": 111,
+    "train.steps": 3_088,
+    "train.checkpoint_every": 257,
+    "train.eval_every": 386,
+    "train.sample_every": 1_029,
+  }
+
+
+def test_few_images_make_small_batches_and_many_of_them_take_time_from_the_steps():
+  few = from_data.values(dataclasses.replace(COUNTS, pairs=9), 15.0)
+  assert (few["vqgan.batch_size"], few["clip.batch_size"]) == (9, 9)
+  many = from_data.values(dataclasses.replace(COUNTS, pairs=10_000), 15.0)
+  assert 1_500 < many["train.steps"] < 2_400
+
+
+def test_small_images_give_the_tokenizer_more_steps_and_the_decoder_equally_many():
+  small = from_data.values(dataclasses.replace(COUNTS, resolution=24), 15.0)
+  usual = from_data.values(COUNTS, 15.0)
+  assert small["vqgan.steps"] > 2 * usual["vqgan.steps"]
+  assert small["train.steps"] == usual["train.steps"]
+
+
+def test_steps_have_bounds_at_few_and_many_minutes():
+  for section, least in from_data.LEAST_STEPS.items():
+    assert from_data.values(COUNTS, 1.0)[f"{section}.steps"] == least
+    most = from_data.MOST_STEPS[section]
+    assert from_data.values(COUNTS, 10_000.0)[f"{section}.steps"] == most
+
+
+def test_texts_have_their_share_of_the_tokens_if_some_are_held_out():
+  def share(**counts):
+    return from_data.values(dataclasses.replace(COUNTS, **counts), 15.0)["data.text_share"]
+
+  # 264 images of 64 codes and 1,840 tokens of captions, beside 2,500 tokens of texts.
+  assert share(texts=10, heldout_texts=1, text_characters=10_000) == round(2_500 / 21_236, 2)
+  assert share(texts=10, heldout_texts=0, text_characters=10_000) == 0.0
+  assert share(texts=999, heldout_texts=9, text_characters=10**7) == from_data.MOST_TEXT_SHARE
+
+
+def test_every_value_is_right_for_its_field():
+  for minutes in (1.0, 15.0, 600.0):
+    for counts in (COUNTS, Counts(24, 3, 9, 9, 99, 99_999, 9_999)):
+      config = own.get_config(str(minutes))
+      assert set(from_data.missing(config)) == set(from_data.values(counts, minutes))
+      config.update_from_flattened_dict(from_data.values(counts, config.train.minutes))
+      settings = settings_from_config(config)
+      assert settings.model.vocab_size == settings.vocab.text_size + 256
+
+
+def test_only_fields_that_are_none_get_values_and_flags_win(tmp_path):
+  prepared(tmp_path)
+  config = config_without("vocab.text_size", "train.steps")
+  config.train.steps = 7
+  made = from_data.complete(config, tmp_path)
+  assert (made.vocab.text_size, made.train.steps) == (358, 7)
+  assert made.vqgan.resolution == default_config().vqgan.resolution
+  assert config.vocab.text_size is None
+
+
+def test_a_config_without_such_fields_is_returned_as_it_is(tmp_path):
+  config = default_config()
+  assert from_data.missing(config) == []  # model.vocab_size follows from vocab.
+  assert from_data.complete(config, tmp_path) is config
+  assert from_data.complete(config, None) is config
+
+
+def test_data_that_is_not_prepared_is_named_with_its_command(tmp_path):
+  config = config_without("vocab.text_size")
+  for workdir in (tmp_path, None):
+    with pytest.raises(UserError, match=r"vocab\.text_size follows from the data: run .*prepare"):
+      from_data.complete(config, workdir)
+    assert from_data.complete(config, workdir, prepares=True).vocab.text_size > 0
+  (tmp_path / "raw").mkdir()
+  write_json(tmp_path / "raw" / "done.json", {"summary": {"train_pairs": 3}})
+  with pytest.raises(UserError, match=r"has no counts.*prepared with another --config"):
+    from_data.complete(config, tmp_path)
+
+
+def test_a_field_that_does_not_follow_from_the_data_is_named(tmp_path):
+  prepared(tmp_path)
+  with pytest.raises(UserError, match=r"config\.model\.width is None; only vocab\.text_size, "):
+    from_data.complete(config_without("model.width"), tmp_path)
+
+
+def test_missing_fields_are_named_by_section_and_field():
+  config = ml_collections.ConfigDict({"seed": 0, "a": {"b": None, "c": 1}})
+  assert from_data.missing(config) == ["a.b"]
