@@ -118,6 +118,7 @@ def _by_protocol(settings, workdir) -> None:
     protocol_flags.EXTRACTOR,
     protocol_flags.CLIP,
     protocol_flags.BEFORE,
+    out_flag.OUT,
   )
   options = evaluate_protocol.Options(*(flag.value for flag in flags_of))
   evaluate_protocol.run_all(settings, workdir, protocol_flags.PROTOCOL.value, options)

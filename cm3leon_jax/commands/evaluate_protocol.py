@@ -35,6 +35,7 @@ class Options:
     weights: file or folder of the extractor's weights, or None.
     clip: folder of a Hugging Face CLIP for scores, or None for that of the run.
     before: measure the parameters that the run began from.
+    out: folder of the results, or None for the default of `out_flag`.
   """
 
   metrics: Sequence[str] = ()
@@ -43,6 +44,7 @@ class Options:
   weights: str | None = None
   clip: str | None = None
   before: bool = False
+  out: str | None = None
 
 
 def run_all(settings, workdir, name: str, options: Options) -> None:
@@ -230,7 +232,7 @@ def _make_run(trained: Trained, protocol: Protocol, names, extractor, options: O
     "extractor": extractor and extractor.identity,
     "scorer": scorer and extractors.clip_identity(scorer),
   }
-  root, name = out_flag.results_folder(trained) / FOLDER, slug(about["name"])
+  root, name = out_flag.results_folder(trained, options.out) / FOLDER, slug(about["name"])
   job = Run(
     protocol=protocol,
     metrics=names,

@@ -308,7 +308,7 @@ def main(settings, workdir) -> None:
       f"{image}, crop {crop}": hashlib.sha256(pixels.tobytes()).hexdigest()
       for (image, crop), pixels in given.items()
     }
-  folder = _folder(out_flag.results_folder(trained), tasks, config)
+  folder = _folder(out_flag.results_folder(trained, out_flag.OUT.value), tasks, config)
   for sentence in doubts(tasks, layout, settings.instructions, trained.unseen_tokens()):
     print(f"generate: warning: {sentence}")
   with stages.once(folder, config) as summary, common.use_mesh(settings):

@@ -18,7 +18,7 @@ OUT = flags.DEFINE_string(
 )
 
 
-def results_folder(trained: Trained) -> epath.Path:
-  """Returns the folder in which results are written; never that of a bundle."""
+def results_folder(trained: Trained, out: str | None) -> epath.Path:
+  """Returns the folder of results: `out`, or a default, which is never the folder of a bundle."""
   default = epath.Path() if trained.is_bundle else trained.folder
-  return default if OUT.value is None else epath.Path(OUT.value)
+  return default if out is None else epath.Path(out)

@@ -75,7 +75,9 @@ def main(settings, workdir) -> None:
   }
   distributed.check_same_config(identity)
   digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
-  folder = out_flag.results_folder(trained) / "scores" / f"{slug(path.stem)}-{digest}"
+  folder = (
+    out_flag.results_folder(trained, out_flag.OUT.value) / "scores" / f"{slug(path.stem)}-{digest}"
+  )
   first = distributed.is_first()
   once = stages.once(folder, identity, writes=first, together=distributed.together)
   with once as summary, common.use_mesh(settings):
