@@ -201,6 +201,8 @@ def seen(image: Image.Image) -> tuple[str, str]:
   border = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
   other = np.linalg.norm(pixels - border, axis=-1)
   mask = other / (other + distance[..., color] + 1e-6)
+  if not (mask > 0.5).any():  # The border has the color, too.
+    return list(COLORS)[color], ""
   (top, bottom), (left, right) = (np.percentile(axis, (1, 99)) for axis in np.nonzero(mask > 0.5))
   found = cells(Image.fromarray(mask.astype(np.float32)), (left, top, right + 1, bottom + 1))
   alike = {s: np.corrcoef(found.ravel(), template(s).ravel())[0, 1] for s in SHAPES}

@@ -53,6 +53,8 @@ def test_an_image_without_a_color_shows_nothing():
   assert own_images.seen(own_images.background(np.random.default_rng(0))) == ("", "")
   plain = Image.new("RGB", (48, 48), (200, 200, 200))
   assert own_images.seen(plain) == ("", "")
+  filled = Image.new("RGB", (48, 48), own_images.COLORS["red"])
+  assert own_images.seen(filled) == ("red", "")
 
 
 def test_the_facts_have_as_many_captions_and_three_wordings():
