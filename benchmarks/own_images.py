@@ -30,10 +30,6 @@ from cm3leon_jax.reports import report
 
 # H height, W width.
 
-_FOLDER = flags.DEFINE_string("folder", "my_images", "Folder that `make` writes.")
-_WORKDIR = flags.DEFINE_string("workdir", "workdir/own", "Run that `judge` judges.")
-_CAPTIONS = flags.DEFINE_integer("captions", 50, "Number of captions.", lower_bound=1)
-
 SIDE = 256  # Of an image in pixels.
 PAIRS = 290  # Beside them stand ten mistakes.
 NEAR = 75  # Largest distance of a pixel to a color, in RGB.
@@ -265,12 +261,15 @@ def sheet(images: list[Image.Image], captions: list[str], columns: int = 5) -> I
 
 def main(argv: list[str]) -> None:
   if argv[1:] == ["make"]:
-    make(pathlib.Path(_FOLDER.value))
+    make(pathlib.Path(flags.FLAGS.folder))
   elif argv[1:] == ["judge"]:
-    print(json.dumps(judge(pathlib.Path(_WORKDIR.value), _CAPTIONS.value), indent=1))
+    print(json.dumps(judge(pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.captions), indent=1))
   else:
     raise UserError("the first argument must say what to do: make or judge.")
 
 
 if __name__ == "__main__":
+  flags.DEFINE_string("folder", "my_images", "Folder that `make` writes.")
+  flags.DEFINE_string("workdir", "workdir/own", "Run that `judge` judges.")
+  flags.DEFINE_integer("captions", 50, "Number of captions.", lower_bound=1)
   app.run(main)
