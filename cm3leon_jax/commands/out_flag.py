@@ -15,6 +15,7 @@ OUT = flags.DEFINE_string(
   None,
   "Folder in which the folder of the results is made; default: the workdir of a run, and for a "
   "bundle the current folder.",
+  allow_override=True,  # Of other commands, which tests import in one process.
 )
 
 

@@ -1,4 +1,4 @@
-"""Damaged checkpoints and full disks, in process and before `launch.train`."""
+"""Damaged checkpoints and full disks, in process and before `cm3leon train`."""
 
 import pytest
 

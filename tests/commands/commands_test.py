@@ -295,7 +295,7 @@ def test_a_wrong_config_or_flag_ends_in_one_sentence(tmp_path, flags, config, se
 def test_a_command_that_makes_a_run_needs_a_config(tmp_path):
   result = launch("train", "--workdir=w", cwd=tmp_path)
   assert result.returncode == 2
-  assert result.stderr == "error: name a config: --config=ml_configs/scenes.py\n"
+  assert result.stderr == "error: name a config: --config=scenes\n"
 
 
 def test_a_bucket_as_source_needs_its_extra(tmp_path):

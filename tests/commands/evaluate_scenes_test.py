@@ -1,4 +1,4 @@
-"""Tests launch.evaluate on scenes: judged samples, and exports for GenEval."""
+"""Tests cm3leon evaluate on scenes: judged samples, and exports for GenEval."""
 
 import dataclasses
 import json

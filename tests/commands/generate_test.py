@@ -1,4 +1,4 @@
-"""Tests launch.generate: its results, their folders, and that mistakes end it before any work."""
+"""Tests cm3leon generate: its results, their folders, and that mistakes end it before any work."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Tests launch.import_vqgan: what it prints, leaves and refuses, and a run on what it imports."""
+"""Tests cm3leon import_vqgan: what it prints, leaves and refuses, and a run on what it imports."""
 
 import dataclasses
 
@@ -267,7 +267,7 @@ def write_data(root) -> np.ndarray:
 @pytest.fixture
 def one_mesh(monkeypatch):
   mesh = create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-  monkeypatch.setattr(common, "make_mesh", lambda settings: mesh)
+  monkeypatch.setattr(common, "make_mesh", lambda settings, stage="": mesh)
 
 
 def test_a_run_on_an_imported_tokenizer(source, tmp_path, one_mesh, capsys):

@@ -1,4 +1,4 @@
-"""Tests launch.inspect_data: its page, and its mistakes in one sentence."""
+"""Tests cm3leon inspect_data: its page, and its mistakes in one sentence."""
 
 import pathlib
 

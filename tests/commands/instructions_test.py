@@ -86,7 +86,7 @@ def tuned(source, tmp_path_factory):
 def one_mesh():
   with pytest.MonkeyPatch.context() as patch:
     mesh = create_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    patch.setattr(common, "make_mesh", lambda settings: mesh)
+    patch.setattr(common, "make_mesh", lambda settings, stage="": mesh)
     yield
 
 

@@ -91,9 +91,10 @@ def test_what_follows_from_the_data_is_counted_printed_and_used_by_later_stages(
   assert trained.returncode == 0, trained.stderr
   tokenizer = json.loads((tmp_path / "run" / "text_tokenizer" / "tokenizer.json").read_text())
   assert len(tokenizer["model"]["vocab"]) == counts["text_tokens"]
+  (tmp_path / "other").mkdir()
   early = launch("train_text_tokenizer", "--config=own", f"--workdir={tmp_path / 'other'}")
   assert early.returncode == 2
-  assert "follows from the data: run `python -m launch.prepare_data`" in early.stderr
+  assert "follows from the data: run `cm3leon prepare_data`" in early.stderr
 
 
 def test_a_source_without_files_needs_a_resolution():

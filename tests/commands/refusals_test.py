@@ -64,16 +64,16 @@ def refusal(folder: pathlib.Path, name: str, *flags: str) -> str:
     (
       "train_vqgan",
       ["--config=cm3leon_7b", "--distributed"],
-      "--distributed is given, but this command runs in one process; only launch.train, "
-      "launch.evaluate --protocol and launch.score run in several; train_vqgan trains on one host: "
-      "on a pod take a published image tokenizer, by `python -m launch.import_vqgan "
+      "--distributed is given, but this command runs in one process; only cm3leon train, cm3leon "
+      "evaluate --protocol and cm3leon score run in several; train_vqgan trains on one host: "
+      "on a pod take a published image tokenizer, by `cm3leon import_vqgan "
       "--source=FOLDER` (docs/published_tokenizers.md).",
     ),
     (
       "train_clip",
       ["--config=cm3leon_7b", "--num_processes=2"],
-      "--num_processes is given, but this command runs in one process; only launch.train, "
-      "launch.evaluate --protocol and launch.score run in several; train_clip trains on one host: "
+      "--num_processes is given, but this command runs in one process; only cm3leon train, cm3leon "
+      "evaluate --protocol and cm3leon score run in several; train_clip trains on one host: "
       "on a pod take a published CLIP, by --config.retrieval.clip=FOLDER (docs/scaling.md).",
     ),
     (

@@ -1,4 +1,4 @@
-"""Tests launch.score: its files, when it runs again, and mistakes that end it before any work."""
+"""Tests cm3leon score: its files, when it runs again, and mistakes that end it before any work."""
 
 import json
 import re

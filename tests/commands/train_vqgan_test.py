@@ -1,4 +1,4 @@
-"""Tests launch.train_vqgan: what it prints of scenes, and which training it continues."""
+"""Tests cm3leon train_vqgan: what it prints of scenes, and which training it continues."""
 
 import dataclasses
 import shutil

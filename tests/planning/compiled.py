@@ -1,4 +1,4 @@
-"""Runs `launch.aot_compile` in a process of its own: a process cannot unload libtpu.
+"""Runs `cm3leon aot_compile` in a process of its own: a process cannot unload libtpu.
 
 Slow tests of it are spread over several files, none of which takes more than 15 minutes.
 """

@@ -1,7 +1,7 @@
 """Compiles the launches of the documents for their slices, in processes of their own.
 
-The commands of `launch.plan` and `launch.aot_compile` are read from the pages and from the commands
-themselves, so that they cannot drift.
+The commands of `cm3leon plan` and `cm3leon aot_compile` are read from the pages and from the
+commands themselves, so that they cannot drift.
 """
 
 import dataclasses

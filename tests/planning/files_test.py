@@ -1,4 +1,4 @@
-"""Which files `launch.plan` writes for a job, what it says about the others, what it refuses."""
+"""Which files `cm3leon plan` writes for a job, what it says about the others, what it refuses."""
 
 import dataclasses
 import json

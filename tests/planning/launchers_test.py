@@ -1,4 +1,4 @@
-"""Runs the scripts that `launch.plan` writes, with recorders in place of gcloud, xpk and srun."""
+"""Runs the scripts that `cm3leon plan` writes, with recorders in place of gcloud, xpk and srun."""
 
 import re
 import subprocess

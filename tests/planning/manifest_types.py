@@ -1,4 +1,4 @@
-"""Types of the manifests that `launch.plan` writes, as their tools define them."""
+"""Types of the manifests that `cm3leon plan` writes, as their tools define them."""
 
 from kubernetes import client
 import pydantic

@@ -1,4 +1,4 @@
-"""Checks the manifests that `launch.plan` writes: schemas of JobSet, Kueue, SkyPilot; restarts."""
+"""Checks the manifests that `cm3leon plan` writes: schemas of JobSet, Kueue, SkyPilot; restarts."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Runs the `tpu_vm.sh` that `launch.plan` writes, with a recorder in place of gcloud."""
+"""Runs the `tpu_vm.sh` that `cm3leon plan` writes, with a recorder in place of gcloud."""
 
 import hashlib
 import subprocess

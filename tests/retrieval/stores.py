@@ -1,4 +1,4 @@
-"""Files of `launch.build_neighbors`, from arrays of a test."""
+"""Files of `cm3leon build_neighbors`, from arrays of a test."""
 
 import numpy as np
 
