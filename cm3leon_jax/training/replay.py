@@ -134,7 +134,7 @@ def judge(
     if first is None and differ.any():
       devices: dict[int, None] = {}
       for number, mesh in enumerate(meshes):
-        places = outvoted[number] & ~(repeats and number == 1)
+        places = outvoted[number] & (not (repeats and number == 1))
         devices |= dict.fromkeys(mesh.devices.flat[i].id for i in np.flatnonzero(places.any(1)))
       first = stage, tuple(np.flatnonzero(differ.any(0)).tolist()), tuple(devices)
   unconfirmed = repeats and wrong == {1} and not undecided
