@@ -7,6 +7,7 @@ from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.attention import BLOCK
 from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training import flops, loss
 from tests.models.tiny import mesh_of
 
@@ -69,7 +70,7 @@ def test_recomputed_layers_do_not_count():
 
 def test_7b_by_hand():
   """32 layers of 4 x 4,096^2 + 2 x 4,096 x 16,384, and a table of 64,512 x 4,096."""
-  config = ModelConfig(**cm3leon_7b.get_config().model)
+  config = settings_from_config(cm3leon_7b.get_config()).model
   assert (
     flops.matmul_params(config) == 32 * (67_108_864 + 134_217_728) + 264_241_152 == 6_706_692_096
   )

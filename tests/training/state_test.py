@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from cm3leon_jax.config import build
 from cm3leon_jax.configs import cm3leon_7b
 from cm3leon_jax.mesh import shard, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.training.loss import SOURCE_SUMS
 from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
 from cm3leon_jax.training.state import TrainState, init_state, train_step
@@ -233,11 +233,8 @@ def array_shapes(jaxpr):
 
 def abstract_7b(shape):
   """Traces the train step of the 7B config on 8 devices without making arrays: state and jaxpr."""
-  config = cm3leon_7b.get_config()
-  model, optimizer = (
-    build(ModelConfig, config.model, "model"),
-    create_optimizer(build(OptimizerConfig, config.optimizer, "optimizer"), 10),
-  )
+  config = settings_from_config(cm3leon_7b.get_config())
+  model, optimizer = config.model, create_optimizer(config.optimizer, 10)
   with jax.set_mesh(mesh_of(*shape)):
     state = jax.eval_shape(lambda: init_state(model, optimizer, jax.random.key(0)))
     length = config.data.sequence_length
