@@ -152,5 +152,6 @@ def test_workflows_run_what_the_repository_has():
     name: [step["run"] for job in flow["jobs"].values() for step in job["steps"] if "run" in step]
     for name, flow in workflows.items()
   }
-  assert commands["test"] == ["bash .ci/run"]
+  assert commands["test"] == ["bash .ci/run", "bash .ci/wheel.sh python${{ matrix.python }}"]
+  assert "bash .ci/wheel.sh python" in commands["release"]
   assert commands["docs"][-1] == "mkdocs build --strict"

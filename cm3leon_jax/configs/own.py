@@ -1,10 +1,10 @@
 """Trains every stage on a folder of your own images and captions, on two CPU cores in minutes.
 
-  python -m launch.run --config=ml_configs/own.py --config.raw.source=my_images --workdir=W
-  python -m launch.run --config=ml_configs/own.py:60 --config.raw.source=my_images --workdir=W
+  cm3leon run --config=own --config.raw.source=my_images --workdir=W
+  cm3leon run --config=own:60 --config.raw.source=my_images --workdir=W
 
 The variant is the time in minutes that all stages may take on two cores (default 15). Fields that
-are None here follow from what `launch.prepare_data` counts: resolution, size of the text
+are None here follow from what `cm3leon prepare_data` counts: resolution, size of the text
 vocabulary, share of texts, batches and steps. docs/own_images.md walks through a run.
 """
 
