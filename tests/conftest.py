@@ -37,6 +37,37 @@ hypothesis.settings.register_profile("no_deadline", deadline=None)
 hypothesis.settings.load_profile("no_deadline")
 
 
+# Reasons to skip a test that only a machine can have. Another one, such as a package that is absent,
+# would hide tests: it fails the session.
+SKIPS = (
+  "an option of Linux",
+  "needs systemd-analyze",
+  "this machine has an accelerator",
+  "torch without oneDNN",
+)
+
+
+def _skips(config) -> list[str]:
+  """Returns the reasons of the tests that were skipped."""
+  reporter = config.pluginmanager.get_plugin("terminalreporter")
+  reports = reporter.stats.get("skipped", []) if reporter else []
+  return [report.longrepr[2].removeprefix("Skipped: ") for report in reports]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+  if session.exitstatus == 0 and set(_skips(session.config)) - set(SKIPS):
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  reasons = _skips(config)
+  unknown = sorted(set(reasons) - set(SKIPS))
+  terminalreporter.write_line(
+    f"skipped tests: {len(reasons)}{': ' * bool(unknown)}" + "; ".join(unknown)
+  )
+
+
 @pytest.fixture
 def optimized():
   """Lets XLA optimize the programs of a test that computes for long."""
