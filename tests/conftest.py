@@ -37,7 +37,7 @@ hypothesis.settings.register_profile("no_deadline", deadline=None)
 hypothesis.settings.load_profile("no_deadline")
 
 
-# Reasons to skip a test that only a machine can have. Another one, such as a package that is absent,
+# Reasons to skip a test that only a machine can have. Another one, such as an absent package,
 # would hide tests: it fails the session.
 SKIPS = (
   "an option of Linux",
