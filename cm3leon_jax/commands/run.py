@@ -25,7 +25,8 @@ STARTED = ("copy_tokenizers", "train")  # Commands that take --init_from.
 # Share of the time of a run that a stage takes, in the configs of minutes; others take 1%.
 SHARES = {"train_vqgan": 0.2, "train_clip": 0.06, "build_neighbors": 0.03, "train": 0.5}
 SHARES |= {"generate": 0.03, "evaluate": 0.08, "grade_instructions": 0.2}
-PROGRESS = re.compile(r"\d%\|")  # In a line of a bar.
+# In a line of a bar; the counts of a stage, which `prepare_data` says in words, too.
+HIDDEN = re.compile(r"\d%\||^prepare_data: shards \d")
 LEAST_KNOWN = 0.1  # Share of the run from which on the time left is estimated.
 
 
@@ -93,7 +94,7 @@ class _Lines:
 
   def show(self, line: str) -> None:
     """Prints a warning, and what data and report say; draws another line over the one before."""
-    said = self._whole and not PROGRESS.search(line)
+    said = self._whole and not HIDDEN.search(line)
     if said or line.lower().startswith("warning"):
       self.clear()
       print(f"  {line}", flush=True)

@@ -67,6 +67,7 @@ def started(monkeypatch):
   def start(self, command, flags, show):
     calls.append((command, flags))
     show(f"{command}: 3 pairs")
+    show(f"{command}: shards 2, train_pairs 3")
     show("Warning: one is odd")
     show("50%|##   | 1/2 [00:01<00:01, 1.0s/it]")
 
