@@ -84,7 +84,7 @@ def test_what_trains_on_one_host_is_named_with_its_remedy(of_7b, costs):
   assert f"; on one host only, {days:.1f} days, or none with a published CLIP, by --config." in (
     costs["train_clip"].basis
   )
-  assert "launch.import_vqgan --source=FOLDER" in costs["train_vqgan"].basis
+  assert "cm3leon import_vqgan --source=FOLDER" in costs["train_vqgan"].basis
   retrieval = dataclasses.replace(config.retrieval, clip="clip-vit-base-patch32")
   published = dataclasses.replace(config, retrieval=retrieval)
   stages = [cost.stage for cost in stage_costs.estimate(published, made, PAIRS)]
