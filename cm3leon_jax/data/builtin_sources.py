@@ -26,6 +26,8 @@ def drawings_of(source: str):
     UserError: a package is absent.
   """
   try:
+    if source == SCENES:
+      importlib.import_module("fonticon_mdi7")  # Its module imports it at the first icon.
     return importlib.import_module(f"cm3leon_jax.data.{source}")
   except ImportError as error:
     raise UserError(

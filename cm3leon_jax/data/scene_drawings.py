@@ -2,11 +2,12 @@
 
 import functools
 
-from fonticon_mdi7 import MDI7
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
+from cm3leon_jax import extras
+from cm3leon_jax.config import UserError
 from cm3leon_jax.data.scene_world import COLORS, ICONS, PLACES, Placed, Scene, Style
 
 # H height, W width of an image.
@@ -16,14 +17,26 @@ SIDE = 2 * CELL
 
 
 @functools.cache
+def _icons():
+  """Imports the icon font: reports and exports of other data do without it."""
+  try:
+    from fonticon_mdi7 import MDI7
+  except ImportError as error:
+    raise UserError(
+      f"the icons of scenes are not installed ({error}): {extras.install('demo')}."
+    ) from error
+  return MDI7
+
+
+@functools.cache
 def _font(cell: int) -> ImageFont.FreeTypeFont:
-  return ImageFont.truetype(str(MDI7.__font_file__), cell)
+  return ImageFont.truetype(str(_icons().__font_file__), cell)
 
 
 @functools.cache
 def alpha(icon: str, cell: int = CELL) -> np.ndarray:
   """Renders the ink of an icon, by its name in MDI7: [cell, cell] uint8, 255 where it is full."""
-  glyph = getattr(MDI7, icon).rpartition(".")[2]
+  glyph = getattr(_icons(), icon).rpartition(".")[2]
   image = Image.new("L", (cell, cell))
   middle = (cell / 2, cell / 2)
   ImageDraw.Draw(image).text(middle, glyph, font=_font(cell), fill=255, anchor="mm")

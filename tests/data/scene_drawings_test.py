@@ -1,0 +1,26 @@
+"""The icons of scenes come with an extra, which other data do not need; scenes_test has the rest."""
+
+import subprocess
+import sys
+
+WITHOUT_ICONS = """
+import subprocess
+import sys
+import sys
+sys.modules["fonticon_mdi7"] = None
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import builtin_sources, scene_drawings
+from cm3leon_jax.reports import model_card, report
+for draw in (lambda: scene_drawings.alpha("star"), lambda: builtin_sources.drawings_of("scenes")):
+  try:
+    draw()
+  except UserError as error:
+    print("fonticon-materialdesignicons7" in str(error))
+"""
+
+
+def test_reports_and_exports_of_other_data_need_no_icons():
+  result = subprocess.run(
+    [sys.executable, "-c", WITHOUT_ICONS], capture_output=True, text=True, check=False
+  )
+  assert (result.returncode, result.stdout) == (0, "True\nTrue\n"), result.stderr
