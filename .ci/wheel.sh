@@ -42,11 +42,14 @@ grep -q 'CM3Leon.load' snippet.py || fail "README.md has no snippet that loads a
 { cat snippet.py; echo 'samples[0].image.save("sample.png")'; } >run.py
 python run.py
 
-echo "wheel: cm3leon generate and caption"
+echo "wheel: cm3leon generate, a caption, cm3leon export"
 cm3leon generate --workdir=scenes --prompt="a red bell" --out=drawn
 [ -n "$(find drawn -name '*.png' -print -quit)" ] || fail "cm3leon generate wrote no image."
 cm3leon generate --workdir=scenes-instruct --task=caption --image=sample.png --out=captioned | tee caption.txt
 [ -s caption.txt ] || fail "cm3leon generate --task=caption printed nothing."
+
+cm3leon export --workdir=scenes --output=exported
+[ -f exported/README.md ] || fail "cm3leon export wrote no model card."
 
 echo "wheel: cm3leon serve"
 cm3leon serve --workdir=scenes --port=0 >serve.log 2>&1 &

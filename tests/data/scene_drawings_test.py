@@ -1,4 +1,4 @@
-"""The icons of scenes come with an extra, which other data do not need; scenes_test has the rest."""
+"""Icons of scenes: they come with an extra that other data do not need; scenes_test has the rest."""
 
 import subprocess
 import sys
