@@ -1,4 +1,4 @@
-"""Icons of scenes: they come with an extra that other data do not need; scenes_test has the rest."""
+"""Icons of scenes: they come with an extra that other data do not need."""
 
 import subprocess
 import sys
