@@ -23,7 +23,7 @@ import sys
 from absl import flags
 from etils import epath
 
-from cm3leon_jax.commands import common, help_text
+from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 
 # Other commands have flags of these names; tests import all of them into one process.
@@ -162,7 +162,7 @@ def main(settings) -> None:
   pairs = _PAIRS.value or stage_costs.pairs_of_a_pass(settings)
   costs = stage_costs.estimate(settings, plan, pairs)
   costs_table = stage_costs.table(costs, plan, pairs, bool(_PAIRS.value))
-  tables = f"{plan_lib.table(plan, name, _SPOT.value)}\n{help_text.as_invoked(costs_table)}"
+  tables = f"{plan_lib.table(plan, name, _SPOT.value)}\n{costs_table}"
   if not _OUT.value:
     print(tables)
     return

@@ -36,6 +36,7 @@ FIELDS = {"settings": dict, "step": int, "digests": dict}
 INSTALLED = ("scenes", "scenes-instruct")  # Bundles that come with the package.
 MODEL = ("params.safetensors", "config.json")
 FILES = {"text_tokenizer": text.FILES, "vqgan": MODEL, "clip": MODEL}  # Of stages.
+PARTS = (*FILES, "documents", "neighbors")  # Folders in a bundle.
 AGAIN = "install cm3leon_jax again, or write the bundle again with `cm3leon export --bundle`"
 
 
@@ -94,7 +95,7 @@ def write(
       "`cm3leon train_clip` trained: this run has no bundle."
     )
   folder, workdir = epath.Path(folder), epath.Path(workdir)
-  _check_no_run(folder)
+  _check_target(folder)
   huggingface.check(settings.model)
   texts = workdir / "text_tokenizer"
   described_base, of_base = _base(base, workdir) if base else (None, settings)
@@ -130,18 +131,28 @@ def copy(folder: epath.PathLike, to: epath.PathLike) -> None:
     UserError: `to` is the folder of a run, or of this bundle.
   """
   folder, to = epath.Path(folder), epath.Path(to)
-  _check_no_run(to)
+  _check_target(to)
   if absolute(to) == absolute(folder):
     raise UserError(f"{to} is the bundle itself: name another folder.")
   _remove_parts(to)
   more = [name for name in (training_data.FILE, "README.md") if (folder / name).exists()]
-  names = [*read_json(folder / FILE, FIELDS)["digests"], *more]
+  names = [huggingface.WEIGHTS, *read_json(folder / FILE, FIELDS)["digests"], *more]
   for name in [*dict.fromkeys(names), FILE]:
     (to / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).copy(to / name, overwrite=True)
 
 
-def _check_no_run(folder: epath.Path) -> None:
+def _check_target(folder: epath.Path) -> None:
+  """Raises UserError if a bundle in `folder` would replace files that are not of a bundle."""
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f"{folder} is a file: name a folder for the bundle.")
+  written = is_bundle(folder) or (folder / huggingface.WEIGHTS).exists()
+  parts = [part for part in PARTS if (folder / part).exists()]
+  if parts and not written and not (folder / parts[0] / stages.DONE).exists():
+    raise UserError(
+      f"{folder} has a folder '{parts[0]}' and is no bundle: its files would be lost; name another "
+      "folder."
+    )
   if any((folder / stage / stages.DONE).exists() for stage in stages.STAGES):
     raise UserError(
       f"{folder} is the folder of a run, whose tokenizers a bundle would replace: name another "
@@ -153,7 +164,7 @@ def _remove_parts(folder: epath.Path) -> None:
   """Removes a bundle that was here before, bundle.json first: half a bundle is none."""
   for name in (FILE, unseen_tokens.FILE):
     (folder / name).unlink(missing_ok=True)
-  for part in (*FILES, "documents", "neighbors"):
+  for part in PARTS:
     if (folder / part).exists():
       (folder / part).rmtree()
 

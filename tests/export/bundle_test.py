@@ -58,6 +58,17 @@ def test_a_refused_bundle_leaves_what_is_there(run, bundled, tmp_path):
   assert {path: path.read_bytes() for path in [*files(workdir), *files(folder)]} == before
 
 
+def test_a_folder_with_files_of_others_is_refused_and_keeps_them(bundled, tmp_path):
+  kept = tmp_path / "documents" / "mine.txt"
+  kept.parent.mkdir()
+  kept.write_text("mine")
+  with pytest.raises(config.UserError, match="has a folder 'documents' and is no bundle"):
+    bundle.copy(bundled, epath.Path(tmp_path))
+  assert kept.read_text() == "mine"
+  with pytest.raises(config.UserError, match="is a file: name a folder"):
+    bundle.copy(bundled, epath.Path(kept))
+
+
 def test_it_generates_without_the_run_and_retrieves_nothing(bundled, tmp_path):
   moved = tmp_path / "moved"
   shutil.copytree(bundled, moved)
