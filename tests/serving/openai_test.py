@@ -8,6 +8,8 @@ import pytest
 
 from tests.serving.live import about, image, pixels, png
 
+pytestmark = pytest.mark.filterwarnings("ignore:this model never learned to edit")
+
 
 @pytest.fixture(scope="module")
 def client(live):
