@@ -27,7 +27,8 @@ if TYPE_CHECKING:
   from cm3leon_jax.data.pipeline import RowLoader
   from cm3leon_jax.training.skipped_rows import SkippedRows
 
-_OUT = flags.DEFINE_string("out", "rows.html", "HTML file to write.")
+# Without a default, as the flag of this name of other commands: in one process they are one flag.
+_OUT = flags.DEFINE_string("out", None, "HTML file to write (default: rows.html).")
 _ROWS = flags.DEFINE_integer("rows", 6, "Number of rows.", lower_bound=1)
 _FIRST_ROW = flags.DEFINE_integer("first_row", 0, "Number of the first row.", lower_bound=0)
 _SKIPPED = flags.DEFINE_bool(
@@ -149,7 +150,7 @@ def main(settings, workdir) -> None:
     return
   numbers: Sequence[int] = range(_FIRST_ROW.value, _FIRST_ROW.value + _ROWS.value)
   name = config_flags.get_config_filename(flags.FLAGS["config"])
-  out, skipped = epath.Path(_OUT.value), None
+  out, skipped = epath.Path(_OUT.value or "rows.html"), None
   if _SKIPPED.value:
     from cm3leon_jax.training import skipped_rows
 

@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 
 from absl import flags
 from absl.testing import flagsaver
@@ -173,3 +175,14 @@ def test_a_bundle_is_neither_bundled_again_nor_exported_without_its_average(call
     call(export, bundled, "b")
   with pytest.raises(UserError, match="which has its parameters once: leave --merge_ema out"):
     call(export, bundled, "", "", formats.Choice(average=True))
+
+
+def test_the_flag_has_no_default_that_would_reach_other_commands():
+  """Tests import all commands into one process, where the last one defines the common flag."""
+  code = (
+    "from absl import flags\n"
+    "from cm3leon_jax.commands import generate, inspect_data\n"
+    "print(flags.FLAGS['out'].default)"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert done.stdout == "None\n"
