@@ -24,6 +24,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instruction_config import InstructionsConfig, read_tasks
 from cm3leon_jax.evaluation.protocols import compare
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
+from cm3leon_jax.export.trained import open_trained
 from cm3leon_jax.io import read_json, read_json_lines
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.reports import report
@@ -132,13 +133,14 @@ def test_a_protocol_measures_the_run_before_and_after_tuning(tuned, source, tmp_
   with one_mesh():
     for before in (True, False):
       options = evaluate_protocol.Options(data=data, before=before)
-      folders[before], result = evaluate_protocol.run(settings, workdir, "x", protocol, options)
+      trained = open_trained(workdir, settings)
+      folders[before], result = evaluate_protocol.run(trained, "x", protocol, options)
       assert result["step"] == (0 if before else 2)
     rows = compare.compare(folders[True], folders[False])
     assert [row["metric"] for row in rows] == ["vqa_accuracy", "exact_match"]
     with pytest.raises(UserError, match="began from random parameters"):
       evaluate_protocol.run(
-        settings, source, "x", protocol, options=dataclasses.replace(options, before=True)
+        open_trained(source, settings), "x", protocol, dataclasses.replace(options, before=True)
       )
 
 
