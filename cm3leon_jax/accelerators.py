@@ -10,9 +10,11 @@ from cm3leon_jax.config import UserError
 
 # TPU chips; GPUs of NVIDIA, of AMD, and under WSL.
 DEVICE_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
-# Value in JAX_PLATFORMS -> modules of which JAX needs one, and extras that install them.
-PLUGINS = {
-  "cuda": (("jax_cuda12_plugin", "jax_cuda13_plugin"), ("cuda12", "cuda13")),
+# Modules of which JAX needs one, and extras that install them.
+GPU = (("jax_cuda12_plugin", "jax_cuda13_plugin"), ("cuda12", "cuda13"))
+PLUGINS = {  # By the value in JAX_PLATFORMS.
+  "gpu": GPU,
+  "cuda": GPU,
   "tpu": (("libtpu",), ("tpu",)),
 }
 

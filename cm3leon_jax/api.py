@@ -102,11 +102,15 @@ class CM3Leon:
     Raises `UserError` if nothing was trained there, a file is damaged, or an option is wrong.
     """
     accelerators.use_cpu_if_alone()
-    buckets.check_path(os.fspath(workdir), "workdir")
     buckets.prepare_access()
     from cm3leon_jax import loading, progress
+    from cm3leon_jax.generation import calls
 
-    shown = progress.is_interactive() if show_progress is None else show_progress
+    workdir = calls.folder("workdir", workdir)
+    buckets.check_path(workdir, "workdir")
+    if show_progress is None:
+      show_progress = progress.is_interactive()
+    shown = calls.truth("show_progress", show_progress)
     return cls(*loading.load(workdir, clip, dtype, devices, mesh, options), shown)
 
   def __repr__(self) -> str:
@@ -124,8 +128,9 @@ class CM3Leon:
     It has decoder, tokenizers and CLIP, in float16, and the settings. An export lacks a CLIP.
     """
     from cm3leon_jax import loading
+    from cm3leon_jax.generation import calls
 
-    loading.save(self.workdir, self.mesh, self.step, folder)
+    loading.save(self.workdir, self.mesh, self.step, calls.folder("folder", folder))
 
   def sample(
     self, tasks: Sequence[Task], num_samples: int = 1, rank: bool = False
@@ -147,6 +152,7 @@ class CM3Leon:
     """
     from cm3leon_jax.generation import calls
 
+    tasks = calls.given_tasks(tasks)
     num_samples = calls.check_samples(self.pipeline, tasks, num_samples, rank)
     if not tasks:
       return []
@@ -162,6 +168,9 @@ class CM3Leon:
     >>> int((prompt >= model.pipeline.layout.vocab.text_size).sum())  # Codes of the image.
     16
     """
+    from cm3leon_jax.generation import calls
+
+    tasks = calls.given_tasks(tasks)
     with self._in_mesh():
       given = self.pipeline.check(tasks)
       return self.pipeline.requests(tasks, given, self.pipeline.retrieve(tasks))
@@ -250,7 +259,7 @@ class CM3Leon:
       seed: of the first question.
       **sampling: `text_temperature`, `text_top_k`, `text_top_p`.
     """
-    inputs = {"image": image, "prompt": question}
+    inputs = {"image": image, "prompt": self._texts("question", question)}
     return self._first("text", "question", seed, sampling, inputs, length=length, retrieve=retrieve)
 
   def infill(
@@ -288,7 +297,8 @@ class CM3Leon:
       seed: of the first image.
       **sampling: `image_guidance`, `edit_guidance`, `guidance_schedule`, `temperature`, ...
     """
-    return self._first("image", "edit", seed, sampling, {"image": image, "prompt": instruction})
+    inputs = {"image": image, "prompt": self._texts("instruction", instruction)}
+    return self._first("image", "edit", seed, sampling, inputs)
 
   def interleave(
     self, prompt: Any = "", *, length: int | None = None, seed: int = 0,
@@ -382,6 +392,12 @@ class CM3Leon:
     import jax
 
     return jax.set_mesh(self.mesh)
+
+  def _texts(self, name: str, value: Any) -> Any:
+    """Returns a text or a list of texts, checked by the name of its argument."""
+    from cm3leon_jax.generation import calls
+
+    return calls.checked(name, value)
 
   def _tasks(self, name: str, *arguments: Any, **fields: Any) -> Any:
     """Tasks of a call, see `calls.tasks`."""

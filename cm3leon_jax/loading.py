@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import os
-from typing import Any, get_args
+from typing import Any
 import warnings
 
 from etils import epath
@@ -16,12 +16,16 @@ from cm3leon_jax.export import bundle, exported, weights
 from cm3leon_jax.export.trained import Trained, open_trained
 from cm3leon_jax.generation import calls
 from cm3leon_jax.generation.pipeline import Pipeline
+from cm3leon_jax.keywords import LoadOptions
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
-from cm3leon_jax.models.config import Dtype, ModelConfig
+from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.reports import summary
 from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.settings import Settings
+
+DTYPES = ("float32", "bfloat16")  # Of the computation; float64 needs JAX's x64, for tests.
+ARGUMENTS = ("dtype", "devices", "mesh", "clip", "show_progress")  # Of `CM3Leon.load`, by name.
 
 
 def load(
@@ -85,11 +89,14 @@ def _mesh(
   devices: Sequence[jax.Device] | None, mesh: jax.sharding.Mesh | None
 ) -> jax.sharding.Mesh:
   """Returns the mesh to load onto. Raises UserError if `devices` are wrong, or both are given."""
+  if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
+    raise UserError(f"mesh is {short(mesh)}; it must be a mesh of `mesh.create_mesh`.")
   if devices is None:
     return create_mesh(MeshConfig()) if mesh is None else mesh
   if mesh is not None:
     raise UserError("mesh and devices are given: leave one out.")
-  if isinstance(devices, str) or not all(isinstance(one, jax.Device) for one in devices):
+  listed = isinstance(devices, Sequence | np.ndarray) and not isinstance(devices, str)
+  if not listed or not all(isinstance(one, jax.Device) for one in devices):
     raise UserError(
       f"devices is {short(devices)}; it must be a list of devices, e.g. jax.devices()[:1]."
     )
@@ -104,9 +111,13 @@ def _checked(settings: Settings, dtype: Any, options: Mapping[str, Any]) -> Sett
   Raises:
     UserError: the dtype or an option is wrong.
   """
-  for name in options:
-    if hint := calls.foreign(name, ()):
+  known = LoadOptions.__annotations__
+  for name, value in options.items():
+    if name not in known:
+      hint = calls.foreign(name, ()) or f"its options are {', '.join([*ARGUMENTS, *known])}."
       raise UserError(f"load has no option '{name}': {hint}")
+    if known[name] is int:
+      calls.whole(name, value)
   try:
     GeneratorConfig.of(settings, **options)
   except (TypeError, ValueError) as error:
@@ -117,8 +128,8 @@ def _checked(settings: Settings, dtype: Any, options: Mapping[str, Any]) -> Sett
     name = np.dtype(dtype).name
   except TypeError:
     name = str(dtype).removeprefix("torch.")
-  if name not in get_args(Dtype):
-    raise UserError(f"dtype is {short(name)}; it must be one of {', '.join(get_args(Dtype))}.")
+  if name not in DTYPES:
+    raise UserError(f"dtype is {short(dtype)}; it must be one of {', '.join(DTYPES)}.")
   return dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=name))
 
 

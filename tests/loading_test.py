@@ -50,9 +50,11 @@ def test_devices_and_dtype_are_those_that_are_asked_for(run, model):  # noqa: F8
 @pytest.mark.parametrize(
   ("options", "sentence"),
   [
-    ({"dtype": "float16"}, r"dtype is 'float16'; it must be one of float32, bfloat16, float64\."),
-    ({"dtype": 3}, "dtype is '3'; it must be one of"),
+    ({"dtype": "float16"}, r"dtype is 'float16'; it must be one of float32, bfloat16\."),
+    ({"dtype": "float64"}, "dtype is 'float64'; it must be one of"),
+    ({"dtype": 3}, "dtype is 3; it must be one of"),
     ({"devices": "cpu"}, r"devices is 'cpu'; it must be a list of devices, e\.g\. jax\.devices"),
+    ({"devices": 0}, "devices is 0; it must be a list of devices"),
     ({"devices": []}, "devices is empty: name at least one"),
     ({"devices": [0]}, r"devices is \[0\]; it must be a list of devices"),
     ({"device": "cpu"}, "load has no option 'device': it is devices here"),

@@ -44,6 +44,8 @@ REFUSED = [
   ("raw", "max_rejected", 1.1, AT_MOST_1),
   ("raw", "resolution", -1, NOT_NEGATIVE),
   ("raw", "crop", "left", "'center' or 'pad'"),
+  ("raw", "crops", -2, "at least -1"),
+  ("raw", "crops", 1_000, "at most 999"),
   ("raw", "jpeg_quality", -1, NOT_NEGATIVE),
   ("raw", "jpeg_quality", 96, "at most 95"),
   ("raw", "heldout_fraction", -0.1, NOT_NEGATIVE),
@@ -243,6 +245,9 @@ REFUSED = [
   ("sampling", "top_k", -1, NOT_NEGATIVE),
   ("sampling", "top_p", 0.0, POSITIVE),
   ("sampling", "top_p", 1.1, AT_MOST_1),
+  ("sampling", "guidance", -0.1, NOT_NEGATIVE),
+  ("sampling", "image_guidance", -0.1, NOT_NEGATIVE),
+  ("sampling", "edit_guidance", -0.1, NOT_NEGATIVE),
   ("sampling", "guidance_schedule", "step", "'constant', 'linear' or 'cosine'"),
   ("sampling", "contrastive_k", 0, POSITIVE),
   ("sampling", "contrastive_alpha", -0.1, NOT_NEGATIVE),
@@ -277,9 +282,6 @@ FREE = {
   "optimizer.decay_embeddings",
   "train.tensorboard",
   "train.wandb",
-  "sampling.guidance",
-  "sampling.image_guidance",
-  "sampling.edit_guidance",
 }
 
 

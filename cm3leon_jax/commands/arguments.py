@@ -90,15 +90,28 @@ def refuse_config(arguments: Iterable[str]) -> None:
       raise UserError(f"--{match[1]} is not a flag of this command: --help lists its flags.")
 
 
-def check_workdir(workdir: str, begins: bool) -> None:
+def check_workdir(workdir: str, begins: bool, takes_bundles: bool = True) -> None:
   """Raises UserError if --workdir names neither a folder nor an installed model.
 
   Args:
     workdir: its value.
     begins: whether the command makes the folder.
+    takes_bundles: whether the command reads a bundle as it reads a run.
   """
-  if begins or "://" in workdir or pathlib.Path(workdir).exists() or (MODELS / workdir).is_dir():
+  path = pathlib.Path(workdir)
+  if "://" in workdir:
     return
+  if path.is_file():
+    raise UserError(f"--workdir is {workdir}, which is a file: name a folder.")
+  if begins or path.exists():
+    return
+  if (MODELS / workdir).is_dir():
+    if takes_bundles:
+      return
+    raise UserError(
+      f"{workdir} is the bundle of a model, and this command needs the folder of a run: "
+      "`cm3leon prepare_data` begins one."
+    )
   installed = sorted(path.name for path in MODELS.iterdir())
   if close := difflib.get_close_matches(workdir, installed, 1, cutoff=0.8):
     raise UserError(f"{workdir} is no folder and no bundle: did you mean {close[0]}?")

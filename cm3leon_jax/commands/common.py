@@ -212,7 +212,7 @@ def _parse_flags(
       raise UserError(f"{name} is given, but no config before it: {NAME_A_CONFIG}")
     needs_config = config is True and not of_config  # Which is said first.
     if workdir and not needs_config and not _PRINT_CONFIG.value:
-      arguments.check_workdir(os.fspath(_folder()), begins)
+      arguments.check_workdir(os.fspath(_folder()), begins, config is not True)
     accelerators.check_platforms()
   try:
     return [*words, *flags.FLAGS([argv[0], *of_config])[1:]]

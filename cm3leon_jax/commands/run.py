@@ -95,6 +95,7 @@ class _Lines:
   def show(self, line: str) -> None:
     """Prints a warning, and what data and report say; draws another line over the one before."""
     said = self._whole and not HIDDEN.search(line)
+    said = said and not line.startswith("error: ")  # Which ends the run, and is said there.
     if said or line.lower().startswith("warning"):
       self.clear()
       print(f"  {line}", flush=True)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 import pydantic.dataclasses
 
 from cm3leon_jax.config import STRICT
@@ -52,14 +52,14 @@ class SamplingConfig:
   """Number of candidates kept before the nucleus; 0 keeps all, 1 is greedy."""
   top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
   """Nucleus: a candidate is kept if the candidates above it hold less than this probability."""
-  guidance: float = 3.0
+  guidance: NonNegativeFloat = 3.0
   """Weight alpha of classifier-free guidance, u + alpha (c - u); 1 is the conditional model
   alone."""
   guidance_schedule: Schedule = "constant"
   """Growth of guidance over the codes of an image, from 1 to its weight."""
-  image_guidance: float = 1.5
+  image_guidance: NonNegativeFloat = 1.5
   """Weight of the given image where an image is edited (section 4.1)."""
-  edit_guidance: float = 7.5
+  edit_guidance: NonNegativeFloat = 7.5
   """Weight of the instruction where an image is edited."""
   contrastive_k: PositiveInt = 16
   """CD-K keeps tokens at least `contrastive_alpha` times as probable as the k-th; 1 is

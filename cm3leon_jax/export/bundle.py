@@ -99,7 +99,7 @@ def write(
   huggingface.check(settings.model)
   texts = workdir / "text_tokenizer"
   described_base, of_base = _base(base, workdir) if base else (None, settings)
-  _remove_parts(folder)
+  _begin(folder)
   huggingface.export(folder, params, settings.model, settings.vocab, texts, "float16")
   training_data.write(folder, workdir, folder_of)
   names = [huggingface.WEIGHTS, "config.json", "generation_config.json", *text.FILES]
@@ -134,7 +134,7 @@ def copy(folder: epath.PathLike, to: epath.PathLike) -> None:
   _check_target(to)
   if absolute(to) == absolute(folder):
     raise UserError(f"{to} is the bundle itself: name another folder.")
-  _remove_parts(to)
+  _begin(to)
   more = [name for name in (training_data.FILE, "README.md") if (folder / name).exists()]
   names = [huggingface.WEIGHTS, *read_json(folder / FILE, FIELDS)["digests"], *more]
   for name in [*dict.fromkeys(names), FILE]:
@@ -143,25 +143,29 @@ def copy(folder: epath.PathLike, to: epath.PathLike) -> None:
 
 
 def _check_target(folder: epath.Path) -> None:
-  """Raises UserError if a bundle in `folder` would replace files that are not of a bundle."""
+  """Raises UserError if a bundle in it would replace files of others."""
   if folder.exists() and not folder.is_dir():
     raise UserError(f"{folder} is a file: name a folder for the bundle.")
-  written = is_bundle(folder) or (folder / huggingface.WEIGHTS).exists()
-  parts = [part for part in PARTS if (folder / part).exists()]
-  if parts and not written and not (folder / parts[0] / stages.DONE).exists():
-    raise UserError(
-      f"{folder} has a folder '{parts[0]}' and is no bundle: its files would be lost; name another "
-      "folder."
-    )
   if any((folder / stage / stages.DONE).exists() for stage in stages.STAGES):
     raise UserError(
       f"{folder} is the folder of a run, whose tokenizers a bundle would replace: name another "
       "folder."
     )
+  written = is_bundle(folder) or (folder / huggingface.WEIGHTS).exists()
+  if folder.exists() and not written and (found := sorted(path.name for path in folder.iterdir())):
+    raise UserError(
+      f"{folder} holds '{found[0]}' and is no bundle: name a new or empty folder for the bundle."
+    )
 
 
-def _remove_parts(folder: epath.Path) -> None:
-  """Removes a bundle that was here before, bundle.json first: half a bundle is none."""
+def _begin(folder: epath.Path) -> None:
+  """Makes the folder, and removes a bundle in it, bundle.json first: half a bundle is none."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(
+      f"{folder} cannot be made ({error.strerror}): name another folder for the bundle."
+    ) from error
   for name in (FILE, unseen_tokens.FILE):
     (folder / name).unlink(missing_ok=True)
   for part in PARTS:

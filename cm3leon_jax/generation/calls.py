@@ -25,12 +25,40 @@ MODES = ("1", "I;16", "L", "LA", "P", "RGB", "RGBA")  # Of PIL images that a PNG
 def whole(name: str, value: Any, least: int = 0) -> int:
   """The value as an int. Raises UserError if it is none, or less than `least`."""
   try:
+    if isinstance(value, bool | np.bool_):
+      raise TypeError("a truth value is no number")
     number = operator.index(value)
   except TypeError as error:
     raise UserError(f"{name} is {short(value)}; it must be a whole number.") from error
   if number < least:
     raise UserError(f"{name} is {short(number)}; it must be at least {least}.")
   return number
+
+
+def truth(name: str, value: Any) -> bool:
+  """The value. Raises UserError if it is not True or False: "no" would count as true."""
+  if not isinstance(value, bool | np.bool_):
+    raise UserError(f"{name} is {short(value)}; it must be True or False.")
+  return bool(value)
+
+
+def folder(name: str, value: Any) -> str:
+  """The path as a text. Raises UserError if it is none, or empty."""
+  if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+    raise UserError(f"{name} is {short(value)}; it must be the path of a folder.")
+  if not os.fspath(value).strip():
+    raise UserError(f"{name} is empty; it must be the path of a folder.")
+  return os.fspath(value)
+
+
+def given_tasks(value: Any) -> list[Task]:
+  """The tasks. Raises UserError if they are no list of tasks."""
+  if not isinstance(value, list | tuple) or not all(isinstance(task, Task) for task in value):
+    raise UserError(
+      f"tasks is {short(value)}; it must be a list of tasks of cm3leon_jax.generation.image_tasks "
+      "and text_tasks, e.g. [TextToImage('a green bell')]."
+    )
+  return list(value)
 
 
 def text(name: str, value: Any) -> str:
@@ -44,13 +72,20 @@ def text(name: str, value: Any) -> str:
 def image(value: Any) -> str | Image.Image | np.ndarray:
   """A path, a PIL image or an array, as tasks take it. Raises UserError at anything else."""
   if isinstance(value, str | os.PathLike):
+    if os.fspath(value).lower().startswith(("http://", "https://")):
+      raise UserError(
+        f"image {value} is an address; save the image, and give the path of its file."
+      )
     return os.fspath(value)
-  if isinstance(value, Image.Image):
+  if isinstance(value, Image.Image) and all(value.size):
     return value if value.mode in MODES else value.convert("RGB")
-  if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.shape[2:] == (3,):
+  is_array = isinstance(value, np.ndarray)
+  if is_array and value.size and value.dtype == np.uint8 and value.shape[2:] == (3,):
     return value
   found = type(value).__name__
-  if isinstance(value, np.ndarray):
+  if isinstance(value, Image.Image):
+    found = f"{found} of {value.width} x {value.height} pixels"
+  if is_array:
     found = f"{value.dtype}{list(value.shape)}"
   raise UserError(
     f"image has type {found}; it must be a path, a PIL image, an array uint8[H, W, 3], or a list."
@@ -75,18 +110,25 @@ def queries(value: Any) -> tuple[bool, list[tuple[str, Any]]]:
     UserError: a query is neither a text nor an image.
   """
   single = not isinstance(value, list)
-  given = [value] if single else value
-  return single, [("text", q) if isinstance(q, str) else ("image", image(q)) for q in given]
+  found = []
+  for query in [value] if single else value:
+    if not isinstance(query, str | os.PathLike | Image.Image | np.ndarray):
+      raise UserError(
+        f"query has type {type(query).__name__}; it must be a text, a PIL image, an array "
+        "uint8[H, W, 3], or a list."
+      )
+    found.append(("text", query) if isinstance(query, str) else ("image", image(query)))
+  return single, found
 
 
-def check_samples(pipeline: Pipeline, tasks: Sequence[Task], num_samples: Any, rank: bool) -> int:
+def check_samples(pipeline: Pipeline, tasks: Sequence[Task], num_samples: Any, rank: Any) -> int:
   """Returns the number of samples of each task; warns of what the model never learned.
 
   Raises:
-    UserError: it is no positive whole number; or samples are to be ranked, and there is one only,
-      or no CLIP, or CLIP cannot score a task.
+    UserError: it is no positive whole number; or `rank` is no truth value; or samples are to be
+      ranked, and there is one only, or no CLIP, or CLIP cannot score a task.
   """
-  count = whole("num_samples", num_samples, 1)
+  count, rank = whole("num_samples", num_samples, 1), truth("rank", rank)
   if rank and count == 1:
     raise UserError("rank orders the samples of a prompt, and num_samples is 1: set it to 8, say.")
   if rank and pipeline.clip is None:
@@ -114,7 +156,7 @@ def rows(**inputs: Any) -> tuple[bool, list[dict]]:
   Raises:
     UserError: a wrong type, or lists of different lengths.
   """
-  inputs = {name: _checked(name, value) for name, value in inputs.items()}
+  inputs = {name: checked(name, value) for name, value in inputs.items()}
   lengths = {name: len(value) for name, value in inputs.items() if isinstance(value, list)}
   if len(set(lengths.values())) > 1:
     listed = " and ".join(f"{name} of {n}" for name, n in lengths.items())
@@ -128,7 +170,7 @@ def rows(**inputs: Any) -> tuple[bool, list[dict]]:
   ]
 
 
-def _checked(name: str, value: Any) -> Any:
+def checked(name: str, value: Any) -> Any:
   """The value of an input, or its list of values, as tasks take them."""
   if name == "box":
     return boxes(value)

@@ -5,10 +5,12 @@ import re
 
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.data.instruction_config import InstructionsConfig, load_tasks
-from cm3leon_jax.generation.image_tasks import EDIT, Edit
+from cm3leon_jax.generation.image_tasks import EDIT, Edit, Instruct
 from cm3leon_jax.generation.tasks import PromptLayout, Task
+from cm3leon_jax.generation.text_tasks import InfillText
 
-MARKS = re.compile(r"<(mask|image|break)>")
+MARKS = re.compile(r"<(?:mask|image|break)>")
+READ_MARKS = (InfillText, Instruct)  # Tasks whose prompts have them.
 
 
 def doubts(
@@ -31,6 +33,13 @@ def doubts(
       "this model never learned to edit images by an instruction, so the result will hardly follow "
       "it: take one that was tuned on edits, e.g. scenes-instruct."
     )
+  for task in tasks:
+    marks = () if isinstance(task, READ_MARKS) else MARKS.findall(task.prompt)
+    if marks:
+      found.append(
+        f"the prompt {short(task.prompt)} has {marks[0]}, which task {task.name} reads as letters: "
+        "leave it out, or choose task instruct or infill_text."
+      )
   for prompt in dict.fromkeys(task.prompt for task in tasks) if unseen else ():
     ids = [int(i) for i in layout.encode(MARKS.sub(" ", prompt))]
     ids = [i for i in ids if layout.decode([i]).strip()]  # A space says nothing.

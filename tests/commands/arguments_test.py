@@ -69,12 +69,23 @@ MISTAKES = [
     "unexpected argument 'yes': commands take flags only (--name=value).",
   ),
   (
+    ["run", "--config=own", f"--workdir={__file__}"],
+    f"--workdir is {__file__}, which is a file: name a folder.",
+  ),
+  (
+    ["train", "--config=scenes", "--workdir=scenes-instruct"],
+    "scenes-instruct is the bundle of a model, and this command needs the folder of a run: "
+    "`cm3leon prepare_data` begins one.",
+  ),
+  (
     ["checkpoints", "lisst", "--workdir=."],
     "the first argument must say what to do: list, verify, prune, rollback.",
   ),
 ]
 PLATFORMS = {
   "cuda": "JAX_PLATFORMS is cuda, and JAX's plugin for cuda is not installed: pip install "
+  "'jax[cuda12]' or pip install 'jax[cuda13]', or unset JAX_PLATFORMS.",
+  "gpu": "JAX_PLATFORMS is gpu, and JAX's plugin for gpu is not installed: pip install "
   "'jax[cuda12]' or pip install 'jax[cuda13]', or unset JAX_PLATFORMS.",
   "cpu,tpu": "JAX_PLATFORMS is cpu,tpu, and JAX's plugin for tpu is not installed: pip install "
   "'jax[tpu]', or unset JAX_PLATFORMS.",

@@ -177,6 +177,11 @@ def test_a_bundle_is_neither_bundled_again_nor_exported_without_its_average(call
     call(export, bundled, "", "", formats.Choice(average=True))
 
 
+def test_a_file_in_place_of_a_folder_is_one_sentence(call, bundled, documents):
+  with pytest.raises(UserError, match=f"^--out is {documents}, which is a file: name a folder"):
+    call(score, bundled, documents=str(documents), out=str(documents))
+
+
 def test_the_flag_has_no_default_that_would_reach_other_commands():
   """Tests import all commands into one process, where the last one defines the common flag."""
   code = (

@@ -62,11 +62,13 @@ def test_a_folder_with_files_of_others_is_refused_and_keeps_them(bundled, tmp_pa
   kept = tmp_path / "documents" / "mine.txt"
   kept.parent.mkdir()
   kept.write_text("mine")
-  with pytest.raises(config.UserError, match="has a folder 'documents' and is no bundle"):
+  with pytest.raises(config.UserError, match="holds 'documents' and is no bundle"):
     bundle.copy(bundled, epath.Path(tmp_path))
   assert kept.read_text() == "mine"
   with pytest.raises(config.UserError, match="is a file: name a folder"):
     bundle.copy(bundled, epath.Path(kept))
+  with pytest.raises(config.UserError, match=r"cannot be made \(.*\): name another folder"):
+    bundle.copy(bundled, epath.Path("/proc/absent"))
 
 
 def test_it_generates_without_the_run_and_retrieves_nothing(bundled, tmp_path):

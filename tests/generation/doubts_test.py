@@ -7,7 +7,7 @@ from cm3leon_jax.export.trained import open_trained
 from cm3leon_jax.generation.doubts import doubts
 from cm3leon_jax.generation.image_tasks import Edit, TextToImage
 from cm3leon_jax.generation.tasks import PromptLayout
-from cm3leon_jax.generation.text_tasks import Caption
+from cm3leon_jax.generation.text_tasks import Caption, InfillText
 
 NEVER = "this model never learned to edit"
 SAID = "no token of the prompt"
@@ -34,6 +34,12 @@ def test_a_prompt_that_the_bundled_models_cannot_read(name):
   unknown = ["красный колокол", "赤い鐘"]
   found = doubts_of(name, [TextToImage(prompt=prompt) for prompt in unknown])
   assert [sentence.partition(" was")[0] for sentence in found] == [f"{SAID} {p!r}" for p in unknown]
+
+
+def test_marks_that_a_task_does_not_read():
+  [sentence] = doubts_of("scenes", [TextToImage(prompt="a red bell <break>")])
+  assert "has <break>, which task text_to_image reads as letters" in sentence
+  assert doubts_of("scenes", [InfillText(prompt="a <mask> bell <break> a dog")]) == []
 
 
 def test_a_model_of_which_nothing_is_known_is_silent():
