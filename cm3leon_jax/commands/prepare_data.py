@@ -129,6 +129,8 @@ def _prepare(settings, parts, folder, runner, counts: bool) -> dict:
   raw = settings.raw
   if not raw.resolution:
     raw = dataclasses.replace(raw, resolution=counting.resolution_of(parts, raw.allow_outside))
+  if raw.crops < 0:
+    raw = dataclasses.replace(raw, crops=counting.crops_of(parts, raw.allow_outside))
   summary = ingest.prepare(raw, parts, folder, runner, settings.scenes)
   conclude(dataclasses.replace(settings, raw=raw), folder, summary)
   if counts:

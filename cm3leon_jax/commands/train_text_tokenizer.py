@@ -15,7 +15,7 @@ def main(settings, workdir):
     return
   with stages.stage(workdir, "text_tokenizer", settings) as summary:
     if summary is not None:
-      captions = [pair.caption for pair in raw_pairs.read_pairs(workdir / "raw", "train")]
+      captions = raw_pairs.read_captions(workdir / "raw")
       texts = captions + [record.text for record in raw_pairs.read_texts(workdir / "raw", "train")]
       folder = workdir / "text_tokenizer"
       numbers = text.train_text_tokenizer(texts, settings.vocab, settings.text_tokenizer, folder)

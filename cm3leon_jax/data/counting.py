@@ -16,6 +16,7 @@ from cm3leon_jax.vocab import VocabLayout
 
 SIDES = (24, 48)  # Of the images of a decoder of minutes.
 IMAGES = 200  # That are opened to choose one.
+PAIRS = 3_200  # With the crops that are added to few images.
 CHARACTERS = 2**24  # Of captions and texts that are read to count tokens.
 
 
@@ -29,6 +30,14 @@ def resolution_of(parts: list[sources.Part], allow_outside: bool = False) -> int
   sides = [side for pair in itertools.islice(pairs, IMAGES) for side in _side(pair)]
   median = statistics.median(sides) if sides else SIDES[-1]
   return max((side for side in SIDES if side <= median), default=SIDES[0])
+
+
+def crops_of(parts: list[sources.Part], allow_outside: bool = False) -> int:
+  """Returns how many crops of each image make `PAIRS` pairs of a source of fewer, else 0."""
+  records = itertools.chain.from_iterable(sources.read(part, allow_outside) for part in parts)
+  pairs = (record for record in records if isinstance(record, RawPair))
+  count = sum(1 for _ in itertools.islice(pairs, PAIRS))
+  return PAIRS // max(1, count) - 1
 
 
 def _side(pair: RawPair) -> Iterator[int]:
@@ -60,7 +69,7 @@ def counts_of(
     config: of the text tokenizer.
   """
   largest = VocabLayout(num_special=num_special, text_size=MOST_TEXT_TOKENS)
-  captions = (pair.caption for pair in raw_pairs.read_pairs(folder, "train"))
+  captions = raw_pairs.read_captions(folder)
   texts = (record.text for record in raw_pairs.read_texts(folder, "train"))
   return Counts(
     resolution=resolution,

@@ -26,7 +26,7 @@ from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.io import replacing, write_json
 from cm3leon_jax.shards import Runner, run_shards
 
-SUMMARY_VERSION = 2  # Of the numbers of a shard: a shard with others is made again.
+SUMMARY_VERSION = 3  # Of the numbers of a shard: a shard with others is made again.
 DEFAULT_SCENES = ScenesConfig()
 
 

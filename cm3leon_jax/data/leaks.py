@@ -160,6 +160,8 @@ def _images(folder: epath.PathLike, name: str, split: str) -> Iterator[tuple[str
   """Yields key and concept of the record, and path, of the images of a split in a shard."""
   for cls in (RawPair, RawInterleaved):
     for record in raw_pairs.read_shard(folder, name, cls, split):
+      if getattr(record, "added_crop", ""):  # As near to others as the whole image is.
+        continue
       concept = getattr(record, "concept", "") or record.group or record.key
       for image in images_of(record):
         yield record.key, concept, image

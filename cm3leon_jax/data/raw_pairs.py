@@ -74,6 +74,11 @@ def read_pairs(folder: epath.PathLike, split: str) -> list[RawPair]:
   return [pair for name in shards(folder) for pair in read_shard(folder, name, RawPair, split)]
 
 
+def read_captions(folder: epath.PathLike) -> list[str]:
+  """Reads the captions of all training pairs, without those of added crops, which repeat them."""
+  return [pair.caption for pair in read_pairs(folder, "train") if not pair.added_crop]
+
+
 def read_texts(folder: epath.PathLike, split: str) -> list[RawText]:
   """Reads the texts of a split, shard after shard."""
   return [text for name in shards(folder) for text in read_shard(folder, name, RawText, split)]
@@ -174,6 +179,8 @@ def open_image(image: str | bytes | epath.Path, name: str):
   else:
     fs, path = open_filesystem(str(image))
     info = fs.info(path)
+    if info["type"] == "directory":
+      raise UserError(f"image {name} is a folder; name the file of an image in it.")
     if info["type"] != "file":
       raise UserError(f"image {name} cannot be read (it is no file).")
     size, file = info["size"], None

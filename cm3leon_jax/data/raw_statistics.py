@@ -28,7 +28,7 @@ REASONS = {
   "image_of_same_name": ("second image of one name", "second images of one name"),
 }
 REJECTED = "rejected_"  # Before a reason: the name of its number in a summary.
-SUMS = ("train_caption_characters", "train_text_characters")
+SUMS = ("train_caption_characters", "train_text_characters", "train_crops")
 
 
 def of_record(record: Record, sizes: Sequence[tuple[int, int]]) -> dict:
@@ -37,6 +37,7 @@ def of_record(record: Record, sizes: Sequence[tuple[int, int]]) -> dict:
   Returns:
     train_caption_characters, train_text_characters: characters of the caption of a training pair,
       and of the texts of other records of training.
+    train_crops: 1 of a crop that was added, else 0.
     fewest_caption_words, most_caption_words: words between white space; 0: no caption.
     smallest_image, largest_image: [width, height] with the fewest and the most pixels, of the
       images of the source; [0, 0]: no image.
@@ -50,6 +51,7 @@ def of_record(record: Record, sizes: Sequence[tuple[int, int]]) -> dict:
   return {
     "train_caption_characters": len(caption) * in_train,
     "train_text_characters": sum(map(len, texts)) * in_train,
+    "train_crops": int(isinstance(record, RawPair) and bool(record.added_crop)),
     "fewest_caption_words": words,
     "most_caption_words": words,
     "smallest_image": ordered[0],
@@ -119,7 +121,10 @@ def _records(summary: Mapping, kind: str) -> str:
   train, heldout, bank = (summary.get(f"{s}_{kind}", 0) for s in ("train", "heldout", "bank"))
   if not train + heldout + bank and kind != "pairs":
     return ""
-  said = f"{_number(train, *NAMES[kind])} for training, {heldout:,} held out"
+  crops = summary.get("train_crops", 0) if kind == "pairs" else 0
+  said = f"{_number(train - crops, *NAMES[kind])} for training"
+  said = f"{said} and {_number(crops, 'crop', 'crops')} of them" if crops else said
+  said = f"{said}, {heldout:,} held out"
   return f"{said}, {bank:,} for retrieval alone" if bank else said
 
 

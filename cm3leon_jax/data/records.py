@@ -28,6 +28,7 @@ class RawPair:
     split: "train", "heldout" or "bank"; documents of "bank" are retrieved, but never trained on.
     concept: shared by pairs that show the same, which are in one split.
     facts: what image and caption show, for sources that know it; see docs/data_formats.md.
+    added_crop: number of the random crop that `cm3leon prepare_data` added; empty: the whole image.
   """
 
   key: str
@@ -40,6 +41,7 @@ class RawPair:
   split: str = ""
   concept: str = ""
   facts: dict = dataclasses.field(default_factory=dict)
+  added_crop: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

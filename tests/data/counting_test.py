@@ -1,8 +1,10 @@
+import dataclasses
+
 import numpy as np
 from PIL import Image
 import pytest
 
-from cm3leon_jax.data import counting, ingest, sources
+from cm3leon_jax.data import counting, ingest, leaks, raw_pairs, sources
 from cm3leon_jax.data.raw_writer import RawConfig
 from cm3leon_jax.from_data import Counts
 from cm3leon_jax.shards import Runner
@@ -59,3 +61,26 @@ def test_records_characters_and_tokens_are_counted(tmp_path):
   assert abs(made.text_characters - texts) <= 5  # White space at the end may stay.
   # " image", " of", " noise", " has", " no", " meaning", " 0", ...: some merges of the 256 bytes.
   assert 32 + 256 < tokens < 32 + 256 + 60
+
+
+@pytest.mark.parametrize(("images", "crops"), [(12, 7), (40, 1), (51, 0), (200, 0)])
+def test_few_images_get_many_crops(tmp_path, monkeypatch, images, crops):
+  monkeypatch.setattr(counting, "PAIRS", 100)
+  source = folder_of(tmp_path / "source", [(8, 8)] * images, texts=3)
+  assert counting.crops_of(sources.parts(str(source))) == crops
+
+
+def test_captions_of_crops_do_not_count(tmp_path):
+  """A word of one caption would else support tokens of its own."""
+  source = folder_of(tmp_path / "source", [(40, 40)] * 12)
+  folder, runner = tmp_path / "raw", Runner("local", "", 1, 1.0)
+  config = RawConfig(source=str(source), resolution=32, heldout_fraction=0.0)
+  captions = []
+  for crops in (0, 3):
+    made = dataclasses.replace(config, crops=crops)
+    summary = ingest.prepare(made, ingest.parts_of(made), folder, runner)
+    assert summary["train_pairs"] == 12 * (1 + crops)
+    captions.append(raw_pairs.read_captions(folder))
+    assert leaks.near_duplicates(folder, 2).compared == 12
+  assert captions[0] == captions[1]
+  assert len(captions[0]) == 12

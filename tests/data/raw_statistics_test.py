@@ -26,6 +26,7 @@ def test_of_record():
   assert of_record(PAIR, [(40, 30)]) == {
     "train_caption_characters": 12,
     "train_text_characters": 0,
+    "train_crops": 0,
     "fewest_caption_words": 3,
     "most_caption_words": 3,
     "smallest_image": [40, 30],
@@ -42,6 +43,7 @@ def test_merged():
   assert both == {
     "train_caption_characters": 12,
     "train_text_characters": 10,
+    "train_crops": 0,
     "fewest_caption_words": 3,
     "most_caption_words": 3,
     "smallest_image": [4, 9],
@@ -78,6 +80,8 @@ def test_sentence():
     "out; images of 64 x 64; captions of 4 words; 7 left out for their licenses; not used: 3 "
     "second captions that differ"
   )
+  crops = {**COUNTS, **merged([]), "train_pairs": 3_069, "train_crops": 2_790}
+  assert sentence(crops, 64) == "279 pairs for training and 2,790 crops of them, 21 held out"
   texts = {"train_texts": 300, **merged([])}
   assert sentence(texts, 64) == (
     "0 pairs for training, 0 held out; 300 texts for training, 0 held out"
