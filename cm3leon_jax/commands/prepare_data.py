@@ -101,6 +101,21 @@ def check_enough(settings, summary: dict) -> None:
         )
 
 
+def batch_warnings(settings, pairs: int) -> list[str]:
+  """Names batches that are larger than the data, which `train_vqgan` and `train_clip` refuse.
+
+  They only warn, as a published tokenizer or CLIP may take the place of these stages.
+  """
+  names = ["vqgan"] if settings.retrieval.clip else ["vqgan", "clip"]
+  return [
+    f"config.{name}.batch_size is {size:,}, and there are only {pairs:,} training pairs: give "
+    f"--config.{name}.batch_size={pairs}, or fewer, to all commands of the run, unless a published "
+    "one takes the place of this stage."
+    for name in names
+    if (size := getattr(settings, name).batch_size) > pairs > 0
+  ]
+
+
 def conclude(settings, folder, summary: dict) -> None:
   """Looks for near duplicates, adds their numbers to `summary`, and says what was understood."""
   from cm3leon_jax.data import leaks, raw_statistics, raw_writer
@@ -166,7 +181,11 @@ def main(settings, workdir, counts: bool = False):
       summary.update(_prepare(settings, parts, workdir / "raw", runner, counts))
   if counts:  # Now the config has all its values.
     settings = common.completed(workdir)
-  check_enough(settings, stages.require(workdir, "raw", summary=dict)["summary"])
+  summary = stages.require(workdir, "raw", summary=dict)["summary"]
+  check_enough(settings, summary)
+  if not settings.instructions.any:
+    for warning in batch_warnings(settings, summary.get("train_pairs", 0)):
+      print(f"prepare_data: warning: {warning}")
 
 
 if __name__ == "__main__":

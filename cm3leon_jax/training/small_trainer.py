@@ -216,7 +216,8 @@ def _check_values(what: str, values: dict[str, float], remedy: str) -> None:
 def _check_batch(name: str, batch_size: int, num_examples: int) -> None:
   if num_examples < batch_size:
     raise UserError(
-      f"config.{name}.batch_size is {batch_size}; there are only {num_examples} training images."
+      f"config.{name}.batch_size is {batch_size}; there are only {num_examples} training images: "
+      f"give --config.{name}.batch_size={num_examples}, or fewer."
     )
   if batch_size % batch_shards():
     raise UserError(

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 from PIL import Image
@@ -70,6 +71,23 @@ def test_data_that_the_config_needs_is_enough():
 )
 def test_data_that_a_later_stage_would_refuse_is_refused(summary, data, sentence):
   assert refusal(summary, **data) == sentence
+
+
+def test_a_batch_larger_than_the_data_is_said_before_its_stage():
+  settings = settings_from_config(default_config())
+  vqgan, clip = prepare_data.batch_warnings(settings, 200)
+  assert vqgan == (
+    "config.vqgan.batch_size is 256, and there are only 200 training pairs: give "
+    "--config.vqgan.batch_size=200, or fewer, to all commands of the run, unless a published one "
+    "takes the place of this stage."
+  )
+  assert clip.startswith("config.clip.batch_size is 32,768, and there are only 200 ")
+  assert prepare_data.batch_warnings(settings, 40_000) == []
+  assert prepare_data.batch_warnings(settings, 0) == []  # Which is said in another sentence.
+  published = dataclasses.replace(settings.retrieval, clip="clip")
+  assert prepare_data.batch_warnings(dataclasses.replace(settings, retrieval=published), 200) == [
+    vqgan
+  ]
 
 
 def test_what_follows_from_the_data_is_counted_printed_and_used_by_later_stages(tmp_path):
@@ -162,7 +180,7 @@ def test_the_end_says_what_was_understood(tmp_path):
   (folder / "train7.txt").unlink()
   flags = [f"--config.raw.source={folder}", "--config.raw.resolution=32", f"--workdir={tmp_path}"]
   flags += ["--config.raw.max_rejected=0.1", "--config.raw.heldout_fraction=0.3"]
-  prepared = command(*flags)
+  prepared = command(*flags, "--config.vqgan.batch_size=4", "--config.clip.batch_size=4")
   assert prepared.returncode == 0, prepared.stderr
   done = json.loads((tmp_path / "raw" / "done.json").read_text())["summary"]
   train, heldout = done["train_pairs"], done["heldout_pairs"]

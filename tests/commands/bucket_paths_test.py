@@ -1,0 +1,64 @@
+import importlib.util
+
+import ml_collections
+import pytest
+
+from cm3leon_jax.commands import bucket_paths
+from cm3leon_jax.config import UserError
+
+
+class Flags:
+  """The flags of a command, of which only the values are read."""
+
+  def __init__(self, values):
+    self._values = values
+
+  def flag_values_dict(self):
+    return self._values
+
+
+@pytest.fixture
+def given(monkeypatch):
+  """Gives flags and fields of the config; says whether gcsfs is installed."""
+
+  def give(gcsfs, fields=None, **values):
+    config = ml_collections.ConfigDict(fields) if fields else None
+    monkeypatch.setattr(bucket_paths.flags, "FLAGS", Flags({"config": config, **values}))
+    find = {"gcsfs": object() if gcsfs else None}.get
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+
+  return give
+
+
+@pytest.mark.parametrize("gcsfs", [False, True])
+@pytest.mark.parametrize(
+  ("fields", "values", "sentence"),
+  [
+    (None, {"workdir": "s3://b/w"}, "--workdir=s3://b/w is on S3, which is not supported: "),
+    ({"raw": {"source": "s3a://b"}}, {}, "config.raw.source=s3a://b is on S3, which is not supp"),
+    ({"data": {"names": ["a", "s3://b/w"]}}, {}, "config.data.names=s3://b/w is on S3"),
+  ],
+)
+def test_a_bucket_of_another_kind_is_refused(given, gcsfs, fields, values, sentence):
+  given(gcsfs, fields, **values)
+  with pytest.raises(UserError, match=f"^{sentence}"):
+    bucket_paths.check()
+
+
+def test_a_flag_in_a_bucket_needs_gcsfs_and_a_field_waits_for_its_stage(given):
+  given(False, {"raw": {"source": "gs://b/raw"}}, workdir="/local", samples=3)
+  bucket_paths.check()
+  given(False, workdir="gs://b/w")
+  with pytest.raises(
+    UserError, match=r"^--workdir=gs://b/w is in a bucket, which needs gcsfs: pip"
+  ):
+    bucket_paths.check()
+  given(True, workdir="gs://b/w")
+  bucket_paths.check()
+
+
+def test_buckets_are_named_once_and_without_their_folders(given):
+  given(True, {"raw": {"source": "gs://c/raw"}}, workdir="gs://b/w", out="gs://b/other")
+  assert bucket_paths.where() == "gs://b, gs://c"
+  given(True, workdir="/local")
+  assert bucket_paths.where() == "a path in the data"
