@@ -103,14 +103,9 @@ class CM3Leon:
     """
     accelerators.use_cpu_if_alone()
     buckets.prepare_access()
-    from cm3leon_jax import loading, progress
-    from cm3leon_jax.generation import calls
+    from cm3leon_jax import loading
 
-    workdir = calls.folder("workdir", workdir)
-    buckets.check_path(workdir, "workdir")
-    if show_progress is None:
-      show_progress = progress.is_interactive()
-    shown = calls.truth("show_progress", show_progress)
+    shown = loading.shows_progress(show_progress)
     return cls(*loading.load(workdir, clip, dtype, devices, mesh, options), shown)
 
   def __repr__(self) -> str:
@@ -128,9 +123,8 @@ class CM3Leon:
     It has decoder, tokenizers and CLIP, in float16, and the settings. An export lacks a CLIP.
     """
     from cm3leon_jax import loading
-    from cm3leon_jax.generation import calls
 
-    loading.save(self.workdir, self.mesh, self.step, calls.folder("folder", folder))
+    loading.save(self.workdir, self.mesh, self.step, folder)
 
   def sample(
     self, tasks: Sequence[Task], num_samples: int = 1, rank: bool = False
@@ -259,7 +253,7 @@ class CM3Leon:
       seed: of the first question.
       **sampling: `text_temperature`, `text_top_k`, `text_top_p`.
     """
-    inputs = {"image": image, "prompt": self._texts("question", question)}
+    inputs = {"image": image, "question": question}
     return self._first("text", "question", seed, sampling, inputs, length=length, retrieve=retrieve)
 
   def infill(
@@ -297,7 +291,7 @@ class CM3Leon:
       seed: of the first image.
       **sampling: `image_guidance`, `edit_guidance`, `guidance_schedule`, `temperature`, ...
     """
-    inputs = {"image": image, "prompt": self._texts("instruction", instruction)}
+    inputs = {"image": image, "instruction": instruction}
     return self._first("image", "edit", seed, sampling, inputs)
 
   def interleave(
@@ -392,12 +386,6 @@ class CM3Leon:
     import jax
 
     return jax.set_mesh(self.mesh)
-
-  def _texts(self, name: str, value: Any) -> Any:
-    """Returns a text or a list of texts, checked by the name of its argument."""
-    from cm3leon_jax.generation import calls
-
-    return calls.checked(name, value)
 
   def _tasks(self, name: str, *arguments: Any, **fields: Any) -> Any:
     """Tasks of a call, see `calls.tasks`."""

@@ -10,6 +10,7 @@ from etils import epath
 import jax
 import numpy as np
 
+from cm3leon_jax import buckets, progress
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.decoding.generator import GeneratorConfig
 from cm3leon_jax.export import bundle, exported, weights
@@ -52,6 +53,8 @@ def load(
   Raises:
     UserError: nothing was trained there, a file is absent or damaged, or an option is wrong.
   """
+  source = calls.folder("workdir", source)
+  buckets.check_path(source, "workdir")
   if jax.process_count() > 1:
     raise UserError(f"{jax.process_count()} processes run here: load a run in a single one.")
   mesh = _mesh(devices, mesh)
@@ -68,6 +71,11 @@ def load(
     pipeline = Pipeline.load(settings, folder, params, encoder, **options)
     pipeline.unseen = trained.unseen_tokens()
     return os.fspath(trained.folder), pipeline, jax.sharding.get_mesh(), step
+
+
+def shows_progress(given: bool | None) -> bool:
+  """Returns whether a model shows bars; None: in a terminal or notebook."""
+  return progress.is_interactive() if given is None else calls.truth("show_progress", given)
 
 
 def _load_export(
@@ -177,6 +185,7 @@ def write_bundle(
 
 def save(workdir: str, mesh: jax.sharding.Mesh, step: int, folder: str | os.PathLike[str]) -> None:
   """Writes the bundle of a run, or copies one; see `CM3Leon.save`."""
+  folder = calls.folder("folder", folder)
   if exported.is_export(workdir):
     raise UserError(
       f"{workdir} is an export, which has no CLIP, and a bundle needs one: load the workdir of its "

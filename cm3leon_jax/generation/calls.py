@@ -19,6 +19,7 @@ from cm3leon_jax.generation.doubts import doubts
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.tasks import GUIDANCE, Task
 
+PROMPTS = ("question", "instruction")  # Names of a prompt in some calls.
 MODES = ("1", "I;16", "L", "LA", "P", "RGB", "RGBA")  # Of PIL images that a PNG file can hold.
 
 
@@ -156,7 +157,7 @@ def rows(**inputs: Any) -> tuple[bool, list[dict]]:
   Raises:
     UserError: a wrong type, or lists of different lengths.
   """
-  inputs = {name: checked(name, value) for name, value in inputs.items()}
+  inputs = {name: _checked(name, value) for name, value in inputs.items()}
   lengths = {name: len(value) for name, value in inputs.items() if isinstance(value, list)}
   if len(set(lengths.values())) > 1:
     listed = " and ".join(f"{name} of {n}" for name, n in lengths.items())
@@ -170,7 +171,7 @@ def rows(**inputs: Any) -> tuple[bool, list[dict]]:
   ]
 
 
-def checked(name: str, value: Any) -> Any:
+def _checked(name: str, value: Any) -> Any:
   """The value of an input, or its list of values, as tasks take them."""
   if name == "box":
     return boxes(value)
@@ -236,7 +237,7 @@ def tasks(
     defaults: settings of sampling of the run.
     seed: of the first task; each next task adds 1.
     settings: settings of sampling of the user.
-    inputs: image, box, prompt: each one input or a list.
+    inputs: image, box, prompt (or another of `PROMPTS`): each one input or a list.
     **fields: whole numbers that all tasks share; None: the task's default.
 
   Returns:
@@ -252,10 +253,12 @@ def tasks(
     if value is not None
   }
   single, chosen = rows(**inputs)
-  made = [
-    prompt_file.task_class(name)(**row, **fields, seed=seed + i, sampling=config, row=i)
-    for i, row in enumerate(chosen)
-  ]
+  made = []
+  for i, row in enumerate(chosen):
+    row = {"prompt" if key in PROMPTS else key: value for key, value in row.items()}
+    made.append(
+      prompt_file.task_class(name)(**row, **fields, seed=seed + i, sampling=config, row=i)
+    )
   for task in made:
     task.validate()
     for field in task.unread_settings():
