@@ -78,7 +78,7 @@ def values(counts: Counts, minutes: float) -> dict[str, int | float]:
   result: dict[str, int | float] = {"vocab.text_size": size, "data.text_share": _text_share(counts)}
   result |= {"vqgan.resolution": counts.resolution, "clip.resolution": counts.resolution}
   pairs = max(1, counts.pairs)
-  result |= {"vqgan.batch_size": min(16, pairs), "clip.batch_size": min(128, pairs)}
+  result |= {"vqgan.batch_size": min(16, pairs), "clip.batch_size": min(128, max(2, pairs))}
   seconds = max(0.0, 60 * minutes - FIXED_SECONDS - SECONDS_PER_PAIR * counts.pairs)
   for section, (share, step) in TRAININGS.items():
     pixels = 1.0 if section == "train" else (counts.resolution / RESOLUTION) ** 2  # Rows are equal.

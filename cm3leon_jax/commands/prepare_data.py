@@ -85,9 +85,10 @@ def check_enough(settings, summary: dict) -> None:
   data = settings.data
   if settings.instructions.any:
     return
+  pairs = summary.get("train_pairs", 0) - summary.get("train_crops", 0)
   if not summary.get("heldout_pairs") and data.text_share + data.interleaved_share < 1:
     raise UserError(
-      f"the source has {summary.get('train_pairs', 0)} pairs, of which none is held out: image "
+      f"the source has {pairs} pairs, of which none is held out: image "
       "tokenizer and evaluation need some: add pairs, or raise config.raw.heldout_fraction = "
       f"{settings.raw.heldout_fraction}."
     )

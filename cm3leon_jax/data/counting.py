@@ -17,6 +17,7 @@ from cm3leon_jax.vocab import VocabLayout
 SIDES = (24, 48)  # Of the images of a decoder of minutes.
 IMAGES = 200  # That are opened to choose one.
 PAIRS = 3_200  # With the crops that are added to few images.
+MOST_CROPS = 99  # Of an image.
 CHARACTERS = 2**24  # Of captions and texts that are read to count tokens.
 
 
@@ -33,11 +34,14 @@ def resolution_of(parts: list[sources.Part], allow_outside: bool = False) -> int
 
 
 def crops_of(parts: list[sources.Part], allow_outside: bool = False) -> int:
-  """Returns how many crops of each image make `PAIRS` pairs of a source of fewer, else 0."""
+  """Returns how many crops of each image make `PAIRS` pairs of a source of fewer, else 0.
+
+  At most `MOST_CROPS`; 0 of a source without pairs, which is refused later.
+  """
   records = itertools.chain.from_iterable(sources.read(part, allow_outside) for part in parts)
   pairs = (record for record in records if isinstance(record, RawPair))
   count = sum(1 for _ in itertools.islice(pairs, PAIRS))
-  return PAIRS // max(1, count) - 1
+  return min(MOST_CROPS, PAIRS // count - 1) if count else 0
 
 
 def _side(pair: RawPair) -> Iterator[int]:

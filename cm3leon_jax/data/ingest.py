@@ -40,7 +40,8 @@ def parts_of(config: RawConfig, scenes: ScenesConfig = DEFAULT_SCENES) -> list[s
   if not config.source:
     raise UserError(
       "config.raw.source is not set: give --config.raw.source=FOLDER, a folder of images with "
-      "captions beside them (x.jpg, x.txt), tars, Parquet or JSONL, local or gs://, or 'scenes'."
+      "captions beside them (x.jpg, x.txt), tars, Parquet or JSONL, local or gs://; or 'openmoji' "
+      "or 'scenes'."
     )
   if config.source in (OPENMOJI, SCENES):
     return builtin_sources.parts(

@@ -239,9 +239,9 @@ def _files(fs, path: str, source: str) -> dict[str, _File]:
   }
   if not files:
     raise UserError(
-      f"config.raw.source is '{source}', which has no files; it must be 'openmoji' or 'scenes', or "
-      "a folder, a file or a glob pattern of images with captions beside them (x.jpg, x.txt), "
-      f"WebDataset tars, Parquet, JSONL or text, or a folder with {PAIR_FILES[0]}."
+      f"config.raw.source is '{source}', which is absent or has no files; it must be 'openmoji' or "
+      "'scenes', or a folder, a file or a glob pattern of images with captions beside them (x.jpg, "
+      f"x.txt), WebDataset tars, Parquet, JSONL or text, or a folder with {PAIR_FILES[0]}."
     )
   return files
 

@@ -44,7 +44,7 @@ def test_data_that_the_config_needs_is_enough():
   ("summary", "data", "sentence"),
   [
     (
-      {"train_pairs": 5, "heldout_pairs": 0},
+      {"train_pairs": 20, "train_crops": 15, "heldout_pairs": 0},
       {"text_share": 0.0},
       "the source has 5 pairs, of which none is held out: image tokenizer and evaluation need "
       "some: add pairs, or raise config.raw.heldout_fraction = 0.05.",
@@ -197,10 +197,12 @@ def test_the_end_says_what_was_understood(tmp_path):
   assert "warning" not in prepared.stdout
 
 
-def test_texts_without_pairs_are_warned_of_and_refused(tmp_path):
+@pytest.mark.parametrize("config", ["ml_configs/base.py", "own"])
+def test_texts_without_pairs_are_warned_of_and_refused(tmp_path, config):
   (tmp_path / "in").mkdir()
   (tmp_path / "in" / "a.txt").write_text("A text.")
-  prepared = command(f"--config.raw.source={tmp_path / 'in'}", f"--workdir={tmp_path}")
+  flags = [f"--config.raw.source={tmp_path / 'in'}", f"--workdir={tmp_path}"]
+  prepared = command(*flags, config=config)
   assert prepared.returncode == 2
   assert "0 pairs for training, 0 held out; 1 text for training" in prepared.stdout
   assert "warning: 0 pairs, so no image has a caption" in prepared.stdout

@@ -174,7 +174,7 @@ def test_from_tar_to_the_raw_folder(tmp_path):
 
 
 def test_absent_and_unknown_sources_are_refused(tmp_path):
-  with pytest.raises(UserError, match="which has no files"):
+  with pytest.raises(UserError, match="which is absent or has no files"):
     list(read(str(tmp_path / "none")))
   (tmp_path / "a.jpg").write_bytes(jpeg(0))
   with pytest.raises(
