@@ -239,6 +239,16 @@ def contrastive_scores(
   )
 
 
+def _noise(keys: Key[Array, " B"], ids: Int[Array, "B C"]) -> Float32[Array, "B C"]:
+  """Draws Gumbel noise for each id of each row: the same for an id at any place in `ids`.
+
+  Rounding may swap the places of candidates that are nearly equal; noise of places would then swap
+  the tokens, too.
+  """
+  of_id = jax.vmap(lambda key, i: jax.random.gumbel(jax.random.fold_in(key, i)), (None, 0))
+  return jax.vmap(of_id)(keys, ids)
+
+
 def sample(
   guided: Float[Array, "B V"],
   keys: Key[Array, " B"],
@@ -266,7 +276,10 @@ def sample(
   temperature = rows.temperature[:, None]
   categorical, pick = jax.vmap(jax.random.categorical), jax.vmap(lambda row, i: row[i])
   values, ids = filter_candidates(guided / temperature, rows.top_k, rows.top_p, candidates)
-  token = pick(ids, categorical(keys, values))
+  noisy = values + _noise(keys, ids)
+  # Of sums that rounding makes equal the first id.
+  best = noisy == jnp.max(noisy, axis=-1, keepdims=True)
+  token = jnp.min(jnp.where(best, ids, guided.shape[-1]), axis=-1)
   if expert is not None:
     amateur = amateur / rows.amateur_temperature[:, None]
     scores = contrastive_scores(expert, amateur, contrastive_k, rows.contrastive_alpha[:, None])

@@ -41,6 +41,11 @@ def sample_rows(guided, keys, rows, expert, amateur, candidates=0, contrastive_k
   return sample(guided, keys, rows, candidates, expert, amateur, contrastive_k)
 
 
+@functools.partial(jax.jit, static_argnames="candidates")
+def sample_top_p(guided, keys, rows, candidates):
+  return sample(guided, keys, rows, candidates)
+
+
 jit_filter = jax.jit(filter_candidates, static_argnums=3)
 jit_scores = jax.jit(contrastive_scores, static_argnums=2)
 
@@ -393,3 +398,20 @@ def test_candidates(top_k, text_top_k, expected):
 @pytest.mark.parametrize("method", METHODS)
 def test_config_takes_every_method(method):
   assert SamplingConfig(method).method == method
+
+
+@pytest.mark.parametrize("top_k", [0, 64])
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+@pytest.mark.parametrize("spread", [0.01, 1.0])
+def test_rounding_of_logits_changes_no_token(spread, top_k, top_p):
+  """As another batch, lane or mesh rounds them: near ties then swap their places in the order."""
+  rows, size = 20_000, 256
+  generator = np.random.default_rng(5)
+  logits = (spread * generator.normal(size=(rows, size))).astype(np.float32)
+  rounded = logits + np.float32(1e-7) * generator.choice([-1, 0, 1], (rows, size)).astype(
+    np.float32
+  )
+  keys = jax.random.split(jax.random.key(1), rows)
+  settings_of_rows = rows_of(*[top(top_k=top_k, top_p=top_p)] * rows)
+  tokens = [sample_top_p(x, keys, settings_of_rows, top_k)[0] for x in (logits, rounded)]
+  assert (tokens[0] != tokens[1]).sum() == 0
