@@ -53,7 +53,8 @@ def check_words(words: list[str], actions: tuple[str, ...], arguments: list[str]
     UserError: there is a word too many, or none that says what to do.
   """
   if actions and (not words or words[0] not in actions):
-    raise UserError(f"the first argument must say what to do: {', '.join(actions)}.")
+    given = f", not '{words[0]}'" if words else ""
+    raise UserError(f"the first argument must say what to do: {', '.join(actions)}{given}.")
   if surplus := words[1:] if actions else words:
     only = "only flags after it" if actions else "flags only"
     raise UserError(
@@ -121,6 +122,17 @@ def check_workdir(workdir: str, begins: bool, takes_bundles: bool = True) -> Non
   )
 
 
+def check_places() -> None:
+  """Raises UserError if a flag names a place to write to that is below a file."""
+  for name in ("workdir", "out", "output", "bundle"):
+    value = flags.FLAGS[name].value if name in flags.FLAGS else None
+    if not value or "://" in value:
+      continue
+    above = next((p for p in pathlib.Path(value).absolute().parents if p.exists()), None)
+    if above is not None and not above.is_dir():
+      raise UserError(f"--{name} is {value}, and {above} is a file: name another folder.")
+
+
 def parse(argv: list[str], config: bool) -> list[str]:
   """Parses all flags but those of the config; returns the name of the program and the words.
 
@@ -136,5 +148,5 @@ def parse(argv: list[str], config: bool) -> list[str]:
     return flags.FLAGS([argv[0], *others])
   except flags.UnrecognizedFlagError as error:
     raise UserError(flag_errors.unknown(error.flagname, config)) from error
-  except flags.Error as error:
+  except (flags.Error, ValueError) as error:  # ValueError: --noNAME=VALUE.
     raise UserError(flag_errors.wrong_value(error)) from error

@@ -213,6 +213,7 @@ def _parse_flags(
     needs_config = config is True and not of_config  # Which is said first.
     if workdir and not needs_config and not _PRINT_CONFIG.value:
       arguments.check_workdir(os.fspath(_folder()), begins, config is not True)
+    arguments.check_places()
     accelerators.check_platforms()
   try:
     return [*words, *flags.FLAGS([argv[0], *of_config])[1:]]
@@ -266,7 +267,7 @@ def _folder() -> epath.Path:
   Raises:
     UserError: it is not given.
   """
-  if _WORKDIR.value is None:
+  if not _WORKDIR.value:
     raise UserError("name the folder of the run: --workdir=workdir")
   return epath.Path(_WORKDIR.value)
 

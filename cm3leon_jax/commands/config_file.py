@@ -131,6 +131,8 @@ def unknown_field(known: Sequence[str], arguments: list[str]) -> str:
   """
   given = [re.match(r"--?(?:no)?config\.([\w.]+)", argument) for argument in arguments]
   wrong = next((match[1] for match in given if match and match[1] not in known), "SECTION.FIELD")
+  if inner := [name for name in known if name.startswith(f"{wrong}.")]:
+    return f"--config.{wrong} is a section: give a field of it, such as --config.{inner[0]}."
   leaf = wrong.rpartition(".")[2]
   near = [name for name in known if name.rpartition(".")[2] == leaf]
   near.sort(key=lambda name: not name.startswith("train."))

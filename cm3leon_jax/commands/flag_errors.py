@@ -22,12 +22,16 @@ def unknown(name: str, config: bool) -> str:
   return f"--{name} is not a flag of this command: {hint}"
 
 
-def wrong_value(error: flags.Error) -> str:
+def wrong_value(error: flags.Error | ValueError) -> str:
   """Returns the message for a value that absl does not take.
 
   "flag --keep_last=1: 1 is not integer >= 2"
   "--keep_last is 1; it must be an integer >= 2."
   """
+  if match := re.match(r"--no(\w+)=(.*) does not take an argument$", str(error), re.DOTALL):
+    return f"--no{match[1]} takes no value: write --{match[1]}={match[2]} or --no{match[1]}."
+  if match := re.match(r"flag --([\w.]+)=None: Flag --.* must have a value", str(error)):
+    return f"--{match[1]} is missing: --help shows an example."
   match = re.match(r"flag --([\w.]+)=(.*?): ", str(error), re.DOTALL)
   if not match or not isinstance(error, flags.IllegalFlagValueError):
     return str(error)

@@ -191,6 +191,8 @@ def _bank(trained: Trained, heldout: bool) -> epath.Path | None:
       "leave --bank out."
     )
   bank = epath.Path(_BANK.value)
+  if not bank.exists():
+    raise UserError(f"--bank is {bank}, and there is no such folder: give the workdir of a run.")
   documents, neighbors = (
     stages.require(bank, name, config=dict)["config"] for name in ("documents", "neighbors")
   )
@@ -309,7 +311,7 @@ def main(settings, workdir) -> None:
       for (image, crop), pixels in given.items()
     }
   folder = _folder(out_flag.results_folder(trained, out_flag.OUT.value), tasks, config)
-  for sentence in doubts(tasks, layout, settings.instructions, trained.unseen_tokens()):
+  for sentence in doubts(tasks, layout, settings, trained.unseen_tokens()):
     print(f"generate: warning: {sentence}")
   with stages.once(folder, config) as summary, common.use_mesh(settings):
     if summary is not None:

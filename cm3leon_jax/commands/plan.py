@@ -15,16 +15,25 @@ unless they were changed since. Nothing is compiled and nothing started: memory 
 estimates; `cm3leon aot_compile` checks memory with the real compiler. docs/pods.md is the guide.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 import dataclasses
+import difflib
+import importlib
 import os
 import re
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 from etils import epath
 
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
+
+if TYPE_CHECKING:
+  from cm3leon_jax.planning.hardware import Hardware
 
 # Other commands have flags of these names; tests import all of them into one process.
 _SHARED = {"allow_override": True}
@@ -133,12 +142,42 @@ def _check_flags(settings) -> None:
       "--secret names where WANDB_API_KEY is, and config.train.wandb is empty: give "
       "--config.train.wandb=PROJECT, or leave out --secret."
     )
+  if _OUT.value and "://" not in _OUT.value and os.path.isfile(_OUT.value):
+    raise UserError(f"--out is {_OUT.value}, which is a file: name a folder.")
+  if re.search(r"\s", _IMAGE.value):
+    raise UserError(f"--image is '{_IMAGE.value}'; the name of an image has no spaces.")
   for value in _TRAIN_FLAGS.value or ():
     if not re.match(r"--\w", value):
       raise UserError(
         f"--train_flag is '{value}'; it must begin with two hyphens: --train_flag=--"
         f"{value.lstrip('-') or 'NAME=VALUE'}."
       )
+  _check_train_flags(_TRAIN_FLAGS.value or ())
+
+
+def _check_train_flags(values: Iterable[str]) -> None:
+  """Raises UserError at a flag that `cm3leon train` does not have: it would say so on the pod."""
+  importlib.import_module("cm3leon_jax.commands.train")  # Defines them.
+  modules = flags.FLAGS.flags_by_module_dict()
+  known = {
+    flag.name
+    for module, defined in modules.items()
+    for flag in defined
+    if module.startswith("cm3leon_jax.commands.")
+  }
+  for value in values:
+    name = re.split("[=.]", value.removeprefix("--"), maxsplit=1)[0]
+    if name not in known and name.removeprefix("no") not in known:
+      close = difflib.get_close_matches(name.replace("-", "_"), known, 1)
+      hint = f"did you mean --{close[0]}?" if close else "`cm3leon train --help` lists its flags."
+      raise UserError(f"--train_flag is '{value}', and cm3leon train has no flag --{name}: {hint}")
+
+
+def _check_requests(devices: Hardware) -> None:
+  """Raises UserError if the job asks for more than a host has: it would wait for ever."""
+  for flag, has in zip((_CPUS, _MEMORY), devices.machine if devices.platform == "tpu" else ()):
+    if flag.value > has:
+      raise UserError(f"--{flag.name} is {flag.value:,}; a host of {_TOPOLOGY.value} has {has:,}.")
 
 
 def main(settings) -> None:
@@ -147,6 +186,7 @@ def main(settings) -> None:
 
   _check_flags(settings)
   devices = hardware.load(_TOPOLOGY.value, _SLICES.value)
+  _check_requests(devices)
   given = config_flags(sys.argv[1:])
   name = _NAME.value or _default_name(given[0].partition("=")[2])
   given.append(f"--workdir={flags.FLAGS.workdir or ''}")

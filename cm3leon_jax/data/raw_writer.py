@@ -66,7 +66,7 @@ class RawConfig:
   max_rejected: Annotated[float, Field(ge=0, le=1)] = 0.01
   """Share of the records that may be rejected; with more the command stops. It is checked after
   every shard, once 10,000 records were read, and at the end."""
-  resolution: NonNegativeInt = 256
+  resolution: Annotated[int, Field(ge=0, le=8192)] = 256
   """Side of the square images in pixels; other images are scaled to it. 0: 48, or 24 if most
   images of the source are smaller."""
   crop: Crop = "center"

@@ -259,9 +259,9 @@ def _detect(found: Collection[str], files: Collection[str], source: str) -> list
       return ["sidecars", kind] if images and kind == "text" else [kind]
   first = posixpath.basename(next(iter(found)))
   raise UserError(
-    f"config.raw.source is '{source}', whose files are of no known kind ({first}, ...); a folder "
-    "of images must hold the caption of x.jpg in x.txt, x.caption or x.json beside it, or all "
-    f"captions in {PAIR_FILES[0]}."
+    f"config.raw.source is '{source}', whose files hold no texts and no captions ({first}, ...); "
+    "a folder of images must hold the caption of x.jpg in x.txt, x.caption or x.json beside it, or "
+    f"all captions in {PAIR_FILES[0]}."
   )
 
 

@@ -65,6 +65,10 @@ class GeneratorConfig:
       raise ValueError(
         f"draft_window is {self.draft_window}; it must be 0, or at least 2 with image_head."
       )
+    if self.draft_window > self.image_tokens:
+      raise ValueError(
+        f"draft_window is {self.draft_window}; an image has {self.image_tokens} codes."
+      )
     if self.batch_size < 1:
       raise ValueError(f"batch_size is {self.batch_size}; it must be positive.")
     if not 1 <= self.positions <= self.model.max_positions:

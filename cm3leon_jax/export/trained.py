@@ -112,6 +112,18 @@ def open_trained(source: str | os.PathLike[str], settings: Settings | None = Non
   close = difflib.get_close_matches(name, bundle.INSTALLED, 1)
   if close and "/" not in name and not folder.exists():
     raise UserError(f"{name} is no folder and no bundle: did you mean {close[0]}?")
+  if not folder.exists():
+    raise UserError(
+      f"there is no folder {name}: give the workdir of a run, the folder of a bundle, or the name "
+      f"of an installed one: {', '.join(bundle.INSTALLED)}."
+    )
+  if not folder.is_dir():
+    raise UserError(f"{name} is a file: give the folder of a run or of a bundle.")
+  if (folder / "export.json").exists():
+    raise UserError(
+      f"{name} is an export, which `cm3leon serve` and CM3Leon.load take: give the workdir of its "
+      "run, or a bundle."
+    )
   return Trained(folder, settings or settings_of_run(folder), None)
 
 

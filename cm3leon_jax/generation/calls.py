@@ -137,7 +137,7 @@ def check_samples(pipeline: Pipeline, tasks: Sequence[Task], num_samples: Any, r
   for task in tasks if rank else ():
     if not task.is_scored:
       raise UserError(f"rank is given, and CLIP cannot score task {task.name} without a caption.")
-  for sentence in doubts(tasks, pipeline.layout, pipeline.settings.instructions, pipeline.unseen):
+  for sentence in doubts(tasks, pipeline.layout, pipeline.settings, pipeline.unseen):
     warnings.warn(sentence, stacklevel=4)
   return count
 

@@ -5,9 +5,10 @@ import re
 
 from cm3leon_jax.config import UserError, short
 from cm3leon_jax.data.instruction_config import InstructionsConfig, load_tasks
-from cm3leon_jax.generation.image_tasks import EDIT, Edit, Instruct
+from cm3leon_jax.generation.image_tasks import EDIT, Edit, Instruct, TextToImage
 from cm3leon_jax.generation.tasks import PromptLayout, Task
-from cm3leon_jax.generation.text_tasks import InfillText
+from cm3leon_jax.generation.text_tasks import InfillText, Question
+from cm3leon_jax.settings import Settings
 
 MARKS = re.compile(r"<(?:mask|image|break)>")
 READ_MARKS = (InfillText, Instruct)  # Tasks whose prompts have them.
@@ -16,7 +17,7 @@ READ_MARKS = (InfillText, Instruct)  # Tasks whose prompts have them.
 def doubts(
   tasks: Sequence[Task],
   layout: PromptLayout,
-  instructions: InstructionsConfig,
+  settings: Settings,
   unseen: frozenset[int] | None,
 ) -> list[str]:
   """Returns a sentence for each thing that the model was never shown.
@@ -24,14 +25,25 @@ def doubts(
   Args:
     tasks: of the user.
     layout: of the run.
-    instructions: of the run.
+    settings: of the run.
     unseen: ids that were not met in training, see `unseen_tokens.find`; None: not known.
   """
   found = []
-  if any(isinstance(task, Edit) for task in tasks) and not _learned_edits(instructions):
+  if any(isinstance(task, Edit) for task in tasks) and not _learned_edits(settings.instructions):
     found.append(
       "this model never learned to edit images by an instruction, so the result will hardly follow "
       "it: take one that was tuned on edits, e.g. scenes-instruct."
+    )
+  if any(isinstance(task, Question) for task in tasks) and not settings.instructions.any:
+    found.append(
+      "this model was not tuned on instructions, so its answers to questions will hardly be right: "
+      "take one that was, e.g. scenes-instruct."
+    )
+  most, learned = max((task.retrieve for task in tasks), default=0), settings.data.num_neighbors
+  if most > max(learned, TextToImage.retrieve):
+    found.append(
+      f"retrieve is {most}, and samples of training had at most {learned} retrieved documents: "
+      "more are likely to make results worse."
     )
   for task in tasks:
     marks = () if isinstance(task, READ_MARKS) else MARKS.findall(task.prompt)

@@ -129,12 +129,17 @@ class Hardware:
     return "x".join(map(str, self.torus))
 
   @property
+  def machine(self) -> tuple[int, int]:
+    """CPUs and GiB of a host of TPUs."""
+    return self.tpu.machines.get(self.per_host, min(self.tpu.machines.values()))
+
+  @property
   def requests(self) -> tuple[int, int]:
     """CPUs and GiB that a pod on a host of TPUs asks for: half of the machine's.
 
     The rest is for the system and other pods; no other one gets the chips of the host.
     """
-    cpus, memory = self.tpu.machines.get(self.per_host, min(self.tpu.machines.values()))
+    cpus, memory = self.machine
     return cpus // 2, memory // 2
 
   def __str__(self) -> str:

@@ -70,6 +70,9 @@ def suggestion(name: str, others: Iterable[str] = ()) -> str:
     name: of no slice.
     others: further names that could be meant.
   """
+  name = own_name(name.lower())
+  if name in SLICES:
+    return f"did you mean {name}? "
   chip, _, size = name.rpartition("-")
   if chip in _TORI and size.isdecimal() and int(size):
     counts = _TORI[chip]

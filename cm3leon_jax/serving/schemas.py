@@ -230,7 +230,8 @@ def _refusal(error: dict, cls: type[Body]) -> ApiError:
     name, names = short_field, list(cls.model_fields)
     if len(error["loc"]) > 1:
       names = []
-    close = difflib.get_close_matches(name, names, 1)
+    close = [n for n in ("guidance",) if name == "guidance_scale" and n in names]
+    close = close or difflib.get_close_matches(name, names, 1)
     hint = f"did you mean '{close[0]}'?" if close else f"the fields are {', '.join(names)}."
     hint = hint if names else "leave it out."
     return ApiError(400, f"there is no field '{name}' here: {hint}", name, "unknown_parameter")

@@ -69,6 +69,26 @@ MISTAKES = [
     "unexpected argument 'yes': commands take flags only (--name=value).",
   ),
   (
+    ["export", "--workdir=scenes", "--nomerge_ema=1"],
+    "--nomerge_ema takes no value: write --merge_ema=1 or --nomerge_ema.",
+  ),
+  (
+    ["generate", "--workdir=", "--prompt=a"],
+    "name the folder of the run: --workdir=workdir",
+  ),
+  (
+    ["export", "--workdir=scenes", f"--output={__file__}/x"],
+    f"--output is {__file__}/x, and {__file__} is a file: name another folder.",
+  ),
+  (
+    ["prepare_data", "--config=own", f"--workdir={__file__}/x/y"],
+    f"--workdir is {__file__}/x/y, and {__file__} is a file: name another folder.",
+  ),
+  (
+    ["run", "--config=scenes", "--workdir=w", "--config.train"],
+    "--config.train is a section: give a field of it, such as --config.train.steps.",
+  ),
+  (
     ["run", "--config=own", f"--workdir={__file__}"],
     f"--workdir is {__file__}, which is a file: name a folder.",
   ),
@@ -79,7 +99,7 @@ MISTAKES = [
   ),
   (
     ["checkpoints", "lisst", "--workdir=."],
-    "the first argument must say what to do: list, verify, prune, rollback.",
+    "the first argument must say what to do: list, verify, prune, rollback, not 'lisst'.",
   ),
 ]
 PLATFORMS = {

@@ -179,7 +179,7 @@ def test_absent_and_unknown_sources_are_refused(tmp_path):
   (tmp_path / "a.jpg").write_bytes(jpeg(0))
   with pytest.raises(
     UserError,
-    match=r"of no known kind \(a\.jpg, \.\.\.\); a folder of images must hold the caption of x",
+    match=r"hold no texts and no captions \(a\.jpg, \.\.\.\); a folder of images must hold",
   ):
     list(read(str(tmp_path)))
   with pytest.raises(UserError, match=r"which holds no \.tar file; format is 'webdataset'"):

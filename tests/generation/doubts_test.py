@@ -1,5 +1,7 @@
 """What a model never learned is said in a sentence: edits, and prompts of unknown tokens."""
 
+import dataclasses
+
 import pytest
 
 from cm3leon_jax.data.instruction_config import InstructionsConfig
@@ -7,7 +9,7 @@ from cm3leon_jax.export.trained import open_trained
 from cm3leon_jax.generation.doubts import doubts
 from cm3leon_jax.generation.image_tasks import Edit, TextToImage
 from cm3leon_jax.generation.tasks import PromptLayout
-from cm3leon_jax.generation.text_tasks import Caption, InfillText
+from cm3leon_jax.generation.text_tasks import Caption, InfillText, Question
 
 NEVER = "this model never learned to edit"
 SAID = "no token of the prompt"
@@ -17,7 +19,7 @@ EDIT = Edit(image="a.png", prompt="make the bell blue")
 def doubts_of(name, tasks):
   trained = open_trained(name)
   layout = PromptLayout.load(trained.settings, trained.stages)
-  return doubts(tasks, layout, trained.settings.instructions, trained.unseen_tokens())
+  return doubts(tasks, layout, trained.settings, trained.unseen_tokens())
 
 
 def test_edits_of_the_bundled_models():
@@ -46,8 +48,25 @@ def test_a_model_of_which_nothing_is_known_is_silent():
   trained = open_trained("scenes")
   layout = PromptLayout.load(trained.settings, trained.stages)
   tasks = [TextToImage(prompt="красный колокол")]
-  assert doubts(tasks, layout, trained.settings.instructions, None) == []
-  gone = InstructionsConfig(tasks="/nowhere/tasks.yaml")
-  assert doubts([EDIT], layout, gone, None) == []
-  questions = InstructionsConfig(tasks="scenes", only=("count",))
-  assert len(doubts([EDIT], layout, questions, None)) == 1
+  assert doubts(tasks, layout, trained.settings, None) == []
+
+
+@pytest.mark.parametrize(
+  ("instructions", "count"),
+  [({"tasks": "/nowhere"}, 0), ({"tasks": "scenes", "only": ("count",)}, 1)],
+)
+def test_edits_are_judged_by_the_tasks_of_the_tuning(instructions, count):
+  trained = open_trained("scenes")
+  layout = PromptLayout.load(trained.settings, trained.stages)
+  config = InstructionsConfig(**instructions)
+  settings = dataclasses.replace(trained.settings, instructions=config)
+  assert len(doubts([EDIT], layout, settings, None)) == count
+
+
+def test_questions_and_documents_that_training_never_had():
+  [sentence] = doubts_of("scenes", [Question(image="a.png", prompt="What color is the bell?")])
+  assert sentence.startswith("this model was not tuned on instructions")
+  assert doubts_of("scenes-instruct", [Question(image="a.png", prompt="What color is it?")]) == []
+  assert doubts_of("scenes", [TextToImage(prompt="a bell", retrieve=1)]) == []
+  [sentence] = doubts_of("scenes", [TextToImage(prompt="a bell", retrieve=20)])
+  assert sentence.startswith("retrieve is 20, and samples of training had at most 1 retrieved")

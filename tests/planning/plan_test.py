@@ -236,6 +236,19 @@ TOPOLOGY = "--topology=v5e-256"
       "--train_flag is 'init_from=gs://b/old'; it must begin with two hyphens: "
       "--train_flag=--init_from=gs://b/old.",
     ),
+    (
+      [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--train_flag=--init-from=gs://b/old"],
+      "--train_flag is '--init-from=gs://b/old', and cm3leon train has no flag --init-from: did ",
+    ),
+    (
+      [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--memory_gib=100000"],
+      "--memory_gib is 100,000; a host of v5e-256 has 192.",
+    ),
+    (
+      [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--image=my image"],
+      "--image is 'my image'; the name of an image has no spaces.",
+    ),
+    ([TOPOLOGY, f"--out={__file__}", "--workdir=gs://b/7b"], f"--out is {__file__}, which is a"),
   ],
 )  # fmt: skip
 def test_wrong_flags_are_refused_before_a_number_is_printed(tmp_path, flags, sentence):
