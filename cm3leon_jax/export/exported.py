@@ -71,6 +71,7 @@ def pipeline(folder: epath.Path, settings: Settings, clip=None, **options) -> Pi
     settings.data.sequence_length,
     text.encode,
     text.decode,
+    text.longest_token,
   )
   images = ImageTokenizer.load(folder / image_tokenizer.FOLDER)
   params = load_params(folder, settings.model)

@@ -11,6 +11,7 @@ from cm3leon_jax.generation.text_tasks import InfillText, Question
 from cm3leon_jax.settings import Settings
 
 MARKS = re.compile(r"<(?:mask|image|break)>")
+SHOWN = 10_000  # Characters of a prompt whose tokens are looked at.
 READ_MARKS = (InfillText, Instruct)  # Tasks whose prompts have them.
 
 
@@ -53,7 +54,7 @@ def doubts(
         "leave it out, or choose task instruct or infill_text."
       )
   for prompt in dict.fromkeys(task.prompt for task in tasks) if unseen else ():
-    ids = [int(i) for i in layout.encode(MARKS.sub(" ", prompt))]
+    ids = [int(i) for i in layout.encode(MARKS.sub(" ", prompt[:SHOWN]))]
     ids = [i for i in ids if layout.decode([i]).strip()]  # A space says nothing.
     if ids and unseen.issuperset(ids):
       found.append(

@@ -49,6 +49,7 @@ class PromptLayout:
     positions: longest sample of training.
     encode: text -> [T] int32 ids.
     decode: ids -> text.
+    longest_token: largest number of characters of a token of text; 0: not known.
   """
 
   vocab: VocabLayout
@@ -57,6 +58,7 @@ class PromptLayout:
   positions: int
   encode: Callable[[str], np.ndarray]
   decode: Callable[[Sequence[int]], str]
+  longest_token: int = 0
 
   @classmethod
   def load(cls, settings, workdir: epath.PathLike) -> "PromptLayout":
@@ -70,7 +72,14 @@ class PromptLayout:
       settings.data.sequence_length,
       tokenizer.encode,
       tokenizer.decode,
+      tokenizer.longest_token,
     )
+
+  @property
+  def most_characters(self) -> int | None:
+    """Returns how many characters a prompt has at most, tags included; None: not known."""
+    longest = max(self.longest_token, *map(len, (MASK, BREAK, IMAGE)))
+    return self.positions * longest if self.longest_token else None
 
   @property
   def side(self) -> int:
@@ -180,6 +189,12 @@ class Task:
       UserError: naming the task's place: more positions than were trained, a box outside the image,
         or contrastive decoding without an unconditional stream.
     """
+    most = layout.most_characters
+    if most is not None and len(self.prompt) > most:  # Encoding it would take minutes.
+      raise self.error(
+        f"the prompt has {len(self.prompt):,} characters; the model was trained on "
+        f"{layout.positions} positions, which {most:,} fill at most: shorten the prompt."
+      )
     image = np.zeros(layout.image_tokens, np.int32) if image is None else image
     fields = {field.name for field in dataclasses.fields(self)}
     before = [[segment.tokens for segment in document.segments] for document in neighbors]

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 import difflib
-import json
 import re
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic
 from pydantic import BeforeValidator, Field
+import pydantic_core
 from pydantic_core import PydanticCustomError
 
 from cm3leon_jax.config import short
@@ -17,6 +17,10 @@ from cm3leon_jax.serving.errors import ApiError, refusal
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Weight = Annotated[float, Field(ge=-1e6, le=1e6)]
 Count = Annotated[int, Field(ge=0, le=2**20)]
+MOST_MARKS = 10_000  # Brackets, braces and commas of a body.
+MOST_WIDE = 2**22  # Bytes of a body with characters of four bytes.
+FOUR_BYTES = re.compile(rb"[\xf0-\xf7]")
+MOST_PARTS = 64  # Messages, and parts of a message, of which more are not counted.
 RULES = {  # By the first word of pydantic's type of an error.
   "bool": "be true or false",
   "int": "be a whole number",
@@ -142,7 +146,7 @@ class Message(pydantic.BaseModel):
 
   model_config = pydantic.ConfigDict(extra="forbid")
   role: str
-  content: Annotated[list[Part], BeforeValidator(_parts)]
+  content: Annotated[list[Part], Field(max_length=MOST_PARTS), BeforeValidator(_parts)]
   name: str | None = None
 
 
@@ -165,7 +169,7 @@ class Chat(Body):
     "text_top_p": "top_p",
   }
 
-  messages: list[Message]
+  messages: Annotated[list[Message], Field(max_length=MOST_PARTS)]
   stream_options: StreamOptions = StreamOptions()
   max_tokens: Annotated[int, Field(ge=1, le=2**20)] | None = None
   max_completion_tokens: Annotated[int, Field(ge=1, le=2**20)] | None = None
@@ -187,14 +191,25 @@ B = TypeVar("B", bound=Body)
 def read_json(text: bytes) -> dict:
   """Reads a JSON object. Raises ApiError at anything else."""
 
-  def refuse(constant: str):
-    raise ValueError(f"{constant} is no number of JSON")
-
+  # Each value is an object of Python, and possibly an error: many take gigabytes and seconds.
+  marks = sum(map(text.count, (b"[", b"{", b",")))
+  if marks > MOST_MARKS:
+    raise ApiError(
+      400, f"the body has {marks:,} brackets, braces and commas; it may have {MOST_MARKS:,}."
+    )
+  # One such character makes a string of Python take four bytes for each of its characters.
+  if len(text) > MOST_WIDE and FOUR_BYTES.search(text):
+    raise ApiError(
+      413,
+      f"the body has {len(text):,} bytes, with characters of four bytes, such as emoji; with them "
+      f"it may have {MOST_WIDE:,}.",
+    )
   try:
-    found = json.loads(text, parse_constant=refuse)
-  except (ValueError, RecursionError) as error:
-    reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-    raise ApiError(400, f"the body is no JSON ({short(reason)}): send a JSON object.") from error
+    found = pydantic_core.from_json(text, allow_inf_nan=False)
+  except ValueError as error:
+    raise ApiError(
+      400, f"the body is no JSON ({short(str(error))}): send a JSON object."
+    ) from error
   if not isinstance(found, dict):
     raise ApiError(400, f"the body is a JSON {type(found).__name__}; it must be an object.")
   return found

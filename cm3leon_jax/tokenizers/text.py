@@ -1,6 +1,7 @@
 """Byte-level BPE whose ids are the text range of the shared vocabulary."""
 
 from collections.abc import Callable, Iterable, Sequence
+import functools
 
 from etils import epath
 from jaxtyping import Int32
@@ -165,6 +166,11 @@ class TextTokenizer:
         f"config.vocab needs {vocab.text_size} tokens that start with the {vocab.num_special} "
         "special ones."
       )
+
+  @functools.cached_property
+  def longest_token(self) -> int:
+    """Returns a bound of the characters of a token: the bytes of the longest token."""
+    return max(map(len, self._tokenizer.get_vocab()))
 
   def encode(self, text: str) -> np.ndarray:
     """Encodes a text: [T] int32, without `</s>` at either end; an empty text has no ids."""

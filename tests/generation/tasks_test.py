@@ -47,6 +47,24 @@ def test_a_question_is_the_template_with_a_hole(layout):
   assert task.from_ids(layout, request, ids) == (("an apple",), ("an apple",))
 
 
+@pytest.mark.parametrize(
+  "task", [TextToImage, Edit, Question, InfillText, Interleaved], ids=lambda task: task.name
+)
+def test_a_prompt_of_too_many_characters_is_refused_before_it_is_encoded(layout, task):
+  def encode(text):
+    raise AssertionError(f"{len(text)} characters were encoded")
+
+  bounded = dataclasses.replace(layout, encode=encode)
+  most = bounded.most_characters
+  assert most == layout.positions * max(layout.longest_token, len("<break>"))
+  given = {"image": "a.png"} if "image" in task.required else {}
+  sentence = rf"^the prompt has {most + 1:,} characters; .*, which {most:,} fill at most: shorten"
+  with pytest.raises(UserError, match=sentence):
+    task(prompt="<mask>" + "a" * (most - 5), **given).to_request(bounded, CODES)
+  with pytest.raises(AssertionError, match="characters were encoded"):
+    task(prompt="<mask>" + "a" * (most - 6), **given).to_request(bounded, CODES)
+
+
 def test_a_caption_is_the_first_segment(layout):
   task = Caption("a.png", length=5)
   request = task.to_request(layout, CODES)

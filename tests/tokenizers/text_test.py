@@ -52,6 +52,11 @@ def test_special_tokens_in_data_are_plain_text(tokenizer, folder, typed):
   assert VOCAB.special_tokens().index(typed) in control
 
 
+@given(st.text(max_size=60))
+def test_no_text_has_more_characters_than_its_tokens_can_hold(tokenizer, text):
+  assert len(text) <= len(tokenizer.encode(text)) * tokenizer.longest_token
+
+
 def test_the_first_word_is_the_same_token_as_elsewhere(tokenizer):
   red, heart = tokenizer.encode("red").tolist(), tokenizer.encode("heart").tolist()
   assert tokenizer.encode("red heart").tolist() == red + heart
