@@ -100,6 +100,18 @@ def test_pairs_of_pretraining_may_be_mixed_in(stores, tmp_path):
   np.testing.assert_allclose(slots / slots.sum(), [0.25, 0.25, 0.5], atol=0.05)
 
 
+def test_samples_lack_all_or_the_instruction_as_often_as_asked():
+  lengths, is_image, drops = [2, 16, 3, 16], [False, True, False, True], samples.Drops(0.3, 0.2)
+  kinds = {"all": 0, "instruction": 0, "nothing": 0}
+  for seed in range(2_000):
+    rng = np.random.default_rng(seed)
+    plan = samples.plan_instruction(lengths, is_image, (25, 41), rng, drops)
+    kinds["all" if plan.first else "instruction" if plan.skipped == 2 else "nothing"] += 1
+  shares = {kind: count / 2_000 for kind, count in kinds.items()}
+  expected = {"all": drops.all, "instruction": drops.instruction, "nothing": 0.5}
+  assert shares == pytest.approx(expected, abs=0.04)  # Four standard errors.
+
+
 def test_targets_belong_to_their_store(stores, tmp_path):
   with pytest.raises(UserError, match="are no instructions"):
     samples.read_targets(tmp_path, 3)

@@ -14,6 +14,7 @@ from cm3leon_jax.decoding.sampling import (
   METHODS,
   RowSettings,
   SamplingConfig,
+  combine_streams,
   contrastive_rows,
   contrastive_scores,
   filter_candidates,
@@ -239,6 +240,27 @@ def test_a_batch_mixes_methods_and_modalities(case):
   histogram = mixture_counts()[case]
   assert p_value(histogram, expected) > 1e-3
   assert p_value(histogram, other) < 1e-6
+
+
+def test_three_streams_follow_the_exact_distribution():
+  """As those of an edit: nothing, image and instruction, image alone."""
+  generator = np.random.default_rng(11)
+  streams = generator.normal(size=(3, 1, VOCABULARY)).astype(np.float32)
+  streams[:, :, ILLEGAL] = -1e9
+  weights = np.array([0.4, 1.7, -1.1], np.float32)
+
+  def distribution(weights):
+    logits = np.einsum("s,sv->v", weights, streams[:, 0].astype(np.float64))
+    logits[ILLEGAL] = -np.inf
+    probabilities = np.exp(logits - logits.max())
+    return probabilities / probabilities.sum()
+
+  guided = combine_streams(jnp.asarray(streams), jnp.asarray(weights)).at[:, ILLEGAL].set(-jnp.inf)
+  keys = jax.random.split(jax.random.key(2), DRAWS)
+  tokens = sample_top_p(jnp.tile(guided, (DRAWS, 1)), keys, rows_of(*[top()] * DRAWS), 0)[0]
+  histogram = np.bincount(np.asarray(tokens), minlength=VOCABULARY)
+  assert p_value(histogram, distribution(weights)) > 1e-3
+  assert p_value(histogram, distribution(weights[[0, 2, 1]])) < 1e-6
 
 
 def test_contrastive_scores_literals():

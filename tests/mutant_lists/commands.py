@@ -24,8 +24,8 @@ COMMANDS = (
   Mutant(
     "a_command_that_begins_a_run_needs_its_folder",
     _ARGUMENTS,
-    'if begins or "://" in workdir',
-    'if "://" in workdir',
+    "if begins or path.exists():",
+    "if path.exists():",
     (f"{_ARGUMENTS_TEST}::test_an_installed_model_and_a_bucket_are_no_absent_folders",),
   ),
   Mutant(

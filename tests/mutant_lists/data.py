@@ -215,6 +215,11 @@ DATA = (
       "len(tokens) - 2 - (stop - start)",
     ),
     ("ends_of_targets_do_not_count", "weights[start : stop + 1] =", "weights[start:stop] ="),
+    (
+      "instructions_dropped_with_all",
+      "draw < drops.all + drops.instruction",
+      "draw < drops.instruction",
+    ),
   ),
   *mutants_of(
     "cm3leon_jax/data/instruction_stores.py",

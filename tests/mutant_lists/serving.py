@@ -79,7 +79,8 @@ SERVING = (
   *mutants_of(
     "cm3leon_jax/serving/schemas.py",
     REFUSALS,
-    ("nan_is_a_number", "json.loads(text, parse_constant=refuse)", "json.loads(text)"),
+    ("nan_is_a_number", "from_json(text, allow_inf_nan=False)", "from_json(text)"),
+    ("bodies_of_many_values", "if marks > MOST_MARKS:", "if marks < 0:"),
   ),
   *mutants_of(
     "cm3leon_jax/serving/partial.py",

@@ -320,6 +320,16 @@ TRAINING = (
     ("every_step_draws_alike", "itertools.count(first, each)", "itertools.repeat(first)"),
   ),
   *mutants_of(
+    "cm3leon_jax/reinforcement/rollouts.py",
+    "tests/reinforcement/rollouts_test.py::test_samples_to_learn_from_are_drawn_from_the_whole_distribution",
+    ("samples_of_the_nucleus", "top_p=1.0,", "top_p=0.9,"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/reinforcement/rewards.py",
+    "tests/reinforcement/rollouts_test.py::test_an_object_in_the_old_color_has_no_reward",
+    ("objects_are_enough", "verdict.correct for", 'verdict.holds["object"] for'),
+  ),
+  *mutants_of(
     "cm3leon_jax/training/accumulation.py",
     "tests/training/accumulation_test.py::test_the_mesh_sets_the_passes_of_a_batch",
     ("rows_count_as_passes", "steps = config.global_batch_size // parts", "steps = rows"),

@@ -153,6 +153,22 @@ def test_true_images_have_the_whole_reward_and_other_images_less(layout):
   assert rewards.judged(records, samples[2:] + samples[:2]).max() == 0
 
 
+def test_an_object_in_the_old_color_has_no_reward(layout):
+  """An edit that changes nothing keeps the object, and is wrong."""
+  prompts = rollouts.read_prompts(settings_of(), layout, "train", 12)
+  records = [prompt.record for prompt in prompts if prompt.task.name == "recolor"]
+  unchanged = [SampleOf((np.asarray(record.images["before"]),)) for record in records]
+  assert records
+  assert rewards.judged(records, unchanged).max() == 0
+
+
+def test_samples_to_learn_from_are_drawn_from_the_whole_distribution(objective):
+  """The gradient is that of the policy that drew them only if nothing was cut off."""
+  drawn = objective.sampling
+  assert (drawn.method, drawn.top_k, drawn.top_p) == ("top_p", 0, 1.0)
+  assert drawn.temperature == objective.settings.reinforce.temperature
+
+
 @dataclasses.dataclass(frozen=True)
 class Scored:
   """As much of a Sample as the reward of CLIP reads."""
