@@ -36,8 +36,8 @@ def test_importing_is_light_and_loading_uses_the_cpu_where_there_is_nothing_else
     check=True,
   )  # fmt: skip
   assert result.stdout.splitlines() == [
-    "nowhere/train/config.json does not exist: name the workdir of a run, in which "
-    "`cm3leon train` began, or where a bundle is taken, its folder or name.",
+    "there is no folder nowhere: give the workdir of a run, the folder of a bundle, or the name "
+    "of an installed one: scenes, scenes-instruct.",
     "cpu",
   ]
   with pytest.raises(AttributeError, match="has no attribute 'CM4Leon'"):

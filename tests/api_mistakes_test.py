@@ -11,7 +11,7 @@ from cm3leon_jax.generation.image_tasks import Unconditional
 from cm3leon_jax.training import checkpoint
 from tests.api_test import IMAGE, model, run  # noqa: F401 (fixtures)
 
-pytestmark = pytest.mark.filterwarnings("ignore:this model never learned to edit")
+pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")
 
 
 @pytest.mark.parametrize(

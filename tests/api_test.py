@@ -31,7 +31,7 @@ from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.models.tiny import model_logits
 
-pytestmark = pytest.mark.filterwarnings("ignore:this model never learned to edit")
+pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")
 ROOT = pathlib.Path(__file__).parents[1]
 PUBLIC = {name for name in vars(CM3Leon) if not name.startswith("_")}
 EXAMPLES = {

@@ -130,7 +130,7 @@ def check_places() -> None:
       continue
     above = next((p for p in pathlib.Path(value).absolute().parents if p.exists()), None)
     if above is not None and not above.is_dir():
-      raise UserError(f"--{name} is {value}, and {above} is a file: name another folder.")
+      raise UserError(f"--{name} is {value}, and {above} is no folder: name another place.")
 
 
 def parse(argv: list[str], config: bool) -> list[str]:

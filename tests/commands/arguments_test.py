@@ -78,11 +78,11 @@ MISTAKES = [
   ),
   (
     ["export", "--workdir=scenes", f"--output={__file__}/x"],
-    f"--output is {__file__}/x, and {__file__} is a file: name another folder.",
+    f"--output is {__file__}/x, and {__file__} is no folder: name another place.",
   ),
   (
     ["prepare_data", "--config=own", f"--workdir={__file__}/x/y"],
-    f"--workdir is {__file__}/x/y, and {__file__} is a file: name another folder.",
+    f"--workdir is {__file__}/x/y, and {__file__} is no folder: name another place.",
   ),
   (
     ["run", "--config=scenes", "--workdir=w", "--config.train"],

@@ -258,7 +258,10 @@ def test_nothing_is_removed_while_a_job_trains(workdir, monkeypatch, action):
   ("arguments", "sentence"),
   [
     ([], "the first argument must say what to do: list, verify, prune, rollback."),
-    (["lsit"], "the first argument must say what to do: list, verify, prune, rollback."),
+    (
+      ["lsit"],
+      "the first argument must say what to do: list, verify, prune, rollback, not 'lsit'.",
+    ),
     (["list", "4"], "unexpected argument '4': commands take only flags after it (--name=value)."),
     (["rollback"], "rollback: name the step to go back to: --step=STEP; `list` shows them."),
     (

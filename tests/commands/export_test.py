@@ -192,7 +192,7 @@ def test_another_config_or_no_workdir_is_refused_without_advice_to_delete(gelu, 
   with pytest.raises(UserError, match=message):
     export.main(with_model(settings, width=64), root, output=output)
   absent = epath.Path(tmp_path / "absent")
-  message = rf"^there is no folder {absent}: name the folder of a run with --workdir\.$"
+  message = rf"^there is no folder {absent}: give the workdir of a run, the folder of a bundle, "
   with pytest.raises(UserError, match=message):
     export.main(settings, absent, output=output)
   assert list(tmp_path.iterdir()) == []

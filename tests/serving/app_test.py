@@ -10,7 +10,7 @@ from cm3leon_jax.generation.image_tasks import InfillImage
 from cm3leon_jax.generation.text_tasks import InfillText
 from tests.serving.live import about, error, events, image, pixels, png
 
-pytestmark = pytest.mark.filterwarnings("ignore:this model never learned to edit")
+pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")
 
 IMAGE = image(0)
 CAPTION = "a red apple"

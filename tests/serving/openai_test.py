@@ -8,7 +8,7 @@ import pytest
 
 from tests.serving.live import about, image, pixels, png
 
-pytestmark = pytest.mark.filterwarnings("ignore:this model never learned to edit")
+pytestmark = pytest.mark.filterwarnings("ignore:(this model|retrieve is) ")
 
 
 @pytest.fixture(scope="module")
