@@ -15,7 +15,7 @@ import time
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import damage, describe, plain, read_json, sync, write_json
+from cm3leon_jax.io import damage, describe, exists, plain, read_json, sync, write_json
 from cm3leon_jax.stage_table import STAGES, identity, reads_of
 
 DONE = "done.json"
@@ -56,7 +56,7 @@ def require(workdir: epath.PathLike, name: str, **fields: type) -> dict:
     UserError: the stage is not finished, or the file is damaged.
   """
   folder = epath.Path(workdir) / name
-  if not (folder / DONE).exists():
+  if not exists(folder / DONE):
     raise UserError(
       f"{folder} is not finished: run `cm3leon {STAGES[name].command}` "
       "with the same --config and --workdir first."
@@ -87,7 +87,7 @@ def check_files(path: epath.PathLike) -> None:
   """
   path = epath.Path(path)
   for folder in (path, *list(path.parents)[:3]):
-    if not str(folder).endswith("://") and (folder / DONE).exists():  # `gs://` holds no files.
+    if not str(folder).endswith("://") and exists(folder / DONE):  # `gs://` holds no files.
       break
   else:
     return
@@ -113,7 +113,7 @@ def command_of(folder: epath.PathLike) -> str:
   Tokenizers may be imported, and they and CLIP copied, instead of trained.
   """
   done, own = epath.Path(folder) / DONE, STAGES[epath.Path(folder).name].command
-  config = read_json(done, {}).get("config") if done.exists() else None
+  config = read_json(done, {}).get("config") if exists(done) else None
   return config.get("command", own) if isinstance(config, dict) else own
 
 
@@ -228,7 +228,7 @@ def once(
   folder = epath.Path(folder)
   done = folder / DONE
   with together():
-    finished = done.exists() and not redo and _is_current(folder, config)
+    finished = exists(done) and not redo and _is_current(folder, config)
   if finished:
     check_files(folder)
     if writes:

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import plain, read_json, write_json
+from cm3leon_jax.io import exists, plain, read_json, write_json
 from cm3leon_jax.mesh import RULES, batch_shards, spec
 from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.stages import DONE, check_same_config, differences
@@ -242,7 +242,7 @@ def _restore(name: str, checkpoints: Checkpoints, init) -> tuple[dict, int]:
 def _open_checkpoints(name: str, identity: dict, folder: epath.Path, lease: Lease) -> Checkpoints:
   """Opens the checkpoints of the same training; those of other steps or data are deleted."""
   path = folder / "config.json"
-  if path.exists():
+  if exists(path):
     stored = read_json(path, {})
     changed = differences(stored, plain(identity))
     if changed and all(change.startswith((f"{name}.steps:", *OF_DATA)) for change in changed):
