@@ -53,7 +53,7 @@ def require(workdir: epath.PathLike, name: str, **fields: type) -> dict:
   """Returns the content of a stage's done.json, with its id and `fields` of these types.
 
   Raises:
-    UserError: the stage is not finished, or the file is damaged.
+    UserError: the stage is not finished, or the file is damaged, or has the id of other files.
   """
   folder = epath.Path(workdir) / name
   if not exists(folder / DONE):
@@ -61,7 +61,9 @@ def require(workdir: epath.PathLike, name: str, **fields: type) -> dict:
       f"{folder} is not finished: run `cm3leon {STAGES[name].command}` "
       "with the same --config and --workdir first."
     )
-  return read_json(folder / DONE, {"id": str, **fields})
+  about = read_json(folder / DONE, {"id": str, **fields})
+  _check_id(folder, about)
+  return about
 
 
 def describe_files(folder: epath.PathLike, patterns: Collection[str]) -> dict[str, dict]:
@@ -74,6 +76,29 @@ def describe_files(folder: epath.PathLike, patterns: Collection[str]) -> dict[st
 def id_of(files: Mapping[str, dict]) -> str:
   """Returns the id of a stage that leaves the described `files`."""
   return hashlib.sha256("".join(f["sha256"] for f in files.values()).encode()).hexdigest()[:16]
+
+
+def _check_id(folder: epath.Path, about: dict) -> None:
+  """Raises UserError if the id in a stage's done.json is not that of the files in it.
+
+  A stage without such files, or of an earlier version, has no such id.
+  """
+  files, stage = about.get("files"), STAGES.get(folder.name)
+  if not files or stage is None:
+    return
+  digest, ids = hashlib.sha256(), []
+  try:
+    for described in files.values():
+      digest.update(described["sha256"].encode())
+      ids.append(digest.hexdigest()[:16])  # As `id_of`; varying files come last.
+  except (AttributeError, KeyError, TypeError) as error:
+    raise UserError(_damaged(folder)) from error
+  if about.get("id") not in (ids if stage.varying else ids[-1:]):
+    raise UserError(_damaged(folder, ": its id is not that of the files that it describes"))
+
+
+def _damaged(folder: epath.Path, why: str = "") -> str:
+  return f"{folder / DONE} is damaged{why}: restore it, or delete it and run its stage again."
 
 
 def check_files(path: epath.PathLike) -> None:
@@ -91,9 +116,11 @@ def check_files(path: epath.PathLike) -> None:
       break
   else:
     return
-  described = read_json(folder / DONE, {}).get("files", {})
+  about = read_json(folder / DONE, {})
+  described = about.get("files", {})
   if not isinstance(described, dict):
-    raise UserError(f"{folder / DONE} is damaged: delete it and run its stage again.")
+    raise UserError(_damaged(folder))
+  _check_id(folder, about)
   name = path.relative_to(folder).as_posix()
   for file, expected in described.items():
     inside = name == "." or file == name or file.startswith(f"{name}/")
