@@ -48,6 +48,7 @@ def begin(
   with distributed.together():  # No process writes before all have read.
     stored = read_json(path, {"run": dict})["run"] if exists(path) else None
     if stored is None:  # A run that has begun goes on without a board.
+      check_no_checkpoints(path)
       boards.check_installed(settings.train)
     config = stages.run_config(settings, workdir, "train") | (more or {})
   start = weights.start_of_run(settings, workdir, init_from, stored)
@@ -65,6 +66,22 @@ def begin(
   for change in changed:
     distributed.print_once(f"train: continues with {change}.")
   return config, start
+
+
+def check_no_checkpoints(path) -> None:
+  """Checks that a folder without its file `path`, the config, has no checkpoints.
+
+  Raises:
+    UserError: it has, so nobody knows which run they are of.
+  """
+  from cm3leon_jax.training import checkpoint
+
+  if checkpoint.any_in(path.parent):
+    raise UserError(
+      f"{path} is missing, and {path.parent} holds checkpoints: it says with which seed, data and "
+      f"optimizer they were trained. Restore it from a copy, or delete {path.parent} to start "
+      "again."
+    )
 
 
 def write_config(settings: Settings, workdir, config: dict, step: int | None = None) -> None:

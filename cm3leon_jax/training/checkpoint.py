@@ -357,6 +357,15 @@ def newest_step(folder: epath.PathLike) -> int:
   return max((int(path.stem) for path in digests if path.stem.isdecimal()), default=0)
 
 
+def any_in(folder: epath.PathLike) -> bool:
+  """Returns whether a run has a checkpoint, sealed or not, without opening it.
+
+  Raises:
+    TryAgain: the folder could not be read.
+  """
+  return bool(sealing.steps_in(epath.Path(folder) / FOLDER)) or newest_step(folder) > 0
+
+
 def load_params(
   folder: epath.PathLike, config: ModelConfig, step: int | None = None, average: bool = True
 ) -> tuple[dict, int]:
