@@ -369,6 +369,17 @@ def test_a_line_that_the_run_did_not_write_is_named(sources, tmp_path, planned, 
   assert path.read_text() == whole
 
 
+def test_a_line_of_another_plan_is_named(sources, tmp_path):
+  """It fits its own digest, but not the lines before it."""
+  path, other = tmp_path / "plan.jsonl", tmp_path / "other.jsonl"
+  plan_with_starts(sources, path).window(4)
+  plan_with_starts(sources, other, seed=1).window(4)
+  lines, others = (p.read_text().splitlines(keepends=True) for p in (path, other))
+  path.write_text("".join([*lines[:3], others[3], *lines[4:]]))
+  with pytest.raises(UserError, match=r"plan\.jsonl, line 4 is not what the run wrote there"):
+    plan_with_starts(sources, path)
+
+
 def test_starts_of_an_earlier_version_are_read_and_get_digests(sources, tmp_path, planned, capsys):
   path = tmp_path / "plan.jsonl"
   rows = plan_with_starts(sources, path).window(4)
