@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -70,6 +71,27 @@ def sync(path: epath.PathLike) -> None:
     os.close(file)
 
 
+def exists(path: epath.PathLike) -> bool:
+  """Returns whether there is a file or folder at a path, known for certain.
+
+  `Path.exists` returns False at any error, as if the file were gone.
+
+  Raises:
+    OSError: a disk did not say, such as one in the network that is away.
+  """
+  if "://" in os.fspath(path):
+    return epath.Path(path).exists()
+  try:
+    os.stat(path)
+  except ValueError:  # A null byte in the name.
+    return False
+  except OSError as error:
+    if error.errno in NOT_THERE:
+      return False
+    raise
+  return True
+
+
 def absolute(path: epath.PathLike) -> epath.Path:
   """Returns the absolute path; epath takes gs://bucket for a folder "gs:" in the current one."""
   path = epath.Path(path)
@@ -87,6 +109,8 @@ def write_json(path: epath.PathLike, value) -> None:
     file.write(json.dumps(plain(value), indent=1) + "\n")
 
 
+# Errors that say for certain that there is no such file.
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 # Fields of a JSON object, and their types; float admits whole numbers.
 Fields = Mapping[str, type]
 GET_AGAIN = "get it again from where it was published"  # Of a file that no stage wrote.
@@ -108,9 +132,10 @@ def read_json(
   Raises:
     UserError: it is absent or damaged, or lacks a field.
     ValueError: a bucket did not answer as it should, see `buckets.failure`.
+    OSError: it could not be read, so that its content is not known.
   """
   path = epath.Path(path)
-  if not path.exists():
+  if not exists(path):
     raise UserError(f"{path} does not exist: run the stage that writes it first.")
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
@@ -142,9 +167,10 @@ def read_json_lines(path: epath.PathLike, fields: Fields | None = None) -> list[
 
   Raises:
     UserError: a line before the last one is damaged, or a line lacks one of `fields`.
+    OSError: the file could not be read.
   """
   path = epath.Path(path)
-  lines = path.read_bytes().rstrip(b"\n").split(b"\n") if path.exists() else []
+  lines = path.read_bytes().rstrip(b"\n").split(b"\n") if exists(path) else []
   values = []
   for number, line in enumerate(lines, 1):
     try:
@@ -162,12 +188,19 @@ def read_json_lines(path: epath.PathLike, fields: Fields | None = None) -> list[
 
 
 def digest(path: epath.PathLike) -> str | None:
-  """Returns the SHA-256 of a file, or None if it does not exist."""
+  """Returns the SHA-256 of a file, or None if it does not exist.
+
+  Raises:
+    OSError: it could not be read.
+  """
   path = epath.Path(path)
-  if not path.exists():
+  if not exists(path):
     return None
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+  try:
+    with path.open("rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+  except (FileNotFoundError, IsADirectoryError):
+    return None
 
 
 def describe(path: epath.PathLike) -> dict:
@@ -188,9 +221,12 @@ def damage(path: epath.PathLike, expected: dict, content: bool = True) -> str | 
     path: of the file.
     expected: result of `describe` when it was written.
     content: whether to compare the content, too, and not only the size.
+
+  Raises:
+    OSError: it could not be read.
   """
   path = epath.Path(path)
-  if not path.exists():
+  if not exists(path):
     return "is missing"
   size = _stamp(path)[0]
   if size != expected["bytes"]:

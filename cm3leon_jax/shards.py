@@ -9,7 +9,7 @@ from etils import epath
 
 from cm3leon_jax import buckets, extras
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.io import plain, read_json, write_json
+from cm3leon_jax.io import exists, plain, read_json, write_json
 from cm3leon_jax.progress import progress_bar
 
 RUNNERS = ("local", "ray")
@@ -87,7 +87,7 @@ def run_shards(
   finished, pending = [], []
   for name, config in shards.items():
     path = folder / f"{name}.json"
-    record = read_json(path, {"config": dict, "summary": dict}) if path.exists() else {}
+    record = read_json(path, {"config": dict, "summary": dict}) if exists(path) else {}
     done = record.get("config") == plain(config) and is_whole(name)
     finished += [(name, record["summary"])] if done else []
     pending += [] if done else [{"shard": name, "config": json.dumps(plain(config))}]

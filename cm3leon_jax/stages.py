@@ -15,7 +15,7 @@ import time
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import damage, describe, plain, read_json, sync, write_json
+from cm3leon_jax.io import damage, describe, exists, plain, read_json, sync, write_json
 from cm3leon_jax.stage_table import STAGES, identity, reads_of
 
 DONE = "done.json"
@@ -53,15 +53,17 @@ def require(workdir: epath.PathLike, name: str, **fields: type) -> dict:
   """Returns the content of a stage's done.json, with its id and `fields` of these types.
 
   Raises:
-    UserError: the stage is not finished, or the file is damaged.
+    UserError: the stage is not finished, or the file is damaged, or has the id of other files.
   """
   folder = epath.Path(workdir) / name
-  if not (folder / DONE).exists():
+  if not exists(folder / DONE):
     raise UserError(
       f"{folder} is not finished: run `cm3leon {STAGES[name].command}` "
       "with the same --config and --workdir first."
     )
-  return read_json(folder / DONE, {"id": str, **fields})
+  about = read_json(folder / DONE, {"id": str, **fields})
+  _check_id(folder, about)
+  return about
 
 
 def describe_files(folder: epath.PathLike, patterns: Collection[str]) -> dict[str, dict]:
@@ -76,6 +78,29 @@ def id_of(files: Mapping[str, dict]) -> str:
   return hashlib.sha256("".join(f["sha256"] for f in files.values()).encode()).hexdigest()[:16]
 
 
+def _check_id(folder: epath.Path, about: dict) -> None:
+  """Raises UserError if the id in a stage's done.json is not that of the files in it.
+
+  A stage without such files, or of an earlier version, has no such id.
+  """
+  files, stage = about.get("files"), STAGES.get(folder.name)
+  if not files or stage is None:
+    return
+  digest, ids = hashlib.sha256(), []
+  try:
+    for described in files.values():
+      digest.update(described["sha256"].encode())
+      ids.append(digest.hexdigest()[:16])  # As `id_of`; varying files come last.
+  except (AttributeError, KeyError, TypeError) as error:
+    raise UserError(_damaged(folder)) from error
+  if about.get("id") not in (ids if stage.varying else ids[-1:]):
+    raise UserError(_damaged(folder, ": its id is not that of the files that it describes"))
+
+
+def _damaged(folder: epath.Path, why: str = "") -> str:
+  return f"{folder / DONE} is damaged{why}: restore it, or delete it and run its stage again."
+
+
 def check_files(path: epath.PathLike) -> None:
   """Compares a file, or all files in a folder, with their digests in the stage's done.json.
 
@@ -87,13 +112,15 @@ def check_files(path: epath.PathLike) -> None:
   """
   path = epath.Path(path)
   for folder in (path, *list(path.parents)[:3]):
-    if not str(folder).endswith("://") and (folder / DONE).exists():  # `gs://` holds no files.
+    if not str(folder).endswith("://") and exists(folder / DONE):  # `gs://` holds no files.
       break
   else:
     return
-  described = read_json(folder / DONE, {}).get("files", {})
+  about = read_json(folder / DONE, {})
+  described = about.get("files", {})
   if not isinstance(described, dict):
-    raise UserError(f"{folder / DONE} is damaged: delete it and run its stage again.")
+    raise UserError(_damaged(folder))
+  _check_id(folder, about)
   name = path.relative_to(folder).as_posix()
   for file, expected in described.items():
     inside = name == "." or file == name or file.startswith(f"{name}/")
@@ -113,7 +140,7 @@ def command_of(folder: epath.PathLike) -> str:
   Tokenizers may be imported, and they and CLIP copied, instead of trained.
   """
   done, own = epath.Path(folder) / DONE, STAGES[epath.Path(folder).name].command
-  config = read_json(done, {}).get("config") if done.exists() else None
+  config = read_json(done, {}).get("config") if exists(done) else None
   return config.get("command", own) if isinstance(config, dict) else own
 
 
@@ -228,7 +255,7 @@ def once(
   folder = epath.Path(folder)
   done = folder / DONE
   with together():
-    finished = done.exists() and not redo and _is_current(folder, config)
+    finished = exists(done) and not redo and _is_current(folder, config)
   if finished:
     check_files(folder)
     if writes:

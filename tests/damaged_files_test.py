@@ -142,10 +142,14 @@ def test_a_bad_line_within_the_log_is_named(line, sentence, tmp_path):
 
 @pytest.mark.parametrize("junk", [*JUNK.values(), b'{"window": 2, "first_row": -1}'])
 def test_starts_of_windows_after_a_bad_line_are_planned_again(junk, tmp_path):
+  """In a file of an earlier version; where lines have digests, the bad line is named."""
   path, start = tmp_path / "plan.jsonl", Start(9, (4, 0), (70, 0))
   starts = WindowStarts(2, path, "x", writes=True)
   starts.add(1, start)
-  good = path.read_bytes()
+  path.write_bytes(path.read_bytes() + junk.replace(b"\n", b"") + b"\n")
+  with pytest.raises(UserError, match=r"plan\.jsonl, line 3 is not what the run wrote there"):
+    WindowStarts(2, path, "x")
+  good = b'{"fingerprint": "x"}\n{"window": 1, "first_row": 9, "taken": [4, 0], "used": [70, 0]}\n'
   next_ = good.splitlines()[1].replace(b'"window": 1', b'"window": 2')
   for bad in (junk, next_.replace(b"70", b'"x"'), next_.replace(b"[70, 0]", b"[70]")):
     path.write_bytes(good + bad + b"\n" + next_ + b"\n")

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -30,6 +32,26 @@ def test_damaged_or_absent_json_is_refused(tmp_path):
     read_json(tmp_path / "x.json")
   with pytest.raises(UserError, match=r"not valid JSON .*: get it again from where it was pub"):
     read_json(tmp_path / "x.json", {}, io.GET_AGAIN)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_file_about_which_a_disk_does_not_answer_is_not_absent(tmp_path, monkeypatch, number):
+  path, described = tmp_path / "x.json", {"bytes": 2, "sha256": ""}
+  path.write_text("{}")
+
+  def stat(name, *args, **options):
+    raise OSError(number, "no answer", name)
+
+  reads = (io.exists, io.read_json, io.read_json_lines, io.digest)
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "stat", stat)
+    for read in (*reads, lambda path: io.damage(path, described)):
+      with pytest.raises(OSError, match="no answer"):
+        read(path)
+  assert io.exists(path)
+  for absent in (tmp_path / "y", path / "below a file", tmp_path / ("long" * 999), "null\0byte"):
+    assert not io.exists(absent)
+  assert io.digest(tmp_path) is None  # A folder.
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

@@ -128,6 +128,52 @@ def test_a_damaged_file_of_a_stage_is_refused_with_what_to_do(tmp_path, content,
     pytest.fail("the body must not run")
 
 
+@pytest.mark.parametrize(
+  "change",
+  [
+    lambda done: done.update(id="0123456789abcdef"),
+    lambda done: done["files"]["config.json"].update(sha256="0" * 64),
+    lambda done: done["files"].popitem(),
+    lambda done: done["files"].update(more={"bytes": 1}),
+    lambda done: done["files"].update(more={"bytes": 1, "sha256": "0" * 64}),
+    lambda done: done.update(files=[1]),
+    lambda done: done.update(files={"config.json": 1}),
+  ],
+)
+def test_an_id_of_other_files_is_refused(tmp_path, change):
+  write_stage(tmp_path)
+  path = tmp_path / "vqgan" / stages.DONE
+  stages.require(tmp_path, "vqgan")
+  done = read_json(path)
+  change(done)
+  write_json(path, done)
+  for read in (
+    lambda: stages.require(tmp_path, "vqgan"),
+    lambda: stages.check_files(tmp_path / "vqgan" / "params.safetensors"),
+    lambda: stages.once(tmp_path / "vqgan", {}).__enter__(),
+  ):
+    with pytest.raises(UserError, match=r"vqgan/done\.json is damaged.*: restore it, or delete it"):
+      read()
+
+
+def test_files_that_do_not_count_for_an_id_may_change(tmp_path):
+  """Indices of ScaNN are others whenever they are made."""
+  stage, folder = stage_table.STAGES["neighbors"], tmp_path / "neighbors"
+  ids = set()
+  for content in (b"one", b"two"):
+    with stages.once(folder, {}, redo=True, files=stage.files, varying=stage.varying):
+      (folder / "index" / "a").mkdir(parents=True, exist_ok=True)
+      (folder / "index" / "a" / "scann").write_bytes(content)
+      (folder / "words.json").write_text("{}")
+    done = stages.require(tmp_path, "neighbors")
+    assert list(done["files"]) == ["words.json", "index/a/scann"]
+    ids.add(done["id"])
+  assert len(ids) == 1
+  write_json(folder / stages.DONE, {**done, "id": "0123456789abcdef"})
+  with pytest.raises(UserError, match="its id is not that of the files"):
+    stages.require(tmp_path, "neighbors")
+
+
 def test_files_of_an_earlier_version_pass(tmp_path):
   done = write_stage(tmp_path)
   write_json(tmp_path / "vqgan" / stages.DONE, {"id": done["id"], "config": {}, "summary": {}})

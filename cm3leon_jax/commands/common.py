@@ -64,6 +64,10 @@ _TIMEOUT = flags.DEFINE_integer(
 
 # Of a disk that is full or fails. Transformers, too, raises OSError, if it cannot load a model.
 NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+# Of a file whose content stays unknown: it may be there, and whole.
+NOT_READ = (
+  errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE,
+)  # fmt: skip
 NAME_A_CONFIG = "name a config: --config=scenes"
 
 
@@ -299,6 +303,12 @@ def _reporting() -> Iterator[None]:
       _fail(f"{bucket_paths.where()}: {reason}: the same command continues.", TryAgain.exit_code)
     if accelerators.is_absent(error):
       _fail(f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')}: {error}")
+    if isinstance(error, OSError) and error.errno in NOT_READ and error.filename:
+      _fail(
+        f"{error.filename} could not be read or written ({error.strerror}): mend the disk or the "
+        "rights, and run the same command again.",
+        TryAgain.exit_code,
+      )
     if not isinstance(error, UserError):
       raise
     _fail(str(error), error.exit_code)
@@ -317,8 +327,8 @@ def run(
 ) -> None:
   """Runs a command as an absl app; a UserError becomes one sentence on stderr and exit code 2.
 
-  A bucket that cannot be reached becomes one, too, and an exit code with which launchers start the
-  command again; they do not if the bucket refuses the account.
+  A bucket or disk that cannot be reached becomes one, too, and an exit code with which launchers
+  start the command again; they do not if the bucket refuses the account.
 
   Args:
     main: called as `main(settings, workdir)`, or as `main(settings)` without a workdir.

@@ -6,7 +6,8 @@
   cm3leon inspect_data --config=scenes --workdir=workdir/scenes --validate
 
 The page shows the arrays that the trainer reads; every sample is checked against its documents.
---validate reads every record and every row instead, and names the first that is wrong.
+--validate reads every record, every row and every image of raw/ instead, and names the first that
+is wrong.
 After a training that has stopped because of skipped steps, --skipped shows the worst of their rows.
 """
 
@@ -19,7 +20,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from cm3leon_jax import stage_table, stages
+from cm3leon_jax import io, stage_table, stages
 from cm3leon_jax.commands import common
 from cm3leon_jax.config import UserError
 
@@ -92,7 +93,7 @@ def write_page(
 
 
 def validate(settings, workdir) -> None:
-  """Checks digests, documents, neighbors and instructions of a run; prints their numbers.
+  """Checks digests, documents, neighbors, instructions and raw images of a run; prints numbers.
 
   Raises:
     UserError: a stage is not finished, or a file of it is wrong; names file and record or row.
@@ -102,7 +103,7 @@ def validate(settings, workdir) -> None:
   from cm3leon_jax.data.instruction_config import load_tasks
   from cm3leon_jax.data.instruction_samples import read_targets
   from cm3leon_jax.data.instruction_sources import store_name
-  from cm3leon_jax.data.validate import validate_documents, validate_store
+  from cm3leon_jax.data.validate import validate_documents, validate_raw, validate_store
   from cm3leon_jax.retrieval.validate import validate_neighbors
 
   documents = DOCUMENTS if replay_share(settings, "train") else ()
@@ -124,6 +125,10 @@ def validate(settings, workdir) -> None:
         numbers = validate_store(store)
         read_targets(store.folder, len(store))
         print(f"{store.folder}: {numbers['documents']:,} documents; all valid.", flush=True)
+  if io.exists(workdir / "raw" / stages.DONE):
+    validate_raw(workdir / "raw", settings.raw.num_threads)
+  else:
+    print(f"{workdir / 'raw'}: is not there, or not finished; its images were not checked.")
 
 
 def _compare(skipped: SkippedRows, loader: RowLoader, workdir) -> None:

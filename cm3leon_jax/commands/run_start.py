@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import plain, read_json, write_json
+from cm3leon_jax.io import exists, plain, read_json, write_json
 
 if TYPE_CHECKING:
   from collections.abc import Sequence
@@ -46,8 +46,9 @@ def begin(
 
   path = workdir / "train" / "config.json"
   with distributed.together():  # No process writes before all have read.
-    stored = read_json(path, {"run": dict})["run"] if path.exists() else None
+    stored = read_json(path, {"run": dict})["run"] if exists(path) else None
     if stored is None:  # A run that has begun goes on without a board.
+      check_no_checkpoints(path)
       boards.check_installed(settings.train)
     config = stages.run_config(settings, workdir, "train") | (more or {})
   start = weights.start_of_run(settings, workdir, init_from, stored)
@@ -65,6 +66,22 @@ def begin(
   for change in changed:
     distributed.print_once(f"train: continues with {change}.")
   return config, start
+
+
+def check_no_checkpoints(path) -> None:
+  """Checks that a folder without its file `path`, the config, has no checkpoints.
+
+  Raises:
+    UserError: it has, so nobody knows which run they are of.
+  """
+  from cm3leon_jax.training import checkpoint
+
+  if checkpoint.any_in(path.parent):
+    raise UserError(
+      f"{path} is missing, and {path.parent} holds checkpoints: it says with which seed, data and "
+      f"optimizer they were trained. Restore it from a copy, or delete {path.parent} to start "
+      "again."
+    )
 
 
 def write_config(settings: Settings, workdir, config: dict, step: int | None = None) -> None:
@@ -86,7 +103,7 @@ def write_config(settings: Settings, workdir, config: dict, step: int | None = N
   with distributed.together():
     if distributed.is_first():
       content = {"run": config, "settings": dataclasses.asdict(settings)}
-      before = read_json(path) if path.exists() else {"run": config}
+      before = read_json(path) if exists(path) else {"run": config}
       changes = before.get("changes", [])
       if changed := stages.differences(before["run"], plain(config)):
         changes = [*changes, {"step": step or newest_step(path.parent), "fields": changed}]
@@ -112,7 +129,7 @@ def goes_on(folder, config: dict, steps: int, changes: bool = False) -> bool:
     UserError: fields differ, and no step is left.
   """
   done = folder / stages.DONE
-  if not done.exists():
+  if not exists(done):
     return False
   stored = read_json(done, {"config": dict, "summary": dict})
   trained = stored["summary"].get("steps", 0)

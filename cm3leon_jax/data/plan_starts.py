@@ -50,8 +50,10 @@ class WindowStarts:
   """List of `Start` from window 0 to the first window that is not planned yet.
 
   The file has a line `{"fingerprint": ...}` and one line for each window from 1 on:
-  `{"window": 1, "first_row": 9012, "taken": [..], "used": [..]}`. A file with another fingerprint
-  is refused; a damaged line and the lines after it are ignored.
+  `{"window": 1, "first_row": 9012, "taken": [..], "used": [..], "digest": "9f86d081884c7d65"}`.
+  The digest is that of all lines up to this one, so a line that is changed, missing, swapped or
+  repeated is found. Only a last line that a kill left incomplete is ignored. A file of an earlier
+  version has no digests: it gets them, and a damaged line and the lines after it are ignored.
   """
 
   def __init__(
@@ -64,11 +66,13 @@ class WindowStarts:
     """Reads `path`, if it exists; with `writes`, `add` updates the file.
 
     Raises:
-      UserError: the file has another fingerprint than `identity`.
+      UserError: the file has another fingerprint than `identity`, or a line is not as it was
+        written.
     """
     self._path = epath.Path(path) if path else None
     self._header, self._writes = _line({"fingerprint": identity}), bool(path) and writes
     self._starts = [Start(0, (0,) * num_sources, (0,) * num_sources)]
+    self._digests = [_digest("", self._header)]  # Of the header, and of the line of each start.
     self._whole = False  # Whether the file holds exactly these starts: lines can be appended.
     if self._path and self._path.exists():
       self._read(self._path.read_bytes().decode(errors="replace"))
@@ -96,9 +100,13 @@ class WindowStarts:
           f"{start}: the data or the code changed since it was written; delete it."
         )
       return
-    self._starts.append(start)
+    self._append(start)
     if self._writes:
       self._write(window)
+
+  def _append(self, start: Start) -> None:
+    self._digests.append(_digest(self._digests[-1], _line(_fields(len(self), start))))
+    self._starts.append(start)
 
   def _read(self, text: str) -> None:
     if not text.endswith("\n") and "\n" not in text:
@@ -109,13 +117,39 @@ class WindowStarts:
         "rows changed since then. Restore them to go on with the same rows, or delete the file to "
         "go on with new ones, in which documents of this pass may be missing or occur twice."
       )
-    rest = text[len(self._header) :]
-    for line in rest.splitlines(keepends=True):
-      start = _start_of(line, len(self._starts), len(self._starts[0].taken))
-      if start is None:
-        return
-      self._starts.append(start)
-    self._whole = True
+    lines = text[len(self._header) :].split("\n")
+    incomplete = lines.pop()  # "" of a file that was written to its end.
+    if any('"digest"' in line for line in lines):
+      self._read_lines(lines)
+      self._whole = not incomplete
+    else:
+      self._read_earlier(lines)
+
+  def _read_lines(self, lines: list[str]) -> None:
+    for number, line in enumerate(lines, 2):
+      found = _start_of(line, len(self), len(self._starts[0].taken))
+      if found is not None:
+        self._append(found[0])
+      if found is None or found[1] != self._digests[-1]:
+        raise UserError(
+          f"{self._path}, line {number} is not what the run wrote there: restore the file from a "
+          "copy, or delete this line and all lines after it; the run plans their windows again."
+        )
+
+  def _read_earlier(self, lines: list[str]) -> None:
+    """Reads lines without digests, up to the first that is damaged."""
+    for line in lines:
+      found = _start_of(line, len(self), len(self._starts[0].taken))
+      if found is None:
+        break
+      self._append(found[0])
+    if self._writes and len(self) > 1:
+      print(
+        f"{self._path} is of an earlier version, without digests of its {len(self) - 1} lines: "
+        "they are read as they are, and get digests now.",
+        flush=True,
+      )
+      self._rewrite()
 
   def _write(self, window: int) -> None:
     bucket = "://" in str(self._path)
@@ -123,27 +157,42 @@ class WindowStarts:
       with self._path.open("a") as f:
         f.write(self._lines(window))
     elif not bucket or window % BUCKET_BATCH == 0:
-      with replacing(self._path, "w") as f:
-        f.write(self._header + self._lines(1))
-      self._whole = True
+      self._rewrite()
+
+  def _rewrite(self) -> None:
+    with replacing(self._path, "w") as f:
+      f.write(self._header + self._lines(1))
+    self._whole = True
 
   def _lines(self, first: int) -> str:
-    windows = range(first, len(self))
-    return "".join(_line({"window": i, **self._starts[i]._asdict()}) for i in windows)
+    return "".join(
+      _line({**_fields(i, self._starts[i]), "digest": self._digests[i]})
+      for i in range(first, len(self))
+    )
 
 
-def _start_of(line: str, window: int, num_sources: int) -> Start | None:
-  """Returns the start of `window` that a line holds; None if it holds something else."""
+def _fields(window: int, start: Start) -> dict:
+  return {"window": window, **start._asdict()}
+
+
+def _digest(before: str, line: str) -> str:
+  """Returns the digest of a line and, through that of the line before, of all lines up to it."""
+  return hashlib.sha256(f"{before}{line}".encode()).hexdigest()[:16]
+
+
+def _start_of(line: str, window: int, num_sources: int) -> tuple[Start, str | None] | None:
+  """Returns the start of `window` that a line holds, and its digest; None: something else."""
   try:
     fields = json.loads(line)
     first, counts = fields["first_row"], [tuple(fields[name]) for name in ("taken", "used")]
     numbers = [fields["window"], first, *counts[0], *counts[1]]
   except (ValueError, RecursionError, TypeError, KeyError):
     return None
-  whole = line.endswith("\n") and all(type(x) is int and x >= 0 for x in numbers)
+  numeric = all(type(x) is int and x >= 0 for x in numbers)
   lengths = [len(values) for values in counts]
-  right = whole and fields["window"] == window and lengths == [num_sources] * 2
-  return Start(first, *counts) if right else None
+  known = fields.keys() - {"digest"} == _fields(0, Start(0, (), ())).keys()
+  right = known and numeric and fields["window"] == window and lengths == [num_sources] * 2
+  return (Start(first, *counts), fields.get("digest")) if right else None
 
 
 def _line(fields: dict) -> str:

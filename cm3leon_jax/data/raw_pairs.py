@@ -27,11 +27,12 @@ from cm3leon_jax.data.records import (
   required_fields,
   with_images,
 )
-from cm3leon_jax.io import damage, open_filesystem, read_json
+from cm3leon_jax.io import damage, exists, open_filesystem, read_json
 
 # B images, H height, W width.
 
 INDEX = "index.json"
+IMAGE_DIGESTS = "images.sha256"  # Of a shard, as `sha256sum` writes it; described like its records.
 SCHEMA_VERSION = 1
 IN_MEMORY_BYTES = 2**31
 Crop = typing.Literal["center", "pad"]
@@ -93,17 +94,29 @@ def read_shard(folder: epath.PathLike, name: str, cls: type[T], split: str) -> l
   Raises:
     UserError: the file of the records is missing or damaged.
   """
-  folder, about = epath.Path(folder) / name, epath.Path(folder) / "done" / f"{name}.json"
-  file = f"{kind_of(cls)}.jsonl"
-  described = (
-    read_json(about, {"summary": dict})["summary"].get("files", {}) if about.exists() else {}
-  )
-  if file in described and (wrong := damage(folder / file, described[file])):
-    raise UserError(
-      f"{folder / file} {wrong}: {stages.again(folder.parent, f'the folder {folder}')}."
-    )
-  records = [r for r in _read(folder / f"{kind_of(cls)}.jsonl", cls) if r.split == split]
+  described, file = described_files(folder, name), f"{kind_of(cls)}.jsonl"
+  folder = epath.Path(folder) / name
+  if file in described:
+    check_file(folder, file, described[file])
+  records = [r for r in _read(folder / file, cls) if r.split == split]
   return [with_images(r, [str(folder / image) for image in images_of(r)]) for r in records]
+
+
+def described_files(folder: epath.PathLike, name: str) -> dict[str, dict]:
+  """Returns size and SHA-256 of the files of shard `name`; none of one of an earlier version."""
+  about = epath.Path(folder) / "done" / f"{name}.json"
+  return read_json(about, {"summary": dict})["summary"].get("files", {}) if exists(about) else {}
+
+
+def check_file(shard: epath.Path, file: str, expected: dict) -> None:
+  """Raises UserError if a file in the folder `shard` differs from its description."""
+  if wrong := damage(shard / file, expected):
+    raise UserError(f"{shard / file} {wrong}: {again(shard)}.")
+
+
+def again(shard: epath.Path) -> str:
+  """Says how to replace a damaged file of a shard."""
+  return stages.again(shard.parent, f"the folder {shard}")
 
 
 def kind_of(cls: type) -> str:

@@ -6,6 +6,7 @@ from concurrent import futures
 import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 from typing import Annotated
@@ -20,7 +21,7 @@ from cm3leon_jax import stages
 from cm3leon_jax.config import STRICT, UserError
 from cm3leon_jax.data import origins, raw_statistics, sources
 from cm3leon_jax.data.builtin_sources import split_of
-from cm3leon_jax.data.raw_pairs import Crop, kind_of
+from cm3leon_jax.data.raw_pairs import IMAGE_DIGESTS, Crop, kind_of
 from cm3leon_jax.data.records import (
   KINDS,
   NOTES,
@@ -93,7 +94,9 @@ class _Writer:
   ):
     (folder / "images").mkdir(parents=True, exist_ok=True)
     self.config, self.folder, self._load = config, folder, load
-    self._files = {name: stack.enter_context(replacing(folder / name, "w")) for name in FILES}
+    self._files = {
+      name: stack.enter_context(replacing(folder / name, "w")) for name in (*FILES, IMAGE_DIGESTS)
+    }
     self._pool = stack.enter_context(futures.ThreadPoolExecutor(config.num_threads))
     self._keys = {cls: set() for cls in KINDS.values()}
     self._concepts: dict[str, set] = {split: set() for split in SPLITS}
@@ -111,8 +114,9 @@ class _Writer:
       numbers = range(self._num_images, self._num_images + len(images))
       jobs.append((item, images, [f"images/{i:07d}.{suffix}" for i in numbers]))
       self._num_images += len(images)
-    for item, digest, sizes in self._pool.map(lambda job: self._save_images(*job), jobs):
+    for item, digest, sizes, files in self._pool.map(lambda job: self._save_images(*job), jobs):
       self._put(item, digest, sizes)
+      self._files[IMAGE_DIGESTS].writelines(files)
 
   def _checked(self, item: Record | Rejected) -> Record | Rejected | None:
     """Fills in defaults; returns None at a license to leave out, Rejected at a wrong record."""
@@ -163,8 +167,13 @@ class _Writer:
     return array[top : top + side, left : left + side], size
 
   def _save_images(self, item, images: list, names: list[str]) -> tuple:
-    """Saves images; returns the record (Rejected at an error), digest of the pixels, and sizes."""
-    digest, sizes = hashlib.sha256(), []
+    """Saves the images of a record.
+
+    Returns:
+      The record, Rejected at an error; the digest of the pixels; the sizes; and for each file that
+      the record names a line with its SHA-256.
+    """
+    digest, sizes, files = hashlib.sha256(), [], []
     for image, name in zip(images, names):
       try:
         if getattr(item, "added_crop", ""):
@@ -173,18 +182,27 @@ class _Writer:
           array, size = self._load(image, self.config.resolution)
       except UserError as error:
         if getattr(item, "added_crop", ""):  # The image itself is already rejected.
-          return None, b"", []
+          return None, b"", [], []
         file = item.source if isinstance(image, bytes) else image
-        return Rejected(file, item.key, "unreadable_image", f"key '{item.key}': {error}"), b"", []
+        rejected = Rejected(file, item.key, "unreadable_image", f"key '{item.key}': {error}")
+        return rejected, b"", [], []
       pixels = Image.fromarray(array)
       sizes.append(size)
       digest.update(pixels.tobytes())
-      with (self.folder / name).open("wb") as file:
-        if self.config.jpeg_quality:
-          pixels.save(file, "jpeg", quality=self.config.jpeg_quality, subsampling=0)
-        else:
-          pixels.save(file, "png")
-    return (with_images(item, names), digest.digest(), sizes) if images else (item, b"", [])
+      encoded = self._encoded(pixels)
+      files.append(f"{hashlib.sha256(encoded).hexdigest()}  {name}\n")
+      (self.folder / name).write_bytes(encoded)
+    if not images:
+      return item, b"", [], []
+    return with_images(item, names), digest.digest(), sizes, files
+
+  def _encoded(self, pixels: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    if self.config.jpeg_quality:
+      pixels.save(buffer, "jpeg", quality=self.config.jpeg_quality, subsampling=0)
+    else:
+      pixels.save(buffer, "png")
+    return buffer.getvalue()
 
   def _put(
     self, item: Record | Rejected | None, digest: bytes, sizes: list[tuple[int, int]]
@@ -258,4 +276,7 @@ def write_shard(
     for batch in batches(items, BATCH, BATCH_BYTES):
       writer.add(batch)
       bar.update(len(batch))
-  return {**writer.summary(more or {}), "files": stages.describe_files(folder, FILES)}
+  return {
+    **writer.summary(more or {}),
+    "files": stages.describe_files(folder, (*FILES, IMAGE_DIGESTS)),
+  }

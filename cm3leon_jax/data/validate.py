@@ -1,10 +1,16 @@
-"""Checks document stores against their schema, their digests and each other; reads everything."""
+"""Checks raw images against their digests, and document stores against their schema and each other.
+
+It reads everything.
+"""
+
+from concurrent import futures
 
 from array_record.python import array_record_module
 from etils import epath
 import numpy as np
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import (
   DocumentStore,
   add_tokens,
@@ -14,6 +20,7 @@ from cm3leon_jax.data.documents import (
 )
 from cm3leon_jax.data.records import KINDS, SPLITS
 from cm3leon_jax.data.shard_files import LENGTHS, RECORDS, encode_again, read_lengths
+from cm3leon_jax.io import digest
 from cm3leon_jax.vocab import VocabLayout
 
 SEGMENTS, DOCUMENTS = ("lengths", "is_image"), ("groups", "concepts")  # Arrays of each.
@@ -107,6 +114,44 @@ def validate_documents(folder: epath.PathLike, vocab: VocabLayout) -> None:
     store = DocumentStore(path, vocab)
     counts = ", ".join(f"{count:,} {field}" for field, count in validate_store(store).items())
     print(f"{store.folder}: {counts}; all valid.", flush=True)
+
+
+def validate_raw(folder: epath.PathLike, num_threads: int) -> None:
+  """Compares all files of a raw folder with their digests and prints how many images there are.
+
+  Args:
+    folder: of the stage `raw`.
+    num_threads: number of images that are read at a time.
+
+  Raises:
+    UserError: names a file that is missing or has another content than when it was written.
+  """
+  folder = epath.Path(folder)
+  names, images, earlier = list(raw_pairs.shards(folder)), 0, 0
+  for name in names:
+    described = raw_pairs.described_files(folder, name)
+    for file, expected in described.items():
+      raw_pairs.check_file(folder / name, file, expected)
+    if raw_pairs.IMAGE_DIGESTS in described:
+      images += _validate_images(folder / name, num_threads)
+    else:
+      earlier += 1
+  state = f"{len(names):,} shards, {images:,} images; all as written"
+  if earlier:
+    state += f", but {earlier:,} of the shards, of an earlier version, have no digests of images"
+  print(f"{folder}: {state}.", flush=True)
+
+
+def _validate_images(shard: epath.Path, num_threads: int) -> int:
+  """Compares the images of a raw shard with their digests; returns their number."""
+  lines = (shard / raw_pairs.IMAGE_DIGESTS).read_text(encoding="utf-8").splitlines()
+  expected = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
+  with futures.ThreadPoolExecutor(num_threads) as pool:
+    for name, found in zip(expected, pool.map(lambda name: digest(shard / name), expected)):
+      if found != expected[name]:
+        wrong = "has another content than when it was written" if found else "is missing"
+        raise UserError(f"{shard / name} {wrong}: {raw_pairs.again(shard)}.")
+  return len(expected)
 
 
 def _check_joined(store: DocumentStore, name: str, before: dict[str, int]) -> None:

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 
 from cm3leon_jax import buckets, distributed
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.io import absolute, digest, read_json, write_json
+from cm3leon_jax.io import absolute, digest, exists, read_json, write_json
 from cm3leon_jax.mesh import abstract
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
@@ -54,8 +54,13 @@ class Checkpoints:
       keep_best: so many checkpoints of the lowest held-out loss are kept, too.
       check: called before a save is started and before one is sealed; an error that it raises
         prevents both.
+
+    Raises:
+      TryAgain: the folder of a checkpoint could not be read.
     """
     self.folder = absolute(folder) / FOLDER
+    with distributed.together():
+      present = sealing.steps_in(self.folder)
     self.digest_folder = self.folder.parent / f"{FOLDER}.digests"
     options = ocp.CheckpointManagerOptions(
       preservation_policy=policy(keep, keep_every, keep_best),
@@ -63,6 +68,13 @@ class Checkpoints:
       create=True,
     )
     self._manager = ocp.CheckpointManager(self.folder, options=options)
+    with distributed.together():  # Orbax takes a folder that it cannot read for none.
+      listed = self._manager.all_steps()
+      if lacking := (present - {*listed}) & sealing.steps_in(self.folder):
+        raise TryAgain(
+          f"{self.folder / str(min(lacking))} could not be read when the checkpoints were listed: "
+          "nothing was deleted; run the same command again."
+        )
     self._check, self._scores, self._closed = check, bool(keep_best), False
     self._save: sealing.Save | None = None
     self._good: int | None = None  # Step of the newest checkpoint that is known to be whole.
@@ -82,8 +94,17 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def sealed(self) -> list[int]:
-    """Returns the steps of all sealed checkpoints, sorted, as this process sees them."""
-    return [s for s in self.steps() if self._digest_path(s).exists()]
+    """Returns the steps of all sealed checkpoints, sorted, as this process sees them.
+
+    Raises:
+      TryAgain: the folder of the digests could not be read.
+    """
+    sealed = []
+    with distributed.together():
+      for step in self.steps():
+        with sealing.reading(self._digest_path(step)):
+          sealed += [step] if exists(self._digest_path(step)) else []
+    return sealed
 
   def delete(self, step: int) -> None:
     """Deletes a checkpoint and its digests."""
@@ -259,7 +280,7 @@ class Checkpoints:
     return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"][name]
 
   def check(self, step: int) -> None:
-    """Raises UserError if a file of the checkpoint differs from what was written."""
+    """Raises UserError if a file of the checkpoint differs from what was written; see `damage`."""
     if not (damage := self.damage(step)):
       return
     sealed = self.sealed()
@@ -276,10 +297,17 @@ class Checkpoints:
     raise UserError(f"{damage}; {remedy}.")
 
   def damage(self, step: int) -> str | None:
-    """Says which file of a checkpoint differs from what was written; None: all are as written."""
+    """Says which file of a checkpoint differs from what was written; None: all are as written.
+
+    Raises:
+      TryAgain: a file could not be read, so that nothing is known about it.
+    """
     with distributed.together():
       try:
-        expected = read_json(self._digest_path(step))
+        with sealing.reading(self._digest_path(step)):
+          expected = read_json(self._digest_path(step))
+      except TryAgain:
+        raise
       except UserError:
         expected = None
       if not isinstance(expected, dict) or not expected:
@@ -327,6 +355,15 @@ def newest_step(folder: epath.PathLike) -> int:
   """Returns the step of a run's newest sealed checkpoint, or 0, without opening it."""
   digests = (epath.Path(folder) / f"{FOLDER}.digests").glob("*.json")
   return max((int(path.stem) for path in digests if path.stem.isdecimal()), default=0)
+
+
+def any_in(folder: epath.PathLike) -> bool:
+  """Returns whether a run has a checkpoint, sealed or not, without opening it.
+
+  Raises:
+    TryAgain: the folder could not be read.
+  """
+  return bool(sealing.steps_in(epath.Path(folder) / FOLDER)) or newest_step(folder) > 0
 
 
 def load_params(

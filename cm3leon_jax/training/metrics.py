@@ -1,5 +1,6 @@
 """metrics.jsonl: one JSON object a line; a resumed run replaces and compares what it recomputes."""
 
+import hashlib
 import json
 import os
 import time
@@ -8,9 +9,10 @@ from etils import epath
 
 from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import read_json_lines, replacing
+from cm3leon_jax.io import exists, read_json, read_json_lines, replacing, sync, write_json
 
 LOG = "metrics.jsonl"
+DIGEST = "metrics.digest.json"  # Size and SHA-256 of the log when it was last stored.
 FIELDS = {"step": int}  # Of every line.
 # In a bucket the file is written at most once in that time, and for at most 1% of the time.
 BUCKET_SECONDS = 60.0
@@ -57,9 +59,37 @@ def cut_log(folder: epath.PathLike, step: int, dry_run: bool = False) -> int:
   times = [line["time"] for line in lines if "time" in line]
   if times:  # Goodput counts the removed time as lost.
     event["time"] = times[-1]
+  text = "".join(json.dumps(line) + "\n" for line in [*kept, event])
+  as_written = exists(path.parent / DIGEST) and not difference(path, path.parent / DIGEST)
+  if as_written:  # A kill between the two writes leaves a log without a digest, not a wrong one.
+    (path.parent / DIGEST).unlink()
   with replacing(path, "w") as file:
-    file.write("".join(json.dumps(line) + "\n" for line in [*kept, event]))
+    file.write(text)
+  if as_written:
+    write_json(path.parent / DIGEST, _describe(text))
   return last
+
+
+def _describe(text: str) -> dict:
+  return {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def difference(path: epath.Path, digest_path: epath.Path) -> str:
+  """Says how a log differs from what its digest says; "" if it begins as it was written.
+
+  Lines may follow that were written after the digest.
+
+  Raises:
+    UserError: the file of the digest is damaged.
+  """
+  expected = read_json(digest_path, {"bytes": int, "sha256": str}, remedy="delete it")
+  if not exists(path):
+    return "is missing"
+  content, size = path.read_bytes(), expected["bytes"]
+  if len(content) < size:
+    return f"has {len(content):,} bytes, {size:,} were written"
+  changed = hashlib.sha256(content[:size]).hexdigest() != expected["sha256"]
+  return "has another content than was written" if changed else ""
 
 
 class MetricsLog:
@@ -70,9 +100,19 @@ class MetricsLog:
 
   On a disk every line is appended. Objects in a bucket cannot be appended to: there the whole file
   is written from time to time and at `flush`.
+
+  Before a checkpoint is written, a digest of the log is. A resumed run whose log is missing, cut or
+  changed says so and goes on: its steps do not depend on the log.
   """
 
-  def __init__(self, folder: epath.PathLike, resumed_at: int | None = None, enabled: bool = True):
+  def __init__(
+    self,
+    folder: epath.PathLike,
+    resumed_at: int | None = None,
+    enabled: bool = True,
+    digest_folder: epath.PathLike | None = None,
+    every: int = 1,
+  ):
     """Opens the file, without the lines that a resumed run computes again.
 
     Args:
@@ -80,8 +120,14 @@ class MetricsLog:
       resumed_at: step of the restored checkpoint; lines of later steps are removed. None: a new
         run.
       enabled: whether this process reads and writes; one process of a run does.
+      digest_folder: gets the file of the digest; default: `folder`.
+      every: largest number of steps between two lines.
+
+    Raises:
+      UserError: a line before the last one is damaged.
     """
     self.path, self.enabled = epath.Path(folder) / LOG, enabled
+    self._digest_path = epath.Path(digest_folder or folder) / DIGEST
     self.before = read_json_lines(self.path, FIELDS) if enabled else []
     self.replayed, self.identical, self._resumed_at = 0, 0, resumed_at
     old = [] if resumed_at is None else self.before
@@ -92,6 +138,10 @@ class MetricsLog:
     if resumed_at is not None and not self._expected:
       self._text += self._resume_event(resumed_at)  # Nothing to compare is an outcome too.
     self._appends = "://" not in os.fspath(self.path)
+    if enabled and resumed_at is not None:
+      self._warn_of_difference(every)
+    if enabled:  # The digest is that of the log before.
+      self._digest_path.unlink(missing_ok=True)
     self._rewrite()
 
   def write(self, step: int, values: dict) -> None:
@@ -108,6 +158,8 @@ class MetricsLog:
     if self._appends:
       with self.path.open("a") as f:
         f.write(text)
+      self._sha256.update(text.encode())
+      self._size += len(text.encode())
       return
     self._text += text
     if time.monotonic() - self._flushed > max(BUCKET_SECONDS, 100 * self._cost):
@@ -117,6 +169,36 @@ class MetricsLog:
     """Returns when every line is stored; called before a checkpoint counts."""
     if self.enabled and not self._appends:
       self._rewrite()
+    self.seal()
+
+  def seal(self) -> None:
+    """Stores the digest of the lines on a disk; called before a checkpoint is written.
+
+    In a bucket `flush` does it.
+    """
+    if self.enabled and self._appends:
+      sync(self.path)  # After a power loss the digest must not be of lines that are lost.
+      write_json(self._digest_path, {"bytes": self._size, "sha256": self._sha256.hexdigest()})
+
+  def _warn_of_difference(self, every: int) -> None:
+    """Prints how the log differs from what the run wrote, or that it has no digest."""
+    last = max((line["step"] for line in self.before if "event" not in line), default=0)
+    if exists(self._digest_path):
+      wrong = difference(self.path, self._digest_path)
+    elif not self.before and self._resumed_at >= every:
+      wrong = "is missing"
+    elif self._appends and last + every <= self._resumed_at:
+      wrong = f"ends with step {last:,}"
+    else:
+      wrong = ""
+      print(f"{self.path} is of an earlier version, without a digest: it is read as it is.")
+    if wrong:
+      print(
+        f"warning: {self.path} {wrong}: curves and goodput of the steps up to {self._resumed_at:,} "
+        "are wrong or have gaps. The training does not depend on them and goes on; to mend them, "
+        "restore the file from a copy and start again.",
+        flush=True,
+      )
 
   def _rewrite(self) -> None:
     if not self.enabled:
@@ -124,6 +206,8 @@ class MetricsLog:
     start = time.monotonic()
     with replacing(self.path, "w") as f:
       f.write(self._text)
+    self._sha256, self._size = hashlib.sha256(self._text.encode()), len(self._text.encode())
+    write_json(self._digest_path, _describe(self._text))
     self._flushed = time.monotonic()
     self._cost = self._flushed - start
 

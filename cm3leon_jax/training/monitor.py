@@ -212,6 +212,8 @@ class Monitor:
     """Waits for `step` and logs it; then counts the body, which needs its state, as `name`."""
     self.flush()
     with self._watch.phase(name):
+      if name == "save":
+        self._log.seal()
       yield
     if name in ("evaluate", "save"):
       line = {"time": round(time.time(), 3), **to_line(self._watch.seconds())}

@@ -1,14 +1,17 @@
 """Digests of the files of a checkpoint, and a save in flight."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
+import contextlib
 import os
+import stat
 import threading
 
 from etils import epath
 import jax
 
 from cm3leon_jax import buckets
+from cm3leon_jax.config import TryAgain
 from cm3leon_jax.io import digest
 
 
@@ -21,9 +24,37 @@ def files_below(folder: epath.Path) -> list[str]:
   return sorted(files)
 
 
+def steps_in(folder: epath.Path) -> set[int]:
+  """Returns the steps of the checkpoints in a folder, those with a folder of their own.
+
+  In a bucket, where an answer that does not come is an error of Orbax, too, it returns none.
+
+  Raises:
+    TryAgain: the folder could not be read.
+  """
+  if "://" in os.fspath(folder):
+    return set()
+  with reading(folder):
+    try:
+      paths = list(folder.iterdir())
+    except FileNotFoundError:
+      return set()
+    return {int(p.name) for p in paths if p.name == _plain(p.name) and _is_folder(p)}
+
+
+def _plain(name: str) -> str:
+  """Returns a name that is a number as Orbax writes it, without zeros before it."""
+  return str(int(name)) if name.isdecimal() else ""
+
+
 def _is_folder(path: epath.Path) -> bool:
-  """Returns whether a path is a folder; in a bucket, `is_dir` hides that no answer came."""
-  return path.stat().is_directory if "://" in os.fspath(path) else path.is_dir()
+  """Returns whether a path is a folder; `is_dir` hides that no answer came."""
+  if "://" in os.fspath(path):
+    return path.stat().is_directory
+  try:
+    return stat.S_ISDIR(os.stat(path).st_mode)
+  except FileNotFoundError:  # A link to a file that is gone.
+    return False
 
 
 def _share(names: list[str]) -> list[str]:
@@ -32,26 +63,63 @@ def _share(names: list[str]) -> list[str]:
 
 
 def digests(folder: epath.Path) -> dict[str, str | None]:
-  """Returns the digests of this process's share of the files below `folder`."""
-  return {name: digest(folder / name) for name in _share(files_below(folder))}
+  """Returns the digests of this process's share of the files below `folder`.
+
+  Raises:
+    TryAgain: a file could not be read.
+    OSError: a bucket did not answer.
+  """
+  with reading(folder):
+    names = _share(files_below(folder))
+  return {name: _digest(folder / name) for name in names}
 
 
 def damage(folder: epath.Path, expected: dict) -> str | None:
   """Says which file of this process's share is not as its digest says, or None.
 
+  A checkpoint that is damaged may be deleted, so a file that cannot be read is no damaged one.
+
   Raises:
+    TryAgain: a file could not be read.
     OSError: a bucket did not answer.
   """
-  name = ""
-  try:
-    for name in _share(sorted({*expected, *files_below(folder)})):
-      if expected.get(name) != digest(folder / name):
-        return f"{folder / name} is damaged: it is not what was written"
-  except OSError as error:
-    if buckets.failure(error):  # No damage: a checkpoint that is damaged is deleted.
-      raise
-    return f"{folder / name} cannot be read ({error})"
+  with reading(folder):
+    try:
+      found = files_below(folder)
+    except (FileNotFoundError, NotADirectoryError):
+      found = []
+  for name in _share(sorted({*expected, *found})):
+    if expected.get(name) != _digest(folder / name):
+      return f"{folder / name} is damaged: it is not what was written"
   return None
+
+
+def _digest(path: epath.Path) -> str | None:
+  with reading(path):
+    return digest(path)
+
+
+@contextlib.contextmanager
+def reading(path: epath.PathLike) -> Iterator[None]:
+  """Raises `TryAgain` if the body cannot read `path`, a file or folder of a checkpoint.
+
+  That a file is absent or has another content is known only if it could be read: a disk in the
+  network may be away, or the process may have too many open files.
+
+  Raises:
+    TryAgain: names the file.
+    OSError: a bucket did not answer, see `buckets.failure`.
+  """
+  try:
+    yield
+  except OSError as error:
+    if buckets.failure(error):
+      raise
+    where = error.filename or os.fspath(path)
+    raise TryAgain(
+      f"{where} cannot be read ({error.strerror or error}), which says nothing about its content: "
+      "nothing was deleted; mend the disk or the rights, and run the same command again."
+    ) from error
 
 
 class Save:

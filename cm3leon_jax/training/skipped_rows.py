@@ -13,7 +13,7 @@ import numpy as np
 from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.pipeline import RowLoader
-from cm3leon_jax.io import read_json, replacing, write_json
+from cm3leon_jax.io import exists, read_json, replacing, write_json
 from cm3leon_jax.training import recovery
 from cm3leon_jax.training.checkpoint import Checkpoints
 from cm3leon_jax.training.metrics import MetricsLog
@@ -100,7 +100,7 @@ class Remaining:
 def read(folder: epath.Path) -> list[GoBack]:
   """Reads what was left out of the run in `folder` so far. Raises UserError if it is damaged."""
   path = folder / RECORD
-  if not path.exists():
+  if not exists(path):
     return []
   entries = read_json(path)
   try:

@@ -20,12 +20,12 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import plain, read_json, write_json
+from cm3leon_jax.io import exists, plain, read_json, write_json
 from cm3leon_jax.mesh import RULES, batch_shards, spec
 from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.stages import DONE, check_same_config, differences
 from cm3leon_jax.training import recovery
-from cm3leon_jax.training.checkpoint import Checkpoints
+from cm3leon_jax.training.checkpoint import Checkpoints, any_in
 from cm3leon_jax.training.lease import Lease
 from cm3leon_jax.training.metrics import MetricsLog
 from cm3leon_jax.training.numerics import check_finite, finite_values
@@ -88,7 +88,9 @@ def train(
       _open_checkpoints(name, identity, epath.Path(folder) / FOLDER, lease)
     )
     state, first = _restore(name, checkpoints, init)
-    log = MetricsLog(folder, resumed_at=first or None)
+    log = MetricsLog(
+      folder, resumed_at=first or None, digest_folder=epath.Path(folder) / FOLDER, every=LOG_EVERY
+    )
     stop = stack.enter_context(StopSignal(mesh))
     if watch is not None:
       stack.callback(watch.close)
@@ -193,6 +195,7 @@ def _run_steps(
     if done % config.checkpoint_every == 0 or last or code is not None:
       what = "the model" if last else f"checkpoint {done}"
       check_finite(state, f"{name}: {what}", remedy)
+      log.seal()
       checkpoints.save(state, done, next_row=done * config.batch_size)
       if watch is not None and code is None:
         watch.save(done, state)
@@ -242,7 +245,7 @@ def _restore(name: str, checkpoints: Checkpoints, init) -> tuple[dict, int]:
 def _open_checkpoints(name: str, identity: dict, folder: epath.Path, lease: Lease) -> Checkpoints:
   """Opens the checkpoints of the same training; those of other steps or data are deleted."""
   path = folder / "config.json"
-  if path.exists():
+  if exists(path):
     stored = read_json(path, {})
     changed = differences(stored, plain(identity))
     if changed and all(change.startswith((f"{name}.steps:", *OF_DATA)) for change in changed):
@@ -250,6 +253,11 @@ def _open_checkpoints(name: str, identity: dict, folder: epath.Path, lease: Leas
       folder.rmtree()
     else:
       check_same_config(folder, stored, identity)
+  elif any_in(folder):
+    raise UserError(
+      f"{path} is missing, and {folder} holds checkpoints: it says with which seed, data and "
+      f"settings they were trained. Restore it from a copy, or delete {folder} to start again."
+    )
   write_json(path, identity)
   # Until a save is complete, the previous one is needed.
   checkpoints = Checkpoints(folder, keep=2, check=lease.check)

@@ -1,8 +1,11 @@
+import errno
+import os
+
 import jax
 import pytest
 
 from cm3leon_jax.commands import common, config_file
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import TryAgain, UserError
 from cm3leon_jax.settings import settings_from_config
 
 
@@ -42,3 +45,14 @@ def test_a_host_of_a_pod_that_trains_alone_is_refused_with_a_remedy(monkeypatch,
   start, _, end = str(error.value).partition("other commands a single host")
   assert start.startswith("this is one of the 4 hosts of a pod: ")
   assert end.startswith(remedy or ".")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+def test_a_file_that_cannot_be_read_is_one_sentence_and_may_be_tried_again(number, capsys):
+  with pytest.raises(SystemExit) as end, common._reporting():
+    raise OSError(number, os.strerror(number), "run/train/config.json")
+  assert end.value.code == TryAgain.exit_code
+  sentence = f"error: run/train/config.json could not be read or written ({os.strerror(number)})"
+  assert capsys.readouterr().err.startswith(sentence)
+  with pytest.raises(FileNotFoundError), common._reporting():  # A mistake of the program.
+    raise FileNotFoundError(errno.ENOENT, "no such file", "x")

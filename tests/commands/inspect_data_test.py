@@ -6,14 +6,17 @@ from absl import flags
 from etils import epath
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 
 from cm3leon_jax import stage_table, stages
 from cm3leon_jax.clip.model import normalize
 from cm3leon_jax.commands import inspect_data, training_rows
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data import ingest
 from cm3leon_jax.io import write_json
 from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.shards import Runner
 from cm3leon_jax.tokenizers import text, vqgan
 from cm3leon_jax.training import skipped_rows
 from tests.commands import train_test
@@ -115,9 +118,26 @@ def test_a_whole_run_is_valid(finished, capsys):
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].endswith("text_tokenizer: 3 files as written.")
   assert sum(line.endswith("all valid.") for line in lines) == 5
-  assert "neighbors: 50 documents, 16 arrays, " in lines[-1]
+  assert "neighbors: 50 documents, 16 arrays, " in lines[-2]
+  assert lines[-1].endswith("raw: is not there, or not finished; its images were not checked.")
   (finished / "vqgan" / stages.DONE).unlink()
   with pytest.raises(UserError, match="vqgan is not finished"):
+    inspect_data.validate(train_test.settings_with(), finished)
+
+
+def test_a_changed_image_of_raw_is_found(finished, tmp_path, capsys):
+  (tmp_path / "in").mkdir()
+  for i in range(4):
+    Image.new("RGB", (9, 9), (60 * i, 0, 0)).save(tmp_path / "in" / f"{i}.png")
+    (tmp_path / "in" / f"{i}.txt").write_text(f"shade {i}")
+  config = ingest.RawConfig(source=str(tmp_path / "in"), resolution=8)
+  ingest.prepare(config, ingest.parts_of(config), finished / "raw", Runner())
+  write_json(finished / "raw" / stages.DONE, {"id": "r", "config": {}, "summary": {}})
+  inspect_data.validate(train_test.settings_with(), finished)
+  assert capsys.readouterr().out.endswith("raw: 1 shards, 4 images; all as written.\n")
+  image = pathlib.Path(finished) / "raw/000000/images/0000002.png"
+  Image.new("RGB", (8, 8)).save(image)
+  with pytest.raises(UserError, match=r"0000002\.png has another content than when it was written"):
     inspect_data.validate(train_test.settings_with(), finished)
 
 

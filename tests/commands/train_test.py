@@ -122,6 +122,17 @@ def test_a_workdir_of_another_run_is_refused(workdir):
     train.main(other, workdir)
 
 
+@pytest.mark.parametrize("changes", [{}, {"seed": 1}])
+@pytest.mark.parametrize("name", ["checkpoints/5/state", "checkpoints/5"])
+def test_checkpoints_without_their_config_are_refused(workdir, name, changes):
+  """With any config: nobody knows whether it is that of the run."""
+  folder = pathlib.Path(workdir) / "train"
+  (folder / name).mkdir(parents=True)
+  with pytest.raises(UserError, match=r"train/config\.json is missing, and .*/train holds checkp"):
+    train.main(dataclasses.replace(settings_with(), **changes), workdir)
+  assert sorted(path.name for path in folder.iterdir()) == ["checkpoints"]
+
+
 def test_a_workdir_in_which_another_job_trains_is_left_as_it_is(workdir):
   folder = pathlib.Path(workdir) / "train"
   with held(folder):

@@ -330,10 +330,77 @@ def test_in_a_bucket_starts_are_written_every_16_windows(sources, tmp_path, plan
   assert set(modes) == {"w", "rb"}
 
 
+def without_digests(path) -> list[dict]:
+  """Writes the lines of a file as earlier versions wrote them; returns them."""
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  for line in lines:
+    line.pop("digest", None)
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  return lines
+
+
+# What happens to the lines of a file -> the first line that is then wrong, from 1 on.
+WRONG = {
+  "first changed": (lambda x: [x[0], x[1].replace('"used": [', '"used": [1'), *x[2:]], 2),
+  "last changed": (lambda x: [*x[:-1], x[-1].replace('"first_row": ', '"first_row": 1')], 6),
+  "digest changed": (lambda x: [*x[:-1], x[-1].replace('"digest": "', '"digest": "0')], 6),
+  "digest gone": (lambda x: [*x[:3], x[3].partition(', "digest"')[0] + "}", *x[4:]], 4),
+  "missing": (lambda x: [*x[:3], *x[4:]], 4),
+  "swapped": (lambda x: [*x[:2], x[3], x[2], *x[4:]], 3),
+  "repeated": (lambda x: [*x, x[-1]], 7),
+  "junk": (lambda x: [*x[:4], "\0\0", *x[5:]], 5),
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_a_line_that_the_run_did_not_write_is_named(sources, tmp_path, planned, how):
+  path = tmp_path / "plan.jsonl"
+  rows = plan_with_starts(sources, path).window(4)
+  whole = path.read_text()
+  change, number = WRONG[how]
+  lines = change(whole.splitlines())
+  path.write_text("\n".join(lines) + "\n")
+  for writes in (True, False):
+    with pytest.raises(UserError, match=rf"plan\.jsonl, line {number} is not what .* delete this"):
+      plan_with_starts(sources, path, writes=writes)
+  path.write_text("\n".join(lines[: number - 1]) + "\n")  # As the sentence says.
+  planned.clear()
+  assert plan_with_starts(sources, path).window(4) == rows
+  assert path.read_text() == whole
+
+
+def test_a_line_of_another_plan_is_named(sources, tmp_path):
+  """It fits its own digest, but not the lines before it."""
+  path, other = tmp_path / "plan.jsonl", tmp_path / "other.jsonl"
+  plan_with_starts(sources, path).window(4)
+  plan_with_starts(sources, other, seed=1).window(4)
+  lines, others = (p.read_text().splitlines(keepends=True) for p in (path, other))
+  path.write_text("".join([*lines[:3], others[3], *lines[4:]]))
+  with pytest.raises(UserError, match=r"plan\.jsonl, line 4 is not what the run wrote there"):
+    plan_with_starts(sources, path)
+
+
+def test_starts_of_an_earlier_version_are_read_and_get_digests(sources, tmp_path, planned, capsys):
+  path = tmp_path / "plan.jsonl"
+  rows = plan_with_starts(sources, path).window(4)
+  whole = path.read_text()
+  without_digests(path)
+  planned.clear()
+  assert plan_with_starts(sources, path, writes=False).window(4) == rows
+  assert capsys.readouterr().out == ""
+  for sentence in ("is of an earlier version, without digests of its 5 lines", ""):
+    assert plan_with_starts(sources, path).window(4) == rows
+    assert sentence in capsys.readouterr().out
+    assert path.read_text() == whole
+  assert planned == [4, 4, 4]
+  plan_with_starts(sources, path)
+  assert capsys.readouterr().out == ""
+
+
 def test_starts_that_contradict_the_plan_are_refused(sources, tmp_path):
   path = tmp_path / "plan.jsonl"
   plan_with_starts(sources, path).window(4)
-  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  lines = without_digests(path)
   lines[3]["used"][0] += 1
   path.write_text("".join(json.dumps(line) + "\n" for line in lines))
   with pytest.raises(UserError, match=r"plan\.jsonl says that window 3 starts at .*delete it"):

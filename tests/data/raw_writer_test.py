@@ -6,10 +6,12 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.data import raw_writer
-from cm3leon_jax.data.raw_pairs import load_with_size
+from cm3leon_jax.data.raw_pairs import IMAGE_DIGESTS, load_with_size
 from cm3leon_jax.data.raw_writer import RawConfig, write_shard
 from cm3leon_jax.data.records import RawPair, RawText, Rejected
 from tests.data.sources_test import jpeg
+
+FILES = {*raw_writer.FILES, IMAGE_DIGESTS}
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def test_a_shard_counts_what_it_holds_and_what_it_leaves_out(items, tmp_path):
   }
   lines = (tmp_path / "0" / raw_writer.REJECTED).read_text().splitlines()
   assert {json.loads(line)["reason"] for line in lines} == set(summary["rejected"])
-  assert {path.name for path in (tmp_path / "0").iterdir()} == {*raw_writer.FILES, "images"}
+  assert {path.name for path in (tmp_path / "0").iterdir()} == {*FILES, "images"}
 
 
 def test_a_caption_that_is_not_used_is_not_the_first_wrong_record(items, tmp_path):

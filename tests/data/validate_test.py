@@ -1,19 +1,25 @@
 """Checks of document stores."""
 
 import json
+import pathlib
+import shutil
 
 import numpy as np
+from PIL import Image
 import pytest
 
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data import ingest, raw_pairs
 from cm3leon_jax.data.documents import (
   DocumentStore,
   finish_store,
   write_documents,
   write_shard,
 )
-from cm3leon_jax.data.validate import validate_shard, validate_store
+from cm3leon_jax.data.validate import validate_raw, validate_shard, validate_store
+from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.shards import Runner
 from tests.data.documents_test import VOCAB, document, flip, image, same, text, write_stage
 
 
@@ -138,3 +144,88 @@ def test_a_whole_shard_of_other_documents_is_found(tmp_path):
   assert (folder / "a.array_record").stat().st_size == index["files"]["a.array_record"]["bytes"]
   with pytest.raises(UserError, match=r"a\.array_record has another content"):
     validate_store(DocumentStore(folder, VOCAB))
+
+
+def prepare(folder, **fields) -> pathlib.Path:
+  """Prepares a shard of noise, whose images have crops; returns the raw folder."""
+  if not (folder / "in").exists():  # Written anew, its files would count as changed.
+    (folder / "in").mkdir()
+    for i in range(6):
+      pixels = np.random.default_rng(i).integers(0, 256, (30, 30, 3), np.uint8)
+      Image.fromarray(pixels).save(folder / "in" / f"{i}.png")
+      (folder / "in" / f"{i}.txt").write_text(f"noise of number {i}")
+  values = {"resolution": 16, "heldout_fraction": 0.3, "crops": 1, **fields}
+  config = ingest.RawConfig(source=str(folder / "in"), **values)
+  ingest.prepare(config, ingest.parts_of(config), folder / "raw", Runner())
+  return folder / "raw"
+
+
+def forget_digests(raw, name="000000"):
+  """Leaves of a shard what an earlier version wrote."""
+  (raw / name / raw_pairs.IMAGE_DIGESTS).unlink()
+  record = read_json(raw / "done" / f"{name}.json")
+  del record["summary"]["files"][raw_pairs.IMAGE_DIGESTS]
+  write_json(raw / "done" / f"{name}.json", record)
+
+
+@pytest.mark.parametrize("jpeg_quality", [0, 90])
+def test_every_flipped_bit_of_a_raw_image_is_found(tmp_path, capsys, jpeg_quality):
+  """Of crops that were added, too; most decode to another image."""
+  raw = prepare(tmp_path, jpeg_quality=jpeg_quality)
+  validate_raw(raw, 2)
+  images = sorted((raw / "000000" / "images").iterdir())
+  assert len(images) > 6
+  assert f"raw: 1 shards, {len(images)} images; all as written." in capsys.readouterr().out
+  rng = np.random.default_rng(0)
+  for path in images:
+    content = path.read_bytes()
+    flip(path, int(rng.integers(len(content))))
+    with pytest.raises(UserError, match=rf"{path.name} has another content .* delete the folder"):
+      validate_raw(raw, 2)
+    path.write_bytes(content)
+  validate_raw(raw, 2)
+
+
+def test_raw_images_that_are_absent_or_swapped_are_found_and_made_again(tmp_path):
+  raw = prepare(tmp_path)
+  first, second = sorted((raw / "000000" / "images").iterdir())[:2]
+  before = {path.name: path.read_bytes() for path in (first, second)}
+  for change, message in (
+    (lambda: second.unlink(), rf"{second.name} is missing"),
+    (lambda: second.write_bytes(before[first.name]), rf"{second.name} has another content"),
+    (lambda: swap(first, second), rf"{first.name} has another content"),
+  ):
+    change()
+    with pytest.raises(UserError, match=message):
+      validate_raw(raw, 2)
+    shutil.rmtree(raw / "000000")  # As the sentence says.
+    prepare(tmp_path)
+    assert {path.name: path.read_bytes() for path in (first, second)} == before
+    validate_raw(raw, 2)
+
+
+def swap(first, second):
+  one, other = first.read_bytes(), second.read_bytes()
+  first.write_bytes(other)
+  second.write_bytes(one)
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: flip(path, 3)])
+def test_digests_of_raw_images_have_a_digest(tmp_path, damage):
+  raw = prepare(tmp_path)
+  damage(raw / "000000" / raw_pairs.IMAGE_DIGESTS)
+  with pytest.raises(UserError, match=r"images\.sha256 (is missing|has another content)"):
+    validate_raw(raw, 2)
+
+
+def test_a_raw_folder_of_an_earlier_version_is_read_and_validated_once(tmp_path, capsys):
+  raw = prepare(tmp_path)
+  pairs = raw_pairs.read_pairs(raw, "train")
+  forget_digests(raw)
+  validate_raw(raw, 2)
+  sentence = "but 1 of the shards, of an earlier version, have no digests of images"
+  assert capsys.readouterr().out.count(sentence) == 1
+  record = (raw / "done" / "000000.json").read_bytes()
+  prepare(tmp_path)  # The same command does not make it again.
+  assert (raw / "done" / "000000.json").read_bytes() == record
+  assert raw_pairs.read_pairs(raw, "train") == pairs

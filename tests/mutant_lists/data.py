@@ -291,4 +291,25 @@ DATA = (
     "tests/data/archive_bounds_test.py",
     ("urls_are_chained", 'if "://" not in path:', 'if "/" not in path:'),
   ),
+  *mutants_of(
+    "cm3leon_jax/io.py",
+    "tests/io_test.py",
+    ("unreadable_files_are_absent", "if error.errno in NOT_THERE:", "if error:"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/plan_starts.py",
+    "tests/data/plan_test.py",
+    ("changed_starts_unnoticed", "or found[1] != self._digests[-1]", ""),
+    ("starts_digested_alone", 'sha256(f"{before}{line}"', 'sha256(f"{line}"'),
+  ),
+  *mutants_of(
+    "cm3leon_jax/data/validate.py",
+    "tests/data/validate_test.py",
+    ("changed_images_unnoticed", "if found != expected[name]:", "if found is None:"),
+    (
+      "missing_images_unnoticed",
+      "if found != expected[name]:",
+      "if found not in (None, expected[name]):",
+    ),
+  ),
 )

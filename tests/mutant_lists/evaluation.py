@@ -249,6 +249,8 @@ EVALUATION = (
       "config, config",
     ),
     ("ids_of_time", "id_of(described) if described else", ""),
+    ("ids_of_other_files_pass", "(ids if stage.varying else ids[-1:])", "ids"),
+    ("varying_files_count", "(ids if stage.varying else ids[-1:])", "ids[-1:]"),
     ("damaged_files_pass", "(wrong := damage(folder / file, expected))", "(wrong := None)"),
   ),
   *mutants_of(

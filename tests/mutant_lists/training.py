@@ -14,6 +14,7 @@ SKIPPED_TEST = "tests/training/skipped_rows_test.py"
 SOURCES_TEST = "tests/training/source_losses_test.py"
 CHECKPOINT = "cm3leon_jax/training/checkpoint.py"
 CHECKPOINT_TEST = "tests/training/checkpoint_test.py"
+UNREADABLE_TEST = "tests/training/unreadable_test.py"
 POLICY, POLICY_TEST = "cm3leon_jax/training/policy.py", "tests/training/policy_test.py"
 
 TRAINING = (
@@ -204,22 +205,55 @@ TRAINING = (
     f"{CHECKPOINT_TEST}::test_a_damaged_file_is_refused",
     (
       "missing_files_unnoticed",
-      "sorted({*expected, *files_below(folder)})",
-      "files_below(folder)",
+      "sorted({*expected, *found})",
+      "sorted(found)",
     ),
     (
       "digests_not_compared",
-      "expected.get(name) != digest(folder / name)",
-      "digest(folder / name) is None",
+      "expected.get(name) != _digest(folder / name)",
+      "_digest(folder / name) is None",
     ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/sealing.py",
+    f"{UNREADABLE_TEST}::test_a_file_that_cannot_be_read_is_named_and_nothing_is_deleted",
+    ("a_bucket_alone_may_be_away", "    if buckets.failure(error):\n      raise", "    raise"),
+  ),
+  *mutants_of(
+    CHECKPOINT,
+    f"{UNREADABLE_TEST}::test_a_file_that_cannot_be_read_is_named_and_nothing_is_deleted",
+    (
+      "unreadable_digests_are_absent",
+      "if exists(self._digest_path(step))",
+      "if self._digest_path(step).exists()",
+    ),
+    ("unreadable_digests_are_damaged", "      except TryAgain:\n        raise\n", ""),
+  ),
+  *mutants_of(
+    CHECKPOINT,
+    UNREADABLE_TEST,
+    ("folders_that_orbax_cannot_read_are_gone", "if lacking := (present", "if lacking := (set()"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/metrics.py",
+    "tests/training/metrics_test.py",
+    ("changed_log_unnoticed", '"has another content than was written" if changed else ""', '""'),
+    ("cut_log_unnoticed", "if len(content) < size:", "if False:"),
+    ("lines_after_the_digest_are_a_change", "sha256(content[:size])", "sha256(content)"),
+    ("a_rollback_hides_a_change", "and not difference(", "or difference("),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/small_trainer.py",
+    "tests/training/small_trainer_test.py::test_checkpoints_without_their_config_are_refused_and_kept",
+    ("checkpoints_without_config_accepted", "elif any_in(folder):", "elif False:"),
   ),
   *mutants_of(
     CHECKPOINT,
     f"{CHECKPOINT_TEST}::test_a_checkpoint_without_digests_does_not_count",
     (
       "unsealed_checkpoints_count",
-      " self.steps() if self._digest_path(s).exists()]",
-      " self.steps()]",
+      "[step] if exists(self._digest_path(step)) else []",
+      "[step]",
     ),
   ),
   *mutants_of(

@@ -106,3 +106,91 @@ def test_in_a_bucket_the_file_is_written_anew(bucket, monkeypatch):
   log.flush()
   assert [line["step"] for line in read_json_lines(log.path) if "loss" in line] == [1, 2, 3]
   assert (log.replayed, log.identical) == (1, 1)
+
+
+def write_log(folder, **options):
+  """Logs steps 1 to 6, the last two after a checkpoint of step 4."""
+  log = MetricsLog(folder, **options)
+  for step in range(1, 7):
+    log.write(step, {"loss": 8.0 - step})
+    if step == 4:
+      log.seal()
+      log.flush()
+  return log.path
+
+
+# What happens to the log -> what is said.
+CHANGES = {
+  "missing": (lambda path: path.unlink(), "is missing"),
+  "empty": (lambda path: path.write_bytes(b""), "has 0 bytes, 100 were written"),
+  "cut": (lambda path: path.write_bytes(path.read_bytes()[:50]), "has 50 bytes, 100 were written"),
+  "a line gone": (lambda path: change(path, lambda x: [x[0], *x[2:]]), "has another content"),
+  "a line twice": (lambda path: change(path, lambda x: [x[0], *x]), "has another content"),
+  "lines swapped": (lambda path: change(path, lambda x: [x[1], x[0], *x[2:]]), "has another con"),
+  "a digit": (lambda path: change(path, lambda x: [x[0].replace("7.0", "7.5"), *x[1:]]), "has an"),
+}
+
+
+def change(path, lines):
+  path.write_text("\n".join(lines(path.read_text().splitlines())) + "\n")
+
+
+@pytest.mark.parametrize("digest", ["beside it", "elsewhere", "none"])
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_log_that_is_not_as_it_was_written_is_named_once(tmp_path, capsys, how, digest):
+  """Without a digest, as of an earlier version, only that lines are missing at the end."""
+  options = {"digest_folder": tmp_path / "other"} if digest == "elsewhere" else {}
+  path = write_log(tmp_path, **options)
+  assert capsys.readouterr().out == ""
+  damage, sentence = CHANGES[how]
+  damage(path)
+  if digest == "none":
+    (tmp_path / metrics.DIGEST).unlink()
+    kept = how not in ("missing", "empty", "cut")
+    sentence = (
+      "an earlier version" if kept else "ends with step 2" if how == "cut" else "is missing"
+    )
+  MetricsLog(tmp_path, resumed_at=4, **options)
+  printed = capsys.readouterr().out
+  assert sentence in printed
+  assert printed.count(str(path)) == printed.count("\n") == 1
+  assert ("warning" in printed) == ("earlier version" not in sentence)
+  MetricsLog(tmp_path, resumed_at=4, **options)
+  assert capsys.readouterr().out == ""
+
+
+def test_a_log_as_it_was_written_says_nothing(tmp_path, capsys):
+  """Also with lines after the digest, after a kill, and after a rollback."""
+  path = write_log(tmp_path)
+  with path.open("a") as file:
+    file.write('{"step": 7, "lo')
+  MetricsLog(tmp_path, resumed_at=4).write(5, {"loss": 3.0})
+  MetricsLog(tmp_path, resumed_at=4).flush()
+  assert metrics.cut_log(tmp_path, 2) == 4
+  MetricsLog(tmp_path, resumed_at=2).flush()
+  MetricsLog(tmp_path, resumed_at=1, every=10)
+  assert capsys.readouterr().out == ""
+
+
+def test_a_rollback_does_not_make_a_changed_log_right(tmp_path, capsys):
+  path = write_log(tmp_path)
+  change(path, lambda x: [x[0].replace("7.0", "7.5"), *x[1:]])
+  metrics.cut_log(tmp_path, 2)
+  MetricsLog(tmp_path, resumed_at=2)
+  assert "has another content than was written" in capsys.readouterr().out
+
+
+def test_a_process_that_does_not_write_says_nothing(tmp_path, capsys):
+  write_log(tmp_path).unlink()
+  MetricsLog(tmp_path, resumed_at=4, enabled=False)
+  assert capsys.readouterr().out == ""
+  assert (tmp_path / metrics.DIGEST).exists()
+
+
+def test_in_a_bucket_a_log_has_a_digest_too(bucket, capsys):
+  path = write_log(bucket)
+  MetricsLog(bucket, resumed_at=4)
+  assert capsys.readouterr().out == ""
+  path.unlink()
+  MetricsLog(bucket, resumed_at=4)
+  assert "is missing" in capsys.readouterr().out

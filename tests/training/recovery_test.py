@@ -177,8 +177,9 @@ def test_a_checkpoint_in_a_bucket_that_does_not_answer_is_no_damaged_one(saved, 
     recovery.newest_whole(checkpoints)
   assert checkpoints.sealed() == steps != []
   monkeypatch.setattr(sealing, "digest", mock.Mock(side_effect=OSError("of a disk")))
-  with pytest.raises(UserError, match="is whole"):
+  with pytest.raises(TryAgain, match=r"cannot be read \(of a disk\)"):
     recovery.newest_whole(checkpoints)
+  assert checkpoints.sealed() == steps
   checkpoints.close()
 
 

@@ -170,6 +170,39 @@ def test_another_training_is_refused_and_another_length_starts_anew(tmp_path, ca
   assert "starts again" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("config", [Config(), dataclasses.replace(Config(), learning_rate=0.2)])
+def test_checkpoints_without_their_config_are_refused_and_kept(tmp_path, whole, config):
+  kill_in_step_11(tmp_path)
+  path = tmp_path / small_trainer.FOLDER / "config.json"
+  content = path.read_bytes()
+  path.unlink()
+  with pytest.raises(
+    UserError, match=r"training/config\.json is missing, and .* or delete .*ing to"
+  ):
+    train(tmp_path, config, seed=3)
+  assert not path.exists()
+  path.write_bytes(content)
+  rest = Examples()
+  np.testing.assert_array_equal(train(tmp_path, examples=rest), whole)
+  assert len(rest.rows) == 2
+
+
+@pytest.mark.parametrize(
+  ("damage", "sentence"),
+  [
+    (lambda path: path.unlink(), "is missing"),
+    (lambda path: path.write_text(""), "has 0 bytes"),
+    (lambda path: path.write_text(path.read_text().replace(".", ".1", 1)), "has another content"),
+  ],
+)
+def test_a_log_that_is_not_as_it_was_written_is_named(tmp_path, whole, capsys, damage, sentence):
+  kill_in_step_11(tmp_path)
+  assert "warning" not in capsys.readouterr().out
+  damage(tmp_path / "metrics.jsonl")
+  np.testing.assert_array_equal(train(tmp_path), whole)
+  assert f"warning: {tmp_path / 'metrics.jsonl'} {sentence}" in capsys.readouterr().out
+
+
 def test_other_data_of_equal_length_starts_anew(tmp_path, whole, capsys):
   train(tmp_path)
   other = Examples(seed=1)
