@@ -195,14 +195,18 @@ def _root(path: str, files: Collection[str]) -> str:
   return posixpath.dirname(path) if path in files else path
 
 
-def read(part: Part, allow_outside: bool = False) -> Iterator[Record | Rejected]:
+def read(
+  part: Part, allow_outside: bool = False, longest_caption: int | None = None
+) -> Iterator[Record | Rejected]:
   """Yields the records of a part in a fixed order, wrong ones as Rejected.
 
   Args:
     part: of a source.
     allow_outside: whether records may name images that are not in the folder of their file.
+    longest_caption: in characters; Parquet rejects longer ones as it reads. None: any length.
   """
-  readers = {"folder": _folder, "webdataset": tar_samples, "parquet": parquet_rows, "text": _text}
+  rows = functools.partial(parquet_rows, longest_caption=longest_caption)
+  readers = {"folder": _folder, "webdataset": tar_samples, "parquet": rows, "text": _text}
   if part.kind == "sidecars":
     fs, root = _filesystem(part.files[0])
     files = [_filesystem(file)[1] for file in part.files[1:]]
