@@ -114,12 +114,12 @@ def parquet_rows(
           yield Rejected(file, str(number), "large_file", message)
           number += rows
           continue
-        end, size = number + rows, 0
+        end, total = number + rows, 0
         # One row: a value that a dictionary repeats is as large in each.
         for batch in table.iter_batches(1, row_groups=[group], columns=columns):
           row = _plain_columns(batch)
-          size += sum(column.nbytes for column in row.values())
-          if size > MAX_GROUP:
+          total += sum(column.nbytes for column in row.values())
+          if total > MAX_GROUP:
             message = (
               f"{file}, the {end - number} rows from {number} on are not read: the values of their "
               f"group have more than {MAX_GROUP:,} bytes: write smaller groups of rows."
