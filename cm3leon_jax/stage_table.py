@@ -119,6 +119,7 @@ FREE = frozenset(
     "vqgan.checkpoint_every",
     "clip.steps",
     "clip.checkpoint_every",
+    "instructions.allow_outside",
     "data.read_threads",
     "data.on_bad_record",
     "data.max_skipped",
@@ -148,7 +149,8 @@ def identity(settings, name: str) -> dict:
     else:
       config[section] = value
   if name == "train" and settings.instructions.any:
-    config["instructions"] = dataclasses.asdict(settings.instructions)
+    fields = dataclasses.asdict(settings.instructions).items()
+    config["instructions"] = {k: v for k, v in fields if f"instructions.{k}" not in FREE}
   return config
 
 

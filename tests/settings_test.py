@@ -276,6 +276,7 @@ FREE = {
   "retrieval.clip",
   "instructions.tasks",
   "instructions.root",
+  "instructions.allow_outside",
   "model.query_key_norm",
   "model.tied_start",
   "model.unroll_layers",

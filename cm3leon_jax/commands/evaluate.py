@@ -30,6 +30,7 @@ from etils import epath
 
 from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import common, out_flag, protocol_flags
+from cm3leon_jax.commands.allow_outside_flag import ALLOW_OUTSIDE
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import digest, write_json
@@ -61,6 +62,7 @@ def main(settings, workdir):
     protocol_flags.CLIP,
     protocol_flags.BEFORE,
     out_flag.OUT,
+    ALLOW_OUTSIDE,
   ):
     if _is_given(flag) and protocol_flags.PROTOCOL.value is None:
       raise UserError(f"--{flag.name} is given without --protocol: add --protocol=scenes, say.")
@@ -119,6 +121,7 @@ def _by_protocol(settings, workdir) -> None:
     protocol_flags.CLIP,
     protocol_flags.BEFORE,
     out_flag.OUT,
+    ALLOW_OUTSIDE,
   )
   options = evaluate_protocol.Options(*(flag.value for flag in flags_of))
   evaluate_protocol.run_all(settings, workdir, protocol_flags.PROTOCOL.value, options)

@@ -36,6 +36,7 @@ class Options:
     clip: folder of a Hugging Face CLIP for scores, or None for that of the run.
     before: measure the parameters that the run began from.
     out: folder of the results, or None for the default of `out_flag`.
+    allow_outside: whether evaluation files may name images that are not in `data`.
   """
 
   metrics: Sequence[str] = ()
@@ -45,6 +46,7 @@ class Options:
   clip: str | None = None
   before: bool = False
   out: str | None = None
+  allow_outside: bool = False
 
 
 def run_all(settings, workdir, name: str, options: Options) -> None:
@@ -214,7 +216,9 @@ def _make_run(trained: Trained, protocol: Protocol, names, extractor, options: O
     scorer = load_clip(options.clip, folder, settings.vocab) if options.clip else own_clip
   size = settings.evaluation.batch_size
   pipeline = Pipeline.load(settings, folder, params, own_clip, batch_size=size)
-  evaluated = samples.open_evaluated(protocol, pipeline, trained.folder, options.data)
+  evaluated = samples.open_evaluated(
+    protocol, pipeline, trained.folder, options.data, options.allow_outside
+  )
   check(names, protocol.task, len(evaluated.examples))
   check_examples(names, evaluated.examples, evaluated.facts)
   sampling = [protocol_lib.sampling_of(c, settings.sampling) for c in protocol.columns]

@@ -27,6 +27,7 @@ from etils import epath
 
 from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import common, out_flag
+from cm3leon_jax.commands.allow_outside_flag import ALLOW_OUTSIDE
 from cm3leon_jax.commands.prompt_flags import PROMPTS, SAMPLES
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
 from cm3leon_jax.config import UserError, printable
@@ -147,7 +148,7 @@ def _own_tasks(trained: Trained, seed: int) -> list[Task]:
         f"--prompts and --{given[0]} are given: define tasks in the file or on the command line."
       )
     common_fields |= {"retrieve": retrieve} if RETRIEVE.value else {}
-    return prompt_file.read(path, name, seed, sampling, **common_fields)
+    return prompt_file.read(path, name, seed, sampling, ALLOW_OUTSIDE.value, **common_fields)
   if _GUIDANCE.value is not None and "guidance" not in cls.settings:
     raise UserError(
       f"--guidance is given, but task {name} does not use it: set fields of config.sampling."

@@ -23,6 +23,7 @@ from etils import epath
 
 from cm3leon_jax import stage_table, stages
 from cm3leon_jax.commands import common, out_flag
+from cm3leon_jax.commands.allow_outside_flag import ALLOW_OUTSIDE
 from cm3leon_jax.commands.retrieve_flag import RETRIEVE
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json, write_json
@@ -55,7 +56,12 @@ def main(settings, workdir) -> None:
   layout, raw = PromptLayout.load(settings, trained.stages), settings.raw
   tokenizers = {name: inputs[name] for name in stage_table.TOKENIZERS}
   documents = given_documents.open_documents(
-    _DOCUMENTS.value, layout, tokenizers, crop=raw.crop, num_threads=raw.num_threads
+    _DOCUMENTS.value,
+    layout,
+    tokenizers,
+    crop=raw.crop,
+    num_threads=raw.num_threads,
+    allow_outside=ALLOW_OUTSIDE.value,
   )
   with distributed.together():
     checked = documents.check()

@@ -8,13 +8,13 @@ the files. Texts are those of the files, unchanged: metrics normalize them.
 
 from collections.abc import Iterator
 import dataclasses
-import os
 import posixpath
 
 from etils import epath
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.evaluation_examples import Example
+from cm3leon_jax.data.record_images import ImageFolder, image_folder
 from cm3leon_jax.data.release_files import (
   check_split,
   entries_by_id,
@@ -41,7 +41,10 @@ VISDIAL_FOLDER = "VisualDialog_val2018"
 
 
 def open_examples(
-  name: str, root: epath.PathLike, split: str, images: epath.PathLike | None = None
+  name: str,
+  root: epath.PathLike,
+  split: str,
+  images: epath.PathLike | ImageFolder | None = None,
 ) -> Iterator[Example]:
   """Yields the examples of a split, in the order of its file.
 
@@ -57,10 +60,11 @@ def open_examples(
 
   Raises:
     UserError: an unknown name or split, or a file that does not exist; and while examples are
-      read, a file of another format or a wrong record, naming file and id.
+      read, a file of another format, a wrong record, or an image that is not in the folder of
+      images, naming file and id.
   """
   check_split(name, split, SPLITS)
-  images = os.fspath(root if images is None else images)
+  images = image_folder(root if images is None else images)
 
   def file(*names: str) -> epath.Path:
     return find_file(root, names, name, split)
@@ -69,8 +73,7 @@ def open_examples(
     case "coco_2014" | "coco_2017":
       year = name.removeprefix("coco_")
       captions = f"captions_{split}{year}.json"
-      folder = posixpath.join(images, f"{split}{year}")
-      return read_coco(file(f"annotations/{captions}", captions), folder)
+      return read_coco(file(f"annotations/{captions}", captions), images, f"{split}{year}")
     case "coco_karpathy":
       return read_karpathy(file("dataset_coco.json"), images, split)
     case "vqa_v2" | "ok_vqa":
@@ -79,8 +82,7 @@ def open_examples(
       return read_vqa(questions, file(f"{version}mscoco_{split}2014_annotations.json"), images)
     case "vizwiz":
       annotations = f"{split}.json"
-      folder = posixpath.join(images, split)
-      return read_vizwiz(file(f"Annotations/{annotations}", annotations), folder)
+      return read_vizwiz(file(f"Annotations/{annotations}", annotations), images, split)
     case "vg_paragraphs":
       return read_paragraphs(file("paragraphs_v1.json"), file(f"{split}_split.json"), images)
     case _:
@@ -88,12 +90,13 @@ def open_examples(
       return read_visdial(file(f"visdial_1.0_{split}.json"), dense, images)
 
 
-def read_coco(file: epath.PathLike, images: str) -> Iterator[Example]:
+def read_coco(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterator[Example]:
   """Yields each image of captions_val2014.json, or of a file like it, with all of its captions.
 
   Args:
     file: {"images": [{id, file_name}], "annotations": [{image_id, caption}]}.
-    images: folder of the images.
+    images: folder that holds `folder`.
+    folder: of the images.
 
   Raises:
     UserError: naming file and id: another format, an id that is there twice, an image without
@@ -112,10 +115,11 @@ def read_coco(file: epath.PathLike, images: str) -> Iterator[Example]:
     where = f"{file}, image {image_id}"
     name = field_of(entry, "file_name", str, where)
     texts = texts_of(captions[image_id], "caption", where)
-    yield Example(str(image_id), str(image_id), posixpath.join(images, name), references=texts)
+    path = images.find(posixpath.join(folder, name), where)
+    yield Example(str(image_id), str(image_id), path, references=texts)
 
 
-def read_karpathy(file: epath.PathLike, images: str, split: str) -> Iterator[Example]:
+def read_karpathy(file: epath.PathLike, images: ImageFolder, split: str) -> Iterator[Example]:
   """Yields each image of a split of dataset_coco.json with all of its captions.
 
   Args:
@@ -132,7 +136,7 @@ def read_karpathy(file: epath.PathLike, images: str, split: str) -> Iterator[Exa
     where = f"{file}, image {image_id}"
     folder, name = (field_of(entry, field, str, where) for field in ("filepath", "filename"))
     texts = texts_of(field_of(entry, "sentences", list, where), "raw", where)
-    path = posixpath.join(images, folder, name)
+    path = images.find(posixpath.join(folder, name), where)
     yield Example(str(image_id), str(image_id), path, references=texts)
 
 
@@ -156,7 +160,7 @@ def karpathy_split(file: epath.PathLike, split: str, id_field: str, kind: type) 
 
 
 def read_vqa(
-  questions: epath.PathLike, annotations: epath.PathLike, images: str
+  questions: epath.PathLike, annotations: epath.PathLike, images: ImageFolder
 ) -> Iterator[Example]:
   """Yields each question of VQA v2 or OK-VQA with the answers of its annotators.
 
@@ -183,12 +187,13 @@ def read_vqa(
         f"{where} has no annotation in {annotations}; give the two files of one split."
       )
     image_id = field_of(entry, "image_id", int, where)
+    image = images.find(posixpath.join(subset, f"COCO_{subset}_{image_id:012d}.jpg"), where)
     prompt = field_of(entry, "question", str, where)
     where = f"{annotations}, question {key}"
     yield Example(
       key=str(key),
       group=str(image_id),
-      image=posixpath.join(images, subset, f"COCO_{subset}_{image_id:012d}.jpg"),
+      image=image,
       prompt=prompt,
       references=texts_of(field_of(answered[key], "answers", list, where), "answer", where),
       question_type=field_of(answered[key], "question_type", str, where),
@@ -196,12 +201,13 @@ def read_vqa(
     )
 
 
-def read_vizwiz(file: epath.PathLike, images: str) -> Iterator[Example]:
+def read_vizwiz(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterator[Example]:
   """Yields each question of VizWiz with the answers of its annotators.
 
   Args:
     file: [{image, question, answers: [{answer}], answer_type, answerable: 0 or 1}].
-    images: folder of the images.
+    images: folder that holds `folder`.
+    folder: of the images.
 
   Raises:
     UserError: naming file and image: another format, an image that is there twice, a question
@@ -212,7 +218,7 @@ def read_vizwiz(file: epath.PathLike, images: str) -> Iterator[Example]:
     yield Example(
       key=image,
       group=image,
-      image=posixpath.join(images, image),
+      image=images.find(posixpath.join(folder, image), where),
       prompt=field_of(entry, "question", str, where),
       references=texts_of(field_of(entry, "answers", list, where), "answer", where),
       answer_type=field_of(entry, "answer_type", str, where),
@@ -220,7 +226,9 @@ def read_vizwiz(file: epath.PathLike, images: str) -> Iterator[Example]:
     )
 
 
-def read_paragraphs(file: epath.PathLike, split: epath.PathLike, images: str) -> Iterator[Example]:
+def read_paragraphs(
+  file: epath.PathLike, split: epath.PathLike, images: ImageFolder
+) -> Iterator[Example]:
   """Yields each image of a split with its paragraph.
 
   Some images of the released file are there twice. As in the usual preprocessing for the metrics
@@ -253,12 +261,14 @@ def read_paragraphs(file: epath.PathLike, split: epath.PathLike, images: str) ->
       raise UserError(
         f"{where} has the url '{url}'; it must end in a name in VG_100K or VG_100K_2."
       )
-    path = posixpath.join(images, folder, name)
+    path = images.find(posixpath.join(folder, name), where)
     texts = (field_of(entries[image_id], "paragraph", str, where),)
     yield Example(str(image_id), str(image_id), path, references=texts)
 
 
-def read_visdial(dialogs: epath.PathLike, dense: epath.PathLike, images: str) -> Iterator[Example]:
+def read_visdial(
+  dialogs: epath.PathLike, dense: epath.PathLike, images: ImageFolder
+) -> Iterator[Example]:
   """Yields each round of VisDial v1.0 whose candidates were judged, with the rounds before it.
 
   Args:
@@ -298,7 +308,7 @@ def read_visdial(dialogs: epath.PathLike, dense: epath.PathLike, images: str) ->
       )
     if not all(isinstance(value, int | float) for value in relevance):
       raise UserError(f"{where} has a value in 'gt_relevance' that is no number.")
-    path = posixpath.join(images, VISDIAL_FOLDER, f"{VISDIAL_FOLDER}_{image_id:012d}.jpg")
+    path = images.find(f"{VISDIAL_FOLDER}/{VISDIAL_FOLDER}_{image_id:012d}.jpg", where)
     relevance = tuple(map(float, relevance))
     yield dataclasses.replace(example, key=key, image=path, relevance=relevance)
 

@@ -200,7 +200,8 @@ class _Ingest:
       items = docstring_texts(max_texts, fraction)
       return write_shard(self.config, folder, items, load_with_size, total=max_texts)
     load = functools.partial(load_with_size, crop=self.config.crop)
-    items = sources.read(part, self.config.allow_outside)
+    limits = self.config.allow_outside, self.config.max_caption_characters
+    items = sources.read(part, *limits)
     return write_shard(self.config, folder, items, load)
 
 

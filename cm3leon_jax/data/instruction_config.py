@@ -48,6 +48,9 @@ class InstructionsConfig:
   """Names of the tasks that are trained; (): all."""
   root: str = ""
   """Folder of the files of all tasks."""
+  allow_outside: bool = False
+  """Whether records may name images outside of the folder of images of their task. Only for records
+  that you trust: they could name any file of the machine."""
   max_records: NonNegativeInt = 0
   """Most records of a task that are trained on, the first ones; 0: as many as the task says."""
   redrawn: Annotated[float, Field(ge=0, le=1)] = 0.0

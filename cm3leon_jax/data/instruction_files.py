@@ -23,6 +23,7 @@ from cm3leon_jax.data.instruction_grounding import OBJECT_SPLITS, read_coco_obje
 from cm3leon_jax.data.instruction_lines import read_lines
 from cm3leon_jax.data.instruction_llava import LLAVA, read_llava
 from cm3leon_jax.data.instruction_records import Record
+from cm3leon_jax.data.record_images import ImageFolder, image_folder
 from cm3leon_jax.data.release_files import (
   check_split,
   entries_by_id,
@@ -89,7 +90,10 @@ FORMATS = {
 
 
 def open_records(
-  name: str, root: epath.PathLike, split: str, images: epath.PathLike | None = None
+  name: str,
+  root: epath.PathLike,
+  split: str,
+  images: epath.PathLike | ImageFolder | None = None,
 ) -> Iterator[Record]:
   """Yields the records of a split, in the order of its file.
 
@@ -105,10 +109,11 @@ def open_records(
 
   Raises:
     UserError: an unknown name or split, or a file that does not exist; and while records are read,
-      a file of another format or a wrong record, naming file and line or id.
+      a file of another format, a wrong record, or an image that is not in the folder of images,
+      naming file and line or id.
   """
   check_split(name, split, {key: value.splits for key, value in FORMATS.items()})
-  images = os.fspath(root if images is None else images)
+  images = image_folder(root if images is None else images)
 
   def file(*names: str) -> epath.Path:
     return find_file(root, names, name, split)
@@ -137,11 +142,11 @@ def open_records(
       instances, captions = f"instances_{split}.json", f"captions_{split}.json"
       instances = file(f"annotations/{instances}", instances)
       captions = file(f"annotations/{captions}", captions)
-      return read_coco_objects(instances, captions, posixpath.join(images, split))
+      return read_coco_objects(instances, captions, images, split)
     case "jsonl":
       return read_lines(file(f"{split}.jsonl"), images)
     case _:
-      return read_llava(file(f"{split}.json"), posixpath.join(images, LLAVA[split]))
+      return read_llava(file(f"{split}.json"), images, LLAVA[split])
 
 
 def caption_records(examples: Iterable[Example]) -> Iterator[Record]:
@@ -175,7 +180,7 @@ def question_records(examples: Iterable[Example]) -> Iterator[Record]:
     )
 
 
-def read_flickr30k(file: epath.PathLike, images: str, split: str) -> Iterator[Example]:
+def read_flickr30k(file: epath.PathLike, images: ImageFolder, split: str) -> Iterator[Example]:
   """Yields each image of a split of dataset_flickr30k.json with all of its captions.
 
   Args:
@@ -191,10 +196,13 @@ def read_flickr30k(file: epath.PathLike, images: str, split: str) -> Iterator[Ex
     where = f"{file}, image {name}"
     texts = texts_of(field_of(entry, "sentences", list, where), "raw", where)
     key = posixpath.splitext(name)[0]  # The id of the image, as in Localized Narratives.
-    yield Example(key, key, posixpath.join(images, "flickr30k-images", name), references=texts)
+    path = images.find(posixpath.join("flickr30k-images", name), where)
+    yield Example(key, key, path, references=texts)
 
 
-def read_narratives(files: Iterable[epath.PathLike], images: str, image: str) -> Iterator[Record]:
+def read_narratives(
+  files: Iterable[epath.PathLike], images: ImageFolder, image: str
+) -> Iterator[Record]:
   """Yields each caption of Localized Narratives.
 
     {"image_id": "137576", "caption": "In this image ..."} becomes a record with the image
@@ -217,11 +225,11 @@ def read_narratives(files: Iterable[epath.PathLike], images: str, image: str) ->
       key = f"{image_id}/{seen[image_id]}"
       seen[image_id] += 1
       if caption:
-        path = posixpath.join(images, image.format(image_id))
+        path = images.find(image.format(image_id), where)
         yield Record(key, image_id, {"caption": caption}, {"image": path})
 
 
-def read_textvqa(file: epath.PathLike, images: str) -> Iterator[Example]:
+def read_textvqa(file: epath.PathLike, images: ImageFolder) -> Iterator[Example]:
   """Yields each question of TextVQA with the answers of its annotators.
 
   Args:
@@ -239,14 +247,14 @@ def read_textvqa(file: epath.PathLike, images: str) -> Iterator[Example]:
     yield Example(
       key=str(key),
       group=image_id,
-      image=posixpath.join(images, "train_images", f"{image_id}.jpg"),
+      image=images.find(f"train_images/{image_id}.jpg", where),
       prompt=field_of(entry, "question", str, where),
       references=text_list(entry, "answers", where),
     )
 
 
 def read_scienceqa(
-  problems: epath.PathLike, splits: epath.PathLike, images: str, split: str
+  problems: epath.PathLike, splits: epath.PathLike, images: ImageFolder, split: str
 ) -> Iterator[Record]:
   """Yields each problem of a split of ScienceQA that has an image.
 
@@ -294,12 +302,14 @@ def read_scienceqa(
       "explanation": explanation,
       "reasoning": f"{explanation} So the answer is {labels[index]}" if explanation else "",
     }
-    path = posixpath.join(images, "images", split, key, name)
+    path = images.find(posixpath.join("images", split, key, name), where)
     facts = {"choices": list(choices), "answer_index": index}
     yield Record(key, key, texts, {"image": path}, facts)
 
 
-def read_instruct_pix2pix(seeds: epath.PathLike, images: str, split: str) -> Iterator[Record]:
+def read_instruct_pix2pix(
+  seeds: epath.PathLike, images: ImageFolder, split: str
+) -> Iterator[Record]:
   """Yields each pair of images of a split of InstructPix2Pix.
 
     ["0000042", ["7", "9"]] in seeds.json becomes the records 0000042/7, with the images
@@ -311,14 +321,16 @@ def read_instruct_pix2pix(seeds: epath.PathLike, images: str, split: str) -> Ite
     split: "train", "val" or "test": the first 90%, the next 5% and the last 5% of seeds.json.
 
   Raises:
-    UserError: naming file and place or folder: another format, a folder that is there twice or
-      does not exist, a seed that is there twice.
+    UserError: naming file and place or folder: another format, a folder that is there twice, does
+      not exist or is not beside `seeds`, a seed that is there twice.
   """
   folders = _seeds_by_folder(seeds)
   start, stop = (len(folders) * twentieths // 20 for twentieths in PIX2PIX[split])
   names = {"instruction": "edit", "input_caption": "input", "output_caption": "output"}
+  beside = dataclasses.replace(images, path=os.fspath(epath.Path(seeds).parent))
   for folder in list(folders)[start:stop]:
-    file = epath.Path(seeds).parent / folder / "prompt.json"
+    where = f"{seeds}, folder {folder}"
+    file = epath.Path(beside.find(posixpath.join(folder, "prompt.json"), where, "file"))
     if not file.exists():
       raise UserError(
         f"{seeds} names {file}, which does not exist; give all folders of the release, or a list "
@@ -327,8 +339,11 @@ def read_instruct_pix2pix(seeds: epath.PathLike, images: str, split: str) -> Ite
     prompt = load_json(file)
     texts = {name: field_of(prompt, field, str, file).strip() for name, field in names.items()}
     for seed in folders[folder]:
-      path = posixpath.join(images, folder, seed)
-      pair = {"before": f"{path}_0.jpg", "after": f"{path}_1.jpg"}
+      path = posixpath.join(folder, seed)
+      pair = {
+        name: images.find(f"{path}_{number}.jpg", where)
+        for number, name in enumerate(("before", "after"))
+      }
       yield Record(f"{folder}/{seed}", folder, texts, pair)
 
 

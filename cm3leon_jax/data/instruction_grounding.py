@@ -8,6 +8,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data import evaluation_files
 from cm3leon_jax.data.evaluation_examples import caption_prompts
 from cm3leon_jax.data.instruction_records import Record
+from cm3leon_jax.data.record_images import ImageFolder
 from cm3leon_jax.data.release_files import entries_by_id, field_of, load_json
 
 OBJECT_SPLITS = ("train2014", "val2014", "train2017", "val2017")
@@ -18,7 +19,7 @@ Box = tuple[int, int, int, int]  # Left, top, right, bottom.
 
 
 def read_coco_objects(
-  instances: epath.PathLike, captions: epath.PathLike, images: str
+  instances: epath.PathLike, captions: epath.PathLike, images: ImageFolder, folder: str
 ) -> Iterator[Record]:
   """Yields each caption of COCO with the objects of its image.
 
@@ -33,14 +34,15 @@ def read_coco_objects(
     instances: file, {"images": [{id, width, height}], "categories": [{id, name}], "annotations":
       [{image_id, category_id, bbox: [left, top, width, height], iscrowd: 0 or 1}]}.
     captions: file of the same split, see `evaluation_files.read_coco`.
-    images: folder of the images.
+    images: folder that holds `folder`.
+    folder: of the images.
 
   Raises:
     UserError: naming file and id: another format, an id that is there twice, an object of an
       unknown image or category, an image without a size, a captioned image without instances.
   """
   objects = _objects_by_image(instances)
-  for example in caption_prompts(evaluation_files.read_coco(captions, images)):
+  for example in caption_prompts(evaluation_files.read_coco(captions, images, folder)):
     if int(example.group) not in objects:
       raise UserError(
         f"{captions}, image {example.group}, is not in {instances}; give the two files of one "

@@ -2,19 +2,19 @@
 
 from collections.abc import Iterator
 import difflib
-import posixpath
 import re
 
 from etils import epath
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instruction_records import Record
+from cm3leon_jax.data.record_images import ImageFolder
 from cm3leon_jax.data.release_files import read_json_lines
 
 FIELDS = ("key", "group", "texts", "images")
 
 
-def read_lines(file: epath.PathLike, images: str) -> Iterator[Record]:
+def read_lines(file: epath.PathLike, images: ImageFolder) -> Iterator[Record]:
   """Yields a record of each line that is not blank.
 
     {"texts": {"question": "how many?", "answer": "two"}, "images": {"image": "a/7.jpg"}} in line 3
@@ -25,11 +25,11 @@ def read_lines(file: epath.PathLike, images: str) -> Iterator[Record]:
     file: JSONL with these fields: `texts`, {name: text}, and `images`, {name: path}, one of which
       may be absent; `key`, unique in the file, or else the number of the line; `group`, or else the
       path of the first image, or else the key.
-    images: folder that paths are relative to; an absolute path or a URL stays.
+    images: folder that paths are relative to; an absolute path or a URL in it stays.
 
   Raises:
     UserError: naming file and line: no JSON, a field that is unknown or of another type, a name
-      that no template can have, or a key that is there twice.
+      that no template can have, a key that is there twice, or an image that is not in the folder.
   """
   seen: dict[str, str] = {}
   for where, entry in read_json_lines(file):
@@ -50,7 +50,7 @@ def read_lines(file: epath.PathLike, images: str) -> Iterator[Record]:
       raise UserError(f"{where} has the key '{key}', which line {seen[key]} has, too: rename one.")
     seen[key] = number
     group = _name(entry, "group", where) or next(iter(paths.values()), key)
-    joined = {name: _join(images, path) for name, path in paths.items()}
+    joined = {name: images.find(path, where) for name, path in paths.items()}
     yield Record(key, group, texts, joined)
 
 
@@ -77,7 +77,3 @@ def _name(entry: dict, field: str, where: str) -> str:
   if not isinstance(value, str) or (field in entry and not value.strip()):
     raise UserError(f"{where} must have a text in its field '{field}', or no such field.")
   return value
-
-
-def _join(folder: str, path: str) -> str:
-  return path if "://" in path else posixpath.join(folder, path)

@@ -7,6 +7,7 @@ from etils import epath
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.instruction_records import Record
+from cm3leon_jax.data.record_images import ImageFolder
 from cm3leon_jax.data.release_files import field_of, load_json
 
 # Split of LLaVA, the name of its file -> folder of the images that the file names.
@@ -21,7 +22,7 @@ LLAVA = {
 IMAGE_MARK = "<image>"
 
 
-def read_llava(file: epath.PathLike, images: str) -> Iterator[Record]:
+def read_llava(file: epath.PathLike, images: ImageFolder, folder: str) -> Iterator[Record]:
   """Yields each answer of the conversations of LLaVA about an image.
 
     human "<image>\\nWhat is it?", gpt "A bus.", human "Which color?", gpt "Red." in the third entry
@@ -33,7 +34,8 @@ def read_llava(file: epath.PathLike, images: str) -> Iterator[Record]:
 
   Args:
     file: [{image: name, conversations: [{from: "human" or "gpt", value}]}].
-    images: folder of the images.
+    images: folder that holds `folder`.
+    folder: that the file names images in; "": `images` itself.
 
   Raises:
     UserError: naming file and entry: another format, a conversation without an answer, or one in
@@ -44,12 +46,12 @@ def read_llava(file: epath.PathLike, images: str) -> Iterator[Record]:
     if isinstance(entry, dict) and "image" not in entry and "conversations" in entry:
       continue
     name = field_of(entry, "image", str, where)
+    path = images.find(posixpath.join(folder, name), where)
     history = ""
     for place, (question, answer) in enumerate(_exchanges(entry, where)):
       instruction = f"{history}Human: {question}" if history else question
       if answer:
         texts = {"instruction": instruction, "answer": answer}
-        path = posixpath.join(images, name)
         yield Record(f"{number}/{place}", name, texts, {"image": path})
       history += f"Human: {question}\nAssistant: {answer}\n"
 

@@ -18,6 +18,7 @@ from cm3leon_jax.data.instruction_config import InstructionsConfig
 from cm3leon_jax.data.instruction_records import Record
 from cm3leon_jax.data.instruction_stores import Encoder, write_store
 from cm3leon_jax.data.instruction_tasks import SCENES, InstructionTask
+from cm3leon_jax.data.record_images import ImageFolder
 from cm3leon_jax.data.scene_world import ScenesConfig
 from cm3leon_jax.data.shard_files import shards_with_files
 from cm3leon_jax.io import plain, read_json
@@ -25,6 +26,10 @@ from cm3leon_jax.shards import Runner, run_shards
 from cm3leon_jax.vocab import VocabLayout
 
 SPLITS = ("train", "heldout")
+REMEDY = (
+  "put it there, or name the folder of the images in the task's `images`; "
+  "config.instructions.allow_outside=True takes images from everywhere."
+)
 # Fields of a task that are of the mixture and the samples.
 NOT_OF_STORES = ("weight", "cap", "loss_weight", "drop_instruction", "drop_all")
 
@@ -56,7 +61,7 @@ def open_task(
     _check_maps(task, config.root)
     found = _records(task, name, number, config, scenes)
     for record in itertools.islice(found, number or None):
-      yield _with_maps(task, record, config.root)
+      yield _with_maps(task, record, config)
   except UserError as error:
     raise UserError(f"task {task.name}: {error}") from error
 
@@ -82,14 +87,18 @@ def _records(
 ) -> Iterator[Record]:
   if not task.format.startswith(SCENES):
     root = posixpath.join(config.root, task.root)
-    images = posixpath.join(config.root, task.images or task.root)
+    images = _image_folder(config, task.images or task.root)
     return instruction_files.open_records(task.format, root, split, images)
   from cm3leon_jax.data import scene_instructions  # Its drawings need the extra `demo`.
 
   return scene_instructions.records(scenes, task.format.removeprefix(SCENES), split, number)
 
 
-def _with_maps(task: InstructionTask, record: Record, root: str) -> Record:
+def _image_folder(config: InstructionsConfig, folder: str) -> ImageFolder:
+  return ImageFolder(posixpath.join(config.root, folder), REMEDY, config.allow_outside)
+
+
+def _with_maps(task: InstructionTask, record: Record, config: InstructionsConfig) -> Record:
   """Adds the images that `maps` names: a map of the target, or the file of a folder."""
   if not task.maps:
     return record
@@ -105,7 +114,8 @@ def _with_maps(task: InstructionTask, record: Record, root: str) -> Record:
     if kind in MAPS:
       images[field] = ImageMap(kind, image)
     elif isinstance(image, str):
-      images[field] = posixpath.join(root, kind, posixpath.basename(image))
+      name = posixpath.basename(image)
+      images[field] = _image_folder(config, kind).find(name, f"record {record.key}")
     else:
       raise UserError(
         f"its map '{field}' is the folder '{kind}', and its images are no files: use one of "

@@ -175,14 +175,14 @@ def _read_images(task: InstructionTask, records: list[Record], encoder: Encoder)
     results = list(pool.map(read, records))
   found, wrong = [], {}
   for i, result in enumerate(results):
-    if isinstance(result, UserError):
-      wrong[i] = str(result)
+    if isinstance(result, str):
+      wrong[i] = result
     else:
       found += [(i, field, pixels) for field, pixels in result]
   return found, wrong
 
 
-def _read_record(named: set[str], side: int, record: Record) -> list | UserError:
+def _read_record(named: set[str], side: int, record: Record) -> list | str:
   """Reads the named images of a record as (field, pixels), or returns what is wrong in one."""
   try:
     return [
@@ -191,7 +191,7 @@ def _read_record(named: set[str], side: int, record: Record) -> list | UserError
       if field in named
     ]
   except UserError as error:
-    return error
+    return str(error)
 
 
 def square_pixels(image, side: int) -> np.ndarray:

@@ -216,11 +216,11 @@ def _short(value) -> str:
 
 
 def _check_unicode(name: str, value: str, where: str) -> None:
-  if any("\ud800" <= c <= "\udfff" for c in value):
-    raise RecordError(
-      "malformed_record",
-      f"{where}: field '{name}' holds half of a surrogate pair; it must be valid Unicode.",
-    )
+  try:
+    value.encode()
+  except UnicodeEncodeError as error:
+    message = f"{where}: field '{name}' holds half of a surrogate pair; it must be valid Unicode."
+    raise RecordError("malformed_record", message) from error
 
 
 def _checked_segments(segments, where: str) -> tuple[dict, ...]:
@@ -268,6 +268,13 @@ def checked_record(cls, values: dict, file: str, where: str) -> Record | Rejecte
     return make_record(cls, values, where)
   except RecordError as error:
     return Rejected(file, str(key_of(values, "")), error.reason, str(error))
+
+
+def long_caption(key: str, length: int, longest: int) -> str:
+  """Says that a caption has more characters than `RawConfig.max_caption_characters`."""
+  return (
+    f"key '{key}': the caption has {length} characters; raw.max_caption_characters is {longest}."
+  )
 
 
 def key_of(values: Mapping, default):

@@ -18,6 +18,7 @@ from cm3leon_jax.data.records import (
   Rejected,
   checked_record,
   key_of,
+  long_caption,
   renamed,
 )
 from cm3leon_jax.data.source_samples import SAMPLE_SUFFIXES, sample_records
@@ -81,8 +82,19 @@ def _sample(file: str, stem: str, sample: dict[str, bytes]) -> Iterator[Record |
     yield from sample_records(file, f"{file}, sample '{stem}'", stem, sample, source=file)
 
 
-def parquet_rows(fs, file: str, images: Callable) -> Iterator[Record | Rejected]:
-  """Yields rows with a caption and an image: bytes, a path, or a dict of both (Hugging Face)."""
+def parquet_rows(
+  fs, file: str, images: Callable, longest_caption: int | None = None
+) -> Iterator[Record | Rejected]:
+  """Yields rows with a caption and an image: bytes, a path, or a dict of both (Hugging Face).
+
+  A dictionary can repeat a value in all rows, so the values that are read are counted, too.
+
+  Args:
+    fs: filesystem of the file.
+    file: its path.
+    images: checks paths of images and makes them full, see `sources.read`.
+    longest_caption: in characters; of a longer one no text is made. None: any length.
+  """
   try:
     from pyarrow import parquet
   except ImportError as error:
@@ -102,10 +114,21 @@ def parquet_rows(fs, file: str, images: Callable) -> Iterator[Record | Rejected]
           yield Rejected(file, str(number), "large_file", message)
           number += rows
           continue
+        end, total = number + rows, 0
         # One row: a value that a dictionary repeats is as large in each.
         for batch in table.iter_batches(1, row_groups=[group], columns=columns):
-          yield _row(batch, file, number, images)
+          row = _plain_columns(batch)
+          total += sum(column.nbytes for column in row.values())
+          if total > MAX_GROUP:
+            message = (
+              f"{file}, the {end - number} rows from {number} on are not read: the values of their "
+              f"group have more than {MAX_GROUP:,} bytes: write smaller groups of rows."
+            )
+            yield Rejected(file, str(number), "large_file", message)
+            break
+          yield _row(row, file, number, images, longest_caption)
           number += 1
+        number = end
   except Exception as error:  # pyarrow raises errors of any kind at damaged files.
     message = f"{file} cannot be read to its end ({error}); it must be a Parquet file."
     yield Rejected(file, "", "unreadable_file", message)
@@ -124,17 +147,50 @@ def _columns(group) -> tuple[list[str], int, int]:
   return columns, size, group.num_rows
 
 
-def _row(batch, file: str, number: int, images: Callable) -> Record | Rejected:
-  """Makes the record of a batch of one row."""
+def _plain_columns(batch) -> dict:
+  """Returns the columns of a batch by their names, values in place of dictionaries."""
+  return {
+    name: column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
+    for name, column in zip(batch.schema.names, batch.columns)
+  }
+
+
+def _row(
+  columns: dict, file: str, number: int, images: Callable, longest_caption: int | None
+) -> Record | Rejected:
+  """Makes the record of columns with one value each."""
   where = f"{file}, row {number}"
+  long = {} if longest_caption is None else _long_captions(columns, longest_caption)
   try:
-    [row] = batch.to_pylist()
+    row = {name: column[0].as_py() for name, column in columns.items() if name not in long}
+    values = _parquet_values(row, f"{posixpath.basename(file)}/{number}")
+    if long and "image" in values:
+      names = (name for name in ALIASES["caption"] if name in long or row.get(name) is not None)
+      if (name := next(names)) in long:
+        key = str(values["key"])
+        message = long_caption(key, long[name], longest_caption)
+        return Rejected(file, key, "long_caption", message)
+    elif "text" in long:
+      row["text"] = columns["text"][0].as_py()
   except Exception as error:  # Bytes that are no UTF-8, dates out of range, ...
     return Rejected(file, str(number), "malformed_record", f"{where} cannot be read ({error}).")
-  values = _parquet_values(row, f"{posixpath.basename(file)}/{number}")
   if "image" not in values and isinstance(row.get("text"), str):
     return checked_record(RawText, {**values, "text": row["text"]}, file, where)
   return images(checked_record(RawPair, values, file, where), posixpath.dirname(file), where)
+
+
+def _long_captions(columns: dict, longest: int) -> dict[str, int]:
+  """Returns the columns whose text would be too long a caption, and its length in characters."""
+  import pyarrow as pa
+  from pyarrow import compute
+
+  lengths = {
+    name: compute.utf8_length(columns[name])[0].as_py() or 0
+    for name in ALIASES["caption"]
+    if name in columns
+    if pa.types.is_string(columns[name].type) or pa.types.is_large_string(columns[name].type)
+  }
+  return {name: length for name, length in lengths.items() if length > longest}
 
 
 def _parquet_values(row: dict, key: str) -> dict:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 import dataclasses
 import functools
 import hashlib
-import os
 import posixpath
 from typing import Literal, NamedTuple
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.data.record_images import ImageFolder
 from cm3leon_jax.data.records import (
   RawInterleaved,
   RawPair,
@@ -53,6 +53,7 @@ TEXT_FILES = 1_000  # Number of .txt files of one part.
 # What file systems say of a file's content: checksums of buckets, the time of local files.
 STAMPS = ("md5Hash", "ETag", "etag", "mtime")
 WILDCARDS = "*?["
+REMEDY = "config.raw.allow_outside=True takes images from everywhere."
 
 
 class _File(NamedTuple):
@@ -195,14 +196,18 @@ def _root(path: str, files: Collection[str]) -> str:
   return posixpath.dirname(path) if path in files else path
 
 
-def read(part: Part, allow_outside: bool = False) -> Iterator[Record | Rejected]:
+def read(
+  part: Part, allow_outside: bool = False, longest_caption: int | None = None
+) -> Iterator[Record | Rejected]:
   """Yields the records of a part in a fixed order, wrong ones as Rejected.
 
   Args:
     part: of a source.
     allow_outside: whether records may name images that are not in the folder of their file.
+    longest_caption: in characters; Parquet rejects longer ones as it reads. None: any length.
   """
-  readers = {"folder": _folder, "webdataset": tar_samples, "parquet": parquet_rows, "text": _text}
+  rows = functools.partial(parquet_rows, longest_caption=longest_caption)
+  readers = {"folder": _folder, "webdataset": tar_samples, "parquet": rows, "text": _text}
   if part.kind == "sidecars":
     fs, root = _filesystem(part.files[0])
     files = [_filesystem(file)[1] for file in part.files[1:]]
@@ -344,34 +349,22 @@ def _with_images(
   """
   if isinstance(item, Rejected):
     return item
-  full = []
+  images, full = ImageFolder(_url(fs, folder), REMEDY, allow_outside), []
   for name in images_of(item):
     if isinstance(name, str):
-      path = name if posixpath.isabs(name) else _joined(folder, name)
-      if not allow_outside and not _is_inside(fs, path, folder):
+      place = f"{where}, key '{item.key}'"
+      try:
+        path = images.find(name, place)
+      except UserError as error:
+        return Rejected(where.split(", line")[0], item.key, "outside_image", str(error))
+      if fs._strip_protocol(path) not in known and not fs.exists(path):
         message = (
-          f"{where}, key '{item.key}': image '{name}' is not in {folder}; "
-          "config.raw.allow_outside=True takes images from everywhere."
-        )
-        return Rejected(where.split(", line")[0], item.key, "outside_image", message)
-      if path not in known and not fs.exists(path):
-        message = (
-          f"{where}, key '{item.key}': image '{name}' does not exist; give its path relative to "
-          f"{folder}."
+          f"{place}: image '{name}' does not exist; give its path relative to {images.path}."
         )
         return Rejected(where.split(", line")[0], item.key, "missing_image", message)
-      name = _url(fs, path)
+      name = path
     full.append(name)
   return with_images(item, full)
-
-
-def _is_inside(fs, path: str, folder: str) -> bool:
-  """Returns whether a path is in a folder, links followed."""
-  if "\0" in path:
-    return False
-  if "file" in fs.protocol:
-    path, folder = os.path.realpath(path), os.path.realpath(folder)
-  return posixpath.normpath(path).startswith(posixpath.normpath(folder).rstrip("/") + "/")
 
 
 def _text(fs, file: str, images: Callable) -> Iterator[Record | Rejected]:

@@ -8,10 +8,11 @@ Both are checked whole before anything is scored, and then read in parts.
 from collections.abc import Collection, Iterator
 import dataclasses
 import difflib
+import functools
 import hashlib
 import itertools
 import json
-import posixpath
+import os
 
 from etils import epath
 import numpy as np
@@ -21,6 +22,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import INDEX, Document, DocumentStore, Segment
 from cm3leon_jax.data.encode import texts_of
+from cm3leon_jax.data.record_images import BY_FLAG, ImageFolder
 from cm3leon_jax.data.records import (
   RawInterleaved,
   RawPair,
@@ -65,20 +67,22 @@ class DocumentFile:
     layout: of the run.
     crop: how images become square, see `RawConfig.crop`.
     num_threads: number of images read at a time.
+    allow_outside: whether images may be anywhere, and not in the folder of the file alone.
   """
 
   path: epath.Path
   layout: PromptLayout
   crop: str = "center"
   num_threads: int = 8
+  allow_outside: bool = False
 
   def check(self) -> Checked:
     """Checks every line, and reads every image.
 
     Raises:
       UserError: naming file and line: no JSON object, or one too long; an unknown, absent or empty
-        field; an image that is absent or unreadable; more positions than were trained. Or the file
-        has no line.
+        field; an image that is absent, unreadable, or not in the folder of the file; more positions
+        than were trained. Or the file has no line.
     """
     digest, documents, pairs = hashlib.sha256(self.crop.encode()), 0, 0
     for where, record in progress_bar(self._records(), "check", unit="doc", delay=2, leave=False):
@@ -117,14 +121,13 @@ class DocumentFile:
         raise UserError(f"{where} is not UTF-8 ({error}); save it as UTF-8.") from error
       yield where, read_record(text, where, f"{self.path.name}/{count}")
 
-  def _image_path(self, image: str) -> str:
-    """Returns the full path of an image of the file."""
-    whole = "://" in image or posixpath.isabs(image)
-    return image if whole else str(self.path.parent / image)
+  @functools.cached_property
+  def _images(self) -> ImageFolder:
+    return ImageFolder(os.fspath(self.path.parent), BY_FLAG, self.allow_outside)
 
   def _check_image(self, image: str, where: str) -> bytes:
     """Reads an image; returns the SHA-256 of its file."""
-    path = self._image_path(image)
+    path = self._images.find(image, where)
     try:
       with raw_pairs.open_image(path, path) as file:
         content = file.read()
@@ -139,7 +142,8 @@ class DocumentFile:
 
   def _encode(self, records: list[Record], image_tokenizer: ImageTokenizer) -> list[Document]:
     """Makes documents of records, as `cm3leon encode_documents` does."""
-    paths = [self._image_path(image) for record in records for image in images_of(record)]
+    where = str(self.path)
+    paths = [self._images.find(image, where) for record in records for image in images_of(record)]
     codes = iter(())
     if paths:
       images = raw_pairs.load_images(paths, self.layout.resolution, self.num_threads, self.crop)
@@ -211,7 +215,7 @@ def open_documents(
     path: a JSONL file, or the folder of a store in the folder `documents/` of a workdir.
     layout: of the run.
     tokenizers: ids of the stages of the run's tokenizers.
-    **options: `crop` and `num_threads` of a file.
+    **options: `crop`, `num_threads` and `allow_outside` of a file.
 
   Raises:
     UserError: there is no such file or store, or other tokenizers made the store.

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 import dataclasses
 import difflib
+import os
 
 from etils import epath
 
 from cm3leon_jax.config import UserError, build, short
+from cm3leon_jax.data.record_images import BY_FLAG, ImageFolder
 from cm3leon_jax.data.records import Rejected
 from cm3leon_jax.data.source_lines import json_lines
 from cm3leon_jax.decoding.sampling import SamplingConfig
@@ -87,6 +89,7 @@ def read(
   task: str = "text_to_image",
   seed: int = 0,
   sampling: SamplingConfig | None = None,
+  allow_outside: bool = False,
   **defaults,
 ) -> list[Task]:
   """Reads one task from each line of a JSONL file; empty lines are ignored.
@@ -94,23 +97,26 @@ def read(
     {"task": "text_to_image", "prompt": "a green bell", "guidance": 5, "top_k": 64}
     {"task": "caption", "image": "photos/cat.jpg"}
 
-  Images are paths relative to the folder of the file.
+  Images are paths relative to the folder of the file, and must be in it, links followed.
 
   Args:
     path: of the file.
     task: name of the task where a line has none.
     seed: of the first task; each next task adds 1, unless its line has a seed.
     sampling: settings that a line may change.
+    allow_outside: whether images may be anywhere.
     **defaults: fields that a line may change, where its task takes them.
 
   Raises:
-    UserError: naming file and line: not a JSON object, an unknown field, or a wrong value.
+    UserError: naming file and line: not a JSON object, an unknown field, a wrong value, or an image
+      that is not in the folder.
   """
   path = epath.Path(path)
   if not path.exists():
     raise UserError(
       f"--prompts names {path}, which does not exist: give a file with one JSON object per line."
     )
+  images = ImageFolder(os.fspath(path.parent), BY_FLAG, allow_outside)
   tasks = []
   for where, line in json_lines(*open_filesystem(path), []):
     if isinstance(line, Rejected):
@@ -126,8 +132,8 @@ def read(
       "row": row,
       "where": where,
     }
-    if fields.get("image") and "://" not in fields["image"]:
-      fields["image"] = str(path.parent / fields["image"])
+    if fields.get("image"):
+      fields["image"] = images.find(fields["image"], where)
     if "box" in fields:
       fields["box"] = tuple(fields["box"])
     tasks.append(make_task(name, fields, **common))

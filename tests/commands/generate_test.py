@@ -1,6 +1,7 @@
 """Tests cm3leon generate: its results, their folders, and that mistakes end it before any work."""
 
 import json
+import pathlib
 import re
 
 from absl import flags
@@ -115,6 +116,18 @@ def test_a_file_of_prompts(run, workdir, image_file, tmp_path, capsys):
   Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(image_file)
   run(prompts=str(tmp_path / "renamed.jsonl"), seed=3)
   assert len(list((workdir / "prompts").glob("renamed-*"))) == 1
+
+
+def test_images_of_a_file_of_prompts_are_in_its_folder(run, workdir, image_file, tmp_path):
+  (tmp_path / "set").mkdir()
+  path = tmp_path / "set" / "outside.jsonl"
+  path.write_text('{"task": "caption", "image": "../a.png", "length": 5}')
+  with pytest.raises(UserError, match=r"line 1: image '\.\./a\.png' is not in .*/set; put it"):
+    run(prompts=str(path))
+  run(prompts=str(path), allow_outside=True)
+  (folder,) = (workdir / "prompts").glob("outside-*")
+  (caption,) = read_lines(folder)
+  assert pathlib.Path(caption["image"]).samefile(image_file)
 
 
 def test_what_the_model_never_learned_is_said(run, workdir, image_file, capsys):

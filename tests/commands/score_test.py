@@ -32,10 +32,9 @@ def run(workdir, monkeypatch):
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
 
-  def call(documents, retrieve=None):
-    with flagsaver.flagsaver(
-      documents=documents and str(documents), retrieve=retrieve and retrieve.split(",")
-    ):
+  def call(documents, retrieve=None, **values):
+    values |= {"documents": documents and str(documents)}
+    with flagsaver.flagsaver(retrieve=retrieve and retrieve.split(","), **values):
       score.main(SETTINGS, workdir)
 
   return call
@@ -150,3 +149,13 @@ def test_mistakes_end_the_command_before_any_work(
   with pytest.raises(UserError, match=f"^{re.escape(sentence.format(**names))}"):
     run(documents and documents.format(**names), retrieve)
   assert sorted((workdir / "scores").glob("*")) == folders
+
+
+def test_images_are_in_the_folder_of_the_file_unless_it_is_trusted(run, workdir, file, tmp_path):
+  (tmp_path / "set").mkdir()
+  path = tmp_path / "set" / "outside.jsonl"
+  path.write_text('{"image": "../a.png", "caption": "green apple"}')
+  with pytest.raises(UserError, match=r"line 1: image '\.\./a\.png' is not in .*/set; put it"):
+    run(path)
+  run(path, allow_outside=True)
+  assert list((workdir / "scores").glob("outside-*"))

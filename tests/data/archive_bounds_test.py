@@ -1,5 +1,6 @@
 """Archives and lists of strangers: what they claim costs no memory, and leads nowhere else."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -12,9 +13,17 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.data import raw_pairs, source_archives, source_lines, sources
+from cm3leon_jax.data import (
+  ingest,
+  raw_pairs,
+  records,
+  source_archives,
+  source_lines,
+  sources,
+)
 from cm3leon_jax.data.records import RawPair, RawText, Record, Rejected, batches
 from cm3leon_jax.io import open_filesystem
+from cm3leon_jax.shards import Runner
 from tests.data.sources_test import jpeg, read, sample, write_tar
 from tests.data.untrusted_test import encoded, reasons
 
@@ -150,6 +159,73 @@ def test_a_group_of_rows_that_is_too_large_is_passed_over(tmp_path, monkeypatch)
   ]  # fmt: skip
   assert "the 2 rows from 2 on have 20,108 bytes" in found[2].message
   assert "may have 10,000: write smaller groups of rows." in found[2].message
+
+
+REPEATED = 100_000  # Characters of a text that a dictionary repeats.
+
+
+@pytest.fixture
+def characters(monkeypatch):
+  """Counts the characters of all texts that become fields of records."""
+  seen, check = [], records._check_unicode
+  monkeypatch.setattr(
+    records,
+    "_check_unicode",
+    lambda name, value, where: seen.append(len(value)) or check(name, value, where),
+  )
+  return seen
+
+
+def write_repeated(path, **columns):
+  """Writes 300 rows in two groups; texts of 30 MB take some kB of the file."""
+  pa = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  options = {"compression": "zstd", "row_group_size": 200}
+  parquet.write_table(pa.table({k: [v] * 300 for k, v in columns.items()}), path, **options)
+  assert path.stat().st_size < 30_000
+
+
+@pytest.mark.parametrize("name", ["caption", "TEXT"])
+def test_of_a_long_caption_in_parquet_no_text_is_made(tmp_path, name, characters):
+  """A file of 1.3 kB with 2,000 captions of 1 MB took 72 s."""
+  write_repeated(tmp_path / "a.parquet", image=encoded("png"), **{name: "é" * REPEATED})
+  write_table(tmp_path / "b.parquet", [encoded("png")])
+  config = ingest.RawConfig(source=str(tmp_path / "*.parquet"), resolution=4, max_rejected=1)
+  ingest.prepare(config, ingest.parts_of(config), tmp_path / "raw", Runner())
+  lines = (tmp_path / "raw" / ingest.REJECTED).read_text().splitlines()
+  rejected = [json.loads(line) for line in lines]
+  assert [x["reason"] for x in rejected] == ["long_caption"] * 300
+  assert rejected[7]["message"] == (
+    "key 'a.parquet/7': the caption has 100000 characters; raw.max_caption_characters is 2000."
+  )
+  assert sum(characters) < REPEATED
+  # Without a limit the same captions are read.
+  assert len(next(read(tmp_path / "a.parquet")).caption) == REPEATED
+  assert sum(characters) >= REPEATED
+
+
+def test_the_first_caption_of_a_row_counts_and_texts_may_be_long(tmp_path):
+  long = "x" * 50
+  columns = {"image": encoded("png"), "caption": "short", "text": long}
+  write_repeated(tmp_path / "a.parquet", **columns)
+  [part] = sources.parts(str(tmp_path / "a.parquet"))
+  assert {x.caption for x in sources.read(part, longest_caption=9)} == {"short"}
+  write_repeated(tmp_path / "a.parquet", text=long)
+  assert {x.text for x in sources.read(part, longest_caption=9)} == {long}
+
+
+@pytest.mark.parametrize("name", ["text", "license"])
+def test_values_that_a_dictionary_repeats_are_bounded_together(
+  tmp_path, name, characters, monkeypatch
+):
+  monkeypatch.setattr(source_archives, "MAX_GROUP", 10 * REPEATED)
+  write_repeated(tmp_path / "a.parquet", **{"text": "a", name: "x" * REPEATED})
+  found = reasons(read(tmp_path / "a.parquet"))
+  first = [f"a.parquet/{i}" for i in range(9)]
+  second = [f"a.parquet/{i}" for i in range(200, 209)]
+  assert found == [*first, "large_file", *second, "large_file"]
+  assert sum(characters) < 20 * REPEATED
 
 
 def test_a_batch_is_bounded_in_bytes():

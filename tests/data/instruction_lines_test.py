@@ -30,9 +30,9 @@ def test_a_line_is_a_record(tmp_path):
 
 
 def test_several_images_and_their_paths(tmp_path):
-  images = {"before": "a.png", "after": "/data/b.png", "mask": "gs://bucket/c.png"}
+  images = {"before": "a.png", "after": "/images/b.png", "mask": "x/c.png"}
   (record,) = read(tmp_path, {"images": images}, images="/images")
-  assert record.images == {**images, "before": "/images/a.png"}
+  assert record.images == {**images, "before": "/images/a.png", "mask": "/images/x/c.png"}
   assert record.group == "a.png"
   assert record.texts == {}
 

@@ -246,7 +246,8 @@ def test_what_is_wrong_in_records_is_set_aside_with_the_reason(encoder, tmp_path
   assert (found["documents"], found["rejected"]) == (2, 8)
   reasons = rejected(tmp_path / "store")
   for number, name in enumerate(unreadable, 2):
-    assert reasons[str(number)].startswith(f"image {folder}/{name}.png cannot be read (")
+    said = "is a folder" if name == "folder" else "cannot be read ("
+    assert reasons[str(number)].startswith(f"image {folder}/{name}.png {said}")
   assert reasons["7"] == "record 7 has an empty answer: task ask needs one."
   assert reasons["8"] == "record 8 has an empty question: task ask needs one."
   assert re.fullmatch(

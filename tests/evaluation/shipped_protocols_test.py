@@ -5,6 +5,8 @@ import functools
 import html
 import json
 import math
+import pathlib
+import shutil
 
 from absl import flags
 from absl.testing import flagsaver
@@ -137,10 +139,26 @@ def test_too_few_examples_for_a_metric_are_refused(settings, workdir, data):
       measure(settings, workdir, "x", protocol, options)
 
 
+def test_images_are_in_the_folder_of_the_files_unless_they_are_trusted(
+  settings, workdir, data, tmp_path
+):
+  linked = pathlib.Path(shutil.copytree(data, tmp_path / "data"))
+  (linked / "val2014").rename(tmp_path / "val2014")
+  (linked / "val2014").symlink_to(tmp_path / "val2014")
+  protocol = tiny(protocol_lib.load("tutorial_decoding")[0])
+  protocol = dataclasses.replace(protocol, metrics=("copy_rate",))
+  with pytest.raises(UserError, match=r"image 'val2014/.*' is not in .*; put it there; --allow"):
+    measure(settings, workdir, "x", protocol, evaluate_protocol.Options(data=linked))
+  options = evaluate_protocol.Options(data=linked, allow_outside=True)
+  assert measure(settings, workdir, "x", protocol, options)[1]["columns"]
+
+
 def test_flags_of_protocols_need_a_protocol(settings, workdir):
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
   with flagsaver.flagsaver(metrics=["cmmd"]), pytest.raises(UserError, match="add --protocol=sc"):
+    evaluate.main(settings, workdir)
+  with flagsaver.flagsaver(allow_outside=True), pytest.raises(UserError, match="add --protocol"):
     evaluate.main(settings, workdir)
   with flagsaver.flagsaver(compare=["a"]), pytest.raises(UserError, match="must name two folders"):
     evaluate.main(settings, workdir)

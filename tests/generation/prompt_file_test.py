@@ -134,8 +134,8 @@ def test_a_file_has_one_task_per_line(tmp_path):
     {"task": "infill_image", "image": "/d/dog.png", "box": [0, 1, 2, 3], "method": "contrastive"},
     {"task": "edit", "image": "gs://bucket/dog.png", "prompt": "blue"},
   ]
-  path = write(tmp_path / "my.jsonl", *lines)
-  apple, cat, dog, blue = read(path, seed=100, sampling=SamplingConfig(temperature=2.0))
+  path, sampling = write(tmp_path / "my.jsonl", *lines), SamplingConfig(temperature=2.0)
+  apple, cat, dog, blue = read(path, seed=100, sampling=sampling, allow_outside=True)
   assert apple == TextToImage(
     "red apple",
     seed=100,

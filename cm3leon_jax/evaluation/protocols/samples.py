@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import dataclasses
 import functools
 import json
+import os
 
 from etils import epath
 import numpy as np
@@ -21,6 +22,7 @@ from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.data.evaluation_examples import Example, caption_prompts, check_images, choose
 from cm3leon_jax.data.evaluation_files import open_examples
+from cm3leon_jax.data.record_images import BY_FLAG, ImageFolder
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.evaluation.protocols.protocol import Protocol
 from cm3leon_jax.generation.heldout import tasks_of_rows
@@ -55,7 +57,9 @@ class Evaluated:
     return {e.image: e.group for e in self.examples if e.image is not None}
 
 
-def open_evaluated(protocol: Protocol, pipeline: Pipeline, workdir, data) -> Evaluated:
+def open_evaluated(
+  protocol: Protocol, pipeline: Pipeline, workdir, data, allow_outside: bool = False
+) -> Evaluated:
   """Chooses the examples of a protocol by its seed.
 
   Args:
@@ -63,10 +67,11 @@ def open_evaluated(protocol: Protocol, pipeline: Pipeline, workdir, data) -> Eva
     pipeline: of the run.
     workdir: of the run; its held-out pairs are read.
     data: folder of the evaluation files and their images, or None.
+    allow_outside: whether the files may name images that are not in `data`.
 
   Raises:
-    UserError: a file is absent or wrong, an image does not exist, there are too few examples, or
-      images of the run have another size.
+    UserError: a file is absent or wrong, an image does not exist or is not in `data`, there
+      are too few examples, or images of the run have another size.
   """
   side = pipeline.layout.resolution
   if protocol.resolution not in (0, side):
@@ -82,7 +87,8 @@ def open_evaluated(protocol: Protocol, pipeline: Pipeline, workdir, data) -> Eva
       f"the protocol reads files of the format '{protocol.data.format}': name their folder by "
       "--data."
     )
-  examples = open_examples(protocol.data.format, data, protocol.data.split)
+  images = ImageFolder(os.fspath(data), BY_FLAG, allow_outside)
+  examples = open_examples(protocol.data.format, data, protocol.data.split, images)
   examples = list(caption_prompts(examples) if protocol.task == "image" else examples)
   count = protocol.data.count or len(examples)
   if count > len(examples):
