@@ -117,14 +117,17 @@ class Guard:
 
   def _check(self, path: str, headers: Mapping[str, str]) -> None:
     """Raises ApiError if the headers of a request are not as they must be."""
-    host = headers.get("host", "")
+    host = headers.get("host", "")  # A name before "@" would be an account.
     try:
       name = urlsplit(f"//{host}").hostname or ""
     except ValueError:
       name = ""
-    if self._local and not is_loopback(name):
+    if self._local and ("@" in host or not is_loopback(name)):
       raise ApiError(403, "this server answers to localhost and 127.0.0.1 only.", code="wrong_host")
-    if (origin := headers.get("origin")) is not None and origin.partition("://")[2] != host:
+    if (origin := headers.get("origin")) is not None and origin not in (
+      f"http://{host}",
+      f"https://{host}",
+    ):
       raise ApiError(403, "pages of other sites may not use this server.", code="wrong_origin")
     if self._limits.token and (path.startswith("/v1/") or path == "/metrics"):
       kind, _, given = headers.get("authorization", "").partition(" ")

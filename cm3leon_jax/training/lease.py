@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import contextlib
 import os
+import pathlib
 import secrets
 import socket
 import threading
@@ -164,17 +165,23 @@ def _name(holder: dict) -> str:
 
 
 def _this_process() -> dict:
-  """Names this process: of containers with one hostname, each has processes of its own."""
-  namespace = ""
+  """Names this process among those of all machines and containers.
+
+  Containers with one hostname have processes of their own, and so have machines, whose namespaces
+  outside of containers have one id: a boot of a machine has an id that no other has.
+  """
+  namespace, boot = "", ""
   with contextlib.suppress(OSError):
     namespace = os.readlink("/proc/self/ns/pid")
-  return {"host": socket.gethostname(), "namespace": namespace, "pid": os.getpid()}
+  with contextlib.suppress(OSError):
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+  return {"host": socket.gethostname(), "boot": boot, "namespace": namespace, "pid": os.getpid()}
 
 
 def _is_gone(holder: dict) -> bool:
   """Returns whether the holder was a process of this machine, or container, that has ended."""
   here, pid = _this_process(), holder.get("pid")
-  if any(holder.get(name) != here[name] for name in ("host", "namespace")):
+  if any(holder.get(name) != here[name] for name in ("host", "boot", "namespace")):
     return False
   try:
     os.kill(int(pid), 0)

@@ -274,6 +274,7 @@ def raw(live, text: str) -> str:
     ("evil.example", 403),
     ("localhost.evil.example:8000", 403),
     ("127.0.0.1@evil.example", 403),
+    ("evil.example@localhost", 403),
     ("[::1", 403),
     ("", 403),
   ],
@@ -285,7 +286,13 @@ def test_a_local_server_answers_to_names_of_this_machine_only(live, host, status
 
 
 def test_pages_of_other_origins_are_refused(live):
-  for origin, status in ((live.url, 200), ("https://evil.example", 403), ("null", 403)):
+  other = live.url.replace("http", "evil", 1)
+  for origin, status in (
+    (live.url, 200),
+    ("https://evil.example", 403),
+    ("null", 403),
+    (other, 403),
+  ):
     body = {"prompt": "a", "seed": 0}
     answer = live.http.post("/v1/images/generations", json=body, headers={"Origin": origin})
     assert answer.status_code == status

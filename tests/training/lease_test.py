@@ -139,6 +139,7 @@ def test_no_job_waits_for_one_that_is_gone(tmp_path, monkeypatch, content):
   [
     {"pid": os.getppid()},
     {**gone(), "namespace": "another container"},
+    {**gone(), "boot": "another machine of the same name"},
     {"pid": 2**70},
     {"pid": "x"},
   ],
