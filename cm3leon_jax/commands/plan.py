@@ -30,7 +30,7 @@ from absl import flags
 from etils import epath
 
 from cm3leon_jax.commands import common
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, short
 
 if TYPE_CHECKING:
   from cm3leon_jax.planning.hardware import Hardware
@@ -146,6 +146,8 @@ def _check_flags(settings) -> None:
     raise UserError(f"--out is {_OUT.value}, which is a file: name a folder.")
   if re.search(r"\s", _IMAGE.value):
     raise UserError(f"--image is '{_IMAGE.value}'; the name of an image has no spaces.")
+  if wrong := next((a for a in sys.argv[1:] if re.search(r"[\x00-\x1f\x7f]", a)), None):
+    raise UserError(f"{short(wrong)} holds a line break or another control character.")
   for value in _TRAIN_FLAGS.value or ():
     if not re.match(r"--\w", value):
       raise UserError(

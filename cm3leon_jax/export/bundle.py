@@ -241,7 +241,7 @@ def read(folder: epath.PathLike) -> tuple[Settings, int]:
   folder = epath.Path(folder)
   stored = read_json(folder / FILE, FIELDS)
   for name, expected in stored["digests"].items():
-    found = digest(folder / name)
+    found = digest(_own_file(folder, name))
     if found != expected:
       state = "is absent" if found is None else "has another content than the bundle was made with"
       raise UserError(f"{folder / name} {state} (SHA-256 {expected[:12]} expected): {AGAIN}.")
@@ -256,9 +256,25 @@ def read(folder: epath.PathLike) -> tuple[Settings, int]:
   return settings_from_stored(stored["settings"]), stored["step"]
 
 
+def _own_file(folder: epath.Path, name: str) -> epath.Path:
+  """Returns the path of a file of a bundle, which may come from a stranger.
+
+  Links are followed: stores of packages and hubs keep their files elsewhere.
+
+  Raises:
+    UserError: the name leads out of the folder, or to what is no file, such as /dev/zero.
+  """
+  path = folder / name
+  if "://" in name or name.startswith("/") or ".." in name.split("/"):
+    raise UserError(f"{folder / FILE} names the file '{name}', which is not in {folder}: {AGAIN}.")
+  if "://" not in os.fspath(path) and os.path.exists(path) and not os.path.isfile(path):
+    raise UserError(f"{folder / FILE} names '{name}', which is no file: {AGAIN}.")
+  return path
+
+
 def about(folder: epath.PathLike) -> dict:
   """Describes a bundle: {"bytes" of its own files, "cost": as `write` got it, or None}."""
   folder = epath.Path(folder)
   stored = read_json(folder / FILE, {"digests": dict})
-  size = sum((folder / name).stat().length for name in stored["digests"])
+  size = sum(_own_file(folder, name).stat().length for name in stored["digests"])
   return {"bytes": size, "cost": stored.get("cost")}

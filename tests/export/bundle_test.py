@@ -12,7 +12,7 @@ from cm3leon_jax import CM3Leon, config
 from cm3leon_jax.data.documents import DocumentStore, write_documents
 from cm3leon_jax.export import bundle, weights
 from cm3leon_jax.export.trained import open_trained
-from cm3leon_jax.io import write_json
+from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.training import checkpoint
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of
@@ -183,6 +183,38 @@ def test_a_file_of_another_content_is_refused_by_name(bundled, tmp_path, name):
   (changed / name).unlink()
   with pytest.raises(config.UserError, match=f"{name} is absent"):
     bundle.read(changed)
+
+
+@pytest.mark.parametrize(
+  ("name", "sentence"),
+  [
+    ("/etc/hostname", "names the file '/etc/hostname', which is not in "),
+    ("vqgan/../../outside", "which is not in "),
+    ("http://a.b/c", "which is not in "),
+    ("zero", "names 'zero', which is no file: install"),
+    ("vqgan", "names 'vqgan', which is no file: install"),
+  ],
+)
+def test_a_bundle_names_files_of_its_own_only(bundled, tmp_path, name, sentence):
+  """/dev/zero would be read for ever."""
+  folder = epath.Path(tmp_path / "copy")
+  bundle.copy(bundled, folder)
+  (tmp_path / "copy" / "zero").symlink_to("/dev/zero")
+  stored = read_json(folder / bundle.FILE)
+  write_json(folder / bundle.FILE, {**stored, "digests": {**stored["digests"], name: "0" * 64}})
+  for read in (bundle.read, bundle.about):
+    with pytest.raises(config.UserError, match=sentence):
+      read(folder)
+
+
+def test_files_of_a_bundle_may_be_links(bundled, tmp_path):
+  """As in the stores of hubs and package managers."""
+  folder = epath.Path(tmp_path / "copy")
+  bundle.copy(bundled, folder)
+  weights_file = tmp_path / "copy" / "model.safetensors"
+  weights_file.rename(tmp_path / "blob")
+  weights_file.symlink_to(tmp_path / "blob")
+  assert bundle.read(folder) == bundle.read(bundled)
 
 
 def test_a_run_starts_from_a_bundle(bundled):

@@ -248,6 +248,10 @@ TOPOLOGY = "--topology=v5e-256"
       [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b", "--image=my image"],
       "--image is 'my image'; the name of an image has no spaces.",
     ),
+    (
+      [TOPOLOGY, "--out=OUT", "--workdir=gs://b/7b\nrm -r x"],
+      "'--workdir=gs://b/7b\\nrm -r x' holds a line break",
+    ),
     ([TOPOLOGY, f"--out={__file__}", "--workdir=gs://b/7b"], f"--out is {__file__}, which is a"),
   ],
 )  # fmt: skip
