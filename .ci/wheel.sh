@@ -27,6 +27,8 @@ mkdir "$folder/source" "$folder/elsewhere"
   | tar --extract --directory="$folder/source"
 "$base" -m venv "$folder/venv" || fail "'$base -m venv' failed: install its venv and pip (on Debian: apt-get install python3-venv)."
 unset PYTHONPATH
+# The commands below share programs, and each of them is a new process.
+export JAX_COMPILATION_CACHE_DIR="$folder/programs" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
 export PATH="$folder/venv/bin:$PATH"
 pip=(python -m pip --quiet --disable-pip-version-check)
 "${pip[@]}" wheel --no-deps --wheel-dir="$folder" "$folder/source"

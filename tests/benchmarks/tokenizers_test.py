@@ -41,6 +41,7 @@ def test_arms_differ_in_the_quantizer_alone(small):
   assert (base.seed, base.vocab.image_size, base.data.num_neighbors) == (2, 64, 0)
 
 
+@pytest.mark.slow
 def test_steps_take_the_minutes_and_are_measured_once(small, monkeypatch):
   monkeypatch.setattr(tokenizers, "ROUNDS", 2)
   plan = tokenizers.plan_steps(small)

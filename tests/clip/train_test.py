@@ -103,6 +103,7 @@ def test_a_killed_training_continues_bit_for_bit(tmp_path):
   assert (whole.params["log_scale"] != other.params["log_scale"]).any()
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_compute_the_same(tmp_path, monkeypatch):
   """Negatives are those of the whole batch: of one pair a device alone the loss would be 0."""
   monkeypatch.setattr(small_trainer, "LOG_EVERY", 1)
@@ -192,6 +193,7 @@ def run_stage(root, config=TINY):
     return train_clip.train_clip(config, encode, TEXT_SIZE, root / "raw", root / "clip", 0, {})
 
 
+@pytest.mark.slow
 def test_a_clip_that_is_refused_is_trained_again_with_another_rate(tmp_path):
   """All held-out images are alike, so that no rate finds any."""
   images = some_data(16).images

@@ -272,6 +272,7 @@ def kill_at_any_write(exported_before, tmp_path):
   return states
 
 
+@pytest.mark.slow
 def test_an_export_that_is_killed_at_any_write_is_whole_or_counts_as_none(
   exported_before, tmp_path
 ):

@@ -270,6 +270,7 @@ def one_mesh(monkeypatch):
   monkeypatch.setattr(common, "make_mesh", lambda settings, stage="": mesh)
 
 
+@pytest.mark.slow
 def test_a_run_on_an_imported_tokenizer(source, tmp_path, one_mesh, capsys):
   """Import, encode, one step, generate, decode; codes and pixels are those of diffusers."""
   diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")

@@ -97,6 +97,7 @@ def test_equal_images_have_no_distance_and_finite_gradients(tensors, pair):
   assert np.isfinite(gradient).all()
 
 
+@pytest.mark.slow
 def test_a_training_counts_the_distance(tensors, tmp_path, monkeypatch):
   """The loss of the first step has the distance of the reconstructions more than without."""
   monkeypatch.setattr(small_trainer, "LOG_EVERY", 1)

@@ -65,6 +65,7 @@ class Recorder:
     self.closed = True
 
 
+@pytest.mark.slow
 def test_a_collapse_is_named_with_its_remedy_within_200_steps(images, tmp_path, capsys):
   train(COLLAPSING, images, tmp_path)
   out = capsys.readouterr().out
@@ -166,6 +167,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("kind", ["", "ema"])
+@pytest.mark.slow
 def test_a_killed_training_with_averages_ends_bit_for_bit(images, tmp_path, kind):
   config = dataclasses.replace(
     HEALTHY, quantizer=kind, ema_decay=0.9, steps=6, checkpoint_every=2, restart_every=3,
@@ -202,6 +204,7 @@ def named(tree):
     yield jax.tree_util.keystr(path, simple=True, separator="."), x
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_compute_the_same(images, tmp_path, monkeypatch):
   """With averages of codes and parameters, an adaptive discriminator and all pixel losses.
 

@@ -95,6 +95,7 @@ def test_mesh_and_accumulation_change_nothing(reference, shape, accumulation):
   assert losses[2, 0] != losses[0, 0]
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing_of_muon(reference):
   """Its matrices are split over the mesh, and their products are not."""
   losses, state, _ = run((1, 1, 1), 1, optimizer=MUON)
@@ -144,6 +145,7 @@ def test_accumulation_traces_a_part_once():
   assert products(4) == products(1) > 10
 
 
+@pytest.mark.slow
 def test_the_other_family_with_all_options_is_the_same_on_a_mesh_too():
   """modern, z-loss, accumulation and a remat policy."""
   fields = {"family": "modern", "remat_policy": "save_attention", "z_loss": 0.1}
@@ -157,6 +159,7 @@ def test_the_other_family_with_all_options_is_the_same_on_a_mesh_too():
   )
 
 
+@pytest.mark.slow
 def test_query_key_norm_is_an_option_of_opt(reference):
   losses, state, _ = run((2, 2, 2), 1, query_key_norm=True)
   assert state.params["blocks"]["q_norm"]["scale"].shape == (CONFIG.num_layers, CONFIG.head_dim)

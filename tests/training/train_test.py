@@ -163,6 +163,7 @@ def test_a_shorter_run_leaves_a_longer_one_as_it_is(loader, tmp_path, capsys):
   assert "is at step 4 already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_debug_nans_finds_the_operation_although_the_state_is_donated(loader, tmp_path):
   """Parameters are 1e37 after step 2; without the flag step 3 has the first wrong metrics."""
   message = r"^step 3 is skipped: its loss is .* rows 16 to 23 were read, .*--debug_nans"
