@@ -8,7 +8,6 @@ from cm3leon_jax.data.instruction_config import InstructionsConfig, load_tasks
 from cm3leon_jax.generation.image_tasks import EDIT, Edit, Instruct, TextToImage
 from cm3leon_jax.generation.tasks import PromptLayout, Task
 from cm3leon_jax.generation.text_tasks import InfillText, Question
-from cm3leon_jax.settings import Settings
 
 MARKS = re.compile(r"<(?:mask|image|break)>")
 SHOWN = 10_000  # Characters of a prompt whose tokens are looked at.
@@ -18,7 +17,7 @@ READ_MARKS = (InfillText, Instruct)  # Tasks whose prompts have them.
 def doubts(
   tasks: Sequence[Task],
   layout: PromptLayout,
-  settings: Settings,
+  settings,
   unseen: frozenset[int] | None,
 ) -> list[str]:
   """Returns a sentence for each thing that the model was never shown.
