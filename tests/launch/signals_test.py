@@ -69,6 +69,7 @@ def test_a_signal_before_the_loop_says_that_nothing_was_to_be_saved(tmp_path, nu
   assert not (tmp_path / "train" / "done.json").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_after_the_last_step_says_that_nothing_was_to_be_saved(tmp_path):
   settings = settings_from_config(get_config())
   make_workdir(tmp_path, settings)
@@ -109,6 +110,7 @@ def make_raw(root, settings):
     ("train_clip", "clip", signal.SIGINT, CTRL_C),
   ],
 )
+@pytest.mark.slow
 def test_a_small_training_that_was_stopped_ends_as_one_that_was_not(
   tmp_path, capfd, command, folder, number, code
 ):

@@ -121,6 +121,7 @@ def test_a_task_of_the_name_of_documents_is_refused(pretrained, tmp_path):
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_another_number_of_processes_continues_a_tuning_that_sigterm_stopped(
   whole, pretrained, tmp_path, before, after
 ):
