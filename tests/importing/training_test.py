@@ -45,7 +45,6 @@ def imported(qwen3_folder, tmp_path_factory):
   return folder
 
 
-@pytest.mark.slow
 def test_a_run_begins_with_what_was_imported_and_remembers_it(imported, tmp_path, capsys):
   folder = tmp_path / "run"
   shutil.copytree(imported, folder, symlinks=True)
