@@ -245,8 +245,11 @@ def _noise(keys: Key[Array, " B"], ids: Int[Array, "B C"]) -> Float32[Array, "B 
   Rounding may swap the places of candidates that are nearly equal; noise of places would then swap
   the tokens, too.
   """
-  of_id = jax.vmap(lambda key, i: jax.random.gumbel(jax.random.fold_in(key, i)), (None, 0))
-  return jax.vmap(of_id)(keys, ids)
+
+  def of_id(key, i):
+    return jax.random.gumbel(jax.random.fold_in(key, i), dtype=jnp.float32)
+
+  return jax.vmap(jax.vmap(of_id, (None, 0)))(keys, ids)
 
 
 def sample(
