@@ -23,8 +23,8 @@ from cm3leon_jax.io import read_json
 OWN_FLAGS = (INIT_FROM.name, RECORDS.name)  # Not every stage takes them.
 STARTED = ("copy_tokenizers", "train")  # Commands that take --init_from.
 # Share of the time of a run that a stage takes, in the configs of minutes; others take 1%.
-SHARES = {"train_vqgan": 0.2, "train_clip": 0.06, "build_neighbors": 0.03, "train": 0.5}
-SHARES |= {"generate": 0.03, "evaluate": 0.08, "grade_instructions": 0.2}
+SHARES = {"train_vqgan": 0.12, "train_clip": 0.07, "build_neighbors": 0.02, "train": 0.6}
+SHARES |= {"generate": 0.03, "evaluate": 0.06, "grade_instructions": 0.2}
 # In a line of a bar; the counts of a stage, which `prepare_data` says in words, too.
 HIDDEN = re.compile(r"\d%\||^prepare_data: shards \d")
 LEAST_KNOWN = 0.1  # Share of the run from which on the time left is estimated.
@@ -72,7 +72,7 @@ def passed_on(argv: list[str]) -> list[str]:
 def seconds_left(seconds: dict[str, float], remaining: list[str]) -> float | None:
   """Estimates the time of the remaining commands by that of the others; None: too early.
 
-  seconds_left({"train_vqgan": 200.0}, ["train"]) = 500.0, as `SHARES` has 0.2 and 0.5
+  seconds_left({"train_vqgan": 200.0}, ["train"]) = 1000.0, as `SHARES` has 0.12 and 0.6
   """
   known, ahead = (sum(SHARES.get(n, 0.01) for n in names) for names in (seconds, remaining))
   if known < LEAST_KNOWN * (known + ahead):

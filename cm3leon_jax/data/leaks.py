@@ -123,8 +123,8 @@ class NearDuplicates:
     if self.leaked:
       verb = "images have" if self.leaked > 1 else "image has"
       said += (
-        f"; {self.leaked} held-out {verb} one in training: give both the same `concept`, or remove "
-        "one (--check_leaks lists them)"
+        f"; {self.leaked} held-out {verb} one in training: give both the same `concept` in a list "
+        "(pairs.jsonl), or remove one (cm3leon prepare_data --check_leaks lists them)"
       )
     return said
 
