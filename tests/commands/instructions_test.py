@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 
 from absl import flags
@@ -25,7 +26,7 @@ from cm3leon_jax.data.instruction_config import InstructionsConfig, read_tasks
 from cm3leon_jax.evaluation.protocols import compare
 from cm3leon_jax.evaluation.protocols import protocol as protocol_lib
 from cm3leon_jax.export.trained import open_trained
-from cm3leon_jax.io import read_json, read_json_lines
+from cm3leon_jax.io import read_json, read_json_lines, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.reports import report
 from tests.evaluation.protocol_runs import make_data
@@ -166,7 +167,13 @@ def test_tokenizers_of_another_config_or_run_are_refused(source, tmp_path):
     copy(SETTINGS, workdir, tmp_path / "absent")
   copy(SETTINGS, workdir, source)
   done = workdir / "vqgan" / stages.DONE
+  about = read_json(done)
   done.write_text(done.read_text().replace('"id": "', '"id": "other'))
+  with pytest.raises(UserError, match="its id is not that of the files that it describes"):
+    copy(SETTINGS, workdir, source)
+  about["files"]["config.json"]["sha256"] = "0" * 64
+  digests = "".join(described["sha256"] for described in about["files"].values())
+  write_json(done, {**about, "id": hashlib.sha256(digests.encode()).hexdigest()[:16]})
   with pytest.raises(UserError, match="vqgan is of another run than --init_from"):
     copy(SETTINGS, workdir, source)
 
