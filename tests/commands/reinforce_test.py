@@ -59,6 +59,7 @@ def steps_of(workdir):
   return [{name: line[name] for name in names if name in line} for line in lines]
 
 
+@pytest.mark.slow
 def test_it_learns_stops_continues_and_is_graded(source, prepared, tmp_path, capsys, monkeypatch):
   settings, workdirs = settings_to_learn(), [tmp_path / "whole", tmp_path / "stopped"]
   for workdir in workdirs:

@@ -76,6 +76,7 @@ class Killed(Exception):
   """Stands for a kill."""
 
 
+@pytest.mark.slow
 def test_a_training_that_ended_on_other_images_does_not_count(tmp_path, monkeypatch, capsys):
   """It is killed when it evaluates; raw/ is made again, with as many pairs."""
   config = make_config()

@@ -83,6 +83,7 @@ def drawings(tmp_path_factory):
   return prepare("openmoji", out, heldout_fraction=0.07, max_texts=40)
 
 
+@pytest.mark.slow
 def test_openmoji_pairs(drawings):
   train, heldout = (raw_pairs.read_pairs(drawings, split) for split in SPLITS[:2])
   assert 220 <= len(heldout) <= 300

@@ -154,6 +154,7 @@ def test_images_have_the_style_of_the_config():
       np.testing.assert_array_equal(one.images["before"], expected)
 
 
+@pytest.mark.slow
 def test_answers_follow_from_the_pixels(made):
   """The judge finds the objects, and boxes decide relations: no code of the questions is used."""
   words = {"one": 1, "two": 2, "three": 3, "four": 4}

@@ -139,6 +139,7 @@ def test_too_few_examples_for_a_metric_are_refused(settings, workdir, data):
       measure(settings, workdir, "x", protocol, options)
 
 
+@pytest.mark.slow
 def test_images_are_in_the_folder_of_the_files_unless_they_are_trusted(
   settings, workdir, data, tmp_path
 ):

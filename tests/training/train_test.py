@@ -60,6 +60,7 @@ def test_a_run_that_is_killed_while_it_samples_makes_that_grid_again(loader, tmp
   assert seen == [4, 8, 12]
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_an_average_continues_bit_for_bit(loader, tmp_path):
   """The held-out losses and the samples are those of the average."""
   seen = {}
