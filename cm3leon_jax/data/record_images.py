@@ -84,6 +84,6 @@ def _resolve(path: str) -> str:
 
 
 def _split(path: str) -> tuple[str, str]:
-  """Splits a path behind the protocol: _split("gs://a/b") = ("gs://", "a/b"); ("", "a") of "a"."""
+  """Splits off the protocol: _split("gs://a/b") = ("gs://", "a/b"); _split("a") = ("", "a")."""
   protocol, url, inner = path.partition(URL)
   return (protocol + url, inner) if url else ("", path)

@@ -25,7 +25,7 @@ def doubts(
   Args:
     tasks: of the user.
     layout: of the run.
-    settings: of the run.
+    settings: of the run that trained the model: its tasks and its number of neighbors are read.
     unseen: ids that were not met in training, see `unseen_tokens.find`; None: not known.
   """
   found = []
