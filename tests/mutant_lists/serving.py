@@ -48,8 +48,10 @@ SERVING = (
   *mutants_of(
     "cm3leon_jax/serving/limits.py",
     REFUSALS,
-    ("any_host", "not is_loopback(name):", "not name:"),
-    ("any_origin", 'origin.partition("://")[2] != host', "origin == host"),
+    ("any_host", "not is_loopback(name)):", "not name):"),
+    ("any_account", '"@" in host or', '"@" == host or'),
+    ("any_origin", "is not None and origin not in (", "is not None and origin in ("),
+    ("any_scheme", 'f"https://{host}",', 'f"https://{host}", f"evil://{host}",'),
     ("any_token", 'if kind.lower() != "bearer" or not right:', 'if kind.lower() != "bearer":'),
     ("bodies_without_end", "if received > self._limits.most_bytes:", "if received < 0:"),
   ),

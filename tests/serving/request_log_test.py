@@ -1,6 +1,7 @@
 """The log has one line a request, and no word that a client wrote into its body."""
 
 import logging
+import time
 
 import pytest
 
@@ -35,11 +36,18 @@ def test_a_long_path_and_a_long_id_do_not_fill_the_log():
 
 @pytest.fixture
 def lines(caplog):
-  """Returns the lines so far, of level INFO or higher."""
+  """Waits for `count` lines and returns all lines of level INFO or higher."""
   caplog.set_level(logging.INFO, request_log.NAME)
 
-  def found() -> list[str]:
-    own = [r.getMessage() for r in caplog.records if r.name == request_log.NAME]
+  def found(count: int) -> list[str]:
+    # A request is logged after its answer was sent, so the client may be faster.
+    ends = time.monotonic() + 30
+    while True:
+      own = [r.getMessage() for r in caplog.records if r.name == request_log.NAME]
+      if len(own) >= count or time.monotonic() > ends:
+        break
+      time.sleep(0.01)
+    assert len(own) == count, own
     assert SECRET not in caplog.text
     return own
 
@@ -57,7 +65,7 @@ def test_each_request_is_a_line_with_its_images_and_tokens(live, lines):
   text = live.chat(about(image(0), SECRET), seed=4, max_tokens=8).json()
   live.http.get(f"/v1/models/{SECRET.split()[1]}", params={"prompt": SECRET})
   live.wait_for("requests_active", 0)
-  first, edit, chat, model = lines()
+  first, edit, chat, model = lines(4)
   assert first.startswith("POST /v1/images/generations status=200 seconds=")
   assert first.endswith(f" images=2 tokens={tokens} id=load-balancer/17")
   assert edit.startswith("POST /v1/images/edits status=200 ")
@@ -71,7 +79,7 @@ def test_refused_and_streamed_requests_are_lines_too(live, lines):
   live.generate(prompt="")
   found = events(live.generate(prompt=SECRET, seed=1, retrieve=0, stream=True))
   live.wait_for("requests_active", 0)
-  refused, streamed = lines()
+  refused, streamed = lines(2)
   assert refused.startswith("POST /v1/images/generations status=400 seconds=0.")
   assert "tokens" not in refused
   assert streamed.endswith(f" images=1 tokens={found[-1]['usage']['output_tokens']}")
@@ -81,9 +89,9 @@ def test_probes_are_no_lines_unless_debugging(live, lines, caplog):
   for path in sorted(request_log.PROBES):
     assert live.http.get(path).status_code == 200
   live.http.get("/v1/models")
-  [only] = lines()
+  [only] = lines(1)
   assert only.startswith("GET /v1/models status=200")
   caplog.set_level(logging.DEBUG, request_log.NAME)
   live.http.get("/health")
   live.http.get("/v1/models")
-  assert [found.split()[1] for found in lines()[1:]] == ["/health", "/v1/models"]
+  assert [found.split()[1] for found in lines(3)[1:]] == ["/health", "/v1/models"]
