@@ -153,7 +153,7 @@ def _evaluate(settings, workdir: epath.Path, folder: epath.Path, summary: dict) 
   if scene_samples:
     bundled = _load_bundled() if _has_bundled(settings) else None
     generate = functools.partial(_images_of, bundled, settings.seed) if bundled else None
-    judged = scene_samples.evaluate(pipeline, tasks, folder, generate)
+    judged = scene_samples.evaluate(pipeline, tasks, workdir, folder, generate)
     summary["scenes"] = scene_samples.overview(judged)
     if bundled:
       summary["scenes"]["bundled"] |= _about(bundled)

@@ -28,6 +28,7 @@ RELATIONS = {
   "above": ("above", "over"),
   "below": ("below", "under"),
 }
+OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 # {x}: an object with its article, {is}: is or are, {stands}: stands or stand, {place}: "top left".
 _PLACED = (

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from cm3leon_jax.data import scene_world
+from cm3leon_jax.data.scene_captions import OPPOSITES
 from cm3leon_jax.data.scene_world import Style
 from cm3leon_jax.evaluation import scenes
 from cm3leon_jax.evaluation.scene_facts import check
-
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
 def measure(images, facts: Sequence[dict], seed: int = 0, style: Style = "filled") -> dict:
@@ -85,7 +84,7 @@ def changed_facts(facts: dict, rng: np.random.Generator) -> dict[str, dict]:
     "object": ("class", lambda name: another(names, shown)),
     "color": ("color", lambda color: another(colors, {color})),
     "count": ("count", lambda count: count + (1 if count == 1 else int(rng.choice((-1, 1))))),
-    "relation": ("position", lambda position: [OPPOSITE[position[0]], position[1]]),
+    "relation": ("position", lambda position: [OPPOSITES[position[0]], position[1]]),
     "place": ("place", lambda place: another(scene_world.PLACES, {place})),
   }
   return {

@@ -15,6 +15,7 @@ from cm3leon_jax.data import scene_drawings
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.data.scene_world import Placed, Scene, Style
 from cm3leon_jax.evaluation import judge_errors, scene_sheet, scene_table, scenes
+from cm3leon_jax.evaluation.scene_baselines import Known, TrainingScenes
 from cm3leon_jax.evaluation.scene_sheet import SheetScene
 from cm3leon_jax.evaluation.scene_table import Judged
 from cm3leon_jax.generation.heldout import HeldoutCaption, tasks_of_rows
@@ -95,6 +96,7 @@ def heldout_scenes(
 def evaluate(
   pipeline: Pipeline,
   tasks: Sequence[HeldoutCaption],
+  workdir: epath.PathLike,
   folder: epath.PathLike,
   bundled: Callable[[list[str]], list[np.ndarray]] | None = None,
 ) -> dict[str, dict]:
@@ -106,6 +108,7 @@ def evaluate(
   Args:
     pipeline: of the run.
     tasks: result of `heldout_scenes`.
+    workdir: of the run; its training documents are what a lookup finds.
     folder: gets the files.
     bundled: generates an image for each caption, with the bundled model; it gets the captions of
       scenes.png, where its images stand beside the run's.
@@ -131,7 +134,9 @@ def evaluate(
     RECONSTRUCTED: np.stack([task.original for task in first]),
     **{title: np.stack([s.segments[0] for s in some]) for title, some in by_weight.items()},
   }
-  judged = {title: _judge(first, images, style) for title, images in columns.items()}
+  trained = _trained(pipeline, workdir)
+  known = [trained.known(task.prompt, task.document.facts) for task in first]
+  judged = {title: _judge(first, images, style, known) for title, images in columns.items()}
   resamples = pipeline.settings.evaluation.num_resamples
   tables = {title: scene_table.table(some, resamples, seed) for title, some in judged.items()}
   result = {"judge": judge_errors.measure(real, facts, seed, style), "tables": tables}
@@ -162,13 +167,23 @@ def _write_results(folder: epath.Path, samples: Sequence[Sample], judged: Sequen
     file.write("".join(lines))
 
 
+def _trained(pipeline: Pipeline, workdir: epath.PathLike) -> TrainingScenes:
+  """Reads what the training documents of the run show."""
+  folder = epath.Path(workdir) / "documents" / "train_pairs"
+  layout = pipeline.layout
+  return TrainingScenes.of_store(DocumentStore(folder, layout.vocab), layout.decode)
+
+
 def _judge(
-  tasks: Sequence[HeldoutCaption], images: np.ndarray, style: Style = "filled"
+  tasks: Sequence[HeldoutCaption], images: np.ndarray, style: Style, known: Sequence[Known | None]
 ) -> list[Judged]:
-  """Judges an image [H, W, 3] uint8 for each task."""
+  """Judges an image [H, W, 3] uint8 for each task, of whose captions training has `known`."""
   facts = [task.document.facts for task in tasks]
   verdicts = scenes.judge_all(images, facts, style)
-  return [Judged(t.prompt, f, t.concept, verdict) for t, f, verdict in zip(tasks, facts, verdicts)]
+  return [
+    Judged(task.prompt, fact, task.concept, verdict, has)
+    for task, fact, verdict, has in zip(tasks, facts, verdicts, known)
+  ]
 
 
 def _write_sheet(
@@ -201,7 +216,8 @@ def _write_sheet(
   if bundled is not None:
     tasks = [sample.task for sample in samples]
     images = bundled([task.prompt for task in tasks])
-    verdicts = [one.verdict.correct for one in _judge(tasks, np.stack(images))]
+    facts = [task.document.facts for task in tasks]
+    verdicts = [one.correct for one in scenes.judge_all(np.stack(images), facts)]
     columns[BUNDLED] = list(zip(images, verdicts))
   save_png(path, scene_sheet.render(_sheet_scenes(pipeline, samples, columns)))
   if bundled is None:
@@ -266,7 +282,9 @@ def overview(result: dict) -> dict:
   Returns:
     {"judge": its main shares, and for each table its shares of all images. "best": {"title": the
     best guidance weight, and with their intervals "correct", "color", "count" and "place" of all
-    images, and the correct ones of "scene" (kind of held-out) and "single_object" (category)},
+    images, and the correct ones of "scene" (kind of held-out), "new_claims" (those whose claims no
+    training caption makes) and "single_object" (category); "lookup": {"scene", "new_claims": share
+    of those captions for which some training image is right}},
     "gain" and "bundled": as in `result`}. What the captions do not have is absent.
   """
   tables = result["tables"]
@@ -280,11 +298,21 @@ def overview(result: dict) -> dict:
   judge = {name: result["judge"][name] for name in ("real", "changed_right")}
   title = best_guidance(tables)
   best = tables[title]
-  parts = {"scene": best["heldout"].get("scene"), "single_object": best["tag"].get("single_object")}
+  parts = {
+    "scene": best["heldout"].get("scene"),
+    "new_claims": best["parts"].get(scene_table.NEW_CLAIMS),
+    "single_object": best["tag"].get("single_object"),
+  }
+  found = {
+    name: parts[name][scene_table.LOOKUP]["share"]
+    for name in ("scene", "new_claims")
+    if parts[name]
+  }
   main = {
     "title": title,
     **{m: best["all"][m] for m in ("correct", "color", "count", "place") if m in best["all"]},
     **{name: row["correct"] for name, row in parts.items() if row},
+    "lookup": found,
   }
   more = {name: result[name] for name in ("gain", "bundled") if name in result}
   return {"judge": judge, **shares, "best": main, **more}

@@ -10,9 +10,14 @@ import numpy as np
 
 from cm3leon_jax.data import scene_world
 from cm3leon_jax.evaluation import intervals
+from cm3leon_jax.evaluation.scene_baselines import Known
 from cm3leon_jax.evaluation.scene_facts import FACTS, Verdict
 
 MEASURES = ("correct", *FACTS)
+LOOKUP = "lookup"
+COLUMNS = (*MEASURES, LOOKUP)
+NEW_CLAIMS = "scene, new claims"
+PARTS = (NEW_CLAIMS, "scene, claims of training", "pair, color named", "pair, no color named")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +29,25 @@ class Judged:
     facts: field `facts` of its document.
     concept: images of one concept show the same scene; "" for a concept of its own.
     verdict: of the judge.
+    known: what training has of the caption; None if that was not asked.
   """
 
   prompt: str
   facts: dict
   concept: str
   verdict: Verdict
+  known: Known | None = None
+
+  @property
+  def parts(self) -> list[str]:
+    """Names the rows of a table that the image counts in, beside its kind of held-out."""
+    kind, found = self.facts["heldout"], []
+    if self.known is not None and kind == "scene":
+      found.append(NEW_CLAIMS if not self.known.claims else "scene, claims of training")
+    if kind == "pair":
+      named = any("color" in clause for clause in self.facts["include"])
+      found.append("pair, color named" if named else "pair, no color named")
+    return found
 
 
 def table(judged: Sequence[Judged], num_resamples: int, seed: int = 0) -> dict:
@@ -41,11 +59,12 @@ def table(judged: Sequence[Judged], num_resamples: int, seed: int = 0) -> dict:
     seed: of the bootstrap.
 
   Returns:
-    {"all": row, "tag": {category: row}, "heldout": {kind of held-out: row}, "geneval": mean of the
-    categories' shares of correct images}. A row has `images`; `more` and `fewer`, the shares of
-    images with more or fewer objects than their captions name; and for `correct`, `object`,
-    `color`, `count`, `place` {share, low, high, groups, effective_groups} over the images whose
-    captions name such a fact; without one, the measure is absent.
+    {"all": row, "tag": {category: row}, "heldout": {kind of held-out: row}, "parts": {one of PARTS:
+    row}, "geneval": mean of the categories' shares of correct images}. A row has `images`; `more`
+    and `fewer`, the shares of images with more or fewer objects than their captions name; and for
+    `correct`, `object`, `color`, `count`, `place` {share, low, high, groups, effective_groups} over
+    the images whose captions name such a fact; without one, the measure is absent. `lookup` is the
+    share of captions for which some training image is right (`scene_baselines.Known.image`).
   """
 
   def row(some: Sequence[Judged]) -> dict:
@@ -61,6 +80,11 @@ def table(judged: Sequence[Judged], num_resamples: int, seed: int = 0) -> dict:
       for value in (*order, *sorted(values.difference(order)))
       if value in values
     }
+  result["parts"] = {
+    part: row([one for one in judged if part in one.parts])
+    for part in PARTS
+    if any(part in one.parts for one in judged)
+  }
   result["geneval"] = float(np.mean([r["correct"]["share"] for r in result["tag"].values()]))
   return result
 
@@ -82,6 +106,9 @@ def _shares(judged: Sequence[Judged], num_resamples: int, seed: int) -> dict:
     if values:
       ones, holds = zip(*values)
       result[measure] = _mean_share(ones, holds, num_resamples, seed)
+  if known := [one for one in judged if one.known is not None]:
+    found = [one.known.image for one in known]
+    result[LOOKUP] = _mean_share(known, found, num_resamples, seed)
   return result
 
 
@@ -125,17 +152,18 @@ def describe(tables: dict[str, dict]) -> str:
       f"{title}: {of_all['images']} images, mean of the categories {mean:.1%} correct; "
       f"{of_all['more']:.1%} show more objects than asked for, {of_all['fewer']:.1%} fewer"
     )
-    lines.append(" " * width + "images  " + "".join(f"{m:<23}" for m in MEASURES).rstrip())
+    lines.append(" " * width + "images  " + "".join(f"{m:<23}" for m in COLUMNS).rstrip())
     for label, row in rows(table):
-      cells = "".join(f"{share(row.get(m)):<23}" for m in MEASURES).rstrip()
+      cells = "".join(f"{share(row.get(m)):<23}" for m in COLUMNS).rstrip()
       lines.append(f"{label:<{width}}{row['images']:>6}  {cells}")
   return "\n".join(lines)
 
 
 def rows(table: dict) -> list[tuple[str, dict]]:
-  """Returns the rows of a table with their labels: all, categories, kinds of held-out."""
-  kinds = [(f"held-out: {kind or 'no'}", row) for kind, row in table["heldout"].items()]
-  return [("all", table["all"]), *table["tag"].items(), *kinds]
+  """Returns the rows of a table with their labels: all, categories, kinds of held-out and parts."""
+  kinds = {**table["heldout"], **table.get("parts", {})}.items()
+  labeled = [(f"held-out: {kind or 'no'}", row) for kind, row in kinds]
+  return [("all", table["all"]), *table["tag"].items(), *labeled]
 
 
 def share(measure: dict | None) -> str:

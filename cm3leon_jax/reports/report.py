@@ -296,7 +296,7 @@ def render(workdir: epath.PathLike, summary: dict, config_name: str) -> str:
     bits_svg=bits_figure(summary.get("evaluation", {})),
     scene_tables=scene_tables(workdir, summary),
     instructions=instruction_section.read(workdir, file_uri),
-    scene_measures=scene_table.MEASURES,
+    scene_measures=scene_table.COLUMNS,
     scenes_png=file_uri(workdir / "evaluation" / "scenes.png"),
     reconstructions=reconstructions(workdir),
     prompts=prompts(workdir),

@@ -88,6 +88,10 @@ SCENE_HEADLINES = (
     "New combinations of known parts, wholly right", "evaluation.scenes.best.scene.share",
     ">=", 0.25),
   Headline(
+    "Of these, captions whose claims training never makes",
+    "evaluation.scenes.best.new_claims.share", ">",
+    "evaluation.scenes.best.lookup.new_claims", "the best training image"),
+  Headline(
     "Single objects, wholly right", "evaluation.scenes.best.single_object.share",
     ">=", 0.5),
   Headline(

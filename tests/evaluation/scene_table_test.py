@@ -6,23 +6,24 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.evaluation import scene_table
+from cm3leon_jax.evaluation.scene_baselines import Known
 from cm3leon_jax.evaluation.scene_facts import Found, Verdict
 from cm3leon_jax.evaluation.scene_table import Judged
 
 
-def judged(tag, heldout, correct, concept="", asked=1, shown=1, **holds):
+def judged(tag, heldout, correct, concept="", asked=1, shown=1, known=None, **holds):
+  colored = {"color": "red"} if "color" in holds else {}
   facts = {
     "tag": tag,
     "heldout": heldout,
-    "include": [{"class": "bell", "count": asked}],
+    "include": [{"class": "bell", "count": asked, **colored}],
     "exclude": [],
     "objects": [{"class": "bell", "color": "red", "place": "top left", "box": [0, 0, 1, 1]}],
   }
   thing = Found("bell", "red", "top left", 0.9, (3, 2, 21, 23))
   holds = {"object": True, "count": True, **holds}
-  return Judged(
-    "a bell", facts, concept, Verdict(correct, "" if correct else "wrong", (thing,) * shown, holds)
-  )
+  verdict = Verdict(correct, "" if correct else "wrong", (thing,) * shown, holds)
+  return Judged("a bell", facts, concept, verdict, known)
 
 
 def some():
@@ -57,6 +58,32 @@ def test_images_with_more_and_with_fewer_objects_than_asked_for_are_counted():
   assert (table["tag"]["colors"]["more"], table["tag"]["colors"]["fewer"]) == (1, 0)
 
 
+def test_a_lookup_stands_beside_the_model_and_new_claims_are_rows_of_their_own():
+  old, drawn, new = Known(True, True, True), Known(False, False, True), Known(False, False, False)
+  cases = [("scene", True, old), ("scene", True, drawn), ("scene", False, new), ("pair", True, new)]
+  images = [judged("colors", kind, right, known=known) for kind, right, known in cases]
+  table = scene_table.table(images, 200)
+  assert table["all"]["lookup"]["share"] == 0.5
+  assert table["heldout"]["scene"]["lookup"]["share"] == pytest.approx(2 / 3)
+  parts = table["parts"]
+  assert list(parts) == [
+    "scene, new claims", "scene, claims of training", "pair, no color named"
+  ]  # fmt: skip
+  assert parts["scene, new claims"]["images"] == 2
+  assert parts["scene, new claims"]["correct"]["share"] == 0.5
+  assert parts["scene, new claims"]["lookup"]["share"] == 0.5
+  assert parts["scene, claims of training"]["lookup"]["share"] == 1
+
+
+def test_colors_never_had_are_told_by_whether_the_caption_names_them():
+  table = scene_table.table(some(), 200)
+  parts = table["parts"]
+  assert {part: row["images"] for part, row in parts.items()} == {
+    "pair, color named": 1, "pair, no color named": 2
+  }  # fmt: skip
+  assert "lookup" not in table["all"]
+
+
 def test_a_gain_is_paired_by_caption():
   better, base = (
     [judged("colors", "scene", i < right, f"{i}") for i in range(40)] for right in (30, 20)
@@ -89,9 +116,11 @@ def test_the_text_has_a_line_for_each_category_and_kind_of_heldout():
     "guidance 1: 6 images, mean of the categories 38.9% correct; "
     "0.0% show more objects than asked for, 0.0% fewer"
   )
-  assert lines[1].split() == ["images", "correct", "object", "color", "count", "place"]
+  columns = ["images", "correct", "object", "color", "count", "place", "lookup"]
+  assert lines[1].split() == columns
   assert [line.split("  ")[0] for line in lines[2:]] == [
-    "all", "single_object", "colors", "position", "held-out: scene", "held-out: pair"
+    "all", "single_object", "colors", "position", "held-out: scene", "held-out: pair",
+    "held-out: pair, color named", "held-out: pair, no color named",
   ]  # fmt: skip
   assert lines[5].split()[:3] == ["position", "2", "50.0%"]
   assert " -" in lines[5]  # No caption of this category names a color.
