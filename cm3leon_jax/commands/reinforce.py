@@ -64,20 +64,42 @@ def _heldout_prompts(settings, workdir) -> list:
   return rollouts.read_prompts(settings, layout, "heldout", count)
 
 
-def _scores(settings, workdir, objective, reference, prompts) -> tuple[dict, dict]:
-  """Scores held-out prompts by the first parameters and by those of the run."""
+def _scores(settings, workdir, objective, reference, prompts) -> dict[str, dict]:
+  """Scores held-out prompts by the first parameters and by those of the run.
+
+  Returns:
+    `scores_before`, `scores`, and `gains` of the reward with 95% intervals over prompts, by task.
+  """
   from cm3leon_jax import distributed
   from cm3leon_jax.training import checkpoint
 
   params, _ = checkpoint.load_params(workdir / "train", settings.model)
   after = objective.measure(params, prompts)
   before = objective.measure(reference, prompts)
+  gains = {}
   for task, first in before.items():
+    gains[task] = _gain(first.pop("by_prompt"), after[task].pop("by_prompt"), settings)
     shown = ", ".join(
       f"{name} {value:.3f} -> {after[task][name]:.3f}" for name, value in first.items()
     )
-    distributed.print_once(f"reinforce: held-out prompts, {task}, before -> after: {shown}")
-  return before, after
+    low, high = gains[task]["low"], gains[task]["high"]
+    interval = "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
+    distributed.print_once(
+      f"reinforce: held-out prompts, {task}, before -> after: {shown}; "
+      f"the reward changed by {gains[task]['mean']:+.3f}{interval}"
+    )
+  return {"scores_before": before, "scores": after, "gains": gains}
+
+
+def _gain(before: list[float], after: list[float], settings) -> dict:
+  """Computes the mean change of the reward, and its interval over prompts."""
+  import numpy as np
+
+  from cm3leon_jax.evaluation.intervals import mean_interval
+
+  change, names = np.subtract(after, before), [str(i) for i in range(len(before))]
+  resamples = settings.evaluation.num_resamples
+  return mean_interval(change, np.ones(len(change)), names, resamples, settings.seed)
 
 
 def _check(settings, workdir, init_from: str) -> None:
@@ -163,8 +185,7 @@ def main(
     summary.update(result, machine=run_start.machine())
     if before := result.get("heldout_before"):
       distributed.print_once(change_line(before, result))
-    scores = _scores(settings, workdir, objective, reference, prompts)
-    summary["scores_before"], summary["scores"] = scores
+    summary.update(_scores(settings, workdir, objective, reference, prompts))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,14 @@ from cm3leon_jax.generation.writer import save_png
 from cm3leon_jax.io import replacing, write_json
 
 GRADES, ANSWERS = "grades.json", "answers.jsonl"
-TITLES = ("before", "after", "majority", "copy", "tokenizer")  # Of columns, in their order.
+TITLES = (
+  "before",
+  "after",
+  "majority",
+  "any object",
+  "copy",
+  "tokenizer",
+)  # Of columns, in their order.
 EXAMPLES = 4  # Of each kind and task.
 
 

@@ -155,7 +155,9 @@ def without_model(
   """Answers without a model: what any model has to beat, and what none can.
 
   Returns:
-    For texts "majority", the most frequent answer. For images "copy", the given image unchanged, if
+    For questions "majority", the most frequent answer, and "any object", an answer that knows what
+    the image shows and does not look at what is asked (`scene_answers.any_object_answer`); where
+    there is none, the most frequent answer. For images "copy", the given image unchanged, if
     there is one, and "tokenizer", the true image as the image tokenizer reconstructs it.
   """
   if task.target in records[0].texts:
@@ -163,7 +165,11 @@ def without_model(
     if name not in QUESTIONS:
       return {}
     majority = scene_answers.majority_answers(records)[name]
-    return {"majority": judge_texts(records, [majority] * len(records))}
+    blind = [scene_answers.any_object_answer(record) or majority for record in records]
+    return {
+      "majority": judge_texts(records, [majority] * len(records)),
+      "any object": judge_texts(records, blind),
+    }
   side = image_tokenizer.config.resolution
   true = np.stack([square_pixels(record.images[task.target], side) for record in records])
   decoded = image_tokenizer.decode(image_tokenizer.encode(true))

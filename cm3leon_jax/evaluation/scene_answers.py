@@ -8,7 +8,8 @@ import dataclasses
 
 from cm3leon_jax.data.instruction_records import Record
 from cm3leon_jax.data.scene_instructions import EDITS, TEXT_TASKS
-from cm3leon_jax.data.scene_world import Style
+from cm3leon_jax.data.scene_questions import NUMBER_WORDS
+from cm3leon_jax.data.scene_world import Style, fraction
 from cm3leon_jax.evaluation import answer_metrics, caption_clauses, scenes
 from cm3leon_jax.evaluation.scene_facts import Found, Verdict, check
 
@@ -100,3 +101,22 @@ def majority_answers(records: Sequence[Record]) -> dict[str, str]:
     if record.facts["task"] in TEXT_TASKS:
       counts.setdefault(record.facts["task"], Counter())[answer_of(record)] += 1
   return {task: min(of, key=lambda answer: (-of[answer], answer)) for task, of in counts.items()}
+
+
+def any_object_answer(record: Record) -> str | None:
+  """Answers a question by the objects of the image, without a look at which one it asks for.
+
+  `color`: the color of some object; `relation`: an object that the question does not name; `count`:
+  the number of all objects. Of several, the key of the record chooses. None for other tasks.
+  """
+  task, objects = record.facts["task"], record.facts["objects"]
+  if task == "count":
+    return NUMBER_WORDS[len(objects)]
+  if task == "color":
+    found = [thing["color"] for thing in objects]
+  elif task == "relation":
+    question = f" {record.texts['question'].rstrip('?')} "
+    found = [thing["class"] for thing in objects if f" {thing['class']} " not in question]
+  else:
+    return None
+  return min(found, key=lambda answer: fraction(f"{record.key}/{answer}"), default="")

@@ -128,7 +128,7 @@ def _find_colors(cells: np.ndarray) -> tuple[np.ndarray, list[str]]:
 
   Returns:
     [N, 24, 24] fp32 opacity of the cell's color, and N names: `UNKNOWN` where another color is
-    nearer to many solid pixels.
+    nearer to many solid pixels, or no pixel is solid.
   """
   names, palette = _palette()
   opacity, errors = _explain(cells, palette)
@@ -137,8 +137,8 @@ def _find_colors(cells: np.ndarray) -> tuple[np.ndarray, list[str]]:
   # Chroma is noisier than ink in a lossy image, so the color of a pixel is that of 3 x 3 pixels.
   nearest = _explain(ndimage.uniform_filter(cells, (0, 3, 3, 0)), palette)[1].argmin(2)
   solid = np.take_along_axis(opacity, nearest[..., None], 2)[..., 0] > SOLID
-  agreeing = (solid & (nearest == best[:, None])).sum(1)
-  clear = agreeing >= MIN_COLOR_SHARE * solid.sum(1)
+  agreeing, all_solid = (solid & (nearest == best[:, None])).sum(1), solid.sum(1)
+  clear = (all_solid > 0) & (agreeing >= MIN_COLOR_SHARE * all_solid)
   found = [names[color] if is_clear else UNKNOWN for color, is_clear in zip(best, clear)]
   return own.reshape(cells.shape[:3]), found
 

@@ -201,11 +201,11 @@ class Rollouts:
       "spread": spread(codes),
     }
 
-  def measure(self, params: dict, prompts: Sequence[Prompt]) -> dict[str, dict[str, float]]:
+  def measure(self, params: dict, prompts: Sequence[Prompt]) -> dict[str, dict]:
     """Scores samples of prompts as a user draws them, by `config.sampling`.
 
     Returns:
-      For each task, and for "all": reward and spread.
+      For each task, and for "all": reward, spread, and the mean reward of each prompt, `by_prompt`.
     """
     samples, _, _ = self._sample(params, prompts, range(len(prompts)), self.settings.sampling)
     rewards = self._rewards(prompts, samples)
@@ -214,7 +214,11 @@ class Rollouts:
     result = {}
     for name in ("all", *dict.fromkeys(of_task.tolist())):
       rows = np.flatnonzero((of_task == name) | (name == "all"))
-      result[name] = {"reward": float(rewards[rows].mean()), "spread": spread(codes[rows])}
+      result[name] = {
+        "reward": float(rewards[rows].mean()),
+        "spread": spread(codes[rows]),
+        "by_prompt": rewards[rows].mean(1).tolist(),
+      }
     return result
 
   def _sample(

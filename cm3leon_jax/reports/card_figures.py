@@ -174,7 +174,8 @@ def _grades(workdir: epath.Path) -> Table:
   how = (
     f"`cm3leon grade_instructions`, seed {config.get('seed')}: answers to held-out instructions, "
     "judged exactly. Before: of the parameters that the tuning began from; majority: the most "
-    "frequent answer; copy: the given image; tokenizer: the true image, encoded and decoded. "
+    "frequent answer; any object: an answer by the objects that the image shows, whichever is "
+    "asked for; copy: the given image; tokenizer: the true image, encoded and decoded. "
     "Kept: all that the instruction does not touch is as it was."
   )
   return Table("Instructions", how, ("task", "answers", *found["titles"]), tuple(rows))

@@ -109,7 +109,7 @@ def test_its_answers_are_graded_and_reported(tuned, capsys):
     grade_instructions.main(settings, workdir, 6)
     result = stages.require(workdir, "grades")["summary"]
     assert list(result["tasks"]) == list(NAMES)
-    assert set(result["tasks"]["count"]) == {"before", "after", "majority"}
+    assert set(result["tasks"]["count"]) == {"before", "after", "majority", "any object"}
     assert set(result["tasks"]["recolor"]) == {"before", "after", "copy", "tokenizer"}
     assert result["tasks"]["recolor"]["copy"]["right"]["share"] == 0
     capsys.readouterr()

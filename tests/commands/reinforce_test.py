@@ -92,6 +92,8 @@ def test_it_learns_stops_continues_and_is_graded(source, prepared, tmp_path, cap
   assert len([line for line in expected if "reward" in line]) == 2
   summary = read_json(whole / "train" / stages.DONE)["summary"]
   assert summary["scores"]["draw"].keys() == {"reward", "spread"}
+  change = summary["scores"]["draw"]["reward"] - summary["scores_before"]["draw"]["reward"]
+  assert summary["gains"]["draw"]["mean"] == pytest.approx(change)
   assert weights.start_of(whole).source == str(source)
   assert set(stages.require(whole, "grades")["summary"]["tasks"]) == {"draw", "count"}
 

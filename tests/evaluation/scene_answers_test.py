@@ -13,6 +13,7 @@ from cm3leon_jax.data.scene_world import COLORS, COMMON, Scene, ScenesConfig
 from cm3leon_jax.evaluation.judge_errors import changed_facts
 from cm3leon_jax.evaluation.scene_answers import (
   answer_of,
+  any_object_answer,
   is_right,
   judge_images,
   judge_objects,
@@ -238,3 +239,18 @@ def test_the_majority_answer_of_each_task(made):
   assert (shares["count"], shares["exists"]) == (0.25, 0.5)
   assert max(shares["color"], shares["relation"]) < 0.25
   assert shares["describe"] < 0.05
+
+
+def test_an_answer_by_any_object_of_the_image_beats_the_majority(made):
+  """Two objects are usual, so half of the colors, and most of the other objects, are right."""
+  shares = {
+    task: np.mean([is_right(one, any_object_answer(one)) for one in made[task]])
+    for task in ("count", "color", "relation")
+  }
+  assert 0.5 < shares["color"] < 0.7
+  assert 0.8 < shares["relation"] < 0.95
+  assert 0.25 < shares["count"] < 0.9
+  assert any_object_answer(made["exists"][0]) is None
+  for one in made["relation"]:
+    assert any_object_answer(one) in {thing["class"] for thing in one.facts["objects"]}
+    assert f" {any_object_answer(one)}?" not in one.texts["question"]

@@ -63,7 +63,8 @@ def test_equal_claims_in_other_words_are_equal(one, other):
 def test_other_claims_are_not_equal():
   captions = [
     "a bell above a key", "a bell below a key", "a bell left of a key", "a bell and a key",
-    "a red bell above a key", "a bell above a red key", "a bell", "two bells", "a bell at the top left",
+    "a red bell above a key", "a bell above a red key", "a bell", "two bells",
+    "a bell at the top left",
   ]  # fmt: skip
   assert len({claims_of(parse(caption)) for caption in captions}) == len(captions)
 

@@ -120,6 +120,16 @@ def test_an_object_off_the_grid_is_none():
   assert {thing.name for thing in verdict.found} == {UNKNOWN}
 
 
+@pytest.mark.parametrize(
+  ("ink", "color"), [(0.3, UNKNOWN), (0.45, UNKNOWN), (0.6, "red"), (1, "red")]
+)
+def test_a_pale_object_has_no_clear_color(ink, color):
+  heart = Scene.parse("red heart top left")
+  image = 255 - ink * (255 - scene_drawings.render(heart).astype(np.float32))
+  (thing,) = scenes.find_objects(image.round().astype(np.uint8)[None])[0]
+  assert (thing.name, thing.color) == ("heart", color)
+
+
 def test_a_blot_beside_the_object_makes_an_image_wrong_and_a_speck_does_not():
   image = scene_drawings.render(Scene.parse("red bell top left"))
   facts = {"include": [{"class": "bell", "count": 1, "color": "red"}]}

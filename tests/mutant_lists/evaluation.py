@@ -117,6 +117,7 @@ EVALUATION = (
       "names[color] if is_clear else UNKNOWN",
       "names[color]",
     ),
+    ("pale_ink_has_a_color", "(all_solid > 0) & (agreeing", "(agreeing"),
     ("silhouettes_not_shifted", "MAX_SHIFT = 2", "MAX_SHIFT = 0"),
   ),
   *mutants_of(

@@ -223,7 +223,9 @@ def test_learning_raises_the_reward_and_measures_it(objective, layout):
   assert np.mean(found[-3:]) > np.mean(found[:3]) + 0.1
   assert list(after) == ["all", *NAMES]
   assert after["all"]["reward"] > before["all"]["reward"] + 0.1
-  assert after["draw"].keys() == {"reward", "spread"}
+  assert after["draw"].keys() == {"reward", "spread", "by_prompt"}
+  assert len(after["all"]["by_prompt"]) == 4
+  assert np.mean(after["all"]["by_prompt"]) == pytest.approx(after["all"]["reward"])
   of_tasks = [after[name]["spread"] for name in NAMES]
   assert after["all"]["spread"] == pytest.approx(np.mean(of_tasks))
 

@@ -1,0 +1,296 @@
+"""Measures what a model of `scenes` draws, beside what its training scenes already show.
+
+  python -m benchmarks.scene_card --model=scenes --workdir=workdir/scene_card
+
+The model is the name of a bundle, its folder, or the workdir of a run. Writes results.json and
+table.md, which the card of the bundled model quotes; rare.png, images of rare objects that the
+judge called right, beside the true icons; and examples.png, the object in the middle of the
+ranking. Everything is drawn at the settings that the model stores. Nothing is trained, nothing is
+chosen by the results. About 10 minutes on two cores.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import pathlib
+
+from absl import app, flags
+import jax
+import numpy as np
+
+from benchmarks import experiment
+from benchmarks import scene_card_table as table
+from cm3leon_jax import CM3Leon, loading
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import pipeline, scene_world, scenes
+from cm3leon_jax.data.documents import Document, Segment
+from cm3leon_jax.data.scene_captions import describe_plainly
+from cm3leon_jax.data.scene_drawings import render
+from cm3leon_jax.data.scene_world import PLACES, Placed, Scene, ScenesConfig
+from cm3leon_jax.evaluation import bits
+from cm3leon_jax.evaluation import scenes as judging
+from cm3leon_jax.evaluation.scene_baselines import TrainingScenes
+from cm3leon_jax.evaluation.scene_facts import check
+from cm3leon_jax.generation.writer import contact_sheet, save_png
+
+_MODEL = flags.DEFINE_string("model", "scenes", "Name or folder of a bundle, or workdir of a run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results.", required=True)
+_SEED = flags.DEFINE_integer("seed", 1, "Seed of the samples.", 0)
+_SAMPLES = flags.DEFINE_integer("samples", 16, "Images of each rare object, for the ranking.", 1)
+_SCALE = flags.DEFINE_float("scale", 1.0, "Share of the captions of each set.", 0, 1)
+
+# Set of captions -> how many.
+COUNTS = {
+  "new claims": 300,
+  "claims of training": 225,
+  "objects never together": 150,
+  "color named": 150,
+  "no color named": 150,
+  "rare": 1_000_000,  # All of them.
+  "rare elsewhere": 150,
+}
+STRICT = 0.90  # Score of a shape, beside the judge's own `MIN_SCORE`.
+SHOWN = 48  # Images on rare.png.
+BATCH = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """A caption and what an image for it must show.
+
+  Attributes:
+    group: set of captions, see `COUNTS`.
+    caption: the prompt.
+    facts: as those of a document.
+    concept: captions of one concept are not independent.
+    placed: the object of a caption of one rare object, else None.
+  """
+
+  group: str
+  caption: str
+  facts: dict
+  concept: str
+  placed: Placed | None = None
+
+
+def group_of(pair, known) -> str:
+  """Returns the set that a held-out document of common objects belongs to."""
+  kind = pair.facts["heldout"]
+  if kind == "scene":
+    return "claims of training" if known.claims else "new claims"
+  if kind == "pair":
+    named = any("color" in clause for clause in pair.facts["include"])
+    return "color named" if named else "no color named"
+  return "objects never together"
+
+
+def common(config: ScenesConfig, trained: TrainingScenes, counts: dict[str, int]) -> list[Asked]:
+  """Returns held-out captions of common objects, the first of each set in the world's order."""
+  config = dataclasses.replace(config, heldout=config.heldout * 4)
+  asked: dict[str, list[Asked]] = {group: [] for group in counts if "rare" not in group}
+  for i in range(config.heldout):
+    pair = scenes.pair(config, "heldout", i)
+    if pair.facts["heldout"] != "rare":
+      group = group_of(pair, trained.known(pair.caption, pair.facts))
+      if len(asked[group]) < counts[group]:
+        asked[group].append(Asked(group, pair.caption, pair.facts, pair.concept))
+  return [one for group in asked.values() for one in group]
+
+
+def _one(group: str, placed: Placed) -> Asked:
+  scene = Scene((placed,))
+  description = describe_plainly(scene)
+  facts = scenes.facts_of("rare", "rare", scene, description)
+  return Asked(group, description.caption, facts, placed.object, placed)
+
+
+def rare(config: ScenesConfig) -> Iterator[Asked]:
+  """Yields the rare objects that training never shows, in a color that the bank does not have.
+
+  The bank shows each of them at all four places, so at the one that is asked for.
+  """
+  for name in scene_world.rare_objects(config):
+    if scene_world.is_heldout_rare(name):
+      yield _one("rare", Placed(name, scene_world.rare_color(name), scene_world.rare_place(name)))
+
+
+def elsewhere(config: ScenesConfig) -> Iterator[Asked]:
+  """Yields rare objects of one training scene, at another place than that and the bank's.
+
+  Their color is neither that of training nor that of the bank.
+  """
+  bank = _bank_of(config)
+  for name in scene_world.rare_objects(config):
+    if not scene_world.is_heldout_rare(name):
+      known = {scene_world.rare_color(name), *(placed.color for placed in bank.get(name, ()))}
+      colors = [color for color in config.colors if color not in known]
+      places = [place for place in PLACES if place != scene_world.rare_place(name)]
+      chosen = (min(words, key=_order(name)) for words in (colors, places))
+      yield _one("rare elsewhere", Placed(name, *chosen))
+
+
+def _order(name: str) -> Callable[[str], float]:
+  return lambda word: scene_world.fraction(f"scenes/elsewhere/{name}/{word}")
+
+
+def _bank_of(config: ScenesConfig) -> dict[str, list[Placed]]:
+  """Returns what the bank shows of each object."""
+  found: dict[str, list[Placed]] = {}
+  for scene in scene_world.bank_scenes(config)[: config.bank]:
+    found.setdefault(scene.objects[0].object, []).append(scene.objects[0])
+  return found
+
+
+def spaced(asked: Sequence[Asked], count: int) -> list[Asked]:
+  """Returns up to `count` evenly spaced ones."""
+  chosen = np.unique(np.linspace(0, len(asked) - 1, min(count, len(asked))).astype(int))
+  return [asked[i] for i in chosen]
+
+
+def draw(model: CM3Leon, asked: Sequence[Asked], seed: int) -> tuple[np.ndarray, list[str]]:
+  """Draws an image for each caption: [n, H, W, 3] uint8, and the concept of its first neighbor."""
+  samples = [sample for [sample] in model.generate([one.caption for one in asked], seed=seed)]
+  neighbors = [s.neighbors[0].concept if s.neighbors else "" for s in samples]
+  return np.stack([np.asarray(sample.image) for sample in samples]), neighbors
+
+
+def judged(asked: Sequence[Asked], images, neighbors: Sequence[str]) -> list[dict]:
+  """Judges images; for a rare object also where it stands, and whether its shape is a clear one."""
+  everything = judging.find_objects(images)
+  strict = judging.find_objects(images, min_score=STRICT)
+  results = []
+  for one, found, clear, neighbor in zip(asked, everything, strict, neighbors):
+    include = one.facts["include"]
+    verdict = check(found, include)
+    result = {"right": verdict.correct, "clear": check(clear, include).correct}
+    if one.placed is not None:
+      shown = Scene.parse(neighbor).objects[0] if neighbor else None
+      places = [thing.place for thing in found if thing.name == one.placed.object]
+      result["neighbor"] = shown is not None and shown.object == one.placed.object
+      result["object"] = bool(places)
+      result["at_neighbor"] = shown is not None and places == [shown.place]
+      result["copied"] = (
+        shown is not None
+        and check(judging.find_objects(render(Scene((shown,)))[None])[0], include).correct
+      )
+    results.append({name: bool(value) for name, value in result.items()})
+  return results
+
+
+def ranking(model: CM3Leon, asked: Sequence[Asked], count: int, seed: int) -> list[dict]:
+  """Draws each rare object `count` times, and orders the objects by the share that is right."""
+  shares = np.zeros(len(asked))
+  for i in range(count):
+    images, _ = draw(model, asked, seed + 1_000 * (i + 1))
+    verdicts = judging.judge_all(images, [one.facts for one in asked])
+    shares += [verdict.correct / count for verdict in verdicts]
+  ordered = sorted(zip(shares, asked), key=lambda entry: (entry[0], entry[1].concept))
+  return [{"object": one.concept, "caption": one.caption, "share": float(s)} for s, one in ordered]
+
+
+def neighbor_bits(model: CM3Leon, asked: Sequence[Asked]) -> dict[str, np.ndarray]:
+  """Computes the bits of the image of each rare object after four neighbors, and after none: [n].
+
+  The neighbor shows the object or another one, in one color, at the place of the image or the next.
+  """
+  layout, bank = model.pipeline.layout, model.pipeline.documents
+  placed = {Scene.parse(bank[i].concept).objects[0]: i for i in range(len(bank))}
+  at = {(one.object, one.place): i for one, i in placed.items()}
+  images = np.stack([render(Scene((one.placed,))) for one in asked])
+  codes = model.pipeline.image_tokenizer.encode(images)
+  samples: dict[str, list] = {name: [] for name in table.NEIGHBORS}
+  masks = []
+  for n, one in enumerate(asked):
+    name, place = one.placed.object, one.placed.place
+    other = asked[(n + len(asked) // 2) % len(asked)].placed.object
+    elsewhere = PLACES[(PLACES.index(place) + 1) % len(PLACES)]
+    segments = (
+      Segment(False, layout.encode(one.caption)),
+      Segment(True, layout.vocab.image_ids(codes[n])),
+    )
+    document = Document(key=str(n), segments=segments, source="", license="", attribution="")
+    where = {
+      "own": (name, place),
+      "own elsewhere": (name, elsewhere),
+      "another's": (other, place),
+      "another's elsewhere": (other, elsewhere),
+    }
+    for condition, of in samples.items():
+      before = [bank[at[where[condition]]]] if condition in where else []
+      of.append(pipeline.join([*before, document], layout.vocab))
+    targets = [bits.own_targets(of[n], document, layout.vocab) for of in samples.values()]
+    masks.append([of["image"] for of in targets])
+  config = model.pipeline.settings.model
+  with jax.set_mesh(model.mesh):
+    params = loading.params_of(model.workdir, config, model.step)
+    scored = {
+      condition: bits.score_samples(params, config, of, layout.vocab, BATCH)
+      for condition, of in samples.items()
+    }
+  return {
+    condition: np.array([row[mask[k]].mean() for row, mask in zip(rows, masks)])
+    for k, (condition, rows) in enumerate(scored.items())
+  }
+
+
+def sheets(
+  model: CM3Leon, workdir: pathlib.Path, drawn: list[tuple[Asked, np.ndarray, bool]], seed: int
+) -> dict:
+  """Writes rare.png and examples.png; returns the ranking, and what examples.png shows."""
+  right = spaced([(one, image) for one, image, is_right in drawn if is_right], SHOWN)
+  cells = [cell for one, image in right for cell in (image, render(Scene((one.placed,))))]
+  rows = [cells[i : i + 8] for i in range(0, len(cells), 8)]
+  labels = ["; ".join(one.concept for one, _ in right[i : i + 4]) for i in range(0, len(right), 4)]
+  save_png(workdir / "rare.png", contact_sheet(rows, labels, ["drawn", "true icon"] * 4))
+  ranked = ranking(model, [one for one, _, _ in drawn], _SAMPLES.value, seed)
+  middle = ranked[len(ranked) // 2]
+  [samples] = model.generate([middle["caption"]], num_samples=8, seed=seed)
+  images = [np.asarray(sample.image) for sample in samples]
+  save_png(workdir / "examples.png", contact_sheet([images], [middle["caption"]]))
+  return {"ranking": ranked, "median": middle, "samples_of_each": _SAMPLES.value}
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise UserError(f"unexpected argument '{argv[1]}': this command takes flags only.")
+  model = CM3Leon.load(_MODEL.value, batch_size=BATCH)
+  settings, seed = model.pipeline.settings, _SEED.value
+  if settings.raw.source != scenes.NAME:
+    raise UserError(f"--model={_MODEL.value} was not trained on the source 'scenes'.")
+  config, workdir = settings.scenes, pathlib.Path(_WORKDIR.value)
+  workdir.mkdir(parents=True, exist_ok=True)
+  counts = {group: max(2, int(count * _SCALE.value)) for group, count in COUNTS.items()}
+  counts["rare"] = max(2, int(len(list(rare(config))) * _SCALE.value))
+  trained = TrainingScenes.of_config(config)
+  asked = common(config, trained, counts)
+  asked += spaced(list(rare(config)), counts["rare"])
+  asked += spaced(list(elsewhere(config)), counts["rare elsewhere"])
+  images, neighbors = draw(model, asked, seed)
+  verdicts = judged(asked, images, neighbors)
+  known = [trained.known(one.caption, one.facts) for one in asked]
+  groups = {}
+  for group in counts:
+    chosen = [i for i, one in enumerate(asked) if one.group == group]
+    results = [
+      {**verdicts[i], "lookup": known[i].image, "caption_trained": known[i].caption} for i in chosen
+    ]
+    groups[group] = table.row(results, [asked[i].concept for i in chosen])
+    print(f"{group}: {groups[group]['captions']} captions, {groups[group]['right']}", flush=True)
+  of_rare = [one for one in asked if one.group == "rare"]
+  drawn = [(a, i, v["right"]) for a, i, v in zip(asked, images, verdicts) if a.group == "rare"]
+  scored = neighbor_bits(model, of_rare)
+  result = {
+    "model": _MODEL.value,
+    "step": model.step,
+    "sampling": dataclasses.asdict(settings.sampling),
+    "training_scenes": config.train,
+    "seed": seed,
+    "groups": groups,
+    "bits": table.bits_rows(scored, [one.concept for one in of_rare]),
+    **sheets(model, workdir, drawn, seed),
+  }
+  experiment.write_results(workdir, result, table.markdown(result))
+  print(table.markdown(result))
+
+
+if __name__ == "__main__":
+  app.run(main)

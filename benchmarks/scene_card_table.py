@@ -1,0 +1,103 @@
+"""Summarizes what `scene_card` measured: shares with intervals over scenes, and a table."""
+
+# n captions.
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cm3leon_jax.evaluation.intervals import mean_interval
+
+# Document before the image of a rare object -> its name in the table.
+NEIGHBORS = {
+  "own": "its own document, at the same place",
+  "own elsewhere": "its own document, at another place",
+  "another's": "another object's, at the same place",
+  "another's elsewhere": "another object's, at another place",
+  "none": "none",
+}
+TITLES = {
+  "new claims": "new scenes of known parts whose claims no training caption makes",
+  "claims of training": "new scenes of known parts whose claims a training caption makes",
+  "objects never together": "two objects that training never shows together",
+  "color named": "an object in a color it never had, the color named",
+  "no color named": "an object in a color it never had, no color named",
+  "rare": "objects never seen, after the bank's document",
+  "rare elsewhere": "objects at another place than their only document",
+}
+
+
+def _level(values, concepts: Sequence[str]) -> dict:
+  interval = mean_interval(np.asarray(values, float), np.ones(len(values)), list(concepts))
+  return {name: interval[name] for name in ("mean", "low", "high", "groups")}
+
+
+def row(results: list[dict], concepts: Sequence[str]) -> dict:
+  """Computes the shares of a set of captions.
+
+  Args:
+    results: n times the same names and whether they hold.
+    concepts: [n] captions of one concept are not independent.
+  """
+  shares = {name: _level([one[name] for one in results], concepts) for name in results[0]}
+  return {"captions": len(results), **shares}
+
+
+def bits_rows(scored: dict[str, np.ndarray], concepts: Sequence[str]) -> dict:
+  """Computes the mean bits a code after each neighbor, and the difference from none."""
+  rows = {}
+  for condition, values in scored.items():
+    rows[condition] = _level(values, concepts)
+    rows[condition]["minus_none"] = _level(values - scored["none"], concepts)
+  return rows
+
+
+def percent(level: dict) -> str:
+  """Formats a share and its interval: "65.7% [60.4, 70.9]"."""
+  text = f"{level['mean']:.1%}"
+  if level["low"] is None or level["low"] == level["high"]:
+    return text
+  return f"{text} [{100 * level['low']:.1f}, {100 * level['high']:.1f}]"
+
+
+def _bits(level: dict, sign: str = "") -> str:
+  low, high = level["low"], level["high"]
+  text = f"{level['mean']:{sign}.3f}"
+  return text if low is None else f"{text} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def markdown(result: dict) -> str:
+  """Returns the results as tables."""
+  groups = result["groups"]
+  lines = [
+    "| captions | wholly right | a lookup | captions that stand in training |",
+    "|---|---|---|---|",
+  ]
+  for group, found in groups.items():
+    cells = [f"{TITLES[group]} ({found['captions']})"]
+    cells += [percent(found["right"]), percent(found["lookup"]), percent(found["caption_trained"])]
+    lines.append(f"| {' | '.join(cells)} |")
+  columns = {
+    "neighbor": "its document is found",
+    "right": "wholly right",
+    "clear": "the same, shapes that score 0.90 or more",
+    "object": "the object is drawn",
+    "at_neighbor": "the object, at the neighbor's place alone",
+    "copied": "the neighbor itself would be right",
+  }
+  lines += ["", f"| rare objects | {' | '.join(columns.values())} |", "|---" * 7 + "|"]
+  for group in ("rare", "rare elsewhere"):
+    cells = [percent(groups[group][name]) for name in columns]
+    lines.append(f"| {TITLES[group]} | {' | '.join(cells)} |")
+  lines += ["", "| document before a rare object | bits a code | minus none |", "|---|---|---|"]
+  for condition, level in result["bits"].items():
+    cells = [NEIGHBORS[condition], _bits(level), _bits(level["minus_none"], "+")]
+    lines.append(f"| {' | '.join(cells)} |")
+  middle, count = result["median"], result["samples_of_each"]
+  lines += [
+    "",
+    f"Of {len(result['ranking'])} rare objects, ordered by the share of {count} images that is "
+    f'right, the middle one is "{middle["object"]}": {middle["share"]:.0%}.',
+    "",
+  ]
+  return "\n".join(lines)
