@@ -267,11 +267,13 @@ def _describe_divergence(mean: float) -> str:
   """Says how much prompts change the distributions of image codes: a canary for lost prompts."""
   if mean < LEAST_DIVERGENCE:
     return (
-      f"warning: prompts change the distributions of image codes by {mean:.2g} nats a code (mean "
-      "KL from the unconditional stream), so guidance changes nothing: was the model trained, and "
-      "on prompts like these?"
+      "warning: the model draws almost the same with and without these prompts (mean KL divergence "
+      f"{mean:.2g} nats a code): was it trained, and on prompts like these?"
     )
-  return f"prompts change the distributions of image codes by {mean:.3g} nats a code (mean KL)."
+  return (
+    f"the prompts change what the model draws by {mean:.3g} nats a code (mean KL divergence from "
+    "no prompt; near 0, they have no effect)."
+  )
 
 
 def _check_heldout(trained: Trained, tasks: Sequence[Task]) -> None:

@@ -48,7 +48,9 @@ class ImageFolder:
     """
     path = self._join(name)
     if not self.allow_outside and not self._holds(path):
-      raise UserError(f"{where}: {noun} '{name}' is not in {self.path or '.'}; {self.remedy}")
+      raise UserError(
+        f"{where}: {noun} '{name}' is not in {self.path or 'the current folder'}; {self.remedy}"
+      )
     return path
 
   def _join(self, name: str) -> str:

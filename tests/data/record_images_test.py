@@ -377,7 +377,7 @@ def test_the_home_folder_is_no_part_of_a_name(root, monkeypatch):
   monkeypatch.setenv("HOME", str(root.parent / "outside"))
   monkeypatch.chdir(root)
   for folder in ("", "."):
-    with pytest.raises(UserError, match=r"'~/a_0\.jpg' is not in \.; put it there"):
+    with pytest.raises(UserError, match=r"'~/a_0\.jpg' is not in the current folder; put it there"):
       ImageFolder(folder).find("~/a_0.jpg", "f")
     assert ImageFolder(folder).find("a_0.jpg", "f") == "a_0.jpg"
   monkeypatch.setenv("HOME", str(root.parent))

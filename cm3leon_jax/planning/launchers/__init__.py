@@ -141,7 +141,10 @@ def _check_names(job: Job, gpu: bool) -> None:
     names |= {"service_account": job.service_account}
   for flag, value in names.items():
     if value and not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", value):
-      raise UserError(f"--{flag} is '{value}'; it must be a name of an object of Kubernetes.")
+      raise UserError(
+        f"--{flag} is '{value}'; it must be a name of Kubernetes: lower-case letters, "
+        "digits and '-'."
+      )
   for flag, value in (("reservation", job.reservation), ("priority", job.priority)):
     if value and not re.fullmatch(r"[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?", value, re.ASCII):
       raise UserError(f"--{flag} is '{value}'; it must be a name, of letters, digits and hyphens.")
