@@ -1,0 +1,180 @@
+"""Counts how often a sample of one seed differs with what is decoded beside it.
+
+  python -m benchmarks.same_seed --tokens=20000
+
+Every task of a bundled model is sampled from flat distributions (nothing is cut off, temperature
+1.5): each sample alone, in a batch, in a lane in which samples join and leave at any time, and in a
+batch over 8 (fake) devices. The ids must be the same; matrix products over other shapes round
+differently, which moves logits by 1e-6 in float32, and by 1e-2 in bfloat16. Prints a row for each
+task and way. With --dtype=float32 the command ends with exit code 1 if a token differs.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import itertools
+import os
+import sys
+
+# Before JAX is imported.
+if "--xla" not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+from absl import app, flags
+import jax
+import numpy as np
+
+from cm3leon_jax import CM3Leon
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data import scene_world, scenes
+from cm3leon_jax.decoding.continuous import ContinuousGenerator
+from cm3leon_jax.decoding.request import Request
+from cm3leon_jax.generation.image_tasks import Edit, InfillImage, TextToImage
+from cm3leon_jax.generation.tasks import Task
+from cm3leon_jax.generation.text_tasks import Caption, InfillText, Interleaved, Question
+
+_MODEL = flags.DEFINE_string("model", "scenes-instruct", "Bundled model, or its folder.")
+_TOKENS = flags.DEFINE_integer("tokens", 20_000, "Tokens of each task and way, at least.", 1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
+_TASKS = flags.DEFINE_list("tasks", [], "Names of tasks; default: all.")
+_BATCH = flags.DEFINE_integer("batch", 16, "Samples of a batch, and slots of a lane.", 2)
+
+FLAT = {
+  "temperature": 1.5, "top_k": 0, "top_p": 1.0,
+  "text_temperature": 1.5, "text_top_k": 0, "text_top_p": 1.0,
+}  # fmt: skip
+LENGTH = 24  # Tokens of a text.
+
+
+def tasks_of(model: CM3Leon) -> dict[str, Callable[[int], Task]]:
+  """Returns for each kind of task what makes the i-th one."""
+  settings = model.pipeline.settings
+  sampling = dataclasses.replace(settings.sampling, **FLAT)
+  config = dataclasses.replace(settings.scenes, heldout=700)
+  pairs = [scenes.pair(config, "heldout", i) for i in range(64)]
+  images = [scenes.load(pair.image, scenes.SIDE) for pair in pairs]
+  names = sorted(scene_world.RARE)
+
+  def of(kind, **fields):
+    return lambda i: kind(
+      seed=i, row=i, sampling=sampling, **{k: v(i % len(pairs)) for k, v in fields.items()}
+    )
+
+  def image(i):
+    return images[i]
+
+  def caption(i):
+    return pairs[i].caption
+
+  return {
+    "image": of(TextToImage, prompt=caption, retrieve=lambda i: 0),
+    "image, 1 document": of(
+      TextToImage, prompt=lambda i: f"a green {names[i]} at the top left", retrieve=lambda i: 1
+    ),
+    "infilled image": of(InfillImage, image=image, box=lambda i: (0, 0, 24, 24 * (1 + i % 2))),
+    "edit": of(Edit, image=image, prompt=lambda i: "Mirror the image"),
+    "caption": of(Caption, image=image, length=lambda i: LENGTH),
+    "answer": of(Question, image=image, prompt=lambda i: "How many bells are there?"),
+    "infilled text": of(
+      InfillText, prompt=lambda i: "a <mask> at the top left", length=lambda i: LENGTH
+    ),
+    "document": of(Interleaved, prompt=caption, length=lambda i: 4 * LENGTH),
+  }
+
+
+def requests_of(model: CM3Leon, tasks: Sequence[Task]) -> list[Request]:
+  pipeline = model.pipeline
+  with jax.set_mesh(model.mesh):
+    given = pipeline.check(tasks)
+    return pipeline.requests(tasks, given, pipeline.retrieve(tasks))
+
+
+def batches(model: CM3Leon, requests, sampling, size: int) -> list[np.ndarray]:
+  """Generates in batches of `size`: the ids of each request."""
+  found = []
+  with jax.set_mesh(model.mesh):
+    for start in range(0, len(requests), size):
+      some = requests[start : start + size]
+      results = model.pipeline.generator.generate(
+        some, range(start, start + len(some)), sampling=sampling
+      )
+      found += [result.tokens for result in results]
+  return found
+
+
+def lanes(model: CM3Leon, requests, sampling, slots: int) -> list[np.ndarray]:
+  """Generates in lanes: a sample joins as soon as there is room, and at odd steps one by one."""
+  found: dict[int, np.ndarray] = {}
+  with jax.set_mesh(model.mesh):
+    engine = ContinuousGenerator(model.pipeline.generator, slots=slots, chunk=5)
+    waiting, places, turn = iter(enumerate(requests)), {}, itertools.count()
+    following = next(waiting, None)
+    while following is not None or engine.busy:
+      most = slots if next(turn) % 2 else 1  # Late ones meet rows of any age.
+      while following is not None and most and engine.has_room(following[1], sampling):
+        i, request = following
+        places[engine.add(request, i, sampling)] = i
+        following, most = next(waiting, None), most - 1
+      for update in engine.step():
+        if update.over:
+          found[places[update.ticket]] = update.tokens
+          engine.remove(update.ticket)
+  return [found[i] for i in range(len(requests))]
+
+
+def compare(expected: list[np.ndarray], found: list[np.ndarray]) -> tuple[int, int]:
+  """Returns the number of samples that differ, and of tokens that are compared.
+
+  Behind the first token that differs a sample is another one, so nothing there is compared.
+  """
+  differing = tokens = 0
+  for a, b in zip(expected, found, strict=True):
+    size = max(len(a), len(b))
+    a, b = (np.pad(x, (0, size - len(x)), constant_values=-1) for x in (a, b))
+    places = np.flatnonzero(a != b)
+    differing += bool(len(places))
+    tokens += int(places[0]) + 1 if len(places) else size
+  return differing, tokens
+
+
+def measure(one: CM3Leon, eight: CM3Leon, make: Callable[[int], Task], tokens: int) -> dict:
+  """Compares the ways for one kind of task: way -> (samples that differ, tokens, samples)."""
+  alone: list[np.ndarray] = []
+  requests: list[Request] = []
+  sampling = make(0).sampling
+  while sum(map(len, alone)) < tokens:
+    start = len(alone)
+    requests += requests_of(one, [make(i) for i in range(start, start + 64)])
+    for i in range(start, len(requests)):
+      with jax.set_mesh(one.mesh):
+        [result] = one.pipeline.generator.generate([requests[i]], [i], sampling=sampling)
+      alone.append(result.tokens)
+  ways = {
+    "in a batch": batches(one, requests, sampling, _BATCH.value),
+    "in a lane": lanes(one, requests, sampling, _BATCH.value),
+    "8 devices, in a batch": batches(eight, requests, sampling, _BATCH.value),
+    "8 devices, in a lane": lanes(eight, requests, sampling, _BATCH.value),
+  }
+  return {way: (*compare(alone, found), len(alone)) for way, found in ways.items()}
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise UserError(f"unexpected argument '{argv[1]}': this command takes flags only.")
+  options = {"dtype": _DTYPE.value, "batch_size": _BATCH.value}
+  devices = jax.devices()
+  one, eight = (CM3Leon.load(_MODEL.value, devices=devices[:n], **options) for n in (1, 8))
+  makers, total = tasks_of(one), 0
+  if unknown := {*_TASKS.value} - {*makers}:
+    raise UserError(f"--tasks names '{min(unknown)}'; it must name some of {', '.join(makers)}.")
+  print("| task | way | samples that differ | tokens compared |\n|---|---|---|---|", flush=True)
+  for name, make in makers.items():
+    if name in (_TASKS.value or makers):
+      for way, (differing, tokens, samples) in measure(one, eight, make, _TOKENS.value).items():
+        total += differing
+        print(f"| {name} | {way} | {differing} of {samples} | {tokens:,} |", flush=True)
+  if _DTYPE.value == "float32" and total:
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+  app.run(main)
