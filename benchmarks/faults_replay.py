@@ -163,7 +163,7 @@ class Trainer:
       state, where = _copy(self._state), ""
       try:
         for step, batch in enumerate(batches, 1):
-          state, _ = replay(state, batch)
+          state = jax.block_until_ready(replay(state, batch)[0])  # See `_run`.
           if step == flips_after:
             where, state = self._inject(kind, state, device, element, bit, rng)
         recovered = _same(state, expected)
@@ -212,9 +212,12 @@ class Trainer:
 
   def _run(self, state, batches: list):
     """Returns the state after steps without flips, the last by the program of a check."""
+    import jax
+
     state = _copy(state)
     for batch in batches[:-1]:
-      state, _ = self._steps.train(state, batch)
+      # Collectives of several steps in flight may wait for each other on few cores.
+      state = jax.block_until_ready(self._steps.train(state, batch)[0])
     return self._checked(state, batches[-1])[0]
 
 
