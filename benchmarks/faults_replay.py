@@ -173,21 +173,23 @@ class Trainer:
         self._flips.clear()
     sentence = "; ".join(replay.faults)
     devices = re.findall(r"device (\d+) \([^)]*\) of process (\d+)", sentence)
-    one = [(f"{device.id}", f"{device.process_index}")]
+    suspects = {(f"{device.id}", f"{device.process_index}")}
+    if kind in REPLICAS and len(devices) == 2:
+      suspects |= self._peers(device)
     return {
       "kind": kind,
       "where": f"{where}, after step {flips_after}" if kind in REPLICAS else where,
       "found": bool(replay.faults),
-      "named": devices == one or (kind in REPLICAS and devices == self._pair(device)),
+      "named": set(devices) == suspects,
       "recovered": recovered,
       "sentence": sentence,
     }
 
-  def _pair(self, device) -> list[tuple[str, str]]:
-    """Returns ids and processes of a device and its one peer along `data`; of several, none."""
+  def _peers(self, device) -> set[tuple[str, str]]:
+    """Returns ids and processes of the devices along `data` that hold the same as one."""
     places = np.argwhere(self.mesh.devices == device)[0]
     line = self.mesh.devices[(slice(None), *places[1:])].tolist()
-    return [(f"{d.id}", f"{d.process_index}") for d in line if len(line) == 2]
+    return {(f"{d.id}", f"{d.process_index}") for d in line}
 
   def _inject(self, kind: str, state, device, element: int, bit: int, rng):
     """Flips a bit of the state now, or arranges that one flips in the next step."""
