@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from cm3leon_jax.full_disk import is_full, is_logged, print_unraisable
+from cm3leon_jax.full_disk import is_full, is_logged, prepare_logging
 
 WRITING = 'OUT_OF_RANGE: Failed writing: "/a/d/756ac1": Failed to write 35 bytes to file 5: '
 
@@ -61,6 +61,9 @@ def test_a_write_that_ends_after_the_first_error_prints_nothing(monkeypatch):
 
   printed = []
   monkeypatch.setattr(sys, "__unraisablehook__", printed.append)
+  monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+  prepare_logging()
+  print_unraisable = sys.unraisablehook
   print_unraisable(types.SimpleNamespace(exc_value=late, exc_traceback=from_here.tb_next))
   assert printed == []  # As TensorStore calls it.
   others = [

@@ -49,10 +49,7 @@ COMMANDS = (
     "cm3leon_jax/full_disk.py",
     "  sys.unraisablehook = print_unraisable\n",
     "",
-    (
-      "tests/training/checkpoint_test.py"
-      "::test_a_save_that_fails_is_reported_in_the_loop_and_leaves_the_one_before",
-    ),
+    ("tests/full_disk_test.py",),
   ),
   Mutant(
     "every_start_says_that_tensorboard_is_absent",
