@@ -53,7 +53,7 @@ PARTS = {
   "elastic": Part(
     20, faults_elastic.measure, faults_elastic.summarize, faults_table.elastic_failures
   ),
-  "replay": Part(100, faults_replay.measure, faults_replay.summarize, faults_table.replay_failures),
+  "replay": Part(150, faults_replay.measure, faults_replay.summarize, faults_table.replay_failures),
 }
 
 

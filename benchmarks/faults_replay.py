@@ -1,9 +1,11 @@
 """Part `replay` of `benchmarks.faults`: bits that flip in a training with `train.replay_every`.
 
 One bit flips: in a parameter or a moment of the optimizer on one device, after a step has left the
-state and before a checked step reads it; or in a gradient or an update of one device while one of
-the computations of a checked step runs. Leaf, device, element, bit and computation are random. It
-must be found, and the sentence name this device and no other. Steps without a flip must find none.
+state and before a checked step reads it; in one replica of such an array, with unchecked steps
+before the checked one; or in a gradient or an update of one device while one of the computations of
+a checked step runs. Leaf, device, element, bit and computation are random. It must be found, and
+the sentence name this device and no other; of two replicas, both. Steps without a flip must find
+none.
 """
 
 from collections.abc import Iterator
@@ -21,6 +23,10 @@ from benchmarks import faults_run
 from cm3leon_jax.io import read_json_lines
 
 KINDS = ("parameters", "moments", "gradients", "updates")
+REPLICAS = ("one replica of parameters", "one replica of moments")
+# Names of the arrays of which a bit flips between steps.
+OF_STATE = dict(zip(("parameters", "moments", *REPLICAS), (r"^params", r"\.(mu|nu)\.") * 2))
+EVERY = 5  # One step in so many is checked where a flip is in one replica, or there is none.
 # Sizes of data, fsdp and tensor of 8 devices; passes of a step.
 MESHES = (((2, 2, 2), 2), ((1, 8, 1), 1), ((8, 1, 1), 1))
 DEVICES = 8
@@ -130,11 +136,11 @@ class Trainer:
     }
 
   def trial(self, kind: str, rng: np.random.Generator, replay_tolerance: float = 0.0) -> dict:
-    """Takes two steps, of which the second is checked, and flips a bit; "none": no bit.
+    """Takes steps, of which the last is checked, and flips a bit; "none": no bit.
 
     Returns:
       "kind", "where": what was flipped; "found"; "named": whether the sentence names the device and
-      no other; "recovered": whether the state after the second step is that of a run without a
+      no other; "recovered": whether the state after the last step is that of a run without a
       flip, bit for bit, None if the run stopped; "sentence": what is printed.
     """
     import jax
@@ -144,30 +150,46 @@ class Trainer:
 
     device = self.mesh.devices.flat[rng.integers(self.mesh.size)]
     element, bit = int(rng.integers(2**31)), int(rng.integers(32))
-    config = dataclasses.replace(self._config, replay_tolerance=replay_tolerance)
+    steps = 2 if kind in KINDS else EVERY
+    # The step before the checked one leaves a fingerprint: what flips then is found by that.
+    flips_after = 1 + int(rng.integers(EVERY - 2)) if kind in REPLICAS else 1
+    config = dataclasses.replace(
+      self._config, replay_every=steps, replay_tolerance=replay_tolerance
+    )
     with jax.set_mesh(self.mesh), contextlib.redirect_stdout(io.StringIO()):
-      batches = [self._batch(int(rng.integers(1_000))) for _ in range(2)]
+      batches = [self._batch(int(rng.integers(1_000))) for _ in range(steps)]
       expected = self._run(self._state, batches)
       replay = Replay(self._steps, config, 0, self.mesh)
-      state, _ = replay(_copy(self._state), batches[0])
-      where, state = self._inject(kind, state, device, element, bit, rng)
+      state, where = _copy(self._state), ""
       try:
-        found, _ = replay(state, batches[1])
-        recovered = _same(found, expected)
+        for step, batch in enumerate(batches, 1):
+          state = jax.block_until_ready(replay(state, batch)[0])  # See `_run`.
+          if step == flips_after:
+            where, state = self._inject(kind, state, device, element, bit, rng)
+        recovered = _same(state, expected)
       except UserError:
         recovered = None
       finally:
         self._flips.clear()
     sentence = "; ".join(replay.faults)
     devices = re.findall(r"device (\d+) \([^)]*\) of process (\d+)", sentence)
+    suspects = {(f"{device.id}", f"{device.process_index}")}
+    if kind in REPLICAS and len(devices) == 2:
+      suspects |= self._peers(device)
     return {
       "kind": kind,
-      "where": where,
+      "where": f"{where}, after step {flips_after}" if kind in REPLICAS else where,
       "found": bool(replay.faults),
-      "named": devices == [(f"{device.id}", f"{device.process_index}")],
+      "named": set(devices) == suspects,
       "recovered": recovered,
       "sentence": sentence,
     }
+
+  def _peers(self, device) -> set[tuple[str, str]]:
+    """Returns ids and processes of the devices along `data` that hold the same as one."""
+    places = np.argwhere(self.mesh.devices == device)[0]
+    line = self.mesh.devices[(slice(None), *places[1:])].tolist()
+    return {(f"{d.id}", f"{d.process_index}") for d in line}
 
   def _inject(self, kind: str, state, device, element: int, bit: int, rng):
     """Flips a bit of the state now, or arranges that one flips in the next step."""
@@ -175,10 +197,9 @@ class Trainer:
 
     from cm3leon_jax.training.fingerprint import names_of
 
-    if kind in ("parameters", "moments"):
+    if kind in OF_STATE:
       names, (leaves, structure) = names_of(state), jax.tree.flatten(state)
-      belongs = {"parameters": r"^params", "moments": r"\.(mu|nu)\."}[kind]
-      of_kind = [i for i, name in enumerate(names) if re.search(belongs, name)]
+      of_kind = [i for i, name in enumerate(names) if re.search(OF_STATE[kind], name)]
       i = of_kind[rng.integers(len(of_kind))]
       leaves[i] = flip_on_device(leaves[i], device, element, bit)
       return f"{names[i]}, device {device.id}, bit {bit}", jax.tree.unflatten(structure, leaves)
@@ -192,9 +213,14 @@ class Trainer:
     return f"{names[i]}, device {device.id}, bit {bit}, computation {computation}", state
 
   def _run(self, state, batches: list):
-    """Returns the state after two steps without flips, the second by the program of a check."""
-    state, _ = self._steps.train(_copy(state), batches[0])
-    return self._checked(state, batches[1])[0]
+    """Returns the state after steps without flips, the last by the program of a check."""
+    import jax
+
+    state = _copy(state)
+    for batch in batches[:-1]:
+      # Collectives of several steps in flight may wait for each other on few cores.
+      state = jax.block_until_ready(self._steps.train(state, batch)[0])
+    return self._checked(state, batches[-1])[0]
 
 
 def _faulty_step(model, optimizer_config, config, vocab, state, batch, gradients, updates):
@@ -247,10 +273,11 @@ def trials(root: pathlib.Path, seed: int, number: int, count: int) -> None:
   """Appends the results of `count` trials on a mesh, in which no bit flips at first, to its log."""
   log = root / f"mesh_{number}.jsonl"
   trainer = Trainer(*MESHES[number])
+  kinds = (*KINDS, *(REPLICAS if trainer.mesh.shape["data"] > 1 else ()))
   with log.open("a") as file:
     for i in range(len(read_json_lines(log)), CLEAN + count):
       rng = np.random.default_rng([seed, number, i])
-      kind = "none" if i < CLEAN else KINDS[(i - CLEAN) % len(KINDS)]
+      kind = "none" if i < CLEAN else kinds[(i - CLEAN) % len(kinds)]
       file.write(json.dumps(trainer.trial(kind, rng)) + "\n")
       file.flush()
 
@@ -269,14 +296,18 @@ def measure(root: pathlib.Path, seed: int, count: int) -> Iterator[dict]:
 def summarize(results: list[dict]) -> dict:
   """Counts what was found, by kind."""
   kinds = {}
-  for kind in KINDS:
+  for kind in (*KINDS, *REPLICAS):
     of_kind = [result for result in results if result["kind"] == kind]
     ended = [result["recovered"] for result in of_kind]
+    # The unchecked steps may round a flip away: then nothing differs that could be found.
+    vanished = sum(not r["found"] and r["recovered"] is True for r in of_kind)
+    vanished = vanished if kind in REPLICAS else 0
     kinds[kind] = {
       "flips": len(of_kind),
       "found": sum(result["found"] for result in of_kind),
       "named": sum(result["named"] for result in of_kind),
-      "recovered": ended.count(True),
+      "recovered": ended.count(True) - vanished,
+      "vanished": vanished,
       "stopped": ended.count(None),
       "wrong": ended.count(False),
     }

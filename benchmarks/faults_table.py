@@ -51,9 +51,10 @@ def replay_failures(summary: dict) -> list[str]:
   """Says what a summary of `faults_replay` has that must not be."""
   found = []
   for kind, numbers in summary["kinds"].items():
+    flips = numbers["flips"] - numbers["vanished"]
     for name in ("found", "named"):
-      if numbers[name] < numbers["flips"]:
-        found.append(f"{kind}: {numbers['flips'] - numbers[name]} flips not {name}")
+      if numbers[name] < flips:
+        found.append(f"{kind}: {flips - numbers[name]} flips not {name}")
     if numbers["wrong"]:
       found.append(f"{kind}: {numbers['wrong']} runs went on with another state")
   if summary["alarms"]:
@@ -118,7 +119,7 @@ def _replay_rows(summary: dict) -> list[tuple]:
   rows = []
   for kind, numbers in summary["kinds"].items():
     flips, found = numbers["flips"], f"{numbers['found']} found, {numbers['named']} named"
-    parts = [f"{numbers[name]} {name}" for name in ("recovered", "stopped", "wrong")]
+    parts = [f"{numbers[name]} {name}" for name in ("recovered", "vanished", "stopped", "wrong")]
     ended = ", ".join(part for part in parts if not part.startswith("0 "))
     lost = "those since the checkpoint" if numbers["stopped"] else "0"
     rows.append((kind, f"{flips}", found, ended, lost, "0", NONE))

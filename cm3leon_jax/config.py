@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import re
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -27,6 +28,15 @@ STRICT: "pydantic.ConfigDict" = {
   "allow_inf_nan": False,
   "use_attribute_docstrings": True,
 }
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+(?=>)")
+
+
+def without_addresses(text: str) -> str:
+  """Removes the addresses of objects, which differ in each run, as in the errors of libraries.
+
+  without_addresses("<_io.BytesIO object at 0x7f3a5c0b1d00>") = "<_io.BytesIO object>"
+  """
+  return _ADDRESS.sub("", text)
 
 
 def printable(text: str) -> str:
@@ -40,7 +50,7 @@ def printable(text: str) -> str:
 def short(value: Any, most: int = 80) -> str:
   """Returns `repr(value)`, cut after `most` characters; of any value, also a number too long."""
   try:
-    text = repr(value)
+    text = without_addresses(repr(value))
   except (ValueError, RecursionError):  # More digits than Python writes; or nested too deeply.
     text = f"a {type(value).__name__} too long to show"
   return text if len(text) <= most else f"{text[:most]}..."
@@ -49,13 +59,14 @@ def short(value: Any, most: int = 80) -> str:
 class UserError(ValueError):
   """A user's mistake in one sentence: what is wrong, where, what to do. Sets the exit code.
 
-  The sentence may quote a stranger's file: its control characters become spaces.
+  The sentence may quote a stranger's file: its control characters become spaces. It may quote a
+  library's error: it loses addresses of objects.
   """
 
   exit_code = 2
 
   def __init__(self, message: object = ""):
-    super().__init__(printable(str(message)))
+    super().__init__(printable(without_addresses(str(message))))
 
 
 class FieldError(UserError):

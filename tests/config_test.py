@@ -7,7 +7,7 @@ from pydantic import Field
 import pydantic.dataclasses
 import pytest
 
-from cm3leon_jax.config import STRICT, FieldError, UserError, build
+from cm3leon_jax.config import STRICT, FieldError, UserError, build, without_addresses
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -144,6 +144,16 @@ def test_errors_hold_nothing_that_a_terminal_obeys():
   message = str(UserError("a\x1b[31mb\x07\r\n\x9b\u202e\ud800 é猫"))
   assert message == "a [31mb       é猫"
   assert str(FieldError("\x1b", ("a",))) == " "
+
+
+def test_errors_hold_no_address_of_an_object():
+  assert without_addresses("<_io.BytesIO object at 0x7f3a5c0b1d00>") == "<_io.BytesIO object>"
+  assert without_addresses("damaged at 0x1f, <a b>") == "damaged at 0x1f, <a b>"
+  assert str(UserError(f"no image ({object()}) <f of {object()}>")) == (
+    "no image (<object object>) <f of <object object>>"
+  )
+  with pytest.raises(UserError, match=r"^config.sample.width is <object object>"):
+    build(Sample, {"width": object()}, "sample")
 
 
 def test_what_fields_together_violate_names_the_section():

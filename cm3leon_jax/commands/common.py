@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from cm3leon_jax import accelerators, buckets, from_data
+from cm3leon_jax import accelerators, buckets, from_data, full_disk
 from cm3leon_jax.commands import arguments, bucket_paths, config_file, flag_errors, help_text
 from cm3leon_jax.config import (
   CTRL_C,
@@ -345,6 +345,7 @@ def run(
 
   def checked(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it writes.
+    full_disk.prepare_logging()
     with _reporting():
       arguments.check_words(argv[1:], actions, sys.argv[1:])
       given: list = argv[1:]

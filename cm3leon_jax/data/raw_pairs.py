@@ -177,7 +177,7 @@ def load_with_size(
     raise
   except Exception as error:  # Decoders raise errors of any kind at damaged files.
     _clear_frames(error)
-    unknown = isinstance(error, UnidentifiedImageError)  # Its text has an address in memory.
+    unknown = isinstance(error, UnidentifiedImageError)  # Its text names no file.
     why = "its content is of no such format" if unknown else error
     raise UserError(
       f"image {name} cannot be read ({why}); it must be a PNG, JPEG, WebP, GIF or AVIF file."

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import json
 
+from cm3leon_jax.config import without_addresses
+
 MAX_DEPTH = 50  # Levels of `facts`.
 # Names of our fields in other tools, in order of preference.
 ALIASES = {
@@ -123,12 +125,15 @@ class Rejected:
   reason: str
   message: str
 
+  def __post_init__(self):
+    object.__setattr__(self, "message", without_addresses(self.message))
+
 
 class RecordError(ValueError):
   """Error of one record: a word for the reason, and a sentence for the user."""
 
   def __init__(self, reason: str, message: str):
-    super().__init__(message)
+    super().__init__(without_addresses(message))
     self.reason = reason
 
 

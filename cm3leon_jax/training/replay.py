@@ -3,13 +3,13 @@
 A step that is checked is computed twice, the second time with every shard on another device. If
 the fingerprints of what the two read, of their gradients, or of the states that they leave differ,
 a third computation on yet other devices decides. Also the state that the step before has left must
-be, bit for bit, the one that a checked step reads.
+be, bit for bit, the one that a checked step reads, and all replicas of a shard must be equal.
 """
 
 from collections.abc import Callable, Sequence
 import dataclasses
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import jax
 from jax.sharding import Mesh
@@ -26,6 +26,7 @@ from cm3leon_jax.training.fingerprint import (
   fingerprint_of,
   names_of,
 )
+from cm3leon_jax.training.replicas import different_replicas, first_replicas
 
 if TYPE_CHECKING:
   from cm3leon_jax.training.train import Steps, TrainConfig
@@ -39,6 +40,7 @@ STAGES = {
 }
 MOST = 2  # Faults that a start finds before it stops: sound devices make none in their lives.
 Fingerprints = dict[str, Fingerprint]
+Places = tuple[Sequence[int], Sequence[int]]  # Numbers of arrays; places of devices in the mesh.
 CONTINUE = "The same command continues from the newest checkpoint."
 # What to do about a device, see docs/reliability.md.
 REPLACE = (
@@ -162,13 +164,15 @@ class Replay:
     self._meshes = (mesh, *(a.mesh(mesh) for a in self._assignments))
     self._hosts = distributed.gather(socket.gethostname())
     self._left: Fingerprint | None = None  # Of the newest state, if the next step is checked.
+    self._sound = step  # The newest step whose state was restored or checked.
+    self._first_replicas: np.ndarray | None = None
     self.faults: list[str] = []
 
   def __call__(self, state, batch, num_sources: int = 0):
     """Takes a step, see `state.train_step`; of a checked one also returns replay_faults.
 
     Raises:
-      TryAgain: the state has changed since the step before.
+      TryAgain: the state has changed since the step before, or replicas of a shard differ.
       UserError: the same, and a checkpoint may hold it; no two of three computations agree; or it
         is the `MOST`th fault.
     """
@@ -186,17 +190,18 @@ class Replay:
     spare = self._move(2, state, batch)
     before, self._left = jax.device_get(self._left), None
     new, metrics, prints = self._compute(0, state, batch, num_sources)
-    changed = np.zeros_like(prints["read"].digest, bool)
-    if before is not None:
-      changed = before.digest != prints["read"].digest
     tolerance = self._config.replay_tolerance
     same = all(_agree(stage, prints, again, tolerance).all() for stage in STAGES)
+    if self._first_replicas is None:
+      self._first_replicas = first_replicas(new, self._meshes[0])
+    apart = different_replicas(prints["read"], self._first_replicas, tolerance)
     # All processes decide the same, whatever one of them has read.
-    findings = distributed.gather([bool(changed.any()), not same])
-    if any(found for found, _ in findings):
-      self._raise_changed(changed, names_of(new))
-    if any(found for _, found in findings):
+    findings = distributed.gather([_changed(before, prints["read"]), apart, not same])
+    self._raise_changed(_first([changed for changed, _, _ in findings]), names_of(new))
+    self._raise_apart(_first([apart for _, apart, _ in findings]), names_of(new))
+    if any(differ for _, _, differ in findings):
       new, metrics, prints = self._decide((new, metrics, prints), again, spare, num_sources)
+    self._sound = self._step
     if is_checked(self._config, self._step + 1):
       self._left = prints["left"]
     return new, {**metrics, "replay_faults": len(self.faults)}
@@ -270,22 +275,47 @@ class Replay:
       "it stops at the next fault."
     )
 
-  def _raise_changed(self, changed: np.ndarray, names: list[str]) -> None:
-    """Raises the error about a state that has changed between two steps."""
-    mesh, before = self._meshes[0], self._step - 1
-    arrays = _listed([names[i] for i in np.flatnonzero(changed.any(0))])
-    devices = self._described([mesh.devices.flat[i].id for i in np.flatnonzero(changed.any(1))])
-    self.faults.append(
-      f"the state that step {before} left is not the one that step {self._step} reads: {arrays} "
-      f"has changed on {_listed(devices)}"
-    )
-    if before % self._config.checkpoint_every == 0:
-      raise UserError(
-        f"{self.faults[-1]}. Checkpoint {before} may hold the error: go back to one before it "
-        "(`cm3leon checkpoints rollback --workdir=WORKDIR --step=STEP`), then give the "
-        f"same command. If it happens again, {REPLACE}."
+  def _raise_changed(self, found: Places, names: list[str]) -> None:
+    """Raises an error if arrays have changed on devices between two steps."""
+    arrays, places = found
+    if arrays:
+      before = self._step - 1
+      self.faults.append(
+        f"the state that step {before} left is not the one that step {self._step} reads: "
+        f"{_listed([names[i] for i in arrays])} has changed on {_listed(self._at(places))}"
       )
-    raise TryAgain(f"{self.faults[-1]}. {CONTINUE} If it happens again, {REPLACE}.")
+      self._stop(before, f"If it happens again, {REPLACE}.")
+
+  def _raise_apart(self, found: Places, names: list[str]) -> None:
+    """Raises an error if replicas of arrays differ, on devices that one or more of them name."""
+    arrays, places = found
+    if arrays:
+      devices, which = _listed(self._at(places)), "holds what no other replica holds"
+      if len(places) > 1:
+        which = "hold different replicas, and which is wrong is unknown"
+      self.faults.append(
+        f"step {self._step} reads replicas that are not equal, but were at step {self._sound}: "
+        f"{_listed([names[i] for i in arrays])}; {devices} {which}"
+      )
+      again = f"If it happens again, {REPLACE}."
+      if not self._config.replay_tolerance:
+        again += " If sound devices round differently here, set train.replay_tolerance=1e-2."
+      self._stop(self._sound + 1, again)
+
+  def _stop(self, since: int, again: str) -> NoReturn:
+    """Raises the error about a state that was damaged, at the earliest that of step `since`."""
+    newest = self._step - 1 - (self._step - 1) % self._config.checkpoint_every
+    if newest < since:
+      raise TryAgain(f"{self.faults[-1]}. {CONTINUE} {again}")
+    raise UserError(
+      f"{self.faults[-1]}. Checkpoint {newest} may hold the error: go back to one before step "
+      f"{since} (`cm3leon checkpoints rollback --workdir=WORKDIR --step=STEP`), then give the same "
+      f"command. {again}"
+    )
+
+  def _at(self, places: Sequence[int]) -> list[str]:
+    """Describes the devices at places of the mesh."""
+    return self._described([self._meshes[0].devices.flat[i].id for i in places])
 
   def _described(self, ids: Sequence[int]) -> list[str]:
     """Describes devices with their processes and hosts."""
@@ -336,6 +366,19 @@ def _agreed(verdict: Verdict) -> Verdict:
 def _agree(stage: str, a: Fingerprints, b: Fingerprints, tolerance: float) -> np.ndarray:
   """Compares a stage of two computations, [D, N]; what they read is the same in all bits."""
   return equal(a[stage], b[stage], 0.0 if stage == "read" else tolerance)
+
+
+def _changed(before: Fingerprint | None, now: Fingerprint) -> Places:
+  """Returns which arrays have changed, and on which devices."""
+  if before is None:
+    return [], []
+  changed = before.digest != now.digest
+  return np.flatnonzero(changed.any(0)).tolist(), np.flatnonzero(changed.any(1)).tolist()
+
+
+def _first(findings: Sequence[Places]) -> Places:
+  """Returns what the first process has found that found anything."""
+  return next((found for found in findings if found[0]), findings[0])
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -7,19 +7,25 @@ import pytest
 
 from benchmarks import faults_replay, faults_run, faults_table
 from benchmarks.faults_elastic import free_port
-from benchmarks.faults_replay import KINDS
+from benchmarks.faults_replay import KINDS, REPLICAS
+from cm3leon_jax.training import replay
 from cm3leon_jax.training.replay import Replay
 
 compute = Replay._compute
 
 
-def misread(self, number, *args):
-  """As a process does whose own copy of some fingerprints is damaged."""
-  state, metrics, prints = compute(self, number, *args)
-  if number == 0:
-    damaged = prints["gradients"].digest ^ 1
-    prints = {**prints, "gradients": prints["gradients"]._replace(digest=damaged)}
-  return state, metrics, prints
+def misread(stage):
+  """Computes as a process does whose own copy of the first device's fingerprints is damaged."""
+
+  def computed(self, number, *args):
+    state, metrics, prints = compute(self, number, *args)
+    if number == 0:
+      damaged = prints[stage].digest.copy()
+      damaged[0] ^= 1
+      prints = {**prints, stage: prints[stage]._replace(digest=damaged)}
+    return state, metrics, prints
+
+  return computed
 
 
 def trials_of_process(out, address, process):
@@ -27,13 +33,18 @@ def trials_of_process(out, address, process):
   from cm3leon_jax import distributed
 
   distributed.initialize(address, 2, process, 120)
-  trainer = faults_replay.Trainer((1, 2, 2), 1)
-  kinds = ["none", *KINDS, *KINDS]
+  trainer = faults_replay.Trainer((2, 2, 1), 1)
+  kinds = ["none", *KINDS, *KINDS, *REPLICAS, *REPLICAS]
   results = [trainer.trial(kind, np.random.default_rng([3, i])) for i, kind in enumerate(kinds)]
   with pytest.MonkeyPatch.context() as patch:
+    for stage, kind in (("gradients", "gradients"), ("read", "none")):
+      if process == 1:
+        patch.setattr(Replay, "_compute", misread(stage))
+      results.append(trainer.trial(kind, np.random.default_rng([3, len(kinds)])))
+    patch.undo()
     if process == 1:
-      patch.setattr(Replay, "_compute", misread)
-    results.append(trainer.trial("gradients", np.random.default_rng([3, len(kinds)])))
+      patch.setattr(replay, "different_replicas", lambda *args: ([0], [3]))
+    results.append(trainer.trial("none", np.random.default_rng([3, len(kinds)])))
   out.write_text(json.dumps(results))
 
 
@@ -46,11 +57,14 @@ def test_a_flip_in_one_of_two_processes_is_named_by_both(tmp_path):
   for process in processes:
     faults_run.finish(process)
   results = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
-  assert results[0] == results[1]  # Also in the last trial, which the two see differently.
-  summary = faults_replay.summarize(results[0])
+  assert results[0] == results[1]  # Also in the last three, which they see differently.
+  *results, changed, apart = results[0]
+  assert "step 5 reads: step, params.blocks.down" in changed["sentence"]
+  assert "step 5 reads replicas that are not equal" in apart["sentence"]
+  summary = faults_replay.summarize(results)
   assert faults_table.replay_failures(summary) == []
-  assert (summary["flips"], summary["clean"]) == (9, 1)
-  named = " ".join(result["sentence"] for result in results[0])
+  assert (summary["flips"], summary["clean"]) == (13, 1)
+  named = " ".join(result["sentence"] for result in results)
   assert "of process 0 on" in named
   assert "of process 1 on" in named
 
@@ -60,18 +74,23 @@ def result(kind, found=True, named=True, recovered=True):
 
 
 def test_a_flip_that_is_not_found_or_a_false_alarm_fails():
-  fine = [result(kind) for kind in KINDS] + [result("none", False, False)]
+  fine = [result(kind) for kind in (*KINDS, *REPLICAS)] + [result("none", False, False)]
   summary = faults_replay.summarize(fine)
   assert faults_table.replay_failures(summary) == []
   assert faults_table.markdown({"replay": summary}).splitlines()[2] == (
-    "| `replay_every`: bit flip in parameters, moments, gradients, updates | 1 each "
-    "| 1 found, 1 named | 1 recovered | 0 | 0 | - |"
+    "| `replay_every`: bit flip in parameters, moments, gradients, updates, one replica of "
+    "parameters, one replica of moments | 1 each | 1 found, 1 named | 1 recovered | 0 | 0 | - |"
   )
   for wrong in (
     result("updates", found=False, named=False, recovered=False),
     result("moments", named=False),
     result("gradients", recovered=False),
+    result(REPLICAS[0], found=False, named=False, recovered=False),
     result("none", found=True),
     result("none", found=False, recovered=False),
   ):
     assert faults_table.replay_failures(faults_replay.summarize([*fine, wrong]))
+  # A flip between unchecked steps may be rounded away; nothing is left to find.
+  vanished = faults_replay.summarize([*fine, result(REPLICAS[0], found=False, named=False)])
+  assert faults_table.replay_failures(vanished) == []
+  assert vanished["kinds"][REPLICAS[0]]["vanished"] == 1

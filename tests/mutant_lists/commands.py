@@ -38,6 +38,20 @@ COMMANDS = (
     ),
   ),
   Mutant(
+    "every_error_of_orbax_is_left_out",
+    "cm3leon_jax/full_disk.py",
+    "record.exc_info and is_full(record.exc_info[1])",
+    "record.exc_info",
+    ("tests/full_disk_test.py",),
+  ),
+  Mutant(
+    "late_writes_print_tracebacks",
+    "cm3leon_jax/full_disk.py",
+    "  sys.unraisablehook = print_unraisable\n",
+    "",
+    ("tests/full_disk_test.py",),
+  ),
+  Mutant(
     "every_start_says_that_tensorboard_is_absent",
     "cm3leon_jax/training/boards.py",
     "if first_step == 0:",

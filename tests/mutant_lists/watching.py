@@ -88,9 +88,38 @@ WATCHING = (
     ("the_runs_own_state_counts", "return 2 if self.wrong == (0,) else 0", "return 0"),
     (
       "a_state_may_change",
-      'before.digest != prints["read"].digest',
+      "before.digest != now.digest",
       "before.digest != before.digest",
     ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/replay.py",
+    f"{REPLAY_TEST}::test_a_flip_in_one_replica_is_found_at_the_next_checked_step",
+    (
+      "replicas_may_differ",
+      'different_replicas(prints["read"], self._first_replicas, tolerance)',
+      "([], [])",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/replay.py",
+    f"{REPLAY_TEST}::test_different_replicas_start_again_unless_a_checkpoint_may_hold_them",
+    ("the_newest_checkpoint_is_sound", "if newest < since:", "if newest < since + 1:"),
+    ("every_checkpoint_may_hold_it", "self._stop(self._sound + 1, again)", "self._stop(0, again)"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/replay.py",
+    f"{REPLAY_TEST}::test_all_processes_name_the_replicas_that_the_first_one_found",
+    ("what_another_process_found_is_lost", "for found in findings if found[0]", "for found in ()"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/training/replicas.py",
+    f"{REPLAY_TEST}::test_replicas_of_a_shard_by_hand",
+    ("the_first_replica_is_right", "alone[replicas] |= equal", "alone[replicas] &= equal"),
+    ("a_majority_is_named", "tolerance).sum(0) == 1", "tolerance).sum(0) > 1"),
+    ("shards_are_replicas", "(s.start, s.stop) for s in", "s.step for s in"),
+    ("half_of_four_are_named", "alone if alone.any() else concerned", "alone"),
+    ("replicas_have_no_tolerance", "~equal(found, of_first, tolerance)", "~equal(found, of_first)"),
   ),
   *mutants_of(
     "cm3leon_jax/training/replay.py",

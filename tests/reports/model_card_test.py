@@ -12,6 +12,8 @@ import huggingface_hub
 import numpy as np
 from PIL import Image
 import pytest
+import tokenizers
+import transformers
 
 from cm3leon_jax import CM3Leon, settings, stages
 from cm3leon_jax.commands import export
@@ -106,6 +108,24 @@ def test_a_special_token_typed_in_a_caption_stays_text(folder):
   caption = re.search(r'caption = "(.*)"', text)[0]
   names = execute([("python", text.replace(caption, 'caption = "a </s> b"'))])
   assert (names["prompt"][0] == SETTINGS.vocab.eos).sum() == 1
+
+
+def test_a_card_names_typed_special_tokens_and_both_ways_to_keep_them_text(run, folder):
+  """Of the packages transformers and tokenizers; and not without them."""
+  card, vocab = " ".join((folder / "README.md").read_text().split()), SETTINGS.vocab
+  assert "In a text, also in one that a user typed, a tokenizer takes `</s>`, `<break>` and" in card
+  typed = f"a {' b '.join(vocab.special_tokens())}"
+  expected = TextTokenizer(run / "text_tokenizer", vocab).encode(typed).tolist()
+  load = re.search(r"`(AutoTokenizer.from_pretrained\(DIR, .*?)`", card)[1]
+  names = {"AutoTokenizer": transformers.AutoTokenizer, "DIR": folder}
+  assert eval(load, names)(typed).input_ids == expected
+  assert names["AutoTokenizer"].from_pretrained(folder)(typed).input_ids != expected
+  tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+  assert tokenizer.encode(typed).ids != expected
+  exec(re.search(r"`(tokenizer.encode_special_tokens = True)`", card)[1], {"tokenizer": tokenizer})
+  assert tokenizer.encode(typed).ids == expected
+  [(_, example), *_] = snippets((folder / "README.md").read_text())
+  assert "split_special_tokens=True" in example
 
 
 def test_greedy_guided_codes_are_those_of_this_project(run, folder):

@@ -197,7 +197,8 @@ def main(workdir):
     checkpoints.save({"w": jnp.ones(1_000)}, 1, 1)
     checkpoints.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
-    checkpoints.save({"w": jnp.sin(jnp.arange(10_000_000.0))}, 2, 2)
+    arrays = {f"w{i}": jnp.sin(jnp.arange(1_000_000.0)) for i in range(10)}
+    checkpoints.save(arrays, 2, 2)
     for _ in range(1_000):  # Steps.
       checkpoints.check_save()
       time.sleep(0.05)
@@ -211,9 +212,9 @@ def test_a_save_that_fails_is_reported_in_the_loop_and_leaves_the_one_before(tmp
     capture_output=True, text=True, timeout=300, check=False,
   )  # fmt: skip
   assert result.returncode == TryAgain.exit_code
-  last = result.stderr.splitlines()[-1]
-  assert last.startswith(f"error: checkpoint 2 could not be written to {tmp_path}/checkpoints (")
-  assert last.endswith("): the same command continues from checkpoint 1.")
+  [line] = result.stderr.splitlines()
+  assert line.startswith(f"error: checkpoint 2 could not be written to {tmp_path}/checkpoints (")
+  assert line.endswith("): the same command continues from checkpoint 1.")
   checkpoints = checkpoint.Checkpoints(tmp_path, 2)
   assert recovery.newest_whole(checkpoints) == 1
   checkpoints.close()

@@ -24,6 +24,7 @@ from cm3leon_jax.training.fingerprint import (
   names_of,
 )
 from cm3leon_jax.training.replay import Replay, judge, replaying
+from cm3leon_jax.training.replicas import different_replicas, first_replicas
 from cm3leon_jax.training.train import TrainConfig
 from tests.models.tiny import mesh_of
 from tests.training import runs
@@ -295,15 +296,92 @@ def test_all_processes_follow_the_first_one_that_found_a_difference(monkeypatch)
 
 
 def test_a_changed_state_starts_again_unless_a_checkpoint_may_hold_it():
-  changed = np.zeros((4, 2), bool)
-  changed[3, 1] = True
+  before = numbers_of(1, 2, 3, 4)
+  changed = replay._changed(before, numbers_of(1, 2, 3, 5))
+  assert changed == ([0], [3])
+  assert replay._changed(None, before) == replay._changed(before, before) == ([], [])
   with pytest.raises(
     TryAgain, match=r"step 1 left .* step 2 reads: b has changed on device 3 \(cpu"
   ):
-    wrong_replay(2)._raise_changed(changed, ["a", "b"])
-  with pytest.raises(UserError, match="Checkpoint 1 may hold the error") as error:
-    wrong_replay(2, checkpoint_every=1)._raise_changed(changed, ["a", "b"])
+    wrong_replay(2)._raise_changed(([1], [3]), ["a", "b"])
+  with pytest.raises(UserError, match="Checkpoint 1 may hold the error: go back to one b") as error:
+    wrong_replay(2, checkpoint_every=1)._raise_changed(([1], [3]), ["a", "b"])
   assert error.value.exit_code == 2
+
+
+def test_replicas_of_a_shard_by_hand():
+  """The literals of the docstrings."""
+  mesh = mesh_of(2, 2, 1)
+  with jax.set_mesh(mesh):
+    x = {"split": jnp.zeros(2, out_sharding=jax.P("fsdp")), "whole": jnp.zeros(2)}
+    assert first_replicas(x, mesh).tolist() == [[0, 0], [1, 0], [0, 0], [1, 0]]
+
+  def found(digests, first, tolerance=0.0):
+    return different_replicas(numbers_of(*digests), np.array(first)[:, None], tolerance)
+
+  assert found([7, 7, 5, 7, 7], [0] * 5) == ([0], [2])
+  assert found([7, 8, 7, 9], [0, 1, 0, 1]) == ([0], [1, 3])
+  assert found([7, 7, 5, 5], [0] * 4) == ([0], [0, 1, 2, 3])
+  assert found([7, 8, 7, 8], [0, 1, 0, 1]) == ([], [])
+  assert found([7, 8, 9, 6], [0, 1, 2, 3]) == ([], [])
+  # The first device may be the wrong one; equal projections are enough for a tolerance.
+  assert found([5, 7, 7], [0] * 3) == ([0], [0])
+  assert found([5, 7, 7], [0] * 3, 1e-3) == ([], [])
+
+
+@pytest.fixture(scope="module")
+def replicated():
+  return [faults_replay.Trainer(shape, 1) for shape in ((8, 1, 1), (2, 2, 1))]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_flip_in_one_replica_is_found_at_the_next_checked_step(replicated, number):
+  """After unchecked steps, in parameters and moments; of two replicas, both are named."""
+  for seed, kind in enumerate((*faults_replay.REPLICAS, faults_replay.REPLICAS[0])):
+    found = replicated[number].trial(kind, np.random.default_rng([7, seed]))
+    assert (found["found"], found["named"], found["recovered"]) == (True, True, None), found
+    assert "step 5 reads replicas that are not equal, but were at step 0" in found["sentence"]
+    assert ("is unknown" in found["sentence"]) is (number == 1)
+  found = replicated[number].trial("none", np.random.default_rng(7))
+  assert (found["found"], found["recovered"]) == (False, True)
+
+
+def test_a_flip_in_one_replica_stays_if_replicas_are_not_compared(replicated, monkeypatch):
+  """The negative control: no later computation shows it, and the run goes on with it."""
+  monkeypatch.setattr(replay, "different_replicas", lambda *args: ([], []))
+  found = replicated[0].trial(faults_replay.REPLICAS[0], np.random.default_rng([7, 0]))
+  assert (found["found"], found["recovered"]) == (False, False)
+
+
+def test_a_flip_in_one_replica_above_a_tolerance_is_found(replicated):
+  for bit, is_found in ((30, True), (0, False)):
+    rng = types.SimpleNamespace(integers=lambda n, bit=bit: bit if n == 32 else n // 3)
+    found = replicated[0].trial(faults_replay.REPLICAS[0], rng, replay_tolerance=1e-3)
+    assert found["found"] is is_found, found
+
+
+def test_different_replicas_start_again_unless_a_checkpoint_may_hold_them():
+  """Those are equal at the start, and at each checked step."""
+  one, pair, names = ([1], [3]), ([0, 1], [1, 3]), ["a", "b"]
+  with pytest.raises(TryAgain, match=r"b; device 3 \(cpu\) of .* holds what no other.*replay_tol"):
+    wrong_replay(9, checkpoint_every=9)._raise_apart(one, names)
+  wrong = wrong_replay(4, checkpoint_every=5)
+  wrong._step = 6
+  known = (
+    "were at step 4: a, b; device 1 .*, device 3 .* is unknown. Checkpoint 5 may .* before step 5"
+  )
+  with pytest.raises(UserError, match=known) as error:
+    wrong._raise_apart(pair, names)
+  assert error.value.exit_code == 2
+  wrong._sound = 5
+  with pytest.raises(TryAgain):
+    wrong._raise_apart(pair, names)
+  wrong_replay()._raise_apart(([], []), names)
+
+
+def test_all_processes_name_the_replicas_that_the_first_one_found():
+  assert replay._first([([], []), ([1], [3]), ([0], [2])]) == ([1], [3])
+  assert replay._first([([], []), ([], [])]) == ([], [])
 
 
 def test_a_run_with_checked_steps_learns_the_same(whole, loader, tmp_path, capsys):
