@@ -12,6 +12,7 @@ NAMES = {
 }
 # Reason to leave something out -> what it is, for one and for several.
 REASONS = {
+  "unknown_suffix": ("image of an unknown suffix", "images of unknown suffixes"),
   "missing_caption": ("image without a caption", "images without a caption"),
   "empty_caption": ("empty caption", "empty captions"),
   "long_caption": ("caption that is too long", "captions that are too long"),

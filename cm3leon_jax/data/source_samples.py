@@ -5,6 +5,8 @@ The members of a tar of WebDataset and the files of a folder make records by the
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
+import difflib
+import functools
 import itertools
 import json
 import os
@@ -30,7 +32,15 @@ GROUP = 1_000  # Mean number of samples of one part; the most are 4 times as man
 THREADS = 8  # Samples of which files are read at the same time.
 
 _IMAGES = (*IMAGE_SUFFIXES, *OTHER_IMAGES)
-_SUFFIXES = frozenset((*_IMAGES, *CAPTION_SUFFIXES))
+
+
+@functools.cache
+def _is_image(suffix: str) -> bool:
+  """Returns whether a lower-case suffix is that of an image, or one mistyped: "jpq"."""
+  return suffix in _IMAGES or (
+    suffix not in CAPTION_SUFFIXES
+    and bool(difflib.get_close_matches(suffix, IMAGE_SUFFIXES, 1, cutoff=0.66))
+  )
 
 
 def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
@@ -41,7 +51,7 @@ def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
   """
   stems: dict[str, list[str]] = {}
   for name in names:
-    if suffix_of(name) in _SUFFIXES:
+    if _is_image(suffix := suffix_of(name)) or suffix in CAPTION_SUFFIXES:
       stems.setdefault(name.rpartition(".")[0], []).append(name)
   return stems
 
@@ -54,7 +64,7 @@ def suffix_of(name: str) -> str:
 
 def has_image(names: Iterable[str]) -> bool:
   """Returns whether one of the files is an image."""
-  return any(suffix_of(name) in _IMAGES for name in names)
+  return any(_is_image(suffix_of(name)) for name in names)
 
 
 def has_caption(names: Iterable[str]) -> bool:
@@ -101,11 +111,11 @@ def folder_samples(
 
 def _folder_sample(fs, root: str, stem: str, names: list[str]) -> list[RawPair | Rejected]:
   """Reads the captions of one sample; the image of a pair is a path relative to `root`."""
-  where = next((name for name in names if suffix_of(name) in _IMAGES), names[0])
+  where = next((name for name in names if _is_image(suffix_of(name))), names[0])
   key, sample = posixpath.relpath(stem, root), {}
   for name in names:
     suffix = name.rpartition(".")[2]
-    if suffix.lower() in _IMAGES:
+    if _is_image(suffix.lower()):
       sample[suffix] = posixpath.relpath(name, root)
     elif "file" in fs.protocol and os.path.islink(name):
       message = f"{name} is a link, and is not read: put the file itself there."
@@ -142,8 +152,9 @@ def sample_records(
   if captions:
     text = captions[found[0]] if found else ""
     values["caption"] = text.strip() if isinstance(text, str) else text
+  order = {suffix: i for i, suffix in enumerate(_IMAGES)}
   images = sorted(
-    (s for s in sample if s.lower() in _IMAGES), key=lambda s: (_IMAGES.index(s.lower()), s)
+    (s for s in sample if _is_image(s.lower())), key=lambda s: (order.get(s.lower(), len(order)), s)
   )
   stem = posixpath.basename(key)
   if not images and "caption" in values:
@@ -152,6 +163,9 @@ def sample_records(
   elif not images:
     message = f"{where} has no image and no caption, but {', '.join(sample)}."
     yield Rejected(file, key, "malformed_record", message)
+  elif images[0].lower() not in _IMAGES:
+    message = f"{where} is not read: its suffix is not one of .{', .'.join(IMAGE_SUFFIXES)}."
+    yield Rejected(file, key, "unknown_suffix", message)
   elif not captions:
     message = f"{where} has no caption; give it one in {stem}.txt, {stem}.caption or {stem}.json."
     yield Rejected(file, key, "missing_caption", message)

@@ -146,6 +146,17 @@ def test_mistakes_are_set_aside_with_their_reasons(folder, tmp_path):
   assert "broken.jpg cannot be read" in message["broken"]
 
 
+def test_a_mistyped_suffix_of_an_image_does_not_make_a_text_of_its_caption(folder, tmp_path):
+  write(
+    folder, a_jpg=jpeg(1), a_txt="one", b_jpq=jpeg(2), b_txt="two", c_pgn=b"none", c_txt="three"
+  )
+  write(folder, d_jpg=jpeg(3), d_txt="four", e_md=b"# notes", e_txt="a text of its own")
+  counts = prepare(tmp_path / "raw", source=str(folder), max_rejected=0.9)
+  assert counts["train_pairs"] + counts["heldout_pairs"] == 2  # Of a and d.
+  assert counts["rejected_unknown_suffix"] == 2
+  assert counts["train_texts"] + counts["heldout_texts"] == 1
+
+
 def test_in_a_mixed_folder_pairs_are_pairs_and_texts_are_texts(folder, tmp_path):
   write(
     folder, a_jpg=jpeg(1), a_txt="one", sub__b_jpg=jpeg(2), sub__b_txt="two", essay_txt="Long.",
