@@ -32,8 +32,7 @@ def test_each_layout_has_the_same_pairs_and_no_mistake_is_taken_for_one(
   summary = ingest.prepare(config, parts, tmp_path, Runner("local", "", 1, 1.0))
   found = [p for s in ("train", "heldout") for p in raw_pairs.read_pairs(tmp_path, s)]
   captions = sorted(pair.caption for pair in found)
-  # The content decides what an image is, not its suffix; beside one that is not read, a .txt is a
-  # text.
+  # A list may name a file of any suffix: its content decides what it is.
   taken = {"sidecars": [], "tar": [], "jsonl": ["a red disc at the left"]}[layout]
   assert captions == sorted([*(fact.caption for _, fact, _ in pairs), *taken])
   assert summary["rejected_unreadable_image"] == 4
