@@ -32,12 +32,6 @@ from cm3leon_jax.generation.image_tasks import Edit, InfillImage, TextToImage
 from cm3leon_jax.generation.tasks import Task
 from cm3leon_jax.generation.text_tasks import Caption, InfillText, Interleaved, Question
 
-_MODEL = flags.DEFINE_string("model", "scenes-instruct", "Bundled model, or its folder.")
-_TOKENS = flags.DEFINE_integer("tokens", 20_000, "Tokens of each task and way, at least.", 1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
-_TASKS = flags.DEFINE_list("tasks", [], "Names of tasks; default: all.")
-_BATCH = flags.DEFINE_integer("batch", 16, "Samples of a batch, and slots of a lane.", 2)
-
 FLAT = {
   "temperature": 1.5, "top_k": 0, "top_p": 1.0,
   "text_temperature": 1.5, "text_top_k": 0, "text_top_p": 1.0,
@@ -136,8 +130,18 @@ def compare(expected: list[np.ndarray], found: list[np.ndarray]) -> tuple[int, i
   return differing, tokens
 
 
-def measure(one: CM3Leon, eight: CM3Leon, make: Callable[[int], Task], tokens: int) -> dict:
-  """Compares the ways for one kind of task: way -> (samples that differ, tokens, samples)."""
+def measure(
+  one: CM3Leon, eight: CM3Leon, make: Callable[[int], Task], tokens: int, size: int
+) -> dict:
+  """Compares the ways for one kind of task: way -> (samples that differ, tokens, samples).
+
+  Args:
+    one: the model on 1 device.
+    eight: the same on 8 devices.
+    make: makes the i-th task.
+    tokens: least number of tokens.
+    size: samples of a batch, and slots of a lane.
+  """
   alone: list[np.ndarray] = []
   requests: list[Request] = []
   sampling = make(0).sampling
@@ -149,10 +153,10 @@ def measure(one: CM3Leon, eight: CM3Leon, make: Callable[[int], Task], tokens: i
         [result] = one.pipeline.generator.generate([requests[i]], [i], sampling=sampling)
       alone.append(result.tokens)
   ways = {
-    "in a batch": batches(one, requests, sampling, _BATCH.value),
-    "in a lane": lanes(one, requests, sampling, _BATCH.value),
-    "8 devices, in a batch": batches(eight, requests, sampling, _BATCH.value),
-    "8 devices, in a lane": lanes(eight, requests, sampling, _BATCH.value),
+    "in a batch": batches(one, requests, sampling, size),
+    "in a lane": lanes(one, requests, sampling, size),
+    "8 devices, in a batch": batches(eight, requests, sampling, size),
+    "8 devices, in a lane": lanes(eight, requests, sampling, size),
   }
   return {way: (*compare(alone, found), len(alone)) for way, found in ways.items()}
 
@@ -160,21 +164,28 @@ def measure(one: CM3Leon, eight: CM3Leon, make: Callable[[int], Task], tokens: i
 def main(argv):
   if len(argv) > 1:
     raise UserError(f"unexpected argument '{argv[1]}': this command takes flags only.")
-  options = {"dtype": _DTYPE.value, "batch_size": _BATCH.value}
+  given = flags.FLAGS
+  options = {"dtype": given.dtype, "batch_size": given.batch}
   devices = jax.devices()
-  one, eight = (CM3Leon.load(_MODEL.value, devices=devices[:n], **options) for n in (1, 8))
+  one, eight = (CM3Leon.load(given.model, devices=devices[:n], **options) for n in (1, 8))
   makers, total = tasks_of(one), 0
-  if unknown := {*_TASKS.value} - {*makers}:
+  if unknown := {*given.tasks} - {*makers}:
     raise UserError(f"--tasks names '{min(unknown)}'; it must name some of {', '.join(makers)}.")
   print("| task | way | samples that differ | tokens compared |\n|---|---|---|---|", flush=True)
   for name, make in makers.items():
-    if name in (_TASKS.value or makers):
-      for way, (differing, tokens, samples) in measure(one, eight, make, _TOKENS.value).items():
+    if name in (given.tasks or makers):
+      found = measure(one, eight, make, given.tokens, given.batch)
+      for way, (differing, tokens, samples) in found.items():
         total += differing
         print(f"| {name} | {way} | {differing} of {samples} | {tokens:,} |", flush=True)
-  if _DTYPE.value == "float32" and total:
+  if given.dtype == "float32" and total:
     sys.exit(1)
 
 
 if __name__ == "__main__":
+  flags.DEFINE_string("model", "scenes-instruct", "Bundled model, or its folder.")
+  flags.DEFINE_integer("tokens", 20_000, "Tokens of each task and way, at least.", 1)
+  flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
+  flags.DEFINE_list("tasks", [], "Names of tasks; default: all.")
+  flags.DEFINE_integer("batch", 16, "Samples of a batch, and slots of a lane.", 2)
   app.run(main)

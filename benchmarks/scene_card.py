@@ -32,12 +32,6 @@ from cm3leon_jax.evaluation.scene_baselines import TrainingScenes
 from cm3leon_jax.evaluation.scene_facts import check
 from cm3leon_jax.generation.writer import contact_sheet, save_png
 
-_MODEL = flags.DEFINE_string("model", "scenes", "Name or folder of a bundle, or workdir of a run.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results.", required=True)
-_SEED = flags.DEFINE_integer("seed", 1, "Seed of the samples.", 0)
-_SAMPLES = flags.DEFINE_integer("samples", 16, "Images of each rare object, for the ranking.", 1)
-_SCALE = flags.DEFINE_float("scale", 1.0, "Share of the captions of each set.", 0, 1)
-
 # Set of captions -> how many.
 COUNTS = {
   "new claims": 300,
@@ -233,33 +227,38 @@ def neighbor_bits(model: CM3Leon, asked: Sequence[Asked]) -> dict[str, np.ndarra
 
 
 def sheets(
-  model: CM3Leon, workdir: pathlib.Path, drawn: list[tuple[Asked, np.ndarray, bool]], seed: int
+  model: CM3Leon,
+  workdir: pathlib.Path,
+  drawn: list[tuple[Asked, np.ndarray, bool]],
+  count: int,
+  seed: int,
 ) -> dict:
-  """Writes rare.png and examples.png; returns the ranking, and what examples.png shows."""
+  """Writes rare.png and examples.png; returns the ranking by `count` images of each object."""
   right = spaced([(one, image) for one, image, is_right in drawn if is_right], SHOWN)
   cells = [cell for one, image in right for cell in (image, render(Scene((one.placed,))))]
   rows = [cells[i : i + 8] for i in range(0, len(cells), 8)]
   labels = ["; ".join(one.concept for one, _ in right[i : i + 4]) for i in range(0, len(right), 4)]
   save_png(workdir / "rare.png", contact_sheet(rows, labels, ["drawn", "true icon"] * 4))
-  ranked = ranking(model, [one for one, _, _ in drawn], _SAMPLES.value, seed)
+  ranked = ranking(model, [one for one, _, _ in drawn], count, seed)
   middle = ranked[len(ranked) // 2]
   [samples] = model.generate([middle["caption"]], num_samples=8, seed=seed)
   images = [np.asarray(sample.image) for sample in samples]
   save_png(workdir / "examples.png", contact_sheet([images], [middle["caption"]]))
-  return {"ranking": ranked, "median": middle, "samples_of_each": _SAMPLES.value}
+  return {"ranking": ranked, "median": middle, "samples_of_each": count}
 
 
 def main(argv):
   if len(argv) > 1:
     raise UserError(f"unexpected argument '{argv[1]}': this command takes flags only.")
-  model = CM3Leon.load(_MODEL.value, batch_size=BATCH)
-  settings, seed = model.pipeline.settings, _SEED.value
+  given = flags.FLAGS
+  model = CM3Leon.load(given.model, batch_size=BATCH)
+  settings, seed = model.pipeline.settings, given.seed
   if settings.raw.source != scenes.NAME:
-    raise UserError(f"--model={_MODEL.value} was not trained on the source 'scenes'.")
-  config, workdir = settings.scenes, pathlib.Path(_WORKDIR.value)
+    raise UserError(f"--model={given.model} was not trained on the source 'scenes'.")
+  config, workdir = settings.scenes, pathlib.Path(given.workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  counts = {group: max(2, int(count * _SCALE.value)) for group, count in COUNTS.items()}
-  counts["rare"] = max(2, int(len(list(rare(config))) * _SCALE.value))
+  counts = {group: max(2, int(count * given.scale)) for group, count in COUNTS.items()}
+  counts["rare"] = max(2, int(len(list(rare(config))) * given.scale))
   trained = TrainingScenes.of_config(config)
   asked = common(config, trained, counts)
   asked += spaced(list(rare(config)), counts["rare"])
@@ -279,18 +278,23 @@ def main(argv):
   drawn = [(a, i, v["right"]) for a, i, v in zip(asked, images, verdicts) if a.group == "rare"]
   scored = neighbor_bits(model, of_rare)
   result = {
-    "model": _MODEL.value,
+    "model": given.model,
     "step": model.step,
     "sampling": dataclasses.asdict(settings.sampling),
     "training_scenes": config.train,
     "seed": seed,
     "groups": groups,
     "bits": table.bits_rows(scored, [one.concept for one in of_rare]),
-    **sheets(model, workdir, drawn, seed),
+    **sheets(model, workdir, drawn, given.samples, seed),
   }
   experiment.write_results(workdir, result, table.markdown(result))
   print(table.markdown(result))
 
 
 if __name__ == "__main__":
+  flags.DEFINE_string("model", "scenes", "Name or folder of a bundle, or workdir of a run.")
+  flags.DEFINE_string("workdir", "workdir/scene_card", "Folder of the results.")
+  flags.DEFINE_integer("seed", 1, "Seed of the samples.", 0)
+  flags.DEFINE_integer("samples", 16, "Images of each rare object, for the ranking.", 1)
+  flags.DEFINE_float("scale", 1.0, "Share of the captions of each set.", 0, 1)
   app.run(main)
