@@ -139,7 +139,7 @@ def main(workdir) -> None:
     queue_limit=_MOST_WAITING.value,
   )
   print(
-    "compiling the usual programs, or reading them: on a CPU the first start takes minutes.",
+    "compiling the programs, or reading them: on a CPU the first start takes minutes.",
     file=sys.stderr,
     flush=True,
   )

@@ -14,6 +14,7 @@ import numpy as np
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding.continuous import ContinuousGenerator, StepFailed
 from cm3leon_jax.decoding.generator import Result, sample_seed
+from cm3leon_jax.decoding.lane_kinds import Kind
 from cm3leon_jax.decoding.lane_samples import Update
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.sample import Sample
@@ -71,7 +72,7 @@ class Engine:
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
   def start(self) -> None:
-    """Starts the thread: it compiles the usual programs, then `is_ready`."""
+    """Starts the thread: it compiles the programs, then `is_ready`."""
     self._thread.start()
 
   def close(self, seconds: float = 10) -> bool:
@@ -84,11 +85,11 @@ class Engine:
 
   @property
   def is_ready(self) -> bool:
-    """Whether the usual programs are compiled, and the engine goes on."""
+    """Whether the programs are compiled, and the engine goes on."""
     return self._ready.is_set() and not self._closing
 
   def wait_until_ready(self) -> bool:
-    """Waits for the usual programs; returns False if the engine has ended instead."""
+    """Waits for the programs; returns False if the engine has ended instead."""
     self._ready.wait()
     return self.is_ready
 
@@ -161,21 +162,26 @@ class Engine:
       for job in dict.fromkeys(jobs):
         job.deliver(Failed(ApiError(503, "the server is stopping.", code="stopping")))
 
-  def _fresh(self) -> ContinuousGenerator:
+  def _fresh(self, usual: Sequence[Kind] = ()) -> ContinuousGenerator:
     return ContinuousGenerator(
-      self.pipeline.generator, slots=self.slots, chunk=self._chunk, lanes=self._lanes
+      self.pipeline.generator, self.slots, self._chunk, self._lanes, usual=usual
     )
 
   def _warm_up(self) -> None:
-    """Compiles what nearly every request needs: the usual shapes of each kind of task."""
+    """Compiles the lanes of usual requests, then those that hold any other."""
+    by_streams = {}
     for task in partial.usual_tasks(self.pipeline):
       job = Job(task, 1, lambda event: None, shows_progress=True)
       self._prepare([job])
       if not self._open:
         raise RuntimeError(f"the task {task.name} cannot be prepared.")
-      self._generator.warm(self._open[0].request, task.sampling)
+      request = self._open[0].request
+      by_streams[len(request.streams)] = request, task.sampling
+      self._generator.warm(request, task.sampling)
       while self._open or self._running:
         self._compute()
+    for warm in by_streams.values():  # Beside the usual lanes, the arrays of one at a time.
+      self._fresh().warm(*warm, longest=True)
     self.samples = self.tokens = 0
     self._busy_seconds = 0.0
 
@@ -296,7 +302,7 @@ class Engine:
       self._fail(opened, _internal())
     self._running.clear()
     self._open = deque(o for o in self._open if not o.failed)
-    self._generator = self._fresh()
+    self._generator = self._fresh(self._generator.usual)
 
   def _deliver(self, updates: Sequence[Update]) -> None:
     """Delivers what a chunk made; images of several samples are decoded and scored together."""

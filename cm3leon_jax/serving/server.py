@@ -80,7 +80,7 @@ def serve(
 ) -> None:
   """Serves until a signal; requests under way then have `stop_seconds` to end.
 
-  Prints one line with the address when the usual programs are compiled.
+  Prints one line with the address when the programs are compiled.
 
   Args:
     engine: not started.
