@@ -1,7 +1,7 @@
 """The one thread that computes: jobs in, events out; a job joins the others at the next chunk."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import logging
 import math
@@ -19,7 +19,7 @@ from cm3leon_jax.decoding.lane_samples import Update
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.serving import partial
-from cm3leon_jax.serving.errors import ApiError
+from cm3leon_jax.serving.errors import ApiError, internal, queue_full, stopping
 from cm3leon_jax.serving.jobs import Failed, Finished, Job, OpenJob, Progress
 from cm3leon_jax.serving.opening import open_jobs
 from cm3leon_jax.serving.tasks import refused
@@ -60,6 +60,7 @@ class Engine:
     self._tokenizers = {n: pipeline.image_tokenizer.in_batches(n) for n in (1, slots)}
     self._changed = threading.Condition()
     self._incoming: deque[Job] = deque()
+    self._places: set[object] = set()  # Of requests that are read.
     self._open: deque[OpenJob] = deque()
     # By ticket: a job and the number of a sample.
     self._running: dict[int, tuple[OpenJob, int]] = {}
@@ -93,21 +94,35 @@ class Engine:
     self._ready.wait()
     return self.is_ready
 
-  def submit(self, job: Job) -> None:
-    """Queues a job. Raises ApiError 429 if too many wait, 503 if the engine has ended."""
+  @contextlib.contextmanager
+  def place(self) -> Iterator[object]:
+    """Holds a place in the queue for a request whose image is decoded. Raises as `submit`."""
+    place = object()
     with self._changed:
-      if self._closing or self.failure is not None:
-        raise ApiError(503, "the server is stopping.", code="stopping")
-      if self.waiting >= self.queue_limit:
-        seconds = self._seconds_to_wait()
-        raise ApiError(
-          429,
-          f"{self.queue_limit} requests wait already: try again in {seconds} s.",
-          code="queue_full",
-          headers={"Retry-After": str(seconds)},
-        )
+      self._check_room()
+      self._places.add(place)
+    try:
+      yield place
+    finally:
+      self._places.discard(place)
+
+  def submit(self, job: Job, place: object = None) -> None:
+    """Queues a job, in its place if it has one.
+
+    Raises:
+      ApiError: 429 if too many wait, 503 if the engine has ended.
+    """
+    with self._changed:
+      self._places.discard(place)
+      self._check_room()
       self._incoming.append(job)
       self._changed.notify()
+
+  def _check_room(self) -> None:
+    if self._closing or self.failure is not None:
+      raise stopping()
+    if self.waiting >= self.queue_limit:
+      raise queue_full(self.queue_limit, self._seconds_to_wait())
 
   def cancel(self, job: Job) -> None:
     """Drops a job: from the queue at once, from its slots at the next chunk."""
@@ -119,13 +134,14 @@ class Engine:
 
   @property
   def waiting(self) -> int:
-    """Number of jobs with a sample that has no slot yet."""
-    return len(self._incoming) + sum(o.waits for o in list(self._open))
+    """Number of jobs with a sample that has no slot yet, and of places that are held."""
+    return len(self._places) + len(self._incoming) + sum(o.waits for o in list(self._open))
 
   @property
   def active(self) -> int:
-    """Number of jobs that are not answered yet."""
-    return len(self._incoming) + len({id(o) for o in list(self._open)} | self._running_jobs())
+    """Number of jobs that are not answered yet, and of places that are held."""
+    begun = len({id(o) for o in list(self._open)} | self._running_jobs())
+    return len(self._places) + len(self._incoming) + begun
 
   @property
   def running(self) -> int:
@@ -138,7 +154,7 @@ class Engine:
   def _seconds_to_wait(self) -> int:
     """Estimates from the measured rate when a slot of the queue is free."""
     each = self._busy_seconds / self.samples if self.samples else 1.0
-    samples = sum(j.num_samples for j in self._incoming)
+    samples = len(self._places) + sum(j.num_samples for j in self._incoming)
     samples += sum(o.job.num_samples - o.finished for o in list(self._open))
     return min(max(math.ceil(each * samples / max(self.queue_limit, 1)), 1), 600)
 
@@ -160,7 +176,7 @@ class Engine:
         jobs += [o.job for o, _ in self._running.values()]
         self._incoming.clear()
       for job in dict.fromkeys(jobs):
-        job.deliver(Failed(ApiError(503, "the server is stopping.", code="stopping")))
+        job.deliver(Failed(stopping()))
 
   def _fresh(self, usual: Sequence[Kind] = ()) -> ContinuousGenerator:
     return ContinuousGenerator(
@@ -219,7 +235,7 @@ class Engine:
         jobs[0].deliver(Failed(self._refused(jobs[0], error)))
       else:
         _LOG.exception("a request could not be prepared")
-        jobs[0].deliver(Failed(_internal()))
+        jobs[0].deliver(Failed(internal()))
       return
     for one, started in opened:
       self._open.append(one)
@@ -246,7 +262,7 @@ class Engine:
       _LOG.exception("a chunk has failed")
       for ticket in error.tickets:
         opened, _ = self._running.pop(ticket)
-        self._fail(opened, _internal())
+        self._fail(opened, internal())
       self._drop()
       return
     self._deliver(updates)
@@ -285,7 +301,7 @@ class Engine:
       return False
     except Exception:
       _LOG.exception("a sample could not begin")
-      self._fail(opened, _internal())
+      self._fail(opened, internal())
       return False
     opened.begun += 1
     self._running[ticket] = (opened, index)
@@ -299,7 +315,7 @@ class Engine:
   def _fail_running(self) -> None:
     """Fails the jobs that were decoded when something went wrong; the others go on."""
     for opened, _ in self._running.values():
-      self._fail(opened, _internal())
+      self._fail(opened, internal())
     self._running.clear()
     self._open = deque(o for o in self._open if not o.failed)
     self._generator = self._fresh(self._generator.usual)
@@ -335,7 +351,7 @@ class Engine:
           self._together(deliver, [] if part[0].failed else [part])
       else:
         _LOG.exception("a sample could not be made of its tokens")
-        self._fail(parts[0][0], _internal())
+        self._fail(parts[0][0], internal())
 
   def _finish(self, over: Sequence[_Part]) -> None:
     for (opened, _, _), sample in zip(over, self._samples(over), strict=True):
@@ -379,9 +395,3 @@ class Engine:
       opened.rows[index] = rows
       image = partial.without_rows_to_come(opened.job.task, layout, image, rows)
       opened.job.deliver(Progress(index, rows, image))
-
-
-def _internal() -> ApiError:
-  return ApiError(
-    500, "the server has failed at this request; its log has the reason.", code="internal"
-  )
