@@ -138,7 +138,10 @@ class Server:
     """Awaits a part of an answer. Raises ApiError when the time of the request is over."""
     seconds = request.state.ends - asyncio.get_running_loop().time()
     try:
-      return await asyncio.wait_for(coroutine, seconds)
+      async with asyncio.timeout(
+        seconds
+      ):  # Python 3.11's wait_for may ignore that it is cancelled.
+        return await coroutine
     except TimeoutError as error:
       seconds = f"{self.limits.seconds:g}"
       message = f"the answer took more than {seconds} s: ask for fewer samples, or try later."

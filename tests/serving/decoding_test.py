@@ -1,8 +1,10 @@
 """Images of requests are decoded in the queue: a few at once, and nobody else waits for them."""
 
+import asyncio
 import contextlib
 import dataclasses
 import threading
+import types
 
 import pytest
 
@@ -107,3 +109,18 @@ def test_a_client_that_leaves_is_not_decoded(live, decoder):
     decoder.may_go.set()
   live.wait_for("requests_active", 0)
   assert decoder.calls == app.DECODERS
+
+
+def test_an_event_that_comes_as_its_client_leaves_keeps_no_request(idle):
+  async def leave():
+    server, queue = app.Server(idle, "tiny", LIMITS), asyncio.Queue()
+    ends = asyncio.get_running_loop().time() + 60
+    request = types.SimpleNamespace(state=types.SimpleNamespace(ends=ends))
+    waiting = asyncio.ensure_future(server._in_time(request, queue.get()))
+    await asyncio.sleep(0.01)
+    queue.put_nowait("an event")
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+      await waiting
+
+  asyncio.run(leave())
