@@ -126,6 +126,7 @@ def main(workdir) -> None:
   limits = Limits(
     most_samples=_MOST_SAMPLES.value,
     most_bytes=_UPLOAD.value * 2**20,
+    all_bytes=16 * _UPLOAD.value * 2**20,
     most_pixels=int(_PIXELS.value * 1e6),
     seconds=_SECONDS.value,
     token=token,
@@ -139,7 +140,7 @@ def main(workdir) -> None:
     queue_limit=_MOST_WAITING.value,
   )
   print(
-    "compiling the usual programs, or reading them: on a CPU the first start takes minutes.",
+    "compiling the programs, or reading them: on a CPU the first start takes minutes.",
     file=sys.stderr,
     flush=True,
   )

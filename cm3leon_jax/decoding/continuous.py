@@ -8,7 +8,7 @@ import numpy as np
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding.generator import Generator
-from cm3leon_jax.decoding.lane_kinds import Kind, kind_of
+from cm3leon_jax.decoding.lane_kinds import Kind, kind_of, largest
 from cm3leon_jax.decoding.lane_samples import Lane, Sample, Update
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.sampling import SamplingConfig
@@ -40,7 +40,14 @@ class ContinuousGenerator:
   is that of `Generator.generate` for its request and seed, whatever joins or leaves beside it.
   """
 
-  def __init__(self, generator: Generator, slots: int = 8, chunk: int = 16, lanes: int = 4):
+  def __init__(
+    self,
+    generator: Generator,
+    slots: int = 8,
+    chunk: int = 16,
+    lanes: int = 4,
+    usual: Sequence[Kind] = (),
+  ):
     """Prepares the lanes. Nothing is compiled or allocated before the first step.
 
     Args:
@@ -49,6 +56,7 @@ class ContinuousGenerator:
       chunk: steps of a call; then requests join and results are read.
       lanes: largest number of lanes that hold arrays. A lane without samples makes room for one
         that is needed; a busy one takes no more samples if another kind of request waits.
+      usual: kinds that `warm` has added, of another engine of this generator.
 
     Raises:
       UserError: a wrong number, or a generator with drafts.
@@ -69,6 +77,7 @@ class ContinuousGenerator:
         "generated one code a step: set it to 0."
       )
     self.slots, self.chunk, self.limit = slots, chunk, lanes
+    self.usual = list(usual)
     self._tickets = itertools.count()
     self._lanes: list[Lane] = []  # The next to step first.
     self._places: dict[int, tuple[Lane, int]] = {}
@@ -84,7 +93,7 @@ class ContinuousGenerator:
     If all lanes are busy with other kinds of requests, one of them takes no more from now on, so
     that there will be room.
     """
-    return self._opens(kind_of(request, sampling or self.generator.config.sampling, self.generator))
+    return self._opens(self._kind(request, sampling or self.generator.config.sampling))
 
   def add(self, request: Request, seed: int, sampling: SamplingConfig | None = None) -> int:
     """Takes a request; the next step of its lane reads its prompts.
@@ -92,8 +101,8 @@ class ContinuousGenerator:
     Args:
       request: of `request`.
       seed: an integer in [0, 2^32).
-      sampling: default: the config's. A top_k above the config's sorts all logits, in a lane of
-        its own; another contrastive_k compiles again.
+      sampling: default: the config's. A top_k above the config's sorts all logits, in another
+        lane; another contrastive_k compiles again.
 
     Returns:
       Ticket of its updates.
@@ -102,11 +111,13 @@ class ContinuousGenerator:
       UserError: it takes more positions than were trained, or a wrong seed.
       NoRoom: see there.
     """
+    sampling = sampling or self.generator.config.sampling
+    return self._add(self._kind(request, sampling), request, seed, sampling)
+
+  def _add(self, kind: Kind, request: Request, seed: int, sampling: SamplingConfig) -> int:
     self.generator.check(request)
     if not 0 <= seed < 2**32:
       raise UserError(f"the seed is {seed}; it must be at least 0 and less than 2^32.")
-    sampling = sampling or self.generator.config.sampling
-    kind = kind_of(request, sampling, self.generator)
     if not self._opens(kind):
       raise NoRoom("the lane of this request is full: try again after a step.")
     lane = self._open_lane(kind) or self._new_lane(kind)
@@ -115,8 +126,18 @@ class ContinuousGenerator:
     self._places[ticket] = lane, lane.add(Sample(ticket, request, seed, sampling, *none))
     return ticket
 
-  def warm(self, request: Request, sampling: SamplingConfig | None = None) -> None:
+  def warm(
+    self, request: Request, sampling: SamplingConfig | None = None, longest: bool = False
+  ) -> None:
     """Compiles all programs of a request's lane, so that no sample waits for them later.
+
+    From then on a request takes the smallest lane that is warm and can hold it, else the `largest`
+    one of its number of streams: requests of any lengths compile one more lane for each number.
+
+    Args:
+      request: of `request`.
+      sampling: default: the config's.
+      longest: warms the `largest` lane of its number of streams instead.
 
     Raises:
       ValueError: a sample is under way.
@@ -124,11 +145,17 @@ class ContinuousGenerator:
     """
     if self.busy:
       raise ValueError("warm is called while samples are under way; call it before them.")
+    sampling = sampling or self.generator.config.sampling
+    kind = kind_of(request, sampling, self.generator)
+    if longest:
+      kind = largest(kind, self.generator.config)
     for of_shard in sorted({1, self.slots // self.shards}):
-      tickets = [self.add(request, 0, sampling) for _ in range(of_shard * self.shards)]
+      tickets = [self._add(kind, request, 0, sampling) for _ in range(of_shard * self.shards)]
       self.step()
       for ticket in tickets:
         self.remove(ticket)
+    if kind not in self.usual:
+      self.usual.append(kind)
 
   def remove(self, ticket: int) -> None:
     """Ends a sample; its row is free at once. A ticket that is over or unknown is ignored."""
@@ -159,6 +186,15 @@ class ContinuousGenerator:
       if update.over:
         del self._places[update.ticket]
     return updates
+
+  def _kind(self, request: Request, sampling: SamplingConfig) -> Kind:
+    """Returns the kind of a request: its own if nothing is warm, else as `warm` says."""
+    own = kind_of(request, sampling, self.generator)
+    if not self.usual:
+      return own
+    known = [*self.usual, largest(own, self.generator.config)]
+    fits = [kind for kind in known if kind.takes(request, own)]
+    return min(fits, key=lambda kind: kind.slots, default=own)
 
   def _open_lane(self, kind: Kind) -> Lane | None:
     """Returns a lane with a free row: one of this kind, or the smallest busy one that fits."""

@@ -1,13 +1,14 @@
 """Kinds of lanes: what requests must have in common to share one, lengths rounded up to buckets."""
 
-# M parts of a plan.
+# M parts of a plan, I tokens of an image, S guidance streams.
 
+import math
 from typing import NamedTuple
 
 from cm3leon_jax.decoding import batch as batch_lib
 from cm3leon_jax.decoding import grammar
 from cm3leon_jax.decoding.compile import Static
-from cm3leon_jax.decoding.generator import Generator
+from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.decoding.grammar import Grammar
 from cm3leon_jax.decoding.request import Request
 from cm3leon_jax.decoding.sampling import Sampler, SamplingConfig
@@ -27,22 +28,48 @@ class Kind(NamedTuple):
   parts: int
 
   @property
+  def rings(self) -> tuple[int, ...]:
+    """Number of cache slots of each stream of a row."""
+    return tuple(width + self.static.longest for width in self.static.widths)
+
+  @property
   def slots(self) -> int:
     """Number of cache slots of a row, over all streams."""
-    return sum(width + self.static.longest for width in self.static.widths)
+    return sum(self.rings)
 
   def fits(self, lane: "Kind") -> bool:
     """Returns whether a request of this kind may join a lane of another, of at most 3 x its slots.
 
     Attention reads all slots of a lane, but a step of each lane reads all weights.
     """
-    sizes = ("widths", "longest", "rooms")
-    own = self.static._replace(**{name: getattr(lane.static, name) for name in sizes})
-    if own != lane.static or len(self.static.widths) != len(lane.static.widths):
+    if not self._compiled_as(lane, self.static.sampler) or self.parts > lane.parts:
       return False
     larger = [b >= a for a, b in zip(self.static.widths, lane.static.widths)]
-    larger += [lane.static.longest >= self.static.longest, lane.parts >= self.parts]
+    larger += [b >= a for a, b in zip(self.rings, lane.rings)]
     return all(larger) and lane.slots <= 3 * self.slots
+
+  def takes(self, request: Request, own: "Kind") -> bool:
+    """Returns whether a lane of this kind can hold a request, however few of its slots are used.
+
+    Args:
+      request: of `request`.
+      own: its `kind_of`. A lane that sorts all logits takes any number of candidates.
+    """
+    sampler = self.static.sampler
+    all_candidates = Sampler(0, 0, own.static.sampler.contrastive_k)
+    sampler = sampler if sampler == all_candidates else own.static.sampler
+    if not own._compiled_as(self, sampler) or own.parts > self.parts:
+      return False
+    longest = grammar.longest(request.plan)
+    prompts = [len(prompt) - 1 for prompt in request.streams]
+    fit = [prompt <= width for prompt, width in zip(prompts, self.static.widths)]
+    return all(fit) and all(prompt + longest <= ring for prompt, ring in zip(prompts, self.rings))
+
+  def _compiled_as(self, other: "Kind", sampler: Sampler) -> bool:
+    """Returns whether two kinds differ in sizes alone, if this one has another sampler."""
+    sizes = {name: getattr(other.static, name) for name in ("widths", "longest", "rooms")}
+    streams = len(self.static.widths), len(other.static.widths)
+    return self.static._replace(sampler=sampler, **sizes) == other.static and len(set(streams)) == 1
 
 
 def kind_of(request: Request, sampling: SamplingConfig, generator: Generator) -> Kind:
@@ -76,6 +103,28 @@ def kind_of(request: Request, sampling: SamplingConfig, generator: Generator) ->
     (room,),
   )
   return Kind(static, max(4, 1 << len(request.plan).bit_length()))
+
+
+def largest(own: Kind, config: GeneratorConfig) -> Kind:
+  """Returns a kind that takes all prompts, boxes and candidates of the tasks with S streams.
+
+  The first stream may take all positions. The second one has an image, a sentinel for each row of a
+  box, and the words of an edit; the third is the short prompt without conditions.
+
+  Args:
+    own: `kind_of` a request with S streams.
+    config: of the generator.
+  """
+  image = config.image_tokens
+  second = batch_lib.bucket_slots(image + math.isqrt(image) + 2 * batch_lib.BUCKET)
+  streams = len(own.static.widths)
+  widths = (batch_lib.bucket_slots(config.positions), second, SHORT)[:streams]
+  # With one stream, the slots of the prompt hold the positions after it, too.
+  room = batch_lib.BUCKET if streams == 1 else image + 1
+  sampler = Sampler(0, 0, own.static.sampler.contrastive_k)
+  parts = 1 << min(3 * config.vocab.num_masks, config.positions).bit_length()
+  static = own.static._replace(sampler=sampler, widths=widths, longest=room, rooms=(room,))
+  return Kind(static, max(4, parts))
 
 
 def width_bucket(length: int, smallest: int = batch_lib.BUCKET) -> int:

@@ -1,7 +1,8 @@
 """The HTTP application: routes in the shape of the OpenAI API, health, metrics, and one page."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent import futures
 import contextlib
 import importlib.resources
 import re
@@ -29,6 +30,7 @@ from cm3leon_jax.serving.streams import EventStream, unless_gone
 T = TypeVar("T")
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 CHAT, MODELS = "/v1/chat/completions", "/v1/models"
+DECODERS = 2  # Images that are decoded at once; a large one is alone, see `raw_pairs`.
 PAGE = {
   "": ("index.html", "text/html"),
   "app.css": ("app.css", "text/css"),
@@ -52,6 +54,7 @@ class Server:
     self.metrics = Metrics(engine)
     self._layout = engine.pipeline.layout
     self._started = int(time.time())
+    self._decoders = futures.ThreadPoolExecutor(DECODERS, "decoder")
 
   def app(self, local: bool) -> Guard:
     """Returns the application; `local`: it is bound to a loopback address."""
@@ -76,8 +79,9 @@ class Server:
   async def _generations(self, request: Request) -> Response:
     body = schemas.read(schemas.Generation, await self._json(request))
     self._check(body)
-    task = await asyncio.to_thread(tasks.generation, self.engine.pipeline, body)
-    return await self._images(request, body, task, "image_generation")
+    with self._place(request):
+      task = await asyncio.to_thread(tasks.generation, self.engine.pipeline, body)
+      return await self._images(request, body, task, "image_generation")
 
   async def _edits(self, request: Request) -> Response:
     fields, files = await self._form(request)
@@ -85,29 +89,63 @@ class Server:
     self._check(body)
     if "image" not in files:
       raise ApiError(400, "image is needed: send a file.", "image", "missing_required_parameter")
-    resolution, pixels = self._layout.resolution, self.limits.most_pixels
-    image = await asyncio.to_thread(uploads.decode, files["image"], resolution, pixels)
-    box = body.box
-    if "mask" in files:
-      if box:
-        raise refusal("mask and box are given: give one of them.", "mask")
-      box = await asyncio.to_thread(
-        uploads.box_of_mask, files["mask"], files["image"], resolution, pixels
-      )
-    task = await asyncio.to_thread(tasks.edit, self.engine.pipeline, body, image, box)
-    return await self._images(request, body, task, "image_edit")
+    limits, box = (self._layout.resolution, self.limits.most_pixels), body.box
+    with self._place(request):
+      image = await self._decoded(request, uploads.decode, files["image"], *limits)
+      if "mask" in files:
+        if box:
+          raise refusal("mask and box are given: give one of them.", "mask")
+        files_of_mask = files["mask"], files["image"]
+        box = await self._decoded(request, uploads.box_of_mask, *files_of_mask, *limits)
+      task = await asyncio.to_thread(tasks.edit, self.engine.pipeline, body, image, box)
+      return await self._images(request, body, task, "image_edit")
 
   async def _chat(self, request: Request) -> Response:
     body = schemas.read(schemas.Chat, await self._json(request))
     self._check(body)
     text, image = tasks.content(body.messages)
-    if image is not None:
-      limits = self._layout.resolution, self.limits.most_pixels
-      image = await asyncio.to_thread(uploads.decode, image, *limits, "image_url.url")
-    task = await asyncio.to_thread(tasks.chat, self.engine.pipeline, body, text, image)
-    usage = body.stream_options.include_usage
-    answer = ChatAnswer(task, self._layout.vocab, self.name, body.n, usage)
-    return await self._answer(request, body, task, answer)
+    with self._place(request):
+      if image is not None:
+        limits = self._layout.resolution, self.limits.most_pixels
+        image = await self._decoded(request, uploads.decode, image, *limits, "image_url.url")
+      task = await asyncio.to_thread(tasks.chat, self.engine.pipeline, body, text, image)
+      usage = body.stream_options.include_usage
+      answer = ChatAnswer(task, self._layout.vocab, self.name, body.n, usage)
+      return await self._answer(request, body, task, answer)
+
+  @contextlib.contextmanager
+  def _place(self, request: Request) -> Iterator[None]:
+    """Holds a place in the queue for a request; its time begins. Raises ApiError if it is full."""
+    request.state.ends = asyncio.get_running_loop().time() + self.limits.seconds
+    with self.engine.place() as place:
+      request.state.place = place
+      yield
+
+  async def _decoded(self, request: Request, decode: Callable[..., T], *arguments: Any) -> T:
+    """Decodes an image of a request in its turn.
+
+    Raises:
+      ApiError: what is wrong with the image, or it took too long.
+      ClientDisconnect: the client has left.
+    """
+    decoding = asyncio.get_running_loop().run_in_executor(self._decoders, decode, *arguments)
+    found = await self._in_time(request, unless_gone(request, decoding))
+    if found is None:
+      raise ClientDisconnect
+    return found
+
+  async def _in_time(self, request: Request, coroutine: Awaitable[T]) -> T:
+    """Awaits a part of an answer. Raises ApiError when the time of the request is over."""
+    seconds = request.state.ends - asyncio.get_running_loop().time()
+    try:
+      async with asyncio.timeout(
+        seconds
+      ):  # Python 3.11's wait_for may ignore that it is cancelled.
+        return await coroutine
+    except TimeoutError as error:
+      seconds = f"{self.limits.seconds:g}"
+      message = f"the answer took more than {seconds} s: ask for fewer samples, or try later."
+      raise ApiError(504, message, code="timeout") from error
 
   def _check(self, body: schemas.Body) -> None:
     """Raises ApiError at another model or size, or at too many samples or documents."""
@@ -171,16 +209,11 @@ class Server:
         loop.call_soon_threadsafe(queue.put_nowait, event)
 
     job = Job(task, body.n, deliver, body.stream, body.words)
-    self.engine.submit(job)
+    self.engine.submit(job, request.state.place)
     try:
-      ends, remaining = loop.time() + self.limits.seconds, body.n
+      remaining = body.n
       while remaining:
-        try:
-          event = await asyncio.wait_for(queue.get(), ends - loop.time())
-        except TimeoutError as error:
-          seconds = f"{self.limits.seconds:g}"
-          message = f"the answer took more than {seconds} s: ask for fewer samples, or try later."
-          raise ApiError(504, message, code="timeout") from error
+        event = await self._in_time(request, queue.get())
         if (wrong := failure(event)) is not None:
           raise wrong
         remaining -= isinstance(event, Finished)

@@ -1,7 +1,7 @@
 """The one thread that computes: jobs in, events out; a job joins the others at the next chunk."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import logging
 import math
@@ -14,11 +14,12 @@ import numpy as np
 from cm3leon_jax.config import UserError
 from cm3leon_jax.decoding.continuous import ContinuousGenerator, StepFailed
 from cm3leon_jax.decoding.generator import Result, sample_seed
+from cm3leon_jax.decoding.lane_kinds import Kind
 from cm3leon_jax.decoding.lane_samples import Update
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.serving import partial
-from cm3leon_jax.serving.errors import ApiError
+from cm3leon_jax.serving.errors import ApiError, internal, queue_full, stopping
 from cm3leon_jax.serving.jobs import Failed, Finished, Job, OpenJob, Progress
 from cm3leon_jax.serving.opening import open_jobs
 from cm3leon_jax.serving.tasks import refused
@@ -59,6 +60,7 @@ class Engine:
     self._tokenizers = {n: pipeline.image_tokenizer.in_batches(n) for n in (1, slots)}
     self._changed = threading.Condition()
     self._incoming: deque[Job] = deque()
+    self._places: set[object] = set()  # Of requests that are read.
     self._open: deque[OpenJob] = deque()
     # By ticket: a job and the number of a sample.
     self._running: dict[int, tuple[OpenJob, int]] = {}
@@ -71,7 +73,7 @@ class Engine:
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
   def start(self) -> None:
-    """Starts the thread: it compiles the usual programs, then `is_ready`."""
+    """Starts the thread: it compiles the programs, then `is_ready`."""
     self._thread.start()
 
   def close(self, seconds: float = 10) -> bool:
@@ -84,29 +86,43 @@ class Engine:
 
   @property
   def is_ready(self) -> bool:
-    """Whether the usual programs are compiled, and the engine goes on."""
+    """Whether the programs are compiled, and the engine goes on."""
     return self._ready.is_set() and not self._closing
 
   def wait_until_ready(self) -> bool:
-    """Waits for the usual programs; returns False if the engine has ended instead."""
+    """Waits for the programs; returns False if the engine has ended instead."""
     self._ready.wait()
     return self.is_ready
 
-  def submit(self, job: Job) -> None:
-    """Queues a job. Raises ApiError 429 if too many wait, 503 if the engine has ended."""
+  @contextlib.contextmanager
+  def place(self) -> Iterator[object]:
+    """Holds a place in the queue for a request whose image is decoded. Raises as `submit`."""
+    place = object()
     with self._changed:
-      if self._closing or self.failure is not None:
-        raise ApiError(503, "the server is stopping.", code="stopping")
-      if self.waiting >= self.queue_limit:
-        seconds = self._seconds_to_wait()
-        raise ApiError(
-          429,
-          f"{self.queue_limit} requests wait already: try again in {seconds} s.",
-          code="queue_full",
-          headers={"Retry-After": str(seconds)},
-        )
+      self._check_room()
+      self._places.add(place)
+    try:
+      yield place
+    finally:
+      self._places.discard(place)
+
+  def submit(self, job: Job, place: object = None) -> None:
+    """Queues a job, in its place if it has one.
+
+    Raises:
+      ApiError: 429 if too many wait, 503 if the engine has ended.
+    """
+    with self._changed:
+      self._places.discard(place)
+      self._check_room()
       self._incoming.append(job)
       self._changed.notify()
+
+  def _check_room(self) -> None:
+    if self._closing or self.failure is not None:
+      raise stopping()
+    if self.waiting >= self.queue_limit:
+      raise queue_full(self.queue_limit, self._seconds_to_wait())
 
   def cancel(self, job: Job) -> None:
     """Drops a job: from the queue at once, from its slots at the next chunk."""
@@ -118,13 +134,14 @@ class Engine:
 
   @property
   def waiting(self) -> int:
-    """Number of jobs with a sample that has no slot yet."""
-    return len(self._incoming) + sum(o.waits for o in list(self._open))
+    """Number of jobs with a sample that has no slot yet, and of places that are held."""
+    return len(self._places) + len(self._incoming) + sum(o.waits for o in list(self._open))
 
   @property
   def active(self) -> int:
-    """Number of jobs that are not answered yet."""
-    return len(self._incoming) + len({id(o) for o in list(self._open)} | self._running_jobs())
+    """Number of jobs that are not answered yet, and of places that are held."""
+    begun = len({id(o) for o in list(self._open)} | self._running_jobs())
+    return len(self._places) + len(self._incoming) + begun
 
   @property
   def running(self) -> int:
@@ -137,7 +154,7 @@ class Engine:
   def _seconds_to_wait(self) -> int:
     """Estimates from the measured rate when a slot of the queue is free."""
     each = self._busy_seconds / self.samples if self.samples else 1.0
-    samples = sum(j.num_samples for j in self._incoming)
+    samples = len(self._places) + sum(j.num_samples for j in self._incoming)
     samples += sum(o.job.num_samples - o.finished for o in list(self._open))
     return min(max(math.ceil(each * samples / max(self.queue_limit, 1)), 1), 600)
 
@@ -159,23 +176,28 @@ class Engine:
         jobs += [o.job for o, _ in self._running.values()]
         self._incoming.clear()
       for job in dict.fromkeys(jobs):
-        job.deliver(Failed(ApiError(503, "the server is stopping.", code="stopping")))
+        job.deliver(Failed(stopping()))
 
-  def _fresh(self) -> ContinuousGenerator:
+  def _fresh(self, usual: Sequence[Kind] = ()) -> ContinuousGenerator:
     return ContinuousGenerator(
-      self.pipeline.generator, slots=self.slots, chunk=self._chunk, lanes=self._lanes
+      self.pipeline.generator, self.slots, self._chunk, self._lanes, usual=usual
     )
 
   def _warm_up(self) -> None:
-    """Compiles what nearly every request needs: the usual shapes of each kind of task."""
+    """Compiles the lanes of usual requests, then those that hold any other."""
+    by_streams = {}
     for task in partial.usual_tasks(self.pipeline):
       job = Job(task, 1, lambda event: None, shows_progress=True)
       self._prepare([job])
       if not self._open:
         raise RuntimeError(f"the task {task.name} cannot be prepared.")
-      self._generator.warm(self._open[0].request, task.sampling)
+      request = self._open[0].request
+      by_streams[len(request.streams)] = request, task.sampling
+      self._generator.warm(request, task.sampling)
       while self._open or self._running:
         self._compute()
+    for warm in by_streams.values():  # Beside the usual lanes, the arrays of one at a time.
+      self._fresh().warm(*warm, longest=True)
     self.samples = self.tokens = 0
     self._busy_seconds = 0.0
 
@@ -213,7 +235,7 @@ class Engine:
         jobs[0].deliver(Failed(self._refused(jobs[0], error)))
       else:
         _LOG.exception("a request could not be prepared")
-        jobs[0].deliver(Failed(_internal()))
+        jobs[0].deliver(Failed(internal()))
       return
     for one, started in opened:
       self._open.append(one)
@@ -240,7 +262,7 @@ class Engine:
       _LOG.exception("a chunk has failed")
       for ticket in error.tickets:
         opened, _ = self._running.pop(ticket)
-        self._fail(opened, _internal())
+        self._fail(opened, internal())
       self._drop()
       return
     self._deliver(updates)
@@ -279,7 +301,7 @@ class Engine:
       return False
     except Exception:
       _LOG.exception("a sample could not begin")
-      self._fail(opened, _internal())
+      self._fail(opened, internal())
       return False
     opened.begun += 1
     self._running[ticket] = (opened, index)
@@ -293,10 +315,10 @@ class Engine:
   def _fail_running(self) -> None:
     """Fails the jobs that were decoded when something went wrong; the others go on."""
     for opened, _ in self._running.values():
-      self._fail(opened, _internal())
+      self._fail(opened, internal())
     self._running.clear()
     self._open = deque(o for o in self._open if not o.failed)
-    self._generator = self._fresh()
+    self._generator = self._fresh(self._generator.usual)
 
   def _deliver(self, updates: Sequence[Update]) -> None:
     """Delivers what a chunk made; images of several samples are decoded and scored together."""
@@ -329,7 +351,7 @@ class Engine:
           self._together(deliver, [] if part[0].failed else [part])
       else:
         _LOG.exception("a sample could not be made of its tokens")
-        self._fail(parts[0][0], _internal())
+        self._fail(parts[0][0], internal())
 
   def _finish(self, over: Sequence[_Part]) -> None:
     for (opened, _, _), sample in zip(over, self._samples(over), strict=True):
@@ -373,9 +395,3 @@ class Engine:
       opened.rows[index] = rows
       image = partial.without_rows_to_come(opened.job.task, layout, image, rows)
       opened.job.deliver(Progress(index, rows, image))
-
-
-def _internal() -> ApiError:
-  return ApiError(
-    500, "the server has failed at this request; its log has the reason.", code="internal"
-  )

@@ -44,3 +44,25 @@ class ApiError(Exception):
 def refusal(message: str, param: str | None = None) -> ApiError:
   """Returns the error of a wrong value."""
   return ApiError(400, message, param, "invalid_value")
+
+
+def internal() -> ApiError:
+  """Returns the error of a fault of the server."""
+  return ApiError(
+    500, "the server has failed at this request; its log has the reason.", code="internal"
+  )
+
+
+def stopping() -> ApiError:
+  """Returns the error of a server that ends."""
+  return ApiError(503, "the server is stopping.", code="stopping")
+
+
+def queue_full(limit: int, seconds: int) -> ApiError:
+  """Returns the error of a queue in which `limit` requests wait, with a time to come again."""
+  return ApiError(
+    429,
+    f"{limit} requests wait already: try again in {seconds} s.",
+    code="queue_full",
+    headers={"Retry-After": str(seconds)},
+  )

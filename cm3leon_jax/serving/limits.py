@@ -27,6 +27,7 @@ HEADERS = {
   "X-Frame-Options": "DENY",
 }
 CLIENT_LEFT = 499  # In the metrics; nobody gets it.
+SMALL = 2**16  # Bytes of each body that do not count among those of all bodies.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Limits:
   Attributes:
     most_samples: largest n.
     most_bytes: of a body.
+    all_bytes: of the bodies of all requests that are not answered yet, after the first SMALL bytes
+      of each, so that a request without an image is never refused for those of others.
     most_pixels: of an image.
     seconds: from a request to its answer.
     body_seconds: for the client to send its body.
@@ -44,6 +47,7 @@ class Limits:
 
   most_samples: int = 8
   most_bytes: int = 16 * 2**20
+  all_bytes: int = 256 * 2**20
   most_pixels: int = 2**24
   seconds: float = 120.0
   body_seconds: float = 30.0
@@ -76,20 +80,25 @@ class Guard:
     """
     self._app, self._limits, self._metrics = app, limits, metrics
     self._endpoints, self._local = frozenset(endpoints), local
+    self._held = 0  # Bytes of `Limits.all_bytes`.
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] != "http":  # Nothing listens to WebSockets.
       return await self._app(scope, receive, send)
-    began, status, received = time.monotonic(), CLIENT_LEFT, 0
+    began, status, received, held = time.monotonic(), CLIENT_LEFT, 0, 0
     made = request_log.Made()
     scope.setdefault("state", {})["made"] = made  # `Request.state.made`.
 
     async def limited() -> Message:
-      nonlocal received
+      nonlocal received, held
       message = await receive()
       received += len(message.get("body", b""))
       if received > self._limits.most_bytes:
         raise self._too_large()
+      counted = max(received - SMALL, 0)
+      self._held, held = self._held + counted - held, counted
+      if held and self._held > self._limits.all_bytes:
+        raise self._too_many()
       return message
 
     async def answered(message: Message) -> None:
@@ -110,6 +119,7 @@ class Guard:
         return await refuse(error, answered)
       await self._app(scope, limited, answered)
     finally:
+      self._held -= held
       path, seconds = scope["path"], time.monotonic() - began
       self._metrics.count(path if path in self._endpoints else "other", status, seconds)
       request_id = headers.get(request_log.ID_HEADER, "")
@@ -148,6 +158,16 @@ class Guard:
       413,
       f"the body is larger than {self._limits.most_bytes:,} bytes: send a smaller image.",
       code="body_too_large",
+    )
+
+  def _too_many(self) -> ApiError:
+    seconds = f"{self._limits.body_seconds:.0f}"
+    return ApiError(
+      503,
+      f"the server holds {self._limits.all_bytes:,} bytes of other requests: try again in "
+      f"{seconds} s.",
+      code="too_many_bodies",
+      headers={"Retry-After": seconds},
     )
 
 

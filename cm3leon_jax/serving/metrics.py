@@ -33,7 +33,7 @@ class Metrics:
     """Returns all numbers."""
     engine, lines = self._engine, []
     for name, kind, value, meaning in (
-      ("ready", "gauge", int(engine.is_ready), "1 when the usual programs are compiled."),
+      ("ready", "gauge", int(engine.is_ready), "1 when the programs are compiled."),
       ("requests_active", "gauge", engine.active, "Requests that are not answered yet."),
       ("requests_waiting", "gauge", engine.waiting, "Requests with a sample that has no slot yet."),
       ("samples_running", "gauge", engine.running, "Samples that have a slot."),

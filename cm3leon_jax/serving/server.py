@@ -6,8 +6,10 @@ import socket
 import sys
 import threading
 
+import h11
 from starlette.types import ASGIApp
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.serving.app import Server
@@ -16,6 +18,8 @@ from cm3leon_jax.serving.limits import Limits, is_loopback
 
 BACKLOG = 1024
 UNREAD_SECONDS = 30.0
+SMALL_PIECE, MOST_SMALL = 256, 1_000
+HEADER_BYTES = 2**16  # As uvicorn has it.
 
 
 def listen(host: str, port: int, unread_seconds: float = UNREAD_SECONDS) -> socket.socket:
@@ -47,6 +51,33 @@ def listen(host: str, port: int, unread_seconds: float = UNREAD_SECONDS) -> sock
   return opened
 
 
+class Connection(h11.Connection):
+  """Reads requests, and refuses a body in more than MOST_SMALL pieces of under SMALL_PIECE bytes.
+
+  A chunk of one byte takes as long as one of thousands, in which no other request is read.
+  """
+
+  small = 0
+
+  def next_event(self):
+    event = super().next_event()
+    if isinstance(event, h11.Request):
+      self.small = 0
+    elif isinstance(event, h11.Data):
+      self.small += len(event.data) < SMALL_PIECE
+      if self.small > MOST_SMALL:
+        raise h11.RemoteProtocolError("the body comes in too many small pieces.")
+    return event
+
+
+class Protocol(H11Protocol):
+  """HTTP/1.1 with the limits of `Connection`."""
+
+  def __init__(self, *args, **kwargs):
+    super().__init__(*args, **kwargs)
+    self.conn = Connection(h11.SERVER, HEADER_BYTES)
+
+
 def url(host: str, port: int) -> str:
   """Returns the address of the page."""
   return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
@@ -62,6 +93,7 @@ def configured(app: ASGIApp, connections: int, stop_seconds: int) -> uvicorn.Ser
   """
   config = uvicorn.Config(
     app,
+    http=Protocol,
     log_level="warning",
     access_log=False,
     server_header=False,
@@ -80,7 +112,7 @@ def serve(
 ) -> None:
   """Serves until a signal; requests under way then have `stop_seconds` to end.
 
-  Prints one line with the address when the usual programs are compiled.
+  Prints one line with the address when the programs are compiled.
 
   Args:
     engine: not started.

@@ -76,6 +76,12 @@ DECODING = (
     ("divergence_counts_texts", "apart = jnp.where(is_image, apart, 0)", "apart = 1.0 * apart"),
   ),
   *mutants_of(
+    "cm3leon_jax/decoding/lane_kinds.py",
+    "tests/decoding/usual_lanes_test.py",
+    ("rings_that_end_early", "prompt + longest <= ring", "prompt <= ring"),
+    ("lanes_of_other_candidates", "sampler == all_candidates else", "True else"),
+  ),
+  *mutants_of(
     "cm3leon_jax/decoding/cache.py",
     "tests/decoding/cache_test.py",
     ("cache_keeps_the_padding", "x[:, :, x.shape[2] - kept :]", "x[:, :, :kept]"),

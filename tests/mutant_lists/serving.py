@@ -6,6 +6,8 @@ ENGINE = "tests/serving/engine_test.py"
 APP = "tests/serving/app_test.py"
 REFUSALS = "tests/serving/refusals_test.py"
 LOG = "tests/serving/request_log_test.py"
+BODIES = "tests/serving/open_bodies_test.py"
+DECODING = "tests/serving/decoding_test.py"
 CACHE = "tests/serving/program_cache_test.py"
 
 SERVING = (
@@ -54,6 +56,34 @@ SERVING = (
     ("any_scheme", 'f"https://{host}",', 'f"https://{host}", f"evil://{host}",'),
     ("any_token", 'if kind.lower() != "bearer" or not right:', 'if kind.lower() != "bearer":'),
     ("bodies_without_end", "if received > self._limits.most_bytes:", "if received < 0:"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/serving/limits.py",
+    BODIES,
+    ("bodies_of_all_without_end", "if held and self._held >", "if False and self._held >"),
+    ("bodies_are_held_for_ever", "self._held -= held", "self._held -= 0"),
+    ("small_bodies_count", "max(received - SMALL, 0)", "received"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/serving/server.py",
+    BODIES,
+    ("any_number_of_chunks", "if self.small > MOST_SMALL:", "if self.small < 0:"),
+    ("chunks_of_all_requests", "self.small = 0\n    elif", "pass\n    elif"),
+  ),
+  *mutants_of(
+    "cm3leon_jax/serving/engine.py",
+    DECODING,
+    (
+      "places_take_no_room",
+      "len(self._places) + len(self._incoming) + sum(",
+      "len(self._incoming) + sum(",
+    ),
+  ),
+  *mutants_of(
+    "cm3leon_jax/serving/app.py",
+    DECODING,
+    ("decoders_of_all", "run_in_executor(self._decoders,", "run_in_executor(None,"),
+    ("who_left_is_decoded", "unless_gone(request, decoding)", "decoding"),
   ),
   *mutants_of(
     "cm3leon_jax/serving/request_log.py",

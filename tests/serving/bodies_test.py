@@ -1,16 +1,33 @@
 """Large and odd bodies: refused in a sentence, before they take memory or time."""
 
+import ctypes
+import dataclasses
+import gc
 import json
+import pathlib
+import re
+import subprocess
+import sys
+import threading
+import time
 import tracemalloc
 
+import httpx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
 
 from cm3leon_jax.serving import schemas
 from cm3leon_jax.serving.errors import ApiError
+from tests.serving.conftest import LIMITS
+from tests.serving.live import Live
 
 MIB = 2**20
+PROC = pathlib.Path("/proc/self")
+CLASSES = {
+  "/v1/images/generations": schemas.Generation,
+  "/v1/chat/completions": schemas.Chat,
+}
 
 
 def repeated(item: str, between: str, size: int) -> str:
@@ -40,6 +57,18 @@ def deep(item, size):
   return '{"messages": ' + "[" * (size // 2) + "]" * (size // 2) + "}"
 
 
+def deep_objects(item, size):
+  return '{"prompt": ' + '{"a":' * (size // 6) + "0" + "}" * (size // 6) + "}"
+
+
+def wide_and_deep(item, size):
+  """Lists of lists, as many in a list as there are lists around it."""
+  text = item
+  while len(text) < size // 4:
+    text = f"[{','.join([text] * 4)}]"
+  return f'{{"messages": {text}}}'
+
+
 def long_text(item, size):
   return json.dumps({"prompt": repeated(item, "", size)}, ensure_ascii=False)
 
@@ -48,33 +77,127 @@ def escaped(item, size):
   return json.dumps({"prompt": repeated(item, "", size // 6)})
 
 
+def long_keys(item, size):
+  return json.dumps({repeated(item, "", size // 2): repeated(item, "", size // 2)})
+
+
 def digits(item, size):
   return f'{{"seed": {"7" * size}}}'
 
 
-SHAPES = [wide, content, keys, different_keys, deep, long_text, escaped, digits]
+SHAPES = [wide, content, keys, different_keys, deep, deep_objects, wide_and_deep, long_text]
+SHAPES += [escaped, long_keys, digits]
 ITEMS = ["0", "null", '""', "{}", "[]", '"a"', "1e9", "a", "é", "語", "😀", "\\ud83d", "<mask>"]
 
 
-@settings(max_examples=60)
-@given(
-  st.sampled_from(SHAPES), st.sampled_from(ITEMS), st.integers(0, 4 * MIB), st.booleans(),
-  st.sampled_from([schemas.Generation, schemas.Chat]),
-)  # fmt: skip
-def test_any_body_is_read_or_refused_within_four_times_its_size(shape, item, size, mixed, cls):
+def made(shape, item, size, mixed) -> bytes:
   body = shape(item, size).encode(errors="replace")
   if mixed:  # One wide character makes a whole string of Python wide.
     body = body.replace(b"a", "😀".encode(), 1)
-  refused = None
-  tracemalloc.start()
+  return body
+
+
+def refused(cls, body: bytes) -> ApiError | None:
   try:
     schemas.read(cls, schemas.read_json(body))
   except ApiError as error:
-    refused = error
+    return error
+  return None
+
+
+def bodies(least: int, most: int):
+  """Shape, item, size in bytes (about), and whether to put in one wide character."""
+  return st.tuples(
+    st.sampled_from(SHAPES), st.sampled_from(ITEMS), st.integers(least, most), st.booleans()
+  )
+
+
+@settings(max_examples=60)
+@given(bodies(0, 4 * MIB), st.sampled_from([*CLASSES.values()]))
+def test_any_body_is_read_or_refused_within_four_times_its_size(described, cls):
+  body = made(*described)
+  tracemalloc.start()
+  error = refused(cls, body)
   grown = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
-  assert refused is None or (refused.status in (400, 413) and len(str(refused)) < 500)
+  assert error is None or (error.status in (400, 413) and len(str(error)) < 500)
   assert grown <= 4 * len(body) + 8 * MIB
+
+
+def resident(name: str) -> int:
+  return 1024 * int(re.search(rf"{name}:\s+(\d+)", (PROC / "status").read_text())[1])
+
+
+def read_described() -> None:
+  """Reads bodies that lines of stdin describe, in a process of its own; prints their growth."""
+  for line in sys.stdin:
+    path, shape, *rest = json.loads(line)
+    body = made(globals()[shape], *rest)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    (PROC / "clear_refs").write_text("5")  # VmHWM begins anew.
+    before = resident("VmRSS")
+    error = refused(CLASSES[path], body)
+    print(json.dumps([len(body), resident("VmHWM") - before, error and error.status]), flush=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is of Linux")
+def test_bodies_of_the_largest_size_take_four_times_their_memory():
+  """Of the process, with what no tracer of Python sees."""
+  program = "from tests.serving import bodies_test; bodies_test.read_described()"
+  with subprocess.Popen(
+    [sys.executable, "-c", program],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+    cwd=pathlib.Path(__file__).parents[2],
+  ) as child:
+
+    @settings(max_examples=120)
+    @given(bodies(4 * MIB, 16 * MIB), st.sampled_from([*CLASSES]))
+    def check(described, path):
+      shape, *rest = described
+      print(json.dumps([path, shape.__name__, *rest]), file=child.stdin, flush=True)
+      size, grown, status = json.loads(child.stdout.readline())
+      assert status in (None, 400, 413)
+      assert grown <= 4 * size + 8 * MIB
+
+    check()
+    child.stdin.close()
+  assert child.returncode == 0
+
+
+@pytest.mark.slow
+def test_the_server_lives_while_the_largest_bodies_are_read(engine, run):
+  limits = dataclasses.replace(LIMITS, most_bytes=17 * MIB)
+  over, waits = threading.Event(), []
+
+  def ask_health():
+    while not over.is_set():
+      began = time.monotonic()
+      assert httpx.get(f"{live.url}/healthz", timeout=60).status_code == 200
+      waits.append(time.monotonic() - began)
+      time.sleep(0.02)
+
+  with Live(engine, limits, secret=str(run)) as live:
+
+    @settings(max_examples=60)
+    @given(bodies(4 * MIB, 16 * MIB), st.sampled_from([*CLASSES]))
+    def check(described, path):
+      headers = {"Content-Type": "application/json"}
+      answer = live.http.post(path, content=made(*described), headers=headers)
+      assert answer.status_code in (200, 400, 413)
+
+    prober = threading.Thread(target=ask_health)
+    prober.start()
+    try:
+      check()
+    finally:
+      over.set()
+      prober.join()
+  assert len(waits) > 10
+  assert max(waits) < 3
 
 
 @pytest.mark.parametrize("make", [wide, content])

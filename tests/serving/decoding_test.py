@@ -1,0 +1,126 @@
+"""Images of requests are decoded in the queue: a few at once, and nobody else waits for them."""
+
+import asyncio
+import contextlib
+import dataclasses
+import threading
+import types
+
+import pytest
+
+from cm3leon_jax.serving import app, uploads
+from tests.serving.conftest import LIMITS
+from tests.serving.live import Live, about, error, image, png
+
+IMAGE = image(0)
+BODY = {"prompt": "a red apple", "seed": 1, "retrieve": 0}
+EDIT = {"prompt": "make it blue", "seed": "1"}
+
+
+class Decoder:
+  """Decodes when it is told to; knows how many images are decoded, and how many at once."""
+
+  def __init__(self):
+    self.may_go, self.lock = threading.Event(), threading.Lock()
+    self.calls = self.running = self.most = 0
+    self.decode = uploads.decode
+
+  def __call__(self, *arguments):
+    with self.lock:
+      self.calls, self.running = self.calls + 1, self.running + 1
+      self.most = max(self.most, self.running)
+    assert self.may_go.wait(60)
+    with self.lock:
+      self.running -= 1
+    return self.decode(*arguments)
+
+
+@pytest.fixture
+def decoder(monkeypatch):
+  decoder = Decoder()
+  monkeypatch.setattr(uploads, "decode", decoder)
+  yield decoder
+  decoder.may_go.set()
+
+
+@contextlib.contextmanager
+def uploaded(live, count):
+  """So many clients that send images; their answers."""
+  answers = []
+
+  def ask(i):
+    if i % 2:
+      answers.append(live.chat(about(IMAGE), max_tokens=2, seed=i))
+    else:
+      answers.append(live.edit(png(IMAGE), **EDIT))
+
+  clients = [threading.Thread(target=ask, args=(i,)) for i in range(count)]
+  for client in clients:
+    client.start()
+  try:
+    yield answers
+  finally:
+    for client in clients:
+      client.join(60)
+
+
+def test_a_request_without_an_image_does_not_wait_for_those_with_one(live, decoder):
+  late = threading.Timer(20, decoder.may_go.set)  # Else it would wait for ever.
+  late.start()
+  with uploaded(live, 40) as answers:
+    live.wait_for("requests_waiting", 40)
+    assert live.generate(**BODY).status_code == 200
+    assert not decoder.may_go.is_set()
+    assert not answers
+    decoder.may_go.set()
+  late.cancel()
+  assert [answer.status_code for answer in answers] == [200] * 40
+  assert decoder.calls == 40
+  assert decoder.most == app.DECODERS
+
+
+def test_a_full_queue_refuses_images_before_they_are_decoded(idle, run, decoder):
+  with Live(idle, dataclasses.replace(LIMITS, seconds=3), secret=str(run)) as live:
+    with uploaded(live, 2) as answers:
+      live.wait_for("requests_waiting", 2)
+      for answer in (live.edit(png(IMAGE), **EDIT), live.chat(about(IMAGE)), live.generate(**BODY)):
+        assert error(answer) == (429, "2 requests wait already: try again in 1 s.")
+        assert answer.headers["retry-after"] == "1"
+      assert decoder.calls == 2
+    # Their time was over while they were decoded.
+    assert [answer.status_code for answer in answers] == [504] * 2
+    live.wait_for("requests_waiting", 0)
+
+
+def test_a_wrong_image_leaves_its_place(live):
+  assert error(live.edit(png(IMAGE)[:-40], **EDIT))[0] == 400
+  assert error(live.chat(about(IMAGE, "car " * 200)))[0] == 400
+  assert live.gauge("requests_waiting") == live.gauge("requests_active") == 0
+
+
+def test_a_client_that_leaves_is_not_decoded(live, decoder):
+  with uploaded(live, app.DECODERS):
+    live.wait_for("requests_waiting", app.DECODERS)
+    with pytest.raises(Exception, match="timed out"):
+      live.http.post(
+        "/v1/images/edits", files={"image": ("a.png", png(IMAGE))}, data=EDIT, timeout=0.3
+      )
+    live.wait_for("requests_waiting", app.DECODERS)
+    decoder.may_go.set()
+  live.wait_for("requests_active", 0)
+  assert decoder.calls == app.DECODERS
+
+
+def test_an_event_that_comes_as_its_client_leaves_keeps_no_request(idle):
+  async def leave():
+    server, queue = app.Server(idle, "tiny", LIMITS), asyncio.Queue()
+    ends = asyncio.get_running_loop().time() + 60
+    request = types.SimpleNamespace(state=types.SimpleNamespace(ends=ends))
+    waiting = asyncio.ensure_future(server._in_time(request, queue.get()))
+    await asyncio.sleep(0.01)
+    queue.put_nowait("an event")
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+      await waiting
+
+  asyncio.run(leave())

@@ -1,0 +1,100 @@
+"""Bodies that never end, and bodies in tiny pieces: they take neither memory nor time of others."""
+
+import contextlib
+import dataclasses
+import json
+import socket
+
+import pytest
+
+from cm3leon_jax.serving import server
+from cm3leon_jax.serving.limits import SMALL
+from tests.serving.conftest import LIMITS
+from tests.serving.live import Live, error
+
+BODY = {"prompt": "a red apple", "seed": 1, "retrieve": 0}
+PATH = "/v1/images/generations"
+
+
+def opened(live, headers: str, body: bytes) -> socket.socket:
+  """Sends a request; the caller closes its connection."""
+  client = socket.create_connection(("127.0.0.1", live.port), timeout=60)
+  kind = "Content-Type: application/json"
+  client.sendall(f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\n{kind}\r\n{headers}\r\n\r\n".encode())
+  with contextlib.suppress(ConnectionError):  # The server has answered, and closed.
+    client.sendall(body)
+  return client
+
+
+def answered(client: socket.socket) -> bytes:
+  """Reads until the server closes."""
+  received = b""
+  with contextlib.suppress(ConnectionError):
+    while piece := client.recv(2**16):
+      received += piece
+  return received
+
+
+def test_bodies_that_wait_for_their_end_are_bounded_together(engine, run):
+  limits = dataclasses.replace(LIMITS, all_bytes=100_000)
+  size = 130_000
+  large = json.dumps({**BODY, "user": "a" * size}).encode()
+  with Live(engine, limits, secret=str(run)) as live, contextlib.ExitStack() as stack:
+
+    def hold():
+      client = opened(live, f"Content-Length: {len(large)}", large[:-1])
+      return stack.enter_context(contextlib.closing(client))
+
+    def ask_until(status):
+      """Until the server has read what others sent, or noticed that they left."""
+      headers = {"Content-Type": "application/json"}
+      for _ in range(100):
+        answer = live.http.post(PATH, content=large, headers=headers)
+        if answer.status_code == status:
+          break
+      return answer
+
+    ask_until(200)
+    assert size - SMALL < limits.all_bytes < 2 * (size - SMALL)
+    first = hold()
+    answer = ask_until(503)
+    assert error(answer) == (
+      503,
+      "the server holds 100,000 bytes of other requests: try again in 30 s.",
+    )
+    assert answer.headers["retry-after"] == "30"
+    assert live.generate(**BODY).status_code == 200  # Without an image.
+    assert live.generate(**BODY, user="a" * (SMALL - 500)).status_code == 200
+    first.sendall(large[-1:])
+    assert first.recv(64).startswith(b"HTTP/1.1 200")
+    assert ask_until(200).status_code == 200
+    hold().close()
+    assert ask_until(200).status_code == 200
+
+
+@pytest.mark.parametrize(("pieces", "status"), [(server.MOST_SMALL - 10, b"200"), (50_000, b"400")])
+def test_a_body_of_many_small_chunks_is_refused(live, pieces, status):
+  text = json.dumps(BODY)
+  text += " " * (pieces - len(text))
+  chunks = b"".join(b"1\r\n%c\r\n" % c for c in text.encode()) + b"0\r\n\r\n"
+  headers = "Transfer-Encoding: chunked\r\nConnection: close"
+  with contextlib.closing(opened(live, headers, chunks)) as client:
+    assert answered(client).startswith(b"HTTP/1.1 " + status)
+  assert live.generate(**BODY).status_code == 200
+  live.wait_for("requests_active", 0)
+
+
+def test_small_chunks_count_for_each_request(live):
+  text = json.dumps(BODY).encode()
+  text += b" " * (server.MOST_SMALL - 100 - len(text))
+  chunks = b"".join(b"1\r\n%c\r\n" % c for c in text) + b"0\r\n\r\n"
+  with contextlib.closing(opened(live, "Transfer-Encoding: chunked", chunks)) as client:
+    for _ in range(2):
+      assert client.recv(64).startswith(b"HTTP/1.1 200")
+      while client.recv(2**16)[-1:] != b"}":
+        pass
+      client.sendall(
+        f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        "Transfer-Encoding: chunked\r\n\r\n".encode()
+        + chunks
+      )
