@@ -15,7 +15,7 @@ from cm3leon_jax.evaluation.scene_facts import FACTS, Verdict
 
 MEASURES = ("correct", *FACTS)
 LOOKUP = "lookup"
-COLUMNS = (*MEASURES, LOOKUP)
+COLUMNS = ("correct", LOOKUP, *FACTS)
 NEW_CLAIMS = "scene, new claims"
 PARTS = (NEW_CLAIMS, "scene, claims of training", "pair, color named", "pair, no color named")
 

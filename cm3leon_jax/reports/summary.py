@@ -88,7 +88,7 @@ SCENE_HEADLINES = (
     "New combinations of known parts, wholly right", "evaluation.scenes.best.scene.share",
     ">=", 0.25),
   Headline(
-    "Of these, captions whose claims training never makes",
+    "New combinations whose claims no training caption makes, wholly right",
     "evaluation.scenes.best.new_claims.share", ">",
     "evaluation.scenes.best.lookup.new_claims", "the best training image"),
   Headline(

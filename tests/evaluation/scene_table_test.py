@@ -116,7 +116,7 @@ def test_the_text_has_a_line_for_each_category_and_kind_of_heldout():
     "guidance 1: 6 images, mean of the categories 38.9% correct; "
     "0.0% show more objects than asked for, 0.0% fewer"
   )
-  columns = ["images", "correct", "object", "color", "count", "place", "lookup"]
+  columns = ["images", "correct", "lookup", "object", "color", "count", "place"]
   assert lines[1].split() == columns
   assert [line.split("  ")[0] for line in lines[2:]] == [
     "all", "single_object", "colors", "position", "held-out: scene", "held-out: pair",
