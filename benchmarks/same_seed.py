@@ -167,6 +167,11 @@ def main(argv):
   given = flags.FLAGS
   options = {"dtype": given.dtype, "batch_size": given.batch}
   devices = jax.devices()
+  if len(devices) < 8 or given.batch % 8:
+    raise UserError(
+      f"there are {len(devices)} devices, and --batch is {given.batch}; it needs 8 devices, and a "
+      "multiple of 8."
+    )
   one, eight = (CM3Leon.load(given.model, devices=devices[:n], **options) for n in (1, 8))
   makers, total = tasks_of(one), 0
   if unknown := {*given.tasks} - {*makers}:

@@ -184,18 +184,25 @@ def ranking(model: CM3Leon, asked: Sequence[Asked], count: int, seed: int) -> li
 def neighbor_bits(model: CM3Leon, asked: Sequence[Asked]) -> dict[str, np.ndarray]:
   """Computes the bits of the image of each rare object after four neighbors, and after none: [n].
 
-  The neighbor shows the object or another one, in one color, at the place of the image or the next.
+  The neighbor shows the object or another one, in another color than the image, at the place of the
+  image or the next.
   """
   layout, bank = model.pipeline.layout, model.pipeline.documents
   placed = {Scene.parse(bank[i].concept).objects[0]: i for i in range(len(bank))}
   at = {(one.object, one.place): i for one, i in placed.items()}
+  colors = {(one.object, one.place): one.color for one in placed}
+
+  def bank_color(name: str, place: str) -> str:
+    return colors.get((name, place), "")
+
   images = np.stack([render(Scene((one.placed,))) for one in asked])
   codes = model.pipeline.image_tokenizer.encode(images)
   samples: dict[str, list] = {name: [] for name in table.NEIGHBORS}
   masks = []
   for n, one in enumerate(asked):
     name, place = one.placed.object, one.placed.place
-    other = asked[(n + len(asked) // 2) % len(asked)].placed.object
+    others = (asked[(n + i) % len(asked)].placed.object for i in range(1, len(asked)))
+    other = next(x for x in others if bank_color(x, place) not in ("", one.placed.color))
     elsewhere = PLACES[(PLACES.index(place) + 1) % len(PLACES)]
     segments = (
       Segment(False, layout.encode(one.caption)),
