@@ -48,9 +48,8 @@ class ImageFolder:
     """
     path = self._join(name)
     if not self.allow_outside and not self._holds(path):
-      raise UserError(
-        f"{where}: {noun} '{name}' is not in {self.path or 'the current folder'}; {self.remedy}"
-      )
+      folder = "the current folder" if self.path in ("", ".") else self.path
+      raise UserError(f"{where}: {noun} '{name}' is not in {folder}; {self.remedy}")
     return path
 
   def _join(self, name: str) -> str:
