@@ -23,8 +23,9 @@ def test_the_seed_chooses_the_scenes_of_a_sheet():
 
 def table(correct):
   row = {"images": 4, "correct": {"share": correct}, "place": {"share": 0.5, "low": 0.4}}
+  new = {**row, "lookup": {"share": 0.25}}
   kinds = {"tag": {"single_object": row}, "heldout": {"pair": row}}
-  return {"all": row, **kinds, "geneval": correct}
+  return {"all": row, **kinds, "parts": {"scene, new claims": new}, "geneval": correct}
 
 
 @pytest.mark.parametrize(("shares", "best"), [((0.1, 0.3, 0.2), 2), ((0.3, 0.3, 0.0), 1)])
@@ -38,6 +39,8 @@ def test_an_overview_names_the_best_guidance_weight(shares, best):
     "title": f"guidance {best}",
     "correct": {"share": max(shares)},
     "place": {"share": 0.5, "low": 0.4},
+    "new_claims": {"share": max(shares)},
     "single_object": {"share": max(shares)},
+    "lookup": {"new_claims": 0.25},
   }
   assert "gain" not in found
