@@ -56,7 +56,7 @@ cm3leon export --workdir=scenes --output=exported
 echo "wheel: cm3leon serve"
 cm3leon serve --workdir=scenes --port=0 >serve.log 2>&1 &
 server=$!
-for _ in $(seq 300); do
+for _ in $(seq 600); do
   grep -q 'http://' serve.log && break
   kill -0 "$server" 2>/dev/null || break
   sleep 1
