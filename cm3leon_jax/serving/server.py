@@ -1,13 +1,16 @@
 """Runs the application with uvicorn: one process, until SIGTERM or Ctrl-C."""
 
+import asyncio
 import os
 import signal
 import socket
 import sys
 import threading
 
+import h11
 from starlette.types import ASGIApp
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.serving.app import Server
@@ -16,6 +19,33 @@ from cm3leon_jax.serving.limits import Limits, is_loopback
 
 BACKLOG = 1024
 UNREAD_SECONDS = 30.0
+HEADER_SECONDS = 30.0  # Of a request, from its first byte, or from the start of the connection.
+
+
+class TimedHeaders(H11Protocol):
+  """Closes connections that do not complete the headers of a request, for which uvicorn waits."""
+
+  _headers_timer: asyncio.TimerHandle | None = None
+
+  def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    super().connection_made(transport)
+    self._headers_timer = self.loop.call_later(HEADER_SECONDS, transport.close)
+
+  def data_received(self, data: bytes) -> None:
+    super().data_received(data)
+    if self.conn.their_state is not h11.IDLE:  # The headers are complete, or wrong.
+      self._forget_timer()
+    elif self._headers_timer is None:
+      self._headers_timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+  def connection_lost(self, exc: Exception | None) -> None:
+    self._forget_timer()
+    super().connection_lost(exc)
+
+  def _forget_timer(self) -> None:
+    if self._headers_timer is not None:
+      self._headers_timer.cancel()
+      self._headers_timer = None
 
 
 def listen(host: str, port: int, unread_seconds: float = UNREAD_SECONDS) -> socket.socket:
@@ -62,6 +92,7 @@ def configured(app: ASGIApp, connections: int, stop_seconds: int) -> uvicorn.Ser
   """
   config = uvicorn.Config(
     app,
+    http=TimedHeaders,
     log_level="warning",
     access_log=False,
     server_header=False,
