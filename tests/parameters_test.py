@@ -89,7 +89,7 @@ def test_an_index_names_files_of_its_folder_only(place, tmp_path):
   expected = {"a": "x.safetensors", "b": "y.safetensors"}
   assert parameters.files_of_index(path) == expected
   write_json(path, {"weight_map": {"a": place}})
-  with pytest.raises(UserError, match="names the file .*; it must be a file of that folder"):
+  with pytest.raises(UserError, match="it must be a file of that folder"):
     parameters.files_of_index(path)
   with pytest.raises(UserError, match="names the file"):
     find_files(tmp_path)  # Of an image tokenizer.
