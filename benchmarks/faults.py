@@ -5,9 +5,9 @@
 
 Parts: `kill` (SIGKILL at random moments), `damage` (checkpoints damaged, in process), `command`
 (the same before training, and full disks), `elastic` (a changing number of processes), `replay`
-(bits that flip on a device). What is done is kept in the workdir, so that each part can be stopped
-and continued. Writes results.json and table.md there; exit code 1 if a run lost anything or a fault
-had no message. docs/reliability.md.
+(bits that flip on a device), `stages` (SIGKILL in each of the other stages). What is done is kept
+in the workdir, so that each part can be stopped and continued. Writes results.json and table.md
+there; exit code 1 if a run lost anything or a fault had no message. docs/reliability.md.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,6 +24,7 @@ from benchmarks import (
   faults_elastic,
   faults_kill,
   faults_replay,
+  faults_stages,
   faults_table,
 )
 from cm3leon_jax.io import read_json, write_json
@@ -54,6 +55,7 @@ PARTS = {
     20, faults_elastic.measure, faults_elastic.summarize, faults_table.elastic_failures
   ),
   "replay": Part(150, faults_replay.measure, faults_replay.summarize, faults_table.replay_failures),
+  "stages": Part(5, faults_stages.measure, faults_stages.summarize, faults_stages.failures),
 }
 
 

@@ -130,6 +130,16 @@ def _replay_rows(summary: dict) -> list[tuple]:
   ]
 
 
+def _stages_rows(summary: dict) -> list[tuple]:
+  """Rows of kills by stage; `asked` is of each of them."""
+  return [
+    (f"`{name}`", _of(stage["kills"], summary["asked"]), NONE,
+     f"{stage['equal']} of {stage['runs']} runs", NONE,
+     "0" if stage["equal"] == stage["runs"] else "?", NONE)
+    for name, stage in summary["stages"].items()
+  ]  # fmt: skip
+
+
 def markdown(numbers: dict) -> str:
   """Returns the table of results.json, and the moments of the kills."""
   header = (
@@ -147,6 +157,8 @@ def markdown(numbers: dict) -> str:
     rows += _elastic_rows(numbers["elastic"])
   if "replay" in numbers:
     rows += _replay_rows(numbers["replay"])
+  if "stages" in numbers:
+    rows += _joined(_stages_rows(numbers["stages"]), "SIGKILL in ")
   lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
   lines += [f"| {' | '.join(row)} |" for row in rows]
   if "kill" in numbers:

@@ -21,6 +21,7 @@ REFUSED = re.compile(
   r"^Forbidden: |PERMISSION_DENIED|UNAUTHENTICATED|\b(?:status|code|message of):? 40[13]\b"
 )
 ANSWERED = re.compile(rf"^Bad Request: |{REFUSED.pattern}")
+LOCAL = re.compile(r'\blocal file "')  # TensorStore refuses those of a disk by the same word.
 # aiohttp, which gcsfs uses; TensorStore; Requests.
 UNRESOLVED = re.compile(r"^ClientConnectorDNSError: |Could not resolve host|NameResolutionError")
 S3 = re.compile(r"s3[an]?://", re.IGNORECASE)
@@ -87,7 +88,8 @@ def _find(error: BaseException | None) -> BaseException | None:
     text, module = _text(error), f"{type(error).__module__}."
     if module.startswith(CLIENTS) or (module.startswith("requests.") and _is_of_caller(error)):
       return error
-    if GIVEN_UP.search(text) or (type(error) in (OSError, ValueError) and ANSWERED.match(text)):
+    is_answer = type(error) in (OSError, ValueError) and ANSWERED.match(text)
+    if GIVEN_UP.search(text) or (is_answer and not LOCAL.search(text)):
       return error
     error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
   return None

@@ -18,6 +18,7 @@ STOPPED_EARLY = (
   "stopped outside of the training steps: nothing was to be saved; the same command continues."
 )
 LARGEST = 2**31 - 1  # Of whole numbers: counters are int32, and lists of any length are built.
+LONGEST = 4_000  # Characters of a sentence.
 SIZES = 1e-20, 1e12  # Of other numbers but 0: products and quotients of two stay finite in float32.
 
 # Sections convert no types but int to float, and refuse unknown fields, NaN and infinity; the line
@@ -59,14 +60,18 @@ def short(value: Any, most: int = 80) -> str:
 class UserError(ValueError):
   """A user's mistake in one sentence: what is wrong, where, what to do. Sets the exit code.
 
-  The sentence may quote a stranger's file: its control characters become spaces. It may quote a
-  library's error: it loses addresses of objects.
+  The sentence may quote a stranger's file: its control characters become spaces, and of more than
+  LONGEST characters the middle is left out. It may quote a library's error: it loses addresses of
+  objects.
   """
 
   exit_code = 2
 
   def __init__(self, message: object = ""):
-    super().__init__(printable(without_addresses(str(message))))
+    text = str(message)
+    if len(text) > LONGEST:
+      text = f"{text[: LONGEST - 500]} [...] {text[-500:]}"
+    super().__init__(printable(without_addresses(text)))
 
 
 class FieldError(UserError):

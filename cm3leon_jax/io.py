@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import stat
 
 from etils import epath
 import fsspec
@@ -42,12 +43,18 @@ def open_filesystem(path: epath.PathLike):
 def partial_path(path: epath.PathLike) -> Iterator[epath.Path]:
   """Yields a path beside `path`; the file that the body writes there replaces `path` at its end.
 
-  Its content is on the disk before, so that a power loss leaves no empty file.
+  Its content is on the disk before, so that a power loss leaves no empty file. If the body fails,
+  what it has written is deleted.
   """
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.parent / (path.name + ".partial")
-  yield partial
+  try:
+    yield partial
+  except BaseException:
+    with contextlib.suppress(OSError):
+      partial.unlink(missing_ok=True)
+    raise
   sync(partial)
   partial.replace(path)
 
@@ -114,6 +121,7 @@ NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 # Fields of a JSON object, and their types; float admits whole numbers.
 Fields = Mapping[str, type]
 GET_AGAIN = "get it again from where it was published"  # Of a file that no stage wrote.
+FOREIGN_BYTES = 2**26  # Read, JSON takes 50 times its bytes; large tokenizers have 2^25.
 NAMES = {dict: "object", list: "list", str: "string", int: "whole number", float: "number"}
 
 
@@ -127,7 +135,7 @@ def read_json(
   Args:
     path: of the file.
     fields: that it has, if it is an object; None: it is any value.
-    remedy: what helps if it is damaged; for files that no stage wrote, `GET_AGAIN`.
+    remedy: what helps if it is damaged.
 
   Raises:
     UserError: it is absent or damaged, or lacks a field.
@@ -160,6 +168,30 @@ def lacks(value, fields: Fields | None) -> str:
     if not isinstance(found, right) or isinstance(found, bool):
       return f"its field '{name}' must be of type {NAMES[kind]}, and is {short(found)}"
   return ""
+
+
+def check_foreign(path: epath.PathLike, most_bytes: int | None = None) -> None:
+  """Checks a file that another program wrote, before it is opened.
+
+  Raises:
+    UserError: there is no regular file at a local path, but a folder, or a pipe or device that may
+      never end; or it has more than `most_bytes`.
+  """
+  path = epath.Path(path)
+  if "://" not in os.fspath(path) and exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
+    raise UserError(f"{path} is no regular file: {GET_AGAIN}.")
+  if most_bytes is not None and exists(path) and (size := _stamp(path)[0]) > most_bytes:
+    raise UserError(f"{path} has {size:,} bytes; it may have {most_bytes:,}: {GET_AGAIN}.")
+
+
+def read_foreign_json(path: epath.PathLike, fields: Fields | None = None):
+  """Reads a JSON file that another program wrote, of at most `FOREIGN_BYTES`.
+
+  Raises:
+    UserError: as `check_foreign` and `read_json`.
+  """
+  check_foreign(path, FOREIGN_BYTES)
+  return read_json(path, fields, GET_AGAIN)
 
 
 def read_json_lines(path: epath.PathLike, fields: Fields | None = None) -> list[dict]:

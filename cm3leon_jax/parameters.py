@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import math
+import os
 
 from etils import epath
 from flax import nnx, traverse_util
@@ -11,8 +12,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
-from cm3leon_jax.config import UserError
-from cm3leon_jax.io import replacing
+from cm3leon_jax.config import UserError, short
+from cm3leon_jax.io import read_foreign_json, replacing
 from cm3leon_jax.stages import differences
 
 
@@ -98,3 +99,19 @@ def load(path: epath.PathLike, expected: dict, command: str) -> dict:
     raise UserError(f"{path}: tensor '{bad}' has values that are not finite: {remedy}.")
   flat = {name: x.astype(expected[name].dtype) for name, x in flat.items()}
   return jax.device_put(traverse_util.unflatten_dict(flat, sep="."))
+
+
+def files_of_index(path: epath.PathLike) -> dict[str, str]:
+  """Returns the file of each tensor by an index of safetensors files beside it.
+
+  Raises:
+    UserError: the index is damaged, or names what is no file of its folder.
+  """
+  places = read_foreign_json(path, {"weight_map": dict})["weight_map"]
+  for file in places.values():
+    if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", ".."):
+      raise UserError(
+        f"{path} names the file {short(file)}; it must be a file of that folder: write the folder "
+        "again."
+      )
+  return places

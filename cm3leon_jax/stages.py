@@ -265,7 +265,7 @@ def once(
   if writes:
     done.unlink(missing_ok=True)  # Until the end the folder holds no complete result.
     folder.mkdir(parents=True, exist_ok=True)
-  start = time.time()
+  start = time.monotonic()
   summary: dict = {}
   yield summary
   if names := _not_finite(summary):
@@ -274,7 +274,7 @@ def once(
       "see what it printed."
     )
   if writes:
-    seconds, described = round(time.time() - start, 1), describe_files(folder, files)
+    seconds, described = round(time.monotonic() - start, 1), describe_files(folder, files)
     about = {"config": config, "summary": summary, "seconds": seconds}
     new_id = id_of(described) if described else f"{time.time_ns():x}"
     more = describe_files(folder, varying)

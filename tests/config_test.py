@@ -159,3 +159,11 @@ def test_errors_hold_no_address_of_an_object():
 def test_what_fields_together_violate_names_the_section():
   with pytest.raises(UserError, match=r"^config.sample: width = 4 is not divisible by 3.$"):
     build(Sample, {"shape": (1, 2, 3)}, "sample")
+
+
+def test_a_sentence_that_quotes_megabytes_keeps_its_begin_and_its_end():
+  sentence = str(UserError(f"x.json: its model is '{'q' * 10_000_000}': copy it again."))
+  assert len(sentence) < 4_100
+  assert sentence.startswith("x.json: its model is 'qqq")
+  assert sentence.endswith("qqq': copy it again.")
+  assert " [...] " in sentence

@@ -79,3 +79,25 @@ def test_digest_literal(tmp_path):
   (tmp_path / "a").write_bytes(b"abc")
   assert io.digest(tmp_path / "a").startswith("ba7816bf8f01cfea")
   assert io.digest(tmp_path / "b") is None
+
+
+def test_of_a_file_whose_writing_fails_nothing_is_left(tmp_path):
+  (tmp_path / "x").write_text("old")
+  with pytest.raises(TypeError), io.replacing(tmp_path / "x") as file:
+    file.writelines([b"new", "text into a binary file"])
+  assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "old")]
+
+
+def test_json_of_another_program_is_a_regular_file_of_bounded_size(tmp_path):
+  path = tmp_path / "x.json"
+  path.write_text('{"a": 1}')
+  assert io.read_foreign_json(path, {"a": int}) == {"a": 1}
+  os.truncate(path, io.FOREIGN_BYTES + 1)
+  with pytest.raises(UserError, match="has 67,108,865 bytes; it may have 67,108,864: get it again"):
+    io.read_foreign_json(path)
+  path.unlink()
+  os.mkfifo(path)
+  with pytest.raises(UserError, match="is no regular file: get it again"):
+    io.read_foreign_json(path)
+  with pytest.raises(UserError, match=r"y\.json does not exist"):
+    io.read_foreign_json(tmp_path / "y.json")

@@ -6,6 +6,8 @@ import pytest
 
 from cm3leon_jax import parameters
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import write_json
+from cm3leon_jax.tokenizers.published_source import find_files
 
 
 class Sum(nnx.Module):
@@ -78,3 +80,16 @@ def test_a_file_of_another_model_is_refused(tmp_path, change, sentence):
 def test_an_absent_file_names_its_command(tmp_path):
   with pytest.raises(UserError, match=r"run `cm3leon train_clip` first\.$"):
     parameters.load(tmp_path / "a.safetensors", {}, "train_clip")
+
+
+@pytest.mark.parametrize("place", ["../x.safetensors", "/etc/passwd", "..", "", 3, None, ["x"]])
+def test_an_index_names_files_of_its_folder_only(place, tmp_path):
+  path = tmp_path / "model.safetensors.index.json"
+  write_json(path, {"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}})
+  expected = {"a": "x.safetensors", "b": "y.safetensors"}
+  assert parameters.files_of_index(path) == expected
+  write_json(path, {"weight_map": {"a": place}})
+  with pytest.raises(UserError, match="it must be a file of that folder"):
+    parameters.files_of_index(path)
+  with pytest.raises(UserError, match="names the file"):
+    find_files(tmp_path)  # Of an image tokenizer.

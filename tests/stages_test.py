@@ -3,6 +3,7 @@ import dataclasses
 import importlib.util
 import os
 import pathlib
+import time
 
 import numpy as np
 import pytest
@@ -387,3 +388,10 @@ def test_a_training_of_another_model_is_refused(tmp_path):
   stages.inputs(changed("optimizer.learning_rate", 9.0), tmp_path, "export")
   with pytest.raises(UserError, match=r"another config \(model\.width: 4096 -> 1024\)"):
     stages.inputs(changed("model.width", 1_024), tmp_path, "export")
+
+
+def test_a_clock_that_is_set_back_changes_no_seconds(tmp_path, monkeypatch):
+  with stages.once(tmp_path / "s", {}) as summary:
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    summary["steps"] = 1
+  assert 0 <= read_json(tmp_path / "s" / stages.DONE)["seconds"] < 60

@@ -14,8 +14,8 @@ import safetensors
 import safetensors.numpy
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import GET_AGAIN, read_json
-from cm3leon_jax.parameters import not_finite
+from cm3leon_jax.io import check_foreign, read_foreign_json
+from cm3leon_jax.parameters import files_of_index, not_finite
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -92,7 +92,7 @@ def read_config(folder: epath.PathLike) -> HFCLIPConfig:
       f"{path} does not exist; the folder must be that of a Hugging Face CLIP, with {CONFIG} and "
       f"{WEIGHTS}."
     )
-  stored = read_json(path, {}, GET_AGAIN)
+  stored = read_foreign_json(path, {})
   if stored.get("model_type") != "clip":
     raise UserError(f"{path}: model_type is '{stored.get('model_type')}'; it must be 'clip'.")
   try:
@@ -192,9 +192,7 @@ def read_tensors(folder: epath.PathLike, config: HFCLIPConfig) -> dict[str, np.n
   if (folder / WEIGHTS).exists():
     names = [WEIGHTS]
   elif (folder / INDEX).exists():
-    names = sorted(
-      set(read_json(folder / INDEX, {"weight_map": dict}, GET_AGAIN)["weight_map"].values())
-    )
+    names = sorted(set(files_of_index(folder / INDEX).values()))
   else:
     raise UserError(
       f"{folder / WEIGHTS} does not exist, nor does {INDEX}; other formats are not supported."
@@ -203,6 +201,7 @@ def read_tensors(folder: epath.PathLike, config: HFCLIPConfig) -> dict[str, np.n
   for path in (folder / name for name in names):
     if not path.exists():
       raise UserError(f"{path} does not exist, but {folder / INDEX} names it; download it again.")
+    check_foreign(path)
     try:
       tensors |= safetensors.numpy.load_file(path)
     except safetensors.SafetensorError as error:

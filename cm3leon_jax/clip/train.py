@@ -253,11 +253,15 @@ def train_clip(
   Raises:
     UserError: the training diverged, or the recall is no better than chance.
   """
-  start = time.time()
+  start = time.monotonic()
   data = open_data(raw_folder, "train", encode, config)
   trained = train(config, text_size, data, folder, seed, inputs)
   trained.save(folder)
-  summary = {"steps": config.steps, "pairs": len(data), "seconds": round(time.time() - start, 1)}
+  summary = {
+    "steps": config.steps,
+    "pairs": len(data),
+    "seconds": round(time.monotonic() - start, 1),
+  }
   heldout = raw_pairs.read_pairs(raw_folder, "heldout")
   if heldout:
     heldout = heldout[:: -(-len(heldout) // MAX_HELDOUT)]

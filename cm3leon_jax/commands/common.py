@@ -18,7 +18,14 @@ from etils import epath
 from ml_collections import config_flags
 
 from cm3leon_jax import accelerators, buckets, from_data, full_disk
-from cm3leon_jax.commands import arguments, bucket_paths, config_file, flag_errors, help_text
+from cm3leon_jax.commands import (
+  arguments,
+  bucket_paths,
+  config_file,
+  disk_errors,
+  flag_errors,
+  help_text,
+)
 from cm3leon_jax.config import (
   CTRL_C,
   INTERRUPTED,
@@ -64,10 +71,6 @@ _TIMEOUT = flags.DEFINE_integer(
 
 # Of a disk that is full or fails. Transformers, too, raises OSError, if it cannot load a model.
 NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-# Of a file whose content stays unknown: it may be there, and whole.
-NOT_READ = (
-  errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE,
-)  # fmt: skip
 NAME_A_CONFIG = "name a config: --config=scenes"
 
 
@@ -303,10 +306,9 @@ def _reporting() -> Iterator[None]:
       _fail(f"{bucket_paths.where()}: {reason}: the same command continues.", TryAgain.exit_code)
     if accelerators.is_absent(error):
       _fail(f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')}: {error}")
-    if isinstance(error, OSError) and error.errno in NOT_READ and error.filename:
+    if reason := disk_errors.failure(error):
       _fail(
-        f"{error.filename} could not be read or written ({error.strerror}): mend the disk or the "
-        "rights, and run the same command again.",
+        f"{reason}: mend the disk or the rights, and run the same command again.",
         TryAgain.exit_code,
       )
     if not isinstance(error, UserError):

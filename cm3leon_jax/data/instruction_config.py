@@ -10,6 +10,7 @@ import pydantic.dataclasses
 import yaml
 
 from cm3leon_jax.config import STRICT, FieldError, UserError, build
+from cm3leon_jax.data import yaml_documents
 from cm3leon_jax.data.instruction_files import FORMATS
 from cm3leon_jax.data.instruction_samples import LossOn
 from cm3leon_jax.data.instruction_tasks import (
@@ -109,10 +110,7 @@ def read_tasks(name_or_path: str) -> tuple[InstructionTask, ...]:
       f"config.instructions.tasks is '{name_or_path}'; it must be a YAML file that exists, or one "
       f"of {', '.join(shipped())}."
     )
-  try:
-    return parse_tasks(path.read_text(encoding="utf-8"), name_or_path)
-  except UnicodeDecodeError as error:
-    raise UserError(f"{name_or_path} is not UTF-8 text ({error}).") from error
+  return parse_tasks(yaml_documents.read(path), name_or_path)
 
 
 def parse_tasks(text: str, where: str) -> tuple[InstructionTask, ...]:
@@ -121,14 +119,13 @@ def parse_tasks(text: str, where: str) -> tuple[InstructionTask, ...]:
   Raises:
     UserError: naming the line: no YAML, no list of tasks, a wrong field, or a name of two tasks.
   """
-  try:
-    node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-  except Exception as error:  # PyYAML raises errors of any kind at values that a tag cannot have.
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    where = f"{where}, line {mark.line + 1}," if mark else where
-    raise UserError(f"{where} is not valid YAML ({problem or error}).") from error
-  if not isinstance(values, list) or not values:
+  documents = yaml_documents.parse(text, where)
+  if len(documents) > 1:
+    line = documents[1][0].start_mark.line + 1
+    raise UserError(f"{where}, line {line}: another document begins; a file of tasks has one.")
+  if not documents or not isinstance(documents[0][1], list) or not documents[0][1]:
     raise UserError(f"{where} must be a list of tasks, each `- name: ...` and its other fields.")
+  [(node, values)] = documents
   found, lines = [], {}
   for entry, value in zip(node.value, values, strict=True):
     try:

@@ -10,7 +10,7 @@ from cm3leon_jax import extras
 from cm3leon_jax.clip.checkpoint import CONFIG, WEIGHTS, preprocess
 from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation import weights
-from cm3leon_jax.io import GET_AGAIN, read_json
+from cm3leon_jax.io import read_foreign_json
 
 PROCESSOR = "preprocessor_config.json"
 BATCH = 32
@@ -54,7 +54,7 @@ class DINOv2:
           f"{folder / name} does not exist; the folder must be that of a Hugging Face DINOv2, with "
           f"{CONFIG}, {WEIGHTS} and {PROCESSOR}."
         )
-    if (kind := read_json(folder / CONFIG, {}, GET_AGAIN).get("model_type")) != "dinov2":
+    if (kind := read_foreign_json(folder / CONFIG, {}).get("model_type")) != "dinov2":
       raise UserError(f"{folder / CONFIG}: model_type is '{kind}'; it must be 'dinov2'.")
     digest = weights.digest(weights.read_tensors(folder / WEIGHTS))
     return cls(_read_model(folder, torch.float32), _read_processor(folder), digest, device)
@@ -103,7 +103,7 @@ def _read_processor(folder: epath.Path):
   import transformers
 
   path = folder / PROCESSOR
-  kind = str(read_json(path, {}, GET_AGAIN).get("image_processor_type"))
+  kind = str(read_foreign_json(path, {}).get("image_processor_type"))
   if not kind.startswith("BitImageProcessor"):
     raise UserError(
       f"{path}: image_processor_type is '{kind}'; it must be 'BitImageProcessor', as DINOv2 has it."

@@ -10,6 +10,7 @@ import safetensors
 import safetensors.numpy
 
 from cm3leon_jax.config import UserError
+from cm3leon_jax.io import check_foreign
 from cm3leon_jax.parameters import not_finite
 
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
@@ -42,6 +43,7 @@ def read_tensors(path: epath.PathLike) -> dict[str, np.ndarray]:
   path = epath.Path(path)
   if not path.exists() or path.is_dir():
     raise UserError(f"{path} is not a file; it must be a safetensors file with the weights.")
+  check_foreign(path)
   if is_pickle(path):
     raise UserError(
       f"{path} is a pickle, which can run code when it is read; it must be a safetensors file. "

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from etils import epath
 
 from cm3leon_jax.config import UserError
-from cm3leon_jax.io import absolute, plain, read_json, write_json
+from cm3leon_jax.io import absolute, plain, read_foreign_json, write_json
 
 if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
@@ -127,7 +127,7 @@ def kind_of(folder: epath.PathLike) -> str:
     if (folder / name).exists():
       return kind
   path = folder / "config.json"
-  described = read_json(path, {}) if path.exists() else {}
+  described = read_foreign_json(path, {}) if path.exists() else {}
   if described.get("model_type") == "gpt2":
     return "gpt2"
   return "int8" if described.get("quantization_config") else ""

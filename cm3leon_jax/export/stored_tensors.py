@@ -11,7 +11,8 @@ from safetensors import SafetensorError, deserialize, safe_open
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export.tensor_files import DTYPES, INDEX, WEIGHTS
-from cm3leon_jax.io import GET_AGAIN, digest, read_json
+from cm3leon_jax.io import check_foreign, digest
+from cm3leon_jax.parameters import files_of_index
 from cm3leon_jax.stages import id_of
 
 FLOATS = {name: dtype for name, dtype in DTYPES.values() if not name.startswith("I")}
@@ -27,19 +28,12 @@ def files_of(folder: epath.PathLike) -> dict[str, str] | None:
   """Returns the file of each tensor by the index of a folder; None: one file has all.
 
   Raises:
-    UserError: the index is damaged, or names a file outside of the folder.
+    UserError: the index is damaged, or names what is no file in the folder.
   """
   folder = epath.Path(folder)
   if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
     return None
-  places = read_json(folder / INDEX, {"weight_map": dict}, GET_AGAIN)["weight_map"]
-  for file in places.values():
-    if not isinstance(file, str) or os.path.basename(file) != file:
-      raise UserError(
-        f"{folder / INDEX} names the file {file!r}; it must be a file of that folder: write the "
-        "folder again."
-      )
-  return places
+  return files_of_index(folder / INDEX)
 
 
 def digest_of(folder: epath.PathLike) -> str | None:
@@ -145,6 +139,7 @@ def _open(path: epath.Path) -> Mapping[str, Callable]:
   """Opens a file: name of each tensor -> a function that returns a view of it."""
   if not path.exists():
     raise UserError(f"{path} does not exist, but the index beside it names it.")
+  check_foreign(path)
   try:
     if "://" in os.fspath(path):  # A file in a bucket has no pages to map.
       found = deserialize(path.read_bytes())

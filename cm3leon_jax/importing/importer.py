@@ -91,7 +91,7 @@ def _end_of_text(source: Source, rows: int) -> int | None:
   """Returns the id of a published model's end of text; None: config.json names none."""
   found = source.described.get("eos_token_id")
   first = found[0] if isinstance(found, list) and found else found
-  return first if isinstance(first, int) and 0 <= first < rows else None
+  return first if type(first) is int and 0 <= first < rows else None
 
 
 def _differing(settings: Settings, needed: dict[str, dict]) -> dict[str, dict]:

@@ -8,7 +8,7 @@ import functools
 from jaxtyping import Float
 import numpy as np
 
-from cm3leon_jax.config import UserError, short
+from cm3leon_jax.config import SIZES, UserError, short
 from cm3leon_jax.export.tensor_files import Tensor
 from cm3leon_jax.importing.source import CONFIG, Source
 from cm3leon_jax.importing.tables import Tables
@@ -49,8 +49,10 @@ def model_fields(source: Source) -> dict:
     )
   given = (part.get("rope_theta") for part in (rope, source.described))
   base = next((value for value in given if value is not None), ROPE_BASE)
-  if not isinstance(base, int | float) or isinstance(base, bool) or base <= 0:
-    raise UserError(f"{path}: rope_theta is {short(base)}; it must be a positive number.")
+  if not isinstance(base, int | float) or isinstance(base, bool) or not 0 < base <= SIZES[1]:
+    raise UserError(
+      f"{path}: rope_theta is {short(base)}; it must be a positive number, of at most {SIZES[1]:g}."
+    )
   return {
     "family": "modern",
     "num_layers": source.size("num_hidden_layers", 32),

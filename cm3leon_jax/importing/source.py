@@ -11,7 +11,7 @@ from cm3leon_jax.config import UserError, short
 from cm3leon_jax.export import formats, stored_tensors
 from cm3leon_jax.export.stored_tensors import StoredTensors
 from cm3leon_jax.export.tensor_files import INDEX, WEIGHTS
-from cm3leon_jax.io import GET_AGAIN, NAMES, digest, read_json
+from cm3leon_jax.io import FOREIGN_BYTES, NAMES, check_foreign, digest, read_foreign_json
 from cm3leon_jax.tokenizers.published_source import PICKLES
 from cm3leon_jax.tokenizers.text import TOKENIZER
 
@@ -124,7 +124,8 @@ def open_source(source: str) -> Source:
       f"--source is {source}; it must be a folder on this machine with {CONFIG} and {WEIGHTS}, as "
       "`cm3leon export` or transformers' save_pretrained writes it: nothing is downloaded."
     )
-  described = read_json(folder / CONFIG, {}, GET_AGAIN)
+  described = read_foreign_json(folder / CONFIG, {})
+  check_foreign(folder / TOKENIZER, FOREIGN_BYTES)
   if not isinstance(described.get("model_type"), str):
     raise UserError(
       f"{folder / CONFIG} has no model_type, so the folder holds no text model of transformers; "

@@ -8,11 +8,12 @@ from etils import epath
 import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers
 
-from cm3leon_jax.config import UserError
-from cm3leon_jax.io import GET_AGAIN, read_json
+from cm3leon_jax.config import UserError, short
+from cm3leon_jax.io import read_foreign_json
 from cm3leon_jax.tokenizers.text import TOKENIZER
 from cm3leon_jax.vocab import VocabLayout
 
+LONGEST_PATTERN = 10_000  # Characters; that of Qwen3 has 103. Compiled, it takes 200 times as many.
 # Texts that must round trip: spaces, line ends, accents, other scripts, what special tokens look
 # like.
 PROBES = (
@@ -39,8 +40,10 @@ def read_tokenizer(folder: epath.PathLike, rows: int) -> Mapping[str, Any]:
       f"{path} does not exist; write it by transformers: "
       "`AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`."
     )
-  described = read_json(path, {"model": dict, "added_tokens": list}, GET_AGAIN)
+  described = read_foreign_json(path, {"model": dict, "added_tokens": list})
   try:
+    if damage := _damage(described):
+      raise ValueError(damage)
     wrong, largest = _unlike(described), max(tokens_of(described), default=0)
   except (KeyError, TypeError, AttributeError, ValueError) as error:
     raise UserError(f"{path} is damaged ({error}): copy it again.") from error
@@ -54,11 +57,31 @@ def read_tokenizer(folder: epath.PathLike, rows: int) -> Mapping[str, Any]:
   return described
 
 
+def _damage(described: Mapping[str, Any]) -> str:
+  """Says which ids, names or patterns no published tokenizer has; "": none."""
+  vocab, added = described["model"]["vocab"], described["added_tokens"]
+  names = {i: name for name, i in vocab.items()}
+  for i in (*vocab.values(), *(token["id"] for token in added)):
+    if type(i) is not int or i < 0:
+      return f"the token id {short(i)} is no whole number from 0 on"
+  if len(names) < len(vocab):
+    return "two tokens of its vocabulary have one id"
+  if (length := _longest_pattern(described.get("pre_tokenizer"))) > LONGEST_PATTERN:
+    return f"a pattern that splits texts has {length:,} characters"
+  for token in added:
+    name = token["content"]
+    if not isinstance(name, str) or not name:
+      return f"the added token {token['id']} is {short(name)}; it must be a text"
+    if names.setdefault(token["id"], name) != name:
+      return f"the id {token['id']} is that of {short(names[token['id']])} and {short(name)}"
+  return ""
+
+
 def _unlike(described: Mapping[str, Any]) -> str:
   """Says what keeps a tokenizer from being byte-level BPE that `rewrite` keeps; "": nothing."""
   model = described["model"]
   if model.get("type", "BPE") != "BPE":
-    return f"its model is {model.get('type')}"
+    return f"its model is {short(model.get('type'))}"
   for name in ("byte_fallback", "ignore_merges", "dropout"):
     if model.get(name):
       return f"{name} is set"
@@ -74,6 +97,16 @@ def _unlike(described: Mapping[str, Any]) -> str:
     return "it does not split texts into bytes"
   others = [kind for kind in _types(described.get("normalizer")) if kind not in ("NFC", "Prepend")]
   return f"it changes texts by the normalizer {others[0]}" if others else ""
+
+
+def _longest_pattern(part: Mapping[str, Any] | None) -> int:
+  """Returns the characters of the longest pattern of a pre-tokenizer, or of the parts of one."""
+  if part is None:
+    return 0
+  patterns = part.get("pattern") or {}
+  lengths = [len(pattern) for pattern in patterns.values()]
+  inner = [_longest_pattern(one) for one in part.get("pretokenizers", ())]
+  return max(lengths + inner, default=0)
 
 
 def _types(part: Mapping[str, Any] | None) -> list[str]:
@@ -145,7 +178,7 @@ def rewrite(
   if "NFC" in _types(described.get("normalizer")):
     notes.append("texts are not normalized to NFC, so that they decode to what they were")
   if plain := [token["content"] for token in described["added_tokens"] if not token.get("special")]:
-    notes.append(f"{len(plain)} added tokens, such as {plain[0]}, are plain text in texts")
+    notes.append(f"{len(plain)} added tokens, such as {plain[0][:40]}, are plain text in texts")
   if unused:
     notes.append(f"{len(unused)} rows have no token")
   return made, notes

@@ -272,7 +272,7 @@ def build_neighbors(
   Returns:
     The numbers for the report.
   """
-  start, folder = time.time(), epath.Path(job.folder)
+  start, folder = time.monotonic(), epath.Path(job.folder)
   words = config.lexical_weight, config.lexical_width
   counted = lexical.count_words(job.raw, folder, *words, runner)
   job = dataclasses.replace(job, load_lexical=functools.partial(lexical.load, job.folder, *words))
@@ -298,7 +298,7 @@ def build_neighbors(
   for split in ("train", "heldout"):
     count = sum(shard[f"{split}_pairs"] for shard in raw_pairs.shards(job.raw).values())
     summary |= _search(config, job.folder, split, count, depends, runner)
-  summary["seconds"] = round(time.time() - start, 1)
+  summary["seconds"] = round(time.monotonic() - start, 1)
   print(
     f"neighbors: {bank} documents, {backend} search, recall@2 {summary['recall@2']:.3f}; "
     f"{summary['train_all_kept']:.1%} have all {2 * config.kept_per_side}, "

@@ -1,5 +1,6 @@
 """Runs the application with uvicorn: one process, until SIGTERM or Ctrl-C."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ BACKLOG = 1024
 UNREAD_SECONDS = 30.0
 SMALL_PIECE, MOST_SMALL = 256, 1_000
 HEADER_BYTES = 2**16  # As uvicorn has it.
+HEADER_SECONDS = 30.0  # Of a request, from its first byte, or from the start of the connection.
 
 
 def listen(host: str, port: int, unread_seconds: float = UNREAD_SECONDS) -> socket.socket:
@@ -71,11 +73,33 @@ class Connection(h11.Connection):
 
 
 class Protocol(H11Protocol):
-  """HTTP/1.1 with the limits of `Connection`."""
+  """HTTP/1.1 with the limits of `Connection`, and a time for headers, for which uvicorn waits."""
+
+  _headers_timer: asyncio.TimerHandle | None = None
 
   def __init__(self, *args, **kwargs):
     super().__init__(*args, **kwargs)
     self.conn = Connection(h11.SERVER, HEADER_BYTES)
+
+  def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    super().connection_made(transport)
+    self._headers_timer = self.loop.call_later(HEADER_SECONDS, transport.close)
+
+  def data_received(self, data: bytes) -> None:
+    super().data_received(data)
+    if self.conn.their_state is not h11.IDLE:  # The headers are complete, or wrong.
+      self._forget_timer()
+    elif self._headers_timer is None:
+      self._headers_timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+  def connection_lost(self, exc: Exception | None) -> None:
+    self._forget_timer()
+    super().connection_lost(exc)
+
+  def _forget_timer(self) -> None:
+    if self._headers_timer is not None:
+      self._headers_timer.cancel()
+      self._headers_timer = None
 
 
 def url(host: str, port: int) -> str:

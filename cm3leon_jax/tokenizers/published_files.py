@@ -15,7 +15,7 @@ from safetensors import numpy as safetensors_numpy
 
 from cm3leon_jax import parameters
 from cm3leon_jax.config import UserError, build, short
-from cm3leon_jax.io import GET_AGAIN, read_json, replacing, write_json
+from cm3leon_jax.io import read_foreign_json, replacing, write_json
 from cm3leon_jax.tokenizers import published, published_source
 from cm3leon_jax.tokenizers.published import FAMILIES, Family, PublishedConfig
 from cm3leon_jax.tokenizers.published_source import DIFFUSERS, TRANSFORMERS
@@ -127,7 +127,7 @@ def diffusers_config(path: epath.Path) -> PublishedConfig:
   """
   if not path.exists():
     return FAMILIES["amused"]
-  stored = read_json(path, {}, GET_AGAIN)
+  stored = read_foreign_json(path, {})
   for name, (value, default) in FIXED.items():
     if (found := stored.get(name, default)) != value:
       raise UserError(
@@ -242,7 +242,7 @@ def read(source: epath.PathLike, family: Family) -> Read:
 def is_own(source: epath.PathLike) -> bool:
   """Returns whether a folder is image_tokenizer/ of an export, or vqgan/ of a run."""
   path = epath.Path(source) / CONFIG
-  stored = read_json(path, {}, GET_AGAIN) if path.exists() else {}
+  stored = read_foreign_json(path, {}) if path.exists() else {}
   return "vqgan" in stored or published.SECTION in stored
 
 

@@ -10,7 +10,8 @@ from etils import epath
 import safetensors
 
 from cm3leon_jax.config import UserError, short
-from cm3leon_jax.io import GET_AGAIN, read_json
+from cm3leon_jax.io import check_foreign, read_foreign_json
+from cm3leon_jax.parameters import files_of_index
 from cm3leon_jax.tokenizers import published
 from cm3leon_jax.tokenizers.vqgan import CONFIG
 
@@ -21,6 +22,7 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 def _refuse_pickle(path: epath.Path) -> None:
   """Raises UserError, with the way to convert it, if a file is a pickle by its name or content."""
+  check_foreign(path)
   with path.open("rb") as file:
     start = file.read(4)
   is_pickle = start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05")
@@ -58,9 +60,7 @@ def find_files(source: epath.PathLike) -> list[epath.Path]:
     if (folder / name).exists():
       return [folder / name]
   if (index := folder / f"{TRANSFORMERS}.index.json").exists():
-    names = sorted(
-      set(map(str, read_json(index, {"weight_map": dict}, GET_AGAIN)["weight_map"].values()))
-    )
+    names = sorted(set(files_of_index(index).values()))
     if absent := [name for name in names if not (folder / name).exists()]:
       raise UserError(f"{folder / absent[0]} does not exist, but {index} names it: get it, too.")
     return [folder / name for name in names]
@@ -83,6 +83,7 @@ def read_headers(files: Collection[epath.Path]) -> dict[str, tuple[epath.Path, t
   """Returns file and shape of every tensor by its name, from the headers of files."""
   found = {}
   for path in files:
+    check_foreign(path)
     try:
       with safetensors.safe_open(os.fspath(path), framework="np") as file:
         for name in file.keys():  # noqa: SIM118 (no mapping)
@@ -101,7 +102,7 @@ def check_kind(folder: epath.Path, names: Collection[str], source: epath.PathLik
     source: for messages.
   """
   path = folder / CONFIG
-  stored = read_json(path, {}, GET_AGAIN) if path.exists() else {}
+  stored = read_foreign_json(path, {}) if path.exists() else {}
   if "vqgan" in stored or published.SECTION in stored:
     raise UserError(
       f"{source} is an image tokenizer of this project: leave --family out, and name its folder."

@@ -1,6 +1,7 @@
 """Byte-level BPE whose ids are the text range of the shared vocabulary."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
 import functools
 
 from etils import epath
@@ -173,19 +174,37 @@ class TextTokenizer:
     return max(map(len, self._tokenizer.get_vocab()))
 
   def encode(self, text: str) -> np.ndarray:
-    """Encodes a text: [T] int32, without `</s>` at either end; an empty text has no ids."""
-    return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    """Encodes a text: [T] int32, without `</s>` at either end; an empty text has no ids.
+
+    Raises:
+      UserError: the pattern of an imported tokenizer tries too many ways to split the text.
+    """
+    with _panics_named():
+      return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
   def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
     """Encodes many texts, on all cores; see `encode`."""
-    return [
-      np.array(e.ids, np.int32)
-      for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    ]
+    with _panics_named():
+      encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return [np.array(e.ids, np.int32) for e in encoded]
 
   def decode(self, ids) -> str:
     """Decodes [T] integers to a text, without special tokens."""
     return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+@contextlib.contextmanager
+def _panics_named() -> Iterator[None]:
+  """Raises UserError where `tokenizers` panics; that is no Exception, and its class has no name."""
+  try:
+    yield
+  except BaseException as error:
+    if type(error).__name__ != "PanicException":
+      raise
+    raise UserError(
+      f"the text tokenizer cannot split a text ({error}): take the tokenizer.json that its model "
+      "was published with."
+    ) from error
 
 
 def encode_pieces(

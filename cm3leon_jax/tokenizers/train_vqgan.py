@@ -313,10 +313,10 @@ def train_vqgan(
   Raises:
     UserError: the training diverged, or the tokenizer is of no use (`check_learned`).
   """
-  start = time.time()
+  start = time.monotonic()
   shown = heldout_images[_evenly_spaced(len(heldout_images), vqgan_watch.SHOWN)]
   tokenizer = train(config, num_codes, seed, images, folder, inputs, features, shown, open_boards)
-  seconds = time.time() - start
+  seconds = time.monotonic() - start
   tokenizer.save(folder)
   measures = evaluate(tokenizer, heldout_images, images, folder)
   with small_trainer.deleted_if_refused(folder):

@@ -1,4 +1,4 @@
-"""SIGKILL at 25 random moments: the results are those of a run that was never killed."""
+"""SIGKILL at random moments: the results are those of runs that were never killed."""
 
 import pathlib
 import subprocess
@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from benchmarks import faults_stages
 from cm3leon_jax.io import read_json
 
 pytestmark = pytest.mark.slow
@@ -27,3 +28,12 @@ def test_a_run_that_was_killed_25_times_loses_nothing(tmp_path):
   assert found["runs_equal"] == found["runs"]
   assert found["control_differs"]
   assert found["replayed"] == found["replayed_equal"] > 0
+
+
+def test_each_stage_that_was_killed_ends_as_one_that_was_not(tmp_path):
+  found = run_part(tmp_path, "stages", 2)
+  assert set(found["stages"]) == set(faults_stages.STAGES)
+  assert found["control_differs"]
+  for stage in found["stages"].values():
+    assert stage["kills"] >= 2
+    assert stage["equal"] == stage["runs"]

@@ -15,6 +15,7 @@ from benchmarks import (
   faults_elastic,
   faults_kill,
   faults_run,
+  faults_stages,
   faults_table,
 )
 from benchmarks.faults_damage import Fault, judge
@@ -232,4 +233,39 @@ def test_rows_of_the_table_that_differ_only_in_the_fault_are_one():
   assert faults_table.markdown({"command": command}).splitlines()[2:] == [
     "| `cm3leon train`: bit flip, truncation | 1 each | 1 of 1 | 1 went back | 10 | 0 | - |",
     "| `cm3leon train`: all gone | 1 | 1 of 1 | 1 went back | 20 | 0 | - |",
+  ]
+
+
+def test_files_of_stages_are_compared_without_times(tmp_path):
+  """What a stage leaves, another time and another loss."""
+  results = []
+  for name, time, loss in (("a", 1.0, 0.5), ("b", 2.0, 0.5), ("c", 1.0, 0.25)):
+    folder = tmp_path / name
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "state").write_text(name)
+    (folder / "params").write_text("same")
+    lines = [{"step": 1, "loss": loss, "time": time}, {"step": 1, "goodput": time}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = {"seconds": time, "id": name, "files": {}, "summary": {"seconds": time, "steps": 1}}
+    (folder / "done.json").write_text(json.dumps(done))
+    results.append(faults_stages.result_of(folder))
+  first, later, other = results
+  assert first["done.json"] == {"files": {}, "summary": {"steps": 1}}
+  assert faults_stages.differing(first, later) == []
+  assert faults_stages.differing(first, other) == ["metrics.jsonl"]
+  assert faults_stages.differing(first, {}) == ["done.json", "metrics.jsonl", "params"]
+
+
+def test_a_stage_that_differs_after_a_kill_is_a_failure():
+  runs = [
+    {"differing": ["params"]},
+    {"stage": "train_vqgan", "moments": [0.5, 1.0], "differing": []},
+    {"stage": "train_vqgan", "moments": [], "differing": ["params"]},
+  ]
+  summary = {"asked": 2, **faults_stages.summarize(runs)}
+  assert faults_stages.failures(summary) == ["train_vqgan: 1 of 2 runs differ in params"]
+  summary["control_differs"] = False
+  assert len(faults_stages.failures(summary)) == 2
+  assert faults_table.markdown({"stages": summary}).splitlines()[2:] == [
+    "| SIGKILL in `train_vqgan` | 2 | - | 1 of 2 runs | - | ? | - |"
   ]

@@ -47,7 +47,9 @@ def test_a_host_of_a_pod_that_trains_alone_is_refused_with_a_remedy(monkeypatch,
   assert end.startswith(remedy or ".")
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize(
+  "number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.EROFS]
+)
 def test_a_file_that_cannot_be_read_is_one_sentence_and_may_be_tried_again(number, capsys):
   with pytest.raises(SystemExit) as end, common._reporting():
     raise OSError(number, os.strerror(number), "run/train/config.json")
@@ -56,3 +58,25 @@ def test_a_file_that_cannot_be_read_is_one_sentence_and_may_be_tried_again(numbe
   assert capsys.readouterr().err.startswith(sentence)
   with pytest.raises(FileNotFoundError), common._reporting():  # A mistake of the program.
     raise FileNotFoundError(errno.ENOENT, "no such file", "x")
+
+
+READ_ONLY = "Read-only file system"
+OF_TENSORSTORE = (
+  'PERMISSION_DENIED: Error opening "zarr3" driver: Error writing local file "/w/x/zarr.json": '
+  f"Failed to create directory: \"/w/x\": {READ_ONLY} [os_error_code='30']"
+)
+OF_ARRAY_RECORD = f"open() failed: {READ_ONLY}; opening /w/x.partial; Failed to create the file"
+
+
+@pytest.mark.parametrize(
+  ("error", "file"),
+  [(ValueError(OF_TENSORSTORE), "/w/x/zarr.json"), (RuntimeError(OF_ARRAY_RECORD), "/w/x.partial")],
+)
+def test_a_disk_that_libraries_cannot_write_is_one_sentence_and_no_bucket(error, file, capsys):
+  with pytest.raises(SystemExit) as end, common._reporting():
+    raise error
+  assert end.value.code == TryAgain.exit_code
+  sentence = f"error: {file} could not be read or written ({READ_ONLY}): mend the disk"
+  assert capsys.readouterr().err.startswith(sentence)
+  with pytest.raises(type(error)), common._reporting():
+    raise type(error)(str(error).replace(READ_ONLY, "another reason"))

@@ -145,7 +145,7 @@ def second(**lines):
     (FIRST + "- 7\n", "line 5: a task must have fields by their names, the first of which is "),
     (FIRST + "- 7: 8\n", "line 5: a task must have fields by their names, the first of which is "),
     (FIRST + "- name: [\n", "line 6, is not valid YAML (expected the node content"),
-    (FIRST + "---\n" + FIRST, "line 5, is not valid YAML (but found another document)."),
+    (FIRST + "---\n" + FIRST, "line 6: another document begins; a file of tasks has one."),
     (FIRST + "- !!python/name:os.system {}\n", "line 5, is not valid YAML (could not determine a "),
     (second(format="scenes/draw", train="val", records=5),
      "line 9: train is 'val'; format 'scenes/draw' has the splits train, heldout."),

@@ -66,7 +66,7 @@ def test_a_column_changes_the_sampler_of_the_run():
     ),
     ("count: 8", "count: 8, split: val", "data: split of 'heldout' is 'val'; it must be left out"),
     (GOOD, "- a list", "my.yaml must have the fields of a protocol"),
-    ("title: drawings", "title: [", "my.yaml is not valid YAML"),
+    ("title: drawings", "title: [", "my.yaml, line 4, is not valid YAML (expected"),
   ],
 )
 def test_a_mistake_is_named(old, new, sentence):

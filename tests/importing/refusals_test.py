@@ -1,6 +1,7 @@
 """What cannot be imported exactly, or read safely, is refused in one sentence with its reason."""
 
 import json
+import os
 import pathlib
 import shutil
 
@@ -15,6 +16,7 @@ from cm3leon_jax.importing.source import open_source
 from cm3leon_jax.io import read_json, write_json
 from tests.importing.importer_test import OPT, QWEN3, imported, settings_for
 
+AGAIN = "get it again from where it was published"
 ZEROS = np.zeros(32, np.float32)
 Q = "layers.0.self_attn.q_proj"
 
@@ -102,6 +104,7 @@ def test_biases_of_0_are_imported(opt_folder, tmp_path):
     ({"rope_parameters": "x"}, {}, "rope_parameters is 'x'; it must be of type object."),
     ({"rope_parameters": {"rope_theta": "x"}}, {}, "rope_theta is 'x'; it must be a positive num"),
     ({"rope_parameters": {"rope_theta": 0}}, {}, "rope_theta is 0; it must be a positive number"),
+    ({"rope_parameters": {"rope_theta": 10**400}}, {}, "...; it must be a positive number, of "),
     ({"num_key_value_heads": 3}, {}, "num_key_value_heads = 3 does not divide num_attention_heads"),
     ({"num_attention_heads": 4.5}, {}, "num_attention_heads is 4.5; it must be a positive whole"),
     (
@@ -186,6 +189,8 @@ def test_folders_that_hold_no_checkpoint_are_refused(qwen3_folder, tmp_path):
     ("../other.safetensors", "it must be a file of that folder"),
     (3, "it must be a file of that folder"),
     ("damaged.safetensors", "is damaged"),
+    ("..", "it must be a file of that folder"),
+    ("", "it must be a file of that folder"),
     ("empty.safetensors", "names the tensor 'model.norm.weight', which empty.safetensors does not"),
   ],
 )
@@ -229,3 +234,26 @@ def test_an_export_in_another_format_is_refused_by_its_name(tmp_path, file, kind
     open_source(str(tmp_path))
   start = f"--source is {tmp_path}, an export in the format {kind}; only those in the format hf are"
   assert str(error.value) == f"{start} {end}"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_regular_file_is_refused_and_not_opened(name, make, qwen3_folder, tmp_path):
+  """To open a pipe waits forever."""
+  source = altered(qwen3_folder, tmp_path / "source")
+  (source / name).unlink()
+  make(source / name)
+  assert refusal(settings_for(QWEN3), source).endswith(f"{name} is no regular file: {AGAIN}.")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_text_of_gigabytes_is_refused_and_not_read(name, qwen3_folder, tmp_path):
+  source = altered(qwen3_folder, tmp_path / "source")
+  os.truncate(source / name, 2**40)
+  sentence = refusal(settings_for(QWEN3), source)
+  assert f"{name} has 1,099,511,627,776 bytes; it may have 67,108,864: {AGAIN}." in sentence
+
+
+def test_an_end_of_text_that_is_no_number_counts_as_absent(qwen3_folder, tmp_path):
+  source = altered(qwen3_folder, tmp_path / "source", {"eos_token_id": True})
+  assert importer.plan(settings_for(QWEN3), str(source)).tables.end is None

@@ -18,6 +18,18 @@ from tests.importing import published
 VOCAB = VocabLayout(num_special=32, text_size=32 + published.ROWS, image_size=16)
 
 
+def with_token(number) -> dict:
+  """Changes a vocabulary: it has a further token of this id."""
+  return {"model": lambda model: {"vocab": {**model["vocab"], "zzz": number}}}
+
+
+def split_by(pattern: str) -> dict:
+  """A pre-tokenizer that splits texts by a regular expression, and then into bytes."""
+  options = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+  split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+  return {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel", **options}]}
+
+
 @pytest.fixture(scope="module", params=["qwen", "gpt2"])
 def rewritten(request, tmp_path_factory):
   """The source, its folder, the folder of the rewritten tokenizer, and what differs."""
@@ -83,7 +95,7 @@ def test_transformers_loads_it(rewritten, tokenizer):
 @pytest.mark.parametrize(
   ("change", "reason"),
   [
-    ({"model": {"type": "WordPiece"}}, "its model is WordPiece; only byte-level BPE"),
+    ({"model": {"type": "WordPiece"}}, "its model is 'WordPiece'; only byte-level BPE"),
     ({"model": {"byte_fallback": True}}, "byte_fallback is set; only byte-level BPE"),
     ({"model": {"end_of_word_suffix": "</w>"}}, "it has a end_of_word_suffix; only"),
     ({"model": {"vocab": {"a": 0}}}, "it has no token for the byte '!'; only byte-level BPE"),
@@ -100,6 +112,18 @@ def test_transformers_loads_it(rewritten, tokenizer):
     ({"model": 3}, "its field 'model' must be of type object, and is 3"),
     ({"added_tokens": [{"id": 470, "content": "!"}]}, "has two tokens of one name or id: 511 of"),
     ({"model": {"merges": [["q", "zz"]]}}, "cannot be read"),
+    (with_token(-1), "the token id -1 is no whole number from 0 on): copy it again."),
+    (with_token("5"), "the token id '5' is no whole number"),
+    (with_token(469.5), "the token id 469.5 is no whole number"),
+    (with_token(float("inf")), "the token id inf is no whole number"),
+    (with_token(3), "two tokens of its vocabulary have one id"),
+    ({"added_tokens": [{"id": 3, "content": "other"}]}, "the id 3 is that of '$' and 'other'"),
+    (
+      {"added_tokens": [{"id": 475, "content": ""}]},
+      "the added token 475 is ''; it must be a text",
+    ),
+    ({"pre_tokenizer": split_by("a|" * 5_001)}, "that splits texts has 10,002 characters"),
+    ({"pre_tokenizer": split_by("(")}, "cannot be read (Oniguruma error: end pattern"),
   ],
 )
 def test_other_tokenizers_are_refused(change, reason, tmp_path):
@@ -107,6 +131,8 @@ def test_other_tokenizers_are_refused(change, reason, tmp_path):
   path = tmp_path / "tokenizer.json"
   described = json.loads(path.read_text())
   for name, value in change.items():
+    if callable(value):
+      value = value(described[name])
     described[name] = described[name] | value if name == "model" and value != 3 else value
   path.write_text(json.dumps(described))
   with pytest.raises(UserError) as error:
@@ -115,3 +141,21 @@ def test_other_tokenizers_are_refused(change, reason, tmp_path):
   path.unlink()
   with pytest.raises(UserError, match="does not exist; write it by transformers: "):
     read_tokenizer(tmp_path, published.ROWS)
+
+
+def test_a_pattern_that_tries_too_many_ways_ends_with_a_sentence(tmp_path):
+  """`tokenizers` panics then, which is no Exception."""
+  published.save_tokenizer(tmp_path)
+  path = tmp_path / "tokenizer.json"
+  described = json.loads(path.read_text()) | {"pre_tokenizer": split_by("(a+)+$")}
+  path.write_text(json.dumps(described))
+  made, _ = rewrite(read_tokenizer(tmp_path, published.ROWS), published.ROWS, VOCAB)
+  save_tokenizer(made, VOCAB, TextTokenizerConfig(), tmp_path)
+  tokenizer = TextTokenizer(tmp_path, VOCAB)
+  assert tokenizer.decode(tokenizer.encode("a red bell")) == "a red bell"
+  for encode, texts in (
+    (tokenizer.encode, "a" * 60 + "!"),
+    (tokenizer.encode_batch, ["a" * 60 + "!"]),
+  ):
+    with pytest.raises(UserError, match=r"cannot split a text \(.*retry-limit.*\): take the token"):
+      encode(texts)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, short
 from cm3leon_jax.data.evaluation_examples import Example
 from cm3leon_jax.evaluation.protocols import image_metrics, text_metrics
 from cm3leon_jax.evaluation.protocols.column import Column
@@ -119,7 +119,7 @@ def check_published(rows: Sequence[dict], columns: Sequence[str]) -> None:
   for row in rows:
     for field in ("model", "source"):
       if not isinstance(row.get(field), str):
-        raise UserError(f"published: {row} needs a text in its field '{field}'.")
+        raise UserError(f"published: {short(row)} needs a text in its field '{field}'.")
     if row.get("column", columns[0]) not in columns:
       raise UserError(
         f"published: {row['model']} is of the column '{row['column']}'; the protocol has "
@@ -128,6 +128,6 @@ def check_published(rows: Sequence[dict], columns: Sequence[str]) -> None:
     for name in set(row) - {"model", "source", "column"}:
       if name not in METRICS or not isinstance(row[name], int | float):
         raise UserError(
-          f"published: '{name}' of {row['model']} is {row[name]!r}; it must be a metric with a "
-          f"number ({', '.join(METRICS)})."
+          f"published: '{name}' of {row['model']} is {short(row[name])}; it must be a metric with "
+          f"a number ({', '.join(METRICS)})."
         )

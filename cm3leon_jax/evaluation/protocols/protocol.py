@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 from etils import epath
 from pydantic import Field, NonNegativeInt, PositiveInt
 import pydantic.dataclasses
-import yaml
 
 from cm3leon_jax.config import STRICT, UserError, build
+from cm3leon_jax.data import yaml_documents
 from cm3leon_jax.data.evaluation_examples import Example
 from cm3leon_jax.data.evaluation_files import SPLITS
 from cm3leon_jax.decoding.sampling import SamplingConfig
@@ -152,10 +152,7 @@ def load(name_or_path: str) -> tuple[Protocol, ...]:
     return tuple(chosen)
   path = epath.Path(name_or_path)
   if _is_yaml(name_or_path) and path.exists() and not path.is_dir():
-    try:
-      return parse(path.read_text(encoding="utf-8"), name_or_path)
-    except UnicodeDecodeError as error:
-      raise UserError(f"{name_or_path} is not UTF-8 text ({error}).") from error
+    return parse(yaml_documents.read(path), name_or_path)
   raise UserError(
     f"--protocol is '{name_or_path}'; it must be a YAML file that exists, or one of "
     f"{', '.join(names())}."
@@ -164,10 +161,7 @@ def load(name_or_path: str) -> tuple[Protocol, ...]:
 
 def parse(text: str, where: str) -> tuple[Protocol, ...]:
   """Makes the protocols of a file from its YAML; `where` names it in messages."""
-  try:
-    documents = list(yaml.safe_load_all(text))
-  except Exception as error:  # PyYAML raises errors of any kind at values that a tag cannot have.
-    raise UserError(f"{where} is not valid YAML ({error}).") from error
+  documents = [values for _, values in yaml_documents.parse(text, where)]
   if not documents:
     raise UserError(f"{where} is empty; it must have the fields of a protocol, one per line.")
   found = tuple(_parse_one(values, where) for values in documents)
