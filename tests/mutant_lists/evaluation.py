@@ -258,8 +258,8 @@ EVALUATION = (
     "cm3leon_jax/config.py",
     "tests/config_test.py",
     ("unknown_fields_ignored", '"extra": "forbid"', '"extra": "ignore"'),
-    ("control_characters_printed", "printable(without_addresses(str", "(without_addresses(str"),
-    ("addresses_printed", "printable(without_addresses(str", "printable((str"),
+    ("control_characters_printed", "printable(without_addresses(text", "(without_addresses(text"),
+    ("addresses_printed", "printable(without_addresses(text", "printable((text"),
     ("whole_numbers_unbounded", "abs(value) > LARGEST", "abs(value) < 0"),
   ),
   *mutants_of(
