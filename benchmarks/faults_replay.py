@@ -26,7 +26,7 @@ KINDS = ("parameters", "moments", "gradients", "updates")
 REPLICAS = ("one replica of parameters", "one replica of moments")
 # Names of the arrays of which a bit flips between steps.
 OF_STATE = dict(zip(("parameters", "moments", *REPLICAS), (r"^params", r"\.(mu|nu)\.") * 2))
-EVERY = 5  # One step in so many is checked where a flip is in one replica, or there is none.
+EVERY = 5  # Every fifth step is checked in trials of one replica, and in those without a flip.
 # Sizes of data, fsdp and tensor of 8 devices; passes of a step.
 MESHES = (((2, 2, 2), 2), ((1, 8, 1), 1), ((8, 1, 1), 1))
 DEVICES = 8

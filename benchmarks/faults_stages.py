@@ -1,6 +1,6 @@
 """Part `stages` of `benchmarks.faults`: SIGKILL at random moments of all other stages of a run.
 
-A stage begins in a folder of its own, beside links to the results that it reads. Its process is
+Each stage runs in a new folder with links to the results that it reads. Its process is
 killed up to three times and started again by the same command. Then every file that it leaves, and
 every number that it logged, must be those of a run that was never killed.
 """

@@ -86,7 +86,7 @@ class Engine:
 
   @property
   def is_ready(self) -> bool:
-    """Whether the programs are compiled, and the engine goes on."""
+    """Whether the programs are compiled, and the engine is not closing."""
     return self._ready.is_set() and not self._closing
 
   def wait_until_ready(self) -> bool:
