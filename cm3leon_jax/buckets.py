@@ -55,6 +55,8 @@ def prepare_access() -> None:
   config.setdefault("use_listings_cache", False)
   # It would log the traceback of an error that it raises, too.
   logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+  # It would warn of credentials that it does not find, and gcsfs then tries without any.
+  logging.getLogger("google.auth").setLevel(logging.ERROR)
 
 
 def failure(error: BaseException | None) -> str:
