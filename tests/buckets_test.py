@@ -1,12 +1,15 @@
 """Requests to a bucket that never answer, in processes of their own: variables are read once."""
 
 import contextlib
+import io as io_lib
 import os
 import pathlib
 import subprocess
 import sys
 import threading
 
+import numpy as np
+from PIL import Image
 import pytest
 
 from cm3leon_jax import buckets, io
@@ -56,6 +59,24 @@ def run(server, code):
     stderr=subprocess.PIPE,
     text=True,
   )
+
+
+IMAGE = """
+from cm3leon_jax.data.raw_pairs import load_image
+print(load_image("gs://bucket/image.png", None).shape)
+"""
+
+
+def test_the_bytes_of_an_image_take_one_request(server):
+  """And not one for each few kilobytes, as gcsfs would ask for them."""
+  pytest.importorskip("gcsfs")
+  noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+  file = io_lib.BytesIO()
+  Image.fromarray(noise).save(file, "PNG")
+  server.put("bucket", "image.png", file.getvalue(), None)
+  output, errors = run(server, IMAGE).communicate(timeout=300)
+  assert output == "(256, 256, 3)\n", errors
+  assert sum("alt=media" in path for _, path in server.requests) == 1
 
 
 def test_an_array_whose_request_is_not_answered_is_asked_for_again(server):

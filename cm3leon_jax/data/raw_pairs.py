@@ -243,7 +243,8 @@ def open_image(image: str | bytes | epath.Path, name: str):
     size, file = info["size"], None
   if size > MAX_BYTES:
     raise UserError(f"image {name} has {size:,} bytes; it may have {MAX_BYTES:,}.")
-  return file or fs.open(path, "rb")
+  # The default cache of gcsfs reads a file in many small requests.
+  return file or fs.open(path, "rb", cache_type="readahead")
 
 
 def _square(pixels: Image.Image, resolution: int | None, crop: str) -> np.ndarray:

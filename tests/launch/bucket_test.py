@@ -214,9 +214,10 @@ def test_raw_data_from_and_in_a_bucket_are_those_of_a_disk(server, tmp_path):
     command = [
       sys.executable, "-m", "cm3leon_jax.commands.prepare_data", f"--config={BASE}",
       f"--config.raw.source={source}", "--config.raw.resolution=64", f"--workdir={workdir}",
+      "--config.data.text_share=0.0",
     ]  # fmt: skip
     environment = environment_of(server)
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=120)
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=300)
   kinds = (".jsonl", ".png", ".jpg", ".jpeg", ".webp")
   expected = {
     str(path.relative_to(tmp_path / "out")): path.read_bytes()
