@@ -6,7 +6,7 @@ import os
 import re
 import traceback
 
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, causes
 
 CONNECT_SECONDS = 30
 # Without a byte from the server for so long, a request fails, and is tried again.
@@ -86,14 +86,13 @@ def refuses(error: BaseException | None) -> bool:
 
 def _find(error: BaseException | None) -> BaseException | None:
   """Returns the error of an access to a bucket that led to `error`; None if there is none."""
-  while error is not None:
-    text, module = _text(error), f"{type(error).__module__}."
-    if module.startswith(CLIENTS) or (module.startswith("requests.") and _is_of_caller(error)):
-      return error
-    is_answer = type(error) in (OSError, ValueError) and ANSWERED.match(text)
+  for found in causes(error):
+    text, module = _text(found), f"{type(found).__module__}."
+    if module.startswith(CLIENTS) or (module.startswith("requests.") and _is_of_caller(found)):
+      return found
+    is_answer = type(found) in (OSError, ValueError) and ANSWERED.match(text)
     if GIVEN_UP.search(text) or (is_answer and not LOCAL.search(text)):
-      return error
-    error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+      return found
   return None
 
 

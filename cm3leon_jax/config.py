@@ -1,5 +1,6 @@
 """Checks of a user's config: an `ml_collections.ConfigDict` becomes frozen dataclasses."""
 
+from collections.abc import Iterator
 import dataclasses
 import difflib
 import math
@@ -55,6 +56,23 @@ def short(value: Any, most: int = 80) -> str:
   except (ValueError, RecursionError):  # More digits than Python writes; or nested too deeply.
     text = f"a {type(value).__name__} too long to show"
   return text if len(text) <= most else f"{text[:most]}..."
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+  """Yields an error and those that led to it, of a group its members, too.
+
+  Each comes once: libraries have raised errors that led to one another in a circle.
+  """
+  waiting, seen = [error], set[int]()
+  while waiting:
+    found = waiting.pop()
+    if found is None or id(found) in seen:
+      continue
+    seen.add(id(found))
+    yield found
+    waiting.append(found.__cause__ or (None if found.__suppress_context__ else found.__context__))
+    if isinstance(found, BaseExceptionGroup):
+      waiting += found.exceptions
 
 
 class UserError(ValueError):

@@ -1,5 +1,6 @@
 """All sections of a config, as the frozen dataclasses that the library takes."""
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
@@ -75,6 +76,19 @@ class Settings:
         raise ValueError(
           f"mesh.tensor is {self.mesh.tensor}; "
           f"it must divide model.{field} = {getattr(self.model, field)}."
+        )
+
+  def check_split(self, axes: Mapping[str, int]) -> None:
+    """Raises ValueError unless the parameters split evenly over the axes of a mesh."""
+    fsdp = axes["fsdp"] * axes["fsdp_inner"]
+    for field, parts in (("width", fsdp), ("vocab_size", fsdp * axes["tensor"])):
+      if (size := getattr(self.model, field)) % parts:
+        copies = axes["data"] * fsdp
+        raise ValueError(
+          f"model.{field} = {size:,} does not split into {parts} equal parts (fsdp = "
+          f"{axes['fsdp']}, fsdp_inner = {axes['fsdp_inner']}, tensor = {axes['tensor']}): use "
+          "another number of devices, or copies of the model: --config.mesh.fsdp=1 "
+          f"--config.mesh.fsdp_inner=1 --config.mesh.data={copies}."
         )
 
 

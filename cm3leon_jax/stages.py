@@ -84,15 +84,14 @@ def _check_id(folder: epath.Path, about: dict) -> None:
   A stage without such files, or of an earlier version, has no such id.
   """
   files, stage = about.get("files"), STAGES.get(folder.name)
+  if files and not _are_descriptions(files):
+    raise UserError(_damaged(folder))
   if not files or stage is None:
     return
   digest, ids = hashlib.sha256(), []
-  try:
-    for described in files.values():
-      digest.update(described["sha256"].encode())
-      ids.append(digest.hexdigest()[:16])  # As `id_of`; varying files come last.
-  except (AttributeError, KeyError, TypeError) as error:
-    raise UserError(_damaged(folder)) from error
+  for described in files.values():
+    digest.update(described["sha256"].encode())
+    ids.append(digest.hexdigest()[:16])  # As `id_of`; varying files come last.
   if about.get("id") not in (ids if stage.varying else ids[-1:]):
     raise UserError(_damaged(folder, ": its id is not that of the files that it describes"))
 
@@ -117,15 +116,20 @@ def check_files(path: epath.PathLike) -> None:
   else:
     return
   about = read_json(folder / DONE, {})
-  described = about.get("files", {})
-  if not isinstance(described, dict):
-    raise UserError(_damaged(folder))
   _check_id(folder, about)
+  described = about.get("files") or {}
   name = path.relative_to(folder).as_posix()
   for file, expected in described.items():
     inside = name == "." or file == name or file.startswith(f"{name}/")
     if inside and (wrong := damage(folder / file, expected)):
       raise UserError(f"{folder / file} {wrong}: {again(folder, folder / file)}.")
+
+
+def _are_descriptions(files: object) -> bool:
+  return isinstance(files, dict) and all(
+    isinstance(one, dict) and type(one.get("bytes")) is int and isinstance(one.get("sha256"), str)
+    for one in files.values()
+  )
 
 
 def again(folder: epath.Path, damaged: epath.PathLike) -> str:

@@ -11,18 +11,18 @@ import os
 import re
 import signal
 import sys
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from cm3leon_jax import accelerators, buckets, from_data, full_disk
+from cm3leon_jax import accelerators, buckets, disk_errors, from_data
 from cm3leon_jax.commands import (
   arguments,
   bucket_paths,
   config_file,
-  disk_errors,
   flag_errors,
   help_text,
 )
@@ -32,6 +32,7 @@ from cm3leon_jax.config import (
   STOPPED_EARLY,
   TryAgain,
   UserError,
+  causes,
   printable,
 )
 from cm3leon_jax.stage_table import STAGES
@@ -136,9 +137,11 @@ def make_mesh(settings: Settings, stage: str = "") -> jax.sharding.Mesh:
       f"host{_instead(stage)}."
     )
   try:
-    return create_mesh(settings.mesh)
+    mesh = create_mesh(settings.mesh)
+    settings.check_split(mesh.shape)
   except ValueError as error:
     raise UserError(f"config.mesh: {error}") from error
+  return mesh
 
 
 def use_mesh(settings: Settings, stage: str = ""):
@@ -186,9 +189,7 @@ def _fail(message: str, code: int = UserError.exit_code) -> None:
 
 def _user_error(error: BaseException | None) -> UserError | None:
   """Returns the UserError that absl caught and raised again as an error of its own."""
-  while error is not None and not isinstance(error, UserError):
-    error = error.__context__
-  return error
+  return next((found for found in causes(error) if isinstance(found, UserError)), None)
 
 
 def _parse_flags(
@@ -307,10 +308,7 @@ def _reporting() -> Iterator[None]:
     if accelerators.is_absent(error):
       _fail(f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS', '')}: {error}")
     if reason := disk_errors.failure(error):
-      _fail(
-        f"{reason}: mend the disk or the rights, and run the same command again.",
-        TryAgain.exit_code,
-      )
+      _fail(reason, TryAgain.exit_code)
     if not isinstance(error, UserError):
       raise
     _fail(str(error), error.exit_code)
@@ -347,7 +345,7 @@ def run(
 
   def checked(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it writes.
-    full_disk.prepare_logging()
+    disk_errors.prepare_logging()
     with _reporting():
       arguments.check_words(argv[1:], actions, sys.argv[1:])
       given: list = argv[1:]
@@ -379,6 +377,16 @@ def run(
     print(
       "error: interrupted by Ctrl-C; finished stages and checkpoints are kept.", file=sys.stderr
     )
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(CTRL_C)  # XLA may still compute; while Python ends, its threads would crash.
+    _end_at_once(CTRL_C)  # XLA may still compute; while Python ends, its threads would crash.
+  except SystemExit as end:
+    # After a save that failed at its start, they wait ten minutes for signals that nobody sends.
+    if end.code and any(type(t).__module__.startswith("orbax.") for t in threading.enumerate()):
+      _end_at_once(end.code)
+    raise
+
+
+def _end_at_once(code: int) -> NoReturn:
+  """Ends the process without waiting for its threads."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)

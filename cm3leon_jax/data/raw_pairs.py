@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cm3leon_jax import stages
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, causes
 from cm3leon_jax.data.records import (
   KINDS,
   RawInterleaved,
@@ -219,9 +219,8 @@ def _one_at_a_time():
 
 def _clear_frames(error: BaseException | None) -> None:
   """Clears the frames of an error, which hold the decoded image: a caller may keep the error."""
-  while error is not None:
-    traceback.clear_frames(error.__traceback__)
-    error = error.__context__
+  for found in causes(error):
+    traceback.clear_frames(found.__traceback__)
 
 
 def _trim_memory() -> None:

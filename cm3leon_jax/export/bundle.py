@@ -20,7 +20,7 @@ import numpy as np
 from cm3leon_jax import parameters, stages
 from cm3leon_jax.clip.model import CLIP
 from cm3leon_jax.clip.model import PARAMS as CLIP_PARAMS
-from cm3leon_jax.config import UserError
+from cm3leon_jax.config import UserError, short
 from cm3leon_jax.data import training_data, unseen_tokens
 from cm3leon_jax.data.documents import DocumentStore, write_documents
 from cm3leon_jax.export import huggingface
@@ -56,8 +56,21 @@ def is_bundle(folder: epath.PathLike) -> bool:
 def stages_folder(folder: epath.PathLike) -> epath.Path:
   """Returns where tokenizers, CLIP and bank of a run or bundle are: its folder, or its base's."""
   folder = epath.Path(folder)
-  base = read_json(folder / FILE, {}).get("base") if is_bundle(folder) else None
+  base = _stored_base(folder, read_json(folder / FILE, {})) if is_bundle(folder) else None
   return folder_of(base["name"]) if base else folder
+
+
+def _stored_base(folder: epath.Path, stored: dict) -> dict[str, str] | None:
+  """Returns name and digest of the base that a bundle.json names; raises UserError if damaged."""
+  base = stored.get("base")
+  if base is None:
+    return None
+  names = [base.get(key) for key in ("name", "digest")] if isinstance(base, dict) else [None]
+  if not all(isinstance(name, str) for name in names):
+    raise UserError(
+      f"{folder / FILE}: base is {short(base)}; it must be an object with name and digest: {AGAIN}."
+    )
+  return base
 
 
 def write(
@@ -245,7 +258,7 @@ def read(folder: epath.PathLike) -> tuple[Settings, int]:
     if found != expected:
       state = "is absent" if found is None else "has another content than the bundle was made with"
       raise UserError(f"{folder / name} {state} (SHA-256 {expected[:12]} expected): {AGAIN}.")
-  if base := stored.get("base"):
+  if base := _stored_base(folder, stored):
     of_base = folder_of(base["name"])
     if digest(of_base / FILE) != base["digest"]:
       raise UserError(

@@ -192,8 +192,8 @@ def _make_tokenizer(settings: Settings, folder: epath.Path, found: Import) -> li
     made, notes = tokenizer.rewrite(described, found.tables.rows, vocab)
     save_tokenizer(made, vocab, settings.text_tokenizer, folder)
     return notes
+  TextTokenizer(source, vocab)  # Checks its ids.
   copy_files(source, folder)
-  TextTokenizer(folder, vocab)  # Checks its ids.
   return ["as it was exported"]
 
 

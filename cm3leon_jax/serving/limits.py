@@ -5,8 +5,8 @@ import dataclasses
 import hmac
 import ipaddress
 import json
+import re
 import time
-from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -60,6 +60,14 @@ def is_loopback(host: str) -> bool:
     return ipaddress.ip_address(host).is_loopback
   except ValueError:
     return host == "localhost"
+
+
+def _name_of(host: str) -> str:
+  """Returns the name in a Host header, a port left out; "" if it is no such header."""
+  found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([\w.-]+))(?::(\d{1,5}))?", host, re.ASCII)
+  if found is None or int(found[3] or 0) > 65_535:
+    return ""
+  return found[1] or found[2].lower()
 
 
 class Guard:
@@ -127,12 +135,8 @@ class Guard:
 
   def _check(self, path: str, headers: Mapping[str, str]) -> None:
     """Raises ApiError if the headers of a request are not as they must be."""
-    host = headers.get("host", "")  # A name before "@" would be an account.
-    try:
-      name = urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-      name = ""
-    if self._local and ("@" in host or not is_loopback(name)):
+    host = headers.get("host", "")
+    if self._local and not is_loopback(_name_of(host)):
       raise ApiError(403, "this server answers to localhost and 127.0.0.1 only.", code="wrong_host")
     if (origin := headers.get("origin")) is not None and origin not in (
       f"http://{host}",

@@ -13,8 +13,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from cm3leon_jax import stages
-from cm3leon_jax.config import STRICT, UserError
-from cm3leon_jax.io import write_json
+from cm3leon_jax.config import STRICT, UserError, short
+from cm3leon_jax.io import GET_AGAIN, exists, write_json
 from cm3leon_jax.vocab import VocabLayout
 
 # T tokens of one text.
@@ -158,7 +158,12 @@ class TextTokenizer:
         f"{path} does not exist: run `cm3leon train_text_tokenizer` with the same --workdir first."
       )
     stages.check_files(path)
-    self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # The library raises errors of no class of its own.
+      is_ours = exists(path.parent / stages.DONE)
+      remedy = stages.again(path.parent, path) if is_ours else GET_AGAIN
+      raise UserError(f"{path} is damaged ({short(str(error))}): {remedy}.") from error
     self._tokenizer.encode_special_tokens = True
     special = [self._tokenizer.id_to_token(i) for i in range(vocab.num_special)]
     if self._tokenizer.get_vocab_size() != vocab.text_size or special != vocab.special_tokens():

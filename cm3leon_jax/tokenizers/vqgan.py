@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cm3leon_jax import parameters, stages
-from cm3leon_jax.config import build
+from cm3leon_jax.config import UserError, build
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.tokenizers import published, quantizers
 from cm3leon_jax.tokenizers.vqgan_config import VQGANConfig
@@ -247,6 +247,10 @@ class ImageTokenizer:
     folder = epath.Path(folder)
     stages.check_files(folder)
     stored = read_json(folder / CONFIG, {"num_codes": int})
+    if stored["num_codes"] < 1:
+      raise UserError(
+        f"{folder / CONFIG}: num_codes is {stored['num_codes']}; it must be greater than 0."
+      )
     if published.SECTION in stored:
       config = build(published.PublishedConfig, stored[published.SECTION], published.SECTION)
       expected = parameters.to_dict(published.structure(config, stored["num_codes"])[1])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax import stage_table, stages
-from cm3leon_jax.commands import evaluate
+from cm3leon_jax.commands import common, evaluate
 from cm3leon_jax.config import UserError
 from cm3leon_jax.configs import base
 from cm3leon_jax.data import documents
@@ -122,6 +122,15 @@ def test_a_batch_that_the_mesh_does_not_split_is_refused_before_params_are_read(
   message = r"config\.evaluation\.batch_size is 12; mesh\.data x .* = 8 must divide it"
   with pytest.raises(UserError, match=message):
     evaluate.main(settings, workdir)
+
+
+def test_a_mesh_that_splits_parameters_unevenly_is_refused():
+  settings = dataclasses.replace(tiny_settings(), mesh=MeshConfig(1, -1, 1))
+  model = dataclasses.replace(settings.model, width=36, num_heads=4, mlp_width=64)
+  message = r"config\.mesh: model\.width = 36 does not split into 8 .*mesh\.fsdp=1 .*mesh\.data=8"
+  with pytest.raises(UserError, match=message):
+    common.make_mesh(dataclasses.replace(settings, model=model))
+  common.make_mesh(settings)
 
 
 def test_a_mesh_that_does_not_fit_is_refused(workdir):

@@ -207,6 +207,16 @@ def test_a_bundle_names_files_of_its_own_only(bundled, tmp_path, name, sentence)
       read(folder)
 
 
+@pytest.mark.parametrize("base", [[1], "scenes", 3, {"name": "scenes"}, {"digest": 1, "name": "a"}])
+def test_a_base_that_is_no_name_and_digest_is_refused(bundled, tmp_path, base):
+  folder = epath.Path(tmp_path / "copy")
+  bundle.copy(bundled, folder)
+  write_json(folder / bundle.FILE, {**read_json(folder / bundle.FILE), "base": base})
+  for read in (bundle.read, bundle.stages_folder):
+    with pytest.raises(config.UserError, match="it must be an object with name and digest"):
+      read(folder)
+
+
 def test_files_of_a_bundle_may_be_links(bundled, tmp_path):
   """As in the stores of hubs and package managers."""
   folder = epath.Path(tmp_path / "copy")

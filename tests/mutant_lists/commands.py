@@ -39,17 +39,24 @@ COMMANDS = (
   ),
   Mutant(
     "every_error_of_orbax_is_left_out",
-    "cm3leon_jax/full_disk.py",
+    "cm3leon_jax/disk_errors.py",
     "record.exc_info and is_full(record.exc_info[1])",
     "record.exc_info",
-    ("tests/full_disk_test.py",),
+    ("tests/disk_errors_test.py",),
+  ),
+  Mutant(
+    "full_disks_are_tracebacks",
+    "cm3leon_jax/disk_errors.py",
+    "  for found in causes(error):\n    if isinstance",
+    "  for found in ():\n    if isinstance",
+    ("tests/disk_errors_test.py",),
   ),
   Mutant(
     "late_writes_print_tracebacks",
-    "cm3leon_jax/full_disk.py",
+    "cm3leon_jax/disk_errors.py",
     "  sys.unraisablehook = print_unraisable\n",
     "",
-    ("tests/full_disk_test.py",),
+    ("tests/disk_errors_test.py",),
   ),
   Mutant(
     "every_start_says_that_tensorboard_is_absent",

@@ -281,7 +281,7 @@ DATA = (
     "cm3leon_jax/data/raw_pairs.py",
     "tests/data/untrusted_test.py",
     ("freed_memory_kept", "    trim(0)", "    pass"),
-    ("errors_keep_pixels", "traceback.clear_frames(error.__traceback__)", "pass"),
+    ("errors_keep_pixels", "traceback.clear_frames(found.__traceback__)", "pass"),
     ("large_images_at_once", "  with _one_at_a_time():", "  if True:"),
   ),
   *mutants_of(

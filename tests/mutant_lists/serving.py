@@ -50,8 +50,9 @@ SERVING = (
   *mutants_of(
     "cm3leon_jax/serving/limits.py",
     REFUSALS,
-    ("any_host", "not is_loopback(name)):", "not name):"),
-    ("any_account", '"@" in host or', '"@" == host or'),
+    ("any_host", "not is_loopback(_name_of(host)):", "not _name_of(host):"),
+    ("any_account", r"([\w.-]+))", r"(?:[\w.-]+@)?([\w.-]+))"),
+    ("any_port", "> 65_535", "> 99_999"),
     ("any_origin", "is not None and origin not in (", "is not None and origin in ("),
     ("any_scheme", 'f"https://{host}",', 'f"https://{host}", f"evil://{host}",'),
     ("any_token", 'if kind.lower() != "bearer" or not right:', 'if kind.lower() != "bearer":'),

@@ -277,6 +277,12 @@ def raw(live, text: str) -> str:
     ("evil.example@localhost", 403),
     ("[::1", 403),
     ("", 403),
+    ("localhost#evil.example", 403),
+    ("localhost/evil.example", 403),
+    ("localhost?evil.example", 403),
+    ("localhost:abc", 403),
+    ("localhost:99999", 403),
+    ("LocalHost:8000", 200),
   ],
 )
 def test_a_local_server_answers_to_names_of_this_machine_only(live, host, status):

@@ -114,6 +114,16 @@ def test_another_vocabulary_is_refused(folder, tmp_path):
     TextTokenizer(tmp_path / "absent", VOCAB)
 
 
+@pytest.mark.parametrize("content", ["{}", "", "[[[", '{"model": {"type": "BPE"}}'])
+def test_a_file_that_is_no_tokenizer_is_refused_with_what_to_do(tmp_path, content):
+  (tmp_path / "tokenizer.json").write_text(content)
+  with pytest.raises(UserError, match=r"tokenizer\.json is damaged \(.*\): get it again"):
+    TextTokenizer(tmp_path, VOCAB)
+  (tmp_path / stages.DONE).write_text('{"id": "a"}')
+  with pytest.raises(UserError, match=r"tokenizer\.json is damaged \(.*\): restore it, or delete"):
+    TextTokenizer(tmp_path, VOCAB)
+
+
 def test_the_same_texts_make_the_same_stage_and_a_damaged_file_is_refused(tmp_path):
   ids, files = [], stage_table.STAGES["text_tokenizer"].files
   for name in "ab":

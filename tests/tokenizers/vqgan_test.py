@@ -206,6 +206,13 @@ def test_load_names_what_is_wrong(tokenizer, tmp_path):
     ImageTokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize("number", [-1, 0])
+def test_a_number_of_codes_is_positive(tokenizer, tmp_path, number):
+  dataclasses.replace(tokenizer, num_codes=number).save(tmp_path)
+  with pytest.raises(UserError, match=rf"config\.json: num_codes is {number}; it must be greater"):
+    ImageTokenizer.load(tmp_path)
+
+
 def test_damaged_parameters_are_refused(tokenizer, tmp_path):
   folder = tmp_path / "vqgan"
   with stages.once(folder, {}, files=stage_table.STAGES["vqgan"].files):

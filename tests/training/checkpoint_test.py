@@ -220,6 +220,44 @@ def test_a_save_that_fails_is_reported_in_the_loop_and_leaves_the_one_before(tmp
   checkpoints.close()
 
 
+# May not make the folder of its second checkpoint.
+NO_RIGHTS = """
+import os, time
+import jax.numpy as jnp
+from cm3leon_jax.commands import common
+from cm3leon_jax.training.checkpoint import Checkpoints
+make = os.makedirs
+def refuse(path, *arguments, **options):
+  if "2.orbax" in os.fspath(path):
+    raise PermissionError(13, "Permission denied", path)
+  make(path, *arguments, **options)
+def main(workdir):
+  with Checkpoints(workdir, 2) as checkpoints:
+    checkpoints.save({"w": jnp.ones(1_000)}, 1, 1)
+    checkpoints.wait()
+    os.makedirs = refuse
+    checkpoints.save({"w": jnp.ones(1_000)}, 2, 2)
+    for _ in range(1_000):  # Steps.
+      checkpoints.check_save()
+      time.sleep(0.05)
+common.run(main, config=False)
+"""
+
+
+def test_a_save_that_may_not_begin_ends_the_run_soon(tmp_path):
+  """Orbax raises errors that led to one another in a circle, and leaves threads that wait."""
+  start = time.monotonic()
+  result = subprocess.run(
+    [sys.executable, "-c", NO_RIGHTS, f"--workdir={tmp_path}"],
+    capture_output=True, text=True, timeout=300, check=False,
+  )  # fmt: skip
+  assert time.monotonic() - start < 120
+  assert result.returncode == TryAgain.exit_code
+  *_, line = result.stderr.splitlines()
+  assert line.startswith(f"error: checkpoint 2 could not be written to {tmp_path}/checkpoints (")
+  assert line.endswith("): the same command continues from checkpoint 1.")
+
+
 @pytest.mark.parametrize("saves", [0, 1, 2])
 def test_a_bucket_that_fails_ends_the_run_with_the_checkpoint_that_is_whole(tmp_path, saves):
   """Whatever the loop was doing; the save in flight is finished first."""

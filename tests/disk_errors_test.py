@@ -8,7 +8,8 @@ import types
 
 import pytest
 
-from cm3leon_jax.full_disk import is_full, is_logged, prepare_logging
+from cm3leon_jax.config import UserError, causes
+from cm3leon_jax.disk_errors import failure, is_full, is_logged, prepare_logging
 
 WRITING = 'OUT_OF_RANGE: Failed writing: "/a/d/756ac1": Failed to write 35 bytes to file 5: '
 
@@ -49,6 +50,45 @@ def test_the_tracebacks_of_a_full_disk_alone_are_left_out(error, full):
     assert is_logged(record_of(found, "/lib/asyncio/base_events.py")) is not full
     assert is_logged(record_of(found, "/lib/cm3leon_jax/serving/engine.py"))
   assert is_logged(record_of(None, "/lib/orbax/checkpoint/future.py"))
+
+
+def circle() -> Exception:
+  first, second = ValueError("first"), ValueError("second")
+  first.__cause__, second.__cause__ = second, first
+  return first
+
+
+def test_errors_that_led_to_one_another_come_once():
+  """Orbax raises such errors where it may not write."""
+  assert [str(error) for error in causes(circle())] == ["first", "second"]
+  assert not is_full(circle())
+
+
+def test_the_members_of_a_group_are_causes():
+  full = OSError(errno.ENOSPC, "No space left on device")
+  assert is_full(ExceptionGroup("writes", [ValueError("a"), full]))
+  assert not is_full(ExceptionGroup("writes", [ValueError("a")]))
+
+
+@pytest.mark.parametrize(
+  ("error", "sentence"),
+  [
+    (OSError(errno.ENOSPC, "x", "w/a"), "w/a could not be written (No space left on device)"),
+    (OSError(errno.EDQUOT, "x"), "a file could not be written (Disk quota exceeded)"),
+    (
+      RuntimeError("Write() failed: File too large; writing w/a"),
+      "a file could not be written (File too large)",
+    ),
+    (caused(OSError(errno.ENOSPC, "x")), "a file could not be written (No space left on device)"),
+  ],
+)
+def test_a_full_disk_is_one_sentence(error, sentence):
+  assert failure(error) == f"{sentence}: free some space, and run the same command again."
+
+
+def test_what_a_user_is_told_already_stays():
+  assert failure(UserError("No space left on device")) == ""
+  assert failure(KeyError("No space left on device")) == ""
 
 
 def test_a_write_that_ends_after_the_first_error_prints_nothing(monkeypatch):

@@ -1,0 +1,103 @@
+"""Errors of a disk that is full, or does not read or write a file, in one sentence.
+
+Python and the libraries raise them; what Orbax prints before is left out.
+"""
+
+import errno
+import logging
+import os
+import pathlib
+import re
+import sys
+
+from absl import logging as absl_logging
+
+from cm3leon_jax.config import UserError, causes
+
+# No space, a quota, or a limit on the size of files.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The content of the file stays unknown, as it may be there, and whole; or the disk is read-only.
+NOT_READ = (
+  errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE,
+  errno.EROFS,
+)  # fmt: skip
+_OF_TENSORSTORE = re.compile(rf"os_error_code='({'|'.join(map(str, FULL))})'")
+
+
+def _texts(numbers: tuple[int, ...]) -> str:
+  return "|".join(re.escape(os.strerror(number)) for number in numbers)
+
+
+_TEXT_OF_FULL = re.compile(_texts(FULL))
+# Of TensorStore, and of ArrayRecord.
+_FORMATS = (
+  re.compile(rf'local file "(?P<file>[^"]*)": .*?(?P<reason>{_texts(NOT_READ)})'),
+  re.compile(rf"^\w+\(\) failed: (?P<reason>{_texts(NOT_READ)}); \w+ (?P<file>[^;]*)"),
+)
+_OF_LIBRARIES = (RuntimeError, ValueError, OSError)
+
+
+def failure(error: Exception) -> str:
+  """Says what a disk did not read or write, and what to do; "" if `error` is another one.
+
+  failure(PermissionError(errno.EACCES, "Permission denied", "run/x"))
+  "run/x could not be read or written (Permission denied): mend the disk or the rights, ..."
+  """
+  if isinstance(error, UserError):
+    return ""
+  if reason := _full(error):
+    return f"{reason}: free some space, and run the same command again."
+  if reason := _not_read(error):
+    return f"{reason}: mend the disk or the rights, and run the same command again."
+  return ""
+
+
+def _not_read(error: Exception) -> str:
+  if isinstance(error, OSError) and error.errno in NOT_READ and error.filename:
+    return f"{error.filename} could not be read or written ({error.strerror})"
+  for pattern in _FORMATS if type(error) in _OF_LIBRARIES else ():
+    if found := pattern.search(str(error)):
+      return f"{found['file']} could not be read or written ({found['reason']})"
+  return ""
+
+
+def _full(error: Exception) -> str:
+  for found in causes(error):
+    if isinstance(found, OSError) and found.errno in FULL:
+      return f"{found.filename or 'a file'} could not be written ({os.strerror(found.errno)})"
+    text = _TEXT_OF_FULL.search(str(found)) if type(found) in _OF_LIBRARIES else None
+    if text:
+      return f"a file could not be written ({text[0]})"
+  return ""
+
+
+def is_full(error: BaseException | None) -> bool:
+  """Returns whether an error, or one that led to it, says that the disk is full."""
+  return any(
+    (isinstance(found, OSError) and found.errno in FULL) or _OF_TENSORSTORE.search(str(found))
+    for found in causes(error)
+  )
+
+
+def prepare_logging() -> None:
+  """Leaves out tracebacks of Orbax about a full disk, and what its other writes then print."""
+  for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
+    logger.addFilter(is_logged)
+  sys.unraisablehook = print_unraisable
+
+
+def is_logged(record: logging.LogRecord) -> bool:
+  """Filters a logger: leaves out what Orbax and its tasks log with the error of a full disk."""
+  of_orbax = not {"orbax", "asyncio"}.isdisjoint(pathlib.PurePath(record.pathname).parts)
+  return not (of_orbax and record.exc_info and is_full(record.exc_info[1]))
+
+
+def print_unraisable(found) -> None:
+  """Prints an error that nobody can catch, unless TensorStore reports to a closed event loop.
+
+  After the first array that cannot be written Orbax closes the loop, and the writes of the others
+  end later. They say nothing about the reason; the first error does.
+  """
+  caller = found.exc_traceback and found.exc_traceback.tb_frame.f_code.co_name
+  if caller != "call_soon_threadsafe" or str(found.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(found)
