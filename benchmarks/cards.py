@@ -3,15 +3,22 @@ r"""Compiles the config cards: what each size takes of a device on each slice, d
   python -m benchmarks.cards                          # every card that is missing, and the pages
   python -m benchmarks.cards --size=7b --again        # all cards of a size
   python -m benchmarks.cards --card=7b/v5e-256/train --again
+  python -m benchmarks.cards --size=350m --slice=v5e-256 --check
 
 A card is a command of `cm3leon aot_compile` for a shipped config, its numbers, the compiler's
 version and the date. Each is written when it is done, so a run that was stopped continues. A card
 takes one to several minutes on two CPU cores; no TPU is needed.
+
+--check compiles cards again and compares their numbers; nothing is written to docs/. It ends with
+exit code 1 if a number differs, or if a card is of another compiler than the one that is installed.
+A check that was stopped continues: cards that this code and this compiler have passed are noted in
+workdir/cards_checked.json.
 """
 
 from collections.abc import Iterator
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -24,6 +31,8 @@ from absl import app, flags
 SIZES = ("7b", "760m", "350m")
 PROGRAMS = ("train", "evaluate", "decode")
 FOLDER = pathlib.Path(__file__).parents[1] / "docs" / "cards"
+PACKAGE = pathlib.Path(__file__).parents[1] / "cm3leon_jax"
+CHECKED = pathlib.Path(__file__).parents[1] / "workdir" / "cards_checked.json"
 KEPT = (
   "arguments_gib", "temporaries_gib", "sum_gib", "peak_gib", "rest_gib", "host_gib", "hbm_gib",
   "flops", "model_flops", "devices", "tokens", "collectives", "compute_seconds",
@@ -32,7 +41,9 @@ KEPT = (
 
 _SIZE = flags.DEFINE_enum("size", None, SIZES, "Size whose cards are made (default: all).")
 _CARD = flags.DEFINE_string("card", None, "The only card that is made, e.g. 7b/v5e-256/train.")
+_SLICE = flags.DEFINE_string("slice", None, "Slice whose cards are made, e.g. v5e-256.")
 _AGAIN = flags.DEFINE_bool("again", False, "Whether cards that exist are made again.")
+_CHECK = flags.DEFINE_bool("check", False, "Only compare the cards that exist with this code.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +212,7 @@ def drift(old: dict, new: dict) -> dict[str, float]:
   before, after = (
     {
       **{name: card[name] for name in ("arguments_gib", "temporaries_gib", "flops")},
-      **{kind: c["bytes"] for kind, c in card["collectives"].items()},
+      **{f"{kind}, {n}": v for kind, c in card["collectives"].items() for n, v in c.items()},
     }
     for card in (old, new)
   )
@@ -213,16 +224,65 @@ def drift(old: dict, new: dict) -> dict[str, float]:
   return changes
 
 
-def main(_) -> None:
+def source_digest() -> str:
+  """Returns a digest of the package's source files."""
+  digest = hashlib.sha256()
+  for path in sorted(PACKAGE.rglob("*.py")):
+    digest.update(f"{path.relative_to(PACKAGE)}\n".encode() + path.read_bytes())
+  return digest.hexdigest()
+
+
+def check(cards: list[Card], checked: pathlib.Path = CHECKED) -> list[str]:
+  """Compiles cards and returns a sentence for each that is not as stored.
+
+  Args:
+    cards: those that are stored are compared.
+    checked: file that notes the cards that this code and compiler have passed.
+  """
+  key = f"{source_digest()}, {compiler()}"
+  noted = json.loads(checked.read_text()) if checked.exists() else {}
+  wrong = []
+  for card in cards:
+    name, old = f"{card.size}/{card.name}", stored(card.size).get(card.name)
+    if old is None or noted.get(name) == key:
+      continue
+    if old["compiler"] != compiler():
+      wrong.append(f"{name} is of {old['compiler']}, and {compiler()} is installed.")
+      continue
+    if changes := drift(old, measure(card)):
+      found = ", ".join(f"{number} by {change:.2%}" for number, change in sorted(changes.items()))
+      wrong.append(f"{name} differs: {found}.")
+      continue
+    print(f"{name}: as stored", flush=True)
+    noted[name] = key
+    checked.parent.mkdir(parents=True, exist_ok=True)
+    checked.write_text(json.dumps(noted, indent=1))
+  return wrong
+
+
+def chosen() -> list[Card]:
+  """Returns the cards that the flags name. Raises app.UsageError for an unknown name."""
   names = [f"{card.size}/{card.name}" for card in CARDS]
   if _CARD.value not in (None, *names):
     raise app.UsageError(f"--card is '{_CARD.value}'; it must be one of {', '.join(names)}.")
-  for card in CARDS:
+  if _SLICE.value not in (None, *SLICES):
+    raise app.UsageError(f"--slice is '{_SLICE.value}'; it must be one of {', '.join(SLICES)}.")
+  return [
+    card
+    for card, name in zip(CARDS, names)
+    if _SIZE.value in (None, card.size)
+    and _SLICE.value in (None, card.where)
+    and _CARD.value in (None, name)
+  ]
+
+
+def main(_) -> None:
+  if _CHECK.value:
+    wrong = check(chosen())
+    print(*wrong, sep="\n", file=sys.stderr)
+    sys.exit(1 if wrong else 0)
+  for card in chosen():
     cards = stored(card.size)
-    if _SIZE.value not in (None, card.size):
-      continue
-    if _CARD.value not in (None, f"{card.size}/{card.name}"):
-      continue
     if card.name not in cards or _AGAIN.value:
       cards[card.name] = measure(card)
       print(f"{card.size}/{card.name}: {cards[card.name]['sum_gib']:.2f} GiB", flush=True)

@@ -1,0 +1,110 @@
+r"""Compares what two commits compute, value by value: nothing may change when code only moves.
+
+  python -m benchmarks.golden --against=COMMIT
+  python -m benchmarks.golden --against=COMMIT --parts=opt,rows
+
+Checks COMMIT out beside the working tree and runs both in turn on this machine: tiny runs of every
+stage, training of 20 steps and learning from rewards, training rows, samples of every task in
+batches and from a server, every export, the bundled models, and runs of COMMIT that are continued
+(`benchmarks/golden_run.py`). Compares losses and token ids exactly, and the files by digest. Texts
+for people (pages, cards, messages) are left out. Prints a row for each part, and the names of the
+first values that differ; the command then ends with exit code 1.
+
+What ran of COMMIT is kept in --folder and not run again for another comparison.
+"""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+from absl import app, flags
+
+from benchmarks import golden_run
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHOWN = 8  # Names of values that differ, of each part.
+
+
+def git(*arguments: str) -> str:
+  """Runs git in the working tree and returns what it prints."""
+  result = subprocess.run(
+    ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  if result.returncode:
+    sys.exit(f"git {' '.join(arguments)}: {result.stderr.strip()}")
+  return result.stdout.strip()
+
+
+def check_out(commit: str, folder: pathlib.Path) -> pathlib.Path:
+  """Writes the tree of a commit to a folder, once."""
+  if not folder.exists():
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    archive = folder.with_name(f"{folder.name}.tar")
+    git("archive", f"--output={archive}", commit)
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.unpack_archive(archive, part, filter="data")
+    part.rename(folder)
+    archive.unlink()
+  return folder
+
+
+def measure(place: golden_run.Place, parts: list[str], kept: pathlib.Path) -> dict[str, dict]:
+  """Runs parts and returns their values; those that `kept` has are not run again."""
+  found = json.loads(kept.read_text()) if kept.exists() else {}
+  if not found:
+    golden_run.prepare(place)
+  for name in parts:
+    if name not in found:
+      start = time.monotonic()
+      found[name] = golden_run.PARTS[name](place)
+      kept.write_text(json.dumps(found))
+      print(f"{kept.stem}: {name}, {time.monotonic() - start:.0f} s", flush=True)
+  return {name: found[name] for name in parts}
+
+
+def changes(old: dict, new: dict) -> list[str]:
+  """Returns the names of values that differ, or that only one side has.
+
+  changes({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) = ["b", "c"]
+  """
+  return [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+
+
+def table(old: dict[str, dict], new: dict[str, dict]) -> tuple[str, int]:
+  """Returns the table of the parts, and the number of values that differ."""
+  lines, total = ["| part | values | different |", "|---|---|---|"], 0
+  for part in old:
+    names = changes(old[part], new[part])
+    total += len(names)
+    shown = f": {'; '.join(names[:SHOWN])}" if names else ""
+    lines.append(f"| {part} | {len(old[part]):,} | {len(names):,}{shown} |")
+  return "\n".join(lines), total
+
+
+def main(_) -> None:
+  against, parts = flags.FLAGS["against"].value, flags.FLAGS["parts"].value
+  folder = pathlib.Path(flags.FLAGS["folder"].value).resolve()
+  if unknown := [name for name in parts if name not in golden_run.PARTS]:
+    names = ", ".join(golden_run.PARTS)
+    raise app.UsageError(f"--parts has '{unknown[0]}'; its names are {names}.")
+  commit = git("rev-parse", "--verify", f"{against}^{{commit}}")[:12]
+  folder.mkdir(parents=True, exist_ok=True)
+  before, now = folder / f"{commit}.json", folder / "now.json"
+  cache = folder / "programs"
+  tree, runs = check_out(commit, folder / "trees" / commit), folder / commit
+  old = measure(golden_run.Place(tree, runs, runs, cache), parts, before)
+  now.unlink(missing_ok=True)
+  new = measure(golden_run.Place(ROOT, folder / "now", runs, cache), parts, now)
+  text, different = table(old, new)
+  print(f"{commit} and the working tree at {git('describe', '--always', '--dirty')}:\n{text}")
+  sys.exit(1 if different else 0)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("against", None, "Commit to compare with.", required=True)
+  flags.DEFINE_list("parts", list(golden_run.PARTS), "Parts to run; later ones read earlier ones.")
+  flags.DEFINE_string("folder", "workdir/golden", "Folder for both; kept between calls.")
+  app.run(main)

@@ -1,0 +1,30 @@
+"""Prints digests of training rows as JSON: python golden_rows.py WORKDIR COUNT.
+
+A script of `benchmarks.golden`, which runs it with the package of one commit or another.
+"""
+
+import hashlib
+import json
+import sys
+
+from etils import epath
+
+from cm3leon_jax.commands.training_rows import open_rows
+from cm3leon_jax.settings import settings_of_run
+
+
+def main(workdir: str, count: str) -> None:
+  folder = epath.Path(workdir)
+  loader = open_rows(settings_of_run(folder), folder, "train")
+  digests = {}
+  for number in range(int(count)):
+    digest = hashlib.sha256()
+    for name, array in sorted(loader[number].items()):
+      digest.update(f"{name} {array.dtype} {array.shape}".encode())
+      digest.update(array.tobytes())
+    digests[number] = digest.hexdigest()
+  json.dump(digests, sys.stdout)
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])

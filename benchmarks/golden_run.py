@@ -1,0 +1,200 @@
+"""What `benchmarks.golden` runs with the package of a commit: commands, a script, and a server.
+
+The parts use what users use: commands, files, the HTTP server. So they run with every layout of the
+package, and beside another one.
+"""
+
+from collections.abc import Callable
+import concurrent.futures
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+from benchmarks import golden_data, golden_digests, golden_server
+
+HERE = pathlib.Path(__file__).parent
+CONFIG = "golden_config.py"
+ROWS = 1_000
+TIMES = ("seconds", "per_second", "time", "memory", "mfu", "goodput", "bytes_in_use")
+EXPORTS = {
+  "opt": (("hf",), ("hf", "--quantize=int8"), ("gpt2",), ("orbax",), ("stablehlo",)),
+  "modern": (("hf",), ("hf", "--merge_ema=False", "--dtype=bfloat16"), ("stablehlo",)),
+}
+EXPORTED = ("bundle_opt", "bundle_modern", "export_opt_0", "export_modern_0")
+
+
+class Place:
+  """A folder in which the package of a checkout runs.
+
+  Attributes:
+    checkout: root of the source tree whose package runs.
+    folder: current folder of its commands; all their paths are relative to it, so that nothing that
+      they write depends on where it is.
+    before: folder of the commit before, whose runs `earlier` copies.
+  """
+
+  def __init__(
+    self,
+    checkout: pathlib.Path,
+    folder: pathlib.Path,
+    before: pathlib.Path,
+    cache: pathlib.Path,
+  ):
+    self.checkout, self.folder, self.before = checkout, folder, before
+    self.environment = {
+      **os.environ,
+      "PYTHONPATH": os.fspath(checkout),
+      "JAX_PLATFORMS": "cpu",
+      "JAX_COMPILATION_CACHE_DIR": os.fspath(cache),
+    }
+
+  def python(self, *arguments: str, devices: int = 1) -> str:
+    """Runs Python in the folder and returns what it prints; exits if it fails."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**self.environment, "XLA_FLAGS": flags}
+    command = [sys.executable, *arguments]
+    result = subprocess.run(
+      command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+      sys.exit(f"{self.checkout}: {' '.join(arguments)}:\n{result.stdout}{result.stderr}"[-4_000:])
+    return result.stdout
+
+  def cm3leon(self, name: str, workdir: str, *flags: str, variant: str = "", devices: int = 1):
+    """Runs a command; `variant` is that of the config, "": the settings are those of the run."""
+    config = [f"--config={CONFIG}:{variant}"] if variant else []
+    self.python("-m", "cm3leon_jax", name, f"--workdir={workdir}", *config, *flags, devices=devices)
+
+  def digests(self, folder: str) -> dict:
+    return golden_digests.of_folder(self.folder / folder)
+
+  def losses(self, workdir: str) -> dict:
+    """Returns step -> what training logged of it, without times."""
+    lines = (self.folder / workdir / "train" / "metrics" / "metrics.jsonl").read_text()
+    return {
+      f"{i}: step {line.get('step')}": {k: v for k, v in line.items() if not _is_time(k)}
+      for i, line in enumerate(map(json.loads, lines.splitlines()))
+    }
+
+
+def _is_time(name: str) -> bool:
+  return any(word in name for word in TIMES)
+
+
+def opt(place: Place) -> dict:
+  """Every stage of a run of the paper's family."""
+  place.cm3leon("run", "opt", variant="opt")
+  return place.digests("opt") | place.losses("opt")
+
+
+def modern(place: Place) -> dict:
+  """Every stage of a run with every mechanism, on eight devices."""
+  place.cm3leon("run", "modern", variant="modern", devices=8)
+  return place.digests("modern") | place.losses("modern")
+
+
+def tuned(place: Place) -> dict:
+  """Instruction tuning of `modern`."""
+  flags = ("--init_from=modern", "--records=3")
+  place.cm3leon("run", "tuned", *flags, variant="tuned")
+  return place.digests("tuned") | place.losses("tuned")
+
+
+def rewards(place: Place) -> dict:
+  """Learning from a judge's rewards, of `tuned`."""
+  for command in ("copy_tokenizers", "encode_instructions", "reinforce"):
+    flags = () if command == "encode_instructions" else ("--init_from=tuned",)
+    place.cm3leon(command, "rewards", *flags, variant="rewards")
+  return place.digests("rewards") | place.losses("rewards")
+
+
+def rows(place: Place) -> dict:
+  """The first rows of three mixtures: pairs; texts and documents, too; instructions, too."""
+  found = {}
+  for run in ("opt", "modern", "tuned"):
+    # -P: modules beside the script, such as `tokenizers`, are not those of the packages.
+    printed = place.python("-P", os.fspath(HERE / "golden_rows.py"), run, str(ROWS))
+    found |= {f"{run}: row {row}": digest for row, digest in json.loads(printed).items()}
+  return found
+
+
+def tasks(place: Place) -> dict:
+  """Samples of every task of `tuned`, in batches and each alone."""
+  found = {}
+  for size in (16, 1):
+    out = f"tasks_{size}"
+    flags = ("--prompts=data/tasks.jsonl", f"--batch_size={size}", "--samples=2", f"--out={out}")
+    place.cm3leon("generate", "tuned", *flags)
+    found |= {f"batches of {size}: {name}": d for name, d in place.digests(out).items()}
+  return found
+
+
+def served(place: Place) -> dict:
+  """Answers of a server of `tuned` to requests that all come at once."""
+  command = [sys.executable, "-m", "cm3leon_jax", "serve", "--workdir=tuned", "--slots=3"]
+  with golden_server.Server(command, place.folder, place.environment) as server:
+    requests = golden_data.http_requests(place.folder)
+    with concurrent.futures.ThreadPoolExecutor(len(requests)) as threads:
+      answers = threads.map(lambda request: server.post(*request), requests)
+      return {f"{i}: {path}": a for i, ((path, *_), a) in enumerate(zip(requests, answers))}
+
+
+def exports(place: Place) -> dict:
+  """Files of every serving format, and of a bundle."""
+  found = {}
+  for run, choices in EXPORTS.items():
+    for i, (name, *flags) in enumerate(choices):
+      out = f"export_{run}_{i}"
+      place.cm3leon("export", run, f"--format={name}", f"--output={out}", *flags)
+      found |= {f"{out}/{file}": d for file, d in place.digests(out).items()}
+    place.cm3leon("export", run, f"--bundle=bundle_{run}")
+    found |= {f"bundle_{run}/{f}": d for f, d in place.digests(f"bundle_{run}").items()}
+  return found
+
+
+def bundled(place: Place) -> dict:
+  """Answers of both bundled models to ten prompts each."""
+  found = {}
+  for name in ("scenes", "scenes-instruct"):
+    out = f"bundled_{name}"
+    place.cm3leon("generate", name, f"--prompts=data/{name}.jsonl", f"--out={out}")
+    found |= {f"{name}: {file}": digest for file, digest in place.digests(out).items()}
+  return found
+
+
+def earlier(place: Place) -> dict:
+  """Runs, exports and bundles of the commit before: continued, graded, read."""
+  for name in ("opt", "modern", "tuned", *EXPORTED):
+    shutil.copytree(place.before / name, place.folder / "before" / name, dirs_exist_ok=True)
+  place.cm3leon("train", "before/opt", "--config.train.steps=30", variant="opt")
+  place.cm3leon("train", "before/tuned", "--config.train.steps=30", variant="tuned")
+  place.cm3leon("evaluate", "before/opt", "--config.train.steps=30", variant="opt")
+  place.cm3leon("grade_instructions", "before/tuned", "--records=3")
+  found = {}
+  for run in ("opt", "tuned"):
+    found |= {f"{run}: {k}": v for k, v in place.losses(f"before/{run}").items()}
+  for folder in ("before/opt/evaluation", "before/tuned/grades"):
+    found |= {f"{folder}/{name}": digest for name, digest in place.digests(folder).items()}
+  for source in EXPORTED:
+    out = f"of_{source}"
+    flags = ("--prompts=data/images.jsonl", f"--out={out}", "--retrieve=0")
+    place.cm3leon("generate", f"before/{source}", *flags)
+    found |= {f"{source}: {name}": digest for name, digest in place.digests(out).items()}
+  return found
+
+
+PARTS: dict[str, Callable[[Place], dict]] = {
+  part.__name__: part
+  for part in (opt, modern, tuned, rewards, rows, tasks, served, exports, bundled, earlier)
+}
+
+
+def prepare(place: Place) -> None:
+  """Makes the folder anew, with the config and the files that its commands read."""
+  shutil.rmtree(place.folder, ignore_errors=True)
+  place.folder.mkdir(parents=True)
+  shutil.copy(HERE / CONFIG, place.folder)
+  golden_data.write(place.folder / "data")
