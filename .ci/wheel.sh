@@ -77,6 +77,6 @@ wait "$server" || fail "cm3leon serve ended with exit code $?: $(tail -n 3 serve
 server=""
 
 echo "wheel: batches of 1, 2, 3 and 8 on this jax"
-"${pip[@]}" install pytest pytest-xdist hypothesis beartype -c "$root/constraints.txt"
+"${pip[@]}" install pytest pytest-xdist hypothesis beartype psutil -c "$root/constraints.txt"
 cd "$folder/source"
 python -m pytest -q -p no:cacheprovider tests/decoding/batch_sizes_test.py

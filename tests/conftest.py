@@ -1,5 +1,6 @@
 """Every test sees 8 CPU devices; hidden rank promotion and a wrong annotation are errors."""
 
+import gc
 import os
 import pathlib
 import platform
@@ -29,12 +30,27 @@ import jax
 from jaxtyping import install_import_hook
 import pytest
 
+pytest_plugins = ["tests.processor_time"]
 jax.config.update("jax_numpy_rank_promotion", "raise")
 CHECKED = [f"cm3leon_jax.{package}" for package in ("clip", "decoding", "models", "training")]
 install_import_hook(CHECKED, "beartype.beartype")
 # A deadline of 200 ms an example is missed now and then on a busy machine.
 hypothesis.settings.register_profile("no_deadline", deadline=None)
 hypothesis.settings.load_profile("no_deadline")
+
+
+# Linux allows a process 65,530 maps of memory, and a compiled program takes several.
+MOST_MAPS = 40_000
+MAPS = pathlib.Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_maps():
+  """Forgets compiled programs after a module when they have taken many maps."""
+  yield
+  if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+    jax.clear_caches()
+    gc.collect()
 
 
 # Reasons to skip a test that only a machine can have. Another one, such as an absent package,

@@ -59,6 +59,11 @@ def server() -> Server:
   return Server()
 
 
+def server_pid() -> int | None:
+  """Returns the process of the server, if one runs."""
+  return server()._process.pid if server.cache_info().currsize else None
+
+
 def run(module: str, argv: list[str], cwd=ROOT, missing=(), timeout=300, **environment):
   """Runs a module as the program that `argv` calls, in a process of its own.
 
