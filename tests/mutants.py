@@ -12,7 +12,8 @@ be made and that its tests exist.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -80,22 +81,38 @@ def judge(code: int, output: str) -> tuple[str, str]:
   return KILLED, test
 
 
-def run(mutant: Mutant | None, tests: Sequence[str], timeout: float = TIMEOUT) -> Outcome:
-  """Runs tests on a copy of the tree with the mutant in it; None: the tree as it is."""
-  start = time.monotonic()
+@contextlib.contextmanager
+def copied() -> Iterator[pathlib.Path]:
+  """Yields the root of a copy of the tree, in which mutants can be made."""
   with tempfile.TemporaryDirectory() as folder:
     root = pathlib.Path(folder)
     for name in COPIED:
-      source = ROOT / name
-      if source.is_dir():
-        shutil.copytree(source, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+      if (ROOT / name).is_dir():
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
       else:
-        shutil.copy(source, root / name)
-    if mutant is not None:
-      path = root / mutant.file
-      path.write_text(mutated(mutant, path.read_text(encoding="utf-8")), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    environment = {**os.environ, "COLUMNS": "400"}  # pytest cuts its summary to the columns.
+        shutil.copy(ROOT / name, root / name)
+    yield root
+
+
+@contextlib.contextmanager
+def _changed(path: pathlib.Path, mutant: Mutant) -> Iterator[None]:
+  """Makes a mutant of a file, and undoes it at the end."""
+  text = path.read_text(encoding="utf-8")
+  path.write_text(mutated(mutant, text), encoding="utf-8")
+  try:
+    yield
+  finally:
+    path.write_text(text, encoding="utf-8")
+
+
+def run(
+  root: pathlib.Path, mutant: Mutant | None, tests: Sequence[str], timeout: float = TIMEOUT
+) -> Outcome:
+  """Runs tests on a copy of the tree with the mutant in it; None: the tree as it is."""
+  start = time.monotonic()
+  command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+  environment = {**os.environ, "COLUMNS": "400"}  # pytest cuts its summary to the columns.
+  with _changed(root / mutant.file, mutant) if mutant else contextlib.nullcontext():
     try:
       result = subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, timeout=timeout
@@ -113,19 +130,19 @@ def part(mutants: Sequence[Mutant], which: str) -> list[Mutant]:
   return list(mutants[number - 1 :: parts])
 
 
-def report(mutants: Sequence[Mutant]) -> bool:
-  """Runs mutants and prints what kills each; returns whether all were killed.
+def report(root: pathlib.Path, mutants: Sequence[Mutant]) -> bool:
+  """Runs mutants in a copy of the tree and prints what kills each; returns whether all were killed.
 
   First the tests must pass without a mutant: a test that fails anyway would kill every mutant.
   """
   killed, start = 0, time.monotonic()
   tests = sorted({test for mutant in mutants for test in mutant.tests})
-  unchanged = run(None, tests, timeout=3_600)
+  unchanged = run(root, None, tests, timeout=3_600)
   if unchanged.verdict != SURVIVES:
     print(f"These tests do not pass without a mutant: {unchanged.detail}")
     return False
   for mutant in mutants:
-    outcome = run(mutant, mutant.tests)
+    outcome = run(root, mutant, mutant.tests)
     killed += outcome.verdict == KILLED
     said = f"{outcome.verdict} {outcome.detail}".rstrip()
     print(f"{mutant.name}: {said} ({outcome.seconds:.0f} s)", flush=True)
@@ -139,7 +156,9 @@ def main() -> None:
   parser.add_argument("--only", default="", help="only mutants whose name contains this")
   options = parser.parse_args()
   chosen = [m for m in part(MUTANTS, options.part) if options.only in m.name]
-  sys.exit(not report(chosen))
+  with copied() as root:
+    all_killed = report(root, chosen)
+  sys.exit(not all_killed)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Every mutant of the list can be made, and (slow) the tests that claim to notice it do."""
 
+import subprocess
+
 import pytest
 
 from tests import mutants
@@ -76,15 +78,35 @@ def test_a_mutant_that_changes_nothing_survives(monkeypatch, capsys):
   assert "0 of 1 mutants killed" in out
 
 
+@pytest.fixture(scope="session")
+def tree():
+  """A copy of the tree."""
+  with mutants.copied() as root:
+    yield root
+
+
+def test_a_mutant_is_in_the_copy_as_long_as_its_tests_run(tree, monkeypatch):
+  before, seen = (tree / CM3).read_text(), []
+
+  def pytest_ends(command, cwd, **_):
+    seen.append((cwd / CM3).read_text())
+    return subprocess.CompletedProcess(command, 0, "", "")
+
+  monkeypatch.setattr(mutants.subprocess, "run", pytest_ends)
+  assert mutants.run(tree, RENAMED, RENAMED.tests).verdict == mutants.SURVIVES
+  assert seen == [mutants.mutated(RENAMED, before)]
+  assert (tree / CM3).read_text() == before == (mutants.ROOT / CM3).read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
-def test_the_mutant_is_noticed(mutant):
-  outcome = mutants.run(mutant, mutant.tests)
+def test_the_mutant_is_noticed(tree, mutant):
+  outcome = mutants.run(tree, mutant, mutant.tests)
   assert outcome.verdict == mutants.KILLED, outcome.detail
 
 
 @pytest.mark.slow
-def test_the_tests_pass_without_a_mutant():
+def test_the_tests_pass_without_a_mutant(tree):
   tests = sorted({test for mutant in MUTANTS for test in mutant.tests})
-  outcome = mutants.run(None, tests, timeout=3_600)
+  outcome = mutants.run(tree, None, tests, timeout=3_600)
   assert outcome.verdict == mutants.SURVIVES, outcome.detail
