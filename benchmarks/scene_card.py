@@ -203,7 +203,7 @@ def neighbor_bits(model: CM3Leon, asked: Sequence[Asked]) -> dict[str, np.ndarra
     name, place = one.placed.object, one.placed.place
     others = (asked[(n + i) % len(asked)].placed.object for i in range(1, len(asked)))
     other = next(x for x in others if bank_color(x, place) not in ("", one.placed.color))
-    elsewhere = PLACES[(PLACES.index(place) + 1) % len(PLACES)]
+    next_place = PLACES[(PLACES.index(place) + 1) % len(PLACES)]
     segments = (
       Segment(False, layout.encode(one.caption)),
       Segment(True, layout.vocab.image_ids(codes[n])),
@@ -211,9 +211,9 @@ def neighbor_bits(model: CM3Leon, asked: Sequence[Asked]) -> dict[str, np.ndarra
     document = Document(key=str(n), segments=segments, source="", license="", attribution="")
     where = {
       "own": (name, place),
-      "own elsewhere": (name, elsewhere),
+      "own elsewhere": (name, next_place),
       "another's": (other, place),
-      "another's elsewhere": (other, elsewhere),
+      "another's elsewhere": (other, next_place),
     }
     for condition, of in samples.items():
       before = [bank[at[where[condition]]]] if condition in where else []
