@@ -43,6 +43,8 @@ XLA_FLAGS = (
   "--xla_force_host_platform_device_count={devices}"
   " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
+# Files of an export that say when it was made, how long it took, or the name of the run.
+NAMED = (DONE, "README.md", "training_data.json")
 LOG, STACKS, CACHE = "log.txt", "stacks.txt", "compilation_cache"
 POLL_SECONDS = 0.01
 STACK_SECONDS = 0.5  # Bound on the time in which a process writes its stacks.
@@ -259,7 +261,7 @@ def result_of(workdir: pathlib.Path) -> dict:
     elif "heldout_loss" in line:
       heldout.append({k: v for k, v in kept.items() if k == "step" or k.startswith("heldout")})
   samples = sorted((workdir / "train" / "samples").glob("*.png"))
-  exported = sorted(p for p in (workdir / "export").glob("*") if p.name != DONE)
+  exported = sorted(p for p in (workdir / "export").glob("*") if p.name not in NAMED)
   metrics = workdir / "evaluation" / "metrics.json"
   done = workdir / "train" / DONE
   summary = read_json(done)["summary"] if done.exists() else {}

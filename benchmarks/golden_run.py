@@ -172,7 +172,7 @@ def earlier(place: Place) -> dict:
   place.cm3leon("train", "before/opt", "--config.train.steps=30", variant="opt")
   place.cm3leon("train", "before/tuned", "--config.train.steps=30", variant="tuned")
   place.cm3leon("evaluate", "before/opt", "--config.train.steps=30", variant="opt")
-  place.cm3leon("grade_instructions", "before/tuned", "--records=3")
+  place.cm3leon("grade_instructions", "before/tuned", "--records=3", variant="tuned")
   found = {}
   for run in ("opt", "tuned"):
     found |= {f"{run}: {k}": v for k, v in place.losses(f"before/{run}").items()}
