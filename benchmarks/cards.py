@@ -279,7 +279,8 @@ def chosen() -> list[Card]:
 def main(_) -> None:
   if _CHECK.value:
     wrong = check(chosen())
-    print(*wrong, sep="\n", file=sys.stderr)
+    for sentence in wrong:
+      print(sentence, file=sys.stderr)
     sys.exit(1 if wrong else 0)
   for card in chosen():
     cards = stored(card.size)
