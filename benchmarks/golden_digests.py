@@ -5,13 +5,20 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
-# Files for people, and files with times and machines in them. Exports, and losses of later steps,
-# compare the parameters of checkpoints.
+# Files for people, and files with times and machines in them; losses are compared by themselves.
+# Exports, losses of later steps, and samples compare the parameters that Orbax has written.
 TEXTS = (".md", ".html", ".log", ".txt")
-SKIPPED_FILES = ("config.json", "contact_sheet.png", "export.json", "lease.json", "plan.jsonl")
-SKIPPED_FOLDERS = ("checkpoints", "checkpoints.digests", "logs", "state")
+SKIPPED_FILES = (
+  *("config.json", "contact_sheet.png", "digests.json", "export.json", "lease.json"),
+  *("metrics.digest.json", "metrics.jsonl", "plan.jsonl", "summary.json"),
+)
+SKIPPED_FOLDERS = ("checkpoints", "checkpoints.digests", "logs", "params", "state")
+OF_ITS_RUN = re.compile(
+  r"-[0-9a-f]{8}(?=/)"
+)  # In the name of a folder of samples: a digest of ids.
 # Fields of JSON files that hold times, machines, or names of fields of the config.
 VOLATILE = ("config", "id", "inputs", "seconds", "time")
 
@@ -33,7 +40,8 @@ def of_value(value: Any) -> str:
 
 def of_folder(folder: pathlib.Path) -> dict[str, str]:
   """Returns name in the folder -> digest of its files, in subfolders, too."""
-  return {os.fspath(path.relative_to(folder)): of_file(path) for path in _files(folder)}
+  names = {path: os.fspath(path.relative_to(folder)) for path in _files(folder)}
+  return {OF_ITS_RUN.sub("", name): of_file(path) for path, name in names.items()}
 
 
 def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:

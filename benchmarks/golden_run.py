@@ -6,6 +6,7 @@ package, and beside another one.
 
 from collections.abc import Callable
 import concurrent.futures
+import dataclasses
 import json
 import os
 import pathlib
@@ -30,9 +31,10 @@ from cm3leon_jax import CM3Leon
 samples = CM3Leon.load(sys.argv[1]).generate("a red square at the top left", num_samples=2, seed=0)
 print(json.dumps([hashlib.sha256(sample.image.tobytes()).hexdigest() for sample in samples]))
 """
-EXPORTED = ("bundle_opt", "bundle_modern", "export_opt_0", "export_modern_0")
+EXPORTED = ("bundle_opt", "bundle_modern", "export_opt_0", "export_opt_3", "export_modern_0")
 
 
+@dataclasses.dataclass(frozen=True)
 class Place:
   """A folder in which the package of a checkout runs.
 
@@ -41,21 +43,22 @@ class Place:
     folder: current folder of its commands; all their paths are relative to it, so that nothing that
       they write depends on where it is.
     before: folder of the commit before, whose runs `earlier` copies.
+    cache: folder of compiled programs.
   """
 
-  def __init__(
-    self,
-    checkout: pathlib.Path,
-    folder: pathlib.Path,
-    before: pathlib.Path,
-    cache: pathlib.Path,
-  ):
-    self.checkout, self.folder, self.before = checkout, folder, before
-    self.environment = {
+  checkout: pathlib.Path
+  folder: pathlib.Path
+  before: pathlib.Path
+  cache: pathlib.Path
+
+  @property
+  def environment(self) -> dict[str, str]:
+    """Variables of its processes."""
+    return {
       **os.environ,
-      "PYTHONPATH": os.fspath(checkout),
+      "PYTHONPATH": os.fspath(self.checkout),
       "JAX_PLATFORMS": "cpu",
-      "JAX_COMPILATION_CACHE_DIR": os.fspath(cache),
+      "JAX_COMPILATION_CACHE_DIR": os.fspath(self.cache),
     }
 
   def python(self, *arguments: str, devices: int = 1) -> str:
@@ -174,20 +177,22 @@ def bundled(place: Place) -> dict:
 
 def earlier(place: Place) -> dict:
   """Runs, exports and bundles of the commit before: continued, graded, read."""
-  shutil.rmtree(place.folder / "before", ignore_errors=True)
+  place = dataclasses.replace(place, folder=place.folder / "earlier")
+  prepare(place)
   for name in ("opt", "modern", "tuned", *EXPORTED):
-    shutil.copytree(place.before / name, place.folder / "before" / name)
-  place.cm3leon("train", "before/opt", "--config.train.steps=30", variant="opt")
-  place.cm3leon("train", "before/tuned", "--config.train.steps=30", variant="tuned")
-  place.cm3leon("evaluate", "before/opt", "--config.train.steps=30", variant="opt")
-  place.cm3leon("grade_instructions", "before/tuned", "--records=3", variant="tuned")
+    shutil.copytree(place.before / name, place.folder / name)
+  for run in ("opt", "tuned"):
+    place.cm3leon("train", run, "--config.train.steps=30", variant=run)
+  place.cm3leon("evaluate", "opt", "--config.train.steps=30", variant="opt")
+  flags = ("--config.train.steps=30", "--records=3")
+  place.cm3leon("grade_instructions", "tuned", *flags, variant="tuned")
   found = {}
   for run in ("opt", "tuned"):
-    found |= {f"{run}: {k}": v for k, v in place.losses(f"before/{run}").items()}
-  for folder in ("before/opt/evaluation", "before/tuned/grades"):
+    found |= {f"{run}: {k}": v for k, v in place.losses(run).items()}
+  for folder in ("opt/evaluation", "tuned/grades"):
     found |= {f"{folder}/{name}": digest for name, digest in place.digests(folder).items()}
   for source in EXPORTED:
-    digests = json.loads(place.python("-c", LOAD, f"before/{source}"))
+    digests = json.loads(place.python("-c", LOAD, source))
     found |= {f"{source}: sample {i}": digest for i, digest in enumerate(digests)}
   return found
 

@@ -35,6 +35,15 @@ def test_times_and_texts_for_people_are_left_out(tmp_path):
   assert golden.changes(old, new) == []
 
 
+def test_folders_of_samples_are_compared_without_the_digest_in_their_names(tmp_path):
+  for name in ("old/tasks-0dd27e16", "new/tasks-ffffffff"):
+    (tmp_path / name).mkdir(parents=True)
+    write(tmp_path / name, results__jsonl='{"tokens": [1, 2]}')
+  old, new = (golden_digests.of_folder(tmp_path / name) for name in ("old", "new"))
+  assert old == new
+  assert list(old) == ["tasks/results.jsonl"]
+
+
 def test_lines_are_compared_in_their_order(tmp_path):
   old = write(tmp_path / "old", log__jsonl='{"a": 1}\n{"a": 2}\n')
   new = write(tmp_path / "new", log__jsonl='{"a": 2}\n{"a": 1}\n')
