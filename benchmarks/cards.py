@@ -9,10 +9,10 @@ A card is a command of `cm3leon aot_compile` for a shipped config, its numbers, 
 version and the date. Each is written when it is done, so a run that was stopped continues. A card
 takes one to several minutes on two CPU cores; no TPU is needed.
 
---check compiles cards again and compares their numbers; nothing is written to docs/. It ends with
-exit code 1 if a number differs, or if a card is of another compiler than the one that is installed.
-A check that was stopped continues: cards that this code and this compiler have passed are noted in
-workdir/cards_checked.json.
+--check compiles cards again and compares memory of arguments and temporaries, FLOPs and
+collectives; nothing is written to docs/. It ends with exit code 1 if a number differs, or if a card
+is of another compiler than the one that is installed. A check that was stopped continues: cards
+that this code and this compiler have passed are noted in workdir/cards_checked.json.
 """
 
 from collections.abc import Iterator
@@ -43,7 +43,9 @@ _SIZE = flags.DEFINE_enum("size", None, SIZES, "Size whose cards are made (defau
 _CARD = flags.DEFINE_string("card", None, "The only card that is made, e.g. 7b/v5e-256/train.")
 _SLICE = flags.DEFINE_string("slice", None, "Slice whose cards are made, e.g. v5e-256.")
 _AGAIN = flags.DEFINE_bool("again", False, "Whether cards that exist are made again.")
-_CHECK = flags.DEFINE_bool("check", False, "Only compare the cards that exist with this code.")
+_CHECK = flags.DEFINE_bool(
+  "check", False, "Compile the stored cards again, compare, and write nothing."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,15 +227,15 @@ def drift(old: dict, new: dict) -> dict[str, float]:
 
 
 def source_digest() -> str:
-  """Returns a digest of the package's source files."""
-  digest = hashlib.sha256()
+  """Returns a digest of the package's source files, and of this one."""
+  digest = hashlib.sha256(pathlib.Path(__file__).read_bytes())
   for path in sorted(PACKAGE.rglob("*.py")):
     digest.update(f"{path.relative_to(PACKAGE)}\n".encode() + path.read_bytes())
   return digest.hexdigest()
 
 
 def check(cards: list[Card], checked: pathlib.Path = CHECKED) -> list[str]:
-  """Compiles cards and returns a sentence for each that is not as stored.
+  """Compiles cards; prints and returns a sentence for each that is not as stored.
 
   Args:
     cards: those that are stored are compared.
@@ -244,20 +246,32 @@ def check(cards: list[Card], checked: pathlib.Path = CHECKED) -> list[str]:
   wrong = []
   for card in cards:
     name, old = f"{card.size}/{card.name}", stored(card.size).get(card.name)
-    if old is None or noted.get(name) == key:
+    if old is None:
+      print(f"{name}: not stored", flush=True)
       continue
-    if old["compiler"] != compiler():
-      wrong.append(f"{name} is of {old['compiler']}, and {compiler()} is installed.")
+    if noted.get(name) == key:
+      print(f"{name}: as stored, when it was checked before", flush=True)
       continue
-    if changes := drift(old, measure(card)):
-      found = ", ".join(f"{number} by {change:.2%}" for number, change in sorted(changes.items()))
-      wrong.append(f"{name} differs: {found}.")
+    if sentence := _wrong(card, old):
+      wrong.append(f"{name} {sentence}")
+      print(wrong[-1], flush=True)
       continue
     print(f"{name}: as stored", flush=True)
     noted[name] = key
     checked.parent.mkdir(parents=True, exist_ok=True)
     checked.write_text(json.dumps(noted, indent=1))
   return wrong
+
+
+def _wrong(card: Card, old: dict) -> str:
+  """Says how a card is not as stored; "": it is."""
+  if old["command"] != " ".join(card.command):
+    return f"was made by another command: {old['command']}."
+  if old["compiler"] != compiler():
+    return f"is of {old['compiler']}, and {compiler()} is installed."
+  changes = sorted(drift(old, measure(card)).items())
+  found = ", ".join(f"{number} by {change:.2%}" for number, change in changes)
+  return f"differs: {found}." if changes else ""
 
 
 def chosen() -> list[Card]:
@@ -279,8 +293,6 @@ def chosen() -> list[Card]:
 def main(_) -> None:
   if _CHECK.value:
     wrong = check(chosen())
-    for sentence in wrong:
-      print(sentence, file=sys.stderr)
     sys.exit(1 if wrong else 0)
   for card in chosen():
     cards = stored(card.size)

@@ -1,7 +1,9 @@
-r"""Compares what two commits compute, value by value: nothing may change when code only moves.
+r"""Compares what a commit and the working tree compute: nothing may change when code only moves.
 
-  python -m benchmarks.golden --against=COMMIT
-  python -m benchmarks.golden --against=COMMIT --parts=opt,rows
+  python -m benchmarks.golden --against=COMMIT          # about 10 minutes for each, on two cores
+  python -m benchmarks.golden --against=COMMIT --parts=bundled,rows
+
+Needs the extras [demo,dev].
 
 Checks COMMIT out beside the working tree and runs both in turn on this machine: tiny runs of every
 stage, training of 20 steps and learning from rewards, training rows, samples of every task in
@@ -10,9 +12,11 @@ batches and from a server, every export, the bundled models, and runs of COMMIT 
 for people (pages, cards, messages) are left out. Prints a row for each part, and the names of the
 first values that differ; the command then ends with exit code 1.
 
-What ran of COMMIT is kept in --folder and not run again for another comparison.
+A part also runs the parts that it reads. What ran of COMMIT is kept in --folder, and not run again
+for another comparison by the same files `benchmarks/golden*.py`.
 """
 
+import hashlib
 import json
 import pathlib
 import shutil
@@ -49,6 +53,12 @@ def check_out(commit: str, folder: pathlib.Path) -> pathlib.Path:
     part.rename(folder)
     archive.unlink()
   return folder
+
+
+def own_digest() -> str:
+  """Returns a digest of the files that say what is run and compared."""
+  files = sorted(pathlib.Path(__file__).parent.glob("golden*.py"))
+  return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 def measure(place: golden_run.Place, parts: list[str], kept: pathlib.Path) -> dict[str, dict]:
@@ -92,9 +102,10 @@ def main(_) -> None:
     raise app.UsageError(f"--parts has '{unknown[0]}'; its names are {names}.")
   commit = git("rev-parse", "--verify", f"{against}^{{commit}}")[:12]
   folder.mkdir(parents=True, exist_ok=True)
-  before, now = folder / f"{commit}.json", folder / "now.json"
   cache = folder / "programs"
-  tree, runs = check_out(commit, folder / "trees" / commit), folder / commit
+  parts, key = golden_run.with_needed(parts), f"{commit}-{own_digest()}"
+  before, now = folder / f"{key}.json", folder / "now.json"
+  tree, runs = check_out(commit, folder / "trees" / commit), folder / key
   old = measure(golden_run.Place(tree, runs, runs, cache), parts, before)
   now.unlink(missing_ok=True)
   new = measure(golden_run.Place(ROOT, folder / "now", runs, cache), parts, now)
@@ -105,6 +116,6 @@ def main(_) -> None:
 
 if __name__ == "__main__":
   flags.DEFINE_string("against", None, "Commit to compare with.", required=True)
-  flags.DEFINE_list("parts", list(golden_run.PARTS), "Parts to run; later ones read earlier ones.")
+  flags.DEFINE_list("parts", list(golden_run.PARTS), "Parts to run, beside those that they read.")
   flags.DEFINE_string("folder", "workdir/golden", "Folder for both; kept between calls.")
   app.run(main)

@@ -30,7 +30,6 @@ def write(folder: pathlib.Path) -> None:
   for name, records in (("pairs", pairs), ("texts", texts), ("interleaved", documents)):
     keyed = [{"key": f"{name}-{i}", **record} for i, record in enumerate(records)]
     write_lines(folder / f"{name}.jsonl", keyed)
-  write_lines(folder / "images.jsonl", [{"prompt": text} for text in CAPTIONS[:4]])
   write_lines(folder / "tasks.jsonl", _tasks())
   write_lines(folder / "scenes.jsonl", [{"prompt": text} for text in _scene_prompts()])
   write_lines(folder / "scenes-instruct.jsonl", _scene_tasks())

@@ -8,24 +8,26 @@ import pathlib
 import re
 from typing import Any
 
-# Files for people, and files with times and machines in them; losses are compared by themselves.
-# Exports, losses of later steps, and samples compare the parameters that Orbax has written.
+# Files for people, and files with times and machines in them. Checkpoints are left out, too: their
+# parameters show in exports, later losses, and samples.
 TEXTS = (".md", ".html", ".log", ".txt")
 SKIPPED_FILES = (
-  *("config.json", "contact_sheet.png", "digests.json", "export.json", "lease.json"),
-  *("metrics.digest.json", "metrics.jsonl", "plan.jsonl", "summary.json"),
+  *("contact_sheet.png", "digests.json", "export.json", "lease.json", "metrics.digest.json"),
+  *("metrics.jsonl", "plan.jsonl", "summary.json", "train/config.json"),
 )
 SKIPPED_FOLDERS = ("checkpoints", "checkpoints.digests", "logs", "params", "state")
-OF_ITS_RUN = re.compile(
-  r"-[0-9a-f]{8}(?=/)"
-)  # In the name of a folder of samples: a digest of ids.
-# Fields of JSON files that hold times, machines, or names of fields of the config.
+# In the name of a folder of samples: a digest of what it was made of, ids of stages among it.
+OF_ITS_RUN = re.compile(r"-[0-9a-f]{8}(?=/)")
+# Fields of JSON files that hold times, machines, names of fields of the config, or ids of stages,
+# which of some stages are their time.
 VOLATILE = ("config", "id", "inputs", "seconds", "time")
+# Compared as they are: their ids are those of tokens.
+VERBATIM = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def of_file(path: pathlib.Path) -> str:
   """Returns the digest of a file; of JSON and JSON lines without VOLATILE fields."""
-  if path.suffix == ".json":
+  if path.suffix == ".json" and path.name not in VERBATIM:
     return of_value(json.loads(path.read_text()))
   if path.suffix == ".jsonl":
     return of_value([json.loads(line) for line in path.read_text().splitlines()])
@@ -49,7 +51,7 @@ def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     if path.is_dir():
       if path.name not in SKIPPED_FOLDERS:
         yield from _files(path)
-    elif path.suffix not in TEXTS and path.name not in SKIPPED_FILES:
+    elif path.suffix not in TEXTS and not path.as_posix().endswith(SKIPPED_FILES):
       yield path
 
 

@@ -1,10 +1,10 @@
 """What `benchmarks.golden` runs with the package of a commit: commands, a script, and a server.
 
-The parts use what users use: commands, files, the HTTP server. So they run with every layout of the
-package, and beside another one.
+The parts use what users use: commands, files, the HTTP server, the Python API. So they run with
+every layout of the package, but for `golden_rows.py`, which opens the rows of a run itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import concurrent.futures
 import dataclasses
 import json
@@ -74,7 +74,7 @@ class Place:
     return result.stdout
 
   def cm3leon(self, name: str, workdir: str, *flags: str, variant: str = "", devices: int = 1):
-    """Runs a command; `variant` is that of the config, "": the settings are those of the run."""
+    """Runs a command with a variant of golden_config.py; "": with the settings of the run."""
     config = [f"--config={CONFIG}:{variant}"] if variant else []
     self.python("-m", "cm3leon_jax", name, f"--workdir={workdir}", *config, *flags, devices=devices)
 
@@ -197,10 +197,33 @@ def earlier(place: Place) -> dict:
   return found
 
 
+# Part -> parts whose folders it reads.
+NEEDS = {
+  "tuned": ("modern",),
+  "rewards": ("tuned",),
+  "rows": ("opt", "modern", "tuned"),
+  "tasks": ("tuned",),
+  "served": ("tuned",),
+  "exports": ("opt", "modern"),
+  "earlier": ("exports", "tuned"),
+}
 PARTS: dict[str, Callable[[Place], dict]] = {
   part.__name__: part
   for part in (opt, modern, tuned, rewards, rows, tasks, served, exports, bundled, earlier)
 }
+
+
+def with_needed(names: Collection[str]) -> list[str]:
+  """Returns parts and those that they read, in the order in which they run.
+
+  with_needed(["tasks"]) = ["modern", "tuned", "tasks"]
+  """
+  needed, waiting = set[str](), list(names)
+  while waiting:
+    name = waiting.pop()
+    needed.add(name)
+    waiting += NEEDS.get(name, ())
+  return [name for name in PARTS if name in needed]
 
 
 def prepare(place: Place) -> None:

@@ -41,7 +41,7 @@ class Server:
   def __exit__(self, *_):
     self._client.close()
     self._process.terminate()
-    self._process.wait()
+    self._process.wait(timeout=120)
 
   def _is_ready(self) -> bool:
     try:

@@ -3,8 +3,8 @@
   python -m benchmarks.same_seed --tokens=20000
 
 Every task of a bundled model is sampled from flat distributions (nothing is cut off, temperature
-1.5): each sample alone, in a batch, in a lane in which samples join and leave at any time, and in a
-batch over 8 (fake) devices. The ids must be the same; matrix products over other shapes round
+1.5): each sample alone, in a batch, in a lane in which samples join and leave at any time, and in
+both over 8 (fake) devices. The ids must be the same; matrix products over other shapes round
 differently, which moves logits by 1e-6 in float32, and by 1e-2 in bfloat16. Prints a row for each
 task and way. With --dtype=float32 the command ends with exit code 1 if a token differs.
 """

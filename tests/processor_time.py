@@ -1,7 +1,7 @@
 """Counts the processor seconds of each test; with --fail-seconds, too many fail the session.
 
 The seconds are those of all threads of the test's process, of processes that it waited for, and of
-commands of `tests.launched`. What a fixture of a module or of the session costs counts for the
+commands of `tests.launched`. Setting up a fixture of a module or of the session counts for the
 fixture, not for the first test that asks for it.
 """
 

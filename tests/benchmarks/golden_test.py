@@ -69,6 +69,18 @@ def test_a_part_is_not_run_twice(tmp_path, monkeypatch):
   assert ran == ["prepare", "opt", "rows"]
 
 
+def test_a_part_brings_the_parts_that_it_reads():
+  assert golden.golden_run.with_needed(["tasks"]) == ["modern", "tuned", "tasks"]
+  assert golden.golden_run.with_needed(["bundled", "opt"]) == ["opt", "bundled"]
+  assert golden.golden_run.with_needed(golden.golden_run.PARTS) == list(golden.golden_run.PARTS)
+
+
+def test_ids_of_tokens_are_compared(tmp_path):
+  old = write(tmp_path / "old", tokenizer__json={"added_tokens": [{"id": 1}]})
+  new = write(tmp_path / "new", tokenizer__json={"added_tokens": [{"id": 2}]})
+  assert golden.changes(old, new) == ["tokenizer.json"]
+
+
 def test_given_files_are_the_same_at_each_writing(tmp_path):
   for name in ("a", "b"):
     golden_data.write(tmp_path / name / "data")
