@@ -1,7 +1,4 @@
-"""Errors of a disk that is full, or does not read or write a file, in one sentence.
-
-Python and the libraries raise them; what Orbax prints before is left out.
-"""
+"""Makes one sentence of an error of the disk: it is full, or a file cannot be read or written."""
 
 import errno
 import logging
@@ -16,12 +13,11 @@ from cm3leon_jax.config import UserError, causes
 
 # No space, a quota, or a limit on the size of files.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# The content of the file stays unknown, as it may be there, and whole; or the disk is read-only.
+# The file may be there, and undamaged, or the disk is read-only: it does not count as damaged.
 NOT_READ = (
   errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE,
   errno.EROFS,
 )  # fmt: skip
-_OF_TENSORSTORE = re.compile(rf"os_error_code='({'|'.join(map(str, FULL))})'")
 
 
 def _texts(numbers: tuple[int, ...]) -> str:
@@ -61,7 +57,7 @@ def _not_read(error: Exception) -> str:
   return ""
 
 
-def _full(error: Exception) -> str:
+def _full(error: BaseException | None) -> str:
   for found in causes(error):
     if isinstance(found, OSError) and found.errno in FULL:
       return f"{found.filename or 'a file'} could not be written ({os.strerror(found.errno)})"
@@ -73,10 +69,7 @@ def _full(error: Exception) -> str:
 
 def is_full(error: BaseException | None) -> bool:
   """Returns whether an error, or one that led to it, says that the disk is full."""
-  return any(
-    (isinstance(found, OSError) and found.errno in FULL) or _OF_TENSORSTORE.search(str(found))
-    for found in causes(error)
-  )
+  return bool(_full(error))
 
 
 def prepare_logging() -> None:

@@ -380,7 +380,11 @@ def run(
     _end_at_once(CTRL_C)  # XLA may still compute; while Python ends, its threads would crash.
   except SystemExit as end:
     # After a save that failed at its start, they wait ten minutes for signals that nobody sends.
-    if end.code and any(type(t).__module__.startswith("orbax.") for t in threading.enumerate()):
+    if (
+      isinstance(end.code, int)
+      and end.code
+      and any(type(t).__module__.startswith("orbax.") for t in threading.enumerate())
+    ):
       _end_at_once(end.code)
     raise
 

@@ -160,7 +160,7 @@ class TextTokenizer:
     stages.check_files(path)
     try:
       self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # The library raises errors of no class of its own.
+    except Exception as error:  # Of no narrower class.
       is_ours = exists(path.parent / stages.DONE)
       remedy = stages.again(path.parent, path) if is_ours else GET_AGAIN
       raise UserError(f"{path} is damaged ({short(str(error))}): {remedy}.") from error
