@@ -24,7 +24,7 @@ from cm3leon_jax.export import huggingface
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training.stored import of_tree
+from cm3leon_jax.training.checkpoints.stored import of_tree
 from cm3leon_jax.vocab import VocabLayout
 
 BATCH, PROMPT, NEW_TOKENS = 4, 32, 256

@@ -14,7 +14,7 @@ from cm3leon_jax.commands import common
 from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.decoding import request
 from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
-from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training.checkpoints import checkpoint
 
 _WINDOWS = flags.DEFINE_list("windows", ["0", "4", "8", "16", "32"], "Values of draft_window.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "16"], "Images generated at once.")

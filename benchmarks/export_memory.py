@@ -31,8 +31,8 @@ from cm3leon_jax.io import write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.settings import Settings, settings_from_config
-from cm3leon_jax.training.checkpoint import Checkpoints
-from cm3leon_jax.training.sealing import files_below
+from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.training.checkpoints.sealing import files_below
 
 _LAYERS = flags.DEFINE_list("layers", ["2", "4"], "Numbers of layers, ascending.")
 _FORMATS = flags.DEFINE_list("formats", ["hf"], "Values of --format.")

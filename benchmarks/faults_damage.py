@@ -176,8 +176,8 @@ class Trainer:
     """Saves the checkpoints of `STEPS` in `folder`."""
     import jax
 
-    from cm3leon_jax.training.checkpoint import Checkpoints
-    from cm3leon_jax.training.optimizer import OptimizerConfig
+    from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+    from cm3leon_jax.training.step.optimizer import OptimizerConfig
     from cm3leon_jax.training.train import TrainConfig, compile_steps
     from tests.data.stores import VOCAB
     from tests.models import tiny

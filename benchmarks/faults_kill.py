@@ -192,7 +192,7 @@ def _shift_rows(folder: pathlib.Path) -> None:
   import jax
 
   from cm3leon_jax.mesh import create_mesh
-  from cm3leon_jax.training.checkpoint import Checkpoints
+  from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
   from cm3leon_jax.training.train import compile_steps
 
   settings, train = faults_run.settings_of(faults_run.CONFIG), folder / "train"

@@ -93,7 +93,7 @@ class Trainer:
     """
     import jax
 
-    from cm3leon_jax.training.optimizer import OptimizerConfig
+    from cm3leon_jax.training.step.optimizer import OptimizerConfig
     from cm3leon_jax.training.train import TrainConfig, compile_steps
     from tests.data.stores import VOCAB
     from tests.models import tiny
@@ -127,7 +127,7 @@ class Trainer:
     import jax
 
     from cm3leon_jax.mesh import spec
-    from tests.training.state_test import make_batch
+    from tests.training.step.state_test import make_batch
 
     sharding = jax.sharding.NamedSharding(self.mesh, spec("batch", "length"))
     return {
@@ -146,7 +146,7 @@ class Trainer:
     import jax
 
     from cm3leon_jax.config import UserError
-    from cm3leon_jax.training.replay import Replay
+    from cm3leon_jax.training.faults.replay import Replay
 
     device = self.mesh.devices.flat[rng.integers(self.mesh.size)]
     element, bit = int(rng.integers(2**31)), int(rng.integers(32))
@@ -195,7 +195,7 @@ class Trainer:
     """Flips a bit of the state now, or arranges that one flips in the next step."""
     import jax
 
-    from cm3leon_jax.training.fingerprint import names_of
+    from cm3leon_jax.training.faults.fingerprint import names_of
 
     if kind in OF_STATE:
       names, (leaves, structure) = names_of(state), jax.tree.flatten(state)
@@ -228,9 +228,9 @@ def _faulty_step(model, optimizer_config, config, vocab, state, batch, gradients
   updates after the optimizer has made them; see `flipped`."""
   import optax
 
-  from cm3leon_jax.training.optimizer import create_optimizer
-  from cm3leon_jax.training.replay import checked_step
-  from cm3leon_jax.training.state import train_step
+  from cm3leon_jax.training.faults.replay import checked_step
+  from cm3leon_jax.training.step.optimizer import create_optimizer
+  from cm3leon_jax.training.step.state import train_step
 
   optimizer = create_optimizer(optimizer_config, config.steps)
 

@@ -51,10 +51,10 @@ STACK_SECONDS = 0.5  # Bound on the time in which a process writes its stacks.
 # Name of a file, name of a function: the phase in which the main thread is there; the first counts.
 PHASES = (
   ("training/train.py", "restore_or_init", "restore"),
-  ("training/heldout.py", "evaluate", "evaluate"),
-  ("training/heldout.py", "heldout_batches", "evaluate"),
+  ("training/watch/heldout.py", "evaluate", "evaluate"),
+  ("training/watch/heldout.py", "heldout_batches", "evaluate"),
   ("generation/heldout.py", "generate_grid", "sample"),
-  ("training/checkpoint.py", "", "save"),
+  ("training/checkpoints/checkpoint.py", "", "save"),
 )
 
 

@@ -32,7 +32,7 @@ from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.settings import Settings, settings_from_config
-from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training.checkpoints import checkpoint
 
 # n documents, C candidates of each, K of which stand before it.
 

@@ -26,8 +26,8 @@ from cm3leon_jax.configs import scenes
 from cm3leon_jax.data.pipeline import rows_of_samples
 from cm3leon_jax.mesh import MeshConfig, create_mesh, shard
 from cm3leon_jax.settings import Settings, settings_from_config
-from cm3leon_jax.training.checkpoint import Checkpoints
-from cm3leon_jax.training.replay import Replay
+from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.training.faults.replay import Replay
 from cm3leon_jax.training.train import compile_steps
 
 _VARIANT = flags.DEFINE_string("variant", "15", "Variant of the config `scenes`: 15, long.")

@@ -28,7 +28,8 @@ from cm3leon_jax.configs import scenes as config_scenes
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.settings import Settings, settings_from_config
-from cm3leon_jax.training import checkpoint, flops
+from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.watch import flops
 
 CONDITIONS = {"neighbors": "with retrieval", "without": "without"}
 # Reasons why scenes are held out. All of them make up the mean; the first two are also reported

@@ -32,7 +32,7 @@ from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training.checkpoints import checkpoint
 
 # n held-out documents that are scored, I codes of an image.
 

@@ -39,7 +39,7 @@ from cm3leon_jax.mesh import create_mesh
 from cm3leon_jax.retrieval.bank import load_clip
 from cm3leon_jax.settings import Settings, settings_from_config, settings_of_run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training.checkpoints import checkpoint
 
 # n captions, H height, W width, I codes of an image.
 

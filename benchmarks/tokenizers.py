@@ -32,9 +32,9 @@ from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.mesh import create_mesh, shard
 from cm3leon_jax.settings import Settings, settings_from_config
 from cm3leon_jax.tokenizers import quantizers, train_vqgan
-from cm3leon_jax.training import checkpoint
-from cm3leon_jax.training.optimizer import create_optimizer
-from cm3leon_jax.training.state import init_state, train_step
+from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.step.optimizer import create_optimizer
+from cm3leon_jax.training.step.state import init_state, train_step
 
 ARMS = {
   "restarts": "nearest code, dead codes restart",

@@ -64,7 +64,7 @@ def initialize(
     )
   if not missing:
     _check(coordinator, num_processes, process_id)
-  # The service would catch SIGTERM, see training/preemption.py.
+  # The service would catch SIGTERM, see training/faults/preemption.py.
   jax.config.update("jax_enable_preemption_service", False)
   if not missing and process_id:
     _wait_for(coordinator, timeout)

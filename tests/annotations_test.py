@@ -7,7 +7,7 @@ import pytest
 
 from cm3leon_jax.decoding.sampling import combine_streams
 from cm3leon_jax.models.transformer import rotate
-from cm3leon_jax.training.loss import modality_sums
+from cm3leon_jax.training.step.loss import modality_sums
 
 ONES = jnp.ones((2, 3))
 IDS = jnp.ones((2, 3), jnp.int32)

@@ -26,7 +26,7 @@ from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.retrieval.neighbors import Retriever
 from cm3leon_jax.settings import settings_of_run
-from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training.checkpoints import checkpoint
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.models.tiny import model_logits

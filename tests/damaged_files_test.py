@@ -33,9 +33,9 @@ from cm3leon_jax.retrieval import bank, lexical
 from cm3leon_jax.retrieval.arrays import ArrayStore
 from cm3leon_jax.settings import settings_of_run
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training import recovery
-from cm3leon_jax.training.checkpoint import Checkpoints
-from cm3leon_jax.training.metrics import MetricsLog, check_log
+from cm3leon_jax.training.checkpoints import recovery
+from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.training.watch.metrics import MetricsLog, check_log
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
 

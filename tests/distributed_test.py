@@ -187,7 +187,7 @@ TAKEN_OVER = """
 import signal, sys, time
 import jax
 from cm3leon_jax import distributed
-from cm3leon_jax.training.preemption import StopSignal
+from cm3leon_jax.training.faults.preemption import StopSignal
 distributed.TOGETHER_SECONDS, distributed.FIRST_WAITS_SECONDS = 2, 0
 distributed.stop_together()
 signal.raise_signal(signal.SIGTERM)

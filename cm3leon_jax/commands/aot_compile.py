@@ -68,7 +68,7 @@ def _mesh(settings, topology):
 def _on_mesh(settings, mesh):
   """Returns the settings with the accumulation that they have on the mesh."""
   from cm3leon_jax.mesh import RULES
-  from cm3leon_jax.training.accumulation import on_mesh
+  from cm3leon_jax.training.step.accumulation import on_mesh
 
   train = on_mesh(settings.train, math.prod(mesh.shape[axis] for axis in RULES["batch"]))
   return dataclasses.replace(settings, train=train)
@@ -117,7 +117,7 @@ def _reinforce_report(topology, settings, mesh, prompt: int) -> dict:
 def _model_numbers(settings, mesh, rows: int, length: int = 0) -> dict:
   """Counts parameters, and tokens and model FLOPs of a train step of `rows` rows."""
   from cm3leon_jax.planning import programs
-  from cm3leon_jax.training.flops import model_flops
+  from cm3leon_jax.training.watch.flops import model_flops
 
   length = length or settings.data.sequence_length
   return {

@@ -132,7 +132,7 @@ def _evaluate(settings, workdir: epath.Path, folder: epath.Path, summary: dict) 
   from cm3leon_jax.data.documents import Bank, DocumentStore
   from cm3leon_jax.evaluation import bits
   from cm3leon_jax.retrieval import neighbors
-  from cm3leon_jax.training import checkpoint
+  from cm3leon_jax.training.checkpoints import checkpoint
 
   config = settings.evaluation
   bits.check_batch(config)
@@ -234,7 +234,7 @@ def _export(settings, workdir: epath.Path) -> None:
   from cm3leon_jax.evaluation import geneval
   from cm3leon_jax.generation.tasks import slug
   from cm3leon_jax.retrieval.bank import load_clip
-  from cm3leon_jax.training import checkpoint
+  from cm3leon_jax.training.checkpoints import checkpoint
 
   config, path = settings.evaluation, PROMPTS.value
   samples = SAMPLES.value if _is_given(SAMPLES) else EXPORT_SAMPLES

@@ -157,7 +157,7 @@ def _check(
   from cm3leon_jax.data.documents import DocumentStore
   from cm3leon_jax.data.pipeline import join
   from cm3leon_jax.export import huggingface, int8
-  from cm3leon_jax.training import checkpoint
+  from cm3leon_jax.training.checkpoints import checkpoint
 
   if trained.is_bundle:
     return {}, ["its logits were not compared: a bundle has no held-out documents"] * transformers

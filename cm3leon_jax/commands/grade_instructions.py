@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def _models(settings, workdir):
   """Returns functions that load the parameters, by the titles of their columns."""
   from cm3leon_jax.export import weights
-  from cm3leon_jax.training import checkpoint
+  from cm3leon_jax.training.checkpoints import checkpoint
 
   start = weights.start_of(workdir)
   return {

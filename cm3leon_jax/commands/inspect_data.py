@@ -26,7 +26,7 @@ from cm3leon_jax.config import UserError
 
 if TYPE_CHECKING:
   from cm3leon_jax.data.pipeline import RowLoader
-  from cm3leon_jax.training.skipped_rows import SkippedRows
+  from cm3leon_jax.training.faults.skipped_rows import SkippedRows
 
 # Without a default, as the flag of this name of other commands: in one process they are one flag.
 _OUT = flags.DEFINE_string("out", None, "HTML file to write (default: rows.html).")
@@ -157,7 +157,7 @@ def main(settings, workdir) -> None:
   name = config_flags.get_config_filename(flags.FLAGS["config"])
   out, skipped = epath.Path(_OUT.value or "rows.html"), None
   if _SKIPPED.value:
-    from cm3leon_jax.training import skipped_rows
+    from cm3leon_jax.training.faults import skipped_rows
 
     if _SPLIT.value != "train":
       raise UserError("--skipped shows training rows: leave out --split.")

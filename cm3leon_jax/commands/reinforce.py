@@ -71,7 +71,7 @@ def _scores(settings, workdir, objective, reference, prompts) -> dict[str, dict]
     `scores_before`, `scores`, and `gains` of the reward with 95% intervals over prompts, by task.
   """
   from cm3leon_jax import distributed
-  from cm3leon_jax.training import checkpoint
+  from cm3leon_jax.training.checkpoints import checkpoint
 
   params, _ = checkpoint.load_params(workdir / "train", settings.model)
   after = objective.measure(params, prompts)
@@ -140,9 +140,9 @@ def main(
   from cm3leon_jax import distributed
   from cm3leon_jax.export import weights
   from cm3leon_jax.planning import memory
-  from cm3leon_jax.training.lease import Lease
-  from cm3leon_jax.training.monitor import change_line
+  from cm3leon_jax.training.faults.lease import Lease
   from cm3leon_jax.training.train import train
+  from cm3leon_jax.training.watch.monitor import change_line
 
   options = {"init_from": init_from, "allow_changed": list(allow_changed)}
   distributed.check_same_config({**dataclasses.asdict(settings), **options})

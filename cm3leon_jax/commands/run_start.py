@@ -41,8 +41,8 @@ def begin(
   """
   from cm3leon_jax import distributed
   from cm3leon_jax.export import weights
-  from cm3leon_jax.training import boards
   from cm3leon_jax.training.changes import check_changes
+  from cm3leon_jax.training.watch import boards
 
   path = workdir / "train" / "config.json"
   with distributed.together():  # No process writes before all have read.
@@ -74,7 +74,7 @@ def check_no_checkpoints(path) -> None:
   Raises:
     UserError: it has, so nobody knows which run they are of.
   """
-  from cm3leon_jax.training import checkpoint
+  from cm3leon_jax.training.checkpoints import checkpoint
 
   if checkpoint.any_in(path.parent):
     raise UserError(
@@ -97,7 +97,7 @@ def write_config(settings: Settings, workdir, config: dict, step: int | None = N
     UserError: a process sees another folder.
   """
   from cm3leon_jax import distributed
-  from cm3leon_jax.training.checkpoint import newest_step
+  from cm3leon_jax.training.checkpoints.checkpoint import newest_step
 
   path = workdir / "train" / "config.json"
   with distributed.together():

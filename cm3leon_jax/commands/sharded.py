@@ -38,7 +38,7 @@ def stage(
     UserError: as `stages.stage`; a flag is out of range; another job works in the folder, or has
       taken the lease.
   """
-  from cm3leon_jax.training.lease import Lease  # Here: it imports JAX.
+  from cm3leon_jax.training.faults.lease import Lease  # Here: it imports JAX.
 
   try:
     runner = shards.Runner(_RUNNER.value, _ADDRESS.value, _WORKERS.value, _CPUS.value)

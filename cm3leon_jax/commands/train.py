@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
   from cm3leon_jax.export.weights import Weights
   from cm3leon_jax.settings import Settings
-  from cm3leon_jax.training.skipped_rows import GoBack
+  from cm3leon_jax.training.faults.skipped_rows import GoBack
 
 _PROFILE_STEPS = flags.DEFINE_string(
   "profile_steps", "", "First and last step to trace into train/profile, e.g. 10:13."
@@ -76,7 +76,8 @@ def _left_out(folder, back: GoBack | None) -> tuple[tuple[range, ...], GoBack | 
     UserError: `back` is impossible.
   """
   from cm3leon_jax import distributed
-  from cm3leon_jax.training import checkpoint, skipped_rows
+  from cm3leon_jax.training.checkpoints import checkpoint
+  from cm3leon_jax.training.faults import skipped_rows
 
   with distributed.together():
     done = skipped_rows.read(folder)
@@ -103,10 +104,10 @@ def main(
   from cm3leon_jax import distributed
   from cm3leon_jax.generation.heldout import sample_grids
   from cm3leon_jax.planning import memory
-  from cm3leon_jax.training.lease import Lease
+  from cm3leon_jax.training.faults.lease import Lease
   from cm3leon_jax.training.objective import Rows
-  from cm3leon_jax.training.profile import parse_steps
   from cm3leon_jax.training.train import train
+  from cm3leon_jax.training.watch.traces import parse_steps
 
   traced = parse_steps(profile_steps, settings.train.steps)
   flags_given = {"profile_steps": profile_steps, "debug_nans": debug_nans, "init_from": init_from}
@@ -154,7 +155,7 @@ def main(
 def _print_losses(result: dict) -> None:
   """Prints the held-out losses of the last step, and beside them those of step 0, if known."""
   from cm3leon_jax import distributed
-  from cm3leon_jax.training.monitor import change_line
+  from cm3leon_jax.training.watch.monitor import change_line
 
   units = {"image": "code", "text": "token"}
   losses = {name: result[f"heldout_{name}_loss"] for name in units}  # 0: no such targets.
@@ -165,7 +166,7 @@ def _print_losses(result: dict) -> None:
 
 
 def _main(settings, workdir) -> None:
-  from cm3leon_jax.training.skipped_rows import parse
+  from cm3leon_jax.training.faults.skipped_rows import parse
 
   back = parse(_RESUME_FROM.value, _SKIP_ROWS.value)
   main(

@@ -69,8 +69,8 @@ def _boards(folder, enabled: bool):
   """Returns a function that opens TensorBoard for a training that starts at a step."""
 
   def open_boards(first_step: int) -> list:
-    from cm3leon_jax.training.boards import Board
-    from cm3leon_jax.training.tensorboard import FOLDER, TensorBoard
+    from cm3leon_jax.training.watch.boards import Board
+    from cm3leon_jax.training.watch.tensorboard_board import FOLDER, TensorBoard
 
     instead = "set --config.train.tensorboard=False"
     make = functools.partial(TensorBoard, folder / FOLDER, first_step)

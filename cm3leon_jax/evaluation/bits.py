@@ -17,7 +17,7 @@ from cm3leon_jax.evaluation import intervals
 from cm3leon_jax.mesh import batch_shards, shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.progress import progress_bar
-from cm3leon_jax.training import loss
+from cm3leon_jax.training.step import loss
 
 CONDITIONS = ("true", "shuffled", "none")
 MODALITIES = ("image", "text")

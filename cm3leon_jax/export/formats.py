@@ -21,7 +21,7 @@ from cm3leon_jax.io import absolute, plain, read_foreign_json, write_json
 
 if TYPE_CHECKING:
   from cm3leon_jax.settings import Settings
-  from cm3leon_jax.training.stored import StoredParams
+  from cm3leon_jax.training.checkpoints.stored import StoredParams
 
 # Name of a format -> module of this package that writes it.
 FORMATS = {"hf": "huggingface", "gpt2": "gpt2", "orbax": "orbax", "stablehlo": "stablehlo"}

@@ -15,7 +15,7 @@ from cm3leon_jax.export import huggingface
 from cm3leon_jax.export.formats import Run
 from cm3leon_jax.export.tensor_files import Tensor
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training.stored import StoredParams
+from cm3leon_jax.training.checkpoints.stored import StoredParams
 from cm3leon_jax.vocab import VocabLayout
 
 

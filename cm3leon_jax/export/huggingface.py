@@ -28,7 +28,7 @@ from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ROPE_BASE, ModelConfig
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.tokenizers import text
-from cm3leon_jax.training.stored import StoredParams, of_tree
+from cm3leon_jax.training.checkpoints.stored import StoredParams, of_tree
 from cm3leon_jax.vocab import VocabLayout
 
 WEIGHTS = tensor_files.WEIGHTS

@@ -21,7 +21,7 @@ from cm3leon_jax.export.tensor_files import DTYPES, convert
 from cm3leon_jax.io import absolute, read_json, write_json
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.tokenizers import text
-from cm3leon_jax.training import sealing, stored
+from cm3leon_jax.training.checkpoints import sealing, stored
 
 FOLDER = "params"
 DIGESTS = "digests.json"  # Written last: without it there is no checkpoint.

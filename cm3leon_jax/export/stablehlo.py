@@ -49,7 +49,7 @@ from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 if TYPE_CHECKING:
   from cm3leon_jax.export.formats import Run
   from cm3leon_jax.settings import Settings
-  from cm3leon_jax.training.stored import StoredParams
+  from cm3leon_jax.training.checkpoints.stored import StoredParams
 
 MANIFEST = "manifest.json"
 SERVED = ("artifacts.py", "serve_example.py")  # Copied from served/.
@@ -100,7 +100,7 @@ def write_model(
   from cm3leon_jax.export import formats
   from cm3leon_jax.export.trained import open_trained
   from cm3leon_jax.mesh import MeshConfig, create_mesh
-  from cm3leon_jax.training import stored
+  from cm3leon_jax.training.checkpoints import stored
 
   trained = open_trained(source)
   settings = trained.settings

@@ -13,8 +13,8 @@ from cm3leon_jax.data import unseen_tokens
 from cm3leon_jax.export import bundle, weights
 from cm3leon_jax.io import digest
 from cm3leon_jax.settings import Settings, settings_of_run
-from cm3leon_jax.training import checkpoint
-from cm3leon_jax.training.stored import StoredParams, of_tree
+from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.checkpoints.stored import StoredParams, of_tree
 
 
 @dataclasses.dataclass(frozen=True)

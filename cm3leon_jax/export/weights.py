@@ -12,7 +12,7 @@ from cm3leon_jax.export import bundle, formats, huggingface, orbax, placed, stor
 from cm3leon_jax.export.stored_tensors import StoredTensors
 from cm3leon_jax.io import digest, plain, read_json
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training.checkpoints import checkpoint
 
 IMAGE_TOKENIZER = "image_tokenizer/params.safetensors"  # Of an exported model.
 IMAGES = "image_tokenizer_sha256"  # In the summary of INIT: of the export that was imported.

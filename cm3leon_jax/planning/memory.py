@@ -20,14 +20,14 @@ from cm3leon_jax.mesh import FSDP, RULES
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.models.transformer import KEPT
 from cm3leon_jax.planning.topology import CHIPS
-from cm3leon_jax.training.accumulation import on_mesh
-from cm3leon_jax.training.optimizer import OptimizerConfig
-from cm3leon_jax.training.policy import BUCKET
+from cm3leon_jax.training.step.accumulation import on_mesh
+from cm3leon_jax.training.step.optimizer import OptimizerConfig
+from cm3leon_jax.training.step.policy import BUCKET
 
 GIB = 2**30
 LANES = 128  # Of a TPU's registers: the last dimension of an array takes a multiple of them.
 ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}
-# Start of `jax.Device.device_kind` -> chip; special kinds come first, as in training/flops.py.
+# Start of `jax.Device.device_kind` -> chip; special kinds first, as in training/watch/flops.py.
 KINDS = {
   "TPU v5 lite": "v5e",
   "TPU v5e": "v5e",

@@ -10,9 +10,9 @@ from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.planning import memory
 from cm3leon_jax.planning.hardware import Hardware
 from cm3leon_jax.planning.search import meshes
-from cm3leon_jax.training.accumulation import on_mesh
-from cm3leon_jax.training.flops import device_peak, model_flops
+from cm3leon_jax.training.step.accumulation import on_mesh
 from cm3leon_jax.training.train import compile_steps
+from cm3leon_jax.training.watch.flops import device_peak, model_flops
 
 GIB = 2**30
 MFU = 0.4  # Default of `cm3leon plan`.

@@ -18,8 +18,8 @@ from cm3leon_jax.decoding.generator import GeneratorConfig
 from cm3leon_jax.decoding.params import prepare
 from cm3leon_jax.mesh import abstract, batch_shards, spec
 from cm3leon_jax.models import transformer
-from cm3leon_jax.training import policy
-from cm3leon_jax.training.accumulation import on_mesh
+from cm3leon_jax.training.step import policy
+from cm3leon_jax.training.step.accumulation import on_mesh
 from cm3leon_jax.training.train import compile_steps
 
 

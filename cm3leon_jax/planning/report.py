@@ -9,7 +9,7 @@ import jax
 from cm3leon_jax.config import UserError
 from cm3leon_jax.planning.hlo import Program
 from cm3leon_jax.planning.topology import Topology
-from cm3leon_jax.training.flops import device_peak
+from cm3leon_jax.training.watch.flops import device_peak
 
 GIB = 2**30
 LARGEST = 8

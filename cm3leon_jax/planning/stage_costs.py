@@ -12,7 +12,7 @@ from cm3leon_jax.planning.hardware import Hardware
 from cm3leon_jax.planning.plan import Plan
 from cm3leon_jax.stage_table import STAGES
 from cm3leon_jax.tokenizers import vqgan
-from cm3leon_jax.training.flops import device_peak
+from cm3leon_jax.training.watch.flops import device_peak
 
 # Of one core and second, unless another unit is named; docs/benchmarks.md (two cores of an AMD EPYC
 # machine) and docs/scaling.md have the measurements.

@@ -24,7 +24,7 @@ from cm3leon_jax.generation.sample import Sample
 from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.positions import positions_of
 from cm3leon_jax.reinforcement.rewards import Reward
-from cm3leon_jax.training import policy
+from cm3leon_jax.training.step import policy
 
 
 class Prompt(NamedTuple):

@@ -19,7 +19,7 @@ from cm3leon_jax.tokenizers import discriminator as discriminator_lib
 from cm3leon_jax.tokenizers import losses, quantizers, vqgan, vqgan_watch
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer, VQGANConfig
 from cm3leon_jax.training import small_trainer
-from cm3leon_jax.training.optimizer import update_average
+from cm3leon_jax.training.step.optimizer import update_average
 
 RECONSTRUCTIONS = "reconstructions.npz"
 NUM_RECONSTRUCTIONS = 32

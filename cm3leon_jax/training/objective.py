@@ -17,9 +17,9 @@ import numpy as np
 from cm3leon_jax import distributed
 from cm3leon_jax.config import UserError
 from cm3leon_jax.data.pipeline import RowLoader, batches
-from cm3leon_jax.training import skipped_rows
-from cm3leon_jax.training.numerics import TooManySkippedError
-from cm3leon_jax.training.skipped_rows import Remaining
+from cm3leon_jax.training.faults import skipped_rows
+from cm3leon_jax.training.faults.skipped_rows import Remaining
+from cm3leon_jax.training.step.numerics import TooManySkippedError
 
 if TYPE_CHECKING:
   from cm3leon_jax.training.train import Steps

@@ -24,12 +24,12 @@ from cm3leon_jax.io import exists, plain, read_json, write_json
 from cm3leon_jax.mesh import RULES, batch_shards, spec
 from cm3leon_jax.progress import progress_bar
 from cm3leon_jax.stages import DONE, check_same_config, differences
-from cm3leon_jax.training import recovery
-from cm3leon_jax.training.checkpoint import Checkpoints, any_in
-from cm3leon_jax.training.lease import Lease
-from cm3leon_jax.training.metrics import MetricsLog
-from cm3leon_jax.training.numerics import check_finite, finite_values
-from cm3leon_jax.training.preemption import StopSignal, check_end
+from cm3leon_jax.training.checkpoints import recovery
+from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints, any_in
+from cm3leon_jax.training.faults.lease import Lease
+from cm3leon_jax.training.faults.preemption import StopSignal, check_end
+from cm3leon_jax.training.step.numerics import check_finite, finite_values
+from cm3leon_jax.training.watch.metrics import MetricsLog
 
 FOLDER = "training"
 LOG_EVERY = 10

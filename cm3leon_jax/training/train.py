@@ -19,22 +19,27 @@ from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.mesh import batch_shards, spec
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training import recovery, skipped_rows
-from cm3leon_jax.training.accumulation import on_mesh
-from cm3leon_jax.training.checkpoint import Checkpoints
-from cm3leon_jax.training.goodput import Stopwatch
-from cm3leon_jax.training.hang_watch import HangWatch
-from cm3leon_jax.training.heldout import evaluator, losses_at_start
-from cm3leon_jax.training.lease import Lease
-from cm3leon_jax.training.metrics import check_log
-from cm3leon_jax.training.monitor import Monitor, open_monitor
-from cm3leon_jax.training.numerics import check_finite
+from cm3leon_jax.training.checkpoints import recovery
+from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.training.faults import skipped_rows
+from cm3leon_jax.training.faults.hang_watch import HangWatch
+from cm3leon_jax.training.faults.lease import Lease
+from cm3leon_jax.training.faults.preemption import StopSignal, check_end
+from cm3leon_jax.training.faults.replay import checked_step, replaying
+from cm3leon_jax.training.faults.skipped_rows import GoBack
 from cm3leon_jax.training.objective import NewestState, Objective, explaining
-from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer, learning_rate_schedule
-from cm3leon_jax.training.preemption import StopSignal, check_end
-from cm3leon_jax.training.replay import checked_step, replaying
-from cm3leon_jax.training.skipped_rows import GoBack
-from cm3leon_jax.training.state import eval_step, init_state, row_losses, train_step
+from cm3leon_jax.training.step.accumulation import on_mesh
+from cm3leon_jax.training.step.numerics import check_finite
+from cm3leon_jax.training.step.optimizer import (
+  OptimizerConfig,
+  create_optimizer,
+  learning_rate_schedule,
+)
+from cm3leon_jax.training.step.state import eval_step, init_state, row_losses, train_step
+from cm3leon_jax.training.watch.goodput import Stopwatch
+from cm3leon_jax.training.watch.heldout import evaluator, losses_at_start
+from cm3leon_jax.training.watch.metrics import check_log
+from cm3leon_jax.training.watch.monitor import Monitor, open_monitor
 from cm3leon_jax.vocab import VocabLayout
 from cm3leon_jax.xla_options import compiler_options
 

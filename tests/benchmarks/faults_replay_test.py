@@ -8,8 +8,8 @@ import pytest
 from benchmarks import faults_replay, faults_run, faults_table
 from benchmarks.faults_elastic import free_port
 from benchmarks.faults_replay import KINDS, REPLICAS
-from cm3leon_jax.training import replay
-from cm3leon_jax.training.replay import Replay
+from cm3leon_jax.training.faults import replay
+from cm3leon_jax.training.faults.replay import Replay
 
 compute = Replay._compute
 

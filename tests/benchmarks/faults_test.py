@@ -24,7 +24,7 @@ PACKAGE = "/anywhere/cm3leon_jax"
 ROOT = pathlib.Path(faults.__file__).parents[1] / "cm3leon_jax"
 
 
-def stacks(*main: tuple[str, str], other: str = "training/checkpoint.py") -> str:
+def stacks(*main: tuple[str, str], other: str = "training/checkpoints/checkpoint.py") -> str:
   """Two threads, as faulthandler writes them: the main thread is the last one."""
   frames = [f'  File "{file}", line 7 in {function}' for file, function in main]
   return "\n".join(
@@ -43,10 +43,13 @@ def stacks(*main: tuple[str, str], other: str = "training/checkpoint.py") -> str
   ("frames", "phase"),
   [
     ([("training/train.py", "_run_steps")], "step"),
-    ([("training/checkpoint.py", "wait"), ("training/train.py", "_run_steps")], "save"),
-    ([("io.py", "digest"), ("training/checkpoint.py", "seal")], "save"),
-    ([("training/checkpoint.py", "damage"), ("training/train.py", "restore_or_init")], "restore"),
-    ([("training/heldout.py", "evaluate"), ("training/train.py", "_run_steps")], "evaluate"),
+    ([("training/checkpoints/checkpoint.py", "wait"), ("training/train.py", "_run_steps")], "save"),
+    ([("io.py", "digest"), ("training/checkpoints/checkpoint.py", "seal")], "save"),
+    (
+      [("training/checkpoints/checkpoint.py", "damage"), ("training/train.py", "restore_or_init")],
+      "restore",
+    ),
+    ([("training/watch/heldout.py", "evaluate"), ("training/train.py", "_run_steps")], "evaluate"),
     ([("generation/heldout.py", "generate_grid"), ("training/train.py", "_run_steps")], "sample"),
     ([("commands/common.py", "checked")], "start"),
   ],

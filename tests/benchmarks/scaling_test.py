@@ -11,7 +11,7 @@ from benchmarks.scaling_fit import Law
 from cm3leon_jax import stages
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json, write_json
-from cm3leon_jax.training import flops
+from cm3leon_jax.training.watch import flops
 
 # Bits an image; retrieval saves four fifths of the FLOPs for rare images, and triples them else.
 LAWS = {

@@ -10,9 +10,10 @@ import pytest
 
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import read_json_lines
-from cm3leon_jax.training import lease, upkeep
-from cm3leon_jax.training.checkpoint import Checkpoints
-from cm3leon_jax.training.sealing import files_below
+from cm3leon_jax.training.checkpoints import upkeep
+from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.training.checkpoints.sealing import files_below
+from cm3leon_jax.training.faults import lease
 from tests.launched import launch
 
 STEPS = (2, 4, 6, 8)

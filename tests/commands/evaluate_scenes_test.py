@@ -23,7 +23,7 @@ from cm3leon_jax.io import read_json, read_json_lines
 from cm3leon_jax.retrieval.neighbors import load_neighbors
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training.checkpoints import checkpoint
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.retrieval.stores import write_neighbors

@@ -16,7 +16,8 @@ from cm3leon_jax.data import documents
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.training import checkpoint, optimizer, state
+from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.step import optimizer, state
 from tests.retrieval.stores import write_neighbors
 
 

@@ -21,7 +21,7 @@ from cm3leon_jax.export import bundle, formats, huggingface
 from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.reports import model_card
 from cm3leon_jax.settings import settings_from_stored
-from cm3leon_jax.training.stored import of_tree
+from cm3leon_jax.training.checkpoints.stored import of_tree
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.models.tiny import random_params
 

@@ -21,7 +21,7 @@ from cm3leon_jax.generation import prompt_file
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.io import write_json
 from cm3leon_jax.reports import summary
-from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training.checkpoints import checkpoint
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, make_run, one_device
 from tests.models.tiny import random_params

@@ -18,7 +18,7 @@ from cm3leon_jax.io import write_json
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.shards import Runner
 from cm3leon_jax.tokenizers import text, vqgan
-from cm3leon_jax.training import skipped_rows
+from cm3leon_jax.training.faults import skipped_rows
 from tests.commands import train_test
 from tests.data.stores import VOCAB
 from tests.launch import tiny_instruct_config

@@ -19,7 +19,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.export import bundle, formats
 from cm3leon_jax.export.trained import open_trained
 from cm3leon_jax.io import read_json
-from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training.checkpoints import checkpoint
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.launched import cm3leon
 

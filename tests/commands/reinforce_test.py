@@ -13,7 +13,7 @@ from cm3leon_jax.data.instruction_config import InstructionsConfig, read_tasks
 from cm3leon_jax.export import weights
 from cm3leon_jax.io import read_json, read_json_lines
 from cm3leon_jax.reinforcement import rewards
-from cm3leon_jax.training.policy import ReinforceConfig
+from cm3leon_jax.training.step.policy import ReinforceConfig
 from cm3leon_jax.training.train import TrainConfig
 from tests.commands.instructions_test import copy, one_mesh, settings_of
 from tests.generation.run import save_run

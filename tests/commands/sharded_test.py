@@ -9,7 +9,7 @@ from cm3leon_jax.commands import config_file, sharded
 from cm3leon_jax.config import UserError
 from cm3leon_jax.io import write_json
 from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.training import lease
+from cm3leon_jax.training.faults import lease
 from tests.held import held
 from tests.launched import launch
 

@@ -14,8 +14,9 @@ from cm3leon_jax.io import read_json, read_json_lines, write_json
 from cm3leon_jax.models import transformer
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training import checkpoint, skipped_rows
-from cm3leon_jax.training.skipped_rows import GoBack
+from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.faults import skipped_rows
+from cm3leon_jax.training.faults.skipped_rows import GoBack
 from tests.data.stores import VOCAB, make_sources
 from tests.generation.run import make_config, make_run, one_device
 from tests.held import held

@@ -9,7 +9,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.evaluation.answer_scores import score_answers
 from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.models import transformer
-from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training.checkpoints import checkpoint
 from tests.generation.run import SETTINGS, one_device, save_run
 
 TEXTS = ["Is it red? <mask>.", "What <mask> it?"]

@@ -21,7 +21,7 @@ from cm3leon_jax.generation.pipeline import Pipeline
 from cm3leon_jax.io import read_json
 from cm3leon_jax.reports import evaluation_page
 from cm3leon_jax.retrieval.bank import load_clip
-from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training.checkpoints import checkpoint
 from tests.evaluation.protocol_runs import make_workdir
 from tests.generation.run import SETTINGS, one_device
 from tests.reports import hostile

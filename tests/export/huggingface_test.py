@@ -16,7 +16,7 @@ from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
 from cm3leon_jax.positions import positions_of
-from cm3leon_jax.training.stored import of_tree
+from cm3leon_jax.training.checkpoints.stored import of_tree
 from cm3leon_jax.vocab import VocabLayout
 from tests.models.tiny import random_params
 

@@ -10,7 +10,7 @@ import pytest
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import formats, orbax, weights
 from cm3leon_jax.tokenizers import text
-from cm3leon_jax.training import stored
+from cm3leon_jax.training.checkpoints import stored
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of, random_params
 

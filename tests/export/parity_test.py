@@ -19,7 +19,7 @@ from cm3leon_jax.export import gpt2, huggingface
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training import checkpoint, stored
+from cm3leon_jax.training.checkpoints import checkpoint, stored
 from cm3leon_jax.vocab import VocabLayout
 from tests.generation.run import one_device
 from tests.models.tiny import mesh_of, model_logits, random_params

@@ -23,7 +23,7 @@ from cm3leon_jax.decoding.request import Hole
 from cm3leon_jax.export import formats, stablehlo
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training.checkpoints import checkpoint
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import random_params

@@ -11,7 +11,7 @@ from cm3leon_jax import stage_table
 from cm3leon_jax.config import UserError
 from cm3leon_jax.export import formats, gpt2, huggingface, weights
 from cm3leon_jax.io import write_json
-from cm3leon_jax.training import stored
+from cm3leon_jax.training.checkpoints import stored
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import mesh_of, random_params
 

@@ -14,9 +14,9 @@ from cm3leon_jax.io import write_json
 from cm3leon_jax.mesh import MeshConfig, create_mesh
 from cm3leon_jax.settings import default_config, settings_from_config
 from cm3leon_jax.tokenizers import text, vqgan
-from cm3leon_jax.training import checkpoint
-from cm3leon_jax.training.optimizer import create_optimizer
-from cm3leon_jax.training.state import TrainState
+from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.step.optimizer import create_optimizer
+from cm3leon_jax.training.step.state import TrainState
 from tests.data.stores import VOCAB, make_sources
 from tests.models.tiny import random_params
 from tests.retrieval.stores import write_bank, write_neighbors

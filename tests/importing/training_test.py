@@ -16,7 +16,7 @@ from cm3leon_jax.export import weights
 from cm3leon_jax.io import read_json
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers.text import TextTokenizer
-from cm3leon_jax.training import checkpoint
+from cm3leon_jax.training.checkpoints import checkpoint
 from tests.importing.importer_test import QWEN3
 from tests.launch import tiny_config
 from tests.launch.stages_before import make_workdir

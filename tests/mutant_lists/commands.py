@@ -60,9 +60,11 @@ COMMANDS = (
   ),
   Mutant(
     "every_start_says_that_tensorboard_is_absent",
-    "cm3leon_jax/training/boards.py",
+    "cm3leon_jax/training/watch/boards.py",
     "if first_step == 0:",
     "if first_step >= 0:",
-    ("tests/training/boards_test.py::test_an_absent_tensorboard_is_a_line_of_a_new_run_only",),
+    (
+      "tests/training/watch/boards_test.py::test_an_absent_tensorboard_is_a_line_of_a_new_run_only",
+    ),
   ),
 )

@@ -52,7 +52,7 @@ DATA = (
   ),
   *mutants_of(
     "cm3leon_jax/data/sample_plan.py",
-    "tests/training/heldout_test.py",
+    "tests/training/watch/heldout_test.py",
     ("heldout_loss_counts_neighbors", "neighbor_loss_weight=0.0", "neighbor_loss_weight=1.0"),
     ("heldout_neighbors_at_random", 'neighbor_sampling="best"', 'neighbor_sampling="fixed"'),
     ("heldout_rows_with_spans", "mean_spans=0.0", "mean_spans=1.0"),
@@ -96,7 +96,7 @@ DATA = (
   ),
   *mutants_of(
     "cm3leon_jax/data/pipeline.py",
-    "tests/training/heldout_test.py",
+    "tests/training/watch/heldout_test.py",
     ("neighbor_weights_shifted", "joined_weights[1 : 1 + before]", "joined_weights[:before]"),
   ),
   *mutants_of(

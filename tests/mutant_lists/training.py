@@ -4,18 +4,18 @@ from tests.mutant_lists.mutant import mutants_of
 
 TRANSFORMER = "cm3leon_jax/models/transformer.py"
 TRANSFORMER_TEST = "tests/models/transformer_test.py"
-LOSS = "cm3leon_jax/training/loss.py"
-LOSS_TEST = "tests/training/loss_test.py"
-STATE = "cm3leon_jax/training/state.py"
-STATE_TEST = "tests/training/state_test.py"
-NUMERICS = "cm3leon_jax/training/numerics.py"
-NUMERICS_TEST = "tests/training/numerics_test.py"
-SKIPPED_TEST = "tests/training/skipped_rows_test.py"
+LOSS = "cm3leon_jax/training/step/loss.py"
+LOSS_TEST = "tests/training/step/loss_test.py"
+STATE = "cm3leon_jax/training/step/state.py"
+STATE_TEST = "tests/training/step/state_test.py"
+NUMERICS = "cm3leon_jax/training/step/numerics.py"
+NUMERICS_TEST = "tests/training/step/numerics_test.py"
+SKIPPED_TEST = "tests/training/faults/skipped_rows_test.py"
 SOURCES_TEST = "tests/training/source_losses_test.py"
-CHECKPOINT = "cm3leon_jax/training/checkpoint.py"
-CHECKPOINT_TEST = "tests/training/checkpoint_test.py"
+CHECKPOINT = "cm3leon_jax/training/checkpoints/checkpoint.py"
+CHECKPOINT_TEST = "tests/training/checkpoints/checkpoint_test.py"
 UNREADABLE_TEST = "tests/training/unreadable_test.py"
-POLICY, POLICY_TEST = "cm3leon_jax/training/policy.py", "tests/training/policy_test.py"
+POLICY, POLICY_TEST = "cm3leon_jax/training/step/policy.py", "tests/training/step/policy_test.py"
 
 TRAINING = (
   *mutants_of(
@@ -90,7 +90,7 @@ TRAINING = (
     ("tasks_without_a_heldout_split_count", "bool(task.heldout) for", "True for"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/heldout.py",
+    "cm3leon_jax/training/watch/heldout.py",
     f"{SOURCES_TEST}::test_a_killed_run_has_step_0_once",
     ("step_0_is_lost", "return monitor.logged_heldout(0)", "return {}"),
     (
@@ -100,13 +100,13 @@ TRAINING = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/training/monitor.py",
+    "cm3leon_jax/training/watch/monitor.py",
     f"{SOURCES_TEST}::test_a_killed_run_has_step_0_once",
     ("step_0_twice_on_the_board", "0 if newest is None else newest + 1", "(newest or 0) + 1"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/optimizer.py",
-    "tests/training/optimizer_test.py",
+    "cm3leon_jax/training/step/optimizer.py",
+    "tests/training/step/optimizer_test.py",
     ("clipping_removed", "optax.clip_by_global_norm(config.clip_norm)", "optax.identity()"),
     ("adam_b1_half", "    config.b1,", "    0.5,"),
     ("adam_b2_half", "    config.b2,", "    0.5,"),
@@ -167,7 +167,7 @@ TRAINING = (
     ("nans_are_saved", 'check_finite(state, f"checkpoint {step}", REMEDY)', "pass"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/skipped_rows.py",
+    "cm3leon_jax/training/faults/skipped_rows.py",
     f"{SKIPPED_TEST}::test_row_number_by_hand",
     ("rows_left_out_by_their_count_alone", "if i >= first:", "if i > first:"),
   ),
@@ -186,12 +186,12 @@ TRAINING = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/training/optimizer.py",
-    "tests/training/optimizer_test.py::test_the_average_is_the_recursion_of_its_documentation",
+    "cm3leon_jax/training/step/optimizer.py",
+    "tests/training/step/optimizer_test.py::test_the_average_is_the_recursion_of_its_documentation",
     ("average_without_warm_up", "jnp.maximum(1 - decay, 9 / (10 + step))", "1 - decay"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/stored.py",
+    "cm3leon_jax/training/checkpoints/stored.py",
     f"{CHECKPOINT_TEST}::test_parameters_alone_are_the_average_of_a_run_that_has_one",
     ("average_not_read", '"ema" if described', '"params" if described'),
   ),
@@ -201,7 +201,7 @@ TRAINING = (
     ("changed_source_unnoticed", "!= weights:", "is None:"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/sealing.py",
+    "cm3leon_jax/training/checkpoints/sealing.py",
     f"{CHECKPOINT_TEST}::test_a_damaged_file_is_refused",
     (
       "missing_files_unnoticed",
@@ -215,7 +215,7 @@ TRAINING = (
     ),
   ),
   *mutants_of(
-    "cm3leon_jax/training/sealing.py",
+    "cm3leon_jax/training/checkpoints/sealing.py",
     f"{UNREADABLE_TEST}::test_a_file_that_cannot_be_read_is_named_and_nothing_is_deleted",
     ("a_bucket_alone_may_be_away", "    if buckets.failure(error):\n      raise", "    raise"),
   ),
@@ -235,8 +235,8 @@ TRAINING = (
     ("folders_that_orbax_cannot_read_are_gone", "if lacking := (present", "if lacking := (set()"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/metrics.py",
-    "tests/training/metrics_test.py",
+    "cm3leon_jax/training/watch/metrics.py",
+    "tests/training/watch/metrics_test.py",
     ("changed_log_unnoticed", '"has another content than was written" if changed else ""', '""'),
     ("cut_log_unnoticed", "if len(content) < size:", "if False:"),
     ("lines_after_the_digest_are_a_change", "sha256(content[:size])", "sha256(content)"),
@@ -268,8 +268,8 @@ TRAINING = (
     ("sealed_without_lease", "    self._check()\n    parts =", "    parts ="),
   ),
   *mutants_of(
-    "cm3leon_jax/training/retention.py",
-    "tests/training/retention_test.py::test_a_checkpoint_is_kept_for_any_of_three_reasons",
+    "cm3leon_jax/training/checkpoints/retention.py",
+    "tests/training/checkpoints/retention_test.py::test_a_checkpoint_is_kept_for_any_of_three_reasons",
     ("worst_is_kept", "else -loss", "else loss"),
     ("nan_is_best", "return -math.inf if", "return math.inf if"),
   ),
@@ -279,12 +279,12 @@ TRAINING = (
     ("rolled_back_too_far", "if newer > step:", "if newer >= step:"),
   ),
   *mutants_of(
-    "cm3leon_jax/training/recovery.py",
+    "cm3leon_jax/training/checkpoints/recovery.py",
     "tests/commands/checkpoints_test.py::test_rollback_to_a_step_that_is_not_whole_changes_nothing",
     ("rolled_back_to_damage", "if damage := checkpoints.damage(step):", 'if damage := "":'),
   ),
   *mutants_of(
-    "cm3leon_jax/training/upkeep.py",
+    "cm3leon_jax/training/checkpoints/upkeep.py",
     "tests/commands/checkpoints_test.py::test_prune_removes_nothing_if_the_newest_is_damaged",
     ("pruned_to_damage", "if not checkpoints.damage(newest):", "if True:"),
   ),
@@ -364,8 +364,8 @@ TRAINING = (
     ("objects_are_enough", "verdict.correct for", 'verdict.holds["object"] for'),
   ),
   *mutants_of(
-    "cm3leon_jax/training/accumulation.py",
-    "tests/training/accumulation_test.py::test_the_mesh_sets_the_passes_of_a_batch",
+    "cm3leon_jax/training/step/accumulation.py",
+    "tests/training/step/accumulation_test.py::test_the_mesh_sets_the_passes_of_a_batch",
     ("rows_count_as_passes", "steps = config.global_batch_size // parts", "steps = rows"),
   ),
   *mutants_of(

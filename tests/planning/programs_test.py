@@ -19,9 +19,9 @@ from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
 from cm3leon_jax.mesh import abstract, spec
 from cm3leon_jax.planning import programs
 from cm3leon_jax.settings import settings_from_config
-from cm3leon_jax.training import policy
-from cm3leon_jax.training.optimizer import create_optimizer
-from cm3leon_jax.training.state import init_state
+from cm3leon_jax.training.step import policy
+from cm3leon_jax.training.step.optimizer import create_optimizer
+from cm3leon_jax.training.step.state import init_state
 from cm3leon_jax.training.train import compile_steps
 from tests.decoding.small import IMAGE, POSITIONS, VOCAB, model_config
 from tests.generation.run import SETTINGS

@@ -17,10 +17,10 @@ from cm3leon_jax.generation.tasks import PromptLayout
 from cm3leon_jax.reinforcement import rewards, rollouts
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from cm3leon_jax.training import policy
-from cm3leon_jax.training.optimizer import create_optimizer
-from cm3leon_jax.training.policy import ReinforceConfig
-from cm3leon_jax.training.state import TrainState
+from cm3leon_jax.training.step import policy
+from cm3leon_jax.training.step.optimizer import create_optimizer
+from cm3leon_jax.training.step.policy import ReinforceConfig
+from cm3leon_jax.training.step.state import TrainState
 from tests.generation.run import make_config, make_run, one_device
 from tests.models.tiny import random_params
 

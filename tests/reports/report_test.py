@@ -7,7 +7,7 @@ import pytest
 
 from cm3leon_jax import config
 from cm3leon_jax.reports import report, summary
-from cm3leon_jax.training.metrics import MetricsLog
+from cm3leon_jax.training.watch.metrics import MetricsLog
 from tests.reports.run_files import NUMBERS, Page, headings, make_run
 
 

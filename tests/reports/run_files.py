@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from cm3leon_jax import stages
-from cm3leon_jax.training.metrics import MetricsLog
+from cm3leon_jax.training.watch.metrics import MetricsLog
 from tests.data.raw import write_raw
 
 

@@ -15,7 +15,7 @@ from cm3leon_jax.tokenizers import train_vqgan, vqgan_watch
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
 from cm3leon_jax.tokenizers.vqgan_watch import Alarm
 from cm3leon_jax.training import small_trainer
-from cm3leon_jax.training.tensorboard import curves
+from cm3leon_jax.training.watch.tensorboard_board import curves
 from tests.models.tiny import mesh_of
 from tests.tokenizers.tiny import tiny_config
 

@@ -10,11 +10,11 @@ import numpy as np
 
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.models.config import ModelConfig
-from cm3leon_jax.training import checkpoint
 from cm3leon_jax.training import train as train_module
+from cm3leon_jax.training.checkpoints import checkpoint
 from cm3leon_jax.training.objective import Rows
-from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
-from cm3leon_jax.training.state import init_state
+from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.step.state import init_state
 from cm3leon_jax.training.train import TrainConfig, compile_steps, train
 from tests.data.stores import VOCAB
 from tests.models.tiny import mesh_of

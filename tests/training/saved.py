@@ -2,8 +2,8 @@
 
 import jax
 
-from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
-from cm3leon_jax.training.state import init_state
+from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.step.state import init_state
 from tests.models.tiny import CONFIG
 
 OPTIMIZER = create_optimizer(OptimizerConfig(), 10)

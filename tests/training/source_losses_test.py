@@ -16,19 +16,20 @@ from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.mesh import shard
 from cm3leon_jax.models import transformer
 from cm3leon_jax.reports import summary as summary_lib
-from cm3leon_jax.training import heldout, loss
 from cm3leon_jax.training import train as train_module
-from cm3leon_jax.training.monitor import change_line
 from cm3leon_jax.training.objective import Rows
-from cm3leon_jax.training.optimizer import OptimizerConfig, create_optimizer
-from cm3leon_jax.training.state import eval_step, init_state, train_step
-from cm3leon_jax.training.tensorboard import curves
+from cm3leon_jax.training.step import loss
+from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.step.state import eval_step, init_state, train_step
 from cm3leon_jax.training.train import TrainConfig, train
+from cm3leon_jax.training.watch import heldout
+from cm3leon_jax.training.watch.monitor import change_line
+from cm3leon_jax.training.watch.tensorboard_board import curves
 from tests.data.stores import VOCAB, make_instructions, make_plan, make_sources
 from tests.models.tiny import CONFIG, mesh_of, model_logits
 from tests.training import events
 from tests.training.runs import MODEL, Crash, crash_at, losses, shared_steps
-from tests.training.state_test import S, marked_batch
+from tests.training.step.state_test import S, marked_batch
 
 OPTIMIZER = create_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=2), 10)
 NAMES, STEPS = ("answers", "edits", "pairs"), 6

@@ -9,11 +9,11 @@ from PIL import Image
 import pytest
 
 from cm3leon_jax.io import read_json_lines
-from cm3leon_jax.training.flops import model_flops
+from cm3leon_jax.training.watch.flops import model_flops
 from tests.distributed_test import free_port
 from tests.training import events
-from tests.training.profile_test import traced_steps
 from tests.training.runs import MODEL, Crash, crash_at, losses, run
+from tests.training.watch.traces_test import traced_steps
 
 
 def test_prometheus_reads_a_run_while_it_trains(loader, tmp_path):

@@ -8,9 +8,10 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data.pipeline import RowLoader
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.mesh import spec
-from cm3leon_jax.training import checkpoint, heldout
-from cm3leon_jax.training.optimizer import OptimizerConfig
+from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.step.optimizer import OptimizerConfig
 from cm3leon_jax.training.train import TrainConfig
+from cm3leon_jax.training.watch import heldout
 from tests.data.stores import VOCAB, make_plan, make_sources
 from tests.held import held
 from tests.models.tiny import mesh_of

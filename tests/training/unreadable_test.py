@@ -11,7 +11,7 @@ import shutil
 import pytest
 
 from cm3leon_jax.config import TryAgain, UserError
-from cm3leon_jax.training import checkpoint, recovery
+from cm3leon_jax.training.checkpoints import checkpoint, recovery
 from tests.training.saved import flip, largest_file, on_disk
 
 # What a disk in the network, a full table of open files, or changed rights answer.

@@ -1,0 +1,435 @@
+"""Orbax checkpoints of the state and the data position, with digests: Orbax checks no contents."""
+
+from collections.abc import Callable
+from concurrent import futures
+import contextlib
+from typing import Any
+
+from etils import epath
+import jax
+import orbax.checkpoint as ocp
+
+from cm3leon_jax import buckets, distributed
+from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.io import absolute, digest, exists, read_json, write_json
+from cm3leon_jax.mesh import abstract
+from cm3leon_jax.models import transformer
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.training.checkpoints import sealing, stored
+from cm3leon_jax.training.checkpoints.retention import METRIC, policy, score
+
+FOLDER = "checkpoints"
+FINISH_SECONDS = 300.0  # For which a run that ends with an error waits for its save.
+PEER_SECONDS = 60.0  # For which it waits for the digests of other processes, which may end, too.
+
+
+class Checkpoints:
+  """The checkpoints of one run. Saving is asynchronous; a checkpoint counts once it has digests.
+
+  All processes of a run call the same methods in the same order. `save` returns when the state is
+  in the host's memory. A thread waits until Orbax has written it; then each process writes the
+  digests of its share of the files to STEP.partI, and the first process merges them to STEP.json,
+  which seals the checkpoint.
+
+    with Checkpoints(folder, keep=2) as checkpoints:
+      checkpoints.save(state, step, next_row)
+
+  At the end of the body, also at an error in it, the save in flight is finished.
+  """
+
+  def __init__(
+    self,
+    folder: epath.PathLike,
+    keep: int,
+    keep_every: int = 0,
+    keep_best: int = 0,
+    check: Callable[[], None] = lambda: None,
+  ):
+    """Opens the checkpoints in `folder`.
+
+    Args:
+      folder: of the run.
+      keep: number of newest checkpoints that are kept.
+      keep_every: checkpoints of multiples of so many steps are kept, too; 0: none.
+      keep_best: so many checkpoints of the lowest held-out loss are kept, too.
+      check: called before a save is started and before one is sealed; an error that it raises
+        prevents both.
+
+    Raises:
+      TryAgain: the folder of a checkpoint could not be read.
+    """
+    self.folder = absolute(folder) / FOLDER
+    with distributed.together():
+      present = sealing.steps_in(self.folder)
+    self.digest_folder = self.folder.parent / f"{FOLDER}.digests"
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=policy(keep, keep_every, keep_best),
+      best_fn=score if keep_best else None,  # Orbax then writes and reads `METRIC`.
+      create=True,
+    )
+    self._manager = ocp.CheckpointManager(self.folder, options=options)
+    with distributed.together():  # Orbax takes a folder that it cannot read for none.
+      listed = self._manager.all_steps()
+      if lacking := (present - {*listed}) & sealing.steps_in(self.folder):
+        raise TryAgain(
+          f"{self.folder / str(min(lacking))} could not be read when the checkpoints were listed: "
+          "nothing was deleted; run the same command again."
+        )
+    self._check, self._scores, self._closed = check, bool(keep_best), False
+    self._save: sealing.Save | None = None
+    self._good: int | None = None  # Step of the newest checkpoint that is known to be whole.
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, _, error, __):
+    if error is None:
+      return self.close()
+    self._close_alone()
+    if not isinstance(error, TryAgain) and (reason := buckets.failure(error)):
+      raise TryAgain(f"{self.folder.parent}: {reason}: {self._back()}") from error
+
+  def steps(self) -> list[int]:
+    """Returns the steps of all checkpoints that are complete on disk, sealed or not, sorted."""
+    return sorted(self._manager.all_steps())
+
+  def sealed(self) -> list[int]:
+    """Returns the steps of all sealed checkpoints, sorted, as this process sees them.
+
+    Raises:
+      TryAgain: the folder of the digests could not be read.
+    """
+    sealed = []
+    with distributed.together():
+      for step in self.steps():
+        with sealing.reading(self._digest_path(step)):
+          sealed += [step] if exists(self._digest_path(step)) else []
+    return sealed
+
+  def delete(self, step: int) -> None:
+    """Deletes a checkpoint and its digests."""
+    if distributed.is_first():
+      self._remove_digests(lambda s: s == step)
+    self._manager.delete(step)
+
+  def delete_after(self, step: int) -> None:
+    """Deletes all checkpoints after a step, the newest first, and all digests after it."""
+    for newer in reversed(distributed.gather(self.steps())[0]):
+      if newer > step:
+        self.delete(newer)
+    if distributed.is_first():
+      self._remove_digests(lambda s: s > step)  # Also of checkpoints that are gone.
+
+  def seal(self, step: int) -> None:
+    """Seals a checkpoint that is complete on disk. Raises TryAgain: it could not be read."""
+    with distributed.together():
+      if distributed.is_first():  # Parts of a job with another number of processes may be there.
+        self._remove_digests(lambda s: s == step)
+    self._save = sealing.Save(step, self._seal)
+    self.wait()
+
+  def newest(self) -> int | None:
+    """Returns the step of the newest sealed checkpoint, or None."""
+    return distributed.gather(max(self.sealed(), default=None))[0]
+
+  def save(self, state, step: int, next_row: int, heldout_loss: float | None = None) -> None:
+    """Seals the previous save and starts to save `state`, a tree of arrays.
+
+    Args:
+      state: a tree of arrays; it may be donated when this returns.
+      step: of the checkpoint.
+      next_row: position in the data.
+      heldout_loss: of this step, by which the best checkpoints are kept.
+
+    Raises:
+      TryAgain: this save or the previous one failed.
+    """
+    self.wait()
+    self._check()
+    # A killed run may have left digests. Orbax starts to write when all processes are here.
+    if distributed.is_first():
+      self._remove_digests(lambda s: s == step)
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(state, stored.save_args(state)),
+      data=ocp.args.JsonSave({"next_row": next_row}),
+    )
+    metrics = {METRIC: heldout_loss} if self._scores else None
+    try:
+      self._manager.save(step, args=args, metrics=metrics, force=True)
+    except OSError as error:
+      raise self._failure(step, error) from error
+    self._save = sealing.Save(step, self._seal)
+
+  def check_save(self) -> None:
+    """Raises the error of the save in flight, if it has failed; called after every step.
+
+    Raises:
+      TryAgain: it could not be written.
+    """
+    for part in (self._save.share, self._save.sealed) if self._save else ():
+      if part.done():
+        part.result()
+
+  def wait(self) -> None:
+    """Returns when every started save is complete on disk, with its digests.
+
+    Raises:
+      TryAgain: one could not be written.
+    """
+    save, self._save = self._save, None
+    if save is None:
+      return
+    with distributed.together():
+      save.share.result()
+    with distributed.together():  # All parts are there, so the first process does not wait long.
+      save.sealed.result()
+    self._good = save.step
+
+  def _seal(self, save: sealing.Save) -> None:
+    """Digests this process's share of a save, then seals it in the first process; in a thread."""
+    for outcome, work in ((save.share, self._digest_share), (save.sealed, self._merge)):
+      try:
+        work(save)
+        outcome.set_result(None)
+      except UserError as error:
+        return outcome.set_exception(error)
+      except Exception as error:  # Of Orbax, TensorStore, a disk or a bucket.
+        failure = self._failure(save.step, error)
+        failure.__cause__ = error
+        return outcome.set_exception(failure)
+
+  def _digest_share(self, save: sealing.Save) -> None:
+    """Waits until Orbax has written a checkpoint; writes digests of this process's share of it."""
+    self._manager.wait_until_finished()
+    found = sealing.digests(self.folder / str(save.step))
+    write_json(self._part(save.step, jax.process_index()), found)
+
+  def _all_parts(self, save: sealing.Save) -> bool:
+    """Waits for the digests of all processes; False if nobody waits for the others any more."""
+    parts = {self._part(save.step, i).name for i in range(jax.process_count())}
+    while not parts <= {path.name for path in self.digest_folder.iterdir()}:
+      if save.ending.wait(0.2):
+        return False
+    return True
+
+  def _merge(self, save: sealing.Save) -> None:
+    """Writes the digests of all processes into one file, which seals the checkpoint."""
+    if not distributed.is_first() or not self._all_parts(save):
+      return
+    self._check()
+    parts = [self._part(save.step, i) for i in range(jax.process_count())]
+    digests = {name: value for part in parts for name, value in read_json(part).items()}
+    write_json(self._digest_path(save.step), digests)
+    self._good = save.step
+    for part in parts:
+      part.unlink()
+    kept = set(self._manager.all_steps())
+    self._remove_digests(lambda s: s not in kept)
+
+  def _failure(self, step: int, error: Exception) -> TryAgain:
+    return TryAgain(
+      f"checkpoint {step} could not be written to {self.folder} ({error or type(error).__name__}): "
+      f"{self._back()}"
+    )
+
+  def _back(self) -> str:
+    """Says where a run that is started again continues."""
+    at = f"checkpoint {self._good}" if self._good else "its newest checkpoint, if it has one"
+    return f"the same command continues from {at}."
+
+  def _remove_digests(self, of: Callable[[int], bool]) -> None:
+    """Deletes the digests, merged or not, of all steps for which `of` is true."""
+    for path in self.digest_folder.glob("*"):
+      step = path.name.partition(".")[0]
+      if step.isdecimal() and of(int(step)):  # Other files may be the disk's own.
+        path.unlink()
+
+  def restore(self, state, step: int, checked: bool = False) -> tuple[Any, int]:
+    """Restores the state and the next row of a checkpoint.
+
+    Args:
+      state: a state or its types, on the current mesh.
+      step: of the checkpoint.
+      checked: whether its files were compared with their digests before.
+
+    Raises:
+      UserError: a file of the checkpoint is damaged or missing.
+    """
+    if not checked:
+      self.check(step)
+    args = ocp.args.Composite(
+      state=ocp.args.StandardRestore(abstract(state, jax.sharding.get_mesh())),
+      data=ocp.args.JsonRestore(),
+    )
+    restored = self._manager.restore(step, args=args)
+    self._good = step
+    return restored["state"], restored["data"]["next_row"]
+
+  def next_row(self, step: int) -> int:
+    """Returns the position in the data of a checkpoint."""
+    args = ocp.args.Composite(data=ocp.args.JsonRestore())
+    return self._manager.restore(step, args=args)["data"]["next_row"]
+
+  def restore_params(self, config: ModelConfig, step: int, average: bool = True) -> dict:
+    """Restores only the parameters, onto the current mesh; see `load_params`."""
+    self.check(step)
+    types = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+    types = abstract(types, jax.sharding.get_mesh())
+    state = self.folder / str(step) / "state"
+    name, args = stored.restore_args(state, types, None if average else False)
+    return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"][name]
+
+  def check(self, step: int) -> None:
+    """Raises UserError if a file of the checkpoint differs from what was written; see `damage`."""
+    if not (damage := self.damage(step)):
+      return
+    sealed = self.sealed()
+    if later := [s for s in sealed if s > step]:
+      remedy = f"the newest sealed checkpoint is {later[-1]:,}"
+    elif earlier := [s for s in sealed if s < step]:
+      remedy = (
+        "to go back to the previous one, run `cm3leon checkpoints rollback "
+        f"--workdir={self.folder.parent.parent} --step={earlier[-1]}`, then "
+        "`cm3leon train`"
+      )
+    else:
+      remedy = "no other checkpoint is sealed: restore the file from a copy"
+    raise UserError(f"{damage}; {remedy}.")
+
+  def damage(self, step: int) -> str | None:
+    """Says which file of a checkpoint differs from what was written; None: all are as written.
+
+    Raises:
+      TryAgain: a file could not be read, so that nothing is known about it.
+    """
+    with distributed.together():
+      try:
+        with sealing.reading(self._digest_path(step)):
+          expected = read_json(self._digest_path(step))
+      except TryAgain:
+        raise
+      except UserError:
+        expected = None
+      if not isinstance(expected, dict) or not expected:
+        damage = f"{self._digest_path(step)} is damaged: it has no digests"
+      else:
+        damage = sealing.damage(self.folder / str(step), expected)
+    return next(filter(None, distributed.gather(damage)), None)
+
+  def digest(self, step: int) -> str | None:
+    """Returns the SHA-256 of the digests of a checkpoint's files."""
+    return digest(self._digest_path(step))
+
+  def close(self) -> None:
+    """Waits for the last save and ends."""
+    if not self._closed:
+      self.wait()
+      self._closed = True
+      self._manager.close()
+
+  def _close_alone(self) -> None:
+    """Finishes the save in flight at an error, without the other processes, which may be gone.
+
+    A program that ended now would end the threads of Orbax in the middle of the save.
+    """
+    save, self._save = self._save, None
+    if save is not None and not self._closed:
+      with contextlib.suppress(futures.TimeoutError, UserError):  # The first error counts.
+        save.share.result(FINISH_SECONDS)
+        save.sealed.result(PEER_SECONDS)
+      save.ending.set()
+      save.join(FINISH_SECONDS)
+    if not self._closed:
+      self._closed = True
+      with contextlib.suppress(Exception):  # A save that failed raises again.
+        self._manager.close()
+
+  def _digest_path(self, step: int) -> epath.Path:
+    return self.digest_folder / f"{step}.json"
+
+  def _part(self, step: int, process: int) -> epath.Path:
+    return self.digest_folder / f"{step}.part{process}"
+
+
+def newest_step(folder: epath.PathLike) -> int:
+  """Returns the step of a run's newest sealed checkpoint, or 0, without opening it."""
+  digests = (epath.Path(folder) / f"{FOLDER}.digests").glob("*.json")
+  return max((int(path.stem) for path in digests if path.stem.isdecimal()), default=0)
+
+
+def any_in(folder: epath.PathLike) -> bool:
+  """Returns whether a run has a checkpoint, sealed or not, without opening it.
+
+  Raises:
+    TryAgain: the folder could not be read.
+  """
+  return bool(sealing.steps_in(epath.Path(folder) / FOLDER)) or newest_step(folder) > 0
+
+
+def load_params(
+  folder: epath.PathLike, config: ModelConfig, step: int | None = None, average: bool = True
+) -> tuple[dict, int]:
+  """Loads the parameters of a run's checkpoint onto the current mesh: their average, if it has one.
+
+  Args:
+    folder: of the run.
+    config: size of the decoder.
+    step: of the checkpoint; default: the newest.
+    average: False loads the last parameters of a run that has an average.
+
+  Returns:
+    The parameters and their step.
+
+  Raises:
+    UserError: there is no sealed checkpoint, or none of `step`, or it is damaged; or `average` is
+      False and the run has none.
+  """
+  checkpoints, step = _open(folder, step)
+  params = checkpoints.restore_params(config, step, average)
+  checkpoints.close()
+  return params, step
+
+
+def open_params(
+  folder: epath.PathLike, step: int | None = None, average: bool | None = None
+) -> stored.StoredParams:
+  """Opens the parameters of a run's checkpoint, to read them in slices; see `stored.open_state`."""
+  checkpoints, step = _open(folder, step)
+  checkpoints.check(step)
+  checkpoints.close()
+  return stored.open_state(checkpoints.folder / str(step) / "state", average)
+
+
+def identify(folder: epath.PathLike, step: int | None = None) -> tuple[int, str | None]:
+  """Returns step and SHA-256 of the digests of a run's checkpoint; see `load_params`."""
+  checkpoints, step = _open(folder, step)
+  checkpoints.close()
+  return step, checkpoints.digest(step)
+
+
+def next_row(folder: epath.PathLike, step: int) -> int:
+  """Returns the position in the data of a run's checkpoint.
+
+  Arguments and errors are those of `load_params`.
+  """
+  checkpoints, step = _open(folder, step)
+  checkpoints.check(step)
+  row = checkpoints.next_row(step)
+  checkpoints.close()
+  return row
+
+
+def _open(folder: epath.PathLike, step: int | None) -> tuple[Checkpoints, int]:
+  """Opens a run's checkpoints; returns them and a step that they have, the newest for None."""
+  if not (epath.Path(folder) / FOLDER).exists():
+    raise UserError(f"{folder} has no checkpoint: run `cm3leon train` first.")
+  checkpoints = Checkpoints(folder, keep=1_000_000)
+  newest = checkpoints.newest()
+  if newest is None:
+    raise UserError(
+      f"{folder} has no complete checkpoint yet: run `cm3leon train` until it saves one."
+    )
+  step = newest if step is None else step
+  if not (checkpoints.folder / str(step)).exists():
+    raise UserError(f"{folder} has no checkpoint of step {step} any more: the newest is {newest}.")
+  return checkpoints, step

@@ -1,0 +1,280 @@
+"""A person looks after the checkpoints of a run: lists, verifies, prunes them, rolls them back."""
+
+from collections.abc import Mapping, Sequence
+import contextlib
+import dataclasses
+import datetime
+
+from etils import epath
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.stages import DONE
+from cm3leon_jax.training.checkpoints import recovery, retention
+from cm3leon_jax.training.checkpoints.checkpoint import FOLDER, Checkpoints
+from cm3leon_jax.training.checkpoints.recovery import listed
+from cm3leon_jax.training.checkpoints.sealing import files_below
+from cm3leon_jax.training.faults.lease import Lease
+from cm3leon_jax.training.watch.metrics import LOG, cut_log
+
+MODALITIES = ("", "image_", "text_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """A checkpoint in the list.
+
+  Attributes:
+    step: of it.
+    time: when it was written, Unix seconds.
+    size: bytes of its files.
+    sealed: whether it has digests; one that has none does not count.
+    losses: held-out losses that were logged at its step, by modality; "" is all.
+  """
+
+  step: int
+  time: float
+  size: int
+  sealed: bool
+  losses: dict[str, float]
+
+
+def open_run(folder: epath.Path) -> Checkpoints:
+  """Opens the checkpoints of a run. Raises UserError if it has none."""
+  require(folder)
+  return Checkpoints(folder, keep=1_000_000)
+
+
+def require(folder: epath.Path) -> None:
+  """Raises UserError if a folder holds no checkpoints."""
+  if not (folder / FOLDER).exists():
+    raise UserError(f"{folder} has no checkpoints: --workdir must be the folder of a run.")
+
+
+def entries(checkpoints: Checkpoints) -> list[Entry]:
+  """Lists all checkpoints that are complete on disk, sorted by step."""
+  run = checkpoints.folder.parent
+  losses = _heldout_losses(run)
+  sealed = set(checkpoints.sealed())
+  return [
+    Entry(
+      step,
+      float((checkpoints.folder / str(step)).stat().mtime),
+      _size(checkpoints.folder / str(step)),
+      step in sealed,
+      losses.get(step, {}),
+    )
+    for step in checkpoints.steps()
+  ]
+
+
+def table(found: Sequence[Entry], states: dict[int, str]) -> list[str]:
+  """Formats a line for each checkpoint, after one with the names of the columns.
+
+  Args:
+    found: checkpoints.
+    states: what is known beside "sealed", by step: "whole", "damaged".
+  """
+  lines = [f"{'step':>10}  {'written (UTC)':16}  {'size':>9}  {'state':10}  held-out loss, nats"]
+  for entry in found:
+    when = datetime.datetime.fromtimestamp(entry.time, datetime.UTC)
+    state = states.get(entry.step, "sealed" if entry.sealed else "not sealed")
+    losses = [
+      f"{kind.strip('_') or 'loss'} {x:.3f}".removeprefix("loss ")
+      for kind, x in entry.losses.items()
+    ]
+    lines.append(
+      f"{entry.step:>10,}  {when:%Y-%m-%d %H:%M}  {_bytes(entry.size):>9}  {state:10}  "
+      f"{' '.join(losses) or '-'}"
+    )
+  return lines
+
+
+def verify(checkpoints: Checkpoints, found: Sequence[Entry]) -> dict[int, str]:
+  """Compares the files of sealed checkpoints with their digests; reads them whole.
+
+  Returns:
+    What is damaged, a sentence by step; "" of those that are whole. One that a running job has
+    removed meanwhile is absent.
+  """
+  damages = {}
+  for entry in found:
+    damage = checkpoints.damage(entry.step) if entry.sealed else None
+    if entry.sealed and (damage is None or (checkpoints.folder / str(entry.step)).exists()):
+      damages[entry.step] = damage or ""
+  return damages
+
+
+def check_verified(folder: epath.Path, found: Sequence[Entry], damages: Mapping[int, str]) -> None:
+  """Raises UserError, with what to do, if a checkpoint is damaged or none is sealed.
+
+  Args:
+    folder: of the run.
+    found: of `entries`.
+    damages: of `verify`.
+  """
+  if not damages:
+    raise UserError(_not_sealed(folder, [entry.step for entry in found]))
+  damaged = [damage for damage in damages.values() if damage]
+  if not damaged:
+    return
+  whole, newest = [step for step, damage in damages.items() if not damage], max(damages)
+  if not whole:
+    remedy = _none_whole(folder)
+  elif newest in whole:
+    remedy = f"The newest, {newest:,}, is whole, and it is the one that counts."
+  elif (folder / DONE).exists():
+    remedy = (
+      "The run is finished, so cm3leon train does not go back by itself: run "
+      f"`cm3leon checkpoints rollback --workdir={folder.parent} --step={max(whole)}`, then "
+      "`cm3leon train`."
+    )
+  else:
+    remedy = f"cm3leon train goes back to {max(whole):,} by itself."
+  be, s = "is" if len(damaged) == 1 else "are", "" if len(damages) == 1 else "s"
+  raise UserError(
+    f"{len(damaged)} of {len(damages)} sealed checkpoint{s} {be} damaged ({'; '.join(damaged)}). "
+    f"{remedy}"
+  )
+
+
+def _none_whole(folder: epath.Path) -> str:
+  return (
+    "No checkpoint is whole: the run cannot continue. Restore the files from a copy, or delete "
+    f"{folder} to start again."
+  )
+
+
+def _not_sealed(folder: epath.Path, steps: Sequence[int]) -> str:
+  """Says what to do with a run that has no sealed checkpoint, but perhaps others."""
+  if not steps:
+    return f"{folder} has no checkpoint: run `cm3leon train` until it saves one."
+  if len(steps) == 1:
+    return (
+      f"{folder} has no sealed checkpoint: {steps[0]:,} is there but not sealed. "
+      "`cm3leon train` seals it."
+    )
+  return (
+    f"{folder} has no sealed checkpoint: {listed(steps)} are there but not sealed. Restore "
+    f"{folder / FOLDER}.digests from a copy, or delete {folder} to start again."
+  )
+
+
+def _hold(folder: epath.Path, dry_run: bool) -> contextlib.AbstractContextManager:
+  """Takes the lease of a run; a dry run changes nothing, and needs none."""
+  require(folder)
+  return contextlib.nullcontext() if dry_run else Lease(folder)
+
+
+def prune(folder: epath.Path, last: int, every: int, best: int, dry_run: bool = False) -> list[str]:
+  """Removes the sealed checkpoints that `retention.policy` does not keep.
+
+  Args:
+    folder: of the run.
+    last: see `retention.policy`.
+    every: see `retention.policy`.
+    best: see `retention.policy`.
+    dry_run: whether to remove nothing.
+
+  Returns:
+    What was done, or would be, a sentence.
+
+  Raises:
+    UserError: another job holds the run's lease, no checkpoint is sealed, or the newest is damaged.
+  """
+  with _hold(folder, dry_run), open_run(folder) as checkpoints:
+    found = {entry.step: entry for entry in entries(checkpoints) if entry.sealed}
+    if not found:
+      raise UserError(_not_sealed(folder, checkpoints.steps()))
+    losses = {step: entry.losses[""] for step, entry in found.items() if "" in entry.losses}
+    kept = retention.kept(list(found), losses, last, every, best)
+    removed = [step for step in found if step not in kept]
+    size = sum(found[step].size for step in removed)
+    if removed:
+      _check_kept(checkpoints, max(kept), list(found))
+    for step in () if dry_run else removed:
+      checkpoints.delete(step)
+  remove, keep = ("would remove", "would keep") if dry_run else ("removed", "kept")
+  freed = f"{_checkpoints(removed)}, {_bytes(size)}" if removed else "nothing"
+  return [f"{remove} {freed}; {keep} {listed(sorted(kept))}."]
+
+
+def _check_kept(checkpoints: Checkpoints, newest: int, steps: Sequence[int]) -> None:
+  """Raises UserError, with the step to roll back to, if the newest that is kept is damaged."""
+  if not checkpoints.damage(newest):
+    return
+  older = (step for step in sorted(steps, reverse=True) if step < newest)
+  whole = next((step for step in older if not checkpoints.damage(step)), None)
+  if whole is None:
+    raise UserError(f"Nothing was removed. {_none_whole(checkpoints.folder.parent)}")
+  raise UserError(
+    f"The newest checkpoint that would be kept, {newest:,}, is damaged: nothing was removed. "
+    f"Roll back to {whole:,} first."
+  )
+
+
+def rollback(folder: epath.Path, step: int, dry_run: bool = False) -> list[str]:
+  """Removes all checkpoints after a step, what the log has after it, and that the run is finished.
+
+  Args:
+    folder: of the run.
+    step: to go back to.
+    dry_run: whether to remove nothing.
+
+  Returns:
+    What was done, or would be, sentences.
+
+  Raises:
+    UserError: there is no whole checkpoint of the step, or another job holds the run's lease.
+  """
+  with _hold(folder, dry_run), open_run(folder) as checkpoints:
+    if not checkpoints.sealed():
+      raise UserError(_not_sealed(folder, checkpoints.steps()))
+    recovery.check_target(checkpoints, step)
+    newer = [s for s in checkpoints.steps() if s > step]
+    if not newer:
+      return [f"Step {step:,} is the newest: nothing to remove."]
+    removed, continues = "removed", "continues"
+    if dry_run:
+      removed, continues = "would remove", "would continue"
+    sentences = []
+    if (folder / DONE).exists():
+      if not dry_run:
+        (folder / DONE).unlink()  # First: a rollback that is killed leaves an unfinished run.
+      sentences.append(
+        f"{removed} {folder / DONE}: without it the run is not finished, and generate, evaluate "
+        "and export refuse it until cm3leon train has reached its last step."
+      )
+    if not dry_run:
+      checkpoints.delete_after(step)
+    sentences.append(f"{removed} {_checkpoints(newer)}.")
+    if (last := cut_log(folder / "metrics", step, dry_run)) > step:
+      lines = f"step {last:,}" if last == step + 1 else f"steps {step + 1:,} to {last:,}"
+      sentences.append(f"{removed} {lines} from metrics/{LOG}.")
+  return [*sentences, f"cm3leon train {continues} from step {step:,}."]
+
+
+def _heldout_losses(run: epath.Path) -> dict[int, dict[str, float]]:
+  found: dict[int, dict[str, float]] = {}
+  for line in read_json_lines(run / "metrics" / LOG):
+    if "heldout_loss" in line:
+      names = {kind: f"heldout_{kind}loss" for kind in MODALITIES}
+      found[line["step"]] = {kind: line[name] for kind, name in names.items() if name in line}
+  return found
+
+
+def _size(folder: epath.Path) -> int:
+  return sum((folder / name).stat().length for name in files_below(folder))
+
+
+def _checkpoints(steps: Sequence[int]) -> str:
+  """Names checkpoints: checkpoint 1,600; checkpoints 1,596, 1,600."""
+  return f"checkpoint{'' if len(steps) == 1 else 's'} {listed(steps)}"
+
+
+def _bytes(size: int) -> str:
+  """Formats a number of bytes: 81.2 MB."""
+  if size < 1000:
+    return f"{size} B"
+  power = min((len(str(size)) - 1) // 3, 4)
+  return f"{size / 1000**power:.1f} {'kMGT'[power - 1]}B"

@@ -1,0 +1,281 @@
+"""Hang watch: a run that takes no step for too long says where every process stands, and ends."""
+
+from collections.abc import Callable, Iterator
+from concurrent import futures
+import contextlib
+import faulthandler
+import os
+import secrets
+import socket
+import sys
+import tempfile
+import threading
+import time
+
+from etils import epath
+import jax
+
+from cm3leon_jax import distributed
+from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.training.watch.goodput import PHASES, Stopwatch
+
+FOLDER = "hang"
+HUNG = TryAgain.exit_code  # Launchers start the job again, a limited number of times.
+# No step of a healthy run takes so many times as long as the longest one so far.
+LONGEST = 10
+# Compiling, evaluating, saving, sampling and restoring may take so many times as long as a step.
+SLOW = 4
+COMPILED = 3  # When this step begins, the first one has ended, and its program is compiled.
+POLL_SECONDS = 5.0
+FILE_SECONDS = 20.0  # To write or read the reports: a bucket may be what hangs.
+READERS = 32  # Reports that are read at once.
+# So long a process that has given up waits for the others to do so, which end with an error of
+# their own when it is gone; the first process, with which JAX's service ends, twice as long.
+LINGER_SECONDS = 10.0
+# The order in which a process passes them, from the dispatch of a step on.
+ORDER = ("restore", "step", "evaluate", "save", "sample", "profile", "data")
+
+
+def place(report: dict) -> str:
+  """Describes where a process stands: "step 41, waiting for data"."""
+  return f"step {report['step']:,}, {PHASES.get(report['doing'], report['doing'])}"
+
+
+def verdict(reports: dict[int, dict | None]) -> tuple[str, list[int]]:
+  """Says which processes have not arrived where others wait for them.
+
+    {0: {"step": 42, "doing": "step", "host": "a"}, 1: {"step": 41, "doing": "data", "host": "b"}}
+    "process 1 on b has not arrived: it is at step 41, waiting for data; process 0 is at step 42,
+    steps", [1]
+
+  Args:
+    reports: of some processes, by their number; None: it gave no sign of life.
+
+  Returns:
+    A sentence without its end, and the processes that it names.
+  """
+  silent = [i for i, report in reports.items() if report is None]
+  known = {i: report for i, report in reports.items() if report is not None}
+  if silent:
+    names = ", ".join(map(str, silent))
+    return f"process {names} gives no sign of life: it was killed, stopped or cut off", silent
+  keys = {i: (r["step"], ORDER.index(r["doing"])) for i, r in known.items()}
+  first, last = min(keys.values()), max(keys.values())
+  late = [i for i, key in keys.items() if key == first]
+  if first == last:
+    everyone = f"all {len(known)} processes are at {place(known[late[0]])}"
+    return f"{everyone}: look at the devices and the network between them", []
+  ahead = next(i for i, key in keys.items() if key == last)
+  named = "; ".join(
+    f"process {i} on {known[i]['host']} has not arrived: it is at {place(known[i])}" for i in late
+  )
+  return f"{named}; process {ahead} is at {place(known[ahead])}", late
+
+
+class HangWatch:
+  """Ends the process, with exit code `HUNG`, if the loop makes no progress while a `with` runs.
+
+  A thread looks at the loop: a batch that is read, a step that is dispatched and a new phase of the
+  Stopwatch are progress. Without any for half of the time, each of several processes writes where
+  it stands, with the stacks of its threads, to `folder/hang/PROCESS.json`; after all of it each
+  prints its stacks, and the first process also those of the processes that have not arrived. While
+  steps go on, nothing is written or exchanged.
+
+  The time is `minutes`, or LONGEST times the longest step so far if that is more. Phases that do
+  not consist of steps have SLOW times as long, and so have the first steps, which compile.
+  """
+
+  def __init__(
+    self, folder: epath.Path, minutes: float, watch: Stopwatch,
+    end: Callable[[int], None] = os._exit, clock: Callable[[], float] = time.monotonic,
+  ):  # fmt: skip
+    """Prepares a watch.
+
+    Args:
+      folder: of the run.
+      minutes: without progress; 0 switches the watch off.
+      watch: of the loop.
+      end: ends the process with an exit code; a hung process runs no clean-up.
+      clock: seconds.
+    """
+    self._folder, self._allowed, self._stopwatch = folder / FOLDER, 60 * minutes, watch
+    self._end, self._clock = end, clock
+    self._steps = self._taken = 0
+    self._in_steps = self._longest = 0.0
+    self._reading = self._reported = self._warned = False
+    self._sign = self._looked = clock()
+    self._start = ""
+    self._stop = threading.Event()
+    self._thread = threading.Thread(target=self._run, name="hang watch", daemon=True)
+
+  def __enter__(self):
+    self._sign = self._looked = self._clock()
+    if self._allowed:
+      self._start = distributed.gather(secrets.token_hex(8))[0]
+      self._thread.start()
+    return self
+
+  def __exit__(self, *_):
+    self._stop.set()
+    if self._thread.is_alive():
+      self._thread.join()
+
+  def follow(
+    self, take_step: Callable, data: Iterator, first_step: int
+  ) -> tuple[Callable, Iterator]:
+    """Returns a step function and batches that count as progress.
+
+    Args:
+      take_step: called once per step.
+      data: the batches that it takes.
+      first_step: number of the first step.
+    """
+    self._steps = first_step - 1
+
+    def taken(*args):
+      self._begin_step()
+      result = take_step(*args)
+      self._sign = self._clock()
+      return result
+
+    return taken, self._read(data)
+
+  def _read(self, data: Iterator) -> Iterator:
+    self._reading = True
+    for batch in data:
+      self._reading = False
+      self._sign = self._clock()
+      yield batch
+      self._reading = True
+
+  def _begin_step(self) -> None:
+    """Counts a step, and the seconds since the last one without those of other phases."""
+    seconds = self._stopwatch.seconds()
+    before, self._in_steps = self._in_steps, seconds["step"] + seconds["data"]
+    if self._taken >= COMPILED:
+      self._longest = max(self._longest, self._in_steps - before)
+    self._steps += 1
+    self._taken += 1
+    self._sign = self._clock()
+
+  def _idle(self) -> float:
+    """Returns the seconds since the last progress."""
+    return min(self._clock() - self._sign, self._stopwatch.standing()[1])
+
+  def _doing(self) -> str:
+    phase = self._stopwatch.standing()[0]
+    return "data" if self._reading and phase == "step" else phase
+
+  def _run(self) -> None:
+    while not self._stop.wait(min(POLL_SECONDS, self._allowed / 20)):
+      self.look()
+
+  def look(self) -> None:
+    """Compares the time without progress with the allowed time, and acts."""
+    now = self._clock()
+    if now - self._looked > POLL_SECONDS + self._allowed / 4:
+      self._sign = now  # This process was stopped as a whole (Ctrl-Z, a debugger).
+    self._looked = now
+    base = max(self._allowed, LONGEST * self._longest)
+    steady = self._doing() in ("step", "data") and self._taken >= COMPILED
+    limit, idle = base if steady else SLOW * base, self._idle()
+    if idle > limit:
+      self._give_up(idle)
+    elif idle > base / 2 and not self._reported:
+      self._reported = True
+      self._write_report(idle)
+    elif idle <= base / 2 and self._reported:
+      self._reported = self._warned = False
+      _within(FILE_SECONDS, lambda: self._path().unlink(missing_ok=True))
+    if limit / 2 < idle <= limit and not self._warned:
+      self._warned = True
+      distributed.print_once(
+        f"train: warning: no progress for {idle / 60:.3g} minutes at {place(self._report(idle))}; "
+        f"after {limit / 60:.3g} the job ends with exit code {HUNG} (train.hang_minutes)."
+      )
+
+  def _path(self, process: int | None = None) -> epath.Path:
+    return self._folder / f"{jax.process_index() if process is None else process}.json"
+
+  def _report(self, idle: float) -> dict:
+    return {
+      "start": self._start,
+      "process": jax.process_index(),
+      "host": socket.gethostname(),
+      "step": self._steps,
+      "doing": self._doing(),
+      "seconds": round(idle, 1),
+    }
+
+  def _write_report(self, idle: float) -> None:
+    if jax.process_count() > 1:
+      report = {**self._report(idle), "stacks": stacks()}
+      _within(FILE_SECONDS, lambda: write_json(self._path(), report))
+
+  def _read_report(self, process: int) -> dict | None:
+    with contextlib.suppress(UserError):  # There is none, or an incomplete one.
+      report = read_json(self._path(process))
+      if report.get("start") == self._start:
+        return report
+    return None
+
+  def _read_reports(self) -> dict[int, dict | None]:
+    """Reads the reports: the first process those of all, another one only that of the first."""
+    mine, count = jax.process_index(), jax.process_count()
+    others = [i for i in range(count if mine == 0 else 1) if i != mine]
+    with futures.ThreadPoolExecutor(READERS) as pool:
+      return dict(zip(others, pool.map(self._read_report, others)))
+
+  def _give_up(self, idle: float) -> None:
+    mine = self._report(idle)
+    lines = [
+      f"error: no progress for {idle / 60:.3g} minutes (train.hang_minutes): process "
+      f"{mine['process']} of {jax.process_count()} on {mine['host']} is at {place(mine)}. "
+      "Its threads:",
+      stacks(),
+    ]
+    if jax.process_count() > 1:
+      lines += self._compare(mine)
+    lines.append(f"error: the job ends with exit code {HUNG}: the same command continues it.")
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if jax.process_count() > 1:  # Unless the loop ends, because others are gone.
+      self._stop.wait(LINGER_SECONDS * (2 if mine["process"] == 0 else 1))
+    self._end(HUNG)
+
+  def _compare(self, mine: dict) -> list[str]:
+    """Returns lines about the processes that have not arrived."""
+    found = _within(FILE_SECONDS, self._read_reports)
+    if found is None:
+      return [f"error: the reports in {self._folder} cannot be read."]
+    sentence, behind = verdict({**found, mine["process"]: mine})
+    if mine["process"] and not behind:
+      return ["error: the log of process 0 says which process has not arrived."]
+    lines = [f"error: {sentence}."]
+    for i in behind:
+      if report := found.get(i):
+        lines += [f"Threads of process {i}:", report["stacks"]]
+    return lines
+
+
+def stacks() -> str:
+  """Returns the stacks of all threads of this process, innermost call first."""
+  with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
+    faulthandler.dump_traceback(file, all_threads=True)
+    file.seek(0)
+    return file.read()
+
+
+def _within(seconds: float, function: Callable):
+  """Returns what `function` returns, or None if it fails or takes longer than `seconds`."""
+  found = []
+
+  def call():
+    with contextlib.suppress(Exception):
+      found.append(function())
+
+  thread = threading.Thread(target=call, daemon=True)
+  thread.start()
+  thread.join(seconds)
+  return found[0] if found else None

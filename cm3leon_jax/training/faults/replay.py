@@ -1,0 +1,388 @@
+"""Silent corruption: some steps are computed again on other devices, and the results compared.
+
+A step that is checked is computed twice, the second time with every shard on another device. If
+the fingerprints of what the two read, of their gradients, or of the states that they leave differ,
+a third computation on yet other devices decides. Also the state that the step before has left must
+be, bit for bit, the one that a checked step reads, and all replicas of a shard must be equal.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import socket
+from typing import TYPE_CHECKING, NoReturn
+
+import jax
+from jax.sharding import Mesh
+import numpy as np
+import optax
+
+from cm3leon_jax import distributed
+from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.training.faults.assignment import assignments, moved, moved_back
+from cm3leon_jax.training.faults.fingerprint import (
+  Fingerprint,
+  equal,
+  fingerprint,
+  fingerprint_of,
+  names_of,
+)
+from cm3leon_jax.training.faults.replicas import different_replicas, first_replicas
+
+if TYPE_CHECKING:
+  from cm3leon_jax.training.train import Steps, TrainConfig
+
+# What is compared, in the order in which an error spreads.
+STAGES = {
+  "read": "the state that it reads",
+  "gradients": "gradients",
+  "updates": "updates",
+  "left": "the new state",
+}
+MOST = 2  # Faults that a start finds before it stops: sound devices make none in their lives.
+Fingerprints = dict[str, Fingerprint]
+Places = tuple[Sequence[int], Sequence[int]]  # Numbers of arrays; places of devices in the mesh.
+CONTINUE = "The same command continues from the newest checkpoint."
+# What to do about a device, see docs/reliability.md.
+REPLACE = (
+  "report the device to its provider and run without its node (SLURM: --exclude=NODE; GKE: kubectl "
+  "cordon NODE; a TPU slice: delete it and request another)"
+)
+
+
+def checked_step(
+  make_step: Callable[[optax.GradientTransformation], Callable],
+  optimizer: optax.GradientTransformation,
+) -> Callable:
+  """Makes a train step that also returns the fingerprints of `STAGES`.
+
+  Args:
+    make_step: optimizer -> step, (state, batch, num_sources) -> (state, metrics).
+    optimizer: of the run.
+
+  Returns:
+    (state, batch, num_sources) -> (state, metrics, fingerprints).
+  """
+
+  def step(state, batch, num_sources=0):
+    found = {"read": fingerprint(state)}
+
+    def update(gradients, opt_state, params):
+      found["gradients"] = fingerprint(gradients)  # Before the clipping, which spreads an error.
+      updates, opt_state = optimizer.update(gradients, opt_state, params)
+      found["updates"] = fingerprint(updates)
+      return updates, opt_state
+
+    watched = optax.GradientTransformation(optimizer.init, update)
+    state, metrics = make_step(watched)(state, batch, num_sources=num_sources)
+    return state, metrics, {**found, "left": fingerprint(state)}
+
+  return step
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """What three computations of a step say about each other.
+
+  Attributes:
+    wrong: numbers of those that the two others contradict somewhere, while they agree.
+    undecided: whether somewhere no two agree.
+    unconfirmed: whether the two that agree ran on the same assignment of several devices: an error
+      that a device repeats is in both.
+    stage: the first of `STAGES` in which they differ.
+    arrays: numbers of the arrays that differ there.
+    devices: ids of those that held what two computations on other devices outvoted there.
+  """
+
+  wrong: tuple[int, ...]
+  undecided: bool
+  unconfirmed: bool
+  stage: str
+  arrays: tuple[int, ...]
+  devices: tuple[int, ...]
+
+  @property
+  def majority(self) -> int | None:
+    """Number of a computation whose state can be trusted; None if there is none."""
+    if self.undecided or self.unconfirmed or len(self.wrong) != 1:
+      return None
+    return 2 if self.wrong == (0,) else 0
+
+
+def judge(
+  computations: Sequence[Fingerprints], meshes: Sequence[Mesh], tolerance: float = 0.0
+) -> Verdict:
+  """Compares three computations, of which two differ, shard by shard.
+
+    digests of an array on 3 devices, which are rolled by 0, 1 and 2 places:
+      [7 8 9], [7 8 9], [7 5 9]: the third is wrong in shard 1, then on device 1 + 2 = 0
+    on 2 devices, which are rolled by 0, 1 and 0 places:
+      [5 8], [7 4], [5 8]: not confirmed; device 0 is always wrong here
+
+  Args:
+    computations: fingerprints by stage, as numpy arrays.
+    meshes: on which they were computed.
+    tolerance: see `fingerprint.equal`.
+  """
+  wrong: set[int] = set()
+  undecided, repeats = False, meshes[0] == meshes[2] and meshes[0].size > 1
+  first: tuple[str, tuple[int, ...], tuple[int, ...]] | None = None
+  for stage in STAGES:
+    a, b, c = computations
+    ab, ac, bc = (_agree(stage, *pair, tolerance) for pair in ((a, b), (a, c), (b, c)))
+    outvoted = (bc & ~(ab & ac), ac & ~(ab & bc), ab & ~(ac & bc))
+    wrong |= {i for i, places in enumerate(outvoted) if places.any()}
+    undecided |= bool((~ab & ~ac & ~bc).any())
+    differ = ~(ab & ac & bc)
+    if first is None and differ.any():
+      devices: dict[int, None] = {}
+      for number, mesh in enumerate(meshes):
+        places = outvoted[number] & (not (repeats and number == 1))
+        devices |= dict.fromkeys(mesh.devices.flat[i].id for i in np.flatnonzero(places.any(1)))
+      first = stage, tuple(np.flatnonzero(differ.any(0)).tolist()), tuple(devices)
+  unconfirmed = repeats and wrong == {1} and not undecided
+  return Verdict(tuple(sorted(wrong)), undecided, unconfirmed, *(first or ("left", (), ())))
+
+
+class Replay:
+  """The step function of a run in which some steps are checked.
+
+  Attributes:
+    faults: descriptions of those that were found.
+  """
+
+  def __init__(self, steps: "Steps", config: "TrainConfig", step: int, mesh: Mesh):
+    """Prepares it. All processes must call it.
+
+    Args:
+      steps: the run's.
+      config: of the run: replay_every, replay_tolerance, checkpoint_every.
+      step: that the run continues after.
+      mesh: of the run.
+    """
+    self._usual, self._checked, self._config, self._step = steps.train, steps.checked, config, step
+    self._assignments = assignments(mesh)
+    self._meshes = (mesh, *(a.mesh(mesh) for a in self._assignments))
+    self._hosts = distributed.gather(socket.gethostname())
+    self._left: Fingerprint | None = None  # Of the newest state, if the next step is checked.
+    self._sound = step  # The newest step whose state was restored or checked.
+    self._first_replicas: np.ndarray | None = None
+    self.faults: list[str] = []
+
+  def __call__(self, state, batch, num_sources: int = 0):
+    """Takes a step, see `state.train_step`; of a checked one also returns replay_faults.
+
+    Raises:
+      TryAgain: the state has changed since the step before, or replicas of a shard differ.
+      UserError: the same, and a checkpoint may hold it; no two of three computations agree; or it
+        is the `MOST`th fault.
+    """
+    self._step += 1
+    if is_checked(self._config, self._step):
+      return self._check(state, batch, num_sources)
+    state, metrics = self._usual(state, batch, num_sources=num_sources)
+    self._left = fingerprint_of(state) if is_checked(self._config, self._step + 1) else None
+    return state, metrics
+
+  def _check(self, state, batch, num_sources: int):
+    """Computes a step twice, and a third time if that differs; never holds a third state."""
+    # The second computation comes first: the state is still there for the third one.
+    again = self._compute(1, *self._move(1, state, batch), num_sources)[2]
+    spare = self._move(2, state, batch)
+    before, self._left = jax.device_get(self._left), None
+    new, metrics, prints = self._compute(0, state, batch, num_sources)
+    tolerance = self._config.replay_tolerance
+    same = all(_agree(stage, prints, again, tolerance).all() for stage in STAGES)
+    if self._first_replicas is None:
+      self._first_replicas = first_replicas(new, self._meshes[0])
+    apart = different_replicas(prints["read"], self._first_replicas, tolerance)
+    # All processes decide the same, whatever one of them has read.
+    findings = distributed.gather([_changed(before, prints["read"]), apart, not same])
+    self._raise_changed(_first([changed for changed, _, _ in findings]), names_of(new))
+    self._raise_apart(_first([apart for _, apart, _ in findings]), names_of(new))
+    if any(differ for _, _, differ in findings):
+      new, metrics, prints = self._decide((new, metrics, prints), again, spare, num_sources)
+    self._sound = self._step
+    if is_checked(self._config, self._step + 1):
+      self._left = prints["left"]
+    return new, {**metrics, "replay_faults": len(self.faults)}
+
+  def _move(self, number: int, state, batch):
+    """Copies the inputs of a step to the devices of a computation."""
+    place = self._assignments[number - 1]
+    return moved((state, batch), self._meshes[0], self._meshes[number], place)
+
+  def _compute(self, number: int, state, batch, num_sources: int):
+    """Computes a checked step, which donates `state`, and waits for its fingerprints."""
+    with jax.set_mesh(self._meshes[number]):
+      state, metrics, prints = self._checked(state, batch, num_sources=num_sources)
+      return state, metrics, jax.device_get(prints)
+
+  def _decide(self, first, again: Fingerprints, spare, num_sources: int):
+    """Computes the step a third time.
+
+    Args:
+      first: state, metrics and fingerprints of the first computation.
+      again: fingerprints of the second one.
+      spare: inputs of the third one.
+      num_sources: of the step.
+
+    Returns:
+      State, metrics and fingerprints of a computation that another one confirms.
+    """
+    third = self._compute(2, *spare, num_sources)
+    prints = (first[2], again, third[2])
+    verdict = _agreed(judge(prints, self._meshes, self._config.replay_tolerance))
+    of_params = verdict.stage in ("gradients", "updates")
+    names = names_of(first[0].params if of_params else first[0])
+    self._report(verdict, names)
+    if verdict.majority == 0:
+      return first
+    for x in jax.tree.leaves(first[0]):
+      x.delete()  # The copy of the right state takes its place.
+    state = moved_back(third[0], self._meshes[2], self._meshes[0], self._assignments[1])
+    return state, *third[1:]
+
+  def _report(self, verdict: Verdict, names: list[str]) -> None:
+    """Prints what was found. Raises UserError if the run cannot go on."""
+    what = f"{STAGES[verdict.stage]} ({_listed([names[i] for i in verdict.arrays])})"
+    where = "which device made the error is unknown, because it had spread to several shards"
+    if len(verdict.devices) == 1:
+      where = f"the error was made on {self._described(verdict.devices)[0]}"
+    elif not verdict.devices:
+      where = "which device made the error is unknown"
+    if verdict.majority is None:
+      agree = f"no two of three computations agree about {what}, and {where}"
+      if verdict.unconfirmed:
+        agree = (
+          f"two of three computations agree about {what}, but they ran on the same assignment of "
+          f"the devices, where an error may repeat, and {where}"
+        )
+      self.faults.append(f"step {self._step}: {agree}")
+      raise UserError(
+        f"{self.faults[-1]}. Either these devices round differently in another place: set "
+        "train.replay_tolerance=1e-2, or train.replay_every=0. Or a device is broken: "
+        f"{REPLACE}. {CONTINUE}"
+      )
+    self.faults.append(
+      f"step {self._step}: one of three computations was wrong, in {what}; {where}"
+    )
+    if len(self.faults) >= MOST:
+      raise UserError(
+        f"{'; '.join(self.faults)}. Sound devices make no such errors: {REPLACE}. {CONTINUE}"
+      )
+    distributed.print_once(
+      f"train: warning: {self.faults[-1]}. The run continues with what the two others computed; "
+      "it stops at the next fault."
+    )
+
+  def _raise_changed(self, found: Places, names: list[str]) -> None:
+    """Raises an error if arrays have changed on devices between two steps."""
+    arrays, places = found
+    if arrays:
+      before = self._step - 1
+      self.faults.append(
+        f"the state that step {before} left is not the one that step {self._step} reads: "
+        f"{_listed([names[i] for i in arrays])} has changed on {_listed(self._at(places))}"
+      )
+      self._stop(before, f"If it happens again, {REPLACE}.")
+
+  def _raise_apart(self, found: Places, names: list[str]) -> None:
+    """Raises an error if replicas of arrays differ, on devices that one or more of them name."""
+    arrays, places = found
+    if arrays:
+      devices, which = _listed(self._at(places)), "holds what no other replica holds"
+      if len(places) > 1:
+        which = "hold different replicas, and which is wrong is unknown"
+      self.faults.append(
+        f"step {self._step} reads replicas that are not equal, but were at step {self._sound}: "
+        f"{_listed([names[i] for i in arrays])}; {devices} {which}"
+      )
+      again = f"If it happens again, {REPLACE}."
+      if not self._config.replay_tolerance:
+        again += " If sound devices round differently here, set train.replay_tolerance=1e-2."
+      self._stop(self._sound + 1, again)
+
+  def _stop(self, since: int, again: str) -> NoReturn:
+    """Raises the error about a state that was damaged, at the earliest that of step `since`."""
+    newest = self._step - 1 - (self._step - 1) % self._config.checkpoint_every
+    if newest < since:
+      raise TryAgain(f"{self.faults[-1]}. {CONTINUE} {again}")
+    raise UserError(
+      f"{self.faults[-1]}. Checkpoint {newest} may hold the error: go back to one before step "
+      f"{since} (`cm3leon checkpoints rollback --workdir=WORKDIR --step=STEP`), then give the same "
+      f"command. {again}"
+    )
+
+  def _at(self, places: Sequence[int]) -> list[str]:
+    """Describes the devices at places of the mesh."""
+    return self._described([self._meshes[0].devices.flat[i].id for i in places])
+
+  def _described(self, ids: Sequence[int]) -> list[str]:
+    """Describes devices with their processes and hosts."""
+    devices = {d.id: d for d in self._meshes[0].devices.flat}
+    return [
+      f"device {i} ({devices[i].device_kind}) of process {devices[i].process_index} on "
+      f"{self._hosts[devices[i].process_index]}"
+      for i in ids
+    ]
+
+
+def replaying(steps: "Steps", config: "TrainConfig", state) -> "Steps":
+  """Returns the steps of a run, on the current mesh, that checks as `config.replay_every` says.
+
+  Args:
+    steps: of the run.
+    config: of the run.
+    state: that it continues from.
+  """
+  if not config.replay_every:
+    return steps
+  # Compiled now: later the devices would work meanwhile, and their time would count as compiling.
+  jax.block_until_ready(fingerprint_of(state))
+  mesh = jax.sharding.get_mesh()
+  replay = Replay(steps, config, int(state.step), mesh)
+  where = "other devices (train.replay_every)"
+  if mesh.size == 1:
+    where = "the only device (train.replay_every): what it computes wrongly each time stays unseen"
+  distributed.print_once(f"train: one step in {config.replay_every:,} is checked on {where}.")
+  return dataclasses.replace(steps, train=replay)
+
+
+def is_checked(config: "TrainConfig", step: int) -> bool:
+  """Returns whether a step is checked; the call of such a step returns when it is done."""
+  return bool(config.replay_every) and step % config.replay_every == 0
+
+
+def _agreed(verdict: Verdict) -> Verdict:
+  """Returns the verdict of the first process that found a difference; all must call it.
+
+  Each process reads its own replica of the fingerprints, and one replica may be damaged.
+  """
+  found = distributed.gather(dataclasses.asdict(verdict))
+  fields = next((f for f in found if f["wrong"] or f["undecided"]), found[0])
+  return Verdict(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def _agree(stage: str, a: Fingerprints, b: Fingerprints, tolerance: float) -> np.ndarray:
+  """Compares a stage of two computations, [D, N]; what they read is the same in all bits."""
+  return equal(a[stage], b[stage], 0.0 if stage == "read" else tolerance)
+
+
+def _changed(before: Fingerprint | None, now: Fingerprint) -> Places:
+  """Returns which arrays have changed, and on which devices."""
+  if before is None:
+    return [], []
+  changed = before.digest != now.digest
+  return np.flatnonzero(changed.any(0)).tolist(), np.flatnonzero(changed.any(1)).tolist()
+
+
+def _first(findings: Sequence[Places]) -> Places:
+  """Returns what the first process has found that found anything."""
+  return next((found for found in findings if found[0]), findings[0])
+
+
+def _listed(names: Sequence[str]) -> str:
+  """Formats names: "a, b, c and 4 others"; "none" of none."""
+  more = len(names) - 3
+  others = f" and {more} other{'s' if more > 1 else ''}" if more > 0 else ""
+  return f"{', '.join(names[:3])}{others}" or "none"

@@ -1,0 +1,60 @@
+"""Replicas: devices that hold the same part of an array must hold the same numbers.
+
+Each device adds the same update to its replica, so an error in one of them stays there. A device
+that computes a step again reads the same error again; another replica shows it.
+"""
+
+# D devices of the mesh, in the order of `mesh.devices.flat`; N arrays of a tree.
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import Int
+import numpy as np
+
+from cm3leon_jax.training.faults.fingerprint import Fingerprint, equal
+
+
+def first_replicas(tree, mesh: Mesh) -> Int[np.ndarray, "D N"]:
+  """Returns the place of the first device that holds the same part of an array as each device.
+
+  One array, split over fsdp, on a mesh of 2 x 2 (data, fsdp): [[0] [1] [0] [1]]
+  """
+  devices, columns = mesh.devices.flatten().tolist(), []
+  for x in jax.tree.leaves(tree):
+    indices = x.sharding.devices_indices_map(x.shape)
+    first: dict[tuple, int] = {}
+    parts = [tuple((s.start, s.stop) for s in indices[device]) for device in devices]
+    columns.append([first.setdefault(part, place) for place, part in enumerate(parts)])
+  return np.array(columns).T
+
+
+def different_replicas(
+  found: Fingerprint, first: Int[np.ndarray, "D N"], tolerance: float = 0.0
+) -> tuple[list[int], list[int]]:
+  """Compares the replicas of each shard.
+
+    digests of an array on 5 devices, which hold it whole: [7 7 5 7 7]: device 2
+    on 4 devices, two shards of two replicas: [7 8 7 9]: devices 1 and 3
+    on 4 devices, which hold it whole: [7 7 5 5]: all four
+
+  Args:
+    found: as numpy arrays.
+    first: of `first_replicas`.
+    tolerance: see `fingerprint.equal`.
+
+  Returns:
+    Numbers of the arrays of which replicas differ; places of the devices that hold what no other
+    replica is equal to, or, if there are none, of all replicas of these shards. Both are empty if
+    no replicas differ.
+  """
+  of_first = Fingerprint(*(np.take_along_axis(x, first, axis=0) for x in found))
+  differ = ~equal(found, of_first, tolerance)
+  alone, concerned = np.zeros(len(first), bool), np.zeros(len(first), bool)
+  arrays = np.flatnonzero(differ.any(0)).tolist()
+  for i in arrays:
+    for place in np.unique(first[differ[:, i], i]):
+      replicas = np.flatnonzero(first[:, i] == place)
+      a, b = (Fingerprint(*(x[at, i] for x in found)) for at in np.meshgrid(replicas, replicas))
+      concerned[replicas] = True
+      alone[replicas] |= equal(a, b, tolerance).sum(0) == 1  # Each is equal to itself.
+  return arrays, np.flatnonzero(alone if alone.any() else concerned).tolist()

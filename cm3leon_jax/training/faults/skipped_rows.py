@@ -1,0 +1,197 @@
+"""Rows that a run leaves out; rows of steps that were skipped, for `cm3leon inspect_data`."""
+
+# n rows, L slots of a row.
+
+from collections.abc import Sequence
+import dataclasses
+import re
+from typing import NamedTuple
+
+from etils import epath
+import numpy as np
+
+from cm3leon_jax import distributed
+from cm3leon_jax.config import UserError
+from cm3leon_jax.data.pipeline import RowLoader
+from cm3leon_jax.io import exists, read_json, replacing, write_json
+from cm3leon_jax.training.checkpoints import recovery
+from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+from cm3leon_jax.training.watch.metrics import MetricsLog
+
+RECORD = "left_out_rows.json"
+ROWS = "skipped_rows.npz"
+MOST = 64  # Rows whose arrays are saved; all have their number and their loss.
+
+
+@dataclasses.dataclass(frozen=True)
+class GoBack:
+  """A step back to a checkpoint, to go on without some rows.
+
+  Attributes:
+    step: of the checkpoint.
+    rows: that are left out.
+  """
+
+  step: int
+  rows: range
+
+  @property
+  def as_json(self) -> dict:
+    """Its entry in the record."""
+    return {"resume_from": self.step, "first": self.rows[0], "last": self.rows[-1]}
+
+
+def parse(resume_from: int | None, skip_rows: str) -> GoBack | None:
+  """Reads --resume_from and --skip_rows; None: neither is given.
+
+    parse(500, "4000:4799"): GoBack(500, range(4000, 4800))
+
+  Raises:
+    UserError: only one of them is given, or the rows are no pair FIRST:LAST.
+  """
+  if resume_from is None and not skip_rows:
+    return None
+  if resume_from is None or not skip_rows:
+    raise UserError(
+      "--resume_from and --skip_rows go together: give both, e.g. --resume_from=500 "
+      "--skip_rows=4000:4799, or neither to continue from the newest checkpoint."
+    )
+  match = re.fullmatch(r"(\d{1,15}):(\d{1,15})", skip_rows)
+  if not match or int(match[1]) > int(match[2]):
+    raise UserError(
+      f"--skip_rows is '{skip_rows}'; it must be FIRST:LAST, the numbers of the first and the last "
+      "row to leave out, e.g. 4000:4799."
+    )
+  return GoBack(resume_from, range(int(match[1]), int(match[2]) + 1))
+
+
+def row_number(i: int, skipped: Sequence[range]) -> int:
+  """Returns the number of the i-th row that is left, counted from 0, without some ranges.
+
+  skipped [range(2, 4), range(6, 7)]: of i = 0, 1, 2, 3, 4 it is 0, 1, 4, 5, 7
+  """
+  end = 0
+  for rows in sorted(skipped, key=lambda rows: rows.start):
+    first = max(rows.start, end)  # Ranges may overlap.
+    if i >= first:
+      i += max(0, rows.stop - first)
+    end = max(end, rows.stop)
+  return i
+
+
+class Remaining:
+  """The rows of a loader without some of them: `remaining[i]` is the i-th row that is left.
+
+  A checkpoint's `next_row` counts rows that are left. Rows that a checkpoint has read are never
+  left out later, so the count stays true.
+  """
+
+  def __init__(self, loader: RowLoader, skipped: Sequence[range] = ()):
+    self.plan, self._loader, self._skipped = loader.plan, loader, tuple(skipped)
+
+  def number(self, i: int) -> int:
+    """Returns the number of the i-th row that is left."""
+    return row_number(i, self._skipped)
+
+  def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+    return self._loader[self.number(i)]
+
+
+def read(folder: epath.Path) -> list[GoBack]:
+  """Reads what was left out of the run in `folder` so far. Raises UserError if it is damaged."""
+  path = folder / RECORD
+  if not exists(path):
+    return []
+  entries = read_json(path)
+  try:
+    if not isinstance(entries, list):
+      raise TypeError
+    return [
+      GoBack(int(x["resume_from"]), range(int(x["first"]), int(x["last"]) + 1)) for x in entries
+    ]
+  except (KeyError, TypeError, ValueError) as error:
+    raise UserError(f"{path} is damaged: it must be a list of ranges of rows.") from error
+
+
+def check(back: GoBack, done: list[GoBack], next_row: int) -> None:
+  """Checks that a checkpoint has read none of the rows to leave out.
+
+  Args:
+    back: what is asked for.
+    done: of `read`.
+    next_row: of the checkpoint, counted as `Remaining` does.
+
+  Raises:
+    UserError: it has read some.
+  """
+  first = row_number(next_row, [earlier.rows for earlier in done])
+  if back.rows.start < first:
+    raise UserError(
+      f"--skip_rows begins with row {back.rows.start}; checkpoint {back.step} has read the rows "
+      f"before {first} already: resume from an earlier checkpoint, or leave out later rows."
+    )
+
+
+def go_back(checkpoints: Checkpoints, folder: epath.Path, back: GoBack) -> None:
+  """Deletes the checkpoints after a step, cuts the log there, and records the rows to leave out.
+
+  A kill in between is harmless: before the record is written, the run is one that fell back.
+
+  Args:
+    checkpoints: of the run.
+    folder: of the run.
+    back: what to do.
+
+  Raises:
+    UserError: there is no such checkpoint, or it is damaged.
+  """
+  recovery.go_back(checkpoints, back.step)
+  with distributed.together():
+    if distributed.is_first():
+      log = MetricsLog(folder / "metrics", back.step)
+      log.write(back.step, {"event": "left_out", **back.as_json})
+      log.flush()
+      entries = [x.as_json for x in [*read(folder), back]]
+      write_json(folder / RECORD, entries)
+      print(
+        f"train: goes back to checkpoint {back.step}, and on without rows {back.rows[0]} to "
+        f"{back.rows[-1]} ({folder / RECORD}).",
+        flush=True,
+      )
+
+
+class SkippedRows(NamedTuple):
+  """The rows of steps that were skipped, the largest loss first, not finite ones before all.
+
+  Attributes:
+    numbers: of all rows.
+    losses: of the rows, nats per target, by the parameters that the steps left.
+    rows: arrays of the first `MOST` rows, see `data.pipeline.RowLoader`.
+  """
+
+  numbers: np.ndarray
+  losses: np.ndarray
+  rows: dict[str, np.ndarray]
+
+
+def save(folder: epath.Path, loader: RowLoader, numbers: np.ndarray, losses: np.ndarray) -> None:
+  """Writes a file with the `SkippedRows`."""
+  order = np.argsort(np.where(np.isfinite(losses), -losses, -np.inf), kind="stable")
+  numbers, losses = numbers[order], losses[order]
+  read_rows = [loader[int(number)] for number in numbers[:MOST]]
+  arrays = {f"row_{name}": np.stack([row[name] for row in read_rows]) for name in read_rows[0]}
+  with replacing(folder / ROWS) as file:
+    np.savez_compressed(file, numbers=numbers, losses=losses, **arrays)
+
+
+def load(folder: epath.Path) -> SkippedRows:
+  """Reads what `save` wrote. Raises UserError if there is none, or it is damaged."""
+  path = folder / ROWS
+  if not path.exists():
+    raise UserError(f"{path} does not exist: no run stopped there because of skipped steps.")
+  try:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
+      rows = {x.removeprefix("row_"): found[x] for x in found.files if x.startswith("row_")}
+      return SkippedRows(found["numbers"], found["losses"], rows)
+  except Exception as error:  # Zip files are damaged in many ways.
+    raise UserError(f"{path} is damaged ({type(error).__name__}): delete it.") from error

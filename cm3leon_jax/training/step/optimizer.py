@@ -1,0 +1,164 @@
+"""AdamW or Muon with clipping, warm-up and decay, and the average of the parameters."""
+
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+import pydantic.dataclasses
+
+from cm3leon_jax.config import STRICT
+from cm3leon_jax.training.step.numerics import watch_norm
+
+# The matrices that Muon updates: axes of what they map from and to; other axes stack matrices.
+MATRICES = {
+  "qkv": MuonDimensionNumbers((-3,), (-2, -1)),
+  "out": MuonDimensionNumbers((-3, -2), (-1,)),
+  "up": MuonDimensionNumbers((-2,), (-1,)),
+  "gate": MuonDimensionNumbers((-2,), (-1,)),
+  "down": MuonDimensionNumbers((-2,), (-1,)),
+}
+UPDATE_RMS = 0.2  # Of AdamW, about; Liu et al. 2025 give Muon the same.
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class OptimizerConfig:
+  """The optimizer and its schedule.
+
+  Defaults: the tutorial's learning rate and schedule (paper: 1.2e-4 for 7B, schedule unstated),
+  OPT's other numbers.
+  """
+
+  name: Literal["adamw", "muon"] = "adamw"
+  """`muon` (Jordan et al. 2024; as in Liu et al. 2025, https://arxiv.org/abs/2502.16982) makes the
+  averaged gradients of the layers' matrices orthogonal; AdamW with Nesterov's momentum updates the
+  rest. Both have one learning rate and weight decay, since Muon's updates are as large as AdamW's.
+  """
+  learning_rate: PositiveFloat = 1e-4
+  """Peak learning rate, reached after `warmup_steps` of linear growth from 0."""
+  warmup_steps: NonNegativeInt = 1_500
+  """Number of steps over which the learning rate grows to its peak."""
+  schedule: Literal["cosine", "linear"] = "cosine"
+  """Shape of the decay from the peak to `final_fraction` of it at the last step."""
+  final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+  """Learning rate at the last step, as a share of the peak."""
+  b1: Annotated[float, Field(ge=0, le=1)] = 0.9
+  """Decay rate of Adam's first moment. Muon's is 0.95."""
+  b2: Annotated[float, Field(ge=0, le=1)] = 0.95
+  """Decay rate of Adam's second moment."""
+  eps: PositiveFloat = 1e-8
+  """Term that Adam adds to the root of the second moment."""
+  weight_decay: NonNegativeFloat = 0.1
+  """AdamW's weight decay, on all parameters but the scales of norms and, unless
+  `decay_embeddings`, the tables of tokens and positions."""
+  decay_embeddings: bool = True
+  """Whether weight decay acts on the tables of tokens and positions."""
+  clip_norm: PositiveFloat = 1.0
+  """Bound of the global gradient norm."""
+  skip_above: NonNegativeFloat = 0.0
+  """Spikes: a step whose gradient norm is above `skip_above` x the moving average of the steps
+  before is skipped, e.g. 10; 0: none is. Steps with a NaN or an infinity always are."""
+  first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+  """Dtype of Adam's first moment; `bfloat16` halves its memory: 2 of the 12 bytes that a
+  parameter takes."""
+  z_loss: NonNegativeFloat = 0.0
+  """Weight in the loss of the squared log of the softmax's normalizer: 0, or about 1e-4 (PaLM,
+  section 5)."""
+  ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+  """Largest decay of the exponential moving average of the parameters, e.g. 0.999; 0: none. The
+  decay of step t (from 0) is min(ema_decay, (1 + t) / (10 + t)), so the average of a short run
+  is that of its last steps. A run that has the average evaluates, samples and exports it."""
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  """Returns the learning rate as a function of the step; warm-up takes at most half of a run."""
+  warmup = min(config.warmup_steps, steps // 2)
+  if config.schedule == "cosine":
+    decay = optax.cosine_decay_schedule(
+      config.learning_rate, max(1, steps - warmup), config.final_fraction
+    )
+  else:
+    end = config.learning_rate * config.final_fraction
+    decay = optax.linear_schedule(config.learning_rate, end, max(1, steps - warmup))
+  return optax.join_schedules(
+    [optax.linear_schedule(0.0, config.learning_rate, max(1, warmup)), decay], [warmup]
+  )
+
+
+def create_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+  """Makes the optimizer of a run of `steps` steps; its state is laid out like the parameters."""
+  without_decay = {"scale"} if config.decay_embeddings else {"scale", "embed", "positions"}
+
+  def decayed(params):
+    return jax.tree.map_with_path(lambda path, _: path[-1].key not in without_decay, params)
+
+  schedule, moment = learning_rate_schedule(config, steps), jnp.dtype(config.first_moment_dtype)
+  if config.name == "adamw":
+    steps = [
+      optax.adamw(
+        schedule,
+        config.b1,
+        config.b2,
+        config.eps,
+        mu_dtype=moment,
+        weight_decay=config.weight_decay,
+        mask=decayed,
+      )
+    ]
+  else:
+    directions = muon(
+      learning_rate=-1.0,  # The last step has sign and rate.
+      mu_dtype=moment,
+      adam_b1=config.b1,
+      adam_b2=config.b2,
+      eps=config.eps,
+      muon_weight_dimension_numbers=_matrices,
+      consistent_rms=UPDATE_RMS,
+    )
+    steps = [
+      _on_any_layout(directions),
+      optax.add_decayed_weights(config.weight_decay, decayed),
+      optax.scale_by_learning_rate(schedule),
+    ]
+  # Before the clipping. Without it the state has the layout of older checkpoints.
+  watch = [watch_norm(config.skip_above)] if config.skip_above else []
+  return optax.chain(*watch, optax.clip_by_global_norm(config.clip_norm), *steps)
+
+
+def _matrices(params: dict) -> dict:
+  """Returns the dimensions of each matrix of `MATRICES`, and None for other parameters."""
+  return jax.tree.map_with_path(lambda path, _: MATRICES.get(path[-1].key), params)
+
+
+def _on_any_layout(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Lets the compiler lay out the products of matrices that are split over a mesh.
+
+  Updates and state keep the layout of the parameters.
+  """
+
+  def update(updates, state, params):
+    if jax.sharding.get_abstract_mesh().empty:
+      return inner.update(updates, state, params)
+    layout = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
+    return jax.sharding.auto_axes(inner.update, out_sharding=layout)(updates, state, params)
+
+  return optax.GradientTransformation(inner.init, update)
+
+
+def update_average(average: dict, params: dict, decay: float, step: Int32[Array, ""]) -> dict:
+  """Moves an exponential moving average towards the parameters.
+
+  The decay is min(decay, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage.
+
+  Args:
+    average: in fp32 as the parameters: in bfloat16, a summand of 1 - decay = 0.001 would round
+      to nothing.
+    params: after the step.
+    decay: largest decay.
+    step: number of the step, from 0.
+  """
+  rate = jnp.maximum(1 - decay, 9 / (10 + step))  # 1 - the decay, without its rounding.
+  return jax.tree.map(lambda x, new: x + rate * (new - x), average, params)

@@ -1,0 +1,226 @@
+"""Group-relative policy optimization of image codes (GRPO, Shao et al. 2024, arXiv:2402.03300).
+
+Samples of one prompt are a group. A sample's advantage is its reward minus the mean of its group,
+in standard deviations of the group. The policy is the distribution that was sampled from: guidance
+streams combined, among image codes. Each batch of samples is used for one step, so the ratio to the
+policy that sampled them is 1 and nothing is clipped.
+"""
+
+# B samples, S guidance streams, R = B x S rows, P prompt slots, I codes of an image,
+# L = P + I - 1 tokens of a row, C image codes, D width.
+
+from collections.abc import Callable, Sequence
+import functools
+from typing import Annotated, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+import numpy as np
+import optax
+from pydantic import Field, NonNegativeFloat, PositiveFloat
+import pydantic.dataclasses
+
+from cm3leon_jax.config import STRICT
+from cm3leon_jax.mesh import RULES, shard, spec
+from cm3leon_jax.models import transformer
+from cm3leon_jax.models.attention import wide
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.step.state import TrainState, apply_gradients
+from cm3leon_jax.xla_options import compiler_options
+
+BUCKET = 32  # Prompt slots are a multiple of it, so that few shapes are compiled.
+SMALL = 1e-6  # Standard deviation of rewards below which a group teaches nothing.
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class ReinforceConfig:
+  """Learning from rewards of own samples, by `cm3leon reinforce`."""
+
+  tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("draw",)
+  """Names of the tasks of `instructions` whose training records are the prompts; their target is
+  an image."""
+  samples: Annotated[int, Field(ge=2)] = 8
+  """Samples of a prompt in a step, a divisor of `train.global_batch_size`, which counts samples."""
+  reward: Literal["judge", "clip"] = "judge"
+  """What scores a sample: `judge`, 1 if it is wholly right and else 0, of tasks over scenes; or
+  `clip`, the cosine of image and caption."""
+  temperature: PositiveFloat = 1.0
+  """Divisor of the guided logits that samples are drawn from while learning, without top-k and
+  top-p."""
+  kl_weight: NonNegativeFloat = 0.05
+  """Weight in the loss of KL(policy of the first parameters || policy), in nats per code: what the
+  starting model may draw stays likely, so samples stay different and held-out images known."""
+  heldout_prompts: Annotated[int, Field(ge=2)] = 64
+  """Held-out prompts whose samples are scored before the first step and after the last one."""
+
+
+class Rollout(NamedTuple):
+  """The samples of a step.
+
+  Attributes:
+    inputs: prompts, padded on the left, and all codes but the last, as ids.
+    positions: of the tokens in their samples; 0 at padding.
+    segment_ids: 1, and 0 at padding.
+    codes: that were sampled, counted from 0.
+    guidance: weights of the streams at each code.
+    advantages: of the samples.
+  """
+
+  inputs: Int32[Array, "R L"] | np.ndarray
+  positions: Int32[Array, "R L"] | np.ndarray
+  segment_ids: Int32[Array, "R L"] | np.ndarray
+  codes: Int32[Array, "B I"] | np.ndarray
+  guidance: Float32[Array, "B I S"] | np.ndarray
+  advantages: Float32[Array, " B"] | np.ndarray
+
+
+def advantages(rewards: Float[np.ndarray, "N G"]) -> Float32[np.ndarray, "N G"]:
+  """Computes the advantages of G samples of each of N prompts.
+
+  rewards [[0 1] [1 1]]: [[-1 1] [0 0]]
+  """
+  rewards = np.asarray(rewards, np.float64)
+  centered, std = rewards - rewards.mean(1, keepdims=True), rewards.std(1, keepdims=True)
+  return np.where(std > SMALL, centered / np.maximum(std, SMALL), 0).astype(np.float32)
+
+
+def pad_rows(
+  rows: Sequence[tuple[np.ndarray, np.ndarray]], image_tokens: int, pad: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Pads prompts on the left, so that the codes of all rows begin at the same slot.
+
+  Args:
+    rows: ids and positions of each row: its prompt and all codes of its image.
+    image_tokens: I.
+    pad: id of padding.
+
+  Returns:
+    inputs, positions and segment_ids of a `Rollout`.
+  """
+  longest = max(len(ids) for ids, _ in rows) - image_tokens
+  slots = -(-longest // BUCKET) * BUCKET
+  shape = (len(rows), slots + image_tokens - 1)
+  inputs, positions = np.full(shape, pad, np.int32), np.zeros(shape, np.int32)
+  segment_ids = np.zeros(shape, np.int32)
+  for row, (ids, at) in enumerate(rows):
+    place = np.s_[row, shape[1] - len(ids) + 1 :]
+    inputs[place], positions[place], segment_ids[place] = ids[:-1], at[:-1], 1
+  return inputs, positions, segment_ids
+
+
+def place(rollout: Rollout) -> Rollout:
+  """Splits the arrays of a rollout, which every process holds whole, over the current mesh."""
+  mesh = jax.sharding.get_mesh()
+
+  def put(x):
+    axes = spec("batch", *[None] * (x.ndim - 1))
+    sharding = jax.sharding.NamedSharding(mesh, axes)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+  return Rollout(*(put(np.asarray(x)) for x in rollout))
+
+
+def guided_log_probs(
+  config: ModelConfig, text_size: int, temperature: float, params: dict, rollout: Rollout
+) -> Float32[Array, "B I C"]:
+  """Computes the log-probabilities of all image codes at each code of the samples.
+
+  Logits are linear in hidden states, so the streams are combined before the output table.
+
+  Args:
+    config: of the model; static, like the next two.
+    text_size: first id of an image code.
+    temperature: divides the guided logits.
+    params: of the model.
+    rollout: the samples.
+  """
+  B, image_tokens, S = rollout.guidance.shape
+  model = transformer.bind(config, params)
+  hidden = model(rollout.inputs, rollout.positions, rollout.segment_ids)
+  states = hidden[:, -image_tokens:].astype(wide(hidden.dtype))
+  states = states.reshape(B, S, image_tokens, -1, out_sharding=spec("batch", None, None, "act"))
+  guided = jnp.sum(states * rollout.guidance.swapaxes(1, 2)[..., None], axis=1)
+  table = shard(model.output_table(), None, None)[text_size:].astype(guided.dtype)
+  devices = jax.sharding.get_abstract_mesh().shape[RULES["vocab"]]
+  axis = None if len(table) % devices else "vocab"
+  logits = jnp.einsum(
+    "BID,CD->BIC", guided, shard(table, axis, None), out_sharding=spec("batch", None, axis)
+  )
+  return jax.nn.log_softmax(logits / temperature, axis=-1)
+
+
+def policy_step(
+  config: ModelConfig,
+  optimizer: optax.GradientTransformation,
+  text_size: int,
+  kl_weight: float,
+  temperature: float,
+  state: TrainState,
+  reference: dict,
+  rollout: Rollout,
+  ema_decay: float = 0.0,
+) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
+  """Updates the state on the samples of its own parameters.
+
+  The loss is -mean(advantage x log-probability) + kl_weight x KL(reference || policy), both means
+  over codes. The KL is exact: it is summed over all codes of the vocabulary.
+
+  Args:
+    config: of the model; static, like the next four.
+    optimizer: of `create_optimizer`.
+    text_size: first id of an image code.
+    kl_weight: see `ReinforceConfig`.
+    temperature: that the samples were drawn at.
+    state: donated by the caller's jit.
+    reference: parameters that the policy stays close to.
+    rollout: samples of `state.params`.
+    ema_decay: static; see `optimizer.update_average`.
+
+  Returns:
+    New state, and metrics: loss, image_loss (nats per sampled code), text_loss (0), kl, weight (the
+    number of codes), and those of `state.apply_gradients`.
+  """
+  layers = {name: x for name, x in state.params.items() if name not in transformer.LOOKED_UP}
+  params = {**state.params, **jax.tree.map(lambda x: x.astype(config.dtype), layers)}
+  of_reference = guided_log_probs(config, text_size, temperature, reference, rollout)
+
+  def loss_fn(params):
+    log_probs = guided_log_probs(config, text_size, temperature, params, rollout)
+    ids = jnp.arange(log_probs.shape[-1], dtype=rollout.codes.dtype)
+    sampled = rollout.codes[..., None] == ids[None, None]
+    chosen = jnp.sum(jnp.where(sampled, log_probs, 0), -1)
+    kl = jnp.mean(jnp.sum(jnp.exp(of_reference) * (of_reference - log_probs), -1))
+    value = -jnp.mean(rollout.advantages[:, None] * chosen) + kl_weight * kl
+    return value, {"loss": value, "image_loss": -jnp.mean(chosen), "kl": kl}
+
+  grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
+  grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
+  metrics |= {"text_loss": jnp.zeros(()), "weight": jnp.float32(rollout.codes.size)}
+  state, applied = apply_gradients(optimizer, state, grads, metrics["loss"], ema_decay)
+  return state, metrics | applied
+
+
+def compile_step(
+  model: ModelConfig,
+  optimizer_config: OptimizerConfig,
+  config: ReinforceConfig,
+  steps: int,
+  text_size: int,
+) -> Callable:
+  """Builds `policy_step` for the current mesh; it is compiled at its first call.
+
+  Returns:
+    (state, reference, rollout) -> (state, metrics); the state is donated.
+  """
+  step = functools.partial(
+    policy_step,
+    model,
+    create_optimizer(optimizer_config, steps),
+    text_size,
+    config.kl_weight,
+    config.temperature,
+    ema_decay=optimizer_config.ema_decay,
+  )
+  return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(jax.sharding.get_mesh()))

@@ -1,0 +1,137 @@
+"""Boards that show a run while it trains: one that fails prints a warning, and the run goes on."""
+
+from collections.abc import Callable
+import importlib.util
+import threading
+from typing import Any
+
+from etils import epath
+
+from cm3leon_jax import extras
+from cm3leon_jax.config import UserError
+from cm3leon_jax.io import read_json
+from cm3leon_jax.training.watch.goodput import Stopwatch
+from cm3leon_jax.training.watch.prometheus import Prometheus
+from cm3leon_jax.training.watch.tensorboard_board import TensorBoard
+from cm3leon_jax.training.watch.wandb_run import WandbRun
+
+CLOSE_SECONDS = 120.0  # A server may keep the last points waiting.
+
+
+class Board:
+  """A board that prints a warning and is off from then on, when it fails."""
+
+  def __init__(self, name: str, make: Callable[[], Any], instead: str, command: str = "train"):
+    """Opens a board.
+
+    Args:
+      name: in the warning.
+      make: opens it.
+      instead: what to do if that fails.
+      command: that opens it, the begin of the warning.
+    """
+    self._name, self._instead, self._command = name, instead, command
+    self._board = self._attempt(make)
+
+  def scalars(self, step: int, values: dict) -> None:
+    """Shows a line of metrics.jsonl."""
+    self._attempt(lambda: self._board.scalars(step, values))
+
+  def samples(self, step: int, sheet) -> None:
+    """Shows a grid of samples, a PIL image."""
+    self._attempt(lambda: self._board.samples(step, sheet))
+
+  def histograms(self, step: int, histograms: dict) -> None:
+    """Shows the histograms of `tensorboard.named_histograms`."""
+    self._attempt(lambda: self._board.histograms(step, histograms))
+
+  def flush(self) -> None:
+    """Writes what is still in memory."""
+    self._attempt(lambda: self._board.flush())
+
+  def close(self) -> None:
+    """Ends the board; it waits at most CLOSE_SECONDS."""
+    thread = threading.Thread(
+      target=self._attempt, args=(lambda: self._board.close(),), daemon=True
+    )
+    thread.start()
+    thread.join(CLOSE_SECONDS)
+    if thread.is_alive():
+      self._warn(f"not finished after {CLOSE_SECONDS:g} s, its last points may be missing")
+
+  def _attempt(self, function: Callable[[], Any]) -> Any:
+    if self._instead is None:
+      return None
+    try:
+      return function()
+    except Exception as error:  # Of a server, a network or a package: none of them may end a run.
+      self._warn(f"{type(error).__name__}: {error}")
+
+  def _warn(self, reason: str) -> None:
+    reason = " ".join(reason.split())[:300]
+    print(
+      f"{self._command}: warning: no {self._name} from here on ({reason}): {self._instead}.",
+      flush=True,
+    )
+    self._instead = None
+
+
+def check_installed(config) -> None:
+  """Raises UserError if a TrainConfig asks for Weights & Biases and its package is missing."""
+  if not config.wandb:
+    return
+  spec = importlib.util.find_spec("wandb")
+  if spec is None or spec.origin is None:  # Without an origin it is the folder of wandb's logs.
+    raise UserError(
+      f"config.train.wandb is '{config.wandb}', and the package wandb is missing: "
+      f"{extras.install('monitoring')}, or leave out config.train.wandb."
+    )
+
+
+def open_boards(folder: epath.Path, config, first_step: int, watch: Stopwatch) -> list[Board]:
+  """Opens the boards of a TrainConfig; one that cannot be opened is a printed line.
+
+  That TensorBoard is not installed is printed when the run begins, and not again.
+
+  Args:
+    folder: of the run; the settings in its config.json are shown, too.
+    config: the TrainConfig.
+    first_step: of this start.
+    watch: of the run.
+  """
+  path = folder / "config.json"
+  settings = read_json(path, {"settings": dict})["settings"] if path.exists() else {}
+  install = extras.install("monitoring")
+  boards = []
+  if config.wandb:
+    boards.append(
+      Board(
+        "Weights & Biases",
+        lambda: WandbRun(folder, config.wandb, settings),
+        f"{install}, set WANDB_API_KEY, or leave out config.train.wandb = '{config.wandb}'",
+      )
+    )
+  if config.tensorboard and not importlib.util.find_spec("tensorboardX"):
+    if first_step == 0:
+      print(
+        f"train: no TensorBoard, metrics.jsonl has all curves: {install}, or set "
+        "--config.train.tensorboard=False.",
+        flush=True,
+      )
+  elif config.tensorboard:
+    boards.append(
+      Board(
+        "TensorBoard",
+        lambda: TensorBoard(folder / "tensorboard", first_step, settings),
+        f"{install}, or set --config.train.tensorboard=False",
+      )
+    )
+  if config.metrics_port:
+    boards.append(
+      Board(
+        "metrics for Prometheus",
+        lambda: Prometheus(config.metrics_port, config.steps, watch),
+        f"set config.train.metrics_port = {config.metrics_port} to a free port",
+      )
+    )
+  return boards

@@ -1,0 +1,388 @@
+"""Output of a run while it trains: a line a step, metrics.jsonl, TensorBoard, goodput, a trace."""
+
+from collections.abc import Sequence
+import contextlib
+import datetime
+import time
+
+from etils import epath
+import jax
+import optax
+
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.training.faults.replay import is_checked
+from cm3leon_jax.training.step.loss import SOURCE_SUMS, source_losses
+from cm3leon_jax.training.step.numerics import SkipCounter, finite_values
+from cm3leon_jax.training.watch import flops
+from cm3leon_jax.training.watch.boards import Board, open_boards
+from cm3leon_jax.training.watch.goodput import Stopwatch, describe, earlier, goodput, to_line
+from cm3leon_jax.training.watch.metrics import MetricsLog
+from cm3leon_jax.training.watch.tensorboard_board import named_histograms
+from cm3leon_jax.training.watch.traces import Profiler
+
+IDLE_SECONDS = 5e-3  # If metrics come within this time, the device was idle.
+
+
+def step_line(step: int, steps: int, values: dict, devices: int, left: float | None) -> str:
+  """Formats the printed line of a step; `-` is a value that is not known (yet).
+
+    step 120/1,100 | loss 3.412 image 3.301 text 4.127 | grad 0.871 | lr 4.90e-03 |
+    2,310 tokens/s/device | MFU - | 0:05:12 left
+
+  Where samples were scored, `reward 0.812 spread 0.241 kl 0.013` stands in place of the loss. The
+  line of a step that was skipped ends with `| skipped`.
+
+  Args:
+    step: its number.
+    steps: number of steps of the run.
+    values: of the step's line in metrics.jsonl; the rates are of all steps since the line before.
+    devices: number of devices of the mesh.
+    left: seconds to the end of the run.
+  """
+  rate = f"{values['tokens_per_second'] / devices:,.0f}" if "tokens_per_second" in values else "-"
+  mfu = f"{100 * values['mfu']:.1f}%" if "mfu" in values else "-"
+  time_left = "-" if left is None else str(datetime.timedelta(seconds=round(left)))
+  learned = (
+    f"loss {values['loss']:.3f} image {values['image_loss']:.3f} text {values['text_loss']:.3f}"
+  )
+  if "reward" in values:
+    learned = " ".join(f"{name} {values[name]:.3f}" for name in ("reward", "spread", "kl"))
+  return (
+    f"step {step:,}/{steps:,} | {learned} | grad {values['grad_norm']:.3f} | "
+    f"lr {values['learning_rate']:.2e} | {rate} tokens/s/device | MFU {mfu} | {time_left} left"
+    f"{' | skipped' if values.get('skipped') else ''}"
+  )
+
+
+def heldout_lines(step: int, steps: int, losses: dict[str, float], share: float) -> list[str]:
+  """Formats the printed lines of an evaluation; the second one has the losses of sources, if any.
+
+    step 40/60 | held-out loss 1.946 image 0.955 text 6.756 | goodput 44.7%
+    step 40/60 | held-out by source: count 0.031 draw 2.014 pairs 1.946
+
+  Args:
+    step: its number.
+    steps: number of steps of the run.
+    losses: result of `heldout.evaluate`.
+    share: goodput.
+  """
+  modalities, sources = split_by_source(losses)
+  shown = [
+    " ".join(f"{name} {value:.3f}" for name, value in part.items())
+    for part in (modalities, sources)
+  ]
+  at = f"step {step:,}/{steps:,} | held-out"
+  lines = [f"{at} {shown[0]} | goodput {share:.1%}"]
+  return [*lines, f"{at} by source: {shown[1]}"] if sources else lines
+
+
+def change_line(before: dict[str, float], after: dict) -> str:
+  """Formats what a tuning changed: the losses of sources, or, of rows without marks, by modality.
+
+    train: held-out loss before -> after: count 5.310 -> 0.031, pairs 1.871 -> 1.946 nats per target
+
+  Args:
+    before: result of `heldout.evaluate` at step 0.
+    after: at the last step, among other numbers of the run. A source that it lacks, because fewer
+      rows were evaluated, is left out.
+  """
+  after = {name: after[name] for name in before if name in after}
+  pairs = [split_by_source(losses) for losses in (before, after)]
+  by_source = all(sources for _, sources in pairs)
+  first, last = (sources if by_source else modalities for modalities, sources in pairs)
+  shown = [f"{name} {first[name]:.3f} -> {last[name]:.3f}" for name in first if name in last]
+  return f"train: held-out loss before -> after: {', '.join(shown)} nats per target"
+
+
+def split_by_source(losses: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+  """Splits held-out losses into those by modality and those by source, with short names.
+
+  {"heldout_loss": 1.0, "heldout_image_loss": 2.0, "heldout_loss/draw": 3.0} ->
+  {"loss": 1.0, "image": 2.0}, {"draw": 3.0}
+  """
+  modalities, sources = {}, {}
+  for name, value in losses.items():
+    kind, _, source = name.removeprefix("heldout_").partition("/")
+    if source:
+      sources[source] = value
+    else:
+      modalities[kind.replace("_loss", "")] = value
+  return modalities, sources
+
+
+class Monitor:
+  """Logs metrics one step late, so that the host does not wait for the step that it just started.
+
+  with monitor:
+    for step in ...:
+      with monitor.traced(step):
+        state, metrics = train_step(state, monitor.next_batch(data))
+      monitor.step(step, metrics)
+      if ...:
+        with monitor.phase("save", step):
+          save(state)
+  """
+
+  def __init__(
+    self, log: MetricsLog, watch: Stopwatch, rates: flops.Rates, schedule: optax.Schedule, config,
+    profiler: Profiler, boards: list[Board], sources: Sequence[str] = (),
+    skipped: int = 0,
+  ):  # fmt: skip
+    """Combines the outputs that `open_monitor` opens.
+
+    Args:
+      log: metrics.jsonl; nothing is printed on processes where it is not enabled.
+      watch: started at the start of the trainer.
+      rates: of the run.
+      schedule: learning rate as a function of the step.
+      config: the TrainConfig: steps, log_every, max_skipped.
+      profiler: of the steps to trace.
+      boards: get curves, samples and histograms.
+      sources: names of the sources that the rows are marked with, whose losses are logged.
+      skipped: number of steps that earlier starts skipped.
+    """
+    self._skips = SkipCounter(config.max_skipped, skipped)
+    self._sources = sources
+    self._log, self._watch, self._rates, self._schedule = log, watch, rates, schedule
+    self._config, self._profiler, self._boards = config, profiler, boards
+    # Step, metrics, and the seconds in steps at its end if its call returned after that.
+    self._pending: tuple[int, dict, float | None] | None = None
+    # Seconds by phase in which the last step may have been running.
+    self._overlapped: dict[str, float] = {}
+    self._ended = 0.0  # Seconds in steps up to the end of the last logged one.
+    # Weight, seconds and number of the steps with a rate since the last printed line.
+    self._unprinted = (0.0, 0.0, 0)
+    # First step that this start logged, and seconds of the loop until then.
+    self._begin: tuple[int, float] | None = None
+    self._phases = contextlib.ExitStack()
+
+  def __enter__(self):
+    self._phases.enter_context(self._watch.phase("step"))
+    self._ended = self._in_steps()
+    return self
+
+  def __exit__(self, error, *_):
+    self._phases.close()
+    self._profiler.stop()
+    self._log.flush()
+    for board in self._boards:
+      board.close()
+    if error is None:
+      if self._skips.total:
+        self._print(f"train: {self._skips.total} of the steps were skipped.")
+      self._print(f"train: {describe(self._watch.seconds())}")
+
+  def next_batch(self, data):
+    """Returns the next batch of `data`; waiting for it counts as `data`, see `overlapped`."""
+    with self.overlapped("data"):
+      return next(data)
+
+  @contextlib.contextmanager
+  def overlapped(self, name: str):
+    """Counts a body during which the device may work as `name` only if the device becomes idle."""
+    start = time.perf_counter()
+    yield
+    self._overlapped[name] = self._overlapped.get(name, 0.0) + time.perf_counter() - start
+    if self._pending is None:
+      self._count_overlapped()
+
+  def traced(self, step: int):
+    """Returns the context in which `step` is dispatched.
+
+    A checked step returns when it is done, and the one before may wait for its fingerprint. So both
+    start after the step before them is logged: measured afterwards, it would have their time, too.
+    """
+    if is_checked(self._config, step) or is_checked(self._config, step + 1):
+      self.flush()
+    return self._profiler.step(step, self.flush)
+
+  def step(self, step: int, metrics: dict) -> None:
+    """Keeps the metrics of `step` and logs those of the previous step."""
+    ended = self._in_steps() if _is_done(metrics) else None
+    self._flush(halved=ended is not None)
+    self._pending = (step, metrics, ended)
+    if self._profiler.ends_with(step):
+      self.flush()
+      with self._watch.phase("profile"):
+        self._profiler.stop()
+      self._print(f"train: the trace that ends with step {step:,} is in {self._profiler.folder}.")
+
+  @contextlib.contextmanager
+  def phase(self, name: str, step: int):
+    """Waits for `step` and logs it; then counts the body, which needs its state, as `name`."""
+    self.flush()
+    with self._watch.phase(name):
+      if name == "save":
+        self._log.seal()
+      yield
+    if name in ("evaluate", "save"):
+      line = {"time": round(time.time(), 3), **to_line(self._watch.seconds())}
+      self._log.write(step, line)
+      self._log.flush()
+      for board in self._boards:
+        if name == "evaluate":
+          board.scalars(step, line)
+        board.flush()
+
+  def heldout(self, step: int, losses: dict[str, float]) -> None:
+    """Logs the held-out losses of `step`, see `heldout.evaluate`."""
+    self._write(step, losses)
+    share = goodput(self._watch.seconds())
+    for line in heldout_lines(step, self._config.steps, losses, share):
+      self._print(line)
+
+  def logged_heldout(self, step: int) -> dict[str, float]:
+    """Returns the held-out losses that an earlier start logged at `step`; {} if there are none."""
+    lines = [line for line in self._log.before if line["step"] == step]
+    return {
+      name: value for line in lines for name, value in line.items() if name.startswith("heldout_")
+    }
+
+  def samples(self, step: int, sheet) -> None:
+    """Writes a grid of samples, a PIL image or None."""
+    for board in self._boards if sheet is not None else ():
+      board.samples(step, sheet)
+
+  def histograms(self, step: int, params: dict) -> None:
+    """Writes a histogram of every parameter. All processes must call it."""
+    with self.phase("sample", step):
+      histograms = named_histograms(params)
+      for board in self._boards:
+        board.histograms(step, histograms)
+
+  def skipped_in_a_row(self) -> int:
+    """Waits for the last dispatched step, logs it, and returns how many were skipped up to it."""
+    self.flush()
+    return self._skips.in_a_row
+
+  def flush(self) -> None:
+    """Waits for the last dispatched step and logs it.
+
+    Raises:
+      TooManySkippedError: see `SkipCounter`.
+    """
+    self._flush()
+
+  def _flush(self, halved: bool = False) -> None:
+    """Does what `flush` does; see `_add_rates`."""
+    if self._pending is None:
+      return
+    (step, metrics, ended), self._pending = self._pending, None
+    start = time.perf_counter()
+    found = jax.device_get(metrics)
+    values = {name: float(x) for name, x in found.items() if name not in SOURCE_SUMS}
+    values |= source_losses(self._sources, found)
+    if time.perf_counter() - start < IDLE_SECONDS:
+      self._count_overlapped()
+    self._overlapped.clear()
+    left = self._add_rates(step, values, ended, halved)
+    # The schedule counts the steps that were taken.
+    values["learning_rate"] = float(self._schedule(step - 1 - self._skips.total))
+    self._write(step, {**values, "time": round(time.time(), 3)})
+    shown = step % self._config.log_every == 0 or values.get("skipped")
+    if shown or step in (self._begin[0], self._config.steps):
+      if self._unprinted[2]:
+        values |= self._rates.of(*self._unprinted)
+      self._unprinted = (0.0, 0.0, 0)
+      self._print(step_line(step, self._config.steps, values, self._rates.devices, left))
+    self._skips.add(step, values)
+
+  def _add_rates(self, step: int, values: dict, ended: float | None, halved: bool) -> float | None:
+    """Adds the rates of a step to `values` and returns the seconds to the end of the run.
+
+    The first step of a start has no rates, and returns None.
+
+    Args:
+      step: its number.
+      values: of its line.
+      ended: seconds in steps at its end; None: it ended now.
+      halved: whether, if `ended` is None, the next step has ended too: each has half of the time.
+    """
+    if ended is None:
+      ended = (self._ended + self._in_steps()) / 2 if halved else self._in_steps()
+    taken, self._ended = max(ended - self._ended, 1e-9), ended
+    phases = self._watch.seconds()
+    loop = sum(phases.values()) - phases["compile"] - phases["restore"]
+    if self._begin is None:
+      self._begin = (step, loop)
+      return None
+    values |= self._rates.of(values["weight"], taken)
+    weight, seconds, steps = self._unprinted
+    self._unprinted = (weight + values["weight"], seconds + taken, steps + 1)
+    return (loop - self._begin[1]) / (step - self._begin[0]) * (self._config.steps - step)
+
+  def _in_steps(self) -> float:
+    """Returns the seconds in steps, with the waits for data."""
+    phases = self._watch.seconds()
+    return phases["step"] + phases["data"]
+
+  def _count_overlapped(self) -> None:
+    for name, seconds in self._overlapped.items():
+      self._watch.move(seconds, "step", name)
+    self._overlapped.clear()
+
+  def _write(self, step: int, values: dict) -> None:
+    values = finite_values(values)
+    self._log.write(step, values)
+    for board in self._boards:
+      board.scalars(step, values)
+
+  def _print(self, text: str) -> None:
+    if self._log.enabled:
+      print(text, flush=True)
+
+
+def _is_done(metrics: dict) -> bool:
+  """Returns whether the step has ended that returned these metrics."""
+  return all(x.is_ready() for x in metrics.values() if hasattr(x, "is_ready"))
+
+
+def open_monitor(
+  folder: epath.Path, model: ModelConfig, config, schedule: optax.Schedule, sequence_length: int,
+  newest: int | None, watch: Stopwatch, profile_steps: range, sources: Sequence[str] = (),
+) -> Monitor:  # fmt: skip
+  """Opens the monitor of a run on the current mesh; only process 0 writes and prints.
+
+  Args:
+    folder: gets metrics/, tensorboard/ and profile/.
+    model: of the decoder.
+    config: the TrainConfig.
+    schedule: learning rate as a function of the step.
+    sequence_length: tokens of a row.
+    newest: step of the restored checkpoint; None: a new run.
+    watch: started at the start of the trainer.
+    profile_steps: see `profile.parse_steps`.
+    sources: see `Monitor`.
+  """
+  log = MetricsLog(folder / "metrics", newest, enabled=jax.process_index() == 0)
+  watch.add({} if newest is None else earlier(log.before, newest))
+  skipped = sum(int(x.get("skipped", 0)) for x in log.before if x["step"] <= (newest or 0))
+  devices = jax.sharding.get_mesh().devices
+  tokens = config.global_batch_size * sequence_length
+  rates = flops.Rates(
+    flops.model_flops(model, tokens, sequence_length),
+    devices.size,
+    flops.mesh_peak(config.peak_flops),
+  )
+  first = 0 if newest is None else newest + 1  # Step 0 is an evaluation before the first step.
+  boards = open_boards(folder, config, first, watch) if log.enabled else []
+  if log.enabled and profile_steps and (newest or 0) >= profile_steps[-1]:
+    print(
+      f"train: the run is at step {newest:,} already, beyond the steps to trace; "
+      "there will be no trace.",
+      flush=True,
+    )
+  if log.enabled:
+    kind = devices.flat[0].device_kind
+    peak = (
+      f"of {rates.peak / 1e12:,.1f} TFLOP/s each"
+      if rates.peak
+      else "of unknown peak, so no MFU (train.peak_flops sets one)"
+    )
+    print(
+      f"train: {tokens:,} tokens and {rates.flops / 1e12:,.3g} model TFLOPs a step, "
+      f"{devices.size} x {kind} {peak}.",
+      flush=True,
+    )
+  profiler = Profiler(folder / "profile", profile_steps)
+  return Monitor(log, watch, rates, schedule, config, profiler, boards, sources, skipped)

@@ -1,0 +1,76 @@
+"""Weights & Biases: the same curves and images as in TensorBoard."""
+
+import os
+import uuid
+
+from etils import epath
+import numpy as np
+
+from cm3leon_jax.io import read_json, write_json
+from cm3leon_jax.training.watch.tensorboard_board import curves
+
+
+class WandbRun:
+  """One run of Weights & Biases for all starts of a training; `folder/wandb.json` holds its id.
+
+  It ignores a step that it already has, so steps that a resumed training computes again occur once.
+  """
+
+  def __init__(self, folder: epath.PathLike, project: str, settings: dict):
+    """Starts or continues the run.
+
+    The environment variables of wandb count, such as WANDB_ENTITY, WANDB_TAGS and WANDB_NAME.
+
+    Args:
+      folder: of the training; a local folder also gets wandb's own files, in wandb/. The name of
+        the folder above it is that of the run, unless WANDB_NAME has one.
+      project: on the server, PROJECT or ENTITY/PROJECT; an entity is a user or a team.
+      settings: shown as the config of the run.
+
+    Raises:
+      ImportError: wandb is not installed.
+      Exception: of wandb, if no login or no server is there.
+    """
+    import wandb  # An extra: only config.train.wandb needs it.
+
+    path, local = epath.Path(folder) / "wandb.json", "://" not in os.fspath(folder)
+    name = None  # A run that exists keeps the name that people gave it.
+    if new := not path.exists():
+      name = os.environ.get("WANDB_NAME") or epath.Path(folder).parent.name
+    found = {"id": uuid.uuid4().hex[:8]} if new else read_json(path, {"id": str})
+    self._wandb = wandb
+    entity, _, project = project.rpartition("/")
+    self._run = wandb.init(
+      project=project,
+      entity=entity or None,  # None: WANDB_ENTITY, or the default of the login.
+      id=found["id"],
+      name=name,
+      config=settings,
+      resume="allow",
+      dir=os.fspath(folder) if local else None,
+    )
+    if new:
+      write_json(path, found)
+
+  def scalars(self, step: int, values: dict) -> None:
+    """Logs the `curves` of a metrics line."""
+    self._run.log(curves(values), step=step)
+
+  def samples(self, step: int, sheet) -> None:
+    """Logs a grid of samples, a PIL image."""
+    self._run.log({"samples": self._wandb.Image(sheet)}, step=step)
+
+  def histograms(self, step: int, histograms: dict) -> None:
+    """Logs the histograms of `tensorboard.named_histograms`."""
+    logged = {}
+    for name, h in histograms.items():
+      edges = np.concatenate([[h["min"]], h["bucket_limits"]])
+      logged[f"params/{name}"] = self._wandb.Histogram(np_histogram=(h["bucket_counts"], edges))
+    self._run.log(logged, step=step)
+
+  def flush(self) -> None:
+    """Does nothing: wandb sends what it gets."""
+
+  def close(self) -> None:
+    """Ends the run."""
+    self._run.finish()

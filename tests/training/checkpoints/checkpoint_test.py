@@ -1,0 +1,324 @@
+import dataclasses
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.training.checkpoints import checkpoint, recovery
+from cm3leon_jax.training.step.state import init_state
+from tests.models.tiny import CONFIG, mesh_of
+from tests.training.saved import OPTIMIZER, flip, fresh, largest_file, on_disk
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 4, 2)])
+def test_restore_is_bit_equal_on_any_mesh(saved, shape):
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    expected, other = jax.device_get(fresh(2)), jax.device_get(fresh(1))
+  with jax.set_mesh(mesh_of(*shape)):
+    checkpoints = checkpoint.Checkpoints(saved, keep=2)
+    abstract = jax.eval_shape(lambda: init_state(CONFIG, OPTIMIZER, jax.random.key(0)))
+    state, next_row = checkpoints.restore(abstract, checkpoints.newest())
+    assert next_row == 16
+    for found, x, y in zip(
+      jax.tree.leaves(state), jax.tree.leaves(expected), jax.tree.leaves(abstract)
+    ):
+      np.testing.assert_array_equal(found, x)
+      assert found.sharding.spec == jax.typeof(y).sharding.spec
+    assert not np.array_equal(state.params["embed"], other.params["embed"])
+    checkpoints.close()
+
+
+def test_parameters_alone_are_those_of_the_state(saved):
+  with jax.set_mesh(mesh_of(1, 2, 2)):
+    params, step = checkpoint.load_params(saved, CONFIG)
+    assert step == 2
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(fresh(2).params)):
+      np.testing.assert_array_equal(x, y)
+
+
+def test_parameters_alone_are_the_average_of_a_run_that_has_one(tmp_path):
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    state, average = fresh(1), fresh(2).params
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(dataclasses.replace(state, ema=average), 3, next_row=0)
+    checkpoints.close()
+  with jax.set_mesh(mesh_of(2, 2, 2)):
+    params, _ = checkpoint.load_params(tmp_path, CONFIG)
+    last, _ = checkpoint.load_params(tmp_path, CONFIG, average=False)
+  jax.tree.map(np.testing.assert_array_equal, params, average)
+  jax.tree.map(np.testing.assert_array_equal, last, state.params)
+  assert not np.array_equal(params["embed"], state.params["embed"])
+
+
+def test_a_run_without_an_average_has_nothing_to_compare(saved):
+  with jax.set_mesh(mesh_of(1, 1, 1)), pytest.raises(UserError, match="has no average"):
+    checkpoint.load_params(saved, CONFIG, average=False)
+
+
+def test_a_checkpoint_without_digests_does_not_count(saved):
+  (saved / "checkpoints.digests" / "2.json").unlink()
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    checkpoints = checkpoint.Checkpoints(saved, keep=2)
+    assert checkpoints.newest() == 1
+    recovery.discard_unsealed(checkpoints)
+    checkpoints.save(fresh(3), 2, next_row=99)  # It is written again.
+    checkpoints.wait()
+    assert checkpoints.newest() == 2
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed", "surplus"])
+def test_a_damaged_file_is_refused(saved, damage):
+  victim = next(
+    p
+    for p in sorted((saved / "checkpoints" / "2").rglob("*"))
+    if p.is_file() and p.stat().st_size > 100
+  )
+  data = victim.read_bytes()
+  victim.unlink()
+  if damage == "surplus":
+    victim.write_bytes(data)
+    victim = victim.with_name("surplus")
+  if damage != "missing":
+    victim.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+  with jax.set_mesh(mesh_of(1, 1, 1)), pytest.raises(UserError, match=victim.name):
+    checkpoint.load_params(saved, CONFIG)
+
+
+@pytest.mark.parametrize(
+  ("damaged", "removed", "remedy"),
+  [
+    (
+      2,
+      None,
+      r"run `cm3leon checkpoints rollback --workdir=\S+ --step=1`, then `cm3leon",
+    ),
+    (1, None, r"; the newest sealed checkpoint is 2\.$"),
+    (2, 1, r"; no other checkpoint is sealed: restore the file from a copy\.$"),
+  ],
+)
+def test_a_damaged_file_is_refused_with_what_to_do(saved, damaged, removed, remedy):
+  flip(largest_file(saved / "checkpoints" / str(damaged)))
+  with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
+    if removed:
+      checkpoints.delete(removed)
+    with pytest.raises(UserError, match=remedy):
+      checkpoints.check(damaged)
+
+
+def test_digests_of_a_deleted_checkpoint_do_not_count_for_the_next_of_its_step(saved):
+  shutil.rmtree(saved / "checkpoints" / "2")
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    checkpoints = checkpoint.Checkpoints(saved, keep=2)
+    checkpoints.save(fresh(3), 2, next_row=99)
+    assert checkpoints.newest() == 1
+    checkpoints.wait()
+    assert checkpoints.newest() == 2
+    checkpoints.close()
+
+
+def small(step):
+  return {"w": np.full(4, step, np.float32)}
+
+
+def test_checkpoints_are_kept_for_three_reasons_also_by_the_next_start(tmp_path):
+  """The newest two, multiples of 3, and the two of lowest loss, which step 4 leaves again."""
+  losses = {
+    1: 5.0,
+    2: 1.0,
+    3: 9.0,
+    4: 2.0,
+    5: 7.0,
+    6: 6.0,
+    7: 1.5,
+    8: float("nan"),
+    9: 4.0,
+    10: 8.0,
+  }
+  for starts in (range(1, 6), range(6, 11)):
+    with checkpoint.Checkpoints(tmp_path, 2, keep_every=3, keep_best=2) as checkpoints:
+      for step in starts:
+        checkpoints.save(small(step), step, next_row=step, heldout_loss=losses[step])
+  assert on_disk(tmp_path) == [[2, 3, 6, 7, 9, 10]] * 2
+
+
+def save_and_fail(folder):
+  with checkpoint.Checkpoints(folder, 2) as checkpoints:
+    checkpoints.save(small(1), 1, next_row=1)
+    raise ZeroDivisionError
+
+
+def test_a_save_in_flight_is_finished_when_an_error_ends_the_run(tmp_path):
+  with pytest.raises(ZeroDivisionError):
+    save_and_fail(tmp_path)
+  assert on_disk(tmp_path) == [[1], [1]]
+
+
+# Ends with an error while a checkpoint of 200 MB is written.
+FAILS = """
+import sys
+import jax.numpy as jnp
+from cm3leon_jax.commands import common
+from cm3leon_jax.config import UserError
+from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+def main(workdir):
+  with Checkpoints(workdir, 2) as checkpoints:
+    checkpoints.save({"w": jnp.arange(50_000_000, dtype=jnp.float32)}, 1, 1)
+    raise UserError("the sentence.")
+common.run(main, config=False)
+"""
+
+
+def test_a_save_in_flight_does_not_bury_the_sentence_of_an_error(tmp_path):
+  result = subprocess.run(
+    [sys.executable, "-c", FAILS, f"--workdir={tmp_path}"],
+    capture_output=True, text=True, timeout=300, check=False,
+  )  # fmt: skip
+  assert (result.returncode, result.stderr) == (2, "error: the sentence.\n")
+  assert on_disk(tmp_path) == [[1], [1]]
+
+
+# Saves 4 kB, and then 40 MB, of which a file may have only 1 MB, as on a full disk.
+FULL_DISK = """
+import resource, time
+import jax.numpy as jnp
+from cm3leon_jax.commands import common
+from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+def main(workdir):
+  with Checkpoints(workdir, 2) as checkpoints:
+    checkpoints.save({"w": jnp.ones(1_000)}, 1, 1)
+    checkpoints.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
+    arrays = {f"w{i}": jnp.sin(jnp.arange(1_000_000.0)) for i in range(10)}
+    checkpoints.save(arrays, 2, 2)
+    for _ in range(1_000):  # Steps.
+      checkpoints.check_save()
+      time.sleep(0.05)
+common.run(main, config=False)
+"""
+
+
+def test_a_save_that_fails_is_reported_in_the_loop_and_leaves_the_one_before(tmp_path):
+  result = subprocess.run(
+    [sys.executable, "-c", FULL_DISK, f"--workdir={tmp_path}"],
+    capture_output=True, text=True, timeout=300, check=False,
+  )  # fmt: skip
+  assert result.returncode == TryAgain.exit_code
+  [line] = result.stderr.splitlines()
+  assert line.startswith(f"error: checkpoint 2 could not be written to {tmp_path}/checkpoints (")
+  assert line.endswith("): the same command continues from checkpoint 1.")
+  checkpoints = checkpoint.Checkpoints(tmp_path, 2)
+  assert recovery.newest_whole(checkpoints) == 1
+  checkpoints.close()
+
+
+# May not make the folder of its second checkpoint.
+NO_RIGHTS = """
+import os, time
+import jax.numpy as jnp
+from cm3leon_jax.commands import common
+from cm3leon_jax.training.checkpoints.checkpoint import Checkpoints
+make = os.makedirs
+def refuse(path, *arguments, **options):
+  if "2.orbax" in os.fspath(path):
+    raise PermissionError(13, "Permission denied", path)
+  make(path, *arguments, **options)
+def main(workdir):
+  with Checkpoints(workdir, 2) as checkpoints:
+    checkpoints.save({"w": jnp.ones(1_000)}, 1, 1)
+    checkpoints.wait()
+    os.makedirs = refuse
+    checkpoints.save({"w": jnp.ones(1_000)}, 2, 2)
+    for _ in range(1_000):  # Steps.
+      checkpoints.check_save()
+      time.sleep(0.05)
+common.run(main, config=False)
+"""
+
+
+def test_a_save_that_may_not_begin_ends_the_run_soon(tmp_path):
+  """Orbax raises errors that led to one another in a circle, and leaves threads that wait."""
+  start = time.monotonic()
+  result = subprocess.run(
+    [sys.executable, "-c", NO_RIGHTS, f"--workdir={tmp_path}"],
+    capture_output=True, text=True, timeout=300, check=False,
+  )  # fmt: skip
+  assert time.monotonic() - start < 120
+  assert result.returncode == TryAgain.exit_code
+  *_, line = result.stderr.splitlines()
+  assert line.startswith(f"error: checkpoint 2 could not be written to {tmp_path}/checkpoints (")
+  assert line.endswith("): the same command continues from checkpoint 1.")
+
+
+@pytest.mark.parametrize("saves", [0, 1, 2])
+def test_a_bucket_that_fails_ends_the_run_with_the_checkpoint_that_is_whole(tmp_path, saves):
+  """Whatever the loop was doing; the save in flight is finished first."""
+  gone = RuntimeError("All 32 retry attempts failed: status 503")
+  where = f"checkpoint {saves}" if saves else "its newest checkpoint, if it has one"
+  sentence = (
+    f"{tmp_path}: a bucket did not answer, or answered with errors, until the last try "
+    f"(RuntimeError: {gone}): the same command continues from {where}."
+  )
+
+  def run():
+    with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+      for step in range(1, saves + 1):
+        checkpoints.save(small(step), step, next_row=step)
+      raise UserError("a file is damaged") from gone
+
+  with pytest.raises(TryAgain) as caught:
+    run()
+  assert str(caught.value) == sentence
+  assert checkpoint.newest_step(tmp_path) == saves
+
+
+def test_a_job_that_lost_its_lease_neither_saves_nor_seals(tmp_path):
+  lost = UserError("another job took the lease")
+  check = mock.Mock(side_effect=[None, lost, lost])  # Before a save, before it is sealed, ...
+  checkpoints = checkpoint.Checkpoints(tmp_path, 2, check=check)
+  checkpoints.save(small(1), 1, next_row=1)
+  with pytest.raises(UserError, match="another job"):
+    checkpoints.wait()
+  with pytest.raises(UserError, match="another job"):
+    checkpoints.save(small(2), 2, next_row=2)
+  checkpoints.close()
+  assert not (tmp_path / "checkpoints.digests" / "1.json").exists()
+  assert not (tmp_path / "checkpoints" / "2").exists()
+  assert check.call_count == 3
+
+
+def test_the_step_loop_is_not_stopped_by_digests(tmp_path, monkeypatch):
+  """They are computed while the loop goes on, however long that takes."""
+  release = threading.Event()
+
+  def slow(folder):
+    assert release.wait(60)
+    return {"file": "digest"}
+
+  monkeypatch.setattr(checkpoint.sealing, "digests", slow)
+  with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+    checkpoints.save(small(1), 1, next_row=1)
+    while not (tmp_path / "checkpoints" / "1").exists():
+      time.sleep(0.01)
+    for _ in range(10):
+      checkpoints.check_save()
+    assert checkpoints.newest() is None
+    release.set()
+    checkpoints.wait()
+    assert checkpoints.newest() == 1
+
+
+def test_old_checkpoints_and_their_digests_go(saved):
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    checkpoints = checkpoint.Checkpoints(saved, keep=2)
+    checkpoints.save(fresh(3), 3, next_row=24)
+    checkpoints.close()
+  assert sorted(p.stem for p in (saved / "checkpoints.digests").iterdir()) == ["2", "3"]

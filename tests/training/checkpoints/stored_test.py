@@ -1,0 +1,101 @@
+"""Tests that parameters are read from a checkpoint in slices, each layer without the others."""
+
+import json
+import shutil
+import types
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from cm3leon_jax.config import UserError
+from cm3leon_jax.training.checkpoints import checkpoint, stored
+from tests.models.tiny import CONFIG, mesh_of, random_params
+
+
+def save(folder, params, ema=None, split_layers=True):
+  """Saves a state on the mesh of its arrays, as training does, or as it did before."""
+  state = {"step": np.int32(3), "params": params, "opt_state": {"mu": params}}
+  state |= {"ema": ema} if ema else {}
+  with pytest.MonkeyPatch.context() as patch, checkpoint.Checkpoints(folder, keep=2) as opened:
+    if not split_layers:
+      patch.setattr(stored, "save_args", lambda state: None)
+    opened.save(state, 3, next_row=0)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """A checkpoint of 8 devices with an average, and both trees."""
+  folder = tmp_path_factory.mktemp("train")
+  with jax.set_mesh(mesh_of(2, 2, 2)):
+    params, ema = random_params(CONFIG, seed=1), random_params(CONFIG, seed=2)
+    save(folder, params, ema)
+  return types.SimpleNamespace(
+    folder=folder, params=jax.device_get(params), ema=jax.device_get(ema)
+  )
+
+
+def test_all_parameters_are_read_as_they_were(saved):
+  for average, expected in ((None, saved.ema), (True, saved.ema), (False, saved.params)):
+    found = checkpoint.open_params(saved.folder, average=average)
+    assert (found.step, found.averaged) == (3, average is not False)
+    assert found.count == sum(x.size for x in jax.tree.leaves(expected))
+    jax.tree.map(np.testing.assert_array_equal, stored.tree_of(found), expected)
+
+
+def test_a_slice_is_that_of_the_whole_array(saved):
+  found = checkpoint.open_params(saved.folder)
+  for opened in (found, stored.of_tree(saved.ema)):
+    blocks = saved.ema["blocks"]
+    np.testing.assert_array_equal(opened.read("blocks.up", 2), blocks["up"][2])
+    np.testing.assert_array_equal(opened.read("blocks.qkv", 1, 0), blocks["qkv"][1, 0])
+    assert opened.shapes["blocks.up"] == blocks["up"].shape
+
+
+def test_each_layer_has_chunks_of_its_own(saved):
+  state = saved.folder / "checkpoints" / "3" / "state"
+  chunks = {
+    entry["array_metadata"]["param_name"]: entry["array_metadata"]["chunk_shape"]
+    for entry in json.loads((state / "array_metadatas" / "process_0").read_text())[
+      "array_metadatas"
+    ]
+  }
+  stacked = [shape for name, shape in chunks.items() if ".blocks." in name]
+  assert len(stacked) >= 12
+  assert {shape[0] for shape in stacked} == {1}
+  assert chunks["params.embed"][0] > 1
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_too(tmp_path):
+  """Its chunks span all layers."""
+  with jax.set_mesh(mesh_of(2, 2, 2)):
+    params = random_params(CONFIG)
+    save(tmp_path, params, split_layers=False)
+  state = tmp_path / "checkpoints" / "3" / "state"
+  text = (state / "array_metadatas" / "process_0").read_text()
+  shapes = [e["array_metadata"]["chunk_shape"] for e in json.loads(text)["array_metadatas"]]
+  assert CONFIG.num_layers in {shape[0] for shape in shapes if shape}
+  found = checkpoint.open_params(tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, stored.tree_of(found), jax.device_get(params))
+  for average in (True, False):
+    with pytest.raises(UserError, match="has no average of the parameters"):
+      checkpoint.open_params(tmp_path, average=average)
+
+
+def test_a_damaged_checkpoint_is_not_opened(saved, tmp_path):
+  shutil.copytree(saved.folder, tmp_path / "copy")
+  data = next((tmp_path / "copy" / "checkpoints" / "3" / "state").glob("ocdbt.process_0/d/*"))
+  content = bytearray(data.read_bytes())
+  content[-1] ^= 1
+  data.write_bytes(bytes(content))
+  with pytest.raises(UserError, match="is damaged"):
+    checkpoint.open_params(tmp_path / "copy")
+
+
+def test_only_stacked_arrays_are_split():
+  found = stored.save_args(
+    {"params": {"blocks": {"up": np.ones((3, 2))}, "embed": np.ones((3, 2))}}
+  )
+  assert found["params"]["blocks"]["up"] == ocp.SaveArgs(shard_axes=(0,))
+  assert found["params"]["embed"] == ocp.SaveArgs()

@@ -1,0 +1,232 @@
+"""Two jobs never train in one folder, and a job that was killed keeps no other one out for long."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from unittest import mock
+
+import pytest
+
+from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.training.faults import lease
+from cm3leon_jax.training.faults.lease import Lease
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+  monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
+  monkeypatch.setattr(lease, "EXPIRE_SECONDS", 1.0)
+
+
+def hold(folder, beats=1, **holder):
+  about = {"token": "other", "beats": beats, "host": "elsewhere", "pid": 7, **holder}
+  partial = folder / "partial"
+  partial.write_text(json.dumps(about))
+  partial.replace(folder / lease.NAME)
+
+
+def gone() -> dict:
+  child = subprocess.Popen([sys.executable, "-c", ""])
+  child.wait()
+  return {**lease._this_process(), "pid": child.pid}
+
+
+def wait_until(condition):
+  end = time.monotonic() + 10
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.01)
+
+
+def test_a_lease_lives_as_long_as_its_job(tmp_path):
+  with Lease(tmp_path / "run") as held:
+    path = tmp_path / "run" / lease.NAME
+    first = json.loads(path.read_text())
+    assert (first["host"], first["pid"]) == (socket.gethostname(), os.getpid())
+    wait_until(lambda: json.loads(path.read_text())["beats"] > first["beats"] + 1)
+    assert held.guard(lambda x: x + 1)(1) == 2
+  assert not path.exists()
+  with pytest.raises(ZeroDivisionError), Lease(tmp_path / "run"):
+    raise ZeroDivisionError
+  assert not path.exists()
+
+
+@pytest.mark.parametrize("error", [SystemExit(75), TryAgain("process 1 failed")])
+def test_a_job_that_ends_while_it_starts_gives_its_lease_back(tmp_path, monkeypatch, error):
+  """At the end of the start, the processes of a job exchange whether one was asked to stop."""
+  held = []
+
+  def gather(_):
+    held.append((tmp_path / lease.NAME).exists())
+    raise error
+
+  monkeypatch.setattr(lease.distributed, "gather", gather)
+  taken = Lease(tmp_path)
+  with pytest.raises(type(error)), taken:
+    pass
+  assert held == [True]
+  assert not taken._thread.is_alive()
+  assert not (tmp_path / lease.NAME).exists()
+
+
+def test_a_job_that_ends_before_it_looked_whose_its_lease_is_gives_it_back(tmp_path, monkeypatch):
+  monkeypatch.setattr(lease, "SETTLE_SECONDS", -1)  # Which `sleep` refuses.
+  with pytest.raises(ValueError, match="non-negative"), Lease(tmp_path):
+    pass
+  assert not (tmp_path / lease.NAME).exists()
+
+
+@pytest.mark.parametrize(
+  ("text", "kind"), [("Forbidden: b/o\nno", UserError), ("Input/output error", TryAgain)]
+)
+def test_a_folder_that_cannot_be_written_is_tried_again_unless_it_is_forbidden(
+  tmp_path, monkeypatch, text, kind
+):
+  monkeypatch.setattr(lease, "write_json", mock.Mock(side_effect=OSError(text)))
+  with pytest.raises(UserError) as caught, Lease(tmp_path):
+    pass
+  assert type(caught.value) is kind
+
+
+def test_a_folder_in_which_another_job_trains_is_refused(tmp_path):
+  stop = threading.Event()
+
+  def live():
+    beats = 0
+    while not stop.wait(0.05):
+      beats += 1
+      hold(tmp_path, beats)
+
+  hold(tmp_path)
+  thread = threading.Thread(target=live)
+  thread.start()
+  try:
+    with pytest.raises(UserError, match=r"^process 7 on elsewhere works in "), Lease(tmp_path):
+      pass
+  finally:
+    stop.set()
+    thread.join()
+  assert json.loads((tmp_path / lease.NAME).read_text())["token"] == "other"
+
+
+def test_a_silent_holder_loses_its_lease(tmp_path, capsys):
+  hold(tmp_path)
+  start = time.monotonic()
+  with Lease(tmp_path):
+    assert time.monotonic() - start >= 1
+    assert json.loads((tmp_path / lease.NAME).read_text())["token"] != "other"
+  assert "process 7 on elsewhere gave no sign for 1 s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["gone", b"", b"{", b"\x00\xff", b"[]"])
+def test_no_job_waits_for_one_that_is_gone(tmp_path, monkeypatch, content):
+  monkeypatch.setattr(lease, "EXPIRE_SECONDS", 60.0)
+  if isinstance(content, bytes):
+    (tmp_path / lease.NAME).write_bytes(content)
+  else:
+    hold(tmp_path, **gone())
+  start = time.monotonic()
+  with Lease(tmp_path):
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+  "holder",
+  [
+    {"pid": os.getppid()},
+    {**gone(), "namespace": "another container"},
+    {**gone(), "boot": "another machine of the same name"},
+    {"pid": 2**70},
+    {"pid": "x"},
+  ],
+)
+def test_a_process_that_may_live_is_waited_for(tmp_path, holder):
+  hold(tmp_path, **{**lease._this_process(), **holder})
+  start = time.monotonic()
+  with Lease(tmp_path):
+    assert time.monotonic() - start >= 1
+
+
+def test_of_two_jobs_that_start_together_one_trains(tmp_path, monkeypatch):
+  write = Lease._write
+
+  def write_and_be_overwritten(self):
+    write(self)
+    hold(tmp_path)
+
+  monkeypatch.setattr(Lease, "_write", write_and_be_overwritten)
+  with pytest.raises(UserError, match="it started at the same time"), Lease(tmp_path):
+    pass
+  assert json.loads((tmp_path / lease.NAME).read_text())["token"] == "other"
+
+
+def test_a_job_that_cannot_renew_its_lease_stops_only_in_the_end(tmp_path, monkeypatch):
+  renewals = []
+
+  def fail(path, value):
+    renewals.append(value)
+    raise RuntimeError("the bucket is away")
+
+  with Lease(tmp_path) as held:
+    step = held.guard(lambda: True)
+    monkeypatch.setattr(lease, "write_json", fail)
+    wait_until(lambda: len(renewals) > 2)
+    assert step()
+
+    def stopped():
+      try:
+        return not step()
+      except TryAgain as error:
+        return "could not be renewed for 1 s" in str(error)
+
+    wait_until(stopped)
+    monkeypatch.undo()
+
+
+def test_before_a_save_the_lease_is_read_again(tmp_path, monkeypatch):
+  monkeypatch.setattr(lease, "BEAT_SECONDS", 60.0)
+  monkeypatch.setattr(lease, "EXPIRE_SECONDS", 60.0)
+  with Lease(tmp_path) as held:
+    held.check()
+    hold(tmp_path)
+    held.check(now=False)
+    with pytest.raises(UserError, match=r"^process 7 on elsewhere took "):
+      held.check()
+
+
+def test_the_lease_of_another_job_is_not_given_back(tmp_path, monkeypatch):
+  monkeypatch.setattr(lease, "BEAT_SECONDS", 60.0)
+  with Lease(tmp_path):
+    hold(tmp_path)
+  assert json.loads((tmp_path / lease.NAME).read_text())["token"] == "other"
+
+
+def test_a_lease_that_cannot_be_given_back_buries_no_error(tmp_path, monkeypatch):
+  def run():
+    with Lease(tmp_path):
+      monkeypatch.setattr(lease, "read_json", mock.Mock(side_effect=RuntimeError("status 503")))
+      raise ZeroDivisionError
+
+  with pytest.raises(ZeroDivisionError):
+    run()
+
+
+def test_a_job_stops_when_another_one_has_taken_its_lease(tmp_path):
+  with Lease(tmp_path) as held:
+    step = held.guard(lambda: None)
+    step()
+    hold(tmp_path)
+
+    def stopped():
+      try:
+        step()
+      except UserError as error:
+        return str(error).startswith("process 7 on elsewhere took ")
+      return False
+
+    wait_until(stopped)
+  assert json.loads((tmp_path / lease.NAME).read_text())["token"] == "other"  # It is not ours.

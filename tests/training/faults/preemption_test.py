@@ -1,0 +1,71 @@
+"""SIGTERM and Ctrl-C: a run saves, and the same call continues."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from cm3leon_jax.config import CTRL_C, INTERRUPTED
+from cm3leon_jax.training.checkpoints import checkpoint
+from tests.training.runs import losses, run
+
+
+def test_sigterm_saves_and_the_same_call_continues(whole, loader, tmp_path):
+  def terminate(_, step):
+    if step == 3:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  assert threading.current_thread() is threading.main_thread()
+  with pytest.raises(SystemExit) as stop:
+    run(tmp_path, loader, sample_grid=terminate, sample_every=1)
+  assert stop.value.code == INTERRUPTED
+  assert checkpoint.Checkpoints(tmp_path, 2).newest() == 4
+  run(tmp_path, loader)
+  assert losses(tmp_path) == losses(whole[0])
+
+
+@pytest.fixture
+def foreground():
+  """SIGINT as a program in the foreground has it, wherever the tests run."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("foreground")
+def test_a_run_in_the_background_of_a_script_ignores_ctrl_c(whole, loader, tmp_path):
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  run(tmp_path, loader, sample_grid=lambda *_: os.kill(os.getpid(), signal.SIGINT), sample_every=6)
+  assert losses(tmp_path) == losses(whole[0])
+
+
+@pytest.mark.usefixtures("foreground")
+def test_ctrl_c_saves_and_the_same_call_continues(whole, loader, tmp_path, capfd):
+  def interrupt(_, step):
+    if step == 3:
+      os.kill(os.getpid(), signal.SIGINT)
+
+  with pytest.raises(SystemExit) as stop:
+    run(tmp_path, loader, sample_grid=interrupt, sample_every=1)
+  assert stop.value.code == CTRL_C
+  out, err = capfd.readouterr()
+  assert "stopped at step 4 of 12; saved in " in out
+  assert "Ctrl-C: the run saves after this step; once more stops it at once." in err
+  run(tmp_path, loader)
+  assert losses(tmp_path) == losses(whole[0])
+
+
+@pytest.mark.usefixtures("foreground")
+def test_a_second_ctrl_c_stops_at_once_and_loses_no_save(whole, loader, tmp_path):
+  def interrupt(_, step):
+    if step == 5:  # The save of step 4 may be in flight.
+      os.kill(os.getpid(), signal.SIGINT)
+      os.kill(os.getpid(), signal.SIGINT)
+
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path, loader, sample_grid=interrupt, sample_every=1)
+  assert checkpoint.Checkpoints(tmp_path, 2).newest() == 4
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  run(tmp_path, loader)
+  assert losses(tmp_path) == losses(whole[0])

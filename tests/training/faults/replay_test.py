@@ -1,0 +1,399 @@
+"""Bits that flip on a device are found, and the device named; without one there is no alarm."""
+
+import dataclasses
+import json
+import types
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import faults_replay
+from cm3leon_jax import distributed
+from cm3leon_jax.config import TryAgain, UserError
+from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.training.faults import replay
+from cm3leon_jax.training.faults.assignment import Assignment, assignments, moved, moved_back
+from cm3leon_jax.training.faults.fingerprint import (
+  Fingerprint,
+  equal,
+  fingerprint,
+  fingerprint_of,
+  names_of,
+)
+from cm3leon_jax.training.faults.replay import Replay, judge, replaying
+from cm3leon_jax.training.faults.replicas import different_replicas, first_replicas
+from cm3leon_jax.training.train import TrainConfig
+from tests.models.tiny import mesh_of
+from tests.training import runs
+
+
+def tree_on(mesh):
+  """Arrays of several dtypes, split, partly split and whole."""
+  rng = np.random.default_rng(0)
+  host = {
+    "split": (rng.normal(size=(8, 6)).astype(np.float32), jax.P(("tensor", "fsdp"), None)),
+    "half": (rng.normal(size=(4, 6)).astype(jnp.bfloat16), jax.P("fsdp", None)),
+    "whole": (np.int32([7, -8]), jax.P(None)),
+    "flag": (np.bool_(True), jax.P()),
+  }
+  return {
+    name: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+    for name, (x, spec) in host.items()
+  }
+
+
+def flipped(x, place: int, rng):
+  """Flips a random bit of what one device, by its place in the mesh, holds of an array."""
+  device, held = x.sharding.mesh.devices.flat[place], []
+  for shard in x.addressable_shards:
+    data = np.array(shard.data)
+    if shard.device == device:
+      content = bytearray(data.tobytes())
+      bit = 0 if data.dtype == bool else rng.integers(8)
+      content[rng.integers(len(content))] ^= 1 << int(bit)
+      data = np.frombuffer(bytes(content), data.dtype).reshape(data.shape)
+    held.append(jax.device_put(data, shard.device))
+  return jax.make_array_from_single_device_arrays(x.shape, x.sharding, held)
+
+
+def test_a_flipped_bit_changes_one_number_of_a_digest():
+  """Of any array, on any device, replicas included; and equal arrays have equal digests."""
+  mesh, rng = mesh_of(2, 2, 2), np.random.default_rng(1)
+  with jax.set_mesh(mesh):
+    tree = tree_on(mesh)
+    first = jax.device_get(fingerprint_of(tree))
+    assert names_of(tree) == ["flag", "half", "split", "whole"]
+    for name in tree:
+      for place in range(mesh.size):
+        with np.errstate(all="ignore"):
+          other = {**tree, name: flipped(tree[name], place, rng)}
+        found = equal(first, jax.device_get(fingerprint_of(other)))
+        expected = np.ones((8, 4), bool)
+        expected[place, names_of(tree).index(name)] = False
+        np.testing.assert_array_equal(found, expected)
+    assert equal(first, jax.device_get(fingerprint_of(tree))).all()
+
+
+def test_a_digest_by_hand():
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    x = jax.device_put(np.float32([[0.0, 1.0], [2.0, -3.0]]), jax.P(None, None))
+    found = jax.device_get(jax.jit(fingerprint)(x))
+  weights = [(i * 0x9E3779B1) % 2**32 for i in range(4)]
+  words = [0, 0x3F800000, 0x40000000, 0xC0400000]
+  signs = [1 if w >> 31 else -1 for w in weights]
+  assert found.digest.tolist() == [[sum(w * (v | 1) for w, v in zip(words, weights)) % 2**32]]
+  assert found.projection.tolist() == [[sum(s * v for s, v in zip(signs, (0, 1, 2, -3)))]]
+  assert found.norm[0, 0] == pytest.approx(14**0.5)
+
+
+def test_a_tolerance_lets_rounding_pass_and_nothing_that_is_not_finite():
+  def of(projection, norm, digest=1):
+    return Fingerprint(
+      *(np.array([[x]], t) for x, t in ((digest, "u4"), (projection, "f4"), (norm, "f4")))
+    )
+
+  sound = of(5.0, 100.0)
+  assert equal(sound, of(5.05, 100.0, 2), 1e-3).all()
+  assert not equal(sound, of(5.05, 100.0, 2)).any()
+  assert not equal(sound, of(5.2, 100.0, 2), 1e-3).any()
+  for projection, norm in ((1e38, np.inf), (np.nan, np.nan), (np.inf, np.inf)):
+    assert not equal(sound, of(projection, norm, 2), 1e-3).any()
+    assert not equal(of(projection, norm, 2), sound, 1e-3).any()
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 1), (4, 1, 1), (1, 1, 1)])
+def test_moved_arrays_are_the_same_on_other_devices(shape):
+  mesh = mesh_of(*shape)
+  tree = tree_on(mesh)
+  for assignment in assignments(mesh):
+    target = assignment.mesh(mesh)
+    there = moved(tree, mesh, target, assignment)
+    back = moved_back(there, target, mesh, assignment)
+    for x, y, z in zip(*map(jax.tree.leaves, (tree, there, back)), strict=True):
+      assert y.sharding == jax.sharding.NamedSharding(target, x.sharding.spec)
+      assert z.sharding == x.sharding
+      np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+      np.testing.assert_array_equal(np.asarray(x), np.asarray(z))
+      buffers = [{s.data.unsafe_buffer_pointer() for s in a.addressable_shards} for a in (x, y)]
+      assert not buffers[0] & buffers[1]  # A copy: the two are donated one after the other.
+
+
+def test_three_assignments_have_every_shard_on_three_devices():
+  for shape in ((1, 8, 1), (2, 2, 2), (8, 1, 1), (1, 1, 4), (1, 2, 2, 2), (1, 3, 1)):
+    mesh = mesh_of(*shape)
+    meshes = [mesh, *(a.mesh(mesh) for a in assignments(mesh))]
+    for devices in zip(*(m.devices.flat for m in meshes)):
+      assert len(set(devices)) == 3
+  pair = mesh_of(1, 2, 1)
+  assert assignments(pair) == (Assignment("fsdp", 1), Assignment())
+
+
+def numbers_of(*digests: int) -> Fingerprint:
+  """A fingerprint of one array, of which each device holds a shard."""
+  zeros = np.zeros((len(digests), 1), np.float32)
+  return Fingerprint(np.uint32(digests)[:, None], zeros, zeros)
+
+
+def meshes_of(devices: int) -> list[jax.sharding.Mesh]:
+  """Meshes of the three computations on so many devices."""
+  mesh = mesh_of(1, devices, 1)
+  return [mesh, *(a.mesh(mesh) for a in assignments(mesh))]
+
+
+def test_two_of_three_name_the_device_of_the_third():
+  """The literals of the docstring; and three that differ name none."""
+  meshes = meshes_of(3)
+  mesh = meshes[0]
+  assert meshes[2].devices.flatten().tolist() == [mesh.devices.flat[i] for i in (2, 0, 1)]
+
+  def of(*digests, **others):
+    stages = {stage: numbers_of(7, 8, 9) for stage in replay.STAGES}
+    others = {stage: numbers_of(*x) for stage, x in others.items()}
+    return {**stages, "gradients": numbers_of(*digests), **others}
+
+  fine, third = of(7, 8, 9), of(7, 5, 9, left=[1, 2, 3])
+  found = judge((fine, fine, third), meshes)
+  device = mesh.devices.flat[0].id
+  assert found == replay.Verdict((2,), False, False, "gradients", (0,), (device,))
+  assert found.majority == 0
+  assert judge((third, fine, fine), meshes).majority == 2
+  assert judge((third, fine, fine), meshes).devices == (mesh.devices.flat[1].id,)
+  spread = judge((fine, of(1, 2, 3), fine), meshes)
+  assert (spread.majority, len(spread.devices)) == (0, 3)
+  none = judge((fine, third, of(7, 6, 9)), meshes)
+  assert (none.majority, none.undecided, none.devices) == (None, True, ())
+  # A device that is always wrong: another shard is wrong in each computation.
+  broken = judge((of(5, 8, 9), of(7, 8, 4), of(7, 3, 9)), meshes)
+  assert broken.devices == (device,)
+  assert (broken.wrong, broken.majority) == ((0, 1, 2), None)
+  assert judge((fine, fine, fine), meshes).wrong == ()
+
+
+def test_on_two_devices_an_error_that_repeats_is_no_majority():
+  """Device 0 is always wrong, in shard 0, shard 1 and shard 0: two computations agree on it."""
+  wrong, other = ({stage: numbers_of(*x) for stage in replay.STAGES} for x in ((5, 8), (7, 4)))
+  found = judge((wrong, other, wrong), meshes_of(2))
+  assert found == replay.Verdict((1,), False, True, "read", (0,), ())
+  assert found.majority is None
+  mixed = judge(({**wrong, "left": numbers_of(1, 2)}, other, wrong), meshes_of(2))
+  assert (mixed.majority, mixed.undecided, mixed.unconfirmed, mixed.devices) == (
+    None, True, False, (),
+  )  # fmt: skip
+  # Two that agree on other devices are believed; a single device is all that there is.
+  assert judge((wrong, other, other), meshes_of(2)).majority == 2
+  assert judge((wrong, wrong, other), meshes_of(2)).majority == 0
+  alone = [{stage: numbers_of(x) for stage in replay.STAGES} for x in (5, 7, 5)]
+  assert judge(alone, meshes_of(1)).majority == 0
+
+
+@pytest.fixture(scope="module")
+def trainer():
+  return faults_replay.Trainer((1, 2, 2), 1)
+
+
+@pytest.mark.parametrize("kind", faults_replay.KINDS)
+def test_a_flip_is_found_and_its_device_named(trainer, kind):
+  for seed in range(3):
+    found = trainer.trial(kind, np.random.default_rng([5, seed]))
+    assert (found["found"], found["named"]) == (True, True), found
+    assert found["recovered"] is (None if kind in ("parameters", "moments") else True)
+
+
+def test_no_flip_is_no_alarm(trainer):
+  found = trainer.trial("none", np.random.default_rng(5))
+  assert (found["found"], found["recovered"]) == (False, True)
+
+
+def test_a_wrong_state_is_gone_when_the_right_one_is_copied(trainer, monkeypatch):
+  """No third state is held, in any of the two computations the bit flips."""
+  states, gone = [], []
+
+  def recorded(*args, **kwargs):
+    found = trainer._checked(*args, **kwargs)
+    states.append(found[0])
+    return found
+
+  def copied(tree, *args):
+    gone.append([x.is_deleted() for x in jax.tree.leaves(states[1])])
+    return moved_back(tree, *args)
+
+  monkeypatch.setattr(trainer, "_steps", dataclasses.replace(trainer._steps, checked=recorded))
+  monkeypatch.setattr(replay, "moved_back", copied)
+  for seed in range(4):
+    states.clear()
+    found = trainer.trial("gradients", np.random.default_rng([5, seed]))
+    assert (len(states), found["recovered"]) == (3, True)
+  assert 0 < len(gone) < 4  # Only if the first computation, which runs second, was wrong.
+  assert all(all(deleted) for deleted in gone)
+
+
+def test_a_flip_that_is_not_compared_is_not_found(trainer, monkeypatch):
+  """The negative control: without the comparison a run goes on with another state."""
+  monkeypatch.setattr(replay, "equal", lambda a, b, tolerance=0.0: np.ones_like(a.digest, bool))
+  found = [trainer.trial("gradients", np.random.default_rng([5, seed])) for seed in range(6)]
+  assert not any(result["found"] for result in found)
+  assert any(not result["recovered"] for result in found)
+
+
+def test_flips_above_a_tolerance_are_found(trainer):
+  """Bit 30 of a number below 2 makes it huge; bit 0 is rounding."""
+  for bit, is_found in ((30, True), (0, False)):
+    rng = types.SimpleNamespace(integers=lambda n, bit=bit: bit if n == 32 else n // 3)
+    found = trainer.trial("gradients", rng, replay_tolerance=1e-3)
+    assert found["found"] is is_found, found
+
+
+def wrong_replay(step=0, **fields):
+  """A Replay whose computations are told what they find; 4 devices."""
+  mesh = mesh_of(1, 4, 1)
+  config = TrainConfig(**{"replay_every": 2, "checkpoint_every": 500, **fields})
+  steps = types.SimpleNamespace(train=None, checked=None)
+  return Replay(steps, config, step, mesh)
+
+
+def test_a_start_says_once_where_steps_are_checked(trainer, capsys):
+  with jax.set_mesh(trainer.mesh):
+    replaying(trainer._steps, TrainConfig(replay_every=1_000), trainer._state)
+  assert capsys.readouterr().out == (
+    "train: one step in 1,000 is checked on other devices (train.replay_every).\n"
+  )
+
+
+def test_the_second_fault_of_a_start_stops_it(capsys):
+  found = wrong_replay()
+  device = jax.devices()[2]
+  one = replay.Verdict((1,), False, False, "gradients", (0,), (device.id,))
+  found._report(one, ["embed"])
+  printed = capsys.readouterr().out
+  assert printed.startswith("train: warning: step 0: one of three computations was wrong, in gradi")
+  assert f"(embed); the error was made on device {device.id} (cpu) of process 0 on" in printed
+  with pytest.raises(
+    UserError, match=r"step 0: .*; step 0: .* report the device .*--excl"
+  ) as error:
+    found._report(one, ["embed"])
+  assert error.value.exit_code == 2
+
+
+def test_two_that_agree_on_the_same_devices_stop_the_run():
+  one = replay.Verdict((1,), False, True, "gradients", (0,), ())
+  same = r"^step 0: two of three .* \(embed\), but they ran on the same .* the error is unknown"
+  with pytest.raises(UserError, match=same) as error:
+    wrong_replay()._report(one, ["embed"])
+  assert error.value.exit_code == 2
+
+
+def test_all_processes_follow_the_first_one_that_found_a_difference(monkeypatch):
+  """Through JSON, as processes exchange it; another process read other fingerprints."""
+  nothing = replay.Verdict((), False, False, "left", (), ())
+  one, other = (replay.Verdict((i,), False, False, "gradients", (0, 3), (i,)) for i in (1, 0))
+  for verdicts, expected in (((one, other), one), ((nothing, other), other)):
+    found = json.loads(json.dumps([dataclasses.asdict(v) for v in verdicts]))
+    monkeypatch.setattr(distributed, "gather", lambda value, found=found: found)
+    assert [replay._agreed(v) for v in verdicts] == [expected, expected]
+
+
+def test_a_changed_state_starts_again_unless_a_checkpoint_may_hold_it():
+  before = numbers_of(1, 2, 3, 4)
+  changed = replay._changed(before, numbers_of(1, 2, 3, 5))
+  assert changed == ([0], [3])
+  assert replay._changed(None, before) == replay._changed(before, before) == ([], [])
+  with pytest.raises(
+    TryAgain, match=r"step 1 left .* step 2 reads: b has changed on device 3 \(cpu"
+  ):
+    wrong_replay(2)._raise_changed(([1], [3]), ["a", "b"])
+  with pytest.raises(UserError, match="Checkpoint 1 may hold the error: go back to one b") as error:
+    wrong_replay(2, checkpoint_every=1)._raise_changed(([1], [3]), ["a", "b"])
+  assert error.value.exit_code == 2
+
+
+def test_replicas_of_a_shard_by_hand():
+  """The literals of the docstrings."""
+  mesh = mesh_of(2, 2, 1)
+  with jax.set_mesh(mesh):
+    x = {"split": jnp.zeros(2, out_sharding=jax.P("fsdp")), "whole": jnp.zeros(2)}
+    assert first_replicas(x, mesh).tolist() == [[0, 0], [1, 0], [0, 0], [1, 0]]
+
+  def found(digests, first, tolerance=0.0):
+    return different_replicas(numbers_of(*digests), np.array(first)[:, None], tolerance)
+
+  assert found([7, 7, 5, 7, 7], [0] * 5) == ([0], [2])
+  assert found([7, 8, 7, 9], [0, 1, 0, 1]) == ([0], [1, 3])
+  assert found([7, 7, 5, 5], [0] * 4) == ([0], [0, 1, 2, 3])
+  assert found([7, 8, 7, 8], [0, 1, 0, 1]) == ([], [])
+  assert found([7, 8, 9, 6], [0, 1, 2, 3]) == ([], [])
+  # The first device may be the wrong one; equal projections are enough for a tolerance.
+  assert found([5, 7, 7], [0] * 3) == ([0], [0])
+  assert found([5, 7, 7], [0] * 3, 1e-3) == ([], [])
+
+
+@pytest.fixture(scope="module")
+def replicated():
+  return [faults_replay.Trainer(shape, 1) for shape in ((8, 1, 1), (2, 2, 1))]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_flip_in_one_replica_is_found_at_the_next_checked_step(replicated, number):
+  """After unchecked steps, in parameters and moments; of two replicas, both are named."""
+  for seed, kind in enumerate((*faults_replay.REPLICAS, faults_replay.REPLICAS[0])):
+    found = replicated[number].trial(kind, np.random.default_rng([7, seed]))
+    assert (found["found"], found["named"], found["recovered"]) == (True, True, None), found
+    assert "step 5 reads replicas that are not equal, but were at step 0" in found["sentence"]
+    assert ("is unknown" in found["sentence"]) is (number == 1)
+  found = replicated[number].trial("none", np.random.default_rng(7))
+  assert (found["found"], found["recovered"]) == (False, True)
+
+
+def test_a_flip_in_one_replica_stays_if_replicas_are_not_compared(replicated, monkeypatch):
+  """The negative control: no later computation shows it, and the run goes on with it."""
+  monkeypatch.setattr(replay, "different_replicas", lambda *args: ([], []))
+  found = replicated[0].trial(faults_replay.REPLICAS[0], np.random.default_rng([7, 0]))
+  assert (found["found"], found["recovered"]) == (False, False)
+
+
+def test_a_flip_in_one_replica_above_a_tolerance_is_found(replicated):
+  for bit, is_found in ((30, True), (0, False)):
+    rng = types.SimpleNamespace(integers=lambda n, bit=bit: bit if n == 32 else n // 3)
+    found = replicated[0].trial(faults_replay.REPLICAS[0], rng, replay_tolerance=1e-3)
+    assert found["found"] is is_found, found
+
+
+def test_different_replicas_start_again_unless_a_checkpoint_may_hold_them():
+  """Those are equal at the start, and at each checked step."""
+  one, pair, names = ([1], [3]), ([0, 1], [1, 3]), ["a", "b"]
+  with pytest.raises(TryAgain, match=r"b; device 3 \(cpu\) of .* holds what no other.*replay_tol"):
+    wrong_replay(9, checkpoint_every=9)._raise_apart(one, names)
+  wrong = wrong_replay(4, checkpoint_every=5)
+  wrong._step = 6
+  known = (
+    "were at step 4: a, b; device 1 .*, device 3 .* is unknown. Checkpoint 5 may .* before step 5"
+  )
+  with pytest.raises(UserError, match=known) as error:
+    wrong._raise_apart(pair, names)
+  assert error.value.exit_code == 2
+  wrong._sound = 5
+  with pytest.raises(TryAgain):
+    wrong._raise_apart(pair, names)
+  wrong_replay()._raise_apart(([], []), names)
+
+
+def test_all_processes_name_the_replicas_that_the_first_one_found():
+  assert replay._first([([], []), ([1], [3]), ([0], [2])]) == ([1], [3])
+  assert replay._first([([], []), ([], [])]) == ([], [])
+
+
+def test_a_run_with_checked_steps_learns_the_same(whole, loader, tmp_path, capsys):
+  """Bit for bit on the CPU, here on its only device, which is said."""
+  runs.run(tmp_path, loader, replay_every=5)
+  assert capsys.readouterr().out.count("one step in 5 is checked on the only device") == 1
+  assert runs.losses(tmp_path) == runs.losses(whole[0])
+  lines = read_json_lines(epath.Path(tmp_path) / "metrics" / "metrics.jsonl")
+  checked = {line["step"]: line["replay_faults"] for line in lines if "replay_faults" in line}
+  assert checked == {5: 0, 10: 0}
+
+
+def test_without_replay_the_steps_are_those_of_before():
+  steps = types.SimpleNamespace()
+  assert replaying(steps, TrainConfig(), None) is steps

@@ -1,0 +1,292 @@
+"""Rows that a run leaves out, and what is said of the rows of skipped steps."""
+
+import os
+import signal
+
+from etils import epath
+from hypothesis import given
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm3leon_jax.config import INTERRUPTED, UserError
+from cm3leon_jax.data.pipeline import RowLoader
+from cm3leon_jax.io import read_json_lines
+from cm3leon_jax.models import transformer
+from cm3leon_jax.training.checkpoints import checkpoint
+from cm3leon_jax.training.faults import skipped_rows
+from cm3leon_jax.training.faults.skipped_rows import GoBack, parse, row_number
+from cm3leon_jax.training.objective import NewestState
+from cm3leon_jax.training.step import numerics
+from tests.data.stores import VOCAB, make_plan, make_sources
+from tests.models.tiny import mesh_of
+from tests.training.runs import (
+  MODEL,
+  STEPS,
+  Crash,
+  assert_equal,
+  crash_at,
+  losses,
+  run,
+)  # fmt: skip
+
+
+class Poisoned(RowLoader):
+  """Rows of which some have an infinite loss weight, as of a damaged store."""
+
+  bad: range = range(0)
+
+  def __getitem__(self, i):
+    row = super().__getitem__(i)
+    if i in self.bad:
+      row["loss_weights"][np.flatnonzero(row["loss_weights"])[3]] = np.inf
+    return row
+
+
+@pytest.fixture(scope="module")
+def loader(tmp_path_factory):
+  return Poisoned(make_plan(make_sources(tmp_path_factory.mktemp("stores"))), VOCAB)
+
+
+@pytest.fixture(autouse=True)
+def no_bad_rows(loader):
+  yield
+  loader.bad = range(0)
+
+
+def logged(folder):
+  return read_json_lines(folder / "metrics" / "metrics.jsonl")
+
+
+def params_of(folder, step=None):
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    return checkpoint.load_params(folder, MODEL, step)[0]
+
+
+def skipped_steps(folder):
+  return [line["step"] for line in logged(folder) if line.get("skipped")]
+
+
+def test_row_number_by_hand():
+  skipped = [range(6, 7), range(2, 4)]
+  assert [row_number(i, skipped) for i in range(5)] == [0, 1, 4, 5, 7]
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), max_size=5), st.integers(0, 40))
+def test_row_numbers_are_those_that_are_left(ranges, i):
+  skipped = [range(start, start + length) for start, length in ranges]
+  left = [n for n in range(200) if not any(n in rows for rows in skipped)]
+  assert row_number(i, skipped) == left[i]
+
+
+def test_a_skipped_step_is_as_if_its_rows_were_left_out(loader, tmp_path, capsys):
+  """Rows 32 to 39 are those of step 5. A killed run skips it again."""
+  run(tmp_path / "without", loader, skipped=(range(32, 40),))
+  loader.bad = range(35, 36)
+  run(tmp_path / "whole", loader)
+  assert skipped_steps(tmp_path / "whole") == [5]
+  found, expected = losses(tmp_path / "whole"), losses(tmp_path / "without")
+  assert sorted(found) == [1, 2, 3, 4, *range(6, STEPS + 1)]
+  assert [*found.values()] == [*expected.values()][:-1]
+  printed = capsys.readouterr().out
+  assert printed.count(" | skipped\n") == 1
+  assert "train: 1 of the steps were skipped." in printed
+  killed = tmp_path / "killed"
+  with pytest.raises(Crash):
+    run(killed, loader, sample_grid=crash_at(7, killed), sample_every=1)
+  run(killed, loader)
+  assert losses(killed) == found
+  assert_equal(params_of(killed), params_of(tmp_path / "whole"))
+
+
+def test_a_killed_run_decides_on_spikes_as_one_that_was_not_killed(loader, tmp_path, monkeypatch):
+  monkeypatch.setattr(numerics, "SETTLED", 3)
+  options = {"skip_above": 0.9, "max_skipped": STEPS}
+  run(tmp_path / "whole", loader, **options)
+  steps = skipped_steps(tmp_path / "whole")
+  assert 0 < len(steps) < STEPS - 3
+  killed = tmp_path / "killed"
+  with pytest.raises(Crash):
+    run(killed, loader, sample_grid=crash_at(11, killed), sample_every=1, **options)
+  run(killed, loader, **options)
+  assert skipped_steps(killed) == steps
+  assert losses(killed) == losses(tmp_path / "whole")
+
+
+def test_too_many_skipped_steps_stop_the_run_and_it_goes_on_without_their_rows(loader, tmp_path):
+  """Steps 6 and 7 read rows 40 to 55. What was saved is of before them."""
+  whole, folder = tmp_path / "whole", tmp_path / "run"
+  run(whole, loader, skipped=(range(40, 56),), checkpoint_every=1)
+  loader.bad = range(42, 52, 9)  # 42 and 51.
+  message = (
+    r"^step 7 is skipped after 1 others in a row \(train\.max_skipped\): its loss is nan, .*: rows "
+    r"40 to 55 were read, and 2 of them have a loss that is not finite; .*cm3leon inspect_data "
+    r"--skipped` .* --resume_from=STEP --skip_rows=40:55` goes on"
+  )
+  with pytest.raises(UserError, match=message):
+    run(folder, loader, max_skipped=1, checkpoint_every=1)
+  assert skipped_steps(folder) == [6, 7]
+  saved = {path.name.partition(".")[0] for path in (folder / checkpoint.FOLDER).iterdir()}
+  assert {"4"} <= saved <= {"3", "4", "5"}  # The save of step 5 may have been in flight.
+  found = skipped_rows.load(epath.Path(folder))
+  assert sorted(found.numbers.tolist()) == list(range(40, 56))
+  assert found.numbers[:2].tolist() == [42, 51]
+  assert np.isnan(found.losses[:2]).all()
+  assert (np.diff(found.losses[2:]) <= 0).all()
+  for i, number in enumerate(found.numbers.tolist()):
+    for name, array in loader[number].items():
+      np.testing.assert_array_equal(found.rows[name][i], array)
+  back = GoBack(4, range(40, 56))
+  loader.bad = range(40, 56)  # None of these rows is read any more.
+  with pytest.raises(Crash):
+    run(
+      folder, loader, skipped=(back.rows,), go_back=back, sample_every=1,
+      sample_grid=crash_at(9, folder), max_skipped=0, checkpoint_every=1,
+    )  # fmt: skip
+  (recorded,) = skipped_rows.read(epath.Path(folder))
+  assert recorded == back
+  run(folder, loader, skipped=(recorded.rows,), max_skipped=0, checkpoint_every=1)
+  assert losses(folder) == losses(whole)
+  assert_equal(params_of(folder), params_of(whole))
+  (event,) = [line for line in logged(folder) if line.get("event") == "left_out"]
+  assert event == {"step": 4, "event": "left_out", **back.as_json}
+  resumed = [line for line in logged(folder) if line.get("event") == "resumed"]
+  assert all(line["replayed"] == line["identical"] for line in resumed)
+
+
+def sealed(folder):
+  return sorted(int(x.stem) for x in (folder / f"{checkpoint.FOLDER}.digests").glob("*.json"))
+
+
+def stop_after(loader, folder, step, **options):
+  """Sends SIGTERM after a step, so that the run notices it after the next one."""
+
+  def grid(_, at):
+    if at == step:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with pytest.raises(SystemExit) as end:
+    run(folder, loader, sample_grid=grid, sample_every=1, **options)
+  assert end.value.code == INTERRUPTED
+
+
+def test_signals_while_steps_are_skipped_keep_the_checkpoint_from_before(loader, tmp_path, capsys):
+  """Steps 6 to 9 read rows 40 to 71, a bad one each; step 5 is the first after checkpoint 4."""
+  loader.bad = range(40, 72, 8)
+  whole, folder = tmp_path / "whole", tmp_path / "run"
+  run(whole, loader)
+  assert skipped_steps(whole) == [6, 7, 8, 9]
+  assert sealed(whole) == [4, 12]  # Not 8.
+  stop_after(loader, folder, 5)
+  assert f"stopped at step 6 of 12; saved in {folder}: the same" in capsys.readouterr().out
+  assert sealed(folder) == [4, 6]
+  of_step_6 = params_of(folder)
+  stop_after(loader, folder, 7)  # Nothing was learned since step 6.
+  assert "stopped at step 8 of 12; all steps since 6 were skipped, so" in capsys.readouterr().out
+  assert sealed(folder) == [4, 6]
+  without = tmp_path / "without"
+  run(without, loader, skipped=(range(40, 72),), checkpoint_every=5, keep_checkpoints=3)
+  assert_equal(of_step_6, params_of(without, 5))
+  run(folder, loader)
+  assert losses(folder) == losses(whole)
+  assert_equal(params_of(folder), params_of(whole))
+
+
+def test_the_last_step_is_saved_though_it_is_skipped(loader, tmp_path):
+  """Step 12 reads rows 88 to 95, one of them bad; the state is that of step 11."""
+  loader.bad = range(90, 91)
+  assert run(tmp_path, loader)["steps"] == STEPS
+  assert skipped_steps(tmp_path) == [12]
+  assert sealed(tmp_path) == [8, 12]
+  without = tmp_path / "without"
+  run(without, loader, skipped=(range(88, 96),), checkpoint_every=11)
+  assert_equal(params_of(tmp_path), params_of(without, 11))
+
+
+def test_a_checkpoint_to_go_back_to_must_exist(loader, tmp_path):
+  run(tmp_path, loader, steps=4)
+  back = GoBack(3, range(40, 56))
+  with pytest.raises(UserError, match=r"has no sealed checkpoint of step 3: it has 4\."):
+    run(tmp_path, loader, skipped=(back.rows,), go_back=back)
+  assert skipped_rows.read(epath.Path(tmp_path)) == []
+
+
+def test_a_parameter_that_is_not_finite_is_not_saved(tmp_path):
+  """The NaN is of a position that no row reaches, so loss and gradient do not show it."""
+  loader = RowLoader(make_plan(make_sources(tmp_path / "stores"), sequence_length=96), VOCAB)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    params = transformer.init_params(MODEL, jax.random.key(0))
+    last = jnp.arange(MODEL.max_positions)[:, None] == MODEL.max_positions - 1
+    params["positions"] = jnp.where(last, np.nan, params["positions"])
+  message = r"^checkpoint 4 is not saved: params\.positions.* hold NaNs or infinities: lower "
+  with pytest.raises(UserError, match=message):
+    run(tmp_path, loader, initial_params=lambda: params, tensorboard=False)
+  assert skipped_steps(tmp_path) == []
+  assert checkpoint.Checkpoints(tmp_path, 2).newest() is None
+
+
+def test_flags_by_hand():
+  assert parse(None, "") is None
+  assert parse(500, "4000:4799") == GoBack(500, range(4000, 4800))
+  assert GoBack(500, range(4000, 4800)).as_json == {
+    "resume_from": 500, "first": 4000, "last": 4799,
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("resume_from", "skip_rows", "sentence"),
+  [
+    (500, "", "--resume_from and --skip_rows go together"),
+    (None, "1:2", "--resume_from and --skip_rows go together"),
+    (500, "7", r"--skip_rows is '7'; it must be FIRST:LAST"),
+    (500, "9:7", r"--skip_rows is '9:7'; it must be FIRST:LAST"),
+    (500, "-1:7", "it must be FIRST:LAST"),
+    (500, "1:" + "9" * 5_000, "it must be FIRST:LAST"),
+  ],
+)
+def test_wrong_flags_are_refused(resume_from, skip_rows, sentence):
+  with pytest.raises(UserError, match=sentence):
+    parse(resume_from, skip_rows)
+
+
+def test_rows_that_the_checkpoint_has_read_are_refused():
+  """The checkpoint says how many, whatever the size of its batches was."""
+  done = [GoBack(1, range(10, 12))]
+  with pytest.raises(UserError, match=r"checkpoint 4 has read the rows before 34 already"):
+    skipped_rows.check(GoBack(4, range(33, 40)), done, 32)
+  skipped_rows.check(GoBack(4, range(34, 40)), done, 32)
+
+
+def test_rows_of_steps_are_counted_from_where_the_trainer_began():
+  """100 steps of 16 rows, then steps of 8 rows."""
+  newest = NewestState(lambda state, batch: (state, {}), 100, 1_600)
+  assert newest.rows_of(range(101, 103), 8) == range(1_600, 1_616)
+  assert newest.rows_of(range(103, 104), 8) == range(1_616, 1_624)
+
+
+def test_a_checkpoint_says_which_row_is_next(tmp_path):
+  with pytest.raises(UserError, match=r"has no checkpoint: run"):
+    checkpoint.next_row(tmp_path, 4)
+  with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+    checkpoints.save({"a": np.zeros(3, np.float32)}, 4, 1_234)
+  assert checkpoint.next_row(tmp_path, 4) == 1_234
+  with pytest.raises(UserError, match=r"no checkpoint of step 3 any more: the newest is 4"):
+    checkpoint.next_row(tmp_path, 3)
+
+
+@pytest.mark.parametrize("content", ["[3]", "{}", '[{"resume_from": 1}]', "[", '{"a": 1}'])
+def test_a_damaged_record_is_refused(tmp_path, content):
+  (tmp_path / skipped_rows.RECORD).write_text(content)
+  with pytest.raises(UserError, match=skipped_rows.RECORD):
+    skipped_rows.read(epath.Path(tmp_path))
+
+
+def test_a_damaged_file_of_rows_is_refused(tmp_path):
+  folder = epath.Path(tmp_path)
+  with pytest.raises(UserError, match="does not exist: no run stopped there"):
+    skipped_rows.load(folder)
+  (folder / skipped_rows.ROWS).write_bytes(b"PK\x03\x04 no archive")
+  with pytest.raises(UserError, match="is damaged"):
+    skipped_rows.load(folder)

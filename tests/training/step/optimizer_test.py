@@ -1,0 +1,152 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm3leon_jax.training.step.optimizer import (
+  OptimizerConfig,
+  create_optimizer,
+  learning_rate_schedule,
+  update_average,
+)
+
+
+@pytest.mark.parametrize(("schedule", "middle"), [("cosine", 0.55), ("linear", 0.55)])
+def test_schedule_literals(schedule, middle):
+  rate = learning_rate_schedule(
+    OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule=schedule), 110
+  )
+  assert [float(rate(s)) for s in (0, 5, 10)] == pytest.approx([0.0, 0.5, 1.0])
+  assert float(rate(60)) == pytest.approx(middle)
+  assert float(rate(110)) == pytest.approx(0.1)
+
+
+def test_warm_up_takes_at_most_half_of_a_short_run():
+  rate = learning_rate_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=1_500), 20)
+  assert float(rate(10)) == pytest.approx(1.0)
+
+
+def adamw_by_hand(gradients, decay_mask):
+  """AdamW (Loshchilov & Hutter 2019, algorithm 2) after clipping, in float64, with OPT's numbers.
+
+  Args:
+    gradients: [steps, n].
+    decay_mask: [n], 1 where weights decay.
+
+  Returns:
+    [steps, n] updates of parameters that stay 2, at learning rate 1.
+  """
+  b1, b2, eps, decay, clip = 0.9, 0.95, 1e-8, 0.1, 1.0
+  m = v = np.zeros(gradients.shape[1])
+  updates = []
+  for t, g in enumerate(gradients.astype(np.float64), 1):
+    g = g * min(1.0, clip / np.linalg.norm(g))
+    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+    scaled = m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
+    updates.append(-(scaled + decay * 2.0 * decay_mask))
+  return np.array(updates)
+
+
+def test_the_default_updates_are_those_of_adamw_by_hand():
+  """Gradients within and far beyond the bound of clipping, and elements as small as 1e-5."""
+  config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, final_fraction=1.0)
+  optimizer = create_optimizer(config, 100)
+  gradients = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+  gradients *= np.array([0.1, 30, 1e-5, 5, 0.01, 0.3], np.float32)[:, None]
+  gradients[:, :2] *= 1e-4
+  params = {"scale": jnp.full(4, 2.0), "weight": jnp.full(4, 2.0)}
+  state, found = optimizer.init(params), []
+  for g in gradients:
+    updates, state = optimizer.update({"scale": g[:4], "weight": g[4:]}, state, params)
+    found.append(np.concatenate([updates["scale"], updates["weight"]]))
+  expected = adamw_by_hand(gradients, np.repeat([0, 1], 4))
+  np.testing.assert_allclose(np.array(found), expected, rtol=2e-4, atol=1e-6)
+  assert np.linalg.norm(gradients, axis=1).max() > 10
+
+
+def test_decay_spares_norm_scales():
+  optimizer = create_optimizer(
+    OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5), 10
+  )
+  params = {"norm": {"scale": jnp.ones(3)}, "embed": jnp.ones(3)}
+  updates, _ = optimizer.update(
+    jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+  )
+  np.testing.assert_allclose(updates["norm"]["scale"], 0)
+  np.testing.assert_allclose(updates["embed"], -0.5)
+
+
+def test_decay_may_spare_the_tables_of_tokens_and_positions():
+  config = OptimizerConfig(
+    learning_rate=1.0, warmup_steps=0, weight_decay=0.5, decay_embeddings=False
+  )
+  optimizer, params = (
+    create_optimizer(config, 10),
+    {name: jnp.ones(3) for name in ("embed", "positions", "head")},
+  )
+  updates, _ = optimizer.update(
+    jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+  )
+  for name, change in (("embed", 0), ("positions", 0), ("head", -0.5)):
+    np.testing.assert_allclose(updates[name], change)
+
+
+def test_the_first_moment_may_be_kept_in_bfloat16():
+  params = {"embed": jnp.ones(3)}
+  step = {}
+  for dtype in ("float32", "bfloat16"):
+    optimizer = create_optimizer(
+      OptimizerConfig(first_moment_dtype=dtype, warmup_steps=0, clip_norm=1e9), 10
+    )
+    state = optimizer.init(params)
+    assert state[1][0].mu["embed"].dtype == dtype
+    assert state[1][0].nu["embed"].dtype == jnp.float32
+    for gradient in (0.3, 0.111):
+      updates, state = optimizer.update({"embed": jnp.full(3, gradient)}, state, params)
+    step[dtype] = np.asarray(updates["embed"])
+  np.testing.assert_allclose(step["bfloat16"], step["float32"], rtol=2**-8)
+  assert np.any(step["bfloat16"] != step["float32"])
+
+
+def test_the_average_is_the_recursion_of_its_documentation():
+  """In float64; decays are 1/10, 2/11, 3/12, ... up to 0.5, which step 8 reaches."""
+  params = np.random.default_rng(0).normal(size=(12, 5))
+  average, found = params[0] * 3, {"a": jnp.asarray(params[0] * 3, jnp.float32)}
+  for step, new in enumerate(params):
+    decay = min(0.5, (1 + step) / (10 + step))
+    average = decay * average + (1 - decay) * new
+    found = update_average(found, {"a": jnp.float32(new)}, 0.5, jnp.int32(step))
+    np.testing.assert_allclose(found["a"], average, rtol=1e-5, atol=1e-6)
+
+
+def test_muon_makes_the_updates_of_matrices_orthogonal_and_of_the_size_of_adamw():
+  """Each matrix of the stack, read with its heads side by side; the rest is AdamW's."""
+  rng = np.random.default_rng(0)
+  shapes = {"qkv": (2, 3, 8, 2, 3), "out": (2, 2, 3, 8), "up": (2, 8, 12), "embed": (5, 8)}
+  gradients = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
+  optimizer = create_optimizer(
+    OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0), 10
+  )
+  params = jax.tree.map(jnp.zeros_like, gradients)
+  updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+  matrices = {"qkv": (6, 8, 6), "out": (2, 6, 8), "up": (2, 8, 12)}
+  for name, shape in matrices.items():
+    # Five iterations bring all singular values of a full matrix near 1 (Jordan et al. 2024).
+    values = np.linalg.svd(np.asarray(updates[name]).reshape(shape), compute_uv=False)
+    assert np.all(np.abs(values / (0.2 * max(shape[1:]) ** 0.5) - 1) < 0.35), name
+    assert np.vdot(updates[name], gradients[name]) < 0
+    raw = np.linalg.svd(np.asarray(gradients[name]).reshape(shape), compute_uv=False)
+    assert raw.max() / raw.min() > 3  # The gradients are far from orthogonal.
+  embed = updates["embed"] * -jnp.sign(gradients["embed"])
+  np.testing.assert_allclose(embed, embed[0, 0], rtol=1e-3)  # Adam's first step.
+
+
+def test_muon_decays_what_adamw_decays():
+  config = OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.5)
+  optimizer = create_optimizer(config, 10)
+  params = {"norm": {"scale": jnp.ones(3)}, "up": jnp.ones((3, 3)), "embed": jnp.ones(3)}
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+  np.testing.assert_allclose(updates["norm"]["scale"], 0)
+  np.testing.assert_allclose(updates["up"], -0.5)
+  np.testing.assert_allclose(updates["embed"], -0.5)

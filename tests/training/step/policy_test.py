@@ -1,0 +1,197 @@
+"""The policy of image codes is what the decoder samples from; its step follows its definition."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cm3leon_jax.decoding import request as request_lib
+from cm3leon_jax.decoding.generator import Generator, GeneratorConfig
+from cm3leon_jax.decoding.sampling import SamplingConfig
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.positions import positions_of
+from cm3leon_jax.training.step import policy
+from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.step.state import TrainState
+from cm3leon_jax.vocab import VocabLayout
+from tests.models.tiny import mesh_of, model_logits, random_params
+
+VOCAB = VocabLayout(num_special=8, text_size=264, image_size=32)
+IMAGE = 6  # Codes of an image.
+SAMPLING = SamplingConfig(guidance=1.5, top_k=0, top_p=1.0)
+WEIGHTS = np.float32([1.5, -0.5])
+PROMPTS = [[20, 21, 22], [30], [20, 23], [24, 25, 26, 27, 28]]
+
+
+def model_config(family):
+  return ModelConfig(
+    family=family, vocab_size=VOCAB.size, num_layers=2, width=32, num_heads=4, mlp_width=64,
+    max_positions=64, dtype="float32", remat_policy="none", align_images=family == "modern",
+  )  # fmt: skip
+
+
+@functools.cache
+def sampled(family):
+  """Two samples of each prompt: the model, requests, codes [8, I] and their log-probabilities."""
+  model = model_config(family)
+  requests = [request_lib.text_to_image(VOCAB, IMAGE, caption) for caption in PROMPTS]
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    config = GeneratorConfig(model, VOCAB, IMAGE, 64, SAMPLING)
+    results = Generator(random_params(model), config).generate(requests, range(4), samples=2)
+  codes = np.stack([result.codes(VOCAB) for result in results])
+  return model, requests, codes, np.stack([result.log_probs[:IMAGE] for result in results])
+
+
+def rollout_of(family, values=None):
+  model, requests, codes, _ = sampled(family)
+  rows = []
+  for i, sample in enumerate(codes):
+    for prompt in requests[i // 2].streams:
+      ids = np.concatenate([prompt, VOCAB.image_ids(sample)])
+      rows.append((ids, positions_of(ids, VOCAB, model.align_images)))
+  arrays = policy.pad_rows(rows, IMAGE, VOCAB.pad)
+  values = np.ones(8, np.float32) if values is None else values
+  return policy.Rollout(*arrays, codes, np.tile(WEIGHTS, (8, IMAGE, 1)), values)
+
+
+def log_probs(family, shape, rollout, temperature=1.0):
+  model = model_config(family)
+  with jax.set_mesh(mesh_of(*shape)):
+    compute = jax.jit(
+      functools.partial(policy.guided_log_probs, model, VOCAB.text_size, temperature)
+    )
+    return np.asarray(compute(random_params(model), policy.place(rollout)))
+
+
+def chosen(found, codes):
+  return np.take_along_axis(found, codes[..., None], -1)[..., 0]
+
+
+@pytest.mark.parametrize(
+  ("family", "shape"),
+  [("opt", (1, 1, 1)), ("opt", (2, 2, 2)), ("modern", (1, 1, 1)), ("modern", (1, 8, 1))],
+)
+def test_log_probs_are_those_of_the_decoder(family, shape):
+  _, _, codes, expected = sampled(family)
+  rollout = rollout_of(family)
+  found = chosen(log_probs(family, shape, rollout), codes)
+  np.testing.assert_allclose(found, expected, atol=2e-5)
+  # Without guidance it is another distribution.
+  plain = rollout._replace(guidance=np.tile(np.float32([1, 0]), (8, IMAGE, 1)))
+  assert np.abs(chosen(log_probs(family, shape, plain), codes) - expected).max() > 0.05
+
+
+def test_a_stream_of_weight_0_changes_nothing():
+  rollout = rollout_of("opt")
+  padded = []
+  for x in rollout[:3]:
+    pairs = x.reshape(8, 2, -1)
+    padded.append(np.concatenate([pairs, pairs[:, :1]], 1).reshape(24, -1))
+  guidance = np.concatenate([rollout.guidance, np.zeros((8, IMAGE, 1), np.float32)], -1)
+  more = policy.Rollout(*padded, rollout.codes, guidance, rollout.advantages)
+  np.testing.assert_allclose(
+    log_probs("opt", (1, 1, 1), more), log_probs("opt", (1, 1, 1), rollout), atol=1e-5
+  )
+
+
+def test_advantages_are_standard_deviations_of_a_group():
+  rewards = np.array([[0, 1], [1, 1], [0.1, 0.1 + 1e-9]])
+  np.testing.assert_allclose(policy.advantages(rewards), [[-1, 1], [0, 0], [0, 0]])
+  np.testing.assert_allclose(
+    policy.advantages(np.array([[1.0, 2, 3]])), [[-1.2247, 0, 1.2247]], 1e-4
+  )
+
+
+def test_rows_are_padded_on_the_left():
+  rows = [(np.array([1, 2, 91, 92]), np.array([-2, -1, 0, 1])), (np.arange(36), np.arange(36))]
+  inputs, positions, segment_ids = policy.pad_rows(rows, 2, 7)
+  assert inputs.shape == (2, 64 + 1)
+  assert inputs[0, -4:].tolist() == [7, 1, 2, 91]
+  assert positions[0, -4:].tolist() == [0, -2, -1, 0]
+  assert segment_ids[0].sum() == 3
+  assert inputs[1, -35:].tolist() == list(range(35))
+  assert segment_ids[1].sum() == 35
+
+
+def naive_loss(params, model, rollout, reference, kl_weight, temperature):
+  """The definition: logits of all ids of each stream, combined, image codes alone kept."""
+
+  def policy_of(params):
+    logits = model_logits(model, params, *rollout[:3])[:, -IMAGE:]
+    pairs = logits.reshape(8, 2, IMAGE, -1)
+    guided = WEIGHTS[0] * pairs[:, 0] + WEIGHTS[1] * pairs[:, 1]
+    return jax.nn.log_softmax(guided[..., VOCAB.text_size :] / temperature)
+
+  found, of_reference = policy_of(params), policy_of(reference)
+  kl = jnp.sum(jnp.exp(of_reference) * (of_reference - found), -1).mean()
+  one_hot = jax.nn.one_hot(rollout.codes, VOCAB.image_size)
+  values = jnp.sum(found * one_hot, -1) * rollout.advantages[:, None]
+  return -values.mean() + kl_weight * kl
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 8, 1)])
+def test_a_step_follows_the_gradient_of_its_definition(shape):
+  model, kl_weight, temperature = model_config("modern"), 0.3, 0.7
+  values = np.float32([1, -1, 0.5, -0.5, 0, 0, -2, 2])
+  rollout = rollout_of("modern", values)
+  rate = 0.5
+  optimizer = create_optimizer(
+    OptimizerConfig(learning_rate=rate, warmup_steps=0, clip_norm=1e9), 10
+  )
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    params, reference = random_params(model), random_params(model, seed=1)
+    options = (model, rollout, reference, kl_weight, temperature)
+    value, expected = jax.jit(jax.value_and_grad(lambda p: naive_loss(p, *options)))(params)
+    expected = jax.device_get(expected)
+  with jax.set_mesh(mesh_of(*shape)):
+    params, reference = random_params(model), random_params(model, seed=1)
+    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+    step = jax.jit(
+      functools.partial(
+        policy.policy_step, model, optimizer, VOCAB.text_size, kl_weight, temperature
+      )
+    )
+    new, metrics = step(state, reference, policy.place(rollout))
+    # Adam's first moment is (1 - b1) x the gradient.
+    moment = jax.device_get(new.opt_state[1][0].mu)
+  assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-4)
+  assert float(metrics["kl"]) > 0.1
+  assert int(new.step) == 1
+  scale = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+  for a, b in zip(jax.tree.leaves(moment), jax.tree.leaves(expected)):
+    np.testing.assert_allclose(a / 0.1, b, atol=2e-4 * scale)
+
+
+def test_steps_make_better_samples_more_likely_and_kl_holds_them_back():
+  model = model_config("modern")
+  values = np.float32([1, -1] * 4)
+  rollout = rollout_of("modern", values)
+  optimizer = create_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=0), 10)
+  gains, divergences = {}, {}
+  for kl_weight in (0.0, 10.0):
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+      params = random_params(model)
+      state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params), params)
+      step = jax.jit(
+        functools.partial(
+          policy.policy_step, model, optimizer, VOCAB.text_size, kl_weight, 1.0, ema_decay=0.5
+        )
+      )
+      placed = policy.place(rollout)
+      for i in range(5):
+        state, metrics = step(state, params, placed)
+        if i == 0:
+          assert float(metrics["kl"]) == pytest.approx(0, abs=1e-6)
+      compute = jax.jit(functools.partial(policy.guided_log_probs, model, VOCAB.text_size, 1.0))
+      before, after = (
+        chosen(np.asarray(compute(p, placed)), rollout.codes) for p in (params, state.params)
+      )
+    average = jax.tree.leaves(state.ema)[0]
+    assert not np.array_equal(average, jax.tree.leaves(params)[0])
+    change = (after - before).mean(1)
+    gains[kl_weight] = float((change * values).mean())
+    divergences[kl_weight] = float(metrics["kl"])
+  assert gains[0.0] > 0.01
+  assert divergences[10.0] < 0.5 * divergences[0.0]

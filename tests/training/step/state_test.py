@@ -1,0 +1,287 @@
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cm3leon_jax.configs import cm3leon_7b
+from cm3leon_jax.mesh import shard, spec
+from cm3leon_jax.models import transformer
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.training.step.loss import SOURCE_SUMS
+from cm3leon_jax.training.step.optimizer import OptimizerConfig, create_optimizer
+from cm3leon_jax.training.step.state import TrainState, init_state, train_step
+from tests.models.tiny import CONFIG, mesh_of, model_logits, random_params
+
+OPTIMIZER = create_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=2), 10)
+MUON = create_optimizer(OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=2), 10)
+B, L, S = 8, 16, 5  # S sources, the last one without targets.
+
+
+def make_batch(seed=0):
+  rng = np.random.default_rng(seed)
+  # Weights are unequal between micro-batches.
+  weights = rng.random((B, L)).astype(np.float32) * (rng.random((B, 1)) > 0.4)
+  batch = {name: rng.integers(0, 96, (B, L)).astype(np.int32) for name in ("inputs", "targets")}
+  batch["loss_weights"] = weights.astype(np.float32)
+  positions = np.tile(np.arange(L, dtype=np.int32), (B, 1))
+  return {**batch, "segment_ids": np.ones((B, L), np.int32), "positions": positions}
+
+
+def marked_batch(seed=0):
+  """A batch whose slots are marked with their sources, from 1."""
+  sources = np.random.default_rng(seed).integers(0, S, (B, L)).astype(np.int32)
+  return {**make_batch(seed), "sources": sources}
+
+
+def run(shape, accumulation, steps=3, z_loss=0.0, optimizer=OPTIMIZER, **fields):
+  """Returns [T, 4] losses and gradient norms, the state, and the first step's sums by source."""
+  config = dataclasses.replace(CONFIG, **fields)
+  with jax.set_mesh(mesh_of(*shape)):
+    state = init_state(config, optimizer, jax.random.key(0))
+    options = {"z_loss": z_loss, "num_sources": S}
+    step = jax.jit(functools.partial(train_step, config, optimizer, 60, accumulation, **options))
+    losses, sums = [], None
+    for i in range(steps):
+      batch = {n: shard(jnp.asarray(x), "batch", "length") for n, x in marked_batch(i).items()}
+      state, metrics = step(state, batch)
+      sums = jax.device_get([metrics[name] for name in SOURCE_SUMS]) if sums is None else sums
+      losses.append(
+        [float(metrics[name]) for name in ("loss", "image_loss", "text_loss", "grad_norm")]
+      )
+    return np.array(losses), jax.device_get(state), np.array(sums)
+
+
+@pytest.fixture(scope="module")
+def reference():
+  return run((1, 1, 1), 1)
+
+
+def test_loss_and_gradient_are_those_of_a_weighted_mean(reference):
+  """Written with all logits and jax.grad; the update itself would hide a gradient's scale."""
+  batch = make_batch(0)
+  weights, targets = batch["loss_weights"], batch["targets"]
+
+  def mean_nll(params):
+    logits = model_logits(CONFIG, params, batch["inputs"], batch["positions"], batch["segment_ids"])
+    log_probs = jax.nn.log_softmax(logits)
+    nll = -jnp.sum(log_probs * jax.nn.one_hot(targets, CONFIG.vocab_size), -1)
+    return jnp.sum(weights * nll) / jnp.sum(weights)
+
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    params = transformer.init_params(CONFIG, jax.random.key(0))
+    value, gradient = jax.jit(jax.value_and_grad(mean_nll))(params)
+    norm = optax.tree.norm(gradient)
+  np.testing.assert_allclose(reference[0][0, [0, 3]], [value, norm], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("shape", "accumulation"),
+  [((1, 1, 1), 4), ((2, 2, 2), 1), ((2, 2, 2), 2), ((1, 8, 1), 1), ((1, 2, 2, 2), 1)],
+)
+def test_mesh_and_accumulation_change_nothing(reference, shape, accumulation):
+  losses, state, sums = run(shape, accumulation)
+  np.testing.assert_allclose(losses, reference[0], rtol=2e-5)
+  (nll, weights), (expected_nll, expected_weights) = sums, reference[2]
+  np.testing.assert_allclose(nll, expected_nll, rtol=2e-5)
+  np.testing.assert_allclose(weights, expected_weights, rtol=1e-6)
+  for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(reference[1].params)):
+    np.testing.assert_allclose(a, b, atol=2e-4)
+  assert losses[2, 0] != losses[0, 0]
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_nothing_of_muon(reference):
+  """Its matrices are split over the mesh, and their products are not."""
+  losses, state, _ = run((1, 1, 1), 1, optimizer=MUON)
+  split, split_state, _ = run((2, 2, 2), 1, optimizer=MUON)
+  np.testing.assert_allclose(split, losses, rtol=2e-5)
+  for a, b in zip(jax.tree.leaves(split_state.params), jax.tree.leaves(state.params)):
+    np.testing.assert_allclose(a, b, atol=2e-4)
+  assert abs(losses[2, 0] - reference[0][2, 0]) > 1e-3
+
+
+def test_unrolled_layers_change_nothing(reference):
+  losses, *_ = run((2, 2, 2), 1, unroll_layers=True)
+  np.testing.assert_allclose(losses, reference[0], rtol=2e-5)
+
+
+def test_the_average_on_a_mesh_is_the_recursion_of_the_parameters():
+  """The state is donated; the decays are 1/10, 2/11, 3/12 and then 0.3."""
+
+  def recursion(decay, average, params):
+    return jax.tree.map(lambda x, new: decay * x + (1 - decay) * new, average, params)
+
+  with jax.set_mesh(mesh_of(2, 2, 2)):
+    state = jax.jit(lambda: init_state(CONFIG, OPTIMIZER, jax.random.key(0), averaged=True))()
+    step = jax.jit(
+      lambda s, b: train_step(CONFIG, OPTIMIZER, 60, 1, s, b, ema_decay=0.3), donate_argnums=0
+    )
+    expected = jax.tree.map(np.float64, jax.device_get(state.params))
+    for i, decay in enumerate((1 / 10, 2 / 11, 3 / 12, 0.3, 0.3)):
+      batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in make_batch(i).items()}
+      state, _ = step(state, batch)
+      expected = recursion(decay, expected, jax.device_get(state.params))
+  leaves = zip(*map(jax.tree.leaves, (state.ema, expected, state.params)))
+  for found, average, param in leaves:
+    np.testing.assert_allclose(found, average, rtol=1e-5, atol=1e-7)
+    assert np.abs(found - param).max() > 1e-4
+    assert (found.dtype, found.sharding) == (param.dtype, param.sharding)
+
+
+def test_accumulation_traces_a_part_once():
+  def products(accumulation):
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+      state = jax.eval_shape(lambda: init_state(CONFIG, OPTIMIZER, jax.random.key(0)))
+      batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in make_batch().items()}
+      step = functools.partial(train_step, CONFIG, OPTIMIZER, 60, accumulation)
+      return str(jax.make_jaxpr(step)(state, batch)).count(" dot_general[")
+
+  assert products(4) == products(1) > 10
+
+
+@pytest.mark.slow
+def test_the_other_family_with_all_options_is_the_same_on_a_mesh_too():
+  """modern, z-loss, accumulation and a remat policy."""
+  fields = {"family": "modern", "remat_policy": "save_attention", "z_loss": 0.1}
+  losses, state, _ = run((2, 2, 2), 2, **fields)
+  expected, expected_state, _ = run((1, 1, 1), 1, **fields)
+  np.testing.assert_allclose(losses, expected, rtol=2e-5)
+  for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params)):
+    np.testing.assert_allclose(a, b, atol=2e-4)
+  assert abs(run((1, 1, 1), 1, **{**fields, "z_loss": 0.0})[0][2, 3] / expected[2, 3] - 1) > 1e-3, (
+    "the gradient's norm"
+  )
+
+
+@pytest.mark.slow
+def test_query_key_norm_is_an_option_of_opt(reference):
+  losses, state, _ = run((2, 2, 2), 1, query_key_norm=True)
+  assert state.params["blocks"]["q_norm"]["scale"].shape == (CONFIG.num_layers, CONFIG.head_dim)
+  assert losses[2, 0] != reference[0][2, 0]
+  np.testing.assert_allclose(losses, run((1, 1, 1), 1, query_key_norm=True)[0], rtol=2e-5)
+
+
+COMMON, COPIES = 7, 770  # Rows [96, 96 + COPIES) of the table are copies of COMMON's.
+
+
+def bfloat16_gradient(shape, family):
+  """Returns a function batch -> gradient and a batch in which COMMON occurs COPIES times.
+
+  The function runs a train step whose optimizer keeps the gradient and does nothing else.
+  """
+  config = dataclasses.replace(
+    CONFIG, family=family, vocab_size=896, num_layers=1, max_positions=128, dtype="bfloat16"
+  )
+  keep = optax.trace(0.0)  # Its state is the gradient.
+  rng = np.random.default_rng(0)
+  ids = rng.integers(0, 96, (2, 8, 128)).astype(np.int32)
+  ids[0][ids[0] == COMMON] = COMMON + 1
+  ids[0].flat[rng.permutation(ids[0].size)[:COPIES]] = COMMON
+  ones = np.ones((8, 128), np.int32)
+  batch = {"inputs": ids[0], "targets": ids[1], "loss_weights": ones.astype(np.float32)}
+  batch |= {"segment_ids": ones, "positions": np.tile(np.arange(128, dtype=np.int32), (8, 1))}
+  mesh = mesh_of(*shape)
+  with jax.set_mesh(mesh):
+    params = random_params(config)
+    rows = np.array(params["embed"])
+    rows[96 : 96 + COPIES] = rows[COMMON]
+    params["embed"] = shard(jnp.asarray(rows), "vocab_stored", None)
+    state = TrainState(jnp.zeros((), jnp.int32), params, keep.init(params))
+    step = jax.jit(lambda s, b: train_step(config, keep, 60, 1, s, b)[0].opt_state.trace)
+
+  def gradient(batch):
+    with jax.set_mesh(mesh):
+      laid_out = {name: shard(jnp.asarray(x), "batch", "length") for name, x in batch.items()}
+      return jax.tree.map(
+        lambda x: np.asarray(x, np.float64), jax.device_get(step(state, laid_out))
+      )
+
+  return gradient, batch
+
+
+@pytest.mark.parametrize(
+  ("shape", "family"), [((1, 1, 1, 1), "opt"), ((2, 2, 1, 2), "opt"), ((1, 2, 2, 2), "modern")]
+)
+def test_the_gradient_of_a_frequent_token_is_summed_in_fp32(shape, family):
+  """Compares with a step that reads each copy of the row once, and whose gradients are summed here.
+
+  What a copy's row gets as a row of the output table (`opt`) is known from the step in which no
+  input is a copy.
+  """
+  gradient, batch = bfloat16_gradient(shape, family)
+  found = gradient(batch)
+  copies = batch["inputs"].copy()
+  copies[copies == COMMON] = 96 + np.arange(COPIES)
+  apart = gradient({**batch, "inputs": copies})["embed"]
+  rows = slice(96, 96 + COPIES)
+  expected = apart[COMMON] + (apart[rows] - found["embed"][rows]).sum(0)
+  error = np.linalg.norm(found["embed"][COMMON] - expected) / np.linalg.norm(expected)
+  assert error < 2e-5  # In bfloat16: 0.1 on one device, 0.005 on eight.
+  halved = gradient({**batch, "loss_weights": batch["loss_weights"] / 2})
+  for a, b in zip(jax.tree.leaves(halved), jax.tree.leaves(found)):
+    np.testing.assert_array_equal(a, b, "only ratios of loss weights matter")
+
+
+def array_shapes(jaxpr):
+  """Shapes of all arrays of a jaxpr, whose text has types like f32[8@fsdp,64512@(tensor,fsdp)]."""
+  text = re.sub(r"@\([\w,]+\)|@\w+", "", str(jaxpr))
+  return {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[(\d[\d,]*)", text)}
+
+
+def abstract_7b(shape):
+  """Traces the train step of the 7B config on 8 devices without making arrays: state and jaxpr."""
+  config = settings_from_config(cm3leon_7b.get_config())
+  model, optimizer = config.model, create_optimizer(config.optimizer, 10)
+  with jax.set_mesh(mesh_of(*shape)):
+    state = jax.eval_shape(lambda: init_state(model, optimizer, jax.random.key(0)))
+    length = config.data.sequence_length
+    types = {
+      "inputs": "int32",
+      "targets": "int32",
+      "loss_weights": "float32",
+      "segment_ids": "int32",
+      "positions": "int32",
+    }
+    sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec("batch", "length"))
+    batch = {
+      name: jax.ShapeDtypeStruct((B, length), dtype, sharding=sharding)
+      for name, dtype in types.items()
+    }
+    step = functools.partial(train_step, model, optimizer, config.vocab.text_size, 1)
+    return config, state, jax.make_jaxpr(step)(state, batch)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)])
+def test_the_7b_step_splits_the_vocabulary_and_never_holds_all_logits(shape):
+  config, state, jaxpr = abstract_7b(shape)
+  V, L = config.model.vocab_size, config.data.sequence_length
+  assert (V, L) == (64_512, 4_096)
+  adam = state.opt_state[1][0]
+  for table in (state.params["embed"], adam.mu["embed"], adam.nu["embed"]):
+    assert table.shape == (V, config.model.width)
+    assert table.sharding.spec == spec("vocab_stored", None)
+    assert table.sharding.shard_shape(table.shape)[0] == V // (shape[1] * shape[2])
+  rows = V // shape[2]  # Of the vocabulary, on a device of `tensor` while the loss is computed.
+  D = config.model.width  # Equal to the sequence length: tables and their gradient are no logits.
+  tables = {(V, D), (rows, D), (D, rows)}
+  with_vocab = {s for s in array_shapes(jaxpr) if {V, rows} & set(s)} - tables
+  assert with_vocab
+  assert not [s for s in with_vocab if L in s], "an array of full vocabulary x full sequence"
+  tokens = B // (shape[0] * shape[1]) * ModelConfig().loss_chunk  # 1/16 of a device's.
+  assert max(int(np.prod(s)) // rows for s in with_vocab) == tokens
+
+
+def test_a_step_without_chunks_would_be_found():
+  """Negative control: a chunk of the whole row is an array of vocabulary x sequence."""
+  config = dataclasses.replace(CONFIG, loss_chunk=L)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    state = jax.eval_shape(lambda: init_state(config, OPTIMIZER, jax.random.key(0)))
+    batch = {name: shard(jnp.asarray(x), "batch", "length") for name, x in make_batch().items()}
+    jaxpr = jax.make_jaxpr(lambda s, b: train_step(config, OPTIMIZER, 60, 1, s, b))(state, batch)
+  assert [s for s in array_shapes(jaxpr) if 96 in s and L in s]

@@ -1,0 +1,114 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from cm3leon_jax.configs import cm3leon_7b
+from cm3leon_jax.mesh import shard
+from cm3leon_jax.models import transformer
+from cm3leon_jax.models.attention import BLOCK
+from cm3leon_jax.models.config import ModelConfig
+from cm3leon_jax.settings import settings_from_config
+from cm3leon_jax.training.step import loss
+from cm3leon_jax.training.watch import flops
+from tests.models.tiny import mesh_of
+
+
+def product_flops(jaxpr, times=1):
+  """2 x batch x M x N x K of all matrix products of a traced function, in every run of a scan."""
+  total = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general":
+      (contracted, _), _ = eqn.params["dimension_numbers"]
+      depth = 1
+      for axis in contracted:
+        depth *= eqn.invars[0].aval.shape[axis]
+      total += times * 2 * eqn.outvars[0].aval.size * depth
+    inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
+    for value in eqn.params.values():
+      body = getattr(value, "jaxpr", value)
+      if hasattr(body, "eqns"):
+        total += product_flops(body, inner)
+  return total
+
+
+def traced_flops(config, batch, length):
+  """FLOPs of the products of one forward and backward pass, as traced."""
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    ints = shard(jnp.ones((batch, length), jnp.int32), "batch", "length")
+    data = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), ints)
+    data["loss_weights"] = shard(jnp.ones((batch, length), jnp.float32), "batch", "length")
+    params = jax.eval_shape(lambda: transformer.init_params(config, jax.random.key(0)))
+    step = jax.grad(lambda p: loss.batch_nll(transformer.bind(config, p), data)[0])
+    return product_flops(jax.make_jaxpr(step)(params).jaxpr)
+
+
+@pytest.mark.parametrize("family", ["opt", "modern"])
+@pytest.mark.parametrize(("length", "head_size"), [(64, 0), (2 * BLOCK, 0), (64, 24)])
+def test_model_flops_are_those_of_the_traced_products(family, length, head_size):
+  """But for what the definition leaves out: keys beyond the query in a block."""
+  config = ModelConfig(
+    family=family, vocab_size=96, num_layers=3, width=32, num_heads=4, mlp_width=64,
+    max_positions=length, dtype="float32", remat_policy="none", loss_chunk=32, head_size=head_size,
+  )  # fmt: skip
+  tokens = 2 * length
+  beyond = 12 * 3 * 4 * config.head_dim * min(BLOCK, length) / 2 * tokens
+  assert traced_flops(config, 2, length) == flops.model_flops(config, tokens, length) + beyond
+
+
+def test_recomputed_layers_do_not_count():
+  fields = {
+    "vocab_size": 96,
+    "num_layers": 3,
+    "width": 32,
+    "num_heads": 4,
+    "mlp_width": 64,
+    "dtype": "float32",
+  }
+  none, full = (ModelConfig(**fields, remat_policy=policy) for policy in ("none", "full"))
+  assert flops.model_flops(none, 128, 64) == flops.model_flops(full, 128, 64)
+  assert traced_flops(none, 2, 64) < traced_flops(full, 2, 64)
+
+
+def test_7b_by_hand():
+  """32 layers of 4 x 4,096^2 + 2 x 4,096 x 16,384, and a table of 64,512 x 4,096."""
+  config = settings_from_config(cm3leon_7b.get_config()).model
+  assert (
+    flops.matmul_params(config) == 32 * (67_108_864 + 134_217_728) + 264_241_152 == 6_706_692_096
+  )
+  per_token = 6 * 6_706_692_096 + 12 * 32 * 4_096 * 2_048
+  assert flops.model_flops(config, 1, 4_096) == per_token == 43_461_378_048
+  assert flops.model_flops(config, 4_096, 4_096) == 4_096 * per_token
+
+
+@pytest.mark.parametrize(
+  ("kind", "peak"),
+  [
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v5p", 459e12),
+    ("TPU v6 lite", 918e12),
+    ("NVIDIA A100-SXM4-80GB", 312e12),
+    ("NVIDIA H100 80GB HBM3", 989.5e12),
+    ("NVIDIA H100 PCIe", 756.5e12),
+    ("NVIDIA H200", 989.5e12),
+  ],
+)
+def test_peaks_of_known_devices(kind, peak):
+  assert flops.device_peak(kind) == peak
+
+
+@pytest.mark.parametrize(
+  "kind", ["cpu", "TPU v4 lite", "TPU v55", "TPU7x", "NVIDIA H1000", "NVIDIA GeForce RTX 4090"]
+)
+def test_no_peak_is_guessed(kind):
+  assert flops.device_peak(kind) is None
+  assert flops.utilization(1e12, 1, flops.device_peak(kind)) is None
+
+
+def test_utilization_by_hand():
+  """Two v5e that do 78.8 TFLOP/s of the model's together: a fifth of their peak."""
+  assert flops.utilization(78.8e12, 2, flops.device_peak("TPU v5 lite")) == pytest.approx(0.2)
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    assert flops.mesh_peak() is None
+    assert flops.mesh_peak(5e12) == 5e12

@@ -1,0 +1,143 @@
+"""The held-out loss of training: the document's own targets after neighbors of its caption."""
+
+import dataclasses
+
+from etils import epath
+import jax
+from jax.sharding import NamedSharding
+import numpy as np
+import pytest
+
+from cm3leon_jax.commands.training_rows import open_rows
+from cm3leon_jax.data.documents import DocumentStore
+from cm3leon_jax.data.pipeline import RowLoader, join
+from cm3leon_jax.data.plan import RowPlan
+from cm3leon_jax.evaluation import bits
+from cm3leon_jax.mesh import spec
+from cm3leon_jax.retrieval.neighbors import load_neighbors
+from cm3leon_jax.settings import default_config, settings_from_config
+from cm3leon_jax.training.train import compile_steps
+from cm3leon_jax.training.watch.heldout import evaluate, heldout_batches
+from tests.data.stores import VOCAB, make_sources
+from tests.models.tiny import mesh_of, random_params
+from tests.retrieval.stores import write_neighbors
+
+HELDOUT, TRAIN = 24, 50
+
+
+@pytest.fixture(scope="module")
+def settings():
+  config = default_config()
+  config.vocab.update(dataclasses.asdict(VOCAB))
+  config.model.update({"vocab_size": VOCAB.size, "num_layers": 2, "width": 16, "num_heads": 2})
+  config.model.update({"mlp_width": 32, "max_positions": 64, "dtype": "float32"})
+  # A window is a pass over the held-out pairs; 64 slots hold a document and one or two neighbors.
+  config.data.update({"sequence_length": 64, "pack_window": HELDOUT, "text_share": 0.0})
+  config.train.update({"global_batch_size": 4, "eval_batches": 1})
+  config.evaluation.update({"num_documents": HELDOUT, "num_resamples": 100})
+  return settings_from_config(config)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  """Different training and held-out pairs; image and caption have different neighbors."""
+  root = tmp_path_factory.mktemp("heldout")
+  (root / "documents").mkdir()
+  for split, count, seed in (("train", TRAIN, 0), ("heldout", HELDOUT, 1)):
+    make_sources(root / split, num_pairs=count, seed=seed)
+    (root / "documents" / f"{split}_pairs").symlink_to(root / split / "pairs")
+  rng = np.random.default_rng(2)
+  ids, text_ids = rng.permuted(np.tile(np.arange(TRAIN, dtype=np.int32), (2, HELDOUT, 1)), axis=2)
+  text_ids[3, 1:] = -1
+  write_neighbors(root / "neighbors" / "heldout_pairs", ids=ids[:, :4], text_ids=text_ids[:, :4])
+  return epath.Path(root)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  with jax.set_mesh(mesh_of(2, 1, 1)):
+    yield jax.sharding.get_mesh()
+
+
+@pytest.fixture(scope="module")
+def losses(settings, mesh):
+  """A function of (rows, their number) that gives the losses a trainer logs for them."""
+  params = random_params(settings.model)
+  steps = compile_steps(settings.model, settings.optimizer, settings.train, VOCAB, seed=0)
+  sharding = NamedSharding(mesh, spec("batch", "length"))
+
+  def measure(rows, count, **fields):
+    train = dataclasses.replace(settings.train, global_batch_size=count, **fields)
+    found = heldout_batches(rows, train, sharding)
+    return evaluate(steps, params, found), [batch["inputs"].shape[0] for batch in found]
+
+  return measure
+
+
+def test_a_row_holds_the_documents_after_their_best_neighbors_and_scores_the_documents(
+  settings, workdir
+):
+  rows = open_rows(settings, workdir, "heldout")
+  pairs, bank = rows.plan.sources[0].store, rows.plan.sources[0].bank
+  ids = np.asarray(rows.plan.sources[0].neighbors)
+  seen, neighbors = set(), 0
+  for number in range(len(rows.plan.window(0))):
+    row, expected, scored = rows[number], [], []
+    for placement in rows.plan.row(number):
+      document = pairs[placement.unit]
+      near = [bank[int(i)] for i in ids[placement.unit][:2] if i >= 0]
+      near = bits.fit_neighbors(document, near, settings.data.sequence_length)
+      seen.add(placement.unit)
+      neighbors += len(near)
+      expected.append(join([*near, document], VOCAB)[1:])
+      scored.append(join([document], VOCAB)[1:])
+    used = row["segment_ids"] > 0
+    np.testing.assert_array_equal(row["targets"][used], np.concatenate(expected))
+    assert set(row["loss_weights"]) <= {0.0, 1.0}
+    np.testing.assert_array_equal(row["targets"][row["loss_weights"] == 1], np.concatenate(scored))
+  assert seen == set(range(HELDOUT))
+  assert HELDOUT < neighbors < 2 * HELDOUT
+
+
+def test_the_image_loss_is_that_of_evaluation_on_the_same_documents(settings, workdir, losses):
+  rows = open_rows(settings, workdir, "heldout")
+  count = len(rows.plan.window(0))
+  found, _ = losses(rows, count)
+  stores = [
+    DocumentStore(workdir / "documents" / f"{split}_pairs", VOCAB) for split in ("train", "heldout")
+  ]
+  ids = np.asarray(rows.plan.sources[0].neighbors)
+  metrics = bits.evaluate(
+    random_params(settings.model), settings.model, *stores, ids, VOCAB, settings.data,
+    settings.evaluation, seed=0,
+  )  # fmt: skip
+  assert metrics["documents"] == HELDOUT
+  assert metrics["image"]["tokens"] == 16 * HELDOUT
+  expected = metrics["image"]["true"]["bits"]
+  assert found["heldout_image_loss"] / np.log(2) == pytest.approx(expected, rel=1e-5)
+  assert metrics["image"]["none"]["bits"] != pytest.approx(expected, rel=1e-4), "neighbors matter"
+  scored = dataclasses.replace(settings.data.for_heldout(), neighbor_loss_weight=1.0)
+  plan = RowPlan(rows.plan.sources, scored, VOCAB.num_masks, settings.seed)
+  with_neighbors, _ = losses(RowLoader(plan, VOCAB), count)
+  assert with_neighbors["heldout_image_loss"] != pytest.approx(
+    found["heldout_image_loss"], rel=1e-4
+  ), "they would be counted"
+
+
+def test_neighbors_are_those_of_the_caption_alone(settings, workdir):
+  found = open_rows(settings, workdir, "heldout").plan.sources[0].neighbors
+  by_caption, by_both = (
+    load_neighbors(workdir / "neighbors", "heldout_pairs", text_only) for text_only in (True, False)
+  )
+  np.testing.assert_array_equal(found, by_caption)
+  assert (by_caption != by_both).any(1).all()
+
+
+def test_an_evaluation_takes_the_rows_of_a_micro_batch_at_once(settings, workdir, losses):
+  rows = open_rows(settings, workdir, "heldout")
+  whole, shapes = losses(rows, 4, eval_batches=2)
+  assert shapes == [4, 4]
+  parts, shapes = losses(rows, 4, eval_batches=2, gradient_accumulation_steps=2)
+  assert shapes == [2] * 4
+  for name, value in whole.items():
+    assert parts[name] == pytest.approx(value, rel=1e-6)

@@ -1,0 +1,81 @@
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+
+from cm3leon_jax.mesh import shard
+from cm3leon_jax.training.watch.tensorboard_board import (
+  BUCKETS,
+  TensorBoard,
+  named_histograms,
+  tree_histograms,
+)
+from tests.models.tiny import mesh_of
+from tests.training import events
+
+
+def test_scalars_have_their_groups_and_the_rest_stays_out(tmp_path):
+  board = TensorBoard(tmp_path, 1)
+  board.scalars(1, {"loss": 2.5, "weight": 8.0, "time": 1e9, "step_seconds": 1.0})
+  board.scalars(1, {"heldout_image_loss": 1.5})
+  board.close()
+  assert events.read(tmp_path) == {"train/loss": {1: [2.5]}, "heldout/image_loss": {1: [1.5]}}
+
+
+def test_a_resumed_run_hides_what_the_killed_one_wrote_beyond_its_checkpoint(tmp_path):
+  board = TensorBoard(tmp_path, 1)
+  for step in range(1, 6):
+    board.scalars(step, {"loss": float(step)})
+  board.close()
+  board = TensorBoard(tmp_path, 4)
+  for step in range(4, 8):
+    board.scalars(step, {"loss": 10.0 * step})
+  board.close()
+  assert (
+    len(list(tmp_path.iterdir())) == 2
+  )  # Started in the same second, still no file is written over.
+  assert events.read(tmp_path)["train/loss"] == {
+    1: [1],
+    2: [2],
+    3: [3],
+    4: [40],
+    5: [50],
+    6: [60],
+    7: [70],
+  }
+
+
+def test_a_grid_of_samples_is_what_it_was(tmp_path):
+  sheet = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+  board = TensorBoard(tmp_path, 1)
+  board.samples(7, Image.fromarray(sheet))
+  board.close()
+  (image,) = events.read(tmp_path)["samples"][7]
+  np.testing.assert_array_equal(
+    np.asarray(Image.open(io.BytesIO(image.encoded_image_string))), sheet
+  )
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_histograms_are_numpys(tmp_path, shape):
+  x = np.random.default_rng(0).normal(1.0, 2.0, (16, 8)).astype(np.float32)
+  with jax.set_mesh(mesh_of(*shape)):
+    found = named_histograms({"blocks": {"up": shard(jnp.asarray(x), "embed", "mlp")}})
+  counts, edges = np.histogram(x, BUCKETS)
+  np.testing.assert_array_equal(found["blocks/up"]["bucket_counts"], counts)
+  np.testing.assert_allclose(found["blocks/up"]["bucket_limits"], edges[1:], rtol=1e-5)
+  board = TensorBoard(tmp_path, 1)
+  board.histograms(3, found)
+  board.close()
+  (histogram,) = events.read(tmp_path)["params/blocks/up"][3]
+  assert (histogram.num, sum(histogram.bucket)) == (128, 128)
+  assert histogram.sum == pytest.approx(x.sum(dtype=np.float64), rel=1e-5)
+
+
+def test_equal_values_lie_in_one_bucket():
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    found = tree_histograms({"scale": jnp.ones(5)})["scale"]
+  assert found["bucket_counts"].sum() == found["bucket_counts"].max() == 5

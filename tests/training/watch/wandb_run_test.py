@@ -1,0 +1,81 @@
+"""Calls of a stand-in for wandb; docs/monitoring.md says what was tried with the real one."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from cm3leon_jax.io import read_json
+from cm3leon_jax.training.watch.wandb_run import WandbRun
+
+
+@pytest.fixture
+def calls(monkeypatch):
+  """Whatever the stand-in is called with, in order."""
+  found = []
+  run = types.SimpleNamespace(
+    log=lambda values, step: found.append((step, values)), finish=lambda: found.append("finished")
+  )
+  wandb = types.ModuleType("wandb")
+  wandb.init = lambda **kwargs: found.append(kwargs) or run
+  wandb.Image = lambda sheet: ("image", sheet)
+  wandb.Histogram = lambda np_histogram: ("histogram", np_histogram)
+  monkeypatch.setitem(sys.modules, "wandb", wandb)
+  return found
+
+
+def test_every_start_continues_the_same_run(calls, tmp_path):
+  """The first start names it after the folder of the run; people may then change the name."""
+  folder = tmp_path / "7b" / "train"
+  for steps in (1, 2):
+    WandbRun(folder, "cats", {"train": {"steps": steps}}).close()
+  first, finished, second, _ = calls
+  same = {
+    "project": "cats", "id": read_json(folder / "wandb.json")["id"], "resume": "allow",
+    "dir": str(folder), "entity": None,
+  }  # fmt: skip
+  assert first == {**same, "name": "7b", "config": {"train": {"steps": 1}}}
+  assert second == {**same, "name": None, "config": {"train": {"steps": 2}}}
+  assert finished == "finished"
+  WandbRun(tmp_path / "other", "cats", {})
+  assert calls[-1]["id"] != first["id"]
+
+
+def test_a_project_may_belong_to_a_team(calls, tmp_path):
+  WandbRun(tmp_path, "our-team/cats", {})
+  assert (calls[-1]["entity"], calls[-1]["project"]) == ("our-team", "cats")
+
+
+def test_the_environment_names_a_run(calls, tmp_path, monkeypatch):
+  monkeypatch.setenv("WANDB_NAME", "a cat")
+  WandbRun(tmp_path, "cats", {})
+  assert calls[-1]["name"] == "a cat"
+
+
+def test_curves_samples_and_histograms_are_logged_at_their_step(calls, tmp_path):
+  run = WandbRun(tmp_path, "cats", {})
+  run.scalars(3, {"loss": 2.0, "heldout_loss": 3.0, "weight": 9.0})
+  run.samples(3, "sheet")
+  run.histograms(
+    3,
+    {
+      "embed": {
+        "min": 0.0,
+        "bucket_limits": np.array([1.0, 2.0]),
+        "bucket_counts": np.array([5.0, 7.0]),
+      }
+    },
+  )
+  assert calls[1:3] == [
+    (3, {"train/loss": 2.0, "heldout/loss": 3.0}),
+    (3, {"samples": ("image", "sheet")}),
+  ]
+  ((step, logged),) = calls[3:]
+  kind, (counts, edges) = logged["params/embed"]
+  assert (step, kind, counts.tolist(), edges.tolist()) == (
+    3,
+    "histogram",
+    [5.0, 7.0],
+    [0.0, 1.0, 2.0],
+  )
