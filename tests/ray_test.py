@@ -15,7 +15,7 @@ from cm3leon_jax.data.documents import DocumentStore
 from cm3leon_jax.retrieval import bank, neighbors
 from cm3leon_jax.shards import Runner
 from cm3leon_jax.vocab import VocabLayout
-from tests.data.raw import write_raw
+from tests.data.raw_folder import write_raw
 from tests.retrieval.bank_test import CONFIG, WIDTH, tiny_clip
 from tests.shards_test import NAMES, Copy, log, run
 

@@ -30,7 +30,7 @@ from tests.clip.huggingface_files import (
   some_tokens,
   write_checkpoint,
 )
-from tests.data.raw import write_raw
+from tests.data.raw_folder import write_raw
 
 TOLERANCE = 1e-5  # fp32, embeddings of norm 1.
 KINDS = {"old": ("quick_gelu", clip_checkpoint.OLD_EOS_ID), "new": ("gelu", END)}

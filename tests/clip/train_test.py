@@ -15,7 +15,7 @@ from cm3leon_jax.data import raw_pairs
 from cm3leon_jax.io import read_json_lines
 from cm3leon_jax.training import small_trainer
 from cm3leon_jax.training.checkpoints import checkpoint
-from tests.data.raw import write_raw
+from tests.data.raw_folder import write_raw
 from tests.models.tiny import mesh_of
 
 TINY = CLIPConfig(

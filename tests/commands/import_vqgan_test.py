@@ -31,7 +31,7 @@ from cm3leon_jax.reports import report
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.tokenizers import published, published_files, published_source, text, vqgan
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from tests.data.raw import write_raw
+from tests.data.raw_folder import write_raw
 from tests.data.stores import VOCAB
 from tests.generation.run import make_config
 from tests.launched import launch

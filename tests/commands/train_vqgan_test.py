@@ -18,7 +18,7 @@ from cm3leon_jax.io import read_json, write_json
 from cm3leon_jax.settings import settings_from_config
 from cm3leon_jax.shards import Runner
 from cm3leon_jax.tokenizers import train_vqgan, vqgan
-from tests.data.raw import write_raw
+from tests.data.raw_folder import write_raw
 from tests.generation.run import make_config
 from tests.tokenizers.vqgan_test import LOCAL
 

@@ -8,7 +8,7 @@ from cm3leon_jax.config import UserError
 from cm3leon_jax.data import training_data
 from cm3leon_jax.export import bundle
 from cm3leon_jax.io import write_json
-from tests.data.raw import write_raw
+from tests.data.raw_folder import write_raw
 from tests.reports.run_files import make_image
 
 PAIR = {"key": "a", "caption": "a", "split": "train", "attribution": "b"}

@@ -20,7 +20,7 @@ from cm3leon_jax.generation.text_tasks import Caption, Interleaved
 from cm3leon_jax.retrieval import neighbors
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob
 from cm3leon_jax.shards import Runner
-from tests.data.raw import write_raw
+from tests.data.raw_folder import write_raw
 from tests.data.stores import VOCAB
 from tests.generation.run import SETTINGS, one_device
 from tests.models.tiny import random_params

@@ -18,7 +18,7 @@ from cm3leon_jax.commands import train
 from cm3leon_jax.config import CTRL_C, INTERRUPTED
 from cm3leon_jax.io import write_json
 from cm3leon_jax.settings import settings_from_config
-from tests.data.raw import write_raw
+from tests.data.raw_folder import write_raw
 from tests.launch import small_config
 from tests.launch.stages_before import make_workdir
 from tests.launch.tiny_config import get_config

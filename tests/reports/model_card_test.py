@@ -25,7 +25,7 @@ from cm3leon_jax.positions import positions_of
 from cm3leon_jax.reports import model_card
 from cm3leon_jax.tokenizers.text import TextTokenizer
 from cm3leon_jax.tokenizers.vqgan import ImageTokenizer
-from tests.data.raw import write_raw
+from tests.data.raw_folder import write_raw
 from tests.generation.run import SETTINGS, one_device, save_run
 from tests.reports.run_files import MODALITY, make_image
 from tests.reports.snippets import execute, snippets

@@ -9,7 +9,7 @@ from PIL import Image
 
 from cm3leon_jax import stages
 from cm3leon_jax.training.watch.metrics import MetricsLog
-from tests.data.raw import write_raw
+from tests.data.raw_folder import write_raw
 
 
 def interval(bits, half):

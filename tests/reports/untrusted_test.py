@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cm3leon_jax.reports import inspect_page, report
-from tests.data.raw import write_raw
+from tests.data.raw_folder import write_raw
 from tests.reports import hostile
 from tests.reports.hostile import CONTROLS, HOSTILE
 from tests.reports.inspect_page_test import (  # noqa: F401 (fixtures)

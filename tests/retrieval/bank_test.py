@@ -21,7 +21,7 @@ from cm3leon_jax.retrieval import index, neighbors
 from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob
 from cm3leon_jax.retrieval.neighbors import RetrievalConfig, Retriever
 from cm3leon_jax.shards import Runner
-from tests.data.raw import write_raw
+from tests.data.raw_folder import write_raw
 
 CONFIG = RetrievalConfig(backend="exact", max_similarity=1.0)
 WIDTH = 16

@@ -20,7 +20,7 @@ from cm3leon_jax.retrieval.bank import Embeddings, EmbedJob
 from cm3leon_jax.retrieval.lexical import BUCKETS, Lexical
 from cm3leon_jax.retrieval.neighbors import RetrievalConfig, Retriever
 from cm3leon_jax.shards import Runner
-from tests.data.raw import write_raw
+from tests.data.raw_folder import write_raw
 from tests.retrieval.bank_test import files_of, tiny_clip
 
 WIDTH, WORDS = 16, 64
